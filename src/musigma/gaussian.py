@@ -1,0 +1,611 @@
+"""The one place where a tensor is read as the mean and the scale of a Gaussian.
+
+A network emits one tensor, or two. Which part of it is the mean, and is the other part a standard
+deviation, its logarithm, or the logarithm of a variance? `Format` is the answer, as a value that
+can be printed, parsed, stored and converted; `DiagonalGaussian` is the distribution, always held
+as ``(mean, log_std)``; `GaussianHead` joins the two to a network.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, NoReturn, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints, register_kl
+
+__all__ = ["DiagonalGaussian", "Format", "GaussianHead", "at_least_float32"]
+
+Layout = Literal["halves", "interleaved", "two-heads", "per-feature"]
+Order = Literal["mean-first", "scale-first"]
+Scale = Literal[
+    "log_std", "log_var", "softplus", "squareplus", "sigmoid+2", "2*sigmoid",
+    "atan", "tanh", "softclip", "softcap",
+]  # fmt: skip
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """Half-precision tensors as float32, all others unchanged: no density is computed in less."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def sum_event(t: Tensor, event_ndims: int) -> Tensor:
+    """Sum over the last `event_ndims` dimensions, of which there may be none."""
+    return t.flatten(-event_ndims).sum(-1) if event_ndims else t
+
+
+def per_example(weight: float | Tensor, value: Tensor) -> float | Tensor:
+    """A number, or one number per example (B,), in a shape that multiplies `value` (B, ...)."""
+    if isinstance(weight, Tensor) and weight.ndim == 1:
+        return weight.to(value).reshape(-1, *(1,) * (value.ndim - 1))
+    return weight
+
+
+# --- scales: how the second tensor becomes a log standard deviation, and back -------------------
+
+
+def _log_softplus(h: Tensor) -> Tensor:
+    return torch.where(h < -30, h, F.softplus(h.clamp(min=-30)).log())
+
+
+def _inverse_softplus(log_y: Tensor) -> Tensor:  # y = softplus(h)  ->  h, given log y
+    y = log_y.exp()
+    return torch.where(log_y < -30, log_y, y + torch.log(-torch.expm1(-y)))
+
+
+class _ScaleMap(NamedTuple):
+    log_std: Callable[[Tensor, float], Tensor]  # (raw, limit) -> log_std
+    raw: Callable[[Tensor, float], Tensor]  # (log_std, limit) -> raw
+    reach: Callable[[float], tuple[float, float]] = lambda limit: (-math.inf, math.inf)
+    limit: float | None = None  # default; None: this scale has no limit
+
+
+_ATAN = 0.636  # FrEIA writes its 2/pi so, and checkpoints were trained with it
+
+_SCALES: dict[str, _ScaleMap] = {
+    "log_std": _ScaleMap(lambda h, _: h, lambda s, _: s),
+    "log_var": _ScaleMap(lambda h, _: 0.5 * h, lambda s, _: 2 * s),
+    "softplus": _ScaleMap(lambda h, _: _log_softplus(h), lambda s, _: _inverse_softplus(s)),
+    "squareplus": _ScaleMap(lambda h, _: torch.asinh(h / 2), lambda s, _: 2 * torch.sinh(s)),
+    "sigmoid+2": _ScaleMap(
+        lambda h, _: F.logsigmoid(h + 2),
+        lambda s, _: s - torch.log(-torch.expm1(s)) - 2,
+        lambda _: (-math.inf, 0.0),
+    ),
+    "2*sigmoid": _ScaleMap(
+        lambda h, _: math.log(2) + F.logsigmoid(h),
+        lambda s, _: s - math.log(2) - torch.log(-torch.expm1(s - math.log(2))),
+        lambda _: (-math.inf, math.log(2)),
+    ),
+    "atan": _ScaleMap(
+        lambda h, limit: limit * _ATAN * torch.atan(h / limit),
+        lambda s, limit: limit * torch.tan(s / (limit * _ATAN)),
+        lambda limit: (-limit * _ATAN * math.pi / 2, limit * _ATAN * math.pi / 2),
+        limit=2.0,
+    ),
+    "tanh": _ScaleMap(
+        lambda h, limit: limit * torch.tanh(h),
+        lambda s, limit: torch.atanh(s / limit),
+        lambda limit: (-limit, limit),
+        limit=2.0,
+    ),
+    "softclip": _ScaleMap(
+        lambda h, limit: h / (1 + h.abs() / limit),
+        lambda s, limit: s / (1 - s.abs() / limit),
+        lambda limit: (-limit, limit),
+        limit=math.log(1e3),
+    ),
+    "softcap": _ScaleMap(
+        lambda h, limit: limit - F.softplus(limit - h),
+        lambda s, limit: limit - _inverse_softplus((limit - s).log()),
+        lambda limit: (-math.inf, limit),
+        limit=2.0,
+    ),
+}
+
+
+# --- the format --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Format:
+    r"""How an emitted tensor is read as ``(mean, log_std)``.
+
+    The tensor is multiplied by `gain`, taken apart into the mean and a raw scale by `layout` and
+    `order`, and the raw scale r, with `offset` o added, becomes a standard deviation:
+
+    | scale        | standard deviation                     | seen in                  |
+    |--------------|----------------------------------------|--------------------------|
+    | `log_std`    | exp(r)                                 | Glow, VDVAE, nflows      |
+    | `log_var`    | exp(r / 2)                             | diffusers, most VAEs     |
+    | `softplus`   | log(1 + exp(r))                        | flowjax, scvi            |
+    | `squareplus` | (r + sqrt(r² + 4)) / 2                 | GIVT                     |
+    | `sigmoid+2`  | 1 / (1 + exp(-r - 2))                  | Glow's couplings         |
+    | `2*sigmoid`  | 2 / (1 + exp(-r))                      | Jet                      |
+    | `atan`       | exp(0.636 · limit · atan(r / limit))   | FrEIA                    |
+    | `tanh`       | exp(limit · tanh(r))                   | local bits-back, FrEIA   |
+    | `softclip`   | exp(r / (1 + abs(r) / limit))          | zuko                     |
+    | `softcap`    | exp(limit - log(1 + exp(limit - r)))   | distrax                  |
+
+    `floor` is added to what the scale speaks of: the variance for `log_var`, the standard
+    deviation otherwise. `bounds` then clamp **log_std**, whatever the scale: so they survive a
+    conversion unchanged (a clamp of a log-variance to [-30, 20] is ``bounds=(-15, 10)``). The
+    default keeps a standard deviation between 4.5e-5 and 22026; `saturation` tells how many units
+    have run into a limit.
+
+    Layouts: `halves` (the first and the second half of `dim`), `interleaved` (even and odd
+    positions of `dim`; "cross" in Glow's code), `two-heads` (a pair of tensors), `per-feature` (a
+    trailing axis of size two).
+
+    Args:
+        layout: Where the two parts lie.
+        order: Which part comes first.
+        scale: What the second tensor means, from the table.
+        dim: The axis that holds both parts, for `halves` and `interleaved`.
+        bounds: Smallest and largest log_std, or None for no bounds.
+        floor: Added to the variance (`log_var`) or to the standard deviation.
+        limit: The limit of `atan`, `tanh`, `softclip` and `softcap`; None for the usual one.
+        offset: Added to the raw scale (TFP's Glow emits exp(r + 2)).
+        gain: Multiplies the whole tensor (FrEIA's all-in-one block has 0.1).
+
+    Raises:
+        ValueError: For an unknown name, or a value that its field does not allow.
+
+    Example:
+        >>> f = Format.parse("interleaved log_var")
+        >>> mean, log_std = f.split(torch.tensor([[1.0, 0.0, 2.0, 4.0]]))
+        >>> mean, log_std
+        (tensor([[1., 2.]]), tensor([[0., 2.]]))
+        >>> f.join(mean, log_std)
+        tensor([[1., 0., 2., 4.]])
+    """
+
+    layout: Layout = "halves"
+    order: Order = "mean-first"
+    scale: Scale = "log_std"
+    dim: int = 1
+    bounds: tuple[float, float] | None = (-10.0, 10.0)
+    floor: float = 0.0
+    limit: float | None = None
+    offset: float = 0.0
+    gain: float = 1.0
+
+    def __post_init__(self):
+        for name, allowed in (("layout", Layout), ("order", Order), ("scale", Scale)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(get_args(allowed))}; "
+                    f"got {getattr(self, name)!r}"
+                )
+        default = _SCALES[self.scale].limit
+        if self.limit is None:
+            object.__setattr__(self, "limit", default)
+        elif default is None:
+            raise ValueError(f"limit: scale {self.scale!r} has none; got {self.limit}")
+        elif self.scale != "softcap" and self.limit <= 0:
+            raise ValueError(f"limit: expected a positive number; got {self.limit}")
+        if self.bounds is not None and not (
+            len(self.bounds) == 2 and self.bounds[0] < self.bounds[1]
+        ):
+            raise ValueError(f"bounds: expected (low, high) with low < high; got {self.bounds}")
+        if self.floor < 0:
+            raise ValueError(f"floor: expected 0 or more; got {self.floor}")
+        if self.gain == 0:
+            raise ValueError("gain: expected a number other than zero")
+
+    # -- reading and writing
+
+    def split(self, h: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Read an emitted tensor, or a pair of them, as ``(mean, log_std)``, in float32 or better.
+
+        Raises:
+            ValueError: If the tensor does not have two parts of equal shape where `layout` says.
+        """
+        mean, raw = self._unpack(h, self.dim)
+        return mean, self.log_std(raw)
+
+    def join(self, mean: Tensor, log_std: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Write ``(mean, log_std)`` as the tensor that `split` reads: its inverse.
+
+        Raises:
+            ValueError: If some log_std is out of this format's reach.
+        """
+        low, high = self.reach
+        raw = self._raw(log_std)
+        if not (raw.isfinite().all() and (log_std >= low).all() and (log_std <= high).all()):
+            raise ValueError(
+                f"log_std: '{self}' reaches from {low:.4g} to {high:.4g}; got values from "
+                f"{log_std.min():.4g} to {log_std.max():.4g}"
+            )
+        return self._pack(mean / self.gain, raw, self.dim)
+
+    def log_std(self, raw: Tensor) -> Tensor:
+        """The log standard deviation that a raw scale, taken out and multiplied, stands for."""
+        log_std = _SCALES[self.scale].log_std(raw + self.offset, self.limit or 0.0)
+        if self.floor:
+            unit = 2 if self.scale == "log_var" else 1
+            floor = torch.full_like(log_std, math.log(self.floor))
+            log_std = torch.logaddexp(unit * log_std, floor) / unit
+        return log_std if self.bounds is None else log_std.clamp(*self.bounds)
+
+    def _raw(self, log_std: Tensor) -> Tensor:
+        if self.floor:
+            unit = 2 if self.scale == "log_var" else 1
+            above = (unit * log_std).exp() - self.floor
+            log_std = above.log() / unit
+        raw = _SCALES[self.scale].raw(log_std, self.limit or 0.0) - self.offset
+        return raw / self.gain
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The smallest and the largest log_std that this format can express."""
+        low, high = _SCALES[self.scale].reach(self.limit or 0.0)
+        if self.floor:
+            unit = 2 if self.scale == "log_var" else 1
+            low, high = (
+                math.log(math.exp(unit * s) + self.floor) / unit if s < math.inf else s
+                for s in (low, high)
+            )
+        if self.bounds is not None:
+            low, high = max(low, self.bounds[0]), min(high, self.bounds[1])
+        return low, high
+
+    def saturation(self, h: Tensor | Sequence[Tensor]) -> Tensor:
+        """The share of units, from 0 to 1, whose log_std has run into a limit.
+
+        A unit counts when its log_std moves by less than 0.01 per unit of the raw scale: it lies
+        outside the bounds, on the floor, or at the end of a bounded map.
+        """
+        with torch.enable_grad():
+            raw = self._unpack(h, self.dim)[1].detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.log_std(raw).sum(), raw)
+        return (slope.abs() < 0.01).float().mean()
+
+    # -- other layouts of the same thing
+
+    def relayout(
+        self, rows: Tensor | Sequence[Tensor], to: Format
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Reorder the rows (dim 0) of a last layer's parameter to the layout of `to`."""
+        return to._pack(*self._unpack(rows, None), None)
+
+    def permute(
+        self, weight: Tensor | Sequence[Tensor], bias: Tensor | Sequence[Tensor] | None, to: Format
+    ):
+        """The last layer that emits in the format `to` what ``(weight, bias)`` emits in this one.
+
+        Layouts and orders are exact permutations of rows. Between `log_std` and `log_var` the
+        rows of the scale are doubled or halved, which is exact too. `weight` (2 D, ...) and `bias`
+        (2 D,) are pairs where the layout is `two-heads`.
+
+        Raises:
+            ValueError: For any other conversion: no linear layer can express it.
+        """
+        factor = {("log_std", "log_var"): 2.0, ("log_var", "log_std"): 0.5}.get(
+            (self.scale, to.scale), 1.0
+        )
+        same = (
+            (self.scale == to.scale or factor != 1.0)
+            and (factor == 1.0 or self.floor == to.floor == 0.0)
+            and (self.floor, self.limit, self.bounds) == (to.floor, to.limit, to.bounds)
+            and self.gain == to.gain
+            and to.offset == factor * self.offset
+        )
+        if not same:
+            raise ValueError(
+                f"to: '{self}' and '{to}' differ by more than layout, order and the factor 2 "
+                "between log_std and log_var, so no last layer makes them equal; "
+                "keep the format, or train again"
+            )
+
+        def convert(rows):
+            mean, raw = self._unpack(rows, None)
+            return to._pack(mean, factor * raw, None)
+
+        return convert(weight), None if bias is None else convert(bias)
+
+    def _unpack(self, h: Tensor | Sequence[Tensor], dim: int | None) -> tuple[Tensor, Tensor]:
+        """Both parts, mean first. `dim` None: `h` are the rows of a layer, which carry no gain."""
+        shapes = [tuple(h.shape)] if isinstance(h, Tensor) else [tuple(t.shape) for t in h]
+        if not isinstance(h, Tensor):
+            if self.layout != "two-heads" or len(h) != 2 or shapes[0] != shapes[1]:
+                self._refuse(shapes)
+            first, second = h
+        elif self.layout == "per-feature" and dim is not None:
+            if h.ndim == 0 or h.shape[-1] != 2:
+                self._refuse(shapes)
+            first, second = h.unbind(-1)
+        else:
+            axis = 0 if dim is None else dim
+            if self.layout == "two-heads" or not -h.ndim <= axis < h.ndim or h.shape[axis] % 2:
+                self._refuse(shapes)
+            if self.layout == "halves":
+                first, second = h.chunk(2, axis)
+            else:
+                axis %= h.ndim
+                first, second = h.unflatten(axis, (-1, 2)).unbind(axis + 1)
+        if self.order == "scale-first":
+            first, second = second, first
+        if dim is None:
+            return first, second
+        return at_least_float32(first) * self.gain, at_least_float32(second) * self.gain
+
+    def _refuse(self, shapes: list[tuple[int, ...]]) -> NoReturn:
+        wanted = {
+            "two-heads": "a pair of tensors of one shape",
+            "per-feature": "one tensor with a last axis of size 2",
+        }.get(self.layout, f"one tensor with an even number of channels on axis {self.dim}")
+        raise ValueError(f"h: '{self}' reads {wanted}; got {' and '.join(map(str, shapes))}")
+
+    def _pack(self, mean: Tensor, raw: Tensor, dim: int | None) -> Tensor | tuple[Tensor, Tensor]:
+        axis = 0 if dim is None else dim
+        pair = (mean, raw) if self.order == "mean-first" else (raw, mean)
+        if self.layout == "two-heads":
+            return pair
+        if self.layout == "per-feature" and dim is not None:
+            return torch.stack(pair, -1)
+        if self.layout == "halves":
+            return torch.cat(pair, axis)
+        axis = axis % mean.ndim
+        return torch.stack(pair, axis + 1).flatten(axis, axis + 1)
+
+    # -- as text
+
+    @classmethod
+    def parse(cls, text: str) -> Format:
+        """Read a format from words such as ``"interleaved log_var"`` or ``"floor=1e-4"``.
+
+        "split" and "cross" are understood as Glow's names of `halves` and `interleaved`.
+
+        Raises:
+            ValueError: For a word that is none of a format's, with the nearest one.
+
+        Example:
+            >>> Format.parse("cross sigmoid+2 bounds=none").layout
+            'interleaved'
+        """
+        words = {w: "layout" for w in get_args(Layout)}
+        words |= {w: "order" for w in get_args(Order)} | {w: "scale" for w in get_args(Scale)}
+        aliases = {"split": "halves", "cross": "interleaved"}
+        numbers = {"dim", "bounds", "floor", "limit", "offset", "gain"}
+        found: dict = {}
+        for word in text.split():
+            name, _, number = word.partition("=")
+            word = aliases.get(word, word)
+            if word in words:
+                name, value = words[word], word
+            elif name in numbers:
+                try:
+                    value = _number(name, number)
+                except ValueError:
+                    raise ValueError(f"format: cannot read the number in {word!r}") from None
+            else:
+                near = difflib.get_close_matches(word, [*words, *aliases, *numbers], 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"format: {word!r} is not part of one{hint}")
+            if name in found:
+                raise ValueError(f"format: {name} is given twice in {text!r}")
+            found[name] = value
+        return cls(**found)
+
+    def __str__(self) -> str:
+        said = [self.layout, self.order, self.scale]
+        for field in fields(self)[3:]:
+            value = getattr(self, field.name)
+            default = _SCALES[self.scale].limit if field.name == "limit" else field.default
+            if value != default:
+                if field.name == "bounds":
+                    value = "none" if value is None else ",".join(map(repr, value))
+                said.append(f"{field.name}={value}")
+        return " ".join(said)
+
+
+def _number(field: str, text: str) -> int | float | tuple[float, ...] | None:
+    if field == "bounds":
+        return None if text == "none" else tuple(map(float, text.split(",")))
+    return int(text) if field == "dim" else float(text)
+
+
+# --- the distribution --------------------------------------------------------------------------
+
+
+class DiagonalGaussian(Distribution):
+    r"""A Gaussian with independent coordinates, N(mean, diag(exp(2 · log_std))).
+
+    .. math:: \log p(x) = -\sum_i \tfrac12 ((x_i-\mu_i) e^{-s_i})^2 + s_i + \tfrac12\log 2\pi
+
+    where s is `log_std`. The last `event_ndims` dimensions are one event, so `log_prob` and
+    `entropy` are in nats per example and have the batch shape. Half-precision arguments are raised
+    to float32. The KL divergence between two of them is registered with torch.
+
+    Args:
+        mean: Shape (\*batch, \*event).
+        log_std: The natural logarithm of the standard deviation; broadcast against `mean`.
+        event_ndims: How many trailing dimensions form one event.
+
+    Raises:
+        ValueError: If the shapes do not broadcast, or have fewer than `event_ndims` dimensions.
+
+    Example:
+        >>> g = DiagonalGaussian(torch.zeros(5, 3), torch.zeros(5, 3), event_ndims=1)
+        >>> g.log_prob(torch.zeros(5, 3)).shape
+        torch.Size([5])
+        >>> bool((g.whiten(g.unwhiten(torch.ones(5, 3))) == 1).all())
+        True
+    """
+
+    arg_constraints = {"mean": constraints.real, "log_std": constraints.real}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(self, mean: Tensor, log_std: Tensor, event_ndims: int):
+        mean, log_std = at_least_float32(mean), at_least_float32(log_std)
+        if mean.shape != log_std.shape:
+            try:
+                mean, log_std = torch.broadcast_tensors(mean, log_std)
+            except RuntimeError:
+                raise ValueError(
+                    f"log_std: shape {tuple(log_std.shape)} does not broadcast with that of the "
+                    f"mean, {tuple(mean.shape)}"
+                ) from None
+        if not 0 <= event_ndims <= mean.ndim:
+            raise ValueError(
+                f"event_ndims: expected 0 to {mean.ndim} for shape {tuple(mean.shape)}; "
+                f"got {event_ndims}"
+            )
+        self._mean, self.log_std, self.event_ndims = mean, log_std, event_ndims
+        cut = mean.ndim - event_ndims
+        super().__init__(mean.shape[:cut], mean.shape[cut:], validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean."""
+        return self._mean
+
+    @property
+    def mode(self) -> Tensor:
+        """The mode, which is the mean."""
+        return self._mean
+
+    @property
+    def stddev(self) -> Tensor:
+        """The standard deviation, exp(log_std)."""
+        return self.log_std.exp()
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance, exp(2 log_std)."""
+        return (2 * self.log_std).exp()
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real events."""
+        return constraints.independent(constraints.real, self.event_ndims)
+
+    def rsample(
+        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
+    ) -> Tensor:
+        """Draw ``mean + temperature · std · ε`` with ε ~ N(0, I), differentiably.
+
+        `temperature` is a number, or one number for each entry of the result's first dimension.
+        """
+        shape = (*sample_shape, *self._mean.shape)
+        noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
+        return self.unwhiten(per_example(temperature, noise) * noise)
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
+    ) -> Tensor:
+        """The draw of `rsample`, without a gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape, temperature=temperature)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats, summed over the event: the batch shape."""
+        terms = 0.5 * self.whiten(value).square() + self.log_std + 0.5 * math.log(2 * math.pi)
+        return -sum_event(terms, self.event_ndims)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy in nats, summed over the event: the batch shape."""
+        return sum_event(self.log_std + 0.5 * math.log(2 * math.pi * math.e), self.event_ndims)
+
+    def whiten(self, value: Tensor) -> Tensor:
+        """The standardised value, (value - mean) / std."""
+        return (at_least_float32(value) - self._mean) * (-self.log_std).exp()
+
+    def unwhiten(self, noise: Tensor) -> Tensor:
+        """The inverse of `whiten`: mean + std · noise."""
+        return self._mean + self.log_std.exp() * at_least_float32(noise)
+
+    def expand(self, batch_shape: Sequence[int], _instance=None) -> DiagonalGaussian:
+        """The same distribution with another batch shape."""
+        shape = (*batch_shape, *self.event_shape)
+        return DiagonalGaussian(
+            self._mean.expand(shape), self.log_std.expand(shape), self.event_ndims
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"DiagonalGaussian(batch_shape={tuple(self.batch_shape)}, "
+            f"event_shape={tuple(self.event_shape)}, parameters=(mean, log_std))"
+        )
+
+
+@register_kl(DiagonalGaussian, DiagonalGaussian)
+def gaussian_kl(q: DiagonalGaussian, p: DiagonalGaussian) -> Tensor:
+    """KL(q || p) in nats, summed over the event: ½ Σ (σ²_q + (μ_q - μ_p)²) / σ²_p - 1 - log ratio.
+
+    Raises:
+        ValueError: If the event shapes differ.
+    """
+    if q.event_shape != p.event_shape:
+        raise ValueError(
+            f"p: expected the event shape of q, {tuple(q.event_shape)}; got {tuple(p.event_shape)}"
+        )
+    log_ratio = q.log_std - p.log_std
+    terms = 0.5 * ((2 * log_ratio).exp() + p.whiten(q.mean).square() - 1) - log_ratio
+    return sum_event(terms, q.event_ndims)
+
+
+# --- the head ----------------------------------------------------------------------------------
+
+
+class GaussianHead(nn.Module):
+    """A network whose output is read as a `DiagonalGaussian`.
+
+    ``head(given, context)`` is ``net(given, context)`` (``net(given)`` where there is no context),
+    read by `format`. Where `log_std` is given, the network emits the mean alone.
+
+    Args:
+        net: Emits the tensor, or the pair of tensors, that `format` reads: (B, 2 D) for vectors,
+            (B, 2 C, H, W) for images.
+        event_ndims: 1 for vectors, 3 for images.
+        format: How the network's output is read.
+        log_std: None: emitted by the network. A number: fixed. A tensor: a shared parameter,
+            broadcast against the mean and learned (for example (C, 1, 1): one for each channel).
+
+    Example:
+        >>> head = GaussianHead(nn.Linear(4, 6), event_ndims=1)
+        >>> head(torch.randn(2, 4)).event_shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        event_ndims: int,
+        format: Format = Format(),
+        log_std: float | Tensor | None = None,
+    ):
+        super().__init__()
+        self.net, self.event_ndims, self.format = net, event_ndims, format
+        self.emitted = log_std is None
+        if isinstance(log_std, Tensor):
+            self.log_std = nn.Parameter(log_std.clone())
+        elif log_std is not None:
+            self.register_buffer("log_std", torch.tensor(float(log_std)), persistent=False)
+
+    def forward(
+        self, given: Tensor | None = None, context: Tensor | None = None
+    ) -> DiagonalGaussian:
+        """The distribution given the conditioning tensor; see the class."""
+        h = self.net(given) if context is None else self.net(given, context)
+        if self.emitted:
+            mean, log_std = self.format.split(h)
+        else:
+            mean, log_std = at_least_float32(h), self._bounded(self.log_std)
+        return DiagonalGaussian(mean, log_std, self.event_ndims)
+
+    def _bounded(self, log_std: Tensor) -> Tensor:
+        return log_std if self.format.bounds is None else log_std.clamp(*self.format.bounds)
+
+    def extra_repr(self) -> str:
+        """Names the convention, which is the point of this class."""
+        if self.emitted:
+            return f"format='{self.format}'"
+        return f"log_std of shape {tuple(self.log_std.shape)}, not emitted"

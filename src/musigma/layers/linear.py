@@ -1,0 +1,186 @@
+"""Linear bijections over the channels of vectors (B, C), and of every pixel of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musigma.gaussian import at_least_float32
+from musigma.model import Bijection
+
+__all__ = ["ActNorm", "InvertibleConv", "Permutation"]
+
+
+def positions(x: Tensor) -> int:
+    """How many pixels an image has; 1 for a vector."""
+    return x[0, 0].numel()
+
+
+class ActNorm(Bijection):
+    r"""A shift and a scale for each channel, set from a batch by `calibrate`.
+
+    .. math:: y = (x + b) e^{s}, \quad \log|\det| = HW \sum_c s_c
+
+    After calibration each channel of y has mean 0 and variance 1 on that batch. Before it the
+    layer is the identity; it never initialises itself on the side. `calibrated` is part of the
+    state, so a reloaded layer is not calibrated again. (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039.)
+
+    Args:
+        channels: C.
+
+    Example:
+        >>> norm, x = ActNorm(3), 5 + 2 * torch.randn(512, 3)
+        >>> norm.calibrate(x)
+        >>> y, log_det = norm(x)
+        >>> bool(y.std(0).sub(1).abs().max() < 1e-2), log_det.shape
+        (True, torch.Size([512]))
+    """
+
+    calibrated: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("calibrated", torch.tensor(False))
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Set shift and scale from x, once; a second call changes nothing."""
+        if bool(self.calibrated):
+            return
+        flat = at_least_float32(x).transpose(0, 1).flatten(1)
+        self.bias.copy_(-flat.mean(1))
+        self.log_scale.copy_(-(flat.std(1, correction=0) + 1e-6).log())
+        self.calibrated.fill_(True)
+
+    def _shaped(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1, *(1,) * (x.ndim - 2))
+        return self.bias.reshape(shape), self.log_scale.reshape(shape)
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        return (positions(x) * self.log_scale.sum()).expand(len(x))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``((x + b) exp(s), log_det)``."""
+        bias, log_scale = self._shaped(x)
+        return (x + bias) * log_scale.exp(), self._log_det(x)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(y exp(-s) - b, -log_det)``."""
+        bias, log_scale = self._shaped(y)
+        return y * (-log_scale).exp() - bias, -self._log_det(y)
+
+
+def _mix(weight: Tensor, x: Tensor) -> Tensor:
+    """``weight @ x`` at every position, in the precision of x whatever autocast says."""
+    with torch.autocast(x.device.type, enabled=False):
+        if x.ndim == 2:
+            return F.linear(x, weight)
+        if x.ndim == 4:
+            return F.conv2d(x, weight[:, :, None, None])
+        return torch.einsum("ij,bj...->bi...", weight, x)
+
+
+class InvertibleConv(Bijection):
+    r"""An invertible 1x1 convolution: a learned permutation, or any mixing, of the channels.
+
+    .. math:: y_{hw} = W x_{hw}, \quad \log|\det| = HW \log|\det W|
+
+    `lu` holds W = P L (U + diag(sign · exp(s))), whose determinant costs nothing and whose
+    diagonal cannot reach zero; plain holds W. Both start at a random rotation. Inverses are
+    computed in float64 where the device has it. (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039.)
+
+    Args:
+        channels: C.
+        lu: Whether W is held by its factors.
+    """
+
+    permutation: Tensor
+    sign: Tensor
+
+    def __init__(self, channels: int, *, lu: bool = True):
+        super().__init__()
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        self.lu = lu
+        if not lu:
+            self.weight = nn.Parameter(rotation.to(torch.get_default_dtype()))
+            return
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        dtype = torch.get_default_dtype()
+        self.register_buffer("permutation", permutation.to(dtype))
+        self.register_buffer("sign", diagonal.sign().to(dtype))
+        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
+        self.upper = nn.Parameter(upper.triu(1).to(dtype))
+        self.log_scale = nn.Parameter(diagonal.abs().log().to(dtype))
+
+    def matrix(self) -> Tensor:
+        """W, shape (C, C)."""
+        if not self.lu:
+            return self.weight
+        eye = torch.eye(len(self.sign)).to(self.sign)
+        diagonal = torch.diag(self.sign * self.log_scale.exp())
+        with torch.autocast(self.sign.device.type, enabled=False):
+            return self.permutation @ (self.lower.tril(-1) + eye) @ (self.upper.triu(1) + diagonal)
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        if self.lu:
+            log_det = self.log_scale.sum()
+        else:
+            log_det = torch.linalg.slogdet(self.weight)[1]
+        return (positions(x) * log_det).expand(len(x))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(W x, log_det)``."""
+        return _mix(self.matrix(), at_least_float32(x)), self._log_det(x)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(W⁻¹ y, -log_det)``."""
+        weight = self.matrix()
+        wide = weight.float() if weight.device.type == "mps" else weight.double()
+        return _mix(torch.linalg.inv(wide).to(weight), at_least_float32(y)), -self._log_det(y)
+
+
+class Permutation(Bijection):
+    """A fixed reordering of the channels; log_det is zero.
+
+    Args:
+        order: ``y[:, i] = x[:, order[i]]``. Part of the state: a reloaded shuffle is the same.
+
+    Raises:
+        ValueError: If `order` is no permutation.
+
+    Example:
+        >>> Permutation.reverse(3)(torch.tensor([[1.0, 2.0, 3.0]]))[0]
+        tensor([[3., 2., 1.]])
+    """
+
+    order: Tensor
+
+    def __init__(self, order: Sequence[int]):
+        super().__init__()
+        if sorted(order) != list(range(len(order))):
+            raise ValueError(f"order: expected each of 0 .. {len(order) - 1} once; got {order}")
+        self.register_buffer("order", torch.tensor(list(order)))
+
+    @classmethod
+    def reverse(cls, channels: int) -> Permutation:
+        """The last channel first."""
+        return cls(range(channels)[::-1])
+
+    @classmethod
+    def shuffle(cls, channels: int) -> Permutation:
+        """A random order, drawn now from torch's generator."""
+        return cls(torch.randperm(channels).tolist())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The reordered channels."""
+        return x[:, self.order], x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The original order."""
+        return y[:, self.order.argsort()], y.new_zeros(len(y))

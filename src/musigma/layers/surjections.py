@@ -1,0 +1,84 @@
+"""Layers that leave a variable behind: `Split` scores half the channels, `Dequantize` adds noise.
+
+(Nielsen et al., "SurVAE Flows", 2020, arXiv:2007.02731, whose vocabulary this is.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from musigma.model import Layer, conditioned
+from musigma.trace import Trace
+
+__all__ = ["Dequantize", "Split"]
+
+
+class Split(Layer):
+    """Factor half of the channels out, under a prior that the other half conditions.
+
+    The second half becomes a latent of its own, with p(second | first) = prior(first); the first
+    half goes on. Nothing is lost: `encode` returns every latent, and `decode` puts them back.
+    (Dinh et al., 2017, arXiv:1605.08803; as Split2d in Kingma & Dhariwal, 2018, arXiv:1807.03039.)
+
+    Args:
+        prior: A head: the kept half (B, C / 2, ...), and the context if any, to the distribution
+            of the other.
+    """
+
+    def __init__(self, prior: nn.Module):
+        super().__init__()
+        self.prior = prior
+
+    def variables(self) -> Iterator[nn.Module]:
+        """Itself."""
+        yield self
+
+    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """Keep the first half; score the second."""
+        h, z = x.chunk(2, dim=1)
+        trace.p(self, conditioned(self.prior, h, context), z)
+        return h
+
+    def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """Draw the second half, and put it back."""
+        return torch.cat([z, trace.p(self, conditioned(self.prior, z, context))], 1)
+
+
+class Dequantize(Layer):
+    r"""Integer levels to real numbers, :math:`y = x + u` with u ~ noise(x) in [0, 1).
+
+    .. math:: \log P(x) \ge E_u[\log p(x + u) - \log q(u|x)]
+
+    for *any* noise: so -log p of the real numbers, plus log q, is an upper bound of the code
+    length of the integers (Theis et al., 2016, arXiv:1511.01844; learned noise: Ho et al.,
+    "Flow++", 2019, arXiv:1902.00275). The way back is floor, held to 0 .. levels - 1.
+
+    Args:
+        noise: A head over events of the data's shape: `StandardUniform`, or `LogitNormalHead`.
+        levels: How many levels there are.
+    """
+
+    exact = False
+
+    def __init__(self, noise: nn.Module, levels: int = 256):
+        super().__init__()
+        self.noise, self.levels = noise, levels
+
+    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """Add noise, kept so far below 1 that rounding cannot reach the next level."""
+        u = trace.q(self, conditioned(self.noise, x, context))
+        return x + u.clamp(max=1 - self.levels * torch.finfo(u.dtype).eps)
+
+    def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """Drop the fraction."""
+        x = z.floor().clamp(0, self.levels - 1)
+        if trace.scoring:
+            trace.q(self, conditioned(self.noise, x, context), z - x)
+        return x
+
+    def extra_repr(self) -> str:
+        """Names the range."""
+        return f"levels={self.levels}"

@@ -1,0 +1,316 @@
+"""Networks that emit what heads read, and couplings compute with.
+
+Every network takes ``(x, context)``. One that was built with ``context=n`` needs a context of n
+features per example (B, n) and joins it to its input; any other ignores it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "MLP",
+    "ConvDecoder",
+    "ConvEncoder",
+    "CouplingNet",
+    "ResBlock",
+    "ResNet",
+    "Scaled",
+    "ZeroConv2d",
+]
+
+
+def join(x: Tensor, context: Tensor | None, features: int) -> Tensor:
+    """Concatenate a context (B, features) to x (B, C, ...) on axis 1; nothing if features is 0.
+
+    Raises:
+        ValueError: If a context is needed and missing, or has another shape.
+    """
+    if not features:
+        return x
+    if context is None or context.shape != (len(x), features):
+        got = "none" if context is None else f"shape {tuple(context.shape)}"
+        raise ValueError(
+            f"context: this network was built for {features} features per example, shape "
+            f"({len(x)}, {features}); got {got}"
+        )
+    spread = context.to(x.dtype).reshape(*context.shape, *(1,) * (x.ndim - 2))
+    return torch.cat([x, spread.expand(-1, -1, *x.shape[2:])], 1)
+
+
+class Scaled(nn.Module):
+    """A network that sees levels 0 .. levels - 1 scaled to [-1, 1]; no part of any density.
+
+    Args:
+        net: The network.
+        levels: How many levels there are; 2 for values that lie in [0, 1] already.
+    """
+
+    def __init__(self, net: nn.Module, levels: int):
+        super().__init__()
+        self.net, self.levels = net, levels
+
+    def forward(self, x: Tensor, context: Tensor | None = None):
+        """What the network makes of the scaled tensor."""
+        return self.net(2 * x / (self.levels - 1) - 1, context)
+
+    def extra_repr(self) -> str:
+        """Names the range."""
+        return f"0 .. {self.levels - 1} to -1 .. 1"
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron (B, inputs, ...) to (B, ...outputs); extra input axes are flattened.
+
+    Args:
+        inputs: Elements of one example.
+        outputs: A number, or a shape.
+        hidden: Width of each hidden layer.
+        context: Features of the context.
+        zero: Start with the last layer at zero, so that the output is.
+
+    Example:
+        >>> MLP(12, (3, 2, 2), hidden=[8])(torch.randn(5, 3, 4)).shape
+        torch.Size([5, 3, 2, 2])
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int | Sequence[int],
+        *,
+        hidden: Sequence[int] = (256, 256),
+        context: int = 0,
+        zero: bool = False,
+    ):
+        super().__init__()
+        self.context = context
+        self.outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
+        widths = [inputs + context, *hidden]
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Linear(a, b), nn.SiLU()]
+        last = nn.Linear(widths[-1], math.prod(self.outputs))
+        if zero:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*layers, last)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The output."""
+        h = self.layers(join(x.flatten(1), context, self.context))
+        return h.reshape(len(x), *self.outputs)
+
+
+class ZeroConv2d(nn.Module):
+    """A convolution that starts at zero, with a learned gain: ``conv(x) · exp(3 · logs)``.
+
+    (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039: Conv2dZeros.) `logs` is that code's name
+    of a log gain; it is no standard deviation.
+
+    Args:
+        inputs: Channels in.
+        outputs: Channels out.
+        kernel: Side of the kernel, odd.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+        self.logs = nn.Parameter(torch.zeros(outputs, 1, 1))
+        nn.init.zeros_(self.conv.weight)
+        assert self.conv.bias is not None
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The output, (B, outputs, H, W)."""
+        return self.conv(x) * (3 * self.logs).exp()
+
+
+class CouplingNet(nn.Module):
+    """Glow's coupling network: conv 3x3, conv 1x1, and a 3x3 that starts at zero.
+
+    Args:
+        inputs: Channels in.
+        outputs: Channels out.
+        hidden: Channels between.
+        context: Features of the context, joined as constant channels.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, hidden: int = 128, context: int = 0):
+        super().__init__()
+        self.context = context
+        self.enter = nn.Conv2d(inputs + context, hidden, 3, padding=1)
+        self.mix = nn.Conv2d(hidden, hidden, 1)
+        self.leave = ZeroConv2d(hidden, outputs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The output, (B, outputs, H, W)."""
+        h = F.relu(self.enter(join(x, context, self.context)))
+        return self.leave(F.relu(self.mix(h)))
+
+
+def norm(channels: int) -> nn.Module:
+    """Group normalisation: nothing in it depends on the other examples of a batch."""
+    return nn.GroupNorm(math.gcd(channels, 8), channels)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut.
+
+    Args:
+        channels: Channels in and out.
+        hidden: Channels between; None: as many.
+    """
+
+    def __init__(self, channels: int, hidden: int | None = None):
+        super().__init__()
+        hidden = hidden or channels
+        self.norm = norm(channels)
+        self.enter = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.leave = nn.Conv2d(hidden, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output, of the input's shape."""
+        h = F.silu(self.enter(F.silu(self.norm(x))))
+        return x + self.leave(h)
+
+
+class ResNet(nn.Module):
+    """A residual convolutional network that keeps the image's size.
+
+    Args:
+        inputs: Channels in.
+        outputs: Channels out.
+        width: Channels between.
+        blocks: Residual blocks.
+        context: Features of the context, joined as constant channels.
+        zero: Start with the last layer at zero (a `ZeroConv2d`), so that the output is.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        width: int = 32,
+        blocks: int = 1,
+        context: int = 0,
+        zero: bool = False,
+    ):
+        super().__init__()
+        self.context = context
+        self.enter = nn.Conv2d(inputs + context, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(ResBlock(width) for _ in range(blocks)))
+        self.leave = ZeroConv2d(width, outputs) if zero else nn.Conv2d(width, outputs, 1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The output, (B, outputs, H, W)."""
+        h = self.blocks(self.enter(join(x, context, self.context)))
+        return self.leave(F.silu(h))
+
+
+def sides(height: int, width: int, halvings: int) -> list[tuple[int, int]]:
+    """Image sizes under repeated halving, rounded up: any size can be encoded and decoded."""
+    out = [(height, width)]
+    for _ in range(halvings):
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+        out.append((height, width))
+    return out
+
+
+class ConvEncoder(nn.Module):
+    """A residual convolutional network from images of any size to vectors, or feature maps.
+
+    Args:
+        shape: (C, H, W) of the input.
+        outputs: Length of the output vector; None: `forward` returns the feature maps of every
+            size, smallest first, with ``width`` channels each.
+        width: Channels.
+        halvings: How often the image is halved.
+        blocks: Residual blocks at each size.
+        context: Features of the context, joined as constant channels.
+
+    Example:
+        >>> ConvEncoder((3, 13, 10), 8, width=4, halvings=2)(torch.randn(2, 3, 13, 10)).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        outputs: int | None,
+        *,
+        width: int = 32,
+        halvings: int = 2,
+        blocks: int = 1,
+        context: int = 0,
+    ):
+        super().__init__()
+        self.context = context
+        self.enter = nn.Conv2d(shape[0] + context, width, 3, padding=1)
+        stages = []
+        for i in range(halvings + 1):
+            down = [nn.Conv2d(width, width, 3, stride=2, padding=1)] if i else []
+            stages.append(nn.Sequential(*down, *(ResBlock(width) for _ in range(blocks))))
+        self.stages = nn.ModuleList(stages)
+        height, wide = sides(shape[1], shape[2], halvings)[-1]
+        self.leave = None if outputs is None else nn.Linear(width * height * wide, outputs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None):
+        """The vector (B, outputs), or the feature maps."""
+        h = self.enter(join(x, context, self.context))
+        maps = []
+        for stage in self.stages:
+            h = stage(h)
+            maps.append(h)
+        return maps[::-1] if self.leave is None else self.leave(F.silu(h).flatten(1))
+
+
+class ConvDecoder(nn.Module):
+    """The mirror image of `ConvEncoder`: vectors (B, inputs) to images (B, outputs, H, W).
+
+    Args:
+        inputs: Length of the input vector.
+        shape: (outputs, H, W).
+        width: Channels.
+        halvings: How often the smallest map is doubled.
+        blocks: Residual blocks at each size.
+        context: Features of the context, joined to the input.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        shape: Sequence[int],
+        *,
+        width: int = 32,
+        halvings: int = 2,
+        blocks: int = 1,
+        context: int = 0,
+    ):
+        super().__init__()
+        self.context = context
+        self.sizes = sides(shape[1], shape[2], halvings)[::-1]
+        self.start = (width, *self.sizes[0])
+        self.enter = nn.Linear(inputs + context, math.prod(self.start))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(ResBlock(width) for _ in range(blocks))) for _ in self.sizes
+        )
+        self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in self.sizes[1:])
+        self.leave = nn.Conv2d(width, shape[0], 3, padding=1)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The image-shaped output."""
+        h = self.enter(join(z, context, self.context)).unflatten(1, self.start)
+        for i, stage in enumerate(self.stages):
+            if i:
+                h = self.smooth[i - 1](F.interpolate(h, self.sizes[i], mode="nearest"))
+            h = stage(h)
+        return self.leave(F.silu(h))

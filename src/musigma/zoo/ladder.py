@@ -1,0 +1,128 @@
+"""A top-down hierarchical VAE with convolutional latents at several sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musigma.gaussian import Format, GaussianHead
+from musigma.heads import CONTINUOUS
+from musigma.model import Ladder, LadderBlock, Model
+from musigma.nets import ConvEncoder, ResBlock, ResNet, Scaled, sides
+from musigma.zoo import architecture
+from musigma.zoo.glow import image_shape
+from musigma.zoo.vae import named_likelihood, quantized, usual_likelihood
+
+
+@architecture
+def ladder(
+    shape: Sequence[int],
+    *,
+    bits: int | None = 8,
+    levels: int = 4,
+    latents: int = 8,
+    width: int = 32,
+    blocks: int = 1,
+    likelihood: str = "auto",
+    components: int = 5,
+    std: str | float = "emitted",
+    context: int = 0,
+) -> Model:
+    """A ladder of latents, from small feature maps to large (Child, 2021, arXiv:2011.10650).
+
+    The image is halved until its smaller side is at most 7, and the latents are spread over all
+    sizes but the full one, the smallest first.
+
+    Args:
+        shape: (C, H, W) of any size from 4 pixels.
+        bits: Bits of each element; None for continuous images.
+        levels: Number of latents, each a feature map.
+        latents: Channels of each latent.
+        width: Channels of the networks.
+        blocks: Residual blocks between two latents.
+        likelihood: A name that `musigma.heads.likelihood` takes; `auto`: `bernoulli` for 1 bit,
+            `gaussian` for continuous data, `logistic-mixture` for all other.
+        components: Of a `logistic-mixture`.
+        std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
+        context: Features of the context that conditions priors, features and decoder.
+    """
+    _, height, wide = image_shape(shape)
+    if min(height, wide) < 4:
+        raise ValueError(f"shape: a ladder needs images of at least 4x4; got {height}x{wide}")
+    name = usual_likelihood(bits) if likelihood == "auto" else likelihood
+    continuous, scale = name in CONTINUOUS, None if bits is None else 2**bits
+    down = max(1, math.ceil(math.log2(min(height, wide) / 7)))
+    sizes = sides(height, wide, down)[::-1]  # smallest first, the full size last
+    at = [i * down // levels for i in range(levels)]  # the size of each latent
+
+    bottom_up = BottomUp(
+        ConvEncoder(shape, None, width=width, halvings=down, blocks=blocks, context=context), at
+    )
+    depth = levels * blocks
+    rungs = [
+        LadderBlock(
+            prior=_gaussian(width, latents, width, context, zero=True),
+            posterior=_gaussian(2 * width, latents, width, 0),
+            merge=Merge(latents, width, blocks, depth, sizes[after] if after > here else None),
+        )
+        for here, after in zip(at, [*at[1:], down], strict=True)
+    ]
+
+    def decode(emitted: int) -> ResNet:
+        return ResNet(width, emitted, width=width, blocks=blocks, context=context)
+
+    decoder = named_likelihood(name, shape, decode, scale or 2, components, std)
+    if scale:
+        bottom_up = Scaled(bottom_up, 2 if continuous else scale)
+    model = Ladder(bottom_up, rungs, decoder, (width, *sizes[0]))
+    return quantized(model, shape, scale) if continuous and scale else model
+
+
+def _gaussian(inputs: int, latents: int, width: int, context: int, *, zero: bool = False):
+    net = ResNet(inputs, 2 * latents, width=width, blocks=0, context=context, zero=zero)
+    return GaussianHead(net, event_ndims=3, format=Format())
+
+
+class BottomUp(nn.Module):
+    """The feature map that each latent sees: blocks of one size see the same one."""
+
+    def __init__(self, encoder: ConvEncoder, at: Sequence[int]):
+        super().__init__()
+        self.encoder, self.at = encoder, list(at)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> list[Tensor]:
+        """One map for each latent, top first."""
+        maps = self.encoder(x, context)
+        return [maps[i] for i in self.at]
+
+
+class Merge(nn.Module):
+    """Add a latent to the state, work on it, and enlarge it if the next latent is larger.
+
+    The projection of z and the residual branches start smaller the deeper the ladder, as in Child
+    (2021), so that the variance of the state does not grow with it.
+    """
+
+    def __init__(
+        self, latents: int, width: int, blocks: int, depth: int, size: tuple[int, int] | None
+    ):
+        super().__init__()
+        self.project = nn.Conv2d(latents, width, 1)
+        self.blocks = nn.Sequential(*(ResBlock(width) for _ in range(blocks)))
+        self.smooth = None if size is None else nn.Conv2d(width, width, 3, padding=1)
+        self.size = size
+        with torch.no_grad():
+            self.project.weight.div_(math.sqrt(depth))
+            for block in self.blocks:
+                block.leave.weight.div_(math.sqrt(depth))
+
+    def forward(self, state: Tensor, z: Tensor) -> Tensor:
+        """The next state."""
+        state = self.blocks(state + self.project(z))
+        if self.smooth is None:
+            return state
+        return self.smooth(F.interpolate(state, self.size, mode="nearest"))

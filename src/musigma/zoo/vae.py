@@ -1,0 +1,129 @@
+"""Variational autoencoders, for vectors and for images of any size."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from musigma.gaussian import Format, GaussianHead
+from musigma.heads import CONTINUOUS, StandardNormal, StandardUniform, likelihood
+from musigma.layers import ActNorm, Affine, Coupling, Dequantize, InvertibleConv
+from musigma.model import VAE, Chain, Model, Prior
+from musigma.nets import MLP, ConvDecoder, ConvEncoder, Scaled
+from musigma.zoo import architecture
+
+
+@architecture
+def vae(
+    shape: Sequence[int],
+    *,
+    bits: int | None = 8,
+    net: Literal["auto", "mlp", "conv"] = "auto",
+    latents: int = 32,
+    width: int | None = None,
+    blocks: int = 1,
+    format: str = "halves log_std",
+    prior: Literal["normal", "flow"] = "normal",
+    prior_steps: int = 4,
+    likelihood: str = "auto",
+    components: int = 5,
+    std: str | float = "emitted",
+    context: int = 0,
+) -> Model:
+    """A variational autoencoder (Kingma & Welling, 2014, arXiv:1312.6114).
+
+    Args:
+        shape: (C, H, W) of any size, or (D,).
+        bits: Bits of each element; None for continuous data.
+        net: `mlp` or `conv` networks; `auto`: `conv` for images whose smaller side is at least 8.
+        latents: Dimensions of z.
+        width: Width of the networks; None: 400 for `mlp`, 32 channels for `conv`.
+        blocks: Hidden layers (`mlp`), or residual blocks at each size (`conv`).
+        format: How the encoder's output is read as (mean, log_std), as `Format.parse` takes it.
+        prior: N(0, I), or a coupling `flow` over it, learned with the rest.
+        prior_steps: Couplings of the flow.
+        likelihood: A name that `musigma.heads.likelihood` takes; `auto`: `bernoulli` for 1 bit,
+            `gaussian` for continuous data, `logistic-mixture` for all other.
+        components: Of a `logistic-mixture`.
+        std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
+        context: Features of the context that conditions encoder, decoder and a flow prior.
+    """
+    levels = None if bits is None else 2**bits
+    name = usual_likelihood(bits) if likelihood == "auto" else likelihood
+    continuous = name in CONTINUOUS
+    scaled = 2 if continuous or levels is None else levels
+    if net == "auto":
+        net = "conv" if len(shape) == 3 and min(shape[1:]) >= 8 else "mlp"
+    if net == "conv" and len(shape) != 3:
+        raise ValueError(f"net: 'conv' is for images (C, H, W); got shape {tuple(shape)}")
+    encode, decode = (_conv if net == "conv" else _mlp)(shape, latents, width, blocks, context)
+    read = Format.parse(format)
+    encoder = GaussianHead(
+        encode if levels is None else Scaled(encode, scaled), event_ndims=1, format=read
+    )
+    decoder = named_likelihood(name, shape, decode, levels or 2, components, std)
+    model = VAE(encoder, decoder, _prior(prior, latents, prior_steps, context))
+    return quantized(model, shape, levels) if continuous and levels else model
+
+
+def usual_likelihood(bits: int | None) -> str:
+    """The likelihood of data with so many bits, if nobody says otherwise."""
+    return {None: "gaussian", 1: "bernoulli"}.get(bits, "logistic-mixture")
+
+
+def named_likelihood(name, shape, net, levels, components, std) -> nn.Module:
+    """`musigma.heads.likelihood`, with a number understood where a command line has text."""
+    with contextlib.suppress(ValueError):
+        std = float(std)
+    return likelihood(name, shape, net, levels=levels, components=components, std=std)
+
+
+def quantized(model: Model, shape: Sequence[int], levels: int) -> Chain:
+    """A model of values in [0, 1] as one of integer levels: with the account that this needs."""
+    return Chain([Dequantize(StandardUniform(shape), levels), Affine(1 / levels)], model)
+
+
+def _prior(kind: str, latents: int, steps: int, context: int) -> Model:
+    if kind == "normal":
+        return Prior(StandardNormal((latents,)))
+    if kind != "flow":
+        raise ValueError(f"prior: expected 'normal' or 'flow'; got {kind!r}")
+    layers = []
+    kept = latents // 2
+    for _ in range(steps):
+        net = MLP(kept, 2 * (latents - kept), hidden=(128, 128), context=context, zero=True)
+        layers += [
+            ActNorm(latents),
+            InvertibleConv(latents),
+            Coupling(net, format=Format(scale="tanh")),
+        ]
+    return Chain(layers, Prior(StandardNormal((latents,))))
+
+
+def _mlp(shape: Sequence[int], latents: int, width: int | None, blocks: int, context: int):
+    hidden = [width or 400] * blocks
+    d = 1
+    for side in shape:
+        d *= side
+    encoder = MLP(d, 2 * latents, hidden=hidden, context=context)
+
+    def decoder(channels: int) -> MLP:
+        return MLP(latents, (channels, *shape[1:]), hidden=hidden, context=context)
+
+    return encoder, decoder
+
+
+def _conv(shape: Sequence[int], latents: int, width: int | None, blocks: int, context: int):
+    smallest, down = min(shape[1:]), 0
+    while smallest > 4 and down < 5:
+        smallest, down = (smallest + 1) // 2, down + 1
+    size = {"width": width or 32, "halvings": down, "blocks": blocks, "context": context}
+    encoder = ConvEncoder(shape, 2 * latents, **size)
+
+    def decoder(channels: int) -> ConvDecoder:
+        return ConvDecoder(latents, (channels, *shape[1:]), **size)
+
+    return encoder, decoder
