@@ -439,7 +439,6 @@ class DiagonalGaussian(Distribution):
         True
     """
 
-    arg_constraints = {"mean": constraints.real, "log_std": constraints.real}  # noqa: RUF012
     has_rsample = True
 
     def __init__(self, mean: Tensor, log_std: Tensor, event_ndims: int):
@@ -460,6 +459,11 @@ class DiagonalGaussian(Distribution):
         self._mean, self.log_std, self.event_ndims = mean, log_std, event_ndims
         cut = mean.ndim - event_ndims
         super().__init__(mean.shape[:cut], mean.shape[cut:], validate_args=False)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """Both parameters are real: any number that a network emits is a valid log_std."""
+        return {"mean": constraints.real, "log_std": constraints.real}
 
     @property
     def mean(self) -> Tensor:

@@ -45,11 +45,14 @@ __all__ = [
 class _Event(Distribution):
     """A distribution over events of `event_ndims` dimensions, without argument checks."""
 
-    arg_constraints = {}  # noqa: RUF012
     _base: constraints.Constraint = constraints.real
 
     def __init__(self, batch_shape: Sequence[int], event_shape: Sequence[int]):
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        return {}
 
     @property
     def support(self) -> constraints.Constraint:
@@ -119,7 +122,7 @@ class Categorical(_Event):
     def mean(self) -> Tensor:
         """The mean level."""
         levels = torch.arange(self.log_probs.shape[1]).to(self.log_probs)
-        return torch.tensordot(self.log_probs.exp(), levels, dims=([1], [0]))
+        return torch.einsum("bl...,l->b...", self.log_probs.exp(), levels)
 
     @property
     def mode(self) -> Tensor:

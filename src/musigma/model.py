@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -370,13 +370,16 @@ def _spherical(a: Tensor, b: Tensor, t: float) -> Tensor:
 class ModelDistribution(Distribution):
     """An exact model seen as a `torch.distributions.Distribution`."""
 
-    arg_constraints = {}  # noqa: RUF012
-
     def __init__(self, model: Model, context: Tensor | None):
         self.model, self.context = model, context
         example = model.sample(1 if context is None else len(context), context)
         batch = () if context is None else (len(context),)
         super().__init__(torch.Size(batch), example.shape[1:], validate_args=False)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """None: the model has its own parameters."""
+        return {}
 
     @property
     def support(self) -> constraints.Constraint:
@@ -453,9 +456,7 @@ class Chain(Model):
         self.exact = prior.exact and all(layer.exact for layer in self._layers())
 
     def _layers(self) -> Iterator[Layer]:
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            yield layer
+        return (cast(Layer, layer) for layer in self.layers)
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> None:
         """Every layer, then the prior."""
@@ -591,8 +592,8 @@ class Ladder(Model):
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> None:
         """From the top: z ~ q(z | state, x), paired with p(z | state); at last p(x | state)."""
-        state = self.top.expand(len(x), *self.top.shape[1:])
-        for block, seen in zip(self.blocks, self._features(x, context), strict=True):
+        state = self._start(len(x))
+        for block, seen in zip(self._rungs(), self._features(x, context), strict=True):
             q = block.posterior(torch.cat([state, seen], 1))
             z = trace.latent(block, q, conditioned(block.prior, state, context))
             state = block.merge(state, z)
@@ -601,9 +602,11 @@ class Ladder(Model):
     def generate(self, trace: Trace, context: Tensor | None = None) -> Tensor:
         """From the top: z ~ p(z | state); at last x ~ p(x | state)."""
         n = trace.n if context is None else len(context)
-        state = self.top.expand(n, *self.top.shape[1:])
+        if n is None:
+            raise ValueError("n: a ladder must be told how many examples to generate")
+        state = self._start(n)
         passed = []
-        for block in self.blocks:
+        for block in self._rungs():
             z = trace.p(block, conditioned(block.prior, state, context))
             passed.append((block, state, z))
             state = block.merge(state, z)
@@ -612,6 +615,12 @@ class Ladder(Model):
             for (block, state, z), seen in zip(passed, self._features(x, context), strict=True):
                 trace.q(block, block.posterior(torch.cat([state, seen], 1)), z)
         return x
+
+    def _start(self, n: int) -> Tensor:
+        return self.top.expand(n, *self.top.shape[1:])
+
+    def _rungs(self) -> Iterator[LadderBlock]:
+        return (cast(LadderBlock, block) for block in self.blocks)
 
     def _features(self, x: Tensor, context: Tensor | None) -> Sequence[Tensor]:
         return conditioned(self.bottom_up, x, context)

@@ -156,8 +156,9 @@ class Trace:
 
     def _choose(self, site: Site, dist: Distribution, given: Tensor | None) -> Tensor:
         if given is not None:
-            whitened = self.whiten and isinstance(dist, DiagonalGaussian)
-            return dist.unwhiten(given) if whitened else given
+            if self.whiten and isinstance(dist, DiagonalGaussian):
+                return dist.unwhiten(given)
+            return given
         shape = () if dist.batch_shape or self.n is None else (self.n,)
         temperature = self.temperature
         if isinstance(temperature, Mapping):
@@ -169,8 +170,9 @@ class Trace:
         draw = dist.rsample if dist.has_rsample else dist.sample
         if not isinstance(temperature, Tensor) and temperature == 1.0:
             return draw(shape)
-        return draw(shape, temperature=temperature)
+        return draw(shape, temperature=temperature)  # pyright: ignore[reportCallIssue]
 
     def _keep(self, site: Site, dist: Distribution, value: Tensor) -> None:
-        whitened = self.whiten and isinstance(dist, DiagonalGaussian)
-        self.values[site] = dist.whiten(value) if whitened else value
+        if self.whiten and isinstance(dist, DiagonalGaussian):
+            value = dist.whiten(value)
+        self.values[site] = value

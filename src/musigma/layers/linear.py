@@ -26,7 +26,8 @@ class ActNorm(Bijection):
 
     After calibration each channel of y has mean 0 and variance 1 on that batch. Before it the
     layer is the identity; it never initialises itself on the side. `calibrated` is part of the
-    state, so a reloaded layer is not calibrated again. (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039.)
+    state, so a reloaded layer is not calibrated again. (Kingma & Dhariwal, "Glow", 2018,
+    arXiv:1807.03039.)
 
     Args:
         channels: C.
@@ -92,7 +93,8 @@ class InvertibleConv(Bijection):
 
     `lu` holds W = P L (U + diag(sign · exp(s))), whose determinant costs nothing and whose
     diagonal cannot reach zero; plain holds W. Both start at a random rotation. Inverses are
-    computed in float64 where the device has it. (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039.)
+    computed in float64 where the device has it. (Kingma & Dhariwal, "Glow", 2018,
+    arXiv:1807.03039.)
 
     Args:
         channels: C.

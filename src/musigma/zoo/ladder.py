@@ -112,13 +112,13 @@ class Merge(nn.Module):
     ):
         super().__init__()
         self.project = nn.Conv2d(latents, width, 1)
-        self.blocks = nn.Sequential(*(ResBlock(width) for _ in range(blocks)))
+        residual = [ResBlock(width) for _ in range(blocks)]
+        self.blocks = nn.Sequential(*residual)
         self.smooth = None if size is None else nn.Conv2d(width, width, 3, padding=1)
         self.size = size
         with torch.no_grad():
-            self.project.weight.div_(math.sqrt(depth))
-            for block in self.blocks:
-                block.leave.weight.div_(math.sqrt(depth))
+            for conv in (self.project, *(block.leave for block in residual)):
+                conv.weight.div_(math.sqrt(depth))
 
     def forward(self, state: Tensor, z: Tensor) -> Tensor:
         """The next state."""
