@@ -4,8 +4,8 @@ A builder's keyword-only parameters are its configuration, its command-line opti
 documentation; what it was called with is kept on ``model.config``, which is all that a checkpoint
 needs to build it again.
 
-    >>> model = build("realnvp", (2,), bits=None, steps=2)
-    >>> model.config["options"]["steps"]
+    >>> model = build("realnvp", (2,), bits=None, depth=2)
+    >>> model.config["options"]["depth"]
     2
 """
 

@@ -30,7 +30,7 @@ def glow(
     *,
     bits: int | None = 8,
     levels: int | None = None,
-    steps: int = 8,
+    depth: int = 8,
     hidden: int = 128,
     coupling: Literal["affine", "additive"] = "affine",
     permutation: Literal["conv", "lu", "shuffle", "reverse"] = "lu",
@@ -45,7 +45,7 @@ def glow(
         bits: Bits of each element; None for continuous images.
         levels: Number of scales, each of half the side of the one before; all but the last factor
             half of their channels out. None: as many as the sides allow, up to 3.
-        steps: Steps of actnorm, permutation and coupling at each scale.
+        depth: Steps of actnorm, permutation and coupling at each scale.
         hidden: Channels inside the coupling networks.
         coupling: Affine couplings, or additive ones (of volume 1).
         permutation: What mixes the channels: a 1x1 convolution (plain or by its LU factors), a
@@ -66,7 +66,7 @@ def glow(
         layers.append(Squeeze())
         channels, height, width = 4 * channels, height // 2, width // 2
         half = channels // 2
-        for _ in range(steps):
+        for _ in range(depth):
             net = CouplingNet(
                 half,
                 channels if coupling == "affine" else half,

@@ -31,7 +31,7 @@ def realnvp(
     *,
     bits: int | None = 8,
     levels: int | None = None,
-    steps: int = 4,
+    depth: int = 4,
     hidden: int = 64,
     blocks: int = 1,
     alpha: float = 0.05,
@@ -46,7 +46,7 @@ def realnvp(
         shape: (C, H, W) with an even width, or (D,) with D of at least 2.
         bits: Bits of each element; None for continuous data.
         levels: Number of scales of an image; None: as many as the sides allow, up to 3.
-        steps: Couplings of each kind at each scale; for vectors, couplings in all.
+        depth: Couplings of each kind at each scale; for vectors, couplings in all.
         hidden: Width of the coupling networks.
         blocks: Residual blocks in each, for images.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
@@ -58,7 +58,7 @@ def realnvp(
     if len(shape) == 1:
         if shape[0] < 2:
             raise ValueError("shape: a coupling needs vectors of at least 2 elements; got 1")
-        for _ in range(steps):
+        for _ in range(depth):
             layers += step(shape[0], hidden, context, blocks=None)
         return Chain(layers, Prior(StandardNormal(shape)))
 
@@ -72,11 +72,11 @@ def realnvp(
     for level in range(levels):
         board = Checkerboard()
         layers.append(board)
-        for _ in range(steps):
+        for _ in range(depth):
             layers += step(2 * channels, hidden, context, blocks=blocks)
         layers += [Inverse(board), Squeeze()]
         channels, height, width = 4 * channels, height // 2, width // 2
-        for _ in range(steps):
+        for _ in range(depth):
             layers += step(channels, hidden, context, blocks=blocks)
         if level < levels - 1:
             net = ZeroConv2d(channels // 2, channels)

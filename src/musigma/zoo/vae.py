@@ -27,7 +27,7 @@ def vae(
     blocks: int = 1,
     format: str = "halves log_std",
     prior: Literal["normal", "flow"] = "normal",
-    prior_steps: int = 4,
+    prior_depth: int = 4,
     likelihood: str = "auto",
     components: int = 5,
     std: str | float = "emitted",
@@ -44,7 +44,7 @@ def vae(
         blocks: Hidden layers (`mlp`), or residual blocks at each size (`conv`).
         format: How the encoder's output is read as (mean, log_std), as `Format.parse` takes it.
         prior: N(0, I), or a coupling `flow` over it, learned with the rest.
-        prior_steps: Couplings of the flow.
+        prior_depth: Couplings of the flow.
         likelihood: A name that `musigma.heads.likelihood` takes; `auto`: `bernoulli` for 1 bit,
             `gaussian` for continuous data, `logistic-mixture` for all other.
         components: Of a `logistic-mixture`.
@@ -65,7 +65,7 @@ def vae(
         encode if levels is None else Scaled(encode, scaled), event_ndims=1, format=read
     )
     decoder = named_likelihood(name, shape, decode, levels or 2, components, std)
-    model = VAE(encoder, decoder, _prior(prior, latents, prior_steps, context))
+    model = VAE(encoder, decoder, _prior(prior, latents, prior_depth, context))
     return quantized(model, shape, levels) if continuous and levels else model
 
 
@@ -86,14 +86,14 @@ def quantized(model: Model, shape: Sequence[int], levels: int) -> Chain:
     return Chain([Dequantize(StandardUniform(shape), levels), Affine(1 / levels)], model)
 
 
-def _prior(kind: str, latents: int, steps: int, context: int) -> Model:
+def _prior(kind: str, latents: int, depth: int, context: int) -> Model:
     if kind == "normal":
         return Prior(StandardNormal((latents,)))
     if kind != "flow":
         raise ValueError(f"prior: expected 'normal' or 'flow'; got {kind!r}")
     layers = []
     kept = latents // 2
-    for _ in range(steps):
+    for _ in range(depth):
         net = MLP(kept, 2 * (latents - kept), hidden=(128, 128), context=context, zero=True)
         layers += [
             ActNorm(latents),

@@ -1,0 +1,167 @@
+"""One safetensors file is a model: weights, and in its header all that builds them again.
+
+The header's metadata holds the format's version, the architecture's configuration, whatever the
+caller adds (how data were prepared, say), and a digest of all of it and of every tensor: a file
+with a changed byte is refused. Nothing is ever unpickled, and a file never causes code to be
+imported: an architecture that is not in the zoo must be registered by the caller first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musigma import __version__
+from musigma.files import replacing
+from musigma.model import Model
+from musigma.zoo import ARCHITECTURES, build
+
+__all__ = ["CheckpointError", "load", "read", "save"]
+
+FORMAT = "musigma/1"
+MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""From an older format's name to the function that brings its config to the present one's."""
+
+
+class CheckpointError(ValueError):
+    """A file is not a checkpoint that can be loaded; the message says why, and what to do."""
+
+
+def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+    """Write a model from the zoo as one file, whole or not at all.
+
+    Args:
+        model: Built by an `architecture`.
+        path: Of the file to write or replace.
+        extra: Further JSON values for the header, which `read` returns.
+
+    Raises:
+        ValueError: If the model was composed by hand, so that no configuration builds it.
+    """
+    from safetensors.torch import save_file
+
+    if not model.config:
+        raise ValueError(
+            "model: this one was composed by hand, so a file could not say how to build it; "
+            "make its builder an @musigma.architecture, or save model.state_dict() yourself"
+        )
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in model.state_dict().items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "musigma": __version__,
+        "config": json.dumps(model.config),
+        "extra": json.dumps(extra or {}),
+    }
+    metadata["digest"] = _digest(metadata, tensors)
+    with replacing(path) as draft:
+        save_file(tensors, draft, metadata=metadata)
+
+
+def load(path: str | Path) -> Model:
+    """The model in a checkpoint, in evaluation mode on the CPU.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, of another format, or its weights do not
+            fit its configuration.
+    """
+    return read(path)[0]
+
+
+def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
+    """The model in a checkpoint, and the `extra` values that were saved with it.
+
+    Raises:
+        CheckpointError: As `load`.
+    """
+    config, extra, tensors = _contents(Path(path))
+    name = config["architecture"]
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: holds the architecture {name!r}, which is not in the zoo; if you trust the "
+            f"file that defines it, give it (--plugin FILE.py:{name})"
+        )
+    try:
+        model = build(name, config["shape"], **config["options"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its configuration builds no {name} here: {error}"
+        ) from error
+    _fill(model, tensors, path)
+    return model.eval(), extra
+
+
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; a checkpoint is a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}); it may be cut short or damaged, "
+            "so copy it again"
+        ) from error
+    version = metadata.get("format", "")
+    if not version.startswith("musigma/"):
+        raise CheckpointError(
+            f"{path}: a safetensors file, but not one that musigma wrote (no format in its header)"
+        )
+    if metadata.pop("digest", None) != _digest(metadata, tensors):
+        raise CheckpointError(
+            f"{path}: its content does not match its digest, so it was changed or damaged after "
+            "it was written; copy it again"
+        )
+    config, extra = json.loads(metadata["config"]), json.loads(metadata["extra"])
+    while version != FORMAT:
+        if version not in MIGRATIONS:
+            raise CheckpointError(
+                f"{path}: written in format {version} by musigma {metadata['musigma']}, and this "
+                f"is musigma {__version__}, which reads {FORMAT}; upgrade musigma"
+            )
+        config = MIGRATIONS[version](config)
+        version = config.pop("format")
+    return config, extra, tensors
+
+
+def _fill(model: Model, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    wanted = model.state_dict()
+    wrong = [f"{name} is missing" for name in wanted if name not in tensors]
+    wrong += [f"{name} is not part of the model" for name in tensors if name not in wanted]
+    wrong += [
+        f"{name} has shape {tuple(tensors[name].shape)} and not {tuple(t.shape)}"
+        for name, t in wanted.items()
+        if name in tensors and tensors[name].shape != t.shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(
+            f"{path}: its weights do not fit its configuration: {'; '.join(wrong[:5])}{more}"
+        )
+    dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    model.load_state_dict(dict(tensors))
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of the metadata, and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(metadata):
+        digest.update(f"{key}\0{metadata[key]}\0".encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

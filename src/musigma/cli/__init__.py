@@ -1,0 +1,55 @@
+"""The command line: parse, call, print. Nothing is computed here that the library cannot do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from musigma import __version__
+from musigma.cli.shared import register_plugin
+from musigma.cli.train import add_architecture, train_app
+from musigma.cli.use import commands
+
+UserError = (ValueError, TypeError, OSError)
+
+app = App(
+    name="musigma",
+    version=__version__,
+    help="Gaussian latent-variable models: VAEs and normalizing flows whose numbers are true.",
+)
+app.command(train_app)
+app.command(commands, name="*")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one line on standard error, and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["train"]:
+            words = _train_words(words)
+        app(words, exit_on_error=False, print_error=False, result_action="return_value")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (CycloptsError, *UserError) as error:
+        if "--debug" in words:
+            raise
+        print(f"musigma: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _train_words(words: list[str]) -> list[str]:
+    """Make the architectures' commands, and put a name where a FILE.py:NAME stands."""
+    from musigma.zoo import ARCHITECTURES
+
+    if len(words) > 1 and ".py:" in words[1]:
+        words = [words[0], register_plugin(words[1]), *words[2:]]
+    elif len(words) > 1 and not words[1].startswith("-") and words[1] not in ARCHITECTURES:
+        from musigma.zoo import build
+
+        build(words[1], ())
+    for name in ARCHITECTURES:
+        if name not in train_app:
+            add_architecture(name)
+    return words

@@ -1,0 +1,273 @@
+"""What commands share: options, where they talk to, and a trained model opened for use."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect as python
+import json
+import math
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every command.
+
+    Args:
+        json: Print one JSON document, and nothing else, on standard output.
+        seed: Of everything random.
+        device: As torch names it: cpu, cuda, mps; by default the best there is.
+        plugin: FILE.py:NAME of an architecture that is not in the zoo. The file is run.
+        debug: Show the traceback of an error.
+    """
+
+    json: Annotated[bool, Parameter(negative="")] = False
+    seed: int = 0
+    device: str | None = None
+    plugin: str | None = None
+    debug: Annotated[bool, Parameter(negative="")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which data a trained model is given, and how.
+
+    Args:
+        split: Which part: all, train, validation or held-out. By default the held-out part of
+            the data that the model was trained on, and all of any other.
+        size: Bring images to this size first; by default as in training.
+        skip_bad: Leave out images that cannot be read, instead of stopping.
+        batch_size: Examples at a time.
+    """
+
+    split: Literal["all", "train", "validation", "held-out"] | None = None
+    size: int | None = None
+    skip_bad: Annotated[bool, Parameter(negative="")] = False
+    batch_size: int = 64
+
+
+CommonOptions = Annotated[Common, Parameter(name="*")]
+Data = Annotated[DataOptions, Parameter(name="*")]
+USUAL, USUAL_DATA = Common(), DataOptions()
+
+
+class Screen:
+    """Where a command talks: to people, or, with --json, to a program."""
+
+    def __init__(self, common: Common):
+        from rich.console import Console
+
+        self.common = common
+        self.console = Console(stderr=True, quiet=common.json, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self.console.print(text, markup=False)
+
+    def result(self, value: dict[str, Any], text: str = "") -> None:
+        """The command's answer: JSON if asked for, the text otherwise, on standard output."""
+        print(json.dumps(finite(value), indent=2) if self.common.json else text)
+
+    @contextmanager
+    def progress(self, what: str):
+        """A progress bar that is updated by ``(done, total)``."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = ("[progress.description]{task.description}", BarColumn())
+        if self.common.json or not self.console.is_terminal:
+            yield None
+            return
+        with Progress(
+            *columns,
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        ) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no inf and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Trained:
+    """A run folder or a checkpoint file, opened for use."""
+
+    def __init__(self, run: str, common: Common):
+        import torch
+
+        from musigma import checkpoint
+
+        if common.plugin:
+            register_plugin(common.plugin)
+        path = Path(run)
+        self.folder = path if path.is_dir() else None
+        if self.folder and not (path / "model.safetensors").is_file():
+            raise ValueError(
+                f"RUN: the folder {run} holds no model.safetensors; train one into it"
+            )
+        if not path.exists():
+            raise ValueError(f"RUN: there is no run folder or checkpoint file {run}")
+        self.path = path / "model.safetensors" if self.folder else path
+        self.model, self.extra = checkpoint.read(self.path)
+        self.device = torch.device(common.device or best_device())
+        self.model.to(self.device)
+        self.common = common
+        torch.manual_seed(common.seed)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one example."""
+        return tuple(self.model.config["shape"])
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of each element; None for continuous data."""
+        return self.model.config["options"].get("bits", 8)
+
+    @property
+    def levels(self) -> int:
+        """Levels of each element, for pictures."""
+        return 2 ** (self.bits or 8)
+
+    def data(self, source: str, options: DataOptions, screen: Screen):
+        """Data treated as those that the model was trained on."""
+        from musigma import data
+        from musigma.evaluation import check
+
+        saved = self.extra.get("data", {})
+        prepare = data.Preprocess.from_json(saved.get("preprocess", {}))
+        if options.size is not None:
+            prepare = dataclasses.replace(prepare, size=options.size)
+        with screen.progress("reading") as progress:
+            found = data.load(
+                source,
+                preprocess=prepare,
+                skip_bad=options.skip_bad,
+                allow_constant=True,
+                progress=progress,
+            )
+        check(self.model, found)
+        for name in found.skipped:
+            screen.say(f"skipped {name}: it cannot be read")
+        own = data.identity(source) == saved.get("source")
+        return found.split(options.split or ("held-out" if own else "all"))
+
+    def examples(self, source: str, options: DataOptions, screen: Screen, n: int):
+        """The first n examples of the data, with their context."""
+        import numpy as np
+
+        from musigma.evaluation import batch
+
+        found = self.data(source, options, screen)
+        return batch(found, np.arange(min(n, len(found))), self.model, seed=self.common.seed)
+
+    def context(self, n: int, label: int | None):
+        """One-hot rows for n samples of a class, or of all classes in turn; None without any."""
+        import torch
+
+        from musigma.evaluation import context_size
+
+        classes = context_size(self.model)
+        if not classes:
+            if label is not None:
+                raise ValueError("label: this model is not conditioned on classes; leave it out")
+            return None
+        if label is not None and not 0 <= label < classes:
+            raise ValueError(f"label: expected 0 to {classes - 1}; got {label}")
+        which = torch.arange(n) % classes if label is None else torch.full((n,), label)
+        return torch.nn.functional.one_hot(which, classes).float().to(self.device)
+
+    def write(self, x: Any, out: Path, columns: int | None = None) -> None:
+        """Examples as a picture, or as an array, by the suffix of the file."""
+        import numpy as np
+
+        from musigma import figures
+        from musigma.files import replacing
+
+        values = x.detach().cpu().numpy()
+        if self.bits is not None:
+            values = values.astype(np.uint8)
+        if out.suffix == ".png":
+            if len(self.shape) == 3:
+                figures.grid(values, out, levels=self.levels, columns=columns)
+            elif self.shape == (2,):
+                figures.points(values, out)
+            else:
+                raise ValueError(
+                    f"out: examples of shape {self.shape} are no picture; name a .npy or .npz file"
+                )
+            return
+        if out.suffix not in (".npy", ".npz"):
+            raise ValueError(f"out: expected a .png, .npy or .npz file; got {out}")
+        with replacing(out) as draft, draft.open("wb") as file:
+            if out.suffix == ".npy":
+                np.save(file, values)
+            else:
+                np.savez_compressed(file, x=values)
+
+
+def best_device() -> str:
+    """Cuda or mps where there is one, else cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def register_plugin(spec: str) -> str:
+    """Run FILE.py and make its function NAME an architecture; returns NAME."""
+    from musigma.zoo import ARCHITECTURES, architecture
+
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not file or not path.is_file():
+        raise ValueError(f"plugin: expected FILE.py:NAME of a file that exists; got {spec!r}")
+    loading = importlib.util.spec_from_file_location(f"musigma_plugin_{path.stem}", path)
+    if loading is None or loading.loader is None:
+        raise ValueError(f"plugin: {path} is no Python file")
+    module = importlib.util.module_from_spec(loading)
+    sys.modules[loading.name] = module
+    try:
+        loading.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"plugin: {path} fails: {type(error).__name__}: {error}") from error
+    builder: Any = getattr(module, name, None)
+    if not callable(builder):
+        have = [n for n, v in vars(module).items() if python.isfunction(v) and n[0] != "_"]
+        raise ValueError(f"plugin: {path} defines no function {name!r}; it has {', '.join(have)}")
+    if ARCHITECTURES.get(name) is not builder:
+        if name in ARCHITECTURES:
+            raise ValueError(f"plugin: the zoo has a {name!r} already; rename the function")
+        architecture(builder)
+    return name
+
+
+def said(figure: dict[str, Any]) -> str:
+    """A figure with its error, its kind and its size, as a line."""
+    bound = {"exact": "exact"}.get(figure["bound"], f"upper bound, {figure['bound']}")
+    error = "" if figure["standard_error"] is None else f" ± {figure['standard_error']:.4f}"
+    return (
+        f"{figure['bits_per_dim']:.4f}{error} bits/dim, {figure['nats']:.2f} nats per example "
+        f"({bound}; n = {figure['n']:,})"
+    )
+
+
+def as_levels(x: Any) -> Any:
+    """A tensor of examples as an array on the CPU."""
+    return x.detach().cpu().numpy()

@@ -1,0 +1,332 @@
+"""``musigma train``: a command for each architecture, made from its builder's signature."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as python
+import json
+import math
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from cyclopts import App, Parameter
+
+from musigma import __version__
+from musigma.cli.shared import (
+    USUAL,
+    Common,
+    CommonOptions,
+    Screen,
+    Trained,
+    as_levels,
+    finite,
+    register_plugin,
+    said,
+)
+
+train_app = App(name="train", help="Train a model: `musigma train ARCH DATA`, or `--resume RUN`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """How the training data are treated, and where the run goes.
+
+    Args:
+        out: The run folder to make; by default runs/ARCH-DATA.
+        overwrite: Replace a run that is there already.
+        size: Resize images to squares of this side.
+        bits: Keep so many bits of each channel, 1 to 8.
+        binarize: Make images black and white: at a threshold, or drawn anew at each step.
+        skip_bad: Leave out images that cannot be read, instead of stopping.
+        conditional: Condition the model on the labels of the data.
+    """
+
+    out: Path | None = None
+    overwrite: Annotated[bool, Parameter(negative="")] = False
+    size: int | None = None
+    bits: int = 8
+    binarize: Literal["threshold", "dynamic"] | None = None
+    skip_bad: Annotated[bool, Parameter(negative="")] = False
+    conditional: Annotated[bool, Parameter(negative="")] = False
+
+
+FILLED_IN = ("bits", "context")  # options of builders that follow from the data
+
+
+def add_architecture(name: str) -> None:
+    """Make ``musigma train NAME`` from the signature of the builder."""
+    from docstring_parser import parse
+
+    from musigma.training import TrainConfig
+    from musigma.zoo import ARCHITECTURES
+
+    builder = python.unwrap(ARCHITECTURES[name])
+    types, doc = get_type_hints(builder), parse(builder.__doc__ or "")
+    help_of = {p.arg_name: p.description or "" for p in doc.params}
+    config_names = {
+        f.name for kind in (TrainConfig, Prepare, Common) for f in dataclasses.fields(kind)
+    }
+    _, *options = python.signature(builder).parameters.values()
+    options = [p for p in options if p.name not in FILLED_IN]
+    for p in options:
+        if p.name in config_names:
+            raise ValueError(
+                f"{p.name}: an option of {name} that `musigma train` has already; rename it"
+            )
+        if p.default is p.empty:
+            raise ValueError(f"{p.name}: an option of {name} without a default; give it one")
+
+    defaults = {"config": TrainConfig(), "prepare": Prepare(), "common": USUAL}
+
+    def command(data: str, **given: Any) -> None:
+        shared = (given.pop(key, usual) for key, usual in defaults.items())
+        train(name, data, given, *shared)
+
+    def parameter(name: str, default: Any, annotation: Any) -> python.Parameter:
+        kind = python.Parameter.KEYWORD_ONLY
+        return python.Parameter(name, kind, default=default, annotation=annotation)
+
+    command.__signature__ = python.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [
+            python.Parameter(
+                "data",
+                python.Parameter.POSITIONAL_OR_KEYWORD,
+                annotation=Annotated[str, Parameter(help="A folder, a file, or a name.")],
+            ),
+            *(
+                parameter(
+                    p.name,
+                    p.default,
+                    Annotated[types.get(p.name, str), Parameter(help=help_of.get(p.name, ""))],
+                )
+                for p in options
+            ),
+            parameter("config", TrainConfig(), Annotated[TrainConfig, Parameter(name="*")]),
+            parameter("prepare", Prepare(), Annotated[Prepare, Parameter(name="*")]),
+            parameter("common", USUAL, CommonOptions),
+        ]
+    )
+    command.__doc__ = f"{doc.short_description or name}\n\n{doc.long_description or ''}"
+    command.__annotations__ = {}
+    train_app.command(command, name=name)
+
+
+@train_app.default
+def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL) -> None:
+    """Train a model: `musigma train ARCH DATA`, or go on with one that was stopped.
+
+    Args:
+        resume: The run folder to go on with; its own configuration is used.
+        common: Shared options.
+    """
+    from musigma import data
+    from musigma.training import TrainConfig
+    from musigma.zoo import build
+
+    if resume is None:
+        raise ValueError("train: say what to train, `musigma train ARCH DATA`, or --resume RUN")
+    if common.plugin:
+        register_plugin(common.plugin)
+    try:
+        saved = json.loads((resume / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"resume: {resume} holds no readable config.json ({error})") from error
+    screen = Screen(common)
+    about = saved["data"]
+    found = data.load(
+        about["source"],
+        preprocess=data.Preprocess.from_json(about["preprocess"]),
+        skip_bad=about["skip_bad"],
+    )
+    if len(found) != about["n"] or list(found.shape) != about["shape"]:
+        raise ValueError(
+            f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
+            f"the run began, and has {len(found)} of {list(found.shape)} now"
+        )
+    model = build(
+        saved["model"]["architecture"], saved["model"]["shape"], **saved["model"]["options"]
+    )
+    run(model, found, TrainConfig(**saved["train"]), resume, saved, screen, resume=True)
+
+
+def train(
+    name: str, source: str, options: dict[str, Any], config: Any, prepare: Prepare, common: Common
+) -> None:
+    """``musigma train ARCH DATA``."""
+    import torch
+
+    from musigma import data
+    from musigma.training import check_run
+    from musigma.zoo import build
+
+    common = dataclasses.replace(common, seed=config.seed)
+    screen = Screen(common)
+    out = prepare.out or Path("runs") / f"{name}-{Path(source).name.split('.')[0] or 'data'}"
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not prepare.overwrite:
+        raise ValueError(
+            f"out: {out} exists already; --resume {out}, --overwrite, or another --out"
+        )
+    treat = data.Preprocess(size=prepare.size, bits=prepare.bits, binarize=prepare.binarize)
+    with screen.progress("reading") as progress:
+        found = data.load(source, preprocess=treat, skip_bad=prepare.skip_bad, progress=progress)
+    for skipped in found.skipped:
+        screen.say(f"skipped {skipped}: it cannot be read")
+    if prepare.conditional:
+        if found.labels is None:
+            raise ValueError(f"conditional: {source} has no labels; put images into class folders")
+        options["context"] = len(found.label_names)
+    torch.manual_seed(config.seed)
+    model = build(name, found.shape, bits=found.bits, **options)
+    saved = {
+        "model": model.config,
+        "data": {
+            "source": data.identity(source),
+            "preprocess": treat.to_json(),
+            "skip_bad": prepare.skip_bad,
+            **{k: v for k, v in data.describe(found).items() if k in ("n", "shape", "bits")},
+            "label_names": list(found.label_names),
+        },
+        "train": dataclasses.asdict(config),
+        "versions": {
+            "musigma": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    for part in ("train", "validation", "held-out"):
+        saved["data"][part] = len(found.split(part))
+    check_run(model, found, config)
+    if prepare.overwrite and out.is_dir():
+        shutil.rmtree(out)
+    run(model, found, config, out, saved, screen)
+
+
+def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool = False) -> None:
+    """Fit, evaluate on the held-out part, and draw what there is to see."""
+    from musigma.evaluation import evaluate, ledger
+    from musigma.files import write_json
+    from musigma.training import fit
+
+    common = screen.common
+    parameters = sum(p.numel() for p in model.parameters())
+    training, validation = found.split("train"), found.split("validation")
+    screen.say(
+        f"{saved['model']['architecture']} with {parameters:,} parameters on {len(training):,} "
+        f"examples of shape {'x'.join(map(str, found.shape))} from {found.name}"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", saved)
+    with _Dashboard(screen, config) as watch:
+        done = fit(
+            model,
+            training,
+            validation,
+            config,
+            out,
+            extra={"data": saved["data"]},
+            device=common.device,
+            resume=resume,
+            watch=watch,
+        )
+    if not done.finished:
+        screen.say(f"stopped after {done.steps:,} steps; go on with: musigma train --resume {out}")
+        screen.result({"run": str(out), "steps": done.steps, "finished": False})
+        return
+    trained = Trained(str(out), common)
+    held = found.split("held-out")
+    with screen.progress("evaluating") as progress:
+        figure = evaluate(trained.model, held, seed=common.seed, progress=progress)
+    write_json(out / "evaluation.json", finite(figure))
+    write_json(out / "ledger.json", ledger(trained.model, held.subset(range(min(512, len(held))))))
+    pictures = draw(trained, held, out / "samples")
+    screen.result(
+        {
+            "run": str(out),
+            "steps": done.steps,
+            "finished": True,
+            "seconds": done.seconds,
+            "skipped": done.skipped,
+            "parameters": parameters,
+            "evaluation": figure,
+            "pictures": pictures,
+        },
+        f"{said(figure)}\nrun: {out}\npictures: {', '.join(pictures) or 'none'}\n"
+        f"next: musigma sample {out} --n 64 --out samples.png",
+    )
+
+
+def draw(trained: Trained, held: Any, folder: Path) -> list[str]:
+    """Samples, reconstructions and interpolations as pictures, where they are any."""
+    import numpy as np
+
+    from musigma import figures
+    from musigma.evaluation import batch
+
+    model, levels = trained.model, trained.levels
+    folder.mkdir(exist_ok=True)
+    x, context = batch(held, np.arange(min(16, len(held))), model)
+    drawn = folder / "samples.png"
+    samples = model.sample(64, trained.context(64, None), mode=True)
+    if len(trained.shape) == 1:
+        if trained.shape != (2,):
+            return []
+        figures.points(samples.cpu().numpy(), drawn, reference=held.x[:2000])
+        return [str(drawn)]
+    trained.write(samples, drawn)
+    again = model.reconstruct(x, context)
+    figures.rows([as_levels(x), as_levels(again)], folder / "reconstructions.png", levels=levels)
+    half = len(x) // 2
+    between = model.interpolate(
+        x[:half], x[half : 2 * half], 9, None if context is None else context[:half]
+    )
+    trained.write(between.flatten(0, 1), folder / "interpolations.png", columns=9)
+    return [str(folder / f"{n}.png") for n in ("samples", "reconstructions", "interpolations")]
+
+
+def _levels(x: Any) -> Any:
+    return x.detach().cpu().numpy()
+
+
+class _Dashboard:
+    """The state of training, as a bar on a terminal and as a line per evaluation elsewhere."""
+
+    def __init__(self, screen: Screen, config: Any):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.screen, self.bits, self.speed = screen, math.nan, 0.0
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            console=screen.console,
+            transient=True,
+            disable=screen.common.json or not screen.console.is_terminal,
+        )
+
+    def __enter__(self) -> Callable[[Any], None]:
+        self.bar.start()
+        self.task = self.bar.add_task("starting", total=1.0)
+        return self.show
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def show(self, row: Any) -> None:
+        """Take in a row of metrics."""
+        if row["kind"] == "evaluation":
+            self.screen.say(f"step {row['step']:,}: {said(row)}")
+            return
+        if row["kind"] == "skipped":
+            self.screen.say(f"step {row['step']:,} skipped: {row['reason']}")
+            return
+        weight = 0.05 if self.bits == self.bits else 1.0
+        self.bits = row["bits_per_dim"] * weight + (self.bits * (1 - weight) if weight < 1 else 0)
+        self.speed += weight * (row["examples_per_second"] - self.speed)
+        kl = sum(row["kl"])
+        text = f"{self.bits:.3f} bits/dim  latents {kl:.1f} nats  {self.speed:,.0f} examples/s"
+        self.bar.update(self.task, completed=row["share"], description=text)

@@ -1,0 +1,549 @@
+"""The commands that use a trained model."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from musigma.cli.shared import (
+    USUAL,
+    USUAL_DATA,
+    CommonOptions,
+    Data,
+    Screen,
+    Trained,
+    as_levels,
+    said,
+)
+
+commands = App()
+
+
+def _temperature(text: str) -> float | tuple[float, ...]:
+    try:
+        values = tuple(float(t) for t in text.split(","))
+    except ValueError:
+        raise ValueError(f"temperature: expected 0.7, or 0.7,0.8,1; got {text!r}") from None
+    if any(not 0 <= t < math.inf for t in values):
+        raise ValueError(f"temperature: expected numbers from 0; got {text!r}")
+    return values[0] if len(values) == 1 else values
+
+
+@commands.command
+def sample(
+    run: str,
+    *,
+    n: int = 64,
+    temperature: str = "1",
+    mode: Annotated[bool, Parameter(negative="")] = False,
+    label: int | None = None,
+    out: Path | None = None,
+    common: CommonOptions = USUAL,
+) -> None:
+    """Draw new examples.
+
+    Args:
+        run: A run folder, or a .safetensors file.
+        n: How many.
+        temperature: Multiplies the standard deviation of every draw; with commas, one for each
+            latent, top first.
+        mode: Show the centre of p(x | latents), not a draw from it.
+        label: The class to draw, if the model is conditional; by default all in turn.
+        out: A .png grid, or an .npy or .npz array.
+        common: Shared options.
+    """
+    import torch
+
+    if n < 1:
+        raise ValueError(f"n: expected 1 or more; got {n}")
+    screen, trained = Screen(common), Trained(run, common)
+    out = out or Path("samples.png" if len(trained.shape) == 3 else "samples.npy")
+    parts, context = [], trained.context(n, label)
+    with screen.progress("sampling") as progress:
+        for start in range(0, n, 64):
+            stop = min(start + 64, n)
+            rows = None if context is None else context[start:stop]
+            parts.append(
+                trained.model.sample(
+                    stop - start, rows, temperature=_temperature(temperature), mode=mode
+                )
+            )
+            if progress:
+                progress(stop, n)
+    trained.write(torch.cat(parts), out)
+    screen.result({"out": str(out), "n": n, "temperature": temperature}, f"{n} samples: {out}")
+
+
+@commands.command
+def reconstruct(
+    run: str,
+    data: str,
+    *,
+    n: int = 16,
+    out: Path = Path("reconstructions.png"),
+    options: Data = USUAL_DATA,
+    common: CommonOptions = USUAL,
+) -> None:
+    """Encode and decode examples: originals above, what the latents know of them below.
+
+    Args:
+        run: A run folder, or a .safetensors file.
+        data: A folder, a file, or a name.
+        n: How many.
+        out: A .png grid, or an .npy or .npz array of the reconstructions alone.
+        options: Which data.
+        common: Shared options.
+    """
+    from musigma import figures
+
+    screen, trained = Screen(common), Trained(run, common)
+    x, context = trained.examples(data, options, screen, n)
+    again = trained.model.reconstruct(x, context)
+    if out.suffix == ".png" and len(trained.shape) == 3:
+        figures.rows([as_levels(x), as_levels(again)], out, levels=trained.levels)
+    else:
+        trained.write(again, out)
+    error = float((again - x).abs().mean())
+    screen.result(
+        {"out": str(out), "n": len(x), "mean_absolute_error": error},
+        f"{len(x)} reconstructions, mean absolute error {error:.4g}: {out}",
+    )
+
+
+@commands.command
+def interpolate(
+    run: str,
+    data: str,
+    *,
+    pairs: int = 8,
+    steps: int = 9,
+    path: Literal["spherical", "linear"] = "spherical",
+    out: Path = Path("interpolations.png"),
+    options: Data = USUAL_DATA,
+    common: CommonOptions = USUAL,
+) -> None:
+    """Walk from one example to another through the latents, a row for each pair.
+
+    Args:
+        run: A run folder, or a .safetensors file.
+        data: A folder, a file, or a name.
+        pairs: How many pairs: examples 0 and 1, 2 and 3, and so on.
+        steps: Examples on each walk, with its two ends.
+        path: Along the sphere on which the prior has its mass, or straight.
+        out: A .png grid, or an .npy or .npz array.
+        options: Which data.
+        common: Shared options.
+    """
+    if pairs < 1 or steps < 2:
+        raise ValueError(f"pairs, steps: expected at least 1 and 2; got {pairs} and {steps}")
+    screen, trained = Screen(common), Trained(run, common)
+    x, context = trained.examples(data, options, screen, 2 * pairs)
+    if len(x) < 2:
+        raise ValueError(f"data: {data} holds {len(x)} examples, and a walk needs two")
+    x = x[: len(x) // 2 * 2]
+    rows = None if context is None else context[: len(x) : 2]
+    walks = trained.model.interpolate(x[::2], x[1::2], steps, rows, path=path)
+    if out.suffix == ".png":
+        trained.write(walks.flatten(0, 1), out, columns=steps)
+    else:
+        trained.write(walks, out)
+    screen.result(
+        {"out": str(out), "pairs": len(walks), "steps": steps}, f"{len(walks)} walks: {out}"
+    )
+
+
+@commands.command
+def encode(
+    run: str,
+    data: str,
+    *,
+    out: Path,
+    draw: Annotated[bool, Parameter(negative="")] = False,
+    whiten: Annotated[bool, Parameter(negative="")] = False,
+    options: Data = USUAL_DATA,
+    common: CommonOptions = USUAL,
+) -> None:
+    """Write the latents of data: arrays z0 (the top), z1, ... in an .npz file.
+
+    Args:
+        run: A run folder, or a .safetensors file.
+        data: A folder, a file, or a name.
+        out: The .npz file.
+        draw: Draw from the posterior instead of taking its centre.
+        whiten: Write (z - mean) / std under the prior of each latent.
+        options: Which data.
+        common: Shared options.
+    """
+    import numpy as np
+    import torch
+
+    from musigma.evaluation import batches
+    from musigma.files import replacing
+
+    if out.suffix != ".npz":
+        raise ValueError(f"out: expected an .npz file; got {out}")
+    screen, trained = Screen(common), Trained(run, common)
+    found = trained.data(data, options, screen)
+    parts: list[list[Any]] = []
+    with screen.progress("encoding") as progress, torch.no_grad():
+        for x, context in batches(
+            trained.model,
+            found,
+            batch_size=options.batch_size,
+            seed=common.seed,
+            progress=progress,
+        ):
+            z = trained.model.encode(x, context, mode=not draw, whiten=whiten)
+            parts.append([t.cpu().numpy() for t in z])
+    arrays = {f"z{i}": np.concatenate(level) for i, level in enumerate(zip(*parts, strict=True))}
+    if found.labels is not None:
+        arrays["labels"] = found.labels
+    arrays["whitened"] = np.array(whiten)
+    with replacing(out) as draft, draft.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    shapes = {name: list(a.shape) for name, a in arrays.items()}
+    screen.result({"out": str(out), "arrays": shapes}, f"{shapes}: {out}")
+
+
+@commands.command
+def decode(
+    run: str,
+    latents: Path,
+    *,
+    out: Path | None = None,
+    temperature: str = "1",
+    label: int | None = None,
+    common: CommonOptions = USUAL,
+) -> None:
+    """Make examples of latents: of all of them, or of the topmost ones and draws of the rest.
+
+    Args:
+        run: A run folder, or a .safetensors file.
+        latents: An .npz file with arrays z0 (the top), z1, ..., as `encode` writes it.
+        out: A .png grid, or an .npy or .npz array.
+        temperature: Of the latents that are not given.
+        label: The class, if the model is conditional; by default the file's own labels.
+        common: Shared options.
+    """
+    import numpy as np
+    import torch
+
+    screen, trained = Screen(common), Trained(run, common)
+    try:
+        with np.load(latents, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"latents: {latents} is no readable .npz file ({error})") from error
+    given = [arrays[f"z{i}"] for i in range(len(arrays)) if f"z{i}" in arrays]
+    expected = [
+        tuple(z.shape[1:])
+        for z in trained.model.encode(
+            torch.zeros(1, *trained.shape, device=trained.device), trained.context(1, None)
+        )
+    ]
+    got = [z.shape[1:] for z in given]
+    if not given or got != expected[: len(got)]:
+        raise ValueError(
+            f"latents: expected z0, z1, ... of shapes {expected}, top first; {latents} has {got}"
+        )
+    n = len(given[0])
+    context = trained.context(n, label)
+    if context is not None and label is None and "labels" in arrays:
+        context = torch.nn.functional.one_hot(
+            torch.from_numpy(arrays["labels"]), context.shape[1]
+        ).to(context)
+    out = out or Path("decoded.png" if len(trained.shape) == 3 else "decoded.npy")
+    with torch.no_grad():
+        x = trained.model.decode(
+            [torch.from_numpy(z).to(trained.device) for z in given],
+            context,
+            whiten=bool(arrays.get("whitened", False)),
+            temperature=_temperature(temperature),
+        )
+    trained.write(x, out)
+    screen.result({"out": str(out), "n": n}, f"{n} examples: {out}")
+
+
+@commands.command
+def score(
+    run: str,
+    data: str,
+    *,
+    out: Path,
+    k: int = 1,
+    options: Data = USUAL_DATA,
+    common: CommonOptions = USUAL,
+) -> None:
+    """Write every example's bits per dimension, as a table: high ones are the odd ones.
+
+    Args:
+        run: A run folder, or a .safetensors file.
+        data: A folder, a file, or a name.
+        out: A .csv or .parquet file.
+        k: Draws per example; more give a tighter bound.
+        options: Which data; unlike elsewhere, all of them unless --split says otherwise.
+        common: Shared options.
+    """
+    from musigma import evaluation
+
+    if out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"out: expected a .csv or .parquet file; got {out}")
+    screen, trained = Screen(common), Trained(run, common)
+    options = dataclasses.replace(options, split=options.split or "all")
+    found = trained.data(data, options, screen)
+    with screen.progress("scoring") as progress:
+        columns = evaluation.score(
+            trained.model,
+            found,
+            k=k,
+            batch_size=options.batch_size,
+            seed=common.seed,
+            progress=progress,
+        )
+    table: dict[str, Sequence[Any]] = {"index": range(len(found))}
+    if found.ids:
+        table["id"] = found.ids
+    if found.labels is not None:
+        table["label"] = [found.label_names[i] if found.label_names else i for i in found.labels]
+    table |= {name: values.tolist() for name, values in columns.items()}
+    write_table(table, out)
+    bits = columns["bits_per_dim"]
+    summary = {
+        "out": str(out),
+        "n": len(found),
+        "bits_per_dim": float(bits.mean()),
+        "highest": float(bits.max()),
+        "lowest": float(bits.min()),
+        "bound": "exact" if trained.model.exact else "elbo" if k == 1 else f"iwae-{k}",
+    }
+    screen.result(
+        summary,
+        f"{len(found):,} scores, {summary['lowest']:.4f} to {summary['highest']:.4f} bits/dim, "
+        f"mean {summary['bits_per_dim']:.4f} ({summary['bound']}): {out}",
+    )
+
+
+def write_table(table: dict[str, Sequence[Any]], out: Path) -> None:
+    """Columns as .csv or .parquet."""
+    from musigma.files import replacing
+
+    if out.suffix == ".parquet":
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise ValueError(
+                "out: .parquet needs pyarrow: pip install 'musigma[tables]', or name a .csv file"
+            ) from None
+        with replacing(out) as draft:
+            pyarrow.parquet.write_table(
+                pyarrow.table({name: list(values) for name, values in table.items()}), draft
+            )
+        return
+    with replacing(out) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(table)
+        writer.writerows(zip(*table.values(), strict=True))
+
+
+@commands.command
+def evaluate(
+    run: str,
+    data: str,
+    *,
+    k: int = 1,
+    options: Data = USUAL_DATA,
+    common: CommonOptions = USUAL,
+) -> None:
+    """The mean bits per dimension of data, with its standard error, and what kind of figure it is.
+
+    Args:
+        run: A run folder, or a .safetensors file.
+        data: A folder, a file, or a name.
+        k: Draws per example; more give a tighter bound of models that are not exact.
+        options: Which data.
+        common: Shared options.
+    """
+    from musigma import evaluation
+
+    screen, trained = Screen(common), Trained(run, common)
+    found = trained.data(data, options, screen)
+    with screen.progress("evaluating") as progress:
+        figure = evaluation.evaluate(
+            trained.model,
+            found,
+            k=k,
+            batch_size=options.batch_size,
+            seed=common.seed,
+            progress=progress,
+        )
+    screen.result({"run": run, "data": data, **figure}, said(figure))
+
+
+@commands.command
+def inspect(
+    run: str,
+    data: str,
+    *,
+    index: int = 0,
+    options: Data = USUAL_DATA,
+    common: CommonOptions = USUAL,
+) -> None:
+    """What the model says about one very input: mean, std, variance and KL of every latent.
+
+    Args:
+        run: A run folder, or a .safetensors file.
+        data: A folder, a file, or a name.
+        index: Which example of the data, from 0; of all of them unless --split says otherwise.
+        options: Which data.
+        common: Shared options.
+    """
+    import numpy as np
+
+    from musigma import evaluation
+
+    screen, trained = Screen(common), Trained(run, common)
+    options = dataclasses.replace(options, split=options.split or "all")
+    found = trained.data(data, options, screen)
+    if not 0 <= index < len(found):
+        raise ValueError(f"index: expected 0 to {len(found) - 1}; got {index}")
+    x, context = evaluation.batch(found, np.array([index]), trained.model, seed=common.seed)
+    report = evaluation.inspect(trained.model, x, context)
+    report["index"] = index
+    if found.ids:
+        report["id"] = found.ids[index]
+    screen.result(report, _inspection(report))
+
+
+def _inspection(report: dict[str, Any]) -> str:
+    """An inspection as text: a line for each element, of large latents for the costliest."""
+    import numpy as np
+
+    lines = [
+        f"{report.get('id', 'example ' + str(report['index']))}: {report['bits_per_dim']:.4f} "
+        f"bits/dim, {report['nats']:.2f} nats ({report['bound']})"
+    ]
+    for row in report["latents"]:
+        shape = "x".join(map(str, row["shape"]))
+        if "kl" in row:
+            kl, active = np.array(row["kl"]), np.array(row["active"])
+            lines.append(
+                f"\n{row['site']} ({shape}): KL {row['kl_total']:.2f} nats, "
+                f"{active.sum()} of {active.size} active"
+            )
+            lines.append(f"{'':>6}{'mean':>10}{'std':>10}{'variance':>10}{'KL':>10}")
+            parts = (np.array(row[n]).ravel() for n in ("mean", "std", "variance"))
+            table = list(zip(*parts, kl.ravel(), active.ravel(), strict=True))
+            for i in np.argsort(-kl.ravel())[:32]:
+                *values, on = table[i]
+                numbers = "".join(f"{v:>10.4f}" for v in values)
+                lines.append(f"{i:>6}{numbers}{'' if on else '  inactive'}")
+            if len(table) > 32:
+                lines.append(f"  ... and {len(table) - 32} with less KL (--json has them all)")
+        elif "noise" in row:
+            lines.append(f"\n{row['site']} ({shape}): {row['nats']:.2f} nats under its prior")
+            for name in ("prior_mean", "prior_log_std", "value", "noise"):
+                s = row[name]
+                lines.append(
+                    f"  {name:<14}mean {s['mean']:>9.4f}  std {s['std']:>8.4f}  "
+                    f"from {s['min']:>9.4f} to {s['max']:>9.4f}"
+                )
+    return "\n".join(lines)
+
+
+@commands.command
+def info(
+    run: str,
+    *,
+    ledger: Annotated[bool, Parameter(negative="")] = False,
+    data: str | None = None,
+    n: int = 512,
+    options: Data = USUAL_DATA,
+    common: CommonOptions = USUAL,
+) -> None:
+    """What a run is: its model, its data, its figures; with --ledger, the account of its bits.
+
+    Args:
+        run: A run folder, or a .safetensors file.
+        ledger: Print every term of every layer; the rows add up to the figure.
+        data: What to draw the account up for; by default the held-out part of the training data.
+        n: Of how many examples.
+        options: Which data.
+        common: Shared options.
+    """
+    from musigma import evaluation
+
+    screen, trained = Screen(common), Trained(run, common)
+    model = trained.model
+    about: dict[str, Any] = {
+        "file": str(trained.path),
+        "model": dict(model.config),
+        "exact": model.exact,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": trained.extra.get("data"),
+    }
+    if trained.folder and (trained.folder / "evaluation.json").is_file():
+        about["evaluation"] = json.loads((trained.folder / "evaluation.json").read_text())
+    options_text = ", ".join(f"{k}={v}" for k, v in model.config["options"].items())
+    lines = [
+        f"{model.config['architecture']} for {'x'.join(map(str, trained.shape))}, "
+        f"{about['parameters']:,} parameters",
+        f"  {options_text}",
+    ]
+    if about["data"]:
+        lines.append(
+            f"  trained on {about['data'].get('train')} examples of {about['data']['source']}"
+        )
+    if "evaluation" in about:
+        lines.append(f"  held-out: {said(about['evaluation'])}")
+    if ledger:
+        source = data or (about["data"] or {}).get("source")
+        if source is None:
+            raise ValueError("data: the checkpoint names no data; give some (--data)")
+        found = trained.data(source, options, screen)
+        found = found.subset(range(min(n, len(found))))
+        rows = evaluation.ledger(model, found, seed=common.seed)
+        figure = evaluation.evaluate(model, found, seed=common.seed)
+        x, context = next(evaluation.batches(model, found))
+        shares = evaluation.saturation(model, x, context)
+        about |= {"ledger": rows, "figure": figure, "saturation": shares}
+        lines += ["", f"{'bits/dim':>12}  term     layer"]
+        lines += [
+            f"{r['bits_per_dim']:>12.6f}  {r['term']:<8} {r['site']} ({r['kind']})" for r in rows
+        ]
+        total = sum(r["bits_per_dim"] for r in rows)
+        lines += [f"{total:>12.6f}  sum", f"{figure['bits_per_dim']:>12.6f}  {said(figure)}"]
+        tight = {name: share for name, share in shares.items() if share > 0}
+        lines += ["", "scales at their limit:"] if tight else ["", "no scale is at its limit"]
+        lines += [f"{share:>12.1%}  {name}" for name, share in tight.items()]
+    screen.result(about, "\n".join(lines))
+
+
+@commands.command
+def report(
+    runs: list[Path],
+    *,
+    out: Path = Path("report.html"),
+    title: str = "musigma",
+    common: CommonOptions = USUAL,
+) -> None:
+    """One HTML page of runs: figures, curves, samples, reconstructions, accounts.
+
+    Args:
+        runs: Run folders.
+        out: The page.
+        title: Its title.
+        common: Shared options.
+    """
+    from musigma import report as page
+
+    screen = Screen(common)
+    page.write(out, runs, title=title)
+    screen.result({"out": str(out), "runs": [str(r) for r in runs]}, f"report: {out.resolve()}")

@@ -1,0 +1,368 @@
+"""Data: what a source holds, how its examples are treated, and which of them a step sees.
+
+`load` answers with a `Dataset` that keeps the examples as they were found, memory-mapped where
+they were; `Dataset.take` treats the ones asked for as its `Preprocess` says. Batches, binarization
+noise and the held-out split are pure functions of seeds, steps and content: no state to save, no
+order of files to depend on, nothing drawn from a global generator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from musigma import sources
+from musigma.sources import DataError, Progress
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Part",
+    "Preprocess",
+    "Progress",
+    "batch_indices",
+    "describe",
+    "identity",
+    "load",
+]
+
+Binarize = Literal["threshold", "dynamic"]
+Part = Literal["all", "train", "validation", "held-out"]
+NOISE, ORDER = 0, 1  # streams of random numbers that share a seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How images are treated, kept with a model so that new data meet it as the training data did.
+
+    Args:
+        size: Bring the shorter side to this many pixels, antialiased, and crop the center square.
+        bits: Levels per channel are 2^bits: level x becomes floor(x / 2^(8 - bits)).
+        binarize: One bit instead: x >= 128 ("threshold"), or drawn afresh with probability x / 255
+            each time an example is taken ("dynamic").
+
+    >>> Preprocess(binarize="dynamic").levels_bits
+    1
+    >>> Preprocess.from_json(Preprocess(size=32, bits=5).to_json())
+    Preprocess(size=32, bits=5, binarize=None)
+    """
+
+    size: int | None = None
+    bits: int = 8
+    binarize: Binarize | None = None
+
+    def __post_init__(self):
+        if not (self.size is None or (_is_whole(self.size) and self.size >= 1)):
+            raise DataError(
+                f"size is {self.size!r}: give a whole number of pixels from 1, or None"
+            )
+        if not (_is_whole(self.bits) and 1 <= self.bits <= 8):
+            raise DataError(f"bits is {self.bits!r}: give a whole number from 1 to 8")
+        if self.binarize not in (None, *get_args(Binarize)):
+            raise DataError(f"binarize is {self.binarize!r}: give 'threshold', 'dynamic' or None")
+        if self.binarize and self.bits != 8:
+            raise DataError(
+                f"bits is {self.bits} with binarize, which leaves one: drop one of them"
+            )
+
+    @property
+    def levels_bits(self) -> int:
+        """Bits per channel of what `Dataset.take` returns."""
+        return 1 if self.binarize else self.bits
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict that `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Preprocess:
+        """Read what `to_json` wrote; unknown keys are errors."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(plain, Mapping) or not set(plain) <= known:
+            raise DataError(f"preprocess is {plain!r}: its keys are {', '.join(sorted(known))}")
+        return cls(**plain)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+UNTOUCHED = Preprocess()
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Examples of one shape, with what is known about each.
+
+    Args:
+        array: uint8 levels 0..255 of shape (N, C, H, W), or float32 (N, D); perhaps memory-mapped,
+            and shared by all subsets.
+        rows: Which rows of `array` this set holds, in its order; None for all.
+        name: The source as it was given.
+        preprocess: What `take` does to images; `size` has been applied to `array` already.
+        labels: int64 (N,), indices into `label_names`.
+        label_names: What the labels are called.
+        ids: A name for each example, its file name for instance.
+        official_test: True where the source itself sets an example aside for testing.
+        columns: Names of a table's columns.
+        skipped: Names of files that could not be read and were left out.
+
+    >>> data = Dataset(np.arange(12, dtype=np.float32).reshape(6, 2))
+    >>> data.shape, len(data), data.subset([4, 5]).take([0])
+    ((2,), 6, array([[8., 9.]], dtype=float32))
+    """
+
+    array: np.ndarray = field(repr=False)
+    _: KW_ONLY
+    rows: np.ndarray | None = field(default=None, repr=False)
+    name: str = ""
+    preprocess: Preprocess = UNTOUCHED
+    labels: np.ndarray | None = field(default=None, repr=False)
+    label_names: tuple[str, ...] = ()
+    ids: tuple[str, ...] | None = field(default=None, repr=False)
+    official_test: np.ndarray | None = field(default=None, repr=False)
+    columns: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if (self.array.dtype, self.array.ndim) not in ((np.uint8, 4), (np.float32, 2)):
+            raise DataError(
+                f"array is {self.array.dtype} of shape {self.array.shape}: give uint8 "
+                "(N, C, H, W) or float32 (N, D)"
+            )
+        if self.bits is None and self.preprocess != UNTOUCHED:
+            raise DataError(
+                f"{self.name or 'array'}: is a table, and {self.preprocess} is for images: leave "
+                "size, bits and binarize out"
+            )
+        for what in ("labels", "ids", "official_test"):
+            value = getattr(self, what)
+            if value is not None and len(value) != len(self):
+                raise DataError(f"{what} has {len(value)} entries for {len(self)} examples")
+
+    def __len__(self) -> int:
+        return len(self.array if self.rows is None else self.rows)
+
+    @property
+    def x(self) -> np.ndarray:
+        """All examples before `preprocess`; of a subset, a copy."""
+        return self.array if self.rows is None else self.array[self.rows]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self.array.shape[1:]
+
+    @property
+    def bits(self) -> int | None:
+        """Bits per channel of what `take` returns; None if it is continuous."""
+        return self.preprocess.levels_bits if self.array.dtype == np.uint8 else None
+
+    def take(
+        self, indices: Sequence[int] | np.ndarray, *, seed: int = 0, step: int = 0
+    ) -> np.ndarray:
+        """The examples at `indices` as a model sees them: uint8 levels from 0, or float32.
+
+        Dynamic binarization is a pure function of (seed, step, position in `indices`).
+        """
+        index = np.asarray(indices) if len(indices) else np.empty(0, np.int64)
+        x = np.ascontiguousarray(self.array[index if self.rows is None else self.rows[index]])
+        if self.preprocess.binarize == "dynamic":
+            uniform = np.random.Generator(_philox(seed, step, NOISE))
+            return (uniform.random(x.shape, np.float32) * 255 < x).astype(np.uint8)
+        return x if self.bits in (None, 8) else x >> np.uint8(8 - self.bits)
+
+    def subset(self, which: Sequence[int] | np.ndarray) -> Dataset:
+        """The examples of a mask or of indices, in that order; no example is copied."""
+        keep = np.arange(len(self))[which] if len(which) else np.empty(0, np.int64)
+        return replace(
+            self,
+            rows=keep if self.rows is None else self.rows[keep],
+            labels=None if self.labels is None else self.labels[keep],
+            ids=None if self.ids is None else tuple(self.ids[i] for i in keep),
+            official_test=None if self.official_test is None else self.official_test[keep],
+        )
+
+    def split(self, part: Part, fraction: float = 0.1) -> Dataset:
+        """A part of the data: to train on, to choose weights by, or held out until the end.
+
+        A source's own test part is what is held out. Where there is none, each example is held out
+        with probability `fraction` by a hash of its content; half as many of the others are for
+        validation, by the same hash. So whatever the order of the files, an example and its
+        duplicates fall on the same side.
+        """
+        if part not in get_args(Part):
+            raise DataError(f"part is {part!r}: give {', '.join(get_args(Part))}")
+        if not 0 < fraction < 1:
+            raise DataError(f"fraction is {fraction}: give a number between 0 and 1")
+        if part == "all":
+            return self
+        hashes, held = self._hashes(), self.official_test
+        if held is None or held.all() or not held.any():
+            held = self._below(hashes, fraction, above=2)
+        if part == "held-out":
+            return self.subset(held)
+        rest = ~held
+        rest[rest] = self._below(hashes[rest], 1 - fraction / 2)
+        return self.subset(rest if part == "train" else ~(held | rest))
+
+    def _hashes(self) -> np.ndarray:
+        rows = range(len(self.array)) if self.rows is None else self.rows
+        hashes = np.empty(len(rows), np.uint64)
+        for i, row in enumerate(rows):
+            content = np.ascontiguousarray(self.array[row])
+            hashes[i] = int.from_bytes(blake2b(content.data, digest_size=8).digest(), "big")
+        return hashes
+
+    def _below(self, hashes: np.ndarray, fraction: float, *, above: int = 1) -> np.ndarray:
+        """Which hashes lie below a cut: in tiny sets one at least, and `above` that do not."""
+        distinct = np.unique(hashes)
+        if len(distinct) < 1 + above:
+            kind = "no examples" if not len(distinct) else f"only {len(distinct)} different ones"
+            raise DataError(
+                f"{self.name or 'array'}: cannot be split, it holds {kind} to share out: give "
+                "more data, or take part 'all'"
+            )
+        cut = np.searchsorted(distinct, np.uint64(int(fraction * 2**64)))
+        return hashes < distinct[min(max(int(cut), 1), len(distinct) - above)]
+
+
+def load(
+    source: str | Path,
+    *,
+    preprocess: Preprocess = UNTOUCHED,
+    skip_bad: bool = False,
+    allow_constant: bool = False,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Read a data set from a path or by its name.
+
+    Understood are folders and archives (tar, zip) of images, MNIST's IDX files and CIFAR batches,
+    `.npy`, `.npz`, `.csv`, `.parquet`, and the names `digits`, `mnist`, `fashion-mnist`,
+    `cifar10`, `two-moons`, `checkerboard` and `eight-gaussians`. A name wins over a file called
+    the same, which is written `./mnist`. Published sets are looked for in `$MUSIGMA_DATA`, in
+    `/usr/share/datasets` and in the user's cache, and downloaded into the cache otherwise.
+
+    Args:
+        source: A path or a name.
+        preprocess: How images are treated.
+        skip_bad: Leave unreadable images out, and name them in `Dataset.skipped`.
+        allow_constant: Take tables with constant columns: harmless for scoring, where the model
+            is given, and fatal for training, where the density in them is infinite.
+        progress: Called with (done, total) as examples are read.
+
+    Raises:
+        DataError: The data cannot be used as they are; the message says what to do.
+
+    >>> data = load("two-moons")
+    >>> data.shape, data.bits, len(data.split("train")) + len(data.split("held-out"))
+    ((2,), None, 20000)
+    """
+    found = sources.read(
+        source,
+        size=preprocess.size,
+        allow_constant=allow_constant,
+        skip_bad=skip_bad,
+        progress=progress,
+    )
+    if found.x.dtype == np.uint8:
+        _check_levels(found.x, preprocess.levels_bits, str(source))
+    return Dataset(
+        found.x,
+        name=str(source),
+        preprocess=preprocess,
+        labels=found.labels,
+        label_names=found.label_names,
+        ids=found.ids,
+        official_test=found.official_test,
+        columns=found.columns,
+        skipped=found.skipped,
+    )
+
+
+def _check_levels(x: np.ndarray, bits: int, where: str) -> None:
+    """Stop at images whose levels seem to be reduced already: reducing them again leaves black."""
+    high = 0
+    for example in x if bits < 8 and len(x) > 1 else ():
+        high = max(high, int(example.max()))
+        if high >= 2**bits:
+            return
+    if high:
+        raise DataError(
+            f"{where}: levels run from 0 to {high} only, and {bits} bits are cut from levels "
+            f"0..255: multiply them by {255 // (2**bits - 1)}, or keep 8 bits"
+        )
+
+
+def identity(source: str | Path) -> str:
+    """What makes two sources the same one: the name, or the resolved path.
+
+    >>> identity("digits")
+    'digits'
+    >>> identity("a/../b.npy") == str(Path("b.npy").resolve())
+    True
+    """
+    if isinstance(source, str) and source in sources.BUILT_IN:
+        return source
+    return str(Path(source).expanduser().resolve())
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """A summary that JSON can hold.
+
+    >>> describe(Dataset(np.zeros((3, 2), np.float32), name="points"))["shape"]
+    [2]
+    """
+    labels = None
+    if dataset.labels is not None:
+        count = Counter(dataset.labels.tolist())
+        labels = {name: count[i] for i, name in enumerate(dataset.label_names)}
+    return {
+        "name": dataset.name,
+        "n": len(dataset),
+        "shape": list(dataset.shape),
+        "bits": dataset.bits,
+        "preprocess": dataset.preprocess.to_json(),
+        "labels": labels,
+        "columns": list(dataset.columns),
+        "skipped": list(dataset.skipped),
+    }
+
+
+def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+    """Indices of batch `step`: a pure function, so a resumed run sees what it would have seen.
+
+    The steps walk through an endless sequence of permutations of range(n), one per epoch; a batch
+    may end one epoch and begin the next, so every example is seen once in each.
+
+    >>> batches = [batch_indices(5, 2, seed=0, step=step) for step in range(5)]
+    >>> sorted(np.concatenate(batches).tolist())
+    [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    """
+    for what, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("step", step, 0)):
+        if value < least:
+            raise DataError(f"{what} is {value}: give a whole number from {least}")
+    start, stop = step * batch_size, (step + 1) * batch_size
+    pieces = [
+        _permutation(n, seed, epoch)[max(start - epoch * n, 0) : stop - epoch * n]
+        for epoch in range(start // n, (stop - 1) // n + 1)
+    ]
+    return np.concatenate(pieces)
+
+
+@lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation from Philox's raw words, which no version of NumPy may change."""
+    return np.argsort(_philox(seed, epoch, ORDER).random_raw(n), kind="stable")
+
+
+def _philox(seed: int, step: int, stream: int) -> np.random.Philox:
+    key = np.array([seed % 2**64, step % 2**64], np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], np.uint64))

@@ -1,0 +1,816 @@
+"""Data: formats agree to the pixel, batches and splits are pure, every mistake is explained."""
+
+import csv
+import gzip
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from musigma import sources
+from musigma.data import (
+    DataError,
+    Dataset,
+    Preprocess,
+    batch_indices,
+    describe,
+    identity,
+    load,
+)
+
+RNG = np.random.default_rng(7)
+GREY = RNG.integers(0, 256, (6, 1, 9, 7), dtype=np.uint8)
+COLOR = RNG.integers(0, 256, (6, 3, 9, 7), dtype=np.uint8)
+POINTS = RNG.normal(size=(12, 3)).astype(np.float32)
+
+
+def save_image(path: Path, example: np.ndarray, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = example[0] if len(example) == 1 else np.moveaxis(example, 0, -1)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def save_folder(root: Path, x: np.ndarray, pattern: str = "{i}.png") -> Path:
+    for i, example in enumerate(x):
+        save_image(root / pattern.format(i=i, k="ab"[i % 2]), example)
+    return root
+
+
+def pack(folder: Path, target: Path) -> Path:
+    files = sorted((p for p in folder.rglob("*") if p.is_file()), reverse=True)  # not in order
+    if target.suffix == ".zip":
+        with zipfile.ZipFile(target, "w") as archive:
+            for file in files:
+                archive.write(file, file.relative_to(folder))
+    else:
+        kind = target.suffix.lstrip(".").replace("tgz", "gz").replace("tar", "")
+        with tarfile.open(target, f"w:{kind}") as archive:
+            for file in files:
+                archive.add(file, f"./{file.relative_to(folder)}")
+    return target
+
+
+def idx_bytes(x: np.ndarray) -> bytes:
+    sizes = b"".join(n.to_bytes(4, "big") for n in x.shape)
+    return bytes([0, 0, 8, x.ndim]) + sizes + x.tobytes()
+
+
+def save_idx(folder: Path, *, gz: bool = True, train: int = 4, test: int = 2) -> Path:
+    """A made-up MNIST of the pixels of GREY."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, x in (("train", GREY[:train, 0]), ("t10k", GREY[train : train + test, 0])):
+        y = np.arange(len(x), dtype=np.uint8)
+        for kind, data in (("images-idx3", x), ("labels-idx1", y)):
+            content = idx_bytes(data)
+            name = f"{part}-{kind}-ubyte" + (".gz" if gz else "")
+            (folder / name).write_bytes(gzip.compress(content) if gz else content)
+    return folder
+
+
+def save_csv(path: Path, rows, delimiter: str = ",") -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return path
+
+
+def fails(pattern: str):
+    """The error is one line; `pattern` is searched in it."""
+    return pytest.raises(DataError, match=re.compile(rf"\A[^\n]*{pattern}[^\n]*\Z"))
+
+
+# Preprocess ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bits": 0}, "bits is 0: .*1 to 8"),
+        ({"bits": 9}, "bits is 9"),
+        ({"bits": 2.0}, "bits is 2.0"),
+        ({"size": 0}, "size is 0"),
+        ({"size": True}, "size is True"),
+        ({"binarize": "yes"}, "binarize is 'yes'"),
+        ({"binarize": "dynamic", "bits": 5}, "bits is 5 with binarize"),
+    ],
+)
+def test_preprocess_refuses(given, message):
+    with fails(message):
+        Preprocess(**given)
+
+
+def test_preprocess_round_trips_through_json():
+    for p in (Preprocess(), Preprocess(size=3, bits=5), Preprocess(binarize="dynamic")):
+        assert Preprocess.from_json(json.loads(json.dumps(p.to_json()))) == p
+    with fails("crop.*its keys are binarize, bits, size"):
+        Preprocess.from_json({"crop": 3})
+    with fails("preprocess is 3"):
+        Preprocess.from_json(3)  # type: ignore[arg-type]
+
+
+def test_levels(tmp_path):
+    np.save(tmp_path / "x.npy", COLOR)
+    for bits in range(1, 9):
+        data = load(tmp_path / "x.npy", preprocess=Preprocess(bits=bits))
+        assert data.bits == bits
+        np.testing.assert_array_equal(data.take(range(6)), COLOR // 2 ** (8 - bits))
+    data = load(tmp_path / "x.npy", preprocess=Preprocess(binarize="threshold"))
+    assert data.bits == 1
+    np.testing.assert_array_equal(data.take([3, 1]), COLOR[[3, 1]] >= 128)
+
+
+def test_dynamic_binarization_is_pure_and_has_the_right_mean():
+    x = np.tile(np.array([0, 51, 204, 255], np.uint8).reshape(1, 1, 2, 2), (500, 1, 20, 20))
+    data = Dataset(x, preprocess=Preprocess(binarize="dynamic"))
+    first = data.take(range(500), seed=3, step=5)
+    np.testing.assert_array_equal(first, data.take(range(500), seed=3, step=5))
+    np.testing.assert_array_equal(first[:7], data.take(range(7), seed=3, step=5))
+    assert (first != data.take(range(500), seed=3, step=6)).any()
+    assert (first != data.take(range(500), seed=4, step=5)).any()
+    means = first.reshape(500, 20, 2, 20, 2).mean((0, 1, 3)).ravel()
+    np.testing.assert_allclose(means, [0, 0.2, 0.8, 1], atol=4 * 0.4 / np.sqrt(200_000))
+    assert means[0] == 0
+    assert means[3] == 1
+
+
+def test_levels_that_were_reduced_before_are_noticed(tmp_path):
+    np.save(tmp_path / "x.npy", GREY // 128)
+    with fails("from 0 to 1 only.*multiply them by 255"):
+        load(tmp_path / "x.npy", preprocess=Preprocess(binarize="threshold"))
+    assert load(tmp_path / "x.npy").bits == 8
+
+
+def test_size(tmp_path):
+    ramp = np.broadcast_to(np.arange(0, 240, 10, np.uint8), (2, 1, 12, 24))  # 12 high, 24 wide
+    save_folder(tmp_path / "images", ramp)
+    np.save(tmp_path / "x.npy", ramp)
+    small = Preprocess(size=6)
+    images, arrays = (load(tmp_path / n, preprocess=small).x for n in ("images", "x.npy"))
+    np.testing.assert_array_equal(images, arrays)
+    assert images.shape == (2, 1, 6, 6)
+    assert abs(images[..., 1:-1, 1:-1].mean() - 115) < 1  # the center of the ramp
+    assert images[0, 0, 3, 0] < 75  # and its width, not that of a squeezed one
+    assert load(tmp_path / "x.npy", preprocess=Preprocess(size=30)).shape == (1, 30, 30)
+
+
+# Dataset: subsets, splits, batches -----------------------------------------------------------
+
+
+def test_dataset_validates():
+    with fails("array is float64 of shape"):
+        Dataset(np.zeros((3, 2)))
+    with fails("labels has 2 entries for 3 examples"):
+        Dataset(POINTS[:3], labels=np.zeros(2, np.int64))
+    with fails("points: is a table, .*bits=5"):
+        Dataset(POINTS, name="points", preprocess=Preprocess(bits=5))
+
+
+def test_subset_keeps_everything_together():
+    data = Dataset(
+        GREY,
+        labels=np.arange(6),
+        label_names=tuple("uvwxyz"),
+        ids=tuple("abcdef"),
+        official_test=np.arange(6) > 3,
+    )
+    part = data.subset([5, 1, 3]).subset(np.array([True, False, True]))
+    np.testing.assert_array_equal(part.take([0, 1]), GREY[[5, 3]])
+    np.testing.assert_array_equal(part.x, GREY[[5, 3]])
+    assert part.ids == ("f", "d")
+    assert part.official_test is not None
+    assert part.official_test.tolist() == [True, False]
+    assert describe(part)["labels"] == {"u": 0, "v": 0, "w": 0, "x": 1, "y": 0, "z": 1}
+    assert len(data.subset([])) == 0
+    assert data.take([]).shape == (0, 1, 9, 7)
+    with pytest.raises(IndexError):
+        part.take([2])
+
+
+def test_official_test_part_is_what_is_held_out():
+    data = Dataset(GREY, official_test=np.array([0, 1, 0, 0, 1, 0], bool))
+    np.testing.assert_array_equal(data.split("held-out").x, GREY[[1, 4]])
+    train, validation = data.split("train"), data.split("validation")
+    assert len(train)
+    assert len(validation)
+    rest = sorted(x.tobytes() for x in [*train.x, *validation.x])
+    assert rest == sorted(x.tobytes() for x in GREY[[0, 2, 3, 5]])
+    assert data.split("all") is data
+    again = data.split("train").split("train")  # nothing official is left to go by
+    assert 0 < len(again) < len(train)
+
+
+@given(
+    values=st.lists(st.integers(0, 40), min_size=3, max_size=60).filter(lambda v: len(set(v)) > 2),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_hash_split(values, fraction, seed):
+    points = np.array(values, np.float32)[:, None]
+    parts = [Dataset(points).split(p, fraction).x for p in ("train", "validation", "held-out")]
+    assert all(map(len, parts))
+    train, validation, held = (set(p.ravel()) for p in parts)  # duplicates stay together
+    assert not (train & held) | (train & validation) | (validation & held)
+    held = parts[2]
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(parts), 0), np.sort(points, 0), strict=True
+    )
+    shuffled = np.random.default_rng(seed).permutation(points)
+    np.testing.assert_array_equal(
+        np.sort(Dataset(shuffled).split("held-out", fraction).x, 0), np.sort(held, 0)
+    )
+
+
+def test_split_fraction_and_refusals():
+    points = np.random.default_rng(0).normal(size=(4000, 2)).astype(np.float32)
+    assert abs(len(Dataset(points).split("held-out")) - 400) < 80
+    with fails("one.csv: cannot be split, it holds only 1 different ones"):
+        Dataset(POINTS[:1], name="one.csv").split("train")
+    with fails("only 1 different ones"):
+        Dataset(np.tile(POINTS[:1], (5, 1))).split("held-out")
+    with fails("no examples"):
+        Dataset(POINTS[:0]).split("held-out")
+    with fails("part is 'test': give all, train, validation, held-out"):
+        Dataset(POINTS).split("test")  # type: ignore[arg-type]
+    with fails("fraction is 1"):
+        Dataset(POINTS).split("train", 1)
+
+
+@given(n=st.integers(1, 40), size=st.integers(1, 100), seed=st.integers(-(2**70), 2**70))
+@settings(max_examples=60, deadline=None)
+def test_batches_walk_through_permutations(n, size, seed):
+    steps = -(-3 * n // size)
+    walk = np.concatenate([batch_indices(n, size, seed=seed, step=i) for i in range(steps)])
+    assert len(walk) == steps * size
+    for epoch in range(3):
+        assert sorted(walk[epoch * n : (epoch + 1) * n]) == list(range(n))
+    np.testing.assert_array_equal(  # asked for alone, and later
+        batch_indices(n, size, seed=seed, step=steps - 1), walk[(steps - 1) * size :]
+    )
+
+
+def test_batches_depend_on_seed_epoch_and_nothing_else():
+    def draw(step, seed=0):
+        return batch_indices(1000, 1000, seed=seed, step=step)
+
+    state = str(np.random.get_state())
+    assert (draw(0) != draw(1)).any()
+    assert (draw(0) != draw(0, seed=1)).any()
+    assert draw(10**15).shape == (1000,)
+    assert str(np.random.get_state()) == state
+    assert batch_indices(10, 4, seed=0, step=0).tolist() == [8, 7, 4, 2]  # and never changes
+    for bad in ({"n": 0}, {"batch_size": 0}, {"step": -1}):
+        with fails(f"{next(iter(bad))} is"):
+            batch_indices(**{"n": 3, "batch_size": 2, "seed": 0, "step": 0, **bad})
+
+
+# Formats -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x", [GREY, COLOR], ids=["grey", "color"])
+def test_every_image_format_holds_the_same_pixels(tmp_path, x):
+    folder = save_folder(tmp_path / "images", x)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(6))
+    np.savez_compressed(tmp_path / "only.npz", pictures=x)
+    np.save(tmp_path / "last.npy", np.moveaxis(x, 1, -1))
+    np.save(tmp_path / "int.npy", x.astype(np.int64))
+    np.save(tmp_path / "unit.npy", x.astype(np.float32) / 255)
+    np.save(tmp_path / "float.npy", x.astype(np.float64))
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(x))
+    packed = [pack(folder, tmp_path / f"x.{kind}") for kind in ("tar", "tar.xz", "tgz", "zip")]
+    (tmp_path / "four-idx").write_bytes(idx_bytes(x))
+    if len(x[0]) == 1:
+        np.save(tmp_path / "plain.npy", x[:, 0])
+        (tmp_path / "three-idx.gz").write_bytes(gzip.compress(idx_bytes(x[:, 0])))
+    sources = [p for p in tmp_path.iterdir() if p.name != "images"]
+    assert set(packed) < set(sources)
+    for source in [folder, *sources]:
+        data = load(source)
+        np.testing.assert_array_equal(data.take(range(6)), x, err_msg=str(source))
+        assert (data.bits, data.shape, data.name) == (8, x.shape[1:], str(source))
+        assert data.take([0]).flags.c_contiguous
+        assert sum(len(data.split(p)) for p in ("train", "validation", "held-out")) == 6
+
+
+def test_npy_stays_memory_mapped(tmp_path):
+    np.save(tmp_path / "x.npy", np.moveaxis(COLOR, 1, -1))
+    np.save(tmp_path / "points.npy", POINTS)
+    for name in ("x.npy", "points.npy"):
+        data = load(tmp_path / name)
+        assert isinstance(data.array, np.memmap)
+        assert np.shares_memory(data.split("train").array, data.array)
+
+
+def test_folder_layouts(tmp_path):
+    plain = load(save_folder(tmp_path / "plain", GREY))
+    assert plain.labels is None
+    assert plain.ids == tuple(f"{i}.png" for i in range(6))
+
+    root = save_folder(tmp_path / "classes", GREY, "{k}/{i}.png")
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "x.png").write_bytes(b"not read")
+    (root / "a" / "notes.txt").write_text("not read")
+    data = load(root)
+    assert data.label_names == ("a", "b")
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(data.x, GREY[[0, 2, 4, 1, 3, 5]])
+
+    parts = tmp_path / "parts" / "set"
+    save_folder(parts / "train", GREY[:4], "{k}/{i}.png")
+    save_folder(parts / "test", GREY[4:], "{k}/{i}.png")
+    for source in (parts.parent, pack(parts.parent, tmp_path / "parts.tar.gz")):
+        data = load(source)
+        assert data.label_names == ("a", "b")
+        np.testing.assert_array_equal(data.split("held-out").x, GREY[[4, 5]])
+        assert data.split("held-out").ids == ("set/test/a/0.png", "set/test/b/1.png")
+
+
+def test_one_image_and_progress(tmp_path):
+    calls = []
+    folder = save_folder(tmp_path / "images", GREY)
+    load(folder, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(i, 6) for i in range(1, 7)]
+    assert load(folder / "3.png").ids == ("3.png",)
+
+
+def test_modes_are_brought_together(tmp_path):
+    save_image(tmp_path / "a" / "1.png", GREY[0])
+    save_image(tmp_path / "a" / "2.png", COLOR[0])
+    np.testing.assert_array_equal(load(tmp_path / "a").x, [np.repeat(GREY[0], 3, 0), COLOR[0]])
+
+    (tmp_path / "b").mkdir()
+    color = Image.fromarray(np.moveaxis(COLOR[0], 0, -1))
+    opaque = color.copy()
+    opaque.putalpha(255)
+    opaque.save(tmp_path / "b" / "alpha.png")
+    color.quantize(16).save(tmp_path / "b" / "palette.png")
+    data = load(tmp_path / "b")
+    np.testing.assert_array_equal(data.x[0], COLOR[0])
+    assert data.shape == (3, 9, 7)
+
+    upright = Image.fromarray(GREY[0, 0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    (tmp_path / "c").mkdir()
+    upright.save(tmp_path / "c" / "1.png", exif=exif)
+    np.testing.assert_array_equal(load(tmp_path / "c").x[0, 0], np.rot90(GREY[0, 0], -1))
+
+
+@pytest.mark.parametrize("gz", [True, False])
+def test_idx_folder(tmp_path, gz):
+    data = load(save_idx(tmp_path, gz=gz))
+    np.testing.assert_array_equal(data.x, GREY)
+    np.testing.assert_array_equal(data.split("held-out").x, GREY[4:])
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 1, 2, 3, 0, 1]
+    assert data.label_names == ("0", "1", "2", "3")
+    np.testing.assert_array_equal(load(pack(tmp_path, tmp_path / "idx.zip")).x, GREY)
+
+
+def save_cifar(folder: Path, binary: bool) -> np.ndarray:
+    folder.mkdir()
+    x = np.random.default_rng(0).integers(0, 256, (6, 3072), dtype=np.uint8)
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        if binary:
+            (folder / f"{name}.bin").write_bytes(bytes([i]) + x[i].tobytes())
+        else:
+            batch = pickle.dumps({b"data": x[i : i + 1], b"labels": [i]}, protocol=2)
+            (folder / name).write_bytes(batch)
+    return x.reshape(6, 3, 32, 32)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_cifar(tmp_path, binary):
+    x = save_cifar(tmp_path / "cifar", binary)
+    for source in (tmp_path / "cifar", pack(tmp_path / "cifar", tmp_path / "cifar.tar.gz")):
+        data = load(source)
+        np.testing.assert_array_equal(data.x, x)
+        np.testing.assert_array_equal(data.split("held-out").x, x[5:])
+        assert data.labels is not None
+        assert data.labels.tolist() == [0, 1, 2, 3, 4, 5]
+        assert data.label_names[2] == "bird"
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for i, content in enumerate([Malicious(), {b"data": Malicious(), b"labels": [1]}]):
+        folder = tmp_path / f"cifar{i}"
+        folder.mkdir()
+        (folder / "data_batch_1").write_bytes(pickle.dumps(content, protocol=2))
+        with fails(r"data_batch_1: is damaged.*asks for \w+\.mkdir, as no CIFAR batch does"):
+            load(folder)
+    for i, name in enumerate(["x.npy", "x.npz"]):
+        target = tmp_path / name
+        content = np.array([Malicious()], object)
+        (np.save if i == 0 else np.savez)(target, content, allow_pickle=True)
+        with fails(f"{name}: is damaged.*"):
+            load(target)
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "cifar0" / "data_batch_1").write_bytes(b"nothing")
+    with fails("data_batch_1: is damaged"):
+        load(tmp_path / "cifar0")
+    (tmp_path / "data_batch_2.bin").write_bytes(b"nothing")
+    with fails("data_batch_2.bin has 7 bytes, no multiple of 3073"):
+        load(tmp_path / "data_batch_2.bin")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("header", [["a", "b", "c"], ["0", "1", "2"], None])
+def test_csv(tmp_path, delimiter, header):
+    rows = ([header] if header else []) + POINTS.tolist()
+    data = load(save_csv(tmp_path / "x.csv", rows, delimiter))
+    np.testing.assert_array_equal(data.take(range(12)), POINTS)
+    assert data.columns == tuple(header or ())
+    assert (data.bits, data.shape, data.labels) == (None, (3,), None)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_table_labels(tmp_path, kind):
+    def save(last: str, values: list) -> Path:
+        path = tmp_path / f"{last}.{kind}"
+        if kind == "csv":
+            rows = [[*p, v] for p, v in zip(POINTS.tolist(), values, strict=True)]
+            return save_csv(path, [["a", "b", "c", last], *rows])
+        pa = pytest.importorskip("pyarrow")
+        columns = {name: POINTS[:, i] for i, name in enumerate("abc")} | {last: values}
+        pytest.importorskip("pyarrow.parquet").write_table(pa.table(columns), path)
+        return path
+
+    words = load(save("class", ["no", "yes"] * 6))
+    np.testing.assert_array_equal(words.x, POINTS)
+    assert words.columns == ("a", "b", "c")
+    assert words.label_names == ("no", "yes")
+    assert words.labels is not None
+    assert words.labels.tolist() == [0, 1] * 6
+    numbers = load(save("y", [2, 0] * 6))
+    assert numbers.labels is not None
+    assert numbers.labels.tolist() == [2, 0] * 6
+    assert numbers.label_names == ("0", "1", "2")
+    signs = load(save("label", [-1, 1] * 6))
+    assert signs.label_names == ("-1", "1")
+    fractions = load(save("target", [0.5, 0.25] * 6))
+    assert fractions.labels is None
+    assert fractions.shape == (4,)
+
+
+def test_parquet(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pa.table({"a": POINTS[:, 0], "b": range(12)}), path)
+    np.testing.assert_array_equal(
+        load(path).x, np.stack([POINTS[:, 0], np.arange(12)], 1, dtype=np.float32)
+    )
+    parquet.write_table(pa.table({"a": POINTS[:, 0], "b": ["no"] * 12}), path)
+    with fails("column 'b' is string, not a number"):
+        load(path)
+    parquet.write_table(pa.table({"a": POINTS[:, 0], "b": [None, *range(11)]}), path)
+    with fails(r"row 0 \(from 0\), column 'b' is nan"):
+        load(path)
+    path.write_bytes(b"PAR1 and no more")
+    with fails("x.parquet: is damaged"):
+        load(path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with fails(r"needs pyarrow: pip install 'musigma\[tables\]'"):
+        load(path)
+
+
+# Named sets ----------------------------------------------------------------------------------
+
+
+def test_digits():
+    pytest.importorskip("sklearn")
+    data = load("digits")
+    assert (len(data), data.shape, data.bits) == (1797, (1, 8, 8), 8)
+    assert np.unique(data.x).tolist() == [round(v * 255 / 16) for v in range(17)]
+    assert data.name == identity("digits") == "digits"
+
+
+@pytest.mark.parametrize("name", ["two-moons", "checkerboard", "eight-gaussians"])
+def test_points(name):
+    data = load(name)
+    assert data.x.shape == (20_000, 2)
+    assert data.x.dtype == np.float32
+    np.testing.assert_array_equal(data.x, load(name).x)
+    assert np.abs(data.x).max() < 5
+    assert np.abs(data.x.mean(0)).max() < 0.1
+    if name == "checkerboard":
+        cells = np.floor(data.x / 2).astype(int).sum(1) % 2
+        assert len(set(cells.tolist())) == 1
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A machine where no data lie and none can be downloaded."""
+    pooch = pytest.importorskip("pooch")
+
+    def retrieve(*args, **kwargs):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    monkeypatch.setattr("musigma.sources.SYSTEM", tmp_path / "system")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("MUSIGMA_DATA", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("layout", ["own/mnist", "own", "system/mnist", "cache/musigma/mnist"])
+@pytest.mark.parametrize("gz", [True, False])
+def test_mnist_is_found(nowhere, monkeypatch, layout, gz):
+    monkeypatch.setenv("MUSIGMA_DATA", str(nowhere / "own"))
+    save_idx(nowhere / layout, gz=gz)
+    data = load("mnist")
+    np.testing.assert_array_equal(data.x, GREY)
+    assert data.label_names == tuple("0123456789")
+    assert data.name == "mnist"
+    assert len(data.split("held-out")) == 2
+
+
+@pytest.mark.parametrize("inner", ["", "cifar-10-batches-bin", "cifar-10-batches-py"])
+def test_cifar10_is_found(nowhere, monkeypatch, inner):
+    monkeypatch.setenv("MUSIGMA_DATA", str(nowhere))
+    if inner:
+        (nowhere / "cifar10").mkdir()
+    x = save_cifar(nowhere / "cifar10" / inner, not inner.endswith("py"))
+    np.testing.assert_array_equal(load("cifar10").x, x)
+
+
+def test_cifar10_archive_is_found(nowhere, monkeypatch):
+    monkeypatch.setenv("MUSIGMA_DATA", str(nowhere))
+    x = save_cifar(nowhere / "cifar-10-batches", binary=True)
+    (nowhere / "cifar10").mkdir()
+    pack(nowhere, nowhere / "cifar10" / "cifar-10-binary.tar.gz")
+    np.testing.assert_array_equal(load("cifar10").x, x)
+
+
+def test_offline_says_which_files_go_where(nowhere, monkeypatch):
+    with fails(
+        "mnist: is not on this machine .*no route.*train-images-idx3-ubyte.gz, .*"
+        "t10k-labels-idx1-ubyte.gz from https://.*cache/musigma/mnist, or .MUSIGMA_DATA/mnist"
+    ):
+        load("mnist")
+    save_idx(nowhere / "cache/musigma/mnist")
+    (nowhere / "cache/musigma/mnist/t10k-labels-idx1-ubyte.gz").unlink()  # three files are no set
+    with fails("mnist: is not on this machine"):
+        load("mnist")
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with fails(r"cifar10: .*needs pooch: pip install 'musigma\[data\]'.*cifar-10-binary.tar.gz"):
+        load("cifar10")
+
+
+def test_download_checks_sums_and_stays_silent(nowhere, monkeypatch, capfd):
+    pooch = pytest.importorskip("pooch")
+    asked = []
+
+    def retrieve(url, known_hash, fname, path):
+        asked.append((url, known_hash))
+        save_idx(Path(path))
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    np.testing.assert_array_equal(load("mnist").x, GREY)
+    assert len(asked) == 4
+    assert all(re.fullmatch("md5:[0-9a-f]{32}", known) for _, known in asked)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_sets_with_the_same_file_names_are_told_apart(nowhere, monkeypatch):
+    monkeypatch.setenv("MUSIGMA_DATA", str(save_idx(nowhere / "own")))
+    known = sources.PUBLISHED["fashion-mnist"]
+    changed = {**vars(known), "first": zlib.crc32(GREY[:1].tobytes())}
+    monkeypatch.setitem(sources.PUBLISHED, "fashion-mnist", sources._Published(**changed))
+    with fails("own: holds fashion-mnist, not mnist"):
+        load("mnist")
+
+
+# Mistakes ------------------------------------------------------------------------------------
+
+
+def test_sources_that_are_not_understood(tmp_path):
+    with fails("fashionmnist: no such .*did you mean 'fashion-mnist'.*two-moons"):
+        load("fashionmnist")
+    with fails("source is ''"):
+        load("")
+    (tmp_path / "empty").mkdir()
+    with fails(r"empty: holds no images \(it is empty\)"):
+        load(tmp_path / "empty")
+    (tmp_path / "empty" / "x.npy").touch()
+    (tmp_path / "empty" / "y.npy").touch()
+    with fails(r"holds no images \(2 .npy\)"):
+        load(tmp_path / "empty")
+    (tmp_path / "x.docx").write_bytes(b"PK")
+    with fails("x.docx: is of no kind that is understood"):
+        load(tmp_path / "x.docx")
+    with fails("x.npy: is damaged"):
+        load(tmp_path / "empty" / "x.npy")
+
+
+def test_images_of_different_sizes(tmp_path):
+    folder = save_folder(tmp_path / "images", GREY)
+    save_image(folder / "3.png", GREY[3, :, :5])
+    save_image(folder / "5.png", GREY[3, :, :4])
+    with fails("0.png is 7 x 9, 3.png is 7 x 5: pass --size N"):
+        load(folder)
+    assert load(folder, preprocess=Preprocess(size=4)).shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_broken_images(tmp_path, packed):
+    folder = save_folder(tmp_path / "images", GREY)
+    whole = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(whole[:60])  # the header is left
+    (folder / "4.png").write_bytes(b"nothing of the kind")
+    source = pack(folder, tmp_path / "x.tar") if packed else folder
+    with fails("4.png is not a readable image .*--skip-bad"):
+        load(source)
+    data = load(source, skip_bad=True)
+    assert data.skipped == ("2.png", "4.png")
+    np.testing.assert_array_equal(data.x, GREY[[0, 1, 3, 5]])
+    assert describe(data)["skipped"] == ["2.png", "4.png"]
+    (folder / "4.png").unlink()
+    with fails("2.png is not a readable image"):
+        load(folder)
+    for i in (0, 1, 3, 5):
+        (folder / f"{i}.png").unlink()
+    (folder / "2.png").write_bytes(b"nothing")
+    with fails("holds no images .1 unreadable images"):
+        load(folder, skip_bad=True)
+
+
+def test_images_no_model_knows(tmp_path, monkeypatch):
+    deep = tmp_path / "deep" / "a.png"
+    deep.parent.mkdir()
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 900).save(deep)
+    with fails("a.png has 16-bit or floating-point levels .*save it with 8 bits"):
+        load(deep.parent)
+    clear = tmp_path / "clear" / "a.png"
+    clear.parent.mkdir()
+    Image.new("RGBA", (4, 4), (10, 20, 30, 128)).save(clear)
+    with fails("a.png has transparent pixels.*flatten"):
+        load(clear.parent)
+    save_image(tmp_path / "big" / "a.png", GREY[0])
+    for limit in (50, 20):  # Pillow warns over the limit, and fails over twice the limit
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with fails("a.png is not a readable image .*decompression bomb"):
+            load(tmp_path / "big")
+
+
+def test_broken_archives(tmp_path, monkeypatch):
+    folder = save_folder(tmp_path / "images", RNG.integers(0, 256, (9, 3, 40, 40), np.uint8))
+    for kind in ("tar", "tar.xz", "tgz", "zip"):
+        whole = pack(folder, tmp_path / f"x.{kind}").read_bytes()
+        (tmp_path / f"x.{kind}").write_bytes(whole[: len(whole) // 2])
+        with fails(rf"x.{kind}: is damaged, truncated"):
+            load(tmp_path / f"x.{kind}")
+    monkeypatch.setattr("musigma.sources.MAX_MEMBER", 100)
+    for kind in ("tar", "zip"):
+        with fails(r"member \S*\d.png claims \d+ bytes, over the cap"):
+            load(pack(folder, tmp_path / f"x.{kind}"))
+
+
+def test_broken_idx(tmp_path):
+    path = tmp_path / "train-images-idx3-ubyte"
+    whole = idx_bytes(GREY[:, 0])
+    huge = bytes([0, 0, 8, 3]) + b"\xff" * 12
+    for content in (whole[:-1], whole + b"x", whole[:9], huge, gzip.compress(huge)):
+        path.write_bytes(content)
+        with fails("IDX header promises"):
+            load(path)
+    path.write_bytes(gzip.compress(whole)[:-20])
+    with fails("is damaged"):
+        load(path)
+    path.write_bytes(bytes([0, 0, 13, 3]) + whole[4:])
+    with fails("starts with 00000d03"):
+        load(path)
+    path.write_bytes(idx_bytes(np.arange(5, dtype=np.uint8)))
+    with fails("1-dimensional IDX data, labels perhaps"):
+        load(path)
+    save_idx(tmp_path / "more" / "one")
+    save_idx(tmp_path / "more" / "two")
+    with fails(r"holds 2 IDX sets \(one, two\)"):
+        load(tmp_path / "more")
+    (tmp_path / "more" / "one" / "train-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(idx_bytes(np.zeros(3, np.uint8)))
+    )
+    with fails(r"labels are uint8 of shape \(5,\), .* shape \(6,\)"):
+        load(tmp_path / "more" / "one")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (GREY.astype(np.int16) * 2, "int16 values run from 0 to 5.*rescale to 0..255"),
+        (GREY.astype(np.float32) / 300, r"run from .* to 0\.8.*: multiply by 255"),
+        (GREY.astype(np.float32) - 300, "run from -.*rescale"),
+        (GREY.reshape(6, -1), r"uint8 of shape \(6, 63\): images are"),
+        (POINTS[0], r"shape \(3,\)"),
+        (np.zeros((2, 9, 9, 9), np.uint8), "no axis of 1 to 4 channels"),
+        (np.zeros((0, 3, 4, 4), np.uint8), "holds no examples"),
+        (np.array(["a"]), "is of type <U1"),
+        (
+            np.where(np.arange(36).reshape(12, 3) == 16, np.nan, POINTS),
+            r"row 5.*column 1 .*is nan",
+        ),
+        (POINTS.astype(np.float64) * 1e39, "row 0.*is -?inf"),
+        (POINTS * [1, 0, 1], r"column 1 \(from 0\) is constant"),
+    ],
+)
+def test_arrays_that_cannot_be_used(tmp_path, array, message):
+    np.save(tmp_path / "x.npy", array)
+    with fails(f"x.npy: .*{message}"):
+        load(tmp_path / "x.npy")
+
+
+def test_npz_that_cannot_be_used(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, x_train=GREY, x_test=GREY)
+    with fails("holds the arrays x_test, x_train: keep one"):
+        load(path)
+    np.savez(path, x=GREY, y=np.arange(5))
+    with fails(r"x.npz: y: labels are int64 of shape \(5,\)"):
+        load(path)
+    np.savez(path, x=np.repeat(GREY, 50, 0))
+    path.write_bytes(path.read_bytes()[:3000])
+    with fails("x.npz: is damaged"):
+        load(path)
+    np.savez_compressed(path, x=np.repeat(GREY, 50, 0))
+    content = bytearray(path.read_bytes())
+    content[200:220] = bytes(20)
+    path.write_bytes(content)
+    with fails("x.npz: is damaged"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("a,b\n", "holds no examples"),
+        ("a,b\n1,2\n3,four\n", "line 3, column 'b' is 'four', not a number"),
+        ("1,2\n3,\n", "line 2, column 2 is '', not a number"),
+        ("a,b\n1,2\n3\n", "line 3 has 1 cells and the first line 2"),
+        (",a\n0,2\n1,3\n", "column 1 has no name"),
+        ("a,b\n1,2\n1,3\n", "column 'a' is constant, where a density is infinite"),
+        ("a,b\n1,2\n1,2\n", "column 'a', column 'b' are constant"),
+        ("a,b\n1,2\nnan,3\n", r"row 1 \(from 0\), column 'a' is nan"),
+    ],
+)
+def test_csv_that_cannot_be_used(tmp_path, text, message):
+    (tmp_path / "x.csv").write_text(text)
+    with fails(f"x.csv: {message}"):
+        load(tmp_path / "x.csv")
+
+
+def test_tables_are_not_treated_as_images(tmp_path):
+    path = save_csv(tmp_path / "x.csv", POINTS.tolist())
+    with fails("x.csv: is a table, and size=8 is for images"):
+        load(path, preprocess=Preprocess(size=8))
+    with fails("x.csv: is a table, and .*binarize='dynamic'"):
+        load(path, preprocess=Preprocess(binarize="dynamic"))
+    path.write_bytes(b"\xff\xfe\x00")
+    with fails("x.csv: is damaged"):
+        load(path)
+
+
+def test_constant_columns_may_be_scored(tmp_path):
+    path = save_csv(tmp_path / "x.csv", [[1.0, 2.0]])
+    assert load(path, allow_constant=True).x.tolist() == [[1, 2]]
+
+
+def test_identity_and_description(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_folder(tmp_path / "digits", GREY, "{k}/{i}.png")
+    assert identity("./digits") == identity(Path("digits")) == str(tmp_path.resolve() / "digits")
+    data = load(Path("digits"), preprocess=Preprocess(bits=5))
+    assert json.loads(json.dumps(describe(data))) == {
+        "name": "digits",
+        "n": 6,
+        "shape": [1, 9, 7],
+        "bits": 5,
+        "preprocess": {"size": None, "bits": 5, "binarize": None},
+        "labels": {"a": 3, "b": 3},
+        "columns": [],
+        "skipped": [],
+    }
+
+
+def test_import_is_light():
+    code = "import sys, musigma.data; print({'PIL', 'pooch', 'sklearn'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
