@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from musigma import sources
+from musigma.sources import published
 from musigma.data import (
     DataError,
     Dataset,
@@ -525,7 +525,7 @@ def nowhere(tmp_path, monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
-    monkeypatch.setattr("musigma.sources.SYSTEM", tmp_path / "system")
+    monkeypatch.setattr("musigma.sources.published.SYSTEM", tmp_path / "system")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("MUSIGMA_DATA", raising=False)
     return tmp_path
@@ -592,9 +592,9 @@ def test_download_checks_sums_and_stays_silent(nowhere, monkeypatch, capfd):
 
 def test_sets_with_the_same_file_names_are_told_apart(nowhere, monkeypatch):
     monkeypatch.setenv("MUSIGMA_DATA", str(save_idx(nowhere / "own")))
-    known = sources.PUBLISHED["fashion-mnist"]
+    known = published.PUBLISHED["fashion-mnist"]
     changed = {**vars(known), "first": zlib.crc32(GREY[:1].tobytes())}
-    monkeypatch.setitem(sources.PUBLISHED, "fashion-mnist", sources._Published(**changed))
+    monkeypatch.setitem(published.PUBLISHED, "fashion-mnist", published._Published(**changed))
     with fails("own: holds fashion-mnist, not mnist"):
         load("mnist")
 
@@ -678,7 +678,7 @@ def test_broken_archives(tmp_path, monkeypatch):
         (tmp_path / f"x.{kind}").write_bytes(whole[: len(whole) // 2])
         with fails(rf"x.{kind}: is damaged, truncated"):
             load(tmp_path / f"x.{kind}")
-    monkeypatch.setattr("musigma.sources.MAX_MEMBER", 100)
+    monkeypatch.setattr("musigma.sources.images.MAX_MEMBER", 100)
     for kind in ("tar", "zip"):
         with fails(r"member \S*\d.png claims \d+ bytes, over the cap"):
             load(pack(folder, tmp_path / f"x.{kind}"))

@@ -262,7 +262,7 @@ def load(
         DataError: The data cannot be used as they are; the message says what to do.
 
     >>> data = load("two-moons")
-    >>> data.shape, data.bits, len(data.split("train")) + len(data.split("held-out"))
+    >>> data.shape, data.bits, sum(len(data.split(p)) for p in ("train", "validation", "held-out"))
     ((2,), None, 20000)
     """
     found = sources.read(

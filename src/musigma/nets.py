@@ -22,6 +22,8 @@ __all__ = [
     "ResBlock",
     "ResNet",
     "Scaled",
+    "ToPixels",
+    "Upsample",
     "ZeroConv2d",
 ]
 
@@ -216,24 +218,26 @@ class ResNet(nn.Module):
         return self.leave(F.silu(h))
 
 
-def sides(height: int, width: int, halvings: int) -> list[tuple[int, int]]:
+def halved(height: int, width: int, times: int) -> list[tuple[int, int]]:
     """Image sizes under repeated halving, rounded up: any size can be encoded and decoded."""
-    out = [(height, width)]
-    for _ in range(halvings):
+    sizes = [(height, width)]
+    for _ in range(times):
         height, width = math.ceil(height / 2), math.ceil(width / 2)
-        out.append((height, width))
-    return out
+        sizes.append((height, width))
+    return sizes
 
 
 class ConvEncoder(nn.Module):
     """A residual convolutional network from images of any size to vectors, or feature maps.
 
+    The image is halved by its first convolution, so all work is done at half its size and below.
+
     Args:
         shape: (C, H, W) of the input.
         outputs: Length of the output vector; None: `forward` returns the feature maps of every
-            size, smallest first, with ``width`` channels each.
+            size from half down, smallest first, with `width` channels each.
         width: Channels.
-        halvings: How often the image is halved.
+        halvings: How often the image is halved, at least once.
         blocks: Residual blocks at each size.
         context: Features of the context, joined as constant channels.
 
@@ -247,30 +251,60 @@ class ConvEncoder(nn.Module):
         shape: Sequence[int],
         outputs: int | None,
         *,
-        width: int = 32,
+        width: int = 48,
         halvings: int = 2,
         blocks: int = 1,
         context: int = 0,
     ):
         super().__init__()
         self.context = context
-        self.enter = nn.Conv2d(shape[0] + context, width, 3, padding=1)
-        stages = []
-        for i in range(halvings + 1):
-            down = [nn.Conv2d(width, width, 3, stride=2, padding=1)] if i else []
-            stages.append(nn.Sequential(*down, *(ResBlock(width) for _ in range(blocks))))
-        self.stages = nn.ModuleList(stages)
-        height, wide = sides(shape[1], shape[2], halvings)[-1]
-        self.leave = None if outputs is None else nn.Linear(width * height * wide, outputs)
+        self.stages = nn.ModuleList()
+        for i in range(halvings):
+            inputs = width if i else shape[0] + context
+            down = nn.Conv2d(inputs, width, 3, stride=2, padding=1)
+            self.stages.append(nn.Sequential(down, *(ResBlock(width) for _ in range(blocks))))
+        last = math.prod(halved(shape[1], shape[2], halvings)[-1])
+        self.leave = None if outputs is None else nn.Linear(width * last, outputs)
 
     def forward(self, x: Tensor, context: Tensor | None = None):
         """The vector (B, outputs), or the feature maps."""
-        h = self.enter(join(x, context, self.context))
-        maps = []
+        h, maps = join(x, context, self.context), []
         for stage in self.stages:
             h = stage(h)
             maps.append(h)
         return maps[::-1] if self.leave is None else self.leave(F.silu(h).flatten(1))
+
+
+class ToPixels(nn.Module):
+    """Feature maps of half an image's size to the image: a convolution, and its pixels in place.
+
+    Args:
+        width: Channels in.
+        shape: (outputs, H, W) of the image, of any size.
+    """
+
+    def __init__(self, width: int, shape: Sequence[int]):
+        super().__init__()
+        self.shape = tuple(shape)
+        self.conv = nn.Conv2d(width, 4 * shape[0], 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The image-shaped output."""
+        _, height, width = self.shape
+        return F.pixel_shuffle(self.conv(F.silu(h)), 2)[:, :, :height, :width]
+
+
+class Upsample(nn.Module):
+    """Enlarge to a size by repeating pixels, and smooth by a convolution."""
+
+    def __init__(self, width: int, size: tuple[int, int]):
+        super().__init__()
+        self.size = size
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The enlarged maps."""
+        return self.conv(F.interpolate(h, self.size, mode="nearest"))
 
 
 class ConvDecoder(nn.Module):
@@ -290,27 +324,21 @@ class ConvDecoder(nn.Module):
         inputs: int,
         shape: Sequence[int],
         *,
-        width: int = 32,
+        width: int = 48,
         halvings: int = 2,
         blocks: int = 1,
         context: int = 0,
     ):
         super().__init__()
         self.context = context
-        self.sizes = sides(shape[1], shape[2], halvings)[::-1]
-        self.start = (width, *self.sizes[0])
+        smallest, *larger = halved(shape[1], shape[2], halvings)[:0:-1]
+        self.start = (width, *smallest)
         self.enter = nn.Linear(inputs + context, math.prod(self.start))
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(ResBlock(width) for _ in range(blocks))) for _ in self.sizes
-        )
-        self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in self.sizes[1:])
-        self.leave = nn.Conv2d(width, shape[0], 3, padding=1)
+        layers: list[nn.Module] = [ResBlock(width) for _ in range(blocks)]
+        for size in larger:
+            layers += [Upsample(width, size), *(ResBlock(width) for _ in range(blocks))]
+        self.layers = nn.Sequential(*layers, ToPixels(width, shape))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The image-shaped output."""
-        h = self.enter(join(z, context, self.context)).unflatten(1, self.start)
-        for i, stage in enumerate(self.stages):
-            if i:
-                h = self.smooth[i - 1](F.interpolate(h, self.sizes[i], mode="nearest"))
-            h = stage(h)
-        return self.leave(F.silu(h))
+        return self.layers(self.enter(join(z, context, self.context)).unflatten(1, self.start))

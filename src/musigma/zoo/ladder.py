@@ -6,13 +6,21 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musigma.gaussian import Format, GaussianHead
 from musigma.heads import CONTINUOUS
 from musigma.model import Ladder, LadderBlock, Model
-from musigma.nets import ConvEncoder, ResBlock, ResNet, Scaled, sides
+from musigma.nets import (
+    ConvEncoder,
+    ResBlock,
+    ResNet,
+    Scaled,
+    ToPixels,
+    Upsample,
+    halved,
+    join,
+)
 from musigma.zoo import architecture
 from musigma.zoo.glow import image_shape
 from musigma.zoo.vae import named_likelihood, quantized, usual_likelihood
@@ -25,7 +33,7 @@ def ladder(
     bits: int | None = 8,
     levels: int = 4,
     latents: int = 8,
-    width: int = 32,
+    width: int = 48,
     blocks: int = 1,
     likelihood: str = "auto",
     components: int = 5,
@@ -56,7 +64,7 @@ def ladder(
     name = usual_likelihood(bits) if likelihood == "auto" else likelihood
     continuous, scale = name in CONTINUOUS, None if bits is None else 2**bits
     down = max(1, math.ceil(math.log2(min(height, wide) / 7)))
-    sizes = sides(height, wide, down)[::-1]  # smallest first, the full size last
+    sizes = halved(height, wide, down)[:0:-1]  # from the smallest up to half the full size
     at = [i * down // levels for i in range(levels)]  # the size of each latent
 
     bottom_up = BottomUp(
@@ -69,11 +77,11 @@ def ladder(
             posterior=_gaussian(2 * width, latents, width, 0),
             merge=Merge(latents, width, blocks, depth, sizes[after] if after > here else None),
         )
-        for here, after in zip(at, [*at[1:], down], strict=True)
+        for here, after in zip(at, [*at[1:], down - 1], strict=True)
     ]
 
-    def decode(emitted: int) -> ResNet:
-        return ResNet(width, emitted, width=width, blocks=blocks, context=context)
+    def decode(emitted: int) -> nn.Module:
+        return Decoder(width, (emitted, height, wide), blocks, context)
 
     decoder = named_likelihood(name, shape, decode, scale or 2, components, std)
     if scale:
@@ -113,16 +121,26 @@ class Merge(nn.Module):
         super().__init__()
         self.project = nn.Conv2d(latents, width, 1)
         residual = [ResBlock(width) for _ in range(blocks)]
-        self.blocks = nn.Sequential(*residual)
-        self.smooth = None if size is None else nn.Conv2d(width, width, 3, padding=1)
-        self.size = size
+        self.blocks = nn.Sequential(*residual, *([Upsample(width, size)] if size else []))
         with torch.no_grad():
             for conv in (self.project, *(block.leave for block in residual)):
                 conv.weight.div_(math.sqrt(depth))
 
     def forward(self, state: Tensor, z: Tensor) -> Tensor:
         """The next state."""
-        state = self.blocks(state + self.project(z))
-        if self.smooth is None:
-            return state
-        return self.smooth(F.interpolate(state, self.size, mode="nearest"))
+        return self.blocks(state + self.project(z))
+
+
+class Decoder(nn.Module):
+    """The last state, and the context if any, to what the likelihood is read from."""
+
+    def __init__(self, width: int, shape: Sequence[int], blocks: int, context: int):
+        super().__init__()
+        self.context = context
+        self.enter = nn.Conv2d(width + context, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(ResBlock(width) for _ in range(blocks)))
+        self.leave = ToPixels(width, shape)
+
+    def forward(self, state: Tensor, context: Tensor | None = None) -> Tensor:
+        """The image-shaped output."""
+        return self.leave(self.blocks(self.enter(join(state, context, self.context))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -40,7 +41,7 @@ def vae(
         bits: Bits of each element; None for continuous data.
         net: `mlp` or `conv` networks; `auto`: `conv` for images whose smaller side is at least 8.
         latents: Dimensions of z.
-        width: Width of the networks; None: 400 for `mlp`, 32 channels for `conv`.
+        width: Width of the networks; None: 400 for `mlp`, 48 channels for `conv`.
         blocks: Hidden layers (`mlp`), or residual blocks at each size (`conv`).
         format: How the encoder's output is read as (mean, log_std), as `Format.parse` takes it.
         prior: N(0, I), or a coupling `flow` over it, learned with the rest.
@@ -105,10 +106,7 @@ def _prior(kind: str, latents: int, depth: int, context: int) -> Model:
 
 def _mlp(shape: Sequence[int], latents: int, width: int | None, blocks: int, context: int):
     hidden = [width or 400] * blocks
-    d = 1
-    for side in shape:
-        d *= side
-    encoder = MLP(d, 2 * latents, hidden=hidden, context=context)
+    encoder = MLP(math.prod(shape), 2 * latents, hidden=hidden, context=context)
 
     def decoder(channels: int) -> MLP:
         return MLP(latents, (channels, *shape[1:]), hidden=hidden, context=context)
@@ -117,10 +115,8 @@ def _mlp(shape: Sequence[int], latents: int, width: int | None, blocks: int, con
 
 
 def _conv(shape: Sequence[int], latents: int, width: int | None, blocks: int, context: int):
-    smallest, down = min(shape[1:]), 0
-    while smallest > 4 and down < 5:
-        smallest, down = (smallest + 1) // 2, down + 1
-    size = {"width": width or 32, "halvings": down, "blocks": blocks, "context": context}
+    down = max(1, math.ceil(math.log2(min(shape[1:]) / 7)))
+    size = {"width": width or 48, "halvings": down, "blocks": blocks, "context": context}
     encoder = ConvEncoder(shape, 2 * latents, **size)
 
     def decoder(channels: int) -> ConvDecoder:

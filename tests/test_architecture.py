@@ -1,0 +1,139 @@
+"""The tree is what the documents say: imports go down, nothing heavy comes along, files are small."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import musigma
+
+SOURCE = Path(musigma.__file__).parent
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+# A module imports only from lower ranks. Within a package (layers, zoo, cli) anything goes.
+RANKS = {
+    "gaussian": 0,
+    "files": 0,
+    "sources": 0,
+    "heads": 1,
+    "trace": 1,
+    "model": 2,
+    "objectives": 2,
+    "layers": 3,
+    "nets": 3,
+    "testing": 4,
+    "zoo": 4,
+    "checkpoint": 5,
+    "data": 5,
+    "evaluation": 6,
+    "training": 7,  # it evaluates as it goes, so evaluation lies below it
+    "figures": 8,
+    "report": 9,
+    "cli": 10,
+    "__init__": 10,
+    "__main__": 11,
+}
+
+# The one module that owns a library that is heavy or optional; it imports it inside functions.
+OWNERS = {
+    "accelerate": {"training"},
+    "cyclopts": {"cli"},
+    "rich": {"cli"},
+    "docstring_parser": {"cli"},
+    "PIL": {"sources", "figures"},
+    "matplotlib": {"figures"},
+    "safetensors": {"checkpoint"},
+    "pooch": {"sources"},
+    "sklearn": {"sources"},
+    "pyarrow": {"sources", "cli"},
+}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path):
+    """(module, line, inside a function) of every import."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "musigma":
+            for name in node.names:
+                if name.name != "__version__":
+                    yield f"musigma.{name.name}", node.lineno, node in inside
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.module, node.lineno, node in inside
+        elif isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, node.lineno, node in inside
+
+
+def test_every_module_has_a_rank():
+    assert {room(path) for path in MODULES} == set(RANKS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_go_down(path):
+    for name, line, _ in imports(path):
+        if name.startswith("musigma."):
+            target = name.split(".")[1]
+            assert target == room(path) or RANKS[target] < RANKS[room(path)], (
+                f"{path.relative_to(SOURCE)}:{line} imports {name}, which is not below it"
+            )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_libraries_stay_with_their_owners(path):
+    for name, line, inside in imports(path):
+        top = name.split(".")[0]
+        if top in OWNERS:
+            where = f"{path.relative_to(SOURCE)}:{line} imports {name}"
+            assert room(path) in OWNERS[top], f"{where}, which {OWNERS[top]} own"
+            assert inside or room(path) == "cli", f"{where} at the top of the module"
+
+
+def test_import_is_light():
+    heavy = "accelerate cyclopts rich PIL matplotlib pooch sklearn pyarrow pandas scipy".split()
+    code = f"import sys, musigma; print([m for m in {heavy!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_public_names_exist_and_are_few():
+    assert len(musigma.__all__) <= 50
+    for name in musigma.__all__:
+        assert getattr(musigma, name) is not None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_modules_hold_one_idea(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 700
+    assert path.stem not in ("utils", "common", "helpers")
+
+
+def test_library_code_neither_prints_nor_exits():
+    for path in MODULES:
+        if room(path) in ("cli", "__main__"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("print", "exit", "breakpoint"), f"{path}:{node.lineno}"
+
+
+def test_the_core_sets_no_seeds_and_touches_no_files():
+    core = {name for name, rank in RANKS.items() if rank <= 4} - {"files", "sources", "testing"}
+    for path in MODULES:
+        if room(path) in core:
+            text = path.read_text(encoding="utf-8")
+            for word in ("manual_seed", "open(", "os.environ", "set_default", "Path("):
+                assert word not in text, f"{path.relative_to(SOURCE)}: {word}"
