@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from musigma.sources import published
 from musigma.data import (
     DataError,
     Dataset,
@@ -29,6 +28,7 @@ from musigma.data import (
     identity,
     load,
 )
+from musigma.sources import published
 
 RNG = np.random.default_rng(7)
 GREY = RNG.integers(0, 256, (6, 1, 9, 7), dtype=np.uint8)

@@ -55,15 +55,15 @@ def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = No
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in model.state_dict().items()
     }
-    metadata = {
+    header = {
         "format": FORMAT,
-        "musigma": __version__,
-        "config": json.dumps(model.config),
-        "extra": json.dumps(extra or {}),
+        "version": __version__,
+        "config": dict(model.config),
+        "extra": dict(extra or {}),
     }
-    metadata["digest"] = _digest(metadata, tensors)
-    with replacing(path) as draft:
-        save_file(tensors, draft, metadata=metadata)
+    header["digest"] = _digest(header, tensors)
+    with replacing(path) as draft:  # one key, for safetensors writes several in any order
+        save_file(tensors, draft, metadata={"musigma": json.dumps(header, sort_keys=True)})
 
 
 def load(path: str | Path) -> Model:
@@ -113,26 +113,28 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ten
             f"{path}: not a whole safetensors file ({error}); it may be cut short or damaged, "
             "so copy it again"
         ) from error
-    version = metadata.get("format", "")
-    if not version.startswith("musigma/"):
-        raise CheckpointError(
-            f"{path}: a safetensors file, but not one that musigma wrote (no format in its header)"
-        )
-    if metadata.pop("digest", None) != _digest(metadata, tensors):
+    if "musigma" not in metadata:
+        raise CheckpointError(f"{path}: a safetensors file, but not one that musigma wrote")
+    try:
+        header = json.loads(metadata["musigma"])
+        digest = header.pop("digest")
+    except (ValueError, KeyError, AttributeError):
+        header, digest = {}, None
+    if digest != _digest(header, tensors):
         raise CheckpointError(
             f"{path}: its content does not match its digest, so it was changed or damaged after "
             "it was written; copy it again"
         )
-    config, extra = json.loads(metadata["config"]), json.loads(metadata["extra"])
+    config, version = header["config"], header["format"]
     while version != FORMAT:
         if version not in MIGRATIONS:
             raise CheckpointError(
-                f"{path}: written in format {version} by musigma {metadata['musigma']}, and this "
+                f"{path}: written in format {version} by musigma {header['version']}, and this "
                 f"is musigma {__version__}, which reads {FORMAT}; upgrade musigma"
             )
         config = MIGRATIONS[version](config)
         version = config.pop("format")
-    return config, extra, tensors
+    return config, header["extra"], tensors
 
 
 def _fill(model: Model, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -155,11 +157,9 @@ def _fill(model: Model, tensors: Mapping[str, Tensor], path: str | Path) -> None
     model.load_state_dict(dict(tensors))
 
 
-def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Of the metadata, and of every tensor's name, type, shape and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for key in sorted(metadata):
-        digest.update(f"{key}\0{metadata[key]}\0".encode())
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of the header, and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())

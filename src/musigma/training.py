@@ -72,9 +72,9 @@ class TrainConfig:
     steps: int | None = None
     epochs: float | None = None
     minutes: float | None = None
-    batch_size: int = 64
+    batch_size: int = 32
     optimizer: Literal["adam", "adamw", "adamax"] = "adamax"
-    lr: float = 2e-3
+    lr: float = 3e-3
     weight_decay: float = 0.0
     warmup: int = 100
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -86,7 +86,7 @@ class TrainConfig:
     free_bits: float = 0.0
     k: int = 1
     seed: int = 0
-    evaluations: int = 20
+    evaluations: int = 10
     evaluate_on: int = 1000
     save_every: float = 5.0
 
@@ -320,7 +320,7 @@ def fit(
                 saved = time.monotonic()
         save()
         if not (out / "model.safetensors").exists():
-            assess()
+            checkpoint.save(averaged, out / "model.safetensors", extra=extra)
     return Run(
         averaged, progress.step, progress.seconds, share >= 1, progress.skipped, progress.best
     )

@@ -46,6 +46,7 @@ CIFAR_PICKLED = (
 
 def walk_folder(root: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
     """Every file below a folder, by name."""
+
     def fail(error: OSError) -> None:
         raise error
 

@@ -34,11 +34,11 @@ def glow(
     depth: int = 8,
     hidden: int = 128,
     coupling: Literal["affine", "additive"] = "affine",
-    format: str = "interleaved sigmoid+2",
+    format: str = "interleaved softclip",
     permutation: Literal["conv", "lu", "shuffle", "reverse"] = "lu",
     learn_top: bool = True,
     dequantize: Literal["uniform", "learned"] = "uniform",
-    alpha: float | None = None,
+    alpha: float | None = 1e-5,
     context: int = 0,
 ) -> Chain:
     """Glow (Kingma & Dhariwal, 2018, arXiv:1807.03039).
@@ -52,17 +52,18 @@ def glow(
         hidden: Channels inside the coupling networks.
         coupling: Affine couplings, or additive ones (of volume 1).
         format: How an affine coupling reads its network's output, as `Format.parse` takes it. The
-            paper's sigmoid+2 can only shrink; tanh and softclip learn much faster.
+            paper's is "interleaved sigmoid+2", which can only shrink and learns more slowly.
         permutation: What mixes the channels: a 1x1 convolution (plain or by its LU factors), a
             fixed shuffle, or a reversal.
         learn_top: Learn mean and log_std of the top prior for each channel.
         dequantize: Uniform noise, or learned noise (logit-normal, given the image).
-        alpha: Of a logit that maps [0, 1] to the real line before all else; None: none, as in the
-            paper. With 1e-5 images that are mostly black are learned much faster.
+        alpha: Of a logit that maps [0, 1] to the real line before all else, for data with bits;
+            None: none, as in the paper. With it, images that are mostly black or white are
+            learned several times faster.
         context: Features of the context that conditions the couplings and the top prior.
     """
     layers = dequantized(shape, bits, dequantize, hidden, context)
-    if alpha is not None:
+    if alpha is not None and bits is not None:
         layers += [Affine(1.0, 0.5), Logit(alpha)]
     channels, height, width = image_shape(shape)
     levels = levels if levels is not None else halvings(height, width, most=3)

@@ -32,9 +32,9 @@ def realnvp(
     bits: int | None = 8,
     levels: int | None = None,
     depth: int = 4,
-    hidden: int = 64,
+    hidden: int = 32,
     blocks: int = 1,
-    alpha: float = 0.05,
+    alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
     """Real NVP (Dinh, Sohl-Dickstein, Bengio, 2017, arXiv:1605.08803).
@@ -49,7 +49,8 @@ def realnvp(
         depth: Couplings of each kind at each scale; for vectors, couplings in all.
         hidden: Width of the coupling networks.
         blocks: Residual blocks in each, for images.
-        alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
+        alpha: Of the logit that maps [0, 1] to the real line, for data with bits (the paper has
+            0.05, with which black and white are learned more slowly).
         context: Features of the context that conditions the couplings.
     """
     layers: list[Layer] = []

@@ -1,0 +1,305 @@
+"""Training: budgets, objectives, what is skipped and why, and resuming to the same bytes."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from musigma import checkpoint, data, objectives
+from musigma.data import Dataset
+from musigma.evaluation import evaluate
+from musigma.gaussian import GaussianHead
+from musigma.heads import StandardNormal
+from musigma.model import VAE, Prior
+from musigma.nets import MLP
+from musigma.trace import Evidence
+from musigma.training import Progress, TrainConfig, TrainingError, fit
+from musigma.zoo import architecture, build
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def small(name: str, **options):
+    torch.manual_seed(0)
+    return build(name, (1, 8, 8), **options)
+
+
+MODELS = {
+    "vae": {"net": "mlp", "width": 16, "latents": 4},
+    "vae-flow-prior": {"net": "mlp", "width": 16, "latents": 4, "prior": "flow"},
+    "vae-optimal": {"net": "conv", "width": 8, "likelihood": "gaussian", "std": "optimal"},
+    "ladder": {"levels": 3, "latents": 2, "width": 8},
+    "realnvp": {"levels": 1, "depth": 1, "hidden": 8},
+    "glow": {"levels": 2, "depth": 1, "hidden": 8, "dequantize": "learned"},
+}
+
+
+def train(digits, folder, *, stop=None, resume=False, name="vae", watch=None, **config):
+    model = small(name.split("-")[0], **MODELS[name])
+    config = {"steps": 24, "batch_size": 16, "evaluations": 4, "evaluate_on": 40, **config}
+    return fit(
+        model,
+        digits.split("train"),
+        digits.split("validation"),
+        TrainConfig(**config),
+        folder,
+        device="cpu",
+        resume=resume,
+        stop=None if stop is None else (lambda step: step == stop),
+        watch=watch,
+    )
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- resuming
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_resumed_run_equals_undisturbed_one_byte_for_byte(tmp_path, digits, name):
+    train(digits, tmp_path / "whole", name=name)
+    stopped = train(digits, tmp_path / "parts", name=name, stop=5)
+    assert (stopped.finished, stopped.steps) == (False, 5)
+    train(digits, tmp_path / "parts", name=name, stop=17, resume=True)
+    finished = train(digits, tmp_path / "parts", name=name, resume=True)
+    assert (finished.finished, finished.steps) == (True, 24)
+    for file in ("last.safetensors", "model.safetensors"):
+        whole, parts = ((tmp_path / run / file).read_bytes() for run in ("whole", "parts"))
+        assert whole == parts, f"{file} differs"
+    timed = {"seconds", "examples_per_second"}
+    logs = [
+        [{k: v for k, v in row.items() if k not in timed} for row in rows(tmp_path / run)]
+        for run in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_different_seed_gives_another_model(tmp_path, digits):
+    for seed in (0, 1):
+        train(digits, tmp_path / str(seed), seed=seed)
+    a, b = ((tmp_path / s / "last.safetensors").read_bytes() for s in "01")
+    assert a != b
+
+
+def test_resume_survives_a_log_line_cut_short_and_a_save_cut_short(tmp_path, digits):
+    train(digits, tmp_path, stop=5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 6, "lo')
+    (tmp_path / "state").rename(tmp_path / "state.old")  # killed between the two renames
+    (tmp_path / "state.tmp").mkdir()
+    assert train(digits, tmp_path, resume=True).finished
+    assert [r["step"] for r in rows(tmp_path) if r["kind"] == "train"] == list(range(1, 25))
+
+
+def test_resume_without_a_state_is_refused(tmp_path, digits):
+    with pytest.raises(ValueError, match="holds no state"):
+        train(digits, tmp_path, resume=True)
+
+
+def test_interrupt_stops_cleanly_and_restores_the_handler(tmp_path, digits):
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(row):
+        if row["step"] == 3 and row["kind"] == "train":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = train(digits, tmp_path, watch=interrupt)
+    assert (run.finished, run.steps) == (False, 3)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert train(digits, tmp_path, resume=True).finished
+
+
+# -- budgets and schedules
+
+
+def test_budgets(tmp_path, digits):
+    n = len(digits.split("train"))
+    assert train(digits, tmp_path / "a", steps=None, epochs=0.1).steps == math.ceil(0.1 * n / 16)
+    run = train(digits, tmp_path / "b", steps=None, minutes=0.02)
+    assert run.finished
+    assert 1.2 <= run.seconds < 10
+
+
+def test_share_and_learning_rate_follow_the_budget():
+    config = TrainConfig(steps=100, warmup=10, lr=1.0)
+    assert config.share(Progress(step=25), 999) == 0.25
+    assert config.learning_rate(4, 0.0) == pytest.approx(0.5)
+    assert config.learning_rate(50, 0.5) == pytest.approx(0.5)
+    assert config.learning_rate(99, 1.0) == pytest.approx(0.0)
+    constant = TrainConfig(minutes=2, schedule="constant", warmup=0, lr=1.0)
+    assert constant.share(Progress(seconds=30), 999) == 0.25
+    assert constant.learning_rate(0, 0.9) == 1.0
+    assert TrainConfig(epochs=2, batch_size=10).share(Progress(step=5), 50) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 5, "epochs": 1}, "epochs: the budget is given as steps"),
+        ({"optimizer": "sgd"}, "optimizer: expected adam or adamw or adamax"),
+        ({"schedule": "step"}, "schedule: expected cosine or constant"),
+        ({"lr": 0}, "lr: expected a positive"),
+        ({"lr": float("nan")}, "lr: expected a positive"),
+        ({"batch_size": 0}, "batch_size: expected 1 or more"),
+        ({"ema": 1.0}, "ema: expected"),
+        ({"weight_decay": 0.1}, "weight_decay: is for adamw"),
+        ({"k": 5, "beta": 2.0}, "k: the importance-weighted bound has no beta"),
+    ],
+)
+def test_configuration_is_checked(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**wrong)
+
+
+def test_beta_is_refused_for_a_flow_before_anything_is_written(tmp_path, digits):
+    with pytest.raises(ValueError, match="a flow has none"):
+        train(digits, tmp_path / "run", name="glow", beta=2.0)
+    assert not (tmp_path / "run").exists()
+
+
+# -- objectives
+
+
+def test_objectives_are_chosen_by_the_configuration():
+    torch.manual_seed(0)
+    e = Evidence(torch.randn(6), torch.rand(6, 3), torch.randn(6), torch.randn(6))
+    assert TrainConfig().objective(e, 0.3) == objectives.elbo(e)
+    warm = TrainConfig(beta=2.0, kl_warmup=0.5)
+    assert warm.objective(e, 0.25) == objectives.beta_elbo(e, 1.0)
+    assert warm.objective(e, 0.75) == objectives.beta_elbo(e, 2.0)
+    assert TrainConfig(free_bits=0.4).objective(e, 0) == objectives.free_bits(e, 0.4)
+    assert TrainConfig(k=3).objective(e, 0) == objectives.iwae(e, 3)
+
+
+@pytest.mark.parametrize(
+    "objective", [{}, {"beta": 4.0}, {"free_bits": 2.0}, {"k": 4}, {"kl_warmup": 0.5}], ids=str
+)
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adamax"])
+def test_figure_improves_under_every_objective(tmp_path, digits, objective, optimizer):
+    run = train(digits, tmp_path, steps=120, lr=5e-3, warmup=10, optimizer=optimizer, **objective)
+    figures = [r["bits_per_dim"] for r in rows(tmp_path) if r["kind"] == "evaluation"]
+    assert figures[-1] < figures[0] - 0.5
+    assert run.best == min(figures)
+
+
+def test_a_trained_model_is_in_its_band(tmp_path, digits):
+    run = train(digits, tmp_path, steps=600, lr=5e-3, batch_size=64)
+    figure = evaluate(run.model, digits.split("held-out"))
+    # untrained it is above 9; the digits have 17 levels, so log2(17) = 4.09 knows these alone
+    assert 3.0 < figure["bits_per_dim"] < 4.6
+
+
+# -- what is kept
+
+
+def test_best_weights_and_last_weights(tmp_path, digits):
+    run = train(digits, tmp_path)
+    validation = digits.split("validation").subset(range(40))
+    best = checkpoint.load(tmp_path / "model.safetensors")
+    last = checkpoint.load(tmp_path / "last.safetensors")
+    assert evaluate(best, validation)["bits_per_dim"] == run.best
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, last.state_dict()[name])
+    assert not run.model.training
+
+
+def test_average_is_a_running_one(tmp_path, digits):
+    averaged = train(digits, tmp_path / "a", ema=0.99)
+    plain = train(digits, tmp_path / "b", ema=0.0)
+    pairs = zip(averaged.model.parameters(), plain.model.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_actnorm_is_calibrated_once_and_then_trained(tmp_path, digits):
+    run = train(digits, tmp_path, name="glow", steps=2)
+    flags = [m.calibrated for m in run.model.modules() if hasattr(m, "calibrated")]
+    assert flags
+    assert all(flags)
+
+
+# -- steps that cannot be taken
+
+
+@architecture
+def brittle(shape, *, bits: int | None = None, often: float = 0.02):
+    """A VAE whose decoder has no answer to some of its latents."""
+
+    class Brittle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = MLP(3, 2 * shape[0], hidden=[8])
+
+        def forward(self, z):
+            bad = torch.rand(()) < often
+            return torch.where(bad, math.nan, 1.0) * self.net(z)
+
+    encoder = GaussianHead(MLP(shape[0], 6, hidden=[8]), event_ndims=1)
+    decoder = GaussianHead(Brittle(), event_ndims=1)
+    return VAE(encoder, decoder, Prior(StandardNormal((3,))))
+
+
+def points(n=200):
+    return Dataset(np.random.default_rng(0).normal(size=(n, 4)).astype(np.float32), name="points")
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_explained(tmp_path):
+    both = points().split("train"), points().split("validation")
+    run = fit(brittle((4,), often=0.1), *both, TrainConfig(steps=80), tmp_path, device="cpu")
+    skipped = [r for r in rows(tmp_path) if r["kind"] == "skipped"]
+    assert run.skipped == len(skipped) > 0
+    assert run.steps == 80
+    for row in skipped:
+        assert row["reason"] == "output of decoder.net (Brittle) has nan"
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_training_stops_when_steps_go_on_failing(tmp_path):
+    both = points().split("train"), points().split("validation")
+    with pytest.raises(TrainingError, match=r"20 steps in a row .* decoder\.net"):
+        fit(brittle((4,), often=1.0), *both, TrainConfig(steps=80), tmp_path, device="cpu")
+
+
+def test_a_gradient_far_beyond_the_usual_is_skipped(tmp_path):
+    values = np.random.default_rng(0).normal(size=(2000, 4)).astype(np.float32)
+    values[1234] = 1e7
+    both = Dataset(values), Dataset(values[:100])
+    config = TrainConfig(steps=260, batch_size=16, seed=1, evaluations=1)
+    hits = [
+        step
+        for step in range(260)
+        if 1234 in data.batch_indices(2000, 16, seed=1, step=step) and step >= 50
+    ]
+    run = fit(build("realnvp", (4,), bits=None, hidden=16), *both, config, tmp_path, device="cpu")
+    skipped = [r for r in rows(tmp_path) if r["kind"] == "skipped"]
+    assert [r["step"] - 1 for r in skipped] == hits
+    assert run.skipped == len(hits) > 0
+    assert all("the gradient has norm" in r["reason"] for r in skipped)
+
+
+# -- conditioning
+
+
+def test_labels_become_the_context(tmp_path, digits):
+    model = small("glow", levels=1, depth=1, hidden=8, context=10)
+    run = fit(
+        model,
+        digits.split("train"),
+        digits.split("validation"),
+        TrainConfig(steps=3, evaluate_on=20),
+        tmp_path,
+        device="cpu",
+    )
+    assert run.finished
+    unlabelled = Dataset(digits.x, name="plain")
+    with pytest.raises(ValueError, match="conditioned on 10 classes"):
+        fit(model, unlabelled, unlabelled, TrainConfig(steps=1), tmp_path / "x", device="cpu")
