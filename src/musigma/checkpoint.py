@@ -61,6 +61,7 @@ def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = No
         "config": dict(model.config),
         "extra": dict(extra or {}),
     }
+    header = json.loads(json.dumps(header))  # as it will be read: keys are text, tuples are lists
     header["digest"] = _digest(header, tensors)
     with replacing(path) as draft:  # one key, for safetensors writes several in any order
         save_file(tensors, draft, metadata={"musigma": json.dumps(header, sort_keys=True)})
@@ -117,10 +118,11 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ten
         raise CheckpointError(f"{path}: a safetensors file, but not one that musigma wrote")
     try:
         header = json.loads(metadata["musigma"])
+        same = json.dumps(header, sort_keys=True) == metadata["musigma"]
         digest = header.pop("digest")
-    except (ValueError, KeyError, AttributeError):
-        header, digest = {}, None
-    if digest != _digest(header, tensors):
+    except (ValueError, KeyError, AttributeError, TypeError):
+        header, same, digest = {}, False, None
+    if not same or not _padded_by_spaces(path) or digest != _digest(header, tensors):
         raise CheckpointError(
             f"{path}: its content does not match its digest, so it was changed or damaged after "
             "it was written; copy it again"
@@ -135,6 +137,13 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ten
         config = MIGRATIONS[version](config)
         version = config.pop("format")
     return config, header["extra"], tensors
+
+
+def _padded_by_spaces(path: Path) -> bool:
+    """Whether nothing but spaces follows the header's JSON, of which any blank would be legal."""
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    return header.rstrip(b" ").endswith(b"}")
 
 
 def _fill(model: Model, tensors: Mapping[str, Tensor], path: str | Path) -> None:

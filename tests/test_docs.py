@@ -1,0 +1,88 @@
+"""Every command and every block of Python in the README and the documents is run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from musigma.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder of images as people have them: two classes, several sizes and formats."""
+    random = np.random.default_rng(0)
+    for i in range(30):
+        folder = tmp_path / "photos" / ("cats" if i % 2 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (40 + i % 3, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.{'png' if i % 3 else 'jpg'}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_of_the_readme(photos, capsys):
+    commands = [
+        line
+        for block in blocks(ROOT / "README.md", "sh")
+        for line in block.splitlines()
+        if not line.startswith(". .venv")
+    ]
+    assert len(commands) > 15
+    mine = next(b for b in blocks(ROOT / "README.md", "python") if b.startswith("# mine.py"))
+    (photos / "mine.py").write_text(mine)
+    for command in commands:
+        # as they stand, but for the budget
+        words = re.sub(r"--minutes \d+", "--steps 4 --evaluations 1", command).split()
+        assert words[0] == "musigma"
+        main(words[1:])
+        if "--out" in words:
+            assert (photos / words[words.index("--out") + 1]).stat().st_size > 100, command
+    out = capsys.readouterr().out
+    assert "bits/dim" in out
+    table = (photos / "scores.csv").read_text().splitlines()
+    assert len(table) == 31
+    assert table[0].startswith("index,id,label,bits_per_dim,nats")
+
+
+def test_the_makefile_has_the_two_commands_that_the_readme_names():
+    text = (ROOT / "README.md").read_text()
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets == re.findall(r"^    make (\w+)", text, re.MULTILINE) == ["demo", "test"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_in_the_documents(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {"__name__": "docs"}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_examples_run(tmp_path):
+    for script in sorted((ROOT / "examples").glob("*.py")):
+        done = subprocess.run(
+            [sys.executable, script, "20"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
