@@ -104,7 +104,7 @@ def evaluations(metrics: list[dict]) -> list[dict]:
 
 
 def seconds_at(metrics: list[dict], step: int) -> float:
-    return next(m["seconds"] for m in metrics if m["kind"] == "train" and m["step"] == step)
+    return max(m["seconds"] for m in metrics if m["kind"] == "train" and m["step"] <= step)
 
 
 if __name__ == "__main__":

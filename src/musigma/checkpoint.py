@@ -43,7 +43,9 @@ def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = No
 
     Raises:
         ValueError: If the model was composed by hand, so that no configuration builds it.
+        OSError: If the file cannot be written; the old one, if any, stays.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if not model.config:
@@ -63,8 +65,12 @@ def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = No
     }
     header = json.loads(json.dumps(header))  # as it will be read: keys are text, tuples are lists
     header["digest"] = _digest(header, tensors)
-    with replacing(path) as draft:  # one key, for safetensors writes several in any order
-        save_file(tensors, draft, metadata={"musigma": json.dumps(header, sort_keys=True)})
+    metadata = {"musigma": json.dumps(header, sort_keys=True)}  # one key: several have no order
+    with replacing(path) as draft:
+        try:
+            save_file(tensors, draft, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def load(path: str | Path) -> Model:
@@ -117,7 +123,7 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ten
     if "musigma" not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not one that musigma wrote")
     try:
-        header = json.loads(metadata["musigma"])
+        header = json.loads(metadata["musigma"])  # forgiving: 1E-5 would do for 1e-05
         same = json.dumps(header, sort_keys=True) == metadata["musigma"]
         digest = header.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError):

@@ -163,7 +163,8 @@ def evaluate(
     n, nats, bits = len(data), table["nats"], table["bits_per_dim"]
 
     def error(values: np.ndarray) -> float | None:
-        return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+        with np.errstate(invalid="ignore"):  # of inf it is nan
+            return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
 
     return {
         "bits_per_dim": float(bits.mean()),
@@ -227,9 +228,10 @@ def inspect(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str,
     Returns:
         The figures of this example (`nats`, `bits_per_dim`), and for each latent, top first, a row
         with `site` and `shape`; for a latent with a posterior, its `mean`, `std`, `variance`,
-        `log_std` and `kl` for each element, and which are `active` (KL above 0.01 nats); for a
-        latent of a flow, the `mean` and `log_std` of its prior given this input, its `value` and
-        its whitened `noise`, as (mean, std, min, max) over the elements.
+        `log_std` and, unless the prior is a flow, `kl` for each element, and which are `active`
+        (KL above 0.01 nats); for a latent of a flow, the `mean` and `log_std` of its prior given
+        this input, its `value` and its whitened `noise`, as (mean, std, min, max) over the
+        elements.
 
     Raises:
         ValueError: If x is not one example.
@@ -244,14 +246,17 @@ def inspect(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str,
     for site in trace.paired:
         q, p = trace.paired[site]
         row: dict[str, Any] = {"site": names[site], "shape": list(q.event_shape)}
-        if isinstance(q, DiagonalGaussian) and isinstance(p, DiagonalGaussian):
-            single = DiagonalGaussian(q.mean, q.log_std, 0), DiagonalGaussian(p.mean, p.log_std, 0)
-            kl = torch.distributions.kl_divergence(*single)[0]
+        if isinstance(q, DiagonalGaussian):
             row |= {
                 "mean": q.mean[0].tolist(),
                 "std": q.stddev[0].tolist(),
                 "variance": q.variance[0].tolist(),
                 "log_std": q.log_std[0].tolist(),
+            }
+        if isinstance(q, DiagonalGaussian) and isinstance(p, DiagonalGaussian):
+            single = DiagonalGaussian(q.mean, q.log_std, 0), DiagonalGaussian(p.mean, p.log_std, 0)
+            kl = torch.distributions.kl_divergence(*single)[0]
+            row |= {
                 "kl": kl.tolist(),
                 "kl_total": float(kl.sum()),
                 "active": (kl > 0.01).tolist(),

@@ -297,6 +297,7 @@ class Model(nn.Module, ABC):
         x1: Tensor,
         steps: int,
         context: Tensor | None = None,
+        context1: Tensor | None = None,
         *,
         path: Literal["spherical", "linear"] = "spherical",
     ) -> Tensor:
@@ -305,20 +306,22 @@ class Model(nn.Module, ABC):
         On a `spherical` path every latent turns from one direction to the other at an even angle
         while its length changes evenly, so it stays where the prior has its mass (White, "Sampling
         Generative Networks", 2016, arXiv:1609.04468); a `linear` one cuts through the middle.
+        `context` is that of x0, and `context1` of x1 where it differs; between them it is mixed.
         """
         if path not in ("spherical", "linear"):
             raise ValueError(f"path: expected 'spherical' or 'linear'; got {path!r}")
-        ends = zip(
-            self.encode(x0, context, mode=True, whiten=True),
-            self.encode(x1, context, mode=True, whiten=True),
-            strict=True,
-        )
+        if context is not None and context1 is None:
+            context1 = context
+        first = self.encode(x0, context, mode=True, whiten=True)
+        last = self.encode(x1, context1, mode=True, whiten=True)
         between = _spherical if path == "spherical" else torch.lerp
-        pairs = list(ends)
-        frames = [
-            self.decode([between(a, b, t) for a, b in pairs], context, whiten=True)
-            for t in torch.linspace(0, 1, steps, dtype=pairs[0][0].dtype).tolist()
-        ]
+        frames = []
+        for t in torch.linspace(0, 1, steps, dtype=torch.float64).tolist():
+            mixed = None
+            if context is not None and context1 is not None:
+                mixed = torch.lerp(context, context1, t)
+            latents = [between(a, b, t) for a, b in zip(first, last, strict=True)]
+            frames.append(self.decode(latents, mixed, whiten=True))
         return torch.stack(frames, 1)
 
     def as_distribution(self, context: Tensor | None = None) -> Distribution:

@@ -245,8 +245,7 @@ def fit(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=device == "cpu")
-    where = torch.device(device) if device else accelerator.device
-    model.to(where)
+    model.to(torch.device(device) if device else accelerator.device)
     if not resume:
         torch.manual_seed(config.seed)
         first = batch_indices(len(train), min(512, len(train)), seed=config.seed, step=0)
@@ -263,7 +262,8 @@ def fit(
 
     def assess() -> None:
         figure = evaluate(averaged, shown, seed=config.seed)
-        log.write({"kind": "evaluation", "step": progress.step, **figure})
+        where = {"step": progress.step, "seconds": progress.seconds}
+        log.write({"kind": "evaluation", **where, **figure})
         if figure["bits_per_dim"] < progress.best or not (out / "model.safetensors").exists():
             progress.best = min(progress.best, figure["bits_per_dim"])
             checkpoint.save(averaged, out / "model.safetensors", extra=extra)
@@ -439,7 +439,7 @@ class _Log:
     """``metrics.jsonl``, which a resumed run continues from the step that it resumes at."""
 
     def __init__(self, path: Path, step: int, watch: Watch | None):
-        self.watch, self.last = watch, time.monotonic()
+        self.watch, self.last, self.seen = watch, time.monotonic(), 0
         kept = []
         if step and path.exists():
             for line in path.read_text().splitlines():
@@ -475,7 +475,10 @@ class _Log:
         examples: int,
         dims: int,
     ) -> None:
-        """Write the row of a step."""
+        """Write a step's row: each of the first hundred, every tenth, and all that are skipped."""
+        self.seen += examples
+        if progress.step > 100 and progress.step % 10 and row["kind"] != "skipped":
+            return
         now = time.monotonic()
         terms = {name: t.detach().mean(0) for name, t in evidence._asdict().items()}
         nats = -evidence.elbo.detach().mean().item()
@@ -489,9 +492,9 @@ class _Log:
             "log_q": terms["log_q"].item(),
             "log_det": terms["log_det"].item(),
             "learning_rate": lr,
-            "examples_per_second": examples / max(now - self.last, 1e-9),
+            "examples_per_second": self.seen / max(now - self.last, 1e-9),
         }
-        self.last = now
+        self.last, self.seen = now, 0
         self.write(row)
 
 

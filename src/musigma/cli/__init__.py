@@ -20,7 +20,7 @@ app = App(
     help="Gaussian latent-variable models: VAEs and normalizing flows whose numbers are true.",
 )
 app.command(train_app)
-app.command(commands, name="*")
+app.update(commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,11 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(words, exit_on_error=False, print_error=False, result_action="return_value")
     except KeyboardInterrupt:
         sys.exit(130)
-    except (CycloptsError, *UserError) as error:
-        if "--debug" in words:
+    except (CycloptsError, *UserError, RuntimeError) as error:
+        if "--debug" in words or not _explained(error):
             raise
         print(f"musigma: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _explained(error: Exception) -> bool:
+    """Whether the message alone tells a user what happened."""
+    if not isinstance(error, RuntimeError):
+        return True
+    from musigma.training import TrainingError
+
+    return isinstance(error, TrainingError)
 
 
 def _train_words(words: list[str]) -> list[str]:

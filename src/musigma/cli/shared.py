@@ -34,6 +34,10 @@ class Common:
     plugin: str | None = None
     debug: Annotated[bool, Parameter(negative="")] = False
 
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2^63 - 1; got {self.seed}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -51,6 +55,16 @@ class DataOptions:
     size: int | None = None
     skip_bad: Annotated[bool, Parameter(negative="")] = False
     batch_size: int = 64
+
+    def __post_init__(self):
+        at_least_one(batch_size=self.batch_size)
+
+
+def at_least_one(**counts: int) -> None:
+    """Refuse counts below 1, by their names."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: expected 1 or more; got {count}")
 
 
 CommonOptions = Annotated[Common, Parameter(name="*")]
@@ -112,6 +126,7 @@ class Trained:
 
         from musigma import checkpoint
 
+        self.device = device_named(common.device)
         if common.plugin:
             register_plugin(common.plugin)
         path = Path(run)
@@ -124,7 +139,6 @@ class Trained:
             raise ValueError(f"RUN: there is no run folder or checkpoint file {run}")
         self.path = path / "model.safetensors" if self.folder else path
         self.model, self.extra = checkpoint.read(self.path)
-        self.device = torch.device(common.device or best_device())
         self.model.to(self.device)
         self.common = common
         torch.manual_seed(common.seed)
@@ -133,6 +147,12 @@ class Trained:
     def shape(self) -> tuple[int, ...]:
         """The shape of one example."""
         return tuple(self.model.config["shape"])
+
+    @property
+    def dtype(self) -> Any:
+        """The type that the model computes in."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return next(t.dtype for t in tensors if t.is_floating_point())
 
     @property
     def bits(self) -> int | None:
@@ -147,7 +167,7 @@ class Trained:
     def data(self, source: str, options: DataOptions, screen: Screen):
         """Data treated as those that the model was trained on."""
         from musigma import data
-        from musigma.evaluation import check
+        from musigma.evaluation import check, context_size
 
         saved = self.extra.get("data", {})
         prepare = data.Preprocess.from_json(saved.get("preprocess", {}))
@@ -162,6 +182,12 @@ class Trained:
                 progress=progress,
             )
         check(self.model, found)
+        names = saved.get("label_names")
+        if context_size(self.model) and names and list(found.label_names) != names:
+            raise ValueError(
+                f"data: the model knows the classes {', '.join(names)}, and {source} has "
+                f"{', '.join(found.label_names)}"
+            )
         for name in found.skipped:
             screen.say(f"skipped {name}: it cannot be read")
         own = data.identity(source) == saved.get("source")
@@ -173,6 +199,7 @@ class Trained:
 
         from musigma.evaluation import batch
 
+        at_least_one(n=n)
         found = self.data(source, options, screen)
         return batch(found, np.arange(min(n, len(found))), self.model, seed=self.common.seed)
 
@@ -190,7 +217,15 @@ class Trained:
         if label is not None and not 0 <= label < classes:
             raise ValueError(f"label: expected 0 to {classes - 1}; got {label}")
         which = torch.arange(n) % classes if label is None else torch.full((n,), label)
-        return torch.nn.functional.one_hot(which, classes).float().to(self.device)
+        return torch.nn.functional.one_hot(which, classes).to(self.device, self.dtype)
+
+    def check_out(self, out: Path) -> None:
+        """Refuse a file that `write` could not write, before anything is computed for it."""
+        check_out(out, ".png", ".npy", ".npz")
+        if out.suffix == ".png" and len(self.shape) != 3 and self.shape != (2,):
+            raise ValueError(
+                f"out: examples of shape {self.shape} are no picture; name a .npy or .npz file"
+            )
 
     def write(self, x: Any, out: Path, columns: int | None = None) -> None:
         """Examples as a picture, or as an array, by the suffix of the file."""
@@ -199,21 +234,16 @@ class Trained:
         from musigma import figures
         from musigma.files import replacing
 
+        self.check_out(out)
         values = x.detach().cpu().numpy()
         if self.bits is not None:
             values = values.astype(np.uint8)
         if out.suffix == ".png":
             if len(self.shape) == 3:
                 figures.grid(values, out, levels=self.levels, columns=columns)
-            elif self.shape == (2,):
-                figures.points(values, out)
             else:
-                raise ValueError(
-                    f"out: examples of shape {self.shape} are no picture; name a .npy or .npz file"
-                )
+                figures.points(values, out)
             return
-        if out.suffix not in (".npy", ".npz"):
-            raise ValueError(f"out: expected a .png, .npy or .npz file; got {out}")
         with replacing(out) as draft, draft.open("wb") as file:
             if out.suffix == ".npy":
                 np.save(file, values)
@@ -230,6 +260,29 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def device_named(name: str | None) -> Any:
+    """The device of a name, or the best one; refuses one that is not there."""
+    import torch
+
+    try:
+        device = torch.device(name or best_device())
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {name!r} cannot be used here: {reason}") from error
+    return device
+
+
+def check_out(out: Path, *suffixes: str) -> None:
+    """Refuse a file of another kind, or in a folder that does not exist."""
+    if out.suffix not in suffixes:
+        kinds = ", ".join(suffixes[:-1]) + " or " * (len(suffixes) > 1) + suffixes[-1]
+        raise ValueError(f"out: expected a {kinds} file; got {out}")
+    if out.is_dir() or not out.parent.is_dir():
+        reason = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise ValueError(f"out: {out} cannot be written: {reason}")
+
+
 def register_plugin(spec: str) -> str:
     """Run FILE.py and make its function NAME an architecture; returns NAME."""
     from musigma.zoo import ARCHITECTURES, architecture
@@ -238,6 +291,9 @@ def register_plugin(spec: str) -> str:
     path = Path(file)
     if not file or not path.is_file():
         raise ValueError(f"plugin: expected FILE.py:NAME of a file that exists; got {spec!r}")
+    path = path.resolve()
+    if name in ARCHITECTURES and _defined_in(ARCHITECTURES[name]) == str(path):
+        return name
     loading = importlib.util.spec_from_file_location(f"musigma_plugin_{path.stem}", path)
     if loading is None or loading.loader is None:
         raise ValueError(f"plugin: {path} is no Python file")
@@ -256,6 +312,10 @@ def register_plugin(spec: str) -> str:
             raise ValueError(f"plugin: the zoo has a {name!r} already; rename the function")
         architecture(builder)
     return name
+
+
+def _defined_in(function: Any) -> str:
+    return python.unwrap(function).__code__.co_filename
 
 
 def said(figure: dict[str, Any]) -> str:

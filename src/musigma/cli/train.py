@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect as python
 import json
 import math
@@ -23,6 +24,7 @@ from musigma.cli.shared import (
     Screen,
     Trained,
     as_levels,
+    device_named,
     finite,
     register_plugin,
     said,
@@ -125,18 +127,27 @@ def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL
     """
     from musigma import data
     from musigma.training import TrainConfig
-    from musigma.zoo import build
+    from musigma.zoo import ARCHITECTURES, build
 
     if resume is None:
         raise ValueError("train: say what to train, `musigma train ARCH DATA`, or --resume RUN")
     if common.plugin:
         register_plugin(common.plugin)
+    device_named(common.device)
     try:
         saved = json.loads((resume / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"resume: {resume} holds no readable config.json ({error})") from error
+        about, config = saved["data"], TrainConfig(**saved["train"])
+        name, shape, options = (saved["model"][k] for k in ("architecture", "shape", "options"))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"resume: {resume} holds no readable config.json ({reason})") from error
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"resume: {resume} is of the architecture {name!r}, which is not in the zoo; give the "
+            f"file that defines it (--plugin FILE.py:{name})"
+        )
+    common = dataclasses.replace(common, seed=config.seed)
     screen = Screen(common)
-    about = saved["data"]
     found = data.load(
         about["source"],
         preprocess=data.Preprocess.from_json(about["preprocess"]),
@@ -147,10 +158,13 @@ def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL
             f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
             f"the run began, and has {len(found)} of {list(found.shape)} now"
         )
-    model = build(
-        saved["model"]["architecture"], saved["model"]["shape"], **saved["model"]["options"]
-    )
-    run(model, found, TrainConfig(**saved["train"]), resume, saved, screen, resume=True)
+    if about.get("digest") not in (None, digest(found)):
+        raise ValueError(
+            f"resume: the examples or labels of {about['source']} are not those that the run "
+            "began with; train anew, with another --out or --overwrite"
+        )
+    model = build(name, shape, **options)
+    run(model, found, config, resume, saved, screen, resume=True)
 
 
 def train(
@@ -164,12 +178,15 @@ def train(
     from musigma.zoo import build
 
     common = dataclasses.replace(common, seed=config.seed)
+    device_named(common.device)
     screen = Screen(common)
     out = prepare.out or Path("runs") / f"{name}-{Path(source).name.split('.')[0] or 'data'}"
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not prepare.overwrite:
         raise ValueError(
             f"out: {out} exists already; --resume {out}, --overwrite, or another --out"
         )
+    if out.is_file() or (prepare.overwrite and not _replaceable(out)):
+        raise ValueError(f"out: {out} is not a run, and will not be replaced by one")
     treat = data.Preprocess(size=prepare.size, bits=prepare.bits, binarize=prepare.binarize)
     with screen.progress("reading") as progress:
         found = data.load(source, preprocess=treat, skip_bad=prepare.skip_bad, progress=progress)
@@ -189,6 +206,7 @@ def train(
             "skip_bad": prepare.skip_bad,
             **{k: v for k, v in data.describe(found).items() if k in ("n", "shape", "bits")},
             "label_names": list(found.label_names),
+            "digest": digest(found),
         },
         "train": dataclasses.asdict(config),
         "versions": {
@@ -203,6 +221,23 @@ def train(
     if prepare.overwrite and out.is_dir():
         shutil.rmtree(out)
     run(model, found, config, out, saved, screen)
+
+
+def digest(found: Any) -> str:
+    """Of all examples and labels, by which a resumed run knows its data."""
+    import numpy as np
+
+    state = hashlib.blake2b(digest_size=16)
+    for example in found.x:
+        state.update(np.ascontiguousarray(example).data)
+    if found.labels is not None:
+        state.update(np.ascontiguousarray(found.labels).data)
+    return state.hexdigest()
+
+
+def _replaceable(out: Path) -> bool:
+    """Whether a folder is a run, or empty, or not there: nobody's photographs."""
+    return not out.is_dir() or (out / "config.json").is_file() or not any(out.iterdir())
 
 
 def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool = False) -> None:
@@ -262,13 +297,14 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
 def draw(trained: Trained, held: Any, folder: Path) -> list[str]:
     """Samples, reconstructions and interpolations as pictures, where they are any."""
     import numpy as np
+    import torch
 
     from musigma import figures
     from musigma.evaluation import batch
 
     model, levels = trained.model, trained.levels
     folder.mkdir(exist_ok=True)
-    x, context = batch(held, np.arange(min(16, len(held))), model)
+    x, context = batch(held, np.arange(min(16, len(held)) // 2 * 2), model)
     drawn = folder / "samples.png"
     samples = model.sample(64, trained.context(64, None), mode=True)
     if len(trained.shape) == 1:
@@ -277,18 +313,14 @@ def draw(trained: Trained, held: Any, folder: Path) -> list[str]:
         figures.points(samples.cpu().numpy(), drawn, reference=held.x[:2000])
         return [str(drawn)]
     trained.write(samples, drawn)
-    again = model.reconstruct(x, context)
+    with torch.no_grad():
+        again = model.reconstruct(x, context)
     figures.rows([as_levels(x), as_levels(again)], folder / "reconstructions.png", levels=levels)
-    half = len(x) // 2
-    between = model.interpolate(
-        x[:half], x[half : 2 * half], 9, None if context is None else context[:half]
-    )
+    ends = (None, None) if context is None else (context[::2], context[1::2])
+    with torch.no_grad():
+        between = model.interpolate(x[::2], x[1::2], 9, *ends)
     trained.write(between.flatten(0, 1), folder / "interpolations.png", columns=9)
     return [str(folder / f"{n}.png") for n in ("samples", "reconstructions", "interpolations")]
-
-
-def _levels(x: Any) -> Any:
-    return x.detach().cpu().numpy()
 
 
 class _Dashboard:

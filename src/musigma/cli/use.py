@@ -20,6 +20,8 @@ from musigma.cli.shared import (
     Screen,
     Trained,
     as_levels,
+    at_least_one,
+    check_out,
     said,
 )
 
@@ -61,20 +63,17 @@ def sample(
     """
     import torch
 
-    if n < 1:
-        raise ValueError(f"n: expected 1 or more; got {n}")
+    at_least_one(n=n)
+    scale = _temperature(temperature)
     screen, trained = Screen(common), Trained(run, common)
     out = out or Path("samples.png" if len(trained.shape) == 3 else "samples.npy")
+    trained.check_out(out)
     parts, context = [], trained.context(n, label)
     with screen.progress("sampling") as progress:
         for start in range(0, n, 64):
             stop = min(start + 64, n)
             rows = None if context is None else context[start:stop]
-            parts.append(
-                trained.model.sample(
-                    stop - start, rows, temperature=_temperature(temperature), mode=mode
-                )
-            )
+            parts.append(trained.model.sample(stop - start, rows, temperature=scale, mode=mode))
             if progress:
                 progress(stop, n)
     trained.write(torch.cat(parts), out)
@@ -101,11 +100,15 @@ def reconstruct(
         options: Which data.
         common: Shared options.
     """
+    import torch
+
     from musigma import figures
 
     screen, trained = Screen(common), Trained(run, common)
+    trained.check_out(out)
     x, context = trained.examples(data, options, screen, n)
-    again = trained.model.reconstruct(x, context)
+    with torch.no_grad():
+        again = trained.model.reconstruct(x, context)
     if out.suffix == ".png" and len(trained.shape) == 3:
         figures.rows([as_levels(x), as_levels(again)], out, levels=trained.levels)
     else:
@@ -141,15 +144,19 @@ def interpolate(
         options: Which data.
         common: Shared options.
     """
+    import torch
+
     if pairs < 1 or steps < 2:
         raise ValueError(f"pairs, steps: expected at least 1 and 2; got {pairs} and {steps}")
     screen, trained = Screen(common), Trained(run, common)
+    trained.check_out(out)
     x, context = trained.examples(data, options, screen, 2 * pairs)
     if len(x) < 2:
         raise ValueError(f"data: {data} holds {len(x)} examples, and a walk needs two")
     x = x[: len(x) // 2 * 2]
-    rows = None if context is None else context[: len(x) : 2]
-    walks = trained.model.interpolate(x[::2], x[1::2], steps, rows, path=path)
+    rows = (None, None) if context is None else (context[: len(x) : 2], context[1 : len(x) : 2])
+    with torch.no_grad():
+        walks = trained.model.interpolate(x[::2], x[1::2], steps, *rows, path=path)
     if out.suffix == ".png":
         trained.write(walks.flatten(0, 1), out, columns=steps)
     else:
@@ -187,8 +194,7 @@ def encode(
     from musigma.evaluation import batches
     from musigma.files import replacing
 
-    if out.suffix != ".npz":
-        raise ValueError(f"out: expected an .npz file; got {out}")
+    check_out(out, ".npz")
     screen, trained = Screen(common), Trained(run, common)
     found = trained.data(data, options, screen)
     parts: list[list[Any]] = []
@@ -207,7 +213,7 @@ def encode(
         arrays["labels"] = found.labels
     arrays["whitened"] = np.array(whiten)
     with replacing(out) as draft, draft.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     shapes = {name: list(a.shape) for name, a in arrays.items()}
     screen.result({"out": str(out), "arrays": shapes}, f"{shapes}: {out}")
 
@@ -232,43 +238,59 @@ def decode(
         label: The class, if the model is conditional; by default the file's own labels.
         common: Shared options.
     """
+    import torch
+
+    scale = _temperature(temperature)
+    screen, trained = Screen(common), Trained(run, common)
+    out = out or Path("decoded.png" if len(trained.shape) == 3 else "decoded.npy")
+    trained.check_out(out)
+    z, labels, whitened = _read_latents(latents, trained)
+    n = len(z[0])
+    context = trained.context(n, label)
+    if context is not None and label is None and labels is not None:
+        classes = context.shape[1]
+        if labels.shape != (n,) or not ((labels >= 0) & (labels < classes)).all():
+            raise ValueError(
+                f"latents: expected {n} labels from 0 to {classes - 1}, and {latents} has others; "
+                "correct them, or say which class to take (--label)"
+            )
+        context = torch.nn.functional.one_hot(labels, classes).to(context)
+    with torch.no_grad():
+        x = trained.model.decode(z, context, whiten=whitened, temperature=scale)
+    trained.write(x, out)
+    screen.result({"out": str(out), "n": n}, f"{n} examples: {out}")
+
+
+def _read_latents(path: Path, trained: Trained) -> tuple[list[Any], Any, bool]:
+    """Latents as the model takes them, their labels if any, and whether they are whitened."""
     import numpy as np
     import torch
 
-    screen, trained = Screen(common), Trained(run, common)
+    if not path.is_file():
+        raise ValueError(f"latents: there is no file {path}")
     try:
-        with np.load(latents, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"latents: {latents} is no readable .npz file ({error})") from error
-    given = [arrays[f"z{i}"] for i in range(len(arrays)) if f"z{i}" in arrays]
-    expected = [
-        tuple(z.shape[1:])
-        for z in trained.model.encode(
-            torch.zeros(1, *trained.shape, device=trained.device), trained.context(1, None)
-        )
-    ]
-    got = [z.shape[1:] for z in given]
-    if not given or got != expected[: len(got)]:
-        raise ValueError(
-            f"latents: expected z0, z1, ... of shapes {expected}, top first; {latents} has {got}"
-        )
-    n = len(given[0])
-    context = trained.context(n, label)
-    if context is not None and label is None and "labels" in arrays:
-        context = torch.nn.functional.one_hot(
-            torch.from_numpy(arrays["labels"]), context.shape[1]
-        ).to(context)
-    out = out or Path("decoded.png" if len(trained.shape) == 3 else "decoded.npy")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        count = sum(name[0] == "z" for name in arrays)
+        z = [arrays[f"z{i}"] for i in range(count)]
+        labels = arrays.get("labels")
+        labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        whitened = bool(arrays.get("whitened", False))
+    except Exception as error:  # whatever a parser throws at a broken file
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"latents: {path} is no .npz file of z0, z1, ... ({reason})") from error
+    blank = torch.zeros(1, *trained.shape, dtype=trained.dtype, device=trained.device)
     with torch.no_grad():
-        x = trained.model.decode(
-            [torch.from_numpy(z).to(trained.device) for z in given],
-            context,
-            whiten=bool(arrays.get("whitened", False)),
-            temperature=_temperature(temperature),
+        encoded = trained.model.encode(blank, trained.context(1, None))
+    wanted, got = [tuple(t.shape[1:]) for t in encoded], [a.shape for a in z]
+    if not z or [s[1:] for s in got] != wanted[: len(z)] or len({s[:1] for s in got}) > 1:
+        raise ValueError(
+            f"latents: expected z0, z1, ... of shapes (n, *s) for s in {wanted}, top first; "
+            f"{path} has {got}"
         )
-    trained.write(x, out)
-    screen.result({"out": str(out), "n": n}, f"{n} examples: {out}")
+    if not len(z[0]) or any(a.dtype.kind not in "fiu" or not np.isfinite(a).all() for a in z):
+        raise ValueError(f"latents: expected finite numbers; {path} has none, or others")
+    return [torch.from_numpy(a).to(blank) for a in z], labels, whitened
 
 
 @commands.command
@@ -293,8 +315,7 @@ def score(
     """
     from musigma import evaluation
 
-    if out.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"out: expected a .csv or .parquet file; got {out}")
+    check_out(out, ".csv", ".parquet")
     screen, trained = Screen(common), Trained(run, common)
     options = dataclasses.replace(options, split=options.split or "all")
     found = trained.data(data, options, screen)
@@ -447,6 +468,14 @@ def _inspection(report: dict[str, Any]) -> str:
                 lines.append(f"{i:>6}{numbers}{'' if on else '  inactive'}")
             if len(table) > 32:
                 lines.append(f"  ... and {len(table) - 32} with less KL (--json has them all)")
+        elif "mean" in row:
+            lines.append(
+                f"\n{row['site']} ({shape}): the posterior, under a prior that is a model"
+            )
+            lines.append(f"{'':>6}{'mean':>10}{'std':>10}{'variance':>10}")
+            parts = [np.array(row[n]).ravel() for n in ("mean", "std", "variance")]
+            for i, values in enumerate(zip(*parts, strict=True)):
+                lines.append(f"{i:>6}{''.join(f'{v:>10.4f}' for v in values)}")
         elif "noise" in row:
             lines.append(f"\n{row['site']} ({shape}): {row['nats']:.2f} nats under its prior")
             for name in ("prior_mean", "prior_log_std", "value", "noise"):
@@ -480,6 +509,7 @@ def info(
     """
     from musigma import evaluation
 
+    at_least_one(n=n)
     screen, trained = Screen(common), Trained(run, common)
     model = trained.model
     about: dict[str, Any] = {
