@@ -158,7 +158,7 @@ def rows(
 
 def _columns(n: int, aspect: float) -> int:
     """About square, and with as few empty cells as there can be."""
-    square = max(1, round(math.sqrt(n * aspect)))
+    square = math.ceil(math.sqrt(n * aspect))
     choices = range(square, min(n, math.ceil(square * 1.5)) + 1)
     return min(choices, key=lambda c: -n % c, default=n)
 
@@ -516,20 +516,20 @@ def _latents_panel(
 
 
 def _figure(
-    panels: int, colors: _Colors, title: str | None, width: float = 4.6, height: float = 2.9
+    panels: int, colors: _Colors, title: str | None, width: float = 4.2, height: float = 2.75
 ) -> tuple[Any, list[Any]]:
     """A figure with so many panels beside each other, in a plain style."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise PlotsMissing("plots need matplotlib: pip install 'musigma[plots]'") from error
     figure = Figure(
         figsize=(width * panels, height + (0.3 if title else 0)),
         dpi=200,
-        layout="constrained",
+        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.04),
         facecolor=colors.paper,
     )
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.04)  # type: ignore[union-attr]
     if title:
         figure.suptitle(title, x=0.02, ha="left", color=colors.ink, fontsize=11, parse_math=False)
     axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]

@@ -1,177 +1,694 @@
-"""One HTML page of run folders: figures, curves, pictures and accounts, with nothing outside it."""
+"""One HTML page of run folders: figures with their account, curves, pictures, what to do next.
+
+The page is one file: its style is inside, its pictures are data, and it runs no script and fetches
+nothing, which its content security policy also says.
+"""
 
 from __future__ import annotations
 
 import base64
+import html
 import json
+import math
+import shlex
+import struct
 import tempfile
-from collections.abc import Sequence
-from html import escape
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from musigma import figures
 from musigma.files import replacing
 
 __all__ = ["write"]
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2730; --pale: #66727d; --line: #d9dee3;
-  --paper: #fbfbfa; --card: #ffffff; --accent: #2b5f8a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8eb; --pale: #98a4ae; --line: #343c43;
-  --paper: #15191c; --card: #1c2125; --accent: #8db9dc; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem 4rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 1.5rem; } h2 { font-size: 1.2rem; margin: 0; }
-h3 { font-size: .8rem; margin: 1.6rem 0 .5rem; color: var(--pale); font-weight: 600; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 1.5rem; margin: 0 0 1.5rem; }
-.figure { font-size: 2.4rem; font-weight: 650; color: var(--accent); line-height: 1.2;
-  font-variant-numeric: tabular-nums; margin-top: .6rem; }
-.figure small { font-size: 1rem; font-weight: 400; color: var(--pale); }
-.note { color: var(--pale); font-size: .92rem; margin: .1rem 0; }
-img { max-width: 100%; height: auto; border-radius: 4px; display: block; }
-img.pixels { image-rendering: pixelated; } img.curve { background: #fff; padding: .5rem; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1.2rem; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-td, th { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); }
-td.number { text-align: right; } tr.sum td { font-weight: 650; border-bottom: 0; }
-details { margin-top: 1.4rem; } summary { cursor: pointer; color: var(--pale); }
-pre { overflow-x: auto; background: var(--paper); border: 1px solid var(--line); padding: .8rem;
-  border-radius: 6px; font-size: .85rem; }
-"""
-
 PICTURES = {
     "samples": "Samples: new examples that the model draws",
-    "reconstructions": "Reconstructions: held-out originals above, what the latents know below",
-    "interpolations": "Interpolations: from one held-out example to another through the latents",
+    "reconstructions": "Reconstructions: originals above, from their latents below",
+    "interpolations": "Interpolations: from one example to another, through the latents",
 }
+TERMS = {"log_p": "−log p", "log_q": "log q", "log_det": "−log |det|", "kl": "KL"}
 
 
 def write(path: str | Path, runs: Sequence[str | Path], *, title: str = "musigma") -> Path:
-    """Write one page for run folders; whatever a run lacks is left out.
+    """Write a page of runs.
+
+    Of each folder it shows ``config.json``, which there must be, and of the following what there
+    is: ``evaluation.json``, ``metrics.jsonl``, ``ledger.json`` and, in ``samples/``,
+    ``samples.png``, ``reconstructions.png`` and ``interpolations.png``.
 
     Args:
         path: The .html file.
-        runs: Folders as ``musigma train`` leaves them.
-        title: Of the page.
+        runs: Run folders, in the order of the page.
+        title: Its title.
+
+    Returns:
+        The path.
 
     Raises:
-        ValueError: If there are no runs, or a folder holds no ``config.json``.
+        ValueError: If there are no runs, one has no ``config.json``, or a file of it is broken.
     """
     path = Path(path)
     if not runs:
-        raise ValueError("runs: expected at least one run folder")
-    parts = [_run(Path(run)) for run in runs]
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
-        '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+        raise ValueError("runs: expected one run folder or more; got none")
+    read = [_read(Path(run)) for run in runs]
+    names = Counter(run.name for run in read)
+    read = [r._replace(name=str(r.path)) if names[r.name] > 1 else r for r in read]
+    sections = [_section(run, f"run-{i}") for i, run in enumerate(read, 1)]
+    page = _page(title, [_overview(read) if len(read) > 1 else _Html(), *sections])
     with replacing(path) as draft:
         draft.write_text(page, encoding="utf-8")
     return path
 
 
-def _run(run: Path) -> str:
-    config = _json(run / "config.json")
-    if config is None:
-        raise ValueError(f"runs: {run} holds no config.json, so it is no run folder")
-    model, data = config["model"], config["data"]
-    shape = " × ".join(map(str, model["shape"]))
-    parts = [
-        f"<section><h2>{escape(model['architecture'])} on {escape(Path(data['source']).name)}</h2>",
-        f'<p class="note">{data.get("train", 0):,} training examples of shape {shape}</p>',
-        _figure(_json(run / "evaluation.json")),
-        '<div class="pair">',
-        _picture(run, "samples"),
-        _curve(run / "metrics.jsonl"),
-        "</div>",
-        _picture(run, "reconstructions"),
-        _picture(run, "interpolations"),
-        _ledger(_json(run / "ledger.json")),
-        "<details><summary>Configuration, and how to go on</summary>",
-        f"<pre>{escape(_commands(run))}</pre><pre>{escape(json.dumps(config, indent=2))}</pre>",
-        "</details></section>",
-    ]
-    return "\n".join(part for part in parts if part)
+# --- a run ---------------------------------------------------------------------------------------
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+class _Figure(NamedTuple):
+    """A figure in its unit, and what it is."""
+
+    value: float | None
+    error: float | None
+    unit: str
+    kind: str
+    about: str
+    bound: str
+    n: int | None
 
 
-def _figure(figure: dict[str, Any] | None) -> str:
-    if figure is None:
-        return ""
-    kinds = {"exact": "exact", "elbo": "an upper bound: one draw of the ELBO"}
-    kind = kinds.get(figure["bound"], f"an upper bound: {figure['bound']}")
-    error = figure.get("standard_error")
-    spread = "" if error is None else f" ± {error:.4f}"
-    return (
-        f'<div class="figure">{figure["bits_per_dim"]:.4f} <small>{spread} bits per dimension'
-        f"</small></div>\n"
-        f'<p class="note">{figure["nats"]:.2f} nats per example; {escape(kind)}; '
-        f"{figure['n']:,} held-out examples</p>"
-    )
+class _Run(NamedTuple):
+    """What a run folder holds."""
 
+    path: Path
+    name: str
+    config: Mapping[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluation: Mapping[str, Any] | None
+    ledger: list[dict[str, Any]]
 
-def _image(data: bytes, text: str, kind: str) -> str:
-    encoded = base64.b64encode(data).decode()
-    return f'<img class="{kind}" alt="{escape(text)}" src="data:image/png;base64,{encoded}">'
+    @property
+    def model(self) -> Mapping[str, Any]:
+        return self.config.get("model") or {}
 
+    @property
+    def data(self) -> Mapping[str, Any]:
+        return self.config.get("data") or {}
 
-def _picture(run: Path, name: str) -> str:
-    path = run / "samples" / f"{name}.png"
-    if not path.is_file():
-        return ""
-    text = PICTURES[name]
-    return f"<div><h3>{escape(text)}</h3>{_image(path.read_bytes(), text, 'pixels')}</div>"
+    @property
+    def shape(self) -> list[int]:
+        return list(self.model.get("shape") or self.data.get("shape") or [])
 
+    @property
+    def bits(self) -> int | None:
+        return self.data["bits"] if "bits" in self.data else self.options.get("bits", 8)
 
-def _curve(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    with tempfile.TemporaryDirectory() as folder:
-        drawn = Path(folder) / "curve.png"
-        figures.curves(rows, drawn)
-        image = _image(drawn.read_bytes(), "bits per dimension over training steps", "curve")
-    return f"<div><h3>Training</h3>{image}</div>"
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return self.model.get("options") or {}
 
+    @property
+    def source(self) -> str:
+        return str(self.data.get("source") or "")
 
-def _ledger(rows: list[dict[str, Any]] | None) -> str:
-    """The account, with the terms of one kind of layer added up."""
-    if not rows:
-        return ""
-    sums: dict[tuple[str, str], float] = {}
-    for row in rows:
-        key = (row["kind"], row["term"])
-        sums[key] = sums.get(key, 0.0) + row["bits_per_dim"]
-    lines = [
-        f'<tr><td>{escape(kind)}</td><td>{escape(term)}</td><td class="number">{bits:+.4f}</td></tr>'
-        for (kind, term), bits in sums.items()
-    ]
-    total = sum(sums.values())
-    return (
-        "<details><summary>The account of these bits</summary><table><tr><th>layer</th>"
-        f"<th>term</th><th>bits/dim</th></tr>{''.join(lines)}"
-        f'<tr class="sum"><td>sum</td><td></td><td class="number">{total:.4f}</td></tr></table>'
-        '<p class="note">Of at most 512 held-out examples; each layer by itself: musigma info '
-        "RUN --ledger</p></details>"
-    )
+    @property
+    def data_name(self) -> str:
+        """The last part of a path: a page that is sent around should not tell the others."""
+        return Path(self.source).name or self.source
 
-
-def _commands(run: Path) -> str:
-    return "\n".join(
-        f"musigma {line}"
-        for line in (
-            f"sample {run} --n 64 --out samples.png",
-            f"score {run} DATA --out scores.csv",
-            f"info {run} --ledger",
-            f"train --resume {run}",
+    def figure(self) -> _Figure | None:
+        """The final figure; before there is one, the last of the validation data."""
+        row, whose, note = self.evaluation, "held-out", ""
+        if row is None:
+            rows = [r for r in self.metrics if r.get("kind") == "evaluation"]
+            if not rows:
+                return None
+            row, whose = rows[-1], "validation"
+            note = f", at step {row.get('step', 0):,}; there is no final evaluation yet"
+        bound, n, k = str(row.get("bound") or ""), row.get("n"), row.get("k")
+        discrete = self.bits is not None
+        value = _number(row.get("bits_per_dim" if discrete else "nats"))
+        error = _number(row.get("standard_error" if discrete else "standard_error_nats"))
+        bits_error = _number(row.get("standard_error"))
+        if not discrete and error is None and bits_error is not None and self.shape:
+            error = bits_error * math.prod(self.shape) * math.log(2)
+        quantity = "−log₂ p(x) per dimension" if discrete else "−log p(x)"
+        kind, how = _bound(bound, k)
+        kind += "" if row is self.evaluation else ", on validation data"
+        about = f"{how} {quantity}".strip() + (f", mean of {n:,} {whose} examples" if n else "")
+        return _Figure(
+            value,
+            error,
+            "bits/dim" if discrete else "nats per example",
+            kind,
+            about + note,
+            bound,
+            n,
         )
+
+
+def _bound(bound: str, k: Any) -> tuple[str, str]:
+    """What kind of figure it is: in a word, and in words."""
+    if bound == "exact":
+        return "exact", "Exact:"
+    if bound == "elbo":
+        return "upper bound", "Upper bound, by the one-draw ELBO, of"
+    name, _, draws = bound.partition("-")
+    if name == "iwae":
+        return "upper bound", f"Upper bound, importance-weighted with {draws or k} draws, of"
+    return bound or "unnamed bound", f"{bound.capitalize() or 'Unnamed bound'} of"
+
+
+def _read(path: Path) -> _Run:
+    """What there is in a run folder."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"runs: {path} is no run folder: it has no config.json")
+    config = _json(path / "config.json", dict)
+    metrics = []
+    if (path / "metrics.jsonl").is_file():
+        for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line that is being written, or was cut off when its process died
+            if isinstance(row, dict) and "step" in row:
+                metrics.append(row)
+    evaluation = path / "evaluation.json"
+    ledger = path / "ledger.json"
+    return _Run(
+        path,
+        path.name or path.resolve().name or str(path),
+        config,
+        metrics,
+        _json(evaluation, dict) if evaluation.is_file() else None,
+        _json(ledger, list) if ledger.is_file() else [],
     )
+
+
+def _json(path: Path, kind: type) -> Any:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"runs: {path} is no JSON file: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"runs: {path} holds no {'object' if kind is dict else 'list'}")
+    return value
+
+
+# --- HTML ----------------------------------------------------------------------------------------
+
+
+class _Html(str):
+    """Text that is HTML already; any other text is escaped on its way into an element."""
+
+
+def _element(tag: str, *content: Any, **attributes: Any) -> _Html:
+    """An element; in names of attributes, _ stands for -, and a last one is dropped.
+
+    >>> print(_element("a", "R&D", " ", _element("b", 1), href="#x", class_="y"))
+    <a href="#x" class="y">R&amp;D <b>1</b></a>
+    """
+    named = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for name, value in attributes.items()
+        if value is not None
+    )
+    if tag in ("img", "source"):
+        return _Html(f"<{tag}{named}>")
+    return _Html(f"<{tag}{named}>{_join(content)}</{tag}>")
+
+
+def _join(content: Iterable[Any]) -> _Html:
+    return _Html("".join(c if isinstance(c, _Html) else html.escape(str(c)) for c in content))
+
+
+def _page(title: str, content: Sequence[_Html]) -> str:
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = (
+        '<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"{_element('title', title)}\n<style>{STYLE}</style>\n"
+    )
+    body = _element(
+        "main",
+        _element("header", _element("h1", title)),
+        *content,
+        _element(
+            "footer",
+            "bits/dim: bits that a lossless code by this model takes for each pixel of each "
+            "channel, or an upper bound of it; lower is better. ± is one standard error.",
+        ),
+    )
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n{head}</head>\n<body>{body}</body>\n</html>\n'
+    )
+
+
+def _table(head: Sequence[Any], body: Iterable[Sequence[Any]], foot: Sequence[Any] = ()) -> _Html:
+    """A table that scrolls sideways where it is too wide."""
+    parts = [
+        _element("thead", _element("tr", *(_element("th", c, scope="col") for c in head))),
+        _element("tbody", *(_element("tr", *(_element("td", c) for c in row)) for row in body)),
+    ]
+    if foot:
+        parts.append(_element("tfoot", _element("tr", *(_element("td", c) for c in foot))))
+    return _element("div", _element("table", *parts), class_="scroll", tabindex="0")
+
+
+def _picture(png: Path, alt: str, *, dark: Path | None = None, density: int = 1) -> _Html:
+    """An image as data; with `density` pixels of the file to one of the page."""
+    content, width, height = _png(png)
+    image = _element(
+        "img",
+        src=content,
+        alt=alt,
+        width=round(width / density),
+        height=round(height / density),
+    )
+    if dark is None:
+        return image
+    other = _element("source", srcset=_png(dark)[0], media="(prefers-color-scheme: dark)")
+    return _element("picture", other, image)
+
+
+def _png(path: Path) -> tuple[str, int, int]:
+    """A PNG file as data, its width and its height."""
+    content = path.read_bytes()
+    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 24:
+        raise ValueError(f"runs: {path} is no PNG file")
+    width, height = struct.unpack(">II", content[16:24])
+    return "data:image/png;base64," + base64.b64encode(content).decode(), width, height
+
+
+# --- parts of the page ---------------------------------------------------------------------------
+
+
+def _overview(runs: Sequence[_Run]) -> _Html:
+    """All runs in a table."""
+    rows = []
+    for i, run in enumerate(runs, 1):
+        figure = run.figure()
+        value = "–"
+        if figure:
+            value = _join([_element("b", _rounded(figure)), f" {figure.unit}"])
+        rows.append(
+            [
+                _element("a", run.name, href=f"#run-{i}"),
+                value,
+                str(run.model.get("architecture", "")),
+                run.data_name,
+                figure.kind if figure else "",
+                f"{figure.n:,}" if figure and figure.n else "",
+            ]
+        )
+    head = ("run", "figure", "model", "data", "is", "examples")
+    return _element("section", _table(head, rows), class_="overview")
+
+
+def _section(run: _Run, anchor: str) -> _Html:
+    """Everything about a run."""
+    parts = [
+        _element("h2", run.name),
+        _element("p", _subtitle(run), class_="subtitle"),
+        _headline(run),
+        _curves(run),
+        _pictures(run),
+        _account(run),
+        _configuration(run),
+        _next(run),
+    ]
+    return _element("section", *parts, id=anchor)
+
+
+def _subtitle(run: _Run) -> str:
+    shape = " × ".join(map(str, run.shape))
+    what = "continuous values" if run.bits is None else f"{run.bits}-bit levels"
+    parts = [
+        str(run.model.get("architecture", "a model")),
+        f"{shape}{', ' if len(run.shape) > 1 else ' '}{what}".strip(),
+    ]
+    if isinstance(n := run.data.get("train"), int):
+        parts.append(f"trained on {n:,} examples of {run.data_name}")
+    elif run.source:
+        parts.append(run.data_name)
+    steps = [row for row in run.metrics if row.get("kind") == "train"]
+    if steps:
+        seconds = _number(steps[-1].get("seconds"))
+        text = f"{steps[-1]['step']:,} steps"
+        parts.append(text + (f" in {_duration(seconds)}" if seconds else ""))
+    return " · ".join(parts)
+
+
+def _headline(run: _Run) -> _Html:
+    """The figure, and what it is."""
+    figure = run.figure()
+    if figure is None:
+        return _Html()
+    value, _, error = _rounded(figure).partition(" ± ")
+    parts = [
+        _element("span", value, class_="value"),
+        _element("span", figure.unit, class_="unit"),
+    ]
+    if error:
+        parts.append(_element("span", f"± {error}", class_="error"))
+    lines = [_element("p", *parts, class_="figure"), _element("p", figure.about, class_="about")]
+    row = run.evaluation or {}
+    terms = []
+    if figure.unit == "bits/dim" and (nats := _number(row.get("nats"))) is not None:
+        terms.append(("nats per example", f"{nats:,.2f}"))
+    distortion, rate = _number(row.get("log_px")), _number(row.get("rate"))
+    if distortion and rate is not None:
+        terms += [("distortion, nats", f"{-distortion:,.2f}"), ("rate, nats", f"{rate:,.2f}")]
+        kl = row.get("kl") or []
+        if 1 < len(kl) <= 8:
+            terms.append(("KL of each latent, top first", ", ".join(f"{v or 0:.2f}" for v in kl)))
+    if terms:
+        pairs = [
+            _element("div", _element("dt", name), _element("dd", text)) for name, text in terms
+        ]
+        lines.append(_element("dl", *pairs, class_="terms"))
+    if bad := row.get("non_finite"):
+        lines.append(_element("p", f"{bad:,} examples have no finite figure.", class_="warning"))
+    return _element("div", *lines, class_="headline")
+
+
+def _curves(run: _Run) -> _Html:
+    """Each panel for light and for dark pages."""
+    unit = "nats" if run.bits is None else "bits"
+    panels: dict[figures.Panel, str] = {
+        "figure": "Training and validation figures over training steps",
+        "latents": "What each latent costs over training steps",
+    }
+    drawn = []
+    with tempfile.TemporaryDirectory() as folder:
+        for panel, alt in panels.items():
+            light, dark = (Path(folder) / f"{panel}-{name}.png" for name in ("light", "dark"))
+            try:
+                figures.curves(run.metrics, light, unit=unit, panels=[panel])
+                figures.curves(run.metrics, dark, unit=unit, panels=[panel], dark=True)
+            except figures.PlotsMissing as error:
+                return _element("p", f"No curves: {error}", class_="note")
+            except ValueError:
+                continue  # there are no such rows
+            drawn.append(
+                _element("figure", _picture(light, alt, dark=dark, density=2), class_="curve")
+            )
+    return _element("div", *drawn, class_="panels") if drawn else _Html()
+
+
+def _pictures(run: _Run) -> _Html:
+    shown, plot = [], len(run.shape) == 1
+    for name, caption in PICTURES.items():
+        file = run.path / "samples" / f"{name}.png"
+        if not file.is_file():
+            continue
+        image = _picture(file, caption, density=2 if plot else 1)
+        shown.append(
+            _element(
+                "figure",
+                image,
+                _element("figcaption", caption),
+                class_="plot" if plot else "pixels",
+            )
+        )
+    return _element("div", *shown, class_="plots" if plot else "pictures") if shown else _Html()
+
+
+def _account(run: _Run) -> _Html:
+    """The ledger: sums of its terms, and every row; its sum stands against the figure."""
+    rows = [(r, v) for r in run.ledger if (v := _number(r.get("bits_per_dim"))) is not None]
+    if not rows:
+        return _Html()
+    largest = max(abs(v) for _, v in rows) or 1.0
+    total, signed = sum(v for _, v in rows), any(v < 0 for _, v in rows)
+
+    def line(row: Mapping[str, Any], value: float, scale: float) -> list[Any]:
+        kind = f" {row['kind']}" if row.get("kind") else ""
+        site = _join([str(row.get("site", "")), _element("span", kind, class_="kind")])
+        term = TERMS.get(str(row.get("term")), str(row.get("term")))
+        return [site, term, _signed(value), _bar(value / scale, signed)]
+
+    head = ("layer", "term", "bits/dim", "")
+    foot = ("sum", "", f"{total:.4f}", "")
+    full = _table(head, [line(row, value, largest) for row, value in rows], foot)
+    note = ""
+    final = _number((run.evaluation or {}).get("bits_per_dim"))
+    if final is not None and abs(final - total) > 5e-4:
+        note = (
+            f"The rows add up to {total:.4f}, and the figure above is {final:.4f}: the account "
+            "was drawn up for other examples, or with other draws."
+        )
+    if len(rows) > 10:
+        sums: dict[str, float] = {}
+        for row, value in rows:
+            sums[str(row.get("term"))] = sums.get(str(row.get("term")), 0.0) + value
+        counts = Counter(str(row.get("term")) for row, _ in rows)
+        scale = max(map(abs, sums.values())) or 1.0
+        body = [
+            [TERMS.get(t, t), str(counts[t]), _signed(v), _bar(v / scale, signed)]
+            for t, v in sums.items()
+        ]
+        short = _table(("term", "layers", "bits/dim", ""), body, foot)
+        every = _element("details", _element("summary", f"All {len(rows)} rows"), full)
+        content = [short, every]
+    else:
+        content = [full]
+    return _element(
+        "div",
+        _element("h3", "Where the bits go"),
+        *content,
+        _element("p", note, class_="note") if note else _Html(),
+        class_="account",
+    )
+
+
+def _bar(share: float, signed: bool) -> _Html:
+    """A bar; if there are negative ones, from the middle to the right or to the left."""
+    room = 50 if signed else 100
+    width = f"{room * min(1.0, abs(share)):.2f}%"
+    side = "left" if share >= 0 else "right"
+    inner = _element(
+        "i",
+        style=f"{side}:{100 - room}%;width:{width}",
+        class_="more" if share >= 0 else "less",
+    )
+    return _element("span", inner, class_="bar signed" if signed else "bar", aria_hidden="true")
+
+
+def _configuration(run: _Run) -> _Html:
+    """Options of model, data and training that are set, and versions, folded away."""
+    data = {k: v for k, v in run.data.items() if k not in ("shape", "source", "digest")}
+    preprocess = data.pop("preprocess", None)
+    if isinstance(preprocess, Mapping):
+        data |= preprocess
+    shown = (
+        ("Model", {"architecture": run.model.get("architecture"), **run.options}),
+        ("Data", {"source": run.data_name, **data}),
+        ("Training", run.config.get("train") or {}),
+        ("Versions", run.config.get("versions") or {}),
+    )
+    lists = []
+    for name, values in shown:
+        pairs = [
+            _element("div", _element("dt", key.replace("_", " ")), _element("dd", _plain(value)))
+            for key, value in values.items()
+            if value is not None and value != []
+        ]
+        if pairs:
+            lists.append(_element("div", _element("h4", name), _element("dl", *pairs)))
+    return _element(
+        "details",
+        _element("summary", "Configuration"),
+        _element("div", *lists, class_="configuration"),
+    )
+
+
+def _next(run: _Run) -> _Html:
+    """Commands to go on with."""
+    folder = shlex.quote(str(run.path))
+    source = shlex.quote(_near(run.source))
+    image = len(run.shape) == 3
+    suffix = "png" if image or run.shape == [2] else "npy"
+    commands = []
+    if run.evaluation is None and (run.path / "state").is_dir():
+        commands.append(f"musigma train --resume {folder}")
+    commands.append(f"musigma sample {folder} --n {64 if image else 1000} --out samples.{suffix}")
+    if run.source:
+        figure = run.figure()
+        tighter = "" if figure and figure.bound == "exact" else " --k 16"
+        if image:
+            commands.append(f"musigma reconstruct {folder} {source} --out reconstructions.png")
+        commands += [
+            f"musigma evaluate {folder} {source}{tighter}",
+            f"musigma score {folder} {source} --out scores.csv",
+        ]
+    commands.append(f"musigma info {folder} --ledger")
+    code = _element("pre", _element("code", "\n".join(commands)), tabindex="0")
+    return _element("div", _element("h3", "Go on"), code)
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if ok else None
+
+
+def _rounded(figure: _Figure) -> str:
+    """A figure to two digits of its standard error.
+
+    >>> _rounded(_Figure(1.23388, 0.00287, "bits/dim", "", "", "", None))
+    '1.2339 ± 0.0029'
+    >>> _rounded(_Figure(None, None, "bits/dim", "", "", "", None))
+    'not finite'
+    """
+    if figure.value is None:
+        return "not finite"
+    if not figure.error:
+        return f"{figure.value:,.4f}"
+    digits = min(6, max(0, 1 - math.floor(math.log10(figure.error))))
+    return f"{figure.value:,.{digits}f} ± {figure.error:,.{digits}f}"
+
+
+def _signed(value: float) -> str:
+    """A contribution, with its sign.
+
+    >>> _signed(-0.25)
+    '−0.2500'
+    """
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def _duration(seconds: float) -> str:
+    """As people say it.
+
+    >>> _duration(42.3), _duration(300.5), _duration(8100)
+    ('42 s', '5 min', '2 h 15 min')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _plain(value: Any) -> str:
+    """A JSON value as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _near(source: str) -> str:
+    """A path as seen from here, if it lies below."""
+    try:
+        return str(Path(source).relative_to(Path.cwd()))
+    except ValueError:
+        return source
+
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #fbfbfa; --card: #ffffff; --ink: #1f2328; --muted: #656d76; --line: #e6e8eb;
+  --accent: #c8502d; --blue: #5b84b8; --code: #f3f4f5; --bad: #b3261e;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #111418; --card: #171b20; --ink: #e4e6ea; --muted: #98a0ab; --line: #2b3038;
+    --accent: #f08a64; --blue: #7fa9de; --code: #1d2228; --bad: #ff8a80;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+}
+main { max-width: 1080px; margin: 0 auto; padding: 40px 20px 64px; }
+h1 { font-size: 28px; font-weight: 650; letter-spacing: -.015em; margin: 0 0 24px; }
+h2 { font-size: 21px; font-weight: 650; letter-spacing: -.01em; margin: 0;
+  overflow-wrap: anywhere; }
+h3 { font-size: 15px; font-weight: 600; margin: 30px 0 8px; }
+h4 { font-size: 13px; font-weight: 600; margin: 0 0 6px; color: var(--muted); }
+p { margin: 0; }
+a { color: inherit; text-decoration-color: var(--muted); text-underline-offset: 3px; }
+section {
+  background: var(--card); border: 1px solid var(--line); border-radius: 14px;
+  padding: 28px 32px 32px; margin: 0 0 24px; scroll-margin-top: 16px;
+}
+.overview { padding: 14px 32px; }
+.subtitle, .about, .note, footer, figcaption { color: var(--muted); }
+.subtitle { margin-top: 2px; overflow-wrap: anywhere; }
+.note, footer, figcaption { font-size: 14px; }
+.note { margin-top: 10px; }
+.warning { color: var(--bad); margin-top: 6px; }
+footer { padding: 4px 2px; }
+.headline { margin-top: 22px; }
+.figure { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 10px; line-height: 1.1; }
+.figure, td, dd { font-variant-numeric: tabular-nums; }
+.value { font-size: 54px; font-weight: 650; letter-spacing: -.03em; }
+.unit { font-size: 22px; }
+.error { font-size: 18px; color: var(--muted); }
+.about { margin-top: 6px; max-width: 100ch; text-wrap: pretty; }
+dl { margin: 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+dt { color: var(--muted); font-size: 13px; }
+.terms { display: flex; flex-wrap: wrap; gap: 10px 36px; margin-top: 16px; }
+.panels {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
+  gap: 28px 36px; margin-top: 28px; align-items: start;
+}
+figure { margin: 0; min-width: 0; }
+figure img { display: block; max-width: 100%; height: auto; }
+figcaption { margin-top: 8px; }
+.pictures { columns: 2 380px; column-gap: 36px; margin-top: 28px; }
+.plots { margin-top: 28px; }
+.pictures figure { break-inside: avoid; padding-bottom: 22px; }
+.curve img { width: 100%; } .pixels img { border-radius: 4px; }
+@media (prefers-color-scheme: dark) {
+  .plot img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; }
+}
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th, td { text-align: left; padding: 7px 18px 7px 0; white-space: nowrap; }
+th { color: var(--muted); font-weight: 500; }
+tbody tr, tfoot tr { border-top: 1px solid var(--line); }
+tfoot { font-weight: 600; }
+.account td:nth-child(3), .account th:nth-child(3) { text-align: right; }
+.account td:nth-child(4) { width: 40%; min-width: 110px; padding-right: 0; }
+.kind { color: var(--muted); }
+.bar { display: block; position: relative; height: 9px; }
+.bar.signed { background: linear-gradient(var(--line), var(--line)) 50% 0 / 1px 100% no-repeat; }
+.bar i { position: absolute; top: 0; bottom: 0; border-radius: 2px; }
+.more { background: var(--accent); } .less { background: var(--blue); }
+details { margin-top: 24px; }
+summary { cursor: pointer; font-size: 15px; font-weight: 600; }
+details > :not(summary) { margin-top: 14px; }
+.account details { margin-top: 12px; }
+.account summary { font-weight: 500; font-size: 14px; color: var(--muted); }
+.configuration { display: grid; gap: 24px 32px;
+  grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); font-size: 14px; }
+.configuration dl > div { display: flex; justify-content: space-between; gap: 16px;
+  border-top: 1px solid var(--line); padding: 4px 0; }
+.configuration dd { text-align: right; }
+pre {
+  margin: 0; padding: 14px 16px; background: var(--code); border-radius: 8px; overflow-x: auto;
+  font: 13px/1.7 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+}
+@media (max-width: 600px) {
+  main { padding: 24px 0 40px; }
+  header, footer { padding: 0 18px; }
+  h1 { font-size: 24px; }
+  section { border-radius: 0; border-width: 1px 0; padding: 22px 18px 26px; margin-bottom: 14px; }
+  .overview { padding: 8px 18px; }
+  .value { font-size: 46px; }
+}
+"""

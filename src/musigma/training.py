@@ -29,6 +29,7 @@ from torch.distributions import Distribution
 from musigma import checkpoint, objectives
 from musigma.data import Dataset, batch_indices
 from musigma.evaluation import batch, check, evaluate
+from musigma.files import sync
 from musigma.model import Model
 from musigma.trace import Evidence
 
@@ -503,6 +504,7 @@ def _save_state(accelerator: Any, out: Path) -> None:
     draft, state, old = out / "state.tmp", out / "state", out / "state.old"
     shutil.rmtree(draft, ignore_errors=True)
     accelerator.save_state(str(draft))
+    sync(draft)
     shutil.rmtree(old, ignore_errors=True)
     if state.exists():
         state.rename(old)

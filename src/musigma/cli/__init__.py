@@ -43,9 +43,11 @@ def _explained(error: Exception) -> bool:
     """Whether the message alone tells a user what happened."""
     if not isinstance(error, RuntimeError):
         return True
+    import torch
+
     from musigma.training import TrainingError
 
-    return isinstance(error, TrainingError)
+    return isinstance(error, (TrainingError, torch.linalg.LinAlgError))  # weights gone astray
 
 
 def _train_words(words: list[str]) -> list[str]:

@@ -236,6 +236,11 @@ class Trained:
 
         self.check_out(out)
         values = x.detach().cpu().numpy()
+        if bad := int((~np.isfinite(values.reshape(len(values), -1)).all(1)).sum()):
+            raise ValueError(
+                f"out: {bad} of {len(values)} examples are not finite, so nothing "
+                "is written; a lower --temperature may help"
+            )
         if self.bits is not None:
             values = values.astype(np.uint8)
         if out.suffix == ".png":
@@ -322,9 +327,9 @@ def said(figure: dict[str, Any]) -> str:
     """A figure with its error, its kind and its size, as a line."""
     bound = {"exact": "exact"}.get(figure["bound"], f"upper bound, {figure['bound']}")
     error = "" if figure["standard_error"] is None else f" ± {figure['standard_error']:.4f}"
+    bits, nats = (math.nan if figure[n] is None else figure[n] for n in ("bits_per_dim", "nats"))
     return (
-        f"{figure['bits_per_dim']:.4f}{error} bits/dim, {figure['nats']:.2f} nats per example "
-        f"({bound}; n = {figure['n']:,})"
+        f"{bits:.4f}{error} bits/dim, {nats:.2f} nats per example ({bound}; n = {figure['n']:,})"
     )
 
 

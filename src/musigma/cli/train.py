@@ -134,6 +134,10 @@ def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL
     if common.plugin:
         register_plugin(common.plugin)
     device_named(common.device)
+    if resume.is_dir() and not any((resume / name).is_dir() for name in ("state", "state.old")):
+        raise ValueError(
+            f"resume: {resume} holds no state to go on from; train it anew with --overwrite"
+        )
     try:
         saved = json.loads((resume / "config.json").read_text())
         about, config = saved["data"], TrainConfig(**saved["train"])
@@ -242,6 +246,8 @@ def _replaceable(out: Path) -> bool:
 
 def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool = False) -> None:
     """Fit, evaluate on the held-out part, and draw what there is to see."""
+    import torch
+
     from musigma.evaluation import evaluate, ledger
     from musigma.files import write_json
     from musigma.training import fit
@@ -276,8 +282,12 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
     with screen.progress("evaluating") as progress:
         figure = evaluate(trained.model, held, seed=common.seed, progress=progress)
     write_json(out / "evaluation.json", finite(figure))
-    write_json(out / "ledger.json", ledger(trained.model, held.subset(range(min(512, len(held))))))
-    pictures = draw(trained, held, out / "samples")
+    write_json(out / "ledger.json", ledger(trained.model, held, seed=common.seed))
+    try:
+        pictures = draw(trained, held, out / "samples")
+    except (ValueError, torch.linalg.LinAlgError) as error:  # no matplotlib, weights gone astray
+        pictures = []
+        screen.say(f"not all pictures could be drawn: {error}")
     screen.result(
         {
             "run": str(out),
@@ -304,7 +314,7 @@ def draw(trained: Trained, held: Any, folder: Path) -> list[str]:
 
     model, levels = trained.model, trained.levels
     folder.mkdir(exist_ok=True)
-    x, context = batch(held, np.arange(min(16, len(held)) // 2 * 2), model)
+    x, context = batch(held, np.arange(min(16, len(held))), model)
     drawn = folder / "samples.png"
     samples = model.sample(64, trained.context(64, None), mode=True)
     if len(trained.shape) == 1:
@@ -315,12 +325,16 @@ def draw(trained: Trained, held: Any, folder: Path) -> list[str]:
     trained.write(samples, drawn)
     with torch.no_grad():
         again = model.reconstruct(x, context)
-    figures.rows([as_levels(x), as_levels(again)], folder / "reconstructions.png", levels=levels)
-    ends = (None, None) if context is None else (context[::2], context[1::2])
+    mirrored, between = folder / "reconstructions.png", folder / "interpolations.png"
+    figures.rows([as_levels(x), as_levels(again)], mirrored, levels=levels)
+    if len(x) < 2:
+        return [str(drawn), str(mirrored)]
+    even, odd = slice(0, len(x) // 2 * 2, 2), slice(1, None, 2)
+    ends = (None, None) if context is None else (context[even], context[odd])
     with torch.no_grad():
-        between = model.interpolate(x[::2], x[1::2], 9, *ends)
-    trained.write(between.flatten(0, 1), folder / "interpolations.png", columns=9)
-    return [str(folder / f"{n}.png") for n in ("samples", "reconstructions", "interpolations")]
+        walks = model.interpolate(x[even], x[odd], 9, *ends)
+    trained.write(walks.flatten(0, 1), between, columns=9)
+    return [str(drawn), str(mirrored), str(between)]
 
 
 class _Dashboard:

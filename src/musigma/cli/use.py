@@ -520,7 +520,7 @@ def info(
         "data": trained.extra.get("data"),
     }
     if trained.folder and (trained.folder / "evaluation.json").is_file():
-        about["evaluation"] = json.loads((trained.folder / "evaluation.json").read_text())
+        about["evaluation"] = _evaluation(trained.folder / "evaluation.json")
     options_text = ", ".join(f"{k}={v}" for k, v in model.config["options"].items())
     lines = [
         f"{model.config['architecture']} for {'x'.join(map(str, trained.shape))}, "
@@ -556,6 +556,16 @@ def info(
     screen.result(about, "\n".join(lines))
 
 
+def _evaluation(path: Path) -> dict[str, Any]:
+    """The figure that training left in a run."""
+    try:
+        figure = json.loads(path.read_text(encoding="utf-8"))
+        said(figure)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"RUN: {path} is not as it was written ({error!r})") from error
+    return figure
+
+
 @commands.command
 def report(
     runs: list[Path],
@@ -574,6 +584,7 @@ def report(
     """
     from musigma import report as page
 
+    check_out(out, ".html")
     screen = Screen(common)
     page.write(out, runs, title=title)
     screen.result({"out": str(out), "runs": [str(r) for r in runs]}, f"report: {out.resolve()}")

@@ -1,0 +1,393 @@
+"""Every layer, head and model obeys every law. To add one is to add a line."""
+
+import pytest
+import torch
+from torch import nn
+
+from musigma.gaussian import Format, GaussianHead
+from musigma.heads import (
+    LearnedNormal,
+    LogitNormalHead,
+    OptimalGaussianHead,
+    StandardNormal,
+    StandardUniform,
+    likelihood,
+)
+from musigma.layers import (
+    ActNorm,
+    Affine,
+    Checkerboard,
+    Coupling,
+    Dequantize,
+    InvertibleConv,
+    Logit,
+    Permutation,
+    Split,
+    Squeeze,
+)
+from musigma.model import VAE, Bijection, Chain, Inverse, Layer, Prior
+from musigma.nets import MLP, ConvEncoder, CouplingNet, ResNet, ZeroConv2d
+from musigma.testing import check_head, check_layer, check_model
+from musigma.zoo import build
+
+IMAGE, VECTOR = (4, 4, 6), (5,)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def conv(inputs, outputs, context=0):
+    return CouplingNet(inputs, outputs, hidden=6, context=context)
+
+
+def mlp(inputs, outputs, context=0):
+    return MLP(inputs, outputs, hidden=[7], context=context)
+
+
+LAYERS = {
+    "actnorm image": lambda: (ActNorm(4), IMAGE, {"compiled": True}),
+    "actnorm vector": lambda: (ActNorm(5), VECTOR, {}),
+    "affine": lambda: (Affine(1 / 256, -0.5), IMAGE, {}),
+    "affine, negative": lambda: (Affine(-3.0, 2.0), VECTOR, {}),
+    "logit": lambda: (Logit(0.05), IMAGE, {"x": torch.rand(4, *IMAGE)}),
+    "logit, narrow": lambda: (Logit(1e-5), VECTOR, {"x": torch.rand(4, *VECTOR)}),
+    "inverse of logit": lambda: (Inverse(Logit(0.05)), IMAGE, {}),
+    "inverse of squeeze": lambda: (Inverse(Squeeze()), (8, 2, 1), {}),
+    "inverse of conv": lambda: (Inverse(InvertibleConv(5)), VECTOR, {}),
+    "conv plain": lambda: (InvertibleConv(4, lu=False), IMAGE, {"compiled": True}),
+    "conv lu": lambda: (InvertibleConv(4), IMAGE, {"compiled": True}),
+    "conv plain, vector": lambda: (InvertibleConv(5, lu=False), VECTOR, {}),
+    "conv lu, vector": lambda: (InvertibleConv(5), VECTOR, {}),
+    "conv lu, sequence": lambda: (InvertibleConv(4), (4, 3), {}),
+    "reverse": lambda: (Permutation.reverse(4), IMAGE, {}),
+    "shuffle": lambda: (Permutation.shuffle(5), VECTOR, {}),
+    "squeeze": lambda: (Squeeze(), (3, 4, 2), {}),
+    "checkerboard": lambda: (Checkerboard(), IMAGE, {}),
+    "checkerboard, white": lambda: (Checkerboard(white=True), (3, 3, 4), {}),
+    "inverse": lambda: (Inverse(Coupling(conv(2, 4))), IMAGE, {}),
+    "coupling image": lambda: (Coupling(conv(2, 4)), IMAGE, {"compiled": True}),
+    "coupling, odd channels": lambda: (Coupling(conv(1, 4)), (3, 2, 2), {}),
+    "coupling vector": lambda: (Coupling(mlp(2, 6)), VECTOR, {}),
+    "coupling, context": lambda: (Coupling(conv(2, 4, 3)), IMAGE, {"context": 3}),
+    "coupling vector, context": lambda: (Coupling(mlp(2, 6, 3)), VECTOR, {"context": 3}),
+    "additive": lambda: (Coupling(conv(2, 2), kind="additive"), IMAGE, {}),
+    "additive, context": lambda: (
+        Coupling(mlp(2, 3, 2), kind="additive"),
+        VECTOR,
+        {"context": 2},
+    ),
+    **{
+        f"coupling {text}": lambda text=text: (
+            Coupling(conv(2, 4), format=Format.parse(text)),
+            IMAGE,
+            {},
+        )
+        for text in (
+            "cross sigmoid+2",
+            "halves scale-first sigmoid+2 floor=1e-3",
+            "halves 2*sigmoid",
+            "interleaved atan",
+            "softclip scale-first",
+            "halves softplus floor=1e-3",
+            "log_var",
+        )
+    },
+    "split": lambda: (
+        Split(GaussianHead(ZeroConv2d(2, 4), event_ndims=3)),
+        IMAGE,
+        {"compiled": True},
+    ),
+    "split, cross": lambda: (
+        Split(GaussianHead(ZeroConv2d(2, 4), event_ndims=3, format=Format("interleaved"))),
+        IMAGE,
+        {},
+    ),
+    "split, context": lambda: (
+        Split(GaussianHead(ResNet(2, 4, width=4, context=3), event_ndims=3)),
+        IMAGE,
+        {"context": 3},
+    ),
+    "split vector": lambda: (Split(GaussianHead(mlp(3, 6), event_ndims=1)), (6,), {}),
+    "dequantize": lambda: (
+        Dequantize(StandardUniform((2, 3, 3)), 16),
+        (2, 3, 3),
+        {"bits": 4, "compiled": True},
+    ),
+    "dequantize, learned": lambda: (
+        Dequantize(LogitNormalHead(GaussianHead(ResNet(2, 4, width=4), event_ndims=3), 16), 16),
+        (2, 3, 3),
+        {"bits": 4},
+    ),
+}
+
+Z = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
+MAPS = torch.randn(4, 6, 3, 2, generator=torch.Generator().manual_seed(4))
+
+
+def pixels(name, **options):
+    channels = options.pop("channels", 2)
+    return (
+        likelihood(name, (channels, 3, 2), lambda c: nn.Conv2d(6, c, 1), **options),
+        MAPS,
+        (channels, 3, 2),
+        {},
+    )
+
+
+HEADS = {
+    "standard normal": lambda: (StandardNormal((3, 2)), None, (3, 2), {}),
+    "standard uniform": lambda: (StandardUniform((3, 2)), None, (3, 2), {}),
+    "learned normal": lambda: (LearnedNormal((3, 2, 2)), None, (3, 2, 2), {}),
+    "learned normal, context": lambda: (
+        LearnedNormal((3, 2, 2), context=4),
+        torch.randn(4, 4),
+        (3, 2, 2),
+        {},
+    ),
+    "gaussian": lambda: (GaussianHead(mlp(6, 8), event_ndims=1), Z, (4,), {}),
+    "gaussian, context": lambda: (
+        GaussianHead(mlp(6, 8, 2), event_ndims=1),
+        Z,
+        (4,),
+        {"context": 2},
+    ),
+    "gaussian, two heads": lambda: (
+        GaussianHead(TwoHeads(6, 4), event_ndims=1, format=Format("two-heads", scale="log_var")),
+        Z,
+        (4,),
+        {},
+    ),
+    "gaussian, fixed": lambda: (GaussianHead(mlp(6, 4), event_ndims=1, log_std=-1.0), Z, (4,), {}),
+    "gaussian, shared": lambda: (
+        GaussianHead(mlp(6, 4), event_ndims=1, log_std=torch.zeros(4)),
+        Z,
+        (4,),
+        {},
+    ),
+    "gaussian, optimal": lambda: (
+        OptimalGaussianHead(nn.Conv2d(6, 2, 1), event_ndims=3),
+        MAPS,
+        (2, 3, 2),
+        {},
+    ),
+    "logit-normal": lambda: (
+        LogitNormalHead(GaussianHead(nn.Conv2d(6, 4, 1), event_ndims=3), 16),
+        MAPS.abs(),
+        (2, 3, 2),
+        {},
+    ),
+    "bernoulli": lambda: pixels("bernoulli", levels=2),
+    "categorical": lambda: pixels("categorical", levels=5),
+    "logistic": lambda: pixels("logistic", levels=256),
+    "logistic, 2 levels": lambda: pixels("logistic", levels=2),
+    "logistic mixture": lambda: pixels("logistic-mixture", levels=16, components=3, channels=3),
+    "logistic mixture, grey": lambda: pixels("logistic-mixture", components=4, channels=1),
+    "continuous bernoulli": lambda: pixels("continuous-bernoulli"),
+    "gaussian pixels": lambda: pixels("gaussian"),
+    "gaussian, per channel": lambda: pixels("gaussian", std="channel"),
+    "gaussian, per pixel": lambda: pixels("gaussian", std="pixel"),
+    "gaussian, number": lambda: pixels("gaussian", std=0.1),
+}
+
+
+class TwoHeads(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.first, self.second = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
+
+    def forward(self, x):
+        return self.first(x), self.second(x)
+
+
+def zoo(name, shape, bits=8, *, context=0, compiled=False, **options):
+    """A small model, and what its laws need."""
+    if context:
+        options["context"] = context
+    laws = {"bits": bits, "context": context, "compiled": compiled}
+    return build(name, shape, bits=bits, **options), shape, laws
+
+
+def nested():
+    """A VAE whose prior is a VAE."""
+    inner = VAE(
+        GaussianHead(mlp(4, 6), event_ndims=1),
+        GaussianHead(mlp(3, 8), event_ndims=1),
+        Prior(StandardNormal((3,))),
+    )
+    outer = VAE(
+        GaussianHead(mlp(6, 8), event_ndims=1), GaussianHead(mlp(4, 12), event_ndims=1), inner
+    )
+    return outer, (6,), {"compiled": True}
+
+
+SMALL = {"width": 6, "components": 2}
+GLOW = {"bits": 4, "depth": 1, "hidden": 5}
+
+MODELS = {
+    "prior": lambda: (Prior(LearnedNormal((3, 2, 2))), (3, 2, 2), {}),
+    "nested vae": nested,
+    "vae mlp": lambda: zoo("vae", (1, 6, 5), net="mlp", latents=3, compiled=True, **SMALL),
+    "vae mlp, vectors": lambda: zoo("vae", (5,), None, latents=3, width=6),
+    "vae conv": lambda: zoo("vae", (3, 9, 10), 4, net="conv", latents=3, **SMALL),
+    "vae binary": lambda: zoo("vae", (1, 8, 8), 1, latents=3, width=6),
+    "vae cross log_var": lambda: zoo(
+        "vae", (1, 5, 5), 1, net="mlp", width=6, latents=3, format="cross log_var"
+    ),
+    "vae context": lambda: zoo("vae", (1, 8, 8), 1, context=3, latents=3, width=6),
+    "vae flow prior": lambda: zoo(
+        "vae", (1, 5, 5), 1, latents=4, width=6, prior="flow", prior_depth=2, compiled=True
+    ),
+    "vae flow prior, context": lambda: zoo(
+        "vae", (1, 5, 5), 1, context=3, latents=5, width=6, prior="flow", prior_depth=1
+    ),
+    "vae gaussian": lambda: zoo("vae", (1, 5, 5), 4, latents=3, width=6, likelihood="gaussian"),
+    "vae gaussian, optimal": lambda: zoo(
+        "vae", (1, 5, 5), 4, latents=3, width=6, likelihood="gaussian", std="optimal"
+    ),
+    "vae continuous bernoulli": lambda: zoo(
+        "vae", (1, 5, 5), 4, latents=3, width=6, likelihood="continuous-bernoulli"
+    ),
+    "vae categorical": lambda: zoo(
+        "vae", (1, 5, 5), 4, latents=3, width=6, likelihood="categorical"
+    ),
+    "ladder": lambda: zoo("ladder", (2, 15, 16), 4, latents=2, levels=3, **SMALL, compiled=True),
+    "ladder context": lambda: zoo("ladder", (1, 8, 8), 1, context=3, latents=2, levels=3, width=4),
+    "ladder gaussian": lambda: zoo(
+        "ladder", (1, 8, 8), 4, latents=2, levels=3, width=4, likelihood="gaussian", std="channel"
+    ),
+    "realnvp": lambda: zoo("realnvp", (1, 8, 8), 4, levels=2, depth=1, hidden=4),
+    "realnvp vectors": lambda: zoo("realnvp", (5,), None, depth=3, hidden=6, compiled=True),
+    "realnvp context": lambda: zoo("realnvp", (5,), None, context=2, depth=2, hidden=6),
+    "glow": lambda: zoo("glow", (2, 8, 8), levels=2, compiled=True, **GLOW),
+    "glow learned, shuffle": lambda: zoo(
+        "glow", (1, 8, 8), dequantize="learned", permutation="shuffle", **GLOW
+    ),
+    "glow additive, reverse": lambda: zoo(
+        "glow", (1, 8, 8), coupling="additive", permutation="reverse", learn_top=False, **GLOW
+    ),
+    "glow as published": lambda: zoo(
+        "glow", (1, 8, 8), alpha=None, format="cross sigmoid+2", permutation="conv", **GLOW
+    ),
+    "glow context": lambda: zoo("glow", (1, 8, 8), context=3, **GLOW),
+    "glow continuous": lambda: zoo("glow", (3, 8, 8), **{**GLOW, "bits": None}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name):
+    layer, event, laws = LAYERS[name]()
+    check_layer(layer, event, **laws)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head(name):
+    head, given, event, laws = HEADS[name]()
+    check_head(head, given, event, **laws)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name):
+    model, event, laws = MODELS[name]()
+    check_model(model, event, **laws)
+
+
+# -- the laws notice what breaks them
+
+
+class Broken(Bijection):
+    """A scaling with one fault at a time."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault, self.s = fault, nn.Parameter(torch.zeros(3))
+        self.unused = nn.Parameter(torch.zeros(2)) if fault == "gradients" else None
+
+    def forward(self, x, context=None):
+        log_det = self.s.sum().expand(len(x))
+        if self.fault == "autograd's Jacobian":
+            log_det = 2 * log_det
+        if self.fault == "log_det has shape":
+            log_det = self.s.sum()
+        y = x * self.s.exp()
+        if self.fault == "batch independence":
+            y = y + x.mean(0, keepdim=True)
+        return y, log_det
+
+    def inverse(self, y, context=None):
+        log_det = -self.s.sum().expand(len(y))
+        if self.fault == "log-determinants cancel":
+            log_det = -log_det
+        if self.fault == "autograd's Jacobian":
+            log_det = 2 * log_det
+        x = y * (-self.s).exp()
+        if self.fault == "inverse of forward":
+            x = x + 1e-6
+        if self.fault == "batch independence":
+            x = (y - y.mean(0) / (1 + (-self.s).exp()) * (-self.s).exp()) * (-self.s).exp()
+        return x, log_det
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "inverse of forward",
+        "log-determinants cancel",
+        "autograd's Jacobian",
+        "log_det has shape",
+        "gradients",
+    ],
+)
+def test_a_broken_bijection_is_noticed(fault):
+    with pytest.raises(AssertionError, match=fault):
+        check_layer(Broken(fault), (3,))
+
+
+class Forgetful(Layer):
+    """A split that resamples, or forgets to score, what it factors out."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault, self.prior = fault, GaussianHead(nn.Linear(2, 4), event_ndims=1)
+
+    def variables(self):
+        yield self
+
+    def infer(self, x, trace, context=None):
+        trace.p(self, self.prior(x[:, :2]), x[:, 2:])
+        return x[:, :2]
+
+    def generate(self, z, trace, context=None):
+        dist = self.prior(z)
+        drawn = trace.p(self, dist)
+        return torch.cat([z, dist.sample() if self.fault == "resamples" else 1.5 * drawn], 1)
+
+
+@pytest.mark.parametrize("fault", ["resamples", "scales"])
+def test_a_broken_split_is_noticed(fault):
+    with pytest.raises(AssertionError, match="generate returns the data"):
+        check_layer(Forgetful(fault), (4,))
+
+
+def test_batch_statistics_are_noticed():
+    encoder = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 6))
+    model = VAE(
+        GaussianHead(encoder, event_ndims=1),
+        GaussianHead(nn.Linear(3, 8), event_ndims=1),
+        Prior(StandardNormal((3,))),
+    )
+    with pytest.raises((AssertionError, ValueError), match=r"batch independence|Expected more"):
+        check_model(model, (4,))
+
+
+def test_one_module_at_two_places_is_refused():
+    layer = ActNorm(3)
+    with pytest.raises(ValueError, match="stands at two places"):
+        Chain([layer, Permutation.reverse(3), layer], Prior(StandardNormal((3,))))
+
+
+def test_encoder_of_any_size():
+    for height, width in ((5, 7), (28, 28), (33, 20)):
+        net = ConvEncoder((2, height, width), 6, width=4, halvings=3)
+        assert net(torch.randn(2, 2, height, width)).shape == (2, 6)
