@@ -95,7 +95,7 @@ def run(capsys):
 
 
 @pytest.fixture
-def ask(run, capsys):
+def ask(run):
     """Run a command with --json; the one document that is all of its standard output."""
 
     def ok(*words: object) -> dict:
@@ -949,6 +949,8 @@ def test_a_model_that_went_astray_is_still_a_run(here, run, ask):
     assert answer["evaluation"]["bits_per_dim"] is None
     assert answer["evaluation"]["non_finite"] > 0
     assert answer["pictures"] == []
+    for name in ("evaluation.json", "ledger.json"):
+        assert "NaN" not in (here / "astray" / name).read_text()  # which is no JSON
     assert "nan bits/dim" in run("info astray")
     assert ask("score astray photos --out s.csv")["bits_per_dim"] is None
     assert call("sample astray --out a.npy") == 2

@@ -53,7 +53,6 @@ LAYERS = {
     "affine, negative": lambda: (Affine(-3.0, 2.0), VECTOR, {}),
     "logit": lambda: (Logit(0.05), IMAGE, {"x": torch.rand(4, *IMAGE)}),
     "logit, narrow": lambda: (Logit(1e-5), VECTOR, {"x": torch.rand(4, *VECTOR)}),
-    "inverse of logit": lambda: (Inverse(Logit(0.05)), IMAGE, {}),
     "inverse of squeeze": lambda: (Inverse(Squeeze()), (8, 2, 1), {}),
     "inverse of conv": lambda: (Inverse(InvertibleConv(5)), VECTOR, {}),
     "conv plain": lambda: (InvertibleConv(4, lu=False), IMAGE, {"compiled": True}),
@@ -142,9 +141,9 @@ HEADS = {
     "learned normal": lambda: (LearnedNormal((3, 2, 2)), None, (3, 2, 2), {}),
     "learned normal, context": lambda: (
         LearnedNormal((3, 2, 2), context=4),
-        torch.randn(4, 4),
+        None,
         (3, 2, 2),
-        {},
+        {"context": 4},
     ),
     "gaussian": lambda: (GaussianHead(mlp(6, 8), event_ndims=1), Z, (4,), {}),
     "gaussian, context": lambda: (

@@ -591,8 +591,8 @@ class GaussianHead(nn.Module):
         self.emitted = log_std is None
         if isinstance(log_std, Tensor):
             self.log_std = nn.Parameter(log_std.clone())
-        elif log_std is not None:
-            self.register_buffer("log_std", torch.tensor(float(log_std)), persistent=False)
+        else:
+            self.log_std = log_std
 
     def forward(
         self, given: Tensor | None = None, context: Tensor | None = None
@@ -602,14 +602,15 @@ class GaussianHead(nn.Module):
         if self.emitted:
             mean, log_std = self.format.split(h)
         else:
-            mean, log_std = at_least_float32(h), self._bounded(self.log_std)
+            mean = at_least_float32(h)
+            shared = self.log_std
+            fixed = shared if isinstance(shared, Tensor) else torch.full_like(mean, shared or 0.0)
+            log_std = fixed if self.format.bounds is None else fixed.clamp(*self.format.bounds)
         return DiagonalGaussian(mean, log_std, self.event_ndims)
-
-    def _bounded(self, log_std: Tensor) -> Tensor:
-        return log_std if self.format.bounds is None else log_std.clamp(*self.format.bounds)
 
     def extra_repr(self) -> str:
         """Names the convention, which is the point of this class."""
         if self.emitted:
             return f"format='{self.format}'"
-        return f"log_std of shape {tuple(self.log_std.shape)}, not emitted"
+        shared = self.log_std
+        return f"log_std={shared:.4g}" if isinstance(shared, float) else "log_std shared"

@@ -40,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _explained(error: Exception) -> bool:
-    """Whether the message alone tells a user what happened."""
+    """Whether the message tells a user what happened: training, or weights, gone astray."""
     if not isinstance(error, RuntimeError):
         return True
-    import torch
+    from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
     from musigma.training import TrainingError
 
-    return isinstance(error, (TrainingError, torch.linalg.LinAlgError))  # weights gone astray
+    return isinstance(error, (TrainingError, LinAlgError))
 
 
 def _train_words(words: list[str]) -> list[str]:

@@ -315,7 +315,7 @@ def register_plugin(spec: str) -> str:
     if ARCHITECTURES.get(name) is not builder:
         if name in ARCHITECTURES:
             raise ValueError(f"plugin: the zoo has a {name!r} already; rename the function")
-        architecture(builder)
+        architecture(builder)  # pyright: ignore[reportArgumentType]
     return name
 
 
