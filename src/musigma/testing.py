@@ -56,8 +56,8 @@ def check_layer(
 ) -> None:
     """All laws of a layer.
 
-    A `Bijection` is inverted, and its log-determinant compared with autograd's Jacobian. Any layer
-    is put into a chain, and that chain is checked as a model.
+    A `Bijection` is inverted, and its log-determinant compared with autograd's Jacobian. Every
+    layer is put into a chain, which is checked as a model.
 
     Args:
         layer: The layer.
@@ -93,7 +93,7 @@ def check_head(
         head: The head.
         given: What it is conditioned on (B, ...); None for a prior.
         event: Shape of one example.
-        context: Features of the context; 0 if the head takes none.
+        context: As for `check_layer`.
         compiled: Also compile it, as one graph.
     """
     head = randomized(head)
@@ -125,7 +125,7 @@ def check_head(
     _context(lambda c: dist_of(head, extra=c).log_prob(x), rows, context)
     _state(head, lambda of: dist_of(of).log_prob(x))
     if compiled:
-        _compiles({"log_prob": lambda: dist_of(head).log_prob(x)})
+        _compiles(lambda: dist_of(head).log_prob(x), "log_prob")
 
 
 def check_model(
@@ -140,15 +140,14 @@ def check_model(
     """All laws of a model.
 
     Duality (infer and generate state the same log w for the same values), exact decoding of
-    flows, temperature, partial decoding, batch independence, context, gradients, state, and
-    optionally compilation as one graph.
+    flows, temperature, partial decoding, batch independence, context, gradients, state, precision.
 
     Args:
         model: The model.
         event: Shape of one example.
-        context: Features of the context; 0 if the model takes none.
-        bits: For models of integer data: the bits of each element; None for continuous data.
-        x: Data to check with, for models that take only some (B, *event); by default noise.
+        context: As for `check_layer`, like all that follow.
+        bits: None for continuous data.
+        x: Data to check with.
         compiled: Also compile it, as one graph.
     """
     model = randomized(model)
@@ -163,15 +162,11 @@ def check_model(
     _gradients(model, lambda: model(data, given).elbo)
     _state(model, lambda of: _centred(of, data, given))
     if compiled:
-        latents = model.encode(data, given, mode=True)
-        _compiles(
-            {
-                "log w": lambda: _centred(model, data, given),
-                "forward": lambda: model(data, given).elbo,
-                "sample": lambda: model.sample(len(data), given),
-                "decode": lambda: model.decode(latents, given),
-            }
-        )
+        latents = [z.detach() for z in model.encode(data, given, mode=True)]
+        _compiles(lambda: _centred(model, data, given), "log w")
+        _compiles(lambda: model(data, given).elbo, "forward")
+        _compiles(lambda: model.sample(len(data), given), "sample")
+        _compiles(lambda: model.decode(latents, given), "decode")
 
 
 # --- the laws ----------------------------------------------------------------------------------
@@ -211,8 +206,9 @@ def _inverse(layer: Bijection, x: Tensor, context: Tensor | None, tolerance: flo
     with torch.no_grad():
         y, forward = layer(x, context)
         again, backward = layer.inverse(y, context)
-    _say(forward.shape == (len(x),), f"log_det has shape {tuple(forward.shape)}, not ({len(x)},)")
-    _say(backward.shape == (len(x),), f"inverse log_det has shape {tuple(backward.shape)}")
+    for log_det in (forward, backward):
+        shape = tuple(log_det.shape)
+        _say(shape == (len(x),), f"log_det has shape {shape}, not ({len(x)},)")
     _near(again, x, tolerance, f"inverse of forward, {x.dtype}")
     _near(-backward, forward, tolerance, f"log-determinants cancel, {x.dtype}")
 
@@ -221,13 +217,11 @@ def _jacobian(layer: Bijection, x: Tensor, context: Tensor | None) -> None:
     log_det = layer(x, context)[1]
     for i in range(len(x)):
         row = None if context is None else context[i : i + 1]
-
-        def one(value: Tensor, row: Tensor | None = row) -> Tensor:
-            return layer(value[None], row)[0].flatten()
-
-        jacobian: Any = torch.autograd.functional.jacobian(one, x[i])
+        jacobian: Any = torch.autograd.functional.jacobian(
+            lambda value, row=row: layer(value[None], row)[0].flatten(), x[i]
+        )
         truth = torch.linalg.slogdet(jacobian.reshape(-1, x[i].numel()))[1]
-        _near(log_det[i].detach(), truth, 1e-10, "log_det against autograd's Jacobian")
+        _near(log_det[i], truth, 1e-10, "log_det against autograd's Jacobian")
 
 
 def _centred(model: Model, x: Tensor, context: Tensor | None) -> Tensor:
@@ -238,7 +232,6 @@ def _centred(model: Model, x: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _duality(model: Model, x: Tensor, context: Tensor | None) -> None:
-    torch.manual_seed(0)
     up = Trace()
     model.infer(x, up, context)
     down = Trace(generating=True, n=len(x), given=up.values)
@@ -272,14 +265,11 @@ def _decoding(model: Model, x: Tensor, context: Tensor | None) -> None:
 
 
 class _Known(nn.Module):
-    """A head that ignores what it is given."""
+    """A head that returns one distribution."""
 
     def __init__(self, dist: Distribution):
         super().__init__()
-        self.dist = dist
-
-    def forward(self, given: Tensor | None = None) -> Distribution:
-        return self.dist
+        self.forward = lambda given=None: dist
 
 
 def _sampling(model: Model, shape: Sequence[int], context: Tensor | None) -> None:
@@ -343,12 +333,9 @@ def _context(score: Callable[[Tensor | None], Tensor], rows: int, context: int) 
     with torch.no_grad():
         if not context:
             plain = score(None)
-            try:
-                _say(
-                    bool((score(_noise(rows, 3)) == plain).all()), "an undeclared context is used"
-                )
-            except TypeError:  # a network of torch, which takes no context: it says so
-                pass
+            with contextlib.suppress(TypeError):  # a network of torch, which takes none
+                same = bool((score(_noise(rows, 3)) == plain).all())
+                _say(same, "context: an undeclared one is used")
             return
         a, b = score(_noise(rows, context)), score(_noise(rows, context) + 1)
         _say(bool((a != b).all()), "context: another one changes nothing")
@@ -388,12 +375,10 @@ def _state(module: nn.Module, answer: Callable[[Any], Tensor]) -> None:
         _say(bool((answer(other) == truth).all()), "state: a reloaded copy answers differently")
 
 
-def _compiles(calls: dict[str, Callable[[], Tensor]]) -> None:
-    with torch.no_grad():
-        for name, call in calls.items():
-            torch._dynamo.reset()
-            torch.manual_seed(0)
-            result = torch.compile(call, fullgraph=True, backend="aot_eager")()
-            torch.manual_seed(0)
-            _near(result, call(), 1e-9, f"compiled {name}")
+def _compiles(call: Callable[[], Tensor], name: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    result = torch.compile(call, fullgraph=True, backend="aot_eager")()
+    torch.manual_seed(0)
+    _near(result, call(), 1e-9, f"compiled {name}")
     torch._dynamo.reset()
