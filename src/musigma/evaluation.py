@@ -128,16 +128,31 @@ def score(
         for x, context in batches(
             model, data, batch_size=batch_size, seed=seed, progress=progress
         ):
-            evidence = model(x, context, closed_form=not model.exact)
+            trace = _account(model, x, context)
+            evidence = trace.evidence(model.latents())
             tight = k > 1 and not model.exact
-            nats = -(model.iwae(x, k, context) if tight else evidence.elbo)
+            nats = -model.iwae(x, k, context) if tight else sum(v for _, _, v in _terms(trace))
             row = {"nats": nats, "log_px": evidence.log_px, "rate": evidence.rate}
             row |= {f"kl_{i}": evidence.kl[:, i] for i in range(evidence.kl.shape[1])}
             for name, value in row.items():
-                columns.setdefault(name, []).append(value.double().cpu())
+                columns.setdefault(name, []).append(torch.as_tensor(value).cpu().double())
     table = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
     dims = math.prod(data.shape)
     return {"bits_per_dim": table["nats"] / (dims * math.log(2)), **table}
+
+
+def _account(model: Model, x: Tensor, context: Tensor | None) -> Trace:
+    """The trace of a batch, with closed forms where a bound is all there is."""
+    trace = Trace(closed_form=not model.exact)
+    model.infer(model._floating(x), trace, context)
+    return trace
+
+
+def _terms(trace: Trace) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(site, term, contribution to -log w) in float64, so that sums of them are the same sums."""
+    for term, sign in (("log_det", -1), ("log_q", 1), ("kl", 1), ("log_p", -1)):
+        for site, value in getattr(trace, term).items():
+            yield site, term, sign * value.cpu().double()
 
 
 def evaluate(
@@ -197,12 +212,8 @@ def ledger(
     with torch.random.fork_rng(_cuda(model)):
         torch.manual_seed(seed)
         for x, context in batches(model, data, batch_size=batch_size, seed=seed):
-            trace = Trace(closed_form=not model.exact)
-            model.infer(x, trace, context)
-            for term, sign in (("log_det", -1), ("log_q", 1), ("kl", 1), ("log_p", -1)):
-                for site, value in getattr(trace, term).items():
-                    key = (site, term)
-                    sums[key] = sums.get(key, 0.0) + sign * float(value.double().sum())
+            for site, term, value in _terms(_account(model, x, context)):
+                sums[site, term] = sums.get((site, term), 0.0) + float(value.sum())
     order = {module: i for i, module in enumerate(model.modules())}
     unit = len(data) * math.prod(data.shape) * math.log(2)
     return [

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replacing", "sync", "write_json"]
+__all__ = ["finite", "replacing", "sync", "write_json"]
 
 
 @contextlib.contextmanager
@@ -60,7 +61,16 @@ def _sync_one(path: Path) -> None:
         os.close(handle)
 
 
+def finite(value: Any) -> Any:
+    """The value for JSON, which has no inf and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file by `replacing`."""
+    """Write a JSON file by `replacing`; see `finite`."""
     with replacing(path) as draft:
-        draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")

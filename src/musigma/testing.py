@@ -45,6 +45,7 @@ def randomized(module: nn.Module, *, scale: float = 1.0, seed: int = 0) -> Any:
     return module
 
 
+@torch.random.fork_rng(devices=[])
 def check_layer(
     layer: Layer,
     event: Sequence[int],
@@ -79,6 +80,7 @@ def check_layer(
     check_model(chain, event, context=context, bits=bits, x=x, compiled=compiled)
 
 
+@torch.random.fork_rng(devices=[])
 def check_head(
     head: nn.Module,
     given: Tensor | None,
@@ -128,6 +130,7 @@ def check_head(
         _compiles(lambda: dist_of(head).log_prob(x), "log_prob")
 
 
+@torch.random.fork_rng(devices=[])
 def check_model(
     model: Model,
     event: Sequence[int],
@@ -206,9 +209,8 @@ def _inverse(layer: Bijection, x: Tensor, context: Tensor | None, tolerance: flo
     with torch.no_grad():
         y, forward = layer(x, context)
         again, backward = layer.inverse(y, context)
-    for log_det in (forward, backward):
-        shape = tuple(log_det.shape)
-        _say(shape == (len(x),), f"log_det has shape {shape}, not ({len(x)},)")
+    shapes = [tuple(log_det.shape) for log_det in (forward, backward)]
+    _say(shapes == [(len(x),)] * 2, f"log_det has shape {shapes}, not ({len(x)},) both ways")
     _near(again, x, tolerance, f"inverse of forward, {x.dtype}")
     _near(-backward, forward, tolerance, f"log-determinants cancel, {x.dtype}")
 
@@ -232,6 +234,7 @@ def _centred(model: Model, x: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _duality(model: Model, x: Tensor, context: Tensor | None) -> None:
+    torch.manual_seed(0)
     up = Trace()
     model.infer(x, up, context)
     down = Trace(generating=True, n=len(x), given=up.values)
@@ -253,14 +256,12 @@ def _decoding(model: Model, x: Tensor, context: Tensor | None) -> None:
     _near(model.decode(whitened, context, whiten=True), decoded, 1e-9, "decoding whitened latents")
     if set(model.latents()) == set(model.variables()):
         _near(decoded, x, 1e-9, "decode(encode(x))")
-    top = model.decode(latents[:1], context)
-    _say(top.shape == x.shape, f"decoding the top latent gives shape {tuple(top.shape)}")
     site = next(iter(model.latents()))
     trace = Trace(generating=True, n=len(x), given={site: latents[0]})
-    model.generate(trace, context)
+    partial = model.generate(trace, context)
     _say(bool((trace.values[site] == latents[0]).all()), "partial decoding changes what is given")
     if model.exact:
-        again = model.encode(top, context)[0]
+        again = model.encode(partial, context)[0]
         _near(again, latents[0], 1e-9, "partial decoding, encoded again")
 
 
@@ -332,10 +333,10 @@ def _scores(model: Model, x: Tensor, context: Tensor | None, bits: int | None) -
 def _context(score: Callable[[Tensor | None], Tensor], rows: int, context: int) -> None:
     with torch.no_grad():
         if not context:
-            plain = score(None)
             with contextlib.suppress(TypeError):  # a network of torch, which takes none
-                same = bool((score(_noise(rows, 3)) == plain).all())
-                _say(same, "context: an undeclared one is used")
+                _near(
+                    score(_noise(rows, 3)), score(None), 0.0, "context: an undeclared one is used"
+                )
             return
         a, b = score(_noise(rows, context)), score(_noise(rows, context) + 1)
         _say(bool((a != b).all()), "context: another one changes nothing")
@@ -354,10 +355,9 @@ def _gradients(module: nn.Module, loss: Callable[[], Tensor]) -> None:
     torch.manual_seed(0)
     loss().sum().backward()
     for name, p in module.named_parameters():
-        _say(p.grad is not None, f"gradients: none reaches {name}")
-        assert p.grad is not None
-        _say(bool(p.grad.isfinite().all()), f"gradients: that of {name} is not finite")
-        _say(bool((p.grad != 0).any()), f"gradients: that of {name} is zero")
+        fault = "missing" if p.grad is None else "zero" if not p.grad.any() else None
+        fault = "not finite" if p.grad is not None and not p.grad.isfinite().all() else fault
+        _say(fault is None, f"gradients: that of {name} is {fault}")
     module.zero_grad(set_to_none=True)
 
 
@@ -367,11 +367,7 @@ def _state(module: nn.Module, answer: Callable[[Any], Tensor]) -> None:
         truth = answer(module)
         _say(bool((answer(copy.deepcopy(module)) == truth).all()), "state: a deepcopy differs")
         other = randomized(module, seed=1)
-        state = module.state_dict()
-        for name, t in other.named_buffers():
-            if name in state and t.is_floating_point():
-                t.add_(1.0)
-        other.load_state_dict(state)
+        other.load_state_dict(module.state_dict())
         _say(bool((answer(other) == truth).all()), "state: a reloaded copy answers differently")
 
 

@@ -29,7 +29,7 @@ from torch.distributions import Distribution
 from musigma import checkpoint, objectives
 from musigma.data import Dataset, batch_indices
 from musigma.evaluation import batch, check, evaluate
-from musigma.files import sync
+from musigma.files import finite, sync
 from musigma.model import Model
 from musigma.trace import Evidence
 
@@ -113,7 +113,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected {low} or more; got {value}")
         for name in ("epochs", "minutes", "lr", "clip", "skip_above", "save_every"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a positive number; got {value}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected 0 to below 1; got {self.ema}")
@@ -258,7 +258,7 @@ def fit(
     trained, optimizer = accelerator.prepare(model, config.optimizer_for(model))
     accelerator.register_for_checkpointing(progress, averaged)
     if resume:
-        accelerator.load_state(str(_saved_state(out)))
+        _load_state(accelerator, out)
     shown = validation.subset(range(min(len(validation), config.evaluate_on)))
 
     def assess() -> None:
@@ -461,7 +461,7 @@ class _Log:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row, and show it."""
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(finite(dict(row))) + "\n")
         self.file.flush()
         if self.watch:
             self.watch(row)
@@ -512,11 +512,27 @@ def _save_state(accelerator: Any, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _saved_state(out: Path) -> Path:
+def saved_state(out: Path) -> Path:
+    """The folder that a run is resumed from.
+
+    Raises:
+        ValueError: If there is none.
+    """
     for state in (out / "state", out / "state.old"):
         if state.is_dir():
             return state
     raise ValueError(f"resume: {out} holds no state to go on from; train it anew with --overwrite")
+
+
+def _load_state(accelerator: Any, out: Path) -> None:
+    state = saved_state(out)
+    try:
+        accelerator.load_state(str(state))
+    except Exception as error:  # whatever a parser throws at a damaged file
+        raise ValueError(
+            f"resume: {state} is damaged ({type(error).__name__}: {error}); "
+            "train it anew with --overwrite"
+        ) from error
 
 
 @contextmanager

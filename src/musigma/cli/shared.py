@@ -87,6 +87,8 @@ class Screen:
 
     def result(self, value: dict[str, Any], text: str = "") -> None:
         """The command's answer: JSON if asked for, the text otherwise, on standard output."""
+        from musigma.files import finite
+
         print(json.dumps(finite(value), indent=2) if self.common.json else text)
 
     @contextmanager
@@ -107,15 +109,6 @@ class Screen:
         ) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def finite(value: Any) -> Any:
-    """JSON has no inf and no NaN: they become null."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Trained:

@@ -25,7 +25,6 @@ from musigma.cli.shared import (
     Trained,
     as_levels,
     device_named,
-    finite,
     register_plugin,
     said,
 )
@@ -279,8 +278,8 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
     held = found.split("held-out")
     with screen.progress("evaluating") as progress:
         figure = evaluate(trained.model, held, seed=common.seed, progress=progress)
-    write_json(out / "evaluation.json", finite(figure))
-    write_json(out / "ledger.json", finite(ledger(trained.model, held, seed=common.seed)))
+    write_json(out / "evaluation.json", figure)
+    write_json(out / "ledger.json", ledger(trained.model, held, seed=common.seed))
     try:
         pictures = draw(trained, held, out / "samples")
     except (ValueError, RuntimeError) as error:  # no matplotlib, or weights gone astray

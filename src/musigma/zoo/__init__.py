@@ -66,6 +66,9 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         }
         return model
 
+    own = [b.__name__ for b in ARCHITECTURES.values() if b.__module__.startswith(__name__)]
+    if builder.__name__ in own and not builder.__module__.startswith(__name__):
+        raise ValueError(f"builder: the zoo has a {builder.__name__!r} already; rename this one")
     ARCHITECTURES[builder.__name__] = build
     return build
 
@@ -89,6 +92,13 @@ def build(name: str, shape: Sequence[int], **options: Any) -> Model:
             f"architecture: {hint}known are {', '.join(sorted(ARCHITECTURES))}; got {name!r}"
         )
     return ARCHITECTURES[name](shape, **options)
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """Refuse options that are below a number, by their names; None is none of them."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected {least} or more; got {value}")
 
 
 def _plain(value: Any) -> bool:

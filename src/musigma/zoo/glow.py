@@ -22,7 +22,7 @@ from musigma.layers import (
 )
 from musigma.model import Bijection, Chain, Layer, Prior
 from musigma.nets import CouplingNet, ResNet, ZeroConv2d
-from musigma.zoo import architecture
+from musigma.zoo import architecture, at_least
 
 
 @architecture
@@ -62,6 +62,7 @@ def glow(
             learned several times faster.
         context: Features of the context that conditions the couplings and the top prior.
     """
+    at_least(1, levels=levels, depth=depth, hidden=hidden)
     layers = dequantized(shape, bits, dequantize, hidden, context)
     if alpha is not None and bits is not None:
         layers += [Affine(1.0, 0.5), Logit(alpha)]

@@ -21,7 +21,7 @@ from musigma.nets import (
     halved,
     join,
 )
-from musigma.zoo import architecture
+from musigma.zoo import architecture, at_least
 from musigma.zoo.glow import image_shape
 from musigma.zoo.vae import named_likelihood, quantized, usual_likelihood
 
@@ -58,6 +58,8 @@ def ladder(
         std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
         context: Features of the context that conditions priors, features and decoder.
     """
+    at_least(1, levels=levels, latents=latents, width=width, components=components)
+    at_least(0, blocks=blocks)
     _, height, wide = image_shape(shape)
     if min(height, wide) < 4:
         raise ValueError(f"shape: a ladder needs images of at least 4x4; got {height}x{wide}")
@@ -70,7 +72,7 @@ def ladder(
     bottom_up = BottomUp(
         ConvEncoder(shape, None, width=width, halvings=down, blocks=blocks, context=context), at
     )
-    depth = levels * blocks
+    depth = levels * max(1, blocks)
     rungs = [
         LadderBlock(
             prior=_gaussian(width, latents, width, context, zero=True),

@@ -21,7 +21,7 @@ from musigma.layers import (
 )
 from musigma.model import Chain, Inverse, Layer, Prior
 from musigma.nets import MLP, ResNet, ZeroConv2d
-from musigma.zoo import architecture
+from musigma.zoo import architecture, at_least
 from musigma.zoo.glow import halvings, image_shape
 
 
@@ -53,6 +53,8 @@ def realnvp(
             0.05, with which black and white are learned more slowly).
         context: Features of the context that conditions the couplings.
     """
+    at_least(1, levels=levels, depth=depth, hidden=hidden)
+    at_least(0, blocks=blocks)
     layers: list[Layer] = []
     if bits is not None:
         layers += [Dequantize(StandardUniform(shape), 2**bits), Affine(2.0**-bits), Logit(alpha)]

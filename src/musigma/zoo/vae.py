@@ -14,7 +14,7 @@ from musigma.heads import CONTINUOUS, StandardNormal, StandardUniform, likelihoo
 from musigma.layers import ActNorm, Affine, Coupling, Dequantize, InvertibleConv
 from musigma.model import VAE, Chain, Model, Prior
 from musigma.nets import MLP, ConvDecoder, ConvEncoder, Scaled
-from musigma.zoo import architecture
+from musigma.zoo import architecture, at_least
 
 
 @architecture
@@ -52,6 +52,10 @@ def vae(
         std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
         context: Features of the context that conditions encoder, decoder and a flow prior.
     """
+    at_least(1, latents=latents, width=width, prior_depth=prior_depth, components=components)
+    at_least(0, blocks=blocks)
+    if prior == "flow":
+        at_least(2, latents=latents)
     levels = None if bits is None else 2**bits
     name = usual_likelihood(bits) if likelihood == "auto" else likelihood
     continuous = name in CONTINUOUS
