@@ -228,27 +228,29 @@ class Format:
         """The log standard deviation that a raw scale, taken out and multiplied, stands for."""
         log_std = _SCALES[self.scale].log_std(raw + self.offset, self.limit or 0.0)
         if self.floor:
-            unit = 2 if self.scale == "log_var" else 1
             floor = torch.full_like(log_std, math.log(self.floor))
-            log_std = torch.logaddexp(unit * log_std, floor) / unit
+            log_std = torch.logaddexp(self._power * log_std, floor) / self._power
         return log_std if self.bounds is None else log_std.clamp(*self.bounds)
 
     def _raw(self, log_std: Tensor) -> Tensor:
         if self.floor:
-            unit = 2 if self.scale == "log_var" else 1
-            above = (unit * log_std).exp() - self.floor
-            log_std = above.log() / unit
+            above = (self._power * log_std).exp() - self.floor
+            log_std = above.log() / self._power
         raw = _SCALES[self.scale].raw(log_std, self.limit or 0.0) - self.offset
         return raw / self.gain
+
+    @property
+    def _power(self) -> int:
+        """Of the standard deviation, in what the scale, and so the floor, speaks of."""
+        return 2 if self.scale == "log_var" else 1
 
     @property
     def reach(self) -> tuple[float, float]:
         """The smallest and the largest log_std that this format can express."""
         low, high = _SCALES[self.scale].reach(self.limit or 0.0)
         if self.floor:
-            unit = 2 if self.scale == "log_var" else 1
             low, high = (
-                math.log(math.exp(unit * s) + self.floor) / unit if s < math.inf else s
+                math.log(math.exp(self._power * s) + self.floor) / self._power if s < 350 else s
                 for s in (low, high)
             )
         if self.bounds is not None:

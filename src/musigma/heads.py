@@ -121,7 +121,8 @@ class Categorical(_Event):
     @property
     def mean(self) -> Tensor:
         """The mean level."""
-        levels = torch.arange(self.log_probs.shape[1]).to(self.log_probs)
+        levels = torch.arange(self.log_probs.shape[1], device=self.log_probs.device)
+        levels = levels.to(self.log_probs)
         return torch.einsum("bl...,l->b...", self.log_probs.exp(), levels)
 
     @property
@@ -133,10 +134,9 @@ class Categorical(_Event):
         self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
     ) -> Tensor:
         """Draw levels; the logits are divided by `temperature`."""
-        noise = -torch.empty((*sample_shape, *self.log_probs.shape)).exponential_().log()
-        scores = self.log_probs + per_example(temperature, self.log_probs) * noise.to(
-            self.log_probs
-        )
+        wide = self.log_probs.expand(*sample_shape, *self.log_probs.shape)
+        gumbel = -torch.empty_like(wide).exponential_().log()
+        scores = wide + per_example(temperature, wide) * gumbel
         return scores.argmax(-1 - len(self.event_shape)).to(self.log_probs)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ class ContinuousBernoulli(_Event):
     ) -> Tensor:
         """Draw by the inverse distribution function; distance from the mean times temperature."""
         small, far = self._away_from_zero()
-        u = torch.rand((*sample_shape, *self.logits.shape)).to(self.logits)
+        u = torch.rand_like(self.logits.expand(*sample_shape, *self.logits.shape))
         negative = -far.abs()  # the inverse is stable on this side, and the other is its mirror
         x = torch.log1p(u * torch.expm1(negative)) / negative
         x = torch.where(far > 0, 1 - x, x)
@@ -397,7 +397,7 @@ class Uniform(_Event):
         self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
     ) -> Tensor:
         """Draw; distance from one half times temperature."""
-        u = torch.rand((*sample_shape, *self.zeros.shape)).to(self.zeros)
+        u = torch.rand_like(self.zeros.expand(*sample_shape, *self.zeros.shape))
         return 0.5 + per_example(temperature, u) * (u - 0.5)
 
     def log_prob(self, value: Tensor) -> Tensor:

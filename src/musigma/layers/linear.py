@@ -124,7 +124,7 @@ class InvertibleConv(Bijection):
         """W, shape (C, C)."""
         if not self.lu:
             return self.weight
-        eye = torch.eye(len(self.sign)).to(self.sign)
+        eye = torch.eye(len(self.sign), dtype=self.sign.dtype, device=self.sign.device)
         diagonal = torch.diag(self.sign * self.log_scale.exp())
         with torch.autocast(self.sign.device.type, enabled=False):
             return self.permutation @ (self.lower.tril(-1) + eye) @ (self.upper.triu(1) + diagonal)
