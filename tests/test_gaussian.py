@@ -22,6 +22,7 @@ from torch.distributions import (
 )
 
 from musigma.gaussian import DiagonalGaussian, Format, GaussianHead, Layout, Order, Scale
+from musigma.nets import ZeroConv2d
 
 LIMITED = ("atan", "tanh", "softclip", "softcap")
 TWICE = {"log_std": 1.0, "log_var": 2.0}
@@ -201,6 +202,31 @@ def test_log_std_and_log_var_differ_by_two(kind, a, b):
             assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
         assert torch.equal(to.permute(*moved, start)[0], weight)
     assert start.permute(weight, None, start)[1] is None
+
+
+def test_cross_split_is_a_permutation_of_half_split_with_its_gain():
+    """Glow's question: even and odd channels or halves, it is the same model."""
+    cross, halves = Format.parse("cross"), Format.parse("split")
+    conv = ZeroConv2d(3, 8)
+    for p in conv.parameters():
+        nn.init.normal_(p, std=0.3)
+    x = torch.randn(2, 3, 5, 5)
+    other = ZeroConv2d(3, 8)
+    weight, bias = cross.permute(conv.conv.weight, conv.conv.bias, halves)
+    other.load_state_dict(
+        {"conv.weight": weight, "conv.bias": bias, "logs": cross.relayout(conv.logs, halves)}
+    )
+    for a, b in zip(cross.split(conv(x)), halves.split(other(x)), strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+def test_one_layer_that_is_split_equals_two_layers():
+    layer, x = nn.Linear(5, 8), torch.randn(3, 5)
+    two = Format("two-heads")
+    (w1, w2), (b1, b2) = Format().permute(layer.weight, layer.bias, two)
+    mean, log_std = Format().split(layer(x))
+    assert torch.equal(F.linear(x, w1, b1), mean)
+    assert torch.equal(F.linear(x, w2, b2), log_std)
 
 
 @pytest.mark.parametrize(
@@ -451,6 +477,11 @@ def test_against_torch(shape, event_ndims):
     ]:
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
         assert a.shape == b.shape
+    torch.manual_seed(1)
+    drawn = ours.rsample((2,))
+    torch.manual_seed(1)
+    assert torch.allclose(drawn, theirs.rsample((2,)), rtol=1e-12, atol=1e-12)
+    assert not ours.sample().requires_grad
     wide = ours.expand((2, *ours.batch_shape))
     assert torch.allclose(wide.log_prob(x[:2]), theirs.log_prob(x[:2]), rtol=1e-12, atol=1e-12)
     assert wide.event_shape == theirs.event_shape
@@ -476,6 +507,14 @@ def test_inside_of_torch():
     assert torch.allclose(a.mean, b.mean)
     assert torch.allclose(a.variance, b.variance)
     assert a.sample((5,)).shape == (5, 4, 2)
+
+
+def test_kl_is_zero_at_the_same_and_needs_one_event_shape():
+    (p, _), (q, _) = pair(4, 3, event_ndims=1), pair(4, 3, event_ndims=1)
+    assert kl_divergence(p, p).abs().max() < 1e-14
+    assert (kl_divergence(p, q) > 0).all()
+    with pytest.raises(ValueError, match="event shape of q"):
+        kl_divergence(p, pair(4, 5, event_ndims=1)[0])
 
 
 def test_temperature_multiplies_the_standard_deviation():
@@ -564,6 +603,7 @@ def test_scale_that_is_not_emitted(log_std):
         (lambda: Format(limit=2.0), "limit: scale 'log_std' has none; got 2.0"),
         (lambda: Format(scale="tanh", limit=-1.0), "limit: expected a positive number; got -1.0"),
         (lambda: Format(bounds=(3.0, -3.0)), "bounds: expected .* low < high"),
+        (lambda: Format(bounds=(1.0,)), "bounds: expected"),
         (lambda: Format(floor=-1.0), "floor: expected 0 or more"),
         (lambda: Format(gain=0.0), "gain: expected a number other than zero"),
         (lambda: Format.parse("interleaved logvar"), "'logvar' is not part .* mean 'log_var'"),

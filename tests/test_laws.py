@@ -390,3 +390,13 @@ def test_encoder_of_any_size():
     for height, width in ((5, 7), (28, 28), (33, 20)):
         net = ConvEncoder((2, height, width), 6, width=4, halvings=3)
         assert net(torch.randn(2, 2, height, width)).shape == (2, 6)
+
+
+def test_black_squares_and_white_squares():
+    x = torch.arange(24.0).reshape(1, 1, 4, 6)
+    black = (torch.arange(4)[:, None] + torch.arange(6)) % 2 == 0
+    first, second = Checkerboard()(x)[0].chunk(2, 1)
+    assert torch.equal(first.flatten(), x[0, 0][black])
+    assert torch.equal(second.flatten(), x[0, 0][~black])
+    white = Checkerboard(white=True)(x)[0]
+    assert torch.equal(white, torch.cat([second, first], 1))

@@ -349,16 +349,31 @@ def _context(score: Callable[[Tensor | None], Tensor], rows: int, context: int) 
 
 
 def _gradients(module: nn.Module, loss: Callable[[], Tensor]) -> None:
-    if not list(module.parameters()):
+    parameters = dict(module.named_parameters())
+
+    def value() -> Tensor:  # the same draws each time, so a function of the parameters
+        torch.manual_seed(0)
+        return loss().sum()
+
+    if not parameters:
         return
-    module.zero_grad(set_to_none=True)
-    torch.manual_seed(0)
-    loss().sum().backward()
-    for name, p in module.named_parameters():
+    value().backward()
+    slope = torch.zeros((), dtype=torch.float64)
+    directions = {name: _noise(*p.shape) for name, p in parameters.items()}
+    for name, p in parameters.items():
         fault = "missing" if p.grad is None else "zero" if not p.grad.any() else None
         fault = "not finite" if p.grad is not None and not p.grad.isfinite().all() else fault
         _say(fault is None, f"gradients: that of {name} is {fault}")
+        slope = slope + (directions[name] * p.grad).sum()
     module.zero_grad(set_to_none=True)
+    ends, kept = [], copy.deepcopy(module.state_dict())
+    with torch.no_grad():
+        for step in (1e-6, -2e-6):
+            for name, p in parameters.items():
+                p.add_(step * directions[name])
+            ends.append(value())
+        module.load_state_dict(kept)
+    _near(slope, (ends[0] - ends[1]) / 2e-6, 1e-5, "gradients: against finite differences")
 
 
 def _state(module: nn.Module, answer: Callable[[Any], Tensor]) -> None:
