@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from musigma.data import Dataset
-from musigma.gaussian import DiagonalGaussian, Format
+from musigma.gaussian import DiagonalGaussian, GaussianHead
+from musigma.heads import LikelihoodHead
+from musigma.layers import Coupling
 from musigma.model import Model
 from musigma.trace import Trace
 
@@ -56,6 +59,22 @@ def check(model: Model, data: Dataset) -> None:
             f"data: the model is conditioned on {classes} classes, and {data.name or 'this'} "
             f"have {len(data.label_names) if data.labels is not None else 'no labels'}"
         )
+
+
+def bound(model: Model, k: int = 1) -> str:
+    """What a figure of this model is: "exact", or which bound, "elbo" or "iwae-K"."""
+    return "exact" if model.exact else "elbo" if k == 1 else f"iwae-{k}"
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """The model in evaluation mode, and then in the mode it was in."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def context_size(model: Model) -> int:
@@ -105,11 +124,11 @@ def score(
     """Every example's figures, in the order of the data.
 
     Args:
-        model: In evaluation mode.
+        model: It is put into evaluation mode meanwhile.
         data: What to score.
         k: Draws per example: more than one gives the importance-weighted bound.
         batch_size: Examples at a time.
-        seed: Of the draws, which leave torch's own generator alone.
+        seed: Of the draws.
         progress: Called with (done, total).
 
     Returns:
@@ -123,7 +142,7 @@ def score(
     if k < 1:
         raise ValueError(f"k: expected 1 or more draws; got {k}")
     columns: dict[str, list[Tensor]] = {}
-    with torch.no_grad(), torch.random.fork_rng(_cuda(model)):
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(_cuda(model)):
         torch.manual_seed(seed)
         for x, context in batches(
             model, data, batch_size=batch_size, seed=seed, progress=progress
@@ -186,7 +205,7 @@ def evaluate(
         "standard_error": error(bits),
         "nats": float(nats.mean()),
         "standard_error_nats": error(nats),
-        "bound": "exact" if model.exact else "elbo" if k == 1 else f"iwae-{k}",
+        "bound": bound(model, k),
         "n": n,
         "log_px": float(table["log_px"].mean()),
         "rate": float(table["rate"].mean()),
@@ -209,7 +228,7 @@ def ledger(
     check(model, data)
     names = {module: name or "model" for name, module in model.named_modules()}
     sums: dict[tuple[nn.Module, str], float] = {}
-    with torch.random.fork_rng(_cuda(model)):
+    with evaluating(model), torch.random.fork_rng(_cuda(model)):
         torch.manual_seed(seed)
         for x, context in batches(model, data, batch_size=batch_size, seed=seed):
             for site, term, value in _terms(_account(model, x, context)):
@@ -232,7 +251,7 @@ def inspect(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str,
     """What a model says about one very input: every latent's distribution, and its cost.
 
     Args:
-        model: In evaluation mode.
+        model: It is put into evaluation mode meanwhile.
         x: One example, shape (1, ...).
         context: Its context (1, C), or None.
 
@@ -251,7 +270,8 @@ def inspect(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str,
         raise ValueError(f"x: expected one example, shape (1, ...); got {len(x)} of them")
     names = {module: name or "model" for name, module in model.named_modules()}
     trace = _Watching(closed_form=not model.exact)
-    model.infer(model._floating(x), trace, context)
+    with evaluating(model):
+        model.infer(model._floating(x), trace, context)
     evidence = trace.evidence(model.latents())
     rows = []
     for site in trace.paired:
@@ -287,11 +307,13 @@ def inspect(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str,
                 "nats": float(-p.log_prob(value)),
             }
         )
+    order = [names[site] for site in model.latents()]
+    rows.sort(key=lambda row: order.index(row["site"]) if row["site"] in order else -1)
     nats = float(-evidence.elbo)
     return {
         "nats": nats,
         "bits_per_dim": nats / (math.log(2) * x[0].numel()),
-        "bound": "exact" if model.exact else "elbo",
+        "bound": bound(model),
         "latents": rows,
     }
 
@@ -333,18 +355,22 @@ def saturation(model: Model, x: Tensor, context: Tensor | None = None) -> dict[s
     """For every network whose output a `Format` reads, the share of scales at their limit."""
     shares: dict[str, float] = {}
 
-    def watch(name: str, read: Format):
+    def watch(name: str, reader: Any):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            shares[name] = float(read.saturation(output))
+            read = reader.scales(output) if isinstance(reader, LikelihoodHead) else output
+            shares[name] = float(reader.format.saturation(read))
 
         return hook
 
     hooks = []
     for name, module in model.named_modules():
-        read, net = getattr(module, "format", None), getattr(module, "net", None)
-        emits = getattr(module, "emitted", getattr(module, "kind", "") == "affine")
-        if isinstance(read, Format) and isinstance(net, nn.Module) and emits:
-            hooks.append(net.register_forward_hook(watch(name, read)))
+        emits = (
+            (isinstance(module, GaussianHead) and module.emitted)
+            or (isinstance(module, Coupling) and module.kind == "affine")
+            or (isinstance(module, LikelihoodHead) and module.name.startswith("logistic"))
+        )
+        if emits:
+            hooks.append(module.net.register_forward_hook(watch(name, module)))  # pyright: ignore
     try:
         model(x, context)
     finally:

@@ -193,6 +193,10 @@ class Format:
             len(self.bounds) == 2 and self.bounds[0] < self.bounds[1]
         ):
             raise ValueError(f"bounds: expected (low, high) with low < high; got {self.bounds}")
+        for name in ("floor", "limit", "offset", "gain"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number; got {value}")
         if self.floor < 0:
             raise ValueError(f"floor: expected 0 or more; got {self.floor}")
         if self.gain == 0:
@@ -594,7 +598,7 @@ class GaussianHead(nn.Module):
         if isinstance(log_std, Tensor):
             self.log_std = nn.Parameter(log_std.clone())
         else:
-            self.log_std = log_std
+            self.log_std = None if log_std is None else float(log_std)
 
     def forward(
         self, given: Tensor | None = None, context: Tensor | None = None

@@ -97,7 +97,8 @@ class Bernoulli(_Event):
     ) -> Tensor:
         """Draw levels; the logits are divided by `temperature`."""
         logits = self.logits.expand(*sample_shape, *self.logits.shape)
-        return torch.bernoulli((logits / per_example(temperature, logits)).sigmoid())
+        t = per_example(temperature, logits)
+        return torch.bernoulli((logits / (t + 1e-30)).sigmoid())  # all but certain at 0
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log mass in nats, shape (B,)."""
@@ -226,12 +227,6 @@ class DiscretizedLogisticMixture(_Event):
         """The centre of the heaviest component, as a level."""
         return self._draw(self.log_weights.argmax(1), 0.0, torch.zeros_like(self.means[:, 0]))
 
-    @property
-    def mean(self) -> Tensor:
-        """The mean of the component centres, in levels (not rounded)."""
-        means = (self.log_weights.exp().unsqueeze(2) * self.means).sum(1)
-        return ((means + 1) * (self.levels - 1) / 2).clamp(0, self.levels - 1)
-
     def _draw(self, k: Tensor, temperature: float | Tensor, noise: Tensor) -> Tensor:
         def chosen(t: Tensor) -> Tensor:
             index = k.unsqueeze(1).unsqueeze(1).expand(-1, 1, *t.shape[2:])
@@ -289,7 +284,8 @@ class ContinuousBernoulli(_Event):
         series = self.logits / 2 + square / 24 - square**2 / 2880 + square**3 / 181440
         size = far.abs()
         normaliser = size + torch.log(-torch.expm1(-size)) - size.log() + far.clamp(max=0)
-        return self._sum(value * self.logits - torch.where(small, series, normaliser))
+        terms = value * self.logits - torch.where(small, series, normaliser)
+        return self._sum(torch.where((value < 0) | (value > 1), -math.inf, terms))
 
     @property
     def mean(self) -> Tensor:
@@ -424,7 +420,7 @@ class LearnedNormal(nn.Module):
         self.from_context = nn.Linear(context, 2 * shape[0], bias=False) if context else None
         if self.from_context is not None:
             nn.init.zeros_(self.from_context.weight)
-        self.format = Format()
+        self.format = Format(dim=-1)
 
     def forward(self, given: Tensor | None = None, context: Tensor | None = None):
         """The distribution, of batch shape () without a context and (B,) with one.
@@ -437,7 +433,7 @@ class LearnedNormal(nn.Module):
             if context is None:
                 raise ValueError(f"context: this prior needs {self.context} features; got none")
             raw = raw + self.from_context(context)
-        mean, log_std = Format(dim=-1).split(raw)
+        mean, log_std = self.format.split(raw)
         ones = (1,) * (len(self.shape) - 1)
         batch = mean.shape[:-1]
         wide = (*batch, *self.shape)
@@ -507,8 +503,9 @@ class _FittedGaussian(DiagonalGaussian):
     def log_prob(self, value: Tensor) -> Tensor:
         mse = (at_least_float32(value) - self.mean).square().mean()
         log_std = 0.5 * mse.clamp(min=math.exp(2 * self.head.smallest)).log()
-        with torch.no_grad():
-            self.head.log_std.lerp_(log_std.detach(), self.head.momentum)
+        with torch.no_grad():  # a batch that is not finite must not stay in the running value
+            kept = torch.where(log_std.isfinite(), log_std, self.head.log_std)
+            self.head.log_std.lerp_(kept, self.head.momentum)
         return DiagonalGaussian(self.mean, log_std, self.event_ndims).log_prob(value)
 
 
@@ -536,11 +533,15 @@ class LikelihoodHead(nn.Module):
             return ContinuousBernoulli(h)
         if self.name == "categorical":
             return Categorical(h.unflatten(1, (self.levels, self.channels)))
+        mean, log_scale = self.format.split(self.scales(h))
         h, c = h.unflatten(1, (self.k, -1)), self.channels
-        mean, log_scale = self.format.split(h[:, :, 1 : 1 + 2 * c])
         mixes = c > 1 and self.name == "logistic-mixture"
         coefficients = h[:, :, 1 + 2 * c :].tanh() if mixes else None
         return DiscretizedLogisticMixture(h[:, :, 0], mean, log_scale, self.levels, coefficients)
+
+    def scales(self, h: Tensor) -> Tensor:
+        """What `format` reads of the network's output, in a logistic likelihood."""
+        return h.unflatten(1, (self.k, -1))[:, :, 1 : 1 + 2 * self.channels]
 
     def extra_repr(self) -> str:
         """Names the likelihood."""

@@ -93,7 +93,7 @@ class Bijection(Layer):
 
 
 class Inverse(Bijection):
-    """Another bijection, the other way round.
+    """Another bijection, the other way round; it is not calibrated.
 
     Args:
         bijection: Its `inverse` becomes `forward`.
@@ -375,7 +375,8 @@ class ModelDistribution(Distribution):
 
     def __init__(self, model: Model, context: Tensor | None):
         self.model, self.context = model, context
-        example = model.sample(1 if context is None else len(context), context)
+        with torch.random.fork_rng():
+            example = model.sample(1 if context is None else len(context), context)
         batch = () if context is None else (len(context),)
         super().__init__(torch.Size(batch), example.shape[1:], validate_args=False)
 
@@ -457,6 +458,7 @@ class Chain(Model):
         self.layers, self.prior = nn.ModuleList(layers), prior
         _refuse_twins([*self.layers, *prior.variables()])
         self.exact = prior.exact and all(layer.exact for layer in self._layers())
+        self.over_likelihood = set(prior.latents()) != set(prior.variables())
 
     def _layers(self) -> Iterator[Layer]:
         return (cast(Layer, layer) for layer in self.layers)
@@ -465,11 +467,15 @@ class Chain(Model):
         """Every layer, then the prior."""
         for layer in self._layers():
             x = layer.infer(x, trace, context)
+        if self.over_likelihood:
+            trace.below.update(self.layers)
         self.prior.infer(x, trace, context)
 
     def generate(self, trace: Trace, context: Tensor | None = None) -> Tensor:
         """The prior, then every layer from the last to the first."""
         x = self.prior.generate(trace, context)
+        if self.over_likelihood:
+            trace.below.update(self.layers)
         for layer in reversed(list(self._layers())):
             x = layer.generate(x, trace, context)
         return x

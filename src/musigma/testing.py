@@ -91,12 +91,8 @@ def check_head(
 ) -> None:
     """All laws of a head: shapes, gradients, temperature, independence, context, state.
 
-    Args:
-        head: The head.
-        given: What it is conditioned on (B, ...); None for a prior.
-        event: Shape of one example.
-        context: As for `check_layer`.
-        compiled: Also compile it, as one graph.
+    `given` is what it is conditioned on (B, ...), None for a prior; the other arguments are those
+    of `check_layer`.
     """
     head = randomized(head)
     given = None if given is None else given.double()
@@ -144,14 +140,7 @@ def check_model(
 
     Duality (infer and generate state the same log w for the same values), exact decoding of
     flows, temperature, partial decoding, batch independence, context, gradients, state, precision.
-
-    Args:
-        model: The model.
-        event: Shape of one example.
-        context: As for `check_layer`, like all that follow.
-        bits: None for continuous data.
-        x: Data to check with.
-        compiled: Also compile it, as one graph.
+    The arguments are those of `check_layer`.
     """
     model = randomized(model)
     data, given = _inputs(event, context, bits, x)
@@ -285,10 +274,13 @@ def _sampling(model: Model, shape: Sequence[int], context: Tensor | None) -> Non
     _say(x.dtype == torch.float64, f"a sample of a float64 model is {x.dtype}")
     cold = drawn(0.0)
     _say(bool((drawn(0.0, seed=1) == cold).all()), "samples at temperature 0 differ")
-    with contextlib.suppress(TypeError):  # distributions of torch know no temperature: they say so
-        each = drawn(torch.tensor([0.0, *[0.75] * (n - 1)]))
+    try:
+        warm, each = drawn(0.75), drawn(torch.tensor([0.0, *[0.75] * (n - 1)]))
+    except ValueError as error:  # distributions of torch know no temperature
+        _say(str(error).startswith("temperature:"), f"temperature 0.75 is refused by: {error}")
+    else:
         _near(each[0], cold[0], 1e-9, "a sample whose own temperature is 0")
-        _near(each[1:], drawn(0.75)[1:], 1e-9, "a sample's own temperature")
+        _near(each[1:], warm[1:], 1e-9, "a sample's own temperature")
     _near(drawn([1.0] * count), x, 1e-9, "each latent at temperature 1")
     _near(drawn([0.0] * count, mode=True), cold, 1e-9, "each latent and the data at their centres")
     cooled: dict[nn.Module, float] = {}
@@ -361,9 +353,10 @@ def _gradients(module: nn.Module, loss: Callable[[], Tensor]) -> None:
     slope = torch.zeros((), dtype=torch.float64)
     directions = {name: _noise(*p.shape) for name, p in parameters.items()}
     for name, p in parameters.items():
-        fault = "missing" if p.grad is None else "zero" if not p.grad.any() else None
-        fault = "not finite" if p.grad is not None and not p.grad.isfinite().all() else fault
-        _say(fault is None, f"gradients: that of {name} is {fault}")
+        if p.grad is None:
+            raise AssertionError(f"gradients: none reaches {name}")
+        _say(bool(p.grad.isfinite().all()), f"gradients: that of {name} is not finite")
+        _say(bool(p.grad.any()), f"gradients: that of {name} is zero")
         slope = slope + (directions[name] * p.grad).sum()
     module.zero_grad(set_to_none=True)
     ends, kept = [], copy.deepcopy(module.state_dict())

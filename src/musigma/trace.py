@@ -36,7 +36,8 @@ class Evidence(NamedTuple):
     """The terms of log w, in nats: tensors only.
 
     Attributes:
-        log_px: log p(x | latents), shape (B,); zero for a pure flow.
+        log_px: log p(x | latents), shape (B,), with the terms of any layers between x and the
+            likelihood (dequantisation, change of units); zero for a pure flow.
         kl: One column per latent, top first, shape (B, latents): KL(q || p) where q and p are
             paired and the closed form was asked for, log q - log p of the draw where it was not,
             and -log p where no q belongs to the latent (the latents of a flow).
@@ -58,6 +59,16 @@ class Evidence(NamedTuple):
     def elbo(self) -> Tensor:
         """log_px - rate: log w where no closed form was used, and its expectation, (B,)."""
         return self.log_px - self.rate
+
+
+def _once(terms: dict[Site, Tensor], site: Site) -> dict[Site, Tensor]:
+    """The terms, if the site has none among them yet."""
+    if site in terms:
+        raise ValueError(
+            f"layers: one {type(site).__name__} stands at two places, so its terms would be "
+            "counted once; make a second instance (its networks may be shared)"
+        )
+    return terms
 
 
 class Trace:
@@ -94,6 +105,7 @@ class Trace:
         self.kl: dict[Site, Tensor] = {}
         self.log_q: dict[Site, Tensor] = {}
         self.log_det: dict[Site, Tensor] = {}
+        self.below: set[Site] = set()  # layers between the data and a likelihood
 
     def p(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
         """A term of the generative model: scores `value` while inferring, makes it otherwise."""
@@ -103,7 +115,7 @@ class Trace:
             raise ValueError(f"value: {type(site).__name__} must give p a value while inferring")
         self._keep(site, dist, value)
         if self.scoring:
-            self.log_p[site] = dist.log_prob(value)
+            _once(self.log_p, site)[site] = dist.log_prob(value)
         return value
 
     def q(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
@@ -113,7 +125,7 @@ class Trace:
         if value is None:
             raise ValueError(f"value: {type(site).__name__} must give q a value while generating")
         if self.scoring:
-            self.log_q[site] = dist.log_prob(value)
+            _once(self.log_q, site)[site] = dist.log_prob(value)
         return value
 
     def latent(self, site: Site, q: Distribution, p: Distribution) -> Tensor:
@@ -138,7 +150,7 @@ class Trace:
         else:
             value, log_det = layer(x, context)
         if self.scoring:
-            self.log_det[layer] = log_det
+            _once(self.log_det, layer)[layer] = log_det
         return value
 
     def evidence(self, latents: Iterable[Site]) -> Evidence:
@@ -146,12 +158,15 @@ class Trace:
         latents = list(latents)
         terms = [*self.log_p.values(), *self.kl.values(), *self.log_q.values()]
         zero = torch.zeros_like(terms[0])
+        log_px = sum((v for s, v in self.log_p.items() if s not in latents), zero)
+        log_px = log_px + sum(v for s, v in self.log_det.items() if s in self.below)
+        log_px = log_px - sum(v for s, v in self.log_q.items() if s in self.below)
         columns = [self.kl[s] if s in self.kl else -self.log_p[s] for s in latents]
         return Evidence(
-            log_px=sum((v for s, v in self.log_p.items() if s not in latents), zero),
+            log_px=log_px,
             kl=torch.stack(columns, 1) if columns else zero.new_zeros(len(zero), 0),
-            log_q=sum(self.log_q.values(), zero),
-            log_det=sum(self.log_det.values(), zero),
+            log_q=sum((v for s, v in self.log_q.items() if s not in self.below), zero),
+            log_det=sum((v for s, v in self.log_det.items() if s not in self.below), zero),
         )
 
     def _choose(self, site: Site, dist: Distribution, given: Tensor | None) -> Tensor:
@@ -170,7 +185,13 @@ class Trace:
         draw = dist.rsample if dist.has_rsample else dist.sample
         if not isinstance(temperature, Tensor) and temperature == 1.0:
             return draw(shape)
-        return draw(shape, temperature=temperature)  # pyright: ignore[reportCallIssue]
+        try:
+            return draw(shape, temperature=temperature)  # pyright: ignore[reportCallIssue]
+        except TypeError:
+            raise ValueError(
+                f"temperature: {type(dist).__name__} draws at temperatures 0 and 1 only; give its "
+                "sample an argument `temperature` to do more"
+            ) from None
 
     def _keep(self, site: Site, dist: Distribution, value: Tensor) -> None:
         if self.whiten and isinstance(dist, DiagonalGaussian):

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -29,9 +30,9 @@ from torch.distributions import Distribution
 from musigma import checkpoint, objectives
 from musigma.data import Dataset, batch_indices
 from musigma.evaluation import batch, check, evaluate
-from musigma.files import finite, sync
+from musigma.files import finite, replacing, sync
 from musigma.model import Model
-from musigma.trace import Evidence
+from musigma.trace import Evidence, Trace
 
 __all__ = ["Run", "TrainConfig", "TrainingError", "fit"]
 
@@ -111,6 +112,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise ValueError(f"{name}: expected {low} or more; got {value}")
+        for name in ("beta", "kl_warmup", "free_bits", "weight_decay"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number; got {getattr(self, name)}")
         for name in ("epochs", "minutes", "lr", "clip", "skip_above", "save_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -245,7 +249,7 @@ def fit(
     check_run(model, train, config)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(cpu=device == "cpu")
+    accelerator = Accelerator(device_placement=False)
     model.to(torch.device(device) if device else accelerator.device)
     if not resume:
         torch.manual_seed(config.seed)
@@ -256,9 +260,8 @@ def fit(
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     progress = Progress()
     trained, optimizer = accelerator.prepare(model, config.optimizer_for(model))
-    accelerator.register_for_checkpointing(progress, averaged)
     if resume:
-        _load_state(accelerator, out)
+        _load_state(accelerator, out, progress, averaged)
     shown = validation.subset(range(min(len(validation), config.evaluate_on)))
 
     def assess() -> None:
@@ -270,7 +273,7 @@ def fit(
             checkpoint.save(averaged, out / "model.safetensors", extra=extra)
 
     def save() -> None:
-        _save_state(accelerator, out)
+        _save_state(accelerator, out, progress, averaged)
         checkpoint.save(averaged, out / "last.safetensors", extra=extra)
 
     began = saved = time.monotonic()
@@ -289,12 +292,14 @@ def fit(
             loss = config.objective(evidence, share)
             optimizer.zero_grad(set_to_none=True)
             accelerator.backward(loss)
-            longest = config.clip or 3 * progress.usual_norm or math.inf
-            norm = float(accelerator.clip_grad_norm_(model.parameters(), longest) or 0.0)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(gradients))
             row = {"kind": "train", "step": step + 1, "loss": loss.item(), "grad_norm": norm}
 
             limit = config.skip_above * progress.usual_norm if step >= 50 else math.inf
             if math.isfinite(row["loss"]) and math.isfinite(norm) and norm <= limit:
+                longest = config.clip or 3 * progress.usual_norm or math.inf
+                nn.utils.clip_grads_with_norm_(model.parameters(), longest, torch.tensor(norm))
                 optimizer.step()
                 _average(averaged, model, config.ema, step)
                 weight = 0.02 if progress.usual_norm else 1.0
@@ -328,7 +333,7 @@ def fit(
 
 
 def check_run(model: Model, train: Dataset, config: TrainConfig) -> None:
-    """What `fit` refuses before it writes anything.
+    """What `fit` refuses before it writes anything; two examples go through the model.
 
     Raises:
         ValueError: As `fit` says.
@@ -338,6 +343,19 @@ def check_run(model: Model, train: Dataset, config: TrainConfig) -> None:
         raise ValueError(
             "beta: beta, kl_warmup and free_bits weigh the latents against a likelihood, and a "
             "flow has none; leave them out"
+        )
+    with torch.no_grad(), torch.random.fork_rng():
+        trace = Trace(closed_form=True)
+        try:
+            x, context = batch(train, np.arange(min(2, len(train))), model)
+            model.infer(x, trace, context)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"model: it cannot take these data: {reason}") from error
+    if config.free_bits and any(site not in trace.kl for site in model.latents()):
+        raise ValueError(
+            "free_bits: they hold up the KL of each latent, and under a flow prior there is none "
+            "to hold; leave them out, or take a normal prior"
         )
 
 
@@ -381,22 +399,17 @@ def diagnose(
         norm: Of its gradient.
         limit: What the norm may be.
     """
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            return f"parameter {name} is not finite"
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if t.is_floating_point() and not t.isfinite().all():
+            return f"{name} is not finite"
     if not math.isfinite(loss):
         return _first_bad_output(model, run) or f"the loss is {loss}"
-    longest = max(
-        (
-            (float(p.grad.norm()), name)
-            for name, p in model.named_parameters()
-            if p.grad is not None
-        ),
-        key=lambda item: math.inf if math.isnan(item[0]) else item[0],
-    )
+    sizes = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
     if not math.isfinite(norm):
-        return f"the gradient of {longest[1]} is not finite"
-    return f"the gradient has norm {norm:.3g}, above {limit:.3g}, most of it in {longest[1]}"
+        bad = [name for name, size in sizes.items() if not math.isfinite(size)]
+        return f"the gradient of {bad[-1]} is not finite"  # the nearest to the output
+    longest = max(sizes, key=lambda name: sizes[name])
+    return f"the gradient has norm {norm:.3g}, above {limit:.3g}, most of it in {longest}"
 
 
 def _first_bad_output(model: Model, run: Callable[[], object]) -> str | None:
@@ -450,8 +463,9 @@ class _Log:
                     continue  # a line that was cut off when its process died
                 if row["step"] <= step:
                     kept.append(line + "\n")
-        self.file = path.open("w", encoding="utf-8")
-        self.file.writelines(kept)
+        with replacing(path) as draft:
+            draft.write_text("".join(kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> _Log:
         return self
@@ -499,11 +513,16 @@ class _Log:
         self.write(row)
 
 
-def _save_state(accelerator: Any, out: Path) -> None:
+def _save_state(accelerator: Any, out: Path, progress: Progress, averaged: Model) -> None:
     """Save beside the old state, then take its place: one of the two is always whole."""
+    from safetensors.torch import save_file
+
     draft, state, old = out / "state.tmp", out / "state", out / "state.old"
     shutil.rmtree(draft, ignore_errors=True)
     accelerator.save_state(str(draft))
+    (draft / "progress.json").write_text(json.dumps(progress.state_dict()))
+    tensors = {name: t.cpu().contiguous() for name, t in averaged.state_dict().items()}
+    save_file(tensors, draft / "averaged.safetensors")
     sync(draft)
     shutil.rmtree(old, ignore_errors=True)
     if state.exists():
@@ -524,10 +543,14 @@ def saved_state(out: Path) -> Path:
     raise ValueError(f"resume: {out} holds no state to go on from; train it anew with --overwrite")
 
 
-def _load_state(accelerator: Any, out: Path) -> None:
+def _load_state(accelerator: Any, out: Path, progress: Progress, averaged: Model) -> None:
+    from safetensors.torch import load_file
+
     state = saved_state(out)
     try:
         accelerator.load_state(str(state))
+        progress.load_state_dict(json.loads((state / "progress.json").read_text()))
+        averaged.load_state_dict(load_file(state / "averaged.safetensors"))
     except Exception as error:  # whatever a parser throws at a damaged file
         raise ValueError(
             f"resume: {state} is damaged ({type(error).__name__}: {error}); "

@@ -149,6 +149,10 @@ def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL
             f"resume: {resume} is of the architecture {name!r}, which is not in the zoo; give the "
             f"file that defines it (--plugin FILE.py:{name})"
         )
+    if common.seed not in (USUAL.seed, config.seed):
+        raise ValueError(
+            f"seed: the run began with {config.seed}, and goes on with it; leave it out"
+        )
     common = dataclasses.replace(common, seed=config.seed)
     screen = Screen(common)
     found = data.load(

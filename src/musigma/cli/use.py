@@ -342,7 +342,7 @@ def score(
         "bits_per_dim": float(bits.mean()),
         "highest": float(bits.max()),
         "lowest": float(bits.min()),
-        "bound": "exact" if trained.model.exact else "elbo" if k == 1 else f"iwae-{k}",
+        "bound": evaluation.bound(trained.model, k),
     }
     screen.result(
         summary,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from musigma.gaussian import at_least_float32
 from musigma.model import Bijection
 
 __all__ = ["Affine", "Logit"]
@@ -38,10 +39,12 @@ class Affine(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(a x + b, log_det)``."""
+        x = at_least_float32(x)
         return x * self.scale + self.shift, self._log_det(x)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``((y - b) / a, -log_det)``."""
+        y = at_least_float32(y)
         return (y - self.shift) / self.scale, -self._log_det(y)
 
     def extra_repr(self) -> str:
@@ -70,7 +73,7 @@ class Logit(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(y, Σ log(1 - 2α) - log u (1 - u))`` at u = α + (1 - 2α) x."""
-        y = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
+        y = torch.logit(self.alpha + (1 - 2 * self.alpha) * at_least_float32(x))
         return y, self._log_det(y)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from musigma.gaussian import at_least_float32
 from musigma.model import Layer, conditioned
 from musigma.trace import Trace
 
@@ -69,7 +70,8 @@ class Dequantize(Layer):
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
         """Add noise, kept so far below 1 that rounding cannot reach the next level."""
-        u = trace.q(self, conditioned(self.noise, x, context))
+        x = at_least_float32(x)
+        u = at_least_float32(trace.q(self, conditioned(self.noise, x, context)))
         return x + u.clamp(max=1 - self.levels * torch.finfo(u.dtype).eps)
 
     def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:

@@ -63,9 +63,7 @@ def glow(
         context: Features of the context that conditions the couplings and the top prior.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
-    layers = dequantized(shape, bits, dequantize, hidden, context)
-    if alpha is not None and bits is not None:
-        layers += [Affine(1.0, 0.5), Logit(alpha)]
+    layers = [] if bits is None else dequantized(shape, bits, dequantize, alpha, hidden, context)
     channels, height, width = image_shape(shape)
     levels = levels if levels is not None else halvings(height, width, most=3)
     if levels < 1 or height % 2**levels or width % 2**levels:
@@ -134,11 +132,9 @@ def mixing(kind: str, channels: int) -> Bijection:
 
 
 def dequantized(
-    shape: Sequence[int], bits: int | None, kind: str, hidden: int, context: int
+    shape: Sequence[int], bits: int, kind: str, alpha: float | None, hidden: int, context: int
 ) -> list[Layer]:
-    """The layers that make real numbers in [-0.5, 0.5] of integer levels; none without bits."""
-    if bits is None:
-        return []
+    """Integer levels to real numbers: in [-0.5, 0.5], or by a logit if there is an alpha."""
     if kind not in ("uniform", "learned"):
         raise ValueError(f"dequantize: expected uniform or learned; got {kind!r}")
     levels = 2**bits
@@ -146,4 +142,6 @@ def dequantized(
     if kind == "learned":
         net = ResNet(shape[0], 2 * shape[0], width=min(hidden, 32), context=context, zero=True)
         noise = LogitNormalHead(GaussianHead(net, event_ndims=3), levels)
-    return [Dequantize(noise, levels), Affine(1 / levels, -0.5)]
+    if alpha is None:
+        return [Dequantize(noise, levels), Affine(1 / levels, -0.5)]
+    return [Dequantize(noise, levels), Affine(1 / levels), Logit(alpha)]

@@ -23,7 +23,7 @@ from musigma.nets import (
 )
 from musigma.zoo import architecture, at_least
 from musigma.zoo.glow import image_shape
-from musigma.zoo.vae import named_likelihood, quantized, usual_likelihood
+from musigma.zoo.vae import chosen_likelihood, named_likelihood, quantized
 
 
 @architecture
@@ -63,7 +63,7 @@ def ladder(
     _, height, wide = image_shape(shape)
     if min(height, wide) < 4:
         raise ValueError(f"shape: a ladder needs images of at least 4x4; got {height}x{wide}")
-    name = usual_likelihood(bits) if likelihood == "auto" else likelihood
+    name = chosen_likelihood(likelihood, bits)
     continuous, scale = name in CONTINUOUS, None if bits is None else 2**bits
     down = max(1, math.ceil(math.log2(min(height, wide) / 7)))
     sizes = halved(height, wide, down)[:0:-1]  # from the smallest up to half the full size

@@ -57,7 +57,7 @@ def vae(
     if prior == "flow":
         at_least(2, latents=latents)
     levels = None if bits is None else 2**bits
-    name = usual_likelihood(bits) if likelihood == "auto" else likelihood
+    name = chosen_likelihood(likelihood, bits)
     continuous = name in CONTINUOUS
     scaled = 2 if continuous or levels is None else levels
     if net == "auto":
@@ -74,9 +74,17 @@ def vae(
     return quantized(model, shape, levels) if continuous and levels else model
 
 
-def usual_likelihood(bits: int | None) -> str:
-    """The likelihood of data with so many bits, if nobody says otherwise."""
-    return {None: "gaussian", 1: "bernoulli"}.get(bits, "logistic-mixture")
+def chosen_likelihood(name: str, bits: int | None) -> str:
+    """The likelihood by its name, or, of `auto`, the usual one of data with so many bits.
+
+    Raises:
+        ValueError: For one of levels, or of values in [0, 1], if the data are continuous.
+    """
+    if name == "auto":
+        return {None: "gaussian", 1: "bernoulli"}.get(bits, "logistic-mixture")
+    if bits is None and name != "gaussian":
+        raise ValueError(f"likelihood: {name!r} is for levels; of continuous data use 'gaussian'")
+    return name
 
 
 def named_likelihood(name, shape, net, levels, components, std) -> nn.Module:
