@@ -5,10 +5,9 @@ BIN := .venv/bin
 
 .PHONY: demo test
 
-demo: export OMP_WAIT_POLICY = passive
 demo: .venv/ready
-	$(BIN)/musigma train vae digits --minutes 1 --out demo/vae --overwrite
-	$(BIN)/musigma train glow digits --minutes 1.25 --out demo/glow --overwrite
+	OMP_WAIT_POLICY=passive $(BIN)/musigma train vae digits --minutes 1 --out demo/vae --overwrite
+	OMP_WAIT_POLICY=passive $(BIN)/musigma train glow digits --minutes 1.25 --out demo/glow --overwrite
 	@echo "On the test images that neither model has seen:"
 	@printf "  vae:  " && $(BIN)/musigma evaluate demo/vae digits --k 100
 	@printf "  glow: " && $(BIN)/musigma evaluate demo/glow digits --k 100

@@ -44,7 +44,7 @@ OWNERS = {
     "docstring_parser": {"cli"},
     "PIL": {"sources", "figures"},
     "matplotlib": {"figures"},
-    "safetensors": {"checkpoint"},
+    "safetensors": {"checkpoint", "training"},
     "pooch": {"sources"},
     "sklearn": {"sources"},
     "pyarrow": {"sources", "cli"},

@@ -257,7 +257,8 @@ class Model(nn.Module, ABC):
                 fits, and what interpolation is done in.
         """
         trace = Trace(temperature=0.0 if mode else 1.0, whiten=whiten, scoring=False)
-        self.infer(self._floating(x), trace, context)
+        with torch.autocast(x.device.type, enabled=False):  # decode must see the same numbers
+            self.infer(self._floating(x), trace, context)
         return tuple(trace.values[site] for site in self.latents())
 
     def decode(
@@ -271,8 +272,10 @@ class Model(nn.Module, ABC):
     ) -> Tensor:
         """The x of given latents; fewer than all of them, top first, draw the rest.
 
-        For a flow ``decode(encode(x))`` is x. For a VAE it is the centre of p(x | latents), or a
-        draw from it where `mode` is false.
+        For a flow ``decode(encode(x))`` is x, up to rounding; of integer data it is x to the
+        letter from ``encode(x, mode=True)``, while a drawn dequantisation may lie within rounding
+        of the edge of its cell. For a VAE it is the centre of p(x | latents), or a draw from it
+        where `mode` is false. Both directions leave autocast.
         """
         sites = list(self.latents())
         if not 1 <= len(latents) <= len(sites):
@@ -285,7 +288,8 @@ class Model(nn.Module, ABC):
             scoring=False,
             temperature=self._temperatures(temperature, mode),
         )
-        return self.generate(trace, context)
+        with torch.autocast(latents[0].device.type, enabled=False):
+            return self.generate(trace, context)
 
     def reconstruct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Decode the centre of the posterior of x: what the latents know of it."""
