@@ -65,12 +65,7 @@ def glow(
     at_least(1, levels=levels, depth=depth, hidden=hidden)
     layers = [] if bits is None else dequantized(shape, bits, dequantize, alpha, hidden, context)
     channels, height, width = image_shape(shape)
-    levels = levels if levels is not None else halvings(height, width, most=3)
-    if levels < 1 or height % 2**levels or width % 2**levels:
-        raise ValueError(
-            f"levels: sides of {height}x{width} cannot be halved {levels} times; "
-            "use fewer levels, or resize the images (--size)"
-        )
+    levels = halvings(height, width, levels)
     for level in range(levels):
         layers.append(Squeeze())
         channels, height, width = 4 * channels, height // 2, width // 2
@@ -114,12 +109,19 @@ def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def halvings(height: int, width: int, *, most: int) -> int:
-    """How often both sides can be halved exactly, at most `most` times."""
-    n = 0
-    while n < most and height % 2 ** (n + 1) == 0 and width % 2 ** (n + 1) == 0:
-        n += 1
-    return n
+def halvings(height: int, width: int, wanted: int | None) -> int:
+    """How often both sides are halved: as wanted, or else as often as they can be, up to 3 times.
+
+    Raises:
+        ValueError: If they cannot be halved so often, or not at all.
+    """
+    for n in [wanted] if wanted is not None else [3, 2, 1]:
+        if height % 2**n == 0 and width % 2**n == 0:
+            return n
+    raise ValueError(
+        f"levels: sides of {height}x{width} cannot be halved {wanted or 1} times; use fewer "
+        "levels, or resize the images (--size)"
+    )
 
 
 def mixing(kind: str, channels: int) -> Bijection:

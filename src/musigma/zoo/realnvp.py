@@ -66,12 +66,7 @@ def realnvp(
         return Chain(layers, Prior(StandardNormal(shape)))
 
     channels, height, width = image_shape(shape)
-    levels = levels if levels is not None else halvings(height, width, most=3)
-    if levels < 1 or height % 2**levels or width % 2**levels:
-        raise ValueError(
-            f"levels: sides of {height}x{width} cannot be halved {levels} times; "
-            "use fewer levels, or resize the images (--size)"
-        )
+    levels = halvings(height, width, levels)
     for level in range(levels):
         board = Checkerboard()
         layers.append(board)
