@@ -317,12 +317,21 @@ def test_evaluate(here, run, ask, arch):
     assert ask("evaluate", arch, "photos --k 3")["bound"] == "iwae-3"
     assert ask("evaluate", arch, "photos --split all")["n"] == 40
     text = run("evaluate", arch, "photos --k 3")
-    assert re.fullmatch(r"[\d.]+( ± [\d.]+)? bits/dim, .*upper bound, iwae-3; n = \d+\)\n", text)
+    assert re.fullmatch(
+        r"[\d.]+( ± [\d.]+)? bits/dim, .*upper bound, iwae-3; n = \d+\); held-out of photos\n",
+        text,
+    )
+    assert figure["split"] == "held-out"
 
 
 def test_other_data_are_evaluated_in_full(here, ask):
-    shutil.copytree("photos", "others")
-    assert ask("evaluate vae others")["n"] == 40
+    copy = Path(shutil.copytree("photos", "others"))
+    held = len(load("photos").split("held-out"))
+    figure = ask("evaluate vae others")  # the same data by another path are known again
+    assert (figure["n"], figure["split"]) == (held, "held-out")
+    next(copy.rglob("*.png")).unlink()
+    figure = ask("evaluate vae others")
+    assert (figure["n"], figure["split"]) == (39, "all")
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])

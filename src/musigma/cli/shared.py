@@ -45,7 +45,8 @@ class DataOptions:
 
     Args:
         split: Which part: all, train, validation or held-out. By default the held-out part of
-            the data that the model was trained on, and all of any other.
+            the data that the model was trained on, and all of any other; score and inspect take
+            all of either.
         size: Bring images to this size first; by default as in training.
         skip_bad: Leave out images that cannot be read, instead of stopping.
         batch_size: Examples at a time.
@@ -123,7 +124,7 @@ class Trained:
         if common.plugin:
             register_plugin(common.plugin)
         path = Path(run)
-        self.folder = path if path.is_dir() else None
+        self.folder, self.part = path if path.is_dir() else None, "all"
         if self.folder and not (path / "model.safetensors").is_file():
             raise ValueError(
                 f"RUN: the folder {run} holds no model.safetensors; train one into it"
@@ -183,8 +184,12 @@ class Trained:
             )
         for name in found.skipped:
             screen.say(f"skipped {name}: it cannot be read")
-        own = data.identity(source) == saved.get("source")
-        return found.split(options.split or ("held-out" if own else "all"))
+        same = data.digest(found) == saved.get("digest")
+        own = same or data.identity(source) == saved.get("source")
+        if own and not same and saved.get("digest"):
+            screen.say(f"{source} has changed since this model was trained on it")
+        self.part = options.split or ("held-out" if own else "all")
+        return found.split(self.part)
 
     def examples(self, source: str, options: DataOptions, screen: Screen, n: int):
         """The first n examples of the data, with their context."""

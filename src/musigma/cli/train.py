@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect as python
 import json
 import math
@@ -165,7 +164,7 @@ def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL
             f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
             f"the run began, and has {len(found)} of {list(found.shape)} now"
         )
-    if about.get("digest") not in (None, digest(found)):
+    if about.get("digest") not in (None, data.digest(found)):
         raise ValueError(
             f"resume: the examples or labels of {about['source']} are not those that the run "
             "began with; train anew, with another --out or --overwrite"
@@ -213,7 +212,7 @@ def train(
             "skip_bad": prepare.skip_bad,
             **{k: v for k, v in data.describe(found).items() if k in ("n", "shape", "bits")},
             "label_names": list(found.label_names),
-            "digest": digest(found),
+            "digest": data.digest(found),
         },
         "train": dataclasses.asdict(config),
         "versions": {
@@ -228,18 +227,6 @@ def train(
     if prepare.overwrite and out.is_dir():
         shutil.rmtree(out)
     run(model, found, config, out, saved, screen)
-
-
-def digest(found: Any) -> str:
-    """Of all examples and labels, by which a resumed run knows its data."""
-    import numpy as np
-
-    state = hashlib.blake2b(digest_size=16)
-    for example in found.x:
-        state.update(np.ascontiguousarray(example).data)
-    if found.labels is not None:
-        state.update(np.ascontiguousarray(found.labels).data)
-    return state.hexdigest()
 
 
 def _replaceable(out: Path) -> bool:
@@ -289,6 +276,8 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
     except (ValueError, RuntimeError) as error:  # no matplotlib, or weights gone astray
         pictures = []
         screen.say(f"not all pictures could be drawn: {error}")
+    flow = set(trained.model.latents()) == set(trained.model.variables())
+    mode = "" if flow else " --mode"
     screen.result(
         {
             "run": str(out),
@@ -301,7 +290,7 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
             "pictures": pictures,
         },
         f"{said(figure)}\nrun: {out}\npictures: {', '.join(pictures) or 'none'}\n"
-        f"next: musigma sample {out} --n 64 --out samples.png",
+        f"next: musigma sample {out} --n 64{mode} --out samples.png",
     )
 
 

@@ -215,7 +215,8 @@ def encode(
     with replacing(out) as draft, draft.open("wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     shapes = {name: list(a.shape) for name, a in arrays.items()}
-    screen.result({"out": str(out), "arrays": shapes}, f"{shapes}: {out}")
+    text = f"{len(found):,} examples ({trained.part} of {data}), latents {len(parts[0])}: {out}"
+    screen.result({"out": str(out), "split": trained.part, "arrays": shapes}, text)
 
 
 @commands.command
@@ -304,6 +305,8 @@ def score(
     common: CommonOptions = USUAL,
 ) -> None:
     """Write every example's bits per dimension, as a table: high ones are the odd ones.
+
+    By one draw an example's figure moves a little with the pass that it is in; --k steadies it.
 
     Args:
         run: A run folder, or a .safetensors file.
@@ -405,7 +408,8 @@ def evaluate(
             seed=common.seed,
             progress=progress,
         )
-    screen.result({"run": run, "data": data, **figure}, said(figure))
+    text = f"{said(figure)}; {trained.part} of {data}"
+    screen.result({"run": run, "data": data, "split": trained.part, **figure}, text)
 
 
 @commands.command
