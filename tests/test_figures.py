@@ -115,7 +115,6 @@ def test_rows_put_an_example_in_one_column():
         (lambda: figures.curves([], "a.png"), "metrics: "),
         (lambda: figures.curves(METRICS, "a.jpg"), "path: "),
         (lambda: figures.comparison({"a": []}, "a.png"), "runs: "),
-        (lambda: figures.histogram([np.nan], "a.png"), "scores: "),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(call, message):
@@ -136,7 +135,6 @@ def test_plots_are_written_and_reproducible(tmp_path):
         "latents": lambda path: figures.curves(METRICS, path, panels=["latents"]),
         "points": lambda path: figures.points(torch.tensor(xy) * 9, path, reference=xy),
         "comparison": lambda path: figures.comparison(comparison, path),
-        "histogram": lambda path: figures.histogram([*xy[:, 0], np.inf], path),
     }
     for name, write in draw.items():
         once, twice = tmp_path / f"{name}.png", tmp_path / f"{name}-2.png"

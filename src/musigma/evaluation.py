@@ -163,7 +163,7 @@ def score(
 def _account(model: Model, x: Tensor, context: Tensor | None) -> Trace:
     """The trace of a batch, with closed forms where a bound is all there is."""
     trace = Trace(closed_form=not model.exact)
-    model.infer(model._floating(x), trace, context)
+    model.infer(model.floating(x), trace, context)
     return trace
 
 
@@ -271,7 +271,7 @@ def inspect(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str,
     names = {module: name or "model" for name, module in model.named_modules()}
     trace = _Watching(closed_form=not model.exact)
     with evaluating(model):
-        model.infer(model._floating(x), trace, context)
+        model.infer(model.floating(x), trace, context)
     evidence = trace.evidence(model.latents())
     rows = []
     for site in trace.paired:

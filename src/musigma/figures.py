@@ -1,4 +1,4 @@
-"""Pictures: grids of examples, points beside data, training curves, histograms.
+"""Pictures: grids of examples, points beside data, training curves.
 
 Grids need Pillow; plots need matplotlib, of the extra ``musigma[plots]``. Both are imported when
 they are used, and neither's global state is touched: no pyplot, no backend, no style.
@@ -20,7 +20,6 @@ __all__ = [
     "comparison",
     "curves",
     "grid",
-    "histogram",
     "pixels",
     "points",
     "rows",
@@ -353,60 +352,6 @@ def points(x: Any, path: str | Path, *, reference: Any = None) -> None:
         _named(ax, f"{name}: {len(values):,} points{note}", "$x_1$", LIGHT)
         ax.set_ylabel("$x_2$", color=LIGHT.muted, rotation=0, fontsize=9)
     _save(figure, path)
-
-
-def histogram(
-    scores: Any,
-    path: str | Path,
-    *,
-    unit: str = "bits per dimension",
-    title: str | None = None,
-    dark: bool = False,
-) -> None:
-    """How scores are distributed, with their mean marked.
-
-    Args:
-        scores: N numbers, array or tensor; those that are not finite are counted and left out.
-        path: A .png, .svg or .pdf file.
-        unit: Of the scores.
-        title: Above the panel.
-        dark: As in `curves`.
-
-    Raises:
-        ValueError: If no score is finite.
-        PlotsMissing: If matplotlib is not installed.
-    """
-    values = _array(scores, "scores").ravel().astype(np.float64)
-    kept = values[np.isfinite(values)]
-    if not len(kept):
-        raise ValueError("scores: there is no finite score to show")
-    colors = DARK if dark else LIGHT
-    figure, (ax,) = _figure(1, colors, title, width=5.6)
-    bins = int(np.clip(2 * len(kept) ** (1 / 3), 8, 80))
-    counts, edges = np.histogram(kept, bins)
-    ax.stairs(counts, edges, fill=True, color=colors.data, alpha=0.85)
-    mean = float(kept.mean())
-    ax.axvline(mean, color=colors.accent, lw=1.5)
-    right = mean > (edges[0] + edges[-1]) / 2
-    ax.annotate(
-        f"mean {mean:.4g}",
-        (mean, 1),
-        (-5 if right else 5, -2),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        va="top",
-        fontsize=9,
-        color=colors.accent,
-    )
-    ax.set_ylim(0, counts.max() * 1.12)
-    left_out = len(values) - len(kept)
-    note = f", and {left_out:,} that are not finite" if left_out else ""
-    _named(ax, f"examples, of {len(kept):,}{note}", unit, colors)
-    _save(figure, path)
-
-
-# --- panels of the curves ----------------------------------------------------------------------
 
 
 def _figure_panel(

@@ -157,7 +157,7 @@ class Model(nn.Module, ABC):
     ) -> Evidence:
         """The terms of log w for x (B, *event): what objectives are functions of."""
         trace = Trace(closed_form=closed_form)
-        self.infer(self._floating(x), trace, context)
+        self.infer(self.floating(x), trace, context)
         return trace.evidence(self.latents())
 
     def elbo(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -258,7 +258,7 @@ class Model(nn.Module, ABC):
         """
         trace = Trace(temperature=0.0 if mode else 1.0, whiten=whiten, scoring=False)
         with torch.autocast(x.device.type, enabled=False):  # decode must see the same numbers
-            self.infer(self._floating(x), trace, context)
+            self.infer(self.floating(x), trace, context)
         return tuple(trace.values[site] for site in self.latents())
 
     def decode(
@@ -336,7 +336,7 @@ class Model(nn.Module, ABC):
 
     # -- the rest
 
-    def _floating(self, x: Tensor) -> Tensor:
+    def floating(self, x: Tensor) -> Tensor:
         """Integer data in the type that this model computes in."""
         if x.is_floating_point():
             return x
@@ -501,7 +501,7 @@ class Chain(Model):
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
         """Every layer on what the layers below it make of x, then the prior."""
-        x, trace = self._floating(x), Trace(scoring=False)
+        x, trace = self.floating(x), Trace(scoring=False)
         for layer in self._layers():
             layer.calibrate(x, context)
             x = layer.infer(x, trace, context)
@@ -557,7 +557,7 @@ class VAE(Model):
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
         """The prior, on draws from the posterior."""
-        z = conditioned(self.encoder, self._floating(x), context).sample()
+        z = conditioned(self.encoder, self.floating(x), context).sample()
         self.prior.calibrate(z, context)
 
 
