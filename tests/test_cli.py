@@ -328,6 +328,9 @@ def test_other_data_are_evaluated_in_full(here, ask):
     held = len(load("photos").split("held-out"))
     figure = ask("evaluate vae others")  # the same data by another path are known again
     assert (figure["n"], figure["split"]) == (held, "held-out")
+    inside = ask("evaluate vae photos/cat")  # a part of it: what was trained on is left out
+    assert inside["split"] == "held-out"
+    assert inside["n"] < 20
     next(copy.rglob("*.png")).unlink()
     figure = ask("evaluate vae others")
     assert (figure["n"], figure["split"]) == (39, "all")

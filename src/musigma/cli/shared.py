@@ -185,8 +185,9 @@ class Trained:
         for name in found.skipped:
             screen.say(f"skipped {name}: it cannot be read")
         same = data.digest(found) == saved.get("digest")
-        own = same or data.identity(source) == saved.get("source")
-        if own and not same and saved.get("digest"):
+        here, there = data.identity(source), saved.get("source")
+        own = same or (there is not None and Path(here).is_relative_to(there))
+        if here == there and not same and saved.get("digest"):
             screen.say(f"{source} has changed since this model was trained on it")
         self.part = options.split or ("held-out" if own else "all")
         return found.split(self.part)
