@@ -108,6 +108,11 @@ LAYERS = {
         IMAGE,
         {"context": 3},
     ),
+    "split, edge": lambda: (
+        Split(GaussianHead(ZeroConv2d(2, 4, edge=True), event_ndims=3)),
+        IMAGE,
+        {"compiled": True},
+    ),
     "split vector": lambda: (Split(GaussianHead(mlp(3, 6), event_ndims=1)), (6,), {}),
     "dequantize": lambda: (
         Dequantize(StandardUniform((2, 3, 3)), 16),
@@ -139,6 +144,12 @@ HEADS = {
     "standard normal": lambda: (StandardNormal((3, 2)), None, (3, 2), {}),
     "standard uniform": lambda: (StandardUniform((3, 2)), None, (3, 2), {}),
     "learned normal": lambda: (LearnedNormal((3, 2, 2)), None, (3, 2, 2), {}),
+    "learned normal, pixels, context": lambda: (
+        LearnedNormal((3, 2, 2), each="pixel", context=4),
+        None,
+        (3, 2, 2),
+        {"context": 4},
+    ),
     "learned normal, context": lambda: (
         LearnedNormal((3, 2, 2), context=4),
         None,
@@ -181,6 +192,8 @@ HEADS = {
     "categorical": lambda: pixels("categorical", levels=5),
     "logistic": lambda: pixels("logistic", levels=256),
     "logistic, 2 levels": lambda: pixels("logistic", levels=2),
+    "beta-binomial": lambda: pixels("beta-binomial", levels=16),
+    "beta-binomial, 2 levels": lambda: pixels("beta-binomial", levels=2),
     "logistic mixture": lambda: pixels("logistic-mixture", levels=16, components=3, channels=3),
     "logistic mixture, grey": lambda: pixels("logistic-mixture", components=4, channels=1),
     "continuous bernoulli": lambda: pixels("continuous-bernoulli"),
@@ -270,6 +283,22 @@ MODELS = {
         "glow", (1, 8, 8), alpha=None, format="cross sigmoid+2", permutation="conv", **GLOW
     ),
     "glow context": lambda: zoo("glow", (1, 8, 8), context=3, **GLOW),
+    "glow of openai": lambda: zoo(
+        "glow",
+        (1, 8, 8),
+        alpha=None,
+        edge=True,
+        top_each="pixel",
+        split_format="halves log_std",
+        compiled=True,
+        **GLOW,
+    ),
+    "glow with a classifier": lambda: zoo(
+        "glow", (1, 8, 8), context=3, conditioned="top", classifier="softmax", low=0.0, **GLOW
+    ),
+    "glow with a classifier of many labels": lambda: zoo(
+        "glow", (1, 8, 8), context=3, classifier="sigmoid", **GLOW
+    ),
     "glow continuous": lambda: zoo("glow", (3, 8, 8), **{**GLOW, "bits": None}),
 }
 

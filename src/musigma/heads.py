@@ -28,6 +28,7 @@ from musigma.gaussian import (
 
 __all__ = [
     "Bernoulli",
+    "BetaBinomial",
     "Categorical",
     "ContinuousBernoulli",
     "DiscretizedLogisticMixture",
@@ -144,6 +145,69 @@ class Categorical(_Event):
         """Log mass in nats, shape (B,)."""
         index = value.long().unsqueeze(1)
         return self._sum(self.log_probs.gather(1, index).squeeze(1))
+
+
+class BetaBinomial(_Event):
+    r"""Levels 0 .. n, by n throws of a coin whose bias has a Beta distribution.
+
+    .. math:: p(x) = \binom{n}{x} \frac{B(x + \alpha, n - x + \beta)}{B(\alpha, \beta)}
+
+    Computed in float64 where the device has it: the terms are far larger than their sum. (As a
+    likelihood of pixels: Townsend, Bird, Barber, "Practical lossless compression with latent
+    variables using bits back coding", 2019, arXiv:1901.04866.)
+
+    Args:
+        log_alpha: Shape (B, \*event).
+        log_beta: Of the same shape.
+        levels: n + 1.
+
+    Example:
+        >>> uniform = BetaBinomial(torch.zeros(1, 3), torch.zeros(1, 3), 256)
+        >>> uniform.log_prob(torch.tensor([[0.0, 7.0, 255.0]])) / -3
+        tensor([5.5452])
+    """
+
+    _base = constraints.nonnegative_integer
+
+    def __init__(self, log_alpha: Tensor, log_beta: Tensor, levels: int):
+        self.dtype = at_least_float32(log_alpha).dtype
+        wide = torch.float32 if log_alpha.device.type == "mps" else torch.float64
+        self.alpha, self.beta = (t.to(wide).clamp(-20, 20).exp() for t in (log_alpha, log_beta))
+        self.n = levels - 1
+        super().__init__(log_alpha.shape[:1], log_alpha.shape[1:])
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean level, n α / (α + β)."""
+        return (self.n * self.alpha / (self.alpha + self.beta)).to(self.dtype)
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest level: where the ratio of neighbours falls below 1, or else an end."""
+        a, b, n = self.alpha, self.beta, self.n
+        peaked = a + b > 2
+        last_rise = (n * (a - 1) + 1 - b) / torch.where(peaked, a + b - 2, torch.ones_like(a))
+        inside = (last_rise.floor() + 1).clamp(0, n)
+        return torch.where(peaked, inside, torch.where(a > b, n, 0).to(a)).to(self.dtype)
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
+    ) -> Tensor:
+        """Draw levels; distance from the mode times temperature, to the nearest level."""
+        shape = (*sample_shape, *self.alpha.shape)
+        bias = torch.distributions.Beta(self.alpha, self.beta, validate_args=False)
+        drawn = torch.binomial(self.alpha.new_full(shape, self.n), bias.sample(tuple(sample_shape)))
+        mode = self.mode
+        drawn = drawn.to(self.dtype)
+        return mode + (per_example(temperature, drawn) * (drawn - mode)).round()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log mass in nats, shape (B,)."""
+        x, a, b, n = value.to(self.alpha), self.alpha, self.beta, self.n
+        choose = math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
+        drawn = torch.lgamma(x + a) + torch.lgamma(n - x + b) - torch.lgamma(n + a + b)
+        prior = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+        return self._sum(choose + drawn - prior).to(self.dtype)
 
 
 class DiscretizedLogisticMixture(_Event):
@@ -406,21 +470,33 @@ class LearnedNormal(nn.Module):
     """A Gaussian with learned mean and log_std ("learn_top"), shifted by the context if any.
 
     Args:
-        shape: Event shape. For images (C, H, W) the parameters are one per channel.
-        context: How many features the context has; 0 for none.
+        shape: Event shape.
+        each: Of an image (C, H, W), whether each `channel` or each `pixel` has its own parameters.
+        context: How many features the context has; 0 for none. It shifts whole channels.
+        bounds: Of log_std, as in a `Format`.
 
     Raises:
-        ValueError: On a forward pass without the context that was declared.
+        ValueError: For another `each`; or, on a forward pass, without the context declared.
     """
 
-    def __init__(self, shape: Sequence[int], *, context: int = 0):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        each: Literal["channel", "pixel"] = "channel",
+        context: int = 0,
+        bounds: tuple[float, float] | None = Format().bounds,
+    ):
         super().__init__()
+        if each not in ("channel", "pixel"):
+            raise ValueError(f"each: expected 'channel' or 'pixel'; got {each!r}")
         self.shape, self.context = tuple(shape), context
-        self.raw = nn.Parameter(torch.zeros(2 * shape[0]))
+        spread = () if each == "channel" else self.shape[1:]
+        self.raw = nn.Parameter(torch.zeros(2 * shape[0], *spread))
         self.from_context = nn.Linear(context, 2 * shape[0], bias=False) if context else None
         if self.from_context is not None:
             nn.init.zeros_(self.from_context.weight)
-        self.format = Format(dim=-1)
+        self.format = Format(dim=-len(self.shape), bounds=bounds)
 
     def forward(self, given: Tensor | None = None, context: Tensor | None = None):
         """The distribution, of batch shape () without a context and (B,) with one.
@@ -428,16 +504,15 @@ class LearnedNormal(nn.Module):
         A prior's context is what it is given, so either argument serves.
         """
         context = given if context is None else context
-        raw = self.raw
+        ones = (1,) * (len(self.shape) - 1)
+        raw = self.raw if self.raw.ndim > 1 else self.raw.reshape(-1, *ones)
         if self.from_context is not None:
             if context is None:
                 raise ValueError(f"context: this prior needs {self.context} features; got none")
-            raw = raw + self.from_context(context)
-        mean, log_std = self.format.split(raw)
-        ones = (1,) * (len(self.shape) - 1)
-        batch = mean.shape[:-1]
-        wide = (*batch, *self.shape)
-        mean, log_std = (t.reshape(*batch, -1, *ones).expand(wide) for t in (mean, log_std))
+            raw = raw + self.from_context(context).reshape(len(context), -1, *ones)
+        mean, log_std = (
+            t.expand(*t.shape[: -len(self.shape)], *self.shape) for t in self.format.split(raw)
+        )
         return DiagonalGaussian(mean, log_std, len(self.shape))
 
 
@@ -510,8 +585,9 @@ class _FittedGaussian(DiagonalGaussian):
 
 
 Likelihood = Literal[
-    "bernoulli", "categorical", "logistic", "logistic-mixture", "continuous-bernoulli", "gaussian"
-]
+    "bernoulli", "categorical", "logistic", "logistic-mixture", "beta-binomial",
+    "continuous-bernoulli", "gaussian",
+]  # fmt: skip
 CONTINUOUS = ("continuous-bernoulli", "gaussian")
 """Likelihoods that are densities: on integer data they need dequantisation."""
 
@@ -533,6 +609,8 @@ class LikelihoodHead(nn.Module):
             return ContinuousBernoulli(h)
         if self.name == "categorical":
             return Categorical(h.unflatten(1, (self.levels, self.channels)))
+        if self.name == "beta-binomial":
+            return BetaBinomial(*h.chunk(2, 1), self.levels)
         mean, log_scale = self.format.split(self.scales(h))
         h, c = h.unflatten(1, (self.k, -1)), self.channels
         mixes = c > 1 and self.name == "logistic-mixture"
@@ -561,8 +639,8 @@ def likelihood(
 
     Args:
         name: `bernoulli` (levels 0 and 1), `categorical` (a probability for each level),
-            `logistic` and `logistic-mixture` (of levels); `continuous-bernoulli` and `gaussian`
-            are densities of values scaled to [0, 1].
+            `logistic`, `logistic-mixture` and `beta-binomial` (of levels); `continuous-bernoulli`
+            and `gaussian` are densities of values scaled to [0, 1].
         shape: The event shape, (C, H, W) or (D,).
         net: Builds a network that emits as many channels as it is told.
         levels: How many levels the data have.
@@ -607,12 +685,14 @@ def likelihood(
         return LikelihoodHead(net(c), name, c, levels, 1)
     if name == "categorical":
         return LikelihoodHead(net(c * levels), name, c, levels, 1)
+    if name == "beta-binomial":
+        return LikelihoodHead(net(2 * c), name, c, levels, 1)
     if name == "logistic":
         return LikelihoodHead(net(1 + 2 * c), name, c, levels, 1)
     if name == "logistic-mixture":
         emitted = components * (1 + 2 * c + c * (c - 1) // 2)
         return LikelihoodHead(net(emitted), name, c, levels, components)
     raise ValueError(
-        "likelihood: expected bernoulli, categorical, logistic, logistic-mixture, "
+        "likelihood: expected bernoulli, categorical, logistic, logistic-mixture, beta-binomial, "
         f"continuous-bernoulli or gaussian; got {name!r}"
     )

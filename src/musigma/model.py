@@ -8,6 +8,7 @@ a chain or of a VAE is itself a model, so depth is recursion.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,9 +49,11 @@ class Layer(nn.Module, ABC):
 
     Attributes:
         exact: False if inference draws anything that the generative direction does not determine.
+        units: True if the layer speaks of how data are stored (levels, range), and not of them.
     """
 
     exact: bool = True
+    units: bool = False
 
     @abstractmethod
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
@@ -336,6 +339,15 @@ class Model(nn.Module, ABC):
 
     # -- the rest
 
+    def continuous(self) -> Model:
+        """The same model of continuous data: without dequantisation and the scaling to a range.
+
+        Its input is what the first layer after those takes: for a flow of images in [-0.5, 0.5],
+        such images. Where that is all there was to draw, its `log_prob` is exact, in nats. The
+        parameters are shared. A model that has neither is returned as it is.
+        """
+        return self
+
     def floating(self, x: Tensor) -> Tensor:
         """Integer data in the type that this model computes in."""
         if x.is_floating_point():
@@ -493,6 +505,13 @@ class Chain(Model):
         """Those of the prior, then the layers': what x is made from."""
         yield from self.prior.latents()
         yield from self._own_variables()
+
+    def continuous(self) -> Model:
+        """Without the leading layers that are but units; the prior alone if all are."""
+        rest = list(itertools.dropwhile(lambda layer: layer.units, self._layers()))
+        if len(rest) == len(self.layers):
+            return self
+        return Chain(rest, self.prior).train(self.training) if rest else self.prior
 
     def _own_variables(self) -> Iterator[nn.Module]:
         for layer in reversed(list(self._layers())):

@@ -19,6 +19,7 @@ __all__ = [
     "ConvDecoder",
     "ConvEncoder",
     "CouplingNet",
+    "EdgeConv2d",
     "ResBlock",
     "ResNet",
     "Scaled",
@@ -110,6 +111,49 @@ class MLP(nn.Module):
         return h.reshape(len(x), *self.outputs)
 
 
+class EdgeConv2d(nn.Conv2d):
+    r"""A 3x3 convolution that sees where the image ends.
+
+    .. math:: y = W * x + V * e + b
+
+    with zeros around x, and with one further input channel e, which is 1 around the image and 0
+    inside it. So V is the "edge bias" of OpenAI's Glow; and a convolution whose input is padded
+    with ones, as in rosinality's, is this one with V the sum of W over its input channels. At
+    V = 0, where it starts, it is the usual convolution.
+
+    Args:
+        inputs: Channels in.
+        outputs: Channels out.
+
+    Example:
+        >>> conv, x = EdgeConv2d(2, 4), torch.randn(1, 2, 5, 5)
+        >>> conv.edge.data.copy_(conv.weight.sum(1, keepdim=True)).shape
+        torch.Size([4, 1, 3, 3])
+        >>> padded_with_ones = F.conv2d(F.pad(x, [1] * 4, value=1), conv.weight, conv.bias)
+        >>> torch.allclose(conv(x), padded_with_ones, atol=1e-6)
+        True
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.edge = nn.Parameter(torch.zeros(outputs, 1, 3, 3))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The output, (B, outputs, H, W)."""
+        return super().forward(input) + edge_bias(self.edge, input.shape[-2:])
+
+
+def edge_bias(edge: Tensor, size: Sequence[int]) -> Tensor:
+    """What V of an `EdgeConv2d` adds to an image of a size: (1, outputs, H, W), 0 inside."""
+    around = F.pad(edge.new_zeros(1, 1, *size), [1] * 4, value=1)
+    return F.conv2d(around, edge)
+
+
+def conv3x3(inputs: int, outputs: int, edge: bool) -> nn.Conv2d:
+    """A convolution that keeps the size, which sees the image's edge or does not."""
+    return EdgeConv2d(inputs, outputs) if edge else nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
 class ZeroConv2d(nn.Module):
     """A convolution that starts at zero, with a learned gain: ``conv(x) · exp(3 · logs)``.
 
@@ -119,12 +163,12 @@ class ZeroConv2d(nn.Module):
     Args:
         inputs: Channels in.
         outputs: Channels out.
-        kernel: Side of the kernel, odd.
+        edge: Whether it is an `EdgeConv2d`.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3):
+    def __init__(self, inputs: int, outputs: int, *, edge: bool = False):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+        self.conv = conv3x3(inputs, outputs, edge)
         self.logs = nn.Parameter(torch.zeros(outputs, 1, 1))
         nn.init.zeros_(self.conv.weight)
         assert self.conv.bias is not None
@@ -143,14 +187,23 @@ class CouplingNet(nn.Module):
         outputs: Channels out.
         hidden: Channels between.
         context: Features of the context, joined as constant channels.
+        edge: Whether both 3x3 convolutions are `EdgeConv2d`.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, hidden: int = 128, context: int = 0):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        hidden: int = 128,
+        context: int = 0,
+        edge: bool = False,
+    ):
         super().__init__()
         self.context = context
-        self.enter = nn.Conv2d(inputs + context, hidden, 3, padding=1)
+        self.enter = conv3x3(inputs + context, hidden, edge)
         self.mix = nn.Conv2d(hidden, hidden, 1)
-        self.leave = ZeroConv2d(hidden, outputs)
+        self.leave = ZeroConv2d(hidden, outputs, edge=edge)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The output, (B, outputs, H, W)."""

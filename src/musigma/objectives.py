@@ -1,7 +1,8 @@
 """Losses: functions of `Evidence`, in nats per example, averaged over the batch and nothing else.
 
 Terms are summed over all dimensions of an example, so the weight of the KL never depends on image,
-latent or batch size; `beta` is the only knob there is.
+latent or batch size; `beta` is the only knob there is. What a model asks to be trained for besides
+(`Evidence.aside`, in nats and already weighed) is taken along by all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def elbo(evidence: Evidence) -> Tensor:
         >>> elbo(e).item(), beta_elbo(e, 4.0).item(), free_bits(e, 1.5).item()
         (3.0, 6.0, 3.5)
     """
-    return -evidence.elbo.mean()
+    return -(evidence.elbo + evidence.aside).mean()
 
 
 def beta_elbo(evidence: Evidence, beta: float) -> Tensor:
@@ -33,7 +34,7 @@ def beta_elbo(evidence: Evidence, beta: float) -> Tensor:
     The rate is everything that the latents cost; what a Bernoulli, say, gives for x stays
     untouched. Only for models with a likelihood: a flow has no distortion to weigh against.
     """
-    return (beta * evidence.rate - evidence.log_px).mean()
+    return (beta * evidence.rate - evidence.log_px - evidence.aside).mean()
 
 
 def free_bits(evidence: Evidence, free: float, *, beta: float = 1.0) -> Tensor:
@@ -44,7 +45,8 @@ def free_bits(evidence: Evidence, free: float, *, beta: float = 1.0) -> Tensor:
     nats per example.
     """
     kl = evidence.kl.mean(0).clamp(min=free).sum()
-    return beta * (kl + (evidence.log_q - evidence.log_det).mean()) - evidence.log_px.mean()
+    rate = kl + (evidence.log_q - evidence.log_det).mean()
+    return beta * rate - (evidence.log_px + evidence.aside).mean()
 
 
 def iwae(evidence: Evidence, k: int) -> Tensor:
@@ -56,4 +58,4 @@ def iwae(evidence: Evidence, k: int) -> Tensor:
         k: Draws per example.
     """
     log_w = evidence.elbo.reshape(-1, k)
-    return (math.log(k) - log_w.logsumexp(1)).mean()
+    return (math.log(k) - log_w.logsumexp(1)).mean() - evidence.aside.mean()

@@ -23,7 +23,7 @@ from torch.distributions import Distribution
 from musigma.gaussian import DiagonalGaussian
 from musigma.heads import StandardNormal
 from musigma.model import Bijection, Chain, Layer, Model, Prior
-from musigma.trace import Trace
+from musigma.trace import Evidence, Trace
 
 __all__ = ["check_head", "check_layer", "check_model", "randomized"]
 
@@ -151,7 +151,7 @@ def check_model(
         _independence(model, data, given)
         _scores(model, data, given, bits)
     _context(lambda c: _centred(model, data, c), len(data), context)
-    _gradients(model, lambda: model(data, given).elbo)
+    _gradients(model, lambda: _trained_for(model(data, given)))
     _state(model, lambda of: _centred(of, data, given))
     if compiled:
         latents = [z.detach() for z in model.encode(data, given, mode=True)]
@@ -220,6 +220,10 @@ def _centred(model: Model, x: Tensor, context: Tensor | None) -> Tensor:
     trace = Trace(temperature=0.0)
     model.infer(x, trace, context)
     return trace.evidence(model.latents()).elbo
+
+
+def _trained_for(evidence: Evidence) -> Tensor:
+    return evidence.elbo + evidence.aside
 
 
 def _duality(model: Model, x: Tensor, context: Tensor | None) -> None:

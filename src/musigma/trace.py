@@ -43,12 +43,15 @@ class Evidence(NamedTuple):
             and -log p where no q belongs to the latent (the latents of a flow).
         log_q: log q of all other draws (dequantisation noise, a posterior under a flow), (B,).
         log_det: Sum of log |det| of all bijections, data to latents, (B,).
+        aside: What a model is to be trained for besides (a classifier's log q(y | z)), nats, (B,);
+            no part of log w, of the ELBO, or of any figure.
     """
 
     log_px: Tensor
     kl: Tensor
     log_q: Tensor
     log_det: Tensor
+    aside: Tensor = torch.zeros(())
 
     @property
     def rate(self) -> Tensor:
@@ -105,6 +108,7 @@ class Trace:
         self.kl: dict[Site, Tensor] = {}
         self.log_q: dict[Site, Tensor] = {}
         self.log_det: dict[Site, Tensor] = {}
+        self.asides: dict[Site, Tensor] = {}
         self.below: set[Site] = set()  # layers between the data and a likelihood
 
     def p(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
@@ -153,6 +157,11 @@ class Trace:
             _once(self.log_det, layer)[layer] = log_det
         return value
 
+    def aside(self, site: Site, term: Tensor) -> None:
+        """State nats (B,) that training should raise, and that are no part of log w."""
+        if self.scoring:
+            _once(self.asides, site)[site] = term
+
     def evidence(self, latents: Iterable[Site]) -> Evidence:
         """The terms that were recorded, with one column for each of `latents`."""
         latents = list(latents)
@@ -167,6 +176,7 @@ class Trace:
             kl=torch.stack(columns, 1) if columns else zero.new_zeros(len(zero), 0),
             log_q=sum((v for s, v in self.log_q.items() if s not in self.below), zero),
             log_det=sum((v for s, v in self.log_det.items() if s not in self.below), zero),
+            aside=sum(self.asides.values(), zero),
         )
 
     def _choose(self, site: Site, dist: Distribution, given: Tensor | None) -> Tensor:

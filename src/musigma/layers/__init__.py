@@ -1,5 +1,6 @@
 """The parts of a chain: bijections, and the two layers that draw (`Split`, `Dequantize`)."""
 
+from musigma.layers.classifier import Classifier
 from musigma.layers.coupling import Coupling
 from musigma.layers.elementwise import Affine, Logit
 from musigma.layers.linear import ActNorm, InvertibleConv, Permutation
@@ -10,6 +11,7 @@ __all__ = [
     "ActNorm",
     "Affine",
     "Checkerboard",
+    "Classifier",
     "Coupling",
     "Dequantize",
     "InvertibleConv",

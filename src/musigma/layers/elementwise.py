@@ -28,6 +28,8 @@ class Affine(Bijection):
         (tensor([[0., 0., 0.]]), tensor([-16.6355]))
     """
 
+    units = True
+
     def __init__(self, scale: float, shift: float = 0.0):
         super().__init__()
         if scale == 0:

@@ -63,6 +63,7 @@ class Dequantize(Layer):
     """
 
     exact = False
+    units = True
 
     def __init__(self, noise: nn.Module, levels: int = 256):
         super().__init__()

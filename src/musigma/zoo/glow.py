@@ -12,6 +12,7 @@ from musigma.heads import LearnedNormal, LogitNormalHead, StandardNormal, Standa
 from musigma.layers import (
     ActNorm,
     Affine,
+    Classifier,
     Coupling,
     Dequantize,
     InvertibleConv,
@@ -35,10 +36,17 @@ def glow(
     hidden: int = 128,
     coupling: Literal["affine", "additive"] = "affine",
     format: str = "interleaved softclip",
+    split_format: str = "interleaved log_std",
     permutation: Literal["conv", "lu", "shuffle", "reverse"] = "lu",
+    edge: bool = False,
     learn_top: bool = True,
+    top_each: Literal["channel", "pixel"] = "channel",
     dequantize: Literal["uniform", "learned"] = "uniform",
     alpha: float | None = 1e-5,
+    low: float = -0.5,
+    conditioned: Literal["all", "top"] = "all",
+    classifier: Literal["none", "softmax", "sigmoid"] = "none",
+    classifier_weight: float = 1.0,
     context: int = 0,
 ) -> Chain:
     """Glow (Kingma & Dhariwal, 2018, arXiv:1807.03039).
@@ -53,17 +61,34 @@ def glow(
         coupling: Affine couplings, or additive ones (of volume 1).
         format: How an affine coupling reads its network's output, as `Format.parse` takes it. The
             paper's is "interleaved sigmoid+2", which can only shrink and learns more slowly.
+        split_format: How a split prior reads its network's output: "halves log_std" is the same
+            model under a permutation of the last layer's rows.
         permutation: What mixes the channels: a 1x1 convolution (plain or by its LU factors), a
             fixed shuffle, or a reversal.
-        learn_top: Learn mean and log_std of the top prior for each channel.
+        edge: 3x3 convolutions in couplings and split priors see where the image ends (the "edge
+            bias" of OpenAI's code; what padding with ones does in rosinality's).
+        learn_top: Learn mean and log_std of the top prior.
+        top_each: For each `channel`, or for each `pixel` of each.
         dequantize: Uniform noise, or learned noise (logit-normal, given the image).
         alpha: Of a logit that maps [0, 1] to the real line before all else, for data with bits;
             None: none, as in the paper. With it, images that are mostly black or white are
             learned several times faster.
-        context: Features of the context that conditions the couplings and the top prior.
+        low: Without a logit, images are brought to the range from here to one more.
+        conditioned: What a context conditions: couplings and top prior, or the `top` prior alone.
+        classifier: Train the top latent to tell the class (of a conditional model) as well:
+            `softmax` for one label each, `sigmoid` for several.
+        classifier_weight: Of that term, in nats for each nat of log p(x).
+        context: Features of the context.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
-    layers = [] if bits is None else dequantized(shape, bits, dequantize, alpha, hidden, context)
+    if conditioned not in ("all", "top"):
+        raise ValueError(f"conditioned: expected 'all' or 'top'; got {conditioned!r}")
+    if classifier != "none" and not context:
+        raise ValueError("classifier: there are no classes to tell; condition the model on them")
+    inner = context if conditioned == "all" else 0
+    layers: list[Layer] = []
+    if bits is not None:
+        layers = dequantized(shape, bits, dequantize, alpha, low, hidden, inner)
     channels, height, width = image_shape(shape)
     levels = halvings(height, width, levels)
     for level in range(levels):
@@ -75,7 +100,8 @@ def glow(
                 half,
                 channels if coupling == "affine" else half,
                 hidden=hidden,
-                context=context,
+                context=inner,
+                edge=edge,
             )
             read = Format.parse(format)
             layers += [
@@ -85,13 +111,20 @@ def glow(
             ]
         if level < levels - 1:
             prior = GaussianHead(
-                ZeroConv2d(half, channels), event_ndims=3, format=Format("interleaved")
+                ZeroConv2d(half, channels, edge=edge),
+                event_ndims=3,
+                format=Format.parse(split_format),
             )
             layers.append(Split(prior))
             channels = half
     top = (channels, height, width)
+    if classifier != "none":
+        weight = classifier_weight
+        layers.append(Classifier(channels, context, labels=classifier, weight=weight))
     if learn_top or context:
-        return Chain(layers, Prior(LearnedNormal(top, context=context)))
+        bounds = Format.parse(split_format).bounds
+        head = LearnedNormal(top, each=top_each, context=context, bounds=bounds)
+        return Chain(layers, Prior(head))
     return Chain(layers, Prior(StandardNormal(top)))
 
 
@@ -134,9 +167,15 @@ def mixing(kind: str, channels: int) -> Bijection:
 
 
 def dequantized(
-    shape: Sequence[int], bits: int, kind: str, alpha: float | None, hidden: int, context: int
+    shape: Sequence[int],
+    bits: int,
+    kind: str,
+    alpha: float | None,
+    low: float,
+    hidden: int,
+    context: int,
 ) -> list[Layer]:
-    """Integer levels to real numbers: in [-0.5, 0.5], or by a logit if there is an alpha."""
+    """Integer levels to real numbers: in [low, low + 1], or by a logit if there is an alpha."""
     if kind not in ("uniform", "learned"):
         raise ValueError(f"dequantize: expected uniform or learned; got {kind!r}")
     levels = 2**bits
@@ -145,5 +184,5 @@ def dequantized(
         net = ResNet(shape[0], 2 * shape[0], width=min(hidden, 32), context=context, zero=True)
         noise = LogitNormalHead(GaussianHead(net, event_ndims=3), levels)
     if alpha is None:
-        return [Dequantize(noise, levels), Affine(1 / levels, -0.5)]
+        return [Dequantize(noise, levels), Affine(1 / levels, low)]
     return [Dequantize(noise, levels), Affine(1 / levels), Logit(alpha)]

@@ -1,0 +1,75 @@
+"""A classifier beside a flow: what the latents are to know of the class."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musigma.gaussian import at_least_float32
+from musigma.model import Layer
+from musigma.trace import Trace
+
+__all__ = ["Classifier"]
+
+
+class Classifier(Layer):
+    r"""Passes its input on, and asks that a linear classifier can read the class from it.
+
+    .. math:: weight \cdot \log q(y | h), \quad q = softmax(W \bar h + b)
+
+    with h averaged over the pixels, and y the context. The term is stated aside (`Evidence.aside`):
+    training raises it, and no figure contains it, for it is no part of log p(x | y). (Kingma &
+    Dhariwal, "Glow", 2018, arXiv:1807.03039; in OpenAI's code `weight_y`, in bits of one label for
+    each bit per dimension.)
+
+    Args:
+        channels: Of h.
+        classes: Features of the context.
+        labels: `softmax`: each example is of one class, one-hot. `sigmoid`: of any number of them.
+        weight: Of the term, in nats for each nat of log p(x).
+
+    Raises:
+        ValueError: For other labels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        *,
+        labels: Literal["softmax", "sigmoid"] = "softmax",
+        weight: float = 1.0,
+    ):
+        super().__init__()
+        if labels not in ("softmax", "sigmoid"):
+            raise ValueError(f"labels: expected 'softmax' or 'sigmoid'; got {labels!r}")
+        self.linear, self.labels, self.weight = nn.Linear(channels, classes), labels, weight
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Of every class, shape (B, classes), for h (B, channels, ...)."""
+        return at_least_float32(self.linear(h.reshape(*h.shape[:2], -1).mean(2)))
+
+    def log_q(self, h: Tensor, y: Tensor) -> Tensor:
+        """Log q(y | h) in nats, shape (B,)."""
+        logits = self.logits(h)
+        if self.labels == "softmax":
+            return (y * logits.log_softmax(1)).sum(1)
+        return (y * logits - F.softplus(logits)).sum(1)
+
+    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """The input; the term is stated if the class is known."""
+        if context is not None:
+            trace.aside(self, self.weight * self.log_q(x, context))
+        return x
+
+    def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """The input."""
+        return z
+
+    def extra_repr(self) -> str:
+        """Names the labels and the weight."""
+        return f"labels={self.labels!r}, weight={self.weight}"
