@@ -235,6 +235,7 @@ def nested():
 
 
 SMALL = {"width": 6, "components": 2}
+KL = {"latents": 2, "embedded": 3}
 GLOW = {"bits": 4, "depth": 1, "hidden": 5}
 
 MODELS = {
@@ -272,6 +273,27 @@ MODELS = {
     "realnvp": lambda: zoo("realnvp", (1, 8, 8), 4, levels=2, depth=1, hidden=4),
     "realnvp vectors": lambda: zoo("realnvp", (5,), None, depth=3, hidden=6, compiled=True),
     "realnvp context": lambda: zoo("realnvp", (5,), None, context=2, depth=2, hidden=6),
+    "mlp vae": lambda: zoo("mlp_vae", (1, 5, 5), 1, hidden=6, latents=3),
+    "mlp vae, beta-binomial": lambda: zoo(
+        "mlp_vae", (2, 5, 4), hidden=6, latents=3, likelihood="beta-binomial"
+    ),
+    "mlp vae, squashed": lambda: zoo(
+        "mlp_vae", (1, 5, 5), 4, hidden=6, latents=3, likelihood="gaussian", squash=True
+    ),
+    "autoencoder kl": lambda: zoo("autoencoder_kl", (3, 8, 12), widths=[4, 8], groups=2, **KL),
+    "autoencoder kl, continuous": lambda: zoo(
+        "autoencoder_kl", (1, 8, 8), None, widths=[4], groups=4, attend=[0], **KL
+    ),
+    "autoencoder kl, bare": lambda: zoo(
+        "autoencoder_kl",
+        (1, 8, 8),
+        widths=[4, 4],
+        groups=2,
+        attend_middle=False,
+        quant=False,
+        post_quant=False,
+        latents=2,
+    ),
     "glow": lambda: zoo("glow", (2, 8, 8), levels=2, compiled=True, **GLOW),
     "glow learned, shuffle": lambda: zoo(
         "glow", (1, 8, 8), dequantize="learned", permutation="shuffle", **GLOW

@@ -12,14 +12,16 @@ from torch.distributions import ContinuousBernoulli as TorchContinuousBernoulli
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from musigma import objectives
-from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
-from musigma.heads import (
+from musigma.distributions import (
     Bernoulli,
     Categorical,
     ContinuousBernoulli,
     DiscretizedLogisticMixture,
-    LearnedNormal,
     LogitNormal,
+)
+from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
+from musigma.heads import (
+    LearnedNormal,
     LogitNormalHead,
     OptimalGaussianHead,
     StandardNormal,
@@ -415,6 +417,28 @@ def mixture(n, levels, channels, k, *, scale=0.0, shift=0.0, seed=0, dtype=torch
         p.to(dtype).expand(n, *p.shape[1:]) if isinstance(p, torch.Tensor) else p for p in parts
     ]
     return DiscretizedLogisticMixture(*parts)
+
+
+@pytest.mark.parametrize("levels", [2, 7, 256])
+def test_a_beta_binomial_is_scipys_and_sums_to_one(levels):
+    import scipy.stats
+
+    torch.manual_seed(levels)
+    log_alpha, log_beta = torch.randn(2, 1, 5, dtype=torch.float64) * 2
+    grid = torch.arange(levels).double()
+    for i in range(5):
+        dist = BetaBinomial(log_alpha[:, i : i + 1], log_beta[:, i : i + 1], levels)
+        ours = torch.stack([dist.log_prob(x.reshape(1, 1))[0] for x in grid])
+        a, b = float(log_alpha[0, i].exp()), float(log_beta[0, i].exp())
+        theirs = scipy.stats.betabinom(levels - 1, a, b)
+        assert (ours - torch.from_numpy(theirs.logpmf(grid.numpy()))).abs().max() < 1e-9
+        assert abs(float(ours.logsumexp(0))) < 1e-9
+        assert abs(float(dist.mean) - theirs.mean()) < 1e-9 * levels
+        assert ours[int(dist.mode)] == ours.max()
+    many = BetaBinomial(log_alpha.expand(20_000, 5), log_beta.expand(20_000, 5), levels)
+    drawn, mean = many.sample(), many.mean[0]
+    error = drawn.std(0) / 20_000**0.5
+    assert ((drawn.mean(0) - mean).abs() < 5 * error + 1e-12).all()
 
 
 @pytest.mark.parametrize("scale", [-12.0, -7.0, -3.0, 0.0, 3.0, 7.0, 12.0])

@@ -8,15 +8,18 @@ __version__ = "0.1.0"
 from musigma import data, layers, nets, objectives
 from musigma.checkpoint import CheckpointError, load, save
 from musigma.data import DataError, Dataset, Preprocess
-from musigma.evaluation import evaluate, inspect, ledger, saturation, score
-from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
-from musigma.heads import (
+from musigma.distributions import (
     Bernoulli,
+    BetaBinomial,
     Categorical,
     ContinuousBernoulli,
     DiscretizedLogisticMixture,
-    LearnedNormal,
     LogitNormal,
+)
+from musigma.evaluation import evaluate, inspect, ledger, saturation, score
+from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
+from musigma.heads import (
+    LearnedNormal,
     OptimalGaussianHead,
     StandardNormal,
     StandardUniform,
@@ -41,6 +44,7 @@ __all__ = [
     "ARCHITECTURES",
     "VAE",
     "Bernoulli",
+    "BetaBinomial",
     "Bijection",
     "Categorical",
     "Chain",

@@ -19,10 +19,10 @@ class Classifier(Layer):
 
     .. math:: weight \cdot \log q(y | h), \quad q = softmax(W \bar h + b)
 
-    with h averaged over the pixels, and y the context. The term is stated aside (`Evidence.aside`):
-    training raises it, and no figure contains it, for it is no part of log p(x | y). (Kingma &
-    Dhariwal, "Glow", 2018, arXiv:1807.03039; in OpenAI's code `weight_y`, in bits of one label for
-    each bit per dimension.)
+    with h averaged over the pixels, and y the context. The term is stated aside
+    (`Evidence.aside`): training raises it, and no figure contains it, as it is no part of
+    log p(x | y). (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039; in OpenAI's code `weight_y`,
+    in bits of one label for each bit per dimension.)
 
     Args:
         channels: Of h.

@@ -107,4 +107,11 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-from musigma.zoo import glow, ladder, realnvp, vae  # noqa: E402, F401 (they register themselves)
+from musigma.zoo import (  # noqa: E402 (they register themselves)
+    autoencoder_kl,  # noqa: F401
+    glow,  # noqa: F401
+    ladder,  # noqa: F401
+    mlp_vae,  # noqa: F401
+    realnvp,  # noqa: F401
+    vae,  # noqa: F401
+)
