@@ -47,7 +47,7 @@ OWNERS = {
     "docstring_parser": {"cli"},
     "PIL": {"sources", "figures"},
     "matplotlib": {"figures"},
-    "safetensors": {"checkpoint", "training"},
+    "safetensors": {"checkpoint", "training", "foreign"},
     "pooch": {"sources"},
     "sklearn": {"sources"},
     "pyarrow": {"sources", "cli"},

@@ -14,6 +14,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from musigma import objectives
 from musigma.distributions import (
     Bernoulli,
+    BetaBinomial,
     Categorical,
     ContinuousBernoulli,
     DiscretizedLogisticMixture,

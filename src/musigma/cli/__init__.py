@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from musigma import __version__
+from musigma.cli import convert, use
 from musigma.cli.shared import register_plugin
 from musigma.cli.train import add_architecture, train_app
-from musigma.cli.use import commands
 
 UserError = (ValueError, TypeError, OSError)
 
@@ -20,7 +20,8 @@ app = App(
     help="Gaussian latent-variable models: VAEs and normalizing flows whose numbers are true.",
 )
 app.command(train_app)
-app.update(commands)
+app.update(use.commands)
+app.update(convert.commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

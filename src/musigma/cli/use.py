@@ -531,9 +531,14 @@ def info(
         f"{about['parameters']:,} parameters",
         f"  {options_text}",
     ]
-    if about["data"]:
+    if "source" in (about["data"] or {}):
         lines.append(
             f"  trained on {about['data'].get('train')} examples of {about['data']['source']}"
+        )
+    if "foreign" in trained.extra:
+        about["foreign"] = trained.extra["foreign"]
+        lines.append(
+            "  converted from {source}, a checkpoint of {family}".format(**about["foreign"])
         )
     if "evaluation" in about:
         lines.append(f"  held-out: {said(about['evaluation'])}")
