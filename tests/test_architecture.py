@@ -49,7 +49,7 @@ OWNERS = {
     "matplotlib": {"figures"},
     "safetensors": {"checkpoint", "training", "foreign"},
     "pooch": {"sources"},
-    "sklearn": {"sources"},
+    "sklearn": {"sources", "editing"},
     "pyarrow": {"sources", "cli"},
 }
 

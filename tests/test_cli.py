@@ -827,7 +827,7 @@ MISTAKES = {
     "index": ("inspect vae photos --index 40", "index: expected 0 to 39; got 40"),
     "index below": ("inspect vae photos --index -1", "index: expected 0 to 39; got -1"),
     "split": ("evaluate vae photos --split test", '"test" for --split'),
-    "label": ("sample conditional --label 2", "label: expected 0 to 1; got 2"),
+    "label": ("sample conditional --label 2", "label: expected 0 to 1, or one of cat, dog; got"),
     "label for none": ("sample glow --label 1", "not conditioned on classes"),
     "hot": ("sample glow --temperature hot", "temperature: expected 0.7"),
     "temperature below": ("sample glow --temperature -1", "temperature: expected"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from musigma import __version__
-from musigma.cli import convert, use
+from musigma.cli import convert, latents, use
 from musigma.cli.shared import register_plugin
 from musigma.cli.train import add_architecture, train_app
 
@@ -21,6 +21,7 @@ app = App(
 )
 app.command(train_app)
 app.update(use.commands)
+app.update(latents.commands)
 app.update(convert.commands)
 
 

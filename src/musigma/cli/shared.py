@@ -8,6 +8,7 @@ import inspect as python
 import json
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,8 +159,10 @@ class Trained:
         """Levels of each element, for pictures."""
         return 2 ** (self.bits or 8)
 
-    def data(self, source: str, options: DataOptions, screen: Screen):
-        """Data treated as those that the model was trained on."""
+    def data(self, source: str, options: DataOptions, screen: Screen, label: str | None = None):
+        """Data treated as those that the model was trained on; all of one class, if told."""
+        import numpy as np
+
         from musigma import data
         from musigma.evaluation import check, context_size
 
@@ -168,15 +171,21 @@ class Trained:
         if options.size is not None:
             prepare = dataclasses.replace(prepare, size=options.size)
         with screen.progress("reading") as progress:
-            found = data.load(
+            loaded = data.load(
                 source,
                 preprocess=prepare,
                 skip_bad=options.skip_bad,
                 allow_constant=True,
                 progress=progress,
             )
-        check(self.model, found)
         names = saved.get("label_names")
+        found = loaded
+        if label is not None:
+            classes = self._classes()
+            number = np.full(len(found), class_number(label, names or [], classes), np.int64)
+            known = tuple(names or map(str, range(classes)))
+            found = dataclasses.replace(found, labels=number, label_names=known)
+        check(self.model, found)
         if context_size(self.model) and names and list(found.label_names) != names:
             raise ValueError(
                 f"data: the model knows the classes {', '.join(names)}, and {source} has "
@@ -184,7 +193,7 @@ class Trained:
             )
         for name in found.skipped:
             screen.say(f"skipped {name}: it cannot be read")
-        same = data.digest(found) == saved.get("digest")
+        same = data.digest(loaded) == saved.get("digest")
         here, there = data.identity(source), saved.get("source")
         own = same or (there is not None and Path(here).is_relative_to(there))
         if here == there and not same and saved.get("digest"):
@@ -192,31 +201,47 @@ class Trained:
         self.part = options.split or ("held-out" if own else "all")
         return found.split(self.part)
 
-    def examples(self, source: str, options: DataOptions, screen: Screen, n: int):
+    def examples(
+        self,
+        source: str,
+        options: DataOptions,
+        screen: Screen,
+        n: int,
+        label: str | None = None,
+    ):
         """The first n examples of the data, with their context."""
         import numpy as np
 
         from musigma.evaluation import batch
 
         at_least_one(n=n)
-        found = self.data(source, options, screen)
+        found = self.data(source, options, screen, label)
         return batch(found, np.arange(min(n, len(found))), self.model, seed=self.common.seed)
 
-    def context(self, n: int, label: int | None):
+    def context(self, n: int, label: str | None):
         """One-hot rows for n samples of a class, or of all classes in turn; None without any."""
         import torch
 
         from musigma.evaluation import context_size
 
+        if label is None and not context_size(self.model):
+            return None
+        classes = self._classes()
+        if label is None:
+            which = torch.arange(n) % classes
+        else:
+            names = self.extra.get("data", {}).get("label_names") or []
+            which = torch.full((n,), class_number(label, names, classes))
+        return torch.nn.functional.one_hot(which, classes).to(self.device, self.dtype)
+
+    def _classes(self) -> int:
+        """How many classes the model is conditioned on; refuses one that is not."""
+        from musigma.evaluation import context_size
+
         classes = context_size(self.model)
         if not classes:
-            if label is not None:
-                raise ValueError("label: this model is not conditioned on classes; leave it out")
-            return None
-        if label is not None and not 0 <= label < classes:
-            raise ValueError(f"label: expected 0 to {classes - 1}; got {label}")
-        which = torch.arange(n) % classes if label is None else torch.full((n,), label)
-        return torch.nn.functional.one_hot(which, classes).to(self.device, self.dtype)
+            raise ValueError("label: this model is not conditioned on classes; leave it out")
+        return classes
 
     def check_out(self, out: Path) -> None:
         """Refuse a file that `write` could not write, before anything is computed for it."""
@@ -253,6 +278,16 @@ class Trained:
                 np.save(file, values)
             else:
                 np.savez_compressed(file, x=values)
+
+
+def class_number(label: str, names: Sequence[str], classes: int) -> int:
+    """A class by its name, or else by its number."""
+    if label in names:
+        return list(names).index(label)
+    if label.isdecimal() and int(label) < classes:
+        return int(label)
+    known = f", or one of {', '.join(names)}" if names else ""
+    raise ValueError(f"label: expected 0 to {classes - 1}{known}; got {label!r}")
 
 
 def best_device() -> str:

@@ -45,7 +45,8 @@ def sample(
     n: int = 64,
     temperature: str = "1",
     mode: Annotated[bool, Parameter(negative="")] = False,
-    label: int | None = None,
+    label: str | None = None,
+    temperatures: str | None = None,
     out: Path | None = None,
     common: CommonOptions = USUAL,
 ) -> None:
@@ -57,7 +58,9 @@ def sample(
         temperature: Multiplies the standard deviation of every draw; with commas, one for each
             latent, top first.
         mode: Show the centre of p(x | latents), not a draw from it.
-        label: The class to draw, if the model is conditional; by default all in turn.
+        label: The class to draw, by its name or number, if the model is conditional; by default
+            all in turn.
+        temperatures: Show the same draws at several temperatures, a row for each: 0,0.5,0.7,1.
         out: A .png grid, or an .npy or .npz array.
         common: Shared options.
     """
@@ -68,6 +71,9 @@ def sample(
     screen, trained = Screen(common), Trained(run, common)
     out = out or Path("samples.png" if len(trained.shape) == 3 else "samples.npy")
     trained.check_out(out)
+    if temperatures is not None:
+        _at_temperatures(trained, n, temperatures, trained.context(n, label), out, screen)
+        return
     parts, context = [], trained.context(n, label)
     with screen.progress("sampling") as progress:
         for start in range(0, n, 64):
@@ -78,6 +84,23 @@ def sample(
                 progress(stop, n)
     trained.write(torch.cat(parts), out)
     screen.result({"out": str(out), "n": n, "temperature": temperature}, f"{n} samples: {out}")
+
+
+def _at_temperatures(
+    trained: Trained, n: int, text: str, context: Any, out: Path, screen: Screen
+) -> None:
+    """A row of draws for each temperature."""
+    from musigma import editing
+
+    values = _temperature(text)
+    values = values if isinstance(values, tuple) else (values,)
+    drawn = editing.temperatures(trained.model, n, values, context)
+    if out.suffix == ".png":
+        trained.write(drawn.flatten(0, 1), out, columns=n)
+    else:
+        trained.write(drawn, out)
+    answer = {"out": str(out), "n": n, "temperatures": list(values)}
+    screen.result(answer, f"{n} samples at {len(values)} temperatures: {out}")
 
 
 @commands.command
@@ -226,7 +249,7 @@ def decode(
     *,
     out: Path | None = None,
     temperature: str = "1",
-    label: int | None = None,
+    label: str | None = None,
     common: CommonOptions = USUAL,
 ) -> None:
     """Make examples of latents: of all of them, or of the topmost ones and draws of the rest.

@@ -169,8 +169,8 @@ def _preprocess(model: Model) -> dict[str, Any]:
     """How images are to be treated for this model."""
     bits, shape = model.config["options"]["bits"], model.config["shape"]
     size = shape[1] if len(shape) == 3 and shape[1] == shape[2] else None
-    if bits == 1:
-        return {"size": size, "binarize": "threshold"}
+    if bits == 1:  # drawn by the grey value: what cross-entropy with greys is the mean of
+        return {"size": size, "binarize": "dynamic"}
     return {"size": size, "bits": bits or 8}
 
 
