@@ -223,6 +223,7 @@ def photos(tmp_path_factory):
         pixels = np.clip(random.normal(level, 25, (8, 8, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:02}.png")
     words = ["--steps", "60", "--evaluations", "1", "--depth", "2", "--hidden", "16"]
+    words += ["--levels", "2"]
     photos = str(here / "photos")
     main(["train", "glow", photos, "--out", str(here / "run"), *words])
     main(["train", "glow", photos, "--out", str(here / "known"), "--conditional", *words])
@@ -252,7 +253,8 @@ def test_the_commands(photos, tmp_path, monkeypatch, capsys):
     assert rows.shape == (3, 5, 3, 8, 8)
     assert (rows[0] == rows[0, :1]).all()
     for name in ("edited.png", "mixed.png", "t.png"):
-        assert Image.open(name).width > 50
+        with Image.open(name) as picture:
+            assert picture.width > 50
     capsys.readouterr()
 
 
