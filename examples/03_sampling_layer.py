@@ -221,5 +221,6 @@ if picture:
     below.set(xlim=(-4, 4), ylim=(0, 0.5), xlabel="z", ylabel="density")
     for ax in (above, below):
         ax.spines[["top", "right"]].set_visible(False)
+    right.align_ylabels()
     figure.savefig(picture, metadata={"Software": None})
     print(f"\nwritten: {picture}")

@@ -589,3 +589,37 @@ def test_what_the_command_refuses(tmp_path, capsys, monkeypatch):
         assert reason in capsys.readouterr().err
     assert (tmp_path / "there.safetensors").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there.safetensors"]
+
+
+def test_a_converted_model_is_finetuned_stopped_and_resumed(tmp_path, capsys, monkeypatch):
+    """In float64, on images in a folder, and to the same bytes as without the stop."""
+    from PIL import Image
+
+    import musigma.training
+
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        pixels = random.integers(0, 256, (8, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(f"photos/{i:02}.png")
+    main(["convert", str(source(GOLDEN / "chaiyujin" / "affine_invconv")), "start.safetensors"])
+    words = ["finetune", "start.safetensors", "photos", "--steps", "12", "--warmup", "2"]
+    words += ["--ema", "0.5"]
+    main([*words, "--out", "whole", "--json"])
+    said = json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    assert said["finished"]
+    before = musigma.evaluate(musigma.load("start.safetensors"), musigma.data.load("photos"))
+    assert said["evaluation"]["bits_per_dim"] < before["bits_per_dim"] - 0.1
+    fit = musigma.training.fit
+    halted = lambda *a, **k: fit(*a, **k, stop=lambda step: step == 5)  # noqa: E731
+    monkeypatch.setattr(musigma.training, "fit", halted)
+    main([*words, "--out", "parts"])
+    monkeypatch.setattr(musigma.training, "fit", fit)
+    main(["train", "--resume", "parts"])
+    for file in ("model.safetensors", "last.safetensors"):
+        assert Path("parts", file).read_bytes() == Path("whole", file).read_bytes()
+    assert next(musigma.load("parts/last.safetensors").parameters()).dtype == torch.float64
+    with pytest.raises(SystemExit):
+        main([*words, "--out", "whole"])
+    assert "exists already" in capsys.readouterr().err

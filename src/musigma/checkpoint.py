@@ -118,10 +118,13 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ten
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); it may be cut short or damaged, "
-            "so copy it again"
+            "so copy it again; another library's checkpoint is read by `musigma convert`"
         ) from error
     if "musigma" not in metadata:
-        raise CheckpointError(f"{path}: a safetensors file, but not one that musigma wrote")
+        raise CheckpointError(
+            f"{path}: a safetensors file, but not one that musigma wrote; `musigma convert` reads "
+            "those of some other libraries"
+        )
     try:
         header = json.loads(metadata["musigma"])  # forgiving: 1E-5 would do for 1e-05
         same = json.dumps(header, sort_keys=True) == metadata["musigma"]

@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError
 from musigma import __version__
 from musigma.cli import convert, latents, use
 from musigma.cli.shared import register_plugin
-from musigma.cli.train import add_architecture, train_app
+from musigma.cli.train import add_architecture, finetune, train_app
 
 UserError = (ValueError, TypeError, OSError)
 
@@ -20,6 +20,7 @@ app = App(
     help="Gaussian latent-variable models: VAEs and normalizing flows whose numbers are true.",
 )
 app.command(train_app)
+app.command(finetune)
 app.update(use.commands)
 app.update(latents.commands)
 app.update(convert.commands)

@@ -20,6 +20,7 @@ from musigma.cli.shared import (
     USUAL,
     Common,
     CommonOptions,
+    DataOptions,
     Screen,
     Trained,
     as_levels,
@@ -27,6 +28,7 @@ from musigma.cli.shared import (
     register_plugin,
     said,
 )
+from musigma.training import TrainConfig
 
 train_app = App(name="train", help="Train a model: `musigma train ARCH DATA`, or `--resume RUN`.")
 
@@ -61,7 +63,6 @@ def add_architecture(name: str) -> None:
     """Make ``musigma train NAME`` from the signature of the builder."""
     from docstring_parser import parse
 
-    from musigma.training import TrainConfig
     from musigma.zoo import ARCHITECTURES
 
     builder = python.unwrap(ARCHITECTURES[name])
@@ -123,8 +124,9 @@ def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL
         resume: The run folder to go on with; its own configuration is used.
         common: Shared options.
     """
+    import torch
+
     from musigma import data
-    from musigma.training import TrainConfig
     from musigma.zoo import ARCHITECTURES, build
 
     if resume is None:
@@ -169,8 +171,40 @@ def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL
             f"resume: the examples or labels of {about['source']} are not those that the run "
             "began with; train anew, with another --out or --overwrite"
         )
-    model = build(name, shape, **options)
+    model = build(name, shape, **options).to(getattr(torch, saved.get("dtype", "float32")))
     run(model, found, config, resume, saved, screen, resume=True)
+
+
+def finetune(
+    start: str,
+    source: Annotated[str, Parameter(name="data")],
+    *,
+    out: Path | None = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    skip_bad: Annotated[bool, Parameter(negative="")] = False,
+    config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008
+    common: CommonOptions = USUAL,
+) -> None:
+    """Train a model further, on other data or with another objective: a new run.
+
+    Args:
+        start: A run folder, or a .safetensors file: one that was converted, say.
+        source: A folder, a file, or a name; treated as the model's own data were.
+        out: The run folder to make; by default runs/ARCH-DATA.
+        overwrite: Replace a run that is there already.
+        skip_bad: Leave out images that cannot be read, instead of stopping.
+        config: Budget, optimiser, objective.
+        common: Shared options.
+    """
+    from musigma.data import Preprocess
+
+    trained = Trained(start, common)
+    about = trained.extra.get("data", {})
+    treat = Preprocess.from_json(about.get("preprocess", {}))
+    out = _run_folder(out, trained.model.config["architecture"], source, overwrite)
+    screen = Screen(dataclasses.replace(common, seed=config.seed))
+    found = trained.data(source, DataOptions(split="all", skip_bad=skip_bad), screen)
+    _begin(trained.model, found, source, treat, skip_bad, config, out, overwrite, screen)
 
 
 def train(
@@ -180,19 +214,12 @@ def train(
     import torch
 
     from musigma import data
-    from musigma.training import check_run
     from musigma.zoo import build
 
     common = dataclasses.replace(common, seed=config.seed)
     device_named(common.device)
     screen = Screen(common)
-    out = prepare.out or Path("runs") / f"{name}-{Path(source).name.split('.')[0] or 'data'}"
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not prepare.overwrite:
-        raise ValueError(
-            f"out: {out} exists already; --resume {out}, --overwrite, or another --out"
-        )
-    if out.is_file() or (prepare.overwrite and not _replaceable(out)):
-        raise ValueError(f"out: {out} is not a run, and will not be replaced by one")
+    out = _run_folder(prepare.out, name, source, prepare.overwrite)
     treat = data.Preprocess(size=prepare.size, bits=prepare.bits, binarize=prepare.binarize)
     with screen.progress("reading") as progress:
         found = data.load(source, preprocess=treat, skip_bad=prepare.skip_bad, progress=progress)
@@ -204,12 +231,45 @@ def train(
         options["context"] = len(found.label_names)
     torch.manual_seed(config.seed)
     model = build(name, found.shape, bits=found.bits, **options)
+    _begin(model, found, source, treat, prepare.skip_bad, config, out, prepare.overwrite, screen)
+
+
+def _run_folder(out: Path | None, name: str, source: str, overwrite: bool) -> Path:
+    """Where a run goes; refuses what is there already, and what is no run."""
+    out = out or Path("runs") / f"{name}-{Path(source).name.split('.')[0] or 'data'}"
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
+        raise ValueError(
+            f"out: {out} exists already; --resume {out}, --overwrite, or another --out"
+        )
+    if out.is_file() or (overwrite and not _replaceable(out)):
+        raise ValueError(f"out: {out} is not a run, and will not be replaced by one")
+    return out
+
+
+def _begin(
+    model: Any,
+    found: Any,
+    source: str,
+    treat: Any,
+    skip_bad: bool,
+    config: TrainConfig,
+    out: Path,
+    overwrite: bool,
+    screen: Screen,
+) -> None:
+    """Write down what is to be trained, and train it."""
+    import torch
+
+    from musigma import data
+    from musigma.training import check_run
+
     saved = {
         "model": model.config,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "data": {
             "source": data.identity(source),
             "preprocess": treat.to_json(),
-            "skip_bad": prepare.skip_bad,
+            "skip_bad": skip_bad,
             **{k: v for k, v in data.describe(found).items() if k in ("n", "shape", "bits")},
             "label_names": list(found.label_names),
             "digest": data.digest(found),
@@ -224,7 +284,7 @@ def train(
     for part in ("train", "validation", "held-out"):
         saved["data"][part] = len(found.split(part))
     check_run(model, found, config)
-    if prepare.overwrite and out.is_dir():
+    if overwrite and out.is_dir():
         shutil.rmtree(out)
     run(model, found, config, out, saved, screen)
 
