@@ -21,7 +21,7 @@ from musigma.testing import randomized
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
 picture = sys.argv[2] if len(sys.argv) > 2 else None
 PUBLISHED = {
-    "levels": 2,
+    "levels": 3,
     "depth": 4,
     "hidden": 64,
     "coupling": "affine",
@@ -105,20 +105,34 @@ y = nn.functional.one_hot(torch.from_numpy(held_out.labels), len(data.label_name
 
 
 @torch.no_grad()
-def split_prior(model):
-    """Mean and log_std that the split prior has for every held-out image, and what it is worth."""
-    split = next(m for m in model.layers if isinstance(m, musigma.layers.Split))
-    kept = {}
-    hook = split.prior.register_forward_hook(lambda _, __, dist: kept.update(dist=dist))
-    trace = musigma.Trace(temperature=0.0)
+def split_priors(model):
+    """Mean and log_std of every split prior for the held-out images, and what it is worth."""
+    splits = [layer for layer in model.layers if isinstance(layer, musigma.layers.Split)]
+    seen, trace = {}, musigma.Trace(temperature=0.0)
+    hooks = [
+        split.prior.register_forward_hook(lambda head, _, dist: seen.update({head: dist}))
+        for split in splits
+    ]
     model.infer(x, trace, y)
-    hook.remove()
-    dist, z = kept["dist"], trace.values[split]
-    standard = musigma.DiagonalGaussian(torch.zeros_like(z), torch.zeros_like(z), 3)
-    return dist, float((dist.log_prob(z) - standard.log_prob(z)).mean()) / z[0].numel()
+    for hook in hooks:
+        hook.remove()
+    for split in splits:
+        dist, z = seen[split.prior], trace.values[split]
+        standard = musigma.DiagonalGaussian(torch.zeros_like(z), torch.zeros_like(z), 3)
+        gain = (dist.log_prob(z) - standard.log_prob(z)).mean() / z[0].numel()
+        yield (
+            dist,
+            {
+                "mean: average size": dist.mean.abs().mean(),
+                "mean: spread over images": dist.mean.std(0).mean(),
+                "logs: average": dist.log_std.mean(),
+                "logs: spread over images": dist.log_std.std(0).mean(),
+                "nats per dimension over N(0, 1)": gain,
+            },
+        )
 
 
-before, worth_before = split_prior(model)
+before = [facts for _, facts in split_priors(model)]
 with tempfile.TemporaryDirectory() as folder:
     run = musigma.fit(
         model,
@@ -129,17 +143,16 @@ with tempfile.TemporaryDirectory() as folder:
         device="cpu",
     )
 model = run.model
-after, worth_after = split_prior(model)
+after = list(split_priors(model))
 
-print(f"\nsplit prior of {x.shape[0]} held-out digits     before      after {run.steps} steps")
-for name, of in (
-    ("mean: average size", lambda d: d.mean.abs().mean()),
-    ("mean: spread over images", lambda d: d.mean.std(0).mean()),
-    ("logs: average", lambda d: d.log_std.mean()),
-    ("logs: spread over images", lambda d: d.log_std.std(0).mean()),
-):
-    print(f"  {name:<34}{of(before).item():>10.4f}  {of(after).item():>10.4f}")
-print(f"  {'nats per dimension over N(0, 1)':<34}{worth_before:>10.4f}  {worth_after:>10.4f}")
+for i, (was, (dist, facts)) in enumerate(zip(before, after, strict=True)):
+    shape = "x".join(map(str, dist.event_shape))
+    print(
+        f"\nsplit prior {i + 1} ({shape}), held-out digits    before   after {run.steps:,} steps"
+    )
+    for name in facts:
+        print(f"  {name:<36}{was[name].item():>10.4f}{facts[name].item():>10.4f}")
+print()
 
 figure = musigma.evaluate(model, held_out)
 top = model.encode(x, y, mode=True)[0]
@@ -165,10 +178,11 @@ left.set_xticks([side * (i + 0.5) for i in range(10)], data.label_names)
 left.set_ylabel("temperature (eps_std)")
 left.set_xlabel("class")
 left.set_title("the same noise at four temperatures")
-right.hist(after.mean.flatten().numpy(), 80, alpha=0.6, label="mean", density=True)
-right.hist(after.log_std.flatten().numpy(), 80, alpha=0.6, label="logs = log_std", density=True)
+prior = after[0][0]
+right.hist(prior.mean.flatten().numpy(), 80, alpha=0.6, label="mean", density=True)
+right.hist(prior.log_std.flatten().numpy(), 80, alpha=0.6, label="logs = log_std", density=True)
 right.axvline(0, color="black", lw=1, label="both, before training")
-right.set_title("the split prior of held-out digits, trained")
+right.set_title("the first split prior, trained, on held-out digits")
 right.set_xlabel("value")
 right.legend(frameon=False)
 fig.tight_layout()

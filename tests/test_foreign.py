@@ -553,6 +553,17 @@ def test_weights_of_nobody_known(tmp_path):
         convert(rosinality, options=Options(size=(16, 8), std=0.3))
 
 
+def test_a_folder_is_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pickled = str(source(GOLDEN / "chaiyujin" / "learn_top"))
+    main(["convert", pickled, "run"])
+    main(["sample", "run", "--n", "2", "--out", "s.npy"])
+    with pytest.raises(SystemExit):
+        main(["convert", pickled, "run"])
+    assert "exists already" in capsys.readouterr().err
+    main(["convert", pickled, "run", "--overwrite"])
+
+
 def test_the_order_of_a_shuffle_is_not_guessed(tmp_path):
     folder = GOLDEN / "chaiyujin" / "affine_shuffle"
     with pytest.raises(ForeignError, match="got 'shuffle'"):
@@ -579,6 +590,7 @@ def test_what_the_command_refuses(tmp_path, capsys, monkeypatch):
         ([glow, "x.safetensors", "--size", "eight"], "size: expected 64, or 64x48"),
         ([glow, "there.safetensors", "--size", "16x8"], "exists already"),
         ([glow, "x.pt", "--size", "16x8"], "expected a .safetensors file"),
+        ([glow, "no/x.safetensors", "--size", "16x8"], "expected a .safetensors file"),
         ([glow, "x.safetensors", "--from", "zuko"], "from: expected one of"),
         (["nothing.pt", "x.safetensors"], "there is no such file or folder"),
         ([glow, "x.safetensors", "--permutation", "no.json"], "permutation: expected 'reverse'"),

@@ -36,7 +36,7 @@ def convert(
 
     Args:
         source: A file or a folder; with `--to diffusers`, a run or checkpoint of musigma's.
-        out: The .safetensors file to write; with `--to diffusers`, the folder.
+        out: The .safetensors file to write, or a folder for it; with `--to diffusers`, the folder.
         family: chaiyujin, rosinality, openai-glow, diffusers, compvis, bits-back or pythae; by
             default found by the names of the parameters.
         to: What to write.
@@ -55,21 +55,26 @@ def convert(
     from musigma import checkpoint, foreign
 
     screen = Screen(common)
-    if out.exists() and not overwrite:
+    taken = any(out.iterdir()) if out.is_dir() else out.exists()
+    if taken and not overwrite:
         raise ValueError(f"out: {out} exists already; --overwrite, or another name")
     if to == "diffusers":
         trained = Trained(source, common)
         foreign.export(trained.model, trained.extra, out, family=to)
         screen.result({"out": str(out), "to": to}, f"a folder for diffusers: {out}")
         return
-    if out.suffix != ".safetensors" or out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"out: expected a .safetensors file in a folder that exists; got {out}")
+    if out.suffix not in ("", ".safetensors") or not out.parent.is_dir():
+        raise ValueError(
+            f"out: expected a .safetensors file, or a folder, in one that exists; got {out}"
+        )
     options = foreign.Options(
         size=_size(size), bits=bits, permutation=_orders(permutation), std=std, groups=groups
     )
     kept = None if dtype is None else getattr(torch, dtype)
     model, found, about = foreign.convert(source, family=family, options=options, dtype=kept)
-    checkpoint.save(model, out, extra=about)
+    if not out.suffix:
+        out.mkdir(exist_ok=True)
+    checkpoint.save(model, out if out.suffix else out / "model.safetensors", extra=about)
     parameters = sum(p.numel() for p in model.parameters())
     kind = str(next(model.parameters()).dtype).removeprefix("torch.")
     shape = "x".join(map(str, model.config["shape"]))
