@@ -170,9 +170,10 @@ if not picture:
 import matplotlib.pyplot as plt  # noqa: E402
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=[3, 2])
-sheet = torch.cat([torch.cat(list(row[:, 0]), 1) for row in rows])
+tiles = nn.functional.pad(rows[:, :, 0], (1, 1, 1, 1))
+sheet = torch.cat([torch.cat(list(row), 1) for row in tiles])
 left.imshow(sheet, cmap="gray_r", vmin=0, vmax=2**data.bits - 1)
-side = data.shape[1]
+side = tiles.shape[-1]
 left.set_yticks([side * (i + 0.5) for i in range(4)], ["0", "0.5", "0.7", "1"])
 left.set_xticks([side * (i + 0.5) for i in range(10)], data.label_names)
 left.set_ylabel("temperature (eps_std)")

@@ -465,6 +465,30 @@ def test_a_file_that_is_cut_short_or_damaged(folder, tmp_path):
         convert(where, options=options)
 
 
+@pytest.mark.parametrize("folder", ONE_EACH, ids=ids)
+def test_a_flipped_bit_is_noticed_where_the_format_has_checksums(folder, tmp_path):
+    where = written(state_of(folder), folder, tmp_path)
+    options = options_for(folder, expected(folder))
+    path = where
+    if where.is_dir():
+        path = next(p for p in where.iterdir() if p.suffix in (".safetensors", ".pt"))
+    whole, good = path.read_bytes(), convert(where, options=options).model
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(40):
+        bad = bytearray(whole)
+        bad[random.integers(len(bad))] ^= 1 << int(random.integers(8))
+        path.write_bytes(bad)
+        try:
+            model = convert(where, options=options).model
+        except ForeignError:
+            refused += 1
+        else:
+            if path.suffix != ".safetensors":  # which has none
+                same(model, good)
+    assert refused > (0 if path.suffix == ".safetensors" else 30)
+
+
 def re_path(path):
     import re
 

@@ -220,6 +220,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: neither .safetensors, nor .npz, nor a file of torch.save; if it was one, it "
             "is cut short or damaged, so copy it again"
         )
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not look at the checksums itself
+        if damaged is not None:
+            raise ForeignError(f"{path}: {damaged} in it is damaged, so copy it again")
     state: Any = torch.load(path, map_location="cpu", weights_only=True)
     while isinstance(state, Mapping) and not _is_state(state):
         inner = [state[key] for key in NESTED if isinstance(state.get(key), Mapping)]
