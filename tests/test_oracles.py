@@ -823,6 +823,91 @@ def test_objectives_in_closed_form():
     assert torch.allclose(objectives.iwae(e, 1), objectives.elbo(e))
 
 
+def test_what_stands_aside_is_trained_for_and_counted_nowhere():
+    terms, aside = (torch.randn(6), torch.randn(6, 3).exp(), *torch.randn(2, 6)), torch.randn(6)
+    plain, more = Evidence(*terms), Evidence(*terms, aside)
+    for loss in (
+        objectives.elbo,
+        lambda e: objectives.beta_elbo(e, 2.5),
+        lambda e: objectives.free_bits(e, 0.4, beta=0.7),
+        lambda e: objectives.iwae(e, 3),
+    ):
+        assert torch.allclose(loss(more), loss(plain) - aside.mean())
+    assert torch.equal(more.elbo, plain.elbo)
+    assert torch.equal(more.rate, plain.rate)
+
+
+@pytest.mark.parametrize(("labels", "weight"), [("softmax", 0.3), ("sigmoid", 2.0)])
+def test_the_classifier_of_a_glow(labels, weight):
+    """Beside the likelihood: -weight · log q(y | top latent), and log p(x | y) as without it."""
+    options = {"bits": 4, "levels": 2, "depth": 1, "hidden": 6, "context": 3}
+    torch.manual_seed(0)
+    model = build("glow", (1, 8, 8), classifier=labels, classifier_weight=weight, **options)
+    model = randomized(model)
+    without = build("glow", (1, 8, 8), **options).double()
+    state = {k: v for k, v in model.state_dict().items() if ".linear." not in k}
+    without.load_state_dict(state)
+    x = torch.randint(16, (5, 1, 8, 8))
+    y = F.one_hot(torch.arange(5) % 3, 3).double()
+    if labels == "sigmoid":
+        y[0] = torch.tensor([1.0, 0.0, 1.0])
+    torch.manual_seed(1)
+    e = model(x, y)
+    torch.manual_seed(1)
+    assert off(e.elbo, without(x, y).elbo) < 1e-12
+    torch.manual_seed(1)
+    top = model.encode(x, y)[0]
+    logits = top.mean((2, 3)) @ model.layers[-1].linear.weight.T + model.layers[-1].linear.bias
+    if labels == "softmax":
+        log_q = -F.cross_entropy(logits, y.argmax(1), reduction="none")
+    else:
+        log_q = -F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(1)
+    assert off(e.aside, weight * log_q) < 1e-12
+    assert model.sample(3, y[:3]).shape == (3, 1, 8, 8)
+    with pytest.raises(ValueError, match="classifier: there are no classes to tell"):
+        build("glow", (1, 8, 8), classifier=labels)
+
+
+def test_a_class_may_condition_the_top_prior_alone():
+    options = {"bits": 4, "levels": 2, "depth": 1, "hidden": 6, "context": 3}
+    model = randomized(build("glow", (1, 8, 8), conditioned="top", **options))
+    x = torch.randint(16, (3, 1, 8, 8))
+    one, other = (F.one_hot(torch.full((3,), i), 3).double() for i in range(2))
+    for a, b in zip(
+        model.encode(x, one, mode=True), model.encode(x, other, mode=True), strict=True
+    ):
+        assert torch.equal(a, b)
+    a, b = (model.encode(x, c, mode=True, whiten=True) for c in (one, other))
+    assert off(a[0], b[0]) > 1e-3
+    assert torch.equal(a[1], b[1])
+    with pytest.raises(ValueError, match="conditioned: expected 'all' or 'top'"):
+        build("glow", (1, 8, 8), conditioned="some")
+
+
+def test_a_model_without_its_dequantisation():
+    glow = randomized(build("glow", (1, 8, 8), bits=4, levels=2, depth=1, hidden=6, alpha=None))
+    glow.eval()
+    flow = glow.continuous()
+    assert not flow.training
+    assert glow.train().continuous().training
+    assert flow.exact
+    assert not glow.exact
+    x = torch.randint(16, (3, 1, 8, 8))
+    torch.manual_seed(0)
+    figure = glow.elbo(x)
+    torch.manual_seed(0)
+    y = (x + torch.rand(3, 1, 8, 8, dtype=torch.float64)) / 16 - 0.5
+    assert off(figure, flow.log_prob(y) - 64 * math.log(16)) < 1e-10
+    assert {id(p) for p in flow.parameters()} == {id(p) for p in glow.parameters()}
+    assert flow.continuous() is flow
+    vae = build("vae", (1, 3, 3), bits=3, likelihood="gaussian", latents=3, width=6, net="mlp")
+    assert vae.continuous() is vae.prior
+    levels = build("vae", (1, 3, 3), bits=3, latents=3, width=6, net="mlp")
+    assert levels.continuous() is levels
+    logit = randomized(build("glow", (1, 8, 8), bits=4, levels=2, depth=1, hidden=6))
+    assert off(logit.continuous().decode(logit.continuous().encode(y + 0.5)), y + 0.5) < 1e-9
+
+
 def test_evidence_of_a_model_adds_up():
     """Each term of a Gaussian VAE of levels, from its distributions."""
     model = randomized(
