@@ -91,6 +91,9 @@ def test_a_glow_computes_what_its_own_code_did(folder):
         logits = classifier.logits(latents[0])
         assert off(logits, want["y_logits"]) < NEAR
         assert classifier.labels == ("sigmoid" if folder.name == "y_multi" else "softmax")
+        if family == "chaiyujin":  # 0.5 for a nat of the class, beside a bit of each pixel
+            classes = y.shape[1] if folder.name == "y_multi" else 1
+            assert abs(classifier.weight - 0.5 * math.log(2) * 96 / classes) < 1e-12
         if "bits_y" in want:
             assert off(-classifier.log_q(latents[0], y) / math.log(2), want["bits_y"]) < NEAR
 
@@ -204,6 +207,18 @@ def test_diffusers_older_pickle_and_older_names(tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     same(convert(tmp_path).model, convert(folder).model)
     same(convert(GOLDEN / "diffusers" / "old_attention").model, convert(folder).model)
+
+
+def test_signs_of_rosinalitys_scales(tmp_path):
+    """A scale and a column of the plain convolution after it, both negated: the same flow."""
+    folder = GOLDEN / "rosinality" / "affine_plain"
+    (model, _, _), want = converted(folder)
+    state = state_of(folder)
+    state["blocks.0.flows.1.actnorm.scale"][0, ::2] *= -1
+    state["blocks.0.flows.1.invconv.weight"][:, ::2] *= -1
+    torch.save(state, tmp_path / "signs.pt")
+    again = convert(tmp_path / "signs.pt", options=Options(size=tuple(want["x"].shape[2:])))
+    same(again.model, model)
 
 
 def test_parallel_wrappers_and_names_of_tensorflow(tmp_path):
