@@ -76,6 +76,18 @@ def test_a_probe_leaves_alone_what_merely_goes_along():
     assert abs(step.auc - best) < 0.04
     mean = direction(flow, data, has, method="mean")
     assert step.auc > mean.auc - 0.01
+    # a step of 1 covers the difference of the means along it, and no more
+    covered = (step.latents[0] * mean.latents[0]).sum()
+    assert abs(covered / step.latents[0].square().sum() - 1) < 1e-4
+
+
+def test_examples_are_taken_from_all_over_the_data():
+    """A folder's classes stand one after the other: the first of them are of one class."""
+    flow, (data, has) = linear_flow(), two_classes()
+    order = np.argsort(has, kind="stable")
+    some = direction(flow, data.subset(order), has[order], at_most=600)
+    every = direction(flow, data, has)
+    assert torch.cosine_similarity(some.latents[0], every.latents[0], dim=0) > 0.95
 
 
 def test_a_label_that_says_nothing_has_no_direction_to_be_told_by():

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -505,8 +506,6 @@ def test_a_flipped_bit_is_noticed_where_the_format_has_checksums(folder, tmp_pat
 
 
 def re_path(path):
-    import re
-
     return re.escape(path.name)
 
 
@@ -579,6 +578,14 @@ def test_weights_of_nobody_known(tmp_path):
         convert(tmp_path / "mine.pt")
     with pytest.raises(ForeignError, match="missing"):
         convert(tmp_path / "mine.pt", family="bits-back")
+    state = state_of(GOLDEN / "bitsback" / "binary")
+    state |= {name: t[:, :-1] for name, t in state.items() if t.ndim == 2 and name != "fc1.weight"}
+    state |= {f"more{i}": torch.ones(2) for i in range(4)}
+    torch.save(state, tmp_path / "eight.pt")
+    with pytest.raises(ForeignError) as error:
+        convert(tmp_path / "eight.pt", family="bits-back")
+    assert str(error.value).count(";") == 4  # the first five of eight
+    assert re.search(r"more0 is not part of it, and 3 more\. The nearest known", str(error.value))
     with pytest.raises(ValueError, match=r"from: expected one of .* got 'zuko'"):
         convert(tmp_path / "mine.pt", family="zuko")
     rosinality = source(GOLDEN / "rosinality" / "affine_lu")

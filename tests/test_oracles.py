@@ -904,6 +904,12 @@ def test_a_model_without_its_dequantisation():
     assert vae.continuous() is vae.prior
     levels = build("vae", (1, 3, 3), bits=3, latents=3, width=6, net="mlp")
     assert levels.continuous() is levels
+    kl = randomized(build("autoencoder_kl", (1, 8, 8), bits=4, widths=[4, 4], groups=2, latents=2))
+    torch.manual_seed(0)
+    figure = kl.elbo(x)
+    torch.manual_seed(0)
+    wide = (x + torch.rand(3, 1, 8, 8, dtype=torch.float64)) / 8 - 1  # images in [-1, 1]
+    assert off(figure, kl.continuous().elbo(wide) - 64 * math.log(8)) < 1e-9
     logit = randomized(build("glow", (1, 8, 8), bits=4, levels=2, depth=1, hidden=6))
     assert off(logit.continuous().decode(logit.continuous().encode(y + 0.5)), y + 0.5) < 1e-9
 
