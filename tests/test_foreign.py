@@ -180,7 +180,7 @@ def first_stage(tmp_path):
     state = {f"first_stage_model.{name}": t for name, t in file["state_dict"].items()}
     state |= {"betas": torch.rand(7), "model_ema.decay": torch.tensor(0.9)}
     state |= {"model.diffusion_model.time_embed.0.weight": torch.rand(4, 2)}
-    state |= {f"model.diffusion_model.blocks.{i}.weight": torch.rand(2) for i in range(50)}
+    state |= {f"model.diffusion_model.blocks.{i}.weight": torch.rand(2) for i in range(900)}
     state["cond_stage_model.transformer.weight"] = torch.rand(5, 4)
     torch.save({"state_dict": state, "global_step": 7, "epoch": 1}, tmp_path / "sd.ckpt")
     return tmp_path / "sd.ckpt"

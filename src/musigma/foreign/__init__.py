@@ -127,7 +127,7 @@ def convert(
     if family is not None and family not in FAMILIES:
         raise ValueError(f"from: expected one of {', '.join(FAMILIES)}; got {family!r}")
     weights, options = read(source), options or Options()
-    shares = {name: weights.share(known.names) for name, known in FAMILIES.items()}
+    shares = {n: weights.share(known.names, known.ignored) for n, known in FAMILIES.items()}
     nearest = max(shares, key=lambda name: shares[name])
     near = f"{nearest} ({FAMILIES[nearest].what}), which knows {shares[nearest]:.0%} of the names"
     if family is None and shares[nearest] < 0.5:

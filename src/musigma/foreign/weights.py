@@ -75,9 +75,11 @@ class Weights:
         self.problems: list[str] = []
         self.left = set(self.tensors)
 
-    def share(self, names: Iterable[str]) -> float:
-        """The share of all names that match one of some regular expressions, from 0 to 1."""
-        return 1 - len(self.strange(names)) / len(self.tensors)
+    def share(self, names: Iterable[str], ignored: Iterable[str]) -> float:
+        """The share of the names that match one of `names`, of all but the ignored, 0 to 1."""
+        known, besides = _any_of(names), _any_of(ignored)
+        asked = [name for name in self.tensors if not besides.fullmatch(name)]
+        return sum(bool(known.fullmatch(name)) for name in asked) / max(1, len(asked))
 
     def strange(self, names: Iterable[str]) -> list[str]:
         """The names that match none of some regular expressions."""
