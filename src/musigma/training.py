@@ -509,6 +509,8 @@ class _Log:
             "learning_rate": lr,
             "examples_per_second": self.seen / max(now - self.last, 1e-9),
         }
+        if aside := terms["aside"].item():  # a classifier's term
+            row["aside"] = aside
         self.last, self.seen = now, 0
         self.write(row)
 
