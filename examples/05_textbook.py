@@ -1,10 +1,14 @@
-"""The textbook VAE: for every observation two vectors, mu and sigma, of independent normals.
+"""The textbook VAE: two vectors for every observation, mu and sigma, of independent normals.
 
-    python examples/05_textbook.py [STEPS [PICTURE.png]]
+    h = features(x),  mu = A h + a,  sigma = exp(B h + b),  z ~ N(mu, diag(sigma²))
 
-mu and sigma come out of the encoder. Are they the mean and the standard deviation of something: of
-the activations, of the batch, of the data? No: they are outputs of functions of one observation's
-features. Images of a disc whose place is known show what they are, and how they move in training.
+Asked: are mu and sigma the mean and the standard deviation of something: of the layer's
+activations, of the batch, of the data? How do they become a belief about an observation? And does
+each latent come to stand for one factor of the data?
+
+python examples/05_textbook.py [STEPS [PICTURE.png]]
+
+The data are drawn here: noisy 16x16 images of a blob, whose place and brightness are known.
 """
 
 import sys
@@ -13,162 +17,207 @@ import torch
 from torch import nn
 
 import musigma
-from musigma import GaussianHead
+from musigma import Format, GaussianHead
 
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2500
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 1500
 picture = sys.argv[2] if len(sys.argv) > 2 else None
 SIDE, HIDDEN, SHOWN = 16, 128, 12
+SQUARE, RECTANGLE = (4.5, 4.5), (5.5, 3.5)
 
 
-def discs(n, reach, seed):
-    """Binary images (n, 1, 16, 16) of a disc, and its place (n, 2): right and down, in pixels."""
-    draw = torch.Generator().manual_seed(seed)
-    place = (2 * torch.rand(n, 2, generator=draw) - 1) * torch.tensor(reach)
-    grid = torch.arange(SIDE) - (SIDE - 1) / 2
-    right, down = grid.view(1, 1, -1) - place[:, 0, None, None], grid.view(1, -1, 1)
-    far = right**2 + (down - place[:, 1, None, None]) ** 2
-    return (far < 3.0**2).float().unsqueeze(1), place
+def photograph(place, brightness, seed):
+    """Binary images (n, 1, 16, 16): more pixels are lit near the place, the brighter the more."""
+    axis = torch.arange(SIDE) - (SIDE - 1) / 2
+    right, down = axis - place[:, :1, None], axis[:, None] - place[:, 1:, None]
+    lit = 0.02 + 0.96 * brightness[:, None, None] * (-(right**2 + down**2) / 8).exp()
+    return torch.bernoulli(lit, generator=torch.Generator().manual_seed(seed)).unsqueeze(1)
 
 
-class Features(nn.Module):
-    """The encoder's network: hidden features, and two linear functions of them."""
+def blobs(n, reach, seed):
+    """Images, places (n, 2) in pixels right and down of the middle, and brightnesses (n,)."""
+    draw = torch.rand(n, 3, generator=torch.Generator().manual_seed(seed))
+    place, brightness = (2 * draw[:, :2] - 1) * torch.tensor(reach), 0.5 + 0.5 * draw[:, 2]
+    return photograph(place, brightness, seed), place, brightness
+
+
+class Encoder(nn.Module):
+    """Features of an observation, and two linear functions of them."""
 
     def __init__(self):
         super().__init__()
-        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(SIDE**2, HIDDEN), nn.Tanh())
-        self.mu, self.log_sigma = nn.Linear(HIDDEN, 2), nn.Linear(HIDDEN, 2)
+        first, second = nn.Linear(SIDE**2, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.features = nn.Sequential(nn.Flatten(), first, nn.Tanh(), second, nn.Tanh())
+        self.mean, self.scale = nn.Linear(HIDDEN, 2), nn.Linear(HIDDEN, 2)
 
     def forward(self, x):
-        h = self.hidden(x)
-        return self.mu(h), self.log_sigma(h)  # sigma = exp of it: positive, whatever is emitted
+        h = self.features(x)
+        return self.mean(h), self.scale(h)
 
 
-def textbook(seed):
+def textbook(seed, scale="log_std"):
+    """The model; `scale` names the map that makes sigma positive."""
     torch.manual_seed(seed)
-    decoder = nn.Sequential(
-        nn.Linear(2, HIDDEN),
-        nn.Tanh(),
-        nn.Linear(HIDDEN, SIDE**2),
-        nn.Unflatten(1, (1, SIDE, SIDE)),
-    )
+    widths = [nn.Linear(2, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh()]
+    decoder = nn.Sequential(*widths, nn.Linear(HIDDEN, SIDE**2), nn.Unflatten(1, (1, SIDE, SIDE)))
     return musigma.VAE(
-        GaussianHead(Features(), event_ndims=1, format=musigma.Format("two-heads")),
+        GaussianHead(Encoder(), event_ndims=1, format=Format("two-heads", scale=scale)),
         musigma.likelihood("bernoulli", (1, SIDE, SIDE), lambda channels: decoder, levels=2),
         musigma.Prior(musigma.StandardNormal((2,))),
     )
 
 
-def train(model, x, beta=1.0, watch=None):
+def train(model, x, beta=1.0, moments=()):
+    """Train; returns mu and sigma of the first observations after so many steps."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    torch.manual_seed(1)  # the same noise for all of them
+    seen = {}
     for step in range(steps + 1):
-        if watch:
-            watch(step, model)
-        batch = x[torch.randint(len(x), (64,))]
-        loss = musigma.objectives.beta_elbo(model(batch), beta)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        if step in moments:
+            with torch.no_grad():
+                q = model.encoder(x[:SHOWN])
+            seen[step] = q.mean, q.stddev
+        if step < steps:
+            batch = x[musigma.data.batch_indices(len(x), 64, seed=0, step=step)]
+            loss = musigma.objectives.beta_elbo(model(batch), beta)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval().requires_grad_(False)
+    return seen
 
 
-x, place = discs(2000, (4.5, 4.5), seed=0)
-moments = sorted({0, steps // 40, steps // 8, steps})
-seen = {}
-
-
-@torch.no_grad()
-def watch(step, model):
-    if step in moments:
-        q = model.encoder(x[:SHOWN])
-        seen[step] = q.mean, q.stddev
-
-
-model = textbook(seed=0)
-train(model, x, watch=watch)
-model = model.double().eval().requires_grad_(False)
-x = x.double()
-q = model.encoder(x)
-mu, sigma = q.mean, q.stddev
-
-print("mu and sigma are functions of one observation:")
-alone = torch.cat([torch.cat([t.mean, t.stddev], 1) for t in map(model.encoder, x[:50].split(1))])
-among = torch.cat([mu, sigma], 1)[:50]
-turned = model.encoder(x.flip(0)).mean.flip(0)
-print("  of 50 images by themselves and among 2,000: off by", (alone - among).abs().max().item())
-print("  in another order:                           off by", (turned - mu).abs().max().item())
-h = model.encoder.net.hidden(x)
-
-
-def r2(a, b):
-    """The squared correlation of every column of a with every column of b."""
+def correlated(a, b):
+    """The squared correlations of the columns of a (n, i) with those of b (n, j): (i, j)."""
     return torch.corrcoef(torch.cat([a, b], 1).T)[: a.shape[1], a.shape[1] :] ** 2
 
 
-statistics = torch.stack([h.mean(1), h.std(1)], 1)
-names = ["mu 1", "mu 2", "sigma 1", "sigma 2"]
-print("and no statistics of the features (squared correlation over the images):")
-for name, row in zip(names, r2(torch.cat([mu, sigma], 1), statistics), strict=True):
-    print(f"  {name:<8} with the activations' mean {row[0]:.2f}, with their spread {row[1]:.2f}")
-batch = h.std(0).mean()
-print(
-    f"  spread of an activation over the images {batch:.2f}; sigma {sigma.mean():.3f} on average"
-)
+def explained(a, b):
+    """R² of the linear regression of every column of b on all columns of a."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return 1 - (b - a @ torch.linalg.lstsq(a, b).solution).var(0) / b.var(0)
 
-print("spread of z over the data, by dimension:   var(mu) + mean(sigma²) = var(z)")
-for i in range(2):
-    a, b = mu[:, i].var(), sigma[:, i].square().mean()
-    print(f"  {i + 1}: {a:.3f} + {b:.3f} = {a + b:.3f}, and the prior has 1")
 
-print(f"{SHOWN} observations in training")
-first = seen[0][0]
+x, place, brightness = blobs(2000, SQUARE, seed=0)
+new = blobs(2000, SQUARE, seed=1)[0]
+model, softplus = textbook(0), textbook(0, "softplus")
+seen = train(model, x, moments={0, steps // 50, steps // 10, steps})
+train(softplus, x)
+q = model.encoder(x)
+mu, sigma = q.mean, q.stddev
+
+# -- whose mean, whose standard deviation?
+
+
+def beside(company):
+    """mu and sigma of the first observation, in a batch with others."""
+    q = model.encoder(torch.cat([x[:1], company]))
+    return torch.stack([q.mean[0], q.stddev[0]])
+
+
+usual = beside(x[1:64])
+companies = [x[64:127], x[1:64].flip(0), 100 * x[1:64], x[:1].expand(63, -1, -1, -1)]
+apart = max((beside(company) - usual).abs().max().item() for company in companies)
+alone = (beside(x[:0]) - usual).abs().max().item()
+print(f"""1. mu and sigma of an observation are functions of that observation alone
+  beside 63 others, the same reversed, the same times 100, 63 copies of itself: {apart} apart
+  by itself: {alone:.0e} apart, which is the rounding of another matrix product""")
+
+net = model.encoder.net
+h = net.features(x)
+permuted = h[:, torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(0))]
+statistics, after = (torch.stack([t.mean(1), t.std(1)], 1) for t in (h, permuted))
+moved = (net.mean(permuted) - mu).abs().mean()
+common = correlated(torch.cat([mu, sigma], 1), statistics)
+first = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(mu[0], sigma[0], strict=True))
+print(f"""2. They are no statistics of the activations h
+  observation 0: mean and std of h {h[0].mean():.3f}, {h[0].std():.3f}; mu ± sigma {first}
+  h permuted: its mean and std move by {(after - statistics).abs().max():.0e}, mu by {moved:.2f}
+  over all images, at most {common[:2, 0].max():.2f} of mu's variance is common with the mean of h,
+  and {common[2:, 1].max():.2f} of sigma's with the std of h
+  sigma = exp: -ELBO {-model.elbo(new).mean():.2f} nats on new images; \
+sigma = softplus: {-softplus.elbo(new).mean():.2f}""")
+
+print("3. Nor are they moments of all z: Var[z] = Var[mu] + E[sigma²], and the prior's is 1")
+for i, (a, b) in enumerate(zip(mu.var(0), sigma.square().mean(0), strict=True), 1):
+    print(f"  z {i}: {a:.3f} + {b:.3f} = {a + b:.3f}")
+
+print("4. sigma is how uncertain one image leaves z: 500 new images of each of 20 blobs")
+again = place[:20].repeat_interleave(500, 0)
+for light in (0.5, 0.75, 1.0):
+    q = model.encoder(photograph(again, torch.full((len(again),), light), seed=2))
+    spread = q.mean.unflatten(0, (20, 500)).var(1).mean().sqrt()
+    typical = q.variance.mean().sqrt()
+    print(f"  brightness {light:.2f}: mu of one blob spreads by {spread:.3f}, sigma {typical:.3f}")
+
+print(f"5. {SHOWN} observations in training: how far mu has moved, and sigma, on average")
 for step, (mean, std) in seen.items():
+    moved = (mean - seen[0][0]).norm(dim=1).mean()
+    print(f"  step {step:>5}: {moved:.2f}, {std.mean():.3f}")
+
+# -- does a latent stand for a factor?
+
+print("""6. Factors: how far right, how far down; new images, three seeds
+  aligned: squared correlation of each factor with one latent of its own, averaged (the better
+  pairing); linear: R² of each factor regressed on both latents, averaged: blind to turning""")
+
+
+def report(name, models, beta):
+    """A line for models that differ in their seed."""
+    posteriors = [m.encoder(held_out) for m in models]
+    tables = [correlated(q.mean, factors) for q in posteriors]
+    aligned = [max(t.trace(), t.flip(0).trace()) / 2 for t in tables]
+    linear = [explained(q.mean, factors).mean() for q in posteriors]
+    used = [(q.stddev.mean(0) < 0.9).sum() for q in posteriors]
+    evidence = [m(held_out, closed_form=True) for m in models]
+    loss = [musigma.objectives.beta_elbo(e, beta) for e in evidence]
     print(
-        f"  step {step:>5}: mu {mean.norm(dim=1).mean():.2f} from the origin, "
-        f"{(mean - first).norm(dim=1).mean():.2f} from where it began; sigma {std.mean():.3f}"
+        f"  {name:<20} aligned {' '.join(f'{v:.2f}' for v in aligned)}"
+        f"   linear {' '.join(f'{v:.2f}' for v in linear)}"
+        f"   latents in use {' '.join(f'{v}' for v in used)}"
+        f"   loss {' '.join(f'{v:.1f}' for v in loss)}"
     )
 
-# -- factors: does a latent stand for one of them?
 
-print("does a latent stand for a factor? R² of both factors by a latent each, the better pairing")
-kinds = {"right ±4.5, down ±4.5": (4.5, 4.5), "right ±6.0, down ±2.0": (6.0, 2.0)}
-for kind, reach in kinds.items():
-    known, factors = discs(2000, reach, seed=1)
-    for beta in (1.0, 4.0):
-        scores = []
-        for seed in range(3):
-            other = textbook(seed)
-            train(other, known, beta)
-            with torch.no_grad():
-                table = r2(other.encoder(known).mean, factors)
-            paired = max(table[0, 0] + table[1, 1], table[0, 1] + table[1, 0]) / 2
-            scores.append(paired.item())
-        print(f"  {kind}, beta {beta:g}, three seeds: {'  '.join(f'{s:.2f}' for s in scores)}")
-    (a, b), (c, d) = table.tolist()
-    print(
-        f"    the last: z 1 with right {a:.2f}, down {b:.2f}; z 2 with right {c:.2f}, down {d:.2f}"
+for reach in (SQUARE, RECTANGLE):
+    known = blobs(2000, reach, seed=0)[0]
+    held_out, factors, _ = blobs(2000, reach, seed=1)
+    print(f" right ±{reach[0]} pixels, down ±{reach[1]}")
+    models = [textbook(seed) for seed in range(3)]
+    for name, beta in (("beta 1", 1.0), ("beta 4 from there", 4.0)):
+        for some in models:
+            train(some.requires_grad_(True), known, beta)
+        report(name, models, beta)
+    models = [textbook(seed) for seed in range(3)]
+    for some in models:
+        train(some, known, beta)
+    report("beta 4 from scratch", models, beta)
+
+if picture:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Ellipse
+
+    figure = Figure((11, 3.1), dpi=110, layout="constrained")
+    *planes, last = figure.subplots(1, len(seen) + 1)
+    for ax, (step, (mean, std)) in zip(planes, seen.items(), strict=True):
+        ax.add_patch(Ellipse((0, 0), 4, 4, fill=False, ls=":", color="0.3"))
+        for m, s, light in zip(mean.tolist(), std.tolist(), brightness.tolist(), strict=False):
+            color = colormaps["viridis"](2 * light - 1)
+            ax.add_patch(Ellipse(m, 4 * s[0], 4 * s[1], fc=(*color[:3], 0.35), ec=color))
+        ax.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal", title=f"step {step:,}")
+        ax.set(xlabel="z 1", xticks=(-2, 0, 2), yticks=(-2, 0, 2) if step == 0 else ())
+    planes[0].set_ylabel("z 2")
+    line = torch.linspace(-1.8, 1.8, 7)
+    grid = torch.cartesian_prod(line.flip(0), line).flip(1)
+    decoded = model.decoder(grid).mean.reshape(7, 7, SIDE, SIDE).permute(0, 2, 1, 3)
+    extent = (-2.1, 2.1, -2.1, 2.1)
+    last.imshow(decoded.reshape(7 * SIDE, 7 * SIDE), cmap="gray_r", extent=extent)
+    last.set(title="decoded over the plane", xlabel="z 1", xticks=(-2, 0, 2), yticks=())
+    figure.suptitle(
+        "mu and sigma of 12 images: ellipses of 2 sigma, yellow for bright blobs, violet for "
+        "faint ones; dotted the prior's",
+        fontsize=10,
     )
-if not picture:
-    sys.exit()
-
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patches import Ellipse  # noqa: E402
-
-fig, axes = plt.subplots(1, len(seen) + 1, figsize=(3.1 * (len(seen) + 1), 3.3))
-colors = plt.colormaps["twilight"](torch.atan2(*place[:SHOWN].T) / 6.2832 + 0.5)
-for ax, (step, (mean, std)) in zip(axes, seen.items(), strict=False):
-    ax.add_patch(Ellipse((0, 0), 4, 4, fill=False, ls=":", color="grey"))
-    for m, s, color in zip(mean.tolist(), std.tolist(), colors, strict=True):
-        ax.add_patch(Ellipse(m, 4 * s[0], 4 * s[1], alpha=0.6, color=color))
-    ax.set_xlim(-3, 3)
-    ax.set_ylim(-3, 3)
-    ax.set_aspect("equal")
-    ax.set_title(f"step {step:,}")
-    ax.set_xlabel("z 1")
-axes[0].set_ylabel("z 2; ellipses of 2 sigma, the prior's dotted")
-line = torch.linspace(-2, 2, 9, dtype=torch.float64)
-plane = torch.cartesian_prod(line.flip(0), line).flip(1)
-grid = model.decoder(plane).mean.reshape(9, 9, SIDE, SIDE).permute(0, 2, 1, 3)
-axes[-1].imshow(grid.reshape(9 * SIDE, 9 * SIDE), cmap="gray_r", extent=(-2.25, 2.25, -2.25, 2.25))
-axes[-1].set_title("decoded over the plane")
-axes[-1].set_xlabel("z 1")
-fig.tight_layout()
-fig.savefig(picture, dpi=110)
+    figure.savefig(picture, metadata={"Software": None})
