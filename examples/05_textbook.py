@@ -209,12 +209,15 @@ if picture:
         ax.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal", title=f"step {step:,}")
         ax.set(xlabel="z 1", xticks=(-2, 0, 2), yticks=(-2, 0, 2) if step == 0 else ())
     planes[0].set_ylabel("z 2")
-    line = torch.linspace(-1.8, 1.8, 7)
+    line = torch.linspace(-1.8, 1.8, 5)
     grid = torch.cartesian_prod(line.flip(0), line).flip(1)
-    decoded = model.decoder(grid).mean.reshape(7, 7, SIDE, SIDE).permute(0, 2, 1, 3)
-    extent = (-2.1, 2.1, -2.1, 2.1)
-    last.imshow(decoded.reshape(7 * SIDE, 7 * SIDE), cmap="gray_r", extent=extent)
+    decoded = model.decoder(grid).mean.reshape(5, 5, SIDE, SIDE).permute(0, 2, 1, 3)
+    extent = (-2.25, 2.25, -2.25, 2.25)
+    last.imshow(decoded.reshape(5 * SIDE, 5 * SIDE), cmap="gray_r", extent=extent)
     last.set(title="decoded over the plane", xlabel="z 1", xticks=(-2, 0, 2), yticks=())
+    for edge in (-1.35, -0.45, 0.45, 1.35):
+        last.axhline(edge, color="0.75", lw=0.6)
+        last.axvline(edge, color="0.75", lw=0.6)
     figure.suptitle(
         "mu and sigma of 12 images: ellipses of 2 sigma, yellow for bright blobs, violet for "
         "faint ones; dotted the prior's",
