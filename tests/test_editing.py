@@ -9,7 +9,7 @@ from PIL import Image
 
 import musigma
 from musigma.cli import main
-from musigma.editing import Direction, direction, edit, mix, temperatures
+from musigma.editing import Direction, _every, direction, edit, mix, temperatures
 from musigma.layers import ActNorm, InvertibleConv
 from musigma.testing import randomized
 
@@ -46,7 +46,7 @@ def glow(**options):
 def test_the_mean_difference_of_a_linear_flow():
     flow, (data, has) = linear_flow(), two_classes()
     step = direction(flow, data, has, method="mean", attribute="first")
-    kept = np.arange(len(data)) % 4 != 3
+    kept = ~_every(4, has, 0)
     x = torch.from_numpy(data.x)
     moved = edit(flow, x, step, [0.0, 1.0, -1.0])
     assert (moved[:, 0] - x).abs().max() < 1e-4
@@ -197,6 +197,25 @@ def test_a_direction_is_read_as_it_was_written(tmp_path):
         Direction.load(tmp_path / "nan.npz")
 
 
+def test_latents_that_say_nothing_have_no_direction():
+    model = musigma.build("vae", (1, 8, 8), latents=3, width=8, net="mlp")
+    for parameter in model.encoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    data = musigma.Dataset(torch.randint(0, 256, (40, 1, 8, 8)).byte().numpy())
+    for method in ("mean", "probe"):
+        with pytest.raises(ValueError, match="its latents are the same whether or not"):
+            direction(model, data, np.arange(40) % 2 == 0, method=method)
+
+
+@pytest.mark.parametrize("period", [2, 3, 4])
+def test_labels_in_turn_are_in_both_parts(period):
+    has = np.arange(400) % period == 0
+    test = _every(4, has, 0)
+    assert test.sum() == pytest.approx(100, abs=1)
+    assert has[test].sum() == has.sum() // 4
+    assert has[~test].sum() == has.sum() - has.sum() // 4
+
+
 def test_mistakes_are_named():
     model, x = glow()
     data = musigma.Dataset(np.zeros((8, 1, 8, 8), np.uint8))
@@ -302,7 +321,12 @@ def test_classes_by_name(photos, tmp_path, monkeypatch, capsys):
             "0,1",
         ),
         (["direction", "RUN", "ONE", "--positive", "0", "--out", "d.npz"], "no labels"),
-        (["edit", "RUN", "DATA", "--direction", "none.npz"], "is no file of a direction"),
+        (["edit", "RUN", "DATA", "--direction", "none.npz"], "there is no file none.npz"),
+        (
+            ["edit", "RUN", "DATA", "--direction", "x", "--strength", "inf..2"],
+            "strength: expected",
+        ),
+        (["sample", "RUN", "--temperatures", "0,1", "--temperature", "2"], "leave it out"),
         (["edit", "RUN", "DATA", "--direction", "x", "--strength", "a..b"], "strength: expected"),
         (
             ["edit", "RUN", "DATA", "--direction", "x", "--strength", "0..1:1"],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from musigma.data import Dataset
-from musigma.evaluation import batches, evaluating
+from musigma.evaluation import batch, batches, evaluating
 from musigma.files import replacing
 from musigma.model import Model
 from musigma.sources import Progress
@@ -100,19 +100,20 @@ def direction(
 
     Args:
         model: Any model.
-        data: Examples; every fourth is kept to measure the direction by.
+        data: Examples; a fourth is kept to measure the direction by.
         has: For each of them whether it has the attribute, shape (n,).
         attribute: Its name.
         method: `mean` or `probe`.
         levels: Latents to use, top first from 0; None: all.
-        at_most: How many examples to look at: all their latents are held in memory.
+        at_most: How many examples to look at, spread over the data: their latents are held in
+            memory, and fewer are taken where these would fill more than 1 GB.
         batch_size: Examples at a time.
-        seed: Of the draws of binarization, if any.
+        seed: Of which examples are kept aside, and of the draws of binarization, if any.
         progress: Called with (done, total).
 
     Raises:
-        ValueError: For an unknown method or level; or if fewer than two examples have the
-            attribute, or lack it.
+        ValueError: For an unknown method or level; if fewer than two examples have the attribute,
+            or lack it; or if the latents are the same for all of them.
     """
     try:
         from sklearn.metrics import roc_auc_score
@@ -126,9 +127,13 @@ def direction(
     if has.shape != (len(data),):
         raise ValueError(f"has: expected {len(data)} truth values; got shape {has.shape}")
     chosen = checked_levels(model, levels)
-    kept = np.unique(np.linspace(0, len(data) - 1, min(len(data), at_most)).astype(int))
+    with evaluating(model):
+        one, context = batch(data, np.arange(1), model, seed=seed)
+        dims = sum(z.numel() for z in model.encode(one, context, mode=True))
+    at_most = min(len(data), at_most, max(200, 250_000_000 // dims))
+    kept = np.unique(np.linspace(0, len(data) - 1, at_most).astype(int))
     data, has = data.subset(kept), has[kept]
-    test = np.arange(len(has)) % 4 == 3
+    test = _every(4, has, seed)
     counts = [int((has[~test] == value).sum()) for value in (True, False)]
     if min(counts) < 2:
         raise ValueError(
@@ -147,8 +152,10 @@ def direction(
     flat = torch.cat(parts)
     made, y = flat[~test], torch.from_numpy(has[~test])
     step = made[y].mean(0) - made[~y].mean(0)
+    if bool((step == 0).all()):
+        raise ValueError("model: its latents are the same whether or not the attribute is there")
     if method == "probe":
-        w = _probe(made.numpy(), has[~test])
+        w = _probe(made.numpy(), has[~test], seed)
         step = w * (w @ step) / (w @ w)
     rest = has[test]
     known = 0 < rest.sum() < len(rest)
@@ -161,11 +168,20 @@ def direction(
     return Direction(latents, attribute, method, auc)
 
 
-def _probe(x: np.ndarray, y: np.ndarray) -> Tensor:
+def _every(n: int, has: np.ndarray, seed: int) -> np.ndarray:
+    """One in n examples, drawn evenly from those with the attribute and those without it."""
+    chosen, random = np.zeros(len(has), bool), np.random.default_rng(seed)
+    for value in (True, False):
+        rows = random.permutation(np.flatnonzero(has == value))
+        chosen[rows[: len(rows) // n]] = True
+    return chosen
+
+
+def _probe(x: np.ndarray, y: np.ndarray, seed: int) -> Tensor:
     """Weights of a logistic regression, in the coordinates of x."""
     from sklearn.linear_model import LogisticRegression
 
-    third = np.arange(len(x)) % 3 == 0
+    third = _every(3, y, seed)
     enough = min(np.bincount(y[third], minlength=2).min(), np.bincount(y[~third]).min()) > 1
     best, penalty = -np.inf, 1e-2
     for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) if enough else ():

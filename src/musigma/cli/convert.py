@@ -23,6 +23,7 @@ def convert(
     size: str | None = None,
     bits: int | None = None,
     permutation: str | None = None,
+    labels: str | None = None,
     std: float | None = None,
     groups: int | None = None,
     dtype: Literal["float32", "float64"] | None = None,
@@ -44,6 +45,7 @@ def convert(
         bits: Bits of each element of the data, where its code can be set to others.
         permutation: Of a Glow without 1x1 convolutions: `reverse`, or a .json file with the order
             of every step.
+        labels: Of a Glow's classifier, where nothing says it: softmax, or sigmoid for several.
         std: Standard deviation of p(x | z), where the original has no likelihood.
         groups: Of group normalisations, where the checkpoint does not say.
         dtype: Type of the weights; by default the source's, where it loses nothing.
@@ -58,7 +60,17 @@ def convert(
     taken = any(out.iterdir()) if out.is_dir() else out.exists()
     if taken and not overwrite:
         raise ValueError(f"out: {out} exists already; --overwrite, or another name")
+    options = foreign.Options(
+        size=_size(size),
+        bits=bits,
+        permutation=_orders(permutation),
+        labels=labels,
+        std=std,
+        groups=groups,
+    )
     if to == "diffusers":
+        if given := [*options.given(), *["from"] * bool(family), *["dtype"] * bool(dtype)]:
+            raise ValueError(f"{given[0]}: is for reading a checkpoint; leave it out")
         trained = Trained(source, common)
         foreign.export(trained.model, trained.extra, out, family=to)
         screen.result({"out": str(out), "to": to}, f"a folder for diffusers: {out}")
@@ -67,9 +79,6 @@ def convert(
         raise ValueError(
             f"out: expected a .safetensors file, or a folder, in one that exists; got {out}"
         )
-    options = foreign.Options(
-        size=_size(size), bits=bits, permutation=_orders(permutation), std=std, groups=groups
-    )
     kept = None if dtype is None else getattr(torch, dtype)
     model, found, about = foreign.convert(source, family=family, options=options, dtype=kept)
     if not out.suffix:

@@ -131,6 +131,8 @@ def edit(
     from musigma import editing
 
     strengths = _strengths(strength)
+    if not direction.is_file():
+        raise ValueError(f"direction: there is no file {direction}")
     screen, trained = Screen(common), Trained(run, common)
     trained.check_out(out)
     step = editing.Direction.load(direction)
@@ -186,7 +188,7 @@ def mix(
     mixed = editing.mix(trained.model, x, style, _levels(levels) or [], *contexts)
     if out.suffix == ".png":
         blank = torch.zeros_like(x[:1])
-        sheet = torch.cat([torch.cat([x.unsqueeze(1), mixed], 1).flatten(0, 1)])
+        sheet = torch.cat([x.unsqueeze(1), mixed], 1).flatten(0, 1)
         trained.write(torch.cat([blank, style, sheet]), out, columns=half + 1)
     else:
         trained.write(mixed, out)
@@ -212,6 +214,8 @@ def _strengths(text: str) -> list[float]:
         else:
             ends, _, count = text.partition(":")
             low, high = (float(end) for end in ends.split(".."))
+            if not math.isfinite(high - low):
+                raise ValueError
             steps = int(count) if count else max(2, round(abs(high - low)) + 1)
             if not 2 <= steps <= 1000:
                 raise ValueError

@@ -263,7 +263,7 @@ class Trained:
         if bad := int((~np.isfinite(values.reshape(len(values), -1)).all(1)).sum()):
             raise ValueError(
                 f"out: {bad} of {len(values)} examples are not finite, so nothing "
-                "is written; a lower --temperature may help"
+                "is written; a lower --temperature (of edit: a smaller --strength) may help"
             )
         if self.bits is not None:
             values = values.astype(np.uint8)

@@ -204,7 +204,8 @@ def finetune(
     out = _run_folder(out, trained.model.config["architecture"], source, overwrite)
     screen = Screen(dataclasses.replace(common, seed=config.seed))
     found = trained.data(source, DataOptions(split="all", skip_bad=skip_bad), screen)
-    _begin(trained.model, found, source, treat, skip_bad, config, out, overwrite, screen)
+    kept = {name: trained.extra[name] for name in ("foreign",) if name in trained.extra}
+    _begin(trained.model, found, source, treat, skip_bad, config, out, overwrite, screen, kept)
 
 
 def train(
@@ -256,8 +257,9 @@ def _begin(
     out: Path,
     overwrite: bool,
     screen: Screen,
+    kept: dict[str, Any] | None = None,
 ) -> None:
-    """Write down what is to be trained, and train it."""
+    """Write down what is to be trained, and train it; `kept` goes into the checkpoints."""
     import torch
 
     from musigma import data
@@ -275,6 +277,7 @@ def _begin(
             "digest": data.digest(found),
         },
         "train": dataclasses.asdict(config),
+        "kept": kept or {},
         "versions": {
             "musigma": __version__,
             "torch": torch.__version__,
@@ -316,7 +319,7 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
             validation,
             config,
             out,
-            extra={"data": saved["data"]},
+            extra={"data": saved["data"], **saved.get("kept", {})},
             device=common.device,
             resume=resume,
             watch=watch,

@@ -60,7 +60,8 @@ def sample(
         mode: Show the centre of p(x | latents), not a draw from it.
         label: The class to draw, by its name or number, if the model is conditional; by default
             all in turn.
-        temperatures: Show the same draws at several temperatures, a row for each: 0,0.5,0.7,1.
+        temperatures: Show the centres of the same draws at several temperatures, a row for each:
+            0,0.5,0.7,1. In place of `--temperature`.
         out: A .png grid, or an .npy or .npz array.
         common: Shared options.
     """
@@ -72,6 +73,8 @@ def sample(
     out = out or Path("samples.png" if len(trained.shape) == 3 else "samples.npy")
     trained.check_out(out)
     if temperatures is not None:
+        if temperature != "1":
+            raise ValueError("temperature: --temperatures has them already; leave it out")
         _at_temperatures(trained, n, temperatures, trained.context(n, label), out, screen)
         return
     parts, context = [], trained.context(n, label)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from musigma.foreign import autoencoder_kl, chaiyujin, mlp_vae, openai_glow, rosinality
-from musigma.foreign.weights import ForeignError, Options, Weights, read
+from musigma.foreign.weights import ForeignError, Options, Weights, read, shown
 from musigma.model import Model
 
 __all__ = ["FAMILIES", "Converted", "Family", "ForeignError", "Options", "convert", "export"]
@@ -45,7 +45,7 @@ class Family:
         what: In a line, for people.
         names: Regular expressions of its parameters' names.
         ignored: Of names that may be there beside them, and are no part of the model.
-        build: Weights and options to the model, in float64.
+        build: Weights and options to the model, in float64, once `Weights.finish` has passed.
         asks: The options that it understands.
     """
 
@@ -61,7 +61,7 @@ FAMILIES: dict[str, Family] = {
         "chaiyujin/glow-pytorch, a Glow",
         chaiyujin.NAMES,
         chaiyujin.build,
-        ("permutation", "bits"),
+        ("permutation", "labels", "bits"),
     ),
     "rosinality": Family(
         "rosinality/glow-pytorch, a Glow", rosinality.NAMES, rosinality.build, ("size", "bits")
@@ -131,33 +131,33 @@ def convert(
     nearest = max(shares, key=lambda name: shares[name])
     near = f"{nearest} ({FAMILIES[nearest].what}), which knows {shares[nearest]:.0%} of the names"
     if family is None and shares[nearest] < 0.5:
-        some = ", ".join(list(weights.tensors)[:5])
+        some = shown(", ".join(list(weights.tensors)[:5]))
         hint = f"; the nearest known format is {near}" if shares[nearest] else ""
         raise ForeignError(
             f"{source}: of no known kind; it holds {len(weights.tensors)} tensors, the first are "
             f"{some}{hint}. Known are {', '.join(FAMILIES)} (--from forces one)"
         )
     name = family or nearest
-    for option in options.given():
-        if option not in FAMILIES[name].asks:
-            raise ValueError(f"{option}: a checkpoint of {name} leaves no such choice")
     known = FAMILIES[name]
+    for option in options.given():
+        if option not in known.asks:
+            raise ValueError(f"{option}: a checkpoint of {name} leaves no such choice")
+    weights.kind, weights.nearest = f"{name} ({known.what})", near
     weights.ignore(known.ignored)
     try:
         model = known.build(weights, options)
     except ForeignError as error:
         strange = weights.strange((*known.names, *known.ignored))
-        if name == nearest and not strange:
+        if "nearest known format" in str(error) or (name == nearest and not strange):
             raise
-        others = "".join(f"; {other} is not part of it" for other in strange[:4])
+        others = "".join(f"; {shown(other)} is not part of it" for other in strange[:4])
         raise ForeignError(f"{error}{others}. The nearest known format is {near}") from error
-    weights.finish(f"{name} ({known.what})", near)
     target = dtype or weights.narrowest(model)
     about = {
         "foreign": {
             "family": name,
             "source": Path(source).name,
-            "config": weights.config.get("config.json") if name == "diffusers" else None,
+            "config": weights.beside("config.json") if name == "diffusers" else None,
             "dtype": str(weights.dtype).removeprefix("torch."),
         },
         "data": {"preprocess": _preprocess(model)},

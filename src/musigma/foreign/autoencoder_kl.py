@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from musigma.files import replacing, sync
-from musigma.foreign.weights import ForeignError, Options, Weights, holds
+from musigma.foreign.weights import LARGEST_SIDE, ForeignError, Options, Weights, holds
 from musigma.model import Model
 from musigma.zoo import build
 
@@ -36,18 +36,13 @@ DIFFUSERS = (
     r"(post_)?quant_conv\.(weight|bias)",
 )
 COMPVIS = (
-    r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|norm_out|conv_out)\.(weight|bias)",
-    rf"(first_stage_model\.)?(encoder|decoder)\.((down|up)\.\d+\.block\.\d+|mid\.block_[12])\.{_LAYER}",
-    r"(first_stage_model\.)?(encoder|decoder)\.(down|up)\.\d+\.(down|up)sample\.conv\.(weight|bias)",
-    r"(first_stage_model\.)?(encoder|decoder)\.((down|up)\.\d+\.attn\.\d+|mid\.attn_1)\."
-    r"(norm|[qkv]|proj_out)\.(weight|bias)",
-    r"(first_stage_model\.)?(post_)?quant_conv\.(weight|bias)",
+    r"(encoder|decoder)\.(conv_in|norm_out|conv_out)\.(weight|bias)",
+    rf"(encoder|decoder)\.((down|up)\.\d+\.block\.\d+|mid\.block_[12])\.{_LAYER}",
+    r"(encoder|decoder)\.(down|up)\.\d+\.(down|up)sample\.conv\.(weight|bias)",
+    r"(encoder|decoder)\.((down|up)\.\d+\.attn\.\d+|mid\.attn_1)\.(norm|[qkv]|proj_out)\.(weight|bias)",
+    r"(post_)?quant_conv\.(weight|bias)",
 )
-COMPVIS_IGNORED = (
-    r"(first_stage_model\.)?loss\..*",  # perceptual network and discriminator
-    r"(model|model_ema|cond_stage_model)\..*",  # the diffusion model over it
-    r"betas|(alphas|log|sqrt|posterior)_.*|scale_factor|logvar|lvlb_weights",
-)
+COMPVIS_IGNORED = (r"loss\..*", r"model_ema\..*")  # perceptual net, discriminator; averages
 
 DEFAULTS = {
     "in_channels": 3,
@@ -69,7 +64,7 @@ DEFAULTS = {
 
 def from_diffusers(weights: Weights, options: Options) -> Model:
     """An `AutoencoderKL`: images in [-1, 1], halves, a log variance clamped to [-30, 20]."""
-    said = weights.config.get("config.json")
+    said = weights.beside("config.json")
     if said is None:
         raise ForeignError(
             f"{weights.path}: an AutoencoderKL needs the config.json that was saved beside it"
@@ -78,8 +73,14 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
         raise ForeignError(
             f"{weights.path}: _class_name is {said['_class_name']!r}; only AutoencoderKL is known"
         )
-    config = DEFAULTS | said
+    config = _checked(weights, DEFAULTS | said)
     widths = list(config["block_out_channels"])
+    found = weights.numbers(r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*")
+    if config["layers_per_block"] != len(found):
+        raise ForeignError(
+            f"{weights.path}: layers_per_block in config.json is {config['layers_per_block']}, "
+            f"and encoder.down_blocks.0 has {len(found)}"
+        )
     attend = _attending(weights, config, len(widths))
     for name, wanted in (("act_fn", "silu"), ("out_channels", config["in_channels"])):
         if config[name] != wanted:
@@ -89,7 +90,17 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
             )
     side = config["sample_size"]
     size = options.size or ((side, side) if isinstance(side, int) else tuple(side))
-    model = _built(
+
+    def named(name: str) -> str:
+        theirs = _theirs(name)
+        for old, new in _OLD.items():
+            if theirs not in weights and theirs.replace(new, old) in weights:
+                return theirs.replace(new, old)
+        return theirs
+
+    return _filled(
+        weights,
+        named,
         (config["in_channels"], *size),
         options,
         widths=widths,
@@ -102,14 +113,46 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
         post_quant=config["use_post_quant_conv"],
     )
 
-    def found(name: str) -> str:
-        theirs = _theirs(name)
-        for old, new in _OLD.items():
-            if theirs not in weights and theirs.replace(new, old) in weights:
-                return theirs.replace(new, old)
-        return theirs
 
-    return _filled(model, weights, found)
+def _checked(weights: Weights, config: dict[str, Any]) -> dict[str, Any]:
+    """The entries that are used, each of the kind and range that it must have."""
+
+    def count(value: Any) -> bool:
+        return type(value) is int and 1 <= value <= LARGEST_SIDE
+
+    def counts(value: Any) -> bool:
+        return isinstance(value, list) and 0 < len(value) < 16 and all(map(count, value))
+
+    def words(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+    kinds = {
+        "a number from 1": (
+            count,
+            (
+                "in_channels",
+                "out_channels",
+                "layers_per_block",
+                "latent_channels",
+                "norm_num_groups",
+            ),
+        ),
+        "a number, or two": (lambda v: count(v) or (counts(v) and len(v) == 2), ("sample_size",)),
+        "a list of numbers": (counts, ("block_out_channels",)),
+        "a list of names": (words, ("down_block_types", "up_block_types")),
+        "true or false": (
+            lambda v: isinstance(v, bool),
+            ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
+        ),
+    }
+    for kind, (fits, names) in kinds.items():
+        for name in names:
+            if not fits(config[name]):
+                raise ForeignError(
+                    f"{weights.path}: {name} in config.json is {str(config[name])[:80]}, and no "
+                    f"{kind.removeprefix('a ')}"
+                )
+    return config
 
 
 def _attending(weights: Weights, config: Mapping[str, Any], levels: int) -> list[int]:
@@ -135,15 +178,6 @@ def _attending(weights: Weights, config: Mapping[str, Any], levels: int) -> list
     return attend[0]
 
 
-def _built(shape: tuple[int, ...], options: Options, **structure: Any) -> Model:
-    std = 0.1 if options.std is None else options.std
-    try:
-        model = build("autoencoder_kl", shape, bits=options.bits or 8, std=std, **structure)
-    except ValueError as error:
-        raise ForeignError(f"the architecture cannot be built here: {error}") from error
-    return model.double()
-
-
 def _theirs(name: str) -> str:
     """The name that diffusers has for one of our parameters."""
     name = re.sub(r"^(prior\.)?", "", name)
@@ -153,39 +187,50 @@ def _theirs(name: str) -> str:
     return rest if "quant_conv" in rest else f"{part}.{rest}"
 
 
-def _filled(model: Model, weights: Weights, found: Any) -> Model:
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            theirs = found(name)
-            shape = tuple(tensor.shape)
-            if theirs in weights and weights.tensors[theirs].ndim == 4 and tensor.ndim == 2:
-                shape = (*shape, 1, 1)  # attention by 1x1 convolutions
-            tensor.copy_(weights.take(theirs, *shape).reshape(tensor.shape))
+def _filled(
+    weights: Weights,
+    named: Callable[[str], str],
+    shape: tuple[int, ...],
+    options: Options,
+    **structure: Any,
+) -> Model:
+    """The zoo's model with these weights, once all of them have been found in shape."""
+    structure |= {"bits": options.bits or 8, "std": 0.1 if options.std is None else options.std}
+    try:
+        with torch.device("meta"):  # sizes alone
+            wanted = build("autoencoder_kl", shape, **structure).state_dict()
+    except ValueError as error:
+        raise ForeignError(f"{weights.path}: cannot be represented: {error}") from error
+    taken = {}
+    for name, tensor in wanted.items():
+        theirs, sizes = named(name), tuple(tensor.shape)
+        if theirs in weights and weights.tensors[theirs].ndim == 4 and tensor.ndim == 2:
+            sizes = (*sizes, 1, 1)  # attention by 1x1 convolutions
+        taken[name] = weights.take(theirs, *sizes).reshape(tensor.shape)
+    weights.finish()
+    model = build("autoencoder_kl", shape, **structure).double()
+    model.load_state_dict(taken)
     return model
 
 
 def from_compvis(weights: Weights, options: Options) -> Model:
-    """A KL autoencoder's state dict, alone or as ``first_stage_model`` of a diffusion model."""
-    prefix = "first_stage_model." if "first_stage_model.encoder.conv_in.weight" in weights else ""
-    if prefix:
-        weights.ignore([rf"(?!{re.escape(prefix)}).*"])  # the rest is not asked for
-    encoder = f"{prefix}encoder"
-    levels = weights.numbers(rf"{re.escape(encoder)}\.down\.(\d+)\.block\.0\.conv1\.weight")
-    if not levels:
-        raise ForeignError(f"{weights.path}: {encoder}.down.0.block.0.conv1.weight is missing")
-    blocks = len(weights.numbers(rf"{re.escape(encoder)}\.down\.0\.block\.(\d+)\.conv1\.weight"))
-    latents = weights.size(f"{prefix}decoder.conv_in.weight", 1)
-    model = _built(
-        (weights.size(f"{encoder}.conv_in.weight", 1), *(options.size or (256, 256))),
+    """A KL autoencoder's state dict, by itself or in a diffusion model's checkpoint."""
+    levels = weights.numbers(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    if levels != list(range(len(levels))) or not levels:
+        raise ForeignError(f"{weights.path}: encoder.down.0.block.0.conv1.weight is missing")
+    return _filled(
+        weights,
+        lambda name: _compvis(_theirs(name), len(levels)),
+        (weights.size("encoder.conv_in.weight", 1), *(options.size or (256, 256))),
         options,
-        widths=[weights.size(f"{encoder}.down.{i}.block.0.conv1.weight", 0) for i in levels],
-        blocks=blocks,
-        latents=latents,
-        embedded=weights.size(f"{prefix}post_quant_conv.weight", 1),
+        widths=[weights.size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in levels],
+        blocks=len(weights.numbers(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")),
+        latents=weights.size("decoder.conv_in.weight", 1),
+        embedded=weights.size("post_quant_conv.weight", 1),
         groups=options.groups or 32,
-        attend=[i for i in levels if f"{encoder}.down.{i}.attn.0.q.weight" in weights],
+        attend=[i for i in levels if weights.any(f"encoder.down.{i}.attn.")],
+        attend_middle=weights.any("encoder.mid.attn_1."),
     )
-    return _filled(model, weights, lambda name: prefix + _compvis(_theirs(name), len(levels)))
 
 
 _RENAMED = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musigma.foreign.glow import Conv, Level, Step, Top, assemble, folded
+from musigma.foreign.glow import (
+    Conv,
+    Level,
+    Step,
+    Top,
+    assemble,
+    checked,
+    folded,
+    zero_conv_rows,
+)
 from musigma.foreign.weights import ForeignError, Options, Weights
 from musigma.model import Model
 
@@ -38,88 +48,112 @@ def build(weights: Weights, options: Options) -> Model:
             runs[-1].append(here)
         else:
             runs.append([here])
-    channels = weights.size(f"flow.layers.{at[0]}.actnorm.bias", 1) // 4
+    first = f"flow.layers.{at[0]}"
+    channels = weights.size(f"{first}.actnorm.bias", 1) // 4
+    hidden = weights.size(f"{first}.f.2.weight", 0)
+    affine = zero_conv_rows(weights, f"{first}.f.4.weight", 0, 4 * channels) == 4 * channels
     scale = 2 ** len(runs)
     batch, twice, height, width = (weights.size("prior_h", axis) for axis in range(4))
     if bool((weights.take("prior_h", batch, twice, height, width) != 0).any()):
         weights.refuse("prior_h is not zero, as its code demands")
-    orders = _orders(weights, at, said, options)
-    levels, c = [], 4 * channels
+    c = 4 * channels
+    mixes = _mixes(
+        weights, [(i, c * 2**level) for level, run in enumerate(runs) for i in run], said, options
+    )
+    levels = []
     for run in runs:
-        steps = [_step(weights, i, c, orders.get(i)) for i in run]
+        steps = [_step(weights, i, c, hidden, affine, mixes[i]) for i in run]
         last = run is runs[-1]
         split = None if last else _zeros(weights, f"flow.layers.{run[-1] + 1}.conv", c // 2, c)
         levels.append(Level(steps, split))
         c = c if last else 2 * c
     top, classifier = _top(weights, c)
-    sigmoid = said.get("Criterion", {}).get("y_condition") == "multi-classes"
-    pixels, weight = height * width * scale**2, said.get("Train", {}).get("weight_y", 0.5)
-    classes = 1 if classifier is None else len(classifier[1])
+    labels, weight = "softmax", 0.5
+    if classifier is not None:
+        labels, weight = _classes(weights, said, options)
+    # there in nats of one class, for each bit of a pixel of all channels
+    weight *= math.log(2) * height * width * scale**2
     return assemble(
+        weights,
         levels,
         (channels, height * scale, width * scale),
         bits=options.bits or 8,
         low=0.0,
         top=top,
         classifier=classifier,
-        labels="sigmoid" if sigmoid else "softmax",
-        # there in nats of one class, for each bit of a pixel of all channels
-        classifier_weight=weight * math.log(2) * pixels / (classes if sigmoid else 1),
+        labels="sigmoid" if labels == "sigmoid" else "softmax",
+        classifier_weight=weight / len(classifier[1])
+        if classifier and labels == "sigmoid"
+        else weight,
     )
 
 
-def _hparams(weights: Weights) -> dict[str, Any]:
-    """The settings file beside the checkpoint, if there is one."""
-    return next((c for c in weights.config.values() if isinstance(c.get("Glow"), dict)), {})
+def _hparams(weights: Weights) -> Mapping[str, Any]:
+    """The settings that its trainer leaves beside the checkpoints, or in the folder above."""
+    folder = weights.path.parent
+    for path in sorted([*folder.glob("*.json"), *folder.resolve().parent.glob("*.json")]):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and isinstance(found.get("Glow"), dict):
+            return found
+    return {}
 
 
-def _orders(
-    weights: Weights, at: Sequence[int], said: Mapping[str, Any], options: Options
-) -> dict[int, Tensor]:
-    """The order of the channels in every step that has no 1x1 convolution."""
-    bare = [
-        i
-        for i in at
-        if not any(f"flow.layers.{i}.invconv.{name}" in weights for name in ("weight", "l"))
-    ]
-    if not bare:
-        return {}
-    lengths = [weights.size(f"flow.layers.{i}.actnorm.bias", 1) for i in bare]
-    kind = options.permutation or said.get("Glow", {}).get("flow_permutation")
+def _entry(said: Mapping[str, Any], section: str, name: str) -> Any:
+    inside = said.get(section)
+    return inside.get(name) if isinstance(inside, dict) else None
+
+
+def _classes(weights: Weights, said: Mapping[str, Any], options: Options) -> tuple[str, float]:
+    """What the classifier's labels are, and its weight."""
+    kinds = {"multi-classes": "sigmoid", "single-class": "softmax"}
+    kind = _entry(said, "Criterion", "y_condition")
+    labels = options.labels or (kinds.get(kind) if isinstance(kind, str) else None)
+    if labels is None:
+        raise ForeignError(
+            f"{weights.path}: project_class tells one label, or several; the file does not say "
+            "which: --labels softmax or sigmoid, or put the training's settings (.json) beside it"
+        )
+    weight = _entry(said, "Train", "weight_y")
+    known = isinstance(weight, (int, float)) and 0 <= weight < 1e6
+    return labels, float(weight) if known else 0.5
+
+
+def _mixes(
+    weights: Weights,
+    steps: Sequence[tuple[int, int]],
+    said: Mapping[str, Any],
+    options: Options,
+) -> dict[int, dict[str, Tensor]]:
+    """The mixing of the channels in every step (number, channels): of one kind in all of them."""
+    names = {i: f"flow.layers.{i}.invconv" for i, _ in steps}
+    if any(f"{at}.weight" in weights for at in names.values()):
+        return {
+            i: checked(weights, names[i], {"weight": weights.take(f"{names[i]}.weight", c, c)})
+            for i, c in steps
+        }
+    if any(f"{at}.l" in weights for at in names.values()):
+        return {i: checked(weights, names[i], _lu(weights, names[i], c)) for i, c in steps}
+    kind = options.permutation or _entry(said, "Glow", "flow_permutation")
     if kind == "reverse":
-        return {i: torch.arange(c - 1, -1, -1) for i, c in zip(bare, lengths, strict=True)}
+        return {i: {"order": torch.arange(c - 1, -1, -1)} for i, c in steps}
     if kind is None or isinstance(kind, str):
         raise ForeignError(
-            f"{weights.path}: flow.layers.{bare[0]}.invconv is missing, so the permutation was "
-            "'reverse' or 'shuffle', and its checkpoints do not hold the order of a shuffle: say "
+            f"{weights.path}: {names[steps[0][0]]} is missing, so the permutation was 'reverse' "
+            "or 'shuffle', and its checkpoints do not hold the order of a shuffle: say "
             "--permutation reverse if it was that, or name a .json file with the order "
-            f"(`indices`) of each of the {len(bare)} steps; got {kind!r}"
+            f"(`indices`) of each of the {len(steps)} steps; got {kind!r}"
         )
-    if [sorted(order) for order in kind] != [list(range(c)) for c in lengths]:
-        raise ForeignError(f"permutation: expected {len(bare)} orders, of {lengths} channels")
-    return {i: torch.tensor(list(order)) for i, order in zip(bare, kind, strict=True)}
+    orders = options.permutation
+    lengths = [c for _, c in steps]
+    if orders is None or [sorted(order) for order in orders] != [list(range(c)) for c in lengths]:
+        raise ForeignError(f"permutation: expected {len(steps)} orders, of {lengths} channels")
+    return {i: {"order": torch.tensor(list(o))} for (i, _), o in zip(steps, orders, strict=True)}
 
 
-def _step(weights: Weights, i: int, c: int, order: Tensor | None) -> Step:
-    at = f"flow.layers.{i}"
-    hidden = weights.size(f"{at}.f.2.weight", 0)
-    out = weights.size(f"{at}.f.4.weight", 0)
-    if out not in (c, c // 2):
-        weights.refuse(f"{at}.f.4.weight emits {out} channels, and not {c} or {c // 2}")
-        out = c
-    return Step(
-        weights.take(f"{at}.actnorm.bias", 1, c, 1, 1).flatten(),
-        weights.take(f"{at}.actnorm.logs", 1, c, 1, 1).flatten(),
-        _mix(weights, f"{at}.invconv", c) if order is None else {"order": order},
-        _normed(weights, f"{at}.f.0", hidden, c // 2, 3),
-        _normed(weights, f"{at}.f.2", hidden, hidden, 1),
-        _zeros(weights, f"{at}.f.4", hidden, out),
-    )
-
-
-def _mix(weights: Weights, at: str, c: int) -> dict[str, Tensor]:
-    if f"{at}.weight" in weights:
-        return {"weight": weights.take(f"{at}.weight", c, c)}
+def _lu(weights: Weights, at: str, c: int) -> dict[str, Tensor]:
     return {
         "permutation": weights.take(f"{at}.p", c, c),
         "sign": weights.take(f"{at}.sign_s", c),
@@ -127,6 +161,20 @@ def _mix(weights: Weights, at: str, c: int) -> dict[str, Tensor]:
         "upper": weights.take(f"{at}.u", c, c).triu(1),
         "log_scale": weights.take(f"{at}.log_s", c),
     }
+
+
+def _step(
+    weights: Weights, i: int, c: int, hidden: int, affine: bool, mix: dict[str, Tensor]
+) -> Step:
+    at = f"flow.layers.{i}"
+    return Step(
+        weights.take(f"{at}.actnorm.bias", 1, c, 1, 1).flatten(),
+        weights.take(f"{at}.actnorm.logs", 1, c, 1, 1).flatten(),
+        mix,
+        _normed(weights, f"{at}.f.0", hidden, c // 2, 3),
+        _normed(weights, f"{at}.f.2", hidden, hidden, 1),
+        _zeros(weights, f"{at}.f.4", hidden, c if affine else c // 2),
+    )
 
 
 def _normed(weights: Weights, at: str, out: int, inputs: int, side: int) -> Conv:
@@ -148,12 +196,12 @@ def _zeros(weights: Weights, at: str, inputs: int, out: int) -> Conv:
 
 def _top(weights: Weights, c: int) -> tuple[Top | None, tuple[Tensor, Tensor] | None]:
     raw = torch.zeros(2 * c, dtype=torch.float64)
-    learned = "learn_top.weight" in weights
+    learned = weights.any("learn_top.")
     if learned:  # of zeros, with zeros around: nothing but its bias is seen
         conv = _zeros(weights, "learn_top", 2 * c, 2 * c)
         assert conv.logs is not None
         raw = conv.bias * (3 * conv.logs).exp().flatten()
-    if "project_ycond.weight" not in weights:
+    if not weights.any("project_"):
         return Top(raw) if learned else None, None
     classes = weights.size("project_ycond.weight", 1)
     weight, bias = _linear(weights, "project_ycond", classes, 2 * c)

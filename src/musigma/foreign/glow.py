@@ -9,14 +9,24 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from musigma.foreign.weights import ForeignError
+from musigma.foreign.weights import ForeignError, Weights
 from musigma.gaussian import GaussianHead
 from musigma.layers import ActNorm, Classifier, Coupling, InvertibleConv, Permutation, Split
 from musigma.model import Chain, Model, Prior
 from musigma.nets import CouplingNet, ZeroConv2d
 from musigma.zoo import build
 
-__all__ = ["Conv", "Level", "Step", "Top", "assemble", "folded"]
+__all__ = [
+    "Conv",
+    "Level",
+    "Step",
+    "Top",
+    "assemble",
+    "checked",
+    "folded",
+    "halved",
+    "zero_conv_rows",
+]
 
 
 @dataclass
@@ -64,7 +74,42 @@ def folded(conv: Conv, bias: Tensor, log_scale: Tensor) -> Conv:
     return Conv(conv.weight * gain.reshape(-1, 1, 1, 1), (conv.bias + bias) * gain, edge=edge)
 
 
+def zero_conv_rows(weights: Weights, name: str, axis: int, c: int) -> int:
+    """How many channels the couplings' last convolutions emit: all c, affine, or half of them."""
+    rows = weights.size(name, axis)
+    if rows not in (c, c // 2):
+        weights.refuse(f"{name} emits {rows} channels, and not {c} or {c // 2}")
+        return c
+    return rows
+
+
+def halved(weights: Weights, size: tuple[int, int] | None, times: int) -> tuple[int, int]:
+    """The size of images that a file does not tell of, if they can be halved so often."""
+    if size is None:
+        raise ForeignError(
+            f"{weights.path}: does not say how large its images are; give their side (--size 64)"
+        )
+    if size[0] % 2**times or size[1] % 2**times:
+        raise ForeignError(f"size: {size[0]}x{size[1]} cannot be halved {times} times")
+    return size
+
+
+def checked(weights: Weights, at: str, mix: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A mixing of channels, after a look at whether it is one: it must have an inverse."""
+    if "weight" in mix and not bool(torch.linalg.slogdet(mix["weight"])[1].isfinite()):
+        weights.refuse(f"{at} holds a singular matrix")
+    if "sign" in mix and bool((mix["sign"].abs() != 1).any()):
+        weights.refuse(f"{at} holds signs that are not 1 or -1")
+    if "permutation" in mix:
+        p = mix["permutation"]
+        ones = ((p == 0) | (p == 1)).all() & (p.sum(0) == 1).all() & (p.sum(1) == 1).all()
+        if not bool(ones):
+            weights.refuse(f"{at} holds a permutation that is none")
+    return mix
+
+
 def assemble(
+    weights: Weights,
     levels: Sequence[Level],
     shape: tuple[int, int, int],
     *,
@@ -75,9 +120,10 @@ def assemble(
     labels: Literal["softmax", "sigmoid"] = "softmax",
     classifier_weight: float = 1.0,
 ) -> Model:
-    """The zoo's Glow with these parts, in float64.
+    """The zoo's Glow with these parts, in float64, if nothing was amiss with the weights.
 
     Args:
+        weights: Where the parts were taken from.
         levels: From the data upwards.
         shape: (C, H, W) of the images.
         bits: Bits of each element.
@@ -86,13 +132,17 @@ def assemble(
         classifier: Weight and bias, or None.
         labels: What the classifier's are.
         classifier_weight: Of its term in training.
+
+    Raises:
+        ForeignError: By `Weights.finish`, before anything is built.
     """
+    depths = [len(level.steps) for level in levels]
+    if len(set(depths)) != 1:
+        weights.refuse(f"the scales have {depths} steps, and not as many each")
+    weights.finish()
     first = levels[0].steps[0]
     convs = [c for level in levels for s in level.steps for c in (s.enter, s.middle, s.leave)]
     convs += [level.split for level in levels if level.split is not None]
-    depths = sorted({len(level.steps) for level in levels})
-    if len(depths) != 1:
-        raise ForeignError(f"depth: expected as many steps at every scale; got {depths}")
     kind = "lu" if "lower" in first.mix else "conv" if "weight" in first.mix else "reverse"
     per_pixel = top is not None and top.raw.ndim > 1
     context = 0 if top is None or top.from_context is None else top.from_context.shape[1]

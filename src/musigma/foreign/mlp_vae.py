@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musigma.foreign.weights import ForeignError, Options, Weights
+from musigma.foreign.weights import LARGEST_SIDE, ForeignError, Options, Weights
 from musigma.model import Model
 from musigma.zoo import build
 
@@ -35,7 +35,7 @@ def from_bits_back(weights: Weights, options: Options) -> Model:
     """
     hidden, latents = weights.size("fc1.weight", 0), weights.size("fc21.weight", 0)
     pixels = 28 * 28
-    normed = "bn1.weight" in weights
+    normed = weights.any("bn")
 
     def layer(name: str, norm: str, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
         w, b = (
@@ -56,6 +56,7 @@ def from_bits_back(weights: Weights, options: Options) -> Model:
         _constants(weights)
     per_pixel = 2 if normed else 1
     return _filled(
+        weights,
         {
             "encoder.net.enter": layer("fc1", "bn1", pixels, hidden),
             "encoder.net.mean": layer("fc21", "bn21", hidden, latents),
@@ -74,10 +75,13 @@ def from_bits_back(weights: Weights, options: Options) -> Model:
 
 def _constants(weights: Weights) -> None:
     """Buffers of the code that are no parameters, but must have the values that it gives them."""
-    for name, value in (("prior_mean", 0.0), ("prior_std", 1.0), ("n", 255.0)):
-        if name not in weights:
-            weights.refuse(f"{name} is missing")
-        elif bool((weights.take(name, *weights.tensors[name].shape) != value).any()):
+    rows = weights.size("n", 0)  # the batch that its code was written for
+    for name, shape, value in (
+        ("prior_mean", (1,), 0.0),
+        ("prior_std", (1,), 1.0),
+        ("n", (rows, 28 * 28), 255.0),
+    ):
+        if bool((weights.take(name, *shape) != value).any()):
             weights.refuse(f"{name} is not {value:g} everywhere")
 
 
@@ -87,7 +91,7 @@ def from_pythae(weights: Weights, options: Options) -> Model:
     Its `bce` is a Bernoulli of each element, which is a likelihood of binary data alone; its `mse`
     a Gaussian of standard deviation 1 around a sigmoid.
     """
-    said = weights.config.get("model_config.json")
+    said = weights.beside("model_config.json")
     if said is None:
         raise ForeignError(
             f"{weights.path}: a pythae folder has a model_config.json, and this one lacks it"
@@ -106,6 +110,7 @@ def from_pythae(weights: Weights, options: Options) -> Model:
         )
 
     return _filled(
+        weights,
         {
             "encoder.net.enter": layer("encoder.layers.0.0", d, 512),
             "encoder.net.mean": layer("encoder.embedding", 512, latents),
@@ -138,15 +143,23 @@ def _check_config(said: Mapping[str, Any], weights: Weights) -> None:
                 f"{' or '.join(map(repr, values))} can be converted{why}"
             )
     shape, latents = said.get("input_dim"), said.get("latent_dim")
-    if not isinstance(shape, list) or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ForeignError(f"{weights.path}: input_dim in model_config.json is {shape!r}")
-    if not isinstance(latents, int) or latents < 1:
+    if not isinstance(shape, list) or not shape or not all(map(_count, shape)):
+        raise ForeignError(f"{weights.path}: input_dim in model_config.json is {str(shape)[:80]}")
+    if not _count(latents):
         raise ForeignError(f"{weights.path}: latent_dim in model_config.json is {latents!r}")
 
 
+def _count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_SIDE
+
+
 def _filled(
-    layers: Mapping[str, tuple[Tensor, Tensor]], shape: tuple[int, ...], **options: Any
+    weights: Weights,
+    layers: Mapping[str, tuple[Tensor, Tensor]],
+    shape: tuple[int, ...],
+    **options: Any,
 ) -> Model:
+    weights.finish()
     model = build("mlp_vae", shape, **options).double()
     state = model.state_dict()
     prefix = "" if "encoder.net.enter.weight" in state else "prior."  # below dequantisation

@@ -5,8 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from musigma.foreign.glow import Conv, Level, Step, Top, assemble, folded
-from musigma.foreign.weights import ForeignError, Options, Weights
+from musigma.foreign.glow import (
+    Conv,
+    Level,
+    Step,
+    Top,
+    assemble,
+    checked,
+    folded,
+    halved,
+    zero_conv_rows,
+)
+from musigma.foreign.weights import Options, Weights
 from musigma.model import Model
 from musigma.nets import edge_bias
 
@@ -25,57 +35,53 @@ IGNORED = (r".*ExponentialMovingAverage.*", r"Variable(_\d+)?|global_step|beta\d
 def build(weights: Weights, options: Options) -> Model:
     """Its Glow: images in [-0.5, 0.5], edge biases, interleaved splits, halves at the top."""
     at = weights.numbers(r"model/(\d+)/\d+/.*")
-    if options.size is None:
-        raise ForeignError(
-            f"{weights.path}: the variables of OpenAI's Glow do not say how large its images are; "
-            "give their side (--size 64)"
-        )
-    height, width = options.size
-    scale = 2 ** len(at)
-    if height % scale or width % scale:
-        raise ForeignError(f"size: {height}x{width} cannot be halved {len(at)} times")
     channels = weights.size("model/0/0/actnorm_center/b", 3) // 4
+    hidden = weights.size("model/0/0/f1/l_2/W", 3)
+    rows = zero_conv_rows(weights, "model/0/0/f1/l_last/W", 3, 4 * channels)
+    height, width = halved(weights, options.size, len(at))
+    scale = 2 ** len(at)
+    kinds = ("invconv/W", "shuffle/indices")  # or neither: a reversal
+    kind = next((k for k in kinds if any(n.endswith(k) for n in weights.tensors)), None)
     levels, c = [], 4 * channels
     for i in at:
         depth = weights.numbers(rf"model/{i}/(\d+)/.*")
-        steps = [_step(weights, f"model/{i}/{j}", c) for j in depth]
+        steps = [
+            _step(weights, f"model/{i}/{j}", c, hidden, rows == 4 * channels, kind) for j in depth
+        ]
         last = i == at[-1]
         split = None if last else _zeros(weights, f"model/pool{i}/conv", c // 2, c)
         levels.append(Level(steps, split))
         c = c if last else 2 * c
     top, classifier = _top(weights, c, (height // scale, width // scale))
     shape = (channels, height, width)
-    return assemble(
-        levels, shape, bits=options.bits or 8, low=-0.5, top=top, classifier=classifier
-    )
+    bits = options.bits or 8
+    return assemble(weights, levels, shape, bits=bits, low=-0.5, top=top, classifier=classifier)
 
 
-def _step(weights: Weights, at: str, c: int) -> Step:
-    hidden = weights.size(f"{at}/f1/l_2/W", 3)
-    out = weights.size(f"{at}/f1/l_last/W", 3)
-    if out not in (c, c // 2):
-        weights.refuse(f"{at}/f1/l_last/W emits {out} channels, and not {c} or {c // 2}")
-        out = c
+def _step(weights: Weights, at: str, c: int, hidden: int, affine: bool, kind: str | None) -> Step:
     bias, log_scale = _actnorm(weights, at, c)
     return Step(
         bias,
         log_scale,
-        _mix(weights, at, c),
+        _mix(weights, at, c, kind),
         _normed(weights, f"{at}/f1/l_1", c // 2, hidden, 3),
         _normed(weights, f"{at}/f1/l_2", hidden, hidden, 1),
-        _zeros(weights, f"{at}/f1/l_last", hidden, out),
+        _zeros(weights, f"{at}/f1/l_last", hidden, c if affine else c // 2),
     )
 
 
-def _mix(weights: Weights, at: str, c: int) -> dict[str, Tensor]:
-    if f"{at}/invconv/W" in weights:  # rows of pixels times W there, W times columns here
-        return {"weight": weights.take(f"{at}/invconv/W", c, c).T}
-    if f"{at}/shuffle/indices" not in weights:
+def _mix(weights: Weights, at: str, c: int, kind: str | None) -> dict[str, Tensor]:
+    if kind is None:
         return {"order": torch.arange(c - 1, -1, -1)}
-    weights.drop(f"{at}/shuffle/indices_inverse")
-    order = weights.take(f"{at}/shuffle/indices", c).long()
-    if order.sort().values.tolist() != list(range(c)):
-        weights.refuse(f"{at}/shuffle/indices is no permutation")
+    if kind == "invconv/W":  # rows of pixels times W there, W times columns here
+        weight = weights.take(f"{at}/invconv/W", c, c).T
+        return checked(weights, f"{at}/invconv/W", {"weight": weight})
+    order, inverse = (
+        weights.take(f"{at}/shuffle/{name}", c, whole=True).long()
+        for name in ("indices", "indices_inverse")
+    )
+    if order.sort().values.tolist() != list(range(c)) or bool((order.argsort() != inverse).any()):
+        weights.refuse(f"{at}/shuffle/indices is no permutation, or not the inverse's")
     return {"order": order}
 
 
@@ -108,7 +114,7 @@ def _top(
     weights: Weights, c: int, size: tuple[int, int]
 ) -> tuple[Top | None, tuple[Tensor, Tensor] | None]:
     raw = torch.zeros(2 * c, dtype=torch.float64)
-    learned = "model/prior/p/W" in weights
+    learned = weights.any("model/prior/p/")
     if learned:  # of zeros: its bias, and what its kernel sees of the edge
         conv = _zeros(weights, "model/prior/p", 2 * c, 2 * c)
         assert conv.edge is not None
@@ -116,12 +122,14 @@ def _top(
         around = edge_bias(conv.edge, size)[0]
         raw = (around + conv.bias.reshape(-1, 1, 1)) * (3 * conv.logs).exp()
     from_context = None
-    if "model/prior/y_emb/W" in weights:
-        classes = weights.size("model/prior/y_emb/W", 0)
+    classified = weights.any("model/classifier/")
+    if classified or weights.any("model/prior/y_emb/"):
+        some = ("model/classifier/W", 1) if classified else ("model/prior/y_emb/W", 0)
+        classes = weights.size(*some)
         from_context, bias = _linear(weights, "model/prior/y_emb", classes, 2 * c)
         raw = raw + bias.reshape(-1, *(1,) * (raw.ndim - 1))
     top = Top(raw, from_context) if learned or from_context is not None else None
-    if "model/classifier/W" not in weights:
+    if not classified:
         return top, None
     classes = weights.size("model/classifier/W", 1)
     return top, _linear(weights, "model/classifier", c, classes)

@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from musigma.foreign.glow import Conv, Level, Step, Top, assemble
-from musigma.foreign.weights import ForeignError, Options, Weights
+from musigma.foreign.glow import (
+    Conv,
+    Level,
+    Step,
+    Top,
+    assemble,
+    checked,
+    halved,
+    zero_conv_rows,
+)
+from musigma.foreign.weights import Options, Weights
 from musigma.gaussian import Format
 from musigma.model import Model
 from musigma.nets import edge_bias
@@ -31,21 +40,22 @@ def build(weights: Weights, options: Options) -> Model:
     may be negative: the sign moves into the 1x1 convolution that follows.
     """
     blocks = weights.numbers(r"blocks\.(\d+)\..*")
-    channels = weights.size("blocks.0.flows.0.actnorm.loc", 1) // 4
-    if options.size is None:
-        raise ForeignError(
-            f"{weights.path}: a Glow of rosinality's does not say how large its images are; "
-            "give their side (--size 64)"
-        )
-    height, width = options.size
+    first = "blocks.0.flows.0"
+    channels = weights.size(f"{first}.actnorm.loc", 1) // 4
+    hidden = weights.size(f"{first}.coupling.net.2.weight", 0)
+    rows = zero_conv_rows(weights, f"{first}.coupling.net.4.conv.weight", 0, 4 * channels)
+    height, width = halved(weights, options.size, len(blocks))
     scale = 2 ** len(blocks)
-    if height % scale or width % scale:
-        raise ForeignError(f"size: {height}x{width} cannot be halved {len(blocks)} times")
     as_plain = any(n.endswith("invconv.weight") for n in weights.tensors)  # the last never is
     levels, c, top = [], 4 * channels, None
     for b in blocks:
         flows = weights.numbers(rf"blocks\.{b}\.flows\.(\d+)\..*")
-        steps = [_step(weights, f"blocks.{b}.flows.{k}", c, as_plain) for k in flows]
+        plain = as_plain and b != blocks[-1]
+        affine = rows == 4 * channels
+        steps = [
+            _step(weights, f"blocks.{b}.flows.{k}", c, hidden, affine, (plain, as_plain))
+            for k in flows
+        ]
         last = b == blocks[-1]
         inputs, out = (c, 2 * c) if last else (c // 2, c)
         prior = _zeros(weights, f"blocks.{b}.prior", inputs, out)
@@ -57,43 +67,43 @@ def build(weights: Weights, options: Options) -> Model:
             raw = (around + prior.bias.reshape(-1, 1, 1)) * (3 * prior.logs).exp()
             top = Top(raw)
         c = 2 * c
-    return assemble(levels, (channels, height, width), bits=options.bits or 5, low=-0.5, top=top)
+    shape = (channels, height, width)
+    return assemble(weights, levels, shape, bits=options.bits or 5, low=-0.5, top=top)
 
 
-def _step(weights: Weights, at: str, c: int, as_plain: bool) -> Step:
+def _step(
+    weights: Weights, at: str, c: int, hidden: int, affine: bool, plain: tuple[bool, bool]
+) -> Step:
     scale = weights.take(f"{at}.actnorm.scale", 1, c, 1, 1).flatten()
     if bool((scale == 0).any()):
         weights.refuse(f"{at}.actnorm.scale holds a zero, which has no inverse")
         scale = scale + (scale == 0)
-    if f"{at}.actnorm.initialized" in weights and not bool(
-        weights.take(f"{at}.actnorm.initialized")
-    ):
+    if not bool(weights.take(f"{at}.actnorm.initialized", whole=True)):
         weights.refuse(f"{at}.actnorm.initialized is 0: the model was never run")
-    hidden = weights.size(f"{at}.coupling.net.2.weight", 0)
-    out = weights.size(f"{at}.coupling.net.4.conv.weight", 0)
-    last = _zeros(weights, f"{at}.coupling.net.4", hidden, c if out == c else c // 2)
+    last = _zeros(weights, f"{at}.coupling.net.4", hidden, c if affine else c // 2)
+    mix = _mix(weights, f"{at}.invconv", c, scale.sign(), *plain)
     return Step(
         weights.take(f"{at}.actnorm.loc", 1, c, 1, 1).flatten(),
         scale.abs().log(),
-        _mix(weights, f"{at}.invconv", c, scale.sign(), as_plain),
+        checked(weights, f"{at}.invconv", mix),
         _conv(weights, f"{at}.coupling.net.0", hidden, c // 2, 3),
         _conv(weights, f"{at}.coupling.net.2", hidden, hidden, 1),
-        _relaid(last, COUPLING) if out == c else last,
+        _relaid(last, COUPLING) if affine else last,
     )
 
 
-def _mix(weights: Weights, at: str, c: int, sign: Tensor, as_plain: bool) -> dict[str, Tensor]:
+def _mix(
+    weights: Weights, at: str, c: int, sign: Tensor, plain: bool, as_plain: bool
+) -> dict[str, Tensor]:
     """The 1x1 convolution of an input of these signs: a factor for each column."""
-    if f"{at}.weight" in weights:
+    if plain:
         return {"weight": weights.take(f"{at}.weight", c, c, 1, 1).flatten(1) * sign}
     for name, constant in (
         ("u_mask", torch.ones(c, c).triu(1)),
         ("l_mask", torch.ones(c, c).tril(-1)),
         ("l_eye", torch.eye(c)),
     ):
-        if f"{at}.{name}" in weights and bool(
-            (weights.take(f"{at}.{name}", c, c) != constant).any()
-        ):
+        if bool((weights.take(f"{at}.{name}", c, c) != constant).any()):
             weights.refuse(f"{at}.{name} is not the constant that its code makes")
     factors = {
         "permutation": weights.take(f"{at}.w_p", c, c),

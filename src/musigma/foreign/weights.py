@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,6 +23,8 @@ NESTED = ("state_dict", "model_state_dict", "graph", "model", "params")
 
 FILES = (
     "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.bin",
     "model.safetensors",
     "model.pt",
@@ -29,6 +33,11 @@ FILES = (
     "model.npz",
 )
 """Where a folder keeps its weights, the first that there is."""
+
+FIRST_STAGE = "first_stage_model."
+"""What stands before the names of an autoencoder inside a diffusion model's checkpoint."""
+
+LARGEST_SIDE = 16_384
 
 
 class ForeignError(ValueError):
@@ -43,15 +52,33 @@ class Options:
         size: (height, width) of the images.
         bits: Bits of each element that the model is of; None: as its code has it by default.
         permutation: Of a Glow without 1x1 convolutions: `reverse`, or the order of every step.
+        labels: Of a Glow's classifier: `softmax` for one each, `sigmoid` for several.
         std: Standard deviation of p(x | z), where the original has no likelihood.
         groups: Of group normalisations.
+
+    Raises:
+        ValueError: For a value that is out of range.
     """
 
     size: tuple[int, int] | None = None
     bits: int | None = None
     permutation: str | Sequence[Sequence[int]] | None = None
+    labels: str | None = None
     std: float | None = None
     groups: int | None = None
+
+    def __post_init__(self):
+        for side in self.size or ():
+            if not 1 <= side <= LARGEST_SIDE:
+                raise ValueError(f"size: expected 1 to {LARGEST_SIDE:,}; got {side}")
+        if self.bits is not None and not 1 <= self.bits <= 8:
+            raise ValueError(f"bits: expected 1 to 8; got {self.bits}")
+        if self.labels not in (None, "softmax", "sigmoid"):
+            raise ValueError(f"labels: expected 'softmax' or 'sigmoid'; got {self.labels!r}")
+        if self.std is not None and not 0 < self.std < math.inf:
+            raise ValueError(f"std: expected a positive number; got {self.std}")
+        if self.groups is not None and self.groups < 1:
+            raise ValueError(f"groups: expected 1 or more; got {self.groups}")
 
     def given(self) -> list[str]:
         """The names of those that are not None."""
@@ -61,19 +88,41 @@ class Options:
 class Weights:
     """Named tensors that a converter takes out one by one, and what it found amiss.
 
-    A tensor that is missing, of another shape or not finite is noted, and zeros are returned in
-    its place, so that `finish` can name all differences at once.
+    A tensor that is missing, of another shape or type, or not finite is noted, and zeros are
+    returned in its place, so that `finish` can name all differences at once. It is called before a
+    model is built, so that no claim of a file is believed that its tensors do not bear out.
 
     Args:
         tensors: By name.
         path: Where they come from, for messages.
-        config: What was said beside them.
+
+    Attributes:
+        kind: What they are taken for.
+        nearest: The known format that they are most like.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], path: Path, config: dict[str, Any]):
-        self.tensors, self.path, self.config = dict(tensors), path, config
+    kind = nearest = ""
+
+    def __init__(self, tensors: Mapping[str, Tensor], path: Path):
+        self.tensors, self.path = dict(tensors), path
+        self.elements = sum(t.numel() for t in self.tensors.values())
         self.problems: list[str] = []
         self.left = set(self.tensors)
+
+    def beside(self, *names: str) -> dict[str, Any] | None:
+        """The object in the first of some JSON files beside the weights; None if there is none."""
+        for name in names:
+            path = self.path.parent / name
+            try:
+                if path.stat().st_size < 1_000_000:
+                    value = json.loads(path.read_text(encoding="utf-8"))
+                    if isinstance(value, dict):
+                        return value
+            except OSError:
+                continue
+            except (ValueError, RecursionError) as error:
+                raise ForeignError(f"{path}: is no JSON that can be read ({error})") from error
+        return None
 
     def share(self, names: Iterable[str], ignored: Iterable[str]) -> float:
         """The share of the names that match one of `names`, of all but the ignored, 0 to 1."""
@@ -94,6 +143,10 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
+    def any(self, prefix: str) -> bool:
+        """Whether there is a tensor whose name begins so."""
+        return any(name.startswith(prefix) for name in self.tensors)
+
     def numbers(self, pattern: str) -> list[int]:
         """The numbers that stand where a regular expression has its one group, ascending."""
         found = (re.fullmatch(pattern, name) for name in self.tensors)
@@ -103,27 +156,39 @@ class Weights:
         """How long an axis of a tensor is.
 
         Raises:
-            ForeignError: If there is no such tensor, or no such axis.
+            ForeignError: If there is no such tensor, no such axis, or nothing along it.
         """
         shape = tuple(self.tensors[name].shape) if name in self else ()
-        if not -len(shape) <= axis < len(shape):
+        if not (-len(shape) <= axis < len(shape) and shape[axis]):
             got = f"has shape {shape}" if name in self else "is missing"
             raise ForeignError(f"{self.path}: {name} {got}, so the model's size is unknown")
         return shape[axis]
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """A tensor in float64, of the shape that it must have."""
+    def take(self, name: str, *shape: int, whole: bool = False) -> Tensor:
+        """A tensor in float64, of the shape that it must have; `whole` numbers where these are.
+
+        Raises:
+            ForeignError: If a tensor of that shape could not be in the file at all.
+        """
+        if math.prod(shape) > self.elements:
+            self.refuse(f"{name} should have shape {shape}, which is more than the file holds")
+            self.finish()
+        nothing = torch.zeros((), dtype=torch.float64).expand(shape)
         if name not in self:
-            self.problems.append(f"{name} is missing")
-            return torch.zeros(shape, dtype=torch.float64)
+            self.refuse(f"{name} is missing")
+            return nothing
         self.left.discard(name)
         tensor = self.tensors[name]
         if tuple(tensor.shape) != shape:
-            self.problems.append(f"{name} has shape {tuple(tensor.shape)} and not {shape}")
-            return torch.zeros(shape, dtype=torch.float64)
-        tensor = tensor.detach().to("cpu", torch.float64)
+            self.refuse(f"{name} has shape {tuple(tensor.shape)} and not {shape}")
+            return nothing
+        if tensor.is_complex() or tensor.is_floating_point() == whole:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            self.refuse(f"{name} is {kind} and no {'whole' if whole else 'floating'} numbers")
+            return nothing
+        tensor = tensor.detach().double()
         if not bool(tensor.isfinite().all()):
-            self.problems.append(f"{name} holds values that are not finite")
+            self.refuse(f"{name} holds values that are not finite")
         return tensor
 
     def drop(self, *names: str) -> None:
@@ -134,7 +199,7 @@ class Weights:
         """Note a difference."""
         self.problems.append(reason)
 
-    def finish(self, kind: str, nearest: str) -> None:
+    def finish(self) -> None:
         """Refuse, if anything was amiss or is left.
 
         Raises:
@@ -144,8 +209,9 @@ class Weights:
         if wrong:
             more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise ForeignError(
-                f"{self.path}: not a checkpoint of {kind} that can be converted: "
-                f"{'; '.join(wrong[:5])}{more}. The nearest known format is {nearest}"
+                f"{self.path}: not a checkpoint of {self.kind} that can be converted: "
+                f"{'; '.join(map(shown, wrong[:5]))}{more}. The nearest known format is "
+                f"{self.nearest}"
             )
 
     @property
@@ -165,6 +231,11 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{name})" for name in names) or r"(?!)")
 
 
+def shown(text: str) -> str:
+    """Text of a file as it may be printed."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+
+
 def holds(tensors: Iterable[Tensor], dtype: torch.dtype) -> bool:
     """Whether a floating type holds all these numbers without rounding."""
     floats = (t for t in tensors if t.is_floating_point())
@@ -172,7 +243,9 @@ def holds(tensors: Iterable[Tensor], dtype: torch.dtype) -> bool:
 
 
 def read(source: str | Path) -> Weights:
-    """The tensors of a file, or of the file that a folder keeps its weights in; JSON beside them.
+    """The tensors of a file, or of the file that a folder keeps its weights in.
+
+    Of a diffusion model's checkpoint they are those of its first stage, the autoencoder.
 
     Raises:
         ForeignError: If there is none, or it is damaged, or holds more than tensors.
@@ -180,79 +253,108 @@ def read(source: str | Path) -> Weights:
     path = Path(source)
     if not path.exists():
         raise ForeignError(f"{path}: there is no such file or folder")
-    folder = path if path.is_dir() else path.parent
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
+            if (path / "vae" / "config.json").is_file():
+                raise ForeignError(f"{path}: a pipeline of diffusers; name its folder vae")
             raise ForeignError(f"{path}: holds none of {', '.join(FILES)}; name the file itself")
         path = found[0]
     try:
-        tensors = _tensors(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tensors = _tensors(path)
     except ForeignError:
         raise
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found[1]})" if found else ""
         raise ForeignError(
-            f"{path}: a pickle that holds more than tensors, or a damaged one, and nothing of it "
-            f"is run ({str(error).splitlines()[0][:200]}); save its state_dict alone"
+            f"{path}: a damaged pickle, or one that holds more than tensors{what}, and nothing of "
+            "it is run; save the state_dict alone"
         ) from error
     except Exception as error:  # whatever a parser throws at a damaged file
-        reason = (str(error) or "no message").splitlines()[0][:200]
+        reason = shown((str(error) or "no message").splitlines()[0])
         raise ForeignError(
-            f"{path}: cannot be read ({type(error).__name__}: {reason}); it may be cut short or "
-            "damaged, so copy it again"
+            f"{path}: cannot be read ({type(error).__name__}: {reason}); it may be damaged or cut "
+            "short, or hold something else than tensors"
         ) from error
     if not tensors:
         raise ForeignError(f"{path}: holds no tensors")
-    return Weights(tensors, path, _config(folder))
+    for name, t in tensors.items():
+        _check_plain(path, name, t)
+    for prefix in ("module.", FIRST_STAGE):  # as DataParallel saves them; the first stage alone
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if own and (len(own) == len(tensors) or "encoder.conv_in.weight" in own):
+            tensors = own
+    return Weights(tensors, path)
+
+
+def _check_plain(path: Path, name: str, t: Tensor) -> None:
+    plain = t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized
+    if plain and t.numel() * t.element_size() <= t.untyped_storage().nbytes():
+        return
+    raise ForeignError(f"{path}: {shown(name)} is no plain tensor with all of its elements")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     import numpy as np
 
+    if path.name.endswith(".index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        shards = sorted({str(name) for name in index["weight_map"].values()})
+        if any(Path(name).name != name or not name.endswith(".safetensors") for name in shards):
+            raise ForeignError(f"{path}: names shards that are not .safetensors files beside it")
+        parts = [_tensors(path.parent / name) for name in shards]
+        return {name: t for part in parts for name, t in part.items()}
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+        return _safetensors(path)
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            start = file.read(2)
+        if path.suffix == ".npz" or start not in (b"\x80\x02", b"\x80\x04"):
+            raise ForeignError(
+                f"{path}: neither .safetensors, nor .npz, nor a file of torch.save; if it was "
+                "one, it is cut short or damaged, so copy it again"
+            )
+        return _state(path)
+    with zipfile.ZipFile(path) as archive:
+        if sum(i.file_size for i in archive.infolist()) > 3e7 + 30 * path.stat().st_size:
+            raise ForeignError(f"{path}: claims to hold far more than it does")
+        damaged = archive.testzip()  # torch does not look at the checksums itself
+    if damaged is not None:
+        raise ForeignError(f"{path}: {shown(damaged)} in it is damaged, so copy it again")
+    if path.suffix != ".npz":
+        return _state(path)
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    if len({name.removesuffix(":0") for name in arrays}) < len(arrays):
+        raise ForeignError(f"{path}: holds two arrays of one name, with and without ':0'")
+    return {
+        name.removesuffix(":0"): torch.from_numpy(np.ascontiguousarray(a).reshape(a.shape))
+        for name, a in arrays.items()
+    }
 
-        return load_file(path)
-    if path.suffix == ".npz":
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name.removesuffix(":0"): archive[name] for name in archive.files}
-        return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
-    if not (zipfile.is_zipfile(path) or path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04")):
-        raise ForeignError(
-            f"{path}: neither .safetensors, nor .npz, nor a file of torch.save; if it was one, it "
-            "is cut short or damaged, so copy it again"
-        )
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums itself
-        if damaged is not None:
-            raise ForeignError(f"{path}: {damaged} in it is damaged, so copy it again")
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        if "musigma" in (file.metadata() or {}):
+            raise ForeignError(f"{path}: is a checkpoint of musigma's already")
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of torch.save, a few levels down at most."""
     state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    while isinstance(state, Mapping) and not _is_state(state):
+    for _ in range(4):
+        if not isinstance(state, Mapping):
+            raise ForeignError(f"{path}: holds one {type(state).__name__}, and no state dict")
+        if any(isinstance(v, Tensor) for v in state.values()):
+            return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
         inner = [state[key] for key in NESTED if isinstance(state.get(key), Mapping)]
         if not inner:
-            raise ForeignError(f"{path}: holds no state dict, but {', '.join(map(str, state))}")
+            break
         state = inner[0]
-    if not isinstance(state, Mapping):
-        raise ForeignError(f"{path}: holds a {type(state).__name__}, and no state dict")
-    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-    if all(name.startswith("module.") for name in tensors):  # as DataParallel saves them
-        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
-    return tensors
-
-
-def _is_state(state: Mapping[Any, Any]) -> bool:
-    return any(isinstance(v, Tensor) for v in state.values())
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """The JSON files beside the weights, those with an object in them, by name."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(value, dict) and path.stat().st_size < 1_000_000:
-            found[path.name] = value
-    return found
+    raise ForeignError(f"{path}: holds no state dict under any of {', '.join(NESTED)}")
