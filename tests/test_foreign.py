@@ -529,6 +529,23 @@ def test_claims_that_no_file_bears_out(tmp_path):
         convert(tmp_path / "twice.npz")
 
 
+def test_what_is_no_file_and_no_model(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(ForeignError, match="is neither a file nor a folder"):
+        convert(tmp_path / "pipe.pt")
+    state = state_of(GOLDEN / "rosinality" / "affine_plain")
+    state["blocks.0.flows.0.actnorm.loc"] = torch.zeros(1, 6, 1, 1)
+    torch.save(state, tmp_path / "six.pt")
+    with pytest.raises(ForeignError, match="is of 6 channels, and no multiple of 4"):
+        convert(tmp_path / "six.pt", options=Options(size=(8, 12)))
+    state["blocks.0.flows.0.actnorm.loc"] = torch.zeros(1, 0, 1, 1)
+    torch.save(state, tmp_path / "none.pt")
+    with pytest.raises(ForeignError, match="so the model's size is unknown"):
+        convert(tmp_path / "none.pt", options=Options(size=(8, 12)))
+
+
 @pytest.mark.parametrize("kind", [torch.complex128, torch.int64, torch.bool])
 def test_numbers_of_another_kind(kind, tmp_path):
     state = state_of(GOLDEN / "bitsback" / "binary")

@@ -19,6 +19,7 @@ from musigma.foreign.glow import (
     assemble,
     checked,
     folded,
+    image_channels,
     zero_conv_rows,
 )
 from musigma.foreign.weights import ForeignError, Options, Weights
@@ -49,7 +50,7 @@ def build(weights: Weights, options: Options) -> Model:
         else:
             runs.append([here])
     first = f"flow.layers.{at[0]}"
-    channels = weights.size(f"{first}.actnorm.bias", 1) // 4
+    channels = image_channels(weights, f"{first}.actnorm.bias", 1)
     hidden = weights.size(f"{first}.f.2.weight", 0)
     affine = zero_conv_rows(weights, f"{first}.f.4.weight", 0, 4 * channels) == 4 * channels
     scale = 2 ** len(runs)

@@ -25,6 +25,7 @@ __all__ = [
     "checked",
     "folded",
     "halved",
+    "image_channels",
     "zero_conv_rows",
 ]
 
@@ -74,6 +75,16 @@ def folded(conv: Conv, bias: Tensor, log_scale: Tensor) -> Conv:
     return Conv(conv.weight * gain.reshape(-1, 1, 1, 1), (conv.bias + bias) * gain, edge=edge)
 
 
+def image_channels(weights: Weights, name: str, axis: int) -> int:
+    """Of the images, a fourth of those that the first activation norm sees, after a squeeze."""
+    squeezed = weights.size(name, axis)
+    if squeezed % 4:
+        raise ForeignError(
+            f"{weights.path}: {name} is of {squeezed} channels, and no multiple of 4"
+        )
+    return squeezed // 4
+
+
 def zero_conv_rows(weights: Weights, name: str, axis: int, c: int) -> int:
     """How many channels the couplings' last convolutions emit: all c, affine, or half of them."""
     rows = weights.size(name, axis)
@@ -96,8 +107,10 @@ def halved(weights: Weights, size: tuple[int, int] | None, times: int) -> tuple[
 
 def checked(weights: Weights, at: str, mix: dict[str, Tensor]) -> dict[str, Tensor]:
     """A mixing of channels, after a look at whether it is one: it must have an inverse."""
-    if "weight" in mix and not bool(torch.linalg.slogdet(mix["weight"])[1].isfinite()):
-        weights.refuse(f"{at} holds a singular matrix")
+    if "weight" in mix:
+        stretch = torch.linalg.svdvals(mix["weight"].nan_to_num())
+        if not bool(stretch[-1] > 1e-12 * stretch[0]):
+            weights.refuse(f"{at} holds a singular matrix")
     if "sign" in mix and bool((mix["sign"].abs() != 1).any()):
         weights.refuse(f"{at} holds signs that are not 1 or -1")
     if "permutation" in mix:

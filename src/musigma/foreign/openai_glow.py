@@ -14,6 +14,7 @@ from musigma.foreign.glow import (
     checked,
     folded,
     halved,
+    image_channels,
     zero_conv_rows,
 )
 from musigma.foreign.weights import Options, Weights
@@ -35,7 +36,7 @@ IGNORED = (r".*ExponentialMovingAverage.*", r"Variable(_\d+)?|global_step|beta\d
 def build(weights: Weights, options: Options) -> Model:
     """Its Glow: images in [-0.5, 0.5], edge biases, interleaved splits, halves at the top."""
     at = weights.numbers(r"model/(\d+)/\d+/.*")
-    channels = weights.size("model/0/0/actnorm_center/b", 3) // 4
+    channels = image_channels(weights, "model/0/0/actnorm_center/b", 3)
     hidden = weights.size("model/0/0/f1/l_2/W", 3)
     rows = zero_conv_rows(weights, "model/0/0/f1/l_last/W", 3, 4 * channels)
     height, width = halved(weights, options.size, len(at))

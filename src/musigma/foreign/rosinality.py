@@ -13,6 +13,7 @@ from musigma.foreign.glow import (
     assemble,
     checked,
     halved,
+    image_channels,
     zero_conv_rows,
 )
 from musigma.foreign.weights import Options, Weights
@@ -41,7 +42,7 @@ def build(weights: Weights, options: Options) -> Model:
     """
     blocks = weights.numbers(r"blocks\.(\d+)\..*")
     first = "blocks.0.flows.0"
-    channels = weights.size(f"{first}.actnorm.loc", 1) // 4
+    channels = image_channels(weights, f"{first}.actnorm.loc", 1)
     hidden = weights.size(f"{first}.coupling.net.2.weight", 0)
     rows = zero_conv_rows(weights, f"{first}.coupling.net.4.conv.weight", 0, 4 * channels)
     height, width = halved(weights, options.size, len(blocks))

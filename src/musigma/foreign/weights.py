@@ -150,7 +150,7 @@ class Weights:
     def numbers(self, pattern: str) -> list[int]:
         """The numbers that stand where a regular expression has its one group, ascending."""
         found = (re.fullmatch(pattern, name) for name in self.tensors)
-        return sorted({int(match[1]) for match in found if match})
+        return sorted({int(match[1]) for match in found if match and len(match[1]) < 7})
 
     def size(self, name: str, axis: int) -> int:
         """How long an axis of a tensor is.
@@ -260,6 +260,8 @@ def read(source: str | Path) -> Weights:
                 raise ForeignError(f"{path}: a pipeline of diffusers; name its folder vae")
             raise ForeignError(f"{path}: holds none of {', '.join(FILES)}; name the file itself")
         path = found[0]
+    if not path.is_file():
+        raise ForeignError(f"{path}: is neither a file nor a folder")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -291,7 +293,8 @@ def read(source: str | Path) -> Weights:
 
 
 def _check_plain(path: Path, name: str, t: Tensor) -> None:
-    plain = t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized
+    plain = t.layout == torch.strided and t.device.type == "cpu"
+    plain = plain and not (t.is_quantized or t.is_nested)
     if plain and t.numel() * t.element_size() <= t.untyped_storage().nbytes():
         return
     raise ForeignError(f"{path}: {shown(name)} is no plain tensor with all of its elements")
