@@ -283,7 +283,6 @@ def test_there_and_back_for_diffusers_is_the_same_bytes(name, tmp_path, capsys):
 
 def test_diffusers_loads_what_we_trained(tmp_path):
     """Its own code, in a process of its own, computes what ours does."""
-    pytest.importorskip("diffusers", reason="diffusers is not installed")
     torch.manual_seed(0)
     model = musigma.build(
         "autoencoder_kl", (3, 16, 16), widths=[8, 16], groups=4, attend=[1], latents=3
