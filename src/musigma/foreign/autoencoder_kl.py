@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from musigma.files import replacing, sync
-from musigma.foreign.weights import LARGEST_SIDE, ForeignError, Options, Weights, holds
+from musigma.foreign.weights import ForeignError, Options, Weights, holds, is_count
 from musigma.model import Model
 from musigma.zoo import build
 
@@ -117,18 +117,15 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
 def _checked(weights: Weights, config: dict[str, Any]) -> dict[str, Any]:
     """The entries that are used, each of the kind and range that it must have."""
 
-    def count(value: Any) -> bool:
-        return type(value) is int and 1 <= value <= LARGEST_SIDE
-
     def counts(value: Any) -> bool:
-        return isinstance(value, list) and 0 < len(value) < 16 and all(map(count, value))
+        return isinstance(value, list) and 0 < len(value) < 16 and all(map(is_count, value))
 
     def words(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
     kinds = {
         "a number from 1": (
-            count,
+            is_count,
             (
                 "in_channels",
                 "out_channels",
@@ -137,7 +134,10 @@ def _checked(weights: Weights, config: dict[str, Any]) -> dict[str, Any]:
                 "norm_num_groups",
             ),
         ),
-        "a number, or two": (lambda v: count(v) or (counts(v) and len(v) == 2), ("sample_size",)),
+        "a number, or two": (
+            lambda v: is_count(v) or (counts(v) and len(v) == 2),
+            ("sample_size",),
+        ),
         "a list of numbers": (counts, ("block_out_channels",)),
         "a list of names": (words, ("down_block_types", "up_block_types")),
         "true or false": (

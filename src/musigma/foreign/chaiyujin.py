@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,9 +20,9 @@ from musigma.foreign.glow import (
     checked,
     folded,
     image_channels,
-    zero_conv_rows,
+    is_affine,
 )
-from musigma.foreign.weights import ForeignError, Options, Weights
+from musigma.foreign.weights import ForeignError, Options, Weights, read_json
 from musigma.model import Model
 
 __all__ = ["NAMES", "build"]
@@ -52,7 +52,7 @@ def build(weights: Weights, options: Options) -> Model:
     first = f"flow.layers.{at[0]}"
     channels = image_channels(weights, f"{first}.actnorm.bias", 1)
     hidden = weights.size(f"{first}.f.2.weight", 0)
-    affine = zero_conv_rows(weights, f"{first}.f.4.weight", 0, 4 * channels) == 4 * channels
+    affine = is_affine(weights, f"{first}.f.4.weight", 0, 4 * channels)
     scale = 2 ** len(runs)
     batch, twice, height, width = (weights.size("prior_h", axis) for axis in range(4))
     if bool((weights.take("prior_h", batch, twice, height, width) != 0).any()):
@@ -69,11 +69,8 @@ def build(weights: Weights, options: Options) -> Model:
         levels.append(Level(steps, split))
         c = c if last else 2 * c
     top, classifier = _top(weights, c)
-    labels, weight = "softmax", 0.5
-    if classifier is not None:
-        labels, weight = _classes(weights, said, options)
-    # there in nats of one class, for each bit of a pixel of all channels
-    weight *= math.log(2) * height * width * scale**2
+    pixels = height * width * scale**2
+    told = {} if classifier is None else _classes(weights, said, options, pixels)
     return assemble(
         weights,
         levels,
@@ -82,23 +79,18 @@ def build(weights: Weights, options: Options) -> Model:
         low=0.0,
         top=top,
         classifier=classifier,
-        labels="sigmoid" if labels == "sigmoid" else "softmax",
-        classifier_weight=weight / len(classifier[1])
-        if classifier and labels == "sigmoid"
-        else weight,
+        **told,
     )
 
 
 def _hparams(weights: Weights) -> Mapping[str, Any]:
     """The settings that its trainer leaves beside the checkpoints, or in the folder above."""
-    folder = weights.path.parent
-    for path in sorted([*folder.glob("*.json"), *folder.resolve().parent.glob("*.json")]):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(found, dict) and isinstance(found.get("Glow"), dict):
-            return found
+    folder = weights.path.resolve().parent
+    for path in sorted([*folder.glob("*.json"), *folder.parent.glob("*.json")]):
+        with contextlib.suppress(ForeignError):  # other files may lie there
+            found = read_json(path) or {}
+            if isinstance(found.get("Glow"), dict):
+                return found
     return {}
 
 
@@ -107,19 +99,23 @@ def _entry(said: Mapping[str, Any], section: str, name: str) -> Any:
     return inside.get(name) if isinstance(inside, dict) else None
 
 
-def _classes(weights: Weights, said: Mapping[str, Any], options: Options) -> tuple[str, float]:
-    """What the classifier's labels are, and its weight."""
+def _classes(
+    weights: Weights, said: Mapping[str, Any], options: Options, pixels: int
+) -> dict[str, Any]:
+    """What the classifier's labels are, and its weight in nats for each nat of log p(x)."""
     kinds = {"multi-classes": "sigmoid", "single-class": "softmax"}
-    kind = _entry(said, "Criterion", "y_condition")
-    labels = options.labels or (kinds.get(kind) if isinstance(kind, str) else None)
+    labels = options.labels or kinds.get(str(_entry(said, "Criterion", "y_condition")))
     if labels is None:
         raise ForeignError(
             f"{weights.path}: project_class tells one label, or several; the file does not say "
             "which: --labels softmax or sigmoid, or put the training's settings (.json) beside it"
         )
     weight = _entry(said, "Train", "weight_y")
-    known = isinstance(weight, (int, float)) and 0 <= weight < 1e6
-    return labels, float(weight) if known else 0.5
+    if not (isinstance(weight, (int, float)) and 0 <= weight < 1e6):
+        weight = 0.5
+    # there nats of one class, or their mean over the classes, for each bit of a whole pixel
+    mean_over = weights.size("project_class.weight", 0) if labels == "sigmoid" else 1
+    return {"labels": labels, "classifier_weight": weight * math.log(2) * pixels / mean_over}
 
 
 def _mixes(

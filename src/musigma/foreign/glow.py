@@ -26,7 +26,7 @@ __all__ = [
     "folded",
     "halved",
     "image_channels",
-    "zero_conv_rows",
+    "is_affine",
 ]
 
 
@@ -85,13 +85,12 @@ def image_channels(weights: Weights, name: str, axis: int) -> int:
     return squeezed // 4
 
 
-def zero_conv_rows(weights: Weights, name: str, axis: int, c: int) -> int:
-    """How many channels the couplings' last convolutions emit: all c, affine, or half of them."""
+def is_affine(weights: Weights, name: str, axis: int, c: int) -> bool:
+    """Whether a coupling's last convolution emits all c channels, and not half of them."""
     rows = weights.size(name, axis)
     if rows not in (c, c // 2):
         weights.refuse(f"{name} emits {rows} channels, and not {c} or {c // 2}")
-        return c
-    return rows
+    return rows != c // 2
 
 
 def halved(weights: Weights, size: tuple[int, int] | None, times: int) -> tuple[int, int]:

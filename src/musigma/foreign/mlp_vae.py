@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musigma.foreign.weights import LARGEST_SIDE, ForeignError, Options, Weights
+from musigma.foreign.weights import ForeignError, Options, Weights, is_count
 from musigma.model import Model
 from musigma.zoo import build
 
@@ -143,14 +143,10 @@ def _check_config(said: Mapping[str, Any], weights: Weights) -> None:
                 f"{' or '.join(map(repr, values))} can be converted{why}"
             )
     shape, latents = said.get("input_dim"), said.get("latent_dim")
-    if not isinstance(shape, list) or not shape or not all(map(_count, shape)):
+    if not isinstance(shape, list) or not shape or not all(map(is_count, shape)):
         raise ForeignError(f"{weights.path}: input_dim in model_config.json is {str(shape)[:80]}")
-    if not _count(latents):
+    if not is_count(latents):
         raise ForeignError(f"{weights.path}: latent_dim in model_config.json is {latents!r}")
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= LARGEST_SIDE
 
 
 def _filled(

@@ -15,7 +15,7 @@ from musigma.foreign.glow import (
     folded,
     halved,
     image_channels,
-    zero_conv_rows,
+    is_affine,
 )
 from musigma.foreign.weights import Options, Weights
 from musigma.model import Model
@@ -38,7 +38,7 @@ def build(weights: Weights, options: Options) -> Model:
     at = weights.numbers(r"model/(\d+)/\d+/.*")
     channels = image_channels(weights, "model/0/0/actnorm_center/b", 3)
     hidden = weights.size("model/0/0/f1/l_2/W", 3)
-    rows = zero_conv_rows(weights, "model/0/0/f1/l_last/W", 3, 4 * channels)
+    affine = is_affine(weights, "model/0/0/f1/l_last/W", 3, 4 * channels)
     height, width = halved(weights, options.size, len(at))
     scale = 2 ** len(at)
     kinds = ("invconv/W", "shuffle/indices")  # or neither: a reversal
@@ -46,9 +46,7 @@ def build(weights: Weights, options: Options) -> Model:
     levels, c = [], 4 * channels
     for i in at:
         depth = weights.numbers(rf"model/{i}/(\d+)/.*")
-        steps = [
-            _step(weights, f"model/{i}/{j}", c, hidden, rows == 4 * channels, kind) for j in depth
-        ]
+        steps = [_step(weights, f"model/{i}/{j}", c, hidden, affine, kind) for j in depth]
         last = i == at[-1]
         split = None if last else _zeros(weights, f"model/pool{i}/conv", c // 2, c)
         levels.append(Level(steps, split))

@@ -14,7 +14,7 @@ from musigma.foreign.glow import (
     checked,
     halved,
     image_channels,
-    zero_conv_rows,
+    is_affine,
 )
 from musigma.foreign.weights import Options, Weights
 from musigma.gaussian import Format
@@ -44,7 +44,7 @@ def build(weights: Weights, options: Options) -> Model:
     first = "blocks.0.flows.0"
     channels = image_channels(weights, f"{first}.actnorm.loc", 1)
     hidden = weights.size(f"{first}.coupling.net.2.weight", 0)
-    rows = zero_conv_rows(weights, f"{first}.coupling.net.4.conv.weight", 0, 4 * channels)
+    affine = is_affine(weights, f"{first}.coupling.net.4.conv.weight", 0, 4 * channels)
     height, width = halved(weights, options.size, len(blocks))
     scale = 2 ** len(blocks)
     as_plain = any(n.endswith("invconv.weight") for n in weights.tensors)  # the last never is
@@ -52,7 +52,6 @@ def build(weights: Weights, options: Options) -> Model:
     for b in blocks:
         flows = weights.numbers(rf"blocks\.{b}\.flows\.(\d+)\..*")
         plain = as_plain and b != blocks[-1]
-        affine = rows == 4 * channels
         steps = [
             _step(weights, f"blocks.{b}.flows.{k}", c, hidden, affine, (plain, as_plain))
             for k in flows

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ForeignError", "Options", "Weights", "holds", "read"]
+__all__ = ["ForeignError", "Options", "Weights", "holds", "is_count", "read", "read_json", "shown"]
 
 NESTED = ("state_dict", "model_state_dict", "graph", "model", "params")
 """Keys under which checkpoints keep their state dict."""
@@ -109,20 +109,9 @@ class Weights:
         self.problems: list[str] = []
         self.left = set(self.tensors)
 
-    def beside(self, *names: str) -> dict[str, Any] | None:
-        """The object in the first of some JSON files beside the weights; None if there is none."""
-        for name in names:
-            path = self.path.parent / name
-            try:
-                if path.stat().st_size < 1_000_000:
-                    value = json.loads(path.read_text(encoding="utf-8"))
-                    if isinstance(value, dict):
-                        return value
-            except OSError:
-                continue
-            except (ValueError, RecursionError) as error:
-                raise ForeignError(f"{path}: is no JSON that can be read ({error})") from error
-        return None
+    def beside(self, name: str) -> dict[str, Any] | None:
+        """The object in a JSON file beside the weights; None if there is none."""
+        return read_json(self.path.parent / name)
 
     def share(self, names: Iterable[str], ignored: Iterable[str]) -> float:
         """The share of the names that match one of `names`, of all but the ignored, 0 to 1."""
@@ -229,6 +218,28 @@ class Weights:
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{name})" for name in names) or r"(?!)")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file of at most 1 MB; None if there is no such file, or no object.
+
+    Raises:
+        ForeignError: If it is no JSON.
+    """
+    try:
+        if path.stat().st_size > 1_000_000:
+            return None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ForeignError(f"{path}: is no JSON that can be read ({error})") from error
+    return value if isinstance(value, dict) else None
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value of a settings file is a whole number that may be a size."""
+    return type(value) is int and 1 <= value <= LARGEST_SIDE
 
 
 def shown(text: str) -> str:
