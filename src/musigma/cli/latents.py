@@ -139,10 +139,7 @@ def edit(
     options = dataclasses.replace(options, split=options.split or "all")
     x, context = trained.examples(data, options, screen, n, label)
     edited = editing.edit(trained.model, x, step, strengths, context)
-    if out.suffix == ".png":
-        trained.write(edited.flatten(0, 1), out, columns=len(strengths))
-    else:
-        trained.write(edited, out)
+    trained.write_rows(edited, out)
     answer = {"out": str(out), "n": len(x), "attribute": step.attribute, "strengths": strengths}
     screen.result(answer, f"{len(x)} rows, {step.attribute or 'direction'} {strength}: {out}")
 

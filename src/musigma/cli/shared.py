@@ -251,6 +251,13 @@ class Trained:
                 f"out: examples of shape {self.shape} are no picture; name a .npy or .npz file"
             )
 
+    def write_rows(self, rows: Any, out: Path) -> None:
+        """Rows of examples (R, C, *event) as a picture of so many columns, or as an array."""
+        if out.suffix == ".png":
+            self.write(rows.flatten(0, 1), out, columns=rows.shape[1])
+        else:
+            self.write(rows, out)
+
     def write(self, x: Any, out: Path, columns: int | None = None) -> None:
         """Examples as a picture, or as an array, by the suffix of the file."""
         import numpy as np

@@ -386,7 +386,7 @@ def draw(trained: Trained, held: Any, folder: Path) -> list[str]:
     ends = (None, None) if context is None else (context[even], context[odd])
     with torch.no_grad():
         walks = model.interpolate(x[even], x[odd], 9, *ends)
-    trained.write(walks.flatten(0, 1), between, columns=9)
+    trained.write_rows(walks, between)
     return [str(drawn), str(mirrored), str(between)]
 
 

@@ -98,10 +98,7 @@ def _at_temperatures(
     values = _temperature(text)
     values = values if isinstance(values, tuple) else (values,)
     drawn = editing.temperatures(trained.model, n, values, context)
-    if out.suffix == ".png":
-        trained.write(drawn.flatten(0, 1), out, columns=n)
-    else:
-        trained.write(drawn, out)
+    trained.write_rows(drawn, out)
     answer = {"out": str(out), "n": n, "temperatures": list(values)}
     screen.result(answer, f"{n} samples at {len(values)} temperatures: {out}")
 
@@ -183,10 +180,7 @@ def interpolate(
     rows = (None, None) if context is None else (context[: len(x) : 2], context[1 : len(x) : 2])
     with torch.no_grad():
         walks = trained.model.interpolate(x[::2], x[1::2], steps, *rows, path=path)
-    if out.suffix == ".png":
-        trained.write(walks.flatten(0, 1), out, columns=steps)
-    else:
-        trained.write(walks, out)
+    trained.write_rows(walks, out)
     screen.result(
         {"out": str(out), "pairs": len(walks), "steps": steps}, f"{len(walks)} walks: {out}"
     )
