@@ -16,6 +16,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 RANKS = {
     "gaussian": 0,
     "files": 0,
+    "memory": 0,
+    "processes": 0,
     "sources": 0,
     "distributions": 1,
     "trace": 1,

@@ -22,7 +22,7 @@ from musigma.files import replacing
 from musigma.model import Model
 from musigma.zoo import ARCHITECTURES, build
 
-__all__ = ["CheckpointError", "load", "read", "save"]
+__all__ = ["CheckpointError", "load", "read", "save", "verified", "write"]
 
 FORMAT = "musigma/1"
 MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -45,23 +45,32 @@ def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = No
         ValueError: If the model was composed by hand, so that no configuration builds it.
         OSError: If the file cannot be written; the old one, if any, stays.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     if not model.config:
         raise ValueError(
             "model: this one was composed by hand, so a file could not say how to build it; "
             "make its builder an @musigma.architecture, or save model.state_dict() yourself"
         )
-    tensors = {
-        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, t in model.state_dict().items()
-    }
     header = {
         "format": FORMAT,
         "version": __version__,
         "config": dict(model.config),
         "extra": dict(extra or {}),
+    }
+    write(path, header, model.state_dict())
+
+
+def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors with a header of JSON values, and a digest of both, whole or not at all.
+
+    Raises:
+        OSError: If the file cannot be written; the old one, if any, stays.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
     }
     header = json.loads(json.dumps(header))  # as it will be read: keys are text, tuples are lists
     header["digest"] = _digest(header, tensors)
@@ -106,7 +115,12 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
     return model.eval(), extra
 
 
-def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a file that `write` wrote.
+
+    Raises:
+        CheckpointError: If it is another file, or not the one that was written.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -136,6 +150,11 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ten
             f"{path}: its content does not match its digest, so it was changed or damaged after "
             "it was written; copy it again"
         )
+    return header, tensors
+
+
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    header, tensors = verified(path)
     config, version = header["config"], header["format"]
     while version != FORMAT:
         if version not in MIGRATIONS:

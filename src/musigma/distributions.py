@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ __all__ = [
     "ContinuousBernoulli",
     "DiscretizedLogisticMixture",
     "LogitNormal",
+    "ModelDistribution",
     "Uniform",
 ]
 
@@ -422,3 +424,44 @@ class Uniform(_Event):
         """Zero inside [0, 1], -inf outside, in nats, shape (B,)."""
         outside = (value < 0) | (value > 1)
         return self._sum(torch.where(outside, -math.inf, 0.0).to(self.zeros))
+
+
+# --- of a model ---------------------------------------------------------------------------------
+
+
+class ModelDistribution(Distribution):
+    """An exact model seen as a `torch.distributions.Distribution`."""
+
+    def __init__(self, model: Any, context: Tensor | None):
+        self.model, self.context = model, context
+        with torch.random.fork_rng():
+            example = model.sample(1 if context is None else len(context), context)
+        batch = () if context is None else (len(context),)
+        super().__init__(torch.Size(batch), example.shape[1:], validate_args=False)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """None: the model has its own parameters."""
+        return {}
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real events."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats: ``value.shape`` without the event dimensions."""
+        batch = value.shape[: value.ndim - len(self.event_shape)]
+        context = self.context
+        if context is not None:
+            context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
+        flat = value.reshape(-1, *self.event_shape)
+        return self.model.log_prob(flat, context).reshape(batch)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw, without a gradient."""
+        shape = (*sample_shape, *self.batch_shape)
+        n, context = math.prod(shape), self.context
+        if context is not None:
+            context = context.expand(*shape, -1).reshape(-1, context.shape[-1])
+        return self.model.sample(n, context).reshape(*shape, *self.event_shape)

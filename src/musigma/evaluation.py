@@ -19,9 +19,20 @@ from musigma.gaussian import DiagonalGaussian, GaussianHead
 from musigma.heads import LikelihoodHead
 from musigma.layers import Coupling
 from musigma.model import Model
+from musigma.processes import ALONE, Processes
 from musigma.trace import Trace
 
-__all__ = ["batch", "batches", "check", "evaluate", "inspect", "ledger", "saturation", "score"]
+__all__ = [
+    "batch",
+    "batches",
+    "check",
+    "evaluate",
+    "inspect",
+    "ledger",
+    "noise",
+    "saturation",
+    "score",
+]
 
 Progress = Callable[[int, int], None]
 
@@ -96,6 +107,11 @@ def batch(
     return x, nn.functional.one_hot(labels, classes).to(home)
 
 
+def noise(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch's generator for a step, as a function of the seed and of these."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + rank) % 2**63)
+
+
 def batches(
     model: Model,
     data: Dataset,
@@ -103,11 +119,19 @@ def batches(
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """All examples in order; dynamic binarization is drawn by `seed`."""
-    for i, start in enumerate(range(0, len(data), batch_size)):
-        indices = np.arange(start, min(start + batch_size, len(data)))
-        yield batch(data, indices, model, seed=seed, step=i)
+    """All examples in order, or one process's share of these batches.
+
+    Binarization, and torch's generator while a batch is worked on, are functions of the seed and
+    the number of the batch: what is drawn does not depend on who draws it.
+    """
+    starts = range(0, len(data), batch_size)
+    for i in range(len(starts))[processes.share(len(starts))]:
+        indices = np.arange(starts[i], min(starts[i] + batch_size, len(data)))
+        examples = batch(data, indices, model, seed=seed, step=i)
+        noise(seed, i)
+        yield examples
         if progress:
             progress(int(indices[-1]) + 1, len(data))
 
@@ -120,6 +144,7 @@ def score(
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, np.ndarray]:
     """Every example's figures, in the order of the data.
 
@@ -130,6 +155,7 @@ def score(
         batch_size: Examples at a time.
         seed: Of the draws.
         progress: Called with (done, total).
+        processes: Who this is, if several share the work: the columns are of its share alone.
 
     Returns:
         Columns of length N: `bits_per_dim` and `nats` (-log p or its upper bound); and, of one
@@ -143,9 +169,13 @@ def score(
         raise ValueError(f"k: expected 1 or more draws; got {k}")
     columns: dict[str, list[Tensor]] = {}
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(_cuda(model)):
-        torch.manual_seed(seed)
         for x, context in batches(
-            model, data, batch_size=batch_size, seed=seed, progress=progress
+            model,
+            data,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+            processes=processes,
         ):
             trace = _account(model, x, context)
             evidence = trace.evidence(model.latents())
@@ -156,6 +186,8 @@ def score(
             for name, value in row.items():
                 columns.setdefault(name, []).append(torch.as_tensor(value).cpu().double())
     table = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
+    if not table:
+        return {}  # more processes than batches
     dims = math.prod(data.shape)
     return {"bits_per_dim": table["nats"] / (dims * math.log(2)), **table}
 
@@ -182,8 +214,12 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """The mean figure of a data set, with its account; JSON-plain. Arguments as `score`.
+
+    Several processes each score their share, and all return the figure of the whole: the same one,
+    to the bit, whatever their number.
 
     Returns:
         `bits_per_dim` with its `standard_error`; `nats` per example with `standard_error_nats`;
@@ -193,7 +229,17 @@ def evaluate(
     """
     if len(data) == 0:
         raise ValueError(f"data: {data.name or 'the set'} holds no examples to evaluate")
-    table = score(model, data, k=k, batch_size=batch_size, seed=seed, progress=progress)
+    table = processes.joined(
+        score(
+            model,
+            data,
+            k=k,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+            processes=processes,
+        )
+    )
     n, nats, bits = len(data), table["nats"], table["bits_per_dim"]
 
     def error(values: np.ndarray) -> float | None:
@@ -229,7 +275,6 @@ def ledger(
     names = {module: name or "model" for name, module in model.named_modules()}
     sums: dict[tuple[nn.Module, str], float] = {}
     with evaluating(model), torch.random.fork_rng(_cuda(model)):
-        torch.manual_seed(seed)
         for x, context in batches(model, data, batch_size=batch_size, seed=seed):
             for site, term, value in _terms(_account(model, x, context)):
                 sums[site, term] = sums.get((site, term), 0.0) + float(value.sum())

@@ -16,8 +16,10 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 
+from musigma.distributions import ModelDistribution
+from musigma.memory import Keeper
 from musigma.trace import Evidence, Trace
 
 __all__ = [
@@ -85,6 +87,16 @@ class Bijection(Layer):
     @abstractmethod
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latents to data: ``(x, log |det dx/dy|)``."""
+
+    def retrace(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(x, y, log_det)`` from y: x is a leaf, and the others are computed from it again.
+
+        What a reversible backward pass goes by; work that both directions share may be done once.
+        """
+        with torch.no_grad():
+            x, _ = self.inverse(y, context)
+        x = x.detach().requires_grad_()
+        return x, *self(x, context)
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
         """States its log-determinant, and nothing else."""
@@ -386,44 +398,6 @@ def _spherical(a: Tensor, b: Tensor, t: float) -> Tensor:
     return (direction * torch.lerp(length_a, length_b, t)).view_as(a)
 
 
-class ModelDistribution(Distribution):
-    """An exact model seen as a `torch.distributions.Distribution`."""
-
-    def __init__(self, model: Model, context: Tensor | None):
-        self.model, self.context = model, context
-        with torch.random.fork_rng():
-            example = model.sample(1 if context is None else len(context), context)
-        batch = () if context is None else (len(context),)
-        super().__init__(torch.Size(batch), example.shape[1:], validate_args=False)
-
-    @property
-    def arg_constraints(self) -> dict[str, constraints.Constraint]:
-        """None: the model has its own parameters."""
-        return {}
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """All real events."""
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density in nats: ``value.shape`` without the event dimensions."""
-        batch = value.shape[: value.ndim - len(self.event_shape)]
-        context = self.context
-        if context is not None:
-            context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
-        flat = value.reshape(-1, *self.event_shape)
-        return self.model.log_prob(flat, context).reshape(batch)
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw, without a gradient."""
-        shape = (*sample_shape, *self.batch_shape)
-        n, context = math.prod(shape), self.context
-        if context is not None:
-            context = context.expand(*shape, -1).reshape(-1, context.shape[-1])
-        return self.model.sample(n, context).reshape(*shape, *self.event_shape)
-
-
 # --- the four models ---------------------------------------------------------------------------
 
 
@@ -472,6 +446,7 @@ class Chain(Model):
     def __init__(self, layers: Iterable[Layer], prior: Model):
         super().__init__()
         self.layers, self.prior = nn.ModuleList(layers), prior
+        self.keeper = Keeper()
         _refuse_twins([*self.layers, *prior.variables()])
         self.exact = prior.exact and all(layer.exact for layer in self._layers())
         self.over_likelihood = set(prior.latents()) != set(prior.variables())
@@ -479,10 +454,23 @@ class Chain(Model):
     def _layers(self) -> Iterator[Layer]:
         return (cast(Layer, layer) for layer in self.layers)
 
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """From where to where there are bijections, before each other layer and at the end."""
+        at = 0
+        for end, layer in enumerate([*self._layers(), None]):
+            if not isinstance(layer, Bijection):
+                yield at, end
+                at = end + 1
+
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> None:
-        """Every layer, then the prior."""
-        for layer in self._layers():
-            x = layer.infer(x, trace, context)
+        """Every layer, then the prior; runs of bijections as `keeper` has it."""
+        layers = list(self._layers())
+        for at, end in self._runs():
+            if end > at:
+                x, log_dets = self.keeper(layers[at:end], x, context, at)
+                trace.bijections(layers[at:end], log_dets)
+            if end < len(layers):
+                x = layers[end].infer(x, trace, context)
         if self.over_likelihood:
             trace.below.update(self.layers)
         self.prior.infer(x, trace, context)

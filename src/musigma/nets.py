@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musigma.memory import recomputed
+
 __all__ = [
     "MLP",
     "ConvDecoder",
@@ -222,7 +224,12 @@ class ResBlock(nn.Module):
     Args:
         channels: Channels in and out.
         hidden: Channels between; None: as many.
+
+    Attributes:
+        recompute: Whether nothing but the input is kept for the backward pass (`musigma.memory`).
     """
+
+    recompute = False
 
     def __init__(self, channels: int, hidden: int | None = None):
         super().__init__()
@@ -233,6 +240,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The output, of the input's shape."""
+        return recomputed(self._forward, x) if self.recompute else self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         h = F.silu(self.enter(F.silu(self.norm(x))))
         return x + self.leave(h)
 

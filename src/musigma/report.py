@@ -512,7 +512,7 @@ def _next(run: _Run) -> _Html:
     image = len(run.shape) == 3
     suffix = "png" if image or run.shape == [2] else "npy"
     commands = []
-    if run.evaluation is None and (run.path / "state").is_dir():
+    if run.evaluation is None and (run.path / "state.safetensors").is_file():
         commands.append(f"musigma train --resume {folder}")
     commands.append(f"musigma sample {folder} --n {64 if image else 1000} --out samples.{suffix}")
     if run.source:

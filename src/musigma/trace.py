@@ -157,6 +157,12 @@ class Trace:
             _once(self.log_det, layer)[layer] = log_det
         return value
 
+    def bijections(self, layers: Iterable[nn.Module], log_dets: Iterable[Tensor]) -> None:
+        """What several bijections in a row made of the volume, while inferring."""
+        if self.scoring:
+            for layer, log_det in zip(layers, log_dets, strict=True):
+                _once(self.log_det, layer)[layer] = log_det
+
     def aside(self, site: Site, term: Tensor) -> None:
         """State nats (B,) that training should raise, and that are no part of log w."""
         if self.scoring:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect as python
 import json
 import math
 import platform
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,8 @@ class Prepare:
     Args:
         out: The run folder to make; by default runs/ARCH-DATA.
         overwrite: Replace a run that is there already.
+        auto_resume: Go on with a run of the same options that is there already: so a command that
+            was cut off is given again as it was, by a cluster or by `torchrun --max-restarts`.
         size: Resize images to squares of this side.
         bits: Keep so many bits of each channel, 1 to 8.
         binarize: Make images black and white: at a threshold, or drawn anew at each step.
@@ -49,6 +53,7 @@ class Prepare:
 
     out: Path | None = None
     overwrite: Annotated[bool, Parameter(negative="")] = False
+    auto_resume: Annotated[bool, Parameter(negative="")] = False
     size: int | None = None
     bits: int = 8
     binarize: Literal["threshold", "dynamic"] | None = None
@@ -124,20 +129,25 @@ def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL
         resume: The run folder to go on with; its own configuration is used.
         common: Shared options.
     """
-    import torch
-
-    from musigma import data
-    from musigma.zoo import ARCHITECTURES, build
-
     if resume is None:
         raise ValueError("train: say what to train, `musigma train ARCH DATA`, or --resume RUN")
     if common.plugin:
         register_plugin(common.plugin)
+    go_on(resume, common)
+
+
+def go_on(resume: Path, common: Common) -> None:
+    """Train on from the state in a run folder."""
+    import torch
+
+    from musigma import data
+    from musigma.training import join, saved_state
+    from musigma.zoo import ARCHITECTURES, build
+
     device_named(common.device)
-    if resume.is_dir() and not any((resume / name).is_dir() for name in ("state", "state.old")):
-        raise ValueError(
-            f"resume: {resume} holds no state to go on from; train it anew with --overwrite"
-        )
+    join(common.device)
+    if resume.is_dir():
+        saved_state(resume)
     try:
         saved = json.loads((resume / "config.json").read_text())
         about, config = saved["data"], TrainConfig(**saved["train"])
@@ -197,15 +207,18 @@ def finetune(
         common: Shared options.
     """
     from musigma.data import Preprocess
+    from musigma.training import join
 
     trained = Trained(start, common)
     about = trained.extra.get("data", {})
     treat = Preprocess.from_json(about.get("preprocess", {}))
-    out = _run_folder(out, trained.model.config["architecture"], source, overwrite)
+    prepare = Prepare(out=out, overwrite=overwrite)
+    processes, name = join(common.device), trained.model.config["architecture"]
+    folder, _ = _agreed(processes, lambda: _run_folder(prepare, name, source))
     screen = Screen(dataclasses.replace(common, seed=config.seed))
     found = trained.data(source, DataOptions(split="all", skip_bad=skip_bad), screen)
     kept = {name: trained.extra[name] for name in ("foreign",) if name in trained.extra}
-    _begin(trained.model, found, source, treat, skip_bad, config, out, overwrite, screen, kept)
+    _begin(trained.model, found, source, treat, skip_bad, config, folder, screen, kept)
 
 
 def train(
@@ -215,12 +228,18 @@ def train(
     import torch
 
     from musigma import data
+    from musigma.training import join
     from musigma.zoo import build
 
     common = dataclasses.replace(common, seed=config.seed)
     device_named(common.device)
+    processes = join(common.device)
     screen = Screen(common)
-    out = _run_folder(prepare.out, name, source, prepare.overwrite)
+    out, there = _agreed(processes, lambda: _run_folder(prepare, name, source))
+    if there:
+        _agreed(processes, lambda: _refuse_another(out, name, source, options, config))
+        go_on(out, common)
+        return
     treat = data.Preprocess(size=prepare.size, bits=prepare.bits, binarize=prepare.binarize)
     with screen.progress("reading") as progress:
         found = data.load(source, preprocess=treat, skip_bad=prepare.skip_bad, progress=progress)
@@ -232,19 +251,70 @@ def train(
         options["context"] = len(found.label_names)
     torch.manual_seed(config.seed)
     model = build(name, found.shape, bits=found.bits, **options)
-    _begin(model, found, source, treat, prepare.skip_bad, config, out, prepare.overwrite, screen)
+    _begin(model, found, source, treat, prepare.skip_bad, config, out, screen)
 
 
-def _run_folder(out: Path | None, name: str, source: str, overwrite: bool) -> Path:
-    """Where a run goes; refuses what is there already, and what is no run."""
-    out = out or Path("runs") / f"{name}-{Path(source).name.split('.')[0] or 'data'}"
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
+def _agreed(processes: Any, decide: Callable[[], Any]) -> Any:
+    """What the main process decides, or refuses, for all."""
+    if processes.count == 1:
+        return decide()
+    answer = refusal = None
+    if processes.main:
+        try:
+            answer = decide()
+        except (ValueError, OSError) as error:
+            refusal = str(error)
+    answer, refusal = processes.gathered((answer, refusal))[0]
+    if refusal is not None:
+        raise ValueError(refusal)
+    return answer
+
+
+def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
+    """Where a run goes, and whether it is there to go on with.
+
+    Refuses what is there and not to be replaced, and what is no run. What is to be replaced is
+    gone afterwards.
+    """
+    from musigma.training import saved_state
+
+    out = prepare.out or Path("runs") / f"{name}-{Path(source).name.split('.')[0] or 'data'}"
+    if prepare.auto_resume:
+        if prepare.overwrite:
+            raise ValueError("auto_resume: it goes on with what --overwrite replaces; keep one")
+        with contextlib.suppress(ValueError):
+            saved_state(out)
+            return out, True
+    replace = prepare.overwrite or (prepare.auto_resume and (out / "config.json").is_file())
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not replace:
         raise ValueError(
             f"out: {out} exists already; --resume {out}, --overwrite, or another --out"
         )
-    if out.is_file() or (overwrite and not _replaceable(out)):
+    if out.is_file() or (replace and not _replaceable(out)):
         raise ValueError(f"out: {out} is not a run, and will not be replaced by one")
-    return out
+    return out, False
+
+
+def _refuse_another(
+    out: Path, name: str, source: str, options: dict[str, Any], config: TrainConfig
+) -> None:
+    """Refuse to go on with a run that was begun with other options."""
+    from musigma import data
+
+    def flat(model: str, where: str, options: dict[str, Any], train: Any) -> dict[str, Any]:
+        return json.loads(json.dumps({"ARCH": model, "DATA": where, **options, **train}))
+
+    saved = json.loads((out / "config.json").read_text())
+    model = saved["model"]
+    begun = {name: value for name, value in model["options"].items() if name in options}
+    was = flat(model["architecture"], saved["data"]["source"], begun, saved["train"])
+    now = flat(name, data.identity(source), options, dataclasses.asdict(config))
+    for option in now:
+        if was.get(option) != now[option]:
+            raise ValueError(
+                f"auto_resume: {out} was begun with {option} {was.get(option)}, and not with "
+                f"{now[option]}; --overwrite it, or name another --out"
+            )
 
 
 def _begin(
@@ -255,7 +325,6 @@ def _begin(
     skip_bad: bool,
     config: TrainConfig,
     out: Path,
-    overwrite: bool,
     screen: Screen,
     kept: dict[str, Any] | None = None,
 ) -> None:
@@ -263,6 +332,7 @@ def _begin(
     import torch
 
     from musigma import data
+    from musigma.processes import here
     from musigma.training import check_run
 
     saved = {
@@ -287,8 +357,8 @@ def _begin(
     for part in ("train", "validation", "held-out"):
         saved["data"][part] = len(found.split(part))
     check_run(model, found, config)
-    if overwrite and out.is_dir():
-        shutil.rmtree(out)
+    if here().main and out.is_dir():
+        shutil.rmtree(out)  # it is empty, or a run that is to be replaced
     run(model, found, config, out, saved, screen)
 
 
@@ -301,7 +371,8 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
     """Fit, evaluate on the held-out part, and draw what there is to see."""
     from musigma.evaluation import evaluate, ledger
     from musigma.files import write_json
-    from musigma.training import fit
+    from musigma.processes import here
+    from musigma.training import fit, leave
 
     common = screen.common
     parameters = sum(p.numel() for p in model.parameters())
@@ -310,8 +381,10 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
         f"{saved['model']['architecture']} with {parameters:,} parameters on {len(training):,} "
         f"examples of shape {'x'.join(map(str, found.shape))} from {found.name}"
     )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", saved)
+    processes = here()
+    if processes.main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", saved)
     with _Dashboard(screen, config) as watch:
         done = fit(
             model,
@@ -327,11 +400,19 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
     if not done.finished:
         screen.say(f"stopped after {done.steps:,} steps; go on with: musigma train --resume {out}")
         screen.result({"run": str(out), "steps": done.steps, "finished": False})
+        leave()
+        if done.signal:
+            sys.exit(128 + done.signal)
         return
     trained = Trained(str(out), common)
     held = found.split("held-out")
     with screen.progress("evaluating") as progress:
-        figure = evaluate(trained.model, held, seed=common.seed, progress=progress)
+        figure = evaluate(
+            trained.model, held, seed=common.seed, progress=progress, processes=processes
+        )
+    leave()
+    if not processes.main:
+        return
     write_json(out / "evaluation.json", figure)
     write_json(out / "ledger.json", ledger(trained.model, held, seed=common.seed))
     try:
@@ -422,6 +503,9 @@ class _Dashboard:
             return
         if row["kind"] == "skipped":
             self.screen.say(f"step {row['step']:,} skipped: {row['reason']}")
+            return
+        if row["kind"] != "train":
+            self.screen.say(f"step {row['step']:,}: {row['message']}")
             return
         weight = 0.05 if self.bits == self.bits else 1.0
         self.bits = row["bits_per_dim"] * weight + (self.bits * (1 - weight) if weight < 1 else 0)
