@@ -215,6 +215,7 @@ def _cast(ctx: Any) -> AbstractContextManager[Any]:
 def _backwards(ctx, x, y, log_dets, context, gradients, needs):
     """Gradients from inputs that are computed back, and what is wrong with those, if anything."""
     sums: dict[int, Tensor] = {}
+    y = y.detach()  # it is this function's own output, and leads back to it
     g, g_log_dets = gradients
     given = context.detach().requires_grad_() if needs[0] else context
     worst = log_dets.new_zeros(())

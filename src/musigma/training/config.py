@@ -53,7 +53,6 @@ class TrainConfig:
             flows, next to nothing.
         accumulate: Parts that a step's batch is worked through in, one after the other.
         memory_budget: Such as 4GB: a batch is worked through in as many parts as that takes.
-        shard: Cut the weights of large networks over the processes (FSDP2).
         workers: Processes that read data ahead.
         track: Also log to tensorboard, trackio or wandb.
         profile: Write a trace of a few steps into the run: profile.json.
@@ -84,7 +83,6 @@ class TrainConfig:
     memory: Keep = "store"
     accumulate: int = 1
     memory_budget: str | None = None
-    shard: bool = False
     workers: int = 0
     track: tuple[Tracker, ...] = ()
     profile: bool = False

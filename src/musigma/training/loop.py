@@ -125,8 +125,8 @@ def fit(
     """
     check_run(model, train, config)
     job = _Job(model, train, validation, config, Path(out), extra, device, watch)
-    job.begin(resume)
     with job, _interrupts() as interrupted, job.profiled() as tick:
+        job.begin(resume)
         stopped = False
         while job.share < 1 and not stopped:
             job.step()
@@ -192,7 +192,7 @@ class _Job:
         watch: Watch | None,
     ):
         self.model, self.train, self.config, self.out = model, train, config, out
-        self.extra, self.watch = extra, watch
+        self.extra = extra
         self.accelerator = _accelerator(config, out, device)
         self.processes = here()
         self.device = torch.device(device) if device else self.accelerator.device
@@ -204,6 +204,7 @@ class _Job:
         self.shown = validation.subset(range(min(len(validation), config.evaluate_on)))
         self.cast = machine.casting(config, self.device)
         self.progress = Progress()
+        self.log = Log(out / "metrics.jsonl", watch, write=self.processes.main)
 
     # -- beginning and end
 
@@ -234,12 +235,7 @@ class _Job:
         x, context = self._examples(self.progress.step)
         with torch.random.fork_rng():
             self.parts = machine.parts(model, x, context, config, len(x))
-        self.log = Log(
-            self.out / "metrics.jsonl",
-            self.progress.step,
-            self.watch,
-            write=self.processes.main,
-        )
+        self.log.rewind(self.progress.step)
         self.accelerator.init_trackers("musigma", config=_plain(asdict(config)))
         if note:
             self._say("notice", note)
@@ -278,7 +274,9 @@ class _Job:
         times = self.config.evaluations
         if int(self.share * times) > int(before * times):
             self._assess()
-        wait = 60 * self.config.save_every if "disk" not in self.progress.alerts else 60
+        wait = 60 * self.config.save_every
+        if "disk" in self.progress.alerts:
+            wait = min(wait, 60)
         if time.monotonic() - self.saved > wait and not self.progress.failing:
             self._save()
         return wanted > 0

@@ -151,19 +151,17 @@ class Log:
     A line that does not fit on a full disk is dropped: training goes on without it.
 
     Args:
-        path: Of the file.
-        step: Rows after it are dropped: they will be written again.
+        path: Of the file; `rewind` opens it.
         watch: Shown every row.
         write: False for one that shows nothing and writes nothing.
     """
 
-    def __init__(self, path: Path, step: int, watch: Watch | None, *, write: bool = True):
+    def __init__(self, path: Path, watch: Watch | None, *, write: bool = True):
         self.path, self.watch, self.last = path, watch, time.monotonic()
         self.file, self.writes = None, write
-        self.rewind(step)
 
     def rewind(self, step: int) -> None:
-        """Forget what came after a step; a cut line, of a process that died, too."""
+        """Forget what came after a step, and lines cut short by a death; go on from there."""
         if not self.writes:
             return
         self.close()

@@ -1,0 +1,350 @@
+"""Runs that are killed, starved and interrupted end as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from musigma import checkpoint, data
+from musigma.data import Dataset
+from musigma.gaussian import GaussianHead
+from musigma.heads import StandardNormal
+from musigma.model import VAE, Prior
+from musigma.nets import MLP
+from musigma.training import TrainConfig, TrainingError, fit
+from musigma.zoo import architecture, build
+
+
+def rows(folder, kind):
+    text = (folder / "metrics.jsonl").read_text()
+    return [row for row in map(json.loads, text.splitlines()) if row["kind"] == kind]
+
+
+def points(n=200):
+    return Dataset(np.random.default_rng(0).normal(size=(n, 4)).astype(np.float32), name="points")
+
+
+def same_files(a, b):
+    return all((a / f).read_bytes() == (b / f).read_bytes() for f in ("last.safetensors",))
+
+
+# -- killed
+
+KILLED = """
+    import os, random, signal, sys, time
+    from pathlib import Path
+    import torch
+    from musigma import data
+    from musigma.training import TrainConfig, fit
+    from musigma.training.state import STATE
+    from musigma.zoo import build
+
+    digits, folder = data.load("digits"), Path(sys.argv[1])
+    parts = digits.split("train"), digits.split("validation")
+    config = TrainConfig(steps=60, batch_size=16, evaluations=3, evaluate_on=20, save_every=2e-3)
+
+    def train(name):
+        torch.manual_seed(0)
+        model = build("glow", (1, 8, 8), levels=1, depth=1, hidden=4)
+        there = (folder / name / STATE).exists()
+        fit(model, *parts, config, folder / name, device="cpu", resume=there)
+
+    def forked(name):
+        child = os.fork()
+        if child == 0:
+            train(name)
+            os._exit(0)
+        return child
+
+    os.waitpid(forked("whole"), 0)
+    kills, unfinished = random.Random(0), 0
+    for run in range(20):
+        child = forked(f"killed{run}")
+        time.sleep(kills.uniform(0.02, 0.4))
+        os.kill(child, signal.SIGKILL)
+        unfinished += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert os.waitpid(forked(f"killed{run}"), 0)[1] == 0, run
+    print(unfinished)
+"""
+
+
+def script(text, *words, launcher=(), env=None):
+    command = [sys.executable, *launcher]
+    command += ["-c", textwrap.dedent(text)] if not launcher else [text]
+    return subprocess.run(
+        [*command, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
+
+
+def test_twenty_runs_killed_at_random_moments_end_in_the_same_bytes(tmp_path):
+    done = script(KILLED, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 10  # the others had finished
+    for run in range(20):
+        assert same_files(tmp_path / "whole", tmp_path / f"killed{run}"), run
+        steps = [row["step"] for row in rows(tmp_path / f"killed{run}", "train")]
+        assert steps == list(range(1, 61))
+        checkpoint.load(tmp_path / f"killed{run}" / "model.safetensors")
+
+
+LOST = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from musigma import data
+from musigma.training import TrainConfig, fit
+from musigma.training.state import STATE
+from musigma.zoo import build
+
+out, fatal = Path(sys.argv[1]), int(sys.argv[2])
+again = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+digits = data.load("digits")
+torch.manual_seed(0)
+model = build("realnvp", (1, 8, 8), levels=1, depth=1, hidden=4)
+
+def lose(step):
+    if step == fatal and not again and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+config = TrainConfig(steps=20, batch_size=17, evaluations=2, evaluate_on=20, save_every=1e-5)
+parts = digits.split("train"), digits.split("validation")
+fit(model, *parts, config, out, device="cpu", resume=(out / STATE).exists(), stop=lose)
+"""
+
+
+def test_a_worker_that_dies_is_replaced_and_the_run_ends_in_the_same_bytes(tmp_path):
+    (tmp_path / "lost.py").write_text(LOST)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    for name, fatal in (("whole", 0), ("lost", 7)):
+        done = script(str(tmp_path / "lost.py"), tmp_path / name, fatal, launcher=launcher)
+        assert done.returncode == 0, done.stderr
+    assert same_files(tmp_path / "whole", tmp_path / "lost")
+    assert [row["step"] for row in rows(tmp_path / "lost", "train")] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_a_signal_stops_and_is_told(tmp_path, number):
+    def ask(row):
+        if row["kind"] == "train" and row["step"] == 3:
+            os.kill(os.getpid(), number)
+
+    def train(folder, **how):
+        model = build("realnvp", (4,), bits=None, hidden=8)
+        return fit(model, points(), points(), TrainConfig(steps=6), folder, device="cpu", **how)
+
+    torch.manual_seed(0)
+    before = signal.getsignal(number)
+    run = train(tmp_path, watch=ask)
+    assert (run.finished, run.steps, run.signal) == (False, 3, number)
+    assert signal.getsignal(number) is before
+    assert train(tmp_path, resume=True).signal is None
+
+
+# -- a full disk
+
+FULL = """
+    import json, os, subprocess, sys
+    from pathlib import Path
+    import torch
+    from musigma import data
+    from musigma.training import TrainConfig, TrainingError, fit
+    from musigma.training.state import STATE
+    from musigma.zoo import build
+
+    disk, freed = Path(sys.argv[1]), sys.argv[2] == "freed"
+    if os.geteuid() == 0:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], check=True)
+    digits = data.load("digits")
+    parts = digits.split("train"), digits.split("validation")
+    ballast = disk / "ballast"
+
+    def crowd(step):
+        if step == 5:
+            with ballast.open("wb", 0) as file:
+                try:
+                    while file.write(bytes(1024)):
+                        pass
+                except OSError:
+                    pass
+        if step == 15 and freed:
+            ballast.unlink()
+
+    said = []
+    def train(**how):
+        torch.manual_seed(0)
+        model = build("realnvp", (1, 8, 8), levels=1, depth=1, hidden=4)
+        config = TrainConfig(steps=20, batch_size=16, evaluations=2, save_every=1e-5)
+        return fit(model, *parts, config, disk / "run", device="cpu", **how)
+
+    try:
+        train(stop=crowd, watch=lambda row: said.append(row))
+    except TrainingError as error:
+        said.append({"kind": "error", "message": str(error)})
+    left = sorted(p.name for p in (disk / "run").iterdir())
+    ballast.unlink(missing_ok=True)
+    train(resume=True)
+    (disk / "run/last.safetensors").rename(disk / "last.safetensors")
+    last = (disk / "last.safetensors").read_bytes()
+    print(json.dumps({
+        "said": [[row["kind"], row["message"]] for row in said if "message" in row],
+        "left": left,
+        "last": last.hex(),
+    }))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a small disk is made by Linux's tmpfs")
+@pytest.mark.parametrize("how", ["freed", "never freed"])
+def test_a_full_disk_is_told_of_and_costs_nothing(tmp_path, how):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    own = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "-r"]
+    command = [*own, sys.executable, "-c", textwrap.dedent(FULL), str(disk), how]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert not any(name.endswith(".tmp") for name in answer["left"])
+    kinds = [kind for kind, _ in answer["said"]]
+    assert kinds == (["alert"] if how == "freed" else ["alert", "error"])
+    assert "No space left on device" in answer["said"][0][1]
+    torch.manual_seed(0)
+    digits = data.load("digits")
+    model = build("realnvp", (1, 8, 8), levels=1, depth=1, hidden=4)
+    config = TrainConfig(steps=20, batch_size=16, evaluations=2)
+    parts = digits.split("train"), digits.split("validation")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        fit(model, *parts, config, tmp_path / "whole", device="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "whole/last.safetensors").read_bytes().hex() == answer["last"]
+
+
+# -- steps that go on failing
+
+
+@architecture
+def moody(shape, *, bits: int | None = None, bad: list = ()):
+    """A VAE whose decoder has no answer in some of its training passes."""
+
+    class Moody(nn.Module):
+        passes = 0
+
+        def __init__(self):
+            super().__init__()
+            self.net = MLP(3, 2 * shape[0], hidden=[8])
+
+        def forward(self, z):
+            if torch.is_grad_enabled():
+                Moody.passes += 1
+            return self.net(z) * (float("nan") if Moody.passes in bad else 1.0)
+
+    encoder = GaussianHead(MLP(shape[0], 6, hidden=[8]), event_ndims=1)
+    return VAE(encoder, GaussianHead(Moody(), event_ndims=1), Prior(StandardNormal((3,))))
+
+
+def train_moody(folder, bad, **config):
+    torch.manual_seed(0)
+    both = points().split("train"), points().split("validation")
+    config = TrainConfig(**{"steps": 40, "save_every": 1e-5, "evaluations": 1} | config)
+    return fit(moody((4,), bad=bad), *both, config, folder, device="cpu")
+
+
+def test_repeated_trouble_goes_back_and_takes_smaller_steps(tmp_path):
+    run = train_moody(tmp_path, [21, 22, 23, 24, 25])
+    assert (run.finished, run.steps, run.skipped) == (True, 40, 5)
+    (row,) = rows(tmp_path, "setback")
+    assert row["step"] == 20
+    assert "back from step 25 to 20, and on with steps of 0.5 the size" in row["message"]
+    assert rows(tmp_path, "skipped") == []  # the steps that were gone back over
+    steps = {r["step"]: r["learning_rate"] for r in rows(tmp_path, "train")}
+    assert sorted(steps) == list(range(1, 41))
+    smooth = TrainConfig(steps=40)
+    for step in (20, 21, 40):
+        usual = smooth.learning_rate(step - 1, (step - 1) / 40)
+        assert steps[step] == pytest.approx(usual * (0.5 if step > 20 else 1.0))
+
+
+def test_four_failures_in_a_row_are_only_skipped(tmp_path):
+    run = train_moody(tmp_path, [21, 22, 23, 24])
+    assert (run.finished, run.skipped, rows(tmp_path, "setback")) == (True, 4, [])
+    for row in rows(tmp_path, "skipped"):
+        assert row["reason"].startswith("output of decoder.net")
+        assert len(row["examples"]) == 8
+
+
+def test_trouble_without_end_ends_and_leaves_the_last_good_state(tmp_path):
+    with pytest.raises(TrainingError, match=r"20 steps in a row .* went back 3 times"):
+        train_moody(tmp_path, list(range(21, 1000)))
+    assert max(row["step"] for row in rows(tmp_path, "train")) == 20
+    last = checkpoint.load(tmp_path / "last.safetensors")
+    assert all(p.isfinite().all() for p in last.parameters())
+
+
+def test_a_bad_example_is_named(tmp_path):
+    values = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32)
+    bad = int(data.batch_indices(1000, 16, seed=0, step=40)[3])  # after those that calibrate
+    values[bad] = 1e30
+    config = TrainConfig(steps=60, batch_size=16, evaluations=1)
+    model = build("realnvp", (4,), bits=None, hidden=16)
+    fit(model, Dataset(values), Dataset(values[:100]), config, tmp_path, device="cpu")
+    found = rows(tmp_path, "skipped")
+    assert found
+    for row in found:
+        assert row["examples"] == [bad]
+
+
+# -- what is warned of
+
+
+def test_alerts_are_raised_once_each(tmp_path):
+    """A latent that says nothing, and a mixing that is all but singular."""
+    torch.manual_seed(0)
+    model = build("vae", (6,), bits=None, net="mlp", width=8, latents=4, prior="normal")
+    nn.init.zeros_(model.encoder.net.layers[-1].weight)
+    nn.init.zeros_(model.encoder.net.layers[-1].bias)
+    data = Dataset(np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32))
+    config = TrainConfig(steps=8, lr=1e-9, evaluations=4)
+    fit(model, data, data, config, tmp_path / "vae", device="cpu")
+    (row,) = rows(tmp_path / "vae", "alert")
+    assert "prior carries 0.000 nats: its posterior is its prior" in row["message"]
+
+    flow = build("glow", (1, 8, 8), levels=1, depth=2, hidden=4)
+    with torch.no_grad():
+        flow.layers[5].log_scale[0] -= 12
+    images = Dataset(np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), np.uint8))
+    fit(flow, images, images, config, tmp_path / "glow", device="cpu")
+    (row,) = rows(tmp_path / "glow", "alert")
+    assert "the matrix of layers.5 has condition number" in row["message"]
+
+
+def test_a_loss_far_above_the_usual_is_told_of(tmp_path):
+    values = np.random.default_rng(0).normal(size=(4000, 4)).astype(np.float32)
+    values[3210] = 60
+    config = TrainConfig(steps=240, batch_size=16, seed=1, evaluations=1, skip_above=1e9)
+    fit(
+        build("realnvp", (4,), bits=None, hidden=16),
+        Dataset(values),
+        Dataset(values[:100]),
+        config,
+        tmp_path,
+        device="cpu",
+    )
+    steps = range(100, 240)
+    hit = [s for s in steps if 3210 in data.batch_indices(4000, 16, seed=1, step=s)]
+    alerts = rows(tmp_path, "alert")
+    assert [row["step"] for row in alerts] == [s + 1 for s in hit]

@@ -1,0 +1,191 @@
+"""What is kept for the backward pass: less of it, and the same gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+import musigma
+from musigma import memory
+from musigma.heads import StandardNormal
+from musigma.layers import ActNorm, Coupling, InvertibleConv, Permutation
+from musigma.memory import fallen, keep, recall
+from musigma.model import VAE, Bijection, Chain, Prior
+from musigma.nets import MLP
+from musigma.testing import randomized
+from musigma.training.machine import kept_bytes
+
+MODELS = {
+    "glow": ("glow", (3, 16, 16), {"depth": 3, "levels": 2, "hidden": 12, "edge": True}),
+    "glow, conditional": ("glow", (3, 8, 8), {"depth": 2, "levels": 2, "hidden": 8, "context": 3}),
+    "glow, learned noise": ("glow", (3, 8, 8), {"depth": 2, "hidden": 8, "dequantize": "learned"}),
+    "glow, plain": ("glow", (3, 8, 8), {"depth": 2, "hidden": 8, "permutation": "conv"}),
+    "realnvp": ("realnvp", (2, 8, 8), {"depth": 2, "hidden": 8}),
+    "realnvp, vectors": ("realnvp", (7,), {"depth": 6, "hidden": 16}),
+    "vae, flow prior": ("vae", (1, 8, 8), {"prior": "flow", "width": 8}),
+}
+
+
+def made(name, dtype=torch.float64):
+    kind, shape, options = MODELS[name]
+    torch.manual_seed(0)
+    model = randomized(musigma.build(kind, shape, **options), scale=0.3).to(dtype)
+    x = torch.randint(0, 256, (6, *shape))
+    context = torch.randn(6, 3, dtype=dtype) if options.get("context") else None
+    model.calibrate(x, context)
+    return model, x, context
+
+
+def gradients(model, mode, x, context=None, cast=False):
+    keep(model, mode)
+    model.zero_grad()
+    torch.manual_seed(1)
+    given = None if context is None else context.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        loss = model(x, given).elbo.sum()
+    loss.backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.cat([g.flatten() for g in [*found, *([] if given is None else [given.grad])]])
+
+
+def off(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_store(name):
+    model, x, context = made(name)
+    truth = gradients(model, "store", x, context)
+    assert torch.equal(gradients(model, "checkpoint", x, context), truth)
+    assert off(gradients(model, "reversible", x, context), truth) < 1e-12
+    assert fallen(model) == {}
+
+
+@pytest.mark.parametrize("name", ["glow", "realnvp, vectors", "vae, flow prior"])
+def test_gradients_in_float32_and_under_autocast(name):
+    model, x, context = made(name, torch.float32)
+    truth = gradients(model, "store", x, context)
+    assert off(gradients(model, "reversible", x, context), truth) < 1e-5
+    assert fallen(model) == {}
+    low = gradients(model, "store", x, context, cast=True)
+    assert torch.equal(gradients(model, "checkpoint", x, context, cast=True), low)
+    # bfloat16 has 8 bits: an input that is off in its 23rd bit may be rounded the other way
+    assert off(gradients(model, "reversible", x, context, cast=True), low) < 2e-3
+
+
+def trained_and_ill_conditioned(condition):
+    """A flow fitted to ill-conditioned data, with mixings as ill-conditioned as is wished."""
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(6):
+        layers += [ActNorm(8), InvertibleConv(8), Coupling(MLP(4, 8, hidden=[32]))]
+    model = Chain(layers, Prior(StandardNormal((8,))))
+    mixing = torch.randn(8, 8) @ torch.diag(torch.logspace(0, -2, 8))
+    x = torch.randn(256, 8) @ mixing
+    model.calibrate(x)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (-model.log_prob(x).mean()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for layer in layers[1::3]:
+            spread = torch.linspace(-0.5, 0.5, 8) * torch.log(torch.tensor(float(condition)))
+            layer.log_scale.add_(spread[torch.randperm(8)])
+    return model, x
+
+
+@pytest.mark.parametrize("condition", [1, 2, 10, 1e5])
+def test_an_ill_conditioned_flow_falls_back_before_its_gradients_are_wrong(condition):
+    model, x = trained_and_ill_conditioned(condition)
+    truth = gradients(model, "store", x)
+    assert off(gradients(model, "reversible", x), truth) < 1e-5
+    assert off(gradients(model, "checkpoint", x), truth) < 1e-5
+    assert bool(fallen(model)) == (condition >= 10)
+
+
+class Lossy(Bijection):
+    """Claims an inverse that it has not."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.scale, self.error = nn.Parameter(torch.tensor(0.3)), error
+
+    def forward(self, x, context=None):
+        return x * self.scale.exp(), self.scale * x[0].numel() * x.new_ones(len(x))
+
+    def inverse(self, y, context=None):
+        return y * (-self.scale).exp() + self.error, -self.scale * y.new_ones(len(y))
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan"), float("inf")])
+def test_a_wrong_inverse_is_noticed_and_the_gradients_are_right_all_the_same(error):
+    torch.manual_seed(0)
+    layers = [Coupling(MLP(2, 6, hidden=[8])), Lossy(error), Coupling(MLP(2, 6, hidden=[8]))]
+    model = Chain([Permutation.reverse(5), *layers], Prior(StandardNormal((5,)))).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    truth = gradients(model, "store", x)
+    assert torch.equal(gradients(model, "reversible", x), truth)
+    ((name, reason),) = fallen(model).items()
+    assert name == "layers.0"
+    assert reason.startswith("computed back, ")
+    again, told = Chain([Permutation.reverse(5), *layers], Prior(StandardNormal((5,)))), {}
+    recall(again, told | {name: reason})
+    assert fallen(again) == {name: reason}
+
+
+def test_what_is_kept_does_not_grow_with_depth():
+    kept = {}
+    for mode in ("store", "checkpoint", "reversible"):
+        for depth in (2, 8):
+            model = musigma.build("glow", (3, 16, 16), levels=2, depth=depth, hidden=32)
+            x = torch.randint(0, 256, (8, 3, 16, 16))
+            keep(model, mode)
+            kept[mode, depth] = kept_bytes(lambda: model(x), list(model.parameters()))  # noqa: B023
+    assert kept["store", 8] > 3 * kept["store", 2]
+    assert kept["checkpoint", 8] < kept["store", 8] / 8
+    assert kept["reversible", 8] == pytest.approx(kept["reversible", 2], rel=0.02)
+    assert kept["reversible", 8] < kept["checkpoint", 8] / 2
+
+
+def test_the_glow_of_the_paper_keeps_less_than_4_mb_at_any_depth():
+    """32x32x3, three levels, 32 images, hidden 128: `store` keeps some 15 MB for each step."""
+    for depth in (4, 8):
+        model = musigma.build("glow", (3, 32, 32), bits=None, levels=3, depth=depth)
+        keep(model, "reversible")
+        x = torch.randn(32, 3, 32, 32)
+        assert kept_bytes(lambda: model(x), list(model.parameters())) < 4e6  # noqa: B023
+
+
+def test_blocks_of_networks_are_recomputed():
+    for name, shape in (("ladder", (1, 16, 16)), ("vae", (1, 16, 16))):
+        torch.manual_seed(0)
+        model = musigma.build(name, shape, blocks=2)
+        x = torch.randint(0, 256, (4, *shape))
+        truth = gradients(model, "store", x)
+        before = kept_bytes(lambda: model(x), list(model.parameters()))  # noqa: B023
+        assert torch.equal(gradients(model, "checkpoint", x), truth)
+        assert kept_bytes(lambda: model(x), list(model.parameters())) < 0.75 * before  # noqa: B023
+
+
+def test_no_gradient_keeps_nothing_and_figures_do_not_change():
+    model, x, _ = made("glow")
+    with torch.no_grad():
+        torch.manual_seed(0)
+        truth = model(x).elbo
+        for mode in ("checkpoint", "reversible"):
+            keep(model, mode)
+            torch.manual_seed(0)
+            assert torch.equal(model(x).elbo, truth)
+
+
+def test_what_is_refused():
+    vae = musigma.build("vae", (1, 8, 8), net="mlp")
+    for mode in ("checkpoint", "reversible"):
+        with pytest.raises(ValueError, match="memory: this VAE has nothing that"):
+            keep(vae, mode)
+    with pytest.raises(ValueError, match=r"'reversible' could work on .*use checkpoint or store"):
+        keep(musigma.build("ladder", (1, 8, 8)), "reversible")
+    with pytest.raises(ValueError, match="memory: expected store, checkpoint, reversible"):
+        keep(vae, "none")
+    keep(vae, "store")
+    assert memory.fallen(VAE(vae.encoder, vae.decoder, vae.prior)) == {}
