@@ -90,7 +90,9 @@ class Bernoulli(_Event):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log mass in nats, shape (B,)."""
-        return self._sum(value * self.logits - F.softplus(self.logits))
+        value = value.to(self.logits).expand_as(self.logits)
+        terms = F.binary_cross_entropy_with_logits(self.logits, value, reduction="none")
+        return -self._sum(terms)
 
 
 class Categorical(_Event):

@@ -5,6 +5,7 @@ Every figure says what it is: exact, or which bound; how many examples; and its 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def batch(
     data: Dataset, indices: np.ndarray, model: Model, *, seed: int = 0, step: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Examples and their context (one-hot labels, if the model wants any), where the model is."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = itertools.chain(model.parameters(), model.buffers())
     home = next(t for t in tensors if t.is_floating_point())
     x = torch.from_numpy(data.take(indices, seed=seed, step=step)).to(home)
     if not (classes := context_size(model)):
@@ -109,7 +110,12 @@ def batch(
 
 def noise(seed: int, step: int, rank: int = 0) -> None:
     """Seed torch's generator for a step, as a function of the seed and of these."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + rank) % 2**63)
+    number = ((seed * 1_000_003 + step) * 4_099 + rank) % 2**63
+    torch.default_generator.manual_seed(number)  # manual_seed wakes all other devices, each time
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)
 
 
 def batches(

@@ -234,7 +234,15 @@ class Format:
         if self.floor:
             floor = torch.full_like(log_std, math.log(self.floor))
             log_std = torch.logaddexp(self._power * log_std, floor) / self._power
-        return log_std if self.bounds is None else log_std.clamp(*self.bounds)
+        return log_std if self._within_bounds else log_std.clamp(*self.bounds)  # pyright: ignore
+
+    @property
+    def _within_bounds(self) -> bool:
+        """Whether there is nothing that the bounds could clamp."""
+        if self.bounds is None:
+            return True
+        low, high = _SCALES[self.scale].reach(self.limit or 0.0)  # a floor raises the low
+        return self.bounds[0] <= low and high <= self.bounds[1]
 
     def _raw(self, log_std: Tensor) -> Tensor:
         if self.floor:

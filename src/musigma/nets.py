@@ -178,7 +178,13 @@ class ZeroConv2d(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The output, (B, outputs, H, W)."""
-        return self.conv(x) * (3 * self.logs).exp()
+        gain = (3 * self.logs).exp()
+        assert self.conv.bias is not None
+        weight, bias = self.conv.weight * gain.unsqueeze(1), self.conv.bias * gain.flatten()
+        y = F.conv2d(x, weight, bias, padding=1)
+        if isinstance(self.conv, EdgeConv2d):
+            y = y + edge_bias(self.conv.edge * gain.unsqueeze(1), x.shape[-2:])
+        return y
 
 
 class CouplingNet(nn.Module):

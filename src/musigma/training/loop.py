@@ -226,10 +226,12 @@ class _Job:
         model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
         keep(model, config.memory)
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
+        self.means = list(self.averaged.parameters())
         note = machine.compiled(model) if config.fast else None
-        self.trained, self.optimizer = self.accelerator.prepare(
-            model.train(), config.optimizer_for(model)
-        )
+        self.optimizer = config.optimizer_for(model.train())
+        several = self.processes.count > 1
+        self.trained = self.accelerator.prepare(model) if several else model
+        self.weights, self.buffers = list(model.parameters()), list(model.buffers())
         if resume:
             self._load()
         x, context = self._examples(self.progress.step)
@@ -292,7 +294,7 @@ class _Job:
             group["lr"] = lr
         x, context = self._examples(step)
         evidence, loss = self._gradients(x, context, step)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.weights if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         row: dict[str, Any] = {"kind": "train", "step": step + 1, "loss": loss, "grad_norm": norm}
         limit = config.skip_above * progress.usual_norm if step >= 50 else math.inf
@@ -303,9 +305,11 @@ class _Job:
             )  # elsewhere such a loss has made the norm so, for all
         if fit:
             longest = config.clip or 3 * progress.usual_norm or math.inf
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), longest, torch.tensor(norm))
+            if norm > longest:
+                nn.utils.clip_grads_with_norm_(self.weights, longest, torch.tensor(norm))
             self.optimizer.step()
-            _average(self.averaged, self.model, config.ema, step)
+            if config.ema:
+                self._average(step)
             weight = 0.02 if progress.usual_norm else 1.0
             progress.usual_norm += weight * (norm - progress.usual_norm)
             progress.failing = 0
@@ -343,12 +347,12 @@ class _Job:
             part = Processes(i, self.parts).share(len(x))
             given = None if context is None else context[part]
             last = i == self.parts - 1
-            later = contextlib.nullcontext if last else self.accelerator.no_sync
-            with later(*([] if last else [self.trained])):
+            alone = last or self.trained is self.model
+            with contextlib.nullcontext() if alone else self.accelerator.no_sync(self.trained):
                 evidence = self._forward(self.trained, x[part], given)
                 weight = (part.stop - part.start) / self.config.batch_size
                 loss = self.config.objective(evidence, self.share) * weight
-                self.accelerator.backward(loss * self.processes.count)  # their mean is taken
+                (loss * self.processes.count).backward()  # their mean is taken
             found.append(Evidence(*(t.detach() for t in evidence)))
             total += loss.item()
         joined = Evidence(*map(torch.cat, zip(*found, strict=True)))
@@ -412,6 +416,15 @@ class _Job:
             f"{self.progress.step}, and on with steps of {self.progress.caution:.3g} the size",
         )
 
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """Move the running average; early on it forgets faster, and never lags the start."""
+        decay = min(self.config.ema, (1 + step) / (10 + step))
+        means, values = self.means, self.weights
+        torch._foreach_lerp_(means, values, 1 - decay)  # pyright: ignore
+        for mean, value in zip(self.averaged.buffers(), self.buffers, strict=True):
+            mean.copy_(value)
+
     # -- looking on
 
     def _note(self, row: dict[str, Any], evidence: Evidence, lr: float) -> None:
@@ -422,7 +435,8 @@ class _Job:
             found["spike"] = message
         for message in news(progress, ("spike",), found):
             self._say("alert", message)
-        if (now := fallen(self.model)) != progress.fallen:
+        reversible = self.config.memory == "reversible"
+        if reversible and (now := fallen(self.model)) != progress.fallen:
             for name in now.keys() - progress.fallen.keys():
                 self._say("notice", f"{name} is recomputed by parts from now on: {now[name]}")
             progress.fallen = now
@@ -437,6 +451,8 @@ class _Job:
     def _assess(self) -> None:
         """The validation figure of the averaged weights, which are kept if they are the best."""
         progress = self.progress
+        if not self.config.ema:
+            self._average(progress.step)
         figure = evaluate(
             self.averaged, self.shown, seed=self.config.seed, processes=self.processes
         )
@@ -498,6 +514,9 @@ class _Job:
         if not self.processes.main:
             return True
 
+        if not self.config.ema:
+            self._average(self.progress.step)
+
         def write() -> None:
             save_state(self.out, self.progress, self.model, self.averaged, self.optimizer)
             checkpoint.save(self.averaged, self.out / "last.safetensors", extra=self.extra)
@@ -519,17 +538,6 @@ class _Job:
     def _load(self) -> None:
         self.progress = load_state(self.out, self.model, self.averaged, self.optimizer)
         recall(self.model, self.progress.fallen)
-
-
-@torch.no_grad()
-def _average(averaged: Model, model: Model, decay: float, step: int) -> None:
-    """Move the running average; early on it forgets faster, so that it never lags the start."""
-    decay = min(decay, (1 + step) / (10 + step))
-    means: list[Tensor] = [*averaged.parameters()]
-    values: list[Tensor] = [*model.parameters()]
-    torch._foreach_lerp_(means, values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-    for mean, value in zip(averaged.buffers(), model.buffers(), strict=True):
-        mean.copy_(value)
 
 
 def _accelerator(config: TrainConfig, out: Path, device: str | None) -> Any:

@@ -75,7 +75,8 @@ class TwoHeads(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The mean, and what the format reads as its scale."""
-        h = self.enter(x.flatten(1) / self.top).relu()
+        x = x.flatten(1)
+        h = self.enter(x if self.top == 1 else x / self.top).relu()
         return self.mean(h), self.scale(h)
 
 
