@@ -839,7 +839,7 @@ MISTAKES = {
     "folder as out": ("sample glow --out empty.png/..", "out: "),
     "suffix": ("sample glow --out a.gif", r"expected a \.png, \.npy or \.npz file; got a\.gif"),
     "suffix of rows": ("reconstruct vae photos --out a.jpg", r"expected a \.png"),
-    "suffix of latents": ("encode vae photos --out z.npy", r"expected a \.npz file"),
+    "suffix of latents": ("encode vae photos --out z.npy", r"expected a \.npz or \.parquet file"),
     "suffix of scores": ("score vae photos --out s.xlsx", r"expected a \.csv or \.parquet file"),
     "folder of scores": ("score vae photos --out none/s.csv", "there is no folder none"),
     "folder of latents": ("encode vae photos --out none/z.npz", "there is no folder none"),

@@ -11,6 +11,8 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from musigma.data import (
     Preprocess,
     batch_indices,
     describe,
+    digest,
     identity,
     load,
 )
@@ -34,6 +37,7 @@ RNG = np.random.default_rng(7)
 GREY = RNG.integers(0, 256, (6, 1, 9, 7), dtype=np.uint8)
 COLOR = RNG.integers(0, 256, (6, 3, 9, 7), dtype=np.uint8)
 POINTS = RNG.normal(size=(12, 3)).astype(np.float32)
+DYNAMIC = Preprocess(binarize="dynamic")
 
 
 def save_image(path: Path, example: np.ndarray, **options) -> Path:
@@ -102,6 +106,10 @@ def fails(pattern: str):
         ({"bits": 2.0}, "bits is 2.0"),
         ({"size": 0}, "size is 0"),
         ({"size": True}, "size is True"),
+        ({"size": (8, 0)}, r"size is \(8, 0\): .*two of them \(height, width\)"),
+        ({"size": (8, 8, 8)}, r"size is \(8, 8, 8\)"),
+        ({"size": (8, 8.0)}, r"size is \(8, 8.0\)"),
+        ({"size": ()}, r"size is \(\)"),
         ({"binarize": "yes"}, "binarize is 'yes'"),
         ({"binarize": "dynamic", "bits": 5}, "bits is 5 with binarize"),
     ],
@@ -112,8 +120,16 @@ def test_preprocess_refuses(given, message):
 
 
 def test_preprocess_round_trips_through_json():
-    for p in (Preprocess(), Preprocess(size=3, bits=5), Preprocess(binarize="dynamic")):
+    for p in (
+        Preprocess(),
+        Preprocess(size=3, bits=5),
+        Preprocess(size=(3, 5)),
+        Preprocess(binarize="dynamic"),
+    ):
         assert Preprocess.from_json(json.loads(json.dumps(p.to_json()))) == p
+    assert Preprocess(size=(7, 7)) == Preprocess(size=7)  # what is a square is written as one
+    assert Preprocess.from_json({"size": [3, 5]}).pixels == (3, 5)
+    assert Preprocess.from_json({"size": 32, "bits": 8, "binarize": None}).pixels == (32, 32)
     with fails("crop.*its keys are binarize, bits, size"):
         Preprocess.from_json({"crop": 3})
     with fails("preprocess is 3"):
@@ -126,6 +142,7 @@ def test_levels(tmp_path):
         data = load(tmp_path / "x.npy", preprocess=Preprocess(bits=bits))
         assert data.bits == bits
         np.testing.assert_array_equal(data.take(range(6)), COLOR // 2 ** (8 - bits))
+        np.testing.assert_array_equal(data.x, data.take(range(6)))
     data = load(tmp_path / "x.npy", preprocess=Preprocess(binarize="threshold"))
     assert data.bits == 1
     np.testing.assert_array_equal(data.take([3, 1]), COLOR[[3, 1]] >= 128)
@@ -143,6 +160,39 @@ def test_dynamic_binarization_is_pure_and_has_the_right_mean():
     np.testing.assert_allclose(means, [0, 0.2, 0.8, 1], atol=4 * 0.4 / np.sqrt(200_000))
     assert means[0] == 0
     assert means[3] == 1
+
+
+def test_dynamic_binarization_has_exactly_the_probabilities():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    data = Dataset(np.broadcast_to(levels, (60_000, 1, 16, 16)), preprocess=DYNAMIC)
+    ones = data.take(range(60_000), seed=1).sum(0, dtype=np.int64).ravel()
+    p = np.arange(256) / 255
+    assert ones[0] == 0
+    assert ones[255] == 60_000
+    z = (ones - 60_000 * p)[1:255] / np.sqrt(60_000 * p * (1 - p))[1:255]
+    assert abs((z**2).sum() - 254) < 5 * np.sqrt(2 * 254)  # a chi-square of 254 degrees
+    assert abs(z.sum()) < 5 * np.sqrt(254)  # redrawing one byte in 256 makes a sum of 170
+
+
+def test_dynamic_binarization_is_independent():
+    data = Dataset(np.full((4, 1, 500, 500), 128, np.uint8), preprocess=DYNAMIC)
+    draws = [data.take(range(4), seed=seed, step=step) for seed in (0, 1) for step in (0, 1)]
+    noise = [draw.ravel() - 128 / 255 for draw in draws]
+    pairs = [(noise[0], other) for other in noise[1:]]
+    pairs += [(noise[0][:-lag], noise[0][lag:]) for lag in (1, 7, 8, 32, 500, 250_000)]
+    for a, b in pairs:
+        assert abs((a * b).mean()) < 5 * 0.25 / np.sqrt(len(a))
+
+
+@given(side=st.integers(1, 9), cuts=st.lists(st.integers(0, 12), max_size=3), seed=st.integers(0))
+@settings(max_examples=60, deadline=None)
+def test_a_batch_is_taken_in_parts(side, cuts, seed):
+    levels = np.random.default_rng(side).integers(0, 256, (12, 1, side, side), np.uint8)
+    data = Dataset(levels, preprocess=DYNAMIC)
+    edges = [0, *sorted(cuts), 12]
+    parts = [data.take(range(a, b), seed=seed, step=3, first=a) for a, b in pairwise(edges)]
+    whole = data.take(range(12), seed=seed, step=3)
+    np.testing.assert_array_equal(np.concatenate(parts), whole, strict=True)
 
 
 def test_levels_that_were_reduced_before_are_noticed(tmp_path):
@@ -163,6 +213,12 @@ def test_size(tmp_path):
     assert abs(images[..., 1:-1, 1:-1].mean() - 115) < 1  # the center of the ramp
     assert images[0, 0, 3, 0] < 75  # and its width, not that of a squeezed one
     assert load(tmp_path / "x.npy", preprocess=Preprocess(size=30)).shape == (1, 30, 30)
+    wide = Preprocess(size=(3, 6))  # as the ramp is: nothing is cut off
+    images, arrays = (load(tmp_path / n, preprocess=wide).x for n in ("images", "x.npy"))
+    np.testing.assert_array_equal(images, arrays)
+    assert images.shape == (2, 1, 3, 6)
+    assert (np.diff(images[0, 0, 1].astype(int)) > 30).all()
+    assert load(tmp_path / "images", preprocess=Preprocess(size=(6, 2))).shape == (1, 6, 2)
 
 
 # Dataset: subsets, splits, batches -----------------------------------------------------------
@@ -196,6 +252,18 @@ def test_subset_keeps_everything_together():
     assert data.take([]).shape == (0, 1, 9, 7)
     with pytest.raises(IndexError):
         part.take([2])
+
+
+def test_another_array_has_other_hashes():
+    data = Dataset(POINTS)
+    parts = [data.content(), data.subset([3, 1]).content(), data.split("train").content()]
+    assert parts[1].tolist() == parts[0][[3, 1]].tolist()
+    other = replace(data, array=POINTS[::-1])
+    assert other.content().tolist() == parts[0][::-1].tolist()
+    assert digest(other) != digest(data)
+    assert digest(replace(data, labels=np.arange(12))) != digest(data)
+    assert digest(replace(data, name="other")) == digest(data)
+    assert Dataset(POINTS).subset([3, 1]).content().tolist() == parts[1].tolist()
 
 
 def test_official_test_part_is_what_is_held_out():
@@ -678,7 +746,7 @@ def test_broken_archives(tmp_path, monkeypatch):
         (tmp_path / f"x.{kind}").write_bytes(whole[: len(whole) // 2])
         with fails(rf"x.{kind}: is damaged, truncated"):
             load(tmp_path / f"x.{kind}")
-    monkeypatch.setattr("musigma.sources.images.MAX_MEMBER", 100)
+    monkeypatch.setattr("musigma.sources.walks.MAX_MEMBER", 100)
     for kind in ("tar", "zip"):
         with fails(r"member \S*\d.png claims \d+ bytes, over the cap"):
             load(pack(folder, tmp_path / f"x.{kind}"))

@@ -16,12 +16,14 @@ from musigma.heads import (
 from musigma.layers import (
     ActNorm,
     Affine,
+    Autoregressive,
     Checkerboard,
     Coupling,
     Dequantize,
     InvertibleConv,
     Logit,
     Permutation,
+    Spline,
     Split,
     Squeeze,
 )
@@ -71,6 +73,42 @@ LAYERS = {
     "coupling vector": lambda: (Coupling(mlp(2, 6)), VECTOR, {}),
     "coupling, context": lambda: (Coupling(conv(2, 4, 3)), IMAGE, {"context": 3}),
     "coupling vector, context": lambda: (Coupling(mlp(2, 6, 3)), VECTOR, {"context": 3}),
+    "coupling, spline": lambda: (Coupling(mlp(2, 69), kind="spline"), VECTOR, {"compiled": True}),
+    "coupling, spline, image": lambda: (
+        Coupling(conv(2, 22), kind="spline", spline=Spline(bins=4, bound=3.0)),
+        IMAGE,
+        {},
+    ),
+    **{
+        f"autoregressive {kind}, {d}": lambda kind=kind, d=d: (
+            Autoregressive(d, kind=kind, hidden=[9, 8]),
+            (d,),
+            {"compiled": d == 5},
+        )
+        for kind in ("affine", "additive", "spline")
+        for d in (1, 2, 5)
+    },
+    "autoregressive, context": lambda: (
+        Autoregressive(4, hidden=[9, 8], context=2),
+        (4,),
+        {"context": 2},
+    ),
+    "autoregressive spline, context": lambda: (
+        Autoregressive(3, kind="spline", hidden=[16, 16], context=2),
+        (3,),
+        {"context": 2},
+    ),
+    "autoregressive, format": lambda: (
+        Autoregressive(5, format=Format.parse("interleaved sigmoid+2 scale-first")),
+        VECTOR,
+        {},
+    ),
+    "autoregressive, no hidden layer": lambda: (Autoregressive(4, hidden=[]), (4,), {}),
+    "inverse of autoregressive": lambda: (
+        Inverse(Autoregressive(5, kind="spline", hidden=[9])),
+        VECTOR,
+        {},
+    ),
     "additive": lambda: (Coupling(conv(2, 2), kind="additive"), IMAGE, {}),
     "additive, context": lambda: (
         Coupling(mlp(2, 3, 2), kind="additive"),
@@ -265,6 +303,13 @@ MODELS = {
     "vae categorical": lambda: zoo(
         "vae", (1, 5, 5), 4, latents=3, width=6, likelihood="categorical"
     ),
+    "nsf coupling": lambda: zoo("nsf", (5,), None, depth=2, hidden=6, compiled=True),
+    "nsf coupling, bits, context": lambda: zoo("nsf", (3,), 3, depth=2, hidden=6, context=2),
+    "nsf autoregressive": lambda: zoo(
+        "nsf", (3,), None, kind="autoregressive", depth=2, hidden=6, permutation="reverse"
+    ),
+    "maf": lambda: zoo("maf", (5,), None, depth=2, hidden=6, compiled=True),
+    "maf, bits, context": lambda: zoo("maf", (3,), 3, depth=2, hidden=6, context=2),
     "ladder": lambda: zoo("ladder", (2, 15, 16), 4, latents=2, levels=3, **SMALL, compiled=True),
     "ladder context": lambda: zoo("ladder", (1, 8, 8), 1, context=3, latents=2, levels=3, width=4),
     "ladder gaussian": lambda: zoo(

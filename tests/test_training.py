@@ -152,6 +152,13 @@ def test_share_and_learning_rate_follow_the_budget():
         ({"batch_size": 0}, "batch_size: expected 1 or more"),
         ({"ema": 1.0}, "ema: expected"),
         ({"weight_decay": 0.1}, "weight_decay: is for adamw"),
+        ({"accumulate": 64}, "accumulate: a batch of 32 has no 64 parts"),
+        ({"memory": "none"}, "memory: expected store or checkpoint or reversible"),
+        ({"memory_budget": "much"}, "memory_budget: expected 4GB"),
+        ({"memory_budget": "4GB", "accumulate": 2}, "memory_budget: it chooses the parts"),
+        ({"track": ["mlflow"]}, "track: expected tensorboard or trackio or wandb"),
+        ({"workers": -1}, "workers: expected 0 or more"),
+        ({"shard": True, "memory": "reversible"}, "with shard use checkpoint"),
         ({"k": 5, "beta": 2.0}, "k: the importance-weighted bound has no beta"),
     ],
 )
@@ -264,7 +271,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_explained(tmp_path):
 
 def test_training_stops_when_steps_go_on_failing(tmp_path):
     both = points().split("train"), points().split("validation")
-    with pytest.raises(TrainingError, match=r"20 steps in a row .* decoder\.net.* went back 3 times"):
+    with pytest.raises(
+        TrainingError, match=r"20 steps in a row .* decoder\.net.* went back 3 times"
+    ):
         fit(brittle((4,), often=1.0), *both, TrainConfig(steps=80), tmp_path, device="cpu")
 
 
@@ -302,3 +311,111 @@ def test_labels_become_the_context(tmp_path, digits):
     unlabelled = Dataset(digits.x, name="plain")
     with pytest.raises(ValueError, match="conditioned on 10 classes"):
         fit(model, unlabelled, unlabelled, TrainConfig(steps=1), tmp_path / "x", device="cpu")
+
+
+# -- what the machine may do
+
+
+def test_low_precision_is_of_the_networks_alone(tmp_path, digits):
+    seen = set()
+
+    def spy(row):
+        seen.add(row["kind"])
+
+    run = train(digits, tmp_path / "low", name="vae-flow-prior", precision="bf16", watch=spy)
+    full = train(digits, tmp_path / "full", name="vae-flow-prior")
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert run.skipped == 0
+    assert run.best == pytest.approx(full.best, abs=0.1)
+    low, high = ((tmp_path / f / "last.safetensors").read_bytes() for f in ("low", "full"))
+    assert low != high
+
+
+def test_without_a_compiler_fast_says_so_and_goes_on(tmp_path, digits, monkeypatch):
+    def nothing(*args, **how):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(torch, "compile", nothing)
+    run = train(digits, tmp_path, fast=True)
+    assert run.finished
+    (row,) = [r for r in rows(tmp_path) if r["kind"] == "notice"]
+    assert row["message"] == "not compiled: no compiler here"
+
+
+def test_blocks_are_compiled_one_by_one_and_a_model_without_any_whole(monkeypatch):
+    from musigma.training import machine
+
+    done = []
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: done.append(self))
+    glow = small("glow", levels=1, depth=3, hidden=4)
+    assert machine.compiled(glow) is None
+    assert done == [m for m in glow.modules() if isinstance(m, machine.BLOCKS)]
+    done.clear()
+    vae = small("vae", net="mlp")
+    assert machine.compiled(vae) is None
+    assert done == [vae]
+
+
+def test_a_profile_is_written(tmp_path, digits):
+    train(digits, tmp_path, profile=True)
+    events = json.loads((tmp_path / "profile.json").read_text())["traceEvents"]
+    assert any("aten::addmm" in event.get("name", "") for event in events)
+
+
+def test_trackers_are_told(tmp_path, digits):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(digits, tmp_path, track=["tensorboard"])
+    events = EventAccumulator(str(tmp_path / "musigma")).Reload()
+    scalars = events.Scalars("train/bits_per_dim")
+    logged = {r["step"]: r["bits_per_dim"] for r in rows(tmp_path) if r["kind"] == "train"}
+    assert {s.step: s.value for s in scalars} == pytest.approx(logged, rel=1e-6)
+    assert "evaluation/kl_0" in events.Tags()["scalars"]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="track: wandb is not installed: pip install wandb"):
+        train(digits, tmp_path / "run", track=["wandb"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["vae-conditional", "glow"])
+def test_workers_change_nothing(tmp_path, digits, name):
+    options = {"net": "mlp", "width": 16, "latents": 4, "context": 10}
+    for workers in (0, 2):
+        model = small("vae", **options) if "-" in name else small(name, **MODELS[name])
+        config = TrainConfig(steps=12, batch_size=16, workers=workers, evaluate_on=20)
+        parts = digits.split("train"), digits.split("validation")
+        fit(model, *parts, config, tmp_path / str(workers), device="cpu")
+    a, b = ((tmp_path / w / "last.safetensors").read_bytes() for w in "02")
+    assert a == b
+
+
+def test_a_reversible_run_resumes_to_the_same_bytes_after_it_fell_back(tmp_path, digits):
+    """A mixing that is all but singular cannot be computed back: what was learned is kept."""
+
+    def flow():
+        model = small("glow", levels=1, depth=2, hidden=4)
+        with torch.no_grad():
+            model.layers[5].log_scale[0] -= 9
+        return model
+
+    parts = digits.split("train"), digits.split("validation")
+    config = TrainConfig(steps=8, batch_size=16, evaluate_on=20, memory="reversible")
+    fit(flow(), *parts, config, tmp_path / "whole", device="cpu")
+    for halt, resume in ((5, False), (99, True)):
+        fit(
+            flow(),
+            *parts,
+            config,
+            tmp_path / "parts",
+            device="cpu",
+            resume=resume,
+            stop=lambda step, halt=halt: step == halt,
+        )
+    (note,) = [r for r in rows(tmp_path / "parts") if r["kind"] == "notice"]
+    assert note["message"].startswith("layers.1 is recomputed by parts from now on: computed back")
+    whole, again = ((tmp_path / f / "last.safetensors").read_bytes() for f in ("whole", "parts"))
+    assert whole == again

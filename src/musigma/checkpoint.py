@@ -72,10 +72,11 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Ten
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
-    header = json.loads(json.dumps(header))  # as it will be read: keys are text, tuples are lists
-    header["digest"] = _digest(header, tensors)
-    metadata = {"musigma": json.dumps(header, sort_keys=True)}  # one key: several have no order
+    plain = json.loads(json.dumps(header))  # as it will be read: keys are text, tuples are lists
+    plain["digest"] = _digest(plain, tensors)
+    metadata = {"musigma": json.dumps(plain, sort_keys=True)}  # one key: several have no order
     with replacing(path) as draft:
+        draft.touch()  # with the usual rights; save_file would make it for its owner alone
         try:
             save_file(tensors, draft, metadata=metadata)
         except SafetensorError as error:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from musigma.data import Dataset
-from musigma.gaussian import DiagonalGaussian, GaussianHead
+from musigma.gaussian import DiagonalGaussian, GaussianHead, channels_last
 from musigma.heads import LikelihoodHead
 from musigma.layers import Coupling
 from musigma.model import Model
@@ -98,14 +98,22 @@ def batch(
     data: Dataset, indices: np.ndarray, model: Model, *, seed: int = 0, step: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Examples and their context (one-hot labels, if the model wants any), where the model is."""
+    labels = None if data.labels is None else data.labels[indices]
+    return at_home(data.take(indices, seed=seed, step=step), labels, model)
+
+
+def at_home(
+    x: np.ndarray, labels: np.ndarray | None, model: Model
+) -> tuple[Tensor, Tensor | None]:
+    """Examples and context for a model, on its device and in its type; levels travel as bytes."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     home = next(t for t in tensors if t.is_floating_point())
-    x = torch.from_numpy(data.take(indices, seed=seed, step=step)).to(home)
+    examples = channels_last(torch.from_numpy(x).to(home.device).to(home.dtype))
     if not (classes := context_size(model)):
-        return x, None
-    assert data.labels is not None  # `check` has seen to it
-    labels = torch.from_numpy(data.labels[indices]).to(home.device)
-    return x, nn.functional.one_hot(labels, classes).to(home)
+        return examples, None
+    assert labels is not None  # `check` has seen to it
+    given = torch.from_numpy(labels).to(home.device)
+    return examples, nn.functional.one_hot(given, classes).to(home)
 
 
 def noise(seed: int, step: int, rank: int = 0) -> None:

@@ -34,9 +34,14 @@ def at_least_float32(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
+def channels_last(t: Tensor) -> Tensor:
+    """Images in the memory format that convolutions are fastest in; anything else as it is."""
+    return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+
 def sum_event(t: Tensor, event_ndims: int) -> Tensor:
     """Sum over the last `event_ndims` dimensions, of which there may be none."""
-    return t.flatten(-event_ndims).sum(-1) if event_ndims else t
+    return t.sum([*range(-event_ndims, 0)]) if event_ndims else t
 
 
 def per_example(weight: float | Tensor, value: Tensor) -> float | Tensor:
@@ -230,7 +235,9 @@ class Format:
 
     def log_std(self, raw: Tensor) -> Tensor:
         """The log standard deviation that a raw scale, taken out and multiplied, stands for."""
-        log_std = _SCALES[self.scale].log_std(raw + self.offset, self.limit or 0.0)
+        log_std = _SCALES[self.scale].log_std(
+            raw + self.offset if self.offset else raw, self.limit or 0.0
+        )
         if self.floor:
             floor = torch.full_like(log_std, math.log(self.floor))
             log_std = torch.logaddexp(self._power * log_std, floor) / self._power
@@ -341,13 +348,14 @@ class Format:
             if self.layout == "halves":
                 first, second = h.chunk(2, axis)
             else:
-                axis %= h.ndim
-                first, second = h.unflatten(axis, (-1, 2)).unbind(axis + 1)
+                last = h.movedim(axis, -1).unflatten(-1, (-1, 2))  # gradients: channels last too
+                first, second = (t.movedim(-1, axis) for t in last.unbind(-1))
         if self.order == "scale-first":
             first, second = second, first
         if dim is None:
             return first, second
-        return at_least_float32(first) * self.gain, at_least_float32(second) * self.gain
+        first, second = at_least_float32(first), at_least_float32(second)
+        return (first, second) if self.gain == 1 else (first * self.gain, second * self.gain)
 
     def _refuse(self, shapes: list[tuple[int, ...]]) -> NoReturn:
         wanted = {

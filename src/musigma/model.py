@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from musigma.distributions import ModelDistribution
+from musigma.gaussian import channels_last
 from musigma.memory import Keeper
 from musigma.trace import Evidence, Trace
 
@@ -477,7 +478,7 @@ class Chain(Model):
 
     def generate(self, trace: Trace, context: Tensor | None = None) -> Tensor:
         """The prior, then every layer from the last to the first."""
-        x = self.prior.generate(trace, context)
+        x = channels_last(self.prior.generate(trace, context))
         if self.over_likelihood:
             trace.below.update(self.layers)
         for layer in reversed(list(self._layers())):

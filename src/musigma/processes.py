@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["ALONE", "Processes", "here"]
+__all__ = ["ALONE", "Processes", "cut_like", "here", "joined", "local", "whole"]
 
 T = TypeVar("T")
 
@@ -74,6 +75,42 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def joined(piece: Tensor, like: Tensor) -> Tensor:
+    """The whole of which each process holds a piece, as it does of another tensor."""
+    if not _cut(like):
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements  # pyright: ignore
+    pieces = DTensor.from_local(piece, mesh, placements, shape=like.shape, stride=like.stride())
+    return pieces.full_tensor()
+
+
+def _cut(t: Tensor) -> bool:
+    """Whether it is a DTensor; to import that class takes longer than all of this library."""
+    return hasattr(t, "full_tensor")
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor, of which this process may hold a piece; then all processes must ask."""
+    return t.full_tensor() if _cut(t) else t  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process holds of a tensor: a view, and all of one that is not cut."""
+    return t.to_local() if _cut(t) else t  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def cut_like(t: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, cut over the processes as another one is, if that is."""
+    if not _cut(like):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # pyright: ignore
+    return distribute_tensor(t.to(like.device), mesh, placements)
 
 
 def here() -> Processes:

@@ -113,6 +113,7 @@ def check_head(
     _say(log_prob.shape == (rows,), f"log_prob has shape {tuple(log_prob.shape)}, not ({rows},)")
     _say(bool(log_prob.isfinite().all()), "log_prob of a draw is not finite")
     _gradients(head, lambda: dist_of(head).log_prob(x))
+    dist = dist_of(head)  # anew: its parameters were moved meanwhile
     with torch.no_grad():
         _sampling(Prior(_Known(dist_of(head))), (rows, *event), None)
     if batch:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from musigma import __version__
-from musigma.cli import convert, latents, use
+from musigma.cli import bench, convert, latents, shards, use, watch
 from musigma.cli.shared import register_plugin
 from musigma.cli.train import add_architecture, finetune, train_app
 
@@ -24,6 +24,9 @@ app.command(finetune)
 app.update(use.commands)
 app.update(latents.commands)
 app.update(convert.commands)
+app.update(shards.commands)
+app.update(watch.commands)
+app.update(bench.commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import inspect as python
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+
+from musigma.processes import Processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +77,34 @@ Data = Annotated[DataOptions, Parameter(name="*")]
 USUAL, USUAL_DATA = Common(), DataOptions()
 
 
+def told() -> Processes:
+    """Which process of how many this is, as a launcher says it in the environment.
+
+    Raises:
+        ValueError: If what it says cannot be.
+    """
+    words = [os.environ.get(*usual) for usual in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+    rank, count = (int(word) if word.isdecimal() else -1 for word in words)
+    if not 0 <= rank < count:
+        raise ValueError(
+            f"RANK, WORLD_SIZE: expected a number from 0 and a larger one; got {words[0]!r} and "
+            f"{words[1]!r}; let a launcher set both, or unset them"
+        )
+    return Processes(rank, count)
+
+
 class Screen:
-    """Where a command talks: to people, or, with --json, to a program."""
+    """Where a command talks: to people, or, with --json, to a program.
+
+    Of several processes the main one does.
+    """
 
     def __init__(self, common: Common):
         from rich.console import Console
 
-        self.common = common
-        self.console = Console(stderr=True, quiet=common.json, highlight=False, soft_wrap=True)
+        self.common, self.main = common, told().main
+        quiet = common.json or not self.main
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -91,6 +114,8 @@ class Screen:
         """The command's answer: JSON if asked for, the text otherwise, on standard output."""
         from musigma.files import finite
 
+        if not self.main:
+            return
         print(json.dumps(finite(value), indent=2) if self.common.json else text)
 
     @contextmanager
@@ -99,7 +124,7 @@ class Screen:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         columns = ("[progress.description]{task.description}", BarColumn())
-        if self.common.json or not self.console.is_terminal:
+        if self.console.quiet or not self.console.is_terminal:
             yield None
             return
         with Progress(
@@ -234,6 +259,14 @@ class Trained:
             which = torch.full((n,), class_number(label, names, classes))
         return torch.nn.functional.one_hot(which, classes).to(self.device, self.dtype)
 
+    def latents(self) -> list[Any]:
+        """The latents of no examples, top first: tensors of shapes (0, *s)."""
+        import torch
+
+        blank = torch.zeros(1, *self.shape, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            return [z[:0] for z in self.model.encode(blank, self.context(1, None))]
+
     def _classes(self) -> int:
         """How many classes the model is conditioned on; refuses one that is not."""
         from musigma.evaluation import context_size
@@ -267,7 +300,8 @@ class Trained:
 
         self.check_out(out)
         values = x.detach().cpu().numpy()
-        if bad := int((~np.isfinite(values.reshape(len(values), -1)).all(1)).sum()):
+        one = math.prod(values.shape[1:])
+        if bad := int((~np.isfinite(values.reshape(len(values), one)).all(1)).sum()):
             raise ValueError(
                 f"out: {bad} of {len(values)} examples are not finite, so nothing "
                 "is written; a lower --temperature (of edit: a smaller --strength) may help"
@@ -312,6 +346,8 @@ def device_named(name: str | None) -> Any:
 
     try:
         device = torch.device(name or best_device())
+        if device == torch.device("cuda") and (own := os.environ.get("LOCAL_RANK")):
+            device = torch.device("cuda", int(own) % max(1, torch.cuda.device_count()))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from musigma.cli import shards
 from musigma.cli.shared import (
     USUAL,
     USUAL_DATA,
@@ -26,81 +24,6 @@ from musigma.cli.shared import (
 )
 
 commands = App()
-
-
-def _temperature(text: str) -> float | tuple[float, ...]:
-    try:
-        values = tuple(float(t) for t in text.split(","))
-    except ValueError:
-        raise ValueError(f"temperature: expected 0.7, or 0.7,0.8,1; got {text!r}") from None
-    if any(not 0 <= t < math.inf for t in values):
-        raise ValueError(f"temperature: expected numbers from 0; got {text!r}")
-    return values[0] if len(values) == 1 else values
-
-
-@commands.command
-def sample(
-    run: str,
-    *,
-    n: int = 64,
-    temperature: str = "1",
-    mode: Annotated[bool, Parameter(negative="")] = False,
-    label: str | None = None,
-    temperatures: str | None = None,
-    out: Path | None = None,
-    common: CommonOptions = USUAL,
-) -> None:
-    """Draw new examples.
-
-    Args:
-        run: A run folder, or a .safetensors file.
-        n: How many.
-        temperature: Multiplies the standard deviation of every draw; with commas, one for each
-            latent, top first.
-        mode: Show the centre of p(x | latents), not a draw from it.
-        label: The class to draw, by its name or number, if the model is conditional; by default
-            all in turn.
-        temperatures: Show the centres of the same draws at several temperatures, a row for each:
-            0,0.5,0.7,1. In place of `--temperature`.
-        out: A .png grid, or an .npy or .npz array.
-        common: Shared options.
-    """
-    import torch
-
-    at_least_one(n=n)
-    scale = _temperature(temperature)
-    screen, trained = Screen(common), Trained(run, common)
-    out = out or Path("samples.png" if len(trained.shape) == 3 else "samples.npy")
-    trained.check_out(out)
-    if temperatures is not None:
-        if temperature != "1":
-            raise ValueError("temperature: --temperatures has them already; leave it out")
-        _at_temperatures(trained, n, temperatures, trained.context(n, label), out, screen)
-        return
-    parts, context = [], trained.context(n, label)
-    with screen.progress("sampling") as progress:
-        for start in range(0, n, 64):
-            stop = min(start + 64, n)
-            rows = None if context is None else context[start:stop]
-            parts.append(trained.model.sample(stop - start, rows, temperature=scale, mode=mode))
-            if progress:
-                progress(stop, n)
-    trained.write(torch.cat(parts), out)
-    screen.result({"out": str(out), "n": n, "temperature": temperature}, f"{n} samples: {out}")
-
-
-def _at_temperatures(
-    trained: Trained, n: int, text: str, context: Any, out: Path, screen: Screen
-) -> None:
-    """A row of draws for each temperature."""
-    from musigma import editing
-
-    values = _temperature(text)
-    values = values if isinstance(values, tuple) else (values,)
-    drawn = editing.temperatures(trained.model, n, values, context)
-    trained.write_rows(drawn, out)
-    answer = {"out": str(out), "n": n, "temperatures": list(values)}
-    screen.result(answer, f"{n} samples at {len(values)} temperatures: {out}")
 
 
 @commands.command
@@ -187,59 +110,6 @@ def interpolate(
 
 
 @commands.command
-def encode(
-    run: str,
-    data: str,
-    *,
-    out: Path,
-    draw: Annotated[bool, Parameter(negative="")] = False,
-    whiten: Annotated[bool, Parameter(negative="")] = False,
-    options: Data = USUAL_DATA,
-    common: CommonOptions = USUAL,
-) -> None:
-    """Write the latents of data: arrays z0 (the top), z1, ... in an .npz file.
-
-    Args:
-        run: A run folder, or a .safetensors file.
-        data: A folder, a file, or a name.
-        out: The .npz file.
-        draw: Draw from the posterior instead of taking its centre.
-        whiten: Write (z - mean) / std under the prior of each latent.
-        options: Which data.
-        common: Shared options.
-    """
-    import numpy as np
-    import torch
-
-    from musigma.evaluation import batches
-    from musigma.files import replacing
-
-    check_out(out, ".npz")
-    screen, trained = Screen(common), Trained(run, common)
-    found = trained.data(data, options, screen)
-    parts: list[list[Any]] = []
-    with screen.progress("encoding") as progress, torch.no_grad():
-        for x, context in batches(
-            trained.model,
-            found,
-            batch_size=options.batch_size,
-            seed=common.seed,
-            progress=progress,
-        ):
-            z = trained.model.encode(x, context, mode=not draw, whiten=whiten)
-            parts.append([t.cpu().numpy() for t in z])
-    arrays = {f"z{i}": np.concatenate(level) for i, level in enumerate(zip(*parts, strict=True))}
-    if found.labels is not None:
-        arrays["labels"] = found.labels
-    arrays["whitened"] = np.array(whiten)
-    with replacing(out) as draft, draft.open("wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    shapes = {name: list(a.shape) for name, a in arrays.items()}
-    text = f"{len(found):,} examples ({trained.part} of {data}), latents {len(parts[0])}: {out}"
-    screen.result({"out": str(out), "split": trained.part, "arrays": shapes}, text)
-
-
-@commands.command
 def decode(
     run: str,
     latents: Path,
@@ -261,7 +131,7 @@ def decode(
     """
     import torch
 
-    scale = _temperature(temperature)
+    scale = shards.read_temperature(temperature)
     screen, trained = Screen(common), Trained(run, common)
     out = out or Path("decoded.png" if len(trained.shape) == 3 else "decoded.npy")
     trained.check_out(out)
@@ -300,10 +170,7 @@ def _read_latents(path: Path, trained: Trained) -> tuple[list[Any], Any, bool]:
     except Exception as error:  # whatever a parser throws at a broken file
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"latents: {path} is no .npz file of z0, z1, ... ({reason})") from error
-    blank = torch.zeros(1, *trained.shape, dtype=trained.dtype, device=trained.device)
-    with torch.no_grad():
-        encoded = trained.model.encode(blank, trained.context(1, None))
-    wanted, got = [tuple(t.shape[1:]) for t in encoded], [a.shape for a in z]
+    wanted, got = [tuple(t.shape[1:]) for t in trained.latents()], [a.shape for a in z]
     if not z or [s[1:] for s in got] != wanted[: len(z)] or len({s[:1] for s in got}) > 1:
         raise ValueError(
             f"latents: expected z0, z1, ... of shapes (n, *s) for s in {wanted}, top first; "
@@ -311,125 +178,8 @@ def _read_latents(path: Path, trained: Trained) -> tuple[list[Any], Any, bool]:
         )
     if not len(z[0]) or any(a.dtype.kind not in "fiu" or not np.isfinite(a).all() for a in z):
         raise ValueError(f"latents: expected finite numbers; {path} has none, or others")
-    return [torch.from_numpy(a).to(blank) for a in z], labels, whitened
-
-
-@commands.command
-def score(
-    run: str,
-    data: str,
-    *,
-    out: Path,
-    k: int = 1,
-    options: Data = USUAL_DATA,
-    common: CommonOptions = USUAL,
-) -> None:
-    """Write every example's bits per dimension, as a table: high ones are the odd ones.
-
-    By one draw an example's figure moves a little with the pass that it is in; --k steadies it.
-
-    Args:
-        run: A run folder, or a .safetensors file.
-        data: A folder, a file, or a name.
-        out: A .csv or .parquet file.
-        k: Draws per example; more give a tighter bound.
-        options: Which data; unlike elsewhere, all of them unless --split says otherwise.
-        common: Shared options.
-    """
-    from musigma import evaluation
-
-    check_out(out, ".csv", ".parquet")
-    screen, trained = Screen(common), Trained(run, common)
-    options = dataclasses.replace(options, split=options.split or "all")
-    found = trained.data(data, options, screen)
-    with screen.progress("scoring") as progress:
-        columns = evaluation.score(
-            trained.model,
-            found,
-            k=k,
-            batch_size=options.batch_size,
-            seed=common.seed,
-            progress=progress,
-        )
-    table: dict[str, Sequence[Any]] = {"index": range(len(found))}
-    if found.ids:
-        table["id"] = found.ids
-    if found.labels is not None:
-        table["label"] = [found.label_names[i] if found.label_names else i for i in found.labels]
-    table |= {name: values.tolist() for name, values in columns.items()}
-    write_table(table, out)
-    bits = columns["bits_per_dim"]
-    summary = {
-        "out": str(out),
-        "n": len(found),
-        "bits_per_dim": float(bits.mean()),
-        "highest": float(bits.max()),
-        "lowest": float(bits.min()),
-        "bound": evaluation.bound(trained.model, k),
-    }
-    screen.result(
-        summary,
-        f"{len(found):,} scores, {summary['lowest']:.4f} to {summary['highest']:.4f} bits/dim, "
-        f"mean {summary['bits_per_dim']:.4f} ({summary['bound']}): {out}",
-    )
-
-
-def write_table(table: dict[str, Sequence[Any]], out: Path) -> None:
-    """Columns as .csv or .parquet."""
-    from musigma.files import replacing
-
-    if out.suffix == ".parquet":
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(
-                "out: .parquet needs pyarrow: pip install 'musigma[tables]', or name a .csv file"
-            ) from None
-        with replacing(out) as draft:
-            pyarrow.parquet.write_table(
-                pyarrow.table({name: list(values) for name, values in table.items()}), draft
-            )
-        return
-    with replacing(out) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(table)
-        writer.writerows(zip(*table.values(), strict=True))
-
-
-@commands.command
-def evaluate(
-    run: str,
-    data: str,
-    *,
-    k: int = 1,
-    options: Data = USUAL_DATA,
-    common: CommonOptions = USUAL,
-) -> None:
-    """The mean bits per dimension of data, with its standard error, and what kind of figure it is.
-
-    Args:
-        run: A run folder, or a .safetensors file.
-        data: A folder, a file, or a name.
-        k: Draws per example; more give a tighter bound of models that are not exact.
-        options: Which data.
-        common: Shared options.
-    """
-    from musigma import evaluation
-
-    screen, trained = Screen(common), Trained(run, common)
-    found = trained.data(data, options, screen)
-    with screen.progress("evaluating") as progress:
-        figure = evaluation.evaluate(
-            trained.model,
-            found,
-            k=k,
-            batch_size=options.batch_size,
-            seed=common.seed,
-            progress=progress,
-        )
-    text = f"{said(figure)}; {trained.part} of {data}"
-    screen.result({"run": run, "data": data, "split": trained.part, **figure}, text)
+    z = [torch.from_numpy(a).to(trained.device, trained.dtype) for a in z]
+    return z, labels, whitened
 
 
 @commands.command

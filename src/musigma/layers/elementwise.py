@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from musigma.gaussian import at_least_float32
+from musigma.gaussian import at_least_float32, sum_event
 from musigma.model import Bijection
 
 __all__ = ["Affine", "Logit"]
@@ -71,7 +71,7 @@ class Logit(Bijection):
 
     def _log_det(self, y: Tensor) -> Tensor:
         log_slope = math.log(1 - 2 * self.alpha) - F.logsigmoid(y) - F.logsigmoid(-y)
-        return log_slope.flatten(1).sum(1)
+        return sum_event(log_slope, log_slope.ndim - 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(y, Σ log(1 - 2α) - log u (1 - u))`` at u = α + (1 - 2α) x."""

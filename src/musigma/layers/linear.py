@@ -86,6 +86,12 @@ def _mix(weight: Tensor, x: Tensor) -> Tensor:
         return torch.einsum("ij,bj...->bi...", weight, x)
 
 
+def _inverted(weight: Tensor) -> Tensor:
+    """The inverse, computed in float64 where the device has it."""
+    wide = weight.float() if weight.device.type == "mps" else weight.double()
+    return torch.linalg.inv(wide).to(weight).contiguous()
+
+
 class InvertibleConv(Bijection):
     r"""An invertible 1x1 convolution: a learned permutation, or any mixing, of the channels.
 
@@ -124,10 +130,9 @@ class InvertibleConv(Bijection):
         """W, shape (C, C)."""
         if not self.lu:
             return self.weight
-        eye = torch.eye(len(self.sign), dtype=self.sign.dtype, device=self.sign.device)
-        diagonal = torch.diag(self.sign * self.log_scale.exp())
+        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_scale.exp())
         with torch.autocast(self.sign.device.type, enabled=False):
-            return self.permutation @ (self.lower.tril(-1) + eye) @ (self.upper.triu(1) + diagonal)
+            return self.permutation @ torch.addmm(upper, self.lower.tril(-1), upper)  # (L + I) U
 
     def _log_det(self, x: Tensor) -> Tensor:
         if self.lu:
@@ -142,9 +147,13 @@ class InvertibleConv(Bijection):
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(W⁻¹ y, -log_det)``."""
+        return _mix(_inverted(self.matrix()), at_least_float32(y)), -self._log_det(y)
+
+    def retrace(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(x, y, log_det)``, from one matrix."""
         weight = self.matrix()
-        wide = weight.float() if weight.device.type == "mps" else weight.double()
-        return _mix(torch.linalg.inv(wide).to(weight), at_least_float32(y)), -self._log_det(y)
+        x = _mix(_inverted(weight.detach()), at_least_float32(y.detach())).requires_grad_()
+        return x, _mix(weight, x), self._log_det(x)
 
 
 class Permutation(Bijection):

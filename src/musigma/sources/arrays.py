@@ -1,27 +1,29 @@
-"""Arrays and tables: .npy, .npz, .csv and .parquet."""
+"""Arrays: .npy and .npz; what is made of them, and what is known of them, block by block."""
 
 from __future__ import annotations
 
-import csv
-from array import array
-from collections.abc import Iterator, Sequence
-from itertools import chain
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from musigma.sources.base import DataError, Source, missing
+from musigma.sources import cache
+from musigma.sources.base import DataError, Request, Source, content_hashes
 
-LABEL_COLUMNS = ("label", "class", "target", "y")
+Check = Callable[[int, np.ndarray], None]  # of a block of rows that begins at a row
 
 
-def read_numpy(path: Path) -> Source:
+def read_numpy(path: Path, request: Request) -> Source:
     """An .npy file, memory-mapped where it can be, or an .npz with images or a table."""
-    where = str(path)
+    where = request.where
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     if not zipped:
-        return Source(_levels_or_table(np.load(path, mmap_mode="r", allow_pickle=False), where))
+        x = np.load(path, mmap_mode="r", allow_pickle=False)
+        return Source(_levels_or_table(x, request))
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         keys = set(arrays.files)
         data = [key for key in ("x", "images", "data", "arr_0") if key in keys]
@@ -34,20 +36,21 @@ def read_numpy(path: Path) -> Source:
                 f"{where}: holds the arrays {', '.join(sorted(keys)) or '(none)'}: keep one named "
                 "x, images or data, and at most one of labels named y or labels"
             )
-        x = _levels_or_table(arrays[data[0]], where)
+        x = _levels_or_table(arrays[data[0]], request)
         if not labels:
             return Source(x)
         return Source(x, *as_labels(arrays[labels[0]], len(x), f"{where}: {labels[0]}"))
 
 
-def _levels_or_table(x: np.ndarray, where: str) -> np.ndarray:
-    """Images as uint8 (N, C, H, W); tables as they are, for `table` to look at."""
+def _levels_or_table(x: np.ndarray, request: Request) -> np.ndarray:
+    """Images as uint8 (N, C, H, W); tables as they are, for `as_table` to look at."""
+    where = request.where
     if x.size == 0:
         return x
     if x.dtype.kind not in "buif":
         raise DataError(f"{where}: is of type {x.dtype}: store uint8 images or a float table")
     if x.ndim in (3, 4):
-        return as_images(_to_levels(x, where), where)
+        return as_images(_to_levels(x, request), where)
     if x.ndim != 2 or x.dtype == np.uint8:
         raise DataError(
             f"{where}: is {x.dtype} of shape {x.shape}: images are uint8 (N, C, H, W) or "
@@ -72,35 +75,109 @@ def as_images(x: np.ndarray, where: str) -> np.ndarray:
     return x
 
 
-def _blocks(x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def blocks(x: np.ndarray) -> Iterator[np.ndarray]:
     """Rows in blocks of some megabytes, so that a memory-mapped file never comes in whole."""
     step = max(1, (1 << 22) * len(x) // max(1, x.size))
-    return ((i, np.asarray(x[i : i + step])) for i in range(0, len(x), step))
+    return (np.asarray(x[i : i + step]) for i in range(0, len(x), step))
 
 
-def _to_levels(x: np.ndarray, where: str) -> np.ndarray:
+def _to_levels(x: np.ndarray, request: Request) -> np.ndarray:
     if x.dtype == np.uint8:
         return x
     if x.dtype == np.bool_:
-        return x.astype(np.uint8) * np.uint8(255)
-    low = min(float(block.min()) for _, block in _blocks(x))
-    high = max(float(block.max()) for _, block in _blocks(x))
+        bits = (block.astype(np.uint8) * np.uint8(255) for block in blocks(x))
+        return derived(x, "levels", x.shape, np.uint8, lambda: bits, request)
+    low = min(float(block.min()) for block in blocks(x))
+    high = max(float(block.max()) for block in blocks(x))
     scale = 255 if x.dtype.kind == "f" and high <= 1 else 1
-    levels = np.empty(x.shape, np.uint8)
-    if low >= 0 and high <= 255:  # false for NaN
-        for i, block in _blocks(x):
-            exact = block * float(scale)
-            levels[i : i + len(block)] = nearest = np.rint(exact)
-            if np.abs(exact - nearest).max() > 1e-3:
-                break
-        else:
-            return levels
     unit = low >= 0 and high <= 1
     advice = "multiply by 255, round, and store uint8" if unit else "rescale to 0..255"
-    raise DataError(
-        f"{where}: images are levels 0..255, and these {x.dtype} values run from {low:g} to "
-        f"{high:g}: {advice}"
+    refusal = DataError(
+        f"{request.where}: images are levels 0..255, and these {x.dtype} values run from {low:g} "
+        f"to {high:g}: {advice}"
     )
+    if not (low >= 0 and high <= 255):  # or there are NaN
+        raise refusal
+
+    def rounded() -> Iterator[np.ndarray]:
+        for block in blocks(x):
+            exact = block * float(scale)
+            nearest = np.rint(exact)
+            if np.abs(exact - nearest).max() > 1e-3:
+                raise refusal
+            yield nearest.astype(np.uint8)
+
+    return derived(x, "levels", x.shape, np.uint8, rounded, request)
+
+
+def derived(
+    x: np.ndarray,
+    what: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    make: Callable[[], Iterable[np.ndarray]],
+    request: Request,
+) -> np.ndarray:
+    """What is made of an array: kept in the cache if both are too large for memory.
+
+    Args:
+        x: What it is made of.
+        what: What is made, for the cache to know it by.
+        shape: Of the result.
+        dtype: Of the result.
+        make: Yields its rows, in blocks.
+        request: Decides what fits.
+    """
+    if not isinstance(x, np.memmap):
+        return cache.flat("", {}, shape, dtype, make, replace(request, in_memory=True))
+    file = _file(x)
+    about = {"version": cache.stamp(file), **_view(x)}
+    return cache.flat(f"{file}\n{what}", about, shape, dtype, make, request)
+
+
+def _file(x: np.memmap) -> Path:
+    assert x.filename is not None  # nothing here maps an open file
+    return Path(os.fsdecode(x.filename))
+
+
+def _view(x: np.ndarray) -> dict[str, Any]:
+    return {"dtype of source": x.dtype.str, "view": [list(x.shape), list(x.strides)]}
+
+
+def facts(x: np.ndarray, request: Request, check: Check) -> dict[str, np.ndarray]:
+    """What one pass tells: a table's least and largest values; of files beyond memory, hashes.
+
+    Args:
+        x: The array.
+        request: Decides what fits, and is told how far it is.
+        check: Called with every block; of a file that was checked before it is not called.
+    """
+    low, high = np.full(x.shape[1:], np.inf), np.full(x.shape[1:], -np.inf)
+
+    def checked() -> Iterator[np.ndarray]:
+        nonlocal low, high
+        start = 0
+        for block in blocks(x):
+            check(start, block)
+            if x.dtype.kind == "f":
+                low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
+            start += len(block)
+            yield block
+
+    def build(old: cache.Record | None) -> cache.Record:
+        rows = (row for block in checked() for row in block)
+        hashes = content_hashes(rows, len(x), request.report)
+        return cache.Record({}, {}, {"hashes": hashes, "low": low, "high": high})
+
+    if not isinstance(x, np.memmap) or request.fits(x.nbytes):
+        if x.dtype.kind == "f":
+            for _ in checked():
+                pass
+        return {"low": low, "high": high}
+    file = _file(x)
+    about = {"source": str(file), "version": cache.stamp(file), **_view(x)}
+    path = cache.place("facts", f"{file}\n{x.dtype.str}", ".npz")
+    return cache.kept(path, about, build, request).arrays
 
 
 def as_labels(y: np.ndarray, n: int, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -118,134 +195,3 @@ def as_labels(y: np.ndarray, n: int, where: str) -> tuple[np.ndarray, tuple[str,
         return y.astype(np.int64), tuple(map(str, range(int(y.max()) + 1)))
     names, labels = np.unique(y.astype("U") if y.dtype.kind == "S" else y, return_inverse=True)
     return labels.astype(np.int64), tuple(map(str, names.tolist()))
-
-
-def table(x: np.ndarray, columns: tuple[str, ...], where: str, allow_constant: bool) -> np.ndarray:
-    """float32 (N, D), finite, and with no constant column; float32 files stay memory-mapped."""
-
-    def called(column: int) -> str:
-        return f"column {columns[column]!r}" if columns else f"column {column} (from 0)"
-
-    if x.dtype != np.float32:
-        with np.errstate(over="ignore"):
-            x = x.astype(np.float32)
-    low, high = np.full(x.shape[1], np.inf), np.full(x.shape[1], -np.inf)
-    for start, block in _blocks(x):
-        finite = np.isfinite(block)
-        if not finite.all():
-            row, column = map(int, np.argwhere(~finite)[0])
-            raise DataError(
-                f"{where}: row {start + row} (from 0), {called(column)} is {block[row, column]}: "
-                "drop or fill such rows"
-            )
-        low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
-    constant = np.flatnonzero(low == high)
-    if len(constant) and not allow_constant:
-        names = ", ".join(map(called, constant[:5])) + (", ..." if len(constant) > 5 else "")
-        verb = "are" if len(constant) > 1 else "is"
-        raise DataError(f"{where}: {names} {verb} constant, where a density is infinite: drop it")
-    return x
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_header(row: Sequence[str]) -> bool:
-    """Names, none of them a number; or numbers that only count, as pandas writes them."""
-    if not any(map(_is_number, row)):
-        return True
-    counts = row[:-1] if row[-1].strip().lower() in LABEL_COLUMNS else row
-    return len(row) > 1 and list(counts) == [str(i) for i in range(len(counts))]
-
-
-def read_csv(path: Path) -> Source:
-    """A .csv table of numbers, with or without a header."""
-    where = str(path)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        sample = file.readline()
-        file.seek(0)
-        reader = csv.reader(file, delimiter=max(",;\t", key=sample.count))
-        rows = (row for row in reader if row)
-        first = next(rows, None)
-        if first is None:
-            raise DataError(f"{where}: is empty: give a table of numbers")
-        columns: tuple[str, ...] = ()
-        if _is_header(first):
-            columns = tuple(cell.strip() for cell in first)
-            if "" in columns:
-                raise DataError(
-                    f"{where}: column {columns.index('') + 1} has no name, an index perhaps: name "
-                    "it or write the file without it"
-                )
-        else:
-            rows = chain([first], rows)
-        labelled = len(first) > 1 and bool(columns) and columns[-1].lower() in LABEL_COLUMNS
-        values, last = array("d"), []
-        for row in rows:
-            if len(row) != len(first):
-                raise DataError(
-                    f"{where}: line {reader.line_num} has {len(row)} cells and the first line "
-                    f"{len(first)}: make them equal"
-                )
-            cells = row[:-1] if labelled else row
-            try:
-                values.extend(map(float, cells))
-            except ValueError:
-                at = next(i for i, cell in enumerate(cells) if not _is_number(cell))
-                name = repr(columns[at]) if columns else str(at + 1)
-                raise DataError(
-                    f"{where}: line {reader.line_num}, column {name} is {cells[at]!r}, not a "
-                    "number: fill or drop it (strings may stand in a last column 'label')"
-                ) from None
-            if labelled:
-                last.append(row[-1].strip())
-    x = np.array(values).reshape(-1, len(first) - labelled)
-    return _with_labels(x, columns, np.array(last) if labelled else None, where)
-
-
-def read_parquet(path: Path) -> Source:
-    """A .parquet table of numbers."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise missing(f"{path}: reading .parquet", "pyarrow", "tables") from error
-    where = str(path)
-    with parquet.ParquetFile(path) as file:
-        table = file.read()
-    if table.column_names and table.column_names[-1] == "__index_level_0__":
-        table = table.select(table.column_names[:-1])  # pandas' index is no datum
-    columns, last = tuple(table.column_names), None
-    if len(columns) > 1 and columns[-1].lower() in LABEL_COLUMNS:
-        last = np.array(table.column(len(columns) - 1).to_pylist())
-        table = table.select(columns[:-1])
-    for name, kind in zip(table.column_names, table.schema.types, strict=True):
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            raise DataError(
-                f"{where}: column {name!r} is {kind}, not a number: convert or drop it"
-            )
-    x = np.empty((table.num_rows, table.num_columns), np.float64)
-    for i, column in enumerate(table.columns):
-        x[:, i] = column.to_numpy()  # a null becomes NaN
-    return _with_labels(x, columns, last, where)
-
-
-def _with_labels(
-    x: np.ndarray, columns: tuple[str, ...], last: np.ndarray | None, where: str
-) -> Source:
-    """Take a last column of whole numbers or strings for labels, one of fractions for data."""
-    if last is None or not len(last):
-        return Source(x, columns=columns[: x.shape[1]])
-    if last.dtype.kind == "U" and all(map(_is_number, last)):
-        last = last.astype(np.float64)
-    if last.dtype.kind == "f":
-        if not (np.isfinite(last) & (last == np.rint(last)) & (abs(last) < 2**53)).all():
-            return Source(np.column_stack([x, last]), columns=columns)
-        last = last.astype(np.int64)
-    labels, names = as_labels(last, len(x), f"{where}: column {columns[-1]!r}")
-    return Source(x, labels, names, columns=columns[:-1])

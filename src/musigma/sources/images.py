@@ -1,282 +1,297 @@
-"""Files that come together: folders and archives of images, IDX files, CIFAR batches."""
+"""Folders, archives and shards of images: surveyed, then decoded, or left where they are.
+
+Images are walked twice, first for their headers, so that every complaint about sizes and modes
+comes before the first pixel is decoded. What folders, or files beside the images, say of labels
+is read on the way.
+"""
 
 from __future__ import annotations
 
-import gzip
-import io
-import math
-import os
-import pickle
-import re
-import tarfile
-import warnings
-import zipfile
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from musigma.sources.arrays import as_images, as_labels
-from musigma.sources.base import (
-    MAX_ARRAY,
-    DataError,
-    Progress,
-    Source,
-    Walk,
-    allocate,
-    damage,
-    first_line,
-)
+from musigma.sources import cache, lazy
+from musigma.sources.arrays import as_labels
+from musigma.sources.base import DataError, Request, Source, allocate, printable
+from musigma.sources.batches import CIFAR, IDX, read_cifar, read_idx
+from musigma.sources.cache import Record
+from musigma.sources.pictures import Header, complaint, header, pillow_kinds, pixels, quiet
+from musigma.sources.tables import LABEL_COLUMNS
+from musigma.sources.walks import Member, Origin, Place, suffix
 
-MAX_MEMBER = 1 << 30  # bytes: no file inside an archive is larger
 TRAIN, TEST = "train", ("test", "val", "valid", "validation")
-IDX = re.compile(r"(.*?)[-_.]?(images|labels)[-.]idx\d[-.]ubyte(\.gz)?")
-CIFAR = re.compile(r"(data_batch_\d+|test_batch)(\.bin)?")
-CIFAR_PICKLED = (
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.ndarray",
-    "numpy.dtype",
-)
+BESIDE = (".cls", ".json", ".txt")  # what may say a label, the surest first
+MANY = 10_000  # files, from which a survey is worth a progress bar
+MAX_CLASSES = 1000  # texts beside images that are more different than that are captions
 
 
-def walk_folder(root: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
-    """Every file below a folder, by name."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    names = []
-    for folder, inner, files in os.walk(root, onerror=fail):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        names += [Path(folder, name).relative_to(root).as_posix() for name in files]
-    for name in sorted(names):
-        if not _hidden(name):
-            yield name, partial(open, root / name, "rb")
-
-
-def walk_each(paths: Sequence[Path]) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
-    """A list of files."""
-    for path in paths:
-        yield path.name, partial(open, path, "rb")
-
-
-def walk_tar(path: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
-    """Every file of a tar archive, compressed or not."""
-    with damage(str(path)), tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile() and not _hidden(member.name):
-                _check_member(path, member.name, member.size)
-                yield (
-                    member.name.removeprefix("./"),
-                    partial(_copy, path, partial(archive.extractfile, member)),
-                )
-
-
-def walk_zip(path: Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
-    """Every file of a zip archive."""
-    with damage(str(path)), zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if not member.is_dir() and not _hidden(member.filename):
-                _check_member(path, member.filename, member.file_size)
-                yield member.filename, partial(_copy, path, partial(archive.open, member))
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") and part != "." for part in name.split("/"))
-
-
-def _check_member(path: Path, name: str, size: int) -> None:
-    if size > MAX_MEMBER:
-        raise DataError(
-            f"{path}: member {name} claims {size} bytes, over the cap of {MAX_MEMBER}: "
-            "unpack the archive and give the folder"
-        )
-
-
-def _copy(path: Path, opener: Callable[[], Any]) -> BinaryIO:
-    """A member in memory: seeking inside a compressed archive would decompress it anew."""
-    with damage(str(path)), opener() as file:
-        return io.BytesIO(file.read())
-
-
-@lru_cache(maxsize=1)
-def pillow_kinds() -> tuple[tuple[str, ...], frozenset[str]]:
-    """The formats Pillow may open, and their suffixes; none of those that start other programs."""
-    from PIL import Image
-
-    suffixes = Image.registered_extensions()
-    formats = set(Image.OPEN) - {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS"}
-    common_first = sorted(formats, key=lambda kind: (kind not in ("JPEG", "PNG"), kind))
-    return tuple(common_first), frozenset(s for s, kind in suffixes.items() if kind in formats)
-
-
-def read_files(
-    walk: Walk, where: str, size: int | None, skip_bad: bool, report: Progress
-) -> Source:
+def read_files(origin: Origin, request: Request) -> Source:
     """Read IDX files, CIFAR batches or images, whichever a walk comes upon."""
-    suffixes = pillow_kinds()[1]
+    path = cache.place("index", f"{origin.name}\n{request.size}", ".npz")
+    old = None if request.in_memory else cache.read(path)
+    current = old if old is not None and old.about == _about(origin, path) else None
+    if current and not request.fits(len(current.arrays["hashes"]) * prod(current.info["shape"])):
+        return _indexed(origin, request, current)
+    survey = _Survey(origin, request, lazy.Found(old))
     idx: dict[str, bytes] = {}
     cifar: dict[str, bytes] = {}
-    images = _Images(where, size, skip_bad)
     others: Counter[str] = Counter()
-    for name, opener in walk():
-        base = name.rpartition("/")[2]
-        kind = idx if IDX.fullmatch(base) else cifar if CIFAR.fullmatch(base) else None
-        if kind is not None:
-            with opener() as file:
-                kind[name] = file.read()
-        elif Path(base).suffix.lower() in suffixes:
-            images.survey(name, opener)
-        else:
-            others[Path(base).suffix or base] += 1
+    suffixes = pillow_kinds()[1]
+    with quiet():
+        for done, member in enumerate(origin.walk(), 1):
+            base = member.name.rpartition("/")[2]
+            kind = idx if IDX.fullmatch(base) else cifar if CIFAR.fullmatch(base) else None
+            if kind is not None:
+                with member.open() as file:
+                    kind[member.name] = file.read()
+            elif (ending := suffix(base)) in suffixes:
+                survey.look(member)
+            elif origin.archives and ending in BESIDE:
+                survey.hear(member, ending)
+            else:
+                others[printable(ending or base)] += 1
+            if len(origin.files) >= MANY and not origin.archives:
+                request.report(done, len(origin.files))
     if idx:
-        return _read_idx(idx, where)
+        return read_idx(idx, request.where)
     if cifar:
-        return _read_cifar(cifar, where)
-    if not images.headers:
-        others["unreadable images"] = len(images.skipped)
+        return read_cifar(cifar, request.where)
+    if not survey.images:
+        others["unreadable images"] = len(survey.problems)
         left = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4) if count)
         raise DataError(
-            f"{where}: holds no images ({left or 'it is empty'}): give images, IDX files or CIFAR "
-            "batches"
+            f"{request.where}: holds no images ({left or 'it is empty'}): give images, IDX files "
+            "or CIFAR batches"
         )
-    return images.decode(walk, report)
+    return survey.read(path)
 
 
-class _Images:
-    """Images met twice: `survey` looks at their headers, `decode` at all pixels of one shape."""
+def holds_many(name: str) -> bool:
+    """Whether a file is one of those that hold many images, an IDX file or a CIFAR batch."""
+    base = name.rpartition("/")[2]
+    return (IDX.fullmatch(base) or CIFAR.fullmatch(base)) is not None
 
-    def __init__(self, where: str, size: int | None, skip_bad: bool):
-        self.where, self.size, self.skip_bad = where, size, skip_bad
-        self.headers: dict[str, tuple[tuple[int, int], bool]] = {}  # (width, height), in color
-        self.skipped: list[str] = []
 
-    def survey(self, name: str, opener: Callable[[], BinaryIO]) -> None:
-        with self._skipping(name), _picture(opener) as image:
-            if image.mode[0] in "IF":
+def _about(origin: Origin, path: Path) -> dict[str, str]:
+    return {"source": path.stem, "version": origin.version}
+
+
+class _Image(NamedTuple):
+    header: Header
+    place: Place | None
+    path: str
+
+
+class _Survey:
+    """Images met twice: `look` at their headers, then all pixels are decoded to one shape."""
+
+    def __init__(self, origin: Origin, request: Request, known: lazy.Found):
+        self.origin, self.request, self.known = origin, request, known
+        self.images: dict[str, _Image] = {}
+        self.headers: dict[Header, Header] = {}
+        self.texts: dict[str, dict[str, str | None]] = {ending: {} for ending in BESIDE}
+        self.problems: dict[str, str] = {}
+
+    def look(self, member: Member) -> None:
+        """Meet an image for the first time."""
+        try:
+            known = member.place and self.known.header(self.origin, member)
+            found = known or header(member.open)
+            found = self.headers.setdefault(found, found)  # there are few different ones
+            self.images[member.name] = _Image(found, member.place, member.path)
+        except Exception as error:
+            self.leave_out(member.name, complaint(error), error)
+
+    def hear(self, member: Member, ending: str) -> None:
+        """Meet a file that may say the label of the image of the same name."""
+        with member.open() as file:
+            text = file.read(1 << 20).decode("utf-8", "replace").strip()
+        if ending == ".json":
+            text = _label_in(text)
+        self.texts[ending][_key(member.name)] = text and text[:100]
+
+    def leave_out(self, name: str, problem: str, error: Exception | None = None) -> None:
+        """Stop at an unusable image, or go on without it."""
+        if not self.request.skip_bad:
+            raise DataError(f"{self.request.where}: {printable(name)} {problem}") from error
+        self.images.pop(name, None)
+        self.problems[name] = problem
+
+    def read(self, path: Path) -> Source:
+        """Decode into memory, or make the index at a path."""
+        for name in sorted(self.images):
+            self._unlabelled(name)
+        if not self.images:
+            raise DataError(f"{self.request.where}: holds no image with a label")
+        shape = self._shape()
+        n_bytes = len(self.images) * prod(shape)
+        if self.request.fits(n_bytes):
+            return self._decoded(shape)
+        for name, image in self.images.items():
+            if image.place is None:
                 raise DataError(
-                    f"{self.where}: {name} has 16-bit or floating-point levels (mode "
-                    f"{image.mode}): save it with 8 bits"
+                    f"{self.request.where}: decodes to {n_bytes / 2**30:.1f} GiB, more than is "
+                    f"read into memory, and {printable(name)} lies in a compressed archive, which "
+                    "is read from its beginning only: make it a plain .tar (gunzip, unxz), unpack "
+                    "it, or pass a smaller --size"
                 )
-            turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
-            shape = image.size[::-1] if turned else image.size
-            self.headers[name] = shape, image.mode not in ("1", "L", "LA")
+        build = partial(self._index, shape, path)
+        record = cache.kept(path, _about(self.origin, path), build, self.request)
+        return _indexed(self.origin, self.request, record)
 
-    def decode(self, walk: Walk, report: Progress) -> Source:
-        names = sorted(self.headers)
-        width, height = (self.size, self.size) if self.size else self._common_shape(names)
-        channels = 3 if any(color for _, color in self.headers.values()) else 1
-        x = allocate((len(names), channels, height, width), self.where)
+    def _decoded(self, shape: tuple[int, int, int]) -> Source:
+        names = sorted(self.images)
+        x = allocate((len(names), *shape), self.request.where)
         row = {name: i for i, name in enumerate(names)}
         done = 0
-        for name, opener in walk():
-            if name in row:
-                with self._skipping(name), _picture(opener) as image:
-                    x[row[name]] = _pixels(image, channels, self.size, f"{self.where}: {name}")
-                report(done := done + 1, len(names))
-        if len(self.headers) < len(names):
-            names = sorted(self.headers)
+        with quiet():
+            for member in self.origin.walk():
+                if member.name in row:
+                    try:
+                        x[row[member.name]] = pixels(member.open, shape[0], self.request.size)
+                    except Exception as error:
+                        self.leave_out(member.name, complaint(error), error)
+                    self.request.report(done := done + 1, len(names))
+        if len(self.images) < len(names):
+            names = sorted(self.images)
             x = x[[row[name] for name in names]]
-        test, labels, label_names = _layout(names)
-        skipped = tuple(sorted(self.skipped))
-        return Source(x, labels, label_names, tuple(names), test, skipped=skipped)
+        test, labels, label_names = self._labels(names)
+        ids, skipped = tuple(map(printable, names)), tuple(map(printable, sorted(self.problems)))
+        return Source(x, labels, label_names, ids, test, skipped=skipped)
 
-    def _common_shape(self, names: Sequence[str]) -> tuple[int, int]:
-        (width, height), _ = self.headers[names[0]]
+    def _index(self, shape: tuple[int, int, int], path: Path, old: Record | None) -> Record:
+        """All that `_indexed` needs to know."""
+        names = sorted(self.images)
+        places = [self.images[name].place for name in names]
+        headers = [self.images[name].header for name in names]
+        record = lazy.index(self.origin, self.request, names, places, headers, shape, path, old)
+        left = list(lazy.Names(record.arrays["names"], record.arrays["name_ends"]))
+        test, labels, label_names = self._labels(left)
+        if labels is not None:
+            record.arrays["labels"] = labels
+        if test is not None:
+            record.arrays["official_test"] = test
+        record.info["label_names"] = list(label_names)
+        first = [[printable(name), text] for name, text in self.problems.items()]
+        record.info["problems"] = sorted(first + record.info["problems"])
+        return record
+
+    def _shape(self) -> tuple[int, int, int]:
+        channels = 3 if any(image.header.color for image in self.images.values()) else 1
+        if self.request.size:
+            return (channels, *self.request.size)
+        names = iter(sorted(self.images))
+        first = next(names)
+        width, height, _ = self.images[first].header
         for name in names:
-            w, h = self.headers[name][0]
+            w, h, _ = self.images[name].header
             if (w, h) != (width, height):
                 raise DataError(
-                    f"{self.where}: images differ in size: {names[0]} is {width} x {height}, "
-                    f"{name} is {w} x {h}: pass --size N to bring all to N x N"
+                    f"{self.request.where}: images differ in size: {printable(first)} is {width} "
+                    f"x {height}, {printable(name)} is {w} x {h}: pass --size N to bring all to "
+                    "N x N"
                 )
-        return width, height
+        return channels, height, width
 
-    @contextmanager
-    def _skipping(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except DataError:
-            raise
-        except Exception as error:
-            if not self.skip_bad:
-                raise DataError(
-                    f"{self.where}: {name} is not a readable image ({first_line(error)}): "
-                    "repair or remove it, or pass --skip-bad"
-                ) from error
-            self.skipped.append(name)
-            self.headers.pop(name, None)
+    def _unlabelled(self, name: str) -> None:
+        """Stop at an image without a label where others have one."""
+        for ending in BESIDE[:2]:
+            texts = self.texts[ending]
+            if texts and texts.get(_key(name)) is None and any(texts.values()):
+                self.leave_out(
+                    name,
+                    f"has no label in a {ending} file beside it, as others have: add it, or pass "
+                    "--skip-bad",
+                )
+                return
 
-
-@contextmanager
-def _picture(opener: Callable[[], BinaryIO]) -> Iterator[Any]:
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with opener() as file, Image.open(file, formats=pillow_kinds()[0]) as image:
-            yield image
-
-
-def _pixels(image: Any, channels: int, size: int | None, where: str) -> np.ndarray:
-    """Decode, turn upright, drop an opaque alpha, and fit; uint8 (C, H, W)."""
-    from PIL import ImageOps
-
-    if "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
-    if image.mode[-1] in "Aa" or "transparency" in image.info:
-        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-            raise DataError(
-                f"{where} has transparent pixels, which no model here knows: flatten it onto a "
-                "background of your choice"
-            )
-        image = image.convert("RGBA")
-    image = _fitted(image.convert("RGB" if channels == 3 else "L"), size)
-    return np.moveaxis(np.atleast_3d(np.asarray(image)), -1, 0)
+    def _labels(
+        self, names: Sequence[str]
+    ) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
+        """The official test part, labels and their names: of files beside images, or folders."""
+        test, labels, label_names = _layout([self.images[name].path for name in names])
+        for ending in BESIDE:
+            texts = [self.texts[ending].get(_key(name)) for name in names]
+            said = [text for text in texts if text]
+            sure = ending != ".txt" or (labels is None and _are_classes(said))
+            if said and len(said) == len(names) and sure:
+                y = np.array(said)
+                whole = all(text.lstrip("-").isdecimal() and len(text) < 18 for text in said)
+                return test, *as_labels(
+                    y.astype(np.int64) if whole else y, len(y), f"{self.request.where}: {ending}"
+                )
+        return test, labels, label_names
 
 
-def _fitted(image: Any, size: int | None) -> Any:
-    """Shorter side to `size`, antialiased, and the center of what stands over."""
-    from PIL import Image, ImageOps
+def _indexed(origin: Origin, request: Request, record: Record) -> Source:
+    """The source of an index."""
+    problems, arrays = record.info["problems"], record.arrays
+    if problems and not request.skip_bad:
+        raise DataError(f"{request.where}: {problems[0][0]} {problems[0][1]}")
+    names = lazy.Names(arrays["names"], arrays["name_ends"])
+    x = lazy.LazyImages(
+        request.where,
+        origin.root,
+        lazy.Names(arrays["files"], arrays["file_ends"]),
+        arrays["stamps"],
+        names,
+        arrays["places"],
+        (len(names), *record.info["shape"]),
+        request.size,
+    )
+    return Source(
+        x,
+        arrays.get("labels"),
+        tuple(record.info["label_names"]),
+        tuple(map(printable, names)),
+        arrays.get("official_test"),
+        skipped=tuple(name for name, _ in problems),
+        hashes=arrays["hashes"],
+    )
 
-    if size is None or image.size == (size, size):
-        return image
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+def _key(name: str) -> str:
+    """What a file shares with those beside it: its name to the first dot, in its folder."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.split(".")[0]
 
 
-def resized(x: np.ndarray, size: int, report: Progress) -> np.ndarray:
-    """Images brought to squares of a size."""
-    from PIL import Image
+def _label_in(text: str) -> str | None:
+    """The label that a JSON object names, if it names one."""
+    try:
+        said: Any = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(said, dict):
+        return None
+    found = next((said[name] for name in ("cls", *LABEL_COLUMNS) if name in said), None)
+    return str(found) if isinstance(found, (int, str)) else None
 
-    if x.shape[2:] == (size, size):
-        return x
-    out = allocate((*x.shape[:2], size, size), "size")
-    for i, example in enumerate(x):
-        for channel, plane in enumerate(example):
-            image = Image.fromarray(np.ascontiguousarray(plane))
-            out[i, channel] = np.asarray(_fitted(image, size))
-        report(i + 1, len(x))
-    return out
+
+def _are_classes(texts: Sequence[str]) -> bool:
+    """Whether texts come back often enough not to be captions."""
+    return len(set(texts)) <= min(MAX_CLASSES, len(texts) // 2)
 
 
 def _layout(
-    names: Sequence[str],
+    paths: Sequence[str],
 ) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
     """What the folders say: the official test part, the labels and their names.
 
     >>> _layout(["a/train/cat/1.png", "a/train/dog/2.png", "a/test/cat/3.png"])
     (array([False, False,  True]), array([0, 1, 0]), ('cat', 'dog'))
     """
-    folders = [name.split("/")[:-1] for name in names]
+    folders = [path.split("/")[:-1] for path in paths]
     shared = next(
         (i for i, level in enumerate(zip(*folders, strict=False)) if len(set(level)) > 1),
-        min(map(len, folders)),
+        min(map(len, folders), default=0),
     )
     folders = [folder[shared:] for folder in folders]
     tops = {folder[0] if folder else "" for folder in folders}
@@ -284,134 +299,9 @@ def _layout(
     if TRAIN in tops and len(tops) > 1 and tops <= {TRAIN, *TEST}:
         official_test = np.array([folder[0] != TRAIN for folder in folders])
         folders = [folder[1:] for folder in folders]
-    classes = [folder[0] if folder else "" for folder in folders]
+    classes = [printable(folder[0]) if folder else "" for folder in folders]
     label_names = tuple(sorted(set(classes)))
     if "" in label_names or len(label_names) < 2:
         return official_test, None, ()
     number = {name: i for i, name in enumerate(label_names)}
     return official_test, np.array([number[name] for name in classes], np.int64), label_names
-
-
-def _read_idx(files: dict[str, bytes], where: str) -> Source:
-    """MNIST's files; of a plain and a gzipped one the plain is taken."""
-    parts: dict[tuple[str, str], bytes] = {}  # (train or test, images or labels)
-    sets = set()
-    for name in sorted(files, key=lambda name: (name.endswith(".gz"), name)):
-        folder, _, base = name.rpartition("/")
-        match = IDX.fullmatch(base)
-        assert match
-        known = re.fullmatch(r"(.*?)[-_.]?(train|test|t10k)?", match[1])
-        assert known
-        sets.add((folder, known[1]))
-        parts.setdefault((TRAIN if known[2] in (None, TRAIN) else "test", match[2]), files[name])
-    if len(sets) > 1:
-        found = ", ".join("/".join(filter(None, pair)) or "./" for pair in sorted(sets))
-        raise DataError(f"{where}: holds {len(sets)} IDX sets ({found}): give the folder of one")
-    present = [part for part in (TRAIN, "test") if (part, "images") in parts]
-    if not present:
-        raise DataError(f"{where}: holds IDX labels but no IDX images: put the images beside them")
-    images = [
-        idx_images(idx_array(parts[part, "images"], f"{where}: {part} images"), where)
-        for part in present
-    ]
-    if len({block.shape[1:] for block in images}) > 1:
-        raise DataError(f"{where}: train and test images differ in shape: give the folder of one")
-    test = np.repeat([part == "test" for part in present], [len(block) for block in images])
-    x, labels, label_names = np.concatenate(images), None, ()
-    if all((part, "labels") in parts for part in present):
-        blocks = [idx_array(parts[p, "labels"], f"{where}: {p} labels") for p in present]
-        labels, label_names = as_labels(np.concatenate(blocks), len(x), where)
-    return Source(x, labels, label_names, None, test if len(present) > 1 else None)
-
-
-def idx_array(data: bytes, where: str) -> np.ndarray:
-    """The array in an IDX file, compressed or not, of no more than its bytes."""
-    zipped = data[:2] == b"\x1f\x8b"
-    with damage(where), gzip.open(io.BytesIO(data)) if zipped else io.BytesIO(data) as file:
-        head = file.read(4)
-        if len(head) < 4 or head[:2] != b"\0\0" or head[2] != 8 or not 1 <= head[3] <= 4:
-            raise DataError(
-                f"{where}: starts with {head.hex()}, and an IDX file of bytes with 0000080n: "
-                "give an IDX file of images"
-            )
-        sizes = file.read(4 * head[3])
-        shape = tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4))
-        count = math.prod(shape)
-        most = len(data) * (1032 if zipped else 1)  # deflate packs no better
-        body = b"" if count > min(most, MAX_ARRAY) else file.read(count + 1)
-    if len(sizes) < 4 * head[3] or len(body) != count:
-        raise DataError(
-            f"{where}: the IDX header promises {' x '.join(map(str, shape))} bytes and "
-            f"{'more' if len(body) > count else 'fewer'} follow: fetch the file again"
-        )
-    return np.frombuffer(body, np.uint8).reshape(shape)
-
-
-def idx_images(x: np.ndarray, where: str) -> np.ndarray:
-    """An IDX array as images."""
-    if x.ndim < 3:
-        raise DataError(
-            f"{where}: holds {x.ndim}-dimensional IDX data, labels perhaps: give the file of "
-            "images, or the folder of both"
-        )
-    return as_images(x, where)
-
-
-def _read_cifar(files: dict[str, bytes], where: str) -> Source:
-    images, labels, test = [], [], []
-    for name, data in sorted(files.items()):
-        if name.endswith(".bin"):
-            if not data or len(data) % 3073:
-                raise DataError(
-                    f"{where}: {name} has {len(data)} bytes, no multiple of 3073: fetch it again"
-                )
-            records = np.frombuffer(data, np.uint8).reshape(-1, 3073)
-            x, y = records[:, 1:], records[:, 0]
-        else:
-            x, y = _cifar_pickle(data, f"{where}: {name}")
-        images.append(x.reshape(-1, 3, 32, 32))
-        labels.append(y)
-        test.append(np.full(len(y), name.rpartition("/")[2].startswith("test")))
-    x, y, official = np.concatenate(images), np.concatenate(labels), np.concatenate(test)
-    y, names = as_labels(y, len(x), where)
-    names = CIFAR10_LABELS if len(names) <= 10 else names
-    return Source(x, y, names, None, official if 0 < official.sum() < len(x) else None)
-
-
-class _Inert:
-    """Stands for every class a CIFAR batch names: it keeps what it is given and does nothing."""
-
-    def __init__(self, *given: Any):
-        self.given = given
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _CifarUnpickler(pickle.Unpickler):
-    """Reads the pickles of CIFAR's Python version without calling anything that they name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, codec: text.encode("latin1")
-        if f"{module}.{name}" in CIFAR_PICKLED:
-            return _Inert
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, as no CIFAR batch does")
-
-
-def _cifar_pickle(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    with damage(where):
-        batch = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
-        batch = {key if isinstance(key, bytes) else key.encode(): batch[key] for key in batch}
-        _, shape, kind, fortran, body = batch[b"data"].state
-        y = np.array(batch[b"labels"], np.int64)
-        if kind.given[0] not in (b"u1", "u1") or fortran or shape != (len(y), 3072):
-            raise ValueError(f"its data are {kind.given[0]} of shape {shape}, not u1 (N, 3072)")
-        return np.frombuffer(body, np.uint8).reshape(shape), y
-
-
-# fmt: off
-CIFAR10_LABELS = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)

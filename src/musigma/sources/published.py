@@ -13,8 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from musigma.sources.base import ARCHIVE, DataError, Progress, Source, first_line, missing
-from musigma.sources.images import CIFAR10_LABELS, read_files, walk_each, walk_tar
+from musigma.sources import cache
+from musigma.sources.base import (
+    ARCHIVE,
+    DataError,
+    Progress,
+    Request,
+    Source,
+    first_line,
+    missing,
+)
+from musigma.sources.batches import CIFAR10_LABELS
+from musigma.sources.images import read_files
+from musigma.sources.walks import Origin
 
 IDX_FILES: tuple[str, ...] = (
     "train-images-idx3-ubyte.gz",
@@ -90,8 +101,8 @@ PUBLISHED = {
 def published_set(name: str, report: Progress) -> Source:
     """Look where the set may lie already, then download it into the user's cache."""
     known = PUBLISHED[name]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "musigma" / name
-    homes = [SYSTEM / name, cache]
+    own_cache = cache.folder() / name
+    homes = [SYSTEM / name, own_cache]
     if own := os.environ.get("MUSIGMA_DATA"):
         homes[:0] = [Path(own, name), Path(own)]
     for home in homes:
@@ -99,17 +110,17 @@ def published_set(name: str, report: Progress) -> Source:
             if all((home / file).is_file() for file in layout):
                 return _read_published(name, home, layout, report)
     try:
-        _download(known, cache, report)
+        _download(known, own_cache, report)
     except Exception as error:
-        places = f"{cache}, or $MUSIGMA_DATA/{name}"
+        places = f"{own_cache}, or $MUSIGMA_DATA/{name}"
         raise DataError(
             f"{name}: is not on this machine and cannot be downloaded ({first_line(error)[:60]}): "
             f"get {', '.join(known.md5)} from {known.url} and put it into {places}"
         ) from error
-    return _read_published(name, cache, tuple(known.md5), report)
+    return _read_published(name, own_cache, tuple(known.md5), report)
 
 
-def _download(known: _Published, cache: Path, report: Progress) -> None:
+def _download(known: _Published, home: Path, report: Progress) -> None:
     try:
         import pooch
     except ImportError as error:
@@ -119,17 +130,16 @@ def _download(known: _Published, cache: Path, report: Progress) -> None:
     logger.setLevel("ERROR")
     try:
         for done, (file, md5) in enumerate(known.md5.items(), 1):
-            pooch.retrieve(known.url + file, f"md5:{md5}", file, cache)
+            pooch.retrieve(known.url + file, f"md5:{md5}", file, home)
             report(done, len(known.md5))
     finally:
         logger.setLevel(level)
 
 
 def _read_published(name: str, home: Path, layout: tuple[str, ...], report: Progress) -> Source:
-    archive = ARCHIVE.fullmatch(layout[0])
-    paths = [home / file for file in layout]
-    walk = partial(walk_tar, paths[0]) if archive else partial(walk_each, paths)
-    found = read_files(walk, str(home), None, False, report)
+    archives = ARCHIVE.fullmatch(layout[0]) is not None
+    origin = Origin.of_files([home / file for file in layout], archives=archives)
+    found = read_files(origin, Request(str(home), in_memory=True, report=report))
     crc = zlib.crc32(found.x[:1].tobytes())
     for other, known in PUBLISHED.items():
         if other != name and known.first == crc:

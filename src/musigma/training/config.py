@@ -53,6 +53,8 @@ class TrainConfig:
             flows, next to nothing.
         accumulate: Parts that a step's batch is worked through in, one after the other.
         memory_budget: Such as 4GB: a batch is worked through in as many parts as that takes.
+        shard: Cut weights, gradients and moments over the processes (FSDP2), for large networks;
+            the averaged weights stay whole on each.
         workers: Processes that read data ahead.
         track: Also log to tensorboard, trackio or wandb.
         profile: Write a trace of a few steps into the run: profile.json.
@@ -83,6 +85,7 @@ class TrainConfig:
     memory: Keep = "store"
     accumulate: int = 1
     memory_budget: str | None = None
+    shard: bool = False
     workers: int = 0
     track: tuple[Tracker, ...] = ()
     profile: bool = False
@@ -123,6 +126,11 @@ class TrainConfig:
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate: a batch of {self.batch_size} has no {self.accumulate} parts"
+            )
+        if self.shard and self.memory == "reversible":
+            raise ValueError(
+                "memory: weights that are cut are whole going forward only; with "
+                "shard use checkpoint"
             )
         if self.memory_budget is not None:
             if self.accumulate > 1:

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from musigma import checkpoint
 from musigma.data import Dataset, batch_indices
-from musigma.evaluation import batch, check, evaluate, noise
+from musigma.evaluation import at_home, batch, check, evaluate, noise
+from musigma.feed import stream
 from musigma.files import replacing
 from musigma.memory import fallen, keep, recall, refuse
 from musigma.model import Model
-from musigma.processes import Processes, here
+from musigma.processes import Processes, cut_like, here, joined, local, whole
 from musigma.trace import Evidence, Trace
 from musigma.training import machine
 from musigma.training.config import TrainConfig
@@ -51,8 +52,13 @@ def join(device: str | None = None) -> Processes:
     """Meet the other processes that a launcher started, if there are any; `fit` does it itself."""
     from accelerate import PartialState
 
-    PartialState(cpu=device == "cpu")
+    PartialState(cpu=_on_cpu(device))
     return here()
+
+
+def _on_cpu(device: str | None) -> bool:
+    """Whether processes meet on the CPU; told otherwise, Accelerate would let each run alone."""
+    return device == "cpu" or not torch.accelerator.is_available()
 
 
 def leave() -> None:
@@ -204,6 +210,7 @@ class _Job:
         self.shown = validation.subset(range(min(len(validation), config.evaluate_on)))
         self.cast = machine.casting(config, self.device)
         self.progress = Progress()
+        self.feed: Any = None
         self.log = Log(out / "metrics.jsonl", watch, write=self.processes.main)
 
     # -- beginning and end
@@ -221,22 +228,29 @@ class _Job:
                 len(self.train), min(512, len(self.train)), seed=config.seed, step=0
             )
             model.calibrate(*batch(self.train, first, model, seed=config.seed))  # alike for all
-        images = len(self.train.shape) == 3
-        self.layout = torch.channels_last if images else torch.contiguous_format
-        model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         keep(model, config.memory)
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
-        self.means = list(self.averaged.parameters())
+        several = self.processes.count > 1
+        self.cut = config.shard and several
+        if self.cut:
+            machine.cut(model)
         note = machine.compiled(model) if config.fast else None
         self.optimizer = config.optimizer_for(model.train())
-        several = self.processes.count > 1
-        self.trained = self.accelerator.prepare(model) if several else model
-        self.weights, self.buffers = list(model.parameters()), list(model.buffers())
+        wrapped = several and not self.cut
+        self.trained = self.accelerator.prepare(model) if wrapped else model
+        self.weights: list[Tensor] = list(model.parameters())
+        self.buffers = list(model.buffers())
+        self.means: list[Tensor] = list(self.averaged.parameters())
         if resume:
             self._load()
-        x, context = self._examples(self.progress.step)
+        elif self.cut:
+            self._recut()
+        own = self.processes.share(config.batch_size)
+        few = batch(self.train, np.arange(min(4, len(self.train))), model)
         with torch.random.fork_rng():
-            self.parts = machine.parts(model, x, context, config, len(x))
+            self.parts = machine.parts(model, *few, config, own.stop - own.start)
+        self._feed()
         self.log.rewind(self.progress.step)
         self.accelerator.init_trackers("musigma", config=_plain(asdict(config)))
         if note:
@@ -253,7 +267,10 @@ class _Job:
 
     def __exit__(self, *error: object) -> None:
         self.log.close()
-        self.accelerator.end_training()
+        if self.feed:
+            self.feed.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def finish(self) -> None:
         """Leave the last state, and weights even if there was no evaluation."""
@@ -269,17 +286,19 @@ class _Job:
 
     def agree(self, wish: bool) -> bool:
         """Whether any process wants to stop; after that all have the same clock."""
-        seconds, wanted = self.processes.largest(self.progress.seconds, float(wish))
+        wait = 60 * self.config.save_every
+        if "disk" in self.progress.alerts:
+            wait = min(wait, 60)
+        due = time.monotonic() - self.saved > wait and not self.progress.failing
+        mine = self.progress.seconds, float(wish), float(due and self.processes.main)
+        seconds, wanted, due = self.processes.largest(*mine)
         before = self.share
         self.progress.seconds = seconds
         self.share = self.config.share(self.progress, len(self.train))
         times = self.config.evaluations
         if int(self.share * times) > int(before * times):
             self._assess()
-        wait = 60 * self.config.save_every
-        if "disk" in self.progress.alerts:
-            wait = min(wait, 60)
-        if time.monotonic() - self.saved > wait and not self.progress.failing:
+        if due:
             self._save()
         return wanted > 0
 
@@ -292,10 +311,10 @@ class _Job:
         lr = config.learning_rate(step, self.share) * progress.caution
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        x, context = self._examples(step)
+        x, context = self._examples()
         evidence, loss = self._gradients(x, context, step)
         gradients = [p.grad for p in self.weights if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
+        norm = float(whole(nn.utils.get_total_norm(gradients)))
         row: dict[str, Any] = {"kind": "train", "step": step + 1, "loss": loss, "grad_norm": norm}
         limit = config.skip_above * progress.usual_norm if step >= 50 else math.inf
         fit = math.isfinite(norm) and norm <= limit
@@ -306,7 +325,8 @@ class _Job:
         if fit:
             longest = config.clip or 3 * progress.usual_norm or math.inf
             if norm > longest:
-                nn.utils.clip_grads_with_norm_(self.weights, longest, torch.tensor(norm))
+                pieces = [local(g) for g in gradients]
+                torch._foreach_mul_(pieces, longest / norm)  # pyright: ignore
             self.optimizer.step()
             if config.ema:
                 self._average(step)
@@ -321,14 +341,24 @@ class _Job:
         if not fit:
             self._set_back(row["reason"])
 
-    def _examples(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """This process's share of the batch of a step."""
+    def _feed(self) -> None:
+        """Have batches from the present step on, and none of those ahead before."""
+        if self.feed:
+            self.feed.close()
         config = self.config
-        indices = batch_indices(len(self.train), config.batch_size, seed=config.seed, step=step)
-        x, context = batch(self.train, indices, self.model, seed=config.seed, step=step)
-        own = self.processes.share(config.batch_size)
-        x = x[own].contiguous(memory_format=self.layout)
-        return x, None if context is None else context[own]
+        self.feed = stream(
+            self.train,
+            config.batch_size,
+            seed=config.seed,
+            start=self.progress.step,
+            part=self.processes.share(config.batch_size),
+            workers=config.workers,
+        )
+
+    def _examples(self) -> tuple[Tensor, Tensor | None]:
+        """This process's share of the next batch."""
+        x, labels = next(self.feed)
+        return at_home(x, labels, self.model)
 
     def _forward(self, model: nn.Module, x: Tensor, context: Tensor | None) -> Evidence:
         if (k := self.config.k) > 1:
@@ -347,8 +377,7 @@ class _Job:
             part = Processes(i, self.parts).share(len(x))
             given = None if context is None else context[part]
             last = i == self.parts - 1
-            alone = last or self.trained is self.model
-            with contextlib.nullcontext() if alone else self.accelerator.no_sync(self.trained):
+            with self._exchanging(last):
                 evidence = self._forward(self.trained, x[part], given)
                 weight = (part.stop - part.start) / self.config.batch_size
                 loss = self.config.objective(evidence, self.share) * weight
@@ -357,6 +386,18 @@ class _Job:
             total += loss.item()
         joined = Evidence(*map(torch.cat, zip(*found, strict=True)))
         return joined, total * self.config.batch_size / len(x)
+
+    @contextlib.contextmanager
+    def _exchanging(self, now: bool) -> Iterator[None]:
+        """Whether a backward pass brings the gradients of all processes together."""
+        if self.cut:
+            self.trained.set_requires_gradient_sync(now)  # pyright: ignore
+            yield
+        elif now or self.trained is self.model:
+            yield
+        else:
+            with self.accelerator.no_sync(self.trained):
+                yield
 
     def _failed(
         self,
@@ -390,14 +431,14 @@ class _Job:
     def _set_back(self, reason: str) -> None:
         """After repeated trouble: the last good state, and smaller steps from there."""
         progress = self.progress
+        if progress.failing % SETBACK_AFTER:
+            return
         if progress.failing >= GIVE_UP_AFTER or progress.setbacks >= MOST_SETBACKS:
             raise TrainingError(
                 f"{progress.failing} steps in a row were skipped, the last because {reason}, "
                 f"though the run went back {progress.setbacks} times and took smaller steps; "
                 f"{self.out} is as it was last saved. Try a smaller --lr, or look at the data"
             )
-        if progress.failing % SETBACK_AFTER:
-            return
         lost, kept = progress.step, progress
         self.processes.wait()
         self._load()
@@ -409,6 +450,7 @@ class _Job:
             setbacks=kept.setbacks + 1,
             caution=kept.caution / 2,
         )
+        self._feed()
         self.log.rewind(self.progress.step)
         self._say(
             "setback",
@@ -420,10 +462,25 @@ class _Job:
     def _average(self, step: int) -> None:
         """Move the running average; early on it forgets faster, and never lags the start."""
         decay = min(self.config.ema, (1 + step) / (10 + step))
-        means, values = self.means, self.weights
-        torch._foreach_lerp_(means, values, 1 - decay)  # pyright: ignore
+        values = [local(p) for p in self.weights]
+        torch._foreach_lerp_(self.means, values, 1 - decay)  # pyright: ignore
         for mean, value in zip(self.averaged.buffers(), self.buffers, strict=True):
             mean.copy_(value)
+
+    @torch.no_grad()
+    def _complete(self) -> None:
+        """Bring the averaged model up to date, where it is not kept so at each step."""
+        if not self.config.ema:
+            self._average(self.progress.step)
+        if self.cut:
+            trio = zip(self.averaged.parameters(), self.means, self.weights, strict=True)
+            for mean, piece, like in trio:
+                mean.copy_(joined(piece, like))
+
+    def _recut(self) -> None:
+        """Of the averaged weights, take the pieces that belong to those of the model."""
+        pairs = zip(self.averaged.parameters(), self.weights, strict=True)
+        self.means = [local(cut_like(mean, like)).clone() for mean, like in pairs]
 
     # -- looking on
 
@@ -451,8 +508,7 @@ class _Job:
     def _assess(self) -> None:
         """The validation figure of the averaged weights, which are kept if they are the best."""
         progress = self.progress
-        if not self.config.ema:
-            self._average(progress.step)
+        self._complete()
         figure = evaluate(
             self.averaged, self.shown, seed=self.config.seed, processes=self.processes
         )
@@ -511,15 +567,13 @@ class _Job:
     def _save(self) -> bool:
         """Save the state; whether that was done. A full disk is told of, and training goes on."""
         self.saved = time.monotonic()
-        if not self.processes.main:
-            return True
-
-        if not self.config.ema:
-            self._average(self.progress.step)
+        self._complete()
 
         def write() -> None:
             save_state(self.out, self.progress, self.model, self.averaged, self.optimizer)
-            checkpoint.save(self.averaged, self.out / "last.safetensors", extra=self.extra)
+            if self.processes.main:
+                last = self.out / "last.safetensors"
+                checkpoint.save(self.averaged, last, extra=self.extra)
 
         return self._written(write)
 
@@ -538,6 +592,8 @@ class _Job:
     def _load(self) -> None:
         self.progress = load_state(self.out, self.model, self.averaged, self.optimizer)
         recall(self.model, self.progress.fallen)
+        if self.cut:
+            self._recut()
 
 
 def _accelerator(config: TrainConfig, out: Path, device: str | None) -> Any:
@@ -545,7 +601,7 @@ def _accelerator(config: TrainConfig, out: Path, device: str | None) -> Any:
 
     return Accelerator(
         device_placement=False,
-        cpu=device == "cpu",
+        cpu=_on_cpu(device),
         log_with=list(config.track) or None,
         project_dir=out,
     )

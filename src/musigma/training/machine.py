@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from musigma.layers import Coupling
 from musigma.model import Model
 from musigma.nets import ResBlock
+from musigma.processes import here
 from musigma.training.config import TrainConfig, bytes_of
 
-__all__ = ["casting", "compiled", "kept_bytes", "parts", "retain_heap"]
+__all__ = ["casting", "compiled", "cut", "kept_bytes", "parts", "retain_heap"]
 
 BLOCKS: tuple[type[nn.Module], ...] = (Coupling, ResBlock)
 """What models repeat: compiled once for each shape, and cut over processes one by one."""
@@ -68,6 +69,24 @@ def compiled(model: Model) -> str | None:
     return None
 
 
+def cut(model: Model) -> None:
+    """Cut the weights over all processes: the networks of blocks are made whole one at a time.
+
+    (Fully sharded data parallel, as torch has it: Zhao et al., "PyTorch FSDP", 2023,
+    arXiv:2304.11277.)
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (here().count,))
+    model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    for block in blocks(model):
+        net = getattr(block, "net", block)
+        fully_shard(net, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
 def kept_bytes(run: Callable[[], Any], parameters: Sequence[Tensor]) -> int:
     """Bytes that autograd keeps of a forward pass for the backward pass, besides parameters."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
@@ -100,10 +119,10 @@ def parts(model: Model, x: Tensor, context: Tensor | None, config: TrainConfig, 
     budget = bytes_of(config.memory_budget)
     weights = [*model.parameters()]
     state = 5 * sum(p.nbytes for p in weights)
-    few = x[: min(4, len(x))].repeat_interleave(config.k, 0)
-    given = None if context is None else context[: len(few)].repeat_interleave(config.k, 0)
-    kept = kept_bytes(lambda: model(few, given, closed_form=config.k == 1), weights)
-    each = 1.5 * kept * config.k / len(few)
+    examples = x.repeat_interleave(config.k, 0)
+    given = None if context is None else context.repeat_interleave(config.k, 0)
+    kept = kept_bytes(lambda: model(examples, given, closed_form=config.k == 1), weights)
+    each = 1.5 * kept / len(x)
     room = int((budget - state) // each) if budget > state else 0
     if room < 1:
         needed = math.ceil((state + each) / 1e6)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from musigma import checkpoint
 from musigma.files import finite, replacing
 from musigma.model import Model
+from musigma.processes import cut_like, here, whole
 from musigma.trace import Evidence
 
 __all__ = ["STATE", "Log", "Progress", "Watch", "load_state", "save_state", "saved_state"]
@@ -69,7 +70,7 @@ def save_state(
     averaged: Model,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Replace the state of a run.
+    """Replace the state of a run. All processes call it, and the main one writes.
 
     Raises:
         OSError: If it cannot be written; the old one stays.
@@ -79,8 +80,12 @@ def save_state(
         "averaged": averaged.state_dict(),
         "optimizer": _moments(model, optimizer),
     }
-    tensors = {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
-    checkpoint.write(out / STATE, {"format": FORMAT, "progress": asdict(progress)}, tensors)
+    tensors = {
+        f"{part}/{name}": whole(t) for part, named in parts.items() for name, t in named.items()
+    }
+    if here().main:
+        header = {"format": FORMAT, "progress": asdict(progress)}
+        checkpoint.write(out / STATE, header, tensors)
 
 
 def saved_state(out: Path) -> Path:
@@ -114,7 +119,8 @@ def load_state(
             part, _, inner = name.partition("/")
             parts[part][inner] = t
         progress = Progress(**header["progress"])
-        model.load_state_dict(parts["model"])
+        there = model.state_dict()
+        model.load_state_dict({n: cut_like(t, there[n]) for n, t in parts["model"].items()})
         averaged.load_state_dict(parts["averaged"])
         _put_moments(model, optimizer, parts["optimizer"])
     except Exception as error:  # whatever a parser throws at a damaged file
@@ -137,11 +143,14 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 def _put_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
 ) -> None:
-    names = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    parameters = dict(model.named_parameters())
+    names = {name: i for i, name in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, t in moments.items():
         parameter, _, key = name.rpartition(":")
-        state.setdefault(names[parameter], {})[key] = t
+        like = parameters[parameter]
+        each = cut_like(t, like) if t.shape == like.shape else t  # a count of steps is not cut
+        state.setdefault(names[parameter], {})[key] = each
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from musigma.evaluation import saturation
 from musigma.layers import InvertibleConv
 from musigma.model import Model
+from musigma.processes import local
 from musigma.training.state import Progress
 
 __all__ = ["diagnose", "health", "news", "spiked"]
@@ -33,13 +34,14 @@ def diagnose(
         The reason; None if there is none here: another process has it.
     """
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        if t.is_floating_point() and not t.isfinite().all():
+        if t.is_floating_point() and not local(t).isfinite().all():
             return f"{name} is not finite"
     if not math.isfinite(loss):
         return _first_bad_output(model, run) or f"the loss is {loss}"
     if math.isfinite(norm) and norm <= limit:
         return None
-    sizes = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: local(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    sizes = {name: float(g.norm()) for name, g in gradients.items()}
     if not math.isfinite(norm):
         bad = [name for name, size in sizes.items() if not math.isfinite(size)]
         return f"the gradient of {bad[-1]} is not finite" if bad else None  # nearest to the output

@@ -17,6 +17,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from musigma.model import Model
 
 __all__ = ["ARCHITECTURES", "architecture", "build"]
@@ -58,6 +60,7 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         bound = signature.bind(tuple(shape), **options)
         bound.apply_defaults()
         model = builder(**bound.arguments)
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         chosen = {p.name: bound.arguments[p.name] for p in others}
         model.config = {
             "architecture": builder.__name__,
@@ -111,7 +114,9 @@ from musigma.zoo import (  # noqa: E402 (they register themselves)
     autoencoder_kl,  # noqa: F401
     glow,  # noqa: F401
     ladder,  # noqa: F401
+    maf,  # noqa: F401
     mlp_vae,  # noqa: F401
+    nsf,  # noqa: F401
     realnvp,  # noqa: F401
     vae,  # noqa: F401
 )

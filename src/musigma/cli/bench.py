@@ -1,0 +1,140 @@
+"""``musigma bench``: how fast this is here, against the peers that are installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from musigma.cli.shared import USUAL, CommonOptions, Screen, best_device, check_out
+
+commands = App()
+
+
+@commands.command
+def bench(
+    *works: str,
+    peers: str | None = None,
+    what: str | None = None,
+    seconds: float | None = None,
+    rounds: int | None = None,
+    threads: int | None = None,
+    best: Annotated[bool, Parameter(negative="")] = False,
+    quick: Annotated[bool, Parameter(negative="")] = False,
+    keep_heap: bool = True,
+    memory: bool = True,
+    out: Path | None = None,
+    common: CommonOptions = USUAL,
+) -> None:
+    """Compare training, sampling and scoring with peers, in turns, as ratios with their spread.
+
+    Peers that are not installed are left out, and named. Two Glows are known from clones alone:
+    MUSIGMA_PEERS names a folder that holds them as OWNER+NAME. Ctrl-C ends it with what is known.
+
+    Args:
+        works: Names, or beginnings of names: mlp-vae, conv-vae, glow, nsf, maf; by default all.
+        peers: Names, or beginnings of names, with commas; `none`; by default all.
+        what: What is timed, with commas: step, epoch, sample, log_prob; by default all.
+        seconds: For each contender and each thing that is timed; by default 6.
+        rounds: In how many turns; by default 6.
+        threads: Of torch.
+        best: Our fastest mode takes part: bf16, compiled. Compiling takes a minute.
+        quick: A few works, a second each: two minutes in all.
+        keep_heap: Keep freed memory, for all alike.
+        memory: Measure by how much a fresh process of each contender grows.
+        out: A .json file, or a .md page with the .json of its figures beside it. Works that are
+            in it and are not measured anew are kept, and so is a page's other text.
+        common: Shared options.
+    """
+    from musigma.bench import QUICK, Plan, markdown, run, select
+    from musigma.bench.tables import line
+
+    screen = Screen(common)
+    chosen = select(works or (QUICK if quick else ()))
+    plan = Plan(
+        seconds=seconds or (0.8 if quick else 6.0),
+        rounds=rounds or (3 if quick else 6),
+        threads=threads,
+        whats=_words(what) or (("step", "log_prob", "sample") if quick else None),
+        peers=() if peers == "none" else _words(peers),
+        best=best,
+        memory=memory and not quick,
+        keep_heap=keep_heap,
+        device=common.device or best_device(),
+    )
+    before = _kept(out)
+    result: dict[str, Any] = {"works": {}}
+    told: set[tuple[str, str]] = set()
+
+    def tell(finished: bool) -> None:
+        known = [(n, w) for n, found in result["works"].items() for w in found["whats"]]
+        for name, one in known if finished else known[:-1]:
+            if (name, one) not in told:
+                told.add((name, one))
+                screen.say(line(name, one, result["works"][name]["whats"][one]))
+
+    stopped = False
+    try:
+        for known in run(chosen, plan, _status(screen)):
+            result = known
+            tell(False)
+    except KeyboardInterrupt:
+        stopped = True
+        screen.say("stopped; this is what is known")
+    tell(True)
+    result |= {"stopped": stopped}
+    if out is not None:
+        _write(out, before, result)
+    screen.result(result, markdown(result) if out is None else f"{out}")
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(","))
+
+
+def _status(screen: Screen):
+    """One line on a terminal that is written over: no thread that draws while others are timed."""
+    if screen.common.json or not screen.console.is_terminal:
+        return None
+    width = screen.console.width - 1
+
+    def say(text: str) -> None:
+        screen.console.print(text[:width].ljust(width), end="\r", markup=False)
+
+    return say
+
+
+def _kept(out: Path | None) -> dict[str, Any]:
+    """What an earlier run left; refuses, before hours are spent, what could not be written."""
+    from musigma.bench.tables import placed
+
+    if out is None:
+        return {}
+    check_out(out, ".json", ".md")
+    store = out.with_suffix(".json")
+    if out.suffix == ".md" and out.exists():
+        placed(out.read_text(encoding="utf-8"), "")
+    if not store.exists():
+        return {}
+    try:
+        return json.loads(store.read_text(encoding="utf-8"))["works"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"out: {store} is no result of an earlier run ({error})") from error
+
+
+def _write(out: Path, before: dict[str, Any], result: dict[str, Any]) -> None:
+    from musigma.bench import WORKS, markdown
+    from musigma.bench.tables import placed
+    from musigma.files import replacing, write_json
+
+    works = {**before, **{n: work for n, work in result["works"].items() if work["whats"]}}
+    every = {"works": {name: works[name] for name in WORKS if name in works}}
+    write_json(out.with_suffix(".json"), every)
+    if out.suffix == ".md":
+        page = out.read_text(encoding="utf-8") if out.exists() else ""
+        with replacing(out) as draft:
+            draft.write_text(placed(page, markdown(every)), encoding="utf-8")

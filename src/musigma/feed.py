@@ -1,0 +1,239 @@
+"""Batches for a training loop, in time: taken inline, or ahead of it by worker processes.
+
+Which examples a step sees, and their noise, is a function of (seed, step) alone; so it is the same
+for every number of workers, after every restart, and for every number of processes that share the
+batch by taking a part of it each.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from musigma.data import DataError, Dataset, batch_indices
+
+__all__ = ["stream"]
+
+Batch = tuple[np.ndarray, np.ndarray | None]
+METHOD = "fork" if sys.platform == "linux" else "spawn"  # to start a worker; elsewhere forks fail
+NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM)
+
+
+def stream(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    stop: int | None = None,
+    part: slice = slice(None),
+    workers: int = 0,
+    ahead: int = 2,
+) -> Iterator[Batch]:
+    """Batches of steps `start`, `start` + 1, ...: examples as a model sees them, and their labels.
+
+    That of a step is `dataset.take(batch_indices(...), seed=seed, step=step)`, cut to `part`. To
+    end the workers before the stream does, `close` it (`contextlib.closing`).
+
+    Args:
+        dataset: Where the examples are from.
+        batch_size: Examples of a step, of all parts together.
+        seed: Of the order of the examples, and of dynamic binarization.
+        start: The first step.
+        stop: The step that is no longer made; None: there is no end.
+        part: Which rows of each batch are taken; no other is read or decoded.
+        workers: Processes that take batches ahead of time; 0: none, each batch is taken when it
+            is asked for. They pay where images are decoded or disks are slow.
+        ahead: Batches that each worker holds ready.
+
+    Raises:
+        DataError: If an argument cannot be used; if an example cannot be read any more; if a
+            worker was killed.
+
+    >>> data = Dataset(np.arange(20, dtype=np.float32).reshape(10, 2), labels=np.arange(10))
+    >>> for x, labels in stream(data, 4, seed=0, stop=2):
+    ...     print(x.shape, labels)
+    (4, 2) [8 7 4 2]
+    (4, 2) [6 5 9 0]
+    """
+    least = {"batch_size": 1, "start": 0, "workers": 0, "ahead": 1}
+    given = {"batch_size": batch_size, "start": start, "workers": workers, "ahead": ahead}
+    for name, value in given.items():
+        if value < least[name]:
+            raise DataError(f"{name} is {value}: give a whole number from {least[name]}")
+    if part.step not in (None, 1):
+        raise DataError(f"part is {part}: give a slice of neighbouring rows")
+    if not len(dataset):
+        raise DataError(f"{dataset.name or 'dataset'}: holds no examples to take batches of")
+    first, last, _ = part.indices(batch_size)
+    plan = _Plan(dataset, batch_size, seed, first, max(first, last))
+    stop = sys.maxsize if stop is None else stop
+    return (
+        _by_workers(plan, start, stop, workers, ahead) if workers else _inline(plan, start, stop)
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every step takes."""
+
+    dataset: Dataset
+    batch_size: int
+    seed: int
+    first: int
+    last: int
+
+    def rows(self, step: int) -> np.ndarray:
+        n = len(self.dataset)
+        indices = batch_indices(n, self.batch_size, seed=self.seed, step=step)
+        return indices[self.first : self.last]
+
+    def take(self, rows: np.ndarray, step: int) -> np.ndarray:
+        return self.dataset.take(rows, seed=self.seed, step=step, first=self.first)
+
+    def labels(self, rows: np.ndarray) -> np.ndarray | None:
+        return None if self.dataset.labels is None else self.dataset.labels[rows]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.last - self.first, *self.dataset.shape
+
+
+def _inline(plan: _Plan, start: int, stop: int) -> Iterator[Batch]:
+    for step in range(start, stop):
+        rows = plan.rows(step)
+        yield plan.take(rows, step), plan.labels(rows)
+
+
+def _by_workers(plan: _Plan, start: int, stop: int, count: int, ahead: int) -> Iterator[Batch]:
+    workers: list[_Worker] = []
+    try:
+        for i in range(min(count, stop - start)):
+            workers.append(_Worker(plan, range(start + i, stop, count), ahead, workers))
+        for step in range(start, stop):
+            yield workers[(step - start) % count].batch(), plan.labels(plan.rows(step))
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+class _Worker:
+    """A process that takes every so manieth batch, into memory that is shared with this one.
+
+    It has a pipe of its own: when it dies, whatever of, the pipe ends, and who waits for a batch
+    knows. When this process dies, the pipe ends too, and the worker with it. No lock is shared,
+    and no signal is needed.
+    """
+
+    def __init__(self, plan: _Plan, steps: range, ahead: int, others: list[_Worker]):
+        if METHOD == "spawn" and isinstance(plan.dataset.array, np.memmap):
+            raise DataError(
+                f"workers: on {sys.platform} each would get a copy of {plan.dataset.name or 'the'}"
+                " memory-mapped array: leave them out"
+            )
+        context: Any = multiprocessing.get_context(METHOD)
+        n_bytes = math.prod(plan.shape) * plan.dataset.array.dtype.itemsize
+        self.memory = [context.RawArray("B", max(1, n_bytes)) for _ in range(ahead)]
+        self.plan, self.taken, self.owner = plan, 0, os.getpid()
+        self.pipe, theirs = context.Pipe()
+        ours = [*(other.pipe for other in others), self.pipe] if METHOD == "fork" else []
+        self.process = context.Process(
+            target=_work, args=(plan, steps, self.memory, theirs, ours), daemon=True
+        )
+        with warnings.catch_warnings(), _signals_wait():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+            self.process.start()
+        theirs.close()
+        atexit.register(self.close)
+
+    def batch(self) -> np.ndarray:
+        """The next batch of its steps."""
+        slot = self.memory[self.taken % len(self.memory)]
+        try:
+            problem = self.pipe.recv()
+            if problem is None:
+                batch = _view(slot, self.plan).copy()
+                self.taken += 1
+                self.pipe.send(None)
+                return batch
+        except (EOFError, OSError) as error:
+            self.process.join(5)
+            raise DataError(
+                f"workers: one that takes batches of {self.plan.dataset.name or 'the data'} died "
+                f"({_cause(self.process.exitcode)}): give fewer, or smaller batches"
+            ) from error
+        message, details = problem
+        raise DataError(message) from RuntimeError(details)
+
+    def close(self) -> None:
+        """End it, wherever it is: it only reads."""
+        if self.owner == os.getpid():
+            atexit.unregister(self.close)
+            self.pipe.close()
+            self.process.kill()
+            self.process.join(5)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals to this process, and to one that begins meanwhile, wait until both can take them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _view(slot: Any, plan: _Plan) -> np.ndarray:
+    dtype = plan.dataset.array.dtype
+    return np.frombuffer(slot, dtype, math.prod(plan.shape)).reshape(plan.shape)
+
+
+def _cause(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    hint = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def _work(
+    plan: _Plan, steps: range, memory: list[Any], pipe: Connection, others: list[Connection]
+) -> None:
+    """What a worker does. It leaves signals to its parent: a group gets them all together."""
+    for number in NOT_FOR_WORKERS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_WORKERS)
+    for other in others:  # held open here, they would not end with their process
+        other.close()
+    try:
+        for i, step in enumerate(steps):
+            if i >= len(memory):
+                pipe.recv()  # a slot is free
+            try:
+                _view(memory[i % len(memory)], plan)[:] = plan.take(plan.rows(step), step)
+            except Exception as error:
+                message = str(error) if isinstance(error, DataError) else f"step {step}: {error!r}"
+                pipe.send((message, traceback.format_exc()))
+                break
+            pipe.send(None)
+        while True:
+            pipe.recv()  # until the parent has all
+    except (EOFError, OSError):
+        pass  # the parent wants no more

@@ -1,0 +1,266 @@
+r"""The monotone rational-quadratic spline: an element's map with K bins, and its exact inverse.
+
+In a bin with corner (x0, y0), width w, height h, mean slope s = h / w and slopes d0, d1 at its
+knots, at the place θ = (x - x0) / w and with ϑ = 1 - θ,
+
+    g0 = s θ + d0 ϑ        β = θ g0 + ϑ g1        q = θ g0 / β        y = y0 + h q
+    g1 = s ϑ + d1 θ        C = ϑ g0 + θ g1        log dy/dx = log C (s / β)²
+
+Every term of these sums is positive, so nothing cancels. The same figures give the derivatives by
+all parameters, written out below: autograd would keep dozens of tensors for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from musigma.gaussian import at_least_float32
+
+__all__ = ["Spline"]
+
+
+@dataclass(frozen=True)
+class Spline:
+    r"""How a network's outputs are read as a monotone map of each element.
+
+    For every element the network emits K widths, K heights and K - 1 slopes of the inner knots,
+    all of them unbounded. Widths and heights are shares of the square [-B, B]², by a softmax;
+    slopes go through a softplus. Outside of [-B, B] the map is the identity, whose slope 1 the
+    outer knots have too; and all zeros make it the identity everywhere. (Durkan, Bekasov, Murray,
+    Papamakarios, "Neural Spline Flows", 2019, arXiv:1906.04032, where a slope of 0 stands for
+    softplus(0): theirs is this one's plus log(exp(1 - least) - 1).)
+
+    Args:
+        bins: K, 2 or more.
+        bound: B. Standardised data stay within 5 but for one of two million values.
+        least: Of every width and height, as a share of 2 B, and of every slope.
+
+    Raises:
+        ValueError: If a field is out of range.
+
+    Example:
+        >>> spline, x = Spline(bins=4), torch.linspace(-6, 6, 5)[:, None]
+        >>> y, log_slope = spline.forward(x, torch.randn(5, 11))
+        >>> bool((y.diff(dim=0) > -10).all()), torch.equal(y[[0, 4]], x[[0, 4]])
+        (True, True)
+    """
+
+    bins: int = 8
+    bound: float = 5.0
+    least: float = 1e-3
+
+    def __post_init__(self):
+        if self.bins < 2:
+            raise ValueError(f"bins: expected 2 or more; got {self.bins}")
+        if not 0 < self.bound < math.inf:
+            raise ValueError(f"bound: expected a positive number; got {self.bound}")
+        if not 0 < self.least < 1 / self.bins:
+            raise ValueError(
+                f"least: expected a number between 0 and 1 / bins = {1 / self.bins:.4g}; "
+                f"got {self.least}"
+            )
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a network emits for each element: 3 K - 1."""
+        return 3 * self.bins - 1
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(y, log dy/dx)``, both of x's shape (B, C, ...), for h (B, (3 K - 1) C, ...).
+
+        Channel p C + c of h is parameter p of channel c: all widths come before all heights, and
+        the slopes last.
+
+        Raises:
+            ValueError: If h has another shape.
+        """
+        return self._apply(_Forward.apply, x, h)
+
+    def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, log dx/dy)``: the shapes, and h, are those of `forward`."""
+        return self._apply(_Inverse.apply, y, h)
+
+    def _apply(self, function: Callable[..., Any], x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a function on planes: each parameter of all elements is one stretch of memory.
+
+        A network may emit its batch last in memory, as `MADE` does; then nothing is copied.
+        """
+        expected = (len(x), self.outputs * x.shape[1], *x.shape[2:])
+        if h.shape != expected:
+            raise ValueError(
+                f"h: {self.bins} bins of x {tuple(x.shape)} take {self.outputs} numbers for each "
+                f"element, shape {expected}; got {tuple(h.shape)}"
+            )
+        x, h = at_least_float32(x), at_least_float32(h)
+        dtype = torch.promote_types(x.dtype, h.dtype)
+        x, raw = x.to(dtype), h.to(dtype).unflatten(1, (self.outputs, -1)).movedim(1, 0)
+        batch_last = raw.ndim == 3 and raw.stride(1) == 1
+        if batch_last:
+            x, raw = x.t(), raw.transpose(1, 2)
+        y, log_slope = function(
+            x.reshape(-1), raw.reshape(self.outputs, -1), self.bins, self.bound, self.least
+        )
+        y, log_slope = y.view(x.shape), log_slope.view(x.shape)
+        return (y.t(), log_slope.t()) if batch_last else (y, log_slope)
+
+
+# Below, x is (N,), and a bin's corner, its size and its slopes are (2, N): x and y, left and right.
+
+
+def _locate(
+    z: Tensor, raw: Tensor, axis: int, bins: int, bound: float, least: float
+) -> tuple[Tensor, ...]:
+    """The bin in which z lies along an axis: shares of all bins, and its corner, size, slopes, k.
+
+    The bins are halved until one is left: a knot in the middle takes half of a sum of shares, and
+    a half is chosen by a weight of 0 or 1, which is exact, and far quicker than an index.
+    """
+    shares = raw[: 2 * bins].view(2, bins, -1).softmax(1)
+    most, smallest = 2 * bound * (1 - bins * least), 2 * bound * least
+    corner, k, right = z.new_full((), -bound), torch.zeros_like(z), torch.empty_like(z)
+    left, slopes, n = shares, F.pad(raw[2 * bins :], (0, 0, 1, 1)), bins
+    while n > 1:
+        kept = (n + 1) // 2
+        skipped = n - kept
+        below = left[:, :skipped].sum(1) if skipped > 1 else left[:, 0]
+        knot = torch.add(corner, below, alpha=most).add_(smallest * skipped)
+        torch.ge(z, knot[axis], out=right)
+        corner = torch.lerp(corner, knot, right)
+        left = torch.lerp(left[:, :kept], left[:, skipped:], right)
+        slopes = torch.lerp(slopes[: kept + 1], slopes[skipped:], right)
+        k.add_(right, alpha=skipped)
+        n = kept
+    size = torch.add(z.new_full((), smallest), left[:, 0], alpha=most)
+    slopes = F.softplus(slopes.add_(math.log(math.expm1(1 - least)))).add_(least)
+    return shares, corner, size, slopes, k
+
+
+def _log_slope(theta: Tensor, s: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q, log dy/dx)`` at θ."""
+    d0, d1 = slopes
+    rest = 1 - theta
+    g0 = (s * theta).addcmul_(d0, rest)
+    g1 = (s * rest).addcmul_(d1, theta)
+    top = theta * g0
+    beta = torch.addcmul(top, rest, g1)
+    c = g0.mul_(rest).addcmul_(g1, theta)
+    return top.div_(beta), torch.div(s, beta).square_().mul_(c).log_()
+
+
+class _Forward(torch.autograd.Function):
+    """x to y, of which the gradients are written out; it cannot be differentiated twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, raw: Tensor, bins: int, bound: float, least: float):
+        z = x.clamp(-bound, bound)
+        inside = torch.eq(z, x, out=torch.empty_like(x))
+        shares, corner, size, slopes, k = _locate(z, raw, 0, bins, bound, least)
+        (x0, y0), (w, h) = corner, size
+        theta = z.sub_(x0).div_(w)
+        q, log_slope = _log_slope(theta, h / w, slopes)
+        ctx.save_for_backward(shares, size, slopes, k, theta, inside)
+        ctx.least, ctx.most = least, 2 * bound * (1 - bins * least)
+        return torch.lerp(x, torch.addcmul(y0, h, q), inside), log_slope.mul_(inside)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        gy, gl = grads
+        gx, raw = _pull(ctx, gl, lambda inside, slope, bend: gy * inside)
+        return torch.lerp(gy, gx, ctx.saved_tensors[-1]), raw, None, None, None
+
+
+class _Inverse(torch.autograd.Function):
+    """y to x, by the root of a quadratic; its gradients are those of `_Forward`, solved for x."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, raw: Tensor, bins: int, bound: float, least: float):
+        z = y.clamp(-bound, bound)
+        inside = torch.eq(z, y, out=torch.empty_like(y))
+        shares, corner, size, slopes, k = _locate(z, raw, 1, bins, bound, least)
+        (x0, y0), (w, h), (d0, d1) = corner, size, slopes
+        s = h / w
+        q = z.sub_(y0).div_(h)
+        tilt = (d0 + d1).sub_(s, alpha=2).mul_(q)
+        linear, rise = d0 - tilt, s * q
+        square = tilt.add_(s).sub_(d0)
+        root = torch.addcmul(linear.square(), square, rise, value=4).clamp_(min=0).sqrt_()
+        theta = rise.mul_(2).div_(root.add_(linear))
+        log_slope = _log_slope(theta, s, slopes)[1]
+        ctx.save_for_backward(shares, size, slopes, k, theta, inside)
+        ctx.least, ctx.most = least, 2 * bound * (1 - bins * least)
+        return torch.lerp(y, torch.addcmul(x0, w, theta), inside), log_slope.mul_(inside).neg_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        gx, gl = grads
+        gy: Tensor = gx
+
+        def pushed(inside: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+            nonlocal gy
+            gy = (gx * inside).add_(bend).div_(slope)
+            return -gy
+
+        raw = _pull(ctx, -gl, pushed)[1]
+        return torch.lerp(gx, gy, ctx.saved_tensors[-1]), raw, None, None, None
+
+
+def _pull(
+    ctx: Any, gl: Tensor, push: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients by x and by the parameters, for the gradient gl by log dy/dx.
+
+    That by y is `push` of: whether x is inside, dy/dx, and what gl alone gives for x.
+    """
+    shares, size, slopes, k, theta, inside = ctx.saved_tensors
+    (w, h), (d0, d1) = size, slopes
+    gl = gl * inside
+    s, rest = h / w, 1 - theta
+    product, square = theta * rest, theta.square()
+    g0 = (s * theta).addcmul_(d0, rest)
+    g1 = (s * rest).addcmul_(d1, theta)
+    top = theta * g0
+    over_beta = torch.addcmul(top, rest, g1).reciprocal_()
+    q = top.mul_(over_beta)
+    c = (g0 * rest).addcmul_(g1, theta)
+    slope = (s * over_beta).square_().mul_(c)
+    by_c, by_beta = c.reciprocal_().mul_(gl), gl * over_beta
+
+    turn = (d0 + d1).sub_(s, alpha=2).mul_(rest - theta).mul_(by_beta)
+    bend = g1.sub_(g0).mul_(by_c).sub_(turn).mul_(2).div_(w)
+    gy = push(inside, slope, bend)
+    gx = slope.mul_(gy).add_(bend)
+
+    by_top = (gy * h).mul_(over_beta)
+    by_beta = by_beta.mul_(2).addcmul_(by_top, q)  # with the opposite sign
+    by_s = (gl / s).mul_(2).sub_(by_beta).addcmul_(by_top, square)
+    by_s.addcmul_(product, by_beta + by_c, value=2).div_(w)
+    by_beta.mul_(product)
+    by_slopes = torch.empty_like(slopes)
+    torch.addcmul(by_top.mul_(product).sub_(by_beta), by_c, rest.square_(), out=by_slopes[0])
+    torch.mul(by_c, square, out=by_slopes[1]).sub_(by_beta)
+    by_slopes.mul_(torch.expm1(ctx.least - slopes)).neg_()  # 1 - exp(-softplus) is its slope
+
+    by_corner = torch.stack([-gx, gy]).mul_(ctx.most)
+    by_size = torch.stack([torch.addcmul(by_s * s, gx, theta).neg_(), by_s.addcmul_(gy, q)])
+    by_size.mul_(ctx.most)
+    bins = shares.shape[1]
+    raw = theta.new_empty(3 * bins - 1, len(theta))
+    knots = torch.arange(bins + 1, dtype=k.dtype, device=k.device)[:, None]
+    from_here = torch.ge(k, knots, out=raw.new_empty(bins + 1, len(k)))
+    before, here = from_here[1:], from_here[:-1] - from_here[1:]
+    by_shares = torch.mul(before, by_corner[:, None]).addcmul_(here, by_size[:, None])
+    torch._softmax_backward_data(
+        by_shares, shares, 1, shares.dtype, grad_input=raw[: 2 * bins].view(shares.shape)
+    )
+    torch.mul(here[1:], by_slopes[0], out=raw[2 * bins :]).addcmul_(here[:-1], by_slopes[1])
+    return gx, raw

@@ -1,0 +1,190 @@
+"""Several processes do what one does: the same batches, figures and, but for rounding, weights."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from musigma import checkpoint
+from musigma.data import Dataset
+from musigma.evaluation import evaluate, score
+from musigma.processes import ALONE, Processes, here
+from musigma.training import TrainConfig, fit
+from musigma.zoo import build
+
+# What both the test and its processes need: data, models and configurations.
+SHARED = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import torch
+from musigma import data
+from musigma.data import Dataset
+from musigma.evaluation import evaluate
+from musigma.processes import here
+from musigma.training import TrainConfig, fit, join, leave
+from musigma.zoo import build
+
+points = Dataset(np.random.default_rng(0).normal(size=(301, 5)).astype(np.float32) * 3 + 1)
+digits = data.load("digits")
+
+def flow():
+    torch.manual_seed(0)
+    return build("realnvp", (5,), bits=None, hidden=16)
+
+def vae():
+    torch.manual_seed(0)
+    return build("vae", (1, 8, 8), net="mlp", width=16)
+
+def train(out, steps=10, stop=None, **config):
+    config = TrainConfig(
+        steps=steps, batch_size=15, evaluations=2, optimizer="adam", lr=1e-3, **config
+    )
+    halt = lambda step: step == stop
+    there = (out / "state.safetensors").exists()
+    device = None if config.accumulate > 1 else "cpu"  # the best there is, or this
+    return fit(flow(), points, points, config, out, device=device, resume=there, stop=halt)
+"""
+
+EACH = (
+    SHARED
+    + """
+out = Path(sys.argv[1])
+processes = join("cpu")
+figure = evaluate(vae(), digits, seed=3, processes=processes)
+run = train(out / "two")
+train(out / "parts", accumulate=3)
+train(out / "cut", shard=True, save_every=1e-5)
+train(out / "cut, parts", shard=True, accumulate=3, stop=4)
+train(out / "cut, parts", shard=True, accumulate=3)
+train(out / "handed on", shard=True, stop=4)
+calibrated = [p.tolist() for n, p in flow().named_parameters() if "bias" in n]
+weights = [p.double().sum().item() for p in run.model.parameters()]
+alike = processes.gathered(weights)
+told = processes.largest(processes.rank, -processes.rank)
+if processes.main:
+    (out / "said.json").write_text(json.dumps([figure, alike, told, processes.count]))
+leave()
+"""
+)
+
+scope: dict = {}
+exec(SHARED, scope)  # the very same definitions
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("processes")
+    (out / "each.py").write_text(EACH)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, out / "each.py", out], capture_output=True, text=True, timeout=240, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def weights(path):
+    return torch.cat([p.flatten() for p in checkpoint.load(path).parameters()])
+
+
+def losses(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def test_they_agree_among_themselves(out):
+    _, alike, told, count = json.loads((out / "said.json").read_text())
+    assert count == 2
+    assert alike[0] == alike[1]
+    assert told == [1.0, 0.0]
+
+
+def test_evaluation_is_exact_and_does_not_depend_on_their_number(out):
+    figure, *_ = json.loads((out / "said.json").read_text())
+    alone = evaluate(scope["vae"](), scope["digits"], seed=3)
+    assert figure == json.loads(json.dumps(alone))
+    assert figure["n"] == len(scope["digits"])
+
+
+@pytest.mark.parametrize("several", ["two", "parts", "cut", "cut, parts"])
+def test_a_flow_without_noise_gets_the_same_weights(out, tmp_path, several):
+    """15 examples a step are shared as 7 and 8, and each of these worked through in 3 parts."""
+    start = torch.cat([p.flatten() for p in scope["flow"]().parameters()])
+    scope["train"](tmp_path / "one")
+    one, two = (
+        weights(tmp_path / "one/last.safetensors"),
+        weights(out / several / "last.safetensors"),
+    )
+    assert (one - start).abs().max() > 1e-3
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=2e-6)
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(out, tmp_path):
+    scope["train"](tmp_path / "one")
+    assert len(losses(out / "handed on")) == 4
+    run = scope["train"](out / "handed on")
+    assert (run.finished, run.steps) == (True, 10)
+    alone = weights(tmp_path / "one/last.safetensors")
+    torch.testing.assert_close(
+        weights(out / "handed on/last.safetensors"), alone, rtol=1e-4, atol=2e-6
+    )
+    assert losses(out / "handed on")[4:] == pytest.approx(losses(tmp_path / "one")[4:], rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+def test_shares_of_scores_are_the_scores(count):
+    model, some = scope["vae"](), scope["digits"].subset(range(333))
+    whole = score(model, some, seed=5)
+    parts = [score(model, some, seed=5, processes=Processes(r, count)) for r in range(count)]
+    for name, values in whole.items():
+        joined = np.concatenate([part[name] for part in parts if part])
+        assert np.array_equal(joined, values), name
+
+
+def test_parts_of_a_batch_add_up(tmp_path):
+    scope["train"](tmp_path / "one")
+    scope["train"](tmp_path / "four", accumulate=4)
+    torch.testing.assert_close(
+        weights(tmp_path / "four/last.safetensors"),
+        weights(tmp_path / "one/last.safetensors"),
+        rtol=1e-4,
+        atol=2e-6,
+    )
+
+
+def test_a_memory_budget_chooses_the_parts(tmp_path):
+    from musigma.training.machine import parts
+
+    model = build("glow", (3, 16, 16), levels=2, depth=2, hidden=32)
+    x = torch.randint(0, 256, (4, 3, 16, 16)).float()
+    counts = [
+        parts(model, x, None, TrainConfig(batch_size=64, memory_budget=budget), 64)
+        for budget in ("10GB", "30MB", "4MB", "2MB")
+    ]
+    assert counts[0] == 1
+    assert counts == sorted(counts)
+    assert counts[-1] > 8
+    with pytest.raises(ValueError, match=r"weights and one example take \d+ MB, more than 100KB"):
+        parts(model, x, None, TrainConfig(memory_budget="100KB"), 32)
+
+
+def test_alone_there_is_nobody_to_ask():
+    assert here() == ALONE
+    assert ALONE.gathered("x") == ["x"]
+    assert ALONE.largest(1.0, 2.0) == (1.0, 2.0)
+    shares = [Processes(rank, 7).share(23) for rank in range(7)]
+    assert np.concatenate([np.arange(23)[share] for share in shares]).tolist() == list(range(23))
+
+
+def test_too_many_processes_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("musigma.training.loop.here", lambda: Processes(0, 9))
+    points = Dataset(np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32))
+    with pytest.raises(ValueError, match="batch_size: 9 processes cannot share 8 examples"):
+        fit(scope["flow"](), points, points, TrainConfig(batch_size=8), tmp_path, device="cpu")

@@ -1,0 +1,268 @@
+"""Splines and masked networks: against autograd, nflows, slow inverses and counts of work."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from musigma.layers import MADE, Autoregressive, Coupling, Spline
+from musigma.nets import MLP
+from musigma.testing import randomized
+from musigma.zoo import build
+
+GOLDEN = Path(__file__).parent / "golden" / "nflows_spline.npz"
+
+
+def plain(spline, x, h):
+    """The same map, bin by bin from the formulas of the paper, for autograd to differentiate."""
+    k, b, least = spline.bins, spline.bound, spline.least
+    raw = h.unflatten(1, (spline.outputs, -1)).movedim(1, -1)
+    width, height = (
+        2 * b * (least + (1 - k * least) * part.softmax(-1))
+        for part in (raw[..., :k], raw[..., k : 2 * k])
+    )
+    shift = float(np.log(np.expm1(1 - least)))
+    slopes = F.pad(least + F.softplus(raw[..., 2 * k :] + shift), (1, 1), value=1.0)
+    xs, ys = (F.pad(part.cumsum(-1), (1, 0)) - b for part in (width, height))
+    inside = x.abs() <= b
+    z = x.clamp(-b, b)
+    at = torch.searchsorted(xs.detach().contiguous(), z.detach()[..., None], right=True) - 1
+    at = at.clamp(0, k - 1)
+
+    def pick(t, i=at):
+        return t.gather(-1, i)[..., 0]
+
+    w, d, d0, d1 = pick(width), pick(height), pick(slopes), pick(slopes, at + 1)
+    s, theta = d / w, (z - pick(xs)) / w
+    rest = theta * (1 - theta)
+    below = s + (d1 + d0 - 2 * s) * rest
+    y = pick(ys) + d * (s * theta**2 + d0 * rest) / below
+    slope = s**2 * (d1 * theta**2 + 2 * s * rest + d0 * (1 - theta) ** 2) / below**2
+    return torch.where(inside, y, x), torch.where(inside, slope.log(), 0.0)
+
+
+def drawn(spline, size, seed=0, scale=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*size, generator=generator, dtype=torch.float64) * spline.bound / 2
+    outputs = (size[0], spline.outputs * size[1], *size[2:])
+    h = torch.randn(outputs, generator=generator, dtype=torch.float64) * scale
+    return x, h
+
+
+SPLINES = [Spline(), Spline(bins=2, bound=1.0), Spline(bins=5, bound=3.0), Spline(bins=13)]
+
+
+@pytest.mark.parametrize("spline", SPLINES, ids=str)
+@pytest.mark.parametrize("size", [(40, 5), (6, 3, 4, 2)], ids=str)
+def test_values_and_gradients_are_those_of_the_formulas(spline, size):
+    x, h = drawn(spline, size)
+    found, truth = [], []
+    for results, function in ((found, spline.forward), (truth, lambda x, h: plain(spline, x, h))):
+        given = x.clone().requires_grad_(), h.clone().requires_grad_()
+        y, log_slope = function(*given)
+        weight = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+        loss = (weight * y).sum() + (weight.flip(0) * log_slope).sum()
+        results += [y, log_slope, *torch.autograd.grad(loss, given)]
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_gradients_are_those_of_finite_differences(direction):
+    spline = Spline(bins=4, bound=2.0)
+    x, h = drawn(spline, (7, 2), seed=3, scale=1.0)
+    x, h = x.clamp(-2.3, 2.3).requires_grad_(), h.requires_grad_()
+    assert torch.autograd.gradcheck(getattr(spline, direction), (x, h), eps=1e-7, atol=1e-5)
+
+
+def test_numbers_of_nflows():
+    """Its zero slope is softplus(0); the outer ones are 1 in both."""
+    with np.load(GOLDEN) as file:
+        g = {name: torch.from_numpy(values) for name, values in file.items()}
+    spline = Spline(bins=g["w"].shape[1], bound=float(g["bound"]))
+    shift = np.log(np.expm1(1 - spline.least))
+    h = torch.cat([g["w"], g["h"], g["d"] - shift], 1)
+    for function, value, slope in (
+        (spline.forward, "y", "log_slope"),
+        (spline.inverse, "inverse", "inverse_log_slope"),
+    ):
+        y, log_slope = function(g["x"][:, None], h)
+        torch.testing.assert_close(y[:, 0], g[value], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(log_slope[:, 0], g[slope], rtol=1e-8, atol=1e-9)
+
+
+@given(
+    st.integers(2, 12),
+    st.floats(0.1, 50),
+    st.floats(0, 60),
+    st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_it_is_monotone_and_inverts_at_any_scale(bins, bound, scale, seed):
+    spline = Spline(bins=bins, bound=bound)
+    _, h = drawn(spline, (1, 1), seed, scale)
+    x = torch.linspace(-1.2 * bound, 1.2 * bound, 400, dtype=torch.float64)[:, None]
+    y, log_slope = spline.forward(x, h.expand(400, -1))
+    assert (y.diff(dim=0) > 0).all()
+    again, back = spline.inverse(y, h.expand(400, -1))
+    torch.testing.assert_close(again, x, rtol=1e-6, atol=1e-7 * bound)
+    outside = x.abs() > bound
+    assert torch.equal(y[outside], x[outside])
+    assert (log_slope[outside] == 0).all()
+    assert back.isfinite().all()
+
+
+def test_zeros_are_the_identity_and_edges_belong_to_it():
+    spline = Spline(bins=6, bound=2.0)
+    x = torch.tensor([[-2.0], [2.0], [0.3], [-9.0], [9.0]], dtype=torch.float64)
+    y, log_slope = spline.forward(x, torch.zeros(5, spline.outputs, dtype=torch.float64))
+    torch.testing.assert_close(y, x)
+    torch.testing.assert_close(log_slope, torch.zeros_like(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_so(bad):
+    spline = Spline()
+    x = torch.tensor([[bad], [0.5]])
+    y, log_slope = spline.forward(x, torch.randn(2, spline.outputs))
+    assert not y[0].isfinite()
+    assert y[1].isfinite()
+    assert log_slope[1].isfinite()
+    y, log_slope = spline.forward(x.nan_to_num(0, 0, 0), torch.full((2, spline.outputs), bad))
+    assert not (y.isfinite() & log_slope.isfinite()).any()
+
+
+def test_saturated_outputs_have_finite_gradients():
+    for size in (50.0, -50.0):
+        x = torch.linspace(-4, 4, 64)[:, None].requires_grad_()
+        h = (torch.randn(64, 23).sign() * size).requires_grad_()
+        y, log_slope = Spline().forward(x, h)
+        (y.sum() + log_slope.sum()).backward()
+        assert x.grad.isfinite().all()
+        assert h.grad.isfinite().all()
+
+
+def test_half_precision_is_raised_and_shapes_are_refused():
+    y, _ = Spline().forward(torch.randn(3, 2).bfloat16(), torch.randn(3, 46).bfloat16())
+    assert y.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"8 bins of x \(3, 2\) take 23 numbers for each"):
+        Spline().forward(torch.randn(3, 2), torch.randn(3, 40))
+    for wrong, message in (
+        ({"bins": 1}, "bins: expected 2 or more"),
+        ({"bound": 0.0}, "bound: expected a positive"),
+        ({"least": 0.2}, "least: expected a number between 0 and"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Spline(**wrong)
+
+
+# -- autoregressive
+
+
+@pytest.mark.parametrize("features", [1, 2, 5, 9])
+@pytest.mark.parametrize("kind", ["affine", "additive", "spline"])
+def test_the_jacobian_is_triangular(features, kind):
+    layer = randomized(Autoregressive(features, kind=kind, hidden=[11, 6]))
+    x = torch.randn(features, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda v: layer(v[None])[0][0], x)
+    assert torch.equal(jacobian.triu(1), torch.zeros_like(jacobian))
+    assert (jacobian.diagonal() > 0).all()
+    if features > 2:
+        assert (jacobian.tril(-1) != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["affine", "spline"])
+def test_the_inverse_is_what_iteration_from_the_first_feature_on_finds(kind):
+    layer = randomized(Autoregressive(6, kind=kind, hidden=[16, 16], context=2))
+    y, context = torch.randn(8, 6).double(), torch.randn(8, 2).double()
+    x = torch.zeros_like(y)
+    for i in range(6):  # a whole pass of the network for each feature
+        x[:, i] = layer.map.inverse(y, layer.net(x, context))[0][:, i]
+    found, log_det = layer.inverse(y, context)
+    torch.testing.assert_close(found, x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(-log_det, layer(found, context)[1], rtol=1e-8, atol=1e-8)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.inverse(y, context)[0], x, rtol=1e-10, atol=1e-10)
+
+
+def test_masked_weights_get_no_gradient():
+    net = MADE([0, 1, 2, 3] * 2, hidden=[9, 9])
+    net(torch.randn(5, 4)).square().sum().backward()
+    assert len(net.stack.masked) == 3
+    for i in net.stack.masked:
+        weight, mask = net.stack.weights[i], net.stack.get_buffer(f"mask{i}")
+        assert (weight.grad[mask == 0] == 0).all()
+        assert (weight.grad[mask == 1] != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["affine", "spline"])
+def test_an_inverse_costs_less_than_one_pass(kind):
+    """Features one after the other, and yet each hidden unit is computed once."""
+    layer = Autoregressive(43, kind=kind, hidden=[128, 128])
+    y = torch.randn(64, 43)
+    work = []
+    for run in (lambda: layer(y), lambda: layer.inverse(y)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        work.append(counter.get_total_flops())
+    assert 0 < work[1] <= work[0]
+
+
+def test_a_coupling_works_at_half_width():
+    """A spline coupling's network sees half, and emits for the other half: no masked whole."""
+    layer = Coupling(MLP(21, 23 * 22, hidden=[128, 128]), kind="spline")
+    x = torch.randn(16, 43)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 16 * (21 * 128 + 128 * 128 + 128 * 23 * 22)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "autoregressive"}], ids=str)
+def test_densities_integrate_to_one(options):
+    torch.manual_seed(0)
+    model = randomized(build("nsf", (2,), depth=2, hidden=8, **options))
+    side = torch.linspace(-9, 9, 601, dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)
+    with torch.no_grad():
+        mass = model.log_prob(grid).exp().sum() * (side[1] - side[0]) ** 2
+    assert float(mass) == pytest.approx(1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["maf", "nsf", "nsf autoregressive"])
+def test_they_learn_a_density_and_never_leave_the_finite(name):
+    """Two moons, against the best Gaussian of them."""
+    from musigma import data
+
+    name, *kind = name.split()
+    x = torch.from_numpy(data.load("two-moons").x[:4000])
+    torch.manual_seed(0)
+    model = build(name, (2,), depth=3, hidden=32, **({"kind": kind[0]} if kind else {}))
+    model.calibrate(x)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(250):
+        batch = x[torch.randint(len(x), (256,), generator=torch.Generator().manual_seed(step))]
+        optimizer.zero_grad()
+        loss = -model.log_prob(batch).mean()
+        loss.backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        gaussian = 0.5 * torch.logdet(2 * torch.pi * torch.e * torch.cov(x.T))
+        assert -model.log_prob(x).mean() < gaussian - (0.05 if name == "maf" else 0.3)
+
+
+def test_shapes_that_are_no_vectors_are_refused():
+    for name in ("maf", "nsf"):
+        with pytest.raises(ValueError, match=rf"shape: {name} is for vectors .*glow"):
+            build(name, (3, 8, 8))
+    with pytest.raises(ValueError, match="a coupling needs vectors of at least 2"):
+        build("nsf", (1,))
+    assert build("nsf", (1,), kind="autoregressive").log_prob(torch.randn(4, 1)).shape == (4,)
+    layer = Autoregressive(3)
+    with pytest.raises(ValueError, match=r"for vectors \(B, 3\); got \(2, 4\)"):
+        layer(torch.randn(2, 4))
