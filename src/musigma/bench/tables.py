@@ -222,9 +222,10 @@ def _work(name: str, work: Result) -> Iterator[str]:
         for found in work["whats"].values()
         if found.get("peak_gflops")
     ]
-    if peaks:
-        yield f"The machine's own peak meanwhile, GFLOP/s: {'; '.join(peaks)}."
-        yield ""
+    said = [f"The machine's own peak meanwhile, GFLOP/s: {'; '.join(peaks)}."] if peaks else []
+    if "load" in work["machine"]:
+        said.append(f"Load average when it began: {work['machine']['load']:.1f}.")
+    yield from [" ".join(said), ""]
 
 
 def _skipped(works: Mapping[str, Any]) -> Iterator[str]:

@@ -78,6 +78,8 @@ def bench(
     stopped = False
     try:
         for known in run(chosen, plan, _status(screen)):
+            if not told and not result["works"]:
+                _warn(screen, known)
             result = known
             tell(False)
     except KeyboardInterrupt:
@@ -90,6 +92,16 @@ def bench(
     screen.result(result, markdown(result) if out is None else f"{out}")
     if stopped:
         raise KeyboardInterrupt
+
+
+def _warn(screen: Screen, result: dict[str, Any]) -> None:
+    """Say what makes figures unsure, while there is time to stop."""
+    first = next(iter(result["works"].values()))
+    load, settings = first["machine"].get("load", 0.0), first["settings"]
+    if load > 0.5:
+        waits = settings["OMP_WAIT_POLICY"] != "passive"
+        hint = "; with OMP_WAIT_POLICY=passive, threads that wait would not spin" if waits else ""
+        screen.say(f"other work runs on this machine (load average {load:.1f}){hint}")
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

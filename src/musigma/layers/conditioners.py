@@ -120,6 +120,8 @@ class MADE(nn.Module):
         True
     """
 
+    order: Tensor
+
     def __init__(
         self,
         owners: Sequence[int],
@@ -176,6 +178,7 @@ class MADE(nn.Module):
         layers[0] = weight, torch.addmm(bias, weight[:, self.features - 1 :], given)
         known = [_room(width, like) for width in self.widths]
         for i, rows in enumerate(self.plan):
+            h = known[0]
             for j, first, last, below in rows:
                 weight, bias = layers[j]
                 h = torch.addmm(bias[first:last], weight[first:last, :below], known[j][:below])

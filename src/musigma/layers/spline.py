@@ -112,7 +112,7 @@ class Spline:
         return (y.t(), log_slope.t()) if batch_last else (y, log_slope)
 
 
-# Below, x is (N,), and a bin's corner, its size and its slopes are (2, N): x and y, left and right.
+# Below, x is (N,); a bin's corner, its size and its slopes are (2, N): x and y, left and right.
 
 
 def _locate(
@@ -172,7 +172,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         gy, gl = grads
         gx, raw = _pull(ctx, gl, lambda inside, slope, bend: gy * inside)
         return torch.lerp(gy, gx, ctx.saved_tensors[-1]), raw, None, None, None
@@ -201,7 +201,7 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         gx, gl = grads
         gy: Tensor = gx
 
@@ -259,7 +259,7 @@ def _pull(
     from_here = torch.ge(k, knots, out=raw.new_empty(bins + 1, len(k)))
     before, here = from_here[1:], from_here[:-1] - from_here[1:]
     by_shares = torch.mul(before, by_corner[:, None]).addcmul_(here, by_size[:, None])
-    torch._softmax_backward_data(
+    torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
         by_shares, shares, 1, shares.dtype, grad_input=raw[: 2 * bins].view(shares.shape)
     )
     torch.mul(here[1:], by_slopes[0], out=raw[2 * bins :]).addcmul_(here[:-1], by_slopes[1])
