@@ -55,6 +55,7 @@ OWNERS = {
     "pooch": {"sources"},
     "sklearn": {"sources", "editing"},
     "pyarrow": {"sources", "cli"},
+    "fsspec": {"sources"},
 }
 
 

@@ -359,6 +359,8 @@ def test_labels_beside_images(tmp_path):
     assert load_shards(txt=["cat", "dog"] * 4).label_names == ("cat", "dog")
     assert load_shards(txt=[f"photo {i}" for i in range(8)]).labels is None  # captions
     assert load_shards(json=["[1]"] * 8).labels is None
+    assert load_shards(cls=["--5", "-5"] * 4).label_names == ("--5", "-5")
+    assert load_shards(cls=["-7", "-5"] * 4).label_names == ("-7", "-5")
     with fails(r"shards: 1.tar/s3.png has no label in a .cls file beside it"):
         load_shards(cls=["1", "0"] * 3 + ["1", ""])
     some = load(tmp_path / "shards", skip_bad=True, in_memory=False)
@@ -508,10 +510,13 @@ def test_a_flat_array_is_not_believed_when_it_changed(tmp_path, home):
     np.save(tmp_path / "x.npy", x)
     for harm in (lambda c: c[:-4], lambda c: c[:200] + bytes(40) + c[240:], lambda c: b""):
         load(tmp_path / "x.npy", in_memory=False)
-        (flat,) = (home / "arrays").glob("*.npy")
+        (flat,) = (home / "arrays").glob("[!.]*.npy")
+        draft = flat.with_name(f".{flat.name}.1.tmp")
+        draft.write_text("of a process that was killed")
         flat.write_bytes(harm(flat.read_bytes()))
         again = load(tmp_path / "x.npy", in_memory=False)
         np.testing.assert_array_equal(again.x, x.astype(np.float32))
+        assert not draft.exists()
 
 
 def save_parquet(path: Path, columns: dict, rows: int = 7) -> Path:
@@ -666,3 +671,4 @@ def test_urls_that_cannot_be_read(tmp_path, afar, monkeypatch, home):
     with fails(r"https://host/x.npy: reading URLs needs fsspec: pip install 'musigma\[remote\]'"):
         load("https://me:secret@host/x.npy?token=secret")
     assert identity("https://me:secret@host/x.npy?token=secret") == "https://host/x.npy"
+    assert identity("simplecache::s3://me@host/x?y") == "simplecache::s3://host/x"

@@ -441,7 +441,7 @@ class Terminal:
             if not select.select([self.near], [], [], 0.1)[0]:
                 continue
             try:
-                self.text += os.read(self.near, 65536).decode()
+                self.text += os.read(self.near, 65536).decode(errors="replace")
             except OSError:  # there is nobody at the other end any more
                 assert text is None, self.text
                 return

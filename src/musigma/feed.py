@@ -131,11 +131,11 @@ def _by_workers(plan: _Plan, start: int, stop: int, count: int, ahead: int) -> I
 
 
 class _Worker:
-    """A process that takes every so manieth batch, into memory that is shared with this one.
+    """A process that takes one batch in so many, into memory that is shared with this one.
 
-    It has a pipe of its own: when it dies, whatever of, the pipe ends, and who waits for a batch
-    knows. When this process dies, the pipe ends too, and the worker with it. No lock is shared,
-    and no signal is needed.
+    It has a pipe of its own. When it dies, of whatever cause, the pipe ends, and who waits for a
+    batch knows; when this process dies, the pipe ends too, and the worker with it. No lock is
+    shared that the dead could hold.
     """
 
     def __init__(self, plan: _Plan, steps: range, ahead: int, others: list[_Worker]):

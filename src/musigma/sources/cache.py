@@ -145,7 +145,7 @@ def flat(
     path = place("arrays", name, ".npy")
     wanted = json.loads(json.dumps({**about, "shape": shape, "dtype": np.dtype(dtype).str}))
     try:
-        with alone(path):
+        with alone(path) as locked:
             found = read(path.with_suffix(".npz"))
             if not (
                 found is not None
@@ -154,6 +154,8 @@ def flat(
                 and found.info["stamp"] == stamp(path)
             ):
                 path.parent.mkdir(parents=True, exist_ok=True)
+                for left in path.parent.glob(f".{path.name}.*") if locked else ():
+                    left.unlink(missing_ok=True)  # by a process that was killed
                 with replacing(path) as draft, draft.open("wb") as file:
                     layout = {"descr": wanted["dtype"], "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, layout)
@@ -179,19 +181,20 @@ def _readable(blocks: Iterable[np.ndarray], where: str) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One process at a time; where files cannot be locked, each works for itself."""
-    lock = None
+def alone(path: Path) -> Iterator[bool]:
+    """One process at a time; where files cannot be locked (False), each works for itself."""
+    lock, locked = None, False
     try:
         import fcntl
 
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX)
+        locked = True
     except (ImportError, OSError):
         pass
     try:
-        yield
+        yield locked
     finally:
         if lock is not None:
             lock.close()

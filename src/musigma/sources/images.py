@@ -8,6 +8,7 @@ is read on the way.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from musigma.sources.walks import Member, Origin, Place, suffix
 
 TRAIN, TEST = "train", ("test", "val", "valid", "validation")
 BESIDE = (".cls", ".json", ".txt")  # what may say a label, the surest first
+WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 MANY = 10_000  # files, from which a survey is worth a progress bar
 MAX_CLASSES = 1000  # texts beside images that are more different than that are captions
 
@@ -126,10 +128,7 @@ class _Survey:
 
     def read(self, path: Path) -> Source:
         """Decode into memory, or make the index at a path."""
-        for name in sorted(self.images):
-            self._unlabelled(name)
-        if not self.images:
-            raise DataError(f"{self.request.where}: holds no image with a label")
+        self._leave_out_unlabelled()
         shape = self._shape()
         n_bytes = len(self.images) * prod(shape)
         if self.request.fits(n_bytes):
@@ -200,17 +199,17 @@ class _Survey:
                 )
         return channels, height, width
 
-    def _unlabelled(self, name: str) -> None:
-        """Stop at an image without a label where others have one."""
+    def _leave_out_unlabelled(self) -> None:
+        """Where files beside images say labels, they say one for each."""
         for ending in BESIDE[:2]:
             texts = self.texts[ending]
-            if texts and texts.get(_key(name)) is None and any(texts.values()):
+            without = [name for name in sorted(self.images) if not texts.get(_key(name))]
+            for name in without if len(without) < len(self.images) else ():
                 self.leave_out(
                     name,
                     f"has no label in a {ending} file beside it, as others have: add it, or pass "
                     "--skip-bad",
                 )
-                return
 
     def _labels(
         self, names: Sequence[str]
@@ -223,7 +222,7 @@ class _Survey:
             sure = ending != ".txt" or (labels is None and _are_classes(said))
             if said and len(said) == len(names) and sure:
                 y = np.array(said)
-                whole = all(text.lstrip("-").isdecimal() and len(text) < 18 for text in said)
+                whole = all(map(WHOLE.fullmatch, said))
                 return test, *as_labels(
                     y.astype(np.int64) if whole else y, len(y), f"{self.request.where}: {ending}"
                 )

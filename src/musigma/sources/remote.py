@@ -31,10 +31,10 @@ BLOCK = 1 << 22
 def is_url(source: object) -> TypeGuard[str]:
     """Whether a source is written as a URL, and not as a path.
 
-    >>> is_url("s3://bucket/photos"), is_url("photos"), is_url("C:/photos")
-    (True, False, False)
+    >>> is_url("s3://bucket/photos"), is_url("photos"), is_url("C:/photos"), is_url("a::b.npy")
+    (True, False, False, False)
     """
-    return isinstance(source, str) and URL.match(source) is not None
+    return isinstance(source, str) and "://" in source and URL.match(source) is not None
 
 
 def plain(url: str) -> str:
@@ -43,6 +43,8 @@ def plain(url: str) -> str:
     >>> plain("https://me:word@host/x.npy?token=1")
     'https://host/x.npy'
     """
+    if "::" in url:  # a chain of file systems
+        return "::".join(map(plain, url.split("::")))
     parts = urlsplit(url)
     place = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{place}{parts.path}" if parts.scheme else url.partition("?")[0]
