@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -349,7 +350,7 @@ def test_memory_grows_by_what_is_allocated():
 
 def test_a_process_of_its_own_answers_as_this_one_does():
     plain = next(c for c in WORKS["conv-vae-28"].contenders if c.name == "plain loop")
-    apart = Apart("conv-vae-28", plain, threads=1, keep_heap=False, device="cpu")
+    apart = Apart("conv-vae-28", plain, threads=1, keep_heap=False, device="cpu", clock="wall")
     try:
         here = Here(plain)
         assert apart.about() == here.about()
@@ -366,17 +367,24 @@ def test_a_process_of_its_own_answers_as_this_one_does():
         apart.close()
 
 
+def test_the_clock_of_computing_stands_still_while_nothing_is_computed():
+    sleeper = Contender("sleeper", lambda: Subject({"nap": lambda: time.sleep(0.1)}))
+    (cpu,) = Here(sleeper, clock="cpu").time("nap", 0.0)
+    (wall,) = Here(sleeper).time("nap", 0.0)
+    assert cpu < 0.1 <= wall
+
+
 def test_who_cannot_take_part_says_so_from_a_process_of_its_own(monkeypatch):
     monkeypatch.delenv(glows.CLONES, raising=False)
     clone = next(c for c in WORKS["glow-128"].contenders if c.name == "rosinality")
     with pytest.raises(Unavailable, match=glows.CLONES):
-        Apart("glow-128", clone, threads=1, keep_heap=False, device="cpu")
+        Apart("glow-128", clone, threads=1, keep_heap=False, device="cpu", clock="wall")
 
 
 def test_keras_builds_what_the_others_have():
     work = WORKS["conv-vae-28"]
     keras = next(c for c in work.contenders if c.name == "keras (torch)")
-    apart = Apart(work.name, keras, threads=1, keep_heap=False, device="cpu")
+    apart = Apart(work.name, keras, threads=1, keep_heap=False, device="cpu", clock="wall")
     try:
         assert apart.about()["parameters"] == work.parameters
     finally:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from musigma.bench.counts import counts, peak_growth
-from musigma.bench.harness import Contender, Subject, Unavailable, slice_of
+from musigma.bench.harness import CLOCKS, Contender, Subject, Unavailable, slice_of
 from musigma.bench.machine import settings
 from musigma.bench.works import find
 
@@ -31,13 +31,14 @@ class Here:
     Args:
         contender: Set up at once.
         device: Where it computes.
+        clock: What calls are timed by, one of `CLOCKS`.
 
     Raises:
         Unavailable: If the contender cannot take part.
     """
 
-    def __init__(self, contender: Contender, device: str = "cpu"):
-        self.device = device
+    def __init__(self, contender: Contender, device: str = "cpu", clock: str = "wall"):
+        self.device, self.clock = device, CLOCKS[clock]
         torch.manual_seed(0)
         with self._placed():
             self.subject: Subject = contender.setup()
@@ -66,7 +67,7 @@ class Here:
     def time(self, what: str, seconds: float) -> list[float]:
         """A slice."""
         with self._placed(), self.subject.ready(what):
-            return slice_of(self._finished(what), seconds)
+            return slice_of(self._finished(what), seconds, self.clock)
 
     def counts(self, what: str) -> dict[str, int]:
         """FLOPs, kernels, saved bytes."""
@@ -109,7 +110,7 @@ class Apart:
     Args:
         work: By its name.
         contender: The process is started with its environment.
-        options: Of `settings`, and the device.
+        options: Of `settings`, the device, and the clock.
 
     Raises:
         Unavailable: If the contender cannot take part.
@@ -195,7 +196,8 @@ def serve() -> None:
     with settings(threads=first["threads"], keep_heap=first["keep_heap"]):
         here: Here | None = None
         try:
-            here = Here(find(first["work"], first["contender"]), first["device"])
+            contender = find(first["work"], first["contender"])
+            here = Here(contender, first["device"], first["clock"])
             reply({"answer": here.about()})
         except Unavailable as why:
             reply({"unavailable": str(why)})

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "CLOCKS",
     "Contender",
     "Ratio",
     "Subject",
@@ -36,6 +37,8 @@ __all__ = [
 
 Kind = Literal["ours", "best", "variant", "peer", "other"]
 Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Time that passed, or that this process was computing for."""
 Slice = Callable[[float], list[float]]
 """Runs one contender for so many seconds, and returns the seconds of each call."""
 

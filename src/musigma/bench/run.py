@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from musigma.bench.children import Apart, Here
 from musigma.bench.harness import (
+    CLOCKS,
     Contender,
     Slice,
     Timing,
@@ -49,6 +50,8 @@ class Plan:
         memory: Whether the growth of fresh processes is measured.
         counts: Whether FLOPs, kernels and saved bytes are counted.
         keep_heap: Whether freed memory is kept, for all alike.
+        clock: `wall`, or `cpu`: what the process was computing for, over all its threads. Where
+            other work cannot be stopped, the latter, with one thread, is the surer.
         device: Where everything is computed.
 
     Raises:
@@ -64,6 +67,7 @@ class Plan:
     memory: bool = True
     counts: bool = True
     keep_heap: bool = True
+    clock: Literal["wall", "cpu"] = "wall"
     device: str = "cpu"
 
     def __post_init__(self):
@@ -165,7 +169,9 @@ def _time(
         return
     peaks = _peaks() if work.conv and plan.device == "cpu" else {}
     for name, (call, _) in peaks.items():
-        slices[name] = lambda seconds, call=call: slice_of(call, min(0.3, seconds))
+        slices[name] = lambda seconds, call=call: slice_of(
+            call, min(0.3, seconds), CLOCKS[plan.clock]
+        )
 
     def on_turn(turn: Turn) -> None:
         say(f"{work.name} {what}: round {turn.round + 1} of {turn.rounds}, {turn.name}")
@@ -243,7 +249,7 @@ def _start(work: Work, contender: Contender, plan: Plan) -> Runner:
     for need in contender.needs:
         _version(need)
     if contender.apart is None:
-        return Here(contender, plan.device)
+        return Here(contender, plan.device, plan.clock)
     return Apart(work.name, contender, **_options(plan))
 
 
@@ -252,6 +258,7 @@ def _options(plan: Plan) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "keep_heap": plan.keep_heap,
         "device": plan.device,
+        "clock": plan.clock,
     }
 
 

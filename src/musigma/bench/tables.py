@@ -76,10 +76,11 @@ def _conditions(works: Mapping[str, Any]) -> Iterator[str]:
             f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, "
             + (f"{machine['gpu']}, " if "gpu" in machine else "")
             + f"Python {machine['python']}, torch {machine['torch']} ({machine['capability']}), "
-            f"{machine['when']}; for all alike: {settings['threads']} threads, "
+            f"{machine['when']}; for all alike: {settings['threads']} of torch's threads, "
             f"freed heap {'kept' if settings['heap_kept'] else 'as it comes'}, matmul precision "
             f"{settings['matmul_precision']}, OMP_WAIT_POLICY {settings['OMP_WAIT_POLICY']}; "
             f"{plan['seconds']:g} s for each contender in {plan['rounds']} rounds"
+            + (", in CPU time" if plan["clock"] == "cpu" else "")
         )
         groups.setdefault(said, []).append(name)
     for said, names in groups.items():

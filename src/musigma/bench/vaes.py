@@ -295,7 +295,7 @@ def keras_subject(parts: Callable[[], tuple[Any, Any, Any]], latents: int, x: An
 
     model = Model()
     model.compile(optimizer=keras.optimizers.Adam(LR), loss=distortion)
-    model.train_on_batch(x, x)  # builds it
+    model(x[:1])  # builds it
     calls: dict[str, Callable[[], object]] = {"step": lambda: model.train_on_batch(x, x)}
     if data is not None:
         calls["epoch"] = lambda: model.fit(data, data, batch_size=len(x), verbose=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -24,6 +24,7 @@ def bench(
     best: Annotated[bool, Parameter(negative="")] = False,
     quick: Annotated[bool, Parameter(negative="")] = False,
     keep_heap: bool = True,
+    clock: Literal["wall", "cpu"] = "wall",
     memory: bool = True,
     out: Path | None = None,
     common: CommonOptions = USUAL,
@@ -43,6 +44,8 @@ def bench(
         best: Our fastest mode takes part: bf16, compiled. Compiling takes a minute.
         quick: A few works, a second each: two minutes in all.
         keep_heap: Keep freed memory, for all alike.
+        clock: What passed, or what the process was computing for (over all its threads): with
+            `--threads 1` the latter is surer where other work runs.
         memory: Measure by how much a fresh process of each contender grows.
         out: A .json file, or a .md page with the .json of its figures beside it. Works that are
             in it and are not measured anew are kept, and so is a page's other text.
@@ -62,6 +65,7 @@ def bench(
         best=best,
         memory=memory and not quick,
         keep_heap=keep_heap,
+        clock=clock,
         device=common.device or best_device(),
     )
     before = _kept(out)
@@ -100,8 +104,10 @@ def _warn(screen: Screen, result: dict[str, Any]) -> None:
     load, settings = first["machine"].get("load", 0.0), first["settings"]
     if load > 0.5:
         waits = settings["OMP_WAIT_POLICY"] != "passive"
-        hint = "; with OMP_WAIT_POLICY=passive, threads that wait would not spin" if waits else ""
+        hint = "; set OMP_WAIT_POLICY=passive, or threads that wait will spin" if waits else ""
         screen.say(f"other work runs on this machine (load average {load:.1f}){hint}")
+        if first["plan"]["clock"] == "wall":
+            screen.say("--clock cpu --threads 1 is surer then")
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:
