@@ -123,11 +123,11 @@ fit(model, *parts, config, out, device="cpu", resume=(out / STATE).exists(), sto
 """
 
 
-@pytest.mark.slow  # a minute, most of it spent by the launcher in giving up on the others
 def test_a_worker_that_dies_is_replaced_and_the_run_ends_in_the_same_bytes(tmp_path):
     (tmp_path / "lost.py").write_text(LOST)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    launcher += ["--shutdown-timeout", "3"]  # seconds that a worker gets whose peers are gone
     for name, fatal in (("whole", 0), ("lost", 7)):
         done = script(str(tmp_path / "lost.py"), tmp_path / name, fatal, launcher=launcher)
         assert done.returncode == 0, done.stderr

@@ -52,8 +52,9 @@ def check(model: Model, data: Dataset) -> None:
                 names = {1: "grey", 3: "colour"}
                 kinds = [names.get(c, f"{c}-channel") for c in (shape[0], data.shape[0])]
                 hint = f"; the model is for {kinds[0]} images, and these are {kinds[1]}"
-            elif shape[1] == shape[2]:
-                hint = f"; --size {shape[1]} resizes the images"
+            else:
+                size = shape[1] if shape[1] == shape[2] else f"{shape[1]}x{shape[2]}"
+                hint = f"; --size {size} resizes the images"
         raise ValueError(
             f"data: the model takes examples of shape {tuple(shape)}, and {data.name or 'these'} "
             f"have {tuple(data.shape)}{hint}"

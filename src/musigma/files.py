@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite", "replacing", "sync", "write_json"]
+__all__ = ["finite", "number", "replacing", "row_of", "sync", "write_json"]
 
 
 @contextlib.contextmanager
@@ -74,3 +74,23 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file by `replacing`; see `finite`."""
     with replacing(path) as draft:
         draft.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+
+
+def number(value: Any) -> float | None:
+    """A finite number that was read from JSON, or None."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if plain and math.isfinite(value) else None
+
+
+def row_of(line: str | bytes) -> dict[str, Any] | None:
+    """A line of ``metrics.jsonl``; None for one that was cut, or is still being written.
+
+    >>> row_of('{"kind": "train", "step": 3}'), row_of('{"kind": "tra')
+    ({'kind': 'train', 'step': 3}, None)
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and isinstance(row.get("kind"), str)
+    return row if whole and isinstance(row.get("step"), int) else None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from musigma import figures
-from musigma.files import replacing
+from musigma.files import number, replacing, row_of
 
 __all__ = ["write"]
 
@@ -127,9 +127,9 @@ class _Run(NamedTuple):
             note = f", at step {row.get('step', 0):,}; there is no final evaluation yet"
         bound, n, k = str(row.get("bound") or ""), row.get("n"), row.get("k")
         discrete = self.bits is not None
-        value = _number(row.get("bits_per_dim" if discrete else "nats"))
-        error = _number(row.get("standard_error" if discrete else "standard_error_nats"))
-        bits_error = _number(row.get("standard_error"))
+        value = number(row.get("bits_per_dim" if discrete else "nats"))
+        error = number(row.get("standard_error" if discrete else "standard_error_nats"))
+        bits_error = number(row.get("standard_error"))
         if not discrete and error is None and bits_error is not None and self.shape:
             error = bits_error * math.prod(self.shape) * math.log(2)
         quantity = "−log₂ p(x) per dimension" if discrete else "−log p(x)"
@@ -164,15 +164,10 @@ def _read(path: Path) -> _Run:
     if not (path / "config.json").is_file():
         raise ValueError(f"runs: {path} is no run folder: it has no config.json")
     config = _json(path / "config.json", dict)
-    metrics = []
+    metrics: list[dict[str, Any]] = []
     if (path / "metrics.jsonl").is_file():
-        for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line that is being written, or was cut off when its process died
-            if isinstance(row, dict) and "step" in row:
-                metrics.append(row)
+        lines = (path / "metrics.jsonl").read_bytes().splitlines()
+        metrics = [row for line in lines if (row := row_of(line)) is not None]
     evaluation = path / "evaluation.json"
     ledger = path / "ledger.json"
     return _Run(
@@ -335,7 +330,7 @@ def _subtitle(run: _Run) -> str:
         parts.append(run.data_name)
     steps = [row for row in run.metrics if row.get("kind") == "train"]
     if steps:
-        seconds = _number(steps[-1].get("seconds"))
+        seconds = number(steps[-1].get("seconds"))
         text = f"{steps[-1]['step']:,} steps"
         parts.append(text + (f" in {_duration(seconds)}" if seconds else ""))
     return " · ".join(parts)
@@ -356,9 +351,9 @@ def _headline(run: _Run) -> _Html:
     lines = [_element("p", *parts, class_="figure"), _element("p", figure.about, class_="about")]
     row = run.evaluation or {}
     terms = []
-    if figure.unit == "bits/dim" and (nats := _number(row.get("nats"))) is not None:
+    if figure.unit == "bits/dim" and (nats := number(row.get("nats"))) is not None:
         terms.append(("nats per example", f"{nats:,.2f}"))
-    distortion, rate = _number(row.get("log_px")), _number(row.get("rate"))
+    distortion, rate = number(row.get("log_px")), number(row.get("rate"))
     if distortion and rate is not None:
         terms += [("distortion, nats", f"{-distortion:,.2f}"), ("rate, nats", f"{rate:,.2f}")]
         kl = row.get("kl") or []
@@ -418,7 +413,7 @@ def _pictures(run: _Run) -> _Html:
 
 def _account(run: _Run) -> _Html:
     """The ledger: sums of its terms, and every row; its sum stands against the figure."""
-    rows = [(r, v) for r in run.ledger if (v := _number(r.get("bits_per_dim"))) is not None]
+    rows = [(r, v) for r in run.ledger if (v := number(r.get("bits_per_dim"))) is not None]
     if not rows:
         return _Html()
     largest = max(abs(v) for _, v in rows) or 1.0
@@ -434,7 +429,7 @@ def _account(run: _Run) -> _Html:
     foot = ("sum", "", f"{total:.4f}", "")
     full = _table(head, [line(row, value, largest) for row, value in rows], foot)
     note = ""
-    final = _number((run.evaluation or {}).get("bits_per_dim"))
+    final = number((run.evaluation or {}).get("bits_per_dim"))
     if final is not None and abs(final - total) > 5e-4:
         note = (
             f"The rows add up to {total:.4f}, and the figure above is {final:.4f}: the account "
@@ -530,12 +525,6 @@ def _next(run: _Run) -> _Html:
 
 
 # --- text ----------------------------------------------------------------------------------------
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or None."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if ok else None
 
 
 def _rounded(figure: _Figure) -> str:

@@ -9,7 +9,7 @@ from cyclopts import App, CycloptsError
 
 from musigma import __version__
 from musigma.cli import bench, convert, latents, shards, use, watch
-from musigma.cli.shared import register_plugin
+from musigma.cli.shared import register_plugin, told
 from musigma.cli.train import add_architecture, finetune, train_app
 
 UserError = (ValueError, TypeError, OSError)
@@ -41,8 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (CycloptsError, *UserError, RuntimeError) as error:
         if "--debug" in words or not _explained(error):
             raise
-        print(f"musigma: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{_speaker()}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _speaker() -> str:
+    """Who speaks: of several processes, which."""
+    try:
+        process = told()
+    except ValueError:  # that may be the very error
+        return "musigma"
+    return "musigma" if process.count == 1 else f"musigma (process {process.rank})"
 
 
 def _explained(error: Exception) -> bool:

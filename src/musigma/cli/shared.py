@@ -44,6 +44,20 @@ class Common:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How data are read.
+
+    Args:
+        skip_bad: Leave out images that cannot be used, instead of stopping.
+        in_memory: Read all examples into memory, or leave images on disk; by default what takes
+            more than a quarter of the memory stays there.
+    """
+
+    skip_bad: Annotated[bool, Parameter(negative="")] = False
+    in_memory: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Which data a trained model is given, and how.
 
@@ -51,18 +65,29 @@ class DataOptions:
         split: Which part: all, train, validation or held-out. By default the held-out part of
             the data that the model was trained on, and all of any other; score and inspect take
             all of either.
-        size: Bring images to this size first; by default as in training.
-        skip_bad: Leave out images that cannot be read, instead of stopping.
+        size: Bring images to this size first: 32, or 48x64 (height x width); by default as in
+            training.
+        reading: How data are read.
         batch_size: Examples at a time.
     """
 
     split: Literal["all", "train", "validation", "held-out"] | None = None
-    size: int | None = None
-    skip_bad: Annotated[bool, Parameter(negative="")] = False
+    size: str | None = None
+    reading: Annotated[Reading, Parameter(name="*")] = Reading()
     batch_size: int = 64
 
     def __post_init__(self):
         at_least_one(batch_size=self.batch_size)
+
+
+def pixels(size: str | None) -> int | tuple[int, int] | None:
+    """The size that 32, or 48x64, stands for."""
+    if size is None:
+        return None
+    sides = [int(side) if side.isdecimal() else 0 for side in size.lower().split("x")]
+    if len(sides) > 2 or not all(sides):
+        raise ValueError(f"size: expected a side, as 32, or height x width: 48x64; got {size!r}")
+    return (sides[0], sides[1]) if len(sides) == 2 else sides[0]
 
 
 def at_least_one(**counts: int) -> None:
@@ -138,6 +163,28 @@ class Screen:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def read(
+    source: str, treat: Any, reading: Reading, screen: Screen, *, allow_constant: bool = False
+) -> Any:
+    """A data set, with progress; what was left out, and what else there is to know, is told."""
+    from musigma import data
+
+    with screen.progress("reading") as progress:
+        found = data.load(
+            source,
+            preprocess=treat,
+            skip_bad=reading.skip_bad,
+            in_memory=reading.in_memory,
+            allow_constant=allow_constant,
+            progress=progress,
+        )
+    for name in found.skipped:
+        screen.say(f"skipped {name}: it cannot be used")
+    for note in found.notes:
+        screen.say(note)
+    return found
+
+
 class Trained:
     """A run folder or a checkpoint file, opened for use."""
 
@@ -194,15 +241,8 @@ class Trained:
         saved = self.extra.get("data", {})
         prepare = data.Preprocess.from_json(saved.get("preprocess", {}))
         if options.size is not None:
-            prepare = dataclasses.replace(prepare, size=options.size)
-        with screen.progress("reading") as progress:
-            loaded = data.load(
-                source,
-                preprocess=prepare,
-                skip_bad=options.skip_bad,
-                allow_constant=True,
-                progress=progress,
-            )
+            prepare = dataclasses.replace(prepare, size=pixels(options.size))
+        loaded = read(source, prepare, options.reading, screen, allow_constant=True)
         names = saved.get("label_names")
         found = loaded
         if label is not None:
@@ -216,8 +256,6 @@ class Trained:
                 f"data: the model knows the classes {', '.join(names)}, and {source} has "
                 f"{', '.join(found.label_names)}"
             )
-        for name in found.skipped:
-            screen.say(f"skipped {name}: it cannot be read")
         same = data.digest(loaded) == saved.get("digest")
         here, there = data.identity(source), saved.get("source")
         own = same or (there is not None and Path(here).is_relative_to(there))

@@ -23,10 +23,13 @@ from musigma.cli.shared import (
     Common,
     CommonOptions,
     DataOptions,
+    Reading,
     Screen,
     Trained,
     as_levels,
     device_named,
+    pixels,
+    read,
     register_plugin,
     said,
 )
@@ -44,20 +47,20 @@ class Prepare:
         overwrite: Replace a run that is there already.
         auto_resume: Go on with a run of the same options that is there already: so a command that
             was cut off is given again as it was, by a cluster or by `torchrun --max-restarts`.
-        size: Resize images to squares of this side.
+        size: Bring images to this size: 32, or 48x64 (height x width).
         bits: Keep so many bits of each channel, 1 to 8.
         binarize: Make images black and white: at a threshold, or drawn anew at each step.
-        skip_bad: Leave out images that cannot be read, instead of stopping.
+        reading: How data are read.
         conditional: Condition the model on the labels of the data.
     """
 
     out: Path | None = None
     overwrite: Annotated[bool, Parameter(negative="")] = False
     auto_resume: Annotated[bool, Parameter(negative="")] = False
-    size: int | None = None
+    size: str | None = None
     bits: int = 8
     binarize: Literal["threshold", "dynamic"] | None = None
-    skip_bad: Annotated[bool, Parameter(negative="")] = False
+    reading: Annotated[Reading, Parameter(name="*")] = Reading()  # noqa: RUF009
     conditional: Annotated[bool, Parameter(negative="")] = False
 
 
@@ -166,11 +169,9 @@ def go_on(resume: Path, common: Common) -> None:
         )
     common = dataclasses.replace(common, seed=config.seed)
     screen = Screen(common)
-    found = data.load(
-        about["source"],
-        preprocess=data.Preprocess.from_json(about["preprocess"]),
-        skip_bad=about["skip_bad"],
-    )
+    treat = data.Preprocess.from_json(about["preprocess"])
+    reading = Reading(skip_bad=about["skip_bad"], in_memory=about.get("in_memory"))
+    found = read(about["source"], treat, reading, screen)
     if len(found) != about["n"] or list(found.shape) != about["shape"]:
         raise ValueError(
             f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
@@ -191,7 +192,7 @@ def finetune(
     *,
     out: Path | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
-    skip_bad: Annotated[bool, Parameter(negative="")] = False,
+    reading: Annotated[Reading, Parameter(name="*")] = Reading(),  # noqa: B008
     config: Annotated[TrainConfig, Parameter(name="*")] = TrainConfig(),  # noqa: B008
     common: CommonOptions = USUAL,
 ) -> None:
@@ -202,7 +203,7 @@ def finetune(
         source: A folder, a file, or a name; treated as the model's own data were.
         out: The run folder to make; by default runs/ARCH-DATA.
         overwrite: Replace a run that is there already.
-        skip_bad: Leave out images that cannot be read, instead of stopping.
+        reading: How data are read.
         config: Budget, optimiser, objective.
         common: Shared options.
     """
@@ -216,9 +217,9 @@ def finetune(
     processes, name = join(common.device), trained.model.config["architecture"]
     folder, _ = _agreed(processes, lambda: _run_folder(prepare, name, source))
     screen = Screen(dataclasses.replace(common, seed=config.seed))
-    found = trained.data(source, DataOptions(split="all", skip_bad=skip_bad), screen)
+    found = trained.data(source, DataOptions(split="all", reading=reading), screen)
     kept = {name: trained.extra[name] for name in ("foreign",) if name in trained.extra}
-    _begin(trained.model, found, source, treat, skip_bad, config, folder, screen, kept)
+    _begin(trained.model, found, source, treat, reading, config, folder, screen, kept)
 
 
 def train(
@@ -240,18 +241,16 @@ def train(
         _agreed(processes, lambda: _refuse_another(out, name, source, options, config))
         go_on(out, common)
         return
-    treat = data.Preprocess(size=prepare.size, bits=prepare.bits, binarize=prepare.binarize)
-    with screen.progress("reading") as progress:
-        found = data.load(source, preprocess=treat, skip_bad=prepare.skip_bad, progress=progress)
-    for skipped in found.skipped:
-        screen.say(f"skipped {skipped}: it cannot be read")
+    size = pixels(prepare.size)
+    treat = data.Preprocess(size=size, bits=prepare.bits, binarize=prepare.binarize)
+    found = read(source, treat, prepare.reading, screen)
     if prepare.conditional:
         if found.labels is None:
             raise ValueError(f"conditional: {source} has no labels; put images into class folders")
         options["context"] = len(found.label_names)
     torch.manual_seed(config.seed)
     model = build(name, found.shape, bits=found.bits, **options)
-    _begin(model, found, source, treat, prepare.skip_bad, config, out, screen)
+    _begin(model, found, source, treat, prepare.reading, config, out, screen)
 
 
 def _agreed(processes: Any, decide: Callable[[], Any]) -> Any:
@@ -322,7 +321,7 @@ def _begin(
     found: Any,
     source: str,
     treat: Any,
-    skip_bad: bool,
+    reading: Reading,
     config: TrainConfig,
     out: Path,
     screen: Screen,
@@ -341,7 +340,7 @@ def _begin(
         "data": {
             "source": data.identity(source),
             "preprocess": treat.to_json(),
-            "skip_bad": skip_bad,
+            **dataclasses.asdict(reading),
             **{k: v for k, v in data.describe(found).items() if k in ("n", "shape", "bits")},
             "label_names": list(found.label_names),
             "digest": data.digest(found),

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from musigma.cli.shared import USUAL, CommonOptions, Screen
+from musigma.files import number, row_of
 from musigma.training import Progress, TrainConfig
 
 commands = App()
@@ -116,18 +117,9 @@ class Tail:
                 self.at, self.last = self.at + len(line), line
                 if far and i % 16 and line.startswith(b'{"kind": "train"'):
                     continue
-                if (row := _row(line)) is not None:
+                if (row := row_of(line)) is not None:
                     rows.append(row)
         return anew, rows
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(row, dict) and isinstance(row.get("kind"), str)
-    return row if whole and isinstance(row.get("step"), int) else None
 
 
 class Curve:
@@ -188,12 +180,6 @@ class Course:
             self.skipped += kind == "skipped"
             text = str(row.get("reason" if kind == "skipped" else "message", ""))
             self.troubles[kind].append({"step": step, "seconds": seconds, "message": text})
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None: JSON has no other."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if plain and math.isfinite(value) else None
 
 
 def _mean(values: Collection[float]) -> float | None:

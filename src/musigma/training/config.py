@@ -63,8 +63,8 @@ class TrainConfig:
     steps: int | None = None
     epochs: float | None = None
     minutes: float | None = None
-    batch_size: int = 32
-    optimizer: Literal["adam", "adamw", "adamax"] = "adamax"
+    batch_size: int = 64
+    optimizer: Literal["adam", "adamw", "adamax"] = "adam"
     lr: float = 3e-3
     weight_decay: float = 0.0
     warmup: int = 100

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib.util
 import math
+import os
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from musigma import checkpoint
@@ -52,8 +54,31 @@ def join(device: str | None = None) -> Processes:
     """Meet the other processes that a launcher started, if there are any; `fit` does it itself."""
     from accelerate import PartialState
 
+    _meet_again(_on_cpu(device))
     PartialState(cpu=_on_cpu(device))
     return here()
+
+
+def _meet_again(cpu: bool) -> None:
+    """Meet, if a launcher started all workers anew, apart from those that died.
+
+    torchrun lets workers meet in its own store, where the addresses of the dead still stand: who
+    reads those waits for ever. On one node the number of the attempt keeps them apart; on several
+    nodes it may differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a new store.
+    """
+    told = os.environ.get
+    shared = told("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    alone = told("LOCAL_WORLD_SIZE") == told("WORLD_SIZE")
+    attempt = told("TORCHELASTIC_RESTART_COUNT", "0")
+    if not (shared and alone and int(attempt) and dist.is_available()) or dist.is_initialized():
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    dist.init_process_group(
+        "gloo" if cpu else "nccl",
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 
 
 def _on_cpu(device: str | None) -> bool:
@@ -64,7 +89,7 @@ def _on_cpu(device: str | None) -> bool:
 def leave() -> None:
     """Part from the other processes."""
     if here().count > 1:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -599,6 +624,7 @@ class _Job:
 def _accelerator(config: TrainConfig, out: Path, device: str | None) -> Any:
     from accelerate import Accelerator
 
+    join(device)
     return Accelerator(
         device_placement=False,
         cpu=_on_cpu(device),

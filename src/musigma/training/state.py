@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from musigma import checkpoint
-from musigma.files import finite, replacing
+from musigma.files import finite, replacing, row_of
 from musigma.model import Model
 from musigma.processes import cut_like, here, whole
 from musigma.trace import Evidence
@@ -176,15 +176,12 @@ class Log:
         self.close()
         kept = []
         if step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                if row["step"] <= step:
-                    kept.append(line + "\n")
+            for line in self.path.read_bytes().splitlines():
+                row = row_of(line)
+                if row and row["step"] <= step:
+                    kept.append(line + b"\n")
         with replacing(self.path) as draft:
-            draft.write_text("".join(kept), encoding="utf-8")
+            draft.write_bytes(b"".join(kept))
         self.file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
