@@ -7,19 +7,19 @@ nothing, which its content security policy also says.
 from __future__ import annotations
 
 import base64
-import html
 import json
 import math
 import shlex
 import struct
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from musigma import figures
 from musigma.files import number, replacing, row_of
+from musigma.markup import Html, element, join, page, table
 
 __all__ = ["write"]
 
@@ -28,6 +28,10 @@ PICTURES = {
     "reconstructions": "Reconstructions: originals above, from their latents below",
     "interpolations": "Interpolations: from one example to another, through the latents",
 }
+FOOTER = (
+    "bits/dim: bits that a lossless code by this model takes for each pixel of each channel, or "
+    "an upper bound of it; lower is better. ± is one standard error."
+)
 TERMS = {"log_p": "−log p", "log_q": "log q", "log_det": "−log |det|", "kl": "KL"}
 
 
@@ -56,9 +60,9 @@ def write(path: str | Path, runs: Sequence[str | Path], *, title: str = "musigma
     names = Counter(run.name for run in read)
     read = [r._replace(name=str(r.path)) if names[r.name] > 1 else r for r in read]
     sections = [_section(run, f"run-{i}") for i, run in enumerate(read, 1)]
-    page = _page(title, [_overview(read) if len(read) > 1 else _Html(), *sections])
+    content = [_overview(read) if len(read) > 1 else Html(), *sections]
     with replacing(path) as draft:
-        draft.write_text(page, encoding="utf-8")
+        draft.write_text(page(title, content, FOOTER), encoding="utf-8")
     return path
 
 
@@ -193,69 +197,10 @@ def _json(path: Path, kind: type) -> Any:
 # --- HTML ----------------------------------------------------------------------------------------
 
 
-class _Html(str):
-    """Text that is HTML already; any other text is escaped on its way into an element."""
-
-
-def _element(tag: str, *content: Any, **attributes: Any) -> _Html:
-    """An element; in names of attributes, _ stands for -, and a last one is dropped.
-
-    >>> print(_element("a", "R&D", " ", _element("b", 1), href="#x", class_="y"))
-    <a href="#x" class="y">R&amp;D <b>1</b></a>
-    """
-    named = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for name, value in attributes.items()
-        if value is not None
-    )
-    if tag in ("img", "source"):
-        return _Html(f"<{tag}{named}>")
-    return _Html(f"<{tag}{named}>{_join(content)}</{tag}>")
-
-
-def _join(content: Iterable[Any]) -> _Html:
-    return _Html("".join(c if isinstance(c, _Html) else html.escape(str(c)) for c in content))
-
-
-def _page(title: str, content: Sequence[_Html]) -> str:
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    head = (
-        '<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"{_element('title', title)}\n<style>{STYLE}</style>\n"
-    )
-    body = _element(
-        "main",
-        _element("header", _element("h1", title)),
-        *content,
-        _element(
-            "footer",
-            "bits/dim: bits that a lossless code by this model takes for each pixel of each "
-            "channel, or an upper bound of it; lower is better. ± is one standard error.",
-        ),
-    )
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n{head}</head>\n<body>{body}</body>\n</html>\n'
-    )
-
-
-def _table(head: Sequence[Any], body: Iterable[Sequence[Any]], foot: Sequence[Any] = ()) -> _Html:
-    """A table that scrolls sideways where it is too wide."""
-    parts = [
-        _element("thead", _element("tr", *(_element("th", c, scope="col") for c in head))),
-        _element("tbody", *(_element("tr", *(_element("td", c) for c in row)) for row in body)),
-    ]
-    if foot:
-        parts.append(_element("tfoot", _element("tr", *(_element("td", c) for c in foot))))
-    return _element("div", _element("table", *parts), class_="scroll", tabindex="0")
-
-
-def _picture(png: Path, alt: str, *, dark: Path | None = None, density: int = 1) -> _Html:
+def _picture(png: Path, alt: str, *, dark: Path | None = None, density: int = 1) -> Html:
     """An image as data; with `density` pixels of the file to one of the page."""
     content, width, height = _png(png)
-    image = _element(
+    image = element(
         "img",
         src=content,
         alt=alt,
@@ -264,8 +209,8 @@ def _picture(png: Path, alt: str, *, dark: Path | None = None, density: int = 1)
     )
     if dark is None:
         return image
-    other = _element("source", srcset=_png(dark)[0], media="(prefers-color-scheme: dark)")
-    return _element("picture", other, image)
+    other = element("source", srcset=_png(dark)[0], media="(prefers-color-scheme: dark)")
+    return element("picture", other, image)
 
 
 def _png(path: Path) -> tuple[str, int, int]:
@@ -280,17 +225,17 @@ def _png(path: Path) -> tuple[str, int, int]:
 # --- parts of the page ---------------------------------------------------------------------------
 
 
-def _overview(runs: Sequence[_Run]) -> _Html:
+def _overview(runs: Sequence[_Run]) -> Html:
     """All runs in a table."""
     rows = []
     for i, run in enumerate(runs, 1):
         figure = run.figure()
         value = "–"
         if figure:
-            value = _join([_element("b", _rounded(figure)), f" {figure.unit}"])
+            value = join([element("b", _rounded(figure)), f" {figure.unit}"])
         rows.append(
             [
-                _element("a", run.name, href=f"#run-{i}"),
+                element("a", run.name, href=f"#run-{i}"),
                 value,
                 str(run.model.get("architecture", "")),
                 run.data_name,
@@ -299,14 +244,14 @@ def _overview(runs: Sequence[_Run]) -> _Html:
             ]
         )
     head = ("run", "figure", "model", "data", "is", "examples")
-    return _element("section", _table(head, rows), class_="overview")
+    return element("section", table(head, rows), class_="overview")
 
 
-def _section(run: _Run, anchor: str) -> _Html:
+def _section(run: _Run, anchor: str) -> Html:
     """Everything about a run."""
     parts = [
-        _element("h2", run.name),
-        _element("p", _subtitle(run), class_="subtitle"),
+        element("h2", run.name),
+        element("p", _subtitle(run), class_="subtitle"),
         _headline(run),
         _curves(run),
         _pictures(run),
@@ -314,7 +259,7 @@ def _section(run: _Run, anchor: str) -> _Html:
         _configuration(run),
         _next(run),
     ]
-    return _element("section", *parts, id=anchor)
+    return element("section", *parts, id=anchor)
 
 
 def _subtitle(run: _Run) -> str:
@@ -336,19 +281,19 @@ def _subtitle(run: _Run) -> str:
     return " · ".join(parts)
 
 
-def _headline(run: _Run) -> _Html:
+def _headline(run: _Run) -> Html:
     """The figure, and what it is."""
     figure = run.figure()
     if figure is None:
-        return _Html()
+        return Html()
     value, _, error = _rounded(figure).partition(" ± ")
     parts = [
-        _element("span", value, class_="value"),
-        _element("span", figure.unit, class_="unit"),
+        element("span", value, class_="value"),
+        element("span", figure.unit, class_="unit"),
     ]
     if error:
-        parts.append(_element("span", f"± {error}", class_="error"))
-    lines = [_element("p", *parts, class_="figure"), _element("p", figure.about, class_="about")]
+        parts.append(element("span", f"± {error}", class_="error"))
+    lines = [element("p", *parts, class_="figure"), element("p", figure.about, class_="about")]
     row = run.evaluation or {}
     terms = []
     if figure.unit == "bits/dim" and (nats := number(row.get("nats"))) is not None:
@@ -360,16 +305,14 @@ def _headline(run: _Run) -> _Html:
         if 1 < len(kl) <= 8:
             terms.append(("KL of each latent, top first", ", ".join(f"{v or 0:.2f}" for v in kl)))
     if terms:
-        pairs = [
-            _element("div", _element("dt", name), _element("dd", text)) for name, text in terms
-        ]
-        lines.append(_element("dl", *pairs, class_="terms"))
+        pairs = [element("div", element("dt", name), element("dd", text)) for name, text in terms]
+        lines.append(element("dl", *pairs, class_="terms"))
     if bad := row.get("non_finite"):
-        lines.append(_element("p", f"{bad:,} examples have no finite figure.", class_="warning"))
-    return _element("div", *lines, class_="headline")
+        lines.append(element("p", f"{bad:,} examples have no finite figure.", class_="warning"))
+    return element("div", *lines, class_="headline")
 
 
-def _curves(run: _Run) -> _Html:
+def _curves(run: _Run) -> Html:
     """Each panel for light and for dark pages."""
     unit = "nats" if run.bits is None else "bits"
     panels: dict[figures.Panel, str] = {
@@ -384,16 +327,16 @@ def _curves(run: _Run) -> _Html:
                 figures.curves(run.metrics, light, unit=unit, panels=[panel])
                 figures.curves(run.metrics, dark, unit=unit, panels=[panel], dark=True)
             except figures.PlotsMissing as error:
-                return _element("p", f"No curves: {error}", class_="note")
+                return element("p", f"No curves: {error}", class_="note")
             except ValueError:
                 continue  # there are no such rows
             drawn.append(
-                _element("figure", _picture(light, alt, dark=dark, density=2), class_="curve")
+                element("figure", _picture(light, alt, dark=dark, density=2), class_="curve")
             )
-    return _element("div", *drawn, class_="panels") if drawn else _Html()
+    return element("div", *drawn, class_="panels") if drawn else Html()
 
 
-def _pictures(run: _Run) -> _Html:
+def _pictures(run: _Run) -> Html:
     shown, plot = [], len(run.shape) == 1
     for name, caption in PICTURES.items():
         file = run.path / "samples" / f"{name}.png"
@@ -401,33 +344,33 @@ def _pictures(run: _Run) -> _Html:
             continue
         image = _picture(file, caption, density=2 if plot else 1)
         shown.append(
-            _element(
+            element(
                 "figure",
                 image,
-                _element("figcaption", caption),
+                element("figcaption", caption),
                 class_="plot" if plot else "pixels",
             )
         )
-    return _element("div", *shown, class_="plots" if plot else "pictures") if shown else _Html()
+    return element("div", *shown, class_="plots" if plot else "pictures") if shown else Html()
 
 
-def _account(run: _Run) -> _Html:
+def _account(run: _Run) -> Html:
     """The ledger: sums of its terms, and every row; its sum stands against the figure."""
     rows = [(r, v) for r in run.ledger if (v := number(r.get("bits_per_dim"))) is not None]
     if not rows:
-        return _Html()
+        return Html()
     largest = max(abs(v) for _, v in rows) or 1.0
     total, signed = sum(v for _, v in rows), any(v < 0 for _, v in rows)
 
     def line(row: Mapping[str, Any], value: float, scale: float) -> list[Any]:
         kind = f" {row['kind']}" if row.get("kind") else ""
-        site = _join([str(row.get("site", "")), _element("span", kind, class_="kind")])
+        site = join([str(row.get("site", "")), element("span", kind, class_="kind")])
         term = TERMS.get(str(row.get("term")), str(row.get("term")))
         return [site, term, _signed(value), _bar(value / scale, signed)]
 
     head = ("layer", "term", "bits/dim", "")
     foot = ("sum", "", f"{total:.4f}", "")
-    full = _table(head, [line(row, value, largest) for row, value in rows], foot)
+    full = table(head, [line(row, value, largest) for row, value in rows], foot)
     note = ""
     final = number((run.evaluation or {}).get("bits_per_dim"))
     if final is not None and abs(final - total) > 5e-4:
@@ -445,34 +388,34 @@ def _account(run: _Run) -> _Html:
             [TERMS.get(t, t), str(counts[t]), _signed(v), _bar(v / scale, signed)]
             for t, v in sums.items()
         ]
-        short = _table(("term", "layers", "bits/dim", ""), body, foot)
-        every = _element("details", _element("summary", f"All {len(rows)} rows"), full)
+        short = table(("term", "layers", "bits/dim", ""), body, foot)
+        every = element("details", element("summary", f"All {len(rows)} rows"), full)
         content = [short, every]
     else:
         content = [full]
-    return _element(
+    return element(
         "div",
-        _element("h3", "Where the bits go"),
+        element("h3", "Where the bits go"),
         *content,
-        _element("p", note, class_="note") if note else _Html(),
+        element("p", note, class_="note") if note else Html(),
         class_="account",
     )
 
 
-def _bar(share: float, signed: bool) -> _Html:
+def _bar(share: float, signed: bool) -> Html:
     """A bar; if there are negative ones, from the middle to the right or to the left."""
     room = 50 if signed else 100
     width = f"{room * min(1.0, abs(share)):.2f}%"
     side = "left" if share >= 0 else "right"
-    inner = _element(
+    inner = element(
         "i",
         style=f"{side}:{100 - room}%;width:{width}",
         class_="more" if share >= 0 else "less",
     )
-    return _element("span", inner, class_="bar signed" if signed else "bar", aria_hidden="true")
+    return element("span", inner, class_="bar signed" if signed else "bar", aria_hidden="true")
 
 
-def _configuration(run: _Run) -> _Html:
+def _configuration(run: _Run) -> Html:
     """Options of model, data and training that are set, and versions, folded away."""
     data = {k: v for k, v in run.data.items() if k not in ("shape", "source", "digest")}
     preprocess = data.pop("preprocess", None)
@@ -487,20 +430,20 @@ def _configuration(run: _Run) -> _Html:
     lists = []
     for name, values in shown:
         pairs = [
-            _element("div", _element("dt", key.replace("_", " ")), _element("dd", _plain(value)))
+            element("div", element("dt", key.replace("_", " ")), element("dd", _plain(value)))
             for key, value in values.items()
             if value is not None and value != []
         ]
         if pairs:
-            lists.append(_element("div", _element("h4", name), _element("dl", *pairs)))
-    return _element(
+            lists.append(element("div", element("h4", name), element("dl", *pairs)))
+    return element(
         "details",
-        _element("summary", "Configuration"),
-        _element("div", *lists, class_="configuration"),
+        element("summary", "Configuration"),
+        element("div", *lists, class_="configuration"),
     )
 
 
-def _next(run: _Run) -> _Html:
+def _next(run: _Run) -> Html:
     """Commands to go on with."""
     folder = shlex.quote(str(run.path))
     source = shlex.quote(_near(run.source))
@@ -520,8 +463,8 @@ def _next(run: _Run) -> _Html:
             f"musigma score {folder} {source} --out scores.csv",
         ]
     commands.append(f"musigma info {folder} --ledger")
-    code = _element("pre", _element("code", "\n".join(commands)), tabindex="0")
-    return _element("div", _element("h3", "Go on"), code)
+    code = element("pre", element("code", "\n".join(commands)), tabindex="0")
+    return element("div", element("h3", "Go on"), code)
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -581,103 +524,3 @@ def _near(source: str) -> str:
         return str(Path(source).relative_to(Path.cwd()))
     except ValueError:
         return source
-
-
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #fbfbfa; --card: #ffffff; --ink: #1f2328; --muted: #656d76; --line: #e6e8eb;
-  --accent: #c8502d; --blue: #5b84b8; --code: #f3f4f5; --bad: #b3261e;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #111418; --card: #171b20; --ink: #e4e6ea; --muted: #98a0ab; --line: #2b3038;
-    --accent: #f08a64; --blue: #7fa9de; --code: #1d2228; --bad: #ff8a80;
-  }
-}
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
-body {
-  margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-}
-main { max-width: 1080px; margin: 0 auto; padding: 40px 20px 64px; }
-h1 { font-size: 28px; font-weight: 650; letter-spacing: -.015em; margin: 0 0 24px; }
-h2 { font-size: 21px; font-weight: 650; letter-spacing: -.01em; margin: 0;
-  overflow-wrap: anywhere; }
-h3 { font-size: 15px; font-weight: 600; margin: 30px 0 8px; }
-h4 { font-size: 13px; font-weight: 600; margin: 0 0 6px; color: var(--muted); }
-p { margin: 0; }
-a { color: inherit; text-decoration-color: var(--muted); text-underline-offset: 3px; }
-section {
-  background: var(--card); border: 1px solid var(--line); border-radius: 14px;
-  padding: 28px 32px 32px; margin: 0 0 24px; scroll-margin-top: 16px;
-}
-.overview { padding: 14px 32px; }
-.subtitle, .about, .note, footer, figcaption { color: var(--muted); }
-.subtitle { margin-top: 2px; overflow-wrap: anywhere; }
-.note, footer, figcaption { font-size: 14px; }
-.note { margin-top: 10px; }
-.warning { color: var(--bad); margin-top: 6px; }
-footer { padding: 4px 2px; }
-.headline { margin-top: 22px; }
-.figure { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 10px; line-height: 1.1; }
-.figure, td, dd { font-variant-numeric: tabular-nums; }
-.value { font-size: 54px; font-weight: 650; letter-spacing: -.03em; }
-.unit { font-size: 22px; }
-.error { font-size: 18px; color: var(--muted); }
-.about { margin-top: 6px; max-width: 100ch; text-wrap: pretty; }
-dl { margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-dt { color: var(--muted); font-size: 13px; }
-.terms { display: flex; flex-wrap: wrap; gap: 10px 36px; margin-top: 16px; }
-.panels {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
-  gap: 28px 36px; margin-top: 28px; align-items: start;
-}
-figure { margin: 0; min-width: 0; }
-figure img { display: block; max-width: 100%; height: auto; }
-figcaption { margin-top: 8px; }
-.pictures { columns: 2 380px; column-gap: 36px; margin-top: 28px; }
-.plots { margin-top: 28px; }
-.pictures figure { break-inside: avoid; padding-bottom: 22px; }
-.curve img { width: 100%; } .pixels img { border-radius: 4px; }
-@media (prefers-color-scheme: dark) {
-  .plot img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; }
-}
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th, td { text-align: left; padding: 7px 18px 7px 0; white-space: nowrap; }
-th { color: var(--muted); font-weight: 500; }
-tbody tr, tfoot tr { border-top: 1px solid var(--line); }
-tfoot { font-weight: 600; }
-.account td:nth-child(3), .account th:nth-child(3) { text-align: right; }
-.account td:nth-child(4) { width: 40%; min-width: 110px; padding-right: 0; }
-.kind { color: var(--muted); }
-.bar { display: block; position: relative; height: 9px; }
-.bar.signed { background: linear-gradient(var(--line), var(--line)) 50% 0 / 1px 100% no-repeat; }
-.bar i { position: absolute; top: 0; bottom: 0; border-radius: 2px; }
-.more { background: var(--accent); } .less { background: var(--blue); }
-details { margin-top: 24px; }
-summary { cursor: pointer; font-size: 15px; font-weight: 600; }
-details > :not(summary) { margin-top: 14px; }
-.account details { margin-top: 12px; }
-.account summary { font-weight: 500; font-size: 14px; color: var(--muted); }
-.configuration { display: grid; gap: 24px 32px;
-  grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); font-size: 14px; }
-.configuration dl > div { display: flex; justify-content: space-between; gap: 16px;
-  border-top: 1px solid var(--line); padding: 4px 0; }
-.configuration dd { text-align: right; }
-pre {
-  margin: 0; padding: 14px 16px; background: var(--code); border-radius: 8px; overflow-x: auto;
-  font: 13px/1.7 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-}
-@media (max-width: 600px) {
-  main { padding: 24px 0 40px; }
-  header, footer { padding: 0 18px; }
-  h1 { font-size: 24px; }
-  section { border-radius: 0; border-width: 1px 0; padding: 22px 18px 26px; margin-bottom: 14px; }
-  .overview { padding: 8px 18px; }
-  .value { font-size: 46px; }
-}
-"""

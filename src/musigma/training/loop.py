@@ -72,10 +72,12 @@ def _meet_again(cpu: bool) -> None:
     attempt = told("TORCHELASTIC_RESTART_COUNT", "0")
     if not (shared and alone and int(attempt) and dist.is_available()) or dist.is_initialized():
         return
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     dist.init_process_group(
         "gloo" if cpu else "nccl",
-        store=dist.PrefixStore(f"attempt {attempt}", store),
+        store=PrefixStore(f"attempt {attempt}", store),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
