@@ -470,6 +470,10 @@ def test_images_of_many_sizes_are_brought_to_one(here, ask):
     train("vae", "mixed", "resized", "--size 8")
     assert json.loads(Path("resized/config.json").read_text())["model"]["shape"] == [1, 8, 8]
     assert ask("evaluate resized mixed --split all")["n"] == 20  # resized as in training
+    train("vae", "mixed", "wide", "--size 6x9 --no-in-memory")
+    saved = json.loads(Path("wide/config.json").read_text())
+    assert (saved["model"]["shape"], saved["data"]["in_memory"]) == ([1, 6, 9], False)
+    assert ask("evaluate wide mixed --split all --in-memory")["n"] == 20
 
 
 def test_bad_images_can_be_skipped(here, capsys):
@@ -809,7 +813,7 @@ MISTAKES = {
     "two budgets": ("train vae photos --steps 5 --minutes 1", "the budget is given as steps"),
     "no rate": ("train vae photos --lr 0", "lr: expected a positive"),
     "no bits": ("train vae photos --bits 9", "bits is 9: give a whole number from 1 to 8"),
-    "no size": ("train vae photos --size 0", "size is 0"),
+    "no size": ("train vae photos --size 0", "size: expected a side, as 32, or height x"),
     "bits and binarize": ("train vae photos --bits 5 --binarize threshold", "drop one of them"),
     "beta for a flow": ("train glow photos --beta 2", "a flow has none"),
     "free bits for a flow": ("train realnvp table.npy --free-bits 1", "a flow has none"),

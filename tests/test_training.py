@@ -152,7 +152,7 @@ def test_share_and_learning_rate_follow_the_budget():
         ({"batch_size": 0}, "batch_size: expected 1 or more"),
         ({"ema": 1.0}, "ema: expected"),
         ({"weight_decay": 0.1}, "weight_decay: is for adamw"),
-        ({"accumulate": 64}, "accumulate: a batch of 32 has no 64 parts"),
+        ({"accumulate": 99}, "accumulate: a batch of 64 has no 99 parts"),
         ({"memory": "none"}, "memory: expected store or checkpoint or reversible"),
         ({"memory_budget": "much"}, "memory_budget: expected 4GB"),
         ({"memory_budget": "4GB", "accumulate": 2}, "memory_budget: it chooses the parts"),

@@ -149,8 +149,10 @@ def _put_moments(
     for name, t in moments.items():
         parameter, _, key = name.rpartition(":")
         like = parameters[parameter]
-        each = cut_like(t, like) if t.shape == like.shape else t  # a count of steps is not cut
-        state.setdefault(names[parameter], {})[key] = each
+        if t.shape == like.shape:  # a count of steps has no shape
+            t = cut_like(t, like)
+            t = torch.empty_like(like, dtype=t.dtype).copy_(t)  # fused optimisers ignore strides
+        state.setdefault(names[parameter], {})[key] = t
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
