@@ -35,6 +35,7 @@ RANKS = {
     "evaluation": 6,
     "editing": 7,
     "foreign": 7,
+    "audit": 7,
     "training": 7,  # it evaluates as it goes, so evaluation lies below it
     "figures": 8,
     "bench": 9,

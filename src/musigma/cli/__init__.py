@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from musigma import __version__
-from musigma.cli import bench, convert, latents, shards, use, watch
+from musigma.cli import audit, bench, convert, latents, shards, use, watch
 from musigma.cli.shared import register_plugin, told
 from musigma.cli.train import add_architecture, finetune, train_app
 
@@ -27,6 +27,7 @@ app.update(convert.commands)
 app.update(shards.commands)
 app.update(watch.commands)
 app.update(bench.commands)
+app.update(audit.commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,78 @@
+"""The aggregate posterior: is the covariance that is claimed that of its draws?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from musigma.audit.findings import AuditError, AuditReport, Finding
+from musigma.audit.probes import Guest
+from musigma.audit.statistics import covariance_differs
+
+__all__ = ["audit_aggregate"]
+
+
+def audit_aggregate(
+    covariance: Tensor | Callable[[], Tensor], sample: Callable[[int], Tensor]
+) -> AuditReport:
+    r"""Whether a claimed covariance of the aggregate posterior is that of its draws.
+
+    By the law of total variance, with encoder mean mu(x) and variance S(x),
+
+        Cov[z] = E[S(x)] + Cov[mu(x)].
+
+    Args:
+        covariance: The claimed matrix (D, D), or a callable that returns it.
+        sample: ``sample(n)``: draws of the aggregate posterior (n, D).
+
+    Raises:
+        AuditError: If shapes do not fit, or a callable raises.
+
+    Example:
+        >>> torch.manual_seed(0) and None
+        >>> report = audit_aggregate(torch.eye(2), lambda n: 2 * torch.randn(n, 2))
+        >>> report.verdict, report.codes
+        ('bug', ('aggregate_cov',))
+    """
+    with Guest(covariance if callable(covariance) else None, sample) as guest, torch.no_grad():
+        claimed = covariance
+        if callable(covariance):
+            claimed = guest.call("covariance", covariance)
+        claimed = guest.tensor("covariance", claimed)
+        n = 40_000
+        z = guest.tensor("sample", guest.call("sample", sample, n))
+    z = z.flatten(1) if z.ndim > 1 else z[:, None]
+    d = z.shape[1]
+    if claimed.ndim == 1 and len(claimed) == d:
+        claimed = torch.diag(claimed)
+    if claimed.shape != (d, d):
+        raise AuditError(
+            f"covariance: expected shape ({d}, {d}), as sample returns {d} numbers a draw; got "
+            f"{tuple(claimed.shape)}"
+        )
+    if not bool(z.isfinite().all() and claimed.isfinite().all()):
+        finding = Finding("not_finite", "bug", "covariance or sample returns NaN or infinity")
+        return AuditReport("aggregate posterior", findings=(finding,))
+    half = len(z) // 2
+    excess = min(covariance_differs(part, claimed)[0] for part in (z[:half], z[half:]))
+    sampled = covariance_differs(z, claimed)[1]
+    scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
+    off = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max())
+    checked = (f"covariance of {len(z)} draws: off by {off:.3g} as a correlation at the most",)
+    findings = ()
+    if excess > 1:
+        numbers = {
+            "sampled": sampled.tolist(), "claimed": claimed.tolist(), "off": off,
+            "over_limit": excess,
+        }  # fmt: skip
+        findings = (
+            Finding(
+                "aggregate_cov", "bug",
+                f"the claimed covariance is off from that of {len(z)} draws by {off:.3g} as a "
+                "correlation", numbers,
+                "the covariance of the aggregate is E[S(x)] + Cov[mean(x)]: add both parts",
+            ),
+        )  # fmt: skip
+    return AuditReport("aggregate posterior", findings=findings, checked=checked)

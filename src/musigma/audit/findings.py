@@ -1,0 +1,221 @@
+"""What an audit has to say: findings, each by a code, and the report that holds them.
+
+The codes are the vocabulary of everything that `musigma audit` can find; ``docs/findings`` has a
+page for each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from musigma.files import finite
+from musigma.markup import element, page, table
+
+__all__ = ["CODES", "AuditError", "AuditReport", "Finding", "Severity"]
+
+Severity = Literal["bug", "warning"]
+Verdict = Literal["correct", "warning", "bug"]
+
+CODES = {
+    # what is sampled
+    "sample_mean": "the mean of z is not what the encoder calls the mean",
+    "sample_scale": "the standard deviation of z follows no reading of the second output",
+    "noise_not_gaussian": "the injected noise is not standard normal",
+    "noise_shared": "one draw of noise serves several dimensions, examples or calls",
+    "heads_tied": "mean and scale come from the same numbers",
+    "sigma_range_restricted": "standard deviations below 0.9 cannot be reached",
+    # the KL
+    "kl_mismatch": "the KL is not that of what is sampled",
+    "kl_offset": "the KL is right up to an additive constant",
+    "kl_scale": "the KL is right up to a constant factor",
+    "kl_negative": "the KL falls below zero",
+    "kl_min_off_prior": "the KL is smallest where the posterior is not the prior",
+    "prior_mismatch": "generation draws from another prior than the KL is taken to",
+    "reduction_imbalance": "the weight of the KL moves with batch, latent or data size",
+    # bijections
+    "inverse_mismatch": "the inverse does not give back what forward took",
+    "inverse_raises": "the inverse fails",
+    "stochastic": "two calls on the same input differ",
+    "stale_inverse": "the inverse keeps old parameters after an update",
+    "logdet_mismatch": "the log-determinant is not log |det J|",
+    "logdet_shape": "the log-determinant is not one number per example",
+    "logdet_nan": "the log-determinant is not a number where the layer is invertible",
+    "inverse_logdet_sign": "the inverse returns the log-determinant with the wrong sign",
+    "inverse_logdet_mismatch": "the inverse's log-determinant is wrong",
+    "cross_sample": "an example's output depends on the others in its batch",
+    "not_injective": "the determinant changes its sign: not a bijection",
+    "ddi_wrong": "data-dependent initialisation does not standardise its output",
+    "ddi_reinit": "a reloaded layer initialises itself again",
+    # densities and figures
+    "not_normalised": "the density does not integrate to one",
+    "bpd_below_entropy": "fewer bits are reported than the data hold",
+    "bpd_wrong": "the bits per dimension are not those of a known model",
+    "bpd_batch": "bits per dimension depend on how many examples there are",
+    "iw_gradient": "the gradient is not that of the importance-weighted bound",
+    "iw_value": "the value is not that of the importance-weighted bound",
+    "prior_term_mismatch": "the term is no multiple of the Gaussian's log-density",
+    "prior_term_sign": "the term rewards distance from the mean",
+    "aggregate_cov": "the claimed covariance is not that of what is sampled",
+    # what models were trained to
+    "posterior_collapse": "a latent carries nothing",
+    "dead_units": "some units of a latent carry nothing",
+    "saturated_units": "scales have run into their limit",
+    "aggregate_prior": "what the encoder makes of the data is not what the prior draws",
+    "ill_conditioned": "a layer loses digits when it is inverted",
+    "miscalibrated": "whitened latents of the data are not standard normal",
+    "dequantisation": "the account of dequantisation and scaling is wrong",
+    # what could not be looked at
+    "not_finite": "a callable returns NaN or infinity",
+}
+
+
+class AuditError(ValueError):
+    """The audit cannot look at this: which callable, what it did, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or deserves a look.
+
+    Args:
+        code: One of `CODES`.
+        severity: "bug": a figure or a sample is wrong; "warning": it may be meant so.
+        message: What is the matter, in plain words.
+        numbers: The numbers that show it.
+        repair: What to do, in a line.
+
+    Raises:
+        ValueError: If the code is none of `CODES`.
+    """
+
+    code: str
+    severity: Severity
+    message: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    repair: str = ""
+
+    def __post_init__(self):
+        if self.code not in CODES:
+            raise ValueError(f"code: {self.code!r} is none of musigma.audit.CODES")
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found.
+
+    Args:
+        subject: What was looked at.
+        convention: What the sampler does with the second tensor: "log_std", "log_var", "std", …
+        read_as: What the KL takes it for; None where there is no KL.
+        layout: Which part of a packed tensor is which; None where there is nothing packed.
+        findings: What is wrong, bugs first.
+        checked: A line for each check that was made, with its numbers.
+        unchecked: What could not be checked, and why.
+        assumed: What was assumed of the object.
+        details: Further numbers: bounds, floors, factors, conditions by layer.
+
+    Raises:
+        AuditError: If nothing was found and nothing was checked: that is no verdict.
+    """
+
+    subject: str
+    convention: str | None = None
+    read_as: str | None = None
+    layout: str | None = None
+    findings: tuple[Finding, ...] = ()
+    checked: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        order = sorted(self.findings, key=lambda finding: finding.severity != "bug")
+        object.__setattr__(self, "findings", tuple(order))
+        if not self.findings and not self.checked:
+            reasons = "; ".join(self.unchecked) or "there was nothing to look at"
+            raise AuditError(f"{self.subject}: nothing could be checked: {reasons}")
+
+    @property
+    def verdict(self) -> Verdict:
+        """A "bug" if anything is one; a "warning" if there is a finding; else "correct"."""
+        severities = {finding.severity for finding in self.findings}
+        return "bug" if "bug" in severities else "warning" if severities else "correct"
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The codes of the findings."""
+        return tuple(finding.code for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return finite({"verdict": self.verdict, **asdict(self)})
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        """The report for people, as plain text."""
+        lines = [f"{self.subject}: {self.verdict}", *(f"  {a}: {b}" for a, b in self._facts())]
+        for finding in self.findings:
+            lines += ["", f"{finding.severity} {finding.code}: {finding.message}"]
+            lines += [f"  {_words(finding.numbers)}"] if finding.numbers else []
+            lines += [f"  repair: {finding.repair}"] if finding.repair else []
+        for title, what in self._lists():
+            lines += ["", f"{title}:", *(f"  {line}" for line in what)]
+        return "\n".join(lines)
+
+    def to_html(self) -> str:
+        """The report as a page of its own, which fetches nothing."""
+        facts = element("dl", *(element("div", element("dt", a), element("dd", b))
+                                for a, b in self._facts()), class_="terms")  # fmt: skip
+        head = element("section", element("h2", f"Verdict: {self.verdict}"), facts)
+        found = [
+            element(
+                "section",
+                element("h2", finding.code),
+                element("p", f"{finding.severity}: {CODES[finding.code]}", class_="subtitle"),
+                element("p", finding.message, class_="note"),
+                element("p", f"Repair: {finding.repair}", class_="note"),
+                table(("number", "value"), ((k, _short(v)) for k, v in finding.numbers.items())),
+            )
+            for finding in self.findings
+        ]
+        rest = [
+            element("section", element("h2", title), *(element("p", line) for line in what))
+            for title, what in self._lists()
+        ]
+        return page(f"Audit of {self.subject}", [head, *found, *rest], FOOTER)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        facts = [
+            ("the sampler takes the second output for", self.convention),
+            ("the KL takes it for", self.read_as),
+            ("layout", self.layout),
+        ]
+        return [(name, value) for name, value in facts if value]
+
+    def _lists(self) -> list[tuple[str, tuple[str, ...]]]:
+        lists = [
+            ("checked", self.checked),
+            ("could not be checked", self.unchecked),
+            ("assumed", self.assumed),
+        ]
+        return [(title, what) for title, what in lists if what]
+
+
+FOOTER = (
+    "A bug: a figure or a sample is wrong. A warning: it may be meant so. Tests are made in "
+    "float64 where the model allows it, at a chance of false alarm below one in a million each."
+)
+
+
+def _words(numbers: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in numbers.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,423 @@
+"""Which audit is meant: from an object, or from the name of one, to the callables of an audit.
+
+People call the same thing by a dozen names. What is found is told in `AuditReport.assumed`; where
+a guess would decide the verdict, there is an error that says what to give instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
+
+from musigma.audit.density import audit_density
+from musigma.audit.findings import AuditError, AuditReport
+from musigma.audit.flow import audit_flow
+from musigma.audit.own import audit_model
+from musigma.audit.probes import Guest
+from musigma.audit.vae import audit_vae
+from musigma.model import Model
+
+__all__ = ["audit", "named"]
+
+ENCODE = ("encode", "encoder", "inference", "recognition", "recognition_model")
+SAMPLE = (
+    "reparameterize", "reparametrize", "reparameterise", "reparametrise", "reparam",
+    "reparameterization", "reparametrization", "sample_z", "sample_latent", "sampling", "sampler",
+    "sample",
+)  # fmt: skip
+KL = ("kl", "kl_divergence", "kl_div", "kl_loss", "kld", "kld_loss", "kl_term", "compute_kl",
+      "latent_loss")  # fmt: skip
+LOSS = ("loss_function", "loss_fn", "vae_loss", "loss", "elbo_loss", "criterion")
+DECODE = ("decode", "decoder")
+GENERATE = ("sample_prior", "prior_sample", "generate_z", "sample_prior_z")
+INVERSE = ("inverse", "reverse", "invert", "inverse_transform", "inv")
+SCALE = re.compile(r"log|sig|std|var|scale|second|lv$|ls$", re.IGNORECASE)
+MEAN = re.compile(r"mean|mu|loc|^m$", re.IGNORECASE)
+REBUILT = re.compile(r"rec|hat|pred|out|decod|tilde|prime|gen", re.IGNORECASE)
+
+
+def audit(
+    obj: Any, *, example: Tensor | None = None, shape: tuple[int, ...] | None = None
+) -> AuditReport:
+    """Audit an object: a model of this library, a VAE, a flow or a density of anyone's.
+
+    Args:
+        obj: A model, a class or a factory without arguments, a flow, a distribution, or a mapping
+            of callables by the names that `audit_vae` and `audit_flow` know.
+        example: A batch that it is meant for.
+        shape: Of one example; by default it is tried out from the first layer.
+
+    Returns:
+        The report; `assumed` says what was taken for what.
+
+    Raises:
+        AuditError: If nothing here is known; the message says which callables to give.
+
+    Example:
+        >>> def sample(mean, log_var):
+        ...     return mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+        >>> def kl(mean, log_var):
+        ...     return -0.5 * (1 + log_var - mean**2 - log_var.exp()).sum()
+        >>> report = audit({"sample": sample, "kl": kl})
+        >>> report.verdict, report.convention
+        ('correct', 'log_var')
+    """
+    if isinstance(obj, Mapping):
+        return _by_name(dict(obj), example)
+    thing, assumed = _made(obj)
+    if isinstance(thing, Mapping):
+        return _by_name(dict(thing), example)
+    if isinstance(thing, Model):
+        report = audit_model(thing, example)
+    elif (found := _vae_parts(thing)) is not None:
+        assumed += found[1]
+        report = _audit_vae(thing, found[0], example, shape, assumed)
+    elif isinstance(thing, Distribution):
+        dims = thing.event_shape.numel()
+        report = audit_density(lambda x: thing.log_prob(x.reshape(-1, *thing.event_shape)), dims)
+    elif isinstance(thing, (nn.Module, Transform, list, tuple)) or callable(thing):
+        x = _first_that_works(thing, _examples(thing, example, shape), assumed)
+        report = audit_flow(thing, None, x)
+    else:
+        raise AuditError(
+            f"{type(thing).__name__}: neither a VAE (methods such as encode, reparameterize and "
+            "kl_divergence), nor a flow (forward and inverse), nor a distribution; call "
+            "audit_vae, audit_flow or audit_density with its callables"
+        )
+    subject = report.subject if isinstance(thing, Model) else type(thing).__name__
+    return replace(report, subject=subject, assumed=(*assumed, *report.assumed))
+
+
+def named(target: str) -> Any:
+    """The object of ``PATH.py:NAME`` or ``module:NAME``; the file is run.
+
+    Raises:
+        AuditError: If there is none, or the file fails.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise AuditError(f"target: expected PATH.py:NAME, module:NAME or a run; got {target!r}")
+    try:
+        module = _module(place)
+    except AuditError:
+        raise
+    except Exception as error:
+        raise AuditError(f"{place}: it fails: {type(error).__name__}: {error}") from error
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            known = [n for n in vars(module) if not n.startswith("_")]
+            raise AuditError(f"{place}: it has no {name}; it has {', '.join(known[:12])}")
+        found = getattr(found, part)
+    return found
+
+
+def _module(place: str) -> Any:
+    path = Path(place)
+    if path.suffix != ".py":
+        sys.path.insert(0, "")
+        try:
+            return importlib.import_module(place)
+        finally:
+            sys.path.remove("")
+    if not path.is_file():
+        raise AuditError(f"target: there is no file {place}")
+    name = f"musigma_audited_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise AuditError(f"target: {place} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # classes are looked up by their module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+# --- what an object is -------------------------------------------------------------------------
+
+
+def _made(obj: Any) -> tuple[Any, list[str]]:
+    """An instance: of a class, or what a function without arguments returns."""
+    factory = inspect.isclass(obj) or (inspect.isroutine(obj) and not _required(obj))
+    if not factory:
+        return obj, []
+    name = getattr(obj, "__name__", "factory")
+    if needed := _required(obj):
+        raise AuditError(
+            f"{name}: it needs {', '.join(needed)}; give an instance, or a function without "
+            "arguments that makes one"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            return obj(), [f"{name}() was called to make what is looked at"]
+        except Exception as error:
+            raise AuditError(f"{name}(): it raises {type(error).__name__}: {error}") from error
+
+
+def _parameters(fn: Any) -> list[inspect.Parameter]:
+    if isinstance(fn, nn.Module):
+        fn = getattr(fn, "call", fn.forward)  # Keras has call
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return []
+    bare = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p for p in signature.parameters.values() if p.kind not in bare]
+
+
+def _required(fn: Any) -> list[str]:
+    return [p.name for p in _parameters(fn) if p.default is p.empty]
+
+
+def _find(thing: Any, names: tuple[str, ...]) -> tuple[str, Any] | None:
+    """A callable of an object, or of the file that its class stands in, by one of its names."""
+    own = {name.lower(): name for name in dir(thing) if not name.startswith("__")}
+    for name in names:
+        found = getattr(thing, own[name], None) if name in own else None
+        if callable(found):
+            return own[name], found
+    home = sys.modules.get(type(thing).__module__)
+    if home is None or type(thing).__module__.split(".")[0] in ("torch", "builtins", "musigma"):
+        return None
+    there = {name.lower(): name for name in vars(home)}
+    for name in names:
+        found = getattr(home, there[name]) if name in there else None
+        if inspect.isfunction(found):
+            return there[name], found
+    return None
+
+
+def _vae_parts(thing: Any) -> tuple[dict[str, Any], list[str]] | None:
+    """The callables of a VAE that an object has, and what was taken for what; or None."""
+    if isinstance(thing, (Distribution, Transform, list, tuple)) or inspect.isroutine(thing):
+        return None
+    parts: dict[str, Any] = {}
+    assumed: list[str] = []
+    if (found := _sampler(thing)) is not None:
+        parts["sample"] = found[1]
+        assumed.append(f"{found[0]} draws z")
+    for part, names in (("encode", ENCODE), ("decode", DECODE), ("generate", GENERATE)):
+        if (found := _find(thing, names)) is not None and len(_required(found[1])) == 1:
+            parts[part] = found[1]
+            assumed.append(f"{found[0]} is {part}")
+    if (found := _find(thing, KL)) is not None and len(_required(found[1])) in (2, 3):
+        parts["kl"] = _mean_first(found[1])
+        parts["kl_uses_sample"] = len(_required(found[1])) == 3
+        assumed.append(f"{found[0]} is the KL")
+    elif (found := _find(thing, LOSS)) is not None and (kl := _kl_of(found[1])) is not None:
+        parts["kl"] = kl
+        assumed.append(
+            f"the KL is what {found[0]} makes of mean and scale, all else held: its constant is "
+            "not known, and was taken to be right"
+        )
+    if "encode" not in parts and (found := _forward_encodes(thing)) is not None:
+        parts["encode"] = found
+        assumed.append("forward returns (reconstruction, mean, scale)")
+    whole = "sample" in parts and ("kl" in parts or "encode" in parts)
+    return (parts, assumed) if whole else None
+
+
+def _sampler(thing: Any) -> tuple[str, Callable[..., Any]] | None:
+    """What makes z of (mean, scale): a method, a function, or a layer called sampling."""
+    layers = {
+        name: m
+        for name, m in (thing.named_modules() if isinstance(thing, nn.Module) else ())
+        if m is not thing and re.search("sampl|reparam", type(m).__name__, re.IGNORECASE)
+    }
+    for name in SAMPLE:
+        found = _find(thing, (name,))
+        if found is None or (name == "sample" and len(_required(found[1])) != 2):
+            continue
+        if len(_required(found[1])) == 2:
+            return found[0], _mean_first(found[1])
+        if len(_required(found[1])) == 1:
+            return found[0], _of_a_list(found[1])
+    for name, layer in layers.items():
+        needed = _required(layer)
+        if len(needed) in (1, 2):
+            return name, layer if len(needed) == 2 else _of_a_list(layer)
+    return None
+
+
+def _mean_first(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of (scale, mean, …) as one of (mean, scale, …), by the names of its arguments."""
+    names = _required(fn)
+    if SCALE.search(names[0]) and MEAN.search(names[1]) and not MEAN.search(names[0]):
+        return lambda mean, second, *rest: fn(second, mean, *rest)
+    if len(names) == 3 and not (MEAN.search(names[0]) or SCALE.search(names[0])):
+        return lambda mean, second, z: fn(z, mean, second)
+    return fn
+
+
+def _of_a_list(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer that takes one list of mean and scale."""
+    return lambda mean, second: fn([mean, second])
+
+
+def _kl_of(loss: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The part of ``loss(x_hat, x, mean, scale)``, in any order, that mean and scale decide."""
+    names = _required(loss)
+    scales = [n for n in names if SCALE.search(n)]
+    means = [n for n in names if MEAN.search(n) and n not in scales]
+    others = [n for n in names if n not in (*scales, *means)]
+    if len(names) != 4 or len(scales) != 1 or len(means) != 1:
+        return None
+
+    def value(mean: Tensor, second: Tensor) -> Tensor:
+        still = mean.new_full((len(mean), 3), 0.5)
+        given = {means[0]: mean, scales[0]: second, others[0]: still, others[1]: still}
+        answer = loss(*(given[n] for n in names))
+        answer = answer[0] if isinstance(answer, (tuple, list)) else answer
+        return next(iter(answer.values())) if isinstance(answer, dict) else answer
+
+    least: dict[tuple[int, ...], Tensor] = {}
+
+    def kl(mean: Tensor, second: Tensor) -> Tensor:
+        shape = tuple(mean.shape)
+        if shape not in least:  # a KL is zero where the posterior is the prior
+            zero = torch.zeros_like(mean)
+            tries = torch.linspace(-4, 4, 801).tolist()
+            rows = torch.stack([value(zero, zero + s).sum() for s in tries])
+            least[shape] = rows[rows.isfinite()].min()
+        return value(mean, second).sum() - least[shape]
+
+    return kl
+
+
+def _forward_encodes(thing: Any) -> Callable[[Tensor], Any] | None:
+    if not isinstance(thing, nn.Module) or len(_required(thing)) != 1:
+        return None
+
+    def encode(x: Tensor) -> Any:
+        answer = thing(x)
+        if isinstance(answer, (tuple, list)) and len(answer) >= 3:
+            return answer[1], answer[2]
+        raise AuditError("forward: expected (reconstruction, mean, scale)")
+
+    return encode
+
+
+# --- what it is given --------------------------------------------------------------------------
+
+
+def _examples(
+    thing: Any, example: Tensor | None, shape: tuple[int, ...] | None
+) -> Iterator[Tensor]:
+    """Batches that an object may be meant for."""
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(*event: int) -> Tensor:
+        return torch.rand(4, *event, generator=generator, dtype=torch.float64)
+
+    if example is not None:
+        yield example
+        return
+    if shape is not None:
+        yield batch(*shape)
+        return
+    given = getattr(thing, "example", getattr(thing, "example_input", None))
+    if isinstance(given, Tensor):
+        yield given
+        return
+    modules = thing.modules() if isinstance(thing, nn.Module) else ()
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    first = next((m for m in modules if isinstance(m, kinds)), None)
+    for event in [*_events(first), (6,), (4, 8, 8), (3, 8, 8), (12, 4, 4)]:
+        yield batch(*event)
+
+
+def _events(first: nn.Module | None) -> Iterator[tuple[int, ...]]:
+    """Shapes that a network with this first layer may take; a coupling shows it half of them."""
+    if isinstance(first, nn.Linear):
+        n = first.in_features
+        yield (n,)
+        for channels in (1, 3):
+            side = math.isqrt(n // channels)
+            if channels * side * side == n and side > 3:
+                yield channels, side, side
+        yield (2 * n,)
+        yield (2 * n + 1,)
+    elif isinstance(first, nn.Conv1d):
+        yield first.in_channels, 32
+    elif isinstance(first, nn.Conv2d):
+        for channels in (first.in_channels, 2 * first.in_channels, first.in_channels // 2):
+            for side in (28, 32, 64, 16, 8) if channels else ():
+                yield channels, side, side
+
+
+def _first_that_works(thing: Any, candidates: Iterator[Tensor], assumed: list[str]) -> Tensor:
+    tried = []
+    with Guest(thing) as guest, torch.no_grad():
+        guest.use(torch.float32)
+        for x in candidates:
+            undo = guest.snapshot()
+            try:
+                guest.call("it", thing, x.float())
+            except (AuditError, TypeError) as error:
+                tried.append(f"{tuple(x.shape)}: {error}")
+                continue
+            finally:
+                undo()
+            assumed.append(f"an example has the shape {tuple(x.shape[1:])}")
+            return x
+    raise AuditError(
+        f"example: none of the shapes that were tried is taken ({tried[-1] if tried else 'none'});"
+        " give a batch as `example`, or the `shape` of one example; of a function that makes a "
+        "model, one without arguments"
+    )
+
+
+def _audit_vae(
+    thing: Any,
+    parts: dict[str, Any],
+    example: Tensor | None,
+    shape: tuple[int, ...] | None,
+    assumed: list[str],
+) -> AuditReport:
+    encode = parts.pop("encode", None)
+    if encode is not None:
+        x = _first_that_works(encode, _examples(thing, example, shape), assumed)
+        parts |= {"encode": _pair(encode, assumed), "example": x}
+    return audit_vae(**parts)
+
+
+def _pair(encode: Callable[..., Any], assumed: list[str]) -> Callable[[Tensor], Any]:
+    """Of what an encoder returns, the mean and the scale."""
+
+    def both(x: Tensor) -> Any:
+        answer = encode(x)
+        if isinstance(answer, (tuple, list)) and len(answer) > 2:
+            return answer[0], answer[1]  # a third is z
+        return answer
+
+    return both
+
+
+def _by_name(parts: dict[str, Any], example: Tensor | None) -> AuditReport:
+    """The audit whose arguments a mapping names."""
+    if example is not None:
+        parts.setdefault("example", example)
+    for check in (audit_flow, audit_vae):
+        known = set(inspect.signature(check).parameters)
+        if set(parts) <= known and ({"forward", "sample", "kl", "encode"} & set(parts)):
+            return check(**parts)
+    raise AuditError(
+        f"{', '.join(parts) or 'nothing'}: expected arguments of audit_vae (encode, sample, kl, "
+        "…) or of audit_flow (forward, inverse, …)"
+    )

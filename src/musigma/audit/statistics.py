@@ -1,0 +1,200 @@
+"""Tests of hypotheses with a stated rate of false alarms.
+
+Every decision that rests on random numbers is made here, at the level `LEVEL` = 1e-7 for a whole
+check, however many comparisons it consists of: thresholds are those of Bonferroni. A decision
+also asks for a difference that matters, so that a generator's last digits alarm nobody.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+__all__ = ["LEVEL", "correlated", "covariance_differs", "moments_differ", "noise_name", "quantile"]
+
+LEVEL = 1e-7  # the chance that one check alarms without cause
+
+Quantiles = Callable[[Tensor], Tensor]
+
+
+def quantile(comparisons: int = 1) -> float:
+    """How many standard errors one of so many comparisons may be off, two-sided.
+
+    Example:
+        >>> round(quantile(), 2), round(quantile(100), 2)
+        (5.33, 6.11)
+    """
+    return NormalDist().inv_cdf(1 - LEVEL / (2 * max(1, comparisons)))
+
+
+def _laplace(p: Tensor) -> Tensor:
+    return -(p - 0.5).sign() * torch.log1p(-2 * (p - 0.5).abs())
+
+
+def _truncated(limit: float) -> Quantiles:
+    low = NormalDist().cdf(-limit)
+    return lambda p: torch.special.ndtri(low + p * (1 - 2 * low))
+
+
+def _student4(p: Tensor) -> Tensor:  # closed form: Shaw, Sampling Student's t distribution (2006)
+    alpha = (4 * p * (1 - p)).sqrt()
+    q = torch.cos(torch.arccos(alpha.clamp(max=1)) / 3) / alpha
+    return (p - 0.5).sign() * 2 * (q - 1).clamp(min=0).sqrt()
+
+
+_FAMILIES: dict[str, Quantiles] = {
+    "normal": torch.special.ndtri,
+    "uniform": lambda p: p - 0.5,
+    "Laplace": _laplace,
+    "logistic": torch.logit,
+    "Cauchy": lambda p: torch.tan(math.pi * (p - 0.5)),
+    "Student-t": _student4,
+    "exponential": lambda p: -torch.log1p(-p),
+    "truncated normal": _truncated(2.0),
+}
+
+
+def noise_name(e: Tensor) -> tuple[str, dict[str, float]]:
+    r"""Whether independent numbers are normal with some mean and variance, and else what they are.
+
+    They are called normal unless their empirical distribution function F, standardised, is off by
+    more than Dvoretzky, Kiefer and Wolfowitz allow, with Massart's constant:
+
+        sup |F - Phi|  >  sqrt(log(2 / LEVEL) / (2 n)),
+
+    or their skewness or excess kurtosis by more than 8 standard errors, sqrt(6 / n) and
+    sqrt(24 / n). The bound is for a known mean and variance; estimated ones only bring F nearer
+    to Phi.
+
+    Args:
+        e: The numbers (n,).
+
+    Returns:
+        The name of the family, "normal" or the one whose quantiles are nearest, and the numbers:
+        skewness, excess kurtosis, distance of the distribution functions and its limit.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> noise_name(torch.rand(10_000, generator=generator, dtype=torch.float64))[0]
+        'uniform'
+    """
+    e = e.flatten().double().sort().values
+    n = len(e)
+    unit = (e - e.mean()) / e.std().clamp(min=1e-300)
+    skewness, kurtosis = float((unit**3).mean()), float((unit**4).mean() - 3)
+    p = torch.special.ndtr(unit)
+    steps = torch.arange(n, dtype=torch.float64) / n
+    distance = float(torch.maximum((p - steps).abs(), (p - steps - 1 / n).abs()).max())
+    limit = math.sqrt(math.log(2 / LEVEL) / (2 * n))
+    numbers = {
+        "skewness": skewness,
+        "excess_kurtosis": kurtosis,
+        "distance": distance,
+        "limit": limit,
+        "draws": n,
+    }
+    odd = abs(skewness) > 8 * math.sqrt(6 / n) or abs(kurtosis) > 8 * math.sqrt(24 / n)
+    if distance <= limit and not odd:
+        return "normal", numbers
+    if len(torch.unique(e)) < n / 10:
+        return "discrete", numbers
+    levels = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
+    ours = e[(levels * n).long().clamp(max=n - 1)]
+    off = {}
+    for name, family in _FAMILIES.items():
+        theirs = family(levels)
+        slope = ((theirs - theirs.mean()) * (ours - ours.mean())).sum() / theirs.var() / 96
+        off[name] = float((ours - ours.mean() - slope * (theirs - theirs.mean())).abs().max())
+    nearest = min(off, key=lambda name: off[name])
+    if nearest == "logistic" and kurtosis > 2.5:  # 1.2 is a logistic distribution's
+        nearest = "Student-t"
+    if nearest == "normal":
+        nearest = "heavier tails than normal" if kurtosis > 0 else "lighter tails than normal"
+    return nearest, numbers
+
+
+def correlated(e: Tensor, smallest: float = 0.1) -> tuple[float, float]:
+    """The largest correlation between columns, and the one that independent columns may show.
+
+    Args:
+        e: Independent rows (n, D); of many columns, 64 are compared.
+        smallest: That matters.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> e = torch.randn(1000, 1, generator=generator, dtype=torch.float64)
+        >>> largest, limit = correlated(e.expand(-1, 3))
+        >>> round(largest, 6), limit < 0.3
+        (1.0, True)
+    """
+    n, columns = e.shape
+    if columns > 64:
+        e = e[:, torch.linspace(0, columns - 1, 64).long()]
+        columns = 64
+    if columns < 2:
+        return 0.0, 1.0
+    unit = (e - e.mean(0)) / e.std(0).clamp(min=1e-300)
+    r = (unit.T @ unit / (n - 1)).fill_diagonal_(0)
+    limit = max(smallest, quantile(columns * (columns - 1) // 2) * 1.2 / math.sqrt(n))
+    return float(r.flatten()[r.abs().argmax()]), limit
+
+
+def moments_differ(
+    z: Tensor, mean: Tensor, std: Tensor, smallest: float = 0.02
+) -> dict[str, float] | None:
+    """Whether draws have another mean or standard deviation than a normal distribution's.
+
+    Args:
+        z: Independent draws (n, D).
+        mean: Expected (D,).
+        std: Expected (D,).
+        smallest: Difference that matters, in units of `std`.
+
+    Returns:
+        None if they do not; else the figures of the column that is off the most.
+    """
+    n, columns = z.shape
+    errors = quantile(2 * columns) * 1.2
+    off = (z.mean(0) - mean) / std
+    ratio = z.std(0) / std
+    wrong_mean = off.abs() > max(smallest, errors / math.sqrt(n))
+    wrong_std = (ratio - 1).abs() > max(smallest, errors / math.sqrt(2 * n))
+    if not (wrong_mean | wrong_std).any():
+        return None
+    i = int((off.abs() + (ratio - 1).abs()).argmax())
+    return {
+        "mean": float(z[:, i].mean()),
+        "std": float(z[:, i].std()),
+        "expected_mean": float(mean[i]),
+        "expected_std": float(std[i]),
+        "draws": n,
+    }
+
+
+def covariance_differs(z: Tensor, claimed: Tensor, smallest: float = 0.02) -> tuple[float, Tensor]:
+    """How far the covariance of draws is from a claimed one, over what chance allows.
+
+    The standard error of an entry is that of the mean of its products, which holds for any
+    distribution with four moments.
+
+    Args:
+        z: Independent draws (n, D).
+        claimed: (D, D).
+        smallest: Difference that matters, as a correlation.
+
+    Returns:
+        The largest ratio of a difference to its limit (above 1: they differ), and the draws'
+        covariance.
+    """
+    n, d = z.shape
+    centred = z - z.mean(0)
+    sampled = centred.T @ centred / (n - 1)
+    fourth = (centred**2).T @ (centred**2) / n
+    error = ((fourth - sampled**2).clamp(min=0) / n).sqrt()
+    scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
+    limit = torch.maximum(1.3 * quantile(d * (d + 1) // 2) * error, smallest * scale)
+    return float(((sampled - claimed).abs() / limit.clamp(min=1e-300)).max()), sampled

@@ -1,0 +1,596 @@
+r"""Are the figures true: bits per dimension, bounds by importance weights, terms of a Gaussian?
+
+Each of these is a short formula that everybody writes anew, and whose mistakes move a figure and
+break nothing. So each is asked for what it makes of a case whose answer is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from musigma.audit.findings import AuditError, AuditReport, Finding, Severity
+from musigma.audit.probes import Guest
+
+__all__ = ["audit_bits", "audit_importance_bound", "audit_log_prob_term"]
+
+EXACT = 1e-5  # relative, in float64: far above rounding, far below any mistake of a formula
+SURE = 7.0  # standard errors: exceeded by chance with probability below 1e-11
+
+
+class Notes:
+    """What an audit collects on its way to a report."""
+
+    def __init__(self, of: Any):
+        self.subject = getattr(of, "__qualname__", None) or type(of).__name__
+        self.findings: dict[str, Finding] = {}
+        self.checked: list[str] = []
+        self.unchecked: list[str] = []
+        self.assumed: list[str] = []
+        self.details: dict[str, Any] = {}
+
+    def find(
+        self, code: str, severity: Severity, message: str, repair: str = "", **numbers: Any
+    ) -> None:
+        """A finding; the first of its code counts."""
+        self.findings.setdefault(code, Finding(code, severity, message, numbers, repair))
+
+    def report(self, **more: Any) -> AuditReport:
+        """Everything collected."""
+        return AuditReport(
+            subject=self.subject,
+            findings=tuple(self.findings.values()),
+            checked=tuple(self.checked),
+            unchecked=tuple(self.unchecked),
+            assumed=tuple(self.assumed),
+            details=self.details,
+            **more,
+        )
+
+
+# --- bits per dimension ------------------------------------------------------------------------
+
+
+def audit_bits(
+    bits: Callable[[Tensor], Any], levels: int = 256, shape: Sequence[int] = (3, 32, 32)
+) -> AuditReport:
+    r"""Whether bits per dimension are what they are called.
+
+    Images whose every element is drawn evenly from L levels hold :math:`\log_2 L` bits in each.
+    Under the uniform model that is what each image costs; under any other model they cost more, on
+    average (Gibbs' inequality). Whether the model is the uniform one is seen from the figures: it
+    charges all images alike.
+
+    Args:
+        bits: Images (B, \*shape), of integers from 0 to levels - 1, to bits per dimension, (B,) or
+            their mean. The integers are floats; where those are refused, int64 or uint8.
+        levels: L.
+        shape: Of an image.
+
+    Returns:
+        The report.
+
+    Raises:
+        AuditError: If `bits` takes none of these, or returns something else.
+
+    Example:
+        >>> def bits(x):  # of the uniform density on [0, 1), of x / 256 with its noise
+        ...     nats = torch.zeros(len(x)) - x[0].numel() * math.log(256)
+        ...     return -nats / (x[0].numel() * math.log(2))
+        >>> audit_bits(bits, 256, (1, 8, 8)).verdict
+        'correct'
+        >>> audit_bits(lambda x: 0 * bits(x), 256, (1, 8, 8)).codes
+        ('bpd_below_entropy',)
+    """
+    if levels < 2:
+        raise AuditError(f"levels: expected 2 or more; got {levels}")
+    notes, shape = Notes(bits), tuple(shape)
+    with Guest(bits) as guest:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, levels, (24, *shape), generator=generator)
+        ask = _bits_form(guest, bits, images, notes)
+        single = torch.tensor([float(ask(images[i : i + 1]).mean()) for i in range(24)])
+        again = torch.tensor([float(ask(images[:1]).mean()) for _ in range(12)])
+        truth, noise = math.log2(levels), float(again.std())
+        notes.details |= {"bits_per_dim": float(single.mean()), "entropy": truth}
+        if not single.isfinite().all():
+            notes.find(
+                "not_finite",
+                "bug",
+                "the bits of some uniformly random images are NaN or infinite",
+                "give every level a probability above zero",
+            )
+            return notes.report()
+        _judge_bits(notes, single, noise, truth)
+        _judge_batch(notes, ask, images, again)
+    return notes.report()
+
+
+def _bits_form(
+    guest: Guest, bits: Callable[[Tensor], Any], images: Tensor, notes: Notes
+) -> Callable[[Tensor], Tensor]:
+    """How `bits` takes its images."""
+    trouble: AuditError | None = None
+    for dtype in (torch.float64, torch.float32, torch.int64, torch.uint8):
+        if dtype == torch.uint8 and int(images.max()) > 255:
+            continue
+        guest.use(torch.float32 if dtype != torch.float64 else dtype)
+
+        def ask(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+            value = guest.tensor("bits", guest.call("bits", bits, x.to(dtype)))
+            if value.numel() not in (1, len(x)):
+                raise AuditError(
+                    f"bits: given {tuple(x.shape)}, expected ({len(x)},) or one number; got "
+                    f"{tuple(value.shape)}"
+                )
+            return value.reshape(-1)
+
+        try:
+            if ask(images[:2]).isfinite().all() or dtype == torch.uint8:
+                notes.assumed.append(
+                    f"images are given as {str(dtype).removeprefix('torch.')} from 0 to levels - 1"
+                )
+                return ask
+        except AuditError as error:
+            trouble = trouble or error
+    if trouble is not None:
+        raise trouble
+    notes.assumed.append("images are given as float32 from 0 to levels - 1")
+    guest.use(torch.float32)
+    return lambda x: guest.tensor("bits", guest.call("bits", bits, x.float())).reshape(-1)
+
+
+def _judge_bits(notes: Notes, single: Tensor, noise: float, truth: float) -> None:
+    mean, spread = float(single.mean()), float(single.std())
+    error = spread / math.sqrt(len(single))
+    uniform = spread < 1e-4 * max(1.0, abs(truth)) and noise < 1e-4
+    # of 24 draws the error is Student's t; where there is none, only rounding is left
+    slack = 2e-4 * truth if uniform else 1e-3 * truth + SURE * 1.6 * error
+    if mean < truth - slack:
+        notes.find(
+            "bpd_below_entropy",
+            "bug",
+            f"uniformly random images are said to cost {mean:.6g} bits per dimension, and hold "
+            f"{truth:.6g}: no model can do that{_bits_hint(mean, truth)}",
+            "bits/dim = -(log p(y) + log |det|) / (D ln 2), with D log(levels) added for data "
+            "that were divided by the levels, and D all elements of an image",
+            bits_per_dim=mean,
+            entropy=truth,
+        )
+    elif uniform and mean > truth + slack:
+        notes.find(
+            "bpd_wrong",
+            "bug",
+            f"a model that charges all images alike says {mean:.6g} bits per dimension, and the "
+            f"uniform model's are {truth:.6g}{_bits_hint(mean, truth)}",
+            "divide nats by (D ln 2), with D all elements of an image, and count log(levels) once",
+            bits_per_dim=mean,
+            entropy=truth,
+        )
+    elif uniform:
+        notes.checked.append(f"uniform images under the uniform model: {mean:.6g} bits")
+    else:
+        notes.assumed.append("the model is not the uniform one: its figures differ by image")
+        notes.checked.append(
+            f"uniformly random images cost {mean:.6g} bits, not less than {truth:.6g}"
+        )
+        notes.unchecked.append(
+            "whether more bits than the entropy are right: hand in the uniform "
+            "model in place of the network"
+        )
+
+
+def _bits_hint(mean: float, truth: float) -> str:
+    for factor, what in (
+        (math.log(2), "ln 2 (nats, not bits)"),
+        (1 / math.log(2), "1 / ln 2"),
+        (3.0, "the number of channels"),
+        (-1.0, "the sign"),
+    ):
+        if math.isclose(mean, truth * factor, rel_tol=2e-3):
+            return f"; they differ by {what}"
+    if abs(mean) < 1e-3:
+        return "; the scaling by the levels, log2(levels), is not counted"
+    return ""
+
+
+def _judge_batch(
+    notes: Notes, ask: Callable[[Tensor], Tensor], images: Tensor, again: Tensor
+) -> None:
+    """One image against eight copies of it."""
+    one, noise = float(again.mean()), float(again.std())
+    eight = images[:1].expand(8, *images.shape[1:]).contiguous()
+    several = torch.stack([ask(eight).mean() for _ in range(12)])
+    off = float(several.mean()) - one
+    # the error of a mean of 12, as Student's t with 11 degrees has it at 1e-7
+    error = 11.0 * math.hypot(noise, float(several.std())) / math.sqrt(12)
+    if abs(off) > error + 1e-4 * (1 + abs(one)):
+        ratio = float(several.mean()) / one if one else math.nan
+        notes.find(
+            "bpd_batch",
+            "bug",
+            f"an image costs {one:.6g} bits per dimension, and {float(several.mean()):.6g} each "
+            f"when there are eight of it (a factor of {ratio:.3g})",
+            "sum over the elements of an image, and average over images, nothing else",
+            alone=one,
+            of_eight=float(several.mean()),
+        )
+    else:
+        notes.checked.append("one image costs what each of eight copies does")
+
+
+# --- importance-weighted bounds ----------------------------------------------------------------
+
+
+def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> AuditReport:
+    r"""Whether a loss is the importance-weighted bound, by its value and by its gradient.
+
+    .. math:: L = -\log \frac1K \sum_k e^{-n_k}, \quad
+              \frac{\partial L}{\partial n_k} = \frac{e^{-n_k}}{\sum_j e^{-n_j}}
+
+    for the negative log weights n (each -log w, one draw's negative ELBO). A loss with another
+    value and this gradient trains as the bound does, and must not be reported as one.
+
+    Args:
+        loss_from_neg_elbos: n of shape (B, K), or (K, B), in nats, to the loss: a number, the sum
+            or the mean over the batch, or one number per example. Both shapes are tried.
+
+    Returns:
+        The report; `layout` is "(B, K)" or "(K, B)".
+
+    Raises:
+        AuditError: If it takes neither, or returns something else.
+
+    Example:
+        >>> bound = lambda n: -(torch.logsumexp(-n, 1) - math.log(n.shape[1])).mean()
+        >>> audit_importance_bound(bound).layout
+        '(B, K)'
+        >>> audit_importance_bound(lambda n: n.mean()).codes
+        ('iw_gradient', 'iw_value')
+    """
+    notes = Notes(loss_from_neg_elbos)
+    generator = torch.Generator().manual_seed(0)
+    n = 3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 4.0
+    fits: list[_Fit] = []
+    trouble: AuditError | None = None
+    with Guest(loss_from_neg_elbos) as guest:
+        for dtype in (torch.float64, torch.float32):
+            guest.use(dtype)
+            for layout in ("(B, K)", "(K, B)"):
+                try:
+                    fits.append(_Fit(guest, loss_from_neg_elbos, n.to(dtype), layout))
+                except AuditError as error:
+                    trouble = trouble or error
+            if fits:
+                break
+        if not fits:
+            raise trouble or AuditError("loss_from_neg_elbos: it takes no (B, K)")
+        best = min(fits, key=lambda fit: (fit.wrong, fit.proportional, fit.value))
+        notes.assumed.append(f"the layout is {best.layout}, with {best.way} over the batch")
+        _judge_bound(notes, best)
+        _judge_range(notes, guest, loss_from_neg_elbos, best)
+    return notes.report(layout=best.layout)
+
+
+class _Fit:
+    """How near a loss is to the bound, in one layout."""
+
+    def __init__(self, guest: Guest, loss: Callable[[Tensor], Any], n: Tensor, layout: str):
+        self.layout, self.dtype = layout, n.dtype
+        given = (n if layout == "(B, K)" else n.T).detach().clone().requires_grad_()
+        name = "loss_from_neg_elbos"
+        value = guest.call(name, loss, given)
+        if not isinstance(value, Tensor):
+            value = guest.tensor(name, value)
+        b, k = n.shape
+        if value.numel() not in (1, b):
+            raise AuditError(f"{name}: expected a number, or ({b},); got {tuple(value.shape)}")
+        each = value.numel() == b
+        slope = None
+        if value.requires_grad:
+            (slope,) = torch.autograd.grad(value.sum(), given, allow_unused=True)
+        exact = n.double()
+        bound = -(torch.logsumexp(-exact, 1) - math.log(k))
+        weights = torch.softmax(-exact, 1)
+        self.slope = None if slope is None else slope.double()
+        if self.slope is not None and layout == "(K, B)":
+            self.slope = self.slope.T
+        ways = {"one number each": 1.0} if each else {"the mean": 1 / b, "the sum": 1.0}
+        tolerance = 1e-6 if n.dtype == torch.float64 else 1e-4
+        options = []
+        for way, factor in ways.items():
+            wanted = bound if each else bound.sum()[None] * factor
+            off_value = float((value.detach().double().reshape(-1) - wanted).abs().max())
+            off_value /= 1 + float(wanted.abs().max())
+            off_slope, ratio = math.inf, math.nan
+            if self.slope is not None:
+                truth = weights * factor
+                off_slope = float((self.slope - truth).norm() / truth.norm())
+                ratio = float((self.slope * truth).sum() / truth.square().sum())
+            options.append((off_value, off_slope, ratio, way))
+        self.value, self.gradient, self.ratio, self.way = min(options, key=lambda o: o[0] + o[1])
+        if all(math.isinf(o[1]) for o in options):
+            self.value, self.gradient, self.ratio, self.way = min(options)
+        self.wrong = (self.value > tolerance) + (self.gradient > tolerance)
+        self.tolerance = tolerance
+        self.given = float(value.detach().double().sum())
+        self.wanted = float(bound.sum() * (1 if each else ways[self.way]))
+        self.off_constant = (self.given - self.wanted) / (
+            b if each or self.way == "the sum" else 1
+        )
+        self.proportional = math.inf
+        if self.slope is not None:
+            truth = weights * (1.0 if each else ways[self.way])
+            self.proportional = float((self.slope - self.ratio * truth).norm() / truth.norm())
+
+
+def _judge_bound(notes: Notes, fit: _Fit) -> None:
+    right = fit.gradient <= fit.tolerance
+    if fit.slope is None:
+        notes.unchecked.append("the gradient: the loss has none")
+    elif right:
+        notes.checked.append(f"gradient against the softmax weights: off by {fit.gradient:.1g}")
+    elif fit.proportional <= fit.tolerance and fit.ratio > 0:
+        notes.find(
+            "iw_gradient",
+            "warning",
+            f"the gradient is {fit.ratio:.4g} times that of the bound",
+            "sum over the draws, average over the batch",
+            factor=fit.ratio,
+        )
+    else:
+        turned = fit.slope is not None and float((fit.slope < 0).double().mean()) > 0.3
+        notes.find(
+            "iw_gradient",
+            "bug",
+            f"the gradient is {fit.gradient:.2g} of its length from that of the bound"
+            + (", and partly of the other sign: some draws are made worse" if turned else ""),
+            "loss = -(torch.logsumexp(-n, k) - log K), over the axis of the draws; if weights are "
+            "computed apart, detach them",
+            distance=fit.gradient,
+        )
+    if fit.value <= fit.tolerance:
+        notes.checked.append(f"value against -log mean exp(-n): off by {fit.value:.1g}")
+        return
+    constant = ""
+    for what, size in (("log K", math.log(7)), ("-log K", -math.log(7))):
+        if math.isclose(fit.off_constant, size, abs_tol=1e-4):
+            constant = f"; it differs by the constant {what}"
+    notes.find(
+        "iw_value",
+        "warning" if right or (fit.proportional <= fit.tolerance and fit.ratio > 0) else "bug",
+        f"the value is {fit.given:.5g}, and the bound {fit.wanted:.5g}{constant}"
+        + ("; the gradient is the bound's: it trains, and must not be reported" if right else ""),
+        "report -(torch.logsumexp(-n, k) - log K)",
+        value=fit.given,
+        bound=fit.wanted,
+    )
+
+
+def _judge_range(notes: Notes, guest: Guest, loss: Callable[[Tensor], Any], fit: _Fit) -> None:
+    """Whether figures of the size that images have survive: exp(-1000) does not."""
+    if fit.value > fit.tolerance:
+        return
+    generator = torch.Generator().manual_seed(1)
+    n = (3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 1500.0).to(fit.dtype)
+    with suppress(AuditError):
+        value = guest.call("loss_from_neg_elbos", loss, n if fit.layout == "(B, K)" else n.T)
+        if not bool(torch.as_tensor(value).isfinite().all()):
+            notes.find(
+                "not_finite",
+                "warning",
+                "at 1500 nats, as images have them, the loss is not finite",
+                "torch.logsumexp in place of log(mean(exp()))",
+            )
+        else:
+            notes.checked.append("finite at 1500 nats")
+
+
+# --- terms of a Gaussian -----------------------------------------------------------------------
+
+
+def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> AuditReport:
+    r"""Whether a term is the log-density of a Gaussian, up to a factor and a constant.
+
+    .. math:: \log N(z; \mu, \sigma) = -\tfrac12 \log 2\pi - \log\sigma
+              - \frac{(z - \mu)^2}{2 \sigma^2}
+
+    The term is regressed on it over random arguments; for a second parameter of unknown meaning
+    the log std, the log variance, the std and the variance are tried.
+
+    Args:
+        term: ``term(z)``, of a fixed Gaussian, or ``term(z, mean, second)``, for tensors (B, D); a
+            number, or numbers that are summed.
+        sign: 1 if it is a log-density, -1 if it is a loss.
+
+    Returns:
+        The report; `read_as` is what the second parameter is taken for, and `details` the factor
+        and the constant.
+
+    Raises:
+        AuditError: If it takes neither one nor three tensors, or `sign` is another.
+
+    Example:
+        >>> def term(z, mean, log_var):
+        ...     return -0.5 * (log_var + (z - mean) ** 2 / log_var.exp()).sum()
+        >>> audit_log_prob_term(term, sign=1).read_as
+        'log_var'
+        >>> audit_log_prob_term(term, sign=-1).codes
+        ('prior_term_sign',)
+    """
+    if sign not in (1, -1):
+        raise AuditError(f"sign: expected 1, of a log-density, or -1, of a loss; got {sign!r}")
+    notes = Notes(term)
+    with Guest(term) as guest:
+        count, dtype = 0, torch.float64
+        for dtype in (torch.float64, torch.float32):
+            guest.use(dtype)
+            count = _arguments(guest, term, dtype, last=dtype == torch.float32)
+            if count:
+                break
+        fits = _term_fits(guest, term, count, dtype)
+    if not fits:
+        notes.find(
+            "not_finite",
+            "bug",
+            "the term is NaN or infinite for ordinary arguments",
+            "log sigma has to be finite wherever the network may go",
+        )
+        return notes.report()
+    best = min(fits, key=lambda fit: fit.residual)
+    exact = best.residual <= (EXACT if dtype == torch.float64 else 1e-3)
+    if best.reading == "one":
+        notes.assumed.append("term(z) speaks of one fixed Gaussian")
+    notes.details |= {"factor": sign * best.slope, "constant": best.intercept}
+    if not exact:
+        notes.find(
+            "prior_term_mismatch",
+            "bug",
+            f"no reading makes it a multiple of a Gaussian's log-density: {best.residual:.0%} of "
+            "its variation is left unexplained"
+            + ("" if best.reading == "one" else f" by the best, {best.reading}"),
+            "-0.5 log(2 pi) - log_std - 0.5 ((z - mean) / std)^2, with the parentheses there",
+            residual=best.residual,
+        )
+    else:
+        notes.checked.append(
+            f"a multiple of log N: factor {best.slope:.6g}, residual {best.residual:.1g}"
+        )
+    upward = best.towards * sign
+    if upward < 0:
+        notes.find(
+            "prior_term_sign",
+            "bug",
+            "as a " + ("log-density" if sign == 1 else "loss") + " it rewards distance from the "
+            "mean",
+            "turn its sign round",
+            slope=best.towards,
+        )
+    reading = None if best.reading == "one" or not exact else best.reading
+    return notes.report(read_as=reading)
+
+
+def _arguments(guest: Guest, term: Callable[..., Any], dtype: torch.dtype, *, last: bool) -> int:
+    """How many tensors a term takes; 0 if neither three nor one, and this is not the last try."""
+    trouble: AuditError | None = None
+    for count in (3, 1):
+        try:
+            guest.tensor("term", guest.call("term", term, *_given(1, 1, count, dtype, 0)))
+            return count
+        except AuditError as error:
+            if trouble is None or "argument" not in str(error.__cause__):
+                trouble = error
+    if trouble is not None and last:
+        raise trouble
+    return 0
+
+
+def _given(n: int, d: int, count: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    z, mean = 1.5 * torch.randn(2, n, d, generator=generator, dtype=torch.float64)
+    second = 0.3 + torch.rand(n, d, generator=generator, dtype=torch.float64)
+    return [t.to(dtype) for t in (z, mean, second)][:count]
+
+
+class _TermFit:
+    def __init__(self, reading: str, x: Tensor, y: Tensor, towards: float):
+        design = torch.stack([x, torch.ones_like(x)], 1)
+        solution = torch.linalg.lstsq(design, y[:, None]).solution[:, 0]
+        left = y - design @ solution
+        variation = (y - y.mean()).norm()
+        self.reading, self.towards = reading, towards
+        self.slope, self.intercept = float(solution[0]), float(solution[1])
+        self.residual = float(left.norm() / variation) if variation > 0 else math.inf
+
+
+def _term_fits(
+    guest: Guest, term: Callable[..., Any], count: int, dtype: torch.dtype
+) -> list[_TermFit]:
+    """A fit for each reading, over rows of one and of four dimensions."""
+    rows, values = [], []
+    for seed in range(48):
+        d = 1 if seed < 32 else 4
+        given = _given(1, d, count, dtype, 100 + seed)
+        value = guest.tensor("term", guest.call("term", term, *(t.clone() for t in given)))
+        if value.numel() > d:
+            raise AuditError(
+                f"term: given (1, {d}), expected a number or {d} of them; got {tuple(value.shape)}"
+            )
+        rows.append([t.double() for t in given])
+        values.append(value.sum())
+    y = torch.stack(values)
+    if not y.isfinite().all():
+        return []
+    towards = _towards(guest, term, count, dtype)
+    if count == 1:
+        return [_one_fit(rows, y, towards)]
+    fits = []
+    for reading in ("log_std", "log_var", "std", "variance"):
+        x = torch.stack([_log_normal(z, m, _log_std(s, reading)).sum() for z, m, s in rows])
+        fits.append(_TermFit(reading, x[:32], y[:32], towards))
+        whole = _averaged(x, y, fits[-1])
+        fits[-1].residual = max(fits[-1].residual, whole)
+    return fits
+
+
+def _averaged(x: Tensor, y: Tensor, fit: _TermFit) -> float:
+    """How well several dimensions follow: as a sum, or as a mean, of the terms of each."""
+    more = _TermFit(fit.reading, x[32:], y[32:], fit.towards)
+    factor = more.slope / fit.slope if fit.slope else math.nan
+    fits = any(math.isclose(factor, f, rel_tol=1e-3) for f in (1.0, 0.25))
+    return more.residual if fits else max(more.residual, 1.0 if more.residual < 1e-3 else 0.0)
+
+
+def _one_fit(rows: list[list[Tensor]], y: Tensor, towards: float) -> _TermFit:
+    """Against z²: every Gaussian around zero is a multiple of it, and a constant."""
+    z = torch.stack([row[0].square().sum() for row in rows])
+    fit = _TermFit("one", -0.5 * z[:32], y[:32], towards)
+    if fit.residual > EXACT:  # perhaps around another mean
+        first = torch.stack([row[0].sum() for row in rows])[:32]
+        design = torch.stack([z[:32], first, torch.ones(32, dtype=torch.float64)], 1)
+        solution = torch.linalg.lstsq(design, y[:32, None]).solution[:, 0]
+        left = float((y[:32] - design @ solution).norm() / (y[:32] - y[:32].mean()).norm())
+        if left < EXACT:
+            fit.residual, fit.slope = left, float(-2 * solution[0])
+            fit.towards = math.copysign(1.0, -float(solution[0]))
+            return fit
+    fit.residual = max(fit.residual, _averaged(-0.5 * z, y, fit))
+    return fit
+
+
+def _log_std(second: Tensor, reading: str) -> Tensor:
+    return {
+        "log_std": second,
+        "log_var": 0.5 * second,
+        "std": second.abs().log(),
+        "variance": 0.5 * second.abs().log(),
+    }[reading]
+
+
+def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    return -0.5 * math.log(2 * math.pi) - log_std - 0.5 * ((z - mean) * (-log_std).exp()).square()
+
+
+def _towards(guest: Guest, term: Callable[..., Any], count: int, dtype: torch.dtype) -> float:
+    """1 if the term falls with the distance from the mean, -1 if it rises."""
+    change = 0.0
+    for seed in range(8):
+        given = _given(1, 1, count, dtype, 500 + seed)
+        mean = given[1] if count == 3 else torch.zeros_like(given[0])
+        ends = []
+        for distance in (0.2, 3.0):
+            moved = [mean + distance, *given[1:]]
+            other = [mean - distance, *given[1:]]
+            ends.append(
+                sum(
+                    float(guest.tensor("term", guest.call("term", term, *g)).sum())
+                    for g in (moved, other)
+                )
+            )
+        change += ends[0] - ends[1]
+    return math.copysign(1.0, change)

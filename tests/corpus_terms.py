@@ -1,0 +1,358 @@
+"""Densities, figures and terms, right and wrong, each with what an audit must say of it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import distributions as D
+from torch import nn
+
+from musigma.audit import (
+    audit_bits,
+    audit_density,
+    audit_importance_bound,
+    audit_log_prob_term,
+)
+
+
+@dataclass
+class Case:
+    """How the audit is called, and the expected answer."""
+
+    call: Callable
+    verdict: str
+    codes: tuple
+    expected: dict
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(audit, name, make, verdict="correct", codes=(), expected=None, **arguments):
+    def call():
+        return audit(make(), **arguments)
+
+    CASES[name] = Case(call, verdict, codes, expected or {})
+
+
+# --- densities ----------------------------------------------------------------------------------
+
+
+def density(name, make, dim, wrong=False):
+    codes = ("not_normalised",) if wrong else ()
+    verdict = "bug" if wrong else "correct"
+    case(audit_density, f"density_{name}", make, verdict, codes, dim=dim)
+
+
+def normal(d, mean=0.0, std=1.0):
+    return D.Independent(D.Normal(mean * torch.ones(d), std * torch.ones(d)), 1)
+
+
+def mixture(d, spread=6.0, k=4):
+    means = spread * torch.randn(k, d)
+    return D.MixtureSameFamily(
+        D.Categorical(torch.rand(k)), D.Independent(D.Normal(means, 0.3 + torch.rand(k, d)), 1)
+    )
+
+
+density("normal", lambda: D.Normal(0.0, 1.0), 1)
+density("normal_far_and_narrow", lambda: D.Normal(1000 * torch.randn(()), 1e-3), 1)
+density("normal_function", lambda: lambda x: -0.5 * x[:, 0] ** 2 - 0.5 * math.log(2 * math.pi), 1)
+density("normal_of_numpy", lambda: _numpy_normal, 1)
+density("cauchy", lambda: D.Cauchy(torch.randn(()), 3.0), 1)
+density("student", lambda: D.StudentT(1.5, 0.0, 0.2), 1)
+density("uniform_box", lambda: D.Uniform(0.2, 0.7 + torch.rand(())), 1)
+density("exponential", lambda: D.Exponential(3.0), 1)
+density("beta", lambda: D.Beta(2.0, 3.0), 1)
+density("mixture", lambda: mixture(1), 1)
+density("normal_2d", lambda: normal(2, 3.0, 0.01), 2)
+density(
+    "correlated_2d",
+    lambda: D.MultivariateNormal(torch.randn(2), torch.tensor([[1.0, 0.99], [0.99, 1.0]])),
+    2,
+)
+density("box_2d", lambda: D.Independent(D.Uniform(torch.zeros(2), torch.ones(2)), 1), 2)
+density("mixture_2d", lambda: mixture(2), 2)
+density("flow_2d", lambda: _flow(2), 2)
+density("normal_5d", lambda: normal(5, 2.0, 0.5), 5)
+density("mixture_4d", lambda: mixture(4, 3.0, 3), 4)
+density("correlated_6d", lambda: _correlated(6), 6)
+density("flow_8d", lambda: _flow(8), 8)
+density("no_constant", lambda: lambda x: -0.5 * x[:, 0] ** 2, 1, wrong=True)
+density(
+    "wrong_power_of_std",
+    lambda: lambda x: D.Normal(0.0, 2.0).log_prob(x[:, 0]) - math.log(2),
+    1,
+    wrong=True,
+)
+density("truncated_without_mass", lambda: _truncated, 1, wrong=True)
+density("flow_with_wrong_sign", lambda: _flow(2, -1.0), 2, wrong=True)
+density(
+    "mixture_without_weights",
+    lambda: (
+        lambda x: torch.logsumexp(
+            torch.stack([normal(2, m).log_prob(x.float()) for m in (0.0, 4.0)]), 0
+        )
+    ),
+    2,
+    wrong=True,
+)
+density("no_constant_5d", lambda: lambda x: -0.5 * x.square().sum(1), 5, wrong=True)
+density(
+    "constant_once_6d",
+    lambda: lambda x: -0.5 * x.square().sum(1) - 0.5 * math.log(2 * math.pi),
+    6,
+    wrong=True,
+)
+
+
+def _numpy_normal(x):
+    x = x.numpy()
+    return torch.from_numpy(-0.5 * np.log(2 * np.pi) - 0.5 * x[:, 0] ** 2)
+
+
+def _truncated(x):
+    return torch.where(x[:, 0] > 0, D.Normal(0.0, 1.0).log_prob(x[:, 0]), -math.inf)
+
+
+def _correlated(d):
+    root = torch.randn(d, d)
+    return D.MultivariateNormal(torch.randn(d), root @ root.T / d + 0.2 * torch.eye(d))
+
+
+def _flow(d, sign=1.0):
+    net = nn.Sequential(nn.Linear(d // 2, 16), nn.Tanh(), nn.Linear(16, d))
+
+    def log_prob(x):
+        a, b = x.chunk(2, 1)
+        t, s = net(a).chunk(2, 1)
+        s = s.tanh()
+        z = torch.cat([a, (b + t) * s.exp()], 1)
+        return D.Normal(0.0, 1.0).log_prob(z).sum(1) + sign * s.sum(1)
+
+    return log_prob
+
+
+# --- bits ---------------------------------------------------------------------------------------
+
+
+def bits(name, function, levels=256, shape=(3, 8, 8), verdict="correct", codes=()):
+    case(audit_bits, f"bits_{name}", lambda: function, verdict, codes, levels=levels, shape=shape)
+
+
+def _elements(x):
+    return x[0].numel()
+
+
+def _nats_of_unit_cube(x):  # the uniform density of y = (x + u) / 256 is one
+    y = (x + torch.rand_like(x)) / 256
+    return torch.where((y >= 0) & (y < 1), 0.0, math.inf).flatten(1).sum(1)
+
+
+def _bits_each(x):
+    return (_nats_of_unit_cube(x) + _elements(x) * math.log(256)) / (_elements(x) * math.log(2))
+
+
+def _categorical(x):
+    log_p = torch.full((256,), -math.log(256))
+    return -log_p[x].flatten(1).sum(1) / (_elements(x) * math.log(2))
+
+
+class Histogram(nn.Module):
+    """Levels with other probabilities than even ones: more bits, and rightly."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.linspace(-1, 1, 256))
+
+    def forward(self, x):
+        nats = -F.log_softmax(self.logits, 0)[x.long()].flatten(1).sum(1)
+        return nats / (_elements(x) * math.log(2))
+
+
+class Broken(Histogram):
+    """The log-probabilities are not normalised."""
+
+    def forward(self, x):
+        nats = -(self.logits + 1.5)[x.long()].flatten(1).sum(1)
+        return nats / (_elements(x) * math.log(2))
+
+
+bits("each", _bits_each)
+bits("mean", lambda x: _bits_each(x).mean())
+bits("number", lambda x: float(_bits_each(x).mean()))
+bits("grey", _bits_each, shape=(1, 6, 6))
+bits("five_bits", lambda x: torch.full((len(x),), math.log2(32)), levels=32)
+bits("integers", _categorical)
+bits("other_model", Histogram())
+case(
+    audit_bits,
+    "bits_half_range",
+    lambda: lambda x: 8.0 + 0 * _bits_each(x),
+    levels=256,
+    shape=(3, 4, 4),
+)
+bits(
+    "no_scaling",
+    lambda x: _nats_of_unit_cube(x) / (_elements(x) * math.log(2)),
+    verdict="bug",
+    codes=("bpd_below_entropy",),
+)
+bits("nats", lambda x: _bits_each(x) * math.log(2), verdict="bug", codes=("bpd_below_entropy",))
+bits(
+    "255",
+    lambda x: _bits_each(x) - math.log2(256 / 255),
+    levels=256,
+    verdict="bug",
+    codes=("bpd_below_entropy",),
+)
+bits("per_pixel", lambda x: _bits_each(x) * 3, verdict="bug", codes=("bpd_wrong",))
+bits("scaling_once_more", lambda x: _bits_each(x) + 8, verdict="bug", codes=("bpd_wrong",))
+bits("summed", lambda x: _bits_each(x).sum(), verdict="bug", codes=("bpd_batch",))
+bits(
+    "fixed_batch",
+    lambda x: _bits_each(x).sum() / 1.0 / max(1, len(x) // 2),
+    verdict="bug",
+    codes=("bpd_batch",),
+)
+bits("not_a_model", Broken(), verdict="bug", codes=("bpd_below_entropy",))
+bits(
+    "infinite",
+    lambda x: torch.where(x[:, 0, 0, 0] > 40, math.inf, 8.0),
+    verdict="bug",
+    codes=("not_finite",),
+)
+
+
+# --- importance-weighted bounds -----------------------------------------------------------------
+
+
+def bound(name, function, verdict="correct", codes=(), **expected):
+    case(audit_importance_bound, f"bound_{name}", lambda: function, verdict, codes, expected)
+
+
+def _right(n, k=1):
+    return -(torch.logsumexp(-n, k) - math.log(n.shape[k]))
+
+
+bound("mean", lambda n: _right(n).mean(), layout="(B, K)")
+bound("sum", lambda n: _right(n).sum(), layout="(B, K)")
+bound("each", lambda n: _right(n), layout="(B, K)")
+bound("draws_first", lambda n: _right(n, 0).mean(), layout="(K, B)")
+bound(
+    "log_mean_exp_by_hand",
+    lambda n: -((-n).amax(1) + (-n - (-n).amax(1, keepdim=True)).exp().mean(1).log()).mean(),
+)
+bound("naive", lambda n: -torch.log(torch.exp(-n).mean(1)).mean(), "warning", ("not_finite",))
+bound("without_log_k", lambda n: -torch.logsumexp(-n, 1).mean(), "warning", ("iw_value",))
+bound(
+    "detached_weights",
+    lambda n: (F.softmax(-n, 1).detach() * n).sum(1).mean(),
+    "warning",
+    ("iw_value",),
+)
+bound(
+    "attached_weights",
+    lambda n: (F.softmax(-n, 1) * n).sum(1).mean(),
+    "bug",
+    ("iw_gradient", "iw_value"),
+)
+bound(
+    "worst_draws",
+    lambda n: (F.softmax(n, 1).detach() * n).sum(1).mean(),
+    "bug",
+    ("iw_gradient", "iw_value"),
+)
+bound("mean_of_draws", lambda n: n.mean(), "bug", ("iw_gradient", "iw_value"))
+bound(
+    "detached_inside", lambda n: _right(n).detach().mean() + 0 * n.sum(), "bug", ("iw_gradient",)
+)
+bound(
+    "averaged_over_draws",
+    lambda n: (F.softmax(-n, 1).detach() * n).mean(),
+    "warning",
+    ("iw_gradient", "iw_value"),
+)
+
+
+# --- terms --------------------------------------------------------------------------------------
+
+
+def term(name, function, sign=1, verdict="correct", codes=(), **expected):
+    case(
+        audit_log_prob_term, f"term_{name}", lambda: function, verdict, codes, expected, sign=sign
+    )
+
+
+HALF = 0.5 * math.log(2 * math.pi)
+term("torch", lambda z: D.Normal(0.0, 1.0).log_prob(z))
+term("sum", lambda z: (-0.5 * z**2 - HALF).sum(1))
+term("mean", lambda z: (-0.5 * z**2).mean())
+term("squared_loss", lambda z: (z**2).sum(), -1)
+term("wide_prior", lambda z: D.Normal(1.0, 3.0).log_prob(z))
+term(
+    "glow_log_std",
+    lambda z, m, s: (-HALF - s - 0.5 * (z - m) ** 2 / torch.exp(2 * s)).sum(),
+    read_as="log_std",
+)
+term("log_var", lambda z, m, v: -0.5 * (v + (z - m) ** 2 / v.exp()).sum(1), read_as="log_var")
+term("std", lambda z, m, s: D.Normal(m, s).log_prob(z).sum(1), read_as="std")
+term("variance", lambda z, m, v: D.Normal(m, v.sqrt()).log_prob(z).mean(), read_as="variance")
+term("loss", lambda z, m, s: -D.Normal(m, s.exp()).log_prob(z).sum(), -1, read_as="log_std")
+term(
+    "loss_as_density",
+    lambda z, m, s: -D.Normal(m, s.exp()).log_prob(z).sum(),
+    1,
+    "bug",
+    ("prior_term_sign",),
+)
+term("square_as_density", lambda z: 0.5 * (z**2).sum(), 1, "bug", ("prior_term_sign",))
+term(
+    "parenthesis",
+    lambda z, m, v: -0.5 * ((v + (z - m) ** 2) / v.exp()).sum(1),
+    1,
+    "bug",
+    ("prior_term_mismatch",),
+)
+term(
+    "no_log_scale",
+    lambda z, m, s: -0.5 * ((z - m) / s.exp()).square().sum(),
+    1,
+    "bug",
+    ("prior_term_mismatch",),
+)
+term(
+    "quadratic_sign",
+    lambda z, m, s: (-HALF - s + 0.5 * ((z - m) / s.exp()) ** 2).sum(),
+    1,
+    "bug",
+    ("prior_term_mismatch", "prior_term_sign"),
+)
+term("laplace", lambda z: -z.abs().sum(), 1, "bug", ("prior_term_mismatch",))
+term(
+    "absolute_loss",
+    lambda z, m, s: ((z - m).abs() / s.exp() + s).sum(),
+    -1,
+    "bug",
+    ("prior_term_mismatch",),
+)
+
+
+# --- reports in public that were wrong: all of these are right ----------------------------------
+
+# wiseodd's VAE repository, issue 43: a loss below zero is none of a mistake's signs
+term("wiseodd_density_above_one", lambda z: D.Normal(0.0, 0.1).log_prob(z).sum(1))
+# tensorflow/probability, issue 189: the bound of several draws is no mean of their bounds
+bound(
+    "tfp_189_csiszar",
+    lambda n: -(torch.logsumexp(-n, 0) - math.log(len(n))).mean(),
+    layout="(K, B)",
+)
+
+
+def made(name: str, seed: int):
+    torch.manual_seed(2000 + seed)
+    return CASES[name].call()

@@ -1,0 +1,914 @@
+"""Small VAEs, right and wrong, with the verdict that each must get.
+
+An entry is a function that returns the arguments of `audit_vae`; `ENTRIES` maps its name to the
+verdict, convention, reading of the KL and codes that the audit must report: these and no others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Independent, Laplace, MultivariateNormal, Normal, kl_divergence
+
+D = 6
+
+
+@dataclass(frozen=True)
+class Entry:
+    build: Callable[[], dict[str, Any]]
+    verdict: str
+    convention: str | None
+    read_as: str | None
+    codes: tuple[str, ...]
+    text: str | None  # part of the convention's text
+    layout: str | None
+
+
+ENTRIES: dict[str, Entry] = {}
+AGGREGATES: dict[str, tuple[Callable[[], tuple], str]] = {}
+
+
+def entry(convention, read_as=None, *codes, verdict=None, text=None, layout=None):
+    """Register a builder: "correct" if no codes are given, else "bug" unless said otherwise."""
+    verdict = verdict or ("bug" if codes else "correct")
+
+    def register(build):
+        ENTRIES[build.__name__] = Entry(
+            build, verdict, convention, read_as, codes, text, layout
+        )  # fmt: skip
+        return build
+
+    return register
+
+
+# --- building blocks -----------------------------------------------------------------------------
+
+
+def sampler(sigma):
+    return lambda mean, b: mean + sigma(b) * torch.randn_like(mean)
+
+
+def kl_of(sigma, prior=(0.0, 1.0)):
+    def kl(mean, b):
+        s, (m0, s0) = sigma(b), prior
+        return (0.5 * ((s**2 + (mean - m0) ** 2) / s0**2 - 1) - (s / s0).log()).sum()
+
+    return kl
+
+
+def pair(sigma, prior=(0.0, 1.0)):
+    """A sampler and the KL of what it samples."""
+    return {"sample": sampler(sigma), "kl": kl_of(sigma, prior), "prior": prior}
+
+
+def half(b):
+    return (0.5 * b).exp()
+
+
+def kl_log_var(mean, log_var):
+    return -0.5 * (1 + log_var - mean**2 - log_var.exp()).sum()
+
+
+def by_example(mean, log_var):
+    return -0.5 * (1 + log_var - mean**2 - log_var.exp()).sum(1)
+
+
+class Net(nn.Module):
+    """An MLP with two heads; both of them zero at first, as many begin."""
+
+    def __init__(self, d=D, zero=False):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.Tanh())
+        self.mu, self.sigma = nn.Linear(16, d), nn.Linear(16, d)
+        self.out = nn.Sequential(nn.Linear(d, 16), nn.ReLU(), nn.Linear(16, 8), nn.Sigmoid())
+        if zero:
+            for p in self.sigma.parameters():
+                nn.init.zeros_(p)
+
+    def encode(self, x):
+        h = self.body(x)
+        return self.mu(h), self.sigma(h)
+
+    def sample(self, mean, log_var):
+        return mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+
+    def decode(self, z):
+        return self.out(z)
+
+    def kl(self, mean, log_var):
+        return kl_log_var(mean, log_var)
+
+    def recon(self, x, x_hat):
+        return F.binary_cross_entropy(x_hat, x, reduction="sum")
+
+
+def parts(net, *names, **more):
+    names = names or ("encode", "sample", "kl", "decode")
+    return {n: getattr(net, n) for n in names} | {"example": torch.rand(5, 8)} | more
+
+
+# --- right: conventions --------------------------------------------------------------------------
+
+
+@entry("log_var", "log_var")
+def log_var():
+    return pair(half)
+
+
+@entry("log_std", "log_std")
+def log_std():
+    return pair(torch.exp)
+
+
+@entry("std", "std")
+def std_normal_distribution():
+    # Normal refuses a negative scale, and so says what it is
+    return {
+        "sample": lambda m, s: Normal(m, s).rsample(),
+        "kl": lambda m, s: kl_divergence(Normal(m, s), Normal(0.0, 1.0)).sum(1),
+    }
+
+
+@entry("signed std", "signed std")
+def signed_std():
+    return {
+        "sample": lambda m, s: m + s * torch.randn_like(m),
+        "kl": lambda m, s: 0.5 * (m**2 + s**2 - (s**2).log() - 1).sum(1).mean(),
+    }
+
+
+@entry("signed std", "signed std")
+def absolute_std():
+    return pair(torch.abs)
+
+
+@entry("std", "std")
+def std_with_a_logarithm():
+    # the sampler takes either sign, the KL has log(sigma)
+    return {
+        "sample": lambda m, s: m + s * torch.randn_like(m),
+        "kl": lambda m, s: 0.5 * (m**2 + s**2 - 1).sum() - s.log().sum(),
+    }
+
+
+@entry("variance", "variance")
+def variance():
+    return pair(torch.sqrt)
+
+
+@entry("softplus", "softplus")
+def softplus():
+    return pair(F.softplus)
+
+
+@entry("softplus", "softplus", text="floor 0.0001 on the std")
+def softplus_with_a_floor():
+    return pair(lambda b: F.softplus(b) + 1e-4)
+
+
+@entry("softplus", "softplus", text="offset 0.54")
+def softplus_one_at_zero():
+    return pair(lambda b: F.softplus(b + math.log(math.e - 1)))
+
+
+@entry("softplus of variance", "softplus of variance")
+def softplus_variance():
+    return pair(lambda b: F.softplus(b).sqrt())
+
+
+@entry("log_var", "log_var", text="clamped to [-30, 20]")
+def clamped_log_var():
+    def sample(mean, b):
+        return mean + (0.5 * b.clamp(-30.0, 20.0)).exp() * torch.randn(mean.shape)
+
+    def kl(mean, b):
+        b = b.clamp(-30.0, 20.0)
+        return 0.5 * (mean**2 + b.exp() - 1 - b).sum([1, 2, 3])
+
+    return {"sample": sample, "kl": kl, "example": torch.rand(2, 4, 3, 3)}
+
+
+@entry("log_std", "log_std", text="clamped to [-20, 20]")
+def clamped_in_the_sampler_only():
+    # at 20 nobody ever notices
+    return {"sample": sampler(lambda b: b.clamp(-20, 20).exp()), "kl": kl_of(torch.exp)}
+
+
+@entry("log_std", "log_std", text="clamped to [-5, 2]")
+def clamped_log_std():
+    return pair(lambda b: b.clamp(-5, 2).exp())
+
+
+@entry("unit variance", "unit variance")
+def deterministic_encoder_of_unit_variance():
+    net = Net()
+    return {
+        "encode": lambda x: (net.encode(x)[0],) * 2,
+        "sample": lambda m, b: m + torch.randn_like(m),
+        "kl": lambda m, b: 0.5 * (m**2).sum(),
+        "example": torch.rand(5, 8),
+    }
+
+
+@entry("sigmoid", "sigmoid", text="std within [0.1, 2]")
+def sigmoid_bounded():
+    return pair(lambda b: 0.1 + 1.9 * b.sigmoid())
+
+
+@entry("log_std", "log_std", text="std within [0.04979, 20.09]")
+def tanh_bounded():
+    return pair(lambda b: (3 * b.tanh()).exp())
+
+
+@entry("elu+1", "elu+1")
+def elu_plus_one():
+    return pair(lambda b: F.elu(b) + 1 + 1e-7)
+
+
+@entry("unit variance", "unit variance")
+def unit_variance():
+    return {
+        "sample": lambda m, b: m + torch.randn_like(m),
+        "kl": lambda m, b: 0.5 * (m**2).sum(1),
+    }
+
+
+@entry("square", "square")
+def squared():
+    return pair(lambda b: b**2 + 1e-6)
+
+
+@entry("relu", "relu", text="floor 0.01")
+def relu_and_a_floor():
+    return pair(lambda b: b.relu() + 1e-2)
+
+
+@entry("log_var", "log_var", text="floor 0.0001 on the variance")
+def exponential_variance_with_a_floor():
+    # single-cell models: variance = exp(b) + 1e-4
+    return pair(lambda b: (b.exp() + 1e-4).sqrt())
+
+
+@entry("log_precision", "log_precision")
+def log_precision():
+    return pair(lambda b: (-0.5 * b).exp())
+
+
+@entry("log_std", "log_std", text="noise scaled by 0.5")
+def scaled_noise_that_the_kl_knows():
+    return pair(lambda b: 0.5 * b.exp())
+
+
+class Cholesky(Net):
+    def __init__(self, d=3):
+        super().__init__(d)
+        self.sigma = nn.Linear(16, d * d)
+        self.d = d
+
+    def encode(self, x):
+        h = self.body(x)
+        return self.mu(h), self.sigma(h).view(-1, self.d, self.d)
+
+    def factor(self, b):
+        return b.tril(-1) + torch.diag_embed(b.diagonal(dim1=1, dim2=2).exp())
+
+    def sample(self, mean, b):
+        return MultivariateNormal(mean, scale_tril=self.factor(b)).rsample()
+
+    def kl(self, mean, b):
+        prior = MultivariateNormal(torch.zeros(self.d), torch.eye(self.d))
+        return kl_divergence(MultivariateNormal(mean, scale_tril=self.factor(b)), prior)
+
+
+@entry("full covariance", "full covariance")
+def full_covariance():
+    return parts(Cholesky(), "encode", "sample", "kl")
+
+
+class Triangle(Net):
+    """The second output holds the lower triangle, row by row."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.sigma = nn.Linear(16, 10)
+
+    def factor(self, b):
+        rows, columns = torch.tril_indices(4, 4)
+        factor = torch.zeros(len(b), 4, 4)
+        factor[:, rows, columns] = b
+        return factor.tril(-1) + torch.diag_embed(F.softplus(factor.diagonal(dim1=1, dim2=2)))
+
+    def sample(self, mean, b):
+        return mean + (self.factor(b) @ torch.randn(*mean.shape, 1)).squeeze(-1)
+
+    def kl(self, mean, b, z):
+        q = MultivariateNormal(mean, scale_tril=self.factor(b))
+        return q.log_prob(z) - Normal(0.0, 1.0).log_prob(z).sum(1)
+
+    def diagonal_kl(self, mean, b):
+        sigma = self.factor(b).diagonal(dim1=1, dim2=2)
+        return kl_divergence(Normal(mean, sigma), Normal(0.0, 1.0)).sum(1)
+
+
+@entry("full covariance", "full covariance")
+def triangle():
+    return parts(Triangle(), "encode", "sample", "kl", kl_uses_sample=True)
+
+
+@entry("log_std", "log_std")
+def factors_by_latent():
+    return pair(lambda b: torch.linspace(0.5, 2, D) * b.exp())
+
+
+# --- right: shapes, types and ways to draw -------------------------------------------------------
+
+
+@entry("log_var", "log_var", layout="halves, mean first")
+def packed_halves():
+    class Packed(Net):
+        def encode(self, x):
+            return torch.cat(super().encode(x), 1)
+
+        def sample(self, h):
+            mean, log_var = h.chunk(2, 1)
+            return super().sample(mean, log_var)
+
+        def kl(self, h):
+            return by_example(*h.chunk(2, 1))
+
+    return parts(Packed(), "encode", "sample", "kl")
+
+
+@entry("log_std", "log_std", layout="interleaved, scale first")
+def packed_interleaved_scale_first():
+    class Packed(Net):
+        def encode(self, x):
+            return torch.stack(super().encode(x)[::-1], 2).flatten(1)
+
+        def sample(self, h):
+            return h[:, 1::2] + h[:, 0::2].exp() * torch.randn_like(h[:, 0::2])
+
+        def kl(self, h):
+            return by_example(h[:, 1::2], 2 * h[:, 0::2])
+
+    return parts(Packed(), "encode", "sample", "kl")
+
+
+@entry("log_var", "log_var")
+def whole_vae():
+    # sums over everything, zero-initialised scale head, the loss of the textbook
+    net = Net(zero=True)
+
+    def loss(x):
+        mean, log_var = net.encode(x)
+        x_hat = net.decode(net.sample(mean, log_var))
+        return net.recon(x, x_hat) + net.kl(mean, log_var)
+
+    return parts(net, recon=net.recon, loss=loss, generate=lambda n: torch.randn(n, D))
+
+
+@entry("log_var", "log_var")
+def samples_in_training_only():
+    class Old(Net):
+        def sample(self, mean, log_var):
+            if not self.training:
+                return mean
+            std = log_var.mul(0.5).exp_()
+            return torch.empty_like(std).normal_().mul(std).add_(mean)
+
+    return parts(Old().eval())
+
+
+@entry("log_var", "log_var")
+def float32_by_hand():
+    def sample(mean, log_var):
+        return mean.float() + (0.5 * log_var.float()).exp() * torch.randn(
+            mean.shape, dtype=torch.float32
+        )
+
+    return {"sample": sample, "kl": lambda m, b: kl_log_var(m.float(), b.float())}
+
+
+@entry("log_var", "log_var")
+def float32_only():
+    weight = torch.randn(8, 2 * D, dtype=torch.float32)
+
+    def encode(x):
+        return (x @ weight).chunk(2, 1)
+
+    return {"encode": encode, "sample": sampler(half), "kl": kl_log_var,
+            "example": torch.rand(5, 8)}  # fmt: skip
+
+
+@entry("log_std", "log_std")
+def numpy_noise():
+    def sample(mean, log_std):
+        eps = torch.from_numpy(np.random.normal(size=tuple(mean.shape))).to(mean)
+        return mean + eps * log_std.exp()
+
+    return {"sample": sample, "kl": lambda m, b: by_example(m, 2 * b)}
+
+
+@entry("log_std", "log_std")
+def generator_of_its_own():
+    # no seed of torch reaches it
+    generator = torch.Generator().manual_seed(int(torch.randint(10**6, ())))
+
+    def sample(mean, b):
+        return mean + b.exp() * torch.randn(mean.shape, generator=generator)
+
+    return {"sample": sample, "kl": lambda m, b: by_example(m, 2 * b)}
+
+
+@entry("log_var", "log_var")
+def fixed_batch():
+    net = Net()
+    eps_shape = (5, D)
+
+    def sample(mean, log_var):
+        return mean + (0.5 * log_var).exp() * torch.randn(eps_shape)
+
+    return parts(net, "encode", "kl", sample=sample)
+
+
+@entry("log_var", "log_var")
+def per_dimension():
+    return {"sample": sampler(half), "kl": lambda m, b: 0.5 * (m**2 + b.exp() - 1 - b)}
+
+
+@entry("log_var", "log_var")
+def antithetic_free_normal_call():
+    return {
+        "sample": lambda m, b: torch.normal(m, half(b)),
+        "kl": lambda m, b: by_example(m, b).mean(),
+    }
+
+
+@entry("log_std", "log_std")
+def kl_of_one_draw():
+    def kl(mean, b, z):
+        q, p = Independent(Normal(mean, b.exp()), 1), Normal(0.0, 1.0)
+        return q.log_prob(z) - p.log_prob(z).sum(1)
+
+    return {"sample": sampler(torch.exp), "kl": kl, "kl_uses_sample": True}
+
+
+@entry("log_var", "log_var")
+def kl_that_draws_itself():
+    def kl(mean, log_var):
+        q, p = Normal(mean, half(log_var)), Normal(0.0, 1.0)
+        z = q.rsample()
+        return (q.log_prob(z) - p.log_prob(z)).sum(1)
+
+    return {"sample": sampler(half), "kl": kl}
+
+
+@entry("log_var", "log_var")
+def learned_prior():
+    mean, std = torch.linspace(-1, 1, D), torch.linspace(0.5, 2, D)
+    return {**pair(half, (mean, std)), "generate": lambda n: mean + std * torch.randn(n, D)}
+
+
+@entry("log_std", "log_std")
+def natural_parameters():
+    # the documents say that E[z] is the first output times the variance
+    def sample(eta, b):
+        return eta * (2 * b).exp() + b.exp() * torch.randn_like(eta)
+
+    return {
+        "sample": sample,
+        "kl": lambda eta, b: by_example(eta * (2 * b).exp(), 2 * b),
+        "documented_mean": lambda eta, b: eta * (2 * b).exp(),
+    }
+
+
+@entry("log_var", "log_var")
+def means_over_pixels_and_latents_of_fixed_size():
+    # an old example: both terms divided by batch and pixels
+    net = Net()
+    return parts(
+        net, "encode", "sample", "decode",
+        kl=lambda m, b: kl_log_var(m, b) / (len(m) * 8),
+        recon=lambda x, y: F.binary_cross_entropy(y, x),
+    )  # fmt: skip
+
+
+@entry("log_var", "log_var")
+def optimal_sigma_reconstruction():
+    # the sum of log(mean squared error): no sum of elements, and right
+    net = Net()
+    return parts(
+        net, recon=lambda x, y: 0.5 * x[0].numel() * ((x - y) ** 2).mean().log() * len(x),
+    )  # fmt: skip
+
+
+@entry("log_var", "log_var")
+def other_tensor_named_sigma():
+    # a public report calls it a bug: fc_var holds log variances, and everything agrees
+    net = Net()
+    return parts(net, "encode", "sample", "decode", kl=lambda mu, var: torch.mean(
+        -0.5 * torch.sum(1 + var - mu**2 - var.exp(), dim=1), dim=0))  # fmt: skip
+
+
+@entry("log_var", "log_var")
+def plus_signs_throughout():
+    # another: 0.5 sum(exp(log_var) + mu^2 - 1 - log_var) has the right signs
+    return {
+        "sample": lambda mu, v: mu + (v / 2).exp() * torch.randn(mu.shape),
+        "kl": lambda mu, v: (0.5 * torch.sum(v.exp() + mu**2 - 1.0 - v, 1)).mean(),
+        "generate": lambda n: torch.randn(n, D),
+    }
+
+
+# --- deserving a look ----------------------------------------------------------------------------
+
+
+@entry("log_var", "log_var", "kl_offset", verdict="warning")
+def constant_dropped():
+    return {"sample": sampler(half), "kl": lambda m, b: 0.5 * (m**2 + b.exp() - b).sum()}
+
+
+@entry("log_var", "log_var", "kl_scale", verdict="warning")
+def weight_of_a_beta_vae():
+    return {"sample": sampler(half), "kl": lambda m, b: 4 * kl_log_var(m, b)}
+
+
+@entry("log_var", "log_var", "kl_scale", verdict="warning")
+def mean_over_latents():
+    return {"sample": sampler(half), "kl": lambda m, b: kl_log_var(m, b) / m.numel()}
+
+
+@entry("log_var", "log_var", "kl_scale", verdict="warning")
+def half_forgotten():
+    return {"sample": sampler(half), "kl": lambda m, b: 2 * kl_log_var(m, b)}
+
+
+@entry("log_var", "log_var", "kl_offset", "kl_negative", verdict="warning")
+def constant_too_large():
+    return {"sample": sampler(half), "kl": lambda m, b: 0.5 * (m**2 + b.exp() - b - 2).sum()}
+
+
+@entry("log_std", None, "sample_scale", verdict="warning")
+def small_noise():
+    return {"sample": sampler(lambda b: 0.1 * b.exp())}
+
+
+@entry("log_var", "log_var", "kl_mismatch", verdict="warning")
+def clamped_narrowly_in_the_sampler_only():
+    return {"sample": sampler(lambda b: half(b.clamp(-4, 2))), "kl": kl_log_var}
+
+
+@entry("log_var", "log_var", "kl_mismatch", verdict="warning")
+def free_bits():
+    return {
+        "sample": sampler(half),
+        "kl": lambda m, b: (0.5 * (m**2 + b.exp() - 1 - b)).clamp(min=0.25).sum(1),
+    }
+
+
+@entry("log_var", "log_var", "kl_mismatch", verdict="warning", text="floor 0.001")
+def floor_in_the_sampler_only():
+    return {"sample": sampler(lambda b: (b.exp() + 1e-3).sqrt()), "kl": kl_log_var}
+
+
+@entry("log_std", "log_std", "noise_not_gaussian", verdict="warning")
+def laplace_posterior_with_its_own_kl():
+    def kl(mean, b, z):
+        q, p = Laplace(mean, b.exp()), Normal(0.0, 1.0)
+        return (q.log_prob(z) - p.log_prob(z)).sum(1)
+
+    return {"sample": lambda m, b: Laplace(m, b.exp()).rsample(), "kl": kl, "kl_uses_sample": True}
+
+
+# --- wrong ---------------------------------------------------------------------------------------
+
+
+@entry("log_std", "log_var", "kl_mismatch")
+def blog_of_keras():
+    # sampled as exp(z_log_sigma), while the KL is that of exp(z_log_sigma / 2); a mean besides
+    return {
+        "sample": lambda m, b: m + b.exp() * torch.randn_like(m),
+        "kl": lambda m, b: -0.5 * torch.mean(1 + b - m**2 - b.exp(), dim=-1),
+    }
+
+
+@entry("log_std", "none", "kl_mismatch", "kl_negative", "kl_min_off_prior")
+def flux_as_it_was():
+    return {
+        "sample": sampler(torch.exp),
+        "kl": lambda m, b: 0.5 * ((2 * b).exp() + m**2 - 1 + b**2).sum(),
+    }
+
+
+@entry("log_std", "none", "kl_mismatch", "kl_negative", "kl_min_off_prior")
+def flux_as_first_repaired():
+    return {
+        "sample": sampler(torch.exp),
+        "kl": lambda m, b: 0.5 * ((2 * b).exp() + m**2 - 1 + 2 * b).sum(),
+    }
+
+
+@entry("signed std", "none", "kl_mismatch", "kl_min_off_prior")
+def half_before_the_logarithm():
+    # sigma^2 + mu^2 - log(sigma) - 1/2, a line that is copied around
+    return {
+        "sample": lambda m, s: m + s * torch.randn_like(m),
+        "kl": lambda m, s: (s**2 + m**2 - s.abs().log() - 0.5).sum(1),
+    }
+
+
+@entry("log_var", "log_std", "kl_mismatch")
+def kl_of_log_std():
+    return {"sample": sampler(half), "kl": lambda m, b: by_example(m, 2 * b)}
+
+
+@entry("std", "log_var", "kl_mismatch", "kl_min_off_prior")
+def positive_sigma_and_kl_of_log_var():
+    class Positive(Net):
+        def encode(self, x):
+            mean, b = super().encode(x)
+            return mean, F.softplus(b)
+
+        def sample(self, mean, sigma):
+            return mean + sigma * torch.randn_like(mean)
+
+    return parts(Positive())
+
+
+@entry("softplus", "log_var", "kl_mismatch", "kl_min_off_prior")
+def softplus_and_kl_of_log_var():
+    return {"sample": sampler(F.softplus), "kl": kl_log_var}
+
+
+@entry("softplus", "softplus", "kl_mismatch", "kl_min_off_prior")
+def offset_forgotten_in_the_kl():
+    return {"sample": sampler(lambda b: F.softplus(b + 1)), "kl": kl_of(F.softplus)}
+
+
+@entry("log_std", "log_std", "kl_mismatch")
+def tanh_forgotten_in_the_kl():
+    return {"sample": sampler(lambda b: (3 * b.tanh()).exp()), "kl": kl_of(torch.exp)}
+
+
+@entry("variance", "std", "kl_mismatch")
+def variance_and_kl_of_std():
+    return {"sample": sampler(torch.sqrt), "kl": kl_of(lambda s: s)}
+
+
+@entry("unit variance", "log_var", "kl_mismatch")
+def ignored_by_the_sampler():
+    return {"sample": lambda m, b: m + torch.randn_like(m), "kl": kl_log_var}
+
+
+@entry("log_var", "log_var", "kl_scale", "kl_negative", "kl_min_off_prior")
+def sign_of_the_kl():
+    return {"sample": sampler(half), "kl": lambda m, b: -by_example(m, b)}
+
+
+@entry("log_std", "log_std", "kl_scale", "kl_negative", "kl_min_off_prior")
+def sign_of_the_one_draw_kl():
+    def kl(mean, b, z):
+        return (Normal(0.0, 1.0).log_prob(z) - Normal(mean, b.exp()).log_prob(z)).sum()
+
+    return {"sample": sampler(torch.exp), "kl": kl, "kl_uses_sample": True}
+
+
+@entry("log_std", "log_var", "kl_mismatch")
+def one_draw_kl_of_log_var():
+    def kl(mean, b, z):
+        return (Normal(mean, half(b)).log_prob(z) - Normal(0.0, 1.0).log_prob(z)).sum(1)
+
+    return {"sample": sampler(torch.exp), "kl": kl, "kl_uses_sample": True}
+
+
+@entry("log_var", "log_var", "kl_mismatch", "kl_min_off_prior")
+def kl_to_another_prior():
+    return {"sample": sampler(half), "kl": kl_log_var, "prior": (0.0, 2.0)}
+
+
+@entry("full covariance", None, "kl_mismatch")
+def kl_of_the_diagonal_only():
+    net = Triangle()
+    return parts(net, "encode", "sample", kl=net.diagonal_kl)
+
+
+@entry("log_var", "none", "kl_mismatch")
+def reversed_kl():
+    return {
+        "sample": sampler(half),
+        "kl": lambda m, b: kl_divergence(Normal(0 * m, 1.0), Normal(m, half(b))).sum(),
+    }
+
+
+@entry("log_var", "log_var", "sample_scale", "kl_mismatch", "kl_min_off_prior")
+def tenth_of_the_noise():
+    def sample(mean, b):
+        return mean + half(b) * torch.normal(0.0, 0.1, mean.shape)
+
+    return {"sample": sample, "kl": kl_log_var}
+
+
+@entry("exp(0.25 b)", "log_var", "sample_scale", "kl_mismatch")
+def root_taken_twice():
+    return {"sample": sampler(lambda b: half(b).sqrt()), "kl": kl_log_var}
+
+
+@entry("no noise", None, "sample_scale")
+def nothing_random():
+    return {"sample": lambda m, b: m + 0 * b, "kl": kl_log_var}
+
+
+@entry("log_var", "log_var", "sample_mean", "kl_mismatch")
+def mean_scaled():
+    return {"sample": lambda m, b: 0.5 * m + half(b) * torch.randn_like(m), "kl": kl_log_var}
+
+
+@entry("log_var", "log_var", "noise_not_gaussian")
+def uniform_noise_of_unit_variance():
+    def sample(mean, b):
+        return mean + half(b) * (torch.rand_like(mean) - 0.5) * math.sqrt(12)
+
+    return {"sample": sample, "kl": kl_log_var}
+
+
+@entry(
+    "log_var", "log_var", "sample_mean", "noise_not_gaussian", "sample_scale", "kl_mismatch",
+    "kl_min_off_prior",
+)  # fmt: skip
+def uniform_noise():
+    return {"sample": lambda m, b: m + half(b) * torch.rand_like(m), "kl": kl_log_var}
+
+
+@entry("log_std", None, "noise_not_gaussian", "sample_scale")
+def laplace_noise():
+    return {"sample": lambda m, b: Laplace(m, b.exp()).rsample()}
+
+
+@entry("log_var", "log_var", "noise_shared")
+def one_number_for_all_dimensions():
+    return {"sample": lambda m, b: m + half(b) * torch.randn(len(m), 1), "kl": by_example}
+
+
+@entry("log_var", "log_var", "noise_shared")
+def one_row_for_all_examples():
+    return {"sample": lambda m, b: m + half(b) * torch.randn(m.shape[1:]), "kl": by_example}
+
+
+@entry("log_var", "log_var", "noise_shared")
+def the_same_at_every_call():
+    def sample(mean, b):
+        generator = torch.Generator().manual_seed(0)
+        return mean + half(b) * torch.randn(mean.shape, generator=generator)
+
+    return {"sample": sample, "kl": by_example}
+
+
+@entry("log_var", "log_var", "noise_shared")
+def correlated_noise():
+    def sample(mean, b):
+        eps = torch.randn_like(mean)
+        return mean + half(b) * (eps + eps.roll(1, 1)) / math.sqrt(2)
+
+    return {"sample": sample, "kl": by_example}
+
+
+@entry("log_var", "log_var", "heads_tied")
+def one_head_twice():
+    class Tied(Net):
+        def encode(self, x):
+            h = self.body(x)
+            return self.mu(h), self.mu(h)
+
+    return parts(Tied())
+
+
+@entry("std", "std", "heads_tied")
+def one_head_through_softplus():
+    class Tied(Net):
+        def encode(self, x):
+            h = self.body(x)
+            return self.mu(h), F.softplus(self.mu(h))
+
+    return parts(Tied(), "encode") | {k: v for k, v in pair(lambda s: s).items() if k != "prior"}
+
+
+@entry("log_var", "log_var", "sigma_range_restricted", text="clamped to [0, inf]")
+def rectified_in_the_sampler():
+    return pair(lambda b: half(b.relu()))
+
+
+@entry("log_var", "log_var", "sigma_range_restricted")
+def rectified_in_the_encoder():
+    class Rectified(Net):
+        def encode(self, x):
+            mean, b = super().encode(x)
+            return mean, b.relu()
+
+    return parts(Rectified())
+
+
+@entry("softplus", "softplus", "sigma_range_restricted", text="floor 1 on the std")
+def one_plus_softplus():
+    return pair(lambda b: 1 + F.softplus(b))
+
+
+@entry("log_var", "log_var", "prior_mismatch")
+def generation_from_another_prior():
+    return {"sample": sampler(half), "kl": kl_log_var, "generate": lambda n: 2 * torch.randn(n, D)}
+
+
+@entry("log_var", "log_var", "prior_mismatch")
+def generation_without_the_learned_prior():
+    mean, std = torch.linspace(-1, 1, D), torch.linspace(0.5, 2, D)
+    return {**pair(half, (mean, std)), "generate": lambda n: torch.randn(n, D)}
+
+
+@entry("log_var", "log_var", "reduction_imbalance")
+def mean_of_pixels_and_sum_of_latents():
+    return parts(Net(), recon=lambda x, y: F.mse_loss(y, x))
+
+
+@entry("log_var", "log_var", "reduction_imbalance")
+def batch_counts_in_one_term():
+    return parts(
+        Net(), "encode", "sample", "decode", kl=lambda m, b: by_example(m, b).mean(),
+        recon=lambda x, y: F.mse_loss(y, x, reduction="sum"),
+    )  # fmt: skip
+
+
+@entry("log_var", "log_var", "kl_scale", "reduction_imbalance")
+def mean_of_latents_and_sum_of_pixels():
+    net = Net()
+    return parts(
+        net, "encode", "sample", "decode", kl=lambda m, b: kl_log_var(m, b) / m.numel(),
+        recon=lambda x, y: F.mse_loss(y, x, reduction="none").sum(1).mean(),
+    )  # fmt: skip
+
+
+@entry("log_var", "log_var", "kl_scale", "reduction_imbalance")
+def divided_by_the_batch_twice():
+    return {"sample": sampler(half), "kl": lambda m, b: 0.5 * by_example(m, b).mean() / len(m)}
+
+
+@entry("log_var", None, "not_finite")
+def nan_in_the_kl():
+    return {"sample": sampler(half), "kl": lambda m, b: (m * 0 / 0).sum()}
+
+
+@entry(None, None, "not_finite")
+def nan_in_the_sampler():
+    return {"sample": lambda m, b: m + torch.log(-b.abs()) * torch.randn_like(m), "kl": kl_log_var}
+
+
+# --- the aggregate posterior ---------------------------------------------------------------------
+
+
+def aggregate(name, code):
+    def register(build):
+        AGGREGATES[name] = (build, code)
+        return build
+
+    return register
+
+
+def _mixture():
+    centres = torch.tensor([[1.0, 0.0, 0.5], [-1.0, 0.5, 0.0], [0.0, -0.5, -0.5]])
+    within = torch.tensor([0.5, 1.0, 0.25])
+
+    def sample(n):
+        which = torch.randint(3, (n,))
+        return centres[which] + within.sqrt() * torch.randn(n, 3)
+
+    between = (centres - centres.mean(0)).T @ (centres - centres.mean(0)) / 3
+    return torch.diag(within), between, sample
+
+
+@aggregate("both parts", "")
+def _():
+    within, between, sample = _mixture()
+    return within + between, sample
+
+
+@aggregate("a callable", "")
+def _():
+    within, between, sample = _mixture()
+    return (lambda: (within + between).numpy()), sample
+
+
+@aggregate("the mean variance only", "aggregate_cov")
+def _():
+    within, _, sample = _mixture()
+    return within, sample
+
+
+@aggregate("the variance of the means only", "aggregate_cov")
+def _():
+    _, between, sample = _mixture()
+    return between, sample

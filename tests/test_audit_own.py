@@ -1,0 +1,195 @@
+"""Models of this library pass their own audit; broken and badly trained ones do not."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from musigma.audit import AuditError, audit_model
+from musigma.gaussian import DiagonalGaussian
+from musigma.heads import StandardNormal, StandardUniform
+from musigma.layers import ActNorm, Affine, Dequantize, InvertibleConv
+from musigma.model import Bijection, Chain, Prior
+from musigma.zoo import ARCHITECTURES, build
+
+SMALL = {
+    "autoencoder_kl": [((3, 8, 8), {"widths": [8, 8], "groups": 4})],
+    "glow": [
+        ((3, 8, 8), {"levels": 2, "depth": 2, "hidden": 8}),
+        ((2, 4, 4), {"bits": None, "depth": 2, "hidden": 8, "permutation": "conv"}),
+        ((1, 4, 4), {"bits": 5, "dequantize": "learned", "alpha": None, "hidden": 8, "depth": 1}),
+        ((3, 4, 4), {"context": 3, "depth": 1, "hidden": 8}),
+    ],
+    "ladder": [((1, 8, 8), {"levels": 2, "latents": 2, "width": 8, "components": 2})],
+    "maf": [((4,), {"depth": 2, "hidden": 8})],
+    "mlp_vae": [((1, 4, 4), {"hidden": 8, "latents": 3, "bits": 1})],
+    "nsf": [((4,), {"depth": 2, "hidden": 8})],
+    "realnvp": [
+        ((4,), {"bits": None, "depth": 2, "hidden": 8}),
+        ((1, 8, 8), {"depth": 1, "hidden": 8}),
+    ],
+    "vae": [
+        ((1, 8, 8), {"width": 8, "latents": 3, "components": 2}),
+        ((6,), {"bits": None, "width": 8, "latents": 4, "prior": "flow"}),
+        ((1, 4, 4), {"width": 8, "latents": 3, "likelihood": "gaussian"}),
+    ],
+}
+MODELS = [(name, shape, options) for name in SMALL for shape, options in SMALL[name]]
+
+
+def test_every_architecture_is_here():
+    assert set(SMALL) >= {
+        name for name, b in ARCHITECTURES.items() if b.__module__.startswith("musigma")
+    }
+
+
+@pytest.mark.parametrize(("name", "shape", "options"), MODELS)
+def test_the_zoo_passes_its_own_audit(name, shape, options):
+    torch.manual_seed(0)
+    model = build(name, shape, **options)
+    before = copy.deepcopy(model.state_dict())
+    state = torch.random.get_rng_state()
+    report = audit_model(model)
+    assert report.verdict == "correct", report.findings
+    assert report.checked
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def flow(*layers):
+    return Chain(layers, Prior(StandardNormal((4,))))
+
+
+class Wrong(ActNorm):
+    """An activation normalisation with a mistake."""
+
+    def __init__(self, mistake):
+        super().__init__(4)
+        self.mistake = mistake
+
+    def forward(self, x, context=None):
+        y, log_det = super().forward(x)
+        return y, 2 * log_det if self.mistake == "log_det" else log_det
+
+    def inverse(self, y, context=None):
+        x, log_det = super().inverse(y)
+        if self.mistake == "log_det":
+            return x, 2 * log_det
+        if self.mistake == "sign":
+            return x, -log_det
+        return (x + self.bias, log_det) if self.mistake == "inverse" else (x, log_det)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "codes"),
+    [
+        ("log_det", {"logdet_mismatch"}),
+        ("sign", {"inverse_logdet_sign", "inverse_logdet_mismatch"}),
+        ("inverse", {"inverse_mismatch"}),
+    ],
+)
+def test_a_wrong_layer_is_found(mistake, codes):
+    report = audit_model(flow(ActNorm(4), Wrong(mistake)), torch.randn(8, 4))
+    assert set(report.codes) == codes
+    assert report.verdict == "bug"
+    assert any("layers.1" in finding.message for finding in report.findings)
+
+
+def test_units_are_accounted_for():
+    model = Chain(
+        [Dequantize(StandardUniform((4,)), 8), Affine(1 / 8)], Prior(StandardNormal((4,)))
+    )
+    model.config = {"options": {"bits": 3}}
+    assert audit_model(model, torch.randint(0, 8, (8, 4))).verdict == "correct"
+    model.config = {"options": {"bits": 4}}
+    assert "dequantisation" in audit_model(model, torch.randint(0, 8, (8, 4))).codes
+
+
+class Halved(Affine):
+    """Counts half of its log-determinant."""
+
+    def _log_det(self, x):
+        return 0.5 * super()._log_det(x)
+
+
+def test_units_that_are_miscounted():
+    model = Chain(
+        [Dequantize(StandardUniform((4,)), 8), Halved(1 / 8)], Prior(StandardNormal((4,)))
+    )
+    report = audit_model(model, torch.randint(0, 8, (8, 4)))
+    assert set(report.codes) == {"dequantisation", "logdet_mismatch"}
+
+
+def test_a_collapsed_posterior_and_dead_units():
+    torch.manual_seed(0)
+    model = build("mlp_vae", (6,), bits=None, hidden=8, latents=3)
+    encoder = model.encoder.net
+    for head in (encoder.mean, encoder.scale):
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    x = torch.randn(256, 6)
+    assert audit_model(model, x).codes == ("posterior_collapse",)
+    with torch.no_grad():
+        encoder.mean.weight[0] = 0.2
+        encoder.scale.bias[0] = -1.0
+    assert "dead_units" in audit_model(model, x).codes
+    with torch.no_grad():
+        encoder.mean.bias[1] = 3.0
+        encoder.mean.bias[2] = 3.0
+    assert "aggregate_prior" in audit_model(model, x).codes
+
+
+def test_saturated_scales():
+    model = build("mlp_vae", (6,), bits=None, hidden=8, latents=3)
+    with torch.no_grad():
+        model.encoder.net.scale.bias.fill_(-100.0)
+    assert "saturated_units" in audit_model(model, torch.randn(64, 6)).codes
+
+
+def test_latents_of_a_flow_that_are_not_noise():
+    model, x = flow(ActNorm(4)), 1 + 3 * torch.randn(512, 4)
+    assert audit_model(model, x).codes == ("miscalibrated",)
+    model.calibrate(x)
+    assert audit_model(model, x).verdict == "correct"
+
+
+def test_a_matrix_that_loses_digits():
+    conv = InvertibleConv(4, lu=False)
+    with torch.no_grad():
+        turned = torch.linalg.qr(torch.randn(4, 4))[0]
+        conv.weight.copy_(turned @ torch.diag(torch.tensor([1.0, 1.0, 1.0, 1e-6])) @ turned.T)
+    report = audit_model(flow(conv), torch.randn(8, 4))
+    assert "ill_conditioned" in report.codes
+    assert report.details["conditions"]["layers.0"] > 1e5
+
+
+class NotFinite(Bijection):
+    """A logarithm of anything."""
+
+    def forward(self, x, context=None):
+        return x.log(), -x.log().sum(1)
+
+    def inverse(self, y, context=None):
+        return y.exp(), y.sum(1)
+
+
+def test_what_is_not_finite():
+    assert "not_finite" in audit_model(flow(NotFinite()), torch.randn(8, 4)).codes
+
+
+def test_a_wrong_closed_form(monkeypatch):
+    from musigma.audit import own
+
+    right = own.kl_divergence
+    monkeypatch.setattr(own, "kl_divergence", lambda q, p: 2 * right(q, p) + 0.1)
+    model = build("mlp_vae", (6,), bits=None, hidden=8, latents=3)
+    assert "kl_mismatch" in audit_model(model).codes
+
+
+def test_what_is_no_model():
+    with pytest.raises(AuditError, match="expected a model of musigma"):
+        audit_model(nn.Linear(2, 2))
+    with pytest.raises(AuditError, match="it raises"):
+        audit_model(flow(ActNorm(4)), torch.randn(8, 5))
+    assert isinstance(StandardNormal((4,))(), DiagonalGaussian)

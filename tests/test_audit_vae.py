@@ -1,0 +1,218 @@
+"""The audit of VAEs: verdicts on the corpus, bad input, and what it leaves behind."""
+
+import copy
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from corpus_vae import AGGREGATES, ENTRIES, D, Net, half, kl_log_var, parts, sampler
+from musigma.audit import AuditError, audit_aggregate, audit_vae
+
+
+def judge(name: str, seed: int) -> None:
+    expected = ENTRIES[name]
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    report = audit_vae(**expected.build())
+    told = "\n".join(f"{f.code} ({f.severity}): {f.message} {f.numbers}" for f in report.findings)
+    assert set(report.codes) == set(expected.codes), told
+    assert report.verdict == expected.verdict, told
+    assert report.convention == expected.convention
+    assert report.read_as == expected.read_as
+    if expected.text:
+        assert expected.text in report.details["convention"]["text"]
+    if expected.layout:
+        assert report.layout == expected.layout
+    assert all(f.repair and f.message for f in report.findings)
+    report.to_json()
+
+
+@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_model_gets_its_verdict(name, seed):
+    judge(name, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 20))
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_model_gets_its_verdict_at_twenty_seeds(name, seed):
+    judge(name, seed)
+
+
+@pytest.mark.parametrize("name", AGGREGATES)
+def test_the_aggregate_posterior(name):
+    build, code = AGGREGATES[name]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        report = audit_aggregate(*build())
+        assert report.codes == ((code,) if code else ())
+    assert "off" in report.checked[0]
+
+
+def test_the_issues_sentence_is_the_repair():
+    (finding,) = audit_vae(sample=sampler(torch.exp), kl=kl_log_var).findings
+    assert finding.repair == (
+        "the sampler treats the second output as log sigma, the KL as log variance: replace "
+        "exp(b) by exp(2 b) and b by 2 b in the KL, or exp(b) by exp(b/2) in the sampler"
+    )
+    assert finding.numbers["read_as"] == "log_var"
+
+
+def test_a_wrong_term_is_written_out():
+    kl = ENTRIES["flux_as_first_repaired"].build()["kl"]
+    report = audit_vae(sample=sampler(torch.exp), kl=kl)
+    numbers = {f.code: f.numbers for f in report.findings}
+    assert numbers["kl_mismatch"]["formula"] == "0.5 m^2 + 0.5 exp(2b) + b - 0.5"
+
+
+# --- what it leaves behind -----------------------------------------------------------------------
+
+
+def state(net):
+    return {
+        "tensors": {k: v.clone() for k, v in net.state_dict().items()},
+        "types": {k: (v.dtype, v.data_ptr()) for k, v in net.state_dict().items()},
+        "modes": [m.training for m in net.modules()],
+        "grads": [p.grad is None for p in net.parameters()],
+        "attributes": copy.copy(net.__dict__.get("calls")),
+    }
+
+
+def test_the_model_and_all_random_states_are_what_they_were():
+    net = Net().train()
+    net.body.append(nn_with_buffers := torch.nn.BatchNorm1d(16))
+    net.calls = [0]
+    keep = net.sample
+
+    def sample(mean, second):
+        net.calls.append(1)
+        return keep(mean, second)
+
+    given = parts(net, sample=sample, recon=net.recon)
+    given["loss"] = lambda x: net.recon(x, net.decode(sample(*net.encode(x))))
+    example = given["example"].clone()
+    before = state(net)
+    rng = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    audit_vae(**given)
+    after = state(net)
+    assert before["types"] == after["types"]
+    assert before["modes"] == after["modes"]
+    assert before["attributes"] == after["attributes"]
+    assert all(torch.equal(before["tensors"][k], after["tensors"][k]) for k in before["tensors"])
+    assert torch.equal(example, given["example"])
+    assert nn_with_buffers.num_batches_tracked == 0
+    assert torch.equal(rng[0], torch.get_rng_state())
+    assert (rng[1] == np.random.get_state()[1]).all()
+    assert rng[2] == random.getstate()
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def broken(*_):
+    raise ZeroDivisionError("on purpose")
+
+
+@pytest.mark.parametrize("name", ["encode", "sample", "kl", "recon", "decode", "generate", "loss"])
+def test_what_raises_is_named(name):
+    net = Net()
+    given = parts(net, recon=net.recon, generate=lambda n: torch.randn(n, D), loss=net.recon)
+    given["loss"] = lambda x: (
+        net.recon(x, net.decode(net.sample(*net.encode(x)))) + net.kl(*net.encode(x))
+    )
+    given[name] = broken
+    if name == "loss":  # nothing else hangs on it
+        assert "on purpose" in " ".join(audit_vae(**given).unchecked)
+        return
+    with pytest.raises(AuditError, match=rf"{name}: given .*on purpose"):
+        audit_vae(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sample": lambda m, b: (m + b)[:, 1:]}, r"sample: .*expected z of shape"),
+        ({"sample": lambda m, b: None}, r"sample: expected a tensor"),
+        ({"sample": sampler(half), "kl": lambda m, b: m @ m.T}, r"kl: .*got shape \(5, 5\)"),
+        ({"sample": sampler(half), "kl": lambda m, b: "none"}, r"kl: expected a tensor"),
+        ({"sample": 3}, r"sample: expected a callable"),
+        ({}, r"expected at least `sample`"),
+        ({"sample": sampler(half), "prior": (0.0, -1.0)}, r"prior: expected a positive"),
+        ({"sample": sampler(half), "prior": (torch.zeros(5), 1.0)}, r"prior: expected numbers"),
+        ({"encode": lambda x: x, "sample": sampler(half)}, r"example: encode needs one"),
+    ],
+)
+def test_wrong_shapes_and_arguments_are_named(given, message):
+    with pytest.raises(AuditError, match=message):
+        audit_vae(**given)
+
+
+def test_what_does_not_end_is_named(monkeypatch):
+    monkeypatch.setattr("musigma.audit.probes.SECONDS", 0.2)
+
+    def sample(mean, second):
+        while True:
+            time.sleep(0.01)
+
+    with pytest.raises(AuditError, match=r"sample: given .*did not end within"):
+        audit_vae(sample=sample, kl=kl_log_var)
+
+
+def test_what_could_not_be_checked_is_said():
+    report = audit_vae(sample=sampler(half))
+    assert report.verdict == "correct"
+    told = " ".join(report.unchecked)
+    assert all(word in told for word in ("`kl`", "`recon`", "`generate`"))
+    packed = audit_vae(
+        encode=lambda x: x.repeat(1, 2), sample=sampler(half), example=torch.rand(4, D)
+    )
+    assert "who splits it is not known" in packed.layout
+    net = Net()
+    odd = audit_vae(**parts(net, recon=net.recon, loss=lambda x: (x**3).sum()))
+    assert any(line.startswith("the loss against its terms") for line in odd.unchecked)
+
+
+def test_the_loss_of_a_beta_vae_is_told_and_right():
+    net = Net()
+
+    def loss(x):
+        heads = net.encode(x)
+        return net.recon(x, net.decode(net.sample(*heads))) + 4 * net.kl(*heads)
+
+    report = audit_vae(**parts(net, recon=net.recon, loss=loss))
+    assert report.verdict == "correct"
+    assert report.details["loss"]["beta"] == pytest.approx(4)
+    wrong = audit_vae(
+        **parts(net, recon=net.recon, loss=lambda x: net.recon(
+            x, net.decode(net.sample(*net.encode(x)))) - net.kl(*net.encode(x)))
+    )  # fmt: skip
+    assert wrong.codes == ("kl_scale",)
+    assert wrong.verdict == "bug"
+
+
+def test_a_mean_of_both_that_the_loss_makes_up_for():
+    net = Net()
+
+    def recon(x, x_hat):
+        return F.mse_loss(x_hat, x)
+
+    def loss(x):
+        heads = net.encode(x)
+        return x.numel() * recon(x, net.decode(net.sample(*heads))) + net.kl(*heads)
+
+    assert audit_vae(**parts(net, recon=recon)).codes == ("reduction_imbalance",)
+    assert audit_vae(**parts(net, recon=recon, loss=loss)).verdict == "correct"
+
+
+def test_it_is_quick():
+    given = ENTRIES["whole_vae"].build()
+    begin = time.process_time()
+    audit_vae(**given)
+    assert time.process_time() - begin < 2
