@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from musigma.audit.findings import AuditError, AuditReport, Finding
-from musigma.audit.probes import Guest
+from musigma.audit.probes import Guest, about_types
 from musigma.audit.statistics import covariance_differs
 
 __all__ = ["audit_aggregate"]
 
 
+DRAWS = 40_000
+
+
 def audit_aggregate(
-    covariance: Tensor | Callable[[], Tensor], sample: Callable[[int], Tensor]
+    covariance: Tensor | Callable[[], Tensor], sample: Tensor | Callable[[int], Tensor]
 ) -> AuditReport:
     r"""Whether a claimed covariance of the aggregate posterior is that of its draws.
 
@@ -25,7 +29,7 @@ def audit_aggregate(
 
     Args:
         covariance: The claimed matrix (D, D), or a callable that returns it.
-        sample: ``sample(n)``: draws of the aggregate posterior (n, D).
+        sample: ``sample(n)``: draws of the aggregate posterior (n, D); or the draws themselves.
 
     Raises:
         AuditError: If shapes do not fit, or a callable raises.
@@ -36,13 +40,12 @@ def audit_aggregate(
         >>> report.verdict, report.codes
         ('bug', ('aggregate_cov',))
     """
-    with Guest(covariance if callable(covariance) else None, sample) as guest, torch.no_grad():
-        claimed = covariance
-        if callable(covariance):
-            claimed = guest.call("covariance", covariance)
-        claimed = guest.tensor("covariance", claimed)
-        n = 40_000
-        z = guest.tensor("sample", guest.call("sample", sample, n))
+    try:
+        claimed, z = _both(covariance, sample, torch.float64)
+    except AuditError as error:
+        if not about_types(error):
+            raise
+        claimed, z = _both(covariance, sample, torch.float32)
     z = z.flatten(1) if z.ndim > 1 else z[:, None]
     d = z.shape[1]
     if claimed.ndim == 1 and len(claimed) == d:
@@ -76,3 +79,12 @@ def audit_aggregate(
             ),
         )  # fmt: skip
     return AuditReport("aggregate posterior", findings=findings, checked=checked)
+
+
+def _both(covariance: Any, sample: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The claimed covariance, and draws."""
+    with Guest(covariance, sample) as guest, torch.no_grad():
+        guest.use(dtype)
+        claimed = guest.call("covariance", covariance) if callable(covariance) else covariance
+        z = guest.call("sample", sample, DRAWS) if callable(sample) else sample
+        return guest.tensor("covariance", claimed), guest.tensor("sample", z)

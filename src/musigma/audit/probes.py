@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from musigma.audit.findings import AuditError
 
-__all__ = ["Guest", "TooSlowError", "behind"]
+__all__ = ["Guest", "TooSlowError", "about_types", "behind"]
 
 SECONDS = 20.0  # that one call may take
 
@@ -83,6 +83,12 @@ def _find(objects: Sequence[Any]) -> tuple[list[nn.Module], list[Any]]:
         look(thing, 0)
     inner = {id(m) for root in found.values() for m in root.modules() if m is not root}
     return [module for key, module in found.items() if key not in inner], list(holders.values())
+
+
+def about_types(error: AuditError) -> bool:
+    """Whether a callable refused what it was given for its floating-point type."""
+    words = ("dtype", "Float", "Double", "float64", "float32", "scalar type", "double")
+    return any(word in str(error) for word in words)
 
 
 class Guest:

@@ -21,7 +21,7 @@ from musigma.audit.compare import check_kl
 from musigma.audit.findings import AuditError, AuditReport
 from musigma.audit.heads import check_heads, encoded
 from musigma.audit.layouts import arguments, find_packing
-from musigma.audit.probes import Guest, TooSlowError
+from musigma.audit.probes import Guest, TooSlowError, about_types
 from musigma.audit.sampled import (
     check_generation,
     check_mean,
@@ -104,16 +104,11 @@ def audit_vae(
                 reason = str(error)
                 if "does not require grad" in reason and not gradients:
                     gradients = True
-                elif dtype == torch.float64 and _is_dtype(reason):
+                elif dtype == torch.float64 and about_types(error):
                     dtype = torch.float32
                 else:
                     raise
     raise first or AuditError("audit_vae: it could not be called")
-
-
-def _is_dtype(reason: str) -> bool:
-    words = ("dtype", "Float", "Double", "float64", "float32", "scalar type", "double")
-    return any(word in reason for word in words)
 
 
 class _Refused(Exception):
