@@ -93,6 +93,16 @@ MODELS = """
     class Signed(Coupled):
         sign = -1
 
+    class Hidden(nn.Module):  # what it draws cannot be had
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = nn.Linear(7, 4), nn.Linear(2, 7)
+
+        def forward(self, x):
+            mu, logvar = self.enter(x).chunk(2, 1)
+            z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+            return self.leave(z), mu, logvar
+
     def needs(width):
         return nn.Linear(width, width)
 
@@ -140,6 +150,7 @@ def test_models_of_a_file(file, name, verdict, convention, codes):
         ("needs", "of a function that makes a model, one without arguments"),
         ("broken", r"broken\(\): it raises RuntimeError: no such luck"),
         ("nothing", "int: neither a VAE"),
+        ("Hidden", "Hidden: neither a VAE"),
         ("absent", "it has no absent; it has .*VAE"),
     ],
 )

@@ -45,7 +45,6 @@ GENERATE = ("sample_prior", "prior_sample", "generate_z", "sample_prior_z")
 INVERSE = ("inverse", "reverse", "invert", "inverse_transform", "inv")
 SCALE = re.compile(r"log|sig|std|var|scale|second|lv$|ls$", re.IGNORECASE)
 MEAN = re.compile(r"mean|mu|loc|^m$", re.IGNORECASE)
-REBUILT = re.compile(r"rec|hat|pred|out|decod|tilde|prime|gen", re.IGNORECASE)
 
 
 def audit(
@@ -87,15 +86,18 @@ def audit(
     elif isinstance(thing, Distribution):
         dims = thing.event_shape.numel()
         report = audit_density(lambda x: thing.log_prob(x.reshape(-1, *thing.event_shape)), dims)
-    elif isinstance(thing, (nn.Module, Transform, list, tuple)) or callable(thing):
-        x = _first_that_works(thing, _examples(thing, example, shape), assumed)
-        report = audit_flow(thing, None, x)
     else:
-        raise AuditError(
-            f"{type(thing).__name__}: neither a VAE (methods such as encode, reparameterize and "
-            "kl_divergence), nor a flow (forward and inverse), nor a distribution; call "
-            "audit_vae, audit_flow or audit_density with its callables"
-        )
+        x = None
+        if isinstance(thing, (Transform, list, tuple)) or callable(thing):
+            x = _first_that_works(thing, _examples(thing, example, shape), assumed)
+        if x is None or not _is_flow(thing, x):
+            raise AuditError(
+                f"{type(thing).__name__}: neither a VAE (methods such as encode, reparameterize "
+                "and kl_divergence), nor a flow (forward to z and a log-determinant, or an "
+                "inverse), nor a distribution; call audit_vae, audit_flow or audit_density with "
+                "its callables"
+            )
+        report = audit_flow(thing, None, x)
     subject = report.subject if isinstance(thing, Model) else type(thing).__name__
     return replace(report, subject=subject, assumed=(*assumed, *report.assumed))
 
@@ -203,6 +205,26 @@ def _find(thing: Any, names: tuple[str, ...]) -> tuple[str, Any] | None:
     return None
 
 
+def _is_flow(thing: Any, x: Tensor) -> bool:
+    """Whether something has an inverse, or makes as many numbers as x has and one more."""
+    layers = thing if isinstance(thing, (list, tuple)) else [thing]
+    if all(isinstance(t, Transform) or _inverts(t) for t in layers):
+        return True
+    with Guest(thing) as guest, torch.no_grad():
+        guest.use(torch.float32)
+        answer = guest.call("it", thing, x.float())
+    if not isinstance(answer, (list, tuple)) or len(answer) != 2:
+        return False
+    z, log_det = answer
+    parts = z if isinstance(z, (list, tuple)) else [z]
+    sizes = [p.numel() if isinstance(p, Tensor) else 0 for p in (*parts, log_det)]
+    return sum(sizes[:-1]) == x.numel() and sizes[-1] in (1, len(x), x.numel())
+
+
+def _inverts(layer: Any) -> bool:
+    return any(callable(getattr(layer, name, None)) for name in INVERSE)
+
+
 def _vae_parts(thing: Any) -> tuple[dict[str, Any], list[str]] | None:
     """The callables of a VAE that an object has, and what was taken for what; or None."""
     if isinstance(thing, (Distribution, Transform, list, tuple)) or inspect.isroutine(thing):
@@ -271,17 +293,17 @@ def _of_a_list(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _kl_of(loss: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The part of ``loss(x_hat, x, mean, scale)``, in any order, that mean and scale decide."""
+    """The part of ``loss(x_hat, x, mean, scale[, z])``, in any order, that the two decide."""
     names = _required(loss)
     scales = [n for n in names if SCALE.search(n)]
     means = [n for n in names if MEAN.search(n) and n not in scales]
     others = [n for n in names if n not in (*scales, *means)]
-    if len(names) != 4 or len(scales) != 1 or len(means) != 1:
+    if len(scales) != 1 or len(means) != 1 or len(others) not in (2, 3):
         return None
 
     def value(mean: Tensor, second: Tensor) -> Tensor:
         still = mean.new_full((len(mean), 3), 0.5)
-        given = {means[0]: mean, scales[0]: second, others[0]: still, others[1]: still}
+        given = {means[0]: mean, scales[0]: second, **dict.fromkeys(others, still)}
         answer = loss(*(given[n] for n in names))
         answer = answer[0] if isinstance(answer, (tuple, list)) else answer
         return next(iter(answer.values())) if isinstance(answer, dict) else answer
