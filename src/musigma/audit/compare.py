@@ -446,7 +446,8 @@ def _mismatch(
         own = f"the sampler's sigma ({case.curve.text})"
     message = (
         f"the KL is not that of what is sampled: at mean {numbers['mean']:.3g} and second output "
-        f"{numbers['second']:.3g} it is {numbers['kl']:.5g} where it is {numbers['expected']:.5g}"
+        f"{numbers['second']:.3g} it is {numbers['kl']:.5g}, and should be "
+        f"{numbers['expected']:.5g}"
     )
     repair = f"KL = 0.5 (m^2 + s^2 - 1) - log s with s = {own}, summed over the latents"
     severity, curve = "bug", case.curve

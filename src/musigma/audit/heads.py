@@ -12,7 +12,7 @@ from torch import Tensor
 from musigma.audit.case import Case
 from musigma.audit.findings import AuditError
 
-__all__ = ["check_heads", "encoded"]
+__all__ = ["check_heads", "encoded", "varied"]
 
 NARROW = 0.9  # a smallest sigma above this share of the prior's is a fault
 
@@ -45,6 +45,20 @@ def encoded(case: Case, encode: Callable[..., Any], x: Tensor) -> tuple[Tensor, 
             f"encode: expected two batches; got shapes {tuple(mean.shape)} and "
             f"{tuple(second.shape)}"
         )
+    return mean, second
+
+
+def varied(case: Case, encode: Any, heads: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """These heads, and those of a few sets of random parameters, which are then taken back."""
+    undo, pairs = case.guest.snapshot(), [heads]
+    for i in range(1, 1 + -(-32 // len(heads[0]))):
+        case.guest.randomise(0.7, seed=i)
+        with contextlib.suppress(AuditError):
+            pair = encoded(case, encode, case.given)
+            if all(bool(t.isfinite().all()) for t in pair):
+                pairs.append(pair)
+    undo()
+    mean, second = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return mean, second
 
 

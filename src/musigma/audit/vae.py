@@ -19,7 +19,7 @@ from musigma.audit.balance import on_data
 from musigma.audit.case import Case
 from musigma.audit.compare import check_kl
 from musigma.audit.findings import AuditError, AuditReport
-from musigma.audit.heads import check_heads, encoded
+from musigma.audit.heads import check_heads, encoded, varied
 from musigma.audit.layouts import arguments, find_packing
 from musigma.audit.probes import Guest, TooSlowError, about_types
 from musigma.audit.sampled import (
@@ -120,6 +120,8 @@ def _run(case: Case, encode, sample, kl, recon, decode, generate, loss) -> Audit
     if sample is None:
         case.unchecked.append("what is sampled: there is no `sample`")
     elif prepare(case, heads, sample, kl, decode, generate):
+        if case.full and heads is not None:
+            heads = varied(case, encode, heads)
         name_scale(case, heads)
         check_mean(case)
         check_noise(case)
