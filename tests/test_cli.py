@@ -30,7 +30,7 @@ TINY = {
 }
 QUICK = "--batch-size 8 --evaluations 1 --evaluate-on 20 --device cpu"
 COMMANDS = ["sample", "reconstruct", "interpolate", "encode", "decode"]
-COMMANDS += ["score", "evaluate", "inspect", "info", "report"]
+COMMANDS += ["score", "evaluate", "inspect", "info", "report", "audit"]
 
 
 def picture(path: Path, pixels: np.ndarray) -> None:
@@ -625,6 +625,7 @@ def test_help_names_the_options(run, command):
         "inspect": "--index --split",
         "info": "--ledger --data --n --split",
         "report": "--out --title",
+        "audit": "--shape --allow --out --split",
     }
     for option in own[command].split():
         assert re.search(rf"{option}\b", text), option

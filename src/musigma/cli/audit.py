@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from musigma.cli.shared import (
     USUAL,
@@ -27,7 +27,7 @@ def audit(
     data: str | None = None,
     *,
     shape: str | None = None,
-    allow: tuple[str, ...] = (),
+    allow: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     out: Path | None = None,
     options: Data = USUAL_DATA,
     common: CommonOptions = USUAL,
