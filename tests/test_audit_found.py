@@ -12,7 +12,7 @@ from torch.distributions import Exponential, Independent, Normal
 import musigma
 from musigma.audit import CODES, AuditError, AuditReport, Finding, audit, named
 from musigma.cli import main
-from musigma.layers import ActNorm
+from musigma.layers import ActNorm, InvertibleConv
 
 MODELS = """
     import torch, torch.nn.functional as F
@@ -175,6 +175,10 @@ def test_targets_that_are_none(tmp_path):
 def test_ours_distributions_and_mappings():
     assert audit(musigma.build("realnvp", (4,), bits=None, depth=2, hidden=8)).verdict == "correct"
     assert audit(ActNorm(3), example=torch.randn(8, 3)).verdict == "correct"
+    several = [ActNorm(4), InvertibleConv(4)]
+    assert audit(several, example=torch.randn(8, 4)).verdict == "correct"
+    with pytest.raises(AuditError, match="list: neither a VAE"):
+        audit([nn.Linear(4, 4)], example=torch.randn(8, 4))
     assert audit(Independent(Normal(torch.zeros(2), 1.0), 1)).verdict == "correct"
     assert audit(Exponential(torch.tensor(2.0))).verdict == "correct"
     flow = {"forward": lambda x: (2 * x, torch.zeros(len(x))), "inverse": lambda z: z / 2}

@@ -88,8 +88,9 @@ def audit(
         report = audit_density(lambda x: thing.log_prob(x.reshape(-1, *thing.event_shape)), dims)
     else:
         x = None
-        if isinstance(thing, (Transform, list, tuple)) or callable(thing):
-            x = _first_that_works(thing, _examples(thing, example, shape), assumed)
+        if isinstance(thing, (list, tuple)) or callable(thing):
+            run = _in_a_row(thing)
+            x = _first_that_works(run, _examples(thing, example, shape), assumed)
         if x is None or not _is_flow(thing, x):
             raise AuditError(
                 f"{type(thing).__name__}: neither a VAE (methods such as encode, reparameterize "
@@ -212,13 +213,27 @@ def _is_flow(thing: Any, x: Tensor) -> bool:
         return True
     with Guest(thing) as guest, torch.no_grad():
         guest.use(torch.float32)
-        answer = guest.call("it", thing, x.float())
+        answer = guest.call("it", _in_a_row(thing), x.float())
     if not isinstance(answer, (list, tuple)) or len(answer) != 2:
         return False
     z, log_det = answer
     parts = z if isinstance(z, (list, tuple)) else [z]
     sizes = [p.numel() if isinstance(p, Tensor) else 0 for p in (*parts, log_det)]
     return sum(sizes[:-1]) == x.numel() and sizes[-1] in (1, len(x), x.numel())
+
+
+def _in_a_row(thing: Any) -> Callable[[Tensor], Any]:
+    """One callable; of a sequence of layers, what they make one after the other."""
+    if not isinstance(thing, (list, tuple)):
+        return thing
+
+    def run(x: Any) -> Any:
+        for layer in thing:
+            x = layer(x)
+            x = x[0] if isinstance(x, (list, tuple)) else x
+        return x
+
+    return run
 
 
 def _inverts(layer: Any) -> bool:
