@@ -1,6 +1,6 @@
 """Ten thousand steps of every architecture, in float32 and in bfloat16: is anything not finite?
 
-    python benchmarks/long_runs.py     # an hour on one core; goes on where it stopped
+    python benchmarks/long_runs.py [NAME ...]    # an hour on one core; goes on where it stopped
 
 Small models on scikit-learn's digits (tables: their 20 most variable pixels), with the default
 optimiser. Counted are the steps that were skipped because a loss or a gradient was not finite, and
@@ -9,6 +9,7 @@ checked. What came of it is written into docs/figures/long-runs.json.
 """
 
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -85,11 +86,11 @@ def run(name: str, precision: str) -> dict:
     }
 
 
-def main() -> None:
-    """All that are not done yet."""
+def main(names: list[str]) -> None:
+    """Of these, or of all, what is not done yet."""
     assert {name.split()[0] for name in OPTIONS} == set(ARCHITECTURES)
     found = json.loads(OUT.read_text()) if OUT.exists() else []
-    for name in OPTIONS:
+    for name in names or OPTIONS:
         for precision in ("fp32", "bf16"):
             if any((r["architecture"], r["precision"]) == (name, precision) for r in found):
                 continue
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
