@@ -214,17 +214,26 @@ def test_a_report_as_text_json_and_page():
     assert "kl_mismatch" in page
     assert "log_std" in str(report)
     odd = Finding("kl_scale", "warning", "<b>&", {"x": float("nan")}, "none")
-    report = AuditReport("<i>", findings=(odd, Finding("kl_negative", "bug", "m")))
+    report = AuditReport("<i>", findings=(odd, Finding("kl_negative", "bug", "m", repair="r")))
     assert (report.verdict, report.codes) == ("bug", ("kl_negative", "kl_scale"))
     assert json.loads(report.to_json())["findings"][1]["numbers"]["x"] is None
     assert "<i>" not in report.to_html()
     with pytest.raises(ValueError, match=r"none of musigma\.audit\.CODES"):
-        Finding("kl", "bug", "m")
+        Finding("kl", "bug", "m", repair="r")
+    with pytest.raises(ValueError, match="repair: kl_scale needs one"):
+        Finding("kl_scale", "bug", "m")
 
 
-def test_each_code_has_a_page(request):
-    pages = request.config.rootpath / "docs" / "findings"
-    assert {page.stem for page in pages.glob("*.md")} - {"README"} == set(CODES)
+def test_each_code_has_a_page_with_a_picture_and_its_line_in_the_index(request):
+    docs = request.config.rootpath / "docs"
+    pages = {page.stem: page.read_text() for page in (docs / "findings").glob("*.md")}
+    index = pages.pop("README")
+    assert set(pages) == set(CODES)
+    for code, meaning in CODES.items():
+        assert pages[code].startswith(f"# `{code}`: {meaning}\n")
+        assert f"](../figures/findings/{code}.svg)" in pages[code]
+        assert (docs / "figures" / "findings" / f"{code}.svg").is_file()
+        assert f"[`{code}`]({code}.md) | {meaning.replace('|', chr(92) + '|')} |" in index
 
 
 def test_the_command(file, tmp_path, capsys):

@@ -37,6 +37,13 @@ __all__ = [
 
 Progress = Callable[[int, int], None]
 
+ACTIVE = 0.01
+"""Nats: a unit that costs less carries nothing."""
+COLLAPSED = 0.05
+"""Nats: a latent that costs less has collapsed to its prior."""
+SATURATED = 0.5
+"""The share of scales at their limit from which that is worth a word."""
+
 
 def check(model: Model, data: Dataset) -> None:
     """Refuse data that a model from the zoo was not built for.
@@ -350,7 +357,7 @@ def inspect(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str,
             row |= {
                 "kl": kl.tolist(),
                 "kl_total": float(kl.sum()),
-                "active": (kl > 0.01).tolist(),
+                "active": (kl > ACTIVE).tolist(),
             }
         rows.append(row)
     for site, (p, value) in trace.scored.items():

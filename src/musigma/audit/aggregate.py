@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musigma.audit.findings import AuditError, AuditReport, Finding
+from musigma.audit.findings import AuditError, AuditReport, Notes
 from musigma.audit.probes import Guest, about_types
 from musigma.audit.statistics import covariance_differs
 
@@ -55,30 +55,36 @@ def audit_aggregate(
             f"covariance: expected shape ({d}, {d}), as sample returns {d} numbers a draw; got "
             f"{tuple(claimed.shape)}"
         )
+    notes = Notes("aggregate posterior")
     if not bool(z.isfinite().all() and claimed.isfinite().all()):
-        finding = Finding("not_finite", "bug", "covariance or sample returns NaN or infinity")
-        return AuditReport("aggregate posterior", findings=(finding,))
+        notes.find(
+            "not_finite",
+            "bug",
+            "covariance or sample returns NaN or infinity",
+            "look at which of the two does, and for which x",
+        )
+        return notes.report()
     half = len(z) // 2
     excess = min(covariance_differs(part, claimed)[0] for part in (z[:half], z[half:]))
     sampled = covariance_differs(z, claimed)[1]
     scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
     off = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max())
-    checked = (f"covariance of {len(z)} draws: off by {off:.3g} as a correlation at the most",)
-    findings = ()
+    notes.checked.append(
+        f"covariance of {len(z)} draws: off by {off:.3g} as a correlation at the most"
+    )
     if excess > 1:
-        numbers = {
-            "sampled": sampled.tolist(), "claimed": claimed.tolist(), "off": off,
-            "over_limit": excess,
-        }  # fmt: skip
-        findings = (
-            Finding(
-                "aggregate_cov", "bug",
-                f"the claimed covariance is off from that of {len(z)} draws by {off:.3g} as a "
-                "correlation", numbers,
-                "the covariance of the aggregate is E[S(x)] + Cov[mean(x)]: add both parts",
-            ),
-        )  # fmt: skip
-    return AuditReport("aggregate posterior", findings=findings, checked=checked)
+        notes.find(
+            "aggregate_cov",
+            "bug",
+            f"the claimed covariance is off from that of {len(z)} draws by {off:.3g} as a "
+            "correlation",
+            "the covariance of the aggregate is E[S(x)] + Cov[mean(x)]: add both parts",
+            sampled=sampled.tolist(),
+            claimed=claimed.tolist(),
+            off=off,
+            over_limit=excess,
+        )
+    return notes.report()
 
 
 def _both(covariance: Any, sample: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

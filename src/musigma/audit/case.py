@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musigma.audit.findings import AuditError, AuditReport, Finding
+from musigma.audit.findings import AuditError, AuditReport, Notes
 from musigma.audit.layouts import Packing
 from musigma.audit.probes import Guest
 from musigma.audit.sampling import Sampler
@@ -22,7 +22,7 @@ def _number(value: float | Tensor) -> Tensor:
     return torch.as_tensor(value).detach().clone().double()
 
 
-class Case:
+class Case(Notes):
     """One audit's notes.
 
     Args:
@@ -44,6 +44,7 @@ class Case:
         kl_uses_sample: bool,
         documented_mean: Callable[..., Any] | None,
     ):
+        super().__init__("VAE")
         self.guest = guest
         self.example = None if example is None else torch.as_tensor(example).detach().clone()
         if self.example is not None and self.example.is_floating_point():
@@ -56,11 +57,6 @@ class Case:
             raise AuditError(f"prior: expected a positive standard deviation; got {std}")
         self.kl_uses_sample = kl_uses_sample
         self.documented_mean = documented_mean
-        self.findings: list[Finding] = []
-        self.checked: list[str] = []
-        self.unchecked: list[str] = []
-        self.assumed: list[str] = []
-        self.details: dict[str, Any] = {}
         self.convention: str | None = None
         self.read_as: str | None = None
         self.layout: str | None = None
@@ -79,29 +75,12 @@ class Case:
         self.kl_growth: dict[int, float] | None = None
         self.kl_halved: float | None = None
 
-    def find(self, code: str, severity: Any, message: str, repair: str, **numbers: Any) -> None:
-        """Say what is wrong; of each code once."""
-        if code not in (finding.code for finding in self.findings):
-            self.findings.append(Finding(code, severity, message, numbers, repair))
-
-    def dispute(self, code: str) -> None:
-        """Take a finding back that another check has explained."""
-        self.findings = [finding for finding in self.findings if finding.code != code]
-
-    def report(self) -> AuditReport:
-        """All that was noted."""
+    def report(self, **more: Any) -> AuditReport:
+        """All that was noted, with the convention."""
         if self.guest.dtype != torch.float64:
             self.assumed.append("float32 throughout, as it does not compute in float64")
-        return AuditReport(
-            subject="VAE",
-            convention=self.convention,
-            read_as=self.read_as,
-            layout=self.layout,
-            findings=tuple(self.findings),
-            checked=tuple(self.checked),
-            unchecked=tuple(self.unchecked),
-            assumed=tuple(dict.fromkeys(self.assumed)),
-            details=self.details,
+        return super().report(
+            convention=self.convention, read_as=self.read_as, layout=self.layout, **more
         )
 
     @property

@@ -281,7 +281,7 @@ def _sampled(case: Case, mean: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     even = "sigma_by_latent" not in case.details
     if s.mode != "known" and case.curve.sigma is not None and even:
         sigma = case.curve.sigma(second).abs().expand_as(mean)
-        if not any(finding.code == "sample_mean" for finding in case.findings):
+        if "sample_mean" not in case.findings:
             return mean, sigma
         return s.measure(mean, second)[0], sigma
     loc, sigma, _ = s.measure(mean, second)
@@ -378,9 +378,8 @@ def _of_other_noise(case: Case, grid: _Grid, d: Divergence, fit: Regression) -> 
         right = abs(fit.slope - 1) < 0.05 and abs(fit.intercept - more) < 0.2 * more
     if not right:
         return False
-    for i, finding in enumerate(case.findings):
-        if finding.code in ("noise_not_gaussian", "sample_scale"):
-            case.findings[i] = replace(finding, severity="warning")
+    for code in case.findings.keys() & {"noise_not_gaussian", "sample_scale"}:
+        case.findings[code] = replace(case.findings[code], severity="warning")
     case.checked.append(f"the KL is that of {family} noise")
     return True
 

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from musigma.audit.findings import AuditError, AuditReport
+from musigma.audit.findings import AuditError, AuditReport, Notes, name_of
 from musigma.audit.probes import Guest
-from musigma.audit.terms import Notes
 
 __all__ = ["audit_density"]
 
@@ -59,7 +58,7 @@ def audit_density(log_prob: Any, dim: int) -> AuditReport:
     call = log_prob
     if hasattr(log_prob, "log_prob") and callable(log_prob.log_prob):
         call = log_prob.log_prob
-    notes = Notes(log_prob)
+    notes = Notes(name_of(log_prob))
     with Guest(log_prob) as guest, np.errstate(invalid="ignore", over="ignore"):
         density = _Density(guest, call, dim, notes)
         if dim <= 2:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from musigma.files import finite
 from musigma.markup import element, page, table
 
-__all__ = ["CODES", "AuditError", "AuditReport", "Finding", "Severity"]
+__all__ = ["CODES", "AuditError", "AuditReport", "Finding", "Notes", "Severity", "name_of"]
 
 Severity = Literal["bug", "warning"]
 Verdict = Literal["correct", "warning", "bug"]
@@ -88,7 +88,7 @@ class Finding:
         repair: What to do, in a line.
 
     Raises:
-        ValueError: If the code is none of `CODES`.
+        ValueError: If the code is none of `CODES`, or there is no repair.
     """
 
     code: str
@@ -100,6 +100,8 @@ class Finding:
     def __post_init__(self):
         if self.code not in CODES:
             raise ValueError(f"code: {self.code!r} is none of musigma.audit.CODES")
+        if not self.repair:
+            raise ValueError(f"repair: {self.code} needs one: what is to be done about it?")
 
 
 @dataclass(frozen=True)
@@ -219,3 +221,44 @@ def _words(numbers: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class Notes:
+    """What an audit collects on its way to a report.
+
+    Args:
+        subject: What is looked at.
+    """
+
+    def __init__(self, subject: str):
+        self.subject = subject
+        self.findings: dict[str, Finding] = {}
+        self.checked: list[str] = []
+        self.unchecked: list[str] = []
+        self.assumed: list[str] = []
+        self.details: dict[str, Any] = {}
+
+    def find(
+        self, code: str, severity: Severity, message: str, repair: str, **numbers: Any
+    ) -> None:
+        """A finding: the first of its code, unless a bug follows a warning."""
+        known = self.findings.get(code)
+        if known is None or (known.severity == "warning" and severity == "bug"):
+            self.findings[code] = Finding(code, severity, message, numbers, repair)
+
+    def report(self, **more: Any) -> AuditReport:
+        """Everything collected."""
+        return AuditReport(
+            subject=self.subject,
+            findings=tuple(self.findings.values()),
+            checked=tuple(self.checked),
+            unchecked=tuple(self.unchecked),
+            assumed=tuple(dict.fromkeys(self.assumed)),
+            details=self.details,
+            **more,
+        )
+
+
+def name_of(thing: Any) -> str:
+    """What to call a callable, or an object by its class."""
+    return getattr(thing, "__qualname__", None) or type(thing).__name__

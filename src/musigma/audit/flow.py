@@ -104,14 +104,8 @@ def _report(ground: Ground) -> AuditReport:
             _single_precision(ground, given)
         elif ground.map.invertible:
             _undoes(ground)
-    return AuditReport(
-        subject=ground.subject,
-        findings=tuple(ground.findings.values()),
-        checked=tuple(ground.checked),
-        unchecked=tuple(ground.unchecked),
-        assumed=tuple([*ground.assumed, *ground.map.notes]),
-        details=ground.details,
-    )
+    ground.assumed += ground.map.notes
+    return ground.report()
 
 
 def _first_call(ground: Ground) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musigma.audit.findings import AuditError, Finding, Severity
+from musigma.audit.findings import AuditError, Notes, name_of
 from musigma.audit.maps import Image, Map, log_det_of
 from musigma.audit.probes import Guest
 from musigma.audit.volume import DENSE, Volume, differences, volume
@@ -49,26 +49,17 @@ class Look:
         self.kind = "example"
 
 
-class Ground:
+class Ground(Notes):
     """What the checks of one flow stand on: its callables, its batch, and what was found."""
 
     def __init__(self, guest: Guest, forward: Any, inverse: Any, example: Tensor, state: Any):
+        super().__init__(name_of(forward))
         self.guest, self.state = guest, state
         self.map = Map(guest, forward, inverse)
         self.example = example.detach().to("cpu", guest.dtype)
         self.x = self.example  # the batch that is looked at
         self.before_first: Callable[[], None] = guest.snapshot()
         self.before_inverse: Callable[[], None] = self.before_first
-        self.findings: dict[str, Finding] = {}
-        self.checked: list[str] = []
-        self.unchecked: list[str] = []
-        self.details: dict[str, Any] = {}
-        self.assumed: list[str] = []
-        self.subject = (
-            type(forward).__name__
-            if not hasattr(forward, "__name__")
-            else (forward.__qualname__ if hasattr(forward, "__qualname__") else forward.__name__)
-        )
         self.began = time.process_time()
         single = guest.dtype == torch.float32
         self.fine, self.wrong = (COARSE, BAD) if single else (FINE, WRONG)
@@ -80,14 +71,6 @@ class Ground:
         self.scale = 0.0  # of the random parameters; zero while there are none
         self.draws = False
         self.square = True  # as many numbers come out as go in
-
-    def find(
-        self, code: str, severity: Severity, message: str, repair: str = "", **numbers: Any
-    ) -> None:
-        """A finding: the first of its code, unless a bug follows a warning."""
-        known = self.findings.get(code)
-        if known is None or (known.severity == "warning" and severity == "bug"):
-            self.findings[code] = Finding(code, severity, message, numbers, repair)
 
     @property
     def slow(self) -> bool:

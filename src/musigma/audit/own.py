@@ -21,11 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
-from musigma.audit.findings import AuditError, AuditReport
-from musigma.audit.terms import Notes
+from musigma.audit.findings import AuditError, AuditReport, Notes, name_of
 from musigma.audit.volume import DENSE, volume
 from musigma.data import Dataset
-from musigma.evaluation import batch, context_size, evaluating, saturation
+from musigma.evaluation import (
+    ACTIVE,
+    COLLAPSED,
+    SATURATED,
+    batch,
+    context_size,
+    evaluating,
+    saturation,
+)
 from musigma.gaussian import DiagonalGaussian
 from musigma.heads import StandardUniform
 from musigma.layers import Affine, Dequantize
@@ -37,9 +44,6 @@ __all__ = ["audit_model"]
 
 FINE = 1e-7  # errors of float64 in a whole model, relative
 LOST = 2e-2  # error of a round trip in float32 from which it is worth a word
-CARRIES = 0.01  # nats, below which a unit carries nothing
-COLLAPSED = 0.05  # nats, the same for a whole latent
-SATURATED = 0.5  # share of scales
 SURE = 7.0  # standard errors
 ROWS = 3
 
@@ -69,7 +73,7 @@ def audit_model(
     """
     if not isinstance(model, Model):
         raise AuditError(f"model: expected a model of musigma; got {type(model).__name__}")
-    notes = Notes(model)
+    notes = Notes(name_of(model))
     notes.subject = str(model.config.get("architecture", type(model).__name__))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
@@ -216,7 +220,13 @@ def _bijection(
     z, log_det = layer(x, context)
     if not (z.isfinite().all() and log_det.isfinite().all()):
         code = "not_finite" if not z.isfinite().all() else "logdet_nan"
-        notes.find(code, "bug", f"{label} returns what is not finite, {when}", layer=name)
+        notes.find(
+            code,
+            "bug",
+            f"{label} returns what is not finite, {when}",
+            "go back to the last good checkpoint, and train on with smaller steps",
+            layer=name,
+        )
         return
     back, other = layer.inverse(z, context)
     condition, off = math.nan, _apart(back, x)
@@ -290,7 +300,13 @@ def _closed_forms(notes: Notes, model: Model, trace: _Pairs, when: str) -> None:
                 draws=mean.tolist(),
             )
         if bool((closed < -1e-9).any()):
-            notes.find("kl_negative", "bug", f"the KL of {names[site]} is below zero, {when}")
+            notes.find(
+                "kl_negative",
+                "bug",
+                f"the KL of {names[site]} is below zero, {when}",
+                "no KL is: look for a sign, or a term that is missing from its formula",
+                least=float(closed.min()),
+            )
         notes.checked.append(f"the KL of {names[site]} against {n} draws, {when}")
 
 
@@ -403,7 +419,7 @@ def _carried(notes: Notes, name: str, q: Distribution, p: Distribution) -> None:
     )
     nats = each.mean(0).flatten().double()
     notes.details.setdefault("nats", {})[name] = nats[:256].tolist()
-    dead, total = int((nats < CARRIES).sum()), float(nats.sum())
+    dead, total = int((nats < ACTIVE).sum()), float(nats.sum())
     if total < COLLAPSED:
         notes.find(
             "posterior_collapse",
@@ -416,7 +432,7 @@ def _carried(notes: Notes, name: str, q: Distribution, p: Distribution) -> None:
         notes.find(
             "dead_units",
             "warning",
-            f"{dead} of {len(nats)} units of {name} carry less than {CARRIES} nats",
+            f"{dead} of {len(nats)} units of {name} carry less than {ACTIVE} nats",
             "fewer latents, or --free-bits",
             dead=dead,
             units=len(nats),

@@ -14,43 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from musigma.audit.findings import AuditError, AuditReport, Finding, Severity
+from musigma.audit.findings import AuditError, AuditReport, Notes, name_of
 from musigma.audit.probes import Guest
 
 __all__ = ["audit_bits", "audit_importance_bound", "audit_log_prob_term"]
 
 EXACT = 1e-5  # relative, in float64: far above rounding, far below any mistake of a formula
 SURE = 7.0  # standard errors: exceeded by chance with probability below 1e-11
-
-
-class Notes:
-    """What an audit collects on its way to a report."""
-
-    def __init__(self, of: Any):
-        self.subject = getattr(of, "__qualname__", None) or type(of).__name__
-        self.findings: dict[str, Finding] = {}
-        self.checked: list[str] = []
-        self.unchecked: list[str] = []
-        self.assumed: list[str] = []
-        self.details: dict[str, Any] = {}
-
-    def find(
-        self, code: str, severity: Severity, message: str, repair: str = "", **numbers: Any
-    ) -> None:
-        """A finding; the first of its code counts."""
-        self.findings.setdefault(code, Finding(code, severity, message, numbers, repair))
-
-    def report(self, **more: Any) -> AuditReport:
-        """Everything collected."""
-        return AuditReport(
-            subject=self.subject,
-            findings=tuple(self.findings.values()),
-            checked=tuple(self.checked),
-            unchecked=tuple(self.unchecked),
-            assumed=tuple(self.assumed),
-            details=self.details,
-            **more,
-        )
 
 
 # --- bits per dimension ------------------------------------------------------------------------
@@ -89,7 +59,7 @@ def audit_bits(
     """
     if levels < 2:
         raise AuditError(f"levels: expected 2 or more; got {levels}")
-    notes, shape = Notes(bits), tuple(shape)
+    notes, shape = Notes(name_of(bits)), tuple(shape)
     with Guest(bits) as guest:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, levels, (24, *shape), generator=generator)
@@ -253,7 +223,7 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
         >>> audit_importance_bound(lambda n: n.mean()).codes
         ('iw_gradient', 'iw_value')
     """
-    notes = Notes(loss_from_neg_elbos)
+    notes = Notes(name_of(loss_from_neg_elbos))
     generator = torch.Generator().manual_seed(0)
     n = 3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 4.0
     fits: list[_Fit] = []
@@ -425,7 +395,7 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
     """
     if sign not in (1, -1):
         raise AuditError(f"sign: expected 1, of a log-density, or -1, of a loss; got {sign!r}")
-    notes = Notes(term)
+    notes = Notes(name_of(term))
     with Guest(term) as guest:
         count, dtype = 0, torch.float64
         for dtype in (torch.float64, torch.float32):

@@ -16,6 +16,7 @@ from musigma.cli.shared import (
     Screen,
     Trained,
     check_out,
+    sides,
 )
 
 commands = App()
@@ -58,7 +59,8 @@ def audit(
     if ":" in target and not Path(target).exists():
         from musigma.audit import named
 
-        report = audited(named(target), shape=_sides(shape))
+        event = None if shape is None else sides(shape, "shape", "sizes, as 1x28x28")
+        report = audited(named(target), shape=event)
     else:
         report = _of_run(target, data, options, common, screen)
     if out is not None:
@@ -68,15 +70,6 @@ def audit(
     screen.result(report.to_dict(), str(report))
     if any(f.severity == "bug" and f.code not in allow for f in report.findings):
         sys.exit(1)
-
-
-def _sides(shape: str | None) -> tuple[int, ...] | None:
-    if shape is None:
-        return None
-    sides = [int(side) if side.isdecimal() else 0 for side in shape.lower().split("x")]
-    if not all(sides):
-        raise ValueError(f"shape: expected sizes, as 1x28x28; got {shape!r}")
-    return tuple(sides)
 
 
 def _of_run(target: str, source: str | None, options: Any, common: Any, screen: Screen) -> Any:

@@ -80,14 +80,23 @@ class DataOptions:
         at_least_one(batch_size=self.batch_size)
 
 
+def sides(text: str, option: str, example: str) -> tuple[int, ...]:
+    """The numbers of 3x32x32."""
+    found = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
+    if not all(found):
+        raise ValueError(f"{option}: expected {example}; got {text!r}")
+    return tuple(found)
+
+
 def pixels(size: str | None) -> int | tuple[int, int] | None:
     """The size that 32, or 48x64, stands for."""
     if size is None:
         return None
-    sides = [int(side) if side.isdecimal() else 0 for side in size.lower().split("x")]
-    if len(sides) > 2 or not all(sides):
-        raise ValueError(f"size: expected a side, as 32, or height x width: 48x64; got {size!r}")
-    return (sides[0], sides[1]) if len(sides) == 2 else sides[0]
+    expected = "a side, as 32, or height x width: 48x64"
+    height, *width = sides(size, "size", expected)
+    if len(width) > 1:
+        raise ValueError(f"size: expected {expected}; got {size!r}")
+    return (height, width[0]) if width else height
 
 
 def at_least_one(**counts: int) -> None:

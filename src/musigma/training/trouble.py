@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from musigma.evaluation import saturation
+from musigma.evaluation import COLLAPSED, SATURATED, saturation
 from musigma.layers import InvertibleConv
 from musigma.model import Model
 from musigma.processes import local
@@ -86,8 +86,6 @@ def _first_bad_output(model: Model, run: Callable[[], object]) -> str | None:
 # --- what goes wrong slowly --------------------------------------------------------------------
 
 SPIKE = 10.0  # mean distances from the usual loss
-COLLAPSED = 0.05  # nats
-SATURATED = 0.5  # share of the scales
 ILL_CONDITIONED = 1e4
 
 
