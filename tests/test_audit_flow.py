@@ -8,6 +8,7 @@ from torch import nn
 
 from corpus_flow import FLOWS, ActNorm, Conv1x1, Coupling, conv, images, made
 from musigma.audit import AuditError, audit_flow, probes
+from musigma.zoo import build
 
 SEEDS = [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 20))]
 
@@ -159,6 +160,13 @@ def test_the_wrong_one_of_thirty_two_steps_on_3x32x32_is_named():
     assert "logdet_mismatch" in report.codes
     mismatch = next(f for f in report.findings if f.code == "logdet_mismatch")
     assert mismatch.numbers["layer"] == "18.mix (Conv1x1)"
+
+
+def test_steps_of_this_library_whose_weights_lie_in_memory_as_images_do():
+    torch.manual_seed(0)
+    glow = build("glow", (3, 8, 8), bits=None, levels=1, depth=2, hidden=6)
+    report = audit_flow(list(glow.layers), example=images(3, 8, 4))
+    assert report.verdict == "correct", report.findings
 
 
 @pytest.mark.slow

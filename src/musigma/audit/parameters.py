@@ -212,7 +212,7 @@ def _turn_over(p: Tensor) -> None:
 
     det(W + c e_i e_j') = det W (1 + c V_ji) with V the inverse of W: at c = -2 / V_ji it turns.
     """
-    matrix = p.detach().reshape(len(p), -1).double()
+    matrix = p.detach().reshape(len(p), -1).double().clone()
     if torch.linalg.det(matrix) < 0:
         return
     back = torch.linalg.pinv(matrix).T.clone()
