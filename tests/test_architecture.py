@@ -36,6 +36,7 @@ RANKS = {
     "editing": 7,
     "foreign": 7,
     "audit": 7,
+    "coding": 7,
     "training": 7,  # it evaluates as it goes, so evaluation lies below it
     "figures": 8,
     "bench": 9,
@@ -51,7 +52,8 @@ OWNERS = {
     "cyclopts": {"cli"},
     "rich": {"cli"},
     "docstring_parser": {"cli"},
-    "PIL": {"sources", "figures", "bench"},
+    "PIL": {"sources", "figures", "bench", "coding"},
+    "constriction": {"coding"},
     "matplotlib": {"figures"},
     "safetensors": {"checkpoint", "training", "foreign"},
     "pooch": {"sources"},

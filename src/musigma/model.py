@@ -12,6 +12,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -468,8 +469,7 @@ class Chain(Model):
         layers = list(self._layers())
         for at, end in self._runs():
             if end > at:
-                x, log_dets = self.keeper(layers[at:end], x, context, at)
-                trace.bijections(layers[at:end], log_dets)
+                x = trace.bijections(layers[at:end], x, context, partial(self.keeper, start=at))
             if end < len(layers):
                 x = layers[end].infer(x, trace, context)
         if self.over_likelihood:
@@ -536,21 +536,23 @@ class VAE(Model):
         self.encoder, self.decoder, self.prior = encoder, decoder, prior
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> None:
-        """Z ~ q(z | x), then p(z) and p(x | z)."""
+        """Z ~ q(z | x), then p(x | z) and p(z)."""
         q = conditioned(self.encoder, x, context)
         if isinstance(self.prior, Prior):
             z = trace.latent(self.prior, q, self.prior.head(context))
+            trace.p(self, conditioned(self.decoder, z, context), x)
         else:
             z = trace.q(self, q)
+            trace.p(self, conditioned(self.decoder, z, context), x)
             self.prior.infer(z, trace, context)
-        trace.p(self, conditioned(self.decoder, z, context), x)
 
     def generate(self, trace: Trace, context: Tensor | None = None) -> Tensor:
         """Z ~ p(z), then x ~ p(x | z)."""
         z = self.prior.generate(trace, context)
         x = trace.p(self, conditioned(self.decoder, z, context))
         if trace.scoring:
-            trace.q(self, conditioned(self.encoder, x, context), z)
+            site = self.prior if isinstance(self.prior, Prior) else self
+            trace.q(site, conditioned(self.encoder, x, context), z)
         return x
 
     def variables(self) -> Iterator[nn.Module]:
@@ -633,7 +635,8 @@ class Ladder(Model):
             state = block.merge(state, z)
         x = trace.p(self, conditioned(self.decoder, state, context))
         if trace.scoring:
-            for (block, state, z), seen in zip(passed, self._features(x, context), strict=True):
+            pairs = zip(passed, self._features(x, context), strict=True)
+            for (block, state, z), seen in reversed(list(pairs)):
                 trace.q(block, block.posterior(torch.cat([state, seen], 1)), z)
         return x
 

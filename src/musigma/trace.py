@@ -12,12 +12,16 @@ that sum once per direction, by two verbs which are mirror images:
     generate:   p draws                     q scores          (latents -> data)
 
 A `Trace` decides what "draw" and "score" mean. The one here serves training, evaluation,
-sampling, encoding, decoding and interpolation; a subclass may serve another purpose.
+sampling, encoding, decoding and interpolation; a subclass may serve another purpose, as
+`musigma.coding.Coder` does, for which a draw takes bits off a stack and a score puts them there.
+So a part of a model states its terms in an order that can be undone: what it generates from z
+is scored before z itself is, and q is scored, while generating, in the reverse of the order in
+which it draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -157,11 +161,19 @@ class Trace:
             _once(self.log_det, layer)[layer] = log_det
         return value
 
-    def bijections(self, layers: Iterable[nn.Module], log_dets: Iterable[Tensor]) -> None:
-        """What several bijections in a row made of the volume, while inferring."""
+    def bijections(
+        self,
+        layers: Sequence[nn.Module],
+        x: Tensor,
+        context: Tensor | None,
+        run: Callable[..., tuple[Tensor, Sequence[Tensor]]],
+    ) -> Tensor:
+        """Several bijections in a row, while inferring, by ``run(layers, x, context)``."""
+        x, log_dets = run(layers, x, context)
         if self.scoring:
             for layer, log_det in zip(layers, log_dets, strict=True):
                 _once(self.log_det, layer)[layer] = log_det
+        return x
 
     def aside(self, site: Site, term: Tensor) -> None:
         """State nats (B,) that training should raise, and that are no part of log w."""

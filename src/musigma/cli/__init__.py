@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from musigma import __version__
-from musigma.cli import audit, bench, convert, latents, shards, use, watch
+from musigma.cli import audit, bench, compress, convert, latents, shards, use, watch
 from musigma.cli.shared import register_plugin, told
 from musigma.cli.train import add_architecture, finetune, train_app
 
@@ -28,10 +28,14 @@ app.update(shards.commands)
 app.update(watch.commands)
 app.update(bench.commands)
 app.update(audit.commands)
+app.update(compress.commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one line on standard error, and exit code 2."""
+    """Run the command line; a mistake is one line on standard error, and exit code 2.
+
+    Compressed files have codes of their own: see `musigma.coding.errors`.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["train"]:
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--debug" in words or not _explained(error):
             raise
         print(f"{_speaker()}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
 
 
 def _speaker() -> str:

@@ -154,7 +154,7 @@ class Screen:
 
     @contextmanager
     def progress(self, what: str):
-        """A progress bar that is updated by ``(done, total)``."""
+        """A progress bar that is updated by ``(done, total)``, and a note if there is one."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         columns = ("[progress.description]{task.description}", BarColumn())
@@ -169,7 +169,9 @@ class Screen:
             transient=True,
         ) as bar:
             task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield lambda done, total, note="": bar.update(
+                task, completed=done, total=total, description=f"{what} {note}".strip()
+            )
 
 
 def read(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from musigma.cli import shards
+from musigma.cli import compress, shards
 from musigma.cli.shared import (
     USUAL,
     USUAL_DATA,
@@ -185,7 +185,7 @@ def _read_latents(path: Path, trained: Trained) -> tuple[list[Any], Any, bool]:
 @commands.command
 def inspect(
     run: str,
-    data: str,
+    data: str | None = None,
     *,
     index: int = 0,
     options: Data = USUAL_DATA,
@@ -193,8 +193,10 @@ def inspect(
 ) -> None:
     """What the model says about one very input: mean, std, variance and KL of every latent.
 
+    Of a .mus file, and no data: what is in it, without decoding any.
+
     Args:
-        run: A run folder, or a .safetensors file.
+        run: A run folder, or a .safetensors file; or a .mus file.
         data: A folder, a file, or a name.
         index: Which example of the data, from 0; of all of them unless --split says otherwise.
         options: Which data.
@@ -204,6 +206,9 @@ def inspect(
 
     from musigma import evaluation
 
+    if data is None:
+        compress.tell(Path(run), Screen(common))
+        return
     screen, trained = Screen(common), Trained(run, common)
     options = dataclasses.replace(options, split=options.split or "all")
     found = trained.data(data, options, screen)

@@ -1,0 +1,236 @@
+"""The file format `.mus`: a header, perhaps a model, and chunks of images, each on its own.
+
+Every part has a checksum. The CRC, `zlib.crc32`, of a chunk's header, and of the footer, begins
+from that of the file's start: a chunk of another file is not taken for one of this. All integers
+are little-endian:
+
+    start    magic 8s | major u8 | minor u8 | flags u16 | header length u32
+             header: canonical JSON
+             with flag 1:  model length u64 | sha256 of the model 32s
+             CRC of all of the above u32
+             with flag 1:  the model
+    chunk    "MUSC" | index u32 | first image u32 | images u32 | kind u32 | batches u32
+             exceptions u32 | side: stored u32, inflated u32 | raw u64 | payload u64
+             digest of the body, BLAKE2b, 8s | CRC of this header, begun from the start's CRC, u32
+             body: batch sizes less one u8 | exceptions (u32, u32, i64) | side, zlib | payload
+    footer   "MUSF" | chunks u32 | images u64 | raw u64 | sha256 of all chunk headers 32s
+             per chunk: offset u64 | size u64 | first u32 | images u32 | kind u32 | its CRC u32
+             offset of the footer u64 | CRC of it, begun from the start's CRC, u32 | "MUSE"
+
+The checksums find accidents. They do not keep out somebody who makes a file on purpose; such a
+file can hold any images, but it cannot make a reader fail otherwise than by a `CodingError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from musigma.coding.errors import Limits
+
+__all__ = [
+    "BITS_BACK",
+    "EXCEPTION",
+    "KINDS",
+    "PACKED",
+    "RAW",
+    "RECORDS",
+    "Chunk",
+    "Entry",
+    "Footer",
+    "Head",
+    "Row",
+    "body_digest",
+    "scheduled",
+]
+
+MAGIC = b"\x89MUS\r\n\x1a\n"  # not text, and no transfer as text leaves it whole
+MAJOR, MINOR = 1, 0
+WITH_MODEL = 1  # the one flag
+
+RAW, PACKED, BITS_BACK, RECORDS = range(4)
+KINDS = {
+    RAW: "raw",
+    PACKED: "packed by a general codec",
+    BITS_BACK: "coded by the model, with bits back",
+    RECORDS: "coded by the model, one record per image",
+}
+MODEL_KINDS = (BITS_BACK, RECORDS)
+
+EXCEPTION = np.dtype([("batch", "<u4"), ("place", "<u4"), ("index", "<u4"), ("up", "<u4")])
+"""A rounding that is written down: of which batch, place and element, and whether it went up."""
+
+START = struct.Struct("<8sBBHI")
+MODEL = struct.Struct("<Q32s")
+CHECK = struct.Struct("<I")
+HEAD = struct.Struct("<4s8I2Q8sI")
+FOOT = struct.Struct("<4sIQQ32s")
+ROW = struct.Struct("<QQ4I")
+TAIL = struct.Struct("<QI4s")
+CHUNK_MAGIC, FOOT_MAGIC, END_MAGIC = b"MUSC", b"MUSF", b"MUSE"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Chunk:
+    """Some images of a file, which are decompressed without the others.
+
+    Attributes:
+        index: Its place among the chunks of the file.
+        first: The place of its first image in the file.
+        count: How many images it holds, at least one.
+        kind: Which of `KINDS` the payload is.
+        raw: Bytes of the images once they are decompressed, without `side`. It is declared, and
+            held against `Limits`; who decompresses has to hold to it.
+        schedule: The sizes of the batches that were coded, each 1 to 256, `count` together; empty
+            if no model took part.
+        exceptions: Of the dtype `EXCEPTION`, of shape (E,). A reader's cannot be written to.
+        side: What is kept of the images besides their pixels. It is stored deflated.
+        payload: The images.
+    """
+
+    index: int
+    first: int
+    count: int
+    kind: int
+    raw: int
+    schedule: Sequence[int] = ()
+    exceptions: np.ndarray = field(default_factory=lambda: np.empty(0, EXCEPTION))
+    side: bytes = b""
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a chunk lies in a file: `size` bytes from `offset`. `check` is its header's CRC."""
+
+    offset: int
+    index: int
+    first: int
+    count: int
+    kind: int
+    raw: int
+    size: int
+    check: int
+
+    @property
+    def end(self) -> int:
+        """The byte after its last one."""
+        return self.offset + self.size
+
+    def __str__(self) -> str:
+        last = self.first + self.count - 1
+        return f"chunk {self.index} (images {self.first} to {last}, at byte {self.offset})"
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A chunk's header, as `HEAD` packs it."""
+
+    magic: bytes
+    index: int
+    first: int
+    count: int
+    kind: int
+    batches: int
+    exceptions: int
+    side: int
+    inflated: int
+    raw: int
+    payload: int
+    body: bytes
+    check: int
+
+    @property
+    def front(self) -> int:
+        """Bytes of the body before the payload."""
+        return self.batches + EXCEPTION.itemsize * self.exceptions + self.side
+
+    def entry(self, offset: int) -> Entry:
+        """The chunk, at the place where this header was found."""
+        size = HEAD.size + self.front + self.payload
+        return Entry(
+            offset, self.index, self.first, self.count, self.kind, self.raw, size, self.check
+        )
+
+    def sensible(self) -> bool:
+        """Whether its numbers agree with each other, whatever the file holds."""
+        return (
+            self.count >= max(1, self.batches)
+            and (self.side == 0) == (self.inflated == 0)
+            and self.side <= self.inflated + self.inflated // 8 + 64
+        )
+
+    def hold(self, limits: Limits) -> None:
+        """Refuse a chunk that exceeds a limit."""
+        where = f"chunk {self.index}"
+        limits.hold("images", self.first + self.count, f"{where}: images up to its end")
+        limits.hold("chunk_images", self.count, f"{where}: images")
+        limits.hold("chunk_raw", self.raw, f"{where}: bytes once decompressed")
+        limits.hold("payload", self.payload, f"{where}: bytes of payload")
+        limits.hold("exceptions", self.exceptions, f"{where}: exceptions")
+        limits.hold("side", self.inflated, f"{where}: bytes beside pixels")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the footer says of a chunk, as `ROW` packs it."""
+
+    offset: int
+    size: int
+    first: int
+    count: int
+    kind: int
+    check: int
+
+
+class Footer(NamedTuple):
+    """A file's footer, which takes `size` bytes: what was written, and where."""
+
+    rows: list[Row]
+    raw: int
+    digest: bytes
+    size: int
+
+    @property
+    def images(self) -> int:
+        """How many the file was written with."""
+        return sum(row.count for row in self.rows)
+
+    def lists(self, entry: Entry) -> bool:
+        """Whether it is this chunk that was written, wherever it lies now."""
+        if entry.index >= len(self.rows):
+            return False
+        row = self.rows[entry.index]
+        said = (row.size, row.first, row.count, row.kind, row.check)
+        return said == (entry.size, entry.first, entry.count, entry.kind, entry.check)
+
+
+def body_digest(*parts: bytes) -> hashlib.blake2b:
+    """Of a chunk's body, to be updated with what follows.
+
+    A CRC would not do: a PNG's blocks end in theirs, and two of a length that change places leave
+    a CRC around them as it was.
+
+    >>> import zlib
+    >>> block, other = (part + zlib.crc32(part).to_bytes(4, "little") for part in (b"1", b"2"))
+    >>> zlib.crc32(block + other) == zlib.crc32(other + block)
+    True
+    >>> body_digest(block, other).digest() == body_digest(other, block).digest()
+    False
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return digest
+
+
+def scheduled(kind: int, schedule: Sequence[int], count: int) -> bool:
+    """Whether batches make up the images of a chunk."""
+    if kind not in MODEL_KINDS:
+        return len(schedule) == 0
+    return sum(schedule) == count and all(1 <= size <= 256 for size in schedule)

@@ -1,0 +1,181 @@
+"""Bits, last in, first out: the one place that knows the entropy coder.
+
+Everything that is coded is one of two things: a bit with a known probability, or a whole number
+that is uniform below a bound. Both are whole-array calls of an asymmetric numeral system (Duda,
+2009, arXiv:0902.0271) from the `constriction` library (Bamler, "Understanding Entropy Coding With
+Asymmetric Numeral Systems (ANS): a Statistician's Perspective", 2022, arXiv:2201.01741).
+
+Pushing costs bits and popping gains them, -log2 p either way, and each undoes the other exactly.
+So a value can be *drawn* by popping it, which is what bits-back coding does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["CODER", "ONE", "Exhausted", "Stack"]
+
+CODER = "constriction 0.5, 32-bit words, 64-bit state, 24-bit probabilities"
+
+ONE = 1 << 22
+"""Probabilities are whole numbers of these parts, 1 to ONE - 1."""
+
+
+class Exhausted(Exception):
+    """More was to be popped than the stack holds; it is as it was before."""
+
+
+class Stack:
+    """A stack of bits.
+
+    Args:
+        words: Its content, 32-bit words as `words` returns them.
+        foreign: The words are any bits, which `words` gives back as they are once all that was
+            popped has been pushed, and all that was pushed has been popped.
+
+    Raises:
+        ValueError: If constriction is not installed, or the words cannot be a stack's.
+
+    Example:
+        >>> stack = Stack(np.arange(8, dtype=np.uint32), foreign=True)
+        >>> sizes = np.array([10, 3, 7])
+        >>> drawn = stack.pop(sizes)
+        >>> stack.push(drawn, sizes)
+        >>> stack.words(foreign=True).tolist()
+        [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+
+    def __init__(self, words: np.ndarray, *, foreign: bool = False):
+        models = _constriction().stream.model
+        self._bit, self._uniform = models.Bernoulli(perfect=False), models.Uniform()
+        try:
+            self._coder = _constriction().stream.stack.AnsCoder(
+                np.ascontiguousarray(words, np.uint32), seal=foreign
+            )
+        except ValueError as error:
+            raise ValueError(f"words: no stack ends so ({error})") from error
+        self._lowest = self.bits
+
+    @property
+    def bits(self) -> int:
+        """How many bits it holds."""
+        return self._coder.num_valid_bits()
+
+    @property
+    def lowest(self) -> int:
+        """The fewest bits that it has held since `mark`."""
+        return min(self._lowest, self.bits)
+
+    def mark(self) -> None:
+        """Begin to watch for `lowest` anew."""
+        self._lowest = self.bits
+
+    def words(self, *, foreign: bool = False) -> np.ndarray:
+        """Its content; that of a stack that began as foreign bits, and is back there, if so.
+
+        Raises:
+            ValueError: If it is not back there.
+        """
+        try:
+            return self._coder.get_compressed(unseal=foreign)
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f"the stack is not where it began ({error})") from error
+
+    def copy(self) -> Stack:
+        """Another stack that holds the same."""
+        twin = object.__new__(Stack)
+        twin._bit, twin._uniform = self._bit, self._uniform
+        twin._coder, twin._lowest = self._coder.clone(), self._lowest
+        return twin
+
+    def push(self, values: np.ndarray, sizes: np.ndarray) -> None:
+        """Push whole numbers 0 <= value < size <= 2^24, uniform below their sizes."""
+        values, sizes = _flat(values, np.int32), _flat(sizes, np.int32)
+        assert values.shape == sizes.shape
+        if not ((values >= 0) & (values < sizes) & (sizes <= 1 << 24)).all():
+            raise ValueError("values: expected 0 <= value < size <= 2^24")
+        zeros = _zeros(sizes)
+        self._push(values & (zeros - 1), zeros)
+        self._push(values // zeros, sizes // zeros)
+
+    def _push(self, values: np.ndarray, sizes: np.ndarray) -> None:
+        free = sizes > 1  # the others cost nothing, and the coder does not take them
+        self._encode(values[free], self._uniform, sizes[free])
+
+    def pop(self, sizes: np.ndarray) -> np.ndarray:
+        """The last numbers that were pushed with these sizes, int64, of their shape.
+
+        Raises:
+            Exhausted: If the stack holds too little.
+        """
+        flat = _flat(sizes, np.int32)
+        if not ((flat >= 1) & (flat <= 1 << 24)).all():
+            raise ValueError("sizes: expected 1 to 2^24")
+        zeros = _zeros(flat)
+        values = self._pop(flat // zeros) * zeros
+        return (values + self._pop(zeros)).reshape(np.shape(sizes))
+
+    def _pop(self, sizes: np.ndarray) -> np.ndarray:
+        free, values = sizes > 1, np.zeros(sizes.shape, np.int64)
+        values[free] = self._decode(self._uniform, sizes[free])
+        return values
+
+    def push_bits(self, bits: np.ndarray, ones: np.ndarray) -> None:
+        """Push bits, of which each is 1 with probability ``ones / ONE``."""
+        self._encode(_flat(bits, np.int32), self._bit, _probabilities(ones))
+
+    def pop_bits(self, ones: np.ndarray) -> np.ndarray:
+        """The last bits that were pushed with these probabilities, bool, of their shape.
+
+        Raises:
+            Exhausted: If the stack holds too little.
+        """
+        bits = self._decode(self._bit, _probabilities(ones))
+        return bits.astype(bool).reshape(np.shape(ones))
+
+    def _encode(self, symbols: np.ndarray, model: Any, parameters: np.ndarray) -> None:
+        self._lowest = min(self._lowest, self.bits)
+        if len(symbols):
+            self._coder.encode_reverse(symbols, model, parameters)
+
+    def _decode(self, model: Any, parameters: np.ndarray) -> np.ndarray:
+        if not len(parameters):
+            return np.zeros(0, np.int32)
+        before = self._coder.clone() if self.bits < 24 * len(parameters) + 64 else None
+        symbols = self._coder.decode(model, parameters)
+        if before is not None and self.bits < 64:  # an empty coder gives symbols for ever
+            self._coder = before
+            raise Exhausted
+        return symbols
+
+
+def _flat(values: np.ndarray, dtype: Any) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype).reshape(-1)
+
+
+def _zeros(sizes: np.ndarray) -> np.ndarray:
+    """2 to the number of zeros that sizes end with: a factor that the coder loses nothing on.
+
+    Of any other size n it loses up to n / 2^24 of a bit: nothing, for ten digits.
+    """
+    return sizes & -sizes
+
+
+def _probabilities(ones: np.ndarray) -> np.ndarray:
+    flat = np.ascontiguousarray(ones).reshape(-1)
+    if not ((flat > 0) & (flat < ONE)).all():
+        raise ValueError(f"ones: expected 1 to {ONE - 1}")
+    return flat / ONE
+
+
+def _constriction() -> Any:
+    try:
+        import constriction
+    except ImportError as error:
+        raise ValueError(
+            "compression needs the package constriction, which is not installed: "
+            "pip install 'musigma[compress]'"
+        ) from error
+    return constriction
