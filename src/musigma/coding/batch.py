@@ -68,6 +68,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 
 def digest(batch: Batch) -> bytes:
+    """SHA-256 of images and of all that comes with them."""
     state = hashlib.sha256(f"{batch.levels.shape}".encode() + batch.side)
     state.update(np.ascontiguousarray(batch.levels.astype("<i8")).data)
     return state.digest()
