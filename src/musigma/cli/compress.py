@@ -95,10 +95,14 @@ def _told(report: dict[str, Any]) -> str:
     lines = [
         f"{n:,} images: {report['data_bytes']:,} bytes of data, and a model of {model:,}: "
         f"{report['out']}",
-        f"{report['bits_per_dim']:.4f} bits/dim in the file, {report['net_bits_per_dim']:.4f} net "
-        f"of what chunks begin with; by the model itself {report['ideal_bits_per_dim']:.4f} "
-        f"± {report['ideal_error']:.4f} (of a sample)",
+        f"{report['bits_per_dim']:.4f} bits/dim in the file; by the model itself "
+        f"{report['ideal_bits_per_dim']:.4f} ± {report['ideal_error']:.4f} (of a sample)",
     ]
+    if report["packed"] < n:
+        lines.append(
+            f"{report['net_bits_per_dim']:.4f} without the bits that each chunk begins with, over "
+            f"the {n - report['packed']:,} images that the model coded"
+        )
     if report["side_bytes"]:
         lines.append(f"names, modes and labels: {report['side_bytes']:,} bytes")
     if report["packed"]:

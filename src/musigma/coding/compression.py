@@ -60,7 +60,8 @@ class Report:
         data_bytes: The file without a model.
         side_bytes: Of those, what names, modes and labels take.
         model_bytes: What the model takes, in the file or beside it.
-        net_bits_per_dim: Of the images that the model coded, less the bits that chunks begin with.
+        net_bits_per_dim: Of the images that the model coded, less the bits that chunks begin with;
+            NaN if there are none.
         bits_per_dim: `data_bytes`, without names, modes and labels, for each element.
         ideal_bits_per_dim: -ELBO of the first images, by fresh draws, and its standard error.
         ideal_error: That.
@@ -134,6 +135,7 @@ def compress(
 
     Example:
         >>> import musigma, tempfile
+        >>> from musigma.coding import decompress
         >>> model = musigma.build("vae", (1, 4, 4), bits=1, latents=4)
         >>> x = np.random.default_rng(0).integers(0, 2, (40, 1, 4, 4))
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +203,7 @@ class _Compression:
         self.codec = Codec(model, numerics=numerics, latents=latent_grids(_plain(model), x, given))
         self.general = len(packed(first.levels, self.bits)) / len(first)
         self.digests: list[bytes] = []
-        self.net = self.coded = self.packed = self.side = self.written = 0
+        self.net = self.coded = self.packed = self.side = self.written = self.so_far = 0
         self.model_bytes = len(_as_bytes(model))
         self.embedded = self.verified = False
 
@@ -234,7 +236,7 @@ class _Compression:
                     raw=len(batch) * self.dims * (2 if self.bits > 8 else 1),
                     schedule=schedule, exceptions=rows, side=batch.side, payload=payload,
                 )  # fmt: skip
-                writer.write(chunk)
+                self.so_far += writer.write(chunk)
                 self.side += len(zlib.compress(batch.side, 9)) if batch.side else 0
                 self.digests.append(digest(batch))
                 if coded:
@@ -279,7 +281,7 @@ class _Compression:
 
     def _tell(self, done: int) -> None:
         if self.progress:
-            rate = self.net / max(1, self.coded * self.dims)
+            rate = 8 * self.so_far / (self.packed + self.coded) / self.dims
             said = f"{rate:.4f} bits/dim, by the model {self.ideal[0]:.4f}"
             self.progress(done, len(self.source), said)
 
@@ -294,7 +296,7 @@ class _Compression:
             data_bytes=data,
             side_bytes=self.side,
             model_bytes=self.model_bytes,
-            net_bits_per_dim=self.net / max(1, self.coded * self.dims),
+            net_bits_per_dim=self.net / (self.coded * self.dims) if self.coded else math.nan,
             bits_per_dim=8 * (data - self.side) / (n * self.dims),
             ideal_bits_per_dim=self.ideal[0],
             ideal_error=self.ideal[1],
