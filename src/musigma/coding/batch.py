@@ -152,9 +152,6 @@ def unpacked(payload: bytes, shape: tuple[int, ...], bits: int) -> np.ndarray:
 def side_by_side(work: Callable[[T], R], items: Iterator[T], workers: int | None) -> Iterator[R]:
     """``map(work, items)``, with as many at a time as there are workers, in their order."""
     count = workers or os.cpu_count() or 1
-    if count == 1:
-        yield from map(work, items)
-        return
     with _one_thread_each(), ThreadPoolExecutor(count) as pool:
         waiting: list[Future[R]] = []
         try:

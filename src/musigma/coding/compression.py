@@ -46,6 +46,8 @@ CHUNK = 4096
 CHUNK_BYTES = 1 << 24
 SAMPLE = 256
 """Images that the model's own figure is taken of."""
+GENERAL = 1 << 21
+"""Elements of the first images, from which it is estimated what xz makes of all."""
 Progress = Callable[[int, int, str], object]
 
 
@@ -194,6 +196,8 @@ class _Compression:
         if not 1 <= most <= Limits().chunk_images:
             raise ValueError(f"chunk: expected 1 to {Limits().chunk_images} images; got {chunk}")
         parts = math.ceil(len(source) / most)
+        if parts % 2 and len(source) > 2 * parts * SAMPLE:
+            parts += 1  # so that two cores are done at the same time
         self.cuts = [i * len(source) // parts for i in range(parts + 1)]
         first = _sample(source)
         context = context_rows(model, first.about.get("labels"))
@@ -201,7 +205,8 @@ class _Compression:
         x = torch.from_numpy(first.levels)
         given = None if context is None else torch.from_numpy(context).float()
         self.codec = Codec(model, numerics=numerics, latents=latent_grids(_plain(model), x, given))
-        self.general = len(packed(first.levels, self.bits)) / len(first)
+        some = source[0 : min(len(source), max(SAMPLE, GENERAL // self.dims))]
+        self.general = len(packed(some.levels, self.bits)) / len(some)
         self.digests: list[bytes] = []
         self.net = self.coded = self.packed = self.side = self.written = self.so_far = 0
         self.model_bytes = len(_as_bytes(model))
@@ -350,7 +355,8 @@ def _ideal(model: Model, x: np.ndarray, context: np.ndarray | None) -> tuple[flo
         given = None if context is None else torch.from_numpy(context[at : at + 64]).float()
         parts.append(model.bits_per_dim(torch.from_numpy(x[at : at + 64]), given).double())
     bits = torch.cat(parts)
-    return bits.mean().item(), bits.std().item() / math.sqrt(len(bits))
+    error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
+    return bits.mean().item(), error
 
 
 def _exceptions(coded: Coded) -> np.ndarray:
