@@ -1,12 +1,14 @@
 """Files that nobody wrote, by the hundred thousand: does a reader only ever fail as it says?
 
     python benchmarks/fuzz_coding.py --inputs 1000000 [--seed 0] [--target container]
+    python benchmarks/fuzz_coding.py --inputs 20000 --target decompress
     python benchmarks/fuzz_coding.py --inputs 1000000 --engine atheris    # if it is installed
 
 Small whole files are changed (bits, blocks, lengths, splices), and half of the results get their
 checksums repaired, so that the change is met by what comes after the checksums. An input fails if
-it raises anything but a `CodingError`, gives what no file held although no checksum was repaired,
-takes longer than ten seconds, or much memory. Failing inputs are written to --keep. A new target
+it raises anything but a `CodingError`, gives what no file held although no checksum was repaired
+(or, of the target `decompress`, gives other images than were compressed in any case), takes longer
+than ten seconds, or much memory. Failing inputs are written to --keep. A new target
 is one line of `TARGETS`.
 """
 
@@ -17,6 +19,7 @@ import io
 import random
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import tracemalloc
@@ -142,7 +145,84 @@ def container_target() -> Target:
     return Target(files, run)
 
 
-TARGETS: dict[str, Callable[[], Target]] = {"container": container_target}
+# -- whole files, with their models
+
+
+def decompress_files() -> tuple[list[bytes], dict[str, object], set[bytes]]:
+    """Files of two small models, the models by their digests, and keys of all chunks."""
+    import torch
+
+    from musigma import build, coding
+    from musigma.coding.numerics import digest
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    rng, files, models, keys = np.random.default_rng(0), [], {}, set()
+    for name, shape, options in [
+        ("vae", (1, 4, 4), {"bits": 1, "net": "mlp", "width": 8, "latents": 2}),
+        ("glow", (1, 2, 2), {"bits": 3, "levels": 1, "depth": 1, "hidden": 4}),
+    ]:
+        model = build(name, shape, **options)
+        models[digest(model)] = model
+        x = rng.integers(0, 2 ** options["bits"], (9, *shape))
+        for images, chunk in ((x, 4), (x[:2], 2), (np.zeros((40, *shape), np.int64), 20)):
+            file, about = io.BytesIO(), {"names": [f"{i}.png" for i in range(len(images))]}
+            source = Named(coding.Batch(images, about))
+            coding.compress(model, source, file, chunk=chunk, workers=1)
+            files.append(file.getvalue())
+            for batch in coding.Archive(file, model, workers=1):
+                keys.add(batch.levels.tobytes())
+    return files, models, keys
+
+
+class Named:
+    """A batch as a sequence of batches."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def __getitem__(self, rows: slice):
+        about = {name: values[rows] for name, values in self.batch.about.items()}
+        return type(self.batch)(self.batch.levels[rows], about)
+
+
+def decompress_target() -> Target:
+    from musigma import coding
+
+    files, models, keys = decompress_files()
+
+    def run(data: bytes, honest: bool) -> str:
+        first, *_ = models.values()
+        model = next((m for d, m in models.items() if d.encode() in data), first)
+        limits = coding.Limits(total=1 << 20)
+        archive = coding.Archive(io.BytesIO(data), model, limits=limits, workers=1)
+        read, failures = [], []
+        for place, entry in enumerate(archive.reader.entries):
+            try:
+                batch = archive.chunk(place)
+            except container.CodingError as error:
+                failures.append(error)
+                continue
+            assert len(batch) == entry.count
+            assert batch.levels.tobytes() in keys, "other images"
+            read.append((entry.first, batch))
+        if read and zlib.crc32(data) % 8 == 0:
+            with tempfile.TemporaryDirectory() as folder, suppress(container.CodingError):
+                coding.extract(read, archive, Path(folder) / "out")
+        if failures and not read:
+            raise failures[0]
+        return "part of it read" if failures or archive.reader.lost else "read"
+
+    return Target(files, run)
+
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "container": container_target,
+    "decompress": decompress_target,
+}
 
 
 # -- changes

@@ -266,7 +266,7 @@ def test_bytes_of_the_format():
     text = b'{"a":1}'
     start = b"\x89MUS\r\n\x1a\n" + struct.pack("<BBHI", 1, 0, 0, len(text)) + text
     seed = zlib.crc32(start)
-    front = bytes([1]) + struct.pack("<IIII", 7, 8, 9, 1)
+    front = bytes([1]) + struct.pack("<4I", 7, 8, 9, 1)
     digest = layout.body_digest(front, b"xyz").digest()
     head = b"MUSC" + struct.pack("<IIIIIIIIQQ", 0, 0, 2, 2, 1, 1, 0, 0, 50, 3) + digest
     head += struct.pack("<I", zlib.crc32(head, seed))

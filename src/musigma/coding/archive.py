@@ -15,8 +15,8 @@ import numpy as np
 from musigma import checkpoint
 from musigma.coding import numerics as arithmetic
 from musigma.coding.batch import Batch, context_rows, joined, side_by_side, unpacked
-from musigma.coding.codec import Codec, Coded
-from musigma.coding.container import PACKED, Chunk, Reader
+from musigma.coding.codec import SEED, Codec, Coded
+from musigma.coding.container import BITS_BACK, KINDS, PACKED, Chunk, Reader
 from musigma.coding.errors import (
     CodingError,
     DamagedFile,
@@ -31,6 +31,9 @@ from musigma.model import Model
 
 __all__ = ["Archive", "decompress", "summary"]
 
+FINEST = 32
+"""Grids are no finer than 2^-32."""
+
 
 def decompress(path: str | Path | BinaryIO, model: Model | None = None, **options: Any) -> Batch:
     """All images of a `.mus` file; see `Archive`, which gives them in parts.
@@ -38,10 +41,11 @@ def decompress(path: str | Path | BinaryIO, model: Model | None = None, **option
     Raises:
         CodingError: As `Archive` and its iteration say.
     """
-    if not isinstance(path, (str, Path)):
-        return joined(list(Archive(path, model, **options)))
-    with Path(path).open("rb") as file:
-        return joined(list(Archive(file, model, **options)))
+    if isinstance(path, (str, Path)):
+        with Path(path).open("rb") as file:
+            return decompress(file, model, **options)
+    archive = Archive(path, model, **options)
+    return joined([Batch(np.zeros((0, *archive.shape), np.int64)), *archive])
 
 
 class Archive:
@@ -96,8 +100,20 @@ class Archive:
                 f"the file is pinned to the machine that wrote it: {found}; read it there, and "
                 "compress with numerics exact what others are to read"
             )
-        self.codec = Codec(model, numerics=header["numerics"], latents=header["latents"])
-        if self.codec.fingerprint() != header["fingerprint"]:
+        shape, options = tuple(model.config["shape"]), model.config["options"]
+        if (shape, options.get("bits", 8)) != (self.shape, self.bits):
+            raise DamagedFile(
+                f"the header says {self.bits} bits of shape {self.shape}, and its model takes "
+                f"{options.get('bits', 8)} of {shape}; the writer had a fault"
+            )
+        try:
+            self.codec = Codec(model, numerics=header["numerics"], latents=header["latents"])
+            fingerprint = self.codec.fingerprint()
+        except CodingError:
+            raise
+        except ValueError as error:
+            raise DamagedFile(f"the header's {error}; the writer had a fault") from error
+        if fingerprint != header["fingerprint"]:
             raise NumericsDiffer(
                 "this machine's arithmetic differs from that of the one that wrote the file, as a "
                 "test image shows, so nothing is decoded; read it where it was written"
@@ -130,27 +146,39 @@ class Archive:
         yield from side_by_side(self._decoded, chunks, self.workers)
 
     def one(self, index: int) -> Batch:
-        """One image; decodes the chunk that it is in."""
+        """One image; decodes the chunk that it is in.
+
+        Raises:
+            IndexError: If the file was never to hold it.
+            DamagedFile, NumericsDiffer: If it is lost, or as `chunk`.
+        """
         for place, entry in enumerate(self.reader.entries):
             if entry.first <= index < entry.first + entry.count:
                 chunk, at = self.chunk(place), index - entry.first
                 about = {name: values[at : at + 1] for name, values in chunk.about.items()}
                 return Batch(chunk.levels[at : at + 1], about)
-        raise IndexError(f"image {index}: the file has {len(self)}, or it is lost")
+        if 0 <= index < len(self):
+            raise DamagedFile(f"image {index}: it is lost; copy the file again")
+        raise IndexError(f"image {index}: the file has {len(self)}")
 
     def _decoded(self, chunk: Chunk) -> Batch:
         where = f"chunk {chunk.index} (images {chunk.first} to {chunk.first + chunk.count - 1})"
+        if chunk.kind not in (PACKED, BITS_BACK):
+            raise UnknownVersion(f"{where}: is {KINDS[chunk.kind]}; upgrade musigma")
+        if chunk.raw != chunk.count * math.prod(self.shape) * (2 if self.bits > 8 else 1):
+            raise DamagedFile(
+                f"{where}: declares {chunk.raw:,} bytes, and its images are not of that size; "
+                "the writer had a fault"
+            )
         try:
-            about = json.loads(chunk.side) if chunk.side else {}
-            if not isinstance(about, dict) or any(len(v) != chunk.count for v in about.values()):
-                raise ValueError("names, modes or labels are missing")
+            about = _about(chunk)
+            context = context_rows(self.codec.model, about.get("labels"))
             if chunk.kind == PACKED:
                 levels = unpacked(chunk.payload, (chunk.count, *self.shape), self.bits)
                 return Batch(levels, about)
         except (ValueError, TypeError, lzma.LZMAError) as error:
             raise DamagedFile(f"{where}: {error}; the writer had a fault") from error
         coded = _coded(chunk)
-        context = context_rows(self.codec.model, about.get("labels"))
         try:
             levels = self.codec.unpack(coded, self.shape, context, chunk.side)
         except NumericsDiffer as error:
@@ -175,6 +203,7 @@ def checked(header: Mapping[str, Any]) -> Mapping[str, Any]:
     if not wrong:
         numbers = [*header["shape"], *header["latents"], header["bits"]]
         whole = all(type(n) is int and 0 < n < 1 << 24 for n in numbers)
+        whole = whole and all(g <= FINEST for g in header["latents"])
         named = all(type(header["model"].get(k)) is str for k in ("architecture", "digest"))
         if not (whole and named and header["bits"] <= 16 and math.prod(header["shape"]) < 1 << 28):
             wrong = ["shape, latents, bits or model"]
@@ -235,10 +264,35 @@ def _embedded(reader: Reader, header: Mapping[str, Any], trust: bool) -> Model:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(reader.model())
-        model = checkpoint.load(path)
+        try:
+            model = checkpoint.load(path)
+        except Exception as error:  # what a stranger made can fail in any way
+            raise DamagedFile(
+                f"the model in the file cannot be built: {error}; give the one that it was "
+                "written with"
+            ) from error
     if arithmetic.digest(model) != header["model"]["digest"]:
         raise WrongModel("the model in the file is not the one that it names")
     return model
+
+
+def _about(chunk: Chunk) -> dict[str, Any]:
+    """What comes with the images of a chunk, a list each.
+
+    Raises:
+        ValueError: If that is not what is there.
+    """
+    try:
+        about = json.loads(chunk.side) if chunk.side else {}
+    except RecursionError as error:
+        raise ValueError("names, modes or labels are nested") from error
+    if not isinstance(about, dict) or any(
+        not isinstance(values, list) or len(values) != chunk.count for values in about.values()
+    ):
+        raise ValueError("names, modes or labels are missing")
+    if not all(type(label) is int and 0 <= label < 1 << 31 for label in about.get("labels", [])):
+        raise ValueError("labels are no whole numbers")
+    return about
 
 
 def _coded(chunk: Chunk) -> Coded:
@@ -251,6 +305,6 @@ def _coded(chunk: Chunk) -> Coded:
         raise DamagedFile(f"chunk {chunk.index}: expected 32-bit words; the writer had a fault")
     words = np.frombuffer(chunk.payload, "<u4").astype(np.uint32)
     seed = int(words[0])
-    if not 4 <= seed <= 1 << 22:
+    if not 4 <= seed <= SEED:
         raise DamagedFile(f"chunk {chunk.index}: begins with {seed} words; the writer had a fault")
     return Coded(list(chunk.schedule), listed, seed, words[1:])

@@ -134,9 +134,10 @@ def unpacked(payload: bytes, shape: tuple[int, ...], bits: int) -> np.ndarray:
     """
     n = math.prod(shape)
     size = math.ceil(n / 8) if bits == 1 else n * (2 if bits > 8 else 1)
-    plain = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 28).decompress(payload, size + 1)
-    if len(plain) != size:
-        raise ValueError(f"expected {size} bytes, got {len(plain)}")
+    inflater = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 28)
+    plain = inflater.decompress(payload, size + 1)
+    if len(plain) != size or not inflater.eof or inflater.unused_data:
+        raise ValueError(f"expected {size} bytes and no more, got {len(plain)}")
     if bits == 1:
         flat = np.unpackbits(np.frombuffer(plain, np.uint8), count=n)
     else:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from musigma.coding import numerics as arithmetic
 from musigma.coding.coder import Coder, drawn_sites, grids
-from musigma.coding.errors import NumericsDiffer
+from musigma.coding.errors import CodingError, NumericsDiffer
 from musigma.coding.numerics import Kernels, Numerics
 from musigma.coding.rounding import Exceptions, Rounding
 from musigma.coding.stack import Exhausted, Stack
@@ -36,8 +36,13 @@ BATCH = 64
 """Images that go through the networks together, at most."""
 MARGIN = 128
 """Bits that stay on a stack at least."""
-PROBE = 1 << 20
-"""Words of the stack on which a chunk's first image is tried."""
+PROBE = 1 << 12
+"""Words of the stack on which a chunk's first image is tried first."""
+SEED = 1 << 22
+"""Words that a stack begins with, at most."""
+
+
+TOO_MANY = "an image takes more bits to begin with than a file holds: use smaller images"
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class Codec:
             content = _hash(x, salt)
             while True:
                 seed = math.ceil((need + MARGIN) / 32) + 1
+                if seed > SEED:
+                    raise CodingError(TOO_MANY)
                 try:
                     return self._packed(x, context, _words(content, seed), need)
                 except Exhausted:
@@ -147,9 +154,10 @@ class Codec:
                 raise
             except (Exhausted, ValueError, OverflowError) as error:
                 raise NumericsDiffer(
-                    f"decoding went astray ({error or 'no bits left'})"
+                    f"decoding went astray ({str(error) or 'no bits left'})"
                 ) from error
-        if not np.array_equal(left, _words(_hash(x, salt), coded.seed)):
+        whole = len(left) == coded.seed
+        if not whole or not np.array_equal(left, _words(_hash(x, salt), coded.seed)):
             raise NumericsDiffer("the images that come out are not the ones that went in")
         return x
 
@@ -176,10 +184,17 @@ class Codec:
 
     def _need(self, x: np.ndarray, context: np.ndarray | None) -> float:
         """How many bits an image takes off the stack before it puts any there."""
-        stack = Stack(_words(b"need", PROBE), foreign=True)
-        before = stack.bits
-        self._push(stack, x, context)
-        return 1.05 * (before - stack.lowest) + 64
+        words = PROBE
+        while words <= SEED:
+            stack = Stack(_words(b"need", words), foreign=True)
+            before = stack.bits
+            try:
+                self._push(stack, x, context)
+            except Exhausted:
+                words *= 4
+                continue
+            return 1.05 * (before - stack.lowest) + 64
+        raise CodingError(TOO_MANY)
 
     def _coder(self, stack: Stack, rounding: Rounding, n: int, *, generating: bool) -> Coder:
         return Coder(stack, self.grids, rounding, n=n, dtype=self.dtype, generating=generating)
@@ -190,7 +205,7 @@ class Codec:
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         threads = torch.get_num_threads()
-        with torch.inference_mode(), Kernels():
+        with torch.inference_mode(), Kernels(), np.errstate(all="ignore"):
             if self.numerics == "pinned":
                 torch.set_num_threads(1)
             try:
@@ -209,8 +224,11 @@ class Codec:
         )
         x = np.arange(2 * math.prod(shape)).reshape(2, *shape) * 7 // 3 % levels
         width = self.model.config["options"].get("context", 0)
-        coded = self.pack(x, np.eye(2, width) if width else None, b"fingerprint")
-        return hashlib.sha256(coded.words.astype("<u4").tobytes()).hexdigest()[:32]
+        try:
+            words = self.pack(x, np.eye(2, width) if width else None, b"fingerprint").words
+        except OverflowError:  # whatever else it can code
+            words = np.zeros(0)
+        return hashlib.sha256(words.astype("<u4").tobytes()).hexdigest()[:32]
 
 
 def _rows(context: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
@@ -244,6 +262,10 @@ def latent_grids(model: Model, x: Tensor, context: Tensor | None = None) -> list
     found = []
     for site in drawn_sites(model):
         narrow = torch.quantile(scales.log_std[site].double()[:100_000], 0.01).item()
+        if not math.isfinite(narrow):
+            raise CodingError(
+                "the model's posterior is not finite for these data; evaluate the model on them"
+            )
         fine = isinstance(site, VAE) and not isinstance(site.prior, Prior)
         found.append(max(12 if fine else 2, min(20, math.ceil(2 - narrow / math.log(2)))))
     return found

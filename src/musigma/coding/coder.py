@@ -14,7 +14,6 @@ arXiv:1905.06845, where the model allows it, and top-down ladders in that of Tow
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -166,7 +165,10 @@ class Coder(Trace):
     def q(self, site: nn.Module, dist: Distribution, value: Tensor | None = None) -> Tensor:
         """Pop a value while inferring, push `value` otherwise."""
         code, grid = self._codable(site, dist, drawn=True)
-        return self._push(code, grid, value) if self.generating else self._pop(code, grid)
+        if self.generating:
+            return self._push(code, grid, value)
+        drawn = self._pop(code, grid)
+        return drawn.double() if isinstance(site, Dequantize) else drawn  # a sum with x is exact
 
     def latent(self, site: nn.Module, q: Distribution, p: Distribution) -> Tensor:
         """Pop a value by q; what it costs by p is pushed at the end, by `close`."""
@@ -188,7 +190,7 @@ class Coder(Trace):
         def whole(values: Tensor, scale: float, which: int) -> np.ndarray:
             return self.rounding(values, scale, self.grids.modules[layer] * PLACES + which)
 
-        working = rule(inner, self.stack, whole, (below, above), self._tensor, context)
+        working = rule(inner, self.stack, whole, (below, above), self._given, context)
         start, end = (above, below) if self.generating else (below, above)
         step = working.down if self.generating != inverted else working.up
         return self._tensor(step(_whole(x, start)), end)
@@ -225,12 +227,21 @@ class Coder(Trace):
     def _pop(self, code: Codable, grid: int) -> Tensor:
         return self._tensor(code.pop(self.stack), grid)
 
+    def _given(self, whole: np.ndarray, grid: int) -> Tensor:
+        """k · 2^-g as a network is given it: rounded, where the model's type is too short."""
+        return torch.from_numpy(np.ldexp(whole.astype(np.float64), -grid)).to(self.dtype)
+
     def _tensor(self, whole: np.ndarray, grid: int) -> Tensor:
-        """k · 2^-g, exactly: in float64, where the model's type is too short for it."""
+        """k · 2^-g, exactly: in float64, where the model's type is too short for it.
+
+        Raises:
+            OverflowError: If that is too short, too.
+        """
+        if whole.size and np.abs(whole).max() >= 2**53:
+            raise OverflowError("a value is further out than float64 holds exactly")
         real = torch.from_numpy(np.ldexp(whole.astype(np.float64), -grid))
-        digits = -math.log2(torch.finfo(self.dtype).eps) + 1
-        fits = not whole.size or np.abs(whole).max() < 2.0**digits
-        return real.to(self.dtype) if fits else real
+        short = self._given(whole, grid)
+        return short if bool((short == real).all()) else real
 
 
 def _whole(value: Tensor, grid: int) -> np.ndarray:

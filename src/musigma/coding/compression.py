@@ -145,6 +145,7 @@ def compress(
         ...     bool((decompress(f"{folder}/x.mus", model).levels == x).all())
         True
     """
+    _bits(model)
     source: Any = _Array(model, data) if isinstance(data, np.ndarray) else data
     if not len(source):
         raise ValueError("data: there are no images to compress")
@@ -157,7 +158,7 @@ def compress(
             job.write(file, about or {}, embed)
         if verify:
             with draft.open("rb") as file:
-                job.verify(Archive(file, model))
+                job.verify(Archive(file, model, limits=Limits(total=1 << 62)))
     return job.report()
 
 

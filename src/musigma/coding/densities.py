@@ -5,6 +5,7 @@ The grids are so fine that what rounding costs is far below a thousandth of the 
 
 from __future__ import annotations
 
+import decimal
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -131,10 +132,10 @@ class _Noise(Halved):
 
 @lru_cache
 def _logits() -> np.ndarray:
-    """log(k / (1024 - k)) in parts of 4,096: by integers, so that it is the same everywhere."""
-    k = np.arange(1, 1024)
-    inner = np.rint(np.log(k / (1024 - k)) * 4096) / 4096
-    return np.concatenate([[-16.0], inner, [16.0]])
+    """log(k / (1024 - k)), computed in decimal arithmetic, so that it is the same everywhere."""
+    with decimal.localcontext(decimal.Context(prec=30)):
+        inner = [float((decimal.Decimal(k) / (1024 - k)).ln()) for k in range(1, 1024)]
+    return np.array([-16.0, *inner, 16.0])
 
 
 def _noise(dist: LogitNormal, n: int, grid: int, whole: Whole, drawn: bool) -> Codable:

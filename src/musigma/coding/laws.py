@@ -110,6 +110,7 @@ class Normal(Law):
         wide: Whether values beyond the cells, which reach 8 standard deviations at least, can
             come: at 45 bits each, and 10^-6 bits for all others. A value that is popped though
             it was not pushed, as a draw is, must not: a wild one would cost more than it gains.
+            So none beyond 8 standard deviations is, whatever the cells reach.
     """
 
     HALVINGS = 10
@@ -118,12 +119,16 @@ class Normal(Law):
         self.mean, self.shape, self.wide = mean, mean.shape, wide
         kinds, self.row = np.unique(log_std, return_inverse=True)
         self.row = self.row.reshape(self.shape)
-        self.table = np.stack([_decisions(int(kind)) for kind in kinds])
+        self.table = np.stack([_decisions(int(kind), wide) for kind in kinds])
         self.shift = np.array([_cell(int(kind)) for kind in kinds], np.int64)[self.row]
         self.lowest = mean - np.left_shift(1, self.shift + self.HALVINGS - 1)
 
     def push(self, stack: Stack, values: np.ndarray) -> None:
-        """Push whole numbers; any, if `wide`, that are less than 2^23 cells away."""
+        """Push whole numbers; any, if `wide`, that are less than 2^23 cells away.
+
+        Raises:
+            OverflowError: If `wide`, and one is further away.
+        """
         away = values - self.lowest
         cells = np.right_shift(away, self.shift)
         stack.push(away - np.left_shift(cells, self.shift), np.left_shift(1, self.shift))
@@ -131,7 +136,7 @@ class Normal(Law):
         if self.wide:
             far = cells[beyond] + (1 << 23)
             if not ((far >= 0) & (far < 1 << 24)).all():
-                raise ValueError("values: expected some that are less than 2^23 cells away")
+                raise OverflowError("a value lies more than 2^23 cells from its mean")
             stack.push(far, np.full(far.shape, 1 << 24))
         elif beyond.any():
             raise ValueError("values: expected some within 8 standard deviations")
@@ -140,7 +145,11 @@ class Normal(Law):
         nodes = [(1 << d) + (cells >> (self.HALVINGS - d)) for d in range(self.HALVINGS)]
         yes = [cells >> (self.HALVINGS - 1 - d) & 1 for d in range(self.HALVINGS)]
         if len(cells):
-            stack.push_bits(np.stack(yes), self.table[rows, np.stack(nodes)])
+            answers, ones = np.stack(yes), self.table[rows, np.stack(nodes)]
+            open_ = _open(ones)
+            if (answers != (ones > 0))[~open_].any():
+                raise ValueError("values: expected some within 8 standard deviations")
+            stack.push_bits(answers[open_], ones[open_])
         if self.wide:
             stack.push_bits(beyond, np.full(self.shape, FAR))
 
@@ -151,12 +160,20 @@ class Normal(Law):
             near = ~stack.pop_bits(np.full(self.shape, FAR))
         node, rows = np.ones(near.sum(), np.int64), self.row[near]
         for _ in range(self.HALVINGS):
-            node = 2 * node + stack.pop_bits(self.table[rows, node])
+            ones = self.table[rows, node]
+            answers, open_ = ones > 0, _open(ones)
+            answers[open_] = stack.pop_bits(ones[open_])
+            node = 2 * node + answers
         cells = np.empty(self.shape, np.int64)
         cells[near] = node - (1 << self.HALVINGS)
         if self.wide:
             cells[~near] = stack.pop(np.full((~near).sum(), 1 << 24)) - (1 << 23)
         return self.lowest + np.left_shift(cells, self.shift) + stack.pop(1 << self.shift)
+
+
+def _open(ones: np.ndarray) -> np.ndarray:
+    """Which decisions are none already."""
+    return (ones > 0) & (ones < ONE)
 
 
 FAR = 4.0
@@ -170,8 +187,11 @@ def _cell(log_std: int) -> int:
 
 
 @lru_cache(maxsize=8192)
-def _decisions(log_std: int) -> np.ndarray:
-    """The probability of the upper half at each node; the children of node n are 2n and 2n + 1."""
+def _decisions(log_std: int, wide: bool) -> np.ndarray:
+    """The probability of the upper half at each node; the children of node n are 2n and 2n + 1.
+
+    Unless `wide`, halves beyond 8 standard deviations have none: one in a million is too many.
+    """
     cells, size = 1 << Normal.HALVINGS, float(1 << _cell(log_std))
     std = float(exponential(np.array(log_std), SHARPNESS))
     edges = ((np.arange(cells + 1) - cells // 2) * size - 0.5) / std
@@ -179,7 +199,11 @@ def _decisions(log_std: int) -> np.ndarray:
     ones = np.empty(cells)
     for d in range(Normal.HALVINGS):
         at = sums[:: cells >> (d + 1)]
-        ones[1 << d : 2 << d] = _share(at[2::2] - at[1::2], at[2::2] - at[:-1:2])
+        upper, lower = at[2::2] - at[1::2], at[1::2] - at[:-1:2]
+        share = _share(upper, at[2::2] - at[:-1:2])
+        if not wide:
+            share = np.where(upper == 0, 0, np.where(lower == 0, ONE, share))
+        ones[1 << d : 2 << d] = share
     ones[0] = 1
     return ones
 

@@ -12,7 +12,7 @@ are little-endian:
     chunk    "MUSC" | index u32 | first image u32 | images u32 | kind u32 | batches u32
              exceptions u32 | side: stored u32, inflated u32 | raw u64 | payload u64
              digest of the body, BLAKE2b, 8s | CRC of this header, begun from the start's CRC, u32
-             body: batch sizes less one u8 | exceptions (u32, u32, i64) | side, zlib | payload
+             body: batch sizes less one u8 | exceptions, of four u32 each | side, zlib | payload
     footer   "MUSF" | chunks u32 | images u64 | raw u64 | sha256 of all chunk headers 32s
              per chunk: offset u64 | size u64 | first u32 | images u32 | kind u32 | its CRC u32
              offset of the footer u64 | CRC of it, begun from the start's CRC, u32 | "MUSE"

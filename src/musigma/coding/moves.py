@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from musigma.coding.errors import CodingError
 from musigma.coding.laws import exponential
 from musigma.coding.stack import Stack
 from musigma.layers import (
@@ -106,7 +107,11 @@ class Move:
         self, k: np.ndarray, by: np.ndarray, into: np.ndarray, parts: Iterable[int]
     ) -> np.ndarray:
         if k.size and np.abs(k).max() >= 2.0**62 / max(by.max(), into.max()):
-            raise OverflowError
+            raise OverflowError("a value is too far out to be scaled")
+        if min(by.min(initial=1), into.min(initial=1)) < 1:
+            raise OverflowError("an interval is narrower than the grid")
+        if max(by.max(initial=1), into.max(initial=1)) > 1 << 24:
+            raise OverflowError("an interval is wider than a stack takes at once")
         flat, by, into = (np.broadcast_to(a, k.shape).reshape(-1) for a in (k, by, into))
         scaled = np.empty_like(flat)
         for i in parts:
@@ -184,8 +189,18 @@ class PerChannel(Move):
 
 
 def fixed(parameter: Tensor, scale: float) -> np.ndarray:
-    """A parameter, rounded: it is the same in both directions."""
-    return np.rint(parameter.detach().double().cpu().numpy() * scale).astype(np.int64)
+    """A parameter, rounded: it is the same in both directions.
+
+    Raises:
+        CodingError: If it is not finite.
+        OverflowError: If it is larger than 2^52.
+    """
+    scaled = parameter.detach().double().cpu().numpy() * scale
+    if not np.isfinite(scaled).all():
+        raise CodingError("the model has a parameter that is not finite, or a singular matrix")
+    if (np.abs(scaled) >= 2.0**52).any():
+        raise OverflowError("a parameter of the model is further out than whole numbers reach")
+    return np.rint(scaled).astype(np.int64)
 
 
 class Mix(Move):
@@ -218,7 +233,7 @@ class Mix(Move):
     def _times(self, matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
         """``matrix @ x`` at every pixel, rounded: sums of whole numbers that float64 holds."""
         if x.size and np.abs(x).max() * np.abs(matrix).sum(1).max(initial=0) >= 2.0**52:
-            raise OverflowError
+            raise OverflowError("a value is too far out to be mixed")
         flat = np.moveaxis(x, 1, -1).reshape(-1, x.shape[1]).astype(np.float64)
         sums = flat @ matrix.T
         whole = np.floor((sums + self.PARTS / 2) / self.PARTS).astype(np.int64)
@@ -228,19 +243,31 @@ class Mix(Move):
         layer = self.layer
         if layer.lu:
             diagonal = layer.log_scale.detach().double().cpu()
-            permutation, lower = layer.permutation.double().cpu(), layer.lower.double().cpu()
+            order, lower = layer.permutation.argmax(1).cpu().numpy(), layer.lower.double().cpu()
             sign, upper = layer.sign.double().cpu(), layer.upper.double().cpu()
         else:
-            permutation, lower, upper = torch.linalg.lu(layer.weight.double().cpu())
+            order, lower, upper = triangles(layer.weight.detach().double().cpu().numpy())
             sign, diagonal = upper.diagonal().sign(), upper.diagonal().abs().log()
         above = upper.triu(1) / (sign * diagonal.exp())[:, None]
         return (
-            permutation.argmax(1).numpy(),
+            order,
             fixed(lower.tril(-1), self.PARTS).astype(np.float64),
             fixed(diagonal, STEPS),
             fixed(sign, 1),
             fixed(above, self.PARTS).astype(np.float64),
         )
+
+
+def triangles(matrix: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Order, L and U, matrix = (L U)[order], by single operations: the same on any machine."""
+    lu, rows = matrix.copy(), np.arange(len(matrix))
+    with np.errstate(all="ignore"):  # a singular matrix is found by its diagonal
+        for i in range(len(lu)):
+            best = i + int(np.abs(lu[i:, i]).argmax())
+            lu[[i, best]], rows[[i, best]] = lu[[best, i]], rows[[best, i]]
+            lu[i + 1 :, i] /= lu[i, i]
+            lu[i + 1 :, i + 1 :] -= lu[i + 1 :, i, None] * lu[i, None, i + 1 :]
+    return rows.argsort(), torch.from_numpy(np.tril(lu, -1)), torch.from_numpy(np.triu(lu))
 
 
 class Couple(Move):
@@ -335,7 +362,7 @@ class Intervals:
                 break
             i = i + off
         else:
-            raise OverflowError
+            raise OverflowError("a map is too steep for its grid")
         sizes = np.full(x.shape, self.size)
         return i * self.size + self.move.scale(x - low, sizes, high - low)
 
@@ -361,7 +388,7 @@ class Bend(Move):
         ends, images = self._table()
         i = np.searchsorted(ends, x, side="right") - 1
         if not ((i >= 0) & (i < len(ends) - 1)).all():
-            raise OverflowError
+            raise OverflowError("a value lies outside of what a logit takes, or gives")
         sizes = images[i + 1] - images[i]
         return images[i] + self.scale(x - ends[i], sizes, ends[i + 1] - ends[i])
 
@@ -369,7 +396,7 @@ class Bend(Move):
         ends, images = self._table()
         i = np.searchsorted(images, y, side="right") - 1
         if not ((i >= 0) & (i < len(ends) - 1)).all():
-            raise OverflowError
+            raise OverflowError("a value lies outside of what a logit takes, or gives")
         sizes = images[i + 1] - images[i]
         return ends[i] + self.unscale(y - images[i], sizes, ends[i + 1] - ends[i])
 
@@ -407,14 +434,16 @@ class InTurn(Move):
     """An autoregressive layer: each feature moves by those before it."""
 
     def up(self, x: np.ndarray) -> np.ndarray:
-        h = self.layer.net(self.tensor(x, self.below), self.context)
-        each = self.layer.map.outputs
-        owners = torch.tensor(self.layer.net.owners)
+        given, outputs = self.tensor(x, self.below), []
+
+        def fill(i: int, h: Tensor) -> Tensor:
+            outputs.append(h)
+            return given[:, i : i + 1]
+
+        self.layer.net.unroll(fill, given, self.context)  # one pass would round otherwise
         y = x.copy()
         for i in reversed(range(x.shape[1])):
-            columns = h[:, (owners == i).nonzero()[:, 0]]
-            assert columns.shape[1] == each
-            y[:, i : i + 1] = Elements(self, columns, 2 * i).up(x[:, i : i + 1])
+            y[:, i : i + 1] = Elements(self, outputs[i], 2 * i).up(x[:, i : i + 1])
         return y
 
     def down(self, y: np.ndarray) -> np.ndarray:

@@ -39,13 +39,16 @@ def prepared(model: Model, numerics: Numerics) -> Model:
     if numerics == "exact":
         return model.double()
     for module in model.modules():
-        module.register_forward_pre_hook(_contiguous)
+        module.register_forward_pre_hook(_pinned)
     return model.float()
 
 
-def _contiguous(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """In the other direction the same numbers may lie differently in memory."""
-    return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in inputs)
+def _pinned(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """In the other direction the same numbers may lie differently in memory, or be of float64."""
+    return tuple(
+        (t.float() if t.dtype == torch.float64 else t).contiguous() if isinstance(t, Tensor) else t
+        for t in inputs
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -84,10 +87,12 @@ ROOM = 350_000
 def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     stride, padding, dilation = (_pair(v) for v in (stride, padding, dilation))
     if groups != 1 or isinstance(padding[0], str) or x.ndim != 4:
+        padding = padding[0] if isinstance(padding[0], str) else padding
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     x = x.permute(0, 2, 3, 1)
     bias = x.new_zeros(len(weight)) if bias is None else bias
-    if 4 * len(weight) <= x.shape[3] and stride == dilation == (1, 1):
+    within = all(p < size for p, size in zip(padding, weight.shape[2:], strict=True))
+    if 4 * len(weight) <= x.shape[3] and stride == dilation == (1, 1) and within:
         return _scattered(x, weight, bias, padding).permute(0, 3, 1, 2)
     x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
     return _gathered(x, weight, bias, stride, dilation).permute(0, 3, 1, 2)

@@ -174,7 +174,7 @@ def extract(batches: Iterable[tuple[int, Batch]], archive: Archive, out: Path) -
     taken: set[str] = set()
     try:
         for first, batch in batches:
-            _write_pictures(batch, archive.about, draft, taken, first)
+            _write_pictures(batch, archive, draft, taken, first)
             count += len(batch)
         sync(draft)
         draft.rename(out)
@@ -199,18 +199,17 @@ def restored(levels: np.ndarray, about: Mapping[str, Any]) -> np.ndarray:
 
 
 def _write_pictures(
-    batch: Batch, about: Mapping[str, Any], folder: Path, taken: set[str], first: int
+    batch: Batch, archive: Archive, folder: Path, taken: set[str], first: int
 ) -> None:
     from PIL import Image
 
-    x = restored(batch.levels, about)
+    x = restored(batch.levels, archive.about)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or x.dtype != np.uint8:
         raise ValueError(
             f"out: examples of shape {x.shape[1:]} are no pictures; name a .npz or .npy file"
         )
-    if "levels" not in about and (top := about.get("preprocess", {}).get("bits", 8)) is not None:
-        top = 1 if about.get("preprocess", {}).get("binarize") else top
-        x = (x.astype(np.uint16) * 255 // (2**top - 1)).astype(np.uint8)
+    if "preprocess" in archive.about:  # black to white, whatever the number of levels
+        x = (x.astype(np.uint16) * 255 // (2**archive.bits - 1)).astype(np.uint8)
     names = batch.about.get("names") or [f"{first + i:08}.png" for i in range(len(x))]
     modes = batch.about.get("modes") or [("L", "RGB")[x.shape[1] == 3]] * len(x)
     for pixels, name, mode in zip(x, names, modes, strict=True):
@@ -232,7 +231,8 @@ def _write_pictures(
 
 
 def _format(path: Path) -> str:
-    return {".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".png": "PNG"}.get(path.suffix, "PPM")
+    kinds = {".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".png": "PNG"}
+    return kinds.get(path.suffix.lower(), "PPM")
 
 
 def written_as(name: str) -> str:
@@ -250,14 +250,18 @@ def check_names(names: Iterable[str], taken: set[str] | None = None) -> None:
     for name in names:
         parts = name.split("/")
         bad = next((why for part in parts if (why := _unfit(part))), None)
-        if bad is None and len(parts) > 32:
-            bad = "has more than 32 folders"
-        key = unicodedata.normalize("NFC", name).casefold()
-        if bad is None and key in taken:
+        if bad is None and (len(parts) > 32 or len(name.encode()) > 1024):
+            bad = "has more than 32 folders, or 1,024 bytes"
+        key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        ends = [i for i, character in enumerate(key) if character == "/"]
+        folders = {key[: i + 1] for i in ends}
+        if bad is None and (key in taken or key + "/" in taken):
             bad = "is there twice, on systems to which upper and lower case are one"
+        if bad is None and any(folder[:-1] in taken for folder in folders):
+            bad = "has another file for a folder"
         if bad:
             raise ValueError(f"names: {name!r} {bad}")
-        taken.add(key)
+        taken |= {key, *folders}
 
 
 def _unfit(part: str) -> str | None:

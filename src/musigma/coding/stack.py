@@ -91,11 +91,17 @@ class Stack:
         return twin
 
     def push(self, values: np.ndarray, sizes: np.ndarray) -> None:
-        """Push whole numbers 0 <= value < size <= 2^24, uniform below their sizes."""
-        values, sizes = _flat(values, np.int32), _flat(sizes, np.int32)
-        assert values.shape == sizes.shape
+        """Push whole numbers 0 <= value < size <= 2^24, uniform below their sizes.
+
+        Raises:
+            ValueError: If they are others; nothing is pushed.
+        """
+        values, sizes = _whole("values", values), _whole("sizes", sizes)
+        if values.shape != sizes.shape:
+            raise ValueError(f"values: expected {sizes.size}, one of each size; got {values.size}")
         if not ((values >= 0) & (values < sizes) & (sizes <= 1 << 24)).all():
             raise ValueError("values: expected 0 <= value < size <= 2^24")
+        values, sizes = values.astype(np.int32), sizes.astype(np.int32)
         zeros = _zeros(sizes)
         self._push(values & (zeros - 1), zeros)
         self._push(values // zeros, sizes // zeros)
@@ -109,13 +115,20 @@ class Stack:
 
         Raises:
             Exhausted: If the stack holds too little.
+            ValueError: If a size is not 1 to 2^24.
         """
-        flat = _flat(sizes, np.int32)
+        flat = _whole("sizes", sizes)
         if not ((flat >= 1) & (flat <= 1 << 24)).all():
             raise ValueError("sizes: expected 1 to 2^24")
+        flat = flat.astype(np.int32)
         zeros = _zeros(flat)
-        values = self._pop(flat // zeros) * zeros
-        return (values + self._pop(zeros)).reshape(np.shape(sizes))
+        upper = self._pop(flat // zeros)
+        try:
+            lower = self._pop(zeros)
+        except Exhausted:
+            self._push(upper.astype(np.int32), flat // zeros)
+            raise
+        return (upper * zeros + lower).reshape(np.shape(sizes))
 
     def _pop(self, sizes: np.ndarray) -> np.ndarray:
         free, values = sizes > 1, np.zeros(sizes.shape, np.int64)
@@ -123,8 +136,15 @@ class Stack:
         return values
 
     def push_bits(self, bits: np.ndarray, ones: np.ndarray) -> None:
-        """Push bits, of which each is 1 with probability ``ones / ONE``."""
-        self._encode(_flat(bits, np.int32), self._bit, _probabilities(ones))
+        """Push bits, of which each is 1 with probability ``ones / ONE``.
+
+        Raises:
+            ValueError: If they are no bits, or no such probabilities; nothing is pushed.
+        """
+        flat, likely = _whole("bits", bits), _probabilities(ones)
+        if flat.shape != likely.shape or not ((flat == 0) | (flat == 1)).all():
+            raise ValueError(f"bits: expected 0 or 1, {likely.size} of them; got {flat.size}")
+        self._encode(flat.astype(np.int32), self._bit, likely)
 
     def pop_bits(self, ones: np.ndarray) -> np.ndarray:
         """The last bits that were pushed with these probabilities, bool, of their shape.
@@ -151,8 +171,11 @@ class Stack:
         return symbols
 
 
-def _flat(values: np.ndarray, dtype: Any) -> np.ndarray:
-    return np.ascontiguousarray(values, dtype).reshape(-1)
+def _whole(name: str, values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values)
+    if values.dtype.kind not in "iub":
+        raise ValueError(f"{name}: expected whole numbers; got {values.dtype}")
+    return np.ascontiguousarray(values).reshape(-1)
 
 
 def _zeros(sizes: np.ndarray) -> np.ndarray:

@@ -1,0 +1,402 @@
+"""Folders of images to .mus files and back, and the commands that do it."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from musigma import checkpoint, coding
+from musigma.cli import main
+from musigma.coding import Archive, Batch, DamagedFile, Examples, compress, extract, pictures
+from musigma.coding.container import Reader, Writer
+from musigma.data import Preprocess, load
+from musigma.zoo import build
+
+
+def picture(path, x, mode="L", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(x)
+    image.convert(mode, dither=Image.Dither.NONE).save(path, **options)
+
+
+def noise(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def grey():
+    torch.manual_seed(0)
+    return build("vae", (1, 4, 4), bits=8, net="mlp", width=8, latents=2)
+
+
+@pytest.fixture(scope="module")
+def black():
+    torch.manual_seed(0)
+    return build("vae", (1, 4, 4), bits=1, net="mlp", width=8, latents=2)
+
+
+@pytest.fixture(scope="module")
+def colour():
+    torch.manual_seed(0)
+    return build("vae", (3, 4, 4), bits=8, net="mlp", width=8, latents=2)
+
+
+def through(model, examples, out):
+    """Compress, open, extract."""
+    file = io.BytesIO()
+    compress(model, examples, file, about=examples.about, workers=1)
+    archive = Archive(file, model, workers=1)
+    batches = [(e.first, archive.chunk(i)) for i, e in enumerate(archive.reader.entries)]
+    return extract(batches, archive, out)
+
+
+def pixels(folder):
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with Image.open(path) as image:
+                found[path.relative_to(folder).as_posix()] = (image.mode, np.array(image).tolist())
+    return found
+
+
+def test_a_folder_comes_back_with_its_names_and_modes(grey, tmp_path):
+    source = tmp_path / "in"
+    picture(source / "a.png", noise(0, 4, 4))
+    picture(source / "cat" / "b.PNG", noise(1, 4, 4))
+    picture(source / "cat" / "deep" / "c.bmp", noise(2, 4, 4))
+    picture(source / "dog" / "d.TIF", noise(3, 4, 4))
+    picture(source / "dog" / "e.pgm", noise(4, 4, 4), format="PPM")
+    picture(source / "dog" / "one.png", noise(5, 4, 4), mode="1")
+    data = load(source)
+    assert through(grey, Examples(data, folder=source), tmp_path / "out") == 6
+    assert pixels(tmp_path / "out") == pixels(source)
+    for path in source.rglob("*.*"):
+        with Image.open(path) as a, Image.open(tmp_path / "out" / path.relative_to(source)) as b:
+            assert a.format == b.format
+
+
+def test_colours_and_names_of_lossy_files(colour, tmp_path):
+    source = tmp_path / "in"
+    picture(source / "a.jpg", noise(0, 4, 4, 3), mode="RGB")
+    picture(source / "b.png", noise(1, 4, 4, 3), mode="RGB")
+    picture(source / "g.png", noise(2, 4, 4))
+    through(colour, Examples(load(source), folder=source), tmp_path / "out")
+    before, after = pixels(source), pixels(tmp_path / "out")
+    assert sorted(after) == ["a.jpg.png", "b.png", "g.png"]
+    assert after == {"a.jpg.png": before["a.jpg"]} | {n: before[n] for n in ("b.png", "g.png")}
+    picture(source / "a.jpg.png", noise(3, 4, 4, 3), mode="RGB")
+    with pytest.raises(ValueError, match="is there twice"):
+        Examples(load(source), folder=source)
+
+
+def test_levels_that_stand_for_others(black, tmp_path):
+    source = tmp_path / "in"
+    for i in range(9):
+        picture(source / f"{i}.png", (noise(i, 4, 4) // 128 * 255).astype(np.uint8))
+    data = load(source, preprocess=Preprocess(binarize="threshold"))
+    examples = Examples(data, folder=source)
+    assert examples.about["levels"] == [0, 255]
+    through(black, examples, tmp_path / "out")
+    assert pixels(tmp_path / "out") == pixels(source)
+    picture(source / "9.png", noise(0, 4, 4))
+    data = load(source, preprocess=Preprocess(binarize="threshold"))
+    with pytest.raises(ValueError, match="holds more than the model sees"):
+        Examples(data, folder=source)
+    through(black, Examples(data, folder=source, prepared=True), tmp_path / "prepared")
+    found = {v for _, rows in pixels(tmp_path / "prepared").values() for v in np.ravel(rows)}
+    assert found == {0, 255}
+
+
+def test_images_of_another_size_are_refused(grey, tmp_path):
+    picture(tmp_path / "in" / "a.png", noise(0, 8, 8))
+    data = load(tmp_path / "in", preprocess=Preprocess(size=4))
+    with pytest.raises(ValueError, match="is 8 x 8, and the model sees 4 x 4"):
+        Examples(data, folder=tmp_path / "in")
+    examples = Examples(data, folder=tmp_path / "in", prepared=True)
+    assert through(grey, examples, tmp_path / "out") == 1
+
+
+class Named:
+    """Two images under any names."""
+
+    def __init__(self, names, modes=("L", "L")):
+        self.about = {"label_names": []}
+        self.names, self.modes = list(names), list(modes)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, rows):
+        about = {"names": self.names[rows], "modes": self.modes[rows]}
+        return Batch(noise(0, 2, 1, 4, 4).astype(np.int64)[rows], about)
+
+
+HOSTILE = {
+    "up": "../x.png",
+    "within": "a/../../x.png",
+    "absolute": "/tmp/x.png",
+    "drive": "C:x.png",
+    "backslash": "a\\x.png",
+    "dot": "./x.png",
+    "empty part": "a//x.png",
+    "reserved": "con.png",
+    "reserved folder": "NUL/x.png",
+    "dot at the end": "a./x.png",
+    "control": "a\x07.png",
+    "null": "a\0.png",
+    "mark": "a\u202e.png",
+    "surrogate": "\ud800.png",
+    "long": "a" * 252 + ".png",
+    "long in all": "/".join(["b" * 200] * 9) + ".png",
+    "deep": "d/" * 40 + "x.png",
+    "no text": 7,
+    "list": ["x.png"],
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_names_that_lead_elsewhere_write_nothing(grey, tmp_path, what):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(DamagedFile, match="cannot be written"):
+        through(grey, Named(["fine.png", HOSTILE[what]]), tmp_path / "a" / "out")
+    assert not list((tmp_path / "a").iterdir())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+PAIRS = [
+    ("a.png", "A.PNG"),
+    ("a.png", "a.png"),
+    ("é.png", "e\u0301.png"),
+    ("a.png", "a.png/b.png"),
+    ("a.png/b.png", "A.png"),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_names_that_are_one_somewhere(grey, tmp_path, pair):
+    with pytest.raises(DamagedFile, match=r"is there twice|has another file for a folder"):
+        through(grey, Named(pair), tmp_path / "out")
+    for modes in (["L", "P"], ["L", 1], ["L", []]):
+        with pytest.raises(DamagedFile, match=r"of name .* and mode .* cannot"):
+            through(grey, Named(["a.png", "b.png"], modes), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+class Fake:
+    """What `extract` asks of an archive."""
+
+    bits, shape = 8, (1, 4, 4)
+
+    def __init__(self, about):
+        self.about = about
+
+
+ABOUTS = [
+    {"levels": 3},
+    {"levels": []},
+    {"levels": [0, [1]]},
+    {"levels": [0, 300]},
+    {"levels": [0, -1]},
+    {"levels": [True, False]},
+]
+
+
+@pytest.mark.parametrize("about", ABOUTS)
+def test_headers_that_lie_about_levels(about, tmp_path):
+    batch = Batch(np.ones((1, 1, 4, 4), np.int64))
+    for out in ("x", "x.npz"):
+        with pytest.raises(DamagedFile, match="what each level stands for"):
+            extract([(0, batch)], Fake(about), tmp_path / out)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("about", [{"preprocess": 7}, {"preprocess": {"bits": 10**12}}])
+def test_a_preprocess_that_lies_costs_nothing(about, tmp_path):
+    batch = Batch(np.ones((1, 1, 4, 4), np.int64))
+    assert extract([(0, batch)], Fake(about), tmp_path / "out") == 1
+
+
+def test_a_full_disk_leaves_no_half_of_a_folder(tmp_path, monkeypatch):
+    batch = Batch(np.ones((3, 1, 4, 4), np.int64))
+    saved = []
+
+    def full(self, file, *rest, **more):
+        saved.append(file)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        extract([(0, batch)], Fake({}), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_vectors_are_no_pictures(tmp_path):
+    batch = Batch(np.ones((3, 4), np.int64))
+    with pytest.raises(ValueError, match="are no pictures"):
+        extract([(0, batch)], Fake({}), tmp_path / "out")
+    assert extract([(0, batch)], Fake({}), tmp_path / "out.npy") == 3
+    assert np.load(tmp_path / "out.npy").tolist() == np.ones((3, 4)).tolist()
+
+
+@pytest.mark.parametrize("name", ["COM1", "lpt9.png", "aux.tar.gz", "a ", "a.", "..", "a:b"])
+def test_names_that_some_system_lacks(name):
+    with pytest.raises(ValueError, match="names: "):
+        pictures.check_names([name])
+    pictures.check_names(["command.png", "a.b.png", "c/d.png", "c/e.png", "ß.png", "日本.png"])
+
+
+# -- the commands
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """Models of the digits, other models, and a compressed file."""
+    here = tmp_path_factory.mktemp("shelf")
+    for name, seed in (("model", 0), ("other", 1)):
+        torch.manual_seed(seed)
+        model = build("vae", (1, 8, 8), bits=8, net="mlp", width=8, latents=2)
+        checkpoint.save(model, here / f"{name}.safetensors")
+    words = f"compress {here}/model.safetensors digits {here}/d.mus --chunk 600 --embed"
+    assert call(words)[0] == 0
+    return here
+
+
+def call(words, capsys=None):
+    if capsys:
+        capsys.readouterr()
+    try:
+        main([*words.split(), "--device", "cpu"] if "inspect" not in words else words.split())
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return (code, *capsys.readouterr()) if capsys else (code,)
+
+
+def test_digits_come_back(shelf, tmp_path, capsys):
+    code, out, _ = call(
+        f"compress {shelf}/model.safetensors digits {tmp_path}/x.mus --labels --workers 1 --json",
+        capsys,
+    )
+    report = json.loads(out)
+    assert code == 0
+    assert report["images"] == 1797
+    assert report["verified"]
+    assert report["data_bytes"] == (tmp_path / "x.mus").stat().st_size
+    code, out, _ = call(
+        f"decompress {tmp_path}/x.mus {tmp_path}/x.npz --run {shelf}/model.safetensors --json",
+        capsys,
+    )
+    assert code == 0
+    assert json.loads(out) == {"out": f"{tmp_path}/x.npz", "images": 1797, "lost": []}
+    found, digits = np.load(tmp_path / "x.npz"), load("digits")
+    assert (found["x"] == digits.take(np.arange(1797))).all()
+    assert (found["labels"] == digits.labels).all()
+
+
+def test_one_image_and_what_the_file_says_of_itself(shelf, tmp_path, capsys):
+    code, out, _ = call(f"inspect {shelf}/d.mus --json", capsys)
+    found = json.loads(out)
+    assert code == 0
+    assert (found["images"], found["chunks"], found["whole"]) == (1797, 3, True)
+    assert found["file_bytes"] == (shelf / "d.mus").stat().st_size
+    assert "1,797 images of 1x8x8" in call(f"inspect {shelf}/d.mus", capsys)[1]
+    words = f"decompress {shelf}/d.mus {tmp_path}/one.npy --trust --index 700"
+    assert call(words)[0] == 0
+    assert (np.load(tmp_path / "one.npy") == load("digits").take(np.array([700]))).all()
+    code, _, err = call(words.replace("700", "1797"), capsys)
+    assert code == 2
+    assert "index: expected 0 to 1796; got 1797" in err
+
+
+def bent(shelf, tmp_path, how):
+    data = bytearray((shelf / "d.mus").read_bytes())
+    if how == "damaged":
+        data[Reader(io.BytesIO(data)).entries[1].end - 9] ^= 1
+    elif how == "lost":
+        data[Reader(io.BytesIO(data)).entries[1].offset + 9] ^= 1
+    elif how == "later":
+        data[8] = 9
+    elif how == "print":
+        reader, file = Reader(io.BytesIO(data)), io.BytesIO()
+        header = {**reader.header, "fingerprint": "0"}
+        with Writer(file, header, reader.model()) as writer:
+            for chunk in reader:
+                writer.write(chunk)
+        data = file.getvalue()
+    (tmp_path / "bent.mus").write_bytes(data)
+    return tmp_path / "bent.mus"
+
+
+CODES = {
+    "damaged": (3, "--trust", "does not match its checksum"),
+    "lost": (3, "--trust", "images are missing: 599 to 1197"),
+    "lost one": (3, "--trust --index 800", "image 800: it is lost"),
+    "untrusted": (2, "", "--trust"),
+    "model": (4, "--run {shelf}/other.safetensors", "another model"),
+    "print": (5, "--trust", "arithmetic differs"),
+    "limits": (6, "--trust --max-output 1", None),
+    "later": (7, "--trust", "upgrade musigma"),
+}
+
+
+@pytest.mark.parametrize("how", CODES)
+def test_every_failure_has_its_code(shelf, tmp_path, capsys, how, monkeypatch):
+    code, options, said = CODES[how]
+    path = bent(shelf, tmp_path, how.split()[0])
+    if how == "limits":
+        monkeypatch.setattr(coding, "Limits", lambda total: coding.errors.Limits(total=99))
+        said = "the limit is 99"
+    words = f"decompress {path} {tmp_path}/out.npy {options.format(shelf=shelf)}"
+    found, _, err = call(words.strip(), capsys)
+    assert (found, said in err, "Traceback" in err) == (code, True, False), err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.parametrize("how", ["damaged", "lost"])
+def test_going_on_keeps_what_is_whole(shelf, tmp_path, capsys, how):
+    path = bent(shelf, tmp_path, how)
+    words = f"decompress {path} {tmp_path}/out.npy --trust --keep-going --json"
+    code, out, err = call(words, capsys)
+    assert code == 3
+    assert "599 images are lost" in err
+    assert [row[:2] for row in json.loads(out)["lost"]] == [[599, 1198]]
+    rest = np.r_[0:599, 1198:1797]
+    assert (np.load(tmp_path / "out.npy") == load("digits").take(rest)).all()
+
+
+def test_pictures_without_names_are_numbered(tmp_path):
+    batch = Batch(np.ones((2, 1, 4, 4), np.int64))
+    assert extract([(0, batch), (7, batch)], Fake({}), tmp_path / "out") == 4
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == [f"{i:08}.png" for i in (0, 1, 7, 8)]
+
+
+def test_outputs_that_are_there_or_cannot_be(shelf, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    code, _, err = call(f"decompress {shelf}/d.mus {tmp_path}/there --trust", capsys)
+    assert (code, "exists" in err) == (2, True)
+    code, _, err = call(f"decompress {shelf}/d.mus {tmp_path}/no/out --trust", capsys)
+    assert (code, "does not exist" in err) == (2, True)
+    code, _, err = call(f"decompress {tmp_path}/no.mus {tmp_path}/out --trust", capsys)
+    assert (code, "there is no file" in err) == (2, True)
+    code, _, err = call(f"compress {shelf}/model.safetensors digits {tmp_path}/x.zip", capsys)
+    assert (code, "expected a .mus file" in err) == (2, True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
+
+
+def test_a_folder_by_the_commands(tmp_path, capsys, colour, grey):
+    for i in range(6):
+        picture(tmp_path / "in" / f"{i}.png", noise(i, 4, 4, 3), mode="RGB")
+    checkpoint.save(colour, tmp_path / "colour.safetensors")
+    checkpoint.save(grey, tmp_path / "grey.safetensors")
+    words = f"compress {tmp_path}/colour.safetensors {tmp_path}/in {tmp_path}/x.mus --embed"
+    assert call(words)[0] == 0
+    assert call(f"decompress {tmp_path}/x.mus {tmp_path}/out --trust")[0] == 0
+    assert pixels(tmp_path / "out") == pixels(tmp_path / "in")
+    code, _, err = call(words.replace("/colour", "/grey"), capsys)
+    assert (code, "colour" in err) == (2, True)
