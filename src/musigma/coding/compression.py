@@ -197,7 +197,7 @@ class _Compression:
         if not 1 <= most <= Limits().chunk_images:
             raise ValueError(f"chunk: expected 1 to {Limits().chunk_images} images; got {chunk}")
         parts = math.ceil(len(source) / most)
-        if parts % 2 and len(source) > 2 * parts * SAMPLE:
+        if chunk is None and parts % 2 and len(source) > 2 * parts * SAMPLE:
             parts += 1  # so that two cores are done at the same time
         self.cuts = [i * len(source) // parts for i in range(parts + 1)]
         first = _sample(source)
