@@ -14,7 +14,15 @@ import numpy as np
 
 from musigma import checkpoint
 from musigma.coding import numerics as arithmetic
-from musigma.coding.batch import Batch, context_rows, joined, side_by_side, unpacked
+from musigma.coding.batch import (
+    SEAL,
+    Batch,
+    context_rows,
+    digest,
+    joined,
+    side_by_side,
+    unpacked,
+)
 from musigma.coding.codec import SEED, Codec, Coded
 from musigma.coding.container import BITS_BACK, KINDS, PACKED, Chunk, Reader
 from musigma.coding.errors import (
@@ -174,8 +182,11 @@ class Archive:
             about = _about(chunk)
             context = context_rows(self.codec.model, about.get("labels"))
             if chunk.kind == PACKED:
-                levels = unpacked(chunk.payload, (chunk.count, *self.shape), self.bits)
-                return Batch(levels, about)
+                shape = (chunk.count, *self.shape)
+                batch = Batch(unpacked(chunk.payload[SEAL:], shape, self.bits), about)
+                if chunk.payload[:SEAL] != digest(batch)[:SEAL]:
+                    raise ValueError("the images or their labels are not those that went in")
+                return batch
         except (ValueError, TypeError, lzma.LZMAError) as error:
             raise DamagedFile(f"{where}: {error}; the writer had a fault") from error
         coded = _coded(chunk)

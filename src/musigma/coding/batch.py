@@ -31,6 +31,8 @@ __all__ = [
     "unpacked",
 ]
 
+SEAL = 16
+"""Bytes of a `digest` that stand before images that a general codec packed."""
 T = TypeVar("T")
 R = TypeVar("R")
 

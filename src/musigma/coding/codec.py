@@ -82,6 +82,7 @@ class Codec:
     def __init__(self, model: Model, *, numerics: Numerics, latents: Sequence[int]):
         self.model = arithmetic.prepared(model, numerics)
         self.numerics, self.latents = numerics, list(latents)
+        self.guarded = numerics == "exact"
         self.dtype = torch.float64 if numerics == "exact" else torch.float32
         count = len(list(drawn_sites(self.model)))
         if len(self.latents) != count:
@@ -168,14 +169,14 @@ class Codec:
         x = np.zeros((at, *shape), np.int64)
         for n, listed in zip(reversed(coded.schedule), reversed(coded.listed), strict=True):
             rows = slice(at - n, at)
-            coder = self._coder(stack, Rounding(listed), n, generating=True)
+            coder = self._coder(stack, Rounding(listed, guarded=self.guarded), n, generating=True)
             given = self._context(_rows(context, at - n, at))
             x[rows] = self.model.generate(coder, given).reshape(n, *shape).numpy()
             at -= n
         return stack, x
 
     def _push(self, stack: Stack, x: np.ndarray, context: np.ndarray | None) -> Exceptions:
-        rounding = Rounding()
+        rounding = Rounding(guarded=self.guarded)
         coder = self._coder(stack, rounding, len(x), generating=False)
         stack.mark()
         self.model.infer(torch.from_numpy(x).to(self.dtype), coder, self._context(context))

@@ -22,6 +22,7 @@ from musigma import checkpoint
 from musigma.coding import numerics as arithmetic
 from musigma.coding.archive import Archive
 from musigma.coding.batch import (
+    SEAL,
     Batch,
     check_levels,
     context_rows,
@@ -46,7 +47,7 @@ CHUNK = 4096
 CHUNK_BYTES = 1 << 24
 SAMPLE = 256
 """Images that the model's own figure is taken of."""
-GENERAL = 1 << 21
+GENERAL = 1 << 20
 """Elements of the first images, from which it is estimated what xz makes of all."""
 Progress = Callable[[int, int, str], object]
 
@@ -268,7 +269,7 @@ class _Compression:
             raise CodingError(f"images {first} to {last}: {error}") from error
         quick = len(zlib.compress(plain(batch.levels, self.bits), 6))
         if payload is None or 0.6 * quick < len(payload):
-            general = packed(batch.levels, self.bits)
+            general = digest(batch)[:SEAL] + packed(batch.levels, self.bits)
             if payload is None or len(general) < len(payload):
                 return first, batch, PACKED, None, general
         return first, batch, BITS_BACK, coded, payload

@@ -51,7 +51,7 @@ REAL = 12
 """The grid of real numbers after a logit."""
 STEPS = 4096
 """Log scales are whole multiples of 1 / STEPS."""
-PARTS = 8
+PARTS = 3
 """In which the elements of a batch are scaled, so that few bits are off the stack at a time."""
 SHIFT = 12
 """What networks add is a whole multiple of 2^-12, or of the grid if that is coarser."""

@@ -28,10 +28,11 @@ class Rounding:
 
     Args:
         listed: What the encoder listed; None: this is the encoder, and `listed` will be its list.
+        guarded: Whether values near the middle are listed; not where they are always the same.
     """
 
-    def __init__(self, listed: Exceptions | None = None):
-        self.encoding = listed is None
+    def __init__(self, listed: Exceptions | None = None, *, guarded: bool = True):
+        self.encoding, self.guarded = listed is None, guarded
         self.listed: Exceptions = {} if listed is None else listed
 
     def __call__(self, values: Tensor, scale: float, place: int) -> np.ndarray:
@@ -53,6 +54,8 @@ class Rounding:
                 "coded by; evaluate the model on them, and look at `inspect`"
             )
         whole = np.rint(scaled)
+        if not self.guarded:
+            return whole.astype(np.int64)
         off = np.abs(scaled - whole)
         near = np.flatnonzero(off.reshape(-1) > 0.5 - GUARD)
         flat = whole.reshape(-1)
