@@ -2,7 +2,7 @@
 
     MUSIGMA_DATA=... python benchmarks/compression.py general [SET ...]
     MUSIGMA_DATA=... python benchmarks/compression.py ours SET RUN [--n 1000] [--draws 4]
-    MUSIGMA_DATA=... python benchmarks/compression.py all SET RUN [SET RUN ...]
+    MUSIGMA_DATA=... python benchmarks/compression.py all SET RUN [SET RUN ...] [--numerics pinned]
     python benchmarks/compression.py table     # the Markdown tables of docs/compression.md
 
 The sets are the test images of `mnist`, `mnist-binarized` (drawn once, by seed 0),
@@ -373,14 +373,17 @@ def source(model: Any, levels: np.ndarray, labels: np.ndarray) -> Any:
     return coding.Examples(data, labels=True, prepared=True)
 
 
-def measure_in_child(way: str, run: Path, folder: Path, workers: int) -> dict[str, Any]:
+def measure_in_child(
+    way: str, run: Path, folder: Path, workers: int, numerics: str = "exact"
+) -> dict[str, Any]:
     """Write or read a file in a process of its own."""
     words = [sys.executable, __file__, way, str(weights(run)), str(folder), str(workers)]
+    words.append(numerics)
     done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(way: str, run: Path, folder: Path, workers: int) -> None:
+def child(way: str, run: Path, folder: Path, workers: int, numerics: Any) -> None:
     """What such a process does."""
     import torch
 
@@ -397,7 +400,8 @@ def child(way: str, run: Path, folder: Path, workers: int) -> None:
     if way == "child-write":
         before = memory()
         given = source(model, levels, labels)
-        report = coding.compress(model, given, file, verify=False, workers=workers)
+        options = {"verify": False, "workers": workers, "numerics": numerics}
+        report = coding.compress(model, given, file, **options)
         told = {name: value for name, value in report.to_json().items() if name != "seconds"}
         told["file_bytes"] = file.stat().st_size
     else:
@@ -553,7 +557,7 @@ def pays(name: str, row: dict[str, Any]) -> dict[str, Any]:
 # --- every image -------------------------------------------------------------------------------
 
 
-def every(name: str, run: Path, workers: int, again: bool) -> None:
+def every(name: str, run: Path, workers: int, numerics: str, again: bool) -> None:
     """Every image of a set there and back."""
     import musigma
 
@@ -566,7 +570,7 @@ def every(name: str, run: Path, workers: int, again: bool) -> None:
     row: dict[str, Any] = {"set": name, "run": title(run), "n": len(data), "note": data.note}
     with tempfile.TemporaryDirectory() as folder:
         put(Path(folder), data)
-        wrote = measure_in_child("child-write", run, Path(folder), workers)
+        wrote = measure_in_child("child-write", run, Path(folder), workers, numerics)
         print(key, wrote, flush=True)
         read = measure_in_child("child-read", run, Path(folder), workers)
     row |= {
@@ -578,6 +582,7 @@ def every(name: str, run: Path, workers: int, again: bool) -> None:
         "net_bits_per_dim": wrote["net_bits_per_dim"],
         "file_bits_per_dim": wrote["bits_per_dim"],
         "workers": workers,
+        "numerics": numerics,
         "write_seconds": wrote["wall_seconds"],
         "read_seconds": read["wall_seconds"],
         "load_average": wrote["load_average"],
@@ -712,6 +717,7 @@ def all_table(found: dict[str, Any]) -> str:
         [
             row["set"],
             f"`{row['run']}`",
+            row["numerics"],
             f"{row['n']:,}",
             f"{row['pixels_compared']:,}",
             f"{row['raw_bytes']:,}",
@@ -723,7 +729,15 @@ def all_table(found: dict[str, Any]) -> str:
         ]
         for row in found["all"].values()
     ]
-    heads = ["set", "run", "images", "values compared, all equal", "bytes before", "bytes after"]
+    heads = [
+        "set",
+        "run",
+        "numerics",
+        "images",
+        "values compared, all equal",
+        "bytes before",
+        "bytes after",
+    ]
     return rows_of([*heads, "net", "file", "write, s", "read, s"], rows)
 
 
@@ -736,6 +750,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=10_000, help="images of `ours`")
     parser.add_argument("--draws", type=int, default=4, help="of the model's own figure, for each")
     parser.add_argument("--workers", type=int, default=2, help="of `all`")
+    parser.add_argument("--numerics", default="exact", help="of `all`: exact or pinned")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     chosen = parser.parse_args()
     words, again = chosen.words, chosen.again
@@ -749,13 +764,13 @@ def main() -> None:
     for name, run in pairs if chosen.what == "ours" else ():
         ours(name, run, chosen.n, chosen.draws, again)
     for name, run in pairs if chosen.what == "all" else ():
-        every(name, run, chosen.workers, again)
+        every(name, run, chosen.workers, chosen.numerics, again)
     if chosen.what == "table":
         table()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["child-write"], ["child-read"]):
-        child(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+        child(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
     else:
         main()

@@ -215,6 +215,8 @@ class Trained:
             )
         if not path.exists():
             raise ValueError(f"RUN: there is no run folder or checkpoint file {run}")
+        if path.suffix == ".mus":
+            raise ValueError(f"RUN: {run} holds data, not a model; see `musigma inspect {run}`")
         self.path = path / "model.safetensors" if self.folder else path
         self.model, self.extra = checkpoint.read(self.path)
         self.model.to(self.device)

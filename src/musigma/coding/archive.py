@@ -239,7 +239,7 @@ def summary(file: BinaryIO, limits: Limits | None = None) -> dict[str, Any]:
     kinds = {"packed": 0, "coded": 0}
     for entry in reader.entries:
         kinds["packed" if entry.kind == PACKED else "coded"] += entry.count
-    coded = sum(entry.size for entry in reader.entries)
+    data = file.seek(0, 2) - reader.model_size
     dims = math.prod(header["shape"])
     return {
         "images": reader.images,
@@ -248,8 +248,8 @@ def summary(file: BinaryIO, limits: Limits | None = None) -> dict[str, Any]:
         "chunks": len(reader.entries),
         "images_coded": kinds["coded"],
         "images_packed": kinds["packed"],
-        "data_bytes": coded,
-        "bits_per_dim": 8 * coded / max(1, dims * sum(kinds.values())),
+        "data_bytes": data,
+        "bits_per_dim": 8 * data / max(1, dims * sum(kinds.values())),
         "model": dict(header["model"]),
         "model_bytes": reader.model_size,
         "numerics": header["numerics"],

@@ -203,10 +203,13 @@ class _Compression:
         self.cuts = [i * len(source) // parts for i in range(parts + 1)]
         first = _sample(source)
         context = context_rows(model, first.about.get("labels"))
-        self.ideal = _ideal(model, first.levels, context)
         x = torch.from_numpy(first.levels)
         given = None if context is None else torch.from_numpy(context).float()
-        self.codec = Codec(model, numerics=numerics, latents=latent_grids(_plain(model), x, given))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same data make the same file
+            self.ideal = _ideal(model, first.levels, context)
+            fine = latent_grids(_plain(model), x, given)
+        self.codec = Codec(model, numerics=numerics, latents=fine)
         some = source[0 : min(len(source), max(SAMPLE, GENERAL // self.dims))]
         self.general = len(packed(some.levels, self.bits)) / len(some)
         self.digests: list[bytes] = []
