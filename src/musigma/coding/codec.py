@@ -148,8 +148,7 @@ class Codec:
         """
         with self._at_work():
             try:
-                x = self._unpacked(coded, shape, context)
-                stack, x = x
+                stack, x = self._unpacked(coded, shape, context)
                 left = stack.words(foreign=True)
             except NumericsDiffer:
                 raise
@@ -219,12 +218,10 @@ class Codec:
     @lru_cache(maxsize=1)  # noqa: B019  (a codec lives as long as what it codes)
     def fingerprint(self) -> str:
         """Of all the arithmetic: a hash of the bits of an image that is always the same."""
-        shape, levels = (
-            self.model.config["shape"],
-            2 ** (self.model.config["options"]["bits"] or 8),
-        )
+        shape, options = self.model.config["shape"], self.model.config["options"]
+        levels = 2 ** options.get("bits", 8)
         x = np.arange(2 * math.prod(shape)).reshape(2, *shape) * 7 // 3 % levels
-        width = self.model.config["options"].get("context", 0)
+        width = options.get("context", 0)
         try:
             words = self.pack(x, np.eye(2, width) if width else None, b"fingerprint").words
         except OverflowError:  # whatever else it can code
