@@ -27,6 +27,8 @@ from musigma.coding.stack import ONE, Stack
 
 __all__ = ["Bits", "Halved", "Law", "Mixture", "Normal", "Weights", "exponential", "gaussian"]
 
+STEPS = 64.0
+"""Lines of a table to one."""
 SHARPNESS = 128
 """Logarithms of scales are whole multiples of 1 / SHARPNESS."""
 
@@ -240,7 +242,8 @@ class Mixture(Halved):
     PARTS = 256
 
     def __init__(self, weights: np.ndarray, mean: np.ndarray, inverse: np.ndarray, levels: int):
-        self.weights, self.mean, self.inverse, self.levels = weights, mean, inverse, levels
+        self.weights, self.mean, self.levels = weights, mean, levels
+        self.steep = inverse * (STEPS / self.PARTS)
         self.shape = mean.shape[1:]
         self.total = weights[0]
         for weight in weights[1:]:
@@ -250,15 +253,18 @@ class Mixture(Halved):
         """The mixture's distribution function between levels k - 1 and k."""
         mass = np.zeros(self.shape)
         for weight, part in zip(self.weights, self.parts(k), strict=True):
-            mass = mass + weight * part
-        ends = np.where(k <= 0, 0.0, self.total)
-        return np.where((k <= 0) | (k >= self.levels), ends, mass)
+            part *= weight
+            mass += part
+        mass[k <= 0] = 0.0
+        return np.where(k >= self.levels, self.total, mass)
 
     def parts(self, k: np.ndarray) -> Sequence[np.ndarray]:
         """The components' distribution functions there."""
         edge = k * float(self.PARTS) - self.PARTS / 2
-        pairs = zip(self.mean, self.inverse, strict=True)
-        return [logistic((edge - m) / self.PARTS * s) for m, s in pairs]
+        return [
+            _read(_logistic, (edge - mean) * steep)
+            for mean, steep in zip(self.mean, self.steep, strict=True)
+        ]
 
     def masses(self, values: np.ndarray) -> np.ndarray:
         """The mass of each value in each component, (K, *shape)."""
@@ -295,21 +301,30 @@ def exponential(whole: np.ndarray, parts: int) -> np.ndarray:
 
 def logistic(t: np.ndarray) -> np.ndarray:
     """1 / (1 + e^-t), from -32 to 32."""
-    return _read(_logistic(), t, 64.0, 32.0)
+    return _read(_logistic, t * STEPS)
 
 
 def gaussian(t: np.ndarray) -> np.ndarray:
     """The normal distribution function, from -8 to 8."""
-    return _read(_normal(), t, 64.0, 8.0)
+    return _read(_normal, t * STEPS)
 
 
-def _read(table: np.ndarray, t: np.ndarray, steps: float, reach: float) -> np.ndarray:
-    """A function between -reach and reach off its table, which has so many steps to one."""
-    at = np.clip(t * steps, -reach * steps, reach * steps) + reach * steps
-    whole = np.minimum(np.floor(at), len(table) - 2)
-    left, i = at - whole, whole.astype(np.int64)
-    low = table[i]
-    return low + (table[i + 1] - low) * left
+def _read(table: Callable[[], np.ndarray], at: np.ndarray) -> np.ndarray:
+    """A function off its table, at so many lines from the middle; `at` is written over."""
+    values, slopes = _lines(table)
+    at += len(values) // 2
+    np.clip(at, 0, len(values) - 1, out=at)
+    line = at.astype(np.intp)
+    at -= line
+    at *= slopes[line]
+    at += values[line]
+    return at
+
+
+@lru_cache
+def _lines(table: Callable[[], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the lines of a table begin, and how much they rise."""
+    return table(), np.append(np.diff(table()), 0.0)
 
 
 def _decimals() -> decimal.Context:
