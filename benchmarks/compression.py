@@ -3,7 +3,7 @@
     MUSIGMA_DATA=... python benchmarks/compression.py general [SET ...]
     MUSIGMA_DATA=... python benchmarks/compression.py ours SET RUN [--n 1000] [--draws 4]
     MUSIGMA_DATA=... python benchmarks/compression.py all SET RUN [SET RUN ...] [--numerics pinned]
-    python benchmarks/compression.py table     # the Markdown tables of docs/compression.md
+    python benchmarks/compression.py table     # the tables and the picture of docs/compression.md
 
 The sets are the test images of `mnist`, `mnist-binarized` (drawn once, by seed 0),
 `fashion-mnist` and `cifar10`; `all` takes every image, in the order of the data. Figures are bits
@@ -594,9 +594,41 @@ def every(name: str, run: Path, workers: int, numerics: str, again: bool) -> Non
 # --- tables ------------------------------------------------------------------------------------
 
 
+def picture(found: dict[str, Any]) -> None:
+    """Bars of every codec on the sets that models were measured on, the shortest below."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "musigma"}
+    sets = [name for name in SETS if name in best_runs(found)]
+    figure = Figure(figsize=(4 * len(sets), 4.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
+        ways = {"file": "each a file", "tile": "one picture", "archive": "bytes in a row"}
+        bars = {
+            f"{row['codec'].split(',')[0]}, {ways[row['way']]}": row["bits_per_dim"]
+            for row in sorted(found["general"][name].values(), key=lambda r: -r["bits_per_dim"])
+            if "bits_per_dim" in row
+        }
+        own = {
+            f"musigma, {row['architecture']}": row["file_bits_per_dim"]
+            for row in best_runs(found)[name]
+        }
+        both = dict(sorted({**bars, **own}.items(), key=lambda bar: -bar[1]))
+        colours = ["#d1495b" if bar in own else "#9aa5b1" for bar in both]
+        drawn = axes.barh(list(both), list(both.values()), color=colours)
+        axes.bar_label(drawn, fmt="%.3f", fontsize=7, padding=2)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("bits/dim", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.15)
+    figure.savefig(OUT.with_suffix(".svg"), metadata={"Date": None})
+
+
 def table() -> None:
-    """Print what is kept as Markdown."""
+    """Print what is kept as Markdown, and draw it."""
     found = kept()
+    picture(found)
     print("\n\n".join(filter(None, [general_table(found), ours_tables(found), all_table(found)])))
 
 
