@@ -153,7 +153,7 @@ def decompress_files() -> tuple[list[bytes], dict[str, object], set[bytes]]:
     import torch
 
     from musigma import build, coding
-    from musigma.coding.numerics import digest
+    from musigma.coding.archive import model_digest
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -163,7 +163,7 @@ def decompress_files() -> tuple[list[bytes], dict[str, object], set[bytes]]:
         ("glow", (1, 2, 2), {"bits": 3, "levels": 1, "depth": 1, "hidden": 4}),
     ]:
         model = build(name, shape, **options)
-        models[digest(model)] = model
+        models[model_digest(model)] = model
         x = rng.integers(0, 2 ** options["bits"], (9, *shape))
         for images, chunk in ((x, 4), (x[:2], 2), (np.zeros((40, *shape), np.int64), 20)):
             file, about = io.BytesIO(), {"names": [f"{i}.png" for i in range(len(images))]}

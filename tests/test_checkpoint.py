@@ -88,7 +88,7 @@ def forge(path, change) -> None:
         tensors = {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118
     del header["digest"]
     change(header, tensors)
-    header["digest"] = checkpoint._digest(header, tensors)
+    header["digest"] = checkpoint.digest(header, tensors)
     text = json.dumps(header, sort_keys=True)
     safetensors.save_file(tensors, path, metadata={"musigma": text})
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -117,6 +118,37 @@ def test_images_of_another_size_are_refused(grey, tmp_path):
         Examples(data, folder=tmp_path / "in")
     examples = Examples(data, folder=tmp_path / "in", prepared=True)
     assert through(grey, examples, tmp_path / "out") == 1
+
+
+def test_resized_archives_and_converted_colours_are_refused(grey, colour, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        picture(tmp_path / "in" / "a.png", noise(0, 8, 8))
+        archive.add(tmp_path / "in", "in")
+    data = load(tmp_path / "x.tar", preprocess=Preprocess(size=4))
+    with pytest.raises(ValueError, match="was brought to 4 x 4 pixels"):
+        Examples(data)
+    assert through(grey, Examples(data, prepared=True), tmp_path / "out") == 1
+    (tmp_path / "inks").mkdir()
+    Image.fromarray(noise(1, 4, 4, 4), mode="CMYK").save(tmp_path / "inks" / "a.tif")
+    data = load(tmp_path / "inks")
+    with pytest.raises(ValueError, match="is of mode CMYK"):
+        Examples(data, folder=tmp_path / "inks")
+    (tmp_path / "few").mkdir()
+    Image.fromarray(noise(2, 4, 4, 3)).quantize(4).save(tmp_path / "few" / "a.png")
+    through(colour, Examples(load(tmp_path / "few"), folder=tmp_path / "few"), tmp_path / "drawn")
+    with (
+        Image.open(tmp_path / "few" / "a.png") as a,
+        Image.open(tmp_path / "drawn" / "a.png") as b,
+    ):
+        assert (a.mode, b.mode) == ("P", "RGB")
+        assert (np.array(a.convert("RGB")) == np.array(b)).all()
+
+
+def test_a_model_without_a_rule_is_refused_before_data_are_read(tmp_path, capsys):
+    model = build("vae", (1, 4, 4), net="mlp", width=8, latents=2, likelihood="beta-binomial")
+    checkpoint.save(model, tmp_path / "m.safetensors")
+    code, _, err = call(f"compress {tmp_path}/m.safetensors nowhere {tmp_path}/x.mus", capsys)
+    assert (code, "BetaBinomial has no coding rule" in err) == (2, True)
 
 
 class Named:

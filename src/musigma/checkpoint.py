@@ -22,7 +22,7 @@ from musigma.files import replacing
 from musigma.model import Model
 from musigma.zoo import ARCHITECTURES, build
 
-__all__ = ["CheckpointError", "load", "read", "save", "verified", "write"]
+__all__ = ["CheckpointError", "digest", "load", "read", "save", "verified", "write"]
 
 FORMAT = "musigma/1"
 MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -73,7 +73,7 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Ten
         for name, t in tensors.items()
     }
     plain = json.loads(json.dumps(header))  # as it will be read: keys are text, tuples are lists
-    plain["digest"] = _digest(plain, tensors)
+    plain["digest"] = digest(plain, tensors)
     metadata = {"musigma": json.dumps(plain, sort_keys=True)}  # one key: several have no order
     with replacing(path) as draft:
         draft.touch()  # with the usual rights; save_file would make it for its owner alone
@@ -143,10 +143,10 @@ def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         header = json.loads(metadata["musigma"])  # forgiving: 1E-5 would do for 1e-05
         same = json.dumps(header, sort_keys=True) == metadata["musigma"]
-        digest = header.pop("digest")
+        found = header.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError):
-        header, same, digest = {}, False, None
-    if not same or not _padded_by_spaces(path) or digest != _digest(header, tensors):
+        header, same, found = {}, False, None
+    if not same or not _padded_by_spaces(path) or found != digest(header, tensors):
         raise CheckpointError(
             f"{path}: its content does not match its digest, so it was changed or damaged after "
             "it was written; copy it again"
@@ -195,11 +195,11 @@ def _fill(model: Model, tensors: Mapping[str, Tensor], path: str | Path) -> None
     model.load_state_dict(dict(tensors))
 
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Of the header, and of every tensor's name, type, shape and bytes."""
-    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of a header, and of every tensor's name, type, shape and bytes: 128 bits, in hexadecimal."""
+    state = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
     for name in sorted(tensors):
-        t = tensors[name]
-        digest.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
-        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        t = tensors[name].detach().cpu()
+        state.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
+        state.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()

@@ -50,7 +50,7 @@ def compress(
             themselves; without it, it is an error if the model sees less than there is.
         labels: Keep labels too; those of a conditional model are kept anyway.
         embed: Put the model into the file, so that it can be read without the run.
-        numerics: exact: any machine can read the file. pinned: three times as fast, and only
+        numerics: exact: any machine can read the file. pinned: about twice as fast, and only
             machines with the same processor and torch can.
         chunk: Images in each chunk: what damage loses, and what is decoded for a single image; by
             default 4096, or 16 MiB of them.
@@ -65,6 +65,7 @@ def compress(
     check_out(out, ".mus")
     at_least_one(**{name: v for name, v in (("chunk", chunk), ("workers", workers)) if v})
     screen, trained = Screen(common), Trained(run, common)
+    coding.check(trained.model)
     options = dataclasses.replace(options, split=options.split or "all")
     found = trained.data(data, options, screen)
     folder = Path(data) if Path(data).is_dir() and found.ids is not None else None

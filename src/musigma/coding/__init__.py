@@ -6,7 +6,7 @@ one image of it, or what damage has left. `Coder` is the trace by which any mode
 
 from musigma.coding.archive import Archive, decompress, summary
 from musigma.coding.batch import Batch
-from musigma.coding.codec import Codec
+from musigma.coding.codec import Codec, check
 from musigma.coding.coder import Coder
 from musigma.coding.compression import Report, compress
 from musigma.coding.errors import (
@@ -34,6 +34,7 @@ __all__ = [
     "Report",
     "UnknownVersion",
     "WrongModel",
+    "check",
     "check_out",
     "compress",
     "decompress",

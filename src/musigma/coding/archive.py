@@ -17,11 +17,13 @@ from musigma.coding import numerics as arithmetic
 from musigma.coding.batch import (
     SEAL,
     Batch,
+    bits_of,
     context_rows,
     digest,
     joined,
     side_by_side,
     unpacked,
+    width,
 )
 from musigma.coding.codec import SEED, Codec, Coded
 from musigma.coding.container import BITS_BACK, KINDS, PACKED, Chunk, Reader
@@ -37,7 +39,7 @@ from musigma.coding.rounding import Exceptions
 from musigma.coding.stack import CODER
 from musigma.model import Model
 
-__all__ = ["Archive", "decompress", "summary"]
+__all__ = ["Archive", "decompress", "model_digest", "summary"]
 
 FINEST = 32
 """Grids are no finer than 2^-32."""
@@ -90,11 +92,11 @@ class Archive:
         self.about: dict[str, Any] = header["about"]
         if model is None:
             model = _embedded(self.reader, header, trust)
-        elif arithmetic.digest(model) != header["model"]["digest"]:
+        elif model_digest(model) != header["model"]["digest"]:
             raise WrongModel(
                 "the file was written with another model: a "
                 f"{header['model']['architecture']} of digest {header['model']['digest'][:12]}, "
-                f"and this one's is {arithmetic.digest(model)[:12]}; give that one"
+                f"and this one's is {model_digest(model)[:12]}; give that one"
             )
         if header["coder"] != CODER:
             raise UnknownVersion(
@@ -108,11 +110,11 @@ class Archive:
                 f"the file is pinned to the machine that wrote it: {found}; read it there, and "
                 "compress with numerics exact what others are to read"
             )
-        shape, options = tuple(model.config["shape"]), model.config["options"]
-        if (shape, options.get("bits", 8)) != (self.shape, self.bits):
+        shape, bits = tuple(model.config["shape"]), bits_of(model)
+        if (shape, bits) != (self.shape, self.bits):
             raise DamagedFile(
                 f"the header says {self.bits} bits of shape {self.shape}, and its model takes "
-                f"{options.get('bits', 8)} of {shape}; the writer had a fault"
+                f"{bits} of {shape}; the writer had a fault"
             )
         try:
             self.codec = Codec(model, numerics=header["numerics"], latents=header["latents"])
@@ -173,7 +175,7 @@ class Archive:
         where = f"chunk {chunk.index} (images {chunk.first} to {chunk.first + chunk.count - 1})"
         if chunk.kind not in (PACKED, BITS_BACK):
             raise UnknownVersion(f"{where}: is {KINDS[chunk.kind]}; upgrade musigma")
-        if chunk.raw != chunk.count * math.prod(self.shape) * (2 if self.bits > 8 else 1):
+        if chunk.raw != chunk.count * math.prod(self.shape) * width(self.bits):
             raise DamagedFile(
                 f"{where}: declares {chunk.raw:,} bytes, and its images are not of that size; "
                 "the writer had a fault"
@@ -184,7 +186,7 @@ class Archive:
             if chunk.kind == PACKED:
                 shape = (chunk.count, *self.shape)
                 batch = Batch(unpacked(chunk.payload[SEAL:], shape, self.bits), about)
-                if chunk.payload[:SEAL] != digest(batch)[:SEAL]:
+                if chunk.payload[:SEAL] != digest(batch.levels, batch.side)[:SEAL]:
                     raise ValueError("the images or their labels are not those that went in")
                 return batch
         except (ValueError, TypeError, lzma.LZMAError) as error:
@@ -198,6 +200,11 @@ class Archive:
                 "that of the one that wrote it: read it there"
             ) from error
         return Batch(levels, about)
+
+
+def model_digest(model: Model) -> str:
+    """By what a file knows its model: of its configuration and its parameters."""
+    return checkpoint.digest(model.config, model.state_dict())
 
 
 def checked(header: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -282,7 +289,7 @@ def _embedded(reader: Reader, header: Mapping[str, Any], trust: bool) -> Model:
                 f"the model in the file cannot be built: {error}; give the one that it was "
                 "written with"
             ) from error
-    if arithmetic.digest(model) != header["model"]["digest"]:
+    if model_digest(model) != header["model"]["digest"]:
         raise WrongModel("the model in the file is not the one that it names")
     return model
 

@@ -20,7 +20,9 @@ from musigma.evaluation import context_size
 from musigma.model import Model
 
 __all__ = [
+    "SEAL",
     "Batch",
+    "bits_of",
     "check_levels",
     "context_rows",
     "digest",
@@ -29,6 +31,7 @@ __all__ = [
     "plain",
     "side_by_side",
     "unpacked",
+    "width",
 ]
 
 SEAL = 16
@@ -69,11 +72,36 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(np.concatenate([batch.levels for batch in batches]), about)
 
 
-def digest(batch: Batch) -> bytes:
-    """SHA-256 of images and of all that comes with them."""
-    state = hashlib.sha256(f"{batch.levels.shape}".encode() + batch.side)
-    state.update(np.ascontiguousarray(batch.levels.astype("<i8")).data)
+def digest(levels: np.ndarray, side: bytes) -> bytes:
+    """SHA-256 of images (N, ...) and of all that comes with them."""
+    state = hashlib.sha256(f"{levels.shape}".encode() + side)
+    state.update(np.ascontiguousarray(levels.astype("<i4")).data)
     return state.digest()
+
+
+def bits_of(model: Model) -> int:
+    """How many bits each element of a model's data has.
+
+    Raises:
+        ValueError: If it was composed by hand, or is of continuous data.
+    """
+    if not model.config:
+        raise ValueError(
+            "model: this one was composed by hand, so a file could not say what it was written "
+            "with; make its builder an @musigma.architecture"
+        )
+    bits = model.config["options"].get("bits", 8)
+    if bits is None:
+        raise ValueError(
+            "model: it is of continuous values, which no file holds exactly at its rate; train "
+            "one on levels (--bits), and round the data to them"
+        )
+    return bits
+
+
+def width(bits: int) -> int:
+    """Bytes of a level."""
+    return 2 if bits > 8 else 1
 
 
 def check_levels(model: Model, x: np.ndarray) -> None:
@@ -82,7 +110,7 @@ def check_levels(model: Model, x: np.ndarray) -> None:
     Raises:
         ValueError: If shape, type or range are others.
     """
-    shape, bits = tuple(model.config["shape"]), model.config["options"]["bits"]
+    shape, bits = tuple(model.config["shape"]), bits_of(model)
     if x.shape[1:] != shape or x.dtype.kind not in "iub":
         raise ValueError(
             f"data: the model takes whole numbers of shape (N, {', '.join(map(str, shape))}); got "
@@ -120,7 +148,7 @@ def plain(levels: np.ndarray, bits: int) -> bytes:
     """Levels as bytes, eight of one bit to each."""
     if bits == 1:
         return np.packbits(levels.astype(np.uint8)).tobytes()
-    return levels.astype("<u2" if bits > 8 else np.uint8).tobytes()
+    return levels.astype(f"<u{width(bits)}").tobytes()
 
 
 def packed(levels: np.ndarray, bits: int) -> bytes:
@@ -135,7 +163,7 @@ def unpacked(payload: bytes, shape: tuple[int, ...], bits: int) -> np.ndarray:
         ValueError, lzma.LZMAError: If they are not, and all of them.
     """
     n = math.prod(shape)
-    size = math.ceil(n / 8) if bits == 1 else n * (2 if bits > 8 else 1)
+    size = math.ceil(n / 8) if bits == 1 else n * width(bits)
     inflater = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 28)
     plain = inflater.decompress(payload, size + 1)
     if len(plain) != size or not inflater.eof or inflater.unused_data:
@@ -143,7 +171,7 @@ def unpacked(payload: bytes, shape: tuple[int, ...], bits: int) -> np.ndarray:
     if bits == 1:
         flat = np.unpackbits(np.frombuffer(plain, np.uint8), count=n)
     else:
-        flat = np.frombuffer(plain, "<u2" if bits > 8 else np.uint8)
+        flat = np.frombuffer(plain, f"<u{width(bits)}")
     if flat.max(initial=0) >= 2**bits:
         raise ValueError(f"expected levels below {2**bits}, got {flat.max()}")
     return flat.reshape(shape).astype(np.int64)

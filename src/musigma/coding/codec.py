@@ -21,16 +21,18 @@ import torch
 from torch import Tensor
 
 from musigma.coding import numerics as arithmetic
+from musigma.coding.batch import bits_of, digest
 from musigma.coding.coder import Coder, drawn_sites, grids
 from musigma.coding.errors import CodingError, NumericsDiffer
 from musigma.coding.numerics import Kernels, Numerics
 from musigma.coding.rounding import Exceptions, Rounding
 from musigma.coding.stack import Exhausted, Stack
+from musigma.evaluation import context_size
 from musigma.gaussian import DiagonalGaussian
 from musigma.model import VAE, Model, Prior
 from musigma.trace import Trace
 
-__all__ = ["BATCH", "Codec", "Coded", "latent_grids"]
+__all__ = ["BATCH", "Codec", "Coded", "check", "latent_grids"]
 
 BATCH = 64
 """Images that go through the networks together, at most."""
@@ -105,7 +107,7 @@ class Codec:
         """
         with self._at_work():
             need = self._need(x[:1], None if context is None else context[:1])
-            content = _hash(x, salt)
+            content = digest(x, salt)
             while True:
                 seed = math.ceil((need + MARGIN) / 32) + 1
                 if seed > SEED:
@@ -157,7 +159,7 @@ class Codec:
                     f"decoding went astray ({str(error) or 'no bits left'})"
                 ) from error
         whole = len(left) == coded.seed
-        if not whole or not np.array_equal(left, _words(_hash(x, salt), coded.seed)):
+        if not whole or not np.array_equal(left, _words(digest(x, salt), coded.seed)):
             raise NumericsDiffer("the images that come out are not the ones that went in")
         return x
 
@@ -218,10 +220,8 @@ class Codec:
     @lru_cache(maxsize=1)  # noqa: B019  (a codec lives as long as what it codes)
     def fingerprint(self) -> str:
         """Of all the arithmetic: a hash of the bits of an image that is always the same."""
-        shape, options = self.model.config["shape"], self.model.config["options"]
-        levels = 2 ** options.get("bits", 8)
-        x = np.arange(2 * math.prod(shape)).reshape(2, *shape) * 7 // 3 % levels
-        width = options.get("context", 0)
+        shape, width = self.model.config["shape"], context_size(self.model)
+        x = np.arange(2 * math.prod(shape)).reshape(2, *shape) * 7 // 3 % 2 ** bits_of(self.model)
         try:
             words = self.pack(x, np.eye(2, width) if width else None, b"fingerprint").words
         except OverflowError:  # whatever else it can code
@@ -233,14 +233,20 @@ def _rows(context: np.ndarray | None, start: int, stop: int) -> np.ndarray | Non
     return None if context is None else context[start:stop]
 
 
-def _hash(x: np.ndarray, salt: bytes) -> bytes:
-    state = hashlib.sha256(f"{x.shape}".encode() + salt)
-    state.update(np.ascontiguousarray(x.astype("<i4")).data)
-    return state.digest()
-
-
 def _words(content: bytes, n: int) -> np.ndarray:
     return np.frombuffer(hashlib.shake_256(content).digest(4 * n), "<u4").astype(np.uint32)
+
+
+def check(model: Model) -> None:
+    """Refuse a model that cannot code, before anything is read for it.
+
+    Raises:
+        ValueError: For continuous data, or a layer, a distribution or a model without a coding
+            rule, by its name.
+    """
+    bits_of(model)
+    latents = [12] * len(list(drawn_sites(model)))
+    Codec(model, numerics="exact", latents=latents).fingerprint()
 
 
 @torch.no_grad()

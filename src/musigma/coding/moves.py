@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import decimal
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
@@ -57,7 +58,7 @@ SHIFT = 12
 """What networks add is a whole multiple of 2^-12, or of the grid if that is coarser."""
 
 
-class Move:
+class Move(ABC):
     """A layer at work on one batch, in one direction.
 
     Args:
@@ -82,13 +83,13 @@ class Move:
         self.below, self.above = grid
         self.tensor = tensor
 
+    @abstractmethod
     def up(self, x: np.ndarray) -> np.ndarray:
         """Data to latents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def down(self, y: np.ndarray) -> np.ndarray:
         """Latents to data; the stack is as it was before `up`."""
-        raise NotImplementedError
 
     @staticmethod
     def grid_above(layer: Any, below: int) -> int:
@@ -209,26 +210,20 @@ class Mix(Move):
     PARTS = 2.0**20
 
     def up(self, x: np.ndarray) -> np.ndarray:
-        order, lower, log_scale, sign, upper = self._factors()
+        order, lower, by, into, sign, upper = self._factors(x.ndim)
         x = x + self._times(upper, x)
-        x = self._diagonal(x, log_scale, sign)
+        x = self.scale(x * sign, by, into)
         return (x + self._times(lower, x))[:, order]
 
     def down(self, y: np.ndarray) -> np.ndarray:
-        order, lower, log_scale, sign, upper = self._factors()
+        order, lower, by, into, sign, upper = self._factors(y.ndim)
         x = y[:, order.argsort()].copy()
         for c in range(1, x.shape[1]):
             x[:, c] -= self._times(lower[c : c + 1, :c], x[:, :c])[:, 0]
-        x = self._diagonal(x, log_scale, sign, back=True)
+        x = self.unscale(x, by, into) * sign
         for c in reversed(range(x.shape[1] - 1)):
             x[:, c] -= self._times(upper[c : c + 1, c + 1 :], x[:, c + 1 :])[:, 0]
         return x
-
-    def _diagonal(self, x, log_scale, sign, *, back: bool = False) -> np.ndarray:
-        shape = (1, -1, *(1,) * (x.ndim - 2))
-        by, into = ratio(log_scale.reshape(shape))
-        sign = sign.reshape(shape)
-        return self.unscale(x, by, into) * sign if back else self.scale(x * sign, by, into)
 
     def _times(self, matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
         """``matrix @ x`` at every pixel, rounded: sums of whole numbers that float64 holds."""
@@ -239,8 +234,8 @@ class Mix(Move):
         whole = np.floor((sums + self.PARTS / 2) / self.PARTS).astype(np.int64)
         return np.moveaxis(whole.reshape(len(x), *x.shape[2:], len(matrix)), -1, 1)
 
-    def _factors(self) -> tuple[np.ndarray, ...]:
-        layer = self.layer
+    def _factors(self, ndim: int) -> tuple[np.ndarray, ...]:
+        layer, shape = self.layer, (1, -1, *(1,) * (ndim - 2))
         if layer.lu:
             diagonal = layer.log_scale.detach().double().cpu()
             order, lower = layer.permutation.argmax(1).cpu().numpy(), layer.lower.double().cpu()
@@ -252,8 +247,8 @@ class Mix(Move):
         return (
             order,
             fixed(lower.tril(-1), self.PARTS).astype(np.float64),
-            fixed(diagonal, STEPS),
-            fixed(sign, 1),
+            *ratio(fixed(diagonal, STEPS).reshape(shape)),
+            fixed(sign, 1).reshape(shape),
             fixed(above, self.PARTS).astype(np.float64),
         )
 

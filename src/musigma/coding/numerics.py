@@ -2,7 +2,7 @@
 
 `exact` computes networks in float64. What they emit differs by about 1e-14 between batches,
 threads, kernels and machines, and `Rounding` takes the difference away; so a file that one machine
-wrote is read by any other. `pinned` computes them in float32, several times faster, and rounds
+wrote is read by any other. `pinned` computes them in float32, about twice as fast, and rounds
 nothing away: it is for reading where one wrote, with the same release of torch and the same kind
 of processor, and any other machine is refused before it has decoded a pixel.
 """
@@ -10,8 +10,6 @@ of processor, and any other machine is refused before it has decoded a pixel.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import platform
 from typing import Any, Literal, get_args
 
@@ -22,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from musigma.model import Model
 
-__all__ = ["Kernels", "Numerics", "digest", "machine", "prepared"]
+__all__ = ["Kernels", "Numerics", "machine", "prepared"]
 
 Numerics = Literal["exact", "pinned"]
 
@@ -58,15 +56,6 @@ def machine() -> dict[str, Any]:
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
     }
-
-
-def digest(model: Model) -> str:
-    """SHA-256 of a model's configuration and parameters, in hexadecimal."""
-    state = hashlib.sha256(json.dumps(dict(model.config), sort_keys=True).encode())
-    for name, t in sorted(model.state_dict().items()):
-        state.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
-        state.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
 
 
 class Kernels(TorchFunctionMode):

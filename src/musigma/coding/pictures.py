@@ -29,6 +29,8 @@ __all__ = ["Examples", "check_out", "extract"]
 LOSSLESS = (".bmp", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff")
 """Suffixes of files that hold pixels exactly; other names get `.png` behind."""
 MODES = ("1", "L", "RGB")
+DROPPED = ("P", "LA", "RGBA", "PA")
+"""Modes whose colours come out again, but not their palette, or their alpha (it is opaque)."""
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -68,6 +70,12 @@ class Examples:
             self.names = list(data.ids)
             check_names(map(written_as, self.names))
             self.modes = [_mode(folder / name, data, prepared) for name in self.names]
+        elif data.preprocess.size is not None and not prepared:
+            raise ValueError(
+                f"data: {data.name} was brought to {data.shape[2]} x {data.shape[1]} pixels as it "
+                "was read, and need not come out as it was; give a folder, whose images are "
+                "compared, or compress what the model sees (--prepared)"
+            )
         if labels:
             self.about["label_names"] = list(data.label_names)
         if prepared:
@@ -117,6 +125,11 @@ def _mode(path: Path, data: Dataset, prepared: bool) -> str:
             f"data: {path.name} is {size[1]} x {size[0]}, and the model sees "
             f"{data.shape[2]} x {data.shape[1]}; train a model of that size, or compress what "
             "this one sees (--prepared)"
+        )
+    if not prepared and mode not in (*MODES, *DROPPED):
+        raise ValueError(
+            f"data: {path.name} is of mode {mode}, whose pixels a model sees converted; save it "
+            "as RGB, or compress what the model sees (--prepared)"
         )
     return mode if mode in MODES else "L" if data.shape[0] == 1 else "RGB"
 
