@@ -2,12 +2,12 @@
 
     MUSIGMA_DATA=... python benchmarks/quality.py run [NAME ...]     # on an idle machine
     MUSIGMA_DATA=... python benchmarks/quality.py measure [NAME ...]
-    python benchmarks/quality.py collect     # the curves and a table, for docs/figures.md
+    python benchmarks/quality.py collect     # tables, pictures and quality.json of docs/figures.md
 
 `run` calls the command line, one run at a time, and goes on where it stopped. On a machine that is
 not idle, `--steps` gives a run the steps that the minutes would hold on an idle one. `measure`
 takes importance-weighted bounds of VAEs: 100 draws on all 10,000 test images, and 1,000 draws on
-the first 500.
+the first 500. `quality_peers.py` trains peers for the same minutes; `collect` takes all together.
 """
 
 import argparse
@@ -19,6 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+import musigma
+from musigma import figures
+from musigma.evaluation import evaluate
+
 HERE = Path(__file__).parent
 RUNS, DOCS = HERE.parent / "runs" / "quality", HERE.parent / "docs"
 
@@ -27,7 +31,16 @@ MODELS = {
     "ladder": (60, "ladder mnist --binarize dynamic"),
     "glow-10": (10, "glow mnist"),
     "glow-60": (60, "glow mnist"),
-    "glow-fashion": (60, "glow fashion-mnist"),
+    "glow-10-uniform": (10, "glow mnist --dequantize uniform"),
+    "glow-60-uniform": (60, "glow mnist --dequantize uniform"),
+    "glow-fashion": (30, "glow fashion-mnist"),
+}
+PEERS = {"pythae": (10, "pythae", "mnist"), "normflows": (10, "normflows", "mnist")}
+"""Minutes, whose model, and the images: binarized ones for pythae's VAE."""
+PICTURES = {
+    "binarized MNIST": ("vae", "ladder", "pythae"),
+    "MNIST": ("glow-10", "glow-60", "glow-10-uniform", "glow-60-uniform", "normflows"),
+    "Fashion-MNIST": ("glow-fashion",),
 }
 
 
@@ -43,51 +56,76 @@ def run(names: list[str], steps: int | None) -> None:
             subprocess.run(command, check=True)
 
 
+def bounds(name: str, model, test) -> None:
+    """Importance-weighted bounds of a VAE on test images, beside what else is known of a run."""
+    found = {}
+    for k, n in ((1, 500), (1, 10_000), (1000, 500), (100, 10_000)):
+        part = test.subset(np.arange(n))
+        figure = evaluate(model, part, k=k, batch_size=max(1, 512 // k))
+        found[f"{k} draws, {n:,} images"] = figure["nats"]
+        print(name, k, n, figure["nats"], flush=True)
+    (RUNS / name / "bounds.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
 def measure(names: list[str]) -> None:
-    """Importance-weighted bounds on test images."""
-    import musigma
-    from musigma.evaluation import evaluate
-
+    """The bounds of trained VAEs of ours."""
+    treat = musigma.Preprocess(binarize="dynamic")
+    test = musigma.data.load("mnist", preprocess=treat).split("held-out")
     for name in names:
-        out = RUNS / name
-        if not (out / "model.safetensors").exists() or name.startswith("glow"):
-            continue
-        treat = musigma.Preprocess(binarize="dynamic")
-        test = musigma.data.load("mnist", preprocess=treat).split("held-out")
-        model, found = musigma.load(out / "model.safetensors"), {}
-        for k, n in ((1, 500), (1, 10_000), (1000, 500), (100, 10_000)):
-            part = test.subset(np.arange(n))
-            found[f"{k} draws, {n} images"] = evaluate(
-                model, part, k=k, batch_size=max(1, 512 // k)
-            )
-            print(name, k, n, found[f"{k} draws, {n} images"]["nats"], flush=True)
-        (out / "bounds.json").write_text(json.dumps(found, indent=2) + "\n")
+        weights = RUNS / name / "model.safetensors"
+        if weights.exists() and not name.startswith("glow"):
+            bounds(name, musigma.load(weights)[0], test)
 
 
-def collect(names: list[str]) -> None:
-    """The curves, and a table."""
-    from musigma import figures
+def record(name: str) -> dict:
+    """What is known of a finished run: how it was made, its curve, and its figures."""
+    rows = [json.loads(r) for r in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
+    minutes = (MODELS | PEERS)[name][0]
+    curve = [r for r in rows if r["kind"] == "evaluation"]
+    steps = curve[-1]["step"]
+    found = {
+        "run": f"musigma train {MODELS[name][1]}"
+        if name in MODELS
+        else " on ".join(PEERS[name][1:]),
+        "minutes": minutes,
+        "steps": steps,
+        "test": json.loads((RUNS / name / "evaluation.json").read_text()),
+        "validation": [
+            {
+                "minute": round(minutes * r["step"] / steps, 2),
+                "bits_per_dim": r["bits_per_dim"],
+                "nats": r["nats"],
+            }
+            for r in curve
+        ],
+    }
+    if (RUNS / name / "bounds.json").exists():
+        found["bounds, nats"] = json.loads((RUNS / name / "bounds.json").read_text())
+    return found
 
-    print("| run | test | steps | validation curve |\n|---|---|---|---|")
-    for name in names:
-        out = RUNS / name
-        if not (out / "evaluation.json").exists():
-            continue
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        steps = [r for r in rows if r["kind"] == "train"]
-        curve = [r for r in rows if r["kind"] == "evaluation"]
-        figures.comparison(
-            {MODELS[name][1]: [(r["seconds"], r["bits_per_dim"]) for r in curve]},
-            DOCS / "figures" / f"quality-{name}.png",
-            title=f"{name}: validation, bits per dimension",
-        )
-        figure = json.loads((out / "evaluation.json").read_text())
-        test = f"{figure['bits_per_dim']:.4f} bits/dim, {figure['nats']:.2f} nats"
-        if (out / "bounds.json").exists():
-            bounds = json.loads((out / "bounds.json").read_text())
-            test += "".join(f"; {what}: {f['nats']:.2f}" for what, f in bounds.items())
-        points = ", ".join(f"{r['seconds'] / 60:.0f} min {r['bits_per_dim']:.3f}" for r in curve)
-        print(f"| {MODELS[name][1]} | {test} | {steps[-1]['step']:,} | {points} |")
+
+def collect() -> None:
+    """A table, the curves as pictures, and all of it as JSON."""
+    done = [name for name in MODELS | PEERS if (RUNS / name / "evaluation.json").exists()]
+    runs = {name: record(name) for name in done}
+    (DOCS / "figures" / "quality.json").write_text(json.dumps(runs, indent=1) + "\n")
+    print("| run | minutes | steps | test |\n|---|---|---|---|")
+    for found in runs.values():
+        test = found["test"]
+        text = f"{test['bits_per_dim']:.4f} ± {test['standard_error']:.4f} bits/dim"
+        text += f", {test['nats']:.2f} nats"
+        text += "".join(f"; {what}: {x:.2f}" for what, x in found.get("bounds, nats", {}).items())
+        print(f"| `{found['run']}` | {found['minutes']} | {found['steps']:,} | {text} |")
+    for what, names in PICTURES.items():
+        tracks = {
+            f"{name} ({runs[name]['run'].split()[0]})": [
+                (60 * r["minute"], r["bits_per_dim"]) for r in runs[name]["validation"]
+            ]
+            for name in names
+            if name in runs
+        }
+        file = f"quality-{what.lower().replace(' ', '-')}.png"
+        figures.comparison(tracks, DOCS / "figures" / file, title=f"{what}: validation images")
 
 
 if __name__ == "__main__":
@@ -99,5 +137,7 @@ if __name__ == "__main__":
     names = chosen.names or list(MODELS)
     if chosen.what == "run":
         run(names, chosen.steps)
+    elif chosen.what == "measure":
+        measure(names)
     else:
-        (measure if chosen.what == "measure" else collect)(names)
+        collect()

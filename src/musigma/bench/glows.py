@@ -20,7 +20,7 @@ from musigma.memory import Keep, keep
 from musigma.model import Model
 from musigma.zoo import build
 
-__all__ = ["CLONES", "WORKS", "images", "model"]
+__all__ = ["CLONES", "WORKS", "images", "model", "multiscale"]
 
 BATCH, LEVELS, SIDE, LR, TEMPERATURE = 32, 3, 32, 1e-4, 0.7
 NATS_PER_BIT = math.log(2) * 3 * SIDE**2
@@ -140,24 +140,32 @@ def rosinality(depth: int, hidden: int) -> Subject:
     )
 
 
-def normflows(depth: int, hidden: int) -> Subject:
-    """normflows: 1x1 convolutions by their LU factors."""
+def multiscale(shape: tuple[int, int, int], levels: int, depth: int, hidden: int) -> Any:
+    """normflows' Glow of any images: 1x1 convolutions by their LU factors."""
     nf = imported("normflows")
+    channels, height, width = shape
     bases, merges, flows = [], [], []
-    for i in range(LEVELS):
-        channels = 3 * 2 ** (LEVELS + 1 - i)
+    for i in range(levels):
         blocks = [
-            nf.flows.GlowBlock(channels, hidden, split_mode="channel", scale=True)
+            nf.flows.GlowBlock(
+                channels * 2 ** (levels + 1 - i), hidden, split_mode="channel", scale=True
+            )
             for _ in range(depth)
         ]
         flows.append([*blocks, nf.flows.Squeeze()])
-        scale = 2 ** (LEVELS - i)
-        shape = (3 * 2 ** (LEVELS + 1), SIDE // 2**LEVELS, SIDE // 2**LEVELS)
+        scale = 2 ** (levels - i)
         if i > 0:
             merges.append(nf.flows.Merge())
-            shape = (3 * scale, SIDE // scale, SIDE // scale)
-        bases.append(nf.distributions.GlowBase(shape))
-    m = nf.MultiscaleFlow(bases, flows, merges, class_cond=False)
+        factor = scale if i > 0 else 2 * scale
+        bases.append(
+            nf.distributions.GlowBase((channels * factor, height // scale, width // scale))
+        )
+    return nf.MultiscaleFlow(bases, flows, merges, class_cond=False)
+
+
+def normflows(depth: int, hidden: int) -> Subject:
+    """That of the images here."""
+    m = multiscale((3, SIDE, SIDE), LEVELS, depth, hidden)
     return peer(m, lambda x: m.forward_kld(x) / NATS_PER_BIT, lambda: m.sample(BATCH)[0], "LU")
 
 
