@@ -945,6 +945,29 @@ def test_a_run_is_not_resumed_on_other_data(here, run, capsys, change):
     assert listing(here / "run") == before
 
 
+OTHERWISE = {
+    "steps": "--steps 4",
+    "size": "--size 16",
+    "bits": "--bits 4",
+    "binarize": "--binarize dynamic",
+    "conditional": "--conditional",
+    "skip_bad": "--skip-bad",
+    "blocks": "--blocks 2",
+}
+
+
+@pytest.mark.parametrize("option", OTHERWISE)
+def test_auto_resume_refuses_a_run_of_other_options(here, run, capsys, option):
+    words = f"train vae photos {TINY['vae']} {QUICK} --out run --auto-resume"
+    run(words, "--steps 3")
+    before = listing(here / "run")
+    changed = OTHERWISE[option] if option == "steps" else f"--steps 3 {OTHERWISE[option]}"
+    assert call(words, changed) == 2
+    assert f"run was begun with {option} " in capsys.readouterr().err
+    assert listing(here / "run") == before
+    run(words, "--steps 3")
+
+
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(here, ask):
     train("vae", "photos", "run")
     before = listing(here / "run")

@@ -139,8 +139,8 @@ def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL
     go_on(resume, common)
 
 
-def go_on(resume: Path, common: Common) -> None:
-    """Train on from the state in a run folder."""
+def go_on(resume: Path, common: Common, source: str | None = None) -> None:
+    """Train on from the state in a run folder; `source` is its data as they were named now."""
     import torch
 
     from musigma import data
@@ -171,7 +171,7 @@ def go_on(resume: Path, common: Common) -> None:
     screen = Screen(common)
     treat = data.Preprocess.from_json(about["preprocess"])
     reading = Reading(skip_bad=about["skip_bad"], in_memory=about.get("in_memory"))
-    found = read(about["source"], treat, reading, screen)
+    found = read(source or about["source"], treat, reading, screen)
     if len(found) != about["n"] or list(found.shape) != about["shape"]:
         raise ValueError(
             f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
@@ -238,8 +238,8 @@ def train(
     screen = Screen(common)
     out, there = _agreed(processes, lambda: _run_folder(prepare, name, source))
     if there:
-        _agreed(processes, lambda: _refuse_another(out, name, source, options, config))
-        go_on(out, common)
+        _agreed(processes, lambda: _refuse_another(out, name, source, options, config, prepare))
+        go_on(out, common, source)
         return
     size = pixels(prepare.size)
     treat = data.Preprocess(size=size, bits=prepare.bits, binarize=prepare.binarize)
@@ -295,7 +295,12 @@ def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
 
 
 def _refuse_another(
-    out: Path, name: str, source: str, options: dict[str, Any], config: TrainConfig
+    out: Path,
+    name: str,
+    source: str,
+    options: dict[str, Any],
+    config: TrainConfig,
+    prepare: Prepare,
 ) -> None:
     """Refuse to go on with a run that was begun with other options."""
     from musigma import data
@@ -304,10 +309,19 @@ def _refuse_another(
         return json.loads(json.dumps({"ARCH": model, "DATA": where, **options, **train}))
 
     saved = json.loads((out / "config.json").read_text())
-    model = saved["model"]
+    model, about = saved["model"], saved["data"]
     begun = {name: value for name, value in model["options"].items() if name in options}
-    was = flat(model["architecture"], saved["data"]["source"], begun, saved["train"])
-    now = flat(name, data.identity(source), options, dataclasses.asdict(config))
+    begun |= {
+        **data.Preprocess.from_json(about["preprocess"]).to_json(),
+        "skip_bad": about["skip_bad"],
+        "conditional": bool(model["options"].get("context")),
+    }
+    given = data.Preprocess(
+        size=pixels(prepare.size), bits=prepare.bits, binarize=prepare.binarize
+    ).to_json()
+    given |= {"skip_bad": prepare.reading.skip_bad, "conditional": prepare.conditional}
+    was = flat(model["architecture"], about["source"], begun, saved["train"])
+    now = flat(name, data.identity(source), options | given, dataclasses.asdict(config))
     for option in now:
         if was.get(option) != now[option]:
             raise ValueError(
