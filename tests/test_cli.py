@@ -491,6 +491,12 @@ def test_bad_images_can_be_skipped(here, capsys):
     assert "--skip-bad" in capsys.readouterr().err
 
 
+def test_commands_to_go_on_with_can_be_pasted(here, capsys):
+    words = ["train", "vae", "photos", *TINY["vae"].split(), *QUICK.split(), "--steps", "2"]
+    main([*words, "--out", "my run"])
+    assert "next: musigma sample 'my run' " in capsys.readouterr().out
+
+
 def test_overwrite_replaces_a_run_and_nothing_else(here, run):
     train("vae", "photos", "run")
     first = Path("run/model.safetensors").read_bytes()

@@ -8,6 +8,8 @@ import inspect as python
 import json
 import math
 import platform
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -277,7 +279,7 @@ def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
     """
     from musigma.training import saved_state
 
-    out = prepare.out or Path("runs") / f"{name}-{Path(source).name.split('.')[0] or 'data'}"
+    out = prepare.out or Path("runs") / f"{name}-{_called(source)}"
     if prepare.auto_resume:
         if prepare.overwrite:
             raise ValueError("auto_resume: it goes on with what --overwrite replaces; keep one")
@@ -292,6 +294,19 @@ def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
     if out.is_file() or (replace and not _replaceable(out)):
         raise ValueError(f"out: {out} is not a run, and will not be replaced by one")
     return out, False
+
+
+def _called(source: str) -> str:
+    """What a source is called in the name of a run's folder.
+
+    >>> _called("photos.zip"), _called("shards-{00..31}.tar"), _called("https://host/x?key=1")
+    ('photos', 'shards', 'x')
+    """
+    from musigma import sources
+
+    whole = sources.plain(source) if sources.is_url(source) else source
+    name = re.sub(r"[-_]?\{\d+\.\.\d+\}", "", Path(whole).name)
+    return name.split(".")[0] or "data"
 
 
 def _refuse_another(
@@ -411,7 +426,8 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
             watch=watch,
         )
     if not done.finished:
-        screen.say(f"stopped after {done.steps:,} steps; go on with: musigma train --resume {out}")
+        command = f"musigma train --resume {shlex.quote(str(out))}"
+        screen.say(f"stopped after {done.steps:,} steps; go on with: {command}")
         screen.result({"run": str(out), "steps": done.steps, "finished": False})
         leave()
         if done.signal:
@@ -447,7 +463,7 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
             "pictures": pictures,
         },
         f"{said(figure)}\nrun: {out}\npictures: {', '.join(pictures) or 'none'}\n"
-        f"next: musigma sample {out} --n 64{mode} --out samples.png",
+        f"next: musigma sample {shlex.quote(str(out))} --n 64{mode} --out samples.png",
     )
 
 
