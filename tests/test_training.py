@@ -363,6 +363,21 @@ def test_a_profile_is_written(tmp_path, digits):
     assert any("aten::addmm" in event.get("name", "") for event in events)
 
 
+@pytest.mark.parametrize(("steps", "error", "said"), [(5, None, "step 8"), (24, OSError, "full")])
+def test_a_profile_that_cannot_be_written_is_told_of(
+    monkeypatch, tmp_path, digits, steps, error, said
+):
+    def fail(profiler, path):
+        raise error("the disk is full")
+
+    if error:
+        monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fail)
+    assert train(digits, tmp_path, profile=True, steps=steps).steps == steps
+    (notice,) = (row["message"] for row in rows(tmp_path) if row["kind"] == "notice")
+    assert said in notice
+    assert not (tmp_path / "profile.json").exists()
+
+
 def test_trackers_are_told(tmp_path, digits):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

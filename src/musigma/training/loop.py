@@ -581,13 +581,22 @@ class _Job:
             return
         from torch.profiler import profile, schedule
 
+        problem = "it ended before step 8"
+
         def ready(profiler: Any) -> None:
-            with replacing(self.out / "profile.json") as draft:
-                profiler.export_chrome_trace(str(draft))
+            nonlocal problem
+            try:
+                with replacing(self.out / "profile.json") as draft:
+                    profiler.export_chrome_trace(str(draft))
+                problem = ""
+            except (OSError, RuntimeError) as error:
+                problem = str(error)
 
         plan = schedule(wait=5, warmup=2, active=5, repeat=1)
         with profile(schedule=plan, on_trace_ready=ready) as profiler:
             yield profiler.step
+        if problem:
+            self._say("notice", f"no profile.json was written: {problem}")
 
     # -- keeping
 
