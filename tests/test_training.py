@@ -389,6 +389,18 @@ def test_trackers_are_told(tmp_path, digits):
     assert "evaluation/kl_0" in events.Tags()["scalars"]
 
 
+def test_a_run_goes_on_without_a_tracker_that_fails(tmp_path, digits, monkeypatch):
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(tracker, values, step=None, **more):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    assert train(digits, tmp_path, track=["tensorboard"]).steps == 24
+    (alert,) = (row["message"] for row in rows(tmp_path) if row["kind"] == "alert")
+    assert alert == "tensorboard takes nothing more, and is left out: no space left on device"
+
+
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, digits, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="track: wandb is not installed: pip install wandb"):

@@ -297,7 +297,8 @@ class _Job:
         if self.feed:
             self.feed.close()
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            with contextlib.suppress(Exception):  # what it failed at is in the run's own log
+                tracker.finish()
 
     def finish(self) -> None:
         """Leave the last state, and weights even if there was no evaluation."""
@@ -571,7 +572,17 @@ class _Job:
                 if isinstance(value, (int, float)) and name != "step"
             }
             values |= {f"{row['kind']}/kl_{i}": value for i, value in enumerate(row["kl"])}
-            self.accelerator.log(values, step=row["step"])
+            self._track(values, row["step"])
+
+    def _track(self, values: dict[str, Any], step: int) -> None:
+        """Tell the trackers; one that fails (a full disk, a server away) is told no more."""
+        for tracker in list(self.accelerator.trackers):
+            try:
+                tracker.log(values, step=step)
+            except Exception as error:
+                self.accelerator.trackers.remove(tracker)
+                reason = str(error) or type(error).__name__
+                self._say("alert", f"{tracker.name} takes nothing more, and is left out: {reason}")
 
     @contextlib.contextmanager
     def profiled(self) -> Iterator[Callable[[], None]]:
