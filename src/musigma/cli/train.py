@@ -248,7 +248,10 @@ def train(
     found = read(source, treat, prepare.reading, screen)
     if prepare.conditional:
         if found.labels is None:
-            raise ValueError(f"conditional: {source} has no labels; put images into class folders")
+            raise ValueError(
+                f"conditional: {source} has no labels; put images into class folders, or name a "
+                "table's last column 'label'"
+            )
         options["context"] = len(found.label_names)
     torch.manual_seed(config.seed)
     model = build(name, found.shape, bits=found.bits, **options)
