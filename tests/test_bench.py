@@ -634,6 +634,20 @@ def test_what_could_not_be_written_is_refused_before_anything_is_measured(
         bench("maf-8", out=out, **WORDS)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"what": "step,nothing"}, "what: known are epoch, log_prob, sample, step; got 'nothing'"),
+        ({"peers": "nobody"}, "peers: known are .*zuko; got 'nobody'"),
+        ({"seconds": 0.0}, "seconds: expected a positive number"),
+        ({"rounds": 0}, "rounds: expected a positive number"),
+    ],
+)
+def test_what_measures_nothing_is_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        bench("maf-8", **WORDS | option)
+
+
 def test_ctrl_c_shows_what_is_known(monkeypatch, capsys, tmp_path):
     from musigma import bench as library
 

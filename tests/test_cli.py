@@ -491,6 +491,12 @@ def test_bad_images_can_be_skipped(here, capsys):
     assert "--skip-bad" in capsys.readouterr().err
 
 
+def test_commands_to_go_on_with_can_be_pasted(here, capsys):
+    words = ["train", "vae", "photos", *TINY["vae"].split(), *QUICK.split(), "--steps", "2"]
+    main([*words, "--out", "my run"])
+    assert "next: musigma sample 'my run' " in capsys.readouterr().out
+
+
 def test_overwrite_replaces_a_run_and_nothing_else(here, run):
     train("vae", "photos", "run")
     first = Path("run/model.safetensors").read_bytes()
@@ -943,6 +949,29 @@ def test_a_run_is_not_resumed_on_other_data(here, run, capsys, change):
     assert call("train --resume run") == 2
     assert re.fullmatch(r"musigma: resume: [^\n]+\n", capsys.readouterr().err)
     assert listing(here / "run") == before
+
+
+OTHERWISE = {
+    "steps": "--steps 4",
+    "size": "--size 16",
+    "bits": "--bits 4",
+    "binarize": "--binarize dynamic",
+    "conditional": "--conditional",
+    "skip_bad": "--skip-bad",
+    "blocks": "--blocks 2",
+}
+
+
+@pytest.mark.parametrize("option", OTHERWISE)
+def test_auto_resume_refuses_a_run_of_other_options(here, run, capsys, option):
+    words = f"train vae photos {TINY['vae']} {QUICK} --out run --auto-resume"
+    run(words, "--steps 3")
+    before = listing(here / "run")
+    changed = OTHERWISE[option] if option == "steps" else f"--steps 3 {OTHERWISE[option]}"
+    assert call(words, changed) == 2
+    assert f"run was begun with {option} " in capsys.readouterr().err
+    assert listing(here / "run") == before
+    run(words, "--steps 3")
 
 
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(here, ask):

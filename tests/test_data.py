@@ -795,7 +795,10 @@ def test_broken_idx(tmp_path):
             np.where(np.arange(36).reshape(12, 3) == 16, np.nan, POINTS),
             r"row 5.*column 1 .*is nan",
         ),
-        (POINTS.astype(np.float64) * 1e39, "row 0.*is -?inf"),
+        (POINTS.astype(np.float64) * 1e39, "row 0.*, too large for float32: rescale it"),
+        (POINTS * [1, np.inf, 1], "row 0.*is -?inf: drop or fill"),
+        (POINTS[:1], "holds a single example"),
+        (1.7e9 + POINTS / 100, "constant in float32.*subtract an offset"),
         (POINTS * [1, 0, 1], r"column 1 \(from 0\) is constant"),
     ],
 )
@@ -834,7 +837,7 @@ def test_npz_that_cannot_be_used(tmp_path):
         ("1,2\n3,\n", "line 2, column 2 is '', not a number"),
         ("a,b\n1,2\n3\n", "line 3 has 1 cells and the first line 2"),
         (",a\n0,2\n1,3\n", "column 1 has no name"),
-        ("a,b\n1,2\n1,3\n", "column 'a' is constant, where a density is infinite"),
+        ("a,b\n1,2\n1,3\n", "column 'a' is constant in float32, where a density is infinite"),
         ("a,b\n1,2\n1,2\n", "column 'a', column 'b' are constant"),
         ("a,b\n1,2\nnan,3\n", r"row 1 \(from 0\), column 'a' is nan"),
     ],
@@ -854,6 +857,15 @@ def test_tables_are_not_treated_as_images(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with fails("x.csv: is damaged"):
         load(path)
+
+
+def test_columns_of_which_float32_keeps_little_are_told_of(tmp_path):
+    seconds = 1.7e9 + np.arange(0.0, 86400.0, 600.0)
+    np.save(tmp_path / "x.npy", np.stack([seconds, np.sin(seconds)], 1))
+    (note,) = load(tmp_path / "x.npy").notes
+    assert "few different values of column 0 (from 0): subtract an offset" in note
+    np.save(tmp_path / "x.npy", np.stack([seconds - seconds[0], np.sin(seconds)], 1))
+    assert load(tmp_path / "x.npy").notes == ()
 
 
 def test_constant_columns_may_be_scored(tmp_path):

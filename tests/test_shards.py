@@ -431,7 +431,9 @@ def test_the_batch_script_has_the_run_saved_and_asks_to_be_queued_again(tmp_path
     deadline = time.monotonic() + 30
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    told = re.search(r"--signal=B:(\w+)@", script)
+    assert told
+    process.send_signal(signal.Signals[f"SIG{told[1]}"])
     process.wait(timeout=30)
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "asked").read_text().splitlines()[-1] == "requeue 5"
@@ -448,6 +450,7 @@ def test_the_manifest_is_one():
     assert (service["kind"], job["kind"]) == ("Service", "Job")
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     assert words["--rdzv-endpoint"].startswith(f"{job['metadata']['name']}-0.{name}:")
+    assert container["env"] == [{"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"}]
     assert pods["subdomain"] == name
     assert int(words["--nnodes"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
     assert {v["name"] for v in pods["volumes"]} == {m["name"] for m in container["volumeMounts"]}

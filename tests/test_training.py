@@ -363,6 +363,21 @@ def test_a_profile_is_written(tmp_path, digits):
     assert any("aten::addmm" in event.get("name", "") for event in events)
 
 
+@pytest.mark.parametrize(("steps", "error", "said"), [(5, None, "step 8"), (24, OSError, "full")])
+def test_a_profile_that_cannot_be_written_is_told_of(
+    monkeypatch, tmp_path, digits, steps, error, said
+):
+    def fail(profiler, path):
+        raise error("the disk is full")
+
+    if error:
+        monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fail)
+    assert train(digits, tmp_path, profile=True, steps=steps).steps == steps
+    (notice,) = (row["message"] for row in rows(tmp_path) if row["kind"] == "notice")
+    assert said in notice
+    assert not (tmp_path / "profile.json").exists()
+
+
 def test_trackers_are_told(tmp_path, digits):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -372,6 +387,18 @@ def test_trackers_are_told(tmp_path, digits):
     logged = {r["step"]: r["bits_per_dim"] for r in rows(tmp_path) if r["kind"] == "train"}
     assert {s.step: s.value for s in scalars} == pytest.approx(logged, rel=1e-6)
     assert "evaluation/kl_0" in events.Tags()["scalars"]
+
+
+def test_a_run_goes_on_without_a_tracker_that_fails(tmp_path, digits, monkeypatch):
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(tracker, values, step=None, **more):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    assert train(digits, tmp_path, track=["tensorboard"]).steps == 24
+    (alert,) = (row["message"] for row in rows(tmp_path) if row["kind"] == "alert")
+    assert alert == "tensorboard takes nothing more, and is left out: no space left on device"
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, digits, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from musigma import __version__
-from musigma.files import replacing
+from musigma.files import replacing, usual_rights
 from musigma.model import Model
 from musigma.zoo import ARCHITECTURES, build
 
@@ -75,8 +75,7 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Ten
     plain = json.loads(json.dumps(header))  # as it will be read: keys are text, tuples are lists
     plain["digest"] = digest(plain, tensors)
     metadata = {"musigma": json.dumps(plain, sort_keys=True)}  # one key: several have no order
-    with replacing(path) as draft:
-        draft.touch()  # with the usual rights; save_file would make it for its owner alone
+    with replacing(path) as draft, usual_rights(draft):
         try:
             save_file(tensors, draft, metadata=metadata)
         except SafetensorError as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite", "number", "replacing", "row_of", "sync", "write_json"]
+__all__ = ["finite", "number", "replacing", "row_of", "sync", "usual_rights", "write_json"]
 
 
 @contextlib.contextmanager
@@ -41,6 +41,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _sync_one(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def usual_rights(path: Path) -> Iterator[None]:
+    """Give a file that is written inside the rights of any new file, whoever makes it.
+
+    Libraries that write beside it and rename make it for its owner alone.
+    """
+    path.touch()
+    rights = path.stat().st_mode
+    yield
+    with contextlib.suppress(OSError):  # of file systems without rights
+        path.chmod(rights)
 
 
 def sync(path: Path) -> None:

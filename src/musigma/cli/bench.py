@@ -51,14 +51,21 @@ def bench(
             in it and are not measured anew are kept, and so is a page's other text.
         common: Shared options.
     """
-    from musigma.bench import QUICK, Plan, markdown, run, select
+    from musigma.bench import QUICK, WORKS, Plan, markdown, run, select
     from musigma.bench.tables import line
 
     screen = Screen(common)
     chosen = select(works or (QUICK if quick else ()))
+    for name, asked, known in (
+        ("what", _words(what), {one for work in WORKS.values() for one in work.whats}),
+        ("peers", _words(peers) if peers != "none" else (), _peers(WORKS.values())),
+    ):
+        for one in asked or ():
+            if not any(word.startswith(one) if name == "peers" else word == one for word in known):
+                raise ValueError(f"{name}: known are {', '.join(sorted(known))}; got {one!r}")
     plan = Plan(
-        seconds=seconds or (0.8 if quick else 6.0),
-        rounds=rounds or (3 if quick else 6),
+        seconds=(0.8 if quick else 6.0) if seconds is None else seconds,
+        rounds=(3 if quick else 6) if rounds is None else rounds,
         threads=threads,
         whats=_words(what) or (("step", "log_prob", "sample") if quick else None),
         peers=() if peers == "none" else _words(peers),
@@ -108,6 +115,11 @@ def _warn(screen: Screen, result: dict[str, Any]) -> None:
         screen.say(f"other work runs on this machine (load average {load:.1f}){hint}")
         if first["plan"]["clock"] == "wall":
             screen.say("--clock cpu --threads 1 is surer then")
+
+
+def _peers(works: Any) -> set[str]:
+    """The names of all peers of some works, installed or not."""
+    return {c.name for w in works for c in w.contenders if c.kind in ("peer", "other")}
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

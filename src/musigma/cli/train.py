@@ -8,6 +8,8 @@ import inspect as python
 import json
 import math
 import platform
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -139,8 +141,8 @@ def resume_training(*, resume: Path | None = None, common: CommonOptions = USUAL
     go_on(resume, common)
 
 
-def go_on(resume: Path, common: Common) -> None:
-    """Train on from the state in a run folder."""
+def go_on(resume: Path, common: Common, source: str | None = None) -> None:
+    """Train on from the state in a run folder; `source` is its data as they were named now."""
     import torch
 
     from musigma import data
@@ -171,7 +173,7 @@ def go_on(resume: Path, common: Common) -> None:
     screen = Screen(common)
     treat = data.Preprocess.from_json(about["preprocess"])
     reading = Reading(skip_bad=about["skip_bad"], in_memory=about.get("in_memory"))
-    found = read(about["source"], treat, reading, screen)
+    found = read(source or about["source"], treat, reading, screen)
     if len(found) != about["n"] or list(found.shape) != about["shape"]:
         raise ValueError(
             f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
@@ -238,15 +240,18 @@ def train(
     screen = Screen(common)
     out, there = _agreed(processes, lambda: _run_folder(prepare, name, source))
     if there:
-        _agreed(processes, lambda: _refuse_another(out, name, source, options, config))
-        go_on(out, common)
+        _agreed(processes, lambda: _refuse_another(out, name, source, options, config, prepare))
+        go_on(out, common, source)
         return
     size = pixels(prepare.size)
     treat = data.Preprocess(size=size, bits=prepare.bits, binarize=prepare.binarize)
     found = read(source, treat, prepare.reading, screen)
     if prepare.conditional:
         if found.labels is None:
-            raise ValueError(f"conditional: {source} has no labels; put images into class folders")
+            raise ValueError(
+                f"conditional: {source} has no labels; put images into class folders, or name a "
+                "table's last column 'label'"
+            )
         options["context"] = len(found.label_names)
     torch.manual_seed(config.seed)
     model = build(name, found.shape, bits=found.bits, **options)
@@ -277,7 +282,7 @@ def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
     """
     from musigma.training import saved_state
 
-    out = prepare.out or Path("runs") / f"{name}-{Path(source).name.split('.')[0] or 'data'}"
+    out = prepare.out or Path("runs") / f"{name}-{_called(source)}"
     if prepare.auto_resume:
         if prepare.overwrite:
             raise ValueError("auto_resume: it goes on with what --overwrite replaces; keep one")
@@ -294,8 +299,26 @@ def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
     return out, False
 
 
+def _called(source: str) -> str:
+    """What a source is called in the name of a run's folder.
+
+    >>> _called("photos.zip"), _called("shards-{00..31}.tar"), _called("https://host/x?key=1")
+    ('photos', 'shards', 'x')
+    """
+    from musigma import sources
+
+    whole = sources.plain(source) if sources.is_url(source) else source
+    name = re.sub(r"[-_]?\{\d+\.\.\d+\}", "", Path(whole).name)
+    return name.split(".")[0] or "data"
+
+
 def _refuse_another(
-    out: Path, name: str, source: str, options: dict[str, Any], config: TrainConfig
+    out: Path,
+    name: str,
+    source: str,
+    options: dict[str, Any],
+    config: TrainConfig,
+    prepare: Prepare,
 ) -> None:
     """Refuse to go on with a run that was begun with other options."""
     from musigma import data
@@ -304,10 +327,19 @@ def _refuse_another(
         return json.loads(json.dumps({"ARCH": model, "DATA": where, **options, **train}))
 
     saved = json.loads((out / "config.json").read_text())
-    model = saved["model"]
+    model, about = saved["model"], saved["data"]
     begun = {name: value for name, value in model["options"].items() if name in options}
-    was = flat(model["architecture"], saved["data"]["source"], begun, saved["train"])
-    now = flat(name, data.identity(source), options, dataclasses.asdict(config))
+    begun |= {
+        **data.Preprocess.from_json(about["preprocess"]).to_json(),
+        "skip_bad": about["skip_bad"],
+        "conditional": bool(model["options"].get("context")),
+    }
+    given = data.Preprocess(
+        size=pixels(prepare.size), bits=prepare.bits, binarize=prepare.binarize
+    ).to_json()
+    given |= {"skip_bad": prepare.reading.skip_bad, "conditional": prepare.conditional}
+    was = flat(model["architecture"], about["source"], begun, saved["train"])
+    now = flat(name, data.identity(source), options | given, dataclasses.asdict(config))
     for option in now:
         if was.get(option) != now[option]:
             raise ValueError(
@@ -397,7 +429,8 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
             watch=watch,
         )
     if not done.finished:
-        screen.say(f"stopped after {done.steps:,} steps; go on with: musigma train --resume {out}")
+        command = f"musigma train --resume {shlex.quote(str(out))}"
+        screen.say(f"stopped after {done.steps:,} steps; go on with: {command}")
         screen.result({"run": str(out), "steps": done.steps, "finished": False})
         leave()
         if done.signal:
@@ -433,7 +466,7 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
             "pictures": pictures,
         },
         f"{said(figure)}\nrun: {out}\npictures: {', '.join(pictures) or 'none'}\n"
-        f"next: musigma sample {out} --n 64{mode} --out samples.png",
+        f"next: musigma sample {shlex.quote(str(out))} --n 64{mode} --out samples.png",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from musigma.files import replacing, sync
+from musigma.files import replacing, sync, usual_rights
 from musigma.foreign.weights import ForeignError, Options, Weights, holds, is_count
 from musigma.model import Model
 from musigma.zoo import build
@@ -288,7 +288,8 @@ def to_diffusers(model: Model, said: Mapping[str, Any], out: Path) -> None:
     if holds(tensors.values(), dtype):
         tensors = {name: t.to(dtype) for name, t in tensors.items()}
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "diffusion_pytorch_model.safetensors") as draft:
+    weights = out / "diffusion_pytorch_model.safetensors"
+    with replacing(weights) as draft, usual_rights(draft):
         save_file(tensors, draft, metadata={"format": "pt"})
     with replacing(out / "config.json") as draft:
         draft.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -18,6 +18,8 @@ from musigma.sources.arrays import Check, as_labels, blocks, derived, facts
 from musigma.sources.base import DataError, Request, Source, damage, missing
 
 LABEL_COLUMNS = ("label", "class", "target", "y")
+LARGEST = np.finfo(np.float32).max
+COARSE = 1e-3  # of a column's range: float32 steps that leave a grid of it
 
 
 def as_table(found: Source, request: Request, allow_constant: bool) -> Source:
@@ -28,25 +30,37 @@ def as_table(found: Source, request: Request, allow_constant: bool) -> Source:
         make = partial(_float32, blocks(x), check)
         x = derived(x, "float32", x.shape, np.float32, make, request)
     known = facts(x, request, check)
-    constant = np.flatnonzero(known["low"] == known["high"])
+    low, high = known["low"], known["high"]
+    constant = np.flatnonzero(low == high)
     if len(constant) and not allow_constant:
-        names = ", ".join(_called(columns, int(i)) for i in constant[:5])
-        names += ", ..." if len(constant) > 5 else ""
-        verb = "are" if len(constant) > 1 else "is"
+        if len(x) == 1:
+            raise DataError(f"{request.where}: holds a single example: give more")
+        names, verb = _listed(columns, constant), "are" if len(constant) > 1 else "is"
         raise DataError(
-            f"{request.where}: {names} {verb} constant, where a density is infinite: drop it"
+            f"{request.where}: {names} {verb} constant in float32, where a density is infinite: "
+            "drop it, or subtract an offset"
+        )
+    step = np.spacing(np.maximum(abs(low), abs(high)).astype(np.float32))
+    coarse = np.flatnonzero((step > COARSE * (high - low)) & (low < high))
+    if len(coarse):
+        request.notes.append(
+            f"{request.where}: float32 leaves few different values of {_listed(columns, coarse)}: "
+            "subtract an offset"
         )
     return replace(found, x=x, hashes=known.get("hashes"))
+
+
+def _listed(columns: Sequence[str], which: Sequence[int] | np.ndarray) -> str:
+    names = ", ".join(_called(columns, int(i)) for i in which[:5])
+    return names + (", ..." if len(which) > 5 else "")
 
 
 def _float32(rows: Iterable[np.ndarray], check: Check) -> Iterator[np.ndarray]:
     start = 0
     for block in rows:
-        with np.errstate(over="ignore"):
-            block = block.astype(np.float32)
         check(start, block)
         start += len(block)
-        yield block
+        yield block.astype(np.float32)
 
 
 def _called(columns: Sequence[str], column: int) -> str:
@@ -54,13 +68,14 @@ def _called(columns: Sequence[str], column: int) -> str:
 
 
 def _check_finite(columns: Sequence[str], where: str, start: int, block: np.ndarray) -> None:
-    finite = np.isfinite(block)
-    if not finite.all():
-        row, column = map(int, np.argwhere(~finite)[0])
-        raise DataError(
-            f"{where}: row {start + row} (from 0), {_called(columns, column)} is "
-            f"{block[row, column]}: drop or fill such rows"
-        )
+    usable = np.abs(block) <= LARGEST
+    if not usable.all():
+        row, column = map(int, np.argwhere(~usable)[0])
+        value = block[row, column]
+        what = f"{where}: row {start + row} (from 0), {_called(columns, column)} is {value}"
+        if np.isfinite(value):
+            raise DataError(f"{what}, too large for float32: rescale it")
+        raise DataError(f"{what}: drop or fill such rows")
 
 
 def _is_number(cell: str) -> bool:

@@ -297,7 +297,8 @@ class _Job:
         if self.feed:
             self.feed.close()
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            with contextlib.suppress(Exception):  # what it failed at is in the run's own log
+                tracker.finish()
 
     def finish(self) -> None:
         """Leave the last state, and weights even if there was no evaluation."""
@@ -571,7 +572,17 @@ class _Job:
                 if isinstance(value, (int, float)) and name != "step"
             }
             values |= {f"{row['kind']}/kl_{i}": value for i, value in enumerate(row["kl"])}
-            self.accelerator.log(values, step=row["step"])
+            self._track(values, row["step"])
+
+    def _track(self, values: dict[str, Any], step: int) -> None:
+        """Tell the trackers; one that fails (a full disk, a server away) is told no more."""
+        for tracker in list(self.accelerator.trackers):
+            try:
+                tracker.log(values, step=step)
+            except Exception as error:
+                self.accelerator.trackers.remove(tracker)
+                reason = str(error) or type(error).__name__
+                self._say("alert", f"{tracker.name} takes nothing more, and is left out: {reason}")
 
     @contextlib.contextmanager
     def profiled(self) -> Iterator[Callable[[], None]]:
@@ -581,13 +592,22 @@ class _Job:
             return
         from torch.profiler import profile, schedule
 
+        problem = "it ended before step 8"
+
         def ready(profiler: Any) -> None:
-            with replacing(self.out / "profile.json") as draft:
-                profiler.export_chrome_trace(str(draft))
+            nonlocal problem
+            try:
+                with replacing(self.out / "profile.json") as draft:
+                    profiler.export_chrome_trace(str(draft))
+                problem = ""
+            except (OSError, RuntimeError) as error:
+                problem = str(error)
 
         plan = schedule(wait=5, warmup=2, active=5, repeat=1)
         with profile(schedule=plan, on_trace_ready=ready) as profiler:
             yield profiler.step
+        if problem:
+            self._say("notice", f"no profile.json was written: {problem}")
 
     # -- keeping
 

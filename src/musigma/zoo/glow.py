@@ -138,7 +138,7 @@ def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(shape) != 3:
         raise ValueError(
             f"shape: this architecture is for images (C, H, W); got {tuple(shape)} "
-            "(realnvp and vae model vectors)"
+            "(realnvp, maf, nsf and vae model vectors)"
         )
     return shape[0], shape[1], shape[2]
 
