@@ -442,7 +442,10 @@ class _Job:
             noise(self.config.seed, step, self.processes.rank)
             self._forward(self.model, x, context)
 
-        own = diagnose(self.model, again, loss, norm, limit)
+        astray = not math.isfinite(loss)
+        if self.cut:  # all go forward together, or none
+            astray = any(self.processes.gathered(astray))
+        own = diagnose(self.model, again if astray else None, loss, norm, limit)
         log_w = evidence.elbo.reshape(len(x), -1).sum(1)
         config = self.config
         indices = batch_indices(len(self.train), config.batch_size, seed=config.seed, step=step)
