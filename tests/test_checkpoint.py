@@ -204,6 +204,12 @@ def test_a_save_replaces_and_leaves_nothing_beside_it(file):
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="rights are others there")
+def test_a_checkpoint_has_the_rights_of_any_other_file(file):
+    (file.parent / "other").touch()
+    assert file.stat().st_mode == (file.parent / "other").stat().st_mode
+
+
 def test_saving_where_no_folder_is(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         checkpoint.save(made("vae"), tmp_path / "none" / "a.safetensors")

@@ -76,9 +76,11 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Ten
     plain["digest"] = digest(plain, tensors)
     metadata = {"musigma": json.dumps(plain, sort_keys=True)}  # one key: several have no order
     with replacing(path) as draft:
-        draft.touch()  # with the usual rights; save_file would make it for its owner alone
+        draft.touch()
+        usual = draft.stat().st_mode  # save_file would make it for its owner alone
         try:
             save_file(tensors, draft, metadata=metadata)
+            draft.chmod(usual)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error})") from error
 
