@@ -66,6 +66,7 @@ train(out / "cut", shard=True, save_every=1e-5)
 train(out / "cut, parts", shard=True, accumulate=3, stop=4)
 train(out / "cut, parts", shard=True, accumulate=3)
 train(out / "handed on", shard=True, stop=4)
+train(out / "cut, budget", shard=True, memory_budget="45KB")
 train(out / "astray", steps=40, shard=True, points=Dataset(many))
 calibrated = [p.tolist() for n, p in flow().named_parameters() if "bias" in n]
 weights = [p.double().sum().item() for p in run.model.parameters()]
@@ -118,7 +119,7 @@ def test_evaluation_is_exact_and_does_not_depend_on_their_number(out):
     assert figure["n"] == len(scope["digits"])
 
 
-@pytest.mark.parametrize("several", ["two", "parts", "cut", "cut, parts"])
+@pytest.mark.parametrize("several", ["two", "parts", "cut", "cut, parts", "cut, budget"])
 def test_a_flow_without_noise_gets_the_same_weights(out, tmp_path, several):
     """15 examples a step are shared as 7 and 8, and each of these worked through in 3 parts."""
     start = torch.cat([p.flatten() for p in scope["flow"]().parameters()])

@@ -192,6 +192,7 @@ def check_run(model: Model, train: Dataset, config: TrainConfig) -> None:
             "flow has none; leave them out"
         )
     refuse(model, config.memory)
+    _refuse_too_many(here(), config)
     for tracker in config.track:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"track: {tracker} is not installed: pip install {tracker}")
@@ -208,6 +209,25 @@ def check_run(model: Model, train: Dataset, config: TrainConfig) -> None:
             "free_bits: they hold up the KL of each latent, and under a flow prior there is none "
             "to hold; leave them out, or take a normal prior"
         )
+    if config.memory_budget is not None:
+        keep(model, config.memory)
+        _parts(model, train, config)
+
+
+def _refuse_too_many(processes: Processes, config: TrainConfig) -> None:
+    if processes.count > config.batch_size:
+        raise ValueError(
+            f"batch_size: {processes.count} processes cannot share {config.batch_size} "
+            "examples; give each at least one"
+        )
+
+
+def _parts(model: Model, train: Dataset, config: TrainConfig) -> int:
+    """In how many parts this process works through its share of a batch."""
+    own = here().share(config.batch_size)
+    few = batch(train, np.arange(min(4, len(train))), model)
+    with torch.random.fork_rng():
+        return machine.parts(model, *few, config, own.stop - own.start)
 
 
 class _Job:
@@ -229,11 +249,7 @@ class _Job:
         self.accelerator = _accelerator(config, out, device)
         self.processes = here()
         self.device = torch.device(device) if device else self.accelerator.device
-        if self.processes.count > config.batch_size:
-            raise ValueError(
-                f"batch_size: {self.processes.count} processes cannot share {config.batch_size} "
-                "examples; give each at least one"
-            )
+        _refuse_too_many(self.processes, config)
         self.shown = validation.subset(range(min(len(validation), config.evaluate_on)))
         self.cast = machine.casting(config, self.device)
         self.progress = Progress()
@@ -260,6 +276,7 @@ class _Job:
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
         several = self.processes.count > 1
         self.cut = config.shard and several
+        self.parts = _parts(model, self.train, config)  # of whole weights: before they are cut
         if self.cut:
             machine.cut(model)
         note = machine.compiled(model) if config.fast else None
@@ -273,10 +290,6 @@ class _Job:
             self._load()
         elif self.cut:
             self._recut()
-        own = self.processes.share(config.batch_size)
-        few = batch(self.train, np.arange(min(4, len(self.train))), model)
-        with torch.random.fork_rng():
-            self.parts = machine.parts(model, *few, config, own.stop - own.start)
         self._feed()
         self.log.rewind(self.progress.step)
         self.accelerator.init_trackers("musigma", config=_plain(asdict(config)))
