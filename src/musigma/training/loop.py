@@ -491,6 +491,7 @@ class _Job:
             skipped=kept.skipped,
             failing=kept.failing,
             setbacks=kept.setbacks + 1,
+            best=kept.best,  # it is still there
             caution=kept.caution / 2,
         )
         self._feed()
@@ -557,12 +558,15 @@ class _Job:
         )
         self._write({"kind": "evaluation", **self._where(), **figure})
         path = self.out / "model.safetensors"
-        better = figure["bits_per_dim"] < progress.best
+        before = progress.best
         progress.best = min(progress.best, figure["bits_per_dim"])
         if not self.processes.main:
             return
-        if better or not path.exists():
-            self._written(lambda: checkpoint.save(self.averaged, path, extra=self.extra))
+        due = progress.best < before or not path.exists()
+        if due and not self._written(
+            lambda: checkpoint.save(self.averaged, path, extra=self.extra)
+        ):
+            progress.best = before  # what is there is no better
         names = {module: name or "model" for name, module in self.averaged.named_modules()}
         paired = set(self.averaged.latents()) != set(self.averaged.variables())
         sites = [names[site] for site in self.averaged.latents()] if paired else []
@@ -625,10 +629,9 @@ class _Job:
         try:
             write()
         except OSError as error:
-            message = f"not saved: {error}; it is tried again every minute"
-            self.progress.alerts["disk"] = message
+            self.progress.alerts["disk"] = str(error)
             if not known:
-                self._say("alert", message)
+                self._say("alert", f"not saved: {error}; it is tried again every minute")
             return False
         return True
 
