@@ -6,11 +6,12 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite", "number", "replacing", "row_of", "sync", "write_json"]
+__all__ = ["finite", "is_draft", "number", "replacing", "row_of", "sync", "write_json"]
 
 
 @contextlib.contextmanager
@@ -41,6 +42,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _sync_one(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether it is what a process that was killed left of a file, here or in safetensors.
+
+    >>> [is_draft(Path(name)) for name in (".a.txt.12.tmp", ".tmpq2Xy7B", ".a", "a.tmp")]
+    [True, True, False, False]
+    """
+    return bool(re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", path.name))
 
 
 def sync(path: Path) -> None:

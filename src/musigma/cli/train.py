@@ -275,9 +275,11 @@ def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
     Refuses what is there and not to be replaced, and what is no run. What is to be replaced is
     gone afterwards.
     """
+    from musigma.files import is_draft
     from musigma.training import saved_state
 
     out = prepare.out or Path("runs") / f"{name}-{Path(source).name.split('.')[0] or 'data'}"
+    held = [p for p in out.iterdir() if not is_draft(p)] if out.is_dir() else []
     if prepare.auto_resume:
         if prepare.overwrite:
             raise ValueError("auto_resume: it goes on with what --overwrite replaces; keep one")
@@ -285,7 +287,7 @@ def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
             saved_state(out)
             return out, True
     replace = prepare.overwrite or (prepare.auto_resume and (out / "config.json").is_file())
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not replace:
+    if (held or out.is_file()) and not replace:
         raise ValueError(
             f"out: {out} exists already; --resume {out}, --overwrite, or another --out"
         )
@@ -363,7 +365,10 @@ def _begin(
 
 def _replaceable(out: Path) -> bool:
     """Whether a folder is a run, or empty, or not there: nobody's photographs."""
-    return not out.is_dir() or (out / "config.json").is_file() or not any(out.iterdir())
+    from musigma.files import is_draft
+
+    run = not out.is_dir() or (out / "config.json").is_file()
+    return run or all(is_draft(p) for p in out.iterdir())
 
 
 def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool = False) -> None:

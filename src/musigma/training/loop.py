@@ -31,7 +31,7 @@ from musigma import checkpoint
 from musigma.data import Dataset, batch_indices
 from musigma.evaluation import at_home, batch, check, evaluate, noise
 from musigma.feed import stream
-from musigma.files import replacing
+from musigma.files import is_draft, replacing
 from musigma.memory import fallen, keep, recall, refuse
 from musigma.model import Model
 from musigma.processes import Processes, cut_like, here, joined, local, whole
@@ -263,6 +263,9 @@ class _Job:
         config, model = self.config, self.model
         if self.processes.main:
             self.out.mkdir(parents=True, exist_ok=True)
+            for path in self.out.iterdir():
+                if is_draft(path) and path.is_file():  # of a process that was killed
+                    path.unlink(missing_ok=True)
         machine.retain_heap()
         model.to(self.device)
         if not resume:
@@ -273,10 +276,10 @@ class _Job:
             model.calibrate(*batch(self.train, first, model, seed=config.seed))  # alike for all
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         keep(model, config.memory)
+        self.parts = _parts(model, self.train, config)  # of whole weights: before they are cut
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
         several = self.processes.count > 1
         self.cut = config.shard and several
-        self.parts = _parts(model, self.train, config)  # of whole weights: before they are cut
         if self.cut:
             machine.cut(model)
         note = machine.compiled(model) if config.fast else None
@@ -488,10 +491,10 @@ class _Job:
         self.progress = replace(
             self.progress,
             seconds=kept.seconds,
+            best=kept.best,  # it is still there
             skipped=kept.skipped,
             failing=kept.failing,
             setbacks=kept.setbacks + 1,
-            best=kept.best,  # it is still there
             caution=kept.caution / 2,
         )
         self._feed()
