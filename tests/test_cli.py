@@ -502,6 +502,41 @@ def test_overwrite_replaces_a_run_and_nothing_else(here, run):
     train("vae", "photos", "bare")
 
 
+def test_auto_resume_refuses_data_that_are_treated_in_another_way(here, capsys):
+    Path("run").mkdir()
+    Path("run/.config.json.123.tmp").touch()  # of one that was killed at once
+    train("vae", "photos", "run", "--auto-resume --bits 5")
+    train("vae", "photos", "run", "--auto-resume --bits 5")
+    for other, was in {
+        "--bits 4": "with bits 5, and not with 4",
+        "--bits 5 --size 16": "with size None, and not with 16",
+        "--bits 5 --conditional": "with conditional False, and not with True",
+        "--binarize dynamic": "with bits 5, and not with 8",
+        "--bits 5 --skip-bad": "with skip_bad False, and not with True",
+    }.items():
+        words = f"train vae photos {TINY['vae']} {QUICK} --steps 3 --out run --auto-resume"
+        assert call(words, other) == 2
+        assert was in capsys.readouterr().err
+
+
+def test_a_run_goes_into_an_empty_folder_that_is_a_link(here):
+    Path("elsewhere").mkdir()
+    Path("run").symlink_to("elsewhere")
+    train("vae", "photos", "run")
+    train("vae", "photos", "run", "--overwrite")
+    assert Path("elsewhere/model.safetensors").is_file()
+
+
+def test_what_cannot_be_trained_replaces_no_run(here, capsys):
+    train("vae", "photos", "run")
+    first = Path("run/model.safetensors").read_bytes()
+    for out in ("run --overwrite", "new"):
+        assert call(f"train vae photos {TINY['vae']} --memory-budget 1KB --out {out}") == 2
+        assert "memory_budget: weights and one example take" in capsys.readouterr().err
+    assert Path("run/model.safetensors").read_bytes() == first
+    assert not Path("new").exists()
+
+
 # -- a user's own architecture
 
 

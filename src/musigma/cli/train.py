@@ -238,7 +238,7 @@ def train(
     screen = Screen(common)
     out, there = _agreed(processes, lambda: _run_folder(prepare, name, source))
     if there:
-        _agreed(processes, lambda: _refuse_another(out, name, source, options, config))
+        _agreed(processes, lambda: _refuse_another(out, name, source, options, config, prepare))
         go_on(out, common)
         return
     size = pixels(prepare.size)
@@ -297,19 +297,35 @@ def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
 
 
 def _refuse_another(
-    out: Path, name: str, source: str, options: dict[str, Any], config: TrainConfig
+    out: Path,
+    name: str,
+    source: str,
+    options: dict[str, Any],
+    config: TrainConfig,
+    prepare: Prepare,
 ) -> None:
     """Refuse to go on with a run that was begun with other options."""
     from musigma import data
 
-    def flat(model: str, where: str, options: dict[str, Any], train: Any) -> dict[str, Any]:
-        return json.loads(json.dumps({"ARCH": model, "DATA": where, **options, **train}))
+    def flat(model: str, where: str, *options: dict[str, Any]) -> dict[str, Any]:
+        every = {"ARCH": model, "DATA": where}
+        for some in options:
+            every |= some
+        return json.loads(json.dumps(every))
 
     saved = json.loads((out / "config.json").read_text())
     model = saved["model"]
     begun = {name: value for name, value in model["options"].items() if name in options}
-    was = flat(model["architecture"], saved["data"]["source"], begun, saved["train"])
-    now = flat(name, data.identity(source), options, dataclasses.asdict(config))
+    treated = {
+        **saved["data"]["preprocess"],
+        "skip_bad": saved["data"]["skip_bad"],
+        "conditional": bool(model["options"].get("context")),
+    }
+    size, bits, binarize = pixels(prepare.size), prepare.bits, prepare.binarize
+    treat = data.Preprocess(size=size, bits=bits, binarize=binarize).to_json()
+    treat |= {"skip_bad": prepare.reading.skip_bad, "conditional": prepare.conditional}
+    was = flat(model["architecture"], saved["data"]["source"], begun, treated, saved["train"])
+    now = flat(name, data.identity(source), options, treat, dataclasses.asdict(config))
     for option in now:
         if was.get(option) != now[option]:
             raise ValueError(
@@ -359,8 +375,17 @@ def _begin(
         saved["data"][part] = len(found.split(part))
     check_run(model, found, config)
     if here().main and out.is_dir():
-        shutil.rmtree(out)  # it is empty, or a run that is to be replaced
+        _emptied(out)  # a run that is to be replaced, if it is not empty already
     run(model, found, config, out, saved, screen)
+
+
+def _emptied(out: Path) -> None:
+    """Remove what is in a folder, and not the folder: it may be a link, or another disk."""
+    for inside in out.iterdir():
+        if inside.is_dir() and not inside.is_symlink():
+            shutil.rmtree(inside)
+        else:
+            inside.unlink()
 
 
 def _replaceable(out: Path) -> bool:
