@@ -6,8 +6,8 @@
 A peer has the settings of its own examples, in a plain loop: pythae's residual networks for MNIST
 with 16 latents, batches of 100, and Adam at 1e-3; normflows' Glow with the levels, steps and width
 of ours, batches of 128, Adamax at 1e-3 with a weight decay of 1e-5, uniform noise and no logit.
-The VAE is scored by musigma, whose likelihood reads its logits. `run` leaves what `quality.py collect`
-reads.
+The VAE is scored by musigma, whose likelihood reads its logits. `run` leaves what `collect` of
+`quality.py` reads.
 """
 
 import argparse

@@ -508,6 +508,30 @@ def test_overwrite_replaces_a_run_and_nothing_else(here, run):
     train("vae", "photos", "bare")
 
 
+def test_what_a_killed_process_left_is_no_run(here):
+    Path("run").mkdir()
+    Path("run/.config.json.123.tmp").touch()
+    train("vae", "photos", "run", "--auto-resume")
+
+
+def test_a_run_goes_into_an_empty_folder_that_is_a_link(here):
+    Path("elsewhere").mkdir()
+    Path("run").symlink_to("elsewhere")
+    train("vae", "photos", "run")
+    train("vae", "photos", "run", "--overwrite")
+    assert Path("elsewhere/model.safetensors").is_file()
+
+
+def test_what_cannot_be_trained_replaces_no_run(here, capsys):
+    train("vae", "photos", "run")
+    first = Path("run/model.safetensors").read_bytes()
+    for out in ("run --overwrite", "new"):
+        assert call(f"train vae photos {TINY['vae']} --memory-budget 1KB --out {out}") == 2
+        assert "memory_budget: weights and one example take" in capsys.readouterr().err
+    assert Path("run/model.safetensors").read_bytes() == first
+    assert not Path("new").exists()
+
+
 # -- a user's own architecture
 
 

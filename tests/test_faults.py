@@ -235,6 +235,40 @@ def test_a_full_disk_is_told_of_and_costs_nothing(tmp_path, how):
     assert (tmp_path / "whole/last.safetensors").read_bytes().hex() == answer["last"]
 
 
+def test_weights_that_were_best_but_had_no_room_are_not_taken_for_saved(tmp_path, monkeypatch):
+    """The third look is the best, and finds the disk full; those after it are worse."""
+    figures = iter([6.0, 5.0, 3.0, 4.0, 4.5, 4.25])
+    saved, real = [], checkpoint.save
+
+    def look(*given, **how):
+        return {"bits_per_dim": next(figures), "kl": []}
+
+    def save(model, path, **how):
+        if path.name == "model.safetensors":
+            saved.append(len(rows(tmp_path, "evaluation")))
+            if saved[-1] == 3:
+                raise OSError(28, "No space left on device")
+        real(model, path, **how)
+
+    monkeypatch.setattr("musigma.training.loop.evaluate", look)
+    monkeypatch.setattr(checkpoint, "save", save)
+    model = build("realnvp", (4,), bits=None, hidden=8)
+    config = TrainConfig(steps=6, evaluations=6)
+    run = fit(model, points(), points(), config, tmp_path, device="cpu")
+    assert saved == [1, 2, 3, 4]
+    assert run.best == 4.0
+    assert len(rows(tmp_path, "alert")) == 1
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    mine = tmp_path / ".notes"
+    for name in (".state.safetensors.123.tmp", ".tmpa1B2c3", mine.name):
+        (tmp_path / name).write_text("half")
+    model = build("realnvp", (4,), bits=None, hidden=8)
+    fit(model, points(), points(), TrainConfig(steps=1), tmp_path, device="cpu")
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == [mine]
+
+
 # -- steps that go on failing
 
 

@@ -189,3 +189,16 @@ def test_what_is_refused():
         keep(vae, "none")
     keep(vae, "store")
     assert memory.fallen(VAE(vae.encoder, vae.decoder, vae.prior)) == {}
+
+
+@pytest.mark.parametrize("name", ["glow", "vae"])
+def test_calibration_takes_a_network_through_few_examples_at_a_time(name):
+    options = {"vae": {"prior": "flow"}}.get(name, {})
+    model = musigma.build(name, (1, 8, 8), **options)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    model.calibrate(torch.randint(0, 256, (150, 1, 8, 8)).float())
+    assert seen
+    assert max(seen) <= 64

@@ -40,7 +40,11 @@ def vae():
     torch.manual_seed(0)
     return build("vae", (1, 8, 8), net="mlp", width=16)
 
-def train(out, steps=10, stop=None, **config):
+many = np.random.default_rng(0).normal(size=(1000, 5)).astype(np.float32)
+bad = int(data.batch_indices(1000, 15, seed=0, step=36)[2])  # after those that calibrate
+many[bad] = 1e30
+
+def train(out, steps=10, stop=None, points=points, **config):
     config = TrainConfig(
         steps=steps, batch_size=15, evaluations=2, optimizer="adam", lr=1e-3, **config
     )
@@ -62,6 +66,8 @@ train(out / "cut", shard=True, save_every=1e-5)
 train(out / "cut, parts", shard=True, accumulate=3, stop=4)
 train(out / "cut, parts", shard=True, accumulate=3)
 train(out / "handed on", shard=True, stop=4)
+train(out / "cut, budget", shard=True, memory_budget="45KB")
+train(out / "astray", steps=40, shard=True, points=Dataset(many))
 calibrated = [p.tolist() for n, p in flow().named_parameters() if "bias" in n]
 weights = [p.double().sum().item() for p in run.model.parameters()]
 alike = processes.gathered(weights)
@@ -113,7 +119,7 @@ def test_evaluation_is_exact_and_does_not_depend_on_their_number(out):
     assert figure["n"] == len(scope["digits"])
 
 
-@pytest.mark.parametrize("several", ["two", "parts", "cut", "cut, parts"])
+@pytest.mark.parametrize("several", ["two", "parts", "cut", "cut, parts", "cut, budget"])
 def test_a_flow_without_noise_gets_the_same_weights(out, tmp_path, several):
     """15 examples a step are shared as 7 and 8, and each of these worked through in 3 parts."""
     start = torch.cat([p.flatten() for p in scope["flow"]().parameters()])
@@ -136,6 +142,14 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(out, tmp_path
         weights(out / "handed on/last.safetensors"), alone, rtol=1e-4, atol=2e-6
     )
     assert losses(out / "handed on")[4:] == pytest.approx(losses(tmp_path / "one")[4:], rel=1e-5)
+
+
+def test_a_bad_example_of_one_process_is_traced_where_weights_are_cut(out):
+    rows = map(json.loads, (out / "astray/metrics.jsonl").read_text().splitlines())
+    (row,) = (row for row in rows if row["kind"] == "skipped")
+    assert row["step"] == 37
+    assert row["reason"].startswith("output of ")
+    assert row["examples"] == [scope["bad"]]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])

@@ -6,11 +6,21 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite", "number", "replacing", "row_of", "sync", "usual_rights", "write_json"]
+__all__ = [
+    "finite",
+    "is_draft",
+    "number",
+    "replacing",
+    "row_of",
+    "sync",
+    "usual_rights",
+    "write_json",
+]
 
 
 @contextlib.contextmanager
@@ -54,6 +64,15 @@ def usual_rights(path: Path) -> Iterator[None]:
     yield
     with contextlib.suppress(OSError):  # of file systems without rights
         path.chmod(rights)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether it is what a process that was killed left of a file, here or in safetensors.
+
+    >>> [is_draft(Path(name)) for name in (".a.txt.12.tmp", ".tmpq2Xy7B", ".a", "a.tmp")]
+    [True, True, False, False]
+    """
+    return bool(re.fullmatch(r"\..+\.\d+\.tmp|\.tmp\w{6}", path.name))
 
 
 def sync(path: Path) -> None:

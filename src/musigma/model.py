@@ -512,8 +512,17 @@ class Chain(Model):
         x, trace = self.floating(x), Trace(scoring=False)
         for layer in self._layers():
             layer.calibrate(x, context)
-            x = layer.infer(x, trace, context)
+            if isinstance(layer, Bijection):
+                x = torch.cat([layer(*few)[0] for few in _in_parts(x, context)])
+            else:
+                x = layer.infer(x, trace, context)
         self.prior.calibrate(x, context)
+
+
+def _in_parts(x: Tensor, context: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Some examples at a time, with their context: inside networks they take far more memory."""
+    given = itertools.repeat(None) if context is None else context.split(64)
+    return zip(x.split(64), given, strict=False)
 
 
 class VAE(Model):
@@ -567,7 +576,8 @@ class VAE(Model):
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
         """The prior, on draws from the posterior."""
-        z = conditioned(self.encoder, self.floating(x), context).sample()
+        parts = _in_parts(self.floating(x), context)
+        z = torch.cat([conditioned(self.encoder, *few).sample() for few in parts])
         self.prior.calibrate(z, context)
 
 

@@ -277,12 +277,13 @@ def _agreed(processes: Any, decide: Callable[[], Any]) -> Any:
 def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
     """Where a run goes, and whether it is there to go on with.
 
-    Refuses what is there and not to be replaced, and what is no run. What is to be replaced is
-    gone afterwards.
+    Refuses what is there and not to be replaced, and what is no run.
     """
+    from musigma.files import is_draft
     from musigma.training import saved_state
 
     out = prepare.out or Path("runs") / f"{name}-{_called(source)}"
+    held = [p for p in out.iterdir() if not is_draft(p)] if out.is_dir() else []
     if prepare.auto_resume:
         if prepare.overwrite:
             raise ValueError("auto_resume: it goes on with what --overwrite replaces; keep one")
@@ -290,7 +291,7 @@ def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
             saved_state(out)
             return out, True
     replace = prepare.overwrite or (prepare.auto_resume and (out / "config.json").is_file())
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not replace:
+    if (held or out.is_file()) and not replace:
         raise ValueError(
             f"out: {out} exists already; --resume {out}, --overwrite, or another --out"
         )
@@ -323,23 +324,28 @@ def _refuse_another(
     """Refuse to go on with a run that was begun with other options."""
     from musigma import data
 
-    def flat(model: str, where: str, options: dict[str, Any], train: Any) -> dict[str, Any]:
-        return json.loads(json.dumps({"ARCH": model, "DATA": where, **options, **train}))
-
     saved = json.loads((out / "config.json").read_text())
     model, about = saved["model"], saved["data"]
-    begun = {name: value for name, value in model["options"].items() if name in options}
-    begun |= {
-        **data.Preprocess.from_json(about["preprocess"]).to_json(),
+    size, bits, binarize = pixels(prepare.size), prepare.bits, prepare.binarize
+    was = {
+        "ARCH": model["architecture"],
+        "DATA": about["source"],
+        **{option: value for option, value in model["options"].items() if option in options},
+        **about["preprocess"],
         "skip_bad": about["skip_bad"],
         "conditional": bool(model["options"].get("context")),
+        **saved["train"],
     }
-    given = data.Preprocess(
-        size=pixels(prepare.size), bits=prepare.bits, binarize=prepare.binarize
-    ).to_json()
-    given |= {"skip_bad": prepare.reading.skip_bad, "conditional": prepare.conditional}
-    was = flat(model["architecture"], about["source"], begun, saved["train"])
-    now = flat(name, data.identity(source), options | given, dataclasses.asdict(config))
+    now = {
+        "ARCH": name,
+        "DATA": data.identity(source),
+        **options,
+        **data.Preprocess(size=size, bits=bits, binarize=binarize).to_json(),
+        "skip_bad": prepare.reading.skip_bad,
+        "conditional": prepare.conditional,
+        **dataclasses.asdict(config),
+    }
+    now = json.loads(json.dumps(now))  # as it was saved: tuples are lists
     for option in now:
         if was.get(option) != now[option]:
             raise ValueError(
@@ -389,13 +395,25 @@ def _begin(
         saved["data"][part] = len(found.split(part))
     check_run(model, found, config)
     if here().main and out.is_dir():
-        shutil.rmtree(out)  # it is empty, or a run that is to be replaced
+        _emptied(out)  # a run that is to be replaced, if it is not empty already
     run(model, found, config, out, saved, screen)
+
+
+def _emptied(out: Path) -> None:
+    """Remove what is in a folder, and not the folder: it may be a link, or another disk."""
+    for inside in out.iterdir():
+        if inside.is_dir() and not inside.is_symlink():
+            shutil.rmtree(inside)
+        else:
+            inside.unlink()
 
 
 def _replaceable(out: Path) -> bool:
     """Whether a folder is a run, or empty, or not there: nobody's photographs."""
-    return not out.is_dir() or (out / "config.json").is_file() or not any(out.iterdir())
+    from musigma.files import is_draft
+
+    run = not out.is_dir() or (out / "config.json").is_file()
+    return run or all(is_draft(p) for p in out.iterdir())
 
 
 def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool = False) -> None:

@@ -31,7 +31,7 @@ from musigma import checkpoint
 from musigma.data import Dataset, batch_indices
 from musigma.evaluation import at_home, batch, check, evaluate, noise
 from musigma.feed import stream
-from musigma.files import replacing
+from musigma.files import is_draft, replacing
 from musigma.memory import fallen, keep, recall, refuse
 from musigma.model import Model
 from musigma.processes import Processes, cut_like, here, joined, local, whole
@@ -192,6 +192,7 @@ def check_run(model: Model, train: Dataset, config: TrainConfig) -> None:
             "flow has none; leave them out"
         )
     refuse(model, config.memory)
+    _refuse_too_many(here(), config)
     for tracker in config.track:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"track: {tracker} is not installed: pip install {tracker}")
@@ -208,6 +209,25 @@ def check_run(model: Model, train: Dataset, config: TrainConfig) -> None:
             "free_bits: they hold up the KL of each latent, and under a flow prior there is none "
             "to hold; leave them out, or take a normal prior"
         )
+    if config.memory_budget is not None:
+        keep(model, config.memory)
+        _parts(model, train, config)
+
+
+def _refuse_too_many(processes: Processes, config: TrainConfig) -> None:
+    if processes.count > config.batch_size:
+        raise ValueError(
+            f"batch_size: {processes.count} processes cannot share {config.batch_size} "
+            "examples; give each at least one"
+        )
+
+
+def _parts(model: Model, train: Dataset, config: TrainConfig) -> int:
+    """In how many parts this process works through its share of a batch."""
+    own = here().share(config.batch_size)
+    few = batch(train, np.arange(min(4, len(train))), model)
+    with torch.random.fork_rng():
+        return machine.parts(model, *few, config, own.stop - own.start)
 
 
 class _Job:
@@ -229,11 +249,7 @@ class _Job:
         self.accelerator = _accelerator(config, out, device)
         self.processes = here()
         self.device = torch.device(device) if device else self.accelerator.device
-        if self.processes.count > config.batch_size:
-            raise ValueError(
-                f"batch_size: {self.processes.count} processes cannot share {config.batch_size} "
-                "examples; give each at least one"
-            )
+        _refuse_too_many(self.processes, config)
         self.shown = validation.subset(range(min(len(validation), config.evaluate_on)))
         self.cast = machine.casting(config, self.device)
         self.progress = Progress()
@@ -247,6 +263,9 @@ class _Job:
         config, model = self.config, self.model
         if self.processes.main:
             self.out.mkdir(parents=True, exist_ok=True)
+            for path in self.out.iterdir():
+                if is_draft(path) and path.is_file():  # of a process that was killed
+                    path.unlink(missing_ok=True)
         machine.retain_heap()
         model.to(self.device)
         if not resume:
@@ -257,6 +276,7 @@ class _Job:
             model.calibrate(*batch(self.train, first, model, seed=config.seed))  # alike for all
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         keep(model, config.memory)
+        self.parts = _parts(model, self.train, config)  # of whole weights: before they are cut
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
         several = self.processes.count > 1
         self.cut = config.shard and several
@@ -273,10 +293,6 @@ class _Job:
             self._load()
         elif self.cut:
             self._recut()
-        own = self.processes.share(config.batch_size)
-        few = batch(self.train, np.arange(min(4, len(self.train))), model)
-        with torch.random.fork_rng():
-            self.parts = machine.parts(model, *few, config, own.stop - own.start)
         self._feed()
         self.log.rewind(self.progress.step)
         self.accelerator.init_trackers("musigma", config=_plain(asdict(config)))
@@ -443,7 +459,10 @@ class _Job:
             noise(self.config.seed, step, self.processes.rank)
             self._forward(self.model, x, context)
 
-        own = diagnose(self.model, again, loss, norm, limit)
+        astray = not math.isfinite(loss)
+        if self.cut:  # all go forward together, or none
+            astray = any(self.processes.gathered(astray))
+        own = diagnose(self.model, again if astray else None, loss, norm, limit)
         log_w = evidence.elbo.reshape(len(x), -1).sum(1)
         config = self.config
         indices = batch_indices(len(self.train), config.batch_size, seed=config.seed, step=step)
@@ -473,6 +492,7 @@ class _Job:
         self.progress = replace(
             self.progress,
             seconds=kept.seconds,
+            best=kept.best,  # it is still there
             skipped=kept.skipped,
             failing=kept.failing,
             setbacks=kept.setbacks + 1,
@@ -542,12 +562,15 @@ class _Job:
         )
         self._write({"kind": "evaluation", **self._where(), **figure})
         path = self.out / "model.safetensors"
-        better = figure["bits_per_dim"] < progress.best
+        before = progress.best
         progress.best = min(progress.best, figure["bits_per_dim"])
         if not self.processes.main:
             return
-        if better or not path.exists():
-            self._written(lambda: checkpoint.save(self.averaged, path, extra=self.extra))
+        due = progress.best < before or not path.exists()
+        if due and not self._written(
+            lambda: checkpoint.save(self.averaged, path, extra=self.extra)
+        ):
+            progress.best = before  # what is there is no better
         names = {module: name or "model" for name, module in self.averaged.named_modules()}
         paired = set(self.averaged.latents()) != set(self.averaged.variables())
         sites = [names[site] for site in self.averaged.latents()] if paired else []
@@ -629,10 +652,9 @@ class _Job:
         try:
             write()
         except OSError as error:
-            message = f"not saved: {error}; it is tried again every minute"
-            self.progress.alerts["disk"] = message
+            self.progress.alerts["disk"] = str(error)
             if not known:
-                self._say("alert", message)
+                self._say("alert", f"not saved: {error}; it is tried again every minute")
             return False
         return True
 

@@ -19,13 +19,13 @@ __all__ = ["diagnose", "health", "news", "spiked"]
 
 
 def diagnose(
-    model: Model, run: Callable[[], object], loss: float, norm: float, limit: float
+    model: Model, run: Callable[[], object] | None, loss: float, norm: float, limit: float
 ) -> str | None:
     """Why a step cannot be taken: the first tensor that is not finite, or the longest gradient.
 
     Args:
         model: With the gradients of the failed step.
-        run: Repeats its forward pass.
+        run: Repeats its forward pass; None where no loss went astray.
         loss: Of the failed step.
         norm: Of its gradient.
         limit: What the norm may be.
@@ -33,11 +33,12 @@ def diagnose(
     Returns:
         The reason; None if there is none here: another process has it.
     """
+    output = _first_bad_output(model, run) if run else None
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if t.is_floating_point() and not local(t).isfinite().all():
             return f"{name} is not finite"
     if not math.isfinite(loss):
-        return _first_bad_output(model, run) or f"the loss is {loss}"
+        return output or f"the loss is {loss}"
     if math.isfinite(norm) and norm <= limit:
         return None
     gradients = {n: local(p.grad) for n, p in model.named_parameters() if p.grad is not None}

@@ -69,8 +69,8 @@ def glow(
             bias" of OpenAI's code; what padding with ones does in rosinality's).
         learn_top: Learn mean and log_std of the top prior.
         top_each: For each `channel`, or for each `pixel` of each.
-        dequantize: Uniform noise, as in the paper, or learned noise (logit-normal, given the image;
-            Ho et al., "Flow++", 2019, arXiv:1902.00275), with which half as many steps do.
+        dequantize: Uniform noise, as in the paper, or learned noise, logit-normal given the image
+            (Ho et al., "Flow++", 2019, arXiv:1902.00275), with which half as many steps do.
         alpha: Of a logit that maps [0, 1] to the real line before all else, for data with bits;
             None: none, as in the paper. With it, images that are mostly black or white are
             learned several times faster.
