@@ -27,6 +27,7 @@ PUBLISHED = {
     "coupling": "affine",
     "permutation": "conv",  # or lu, shuffle, reverse
     "learn_top": True,
+    "dequantize": "uniform",
     "alpha": None,
 }
 CROSS = {"format": "cross sigmoid+2", "split_format": "cross log_std"}

@@ -156,6 +156,7 @@ def fit(
         TrainingError: If steps go on failing though the run went back and took smaller ones, or
             the last state cannot be written.
     """
+    join(device)
     check_run(model, train, config)
     job = _Job(model, train, validation, config, Path(out), extra, device, watch)
     with job, _interrupts() as interrupted, job.profiled() as tick:
@@ -192,7 +193,11 @@ def check_run(model: Model, train: Dataset, config: TrainConfig) -> None:
             "flow has none; leave them out"
         )
     refuse(model, config.memory)
-    _refuse_too_many(here(), config)
+    if here().count > config.batch_size:
+        raise ValueError(
+            f"batch_size: {here().count} processes cannot share {config.batch_size} examples; "
+            "give each at least one"
+        )
     for tracker in config.track:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"track: {tracker} is not installed: pip install {tracker}")
@@ -212,14 +217,6 @@ def check_run(model: Model, train: Dataset, config: TrainConfig) -> None:
     if config.memory_budget is not None:
         keep(model, config.memory)
         _parts(model, train, config)
-
-
-def _refuse_too_many(processes: Processes, config: TrainConfig) -> None:
-    if processes.count > config.batch_size:
-        raise ValueError(
-            f"batch_size: {processes.count} processes cannot share {config.batch_size} "
-            "examples; give each at least one"
-        )
 
 
 def _parts(model: Model, train: Dataset, config: TrainConfig) -> int:
@@ -249,7 +246,6 @@ class _Job:
         self.accelerator = _accelerator(config, out, device)
         self.processes = here()
         self.device = torch.device(device) if device else self.accelerator.device
-        _refuse_too_many(self.processes, config)
         self.shown = validation.subset(range(min(len(validation), config.evaluate_on)))
         self.cast = machine.casting(config, self.device)
         self.progress = Progress()
@@ -668,7 +664,6 @@ class _Job:
 def _accelerator(config: TrainConfig, out: Path, device: str | None) -> Any:
     from accelerate import Accelerator
 
-    join(device)
     return Accelerator(
         device_placement=False,
         cpu=_on_cpu(device),
