@@ -531,11 +531,14 @@ def test_table_labels(tmp_path, kind):
     assert numbers.labels is not None
     assert numbers.labels.tolist() == [2, 0] * 6
     assert numbers.label_names == ("0", "1", "2")
+    (note,) = numbers.notes
+    assert "column 'y' is taken as labels" in note
     signs = load(save("label", [-1, 1] * 6))
     assert signs.label_names == ("-1", "1")
     fractions = load(save("target", [0.5, 0.25] * 6))
     assert fractions.labels is None
     assert fractions.shape == (4,)
+    assert fractions.notes == ()
 
 
 def test_parquet(tmp_path, monkeypatch):

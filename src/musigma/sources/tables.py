@@ -141,8 +141,16 @@ def read_csv(path: Path, request: Request) -> Source:
     y = _label_values(np.array(last))
     if y is None:
         return Source(np.column_stack([x, np.array(last, np.float64)]), columns=columns)
-    labels, names = as_labels(y, len(x), f"{where}: column {first[-1].strip()!r}")
+    name = first[-1].strip()
+    labels, names = as_labels(y, len(x), f"{where}: column {name!r}")
+    _tell_of_labels(name, request)
     return Source(x, labels, names, columns=columns[:-1])
+
+
+def _tell_of_labels(column: str, request: Request) -> None:
+    request.notes.append(
+        f"{request.where}: column {column!r} is taken as labels; rename it if it is data"
+    )
 
 
 def _label_values(last: np.ndarray) -> np.ndarray | None:
@@ -249,6 +257,8 @@ def read_parquet(paths: Sequence[Path], request: Request) -> Source:
         else:
             record = cache.kept(cache.place("facts", name, ".npz"), about, build, request)
         labels, names = record.arrays["labels"], tuple(record.info["names"])
+    if names:
+        _tell_of_labels(files.columns[-1], request)
     columns = files.columns[:-1] if names else files.columns
     check = partial(_check_finite, columns, request.where)
     x = cache.flat(
