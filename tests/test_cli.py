@@ -491,6 +491,17 @@ def test_bad_images_can_be_skipped(here, capsys):
     assert "--skip-bad" in capsys.readouterr().err
 
 
+def test_what_there_is_to_know_of_the_data_is_in_the_document(here, ask):
+    photos(here / "some", n=20)
+    (here / "some/cat/00.png").write_bytes(b"nothing")
+    rows = [f"{i % 7},{i % 5},{i % 2}" for i in range(40)]
+    (here / "table.csv").write_text("\n".join(["a,b,label", *rows]))
+    answer = ask("train vae some", TINY["vae"], QUICK, "--steps 1 --out a --skip-bad")
+    assert (answer["left_out"], answer["notes"]) == (["cat/00.png"], [])
+    answer = ask("train realnvp table.csv", TINY["realnvp"], QUICK, "--steps 1 --out b")
+    assert (answer["left_out"], len(answer["notes"])) == ([], 1)
+
+
 def test_commands_to_go_on_with_can_be_pasted(here, capsys):
     words = ["train", "vae", "photos", *TINY["vae"].split(), *QUICK.split(), "--steps", "2"]
     main([*words, "--out", "my run"])

@@ -430,6 +430,7 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
         f"{saved['model']['architecture']} with {parameters:,} parameters on {len(training):,} "
         f"examples of shape {'x'.join(map(str, found.shape))} from {found.name}"
     )
+    told = {"notes": list(found.notes), "left_out": list(found.skipped)}
     processes = here()
     if processes.main:
         out.mkdir(parents=True, exist_ok=True)
@@ -449,7 +450,7 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
     if not done.finished:
         command = f"musigma train --resume {shlex.quote(str(out))}"
         screen.say(f"stopped after {done.steps:,} steps; go on with: {command}")
-        screen.result({"run": str(out), "steps": done.steps, "finished": False})
+        screen.result({"run": str(out), "steps": done.steps, "finished": False, **told})
         leave()
         if done.signal:
             sys.exit(128 + done.signal)
@@ -480,6 +481,7 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
             "seconds": done.seconds,
             "skipped": done.skipped,
             "parameters": parameters,
+            **told,
             "evaluation": figure,
             "pictures": pictures,
         },
