@@ -368,6 +368,34 @@ def test_labels_beside_images(tmp_path):
     assert len(some) == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("json", b'{"cls": 1', "Expecting ',' delimiter"),
+        ("json", b"", "Expecting value"),
+        ("json", b"[" * 100_000, "recursion"),
+        ("cls", b" \n", "it is empty"),
+        ("cls", b"\xff", "can't decode byte"),
+    ],
+)
+def test_labels_that_cannot_be_read(tmp_path, name, text, reason):
+    good = {"json": b'{"cls": 1}', "cls": b"1"}[name]
+    for broken in ((2, 3), range(4)):
+        inner = {f"{i}.png": png(GREY[i]) for i in range(4)}
+        inner |= {f"{i}.{name}": text if i in broken else good for i in range(4)}
+        archive = tar(tmp_path / "x.tar", inner)
+        first = min(broken)
+        says = f"{first}.png has a label that cannot be read .{first}.{name}: .*{reason}"
+        for in_memory in (True, False):
+            with fails(says):
+                load(archive, in_memory=in_memory)
+            if first:
+                some = load(archive, skip_bad=True, in_memory=in_memory)
+                assert (some.skipped, len(some)) == (("2.png", "3.png"), 2)
+    with fails("holds no images .4 unreadable images"):
+        load(archive, skip_bad=True)
+
+
 def test_shards_of_parts_and_classes(tmp_path):
     for part, x in (("train", GREY[:4]), ("val", GREY[4:])):
         inner = {f"./{'ab'[i % 2]}/{i}.png": png(example) for i, example in enumerate(x)}

@@ -20,7 +20,7 @@ import numpy as np
 
 from musigma.sources import cache, lazy
 from musigma.sources.arrays import as_labels
-from musigma.sources.base import DataError, Request, Source, allocate, printable
+from musigma.sources.base import DataError, Request, Source, allocate, first_line, printable
 from musigma.sources.batches import CIFAR, IDX, read_cifar, read_idx
 from musigma.sources.cache import Record
 from musigma.sources.pictures import Header, complaint, header, pillow_kinds, pixels, quiet
@@ -65,6 +65,7 @@ def read_files(origin: Origin, request: Request) -> Source:
         return read_idx(idx, request.where)
     if cifar:
         return read_cifar(cifar, request.where)
+    survey.leave_out_unlabelled()
     if not survey.images:
         others["unreadable images"] = len(survey.problems)
         left = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4) if count)
@@ -99,6 +100,7 @@ class _Survey:
         self.images: dict[str, _Image] = {}
         self.headers: dict[Header, Header] = {}
         self.texts: dict[str, dict[str, str | None]] = {ending: {} for ending in BESIDE}
+        self.unreadable: dict[str, str] = {}
         self.problems: dict[str, str] = {}
 
     def look(self, member: Member) -> None:
@@ -113,11 +115,15 @@ class _Survey:
 
     def hear(self, member: Member, ending: str) -> None:
         """Meet a file that may say the label of the image of the same name."""
+        key = _key(member.name)
         with member.open() as file:
-            text = file.read(1 << 20).decode("utf-8", "replace").strip()
-        if ending == ".json":
-            text = _label_in(text)
-        self.texts[ending][_key(member.name)] = text and text[:100]
+            content = file.read(1 << 24)
+        try:
+            text = _label_in(content, ending)
+        except (ValueError, RecursionError) as error:
+            self.unreadable[key] = f"{printable(member.name)}: {first_line(error)}"
+        else:
+            self.texts[ending][key] = text and text[:100]
 
     def leave_out(self, name: str, problem: str, error: Exception | None = None) -> None:
         """Stop at an unusable image, or go on without it."""
@@ -128,7 +134,6 @@ class _Survey:
 
     def read(self, path: Path) -> Source:
         """Decode into memory, or make the index at a path."""
-        self._leave_out_unlabelled()
         shape = self._shape()
         n_bytes = len(self.images) * prod(shape)
         if self.request.fits(n_bytes):
@@ -199,8 +204,14 @@ class _Survey:
                 )
         return channels, height, width
 
-    def _leave_out_unlabelled(self) -> None:
+    def leave_out_unlabelled(self) -> None:
         """Where files beside images say labels, they say one for each."""
+        for name in sorted(self.images):
+            if reason := self.unreadable.get(_key(name)):
+                self.leave_out(
+                    name,
+                    f"has a label that cannot be read ({reason}): repair it, or pass --skip-bad",
+                )
         for ending in BESIDE[:2]:
             texts = self.texts[ending]
             without = [name for name in sorted(self.images) if not texts.get(_key(name))]
@@ -262,12 +273,15 @@ def _key(name: str) -> str:
     return folder + slash + base.split(".")[0]
 
 
-def _label_in(text: str) -> str | None:
-    """The label that a JSON object names, if it names one."""
-    try:
-        said: Any = json.loads(text)
-    except ValueError:
-        return None
+def _label_in(content: bytes, ending: str) -> str | None:
+    """The label that a file says: all of it, or what a JSON object names, if it names one."""
+    if ending == ".txt":
+        return content.decode("utf-8", "replace").strip()
+    if ending == ".cls":
+        if text := content.decode().strip():
+            return text
+        raise ValueError("it is empty")
+    said: Any = json.loads(content)
     if not isinstance(said, dict):
         return None
     found = next((said[name] for name in ("cls", *LABEL_COLUMNS) if name in said), None)
