@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from musigma import sources
 from musigma.data import Dataset, Preprocess, digest, identity, load
 from musigma.sources import LazyImages, base, cache, lazy
 from test_data import fails, pack, save_folder, save_image
@@ -670,6 +671,15 @@ def test_shards_behind_a_url(tmp_path, afar, home):
     assert len(load("memory://bucket/set", in_memory=False)) == 6
     with fails("memory://bucket/set/s-{0..2}.tar: there is no such file"):
         load("memory://bucket/set/s-{0..2}.tar")
+
+
+def test_a_page_behind_a_url_may_be_that_of_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "photos").write_text("<html>")
+    monkeypatch.setattr(sources, "fetched", lambda url, request: str(tmp_path / "photos"))
+    with fails("https://host/photos: is of no kind .*: the URL of a folder ends with /; give a"):
+        load("https://host/photos")
+    with fails("photos: is of no kind that is understood: give a folder"):
+        load(tmp_path / "photos")
 
 
 def test_urls_that_cannot_be_read(tmp_path, afar, monkeypatch, home):

@@ -128,7 +128,8 @@ def _read_path(path: Path, request: Request) -> Source:
         start = file.read(2)
     if start in (b"\x00\x00", b"\x1f\x8b"):  # the magic of IDX, and of gzip around it
         return Source(idx_images(idx_array(path.read_bytes(), where), where))
-    raise DataError(f"{where}: is of no kind that is understood: give {UNDERSTOOD}")
+    hint = "the URL of a folder ends with /; " if where.startswith(("http:", "https:")) else ""
+    raise DataError(f"{where}: is of no kind that is understood: {hint}give {UNDERSTOOD}")
 
 
 def _read_folder(path: Path, request: Request) -> Source:
