@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -405,6 +406,25 @@ def test_folder_layouts(tmp_path):
         assert data.label_names == ("a", "b")
         np.testing.assert_array_equal(data.split("held-out").x, GREY[[4, 5]])
         assert data.split("held-out").ids == ("set/test/a/0.png", "set/test/b/1.png")
+        assert data.official_validation is None
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_validation_part_is_for_that(tmp_path, monkeypatch, name, in_memory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    parts = {"train": GREY[:3], name: GREY[3:5], "test": GREY[5:]}
+    for part, x in parts.items():
+        save_folder(tmp_path / "set" / part, x)
+    data = load(tmp_path / "set", in_memory=in_memory)
+    split = ("train", "validation", "held-out")
+    for part, x in zip(split, parts.values(), strict=True):
+        np.testing.assert_array_equal(data.split(part).x, x)
+    assert all(len(data.split("train").split(part)) for part in split)
+    shutil.rmtree(tmp_path / "set" / "test")
+    data = load(tmp_path / "set", in_memory=in_memory)  # now it is all that is set aside
+    np.testing.assert_array_equal(data.split("held-out").x, GREY[3:5])
+    assert len(data.split("validation")) == 1
 
 
 def test_one_image_and_progress(tmp_path):

@@ -131,6 +131,7 @@ class Dataset:
         label_names: What the labels are called.
         ids: A name for each example, its file name for instance.
         official_test: True where the source itself sets an example aside for testing.
+        official_validation: True where it sets one aside to choose by.
         columns: Names of a table's columns.
         skipped: Names of files that could not be used and were left out.
         notes: What the user should know of how the data were read.
@@ -150,6 +151,7 @@ class Dataset:
     label_names: tuple[str, ...] = ()
     ids: tuple[str, ...] | None = field(default=None, repr=False)
     official_test: np.ndarray | None = field(default=None, repr=False)
+    official_validation: np.ndarray | None = field(default=None, repr=False)
     columns: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -168,7 +170,7 @@ class Dataset:
                 f"{self.name or 'array'}: is a table, and {self.preprocess} is for images: leave "
                 "size, bits and binarize out"
             )
-        for what in ("labels", "ids", "official_test"):
+        for what in ("labels", "ids", "official_test", "official_validation"):
             value = getattr(self, what)
             if value is not None and len(value) != len(self):
                 raise DataError(f"{what} has {len(value)} entries for {len(self)} examples")
@@ -220,21 +222,24 @@ class Dataset:
     def subset(self, which: Sequence[int] | np.ndarray) -> Dataset:
         """The examples of a mask or of indices, in that order; no example is copied."""
         keep = np.arange(len(self))[which] if len(which) else np.empty(0, np.int64)
+        kept = {
+            name: None if (value := getattr(self, name)) is None else value[keep]
+            for name in ("labels", "official_test", "official_validation")
+        }
         return replace(
             self,
             rows=keep if self.rows is None else self.rows[keep],
-            labels=None if self.labels is None else self.labels[keep],
             ids=None if self.ids is None else tuple(self.ids[i] for i in keep),
-            official_test=None if self.official_test is None else self.official_test[keep],
+            **kept,
         )
 
     def split(self, part: Part, fraction: float = 0.1) -> Dataset:
         """A part of the data: to train on, to choose weights by, or held out until the end.
 
-        A source's own test part is what is held out. Where there is none, each example is held out
-        with probability `fraction` by a hash of its content; half as many of the others are for
-        validation, by the same hash. So whatever the order of the files, an example and its
-        duplicates fall on the same side.
+        A source's own test part is what is held out, and its own validation part is for that.
+        Where there is none, each example is held out with probability `fraction` by a hash of its
+        content; half as many of the others are for validation, by the same hash. So whatever the
+        order of the files, an example and its duplicates fall on the same side.
         """
         if part not in get_args(Part):
             raise DataError(f"part is {part!r}: give {', '.join(get_args(Part))}")
@@ -247,8 +252,11 @@ class Dataset:
             held = self._below(hashes, fraction, above=2)
         if part == "held-out":
             return self.subset(held)
-        rest = ~held
-        rest[rest] = self._below(hashes[rest], 1 - fraction / 2)
+        rest, own = ~held, self.official_validation
+        if own is None or own[rest].all() or not own[rest].any():
+            rest[rest] = self._below(hashes[rest], 1 - fraction / 2)
+        else:
+            rest &= ~own
         return self.subset(rest if part == "train" else ~(held | rest))
 
     def content(self) -> np.ndarray:
@@ -342,6 +350,7 @@ def load(
         label_names=found.label_names,
         ids=found.ids,
         official_test=found.official_test,
+        official_validation=found.official_validation,
         columns=found.columns,
         skipped=found.skipped,
         notes=found.notes,

@@ -38,6 +38,7 @@ class Source:
     label_names: tuple[str, ...] = ()
     ids: tuple[str, ...] | None = None
     official_test: np.ndarray | None = None
+    official_validation: np.ndarray | None = None
     columns: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     hashes: np.ndarray | None = None

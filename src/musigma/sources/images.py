@@ -27,7 +27,8 @@ from musigma.sources.pictures import Header, complaint, header, pillow_kinds, pi
 from musigma.sources.tables import LABEL_COLUMNS
 from musigma.sources.walks import Member, Origin, Place, suffix
 
-TRAIN, TEST = "train", ("test", "val", "valid", "validation")
+TRAIN, TEST, VALIDATION = "train", "test", ("val", "valid", "validation")
+RULES = "2"  # of what folders and files beside images say: an index that went by others is stale
 BESIDE = (".cls", ".json", ".txt")  # what may say a label, the surest first
 WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 MANY = 10_000  # files, from which a survey is worth a progress bar
@@ -83,7 +84,7 @@ def holds_many(name: str) -> bool:
 
 
 def _about(origin: Origin, path: Path) -> dict[str, str]:
-    return {"source": path.stem, "version": origin.version}
+    return {"source": path.stem, "version": origin.version, "rules": RULES}
 
 
 class _Image(NamedTuple):
@@ -166,9 +167,10 @@ class _Survey:
         if len(self.images) < len(names):
             names = sorted(self.images)
             x = x[[row[name] for name in names]]
-        test, labels, label_names = self._labels(names)
+        official, labels, label_names = self._labels(names)
         ids, skipped = tuple(map(printable, names)), tuple(map(printable, sorted(self.problems)))
-        return Source(x, labels, label_names, ids, test, skipped=skipped)
+        parts = official.get("official_test"), official.get("official_validation")
+        return Source(x, labels, label_names, ids, *parts, skipped=skipped)
 
     def _index(self, shape: tuple[int, int, int], path: Path, old: Record | None) -> Record:
         """All that `_indexed` needs to know."""
@@ -177,11 +179,10 @@ class _Survey:
         headers = [self.images[name].header for name in names]
         record = lazy.index(self.origin, self.request, names, places, headers, shape, path, old)
         left = list(lazy.Names(record.arrays["names"], record.arrays["name_ends"]))
-        test, labels, label_names = self._labels(left)
+        official, labels, label_names = self._labels(left)
+        record.arrays.update(official)
         if labels is not None:
             record.arrays["labels"] = labels
-        if test is not None:
-            record.arrays["official_test"] = test
         record.info["label_names"] = list(label_names)
         first = [[printable(name), text] for name, text in self.problems.items()]
         record.info["problems"] = sorted(first + record.info["problems"])
@@ -224,9 +225,9 @@ class _Survey:
 
     def _labels(
         self, names: Sequence[str]
-    ) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
-        """The official test part, labels and their names: of files beside images, or folders."""
-        test, labels, label_names = _layout([self.images[name].path for name in names])
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None, tuple[str, ...]]:
+        """Official parts, labels and their names: of files beside images, or folders."""
+        official, labels, label_names = _layout([self.images[name].path for name in names])
         for ending in BESIDE:
             texts = [self.texts[ending].get(_key(name)) for name in names]
             said = [text for text in texts if text]
@@ -234,10 +235,10 @@ class _Survey:
             if said and len(said) == len(names) and sure:
                 y = np.array(said)
                 whole = all(map(WHOLE.fullmatch, said))
-                return test, *as_labels(
+                return official, *as_labels(
                     y.astype(np.int64) if whole else y, len(y), f"{self.request.where}: {ending}"
                 )
-        return test, labels, label_names
+        return official, labels, label_names
 
 
 def _indexed(origin: Origin, request: Request, record: Record) -> Source:
@@ -262,6 +263,7 @@ def _indexed(origin: Origin, request: Request, record: Record) -> Source:
         tuple(record.info["label_names"]),
         tuple(map(printable, names)),
         arrays.get("official_test"),
+        arrays.get("official_validation"),
         skipped=tuple(name for name, _ in problems),
         hashes=arrays["hashes"],
     )
@@ -295,11 +297,14 @@ def _are_classes(texts: Sequence[str]) -> bool:
 
 def _layout(
     paths: Sequence[str],
-) -> tuple[np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
-    """What the folders say: the official test part, the labels and their names.
+) -> tuple[dict[str, np.ndarray], np.ndarray | None, tuple[str, ...]]:
+    """What the folders say: the official parts, the labels and their names.
+
+    What is set aside in `val`, and not in `test`, is validation data; without a `test` it is what
+    is held out.
 
     >>> _layout(["a/train/cat/1.png", "a/train/dog/2.png", "a/test/cat/3.png"])
-    (array([False, False,  True]), array([0, 1, 0]), ('cat', 'dog'))
+    ({'official_test': array([False, False,  True])}, array([0, 1, 0]), ('cat', 'dog'))
     """
     folders = [path.split("/")[:-1] for path in paths]
     shared = next(
@@ -307,14 +312,17 @@ def _layout(
         min(map(len, folders), default=0),
     )
     folders = [folder[shared:] for folder in folders]
-    tops = {folder[0] if folder else "" for folder in folders}
-    official_test = None
-    if TRAIN in tops and len(tops) > 1 and tops <= {TRAIN, *TEST}:
-        official_test = np.array([folder[0] != TRAIN for folder in folders])
+    tops = [folder[0] if folder else "" for folder in folders]
+    official = {}
+    if {TRAIN} < set(tops) <= {TRAIN, TEST, *VALIDATION}:
+        train, test = (np.array([top == part for top in tops]) for part in (TRAIN, TEST))
+        official["official_test"] = test if test.any() else ~train
+        if test.any() and not (train | test).all():
+            official["official_validation"] = ~(train | test)
         folders = [folder[1:] for folder in folders]
     classes = [printable(folder[0]) if folder else "" for folder in folders]
     label_names = tuple(sorted(set(classes)))
     if "" in label_names or len(label_names) < 2:
-        return official_test, None, ()
+        return official, None, ()
     number = {name: i for i, name in enumerate(label_names)}
-    return official_test, np.array([number[name] for name in classes], np.int64), label_names
+    return official, np.array([number[name] for name in classes], np.int64), label_names
