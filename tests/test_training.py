@@ -342,6 +342,18 @@ def test_without_a_compiler_fast_says_so_and_goes_on(tmp_path, digits, monkeypat
     assert row["message"] == "not compiled: no compiler here"
 
 
+def test_what_options_do_not_do_is_told_at_the_start(tmp_path, digits):
+    few = digits.subset(range(40))
+    n = len(few.split("train"))
+    for told in (0, 1):
+        train(few, tmp_path, batch_size=n + told, steps=1)
+        notices = [r["message"] for r in rows(tmp_path) if r["kind"] == "notice"]
+        assert notices == told * [
+            f"a batch of {n + 1} is more than all {n} training examples: some come more than "
+            "once in every step"
+        ]
+
+
 def test_blocks_are_compiled_one_by_one_and_a_model_without_any_whole(monkeypatch):
     from musigma.training import machine
 

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ class _Job:
     ):
         self.model, self.train, self.config, self.out = model, train, config, out
         self.extra = extra
-        self.accelerator = _accelerator(config, out, device)
+        self.accelerator = machine.accelerator(config, out, cpu=_on_cpu(device))
         self.processes = here()
         self.device = torch.device(device) if device else self.accelerator.device
         self.shown = validation.subset(range(min(len(validation), config.evaluate_on)))
@@ -278,7 +278,9 @@ class _Job:
         self.cut = config.shard and several
         if self.cut:
             machine.cut(model)
-        note = machine.compiled(model) if config.fast else None
+        notices = machine.notices(config, len(self.train))
+        if config.fast and (problem := machine.compiled(model)):
+            notices.append(problem)
         self.optimizer = config.optimizer_for(model.train())
         wrapped = several and not self.cut
         self.trained = self.accelerator.prepare(model) if wrapped else model
@@ -291,9 +293,9 @@ class _Job:
             self._recut()
         self._feed()
         self.log.rewind(self.progress.step)
-        self.accelerator.init_trackers("musigma", config=_plain(asdict(config)))
-        if note:
-            self._say("notice", note)
+        self.accelerator.init_trackers("musigma", config=machine.plain(config))
+        for message in notices:
+            self._say("notice", message)
         self.began = time.monotonic() - self.progress.seconds
         self.saved = time.monotonic()
         self.share = config.share(self.progress, len(self.train))
@@ -659,23 +661,6 @@ class _Job:
         recall(self.model, self.progress.fallen)
         if self.cut:
             self._recut()
-
-
-def _accelerator(config: TrainConfig, out: Path, device: str | None) -> Any:
-    from accelerate import Accelerator
-
-    return Accelerator(
-        device_placement=False,
-        cpu=_on_cpu(device),
-        log_with=list(config.track) or None,
-        project_dir=out,
-    )
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a configuration, what trackers can take."""
-    kinds = (int, float, str)
-    return {name: v if isinstance(v, kinds) else str(v) for name, v in values.items()}
 
 
 @contextlib.contextmanager

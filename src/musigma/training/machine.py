@@ -7,6 +7,8 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,50 @@ from musigma.nets import ResBlock
 from musigma.processes import here
 from musigma.training.config import TrainConfig, bytes_of
 
-__all__ = ["casting", "compiled", "cut", "kept_bytes", "parts", "retain_heap"]
+__all__ = [
+    "accelerator",
+    "casting",
+    "compiled",
+    "cut",
+    "kept_bytes",
+    "notices",
+    "parts",
+    "plain",
+    "retain_heap",
+]
 
 BLOCKS: tuple[type[nn.Module], ...] = (Coupling, ResBlock)
 """What models repeat: compiled once for each shape, and cut over processes one by one."""
+
+
+def accelerator(config: TrainConfig, out: Path, *, cpu: bool) -> Any:
+    """What brings processes and trackers together."""
+    from accelerate import Accelerator
+
+    return Accelerator(
+        device_placement=False,
+        cpu=cpu,
+        log_with=list(config.track) or None,
+        project_dir=out,
+    )
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """Of a configuration, what trackers can take."""
+    kinds = (int, float, str)
+    values = asdict(config).items()
+    return {name: v if isinstance(v, kinds) else str(v) for name, v in values}
+
+
+def notices(config: TrainConfig, n: int) -> list[str]:
+    """What a run on n examples does otherwise than its options may have been meant."""
+    found = []
+    if config.batch_size > n:
+        found.append(
+            f"a batch of {config.batch_size} is more than all {n} training examples: some come "
+            "more than once in every step"
+        )
+    return found
 
 
 def retain_heap() -> bool:
