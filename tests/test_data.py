@@ -458,6 +458,21 @@ def test_modes_are_brought_together(tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "c").x[0, 0], np.rot90(GREY[0, 0], -1))
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_images_that_are_not_as_the_others_are_told_of(tmp_path, monkeypatch, in_memory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = save_folder(tmp_path / "x", GREY[:3])
+    assert load(folder, in_memory=in_memory).notes == ()
+    frames = [Image.fromarray(x[0]) for x in GREY]
+    frames[0].save(folder / "7.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "8.gif")
+    save_image(folder / "9.png", COLOR[0])
+    for _ in range(2):  # and again when it is known already
+        grey, moving = load(folder, in_memory=in_memory).notes
+        assert "grey images are made RGB, as the others are: 3 of 6, such as 0.png" in grey
+        assert "several frames in an image the first is used: 1 of 6, such as 7.gif" in moving
+
+
 @pytest.mark.parametrize("gz", [True, False])
 def test_idx_folder(tmp_path, gz):
     data = load(save_idx(tmp_path, gz=gz))

@@ -28,7 +28,7 @@ from musigma.sources.tables import LABEL_COLUMNS
 from musigma.sources.walks import Member, Origin, Place, suffix
 
 TRAIN, TEST, VALIDATION = "train", "test", ("val", "valid", "validation")
-RULES = "2"  # of what folders and files beside images say: an index that went by others is stale
+RULES = "3"  # of what folders and files beside images say: an index that went by others is stale
 BESIDE = (".cls", ".json", ".txt")  # what may say a label, the surest first
 WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 MANY = 10_000  # files, from which a survey is worth a progress bar
@@ -167,6 +167,7 @@ class _Survey:
         if len(self.images) < len(names):
             names = sorted(self.images)
             x = x[[row[name] for name in names]]
+        _tell(names, lazy.as_array([self.images[name].header for name in names]), self.request)
         official, labels, label_names = self._labels(names)
         ids, skipped = tuple(map(printable, names)), tuple(map(printable, sorted(self.problems)))
         parts = official.get("official_test"), official.get("official_validation")
@@ -194,9 +195,9 @@ class _Survey:
             return (channels, *self.request.size)
         names = iter(sorted(self.images))
         first = next(names)
-        width, height, _ = self.images[first].header
+        width, height, *_ = self.images[first].header
         for name in names:
-            w, h, _ = self.images[name].header
+            w, h, *_ = self.images[name].header
             if (w, h) != (width, height):
                 raise DataError(
                     f"{self.request.where}: images differ in size: {printable(first)} is {width} "
@@ -247,6 +248,7 @@ def _indexed(origin: Origin, request: Request, record: Record) -> Source:
     if problems and not request.skip_bad:
         raise DataError(f"{request.where}: {problems[0][0]} {problems[0][1]}")
     names = lazy.Names(arrays["names"], arrays["name_ends"])
+    _tell(names, arrays["headers"], request)
     x = lazy.LazyImages(
         request.where,
         origin.root,
@@ -267,6 +269,20 @@ def _indexed(origin: Origin, request: Request, record: Record) -> Source:
         skipped=tuple(name for name, _ in problems),
         hashes=arrays["hashes"],
     )
+
+
+def _tell(names: Sequence[str], headers: np.ndarray, request: Request) -> None:
+    """Note what becomes of images that are not as the others, or more than one."""
+    color, several = headers[:, 2:].T.astype(bool)
+    for which, what in (
+        (~color & color.any(), "grey images are made RGB, as the others are"),
+        (several, "of several frames in an image the first is used"),
+    ):
+        if which.any():
+            first = printable(names[int(which.argmax())])
+            request.notes.append(
+                f"{request.where}: {what}: {which.sum()} of {len(names)}, such as {first}"
+            )
 
 
 def _key(name: str) -> str:

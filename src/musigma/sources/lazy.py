@@ -149,7 +149,7 @@ class Found:
 
     def __init__(self, record: Record | None):
         self._rows, self._shape = {}, None
-        if record is not None:
+        if record is not None and record.arrays["headers"].shape[1:] == (len(Header._fields),):
             self._arrays, self._shape = record.arrays, record.info["shape"]
             self._rows = {key: row for row, key in enumerate(record.arrays["keys"].tolist())}
 
@@ -158,8 +158,8 @@ class Found:
         row = self._rows.get(key_of(origin, member.name, member.place)) if self._rows else None
         if row is None:
             return None
-        width, height, color = self._arrays["headers"][row].tolist()
-        return Header(width, height, bool(color))
+        width, height, color, several = self._arrays["headers"][row].tolist()
+        return Header(width, height, bool(color), bool(several))
 
     def hashes(self, keys: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The hashes of images by their keys, and which of them are known for such a shape."""
@@ -170,6 +170,11 @@ class Found:
         if known.any():
             hashes[known] = self._arrays["hashes"][rows[known]]
         return hashes, known
+
+
+def as_array(headers: Sequence[Header]) -> np.ndarray:
+    """Headers as int64 (N, fields)."""
+    return np.array(headers, np.int64).reshape(-1, len(Header._fields))
 
 
 def key_of(origin: Origin, name: str, place: Place | None) -> int:
@@ -227,7 +232,7 @@ def index(
             "names": (kept := Names.of([names[row] for row in map(int, rows)])).text,
             "name_ends": kept.ends,
             "places": array.places[rows],
-            "headers": np.array(headers, np.int64).reshape(-1, 3)[rows],
+            "headers": as_array(headers)[rows],
             "keys": keys[rows],
             "hashes": hashes[rows],
         }

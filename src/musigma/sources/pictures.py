@@ -19,6 +19,7 @@ class Header(NamedTuple):
     width: int
     height: int
     color: bool
+    several: bool  # frames, of which the first is used
 
 
 class Unusable(DataError):
@@ -65,7 +66,16 @@ def header(opener: Callable[[], BinaryIO]) -> Header:
             )
         turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
         width, height = image.size[::-1] if turned else image.size
-        return Header(width, height, image.mode not in ("1", "L", "LA"))
+        color = image.mode not in ("1", "L", "LA")
+        return Header(width, height, color, _is_animated(image))
+
+
+def _is_animated(image: Any) -> bool:
+    """Whether it has more than one frame; those that cannot be read do not count."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False
 
 
 def pixels(
