@@ -128,6 +128,14 @@ def test_empty_shards_of_a_table_have_the_types_of_the_others(here, monkeypatch)
         assert any(t.num_rows == 0 for t in tables)
 
 
+def test_a_process_without_a_share_has_no_scores(here, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "11")
+    call(f"score run {DATA}", "--out", "s.csv")
+    own = shard_of("s.csv", 0, 11)
+    assert capsys.readouterr().out == f"0 scores, the share of process 0 of 11: {own}\n"
+
+
 def environment(rank: int, count: int, **more: str) -> dict[str, str]:
     """Of one process of several, that computes with as many threads as this one."""
     own = {"RANK": str(rank), "WORLD_SIZE": str(count)}

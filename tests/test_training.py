@@ -345,6 +345,9 @@ def test_without_a_compiler_fast_says_so_and_goes_on(tmp_path, digits, monkeypat
 def test_what_options_do_not_do_is_told_at_the_start(tmp_path, digits):
     few = digits.subset(range(40))
     n = len(few.split("train"))
+    train(few, tmp_path, shard=True, steps=1)
+    (notice,) = (r["message"] for r in rows(tmp_path) if r["kind"] == "notice")
+    assert notice.startswith("shard: there are no other processes")
     for told in (0, 1):
         train(few, tmp_path, batch_size=n + told, steps=1)
         notices = [r["message"] for r in rows(tmp_path) if r["kind"] == "notice"]

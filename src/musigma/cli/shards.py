@@ -289,11 +289,12 @@ def score(
         "lowest": float(np.min(bits)),
         "bound": evaluation.bound(trained.model, k),
     }
-    screen.result(
-        summary,
-        f"{len(rows):,} scores, {summary['lowest']:.4f} to {summary['highest']:.4f} bits/dim, "
-        f"mean {summary['bits_per_dim']:.4f} ({summary['bound']}){_whose(own)}: {out}",
+    figures = (
+        f", {summary['lowest']:.4f} to {summary['highest']:.4f} bits/dim, "
+        f"mean {summary['bits_per_dim']:.4f} ({summary['bound']})"
     )
+    text = f"{len(rows):,} scores{figures if len(rows) else ''}{_whose(own)}: {out}"
+    screen.result(summary, text)
 
 
 @commands.command

@@ -63,6 +63,10 @@ def notices(config: TrainConfig, n: int) -> list[str]:
             f"a batch of {config.batch_size} is more than all {n} training examples: some come "
             "more than once in every step"
         )
+    if config.shard and here().count == 1:
+        found.append(
+            "shard: there are no other processes to cut the weights over, so they stay whole"
+        )
     return found
 
 
