@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -185,8 +186,11 @@ def test_a_memory_budget_chooses_the_parts(tmp_path):
     assert counts[0] == 1
     assert counts == sorted(counts)
     assert counts[-1] > 8
-    with pytest.raises(ValueError, match=r"weights and one example take \d+ MB, more than 100KB"):
+    refusal = r"weights and one example take ([\d.]+MB), more than 100KB"
+    with pytest.raises(ValueError, match=refusal) as refused:
         parts(model, x, None, TrainConfig(memory_budget="100KB"), 32)
+    (least,) = re.findall(refusal, str(refused.value))
+    assert parts(model, x, None, TrainConfig(memory_budget=least), 32) == 32
 
 
 def test_alone_there_is_nobody_to_ask():

@@ -18,7 +18,7 @@ from musigma.layers import Coupling
 from musigma.model import Model
 from musigma.nets import ResBlock
 from musigma.processes import here
-from musigma.training.config import TrainConfig, bytes_of
+from musigma.training.config import TrainConfig, bytes_of, text_of
 
 __all__ = [
     "accelerator",
@@ -171,10 +171,9 @@ def parts(model: Model, x: Tensor, context: Tensor | None, config: TrainConfig, 
     each = 1.5 * kept / len(x)
     room = int((budget - state) // each) if budget > state else 0
     if room < 1:
-        needed = math.ceil((state + each) / 1e6)
         hint = "" if config.memory != "store" else "; --memory checkpoint takes less"
         raise ValueError(
-            f"memory_budget: weights and one example take {needed} MB, more than "
+            f"memory_budget: weights and one example take {text_of(state + each)}, more than "
             f"{config.memory_budget}{hint}"
         )
     return math.ceil(share / min(room, share))
