@@ -522,7 +522,28 @@ def test_overwrite_replaces_a_run_and_nothing_else(here, run):
 def test_what_a_killed_process_left_is_no_run(here):
     Path("run").mkdir()
     Path("run/.config.json.123.tmp").touch()
+    Path("run/.lock").touch()
     train("vae", "photos", "run", "--auto-resume")
+
+
+def test_a_folder_is_trained_into_by_one_process_at_a_time(here, capsys):
+    train("vae", "photos", "run")
+    before = listing(Path("run"))
+    code = "import sys, time, pathlib, musigma.files as f\n"
+    code += "with f.held(pathlib.Path('run')): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        again = ["--resume run", f"vae photos {TINY['vae']} {QUICK} --steps 3 --out run"]
+        words = [again[0], f"{again[1]} --overwrite", f"{again[1]} --auto-resume"]
+        for which in words:
+            capsys.readouterr()
+            assert call("train", which) == 2
+            assert "out: another process is training into run: let" in capsys.readouterr().err
+        assert listing(Path("run")) == before
+        other.kill()
+    for which in words:
+        assert call("train", which) == 0
 
 
 def test_a_run_goes_into_an_empty_folder_that_is_a_link(here):

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "LOCK",
     "finite",
+    "held",
     "is_draft",
     "number",
     "replacing",
@@ -21,6 +23,37 @@ __all__ = [
     "usual_rights",
     "write_json",
 ]
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Have a folder for this process, until the end of the block or of the process.
+
+    Its lock is the kernel's, and ends with the process however that ends; the file stays. Where
+    there are no such locks (on Windows, on some network disks) nothing is held.
+
+    Raises:
+        ValueError: If another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which forked workers do not inherit
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"out: another process is training into {folder}: let it end, or name another "
+                f"folder (if it ran on a machine that is no more, remove {folder / LOCK})"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 @contextlib.contextmanager

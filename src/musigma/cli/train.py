@@ -279,11 +279,10 @@ def _run_folder(prepare: Prepare, name: str, source: str) -> tuple[Path, bool]:
 
     Refuses what is there and not to be replaced, and what is no run.
     """
-    from musigma.files import is_draft
     from musigma.training import saved_state
 
     out = prepare.out or Path("runs") / f"{name}-{_called(source)}"
-    held = [p for p in out.iterdir() if not is_draft(p)] if out.is_dir() else []
+    held = out.is_dir() and not _bare(out)
     if prepare.auto_resume:
         if prepare.overwrite:
             raise ValueError("auto_resume: it goes on with what --overwrite replaces; keep one")
@@ -369,7 +368,6 @@ def _begin(
     import torch
 
     from musigma import data
-    from musigma.processes import here
     from musigma.training import check_run
 
     saved = {
@@ -394,14 +392,16 @@ def _begin(
     for part in ("train", "validation", "held-out"):
         saved["data"][part] = len(found.split(part))
     check_run(model, found, config)
-    if here().main and out.is_dir():
-        _emptied(out)  # a run that is to be replaced, if it is not empty already
     run(model, found, config, out, saved, screen)
 
 
 def _emptied(out: Path) -> None:
     """Remove what is in a folder, and not the folder: it may be a link, or another disk."""
+    from musigma.files import LOCK
+
     for inside in out.iterdir():
+        if inside.name == LOCK:
+            continue
         if inside.is_dir() and not inside.is_symlink():
             shutil.rmtree(inside)
         else:
@@ -410,13 +410,34 @@ def _emptied(out: Path) -> None:
 
 def _replaceable(out: Path) -> bool:
     """Whether a folder is a run, or empty, or not there: nobody's photographs."""
-    from musigma.files import is_draft
+    return not out.is_dir() or (out / "config.json").is_file() or _bare(out)
 
-    run = not out.is_dir() or (out / "config.json").is_file()
-    return run or all(is_draft(p) for p in out.iterdir())
+
+def _bare(out: Path) -> bool:
+    """Whether a folder holds nothing but what a process that was killed left."""
+    from musigma.files import LOCK, is_draft
+
+    return all(is_draft(p) or p.name == LOCK for p in out.iterdir())
 
 
 def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool = False) -> None:
+    """Train in a folder that no other process trains into."""
+    from musigma.files import held
+    from musigma.processes import here
+
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(out))
+            if not resume:
+                _emptied(out)  # of a run that is to be replaced
+
+        _agreed(here(), enter)
+        _run(model, found, config, out, saved, screen, resume)
+
+
+def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -> None:
     """Fit, evaluate on the held-out part, and draw what there is to see."""
     from musigma.evaluation import evaluate, ledger
     from musigma.files import write_json
@@ -433,7 +454,6 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
     told = {"notes": list(found.notes), "left_out": list(found.skipped)}
     processes = here()
     if processes.main:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", saved)
     with _Dashboard(screen, config) as watch:
         done = fit(
