@@ -23,7 +23,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from musigma import data
+from musigma import data, memory
 from musigma.data import Dataset
 from musigma.evaluation import evaluate
 from musigma.processes import here
@@ -69,11 +69,22 @@ train(out / "cut, parts", shard=True, accumulate=3)
 train(out / "handed on", shard=True, stop=4)
 train(out / "cut, budget", shard=True, memory_budget="45KB")
 train(out / "astray", steps=40, shard=True, points=Dataset(many))
+model = flow()
+
+def fall(step):
+    if processes.rank == 1 and step == 2:
+        model.keeper.fallen[0] = "made up"
+    return step == 4
+
+config = TrainConfig(steps=8, batch_size=15, memory="reversible")
+fit(model, points, points, config, out / "fallen", device="cpu", stop=fall)
+fallen = processes.gathered(memory.fallen(model))
 calibrated = [p.tolist() for n, p in flow().named_parameters() if "bias" in n]
 weights = [p.double().sum().item() for p in run.model.parameters()]
 alike = processes.gathered(weights)
 told = processes.largest(processes.rank, -processes.rank)
 if processes.main:
+    (out / "fallen.json").write_text(json.dumps(fallen))
     (out / "said.json").write_text(json.dumps([figure, alike, told, processes.count]))
 leave()
 """
@@ -151,6 +162,16 @@ def test_a_bad_example_of_one_process_is_traced_where_weights_are_cut(out):
     assert row["step"] == 37
     assert row["reason"].startswith("output of ")
     assert row["examples"] == [scope["bad"]]
+
+
+def test_what_one_process_cannot_do_reversibly_none_does(out):
+    made_up = {"layers.0": "made up"}
+    assert json.loads((out / "fallen.json").read_text()) == [made_up, made_up]
+    rows = map(json.loads, (out / "fallen/metrics.jsonl").read_text().splitlines())
+    (notice,) = (row for row in rows if row["kind"] == "notice")
+    assert (notice["step"], notice["message"][:9]) == (2, "layers.0 ")
+    header, _ = checkpoint.verified(out / "fallen/state.safetensors")
+    assert header["progress"]["fallen"] == made_up
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])

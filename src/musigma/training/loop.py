@@ -332,8 +332,12 @@ class _Job:
         if "disk" in self.progress.alerts:
             wait = min(wait, 60)
         due = time.monotonic() - self.saved > wait and not self.progress.failing
-        mine = self.progress.seconds, float(wish), float(due and self.processes.main)
-        seconds, wanted, due = self.processes.largest(*mine)
+        reversible = self.config.memory == "reversible"
+        fell = reversible and fallen(self.model) != self.progress.fallen
+        mine = self.progress.seconds, float(wish), float(due and self.processes.main), float(fell)
+        seconds, wanted, due, fell = self.processes.largest(*mine)
+        if fell:
+            self._fall()
         before = self.share
         self.progress.seconds = seconds
         self.share = self.config.share(self.progress, len(self.train))
@@ -343,6 +347,16 @@ class _Job:
         if due:
             self._save()
         return wanted > 0
+
+    def _fall(self) -> None:
+        """What one process can no longer do reversibly, none does from now on."""
+        found: dict[str, str] = {}
+        for own in self.processes.gathered(fallen(self.model)):
+            found = own | found
+        for name in found.keys() - self.progress.fallen.keys():
+            self._say("notice", f"{name} is recomputed by parts from now on: {found[name]}")
+        self.progress.fallen = found
+        recall(self.model, found)
 
     # -- one step
 
@@ -538,11 +552,6 @@ class _Job:
             found["spike"] = message
         for message in news(progress, ("spike",), found):
             self._say("alert", message)
-        reversible = self.config.memory == "reversible"
-        if reversible and (now := fallen(self.model)) != progress.fallen:
-            for name in now.keys() - progress.fallen.keys():
-                self._say("notice", f"{name} is recomputed by parts from now on: {now[name]}")
-            progress.fallen = now
         if not self.log.due(progress.step, row):
             return
         row |= {"seconds": progress.seconds, "share": self.config.share(progress, len(self.train))}
