@@ -16,7 +16,6 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 RANKS = {
     "gaussian": 0,
     "files": 0,
-    "interrupts": 0,
     "markup": 0,
     "memory": 0,
     "processes": 0,

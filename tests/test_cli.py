@@ -722,23 +722,6 @@ def python(*words: str, **how) -> subprocess.CompletedProcess:
     )
 
 
-def test_ctrl_c_while_it_imports_ends_it_without_a_traceback(tmp_path):
-    (tmp_path / "torch.py").write_text("import time; print('now', flush=True); time.sleep(60)")
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(
-        [sys.executable, "-m", "musigma", "--help"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": path},
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "now\n"
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == ("", "")
-    assert process.returncode == 130
-
-
 def test_it_is_a_program(here):
     done = python("sample", "glow", "--n", "2", "--out", "a.npy", "--json")
     assert (done.returncode, done.stderr) == (0, "")

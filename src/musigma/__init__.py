@@ -5,9 +5,6 @@ Read `gaussian`, `trace`, `model`, one file of `layers` and one of `zoo`, in tha
 
 __version__ = "0.1.0"
 
-from musigma import interrupts  # noqa: F401
-
-# isort: split
 from musigma import data, layers, nets, objectives
 from musigma.checkpoint import CheckpointError, load, save
 from musigma.data import DataError, Dataset, Preprocess

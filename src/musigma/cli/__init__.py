@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
 
-from musigma import __version__, interrupts
+from musigma import __version__
 from musigma.cli import audit, bench, compress, convert, latents, shards, use, watch
 from musigma.cli.shared import register_plugin, told
 from musigma.cli.train import add_architecture, finetune, train_app
@@ -38,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        interrupts.usual()
         if words[:1] == ["train"]:
             words = _train_words(words)
         app(words, exit_on_error=False, print_error=False, result_action="return_value")
