@@ -133,18 +133,20 @@ def test_a_wrong_inverse_is_noticed_and_the_gradients_are_right_all_the_same(err
     assert fallen(again) == {name: reason}
 
 
-def test_what_is_kept_does_not_grow_with_depth():
+@pytest.mark.parametrize("noise", ["uniform", "learned"])
+def test_what_is_kept_does_not_grow_with_depth(noise):
     kept = {}
     for mode in ("store", "checkpoint", "reversible"):
         for depth in (2, 8):
-            model = musigma.build("glow", (3, 16, 16), levels=2, depth=depth, hidden=32)
+            options = {"levels": 2, "depth": depth, "hidden": 32, "dequantize": noise}
+            model = musigma.build("glow", (3, 16, 16), **options)
             x = torch.randint(0, 256, (8, 3, 16, 16))
             keep(model, mode)
             kept[mode, depth] = kept_bytes(lambda: model(x), list(model.parameters()))  # noqa: B023
-    assert kept["store", 8] > 3 * kept["store", 2]
-    assert kept["checkpoint", 8] < kept["store", 8] / 8
-    assert kept["reversible", 8] == pytest.approx(kept["reversible", 2], rel=0.02)
-    assert kept["reversible", 8] < kept["checkpoint", 8] / 2
+    grown = {mode: kept[mode, 8] - kept[mode, 2] for mode in ("store", "checkpoint", "reversible")}
+    assert grown["checkpoint"] < grown["store"] / 8
+    assert grown["reversible"] < grown["checkpoint"] / 50
+    assert kept["reversible", 8] < kept["store", 8] / 10
 
 
 def test_the_glow_of_the_paper_keeps_less_than_4_mb_at_any_depth():

@@ -52,11 +52,13 @@ def keep(model: nn.Module, mode: Keep) -> None:
         >>> model(torch.zeros(2, 1, 8, 8)).elbo.sum().backward()
     """
     refuse(model, mode)
+    inside: set[nn.Module] = set()  # of what is recomputed as a whole
     for module in model.modules():
         if isinstance(keeper := getattr(module, "keeper", None), Keeper):
             keeper.mode = mode
-        elif hasattr(module, "recompute"):
+        elif hasattr(module, "recompute") and module not in inside:
             module.recompute = mode != "store"  # pyright: ignore[reportArgumentType]
+            inside.update(module.modules())
 
 
 def refuse(model: nn.Module, mode: Keep) -> None:

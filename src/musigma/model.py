@@ -509,13 +509,11 @@ class Chain(Model):
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
         """Every layer on what the layers below it make of x, then the prior."""
-        x, trace = self.floating(x), Trace(scoring=False)
+        x = self.floating(x)
         for layer in self._layers():
             layer.calibrate(x, context)
-            if isinstance(layer, Bijection):
-                x = torch.cat([layer(*few)[0] for few in _in_parts(x, context)])
-            else:
-                x = layer.infer(x, trace, context)
+            parts = _in_parts(x, context)
+            x = torch.cat([layer.infer(few, Trace(scoring=False), given) for few, given in parts])
         self.prior.calibrate(x, context)
 
 

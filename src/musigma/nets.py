@@ -263,7 +263,12 @@ class ResNet(nn.Module):
         blocks: Residual blocks.
         context: Features of the context, joined as constant channels.
         zero: Start with the last layer at zero (a `ZeroConv2d`), so that the output is.
+
+    Attributes:
+        recompute: As that of a `ResBlock`, for the whole network.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -283,6 +288,11 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The output, (B, outputs, H, W)."""
+        return (
+            recomputed(self._forward, x, context) if self.recompute else self._forward(x, context)
+        )
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         h = self.blocks(self.enter(join(x, context, self.context)))
         return self.leave(F.silu(h))
 

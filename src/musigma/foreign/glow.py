@@ -172,6 +172,7 @@ def assemble(
         edge=any(conv.edge is not None for conv in convs),
         learn_top=top is not None,
         top_each="pixel" if per_pixel else "channel",
+        dequantize="uniform",
         alpha=None,
         low=low,
         conditioned="top",
