@@ -74,7 +74,7 @@ def measure(names: list[str]) -> None:
     for name in names:
         weights = RUNS / name / "model.safetensors"
         if weights.exists() and not name.startswith("glow"):
-            bounds(name, musigma.load(weights)[0], test)
+            bounds(name, musigma.load(weights), test)
 
 
 def record(name: str) -> dict:

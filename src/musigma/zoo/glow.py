@@ -70,7 +70,7 @@ def glow(
         learn_top: Learn mean and log_std of the top prior.
         top_each: For each `channel`, or for each `pixel` of each.
         dequantize: Uniform noise, as in the paper, or learned noise, logit-normal given the image
-            (Ho et al., "Flow++", 2019, arXiv:1902.00275), with which half as many steps do.
+            (Ho et al., "Flow++", 2019, arXiv:1902.00275), with which a third of the steps do.
         alpha: Of a logit that maps [0, 1] to the real line before all else, for data with bits;
             None: none, as in the paper. With it, images that are mostly black or white are
             learned several times faster.
