@@ -40,7 +40,6 @@ PEERS = {"pythae": (10, "pythae", "mnist"), "normflows": (10, "normflows", "mnis
 PICTURES = {
     "binarized MNIST": ("vae", "ladder", "pythae"),
     "MNIST": ("glow-10", "glow-60", "glow-10-uniform", "glow-60-uniform", "normflows"),
-    "Fashion-MNIST": ("glow-fashion",),
 }
 
 
@@ -112,7 +111,9 @@ def collect() -> None:
     print("| run | minutes | steps | test |\n|---|---|---|---|")
     for found in runs.values():
         test = found["test"]
-        text = f"{test['bits_per_dim']:.4f} ± {test['standard_error']:.4f} bits/dim"
+        text = f"{test['bits_per_dim']:.4f} bits/dim"
+        if "standard_error" in test:
+            text += f" ± {test['standard_error']:.4f}"
         text += f", {test['nats']:.2f} nats"
         text += "".join(f"; {what}: {x:.2f}" for what, x in found.get("bounds, nats", {}).items())
         print(f"| `{found['run']}` | {found['minutes']} | {found['steps']:,} | {text} |")
