@@ -51,7 +51,7 @@ def collect() -> None:
 
     import torch
 
-    from musigma import figures
+    from musigma.report import figures
 
     rows = []
     for data in DATA:

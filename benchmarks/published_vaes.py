@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import musigma
-from musigma.foreign import convert
+from musigma.convert import convert
 
 folder = Path(sys.argv[1])
 for name in (

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 import musigma
-from musigma import figures
 from musigma.evaluation import evaluate
+from musigma.report import figures
 
 HERE = Path(__file__).parent
 RUNS, DOCS = HERE.parent / "runs" / "quality", HERE.parent / "docs"

@@ -20,17 +20,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from benchmarks.speed.glows import multiscale
+from benchmarks.speed.harness import imported
 from quality import PEERS, RUNS, bounds
 from torch import Tensor, nn
 
 import musigma
 from musigma import Dataset
-from musigma.bench.glows import multiscale
-from musigma.bench.harness import imported
+from musigma.distributions import StandardNormal, likelihood
 from musigma.evaluation import evaluate
 from musigma.files import replacing
 from musigma.gaussian import Format, GaussianHead
-from musigma.heads import StandardNormal, likelihood
 from musigma.model import VAE, Prior
 
 

@@ -52,7 +52,9 @@ def build(format: Format, seed: int = 0) -> VAE:
         *(nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1), nn.ReLU()),
         nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),
     )
-    likelihood = musigma.heads.likelihood("bernoulli", data.shape, lambda _: decoder, levels=2)
+    likelihood = musigma.distributions.likelihood(
+        "bernoulli", data.shape, lambda _: decoder, levels=2
+    )
     head = GaussianHead(encoder, event_ndims=1, format=format)
     return VAE(head, likelihood, Prior(StandardNormal((z_dim,))))
 

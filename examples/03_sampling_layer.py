@@ -86,7 +86,7 @@ def build(std: float) -> VAE:
     decoder = nn.Sequential(*start, *ups, last, nn.Sigmoid())
     return VAE(
         GaussianHead(encoder, event_ndims=1, format=Format.parse("two-heads log_var")),
-        musigma.heads.likelihood("gaussian", shape, lambda _: decoder, std=std),
+        musigma.distributions.likelihood("gaussian", shape, lambda _: decoder, std=std),
         Prior(StandardNormal((z_dim,))),
     )
 

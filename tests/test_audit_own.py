@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from musigma.audit import AuditError, audit_model
+from musigma.distributions import StandardNormal, StandardUniform
 from musigma.gaussian import DiagonalGaussian
-from musigma.heads import StandardNormal, StandardUniform
 from musigma.layers import ActNorm, Affine, Dequantize, InvertibleConv
 from musigma.model import Bijection, Chain, Prior
 from musigma.zoo import ARCHITECTURES, build

@@ -11,11 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
-
-from musigma.bench import (
+from benchmarks.speed import (
     WORKS,
     Contender,
     Plan,
@@ -30,13 +26,17 @@ from musigma.bench import (
     tabular,
     vaes,
 )
-from musigma.bench.children import Apart, Here
-from musigma.bench.counts import counts, flops, kernels
-from musigma.bench.harness import Timing, interleave, ratio, slice_of
-from musigma.bench.machine import describe, peak_kernels, settings
-from musigma.bench.tables import BEGIN, END, line, markdown, placed
-from musigma.cli import main
+from benchmarks.speed.children import Apart, Here
+from benchmarks.speed.counts import counts, flops, kernels
+from benchmarks.speed.harness import Timing, interleave, ratio, slice_of
+from benchmarks.speed.machine import describe, peak_kernels, settings
+from benchmarks.speed.tables import BEGIN, END, line, markdown, placed
+from hypothesis import given
+from hypothesis import strategies as st
 from musigma.cli.bench import bench
+from torch import nn
+
+from musigma.cli import main
 from musigma.training.machine import kept_bytes
 
 SMALL = Plan(seconds=1e-3, rounds=2, threads=1, memory=False, keep_heap=False)
@@ -339,7 +339,7 @@ def test_the_machine_tells_its_peak_in_either_type():
 
 GROWING = """
 import torch
-from musigma.bench.counts import peak_growth
+from benchmarks.speed.counts import peak_growth
 kept = []
 print(peak_growth(lambda: kept.append(torch.ones(25 * 2**18)), times=2))
 """

@@ -14,8 +14,8 @@ from torch import nn
 
 from musigma import checkpoint, zoo
 from musigma.checkpoint import CheckpointError
+from musigma.distributions import StandardNormal
 from musigma.gaussian import GaussianHead
-from musigma.heads import StandardNormal
 from musigma.layers import ActNorm
 from musigma.model import VAE, Chain, Prior
 from musigma.nets import MLP

@@ -29,7 +29,7 @@ from musigma.layers import (
     Permutation,
     Squeeze,
 )
-from musigma.layers.spline import Spline
+from musigma.layers.maps.spline import Spline
 from musigma.model import Bijection, Inverse
 
 quick = settings(max_examples=40, deadline=None)
@@ -583,7 +583,7 @@ def test_up_and_down(name, data):
 
 def refused(layer):
     from musigma.coding.coder import grids
-    from musigma.heads import StandardNormal
+    from musigma.distributions import StandardNormal
     from musigma.model import Chain, Prior
 
     grids(Chain([layer], Prior(StandardNormal((2,)))), [])

@@ -34,10 +34,14 @@ from musigma.coding.codec import latent_grids
 from musigma.coding.container import BITS_BACK, PACKED, RECORDS, Reader, Writer
 from musigma.coding.densities import codable
 from musigma.coding.stack import ONE, Exhausted, Stack
-from musigma.distributions import Bernoulli, Categorical, DiscretizedLogisticMixture
-from musigma.heads import StandardNormal
+from musigma.distributions import (
+    Bernoulli,
+    Categorical,
+    DiscretizedLogisticMixture,
+    StandardNormal,
+)
 from musigma.layers import Affine, Dequantize
-from musigma.layers.spline import Spline
+from musigma.layers.maps.spline import Spline
 from musigma.model import Chain, Layer, Prior
 from musigma.zoo import build
 

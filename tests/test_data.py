@@ -32,7 +32,7 @@ from musigma.data import (
     identity,
     load,
 )
-from musigma.sources import published
+from musigma.data.readers import published
 
 RNG = np.random.default_rng(7)
 GREY = RNG.integers(0, 256, (6, 1, 9, 7), dtype=np.uint8)
@@ -631,7 +631,7 @@ def nowhere(tmp_path, monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
-    monkeypatch.setattr("musigma.sources.published.SYSTEM", tmp_path / "system")
+    monkeypatch.setattr("musigma.data.readers.published.SYSTEM", tmp_path / "system")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("MUSIGMA_DATA", raising=False)
     return tmp_path
@@ -784,7 +784,7 @@ def test_broken_archives(tmp_path, monkeypatch):
         (tmp_path / f"x.{kind}").write_bytes(whole[: len(whole) // 2])
         with fails(rf"x.{kind}: is damaged, truncated"):
             load(tmp_path / f"x.{kind}")
-    monkeypatch.setattr("musigma.sources.walks.MAX_MEMBER", 100)
+    monkeypatch.setattr("musigma.data.readers.walks.MAX_MEMBER", 100)
     for kind in ("tar", "zip"):
         with fails(r"member \S*\d.png claims \d+ bytes, over the cap"):
             load(pack(folder, tmp_path / f"x.{kind}"))

@@ -10,9 +10,9 @@ from torch import nn
 
 from musigma import data
 from musigma.data import Dataset, Preprocess
+from musigma.distributions import StandardNormal, StandardUniform
 from musigma.evaluation import batches, check, evaluate, inspect, ledger, saturation, score
 from musigma.gaussian import DiagonalGaussian
-from musigma.heads import StandardNormal, StandardUniform
 from musigma.layers import Affine, Dequantize
 from musigma.model import Chain, Prior
 from musigma.zoo import architecture, build

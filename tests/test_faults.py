@@ -14,8 +14,8 @@ from torch import nn
 
 from musigma import checkpoint, data
 from musigma.data import Dataset
+from musigma.distributions import StandardNormal
 from musigma.gaussian import GaussianHead
-from musigma.heads import StandardNormal
 from musigma.model import VAE, Prior
 from musigma.nets import MLP
 from musigma.training import TrainConfig, TrainingError, fit

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from musigma import figures, report
+from musigma import report
+from musigma.report import figures
 
 METRICS = [
     {

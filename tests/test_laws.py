@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from musigma.gaussian import Format, GaussianHead
-from musigma.heads import (
+from musigma.distributions import (
     LearnedNormal,
     LogitNormalHead,
     OptimalGaussianHead,
@@ -13,6 +12,7 @@ from musigma.heads import (
     StandardUniform,
     likelihood,
 )
+from musigma.gaussian import Format, GaussianHead
 from musigma.layers import (
     ActNorm,
     Affine,

@@ -6,7 +6,7 @@ from torch import nn
 
 import musigma
 from musigma import memory
-from musigma.heads import StandardNormal
+from musigma.distributions import StandardNormal
 from musigma.layers import ActNorm, Coupling, InvertibleConv, Permutation
 from musigma.memory import fallen, keep, recall
 from musigma.model import VAE, Bijection, Chain, Prior

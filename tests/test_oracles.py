@@ -18,16 +18,14 @@ from musigma.distributions import (
     Categorical,
     ContinuousBernoulli,
     DiscretizedLogisticMixture,
-    LogitNormal,
-)
-from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
-from musigma.heads import (
     LearnedNormal,
+    LogitNormal,
     LogitNormalHead,
     OptimalGaussianHead,
     StandardNormal,
     StandardUniform,
 )
+from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
 from musigma.layers import (
     ActNorm,
     Affine,

@@ -18,9 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from musigma import sources
-from musigma.data import Dataset, Preprocess, digest, identity, load
-from musigma.sources import LazyImages, base, cache, lazy
+from musigma.data import Dataset, Preprocess, cache, digest, identity, load, readers
+from musigma.data.readers import LazyImages, base, lazy
 from test_data import fails, pack, save_folder, save_image
 
 RNG = np.random.default_rng(11)
@@ -524,7 +523,7 @@ def test_arrays_on_disk_are_those_in_memory(tmp_path, home, array, size, monkeyp
     assert not isinstance(here.array, np.memmap)
     same(there, here)
     made = {path: path.stat().st_mtime_ns for path in home.rglob("*.np?")}
-    monkeypatch.setattr("musigma.sources.arrays.content_hashes", None)  # is not called again
+    monkeypatch.setattr("musigma.data.readers.arrays.content_hashes", None)  # is not called again
     same(load(tmp_path / "x.npy", preprocess=treat, in_memory=False), here)
     assert made == {path: path.stat().st_mtime_ns for path in home.rglob("*.np?")}
     monkeypatch.undo()
@@ -675,7 +674,7 @@ def test_shards_behind_a_url(tmp_path, afar, home):
 
 def test_a_page_behind_a_url_may_be_that_of_a_folder(tmp_path, monkeypatch):
     (tmp_path / "photos").write_text("<html>")
-    monkeypatch.setattr(sources, "fetched", lambda url, request: str(tmp_path / "photos"))
+    monkeypatch.setattr(readers, "fetched", lambda url, request: str(tmp_path / "photos"))
     with fails("https://host/photos: is of no kind .*: the URL of a folder ends with /; give a"):
         load("https://host/photos")
     with fails("photos: is of no kind that is understood: give a folder"):

@@ -12,9 +12,9 @@ from torch import nn
 
 from musigma import checkpoint, data, objectives
 from musigma.data import Dataset
+from musigma.distributions import StandardNormal
 from musigma.evaluation import evaluate
 from musigma.gaussian import GaussianHead
-from musigma.heads import StandardNormal
 from musigma.model import VAE, Prior
 from musigma.nets import MLP
 from musigma.trace import Evidence

@@ -14,17 +14,15 @@ from musigma.distributions import (
     Categorical,
     ContinuousBernoulli,
     DiscretizedLogisticMixture,
-    LogitNormal,
-)
-from musigma.evaluation import evaluate, inspect, ledger, saturation, score
-from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
-from musigma.heads import (
     LearnedNormal,
+    LogitNormal,
     OptimalGaussianHead,
     StandardNormal,
     StandardUniform,
     likelihood,
 )
+from musigma.evaluation import evaluate, inspect, ledger, saturation, score
+from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
 from musigma.model import (
     VAE,
     Bijection,

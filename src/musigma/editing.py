@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from musigma.data import Dataset
+from musigma.data.readers import Progress
 from musigma.evaluation import batch, batches, evaluating
 from musigma.files import replacing
 from musigma.model import Model
-from musigma.sources import Progress
 from musigma.trace import Trace
 
 __all__ = ["Direction", "direction", "edit", "mix", "temperatures"]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from musigma.distributions import StandardNormal
 from musigma.gaussian import DiagonalGaussian
-from musigma.heads import StandardNormal
 from musigma.model import Bijection, Chain, Layer, Model, Prior
 from musigma.trace import Evidence, Trace
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from musigma.files import finite
-from musigma.markup import element, page, table
+from musigma.report.markup import element, page, table
 
 __all__ = ["CODES", "AuditError", "AuditReport", "Finding", "Notes", "Severity", "name_of"]
 

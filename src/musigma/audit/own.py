@@ -24,6 +24,7 @@ from torch.distributions import Distribution, kl_divergence
 from musigma.audit.findings import AuditError, AuditReport, Notes, name_of
 from musigma.audit.volume import DENSE, volume
 from musigma.data import Dataset
+from musigma.distributions import StandardUniform
 from musigma.evaluation import (
     ACTIVE,
     COLLAPSED,
@@ -34,7 +35,6 @@ from musigma.evaluation import (
     saturation,
 )
 from musigma.gaussian import DiagonalGaussian
-from musigma.heads import StandardUniform
 from musigma.layers import Affine, Dequantize
 from musigma.model import Bijection, Chain, Model
 from musigma.testing import randomized

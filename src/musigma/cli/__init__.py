@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from musigma import __version__
-from musigma.cli import audit, bench, compress, convert, latents, shards, use, watch
+from musigma.cli import audit, compress, convert, latents, shards, use, watch
 from musigma.cli.shared import register_plugin, told
 from musigma.cli.train import add_architecture, finetune, train_app
 
@@ -26,7 +26,6 @@ app.update(latents.commands)
 app.update(convert.commands)
 app.update(shards.commands)
 app.update(watch.commands)
-app.update(bench.commands)
 app.update(audit.commands)
 app.update(compress.commands)
 

@@ -54,7 +54,8 @@ def convert(
     """
     import torch
 
-    from musigma import checkpoint, foreign
+    from musigma import checkpoint
+    from musigma import convert as foreign
 
     screen = Screen(common)
     taken = any(out.iterdir()) if out.is_dir() else out.exists()

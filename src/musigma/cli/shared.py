@@ -346,8 +346,8 @@ class Trained:
         """Examples as a picture, or as an array, by the suffix of the file."""
         import numpy as np
 
-        from musigma import figures
         from musigma.files import replacing
+        from musigma.report import figures
 
         self.check_out(out)
         values = x.detach().cpu().numpy()

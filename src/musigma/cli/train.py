@@ -305,9 +305,9 @@ def _called(source: str) -> str:
     >>> _called("photos.zip"), _called("shards-{00..31}.tar"), _called("https://host/x?key=1")
     ('photos', 'shards', 'x')
     """
-    from musigma import sources
+    from musigma.data import readers
 
-    whole = sources.plain(source) if sources.is_url(source) else source
+    whole = readers.plain(source) if readers.is_url(source) else source
     name = re.sub(r"[-_]?\{\d+\.\.\d+\}", "", Path(whole).name)
     return name.split(".")[0] or "data"
 
@@ -515,8 +515,8 @@ def draw(trained: Trained, held: Any, folder: Path) -> list[str]:
     import numpy as np
     import torch
 
-    from musigma import figures
     from musigma.evaluation import batch
+    from musigma.report import figures
 
     model, levels = trained.model, trained.levels
     folder.mkdir(exist_ok=True)

@@ -48,7 +48,7 @@ def reconstruct(
     """
     import torch
 
-    from musigma import figures
+    from musigma.report import figures
 
     screen, trained = Screen(common), Trained(run, common)
     trained.check_out(out)

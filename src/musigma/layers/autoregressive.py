@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from musigma.gaussian import Format, at_least_float32
-from musigma.layers.conditioners import MADE
-from musigma.layers.maps import ElementMap, Kind
-from musigma.layers.spline import Spline
+from musigma.layers.maps.element import ElementMap, Kind
+from musigma.layers.maps.spline import Spline
 from musigma.model import Bijection
+from musigma.nets.made import MADE
 
 __all__ = ["Autoregressive"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from musigma.gaussian import Format, at_least_float32, sum_event
-from musigma.layers.maps import ElementMap, Kind
-from musigma.layers.spline import Spline
+from musigma.layers.maps.element import ElementMap, Kind
+from musigma.layers.maps.spline import Spline
 from musigma.model import Bijection, conditioned
 
 __all__ = ["Coupling"]

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from musigma import checkpoint
 from musigma.data import Dataset, batch_indices
+from musigma.data.batches import stream
 from musigma.evaluation import at_home, batch, check, evaluate, noise
-from musigma.feed import stream
 from musigma.files import is_draft, replacing
 from musigma.memory import fallen, keep, recall, refuse
 from musigma.model import Model
@@ -38,8 +38,8 @@ from musigma.processes import Processes, cut_like, here, joined, local, whole
 from musigma.trace import Evidence, Trace
 from musigma.training import machine
 from musigma.training.config import TrainConfig
+from musigma.training.recovery import diagnose, health, news, spiked
 from musigma.training.state import Log, Progress, Watch, described, load_state, save_state
-from musigma.training.trouble import diagnose, health, news, spiked
 
 __all__ = ["Run", "TrainingError", "check_run", "fit", "join", "leave"]
 

@@ -110,13 +110,5 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-from musigma.zoo import (  # noqa: E402 (they register themselves)
-    autoencoder_kl,  # noqa: F401
-    glow,  # noqa: F401
-    ladder,  # noqa: F401
-    maf,  # noqa: F401
-    mlp_vae,  # noqa: F401
-    nsf,  # noqa: F401
-    realnvp,  # noqa: F401
-    vae,  # noqa: F401
-)
+from musigma.zoo.flows import glow, maf, nsf, realnvp  # noqa: E402, F401 (they register themselves)
+from musigma.zoo.vaes import autoencoder_kl, ladder, mlp_vae, vae  # noqa: E402, F401

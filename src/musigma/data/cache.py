@@ -1,0 +1,200 @@
+"""The user's cache: what took long to make, so that it is made once.
+
+Two things lie in it: *records*, a few small arrays with a header that says of which source, in
+which version; and *flat arrays*, written block by block where memory is too small, and
+memory-mapped. Both are written whole or not at all, by one process while others wait. What is
+truncated, damaged, foreign or out of date is made again, and never believed. No pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from musigma.data.readers.base import DataError, Request, allocate, first_line
+from musigma.files import replacing
+
+FORMAT = "musigma record 1"
+
+
+class Record(NamedTuple):
+    """Arrays, and what JSON can hold: `about` which source they are, and what else is known."""
+
+    about: dict[str, Any]
+    info: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+def folder() -> Path:
+    """``$XDG_CACHE_HOME/musigma``, or ``~/.cache/musigma``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "musigma"
+
+
+def place(kind: str, name: str, suffix: str = "") -> Path:
+    """Where the cache keeps a thing of a kind under any name, be it a path or a URL."""
+    key = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    return folder() / kind / f"{key}{suffix}"
+
+
+def stamp(path: Path) -> list[int]:
+    """What tells a file from another version of it: its size, and when it was written."""
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
+
+
+def read(path: Path) -> Record | None:
+    """The record in a file, if one is there and whole."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+        header = json.loads(arrays.pop("header").tobytes())
+        if header.pop("format") != FORMAT:
+            return None
+        return Record(header["about"], header["info"], arrays)
+    except Exception:  # whatever the parsers say of what is no record
+        return None
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a record, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"format": FORMAT, "about": record.about, "info": record.info}
+    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    with replacing(path) as draft, zipfile.ZipFile(draft, "w") as archive:  # as np.savez does
+        for name, array in {"header": text, **record.arrays}.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def kept(
+    path: Path,
+    about: Mapping[str, Any],
+    build: Callable[[Record | None], Record],
+    request: Request,
+) -> Record:
+    """The record of a source in its present version, from the cache or built.
+
+    Args:
+        path: As `place` says.
+        about: Which source in which version; equal to that of a record that is up to date.
+        build: Makes the record, given an old one of which parts may still hold.
+        request: Is told if the cache cannot be written; the record is then used, and not kept.
+    """
+    about = json.loads(json.dumps(about))
+    with alone(path):
+        found = read(path)
+        if found is not None and found.about == about:
+            return found
+        record = build(found)._replace(about=about)
+        keep(path, record, request)
+        return record
+
+
+def keep(path: Path, record: Record, request: Request) -> None:
+    """Write a record, or note that it could not be."""
+    try:
+        write(path, record)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        request.notes.append(
+            f"the cache {folder()} cannot be written ({reason}), so what was found out about "
+            f"{request.where} is not kept: set XDG_CACHE_HOME to a folder of yours"
+        )
+
+
+def flat(
+    name: str,
+    about: Mapping[str, Any],
+    shape: tuple[int, ...],
+    dtype: Any,
+    blocks: Callable[[], Iterable[np.ndarray]],
+    request: Request,
+) -> np.ndarray:
+    """An array of blocks of rows: in memory if it fits, else memory-mapped from the cache.
+
+    Args:
+        name: Of the source, and of what is made of it.
+        about: The version of the source.
+        shape: Of the whole.
+        dtype: Of the whole.
+        blocks: Yields the rows, in order.
+        request: Decides what fits.
+
+    Raises:
+        DataError: If there is no room; nothing is left behind.
+    """
+    n_bytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+    if request.fits(n_bytes):
+        out, done = allocate(shape, request.where, dtype), 0
+        for block in blocks():
+            out[done : done + len(block)] = block
+            done += len(block)
+        return out
+    path = place("arrays", name, ".npy")
+    wanted = json.loads(json.dumps({**about, "shape": shape, "dtype": np.dtype(dtype).str}))
+    try:
+        with alone(path) as locked:
+            found = read(path.with_suffix(".npz"))
+            if not (
+                found is not None
+                and found.about == wanted
+                and path.is_file()
+                and found.info["stamp"] == stamp(path)
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                for left in path.parent.glob(f".{path.name}.*") if locked else ():
+                    left.unlink(missing_ok=True)  # by a process that was killed
+                with replacing(path) as draft, draft.open("wb") as file:
+                    layout = {"descr": wanted["dtype"], "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, layout)
+                    for block in _readable(blocks(), request.where):
+                        file.write(np.ascontiguousarray(block, dtype).data)
+                write(path.with_suffix(".npz"), Record(wanted, {"stamp": stamp(path)}, {}))
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise DataError(
+            f"{request.where}: needs {n_bytes / 2**30:.1f} GiB in the cache {folder()}, and it "
+            f"says: {error.strerror or first_line(error)}: make room there, or set XDG_CACHE_HOME "
+            "to a folder of a larger disk"
+        ) from error
+
+
+def _readable(blocks: Iterable[np.ndarray], where: str) -> Iterator[np.ndarray]:
+    """The blocks; an error in reading them is no error in writing."""
+    try:
+        yield from blocks
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise DataError(f"{where}: {reason}: give a path that can be read") from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """One process at a time; where files cannot be locked (False), each works for itself."""
+    lock, locked = None, False
+    try:
+        import fcntl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        locked = True
+    except (ImportError, OSError):
+        pass
+    try:
+        yield locked
+    finally:
+        if lock is not None:
+            lock.close()

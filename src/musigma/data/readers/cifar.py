@@ -1,0 +1,153 @@
+"""Files that hold many images each: MNIST's IDX files and CIFAR's batches."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import pickle
+import re
+from typing import Any
+
+import numpy as np
+
+from musigma.data.readers.arrays import as_images, as_labels
+from musigma.data.readers.base import MAX_ARRAY, DataError, Source, damage
+
+IDX = re.compile(r"(.*?)[-_.]?(images|labels)[-.]idx\d[-.]ubyte(\.gz)?")
+CIFAR = re.compile(r"(data_batch_\d+|test_batch)(\.bin)?")
+CIFAR_PICKLED = (
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.ndarray",
+    "numpy.dtype",
+)
+
+
+def read_idx(files: dict[str, bytes], where: str) -> Source:
+    """MNIST's files; of a plain and a gzipped one the plain is taken."""
+    parts: dict[tuple[str, str], bytes] = {}  # (train or test, images or labels)
+    sets = set()
+    for name in sorted(files, key=lambda name: (name.endswith(".gz"), name)):
+        folder, _, base = name.rpartition("/")
+        match = IDX.fullmatch(base)
+        assert match
+        known = re.fullmatch(r"(.*?)[-_.]?(train|test|t10k)?", match[1])
+        assert known
+        sets.add((folder, known[1]))
+        parts.setdefault(
+            ("train" if known[2] in (None, "train") else "test", match[2]), files[name]
+        )
+    if len(sets) > 1:
+        found = ", ".join("/".join(filter(None, pair)) or "./" for pair in sorted(sets))
+        raise DataError(f"{where}: holds {len(sets)} IDX sets ({found}): give the folder of one")
+    present = [part for part in ("train", "test") if (part, "images") in parts]
+    if not present:
+        raise DataError(f"{where}: holds IDX labels but no IDX images: put the images beside them")
+    images = [
+        idx_images(idx_array(parts[part, "images"], f"{where}: {part} images"), where)
+        for part in present
+    ]
+    if len({block.shape[1:] for block in images}) > 1:
+        raise DataError(f"{where}: train and test images differ in shape: give the folder of one")
+    test = np.repeat([part == "test" for part in present], [len(block) for block in images])
+    x, labels, label_names = np.concatenate(images), None, ()
+    if all((part, "labels") in parts for part in present):
+        blocks = [idx_array(parts[p, "labels"], f"{where}: {p} labels") for p in present]
+        labels, label_names = as_labels(np.concatenate(blocks), len(x), where)
+    return Source(x, labels, label_names, None, test if len(present) > 1 else None)
+
+
+def idx_array(data: bytes, where: str) -> np.ndarray:
+    """The array in an IDX file, compressed or not, of no more than its bytes."""
+    zipped = data[:2] == b"\x1f\x8b"
+    with damage(where), gzip.open(io.BytesIO(data)) if zipped else io.BytesIO(data) as file:
+        head = file.read(4)
+        if len(head) < 4 or head[:2] != b"\0\0" or head[2] != 8 or not 1 <= head[3] <= 4:
+            raise DataError(
+                f"{where}: starts with {head.hex()}, and an IDX file of bytes with 0000080n: "
+                "give an IDX file of images"
+            )
+        sizes = file.read(4 * head[3])
+        shape = tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4))
+        count = math.prod(shape)
+        most = len(data) * (1032 if zipped else 1)  # deflate packs no better
+        body = b"" if count > min(most, MAX_ARRAY) else file.read(count + 1)
+    if len(sizes) < 4 * head[3] or len(body) != count:
+        raise DataError(
+            f"{where}: the IDX header promises {' x '.join(map(str, shape))} bytes and "
+            f"{'more' if len(body) > count else 'fewer'} follow: fetch the file again"
+        )
+    return np.frombuffer(body, np.uint8).reshape(shape)
+
+
+def idx_images(x: np.ndarray, where: str) -> np.ndarray:
+    """An IDX array as images."""
+    if x.ndim < 3:
+        raise DataError(
+            f"{where}: holds {x.ndim}-dimensional IDX data, labels perhaps: give the file of "
+            "images, or the folder of both"
+        )
+    return as_images(x, where)
+
+
+def read_cifar(files: dict[str, bytes], where: str) -> Source:
+    """CIFAR's batches, binary or pickled."""
+    images, labels, test = [], [], []
+    for name, data in sorted(files.items()):
+        if name.endswith(".bin"):
+            if not data or len(data) % 3073:
+                raise DataError(
+                    f"{where}: {name} has {len(data)} bytes, no multiple of 3073: fetch it again"
+                )
+            records = np.frombuffer(data, np.uint8).reshape(-1, 3073)
+            x, y = records[:, 1:], records[:, 0]
+        else:
+            x, y = _cifar_pickle(data, f"{where}: {name}")
+        images.append(x.reshape(-1, 3, 32, 32))
+        labels.append(y)
+        test.append(np.full(len(y), name.rpartition("/")[2].startswith("test")))
+    x, y, official = np.concatenate(images), np.concatenate(labels), np.concatenate(test)
+    y, names = as_labels(y, len(x), where)
+    names = CIFAR10_LABELS if len(names) <= 10 else names
+    return Source(x, y, names, None, official if 0 < official.sum() < len(x) else None)
+
+
+class _Inert:
+    """Stands for every class a CIFAR batch names: it keeps what it is given and does nothing."""
+
+    def __init__(self, *given: Any):
+        self.given = given
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """Reads the pickles of CIFAR's Python version without calling anything that they name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, codec: text.encode("latin1")
+        if f"{module}.{name}" in CIFAR_PICKLED:
+            return _Inert
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, as no CIFAR batch does")
+
+
+def _cifar_pickle(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+    with damage(where):
+        batch = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
+        batch = {key if isinstance(key, bytes) else key.encode(): batch[key] for key in batch}
+        _, shape, kind, fortran, body = batch[b"data"].state
+        y = np.array(batch[b"labels"], np.int64)
+        if kind.given[0] not in (b"u1", "u1") or fortran or shape != (len(y), 3072):
+            raise ValueError(f"its data are {kind.given[0]} of shape {shape}, not u1 (N, 3072)")
+        return np.frombuffer(body, np.uint8).reshape(shape), y
+
+
+# fmt: off
+CIFAR10_LABELS = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)
+# fmt: on

@@ -1,0 +1,188 @@
+"""Sets known by name: those that others publish, scikit-learn's digits, and points of a plane."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from musigma.data import cache
+from musigma.data.readers.base import (
+    ARCHIVE,
+    DataError,
+    Progress,
+    Request,
+    Source,
+    first_line,
+    missing,
+)
+from musigma.data.readers.cifar import CIFAR10_LABELS
+from musigma.data.readers.images import read_files
+from musigma.data.readers.walks import Origin
+
+IDX_FILES: tuple[str, ...] = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+SYSTEM = Path("/usr/share/datasets")  # where Debian's packages put them
+CIFAR_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+FASHION_LABELS = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A data set that others publish: where, as which files, and how they may lie on disk."""
+
+    url: str
+    md5: dict[str, str]  # of the files as published
+    layouts: tuple[tuple[str, ...], ...]
+    label_names: tuple[str, ...]
+    first: int | None = None  # CRC of the first image, to tell sets with the same file names apart
+
+
+def _idx_published(url: str, md5: str, label_names: tuple[str, ...], first: int) -> _Published:
+    plain = tuple(name.removesuffix(".gz") for name in IDX_FILES)
+    sums = dict(zip(IDX_FILES, md5.split(), strict=True))
+    return _Published(url, sums, (IDX_FILES, plain), label_names, first)
+
+
+PUBLISHED = {
+    "mnist": _idx_published(
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
+        "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c",
+        tuple("0123456789"),
+        0x90A92752,
+    ),
+    "fashion-mnist": _idx_published(
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
+        "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310",
+        FASHION_LABELS,
+        0xF270BEB5,
+    ),
+    "cifar10": _Published(
+        "https://www.cs.toronto.edu/~kriz/",
+        {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
+        (
+            ("cifar-10-binary.tar.gz",),
+            *(
+                tuple(f"{folder}{file}{suffix}" for file in CIFAR_FILES)
+                for suffix, inner in ((".bin", "bin"), ("", "py"))
+                for folder in ("", f"cifar-10-batches-{inner}/")
+            ),
+        ),
+        CIFAR10_LABELS,
+    ),
+}
+
+
+def published_set(name: str, report: Progress) -> Source:
+    """Look where the set may lie already, then download it into the user's cache."""
+    known = PUBLISHED[name]
+    own_cache = cache.folder() / name
+    homes = [SYSTEM / name, own_cache]
+    if own := os.environ.get("MUSIGMA_DATA"):
+        homes[:0] = [Path(own, name), Path(own)]
+    for home in homes:
+        for layout in known.layouts:
+            if all((home / file).is_file() for file in layout):
+                return _read_published(name, home, layout, report)
+    try:
+        _download(known, own_cache, report)
+    except Exception as error:
+        places = f"{own_cache}, or $MUSIGMA_DATA/{name}"
+        raise DataError(
+            f"{name}: is not on this machine and cannot be downloaded ({first_line(error)[:60]}): "
+            f"get {', '.join(known.md5)} from {known.url} and put it into {places}"
+        ) from error
+    return _read_published(name, own_cache, tuple(known.md5), report)
+
+
+def _download(known: _Published, home: Path, report: Progress) -> None:
+    try:
+        import pooch
+    except ImportError as error:
+        raise missing("downloading", "pooch", "data") from error
+    logger = pooch.get_logger()
+    level = logger.level
+    logger.setLevel("ERROR")
+    try:
+        for done, (file, md5) in enumerate(known.md5.items(), 1):
+            pooch.retrieve(known.url + file, f"md5:{md5}", file, home)
+            report(done, len(known.md5))
+    finally:
+        logger.setLevel(level)
+
+
+def _read_published(name: str, home: Path, layout: tuple[str, ...], report: Progress) -> Source:
+    archives = ARCHIVE.fullmatch(layout[0]) is not None
+    origin = Origin.of_files([home / file for file in layout], archives=archives)
+    found = read_files(origin, Request(str(home), in_memory=True, report=report))
+    crc = zlib.crc32(found.x[:1].tobytes())
+    for other, known in PUBLISHED.items():
+        if other != name and known.first == crc:
+            raise DataError(f"{home}: holds {other}, not {name}: ask for {other!r}, or move it")
+    return replace(found, label_names=PUBLISHED[name].label_names)
+
+
+def _digits(report: Progress) -> Source:
+    """Scikit-learn's 1797 8 x 8 digits; their 17 levels v become round(255 v / 16)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise missing("digits:", "scikit-learn", "data") from error
+    found: Any = load_digits()
+    x = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]
+    return Source(x, found.target.astype(np.int64), tuple("0123456789"))
+
+
+def _points(name: str, report: Progress) -> Source:
+    """20,000 points of a plane toy, always the same ones, within about [-4, 4]."""
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+    random = np.random.Generator(np.random.Philox(key=key))
+    n, labels = 20_000, None
+    noise = random.standard_normal((n, 2))
+    if name == "checkerboard":
+        x = random.uniform(-4, 4, n)
+        row = 2 * random.integers(0, 2, n) + np.floor(x / 2) % 2
+        points = np.stack([x, 2 * row - 4 + random.uniform(0, 2, n)], 1)
+    elif name == "eight-gaussians":
+        labels = random.integers(0, 8, n)
+        angle = labels * (np.pi / 4)
+        points = 2.8 * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.35 * noise
+    else:
+        labels = random.integers(0, 2, n)
+        angle, side = random.uniform(0, np.pi, n), 1 - 2 * labels
+        moons = np.stack([side * np.cos(angle) + labels, side * np.sin(angle) + labels / 2], 1)
+        points = 2.5 * (moons - [0.5, 0.25] + 0.1 * noise)
+    names = () if labels is None else tuple(map(str, range(int(labels.max()) + 1)))
+    return Source(points.astype(np.float32), labels, names, columns=("x1", "x2"))
+
+
+BUILT_IN: dict[str, Callable[[Progress], Source]] = {
+    "digits": _digits,
+    **{name: partial(published_set, name) for name in PUBLISHED},
+    **{name: partial(_points, name) for name in ("two-moons", "checkerboard", "eight-gaussians")},
+}

@@ -1,0 +1,279 @@
+"""Files that come together: folders, archives, and archives that are parts of one set (shards).
+
+An `Origin` knows the files that hold a source, with their sizes and times, and walks over their
+members: a folder's files, or what archives hold. A member of a folder, of a plain tar and of a zip
+has a `Place`, by which it is found again at any time; one of a compressed tar can be read only as
+the walk comes by. Nothing is extracted to disk.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import posixpath
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from musigma.data.readers.base import DataError, damage, printable
+
+MAX_MEMBER = 1 << 30  # bytes: no file inside an archive is larger
+MAX_SHARDS = 1 << 20
+SHARD = re.compile(r".*\.(tar|tar\.(gz|bz2|xz)|tgz|tbz2?|txz)", re.IGNORECASE)
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def expanded(pattern: str) -> list[str]:
+    """The names that a pattern stands for, as a shell would write them out.
+
+    >>> expanded("a-{08..10}.tar")
+    ['a-08.tar', 'a-09.tar', 'a-10.tar']
+    """
+    *texts, last = RANGE.split(pattern)
+    runs, count = [], 1
+    for text, low, high in zip(texts[::3], texts[1::3], texts[2::3], strict=True):
+        width = len(low) if low.startswith("0") else 0
+        run = range(int(low), int(high) + 1)
+        runs.append([f"{text}{i:0{width}}" for i in run[:MAX_SHARDS]])
+        count *= len(run)
+    if not 0 < count <= MAX_SHARDS:
+        raise DataError(f"{pattern}: stands for {count} files: give 1 to {MAX_SHARDS}")
+    return ["".join(parts) + last for parts in itertools.product(*runs)]
+
+
+class File(NamedTuple):
+    """A file of an origin, by its path below the root, and what tells it from another version."""
+
+    name: str
+    size: int
+    mtime: int  # nanoseconds
+
+
+class Place(NamedTuple):
+    """Where a member lies: in which file of the origin, from which byte, how many of them."""
+
+    file: int
+    offset: int = -1  # the whole file
+    length: int = -1
+    packed: bool = False  # by deflate
+
+
+class Member(NamedTuple):
+    """A file to be read: `open` it while the walk is at it, or find it again by its `place`."""
+
+    name: str
+    open: Callable[[], BinaryIO]
+    place: Place | None = None
+    path: str = ""  # without the archive's own name: its folders are classes
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The files that a source consists of, and a walk over their members.
+
+    Args:
+        root: What names are relative to.
+        files: All of them, by name.
+        name: What the cache knows the source by.
+        archives: Whether the members are inside the files.
+    """
+
+    root: Path
+    files: Sequence[File]
+    name: str
+    archives: bool = False
+
+    @classmethod
+    def of_folder(cls, root: Path) -> Origin:
+        """All files below a folder; hidden ones and folders behind links are left out."""
+        return cls(Path(os.path.abspath(root)), _listing(root), str(root.resolve()))
+
+    @classmethod
+    def of_files(cls, paths: Sequence[Path], *, archives: bool = False) -> Origin:
+        """Some files; names are relative to the folder that holds them all."""
+        paths = [Path(os.path.abspath(path)) for path in paths]
+        root = Path(os.path.commonpath([path.parent for path in paths]))
+        files = [_file(path, path.relative_to(root).as_posix()) for path in paths]
+        name = "\n".join(str(path.resolve()) for path in paths)
+        return cls(root, files, name, archives)
+
+    def shards(self) -> Origin:
+        """The tar archives among the files, as archives."""
+        files = [file for file in self.files if SHARD.fullmatch(file.name)]
+        return Origin(self.root, files, self.name, archives=True)
+
+    def walk(self) -> Iterator[Member]:
+        """Every member, by the name of its file and then as the file has them."""
+        for number, file in enumerate(self.files):
+            path = self.root / file.name
+            if not self.archives:
+                yield Member(file.name, partial(open, path, "rb"), Place(number), file.name)
+                continue
+            folder = file.name.rpartition("/")[0]
+            members = _zip if file.name.lower().endswith(".zip") else _tar
+            for member in members(path, number):
+                inner = member.name.removeprefix("./")
+                yield member._replace(
+                    name=f"{file.name}/{inner}" if len(self.files) > 1 else inner,
+                    path=f"{folder}/{inner}" if folder else inner,
+                )
+
+    @cached_property
+    def version(self) -> str:
+        """A digest that changes if any file is added, removed, renamed or written to."""
+        state = blake2b(digest_size=16)
+        for name, size, mtime in self.files:
+            state.update(b"%b\0%d %d\0" % (os.fsencode(name), size, mtime))
+        return state.hexdigest()
+
+
+def _listing(root: Path) -> list[File]:
+    found, folders = [], [""]
+    while folders:
+        prefix = folders.pop()
+        with os.scandir(root / prefix) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                name = prefix + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{name}/")
+                elif not (entry.is_symlink() and os.path.isdir(entry)):
+                    found.append(_file(entry, name))
+    return sorted(found)
+
+
+def _file(path: Path | os.DirEntry[str], name: str) -> File:
+    try:
+        about = path.stat()
+    except OSError:  # a link to nowhere, or to itself: whoever opens it says so
+        return File(name, -1, 0)
+    return File(name, about.st_size, about.st_mtime_ns)
+
+
+def suffix(name: str) -> str:
+    """The suffix of a name, in lower case; by the million faster than a path's."""
+    return posixpath.splitext(name)[1].lower()
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") and part != "." for part in name.split("/"))
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A header that, when it is broken, ends the reading, and not the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictHeader:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if not buf or not any(buf):
+                raise  # the end
+            raise tarfile.ReadError(f"{error} in the middle") from error
+
+
+def _tar(path: Path, file: int) -> Iterator[Member]:
+    """What a tar archive holds; with places if it is not compressed."""
+    with damage(str(path)), tarfile.open(path, tarinfo=_StrictHeader) as archive:
+        plain = isinstance(archive.fileobj, io.BufferedReader)
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            if not member.isfile() or _hidden(member.name):
+                continue
+            _check_member(path, member.name, member.size)
+            if plain and not member.issparse():
+                place = Place(file, member.offset_data, member.size)
+                yield Member(member.name, partial(_open_part, path, *place[1:3]), place)
+            else:
+                yield Member(member.name, partial(_copy, path, archive.extractfile, member))
+        if plain and any(map(any, iter(partial(archive.fileobj.read, 1 << 20), b""))):
+            raise ValueError("more follows its end")
+
+
+def _zip(path: Path, file: int) -> Iterator[Member]:
+    """What a zip archive holds."""
+    with damage(str(path)), zipfile.ZipFile(path) as archive, path.open("rb") as raw:
+        for member in archive.infolist():
+            if member.is_dir() or _hidden(member.filename):
+                continue
+            _check_member(path, member.filename, member.file_size)
+            place = None
+            if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raw.seek(member.header_offset + 26)
+                lengths = raw.read(4)  # of the name and of what else precedes the data
+                start = raw.tell() + sum(
+                    int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2)
+                )
+                deflated = member.compress_type == zipfile.ZIP_DEFLATED
+                place = Place(file, start, member.compress_size, deflated)
+            yield Member(member.filename, partial(_copy, path, archive.open, member), place)
+
+
+def _check_member(path: Path, name: str, size: int) -> None:
+    if size > MAX_MEMBER:
+        raise DataError(
+            f"{path}: member {printable(name)} claims {size} bytes, over the cap of {MAX_MEMBER}: "
+            "unpack the archive and give the folder"
+        )
+
+
+def _copy(path: Path, opener: Callable[[Any], Any], member: Any) -> BinaryIO:
+    """A member in memory: seeking inside a compressed archive would decompress it anew."""
+    with damage(str(path)), opener(member) as file:
+        return io.BytesIO(file.read())
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, read only as far as it is asked for: a header is near the beginning."""
+
+    def __init__(self, path: Path, offset: int, length: int):
+        self._file, self._offset, self._length = path.open("rb", buffering=0), offset, length
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        room = max(0, min(len(buffer), self._length - self._at))
+        got = self._file.readinto(memoryview(buffer)[:room])
+        self._at += got
+        return got
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open_part(path: Path, offset: int, length: int) -> BinaryIO:
+    return io.BufferedReader(_Part(path, offset, length))
+
+
+def content(path: Path, place: Place) -> tuple[bytes, os.stat_result]:
+    """The bytes of a member at its place, and the state of the file that they were read from."""
+    with path.open("rb") as file:
+        about = os.fstat(file.fileno())
+        if place.offset < 0:
+            return file.read(), about
+        file.seek(place.offset)
+        data = file.read(place.length)
+    if place.packed:
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MAX_MEMBER)
+    return data, about

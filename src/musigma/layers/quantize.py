@@ -1,0 +1,54 @@
+"""Integer levels as real numbers.
+
+(Nielsen et al., "SurVAE Flows", 2020, arXiv:2007.02731, call such layers surjections.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from musigma.gaussian import at_least_float32
+from musigma.model import Layer, conditioned
+from musigma.trace import Trace
+
+__all__ = ["Dequantize"]
+
+
+class Dequantize(Layer):
+    r"""Integer levels to real numbers, :math:`y = x + u` with u ~ noise(x) in [0, 1).
+
+    .. math:: \log P(x) \ge E_u[\log p(x + u) - \log q(u|x)]
+
+    for *any* noise: so -log p of the real numbers, plus log q, is an upper bound of the code
+    length of the integers (Theis et al., 2016, arXiv:1511.01844; learned noise: Ho et al.,
+    "Flow++", 2019, arXiv:1902.00275). The way back is floor, held to 0 .. levels - 1.
+
+    Args:
+        noise: A head over events of the data's shape: `StandardUniform`, or `LogitNormalHead`.
+        levels: How many levels there are.
+    """
+
+    exact = False
+    units = True
+
+    def __init__(self, noise: nn.Module, levels: int = 256):
+        super().__init__()
+        self.noise, self.levels = noise, levels
+
+    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """Add noise, kept so far below 1 that rounding cannot reach the next level."""
+        x = at_least_float32(x)
+        u = at_least_float32(trace.q(self, conditioned(self.noise, x, context)))
+        return x + u.clamp(max=1 - self.levels * torch.finfo(u.dtype).eps)
+
+    def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """Drop the fraction."""
+        x = z.floor().clamp(0, self.levels - 1)
+        if trace.scoring:
+            trace.q(self, conditioned(self.noise, x, context), z - x)
+        return x
+
+    def extra_repr(self) -> str:
+        """Names the range."""
+        return f"levels={self.levels}"

@@ -1,0 +1,44 @@
+"""Factoring channels out, as latents of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from musigma.model import Layer, conditioned
+from musigma.trace import Trace
+
+__all__ = ["Split"]
+
+
+class Split(Layer):
+    """Factor half of the channels out, under a prior that the other half conditions.
+
+    The second half becomes a latent of its own, with p(second | first) = prior(first); the first
+    half goes on. Nothing is lost: `encode` returns every latent, and `decode` puts them back.
+    (Dinh et al., 2017, arXiv:1605.08803; as Split2d in Kingma & Dhariwal, 2018, arXiv:1807.03039.)
+
+    Args:
+        prior: A head: the kept half (B, C / 2, ...), and the context if any, to the distribution
+            of the other.
+    """
+
+    def __init__(self, prior: nn.Module):
+        super().__init__()
+        self.prior = prior
+
+    def variables(self) -> Iterator[nn.Module]:
+        """Itself."""
+        yield self
+
+    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """Keep the first half; score the second."""
+        h, z = x.chunk(2, dim=1)
+        trace.p(self, conditioned(self.prior, h, context), z)
+        return h
+
+    def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """Draw the second half, and put it back."""
+        return torch.cat([z, trace.p(self, conditioned(self.prior, z, context))], 1)

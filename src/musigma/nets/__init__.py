@@ -1,0 +1,41 @@
+"""Networks that emit what heads read, and couplings compute with.
+
+Every network takes ``(x, context)``. One that was built with ``context=n`` needs a context of n
+features per example (B, n) and joins it to its input; any other ignores it.
+"""
+
+from musigma.nets.context import join
+from musigma.nets.conv import (
+    ConvDecoder,
+    ConvEncoder,
+    CouplingNet,
+    EdgeConv2d,
+    ResBlock,
+    ResNet,
+    ToPixels,
+    Upsample,
+    ZeroConv2d,
+    edge_bias,
+    halved,
+)
+from musigma.nets.made import MADE, Conditioner
+from musigma.nets.mlp import MLP, Scaled
+
+__all__ = [
+    "MADE",
+    "MLP",
+    "Conditioner",
+    "ConvDecoder",
+    "ConvEncoder",
+    "CouplingNet",
+    "EdgeConv2d",
+    "ResBlock",
+    "ResNet",
+    "Scaled",
+    "ToPixels",
+    "Upsample",
+    "ZeroConv2d",
+    "edge_bias",
+    "halved",
+    "join",
+]

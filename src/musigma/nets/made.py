@@ -1,0 +1,210 @@
+"""Networks that tell a coupling or an autoregressive layer what to do.
+
+Inside they work on (units, B): so what they emit, (B, outputs), has its batch last in memory, and
+a `Spline`, which reads each parameter of all elements as one stretch, takes it without a copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musigma.nets.context import join
+
+__all__ = ["MADE", "Conditioner"]
+
+
+class _Stack(nn.Module):
+    """Affine layers with ReLUs between, of which some weights are held at zero.
+
+    Args:
+        masks: For each layer (units, units below), 1 where there is a weight and 0 elsewhere.
+        zero: Start with the last layer at zero.
+    """
+
+    def __init__(self, masks: Sequence[Tensor], zero: bool):
+        super().__init__()
+        self.weights, self.biases, self.masked = nn.ParameterList(), nn.ParameterList(), set()
+        for i, mask in enumerate(masks):
+            reach = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()  # as in nn.Linear
+            if zero and i == len(masks) - 1:
+                reach.zero_()
+            if mask.numel():  # else it has constants alone
+                self.weights.append(nn.Parameter((2 * torch.rand_like(mask) - 1) * reach))
+            self.biases.append(nn.Parameter((2 * torch.rand(len(mask)) - 1) * reach[:, 0]))
+            if not (mask.numel() and mask.all()):
+                self.masked.add(i)
+                self.register_buffer(f"mask{i}", mask, persistent=False)
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's weight, zero where it is masked, and its bias as a column."""
+        weights = [
+            w * self.get_buffer(f"mask{i}") if i in self.masked else w
+            for i, w in enumerate(self.weights)
+        ] or [self.get_buffer("mask0")]
+        return [(w, b[:, None]) for w, b in zip(weights, self.biases, strict=True)]
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The output (outputs, B), for h (inputs, B)."""
+        *layers, (weight, bias) = self.layers()
+        for w, b in layers:
+            h = F.relu(torch.addmm(b, w, h), inplace=True)
+        return torch.addmm(bias, weight, h)
+
+
+class Conditioner(nn.Module):
+    """A multilayer perceptron (B, inputs) to (B, outputs) with ReLUs, for couplings of vectors.
+
+    Args:
+        inputs: Elements of one example.
+        outputs: Numbers that are emitted for it.
+        hidden: Width of each hidden layer.
+        context: Features of the context.
+        zero: Start with the last layer at zero, so that the output is.
+
+    Example:
+        >>> Conditioner(3, 8, hidden=[16], context=2)(torch.randn(5, 3), torch.randn(5, 2)).shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        hidden: Sequence[int] = (128, 128),
+        context: int = 0,
+        zero: bool = False,
+    ):
+        super().__init__()
+        self.context = context
+        widths = [inputs + context, *hidden, outputs]
+        self.stack = _Stack([torch.ones(b, a) for a, b in itertools.pairwise(widths)], zero)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The output.
+
+        Raises:
+            ValueError: If a context is needed and missing, or has another shape.
+        """
+        return self.stack(join(x, context, self.context).t()).t()
+
+
+class MADE(nn.Module):
+    r"""A multilayer perceptron in which the outputs for feature i see features 0 .. i - 1 alone.
+
+    Every unit has a degree: one of degree d sees the first d features, and all of the context.
+    There is a weight between two units if the upper one's degree is at least the lower one's; the
+    outputs for feature i have degree i. Hidden units are sorted by degree, so that `unroll`
+    computes each of them once. (Germain, Gregor, Murray, Larochelle, "MADE: Masked Autoencoder
+    for Distribution Estimation", 2015, arXiv:1502.03509.)
+
+    Args:
+        owners: For each output, the feature 0 .. D - 1 that it belongs to; all have equally many.
+        hidden: Width of each hidden layer.
+        context: Features of the context.
+        zero: Start with the last layer at zero, so that the output is.
+
+    Raises:
+        ValueError: If some features have more outputs than others.
+
+    Example:
+        >>> net, x = MADE([0, 1, 2, 0, 1, 2], hidden=[16]), torch.randn(1, 3)
+        >>> jacobian = torch.autograd.functional.jacobian(lambda x: net(x)[0, :3], x)[:, 0]
+        >>> bool((jacobian.triu() == 0).all())
+        True
+    """
+
+    order: Tensor
+
+    def __init__(
+        self,
+        owners: Sequence[int],
+        *,
+        hidden: Sequence[int] = (128, 128),
+        context: int = 0,
+        zero: bool = False,
+    ):
+        super().__init__()
+        self.features, self.context, self.owners = max(owners) + 1, context, list(owners)
+        each = len(owners) // self.features
+        if sorted(owners) != sorted([*range(self.features)] * each):
+            raise ValueError(
+                f"owners: expected each of 0 .. {self.features - 1} equally often; got {owners}"
+            )
+        seen = [*range(1, self.features)]  # by nobody is the last feature seen
+        least = 0 if context else 1
+        steps = self.features - least
+        inner = [[least + i * steps // n for i in range(n)] for n in hidden if seen or context]
+        degrees = [torch.tensor(d) for d in (seen + [0] * context, *inner, self.owners)]
+        masks = [(b[:, None] >= a).float() for a, b in itertools.pairwise(degrees)]
+        self.stack = _Stack(masks, zero)
+        self.register_buffer("order", degrees[-1].argsort(stable=True), persistent=False)
+        layers = [seen, *inner, sorted(owners)]
+        self.widths = [len(layer) + (layer is seen) for layer in layers[:-1]]
+        self.plan = [_rows(layers, i) for i in range(self.features)]
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The outputs (B, len(owners)), for x (B, D).
+
+        Raises:
+            ValueError: If a context is needed and missing, or has another shape.
+        """
+        return self.stack(join(x[:, :-1], context, self.context).t()).t()
+
+    def unroll(
+        self, fill: Callable[[int, Tensor], Tensor], like: Tensor, context: Tensor | None = None
+    ) -> None:
+        """Evaluate feature by feature: ``x[:, i] = fill(i, outputs of i)``, from the first on.
+
+        At step i only the units of degree i are computed, as all below them are known, and of the
+        last layer only the rows of feature i: all steps together cost less than one pass.
+
+        Args:
+            fill: Takes i, and the outputs (B, each) for feature i; returns feature i, (B, 1).
+            like: A tensor of x's shape (B, D) and type.
+            context: As in `forward`.
+        """
+        layers = self.stack.layers()
+        weight, bias = layers[-1]
+        layers[-1] = weight.index_select(0, self.order), bias.index_select(0, self.order)
+        weight, bias = layers[0]
+        given = join(like[:, :0], context, self.context).t()
+        layers[0] = weight, torch.addmm(bias, weight[:, self.features - 1 :], given)
+        known = [_room(width, like) for width in self.widths]
+        for i, rows in enumerate(self.plan):
+            h = known[0]
+            for j, first, last, below in rows:
+                weight, bias = layers[j]
+                h = torch.addmm(bias[first:last], weight[first:last, :below], known[j][:below])
+                if j < len(layers) - 1:
+                    known[j + 1] = _put(known[j + 1], first, F.relu(h, inplace=True))
+            known[0] = _put(known[0], i, fill(i, h.t()).t())
+
+
+def _rows(layers: Sequence[Sequence[int]], degree: int) -> list[tuple[int, int, int, int]]:
+    """The units of a degree: of which layer, from where to where, seeing how many below them."""
+    found = []
+    for j, (below, layer) in enumerate(itertools.pairwise(layers)):
+        first, last = bisect_left(layer, degree), bisect_right(layer, degree)
+        if first < last:
+            found.append((j, first, last, bisect_right(below, degree)))
+    return found
+
+
+def _room(rows: int, like: Tensor) -> Tensor:
+    """Room for rows of the batch's length; with gradients, rows are joined as they come."""
+    return like.new_empty(0 if torch.is_grad_enabled() else rows, len(like))
+
+
+def _put(rows: Tensor, at: int, more: Tensor) -> Tensor:
+    """The rows with more of them from a place on: in place, or a copy where gradients are kept."""
+    if torch.is_grad_enabled():
+        return torch.cat([rows[:at], more])
+    rows[at : at + len(more)] = more
+    return rows

@@ -1,0 +1,93 @@
+"""Masked autoregressive flow: affine maps of each feature, given those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from musigma.distributions import StandardNormal, StandardUniform
+from musigma.gaussian import Format
+from musigma.layers import ActNorm, Affine, Autoregressive, Dequantize, Logit
+from musigma.model import Bijection, Chain, Layer, Prior
+from musigma.zoo import architecture, at_least
+from musigma.zoo.flows.glow import mixing
+
+
+@architecture
+def maf(
+    shape: Sequence[int],
+    *,
+    bits: int | None = None,
+    depth: int = 5,
+    hidden: int = 128,
+    hidden_layers: int = 2,
+    format: str = "halves softclip",
+    permutation: Literal["reverse", "lu", "conv", "shuffle"] = "reverse",
+    norm: bool = True,
+    alpha: float = 1e-5,
+    context: int = 0,
+) -> Chain:
+    """Masked autoregressive flow (Papamakarios, Pavlakou, Murray, 2017, arXiv:1705.07057).
+
+    Activation normalisation stands in for the paper's batch normalisation, so no density depends
+    on the other examples of a batch. Densities take one pass; samples go feature by feature.
+
+    Args:
+        shape: (D,).
+        bits: Bits of each element; None for continuous data.
+        depth: Transforms.
+        hidden: Width of each hidden layer of their networks.
+        hidden_layers: How many there are.
+        format: How each transform reads its network's output, as `Format.parse` takes it.
+        permutation: What reorders the features before each transform: a reversal, a fixed shuffle,
+            or an invertible matrix (plain or by its LU factors).
+        norm: Whether to put an activation normalisation before each transform. It also brings data
+            to unit variance; without it, standardise them.
+        alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
+        context: Features of the context that conditions the transforms.
+    """
+    at_least(1, depth=depth, hidden=hidden)
+    at_least(0, hidden_layers=hidden_layers)
+    read = Format.parse(format)
+    widths = [hidden] * hidden_layers
+    return vector_flow(
+        "maf",
+        shape,
+        lambda d: Autoregressive(d, format=read, hidden=widths, context=context, zero=True),
+        bits=bits,
+        depth=depth,
+        permutation=permutation,
+        norm=norm,
+        alpha=alpha,
+    )
+
+
+def vector_flow(
+    name: str,
+    shape: Sequence[int],
+    transform: Callable[[int], Bijection],
+    *,
+    bits: int | None,
+    depth: int,
+    permutation: str,
+    norm: bool,
+    alpha: float,
+) -> Chain:
+    """Steps of normalisation, permutation and a transform, over vectors.
+
+    Raises:
+        ValueError: For images.
+    """
+    if len(shape) != 1:
+        raise ValueError(
+            f"shape: {name} is for vectors (D,); got {tuple(shape)} (glow, realnvp, vae and "
+            "ladder model images)"
+        )
+    layers: list[Layer] = []
+    if bits is not None:
+        layers += [Dequantize(StandardUniform(shape), 2**bits), Affine(2.0**-bits), Logit(alpha)]
+    features = shape[0]
+    for _ in range(depth):
+        layers += [ActNorm(features)] if norm else []
+        layers += [mixing(permutation, features), transform(features)]
+    return Chain(layers, Prior(StandardNormal(shape)))

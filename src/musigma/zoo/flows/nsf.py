@@ -1,0 +1,81 @@
+"""Neural spline flow: every feature is bent by a spline, given others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from musigma.layers import Autoregressive, Conditioner, Coupling, Spline
+from musigma.model import Bijection, Chain
+from musigma.zoo import architecture, at_least
+from musigma.zoo.flows.maf import vector_flow
+
+
+@architecture
+def nsf(
+    shape: Sequence[int],
+    *,
+    bits: int | None = None,
+    kind: Literal["coupling", "autoregressive"] = "coupling",
+    depth: int = 5,
+    hidden: int = 128,
+    hidden_layers: int = 2,
+    bins: int = 8,
+    bound: float = 5.0,
+    permutation: Literal["reverse", "lu", "conv", "shuffle"] = "lu",
+    norm: bool = True,
+    alpha: float = 1e-5,
+    context: int = 0,
+) -> Chain:
+    """Neural spline flow (Durkan, Bekasov, Murray, Papamakarios, 2019, arXiv:1906.04032).
+
+    Args:
+        shape: (D,); D of at least 2 for couplings.
+        bits: Bits of each element; None for continuous data.
+        kind: `coupling`: half of the features bend the other half, at one price both ways.
+            `autoregressive`: each feature is bent by all before it; samples go feature by feature.
+        depth: Transforms.
+        hidden: Width of each hidden layer of their networks.
+        hidden_layers: How many there are.
+        bins: Of each spline.
+        bound: Splines reach from -bound to bound, and leave alone what lies outside.
+        permutation: What reorders the features before each transform: an invertible matrix (by
+            its LU factors, or plain), a fixed shuffle, or a reversal.
+        norm: Whether to put an activation normalisation before each transform. It also brings data
+            to unit variance; without it, standardise them.
+        alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
+        context: Features of the context that conditions the transforms.
+    """
+    at_least(1, depth=depth, hidden=hidden)
+    at_least(0, hidden_layers=hidden_layers)
+    spline, widths = Spline(bins=bins, bound=bound), [hidden] * hidden_layers
+
+    def coupling(features: int) -> Bijection:
+        if features < 2:
+            raise ValueError(
+                "shape: a coupling needs vectors of at least 2 elements; got 1 "
+                "(kind autoregressive takes it)"
+            )
+        kept = features // 2
+        emitted = spline.outputs * (features - kept)
+        net = Conditioner(kept, emitted, hidden=widths, context=context, zero=True)
+        return Coupling(net, kind="spline", spline=spline)
+
+    def autoregressive(features: int) -> Bijection:
+        return Autoregressive(
+            features, kind="spline", spline=spline, hidden=widths, context=context, zero=True
+        )
+
+    kinds = {"coupling": coupling, "autoregressive": autoregressive}
+    if kind not in kinds:
+        raise ValueError(f"kind: expected 'coupling' or 'autoregressive'; got {kind!r}")
+    return vector_flow(
+        "nsf",
+        shape,
+        kinds[kind],
+        bits=bits,
+        depth=depth,
+        permutation=permutation,
+        norm=norm,
+        alpha=alpha,
+    )

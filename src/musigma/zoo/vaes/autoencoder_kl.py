@@ -1,0 +1,255 @@
+"""The convolutional autoencoder below latent diffusion, as the VAE that it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musigma.distributions import StandardNormal, StandardUniform
+from musigma.gaussian import Format, GaussianHead
+from musigma.layers import Affine, Dequantize
+from musigma.model import VAE, Chain, Model, Prior
+from musigma.zoo import architecture, at_least
+from musigma.zoo.flows.glow import image_shape
+
+FORMAT = Format(scale="log_var", bounds=(-15.0, 10.0))
+"""Halves; the second is a log variance, clamped to [-30, 20]."""
+
+
+@architecture
+def autoencoder_kl(
+    shape: Sequence[int],
+    *,
+    bits: int | None = 8,
+    widths: Sequence[int] = (64, 128),
+    blocks: int = 1,
+    latents: int = 4,
+    embedded: int | None = None,
+    groups: int = 32,
+    attend: Sequence[int] = (),
+    attend_middle: bool = True,
+    quant: bool = True,
+    post_quant: bool = True,
+    std: float = 0.1,
+) -> Model:
+    """The KL autoencoder of latent diffusion (Rombach et al., 2022, arXiv:2112.10752).
+
+    Residual networks between images in [-1, 1] and a grid of latents; the architecture of
+    `AutoencoderKL` in diffusers, with its parameter names. It was trained on other losses beside,
+    and has no likelihood: here p(x | z) is a Gaussian around the decoded image.
+
+    Args:
+        shape: (C, H, W), with sides that 2 to the number of widths less one divides.
+        bits: Bits of each element; None for continuous images, in [-1, 1].
+        widths: Channels at each size, from the full one down.
+        blocks: Residual blocks at each size (one more in the decoder).
+        latents: Channels that the encoder's network describes, and the decoder's takes.
+        embedded: Channels of z, where the 1x1 convolutions make them others; None: as `latents`.
+        groups: Of the group normalisations.
+        attend: The sizes, counted from 0, at which every block is followed by self-attention.
+        attend_middle: Self-attention between the two blocks of the smallest size.
+        quant: A 1x1 convolution after the encoder.
+        post_quant: A 1x1 convolution before the decoder.
+        std: Standard deviation of p(x | z), in units of images in [-1, 1].
+    """
+    channels, height, width = image_shape(shape)
+    at_least(1, blocks=blocks, latents=latents, embedded=embedded, groups=groups)
+    by = 2 ** (len(widths) - 1)
+    if not widths or height % by or width % by:
+        raise ValueError(f"widths: {height}x{width} cannot be halved {len(widths) - 1} times")
+    if any(w < 1 or w % groups for w in widths):
+        raise ValueError(f"groups: {groups} does not divide all of the widths {list(widths)}")
+    z = latents if embedded is None else embedded
+    if z != latents and not (quant and post_quant):
+        raise ValueError("embedded: other channels than `latents` need quant and post_quant")
+    if std <= 0:
+        raise ValueError(f"std: expected a positive number; got {std}")
+    encoder = Encoder(channels, widths, blocks, latents, groups, attend, attend_middle)
+    decoder = Decoder(channels, widths, blocks, latents, groups, attend, attend_middle)
+    if quant:
+        encoder.quant_conv = nn.Conv2d(2 * latents, 2 * z, 1)
+    if post_quant:
+        decoder.post_quant_conv = nn.Conv2d(z, latents, 1)
+    likelihood = GaussianHead(decoder, event_ndims=3, log_std=math.log(std))
+    prior = Prior(StandardNormal((z, height // by, width // by)))
+    vae = VAE(GaussianHead(encoder, event_ndims=3, format=FORMAT), likelihood, prior)
+    if bits is None:
+        return vae
+    levels = 2**bits
+    return Chain([Dequantize(StandardUniform(shape), levels), Affine(2 / levels, -1.0)], vae)
+
+
+class Encoder(nn.Module):
+    """Images to the two halves of the latents' description."""
+
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        latents: int,
+        groups: int,
+        attend: Sequence[int],
+        attend_middle: bool,
+    ):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.down_blocks, before = nn.ModuleList(), widths[0]
+        for i, width in enumerate(widths):
+            stage = Stage(before, width, blocks, groups, i in attend)
+            if i < len(widths) - 1:
+                stage.downsamplers.append(Downsample(width))
+            self.down_blocks.append(stage)
+            before = width
+        self.mid_block = Middle(before, groups, attend_middle)
+        self.conv_norm_out = norm(groups, before)
+        self.conv_out = nn.Conv2d(before, 2 * latents, 3, padding=1)
+        self.quant_conv: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, 2 z, H / f, W / f)."""
+        h = self.conv_in(x)
+        for stage in self.down_blocks:
+            h = stage(h)
+        h = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
+        return self.quant_conv(h)
+
+
+class Decoder(nn.Module):
+    """Latents to images, the mirror image of `Encoder`."""
+
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        latents: int,
+        groups: int,
+        attend: Sequence[int],
+        attend_middle: bool,
+    ):
+        super().__init__()
+        self.post_quant_conv: nn.Module = nn.Identity()
+        before = widths[-1]
+        self.conv_in = nn.Conv2d(latents, before, 3, padding=1)
+        self.mid_block = Middle(before, groups, attend_middle)
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(len(widths))):
+            stage = Stage(before, widths[i], blocks + 1, groups, i in attend)
+            if i:
+                stage.upsamplers.append(Upsample(widths[i]))
+            self.up_blocks.append(stage)
+            before = widths[i]
+        self.conv_norm_out = norm(groups, before)
+        self.conv_out = nn.Conv2d(before, channels, 3, padding=1)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, C, H, W)."""
+        h = self.mid_block(self.conv_in(self.post_quant_conv(z)))
+        for stage in self.up_blocks:
+            h = stage(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class Stage(nn.Module):
+    """Residual blocks, each followed by attention if so wished, and a change of size."""
+
+    def __init__(self, inputs: int, width: int, blocks: int, groups: int, attend: bool):
+        super().__init__()
+        self.attentions = nn.ModuleList(
+            Attention(width, groups) for _ in range(blocks if attend else 0)
+        )
+        self.resnets = nn.ModuleList(
+            Residual(width if i else inputs, width, groups) for i in range(blocks)
+        )
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The output."""
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(h)
+            if self.attentions:
+                h = self.attentions[i](h)
+        for resize in (*self.downsamplers, *self.upsamplers):
+            h = resize(h)
+        return h
+
+
+class Middle(nn.Module):
+    """Two residual blocks, with attention between them."""
+
+    def __init__(self, width: int, groups: int, attend: bool):
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(width, groups)] if attend else [])
+        self.resnets = nn.ModuleList(Residual(width, width, groups) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The output."""
+        h = self.resnets[0](h)
+        for attention in self.attentions:
+            h = attention(h)
+        return self.resnets[1](h)
+
+
+class Residual(nn.Module):
+    """Two normalised 3x3 convolutions around a shortcut."""
+
+    def __init__(self, inputs: int, width: int, groups: int):
+        super().__init__()
+        self.norm1, self.conv1 = norm(groups, inputs), nn.Conv2d(inputs, width, 3, padding=1)
+        self.norm2, self.conv2 = norm(groups, width), nn.Conv2d(width, width, 3, padding=1)
+        same = inputs == width
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(inputs, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention of one head over all pixels, around a shortcut."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.group_norm = norm(groups, width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        h = self.group_norm(x).flatten(2).transpose(1, 2)
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Halve the sides by a convolution, padded below and on the right alone."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the sides by repeating pixels, and smooth by a convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def norm(groups: int, width: int) -> nn.GroupNorm:
+    """Group normalisation with the epsilon of these networks."""
+    return nn.GroupNorm(groups, width, eps=1e-6)

@@ -1,0 +1,94 @@
+"""The VAE of the first examples: one hidden layer each way, two linear heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from musigma.distributions import CONTINUOUS, StandardNormal
+from musigma.gaussian import Format, GaussianHead
+from musigma.model import VAE, Model, Prior
+from musigma.zoo import architecture, at_least
+from musigma.zoo.vaes.vae import chosen_likelihood, named_likelihood, quantized
+
+
+@architecture
+def mlp_vae(
+    shape: Sequence[int],
+    *,
+    bits: int | None = 8,
+    hidden: int = 400,
+    latents: int = 20,
+    format: str = "two-heads log_var",
+    squash: bool = False,
+    likelihood: str = "auto",
+    std: str | float = 1.0,
+) -> Model:
+    """The VAE of the first examples: one ReLU layer each way, and two linear heads.
+
+    In pythae, bits-back's code, the examples of PyTorch and of Keras (Kingma & Welling, 2014,
+    arXiv:1312.6114). Levels are divided by the highest before they enter the network.
+
+    Args:
+        shape: (C, H, W), or (D,).
+        bits: Bits of each element; None for continuous data.
+        hidden: Width of the hidden layers.
+        latents: Dimensions of z.
+        format: How the two heads are read as (mean, log_std), as `Format.parse` takes it.
+        squash: The mean of a `gaussian` is a sigmoid of what the decoder emits.
+        likelihood: A name that `musigma.likelihood` takes; `auto`: `bernoulli` for 1 bit,
+            `gaussian` for continuous data, `logistic-mixture` for all other.
+        std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
+    """
+    at_least(1, hidden=hidden, latents=latents)
+    read = Format.parse(format)
+    if read.layout != "two-heads":
+        raise ValueError(f"format: this encoder has two heads; got a format of {read.layout!r}")
+    name = chosen_likelihood(likelihood, bits)
+    if squash and name != "gaussian":
+        raise ValueError(f"squash: is for the mean of a 'gaussian'; the likelihood is {name!r}")
+    levels = None if bits is None else 2**bits
+    continuous = name in CONTINUOUS
+    top = 1 if continuous or levels is None else levels - 1
+    encoder = GaussianHead(
+        TwoHeads(math.prod(shape), hidden, latents, top), event_ndims=1, format=read
+    )
+
+    def decoder(channels: int) -> nn.Module:
+        return ToImage(latents, hidden, (channels, *shape[1:]), squash)
+
+    head = named_likelihood(name, shape, decoder, levels or 2, 5, std)
+    model = VAE(encoder, head, Prior(StandardNormal((latents,))))
+    return quantized(model, shape, levels) if continuous and levels else model
+
+
+class TwoHeads(nn.Module):
+    """(B, ...) to two tensors (B, outputs), from one hidden layer of ReLUs; see `mlp_vae`."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, top: int):
+        super().__init__()
+        self.top = top
+        self.enter = nn.Linear(inputs, hidden)
+        self.mean, self.scale = nn.Linear(hidden, outputs), nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The mean, and what the format reads as its scale."""
+        x = x.flatten(1)
+        h = self.enter(x if self.top == 1 else x / self.top).relu()
+        return self.mean(h), self.scale(h)
+
+
+class ToImage(nn.Module):
+    """(B, inputs) to (B, *shape), by one hidden layer of ReLUs."""
+
+    def __init__(self, inputs: int, hidden: int, shape: Sequence[int], squash: bool):
+        super().__init__()
+        self.shape, self.squash = tuple(shape), squash
+        self.enter, self.leave = nn.Linear(inputs, hidden), nn.Linear(hidden, math.prod(shape))
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """What the likelihood reads."""
+        h = self.leave(self.enter(z).relu()).unflatten(1, self.shape)
+        return h.sigmoid() if self.squash else h

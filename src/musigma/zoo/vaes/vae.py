@@ -1,0 +1,137 @@
+"""Variational autoencoders, for vectors and for images of any size."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from musigma.distributions import CONTINUOUS, StandardNormal, StandardUniform, likelihood
+from musigma.gaussian import Format, GaussianHead
+from musigma.layers import ActNorm, Affine, Coupling, Dequantize, InvertibleConv
+from musigma.model import VAE, Chain, Model, Prior
+from musigma.nets import MLP, ConvDecoder, ConvEncoder, Scaled
+from musigma.zoo import architecture, at_least
+
+
+@architecture
+def vae(
+    shape: Sequence[int],
+    *,
+    bits: int | None = 8,
+    net: Literal["auto", "mlp", "conv"] = "auto",
+    latents: int = 32,
+    width: int | None = None,
+    blocks: int = 1,
+    format: str = "halves log_std",
+    prior: Literal["normal", "flow"] = "normal",
+    prior_depth: int = 4,
+    likelihood: str = "auto",
+    components: int = 5,
+    std: str | float = "emitted",
+    context: int = 0,
+) -> Model:
+    """A variational autoencoder (Kingma & Welling, 2014, arXiv:1312.6114).
+
+    Args:
+        shape: (C, H, W) of any size, or (D,).
+        bits: Bits of each element; None for continuous data.
+        net: `mlp` or `conv` networks; `auto`: `conv` for images whose smaller side is at least 8.
+        latents: Dimensions of z.
+        width: Width of the networks; None: 400 for `mlp`, 48 channels for `conv`.
+        blocks: Hidden layers (`mlp`), or residual blocks at each size (`conv`).
+        format: How the encoder's output is read as (mean, log_std), as `Format.parse` takes it.
+        prior: N(0, I), or a coupling `flow` over it, learned with the rest.
+        prior_depth: Couplings of the flow.
+        likelihood: A name that `musigma.likelihood` takes; `auto`: `bernoulli` for 1 bit,
+            `gaussian` for continuous data, `logistic-mixture` for all other.
+        components: Of a `logistic-mixture`.
+        std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
+        context: Features of the context that conditions encoder, decoder and a flow prior.
+    """
+    at_least(1, latents=latents, width=width, prior_depth=prior_depth, components=components)
+    at_least(0, blocks=blocks)
+    if prior == "flow":
+        at_least(2, latents=latents)
+    levels = None if bits is None else 2**bits
+    name = chosen_likelihood(likelihood, bits)
+    continuous = name in CONTINUOUS
+    scaled = 2 if continuous or levels is None else levels
+    if net == "auto":
+        net = "conv" if len(shape) == 3 and min(shape[1:]) >= 8 else "mlp"
+    if net == "conv" and len(shape) != 3:
+        raise ValueError(f"net: 'conv' is for images (C, H, W); got shape {tuple(shape)}")
+    encode, decode = (_conv if net == "conv" else _mlp)(shape, latents, width, blocks, context)
+    read = Format.parse(format)
+    encoder = GaussianHead(
+        encode if levels is None else Scaled(encode, scaled), event_ndims=1, format=read
+    )
+    decoder = named_likelihood(name, shape, decode, levels or 2, components, std)
+    model = VAE(encoder, decoder, _prior(prior, latents, prior_depth, context))
+    return quantized(model, shape, levels) if continuous and levels else model
+
+
+def chosen_likelihood(name: str, bits: int | None) -> str:
+    """The likelihood by its name, or, of `auto`, the usual one of data with so many bits.
+
+    Raises:
+        ValueError: For one of levels, or of values in [0, 1], if the data are continuous.
+    """
+    if name == "auto":
+        return {None: "gaussian", 1: "bernoulli"}.get(bits, "logistic-mixture")
+    if bits is None and name != "gaussian":
+        raise ValueError(f"likelihood: {name!r} is for levels; of continuous data use 'gaussian'")
+    return name
+
+
+def named_likelihood(name, shape, net, levels, components, std) -> nn.Module:
+    """`musigma.likelihood`, with a number understood where a command line has text."""
+    with contextlib.suppress(ValueError):
+        std = float(std)
+    return likelihood(name, shape, net, levels=levels, components=components, std=std)
+
+
+def quantized(model: Model, shape: Sequence[int], levels: int) -> Chain:
+    """A model of values in [0, 1] as one of integer levels: with the account that this needs."""
+    return Chain([Dequantize(StandardUniform(shape), levels), Affine(1 / levels)], model)
+
+
+def _prior(kind: str, latents: int, depth: int, context: int) -> Model:
+    if kind == "normal":
+        return Prior(StandardNormal((latents,)))
+    if kind != "flow":
+        raise ValueError(f"prior: expected 'normal' or 'flow'; got {kind!r}")
+    layers = []
+    kept = latents // 2
+    for _ in range(depth):
+        net = MLP(kept, 2 * (latents - kept), hidden=(128, 128), context=context, zero=True)
+        layers += [
+            ActNorm(latents),
+            InvertibleConv(latents),
+            Coupling(net, format=Format(scale="tanh")),
+        ]
+    return Chain(layers, Prior(StandardNormal((latents,))))
+
+
+def _mlp(shape: Sequence[int], latents: int, width: int | None, blocks: int, context: int):
+    hidden = [width or 400] * blocks
+    encoder = MLP(math.prod(shape), 2 * latents, hidden=hidden, context=context)
+
+    def decoder(channels: int) -> MLP:
+        return MLP(latents, (channels, *shape[1:]), hidden=hidden, context=context)
+
+    return encoder, decoder
+
+
+def _conv(shape: Sequence[int], latents: int, width: int | None, blocks: int, context: int):
+    down = max(1, math.ceil(math.log2(min(shape[1:]) / 7)))
+    size = {"width": width or 48, "halvings": down, "blocks": blocks, "context": context}
+    encoder = ConvEncoder(shape, 2 * latents, **size)
+
+    def decoder(channels: int) -> ConvDecoder:
+        return ConvDecoder(latents, (channels, *shape[1:]), **size)
+
+    return encoder, decoder
