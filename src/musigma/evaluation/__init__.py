@@ -1,23 +1,17 @@
 """Figures of a model on data: scores, their account, and diagnostics."""
 
-from musigma.evaluation.figures import (
-    ACTIVE,
-    COLLAPSED,
-    SATURATED,
+from musigma.evaluation.diagnostics import ACTIVE, COLLAPSED, SATURATED, saturation
+from musigma.evaluation.figures import bound, evaluate, inspect, score
+from musigma.evaluation.inputs import (
     at_home,
     batch,
     batches,
-    bound,
     check,
     context_size,
-    evaluate,
     evaluating,
-    inspect,
-    ledger,
     noise,
-    saturation,
-    score,
 )
+from musigma.evaluation.ledger import ledger
 
 __all__ = [
     "ACTIVE",

@@ -5,10 +5,7 @@ Every figure says what it is: exact, or which bound; how many examples; and its 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,146 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from musigma.data import Dataset
-from musigma.distributions import LikelihoodHead
-from musigma.gaussian import DiagonalGaussian, GaussianHead, channels_last
-from musigma.layers import Coupling
+from musigma.evaluation.diagnostics import ACTIVE
+from musigma.evaluation.inputs import Progress, batches, check, evaluating
+from musigma.evaluation.ledger import _account, _cuda, _terms
+from musigma.gaussian import DiagonalGaussian
 from musigma.model import Model
 from musigma.processes import ALONE, Processes
 from musigma.trace import Trace
 
-__all__ = [
-    "batch",
-    "batches",
-    "check",
-    "evaluate",
-    "inspect",
-    "ledger",
-    "noise",
-    "saturation",
-    "score",
-]
-
-Progress = Callable[[int, int], None]
-
-ACTIVE = 0.01
-"""Nats: a unit that costs less carries nothing."""
-COLLAPSED = 0.05
-"""Nats: a latent that costs less has collapsed to its prior."""
-SATURATED = 0.5
-"""The share of scales at their limit from which that is worth a word."""
-
-
-def check(model: Model, data: Dataset) -> None:
-    """Refuse data that a model from the zoo was not built for.
-
-    Raises:
-        ValueError: If shapes or bits differ, or labels are needed that the data lack.
-    """
-    shape, bits = model.config.get("shape"), model.config.get("options", {}).get("bits", data.bits)
-    if shape is not None and list(data.shape) != list(shape):
-        hint = ""
-        if len(data.shape) == len(shape) == 3:
-            if data.shape[0] != shape[0]:
-                names = {1: "grey", 3: "colour"}
-                kinds = [names.get(c, f"{c}-channel") for c in (shape[0], data.shape[0])]
-                hint = f"; the model is for {kinds[0]} images, and these are {kinds[1]}"
-            else:
-                size = shape[1] if shape[1] == shape[2] else f"{shape[1]}x{shape[2]}"
-                hint = f"; --size {size} resizes the images"
-        raise ValueError(
-            f"data: the model takes examples of shape {tuple(shape)}, and {data.name or 'these'} "
-            f"have {tuple(data.shape)}{hint}"
-        )
-    if bits != data.bits:
-        wanted, got = (
-            "continuous values" if b is None else f"{b}-bit levels" for b in (bits, data.bits)
-        )
-        raise ValueError(
-            f"data: the model takes {wanted}, and {data.name or 'these data'} hold {got}"
-        )
-    classes = context_size(model)
-    if classes and (data.labels is None or len(data.label_names) != classes):
-        raise ValueError(
-            f"data: the model is conditioned on {classes} classes, and {data.name or 'this'} "
-            f"have {len(data.label_names) if data.labels is not None else 'no labels'}"
-        )
+__all__ = ["bound", "evaluate", "inspect", "score"]
 
 
 def bound(model: Model, k: int = 1) -> str:
     """What a figure of this model is: "exact", or which bound, "elbo" or "iwae-K"."""
     return "exact" if model.exact else "elbo" if k == 1 else f"iwae-{k}"
-
-
-@contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """The model in evaluation mode, and then in the mode it was in."""
-    before = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(before)
-
-
-def context_size(model: Model) -> int:
-    """How many classes a model from the zoo is conditioned on; 0: none."""
-    return int(model.config.get("options", {}).get("context", 0))
-
-
-def batch(
-    data: Dataset, indices: np.ndarray, model: Model, *, seed: int = 0, step: int = 0
-) -> tuple[Tensor, Tensor | None]:
-    """Examples and their context (one-hot labels, if the model wants any), where the model is."""
-    labels = None if data.labels is None else data.labels[indices]
-    return at_home(data.take(indices, seed=seed, step=step), labels, model)
-
-
-def at_home(
-    x: np.ndarray, labels: np.ndarray | None, model: Model
-) -> tuple[Tensor, Tensor | None]:
-    """Examples and context for a model, on its device and in its type; levels travel as bytes."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    home = next(t for t in tensors if t.is_floating_point())
-    examples = channels_last(torch.from_numpy(x).to(home.device).to(home.dtype))
-    if not (classes := context_size(model)):
-        return examples, None
-    assert labels is not None  # `check` has seen to it
-    given = torch.from_numpy(labels).to(home.device)
-    return examples, nn.functional.one_hot(given, classes).to(home)
-
-
-def noise(seed: int, step: int, rank: int = 0) -> None:
-    """Seed torch's generator for a step, as a function of the seed and of these."""
-    number = ((seed * 1_000_003 + step) * 4_099 + rank) % 2**63
-    torch.default_generator.manual_seed(number)  # manual_seed wakes all other devices, each time
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(number)
-    elif torch.backends.mps.is_available():
-        torch.mps.manual_seed(number)
-
-
-def batches(
-    model: Model,
-    data: Dataset,
-    *,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: Progress | None = None,
-    processes: Processes = ALONE,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """All examples in order, or one process's share of these batches.
-
-    Binarization, and torch's generator while a batch is worked on, are functions of the seed and
-    the number of the batch: what is drawn does not depend on who draws it.
-    """
-    starts = range(0, len(data), batch_size)
-    for i in range(len(starts))[processes.share(len(starts))]:
-        indices = np.arange(starts[i], min(starts[i] + batch_size, len(data)))
-        examples = batch(data, indices, model, seed=seed, step=i)
-        noise(seed, i)
-        yield examples
-        if progress:
-            progress(int(indices[-1]) + 1, len(data))
 
 
 def score(
@@ -214,20 +85,6 @@ def score(
     return {"bits_per_dim": table["nats"] / (dims * math.log(2)), **table}
 
 
-def _account(model: Model, x: Tensor, context: Tensor | None) -> Trace:
-    """The trace of a batch, with closed forms where a bound is all there is."""
-    trace = Trace(closed_form=not model.exact)
-    model.infer(model.floating(x), trace, context)
-    return trace
-
-
-def _terms(trace: Trace) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """(site, term, contribution to -log w) in float64, so that sums of them are the same sums."""
-    for term, sign in (("log_det", -1), ("log_q", 1), ("kl", 1), ("log_p", -1)):
-        for site, value in getattr(trace, term).items():
-            yield site, term, sign * value.cpu().double()
-
-
 def evaluate(
     model: Model,
     data: Dataset,
@@ -280,37 +137,6 @@ def evaluate(
         "kl": [float(v.mean()) for name, v in table.items() if name.startswith("kl_")],
         "non_finite": int((~np.isfinite(nats)).sum()),
     }
-
-
-@torch.no_grad()
-def ledger(
-    model: Model, data: Dataset, *, batch_size: int = 64, seed: int = 0
-) -> list[dict[str, Any]]:
-    """The account of bits per dimension: every term of every layer, in the order of inference.
-
-    Returns:
-        Rows of `site` (the module's name), `kind`, `term` ("log_det", "log_q", "log_p" or "kl")
-        and `bits_per_dim`, the mean contribution to -log w. They add up to the figure that
-        `evaluate` gives for the same data and seed.
-    """
-    check(model, data)
-    names = {module: name or "model" for name, module in model.named_modules()}
-    sums: dict[tuple[nn.Module, str], float] = {}
-    with evaluating(model), torch.random.fork_rng(_cuda(model)):
-        for x, context in batches(model, data, batch_size=batch_size, seed=seed):
-            for site, term, value in _terms(_account(model, x, context)):
-                sums[site, term] = sums.get((site, term), 0.0) + float(value.sum())
-    order = {module: i for i, module in enumerate(model.modules())}
-    unit = len(data) * math.prod(data.shape) * math.log(2)
-    return [
-        {
-            "site": names[site],
-            "kind": type(site).__name__,
-            "term": term,
-            "bits_per_dim": total / unit,
-        }
-        for (site, term), total in sorted(sums.items(), key=lambda item: order[item[0][0]])
-    ]
 
 
 @torch.no_grad()
@@ -415,36 +241,3 @@ def _summary(t: Tensor) -> dict[str, float]:
         "min": float(t.min()),
         "max": float(t.max()),
     }
-
-
-@torch.no_grad()
-def saturation(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str, float]:
-    """For every network whose output a `Format` reads, the share of scales at their limit."""
-    shares: dict[str, float] = {}
-
-    def watch(name: str, reader: Any):
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            read = reader.scales(output) if isinstance(reader, LikelihoodHead) else output
-            shares[name] = float(reader.format.saturation(read))
-
-        return hook
-
-    hooks = []
-    for name, module in model.named_modules():
-        emits = (
-            (isinstance(module, GaussianHead) and module.emitted)
-            or (isinstance(module, Coupling) and module.kind == "affine")
-            or (isinstance(module, LikelihoodHead) and module.name.startswith("logistic"))
-        )
-        if emits:
-            hooks.append(module.net.register_forward_hook(watch(name, module)))  # pyright: ignore
-    try:
-        model(x, context)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shares
-
-
-def _cuda(model: Model) -> list[torch.device]:
-    return list({p.device for p in model.parameters() if p.is_cuda})
