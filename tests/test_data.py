@@ -924,6 +924,7 @@ def test_identity_and_description(tmp_path, monkeypatch):
         "preprocess": {"size": None, "bits": 5, "binarize": None},
         "labels": {"a": 3, "b": 3},
         "columns": [],
+        "given": {},
         "skipped": [],
     }
 

@@ -12,10 +12,12 @@ from musigma.data.dataset import (
     identity,
     load,
 )
+from musigma.data.given import Given
 
 __all__ = [
     "DataError",
     "Dataset",
+    "Given",
     "Part",
     "Preprocess",
     "Progress",

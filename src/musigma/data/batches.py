@@ -27,7 +27,7 @@ from musigma.data import DataError, Dataset, batch_indices
 
 __all__ = ["stream"]
 
-Batch = tuple[np.ndarray, np.ndarray | None]
+Batch = tuple[np.ndarray, np.ndarray]
 METHOD = "fork" if sys.platform == "linux" else "spawn"  # to start a worker; elsewhere forks fail
 NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -43,10 +43,11 @@ def stream(
     workers: int = 0,
     ahead: int = 2,
 ) -> Iterator[Batch]:
-    """Batches of steps `start`, `start` + 1, ...: examples as a model sees them, and their labels.
+    """Examples of steps `start`, `start` + 1, ... as a model sees them, each with its index.
 
-    That of a step is `dataset.take(batch_indices(...), seed=seed, step=step)`, cut to `part`. To
-    end the workers before the stream does, `close` it (`contextlib.closing`).
+    The batch of a step is `dataset.take(indices, seed=seed, step=step)`, where `indices` are
+    `batch_indices(...)` cut to `part`; labels and context are found by the same indices. To end
+    the workers before the stream does, `close` it (`contextlib.closing`).
 
     Args:
         dataset: Where the examples are from.
@@ -64,8 +65,8 @@ def stream(
             worker was killed.
 
     >>> data = Dataset(np.arange(20, dtype=np.float32).reshape(10, 2), labels=np.arange(10))
-    >>> for x, labels in stream(data, 4, seed=0, stop=2):
-    ...     print(x.shape, labels)
+    >>> for x, indices in stream(data, 4, seed=0, stop=2):
+    ...     print(x.shape, data.labels[indices])
     (4, 2) [8 7 4 2]
     (4, 2) [6 5 9 0]
     """
@@ -104,9 +105,6 @@ class _Plan:
     def take(self, rows: np.ndarray, step: int) -> np.ndarray:
         return self.dataset.take(rows, seed=self.seed, step=step, first=self.first)
 
-    def labels(self, rows: np.ndarray) -> np.ndarray | None:
-        return None if self.dataset.labels is None else self.dataset.labels[rows]
-
     @property
     def shape(self) -> tuple[int, ...]:
         return self.last - self.first, *self.dataset.shape
@@ -115,7 +113,7 @@ class _Plan:
 def _inline(plan: _Plan, start: int, stop: int) -> Iterator[Batch]:
     for step in range(start, stop):
         rows = plan.rows(step)
-        yield plan.take(rows, step), plan.labels(rows)
+        yield plan.take(rows, step), rows
 
 
 def _by_workers(plan: _Plan, start: int, stop: int, count: int, ahead: int) -> Iterator[Batch]:
@@ -124,7 +122,7 @@ def _by_workers(plan: _Plan, start: int, stop: int, count: int, ahead: int) -> I
         for i in range(min(count, stop - start)):
             workers.append(_Worker(plan, range(start + i, stop, count), ahead, workers))
         for step in range(start, stop):
-            yield workers[(step - start) % count].batch(), plan.labels(plan.rows(step))
+            yield workers[(step - start) % count].batch(), plan.rows(step)
     finally:
         for worker in workers:
             worker.close()

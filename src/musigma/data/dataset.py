@@ -21,11 +21,14 @@ from typing import Any, Literal, TypeGuard, get_args
 import numpy as np
 
 from musigma.data import readers
+from musigma.data.given import Given
 from musigma.data.readers import DataError, LazyImages, Progress
+from musigma.spec import Spec, Variable
 
 __all__ = [
     "DataError",
     "Dataset",
+    "Given",
     "Part",
     "Preprocess",
     "Progress",
@@ -133,6 +136,8 @@ class Dataset:
         official_test: True where the source itself sets an example aside for testing.
         official_validation: True where it sets one aside to choose by.
         columns: Names of a table's columns.
+        given: What each example comes with besides its label, by name: what a model can be
+            conditioned on.
         skipped: Names of files that could not be used and were left out.
         notes: What the user should know of how the data were read.
         hashes: Of the rows of `array`: found out once, and shared by all subsets.
@@ -153,6 +158,7 @@ class Dataset:
     official_test: np.ndarray | None = field(default=None, repr=False)
     official_validation: np.ndarray | None = field(default=None, repr=False)
     columns: tuple[str, ...] = ()
+    given: Mapping[str, Given] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     hashes: _Hashes | None = field(default=None, repr=False)
@@ -174,6 +180,14 @@ class Dataset:
             value = getattr(self, what)
             if value is not None and len(value) != len(self):
                 raise DataError(f"{what} has {len(value)} entries for {len(self)} examples")
+        for name, given in self.given.items():
+            if len(given) != len(self):
+                raise DataError(
+                    f"given: {name!r} has {len(given)} rows for {len(self)} examples: give one "
+                    "for each"
+                )
+        if self.labels is not None and "label" in self.given:
+            raise DataError("given: 'label' names the labels already: give it another name")
 
     def __len__(self) -> int:
         return len(self.array if self.rows is None else self.rows)
@@ -192,6 +206,29 @@ class Dataset:
     def bits(self) -> int | None:
         """Bits per channel of what `take` returns; None if it is continuous."""
         return self.preprocess.levels_bits if self.array.dtype == np.uint8 else None
+
+    @property
+    def variables(self) -> tuple[Variable, ...]:
+        """All that a model can be conditioned on: `label`, if there are labels, and `given`."""
+        given = (value.variable(name) for name, value in self.given.items())
+        if self.labels is None:
+            return tuple(given)
+        return Variable("label", names=self.label_names), *given
+
+    def spec(self, context: Sequence[str] = ()) -> Spec:
+        """What a model of these data is built from, conditioned on the variables named.
+
+        Raises:
+            DataError: If there is no such variable.
+        """
+        known = {variable.name: variable for variable in self.variables}
+        if missing := [name for name in context if name not in known]:
+            raise DataError(
+                f"context: {self.name or 'array'} has no {', '.join(missing)}: give "
+                f"{', '.join(known) or 'none, it has no labels and nothing else given'}"
+            )
+        levels = None if self.bits is None else 2**self.bits
+        return Spec(self.shape, levels, self.columns, tuple(known[name] for name in context))
 
     def take(
         self,
@@ -230,6 +267,7 @@ class Dataset:
             self,
             rows=keep if self.rows is None else self.rows[keep],
             ids=None if self.ids is None else tuple(self.ids[i] for i in keep),
+            given={name: given.subset(keep) for name, given in self.given.items()},
             **kept,
         )
 
@@ -388,10 +426,15 @@ def identity(source: str | Path) -> str:
 
 
 def digest(dataset: Dataset) -> str:
-    """Of all examples and labels in their order: by it a run knows its own data again."""
+    """A hash of all examples, labels and what is given with them, in order.
+
+    A run stores it, to recognise its own data.
+    """
     state = blake2b(dataset.content().astype("<u8").data, digest_size=16)
     if dataset.labels is not None:
         state.update(np.ascontiguousarray(dataset.labels).data)
+    for name in sorted(dataset.given):
+        state.update(f"\0{name}\0".encode() + dataset.given[name].content())
     return state.hexdigest()
 
 
@@ -413,6 +456,11 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "preprocess": dataset.preprocess.to_json(),
         "labels": labels,
         "columns": list(dataset.columns),
+        "given": {
+            variable.name: {"shape": list(variable.shape), "names": list(variable.names)}
+            for variable in dataset.variables
+            if variable.name in dataset.given
+        },
         "skipped": list(dataset.skipped),
     }
 

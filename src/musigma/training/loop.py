@@ -413,7 +413,8 @@ class _Job:
 
     def _examples(self) -> tuple[Tensor, Tensor | None]:
         """This process's share of the next batch."""
-        x, labels = next(self.feed)
+        x, rows = next(self.feed)
+        labels = None if self.train.labels is None else self.train.labels[rows]
         return at_home(x, labels, self.model)
 
     def _forward(self, model: nn.Module, x: Tensor, context: Tensor | None) -> Evidence:
