@@ -1,6 +1,7 @@
 """The tree is what the documents say: imports go down, nothing heavy comes along."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ RANKS = {
     "testing": 4,
     "zoo": 4,
     "checkpoint": 5,
+    "plugins": 5,
     "data": 5,
     "evaluation": 6,
     "editing": 7,
@@ -110,11 +112,34 @@ def test_libraries_stay_with_their_owners(path):
 
 
 def test_import_is_light():
-    heavy = [*OWNERS, "pandas", "scipy"]
-    heavy.remove("safetensors")
+    heavy = [*OWNERS, "torch", "numpy", "pandas", "scipy"]
     code = f"import sys, musigma; print([m for m in {heavy!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_lazy_names_are_those_that_type_checkers_see():
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(seen) == sorted(musigma.__all__)
+    for name, module in seen.items():
+        value = (
+            importlib.import_module(f"{module}.{name}")
+            if module == "musigma"
+            else getattr(importlib.import_module(module), name)
+        )
+        assert getattr(musigma, name) is value
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'musigma' has no attribute 'nothing_of_this_name'"):
+        musigma.nothing_of_this_name  # noqa: B018
 
 
 def test_public_names_exist_and_are_few():

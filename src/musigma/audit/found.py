@@ -6,21 +6,19 @@ a guess would decide the verdict, there is an error that says what to give inste
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
+from musigma import plugins
 from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport
 from musigma.audit.flow import audit_flow
@@ -104,51 +102,15 @@ def audit(
 
 
 def named(target: str) -> Any:
-    """The object of ``PATH.py:NAME`` or ``module:NAME``; the file is run.
+    """The object of ``PATH.py:NAME`` or ``module:NAME``; the file is executed.
 
     Raises:
-        AuditError: If there is none, or the file fails.
+        AuditError: If it does not exist, or the file fails.
     """
-    place, colon, name = target.rpartition(":")
-    if not colon or not place or not name:
-        raise AuditError(f"target: expected PATH.py:NAME, module:NAME or a run; got {target!r}")
     try:
-        module = _module(place)
-    except AuditError:
-        raise
-    except Exception as error:
-        raise AuditError(f"{place}: it fails: {type(error).__name__}: {error}") from error
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            known = [n for n in vars(module) if not n.startswith("_")]
-            raise AuditError(f"{place}: it has no {name}; it has {', '.join(known[:12])}")
-        found = getattr(found, part)
-    return found
-
-
-def _module(place: str) -> Any:
-    path = Path(place)
-    if path.suffix != ".py":
-        sys.path.insert(0, "")
-        try:
-            return importlib.import_module(place)
-        finally:
-            sys.path.remove("")
-    if not path.is_file():
-        raise AuditError(f"target: there is no file {place}")
-    name = f"musigma_audited_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise AuditError(f"target: {place} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # classes are looked up by their module
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
+        return plugins.load(target, argument="target")
+    except plugins.PluginError as error:
+        raise AuditError(str(error)) from error
 
 
 # --- what an object is -------------------------------------------------------------------------
