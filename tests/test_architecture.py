@@ -52,6 +52,7 @@ OWNERS = {
     "PIL": {"data", "report", "coding"},
     "constriction": {"coding"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
     "safetensors": {"checkpoint", "training", "convert"},
     "pooch": {"data"},
     "sklearn": {"data", "editing"},

@@ -1,4 +1,4 @@
-"""Pictures have the right pixels, and a page of runs says what the runs' files say."""
+"""Pictures have the right pixels, and a page of runs shows what the run folders hold."""
 
 import base64
 import builtins
@@ -51,7 +51,7 @@ def size(path):
 # --- grids
 
 
-def test_levels_become_pixels():
+def test_levels_map_to_pixels():
     one_bit = torch.tensor([0.0, 1.0, 1.0, 0.0]).reshape(1, 1, 2, 2)
     image = np.asarray(figures.grid(one_bit, levels=2, scale=1))
     assert image[..., 0].tolist() == [[0, 255], [255, 0]]
@@ -64,7 +64,7 @@ def test_levels_become_pixels():
 
 
 @pytest.mark.parametrize(("channels", "shown"), [(1, "LA"), (2, "LA"), (3, "RGBA"), (5, "RGBA")])
-def test_channels(channels, shown):
+def test_channels_map_to_grey_or_color(channels, shown):
     x = np.zeros((2, channels, 4, 4))
     x[:, 0] = 255
     image = figures.grid(x)
@@ -72,7 +72,7 @@ def test_channels(channels, shown):
     assert image.getpixel((0, 0)) == ((255, 255) if shown == "LA" else (255, 0, 0, 255))
 
 
-def test_cells_are_enlarged_pixel_by_pixel_and_lie_in_reading_order(tmp_path):
+def test_cells_are_enlarged_by_an_integer_factor_and_lie_in_reading_order(tmp_path):
     x = np.arange(10).reshape(10, 1, 1, 1) * np.ones((1, 1, 28, 28))
     image = figures.grid(x, tmp_path / "grid.png", levels=10, columns=4)
     assert image.size == size(tmp_path / "grid.png") == (4 * 56 + 3 * 2, 3 * 56 + 2 * 2)
@@ -89,7 +89,7 @@ def test_grids_are_about_square(n, columns):
     assert figures.grid(np.zeros((n, 1, 8, 8)), scale=1).width == columns * 10 - 2
 
 
-def test_rows_put_an_example_in_one_column():
+def test_rows_show_each_example_in_one_column():
     x = np.stack([np.full((1, 4, 4), i) for i in range(16)])
     image = np.asarray(figures.rows([x, x + 100], scale=1))[..., 0]
     assert image.shape == (2 * (4 + 2 + 4) + 12, 8 * 6 - 2)
@@ -118,7 +118,7 @@ def test_rows_put_an_example_in_one_column():
         (lambda: figures.comparison({"a": []}, "a.png"), "runs: "),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(call, message):
+def test_input_that_cannot_be_drawn_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_drawn_is_refused(call, message):
 # --- plots
 
 
-def test_plots_are_written_and_reproducible(tmp_path):
+def test_plots_are_reproducible_to_the_byte(tmp_path):
     random = np.random.default_rng(0)
     xy = random.normal(size=(50, 2))
     comparison = {"vae": [(60.0, 1.5), (120.0, 1.2)], "_glow $": [(60.0, 1.4), (120.0, np.nan)]}
@@ -148,7 +148,7 @@ def test_plots_are_written_and_reproducible(tmp_path):
     assert "</svg>" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
 
 
-def test_curves_take_what_a_log_can_hold(tmp_path):
+def test_curves_accept_every_row_that_a_log_can_hold(tmp_path):
     one = [METRICS[0]]
     odd = [{**METRICS[0], "nats": None, "kl": [None, float("nan")], "bits_per_dim": None}]
     many = [{**row, "kl": list(range(1, 31))} for row in METRICS if row["kind"] == "train"]
@@ -157,7 +157,7 @@ def test_curves_take_what_a_log_can_hold(tmp_path):
         assert size(tmp_path / "curves.png")[1] > 400
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     real = builtins.__import__
 
     def refuse(name, *args, **kwargs):
@@ -176,7 +176,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def make_run(folder, *, source="digits", bits=8, shape=(1, 8, 8), **files):
-    """A run folder; files given as None are left out."""
+    """A run folder, without the files given as None."""
     folder.mkdir(parents=True)
     options = {"bits": bits, "format": "halves <log_std>"}
     contents = {
@@ -213,7 +213,7 @@ def make_run(folder, *, source="digits", bits=8, shape=(1, 8, 8), **files):
 
 
 class Page(HTMLParser):
-    """The page's text, its attributes, and whether its elements nest."""
+    """The text of a page and its tags; asserts that elements nest."""
 
     VOID = ("meta", "img", "source")
 
@@ -242,7 +242,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def test_a_page_says_what_the_files_say(tmp_path):
+def test_a_page_shows_the_content_of_the_run_folder(tmp_path):
     run = make_run(tmp_path / "vae <b>&'")
     (run / "samples").mkdir()
     figures.grid(np.zeros((4, 1, 8, 8)), run / "samples" / "samples.png")
@@ -264,7 +264,7 @@ def test_a_page_says_what_the_files_say(tmp_path):
     ):
         assert text in page.text, text
     assert "<b>&'" not in page.raw
-    assert "add up" not in page.text  # for they do
+    assert "add up" not in page.text  # because they do
     assert "Interpolations" not in page.text
     images = page.all("img") + page.all("source")
     assert len(images) == 3 + 2  # two panels for light pages and for dark ones, and samples
@@ -275,7 +275,7 @@ def test_a_page_says_what_the_files_say(tmp_path):
     assert all(image["alt"] for image in page.all("img"))
 
 
-def test_a_page_needs_nothing_from_outside(tmp_path):
+def test_a_page_loads_nothing_from_outside(tmp_path):
     page = Page(report.write(tmp_path / "page.html", [make_run(tmp_path / "run")]))
     assert not re.search(
         r"(https?:)?//[a-z]|url\(|@import|<script|<link", page.raw.split("base64")[0]
@@ -287,6 +287,29 @@ def test_a_page_needs_nothing_from_outside(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     again = report.write(tmp_path / "again.html", [tmp_path / "run"])
     assert again.read_text(encoding="utf-8") == page.raw
+
+
+def test_every_value_of_a_run_folder_is_escaped(tmp_path):
+    bad = "<i>&'\"</i>"
+    run = make_run(
+        tmp_path / "run",
+        config={
+            "model": {
+                "architecture": bad,
+                "shape": [bad, 2],
+                "options": {bad: bad, "list": [bad]},
+            },
+            "data": {"source": bad, "bits": 8, bad: bad, "preprocess": {bad: bad}},
+            "train": {bad: bad},
+            "versions": {bad: bad},
+        },
+        evaluation={"bits_per_dim": 1.0, "bound": bad, "n": 3, "k": bad},
+        ledger=[{"site": bad, "kind": bad, "term": bad, "bits_per_dim": 1.0}],
+    )
+    page = Page(report.write(tmp_path / "page.html", [run, run], title=bad))
+    assert not page.all("i") or all(set(i) == {"style", "class"} for i in page.all("i"))
+    assert page.text.count("<i>&'\"") > 20
+    assert page.raw.count("<i>&") == 0
 
 
 @pytest.mark.parametrize(
@@ -301,13 +324,13 @@ def test_a_page_needs_nothing_from_outside(tmp_path):
         ({"standard_error": None}, "1.2339 bits/dim Upper"),
     ],
 )
-def test_figures_say_what_they_are(tmp_path, evaluation, text):
+def test_a_figure_is_labelled_with_its_bound(tmp_path, evaluation, text):
     whole = {"bits_per_dim": 1.23388, "standard_error": 0.003, "bound": "elbo", "n": 9}
     run = make_run(tmp_path / "run", evaluation={**whole, **evaluation}, ledger=None)
     assert text in Page(report.write(tmp_path / "page.html", [run])).text
 
 
-def test_continuous_data_are_given_in_nats(tmp_path):
+def test_figures_of_continuous_data_are_in_nats(tmp_path):
     run = make_run(tmp_path / "moons", bits=None, shape=(2,), source="two-moons", ledger=None)
     page = Page(report.write(tmp_path / "page.html", [run]))
     assert "54.74 nats per example ± 0.13" in page.text
@@ -316,7 +339,7 @@ def test_continuous_data_are_given_in_nats(tmp_path):
     assert "reconstruct" not in page.text
 
 
-def test_missing_pieces_are_left_out(tmp_path):
+def test_missing_files_are_left_out(tmp_path):
     run = make_run(tmp_path / "run", evaluation=None, ledger=None)
     page = Page(report.write(tmp_path / "page.html", [run]))
     assert "500 validation examples, at step 199; there is no final evaluation yet" in page.text
@@ -328,17 +351,17 @@ def test_missing_pieces_are_left_out(tmp_path):
     assert "musigma sample" in page.text
 
 
-def test_an_account_that_does_not_add_up_is_told(tmp_path):
+def test_a_ledger_that_does_not_add_up_is_reported(tmp_path):
     ledger = [
         {"site": f"layers.{i}", "term": "log_det", "bits_per_dim": -0.125} for i in range(12)
     ]
     run = make_run(tmp_path / "run", ledger=ledger)
     text = Page(report.write(tmp_path / "page.html", [run])).text
-    assert "add up to -1.5000, and the figure above is 1.2339" in text.replace("−", "-")
+    assert "add up to -1.5000, but the figure above is 1.2339" in text.replace("−", "-")
     assert "All 12 rows" in text
 
 
-def test_several_runs_are_compared_and_told_apart(tmp_path):
+def test_several_runs_are_compared_under_distinct_names(tmp_path):
     runs = [make_run(tmp_path / place / "vae") for place in ("a", "b")]
     page = Page(report.write(tmp_path / "page.html", runs))
     assert [a["href"] for a in page.all("a")] == ["#run-1", "#run-2"]
@@ -350,7 +373,7 @@ def test_several_runs_are_compared_and_told_apart(tmp_path):
     assert "upper bound, on validation data" in page.text
 
 
-def test_paths_of_data_stay_at_home_but_in_commands(tmp_path, monkeypatch):
+def test_data_paths_appear_only_in_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "run", source=str(tmp_path / "my photos"))
     page = Page(report.write(tmp_path / "page.html", [run.relative_to(tmp_path)]))
@@ -359,7 +382,7 @@ def test_paths_of_data_stay_at_home_but_in_commands(tmp_path, monkeypatch):
     assert str(tmp_path) not in page.raw
 
 
-def test_broken_runs_are_refused_by_name(tmp_path):
+def test_damaged_run_folders_are_refused_by_name(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty is no run folder: it has no config\.json"):
         report.write(tmp_path / "page.html", [tmp_path / "empty"])

@@ -5,9 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["Spec", "Variable"]
+__all__ = ["Spec", "Variable", "bits_per_dim"]
+
+Nats = TypeVar("Nats")
+
+
+def bits_per_dim(nats: Nats, dims: int) -> Nats:
+    """Nats per example as bits per dimension, ``nats / (dims ln 2)``.
+
+    Every figure in bits per dimension comes from here.
+
+    Args:
+        nats: A number, an array or a tensor.
+        dims: Number of elements of one example.
+
+    Example:
+        >>> bits_per_dim(math.log(256) * 3072, 3072)
+        8.0
+    """
+    return nats / (dims * math.log(2))  # pyright: ignore[reportOperatorIssue]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from musigma.files import finite
-from musigma.report.markup import element, page, table
+from musigma.report.html import render, short
 
 __all__ = ["CODES", "AuditError", "AuditReport", "Finding", "Notes", "Severity", "name_of"]
 
@@ -172,25 +172,14 @@ class AuditReport:
 
     def to_html(self) -> str:
         """The report as a page of its own, which fetches nothing."""
-        facts = element("dl", *(element("div", element("dt", a), element("dd", b))
-                                for a, b in self._facts()), class_="terms")  # fmt: skip
-        head = element("section", element("h2", f"Verdict: {self.verdict}"), facts)
-        found = [
-            element(
-                "section",
-                element("h2", finding.code),
-                element("p", f"{finding.severity}: {CODES[finding.code]}", class_="subtitle"),
-                element("p", finding.message, class_="note"),
-                element("p", f"Repair: {finding.repair}", class_="note"),
-                table(("number", "value"), ((k, _short(v)) for k, v in finding.numbers.items())),
-            )
-            for finding in self.findings
-        ]
-        rest = [
-            element("section", element("h2", title), *(element("p", line) for line in what))
-            for title, what in self._lists()
-        ]
-        return page(f"Audit of {self.subject}", [head, *found, *rest], FOOTER)
+        return render(
+            "audit.html.jinja",
+            title=f"Audit of {self.subject}",
+            report=self,
+            codes=CODES,
+            facts=self._facts(),
+            lists=self._lists(),
+        )
 
     def _facts(self) -> list[tuple[str, str]]:
         facts = [
@@ -209,18 +198,8 @@ class AuditReport:
         return [(title, what) for title, what in lists if what]
 
 
-FOOTER = (
-    "A bug: a figure or a sample is wrong. A warning: it may be meant so. Tests are made in "
-    "float64 where the model allows it, at a chance of false alarm below one in a million each."
-)
-
-
 def _words(numbers: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_short(value)}" for name, value in numbers.items())
-
-
-def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return ", ".join(f"{name} {short(value)}" for name, value in numbers.items())
 
 
 class Notes:

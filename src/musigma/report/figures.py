@@ -1,7 +1,7 @@
-"""Pictures: grids of examples, points beside data, training curves.
+"""Pictures: grids of examples, scatter plots beside data, training curves.
 
-Grids need Pillow; plots need matplotlib, of the extra ``musigma[plots]``. Both are imported when
-they are used, and neither's global state is touched: no pyplot, no backend, no style.
+Grids need Pillow; plots need matplotlib, from the extra ``musigma[plots]``. Both are imported when
+they are used, and their global state stays as it is: no pyplot, no backend, no style.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from musigma.files import replacing
+from musigma.files import number, replacing
 
 __all__ = [
     "PlotsMissing",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 CELL = 56
-"""Cells of a grid are enlarged to at least so many pixels along their longer side."""
+"""Pixels that the longer side of a cell is enlarged to, at least."""
 
 Panel = Literal["figure", "latents"]
 
@@ -42,16 +42,16 @@ def pixels(images: Any, levels: int = 256) -> np.ndarray:
     """Images of integer levels as 8-bit pixels: level 0 is black, the highest is white.
 
     Args:
-        images: Array or tensor (N, C, H, W) of levels, of any numeric type; values outside
-            0..levels-1 are clipped to it. Of 3 channels or more the first three are taken as red,
-            green and blue; of 2, the first as grey.
-        levels: How many levels there are.
+        images: Levels, an array or tensor (N, C, H, W) of any numeric type. Values outside
+            0..levels-1 are clipped. The first three channels are red, green and blue; with 1 or 2
+            channels, the first is grey.
+        levels: Number of levels.
 
     Returns:
         uint8 (N, H, W, 1) or (N, H, W, 3).
 
     Raises:
-        ValueError: If the images are not that.
+        ValueError: If the images have another shape, or values that are not finite.
 
     Example:
         >>> pixels(np.array([0, 1, 1, 0]).reshape(1, 1, 2, 2), levels=2)[0, :, :, 0].tolist()
@@ -60,7 +60,7 @@ def pixels(images: Any, levels: int = 256) -> np.ndarray:
     values = _array(images, "images")
     if values.ndim != 4 or 0 in values.shape:
         raise ValueError(
-            f"images: expected an array (N, C, H, W), none of them 0; got shape {values.shape}"
+            f"images: expected a non-empty array (N, C, H, W); got shape {values.shape}"
         )
     if levels < 2:
         raise ValueError(f"levels: expected 2 or more; got {levels}")
@@ -68,7 +68,7 @@ def pixels(images: Any, levels: int = 256) -> np.ndarray:
     if not np.isfinite(values).all():
         bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3)))
         raise ValueError(
-            f"images: {len(bad)} of {len(values)} hold values that are not finite, the first of "
+            f"images: {len(bad)} of {len(values)} have values that are not finite, the first of "
             f"them image {bad[0]}"
         )
     scaled = np.rint(values.clip(0, levels - 1) * (255 / (levels - 1)))
@@ -83,21 +83,21 @@ def grid(
     columns: int | None = None,
     scale: int | None = None,
 ) -> Any:
-    """One picture of many images, in reading order, with transparent gaps of 2 pixels.
+    """Arrange many images in one picture, in reading order, with transparent gaps of 2 pixels.
 
     Args:
-        images: As `pixels` takes them.
-        path: A .png file to write; None: none.
-        levels: How many levels there are.
-        columns: Images in a row; by default as many as make the picture about square.
-        scale: Whole number by which images are enlarged, each pixel a square; by default the
-            smallest that makes their longer side `CELL` pixels.
+        images: As in `pixels`.
+        path: A .png file to write, if any.
+        levels: Number of levels.
+        columns: Images per row; by default the picture is about square.
+        scale: Integer factor by which images are enlarged; by default the smallest that makes
+            their longer side `CELL` pixels.
 
     Returns:
-        A `PIL.Image.Image`, grey or colour with alpha.
+        A `PIL.Image.Image`, grey or color, with alpha.
 
     Raises:
-        ValueError: If the images are not as `pixels` takes them, or a number is below 1.
+        ValueError: As in `pixels`; or if a number is below 1.
 
     Example:
         >>> grid(np.zeros((6, 1, 8, 8), np.uint8), columns=3).size
@@ -117,21 +117,20 @@ def rows(
     columns: int | None = None,
     scale: int | None = None,
 ) -> Any:
-    """Sets of images above each other, one column per example: originals, reconstructions, ...
+    """Stack sets of images, one column per example: originals, reconstructions, ...
 
     Args:
-        sets: Arrays or tensors as `pixels` takes them, of the same shape.
-        path: A .png file to write; None: none.
-        levels: How many levels there are.
-        columns: At most so many examples beside each other, 8 by default; more of them go on
-            below, after a wider gap.
+        sets: Images as in `pixels`, all of one shape.
+        path: A .png file to write, if any.
+        levels: Number of levels.
+        columns: Examples per line, 8 by default; further ones follow below, after a wider gap.
         scale: As in `grid`.
 
     Returns:
-        A `PIL.Image.Image`, grey or colour with alpha.
+        A `PIL.Image.Image`, grey or color, with alpha.
 
     Raises:
-        ValueError: If there is no set, or they differ in shape.
+        ValueError: If there are no sets, or they differ in shape.
 
     Example:
         >>> x = np.zeros((4, 3, 28, 28))
@@ -139,7 +138,7 @@ def rows(
         (118, 58)
     """
     if not len(sets):
-        raise ValueError("sets: expected one set of images or more; got none")
+        raise ValueError("sets: expected at least one set of images; got none")
     shown = [pixels(images, levels) for images in sets]
     if len(shapes := {s.shape for s in shown}) > 1:
         raise ValueError(f"sets: expected images of one shape; got {sorted(shapes)}")
@@ -156,14 +155,14 @@ def rows(
 
 
 def _columns(n: int, aspect: float) -> int:
-    """About square, and with as few empty cells as there can be."""
+    """The number of columns of an about square grid with as few empty cells as possible."""
     square = math.ceil(math.sqrt(n * aspect))
     choices = range(square, min(n, math.ceil(square * 1.5)) + 1)
     return min(choices, key=lambda c: -n % c, default=n)
 
 
 def _cells(cells: np.ndarray, scale: int | None) -> np.ndarray:
-    """Enlarged, each pixel a square."""
+    """Images enlarged by an integer factor."""
     scale = _at_least_one("scale", scale) or max(1, math.ceil(CELL / max(cells.shape[1:3])))
     return cells.repeat(scale, 1).repeat(scale, 2)
 
@@ -171,7 +170,7 @@ def _cells(cells: np.ndarray, scale: int | None) -> np.ndarray:
 def _paste(
     cells: np.ndarray, lines: list[int], columns: int, path: str | Path | None, band: int = 0
 ) -> Any:
-    """Cells (N, H, W, C) on their lines; after every `band` lines there is a wider gap."""
+    """Paste cells (N, H, W, C) on their lines, with a wider gap after every `band` lines."""
     from PIL import Image
 
     n, height, width, channels = cells.shape
@@ -238,22 +237,22 @@ def curves(
     title: str | None = None,
     dark: bool = False,
 ) -> None:
-    """How training went, out of the rows of ``metrics.jsonl``.
+    """Plot the course of training from the rows of ``metrics.jsonl``.
 
-    One panel shows the figure: of training batches, faint and smoothed, and of the validation
-    data, marked, with a band of one standard error. The other shows what each latent costs. Early
-    values far above the rest run out of the frame.
+    One panel shows the figure: on training batches (faint, and smoothed) and on validation data
+    (marked, with a band of one standard error). The other shows the cost of each latent. Early
+    values far above the rest lie outside the frame.
 
     Args:
-        metrics: Rows of `kind` "train", "evaluation" and "skipped"; others are passed over.
+        metrics: Rows of `kind` "train", "evaluation" and "skipped"; other kinds are ignored.
         path: A .png, .svg or .pdf file.
-        unit: Bits per dimension, or nats per example; by default bits where all rows have them.
+        unit: Bits per dimension or nats per example; by default bits if all rows have them.
         panels: Which of "figure" and "latents"; a panel without data is left out.
-        title: Above the panels.
-        dark: For a dark page: light ink on a transparent ground.
+        title: Title above the panels.
+        dark: Whether the plot is for a dark page: light ink on a transparent background.
 
     Raises:
-        ValueError: If there is nothing to show.
+        ValueError: If there is nothing to plot.
         PlotsMissing: If matplotlib is not installed.
     """
     training, evaluations, skipped = (
@@ -261,12 +260,12 @@ def curves(
         for kind in ("train", "evaluation", "skipped")
     )
     if unit is None:
-        whole = all(row.get("bits_per_dim") is not None for row in [*training, *evaluations])
-        unit = "bits" if whole else "nats"
+        all_bits = all(row.get("bits_per_dim") is not None for row in [*training, *evaluations])
+        unit = "bits" if all_bits else "nats"
     latents = _latents(training)
     drawn = [p for p in panels if (len(latents) if p == "latents" else training or evaluations)]
     if not drawn:
-        raise ValueError("metrics: there are no rows to draw curves of")
+        raise ValueError("metrics: there are no rows to plot")
     colors = DARK if dark else LIGHT
     figure, axes = _figure(len(drawn), colors, title)
     for panel, ax in zip(drawn, axes, strict=True):
@@ -286,13 +285,13 @@ def comparison(
     unit: str = "bits per dimension",
     dark: bool = False,
 ) -> None:
-    """Runs against each other: a figure over minutes of training.
+    """Compare runs: their figures over minutes of training.
 
     Args:
-        runs: For each name, points (seconds, figure).
+        runs: Points (seconds, figure) of each run, by name.
         path: A .png, .svg or .pdf file.
-        title: Above the panel.
-        unit: Of the figures.
+        title: Title above the panel.
+        unit: Unit of the figures.
         dark: As in `curves`.
 
     Raises:
@@ -302,7 +301,7 @@ def comparison(
     tracks = {name: _finite(*zip(*points, strict=True)) for name, points in runs.items() if points}
     tracks = {name: track for name, track in tracks.items() if len(track[0])}
     if not tracks:
-        raise ValueError("runs: there are no points to compare")
+        raise ValueError("runs: there are no finite points to compare")
     colors = DARK if dark else LIGHT
     figure, (ax,) = _figure(1, colors, title, width=6.4)
     ends = []
@@ -313,17 +312,17 @@ def comparison(
     _frame(ax, np.concatenate([values for _, values in tracks.values()]))
     ax.set_xlim(left=0)
     _label_ends(ax, ends)
-    _named(ax, "" if unit in (title or "") else unit, "minutes of training", colors)
+    _name_axes(ax, "" if unit in (title or "") else unit, "minutes of training", colors)
     _save(figure, path)
 
 
 def points(x: Any, path: str | Path, *, reference: Any = None) -> None:
-    """Points of the plane: samples, beside the data if there are any, in one frame.
+    """Scatter plots of points in the plane: samples, and data beside them, on the same axes.
 
     Args:
         x: Samples (N, 2), array or tensor.
         path: A .png, .svg or .pdf file.
-        reference: Data (M, 2), which decide the frame; samples outside are counted below it.
+        reference: Data (M, 2), if any. They set the limits; samples outside are counted.
 
     Raises:
         ValueError: If the points are not two-dimensional.
@@ -335,7 +334,7 @@ def points(x: Any, path: str | Path, *, reference: Any = None) -> None:
         sets.insert(0, ("data", _plane(reference, "reference"), LIGHT.data))
     base = sets[0][1][np.isfinite(sets[0][1]).all(1)]
     if not len(base):
-        raise ValueError("x: there are no finite points to show")
+        raise ValueError("x: there are no finite points to plot")
     low, high = base.min(0), base.max(0)
     half = max(float((high - low).max()) * 0.56, 1e-6)
     middle = (low + high) / 2
@@ -349,7 +348,7 @@ def points(x: Any, path: str | Path, *, reference: Any = None) -> None:
         ax.set_aspect("equal")
         outside = len(values) - int(inside.sum())
         note = f", {outside:,} of them outside" if outside else ""
-        _named(ax, f"{name}: {len(values):,} points{note}", "$x_1$", LIGHT)
+        _name_axes(ax, f"{name}: {len(values):,} points{note}", "$x_1$", LIGHT)
         ax.set_ylabel("$x_2$", color=LIGHT.muted, rotation=0, fontsize=9)
     _save(figure, path)
 
@@ -362,7 +361,7 @@ def _figure_panel(
     unit: str,
     colors: _Colors,
 ) -> None:
-    """Training and validation figures, and where steps were skipped."""
+    """Plot training and validation figures, and mark skipped steps."""
     key = "bits_per_dim" if unit == "bits" else "nats"
     error = "standard_error" if unit == "bits" else "standard_error_nats"
     shown = []
@@ -375,7 +374,7 @@ def _figure_panel(
         shown += [late, np.quantile(values[len(values) // 4 :], [0.01, 0.99])]
     steps, values = _series(evaluations, key)
     if len(steps):
-        errors = _column([r for r in evaluations if _number(r, key) is not None], error)
+        errors = _column([r for r in evaluations if number(r.get(key)) is not None], error)
         ax.fill_between(
             steps, values - errors, values + errors, color=colors.accent, alpha=0.18, lw=0
         )
@@ -414,31 +413,32 @@ def _figure_panel(
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=9, labelcolor=colors.ink, loc="upper right")
     name = "bits per dimension" if unit == "bits" else "nats per example"
-    _named(ax, name, "", colors)
+    _name_axes(ax, name, "", colors)
 
 
 def _latents(training: list[Mapping[str, Any]]) -> np.ndarray:
-    """What each latent costs, (steps, latents); the most frequent number of latents counts."""
-    found = [row["kl"] for row in training if row.get("kl")]
-    width = max({len(kl) for kl in found}, default=0)
-    found = [kl for kl in found if len(kl) == width]
-    return np.array([[math.nan if v is None else v for v in kl] for kl in found], np.float64)
+    """The cost of each latent (steps, latents), of rows with the largest number of latents."""
+    rows = [row["kl"] for row in training if row.get("kl")]
+    width = max(map(len, rows), default=0)
+    rows = [kl for kl in rows if len(kl) == width]
+    return np.array([[math.nan if v is None else v for v in kl] for kl in rows], np.float64)
 
 
 def _latents_panel(
     ax: Any, training: list[Mapping[str, Any]], costs: np.ndarray, colors: _Colors
 ) -> None:
-    """What each latent costs, the top one first."""
-    steps = np.array(
-        [r["step"] for r in training if r.get("kl") and len(r["kl"]) == costs.shape[1]], float
-    )
-    ends, shown = [], []
+    """Plot the cost of each latent, top first."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    gradient = LinearSegmentedColormap.from_list("latents", colors.latents, N=1024)
     count = costs.shape[1]
+    steps = np.array([r["step"] for r in training if len(r.get("kl") or ()) == count], float)
+    ends, shown = [], []
     for i in range(count):
         at, values = _finite(steps, costs[:, i])
         if not len(at):
             continue
-        color = _between(colors.latents, i / (count - 1)) if count > 1 else colors.latents[0]
+        color = gradient(i / (count - 1)) if count > 1 else colors.latents[0]
         smooth = _smooth(values)
         if count == 1:
             ax.plot(at, values, color=color, lw=0.7, alpha=0.28)
@@ -454,7 +454,7 @@ def _latents_panel(
     _label_ends(ax, ends)
     flow = all(not row.get("log_px") for row in training)
     what = "−log p of each latent" if flow else "KL of each latent"
-    _named(ax, f"{what}, nats", "", colors)
+    _name_axes(ax, f"{what}, nats", "", colors)
 
 
 # --- pieces of plots ---------------------------------------------------------------------------
@@ -463,7 +463,7 @@ def _latents_panel(
 def _figure(
     panels: int, colors: _Colors, title: str | None, width: float = 4.2, height: float = 2.75
 ) -> tuple[Any, list[Any]]:
-    """A figure with so many panels beside each other, in a plain style."""
+    """A figure with panels side by side, in a plain style."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -491,14 +491,14 @@ def _figure(
     return figure, axes
 
 
-def _named(ax: Any, y: str, x: str, colors: _Colors) -> None:
-    """The name of the y axis stands level, above its end; that of the x axis below."""
+def _name_axes(ax: Any, y: str, x: str, colors: _Colors) -> None:
+    """Name the y axis in the title, horizontally, and the x axis below."""
     ax.set_title(y, loc="left", color=colors.ink, fontsize=10, pad=8)
     ax.set_xlabel(x, color=colors.muted, fontsize=9)
 
 
 def _steps_axis(ax: Any, name: str) -> None:
-    """Steps as 2k, 4k, ..."""
+    """Label steps as 2k, 4k, ..."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
@@ -508,15 +508,15 @@ def _steps_axis(ax: Any, name: str) -> None:
     ax.set_xlabel(name, fontsize=9, color=ax.xaxis.get_ticklabels()[0].get_color())
 
 
-def _frame(ax: Any, shown: np.ndarray) -> None:
-    """Limits that hold these values, with some air."""
-    low, high = float(shown.min()), float(shown.max())
-    air = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
-    ax.set_ylim(low - air, high + air)
+def _frame(ax: Any, values: np.ndarray) -> None:
+    """Set limits that hold the values, with a margin."""
+    low, high = float(values.min()), float(values.max())
+    margin = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
+    ax.set_ylim(low - margin, high + margin)
 
 
 def _label_ends(ax: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """A name at the end of each line, pushed apart where lines end close to each other."""
+    """Label each line at its end; labels that would overlap are moved apart."""
     low, high = ax.get_ylim()
     needed = 0.085 * (high - low)
     ends = sorted(ends, key=lambda end: end[1])
@@ -543,7 +543,7 @@ def _label_ends(ax: Any, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    """By the suffix of the path, and with no date in it."""
+    """Save a figure in the format of the suffix, without a date in the file."""
     path = Path(path)
     kind = path.suffix.lower().lstrip(".")
     stamps = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -553,23 +553,11 @@ def _save(figure: Any, path: str | Path) -> None:
         figure.savefig(draft, format=kind, metadata=stamps[kind])
 
 
-def _between(colors: Sequence[str], share: float) -> str:
-    """The color at a share of the way along a row of colors.
-
-    >>> _between(("#000000", "#ffffff"), 0.5)
-    '#808080'
-    """
-    at = share * (len(colors) - 1)
-    i = min(int(at), len(colors) - 2)
-    pairs = ((int(colors[i][c : c + 2], 16), int(colors[i + 1][c : c + 2], 16)) for c in (1, 3, 5))
-    return "#" + "".join(f"{round(a + (b - a) * (at - i)):02x}" for a, b in pairs)
-
-
 # --- numbers -----------------------------------------------------------------------------------
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean over about a thirtieth of the values; over fewer at the start, which falls.
+    """A running mean over about a thirtieth of the values, and over fewer at both ends.
 
     >>> _smooth(np.array([4.0, 1.0, 1.0, 4.0])).tolist()
     [4.0, 2.0, 2.0, 2.5]
@@ -581,38 +569,33 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[last + 1] - sums[first]) / (last + 1 - first)
 
 
-def _number(row: Mapping[str, Any], key: str) -> float | None:
-    value: Any = row.get(key)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    return np.array([_number(row, key) or 0.0 for row in rows], np.float64)
+    return np.array([number(row.get(key)) or 0.0 for row in rows], np.float64)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values."""
-    kept = [(row["step"], v) for row in rows if (v := _number(row, key)) is not None]
-    table = np.array(kept, np.float64).reshape(-1, 2)
+    """The steps at which a value is finite, and the values."""
+    pairs = [(row["step"], v) for row in rows if (v := number(row.get(key))) is not None]
+    table = np.array(pairs, np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
 def _finite(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both, where both are finite."""
+    """The pairs in which both are finite."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    kept = np.isfinite(x) & np.isfinite(y)
-    return x[kept], y[kept]
+    both = np.isfinite(x) & np.isfinite(y)
+    return x[both], y[both]
 
 
 def _plane(x: Any, name: str) -> np.ndarray:
     values = _array(x, name).astype(np.float64)
     if values.ndim != 2 or values.shape[1] != 2:
-        raise ValueError(f"{name}: expected points of the plane, (N, 2); got {values.shape}")
+        raise ValueError(f"{name}: expected points in the plane, (N, 2); got {values.shape}")
     return values
 
 
 def _array(x: Any, name: str) -> np.ndarray:
-    """An array of a tensor on any device, or of anything numpy takes."""
+    """A tensor on any device, or anything NumPy accepts, as an array of numbers."""
     if hasattr(x, "detach"):
         x = x.detach().float().cpu() if x.is_floating_point() else x.detach().cpu()
     values = np.asarray(x)
