@@ -58,6 +58,7 @@ OWNERS = {
     "sklearn": {"data", "editing"},
     "pyarrow": {"data", "cli"},
     "fsspec": {"data"},
+    "filelock": {"files"},
 }
 
 

@@ -530,16 +530,18 @@ def test_a_folder_is_trained_into_by_one_process_at_a_time(here, capsys):
     train("vae", "photos", "run")
     before = listing(Path("run"))
     code = "import sys, time, pathlib, musigma.files as f\n"
-    code += "with f.held(pathlib.Path('run')): print('held', flush=True); time.sleep(600)"
+    code += "with f.lock_run(pathlib.Path('run')): print('locked', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
+        assert other.stdout.readline() == b"locked\n"
         again = ["--resume run", f"vae photos {TINY['vae']} {QUICK} --steps 3 --out run"]
         words = [again[0], f"{again[1]} --overwrite", f"{again[1]} --auto-resume"]
         for which in words:
             capsys.readouterr()
             assert call("train", which) == 2
-            assert "out: another process is training into run: let" in capsys.readouterr().err
+            assert (
+                "out: another process is training in run; wait for it" in capsys.readouterr().err
+            )
         assert listing(Path("run")) == before
         other.kill()
     for which in words:

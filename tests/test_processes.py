@@ -13,7 +13,7 @@ import torch
 from musigma import checkpoint
 from musigma.data import Dataset
 from musigma.evaluation import evaluate, score
-from musigma.processes import ALONE, Processes, here
+from musigma.processes import SINGLE_PROCESS, Processes, current_processes
 from musigma.training import TrainConfig, fit
 from musigma.zoo import build
 
@@ -26,7 +26,6 @@ import torch
 from musigma import data, memory
 from musigma.data import Dataset
 from musigma.evaluation import evaluate
-from musigma.processes import here
 from musigma.training import TrainConfig, fit, join, leave
 from musigma.zoo import build
 
@@ -78,12 +77,12 @@ def fall(step):
 
 config = TrainConfig(steps=8, batch_size=15, memory="reversible")
 fit(model, points, points, config, out / "fallen", device="cpu", stop=fall)
-fallen = processes.gathered(memory.fallen(model))
+fallen = processes.gather(memory.fallen(model))
 calibrated = [p.tolist() for n, p in flow().named_parameters() if "bias" in n]
 weights = [p.double().sum().item() for p in run.model.parameters()]
-alike = processes.gathered(weights)
-told = processes.largest(processes.rank, -processes.rank)
-if processes.main:
+alike = processes.gather(weights)
+told = processes.maximum(processes.rank, -processes.rank)
+if processes.is_main:
     (out / "fallen.json").write_text(json.dumps(fallen))
     (out / "said.json").write_text(json.dumps([figure, alike, told, processes.count]))
 leave()
@@ -215,15 +214,15 @@ def test_a_memory_budget_chooses_the_parts(tmp_path):
 
 
 def test_alone_there_is_nobody_to_ask():
-    assert here() == ALONE
-    assert ALONE.gathered("x") == ["x"]
-    assert ALONE.largest(1.0, 2.0) == (1.0, 2.0)
+    assert current_processes() == SINGLE_PROCESS
+    assert SINGLE_PROCESS.gather("x") == ["x"]
+    assert SINGLE_PROCESS.maximum(1.0, 2.0) == (1.0, 2.0)
     shares = [Processes(rank, 7).share(23) for rank in range(7)]
     assert np.concatenate([np.arange(23)[share] for share in shares]).tolist() == list(range(23))
 
 
 def test_too_many_processes_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("musigma.training.loop.here", lambda: Processes(0, 9))
+    monkeypatch.setattr("musigma.training.loop.current_processes", lambda: Processes(0, 9))
     points = Dataset(np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32))
     with pytest.raises(ValueError, match="batch_size: 9 processes cannot share 8 examples"):
         fit(scope["flow"](), points, points, TrainConfig(batch_size=8), tmp_path, device="cpu")

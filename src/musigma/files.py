@@ -14,8 +14,9 @@ from typing import Any
 __all__ = [
     "LOCK",
     "finite",
-    "held",
     "is_draft",
+    "lock_run",
+    "locked",
     "number",
     "replacing",
     "row_of",
@@ -29,30 +30,54 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Have a folder for this process, until the end of the block or of the process.
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on a file until the end of the block, or of the process.
 
-    Its lock is the kernel's, and ends with the process however that ends; the file stays. Where
-    there are no such locks (on Windows, on some network disks) nothing is held.
+    The lock is the operating system's, so a process that is killed leaves none behind. The file
+    stays.
+
+    Args:
+        path: The lock file. It is created if needed, with its folder.
+        wait: Whether to wait for a process that holds the lock.
+
+    Yields:
+        False where nothing is locked: the file cannot be created, or the file system has no locks.
 
     Raises:
-        ValueError: If another process has it.
+        BlockingIOError: If another process holds the lock and `wait` is false.
     """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
     try:
-        import fcntl
-    except ImportError:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise BlockingIOError(f"{path}: another process holds this lock") from None
+    except (OSError, NotImplementedError):
+        yield False
         return
-    with (folder / LOCK).open("a") as file:
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Reserve a run folder for this process until the end of the block, or of the process.
+
+    Raises:
+        ValueError: If another process trains in it.
+    """
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which forked workers do not inherit
-        except (BlockingIOError, PermissionError):
+            stack.enter_context(locked(folder / LOCK, wait=False))
+        except BlockingIOError:
             raise ValueError(
-                f"out: another process is training into {folder}: let it end, or name another "
-                f"folder (if it ran on a machine that is no more, remove {folder / LOCK})"
+                f"out: another process is training in {folder}; wait for it, or name another "
+                f"folder (if it ran on a machine that no longer exists, delete {folder / LOCK})"
             ) from None
-        except OSError:
-            pass
         yield
 
 

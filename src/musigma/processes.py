@@ -1,8 +1,8 @@
-"""The processes that share a task: which of them this one is, and what they tell each other.
+"""The processes that share a task: the rank of this one, and communication between them.
 
-They are started from outside (``torchrun --nproc-per-node 4 -m musigma train …``, ``accelerate
-launch``, a cluster's own launcher). Each does its share, and what comes out does not depend on
-how many there are: batches are cut, never drawn anew, and each example is scored once.
+A launcher starts them (``torchrun --nproc-per-node 4 -m musigma train …``, ``accelerate launch``,
+a cluster's own). Results do not depend on their number: every batch is divided between them, and
+each example is scored once.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-__all__ = ["ALONE", "Processes", "cut_like", "here", "joined", "local", "whole"]
+__all__ = ["SINGLE_PROCESS", "Processes", "current_processes"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """One process of several.
+    """One of several processes that work together.
 
     Args:
-        rank: Its number, from 0, which is the main one.
-        count: How many there are.
+        rank: The index of this process; the main process is 0.
+        count: The number of processes.
 
     Example:
         >>> [Processes(rank, 3).share(8) for rank in range(3)]
@@ -38,83 +37,47 @@ class Processes:
     count: int = 1
 
     @property
-    def main(self) -> bool:
-        """Whether this is the one that writes what there is one of."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """Which of n things in a row are this one's: neighbours, all of them once."""
+        """The part of n items that this process works on: a contiguous slice."""
         return slice(self.rank * n // self.count, (self.rank + 1) * n // self.count)
 
-    def largest(self, *values: float) -> tuple[float, ...]:
+    def maximum(self, *values: float) -> tuple[float, ...]:
         """The largest of each value over all processes."""
         if self.count == 1:
             return values
-        home = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        shared = torch.tensor(values, dtype=torch.float64, device=home)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        shared = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return tuple(shared.tolist())
 
-    def gathered(self, own: T) -> list[T]:
-        """What each process has, in their order."""
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, by rank."""
         if self.count == 1:
-            return [own]
-        everyone: list[Any] = [None] * self.count
-        dist.all_gather_object(everyone, own)
-        return everyone
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
-    def joined(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Columns of all processes, one after the other."""
-        parts = [part for part in self.gathered(dict(columns)) if part]
+    def concatenate(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The columns of all processes, concatenated by rank."""
+        parts = [part for part in self.gather(dict(columns)) if part]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Block until every process has called this."""
         if self.count > 1:
             dist.barrier()
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
-def joined(piece: Tensor, like: Tensor) -> Tensor:
-    """The whole of which each process holds a piece, as it does of another tensor."""
-    if not _cut(like):
-        return piece
-    from torch.distributed.tensor import DTensor
-
-    mesh, placements = like.device_mesh, like.placements  # pyright: ignore
-    pieces = DTensor.from_local(piece, mesh, placements, shape=like.shape, stride=like.stride())
-    return pieces.full_tensor()
-
-
-def _cut(t: Tensor) -> bool:
-    """Whether it is a DTensor; to import that class takes longer than all of this library."""
-    return hasattr(t, "full_tensor")
-
-
-def whole(t: Tensor) -> Tensor:
-    """All of a tensor, of which this process may hold a piece; then all processes must ask."""
-    return t.full_tensor() if _cut(t) else t  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def local(t: Tensor) -> Tensor:
-    """What this process holds of a tensor: a view, and all of one that is not cut."""
-    return t.to_local() if _cut(t) else t  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def cut_like(t: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, cut over the processes as another one is, if that is."""
-    if not _cut(like):
-        return t
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = like.device_mesh, like.placements  # pyright: ignore
-    return distribute_tensor(t.to(like.device), mesh, placements)
-
-
-def here() -> Processes:
-    """This process, among those that torch was told of."""
+def current_processes() -> Processes:
+    """This process in torch's default process group; `SINGLE_PROCESS` where there is none."""
     if dist.is_available() and dist.is_initialized():
         return Processes(dist.get_rank(), dist.get_world_size())
-    return ALONE
+    return SINGLE_PROCESS

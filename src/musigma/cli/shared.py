@@ -136,7 +136,7 @@ class Screen:
     def __init__(self, common: Common):
         from rich.console import Console
 
-        self.common, self.main = common, told().main
+        self.common, self.main = common, told().is_main
         quiet = common.json or not self.main
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 

@@ -263,12 +263,12 @@ def _agreed(processes: Any, decide: Callable[[], Any]) -> Any:
     if processes.count == 1:
         return decide()
     answer = refusal = None
-    if processes.main:
+    if processes.is_main:
         try:
             answer = decide()
         except (ValueError, OSError) as error:
             refusal = str(error)
-    answer, refusal = processes.gathered((answer, refusal))[0]
+    answer, refusal = processes.gather((answer, refusal))[0]
     if refusal is not None:
         raise ValueError(refusal)
     return answer
@@ -422,18 +422,18 @@ def _bare(out: Path) -> bool:
 
 def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool = False) -> None:
     """Train in a folder that no other process trains into."""
-    from musigma.files import held
-    from musigma.processes import here
+    from musigma.files import lock_run
+    from musigma.processes import current_processes
 
     with contextlib.ExitStack() as stack:
 
         def enter() -> None:
             out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(held(out))
+            stack.enter_context(lock_run(out))
             if not resume:
                 _emptied(out)  # of a run that is to be replaced
 
-        _agreed(here(), enter)
+        _agreed(current_processes(), enter)
         _run(model, found, config, out, saved, screen, resume)
 
 
@@ -441,7 +441,7 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
     """Fit, evaluate on the held-out part, and draw what there is to see."""
     from musigma.evaluation import evaluate, ledger
     from musigma.files import write_json
-    from musigma.processes import here
+    from musigma.processes import current_processes
     from musigma.training import fit, leave
 
     common = screen.common
@@ -452,8 +452,8 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
         f"examples of shape {'x'.join(map(str, found.shape))} from {found.name}"
     )
     told = {"notes": list(found.notes), "left_out": list(found.skipped)}
-    processes = here()
-    if processes.main:
+    processes = current_processes()
+    if processes.is_main:
         write_json(out / "config.json", saved)
     with _Dashboard(screen, config) as watch:
         done = fit(
@@ -482,7 +482,7 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
             trained.model, held, seed=common.seed, progress=progress, processes=processes
         )
     leave()
-    if not processes.main:
+    if not processes.is_main:
         return
     write_json(out / "evaluation.json", figure)
     write_json(out / "ledger.json", ledger(trained.model, held, seed=common.seed))

@@ -13,14 +13,13 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from musigma.data.readers.base import DataError, Request, allocate, first_line
-from musigma.files import replacing
+from musigma.files import locked, replacing
 
 FORMAT = "musigma record 1"
 
@@ -93,7 +92,7 @@ def kept(
         request: Is told if the cache cannot be written; the record is then used, and not kept.
     """
     about = json.loads(json.dumps(about))
-    with alone(path):
+    with locked(path.with_suffix(".lock")):
         found = read(path)
         if found is not None and found.about == about:
             return found
@@ -145,7 +144,7 @@ def flat(
     path = place("arrays", name, ".npy")
     wanted = json.loads(json.dumps({**about, "shape": shape, "dtype": np.dtype(dtype).str}))
     try:
-        with alone(path) as locked:
+        with locked(path.with_suffix(".lock")) as exclusive:
             found = read(path.with_suffix(".npz"))
             if not (
                 found is not None
@@ -154,7 +153,7 @@ def flat(
                 and found.info["stamp"] == stamp(path)
             ):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                for left in path.parent.glob(f".{path.name}.*") if locked else ():
+                for left in path.parent.glob(f".{path.name}.*") if exclusive else ():
                     left.unlink(missing_ok=True)  # by a process that was killed
                 with replacing(path) as draft, draft.open("wb") as file:
                     layout = {"descr": wanted["dtype"], "fortran_order": False, "shape": shape}
@@ -178,23 +177,3 @@ def _readable(blocks: Iterable[np.ndarray], where: str) -> Iterator[np.ndarray]:
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise DataError(f"{where}: {reason}: give a path that can be read") from error
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[bool]:
-    """One process at a time; where files cannot be locked (False), each works for itself."""
-    lock, locked = None, False
-    try:
-        import fcntl
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        locked = True
-    except (ImportError, OSError):
-        pass
-    try:
-        yield locked
-    finally:
-        if lock is not None:
-            lock.close()

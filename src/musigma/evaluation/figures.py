@@ -18,7 +18,7 @@ from musigma.evaluation.inputs import Progress, batches, check, evaluating
 from musigma.evaluation.ledger import _account, _cuda, _terms
 from musigma.gaussian import DiagonalGaussian
 from musigma.model import Model
-from musigma.processes import ALONE, Processes
+from musigma.processes import SINGLE_PROCESS, Processes
 from musigma.trace import Trace
 
 __all__ = ["bound", "evaluate", "inspect", "score"]
@@ -37,7 +37,7 @@ def score(
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, np.ndarray]:
     """Every example's figures, in the order of the data.
 
@@ -93,7 +93,7 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """The mean figure of a data set, with its account; JSON-plain. Arguments as `score`.
 
@@ -108,7 +108,7 @@ def evaluate(
     """
     if len(data) == 0:
         raise ValueError(f"data: {data.name or 'the set'} holds no examples to evaluate")
-    table = processes.joined(
+    table = processes.concatenate(
         score(
             model,
             data,

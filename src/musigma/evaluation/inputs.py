@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from musigma.data import Dataset
 from musigma.gaussian import channels_last
 from musigma.model import Model
-from musigma.processes import ALONE, Processes
+from musigma.processes import SINGLE_PROCESS, Processes
 
 __all__ = ["at_home", "batch", "batches", "check", "context_size", "evaluating", "noise"]
 
@@ -111,7 +111,7 @@ def batches(
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """All examples in order, or one process's share of these batches.
 

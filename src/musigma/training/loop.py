@@ -13,7 +13,6 @@ import contextlib
 import copy
 import importlib.util
 import math
-import os
 import signal
 import threading
 import time
@@ -24,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from musigma import checkpoint
@@ -34,64 +32,29 @@ from musigma.evaluation import at_home, batch, check, evaluate, noise
 from musigma.files import is_draft, replacing
 from musigma.memory import fallen, keep, recall, refuse
 from musigma.model import Model
-from musigma.processes import Processes, cut_like, here, joined, local, whole
+from musigma.processes import Processes, current_processes
 from musigma.trace import Evidence, Trace
 from musigma.training import machine
 from musigma.training.config import TrainConfig
+from musigma.training.distributed import (
+    full_tensor,
+    gather_shards,
+    join,
+    local_shard,
+    shard,
+    shard_like,
+    uses_cpu,
+)
 from musigma.training.recovery import diagnose, health, news, spiked
 from musigma.training.state import Log, Progress, Watch, described, load_state, save_state
 
-__all__ = ["Run", "TrainingError", "check_run", "fit", "join", "leave"]
+__all__ = ["Run", "TrainingError", "check_run", "fit"]
 
 SETBACK_AFTER, GIVE_UP_AFTER, MOST_SETBACKS = 5, 20, 10
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; what was saved before is whole."""
-
-
-def join(device: str | None = None) -> Processes:
-    """Meet the other processes that a launcher started, if there are any; `fit` does it itself."""
-    from accelerate import PartialState
-
-    _meet_again(_on_cpu(device))
-    PartialState(cpu=_on_cpu(device))
-    return here()
-
-
-def _meet_again(cpu: bool) -> None:
-    """Meet, if a launcher started all workers anew, apart from those that died.
-
-    torchrun lets workers meet in its own store, where the addresses of the dead still stand: who
-    reads those waits for ever. On one node the number of the attempt keeps them apart; on several
-    nodes it may differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a new store.
-    """
-    told = os.environ.get
-    shared = told("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    alone = told("LOCAL_WORLD_SIZE") == told("WORLD_SIZE")
-    attempt = told("TORCHELASTIC_RESTART_COUNT", "0")
-    if not (shared and alone and int(attempt) and dist.is_available()) or dist.is_initialized():
-        return
-    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    dist.init_process_group(
-        "gloo" if cpu else "nccl",
-        store=PrefixStore(f"attempt {attempt}", store),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-
-
-def _on_cpu(device: str | None) -> bool:
-    """Whether processes meet on the CPU; told otherwise, Accelerate would let each run alone."""
-    return device == "cpu" or not torch.accelerator.is_available()
-
-
-def leave() -> None:
-    """Part from the other processes."""
-    if here().count > 1:
-        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -193,9 +156,9 @@ def check_run(model: Model, train: Dataset, config: TrainConfig) -> None:
             "flow has none; leave them out"
         )
     refuse(model, config.memory)
-    if here().count > config.batch_size:
+    if (count := current_processes().count) > config.batch_size:
         raise ValueError(
-            f"batch_size: {here().count} processes cannot share {config.batch_size} examples; "
+            f"batch_size: {count} processes cannot share {config.batch_size} examples; "
             "give each at least one"
         )
     for tracker in config.track:
@@ -221,7 +184,7 @@ def check_run(model: Model, train: Dataset, config: TrainConfig) -> None:
 
 def _parts(model: Model, train: Dataset, config: TrainConfig) -> int:
     """In how many parts this process works through its share of a batch."""
-    own = here().share(config.batch_size)
+    own = current_processes().share(config.batch_size)
     few = batch(train, np.arange(min(4, len(train))), model)
     with torch.random.fork_rng():
         return machine.parts(model, *few, config, own.stop - own.start)
@@ -243,21 +206,21 @@ class _Job:
     ):
         self.model, self.train, self.config, self.out = model, train, config, out
         self.extra = extra
-        self.accelerator = machine.accelerator(config, out, cpu=_on_cpu(device))
-        self.processes = here()
+        self.accelerator = machine.accelerator(config, out, cpu=uses_cpu(device))
+        self.processes = current_processes()
         self.device = torch.device(device) if device else self.accelerator.device
         self.shown = validation.subset(range(min(len(validation), config.evaluate_on)))
         self.cast = machine.casting(config, self.device)
         self.progress = Progress()
         self.feed: Any = None
-        self.log = Log(out / "metrics.jsonl", watch, write=self.processes.main)
+        self.log = Log(out / "metrics.jsonl", watch, write=self.processes.is_main)
 
     # -- beginning and end
 
     def begin(self, resume: bool) -> None:
         """Everything up to the first step."""
         config, model = self.config, self.model
-        if self.processes.main:
+        if self.processes.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             for path in self.out.iterdir():
                 if is_draft(path) and path.is_file():  # of a process that was killed
@@ -277,7 +240,7 @@ class _Job:
         several = self.processes.count > 1
         self.cut = config.shard and several
         if self.cut:
-            machine.cut(model)
+            shard(model, machine.blocks(model))
         notices = machine.notices(config, len(self.train))
         if config.fast and (problem := machine.compiled(model)):
             notices.append(problem)
@@ -322,7 +285,7 @@ class _Job:
                 f"{self.progress.alerts.get('disk', 'steps were failing')}; what was saved before "
                 "is whole: make room, and --resume"
             )
-        if self.processes.main and not (self.out / "model.safetensors").exists():
+        if self.processes.is_main and not (self.out / "model.safetensors").exists():
             checkpoint.save(self.averaged, self.out / "model.safetensors", extra=self.extra)
         self.processes.wait()
 
@@ -334,8 +297,13 @@ class _Job:
         due = time.monotonic() - self.saved > wait and not self.progress.failing
         reversible = self.config.memory == "reversible"
         fell = reversible and fallen(self.model) != self.progress.fallen
-        mine = self.progress.seconds, float(wish), float(due and self.processes.main), float(fell)
-        seconds, wanted, due, fell = self.processes.largest(*mine)
+        mine = (
+            self.progress.seconds,
+            float(wish),
+            float(due and self.processes.is_main),
+            float(fell),
+        )
+        seconds, wanted, due, fell = self.processes.maximum(*mine)
         if fell:
             self._fall()
         before = self.share
@@ -351,7 +319,7 @@ class _Job:
     def _fall(self) -> None:
         """What one process can no longer do reversibly, none does from now on."""
         found: dict[str, str] = {}
-        for own in self.processes.gathered(fallen(self.model)):
+        for own in self.processes.gather(fallen(self.model)):
             found = own | found
         for name in found.keys() - self.progress.fallen.keys():
             self._say("notice", f"{name} is recomputed by parts from now on: {found[name]}")
@@ -370,7 +338,7 @@ class _Job:
         x, context = self._examples()
         evidence, loss = self._gradients(x, context, step)
         gradients = [p.grad for p in self.weights if p.grad is not None]
-        norm = float(whole(nn.utils.get_total_norm(gradients)))
+        norm = float(full_tensor(nn.utils.get_total_norm(gradients)))
         row: dict[str, Any] = {"kind": "train", "step": step + 1, "loss": loss, "grad_norm": norm}
         limit = config.skip_above * progress.usual_norm if step >= 50 else math.inf
         fit = math.isfinite(norm) and norm <= limit
@@ -381,7 +349,7 @@ class _Job:
         if fit:
             longest = config.clip or 3 * progress.usual_norm or math.inf
             if norm > longest:
-                pieces = [local(g) for g in gradients]
+                pieces = [local_shard(g) for g in gradients]
                 torch._foreach_mul_(pieces, longest / norm)  # pyright: ignore
             self.optimizer.step()
             if config.ema:
@@ -474,13 +442,13 @@ class _Job:
 
         astray = not math.isfinite(loss)
         if self.cut:  # all go forward together, or none
-            astray = any(self.processes.gathered(astray))
+            astray = any(self.processes.gather(astray))
         own = diagnose(self.model, again if astray else None, loss, norm, limit)
         log_w = evidence.elbo.reshape(len(x), -1).sum(1)
         config = self.config
         indices = batch_indices(len(self.train), config.batch_size, seed=config.seed, step=step)
         bad = indices[self.processes.share(config.batch_size)][(~log_w.isfinite()).cpu().numpy()]
-        everyone = self.processes.gathered((own, bad.tolist()))
+        everyone = self.processes.gather((own, bad.tolist()))
         self.progress.failing += 1
         self.progress.skipped += 1
         reasons = [reason for reason, _ in everyone if reason]
@@ -523,7 +491,7 @@ class _Job:
     def _average(self, step: int) -> None:
         """Move the running average; early on it forgets faster, and never lags the start."""
         decay = min(self.config.ema, (1 + step) / (10 + step))
-        values = [local(p) for p in self.weights]
+        values = [local_shard(p) for p in self.weights]
         torch._foreach_lerp_(self.means, values, 1 - decay)  # pyright: ignore
         for mean, value in zip(self.averaged.buffers(), self.buffers, strict=True):
             mean.copy_(value)
@@ -536,12 +504,12 @@ class _Job:
         if self.cut:
             trio = zip(self.averaged.parameters(), self.means, self.weights, strict=True)
             for mean, piece, like in trio:
-                mean.copy_(joined(piece, like))
+                mean.copy_(gather_shards(piece, like))
 
     def _recut(self) -> None:
         """Of the averaged weights, take the pieces that belong to those of the model."""
         pairs = zip(self.averaged.parameters(), self.weights, strict=True)
-        self.means = [local(cut_like(mean, like)).clone() for mean, like in pairs]
+        self.means = [local_shard(shard_like(mean, like)).clone() for mean, like in pairs]
 
     # -- looking on
 
@@ -572,7 +540,7 @@ class _Job:
         path = self.out / "model.safetensors"
         before = progress.best
         progress.best = min(progress.best, figure["bits_per_dim"])
-        if not self.processes.main:
+        if not self.processes.is_main:
             return
         due = progress.best < before or not path.exists()
         if due and not self._written(
@@ -618,7 +586,7 @@ class _Job:
     @contextlib.contextmanager
     def profiled(self) -> Iterator[Callable[[], None]]:
         """Told of each step; writes a trace of the eighth to the twelfth, if that is wished."""
-        if not (self.config.profile and self.processes.main):
+        if not (self.config.profile and self.processes.is_main):
             yield lambda: None
             return
         from torch.profiler import profile, schedule
@@ -649,7 +617,7 @@ class _Job:
 
         def write() -> None:
             save_state(self.out, self.progress, self.model, self.averaged, self.optimizer)
-            if self.processes.main:
+            if self.processes.is_main:
                 last = self.out / "last.safetensors"
                 checkpoint.save(self.averaged, last, extra=self.extra)
 

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from musigma.layers import Coupling
 from musigma.model import Model
 from musigma.nets import ResBlock
-from musigma.processes import here
+from musigma.processes import current_processes
 from musigma.training.config import TrainConfig, bytes_of, text_of
 
 __all__ = [
     "accelerator",
     "casting",
     "compiled",
-    "cut",
     "kept_bytes",
     "notices",
     "parts",
@@ -63,7 +62,7 @@ def notices(config: TrainConfig, n: int) -> list[str]:
             f"a batch of {config.batch_size} is more than all {n} training examples: some come "
             "more than once in every step"
         )
-    if config.shard and here().count == 1:
+    if config.shard and current_processes().count == 1:
         found.append(
             "shard: there are no other processes to cut the weights over, so they stay whole"
         )
@@ -113,24 +112,6 @@ def compiled(model: Model) -> str | None:
     for block in found if len(found) > 1 else [model]:
         block.compile(dynamic=False)
     return None
-
-
-def cut(model: Model) -> None:
-    """Cut the weights over all processes: the networks of blocks are made whole one at a time.
-
-    (Fully sharded data parallel, as torch has it: Zhao et al., "PyTorch FSDP", 2023,
-    arXiv:2304.11277.)
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    device = next(model.parameters()).device
-    mesh = init_device_mesh(device.type, (here().count,))
-    model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    for block in blocks(model):
-        net = getattr(block, "net", block)
-        fully_shard(net, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
 def kept_bytes(run: Callable[[], Any], parameters: Sequence[Tensor]) -> int:

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from musigma.evaluation import COLLAPSED, SATURATED, saturation
 from musigma.layers import InvertibleConv
 from musigma.model import Model
-from musigma.processes import local
+from musigma.training.distributed import local_shard
 from musigma.training.state import Progress
 
 __all__ = ["diagnose", "health", "news", "spiked"]
@@ -35,13 +35,13 @@ def diagnose(
     """
     output = _first_bad_output(model, run) if run else None
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        if t.is_floating_point() and not local(t).isfinite().all():
+        if t.is_floating_point() and not local_shard(t).isfinite().all():
             return f"{name} is not finite"
     if not math.isfinite(loss):
         return output or f"the loss is {loss}"
     if math.isfinite(norm) and norm <= limit:
         return None
-    gradients = {n: local(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: local_shard(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     sizes = {name: float(g.norm()) for name, g in gradients.items()}
     if not math.isfinite(norm):
         bad = [name for name, size in sizes.items() if not math.isfinite(size)]

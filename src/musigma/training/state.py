@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from musigma import checkpoint
 from musigma.files import finite, replacing, row_of
 from musigma.model import Model
-from musigma.processes import cut_like, here, whole
+from musigma.processes import current_processes
 from musigma.trace import Evidence
+from musigma.training.distributed import full_tensor, shard_like
 
 __all__ = ["STATE", "Log", "Progress", "Watch", "load_state", "save_state", "saved_state"]
 
@@ -81,9 +82,11 @@ def save_state(
         "optimizer": _moments(model, optimizer),
     }
     tensors = {
-        f"{part}/{name}": whole(t) for part, named in parts.items() for name, t in named.items()
+        f"{part}/{name}": full_tensor(t)
+        for part, named in parts.items()
+        for name, t in named.items()
     }
-    if here().main:
+    if current_processes().is_main:
         header = {"format": FORMAT, "progress": asdict(progress)}
         checkpoint.write(out / STATE, header, tensors)
 
@@ -120,7 +123,7 @@ def load_state(
             parts[part][inner] = t
         progress = Progress(**header["progress"])
         there = model.state_dict()
-        model.load_state_dict({n: cut_like(t, there[n]) for n, t in parts["model"].items()})
+        model.load_state_dict({n: shard_like(t, there[n]) for n, t in parts["model"].items()})
         averaged.load_state_dict(parts["averaged"])
         _put_moments(model, optimizer, parts["optimizer"])
     except Exception as error:  # whatever a parser throws at a damaged file
@@ -150,7 +153,7 @@ def _put_moments(
         parameter, _, key = name.rpartition(":")
         like = parameters[parameter]
         if t.shape == like.shape:  # a count of steps has no shape
-            t = cut_like(t, like)
+            t = shard_like(t, like)
             t = torch.empty_like(like, dtype=t.dtype).copy_(t)  # fused optimisers ignore strides
         state.setdefault(names[parameter], {})[key] = t
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from musigma.data import cache
 from musigma.data.readers.base import DataError, Request, first_line, missing, printable
 from musigma.data.readers.walks import expanded
-from musigma.files import replacing, write_json
+from musigma.files import locked, replacing, write_json
 
 URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)(::|://)")
 VERSIONS = (  # what file systems call that by which versions of a file are told apart
@@ -76,7 +76,7 @@ def fetched(url: str, request: Request) -> str:
             for name, path in zip(wanted, paths, strict=True):
                 if wanted[name].get("size") is None:  # the list of a web server has names only
                     wanted[name] = fs.info(path)
-        with cache.alone(home):
+        with locked(home.with_suffix(".lock")):
             _fetch(fs, home, dict(zip(wanted, paths, strict=True)), wanted, request)
     return str(home if folder is not None or len(wanted) > 1 else home / next(iter(wanted)))
 
