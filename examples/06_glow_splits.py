@@ -38,7 +38,7 @@ def heads(model):
     """Every last layer whose output a Glow reads as two tensors, with the format it reads."""
     for module in model.modules():
         if isinstance(module, musigma.layers.Coupling):
-            yield module.net.leave, module.format
+            yield module.net.leave, module.map.format
         elif isinstance(module, musigma.GaussianHead):
             yield module.net, module.format
 

@@ -747,8 +747,9 @@ def maf_sees_itself():
 @flow()
 def spline():
     from musigma.layers import Coupling as Ours
+    from musigma.layers import Spline
 
-    return {"forward": Ours(mlp(2, 46), kind="spline"), "example": vectors()}
+    return {"forward": Ours(mlp(2, 46), map=Spline()), "example": vectors()}
 
 
 @flow("warning", "stochastic")

@@ -9,7 +9,7 @@ from torch import nn
 from musigma.audit import AuditError, audit_model
 from musigma.distributions import StandardNormal, StandardUniform
 from musigma.gaussian import DiagonalGaussian
-from musigma.layers import ActNorm, Affine, Dequantize, InvertibleConv
+from musigma.layers import ActNorm, Dequantize, InvertibleConv, Rescale
 from musigma.model import Bijection, Chain, Prior
 from musigma.zoo import ARCHITECTURES, build
 
@@ -98,7 +98,7 @@ def test_a_wrong_layer_is_found(mistake, codes):
 
 def test_units_are_accounted_for():
     model = Chain(
-        [Dequantize(StandardUniform((4,)), 8), Affine(1 / 8)], Prior(StandardNormal((4,)))
+        [Dequantize(StandardUniform((4,)), 8), Rescale(1 / 8)], Prior(StandardNormal((4,)))
     )
     model.config = {"options": {"bits": 3}}
     assert audit_model(model, torch.randint(0, 8, (8, 4))).verdict == "correct"
@@ -106,7 +106,7 @@ def test_units_are_accounted_for():
     assert "dequantisation" in audit_model(model, torch.randint(0, 8, (8, 4))).codes
 
 
-class Halved(Affine):
+class Halved(Rescale):
     """Counts half of its log-determinant."""
 
     def _log_det(self, x):

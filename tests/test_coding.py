@@ -19,7 +19,9 @@ from musigma.coding.rounding import Rounding
 from musigma.coding.stack import ONE, Exhausted, Stack
 from musigma.gaussian import DiagonalGaussian, Format
 from musigma.layers import (
+    MADE,
     ActNorm,
+    Additive,
     Affine,
     Autoregressive,
     Checkerboard,
@@ -27,9 +29,10 @@ from musigma.layers import (
     InvertibleConv,
     Logit,
     Permutation,
+    Rescale,
+    Spline,
     Squeeze,
 )
-from musigma.layers.maps.spline import Spline
 from musigma.model import Bijection, Inverse
 
 quick = settings(max_examples=40, deadline=None)
@@ -499,13 +502,14 @@ def _conv(c, seed, gain, lu):
 
 def _maf(c, seed, gain, kind):
     torch.manual_seed(seed)
-    return Autoregressive(c, kind=kind, hidden=[8])
+    bend = Affine(Format(scale="softclip")) if kind == "affine" else Spline()
+    return Autoregressive(MADE(bend.owners(c), hidden=[8]), map=bend)
 
 
 def _couple(c, seed, gain, kind):
-    out = {"affine": 2, "additive": 1, "spline": Spline().outputs}[kind] * (c - c // 2)
-    format = Format(scale="log_std", bounds=(-6, 6))
-    return Coupling(Net(c // 2, out, seed, gain), kind=kind, format=format)
+    affine = Affine(Format(scale="log_std", bounds=(-6, 6)))
+    bend = {"affine": affine, "additive": Additive(), "spline": Spline()}[kind]
+    return Coupling(Net(c // 2, bend.outputs * (c - c // 2), seed, gain), map=bend)
 
 
 LAYERS = {  # its maker, dimensions, whether values are in [0, 1), how far it is from the floats
@@ -522,7 +526,7 @@ LAYERS = {  # its maker, dimensions, whether values are in [0, 1), how far it is
     "squeeze": (lambda c, s, g: Squeeze(), (4,), False, 0),
     "black": (lambda c, s, g: Checkerboard(), (4,), False, 0),
     "white": (lambda c, s, g: Checkerboard(white=True), (4,), False, 0),
-    "units": (lambda c, s, g: Affine(-(2.0 ** (s % 9 - 4)), 0.5), (2, 4), False, 0),
+    "units": (lambda c, s, g: Rescale(-(2.0 ** (s % 9 - 4)), 0.5), (2, 4), False, 0),
     "logit": (lambda c, s, g: Logit(10.0 ** -(1 + s % 5)), (2, 4), True, 2e-2),
 }
 FINE = 14
@@ -680,7 +684,7 @@ def test_a_layer_without_a_rule_is_refused_by_its_name():
         with pytest.raises(ValueError, match="Strange has no coding rule"):
             refused(layer)
     with pytest.raises(ValueError, match="must be a power of two"):
-        refused(Affine(0.3))
+        refused(Rescale(0.3))
     with pytest.raises(ValueError, match=r"Inverse\(Logit\) has no coding rule"):
         refused(Inverse(Logit()))
 

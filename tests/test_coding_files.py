@@ -40,8 +40,8 @@ from musigma.distributions import (
     DiscretizedLogisticMixture,
     StandardNormal,
 )
-from musigma.layers import Affine, Dequantize
-from musigma.layers.maps.spline import Spline
+from musigma.layers import Dequantize, Rescale
+from musigma.layers.maps import Spline
 from musigma.model import Chain, Layer, Prior
 from musigma.zoo import build
 
@@ -205,8 +205,8 @@ def test_what_has_no_rule_is_refused_at_once_by_its_name():
     prior = Prior(StandardNormal((4,)))
     with pytest.raises(ValueError, match="Ruleless has no coding rule"):
         Codec(Chain([Ruleless()], prior), numerics="exact", latents=[])
-    with pytest.raises(ValueError, match=r"Affine\(scale=0.3.* has no coding rule"):
-        Codec(Chain([Affine(0.3)], prior), numerics="exact", latents=[])
+    with pytest.raises(ValueError, match=r"Rescale\(scale=0.3.* has no coding rule"):
+        Codec(Chain([Rescale(0.3)], prior), numerics="exact", latents=[])
     with pytest.raises(ValueError, match="latents: expected 1 grids; got 0"):
         Codec(made("vae-bernoulli")[0], numerics="exact", latents=[])
     with pytest.raises(ValueError, match="numerics: expected exact or pinned"):
@@ -422,7 +422,7 @@ def test_a_map_too_steep_for_its_grid_is_an_overflow():
 
     s = Stack(np.random.default_rng(0).integers(1, 1 << 32, 999, dtype=np.uint32), foreign=True)
     grid = 6
-    layer = Coupling(Steep(), kind="spline")
+    layer = Coupling(Steep(), map=Spline())
     working = Couple(
         layer, s, rounding.Rounding(), (grid, grid),
         lambda w, g: torch.from_numpy(np.ldexp(w.astype(float), -g)), None,

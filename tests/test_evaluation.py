@@ -13,7 +13,7 @@ from musigma.data import Dataset, Preprocess
 from musigma.distributions import StandardNormal, StandardUniform
 from musigma.evaluation import batches, check, evaluate, inspect, ledger, saturation, score
 from musigma.gaussian import DiagonalGaussian
-from musigma.layers import Affine, Dequantize
+from musigma.layers import Dequantize, Rescale
 from musigma.model import Chain, Prior
 from musigma.zoo import architecture, build
 
@@ -206,7 +206,7 @@ def test_the_ledger_tells_its_terms_apart(digits, models):
     by = {
         (r["kind"], r["term"]): r["bits_per_dim"] for r in ledger(models("vae gaussian"), digits)
     }
-    assert by["Affine", "log_det"] == pytest.approx(8.0)  # 256 levels brought to [0, 1]
+    assert by["Rescale", "log_det"] == pytest.approx(8.0)  # 256 levels brought to [0, 1]
     assert by["Dequantize", "log_q"] == 0
     assert ("Prior", "kl") in by
     assert ("VAE", "log_p") in by
@@ -217,7 +217,7 @@ def uniform_for_test(shape, *, bits: int | None = 8):
     """Uniform noise is what it expects, and all that it expects."""
     levels = 2**bits
     noise = Dequantize(StandardUniform(shape), levels)
-    return Chain([noise, Affine(1 / levels)], Prior(StandardUniform(shape)))
+    return Chain([noise, Rescale(1 / levels)], Prior(StandardUniform(shape)))
 
 
 @pytest.mark.parametrize("bits", [8, 5, 1])
@@ -227,7 +227,7 @@ def test_uniform_noise_under_the_uniform_model_costs_its_bits_exactly(bits):
     model = uniform_for_test(found.shape, bits=bits)
     assert evaluate(model, found)["bits_per_dim"] == pytest.approx(bits, abs=1e-5)
     rows = {(row["kind"], row["term"]): row["bits_per_dim"] for row in ledger(model, found)}
-    assert f"{rows.pop(('Affine', 'log_det')):.3f}" == f"{bits}.000"
+    assert f"{rows.pop(('Rescale', 'log_det')):.3f}" == f"{bits}.000"
     assert set(rows) == {("Dequantize", "log_q"), ("Prior", "log_p")}
     assert set(rows.values()) == {0.0}
 
@@ -400,7 +400,7 @@ def test_a_conditional_model_wants_its_classes(models, labels):
 
 
 def test_a_model_made_by_hand_takes_what_it_is_given():
-    model = Chain([Affine(2.0)], Prior(StandardNormal((3,))))
+    model = Chain([Rescale(2.0)], Prior(StandardNormal((3,))))
     points = Dataset(np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32))
     p = DiagonalGaussian(torch.zeros(3), torch.full((3,), -math.log(2)), 1)
     expected = -p.log_prob(torch.from_numpy(points.x)).mean()

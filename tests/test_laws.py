@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from musigma.distributions import (
@@ -14,15 +15,20 @@ from musigma.distributions import (
 )
 from musigma.gaussian import Format, GaussianHead
 from musigma.layers import (
+    MADE,
     ActNorm,
+    Additive,
     Affine,
     Autoregressive,
     Checkerboard,
     Coupling,
     Dequantize,
+    Elementwise,
     InvertibleConv,
     Logit,
+    Map,
     Permutation,
+    Rescale,
     Spline,
     Split,
     Squeeze,
@@ -48,11 +54,83 @@ def mlp(inputs, outputs, context=0):
     return MLP(inputs, outputs, hidden=[7], context=context)
 
 
+def masked(features, map, **options):
+    return Autoregressive(MADE(map.owners(features), **options), map=map)
+
+
+class Sinh(Map):
+    """A map that the library does not know: y = sinh(asinh(x) + h)."""
+
+    outputs = 1
+
+    def forward(self, x, h):
+        y = (x.asinh() + h).sinh()
+        return y, 0.5 * ((1 + y**2) / (1 + x**2)).log()
+
+    def inverse(self, y, h):
+        return self.forward(y, -h)
+
+
+class Recurrent(nn.Module):
+    """An autoregressive network of another kind: its state is what `unroll` carries along."""
+
+    def __init__(self, features, map):
+        super().__init__()
+        self.owners = map.owners(features)
+        self.cell, self.out = nn.GRUCell(1, 7), nn.Linear(7, map.outputs)
+
+    def start(self, x):
+        return x.new_zeros(len(x), 1), x.new_zeros(len(x), 7)
+
+    def unroll(self, fill, like, context=None):
+        last, state = self.start(like)
+        for i in range(max(self.owners) + 1):
+            state = self.cell(last, state)
+            last = fill(i, self.out(state))
+
+    def forward(self, x, context=None):
+        outputs = []
+        self.unroll(lambda i, h: outputs.append(h) or x[:, i : i + 1], x)
+        return torch.stack(outputs, -1).flatten(1)
+
+
+class Attention(nn.Module):
+    """One layer of causal attention; `unroll` keeps the keys and values of earlier features."""
+
+    def __init__(self, features, map, context):
+        super().__init__()
+        self.owners, self.place = map.owners(features), nn.Parameter(torch.zeros(features, 6))
+        self.enter, self.given = nn.Linear(1, 6), nn.Linear(context, 6)
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, map.outputs)
+
+    def token(self, i, last, context):
+        if context is None:
+            raise ValueError("context: needed; got none")
+        first = torch.zeros_like(last) if i == 0 else self.enter(last)
+        return first + self.place[i] + self.given(context)
+
+    def forward(self, x, context=None):
+        before = F.pad(x, (1, 0))[:, :-1, None]
+        tokens = [self.token(i, before[:, i], context) for i in range(x.shape[1])]
+        q, k, v = self.qkv(torch.stack(tokens, 1)).chunk(3, -1)
+        h = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return h.transpose(1, 2).flatten(1)
+
+    def unroll(self, fill, like, context=None):
+        last, cache = like[:, :1] * 0, []
+        for i in range(like.shape[1]):
+            q, *pair = self.qkv(self.token(i, last, context)).unsqueeze(1).chunk(3, -1)
+            cache.append(pair)
+            k, v = (torch.cat(parts, 1) for parts in zip(*cache, strict=True))
+            last = fill(i, self.out(F.scaled_dot_product_attention(q, k, v))[:, 0])
+
+
+MAPS = {"affine": Affine(), "additive": Additive(), "spline": Spline(), "sinh": Sinh()}
 LAYERS = {
     "actnorm image": lambda: (ActNorm(4), IMAGE, {"compiled": True}),
     "actnorm vector": lambda: (ActNorm(5), VECTOR, {}),
-    "affine": lambda: (Affine(1 / 256, -0.5), IMAGE, {}),
-    "affine, negative": lambda: (Affine(-3.0, 2.0), VECTOR, {}),
+    "rescale": lambda: (Rescale(1 / 256, -0.5), IMAGE, {}),
+    "rescale, negative": lambda: (Rescale(-3.0, 2.0), VECTOR, {}),
     "logit": lambda: (Logit(0.05), IMAGE, {"x": torch.rand(4, *IMAGE)}),
     "logit, narrow": lambda: (Logit(1e-5), VECTOR, {"x": torch.rand(4, *VECTOR)}),
     "inverse of squeeze": lambda: (Inverse(Squeeze()), (8, 2, 1), {}),
@@ -73,51 +151,69 @@ LAYERS = {
     "coupling vector": lambda: (Coupling(mlp(2, 6)), VECTOR, {}),
     "coupling, context": lambda: (Coupling(conv(2, 4, 3)), IMAGE, {"context": 3}),
     "coupling vector, context": lambda: (Coupling(mlp(2, 6, 3)), VECTOR, {"context": 3}),
-    "coupling, spline": lambda: (Coupling(mlp(2, 69), kind="spline"), VECTOR, {"compiled": True}),
+    "coupling, spline": lambda: (Coupling(mlp(2, 69), map=Spline()), VECTOR, {"compiled": True}),
     "coupling, spline, image": lambda: (
-        Coupling(conv(2, 22), kind="spline", spline=Spline(bins=4, bound=3.0)),
+        Coupling(conv(2, 22), map=Spline(bins=4, bound=3.0)),
         IMAGE,
         {},
     ),
     **{
-        f"autoregressive {kind}, {d}": lambda kind=kind, d=d: (
-            Autoregressive(d, kind=kind, hidden=[9, 8]),
+        f"autoregressive {name}, {d}": lambda map=map, d=d: (
+            masked(d, map, hidden=[9, 8]),
             (d,),
             {"compiled": d == 5},
         )
-        for kind in ("affine", "additive", "spline")
+        for name, map in MAPS.items()
         for d in (1, 2, 5)
+        if name != "sinh" or d == 2
     },
     "autoregressive, context": lambda: (
-        Autoregressive(4, hidden=[9, 8], context=2),
+        masked(4, Affine(), hidden=[9, 8], context=2),
         (4,),
         {"context": 2},
     ),
     "autoregressive spline, context": lambda: (
-        Autoregressive(3, kind="spline", hidden=[16, 16], context=2),
+        masked(3, Spline(), hidden=[16, 16], context=2),
         (3,),
         {"context": 2},
     ),
     "autoregressive, format": lambda: (
-        Autoregressive(5, format=Format.parse("interleaved sigmoid+2 scale-first")),
+        masked(5, Affine(Format.parse("interleaved sigmoid+2 scale-first"))),
         VECTOR,
         {},
     ),
-    "autoregressive, no hidden layer": lambda: (Autoregressive(4, hidden=[]), (4,), {}),
-    "inverse of autoregressive": lambda: (
-        Inverse(Autoregressive(5, kind="spline", hidden=[9])),
-        VECTOR,
+    "autoregressive, no hidden layer": lambda: (masked(4, Affine(), hidden=[]), (4,), {}),
+    "inverse of autoregressive": lambda: (Inverse(masked(5, Spline(), hidden=[9])), VECTOR, {}),
+    "autoregressive, recurrent network": lambda: (
+        Autoregressive(Recurrent(4, Spline(bins=3)), map=Spline(bins=3)),
+        (4,),
         {},
     ),
-    "additive": lambda: (Coupling(conv(2, 2), kind="additive"), IMAGE, {}),
-    "additive, context": lambda: (
-        Coupling(mlp(2, 3, 2), kind="additive"),
-        VECTOR,
+    "autoregressive, causal attention": lambda: (
+        Autoregressive(Attention(4, Affine(), context=2), map=Affine()),
+        (4,),
         {"context": 2},
     ),
     **{
+        f"elementwise {name}, {shape}": lambda name=name, shape=shape: (
+            Elementwise(shape, map=MAPS[name]),
+            (shape,) if isinstance(shape, int) else IMAGE,
+            {"compiled": name == "spline"},
+        )
+        for name, shape in (
+            ("spline", 5),
+            ("affine", IMAGE),
+            ("spline", (IMAGE[0], 1, 1)),
+            ("additive", (IMAGE[0], 1, IMAGE[2])),
+            ("sinh", 5),
+        )
+    },
+    "additive": lambda: (Coupling(conv(2, 2), map=Additive()), IMAGE, {}),
+    "additive, context": lambda: (Coupling(mlp(2, 3, 2), map=Additive()), VECTOR, {"context": 2}),
+    "coupling, sinh": lambda: (Coupling(conv(2, 2), map=Sinh()), IMAGE, {"compiled": True}),
+    **{
         f"coupling {text}": lambda text=text: (
-            Coupling(conv(2, 4), format=Format.parse(text)),
+            Coupling(conv(2, 4), map=Affine(Format.parse(text))),
             IMAGE,
             {},
         )
@@ -165,14 +261,14 @@ LAYERS = {
 }
 
 Z = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
-MAPS = torch.randn(4, 6, 3, 2, generator=torch.Generator().manual_seed(4))
+FEATURES = torch.randn(4, 6, 3, 2, generator=torch.Generator().manual_seed(4))
 
 
 def pixels(name, **options):
     channels = options.pop("channels", 2)
     return (
         likelihood(name, (channels, 3, 2), lambda c: nn.Conv2d(6, c, 1), **options),
-        MAPS,
+        FEATURES,
         (channels, 3, 2),
         {},
     )
@@ -216,13 +312,13 @@ HEADS = {
     ),
     "gaussian, optimal": lambda: (
         OptimalGaussianHead(nn.Conv2d(6, 2, 1), event_ndims=3),
-        MAPS,
+        FEATURES,
         (2, 3, 2),
         {},
     ),
     "logit-normal": lambda: (
         LogitNormalHead(GaussianHead(nn.Conv2d(6, 4, 1), event_ndims=3), 16),
-        MAPS.abs(),
+        FEATURES.abs(),
         (2, 3, 2),
         {},
     ),

@@ -28,10 +28,10 @@ from musigma.distributions import (
 from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
 from musigma.layers import (
     ActNorm,
-    Affine,
     Dequantize,
     InvertibleConv,
     Permutation,
+    Rescale,
     Split,
 )
 from musigma.model import VAE, Chain, Ladder, LadderBlock, Prior
@@ -187,7 +187,7 @@ def test_linear_flow_is_a_multivariate_normal(shape):
         InvertibleConv(c),
         Permutation.shuffle(c),
         InvertibleConv(c, lu=False),
-        Affine(-1.5, 0.3),
+        Rescale(-1.5, 0.3),
         ActNorm(c),
     ]
     model = randomized(Chain(layers, Prior(LearnedNormal(shape))))
@@ -580,7 +580,7 @@ def test_flow_integrates_to_one():
 def test_uniform_model_costs_exactly_its_bits(bits):
     shape = (3, 4, 2)
     model = Chain(
-        [Dequantize(StandardUniform(shape), 2**bits), Affine(2.0**-bits)],
+        [Dequantize(StandardUniform(shape), 2**bits), Rescale(2.0**-bits)],
         Prior(StandardUniform(shape)),
     )
     x = torch.randint(2**bits, (5, *shape))

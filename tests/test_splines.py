@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from musigma.layers import MADE, Autoregressive, Coupling, Spline
+from musigma.gaussian import Format
+from musigma.layers import MADE, Additive, Affine, Autoregressive, Coupling, Spline
 from musigma.nets import MLP
 from musigma.testing import randomized
 from musigma.zoo import build
@@ -164,10 +165,17 @@ def test_half_precision_is_raised_and_shapes_are_refused():
 # -- autoregressive
 
 
+MAPS = {"affine": Affine(Format(scale="softclip")), "additive": Additive(), "spline": Spline()}
+
+
+def masked(features, kind, **options):
+    return Autoregressive(MADE(MAPS[kind].owners(features), **options), map=MAPS[kind])
+
+
 @pytest.mark.parametrize("features", [1, 2, 5, 9])
 @pytest.mark.parametrize("kind", ["affine", "additive", "spline"])
 def test_the_jacobian_is_triangular(features, kind):
-    layer = randomized(Autoregressive(features, kind=kind, hidden=[11, 6]))
+    layer = randomized(masked(features, kind, hidden=[11, 6]))
     x = torch.randn(features, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda v: layer(v[None])[0][0], x)
     assert torch.equal(jacobian.triu(1), torch.zeros_like(jacobian))
@@ -178,7 +186,7 @@ def test_the_jacobian_is_triangular(features, kind):
 
 @pytest.mark.parametrize("kind", ["affine", "spline"])
 def test_the_inverse_is_what_iteration_from_the_first_feature_on_finds(kind):
-    layer = randomized(Autoregressive(6, kind=kind, hidden=[16, 16], context=2))
+    layer = randomized(masked(6, kind, hidden=[16, 16], context=2))
     y, context = torch.randn(8, 6).double(), torch.randn(8, 2).double()
     x = torch.zeros_like(y)
     for i in range(6):  # a whole pass of the network for each feature
@@ -203,7 +211,7 @@ def test_masked_weights_get_no_gradient():
 @pytest.mark.parametrize("kind", ["affine", "spline"])
 def test_an_inverse_costs_less_than_one_pass(kind):
     """Features one after the other, and yet each hidden unit is computed once."""
-    layer = Autoregressive(43, kind=kind, hidden=[128, 128])
+    layer = masked(43, kind)
     y = torch.randn(64, 43)
     work = []
     for run in (lambda: layer(y), lambda: layer.inverse(y)):
@@ -215,7 +223,7 @@ def test_an_inverse_costs_less_than_one_pass(kind):
 
 def test_a_coupling_works_at_half_width():
     """A spline coupling's network sees half, and emits for the other half: no masked whole."""
-    layer = Coupling(MLP(21, 23 * 22, hidden=[128, 128]), kind="spline")
+    layer = Coupling(MLP(21, 23 * 22, hidden=[128, 128]), map=Spline())
     x = torch.randn(16, 43)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         layer(x)
@@ -263,6 +271,15 @@ def test_shapes_that_are_no_vectors_are_refused():
     with pytest.raises(ValueError, match="a coupling needs vectors of at least 2"):
         build("nsf", (1,))
     assert build("nsf", (1,), kind="autoregressive").log_prob(torch.randn(4, 1)).shape == (4,)
-    layer = Autoregressive(3)
     with pytest.raises(ValueError, match=r"for vectors \(B, 3\); got \(2, 4\)"):
-        layer(torch.randn(2, 4))
+        masked(3, "affine")(torch.randn(2, 4))
+
+
+def test_a_network_whose_outputs_are_in_another_order_is_refused():
+    interleaved = Affine(Format("interleaved"))
+    with pytest.raises(ValueError, match=r"features \[0, 0, 1, 1\].*belong to \[0, 1, 0, 1\]"):
+        Autoregressive(MADE(Affine().owners(2)), map=interleaved)
+    with pytest.raises(ValueError, match="halves or interleaved"):
+        Affine(Format("two-heads")).owners(3)
+    with pytest.raises(TypeError, match=r"expected a Format; got 0.5 .*layer Rescale"):
+        Affine(0.5)

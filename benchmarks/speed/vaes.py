@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from musigma.data import Dataset
 from musigma.distributions import StandardNormal, likelihood
 from musigma.gaussian import Format, GaussianHead
-from musigma.layers import Affine
+from musigma.layers import Rescale
 from musigma.model import VAE, Chain, Prior
 from musigma.training import TrainConfig, fit
 from musigma.training.machine import compiled
@@ -56,7 +56,7 @@ def mlp_model() -> VAE:
 
 def grey_vae(shape: Sequence[int], *, bits: int = 8) -> Chain:
     """The same, of bytes: nothing is added to the loss but a constant."""
-    return Chain([Affine(1 / (2**bits - 1))], mlp_model())
+    return Chain([Rescale(1 / (2**bits - 1))], mlp_model())
 
 
 of_bytes = architecture(grey_vae)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, NoReturn, get_args
 
@@ -629,6 +629,11 @@ class GaussianHead(nn.Module):
             fixed = shared if isinstance(shared, Tensor) else torch.full_like(mean, shared or 0.0)
             log_std = fixed if self.format.bounds is None else fixed.clamp(*self.format.bounds)
         return DiagonalGaussian(mean, log_std, self.event_ndims)
+
+    def emitters(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+        """The network, with the share of its output's scales that have run into a limit."""
+        if self.emitted:
+            yield self.net, self.format.saturation
 
     def extra_repr(self) -> str:
         """Names the convention, which is the point of this class."""

@@ -35,7 +35,7 @@ from musigma.evaluation import (
     saturation,
 )
 from musigma.gaussian import DiagonalGaussian
-from musigma.layers import Affine, Dequantize
+from musigma.layers import Dequantize, Rescale
 from musigma.model import Bijection, Chain, Model
 from musigma.testing import randomized
 from musigma.trace import Trace
@@ -335,7 +335,7 @@ def _units(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> Non
     y, width = images, float(levels)
     for layer in exact:
         y = layer.infer(y, trace, None if uniform else _as(context, len(x)))  # pyright: ignore
-        if isinstance(layer, Affine):
+        if isinstance(layer, Rescale):
             width *= abs(layer.scale)
     log_det = sum(trace.log_det.values(), torch.zeros(()))
     log_q = sum(trace.log_q.values(), torch.zeros(()))

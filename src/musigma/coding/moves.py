@@ -35,6 +35,7 @@ from musigma.coding.laws import exponential
 from musigma.coding.stack import Stack
 from musigma.layers import (
     ActNorm,
+    Additive,
     Affine,
     Autoregressive,
     Checkerboard,
@@ -42,6 +43,8 @@ from musigma.layers import (
     InvertibleConv,
     Logit,
     Permutation,
+    Rescale,
+    Spline,
     Squeeze,
 )
 from musigma.model import Bijection, Inverse, conditioned
@@ -165,7 +168,7 @@ class Units(Move):
         above = below + 1 - exponent
         if mantissa != 0.5 or not (layer.shift * 2.0**above).is_integer():
             raise ValueError(
-                f"Affine(scale={layer.scale}, shift={layer.shift}) has no coding rule: its scale "
+                f"Rescale(scale={layer.scale}, shift={layer.shift}) has no coding rule: its scale "
                 "must be a power of two, and its shift on the grid of its output"
             )
         return above
@@ -284,18 +287,23 @@ class Couple(Move):
 
 
 class Elements:
-    """What a network's output does to each element, as an `ElementMap` has it."""
+    """What a network's output does to each element, by the layer's map."""
 
     def __init__(self, move: Move, h: Tensor, at: int = 0):
         self.move, self.h, self.map = move, h, move.layer.map
         fine = min(move.below, SHIFT)
         self.at, self.intervals = at, None
-        if self.map.kind == "spline":
+        if isinstance(self.map, Spline):
             self.intervals = Intervals(move, self._spline, self._spline_back, at)
             return
         shift, log_scale = h, None
-        if self.map.kind == "affine":
+        if isinstance(self.map, Affine):
             shift, log_scale = self.map.format.split(h)
+        elif not isinstance(self.map, Additive):
+            raise ValueError(
+                f"{type(self.map).__name__} has no coding rule; there are rules for the maps "
+                "Additive, Affine and Spline"
+            )
         self.shift = np.left_shift(move.whole(shift, 2.0**fine, at), move.below - fine)
         self.ratio = None if log_scale is None else ratio(move.whole(log_scale, STEPS, at + 1))
 
@@ -315,10 +323,10 @@ class Elements:
         return y - self.shift
 
     def _spline(self, x: Tensor) -> Tensor:
-        return self.map.spline.forward(x, self.h)[0]
+        return self.map.forward(x, self.h)[0]
 
     def _spline_back(self, y: Tensor) -> Tensor:
-        return self.map.spline.inverse(y, self.h)[0]
+        return self.map.inverse(y, self.h)[0]
 
 
 class Intervals:
@@ -454,13 +462,13 @@ class InTurn(Move):
 
 MOVES: dict[type[Bijection], type[Move]] = {
     ActNorm: PerChannel,
-    Affine: Units,
     Autoregressive: InTurn,
     Checkerboard: Reorder,
     Coupling: Couple,
     InvertibleConv: Mix,
     Logit: Bend,
     Permutation: Reorder,
+    Rescale: Units,
     Squeeze: Reorder,
 }
 """The rule of each bijection that has one; an `Inverse` has that of what it inverts."""

@@ -7,7 +7,7 @@ or () where nothing is given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -220,6 +220,11 @@ class LikelihoodHead(nn.Module):
     def scales(self, h: Tensor) -> Tensor:
         """What `format` reads of the network's output, in a logistic likelihood."""
         return h.unflatten(1, (self.k, -1))[:, :, 1 : 1 + 2 * self.channels]
+
+    def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """The network of a logistic likelihood, with the share of its scales at a limit."""
+        if self.name.startswith("logistic"):
+            yield self.net, lambda h: self.format.saturation(self.scales(h))
 
     def extra_repr(self) -> str:
         """Names the likelihood."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from musigma.distributions import LikelihoodHead
-from musigma.gaussian import GaussianHead
-from musigma.layers import Coupling
 from musigma.model import Model
 
 __all__ = ["ACTIVE", "COLLAPSED", "SATURATED", "saturation"]
@@ -24,25 +22,19 @@ SATURATED = 0.5
 
 @torch.no_grad()
 def saturation(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str, float]:
-    """For every network whose output a `Format` reads, the share of scales at their limit."""
+    """For every network that emits scales with a limit, the share of them at their limit."""
     shares: dict[str, float] = {}
 
-    def watch(name: str, reader: Any):
+    def watch(name: str, share: Callable[[Any], Tensor]):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            read = reader.scales(output) if isinstance(reader, LikelihoodHead) else output
-            shares[name] = float(reader.format.saturation(read))
+            shares[name] = float(share(output))
 
         return hook
 
     hooks = []
     for name, module in model.named_modules():
-        emits = (
-            (isinstance(module, GaussianHead) and module.emitted)
-            or (isinstance(module, Coupling) and module.kind == "affine")
-            or (isinstance(module, LikelihoodHead) and module.name.startswith("logistic"))
-        )
-        if emits:
-            hooks.append(module.net.register_forward_hook(watch(name, module)))  # pyright: ignore
+        for net, share in getattr(module, "emitters", tuple)():
+            hooks.append(net.register_forward_hook(watch(name, share)))
     try:
         model(x, context)
     finally:

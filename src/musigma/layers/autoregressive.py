@@ -1,19 +1,50 @@
-"""Autoregressive flows: each feature is transformed by what comes before it."""
+"""Autoregressive flows: each feature is transformed by the features before it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from musigma.gaussian import Format, at_least_float32
-from musigma.layers.maps.element import ElementMap, Kind
-from musigma.layers.maps.spline import Spline
+from musigma.gaussian import at_least_float32
+from musigma.layers.maps import Map
 from musigma.model import Bijection
-from musigma.nets.made import MADE
 
-__all__ = ["Autoregressive"]
+__all__ = ["Autoregressive", "AutoregressiveNet"]
+
+
+class AutoregressiveNet(Protocol):
+    """What an `Autoregressive` layer needs of its network, which is a module (`MADE` is one).
+
+    Attributes:
+        owners: The feature 0 .. D - 1 to which each output belongs. The outputs of feature i
+            depend on features 0 .. i - 1 and the context alone.
+    """
+
+    owners: Sequence[int]
+
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The outputs (B, len(owners)) for x (B, D), in one pass."""
+        ...
+
+    def unroll(
+        self, fill: Callable[[int, Tensor], Tensor], like: Tensor, context: Tensor | None = None
+    ) -> None:
+        """Evaluate feature by feature: for i = 0 .. D - 1, ``x[:, i : i + 1] = fill(i, h_i)``.
+
+        Step i computes h_i (B, outputs), the outputs of feature i in the order of `owners`, from
+        the features that `fill` has returned so far, and gives them to `fill`, which returns
+        feature i, (B, 1). What earlier steps computed is kept in between: hidden units, the state
+        of a recurrent network, the keys and values of a causal transformer.
+
+        Args:
+            fill: Called once for each feature, in order.
+            like: A tensor of x's shape (B, D), type and device; its values are not read.
+            context: As in `__call__`.
+        """
+        ...
 
 
 class Autoregressive(Bijection):
@@ -22,52 +53,43 @@ class Autoregressive(Bijection):
     .. math:: y_i = f(x_i;\ h_i(x_0, \ldots, x_{i-1})), \quad
         \log|\det| = \sum_i \log \partial y_i / \partial x_i
 
-    with h from a `MADE`. Data to latents is one pass of it, latents to data goes feature by
-    feature, and yet computes every hidden unit once. An `affine` map reads h by a `Format`, as a
-    `Coupling` does: with it this is a masked autoregressive flow (Papamakarios, Pavlakou, Murray,
-    "Masked Autoregressive Flow for Density Estimation", 2017, arXiv:1705.07057); with a `spline`
-    it is an autoregressive neural spline flow (Durkan et al., 2019, arXiv:1906.04032).
+    where f is the map and h the network. Data to latents is one pass of the network; latents to
+    data goes feature by feature. With an `Affine` map and a `MADE` this is a masked autoregressive
+    flow (Papamakarios, Pavlakou, Murray, "Masked Autoregressive Flow for Density Estimation",
+    2017, arXiv:1705.07057); with a `Spline` it is an autoregressive neural spline flow (Durkan et
+    al., 2019, arXiv:1906.04032).
 
     Args:
-        features: D, 1 or more; the first one's map has constants, but for the context.
-        kind: `affine`, `additive` or `spline`.
-        format: How an affine map reads the network's output (B, 2 D).
-        spline: How a spline does; None: eight bins, on [-5, 5].
-        hidden: Width of each hidden layer of the network.
-        context: Features of the context.
-        zero: Start the network's last layer at zero, and so the layer at the identity.
+        net: A module that follows `AutoregressiveNet`, built for ``map.owners(D)``.
+        map: What is done to each feature.
 
     Raises:
-        ValueError: For an unknown kind, or a format of more than one tensor.
+        ValueError: If the network's outputs are not in the order in which the map reads them.
 
     Example:
-        >>> layer, x = Autoregressive(5, kind="spline", hidden=[16]), torch.randn(4, 5)
+        >>> from musigma.layers import MADE, Spline
+        >>> spline, x = Spline(), torch.randn(4, 5)
+        >>> layer = Autoregressive(MADE(spline.owners(5), hidden=[16]), map=spline)
         >>> y, log_det = layer(x)
         >>> torch.allclose(layer.inverse(y)[0], x, atol=1e-4)
         True
     """
 
-    def __init__(
-        self,
-        features: int,
-        *,
-        kind: Kind = "affine",
-        format: Format = Format(scale="softclip"),
-        spline: Spline | None = None,
-        hidden: Sequence[int] = (128, 128),
-        context: int = 0,
-        zero: bool = False,
-    ):
+    def __init__(self, net: nn.Module, *, map: Map):
         super().__init__()
-        self.kind, self.format = kind, format
-        self.map = ElementMap(kind, format, spline)
-        owners = self.map.owners(features)
-        self.net = MADE(owners, hidden=hidden, context=context, zero=zero)
+        self.net: Any = net
+        self.map = map
+        self.features = max(self.net.owners) + 1
+        if list(self.net.owners) != (expected := map.owners(self.features)):
+            raise ValueError(
+                f"net: {map} reads outputs that belong to the features {expected}; this network's "
+                f"belong to {list(self.net.owners)}; build it from map.owners({self.features})"
+            )
 
     def _vectors(self, x: Tensor) -> Tensor:
-        if x.ndim != 2 or x.shape[1] != self.net.features:
+        if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(
-                f"x: this layer is for vectors (B, {self.net.features}); got {tuple(x.shape)}"
+                f"x: this layer is for vectors (B, {self.features}); got {tuple(x.shape)}"
             )
         return at_least_float32(x)
 
@@ -92,6 +114,11 @@ class Autoregressive(Bijection):
         self.net.unroll(fill, y, context)
         return torch.cat(features, 1), torch.cat(log_slopes, 1).sum(1)
 
+    def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """The network, with the share of its output's scales that have run into a limit."""
+        if (share := getattr(self.map, "saturation", None)) is not None:
+            yield self.net, share
+
     def extra_repr(self) -> str:
-        """Names the convention."""
-        return str(self.map)
+        """Names the map."""
+        return f"map={self.map}"

@@ -1,30 +1,82 @@
-"""Scalar maps, applied to every element alike, and their log-slopes."""
+"""Maps of every element by itself: fixed ones, and `Elementwise` with learned parameters."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from musigma.gaussian import at_least_float32, sum_event
+from musigma.layers.maps import Map
 from musigma.model import Bijection
 
-__all__ = ["Affine", "Logit"]
+__all__ = ["Elementwise", "Logit", "Rescale"]
 
 
-class Affine(Bijection):
+class Elementwise(Bijection):
+    r"""A map of each element whose parameters are learned constants.
+
+    .. math:: y_i = f(x_i;\ h_i), \quad \log|\det| = \sum_i \log \partial y_i / \partial x_i
+
+    The parameters h start at zero, where most maps are the identity.
+
+    Args:
+        shape: The event shape, (D,) or (C, H, W), or D. Along an axis of size 1 (but the first)
+            all elements share their parameters: (C, 1, 1) is one map for each channel.
+        map: What is done to each element.
+
+    Raises:
+        ValueError: On a forward pass, if the data do not fit the shape.
+
+    Example:
+        >>> from musigma.layers import Spline
+        >>> layer = Elementwise(3, map=Spline(bins=4))
+        >>> tuple(layer.h.shape), layer(torch.randn(2, 3))[1].shape
+        ((33,), torch.Size([2]))
+    """
+
+    def __init__(self, shape: int | Sequence[int], *, map: Map):
+        super().__init__()
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.map = map
+        self.h = nn.Parameter(torch.zeros(map.outputs * self.shape[0], *self.shape[1:]))
+
+    def _parameters_for(self, x: Tensor) -> Tensor:
+        event, (channels, *axes) = tuple(x.shape[1:]), self.shape
+        fits = len(event) == len(self.shape) and event[:1] == (channels,)
+        if not fits or any(a not in (1, n) for a, n in zip(axes, event[1:], strict=True)):
+            raise ValueError(f"x: expected (B, {', '.join(map(str, self.shape))}); got {event}")
+        return self.h.expand(len(x), -1, *event[1:])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(y, log_det)``."""
+        y, log_slope = self.map.forward(at_least_float32(x), self._parameters_for(x))
+        return y, sum_event(log_slope, x.ndim - 1)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(x, log_det)``."""
+        x, log_slope = self.map.inverse(at_least_float32(y), self._parameters_for(y))
+        return x, sum_event(log_slope, y.ndim - 1)
+
+    def extra_repr(self) -> str:
+        """Names the shape and the map."""
+        return f"{self.shape}, map={self.map}"
+
+
+class Rescale(Bijection):
     r"""A fixed change of units, :math:`y = a x + b`; :math:`\log|\det| = D \log|a|`.
 
-    Written as a layer, so that the constant which so many figures lack stands in the account.
+    Written as a layer, so that the ledger contains the constant, which is often forgotten.
 
     Args:
         scale: a, not zero.
         shift: b.
 
     Example:
-        >>> Affine(1 / 256, -0.5)(torch.full((1, 3), 128.0))
+        >>> Rescale(1 / 256, -0.5)(torch.full((1, 3), 128.0))
         (tensor([[0., 0., 0.]]), tensor([-16.6355]))
     """
 

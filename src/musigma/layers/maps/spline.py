@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from musigma.gaussian import at_least_float32
+from musigma.layers.maps.base import Map
 
 __all__ = ["Spline"]
 
 
 @dataclass(frozen=True)
-class Spline:
+class Spline(Map):
     r"""How a network's outputs are read as a monotone map of each element.
 
     For every element the network emits K widths, K heights and K - 1 slopes of the inner knots,

@@ -11,6 +11,7 @@ from musigma.distributions import LearnedNormal, LogitNormalHead, StandardNormal
 from musigma.gaussian import Format, GaussianHead
 from musigma.layers import (
     ActNorm,
+    Additive,
     Affine,
     Classifier,
     Coupling,
@@ -18,6 +19,7 @@ from musigma.layers import (
     InvertibleConv,
     Logit,
     Permutation,
+    Rescale,
     Split,
     Squeeze,
 )
@@ -87,6 +89,10 @@ def glow(
     if classifier != "none" and not context:
         raise ValueError("classifier: there are no classes to tell; condition the model on them")
     inner = context if conditioned == "all" else 0
+    maps = {"affine": Affine(Format.parse(format)), "additive": Additive()}
+    if coupling not in maps:
+        raise ValueError(f"coupling: expected 'affine' or 'additive'; got {coupling!r}")
+    bend = maps[coupling]
     layers: list[Layer] = []
     if bits is not None:
         layers = dequantized(shape, bits, dequantize, alpha, low, hidden, inner)
@@ -97,18 +103,12 @@ def glow(
         channels, height, width = 4 * channels, height // 2, width // 2
         half = channels // 2
         for _ in range(depth):
-            net = CouplingNet(
-                half,
-                channels if coupling == "affine" else half,
-                hidden=hidden,
-                context=inner,
-                edge=edge,
-            )
-            read = Format.parse(format)
+            emitted = bend.outputs * half
+            net = CouplingNet(half, emitted, hidden=hidden, context=inner, edge=edge)
             layers += [
                 ActNorm(channels),
                 mixing(permutation, channels),
-                Coupling(net, kind=coupling, format=read),
+                Coupling(net, map=bend),
             ]
         if level < levels - 1:
             prior = GaussianHead(
@@ -185,5 +185,5 @@ def dequantized(
         net = ResNet(shape[0], 2 * shape[0], width=min(hidden, 32), context=context, zero=True)
         noise = LogitNormalHead(GaussianHead(net, event_ndims=3), levels)
     if alpha is None:
-        return [Dequantize(noise, levels), Affine(1 / levels, low)]
-    return [Dequantize(noise, levels), Affine(1 / levels), Logit(alpha)]
+        return [Dequantize(noise, levels), Rescale(1 / levels, low)]
+    return [Dequantize(noise, levels), Rescale(1 / levels), Logit(alpha)]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from musigma.distributions import StandardNormal, StandardUniform
 from musigma.gaussian import Format
-from musigma.layers import ActNorm, Affine, Autoregressive, Dequantize, Logit
+from musigma.layers import MADE, ActNorm, Affine, Autoregressive, Dequantize, Logit, Rescale
 from musigma.model import Bijection, Chain, Layer, Prior
 from musigma.zoo import architecture, at_least
 from musigma.zoo.flows.glow import mixing
@@ -48,12 +48,16 @@ def maf(
     """
     at_least(1, depth=depth, hidden=hidden)
     at_least(0, hidden_layers=hidden_layers)
-    read = Format.parse(format)
-    widths = [hidden] * hidden_layers
+    bend, widths = Affine(Format.parse(format)), [hidden] * hidden_layers
+
+    def transform(features: int) -> Bijection:
+        net = MADE(bend.owners(features), hidden=widths, context=context, zero=True)
+        return Autoregressive(net, map=bend)
+
     return vector_flow(
         "maf",
         shape,
-        lambda d: Autoregressive(d, format=read, hidden=widths, context=context, zero=True),
+        transform,
         bits=bits,
         depth=depth,
         permutation=permutation,
@@ -85,7 +89,7 @@ def vector_flow(
         )
     layers: list[Layer] = []
     if bits is not None:
-        layers += [Dequantize(StandardUniform(shape), 2**bits), Affine(2.0**-bits), Logit(alpha)]
+        layers += [Dequantize(StandardUniform(shape), 2**bits), Rescale(2.0**-bits), Logit(alpha)]
     features = shape[0]
     for _ in range(depth):
         layers += [ActNorm(features)] if norm else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from musigma.layers import Autoregressive, Conditioner, Coupling, Spline
+from musigma.layers import MADE, Autoregressive, Conditioner, Coupling, Spline
 from musigma.model import Bijection, Chain
 from musigma.zoo import architecture, at_least
 from musigma.zoo.flows.maf import vector_flow
@@ -59,12 +59,11 @@ def nsf(
         kept = features // 2
         emitted = spline.outputs * (features - kept)
         net = Conditioner(kept, emitted, hidden=widths, context=context, zero=True)
-        return Coupling(net, kind="spline", spline=spline)
+        return Coupling(net, map=spline)
 
     def autoregressive(features: int) -> Bijection:
-        return Autoregressive(
-            features, kind="spline", spline=spline, hidden=widths, context=context, zero=True
-        )
+        net = MADE(spline.owners(features), hidden=widths, context=context, zero=True)
+        return Autoregressive(net, map=spline)
 
     kinds = {"coupling": coupling, "autoregressive": autoregressive}
     if kind not in kinds:

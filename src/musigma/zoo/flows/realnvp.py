@@ -16,6 +16,7 @@ from musigma.layers import (
     Dequantize,
     Logit,
     Permutation,
+    Rescale,
     Split,
     Squeeze,
 )
@@ -57,7 +58,7 @@ def realnvp(
     at_least(0, blocks=blocks)
     layers: list[Layer] = []
     if bits is not None:
-        layers += [Dequantize(StandardUniform(shape), 2**bits), Affine(2.0**-bits), Logit(alpha)]
+        layers += [Dequantize(StandardUniform(shape), 2**bits), Rescale(2.0**-bits), Logit(alpha)]
     if len(shape) == 1:
         if shape[0] < 2:
             raise ValueError("shape: a coupling needs vectors of at least 2 elements; got 1")
@@ -91,5 +92,5 @@ def step(channels: int, hidden: int, context: int, *, blocks: int | None) -> lis
         net: nn.Module = MLP(kept, emitted, hidden=[hidden] * 2, context=context, zero=True)
     else:
         net = ResNet(kept, emitted, width=hidden, blocks=blocks, context=context, zero=True)
-    coupling = Coupling(net, format=Format(scale="tanh"))
+    coupling = Coupling(net, map=Affine(Format(scale="tanh")))
     return [ActNorm(channels), coupling, Permutation.reverse(channels)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from musigma.distributions import StandardNormal, StandardUniform
 from musigma.gaussian import Format, GaussianHead
-from musigma.layers import Affine, Dequantize
+from musigma.layers import Dequantize, Rescale
 from musigma.model import VAE, Chain, Model, Prior
 from musigma.zoo import architecture, at_least
 from musigma.zoo.flows.glow import image_shape
@@ -79,7 +79,7 @@ def autoencoder_kl(
     if bits is None:
         return vae
     levels = 2**bits
-    return Chain([Dequantize(StandardUniform(shape), levels), Affine(2 / levels, -1.0)], vae)
+    return Chain([Dequantize(StandardUniform(shape), levels), Rescale(2 / levels, -1.0)], vae)
 
 
 class Encoder(nn.Module):

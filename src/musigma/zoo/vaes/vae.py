@@ -11,7 +11,7 @@ from torch import nn
 
 from musigma.distributions import CONTINUOUS, StandardNormal, StandardUniform, likelihood
 from musigma.gaussian import Format, GaussianHead
-from musigma.layers import ActNorm, Affine, Coupling, Dequantize, InvertibleConv
+from musigma.layers import ActNorm, Affine, Coupling, Dequantize, InvertibleConv, Rescale
 from musigma.model import VAE, Chain, Model, Prior
 from musigma.nets import MLP, ConvDecoder, ConvEncoder, Scaled
 from musigma.zoo import architecture, at_least
@@ -96,7 +96,7 @@ def named_likelihood(name, shape, net, levels, components, std) -> nn.Module:
 
 def quantized(model: Model, shape: Sequence[int], levels: int) -> Chain:
     """A model of values in [0, 1] as one of integer levels: with the account that this needs."""
-    return Chain([Dequantize(StandardUniform(shape), levels), Affine(1 / levels)], model)
+    return Chain([Dequantize(StandardUniform(shape), levels), Rescale(1 / levels)], model)
 
 
 def _prior(kind: str, latents: int, depth: int, context: int) -> Model:
@@ -111,7 +111,7 @@ def _prior(kind: str, latents: int, depth: int, context: int) -> Model:
         layers += [
             ActNorm(latents),
             InvertibleConv(latents),
-            Coupling(net, format=Format(scale="tanh")),
+            Coupling(net, map=Affine(Format(scale="tanh"))),
         ]
     return Chain(layers, Prior(StandardNormal((latents,))))
 
