@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,11 @@ class Elementwise(Bijection):
         """``(x, log_det)``."""
         x, log_slope = self.map.inverse(at_least_float32(y), self._parameters_for(y))
         return x, sum_event(log_slope, y.ndim - 1)
+
+    def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Any], Tensor]]]:
+        """This layer, with the share of its scales that have run into a limit."""
+        if (share := getattr(self.map, "saturation", None)) is not None:
+            yield self, lambda _: share(self.h[None])
 
     def extra_repr(self) -> str:
         """Names the shape and the map."""
