@@ -297,12 +297,12 @@ def test_a_network_whose_outputs_are_in_another_order_is_refused():
 
 
 def test_scales_at_their_limit_are_seen_in_every_layer_with_an_affine_map():
-    layers = [masked(4, "affine"), Coupling(MLP(2, 4, hidden=[8])), Elementwise(4, map=Affine())]
+    layers = [Coupling(MLP(2, 4, hidden=[8])), masked(4, "affine"), Elementwise(4, map=Affine())]
     model = Chain(layers, Prior(StandardNormal((4,))))
     x = torch.randn(16, 4)
     names = {"layers.0", "layers.1", "layers.2"}
     assert saturation(model, x) == dict.fromkeys(names, 0.0)
     with torch.no_grad():
-        layers[0].net.stack.biases[-1][4:6] = 1e6
+        layers[1].net.stack.biases[-1][4:6] = 1e6
         layers[2].h[4] = 1e6
-    assert saturation(model, x) == {"layers.0": 0.5, "layers.1": 0.0, "layers.2": 0.25}
+    assert saturation(model, x) == {"layers.0": 0.0, "layers.1": 0.5, "layers.2": 0.25}
