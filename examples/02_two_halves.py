@@ -107,7 +107,7 @@ q = Normal(encoding[:, :z_dim], encoding[:, z_dim:].exp())
 recon = F.binary_cross_entropy_with_logits(model.decoder.net(q.rsample()), x, reduction="sum")
 snippet = (recon + kl_divergence(q, Normal(0.0, 1.0)).sum()) / len(x)
 torch.manual_seed(1)
-ours = musigma.objectives.elbo(model(x))
+ours = musigma.objectives.elbo(model(x)).mean()
 print("\n1. The snippet in plain torch, and musigma, from the same weights and noise")
 print(f"  {snippet:.4f} and {ours:.4f} nats: {(ours / snippet - 1).abs():.0e} apart, relative")
 

@@ -105,7 +105,7 @@ optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 for step in range(steps):
     x = train[musigma.data.batch_indices(len(train), 64, seed=0, step=step)]
-    loss = musigma.objectives.elbo(model(x))
+    loss = musigma.objectives.elbo(model(x)).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -116,7 +116,7 @@ model.eval()
 
 exact, x = copy.deepcopy(model).double(), held_out[:64].double()
 torch.manual_seed(1)
-ours = musigma.objectives.elbo(exact(x))
+ours = musigma.objectives.elbo(exact(x)).mean()
 torch.manual_seed(1)
 mu, sigma = exact.encoder.net(x)
 z = mu + (sigma / 2).exp() * torch.randn_like(mu)

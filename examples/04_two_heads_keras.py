@@ -52,7 +52,7 @@ def train(vae, x, lr, published=False):
     for step in range(steps):
         batch = x[musigma.data.batch_indices(len(x), 64, seed=0, step=step)]
         evidence = vae(batch, closed_form=True)
-        loss = musigma.objectives.elbo(evidence)
+        loss = musigma.objectives.elbo(evidence).mean()
         if published:
             loss = (published_kl(vae.encoder(batch)) - evidence.log_px).mean()
         optimizer.zero_grad()

@@ -79,7 +79,7 @@ def train(model, x, beta=1.0, moments=()):
             seen[step] = q.mean, q.stddev
         if step < steps:
             batch = x[musigma.data.batch_indices(len(x), 64, seed=0, step=step)]
-            loss = musigma.objectives.beta_elbo(model(batch), beta)
+            loss = musigma.objectives.beta_elbo(model(batch), beta).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -171,7 +171,7 @@ def report(name, models, beta):
     linear = [explained(q.mean, factors).mean() for q in posteriors]
     used = [(q.stddev.mean(0) < 0.9).sum() for q in posteriors]
     evidence = [m(held_out, closed_form=True) for m in models]
-    loss = [musigma.objectives.beta_elbo(e, beta) for e in evidence]
+    loss = [musigma.objectives.beta_elbo(e, beta).mean() for e in evidence]
     print(
         f"  {name:<20} aligned {' '.join(f'{v:.2f}' for v in aligned)}"
         f"   linear {' '.join(f'{v:.2f}' for v in linear)}"

@@ -20,23 +20,25 @@ RANKS = {
     "memory": 0,
     "processes": 0,
     "spec": 0,
-    "distributions": 1,
+    "context": 0,
+    "nets": 1,
+    "distributions": 2,
     "trace": 1,
-    "model": 2,
+    "layer": 2,
+    "model": 3,
     "objectives": 2,
-    "nets": 2,
-    "layers": 3,
-    "testing": 4,
-    "zoo": 4,
-    "checkpoint": 5,
-    "plugins": 5,
-    "data": 5,
-    "evaluation": 6,
-    "editing": 7,
-    "convert": 7,
-    "audit": 7,
-    "coding": 7,
-    "training": 7,  # it evaluates as it goes, so evaluation lies below it
+    "layers": 4,
+    "testing": 5,
+    "zoo": 5,
+    "checkpoint": 6,
+    "data": 6,
+    "plugins": 6,
+    "evaluation": 7,
+    "editing": 8,
+    "convert": 8,
+    "audit": 8,
+    "coding": 8,
+    "training": 8,  # it evaluates as it goes, so evaluation lies below it
     "report": 5,
     "cli": 10,
     "__init__": 10,
@@ -166,7 +168,7 @@ def test_library_code_neither_prints_nor_exits():
 
 
 def test_the_core_sets_no_seeds_and_touches_no_files():
-    core = {name for name, rank in RANKS.items() if rank <= 4} - {"files", "testing"}
+    core = {name for name, rank in RANKS.items() if rank <= 5} - {"files", "testing"}
     for path in MODULES:
         if room(path) in core:
             text = path.read_text(encoding="utf-8")

@@ -574,7 +574,7 @@ def test_batch_statistics_are_noticed():
 
 def test_one_module_at_two_places_is_refused():
     layer = ActNorm(3)
-    with pytest.raises(ValueError, match="stands at two places"):
+    with pytest.raises(ValueError, match="is used in two places"):
         Chain([layer, Permutation.reverse(3), layer], Prior(StandardNormal((3,))))
 
 

@@ -54,7 +54,7 @@ def subject(
 
     def loss() -> Tensor:
         with cast():
-            return objectives.elbo(model(x))
+            return objectives.elbo(model(x)).mean()
 
     def step() -> None:
         value = loss()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,33 @@ from torch import Tensor
 from musigma import __version__
 from musigma.files import replacing, usual_rights
 from musigma.model import Model
-from musigma.zoo import ARCHITECTURES, build
+from musigma.zoo import ARCHITECTURES, build, spec_of
 
 __all__ = ["CheckpointError", "digest", "load", "read", "save", "verified", "write"]
 
-FORMAT = "musigma/1"
-MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""From an older format's name to the function that brings its config to the present one's."""
+FORMAT = "musigma/2"
+
+Contents = tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]
+"""Config, extra and tensors of a file."""
+
+
+def _from_1(config: dict[str, Any], extra: dict[str, Any], tensors: dict[str, Tensor]) -> Contents:
+    """Format 1 knew class labels alone as a context, and conditioned fewer networks on them.
+
+    The others now have further input channels, whose weights are zero for these files.
+    """
+    classes = config["options"].get("context") or 0
+    if classes and "context" not in config:
+        described = extra.get("data")
+        labels = described.get("label_names") if isinstance(described, Mapping) else None
+        if isinstance(labels, Sequence) and len(labels) == classes:
+            variable = {"name": "label", "classes": classes, "names": list(labels)}
+            config = {**config, "context": [variable]}
+    return config, extra, tensors
+
+
+MIGRATIONS: dict[str, tuple[str, Callable[..., Contents]]] = {"musigma/1": (FORMAT, _from_1)}
+"""From a format's name to the next one's, and to the function that brings contents there."""
 
 
 class CheckpointError(ValueError):
@@ -98,7 +118,7 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
     Raises:
         CheckpointError: As `load`.
     """
-    config, extra, tensors = _contents(Path(path))
+    config, extra, tensors, version = _contents(Path(path))
     name = config["architecture"]
     if name not in ARCHITECTURES:
         raise CheckpointError(
@@ -106,13 +126,34 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
             f"file that defines it, give it (--plugin FILE.py:{name})"
         )
     try:
-        model = build(name, config["shape"], **config["options"])
+        model = _built(config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: its configuration builds no {name} here: {error}"
         ) from error
+    if version == "musigma/1":
+        tensors = _padded(model, tensors)
     _fill(model, tensors, path)
     return model.eval(), extra
+
+
+def _built(config: Mapping[str, Any]) -> Model:
+    """The model of a config, with random weights."""
+    spec = spec_of(config)
+    stored = spec if "context" in config or "columns" in config else config["shape"]
+    return build(config["architecture"], stored, **config["options"])
+
+
+def _padded(model: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of format 1, with zeros for the input channels of a context they did not take."""
+    features = model.config["options"].get("context") or 0
+    padded = dict(tensors)
+    for name, wanted in model.state_dict().items():
+        t = tensors.get(name)
+        if features and t is not None and t.ndim > 1 and wanted.shape[1] - t.shape[1] == features:
+            room = t.new_zeros(t.shape[0], features, *t.shape[2:])
+            padded[name] = torch.cat([t, room], 1)
+    return padded
 
 
 def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -153,18 +194,19 @@ def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], str]:
+    """Config, extra and tensors as the present format has them, and the file's own format."""
     header, tensors = verified(path)
-    config, version = header["config"], header["format"]
+    config, extra, version = header["config"], header["extra"], header["format"]
     while version != FORMAT:
         if version not in MIGRATIONS:
             raise CheckpointError(
                 f"{path}: written in format {version} by musigma {header['version']}, and this "
                 f"is musigma {__version__}, which reads {FORMAT}; upgrade musigma"
             )
-        config = MIGRATIONS[version](config)
-        version = config.pop("format")
-    return config, header["extra"], tensors
+        version, migrate = MIGRATIONS[version]
+        config, extra, tensors = migrate(config, extra, tensors)
+    return config, extra, tensors, header["format"]
 
 
 def _padded_by_spaces(path: Path) -> bool:

@@ -1,9 +1,10 @@
-"""Layers and models: every one states its terms to a `Trace`, once per direction.
+"""Layers and models: each states its terms to a `Trace`, once per direction.
 
-A `Layer` consumes x and leaves z; a `Bijection` is a layer that is a pure function. A `Model`
-consumes everything, and has training, scoring, sampling, encoding, decoding, reconstruction and
-interpolation for free. There are four: `Prior`, `Chain` (flows), `VAE` and `Ladder`. The prior of
-a chain or of a VAE is itself a model, so depth is recursion.
+A `Layer` takes x and leaves z; a `Bijection` is a layer that is a pure function. A `Model` takes
+all of x, and inherits training, scoring, sampling, encoding, decoding, reconstruction and
+interpolation. There are four models, `Prior`, `Chain` (flows), `VAE` and `Ladder`, and
+`Conditional`, which embeds the context of another model. The prior of a chain or of a VAE is a
+model itself, so models nest to any depth.
 """
 
 from __future__ import annotations
@@ -19,138 +20,59 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from musigma import context as contexts
+from musigma.context import Context
 from musigma.distributions import ModelDistribution
 from musigma.gaussian import channels_last
+from musigma.layer import Bijection, Inverse, Layer, conditioned
 from musigma.memory import Keeper
-from musigma.trace import Evidence, Trace
+from musigma.spec import Spec
+from musigma.trace import Evidence, Recorder, Trace, refuse_twins
 
 __all__ = [
     "VAE",
     "Bijection",
     "Chain",
+    "Conditional",
     "Inverse",
     "Ladder",
     "LadderBlock",
     "Layer",
     "Model",
     "Prior",
+    "conditioned",
 ]
 
 Temperature = float | Tensor | Sequence[float | Tensor]
 
-
-def conditioned(net: nn.Module, given: Tensor, context: Tensor | None) -> Any:
-    """``net(given, context)``, or ``net(given)`` where there is no context."""
-    return net(given) if context is None else net(given, context)
-
-
-class Layer(nn.Module, ABC):
-    """A part of a chain: consumes x on the way up, and gives it back on the way down.
-
-    To write one, implement `infer` and `generate` as mirror images: whatever one direction draws,
-    the other scores. A layer that generates a variable names itself as the site and yields itself
-    from `variables`. `musigma.testing.check_layer` proves the result.
-
-    Attributes:
-        exact: False if inference draws anything that the generative direction does not determine.
-        units: True if the layer speaks of how data are stored (levels, range), and not of them.
-    """
-
-    exact: bool = True
-    units: bool = False
-
-    @abstractmethod
-    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """Data to latents."""
-
-    @abstractmethod
-    def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """Latents to data."""
-
-    def variables(self) -> Iterator[nn.Module]:
-        """The sites of the variables that this layer generates, in the order of generation."""
-        return iter(())
-
-    def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Set data-dependent parameters from one batch; most layers have none."""
-
-
-class Bijection(Layer):
-    """A layer that is a pure function and has an inverse: it never sees the trace.
-
-    Implement `forward` and `inverse`, each returning the value and the log |det| of its own
-    direction, in nats per example, shape (B,).
-    """
-
-    @abstractmethod
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to latents: ``(y, log |det dy/dx|)``."""
-
-    @abstractmethod
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Latents to data: ``(x, log |det dx/dy|)``."""
-
-    def retrace(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(x, y, log_det)`` from y: x is a leaf, and the others are computed from it again.
-
-        What a reversible backward pass goes by; work that both directions share may be done once.
-        """
-        with torch.no_grad():
-            x, _ = self.inverse(y, context)
-        x = x.detach().requires_grad_()
-        return x, *self(x, context)
-
-    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """States its log-determinant, and nothing else."""
-        return trace.bijection(self, x, context)
-
-    def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """States its log-determinant, and nothing else."""
-        return trace.bijection(self, z, context)
-
-
-class Inverse(Bijection):
-    """Another bijection, the other way round; it is not calibrated.
-
-    Args:
-        bijection: Its `inverse` becomes `forward`.
-    """
-
-    def __init__(self, bijection: Bijection):
-        super().__init__()
-        self.bijection = bijection
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The inverse of the bijection."""
-        return self.bijection.inverse(x, context)
-
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The bijection."""
-        return self.bijection(y, context)
+MOST_ENUMERATED = 4096
+"""Combinations of values that `gradient="enumerate"` goes through at most."""
 
 
 class Model(nn.Module, ABC):
     """A generative model of x with its inference: everything that can be asked of one.
 
-    Batches come first; densities are in nats per example, shape (B,); latents are a tuple, the one
-    that is generated first (the top) first. `context`, if any, has one row per example.
+    Batches come first; densities are in nats per example, shape (B,); latents are a tuple, top
+    first (in the order of generation). A context has one row per example.
 
     Attributes:
         config: What the zoo built this model from, for checkpoints; empty for one made by hand.
-        exact: Whether log w is log p(x): true of flows without dequantisation.
+        spec: The shape and levels of the data, and the context; None if nobody has set it.
+        exact: Whether log w is log p(x): true of flows without dequantization.
     """
 
     config: Mapping[str, Any] = {}
+    spec: Spec | None = None
     exact: bool = False
 
     # -- what a model has to say
 
     @abstractmethod
-    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> None:
+    def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """Data to latents: state every term."""
 
     @abstractmethod
-    def generate(self, trace: Trace, context: Tensor | None = None) -> Tensor:
+    def generate(self, trace: Trace, context: Any = None) -> Tensor:
         """Latents to data: state every term, and return x."""
 
     @abstractmethod
@@ -161,29 +83,88 @@ class Model(nn.Module, ABC):
     def latents(self) -> Iterator[nn.Module]:
         """The sites of the variables that `encode` returns: all but the observation."""
 
-    def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
+    def calibrate(self, x: Tensor, context: Any = None) -> None:
         """Set data-dependent parameters from one batch: once, before training.
 
-        An uncalibrated layer is the identity; nothing is ever set behind one's back.
+        An uncalibrated layer is the identity, and only this method calibrates it.
         """
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether every variable is a latent, so that no likelihood stands between them and x."""
+        return set(self.latents()) == set(self.variables())
+
+    def site_names(self) -> dict[nn.Module, str]:
+        """The dotted name of every module; `model` for this one."""
+        return {module: name or "model" for name, module in self.named_modules()}
 
     # -- scoring
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, closed_form: bool = True
+        self,
+        x: Tensor,
+        context: Context = None,
+        *,
+        closed_form: bool = True,
+        trace: Trace | None = None,
     ) -> Evidence:
-        """The terms of log w for x (B, *event): what objectives are functions of."""
-        trace = Trace(closed_form=closed_form)
-        self.infer(self.floating(x), trace, context)
-        return trace.evidence(self.latents())
+        """The terms of log w for x (B, *event): what objectives are functions of.
 
-    def elbo(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        Args:
+            x: Data.
+            context: One row per example, or None.
+            closed_form: Whether KL divergences are in closed form where torch knows one.
+            trace: The trace to record into (a `Recorder`, say), which then decides on closed
+                forms; None for a new one.
+
+        Where a draw names `enumerate` as its gradient, every value of it is scored, and each term
+        is its exact expectation under q.
+        """
+        trace = trace if trace is not None else Trace(closed_form=closed_form)
+        self.infer(self.floating(x), trace, context)
+        evidence = trace.evidence(self.latents())
+        if trace.supports:
+            evidence = self._enumerated(x, context, trace)
+        if isinstance(trace, Recorder):
+            trace.terms = evidence
+        return evidence
+
+    def _enumerated(self, x: Tensor, context: Context, trace: Trace) -> Evidence:
+        """The expectation of the evidence over all values of the draws that are enumerated."""
+        sites, supports = list(trace.supports), list(trace.supports.values())
+        k = math.prod(len(support) for support in supports)
+        if k > MOST_ENUMERATED:
+            raise ValueError(
+                f"gradient: enumeration goes through {k:,} combinations of values, more than "
+                f"{MOST_ENUMERATED:,}; use 'score', or fewer values"
+            )
+        which = torch.cartesian_prod(*(torch.arange(len(s)) for s in supports)).reshape(k, -1)
+        given = {
+            site: self._copies(support[which[:, i]], len(x))
+            for i, (site, support) in enumerate(zip(sites, supports, strict=True))
+        }
+        again = Trace(given=given, closed_form=trace.closed_form)
+        self.infer(self.floating(x).repeat_interleave(k, 0), again, contexts.repeat(context, k))
+        weights = sum(again.scores[site] for site in sites).reshape(-1, k).exp()  # pyright: ignore
+        evidence = again.evidence(self.latents())
+
+        def expected(term: Tensor) -> Tensor:
+            each = term.reshape(-1, k, *term.shape[1:])
+            return torch.einsum("bk,bk...->b...", weights.to(each), each)
+
+        score = sum((v for s, v in again.scores.items() if s not in given), 0 * evidence.score)
+        return Evidence(*map(expected, evidence[:5]), expected(score), evidence.kl_sampled[::k])
+
+    @staticmethod
+    def _copies(support: Tensor, n: int) -> Tensor:
+        """Values (k, 1 or n, *event) as (n k, *event), all values of an example in a row."""
+        return support.expand(len(support), n, *support.shape[2:]).transpose(0, 1).flatten(0, 1)
+
+    def elbo(self, x: Tensor, context: Context = None) -> Tensor:
         """A lower bound of log p(x) in nats, by one draw and closed-form KLs, shape (B,)."""
         return self(x, context).elbo
 
-    def iwae(
-        self, x: Tensor, k: int, context: Tensor | None = None, *, at_once: int = 256
-    ) -> Tensor:
+    def iwae(self, x: Tensor, k: int, context: Context = None, *, at_once: int = 256) -> Tensor:
         """The importance-weighted bound log (1/k) Σ w_i of log p(x), in nats, shape (B,).
 
         It rises with k, and converges to log p(x) (Burda, Grosse, Salakhutdinov, "Importance
@@ -200,13 +181,13 @@ class Model(nn.Module, ABC):
         weights, left = [], k
         while left:
             c = min(left, max(1, at_once // len(x)))
-            again = None if context is None else context.repeat_interleave(c, 0)
+            again = contexts.repeat(context, c)
             log_w = self(x.repeat_interleave(c, 0), again, closed_form=False).elbo
             weights.append(log_w.reshape(len(x), c))
             left -= c
         return torch.cat(weights, 1).logsumexp(1) - math.log(k)
 
-    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """log p(x) in nats, shape (B,): a density for continuous data, so it may be positive.
 
         Raises:
@@ -219,7 +200,7 @@ class Model(nn.Module, ABC):
             )
         return self(x, context, closed_form=False).elbo
 
-    def bits_per_dim(self, x: Tensor, context: Tensor | None = None, *, k: int = 1) -> Tensor:
+    def bits_per_dim(self, x: Tensor, context: Context = None, *, k: int = 1) -> Tensor:
         """-log p(x) / (D ln 2), or an upper bound of it where the model is not exact: (B,).
 
         D is the number of elements of one example. With k > 1 the bound is `iwae`'s.
@@ -233,7 +214,7 @@ class Model(nn.Module, ABC):
     def sample(
         self,
         n: int,
-        context: Tensor | None = None,
+        context: Context = None,
         *,
         temperature: Temperature = 1.0,
         mode: bool = False,
@@ -247,9 +228,9 @@ class Model(nn.Module, ABC):
                 with one for each sample, or a sequence with one for each latent, top first.
             mode: Return the centre of p(x | latents) rather than a draw from it.
         """
-        if context is not None and len(context) != n:
+        if context is not None and contexts.length(context) != n:
             raise ValueError(
-                f"context: expected {n} rows, one for each sample; got {len(context)}"
+                f"context: expected {n} rows, one for each sample; got {contexts.length(context)}"
             )
         trace = Trace(
             generating=True, n=n, scoring=False, temperature=self._temperatures(temperature, mode)
@@ -259,7 +240,7 @@ class Model(nn.Module, ABC):
     def encode(
         self,
         x: Tensor,
-        context: Tensor | None = None,
+        context: Context = None,
         *,
         mode: bool = False,
         whiten: bool = False,
@@ -281,7 +262,7 @@ class Model(nn.Module, ABC):
     def decode(
         self,
         latents: Sequence[Tensor],
-        context: Tensor | None = None,
+        context: Context = None,
         *,
         whiten: bool = False,
         temperature: Temperature = 1.0,
@@ -308,7 +289,7 @@ class Model(nn.Module, ABC):
         with torch.autocast(latents[0].device.type, enabled=False):
             return self.generate(trace, context)
 
-    def reconstruct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def reconstruct(self, x: Tensor, context: Context = None) -> Tensor:
         """Decode the centre of the posterior of x: what the latents know of it."""
         return self.decode(self.encode(x, context, mode=True), context)
 
@@ -317,8 +298,8 @@ class Model(nn.Module, ABC):
         x0: Tensor,
         x1: Tensor,
         steps: int,
-        context: Tensor | None = None,
-        context1: Tensor | None = None,
+        context: Context = None,
+        context1: Context = None,
         *,
         path: Literal["spherical", "linear"] = "spherical",
     ) -> Tensor:
@@ -340,12 +321,12 @@ class Model(nn.Module, ABC):
         for t in torch.linspace(0, 1, steps, dtype=torch.float64).tolist():
             mixed = None
             if context is not None and context1 is not None:
-                mixed = torch.lerp(context, context1, t)
+                mixed = contexts.lerp(context, context1, t)
             latents = [between(a, b, t) for a, b in zip(first, last, strict=True)]
             frames.append(self.decode(latents, mixed, whiten=True))
         return torch.stack(frames, 1)
 
-    def as_distribution(self, context: Tensor | None = None) -> Distribution:
+    def as_distribution(self, context: Context = None) -> Distribution:
         """This model as a torch distribution, for use in others' code; exact models only."""
         if not self.exact:
             self.log_prob(torch.empty(0))
@@ -416,11 +397,11 @@ class Prior(Model):
         super().__init__()
         self.head = head
 
-    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> None:
+    def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """P(x)."""
         trace.p(self, self.head(context), x)
 
-    def generate(self, trace: Trace, context: Tensor | None = None) -> Tensor:
+    def generate(self, trace: Trace, context: Any = None) -> Tensor:
         """X ~ p."""
         return trace.p(self, self.head(context))
 
@@ -449,22 +430,25 @@ class Chain(Model):
         super().__init__()
         self.layers, self.prior = nn.ModuleList(layers), prior
         self.keeper = Keeper()
-        _refuse_twins([*self.layers, *prior.variables()])
+        refuse_twins([*self.layers, *prior.variables()])
         self.exact = prior.exact and all(layer.exact for layer in self._layers())
-        self.over_likelihood = set(prior.latents()) != set(prior.variables())
+        self.over_likelihood = not prior.is_flow
 
     def _layers(self) -> Iterator[Layer]:
         return (cast(Layer, layer) for layer in self.layers)
 
     def _runs(self) -> Iterator[tuple[int, int]]:
-        """From where to where there are bijections, before each other layer and at the end."""
+        """Start and end of each run of plain bijections: before every other layer, and last.
+
+        A bijection that overrides `infer` is asked itself, so it is no part of a run.
+        """
         at = 0
         for end, layer in enumerate([*self._layers(), None]):
-            if not isinstance(layer, Bijection):
+            if layer is None or type(layer).infer is not Bijection.infer:
                 yield at, end
                 at = end + 1
 
-    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> None:
+    def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """Every layer, then the prior; runs of bijections as `keeper` has it."""
         layers = list(self._layers())
         for at, end in self._runs():
@@ -476,7 +460,7 @@ class Chain(Model):
             trace.below.update(self.layers)
         self.prior.infer(x, trace, context)
 
-    def generate(self, trace: Trace, context: Tensor | None = None) -> Tensor:
+    def generate(self, trace: Trace, context: Any = None) -> Tensor:
         """The prior, then every layer from the last to the first."""
         x = channels_last(self.prior.generate(trace, context))
         if self.over_likelihood:
@@ -507,7 +491,7 @@ class Chain(Model):
             yield from layer.variables()
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
+    def calibrate(self, x: Tensor, context: Any = None) -> None:
         """Every layer on what the layers below it make of x, then the prior."""
         x = self.floating(x)
         for layer in self._layers():
@@ -517,10 +501,9 @@ class Chain(Model):
         self.prior.calibrate(x, context)
 
 
-def _in_parts(x: Tensor, context: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Some examples at a time, with their context: inside networks they take far more memory."""
-    given = itertools.repeat(None) if context is None else context.split(64)
-    return zip(x.split(64), given, strict=False)
+def _in_parts(x: Tensor, context: Context) -> Iterator[tuple[Tensor, Any]]:
+    """64 examples at a time, with their context: inside networks they take far more memory."""
+    return zip(x.split(64), contexts.chunks(context, 64, len(x)), strict=True)
 
 
 class VAE(Model):
@@ -542,7 +525,7 @@ class VAE(Model):
         super().__init__()
         self.encoder, self.decoder, self.prior = encoder, decoder, prior
 
-    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> None:
+    def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """Z ~ q(z | x), then p(x | z) and p(z)."""
         q = conditioned(self.encoder, x, context)
         if isinstance(self.prior, Prior):
@@ -553,7 +536,7 @@ class VAE(Model):
             trace.p(self, conditioned(self.decoder, z, context), x)
             self.prior.infer(z, trace, context)
 
-    def generate(self, trace: Trace, context: Tensor | None = None) -> Tensor:
+    def generate(self, trace: Trace, context: Any = None) -> Tensor:
         """Z ~ p(z), then x ~ p(x | z)."""
         z = self.prior.generate(trace, context)
         x = trace.p(self, conditioned(self.decoder, z, context))
@@ -572,7 +555,7 @@ class VAE(Model):
         yield from self.prior.variables()
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
+    def calibrate(self, x: Tensor, context: Any = None) -> None:
         """The prior, on draws from the posterior."""
         parts = _in_parts(self.floating(x), context)
         z = torch.cat([conditioned(self.encoder, *few).sample() for few in parts])
@@ -586,6 +569,8 @@ class LadderBlock(nn.Module):
         prior: A head: the state (B, C, H, W) to p(z | state).
         posterior: A head: the state and the bottom-up features, joined on axis 1, to q(z | ...).
         merge: ``merge(state, z)`` to the state of the next block.
+
+    Each takes the context as one more argument, if it takes any.
     """
 
     def __init__(self, prior: nn.Module, posterior: nn.Module, merge: nn.Module):
@@ -619,18 +604,18 @@ class Ladder(Model):
         super().__init__()
         self.bottom_up, self.blocks, self.decoder = bottom_up, nn.ModuleList(blocks), decoder
         self.top = nn.Parameter(torch.zeros(1, *state))
-        _refuse_twins(list(self.blocks))
+        refuse_twins(self.blocks)
 
-    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> None:
+    def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """From the top: z ~ q(z | state, x), paired with p(z | state); at last p(x | state)."""
         state = self._start(len(x))
         for block, seen in zip(self._rungs(), self._features(x, context), strict=True):
-            q = block.posterior(torch.cat([state, seen], 1))
+            q = conditioned(block.posterior, torch.cat([state, seen], 1), context)
             z = trace.latent(block, q, conditioned(block.prior, state, context))
-            state = block.merge(state, z)
+            state = conditioned(block.merge, state, z, context)
         trace.p(self, conditioned(self.decoder, state, context), x)
 
-    def generate(self, trace: Trace, context: Tensor | None = None) -> Tensor:
+    def generate(self, trace: Trace, context: Any = None) -> Tensor:
         """From the top: z ~ p(z | state); at last x ~ p(x | state)."""
         n = trace.n if context is None else len(context)
         if n is None:
@@ -640,12 +625,13 @@ class Ladder(Model):
         for block in self._rungs():
             z = trace.p(block, conditioned(block.prior, state, context))
             passed.append((block, state, z))
-            state = block.merge(state, z)
+            state = conditioned(block.merge, state, z, context)
         x = trace.p(self, conditioned(self.decoder, state, context))
         if trace.scoring:
             pairs = zip(passed, self._features(x, context), strict=True)
             for (block, state, z), seen in reversed(list(pairs)):
-                trace.q(block, block.posterior(torch.cat([state, seen], 1)), z)
+                posterior = conditioned(block.posterior, torch.cat([state, seen], 1), context)
+                trace.q(block, posterior, z)
         return x
 
     def _start(self, n: int) -> Tensor:
@@ -667,12 +653,65 @@ class Ladder(Model):
         yield from self.blocks
 
 
-def _refuse_twins(modules: list[nn.Module]) -> None:
-    seen: set[int] = set()
-    for module in modules:
-        if id(module) in seen:
-            raise ValueError(
-                f"layers: one {type(module).__name__} stands at two places, so its terms would be "
-                "counted once; make a second instance (its networks may be shared)"
-            )
-        seen.add(id(module))
+class Conditional(Model):
+    """A model whose context passes through one embedding network, once per pass.
+
+    Args:
+        model: Conditioned on what the embedding returns: (B, F), or a map (B, F, H, W).
+        embedding: A network of the context: a tensor, or a mapping of named ones
+            (`musigma.nets.Embedding`). Its `calibrate(context)`, if it has one, is called before
+            the model is calibrated.
+
+    Example:
+        >>> import musigma
+        >>> flow = musigma.build("nsf", (2,), bits=None, depth=1, context=4)
+        >>> model = Conditional(flow, nn.Sequential(nn.Linear(7, 4), nn.Tanh()))
+        >>> model.log_prob(torch.randn(3, 2), torch.randn(3, 7)).shape
+        torch.Size([3])
+    """
+
+    def __init__(self, model: Model, embedding: nn.Module):
+        super().__init__()
+        self.model, self.embedding = model, embedding
+        self.exact = model.exact
+
+    def embedded(self, context: Context) -> Tensor:
+        """What the inner model is conditioned on.
+
+        Raises:
+            ValueError: Without a context.
+        """
+        if context is None:
+            raise ValueError("context: this model is conditional, and needs one row per example")
+        return self.embedding(context)
+
+    def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
+        """Infer by the inner model."""
+        self.model.infer(x, trace, self.embedded(context))
+
+    def generate(self, trace: Trace, context: Any = None) -> Tensor:
+        """Generate by the inner model."""
+        return self.model.generate(trace, self.embedded(context))
+
+    def variables(self) -> Iterator[nn.Module]:
+        """Those of the inner model."""
+        return self.model.variables()
+
+    def latents(self) -> Iterator[nn.Module]:
+        """Those of the inner model."""
+        return self.model.latents()
+
+    def continuous(self) -> Model:
+        """As the inner model's, with the same embedding."""
+        inner = self.model.continuous()
+        if inner is self.model:
+            return self
+        return Conditional(inner, self.embedding).train(self.training)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, context: Any = None) -> None:
+        """The embedding, then the inner model."""
+        calibrate = getattr(self.embedding, "calibrate", None)
+        if calibrate is not None:
+            calibrate(context)
+        self.model.calibrate(x, self.embedded(context))

@@ -1,61 +1,134 @@
-"""Losses: functions of `Evidence`, in nats per example, averaged over the batch and nothing else.
+"""Objectives: functions of one pass through a model, in nats per example, to be minimized.
 
-Terms are summed over all dimensions of an example, so the weight of the KL never depends on image,
-latent or batch size; `beta` is the only knob there is. What a model asks to be trained for besides
-(`Evidence.aside`, in nats and already weighed) is taken along by all of them.
+An objective maps an `Evidence`, or a `Recorder` that holds one, to nats of shape (B,); training
+minimizes their mean. Terms are summed over all dimensions of an example, so the weight of the KL
+does not depend on the size of images, latents or batches. `Evidence.auxiliary` (in nats, already
+weighted) is part of each of them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from musigma.trace import Evidence
+from musigma.trace import Evidence, Recorder
 
-__all__ = ["beta_elbo", "elbo", "free_bits", "iwae"]
+__all__ = [
+    "OBJECTIVES",
+    "beta_elbo",
+    "elbo",
+    "free_bits",
+    "iwae",
+    "objective",
+    "surrogate",
+    "terms_of",
+]
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {}
+"""Registered objectives by name; their keyword arguments are their options."""
+
+F = TypeVar("F", bound=Callable[..., Tensor])
 
 
+def terms_of(record: Evidence | Recorder) -> Evidence:
+    """The evidence itself, or that of a recorder.
+
+    Raises:
+        ValueError: If the recorder has not been through a model.
+    """
+    if isinstance(record, Evidence):
+        return record
+    if record.terms is None:
+        raise ValueError("record: it is empty; pass it through a model, model(x, trace=record)")
+    return record.terms
+
+
+def surrogate(nats: Tensor, evidence: Evidence) -> Tensor:
+    r"""``nats``, whose gradient includes the score-function estimator of draws that need it.
+
+    .. math:: \nabla E_q[f] = E_q[\nabla f + (f - b) \nabla \log q]
+
+    with b the mean of f over the other examples of the batch (Mnih & Rezende, 2016,
+    arXiv:1602.06725). The value does not change. Where every draw is reparameterized, `nats` is
+    returned as it is. `evidence.score` may have several rows for each of `nats` (draws of one
+    example in a row).
+    """
+    if not evidence.score.requires_grad:
+        return nats
+    score = evidence.score.reshape(len(nats), -1).sum(1)
+    fixed, n = nats.detach(), len(nats)
+    baseline = (fixed.sum() - fixed) / (n - 1) if n > 1 else torch.zeros_like(fixed)
+    return nats + (fixed - baseline) * (score - score.detach())
+
+
+def objective(function: F) -> F:
+    """Make a function of `Evidence` an objective: of a recorder, too, with `surrogate` applied.
+
+    It is registered under its name for the command line (``--objective NAME``), with hyphens for
+    underscores.
+    """
+
+    @functools.wraps(function)
+    def wrapped(record: Evidence | Recorder, *args: Any, **options: Any) -> Tensor:
+        evidence = terms_of(record)
+        return surrogate(function(evidence, *args, **options), evidence)
+
+    wrapped.applies_surrogate = True  # pyright: ignore[reportAttributeAccessIssue]
+    OBJECTIVES[function.__name__.replace("_", "-")] = wrapped
+    return wrapped  # pyright: ignore[reportReturnType]
+
+
+@objective
 def elbo(evidence: Evidence) -> Tensor:
-    """-ELBO: for a flow the negative log-likelihood (or its bound). A scalar, nats per example.
+    """-ELBO; for a flow the negative log-likelihood, or its bound. Nats, (B,).
 
     Example:
         >>> import torch
         >>> e = Evidence(*(torch.tensor([-2.0]), torch.tensor([[1.0]]), *torch.zeros(2, 1)))
-        >>> elbo(e).item(), beta_elbo(e, 4.0).item(), free_bits(e, 1.5).item()
-        (3.0, 6.0, 3.5)
+        >>> elbo(e), beta_elbo(e, beta=4.0), free_bits(e, free=1.5)
+        (tensor([3.]), tensor([6.]), tensor([3.5000]))
     """
-    return -(evidence.elbo + evidence.aside).mean()
+    return -(evidence.elbo + evidence.auxiliary)
 
 
-def beta_elbo(evidence: Evidence, beta: float) -> Tensor:
-    """Distortion + beta · rate (Higgins et al., "beta-VAE", 2017). A scalar, nats per example.
+@objective
+def beta_elbo(evidence: Evidence, beta: float = 1.0) -> Tensor:
+    """Distortion + beta · rate (Higgins et al., "beta-VAE", 2017). Nats, (B,).
 
-    The rate is everything that the latents cost; what a Bernoulli, say, gives for x stays
-    untouched. Only for models with a likelihood: a flow has no distortion to weigh against.
+    The rate is all that the latents cost. Only for models with a likelihood: a flow has no
+    distortion to weigh against.
     """
-    return (beta * evidence.rate - evidence.log_px - evidence.aside).mean()
+    return beta * evidence.rate - evidence.log_px - evidence.auxiliary
 
 
-def free_bits(evidence: Evidence, free: float, *, beta: float = 1.0) -> Tensor:
+@objective
+def free_bits(evidence: Evidence, free: float = 0.0, *, beta: float = 1.0) -> Tensor:
     """`beta_elbo` in which each latent's KL, averaged over the batch, costs at least `free` nats.
 
-    Below that there is nothing to gain from closing a latent (Kingma et al., "Improving
-    Variational Inference with Inverse Autoregressive Flow", 2016, arXiv:1606.04934). A scalar,
-    nats per example.
+    Below that, closing a latent gains nothing (Kingma et al., "Improving Variational Inference
+    with Inverse Autoregressive Flow", 2016, arXiv:1606.04934). Nats, (B,); an example's KL is
+    replaced by `free` where the batch's mean is below it.
     """
-    kl = evidence.kl.mean(0).clamp(min=free).sum()
-    rate = kl + (evidence.log_q - evidence.log_det).mean()
-    return beta * rate - (evidence.log_px + evidence.aside).mean()
+    open_ = evidence.kl.mean(0) > free
+    kl = torch.where(open_, evidence.kl, torch.full_like(evidence.kl, free)).sum(1)
+    rate = kl + evidence.log_q - evidence.log_det
+    return beta * rate - evidence.log_px - evidence.auxiliary
 
 
-def iwae(evidence: Evidence, k: int) -> Tensor:
-    """-log (1/k) Σ w_i (Burda et al., 2016, arXiv:1509.00519). A scalar, nats per example.
+@objective
+def iwae(evidence: Evidence, k: int = 1) -> Tensor:
+    """-log (1/k) Σ w_i (Burda et al., 2016, arXiv:1509.00519). Nats, (B,).
 
     Args:
-        evidence: Of a batch in which every example stands k times in a row, without closed forms
-            (``model(x.repeat_interleave(k, 0), closed_form=False)``).
+        evidence: Of a batch in which every example is repeated k times in a row, without closed
+            forms (``model(x.repeat_interleave(k, 0), closed_form=False)``).
         k: Draws per example.
     """
     log_w = evidence.elbo.reshape(-1, k)
-    return (math.log(k) - log_w.logsumexp(1)).mean() - evidence.aside.mean()
+    auxiliary = evidence.auxiliary.expand(len(evidence.log_px)).reshape(-1, k)
+    return math.log(k) - log_w.logsumexp(1) - auxiliary.mean(1)

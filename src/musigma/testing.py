@@ -224,7 +224,7 @@ def _centred(model: Model, x: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _trained_for(evidence: Evidence) -> Tensor:
-    return evidence.elbo + evidence.aside
+    return evidence.elbo + evidence.auxiliary
 
 
 def _duality(model: Model, x: Tensor, context: Tensor | None) -> None:

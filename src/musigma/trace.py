@@ -1,4 +1,4 @@
-"""What a pass through a model is doing: how choices are made, and what is kept of them.
+"""One pass through a model: how values are chosen, and which terms are recorded.
 
 For an observation x, latents z, an inference distribution q and bijections f,
 
@@ -6,21 +6,22 @@ For an observation x, latents z, an inference distribution q and bijections f,
     E_q[log w] = ELBO ≤ log p(x),     E log (1/k) Σ w_i = IWAE_k ≤ log p(x)
 
 and log w = log p(x), exactly, where nothing is drawn. Every part of a model states its terms of
-that sum once per direction, by two verbs which are mirror images:
+that sum once per direction, by two verbs that mirror each other:
 
     infer:      p scores a known value      q draws           (data -> latents)
     generate:   p draws                     q scores          (latents -> data)
 
-A `Trace` decides what "draw" and "score" mean. The one here serves training, evaluation,
-sampling, encoding, decoding and interpolation; a subclass may serve another purpose, as
-`musigma.coding.Coder` does, for which a draw takes bits off a stack and a score puts them there.
-So a part of a model states its terms in an order that can be undone: what it generates from z
-is scored before z itself is, and q is scored, while generating, in the reverse of the order in
-which it draws.
+A `Trace` decides what "draw" and "score" mean. This one serves training, evaluation, sampling,
+encoding, decoding and interpolation. A `Recorder` also keeps the distributions, for objectives
+and diagnostics that need them. A subclass may serve another purpose: for `musigma.coding.Coder` a
+draw takes bits off a stack, and a score puts bits on it. A part of a model therefore states its
+terms in an order that can be undone: what it generates from z is scored before z is, and while
+generating, q is scored in the reverse of the order in which it draws.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -28,12 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
-from musigma.gaussian import DiagonalGaussian
-
-__all__ = ["Evidence", "Trace"]
+__all__ = ["Evidence", "Recorder", "Trace", "with_gradient"]
 
 Site = nn.Module
-"""A variable is known by the module that generates it, so layers need no names for latents."""
+"""A variable is identified by the module that generates it, so latents need no names."""
 
 
 class Evidence(NamedTuple):
@@ -41,25 +40,30 @@ class Evidence(NamedTuple):
 
     Attributes:
         log_px: log p(x | latents), shape (B,), with the terms of any layers between x and the
-            likelihood (dequantisation, change of units); zero for a pure flow.
+            likelihood (dequantization, change of units); zero for a pure flow.
         kl: One column per latent, top first, shape (B, latents): KL(q || p) where q and p are
-            paired and the closed form was asked for, log q - log p of the draw where it was not,
-            and -log p where no q belongs to the latent (the latents of a flow).
-        log_q: log q of all other draws (dequantisation noise, a posterior under a flow), (B,).
+            paired and a closed form was requested and exists; log q - log p of the draw where
+            not; and -log p where the latent has no q (the latents of a flow).
+        log_q: log q of all other draws (dequantization noise, a posterior under a flow), (B,).
         log_det: Sum of log |det| of all bijections, data to latents, (B,).
-        aside: What a model is to be trained for besides (a classifier's log q(y | z)), nats, (B,);
-            no part of log w, of the ELBO, or of any figure.
+        auxiliary: Further terms to maximize in training (a classifier's log q(y | z)), (B,). No
+            part of log w, of the ELBO, or of any figure.
+        score: log q of the draws whose gradient is the score-function estimator, (B,); zero where
+            every draw is reparameterized. `musigma.objectives.surrogate` uses it.
+        kl_sampled: Whether a column of `kl` is a single-draw estimate, bool (B, latents).
     """
 
     log_px: Tensor
     kl: Tensor
     log_q: Tensor
     log_det: Tensor
-    aside: Tensor = torch.zeros(())
+    auxiliary: Tensor = torch.zeros(())
+    score: Tensor = torch.zeros(())
+    kl_sampled: Tensor = torch.zeros((), dtype=torch.bool)
 
     @property
     def rate(self) -> Tensor:
-        """What the latents cost: everything but log p(x | latents), nats, shape (B,)."""
+        """What the latents cost: every term but log p(x | latents), nats, shape (B,)."""
         return self.kl.sum(1) + self.log_q - self.log_det
 
     @property
@@ -68,14 +72,42 @@ class Evidence(NamedTuple):
         return self.log_px - self.rate
 
 
-def _once(terms: dict[Site, Tensor], site: Site) -> dict[Site, Tensor]:
-    """The terms, if the site has none among them yet."""
-    if site in terms:
-        raise ValueError(
-            f"layers: one {type(site).__name__} stands at two places, so its terms would be "
-            "counted once; make a second instance (its networks may be shared)"
-        )
-    return terms
+GRADIENTS = ("score", "enumerate")
+
+
+def with_gradient(dist: Distribution, gradient: str) -> Distribution:
+    """Name the gradient estimator of a distribution that cannot be reparameterized.
+
+    Args:
+        dist: A posterior whose draws carry no gradient (a categorical, say). It is returned.
+        gradient: `score`: the score-function estimator with a leave-one-out baseline over the
+            batch (Williams, 1992; Mnih & Rezende, 2016, arXiv:1602.06725). `enumerate`: the exact
+            expectation over the finite support, which `dist.enumerate_support` lists.
+
+    Raises:
+        ValueError: For another name. Relaxed and straight-through draws are distributions of
+            their own with `rsample` (`musigma.distributions.OneHotLatents`).
+    """
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient: expected {' or '.join(GRADIENTS)}; got {gradient!r}")
+    dist.gradient = gradient  # pyright: ignore[reportAttributeAccessIssue]
+    return dist
+
+
+def refuse_twins(modules: Iterable[nn.Module]) -> None:
+    """Refuse a module that occurs twice: its terms would be counted once.
+
+    Raises:
+        ValueError: Naming its type.
+    """
+    seen: set[nn.Module] = set()
+    for module in modules:
+        if module in seen:
+            raise ValueError(
+                f"layers: one {type(module).__name__} is used in two places, so its terms would "
+                "be counted once; make a second instance (they may share their networks)"
+            )
+        seen.add(module)
 
 
 class Trace:
@@ -83,12 +115,14 @@ class Trace:
 
     Args:
         generating: The direction: latents to data if true, data to latents otherwise.
-        n: How many examples to draw, where no given latent and no context tells.
-        given: Values of sites that are not to be drawn while generating.
-        temperature: Multiplies the standard deviation of every draw: a number, one number per
-            example (B,), or a mapping from sites to either (1 for those it lacks). At 0 a draw is
-            the distribution's centre: its mode if discrete, its mean otherwise.
-        whiten: Values of Gaussian sites are kept, and taken, as (value - mean) / std.
+        n: Number of examples to draw, where neither a given latent nor a context determines it.
+        given: Values of sites that are not to be drawn: latents while generating, draws of q
+            while inferring.
+        temperature: Factor of the standard deviation of every draw: a number, one number per
+            example (B,), or a mapping from sites to either (1 for sites it lacks). At 0 a draw is
+            the center of the distribution: its mode if discrete, its mean otherwise.
+        whiten: Values of sites whose distribution can `whiten` (a Gaussian) are kept, and taken,
+            as (value - mean) / std.
         scoring: Whether terms are recorded; sampling does without.
         closed_form: Whether a paired q and p give their KL divergence instead of log q - log p.
     """
@@ -112,42 +146,51 @@ class Trace:
         self.kl: dict[Site, Tensor] = {}
         self.log_q: dict[Site, Tensor] = {}
         self.log_det: dict[Site, Tensor] = {}
-        self.asides: dict[Site, Tensor] = {}
+        self.auxiliaries: dict[Site, Tensor] = {}
+        self.scores: dict[Site, Tensor] = {}  # log q of draws by the score-function estimator
+        self.supports: dict[Site, Tensor] = {}  # of draws that are to be enumerated
+        self.closed: set[Site] = set()  # latents with a closed-form KL
         self.below: set[Site] = set()  # layers between the data and a likelihood
 
+    # -- what a model states
+
     def p(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
-        """A term of the generative model: scores `value` while inferring, makes it otherwise."""
+        """A term of the generative model: scores `value` while inferring, draws otherwise."""
         if self.generating:
-            value = self._choose(site, dist, self.given.get(site))
+            value = self._choose(site, dist)
         if value is None:
             raise ValueError(f"value: {type(site).__name__} must give p a value while inferring")
         self._keep(site, dist, value)
         if self.scoring:
-            _once(self.log_p, site)[site] = dist.log_prob(value)
+            self._record(self.log_p, site, dist.log_prob(value))
         return value
 
     def q(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
-        """A term of the inference model: makes a value while inferring, scores it otherwise."""
+        """A term of the inference model: draws while inferring, scores `value` otherwise."""
         if not self.generating:
-            value = self._choose(site, dist, None)
+            value = self._infer_draw(site, dist)
         if value is None:
             raise ValueError(f"value: {type(site).__name__} must give q a value while generating")
         if self.scoring:
-            _once(self.log_q, site)[site] = dist.log_prob(value)
+            self._record(self.log_q, site, dist.log_prob(value))
         return value
 
     def latent(self, site: Site, q: Distribution, p: Distribution) -> Tensor:
-        """Draw a latent from q, while inferring, and state both its terms.
+        """Draw a latent from q while inferring, and state both of its terms.
 
         Only legal where p was known before the draw (a prior without a chain below it, a block of
-        a top-down ladder): elsewhere the closed-form KL would be biased.
+        a top-down ladder): elsewhere the closed-form KL would be biased. Where torch knows no
+        closed form for the pair, the KL is that of the draw (`Evidence.kl_sampled`).
         """
-        value = self._choose(site, q, None)
+        value = self._infer_draw(site, q)
         self._keep(site, p, value)
         if self.scoring:
-            self.kl[site] = (
-                kl_divergence(q, p) if self.closed_form else q.log_prob(value) - p.log_prob(value)
-            )
+            kl = self._closed_kl(q, p) if self.closed_form else None
+            if kl is None:
+                kl = q.log_prob(value) - p.log_prob(value)
+            else:
+                self.closed.add(site)
+            self._record(self.kl, site, kl)
         return value
 
     def bijection(self, layer: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -158,7 +201,7 @@ class Trace:
         else:
             value, log_det = layer(x, context)
         if self.scoring:
-            _once(self.log_det, layer)[layer] = log_det
+            self._record(self.log_det, layer, log_det)
         return value
 
     def bijections(
@@ -172,16 +215,18 @@ class Trace:
         x, log_dets = run(layers, x, context)
         if self.scoring:
             for layer, log_det in zip(layers, log_dets, strict=True):
-                _once(self.log_det, layer)[layer] = log_det
+                self._record(self.log_det, layer, log_det)
         return x
 
-    def aside(self, site: Site, term: Tensor) -> None:
-        """State nats (B,) that training should raise, and that are no part of log w."""
+    def auxiliary(self, site: Site, term: Tensor) -> None:
+        """State nats (B,) that training maximizes and that are no part of log w."""
         if self.scoring:
-            _once(self.asides, site)[site] = term
+            self._record(self.auxiliaries, site, term)
+
+    # -- what comes of it
 
     def evidence(self, latents: Iterable[Site]) -> Evidence:
-        """The terms that were recorded, with one column for each of `latents`."""
+        """The recorded terms, with one column for each of `latents`."""
         latents = list(latents)
         terms = [*self.log_p.values(), *self.kl.values(), *self.log_q.values()]
         zero = torch.zeros_like(terms[0])
@@ -189,39 +234,123 @@ class Trace:
         log_px = log_px + sum(v for s, v in self.log_det.items() if s in self.below)
         log_px = log_px - sum(v for s, v in self.log_q.items() if s in self.below)
         columns = [self.kl[s] if s in self.kl else -self.log_p[s] for s in latents]
+        kl = torch.stack(columns, 1) if columns else zero.new_zeros(len(zero), 0)
+        sampled = torch.tensor([s not in self.closed for s in latents], dtype=torch.bool)
         return Evidence(
             log_px=log_px,
-            kl=torch.stack(columns, 1) if columns else zero.new_zeros(len(zero), 0),
+            kl=kl,
             log_q=sum((v for s, v in self.log_q.items() if s not in self.below), zero),
             log_det=sum((v for s, v in self.log_det.items() if s not in self.below), zero),
-            aside=sum(self.asides.values(), zero),
+            auxiliary=sum(self.auxiliaries.values(), zero),
+            score=sum(self.scores.values(), zero),
+            kl_sampled=sampled.to(kl.device).expand(kl.shape),
         )
 
-    def _choose(self, site: Site, dist: Distribution, given: Tensor | None) -> Tensor:
+    # -- how
+
+    def _choose(self, site: Site, dist: Distribution) -> Tensor:
+        """A value for a site: the given one, the center, or a draw."""
+        given = self.given.get(site)
         if given is not None:
-            if self.whiten and isinstance(dist, DiagonalGaussian):
-                return dist.unwhiten(given)
-            return given
+            whitens = self.whiten and hasattr(dist, "unwhiten")
+            return dist.unwhiten(given) if whitens else given  # pyright: ignore
         shape = () if dist.batch_shape or self.n is None else (self.n,)
         temperature = self.temperature
         if isinstance(temperature, Mapping):
             temperature = temperature.get(site, 1.0)
         if not isinstance(temperature, Tensor) and temperature == 0.0:
             discrete = dist.support is not None and dist.support.is_discrete
-            centre = dist.mode if discrete else dist.mean
-            return centre.expand(*shape, *centre.shape)
+            center = dist.mode if discrete else dist.mean
+            return center.expand(*shape, *center.shape)
         draw = dist.rsample if dist.has_rsample else dist.sample
         if not isinstance(temperature, Tensor) and temperature == 1.0:
             return draw(shape)
-        try:
-            return draw(shape, temperature=temperature)  # pyright: ignore[reportCallIssue]
-        except TypeError:
+        if "temperature" not in inspect.signature(draw).parameters:
             raise ValueError(
                 f"temperature: {type(dist).__name__} draws at temperatures 0 and 1 only; give its "
-                "sample an argument `temperature` to do more"
-            ) from None
+                "sample an argument `temperature` to use others"
+            )
+        return draw(shape, temperature=temperature)  # pyright: ignore[reportCallIssue]
+
+    def _infer_draw(self, site: Site, q: Distribution) -> Tensor:
+        """A draw of q, whose gradient is reparameterized or named."""
+        value = self._choose(site, q)
+        if q.has_rsample or not (self.scoring and torch.is_grad_enabled()):
+            return value
+        log_q = q.log_prob(value)
+        if not log_q.requires_grad:
+            return value
+        gradient = getattr(q, "gradient", None)
+        if gradient not in GRADIENTS:
+            raise ValueError(
+                f"gradient: a draw of {type(q).__name__} carries no gradient to the encoder, so "
+                "training would ignore it; name an estimator with "
+                "musigma.trace.with_gradient(q, 'score' or 'enumerate'), or use a q with rsample, "
+                "such as musigma.distributions.OneHotLatents(gradient='relaxed' or "
+                "'straight-through')"
+            )
+        self._record(self.scores, site, log_q)
+        if gradient == "enumerate" and site not in self.given:
+            self.supports[site] = q.enumerate_support(expand=False)
+        return value
+
+    @staticmethod
+    def _closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
+        try:
+            return kl_divergence(q, p)
+        except NotImplementedError:  # torch knows no closed form for this pair
+            return None
 
     def _keep(self, site: Site, dist: Distribution, value: Tensor) -> None:
-        if self.whiten and isinstance(dist, DiagonalGaussian):
-            value = dist.whiten(value)
+        if self.whiten and hasattr(dist, "whiten"):
+            value = dist.whiten(value)  # pyright: ignore[reportAttributeAccessIssue]
         self.values[site] = value
+
+    @staticmethod
+    def _record(terms: dict[Site, Tensor], site: Site, term: Tensor) -> None:
+        if site in terms:
+            refuse_twins([site, site])
+        terms[site] = term
+
+
+class Recorder(Trace):
+    """A trace that also keeps the distributions: what objectives and diagnostics work on.
+
+    Attributes:
+        qs: The distribution q at each site that has one.
+        ps: The distribution p at each site.
+        paired: The sites whose q and p were stated together, by `latent`.
+        terms: The evidence of the pass, from `Model.forward`.
+
+    Example:
+        >>> import musigma
+        >>> model = musigma.build("vae", (5,), bits=None, latents=3, width=8)
+        >>> record = Recorder(closed_form=True)
+        >>> evidence = model(torch.randn(4, 5), trace=record)
+        >>> site = next(model.latents())
+        >>> record.qs[site].mean.shape, record.values[site].shape
+        (torch.Size([4, 3]), torch.Size([4, 3]))
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.qs: dict[Site, Distribution] = {}
+        self.ps: dict[Site, Distribution] = {}
+        self.paired: set[Site] = set()
+        self.terms: Evidence | None = None
+
+    def p(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
+        """As `Trace.p`."""
+        self.ps[site] = dist
+        return super().p(site, dist, value)
+
+    def q(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
+        """As `Trace.q`."""
+        self.qs[site] = dist
+        return super().q(site, dist, value)
+
+    def latent(self, site: Site, q: Distribution, p: Distribution) -> Tensor:
+        """As `Trace.latent`."""
+        self.qs[site], self.ps[site] = q, p
+        self.paired.add(site)
+        return super().latent(site, q, p)

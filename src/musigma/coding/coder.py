@@ -207,7 +207,7 @@ class Coder(Trace):
             x = self.bijection(layer, x, context)
         return x
 
-    def aside(self, site: nn.Module, term: Tensor) -> None:
+    def auxiliary(self, site: nn.Module, term: Tensor) -> None:
         """What is no part of log w costs no bits."""
 
     def _codable(self, site: nn.Module, dist: Distribution, *, drawn: bool) -> tuple[Codable, int]:

@@ -24,6 +24,7 @@ from musigma.distributions.levels import (
     Uniform,
 )
 from musigma.gaussian import DiagonalGaussian, Format, GaussianHead, at_least_float32
+from musigma.nets.context import pooled
 
 __all__ = [
     "LearnedNormal",
@@ -108,7 +109,7 @@ class LearnedNormal(nn.Module):
         if self.from_context is not None:
             if context is None:
                 raise ValueError(f"context: this prior needs {self.context} features; got none")
-            raw = raw + self.from_context(context).reshape(len(context), -1, *ones)
+            raw = raw + self.from_context(pooled(context)).reshape(len(context), -1, *ones)
         mean, log_std = (
             t.expand(*t.shape[: -len(self.shape)], *self.shape) for t in self.format.split(raw)
         )

@@ -20,7 +20,7 @@ class Classifier(Layer):
     .. math:: weight \cdot \log q(y | h), \quad q = softmax(W \bar h + b)
 
     with h averaged over the pixels, and y the context. The term is stated aside
-    (`Evidence.aside`): training raises it, and no figure contains it, as it is no part of
+    (`Evidence.auxiliary`): training raises it, and no figure contains it, as it is no part of
     log p(x | y). (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039; in OpenAI's code `weight_y`,
     in bits of one label for each bit per dimension.)
 
@@ -63,7 +63,7 @@ class Classifier(Layer):
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
         """The input; the term is stated if the class is known."""
         if context is not None:
-            trace.aside(self, self.weight * self.log_q(x, context))
+            trace.auxiliary(self, self.weight * self.log_q(x, context))
         return x
 
     def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:

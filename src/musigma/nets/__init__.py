@@ -18,6 +18,7 @@ from musigma.nets.conv import (
     edge_bias,
     halved,
 )
+from musigma.nets.embed import Embedding
 from musigma.nets.made import MADE, Conditioner
 from musigma.nets.mlp import MLP, Scaled
 
@@ -29,6 +30,7 @@ __all__ = [
     "ConvEncoder",
     "CouplingNet",
     "EdgeConv2d",
+    "Embedding",
     "ResBlock",
     "ResNet",
     "Scaled",

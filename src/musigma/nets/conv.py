@@ -77,12 +77,14 @@ class ZeroConv2d(nn.Module):
     Args:
         inputs: Channels in.
         outputs: Channels out.
+        context: Features of the context, joined as further channels.
         edge: Whether it is an `EdgeConv2d`.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, edge: bool = False):
+    def __init__(self, inputs: int, outputs: int, *, context: int = 0, edge: bool = False):
         super().__init__()
-        self.conv = conv3x3(inputs, outputs, edge)
+        self.context = context
+        self.conv = conv3x3(inputs + context, outputs, edge)
         self.logs = nn.Parameter(torch.zeros(outputs, 1, 1))
         nn.init.zeros_(self.conv.weight)
         assert self.conv.bias is not None
@@ -93,7 +95,7 @@ class ZeroConv2d(nn.Module):
         gain = (3 * self.logs).exp()
         assert self.conv.bias is not None
         weight, bias = self.conv.weight * gain.unsqueeze(1), self.conv.bias * gain.flatten()
-        y = F.conv2d(x, weight, bias, padding=1)
+        y = F.conv2d(join(x, context, self.context), weight, bias, padding=1)
         if isinstance(self.conv, EdgeConv2d):
             y = y + edge_bias(self.conv.edge * gain.unsqueeze(1), x.shape[-2:])
         return y

@@ -168,13 +168,13 @@ class TrainConfig:
     def objective(self, evidence: Evidence, share: float) -> Tensor:
         """The loss: nats per example, averaged over the batch."""
         if self.k > 1:
-            return objectives.iwae(evidence, self.k)
+            return objectives.iwae(evidence, self.k).mean()
         if not self.weighs_rate:
-            return objectives.elbo(evidence)
+            return objectives.elbo(evidence).mean()
         beta = self.beta * (min(1.0, share / self.kl_warmup) if self.kl_warmup else 1.0)
         if self.free_bits:
-            return objectives.free_bits(evidence, self.free_bits, beta=beta)
-        return objectives.beta_elbo(evidence, beta)
+            return objectives.free_bits(evidence, self.free_bits, beta=beta).mean()
+        return objectives.beta_elbo(evidence, beta).mean()
 
     def optimizer_for(self, model: Model) -> torch.optim.Optimizer:
         """The optimiser, over all parameters alike; in one kernel where there is one."""

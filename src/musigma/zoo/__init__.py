@@ -1,8 +1,8 @@
 """Architectures by name: functions from a data shape to a model.
 
 A builder's keyword-only parameters are its configuration, its command-line options and its
-documentation; what it was called with is kept on ``model.config``, which is all that a checkpoint
-needs to build it again.
+documentation; ``model.config`` keeps what it was called with, from which a checkpoint builds it
+again.
 
     >>> model = build("realnvp", (2,), bits=None, depth=2)
     >>> model.config["options"]["depth"]
@@ -14,14 +14,16 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from musigma.model import Model
+from musigma.model import Conditional, Model
+from musigma.nets.embed import Embedding
+from musigma.spec import Spec, Variable
 
-__all__ = ["ARCHITECTURES", "architecture", "build"]
+__all__ = ["ARCHITECTURES", "architecture", "build", "spec_of"]
 
 ARCHITECTURES: dict[str, Callable[..., Model]] = {}
 """Every known builder by its name."""
@@ -49,24 +51,28 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         )
 
     @functools.wraps(builder)
-    def build(shape: Sequence[int], **options: Any) -> M:
-        for name, value in options.items():
-            if name not in signature.parameters or name == first.name:
-                near = difflib.get_close_matches(name, [p.name for p in others], 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name}: {builder.__name__} has no such option{hint}")
-            if not _plain(value):
-                raise ValueError(f"{name}: expected a number, a string or a list; got {value!r}")
-        bound = signature.bind(tuple(shape), **options)
+    def build(shape: Sequence[int] | Spec, **options: Any) -> M:
+        _check_options(builder, [p.name for p in others], options)
+        spec, embedding = shape if isinstance(shape, Spec) else None, None
+        if spec is not None:
+            options, embedding = _from_spec(builder, signature.parameters, spec, options)
+            shape = spec.shape
+        bound = signature.bind(tuple(shape), **options)  # pyright: ignore[reportArgumentType]
         bound.apply_defaults()
-        model = builder(**bound.arguments)
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        model: Any = builder(**bound.arguments)
+        if embedding is not None:
+            model = Conditional(model, embedding)
+        model.to(memory_format=torch.channels_last)
         chosen = {p.name: bound.arguments[p.name] for p in others}
         model.config = {
             "architecture": builder.__name__,
-            "shape": list(shape),
+            "shape": list(bound.arguments[first.name]),
             "options": chosen,
         }
+        if spec is not None:
+            plain = spec.to_json()
+            model.config |= {k: plain[k] for k in ("columns", "context") if k in plain}
+        model.spec = spec_of(model.config)
         return model
 
     own = [b.__name__ for b in ARCHITECTURES.values() if b.__module__.startswith(__name__)]
@@ -76,17 +82,27 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
     return build
 
 
-def build(name: str, shape: Sequence[int], **options: Any) -> Model:
+def build(name: str, shape: Sequence[int] | Spec, **options: Any) -> Model:
     """The model of an architecture for data of a shape.
 
     Args:
         name: A key of `ARCHITECTURES`.
-        shape: Event shape: (C, H, W), or (D,).
-        **options: The builder's own; anything left out has the builder's default.
+        shape: Event shape, (C, H, W) or (D,); or a `Spec`, which also sets `bits` and what the
+            model is conditioned on. A context of anything but the classes of one variable passes
+            through an `Embedding`, whose parameters are part of the model (`Conditional`).
+        **options: Options of the builder; what is left out has its default.
 
     Raises:
         ValueError: For an unknown architecture or option, naming the nearest one, or a shape that
             the architecture cannot model.
+
+    Example:
+        >>> from musigma.spec import Spec, Variable
+        >>> spec = Spec((2,), context=(Variable("age"), Variable("sex", classes=2)))
+        >>> model = build("nsf", spec, depth=1)
+        >>> given = {"age": torch.randn(5, 1), "sex": torch.eye(2)[[0, 1, 1, 0, 1]]}
+        >>> model.log_prob(torch.randn(5, 2), given).shape
+        torch.Size([5])
     """
     if name not in ARCHITECTURES:
         near = difflib.get_close_matches(name, ARCHITECTURES, 1)
@@ -97,8 +113,65 @@ def build(name: str, shape: Sequence[int], **options: Any) -> Model:
     return ARCHITECTURES[name](shape, **options)
 
 
+def spec_of(config: Mapping[str, Any]) -> Spec:
+    """The `Spec` of a model by its config: a context that only its option knows is one variable.
+
+    It is called `context`, and has as many features as the option says.
+    """
+    options = config["options"]
+    bits, features = options.get("bits"), options.get("context") or 0
+    context = config.get("context") or (
+        [{"name": "context", "shape": [features]}] if features else []
+    )
+    return Spec.from_json(
+        {
+            "shape": config["shape"],
+            "levels": None if bits is None else 2**bits,
+            "columns": config.get("columns", ()),
+            "context": context,
+        }
+    )
+
+
+def _check_options(builder: Callable[..., Any], known: list[str], options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name}: {builder.__name__} has no such option{hint}")
+        if not _plain(value):
+            raise ValueError(f"{name}: expected a number, a string or a list; got {value!r}")
+
+
+def _from_spec(
+    builder: Callable[..., Any], known: Mapping[str, Any], spec: Spec, options: dict[str, Any]
+) -> tuple[dict[str, Any], Embedding | None]:
+    """Options that follow from a spec, and the embedding of its context, if it takes one."""
+    if spec.levels is not None and spec.bits is None:
+        raise ValueError(
+            f"levels: {builder.__name__} takes one power of two for all elements; got "
+            f"{spec.levels}"
+        )
+    follow: dict[str, Any] = {"bits": spec.bits} if "bits" in known else {}
+    embedding = None
+    if spec.context:
+        if "context" not in known:
+            raise ValueError(f"context: {builder.__name__} cannot be conditioned on anything")
+        embedding = None if direct(spec.context) else Embedding(spec.context)
+        follow["context"] = embedding.features if embedding else spec.context[0].shape[0]
+    for name, value in follow.items():
+        if options.get(name, value) != value:
+            raise ValueError(f"{name}: {options[name]} is not what the spec says, {value}")
+    return options | follow, embedding
+
+
+def direct(variables: Sequence[Variable]) -> bool:
+    """Whether a context needs no embedding: the classes of one variable, or a plain vector."""
+    return len(variables) == 1 and (bool(variables[0].classes) or variables[0].name == "context")
+
+
 def at_least(least: int, **options: int | None) -> None:
-    """Refuse options that are below a number, by their names; None is none of them."""
+    """Refuse options below a number, by their names; None passes."""
     for name, value in options.items():
         if value is not None and value < least:
             raise ValueError(f"{name}: expected {least} or more; got {value}")

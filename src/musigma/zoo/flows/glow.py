@@ -77,7 +77,7 @@ def glow(
             None: none, as in the paper. With it, images that are mostly black or white are
             learned several times faster.
         low: Without a logit, images are brought to the range from here to one more.
-        conditioned: What a context conditions: couplings and top prior, or the `top` prior alone.
+        conditioned: What a context conditions: couplings and all priors, or the `top` prior alone.
         classifier: Train the top latent to tell the class (of a conditional model) as well:
             `softmax` for one label each, `sigmoid` for several.
         classifier_weight: Of that term, in nats for each nat of log p(x).
@@ -112,7 +112,7 @@ def glow(
             ]
         if level < levels - 1:
             prior = GaussianHead(
-                ZeroConv2d(half, channels, edge=edge),
+                ZeroConv2d(half, channels, context=inner, edge=edge),
                 event_ndims=3,
                 format=Format.parse(split_format),
             )

@@ -52,7 +52,7 @@ def realnvp(
         blocks: Residual blocks in each, for images.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits (the paper has
             0.05, with which black and white are learned more slowly).
-        context: Features of the context that conditions the couplings.
+        context: Features of the context that conditions couplings and split priors.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
     at_least(0, blocks=blocks)
@@ -78,7 +78,7 @@ def realnvp(
         for _ in range(depth):
             layers += step(channels, hidden, context, blocks=blocks)
         if level < levels - 1:
-            net = ZeroConv2d(channels // 2, channels)
+            net = ZeroConv2d(channels // 2, channels, context=context)
             layers.append(Split(GaussianHead(net, event_ndims=3)))
             channels //= 2
     return Chain(layers, Prior(StandardNormal((channels, height, width))))

@@ -56,7 +56,7 @@ def ladder(
             `gaussian` for continuous data, `logistic-mixture` for all other.
         components: Of a `logistic-mixture`.
         std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
-        context: Features of the context that conditions priors, features and decoder.
+        context: Features of the context that conditions every network.
     """
     at_least(1, levels=levels, latents=latents, width=width, components=components)
     at_least(0, blocks=blocks)
@@ -76,8 +76,10 @@ def ladder(
     rungs = [
         LadderBlock(
             prior=_gaussian(width, latents, width, context, zero=True),
-            posterior=_gaussian(2 * width, latents, width, 0),
-            merge=Merge(latents, width, blocks, depth, sizes[after] if after > here else None),
+            posterior=_gaussian(2 * width, latents, width, context),
+            merge=Merge(
+                latents, width, blocks, depth, sizes[after] if after > here else None, context
+            ),
         )
         for here, after in zip(at, [*at[1:], down - 1], strict=True)
     ]
@@ -118,19 +120,26 @@ class Merge(nn.Module):
     """
 
     def __init__(
-        self, latents: int, width: int, blocks: int, depth: int, size: tuple[int, int] | None
+        self,
+        latents: int,
+        width: int,
+        blocks: int,
+        depth: int,
+        size: tuple[int, int] | None,
+        context: int,
     ):
         super().__init__()
-        self.project = nn.Conv2d(latents, width, 1)
+        self.context = context
+        self.project = nn.Conv2d(latents + context, width, 1)
         residual = [ResBlock(width) for _ in range(blocks)]
         self.blocks = nn.Sequential(*residual, *([Upsample(width, size)] if size else []))
         with torch.no_grad():
             for conv in (self.project, *(block.leave for block in residual)):
                 conv.weight.div_(math.sqrt(depth))
 
-    def forward(self, state: Tensor, z: Tensor) -> Tensor:
+    def forward(self, state: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The next state."""
-        return self.blocks(state + self.project(z))
+        return self.blocks(state + self.project(join(z, context, self.context)))
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,56 @@
+"""What a model is conditioned on: one tensor of B rows, or a mapping of named ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Context", "apply", "chunks", "length", "lerp", "repeat", "rows"]
+
+Context: TypeAlias = Tensor | Mapping[str, Tensor] | None
+
+
+def apply(function: Callable[..., Tensor], *contexts: Context) -> Context:
+    """``function`` of corresponding tensors; None of None.
+
+    Example:
+        >>> apply(lambda a, b: a + b, {"x": torch.ones(2)}, {"x": torch.ones(2)})
+        {'x': tensor([2., 2.])}
+    """
+    first = contexts[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return function(*contexts)
+    return {name: function(*(c[name] for c in contexts)) for name in first}  # pyright: ignore
+
+
+def length(context: Context) -> int | None:
+    """Number of rows; None without a context."""
+    if context is None or isinstance(context, Tensor):
+        return None if context is None else len(context)
+    return next((len(t) for t in context.values()), None)
+
+
+def rows(context: Context, which: Tensor | slice) -> Context:
+    """Some rows, by a slice, indices or a mask."""
+    return apply(lambda t: t[which], context)
+
+
+def repeat(context: Context, k: int) -> Context:
+    """Every row k times in a row."""
+    return apply(lambda t: t.repeat_interleave(k, 0), context)
+
+
+def chunks(context: Context, size: int, n: int) -> Iterator[Context]:
+    """The rows of n examples, `size` at a time."""
+    for start in range(0, n, size):
+        yield rows(context, slice(start, start + size))
+
+
+def lerp(a: Context, b: Context, t: float) -> Context:
+    """(1 - t) a + t b."""
+    return apply(lambda a, b: torch.lerp(a, b, t), a, b)

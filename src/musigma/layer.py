@@ -1,0 +1,117 @@
+"""Layers: the parts of a chain, which state their terms to a `Trace` once per direction."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musigma.trace import Trace
+
+__all__ = ["Bijection", "Inverse", "Layer", "conditioned", "takes_context"]
+
+
+def conditioned(net: nn.Module, *given: Any) -> Any:
+    """``net(*given)``, of which the last is the context: left out if it is None, or not taken."""
+    *inputs, context = given
+    if context is None or not takes_context(type(net), len(given)):
+        return net(*inputs)
+    return net(*inputs, context)
+
+
+@functools.cache
+def takes_context(kind: type[nn.Module], n: int) -> bool:
+    """Whether the forward method of a module type takes n positional arguments."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > n or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+class Layer(nn.Module, ABC):
+    """A part of a chain: consumes x on the way up, and gives it back on the way down.
+
+    To write one, implement `infer` and `generate` as mirror images: whatever one direction draws,
+    the other scores. A layer that generates a variable names itself as the site and yields itself
+    from `variables`. `musigma.testing.check_layer` proves the result.
+
+    Attributes:
+        exact: False if inference draws anything that the generative direction does not determine.
+        units: True if the layer speaks of how data are stored (levels, range), and not of them.
+    """
+
+    exact: bool = True
+    units: bool = False
+
+    @abstractmethod
+    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """Data to latents."""
+
+    @abstractmethod
+    def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """Latents to data."""
+
+    def variables(self) -> Iterator[nn.Module]:
+        """The sites of the variables that this layer generates, in the order of generation."""
+        return iter(())
+
+    def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Set data-dependent parameters from one batch; most layers have none."""
+
+
+class Bijection(Layer):
+    """A layer that is a pure function and has an inverse: it never sees the trace.
+
+    Implement `forward` and `inverse`, each returning the value and the log |det| of its own
+    direction, in nats per example, shape (B,).
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to latents: ``(y, log |det dy/dx|)``."""
+
+    @abstractmethod
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents to data: ``(x, log |det dx/dy|)``."""
+
+    def retrace(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(x, y, log_det)`` from y: x is a leaf, and the others are computed from it again.
+
+        What a reversible backward pass goes by; work that both directions share may be done once.
+        """
+        with torch.no_grad():
+            x, _ = self.inverse(y, context)
+        x = x.detach().requires_grad_()
+        return x, *self(x, context)
+
+    def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """States its log-determinant, and nothing else."""
+        return trace.bijection(self, x, context)
+
+    def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
+        """States its log-determinant, and nothing else."""
+        return trace.bijection(self, z, context)
+
+
+class Inverse(Bijection):
+    """Another bijection, the other way round; it is not calibrated.
+
+    Args:
+        bijection: Its `inverse` becomes `forward`.
+    """
+
+    def __init__(self, bijection: Bijection):
+        super().__init__()
+        self.bijection = bijection
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The inverse of the bijection."""
+        return self.bijection.inverse(x, context)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The bijection."""
+        return self.bijection(y, context)
