@@ -26,6 +26,7 @@ RANKS = {
     "trace": 1,
     "layer": 2,
     "model": 3,
+    "conditional": 4,
     "objectives": 2,
     "layers": 4,
     "testing": 5,
@@ -39,7 +40,7 @@ RANKS = {
     "audit": 8,
     "coding": 8,
     "training": 8,  # it evaluates as it goes, so evaluation lies below it
-    "report": 5,
+    "report": 6,
     "cli": 10,
     "__init__": 10,
     "__main__": 11,

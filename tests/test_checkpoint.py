@@ -271,7 +271,7 @@ def test_padding_that_is_no_space_is_refused(file):
     [
         ("1e-05", "1E-05"),
         (r"\\u00e9", r"\\u00E9"),
-        ("musigma/1", "musigma/2"),
+        ("musigma/2", "musigma/3"),
         (r"\"vae\"", r"\"vaf\""),
     ],
 )
@@ -331,10 +331,10 @@ def test_each_kind_of_misfit_is_named(file):
 
 def test_a_newer_format_says_which_and_what_to_do(file):
     def newer(header, tensors):
-        header |= {"format": "musigma/2", "version": "7.1"}
+        header |= {"format": "musigma/3", "version": "7.1"}
 
     forge(file, newer)
-    refused(file, r"format musigma/2 by musigma 7\.1, .*upgrade musigma")
+    refused(file, r"format musigma/3 by musigma 7\.1, .*upgrade musigma")
 
 
 def test_a_migration_is_applied(monkeypatch, file):
@@ -342,14 +342,14 @@ def test_a_migration_is_applied(monkeypatch, file):
         header["format"] = "musigma/0"
         header["config"]["options"]["breadth"] = header["config"]["options"].pop("width")
 
-    def migrate(config):
+    def migrate(config, extra, tensors):
         options = dict(config["options"])
         options["width"] = options.pop("breadth")
-        return {**config, "options": options, "format": "musigma/1"}
+        return {**config, "options": options}, extra, tensors
 
     forge(file, older)
     refused(file, "format musigma/0")
-    monkeypatch.setitem(checkpoint.MIGRATIONS, "musigma/0", migrate)
+    monkeypatch.setitem(checkpoint.MIGRATIONS, "musigma/0", ("musigma/1", migrate))
     assert checkpoint.load(file).config["options"]["width"] == 2
 
 

@@ -24,7 +24,7 @@ MODELS = {
     "ladder": {"levels": 3, "latents": 2, "width": 4},
     "realnvp": {"levels": 1, "depth": 1, "hidden": 4},
     "glow learned": {"levels": 2, "depth": 1, "hidden": 8, "dequantize": "learned"},
-    "glow conditional": {"levels": 2, "depth": 1, "hidden": 8, "context": 10},
+    "glow conditional": {"levels": 2, "depth": 1, "hidden": 8},
 }
 
 
@@ -39,7 +39,8 @@ def models(digits):
 
     def make(name: str, dtype=torch.float32):
         torch.manual_seed(0)
-        model = build(name.split()[0], digits.shape, **MODELS[name])
+        spec = digits.spec(["label"] if "conditional" in name else [])
+        model = build(name.split()[0], spec, **MODELS[name])
         x, context = next(batches(model, digits, batch_size=64))
         model.calibrate(x, context)
         with torch.no_grad():
@@ -367,7 +368,7 @@ GREY = np.zeros((4, 1, 8, 8), np.uint8)
 @pytest.mark.parametrize(
     ("array", "bits", "message"),
     [
-        (np.zeros((4, 3, 8, 8), np.uint8), 8, "for grey images, and these are colour"),
+        (np.zeros((4, 3, 8, 8), np.uint8), 8, "for grey images, and these are color"),
         (np.zeros((4, 2, 8, 8), np.uint8), 8, "for grey images, and these are 2-channel"),
         (np.zeros((4, 1, 16, 16), np.uint8), 8, "--size 8 resizes the images"),
         (np.zeros((4, 64), np.float32), None, r"shape \(1, 8, 8\), and these have \(64,\)"),
@@ -394,7 +395,11 @@ def test_a_continuous_model_refuses_levels_and_the_other_way_round():
 @pytest.mark.parametrize("labels", [None, 3])
 def test_a_conditional_model_wants_its_classes(models, labels):
     has = {"labels": np.arange(4) % 3, "label_names": ("a", "b", "c")} if labels else {}
-    message = "conditioned on 10 classes, and this have " + ("3" if labels else "no labels")
+    message = (
+        "these data have classes unknown to the model: a, b, c"
+        if labels
+        else "conditioned on 10 classes of 'label', and these data come with nothing"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         check(models("glow conditional"), Dataset(GREY, **has))
 

@@ -249,7 +249,7 @@ class Trained:
         import numpy as np
 
         from musigma import data
-        from musigma.evaluation import check, context_size
+        from musigma.evaluation import check
 
         saved = self.extra.get("data", {})
         prepare = data.Preprocess.from_json(saved.get("preprocess", {}))
@@ -264,11 +264,6 @@ class Trained:
             known = tuple(names or map(str, range(classes)))
             found = dataclasses.replace(found, labels=number, label_names=known)
         check(self.model, found)
-        if context_size(self.model) and names and list(found.label_names) != names:
-            raise ValueError(
-                f"data: the model knows the classes {', '.join(names)}, and {source} has "
-                f"{', '.join(found.label_names)}"
-            )
         same = data.digest(loaded) == saved.get("digest")
         here, there = data.identity(source), saved.get("source")
         own = same or (there is not None and Path(here).is_relative_to(there))

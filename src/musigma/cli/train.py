@@ -246,15 +246,14 @@ def train(
     size = pixels(prepare.size)
     treat = data.Preprocess(size=size, bits=prepare.bits, binarize=prepare.binarize)
     found = read(source, treat, prepare.reading, screen)
-    if prepare.conditional:
-        if found.labels is None:
-            raise ValueError(
-                f"conditional: {source} has no labels; put images into class folders, or name a "
-                "table's last column 'label'"
-            )
-        options["context"] = len(found.label_names)
+    if prepare.conditional and found.labels is None:
+        raise ValueError(
+            f"conditional: {source} has no labels; put images into class folders, or name a "
+            "table's last column 'label'"
+        )
     torch.manual_seed(config.seed)
-    model = build(name, found.shape, bits=found.bits, **options)
+    spec = found.spec(["label"] if prepare.conditional else [])
+    model = build(name, spec, **options)
     _begin(model, found, source, treat, prepare.reading, config, out, screen)
 
 

@@ -3,13 +3,13 @@
 from musigma.evaluation.diagnostics import ACTIVE, COLLAPSED, SATURATED, saturation
 from musigma.evaluation.figures import bound, evaluate, inspect, score
 from musigma.evaluation.inputs import (
-    at_home,
     batch,
     batches,
     check,
     context_size,
     evaluating,
     noise,
+    tensors,
 )
 from musigma.evaluation.ledger import ledger
 
@@ -17,7 +17,6 @@ __all__ = [
     "ACTIVE",
     "COLLAPSED",
     "SATURATED",
-    "at_home",
     "batch",
     "batches",
     "bound",
@@ -30,4 +29,5 @@ __all__ = [
     "noise",
     "saturation",
     "score",
+    "tensors",
 ]

@@ -5,55 +5,104 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from musigma.context import Context
 from musigma.data import Dataset
 from musigma.gaussian import channels_last
 from musigma.model import Model
 from musigma.processes import SINGLE_PROCESS, Processes
+from musigma.spec import Variable
 
-__all__ = ["at_home", "batch", "batches", "check", "context_size", "evaluating", "noise"]
+__all__ = ["batch", "batches", "check", "context_size", "evaluating", "noise", "tensors"]
 
 Progress = Callable[[int, int], None]
 
 
 def check(model: Model, data: Dataset) -> None:
-    """Refuse data that a model from the zoo was not built for.
+    """Refuse data that a model was not built for.
 
     Raises:
-        ValueError: If shapes or bits differ, or labels are needed that the data lack.
+        ValueError: Naming everything that does not fit: shape, levels, and each variable of the
+            context that is missing, of another kind, or has unknown classes.
     """
-    shape, bits = model.config.get("shape"), model.config.get("options", {}).get("bits", data.bits)
-    if shape is not None and list(data.shape) != list(shape):
+    spec, name = model.spec, data.name or "these data"
+    if spec is None:
+        return
+    faults = []
+    if tuple(data.shape) != spec.shape:
         hint = ""
-        if len(data.shape) == len(shape) == 3:
-            if data.shape[0] != shape[0]:
-                names = {1: "grey", 3: "colour"}
-                kinds = [names.get(c, f"{c}-channel") for c in (shape[0], data.shape[0])]
+        if len(data.shape) == len(spec.shape) == 3:
+            channels, height, width = spec.shape
+            if data.shape[0] != channels:
+                names = {1: "grey", 3: "color"}
+                kinds = [names.get(c, f"{c}-channel") for c in (channels, data.shape[0])]
                 hint = f"; the model is for {kinds[0]} images, and these are {kinds[1]}"
             else:
-                size = shape[1] if shape[1] == shape[2] else f"{shape[1]}x{shape[2]}"
+                size = height if height == width else f"{height}x{width}"
                 hint = f"; --size {size} resizes the images"
-        raise ValueError(
-            f"data: the model takes examples of shape {tuple(shape)}, and {data.name or 'these'} "
-            f"have {tuple(data.shape)}{hint}"
+        faults.append(
+            f"the model takes examples of shape {spec.shape}, and {name} have "
+            f"{tuple(data.shape)}{hint}"
         )
-    if bits != data.bits:
-        wanted, got = (
-            "continuous values" if b is None else f"{b}-bit levels" for b in (bits, data.bits)
-        )
-        raise ValueError(
-            f"data: the model takes {wanted}, and {data.name or 'these data'} hold {got}"
-        )
-    classes = context_size(model)
-    if classes and (data.labels is None or len(data.label_names) != classes):
-        raise ValueError(
-            f"data: the model is conditioned on {classes} classes, and {data.name or 'this'} "
-            f"have {len(data.label_names) if data.labels is not None else 'no labels'}"
-        )
+    levels = None if data.bits is None else 2**data.bits
+    if spec.levels != levels:
+        wanted, got = (_kind(n) for n in (spec.levels, levels))
+        faults.append(f"the model takes {wanted}, and {name} hold {got}")
+    faults += [fault for v in spec.context if (fault := _misfit(v, data, name))]
+    if faults:
+        raise ValueError(f"data: {'; '.join(faults)}")
+
+
+def _kind(levels: int | tuple[int | None, ...] | None) -> str:
+    if levels is None:
+        return "continuous values"
+    if isinstance(levels, tuple):
+        return "elements with different numbers of levels"
+    power = levels & (levels - 1) == 0
+    return f"{levels.bit_length() - 1}-bit levels" if power else f"{levels} levels"
+
+
+def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
+    """Why data do not hold a variable of the context; None if they do."""
+    found = {v.name: v for v in data.variables}.get(variable.name)
+    if variable.classes:
+        what = f"{variable.classes} classes of {variable.name!r}"
+    else:
+        what = f"{variable.name!r}, shape {variable.shape} per example"
+    asked = f"the model is conditioned on {what}"
+    if found is None:
+        known = ", ".join(repr(v.name) for v in data.variables) or "nothing"
+        return f"{asked}, and {name} come with {known}; give it (--given, or Dataset.given)"
+    if variable.classes and found.names:
+        if not variable.names:
+            same = len(found.names) == variable.classes
+            return None if same else f"{asked}, and {name} have {len(found.names)}"
+        codes = np.unique(_column(data, variable.name))
+        unknown = sorted(set(np.array(found.names)[codes]) - set(variable.names))
+        if unknown:
+            few = ", ".join(unknown[:8])
+            more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+            known = ", ".join(variable.names[:12]) + (", ..." if variable.classes > 12 else "")
+            return (
+                f"{name} have classes that the model does not know: {few}{more} (known: {known})"
+            )
+        return None
+    if (variable.classes, variable.shape) != (found.classes, found.shape):
+        got = f"{found.classes} classes" if found.classes else f"shape {found.shape}"
+        return f"{asked}, and in {name} it has {got}"
+    return None
+
+
+def _column(data: Dataset, name: str) -> np.ndarray:
+    """All rows of a variable: indices of classes, numbers, or images."""
+    if name == "label" and data.labels is not None:
+        return data.labels
+    return data.given[name].values  # pyright: ignore[reportReturnType]
 
 
 @contextmanager
@@ -68,30 +117,53 @@ def evaluating(model: Model) -> Iterator[None]:
 
 
 def context_size(model: Model) -> int:
-    """How many classes a model from the zoo is conditioned on; 0: none."""
-    return int(model.config.get("options", {}).get("context", 0))
+    """Number of features of a model's context if it is one vector; 0 otherwise."""
+    context = model.spec.context if model.spec is not None else ()
+    return context[0].shape[0] if len(context) == 1 and len(context[0].shape) == 1 else 0
 
 
 def batch(
     data: Dataset, indices: np.ndarray, model: Model, *, seed: int = 0, step: int = 0
-) -> tuple[Tensor, Tensor | None]:
-    """Examples and their context (one-hot labels, if the model wants any), where the model is."""
-    labels = None if data.labels is None else data.labels[indices]
-    return at_home(data.take(indices, seed=seed, step=step), labels, model)
+) -> tuple[Tensor, Context]:
+    """Examples and their context, as `tensors` of `Dataset.take`."""
+    return tensors(model, data, data.take(indices, seed=seed, step=step), indices)
 
 
-def at_home(
-    x: np.ndarray, labels: np.ndarray | None, model: Model
-) -> tuple[Tensor, Tensor | None]:
-    """Examples and context for a model, on its device and in its type; levels travel as bytes."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    home = next(t for t in tensors if t.is_floating_point())
+def tensors(
+    model: Model, data: Dataset, x: np.ndarray, indices: np.ndarray
+) -> tuple[Tensor, Context]:
+    """Examples and their context on the device and in the dtype of a model.
+
+    Args:
+        model: What its `spec` is conditioned on is looked up in the data by name.
+        data: Where the examples are from; `check` has passed.
+        x: The examples, as `Dataset.take` returns them.
+        indices: Which examples they are.
+
+    Returns:
+        Tensor (B, *event), and the context: None, one tensor (B, ...), or a mapping of several.
+        Classes are one-hot, matched by their names where the model knows them.
+    """
+    home = next(
+        t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point()
+    )
     examples = channels_last(torch.from_numpy(x).to(home.device).to(home.dtype))
-    if not (classes := context_size(model)):
+    variables = model.spec.context if model.spec is not None else ()
+    if not variables:
         return examples, None
-    assert labels is not None  # `check` has seen to it
-    given = torch.from_numpy(labels).to(home.device)
-    return examples, nn.functional.one_hot(given, classes).to(home)
+    given = {v.name: _rows(v, data, indices, home) for v in variables}
+    return examples, given if len(given) > 1 else given[variables[0].name]
+
+
+def _rows(variable: Variable, data: Dataset, indices: np.ndarray, home: Tensor) -> Tensor:
+    rows = np.asarray(_column(data, variable.name)[indices])
+    if not variable.classes:
+        return torch.from_numpy(rows).to(home).reshape(len(rows), *variable.shape)
+    names = data.label_names if variable.name == "label" else data.given[variable.name].names
+    if variable.names and names and tuple(names) != variable.names:
+        where = {name: i for i, name in enumerate(variable.names)}
+        rows = np.array([where[names[i]] for i in rows], np.int64)
+    return nn.functional.one_hot(torch.from_numpy(rows), variable.classes).to(home)
 
 
 def noise(seed: int, step: int, rank: int = 0) -> None:
@@ -112,7 +184,7 @@ def batches(
     seed: int = 0,
     progress: Progress | None = None,
     processes: Processes = SINGLE_PROCESS,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+) -> Iterator[tuple[Tensor, Any]]:
     """All examples in order, or one process's share of these batches.
 
     Binarization, and torch's generator while a batch is worked on, are functions of the seed and

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import torch  # noqa: F401  (for the example)
 from torch import Tensor, nn
 
 from musigma.nets.context import join

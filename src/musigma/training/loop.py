@@ -26,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from musigma import checkpoint
+from musigma import context as contexts
+from musigma.context import Context
 from musigma.data import Dataset, batch_indices
 from musigma.data.batches import stream
-from musigma.evaluation import at_home, batch, check, evaluate, noise
+from musigma.evaluation import batch, check, evaluate, noise, tensors
 from musigma.files import is_draft, replacing
 from musigma.memory import fallen, keep, recall, refuse
 from musigma.model import Model
@@ -379,20 +381,19 @@ class _Job:
             workers=config.workers,
         )
 
-    def _examples(self) -> tuple[Tensor, Tensor | None]:
+    def _examples(self) -> tuple[Tensor, Context]:
         """This process's share of the next batch."""
         x, rows = next(self.feed)
-        labels = None if self.train.labels is None else self.train.labels[rows]
-        return at_home(x, labels, self.model)
+        return tensors(self.model, self.train, x, rows)
 
-    def _forward(self, model: nn.Module, x: Tensor, context: Tensor | None) -> Evidence:
+    def _forward(self, model: nn.Module, x: Tensor, context: Context) -> Evidence:
         if (k := self.config.k) > 1:
             x = x.repeat_interleave(k, 0)
-            context = None if context is None else context.repeat_interleave(k, 0)
+            context = contexts.repeat(context, k)
         with self.cast():
             return model(x, context, closed_form=k == 1)
 
-    def _gradients(self, x: Tensor, context: Tensor | None, step: int) -> tuple[Evidence, float]:
+    def _gradients(self, x: Tensor, context: Context, step: int) -> tuple[Evidence, float]:
         """Of the mean over the whole batch, whoever has which part of it."""
         self.optimizer.zero_grad(set_to_none=True)
         noise(self.config.seed, step, self.processes.rank)
@@ -400,7 +401,7 @@ class _Job:
         total = 0.0
         for i in range(self.parts):
             part = Processes(i, self.parts).share(len(x))
-            given = None if context is None else context[part]
+            given = contexts.rows(context, part)
             last = i == self.parts - 1
             with self._exchanging(last):
                 evidence = self._forward(self.trained, x[part], given)
@@ -427,7 +428,7 @@ class _Job:
     def _failed(
         self,
         x: Tensor,
-        context: Tensor | None,
+        context: Context,
         step: int,
         evidence: Evidence,
         loss: float,

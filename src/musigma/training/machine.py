@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from musigma import context as contexts
+from musigma.context import Context
 from musigma.layers import Coupling
 from musigma.model import Model
 from musigma.nets import ResBlock
@@ -132,7 +134,7 @@ def kept_bytes(run: Callable[[], Any], parameters: Sequence[Tensor]) -> int:
     return size
 
 
-def parts(model: Model, x: Tensor, context: Tensor | None, config: TrainConfig, share: int) -> int:
+def parts(model: Model, x: Tensor, context: Context, config: TrainConfig, share: int) -> int:
     """In how many parts a process works through its share of a batch.
 
     A memory budget pays for weights, gradients, two moments and the average, and for what a part
@@ -147,7 +149,7 @@ def parts(model: Model, x: Tensor, context: Tensor | None, config: TrainConfig, 
     weights = [*model.parameters()]
     state = 5 * sum(p.nbytes for p in weights)
     examples = x.repeat_interleave(config.k, 0)
-    given = None if context is None else context.repeat_interleave(config.k, 0)
+    given = contexts.repeat(context, config.k)
     kept = kept_bytes(lambda: model(examples, given, closed_form=config.k == 1), weights)
     each = 1.5 * kept / len(x)
     room = int((budget - state) // each) if budget > state else 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from musigma.context import Context
 from musigma.evaluation import COLLAPSED, SATURATED, saturation
 from musigma.layers import InvertibleConv
 from musigma.model import Model
@@ -105,9 +106,7 @@ def spiked(progress: Progress, loss: float) -> str | None:
 
 
 @torch.no_grad()
-def health(
-    model: Model, kl: Mapping[str, float], x: Tensor, context: Tensor | None
-) -> dict[str, str]:
+def health(model: Model, kl: Mapping[str, float], x: Tensor, context: Context) -> dict[str, str]:
     """What is about to go wrong with a model: a sentence for each trouble, by its name.
 
     Args:

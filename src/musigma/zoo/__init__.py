@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from musigma.model import Conditional, Model
+from musigma.conditional import Conditional
+from musigma.model import Model
 from musigma.nets.embed import Embedding
 from musigma.spec import Spec, Variable
 
