@@ -148,7 +148,7 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error():
 
 
 def test_public_names_exist_and_are_few():
-    assert len(musigma.__all__) <= 50
+    assert len(musigma.__all__) <= 45
     for name in musigma.__all__:
         assert getattr(musigma, name) is not None
 

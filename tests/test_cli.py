@@ -386,7 +386,8 @@ def test_a_checkpoint_file_is_a_run(here, ask):
 
 
 def test_a_model_saved_by_the_library_in_float64_serves_too(here, run, ask):
-    model = build("glow", (3, 8, 8), levels=1, depth=1, hidden=4, context=2).double()
+    spec = load("photos").spec(["label"])
+    model = build("glow", spec, levels=1, depth=1, hidden=4).double()
     checkpoint.save(model, "mine.safetensors")
     run("sample mine.safetensors --n 3 --out a.npy")
     run("encode mine.safetensors photos --out z.npz")

@@ -35,9 +35,9 @@ def two_classes(n=4000, d=6):
     return musigma.Dataset(x), has
 
 
-def glow(**options):
+def glow(shape=(1, 8, 8), **options):
     torch.manual_seed(1)
-    model = musigma.build("glow", (1, 8, 8), levels=2, depth=2, hidden=8, **options)
+    model = musigma.build("glow", shape, levels=2, depth=2, hidden=8, **options)
     model = randomized(model, scale=0.1)
     x = torch.randint(0, 256, (5, 1, 8, 8))
     return model, x
@@ -162,7 +162,8 @@ def test_temperatures_share_their_noise():
 
 
 def test_a_context_conditions_the_result():
-    model, x = glow(context=3)
+    spec = musigma.Spec((1, 8, 8), 256, context=(musigma.Variable("label", names="abc"),))
+    model, x = glow(spec)
     one = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 0, 1]), 3).double()
     data = musigma.Dataset(
         torch.randint(0, 256, (30, 1, 8, 8)).byte().numpy(),

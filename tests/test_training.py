@@ -298,7 +298,7 @@ def test_a_gradient_far_beyond_the_usual_is_skipped(tmp_path):
 
 
 def test_labels_become_the_context(tmp_path, digits):
-    model = small("glow", levels=1, depth=1, hidden=8, context=10)
+    model = build("glow", digits.spec(["label"]), levels=1, depth=1, hidden=8)
     run = fit(
         model,
         digits.split("train"),
@@ -425,9 +425,10 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, digits, monkeypatch)
 
 @pytest.mark.parametrize("name", ["vae-conditional", "glow"])
 def test_workers_change_nothing(tmp_path, digits, name):
-    options = {"net": "mlp", "width": 16, "latents": 4, "context": 10}
+    options, spec = {"net": "mlp", "width": 16, "latents": 4}, digits.spec(["label"])
     for workers in (0, 2):
-        model = small("vae", **options) if "-" in name else small(name, **MODELS[name])
+        torch.manual_seed(0)
+        model = build("vae", spec, **options) if "-" in name else small(name, **MODELS[name])
         config = TrainConfig(steps=12, batch_size=16, workers=workers, evaluate_on=20)
         parts = digits.split("train"), digits.split("validation")
         fit(model, *parts, config, tmp_path / str(workers), device="cpu")

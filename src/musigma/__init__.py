@@ -12,17 +12,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from musigma import data, layers, nets, objectives
+    from musigma import data, distributions, layers, nets, objectives
     from musigma.checkpoint import CheckpointError, load, save
+    from musigma.conditional import Conditional
     from musigma.data import DataError, Dataset, Preprocess
     from musigma.distributions import (
-        Bernoulli,
-        BetaBinomial,
-        Categorical,
-        ContinuousBernoulli,
-        DiscretizedLogisticMixture,
-        LearnedNormal,
-        LogitNormal,
         OptimalGaussianHead,
         StandardNormal,
         StandardUniform,
@@ -41,40 +35,35 @@ if TYPE_CHECKING:
         Model,
         Prior,
     )
-    from musigma.trace import Evidence, Trace
+    from musigma.spec import Spec, Variable
+    from musigma.trace import Evidence, Recorder, Trace
     from musigma.training import TrainConfig, TrainingError, fit
-    from musigma.zoo import ARCHITECTURES, architecture, build
+    from musigma.zoo import architecture, build
 
 _EXPORTS = {
     "checkpoint": "CheckpointError load save",
+    "conditional": "Conditional",
     "data": "DataError Dataset Preprocess",
-    "distributions": """
-        Bernoulli BetaBinomial Categorical ContinuousBernoulli DiscretizedLogisticMixture
-        LearnedNormal LogitNormal OptimalGaussianHead StandardNormal StandardUniform likelihood
-    """,
+    "distributions": "OptimalGaussianHead StandardNormal StandardUniform likelihood",
     "evaluation": "evaluate inspect ledger saturation score",
     "gaussian": "DiagonalGaussian Format GaussianHead",
     "model": "VAE Bijection Chain Inverse Ladder LadderBlock Layer Model Prior",
-    "trace": "Evidence Trace",
+    "spec": "Spec Variable",
+    "trace": "Evidence Recorder Trace",
     "training": "TrainConfig TrainingError fit",
-    "zoo": "ARCHITECTURES architecture build",
+    "zoo": "architecture build",
 }  # the imports above, for __getattr__; tests/test_architecture.py compares them
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 __all__ = [
-    "ARCHITECTURES",
     "VAE",
-    "Bernoulli",
-    "BetaBinomial",
     "Bijection",
-    "Categorical",
     "Chain",
     "CheckpointError",
-    "ContinuousBernoulli",
+    "Conditional",
     "DataError",
     "Dataset",
     "DiagonalGaussian",
-    "DiscretizedLogisticMixture",
     "Evidence",
     "Format",
     "GaussianHead",
@@ -82,20 +71,22 @@ __all__ = [
     "Ladder",
     "LadderBlock",
     "Layer",
-    "LearnedNormal",
-    "LogitNormal",
     "Model",
     "OptimalGaussianHead",
     "Preprocess",
     "Prior",
+    "Recorder",
+    "Spec",
     "StandardNormal",
     "StandardUniform",
     "Trace",
     "TrainConfig",
     "TrainingError",
+    "Variable",
     "architecture",
     "build",
     "data",
+    "distributions",
     "evaluate",
     "fit",
     "inspect",

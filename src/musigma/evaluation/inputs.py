@@ -88,9 +88,7 @@ def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
             few = ", ".join(unknown[:8])
             more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
             known = ", ".join(variable.names[:12]) + (", ..." if variable.classes > 12 else "")
-            return (
-                f"{name} have classes that the model does not know: {few}{more} (known: {known})"
-            )
+            return f"{name} have classes unknown to the model: {few}{more} (known: {known})"
         return None
     if (variable.classes, variable.shape) != (found.classes, found.shape):
         got = f"{found.classes} classes" if found.classes else f"shape {found.shape}"

@@ -220,7 +220,7 @@ class Log:
 
 def described(evidence: Evidence, dims: int) -> dict[str, Any]:
     """The terms of a batch for its row of the log: means over it."""
-    terms = {name: t.detach().mean(0) for name, t in evidence._asdict().items()}
+    terms = {name: t.detach().float().mean(0) for name, t in evidence._asdict().items()}
     nats = -evidence.elbo.detach().mean().item()
     row = {
         "nats": nats,
@@ -230,6 +230,6 @@ def described(evidence: Evidence, dims: int) -> dict[str, Any]:
         "log_q": terms["log_q"].item(),
         "log_det": terms["log_det"].item(),
     }
-    if aside := terms["aside"].item():  # a classifier's term
-        row["aside"] = aside
+    if auxiliary := terms["auxiliary"].item():  # a classifier's term
+        row["auxiliary"] = auxiliary
     return row
