@@ -20,7 +20,7 @@ def linear_flow(d=6):
     return randomized(
         musigma.Chain(
             [ActNorm(d), InvertibleConv(d), ActNorm(d)],
-            musigma.Prior(musigma.LearnedNormal((d,))),
+            musigma.Prior(musigma.distributions.LearnedNormal((d,))),
         )
     ).float()
 
