@@ -1,4 +1,4 @@
-"""Looking on at runs: what their logs say, however they grow, and what is shown of it."""
+"""`musigma watch`: what it reads from logs, however they change, and what it shows."""
 
 import io
 import json
@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from musigma.cli import main
-from musigma.cli import watch as watching
-from musigma.cli.watch import Course, Curve, Look, Picture, Tail, plotted
+from musigma.cli import watch as watch_module
+from musigma.cli.watch import Curve, History, LogReader, RunPanel, WatchedRun, draw
 from musigma.data import load
 from musigma.training import TrainConfig, fit
 from musigma.training.state import Log
@@ -29,7 +29,7 @@ from musigma.zoo import build
 
 
 def row(step: int, kind: str = "train", **more) -> dict:
-    """As training writes it, with what is looked at."""
+    """A row as training writes it, with the fields that are shown."""
     row = {"kind": kind, "step": step, "seconds": step / 2}
     if kind in ("train", "skipped"):
         row |= {"loss": 1.0, "grad_norm": 3.0, "share": step / 1000, "kl": [2.0, 0.5]}
@@ -52,11 +52,11 @@ def folder(run: Path, rows: list[dict], budget: dict | None = None) -> Path:
     return run
 
 
-def seen(run: Path) -> dict:
-    look = Look(run)
-    while look.more():
+def summary(run: Path) -> dict:
+    watched = WatchedRun(run)
+    while watched.read():
         pass
-    return look.summary()
+    return watched.summary()
 
 
 def aged(path: Path, seconds: float) -> None:
@@ -78,17 +78,17 @@ STEPS = st.one_of(
 
 
 @given(st.lists(STEPS, max_size=30))
-def test_what_was_read_is_what_the_log_holds_whatever_happened_to_it(tmp_path_factory, steps):
+def test_all_rows_are_read_however_the_log_changes(tmp_path_factory, steps):
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
-    tail, read, clock, rest = Tail(path), [], iter(range(10**6)), b""
+    reader, read, clock, rest = LogReader(path), [], iter(range(10**6)), b""
 
-    def lines(n: int) -> bytes:  # no two are alike: clocks go on
+    def lines(n: int) -> bytes:  # all different: time passes
         rows = [row(i + 1, seconds=float(next(clock))) for i in range(n)]
         return "".join(json.dumps(r) + "\n" for r in rows).encode()
 
-    def look(most: int = 2**23) -> None:
-        anew, rows = tail.read(most)
-        read[:] = rows if anew else [*read, *rows]
+    def look(max_bytes: int = 2**23) -> None:
+        restarted, rows = reader.read(max_bytes)
+        read[:] = rows if restarted else [*read, *rows]
 
     for what, n in steps:
         text = path.read_bytes() if path.exists() else b""
@@ -100,7 +100,7 @@ def test_what_was_read_is_what_the_log_holds_whatever_happened_to_it(tmp_path_fa
             rest = line[n:]
         elif what == "its other half":
             path.write_bytes(text + rest)
-        elif what == "rewind":  # the log's own: a new file takes the place of the old one
+        elif what == "rewind":  # as training does it: a new file replaces the old one
             draft = path.with_name("draft")
             draft.write_bytes(b"".join(text.splitlines(keepends=True)[:n]))
             draft.replace(path)
@@ -110,7 +110,9 @@ def test_what_was_read_is_what_the_log_holds_whatever_happened_to_it(tmp_path_fa
             path.unlink(missing_ok=True)
         else:
             look(n)
-    while (before := (tail.at, len(read))) and (look() or (tail.at, len(read)) != before):
+    while (before := (reader.position, len(read))) and (
+        look() or (reader.position, len(read)) != before
+    ):
         pass
     whole = [line for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
     wanted = []
@@ -118,73 +120,72 @@ def test_what_was_read_is_what_the_log_holds_whatever_happened_to_it(tmp_path_fa
         try:
             wanted.append(json.loads(line))
         except ValueError:
-            continue  # cut, and written on
+            continue  # damaged, and continued
     assert read == wanted
 
 
-def test_a_log_that_training_rewinds_is_read_anew(tmp_path):
-    """By the trainer's own log, at each of its rows."""
-    look, written = Look(tmp_path), Log(tmp_path / "metrics.jsonl", None)
+def test_a_log_that_training_rewinds_is_read_from_its_start(tmp_path):
+    """After every row that the trainer's own log writes."""
+    watched, written = WatchedRun(tmp_path), Log(tmp_path / "metrics.jsonl", None)
     written.rewind(0)
     for step in (1, 2, 3, 4):
         written.write(row(step, grad_norm=1.0))
-        assert look.more()
-        assert look.summary()["step"] == step
+        assert watched.read()
+        assert watched.summary()["step"] == step
     written.rewind(2)
-    assert look.more()
-    assert look.summary()["step"] == 2
+    assert watched.read()
+    assert watched.summary()["step"] == 2
     for step in (3, 4, 5):
         written.write(row(step, grad_norm=2.0, seconds=9.0))
-    look.more()
-    assert look.summary()["train"] == [(s, 1 + 1 / s) for s in (1, 2, 3, 4, 5)]
-    assert look.summary()["grad_norm"] == 2.0
+    watched.read()
+    assert watched.summary()["train"] == [(s, 1 + 1 / s) for s in (1, 2, 3, 4, 5)]
+    assert watched.summary()["grad_norm"] == 2.0
     written.close()
 
 
-def test_lines_that_are_no_rows_are_passed_over(tmp_path):
+def test_lines_that_are_no_rows_are_skipped(tmp_path):
     good = [json.dumps(row(1)), json.dumps(row(2, "evaluation"))]
     bad = ['{"kind": "train", "st', "[]", "7", "null", '{"step": 3}', '{"kind": "train"}']
     bad += ['{"kind": 1, "step": 3}', '{"kind": "train", "step": "3"}', "\udcff", "[" * 10**5]
     bad += ['{"kind": "later", "step": 4}']
     text = "\n".join([good[0], *bad, good[1], good[1][:20]])
     (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
-    found = seen(tmp_path)
+    found = summary(tmp_path)
     assert (found["step"], len(found["train"]), len(found["validation"])) == (2, 1, 1)
 
 
-def test_numbers_that_json_has_not(tmp_path):
-    """A row of a step that failed has null where it was infinite."""
+def test_numbers_that_are_not_finite_are_null(tmp_path):
     lost = dict.fromkeys(("bits_per_dim", "grad_norm", "learning_rate", "examples_per_second"))
     rows = [row(1), row(2, **lost, kl=[None, 1.0]), row(3, "evaluation", bits_per_dim=None)]
-    found = seen(folder(tmp_path / "run", rows))
+    found = summary(folder(tmp_path / "run", rows))
     assert (found["bits_per_dim"], found["grad_norm"], found["best"]) == (2.0, None, None)
     assert (found["examples_per_second"], found["kl"]) == (500.0, [None, 1.0])
     shown(found)
-    found = seen(folder(tmp_path / "run", [row(1, kl=None, **lost)]))
+    found = summary(folder(tmp_path / "run", [row(1, kl=None, **lost)]))
     assert (found["bits_per_dim"], found["kl"], found["train"]) == (None, [], [])
     shown(found)
 
 
-def test_of_a_long_log_the_troubles_are_all_read_and_the_steps_in_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(watching, "FAR", 10**5)
-    rows = [row(i, "alert" if i % 500 == 0 else "train", message=str(i)) for i in range(1, 4001)]
+def test_of_a_long_log_all_problems_and_a_part_of_the_steps_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch_module, "LONG_LOG", 10**5)
+    rows = [row(i, "warning" if i % 500 == 0 else "train", message=str(i)) for i in range(1, 4001)]
     folder(tmp_path, rows)
-    look, reads = Look(tmp_path), 0
-    look.tail.read = lambda: Tail.read(look.tail, 2 * 10**4)  # as if it were longer still
-    while look.more():
+    watched, reads = WatchedRun(tmp_path), 0
+    watched.log.read = lambda: LogReader.read(watched.log, 2 * 10**4)  # as if it were even longer
+    while watched.read():
         reads += 1
-    found = look.summary()
+    found = watched.summary()
     assert reads > 10
-    assert [a["step"] for a in found["alerts"]] == list(range(500, 4001, 500))
+    assert [w["step"] for w in found["warnings"]] == list(range(500, 4001, 500))
     assert found["step"] == 4000
-    assert 600 < look.course.rows < 1000  # a sixteenth, and all of the last hundred kilobytes
+    assert 600 < watched.history.rows < 1000  # a sixteenth, and all of the last hundred kilobytes
     assert found["train"][0][0] < 200
     values = [v for s, v in found["train"] if s > 1000]
     np.testing.assert_allclose(values, 1, atol=2e-3)
 
 
 @given(st.lists(st.floats(-9, 9), max_size=300), st.sampled_from([2, 4, 16]))
-def test_a_curve_keeps_means_in_little_room(values, most):
+def test_a_curve_keeps_means_in_bounded_memory(values, most):
     curve = Curve(most)
     for x, y in enumerate(values):
         curve.add(x, y)
@@ -198,7 +199,7 @@ def test_a_curve_keeps_means_in_little_room(values, most):
     np.testing.assert_allclose([y for _, y in curve.points], [np.mean(p) for p in pieces])
 
 
-# -- what is said of a run
+# -- what is known about a run
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +210,8 @@ def trained(tmp_path_factory):
     return run
 
 
-def test_a_run_that_is_finished(trained):
-    found = seen(trained)
+def test_the_summary_of_a_finished_run(trained):
+    found = summary(trained)
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     figures = [r for r in rows if r["kind"] == "evaluation"]
     steps = [r for r in rows if r["kind"] == "train"]
@@ -225,27 +226,27 @@ def test_a_run_that_is_finished(trained):
     )
     for name in ("kl", "grad_norm", "learning_rate"):
         assert found[name] == steps[-1][name]
-    assert found["setbacks"] == found["skips"] == []
+    assert found["setbacks"] == found["skips"] == found["warnings"] == []
 
 
-def test_each_row_of_a_run_of_the_library_moves_it(tmp_path):
-    """Looked at after every row; and it has no config.json."""
+def test_every_row_of_a_run_of_the_library_is_seen(tmp_path):
+    """Read after every row; it has no config.json."""
     digits, states = load("digits"), []
     torch.manual_seed(0)
     model = build("vae", (1, 8, 8), net="mlp", width=8, latents=4)
-    look = Look(tmp_path)
+    watched = WatchedRun(tmp_path)
 
     def row(row) -> None:
-        assert look.more()
-        states.append(look.summary()["state"])
-        assert look.summary()["step"] == row["step"]
+        assert watched.read()
+        states.append(watched.summary()["state"])
+        assert watched.summary()["step"] == row["step"]
 
     config = TrainConfig(steps=12, evaluations=2, evaluate_on=20)
     fit(model, digits.split("train"), digits.split("validation"), config, tmp_path, watch=row)
-    assert look.summary()["architecture"] is None
+    assert watched.summary()["architecture"] is None
     assert set(states[:-2]) == {"running"}
-    assert look.summary()["state"] == "finished"
-    assert not look.more()
+    assert watched.summary()["state"] == "finished"
+    assert not watched.read()
 
 
 @pytest.mark.parametrize(
@@ -257,54 +258,56 @@ def test_each_row_of_a_run_of_the_library_moves_it(tmp_path):
     ],
 )
 def test_share_of_the_budget_and_time_left(tmp_path, budget, share, left):
-    found = seen(folder(tmp_path / "run", [row(i) for i in range(1, 201)], budget))
+    found = summary(folder(tmp_path / "run", [row(i) for i in range(1, 201)], budget))
     assert found["share"] == pytest.approx(share)
     assert found["seconds_left"] == pytest.approx(left)
     assert "left" in shown(found)
-    no_config = seen(folder(tmp_path / "other", [row(200)]))
+    no_config = summary(folder(tmp_path / "other", [row(200)]))
     assert (no_config["share"], no_config["seconds_left"]) == (0.2, 400)
 
 
 def test_states(tmp_path):
     run = tmp_path / "run"
-    assert seen(run)["state"] == "waiting"
+    assert summary(run)["state"] == "waiting"
     folder(run, [], {"steps": 100})
-    assert seen(run)["state"] == "waiting"
+    assert summary(run)["state"] == "waiting"
     folder(run, [row(49), row(50)], {"steps": 100})
-    assert seen(run)["state"] == "running"
+    assert summary(run)["state"] == "running"
     aged(run / "metrics.jsonl", 100)
-    assert seen(run)["state"] == "silent"
-    assert seen(run)["silent"] == pytest.approx(100, abs=10)
+    assert summary(run)["state"] == "silent"
+    assert summary(run)["silent"] == pytest.approx(100, abs=10)
     (run / "state.safetensors").touch()
     aged(run / "state.safetensors", 99)
-    assert seen(run)["state"] == "stopped"
+    assert summary(run)["state"] == "stopped"
     aged(run / "state.safetensors", 101)  # an earlier state: there were steps after it
-    assert seen(run)["state"] == "silent"
+    assert summary(run)["state"] == "silent"
     folder(run, [row(1), row(50, seconds=1000.0)])  # a slow one
     aged(run / "metrics.jsonl", 100)
-    assert seen(run)["state"] == "running"
+    assert summary(run)["state"] == "running"
     folder(run, [row(90), row(100, "evaluation")])
-    assert seen(run)["state"] == "running"  # the held-out figure is yet to come
+    assert summary(run)["state"] == "running"  # the held-out figure is yet to come
     (run / "evaluation.json").write_text('{"bits_per_dim": 1.25, "bound": "exact"}')
-    assert seen(run)["state"] == "finished"
-    assert "1.2500 on held-out data (exact)" in shown(seen(run))
+    assert summary(run)["state"] == "finished"
+    assert "1.2500 on held-out data (exact)" in shown(summary(run))
     for name in ("config.json", "evaluation.json"):
         (run / name).write_text("{cut")
-    assert seen(run)["state"] == "running"  # 90 of 1000, says the last step
+    assert summary(run)["state"] == "running"  # 90 of 1000, says the last step
 
 
-def test_troubles_and_their_times(tmp_path):
+def test_problems_and_their_times(tmp_path):
     rows = [row(i, "skipped", reason=f"loss {i}") for i in range(1, 41)]
-    rows += [row(41, "alert", message="it [bold]collapses[/bold]"), row(42, "notice", message="a")]
+    rows += [row(41, "warning", message="it [bold]collapses[/bold]")]
+    rows += [row(42, "notice", message="a"), row(42, "alert", message="b")]  # of earlier versions
     rows += [row(43, "setback", message="back from step 43 to 7")]
-    found = seen(folder(tmp_path / "run", rows))
+    found = summary(folder(tmp_path / "run", rows))
     assert found["skipped"] == 40
     assert [s["message"] for s in found["skips"]] == [f"loss {i}" for i in range(21, 41)]
     assert found["setbacks"] == [
         {"step": 43, "seconds": 21.5, "message": "back from step 43 to 7"}
     ]
     text = shown(found, width=100)
-    assert "alert at step 41, 0:00:20: it [bold]collapses[/bold]" in text
+    assert [w["message"] for w in found["warnings"]][1:] == ["a", "b"]
+    assert "warning at step 41, 0:00:20: it [bold]collapses[/bold]" in text
     assert "setback at step 43, 0:00:22: back from" in text
     assert text.count("skipped at step") == 2  # many of them hide nothing else
     assert "skipped steps 40" in text
@@ -315,13 +318,13 @@ def test_troubles_and_their_times(tmp_path):
 
 def shown(found: dict, width: int = 80, encoding: str = "utf-8", **how) -> str:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
-    Console(file=file, width=width, **how).print(Picture(found))
+    Console(file=file, width=width, **how).print(RunPanel(found))
     file.flush()
     return file.buffer.getvalue().decode(encoding)
 
 
-def test_everything_is_shown(trained):
-    text = shown(seen(trained), width=100)
+def test_the_panel_shows_everything(trained):
+    text = shown(summary(trained), width=100)
     final = json.loads((trained / "evaluation.json").read_text())
     for wanted in ("finished", "vae on digits", "100%", "step 60", "held-out", "examples/s", "o"):
         assert wanted in text
@@ -331,8 +334,8 @@ def test_everything_is_shown(trained):
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
-def test_terminals_without_letters_or_colours_or_room(trained, width):
-    found = seen(trained) | {"alerts": [{"step": 1, "seconds": 1.0, "message": "σ ± π"}]}
+def test_terminals_without_unicode_or_colors_or_room(trained, width):
+    found = summary(trained) | {"warnings": [{"step": 1, "seconds": 1.0, "message": "σ ± π"}]}
     plain = shown(found, width=width, encoding="ascii")
     assert "\x1b" not in plain
     assert max(map(len, plain.splitlines())) <= width
@@ -343,8 +346,8 @@ def test_terminals_without_letters_or_colours_or_room(trained, width):
     assert "\x1b[3" in coloured
 
 
-def test_many_latents_take_few_lines(tmp_path):
-    found = seen(folder(tmp_path / "run", [row(1, kl=[1.0] * 30)]))
+def test_many_latents_are_summed_up(tmp_path):
+    found = summary(folder(tmp_path / "run", [row(1, kl=[1.0] * 30)]))
     text = shown(found)
     assert "z7" in text
     assert "z8" not in text
@@ -355,13 +358,13 @@ LEVEL = st.floats(-5, 5)
 
 
 @given(st.lists(LEVEL, min_size=1, max_size=60), st.integers(2, 60), st.integers(1, 9))
-def test_curves_lie_where_their_points_do(values, width, height):
+def test_a_drawn_curve_passes_through_its_points(values, width, height):
     line = [(float(x), y) for x, y in enumerate(values)]
     low, high = min(values), max(values)
-    frame = (0.0, max(1.0, len(line) - 1.0), low, high if high > low else low + 1)
-    mark = (frame[1], low)
+    limits = (0.0, max(1.0, len(line) - 1.0), low, high if high > low else low + 1)
+    mark = (limits[1], low)
     for plain in (True, False):
-        cells = plotted(line, [mark], frame, width, height, plain)
+        cells = draw(line, [mark], limits, width, height, plain)
         assert {len(row) for row in cells} == {width}
         assert len(cells) == height
         assert cells[-1][-1] == ("o", True)
@@ -369,19 +372,19 @@ def test_curves_lie_where_their_points_do(values, width, height):
         if len(line) > 1:  # a line without gaps
             assert all(any(column) for column in columns[:-1])
         first = columns[0].index(True) if any(columns[0]) else height - 1
-        expected = (frame[3] - values[0]) / (frame[3] - low) * (height - 1)
+        expected = (limits[3] - values[0]) / (limits[3] - low) * (height - 1)
         if len(line) == 1 or all(v == values[0] for v in values):
             assert abs(first - expected) <= 1
 
 
-def test_dots_of_braille():
-    cells = plotted([(0, 0.0), (1, 1.0)], [], (0, 1, 0, 1), 1, 1)
+def test_braille_dots():
+    cells = draw([(0, 0.0), (1, 1.0)], [], (0, 1, 0, 1), 1, 1)
     assert cells == [[("\N{BRAILLE PATTERN DOTS-4567}", False)]]
 
 
-def test_early_values_far_above_the_rest_run_out_of_the_frame(tmp_path):
+def test_early_values_far_above_the_rest_lie_outside_the_plot(tmp_path):
     rows = [row(i, bits_per_dim=1000.0 if i < 10 else 2 - i / 1000) for i in range(1, 400)]
-    text = shown(seen(folder(tmp_path / "run", rows)))
+    text = shown(summary(folder(tmp_path / "run", rows)))
     assert "1000" not in text
     assert "1.919" in text  # at a fifth of the way
 
@@ -389,25 +392,25 @@ def test_early_values_far_above_the_rest_run_out_of_the_frame(tmp_path):
 # -- the command
 
 
-def test_once_and_as_json(trained, tmp_path, capsys):
+def test_the_command_once_and_as_json(trained, tmp_path, capsys):
     main(["watch", str(trained), str(tmp_path / "none"), "--once"])
     text = capsys.readouterr().out
     assert "finished" in text
     assert "waiting for its first step" in text
-    main(["watch", str(trained), str(tmp_path / "none")])  # no terminal: as if --once
+    main(["watch", str(trained), str(tmp_path / "none")])  # not a terminal: like --once
     assert capsys.readouterr().out == text
     main(["watch", str(trained), str(tmp_path / "none"), "--json"])
     out, err = capsys.readouterr()
     document = json.loads(out)
     assert err == ""
     assert [one["state"] for one in document["runs"]] == ["finished", "waiting"]
-    wanted = json.loads(json.dumps(seen(trained)))
+    wanted = json.loads(json.dumps(summary(trained)))
     assert document["runs"][0] == wanted | {"silent": pytest.approx(wanted["silent"], abs=20)}
     assert not (tmp_path / "none").exists()
 
 
-def test_output_that_lacks_letters(tmp_path, monkeypatch):
-    folder(tmp_path / "run", [row(1), row(2, "alert", message="σ is tiny")])
+def test_output_in_ascii(tmp_path, monkeypatch):
+    folder(tmp_path / "run", [row(1), row(2, "warning", message="σ is tiny")])
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     main(["watch", str(tmp_path / "run")])
@@ -416,12 +419,12 @@ def test_output_that_lacks_letters(tmp_path, monkeypatch):
 
 
 class Terminal:
-    """The command on a terminal of its own."""
+    """The command on a pseudo-terminal."""
 
     def __init__(self, run: Path):
         code = (
             "import sys; from musigma.cli import main, watch; "
-            "watch.PAUSE = 0.05; main(sys.argv[1:])"
+            "watch.INTERVAL = 0.05; main(sys.argv[1:])"
         )
         self.near, far = pty.openpty()
         self.text = ""
@@ -434,7 +437,7 @@ class Terminal:
         os.close(far)
 
     def until(self, text: str | None) -> None:
-        """Read until a text comes, or None: until the end."""
+        """Read until a text appears; None: until the end."""
         deadline = time.monotonic() + 60
         while text is None or text not in self.text:
             assert time.monotonic() < deadline, self.text
@@ -442,19 +445,19 @@ class Terminal:
                 continue
             try:
                 self.text += os.read(self.near, 65536).decode(errors="replace")
-            except OSError:  # there is nobody at the other end any more
+            except OSError:  # the other end is closed
                 assert text is None, self.text
                 return
 
     def end(self) -> int:
         self.until(None)
         os.close(self.near)
-        assert self.text.rstrip().endswith("\x1b[?25h"), "the cursor is there again"
+        assert self.text.rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
         assert "Traceback" not in self.text
         return self.process.wait()
 
 
-def test_on_a_terminal_it_follows_the_run_and_ends_with_it(tmp_path):
+def test_on_a_terminal_it_follows_the_run_until_its_end(tmp_path):
     terminal = Terminal(tmp_path / "run")
     terminal.until("waiting")
     folder(tmp_path / "run", [row(i) for i in range(1, 51)], {"steps": 100})
@@ -467,18 +470,18 @@ def test_on_a_terminal_it_follows_the_run_and_ends_with_it(tmp_path):
     assert "finished" in terminal.text
 
 
-def test_ctrl_c_ends_it(tmp_path):
+def test_ctrl_c_stops_it(tmp_path):
     terminal = Terminal(folder(tmp_path / "run", [row(1)]))
     terminal.until("step 1")
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.end() == 0
 
 
-def test_course_keeps_little_of_much():
-    course = Course()
+def test_a_history_stays_small():
+    history = History()
     for step in range(1, 20_001):
-        course.take(row(step, "skipped" if step % 7 == 0 else "train", reason="r" * 100))
-    assert course.skipped == 20_000 // 7
-    assert len(course.troubles["skipped"]) == 20
-    assert len(course.train.points) <= 512
-    np.testing.assert_allclose([y for _, y in course.train.points][9:], 1, atol=1e-2)
+        history.add(row(step, "skipped" if step % 7 == 0 else "train", reason="r" * 100))
+    assert history.skipped == 20_000 // 7
+    assert len(history.problems["skipped"]) == 20
+    assert len(history.train.points) <= 512
+    np.testing.assert_allclose([y for _, y in history.train.points][9:], 1, atol=1e-2)

@@ -1,4 +1,4 @@
-"""``musigma watch``: looking on at runs from another terminal, by what they write."""
+"""``musigma watch``: follow runs from another terminal, from the files that they write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +24,17 @@ from rich.text import Text
 
 from musigma.cli.shared import USUAL, CommonOptions, Screen
 from musigma.files import number, row_of
-from musigma.training import Progress, TrainConfig
 
 commands = App()
 
-PAUSE = 1.0  # seconds between two looks
-SILENT = 60.0  # seconds without a row, at least, after which a run is no longer taken to run
-FAR = 2**25  # bytes
-TROUBLES = {"setback": "setbacks", "alert": "alerts", "notice": "notices", "skipped": "skips"}
+INTERVAL = 1.0  # seconds between two refreshes
+SILENT_AFTER = 60.0  # seconds without a row; ten times the usual interval if that is longer
+LONG_LOG = 2**25  # bytes; of longer logs, one training row in 16 is read
+
+PROBLEMS = {"setback": "setbacks", "warning": "warnings", "skipped": "skips"}
+EARLIER_KINDS = {"alert": "warning", "notice": "warning"}  # in logs of earlier versions
+STYLES = {"setback": "red", "warning": "yellow", "skipped": "red"}
+STYLES |= {"running": "green", "finished": "bold green", "silent": "red", "stopped": "yellow"}
 
 Point = tuple[float, float]
 
@@ -43,99 +46,99 @@ def watch(
     once: Annotated[bool, Parameter(negative="")] = False,
     common: CommonOptions = USUAL,
 ) -> None:
-    """Look on at runs: how far they are, what they reached, and what went wrong.
+    """Follow runs from another terminal: progress, figures and problems.
 
-    Nothing but their folders is read, so it can be started and ended (Ctrl-C) at any time, on any
-    machine that sees them. It ends by itself when all runs are finished. Where the output is no
-    terminal, and with --json, it looks once.
+    Reads only the run folders, so it can be started and stopped (Ctrl-C) at any time, on any
+    machine that sees them. It ends when all runs are finished. With --json, or if the output is
+    not a terminal, it prints the current state once.
 
     Args:
-        runs: Run folders; they need not be there yet.
-        once: Look once.
+        runs: Run folders; they may not exist yet.
+        once: Print the current state once.
         common: Shared options.
     """
-    looks = [Look(run) for run in runs]
+    watched = [WatchedRun(folder) for folder in runs]
     once = once or not sys.stdout.isatty()
     if common.json or once:
-        for look in looks:
-            while look.more():
+        for run in watched:
+            while run.read():
                 pass
     if common.json:
-        Screen(common).result({"runs": [look.summary() for look in looks]})
+        Screen(common).result({"runs": [run.summary() for run in watched]})
         return
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="replace")  # of a terminal that lacks some letters
+        reconfigure(errors="replace")  # for terminals that lack some characters
     console = Console(highlight=False)
     if once or console.is_dumb_terminal:
-        for look in looks:
-            console.print(Picture(look.summary()))
+        for run in watched:
+            console.print(RunPanel(run.summary()))
         return
-    height = 8 if len(looks) == 1 else 4
+    height = 8 if len(watched) == 1 else 4
     with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         while True:
-            behind = [look for look in looks if look.more()]
-            seen = [look.summary() for look in looks]
-            live.update(Group(*(Picture(one, height) for one in seen)), refresh=True)
-            if not behind and all(one["state"] == "finished" for one in seen):
-                return
-            if not behind:
-                time.sleep(PAUSE)
+            unread = [run for run in watched if run.read()]
+            summaries = [run.summary() for run in watched]
+            live.update(Group(*(RunPanel(s, height) for s in summaries)), refresh=True)
+            if not unread:
+                if all(s["state"] == "finished" for s in summaries):
+                    return
+                time.sleep(INTERVAL)
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-class Tail:
-    """A log of JSON rows, of which each look reads what is new.
+class LogReader:
+    """Reads the new rows of a log of JSON lines at each call.
 
-    The last line that was read is looked for again first: where it is not, the log was rewound or
-    replaced, and is read anew. Lines that were cut are passed over; one that has no end yet waits.
-    Far from the end, of all steps that were taken one in 16 is looked at.
+    It first looks for the last line that it read. If that line is not where it was, the log was
+    rewound or replaced, and is read from its start. Damaged lines are skipped; a last line without
+    an end is read when it is complete.
     """
 
     def __init__(self, path: Path):
-        self.path, self.at, self.last = path, 0, b""
+        self.path, self.position, self.last_line = path, 0, b""
 
-    def read(self, most: int = 2**23) -> tuple[bool, list[dict[str, Any]]]:
-        """Whether the log is read anew, and rows: of at most so many bytes, and a line."""
+    def read(self, max_bytes: int = 2**23) -> tuple[bool, list[dict[str, Any]]]:
+        """Whether reading started over, and the rows of the next `max_bytes` and a line."""
         try:
             file = self.path.open("rb")
         except (FileNotFoundError, NotADirectoryError):
-            anew, self.at, self.last = self.at > 0, 0, b""
-            return anew, []
+            restarted, self.position, self.last_line = self.position > 0, 0, b""
+            return restarted, []
         with file:
-            file.seek(self.at - len(self.last))
-            anew = file.read(len(self.last)) != self.last
-            if anew:
-                self.at, self.last = 0, b""
+            file.seek(self.position - len(self.last_line))
+            restarted = file.read(len(self.last_line)) != self.last_line
+            if restarted:
+                self.position, self.last_line = 0, b""
                 file.seek(0)
-            rows, start = [], self.at
-            far = os.fstat(file.fileno()).st_size > start + FAR
+            rows, start = [], self.position
+            sparse = os.fstat(file.fileno()).st_size > start + LONG_LOG
             for i, line in enumerate(file):
-                if not line.endswith(b"\n") or self.at > start + most:
+                if not line.endswith(b"\n") or self.position > start + max_bytes:
                     break
-                self.at, self.last = self.at + len(line), line
-                if far and i % 16 and line.startswith(b'{"kind": "train"'):
+                self.position, self.last_line = self.position + len(line), line
+                if sparse and i % 16 and line.startswith(b'{"kind": "train"'):
                     continue
                 if (row := row_of(line)) is not None:
                     rows.append(row)
-        return anew, rows
+        return restarted, rows
 
 
 class Curve:
-    """A curve of any number of points, kept as few: means of as many as it takes."""
+    """A curve of any length in bounded memory: means of equally many neighboring points."""
 
-    def __init__(self, most: int = 512):
-        self.most, self.width = most, 1
-        self.bins: list[tuple[float, float, int]] = []  # last x, sum of y, how many
+    def __init__(self, size: int = 512):
+        self.size, self.width = size, 1
+        self.bins: list[tuple[float, float, int]] = []  # last x, sum of y, number of points
 
     def add(self, x: float, y: float) -> None:
-        """A point to the right of all others."""
+        """Add a point to the right of all others."""
         if self.bins and self.bins[-1][2] < self.width:
             _, total, count = self.bins.pop()
             self.bins.append((x, total + y, count + 1))
             return
-        if len(self.bins) == self.most:
+        if len(self.bins) == self.size:
             pairs = zip(self.bins[::2], self.bins[1::2], strict=True)
             self.bins = [(b[0], a[1] + b[1], a[2] + b[2]) for a, b in pairs]
             self.width *= 2
@@ -143,27 +146,28 @@ class Curve:
 
     @property
     def points(self) -> list[Point]:
-        """Each bin's last x, and its mean y."""
+        """The last x and the mean y of each bin."""
         return [(x, total / count) for x, total, count in self.bins]
 
 
-class Course:
-    """What the rows of a log say of a run: all of them pass, and few are kept."""
+class History:
+    """What the rows of a log say about a run, in bounded memory."""
 
     def __init__(self):
         self.rows = self.step = self.skipped = 0
-        self.seconds = self.gap = 0.0
-        self.last: Mapping[str, Any] = {}  # step that was taken
+        self.seconds = self.interval = 0.0  # of training; between the last two rows
+        self.last: Mapping[str, Any] = {}  # training row
         self.best: Mapping[str, Any] | None = None
         self.bits, self.speed = deque(maxlen=20), deque(maxlen=20)
         self.train, self.validation = Curve(), Curve()
-        self.troubles = {kind: deque(maxlen=20) for kind in TROUBLES}
+        self.problems = {kind: deque(maxlen=20) for kind in PROBLEMS}
 
-    def take(self, row: Mapping[str, Any]) -> None:
-        """Take in a row."""
-        kind, step, bits = row["kind"], row["step"], number(row.get("bits_per_dim"))
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row."""
+        kind = EARLIER_KINDS.get(row["kind"], row["kind"])
+        step, bits = row["step"], number(row.get("bits_per_dim"))
         seconds = number(row.get("seconds")) or self.seconds
-        self.gap = seconds - self.seconds if seconds > self.seconds else self.gap
+        self.interval = seconds - self.seconds if seconds > self.seconds else self.interval
         self.step, self.seconds, self.rows = step, seconds, self.rows + 1
         if kind == "train":
             self.last = row
@@ -176,105 +180,110 @@ class Course:
             self.validation.add(step, bits)
             if self.best is None or bits < self.best["bits_per_dim"]:
                 self.best = row
-        elif kind in TROUBLES:
+        elif kind in PROBLEMS:
             self.skipped += kind == "skipped"
-            text = str(row.get("reason" if kind == "skipped" else "message", ""))
-            self.troubles[kind].append({"step": step, "seconds": seconds, "message": text})
+            message = str(row.get("reason" if kind == "skipped" else "message", ""))
+            self.problems[kind].append({"step": step, "seconds": seconds, "message": message})
 
 
-def _mean(values: Collection[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-class Look:
-    """One run that is looked at.
+class WatchedRun:
+    """A run and what is known about it.
 
     Args:
-        run: Its folder, which need not be there yet.
+        folder: Its folder, which may not exist yet.
     """
 
-    def __init__(self, run: Path):
-        self.run = run
-        self.tail, self.course = Tail(run / "metrics.jsonl"), Course()
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.log, self.history = LogReader(folder / "metrics.jsonl"), History()
 
-    def more(self) -> bool:
-        """Read some of what is new; whether there may be more."""
-        before = self.tail.at
-        anew, rows = self.tail.read()
-        if anew:
-            self.course = Course()
+    def read(self) -> bool:
+        """Read the next part of what is new; returns whether there may be more."""
+        before = self.log.position
+        restarted, rows = self.log.read()
+        if restarted:
+            self.history = History()
         for row in rows:
-            self.course.take(row)
-        return anew or self.tail.at > before
+            self.history.add(row)
+        return restarted or self.log.position > before
 
     def summary(self) -> dict[str, Any]:
         """What is known now; JSON-plain.
 
         Returns:
-            `state`: "waiting" for a first row; "running"; "silent", where rows fail to come;
-            "stopped", where they do and the state was saved after the last; or "finished".
-            `silent`: seconds since something was written. `share` of the budget, `seconds` of
-            training, `seconds_left` at this rate. `bits_per_dim` and `examples_per_second`: means
-            of the last 20 rows. `best`: the row of the best validation figure. `grad_norm`,
-            `learning_rate` and `kl` (nats of each latent, top first) of the last step. `skipped`
-            steps, and the last `skips`, `setbacks`, `alerts` and `notices`. `train` and
-            `validation`: curves. `evaluation`: the final figure.
+            `state`: "waiting" for a first row; "running"; "silent": rows are overdue; "stopped":
+            rows are overdue, and the state was saved after the last one; or "finished".
+            `silent`: seconds since the last row. `share` of the budget, `seconds` of training,
+            `seconds_left` at this rate. `bits_per_dim` and `examples_per_second`: means of the
+            last 20 rows. `best`: the row of the best validation figure. `grad_norm`,
+            `learning_rate` and `kl` (nats of each latent, top first) of the last step. `skipped`:
+            number of skipped steps. `skips`, `setbacks` and `warnings`: the last 20 of each.
+            `train` and `validation`: curves. `evaluation`: the final figure.
         """
-        course, config = self.course, _json(self.run / "config.json")
+        history, config = self.history, _read_json(self.folder / "config.json")
         share = self._share(config)
-        written, saved = (_written(self.run / n) for n in ("metrics.jsonl", "state.safetensors"))
+        written, saved = (
+            _modified(self.folder / name) for name in ("metrics.jsonl", "state.safetensors")
+        )
         silent = None if written is None else max(0.0, time.time() - written)
-        quiet = silent is not None and silent > max(SILENT, 10 * course.gap)
-        evaluation = _json(self.run / "evaluation.json")
-        if not course.rows:
+        overdue = silent is not None and silent > max(SILENT_AFTER, 10 * history.interval)
+        evaluation = _read_json(self.folder / "evaluation.json")
+        if not history.rows:
             state = "waiting"
-        elif share == 1 and (evaluation or quiet or not config):
+        elif share == 1 and (evaluation or overdue or not config):
             state = "finished"
-        elif quiet:
+        elif overdue:
             state = "stopped" if saved and written and saved >= written else "silent"
         else:
             state = "running"
+        kl = history.last.get("kl")
         return {
-            "run": str(self.run),
+            "run": str(self.folder),
             "state": state,
             "silent": silent,
-            "architecture": _at(config, "model", "architecture"),
-            "data": _at(config, "data", "source"),
+            "architecture": _get(config, "model", "architecture"),
+            "data": _get(config, "data", "source"),
             "share": share,
-            "seconds": course.seconds,
-            "seconds_left": self._left(config, share),
-            "step": course.step,
-            "bits_per_dim": _mean(course.bits),
-            "best": course.best,
-            "examples_per_second": _mean(course.speed),
-            "grad_norm": number(course.last.get("grad_norm")),
-            "learning_rate": number(course.last.get("learning_rate")),
-            "kl": [number(v) for v in kl] if isinstance(kl := course.last.get("kl"), list) else [],
-            "skipped": course.skipped,
-            **{name: list(course.troubles[kind]) for kind, name in TROUBLES.items()},
-            "train": course.train.points,
-            "validation": course.validation.points,
+            "seconds": history.seconds,
+            "seconds_left": self._seconds_left(config, share),
+            "step": history.step,
+            "bits_per_dim": _mean(history.bits),
+            "best": history.best,
+            "examples_per_second": _mean(history.speed),
+            "grad_norm": number(history.last.get("grad_norm")),
+            "learning_rate": number(history.last.get("learning_rate")),
+            "kl": [number(nats) for nats in kl] if isinstance(kl, list) else [],
+            "skipped": history.skipped,
+            **{name: list(history.problems[kind]) for kind, name in PROBLEMS.items()},
+            "train": history.train.points,
+            "validation": history.validation.points,
             "evaluation": evaluation or None,
         }
 
     def _share(self, config: Mapping[str, Any]) -> float | None:
-        """Of the budget; the rows know it as it was at the last step that was written down."""
-        progress = Progress(step=self.course.step, seconds=self.course.seconds)
+        """The share of the budget that is spent; the one in the last row if there is no config."""
+        from musigma.training import Progress, TrainConfig
+
+        progress = Progress(step=self.history.step, seconds=self.history.seconds)
         try:
             return TrainConfig(**config["train"]).share(progress, config["data"]["train"])
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):  # no run of this version's
-            return number(self.course.last.get("share"))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):  # not of this version
+            return number(self.history.last.get("share"))
 
-    def _left(self, config: Mapping[str, Any], share: float | None) -> float | None:
+    def _seconds_left(self, config: Mapping[str, Any], share: float | None) -> float | None:
         if not share:
             return None
-        minutes = number(_at(config, "train", "minutes"))
-        whole = 60 * minutes if minutes else self.course.seconds / share
-        return max(0.0, whole - self.course.seconds)
+        minutes = number(_get(config, "train", "minutes"))
+        total = 60 * minutes if minutes else self.history.seconds / share
+        return max(0.0, total - self.history.seconds)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """What a file of a run holds; nothing if it is not there, or is being replaced."""
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The content of a file of a run; empty if it is missing or being replaced."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -282,13 +291,13 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _at(value: Any, *names: str) -> Any:
+def _get(value: Any, *names: str) -> Any:
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value
 
 
-def _written(path: Path) -> float | None:
+def _modified(path: Path) -> float | None:
     try:
         return path.stat().st_mtime
     except OSError:
@@ -298,102 +307,90 @@ def _written(path: Path) -> float | None:
 # --- showing -------------------------------------------------------------------------------------
 
 
-COLORS = {"running": "green", "finished": "bold green", "silent": "red", "stopped": "yellow"}
-
-
-class Picture:
-    """A summary, for rich to show.
+class RunPanel:
+    """A summary as a panel of the terminal.
 
     Args:
-        seen: As `Look.summary` returns it.
+        summary: From `WatchedRun.summary`.
         height: Lines of the curves.
     """
 
-    def __init__(self, seen: Mapping[str, Any], height: int = 8):
-        self.seen, self.height = seen, height
+    def __init__(self, summary: Mapping[str, Any], height: int = 8):
+        self.summary, self.height = summary, height
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A frame with everything in it."""
+        """The panel, in the characters that the terminal has."""
         width, ascii_only = max(20, options.max_width - 4), options.ascii_only
-        yield Panel(
-            Group(
-                self._state(),
-                *self._progress(),
-                *self._figures(),
-                *self._curves(width, ascii_only),
-                *self._latents("#" if ascii_only else "\N{FULL BLOCK}"),
-                *self._troubles(),
-            ),
-            title=Text(self.seen["run"]),
-            title_align="left",
-        )
+        lines: list[Any] = [self._state()]
+        if self.summary["state"] != "waiting":
+            lines += [*self._progress(), *self._figures()]
+        lines += self._curves(width, ascii_only)
+        lines += self._latents("#" if ascii_only else "\N{FULL BLOCK}")
+        lines += self._problems()
+        yield Panel(Group(*lines), title=Text(self.summary["run"]), title_align="left")
 
     def _state(self) -> Text:
-        seen = self.seen
-        text = Text(seen["state"], style=COLORS.get(seen["state"], "dim"))
-        if seen["state"] == "waiting":
+        state, model = self.summary["state"], self.summary["architecture"]
+        text = Text(state, style=STYLES.get(state, "dim"))
+        if state == "waiting":
             text.append(" for its first step")
-        if seen["state"] in ("silent", "stopped"):
-            text.append(f" for {_duration(seen['silent'])}")
-        if seen["architecture"]:
-            text.append(f"   {seen['architecture']} on {Path(str(seen['data'])).name}", "dim")
+        if state in ("silent", "stopped"):
+            text.append(f" for {_duration(self.summary['silent'])}")
+        if model:
+            text.append(f"   {model} on {Path(str(self.summary['data'])).name}", "dim")
         return text
 
     def _progress(self) -> Iterator[Table]:
-        share, left = self.seen["share"], self.seen["seconds_left"]
-        if share is None or self.seen["state"] == "waiting":
+        share, left = self.summary["share"], self.summary["seconds_left"]
+        if share is None:
             return
-        words = f"{share:.0%}  {_duration(self.seen['seconds'])}"
-        if left and self.seen["state"] == "running":
-            words += f", {_duration(left)} left"
+        text = f"{share:.0%}  {_duration(self.summary['seconds'])}"
+        if left and self.summary["state"] == "running":
+            text += f", {_duration(left)} left"
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=1.0, completed=share, width=30), words)
+        grid.add_row(ProgressBar(total=1.0, completed=share, width=30), text)
         yield grid
 
     def _figures(self) -> Iterator[Text]:
-        seen, best, final = self.seen, self.seen["best"], self.seen["evaluation"]
-        if seen["state"] == "waiting":
-            return
-        now = seen["bits_per_dim"]
-        words = [f"step {seen['step']:,}"]
-        words[0] += f"   {now:.4f} bits/dim" if now is not None else ""
+        summary, best, final = self.summary, self.summary["best"], self.summary["evaluation"]
+        bits = summary["bits_per_dim"]
+        line = f"step {summary['step']:,}"
+        yield Text(line if bits is None else f"{line}   {bits:.4f} bits/dim")
         if best:
-            words.append(
-                f"{_figure(best)} on validation data, at its best at step {best['step']:,}"
-            )
+            yield Text(f"{_figure(best)} on validation data, the best, at step {best['step']:,}")
         if final and number(final.get("bits_per_dim")) is not None:
-            words.append(f"{_figure(final)} on held-out data ({final.get('bound')})")
-        yield Text("\n".join(words))
-        rates = [
+            yield Text(f"{_figure(final)} on held-out data ({final.get('bound')})")
+        rates = {
+            "examples/s": summary["examples_per_second"],
+            "gradient": summary["grad_norm"],
+            "learning rate": summary["learning_rate"],
+            "skipped steps": summary["skipped"] or None,
+        }
+        shown = [
             f"{name} {value:,.0f}" if value >= 1000 else f"{name} {value:.3g}"
-            for name, value in (
-                ("examples/s", seen["examples_per_second"]),
-                ("gradient", seen["grad_norm"]),
-                ("learning rate", seen["learning_rate"]),
-                ("skipped steps", seen["skipped"] or None),
-            )
+            for name, value in rates.items()
             if value is not None
         ]
-        yield Text("   ".join(rates), style="dim")
+        yield Text("   ".join(shown), style="dim")
 
     def _curves(self, width: int, ascii_only: bool) -> Iterator[Text]:
-        train, validation = self.seen["train"], self.seen["validation"]
-        if not (frame := _frame([*train, *validation])):
+        train, validation = self.summary["train"], self.summary["validation"]
+        if not train and not validation:
             return
-        left, right, low, high = frame
-        grid = plotted(train, validation, frame, width - 10, self.height, ascii_only)
-        for i, line in enumerate(grid):
-            value = {0: f"{high:.3f}", len(grid) - 1: f"{low:.3f}"}.get(i, "")
+        left, right, low, high = limits = _limits([*train, *validation])
+        cells = draw(train, validation, limits, width - 10, self.height, ascii_only)
+        for i, line in enumerate(cells):
+            value = {0: f"{high:.3f}", len(cells) - 1: f"{low:.3f}"}.get(i, "")
             text = Text(f"{value:>9} ", style="dim")
-            for letter, is_mark in line:
-                text.append(letter, "bold magenta" if is_mark else "cyan")
+            for character, is_mark in line:
+                text.append(character, "bold magenta" if is_mark else "cyan")
             yield text
         start, end = f"{left:,.0f}", f"{right:,.0f}"
         middle = "steps; o is validation".center(width - 10 - len(start) - len(end))
         yield Text(f"{'':>10}{start}{middle}{end}", style="dim")
 
     def _latents(self, block: str, most: int = 8) -> Iterator[Text]:
-        kl = [nats or 0.0 for nats in self.seen["kl"]]
+        kl = [nats or 0.0 for nats in self.summary["kl"]]
         for i, nats in enumerate(kl[:most]):
             bar = block * math.ceil(20 * max(nats, 0.0) / max(*kl, 1e-9))
             yield Text.assemble(f"{f'z{i}':>9} ", (f"{bar:<20}", "blue"), f" {nats:.2f} nats")
@@ -401,15 +398,14 @@ class Picture:
             rest = f"{len(kl) - most} more, {sum(kl[most:]):.2f} nats"
             yield Text(f"{'':>10}{rest}", style="dim")
 
-    def _troubles(self, most: int = 8) -> Iterator[Text]:
-        found = []
-        for kind, name in TROUBLES.items():
-            last = self.seen[name][-2 if kind == "skipped" else -most :]
-            found += [(trouble["step"], kind, trouble) for trouble in last]
-        for step, kind, trouble in sorted(found, key=lambda one: one[0])[-most:]:
-            style = "dim" if kind == "notice" else "yellow" if kind == "alert" else "red"
-            when = f"step {step:,}, {_duration(trouble['seconds'])}"
-            yield Text.assemble((kind, style), f" at {when}: {trouble['message']}")
+    def _problems(self, most: int = 8) -> Iterator[Text]:
+        recent = []
+        for kind, name in PROBLEMS.items():
+            last = self.summary[name][-2 if kind == "skipped" else -most :]
+            recent += [(problem["step"], kind, problem) for problem in last]
+        for step, kind, problem in sorted(recent, key=lambda entry: entry[0])[-most:]:
+            when = f" at step {step:,}, {_duration(problem['seconds'])}: "
+            yield Text.assemble((kind, STYLES[kind]), when, problem["message"])
 
 
 def _figure(row: Mapping[str, Any]) -> str:
@@ -421,73 +417,63 @@ def _duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _frame(points: Sequence[Point]) -> tuple[float, float, float, float] | None:
-    """Left, right, low and high of what is shown; high early values run out of it."""
-    if not points:
-        return None
+def _limits(points: Sequence[Point]) -> tuple[float, float, float, float]:
+    """Left, right, low and high of a plot; high values early in training lie outside."""
     left, right = min(x for x, _ in points), max(x for x, _ in points)
     late = [y for x, y in points if x >= left + 0.2 * (right - left)]
     low, high = min(y for _, y in points), max(late)
     return left, right, low, high if high > low else low + 1e-3
 
 
-def plotted(
+def draw(
     line: Sequence[Point],
     marks: Sequence[Point],
-    frame: tuple[float, float, float, float],
+    limits: tuple[float, float, float, float],
     width: int,
     height: int,
     ascii_only: bool = False,
 ) -> list[list[tuple[str, bool]]]:
-    """A line in braille, eight dots to a letter, and marks over it; or in plain letters.
+    """Draw a line in braille, with eight dots per character, and marks over it.
 
     Args:
         line: Points from left to right.
-        marks: Points.
-        frame: Left, right, low and high; points above it are left out.
-        width: In letters.
-        height: In letters.
-        ascii_only: Without braille.
+        marks: Points, drawn as "o".
+        limits: Left, right, low and high; points above are left out.
+        width: Characters per line.
+        height: Number of lines.
+        ascii_only: Draw in ASCII instead of braille.
 
     Returns:
-        Lines of (letter, whether it is a mark), from the top.
+        Lines of (character, whether it is a mark), from the top.
 
-    >>> cells = plotted([(0, 0.0), (1, 1.0)], [(1, 0.0)], (0, 1, 0, 1), 4, 2, ascii_only=True)
-    >>> print(*("".join(letter for letter, _ in row) for row in cells), sep="|")
+    >>> cells = draw([(0, 0.0), (1, 1.0)], [(1, 0.0)], (0, 1, 0, 1), 4, 2, ascii_only=True)
+    >>> print(*("".join(character for character, _ in row) for row in cells), sep="|")
       ..|.. o
     """
     import numpy as np
 
-    left, right, low, high = frame
-    across, down = (1, 1) if ascii_only else (2, 4)  # dots of a letter
-    columns, rows = width * across, height * down
+    left, right, low, high = limits
+    weights = np.array([[1]] if ascii_only else [[1, 8], [2, 16], [4, 32], [64, 128]])
+    down, across = weights.shape  # dots per character
+    dots = np.zeros((height * down, width * across), bool)
 
-    def dot(y: float) -> int:
-        return round((high - y) / (high - low) * (rows - 1))
+    def row_of_dots(y: Any) -> Any:
+        return np.round((high - y) / (high - low) * (len(dots) - 1)).astype(int)
 
-    dots: set[tuple[int, int]] = set()
     if line:
         x, y = np.asarray(line, np.float64).T
-        at = np.linspace(left, right, columns)
+        at = np.linspace(left, right, dots.shape[1])
         inside = (at >= x[0]) & (at <= x[-1]) if len(x) > 1 else at == at[np.abs(at - x).argmin()]
-        before = None
-        for column in np.flatnonzero(inside):
-            now = dot(float(np.interp(at[column], x, y)))
-            start = now if before is None else before + (now > before) - (now < before)
-            dots |= {(row, int(column)) for row in range(min(start, now), max(start, now) + 1)}
-            before = now
-    letters: dict[tuple[int, int], int] = {}
-    for row, column in dots:
-        if row >= 0:
-            cell = row // down, column // across
-            bit = (0, 1, 2, 6, 3, 4, 5, 7)[row % down + 4 * (column % across)]
-            letters[cell] = letters.get(cell, 0) | 1 << bit
-    cells = [
-        [(" " if not bits else "." if ascii_only else chr(0x2800 + bits), False) for bits in some]
-        for some in ([letters.get((i, j), 0) for j in range(width)] for i in range(height))
-    ]
+        rows = row_of_dots(np.interp(at[inside], x, y))
+        starts = rows[:1].tolist() + (rows[:-1] + np.sign(rows[1:] - rows[:-1])).tolist()
+        for column, start, end in zip(np.flatnonzero(inside), starts, rows, strict=True):
+            top, bottom = min(start, end), max(start, end)
+            dots[max(top, 0) : max(bottom + 1, 0), column] = True
+    codes = (dots.reshape(height, down, width, across) * weights[:, None]).sum((1, 3))
+    ink = (lambda code: ".") if ascii_only else (lambda code: chr(0x2800 + code))
+    cells = [[(ink(code) if code else " ", False) for code in row] for row in codes]
     for x, y in marks:
-        if (row := dot(y) // down) >= 0:
+        if (row := int(row_of_dots(np.float64(y))) // down) >= 0:
             column = round((x - left) / (right - left) * (width - 1)) if right > left else 0
             cells[row][column] = "o", True
     return cells
