@@ -41,11 +41,14 @@ class Layer(nn.Module, ABC):
 
     Attributes:
         exact: False if inference draws anything that the generative direction does not determine.
-        units: True if the layer speaks of how data are stored (levels, range), and not of them.
+        is_preprocessing: True if the layer only changes how data are stored (levels, range).
+        repeated: True for a block that models repeat: compiled, and sharded, one by one. Any
+            module may have this attribute.
     """
 
     exact: bool = True
-    units: bool = False
+    is_preprocessing: bool = False
+    repeated: bool = False
 
     @abstractmethod
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:

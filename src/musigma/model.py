@@ -479,7 +479,7 @@ class Chain(Model):
 
     def continuous(self) -> Model:
         """Without the leading layers that are but units; the prior alone if all are."""
-        rest = list(itertools.dropwhile(lambda layer: layer.units, self._layers()))
+        rest = list(itertools.dropwhile(lambda layer: layer.is_preprocessing, self._layers()))
         if len(rest) == len(self.layers):
             return self
         return Chain(rest, self.prior).train(self.training) if rest else self.prior

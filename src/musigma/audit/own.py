@@ -314,7 +314,9 @@ def _units(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> Non
     """Whether the uniform model of these units costs log2 of the levels."""
     if not isinstance(model, Chain):
         return
-    leading = list(takewhile(lambda layer: getattr(layer, "units", False), model.layers))
+    leading = list(
+        takewhile(lambda layer: getattr(layer, "is_preprocessing", False), model.layers)
+    )
     dequantizers = [layer for layer in leading if isinstance(layer, Dequantize)]
     if not dequantizers:
         return

@@ -39,6 +39,8 @@ class Coupling(Bijection):
         True
     """
 
+    repeated = True
+
     def __init__(self, net: nn.Module, *, map: Map = Affine()):
         super().__init__()
         self.net, self.map = net, map

@@ -86,7 +86,7 @@ class Rescale(Bijection):
         (tensor([[0., 0., 0.]]), tensor([-16.6355]))
     """
 
-    units = True
+    is_preprocessing = True
 
     def __init__(self, scale: float, shift: float = 0.0):
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -133,6 +134,15 @@ class InvertibleConv(Bijection):
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_scale.exp())
         with torch.autocast(self.sign.device.type, enabled=False):
             return self.permutation @ torch.addmm(upper, self.lower.tril(-1), upper)  # (L + I) U
+
+    @torch.no_grad()
+    def condition_number(self) -> float:
+        """Largest over smallest singular value of W; its log10 is how many digits decoding loses.
+
+        NaN if W is not finite.
+        """
+        matrix = self.matrix().double().cpu()
+        return float(torch.linalg.cond(matrix)) if matrix.isfinite().all() else math.nan
 
     def _log_det(self, x: Tensor) -> Tensor:
         if self.lu:

@@ -30,7 +30,7 @@ class Dequantize(Layer):
     """
 
     exact = False
-    units = True
+    is_preprocessing = True
 
     def __init__(self, noise: nn.Module, levels: int = 256):
         super().__init__()

@@ -150,6 +150,7 @@ class ResBlock(nn.Module):
     """
 
     recompute = False
+    repeated = True
 
     def __init__(self, channels: int, hidden: int | None = None):
         super().__init__()

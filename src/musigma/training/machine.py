@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from musigma import context as contexts
 from musigma.context import Context
-from musigma.layers import Coupling
 from musigma.model import Model
-from musigma.nets import ResBlock
 from musigma.processes import current_processes
 from musigma.training.config import TrainConfig, bytes_of, text_of
 
@@ -32,9 +30,6 @@ __all__ = [
     "plain",
     "retain_heap",
 ]
-
-BLOCKS: tuple[type[nn.Module], ...] = (Coupling, ResBlock)
-"""What models repeat: compiled once for each shape, and cut over processes one by one."""
 
 
 def accelerator(config: TrainConfig, out: Path, *, cpu: bool) -> Any:
@@ -99,7 +94,7 @@ def casting(config: TrainConfig, device: torch.device) -> Callable[[], AbstractC
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The outermost of the parts that a model repeats."""
-    if isinstance(model, BLOCKS):
+    if getattr(model, "repeated", False):
         return [model]
     return [block for child in model.children() for block in blocks(child)]
 

@@ -11,7 +11,6 @@ from torch.distributions import Distribution
 
 from musigma.context import Context
 from musigma.evaluation import COLLAPSED, SATURATED, saturation
-from musigma.layers import InvertibleConv
 from musigma.model import Model
 from musigma.training.distributed import local_shard
 from musigma.training.state import Progress
@@ -129,18 +128,13 @@ def health(model: Model, kl: Mapping[str, float], x: Tensor, context: Context) -
                 "or a smaller --lr"
             )
     for name, module in model.named_modules():
-        if isinstance(module, InvertibleConv):
-            matrix = module.matrix().double().cpu()
-            if matrix.isfinite().all() and (condition := _condition(matrix)) > ILL_CONDITIONED:
-                found[f"conditioning {name}"] = (
-                    f"the matrix of {name} has condition number {condition:.1e}: decoding loses "
-                    f"{math.log10(condition):.0f} digits; a smaller --lr"
-                )
+        condition = getattr(module, "condition_number", lambda: 1.0)()
+        if condition > ILL_CONDITIONED:
+            found[f"conditioning {name}"] = (
+                f"the matrix of {name} has condition number {condition:.1e}: decoding loses "
+                f"{math.log10(condition):.0f} digits; a smaller --lr"
+            )
     return found
-
-
-def _condition(matrix: Tensor) -> float:
-    return float(torch.linalg.cond(matrix))
 
 
 def news(progress: Progress, kinds: tuple[str, ...], found: Mapping[str, str]) -> list[str]:
