@@ -47,6 +47,8 @@ def options_for(folder, want):
         options["size"] = tuple(want["x"].shape[2:])
     if folder.parent.name == "compvis" and folder.name != "groups32":
         options["groups"] = 4
+    if folder.name == "binary":
+        options["format"] = "log_std"
     if folder.name == "affine_shuffle" and folder.parent.name == "chaiyujin":
         options["permutation"] = [want[f"shuffle_{i}"].tolist() for i in range(4)]
     return Options(**options)
@@ -236,6 +238,270 @@ def test_parallel_wrappers_and_names_of_tensorflow(tmp_path):
     np.savez(tmp_path / "tf.npz", **named)
     options = Options(size=(8, 12))
     same(convert(tmp_path / "tf.npz", options=options).model, converted(folder)[0].model)
+
+
+# -- names that two codebases share
+
+
+class ExamplesVAE(torch.nn.Module):
+    """The VAE of pytorch/examples, in our own words."""
+
+    def __init__(self, pixels=784, hidden=6, latents=3):
+        super().__init__()
+        self.fc1 = torch.nn.Linear(pixels, hidden)
+        self.fc21, self.fc22 = (torch.nn.Linear(hidden, latents) for _ in range(2))
+        self.fc3, self.fc4 = torch.nn.Linear(latents, hidden), torch.nn.Linear(hidden, pixels)
+
+    def kl(self, x, scale):
+        """KL(q || N(0, I)) in nats, by how the second head is read."""
+        h = self.fc1(x.flatten(1)).relu()
+        mean, raw = self.fc21(h), self.fc22(h)
+        std = {"log_var": (raw / 2).exp(), "log_std": raw.exp(), "softplus": raw.exp().log1p()}
+        return (mean**2 / 2 + std[scale] ** 2 / 2 - 0.5 - std[scale].log()).sum(1)
+
+
+@pytest.fixture
+def examples_vae():
+    torch.manual_seed(0)
+    return ExamplesVAE().double()
+
+
+@pytest.mark.parametrize(
+    ("words", "family", "scale"),
+    [
+        (["--format", "log_var"], "pytorch-examples", "log_var"),
+        (["--format", "log_std"], "bits-back", "log_std"),
+        (["--from", "pytorch-examples"], "pytorch-examples", "log_var"),
+        (["--from", "bits-back"], "bits-back", "log_std"),
+        (["--from", "pytorch-examples", "--format", "softplus"], "pytorch-examples", "softplus"),
+    ],
+)
+def test_the_scale_of_shared_names_is_asked_for(
+    words, family, scale, examples_vae, tmp_path, capsys
+):
+    torch.save(examples_vae.state_dict(), tmp_path / "vae.pth")
+    convert_to = ["convert", str(tmp_path / "vae.pth"), str(tmp_path / "vae.safetensors")]
+    with pytest.raises(SystemExit):
+        main(convert_to)
+    error = capsys.readouterr().err
+    assert "names of bits-back and of pytorch-examples" in error
+    assert "--format log_std" in error
+    assert "--format log_var" in error
+    assert not (tmp_path / "vae.safetensors").exists()
+    main([*convert_to, *words, "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["from"] == family
+    assert any(f"fc22 is read as {scale}" in note for note in said["notes"])
+    model = musigma.load(tmp_path / "vae.safetensors")
+    x = torch.randint(0, 2, (5, 1, 28, 28)).double()
+    assert off(model(x).kl.sum(1), examples_vae.kl(x, scale)) < NEAR
+
+
+def test_the_size_of_other_images_is_asked_for(tmp_path):
+    torch.save(ExamplesVAE(3 * 6 * 4).state_dict(), tmp_path / "vae.pth")
+    with pytest.raises(ForeignError, match=r"fc1\.weight takes 72 numbers; give .*--size"):
+        convert(tmp_path / "vae.pth", options=Options(format="log_var"))
+    with pytest.raises(ForeignError, match=r"size: fc1\.weight takes 72 numbers, not .* 5x5"):
+        convert(tmp_path / "vae.pth", options=Options(format="log_var", size=(5, 5)))
+    model = convert(tmp_path / "vae.pth", options=Options(format="log_var", size=(6, 4))).model
+    assert model.config["shape"] == [3, 6, 4]
+
+
+def test_what_is_assumed_is_said(tmp_path):
+    folder = GOLDEN / "rosinality" / "affine_lu"
+    notes = convert(source(folder), options=Options(size=(16, 8))).notes
+    assert [note for note in notes if note.startswith("bits: took 5")]
+    notes = convert(source(folder), options=Options(size=(16, 8), bits=5)).notes
+    assert not [note for note in notes if note.startswith("bits")]
+    about = converted(GOLDEN / "compvis" / "groups32")[0].about
+    assert [note for note in about["foreign"]["notes"] if note.startswith("groups: took 32")]
+
+
+# -- wrappers, averages, and files with more than a state dict
+
+
+def restated(state, change):
+    return {change(name): t for name, t in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "vae.", "module.", "net._orig_mod.a."])
+@pytest.mark.parametrize(
+    "name", ["bitsback/beta_binomial", "compvis/plain", "rosinality/affine_lu"]
+)
+def test_prefixes_of_wrappers_are_taken_off(prefix, name, tmp_path):
+    folder = GOLDEN / name
+    state = restated(state_of(folder), lambda name: prefix + name)
+    torch.save({"epoch": 3, "state_dict": state, "lr": torch.tensor(0.1)}, tmp_path / "w.pt")
+    result = convert(tmp_path / "w.pt", options=options_for(folder, expected(folder)))
+    same(result.model, converted(folder)[0].model)
+    notes = "\n".join(result.notes)
+    assert ("_orig_mod.' and 'module.' of wrappers" in notes) == (
+        "_orig_mod" in prefix or "module" in prefix
+    )
+    assert "left out tensors that are no part of the model: lr" in notes
+
+
+def test_wrappers_inside_and_parts_saved_apart(tmp_path):
+    folder = GOLDEN / "compvis" / "plain"
+    options = options_for(folder, expected(folder))
+    state = state_of(folder)
+    compiled = restated(state, lambda n: n.replace("encoder.", "encoder._orig_mod."))
+    torch.save(compiled, tmp_path / "compiled.pt")
+    parts = {}
+    for name, t in state.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = t
+    torch.save(parts, tmp_path / "parts.pt")
+    for file in ("compiled.pt", "parts.pt"):
+        same(convert(tmp_path / file, options=options).model, converted(folder)[0].model)
+    twice = state | {f"module.{name}": t for name, t in state.items()}
+    torch.save(twice, tmp_path / "twice.pt")
+    with pytest.raises(ForeignError, match=r"two tensors are named .* without the wrappers"):
+        convert(tmp_path / "twice.pt", options=options)
+
+
+def wrappings(raw, mean):
+    """Files that hold raw weights and averages, as several libraries write them."""
+    lit = restated(mean, lambda n: "model_ema." + n.replace(".", ""))
+    average = torch.optim.swa_utils.AveragedModel
+    return {
+        "two keys": {"model": raw, "model_ema": mean, "epoch": 1},
+        "one dict": raw | restated(mean, lambda n: f"ema.{n}") | {"ema.decay": torch.tensor(0.9)},
+        "CompVis": {"state_dict": raw | lit | {"model_ema.num_updates": torch.tensor(7)}},
+        "lucidrains": {
+            "ema": restated(raw, lambda n: f"online_model.{n}")
+            | restated(mean, lambda n: f"ema_model.{n}")
+            | {"ema.initted": torch.tensor(True)}
+        },
+        "Lightning": {"state_dict": mean, "current_model_state": raw},
+        "a list": {"net": raw, "ema": {"decay": 0.9, "shadow_params": list(mean.values())}},
+        average.__name__: {
+            "raw": raw,
+            "mine": restated(mean, lambda n: f"module.{n}") | {"n_averaged": torch.tensor(3)},
+        },
+    }
+
+
+@pytest.mark.parametrize("how", wrappings({}, {}))
+def test_averaged_and_raw_weights(how, examples_vae, tmp_path, capsys):
+    raw = examples_vae.state_dict()
+    mean = {name: t + 1 for name, t in raw.items()}
+    options, models = Options(format="log_var"), {}
+    for name, state in (("raw", raw), ("averaged", mean)):
+        torch.save(state, tmp_path / "alone.pt")
+        models[name] = convert(tmp_path / "alone.pt", options=options).model
+    torch.save(wrappings(raw, mean)[how], tmp_path / "both.pt")
+    default = convert(tmp_path / "both.pt", options=options)
+    same(default.model, models["raw"])
+    assert any("took the raw ones" in n and "(averaged)" in n for n in default.notes), (
+        default.notes
+    )
+    for name, model in models.items():
+        result = convert(tmp_path / "both.pt", options=options, weights=name)
+        same(result.model, model)
+        assert any(f"took the {name} ones" in note for note in result.notes)
+    words = ["convert", str(tmp_path / "both.pt"), str(tmp_path / "m.safetensors")]
+    main([*words, "--format", "log_var", "--weights", "averaged"])
+    same(musigma.load(tmp_path / "m.safetensors"), models["averaged"])
+    assert "took the averaged ones" in capsys.readouterr().err
+
+
+def test_averages_of_tensorflow_and_those_that_are_missing(tmp_path):
+    folder = GOLDEN / "openai" / "affine_shuffle"  # the order of a shuffle has no average
+    options = options_for(folder, expected(folder))
+    state = state_of(folder)
+    mean = {n: t / 2 for n, t in state.items() if t.is_floating_point()}
+    named = state | restated(mean, lambda n: f"{n}/ExponentialMovingAverage")
+    np.savez(tmp_path / "both.npz", **{n: t.numpy() for n, t in named.items()})
+    np.savez(tmp_path / "mean.npz", **{n: t.numpy() for n, t in (state | mean).items()})
+    result = convert(tmp_path / "both.npz", options=options, weights="averaged")
+    same(result.model, convert(tmp_path / "mean.npz", options=options).model)
+    assert any("have no average and are the raw ones" in note for note in result.notes)
+    same(convert(tmp_path / "both.npz", options=options).model, converted(folder)[0].model)
+
+
+def test_one_of_several_sets_of_weights_is_asked_for(examples_vae, tmp_path):
+    state, options = examples_vae.state_dict(), Options(format="log_var")
+    other = {name: t + 1 for name, t in state.items()}
+    torch.save({"student": state, "teacher": other, "copy": dict(state)}, tmp_path / "two.pt")
+    with pytest.raises(ForeignError, match=r"sets of weights: student \(raw\), teacher \(raw\)"):
+        convert(tmp_path / "two.pt", options=options)
+    torch.save(other, tmp_path / "other.pt")
+    result = convert(tmp_path / "two.pt", options=options, weights="teacher")
+    same(result.model, convert(tmp_path / "other.pt", options=options).model)
+    with pytest.raises(ForeignError, match=r"no weights 'averaged'; it holds student \(raw\)"):
+        convert(tmp_path / "two.pt", options=options, weights="averaged")
+    torch.save({"swa": other, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+               tmp_path / "averages.pt")  # fmt: skip
+    result = convert(tmp_path / "averages.pt", options=options)
+    assert "weights: these are averages; the file holds no raw ones" in result.notes
+
+
+# -- pickles that name classes
+
+
+class Callback:
+    """Stands for a class of a library that is not installed."""
+
+
+class Settings(dict):
+    """A dictionary with a state of its own, as those of omegaconf are."""
+
+
+def without_classes(path):
+    """Rename this module inside a pickle, so that its classes cannot be imported."""
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            gone = __name__[::-1].encode()
+            changed = content.replace(__name__.encode(), gone) if name.endswith("pkl") else content
+            archive.writestr(name, changed)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_classes_that_are_not_installed(zipped, examples_vae, tmp_path):
+    import enum
+
+    settings = Settings(lr=1e-3)
+    settings.parent = enum.auto
+    file = {
+        "state_dict": examples_vae.state_dict(),
+        "callbacks": {Callback: {"best": torch.tensor(0.1)}, "other": Callback()},
+        "hyper_parameters": settings,
+        "loops": [np.float64(3.0), {1, 2}, slice(2), Path("somewhere")],
+    }
+    path = tmp_path / "model.ckpt"
+    torch.save(file, path, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        without_classes(path)
+    result = convert(path, options=Options(format="log_var"))
+    torch.save(examples_vae.state_dict(), tmp_path / "alone.pt")
+    same(result.model, convert(tmp_path / "alone.pt", options=Options(format="log_var")).model)
+    assert any("classes that were not loaded" in note for note in result.notes)
+
+
+def test_a_whole_pickled_module(examples_vae, tmp_path):
+    torch.save(examples_vae, tmp_path / "module.pt")
+    without_classes(tmp_path / "module.pt")
+    torch.save(examples_vae.state_dict(), tmp_path / "alone.pt")
+    models = [
+        convert(tmp_path / name, options=Options(format="log_var")).model
+        for name in ("module.pt", "alone.pt")
+    ]
+    same(*models)
+
+
+def test_code_is_not_read(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/constants.pkl", pickle.dumps(()))
+        archive.writestr("script/data.pkl", pickle.dumps({}))
+    with pytest.raises(ForeignError, match="a TorchScript archive, which is code"):
+        convert(tmp_path / "script.pt")
 
 
 # -- what is lost by conversion: nothing
@@ -515,7 +781,7 @@ def test_claims_that_no_file_bears_out(tmp_path):
     within: dict = {}
     within["model"] = within
     torch.save(within, tmp_path / "self.pt")
-    with pytest.raises(ForeignError, match="holds no state dict"):
+    with pytest.raises(ForeignError, match="holds no tensors"):
         convert(tmp_path / "self.pt")
     np.savez_compressed(tmp_path / "zeros.npz", **{"model/0/0/a": np.zeros(5 * 10**7, np.int8)})
     with pytest.raises(ForeignError, match="claims to hold far more"):
@@ -549,8 +815,8 @@ def test_what_is_no_file_and_no_model(tmp_path):
 def test_numbers_of_another_kind(kind, tmp_path):
     state = state_of(GOLDEN / "bitsback" / "binary")
     torch.save(state | {"fc3.weight": state["fc3.weight"].to(kind)}, tmp_path / "kind.pt")
-    with pytest.raises(ForeignError, match=r"fc3\.weight is \w+ and no floating numbers"):
-        convert(tmp_path / "kind.pt")
+    with pytest.raises(ForeignError, match=r"fc3\.weight is \w+ and not floating"):
+        convert(tmp_path / "kind.pt", family="bits-back")
 
 
 @pytest.mark.parametrize(
@@ -654,11 +920,14 @@ class Evil:
 def test_nothing_in_a_pickle_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"fc1.weight": Evil()}, "evil.pt")
+    state = {f"fc{i}.weight": torch.ones(2, 2) for i in (1, 21, 22, 3, 4)}
+    torch.save({"state_dict": state, "callbacks": [Evil(), {"a": Evil()}]}, "more.pt")
+    torch.save(state | {"fc1.bias": Evil()}, "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
     buffer = io.BytesIO()
     np.save(buffer, np.array([Evil()], dtype=object), allow_pickle=True)
     np.savez("evil.npz", x=np.array([Evil()], dtype=object))
-    for name in ("evil.pt", "evil.pkl", "evil.npz"):
+    for name in ("evil.pt", "evil.pkl", "evil.npz", "more.pt", "old.pt"):
         with pytest.raises(ForeignError, match=name):
             convert(name)
     assert not (tmp_path / "was-here").exists()

@@ -1,4 +1,4 @@
-"""``musigma convert``: other people's checkpoints, in and out."""
+"""``musigma convert``: checkpoints of other codebases, in and out."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def convert(
     to: Literal["musigma", "diffusers"] = "musigma",
     size: str | None = None,
     bits: int | None = None,
+    format: str | None = None,
+    weights: str | None = None,
     permutation: str | None = None,
     labels: str | None = None,
     std: float | None = None,
@@ -30,26 +32,31 @@ def convert(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     common: CommonOptions = USUAL,
 ) -> None:
-    """Bring another library's checkpoint, or write one.
+    """Import a checkpoint from another codebase, or export one.
 
-    Known are the Glows of chaiyujin, rosinality and OpenAI, the VAEs of bits-back and pythae, and
-    the KL autoencoders of diffusers and CompVis. Nothing in a file is run.
+    Known are the Glows of chaiyujin, rosinality and OpenAI, the VAEs of bits-back, pythae and
+    pytorch/examples, and the KL autoencoders of diffusers and CompVis. No file is ever run.
 
     Args:
         source: A file or a folder; with `--to diffusers`, a run or checkpoint of musigma's.
         out: The .safetensors file to write, or a folder for it; with `--to diffusers`, the folder.
-        family: chaiyujin, rosinality, openai-glow, diffusers, compvis, bits-back or pythae; by
-            default found by the names of the parameters.
-        to: What to write.
+        family: Codebase of the checkpoint: chaiyujin, rosinality, openai-glow, diffusers, compvis,
+            bits-back, pytorch-examples or pythae; by default recognised by the parameters' names.
+        to: Format to write.
         size: Side of the images, or HEIGHTxWIDTH, where the checkpoint does not say.
-        bits: Bits of each element of the data, where its code can be set to others.
-        permutation: Of a Glow without 1x1 convolutions: `reverse`, or a .json file with the order
-            of every step.
-        labels: Of a Glow's classifier, where nothing says it: softmax, or sigmoid for several.
+        bits: Bits of each element of the data, where its code leaves them open.
+        format: How a VAE's scale is read, where codes with the same parameter names differ:
+            log_var (pytorch/examples), log_std (bits-back), or another scale of a format.
+        weights: Which weights to take where the file holds several sets: raw, averaged, or a
+            prefix that the command lists. By default the raw ones.
+        permutation: Channel order of a Glow without 1x1 convolutions: `reverse`, or a .json file
+            with the order of every step.
+        labels: Labels of a Glow's classifier, where the file does not say: softmax for one each,
+            sigmoid for several.
         std: Standard deviation of p(x | z), where the original has no likelihood.
-        groups: Of group normalisations, where the checkpoint does not say.
-        dtype: Type of the weights; by default the source's, where it loses nothing.
-        overwrite: Replace what is there.
+        groups: Groups of the group normalisations, where the checkpoint does not say.
+        dtype: Type of the weights; by default the source's, if it holds them without rounding.
+        overwrite: Replace an existing file.
         common: Shared options.
     """
     import torch
@@ -64,24 +71,32 @@ def convert(
     options = foreign.Options(
         size=_size(size),
         bits=bits,
+        format=format,
         permutation=_orders(permutation),
         labels=labels,
         std=std,
         groups=groups,
     )
     if to == "diffusers":
-        if given := [*options.given(), *["from"] * bool(family), *["dtype"] * bool(dtype)]:
-            raise ValueError(f"{given[0]}: is for reading a checkpoint; leave it out")
+        others = {"from": family, "weights": weights, "dtype": dtype}
+        if given := [*options.given(), *(name for name, value in others.items() if value)]:
+            raise ValueError(f"{given[0]}: applies to importing a checkpoint; leave it out")
         trained = Trained(source, common)
         foreign.export(trained.model, trained.extra, out, family=to)
         screen.result({"out": str(out), "to": to}, f"a folder for diffusers: {out}")
         return
     if out.suffix not in ("", ".safetensors") or not out.parent.is_dir():
         raise ValueError(
-            f"out: expected a .safetensors file, or a folder, in one that exists; got {out}"
+            f"out: expected a .safetensors file or a folder, in a folder that exists; got {out}"
         )
-    kept = None if dtype is None else getattr(torch, dtype)
-    model, found, about = foreign.convert(source, family=family, options=options, dtype=kept)
+    result = foreign.convert(
+        source,
+        family=family,
+        options=options,
+        weights=weights,
+        dtype=None if dtype is None else getattr(torch, dtype),
+    )
+    model, found, about = result
     if not out.suffix:
         out.mkdir(exist_ok=True)
     checkpoint.save(model, out if out.suffix else out / "model.safetensors", extra=about)
@@ -95,7 +110,10 @@ def convert(
         "shape": model.config["shape"],
         "parameters": parameters,
         "dtype": kind,
+        "notes": result.notes,
     }
+    for note in result.notes:
+        screen.say(note)
     screen.result(
         answer,
         f"{foreign.FAMILIES[found].what}: {model.config['architecture']} of {shape} with "

@@ -1,22 +1,23 @@
-"""Other people's checkpoints as musigma models, proved against the originals' own code.
+"""Other libraries' checkpoints as musigma models, proved against the originals' own code.
 
-`convert` reads a file or a folder, says what it is, and builds the model that computes the same
-numbers; `export` writes one back where the other side can represent it. Pickles are read with
-torch's `weights_only` alone, so nothing in a file is ever run. What a format cannot represent, and
-what a file lacks, is a `ForeignError` that names the parameter.
+`convert` reads a file or a folder, recognises it by the names of its parameters, and builds the
+model that computes the same numbers; `export` writes one back where the other library can
+represent it. Nothing in a file is ever run. What a format cannot represent, and what a file lacks,
+is a `ForeignError` that names the parameter; what a file leaves open is asked for, or assumed and
+said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from musigma.convert import autoencoder_kl, chaiyujin, mlp_vae, openai_glow, rosinality
-from musigma.convert.weights import ForeignError, Options, Weights, read, shown
+from musigma.convert.reading import ForeignError, printable, read
+from musigma.convert.selection import select
+from musigma.convert.weights import Family, Options, Weights
 from musigma.model import Model
 
 __all__ = ["FAMILIES", "Converted", "Family", "ForeignError", "Options", "convert", "export"]
@@ -27,33 +28,20 @@ class Converted(NamedTuple):
 
     Attributes:
         model: In evaluation mode, on the CPU.
-        family: Whose checkpoint it was.
-        about: What a checkpoint should keep of the source, as JSON values: for `export`, and for
-            bringing data to the form that the model was trained on.
+        family: The kind of checkpoint that it was.
+        about: JSON values that a checkpoint should keep of the source: for `export`, and for
+            preparing data as the model was trained on them. `about["foreign"]["notes"]` is
+            `notes`.
     """
 
     model: Model
     family: str
     about: dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Family:
-    """A known kind of checkpoint.
-
-    Attributes:
-        what: In a line, for people.
-        names: Regular expressions of its parameters' names.
-        ignored: Of names that may be there beside them, and are no part of the model.
-        build: Weights and options to the model, in float64, once `Weights.finish` has passed.
-        asks: The options that it understands.
-    """
-
-    what: str
-    names: tuple[str, ...]
-    build: Callable[[Weights, Options], Model]
-    asks: tuple[str, ...]
-    ignored: tuple[str, ...] = ()
+    @property
+    def notes(self) -> list[str]:
+        """What was read, left out and assumed, in a line each."""
+        return self.about["foreign"]["notes"]
 
 
 FAMILIES: dict[str, Family] = {
@@ -87,7 +75,18 @@ FAMILIES: dict[str, Family] = {
         autoencoder_kl.COMPVIS_IGNORED,
     ),
     "bits-back": Family(
-        "a torch VAE of bits-back/bits-back", mlp_vae.BITS_BACK, mlp_vae.from_bits_back, ()
+        "a torch VAE of bits-back/bits-back",
+        mlp_vae.BITS_BACK,
+        mlp_vae.from_bits_back,
+        ("format",),
+        format="log_std",
+    ),
+    "pytorch-examples": Family(
+        "the VAE of pytorch/examples",
+        mlp_vae.PYTORCH_EXAMPLES,
+        mlp_vae.from_pytorch_examples,
+        ("format", "size"),
+        format="log_var",
     ),
     "pythae": Family(
         "a pythae VAE or BetaVAE folder", mlp_vae.PYTHAE, mlp_vae.from_pythae, ("bits",)
@@ -101,75 +100,97 @@ def convert(
     *,
     family: str | None = None,
     options: Options | None = None,
+    weights: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Converted:
     """The musigma model that computes what a foreign checkpoint computes.
 
     Args:
         source: A file, or a folder that one was saved into.
-        family: A key of `FAMILIES`; None: found by the names of the parameters.
-        options: What the file does not say; each family asks for some.
-        dtype: Of the result. None: that of the source where it holds every converted number
-            without rounding, and float64 elsewhere (where an activation norm was folded into a
+        family: A key of `FAMILIES`; None: recognised by the names of the parameters.
+        options: What the file does not say; each family takes some of them.
+        weights: `raw` or `averaged` where the file holds both, or the prefix of one of several
+            sets of weights; None: the raw ones.
+        dtype: Type of the result. None: that of the source if it holds every converted number
+            without rounding, otherwise float64 (where an activation norm was folded into a
             convolution, say).
 
     Raises:
-        ForeignError: If the file cannot be read, is of no known kind, or holds other parameters
-            than its kind calls for: the first five differences, and the nearest known format.
-        ValueError: For an unknown family, or an option that the family does not ask for.
+        ForeignError: If the file cannot be read, is of no known kind, fits two kinds that read
+            the same parameters differently, holds several sets of weights of which none is named,
+            or holds other parameters than its kind has: the first five differences, and the
+            nearest known format.
+        ValueError: For an unknown family, or an option that the family does not take.
 
     Example:
         >>> convert("nothing.pt")
         Traceback (most recent call last):
         ...
-        musigma.convert.weights.ForeignError: nothing.pt: there is no such file or folder
+        musigma.convert.reading.ForeignError: nothing.pt: there is no such file or folder
     """
     if family is not None and family not in FAMILIES:
         raise ValueError(f"from: expected one of {', '.join(FAMILIES)}; got {family!r}")
-    weights, options = read(source), options or Options()
-    shares = {n: weights.share(known.names, known.ignored) for n, known in FAMILIES.items()}
+    options = options or Options()
+    found = select(read(source), FAMILIES, family, weights)
+    shares = {name: found.share(known) for name, known in FAMILIES.items()}
     nearest = max(shares, key=lambda name: shares[name])
     near = f"{nearest} ({FAMILIES[nearest].what}), which knows {shares[nearest]:.0%} of the names"
-    if family is None and shares[nearest] < 0.5:
-        some = shown(", ".join(list(weights.tensors)[:5]))
-        hint = f"; the nearest known format is {near}" if shares[nearest] else ""
-        raise ForeignError(
-            f"{source}: of no known kind; it holds {len(weights.tensors)} tensors, the first are "
-            f"{some}{hint}. Known are {', '.join(FAMILIES)} (--from forces one)"
-        )
-    name = family or nearest
+    name = family or _family(source, found, shares, near, options)
     known = FAMILIES[name]
     for option in options.given():
         if option not in known.asks:
             raise ValueError(f"{option}: a checkpoint of {name} leaves no such choice")
-    weights.kind, weights.nearest = f"{name} ({known.what})", near
-    weights.ignore(known.ignored)
+    found.kind, found.nearest = f"{name} ({known.what})", near
+    found.ignore(known.ignored)
     try:
-        model = known.build(weights, options)
+        model = known.build(found, options)
     except ForeignError as error:
-        strange = weights.strange((*known.names, *known.ignored))
-        if "nearest known format" in str(error) or (name == nearest and not strange):
+        unknown = found.unknown(known)
+        if "nearest known format" in str(error) or (name == nearest and not unknown):
             raise
-        others = "".join(f"; {shown(other)} is not part of it" for other in strange[:4])
+        others = "".join(f"; {printable(other)} is not part of it" for other in unknown[:4])
         raise ForeignError(f"{error}{others}. The nearest known format is {near}") from error
-    target = dtype or weights.narrowest(model)
     about = {
         "foreign": {
             "family": name,
             "source": Path(source).name,
-            "config": weights.beside("config.json") if name == "diffusers" else None,
-            "dtype": str(weights.dtype).removeprefix("torch."),
+            "config": found.beside("config.json") if name == "diffusers" else None,
+            "dtype": str(found.dtype).removeprefix("torch."),
+            "notes": found.notes,
         },
         "data": {"preprocess": _preprocess(model)},
     }
-    return Converted(model.to(target).eval(), name, about)
+    return Converted(model.to(dtype or found.narrowest(model)).eval(), name, about)
+
+
+def _family(
+    source: str | Path, found: Weights, shares: dict[str, float], near: str, options: Options
+) -> str:
+    """The family that knows most of the names; of two with the same names, that of the format."""
+    best = max(shares.values())
+    if best < 0.5:
+        some = printable(", ".join(list(found.tensors)[:5]))
+        hint = f"; the nearest known format is {near}" if best else ""
+        raise ForeignError(
+            f"{source}: of no known kind; it holds {len(found.tensors)} tensors, the first are "
+            f"{some}{hint}. Known are {', '.join(FAMILIES)} (--from forces one)"
+        )
+    names = [name for name, share in shares.items() if share == best]
+    fitting = [name for name in names if FAMILIES[name].format == options.format] or names
+    if len(fitting) == 1:
+        return fitting[0]
+    readings = " or ".join(f"--format {FAMILIES[n].format} ({FAMILIES[n].what})" for n in fitting)
+    raise ForeignError(
+        f"format: {source} has the parameter names of {' and of '.join(fitting)}, which read the "
+        f"scale of q(z | x) differently; give {readings}"
+    )
 
 
 def _preprocess(model: Model) -> dict[str, Any]:
-    """How images are to be treated for this model."""
+    """How images are prepared for this model."""
     bits, shape = model.config["options"]["bits"], model.config["shape"]
     size = shape[1] if len(shape) == 3 and shape[1] == shape[2] else None
-    if bits == 1:  # drawn by the grey value: what cross-entropy with greys is the mean of
+    if bits == 1:  # cross-entropy with grey values is the mean over such draws
         return {"size": size, "binarize": "dynamic"}
     return {"size": size, "bits": bits or 8}
 

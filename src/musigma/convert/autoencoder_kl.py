@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from musigma.convert.weights import ForeignError, Options, Weights, holds, is_count
+from musigma.convert.reading import ForeignError
+from musigma.convert.weights import Options, Weights, holds, is_count
 from musigma.files import replacing, sync, usual_rights
 from musigma.model import Model
 from musigma.zoo import build
@@ -42,7 +43,7 @@ COMPVIS = (
     r"(encoder|decoder)\.((down|up)\.\d+\.attn\.\d+|mid\.attn_1)\.(norm|[qkv]|proj_out)\.(weight|bias)",
     r"(post_)?quant_conv\.(weight|bias)",
 )
-COMPVIS_IGNORED = (r"loss\..*", r"model_ema\..*")  # perceptual net, discriminator; averages
+COMPVIS_IGNORED = (r"loss\..*",)  # the perceptual network and the discriminator
 
 DEFAULTS = {
     "in_channels": 3,
@@ -195,7 +196,8 @@ def _filled(
     **structure: Any,
 ) -> Model:
     """The zoo's model with these weights, once all of them have been found in shape."""
-    structure |= {"bits": options.bits or 8, "std": 0.1 if options.std is None else options.std}
+    structure["bits"] = weights.assume("bits", options.bits, 8, "as of images in bytes")
+    structure["std"] = weights.assume("std", options.std, 0.1, "as it has no likelihood")
     try:
         with torch.device("meta"):  # sizes alone
             wanted = build("autoencoder_kl", shape, **structure).state_dict()
@@ -221,13 +223,16 @@ def from_compvis(weights: Weights, options: Options) -> Model:
     return _filled(
         weights,
         lambda name: _compvis(_theirs(name), len(levels)),
-        (weights.size("encoder.conv_in.weight", 1), *(options.size or (256, 256))),
+        (
+            weights.size("encoder.conv_in.weight", 1),
+            *weights.assume("size", options.size, (256, 256), "as in its configurations"),
+        ),
         options,
         widths=[weights.size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in levels],
         blocks=len(weights.numbers(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")),
         latents=weights.size("decoder.conv_in.weight", 1),
         embedded=weights.size("post_quant_conv.weight", 1),
-        groups=options.groups or 32,
+        groups=weights.assume("groups", options.groups, 32, "as in its code"),
         attend=[i for i in levels if weights.any(f"encoder.down.{i}.attn.")],
         attend_middle=weights.any("encoder.mid.attn_1."),
     )

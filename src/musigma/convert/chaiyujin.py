@@ -22,7 +22,8 @@ from musigma.convert.glow import (
     image_channels,
     is_affine,
 )
-from musigma.convert.weights import ForeignError, Options, Weights, read_json
+from musigma.convert.reading import ForeignError, read_json
+from musigma.convert.weights import Options, Weights
 from musigma.model import Model
 
 __all__ = ["NAMES", "build"]
@@ -75,7 +76,7 @@ def build(weights: Weights, options: Options) -> Model:
         weights,
         levels,
         (channels, height * scale, width * scale),
-        bits=options.bits or 8,
+        bits=weights.assume("bits", options.bits, 8, "as in its code"),
         low=0.0,
         top=top,
         classifier=classifier,

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from musigma.convert.weights import ForeignError, Weights
+from musigma.convert.reading import ForeignError
+from musigma.convert.weights import Weights
 from musigma.gaussian import GaussianHead
 from musigma.layers import ActNorm, Classifier, Coupling, InvertibleConv, Permutation, Split
 from musigma.model import Chain, Model, Prior

@@ -1,4 +1,4 @@
-"""VAEs of two hidden layers: those of bits-back's code, and pythae's with its default networks."""
+"""VAEs of two hidden layers: bits-back's, PyTorch's example, pythae's default networks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musigma.convert.weights import ForeignError, Options, Weights, is_count
+from musigma.convert.reading import ForeignError
+from musigma.convert.weights import Options, Weights, is_count
 from musigma.model import Model
 from musigma.zoo import build
 
-__all__ = ["BITS_BACK", "PYTHAE", "from_bits_back", "from_pythae"]
+__all__ = [
+    "BITS_BACK",
+    "PYTHAE",
+    "PYTORCH_EXAMPLES",
+    "from_bits_back",
+    "from_pythae",
+    "from_pytorch_examples",
+]
 
+PYTORCH_EXAMPLES = (r"fc(1|21|22|3|4)\.(weight|bias)",)
 BITS_BACK = (
-    r"fc(1|21|22|3|4)\.(weight|bias)",
+    *PYTORCH_EXAMPLES,
     r"bn(1|21|22|3)\.(weight|bias|running_mean|running_var|num_batches_tracked)",
     r"prior_mean|prior_std|n",
 )
@@ -26,22 +35,41 @@ PYTHAE = (
 )
 
 
+def from_pytorch_examples(weights: Weights, options: Options) -> Model:
+    """The VAE of github.com/pytorch/examples: two heads, the second a log variance.
+
+    Its likelihood is binary cross-entropy, so a Bernoulli of each pixel.
+    """
+    pixels = weights.size("fc1.weight", 1)
+    if options.size is None and pixels != 28 * 28:
+        raise ForeignError(
+            f"{weights.path}: fc1.weight takes {pixels} numbers; give the images' size (--size)"
+        )
+    height, width = options.size or (28, 28)
+    if pixels % (height * width):
+        raise ForeignError(
+            f"size: fc1.weight takes {pixels} numbers, not images of {height}x{width}"
+        )
+    return _fc_vae(weights, options, (pixels // (height * width), height, width), "log_var")
+
+
 def from_bits_back(weights: Weights, options: Options) -> Model:
-    """Its two VAEs of MNIST: two heads, the second a log_std; binary, or beta-binomial.
+    """The two VAEs of MNIST of bits-back: two heads, the second a log_std.
 
     (Townsend, Bird, Barber, "Practical lossless compression with latent variables using bits back
-    coding", 2019, arXiv:1901.04866.) The batch norms of the second are as they are in evaluation,
-    which is part of the linear layer before each.
+    coding", 2019, arXiv:1901.04866.) One is binary, the other beta-binomial, with batch norms,
+    which are folded, as they are in evaluation, into the linear layer before each.
     """
+    return _fc_vae(weights, options, (1, 28, 28), "log_std")
+
+
+def _fc_vae(weights: Weights, options: Options, shape: tuple[int, int, int], scale: str) -> Model:
+    """The layers fc1, fc21, fc22, fc3 and fc4, with batch norms if there are any."""
     hidden, latents = weights.size("fc1.weight", 0), weights.size("fc21.weight", 0)
-    pixels = 28 * 28
-    normed = weights.any("bn")
+    normed, pixels = weights.any("bn"), math.prod(shape)
 
     def layer(name: str, norm: str, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-        w, b = (
-            weights.take(f"{name}.weight", outputs, inputs),
-            weights.take(f"{name}.bias", outputs),
-        )
+        w, b = weights.linear(name, inputs, outputs)
         if not normed or not norm:
             return w, b
         weights.drop(f"{norm}.num_batches_tracked")
@@ -49,12 +77,13 @@ def from_bits_back(weights: Weights, options: Options) -> Model:
             weights.take(f"{norm}.{part}", outputs)
             for part in ("weight", "bias", "running_mean", "running_var")
         )
-        scale = gain / (var.clamp(min=0) + 1e-5).sqrt()
-        return w * scale.unsqueeze(1), (b - mean) * scale + shift
+        factor = gain / (var.clamp(min=0) + 1e-5).sqrt()
+        return w * factor.unsqueeze(1), (b - mean) * factor + shift
 
     if normed:
         _constants(weights)
-    per_pixel = 2 if normed else 1
+    scale = options.format or scale
+    weights.notes.append(f"format: fc22 is read as {scale} (--format for another)")
     return _filled(
         weights,
         {
@@ -62,19 +91,19 @@ def from_bits_back(weights: Weights, options: Options) -> Model:
             "encoder.net.mean": layer("fc21", "bn21", hidden, latents),
             "encoder.net.scale": layer("fc22", "bn22", hidden, latents),
             "decoder.net.enter": layer("fc3", "bn3", latents, hidden),
-            "decoder.net.leave": layer("fc4", "", hidden, per_pixel * pixels),
+            "decoder.net.leave": layer("fc4", "", hidden, (2 if normed else 1) * pixels),
         },
-        (1, 28, 28),
+        shape,
         bits=8 if normed else 1,
         hidden=hidden,
         latents=latents,
-        format="two-heads log_std bounds=none",
+        format=f"two-heads {scale}" + ("" if "bounds=" in scale else " bounds=none"),
         likelihood="beta-binomial" if normed else "bernoulli",
     )
 
 
 def _constants(weights: Weights) -> None:
-    """Buffers of the code that are no parameters, but must have the values that it gives them."""
+    """Check buffers that are not parameters, but must have the values that the code gives them."""
     rows = weights.size("n", 0)  # the batch that its code was written for
     for name, shape, value in (
         ("prior_mean", (1,), 0.0),
@@ -88,38 +117,34 @@ def _constants(weights: Weights) -> None:
 def from_pythae(weights: Weights, options: Options) -> Model:
     """A VAE or BetaVAE with the default networks: two heads, the second a log variance.
 
-    Its `bce` is a Bernoulli of each element, which is a likelihood of binary data alone; its `mse`
-    a Gaussian of standard deviation 1 around a sigmoid.
+    Its `bce` is a Bernoulli of each element, a likelihood of binary data only; its `mse` is a
+    Gaussian of standard deviation 1 around a sigmoid.
     """
-    said = weights.beside("model_config.json")
-    if said is None:
+    config = weights.beside("model_config.json")
+    if config is None:
         raise ForeignError(
             f"{weights.path}: a pythae folder has a model_config.json, and this one lacks it"
         )
-    _check_config(said, weights)
-    shape, latents = tuple(said["input_dim"]), said["latent_dim"]
-    binary = said["reconstruction_loss"] == "bce"
+    _check_config(config, weights)
+    shape, latents = tuple(config["input_dim"]), config["latent_dim"]
+    binary = config["reconstruction_loss"] == "bce"
     if binary and options.bits not in (None, 1):
-        raise ForeignError("bits: its loss is 'bce', a likelihood of data of 1 bit")
-    d = math.prod(shape)
-
-    def layer(name: str, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-        return (
-            weights.take(f"{name}.weight", outputs, inputs),
-            weights.take(f"{name}.bias", outputs),
+        raise ForeignError(
+            f"bits: its loss is 'bce', a likelihood of data of 1 bit; got {options.bits}"
         )
+    d = math.prod(shape)
 
     return _filled(
         weights,
         {
-            "encoder.net.enter": layer("encoder.layers.0.0", d, 512),
-            "encoder.net.mean": layer("encoder.embedding", 512, latents),
-            "encoder.net.scale": layer("encoder.log_var", 512, latents),
-            "decoder.net.enter": layer("decoder.layers.0.0", latents, 512),
-            "decoder.net.leave": layer("decoder.layers.1.0", 512, d),
+            "encoder.net.enter": weights.linear("encoder.layers.0.0", d, 512),
+            "encoder.net.mean": weights.linear("encoder.embedding", 512, latents),
+            "encoder.net.scale": weights.linear("encoder.log_var", 512, latents),
+            "decoder.net.enter": weights.linear("decoder.layers.0.0", latents, 512),
+            "decoder.net.leave": weights.linear("decoder.layers.1.0", 512, d),
         },
         shape,
-        bits=1 if binary else options.bits or 8,
+        bits=1 if binary else weights.assume("bits", options.bits, 8, "as of images in bytes"),
         hidden=512,
         latents=latents,
         format="two-heads log_var bounds=none",
@@ -128,7 +153,7 @@ def from_pythae(weights: Weights, options: Options) -> Model:
     )
 
 
-def _check_config(said: Mapping[str, Any], weights: Weights) -> None:
+def _check_config(config: Mapping[str, Any], weights: Weights) -> None:
     allowed = {
         "name": ("VAEConfig", "BetaVAEConfig"),
         "uses_default_encoder": (True,),
@@ -136,13 +161,13 @@ def _check_config(said: Mapping[str, Any], weights: Weights) -> None:
         "reconstruction_loss": ("mse", "bce"),
     }
     for name, values in allowed.items():
-        if said.get(name) not in values:
+        if config.get(name) not in values:
             why = "; a custom network is a pickle, which is never run" if "uses" in name else ""
             raise ForeignError(
-                f"{weights.path}: {name} in model_config.json is {said.get(name)!r}, and only "
+                f"{weights.path}: {name} in model_config.json is {config.get(name)!r}, and only "
                 f"{' or '.join(map(repr, values))} can be converted{why}"
             )
-    shape, latents = said.get("input_dim"), said.get("latent_dim")
+    shape, latents = config.get("input_dim"), config.get("latent_dim")
     if not isinstance(shape, list) or not shape or not all(map(is_count, shape)):
         raise ForeignError(f"{weights.path}: input_dim in model_config.json is {str(shape)[:80]}")
     if not is_count(latents):

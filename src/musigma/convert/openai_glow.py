@@ -30,7 +30,7 @@ NAMES = (
     r"model/(\d+/\d+/f1/l_last|pool\d+/conv|prior/p)/(W|b|logs)",
     r"model/(prior/y_emb|classifier)/(W|b|logs)",
 )
-IGNORED = (r".*ExponentialMovingAverage.*", r"Variable(_\d+)?|global_step|beta\d_power")
+IGNORED = (r"Variable(_\d+)?|global_step|beta\d_power",)
 
 
 def build(weights: Weights, options: Options) -> Model:
@@ -53,7 +53,7 @@ def build(weights: Weights, options: Options) -> Model:
         c = c if last else 2 * c
     top, classifier = _top(weights, c, (height // scale, width // scale))
     shape = (channels, height, width)
-    bits = options.bits or 8
+    bits = weights.assume("bits", options.bits, 8, "the default of its training script")
     return assemble(weights, levels, shape, bits=bits, low=-0.5, top=top, classifier=classifier)
 
 
@@ -76,7 +76,7 @@ def _mix(weights: Weights, at: str, c: int, kind: str | None) -> dict[str, Tenso
         weight = weights.take(f"{at}/invconv/W", c, c).T
         return checked(weights, f"{at}/invconv/W", {"weight": weight})
     order, inverse = (
-        weights.take(f"{at}/shuffle/{name}", c, whole=True).long()
+        weights.take(f"{at}/shuffle/{name}", c, integer=True).long()
         for name in ("indices", "indices_inverse")
     )
     if order.sort().values.tolist() != list(range(c)) or bool((order.argsort() != inverse).any()):

@@ -68,7 +68,8 @@ def build(weights: Weights, options: Options) -> Model:
             top = Top(raw)
         c = 2 * c
     shape = (channels, height, width)
-    return assemble(weights, levels, shape, bits=options.bits or 5, low=-0.5, top=top)
+    bits = weights.assume("bits", options.bits, 5, "the default of its training script")
+    return assemble(weights, levels, shape, bits=bits, low=-0.5, top=top)
 
 
 def _step(
@@ -78,7 +79,7 @@ def _step(
     if bool((scale == 0).any()):
         weights.refuse(f"{at}.actnorm.scale holds a zero, which has no inverse")
         scale = scale + (scale == 0)
-    if not bool(weights.take(f"{at}.actnorm.initialized", whole=True)):
+    if not bool(weights.take(f"{at}.actnorm.initialized", integer=True)):
         weights.refuse(f"{at}.actnorm.initialized is 0: the model was never run")
     last = _zeros(weights, f"{at}.coupling.net.4", hidden, c if affine else c // 2)
     mix = _mix(weights, f"{at}.invconv", c, scale.sign(), *plain)

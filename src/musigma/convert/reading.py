@@ -1,0 +1,180 @@
+"""Foreign files as named tensors, read without running anything in them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import tarfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musigma.convert import pickles
+from musigma.convert.pickles import Inert
+
+__all__ = ["Contents", "ForeignError", "printable", "read", "read_json"]
+
+FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.non_ema.safetensors",
+    "diffusion_pytorch_model.bin",
+    "model.safetensors",
+    "model.pt",
+    "trained.pkg",
+    "model.ckpt",
+    "model.npz",
+)
+"""The files in which a folder may hold its weights; the first that exists is read."""
+
+
+class ForeignError(ValueError):
+    """A checkpoint that cannot be converted; the message says what differs, and from what."""
+
+
+@dataclass
+class Contents:
+    """The tensors of a file.
+
+    Attributes:
+        path: The file.
+        tensors: By name; an `Inert` stands for a tensor of a kind that is not read.
+        notes: What a user should know about how the file was read.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor | Inert]
+    notes: list[str] = field(default_factory=list)
+
+
+def read(source: str | Path) -> Contents:
+    """The tensors of a file, or of the file in which a folder holds its weights.
+
+    Raises:
+        ForeignError: If there is no such file, or it is damaged, or holds no tensors.
+    """
+    path, notes = Path(source), []
+    if not path.exists():
+        raise ForeignError(f"{path}: there is no such file or folder")
+    if path.is_dir():
+        path, notes = _file_in(path)
+    if not path.is_file():
+        raise ForeignError(f"{path}: is neither a file nor a folder")
+    try:
+        tensors = _tensors(path, notes)
+    except ForeignError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ForeignError(f"{path}: a damaged pickle ({printable(str(error))})") from error
+    except Exception as error:  # whatever a parser throws at a damaged file
+        reason = printable((str(error) or "no message").splitlines()[0])
+        raise ForeignError(
+            f"{path}: cannot be read ({type(error).__name__}: {reason}); it may be damaged or cut "
+            "short, or hold something other than tensors"
+        ) from error
+    if not tensors:
+        raise ForeignError(f"{path}: holds no tensors")
+    return Contents(path, tensors, notes)
+
+
+def _file_in(folder: Path) -> tuple[Path, list[str]]:
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    if files:
+        others = ", ".join(file.name for file in files[1:])
+        said = (
+            f"file: read {files[0].name}; the folder also holds {others} (name a file to read it)"
+        )
+        return files[0], [said] if others else []
+    if (folder / "vae" / "config.json").is_file():
+        raise ForeignError(f"{folder}: a pipeline of diffusers; name its folder vae")
+    raise ForeignError(f"{folder}: holds none of {', '.join(FILES)}; name the file itself")
+
+
+def _tensors(path: Path, notes: list[str]) -> dict[str, Any]:
+    import numpy as np
+
+    if path.name.endswith(".index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        shards = sorted({str(name) for name in index["weight_map"].values()})
+        if any(Path(name).name != name or not name.endswith(".safetensors") for name in shards):
+            raise ForeignError(f"{path}: names shards that are not .safetensors files beside it")
+        parts = [_tensors(path.parent / name, notes) for name in shards]
+        return {name: t for part in parts for name, t in part.items()}
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            start = file.read(2)
+        if path.suffix == ".npz" or (
+            start not in (b"\x80\x02", b"\x80\x04") or tarfile.is_tarfile(path)
+        ):
+            raise ForeignError(
+                f"{path}: is no .safetensors, .npz or torch.save file; if it was one, it is cut "
+                "short or damaged, so copy it again"
+            )
+        return _pickled(path, notes)
+    with zipfile.ZipFile(path) as archive:
+        if sum(i.file_size for i in archive.infolist()) > 3e7 + 30 * path.stat().st_size:
+            raise ForeignError(f"{path}: claims to hold far more than it does")
+        damaged = archive.testzip()  # torch does not check the checksums itself
+    if damaged is not None:
+        raise ForeignError(f"{path}: {printable(damaged)} in it is damaged, so copy it again")
+    if path.suffix != ".npz":
+        return _pickled(path, notes)
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    if len({name.removesuffix(":0") for name in arrays}) < len(arrays):
+        raise ForeignError(f"{path}: holds two arrays of one name, with and without ':0'")
+    return {
+        name.removesuffix(":0"): torch.from_numpy(np.ascontiguousarray(a).reshape(a.shape))
+        for name, a in arrays.items()
+    }
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        if "musigma" in (file.metadata() or {}):
+            raise ForeignError(f"{path}: is a checkpoint of musigma's already")
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _pickled(path: Path, notes: list[str]) -> dict[str, Tensor | Inert]:
+    value, replaced = pickles.load(path)
+    if isinstance(value, Tensor):
+        raise ForeignError(f"{path}: holds a single tensor, not a state dict")
+    if replaced:
+        more = f" and {len(replaced) - 3} more" if len(replaced) > 3 else ""
+        notes.append(
+            f"pickle: read the tensors alone; classes that were not loaded: "
+            f"{printable(', '.join(replaced[:3]))}{more}"
+        )
+    return pickles.named_tensors(value)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file of at most 1 MB; None if there is no such file or no object.
+
+    Raises:
+        ForeignError: If the file is not JSON.
+    """
+    try:
+        if path.stat().st_size > 1_000_000:
+            return None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ForeignError(f"{path}: is no JSON that can be read ({error})") from error
+    return value if isinstance(value, dict) else None
+
+
+def printable(text: str) -> str:
+    """At most 300 characters of a file's text, without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
