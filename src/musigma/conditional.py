@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from musigma.context import Context
 from musigma.model import Model
@@ -69,6 +70,10 @@ class Conditional(Model):
         if inner is self.model:
             return self
         return Conditional(inner, self.embedding).train(self.training)
+
+    def as_distribution(self, context: Any = None) -> Distribution:
+        """The inner model, given this context, as a torch distribution; exact models only."""
+        return self.model.as_distribution(self.embedded(context))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Any = None) -> None:

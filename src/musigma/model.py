@@ -151,7 +151,11 @@ class Model(nn.Module, ABC):
             return torch.einsum("bk,bk...->b...", weights.to(each), each)
 
         score = sum((v for s, v in again.scores.items() if s not in given), 0 * evidence.score)
-        return Evidence(*map(expected, evidence[:5]), expected(score), evidence.kl_sampled[::k])
+        return evidence._replace(
+            **{name: expected(getattr(evidence, name)) for name in evidence._fields[:5]},
+            score=expected(score),
+            kl_sampled=evidence.kl_sampled[::k],
+        )
 
     @staticmethod
     def _copies(support: Tensor, n: int) -> Tensor:
@@ -324,7 +328,7 @@ class Model(nn.Module, ABC):
             frames.append(self.decode(latents, mixed, whiten=True))
         return torch.stack(frames, 1)
 
-    def as_distribution(self, context: Context = None) -> Distribution:
+    def as_distribution(self, context: Any = None) -> Distribution:
         """This model as a torch distribution, for use in others' code; exact models only."""
         if not self.exact:
             self.log_prob(torch.empty(0))

@@ -125,10 +125,7 @@ class Spec:
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Spec:
         """Read what `to_json` wrote."""
-        variables = (
-            Variable(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()})
-            for each in plain.get("context", ())
-        )
+        variables = (Variable(**each) for each in plain.get("context", ()))
         return cls(
             tuple(plain["shape"]),
             plain.get("levels"),
