@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Context", "apply", "chunks", "length", "lerp", "repeat", "rows"]
+__all__ = ["Context", "apply", "chunks", "conditioned", "length", "lerp", "repeat", "rows"]
 
 Context: TypeAlias = Tensor | Mapping[str, Tensor] | None
 
@@ -54,3 +56,19 @@ def chunks(context: Context, size: int, n: int) -> Iterator[Context]:
 def lerp(a: Context, b: Context, t: float) -> Context:
     """(1 - t) a + t b."""
     return apply(lambda a, b: torch.lerp(a, b, t), a, b)
+
+
+def conditioned(net: nn.Module, *given: Any) -> Any:
+    """``net(*given)``, of which the last is the context: left out if it is None, or not taken."""
+    *inputs, context = given
+    if context is None or not takes_context(type(net), len(given)):
+        return net(*inputs)
+    return net(*inputs, context)
+
+
+@functools.cache
+def takes_context(kind: type[nn.Module], n: int) -> bool:
+    """Whether the forward method of a module type takes n positional arguments."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > n or any(p.kind is p.VAR_POSITIONAL for p in parameters)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, register_kl
 
+from musigma.context import conditioned
+
 __all__ = ["DiagonalGaussian", "Format", "GaussianHead", "at_least_float32"]
 
 Layout = Literal["halves", "interleaved", "two-heads", "per-feature"]
@@ -620,7 +622,7 @@ class GaussianHead(nn.Module):
         self, given: Tensor | None = None, context: Tensor | None = None
     ) -> DiagonalGaussian:
         """The distribution given the conditioning tensor; see the class."""
-        h = self.net(given) if context is None else self.net(given, context)
+        h = conditioned(self.net, given, context)
         if self.emitted:
             mean, log_std = self.format.split(h)
         else:

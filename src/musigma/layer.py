@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from musigma.trace import Trace
 
-__all__ = ["Bijection", "Inverse", "Layer", "conditioned", "takes_context"]
-
-
-def conditioned(net: nn.Module, *given: Any) -> Any:
-    """``net(*given)``, of which the last is the context: left out if it is None, or not taken."""
-    *inputs, context = given
-    if context is None or not takes_context(type(net), len(given)):
-        return net(*inputs)
-    return net(*inputs, context)
-
-
-@functools.cache
-def takes_context(kind: type[nn.Module], n: int) -> bool:
-    """Whether the forward method of a module type takes n positional arguments."""
-    parameters = inspect.signature(kind.forward).parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > n or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+__all__ = ["Bijection", "Inverse", "Layer"]
 
 
 class Layer(nn.Module, ABC):

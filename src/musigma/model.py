@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from musigma import context as contexts
-from musigma.context import Context
+from musigma.context import Context, conditioned
 from musigma.distributions import ModelDistribution
 from musigma.gaussian import channels_last
-from musigma.layer import Bijection, Inverse, Layer, conditioned
+from musigma.layer import Bijection, Inverse, Layer
 from musigma.memory import Keeper
 from musigma.spec import Spec
 from musigma.trace import Evidence, Recorder, Trace, refuse_twins
@@ -38,7 +38,6 @@ __all__ = [
     "Layer",
     "Model",
     "Prior",
-    "conditioned",
 ]
 
 Temperature = float | Tensor | Sequence[float | Tensor]

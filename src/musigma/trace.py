@@ -82,7 +82,8 @@ def with_gradient(dist: Distribution, gradient: str) -> Distribution:
         dist: A posterior whose draws carry no gradient (a categorical, say). It is returned.
         gradient: `score`: the score-function estimator with a leave-one-out baseline over the
             batch (Williams, 1992; Mnih & Rezende, 2016, arXiv:1602.06725). `enumerate`: the exact
-            expectation over the finite support, which `dist.enumerate_support` lists.
+            expectation over the finite support, which `dist.enumerate_support` lists; where no
+            closed forms are requested (the importance-weighted bound), it acts as `score`.
 
     Raises:
         ValueError: For another name. Relaxed and straight-through draws are distributions of
@@ -275,13 +276,18 @@ class Trace:
     def _infer_draw(self, site: Site, q: Distribution) -> Tensor:
         """A draw of q, whose gradient is reparameterized or named."""
         value = self._choose(site, q)
-        if q.has_rsample or not (self.scoring and torch.is_grad_enabled()):
-            return value
-        log_q = q.log_prob(value)
-        if not log_q.requires_grad:
+        if q.has_rsample or not self.scoring:
             return value
         gradient = getattr(q, "gradient", None)
-        if gradient not in GRADIENTS:
+        enumerated = gradient == "enumerate" and self.closed_form
+        if not (enumerated or torch.is_grad_enabled()):
+            return value
+        log_q = q.log_prob(value)
+        if gradient in GRADIENTS:
+            self._record(self.scores, site, log_q)
+            if enumerated and site not in self.given:
+                self.supports[site] = q.enumerate_support(expand=False)
+        elif log_q.requires_grad:
             raise ValueError(
                 f"gradient: a draw of {type(q).__name__} carries no gradient to the encoder, so "
                 "training would ignore it; name an estimator with "
@@ -289,9 +295,6 @@ class Trace:
                 "such as musigma.distributions.OneHotLatents(gradient='relaxed' or "
                 "'straight-through')"
             )
-        self._record(self.scores, site, log_q)
-        if gradient == "enumerate" and site not in self.given:
-            self.supports[site] = q.enumerate_support(expand=False)
         return value
 
     @staticmethod

@@ -33,6 +33,7 @@ from torch import Tensor
 from musigma.coding.errors import CodingError
 from musigma.coding.laws import exponential
 from musigma.coding.stack import Stack
+from musigma.context import conditioned
 from musigma.layers import (
     ActNorm,
     Additive,
@@ -47,7 +48,7 @@ from musigma.layers import (
     Spline,
     Squeeze,
 )
-from musigma.model import Bijection, Inverse, conditioned
+from musigma.model import Bijection, Inverse
 
 __all__ = ["MOVES", "REAL", "Move", "move"]
 

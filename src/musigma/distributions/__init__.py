@@ -20,6 +20,7 @@ from musigma.distributions.levels import (
     ModelDistribution,
     Uniform,
 )
+from musigma.distributions.onehot import OneHotHead, OneHotLatents, UniformOneHot
 
 __all__ = [
     "CONTINUOUS",
@@ -33,9 +34,12 @@ __all__ = [
     "LogitNormal",
     "LogitNormalHead",
     "ModelDistribution",
+    "OneHotHead",
+    "OneHotLatents",
     "OptimalGaussianHead",
     "StandardNormal",
     "StandardUniform",
     "Uniform",
+    "UniformOneHot",
     "likelihood",
 ]

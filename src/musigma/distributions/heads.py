@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from musigma.context import conditioned
 from musigma.distributions.levels import (
     Bernoulli,
     BetaBinomial,
@@ -162,7 +163,7 @@ class OptimalGaussianHead(nn.Module):
 
     def forward(self, given: Tensor, context: Tensor | None = None) -> DiagonalGaussian:
         """The likelihood."""
-        mean = at_least_float32(self.net(given) if context is None else self.net(given, context))
+        mean = at_least_float32(conditioned(self.net, given, context))
         if self.training:
             return _FittedGaussian(mean, self)
         return DiagonalGaussian(mean, self.log_std, self.event_ndims)
@@ -202,7 +203,7 @@ class LikelihoodHead(nn.Module):
 
     def forward(self, given: Tensor, context: Tensor | None = None) -> Distribution:
         """p(x | given)."""
-        h = at_least_float32(self.net(given) if context is None else self.net(given, context))
+        h = at_least_float32(conditioned(self.net, given, context))
         if self.name == "bernoulli":
             return Bernoulli(h)
         if self.name == "continuous-bernoulli":

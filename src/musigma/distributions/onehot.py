@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, register_kl
 
-from musigma.layer import conditioned
-from musigma.tensors import at_least_float32, per_example
+from musigma.context import conditioned
+from musigma.gaussian import at_least_float32, per_example
 from musigma.trace import with_gradient
 
 __all__ = ["OneHotHead", "OneHotLatents", "UniformOneHot"]
@@ -110,7 +110,7 @@ class OneHotLatents(Distribution):
         return -(self.mean * self.log_probs).sum((-2, -1))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All K^L values, shape (K^L, \\*batch, L, K), or with batch dimensions of 1."""
+        r"""All K^L values, shape (K^L, \*batch, L, K), or with batch dimensions of 1."""
         variables, classes = self.event_shape
         codes = torch.cartesian_prod(*[torch.arange(classes)] * variables)
         values = F.one_hot(codes.reshape(-1, variables), classes).to(self.log_probs)

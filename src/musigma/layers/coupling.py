@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from musigma.context import conditioned
 from musigma.gaussian import at_least_float32, sum_event
 from musigma.layers.maps import Affine, Map
-from musigma.model import Bijection, conditioned
+from musigma.model import Bijection
 
 __all__ = ["Coupling"]
 

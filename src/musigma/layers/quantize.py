@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from musigma.context import conditioned
 from musigma.gaussian import at_least_float32
-from musigma.model import Layer, conditioned
+from musigma.model import Layer
 from musigma.trace import Trace
 
 __all__ = ["Dequantize"]

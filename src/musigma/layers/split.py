@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from musigma.model import Layer, conditioned
+from musigma.context import conditioned
+from musigma.model import Layer
 from musigma.trace import Trace
 
 __all__ = ["Split"]
