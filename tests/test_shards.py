@@ -20,8 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from musigma.cli import main, shards
-from musigma.cli.shared import device_named, told
+from musigma.cli import main, outputs
+from musigma.cli.devices import device_named
+from musigma.cli.screen import launched_processes
+from musigma.cli.shares import rows_of
 from musigma.data import load
 from musigma.processes import Processes
 
@@ -216,14 +218,14 @@ def test_a_file_that_cannot_be_finished_is_not_there(tmp_path, suffix):
     out = tmp_path / f"a.{suffix}"
 
     def fails() -> None:
-        with shards.written(out) as add:
+        with outputs.rows_file(out) as add:
             add({"a": np.zeros(3)})
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
         fails()
     assert not list(tmp_path.iterdir())
-    with shards.written(out) as add:
+    with outputs.rows_file(out) as add:
         add({"a": np.ones(2)})
     assert list(tmp_path.iterdir()) == [out]
     with pytest.raises(OSError, match="no space"):
@@ -243,7 +245,7 @@ def test_arrays_in_pieces_are_the_array(tmp_path_factory, lengths, shape, dtype)
     random = np.random.default_rng(sum(lengths))
     pieces = [random.normal(0, 50, (n, *shape)).astype(dtype) for n in lengths]
     out = tmp_path_factory.mktemp("pieces") / "a.npz"
-    with shards.written(out, whitened=True) as add:
+    with outputs.rows_file(out, whitened=True) as add:
         for piece in pieces:
             add({"a": piece[:, :, ::-1], "n": np.arange(len(piece))})
     with np.load(out, allow_pickle=False) as archive:
@@ -257,7 +259,7 @@ def test_arrays_in_pieces_are_the_array(tmp_path_factory, lengths, shape, dtype)
 def test_large_arrays_are_not_held(tmp_path):
     piece = np.zeros((1000, 128))  # about a megabyte
     tracemalloc.start()
-    with shards.written(tmp_path / "a.npz") as add:
+    with outputs.rows_file(tmp_path / "a.npz") as add:
         for _ in range(40):
             add({"a": piece})
     _, peak = tracemalloc.get_traced_memory()
@@ -269,13 +271,13 @@ def test_large_arrays_are_not_held(tmp_path):
 def test_large_tables_are_written_in_groups_of_rows(tmp_path, monkeypatch):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(shards, "ROW_GROUP", 10**5)
+    monkeypatch.setattr(outputs, "ROW_GROUP", 10**5)
     values, before, held = (
         np.random.default_rng(0).normal(size=10**5),
         arrow.total_allocated_bytes(),
         [],
     )
-    with shards.written(tmp_path / "a.parquet", whitened=False) as add:
+    with outputs.rows_file(tmp_path / "a.parquet", whitened=False) as add:
         for piece in values.reshape(100, -1):
             add({"a": piece, "id": ["x"] * len(piece)})
             held.append(arrow.total_allocated_bytes() - before)
@@ -311,7 +313,7 @@ def test_columns_of_a_table_are_the_elements_of_the_arrays(here):
 
 @given(n=st.integers(0, 500), size=st.integers(1, 70), count=st.integers(1, 20))
 def test_shares_are_whole_batches_in_their_order(n, size, count):
-    shares = [shards.share(Processes(rank, count), n, size) for rank in range(count)]
+    shares = [rows_of(Processes(rank, count), n, size) for rank in range(count)]
     assert [i for share in shares for i in share] == list(range(n))
     assert all(share.start % size == 0 for share in shares if share)
     batches = [math.ceil(len(share) / size) for share in shares]
@@ -319,15 +321,15 @@ def test_shares_are_whole_batches_in_their_order(n, size, count):
 
 
 def test_what_a_launcher_says(monkeypatch):
-    assert told() == Processes(0, 1)
+    assert launched_processes() == Processes(0, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert told() == Processes(2, 3)
+    assert launched_processes() == Processes(2, 3)
     for rank, count in (("3", "3"), ("-1", "3"), ("x", "3"), ("0", ""), ("0", "0")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", count)
         with pytest.raises(ValueError, match=r"RANK, WORLD_SIZE: expected .*; got .*unset"):
-            told()
+            launched_processes()
 
 
 def test_processes_take_a_gpu_each(monkeypatch):
@@ -365,7 +367,7 @@ def test_several_processes_draw_no_picture(here, monkeypatch, capsys, words):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         call("sample run", words)
-    assert "out: 2 processes write arrays in shards; name a .npy" in capsys.readouterr().err
+    assert "out: 2 processes write arrays in shards; name an .npy" in capsys.readouterr().err
     assert not list(here.glob("x*"))
     call("sample run --n 65")  # named by itself, it is an array
     assert np.load("samples-00001-of-00002.npy").shape == (1, 1, 8, 8)

@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from musigma.cli.shared import USUAL, CommonOptions, Screen, best_device, check_out
+from musigma.cli.devices import best_device
+from musigma.cli.options import Common, CommonOptions
+from musigma.cli.outputs import check_out
+from musigma.cli.screen import Screen
 
 commands = App()
 
@@ -27,7 +30,7 @@ def bench(
     clock: Literal["wall", "cpu"] = "wall",
     memory: bool = True,
     out: Path | None = None,
-    common: CommonOptions = USUAL,
+    common: CommonOptions = Common(),
 ) -> None:
     """Compare training, sampling and scoring with peers, in turns, as ratios with their spread.
 
@@ -84,7 +87,7 @@ def bench(
         for name, one in known if finished else known[:-1]:
             if (name, one) not in told:
                 told.add((name, one))
-                screen.say(line(name, one, result["works"][name]["whats"][one]))
+                screen.note(line(name, one, result["works"][name]["whats"][one]))
 
     stopped = False
     try:
@@ -95,7 +98,7 @@ def bench(
             tell(False)
     except KeyboardInterrupt:
         stopped = True
-        screen.say("stopped; this is what is known")
+        screen.note("stopped; this is what is known")
     tell(True)
     result |= {"stopped": stopped}
     if out is not None:
@@ -112,9 +115,9 @@ def _warn(screen: Screen, result: dict[str, Any]) -> None:
     if load > 0.5:
         waits = settings["OMP_WAIT_POLICY"] != "passive"
         hint = "; set OMP_WAIT_POLICY=passive, or threads that wait will spin" if waits else ""
-        screen.say(f"other work runs on this machine (load average {load:.1f}){hint}")
+        screen.note(f"other work runs on this machine (load average {load:.1f}){hint}")
         if first["plan"]["clock"] == "wall":
-            screen.say("--clock cpu --threads 1 is surer then")
+            screen.note("--clock cpu --threads 1 is surer then")
 
 
 def _peers(works: Any) -> set[str]:

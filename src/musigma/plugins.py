@@ -64,13 +64,13 @@ def register_architecture(target: str) -> str:
     place, _, name = target.rpartition(":")
     if name in ARCHITECTURES and _source(ARCHITECTURES[name]) == str(Path(place).resolve()):
         return name  # this process has executed the file already
-    builder = load(target)
+    builder: Any = load(target)
     if not callable(builder):
         raise PluginError(f"plugin: expected a function; {name!r} of {place} is {builder!r}")
     if ARCHITECTURES.get(name) is not builder:  # @musigma.architecture registers it by itself
         if name in ARCHITECTURES:
             raise PluginError(f"plugin: the zoo has a {name!r} already; rename the function")
-        architecture(builder)
+        architecture(builder)  # pyright: ignore[reportArgumentType]
     return name
 
 

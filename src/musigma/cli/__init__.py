@@ -1,65 +1,84 @@
-"""The command line: parse, call, print. Nothing is computed here that the library cannot do."""
+"""The command line: parse, call, print. Whatever is computed, the library computes."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import CycloptsError
 
-from musigma import __version__
-from musigma.cli import audit, compress, convert, latents, shards, use, watch
-from musigma.cli.shared import register_plugin, told
-from musigma.cli.train import add_architecture, finetune, train_app
+from musigma.cli import (  # noqa: F401 (they register their commands)
+    audit,
+    compress,
+    convert,
+    edit,
+    evaluate,
+    inspect,
+    sample,
+    watch,
+)
+from musigma.cli.options import TRAIN, app
+from musigma.cli.screen import rank_and_count
 
 UserError = (ValueError, TypeError, OSError)
 
-app = App(
-    name="musigma",
-    version=__version__,
-    help="Gaussian latent-variable models: VAEs and normalizing flows whose numbers are true.",
+app.command(
+    "musigma.cli.train:train_app",
+    name="train",
+    group=TRAIN,
+    sort_key=0,
+    help="Train a model (`musigma train ARCH DATA`), or continue a run (`--resume RUN`).",
 )
-app.command(train_app)
-app.command(finetune)
-app.update(use.commands)
-app.update(latents.commands)
-app.update(convert.commands)
-app.update(shards.commands)
-app.update(watch.commands)
-app.update(audit.commands)
-app.update(compress.commands)
+app.command(
+    "musigma.cli.train:finetune",
+    name="finetune",
+    group=TRAIN,
+    help="Train a model further, on other data or with another objective, as a new run.",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a mistake is one line on standard error, and exit code 2.
+    """Run the command line. A mistake is one line on standard error, and exit code 2.
 
-    Compressed files have codes of their own: see `musigma.coding.errors`.
+    `decompress` has further exit codes: see `musigma.coding.errors`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["train"]:
-            words = _train_words(words)
+            from musigma.cli.train import prepare_words
+
+            words = prepare_words(words)
+        elif words and not words[0].startswith("-") and words[0] not in app:
+            raise ValueError(_unknown_command(words[0]))
         app(words, exit_on_error=False, print_error=False, result_action="return_value")
     except KeyboardInterrupt:
         sys.exit(130)
     except (CycloptsError, *UserError, RuntimeError) as error:
-        if "--debug" in words or not _explained(error):
+        if "--debug" in words or not _is_explained(error):
             raise
-        print(f"{_speaker()}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{_prefix()}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
 
 
-def _speaker() -> str:
-    """Who speaks: of several processes, which."""
+def _unknown_command(word: str) -> str:
+    """What to say about a mistyped command; cyclopts would import all of them to say it."""
+    near = difflib.get_close_matches(word, [name for name in app if name[0] != "-"], 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown command {word!r}; {hint}`musigma --help` lists the commands"
+
+
+def _prefix() -> str:
+    """The name of the program; with several processes also which of them this is."""
     try:
-        process = told()
-    except ValueError:  # that may be the very error
+        rank, count = rank_and_count()
+    except ValueError:  # the error that is about to be printed
         return "musigma"
-    return "musigma" if process.count == 1 else f"musigma (process {process.rank})"
+    return "musigma" if count == 1 else f"musigma (process {rank})"
 
 
-def _explained(error: Exception) -> bool:
-    """Whether the message tells a user what happened: training, or weights, gone astray."""
+def _is_explained(error: Exception) -> bool:
+    """Whether the message of an error suffices for a user, without a traceback."""
     if not isinstance(error, RuntimeError):
         return True
     from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
@@ -67,19 +86,3 @@ def _explained(error: Exception) -> bool:
     from musigma.training import TrainingError
 
     return isinstance(error, (TrainingError, LinAlgError))
-
-
-def _train_words(words: list[str]) -> list[str]:
-    """Make the architectures' commands, and put a name where a FILE.py:NAME stands."""
-    from musigma.zoo import ARCHITECTURES
-
-    if len(words) > 1 and ".py:" in words[1]:
-        words = [words[0], register_plugin(words[1]), *words[2:]]
-    elif len(words) > 1 and not words[1].startswith("-") and words[1] not in ARCHITECTURES:
-        from musigma.zoo import build
-
-        build(words[1], ())
-    for name in ARCHITECTURES:
-        if name not in train_app:
-            add_architecture(name)
-    return words

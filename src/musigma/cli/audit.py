@@ -1,4 +1,4 @@
-"""``musigma audit``: what does this model really compute?"""
+"""``musigma audit``: what a model computes, found out by numbers."""
 
 from __future__ import annotations
 
@@ -6,63 +6,63 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from musigma.cli.shared import (
-    USUAL,
-    USUAL_DATA,
+from musigma.cli.options import (
+    ARGUMENTS,
+    AUDIT,
+    Common,
     CommonOptions,
     Data,
-    Screen,
-    Trained,
-    check_out,
+    DataOptions,
+    app,
     sides,
 )
+from musigma.cli.outputs import check_out
+from musigma.cli.screen import Screen
+from musigma.cli.trained import Trained
 
-commands = App()
 
-
-@commands.command
+@app.command(group=AUDIT)
 def audit(
-    target: str,
-    data: str | None = None,
+    target: Annotated[str, Parameter(group=ARGUMENTS)],
+    source: Annotated[str | None, Parameter(name="data", group=ARGUMENTS)] = None,
     *,
     shape: str | None = None,
-    allow: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    allow: tuple[str, ...] = (),
     out: Path | None = None,
-    options: Data = USUAL_DATA,
-    common: CommonOptions = USUAL,
+    options: Data = DataOptions(),
+    common: CommonOptions = Common(),
 ) -> None:
-    """Check a model by its numbers: which convention it has, and whether its parts agree on it.
+    """Run any VAE or flow and check its numbers: its convention, and whether its parts agree.
 
-    The exit code is 0 where no bug was found, and 1 where one was.
+    The exit code is 1 if a bug is found, and 0 otherwise.
 
     Args:
-        target: PATH.py:NAME or module:NAME of a class, an instance or a function that makes one,
-            of anyone's; the file is run. Or a run, or a checkpoint, of this library.
-        data: For a run: what to look at its latents with; by default what it was trained on.
-        shape: Of one example, as 1x28x28; by default it is tried out.
-        allow: Codes of findings that are known and meant.
-        out: Also write the report to this .html, .json or .txt file.
-        options: Which data.
-        common: Shared options.
+        target: PATH.py:NAME or module:NAME of a class, an instance, or a function that returns
+            one; the file is executed. Or a run folder or checkpoint of this library.
+        source: Data to look at the latents of a run with. By default the data that it was trained
+            on.
+        shape: Shape of one example, as 1x28x28. By default shapes are tried until one fits.
+        allow: Code of a finding to accept. May be given several times.
+        out: A .html, .json or .txt file to write the report to as well.
     """
-    from musigma.audit import CODES
-    from musigma.audit import audit as audited
+    from musigma import audit as library
     from musigma.files import replacing
 
     if out is not None:
         check_out(out, ".html", ".json", ".txt")
-    if unknown := [code for code in allow if code not in CODES]:
-        raise ValueError(f"allow: {unknown[0]!r} is no code; they are {', '.join(CODES)}")
+    if unknown := [code for code in allow if code not in library.CODES]:
+        raise ValueError(
+            f"allow: unknown code {', '.join(map(repr, unknown))}; the codes are "
+            f"{', '.join(library.CODES)}"
+        )
     screen = Screen(common)
     if ":" in target and not Path(target).exists():
-        from musigma.audit import named
-
         event = None if shape is None else sides(shape, "shape", "sizes, as 1x28x28")
-        report = audited(named(target), shape=event)
+        report = library.audit(library.named(target), shape=event)
     else:
-        report = _of_run(target, data, options, common, screen)
+        report = _audit_run(target, source, options, common, screen)
     if out is not None:
         forms = {".html": report.to_html, ".json": report.to_json, ".txt": report.__str__}
         with replacing(out) as draft:
@@ -72,18 +72,19 @@ def audit(
         sys.exit(1)
 
 
-def _of_run(target: str, source: str | None, options: Any, common: Any, screen: Screen) -> Any:
-    """Of a model of this library, with data if they are there."""
+def _audit_run(
+    target: str, source: str | None, options: DataOptions, common: Common, screen: Screen
+) -> Any:
+    """The audit of a run, with its training data if they can still be read."""
     from musigma.audit import audit_model
 
     trained = Trained(target, common)
-    source = source or trained.extra.get("data", {}).get("source")
-    found = None
     if source:
+        return audit_model(trained.model, trained.data(source, options, screen))
+    found = None
+    if source := trained.about_data.get("source"):
         try:
             found = trained.data(source, options, screen)
         except (ValueError, OSError) as error:
-            if source != trained.extra.get("data", {}).get("source"):
-                raise
-            screen.say(f"without data: {error}")
+            screen.note(f"audited without data: {error}")
     return audit_model(trained.model, found)

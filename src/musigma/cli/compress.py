@@ -1,82 +1,80 @@
-"""``musigma compress`` and ``decompress``: data as files that hold every bit."""
+"""``musigma compress`` and ``decompress``: lossless files at the rate of a model."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from musigma.cli.shared import (
-    USUAL,
-    USUAL_DATA,
+from musigma.cli.options import (
+    ARGUMENTS,
+    COMPRESS,
+    Common,
     CommonOptions,
     Data,
-    Screen,
-    Trained,
+    DataOptions,
+    Run,
+    Source,
+    app,
     at_least_one,
-    check_out,
 )
+from musigma.cli.outputs import check_out
+from musigma.cli.screen import Screen
+from musigma.cli.trained import Trained
 
-commands = App()
 
-
-@commands.command
+@app.command(group=COMPRESS)
 def compress(
-    run: str,
-    data: str,
-    out: Path,
+    run: Run,
+    source: Source,
+    out: Annotated[Path, Parameter(group=ARGUMENTS)],
     *,
-    prepared: Annotated[bool, Parameter(negative="")] = False,
-    labels: Annotated[bool, Parameter(negative="")] = False,
-    embed: Annotated[bool, Parameter(negative="")] = False,
+    prepared: bool = False,
+    labels: bool = False,
+    embed: bool = False,
     numerics: Literal["exact", "pinned"] = "exact",
     chunk: int | None = None,
     workers: int | None = None,
-    verify: bool = True,
-    options: Data = USUAL_DATA,
-    common: CommonOptions = USUAL,
+    verify: Annotated[bool, Parameter(negative="--no-verify")] = True,
+    options: Data = DataOptions(),
+    common: CommonOptions = Common(),
 ) -> None:
-    """Write data as a .mus file, without loss, at the rate that the model gives them.
+    """Compress data losslessly into a .mus file, at the rate the model reports.
+
+    Images must have the size of the model. Their pixels, names and modes are restored exactly. All
+    of the data are compressed unless --split says otherwise.
 
     Args:
-        run: A run folder, or a .safetensors file.
-        data: A folder, a file, or a name: images of the model's size, whose pixels, names and
-            modes come out again.
-        out: The .mus file.
-        prepared: Keep what the model sees (resized, binarized, fewer levels) and not the data
-            themselves; without it, it is an error if the model sees less than there is.
-        labels: Keep labels too; those of a conditional model are kept anyway.
-        embed: Put the model into the file, so that it can be read without the run.
-        numerics: exact: any machine can read the file. pinned: about twice as fast, and only
-            machines with the same processor and torch can.
-        chunk: Images in each chunk: what damage loses, and what is decoded for a single image; by
-            default 4096, or 16 MiB of them.
-        workers: Chunks that are worked on at a time; by default one for each core.
-        verify: Decode the file and compare, before it is put in its place.
-        options: Which data; all of them unless --split says otherwise.
-        common: Shared options.
+        out: The .mus file to write.
+        prepared: Compress what the model sees (resized, binarized, fewer levels) instead of the
+            original data. Without it, data that the model sees only in part are refused.
+        labels: Store the labels as well. Those of a conditional model are always stored.
+        embed: Store the model in the file, so that it can be read without the run.
+        numerics: `exact` files can be read on any machine. `pinned` is about twice as fast, but
+            needs the same processor type and PyTorch version for reading.
+        chunk: Images per chunk: as many are lost by damage, and decoded for a single image. By
+            default 4096, or fewer if they take more than 16 MiB.
+        workers: Chunks that are processed at the same time. By default one per core.
+        verify: Decode the file and compare it with the data before it replaces an old one.
     """
     from musigma import coding
     from musigma.evaluation import context_size
 
     check_out(out, ".mus")
-    at_least_one(**{name: v for name, v in (("chunk", chunk), ("workers", workers)) if v})
+    at_least_one(chunk=chunk, workers=workers)
     screen, trained = Screen(common), Trained(run, common)
     coding.check(trained.model)
-    options = dataclasses.replace(options, split=options.split or "all")
-    found = trained.data(data, options, screen)
-    folder = Path(data) if Path(data).is_dir() and found.ids is not None else None
+    found = trained.data(source, options.everything(), screen)
+    folder = Path(source) if Path(source).is_dir() and found.ids is not None else None
     labels = labels or bool(context_size(trained.model))
     examples = coding.Examples(
         found, folder=folder, labels=labels, prepared=prepared, seed=common.seed
     )
-    model = trained.model.cpu()
     with screen.progress("compressing") as progress:
         report = coding.compress(
-            model,
+            trained.model.cpu(),
             examples,
             out,
             about=examples.about,
@@ -88,75 +86,75 @@ def compress(
             progress=progress,
         )
     answer = {"out": str(out), **report.to_json()}
-    screen.result(answer, _told(answer))
+    screen.result(answer, "\n".join(_report_lines(answer)))
 
 
-def _told(report: dict[str, Any]) -> str:
-    n, model = report["images"], report["model_bytes"]
-    lines = [
-        f"{n:,} images: {report['data_bytes']:,} bytes of data, and a model of {model:,}: "
-        f"{report['out']}",
-        f"{report['bits_per_dim']:.4f} bits/dim in the file; by the model itself "
-        f"{report['ideal_bits_per_dim']:.4f} ± {report['ideal_error']:.4f} (of a sample)",
-    ]
+def _report_lines(report: dict[str, Any]) -> Iterator[str]:
+    n = report["images"]
+    yield (
+        f"{n:,} images: {report['data_bytes']:,} bytes of data and {report['model_bytes']:,} "
+        f"bytes of model: {report['out']}"
+    )
+    yield (
+        f"{report['bits_per_dim']:.4f} bits/dim in the file; the model itself gives "
+        f"{report['ideal_bits_per_dim']:.4f} ± {report['ideal_error']:.4f} (on a sample)"
+    )
     if report["packed"] < n:
-        lines.append(
-            f"{report['net_bits_per_dim']:.4f} without the bits that each chunk begins with, over "
-            f"the {n - report['packed']:,} images that the model coded"
+        yield (
+            f"{report['net_bits_per_dim']:.4f} bits/dim without the initial bits of each chunk, "
+            f"over the {n - report['packed']:,} images that the model encodes"
         )
     if report["side_bytes"]:
-        lines.append(f"names, modes and labels: {report['side_bytes']:,} bytes")
+        yield f"names, modes and labels: {report['side_bytes']:,} bytes"
     if report["packed"]:
-        lines.append(f"packed better by xz, or not codable by the model: {report['packed']:,}")
+        yield f"smaller by xz, or not representable by the model: {report['packed']:,} images"
     pays = report["break_even"]
-    paid = f"pays for itself from {pays:,} images" if pays else "never pays for itself"
-    lines.append(f"xz would take about {report['general_bytes']:,} bytes; the model {paid}")
-    lines.append("read again and compared" if report["verified"] else "not read again")
-    return "\n".join(lines)
+    pays = f"pays for itself from {pays:,} images" if pays else "never pays for itself"
+    yield f"xz would take about {report['general_bytes']:,} bytes; the model {pays}"
+    yield "verified by decoding" if report["verified"] else "not verified"
 
 
-@commands.command
+@app.command(group=COMPRESS)
 def decompress(
-    file: Path,
-    out: Path,
+    file: Annotated[Path, Parameter(group=ARGUMENTS)],
+    out: Annotated[Path, Parameter(group=ARGUMENTS)],
     *,
     run: str | None = None,
-    trust: Annotated[bool, Parameter(negative="")] = False,
+    trust: bool = False,
     index: int | None = None,
-    keep_going: Annotated[bool, Parameter(negative="")] = False,
+    keep_going: bool = False,
     max_output: int = 4096,
     workers: int | None = None,
-    common: CommonOptions = USUAL,
+    common: CommonOptions = Common(),
 ) -> None:
-    """Get the data of a .mus file back, to the bit.
+    """Restore the data of a .mus file exactly.
 
-    It ends with 3 if the file is damaged, 4 if the model is another one, 5 if this machine
-    computes other numbers than the one that wrote the file, 6 if the file asks for more than is
-    allowed, and 7 if it is of a later format.
+    Exit codes: 3 if the file is damaged, 4 if the model is a different one, 5 if this machine
+    computes other numbers than the one that wrote the file, 6 if the file exceeds a limit, 7 if it
+    has a later format.
 
     Args:
         file: The .mus file.
-        out: A folder that does not exist, or an .npz or .npy file.
-        run: The run folder, or the .safetensors file, that it was written with; by default the
+        out: A folder that does not exist yet, or an .npz or .npy file.
+        run: The run folder or .safetensors file that the data were compressed with. By default the
             model in the file.
-        trust: Build the model that is in the file, which a stranger might have made to take all
-            memory.
-        index: Only this image, from 0.
-        keep_going: Leave out chunks that cannot be read, name the images that are lost, and end
-            with 3.
-        max_output: MiB that the data may take.
-        workers: Chunks that are worked on at a time; by default one for each core.
-        common: Shared options.
+        trust: Build the model that is stored in the file. A malicious file could make it use up
+            all memory.
+        index: Restore only this image, from 0.
+        keep_going: Skip chunks that cannot be read, list the images that are lost, and exit with
+            3.
+        max_output: Largest size of the restored data, in MiB.
+        workers: Chunks that are processed at the same time. By default one per core.
     """
     from musigma import coding
 
     coding.check_out(out)
-    at_least_one(max_output=max_output, **({"workers": workers} if workers else {}))
+    at_least_one(max_output=max_output, workers=workers)
     screen = Screen(common)
     model = None if run is None else Trained(run, common).model.cpu()
     limits = coding.Limits(total=max_output << 20)
     lost: list[tuple[int, int, str]] = []
-    with _opened(file) as opened:
+    with _open(file) as opened:
         archive = coding.Archive(opened, model, limits=limits, trust=trust, workers=workers)
         with screen.progress("decompressing") as progress:
             if index is not None:
@@ -164,20 +162,21 @@ def decompress(
                     raise ValueError(f"index: expected 0 to {len(archive) - 1}; got {index}")
                 batches = iter([(index, archive.one(index))])
             elif keep_going:
-                batches = _what_is_left(archive, lost, progress)
+                batches = _readable_batches(archive, lost, progress)
             else:
-                batches = _numbered(archive, progress)
+                batches = _all_batches(archive, progress)
             count = coding.extract(batches, archive, out)
     answer = {"out": str(out), "images": count, "lost": [list(row) for row in lost]}
-    said = [f"{count:,} images: {out}", *(f"lost: {a} to {b - 1}: {why}" for a, b, why in lost)]
-    screen.result(answer, "\n".join(said))
+    lines = [f"{count:,} images: {out}", *(f"lost: {a} to {b - 1}: {why}" for a, b, why in lost)]
+    screen.result(answer, "\n".join(lines))
     if lost:
         raise coding.DamagedFile(
             f"{sum(b - a for a, b, _ in lost):,} images are lost; all others are in {out}"
         )
 
 
-def _numbered(archive: Any, progress: Any) -> Iterator[tuple[int, Any]]:
+def _all_batches(archive: Any, progress: Any) -> Iterator[tuple[int, Any]]:
+    """Every batch with the number of its first image."""
     first = 0
     for batch in archive:
         yield first, batch
@@ -186,55 +185,61 @@ def _numbered(archive: Any, progress: Any) -> Iterator[tuple[int, Any]]:
             progress(first, len(archive))
 
 
-def _what_is_left(archive: Any, lost: list[Any], progress: Any) -> Iterator[tuple[int, Any]]:
+def _readable_batches(archive: Any, lost: list[Any], progress: Any) -> Iterator[tuple[int, Any]]:
+    """The batches that can be read; the others are added to `lost`."""
     from musigma.coding import CodingError
 
-    lost += [(a, b, "their chunk is not there") for a, b in archive.reader.lost]
+    lost += [(a, b, "their chunk is missing") for a, b in archive.reader.lost]
     if not archive.reader.ended:
         lost.append((archive.reader.images, archive.reader.images, "the file ends too early"))
     for place, entry in enumerate(archive.reader.entries):
+        last = entry.first + entry.count
         try:
             batch = archive.chunk(place)
         except CodingError as error:
-            lost.append((entry.first, entry.first + entry.count, str(error)))
+            lost.append((entry.first, last, str(error)))
             continue
         yield entry.first, batch
         if progress:
-            progress(entry.first + entry.count, len(archive))
+            progress(last, len(archive))
 
 
-def _opened(file: Path) -> Any:
+def _open(file: Path) -> Any:
     if not file.is_file():
         raise ValueError(f"file: there is no file {file}")
     return file.open("rb")
 
 
-def tell(file: Path, screen: Screen) -> None:
-    """What a .mus file says of itself."""
+def describe(file: Path, screen: Screen) -> None:
+    """Print what a .mus file contains; the data are not decoded."""
     from musigma.coding import summary
 
     if file.suffix != ".mus":
-        raise ValueError(f"data: give some, of which {file} says what one input is to it")
-    with _opened(file) as opened:
-        found = summary(opened)
-    found["file_bytes"] = file.stat().st_size
-    shape = "x".join(map(str, found["shape"]))
-    lines = [
-        f"{found['images']:,} images of {shape}, {found['bits']} bits, in {found['chunks']} "
-        f"chunks: {found['data_bytes']:,} bytes, {found['bits_per_dim']:.4f} bits/dim",
-        f"model: {found['model']['architecture']}, digest {found['model']['digest'][:12]}, "
-        + (
-            f"in the file ({found['model_bytes']:,} bytes)" if found["model_bytes"] else "not here"
-        ),
-        f"numerics: {found['numerics']}"
-        + "".join(f", {k} {v}" for k, v in sorted(found["machine"].items())),
-    ]
-    if found["images_packed"]:
-        lines.append(f"by a general codec: {found['images_packed']:,} images")
-    if found["about"]:
-        lines.append(f"kept with them: {', '.join(sorted(found['about']))}")
-    for a, b in found["lost"]:
-        lines.append(f"lost: images {a} to {b - 1}")
-    if not found["whole"]:
-        lines.append("the file is damaged; decompress --keep-going gets what is left")
-    screen.result(found, "\n".join(lines))
+        raise ValueError("data: required, unless RUN is a .mus file")
+    with _open(file) as opened:
+        about = summary(opened)
+    about["file_bytes"] = file.stat().st_size
+    screen.result(about, "\n".join(_summary_lines(about)))
+
+
+def _summary_lines(about: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"{about['images']:,} images of {'x'.join(map(str, about['shape']))}, {about['bits']} "
+        f"bits, in {about['chunks']} chunks: {about['data_bytes']:,} bytes, "
+        f"{about['bits_per_dim']:.4f} bits/dim"
+    )
+    size = about["model_bytes"]
+    yield (
+        f"model: {about['model']['architecture']}, digest {about['model']['digest'][:12]}, "
+        f"{f'in the file ({size:,} bytes)' if size else 'not in the file'}"
+    )
+    machine = "".join(f", {k} {v}" for k, v in sorted(about["machine"].items()))
+    yield f"numerics: {about['numerics']}{machine}"
+    if about["images_packed"]:
+        yield f"compressed by a general codec: {about['images_packed']:,} images"
+    if about["about"]:
+        yield f"also stored: {', '.join(sorted(about['about']))}"
+    for a, b in about["lost"]:
+        yield f"lost: images {a} to {b - 1}"
+    if not about["whole"]:
+        yield "the file is damaged; `decompress --keep-going` restores what can be read"

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from musigma.cli.shared import USUAL, CommonOptions, Screen, Trained
+from musigma.cli.options import CONVERT, Common, CommonOptions, app
+from musigma.cli.screen import Screen
+from musigma.cli.trained import Trained
 
-commands = App()
 
-
-@commands.command
+@app.command(group=CONVERT)
 def convert(
     source: str,
     out: Path,
@@ -29,8 +29,8 @@ def convert(
     std: float | None = None,
     groups: int | None = None,
     dtype: Literal["float32", "float64"] | None = None,
-    overwrite: Annotated[bool, Parameter(negative="")] = False,
-    common: CommonOptions = USUAL,
+    overwrite: bool = False,
+    common: CommonOptions = Common(),
 ) -> None:
     """Import a checkpoint from another codebase, or export one.
 

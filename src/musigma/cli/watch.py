@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.panel import Panel
@@ -22,10 +22,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from musigma.cli.shared import USUAL, CommonOptions, Screen
+from musigma.cli.options import ARGUMENTS, INSPECT, Common, CommonOptions, app
+from musigma.cli.screen import Screen
 from musigma.files import number, row_of
-
-commands = App()
 
 INTERVAL = 1.0  # seconds between two refreshes
 SILENT_AFTER = 60.0  # seconds without a row; ten times the usual interval if that is longer
@@ -39,12 +38,12 @@ STYLES |= {"running": "green", "finished": "bold green", "silent": "red", "stopp
 Point = tuple[float, float]
 
 
-@commands.command
+@app.command(group=INSPECT)
 def watch(
-    runs: list[Path],
+    runs: Annotated[list[Path], Parameter(group=ARGUMENTS)],
     *,
-    once: Annotated[bool, Parameter(negative="")] = False,
-    common: CommonOptions = USUAL,
+    once: bool = False,
+    common: CommonOptions = Common(),
 ) -> None:
     """Follow runs from another terminal: progress, figures and problems.
 
@@ -55,7 +54,6 @@ def watch(
     Args:
         runs: Run folders; they may not exist yet.
         once: Print the current state once.
-        common: Shared options.
     """
     watched = [WatchedRun(folder) for folder in runs]
     once = once or not sys.stdout.isatty()

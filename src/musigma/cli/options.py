@@ -1,0 +1,213 @@
+"""The application, and the options that several commands share.
+
+This module imports nothing heavy, and neither does any module that defines a command at its top:
+`musigma --help` must answer before PyTorch could be imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_type_hints
+
+from cyclopts import App, Group, Parameter
+
+from musigma import __version__
+
+# Headings of the list of commands, in this order and before all others
+TRAIN, USE, INSPECT, CONVERT, COMPRESS, AUDIT = (
+    Group(name, sort_key=i - 6)
+    for i, name in enumerate(("Train", "Use", "Inspect", "Convert", "Compress", "Audit"))
+)
+
+# Headings of the options of a command
+ARGUMENTS, FIRST, OPTIONS, MODEL, OBJECTIVE, BUDGET, DATA, HARDWARE, OUTPUT, ALWAYS = (
+    Group(name, sort_key=i)
+    for i, name in enumerate(
+        (
+            "Arguments",
+            "Most used",
+            "Options",
+            "Model",
+            "Objective",
+            "Budget and optimiser",
+            "Data",
+            "Hardware",
+            "Output",
+            "Every command",
+        )
+    )
+)
+
+
+def _default(value: Any) -> Any:
+    """How help shows a default value; a flag that is off, or no value, is not worth showing."""
+    return None if value is None or value is False or value == () else str(value)
+
+
+def application(name: str, **settings: Any) -> App:
+    """An application, or a command with commands of its own."""
+    return App(
+        name=name,
+        version=__version__,
+        group_arguments=ARGUMENTS,
+        group_parameters=OPTIONS,
+        default_parameter=Parameter(negative="", show_default=_default),
+        **settings,
+    )
+
+
+app = application(
+    "musigma", help="Train, sample, score, edit, compress and audit VAEs and normalizing flows."
+)
+for flag in ("--help", "--version"):
+    app[flag].group = OPTIONS
+
+
+Run = Annotated[str, Parameter(group=ARGUMENTS, help="A run folder or a .safetensors file.")]
+Source = Annotated[
+    str,
+    Parameter(
+        name="data", group=ARGUMENTS, help="A folder, a file, a URL, or the name of a data set."
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every command.
+
+    Args:
+        device: Device to compute on, as PyTorch names it: cpu, cuda, cuda:1, mps. By default the
+            GPU if there is one.
+        seed: Random seed.
+        json: Print one JSON document on standard output, and nothing else.
+        plugin: FILE.py:NAME of an architecture that is not built in. The file is executed.
+        debug: Show the traceback of an error.
+    """
+
+    device: str | None = None
+    seed: int = 0
+    json: bool = False
+    plugin: str | None = None
+    debug: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2^63 - 1; got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How data are read.
+
+    Args:
+        skip_bad: Leave out files that cannot be read, instead of stopping.
+        in_memory: Read all examples into memory, or leave images on disk. By default images stay
+            on disk if they would take more than a quarter of the memory.
+    """
+
+    skip_bad: bool = False
+    in_memory: Annotated[bool | None, Parameter(negative="--no-in-memory")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which data a trained model is given.
+
+    Args:
+        split: Part of the data to use. By default the held-out part of the data that the model was
+            trained on, and all of any other data.
+        size: Resize images to this size first: 32, or 48x64 (height x width). By default the size
+            used in training.
+        reading: How data are read.
+        batch_size: Number of examples per batch.
+    """
+
+    split: Literal["all", "train", "validation", "held-out"] | None = None
+    size: str | None = None
+    reading: Annotated[Reading, Parameter(name="*")] = Reading()
+    batch_size: int = 64
+
+    def __post_init__(self):
+        at_least_one(batch_size=self.batch_size)
+
+    def everything(self) -> DataOptions:
+        """The same options, with all of the data as the default."""
+        return dataclasses.replace(self, split=self.split or "all")
+
+
+CommonOptions = Annotated[Common, Parameter(name="*", group=ALWAYS)]
+Data = Annotated[DataOptions, Parameter(name="*", group=DATA)]
+
+
+def with_headings(
+    kind: type, headings: dict[Group, tuple[str, ...]], other: Group, omit: tuple[str, ...] = ()
+) -> Any:
+    """A dataclass as options, each under its heading; `omit` are not options."""
+    types = get_type_hints(kind, include_extras=True)
+    group = {name: heading for heading, names in headings.items() for name in names}
+    fields = [
+        (
+            f.name,
+            Annotated[
+                types[f.name],
+                Parameter(group=group.get(f.name, other), parse=False if f.name in omit else None),
+            ],
+            dataclasses.field(default=f.default),
+        )
+        for f in dataclasses.fields(kind)
+    ]
+    namespace = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    grouped = dataclasses.make_dataclass(
+        kind.__name__, fields, bases=(kind,), namespace=namespace, frozen=True, kw_only=True
+    )
+    return Annotated[grouped, Parameter(name="*")]
+
+
+def at_least_one(**counts: int | None) -> None:
+    """Refuse counts below 1, by their names."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}: expected 1 or more; got {count}")
+
+
+def sides(text: str, option: str, example: str) -> tuple[int, ...]:
+    """The numbers of 3x32x32."""
+    numbers = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
+    if not all(numbers):
+        raise ValueError(f"{option}: expected {example}; got {text!r}")
+    return tuple(numbers)
+
+
+def image_size(size: str | None) -> int | tuple[int, int] | None:
+    """The size that 32 or 48x64 stands for."""
+    if size is None:
+        return None
+    expected = "a side, as 32, or height x width, as 48x64"
+    height, *width = sides(size, "size", expected)
+    if len(width) > 1:
+        raise ValueError(f"size: expected {expected}; got {size!r}")
+    return (height, width[0]) if width else height
+
+
+def temperatures(text: str) -> tuple[float, ...]:
+    """One number, or one for each latent: 0.7, or 0.7,0.8,1."""
+    try:
+        values = tuple(float(t) for t in text.split(","))
+    except ValueError:
+        raise ValueError(f"temperature: expected 0.7, or 0.7,0.8,1; got {text!r}") from None
+    if any(not 0 <= t < math.inf for t in values):
+        raise ValueError(f"temperature: expected numbers from 0; got {text!r}")
+    return values
+
+
+def latent_numbers(text: str | None) -> list[int] | None:
+    """The numbers of latents, top first: 0,1."""
+    if text is None:
+        return None
+    words = text.split(",")
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"levels: expected numbers separated by commas, as 0,1; got {text!r}")
+    return [int(word) for word in words]

@@ -1,0 +1,137 @@
+"""Files that commands write: checked before anything is computed, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ROW_GROUP = 2**26
+"""Bytes of a .parquet file that are held in memory before they are written."""
+
+Columns = dict[str, Any]
+"""Columns of some rows by name: arrays, or lists of texts."""
+
+
+def check_out(out: Path, *suffixes: str) -> None:
+    """Refuse a file of another kind, or in a folder that does not exist."""
+    if out.suffix not in suffixes:
+        kinds = ", ".join(suffixes[:-1]) + " or " * (len(suffixes) > 1) + suffixes[-1]
+        raise ValueError(f"out: expected a {kinds} file; got {out}")
+    if out.is_dir() or not out.parent.is_dir():
+        reason = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise ValueError(f"out: {out} cannot be written: {reason}")
+
+
+@contextlib.contextmanager
+def rows_file(out: Path, **about: Any) -> Iterator[Callable[[Columns], None]]:
+    """A file that takes rows, some at a time, and appears once all of them are written.
+
+    Until then an .npz file keeps its rows on disk; a .parquet file holds up to 64 MiB in memory.
+
+    Args:
+        out: A .csv, .parquet or .npz file.
+        about: Values that belong to all rows: extra arrays in an .npz file, metadata of the schema
+            in a .parquet file.
+    """
+    from musigma.files import replacing
+
+    write = {".csv": _csv, ".parquet": _parquet, ".npz": _npz}[out.suffix]
+    with replacing(out) as draft, write(draft, about) as add:
+        yield add
+
+
+@contextlib.contextmanager
+def _csv(draft: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Columns], None]]:
+    with draft.open("w", newline="", encoding="utf-8") as file:
+        writer, names = csv.writer(file), []
+
+        def add(columns: Columns) -> None:
+            if not names:
+                names.extend(columns)
+                writer.writerow(names)
+            plain = (v if isinstance(v, (list, tuple)) else v.tolist() for v in columns.values())
+            writer.writerows(zip(*plain, strict=True))
+
+        yield add
+
+
+@contextlib.contextmanager
+def _parquet(draft: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Columns], None]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            "out: writing .parquet needs pyarrow: pip install 'musigma[tables]', or name another "
+            "kind of file"
+        ) from None
+    metadata = {name: json.dumps(value) for name, value in about.items()}
+    writer, tables, size = None, [], 0
+
+    def add(columns: Columns) -> None:
+        nonlocal size
+        arrays = {
+            name: pyarrow.array(v, pyarrow.string() if isinstance(v, (list, tuple)) else None)
+            for name, v in columns.items()
+        }
+        tables.append(pyarrow.table(arrays, metadata=metadata))
+        size += tables[-1].nbytes
+        if size > ROW_GROUP:
+            flush()
+
+    def flush() -> None:
+        nonlocal writer, size
+        table = pyarrow.concat_tables(tables)
+        if writer is None:
+            writer = files.enter_context(pyarrow.parquet.ParquetWriter(draft, table.schema))
+        writer.write_table(table)
+        tables.clear()
+        size = 0
+
+    with contextlib.ExitStack() as files:
+        yield add
+        if tables:
+            flush()
+
+
+@contextlib.contextmanager
+def _npz(draft: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Columns], None]]:
+    import numpy as np
+
+    parts: dict[str, tuple[IO[bytes], np.ndarray]] = {}  # an unnamed file, and the first rows
+    with contextlib.ExitStack() as files:
+
+        def add(columns: Columns) -> None:
+            for name, rows in columns.items():
+                if name not in parts:
+                    file = files.enter_context(tempfile.TemporaryFile(dir=draft.parent))
+                    parts[name] = file, rows
+                parts[name][0].write(np.ascontiguousarray(rows).data)
+
+        yield add
+        archive = files.enter_context(zipfile.ZipFile(draft, "w"))
+        for name, (file, first) in parts.items():
+            row = first.itemsize * math.prod(first.shape[1:])
+            header = {
+                "descr": np.lib.format.dtype_to_descr(first.dtype),
+                "fortran_order": False,
+                "shape": (file.tell() // row, *first.shape[1:]),
+            }
+            file.seek(0)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                shutil.copyfileobj(file, member, 2**20)
+        for name, value in about.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(value))

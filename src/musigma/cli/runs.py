@@ -1,0 +1,136 @@
+"""Run folders: where a run goes, what may be replaced, and whether it is the same run again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from musigma.cli.options import FIRST
+
+if TYPE_CHECKING:
+    from musigma.processes import Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """Where a run goes.
+
+    Args:
+        out: Run folder to create. By default runs/ARCH-DATA.
+        overwrite: Replace an existing run.
+        auto_resume: Continue the run if it exists already with the same options. A command that
+            was interrupted can then be repeated as it was, by a cluster or by `torchrun
+            --max-restarts`.
+    """
+
+    out: Annotated[Path | None, Parameter(group=FIRST)] = None
+    overwrite: bool = False
+    auto_resume: bool = False
+
+    def choose(self, name: str, source: str) -> tuple[Path, bool]:
+        """The folder of a run, and whether it holds a run to continue.
+
+        Raises:
+            ValueError: If something is there that is not to be replaced, or is not a run.
+        """
+        from musigma.training import saved_state
+
+        out = self.out or Path("runs") / f"{name}-{data_name(source)}"
+        if self.auto_resume:
+            if self.overwrite:
+                raise ValueError("auto_resume: cannot be combined with --overwrite; choose one")
+            with contextlib.suppress(ValueError):
+                saved_state(out)
+                return out, True
+        is_run = (out / "config.json").is_file()
+        empty = not out.exists() or (out.is_dir() and _is_empty(out))
+        replace = self.overwrite or (self.auto_resume and is_run)
+        if not (empty or replace):
+            raise ValueError(
+                f"out: {out} exists already; --resume {out}, --overwrite, or another --out"
+            )
+        if not (empty or is_run):
+            raise ValueError(f"out: {out} is not a run, and will not be replaced by one")
+        return out, False
+
+
+def data_name(source: str) -> str:
+    """What data are called in the name of a run folder.
+
+    >>> data_name("photos.zip"), data_name("shards-{00..31}.tar"), data_name("https://host/x?k=1")
+    ('photos', 'shards', 'x')
+    """
+    from musigma.data import readers
+
+    whole = readers.plain(source) if readers.is_url(source) else source
+    name = re.sub(r"[-_]?\{\d+\.\.\d+\}", "", Path(whole).name)
+    return name.split(".")[0] or "data"
+
+
+def _is_empty(out: Path) -> bool:
+    """Whether a folder holds nothing but what a killed process left behind."""
+    from musigma.files import LOCK, is_draft
+
+    return all(is_draft(p) or p.name == LOCK for p in out.iterdir())
+
+
+def clear(out: Path) -> None:
+    """Remove the content of a folder, but not the folder, which may be a link or a mount point."""
+    from musigma.files import LOCK
+
+    for inside in out.iterdir():
+        if inside.name == LOCK:
+            continue
+        if inside.is_dir() and not inside.is_symlink():
+            shutil.rmtree(inside)
+        else:
+            inside.unlink()
+
+
+def refuse_other_run(out: Path, options: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with other options than it began with.
+
+    Raises:
+        ValueError: Naming every option that differs.
+    """
+    saved = json.loads((out / "config.json").read_text())
+    model, data = saved["model"], saved["data"]
+    before = {
+        "ARCH": model["architecture"],
+        "DATA": data["source"],
+        **{name: value for name, value in model["options"].items() if name in options},
+        **data["preprocess"],
+        "skip_bad": data["skip_bad"],
+        "conditional": bool(model["options"].get("context")),
+        **saved["train"],
+    }
+    now = json.loads(json.dumps(options))  # as it was saved: tuples become lists
+    if wrong := [name for name in now if before.get(name) != now[name]]:
+        differences = "; ".join(f"{n} {before.get(n)}, not {now[n]}" for n in wrong)
+        raise ValueError(
+            f"auto_resume: {out} began with {differences}; --overwrite it, or give another --out"
+        )
+
+
+def decided_by_main(processes: Processes, decide: Callable[[], Any]) -> Any:
+    """What the main process decides, on all processes; if it raises, all raise."""
+    if processes.count == 1:
+        return decide()
+    answer = refusal = None
+    if processes.is_main:
+        try:
+            answer = decide()
+        except (ValueError, OSError) as error:
+            refusal = str(error)
+    answer, refusal = processes.gather((answer, refusal))[0]
+    if refusal is not None:
+        raise ValueError(refusal)
+    return answer
