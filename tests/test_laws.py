@@ -32,6 +32,7 @@ from musigma.layers import (
     Spline,
     Split,
     Squeeze,
+    Standardize,
 )
 from musigma.model import VAE, Bijection, Chain, Inverse, Layer, Prior
 from musigma.nets import MLP, ConvEncoder, CouplingNet, ResNet, ZeroConv2d
@@ -56,6 +57,12 @@ def mlp(inputs, outputs, context=0):
 
 def masked(features, map, **options):
     return Autoregressive(MADE(map.owners(features), **options), map=map)
+
+
+def standardized(features):
+    layer = Standardize(features)
+    layer.set(3 * torch.randn(features), torch.randn(features).exp())
+    return layer
 
 
 class Sinh(Map):
@@ -131,6 +138,7 @@ LAYERS = {
     "actnorm vector": lambda: (ActNorm(5), VECTOR, {}),
     "rescale": lambda: (Rescale(1 / 256, -0.5), IMAGE, {}),
     "rescale, negative": lambda: (Rescale(-3.0, 2.0), VECTOR, {}),
+    "standardize": lambda: (standardized(5), VECTOR, {"compiled": True}),
     "logit": lambda: (Logit(0.05), IMAGE, {"x": torch.rand(4, *IMAGE)}),
     "logit, narrow": lambda: (Logit(1e-5), VECTOR, {"x": torch.rand(4, *VECTOR)}),
     "inverse of squeeze": lambda: (Inverse(Squeeze()), (8, 2, 1), {}),
@@ -377,6 +385,18 @@ MODELS = {
     "nested vae": nested,
     "vae mlp": lambda: zoo("vae", (1, 6, 5), net="mlp", latents=3, compiled=True, **SMALL),
     "vae mlp, vectors": lambda: zoo("vae", (5,), None, latents=3, width=6),
+    **{
+        f"{name} standardized": lambda name=name, more=more: zoo(
+            name, (3,), None, standardize=True, **more
+        )
+        for name, more in {
+            "vae": {"latents": 2, "width": 6},
+            "mlp_vae": {"latents": 2, "hidden": 6},
+            "maf": {"depth": 2, "hidden": 8},
+            "nsf": {"depth": 2, "hidden": 8},
+            "realnvp": {"depth": 2, "hidden": 8},
+        }.items()
+    },
     "vae conv": lambda: zoo("vae", (3, 9, 10), 4, net="conv", latents=3, **SMALL),
     "vae binary": lambda: zoo("vae", (1, 8, 8), 1, latents=3, width=6),
     "vae cross log_var": lambda: zoo(

@@ -256,6 +256,32 @@ class Dataset:
             return _binarized(x, seed, step, first * prod(self.shape))
         return x if self.bits in (None, 8) else x >> np.uint8(8 - self.bits)
 
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of every column over these rows, float64 (D,) each.
+
+        Raises:
+            DataError: If these are images, or a column is constant: its density is infinite.
+        """
+        if self.bits is not None:
+            raise DataError(f"{self.name or 'array'}: holds images, which have no columns")
+        mean, square, done = np.zeros(self.shape), np.zeros(self.shape), 0
+        step = max(1, (1 << 22) // prod(self.shape))
+        for start in range(0, len(self), step):
+            block = self.take(np.arange(start, min(start + step, len(self)))).astype(np.float64)
+            n, center = len(block), block.mean(0)
+            gap = center - mean  # Chan, Golub, LeVeque (1979), "Updating formulae": parts joined
+            square += ((block - center) ** 2).sum(0) + gap**2 * (done * n / (done + n))
+            done += n
+            mean += gap * (n / done)
+        std = np.sqrt(square / max(1, done))
+        if len(constant := np.flatnonzero(std == 0)):
+            raise DataError(
+                f"{self.name or 'array'}: {readers.listed(self.columns, constant)} "
+                f"{'are' if len(constant) > 1 else 'is'} constant in the {done} rows to train on, "
+                "where the density is infinite: drop it, or give more data"
+            )
+        return mean, std
+
     def subset(self, which: Sequence[int] | np.ndarray) -> Dataset:
         """The examples of a mask or of indices, in that order; no example is copied."""
         keep = np.arange(len(self))[which] if len(which) else np.empty(0, np.int64)

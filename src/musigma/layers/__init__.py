@@ -9,6 +9,7 @@ from musigma.layers.maps import Additive, Affine, Map, Spline
 from musigma.layers.quantize import Dequantize
 from musigma.layers.reshape import Checkerboard, Squeeze
 from musigma.layers.split import Split
+from musigma.layers.standardize import Standardize, standardize
 from musigma.nets.made import MADE, Conditioner
 
 __all__ = [
@@ -32,4 +33,6 @@ __all__ = [
     "Spline",
     "Split",
     "Squeeze",
+    "Standardize",
+    "standardize",
 ]

@@ -32,6 +32,7 @@ from musigma.data import Dataset, batch_indices
 from musigma.data.batches import stream
 from musigma.evaluation import batch, check, evaluate, noise, tensors
 from musigma.files import is_draft, replacing
+from musigma.layers import Standardize, standardize
 from musigma.memory import fallen, keep, recall, refuse
 from musigma.model import Model
 from musigma.processes import Processes, current_processes
@@ -234,6 +235,8 @@ class _Job:
             first = batch_indices(
                 len(self.train), min(512, len(self.train)), seed=config.seed, step=0
             )
+            if any(isinstance(layer, Standardize) for layer in model.modules()):
+                standardize(model, *self.train.moments())
             model.calibrate(*batch(self.train, first, model, seed=config.seed))  # alike for all
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         keep(model, config.memory)

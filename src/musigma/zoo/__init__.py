@@ -29,6 +29,10 @@ __all__ = ["ARCHITECTURES", "architecture", "build", "spec_of"]
 ARCHITECTURES: dict[str, Callable[..., Model]] = {}
 """Every known builder by its name."""
 
+ADDED_LATER = frozenset({"standardize"})
+"""Options that the first files do not have. At their defaults they are left out of `config`, so
+that a model keeps its digest, by which compressed files know it."""
+
 M = TypeVar("M", bound=Model)
 
 
@@ -64,7 +68,11 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         if embedding is not None:
             model = Conditional(model, embedding)
         model.to(memory_format=torch.channels_last)
-        chosen = {p.name: bound.arguments[p.name] for p in others}
+        chosen = {
+            p.name: bound.arguments[p.name]
+            for p in others
+            if p.name not in ADDED_LATER or bound.arguments[p.name] != p.default
+        }
         model.config = {
             "architecture": builder.__name__,
             "shape": list(bound.arguments[first.name]),

@@ -34,7 +34,7 @@ from musigma.data.readers.lazy import LazyImages
 from musigma.data.readers.pictures import pillow_kinds, resized
 from musigma.data.readers.published import BUILT_IN
 from musigma.data.readers.remote import fetched, is_url, plain
-from musigma.data.readers.tables import as_table, read_csv, read_parquet
+from musigma.data.readers.tables import as_table, listed, read_csv, read_parquet
 from musigma.data.readers.walks import SHARD, Origin, expanded, suffix
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "Source",
     "content_hashes",
     "is_url",
+    "listed",
     "plain",
     "read",
 ]

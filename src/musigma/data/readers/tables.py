@@ -35,7 +35,7 @@ def as_table(found: Source, request: Request, allow_constant: bool) -> Source:
     if len(constant) and not allow_constant:
         if len(x) == 1:
             raise DataError(f"{request.where}: holds a single example: give more")
-        names, verb = _listed(columns, constant), "are" if len(constant) > 1 else "is"
+        names, verb = listed(columns, constant), "are" if len(constant) > 1 else "is"
         raise DataError(
             f"{request.where}: {names} {verb} constant in float32, where a density is infinite: "
             "drop it, or subtract an offset"
@@ -44,13 +44,14 @@ def as_table(found: Source, request: Request, allow_constant: bool) -> Source:
     coarse = np.flatnonzero((step > COARSE * (high - low)) & (low < high))
     if len(coarse):
         request.notes.append(
-            f"{request.where}: float32 leaves few different values of {_listed(columns, coarse)}: "
+            f"{request.where}: float32 leaves few different values of {listed(columns, coarse)}: "
             "subtract an offset"
         )
     return replace(found, x=x, hashes=known.get("hashes"))
 
 
-def _listed(columns: Sequence[str], which: Sequence[int] | np.ndarray) -> str:
+def listed(columns: Sequence[str], which: Sequence[int] | np.ndarray) -> str:
+    """Columns by their names, or their numbers where they have none; five at most."""
     names = ", ".join(_called(columns, int(i)) for i in which[:5])
     return names + (", ..." if len(which) > 5 else "")
 

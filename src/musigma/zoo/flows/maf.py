@@ -7,7 +7,16 @@ from typing import Literal
 
 from musigma.distributions import StandardNormal, StandardUniform
 from musigma.gaussian import Format
-from musigma.layers import MADE, ActNorm, Affine, Autoregressive, Dequantize, Logit, Rescale
+from musigma.layers import (
+    MADE,
+    ActNorm,
+    Affine,
+    Autoregressive,
+    Dequantize,
+    Logit,
+    Rescale,
+    Standardize,
+)
 from musigma.model import Bijection, Chain, Layer, Prior
 from musigma.zoo import architecture, at_least
 from musigma.zoo.flows.glow import mixing
@@ -24,6 +33,7 @@ def maf(
     format: str = "halves softclip",
     permutation: Literal["reverse", "lu", "conv", "shuffle"] = "reverse",
     norm: bool = True,
+    standardize: bool = False,
     alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -41,8 +51,9 @@ def maf(
         format: How each transform reads its network's output, as `Format.parse` takes it.
         permutation: What reorders the features before each transform: a reversal, a fixed shuffle,
             or an invertible matrix (plain or by its LU factors).
-        norm: Whether to put an activation normalisation before each transform. It also brings data
-            to unit variance; without it, standardise them.
+        norm: Put an activation normalisation before each transform.
+        standardize: Standardise continuous data in the first layer, by the mean and standard
+            deviation of the training data; the log-determinant counts.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
         context: Features of the context that conditions the transforms.
     """
@@ -62,8 +73,23 @@ def maf(
         depth=depth,
         permutation=permutation,
         norm=norm,
+        standardize=standardize,
         alpha=alpha,
     )
+
+
+def standardization(shape: Sequence[int], bits: int | None, wanted: bool) -> list[Layer]:
+    """The first layer of a model of tables, if it is wanted.
+
+    Raises:
+        ValueError: For images, and for data with bits.
+    """
+    if not wanted:
+        return []
+    if len(shape) != 1 or bits is not None:
+        kind = "images" if len(shape) != 1 else f"{bits}-bit levels"
+        raise ValueError(f"standardize: expected continuous vectors (D,); got {kind}")
+    return [Standardize(shape[0])]
 
 
 def vector_flow(
@@ -75,6 +101,7 @@ def vector_flow(
     depth: int,
     permutation: str,
     norm: bool,
+    standardize: bool,
     alpha: float,
 ) -> Chain:
     """Steps of normalisation, permutation and a transform, over vectors.
@@ -87,7 +114,7 @@ def vector_flow(
             f"shape: {name} is for vectors (D,); got {tuple(shape)} (glow, realnvp, vae and "
             "ladder model images)"
         )
-    layers: list[Layer] = []
+    layers = standardization(shape, bits, standardize)
     if bits is not None:
         layers += [Dequantize(StandardUniform(shape), 2**bits), Rescale(2.0**-bits), Logit(alpha)]
     features = shape[0]

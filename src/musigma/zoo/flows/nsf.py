@@ -24,6 +24,7 @@ def nsf(
     bound: float = 5.0,
     permutation: Literal["reverse", "lu", "conv", "shuffle"] = "lu",
     norm: bool = True,
+    standardize: bool = False,
     alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -41,8 +42,9 @@ def nsf(
         bound: Splines reach from -bound to bound, and leave alone what lies outside.
         permutation: What reorders the features before each transform: an invertible matrix (by
             its LU factors, or plain), a fixed shuffle, or a reversal.
-        norm: Whether to put an activation normalisation before each transform. It also brings data
-            to unit variance; without it, standardise them.
+        norm: Put an activation normalisation before each transform.
+        standardize: Standardise continuous data in the first layer, by the mean and standard
+            deviation of the training data; the log-determinant counts.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
         context: Features of the context that conditions the transforms.
     """
@@ -76,5 +78,6 @@ def nsf(
         depth=depth,
         permutation=permutation,
         norm=norm,
+        standardize=standardize,
         alpha=alpha,
     )

@@ -24,6 +24,7 @@ from musigma.model import Chain, Inverse, Layer, Prior
 from musigma.nets import MLP, ResNet, ZeroConv2d
 from musigma.zoo import architecture, at_least
 from musigma.zoo.flows.glow import halvings, image_shape
+from musigma.zoo.flows.maf import standardization
 
 
 @architecture
@@ -35,6 +36,7 @@ def realnvp(
     depth: int = 4,
     hidden: int = 32,
     blocks: int = 1,
+    standardize: bool = False,
     alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -50,13 +52,15 @@ def realnvp(
         depth: Couplings of each kind at each scale; for vectors, couplings in all.
         hidden: Width of the coupling networks.
         blocks: Residual blocks in each, for images.
+        standardize: Standardise continuous data in the first layer, by the mean and standard
+            deviation of the training data; the log-determinant counts.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits (the paper has
             0.05, with which black and white are learned more slowly).
         context: Features of the context that conditions couplings and split priors.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
     at_least(0, blocks=blocks)
-    layers: list[Layer] = []
+    layers = standardization(shape, bits, standardize)
     if bits is not None:
         layers += [Dequantize(StandardUniform(shape), 2**bits), Rescale(2.0**-bits), Logit(alpha)]
     if len(shape) == 1:

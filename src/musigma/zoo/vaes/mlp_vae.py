@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from musigma.distributions import CONTINUOUS, StandardNormal
 from musigma.gaussian import Format, GaussianHead
-from musigma.model import VAE, Model, Prior
+from musigma.model import VAE, Chain, Model, Prior
 from musigma.zoo import architecture, at_least
+from musigma.zoo.flows.maf import standardization
 from musigma.zoo.vaes.vae import chosen_likelihood, named_likelihood, quantized
 
 
@@ -25,6 +26,7 @@ def mlp_vae(
     squash: bool = False,
     likelihood: str = "auto",
     std: str | float = 1.0,
+    standardize: bool = False,
 ) -> Model:
     """The VAE of the first examples: one ReLU layer each way, and two linear heads.
 
@@ -41,6 +43,8 @@ def mlp_vae(
         likelihood: A name that `musigma.likelihood` takes; `auto`: `bernoulli` for 1 bit,
             `gaussian` for continuous data, `logistic-mixture` for all other.
         std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
+        standardize: Standardise continuous data in the first layer, by the mean and standard
+            deviation of the training data; the log-determinant counts.
     """
     at_least(1, hidden=hidden, latents=latents)
     read = Format.parse(format)
@@ -61,6 +65,8 @@ def mlp_vae(
 
     head = named_likelihood(name, shape, decoder, levels or 2, 5, std)
     model = VAE(encoder, head, Prior(StandardNormal((latents,))))
+    if units := standardization(shape, bits, standardize):
+        return Chain(units, model)
     return quantized(model, shape, levels) if continuous and levels else model
 
 

@@ -15,6 +15,7 @@ from musigma.layers import ActNorm, Affine, Coupling, Dequantize, InvertibleConv
 from musigma.model import VAE, Chain, Model, Prior
 from musigma.nets import MLP, ConvDecoder, ConvEncoder, Scaled
 from musigma.zoo import architecture, at_least
+from musigma.zoo.flows.maf import standardization
 
 
 @architecture
@@ -32,6 +33,7 @@ def vae(
     likelihood: str = "auto",
     components: int = 5,
     std: str | float = "emitted",
+    standardize: bool = False,
     context: int = 0,
 ) -> Model:
     """A variational autoencoder (Kingma & Welling, 2014, arXiv:1312.6114).
@@ -50,6 +52,8 @@ def vae(
             `gaussian` for continuous data, `logistic-mixture` for all other.
         components: Of a `logistic-mixture`.
         std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
+        standardize: Standardise continuous data in the first layer, by the mean and standard
+            deviation of the training data; the log-determinant counts.
         context: Features of the context that conditions encoder, decoder and a flow prior.
     """
     at_least(1, latents=latents, width=width, prior_depth=prior_depth, components=components)
@@ -71,6 +75,8 @@ def vae(
     )
     decoder = named_likelihood(name, shape, decode, levels or 2, components, std)
     model = VAE(encoder, decoder, _prior(prior, latents, prior_depth, context))
+    if units := standardization(shape, bits, standardize):
+        return Chain(units, model)
     return quantized(model, shape, levels) if continuous and levels else model
 
 
