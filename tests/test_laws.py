@@ -36,6 +36,7 @@ from musigma.layers import (
 )
 from musigma.model import VAE, Bijection, Chain, Inverse, Layer, Prior
 from musigma.nets import MLP, ConvEncoder, CouplingNet, ResNet, ZeroConv2d
+from musigma.spec import Spec, Variable
 from musigma.testing import check_head, check_layer, check_model
 from musigma.zoo import build
 
@@ -484,6 +485,126 @@ MODELS = {
     ),
     "glow continuous": lambda: zoo("glow", (3, 8, 8), **{**GLOW, "bits": None}),
 }
+
+
+MAP = torch.randn(4, 3, 5, 7, generator=torch.Generator().manual_seed(5))
+VECTOR_CONTEXT = torch.randn(4, 3, generator=torch.Generator().manual_seed(6))
+NAMED = {
+    "age": torch.randn(4, 1, generator=torch.Generator().manual_seed(8)),
+    "kind": torch.eye(3)[[0, 2, 1, 2]],
+    "mask": torch.rand(4, 1, 9, 9, generator=torch.Generator().manual_seed(9)) * 255,
+}
+NAMED_VARIABLES = (
+    Variable("age"),
+    Variable("kind", classes=3),
+    Variable("mask", shape=(1, 9, 9), levels=256),
+)
+
+
+def given(name, spec_shape, bits, context, **options):
+    """A model whose context is a map, or named variables that are embedded."""
+    spec = Spec(spec_shape, None if bits is None else 2**bits, context=NAMED_VARIABLES)
+    if context is NAMED:
+        model = build(name, spec, **options)
+    else:
+        model = build(name, spec_shape, bits=bits, context=3, **options)
+    return model, spec_shape, {"bits": bits, "context": context}
+
+
+CONDITIONED = {
+    "vae mlp": ("vae", (5,), None, {"latents": 3, "width": 6}),
+    "vae conv": ("vae", (1, 8, 8), 1, {"latents": 3, "width": 6}),
+    "vae flow prior": ("vae", (5,), None, {"latents": 4, "width": 6, "prior": "flow"}),
+    "ladder": ("ladder", (1, 8, 8), 1, {"latents": 2, "levels": 2, "width": 4}),
+    "glow": ("glow", (1, 8, 8), 4, {"depth": 1, "hidden": 5, "levels": 2}),
+    "realnvp": ("realnvp", (1, 8, 8), 4, {"levels": 2, "depth": 1, "hidden": 4}),
+    "nsf": ("nsf", (3,), None, {"depth": 2, "hidden": 6}),
+    "maf": ("maf", (3,), None, {"depth": 2, "hidden": 6}),
+}
+
+CONTEXTS = {
+    f"{name}, {kind}": lambda name=name, context=context: given(
+        *CONDITIONED[name][:3], context, **CONDITIONED[name][3]
+    )
+    for name in (
+        "vae mlp",
+        "vae conv",
+        "vae flow prior",
+        "ladder",
+        "glow",
+        "realnvp",
+        "nsf",
+        "maf",
+    )
+    for kind, context in (("map", MAP), ("named", NAMED))
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_models_with_any_context(name):
+    model, event, laws = CONTEXTS[name]()
+    check_model(model, event, **laws)
+
+
+def test_every_part_of_a_conditional_model_sees_the_context():
+    """Each network of a conditional Glow, Real NVP and ladder has inputs for the context."""
+    for name in ("glow", "realnvp", "ladder"):
+        architecture, shape, bits, options = CONDITIONED[name]
+        sizes = []
+        for context in (0, 3):
+            model = build(architecture, shape, bits=bits, context=context, **options)
+            sizes.append({n: p.numel() for n, p in model.named_parameters()})
+        plain, conditional = sizes
+        parts = {
+            "glow": (".net.enter.weight", ".prior.net.conv.weight"),
+            "realnvp": (".net.enter.weight", ".prior.net.conv.weight"),
+            "ladder": (
+                ".prior.net.enter.weight",
+                ".posterior.net.enter.weight",
+                ".project.weight",
+            ),
+        }[name]
+        for part in parts:
+            found = [n for n in plain if n.endswith(part)]
+            assert found
+            assert all(conditional[n] > plain[n] for n in found), (name, part)
+
+
+def test_a_bijection_that_overrides_infer_is_asked():
+    class Counting(ActNorm):
+        calls = 0
+
+        def infer(self, x, trace, context=None):
+            Counting.calls += 1
+            return super().infer(x, trace, context)
+
+    flow = Chain([ActNorm(3), Counting(3), ActNorm(3)], Prior(StandardNormal((3,))))
+    x = torch.randn(4, 3)
+    flow(x)
+    assert Counting.calls == 1
+    check_model(flow, (3,))
+
+
+def test_the_embedding_runs_once_per_pass_and_names_every_fault():
+    model = build("glow", Spec((1, 8, 8), 16, context=NAMED_VARIABLES), depth=1, hidden=4)
+    calls = []
+    model.embedding.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randint(0, 16, (4, 1, 8, 8))
+    model.calibrate(x, NAMED)
+    calls.clear()
+    model(x, NAMED)
+    assert len(calls) == 1
+    model.sample(4, NAMED)
+    assert len(calls) == 2
+    wrong = {"age": torch.zeros(4, 2), "kind": NAMED["kind"], "height": torch.zeros(4, 1)}
+    with pytest.raises(
+        ValueError, match=r"'height' is unknown; 'age' has shape \(2,\).*'mask' is"
+    ):
+        model(x, wrong)
+    with pytest.raises(
+        ValueError, match="expected a mapping with age, kind, mask; got one tensor"
+    ):
+        model(x, VECTOR_CONTEXT)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from musigma import context as contexts
+from musigma.context import Context
 from musigma.distributions import StandardNormal
 from musigma.gaussian import DiagonalGaussian
 from musigma.model import Bijection, Chain, Layer, Model, Prior
@@ -50,7 +52,7 @@ def check_layer(
     layer: Layer,
     event: Sequence[int],
     *,
-    context: int = 0,
+    context: int | Context = 0,
     bits: int | None = None,
     x: Tensor | None = None,
     compiled: bool = False,
@@ -63,7 +65,8 @@ def check_layer(
     Args:
         layer: The layer.
         event: Shape of one example.
-        context: Features of the context; 0 if the layer takes none.
+        context: Features of the context, 0 if the layer takes none; or rows of one (4 of them),
+            a tensor or a mapping.
         bits: For layers of integer data: the bits of each element.
         x: Data to check with, for layers that take only some (B, *event); by default noise.
         compiled: Also compile it, as one graph.
@@ -86,7 +89,7 @@ def check_head(
     given: Tensor | None,
     event: Sequence[int],
     *,
-    context: int = 0,
+    context: int | Context = 0,
     compiled: bool = False,
 ) -> None:
     """All laws of a head: shapes, gradients, temperature, independence, context, state.
@@ -97,10 +100,10 @@ def check_head(
     head = randomized(head)
     given = None if given is None else given.double()
     rows = BATCH if given is None else len(given)
-    extra = _noise(rows, context) if context else None
+    extra = _given(context, rows)
 
-    def dist_of(of: nn.Module, keep: Any = slice(None), extra: Tensor | None = extra) -> Any:
-        conditions = [None if t is None else t[keep] for t in (given, extra)]
+    def dist_of(of: nn.Module, keep: Any = slice(None), extra: Any = extra) -> Any:
+        conditions = [contexts.rows(t, keep) for t in (given, extra)]
         return of(*conditions[: 1 if extra is None else 2])
 
     dist = dist_of(head)
@@ -132,7 +135,7 @@ def check_model(
     model: Model,
     event: Sequence[int],
     *,
-    context: int = 0,
+    context: int | Context = 0,
     bits: int | None = None,
     x: Tensor | None = None,
     compiled: bool = False,
@@ -181,21 +184,27 @@ def _noise(*shape: int) -> Tensor:
 
 
 def _inputs(
-    event: Sequence[int], context: int, bits: int | None, x: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    event: Sequence[int], context: int | Context, bits: int | None, x: Tensor | None
+) -> tuple[Tensor, Any]:
     data = _noise(BATCH, *event) if x is None else x.double()
     if x is None and bits is not None:
         data = (data.sigmoid() * 2**bits).floor()
-    return data, _noise(len(data), context) if context else None
+    return data, _given(context, len(data))
 
 
-def _single(module: Any, x: Tensor, context: Tensor | None) -> tuple[Any, Tensor, Tensor | None]:
+def _given(context: int | Context, n: int) -> Any:
+    """A context of n rows in float64; None for 0 features."""
+    if isinstance(context, int):
+        return _noise(n, context) if context else None
+    return contexts.apply(lambda t: t[:n].double(), context)
+
+
+def _single(module: Any, x: Tensor, context: Context) -> tuple[Any, Tensor, Context]:
     """The same in float32."""
-    context = None if context is None else context.float()
-    return copy.deepcopy(module).float(), x.float(), context
+    return copy.deepcopy(module).float(), x.float(), contexts.apply(Tensor.float, context)
 
 
-def _inverse(layer: Bijection, x: Tensor, context: Tensor | None, tolerance: float) -> None:
+def _inverse(layer: Bijection, x: Tensor, context: Any, tolerance: float) -> None:
     with torch.no_grad():
         y, forward = layer(x, context)
         again, backward = layer.inverse(y, context)
@@ -205,7 +214,7 @@ def _inverse(layer: Bijection, x: Tensor, context: Tensor | None, tolerance: flo
     _near(-backward, forward, tolerance, f"log-determinants cancel, {x.dtype}")
 
 
-def _jacobian(layer: Bijection, x: Tensor, context: Tensor | None) -> None:
+def _jacobian(layer: Bijection, x: Tensor, context: Any) -> None:
     log_det = layer(x, context)[1]
     for i in range(len(x)):
         row = None if context is None else context[i : i + 1]
@@ -216,7 +225,7 @@ def _jacobian(layer: Bijection, x: Tensor, context: Tensor | None) -> None:
         _near(log_det[i], truth, 1e-10, "log_det against autograd's Jacobian")
 
 
-def _centred(model: Model, x: Tensor, context: Tensor | None) -> Tensor:
+def _centred(model: Model, x: Tensor, context: Any) -> Tensor:
     """Log w where every draw is its distribution's centre: a function, shape (B,)."""
     trace = Trace(temperature=0.0)
     model.infer(x, trace, context)
@@ -227,7 +236,7 @@ def _trained_for(evidence: Evidence) -> Tensor:
     return evidence.elbo + evidence.auxiliary
 
 
-def _duality(model: Model, x: Tensor, context: Tensor | None) -> None:
+def _duality(model: Model, x: Tensor, context: Any) -> None:
     torch.manual_seed(0)
     up = Trace()
     model.infer(x, up, context)
@@ -243,7 +252,7 @@ def _duality(model: Model, x: Tensor, context: Tensor | None) -> None:
         _near(log_p, down.evidence(model.latents()).elbo, 1e-9, "log_prob of a sample")
 
 
-def _decoding(model: Model, x: Tensor, context: Tensor | None) -> None:
+def _decoding(model: Model, x: Tensor, context: Any) -> None:
     latents = model.encode(x, context, mode=True)
     whitened = model.encode(x, context, mode=True, whiten=True)
     decoded = model.decode(latents, context)
@@ -267,7 +276,7 @@ class _Known(nn.Module):
         self.forward = lambda given=None: dist
 
 
-def _sampling(model: Model, shape: Sequence[int], context: Tensor | None) -> None:
+def _sampling(model: Model, shape: Sequence[int], context: Any) -> None:
     n = shape[0]
 
     def drawn(temperature: Any, *, seed: int = 0, mode: bool = False) -> Tensor:
@@ -302,18 +311,18 @@ def _sampling(model: Model, shape: Sequence[int], context: Tensor | None) -> Non
         _say(still == set(cooled), law)
 
 
-def _independence(model: Model, x: Tensor, context: Tensor | None) -> None:
+def _independence(model: Model, x: Tensor, context: Any) -> None:
     whole, latents = _centred(model, x, context), model.encode(x, context, mode=True)
     decoded = model.decode(latents, context)
     turn = torch.arange(len(x) - 1, -1, -1)
     for law, keep in [("reordered", turn), *((f"row {i} by itself", [i]) for i in range(len(x)))]:
-        some = None if context is None else context[keep]
+        some = contexts.rows(context, torch.as_tensor(keep))
         _near(_centred(model, x[keep], some), whole[keep], 1e-9, f"batch independence: {law}")
         again = model.decode([z[keep] for z in latents], some)
         _near(again, decoded[keep], 1e-9, f"batch independence: decoded, {law}")
 
 
-def _scores(model: Model, x: Tensor, context: Tensor | None, bits: int | None) -> None:
+def _scores(model: Model, x: Tensor, context: Any, bits: int | None) -> None:
     torch.manual_seed(0)
     elbo = model.elbo(x, context)
     _say(elbo.shape == (len(x),), f"elbo has shape {tuple(elbo.shape)}, not ({len(x)},)")
@@ -327,15 +336,16 @@ def _scores(model: Model, x: Tensor, context: Tensor | None, bits: int | None) -
     _near(single.double(), _centred(model, x, context), 1e-4, "log w in float32")
 
 
-def _context(score: Callable[[Tensor | None], Tensor], rows: int, context: int) -> None:
+def _context(score: Callable[[Any], Tensor], rows: int, context: int | Context) -> None:
+    given = _given(context, rows)
     with torch.no_grad():
-        if not context:
+        if given is None:
             with contextlib.suppress(TypeError):  # a network of torch, which takes none
                 _near(
                     score(_noise(rows, 3)), score(None), 0.0, "context: an undeclared one is used"
                 )
             return
-        a, b = score(_noise(rows, context)), score(_noise(rows, context) + 1)
+        a, b = score(given), score(contexts.apply(lambda t: t + 1, given))
         _say(bool((a != b).all()), "context: another one changes nothing")
         try:
             score(None)

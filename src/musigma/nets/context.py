@@ -40,7 +40,11 @@ def at_size(context: Tensor, size: torch.Size) -> Tensor:
     if context.ndim == 2:
         spread = context.reshape(*context.shape, *(1,) * len(size))
         return spread.expand(*context.shape, *size)
-    return context if context.shape[2:] == size else F.adaptive_avg_pool2d(context, list(size))
+    return (
+        context
+        if context.shape[2:] == size
+        else F.adaptive_avg_pool2d(context, (size[0], size[1]))
+    )
 
 
 def pooled(context: Tensor) -> Tensor:
