@@ -14,11 +14,11 @@ __all__ = ["Bijection", "Inverse", "Layer"]
 
 
 class Layer(nn.Module, ABC):
-    """A part of a chain: consumes x on the way up, and gives it back on the way down.
+    """A part of a chain: takes x while inferring, and returns it while generating.
 
-    To write one, implement `infer` and `generate` as mirror images: whatever one direction draws,
-    the other scores. A layer that generates a variable names itself as the site and yields itself
-    from `variables`. `musigma.testing.check_layer` proves the result.
+    To write one, implement `infer` and `generate` as mirror images: what one direction draws, the
+    other scores. A layer that generates a variable uses itself as the site and yields itself from
+    `variables`. `musigma.testing.check_layer` tests the result.
 
     Attributes:
         exact: False if inference draws anything that the generative direction does not determine.
@@ -48,7 +48,7 @@ class Layer(nn.Module, ABC):
 
 
 class Bijection(Layer):
-    """A layer that is a pure function and has an inverse: it never sees the trace.
+    """A layer that is an invertible function and draws nothing.
 
     Implement `forward` and `inverse`, each returning the value and the log |det| of its own
     direction, in nats per example, shape (B,).
@@ -63,9 +63,9 @@ class Bijection(Layer):
         """Latents to data: ``(x, log |det dx/dy|)``."""
 
     def retrace(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(x, y, log_det)`` from y: x is a leaf, and the others are computed from it again.
+        """``(x, y, log_det)`` from y, where x is a leaf and the others are computed from it.
 
-        What a reversible backward pass goes by; work that both directions share may be done once.
+        A reversible backward pass uses it; override it to share work between both directions.
         """
         with torch.no_grad():
             x, _ = self.inverse(y, context)
@@ -73,16 +73,16 @@ class Bijection(Layer):
         return x, *self(x, context)
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """States its log-determinant, and nothing else."""
+        """State the log-determinant."""
         return trace.bijection(self, x, context)
 
     def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """States its log-determinant, and nothing else."""
+        """State the log-determinant."""
         return trace.bijection(self, z, context)
 
 
 class Inverse(Bijection):
-    """Another bijection, the other way round; it is not calibrated.
+    """The inverse of another bijection; `calibrate` does not reach it.
 
     Args:
         bijection: Its `inverse` becomes `forward`.

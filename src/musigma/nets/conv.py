@@ -64,7 +64,7 @@ def edge_bias(edge: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def conv3x3(inputs: int, outputs: int, edge: bool) -> nn.Conv2d:
-    """A convolution that keeps the size, which sees the image's edge or does not."""
+    """A 3x3 convolution that keeps the size; an `EdgeConv2d` if `edge`."""
     return EdgeConv2d(inputs, outputs) if edge else nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
@@ -72,12 +72,12 @@ class ZeroConv2d(nn.Module):
     """A convolution that starts at zero, with a learned gain: ``conv(x) · exp(3 · logs)``.
 
     (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039: Conv2dZeros.) `logs` is that code's name
-    of a log gain; it is no standard deviation.
+    for a log gain; it is not a standard deviation.
 
     Args:
         inputs: Channels in.
         outputs: Channels out.
-        context: Features of the context, joined as further channels.
+        context: Number of features of the context, joined as further channels.
         edge: Whether it is an `EdgeConv2d`.
     """
 
@@ -108,7 +108,7 @@ class CouplingNet(nn.Module):
         inputs: Channels in.
         outputs: Channels out.
         hidden: Channels between.
-        context: Features of the context, joined as constant channels.
+        context: Number of features of the context, joined as constant channels.
         edge: Whether both 3x3 convolutions are `EdgeConv2d`.
     """
 
@@ -134,7 +134,7 @@ class CouplingNet(nn.Module):
 
 
 def norm(channels: int) -> nn.Module:
-    """Group normalisation: nothing in it depends on the other examples of a batch."""
+    """Group normalization, which does not depend on the other examples of a batch."""
     return nn.GroupNorm(math.gcd(channels, 8), channels)
 
 
@@ -146,7 +146,8 @@ class ResBlock(nn.Module):
         hidden: Channels between; None: as many.
 
     Attributes:
-        recompute: Whether nothing but the input is kept for the backward pass (`musigma.memory`).
+        recompute: Whether the backward pass recomputes the block from its input
+            (`musigma.memory`).
     """
 
     recompute = False
@@ -176,8 +177,8 @@ class ResNet(nn.Module):
         outputs: Channels out.
         width: Channels between.
         blocks: Residual blocks.
-        context: Features of the context, joined as constant channels.
-        zero: Start with the last layer at zero (a `ZeroConv2d`), so that the output is.
+        context: Number of features of the context, joined as constant channels.
+        zero: Initialize the last layer to zero (a `ZeroConv2d`).
 
     Attributes:
         recompute: As that of a `ResBlock`, for the whole network.
@@ -213,7 +214,7 @@ class ResNet(nn.Module):
 
 
 def halved(height: int, width: int, times: int) -> list[tuple[int, int]]:
-    """Image sizes under repeated halving, rounded up: any size can be encoded and decoded."""
+    """Image sizes under repeated halving, rounded up, so that any size can be encoded."""
     sizes = [(height, width)]
     for _ in range(times):
         height, width = math.ceil(height / 2), math.ceil(width / 2)
@@ -224,16 +225,16 @@ def halved(height: int, width: int, times: int) -> list[tuple[int, int]]:
 class ConvEncoder(nn.Module):
     """A residual convolutional network from images of any size to vectors, or feature maps.
 
-    The image is halved by its first convolution, so all work is done at half its size and below.
+    The first convolution halves the image, so all work is done at half its size and below.
 
     Args:
         shape: (C, H, W) of the input.
         outputs: Length of the output vector; None: `forward` returns the feature maps of every
             size from half down, smallest first, with `width` channels each.
         width: Channels.
-        halvings: How often the image is halved, at least once.
+        halvings: Number of times the image is halved, 1 or more.
         blocks: Residual blocks at each size.
-        context: Features of the context, joined as constant channels.
+        context: Number of features of the context, joined as constant channels.
 
     Example:
         >>> ConvEncoder((3, 13, 10), 8, width=4, halvings=2)(torch.randn(2, 3, 13, 10)).shape
@@ -270,7 +271,7 @@ class ConvEncoder(nn.Module):
 
 
 class ToPixels(nn.Module):
-    """Feature maps of half an image's size to the image: a convolution, and its pixels in place.
+    """Feature maps of half an image's size to the image: a convolution and a pixel shuffle.
 
     Args:
         width: Channels in.
@@ -289,7 +290,7 @@ class ToPixels(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Enlarge to a size by repeating pixels, and smooth by a convolution."""
+    """Enlarge to a size by repeating pixels, then convolve."""
 
     def __init__(self, width: int, size: tuple[int, int]):
         super().__init__()
@@ -308,9 +309,9 @@ class ConvDecoder(nn.Module):
         inputs: Length of the input vector.
         shape: (outputs, H, W).
         width: Channels.
-        halvings: How often the smallest map is doubled.
+        halvings: Number of times the smallest map is doubled.
         blocks: Residual blocks at each size.
-        context: Features of the context, joined to the input.
+        context: Number of features of the context, joined to the input.
     """
 
     def __init__(

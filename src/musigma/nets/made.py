@@ -1,7 +1,7 @@
-"""Networks that tell a coupling or an autoregressive layer what to do.
+"""Networks for couplings and autoregressive layers of vectors.
 
-Inside they work on (units, B): so what they emit, (B, outputs), has its batch last in memory, and
-a `Spline`, which reads each parameter of all elements as one stretch, takes it without a copy.
+They compute on (units, B), so the batch of their output (B, outputs) is last in memory. A `Spline`
+reads each parameter of all elements as one contiguous block, and needs no copy.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["MADE", "Conditioner"]
 
 
 class _Stack(nn.Module):
-    """Affine layers with ReLUs between, of which some weights are held at zero.
+    """Affine layers with ReLUs between them, some of whose weights are masked.
 
     Args:
         masks: For each layer (units, units below), 1 where there is a weight and 0 elsewhere.
-        zero: Start with the last layer at zero.
+        zero: Initialize the last layer to zero.
     """
 
     def __init__(self, masks: Sequence[Tensor], zero: bool):
@@ -34,7 +34,7 @@ class _Stack(nn.Module):
             reach = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()  # as in nn.Linear
             if zero and i == len(masks) - 1:
                 reach.zero_()
-            if mask.numel():  # else it has constants alone
+            if mask.numel():  # otherwise the layer has only a bias
                 self.weights.append(nn.Parameter((2 * torch.rand_like(mask) - 1) * reach))
             self.biases.append(nn.Parameter((2 * torch.rand(len(mask)) - 1) * reach[:, 0]))
             if not (mask.numel() and mask.all()):
@@ -42,7 +42,7 @@ class _Stack(nn.Module):
                 self.register_buffer(f"mask{i}", mask, persistent=False)
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Every layer's weight, zero where it is masked, and its bias as a column."""
+        """The weight of every layer, zero where masked, and its bias as a column."""
         weights = [
             w * self.get_buffer(f"mask{i}") if i in self.masked else w
             for i, w in enumerate(self.weights)
@@ -61,11 +61,11 @@ class Conditioner(nn.Module):
     """A multilayer perceptron (B, inputs) to (B, outputs) with ReLUs, for couplings of vectors.
 
     Args:
-        inputs: Elements of one example.
-        outputs: Numbers that are emitted for it.
+        inputs: Number of elements of one example.
+        outputs: Number of outputs for each example.
         hidden: Width of each hidden layer.
-        context: Features of the context.
-        zero: Start with the last layer at zero, so that the output is.
+        context: Number of features of the context.
+        zero: Initialize the last layer to zero, so that the output is zero.
 
     Example:
         >>> Conditioner(3, 8, hidden=[16], context=2)(torch.randn(5, 3), torch.randn(5, 2)).shape
@@ -96,19 +96,19 @@ class Conditioner(nn.Module):
 
 
 class MADE(nn.Module):
-    r"""A multilayer perceptron in which the outputs for feature i see features 0 .. i - 1 alone.
+    r"""A multilayer perceptron whose outputs for feature i depend on features 0 .. i - 1 only.
 
-    Every unit has a degree: one of degree d sees the first d features, and all of the context.
-    There is a weight between two units if the upper one's degree is at least the lower one's; the
+    Every unit has a degree: a unit of degree d sees the first d features and the whole context.
+    A weight connects two units if the degree of the upper is at least that of the lower; the
     outputs for feature i have degree i. Hidden units are sorted by degree, so that `unroll`
     computes each of them once. (Germain, Gregor, Murray, Larochelle, "MADE: Masked Autoencoder
     for Distribution Estimation", 2015, arXiv:1502.03509.)
 
     Args:
-        owners: For each output, the feature 0 .. D - 1 that it belongs to; all have equally many.
+        owners: For each output, the feature 0 .. D - 1 that it belongs to, each equally often.
         hidden: Width of each hidden layer.
-        context: Features of the context.
-        zero: Start with the last layer at zero, so that the output is.
+        context: Number of features of the context.
+        zero: Initialize the last layer to zero, so that the output is zero.
 
     Raises:
         ValueError: If some features have more outputs than others.
@@ -137,7 +137,7 @@ class MADE(nn.Module):
             raise ValueError(
                 f"owners: expected each of 0 .. {self.features - 1} equally often; got {owners}"
             )
-        seen = [*range(1, self.features)]  # by nobody is the last feature seen
+        seen = [*range(1, self.features)]  # no output depends on the last feature
         least = 0 if context else 1
         steps = self.features - least
         inner = [[least + i * steps // n for i in range(n)] for n in hidden if seen or context]
@@ -160,10 +160,10 @@ class MADE(nn.Module):
     def unroll(
         self, fill: Callable[[int, Tensor], Tensor], like: Tensor, context: Tensor | None = None
     ) -> None:
-        """Evaluate feature by feature: ``x[:, i] = fill(i, outputs of i)``, from the first on.
+        """Evaluate feature by feature, in order: ``x[:, i] = fill(i, outputs of i)``.
 
-        At step i only the units of degree i are computed, as all below them are known, and of the
-        last layer only the rows of feature i: all steps together cost less than one pass.
+        Step i computes only the hidden units of degree i and the outputs of feature i, so all
+        steps together cost less than one pass.
 
         Args:
             fill: Takes i, and the outputs (B, each) for feature i; returns feature i, (B, 1).
@@ -188,7 +188,7 @@ class MADE(nn.Module):
 
 
 def _rows(layers: Sequence[Sequence[int]], degree: int) -> list[tuple[int, int, int, int]]:
-    """The units of a degree: of which layer, from where to where, seeing how many below them."""
+    """The units of a degree: (layer, first, last, number of inputs), for each layer with some."""
     found = []
     for j, (below, layer) in enumerate(itertools.pairwise(layers)):
         first, last = bisect_left(layer, degree), bisect_right(layer, degree)
@@ -198,12 +198,12 @@ def _rows(layers: Sequence[Sequence[int]], degree: int) -> list[tuple[int, int, 
 
 
 def _room(rows: int, like: Tensor) -> Tensor:
-    """Room for rows of the batch's length; with gradients, rows are joined as they come."""
+    """Memory for rows of the batch's length; none with gradients, where rows are concatenated."""
     return like.new_empty(0 if torch.is_grad_enabled() else rows, len(like))
 
 
 def _put(rows: Tensor, at: int, more: Tensor) -> Tensor:
-    """The rows with more of them from a place on: in place, or a copy where gradients are kept."""
+    """Write further rows at an index: in place, or into a copy with gradients."""
     if torch.is_grad_enabled():
         return torch.cat([rows[:at], more])
     rows[at : at + len(more)] = more

@@ -15,11 +15,11 @@ __all__ = ["MLP", "Scaled"]
 
 
 class Scaled(nn.Module):
-    """A network that sees levels 0 .. levels - 1 scaled to [-1, 1]; no part of any density.
+    """A network whose input, levels 0 .. levels - 1, is scaled to [-1, 1]; no part of a density.
 
     Args:
         net: The network.
-        levels: How many levels there are; 2 for values that lie in [0, 1] already.
+        levels: Number of levels; 2 for values in [0, 1].
     """
 
     def __init__(self, net: nn.Module, levels: int):
@@ -27,7 +27,7 @@ class Scaled(nn.Module):
         self.net, self.levels = net, levels
 
     def forward(self, x: Tensor, context: Tensor | None = None):
-        """What the network makes of the scaled tensor."""
+        """The output of the network for the scaled input."""
         return self.net(2 * x / (self.levels - 1) - 1, context)
 
     def extra_repr(self) -> str:
@@ -42,8 +42,8 @@ class MLP(nn.Module):
         inputs: Elements of one example.
         outputs: A number, or a shape.
         hidden: Width of each hidden layer.
-        context: Features of the context.
-        zero: Start with the last layer at zero, so that the output is.
+        context: Number of features of the context.
+        zero: Initialize the last layer to zero, so that the output is zero.
 
     Example:
         >>> MLP(12, (3, 2, 2), hidden=[8])(torch.randn(5, 3, 4)).shape

@@ -39,23 +39,23 @@ def maf(
 ) -> Chain:
     """Masked autoregressive flow (Papamakarios, Pavlakou, Murray, 2017, arXiv:1705.07057).
 
-    Activation normalisation stands in for the paper's batch normalisation, so no density depends
-    on the other examples of a batch. Densities take one pass; samples go feature by feature.
+    Activation normalization replaces the paper's batch normalization, so no density depends on the
+    other examples of a batch. Densities take one pass; samples take one step per feature.
 
     Args:
         shape: (D,).
         bits: Bits of each element; None for continuous data.
-        depth: Transforms.
+        depth: Number of transforms.
         hidden: Width of each hidden layer of their networks.
-        hidden_layers: How many there are.
+        hidden_layers: Number of hidden layers.
         format: How each transform reads its network's output, as `Format.parse` takes it.
-        permutation: What reorders the features before each transform: a reversal, a fixed shuffle,
+        permutation: Reordering of the features before each transform: a reversal, a fixed shuffle,
             or an invertible matrix (plain or by its LU factors).
         norm: Put an activation normalisation before each transform.
         standardize: Standardise continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
-        context: Features of the context that conditions the transforms.
+        context: Number of features of the context; it conditions the transforms.
     """
     at_least(1, depth=depth, hidden=hidden)
     at_least(0, hidden_layers=hidden_layers)

@@ -33,20 +33,21 @@ def nsf(
     Args:
         shape: (D,); D of at least 2 for couplings.
         bits: Bits of each element; None for continuous data.
-        kind: `coupling`: half of the features bend the other half, at one price both ways.
-            `autoregressive`: each feature is bent by all before it; samples go feature by feature.
-        depth: Transforms.
+        kind: `coupling`: one half of the features transforms the other; both directions cost one
+            pass. `autoregressive`: all previous features transform each one; sampling takes one
+            step per feature.
+        depth: Number of transforms.
         hidden: Width of each hidden layer of their networks.
-        hidden_layers: How many there are.
-        bins: Of each spline.
-        bound: Splines reach from -bound to bound, and leave alone what lies outside.
-        permutation: What reorders the features before each transform: an invertible matrix (by
+        hidden_layers: Number of hidden layers.
+        bins: Number of bins of each spline.
+        bound: Splines act on [-bound, bound]; outside they are the identity.
+        permutation: Reordering of the features before each transform: an invertible matrix (by
             its LU factors, or plain), a fixed shuffle, or a reversal.
         norm: Put an activation normalisation before each transform.
         standardize: Standardise continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
-        context: Features of the context that conditions the transforms.
+        context: Number of features of the context; it conditions the transforms.
     """
     at_least(1, depth=depth, hidden=hidden)
     at_least(0, hidden_layers=hidden_layers)

@@ -42,21 +42,21 @@ def realnvp(
 ) -> Chain:
     """Real NVP (Dinh, Sohl-Dickstein, Bengio, 2017, arXiv:1605.08803).
 
-    Activation normalisation stands in for the paper's batch normalisation, so no density depends
-    on the other examples of a batch; checkerboard couplings work on half-width images.
+    Activation normalization replaces the paper's batch normalization, so no density depends on the
+    other examples of a batch. Checkerboard couplings work on half-width images.
 
     Args:
         shape: (C, H, W) with an even width, or (D,) with D of at least 2.
         bits: Bits of each element; None for continuous data.
         levels: Number of scales of an image; None: as many as the sides allow, up to 3.
-        depth: Couplings of each kind at each scale; for vectors, couplings in all.
+        depth: Number of couplings of each kind at each scale; for vectors, of all couplings.
         hidden: Width of the coupling networks.
-        blocks: Residual blocks in each, for images.
+        blocks: Number of residual blocks in each coupling network, for images.
         standardize: Standardise continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits (the paper has
             0.05, with which black and white are learned more slowly).
-        context: Features of the context that conditions couplings and split priors.
+        context: Number of features of the context; it conditions couplings and split priors.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
     at_least(0, blocks=blocks)

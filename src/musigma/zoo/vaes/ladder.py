@@ -42,21 +42,22 @@ def ladder(
 ) -> Model:
     """A ladder of latents, from small feature maps to large (Child, 2021, arXiv:2011.10650).
 
-    The image is halved until its smaller side is at most 7, and the latents are spread over all
-    sizes but the full one, the smallest first.
+    The image is halved until its smaller side is at most 7. The latents are spread over all sizes
+    but the full one, smallest first.
 
     Args:
-        shape: (C, H, W) of any size from 4 pixels.
+        shape: (C, H, W), at least 4x4.
         bits: Bits of each element; None for continuous images.
-        levels: Number of latents, each a feature map.
+        levels: Number of latents; each is a feature map.
         latents: Channels of each latent.
         width: Channels of the networks.
-        blocks: Residual blocks between two latents.
-        likelihood: A name that `musigma.likelihood` takes; `auto`: `bernoulli` for 1 bit,
-            `gaussian` for continuous data, `logistic-mixture` for all other.
-        components: Of a `logistic-mixture`.
-        std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
-        context: Features of the context that conditions every network.
+        blocks: Number of residual blocks between two latents.
+        likelihood: A name that `musigma.likelihood` takes; `auto` is `bernoulli` for
+            1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise.
+        components: Number of components of a `logistic-mixture`.
+        std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
+            or pixel, at its optimum, or a number.
+        context: Number of features of the context; it conditions every network.
     """
     at_least(1, levels=levels, latents=latents, width=width, components=components)
     at_least(0, blocks=blocks)
@@ -100,7 +101,7 @@ def _gaussian(inputs: int, latents: int, width: int, context: int, *, zero: bool
 
 
 class BottomUp(nn.Module):
-    """The feature map that each latent sees: blocks of one size see the same one."""
+    """The feature map for each latent; latents of one size share it."""
 
     def __init__(self, encoder: ConvEncoder, at: Sequence[int]):
         super().__init__()
@@ -113,10 +114,10 @@ class BottomUp(nn.Module):
 
 
 class Merge(nn.Module):
-    """Add a latent to the state, work on it, and enlarge it if the next latent is larger.
+    """Add a latent to the state, apply residual blocks, and enlarge it for a larger next latent.
 
-    The projection of z and the residual branches start smaller the deeper the ladder, as in Child
-    (2021), so that the variance of the state does not grow with it.
+    The projection of z and the residual branches are initialized smaller in deeper ladders, as in
+    Child (2021), so that the variance of the state does not grow with depth.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Merge(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The last state, and the context if any, to what the likelihood is read from."""
+    """The last state and the context to the input of the likelihood."""
 
     def __init__(self, width: int, shape: Sequence[int], blocks: int, context: int):
         super().__init__()

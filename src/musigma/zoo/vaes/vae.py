@@ -46,15 +46,16 @@ def vae(
         width: Width of the networks; None: 400 for `mlp`, 48 channels for `conv`.
         blocks: Hidden layers (`mlp`), or residual blocks at each size (`conv`).
         format: How the encoder's output is read as (mean, log_std), as `Format.parse` takes it.
-        prior: N(0, I), or a coupling `flow` over it, learned with the rest.
-        prior_depth: Couplings of the flow.
-        likelihood: A name that `musigma.likelihood` takes; `auto`: `bernoulli` for 1 bit,
-            `gaussian` for continuous data, `logistic-mixture` for all other.
-        components: Of a `logistic-mixture`.
-        std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
+        prior: N(0, I), or a coupling `flow` over it, trained with the rest.
+        prior_depth: Number of couplings of the flow.
+        likelihood: A name that `musigma.likelihood` takes; `auto` is `bernoulli` for
+            1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise.
+        components: Number of components of a `logistic-mixture`.
+        std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
+            or pixel, at its optimum, or a number.
         standardize: Standardise continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
-        context: Features of the context that conditions encoder, decoder and a flow prior.
+        context: Number of features of the context; it conditions encoder, decoder and flow prior.
     """
     at_least(1, latents=latents, width=width, prior_depth=prior_depth, components=components)
     at_least(0, blocks=blocks)
@@ -81,27 +82,29 @@ def vae(
 
 
 def chosen_likelihood(name: str, bits: int | None) -> str:
-    """The likelihood by its name, or, of `auto`, the usual one of data with so many bits.
+    """The likelihood by its name; for `auto`, the usual one for this number of bits.
 
     Raises:
-        ValueError: For one of levels, or of values in [0, 1], if the data are continuous.
+        ValueError: If the data are continuous, and the likelihood is not.
     """
     if name == "auto":
         return {None: "gaussian", 1: "bernoulli"}.get(bits, "logistic-mixture")
     if bits is None and name != "gaussian":
-        raise ValueError(f"likelihood: {name!r} is for levels; of continuous data use 'gaussian'")
+        raise ValueError(
+            f"likelihood: {name!r} is for integer levels; for continuous data use 'gaussian'"
+        )
     return name
 
 
 def named_likelihood(name, shape, net, levels, components, std) -> nn.Module:
-    """`musigma.likelihood`, with a number understood where a command line has text."""
+    """`musigma.likelihood`; `std` may be a number as text, from the command line."""
     with contextlib.suppress(ValueError):
         std = float(std)
     return likelihood(name, shape, net, levels=levels, components=components, std=std)
 
 
 def quantized(model: Model, shape: Sequence[int], levels: int) -> Chain:
-    """A model of values in [0, 1] as one of integer levels: with the account that this needs."""
+    """A model of values in [0, 1] as a model of integer levels, with dequantization."""
     return Chain([Dequantize(StandardUniform(shape), levels), Rescale(1 / levels)], model)
 
 
