@@ -1,12 +1,16 @@
 """Files of every released format load, and say what they said: golden files, kept for ever."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from musigma import checkpoint
+from musigma.cli import main
 
 GOLDEN = Path(__file__).parent / "golden" / "formats"
 MODELS = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
@@ -36,3 +40,77 @@ def test_models_of_format_1_are_saved_in_the_present_format(name, tmp_path):
     assert again.spec == model.spec
     state = again.state_dict()
     assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+
+
+# -- a run folder that the command line of format 1 wrote: 3 steps of a VAE on `digits`
+
+
+@pytest.fixture
+def old_run(tmp_path, monkeypatch):
+    """A copy of the run folder, in the working directory."""
+    pytest.importorskip("sklearn")
+    shutil.copytree(GOLDEN / "digits", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+def call(words: str) -> None:
+    main(words.split())
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_old_run_is_evaluated_to_the_figure_in_its_log(old_run, capsys):
+    call("evaluate run digits --split validation --json")
+    figure, logged = json.loads(capsys.readouterr().out), rows(old_run)[-1]
+    assert logged["kind"] == "evaluation"
+    assert (figure["n"], figure["bound"]) == (logged["n"], logged["bound"])
+    for name in ("bits_per_dim", "nats", "standard_error"):
+        assert figure[name] == pytest.approx(logged[name], rel=1e-6)
+
+
+def test_latents_and_directions_of_an_old_run_are_what_they_were(old_run, capsys):
+    call("encode run digits --out z.npz")
+    call("direction run digits --positive 3 --out direction.npz")
+    for name, old in (("z.npz", "latents.npz"), ("direction.npz", "direction.npz")):
+        with np.load(name) as found, np.load(old_run / old) as expected:
+            for key in expected.files:
+                if expected[key].dtype.kind == "f":
+                    np.testing.assert_allclose(found[key], expected[key], rtol=1e-4, atol=1e-6)
+                else:
+                    assert np.array_equal(found[key], expected[key])
+
+
+def test_old_latents_and_directions_serve(old_run, capsys):
+    model, n = checkpoint.load(old_run / "model.safetensors"), 160
+    call("decode run run/latents.npz --out x.npy")
+    with np.load(old_run / "latents.npz") as latents, torch.no_grad():
+        expected = model.decode([torch.from_numpy(latents["z0"])])
+    assert np.array_equal(np.load("x.npy"), expected.numpy())
+    assert expected.shape == (n, 1, 8, 8)
+    call("edit run digits --n 3 --direction run/direction.npz --out edited.npy")
+    assert np.load("edited.npy").shape == (3, 5, 1, 8, 8)
+    call("info run")
+    call("sample run --n 2 --out samples.npy")
+    assert np.load("samples.npy").shape == (2, 1, 8, 8)
+    assert "vae for 1x8x8" in capsys.readouterr().out
+
+
+def test_an_old_run_that_is_finished_stays_as_it_is(old_run, capsys):
+    before, log = load_file(old_run / "model.safetensors"), rows(old_run)
+    call("train --resume run --device cpu")
+    after = load_file(old_run / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert rows(old_run) == log
+
+
+def test_an_old_run_is_resumed(old_run, capsys):
+    log = rows(old_run)
+    config = (old_run / "config.json").read_text()
+    (old_run / "config.json").write_text(config.replace('"steps": 3', '"steps": 4'))
+    call("train --resume run --device cpu")
+    assert rows(old_run)[: len(log)] == log
+    assert [row["step"] for row in rows(old_run)[len(log) :]] == [4, 4]
+    assert json.loads((old_run / "evaluation.json").read_text())["n"] == 160
