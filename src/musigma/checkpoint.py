@@ -22,7 +22,7 @@ from musigma.files import replacing, usual_rights
 from musigma.model import Model
 from musigma.zoo import ARCHITECTURES, build, spec_of
 
-__all__ = ["CheckpointError", "digest", "load", "read", "save", "verified", "write"]
+__all__ = ["CheckpointError", "digest", "load", "read", "rebuild", "save", "verified", "write"]
 
 FORMAT = "musigma/2"
 
@@ -126,7 +126,7 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
             f"file that defines it, give it (--plugin FILE.py:{name})"
         )
     try:
-        model = _built(config)
+        model = rebuild(config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: its configuration builds no {name} here: {error}"
@@ -137,8 +137,14 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
     return model.eval(), extra
 
 
-def _built(config: Mapping[str, Any]) -> Model:
-    """The model of a config, with random weights."""
+def rebuild(config: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> Model:
+    """The model of a config, with random weights.
+
+    Args:
+        config: As `Model.config`, of any format.
+        extra: What was saved with it: the class names in configs of format 1.
+    """
+    config, _, _ = _from_1(dict(config), dict(extra or {}), {})
     spec = spec_of(config)
     stored = spec if "context" in config or "columns" in config else config["shape"]
     return build(config["architecture"], stored, **config["options"])

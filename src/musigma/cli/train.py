@@ -21,7 +21,7 @@ import torch
 from cyclopts import Group, Parameter
 from docstring_parser import parse
 
-from musigma import __version__, data
+from musigma import __version__, checkpoint, data
 from musigma.cli.dashboard import Dashboard
 from musigma.cli.devices import device_named
 from musigma.cli.options import (
@@ -191,7 +191,7 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
     try:
         saved = json.loads((folder / "config.json").read_text())
         about, config = saved["data"], TrainConfig(**saved["train"])
-        name, shape, options = (saved["model"][k] for k in ("architecture", "shape", "options"))
+        name, _ = saved["model"]["architecture"], saved["model"]["options"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"resume: {folder} holds no readable config.json ({reason})") from error
@@ -217,7 +217,8 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
             f"resume: the examples or labels of {about['source']} have changed since the run "
             "began; train a new run, with another --out or --overwrite"
         )
-    model = build(name, shape, **options).to(getattr(torch, saved.get("dtype", "float32")))
+    model = checkpoint.rebuild(saved["model"], {"data": about})
+    model.to(getattr(torch, saved.get("dtype", "float32")))
     run(model, found, config, folder, saved, screen, resume=True)
 
 
