@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from benchmarks.speed.glows import multiscale
-from benchmarks.speed.harness import imported
 from quality import PEERS, RUNS, bounds
 from torch import Tensor, nn
 
 import musigma
+from benchmarks.speed.glows import multiscale
+from benchmarks.speed.harness import peer_module
 from musigma import Dataset
 from musigma.distributions import StandardNormal, likelihood
 from musigma.evaluation import evaluate
@@ -57,7 +57,7 @@ class Peer:
 
 def pythae() -> Peer:
     """Pythae's VAE for binarized digits."""
-    models, nets = imported("pythae.models"), imported("pythae.models.nn.benchmarks.mnist")
+    models, nets = peer_module("pythae.models"), peer_module("pythae.models.nn.benchmarks.mnist")
     config = models.VAEConfig(input_dim=(1, 28, 28), latent_dim=16, reconstruction_loss="bce")
     model = models.VAE(
         config, nets.Encoder_ResNet_VAE_MNIST(config), nets.Decoder_ResNet_AE_MNIST(config)

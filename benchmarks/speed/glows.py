@@ -1,4 +1,4 @@
-"""Glow of 32x32x3 at 3 levels of K steps: training, sampling, and what is kept for backward."""
+"""Glow of 32x32x3 with 3 levels of K steps: training, sampling, and kept activations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.speed import ours
-from benchmarks.speed.harness import Contender, Subject, Unavailable, Work, imported
 from torch import Tensor, nn
 
-from musigma.memory import Keep, keep
-from musigma.model import Model
-from musigma.zoo import build
+from benchmarks.speed.harness import Contender, Subject, Unavailable, Workload, peer_module
+from benchmarks.speed.ours import contenders, subject, trainable
+from benchmarks.speed.package import set_memory_mode
+from musigma import Model, build
 
-__all__ = ["CLONES", "WORKS", "images", "model", "multiscale"]
+__all__ = ["CLONES", "WORKLOADS", "images", "model", "multiscale", "ours"]
 
 BATCH, LEVELS, SIDE, LR, TEMPERATURE = 32, 3, 32, 1e-4, 0.7
 NATS_PER_BIT = math.log(2) * 3 * SIDE**2
@@ -29,24 +28,24 @@ CLONES = "MUSIGMA_PEERS"
 
 
 def images() -> Tensor:
-    """Random levels, scaled to [-0.5, 0.5)."""
+    """Random bytes, scaled to [-0.5, 0.5)."""
     return torch.randint(0, 256, (BATCH, 3, SIDE, SIDE)).float().div(256).sub(0.5)
 
 
-def model(depth: int, hidden: int, memory: Keep = "store") -> Model:
-    """Ours, of continuous images as all the others, with 1x1 convolutions by their LU factors."""
+def model(depth: int, hidden: int, memory: str = "store") -> Model:
+    """musigma's model of continuous images, with 1x1 convolutions in LU form."""
     flow = build("glow", (3, SIDE, SIDE), bits=None, levels=LEVELS, depth=depth, hidden=hidden)
-    keep(flow, memory)
+    set_memory_mode(flow, memory)
     return flow
 
 
-def own(depth: int, hidden: int, *, memory: Keep = "store", best: bool = False) -> Subject:
-    """Ours."""
-    return ours.subject(
+def ours(depth: int, hidden: int, *, memory: str = "store", fast: bool = False) -> Subject:
+    """musigma."""
+    return subject(
         model(depth, hidden, memory),
         images(),
         lr=LR,
-        best=best,
+        fast=fast,
         draws=BATCH if memory == "store" else None,
         temperature=TEMPERATURE,
         note="LU",
@@ -54,7 +53,7 @@ def own(depth: int, hidden: int, *, memory: Keep = "store", best: bool = False) 
 
 
 def peer(model: nn.Module, loss_of: Callable[[Tensor], Tensor], sample: Any, note: str) -> Subject:
-    """A peer's model in the plain loop; `loss_of` is its own, in bits per dimension."""
+    """A peer's model in a plain loop, with its own loss in bits per dimension."""
     x = images()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
 
@@ -67,33 +66,33 @@ def peer(model: nn.Module, loss_of: Callable[[Tensor], Tensor], sample: Any, not
         {"step": step, "sample": sample},
         model=model,
         loss=lambda: loss_of(x),
-        warm=lambda: loss_of(x),
-        parameters=ours.trainable(model.parameters()),
+        initialize=lambda: loss_of(x),
+        parameters=trainable(model.parameters()),
         note=note,
     )
 
 
 def clone(name: str) -> Path:
-    """The folder of a peer that no registry has."""
+    """The clone of a peer that has no package."""
     root = os.environ.get(CLONES)
     if not root:
-        raise Unavailable(f"set {CLONES} to the folder that holds a clone called {name}")
+        raise Unavailable(f"set {CLONES} to a folder that holds a clone named {name}")
     if not (Path(root) / name).is_dir():
-        raise Unavailable(f"{CLONES} names a folder without {name}")
+        raise Unavailable(f"the folder {CLONES} has no clone named {name}")
     return Path(root) / name
 
 
 def load(name: str, folder: Path, module: str) -> Any:
-    """A module of a clone's folder, under a package name that meets no other."""
+    """Import a module of a clone under a package name of its own."""
     package = sys.modules[name] = types.ModuleType(name)
     package.__path__ = [str(folder)]
-    return imported(f"{name}.{module}")
+    return peer_module(f"{name}.{module}")
 
 
 def chaiyujin(depth: int, hidden: int) -> Subject:
     """chaiyujin/glow-pytorch: plain 1x1 convolutions."""
     folder = clone("chaiyujin+glow-pytorch") / "glow"
-    glow = load("musigma_bench_chaiyujin", folder, "models")
+    glow = load("speed_benchmark_chaiyujin", folder, "models")
     space = types.SimpleNamespace
     options = space(
         Glow=space(
@@ -122,9 +121,9 @@ def chaiyujin(depth: int, hidden: int) -> Subject:
 
 
 def rosinality(depth: int, hidden: int) -> Subject:
-    """rosinality/glow-pytorch: 1x1 convolutions by their LU factors."""
-    source = load("musigma_bench_rosinality", clone("rosinality+glow-pytorch"), "model")
-    source.AffineCoupling.__init__.__defaults__ = (hidden, True)  # Flow hands no width on
+    """rosinality/glow-pytorch: 1x1 convolutions in LU form."""
+    source = load("speed_benchmark_rosinality", clone("rosinality+glow-pytorch"), "model")
+    source.AffineCoupling.__init__.__defaults__ = (hidden, True)  # Flow does not pass a width
     m = source.Glow(3, depth, LEVELS, affine=True, conv_lu=True)
     shapes = [(6, 16, 16), (12, 8, 8), (48, 4, 4)]
 
@@ -141,8 +140,8 @@ def rosinality(depth: int, hidden: int) -> Subject:
 
 
 def multiscale(shape: tuple[int, int, int], levels: int, depth: int, hidden: int) -> Any:
-    """normflows' Glow of any images: 1x1 convolutions by their LU factors."""
-    nf = imported("normflows")
+    """normflows' Glow of images of any shape: 1x1 convolutions in LU form."""
+    nf = peer_module("normflows")
     channels, height, width = shape
     bases, merges, flows = [], [], []
     for i in range(levels):
@@ -164,14 +163,14 @@ def multiscale(shape: tuple[int, int, int], levels: int, depth: int, hidden: int
 
 
 def normflows(depth: int, hidden: int) -> Subject:
-    """That of the images here."""
+    """normflows: 1x1 convolutions in LU form."""
     m = multiscale((3, SIDE, SIDE), LEVELS, depth, hidden)
     return peer(m, lambda x: m.forward_kld(x) / NATS_PER_BIT, lambda: m.sample(BATCH)[0], "LU")
 
 
 def freia(depth: int, hidden: int) -> Subject:
-    """FrEIA's AllInOneBlock: fixed random rotations, and the plain coupling network."""
-    ff, fm = imported("FrEIA.framework"), imported("FrEIA.modules")
+    """FrEIA's AllInOneBlock: fixed random rotations and a plain coupling network."""
+    ff, fm = peer_module("FrEIA.framework"), peer_module("FrEIA.modules")
 
     def net(inputs: int, outputs: int) -> nn.Module:
         last = nn.Conv2d(hidden, outputs, 3, padding=1)
@@ -227,36 +226,33 @@ def _peers(depth: int, hidden: int) -> tuple[Contender, ...]:
     )
 
 
-def _glow(hidden: int) -> Work:
-    return Work(
+def _glow(hidden: int) -> Workload:
+    return Workload(
         f"glow-{hidden}",
         f"Glow 32x32x3, 3 levels of 8 steps, batch {BATCH}, hidden {hidden}; sample draws {BATCH}",
         BATCH,
         ("step", "sample"),
         (
-            Contender("musigma", functools.partial(own, 8, hidden), "ours"),
-            Contender(
-                "musigma, best", functools.partial(own, 8, hidden, best=True), "best", apart={}
-            ),
+            *contenders(functools.partial(ours, 8, hidden)),
             *_peers(8, hidden),
         ),
         conv=True,
     )
 
 
-def _memory(depth: int) -> Work:
-    modes: tuple[Keep, ...] = ("checkpoint", "reversible")
+def _memory(depth: int) -> Workload:
+    modes = ("checkpoint", "reversible")
     variants = [
-        Contender(f"musigma, {mode}", functools.partial(own, depth, 128, memory=mode), "variant")
+        Contender(f"musigma, {mode}", functools.partial(ours, depth, 128, memory=mode), "variant")
         for mode in modes
     ]
-    return Work(
+    return Workload(
         f"glow-memory-{depth}",
         f"Glow 32x32x3, 3 levels of {depth} steps, batch {BATCH}, hidden 128: memory modes",
         BATCH,
         ("step",),
         (
-            Contender("musigma", functools.partial(own, depth, 128), "ours"),
+            Contender("musigma", functools.partial(ours, depth, 128), "ours"),
             *variants,
             *_peers(depth, 128),
         ),
@@ -264,4 +260,4 @@ def _memory(depth: int) -> Work:
     )
 
 
-WORKS = (_glow(128), _glow(512), *(_memory(depth) for depth in (4, 8, 16, 32)))
+WORKLOADS = (_glow(128), _glow(512), *(_memory(depth) for depth in (4, 8, 16, 32)))

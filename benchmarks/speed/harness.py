@@ -1,8 +1,8 @@
-"""Contenders in turns: who takes part, what was timed, and which ratios follow from it.
+"""Contenders, workloads, and timing in turns.
 
-A shared machine drifts by more than what is to be measured, so no two times are compared that were
-not taken in the same minute: in every round each contender runs for a slice of time, in an order
-that is drawn anew, and what is reported is the ratio within each round.
+The speed of a shared machine drifts by more than the differences to be measured. Contenders
+therefore take turns: each round runs every contender for a slice of time, in random order, and
+results are ratios of times within the same round.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ __all__ = [
     "Subject",
     "Timing",
     "Unavailable",
-    "Work",
+    "Workload",
     "best_decile",
-    "imported",
     "interleave",
+    "peer_module",
     "quartiles",
     "ratio",
-    "slice_of",
+    "time_slice",
 ]
 
-Kind = Literal["ours", "best", "variant", "peer", "other"]
+Kind = Literal["ours", "fast", "baseline", "fast baseline", "variant", "peer", "other"]
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""Time that passed, or that this process was computing for."""
+"""Elapsed time, and CPU time of this process summed over its threads."""
 Slice = Callable[[float], list[float]]
-"""Runs one contender for so many seconds, and returns the seconds of each call."""
+"""Runs one contender for the given seconds; returns the seconds of each call."""
 
 
 class Unavailable(Exception):
-    """A contender cannot take part here; the message says why."""
+    """A contender cannot run here; the message gives the reason."""
 
 
-def imported(name: str) -> Any:
-    """A peer's module, of which nothing else is known here.
+def peer_module(name: str) -> Any:
+    """Import a module of a peer.
 
     Raises:
-        Unavailable: If it cannot be imported.
+        Unavailable: If the import fails.
     """
     try:
         return importlib.import_module(name)
@@ -61,31 +61,32 @@ def imported(name: str) -> Any:
 
 @dataclass
 class Subject:
-    """What a contender's `setup` returns.
+    """The result of a contender's `setup`.
 
     Attributes:
-        calls: What is timed, by name: `step` and `epoch` train, all others run without gradients.
-        model: Put into training or evaluation mode before each slice; None if it is no torch
-            module.
+        calls: The operations to time, by name. `step` and `epoch` train; all others run without
+            gradients.
+        model: Switched to training or evaluation mode before each slice; None if the contender
+            has no torch module.
         loss: The forward pass alone, whose saved tensors are counted; None: not counted.
-        warm: What must happen once before the first call (data-dependent initialisation).
-        parameters: How many numbers are trained.
-        countable: Whether FLOPs and kernels can be counted: not of what is compiled.
-        note: How this differs from the others of its work, in a few words.
+        initialize: Data-dependent initialisation, called once before the first operation.
+        parameters: Number of trainable parameters.
+        countable: Whether FLOPs and kernels can be counted; False for compiled models.
+        note: Difference from the other contenders, in a few words.
     """
 
     calls: Mapping[str, Callable[[], object]]
     model: nn.Module | None = None
     loss: Callable[[], Tensor] | None = None
-    warm: Callable[[], object] | None = None
+    initialize: Callable[[], object] | None = None
     parameters: int = 0
     countable: bool = True
     note: str = ""
 
     @contextmanager
-    def ready(self, what: str) -> Iterator[None]:
-        """In training mode for `step` and `epoch`; in evaluation mode, and without gradients."""
-        trains = what in ("step", "epoch")
+    def mode(self, operation: str) -> Iterator[None]:
+        """Training mode for `step` and `epoch`; evaluation mode without gradients otherwise."""
+        trains = operation in ("step", "epoch")
         if self.model is not None:
             self.model.train(trains)
         with torch.set_grad_enabled(trains):
@@ -94,44 +95,48 @@ class Subject:
 
 @dataclass(frozen=True)
 class Contender:
-    """One of those that do the same work.
+    """One implementation of a workload.
 
     Args:
-        name: Shown in tables; "musigma" is what all others are compared with.
+        name: Shown in tables. All contenders are compared with "musigma".
         setup: Builds the model and everything else that is not timed.
-        kind: `ours` (fp32), `best` (ours, in its fastest mode), `variant` (ours, otherwise),
-            `peer` (on torch) or `other` (on another framework).
+        kind: `ours` (float32), `fast` (ours with `--fast`), `baseline` or `fast baseline` (the
+            same at another commit), `variant` (ours with another option), `peer` (another torch
+            library) or `other` (another framework).
         needs: Distributions that must be installed; their versions are recorded.
-        apart: Environment variables of a process of its own, for another back end, or so that a
-            compiler's faults end nothing else; None: it shares this one.
+        environment: Environment variables of a separate process for this contender; None: it
+            runs in this process.
+        package: Folder that `musigma` is imported from, for a baseline.
     """
 
     name: str
     setup: Callable[[], Subject]
     kind: Kind = "peer"
     needs: tuple[str, ...] = ()
-    apart: Mapping[str, str] | None = None
+    environment: Mapping[str, str] | None = None
+    package: str | None = None
 
 
 @dataclass(frozen=True)
-class Work:
-    """A model, a batch and a loss that all contenders share.
+class Workload:
+    """A model, a batch and a loss, the same for all contenders.
 
     Args:
         name: On the command line.
-        about: What it is, for people.
+        about: Description for the report.
         batch: Examples in a step or a call.
-        whats: What is timed, in order.
-        contenders: Ours first.
+        operations: The operations to time, in order.
+        contenders: Implementations, ours first.
         epoch: Examples in an epoch.
-        parameters: What every contender must have; None: they differ, and the table says how.
-        conv: Convolutions dominate, so the share of the machine's peak means something.
+        parameters: Number of parameters that every contender must have; None: contenders differ,
+            as the table shows.
+        conv: Whether convolutions dominate, so that the share of the machine's peak is reported.
     """
 
     name: str
     about: str
     batch: int
-    whats: tuple[str, ...]
+    operations: tuple[str, ...]
     contenders: tuple[Contender, ...]
     epoch: int = 0
     parameters: int | None = None
@@ -139,7 +144,7 @@ class Work:
 
 
 def best_decile(seconds: Sequence[float]) -> float:
-    """The time that a tenth of the calls stayed below: steadier than the mean on a shared machine.
+    """The tenth percentile of times, steadier than the mean on a shared machine.
 
     Example:
         >>> best_decile([5.0, 1.0, 2.0])
@@ -171,30 +176,30 @@ class Timing:
 
     @property
     def seconds(self) -> list[float]:
-        """All of them."""
+        """The times of all rounds."""
         return [s for r in self.rounds for s in r]
 
     def row(self, batch: int) -> dict[str, Any]:
-        """For the report; times in milliseconds."""
-        every = self.seconds
-        best = best_decile(every)
+        """Summary for the report; times in milliseconds."""
+        seconds = self.seconds
+        best = best_decile(seconds)
         return {
-            "n": len(every),
+            "n": len(seconds),
             "best_ms": 1e3 * best,
-            "median_ms": 1e3 * statistics.median(every),
+            "median_ms": 1e3 * statistics.median(seconds),
             "rounds_ms": [1e3 * best_decile(r) for r in self.rounds],
             "examples_per_second": batch / best,
         }
 
 
 class Ratio(NamedTuple):
-    """How many times longer one contender takes than another.
+    """The time of one contender over that of another.
 
     Attributes:
-        median: Of the ratios of best deciles within each round.
-        low: Their lower quartile.
-        high: Their upper quartile.
-        best: Of the best deciles of all rounds together.
+        median: Median over the rounds of the ratio of best deciles within a round.
+        low: Lower quartile of these ratios.
+        high: Upper quartile of these ratios.
+        best: Ratio of the best deciles over all rounds.
     """
 
     median: float
@@ -204,23 +209,23 @@ class Ratio(NamedTuple):
 
 
 def ratio(slow: Timing, fast: Timing) -> Ratio:
-    """The time of `slow` over that of `fast`, which took turns.
+    """The time of `slow` over the time of `fast`, measured in the same rounds.
 
     Example:
         >>> ratio(Timing([[2.0], [6.0]]), Timing([[1.0], [2.0]]))
         Ratio(median=2.5, low=2.25, high=2.75, best=2.0)
     """
-    each = [
+    ratios = [
         best_decile(a) / best_decile(b) for a, b in zip(slow.rounds, fast.rounds, strict=False)
     ]
-    low, median, high = quartiles(each)
+    low, median, high = quartiles(ratios)
     return Ratio(median, low, high, best_decile(slow.seconds) / best_decile(fast.seconds))
 
 
-def slice_of(
+def time_slice(
     call: Callable[[], object], seconds: float, clock: Clock = time.perf_counter
 ) -> list[float]:
-    """Call until so many seconds have passed, once at least; returns the seconds of each call."""
+    """Call repeatedly for the given seconds, at least once; returns the seconds of each call."""
     times: list[float] = []
     start = now = clock()
     while not times or now - start < seconds:
@@ -232,7 +237,7 @@ def slice_of(
 
 
 class Turn(NamedTuple):
-    """Whose turn it is, in which round of how many."""
+    """The contender about to run, and the round."""
 
     name: str
     round: int
@@ -249,35 +254,35 @@ def interleave(
     on_turn: Callable[[Turn], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[dict[str, Timing]]:
-    """Rounds in which everyone has one slice; yields what is known after each of them.
+    """Run all contenders in turns; yields the timings so far after each round.
 
-    Calls may take longer than a slice. Once three times the planned time is spent, and two rounds
-    are done, no further one begins. A contender that fails is left out from then on.
+    A call may take longer than its slice. After two rounds, no further round begins once three
+    times the planned time has passed. A contender that fails is left out of later rounds.
 
     Args:
-        slices: By the contenders' names.
-        rounds: How many at most.
-        seconds: For each contender, over all rounds.
-        seed: Of the order within the rounds.
+        slices: By contender name.
+        rounds: Maximum number of rounds.
+        seconds: Time for each contender, over all rounds.
+        seed: Random seed of the order within rounds.
         clock: In seconds.
-        on_turn: Told before each slice.
-        on_failure: Told what went wrong with whom.
+        on_turn: Called before each slice.
+        on_failure: Called with the contender and its error.
     """
     order, shuffle = list(slices), random.Random(seed).shuffle
     timings: dict[str, Timing] = {name: Timing() for name in order}
-    began, planned = clock(), seconds * len(order)
-    for turn in range(rounds):
+    start, planned = clock(), seconds * len(order)
+    for index in range(rounds):
         shuffle(order)
         for name in list(order):
             if on_turn:
-                on_turn(Turn(name, turn, rounds))
+                on_turn(Turn(name, index, rounds))
             try:
                 timings[name].rounds.append(slices[name](seconds / rounds))
-            except Exception as error:  # whatever a contender throws, the others go on
+            except Exception as error:  # one contender's failure does not stop the others
                 order.remove(name)
                 del timings[name]
                 if on_failure:
                     on_failure(name, error)
         yield timings
-        if turn and clock() - began > 3 * planned:
+        if index and clock() - start > 3 * planned:
             return

@@ -1,23 +1,30 @@
-"""Our side of every work: what `fit` does in a step, with nothing around it."""
+"""musigma's side of every workload: one step as `fit` does it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
-from benchmarks.speed.harness import Subject
 from torch import Tensor
 
-from musigma import objectives
-from musigma.model import Model
-from musigma.training import TrainConfig
-from musigma.training.machine import casting, compiled
+from benchmarks.speed.harness import Contender, Subject
+from benchmarks.speed.package import compile_blocks
+from musigma import Model, TrainConfig, objectives
 
-__all__ = ["subject", "trainable"]
+__all__ = ["contenders", "subject", "trainable"]
+
+
+def contenders(setup: Callable[..., Subject]) -> tuple[Contender, Contender]:
+    """musigma in float32 and, in a separate process, with `fast=True`."""
+    return (
+        Contender("musigma", setup, "ours"),
+        Contender("musigma, fast", functools.partial(setup, fast=True), "fast", environment={}),
+    )
 
 
 def trainable(parameters: Iterable[Tensor]) -> int:
-    """How many numbers are trained."""
+    """Number of trainable parameters."""
     return sum(p.numel() for p in parameters if p.requires_grad)
 
 
@@ -26,31 +33,33 @@ def subject(
     x: Tensor,
     *,
     lr: float,
-    best: bool = False,
+    fast: bool = False,
     draws: int | None = None,
     temperature: float = 1.0,
     density: bool = False,
     note: str = "",
 ) -> Subject:
-    """A model of ours, trained on one batch as `fit` trains it.
+    """A musigma model, trained on one batch as `fit` trains it.
 
     Args:
         model: Left in the memory format that `fit` chooses.
         x: The batch.
-        lr: Of Adam.
-        best: As `TrainConfig.fast` has it: in bfloat16, and compiled.
-        draws: How many examples `sample` draws; None: sampling is not asked for.
-        temperature: At which it draws them.
-        density: Whether `log_prob` is asked for.
-        note: How this differs from the others.
+        lr: Learning rate of Adam.
+        fast: Train as `TrainConfig.fast` does: bfloat16 networks, compiled blocks.
+        draws: Number of examples that `sample` draws; None: sampling is not timed.
+        temperature: Sampling temperature.
+        density: Whether `log_prob` is timed.
+        note: Difference from the other contenders.
     """
     if x.ndim == 4:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         x = x.contiguous(memory_format=torch.channels_last)
-    config = TrainConfig(epochs=1, optimizer="adam", lr=lr, fast=best)
-    optimizer, cast = config.optimizer_for(model), casting(config, x.device)
-    if best and (why := compiled(model)):
-        note = f"{note}, {why}" if note else why
+    optimizer = TrainConfig(epochs=1, optimizer="adam", lr=lr, fast=fast).optimizer_for(model)
+    if fast and (problem := compile_blocks(model)):
+        note = f"{note}, {problem}" if note else problem
+
+    def cast():
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=fast)
 
     def loss() -> Tensor:
         with cast():
@@ -80,8 +89,8 @@ def subject(
         calls,
         model=model,
         loss=loss,
-        warm=lambda: model.calibrate(x),
+        initialize=lambda: model.calibrate(x),
         parameters=trainable(model.parameters()),
-        countable=not best,
+        countable=not fast,
         note=note,
     )

@@ -1,4 +1,4 @@
-"""The benchmark: set up, warm up, count, take turns, and write down what came of it."""
+"""The benchmark: set up, warm up, count, time in turns, and record the result."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any, Literal
 
 import torch
-from benchmarks.speed.children import Apart, Here
+
 from benchmarks.speed.harness import (
     CLOCKS,
     Contender,
@@ -20,49 +20,50 @@ from benchmarks.speed.harness import (
     Timing,
     Turn,
     Unavailable,
-    Work,
+    Workload,
     best_decile,
     interleave,
     ratio,
-    slice_of,
+    time_slice,
 )
 from benchmarks.speed.machine import describe, peak_kernels, settings
+from benchmarks.speed.runners import Conditions, InProcess, Subprocess
 
-__all__ = ["Plan", "run"]
+__all__ = ["Plan", "against", "run"]
 
-Say = Callable[[str], None]
-Runner = Here | Apart
+Status = Callable[[str], None]
+Runner = InProcess | Subprocess
 PEAK = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How much is measured.
+    """What is measured, and for how long.
 
     Args:
-        seconds: For each contender and each thing that is timed, over all rounds.
-        rounds: How often everyone has a turn.
-        threads: Of torch; None: as it comes.
-        whats: Things to time; None: all that a work has.
-        peers: Names, or beginnings of names, of peers; None: all that are installed.
-        best: Whether our fastest mode takes part.
+        seconds: Time for each contender and operation, over all rounds.
+        rounds: Number of turns of each contender.
+        threads: Number of torch threads; None: torch's default.
+        operations: Operations to time; None: all of a workload.
+        peers: Names of peers, or prefixes of names; None: all that are installed.
+        fast: Whether `--fast` training takes part.
         memory: Whether the growth of fresh processes is measured.
         counts: Whether FLOPs, kernels and saved bytes are counted.
-        keep_heap: Whether freed memory is kept, for all alike.
-        clock: `wall`, or `cpu`: what the process was computing for, over all its threads. Where
-            other work cannot be stopped, the latter, with one thread, is the surer.
-        device: Where everything is computed.
+        keep_heap: Whether processes keep freed memory.
+        clock: `wall`, or `cpu`: CPU time summed over all threads. Beside other work, the latter
+            with one thread is more reliable.
+        device: Device of all computations.
 
     Raises:
-        ValueError: For what cannot be measured.
+        ValueError: If a number is not positive.
     """
 
     seconds: float = 6.0
     rounds: int = 6
     threads: int | None = None
-    whats: tuple[str, ...] | None = None
+    operations: tuple[str, ...] | None = None
     peers: tuple[str, ...] | None = None
-    best: bool = False
+    fast: bool = False
     memory: bool = True
     counts: bool = True
     keep_heap: bool = True
@@ -75,108 +76,129 @@ class Plan:
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number; got {value}")
 
-    def takes(self, contender: Contender) -> bool:
-        """Whether a contender is asked for."""
+    def includes(self, contender: Contender) -> bool:
+        """Whether a contender takes part."""
         if contender.kind in ("peer", "other"):
             return self.peers is None or contender.name.startswith(self.peers)
-        return contender.kind != "best" or self.best
+        return self.fast or not contender.kind.startswith("fast")
 
 
-def run(works: Sequence[Work], plan: Plan, say: Say | None = None) -> Iterator[dict[str, Any]]:
-    """Measure works one after the other; yields the whole result after every round.
-
-    So whoever stops between two of them, or has an interrupt to catch, has all that is known.
+def against(workload: Workload, commit: str, package: str) -> Workload:
+    """The workload with another commit of musigma as a contender, both in separate processes.
 
     Args:
-        works: From `benchmarks.speed.works`.
-        plan: How much.
-        say: Told in a few words what is going on.
+        workload: Of this tree.
+        commit: Shown after "musigma@".
+        package: Folder from which the other commit's `musigma` is imported.
     """
-    result: dict[str, Any] = {"works": {}}
-    with settings(threads=plan.threads, keep_heap=plan.keep_heap) as chosen:
-        where = {"machine": describe(plan.device), "settings": chosen, "plan": asdict(plan)}
-        for work in works:
-            found: dict[str, Any] = {**where, "about": work.about, "batch": work.batch}
-            result["works"][work.name] = found
-            for _ in _measure(work, plan, found, say or (lambda _: None)):
+    contenders: list[Contender] = []
+    for contender in workload.contenders:
+        if contender.kind in ("ours", "fast"):
+            name = f"{contender.name}@{commit}"
+            separate = replace(contender, environment=contender.environment or {})
+            kind = "baseline" if contender.kind == "ours" else "fast baseline"
+            baseline = replace(separate, name=name, kind=kind, package=package)
+            contenders += [separate, baseline]
+        else:
+            contenders.append(contender)
+    return replace(workload, contenders=tuple(contenders))
+
+
+def run(
+    workloads: Sequence[Workload], plan: Plan, status: Status | None = None
+) -> Iterator[dict[str, Any]]:
+    """Measure workloads one after the other; yields the whole result so far after every round.
+
+    Args:
+        workloads: From `benchmarks.speed.workloads`.
+        plan: What is measured.
+        status: Called with a short description of what is going on.
+    """
+    result: dict[str, Any] = {"workloads": {}}
+    with settings(threads=plan.threads, keep_heap=plan.keep_heap) as applied:
+        conditions = {
+            "machine": describe(plan.device),
+            "settings": applied,
+            "plan": asdict(plan),
+        }
+        for workload in workloads:
+            record = {**conditions, "about": workload.about, "batch": workload.batch}
+            result["workloads"][workload.name] = record
+            for _ in _measure(workload, plan, record, status or (lambda _: None)):
                 yield result
         yield result
 
 
-def _measure(work: Work, plan: Plan, found: dict[str, Any], say: Say) -> Iterator[None]:
-    """Fill in what is found of one work, bit by bit."""
-    began = time.monotonic()
-    found |= {"contenders": {}, "skipped": {}, "whats": {}}
+def _measure(
+    workload: Workload, plan: Plan, record: dict[str, Any], status: Status
+) -> Iterator[None]:
+    """Fill in the record of one workload, operation by operation."""
+    start = time.monotonic()
+    record |= {"contenders": {}, "skipped": {}, "operations": {}}
     with ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what peers warn of is theirs
+        warnings.simplefilter("ignore")  # warnings of peers
         runners: dict[str, Runner] = {}
-        for contender in work.contenders:
-            if not plan.takes(contender):
-                continue
-            say(f"{work.name}: {contender.name}")
+        for contender in filter(plan.includes, workload.contenders):
+            name = contender.name
+            status(f"{workload.name}: {name}")
             try:
-                found["contenders"][contender.name] = {
-                    "kind": contender.kind,
-                    "versions": _versions(contender),
-                }
-                runner = _start(work, contender, plan)
+                about = {"kind": contender.kind, "versions": _versions(contender)}
+                runner = _start(workload, contender, plan)
                 stack.callback(runner.close)
-                about = runner.about()
-                _same(work, about["parameters"])
-                found["contenders"][contender.name] |= about
-                runners[contender.name] = runner
-                compiles = contender.kind == "best"  # and its compiler's memory would be counted
+                about |= runner.about()
+                _check_parameters(workload, about["parameters"])
+                compiles = contender.kind.startswith("fast")  # the compiler's memory would count
                 if plan.memory and "step" in about["calls"] and not compiles:
-                    say(f"{work.name}: memory of {contender.name}")
-                    found["contenders"][contender.name]["growth_bytes"] = _growth(
-                        work, contender, plan
-                    )
-            except Exception as error:  # whatever a contender throws, the others go on
-                _skip(found, contender.name, error)
-        for what in plan.whats or work.whats:
-            if what in work.whats:
-                yield from _time(work, what, runners, plan, found, say)
-        found["seconds"] = round(time.monotonic() - began, 1)
+                    status(f"{workload.name}: memory of {name}")
+                    about["growth_bytes"] = _growth(workload, contender, plan)
+                record["contenders"][name], runners[name] = about, runner
+            except Exception as error:  # one contender's failure does not stop the others
+                _skip(record, name, error)
+        for operation in plan.operations or workload.operations:
+            if operation in workload.operations:
+                yield from _time(workload, operation, runners, plan, record, status)
+        record["seconds"] = round(time.monotonic() - start, 1)
 
 
 def _time(
-    work: Work,
-    what: str,
+    workload: Workload,
+    operation: str,
     runners: dict[str, Runner],
     plan: Plan,
-    found: dict[str, Any],
-    say: Say,
+    record: dict[str, Any],
+    status: Status,
 ) -> Iterator[None]:
-    """Warm everyone up, count, and take turns."""
+    """Warm up, count, and time in turns."""
     slices: dict[str, Slice] = {}
     counted: dict[str, dict[str, int]] = {}
     for name, runner in list(runners.items()):
-        about = found["contenders"][name]
-        if what not in about["calls"]:
+        about = record["contenders"][name]
+        if operation not in about["calls"]:
             continue
-        say(f"{work.name} {what}: warming up {name}")
+        status(f"{workload.name} {operation}: warming up {name}")
         try:
-            runner.warm(what, 1 if what == "epoch" else 3)
-            if plan.counts and what != "epoch" and about["countable"]:
-                counted[name] = runner.counts(what)
+            runner.warm(operation, 1 if operation == "epoch" else 3)
+            if plan.counts and operation != "epoch" and about["countable"]:
+                counted[name] = runner.counts(operation)
         except Exception as error:
-            _skip(found, name, error)
+            _skip(record, name, error)
             del runners[name]
             continue
-        slices[name] = lambda seconds, runner=runner: runner.time(what, seconds)
+        slices[name] = lambda seconds, runner=runner: runner.time(operation, seconds)
     if not slices:
         return
-    peaks = _peaks() if work.conv and plan.device == "cpu" else {}
+    peaks = _peaks() if workload.conv and plan.device == "cpu" else {}
     for name, (call, _) in peaks.items():
-        slices[name] = lambda seconds, call=call: slice_of(
+        slices[name] = lambda seconds, call=call: time_slice(
             call, min(0.3, seconds), CLOCKS[plan.clock]
         )
 
     def on_turn(turn: Turn) -> None:
-        say(f"{work.name} {what}: round {turn.round + 1} of {turn.rounds}, {turn.name}")
+        place = f"round {turn.round + 1} of {turn.rounds}"
+        status(f"{workload.name} {operation}: {place}, {turn.name}")
 
-    def failed(name: str, error: Exception) -> None:
-        _skip(found, name, error)
+    def on_failure(name: str, error: Exception) -> None:
+        _skip(record, name, error)
         runners.pop(name, None)
 
     for timings in interleave(
@@ -184,94 +206,102 @@ def _time(
         rounds=plan.rounds,
         seconds=plan.seconds,
         on_turn=on_turn,
-        on_failure=failed,
+        on_failure=on_failure,
     ):
-        found["whats"][what] = _account(work, what, timings, counted, peaks, found)
+        record["operations"][operation] = _summary(
+            workload, operation, timings, counted, peaks, record
+        )
         yield
-        gc.collect()  # between the rounds, not in someone's turn
+        gc.collect()  # between rounds, so that no contender's slice pays for it
 
 
-def _account(
-    work: Work,
-    what: str,
+def _summary(
+    workload: Workload,
+    operation: str,
     timings: dict[str, Timing],
     counted: dict[str, dict[str, int]],
     peaks: dict[str, tuple[Callable[[], object], int]],
-    found: dict[str, Any],
+    record: dict[str, Any],
 ) -> dict[str, Any]:
-    """Times, counts, ratios to ours and to the best peer, and shares of the peak."""
+    """Times, counts, ratios to ours, to a baseline and to the best peer, and shares of peak."""
     rows: dict[str, Any] = {}
-    examples = work.epoch if what == "epoch" else work.batch
+    examples = workload.epoch if operation == "epoch" else workload.batch
     for name, timing in timings.items():
         if name not in peaks:
             rows[name] = timing.row(examples) | counted.get(name, {})
-    account: dict[str, Any] = {"times": rows}
-    kinds = {name: found["contenders"][name]["kind"] for name in rows}
-    own = next((name for name, kind in kinds.items() if kind == "ours"), None)
-    if own is not None:
+    summary: dict[str, Any] = {"times": rows}
+    kinds = {name: record["contenders"][name]["kind"] for name in rows}
+    ours = next((name for name, kind in kinds.items() if kind == "ours"), None)
+    if ours is not None:
         for name in rows:
-            rows[name]["ratio"] = ratio(timings[name], timings[own])._asdict()
-    rivals = [name for name, kind in kinds.items() if kind == "peer"]
-    if rivals:
-        best = min(rivals, key=lambda name: rows[name]["best_ms"])
-        account["best_peer"] = best
-        account["faster"] = {
+            rows[name]["ratio"] = ratio(timings[name], timings[ours])._asdict()
+    peers = [name for name, kind in kinds.items() if kind == "peer"]
+    if peers:
+        best = min(peers, key=lambda name: rows[name]["best_ms"])
+        summary["best_peer"] = best
+        summary["faster"] = {
             name: ratio(timings[best], timings[name])._asdict()
             for name, kind in kinds.items()
-            if kind in ("ours", "best")
+            if kind in ("ours", "fast")
+        }
+    baselines = {n.partition("@")[0]: n for n, kind in kinds.items() if kind.endswith("baseline")}
+    if pairs := {now: then for now, then in baselines.items() if now in rows}:
+        summary["against"] = {
+            now: {"name": then, **ratio(timings[now], timings[then])._asdict()}
+            for now, then in pairs.items()
         }
     if peaks:
-        account["peak_gflops"] = {
+        summary["peak_gflops"] = {
             name: 1e-9 * flops / best_decile(timings[name].seconds)
             for name, (_, flops) in peaks.items()
             if name in timings
         }
-        account["peak_shares"] = _shares(rows, kinds, own, account["peak_gflops"])
-    return account
+        summary["peak_shares"] = _shares(rows, kinds, ours, summary["peak_gflops"])
+    return summary
 
 
 def _shares(
-    rows: dict[str, Any], kinds: dict[str, str], own: str | None, peak: dict[str, float]
+    rows: dict[str, Any], kinds: dict[str, str], ours: str | None, peak: dict[str, float]
 ) -> dict[str, float]:
-    """FLOPs in a second, over what the machine can do in that type; ours in bf16 as in fp32."""
+    """FLOP/s over the machine's peak in that type; compiled models do the FLOPs of ours."""
     shares = {}
     for name, row in rows.items():
-        narrow = kinds[name] == "best"
-        flops = rows.get(own, {}).get("flops") if narrow and own else row.get("flops")
-        limit = peak.get("peak bf16" if narrow else "peak fp32")
+        fast = kinds[name] == "fast"
+        flops = rows.get(ours, {}).get("flops") if fast and ours else row.get("flops")
+        limit = peak.get("peak bf16" if fast else "peak fp32")
         if flops and limit:
             shares[name] = 1e-9 * flops / (1e-3 * row["best_ms"]) / limit
     return shares
 
 
-def _start(work: Work, contender: Contender, plan: Plan) -> Runner:
-    for need in contender.needs:
-        _version(need)
-    if contender.apart is None:
-        return Here(contender, plan.device, plan.clock)
-    return Apart(work.name, contender, **_options(plan))
+def _start(workload: Workload, contender: Contender, plan: Plan) -> Runner:
+    for distribution in contender.needs:
+        _version(distribution)
+    if contender.environment is None:
+        return InProcess(contender, plan.device, plan.clock)
+    return Subprocess(workload.name, contender, _conditions(plan))
 
 
-def _options(plan: Plan) -> dict[str, Any]:
-    return {
-        "threads": torch.get_num_threads(),
-        "keep_heap": plan.keep_heap,
-        "device": plan.device,
-        "clock": plan.clock,
-    }
+def _conditions(plan: Plan) -> Conditions:
+    return Conditions(
+        threads=torch.get_num_threads(),
+        keep_heap=plan.keep_heap,
+        device=plan.device,
+        clock=plan.clock,
+    )
 
 
-def _growth(work: Work, contender: Contender, plan: Plan) -> int | None:
-    """Of a fresh process; heap that is kept would change nothing, so it is as it comes."""
-    apart = Apart(work.name, contender, **_options(plan) | {"keep_heap": False})
+def _growth(workload: Workload, contender: Contender, plan: Plan) -> int | None:
+    """Of a fresh process with the default heap; a kept heap would not change it."""
+    runner = Subprocess(workload.name, contender, replace(_conditions(plan), keep_heap=False))
     try:
-        return apart.growth("step")
+        return runner.growth("step")
     finally:
-        apart.close()
+        runner.close()
 
 
 def _versions(contender: Contender) -> dict[str, str]:
-    return {need: _version(need) for need in contender.needs}
+    return {name: _version(name) for name in contender.needs}
 
 
 def _version(distribution: str) -> str:
@@ -281,26 +311,26 @@ def _version(distribution: str) -> str:
         raise Unavailable(f"{distribution} is not installed") from None
 
 
-def _skip(found: dict[str, Any], name: str, error: Exception) -> None:
-    why = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
-    found["skipped"][name] = why
-    found["contenders"].pop(name, None)
+def _skip(record: dict[str, Any], name: str, error: Exception) -> None:
+    reason = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
+    record["skipped"][name] = reason
+    record["contenders"].pop(name, None)
 
 
-def _same(work: Work, parameters: int) -> None:
-    if work.parameters is not None and parameters != work.parameters:
+def _check_parameters(workload: Workload, parameters: int) -> None:
+    if workload.parameters is not None and parameters != workload.parameters:
         raise ValueError(
-            f"its model has {parameters:,} parameters, and this work has {work.parameters:,}"
+            f"the model has {parameters:,} parameters; expected {workload.parameters:,}"
         )
 
 
 def _peaks() -> dict[str, tuple[Callable[[], object], int]]:
-    """For each type the kernel that comes nearest to the machine's peak."""
-    found = {}
+    """For each type, the kernel that comes nearest to the machine's peak."""
+    peaks = {}
     for name, dtype in PEAK.items():
         speeds = {}
         for call, flops in peak_kernels(dtype).values():
             call()
-            speeds[flops / best_decile(slice_of(call, 0.1))] = (call, flops)
-        found[f"peak {name}"] = speeds[max(speeds)]
-    return found
+            speeds[flops / best_decile(time_slice(call, 0.1))] = (call, flops)
+        peaks[f"peak {name}"] = speeds[max(speeds)]
+    return peaks

@@ -1,4 +1,4 @@
-"""Flows of vectors: spline couplings, autoregressive splines, and MAF, at 8 and 43 dimensions."""
+"""Flows of vectors: spline couplings, autoregressive splines and MAF, in 8 and 43 dimensions."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from benchmarks.speed import ours
-from benchmarks.speed.harness import Contender, Subject, Unavailable, Work, imported
 from torch import Tensor, nn
 
-from musigma.model import Model
-from musigma.zoo import build
+from benchmarks.speed.harness import Contender, Subject, Unavailable, Workload, peer_module
+from benchmarks.speed.ours import contenders, subject, trainable
+from musigma import Model, build
 
-__all__ = ["WORKS", "model"]
+__all__ = ["WORKLOADS", "model", "ours"]
 
 Flow = Literal["nsf-c", "nsf-ar", "maf"]
 FLOWS: dict[Flow, str] = {
@@ -26,7 +25,7 @@ BATCH, TRANSFORMS, HIDDEN, BINS, LR = 512, 5, 128, 8, 1e-3
 
 
 def model(flow: Flow, dims: int) -> Model:
-    """Ours, as the peers have it: reversals between the transforms, and no normalisation."""
+    """musigma's model as the peers have it: reversals between transforms, no normalisation."""
     options: dict[str, Any] = {"bits": None, "depth": TRANSFORMS, "hidden": HIDDEN}
     options |= {"permutation": "reverse", "norm": False}
     if flow == "maf":
@@ -35,13 +34,13 @@ def model(flow: Flow, dims: int) -> Model:
     return build("nsf", (dims,), kind=kind, bins=BINS, **options)
 
 
-def own(flow: Flow, dims: int, *, best: bool = False) -> Subject:
-    """Ours."""
-    return ours.subject(
+def ours(flow: Flow, dims: int, *, fast: bool = False) -> Subject:
+    """musigma."""
+    return subject(
         model(flow, dims),
         torch.randn(BATCH, dims),
         lr=LR,
-        best=best,
+        fast=fast,
         draws=BATCH,
         density=True,
     )
@@ -54,7 +53,7 @@ def peer(
     sample: Callable[[int], object],
     note: str = "",
 ) -> Subject:
-    """A peer's model in the plain loop."""
+    """A peer's model in a plain loop."""
     x = torch.randn(BATCH, dims)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
 
@@ -67,13 +66,13 @@ def peer(
         optimizer.step()
 
     calls = {"step": step, "log_prob": lambda: log_prob(x), "sample": lambda: sample(BATCH)}
-    parameters = ours.trainable(model.parameters())
+    parameters = trainable(model.parameters())
     return Subject(calls, model=model, loss=loss, parameters=parameters, note=note)
 
 
 def zuko(flow: Flow, dims: int) -> Subject:
-    """zuko: masked perceptrons, also in couplings."""
-    flows = imported("zuko").flows
+    """zuko: masked perceptrons, in couplings too."""
+    flows = peer_module("zuko").flows
     options = {"transforms": TRANSFORMS, "hidden_features": (HIDDEN, HIDDEN)}
     if flow == "maf":
         m = flows.MAF(dims, **options)
@@ -84,8 +83,8 @@ def zuko(flow: Flow, dims: int) -> Subject:
 
 
 def nflows(flow: Flow, dims: int) -> Subject:
-    """nflows: residual networks with one block, which is two layers of the same width."""
-    transforms, nets = imported("nflows.transforms"), imported("nflows.nn.nets")
+    """nflows: residual networks with one block (two layers of the same width)."""
+    transforms, nets = peer_module("nflows.transforms"), peer_module("nflows.nn.nets")
     spline = {"num_bins": BINS, "tails": "linear", "tail_bound": 5.0}
 
     def net(inputs: int, outputs: int) -> nn.Module:
@@ -102,19 +101,21 @@ def nflows(flow: Flow, dims: int) -> Subject:
                 transforms.MaskedAffineAutoregressiveTransform(dims, HIDDEN, num_blocks=1)
             )
         else:
-            mask = imported("nflows.utils").create_alternating_binary_mask(dims, even=i % 2 == 0)
+            mask = peer_module("nflows.utils").create_alternating_binary_mask(
+                dims, even=i % 2 == 0
+            )
             kind = transforms.PiecewiseRationalQuadraticCouplingTransform
             parts.append(kind(mask, net, **spline))
-    base = imported("nflows.distributions").StandardNormal([dims])
-    m = imported("nflows.flows").Flow(transforms.CompositeTransform(parts), base)
+    base = peer_module("nflows.distributions").StandardNormal([dims])
+    m = peer_module("nflows.flows").Flow(transforms.CompositeTransform(parts), base)
     return peer(m, dims, m.log_prob, m.sample, "residual networks")
 
 
 def normflows(flow: Flow, dims: int) -> Subject:
-    """normflows: residual networks; its MAF runs the other way round, and is left out."""
+    """normflows: residual networks; its MAF computes densities sequentially and is left out."""
     if flow == "maf":
         raise Unavailable("its MAF is an inverse autoregressive flow: log_prob is sequential")
-    nf = imported("normflows")
+    nf = peer_module("normflows")
     spline = {"num_bins": BINS, "tail_bound": 5}
     parts = []
     for i in range(TRANSFORMS):
@@ -128,25 +129,21 @@ def normflows(flow: Flow, dims: int) -> Subject:
     return peer(m, dims, m.log_prob, lambda n: m.sample(n), "residual networks")
 
 
-def _work(flow: Flow, dims: int, about: str) -> Work:
-    contenders = [
-        Contender("musigma", functools.partial(own, flow, dims), "ours"),
-        Contender(
-            "musigma, best", functools.partial(own, flow, dims, best=True), "best", apart={}
-        ),
-    ]
-    contenders += [
+def _workload(flow: Flow, dims: int, about: str) -> Workload:
+    peers = [
         Contender(setup.__name__, functools.partial(setup, flow, dims), needs=(setup.__name__,))
         for setup in (zuko, nflows, normflows)
     ]
-    return Work(
+    return Workload(
         f"{flow}-{dims}",
         f"{about}, D={dims}, batch {BATCH}, {TRANSFORMS} transforms, hidden ({HIDDEN}, {HIDDEN})"
         + (f", {BINS} bins" if flow != "maf" else ""),
         BATCH,
         ("step", "log_prob", "sample"),
-        tuple(contenders),
+        (*contenders(functools.partial(ours, flow, dims)), *peers),
     )
 
 
-WORKS = tuple(_work(flow, dims, about) for flow, about in FLOWS.items() for dims in (8, 43))
+WORKLOADS = tuple(
+    _workload(flow, dims, about) for flow, about in FLOWS.items() for dims in (8, 43)
+)

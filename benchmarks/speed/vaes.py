@@ -1,4 +1,4 @@
-"""The VAEs: one hidden layer each way, a small convolutional one, and one of 64x64 images."""
+"""VAEs: a perceptron with one hidden layer each way, and convolutional ones of 28x28 and 64x64."""
 
 from __future__ import annotations
 
@@ -15,32 +15,40 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarks.speed import ours
-from benchmarks.speed.harness import Contender, Subject, Work, imported
 from torch import Tensor, nn
 
-from musigma.data import Dataset
-from musigma.distributions import StandardNormal, likelihood
-from musigma.gaussian import Format, GaussianHead
-from musigma.layers import Rescale
-from musigma.model import VAE, Chain, Prior
-from musigma.training import TrainConfig, fit
-from musigma.training.machine import compiled
-from musigma.zoo import ARCHITECTURES, architecture, build
+from benchmarks.speed.harness import Contender, Subject, Workload, peer_module
+from benchmarks.speed.ours import contenders, subject, trainable
+from benchmarks.speed.package import Rescale, compile_blocks
+from musigma import (
+    VAE,
+    Chain,
+    Dataset,
+    Format,
+    GaussianHead,
+    Prior,
+    StandardNormal,
+    TrainConfig,
+    architecture,
+    build,
+    fit,
+    likelihood,
+)
+from musigma.zoo import ARCHITECTURES
 
-__all__ = ["WORKS"]
+__all__ = ["WORKLOADS"]
 
 HIDDEN, LATENTS, BATCH, EXAMPLES, LR = 400, 20, 128, 60_000, 1e-3
 
 
 @functools.lru_cache(maxsize=1)
 def images(n: int = EXAMPLES) -> np.ndarray:
-    """Random bytes in the shape of MNIST: no time here depends on what is in the pictures."""
+    """Random bytes in the shape of MNIST; no time here depends on the content of the images."""
     return np.random.default_rng(0).integers(0, 256, (n, 1, 28, 28), dtype=np.uint8)
 
 
 def greys(n: int) -> Tensor:
-    """The first n of them as grey values in [0, 1]."""
+    """The first n images as grey values in [0, 1]."""
     return torch.from_numpy(images()[:n]).float().div(255).to(torch.get_default_device())
 
 
@@ -48,27 +56,27 @@ def greys(n: int) -> Tensor:
 
 
 def mlp_model() -> VAE:
-    """Ours; the Bernoulli takes grey values as it takes zeros and ones."""
+    """musigma's model; the Bernoulli accepts grey values as well as zeros and ones."""
     model = build("mlp_vae", (1, 28, 28), bits=1, hidden=HIDDEN, latents=LATENTS)
     assert isinstance(model, VAE)
     return model
 
 
 def grey_vae(shape: Sequence[int], *, bits: int = 8) -> Chain:
-    """The same, of bytes: nothing is added to the loss but a constant."""
+    """The same model of bytes; the loss differs by a constant."""
     return Chain([Rescale(1 / (2**bits - 1))], mlp_model())
 
 
-of_bytes = architecture(grey_vae)
-ARCHITECTURES.pop("grey_vae")  # it can be saved, but it is none of the zoo's
+grey_architecture = architecture(grey_vae)
+ARCHITECTURES.pop("grey_vae")  # `fit` can save the model, but the zoo does not list it
 
 
-def mlp_ours(*, best: bool = False) -> Subject:
-    """The step, and an epoch through `fit`, which evaluates one example and saves at the end."""
-    found = ours.subject(mlp_model(), greys(BATCH), lr=LR, best=best)
-    data, model = Dataset(images()), of_bytes((1, 28, 28))
-    if best:
-        compiled(model)  # once, as in a run of many epochs
+def mlp_ours(*, fast: bool = False) -> Subject:
+    """A step, and an epoch of `fit`, which evaluates on one example and saves at the end."""
+    result = subject(mlp_model(), greys(BATCH), lr=LR, fast=fast)
+    data, model = Dataset(images()), grey_architecture((1, 28, 28))
+    if fast:
+        compile_blocks(model)  # once, as in a run of many epochs
     config = TrainConfig(
         epochs=1,
         batch_size=BATCH,
@@ -79,7 +87,7 @@ def mlp_ours(*, best: bool = False) -> Subject:
         ema=0.0,
         evaluations=1,
         evaluate_on=1,
-        precision="bf16" if best else "fp32",
+        precision="bf16" if fast else "fp32",
     )
 
     device = str(torch.get_default_device())
@@ -88,19 +96,19 @@ def mlp_ours(*, best: bool = False) -> Subject:
         with tempfile.TemporaryDirectory() as folder:
             fit(model, data, data.subset([0]), config, Path(folder) / "run", device=device)
 
-    found.calls = {**found.calls, "epoch": epoch}
-    return found
+    result.calls = {**result.calls, "epoch": epoch}
+    return result
 
 
 class PlainVAE(nn.Module):
-    """An encoder, two linear heads, and a decoder that ends in probabilities, as examples have it.
+    """An encoder, two linear heads, and a decoder that emits probabilities, as in many examples.
 
     Args:
         encoder: Emits `features`.
-        features: What the heads read.
+        features: Inputs of the heads.
         decoder: From `latents` to the image.
         latents: Dimensions of z.
-        distortion: Of a reconstruction and x, summed over everything.
+        distortion: Function of a reconstruction and x, summed over all elements.
     """
 
     def __init__(
@@ -125,7 +133,7 @@ class PlainVAE(nn.Module):
 
 
 def plain_subject(model: nn.Module, loss_of: Callable[[Tensor], Tensor], x: Tensor) -> Subject:
-    """The plain loop around a model."""
+    """A plain training loop around a model."""
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
 
     def step(x: Tensor = x) -> Tensor:
@@ -139,17 +147,17 @@ def plain_subject(model: nn.Module, loss_of: Callable[[Tensor], Tensor], x: Tens
         {"step": step},
         model=model,
         loss=lambda: loss_of(x),
-        parameters=ours.trainable(model.parameters()),
+        parameters=trainable(model.parameters()),
     )
 
 
 def mlp_plain_model() -> PlainVAE:
-    """The network of the examples, ending in a sigmoid."""
+    """The model of the examples, ending in a sigmoid."""
     return PlainVAE(*mlp_parts(), LATENTS, F.binary_cross_entropy)
 
 
 def mlp_parts() -> tuple[nn.Module, int, nn.Module]:
-    """Encoder, its features, and decoder."""
+    """Encoder, number of its features, and decoder."""
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, HIDDEN), nn.ReLU())
     decoder = nn.Sequential(
         nn.Linear(LATENTS, HIDDEN),
@@ -162,7 +170,7 @@ def mlp_parts() -> tuple[nn.Module, int, nn.Module]:
 
 
 class Items(torch.utils.data.Dataset):
-    """One PIL image at a time, made a tensor, as torchvision's MNIST does it."""
+    """One PIL image at a time, converted to a tensor, as torchvision's MNIST does."""
 
     def __len__(self) -> int:
         return len(images())
@@ -176,10 +184,10 @@ class Items(torch.utils.data.Dataset):
 
 
 def mlp_plain(loader: Literal["items", "tensors"]) -> Subject:
-    """The example loop; `items` from a dataset of pictures, `tensors` from one tensor."""
+    """The plain loop; `items` reads single images, `tensors` slices one tensor."""
     model = mlp_plain_model()
-    found = plain_subject(model, model, greys(BATCH))
-    step: Any = found.calls["step"]
+    result = plain_subject(model, model, greys(BATCH))
+    step: Any = result.calls["step"]
     if loader == "items":
         data: Any = Items()
     else:
@@ -189,13 +197,13 @@ def mlp_plain(loader: Literal["items", "tensors"]) -> Subject:
     def epoch() -> float:
         return sum(step(x).item() for x, _ in batches)
 
-    found.calls = {"epoch": epoch} if loader == "items" else {"step": step, "epoch": epoch}
-    return found
+    result.calls = {"epoch": epoch} if loader == "items" else {"step": step, "epoch": epoch}
+    return result
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and the notes of others."""
+    """Suppress the progress bars and log messages of peers."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
@@ -213,10 +221,10 @@ def pythae_subject(
     batch: int,
     examples: int,
 ) -> Subject:
-    """Pythae's VAE of given networks, and its own trainer."""
-    models, layers = imported("pythae.models"), imported("pythae.models.nn")
-    trainers = imported("pythae.trainers")
-    output = imported("pythae.models.base.base_utils").ModelOutput
+    """pythae's VAE of the given networks, with its own trainer."""
+    models, layers = peer_module("pythae.models"), peer_module("pythae.models.nn")
+    trainers = peer_module("pythae.trainers")
+    output = peer_module("pythae.models.base.base_utils").ModelOutput
     net, features, back = parts
 
     class Encoder(layers.BaseEncoder):
@@ -240,9 +248,9 @@ def pythae_subject(
     config = models.VAEConfig(input_dim=shape, latent_dim=latents, reconstruction_loss=distortion)
     model = models.VAE(config, Encoder(), Decoder())
     x = greys(batch) if shape[1] == 28 else pictures(batch)
-    found = plain_subject(model, lambda x: model({"data": x}).loss, x)
+    result = plain_subject(model, lambda x: model({"data": x}).loss, x)
     if not examples:
-        return found
+        return result
 
     def epoch() -> None:
         with quiet(), tempfile.TemporaryDirectory() as folder:
@@ -254,27 +262,27 @@ def pythae_subject(
                 optimizer_cls="Adam",
                 train_dataloader_num_workers=0,
             )
-            data = imported("pythae.data.datasets").BaseDataset(
+            data = peer_module("pythae.data.datasets").BaseDataset(
                 greys(examples), torch.zeros(examples)
             )
             trainer = trainers.BaseTrainer(model, data, training_config=settings)
             trainer.prepare_training()
             trainer.train_step(1)
 
-    found.calls = {**found.calls, "epoch": epoch}
-    return found
+    result.calls = {**result.calls, "epoch": epoch}
+    return result
 
 
 def keras_subject(parts: Callable[[], tuple[Any, Any, Any]], latents: int, x: Any, data: Any):
-    """A Keras model with the same loss, on the back end that the environment names.
+    """A Keras model with the same loss, on the back end that KERAS_BACKEND names.
 
     Args:
-        parts: Builds encoder, decoder, and the distortion of (x, reconstruction), one per example.
+        parts: Builds encoder, decoder, and the distortion of (x, reconstruction) per example.
         latents: Dimensions of z.
         x: The batch.
-        data: What `fit` has; None: an epoch is not asked for.
+        data: Training set of `fit`; None: an epoch is not timed.
     """
-    keras = imported("keras")
+    keras = peer_module("keras")
     layers, ops = keras.layers, keras.ops
     encoder, decoder, distortion = parts()
 
@@ -295,7 +303,7 @@ def keras_subject(parts: Callable[[], tuple[Any, Any, Any]], latents: int, x: An
 
     model = Model()
     model.compile(optimizer=keras.optimizers.Adam(LR), loss=distortion)
-    model(x[:1])  # builds it
+    model(x[:1])  # creates the weights
     calls: dict[str, Callable[[], object]] = {"step": lambda: model.train_on_batch(x, x)}
     if data is not None:
         calls["epoch"] = lambda: model.fit(data, data, batch_size=len(x), verbose=0)
@@ -304,10 +312,10 @@ def keras_subject(parts: Callable[[], tuple[Any, Any, Any]], latents: int, x: An
 
 
 def mlp_keras() -> Subject:
-    """Keras, with flat images."""
+    """Keras, on flat images."""
 
     def parts() -> tuple[Any, Any, Any]:
-        keras = imported("keras")
+        keras = peer_module("keras")
         layers, ops = keras.layers, keras.ops
         encoder = keras.Sequential([layers.Dense(HIDDEN, "relu")])
         decoder = keras.Sequential([layers.Dense(HIDDEN, "relu"), layers.Dense(784, "sigmoid")])
@@ -326,12 +334,12 @@ def mlp_keras() -> Subject:
 
 
 def pictures(n: int) -> Tensor:
-    """Random colours, (n, 3, 64, 64), in [0, 1]."""
+    """Random colour images, (n, 3, 64, 64), in [0, 1]."""
     return torch.rand(n, 3, 64, 64)
 
 
 def small_parts() -> tuple[nn.Module, int, nn.Module]:
-    """The network of Keras's example, for 28x28: encoder, its features, and decoder."""
+    """The networks of Keras's example for 28x28: encoder, number of its features, decoder."""
     encoder = nn.Sequential(
         nn.Conv2d(1, 32, 3, 2, 1),
         nn.ReLU(),
@@ -372,7 +380,7 @@ def vanilla_parts() -> tuple[nn.Module, int, nn.Module]:
 
 
 def conv_model(size: int) -> VAE:
-    """Ours: the same networks under our heads; the squared error is a Gaussian of variance 1/2."""
+    """The same networks with musigma's heads; squared error is a Gaussian of variance 1/2."""
     encoder, features, decoder = small_parts() if size == 28 else vanilla_parts()
     latents = 2 if size == 28 else 128
     posterior = GaussianHead(
@@ -381,7 +389,9 @@ def conv_model(size: int) -> VAE:
         format=Format(scale="log_var"),
     )
     if size == 28:
-        logits = nn.Sequential(*list(decoder.children())[:-1])  # the likelihood has the sigmoid
+        logits = nn.Sequential(
+            *list(decoder.children())[:-1]
+        )  # the likelihood contains the sigmoid
         head = likelihood("bernoulli", (1, 28, 28), lambda _: logits, levels=2)
     else:
         head = GaussianHead(decoder, event_ndims=3, log_std=-0.5 * math.log(2))
@@ -393,13 +403,13 @@ def conv_x(size: int) -> Tensor:
     return greys(64) if size == 28 else pictures(64)
 
 
-def conv_ours(size: int, *, best: bool = False) -> Subject:
-    """Ours."""
-    return ours.subject(conv_model(size), conv_x(size), lr=LR, best=best)
+def conv_ours(size: int, *, fast: bool = False) -> Subject:
+    """musigma."""
+    return subject(conv_model(size), conv_x(size), lr=LR, fast=fast)
 
 
 def conv_plain_model(size: int) -> PlainVAE:
-    """The plain model."""
+    """The model of the plain loop."""
     if size == 28:
         return PlainVAE(*small_parts(), 2, F.binary_cross_entropy)
     return PlainVAE(*vanilla_parts(), 128, F.mse_loss)
@@ -412,17 +422,17 @@ def conv_plain(size: int) -> Subject:
 
 
 def conv_pythae(size: int) -> Subject:
-    """Pythae."""
+    """pythae."""
     if size == 28:
         return pythae_subject(small_parts(), 2, (1, 28, 28), "bce", 64, 0)
     return pythae_subject(vanilla_parts(), 128, (3, 64, 64), "mse", 64, 0)
 
 
 def conv_keras(size: int) -> Subject:
-    """Keras, with its channels last."""
+    """Keras, with channels last."""
 
     def parts() -> tuple[Any, Any, Any]:
-        keras = imported("keras")
+        keras = peer_module("keras")
         k, ops = keras.layers, keras.ops
         if size == 28:
             relu = {"padding": "same", "activation": "relu"}
@@ -455,7 +465,7 @@ def conv_keras(size: int) -> Subject:
     return keras_subject(parts, 2 if size == 28 else 128, x, None)
 
 
-# --- the works ---------------------------------------------------------------------------------
+# --- the workloads -----------------------------------------------------------------------------
 
 
 def _keras(setup: Callable[[], Subject]) -> tuple[Contender, ...]:
@@ -465,35 +475,32 @@ def _keras(setup: Callable[[], Subject]) -> tuple[Contender, ...]:
             setup,
             kind="peer" if backend == "torch" else "other",
             needs=("keras", backend),
-            apart={"KERAS_BACKEND": backend},
+            environment={"KERAS_BACKEND": backend},
         )
         for backend in ("torch", "jax")
     )
 
 
-def _conv(size: int, about: str, parameters: int) -> Work:
-    contenders = (
-        Contender("musigma", functools.partial(conv_ours, size), "ours"),
-        Contender(
-            "musigma, best", functools.partial(conv_ours, size, best=True), "best", apart={}
-        ),
+def _conv(size: int, about: str, parameters: int) -> Workload:
+    everyone = (
+        *contenders(functools.partial(conv_ours, size)),
         Contender("plain loop", functools.partial(conv_plain, size)),
         Contender("pythae", functools.partial(conv_pythae, size), needs=("pythae",)),
         *_keras(functools.partial(conv_keras, size)),
     )
-    return Work(
+    return Workload(
         f"conv-vae-{size}",
         about,
         64,
         ("step",),
-        contenders,
+        everyone,
         parameters=parameters,
         conv=True,
     )
 
 
-WORKS = (
-    Work(
+WORKLOADS = (
+    Workload(
         "mlp-vae",
         "MLP VAE 784-400-20, batch 128, Bernoulli on grey values; an epoch is 60,000 images "
         "through the whole trainer",
@@ -501,7 +508,9 @@ WORKS = (
         ("step", "epoch"),
         (
             Contender("musigma", mlp_ours, "ours"),
-            Contender("musigma, best", functools.partial(mlp_ours, best=True), "best", apart={}),
+            Contender(
+                "musigma, fast", functools.partial(mlp_ours, fast=True), "fast", environment={}
+            ),
             Contender(
                 "plain loop, pictures", functools.partial(mlp_plain, "items"), needs=("pillow",)
             ),
@@ -516,8 +525,10 @@ WORKS = (
         epoch=EXAMPLES,
         parameters=652_824,
     ),
-    _conv(28, "convolutional VAE of 28x28 (Keras's example), batch 64, Bernoulli", 134_165),
+    _conv(28, "Convolutional VAE of 28x28 (Keras's example), batch 64, Bernoulli", 134_165),
     _conv(
-        64, "convolutional VAE of 64x64x3 (32 to 512 channels, z 128), batch 64, MSE", 3_937_635
+        64,
+        "Convolutional VAE of 64x64x3 (32 to 512 channels, 128 latents), batch 64, squared error",
+        3_937_635,
     ),
 )
