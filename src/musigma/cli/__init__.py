@@ -20,6 +20,7 @@ from musigma.cli import (  # noqa: F401 (they register their commands)
 )
 from musigma.cli.options import TRAIN, app
 from musigma.cli.screen import rank_and_count
+from musigma.cli.threads import configure
 
 UserError = (ValueError, TypeError, OSError)
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     `decompress` has further exit codes: see `musigma.coding.errors`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    configure()
     try:
         if words[:1] == ["train"]:
             from musigma.cli.train import prepare_words

@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 
 __all__ = ["configure"]
 
-WAITING = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
+WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 """For libgomp (torch's builds for Linux) and for the runtimes of Intel and LLVM."""
 
 CHOICES = ("OMP_WAIT_POLICY", *WAITING)
