@@ -223,10 +223,10 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _plain(contents: Contents, name: str, t: Tensor | Inert) -> Tensor:
-    plain = isinstance(t, Tensor) and t.layout == torch.strided and t.device.type == "cpu"
-    plain = plain and not (t.is_quantized or t.is_nested)
-    if plain and t.numel() * t.element_size() <= t.untyped_storage().nbytes():
-        return t
+    if isinstance(t, Tensor) and t.layout == torch.strided and t.device.type == "cpu":
+        whole = t.numel() * t.element_size() <= t.untyped_storage().nbytes()
+        if whole and not (t.is_quantized or t.is_nested):
+            return t
     raise ForeignError(
         f"{contents.path}: {printable(name)} is no plain tensor with all of its elements"
     )
