@@ -27,8 +27,6 @@ PUBLISHED = {
     "coupling": "affine",
     "permutation": "conv",  # or lu, shuffle, reverse
     "learn_top": True,
-    "dequantize": "uniform",
-    "alpha": None,
 }
 CROSS = {"format": "cross sigmoid+2", "split_format": "cross log_std"}
 HALVES = {"format": "split sigmoid+2", "split_format": "split log_std"}
@@ -46,8 +44,8 @@ def heads(model):
 # -- cross or split: the same model under a permutation of the last layer's rows
 
 torch.manual_seed(0)
-cross = randomized(musigma.build("glow", (3, 16, 16), bits=5, **PUBLISHED, **CROSS))
-halves = musigma.build("glow", (3, 16, 16), bits=5, **PUBLISHED, **HALVES).double()
+cross = randomized(musigma.build("published_glow", (3, 16, 16), bits=5, **PUBLISHED, **CROSS))
+halves = musigma.build("published_glow", (3, 16, 16), bits=5, **PUBLISHED, **HALVES).double()
 halves.load_state_dict(cross.state_dict())
 x = torch.rand(4, 3, 16, 16, dtype=torch.float64) - 0.5
 with torch.no_grad():
@@ -90,11 +88,10 @@ print("                   gradients apart by", (gradients - one.weight.grad).abs
 data = musigma.data.load("digits")
 torch.manual_seed(0)
 model = musigma.build(
-    "glow",
+    "published_glow",
     data.shape,
     bits=data.bits,
-    context=len(data.label_names),
-    conditioned="top",  # as published: the class shifts the top prior, and nothing else
+    context=len(data.label_names),  # shifts the top prior, and nothing else
     classifier="softmax",
     classifier_weight=10.0,  # nats of the class's code for each nat of the image's
     **PUBLISHED,

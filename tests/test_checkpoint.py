@@ -20,6 +20,7 @@ from musigma.layers import ActNorm
 from musigma.model import VAE, Chain, Prior
 from musigma.nets import MLP
 from musigma.zoo import architecture, build
+from musigma.zoo.flows.published_glow import to_format_1
 
 IMAGES = {
     "vae": {"net": "mlp", "width": 8, "latents": 3},
@@ -351,6 +352,33 @@ def test_a_migration_is_applied(monkeypatch, file):
     refused(file, "format musigma/0")
     monkeypatch.setitem(checkpoint.MIGRATIONS, "musigma/0", ("musigma/1", migrate))
     assert checkpoint.load(file).config["options"]["width"] == 2
+
+
+OF_PUBLISHED_CODE = {"edge": True, "top_each": "pixel", "split_format": "halves log_std"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "architecture"),
+    [({}, "glow"), (OF_PUBLISHED_CODE, "published_glow"), ({"low": 0.0}, "published_glow")],
+)
+def test_a_glow_of_format_1_is_one_of_two_architectures(changed, architecture, tmp_path):
+    """Files of format 1 name one `glow`, with the options of published code among its own."""
+    options = {"bits": 3, "levels": 2, "depth": 1, "hidden": 4, "dequantize": "uniform"}
+    options |= {"alpha": None, "permutation": "conv", "format": "interleaved softclip"}
+    wanted = build(architecture, (1, 8, 8), **options, **changed)
+    old = to_format_1(wanted.config)
+    assert old["architecture"] == "glow"
+    assert old["options"].keys() > {"split_format", "classifier", "conditioned"}
+    header = {"format": "musigma/1", "version": "0.1.0", "config": old, "extra": {}}
+    checkpoint.write(tmp_path / "old.safetensors", header, wanted.state_dict())
+    model = checkpoint.load(tmp_path / "old.safetensors")
+    wanted.eval()
+    assert {**model.config["options"], **changed}.items() >= options.items()
+    assert model.config["architecture"] == architecture
+    x = torch.randint(0, 8, (3, 1, 8, 8))
+    for one, other in zip(model.encode(x, mode=True), wanted.encode(x, mode=True), strict=True):
+        assert torch.equal(one, other)
+    assert to_format_1(model.config) == old
 
 
 def test_others_safetensors_are_refused(tmp_path):

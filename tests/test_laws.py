@@ -468,9 +468,8 @@ MODELS = {
     ),
     "glow context": lambda: zoo("glow", (1, 8, 8), context=3, **GLOW),
     "glow of openai": lambda: zoo(
-        "glow",
+        "published_glow",
         (1, 8, 8),
-        alpha=None,
         edge=True,
         top_each="pixel",
         split_format="halves log_std",
@@ -478,10 +477,17 @@ MODELS = {
         **GLOW,
     ),
     "glow with a classifier": lambda: zoo(
-        "glow", (1, 8, 8), context=3, conditioned="top", classifier="softmax", low=0.0, **GLOW
+        "published_glow", (1, 8, 8), context=3, classifier="softmax", low=0.0, **GLOW
     ),
     "glow with a classifier of many labels": lambda: zoo(
-        "glow", (1, 8, 8), context=3, classifier="sigmoid", **GLOW
+        "published_glow",
+        (1, 8, 8),
+        context=3,
+        classifier="sigmoid",
+        conditioned="all",
+        dequantize="learned",
+        alpha=1e-5,
+        **GLOW,
     ),
     "glow continuous": lambda: zoo("glow", (3, 8, 8), **{**GLOW, "bits": None}),
 }

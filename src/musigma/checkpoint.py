@@ -21,6 +21,7 @@ from musigma import __version__
 from musigma.files import replacing, usual_rights
 from musigma.model import Model
 from musigma.zoo import ARCHITECTURES, build, spec_of
+from musigma.zoo.flows.published_glow import from_format_1
 
 __all__ = ["CheckpointError", "digest", "load", "read", "rebuild", "save", "verified", "write"]
 
@@ -33,8 +34,10 @@ Contents = tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]
 def _from_1(config: dict[str, Any], extra: dict[str, Any], tensors: dict[str, Tensor]) -> Contents:
     """Format 1 knew class labels alone as a context, and conditioned fewer networks on them.
 
-    The others now have further input channels, whose weights are zero for these files.
+    The others now have further input channels, whose weights are zero for these files. Some
+    options of `glow` are those of `published_glow` now.
     """
+    config = from_format_1(config)
     classes = config["options"].get("context") or 0
     if classes and "context" not in config:
         described = extra.get("data")

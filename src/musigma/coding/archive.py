@@ -38,6 +38,7 @@ from musigma.coding.errors import (
 from musigma.coding.rounding import Exceptions
 from musigma.coding.stack import CODER
 from musigma.model import Model
+from musigma.zoo.flows.published_glow import to_format_1
 
 __all__ = ["Archive", "decompress", "model_digest", "summary"]
 
@@ -204,7 +205,7 @@ class Archive:
 
 def model_digest(model: Model) -> str:
     """By what a file knows its model: of its configuration and its parameters."""
-    return checkpoint.digest(model.config, model.state_dict())
+    return checkpoint.digest(to_format_1(model.config), model.state_dict())
 
 
 def checked(header: Mapping[str, Any]) -> Mapping[str, Any]:

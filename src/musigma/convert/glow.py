@@ -160,7 +160,7 @@ def assemble(
     per_pixel = top is not None and top.raw.ndim > 1
     context = 0 if top is None or top.from_context is None else top.from_context.shape[1]
     model = build(
-        "glow",
+        "published_glow",
         shape,
         bits=bits,
         levels=len(levels),
@@ -173,10 +173,7 @@ def assemble(
         edge=any(conv.edge is not None for conv in convs),
         learn_top=top is not None,
         top_each="pixel" if per_pixel else "channel",
-        dequantize="uniform",
-        alpha=None,
         low=low,
-        conditioned="top",
         classifier="none" if classifier is None else labels,
         classifier_weight=classifier_weight,
         context=context,

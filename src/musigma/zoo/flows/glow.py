@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import nn
@@ -13,7 +13,6 @@ from musigma.layers import (
     ActNorm,
     Additive,
     Affine,
-    Classifier,
     Coupling,
     Dequantize,
     InvertibleConv,
@@ -27,6 +26,9 @@ from musigma.model import Bijection, Chain, Layer, Prior
 from musigma.nets import CouplingNet, ResNet, ZeroConv2d
 from musigma.zoo import architecture, at_least
 
+SPLIT = "interleaved log_std"
+"""How a split prior reads the output of its network."""
+
 
 @architecture
 def glow(
@@ -38,17 +40,10 @@ def glow(
     hidden: int = 128,
     coupling: Literal["affine", "additive"] = "affine",
     format: str = "interleaved softclip",
-    split_format: str = "interleaved log_std",
     permutation: Literal["conv", "lu", "shuffle", "reverse"] = "lu",
-    edge: bool = False,
     learn_top: bool = True,
-    top_each: Literal["channel", "pixel"] = "channel",
     dequantize: Literal["uniform", "learned"] = "learned",
     alpha: float | None = 1e-5,
-    low: float = -0.5,
-    conditioned: Literal["all", "top"] = "all",
-    classifier: Literal["none", "softmax", "sigmoid"] = "none",
-    classifier_weight: float = 1.0,
     context: int = 0,
 ) -> Chain:
     """Glow (Kingma & Dhariwal, 2018, arXiv:1807.03039).
@@ -63,70 +58,85 @@ def glow(
         coupling: Affine couplings, or additive ones (of volume 1).
         format: How an affine coupling reads its network's output, as `Format.parse` takes it. The
             paper's is "interleaved sigmoid+2", which can only shrink and learns more slowly.
-        split_format: How a split prior reads its network's output: "halves log_std" is the same
-            model under a permutation of the last layer's rows.
         permutation: What mixes the channels: a 1x1 convolution (plain or by its LU factors), a
             fixed shuffle, or a reversal.
-        edge: 3x3 convolutions in couplings and split priors see where the image ends (the "edge
-            bias" of OpenAI's code; what padding with ones does in rosinality's).
         learn_top: Learn mean and log_std of the top prior.
-        top_each: For each `channel`, or for each `pixel` of each.
         dequantize: Uniform noise, as in the paper, or learned noise, logit-normal given the image
             (Ho et al., "Flow++", 2019, arXiv:1902.00275), with which a third of the steps do.
-        alpha: Of a logit that maps [0, 1] to the real line before all else, for data with bits;
-            None: none, as in the paper. With it, images that are mostly black or white are
-            learned several times faster.
-        low: Without a logit, images are brought to the range from here to one more.
-        conditioned: What a context conditions: couplings and all priors, or the `top` prior alone.
-        classifier: Train the top latent to tell the class (of a conditional model) as well:
-            `softmax` for one label each, `sigmoid` for several.
-        classifier_weight: Of that term, in nats for each nat of log p(x).
+        alpha: Margin of a logit that maps [0, 1] to the real line before all other layers, for
+            data with bits; None for no logit, as in the paper. With it, images that are mostly
+            black or white are learned several times faster.
         context: Features of the context.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
-    if conditioned not in ("all", "top"):
-        raise ValueError(f"conditioned: expected 'all' or 'top'; got {conditioned!r}")
-    if classifier != "none" and not context:
-        raise ValueError("classifier: there are no classes to tell; condition the model on them")
-    inner = context if conditioned == "all" else 0
-    maps = {"affine": Affine(Format.parse(format)), "additive": Additive()}
-    if coupling not in maps:
-        raise ValueError(f"coupling: expected 'affine' or 'additive'; got {coupling!r}")
-    bend = maps[coupling]
-    layers: list[Layer] = []
+    map, layers = coupling_map(coupling, format), []
     if bits is not None:
-        layers = dequantized(shape, bits, dequantize, alpha, low, hidden, inner)
+        layers = dequantized(shape, bits, dequantize, alpha, -0.5, hidden, context)
+    scales, top = multiscale(
+        shape,
+        levels,
+        lambda c: steps(c, depth, hidden, map, permutation, context),
+        lambda c: split(c, SPLIT, context),
+    )
+    prior = StandardNormal(top)
+    if learn_top or context:
+        prior = LearnedNormal(top, context=context, bounds=Format.parse(SPLIT).bounds)
+    return Chain([*layers, *scales], Prior(prior))
+
+
+def multiscale(
+    shape: Sequence[int],
+    levels: int | None,
+    steps: Callable[[int], list[Layer]],
+    split: Callable[[int], Layer],
+) -> tuple[list[Layer], tuple[int, int, int]]:
+    """Scale by scale: a squeeze, steps on so many channels, and a split of all but the last.
+
+    Returns:
+        The layers, and the shape that is left at the top.
+    """
+    layers: list[Layer] = []
     channels, height, width = image_shape(shape)
     levels = halvings(height, width, levels)
     for level in range(levels):
-        layers.append(Squeeze())
         channels, height, width = 4 * channels, height // 2, width // 2
-        half = channels // 2
-        for _ in range(depth):
-            emitted = bend.outputs * half
-            net = CouplingNet(half, emitted, hidden=hidden, context=inner, edge=edge)
-            layers += [
-                ActNorm(channels),
-                mixing(permutation, channels),
-                Coupling(net, map=bend),
-            ]
+        layers += [Squeeze(), *steps(channels)]
         if level < levels - 1:
-            prior = GaussianHead(
-                ZeroConv2d(half, channels, context=inner, edge=edge),
-                event_ndims=3,
-                format=Format.parse(split_format),
-            )
-            layers.append(Split(prior))
-            channels = half
-    top = (channels, height, width)
-    if classifier != "none":
-        weight = classifier_weight
-        layers.append(Classifier(channels, context, labels=classifier, weight=weight))
-    if learn_top or context:
-        bounds = Format.parse(split_format).bounds
-        head = LearnedNormal(top, each=top_each, context=context, bounds=bounds)
-        return Chain(layers, Prior(head))
-    return Chain(layers, Prior(StandardNormal(top)))
+            layers.append(split(channels))
+            channels //= 2
+    return layers, (channels, height, width)
+
+
+def steps(
+    channels: int,
+    depth: int,
+    hidden: int,
+    map: Affine | Additive,
+    permutation: str,
+    context: int = 0,
+    *,
+    edge: bool = False,
+) -> list[Layer]:
+    """Steps of actnorm, permutation and coupling; `edge` as in `published_glow`."""
+    half, layers = channels // 2, []
+    for _ in range(depth):
+        net = CouplingNet(half, map.outputs * half, hidden=hidden, context=context, edge=edge)
+        layers += [ActNorm(channels), mixing(permutation, channels), Coupling(net, map=map)]
+    return layers
+
+
+def split(channels: int, format: str, context: int = 0, *, edge: bool = False) -> Split:
+    """Factors half of the channels out, with a Gaussian prior given the other half."""
+    net = ZeroConv2d(channels // 2, channels, context=context, edge=edge)
+    return Split(GaussianHead(net, event_ndims=3, format=Format.parse(format)))
+
+
+def coupling_map(name: str, format: str) -> Affine | Additive:
+    """The map of a coupling by its name."""
+    if name not in ("affine", "additive"):
+        raise ValueError(f"coupling: expected 'affine' or 'additive'; got {name!r}")
+    read = Format.parse(format)
+    return Affine(read) if name == "affine" else Additive()
 
 
 def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
