@@ -24,6 +24,7 @@ SMALL = {
     "ladder": [((1, 8, 8), {"levels": 2, "latents": 2, "width": 8, "components": 2})],
     "maf": [((4,), {"depth": 2, "hidden": 8})],
     "mlp_vae": [((1, 4, 4), {"hidden": 8, "latents": 3, "bits": 1})],
+    "published_glow": [((3, 4, 4), {"context": 3, "classifier": "softmax", "depth": 1})],
     "nsf": [((4,), {"depth": 2, "hidden": 8})],
     "realnvp": [
         ((4,), {"bits": None, "depth": 2, "hidden": 8}),

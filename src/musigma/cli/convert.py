@@ -113,7 +113,7 @@ def convert(
         "notes": result.notes,
     }
     for note in result.notes:
-        screen.say(note)
+        screen.note(note)
     screen.result(
         answer,
         f"{foreign.FAMILIES[found].what}: {model.config['architecture']} of {shape} with "
