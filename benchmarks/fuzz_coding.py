@@ -39,9 +39,9 @@ if "atheris" in sys.argv:
 
 if atheris:
     with atheris.instrument_imports(include=["musigma.coding"]):
-        from musigma.coding import container, layout, search
+        from musigma.coding import container, layout, scan
 else:
-    from musigma.coding import container, layout, search
+    from musigma.coding import container, layout, scan
 
 SECONDS = 10
 MEMORY = 32 << 20  # bytes for one input, whose files are of a few thousand
@@ -240,7 +240,7 @@ def bits(data: bytearray, rng: random.Random, others: list[bytes]) -> None:
 def number(data: bytearray, rng: random.Random, others: list[bytes]) -> None:
     """Another length, count or place: in a field of some header, or anywhere."""
     places = [12, 8, 10]
-    for match in search.MAGICS.finditer(data):
+    for match in scan.MAGICS.finditer(data):
         places += range(match.start() + 4, match.start() + layout.HEAD.size, 4)
     place = rng.choice(places) if rng.random() < 0.9 else rng.randrange(len(data) + 1)
     size = rng.choice((1, 2, 4, 4, 8))
@@ -251,7 +251,7 @@ def number(data: bytearray, rng: random.Random, others: list[bytes]) -> None:
 
 def block(data: bytearray, rng: random.Random) -> slice:
     """A stretch of a file, which mostly begins and ends at a magic."""
-    edges = [m.start() for m in search.MAGICS.finditer(data)] + [0, len(data)]
+    edges = [m.start() for m in scan.MAGICS.finditer(data)] + [0, len(data)]
     if rng.random() < 0.4:
         edges = range(len(data) + 1)
     a, b = sorted((rng.choice(edges), rng.choice(edges)))
@@ -315,7 +315,7 @@ def repair(data: bytes | bytearray) -> bytes:
         data[body - 32 : body] = hashlib.sha256(data[body + 4 : begin]).digest()
         seed = zlib.crc32(data[:body])
         put(seed, body)
-    for match in list(search.MAGICS.finditer(data, min(begin, len(data)))):
+    for match in list(scan.MAGICS.finditer(data, min(begin, len(data)))):
         place = match.start()
         if match[0] == layout.CHUNK_MAGIC and place + layout.HEAD.size <= len(data):
             head = layout.Head(*layout.HEAD.unpack_from(data, place))

@@ -12,10 +12,14 @@ from scipy import special, stats
 from torch import nn
 
 from musigma.coding import densities, laws, numerics
+from musigma.coding.coder import layer_rule
+from musigma.coding.densities import Quantizer, law_of
 from musigma.coding.errors import CodingError, NumericsDiffer
 from musigma.coding.laws import SHARPNESS, Bits, Mixture, Normal, Weights
-from musigma.coding.moves import MOVES, move, ratio, triangles
+from musigma.coding.planning import find_grids
+from musigma.coding.registry import _RULES
 from musigma.coding.rounding import Rounding
+from musigma.coding.rules import ratio, triangles
 from musigma.coding.stack import ONE, Exhausted, Stack
 from musigma.gaussian import DiagonalGaussian, Format
 from musigma.layers import (
@@ -26,6 +30,7 @@ from musigma.layers import (
     Autoregressive,
     Checkerboard,
     Coupling,
+    Elementwise,
     InvertibleConv,
     Logit,
     Permutation,
@@ -359,11 +364,11 @@ def test_mixtures_are_undone_and_are_what_they_say(seed, levels):
 @quick
 @given(st.integers(-4096 * 6, 4096 * 6), st.integers(-300, 300), st.integers(0, 99))
 def test_the_noise_law(mean, log_std, seed):
-    law = densities._Noise(np.full((5,), mean), np.full((5,), log_std), 12)
+    law = densities.Noise(np.full((5,), mean), np.full((5,), log_std), 12)
     undone(law, seed)
     put(law, np.random.default_rng(seed).integers(0, 4096, 5))
     k = np.arange(4096)
-    many = densities._Noise(np.full(k.shape, mean), np.full(k.shape, log_std), 12)
+    many = densities.Noise(np.full(k.shape, mean), np.full(k.shape, log_std), 12)
     mass = exact(many, k)
     assert mass.sum() == pytest.approx(1, abs=1e-9)
     ends = special.logit(np.arange(1025) / 1024)
@@ -409,7 +414,7 @@ def test_a_narrow_law_draws_nothing_wild_and_a_wide_one_may():
     assert np.abs(drawn).max() < 8.1 * math.exp(300 / SHARPNESS)
     dist = DiagonalGaussian(torch.zeros(2, 3), torch.zeros(2, 3), 1)
     for drawn in (True, False):
-        assert densities.codable(dist, 2, 4, Rounding(), drawn=drawn).wide is not drawn
+        assert law_of(dist, Quantizer(Rounding(), 4, 2, drawn)).wide is not drawn
 
 
 # -- tables
@@ -512,6 +517,12 @@ def _couple(c, seed, gain, kind):
     return Coupling(Net(c // 2, bend.outputs * (c - c // 2), seed, gain), map=bend)
 
 
+def _elementwise(shape, seed, gain):
+    layer, g = Elementwise(shape, map=Spline()), torch.Generator().manual_seed(seed)
+    layer.h.data = 0.5 * gain * torch.randn(layer.h.shape, generator=g)
+    return layer
+
+
 LAYERS = {  # its maker, dimensions, whether values are in [0, 1), how far it is from the floats
     "actnorm": (_norm, (2, 4), False, 2e-2),
     "lu": (lambda c, s, g: _conv(c, s, g, True), (2, 4), False, 2e-2),
@@ -527,13 +538,15 @@ LAYERS = {  # its maker, dimensions, whether values are in [0, 1), how far it is
     "black": (lambda c, s, g: Checkerboard(), (4,), False, 0),
     "white": (lambda c, s, g: Checkerboard(white=True), (4,), False, 0),
     "units": (lambda c, s, g: Rescale(-(2.0 ** (s % 9 - 4)), 0.5), (2, 4), False, 0),
+    "elementwise": (_elementwise, (2,), False, 2e-2),
+    "per channel": (lambda c, s, g: _elementwise((c, 1, 1), s, g), (4,), False, 2e-2),
     "logit": (lambda c, s, g: Logit(10.0 ** -(1 + s % 5)), (2, 4), True, 2e-2),
 }
 FINE = 14
 
 
 def at_work(layer, s, rounding, grid):
-    rule, inner, inverted = move(layer)
+    rule, inner, inverted = layer_rule(layer)
     above = rule.grid_above(inner, grid)
 
     def given(whole, g):
@@ -545,8 +558,10 @@ def at_work(layer, s, rounding, grid):
 
 
 def test_every_rule_is_tried():
-    kinds = {type(make(4, 0, 1.0)) for make, *_ in LAYERS.values()}
-    assert kinds == set(MOVES)
+    layers = [make(4, 0, 1.0) for make, *_ in LAYERS.values()]
+    tried = {type(layer) for layer in layers} | {type(getattr(layer, "map", None)) for layer in layers}
+    ours = {kind for kind in _RULES if kind.__module__.startswith("musigma.layers")}
+    assert ours <= tried
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -586,11 +601,11 @@ def test_up_and_down(name, data):
 
 
 def refused(layer):
-    from musigma.coding.coder import grids
     from musigma.distributions import StandardNormal
     from musigma.model import Chain, Prior
 
-    grids(Chain([layer], Prior(StandardNormal((2,)))), [])
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    find_grids(Chain([layer], Prior(StandardNormal((2,)))).double(), x, None, [])
 
 
 @pytest.mark.parametrize("name", [n for n in LAYERS if LAYERS[n][3]])

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musigma.coding import layout, search
+from musigma.coding import layout, scan
 from musigma.coding.container import (
     BITS_BACK,
     EXCEPTION,
@@ -654,12 +654,12 @@ def test_a_rescan_is_linear(fuzz):
         claims[44:52] = struct.pack("<Q", (1000 - number) * 64)
         hostile.append(bytes(claims))
     data = fuzz.repair(start + b"".join(hostile) + b"?" * 100)
-    source = search.Source(io.BytesIO(data), Limits())
+    source = scan.Source(io.BytesIO(data), Limits())
     source.seed = zlib.crc32(data[: len(start) - 4])
     read = []
     at = source.at
     source.at = lambda offset, size: (read.append(size), at(offset, size))[1]
-    search.find(source, len(start))
+    scan.find(source, len(start))
     assert sum(read) < 5 * len(data)
     with pytest.raises(LimitExceeded, match="seem"):
         reader(start + b"MUSC" * 5000, chunks=1000)
@@ -667,7 +667,7 @@ def test_a_rescan_is_linear(fuzz):
 
 @pytest.mark.parametrize("window", [4, 5, 63, 64, 65, 100, 300])
 def test_a_rescan_sees_what_lies_across_its_windows(window, monkeypatch):
-    monkeypatch.setattr(search, "WINDOW", window)
+    monkeypatch.setattr(scan, "WINDOW", window)
     for noise in range(12):
         data = WHOLE[:BODY] + b"?" * noise + WHOLE[BODY:FOOTER]
         assert kept(data, PARTS) == {0, 1, 2}

@@ -50,7 +50,7 @@ def compress(
         out: The .mus file to write.
         prepared: Compress what the model sees (resized, binarized, fewer levels) instead of the
             original data. Without it, data that the model sees only in part are refused.
-        labels: Store the labels as well. Those of a conditional model are always stored.
+        labels: Store the labels as well. What the model is conditioned on is always stored.
         embed: Store the model in the file, so that it can be read without the run.
         numerics: `exact` files can be read on any machine. `pinned` is about twice as fast, but
             needs the same processor type and PyTorch version for reading.
@@ -60,7 +60,6 @@ def compress(
         verify: Decode the file and compare it with the data before it replaces an old one.
     """
     from musigma import coding
-    from musigma.evaluation import context_size
 
     check_out(out, ".mus")
     at_least_one(chunk=chunk, workers=workers)
@@ -68,9 +67,14 @@ def compress(
     coding.check(trained.model)
     found = trained.data(source, options.everything(), screen)
     folder = Path(source) if Path(source).is_dir() and found.ids is not None else None
-    labels = labels or bool(context_size(trained.model))
+    context = trained.model.spec.context if trained.model.spec else ()
     examples = coding.Examples(
-        found, folder=folder, labels=labels, prepared=prepared, seed=common.seed
+        found,
+        context=context,
+        folder=folder,
+        labels=labels,
+        prepared=prepared,
+        seed=common.seed,
     )
     with screen.progress("compressing") as progress:
         report = coding.compress(
@@ -105,7 +109,7 @@ def _report_lines(report: dict[str, Any]) -> Iterator[str]:
             f"over the {n - report['packed']:,} images that the model encodes"
         )
     if report["side_bytes"]:
-        yield f"names, modes and labels: {report['side_bytes']:,} bytes"
+        yield f"names, modes, labels and context: {report['side_bytes']:,} bytes"
     if report["packed"]:
         yield f"smaller by xz, or not representable by the model: {report['packed']:,} images"
     pays = report["break_even"]

@@ -1,14 +1,17 @@
-"""Lossless compression: every bit that a model reports, as a file.
+"""Lossless compression: files as small as the model says.
 
-`compress` and `decompress` are all that most need; an `Archive` is a file that was opened, to read
-one image of it, or what damage has left. `Coder` is the trace by which any model codes.
+`compress` and `decompress` serve most purposes. An `Archive` is an open file, to read one image of
+it, or what damage has left. `register` gives a coding rule to a layer, a map or a distribution of
+your own. `Coder` is the trace by which a model codes.
 """
 
+from musigma.coding import laws
 from musigma.coding.archive import Archive, decompress, summary
 from musigma.coding.batch import Batch
 from musigma.coding.codec import Codec, check
 from musigma.coding.coder import Coder
 from musigma.coding.compression import Report, compress
+from musigma.coding.densities import Quantizer
 from musigma.coding.errors import (
     CodingError,
     DamagedFile,
@@ -18,7 +21,9 @@ from musigma.coding.errors import (
     UnknownVersion,
     WrongModel,
 )
-from musigma.coding.pictures import Examples, check_out, extract
+from musigma.coding.images import Examples, check_out, extract
+from musigma.coding.registry import register
+from musigma.coding.rules import Increasing, Intervals, MapRule, Rule
 
 __all__ = [
     "Archive",
@@ -28,10 +33,15 @@ __all__ = [
     "CodingError",
     "DamagedFile",
     "Examples",
+    "Increasing",
+    "Intervals",
     "LimitExceeded",
     "Limits",
+    "MapRule",
     "NumericsDiffer",
+    "Quantizer",
     "Report",
+    "Rule",
     "UnknownVersion",
     "WrongModel",
     "check",
@@ -39,5 +49,7 @@ __all__ = [
     "compress",
     "decompress",
     "extract",
+    "laws",
+    "register",
     "summary",
 ]

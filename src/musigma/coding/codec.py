@@ -1,9 +1,9 @@
-"""Images to bits and back, a chunk at a time, by one model.
+"""Images to bits and back, one chunk at a time, by one model.
 
-A chunk is coded on its own stack, batch after batch. Bits-back needs bits to begin with: they are
-a hash of the chunk's own content, so that what is left on the stack after decoding says whether
-every value is right. Only the first images pay for them, because batches begin at one image and
-grow with the stack.
+A chunk is coded on a stack of its own, batch by batch. Bits-back coding needs bits to begin with:
+a hash of the content of the chunk. What remains on the stack after decoding therefore tells
+whether every value is right. Only the first images pay for these bits, because batches begin with
+one image and grow with the stack.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,29 +21,26 @@ from torch import Tensor
 
 from musigma.coding import numerics as arithmetic
 from musigma.coding.batch import bits_of, digest
-from musigma.coding.coder import Coder, drawn_sites, grids
+from musigma.coding.coder import Coder
 from musigma.coding.errors import CodingError, NumericsDiffer
 from musigma.coding.numerics import Kernels, Numerics
+from musigma.coding.planning import find_grids, latent_grids
 from musigma.coding.rounding import Exceptions, Rounding
 from musigma.coding.stack import Exhausted, Stack
 from musigma.evaluation import context_size
-from musigma.gaussian import DiagonalGaussian
-from musigma.model import VAE, Model, Prior
-from musigma.trace import Trace
+from musigma.model import Model
 
-__all__ = ["BATCH", "Codec", "Coded", "check", "latent_grids"]
+__all__ = ["BATCH", "Codec", "Coded", "check"]
 
 BATCH = 64
-"""Images that go through the networks together, at most."""
+"""Images that pass the networks together, at most."""
 MARGIN = 128
-"""Bits that stay on a stack at least."""
+"""Bits that always stay on a stack."""
 PROBE = 1 << 12
-"""Words of the stack on which a chunk's first image is tried first."""
+"""Words of the stack on which the first image of a chunk is tried first."""
 SEED = 1 << 22
 """Words that a stack begins with, at most."""
-
-
-TOO_MANY = "an image takes more bits to begin with than a file holds: use smaller images"
+TOO_MANY = "an image takes more bits to begin with than a file can hold: use smaller images"
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,8 @@ class Coded:
 
     Attributes:
         schedule: Sizes of the batches, in the order in which they were pushed.
-        listed: What `Rounding` listed in each.
-        seed: 32-bit words of the hash that the stack began with.
+        listed: The exceptions of each batch; see `Rounding`.
+        seed: Number of 32-bit words of the hash that the stack began with.
         words: The stack.
     """
 
@@ -65,7 +61,7 @@ class Coded:
 
     @property
     def bits(self) -> int:
-        """What the images cost: the stack, less the bits that it began with."""
+        """Cost of the images: the stack, less the bits that it began with."""
         return 32 * (len(self.words) - self.seed)
 
 
@@ -73,12 +69,12 @@ class Codec:
     """A model as a coder of its data.
 
     Args:
-        model: With a coding rule for every layer and distribution.
+        model: Each of its layers, maps and distributions has a coding rule.
         numerics: The arithmetic, `exact` or `pinned`.
-        latents: g of each latent's grid 2^-g, as `latent_grids` finds them.
+        latents: g of the grid 2^-g of each latent, from `latent_grids`.
 
     Raises:
-        ValueError: For a layer, a distribution or a model that has no coding rule, by its name.
+        ValueError: For a model that cannot code; see `find_grids`.
     """
 
     def __init__(self, model: Model, *, numerics: Numerics, latents: Sequence[int]):
@@ -86,27 +82,28 @@ class Codec:
         self.numerics, self.latents = numerics, list(latents)
         self.guarded = numerics == "exact"
         self.dtype = torch.float64 if numerics == "exact" else torch.float32
-        count = len(list(drawn_sites(self.model)))
-        if len(self.latents) != count:
-            raise ValueError(f"latents: expected {count} grids; got {len(self.latents)}")
-        self.grids = grids(self.model, self.latents)
+        x, context = example(self.model)
+        with self._at_work():
+            first = torch.from_numpy(x[:1]).to(self.dtype)
+            given = self._context(_rows(context, 0, 1))
+            self.grids = find_grids(self.model, first, given, self.latents)
 
     # -- both directions
 
     def pack(self, x: np.ndarray, context: np.ndarray | None, salt: bytes) -> Coded:
-        """Images (N, ...) of whole numbers as bits.
+        """Integer images (N, *shape) as bits.
 
         Args:
-            x: Levels, 0 to levels - 1 of what the model takes.
-            context: One row per image, if the model takes one.
-            salt: Hashed with the images: whatever else they must come with.
+            x: Levels, from 0.
+            context: One row per image, if the model takes a context.
+            salt: Hashed with the images: everything that belongs to them.
 
         Raises:
             CodingError: If the model gives an image no finite density.
-            OverflowError: If it takes one further than whole numbers reach.
+            OverflowError: If a value is too large for integers.
         """
         with self._at_work():
-            need = self._need(x[:1], None if context is None else context[:1])
+            need = self._need(x[:1], _rows(context, 0, 1))
             content = digest(x, salt)
             while True:
                 seed = math.ceil((need + MARGIN) / 32) + 1
@@ -128,7 +125,7 @@ class Codec:
             n = int(max(1, min(most, len(x) - at, (stack.bits - MARGIN) // need)))
             before, stack = stack, stack.copy()
             try:
-                found = self._push(stack, x[at : at + n], _rows(context, at, at + n))
+                exceptions = self._push(stack, x[at : at + n], _rows(context, at, at + n))
             except Exhausted:
                 if n == 1:
                     raise
@@ -136,7 +133,7 @@ class Codec:
                 continue
             need = max(need, (before.bits - stack.lowest) / n * 1.05)
             schedule.append(n)
-            listed.append(found)
+            listed.append(exceptions)
             at, most = at + n, BATCH
         return Coded(schedule, listed, len(seed), stack.words())
 
@@ -146,7 +143,7 @@ class Codec:
         """The images, (N, *shape), int64.
 
         Raises:
-            NumericsDiffer: If they are not the ones that were packed.
+            NumericsDiffer: If they are not the images that were packed.
         """
         with self._at_work():
             try:
@@ -155,12 +152,10 @@ class Codec:
             except NumericsDiffer:
                 raise
             except (Exhausted, ValueError, OverflowError) as error:
-                raise NumericsDiffer(
-                    f"decoding went astray ({str(error) or 'no bits left'})"
-                ) from error
+                raise NumericsDiffer(f"decoding failed ({str(error) or 'no bits left'})") from error
         whole = len(left) == coded.seed
         if not whole or not np.array_equal(left, _words(digest(x, salt), coded.seed)):
-            raise NumericsDiffer("the images that come out are not the ones that went in")
+            raise NumericsDiffer("the decoded images are not the images that were encoded")
         return x
 
     def _unpacked(
@@ -185,7 +180,7 @@ class Codec:
         return rounding.listed
 
     def _need(self, x: np.ndarray, context: np.ndarray | None) -> float:
-        """How many bits an image takes off the stack before it puts any there."""
+        """Bits that an image pops before it pushes any."""
         words = PROBE
         while words <= SEED:
             stack = Stack(_words(b"need", words), foreign=True)
@@ -215,18 +210,22 @@ class Codec:
             finally:
                 torch.set_num_threads(threads)
 
-    # -- what it is
-
     @lru_cache(maxsize=1)  # noqa: B019  (a codec lives as long as what it codes)
     def fingerprint(self) -> str:
-        """Of all the arithmetic: a hash of the bits of an image that is always the same."""
-        shape, width = self.model.config["shape"], context_size(self.model)
-        x = np.arange(2 * math.prod(shape)).reshape(2, *shape) * 7 // 3 % 2 ** bits_of(self.model)
+        """A hash of the bits of the `example`, on which all of the arithmetic acts."""
+        x, context = example(self.model)
         try:
-            words = self.pack(x, np.eye(2, width) if width else None, b"fingerprint").words
-        except OverflowError:  # whatever else it can code
+            words = self.pack(x, context, b"fingerprint").words
+        except OverflowError:  # other images may be coded all the same
             words = np.zeros(0)
         return hashlib.sha256(words.astype("<u4").tobytes()).hexdigest()[:32]
+
+
+def example(model: Model) -> tuple[np.ndarray, np.ndarray | None]:
+    """Two images that are always the same, and their context."""
+    shape, width = model.config["shape"], context_size(model)
+    x = np.arange(2 * math.prod(shape)).reshape(2, *shape) * 7 // 3 % 2 ** bits_of(model)
+    return x, np.eye(2, width) if width else None
 
 
 def _rows(context: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
@@ -241,52 +240,11 @@ def check(model: Model) -> None:
     """Refuse a model that cannot code, before anything is read for it.
 
     Raises:
-        ValueError: For continuous data, or a layer, a distribution or a model without a coding
-            rule, by its name.
+        ValueError: For continuous data; for a layer, a map or a distribution without a coding
+            rule, by its name; or for a model whose directions do not mirror each other.
     """
-    bits_of(model)
-    latents = [12] * len(list(drawn_sites(model)))
+    x, context = example(model)
+    plain = arithmetic.prepared(model, "pinned")
+    given = None if context is None else torch.from_numpy(context).float()
+    latents = latent_grids(plain, torch.from_numpy(x), given)
     Codec(model, numerics="exact", latents=latents).fingerprint()
-
-
-@torch.no_grad()
-def latent_grids(model: Model, x: Tensor, context: Tensor | None = None) -> list[int]:
-    """How finely each latent must be cut: to a quarter of its posterior's standard deviation.
-
-    Args:
-        model: The model.
-        x: Some data.
-        context: One row for each.
-
-    Returns:
-        For each of `musigma.coding.coder.drawn_sites`, g of a grid 2^-g.
-    """
-    scales = _Scales()
-    model.infer(model.floating(x), scales, context)
-    found = []
-    for site in drawn_sites(model):
-        narrow = torch.quantile(scales.log_std[site].double()[:100_000], 0.01).item()
-        if not math.isfinite(narrow):
-            raise CodingError(
-                "the model's posterior is not finite for these data; evaluate the model on them"
-            )
-        fine = isinstance(site, VAE) and not isinstance(site.prior, Prior)
-        found.append(max(12 if fine else 2, min(20, math.ceil(2 - narrow / math.log(2)))))
-    return found
-
-
-class _Scales(Trace):
-    """Keeps how wide each posterior is."""
-
-    def __init__(self) -> None:
-        super().__init__(scoring=False)
-        self.log_std: dict[Any, Tensor] = {}
-
-    def q(self, site: Any, dist: Any, value: Tensor | None = None) -> Tensor:
-        if isinstance(dist, DiagonalGaussian):
-            self.log_std[site] = dist.log_std.flatten()
-        return super().q(site, dist, value)
-
-    def latent(self, site: Any, q: Any, p: Any) -> Tensor:
-        self.log_std[site] = q.log_std.flatten()
-        return super().latent(site, q, p)

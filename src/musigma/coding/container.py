@@ -1,9 +1,9 @@
-"""The file format `.mus`, written and read; `musigma.coding.layout` says what is where.
+"""The file format `.mus`, written and read; `musigma.coding.layout` defines it.
 
-It knows nothing of models and of codes: bytes in, bytes out. A file is a header, perhaps a model,
-and chunks of images, each on its own. Damage to one chunk loses that chunk; a file that was cut
-short gives all chunks before the cut. Nothing is read or allocated for a length that was not held
-against the file's size and against `Limits`.
+This module knows nothing of models and codes: bytes in, bytes out. A file is a header, perhaps a
+model, and chunks of images that stand alone. Damage to a chunk loses that chunk; a truncated file
+yields all chunks before its end. Every length is checked against the size of the file and `Limits`
+before anything of that size is read or allocated.
 """
 
 from __future__ import annotations
@@ -18,70 +18,36 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from musigma.coding.errors import (
-    CodingError,
-    DamagedFile,
-    LimitExceeded,
-    Limits,
-    NumericsDiffer,
-    UnknownVersion,
-    WrongModel,
-)
+from musigma.coding import layout
+from musigma.coding.errors import CodingError, DamagedFile, LimitExceeded, Limits, UnknownVersion
 from musigma.coding.layout import (
-    BITS_BACK,
     CHECK,
-    CHUNK_MAGIC,
-    END_MAGIC,
     EXCEPTION,
-    FOOT,
-    FOOT_MAGIC,
     HEAD,
     KINDS,
     MAGIC,
     MAJOR,
     MINOR,
     MODEL,
-    PACKED,
-    RAW,
-    RECORDS,
-    ROW,
     START,
-    TAIL,
-    WITH_MODEL,
     Chunk,
     Entry,
     Head,
     body_digest,
     scheduled,
 )
-from musigma.coding.search import Source, find
+from musigma.coding.scan import Source, find
 
-__all__ = [
-    "BITS_BACK",
-    "EXCEPTION",
-    "KINDS",
-    "PACKED",
-    "RAW",
-    "RECORDS",
-    "Chunk",
-    "CodingError",
-    "DamagedFile",
-    "Entry",
-    "LimitExceeded",
-    "Limits",
-    "NumericsDiffer",
-    "Reader",
-    "UnknownVersion",
-    "Writer",
-    "WrongModel",
-]
+__all__ = ["Reader", "Writer"]
 
-FOREIGN = (
-    (b"\x89MUS\n", "a .mus file whose line ends were changed; transfer it again, as binary"),
-    (b"\x89MUS\r\r\n", "a .mus file whose line ends were changed; transfer it again, as binary"),
+NEWLINES = "a .mus file whose line ends were changed; transfer it again, as binary"
+AS_TEXT = "a .mus file that was re-encoded as text; transfer it again, as binary"
+OTHERS = (
+    (b"\x89MUS\n", NEWLINES),
+    (b"\x89MUS\r\r\n", NEWLINES),
     (b"\tMUS\r\n", "a .mus file whose eighth bits are lost; transfer it again, as binary"),
-    (b"\xc2\x89MUS", "a .mus file that was re-encoded as text; transfer it again, as binary"),
-    (b"\xef\xbf\xbdMUS", "a .mus file that was re-encoded as text; transfer it again, as binary"),
+    (b"\xc2\x89MUS", AS_TEXT),
+    (b"\xef\xbf\xbdMUS", AS_TEXT),
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"GIF8", "a GIF image"),
@@ -94,6 +60,8 @@ FOREIGN = (
     (b"<", "a page of HTML or XML, perhaps the error page of a download"),
     (b"{", "JSON"),
 )
+"""How other files begin, and what they are."""
+FAULT = "the checksums are right, so the program that wrote the file made an error"
 
 
 def _canonical(value: Any) -> bytes:
@@ -101,7 +69,7 @@ def _canonical(value: Any) -> bytes:
 
 
 def _plain(value: Any, levels: int) -> bool:
-    """Whether a value is JSON, with text for keys, of at most so many levels."""
+    """Whether a value is JSON with strings as keys, nested to at most this many levels."""
     if isinstance(value, dict):
         names = all(isinstance(key, str) for key in value)
         return levels > 0 and names and all(_plain(v, levels - 1) for v in value.values())
@@ -111,26 +79,27 @@ def _plain(value: Any, levels: int) -> bool:
 
 
 class Writer:
-    """Writes a file from its start to its end; it neither seeks nor tells, so a pipe will do.
+    """Writes a file from start to end, without seeking: a pipe will do.
 
-    In a `with` block it closes itself, unless by an exception: the file then has no footer, and
-    reads as one that was cut short.
+    A `with` block closes it at its end. After an exception it does not: the file then has no
+    footer, and reads as a truncated one.
 
     Args:
         file: Open for writing bytes; it stays open.
-        header: JSON values, with text for keys.
-        model: A model to go into the file; None: none.
-        limits: As those of whoever will read the file.
+        header: JSON values, with strings as keys.
+        model: The model to embed, or None.
+        limits: The limits of whoever will read the file.
+        arrays: Whether the side of a chunk may hold arrays, which is written as a flag.
 
     Raises:
         ValueError: If the header is not JSON, or the model is empty.
         LimitExceeded: If one of them is too large.
-        OSError: If the file cannot be written; of `write` and `close` too.
+        OSError: If the file cannot be written; in `write` and `close`, too.
 
     Example:
         >>> file = io.BytesIO()
         >>> with Writer(file, {"width": 2}) as writer:
-        ...     writer.write(Chunk(index=0, first=0, count=1, kind=RAW, raw=4, payload=b"abcd"))
+        ...     writer.write(Chunk(index=0, first=0, count=1, kind=layout.RAW, raw=4, payload=b"abcd"))
         68
         >>> reader = Reader(file)
         >>> reader.header, [chunk.payload for chunk in reader]
@@ -143,22 +112,25 @@ class Writer:
         header: Mapping[str, Any],
         model: bytes | None = None,
         limits: Limits | None = None,
+        *,
+        arrays: bool = False,
     ):
         self._file, self._limits = file, limits or Limits()
         if not isinstance(header, Mapping) or not _plain(dict(header), self._limits.depth):
             raise ValueError(
-                "header: expected a dictionary of JSON values, with text for keys, of at most "
-                f"{self._limits.depth} levels; make arrays lists, and flatten it"
+                "header: expected a dictionary of JSON values, with strings as keys, nested to at "
+                f"most {self._limits.depth} levels; turn arrays into lists"
             )
         try:
             text = _canonical(dict(header))
         except ValueError as error:
-            raise ValueError(f"header: cannot be JSON ({error}); give None for NaN") from error
+            raise ValueError(f"header: not JSON ({error}); give None for NaN") from error
         self._limits.hold("header", len(text), "header: bytes of JSON")
-        start = START.pack(MAGIC, MAJOR, MINOR, WITH_MODEL * (model is not None), len(text)) + text
+        flags = layout.WITH_MODEL * (model is not None) | layout.WITH_ARRAYS * arrays
+        start = START.pack(MAGIC, MAJOR, MINOR, flags, len(text)) + text
         if model is not None:
             if not model:
-                raise ValueError("model: expected bytes, got none; give None for no model")
+                raise ValueError("model: expected bytes; give None for no model")
             self._limits.hold("embedded", len(model), "model: bytes")
             start += MODEL.pack(len(model), hashlib.sha256(model).digest())
         self._seed = zlib.crc32(start)
@@ -169,10 +141,10 @@ class Writer:
         self._put(start + CHECK.pack(self._seed), model or b"")
 
     def write(self, chunk: Chunk) -> int:
-        """Write the next chunk, and return how many bytes it took.
+        """Write the next chunk, and return its size in bytes.
 
         Raises:
-            ValueError: If it is not the next one, or its parts do not agree; nothing is written.
+            ValueError: If it is not the next one, or is inconsistent; nothing is written.
             LimitExceeded: If it is too large; nothing is written.
         """
         self._check(chunk)
@@ -180,18 +152,18 @@ class Writer:
         schedule = bytes(size - 1 for size in chunk.schedule)
         front = schedule + chunk.exceptions.tobytes() + side
         fields = (
-            *(CHUNK_MAGIC, chunk.index, chunk.first, chunk.count, chunk.kind, len(schedule)),
+            *(layout.CHUNK_MAGIC, chunk.index, chunk.first, chunk.count, chunk.kind, len(schedule)),
             *(len(chunk.exceptions), len(side), len(chunk.side), chunk.raw, len(chunk.payload)),
             body_digest(front, chunk.payload).digest(),
         )
         try:
             head = HEAD.pack(*fields, 0)[: -CHECK.size]
-        except struct.error as error:  # the limits were raised further than that
-            raise LimitExceeded(f"chunk {chunk.index}: more than fits the format") from error
+        except struct.error as error:  # limits were raised beyond the format
+            raise LimitExceeded(f"chunk {chunk.index}: too large for the format") from error
         check = zlib.crc32(head, self._seed)
         head += CHECK.pack(check)
         size = len(head) + len(front) + len(chunk.payload)
-        row = ROW.pack(self._written, size, chunk.first, chunk.count, chunk.kind, check)
+        row = layout.ROW.pack(self._written, size, chunk.first, chunk.count, chunk.kind, check)
         self._put(head + front, chunk.payload)
         self._rows += row
         self._digest.update(head)
@@ -201,21 +173,21 @@ class Writer:
         return size
 
     def close(self) -> int:
-        """Write the footer, if it is not yet written, and return the bytes of the whole file.
+        """Write the footer, unless it is written, and return the size of the whole file.
 
         Raises:
-            ValueError: If a write failed before, so that the file cannot be made whole.
+            ValueError: If a write has failed.
         """
         if self._open:
-            foot = FOOT.pack(
-                FOOT_MAGIC, self._chunks, self._images, self._raw, self._digest.digest()
+            foot = layout.FOOT.pack(
+                layout.FOOT_MAGIC, self._chunks, self._images, self._raw, self._digest.digest()
             )
-            body = foot + bytes(self._rows) + TAIL.pack(self._written, 0, b"")[:8]
+            body = foot + bytes(self._rows) + layout.TAIL.pack(self._written, 0, b"")[:8]
             check = zlib.crc32(body, self._seed)
-            self._put(body + CHECK.pack(check) + END_MAGIC)
+            self._put(body + CHECK.pack(check) + layout.END_MAGIC)
             self._open = False
         elif self._written < 0:
-            raise ValueError("file: a write to it failed, so it is not whole; write it anew")
+            raise ValueError("file: a write to it has failed; write it again")
         return self._written
 
     def __enter__(self) -> Writer:
@@ -227,44 +199,43 @@ class Writer:
 
     def _check(self, chunk: Chunk) -> None:
         if not self._open:
-            raise ValueError("file: closed, or a write to it failed; write to a new one")
+            raise ValueError("file: closed, or a write to it has failed; write to a new file")
         if (chunk.index, chunk.first) != (self._chunks, self._images):
             raise ValueError(
-                f"chunk: expected number {self._chunks} from image {self._images}, got number "
-                f"{chunk.index} from image {chunk.first}; write chunks in their order"
+                f"chunk: expected number {self._chunks} from image {self._images}; got number "
+                f"{chunk.index} from image {chunk.first}; write chunks in order"
             )
         if chunk.kind not in KINDS:
-            raise ValueError(f"chunk: expected a kind in {list(KINDS)}, got {chunk.kind!r}")
+            raise ValueError(f"chunk: expected a kind in {list(KINDS)}; got {chunk.kind!r}")
         if chunk.count < 1 or chunk.raw < 0:
             raise ValueError(
-                f"chunk: expected at least one image, and its size in bytes; got {chunk.count} "
-                f"images of {chunk.raw} bytes"
+                f"chunk: expected at least one image, and a size in bytes; got {chunk.count} images "
+                f"of {chunk.raw} bytes"
             )
         if not scheduled(chunk.kind, chunk.schedule, chunk.count):
             raise ValueError(
-                f"chunk: of the kind {KINDS[chunk.kind]!r} with {chunk.count} images; expected "
-                "batches of 1 to 256 images that sum to it, and none if no model took part, got "
-                f"{list(chunk.schedule)[:9]}"
+                f"chunk: expected batches of 1 to 256 images that sum to {chunk.count}, or none if "
+                f"no model took part (it is {KINDS[chunk.kind]}); got {list(chunk.schedule)[:9]}"
             )
         if chunk.exceptions.dtype != EXCEPTION or chunk.exceptions.ndim != 1:
             raise ValueError(
-                f"chunk: expected exceptions of dtype {EXCEPTION} and one axis, got "
+                f"chunk: expected exceptions of dtype {EXCEPTION} and one axis; got "
                 f"{chunk.exceptions.dtype} of shape {chunk.exceptions.shape}"
             )
         for name in ("side", "payload"):
             if not isinstance(getattr(chunk, name), bytes):
                 kind = type(getattr(chunk, name)).__name__
-                raise ValueError(f"chunk: expected bytes as {name}, got {kind}; give x.tobytes()")
+                raise ValueError(f"chunk: expected bytes as {name}; got {kind}; give x.tobytes()")
         sizes = (len(chunk.exceptions), 0, len(chunk.side), chunk.raw, len(chunk.payload))
         Head(b"", chunk.index, chunk.first, chunk.count, chunk.kind, 0, *sizes, b"", 0).hold(
             self._limits
         )
         self._limits.hold("chunks", self._chunks + 1, "file: chunks")
-        self._limits.hold("total", self._raw + chunk.raw, "file: bytes once decompressed")
+        self._limits.hold("total", self._raw + chunk.raw, "file: bytes, decompressed")
 
     def _put(self, *parts: bytes) -> None:
-        """Write all of the bytes, in as many calls as the file likes to take."""
-        written, self._written = self._written, -1  # until all of it is there
+        """Write all bytes, in as many calls as the file takes."""
+        written, self._written = self._written, -1  # until everything is written
         still, self._open = self._open, False
         for part in parts:
             view = memoryview(part)
@@ -272,7 +243,7 @@ class Writer:
                 done = self._file.write(view)
                 if done is None:
                     if isinstance(self._file, io.RawIOBase):
-                        raise BlockingIOError("file: it does not block; open it so that it does")
+                        raise BlockingIOError("file: open it in blocking mode")
                     done = len(view)
                 view = view[done:]
             written += len(part)
@@ -280,11 +251,11 @@ class Writer:
 
 
 class Reader:
-    r"""A file's header, and its chunks in any order.
+    r"""The header of a file, and its chunks in any order.
 
-    The chunks are found by the footer, if it is whole and agrees with every chunk's header. If
-    not, the file is looked through for chunks with a whole header, and what a whole footer says
-    of them still holds. Iterating gives all chunks that were found, until one is damaged.
+    The chunks are found by the footer if it is whole and agrees with the header of every chunk.
+    Otherwise the file is scanned for chunks with a whole header, and whatever a whole footer says
+    of them still holds. Iteration yields all chunks that were found, up to a damaged one.
 
     Args:
         file: Open for reading bytes, seekable; it stays open. One reader at a time may use it.
@@ -292,21 +263,22 @@ class Reader:
 
     Attributes:
         header: The JSON values that were written.
-        version: Major and minor.
-        model_size: Bytes of the embedded model; 0: there is none.
+        version: Major and minor version.
+        arrays: Whether the side of a chunk may hold arrays.
+        model_size: Bytes of the embedded model; 0 if there is none.
         entries: The chunks that were found, in the order of their images.
-        images: How many the file holds, or held, as far as is known.
+        images: Number of images that the file holds, or held, as far as is known.
         lost: Images that were written and are in no entry: pairs of the first and the one after
-            the last. A chunk of `entries` may still turn out damaged by `read`.
-        rescanned: Whether the file was looked through, because its footer did not tell all.
-        ended: Whether a footer was found that is this file's. If not, more images may be lost
-            than `lost` says: those that came after the last chunk found.
+            the last. `read` may still find a chunk in `entries` damaged.
+        rescanned: Whether the file was scanned, because its footer did not tell everything.
+        ended: Whether a footer of this file was found. If not, images after the last chunk may be
+            lost, too.
 
     Raises:
         DamagedFile: If it is no `.mus` file, or its header is damaged.
-        UnknownVersion: If it is of a later format.
+        UnknownVersion: If it has a later format.
         LimitExceeded: If it asks for more than `limits` grant.
-        OSError: If the file cannot be read; of `read` and `model` too.
+        OSError: If the file cannot be read; in `read` and `model`, too.
 
     Example:
         >>> Reader(io.BytesIO(b"PK..."))
@@ -321,7 +293,7 @@ class Reader:
         start = self._start()
         found = find(self._source, self._model + self.model_size)
         self._limits.hold(
-            "total", sum(e.raw for e in found.entries), "file: bytes once decompressed"
+            "total", sum(e.raw for e in found.entries), "file: bytes, decompressed"
         )
         self.header = _header(start, self._limits.depth)
         self.entries: Sequence[Entry] = tuple(found.entries)
@@ -342,29 +314,29 @@ class Reader:
             CodingError: If there is none.
         """
         if not self.model_size:
-            raise CodingError("the file holds no model; give the one that it was written with")
+            raise CodingError("the file holds no model; give the model that it was written with")
         data = self._source.at(self._model, self.model_size)
         if hashlib.sha256(data).digest() != self._model_digest:
             raise DamagedFile(
-                "the model in the file does not match its digest, so it is damaged; copy the file "
+                "the model in the file is damaged: it does not match its digest; copy the file "
                 "again, or give the model that it was written with"
             )
         return data
 
     def read(self, place: int) -> Chunk:
-        """The chunk of `entries[place]`.
+        """The chunk `entries[place]`.
 
         Raises:
             DamagedFile: If it is not as it was written.
-            UnknownVersion: If it is of a kind of a later format.
+            UnknownVersion: If its kind is one of a later format.
         """
         entry = self.entries[place]
         head = self._source.head(entry.offset)
         if head is None or head.entry(entry.offset) != entry:
-            raise DamagedFile(f"{entry}: its header was changed while it was read; read it again")
+            raise DamagedFile(f"{entry}: its header has changed since the file was opened")
         if head.kind not in KINDS:
             raise UnknownVersion(
-                f"{entry}: of the kind {head.kind}, and this musigma knows kinds up to "
+                f"{entry}: it is of kind {head.kind}, and this musigma knows kinds up to "
                 f"{max(KINDS)}; upgrade musigma"
             )
         front = self._source.at(entry.offset + HEAD.size, head.front)
@@ -379,7 +351,7 @@ class Reader:
         schedule = tuple(byte + 1 for byte in front[: head.batches])
         side = _inflated(front[len(front) - head.side :], head.inflated)
         if side is None or not scheduled(head.kind, schedule, head.count):
-            raise DamagedFile(f"{entry}: its parts do not agree; the writer had a fault")
+            raise DamagedFile(f"{entry}: its parts do not agree; {FAULT}")
         return Chunk(
             index=head.index,
             first=head.first,
@@ -393,11 +365,11 @@ class Reader:
         )
 
     def _start(self) -> bytes:
-        """Read all that comes before the chunks, and return the header's JSON."""
+        """Read everything before the chunks, and return the JSON of the header."""
         source = self._source
         begin = source.at(0, min(START.size + 9, source.size))
         if not begin.startswith(MAGIC):
-            raise DamagedFile(_foreign(begin))
+            raise DamagedFile(_other(begin))
         if source.size < START.size:
             raise _cut("header")
         _, major, minor, flags, length = START.unpack(begin[: START.size])
@@ -405,7 +377,7 @@ class Reader:
         if major != MAJOR:
             raise _later(f"format {major}.{minor}")
         end = START.size + length
-        end += MODEL.size if flags & WITH_MODEL else 0
+        end += MODEL.size if flags & layout.WITH_MODEL else 0
         if end + CHECK.size > source.size:
             raise _cut("header")
         self._limits.hold("header", length, "header: bytes of JSON")
@@ -413,13 +385,14 @@ class Reader:
         source.seed = zlib.crc32(start)
         if source.at(end, CHECK.size) != CHECK.pack(source.seed):
             raise DamagedFile(
-                "the file's header does not match its checksum, and without it nothing can be "
-                "decompressed; copy the file again"
+                "the header of the file is damaged, and without it nothing can be decompressed; "
+                "copy the file again"
             )
-        if flags & ~WITH_MODEL:
+        if flags & ~(layout.WITH_MODEL | layout.WITH_ARRAYS):
             raise _later(f"format {major}.{minor} with the flags {flags:#x}")
+        self.arrays = bool(flags & layout.WITH_ARRAYS)
         self.model_size, self._model = 0, end + CHECK.size
-        if flags & WITH_MODEL:
+        if flags & layout.WITH_MODEL:
             self.model_size, self._model_digest = MODEL.unpack(start[-MODEL.size :])
             if not 0 < self.model_size <= source.size - self._model:
                 raise _cut("model")
@@ -435,19 +408,19 @@ def _header(text: bytes, levels: int) -> dict[str, Any]:
     except (ValueError, RecursionError):
         pass
     raise DamagedFile(
-        "the file's header is not canonical JSON: an object with sorted keys, no blanks, no NaN "
-        f"and at most {levels} levels; the writer had a fault"
+        "the header of the file is not canonical JSON (sorted keys, no blanks, no NaN, at most "
+        f"{levels} levels); {FAULT}"
     )
 
 
 def _later(what: str) -> UnknownVersion:
     return UnknownVersion(
-        f"the file is of {what}, and this musigma reads {MAJOR}.x; upgrade musigma"
+        f"the file has {what}, and this musigma reads {MAJOR}.x; upgrade musigma"
     )
 
 
 def _inflated(data: bytes, size: int) -> bytes | None:
-    """What was deflated, if it is exactly so many bytes."""
+    """Inflated data, if they have exactly this size."""
     if not data:
         return b"" if size == 0 else None
     inflater = zlib.decompressobj()
@@ -458,18 +431,18 @@ def _inflated(data: bytes, size: int) -> bytes | None:
     return plain if inflater.eof and len(plain) == size and not inflater.unused_data else None
 
 
-def _foreign(begin: bytes) -> str:
+def _other(begin: bytes) -> str:
     if not begin:
         return "the file is empty; copy it again"
     if MAGIC.startswith(begin):
-        return "the file was cut short within its first bytes; copy it again"
-    for magic, name in FOREIGN:
+        return "the file is truncated within its first bytes; copy it again"
+    for magic, name in OTHERS:
         if begin.startswith(magic):
-            return f"not a .mus file but, as it seems, {name}"
+            return f"not a .mus file but apparently {name}"
     if begin[8:10] == b'{"':
-        return "not a .mus file but, as it seems, a safetensors file: a model"
+        return "not a .mus file but apparently a safetensors file: a model"
     return f"not a .mus file, which begins with {MAGIC[:4]!r}"
 
 
 def _cut(part: str) -> DamagedFile:
-    return DamagedFile(f"the file was cut short within its {part}; copy it again")
+    return DamagedFile(f"the file is truncated within its {part}; copy it again")

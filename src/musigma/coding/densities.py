@@ -1,6 +1,6 @@
-"""Which law codes which distribution: their parameters, rounded to grids.
+"""Which law codes which distribution, with its parameters rounded to grids.
 
-The grids are so fine that what rounding costs is far below a thousandth of the bits.
+The grids are so fine that rounding costs far less than a thousandth of the bits.
 """
 
 from __future__ import annotations
@@ -8,109 +8,105 @@ from __future__ import annotations
 import decimal
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 from musigma.coding.laws import (
     SHARPNESS,
+    Bisected,
     Bits,
-    Halved,
     Law,
     Mixture,
     Normal,
+    Uniform,
     Weights,
     exponential,
     gaussian,
 )
+from musigma.coding.registry import register, rule_of
 from musigma.coding.stack import Stack
-from musigma.distributions import (
-    Bernoulli,
-    Categorical,
-    DiscretizedLogisticMixture,
-    LogitNormal,
-    Uniform,
-)
+from musigma.distributions import Bernoulli, Categorical, DiscretizedLogisticMixture, LogitNormal
+from musigma.distributions import Uniform as UnitUniform
 from musigma.gaussian import DiagonalGaussian
 
-__all__ = ["CODED", "Codable", "codable"]
+__all__ = ["Quantizer", "grid_of", "law_of"]
 
-Whole = Callable[[Tensor, float, int], np.ndarray]
-"""Rounds ``values * scale``; the number tells one parameter of a distribution from the others."""
-
-
-class Codable(Protocol):
-    """What values of a distribution are pushed and popped by, as whole numbers."""
-
-    def push(self, stack: Stack, values: np.ndarray) -> None:
-        """Push a batch of values."""
-
-    def pop(self, stack: Stack) -> np.ndarray:
-        """Pop one."""
-        ...
+NOISE = 12
+"""The grid of draws from the unit interval: 2^-12."""
 
 
-def codable(dist: Distribution, n: int, grid: int, whole: Whole, *, drawn: bool) -> Codable:
-    """How values k · 2^-grid of a distribution are coded.
+@dataclass(frozen=True)
+class Quantizer:
+    """Turns the parameters of a distribution into integers, for the rule of that distribution.
 
-    Args:
-        dist: One of `CODED`.
-        n: How many examples; a distribution of batch shape () is that of each.
-        grid: Of the values.
-        whole: Rounds parameters.
-        drawn: Whether values are popped when they are first met, so that none may be wild.
+    Attributes:
+        integers: ``integers(values, scale, which)``: ``values * scale``, rounded. `which` tells
+            the parameters of one distribution apart: 0 to 3.
+        grid: g of the grid 2^-g that the values of the distribution lie on.
+        n: Number of examples.
+        drawn: Whether values are drawn from the law before anything was pushed by it, as those of
+            a posterior are. The law should then give no mass to outliers.
+    """
+
+    integers: Callable[[Tensor, float, int], np.ndarray]
+    grid: int
+    n: int
+    drawn: bool
+
+
+def law_of(dist: Distribution, quantizer: Quantizer) -> Law:
+    """The law of the values k · 2^-grid of a distribution.
 
     Raises:
-        ValueError: For another distribution.
+        ValueError: If the distribution has no coding rule, by its name.
     """
-    for kind, rule in CODED.items():
-        if type(dist) is kind:
-            if not dist.batch_shape:
-                dist = dist.expand((n,)) if kind is DiagonalGaussian else dist
-            return rule(dist, n, grid, whole, drawn)
-    raise ValueError(
-        f"{type(dist).__name__} has no coding rule; there are rules for "
-        f"{', '.join(kind.__name__ for kind in CODED)}"
-    )
+    rule = rule_of(dist)
+    if not dist.batch_shape and type(dist).expand is not Distribution.expand:
+        dist = dist.expand((quantizer.n,))
+    return rule(dist, quantizer)
 
 
-def _normal(dist: DiagonalGaussian, n: int, grid: int, whole: Whole, drawn: bool) -> Law:
-    fine = min(grid, 16)
-    mean = np.left_shift(whole(dist.mean, 2.0**fine, 0), grid - fine)
-    log_std = whole(dist.log_std + grid * math.log(2), SHARPNESS, 1)
-    return Normal(mean, log_std, wide=not drawn)
+def grid_of(dist: Distribution) -> int | None:
+    """The grid that draws from a distribution lie on: 0 of integers; None if it is to be chosen."""
+    try:
+        support = dist.support
+    except NotImplementedError:
+        return None
+    if support is not None and support.is_discrete:
+        return 0
+    inner = getattr(support, "base_constraint", support)
+    return NOISE if inner is constraints.unit_interval else None
 
 
-def _bernoulli(dist: Bernoulli, n: int, grid: int, whole: Whole, drawn: bool) -> Law:
-    return Bits(whole(dist.logits.clamp(-30, 30), SHARPNESS, 0))
+@register(DiagonalGaussian)
+def _normal(dist: DiagonalGaussian, quantizer: Quantizer) -> Law:
+    grid, fine = quantizer.grid, min(quantizer.grid, 16)
+    mean = np.left_shift(quantizer.integers(dist.mean, 2.0**fine, 0), grid - fine)
+    log_std = quantizer.integers(dist.log_std + grid * math.log(2), SHARPNESS, 1)
+    return Normal(mean, log_std, wide=not quantizer.drawn)
 
 
-def _categorical(dist: Categorical, n: int, grid: int, whole: Whole, drawn: bool) -> Law:
-    return Weights(whole(dist.log_probs.clamp(min=-60), SHARPNESS, 0))
+@register(Bernoulli)
+def _bernoulli(dist: Bernoulli, quantizer: Quantizer) -> Law:
+    return Bits(quantizer.integers(dist.logits.clamp(-30, 30), SHARPNESS, 0))
 
 
-class _Uniform:
-    """Uniform on [0, 1), on its grid."""
-
-    def __init__(self, shape: tuple[int, ...], grid: int):
-        self.sizes = np.full(shape, 1 << grid)
-
-    def push(self, stack: Stack, values: np.ndarray) -> None:
-        stack.push(values, self.sizes)
-
-    def pop(self, stack: Stack) -> np.ndarray:
-        return stack.pop(self.sizes)
+@register(Categorical)
+def _categorical(dist: Categorical, quantizer: Quantizer) -> Law:
+    return Weights(quantizer.integers(dist.log_probs.clamp(min=-60), SHARPNESS, 0))
 
 
-def _uniform(dist: Uniform, n: int, grid: int, whole: Whole, drawn: bool) -> Codable:
-    return _Uniform((n, *dist.event_shape), grid)
+@register(UnitUniform)
+def _uniform(dist: UnitUniform, quantizer: Quantizer) -> Law:
+    return Uniform((quantizer.n, *dist.event_shape), 1 << quantizer.grid)
 
 
-class _Noise(Halved):
-    """A `LogitNormal`, by 1,024 parts of the unit interval; within each all are alike."""
+class Noise(Bisected):
+    """A `LogitNormal`, by 1,024 parts of the unit interval; uniform within each."""
 
     PARTS = 10
 
@@ -119,50 +115,58 @@ class _Noise(Halved):
         self.shape, self.rest = mean.shape, 1 << (grid - self.PARTS)
 
     def below(self, k: np.ndarray) -> np.ndarray:
+        """The mass below k / 1024."""
         inner = gaussian((_logits()[k] - self.mean) / self.std)
         return np.where(k <= 0, 0.0, np.where(k >= 1024, 1.0, inner))
 
     def push(self, stack: Stack, values: np.ndarray) -> None:
+        """Push multiples of the grid."""
         stack.push(values % self.rest, np.full(self.shape, self.rest))
         super().push(stack, values // self.rest)
 
     def pop(self, stack: Stack) -> np.ndarray:
+        """Pop multiples of the grid."""
         return super().pop(stack) * self.rest + stack.pop(np.full(self.shape, self.rest))
 
 
 @lru_cache
 def _logits() -> np.ndarray:
-    """log(k / (1024 - k)), computed in decimal arithmetic, so that it is the same everywhere."""
+    """log(k / (1024 - k)), computed in decimal arithmetic: the same on any machine."""
     with decimal.localcontext(decimal.Context(prec=30)):
         inner = [float((decimal.Decimal(k) / (1024 - k)).ln()) for k in range(1, 1024)]
     return np.array([-16.0, *inner, 16.0])
 
 
-def _noise(dist: LogitNormal, n: int, grid: int, whole: Whole, drawn: bool) -> Codable:
-    mean = whole(dist.base.mean, 4096, 0)
-    return _Noise(mean, whole(dist.base.log_std, SHARPNESS, 1), grid)
+@register(LogitNormal)
+def _logit_normal(dist: LogitNormal, quantizer: Quantizer) -> Law:
+    mean = quantizer.integers(dist.base.mean, 4096, 0)
+    return Noise(mean, quantizer.integers(dist.base.log_std, SHARPNESS, 1), quantizer.grid)
 
 
-class _Pixels:
+@register(DiscretizedLogisticMixture)
+class Pixels(Law):
     """A discretized mixture of logistics, channel by channel: each shifts those after it."""
 
-    def __init__(self, dist: DiscretizedLogisticMixture, whole: Whole):
+    def __init__(self, dist: DiscretizedLogisticMixture, quantizer: Quantizer):
         step, self.levels = (dist.levels - 1) / 2, dist.levels
-        logits = whole(dist.log_weights.clamp(min=-60), SHARPNESS, 0)
+        integers, self.shape = quantizer.integers, (quantizer.n, *dist.event_shape)
+        logits = integers(dist.log_weights.clamp(min=-60), SHARPNESS, 0)
         self.weights = np.moveaxis(exponential(logits, SHARPNESS), 1, 0)
-        mean = whole((dist.means + 1) * step, Mixture.PARTS, 1)  # (B, K, C, ...)
-        log_scale = whole(dist.log_scale + math.log(step), SHARPNESS, 2)
+        mean = integers((dist.means + 1) * step, Mixture.PARTS, 1)  # (B, K, C, ...)
+        log_scale = integers(dist.log_scale + math.log(step), SHARPNESS, 2)
         self.mean = np.moveaxis(mean, 1, 0)
         self.inverse = np.moveaxis(exponential(-log_scale, SHARPNESS), 1, 0)
         self.coefficients = None
         if dist.coefficients is not None:
-            self.coefficients = np.moveaxis(whole(dist.coefficients, 1024, 3), 1, 0) / 1024
+            self.coefficients = np.moveaxis(integers(dist.coefficients, 1024, 3), 1, 0) / 1024
 
     def push(self, stack: Stack, values: np.ndarray) -> None:
+        """Push levels, the last channel first."""
         for c in reversed(range(values.shape[1])):
             self._channel(values[:, :c]).push(stack, values[:, c])
 
     def pop(self, stack: Stack) -> np.ndarray:
+        """Pop levels, the first channel first."""
         known = np.zeros((self.mean.shape[1], 0, *self.mean.shape[3:]), np.int64)
         for _ in range(self.mean.shape[2]):
             new = self._channel(known).pop(stack)
@@ -185,20 +189,3 @@ class _Pixels:
                 weights = weights * (mixture.masses(known[:, c]) + 1e-12)
         assert mixture is not None
         return mixture
-
-
-def _pixels(
-    dist: DiscretizedLogisticMixture, n: int, grid: int, whole: Whole, drawn: bool
-) -> Codable:
-    return _Pixels(dist, whole)
-
-
-CODED: dict[type[Distribution], Callable[..., Codable]] = {
-    DiagonalGaussian: _normal,
-    Bernoulli: _bernoulli,
-    Categorical: _categorical,
-    DiscretizedLogisticMixture: _pixels,
-    Uniform: _uniform,
-    LogitNormal: _noise,
-}
-"""The rule of each distribution that has one."""

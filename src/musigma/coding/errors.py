@@ -1,4 +1,4 @@
-"""What can go wrong with a compressed file, and what such a file may ask for."""
+"""Errors of compressed files, and the limits of what a file may ask for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ __all__ = [
 
 
 class CodingError(ValueError):
-    """Images cannot be compressed or decompressed; `exit_code` is what the command line ends with.
-
-    The message says why, and what to do.
-    """
+    """Images cannot be compressed or decompressed. `exit_code` is that of the command line."""
 
     exit_code = 2
 
@@ -31,7 +28,7 @@ class DamagedFile(CodingError):
 
 
 class WrongModel(CodingError):
-    """The model at hand is not the one that a file was written with."""
+    """The model is not the one that the file was written with."""
 
     exit_code = 4
 
@@ -49,30 +46,30 @@ class LimitExceeded(CodingError):
 
 
 class UnknownVersion(CodingError):
-    """A file was written in a later format."""
+    """The file has a later format."""
 
     exit_code = 7
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may ask for at most, so that a hostile one cannot exhaust a machine.
+    """The most that a file may ask for, so that a hostile file cannot exhaust a machine.
 
-    All are checked before anything of that size is read or allocated. A `Writer` holds to them
-    too, so what it writes can be read with the same limits.
+    Each limit is checked before anything of that size is read or allocated. A `Writer` keeps them
+    too, so that what it writes can be read with the same limits.
 
     Attributes:
         header: Bytes of the header's JSON.
-        depth: Levels of objects and lists in the header.
+        depth: Nesting depth of the header's JSON.
         embedded: Bytes of the embedded model.
-        chunks: Chunks of a file; a reader takes about 450 bytes for each.
-        images: Images of a file; no more than 2^32 - 1 fit the format.
-        chunk_images: Images of a chunk.
-        chunk_raw: Bytes of a chunk's images once they are decompressed.
-        payload: Bytes of a chunk's payload.
-        exceptions: Exceptions of a chunk; each takes 16 bytes.
-        side: Bytes of what a chunk keeps beside pixels, once inflated.
-        total: Bytes of all images of a file once they are decompressed.
+        chunks: Chunks in a file; a reader takes about 450 bytes for each.
+        images: Images in a file; the format holds up to 2^32 - 1.
+        chunk_images: Images in a chunk.
+        chunk_raw: Bytes of the images of a chunk, decompressed.
+        payload: Bytes of the payload of a chunk.
+        exceptions: Exceptions in a chunk; each takes 16 bytes.
+        side: Bytes of what a chunk holds besides pixels, decompressed.
+        total: Bytes of all images of a file, decompressed.
     """
 
     header: int = 1 << 20
@@ -88,7 +85,7 @@ class Limits:
     total: int = 4 << 30
 
     def hold(self, name: str, value: int, what: str) -> None:
-        """Refuse a value that is greater than the limit of that name.
+        """Refuse a value above the limit `name`.
 
         Raises:
             LimitExceeded: If it is.
@@ -96,5 +93,5 @@ class Limits:
         if value > getattr(self, name):
             raise LimitExceeded(
                 f"{what}: {value:,}, and the limit is {getattr(self, name):,}; if you trust the "
-                f"file, allow more (Limits({name}=...))"
+                f"file, raise the limit (Limits({name}=...))"
             )

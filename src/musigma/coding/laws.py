@@ -1,16 +1,16 @@
-r"""Distributions of whole numbers, coded by yes-or-no decisions along their distribution function.
+r"""Distributions of integers, coded by binary decisions along their distribution function.
 
-A law knows how much of its mass lies below k, for k = 0 .. 2^depth. A value is found by halving:
-is it in the upper half? each answer is a bit whose probability is a ratio of two masses,
+A law knows how much of its mass lies below k, for k = 0 .. 2^depth. A value is found by bisection:
+each answer to "is it in the upper half?" is a bit, whose probability is a ratio of two masses,
 
 .. math:: P(\text{upper}) = \frac{C(high) - C(middle)}{C(high) - C(low)},
 
-rounded to a whole number of 2^-22 parts. So one rule codes every law to within 10^-5 of its
-entropy, at `depth` bits a value, with no tables of masses.
+rounded to a multiple of 2^-22. This codes every law to within 10^-5 of its entropy, with `depth`
+bits for each value and without tables of masses.
 
-Encoder and decoder must find the same bits on any machine. So parameters arrive as whole numbers,
-functions are read off tables that are computed in decimal arithmetic, and everything between is
-one correctly rounded operation at a time.
+Encoder and decoder must compute the same probabilities on any machine: parameters are integers,
+functions are read from tables that are computed in decimal arithmetic, and every operation
+between is correctly rounded.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ import numpy as np
 
 from musigma.coding.stack import ONE, Stack
 
-__all__ = ["Bits", "Halved", "Law", "Mixture", "Normal", "Weights", "exponential", "gaussian"]
+__all__ = ["Bisected", "Bits", "Law", "Mixture", "Normal", "Uniform", "Weights"]
 
 STEPS = 64.0
-"""Lines of a table to one."""
+"""Table entries per unit."""
 SHARPNESS = 128
-"""Logarithms of scales are whole multiples of 1 / SHARPNESS."""
+"""Log scales are integer multiples of 1 / SHARPNESS."""
 
 
 class Law(ABC):
-    """Laws of many whole numbers at once, of a shape."""
+    """Distributions of many independent integers, one for each element of `shape`."""
 
     shape: tuple[int, ...]
 
     @abstractmethod
     def push(self, stack: Stack, values: np.ndarray) -> None:
-        """Push values, of this shape.
+        """Push values of this shape.
 
         Raises:
-            ValueError: If there is one that the law does not have.
+            ValueError: If a value has no probability.
         """
 
     @abstractmethod
@@ -51,18 +51,33 @@ class Law(ABC):
         """Pop values, int64, of this shape.
 
         Raises:
-            musigma.coding.stack.Exhausted: If the stack holds too little.
+            musigma.coding.stack.Exhausted: If the stack holds too few bits.
         """
 
 
-class Halved(Law):
-    """Levels 0 .. levels - 1, by a distribution function that can be asked anywhere."""
+class Uniform(Law):
+    """Integers 0 .. size - 1, all equally likely."""
+
+    def __init__(self, shape: tuple[int, ...], size: int):
+        self.shape, self.sizes = shape, np.full(shape, size)
+
+    def push(self, stack: Stack, values: np.ndarray) -> None:
+        """Push integers."""
+        stack.push(values, self.sizes)
+
+    def pop(self, stack: Stack) -> np.ndarray:
+        """Pop integers."""
+        return stack.pop(self.sizes)
+
+
+class Bisected(Law):
+    """Levels 0 .. levels - 1, by their distribution function `below`."""
 
     levels: int
 
     @abstractmethod
     def below(self, k: np.ndarray) -> np.ndarray:
-        """The mass below level k, up to a factor: rising in k, float64; all from `levels` on."""
+        """The mass below level k, up to a factor: float64, increasing, constant from `levels`."""
 
     def push(self, stack: Stack, values: np.ndarray) -> None:
         """Push levels."""
@@ -70,49 +85,49 @@ class Halved(Law):
             raise ValueError(f"values: expected levels 0 to {self.levels - 1}")
         decisions: list[tuple[np.ndarray, np.ndarray]] = []
 
-        def look(middle: np.ndarray, ones: np.ndarray) -> np.ndarray:
+        def decide(middle: np.ndarray, ones: np.ndarray) -> np.ndarray:
             decisions.append((values >= middle, ones))
             return decisions[-1][0]
 
-        self._halve(look)
+        self._bisect(decide)
         for answer in reversed(decisions):
             stack.push_bits(*answer)
 
     def pop(self, stack: Stack) -> np.ndarray:
         """Pop levels."""
-        return self._halve(lambda _, ones: stack.pop_bits(ones))
+        return self._bisect(lambda _, ones: stack.pop_bits(ones))
 
-    def _halve(self, ask: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    def _bisect(self, decide: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         low, half = np.zeros(self.shape, np.int64), 1 << (self.levels - 1).bit_length()
         under, over = np.zeros(self.shape), self.below(low + half)
         while half := half >> 1:
             middle = low + half
             between = self.below(middle)
-            yes = ask(middle, _share(over - between, over - under))
+            yes = decide(middle, _share(over - between, over - under))
             low = np.where(yes, middle, low)
             under, over = np.where(yes, between, under), np.where(yes, over, between)
         return low
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """A probability in parts of `ONE`, never 0 or 1: a half where the whole is nothing."""
+    """A probability in units of 1 / `ONE`, never 0 or 1: one half where the whole is zero."""
     share = np.divide(part, whole, out=np.full(part.shape, 0.5), where=whole > 0)
     return np.clip(np.rint(share * ONE), 1, ONE - 1)
 
 
 class Normal(Law):
-    """Whole numbers about a mean, as a Gaussian has them.
+    """Integers around a mean, Gaussian.
 
-    A value is found by halving 1,024 cells, of which 32 to 64 make up a standard deviation (or
-    which are the numbers themselves, if that is less than 32); within a cell all are alike.
+    A value is found by bisection of 1,024 cells, 32 to 64 to a standard deviation; below 32
+    integers to a standard deviation, a cell is one integer. Within a cell the law is uniform.
 
     Args:
-        mean: Whole numbers.
-        log_std: Logarithms of the standard deviations, as multiples of 1 / `SHARPNESS`.
-        wide: Whether values beyond the cells, which reach 8 standard deviations at least, can
-            come: at 45 bits each, and 10^-6 bits for all others. A value that is popped though
-            it was not pushed, as a draw is, must not: a wild one would cost more than it gains.
-            So none beyond 8 standard deviations is, whatever the cells reach.
+        mean: Integers.
+        log_std: Log standard deviations, integer multiples of 1 / `SHARPNESS`.
+        wide: Whether there is mass beyond the cells, which reach 8 standard deviations or more:
+            such a value costs 45 bits, and every other one 10^-6 bits more. A law that values are
+            drawn from must not be wide, because an outlier would cost more than it gains; nor
+            does it reach beyond 8 standard deviations.
     """
 
     HALVINGS = 10
@@ -126,10 +141,10 @@ class Normal(Law):
         self.lowest = mean - np.left_shift(1, self.shift + self.HALVINGS - 1)
 
     def push(self, stack: Stack, values: np.ndarray) -> None:
-        """Push whole numbers; any, if `wide`, that are less than 2^23 cells away.
+        """Push integers; if `wide`, any that are less than 2^23 cells from the mean.
 
         Raises:
-            OverflowError: If `wide`, and one is further away.
+            OverflowError: If `wide`, and a value is further from the mean.
         """
         away = values - self.lowest
         cells = np.right_shift(away, self.shift)
@@ -141,7 +156,7 @@ class Normal(Law):
                 raise OverflowError("a value lies more than 2^23 cells from its mean")
             stack.push(far, np.full(far.shape, 1 << 24))
         elif beyond.any():
-            raise ValueError("values: expected some within 8 standard deviations")
+            raise ValueError("values: expected at most 8 standard deviations from the mean")
         near = ~beyond
         cells, rows = cells[near], self.row[near]
         nodes = [(1 << d) + (cells >> (self.HALVINGS - d)) for d in range(self.HALVINGS)]
@@ -150,13 +165,13 @@ class Normal(Law):
             answers, ones = np.stack(yes), self.table[rows, np.stack(nodes)]
             open_ = _open(ones)
             if (answers != (ones > 0))[~open_].any():
-                raise ValueError("values: expected some within 8 standard deviations")
+                raise ValueError("values: expected at most 8 standard deviations from the mean")
             stack.push_bits(answers[open_], ones[open_])
         if self.wide:
             stack.push_bits(beyond, np.full(self.shape, FAR))
 
     def pop(self, stack: Stack) -> np.ndarray:
-        """Pop whole numbers."""
+        """Pop integers."""
         near = np.ones(self.shape, bool)
         if self.wide:
             near = ~stack.pop_bits(np.full(self.shape, FAR))
@@ -174,16 +189,16 @@ class Normal(Law):
 
 
 def _open(ones: np.ndarray) -> np.ndarray:
-    """Which decisions are none already."""
+    """Which decisions are not certain."""
     return (ones > 0) & (ones < ONE)
 
 
 FAR = 4.0
-"""The probability, in parts of `ONE`, that a value of a wide `Normal` lies beyond its cells."""
+"""The probability, in units of 1 / `ONE`, that a value of a wide `Normal` lies beyond the cells."""
 
 
 def _cell(log_std: int) -> int:
-    """The logarithm, to base 2, of how many numbers a cell has."""
+    """log2 of the number of integers in a cell."""
     std = float(exponential(np.array(log_std), SHARPNESS))
     return max(0, math.frexp(std)[1] - 6)
 
@@ -192,7 +207,7 @@ def _cell(log_std: int) -> int:
 def _decisions(log_std: int, wide: bool) -> np.ndarray:
     """The probability of the upper half at each node; the children of node n are 2n and 2n + 1.
 
-    Unless `wide`, halves beyond 8 standard deviations have none: one in a million is too many.
+    Unless `wide`, it is zero for halves beyond 8 standard deviations.
     """
     cells, size = 1 << Normal.HALVINGS, float(1 << _cell(log_std))
     std = float(exponential(np.array(log_std), SHARPNESS))
@@ -210,11 +225,11 @@ def _decisions(log_std: int, wide: bool) -> np.ndarray:
     return ones
 
 
-class Weights(Halved):
-    """Levels with a logarithm of the weight of each.
+class Weights(Bisected):
+    """Levels with any probabilities.
 
     Args:
-        logits: Whole multiples of 1 / `SHARPNESS`, shape (B, levels, ...).
+        logits: Log weights, integer multiples of 1 / `SHARPNESS`, shape (B, levels, ...).
     """
 
     def __init__(self, logits: np.ndarray):
@@ -224,19 +239,19 @@ class Weights(Halved):
         np.cumsum(weights + 1e-12, -1, out=self.sums[..., 1:])
 
     def below(self, k: np.ndarray) -> np.ndarray:
-        """Sums of weights."""
+        """Cumulative weights."""
         at = np.minimum(k, self.levels)[..., None]
         return np.take_along_axis(self.sums, at, -1)[..., 0]
 
 
-class Mixture(Halved):
-    """Levels as a mixture of logistic distributions has them, the ends with what lies beyond.
+class Mixture(Bisected):
+    """A mixture of logistic distributions, integrated over levels; the outer two take the tails.
 
     Args:
-        weights: Of each component, shape (K, *shape).
-        mean: In 256ths of a level, whole numbers, of the same shape.
+        weights: Weights of the components, shape (K, *shape).
+        mean: Means in 256ths of a level, integers, of the same shape.
         inverse: 1 / scale, in levels, of the same shape.
-        levels: How many there are.
+        levels: Number of levels.
     """
 
     PARTS = 256
@@ -250,7 +265,7 @@ class Mixture(Halved):
             self.total = self.total + weight
 
     def below(self, k: np.ndarray) -> np.ndarray:
-        """The mixture's distribution function between levels k - 1 and k."""
+        """The distribution function of the mixture between levels k - 1 and k."""
         mass = np.zeros(self.shape)
         for weight, part in zip(self.weights, self.parts(k), strict=True):
             part *= weight
@@ -259,7 +274,7 @@ class Mixture(Halved):
         return np.where(k >= self.levels, self.total, mass)
 
     def parts(self, k: np.ndarray) -> Sequence[np.ndarray]:
-        """The components' distribution functions there."""
+        """The distribution function of each component there."""
         edge = k * float(self.PARTS) - self.PARTS / 2
         return [
             _read(_logistic, (edge - mean) * steep)
@@ -267,17 +282,17 @@ class Mixture(Halved):
         ]
 
     def masses(self, values: np.ndarray) -> np.ndarray:
-        """The mass of each value in each component, (K, *shape)."""
+        """The mass of each value in each component, shape (K, *shape)."""
         low, high = (np.stack(self.parts(values + i)) for i in (0, 1))
         low, high = np.where(values <= 0, 0.0, low), np.where(values >= self.levels - 1, 1.0, high)
         return high - low
 
 
-class Bits(Halved):
+class Bits(Bisected):
     """Zeros and ones.
 
     Args:
-        logits: Of a one, whole multiples of 1 / `SHARPNESS`.
+        logits: The logit of a one, integer multiples of 1 / `SHARPNESS`.
     """
 
     levels = 2
@@ -287,11 +302,11 @@ class Bits(Halved):
         self.zero = logistic(logits * (-1.0 / SHARPNESS))
 
     def below(self, k: np.ndarray) -> np.ndarray:
-        """0, the probability of a zero, 1."""
+        """0, the probability of a zero, and 1."""
         return np.where(k == 1, self.zero, np.where(k < 1, 0.0, 1.0))
 
 
-# --- functions, from tables --------------------------------------------------------------------
+# --- functions by tables -----------------------------------------------------------------------
 
 
 def exponential(whole: np.ndarray, parts: int) -> np.ndarray:
@@ -310,7 +325,7 @@ def gaussian(t: np.ndarray) -> np.ndarray:
 
 
 def _read(table: Callable[[], np.ndarray], at: np.ndarray) -> np.ndarray:
-    """A function off its table, at so many lines from the middle; `at` is written over."""
+    """A function by linear interpolation, `at` entries from the middle; overwrites `at`."""
     values, slopes = _lines(table)
     at += len(values) // 2
     np.clip(at, 0, len(values) - 1, out=at)
@@ -323,7 +338,7 @@ def _read(table: Callable[[], np.ndarray], at: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def _lines(table: Callable[[], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the lines of a table begin, and how much they rise."""
+    """The entries of a table, and the differences to the next."""
     return table(), np.append(np.diff(table()), 0.0)
 
 

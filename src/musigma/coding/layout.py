@@ -1,8 +1,8 @@
-"""The file format `.mus`: a header, perhaps a model, and chunks of images, each on its own.
+"""The file format `.mus`: a header, perhaps a model, and chunks of images that stand alone.
 
-Every part has a checksum. The CRC, `zlib.crc32`, of a chunk's header, and of the footer, begins
-from that of the file's start: a chunk of another file is not taken for one of this. All integers
-are little-endian:
+Every part has a checksum. The CRC (`zlib.crc32`) of a chunk's header, and that of the footer, is
+continued from the CRC of the start of the file, so a chunk of another file is not taken for one of
+this file. All integers are little-endian:
 
     start    magic 8s | major u8 | minor u8 | flags u16 | header length u32
              header: canonical JSON
@@ -11,14 +11,16 @@ are little-endian:
              with flag 1:  the model
     chunk    "MUSC" | index u32 | first image u32 | images u32 | kind u32 | batches u32
              exceptions u32 | side: stored u32, inflated u32 | raw u64 | payload u64
-             digest of the body, BLAKE2b, 8s | CRC of this header, begun from the start's CRC, u32
+             digest of the body, BLAKE2b, 8s | CRC of this header, continued from the start, u32
              body: batch sizes less one u8 | exceptions, of four u32 each | side, zlib | payload
     footer   "MUSF" | chunks u32 | images u64 | raw u64 | sha256 of all chunk headers 32s
              per chunk: offset u64 | size u64 | first u32 | images u32 | kind u32 | its CRC u32
-             offset of the footer u64 | CRC of it, begun from the start's CRC, u32 | "MUSE"
+             offset of the footer u64 | CRC of it, continued from the start, u32 | "MUSE"
 
-The checksums find accidents. They do not keep out somebody who makes a file on purpose; such a
-file can hold any images, but it cannot make a reader fail otherwise than by a `CodingError`.
+Flag 2: the side of a chunk may hold arrays; see `musigma.coding.batch`.
+
+The checksums find accidents. They do not protect against forgery: a forged file can hold any
+images, but it cannot make a reader fail other than by a `CodingError`.
 """
 
 from __future__ import annotations
@@ -33,25 +35,9 @@ import numpy as np
 
 from musigma.coding.errors import Limits
 
-__all__ = [
-    "BITS_BACK",
-    "EXCEPTION",
-    "KINDS",
-    "PACKED",
-    "RAW",
-    "RECORDS",
-    "Chunk",
-    "Entry",
-    "Footer",
-    "Head",
-    "Row",
-    "body_digest",
-    "scheduled",
-]
-
-MAGIC = b"\x89MUS\r\n\x1a\n"  # not text, and no transfer as text leaves it whole
+MAGIC = b"\x89MUS\r\n\x1a\n"  # not text, and damaged by every transfer as text
 MAJOR, MINOR = 1, 0
-WITH_MODEL = 1  # the one flag
+WITH_MODEL, WITH_ARRAYS = 1, 2  # the flags
 
 RAW, PACKED, BITS_BACK, RECORDS = range(4)
 KINDS = {
@@ -60,10 +46,9 @@ KINDS = {
     BITS_BACK: "coded by the model, with bits back",
     RECORDS: "coded by the model, one record per image",
 }
-MODEL_KINDS = (BITS_BACK, RECORDS)
 
 EXCEPTION = np.dtype([("batch", "<u4"), ("place", "<u4"), ("index", "<u4"), ("up", "<u4")])
-"""A rounding that is written down: of which batch, place and element, and whether it went up."""
+"""An exception of rounding: its batch, place and element, and whether it was rounded up."""
 
 START = struct.Struct("<8sBBHI")
 MODEL = struct.Struct("<Q32s")
@@ -80,16 +65,15 @@ class Chunk:
     """Some images of a file, which are decompressed without the others.
 
     Attributes:
-        index: Its place among the chunks of the file.
-        first: The place of its first image in the file.
-        count: How many images it holds, at least one.
-        kind: Which of `KINDS` the payload is.
-        raw: Bytes of the images once they are decompressed, without `side`. It is declared, and
-            held against `Limits`; who decompresses has to hold to it.
-        schedule: The sizes of the batches that were coded, each 1 to 256, `count` together; empty
-            if no model took part.
-        exceptions: Of the dtype `EXCEPTION`, of shape (E,). A reader's cannot be written to.
-        side: What is kept of the images besides their pixels. It is stored deflated.
+        index: Its number among the chunks of the file.
+        first: Number of its first image.
+        count: Number of images, at least one.
+        kind: One of `KINDS`.
+        raw: Bytes of the images, decompressed, without `side`. Whoever decompresses must check it.
+        schedule: Sizes of the coded batches, each 1 to 256, in all `count`; empty if no model took
+            part.
+        exceptions: Array of dtype `EXCEPTION`, shape (E,); read-only from a reader.
+        side: What belongs to the images besides pixels; stored deflated.
         payload: The images.
     """
 
@@ -106,7 +90,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a chunk lies in a file: `size` bytes from `offset`. `check` is its header's CRC."""
+    """The place of a chunk in a file: `size` bytes from `offset`. `check`: CRC of its header."""
 
     offset: int
     index: int
@@ -119,7 +103,7 @@ class Entry:
 
     @property
     def end(self) -> int:
-        """The byte after its last one."""
+        """The first byte after it."""
         return self.offset + self.size
 
     def __str__(self) -> str:
@@ -129,7 +113,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A chunk's header, as `HEAD` packs it."""
+    """The header of a chunk, as `HEAD` packs it."""
 
     magic: bytes
     index: int
@@ -151,14 +135,14 @@ class Head:
         return self.batches + EXCEPTION.itemsize * self.exceptions + self.side
 
     def entry(self, offset: int) -> Entry:
-        """The chunk, at the place where this header was found."""
+        """The chunk whose header was found at `offset`."""
         size = HEAD.size + self.front + self.payload
         return Entry(
             offset, self.index, self.first, self.count, self.kind, self.raw, size, self.check
         )
 
-    def sensible(self) -> bool:
-        """Whether its numbers agree with each other, whatever the file holds."""
+    def consistent(self) -> bool:
+        """Whether its numbers agree with each other."""
         return (
             self.count >= max(1, self.batches)
             and (self.side == 0) == (self.inflated == 0)
@@ -170,15 +154,15 @@ class Head:
         where = f"chunk {self.index}"
         limits.hold("images", self.first + self.count, f"{where}: images up to its end")
         limits.hold("chunk_images", self.count, f"{where}: images")
-        limits.hold("chunk_raw", self.raw, f"{where}: bytes once decompressed")
+        limits.hold("chunk_raw", self.raw, f"{where}: bytes, decompressed")
         limits.hold("payload", self.payload, f"{where}: bytes of payload")
         limits.hold("exceptions", self.exceptions, f"{where}: exceptions")
-        limits.hold("side", self.inflated, f"{where}: bytes beside pixels")
+        limits.hold("side", self.inflated, f"{where}: bytes besides pixels")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the footer says of a chunk, as `ROW` packs it."""
+    """A chunk in the footer, as `ROW` packs it."""
 
     offset: int
     size: int
@@ -189,7 +173,7 @@ class Row:
 
 
 class Footer(NamedTuple):
-    """A file's footer, which takes `size` bytes: what was written, and where."""
+    """The footer of a file, which takes `size` bytes: what was written, and where."""
 
     rows: list[Row]
     raw: int
@@ -198,23 +182,23 @@ class Footer(NamedTuple):
 
     @property
     def images(self) -> int:
-        """How many the file was written with."""
+        """Number of images that were written."""
         return sum(row.count for row in self.rows)
 
     def lists(self, entry: Entry) -> bool:
-        """Whether it is this chunk that was written, wherever it lies now."""
+        """Whether this chunk was written, wherever it lies now."""
         if entry.index >= len(self.rows):
             return False
         row = self.rows[entry.index]
-        said = (row.size, row.first, row.count, row.kind, row.check)
-        return said == (entry.size, entry.first, entry.count, entry.kind, entry.check)
+        names = ("size", "first", "count", "kind", "check")
+        return all(getattr(row, name) == getattr(entry, name) for name in names)
 
 
 def body_digest(*parts: bytes) -> hashlib.blake2b:
-    """Of a chunk's body, to be updated with what follows.
+    """The digest of the body of a chunk, to be updated with what follows.
 
-    A CRC would not do: a PNG's blocks end in theirs, and two of a length that change places leave
-    a CRC around them as it was.
+    A CRC would not do: the blocks of a PNG end in their own CRC, and two blocks of equal length
+    may change places without changing the CRC around them.
 
     >>> import zlib
     >>> block, other = (part + zlib.crc32(part).to_bytes(4, "little") for part in (b"1", b"2"))
@@ -231,6 +215,6 @@ def body_digest(*parts: bytes) -> hashlib.blake2b:
 
 def scheduled(kind: int, schedule: Sequence[int], count: int) -> bool:
     """Whether batches make up the images of a chunk."""
-    if kind not in MODEL_KINDS:
+    if kind not in (BITS_BACK, RECORDS):
         return len(schedule) == 0
     return sum(schedule) == count and all(1 <= size <= 256 for size in schedule)

@@ -1,10 +1,10 @@
-"""The arithmetic in which a model is coded: exact anywhere, or pinned to one machine's.
+"""The arithmetic of networks in coding: exact anywhere, or pinned to one kind of machine.
 
-`exact` computes networks in float64. What they emit differs by about 1e-14 between batches,
-threads, kernels and machines, and `Rounding` takes the difference away; so a file that one machine
-wrote is read by any other. `pinned` computes them in float32, about twice as fast, and rounds
-nothing away: it is for reading where one wrote, with the same release of torch and the same kind
-of processor, and any other machine is refused before it has decoded a pixel.
+`exact` computes networks in float64. Their outputs differ by about 1e-14 between batch sizes,
+threads, kernels and machines, and `Rounding` removes the difference, so that any machine can read
+the file. `pinned` computes in float32, about twice as fast, and removes no differences: the reader
+needs the same release of torch and the same kind of processor, and any other machine is refused
+before it decodes a pixel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Numerics = Literal["exact", "pinned"]
 
 
 def prepared(model: Model, numerics: Numerics) -> Model:
-    """A copy of a model, on the CPU, that codes.
+    """A copy of a model for coding, on the CPU.
 
     Raises:
         ValueError: For unknown numerics.
@@ -42,7 +42,7 @@ def prepared(model: Model, numerics: Numerics) -> Model:
 
 
 def _pinned(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """In the other direction the same numbers may lie differently in memory, or be of float64."""
+    """The other direction may have the same numbers in another memory layout, or in float64."""
     return tuple(
         (t.float() if t.dtype == torch.float64 else t).contiguous() if isinstance(t, Tensor) else t
         for t in inputs
@@ -50,7 +50,7 @@ def _pinned(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def machine() -> dict[str, Any]:
-    """What float32 results depend on, besides the model."""
+    """Everything besides the model on which results in float32 depend."""
     return {
         "torch": torch.__version__,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -59,10 +59,10 @@ def machine() -> dict[str, Any]:
 
 
 class Kernels(TorchFunctionMode):
-    """Convolutions in float64 as products of matrices: up to 14 times as fast as torch's own."""
+    """Convolutions in float64 by matrix products: up to 14 times as fast as those of torch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Another way to the same result, where there is one."""
+        """Replace convolutions."""
         kwargs = kwargs or {}
         if func in (F.conv2d, torch.conv2d) and args[0].dtype == torch.float64:
             return _conv2d(*args, **kwargs)
@@ -70,7 +70,7 @@ class Kernels(TorchFunctionMode):
 
 
 ROOM = 350_000
-"""Numbers that a processor's cache holds."""
+"""Numbers that fit the cache of a processor."""
 
 
 def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -88,7 +88,7 @@ def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
 
 
 def _gathered(x, weight, bias, stride, dilation):
-    """What each output sees, side by side, times the weights: some images at a time."""
+    """The inputs of each output side by side, times the weights; some images at a time."""
     n, channels, (rows, columns) = len(x), x.shape[3], weight.shape[2:]
     height, width = (
         (x.shape[i + 1] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
@@ -109,7 +109,7 @@ def _gathered(x, weight, bias, stride, dilation):
 
 
 def _scattered(x, weight, bias, padding):
-    """Every pixel times all weights, added where it is seen: for few outputs."""
+    """Every pixel times all weights, added to the outputs that see it: for few outputs."""
     n, height, width, channels = x.shape
     out, _, rows, columns = weight.shape
     y = (x.reshape(-1, channels) @ weight.permute(1, 2, 3, 0).reshape(channels, -1)).view(

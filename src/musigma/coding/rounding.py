@@ -1,9 +1,9 @@
-"""Real numbers as whole ones, the same ones on every machine.
+"""Real numbers rounded to integers, identically on every machine.
 
-Networks in float64 agree to about 1e-14, whatever the batch, the threads, the kernels or the
-machine; a number that is rounded to a grid agrees altogether, unless it lies so near the middle
-between two points of the grid that the difference decides. The encoder lists those (one in two
-million), and the decoder looks them up.
+Networks in float64 agree to about 1e-14 between batch sizes, threads, kernels and machines. Rounded
+to a grid they agree exactly, unless a number lies so close to the middle between two points that
+the difference decides. The encoder lists these exceptions, one value in two million, and the
+decoder looks them up.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from musigma.coding.errors import CodingError, NumericsDiffer
 __all__ = ["GUARD", "Exceptions", "Rounding"]
 
 GUARD = 2.0**-22
-"""Values closer than this to the middle of two whole numbers are listed."""
+"""Values closer than this to the middle between two integers are listed."""
 
 Exceptions = dict[tuple[int, int], bool]
 """Whether a listed value was rounded up, by its place and its index in the batch."""
 
 
 class Rounding:
-    """How one batch's real numbers are rounded.
+    """Rounds the real numbers of one batch.
 
     Args:
-        listed: What the encoder listed; None: this is the encoder, and `listed` will be its list.
-        guarded: Whether values near the middle are listed; not where they are always the same.
+        listed: The exceptions that the encoder listed; None in the encoder, which fills the
+            attribute `listed`.
+        guarded: Whether there are exceptions; false where numbers are always the same.
     """
 
     def __init__(self, listed: Exceptions | None = None, *, guarded: bool = True):
@@ -39,19 +40,19 @@ class Rounding:
         """``values * scale``, rounded, int64.
 
         Args:
-            values: Of a batch.
-            scale: A power of two, where what follows is to be exact.
-            place: A number that the same values have in both directions.
+            values: Any tensor.
+            scale: The factor; a power of two is exact.
+            place: A number that identifies these values in both directions.
 
         Raises:
-            CodingError: If a value is not finite, or larger than 2^52.
-            NumericsDiffer: If a value lies where the encoder would have listed it, and did not.
+            CodingError: If a value is not finite, or exceeds 2^52.
+            NumericsDiffer: If the encoder should have listed a value, and did not.
         """
         scaled = values.detach().to(torch.float64).cpu().contiguous().numpy() * scale
         if not (np.abs(scaled) < 2.0**52).all():
             raise CodingError(
-                "the model's parameters are not finite for some of these data, or too large to be "
-                "coded by; evaluate the model on them, and look at `inspect`"
+                "the model's distributions are not finite for some of these data, or too large; "
+                "evaluate the model on them, and look at `inspect`"
             )
         whole = np.rint(scaled)
         if not self.guarded:
@@ -67,7 +68,8 @@ class Rounding:
                 flat[i] = low + self.listed[place, int(i)]
             elif off.reshape(-1)[i] > 0.5 - GUARD / 2:
                 raise NumericsDiffer(
-                    "a parameter lies where the encoder, had it found it there, would have said "
-                    "so: this machine's arithmetic differs from the one that wrote the file"
+                    "a parameter lies where the encoder would have listed an exception: the "
+                    "arithmetic of this machine differs from that of the machine that wrote the "
+                    "file"
                 )
         return flat.astype(np.int64).reshape(scaled.shape)

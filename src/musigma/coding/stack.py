@@ -1,12 +1,12 @@
-"""Bits, last in, first out: the one place that knows the entropy coder.
+"""A stack of bits: the only module that uses the entropy coder.
 
-Everything that is coded is one of two things: a bit with a known probability, or a whole number
-that is uniform below a bound. Both are whole-array calls of an asymmetric numeral system (Duda,
-2009, arXiv:0902.0271) from the `constriction` library (Bamler, "Understanding Entropy Coding With
-Asymmetric Numeral Systems (ANS): a Statistician's Perspective", 2022, arXiv:2201.01741).
+Everything that is coded is either a bit with a known probability or an integer that is uniform
+below a bound. Both are array calls of an asymmetric numeral system (Duda, 2009, arXiv:0902.0271)
+in the `constriction` library (Bamler, "Understanding Entropy Coding With Asymmetric Numeral
+Systems (ANS): a Statistician's Perspective", 2022, arXiv:2201.01741).
 
-Pushing costs bits and popping gains them, -log2 p either way, and each undoes the other exactly.
-So a value can be *drawn* by popping it, which is what bits-back coding does.
+Pushing costs -log2 p bits and popping recovers as many; each undoes the other exactly. A value can
+therefore be *drawn* by popping it, as bits-back coding does.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ __all__ = ["CODER", "ONE", "Exhausted", "Stack"]
 CODER = "constriction 0.5, 32-bit words, 64-bit state, 24-bit probabilities"
 
 ONE = 1 << 22
-"""Probabilities are whole numbers of these parts, 1 to ONE - 1."""
+"""Probabilities are integers 1 to ONE - 1, in units of 1 / ONE."""
 
 
 class Exhausted(Exception):
-    """More was to be popped than the stack holds; it is as it was before."""
+    """More was to be popped than the stack holds; it is unchanged."""
 
 
 class Stack:
     """A stack of bits.
 
     Args:
-        words: Its content, 32-bit words as `words` returns them.
-        foreign: The words are any bits, which `words` gives back as they are once all that was
-            popped has been pushed, and all that was pushed has been popped.
+        words: Its content: 32-bit words, as `words` returns them.
+        foreign: Whether the words are arbitrary bits, which `words(foreign=True)` returns once
+            everything that was popped has been pushed, and the other way round.
 
     Raises:
-        ValueError: If constriction is not installed, or the words cannot be a stack's.
+        ValueError: If constriction is not installed, or the words are no stack.
 
     Example:
         >>> stack = Stack(np.arange(8, dtype=np.uint32), foreign=True)
@@ -55,50 +55,50 @@ class Stack:
                 np.ascontiguousarray(words, np.uint32), seal=foreign
             )
         except ValueError as error:
-            raise ValueError(f"words: no stack ends so ({error})") from error
+            raise ValueError(f"words: these are no stack ({error})") from error
         self._lowest = self.bits
 
     @property
     def bits(self) -> int:
-        """How many bits it holds."""
+        """Number of bits on the stack."""
         return self._coder.num_valid_bits()
 
     @property
     def lowest(self) -> int:
-        """The fewest bits that it has held since `mark`."""
+        """The smallest number of bits since `mark`."""
         return min(self._lowest, self.bits)
 
     def mark(self) -> None:
-        """Begin to watch for `lowest` anew."""
+        """Reset `lowest`."""
         self._lowest = self.bits
 
     def words(self, *, foreign: bool = False) -> np.ndarray:
-        """Its content; that of a stack that began as foreign bits, and is back there, if so.
+        """The content; with `foreign`, the arbitrary bits that it began with and has again.
 
         Raises:
-            ValueError: If it is not back there.
+            ValueError: If `foreign`, and it does not have them again.
         """
         try:
             return self._coder.get_compressed(unseal=foreign)
         except (ValueError, AssertionError) as error:
-            raise ValueError(f"the stack is not where it began ({error})") from error
+            raise ValueError(f"the stack does not hold what it began with ({error})") from error
 
     def copy(self) -> Stack:
-        """Another stack that holds the same."""
+        """Another stack with the same content."""
         twin = object.__new__(Stack)
         twin._bit, twin._uniform = self._bit, self._uniform
         twin._coder, twin._lowest = self._coder.clone(), self._lowest
         return twin
 
     def push(self, values: np.ndarray, sizes: np.ndarray) -> None:
-        """Push whole numbers 0 <= value < size <= 2^24, uniform below their sizes.
+        """Push integers 0 <= value < size <= 2^24, each uniform below its size.
 
         Raises:
-            ValueError: If they are others; nothing is pushed.
+            ValueError: For other values or sizes; nothing is pushed.
         """
-        values, sizes = _whole("values", values), _whole("sizes", sizes)
+        values, sizes = _integers("values", values), _integers("sizes", sizes)
         if values.shape != sizes.shape:
-            raise ValueError(f"values: expected {sizes.size}, one of each size; got {values.size}")
+            raise ValueError(f"values: expected {sizes.size}, one for each size; got {values.size}")
         if not ((values >= 0) & (values < sizes) & (sizes <= 1 << 24)).all():
             raise ValueError("values: expected 0 <= value < size <= 2^24")
         values, sizes = values.astype(np.int32), sizes.astype(np.int32)
@@ -107,17 +107,17 @@ class Stack:
         self._push(values // zeros, sizes // zeros)
 
     def _push(self, values: np.ndarray, sizes: np.ndarray) -> None:
-        free = sizes > 1  # the others cost nothing, and the coder does not take them
+        free = sizes > 1  # others cost nothing, and the coder does not accept them
         self._encode(values[free], self._uniform, sizes[free])
 
     def pop(self, sizes: np.ndarray) -> np.ndarray:
-        """The last numbers that were pushed with these sizes, int64, of their shape.
+        """Pop integers that are uniform below their sizes, int64, of the shape of `sizes`.
 
         Raises:
-            Exhausted: If the stack holds too little.
+            Exhausted: If the stack holds too few bits.
             ValueError: If a size is not 1 to 2^24.
         """
-        flat = _whole("sizes", sizes)
+        flat = _integers("sizes", sizes)
         if not ((flat >= 1) & (flat <= 1 << 24)).all():
             raise ValueError("sizes: expected 1 to 2^24")
         flat = flat.astype(np.int32)
@@ -136,21 +136,21 @@ class Stack:
         return values
 
     def push_bits(self, bits: np.ndarray, ones: np.ndarray) -> None:
-        """Push bits, of which each is 1 with probability ``ones / ONE``.
+        """Push bits, each 1 with probability ``ones / ONE``.
 
         Raises:
-            ValueError: If they are no bits, or no such probabilities; nothing is pushed.
+            ValueError: For other values or probabilities; nothing is pushed.
         """
-        flat, likely = _whole("bits", bits), _probabilities(ones)
+        flat, likely = _integers("bits", bits), _probabilities(ones)
         if flat.shape != likely.shape or not ((flat == 0) | (flat == 1)).all():
             raise ValueError(f"bits: expected 0 or 1, {likely.size} of them; got {flat.size}")
         self._encode(flat.astype(np.int32), self._bit, likely)
 
     def pop_bits(self, ones: np.ndarray) -> np.ndarray:
-        """The last bits that were pushed with these probabilities, bool, of their shape.
+        """Pop bits of these probabilities, bool, of the shape of `ones`.
 
         Raises:
-            Exhausted: If the stack holds too little.
+            Exhausted: If the stack holds too few bits.
         """
         bits = self._decode(self._bit, _probabilities(ones))
         return bits.astype(bool).reshape(np.shape(ones))
@@ -165,23 +165,23 @@ class Stack:
             return np.zeros(0, np.int32)
         before = self._coder.clone() if self.bits < 24 * len(parameters) + 64 else None
         symbols = self._coder.decode(model, parameters)
-        if before is not None and self.bits < 64:  # an empty coder gives symbols for ever
+        if before is not None and self.bits < 64:  # an empty coder returns symbols without end
             self._coder = before
             raise Exhausted
         return symbols
 
 
-def _whole(name: str, values: np.ndarray) -> np.ndarray:
+def _integers(name: str, values: np.ndarray) -> np.ndarray:
     values = np.asarray(values)
     if values.dtype.kind not in "iub":
-        raise ValueError(f"{name}: expected whole numbers; got {values.dtype}")
+        raise ValueError(f"{name}: expected integers; got {values.dtype}")
     return np.ascontiguousarray(values).reshape(-1)
 
 
 def _zeros(sizes: np.ndarray) -> np.ndarray:
-    """2 to the number of zeros that sizes end with: a factor that the coder loses nothing on.
+    """The largest power of two that divides each size: a factor on which the coder loses nothing.
 
-    Of any other size n it loses up to n / 2^24 of a bit: nothing, for ten digits.
+    On another factor n it loses up to n / 2^24 of a bit: next to nothing for ten digits.
     """
     return sizes & -sizes
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from musigma import checkpoint, coding
 from musigma.cli import main
-from musigma.coding import Archive, Batch, DamagedFile, Examples, compress, extract, pictures
+from musigma.coding import Archive, Batch, DamagedFile, Examples, compress, extract, images
 from musigma.coding.container import Reader, Writer
 from musigma.data import Preprocess, load
 from musigma.zoo import build
@@ -277,8 +277,8 @@ def test_vectors_are_no_pictures(tmp_path):
 @pytest.mark.parametrize("name", ["COM1", "lpt9.png", "aux.tar.gz", "a ", "a.", "..", "a:b"])
 def test_names_that_some_system_lacks(name):
     with pytest.raises(ValueError, match="names: "):
-        pictures.check_names([name])
-    pictures.check_names(["command.png", "a.b.png", "c/d.png", "c/e.png", "ß.png", "日本.png"])
+        images.check_names([name])
+    images.check_names(["command.png", "a.b.png", "c/d.png", "c/e.png", "ß.png", "日本.png"])
 
 
 # -- the commands

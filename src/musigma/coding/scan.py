@@ -1,8 +1,8 @@
-"""Finds the chunks of a file: by its footer, or by looking through all of it.
+"""Finds the chunks of a file: by its footer, or by a scan of the whole file.
 
-What is found of a damaged file is what has a whole header, of this file; what a whole footer says
-still holds, even if it is not where it was. The time is linear in the file's size, whatever is in
-it: a search never goes back, and what it reads twice is within a budget.
+A damaged file yields every chunk whose header is whole and belongs to this file. What a whole
+footer says still holds, even if the footer has moved. The time is linear in the size of the file,
+whatever it contains: a scan never goes back, and what it reads twice is limited by a budget.
 """
 
 from __future__ import annotations
@@ -15,27 +15,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
+from musigma.coding import layout
 from musigma.coding.errors import DamagedFile, Limits
-from musigma.coding.layout import (
-    CHECK,
-    CHUNK_MAGIC,
-    END_MAGIC,
-    FOOT,
-    FOOT_MAGIC,
-    HEAD,
-    ROW,
-    TAIL,
-    Entry,
-    Footer,
-    Head,
-    Row,
-    body_digest,
-)
+from musigma.coding.layout import CHECK, CHUNK_MAGIC, FOOT, HEAD, TAIL, Entry, Footer, Head
 
 __all__ = ["Found", "Source", "find"]
 
-MAGICS = re.compile(re.escape(CHUNK_MAGIC) + b"|" + re.escape(FOOT_MAGIC))
-WINDOW = 1 << 18  # bytes that are looked through at a time
+MAGICS = re.compile(re.escape(CHUNK_MAGIC) + b"|" + re.escape(layout.FOOT_MAGIC))
+WINDOW = 1 << 18  # bytes that are scanned at a time
 
 
 class Found(NamedTuple):
@@ -49,7 +36,7 @@ class Found(NamedTuple):
 
 
 class Source:
-    """A file's bytes, and what is at a place in it.
+    """The bytes of a file, and the headers in it.
 
     Args:
         file: Open for reading bytes, seekable.
@@ -59,15 +46,15 @@ class Source:
     def __init__(self, file: BinaryIO, limits: Limits):
         self.file, self.limits = file, limits
         self.size = file.seek(0, io.SEEK_END)
-        self.seed = 0  # of the checksums of headers; known once the file's start is read
+        self.seed = 0  # CRC of the start, from which those of headers are continued
         self.budget = 2 * self.size
         self._window = (0, b"")
 
     def at(self, offset: int, size: int) -> bytes:
-        """Bytes of the file, which were found to lie within it.
+        """Bytes that lie within the file.
 
         Raises:
-            DamagedFile: If the file became shorter.
+            DamagedFile: If the file has become shorter.
         """
         base, data = self._window
         if base <= offset and offset + size <= base + len(data):
@@ -75,33 +62,33 @@ class Source:
         return self._fetch(offset, size)
 
     def head(self, offset: int) -> Head | None:
-        """The header of a chunk at a place, if it is whole.
+        """The header of a chunk, if there is a whole one.
 
         Raises:
-            LimitExceeded: If it is, and asks for too much.
+            LimitExceeded: If it is whole and asks for too much.
         """
         if offset + HEAD.size > self.size:
             return None
         data = self.at(offset, HEAD.size)
         head = Head(*HEAD.unpack(data))
         whole = zlib.crc32(data[: -CHECK.size], self.seed) == head.check
-        if not whole or head.magic != CHUNK_MAGIC or not head.sensible():
+        if not whole or head.magic != CHUNK_MAGIC or not head.consistent():
             return None
         head.hold(self.limits)
         return head
 
     def footer(self, offset: int) -> Footer | None:
-        """The footer at a place, if it is whole.
+        """The footer, if there is a whole one.
 
         Raises:
-            LimitExceeded: If it seems so, and lists too many chunks.
+            LimitExceeded: If it ends the file and lists too many chunks.
         """
         if offset + FOOT.size + TAIL.size > self.size:
             return None
         foot = self.at(offset, FOOT.size)
         magic, chunks, images, raw, digest = FOOT.unpack(foot)
-        size = FOOT.size + ROW.size * chunks + TAIL.size
-        if magic != FOOT_MAGIC or offset + size > self.size or not self.spend(size):
+        size = FOOT.size + layout.ROW.size * chunks + TAIL.size
+        if magic != layout.FOOT_MAGIC or offset + size > self.size or not self.spend(size):
             return None
         if offset + size == self.size:
             self.limits.hold("chunks", chunks, "file: chunks")
@@ -109,9 +96,10 @@ class Source:
             return None  # chance, most likely
         data = self.at(offset + FOOT.size, size - FOOT.size)
         check, end = struct.unpack("<I4s", data[-8:])
-        if end != END_MAGIC or zlib.crc32(data[:-8], zlib.crc32(foot, self.seed)) != check:
+        if end != layout.END_MAGIC or zlib.crc32(data[:-8], zlib.crc32(foot, self.seed)) != check:
             return None
-        rows = [Row(*values) for values in ROW.iter_unpack(data[: ROW.size * chunks])]
+        unpacked = layout.ROW.iter_unpack(data[: layout.ROW.size * chunks])
+        rows = [layout.Row(*values) for values in unpacked]
         reached = 0
         for row in rows:
             if row.first != reached or row.count < 1:
@@ -121,19 +109,19 @@ class Source:
         return Footer(rows, raw, digest, size) if reached == images else None
 
     def intact(self, entry: Entry) -> bool:
-        """Whether a chunk's body matches its checksum; no, if the budget is spent."""
+        """Whether the body of a chunk matches its checksum; no if the budget is spent."""
         head = self.head(entry.offset)
         if head is None or not self.spend(entry.size):
             return False
-        digest, position, end = body_digest(), entry.offset + HEAD.size, entry.end
-        while position < end:
-            part = self.at(position, min(WINDOW, end - position))
+        digest, position = layout.body_digest(), entry.offset + HEAD.size
+        while position < entry.end:
+            part = self.at(position, min(WINDOW, entry.end - position))
             digest.update(part)
             position += len(part)
         return digest.digest() == head.body
 
     def spend(self, size: int) -> bool:
-        """Whether so many bytes may still be read for a second time."""
+        """Whether so many bytes may be read a second time."""
         self.budget -= size
         return self.budget >= 0
 
@@ -148,7 +136,7 @@ class Source:
                 if base + len(data) >= self.size:
                     return -1
                 position = max(position, base + len(data) - len(CHUNK_MAGIC) + 1)
-            # anew from here: what follows a magic is then mostly in the window too
+            # a new window from here: it mostly holds what follows the magic, too
             self._window = (position, self._fetch(position, min(WINDOW, self.size - position)))
         return -1
 
@@ -168,7 +156,7 @@ class Source:
 
 
 def find(source: Source, begin: int) -> Found:
-    """The chunks of a file, which begin at a place in it.
+    """The chunks of a file, the first of which lies at `begin`.
 
     Raises:
         LimitExceeded: If there are too many, or one is too large.
@@ -180,7 +168,7 @@ def find(source: Source, begin: int) -> Found:
     found, other = _scan(source, begin)
     footer = footer or other
     if footer and found and not any(map(footer.lists, found)):
-        footer = None  # another file's
+        footer = None  # that of another file
     whole = [entry for entry in found if entry.end <= source.size]
     if footer:
         entries, images = _distinct(source, filter(footer.lists, whole)), footer.images
@@ -191,12 +179,12 @@ def find(source: Source, begin: int) -> Found:
 
 
 def _last_footer(source: Source, begin: int) -> Footer | None:
-    """The footer at the end of the file, if it is whole and agrees with the file's size."""
+    """The footer at the end of the file, if it is whole and agrees with the size of the file."""
     last = source.size - TAIL.size - FOOT.size
     if last < begin:
         return None
     offset, _, magic = TAIL.unpack(source.at(source.size - TAIL.size, TAIL.size))
-    if magic != END_MAGIC or not begin <= offset <= last:
+    if magic != layout.END_MAGIC or not begin <= offset <= last:
         return None
     footer = source.footer(offset)
     if footer is None or offset + footer.size != source.size:
@@ -207,7 +195,7 @@ def _last_footer(source: Source, begin: int) -> Footer | None:
 
 
 def _by_footer(source: Source, footer: Footer) -> list[Entry] | None:
-    """The chunks that the footer lists, if all are where it says."""
+    """The chunks that the footer lists, if all of them are where it says."""
     entries, digest = [], hashlib.sha256()
     for index, row in enumerate(footer.rows):
         head = source.head(row.offset)
@@ -232,7 +220,7 @@ def _scan(source: Source, position: int) -> tuple[list[Entry], Footer | None]:
             entry = head.entry(position)
             found.append(entry)
             source.limits.hold("chunks", len(found), "file: chunks")
-            position = entry.end if _goes_on_after(source, entry) else position + HEAD.size
+            position = entry.end if _body_follows(source, entry) else position + HEAD.size
             continue
         there = source.footer(position)
         footer = there or footer
@@ -240,8 +228,8 @@ def _scan(source: Source, position: int) -> tuple[list[Entry], Footer | None]:
     return found, footer
 
 
-def _goes_on_after(source: Source, entry: Entry) -> bool:
-    """Whether a chunk's body is all there, so that no other chunk begins within it."""
+def _body_follows(source: Source, entry: Entry) -> bool:
+    """Whether the whole body of a chunk is there, so that no other chunk begins within it."""
     if entry.end >= source.size:
         return entry.end == source.size
     after = source.at(entry.end, min(len(CHUNK_MAGIC), source.size - entry.end))
@@ -249,9 +237,9 @@ def _goes_on_after(source: Source, entry: Entry) -> bool:
 
 
 def _distinct(source: Source, entries: Iterable[Entry]) -> list[Entry]:
-    """One chunk of each index, in their order; of several copies the first that is whole.
+    """One chunk of each index, in order: of several equal copies the first that is whole.
 
-    Where two differ there is none, as nobody knows which is right.
+    Where two copies differ, none is kept, because either may be the right one.
     """
     copies: dict[int, list[Entry]] = {}
     for entry in entries:
@@ -266,7 +254,7 @@ def _distinct(source: Source, entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _in_order(entries: Sequence[Entry]) -> list[Entry]:
-    """Those that can be of one file: no image is in two, and every chunk missed had an image."""
+    """Chunks that can be of one file: none overlap, and each missing chunk had an image."""
     kept: list[Entry] = []
     index = reached = 0
     for entry in entries:
