@@ -559,7 +559,9 @@ def at_work(layer, s, rounding, grid):
 
 def test_every_rule_is_tried():
     layers = [make(4, 0, 1.0) for make, *_ in LAYERS.values()]
-    tried = {type(layer) for layer in layers} | {type(getattr(layer, "map", None)) for layer in layers}
+    tried = {type(layer) for layer in layers} | {
+        type(getattr(layer, "map", None)) for layer in layers
+    }
     ours = {kind for kind in _RULES if kind.__module__.startswith("musigma.layers")}
     assert ours <= tried
 

@@ -17,24 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from musigma.coding import layout, scan
-from musigma.coding.container import (
-    BITS_BACK,
-    EXCEPTION,
-    KINDS,
-    PACKED,
-    RAW,
-    RECORDS,
-    Chunk,
+from musigma.coding.container import Reader, Writer
+from musigma.coding.errors import (
     CodingError,
     DamagedFile,
     LimitExceeded,
     Limits,
     NumericsDiffer,
-    Reader,
     UnknownVersion,
-    Writer,
     WrongModel,
 )
+from musigma.coding.layout import BITS_BACK, EXCEPTION, KINDS, PACKED, RAW, RECORDS, Chunk
 
 FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz_coding.py"
 HEADER = {"a": 1, "model": {"sha256": "ab"}}

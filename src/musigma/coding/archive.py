@@ -1,32 +1,25 @@
-"""Files of compressed images, opened: all of them, one, or what damage has left."""
+"""Files of compressed images, opened for reading: all images, one, or what damage has left."""
 
 from __future__ import annotations
 
-import json
 import lzma
 import math
+import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import torch
 
 from musigma import checkpoint
 from musigma.coding import numerics as arithmetic
-from musigma.coding.batch import (
-    SEAL,
-    Batch,
-    bits_of,
-    context_rows,
-    digest,
-    joined,
-    side_by_side,
-    unpacked,
-    width,
-)
+from musigma.coding.batch import Batch, digest, joined, unpacked_side
 from musigma.coding.codec import SEED, Codec, Coded
-from musigma.coding.container import BITS_BACK, KINDS, PACKED, Chunk, Reader
+from musigma.coding.container import FAULT, Reader
 from musigma.coding.errors import (
     CodingError,
     DamagedFile,
@@ -35,22 +28,29 @@ from musigma.coding.errors import (
     UnknownVersion,
     WrongModel,
 )
+from musigma.coding.inputs import bits_of, context_of
+from musigma.coding.layout import BITS_BACK, KINDS, PACKED, Chunk
+from musigma.coding.packing import unpacked, width
 from musigma.coding.rounding import Exceptions
 from musigma.coding.stack import CODER
 from musigma.model import Model
 from musigma.zoo.flows.published_glow import to_format_1
 
-__all__ = ["Archive", "decompress", "model_digest", "summary"]
+__all__ = ["Archive", "decompress", "summary"]
 
 FINEST = 32
 """Grids are no finer than 2^-32."""
+SEAL = 16
+"""Bytes of a `digest` that stand before images that a general codec packed."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def decompress(path: str | Path | BinaryIO, model: Model | None = None, **options: Any) -> Batch:
-    """All images of a `.mus` file; see `Archive`, which gives them in parts.
+    """All images of a `.mus` file; `Archive`, which takes the options, yields them in parts.
 
     Raises:
-        CodingError: As `Archive` and its iteration say.
+        CodingError: See `Archive` and its iteration.
     """
     if isinstance(path, (str, Path)):
         with Path(path).open("rb") as file:
@@ -60,21 +60,27 @@ def decompress(path: str | Path | BinaryIO, model: Model | None = None, **option
 
 
 class Archive:
-    """A `.mus` file, opened: its images in their order, by their numbers, or chunk by chunk.
+    """An open `.mus` file: its images in order, by number, or chunk by chunk.
 
     Args:
         file: Open for reading bytes, seekable.
-        model: The one that it was written with; None: the one in it.
+        model: The model that it was written with; None: the model in the file.
         limits: What the file may ask for.
-        trust: Whether the model in the file may be built, if none is given; a hostile file could
-            name one that takes all memory.
-        workers: Chunks that are worked on at a time; None: as many as there are cores.
+        trust: Whether the model in the file may be built; a hostile file could name a model that
+            takes all memory.
+        workers: Number of chunks to decode at a time; None: one for each core.
+
+    Attributes:
+        shape: Shape of an image.
+        bits: Bits of each element.
+        about: The JSON values that were kept with the file.
 
     Raises:
         DamagedFile: If it is no `.mus` file, or its header is damaged.
-        WrongModel: If the model is another one, or none is given and none is in the file.
-        NumericsDiffer: If this machine computes other numbers than the one that wrote it.
-        UnknownVersion, LimitExceeded: As they say.
+        WrongModel: If the model is another one, or there is none.
+        NumericsDiffer: If this machine computes other numbers than the one that wrote the file.
+        UnknownVersion: If the file has a later format.
+        LimitExceeded: If the file asks for more than `limits` grant.
     """
 
     def __init__(
@@ -86,18 +92,17 @@ class Archive:
         trust: bool = False,
         workers: int | None = None,
     ):
-        self.reader = Reader(file, limits)
-        self.workers = workers
+        self.reader, self.workers = Reader(file, limits), workers
         header = checked(self.reader.header)
         self.shape, self.bits = tuple(header["shape"]), header["bits"]
         self.about: dict[str, Any] = header["about"]
+        written = f"a {header['model']['architecture']} of digest {header['model']['digest'][:12]}"
         if model is None:
-            model = _embedded(self.reader, header, trust)
-        elif model_digest(model) != header["model"]["digest"]:
+            model = _embedded(self.reader, header, written, trust)
+        elif (ours := model_digest(model)) != header["model"]["digest"]:
             raise WrongModel(
-                "the file was written with another model: a "
-                f"{header['model']['architecture']} of digest {header['model']['digest'][:12]}, "
-                f"and this one's is {model_digest(model)[:12]}; give that one"
+                f"the file was written with another model, {written}, and the digest of this one "
+                f"is {ours[:12]}; give the model that it was written with"
             )
         if header["coder"] != CODER:
             raise UnknownVersion(
@@ -108,14 +113,14 @@ class Archive:
         if other := {k: v for k, v in header["machine"].items() if here.get(k) != v}:
             found = ", ".join(f"{k} {v} (here {here.get(k)})" for k, v in sorted(other.items()))
             raise NumericsDiffer(
-                f"the file is pinned to the machine that wrote it: {found}; read it there, and "
-                "compress with numerics exact what others are to read"
+                f"the file is pinned to the machine that wrote it: {found}; read it there, or "
+                "compress with numerics exact"
             )
-        shape, bits = tuple(model.config["shape"]), bits_of(model)
+        bits, shape = bits_of(model), model.spec.shape  # pyright: ignore[reportOptionalMemberAccess]
         if (shape, bits) != (self.shape, self.bits):
             raise DamagedFile(
                 f"the header says {self.bits} bits of shape {self.shape}, and its model takes "
-                f"{bits} of {shape}; the writer had a fault"
+                f"{bits} of {shape}; {FAULT}"
             )
         try:
             self.codec = Codec(model, numerics=header["numerics"], latents=header["latents"])
@@ -123,51 +128,50 @@ class Archive:
         except CodingError:
             raise
         except ValueError as error:
-            raise DamagedFile(f"the header's {error}; the writer had a fault") from error
+            raise DamagedFile(f"the header does not fit its model: {error}; {FAULT}") from error
         if fingerprint != header["fingerprint"]:
             raise NumericsDiffer(
-                "this machine's arithmetic differs from that of the one that wrote the file, as a "
-                "test image shows, so nothing is decoded; read it where it was written"
+                "a test image shows that the arithmetic of this machine differs from that of the "
+                "machine that wrote the file, so nothing is decoded; read it where it was written"
             )
 
     def __len__(self) -> int:
         return self.reader.images
 
     def chunk(self, place: int) -> Batch:
-        """The images of one of ``reader.entries``.
+        """The images of ``reader.entries[place]``.
 
         Raises:
             DamagedFile: If the chunk is damaged.
-            NumericsDiffer: If what is decoded is not what was encoded.
+            NumericsDiffer: If the decoded images are not those that were encoded.
         """
         return self._decoded(self.reader.read(place))
 
     def __iter__(self) -> Iterator[Batch]:
-        """All chunks in order, decoded side by side.
+        """All chunks in order, decoded in parallel.
 
         Raises:
-            DamagedFile, NumericsDiffer: As `chunk`, where the first such chunk comes.
+            DamagedFile, NumericsDiffer: As `chunk`, at the first such chunk.
         """
         if self.reader.lost or not self.reader.ended:
             lost = ", ".join(f"{a} to {b - 1}" for a, b in self.reader.lost) or "from the end"
             raise DamagedFile(
-                f"images are missing: {lost}; --keep-going gives what is there, by `chunk`"
+                f"images are missing: {lost}; `chunk`, or --keep-going, reads the others"
             )
         chunks = (self.reader.read(place) for place in range(len(self.reader)))
-        yield from side_by_side(self._decoded, chunks, self.workers)
+        yield from in_parallel(self._decoded, chunks, self.workers)
 
     def one(self, index: int) -> Batch:
-        """One image; decodes the chunk that it is in.
+        """One image; decodes its chunk.
 
         Raises:
-            IndexError: If the file was never to hold it.
+            IndexError: If the file never held it.
             DamagedFile, NumericsDiffer: If it is lost, or as `chunk`.
         """
         for place, entry in enumerate(self.reader.entries):
             if entry.first <= index < entry.first + entry.count:
-                chunk, at = self.chunk(place), index - entry.first
-                about = {name: values[at : at + 1] for name, values in chunk.about.items()}
-                return Batch(chunk.levels[at : at + 1], about)
+                at = index - entry.first
+                return self.chunk(place).rows(slice(at, at + 1))
         if 0 <= index < len(self):
             raise DamagedFile(f"image {index}: it is lost; copy the file again")
         raise IndexError(f"image {index}: the file has {len(self)}")
@@ -178,41 +182,41 @@ class Archive:
             raise UnknownVersion(f"{where}: is {KINDS[chunk.kind]}; upgrade musigma")
         if chunk.raw != chunk.count * math.prod(self.shape) * width(self.bits):
             raise DamagedFile(
-                f"{where}: declares {chunk.raw:,} bytes, and its images are not of that size; "
-                "the writer had a fault"
+                f"{where}: declares {chunk.raw:,} bytes, which is not the size of its images; "
+                f"{FAULT}"
             )
         try:
-            about = _about(chunk)
-            context = context_rows(self.codec.model, about.get("labels"))
+            about, given = unpacked_side(chunk.side, chunk.count)
+            context = context_of(self.codec.model, Batch(np.empty(0), about, given))
             if chunk.kind == PACKED:
-                shape = (chunk.count, *self.shape)
-                batch = Batch(unpacked(chunk.payload[SEAL:], shape, self.bits), about)
-                if chunk.payload[:SEAL] != digest(batch.levels, batch.side)[:SEAL]:
-                    raise ValueError("the images or their labels are not those that went in")
-                return batch
+                levels = unpacked(chunk.payload[SEAL:], (chunk.count, *self.shape), self.bits)
+                if chunk.payload[:SEAL] != digest(levels, chunk.side)[:SEAL]:
+                    raise ValueError("the images do not match their digest")
+                return Batch(levels, about, given)
+            coded = _coded(chunk)
         except (ValueError, TypeError, lzma.LZMAError) as error:
-            raise DamagedFile(f"{where}: {error}; the writer had a fault") from error
-        coded = _coded(chunk)
+            raise DamagedFile(f"{where}: {error}; {FAULT}") from error
         try:
             levels = self.codec.unpack(coded, self.shape, context, chunk.side)
         except NumericsDiffer as error:
             raise NumericsDiffer(
-                f"{where}: {error}; the file is whole, so this machine's arithmetic differs from "
-                "that of the one that wrote it: read it there"
+                f"{where}: {error}; the file is whole, so the arithmetic of this machine differs "
+                "from that of the machine that wrote it: read it there"
             ) from error
-        return Batch(levels, about)
+        return Batch(levels, about, given)
 
 
 def model_digest(model: Model) -> str:
-    """By what a file knows its model: of its configuration and its parameters."""
+    """The digest of a model's configuration and parameters, by which a file identifies it."""
     return checkpoint.digest(to_format_1(model.config), model.state_dict())
 
 
 def checked(header: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A header with all that is needed.
+    """A header with everything that is needed.
 
     Raises:
-        DamagedFile: If something is missing, or is of another kind.
+        DamagedFile: If something is missing, or has another type.
+        UnknownVersion: If its numerics are unknown.
     """
     kinds = {
         "about": dict, "bits": int, "coder": str, "fingerprint": str, "latents": list,
@@ -228,36 +232,34 @@ def checked(header: Mapping[str, Any]) -> Mapping[str, Any]:
             wrong = ["shape, latents, bits or model"]
         elif header["numerics"] not in ("exact", "pinned"):
             raise UnknownVersion(
-                f"the file's numerics are {header['numerics']!r}, which this musigma does not "
-                "know; upgrade musigma"
+                f"the file has numerics {header['numerics']!r}, which this musigma does not know; "
+                "upgrade musigma"
             )
     if wrong:
-        raise DamagedFile(f"the header lacks {', '.join(wrong)}; the writer had a fault")
+        raise DamagedFile(f"the header lacks {', '.join(wrong)}; {FAULT}")
     return header
 
 
 def summary(file: BinaryIO, limits: Limits | None = None) -> dict[str, Any]:
-    """What a `.mus` file says of itself, without a model: a plain dict.
+    """What a `.mus` file says of itself, without its model: a plain dict.
 
     Raises:
-        CodingError: As `Archive` does of the file.
+        CodingError: As `Archive`, of the file.
     """
     reader = Reader(file, limits)
     header = checked(reader.header)
-    kinds = {"packed": 0, "coded": 0}
-    for entry in reader.entries:
-        kinds["packed" if entry.kind == PACKED else "coded"] += entry.count
-    data = file.seek(0, 2) - reader.model_size
-    dims = math.prod(header["shape"])
+    found = sum(entry.count for entry in reader.entries)
+    packed = sum(entry.count for entry in reader.entries if entry.kind == PACKED)
+    data, dims = file.seek(0, 2) - reader.model_size, math.prod(header["shape"])
     return {
         "images": reader.images,
         "shape": header["shape"],
         "bits": header["bits"],
         "chunks": len(reader.entries),
-        "images_coded": kinds["coded"],
-        "images_packed": kinds["packed"],
+        "images_coded": found - packed,
+        "images_packed": packed,
         "data_bytes": data,
-        "bits_per_dim": 8 * data / max(1, dims * sum(kinds.values())),
+        "bits_per_dim": 8 * data / max(1, dims * found),
         "model": dict(header["model"]),
         "model_bytes": reader.model_size,
         "numerics": header["numerics"],
@@ -269,61 +271,66 @@ def summary(file: BinaryIO, limits: Limits | None = None) -> dict[str, Any]:
     }
 
 
-def _embedded(reader: Reader, header: Mapping[str, Any], trust: bool) -> Model:
+def _embedded(reader: Reader, header: Mapping[str, Any], written: str, trust: bool) -> Model:
     if not reader.model_size:
-        raise WrongModel(
-            f"the file holds no model; give the {header['model']['architecture']} that it was "
-            f"written with, of digest {header['model']['digest'][:12]}"
-        )
+        raise WrongModel(f"the file holds no model; give the model it was written with, {written}")
     if not trust:
         raise CodingError(
-            "the file holds its model, and building what a stranger made may take all memory; "
-            "if you trust the file, say so (--trust, trust=True), or give the model"
+            "the file holds its model, and a model from a stranger may take all memory when it is "
+            "built; if you trust the file, say so (--trust, trust=True), or give the model"
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(reader.model())
         try:
             model = checkpoint.load(path)
-        except Exception as error:  # what a stranger made can fail in any way
+        except Exception as error:  # a hostile model can fail in any way
             raise DamagedFile(
-                f"the model in the file cannot be built: {error}; give the one that it was "
+                f"the model in the file cannot be built: {error}; give the model that it was "
                 "written with"
             ) from error
     if model_digest(model) != header["model"]["digest"]:
-        raise WrongModel("the model in the file is not the one that it names")
+        raise WrongModel("the model in the file is not the model that the header names")
     return model
-
-
-def _about(chunk: Chunk) -> dict[str, Any]:
-    """What comes with the images of a chunk, a list each.
-
-    Raises:
-        ValueError: If that is not what is there.
-    """
-    try:
-        about = json.loads(chunk.side) if chunk.side else {}
-    except RecursionError as error:
-        raise ValueError("names, modes or labels are nested") from error
-    if not isinstance(about, dict) or any(
-        not isinstance(values, list) or len(values) != chunk.count for values in about.values()
-    ):
-        raise ValueError("names, modes or labels are missing")
-    if not all(type(label) is int and 0 <= label < 1 << 31 for label in about.get("labels", [])):
-        raise ValueError("labels are no whole numbers")
-    return about
 
 
 def _coded(chunk: Chunk) -> Coded:
     listed: list[Exceptions] = [{} for _ in chunk.schedule]
     for batch, place, index, up in chunk.exceptions.tolist():
         if batch >= len(listed):
-            raise DamagedFile(f"chunk {chunk.index}: lists a value of no batch")
+            raise ValueError("an exception belongs to no batch")
         listed[batch][place, index] = bool(up)
     if len(chunk.payload) < 8 or len(chunk.payload) % 4:
-        raise DamagedFile(f"chunk {chunk.index}: expected 32-bit words; the writer had a fault")
+        raise ValueError("the payload does not consist of 32-bit words")
     words = np.frombuffer(chunk.payload, "<u4").astype(np.uint32)
     seed = int(words[0])
     if not 4 <= seed <= SEED:
-        raise DamagedFile(f"chunk {chunk.index}: begins with {seed} words; the writer had a fault")
+        raise ValueError(f"the stack begins with {seed} words")
     return Coded(list(chunk.schedule), listed, seed, words[1:])
+
+
+def in_parallel(work: Callable[[T], R], items: Iterator[T], workers: int | None) -> Iterator[R]:
+    """``map(work, items)`` in order, on so many threads; None: one for each core."""
+    count = workers or os.cpu_count() or 1
+    with _one_torch_thread(), ThreadPoolExecutor(count) as pool:
+        waiting: list[Future[R]] = []
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > count:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -17,17 +17,17 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from musigma.coding import numerics as arithmetic
-from musigma.coding.batch import bits_of, digest
+from musigma.coding.batch import digest
 from musigma.coding.coder import Coder
 from musigma.coding.errors import CodingError, NumericsDiffer
+from musigma.coding.inputs import example
 from musigma.coding.numerics import Kernels, Numerics
 from musigma.coding.planning import find_grids, latent_grids
 from musigma.coding.rounding import Exceptions, Rounding
 from musigma.coding.stack import Exhausted, Stack
-from musigma.evaluation import context_size
+from musigma.context import Context, apply, rows
 from musigma.model import Model
 
 __all__ = ["BATCH", "Codec", "Coded", "check"]
@@ -85,12 +85,12 @@ class Codec:
         x, context = example(self.model)
         with self._at_work():
             first = torch.from_numpy(x[:1]).to(self.dtype)
-            given = self._context(_rows(context, 0, 1))
+            given = self._context(context, 0, 1)
             self.grids = find_grids(self.model, first, given, self.latents)
 
     # -- both directions
 
-    def pack(self, x: np.ndarray, context: np.ndarray | None, salt: bytes) -> Coded:
+    def pack(self, x: np.ndarray, context: Context, salt: bytes) -> Coded:
         """Integer images (N, *shape) as bits.
 
         Args:
@@ -103,7 +103,7 @@ class Codec:
             OverflowError: If a value is too large for integers.
         """
         with self._at_work():
-            need = self._need(x[:1], _rows(context, 0, 1))
+            need = self._need(x[:1], self._context(context, 0, 1))
             content = digest(x, salt)
             while True:
                 seed = math.ceil((need + MARGIN) / 32) + 1
@@ -114,9 +114,7 @@ class Codec:
                 except Exhausted:
                     need = 1.5 * need + 1024
 
-    def _packed(
-        self, x: np.ndarray, context: np.ndarray | None, seed: np.ndarray, need: float
-    ) -> Coded:
+    def _packed(self, x: np.ndarray, context: Context, seed: np.ndarray, need: float) -> Coded:
         stack = Stack(seed, foreign=True)
         schedule: list[int] = []
         listed: list[Exceptions] = []
@@ -125,7 +123,7 @@ class Codec:
             n = int(max(1, min(most, len(x) - at, (stack.bits - MARGIN) // need)))
             before, stack = stack, stack.copy()
             try:
-                exceptions = self._push(stack, x[at : at + n], _rows(context, at, at + n))
+                exceptions = self._push(stack, x[at : at + n], self._context(context, at, at + n))
             except Exhausted:
                 if n == 1:
                     raise
@@ -138,7 +136,7 @@ class Codec:
         return Coded(schedule, listed, len(seed), stack.words())
 
     def unpack(
-        self, coded: Coded, shape: Sequence[int], context: np.ndarray | None, salt: bytes
+        self, coded: Coded, shape: Sequence[int], context: Context, salt: bytes
     ) -> np.ndarray:
         """The images, (N, *shape), int64.
 
@@ -152,34 +150,35 @@ class Codec:
             except NumericsDiffer:
                 raise
             except (Exhausted, ValueError, OverflowError) as error:
-                raise NumericsDiffer(f"decoding failed ({str(error) or 'no bits left'})") from error
+                raise NumericsDiffer(
+                    f"decoding failed ({str(error) or 'no bits left'})"
+                ) from error
         whole = len(left) == coded.seed
         if not whole or not np.array_equal(left, _words(digest(x, salt), coded.seed)):
             raise NumericsDiffer("the decoded images are not the images that were encoded")
         return x
 
     def _unpacked(
-        self, coded: Coded, shape: Sequence[int], context: np.ndarray | None
+        self, coded: Coded, shape: Sequence[int], context: Context
     ) -> tuple[Stack, np.ndarray]:
         stack, at = Stack(coded.words), sum(coded.schedule)
         x = np.zeros((at, *shape), np.int64)
         for n, listed in zip(reversed(coded.schedule), reversed(coded.listed), strict=True):
-            rows = slice(at - n, at)
             coder = self._coder(stack, Rounding(listed, guarded=self.guarded), n, generating=True)
-            given = self._context(_rows(context, at - n, at))
-            x[rows] = self.model.generate(coder, given).reshape(n, *shape).numpy()
+            given = self._context(context, at - n, at)
+            x[at - n : at] = self.model.generate(coder, given).reshape(n, *shape).numpy()
             at -= n
         return stack, x
 
-    def _push(self, stack: Stack, x: np.ndarray, context: np.ndarray | None) -> Exceptions:
+    def _push(self, stack: Stack, x: np.ndarray, context: Context) -> Exceptions:
         rounding = Rounding(guarded=self.guarded)
         coder = self._coder(stack, rounding, len(x), generating=False)
         stack.mark()
-        self.model.infer(torch.from_numpy(x).to(self.dtype), coder, self._context(context))
+        self.model.infer(torch.from_numpy(x).to(self.dtype), coder, context)
         coder.close()
         return rounding.listed
 
-    def _need(self, x: np.ndarray, context: np.ndarray | None) -> float:
+    def _need(self, x: np.ndarray, context: Context) -> float:
         """Bits that an image pops before it pushes any."""
         words = PROBE
         while words <= SEED:
@@ -196,8 +195,8 @@ class Codec:
     def _coder(self, stack: Stack, rounding: Rounding, n: int, *, generating: bool) -> Coder:
         return Coder(stack, self.grids, rounding, n=n, dtype=self.dtype, generating=generating)
 
-    def _context(self, rows: np.ndarray | None) -> Tensor | None:
-        return None if rows is None else torch.from_numpy(rows).to(self.dtype)
+    def _context(self, context: Context, start: int, stop: int) -> Context:
+        return apply(lambda t: t.to(self.dtype), rows(context, slice(start, stop)))
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -221,17 +220,6 @@ class Codec:
         return hashlib.sha256(words.astype("<u4").tobytes()).hexdigest()[:32]
 
 
-def example(model: Model) -> tuple[np.ndarray, np.ndarray | None]:
-    """Two images that are always the same, and their context."""
-    shape, width = model.config["shape"], context_size(model)
-    x = np.arange(2 * math.prod(shape)).reshape(2, *shape) * 7 // 3 % 2 ** bits_of(model)
-    return x, np.eye(2, width) if width else None
-
-
-def _rows(context: np.ndarray | None, start: int, stop: int) -> np.ndarray | None:
-    return None if context is None else context[start:stop]
-
-
 def _words(content: bytes, n: int) -> np.ndarray:
     return np.frombuffer(hashlib.shake_256(content).digest(4 * n), "<u4").astype(np.uint32)
 
@@ -245,6 +233,6 @@ def check(model: Model) -> None:
     """
     x, context = example(model)
     plain = arithmetic.prepared(model, "pinned")
-    given = None if context is None else torch.from_numpy(context).float()
+    given = apply(lambda t: t.float(), context)
     latents = latent_grids(plain, torch.from_numpy(x), given)
     Codec(model, numerics="exact", latents=latents).fingerprint()

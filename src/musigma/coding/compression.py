@@ -1,7 +1,7 @@
-"""Data sets to files that hold every bit, and as much as the model says they do.
+"""Data sets to files that hold every bit, at the rate of the model.
 
-Chunks are packed on as many cores as there are, each by itself; what is written is read again,
-decoded and compared before the file takes its place.
+Chunks are packed in parallel, independently of each other. What is written is read again, decoded
+and compared before the file takes its place.
 """
 
 from __future__ import annotations
@@ -20,78 +20,73 @@ import torch
 
 from musigma import checkpoint
 from musigma.coding import numerics as arithmetic
-from musigma.coding.archive import Archive, model_digest
-from musigma.coding.batch import (
-    SEAL,
-    Batch,
-    bits_of,
-    check_levels,
-    context_rows,
-    digest,
-    joined,
-    packed,
-    plain,
-    side_by_side,
-    width,
-)
-from musigma.coding.codec import Codec, Coded, latent_grids
-from musigma.coding.container import BITS_BACK, EXCEPTION, PACKED, Chunk, Writer
+from musigma.coding.archive import SEAL, Archive, in_parallel, model_digest
+from musigma.coding.batch import Batch, digest, joined
+from musigma.coding.codec import Codec, Coded
+from musigma.coding.container import Writer
 from musigma.coding.errors import CodingError, Limits, NumericsDiffer
+from musigma.coding.inputs import bits_of, check_levels, context_of, with_context
+from musigma.coding.layout import BITS_BACK, EXCEPTION, PACKED, Chunk
 from musigma.coding.numerics import Numerics
+from musigma.coding.packing import packed, plain, width
+from musigma.coding.planning import latent_grids
 from musigma.coding.stack import CODER
+from musigma.context import Context, apply, rows
 from musigma.files import replacing
 from musigma.model import Model
 
 __all__ = ["Report", "compress"]
 
 CHUNK = 4096
-"""Images of a chunk; fewer, if they would take more than `CHUNK_BYTES`."""
+"""Images in a chunk, or fewer, so that they take at most `CHUNK_BYTES`."""
 CHUNK_BYTES = 1 << 24
 SAMPLE = 256
-"""Images that the model's own figure is taken of."""
+"""Number of images from which the model's own figure is computed."""
 GENERAL = 1 << 20
-"""Elements of the first images, from which it is estimated what xz makes of all."""
+"""Number of elements from which the size of all images by xz is estimated."""
 Progress = Callable[[int, int, str], object]
 
 
 @dataclass
 class Report:
-    """What a compressed file costs, and what the model had said.
+    """The cost of a compressed file, and the model's own figure.
 
     Attributes:
-        images: How many.
-        dims: Elements of each.
-        raw_bytes: What they take plainly, at as many bits as they have levels for.
-        data_bytes: The file without a model.
-        side_bytes: Of those, what names, modes and labels take.
-        model_bytes: What the model takes, in the file or beside it.
-        net_bits_per_dim: Of the images that the model coded, less the bits that chunks begin with;
-            NaN if there are none.
-        bits_per_dim: `data_bytes`, without names, modes and labels, for each element.
-        ideal_bits_per_dim: -ELBO of the first images, by fresh draws, and its standard error.
-        ideal_error: That.
-        packed: Images that a general codec packed better, or that the model could not code.
-        general_bytes: What xz makes of the same images, as estimated by the first ones.
-        break_even: Images from which data and model together take less than xz's; None: never.
+        images: Number of images.
+        dims: Elements of an image.
+        raw_bytes: Bytes of the images without compression, at their number of bits.
+        data_bytes: Bytes of the file without the model.
+        side_bytes: Those for names, modes, labels and context.
+        model_bytes: Bytes of the model, in the file or beside it.
+        net_bits_per_dim: Rate of the images that the model coded, without the bits that chunks
+            begin with; NaN if there are none.
+        bits_per_dim: Rate of `data_bytes` without `side_bytes`.
+        ideal_bits_per_dim: -ELBO of a sample of the images, by fresh draws.
+        ideal_error: Its standard error.
+        packed: Number of images that a general codec packed, because the model could not code
+            them, or not as well.
+        general_bytes: Bytes of all images by xz, estimated from the first ones.
+        break_even: Number of images from which the data and the model together are smaller than
+            by xz; None: never.
         verified: Whether the file was read, decoded and compared.
-        seconds: It took, in all.
+        seconds: Time that it took.
     """
 
-    images: int = 0
-    dims: int = 0
-    raw_bytes: int = 0
-    data_bytes: int = 0
-    side_bytes: int = 0
-    model_bytes: int = 0
-    net_bits_per_dim: float = math.nan
-    bits_per_dim: float = math.nan
-    ideal_bits_per_dim: float = math.nan
-    ideal_error: float = math.nan
-    packed: int = 0
-    general_bytes: int = 0
-    break_even: int | None = None
-    verified: bool = False
-    seconds: float = 0.0
+    images: int
+    dims: int
+    raw_bytes: int
+    data_bytes: int
+    side_bytes: int
+    model_bytes: int
+    net_bits_per_dim: float
+    bits_per_dim: float
+    ideal_bits_per_dim: float
+    ideal_error: float
+    packed: int
+    general_bytes: int
+    break_even: int | None
+    verified: bool
+    seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict."""
@@ -103,6 +98,7 @@ def compress(
     data: np.ndarray | Sequence[Batch] | Any,
     path: str | Path | BinaryIO,
     *,
+    given: Any = None,
     about: Mapping[str, Any] | None = None,
     numerics: Numerics = "exact",
     chunk: int | None = None,
@@ -115,28 +111,31 @@ def compress(
 
     .. math:: \text{bits} = \sum_i -\text{ELBO}(x_i) / \ln 2
 
-    and, for each chunk, what its first image takes to begin with, 60 to 3,000 bytes.
+    plus, for each chunk, the bits that its first image begins with: 60 to 3,000 bytes.
 
     Args:
-        model: Built by an `architecture`, with bits, not None, and with a coding rule for every
-            layer.
-        data: Whole numbers 0 .. 2^bits - 1, shape (N, \*shape); or any sequence whose slices are a
-            `Batch`, which is asked for one chunk after the other.
-        path: The file; or one that is open for writing, which is not read again.
+        model: Built by an `architecture`, for integer levels. Each of its layers, maps and
+            distributions has a coding rule; see `register`.
+        data: Integers 0 .. levels - 1, shape (N, \*shape); or any sequence whose slices are a
+            `Batch`, of which one chunk at a time is read.
+        path: The file; or one that is open for writing, which is not verified.
+        given: The context of an array of data, which the file keeps: a mapping from names to
+            arrays with a row for each example, or one array if there is one variable. Classes are
+            indices or one-hot rows. A `Batch` carries its own.
         about: JSON values to keep with the file.
-        numerics: `exact`: any machine can read it; `pinned`: faster, and only machines like this
-            one can.
-        chunk: Images in each chunk: what is lost by damage, decoded for one image, and done by one
-            core; None: 4,096, or 16 MiB of them.
-        embed: Whether the model goes into the file, too.
+        numerics: `exact`: any machine can read the file. `pinned`: faster, and only machines like
+            this one can.
+        chunk: Number of images in a chunk, which is what damage loses, what is decoded for one
+            image, and what one core does; None: 4,096, or 16 MiB.
+        embed: Whether the file holds the model, too.
         verify: Whether the file is decoded and compared before it takes its place.
-        workers: Chunks that are worked on at a time; None: as many as there are cores.
-        progress: Called with (images done, images, the bits/dim so far in words).
+        workers: Number of chunks to code at a time; None: one for each core.
+        progress: Called with (images done, images, the rate so far as text).
 
     Raises:
         ValueError: If the model cannot code such data, or constriction is not installed.
-        CodingError: If it gives some images no finite density; or decoding gave other images.
-        OSError: If the file cannot be written. An old file stays, as it does after all of these.
+        CodingError: If the model gives an image no finite density, or decoding fails.
+        OSError: If the file cannot be written. After any error, an old file is unchanged.
 
     Example:
         >>> import musigma, tempfile
@@ -149,10 +148,14 @@ def compress(
         True
     """
     bits_of(model)  # refuses models that no file can name
-    source: Any = _Array(model, data) if isinstance(data, np.ndarray) else data
-    if not len(source):
+    if isinstance(data, np.ndarray):
+        check_levels(model, data)
+        data = _Array(with_context(model, data, given))
+    elif given is not None:
+        raise ValueError("given: it goes with an array; a Batch carries its own (Batch.given)")
+    if not len(data):
         raise ValueError("data: there are no images to compress")
-    job = _Compression(model, source, numerics, chunk, workers, progress)
+    job = _Compression(model, data, numerics, chunk, workers, progress)
     if not isinstance(path, (str, Path)):
         job.write(path, about or {}, embed)
         return job.report()
@@ -166,21 +169,20 @@ def compress(
 
 
 class _Array:
-    """An array as a sequence of batches."""
+    """A batch as a sequence of batches."""
 
-    def __init__(self, model: Model, x: np.ndarray):
-        check_levels(model, x)
-        self.x = x
+    def __init__(self, batch: Batch):
+        self.batch = batch
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.batch)
 
-    def __getitem__(self, rows: slice) -> Batch:
-        return Batch(self.x[rows].astype(np.int64))
+    def __getitem__(self, which: slice) -> Batch:
+        return self.batch.rows(which)
 
 
 class _Compression:
-    """One file on its way."""
+    """The writing of one file."""
 
     def __init__(
         self,
@@ -192,28 +194,31 @@ class _Compression:
         progress: Progress | None,
     ):
         self.began = time.perf_counter()
-        self.bits = bits_of(model)
-        self.model, self.source, self.numerics, self.workers = model, source, numerics, workers
-        self.shape: tuple[int, ...] = tuple(model.config["shape"])
-        self.dims, self.progress = math.prod(self.shape), progress
-        most = chunk or max(1, min(CHUNK, CHUNK_BYTES // self.dims))
+        assert model.spec is not None
+        self.bits, self.shape, self.dims = bits_of(model), model.spec.shape, model.spec.dims
+        self.model, self.source, self.numerics = model, source, numerics
+        self.workers, self.progress = workers, progress
+        sample = _sample(source)
+        context = context_of(model, sample)
+        self.arrays = bool(sample.given)
+        each = self.dims + sum(a[0].nbytes for a in sample.given.values())
+        most = chunk or max(1, min(CHUNK, CHUNK_BYTES // each))
         if not 1 <= most <= Limits().chunk_images:
             raise ValueError(f"chunk: expected 1 to {Limits().chunk_images} images; got {chunk}")
         parts = math.ceil(len(source) / most)
         if chunk is None and parts % 2 and len(source) > 2 * parts * SAMPLE:
-            parts += 1  # so that two cores are done at the same time
-        self.cuts = [i * len(source) // parts for i in range(parts + 1)]
-        first = _sample(source)
-        context = context_rows(model, first.about.get("labels"))
-        x = torch.from_numpy(first.levels)
-        given = None if context is None else torch.from_numpy(context).float()
+            parts += 1  # so that two cores finish at the same time
+        self.bounds = [i * len(source) // parts for i in range(parts + 1)]
+        x = torch.from_numpy(sample.levels.astype(np.int64))
+        plain_model = arithmetic.prepared(model, "pinned")
+        given = apply(lambda t: t.float(), context)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same data make the same file
-            self.ideal = _ideal(model, first.levels, context)
-            fine = latent_grids(_plain(model), x, given)
-        self.codec = Codec(model, numerics=numerics, latents=fine)
-        some = source[0 : min(len(source), max(SAMPLE, GENERAL // self.dims))]
-        self.general = len(packed(some.levels, self.bits)) / len(some)
+            self.ideal = _ideal(plain_model, x, given)
+            latents = latent_grids(plain_model, x, given)
+        self.codec = Codec(model, numerics=numerics, latents=latents)
+        first = source[0 : min(len(source), max(SAMPLE, GENERAL // self.dims))]
+        self.general = len(packed(first.levels, self.bits)) / len(first)
         self.digests: list[bytes] = []
         self.net = self.coded = self.packed = self.side = self.written = self.so_far = 0
         self.model_bytes = len(_as_bytes(model))
@@ -235,70 +240,69 @@ class _Compression:
             "numerics": self.numerics,
             "shape": list(self.shape),
         }
-        self.embedded = embed
-        pieces = zip(self.cuts, self.cuts[1:], strict=False)
+        self.embedded, embedded = embed, _as_bytes(self.model) if embed else None
+        pieces = zip(self.bounds, self.bounds[1:], strict=False)
         batches = ((first, self.source[first:last]) for first, last in pieces)
-        with Writer(file, header, _as_bytes(self.model) if embed else None) as writer:
-            work = enumerate(side_by_side(self._packed, batches, self.workers))
-            for index, (first, batch, kind, coded, payload) in work:
-                rows = _exceptions(coded) if coded else np.empty(0, EXCEPTION)
-                schedule = coded.schedule if coded else []
-                chunk = Chunk(
-                    index=index, first=first, count=len(batch), kind=kind,
+        with Writer(file, header, embedded, arrays=self.arrays) as writer:
+            work = enumerate(in_parallel(self._packed, batches, self.workers))
+            for index, (batch, side, coded, payload) in work:
+                self.so_far += writer.write(Chunk(
+                    index=index, first=self.bounds[index], count=len(batch),
+                    kind=BITS_BACK if coded else PACKED,
                     raw=len(batch) * self.dims * width(self.bits),
-                    schedule=schedule, exceptions=rows, side=batch.side, payload=payload,
-                )  # fmt: skip
-                self.so_far += writer.write(chunk)
-                self.side += len(zlib.compress(batch.side, 9)) if batch.side else 0
-                self.digests.append(digest(batch.levels, batch.side))
+                    schedule=coded.schedule if coded else [],
+                    exceptions=_exceptions(coded.listed if coded else []),
+                    side=side, payload=payload,
+                ))  # fmt: skip
+                self.side += len(zlib.compress(side, 9)) if side else 0
+                self.digests.append(digest(batch.levels, side))
                 if coded:
                     self.net, self.coded = self.net + coded.bits, self.coded + len(batch)
                 else:
                     self.packed += len(batch)
-                self._tell(first + len(batch))
+                self._report_progress(self.bounds[index + 1])
             self.written = writer.close()
 
-    def _packed(self, piece: tuple[int, Batch]) -> tuple[int, Batch, int, Coded | None, bytes]:
+    def _packed(self, piece: tuple[int, Batch]) -> tuple[Batch, bytes, Coded | None, bytes]:
+        """A chunk, coded by the model, or by xz where that is smaller."""
         first, batch = piece
         check_levels(self.model, batch.levels)
-        context = context_rows(self.model, batch.about.get("labels"))
+        side, context = batch.side, context_of(self.model, batch)
         coded, payload = None, None
         try:
-            coded = self.codec.pack(batch.levels, context, batch.side)
-            payload = coded.words.astype("<u4").tobytes()
-            payload = coded.seed.to_bytes(4, "little") + payload
-        except OverflowError:  # further out than whole numbers reach
+            coded = self.codec.pack(batch.levels.astype(np.int64), context, side)
+            payload = coded.seed.to_bytes(4, "little") + coded.words.astype("<u4").tobytes()
+        except OverflowError:  # a value is too large for integers
             coded = None
         except CodingError as error:
-            last = first + len(batch) - 1
-            raise CodingError(f"images {first} to {last}: {error}") from error
+            raise CodingError(f"images {first} to {first + len(batch) - 1}: {error}") from error
         quick = len(zlib.compress(plain(batch.levels, self.bits), 6))
         if payload is None or 0.6 * quick < len(payload):
-            general = digest(batch.levels, batch.side)[:SEAL] + packed(batch.levels, self.bits)
+            general = digest(batch.levels, side)[:SEAL] + packed(batch.levels, self.bits)
             if payload is None or len(general) < len(payload):
-                return first, batch, PACKED, None, general
-        return first, batch, BITS_BACK, coded, payload
+                return batch, side, None, general
+        return batch, side, coded, payload
 
     def verify(self, archive: Archive) -> None:
-        """Decode what was written, and compare it with what was to be."""
+        """Decode what was written, and compare it with the data."""
         archive.workers = self.workers
         for i, batch in enumerate(archive):
             if digest(batch.levels, batch.side) != self.digests[i]:
                 raise NumericsDiffer(
-                    f"chunk {i} does not decode to what it was made of, so no file is written; "
-                    "please report this"
+                    f"chunk {i} does not decode to the data that it was made from, so no file is "
+                    "written; please report this"
                 )
-            self._tell(self.cuts[i + 1])
+            self._report_progress(self.bounds[i + 1])
         self.verified = True
 
-    def _tell(self, done: int) -> None:
+    def _report_progress(self, done: int) -> None:
         if self.progress:
             rate = 8 * self.so_far / (self.packed + self.coded) / self.dims
-            said = f"{rate:.4f} bits/dim, by the model {self.ideal[0]:.4f}"
-            self.progress(done, len(self.source), said)
+            text = f"{rate:.4f} bits/dim; by the model {self.ideal[0]:.4f}"
+            self.progress(done, len(self.source), text)
 
     def report(self) -> Report:
-        """What it came to."""
+        """The result."""
         n, data = len(self.source), self.written - self.model_bytes * self.embedded
         gain = self.general - (data - self.side) / n
         return Report(
@@ -321,7 +325,7 @@ class _Compression:
 
 
 def _sample(source: Any) -> Batch:
-    """Images from all over a data set."""
+    """Images from all parts of a data set."""
     n, parts = len(source), min(8, len(source))
     size = max(1, SAMPLE // parts)
     starts = sorted({min(i * n // parts, max(0, n - size)) for i in range(parts)})
@@ -335,26 +339,22 @@ def _as_bytes(model: Model) -> bytes:
         return path.read_bytes()
 
 
-def _plain(model: Model) -> Model:
-    return arithmetic.prepared(model, "pinned")
-
-
 @torch.no_grad()
-def _ideal(model: Model, x: np.ndarray, context: np.ndarray | None) -> tuple[float, float]:
+def _ideal(model: Model, x: torch.Tensor, context: Context) -> tuple[float, float]:
     """-ELBO in bits/dim, and its standard error."""
-    model, parts = _plain(model), []
+    parts = []
     for at in range(0, len(x), 64):
-        given = None if context is None else torch.from_numpy(context[at : at + 64]).float()
-        parts.append(model.bits_per_dim(torch.from_numpy(x[at : at + 64]), given).double())
+        part = slice(at, at + 64)
+        parts.append(model.bits_per_dim(x[part], rows(context, part)).double())
     bits = torch.cat(parts)
     error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
     return bits.mean().item(), error
 
 
-def _exceptions(coded: Coded) -> np.ndarray:
+def _exceptions(listed: Sequence[Mapping[tuple[int, int], bool]]) -> np.ndarray:
     rows = [
         (batch, place, index, up)
-        for batch, listed in enumerate(coded.listed)
-        for (place, index), up in listed.items()
+        for batch, exceptions in enumerate(listed)
+        for (place, index), up in exceptions.items()
     ]
     return np.array(rows, EXCEPTION)

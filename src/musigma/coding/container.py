@@ -99,7 +99,7 @@ class Writer:
     Example:
         >>> file = io.BytesIO()
         >>> with Writer(file, {"width": 2}) as writer:
-        ...     writer.write(Chunk(index=0, first=0, count=1, kind=layout.RAW, raw=4, payload=b"abcd"))
+        ...     writer.write(Chunk(index=0, first=0, count=1, kind=0, raw=4, payload=b"abcd"))
         68
         >>> reader = Reader(file)
         >>> reader.header, [chunk.payload for chunk in reader]
@@ -152,7 +152,14 @@ class Writer:
         schedule = bytes(size - 1 for size in chunk.schedule)
         front = schedule + chunk.exceptions.tobytes() + side
         fields = (
-            *(layout.CHUNK_MAGIC, chunk.index, chunk.first, chunk.count, chunk.kind, len(schedule)),
+            *(
+                layout.CHUNK_MAGIC,
+                chunk.index,
+                chunk.first,
+                chunk.count,
+                chunk.kind,
+                len(schedule),
+            ),
             *(len(chunk.exceptions), len(side), len(chunk.side), chunk.raw, len(chunk.payload)),
             body_digest(front, chunk.payload).digest(),
         )
@@ -209,13 +216,14 @@ class Writer:
             raise ValueError(f"chunk: expected a kind in {list(KINDS)}; got {chunk.kind!r}")
         if chunk.count < 1 or chunk.raw < 0:
             raise ValueError(
-                f"chunk: expected at least one image, and a size in bytes; got {chunk.count} images "
-                f"of {chunk.raw} bytes"
+                "chunk: expected at least one image, and a size in bytes; got "
+                f"{chunk.count} images of {chunk.raw} bytes"
             )
         if not scheduled(chunk.kind, chunk.schedule, chunk.count):
             raise ValueError(
-                f"chunk: expected batches of 1 to 256 images that sum to {chunk.count}, or none if "
-                f"no model took part (it is {KINDS[chunk.kind]}); got {list(chunk.schedule)[:9]}"
+                "chunk: expected batches of 1 to 256 images that sum to "
+                f"{chunk.count}, or none if no model took part (it is {KINDS[chunk.kind]}); got "
+                f"{list(chunk.schedule)[:9]}"
             )
         if chunk.exceptions.dtype != EXCEPTION or chunk.exceptions.ndim != 1:
             raise ValueError(
@@ -292,9 +300,7 @@ class Reader:
         self._source = Source(file, self._limits)
         start = self._start()
         found = find(self._source, self._model + self.model_size)
-        self._limits.hold(
-            "total", sum(e.raw for e in found.entries), "file: bytes, decompressed"
-        )
+        self._limits.hold("total", sum(e.raw for e in found.entries), "file: bytes, decompressed")
         self.header = _header(start, self._limits.depth)
         self.entries: Sequence[Entry] = tuple(found.entries)
         self.images, self.lost = found.images, found.lost

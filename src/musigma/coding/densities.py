@@ -71,7 +71,7 @@ def law_of(dist: Distribution, quantizer: Quantizer) -> Law:
 
 
 def grid_of(dist: Distribution) -> int | None:
-    """The grid that draws from a distribution lie on: 0 of integers; None if it is to be chosen."""
+    """The grid of draws from a distribution: 0 for integers; None if it must be chosen."""
     try:
         support = dist.support
     except NotImplementedError:

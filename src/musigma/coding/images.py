@@ -1,8 +1,9 @@
-"""What is compressed besides arrays: data sets with names, modes and labels, as they were found.
+"""Data sets as `compress` takes them, and decompressed images as files.
 
-A model may see less than a file holds: fewer levels, or other sizes. What is compressed is what
-comes out again, so data that the model's treatment would change are refused, unless it is what
-was asked for; and levels that stand for others, as 0 and 1 for 0 and 255, are put back.
+A model may see less than the data hold: fewer levels, or another size. Data that the model's
+preprocessing would change are refused, because they would not come out as they went in, unless the
+preprocessed data are what is to be kept. Levels that stand for others (0 and 1 for 0 and 255) are
+converted back.
 """
 
 from __future__ import annotations
@@ -19,51 +20,60 @@ from typing import Any
 import numpy as np
 
 from musigma.coding.archive import Archive
-from musigma.coding.batch import Batch
+from musigma.coding.batch import Batch, joined
 from musigma.coding.errors import DamagedFile
 from musigma.data import Dataset, Preprocess
+from musigma.evaluation.inputs import column
 from musigma.files import replacing, sync
+from musigma.spec import Variable
 
 __all__ = ["Examples", "check_out", "extract"]
 
 LOSSLESS = (".bmp", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff")
-"""Suffixes of files that hold pixels exactly; other names get `.png` behind."""
+"""Suffixes of files that hold pixels exactly; `.png` is appended to other names."""
 MODES = ("1", "L", "RGB")
 DROPPED = ("P", "LA", "RGBA", "PA")
-"""Modes whose colours come out again, but not their palette, or their alpha (it is opaque)."""
+"""Modes whose colors are kept, but not the palette or the (opaque) alpha channel."""
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 class Examples:
-    """A data set as `musigma.coding.compress` takes it: its slices are batches.
+    """A data set as `compress` takes it: its slices are batches.
 
     Args:
-        data: The data set, treated as the model's was.
-        folder: Where its files lie, if it is a folder of images: their names are kept, and modes.
-        labels: Whether labels are kept; a conditional model needs them.
-        prepared: Whether what the model sees is what is to be kept; otherwise the data themselves,
-            and it is an error if the model sees less.
-        seed: Of dynamic binarization.
+        data: The data set, with the preprocessing of the model.
+        context: What the model is conditioned on (`model.spec.context`); it is kept.
+        folder: The folder of the files, for a data set of images; their names and modes are kept.
+        labels: Whether labels are kept, even if the model is not conditioned on them.
+        prepared: Whether to keep what the model sees; otherwise the data themselves are kept, and
+            a model that sees less is an error.
+        seed: Random seed of dynamic binarization.
 
     Attributes:
-        about: What the file's header has to say of them.
+        about: What the header of the file says of them.
 
     Raises:
-        ValueError: If the model sees less than there is, or names cannot be files' everywhere.
+        ValueError: If the model sees less than the data hold, if a part of its context is
+            missing, or if names could not be those of files on every system.
     """
 
     def __init__(
         self,
         data: Dataset,
         *,
+        context: Sequence[Variable] = (),
         folder: Path | None = None,
         labels: bool = False,
         prepared: bool = False,
         seed: int = 0,
     ):
-        if labels and data.labels is None:
-            raise ValueError(f"labels: {data.name} has none")
-        self.data, self.labels, self.seed = data, labels, seed
+        known = {variable.name: variable for variable in data.variables}
+        kept = {variable.name: variable for variable in context}
+        if labels and "label" not in kept:
+            kept["label"] = known.get("label", Variable("label"))
+        if missing := sorted(set(kept) - set(known)):
+            raise ValueError(f"data: {data.name} has no {', '.join(missing)}")
+        self.data, self.kept, self.seed = data, kept, seed
         self.names = self.modes = None
         self.about: dict[str, Any] = {}
         if folder is not None and data.ids is not None:
@@ -72,12 +82,15 @@ class Examples:
             self.modes = [_mode(folder / name, data, prepared) for name in self.names]
         elif data.preprocess.size is not None and not prepared:
             raise ValueError(
-                f"data: {data.name} was brought to {data.shape[2]} x {data.shape[1]} pixels as it "
-                "was read, and need not come out as it was; give a folder, whose images are "
-                "compared, or compress what the model sees (--prepared)"
+                f"data: {data.name} was resized to {data.shape[2]} x {data.shape[1]} pixels as it "
+                "was read; give a folder, whose images are compared, or keep what the model sees "
+                "(--prepared)"
             )
-        if labels:
-            self.about["label_names"] = list(data.label_names)
+        names = {name: list(v.names or known[name].names) for name, v in kept.items()}
+        if "label" in names:
+            self.about["label_names"] = names.pop("label")
+        if any(names.values()):
+            self.about["given_names"] = {name: found for name, found in names.items() if found}
         if prepared:
             self.about["preprocess"] = data.preprocess.to_json()
         elif data.preprocess != Preprocess(size=data.preprocess.size):
@@ -88,17 +101,19 @@ class Examples:
 
     def __getitem__(self, rows: slice) -> Batch:
         start, stop, _ = rows.indices(len(self))
-        x = self.data.take(np.arange(start, stop), seed=self.seed, first=start)
+        indices = np.arange(start, stop)
+        x = self.data.take(indices, seed=self.seed, first=start)
         about: dict[str, Sequence[Any]] = {}
         if self.names is not None and self.modes is not None:
             about = {"modes": self.modes[rows], "names": self.names[rows]}
-        if self.labels and self.data.labels is not None:
-            about["labels"] = self.data.labels[rows].tolist()
-        return Batch(x.astype(np.int64), about)
+        given = {name: column(v, self.data, indices) for name, v in self.kept.items()}
+        if "label" in given:
+            about["labels"] = given.pop("label").tolist()
+        return Batch(x, about, given)
 
 
 def _levels(data: Dataset) -> list[int]:
-    """The level of the data that each of the model's stands for, if it is one."""
+    """The level of the data for each level that the model sees, if there is only one."""
     plain = replace(data, preprocess=Preprocess())
     stands = np.full(256, -1)
     for start in range(0, len(data), 4096):
@@ -108,8 +123,8 @@ def _levels(data: Dataset) -> list[int]:
             if stands[level] not in (-1, byte):
                 raise ValueError(
                     f"data: {data.name} holds more than the model sees: levels {stands[level]} "
-                    f"and {byte} are one to it, so they would not come out again; to compress "
-                    "what the model sees, say so (--prepared)"
+                    f"and {byte} are the same to it and would not come out again; to keep what "
+                    "the model sees, use --prepared"
                 )
             stands[level] = byte
     return stands[: 1 << (data.bits or 8)].clip(0).tolist()
@@ -123,25 +138,25 @@ def _mode(path: Path, data: Dataset, prepared: bool) -> str:
     if not prepared and size != data.shape[1:]:
         raise ValueError(
             f"data: {path.name} is {size[1]} x {size[0]}, and the model sees "
-            f"{data.shape[2]} x {data.shape[1]}; train a model of that size, or compress what "
-            "this one sees (--prepared)"
+            f"{data.shape[2]} x {data.shape[1]}; train a model of that size, or keep what this "
+            "one sees (--prepared)"
         )
     if not prepared and mode not in (*MODES, *DROPPED):
         raise ValueError(
-            f"data: {path.name} is of mode {mode}, whose pixels a model sees converted; save it "
-            "as RGB, or compress what the model sees (--prepared)"
+            f"data: {path.name} has mode {mode}, whose pixels the model sees converted; save it "
+            "as RGB, or keep what the model sees (--prepared)"
         )
     return mode if mode in MODES else "L" if data.shape[0] == 1 else "RGB"
 
 
-# --- out again ---------------------------------------------------------------------------------
+# --- decompressed ------------------------------------------------------------------------------
 
 
 def check_out(out: Path) -> str:
-    """What a path is to become: `folder`, `.npz` or `.npy`.
+    """The kind of output that a path names: `folder`, `.npz` or `.npy`.
 
     Raises:
-        ValueError: If something is there already, or could not be.
+        ValueError: If the folder exists, or its parent does not.
     """
     kind = out.suffix if out.suffix in (".npz", ".npy") else "folder"
     if kind == "folder" and out.exists():
@@ -154,40 +169,39 @@ def check_out(out: Path) -> str:
 def extract(batches: Iterable[tuple[int, Batch]], archive: Archive, out: Path) -> int:
     """Write images as a folder of files, or as an array in a .npz or .npy file; whole, or not.
 
+    A .npz file also holds `labels`, and the context by its names.
+
     Args:
-        batches: Of the archive, in their order, each with the number of its first image; all of
-            them, or what is left.
-        archive: Which they are of.
+        batches: Batches of the archive, in order, each with the number of its first image.
+        archive: The archive.
         out: A folder that does not exist, or a file.
 
     Returns:
-        How many images.
+        Number of images.
 
     Raises:
-        DamagedFile: If names are not such as `check_names` takes.
+        DamagedFile: If `check_names` refuses a name.
         OSError: If something cannot be written.
     """
     kind, count = check_out(out), 0
     if kind != "folder":
-        whole, labels = [], []
-        for _, batch in batches:
-            whole.append(restored(batch.levels, archive.about))
-            labels += batch.about.get("labels", [])
-        x = np.concatenate(whole) if whole else np.zeros((0, *archive.shape), np.uint8)
+        parts = [Batch(np.zeros((0, *archive.shape), np.int64)), *(b for _, b in batches)]
+        batch = joined(parts)
+        arrays = {**batch.given, "x": restored(batch.levels, archive.about)}
+        if "labels" in batch.about:
+            arrays["labels"] = np.array(batch.about["labels"])
         with replacing(out) as draft, draft.open("wb") as file:
             if kind == ".npy":
-                np.save(file, x)
-            elif labels:
-                np.savez_compressed(file, x=x, labels=np.array(labels))
+                np.save(file, arrays["x"])
             else:
-                np.savez_compressed(file, x=x)
-        return len(x)
+                np.savez_compressed(file, **arrays)
+        return len(batch)
     draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     draft.mkdir()
     taken: set[str] = set()
     try:
         for first, batch in batches:
-            _write_pictures(batch, archive, draft, taken, first)
+            _write_images(batch, archive, draft, taken, first)
             count += len(batch)
         _sync(draft)
         draft.rename(out)
@@ -197,7 +211,7 @@ def extract(batches: Iterable[tuple[int, Batch]], archive: Archive, out: Path) -
 
 
 def _sync(folder: Path) -> None:
-    """Wait until all files are on the disk; one by one would take milliseconds each."""
+    """Wait until all files are on the disk; file by file would take milliseconds each."""
     if hasattr(os, "sync"):
         os.sync()
     else:
@@ -205,10 +219,10 @@ def _sync(folder: Path) -> None:
 
 
 def restored(levels: np.ndarray, about: Mapping[str, Any]) -> np.ndarray:
-    """Levels of the data, of the model's.
+    """Levels of the data, from those of the model.
 
     Raises:
-        DamagedFile: If the header does not say what a level stands for.
+        DamagedFile: If the header does not say what each level stands for.
     """
     table = about.get("levels")
     if table is None:
@@ -219,7 +233,7 @@ def restored(levels: np.ndarray, about: Mapping[str, Any]) -> np.ndarray:
     return plain.astype(np.uint8)[levels]
 
 
-def _write_pictures(
+def _write_images(
     batch: Batch, archive: Archive, folder: Path, taken: set[str], first: int
 ) -> None:
     from PIL import Image
@@ -227,7 +241,7 @@ def _write_pictures(
     x = restored(batch.levels, archive.about)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or x.dtype != np.uint8:
         raise ValueError(
-            f"out: examples of shape {x.shape[1:]} are no pictures; name a .npz or .npy file"
+            f"out: examples of shape {x.shape[1:]} are not images; name a .npz or .npy file"
         )
     if "preprocess" in archive.about:  # black to white, whatever the number of levels
         x = (x.astype(np.uint16) * 255 // (2**archive.bits - 1)).astype(np.uint8)
@@ -235,7 +249,7 @@ def _write_pictures(
     modes = batch.about.get("modes") or [("L", "RGB")[x.shape[1] == 3]] * len(x)
     for pixels, name, mode in zip(x, names, modes, strict=True):
         if not isinstance(name, str) or mode not in MODES:
-            raise DamagedFile(f"an image of name {name!r} and mode {mode!r} cannot be written")
+            raise DamagedFile(f"an image with name {name!r} and mode {mode!r} cannot be written")
         target = written_as(name)
         try:
             check_names([target], taken)
@@ -257,29 +271,33 @@ def _format(path: Path) -> str:
 
 
 def written_as(name: str) -> str:
-    """The name of the file that an image is written to: its own, if that can hold it exactly."""
+    """The name under which an image is written: its own, if that format holds it exactly."""
     return name if PurePosixPath(name).suffix.lower() in LOSSLESS else name + ".png"
 
 
 def check_names(names: Iterable[str], taken: set[str] | None = None) -> None:
-    """Refuse names that are not those of files below a folder, on every system.
+    """Refuse names that cannot be those of files below a folder on every system.
+
+    Args:
+        names: Names, with / between folders.
+        taken: Names that are in use; the new ones are added.
 
     Raises:
-        ValueError: For the first one.
+        ValueError: For the first such name.
     """
     taken = set() if taken is None else taken
     for name in names:
         parts = name.split("/")
         bad = next((why for part in parts if (why := _unfit(part))), None)
         if bad is None and (len(parts) > 32 or len(name.encode()) > 1024):
-            bad = "has more than 32 folders, or 1,024 bytes"
+            bad = "has more than 32 folders, or more than 1,024 bytes"
         key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
         ends = [i for i, character in enumerate(key) if character == "/"]
         folders = {key[: i + 1] for i in ends}
         if bad is None and (key in taken or key + "/" in taken):
-            bad = "is there twice, on systems to which upper and lower case are one"
+            bad = "occurs twice on systems that ignore upper and lower case"
         if bad is None and any(folder[:-1] in taken for folder in folders):
-            bad = "has another file for a folder"
+            bad = "names a file as a folder"
         if bad:
             raise ValueError(f"names: {name!r} {bad}")
         taken |= {key, *folders}
@@ -287,11 +305,11 @@ def check_names(names: Iterable[str], taken: set[str] | None = None) -> None:
 
 def _unfit(part: str) -> str | None:
     if part in ("", ".", "..") or "\\" in part or ":" in part:
-        return "leads out of its folder"
+        return "leads out of the folder"
     if any(unicodedata.category(c).startswith("C") for c in part):
-        return "has characters that are none"
+        return "has control characters"
     if len(part.encode("utf-8", "surrogatepass")) > 255:
-        return "is longer than file systems take"
+        return "is longer than file systems allow"
     if RESERVED.fullmatch(part) or part[-1] in ". ":
-        return "is no name on Windows"
+        return "is not a valid name on Windows"
     return None

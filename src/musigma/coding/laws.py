@@ -194,7 +194,7 @@ def _open(ones: np.ndarray) -> np.ndarray:
 
 
 FAR = 4.0
-"""The probability, in units of 1 / `ONE`, that a value of a wide `Normal` lies beyond the cells."""
+"""The probability of a value beyond the cells of a wide `Normal`, in units of 1 / `ONE`."""
 
 
 def _cell(log_std: int) -> int:

@@ -47,6 +47,8 @@ KINDS = {
     RECORDS: "coded by the model, one record per image",
 }
 
+MODEL_KINDS = (BITS_BACK, RECORDS)
+
 EXCEPTION = np.dtype([("batch", "<u4"), ("place", "<u4"), ("index", "<u4"), ("up", "<u4")])
 """An exception of rounding: its batch, place and element, and whether it was rounded up."""
 
@@ -215,6 +217,6 @@ def body_digest(*parts: bytes) -> hashlib.blake2b:
 
 def scheduled(kind: int, schedule: Sequence[int], count: int) -> bool:
     """Whether batches make up the images of a chunk."""
-    if kind not in (BITS_BACK, RECORDS):
+    if kind not in MODEL_KINDS:
         return len(schedule) == 0
     return sum(schedule) == count and all(1 <= size <= 256 for size in schedule)

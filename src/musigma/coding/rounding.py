@@ -1,9 +1,9 @@
 """Real numbers rounded to integers, identically on every machine.
 
-Networks in float64 agree to about 1e-14 between batch sizes, threads, kernels and machines. Rounded
-to a grid they agree exactly, unless a number lies so close to the middle between two points that
-the difference decides. The encoder lists these exceptions, one value in two million, and the
-decoder looks them up.
+Networks in float64 agree to about 1e-14 between batch sizes, threads, kernels and machines.
+Rounded to a grid they agree exactly, unless a number lies so close to the middle between two
+points that the difference decides. The encoder lists these exceptions, one value in two million,
+and the decoder looks them up.
 """
 
 from __future__ import annotations

@@ -363,9 +363,11 @@ class Increasing(Rule):
     """
 
     def up(self, x: np.ndarray) -> np.ndarray:
+        """Data to latents."""
         return Intervals(self, self, None).up(x)
 
     def down(self, y: np.ndarray) -> np.ndarray:
+        """Latents to data."""
         return Intervals(self, self, None).down(y)
 
     def forward(self, x: Tensor, h: None) -> tuple[Tensor, Tensor]:
@@ -378,6 +380,7 @@ class Increasing(Rule):
 
     @staticmethod
     def grid_above(layer: Any, below: int) -> int:
+        """The grid of the input, or that of real numbers if it is finer."""
         return max(below, REAL)
 
 

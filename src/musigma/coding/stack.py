@@ -98,7 +98,9 @@ class Stack:
         """
         values, sizes = _integers("values", values), _integers("sizes", sizes)
         if values.shape != sizes.shape:
-            raise ValueError(f"values: expected {sizes.size}, one for each size; got {values.size}")
+            raise ValueError(
+                f"values: expected {sizes.size}, one for each size; got {values.size}"
+            )
         if not ((values >= 0) & (values < sizes) & (sizes <= 1 << 24)).all():
             raise ValueError("values: expected 0 <= value < size <= 2^24")
         values, sizes = values.astype(np.int32), sizes.astype(np.int32)

@@ -18,7 +18,7 @@ from musigma.model import Model
 from musigma.processes import SINGLE_PROCESS, Processes
 from musigma.spec import Variable
 
-__all__ = ["batch", "batches", "check", "context_size", "evaluating", "noise", "tensors"]
+__all__ = ["batch", "batches", "check", "column", "context_size", "evaluating", "noise", "tensors"]
 
 Progress = Callable[[int, int], None]
 
@@ -153,15 +153,26 @@ def tensors(
     return examples, given if len(given) > 1 else given[variables[0].name]
 
 
-def _rows(variable: Variable, data: Dataset, indices: np.ndarray, home: Tensor) -> Tensor:
-    rows = np.asarray(_column(data, variable.name)[indices])
+def column(variable: Variable, data: Dataset, indices: np.ndarray) -> np.ndarray:
+    """A variable of the context: numbers or images, or indices of the model's classes.
+
+    Classes are matched by their names where both the model and the data know them.
+    """
+    values = np.asarray(_column(data, variable.name)[indices])
     if not variable.classes:
-        return torch.from_numpy(rows).to(home).reshape(len(rows), *variable.shape)
+        return values
     names = data.label_names if variable.name == "label" else data.given[variable.name].names
     if variable.names and names and tuple(names) != variable.names:
         where = {name: i for i, name in enumerate(variable.names)}
-        rows = np.array([where[names[i]] for i in rows], np.int64)
-    return nn.functional.one_hot(torch.from_numpy(rows), variable.classes).to(home)
+        values = np.array([where[names[i]] for i in values], np.int64)
+    return values
+
+
+def _rows(variable: Variable, data: Dataset, indices: np.ndarray, home: Tensor) -> Tensor:
+    values = torch.from_numpy(column(variable, data, indices))
+    if not variable.classes:
+        return values.to(home).reshape(len(values), *variable.shape)
+    return nn.functional.one_hot(values, variable.classes).to(home)
 
 
 def noise(seed: int, step: int, rank: int = 0) -> None:
