@@ -152,11 +152,11 @@ def test_what_cannot_be_coded_is_refused_before_anything_moves(what):
 
 
 def test_words_that_no_stack_ends_with():
-    with pytest.raises(ValueError, match="words: no stack ends so"):
+    with pytest.raises(ValueError, match="words: these are no stack"):
         Stack(np.array([1, 0], np.uint32))
     s = stack(9)
     s.push(np.array([1]), np.array([3]))
-    with pytest.raises(ValueError, match="not where it began"):
+    with pytest.raises(ValueError, match="what it began with"):
         s.words(foreign=True)
 
 

@@ -31,8 +31,8 @@ from musigma.coding import (
     rounding,
 )
 from musigma.coding.container import Reader, Writer
-from musigma.coding.layout import BITS_BACK, PACKED, RECORDS
 from musigma.coding.densities import Quantizer, law_of
+from musigma.coding.layout import BITS_BACK, PACKED, RECORDS
 from musigma.coding.planning import latent_grids
 from musigma.coding.stack import ONE, Exhausted, Stack
 from musigma.distributions import (
@@ -202,7 +202,7 @@ def test_what_has_no_rule_is_refused_at_once_by_its_name():
         compress(beta, x, io.BytesIO())
     with pytest.raises(ValueError, match="composed by hand"):
         compress(Chain([Dequantize(nn.Identity())], Prior(StandardNormal((4,)))), x, io.BytesIO())
-    with pytest.raises(ValueError, match="continuous values"):
+    with pytest.raises(ValueError, match="data are continuous"):
         compress(build("realnvp", (2,), bits=None), x, io.BytesIO())
 
 
@@ -381,12 +381,13 @@ def test_a_list_that_lacks_an_entry_or_lies_is_noticed(monkeypatch):
     assert {("deleted", "refused"), ("turned", "refused")} <= seen
 
 
-@pytest.mark.parametrize("size", [1e-9, 1e-5, 1e-2])
+@pytest.mark.parametrize("size", [1e-12, 1e-5, 1e-2])
 @pytest.mark.parametrize("name", ["vae-conv", "glow", "ladder"])
 def test_nets_that_are_off_decode_right_or_are_refused(name, size, monkeypatch):
     made_, x, context = coder(name)
     coded = made_.pack(x, context, b"")
     networks(monkeypatch, noisy(size))
+    torch.manual_seed(0)
     try:
         assert (made_.unpack(coded, x.shape[1:], context, b"") == x).all()
         assert size < 1e-3
@@ -548,8 +549,8 @@ CHUNKS = {
     "raw": ({"raw": 1}, DamagedFile, "declares 1 bytes"),
     "raw kind": ({"kind": 0, "schedule": ()}, UnknownVersion, "raw; upgrade"),
     "records": ({"kind": RECORDS}, UnknownVersion, "one record per image"),
-    "no json": ({"side": b"{"}, DamagedFile, "writer had a fault"),
-    "deep": ({"side": b"[" * 100_000}, DamagedFile, "writer had a fault"),
+    "no json": ({"side": b"{"}, DamagedFile, "made an error"),
+    "deep": ({"side": b"[" * 100_000}, DamagedFile, "made an error"),
     "list": ({"side": b"[]"}, DamagedFile, "missing"),
     "few names": ({"side": b'{"names":["a"]}'}, DamagedFile, "missing"),
     "text": ({"side": b'{"names":"abcdefghijkl"}'}, DamagedFile, "missing"),
@@ -591,13 +592,13 @@ def test_the_right_model_the_wrong_one_and_the_one_inside(small, tmp_path):
         opened(again(within, model=b"no model"), trust=True)
     checkpoint.save(other, tmp_path / "other.safetensors")
     exchanged = again(within, model=(tmp_path / "other.safetensors").read_bytes())
-    with pytest.raises(WrongModel, match="not the one that it names"):
+    with pytest.raises(WrongModel, match="not the model that the header names"):
         opened(exchanged, trust=True)
 
 
 def test_limits(small):
     model, x, data = small
-    with pytest.raises(LimitExceeded, match="once decompressed"):
+    with pytest.raises(LimitExceeded, match="bytes, decompressed"):
         opened(data, model, limits=Limits(total=100))
     with pytest.raises(LimitExceeded):
         opened(data, model, limits=Limits(chunk_images=5))

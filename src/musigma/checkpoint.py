@@ -134,7 +134,9 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
         raise CheckpointError(
             f"{path}: its configuration builds no {name} here: {error}"
         ) from error
-    if version == "musigma/1":
+    if version == "musigma/1" and config["options"].get("context"):
+        former = {key: value for key, value in config.items() if key != "context"}
+        model.former_digest = digest(former, tensors)
         tensors = _padded(model, tensors)
     _fill(model, tensors, path)
     return model.eval(), extra

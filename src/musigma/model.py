@@ -55,11 +55,14 @@ class Model(nn.Module, ABC):
     Attributes:
         config: What the zoo built this model from, for checkpoints; empty for one made by hand.
         spec: The shape and levels of the data, and the context; None if nobody has set it.
+        former_digest: By what `.mus` files that an earlier version wrote identify this model, if
+            it was loaded from a checkpoint of that version.
         exact: Whether log w is log p(x): true of flows without dequantization.
     """
 
     config: Mapping[str, Any] = {}
     spec: Spec | None = None
+    former_digest: str | None = None
     exact: bool = False
 
     # -- what a model has to say

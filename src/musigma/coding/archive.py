@@ -99,10 +99,10 @@ class Archive:
         written = f"a {header['model']['architecture']} of digest {header['model']['digest'][:12]}"
         if model is None:
             model = _embedded(self.reader, header, written, trust)
-        elif (ours := model_digest(model)) != header["model"]["digest"]:
+        elif not _is_model(model, header):
             raise WrongModel(
                 f"the file was written with another model, {written}, and the digest of this one "
-                f"is {ours[:12]}; give the model that it was written with"
+                f"is {model_digest(model)[:12]}; give the model that it was written with"
             )
         if header["coder"] != CODER:
             raise UnknownVersion(
@@ -211,6 +211,12 @@ def model_digest(model: Model) -> str:
     return checkpoint.digest(to_format_1(model.config), model.state_dict())
 
 
+def _is_model(model: Model, header: Mapping[str, Any]) -> bool:
+    """Whether a file was written with this model; of an earlier format, perhaps."""
+    written = header["model"]["digest"]
+    return written == model.former_digest or written == model_digest(model)
+
+
 def checked(header: Mapping[str, Any]) -> Mapping[str, Any]:
     """A header with everything that is needed.
 
@@ -289,7 +295,7 @@ def _embedded(reader: Reader, header: Mapping[str, Any], written: str, trust: bo
                 f"the model in the file cannot be built: {error}; give the model that it was "
                 "written with"
             ) from error
-    if model_digest(model) != header["model"]["digest"]:
+    if not _is_model(model, header):
         raise WrongModel("the model in the file is not the model that the header names")
     return model
 

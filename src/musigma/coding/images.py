@@ -185,8 +185,8 @@ def extract(batches: Iterable[tuple[int, Batch]], archive: Archive, out: Path) -
     """
     kind, count = check_out(out), 0
     if kind != "folder":
-        parts = [Batch(np.zeros((0, *archive.shape), np.int64)), *(b for _, b in batches)]
-        batch = joined(parts)
+        empty = Batch(np.zeros((0, *archive.shape), np.int64))
+        batch = joined([part for _, part in batches] or [empty])
         arrays = {**batch.given, "x": restored(batch.levels, archive.about)}
         if "labels" in batch.about:
             arrays["labels"] = np.array(batch.about["labels"])

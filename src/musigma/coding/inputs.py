@@ -55,7 +55,7 @@ def check_levels(model: Model, x: np.ndarray) -> None:
             f"data: the model takes integers of shape (N, {', '.join(map(str, shape))}); got "
             f"{x.dtype} of shape {x.shape}"
         )
-    flat = x.reshape(len(x), -1)
+    flat = x.reshape(-1, math.prod(shape))
     if x.size and (flat.min() < 0 or (flat.max(0) >= levels).any()):
         raise ValueError(
             f"data: the model takes levels 0 to {levels.max() - 1}; got {x.min()} to {x.max()}"

@@ -34,6 +34,7 @@ from musigma.coding.errors import CodingError
 from musigma.coding.laws import exponential
 from musigma.coding.registry import register, rule_of
 from musigma.coding.stack import Stack
+from musigma.context import conditioned
 from musigma.layers import (
     ActNorm,
     Additive,
@@ -49,7 +50,6 @@ from musigma.layers import (
     Spline,
     Squeeze,
 )
-from musigma.model import conditioned
 
 __all__ = ["REAL", "Increasing", "Intervals", "MapRule", "Rule"]
 
