@@ -55,10 +55,12 @@ class Batch:
         about = {name: list(values) for name, values in self.about.items()}
         if not self.given:
             return _json(about) if about else b""
-        arrays = [(name, np.ascontiguousarray(a)) for name, a in sorted(self.given.items())]
-        listed = [[name, _dtype(name, a), list(a.shape[1:])] for name, a in arrays]
+        arrays = [(name, storable(name, a)) for name, a in sorted(self.given.items())]
+        listed = [[name, a.dtype.str, list(a.shape[1:])] for name, a in arrays]
         text = _json({"about": about, "given": listed})
-        planes = (a.reshape(-1).view(np.uint8).reshape(a.size, -1).T.tobytes() for _, a in arrays)
+        planes = (
+            a.reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T.tobytes() for _, a in arrays
+        )
         return b"".join([b"\x01", struct.pack("<I", len(text)), text, *planes])
 
 
@@ -66,12 +68,19 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _dtype(name: str, array: np.ndarray) -> str:
+def storable(name: str, array: np.ndarray) -> np.ndarray:
+    """A contiguous array of a type that files hold; integers become int64.
+
+    Raises:
+        ValueError: For other types.
+    """
+    if array.dtype.kind in "iu" and array.dtype != np.uint8:
+        array = array.astype(np.int64)
     if array.dtype.str not in DTYPES:
         raise ValueError(
             f"given: {name!r} is {array.dtype}; expected uint8, int64, float32 or float64"
         )
-    return array.dtype.str
+    return np.ascontiguousarray(array)
 
 
 def unpacked_side(side: bytes, n: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -112,7 +121,7 @@ def _array(side: bytes, at: int, dtype: Any, shape: tuple[int, ...]) -> tuple[np
     if end > len(side):
         raise ValueError("bytes of an array are missing")
     planes = np.frombuffer(side, np.uint8, size * kind.itemsize, at).reshape(kind.itemsize, size)
-    return np.ascontiguousarray(planes.T).view(kind).reshape(shape), end
+    return planes.T.copy().view(kind).reshape(shape), end
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

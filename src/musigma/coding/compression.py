@@ -201,10 +201,11 @@ class _Compression:
         sample = _sample(source)
         context = context_of(model, sample)
         self.arrays = bool(sample.given)
-        each = self.dims + sum(a[0].nbytes for a in sample.given.values())
-        most = chunk or max(1, min(CHUNK, CHUNK_BYTES // each))
-        if not 1 <= most <= Limits().chunk_images:
-            raise ValueError(f"chunk: expected 1 to {Limits().chunk_images} images; got {chunk}")
+        given_bytes = 2 * sum(a[0].nbytes for a in sample.given.values())
+        largest = min(Limits().chunk_images, Limits().side // max(1, given_bytes))
+        most = chunk or max(1, min(CHUNK, CHUNK_BYTES // self.dims, largest))
+        if not 1 <= most <= max(1, largest):
+            raise ValueError(f"chunk: expected 1 to {largest} images; got {chunk}")
         parts = math.ceil(len(source) / most)
         if chunk is None and parts % 2 and len(source) > 2 * parts * SAMPLE:
             parts += 1  # so that two cores finish at the same time

@@ -194,7 +194,7 @@ def extract(batches: Iterable[tuple[int, Batch]], archive: Archive, out: Path) -
             if kind == ".npy":
                 np.save(file, arrays["x"])
             else:
-                np.savez_compressed(file, **arrays)
+                np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
         return len(batch)
     draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     draft.mkdir()

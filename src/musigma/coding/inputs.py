@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musigma.coding.batch import Batch
+from musigma.coding.batch import Batch, storable
 from musigma.context import Context
 from musigma.model import Model
 from musigma.spec import Variable
@@ -131,7 +131,7 @@ def with_context(model: Model, levels: np.ndarray, given: Any) -> Batch:
         if name == "label":
             about["labels"] = array.tolist()
         else:
-            arrays[name] = array
+            arrays[name] = storable(name, array)
     return Batch(levels, about, arrays)
 
 

@@ -30,7 +30,8 @@ __all__ = ["find_grids", "latent_grids"]
 FINEST = 20
 """Draws are on no finer grid than 2^-20."""
 FINE = 12
-"""Draws that other rules transform or score are on a grid of 2^-12 or finer."""
+"""Draws that other rules transform or score are on a grid of 2^-12, or of the finest value so far:
+if they are joined with values on a finer grid, each lacking digit costs a bit."""
 COARSE = 2
 """Draws that are paired with their prior are on a grid of 2^-2 or finer."""
 
@@ -50,7 +51,7 @@ def find_grids(model: Model, x: Tensor, context: Any, latents: Sequence[int]) ->
             model whose directions do not mirror each other; or for another number of latents.
     """
     left = iter(latents)
-    planner = _Planner(model, len(x), lambda *_: next(left, 0))
+    planner = _Planner(model, len(x), lambda dist, least: next(left, 0))
     with planner.at_work():
         planner.infer(model, x, context)
         planner.generate(model, context)
@@ -81,14 +82,14 @@ def latent_grids(model: Model, x: Tensor, context: Any = None) -> list[int]:
     return planner.grids.latents
 
 
-def _from_deviation(dist: Distribution, paired: bool) -> int:
+def _from_deviation(dist: Distribution, least: int) -> int:
     log_std = dist.stddev.flatten().double().log()[:100_000]
     narrow = torch.quantile(log_std, 0.01).item()
     if not math.isfinite(narrow):
         raise CodingError(
             "the model's posterior is not finite for these data; evaluate the model on them"
         )
-    return max(COARSE if paired else FINE, min(FINEST, math.ceil(2 - narrow / math.log(2))))
+    return max(least, min(FINEST, math.ceil(2 - narrow / math.log(2))))
 
 
 class _Planner(Coder):
@@ -97,14 +98,14 @@ class _Planner(Coder):
     Args:
         model: The model.
         n: Number of examples.
-        choose: ``choose(dist, paired)``: the grid of a draw of real numbers.
+        choose: ``choose(dist, least)``: the grid of a draw of real numbers.
     """
 
-    def __init__(self, model: Model, n: int, choose: Callable[[Distribution, bool], int]):
+    def __init__(self, model: Model, n: int, choose: Callable[[Distribution, int], int]):
         modules = {module: i for i, module in enumerate(model.modules())}
         stub: Any = None
         super().__init__(stub, Grids(modules), stub, n=n, dtype=torch.float64, generating=False)
-        self.choose, self.paired = choose, False
+        self.choose, self.paired, self.finest = choose, False, FINE
         self.steps: list[tuple[str, nn.Module, Tensor]] = []
 
     @contextmanager
@@ -144,7 +145,7 @@ class _Planner(Coder):
         if drawn:
             value = dist.sample(() if dist.batch_shape else (self.count,))
             if grid is None:
-                grid = self.choose(dist, self.paired)
+                grid = self.choose(dist, COARSE if self.paired else self.finest)
                 self.grids.latents.append(grid)
             value = _put(value, grid)
         elif value is None:
@@ -168,6 +169,7 @@ class _Planner(Coder):
                 f"Inverse({type(inner).__name__}) has no coding rule: it changes grids"
             )
         self.grids.layers[self._known(layer)] = below, above
+        self.finest = max(self.finest, min(above, FINEST))
         self.steps.append(("bijection", layer, x))
         return _put(layer(x, context)[0], above)
 

@@ -60,12 +60,12 @@ def rule_of(subject: object) -> Any:
         ValueError: If there is none, by the name of the type.
     """
     kind = type(subject)
-    base = next((base for base in kind.__mro__ if base in _RULES), None)
+    base, reason = next((base for base in kind.__mro__ if base in _RULES), None), ""
     if base is not None:
         redefined = _redefined(kind, base)
         if not redefined:
             return _RULES[base]
-    reason = f": it redefines {', '.join(redefined)} of {base.__name__}" if base else ""
+        reason = f": it redefines {', '.join(redefined)} of {base.__name__}"
     raise ValueError(
         f"{kind.__name__} has no coding rule{reason}; register one with "
         f"@musigma.coding.register({kind.__name__}), or replace it in the model"
@@ -76,7 +76,7 @@ def _redefined(kind: type, base: type) -> list[str]:
     """Attributes of a base class that classes between it and a subclass define anew."""
     between = kind.__mro__[: kind.__mro__.index(base)]
     names = {name for cls in between for name in vars(cls) if hasattr(base, name)}
-    harmless = {"extra_repr", "_abc_impl"}
+    harmless = {"extra_repr", "_abc_impl", "_is_protocol"}  # of which Python sets two itself
     return sorted(
         name for name in names - harmless if name == "__call__" or not name.startswith("__")
     )
