@@ -66,7 +66,8 @@ MODELS = {
     ),
     "glow-conditional": ("glow", (1, 4, 4), {"permutation": "reverse", "context": 3, **FLOW}),
     "glow-classifier": (
-        "glow", (1, 4, 4), {"conditioned": "top", "classifier": "softmax", "context": 3, **FLOW},
+        "published_glow", (1, 4, 4),
+        {"conditioned": "top", "classifier": "softmax", "context": 3, **FLOW},
     ),
     "glow-16": ("glow", (1, 4, 4), {"bits": 16, **FLOW}),
     "realnvp": ("realnvp", (1, 8, 8), {"depth": 1, "hidden": 4, "levels": 2}),

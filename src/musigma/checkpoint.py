@@ -121,7 +121,7 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
     Raises:
         CheckpointError: As `load`.
     """
-    config, extra, tensors, version = _contents(Path(path))
+    config, extra, tensors, header = _contents(Path(path))
     name = config["architecture"]
     if name not in ARCHITECTURES:
         raise CheckpointError(
@@ -134,9 +134,8 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
         raise CheckpointError(
             f"{path}: its configuration builds no {name} here: {error}"
         ) from error
-    if version == "musigma/1" and config["options"].get("context"):
-        former = {key: value for key, value in config.items() if key != "context"}
-        model.former_digest = digest(former, tensors)
+    if header["format"] == "musigma/1" and config["options"].get("context"):
+        model.former_digest = digest(header["config"], tensors)
         tensors = _padded(model, tensors)
     _fill(model, tensors, path)
     return model.eval(), extra
@@ -205,8 +204,8 @@ def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], str]:
-    """Config, extra and tensors as the present format has them, and the file's own format."""
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], Any]:
+    """Config, extra and tensors as the present format has them, and the header of the file."""
     header, tensors = verified(path)
     config, extra, version = header["config"], header["extra"], header["format"]
     while version != FORMAT:
@@ -217,7 +216,7 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ten
             )
         version, migrate = MIGRATIONS[version]
         config, extra, tensors = migrate(config, extra, tensors)
-    return config, extra, tensors, header["format"]
+    return config, extra, tensors, header
 
 
 def _padded_by_spaces(path: Path) -> bool:
