@@ -60,29 +60,29 @@ DEFAULTS = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
-"""What diffusers takes for an entry that a config.json lacks."""
+"""The defaults of diffusers for entries that a config.json lacks."""
 
 
 def from_diffusers(weights: Weights, options: Options) -> Model:
     """An `AutoencoderKL`: images in [-1, 1], halves, a log variance clamped to [-30, 20]."""
-    said = weights.beside("config.json")
-    if said is None:
+    file = weights.beside("config.json")
+    if file is None:
         raise ForeignError(
             f"{weights.path}: an AutoencoderKL needs the config.json that was saved beside it"
         )
-    if said.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+    if file.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ForeignError(
-            f"{weights.path}: _class_name is {said['_class_name']!r}; only AutoencoderKL is known"
+            f"{weights.path}: _class_name is {file['_class_name']!r}; only AutoencoderKL is known"
         )
-    config = _checked(weights, DEFAULTS | said)
+    config = _validated(weights, DEFAULTS | file)
     widths = list(config["block_out_channels"])
-    found = weights.numbers(r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*")
-    if config["layers_per_block"] != len(found):
+    blocks = weights.numbers(r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*")
+    if config["layers_per_block"] != len(blocks):
         raise ForeignError(
             f"{weights.path}: layers_per_block in config.json is {config['layers_per_block']}, "
-            f"and encoder.down_blocks.0 has {len(found)}"
+            f"and encoder.down_blocks.0 has {len(blocks)}"
         )
-    attend = _attending(weights, config, len(widths))
+    attend = _attention_levels(weights, config, len(widths))
     for name, wanted in (("act_fn", "silu"), ("out_channels", config["in_channels"])):
         if config[name] != wanted:
             raise ForeignError(
@@ -93,13 +93,13 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
     size = options.size or ((side, side) if isinstance(side, int) else tuple(side))
 
     def named(name: str) -> str:
-        theirs = _theirs(name)
+        theirs = _diffusers_name(name)
         for old, new in _OLD.items():
             if theirs not in weights and theirs.replace(new, old) in weights:
                 return theirs.replace(new, old)
         return theirs
 
-    return _filled(
+    return _build(
         weights,
         named,
         (config["in_channels"], *size),
@@ -115,49 +115,43 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
     )
 
 
-def _checked(weights: Weights, config: dict[str, Any]) -> dict[str, Any]:
-    """The entries that are used, each of the kind and range that it must have."""
+def _validated(weights: Weights, config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose used entries have the kind and range that they must have."""
 
     def counts(value: Any) -> bool:
         return isinstance(value, list) and 0 < len(value) < 16 and all(map(is_count, value))
 
-    def words(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
-    kinds = {
-        "a number from 1": (
-            is_count,
-            (
-                "in_channels",
-                "out_channels",
-                "layers_per_block",
-                "latent_channels",
-                "norm_num_groups",
-            ),
+    def boolean(value: Any) -> bool:
+        return isinstance(value, bool)
+
+    def side(value: Any) -> bool:
+        return is_count(value) or (counts(value) and len(value) == 2)
+
+    expected = {
+        is_count: (
+            "a number from 1",
+            "in_channels out_channels layers_per_block latent_channels norm_num_groups",
         ),
-        "a number, or two": (
-            lambda v: is_count(v) or (counts(v) and len(v) == 2),
-            ("sample_size",),
-        ),
-        "a list of numbers": (counts, ("block_out_channels",)),
-        "a list of names": (words, ("down_block_types", "up_block_types")),
-        "true or false": (
-            lambda v: isinstance(v, bool),
-            ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
-        ),
+        side: ("a number, or two", "sample_size"),
+        counts: ("a list of numbers", "block_out_channels"),
+        names: ("a list of names", "down_block_types up_block_types"),
+        boolean: ("true or false", "use_quant_conv use_post_quant_conv mid_block_add_attention"),
     }
-    for kind, (fits, names) in kinds.items():
-        for name in names:
+    for fits, (kind, entries) in expected.items():
+        for name in entries.split():
             if not fits(config[name]):
                 raise ForeignError(
-                    f"{weights.path}: {name} in config.json is {str(config[name])[:80]}, and no "
-                    f"{kind.removeprefix('a ')}"
+                    f"{weights.path}: {name} in config.json: expected {kind}; got "
+                    f"{str(config[name])[:80]}"
                 )
     return config
 
 
-def _attending(weights: Weights, config: Mapping[str, Any], levels: int) -> list[int]:
-    """The sizes with attention, by the block types, of which each way has the other's mirror."""
+def _attention_levels(weights: Weights, config: Mapping[str, Any], levels: int) -> list[int]:
+    """The levels with attention, by the block types, which must be the same on both sides."""
     types = {
         "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
@@ -179,8 +173,8 @@ def _attending(weights: Weights, config: Mapping[str, Any], levels: int) -> list
     return attend[0]
 
 
-def _theirs(name: str) -> str:
-    """The name that diffusers has for one of our parameters."""
+def _diffusers_name(name: str) -> str:
+    """The name in diffusers of a parameter of `autoencoder_kl`."""
     name = re.sub(r"^(prior\.)?", "", name)
     match = re.match(r"(encoder|decoder)\.net\.(.*)", name)
     assert match is not None, name
@@ -188,14 +182,14 @@ def _theirs(name: str) -> str:
     return rest if "quant_conv" in rest else f"{part}.{rest}"
 
 
-def _filled(
+def _build(
     weights: Weights,
     named: Callable[[str], str],
     shape: tuple[int, ...],
     options: Options,
     **structure: Any,
 ) -> Model:
-    """The zoo's model with these weights, once all of them have been found in shape."""
+    """The zoo's model with these weights, built once all of them have the right shape."""
     structure["bits"] = weights.assume("bits", options.bits, 8, "as of images in bytes")
     structure["std"] = weights.assume("std", options.std, 0.1, "as it has no likelihood")
     try:
@@ -220,9 +214,9 @@ def from_compvis(weights: Weights, options: Options) -> Model:
     levels = weights.numbers(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
     if levels != list(range(len(levels))) or not levels:
         raise ForeignError(f"{weights.path}: encoder.down.0.block.0.conv1.weight is missing")
-    return _filled(
+    return _build(
         weights,
-        lambda name: _compvis(_theirs(name), len(levels)),
+        lambda name: _compvis_name(_diffusers_name(name), len(levels)),
         (
             weights.size("encoder.conv_in.weight", 1),
             *weights.assume("size", options.size, (256, 256), "as in its configurations"),
@@ -258,38 +252,43 @@ _RENAMED = (
 )
 
 
-def _compvis(name: str, levels: int) -> str:
-    """The name that CompVis has for what diffusers calls `name`; it counts up-blocks by size."""
+def _compvis_name(name: str, levels: int) -> str:
+    """The name in CompVis of a parameter of diffusers; it numbers up-blocks from the top."""
     for ours, theirs in _RENAMED:
         name = name.replace(ours, theirs)
     return re.sub(r"\.up\.(\d+)", lambda m: f".up.{levels - 1 - int(m[1])}", name)
 
 
-def to_diffusers(model: Model, said: Mapping[str, Any], out: Path) -> None:
+def to_diffusers(model: Model, source: Mapping[str, Any], out: Path) -> None:
     """Write a folder that ``AutoencoderKL.from_pretrained`` loads.
 
-    `said` holds the `config` and `dtype` of the folder that the model came from, if it did; a
-    half-precision type is kept where it still holds every number.
+    Args:
+        model: An `autoencoder_kl`.
+        source: `config` and `dtype` of the folder that the model came from, if any; a
+            half-precision type is kept where it still holds every number.
+        out: The folder.
 
     Raises:
-        ValueError: If the model is no `autoencoder_kl`, or diffusers has no word for an option.
+        ValueError: If the model is no `autoencoder_kl`, or diffusers cannot represent an option.
     """
     from safetensors.torch import save_file
 
     if model.config.get("architecture") != "autoencoder_kl":
         raise ValueError(
-            "to: diffusers' AutoencoderKL is our autoencoder_kl, and this is "
+            "to: diffusers' AutoencoderKL is musigma's autoencoder_kl; got "
             f"{model.config.get('architecture', 'a model composed by hand')}"
         )
     options, shape = model.config["options"], model.config["shape"]
     if options["embedded"] not in (None, options["latents"]):
         raise ValueError(
-            f"embedded: diffusers has no word for {options['embedded']} channels of z beside "
+            f"embedded: diffusers cannot represent {options['embedded']} channels of z beside "
             f"{options['latents']} of the networks"
         )
-    config = said.get("config") or _config(options, shape)
-    tensors = {_theirs(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-    dtype = getattr(torch, said.get("dtype", "float32"))
+    config = source.get("config") or _config_of(options, shape)
+    tensors = {
+        _diffusers_name(n): t.detach().cpu().contiguous() for n, t in model.state_dict().items()
+    }
+    dtype = getattr(torch, source.get("dtype", "float32"))
     if holds(tensors.values(), dtype):
         tensors = {name: t.to(dtype) for name, t in tensors.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -301,8 +300,8 @@ def to_diffusers(model: Model, said: Mapping[str, Any], out: Path) -> None:
     sync(out)
 
 
-def _config(options: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:
-    """The config.json of a model that never had one."""
+def _config_of(options: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:
+    """A config.json for a model that was not converted."""
     levels, attend = range(len(options["widths"])), options["attend"]
     down = ["AttnDownEncoderBlock2D" if i in attend else "DownEncoderBlock2D" for i in levels]
     up = ["AttnUpDecoderBlock2D" if i in attend else "UpDecoderBlock2D" for i in levels]

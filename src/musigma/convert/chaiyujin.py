@@ -43,7 +43,7 @@ def build(weights: Weights, options: Options) -> Model:
     at = weights.numbers(r"flow\.layers\.(\d+)\.(?:actnorm|invconv|f)\..*")
     if not at:
         raise ForeignError(f"{weights.path}: flow.layers.1.actnorm.bias is missing")
-    said = _hparams(weights)
+    settings = _settings(weights)
     runs = [[at[0]]]
     for before, here in itertools.pairwise(at):
         if here == before + 1:
@@ -57,10 +57,13 @@ def build(weights: Weights, options: Options) -> Model:
     scale = 2 ** len(runs)
     batch, twice, height, width = (weights.size("prior_h", axis) for axis in range(4))
     if bool((weights.take("prior_h", batch, twice, height, width) != 0).any()):
-        weights.refuse("prior_h is not zero, as its code demands")
+        weights.refuse("prior_h is not zero, as its code sets it")
     c = 4 * channels
     mixes = _mixes(
-        weights, [(i, c * 2**level) for level, run in enumerate(runs) for i in run], said, options
+        weights,
+        [(i, c * 2**level) for level, run in enumerate(runs) for i in run],
+        settings,
+        options,
     )
     levels = []
     for run in runs:
@@ -71,7 +74,7 @@ def build(weights: Weights, options: Options) -> Model:
         c = c if last else 2 * c
     top, classifier = _top(weights, c)
     pixels = height * width * scale**2
-    told = {} if classifier is None else _classes(weights, said, options, pixels)
+    about_classes = {} if classifier is None else _classes(weights, settings, options, pixels)
     return assemble(
         weights,
         levels,
@@ -80,12 +83,12 @@ def build(weights: Weights, options: Options) -> Model:
         low=0.0,
         top=top,
         classifier=classifier,
-        **told,
+        **about_classes,
     )
 
 
-def _hparams(weights: Weights) -> Mapping[str, Any]:
-    """The settings that its trainer leaves beside the checkpoints, or in the folder above."""
+def _settings(weights: Weights) -> Mapping[str, Any]:
+    """The settings that its trainer saves beside the checkpoints, or in the folder above."""
     folder = weights.path.resolve().parent
     for path in sorted([*folder.glob("*.json"), *folder.parent.glob("*.json")]):
         with contextlib.suppress(ForeignError):  # other files may lie there
@@ -95,26 +98,27 @@ def _hparams(weights: Weights) -> Mapping[str, Any]:
     return {}
 
 
-def _entry(said: Mapping[str, Any], section: str, name: str) -> Any:
-    inside = said.get(section)
+def _entry(settings: Mapping[str, Any], section: str, name: str) -> Any:
+    inside = settings.get(section)
     return inside.get(name) if isinstance(inside, dict) else None
 
 
 def _classes(
-    weights: Weights, said: Mapping[str, Any], options: Options, pixels: int
+    weights: Weights, settings: Mapping[str, Any], options: Options, pixels: int
 ) -> dict[str, Any]:
     """What the classifier's labels are, and its weight in nats for each nat of log p(x)."""
     kinds = {"multi-classes": "sigmoid", "single-class": "softmax"}
-    labels = options.labels or kinds.get(str(_entry(said, "Criterion", "y_condition")))
+    labels = options.labels or kinds.get(str(_entry(settings, "Criterion", "y_condition")))
     if labels is None:
         raise ForeignError(
-            f"{weights.path}: project_class tells one label, or several; the file does not say "
-            "which: --labels softmax or sigmoid, or put the training's settings (.json) beside it"
+            f"{weights.path}: project_class predicts one label or several, and the file does "
+            "not say which: give --labels softmax or sigmoid, or put the training's settings "
+            "(.json) beside it"
         )
-    weight = _entry(said, "Train", "weight_y")
+    weight = _entry(settings, "Train", "weight_y")
     if not (isinstance(weight, (int, float)) and 0 <= weight < 1e6):
         weight = 0.5
-    # there nats of one class, or their mean over the classes, for each bit of a whole pixel
+    # there: nats of a class (their mean over several) for each bit of a pixel of all channels
     mean_over = weights.size("project_class.weight", 0) if labels == "sigmoid" else 1
     return {"labels": labels, "classifier_weight": weight * math.log(2) * pixels / mean_over}
 
@@ -122,10 +126,10 @@ def _classes(
 def _mixes(
     weights: Weights,
     steps: Sequence[tuple[int, int]],
-    said: Mapping[str, Any],
+    settings: Mapping[str, Any],
     options: Options,
 ) -> dict[int, dict[str, Tensor]]:
-    """The mixing of the channels in every step (number, channels): of one kind in all of them."""
+    """How each step, given as (number, channels), mixes its channels: all in the same way."""
     names = {i: f"flow.layers.{i}.invconv" for i, _ in steps}
     if any(f"{at}.weight" in weights for at in names.values()):
         return {
@@ -134,20 +138,20 @@ def _mixes(
         }
     if any(f"{at}.l" in weights for at in names.values()):
         return {i: checked(weights, names[i], _lu(weights, names[i], c)) for i, c in steps}
-    kind = options.permutation or _entry(said, "Glow", "flow_permutation")
+    kind = options.permutation or _entry(settings, "Glow", "flow_permutation")
     if kind == "reverse":
         return {i: {"order": torch.arange(c - 1, -1, -1)} for i, c in steps}
     if kind is None or isinstance(kind, str):
         raise ForeignError(
             f"{weights.path}: {names[steps[0][0]]} is missing, so the permutation was 'reverse' "
-            "or 'shuffle', and its checkpoints do not hold the order of a shuffle: say "
-            "--permutation reverse if it was that, or name a .json file with the order "
-            f"(`indices`) of each of the {len(steps)} steps; got {kind!r}"
+            "or 'shuffle', and checkpoints do not hold the order of a shuffle: give "
+            "--permutation reverse, or a .json file with the order (`indices`) of each of the "
+            f"{len(steps)} steps; got {kind!r}"
         )
     orders = options.permutation
     lengths = [c for _, c in steps]
     if orders is None or [sorted(order) for order in orders] != [list(range(c)) for c in lengths]:
-        raise ForeignError(f"permutation: expected {len(steps)} orders, of {lengths} channels")
+        raise ForeignError(f"permutation: expected {len(steps)} orders of {lengths} channels")
     return {i: {"order": torch.tensor(list(o))} for (i, _), o in zip(steps, orders, strict=True)}
 
 
@@ -176,7 +180,7 @@ def _step(
 
 
 def _normed(weights: Weights, at: str, out: int, inputs: int, side: int) -> Conv:
-    """A convolution without a bias, and the activation norm in its place."""
+    """A convolution with an activation norm in place of its bias."""
     weight = weights.take(f"{at}.weight", out, inputs, side, side)
     bias, logs = (
         weights.take(f"{at}.actnorm.{n}", 1, out, 1, 1).flatten() for n in ("bias", "logs")
@@ -195,7 +199,7 @@ def _zeros(weights: Weights, at: str, inputs: int, out: int) -> Conv:
 def _top(weights: Weights, c: int) -> tuple[Top | None, tuple[Tensor, Tensor] | None]:
     raw = torch.zeros(2 * c, dtype=torch.float64)
     learned = weights.any("learn_top.")
-    if learned:  # of zeros, with zeros around: nothing but its bias is seen
+    if learned:  # its input is zero, padded with zeros: only its bias counts
         conv = _zeros(weights, "learn_top", 2 * c, 2 * c)
         assert conv.logs is not None
         raw = conv.bias * (3 * conv.logs).exp().flatten()

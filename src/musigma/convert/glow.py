@@ -1,4 +1,4 @@
-"""A Glow put together from its parts, whoever trained it: what the Glow converters share."""
+"""Assembling a Glow from foreign parts: what the converters of Glows share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass
 class Conv:
-    """A convolution, its gain if it is a `ZeroConv2d`, its edge bias if it has one."""
+    """A convolution, with the gain of a `ZeroConv2d` and the edge bias, if it has them."""
 
     weight: Tensor
     bias: Tensor
@@ -43,7 +43,7 @@ class Conv:
 
 @dataclass
 class Step:
-    """Activation norm, mixing and coupling; the coupling's last rows are interleaved."""
+    """Activation norm, mixing of channels and coupling; the rows of `leave` are interleaved."""
 
     bias: Tensor
     log_scale: Tensor
@@ -63,7 +63,7 @@ class Level:
 
 @dataclass
 class Top:
-    """Mean and log_std of the top prior, halves, (2 C) or (2 C, H, W), and who shifts them."""
+    """Mean and log_std of the top prior, halves (2 C) or (2 C, H, W), and their shift by class."""
 
     raw: Tensor
     from_context: Tensor | None = None
@@ -77,36 +77,34 @@ def folded(conv: Conv, bias: Tensor, log_scale: Tensor) -> Conv:
 
 
 def image_channels(weights: Weights, name: str, axis: int) -> int:
-    """Of the images, a fourth of those that the first activation norm sees, after a squeeze."""
+    """The images' channels: a fourth of those of the first activation norm, after a squeeze."""
     squeezed = weights.size(name, axis)
     if squeezed % 4:
         raise ForeignError(
-            f"{weights.path}: {name} is of {squeezed} channels, and no multiple of 4"
+            f"{weights.path}: {name} has {squeezed} channels, which is not a multiple of 4"
         )
     return squeezed // 4
 
 
 def is_affine(weights: Weights, name: str, axis: int, c: int) -> bool:
-    """Whether a coupling's last convolution emits all c channels, and not half of them."""
+    """Whether a coupling is affine: its last convolution emits c channels; additive ones c / 2."""
     rows = weights.size(name, axis)
     if rows not in (c, c // 2):
-        weights.refuse(f"{name} emits {rows} channels, and not {c} or {c // 2}")
+        weights.refuse(f"{name} emits {rows} channels, not {c} or {c // 2}")
     return rows != c // 2
 
 
 def halved(weights: Weights, size: tuple[int, int] | None, times: int) -> tuple[int, int]:
-    """The size of images that a file does not tell of, if they can be halved so often."""
+    """The size of the images, which must be given and divisible by two so many times."""
     if size is None:
-        raise ForeignError(
-            f"{weights.path}: does not say how large its images are; give their side (--size 64)"
-        )
+        raise ForeignError(f"{weights.path}: does not hold the image size; give it (--size 64)")
     if size[0] % 2**times or size[1] % 2**times:
         raise ForeignError(f"size: {size[0]}x{size[1]} cannot be halved {times} times")
     return size
 
 
 def checked(weights: Weights, at: str, mix: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A mixing of channels, after a look at whether it is one: it must have an inverse."""
+    """A mixing of channels, checked: it must be invertible, its permutation a permutation."""
     if "weight" in mix:
         stretch = torch.linalg.svdvals(mix["weight"].nan_to_num())
         if not bool(stretch[-1] > 1e-12 * stretch[0]):
@@ -117,7 +115,7 @@ def checked(weights: Weights, at: str, mix: dict[str, Tensor]) -> dict[str, Tens
         p = mix["permutation"]
         ones = ((p == 0) | (p == 1)).all() & (p.sum(0) == 1).all() & (p.sum(1) == 1).all()
         if not bool(ones):
-            weights.refuse(f"{at} holds a permutation that is none")
+            weights.refuse(f"{at} holds something other than a permutation")
     return mix
 
 
@@ -133,25 +131,25 @@ def assemble(
     labels: Literal["softmax", "sigmoid"] = "softmax",
     classifier_weight: float = 1.0,
 ) -> Model:
-    """The zoo's Glow with these parts, in float64, if nothing was amiss with the weights.
+    """The `published_glow` with these parts, in float64.
 
     Args:
         weights: Where the parts were taken from.
         levels: From the data upwards.
         shape: (C, H, W) of the images.
         bits: Bits of each element.
-        low: Images were brought to the range from here to one more.
+        low: Lower end of the range of width 1 that images were brought to.
         top: None for N(0, I).
         classifier: Weight and bias, or None.
-        labels: What the classifier's are.
-        classifier_weight: Of its term in training.
+        labels: Of the classifier: `softmax` for one each, `sigmoid` for several.
+        classifier_weight: Weight of its term in training.
 
     Raises:
         ForeignError: By `Weights.finish`, before anything is built.
     """
     depths = [len(level.steps) for level in levels]
     if len(set(depths)) != 1:
-        weights.refuse(f"the scales have {depths} steps, and not as many each")
+        weights.refuse(f"the scales have {depths} steps, where all need the same number")
     weights.finish()
     first = levels[0].steps[0]
     convs = [c for level in levels for s in level.steps for c in (s.enter, s.middle, s.leave)]

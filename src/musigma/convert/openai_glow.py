@@ -80,18 +80,20 @@ def _mix(weights: Weights, at: str, c: int, kind: str | None) -> dict[str, Tenso
         for name in ("indices", "indices_inverse")
     )
     if order.sort().values.tolist() != list(range(c)) or bool((order.argsort() != inverse).any()):
-        weights.refuse(f"{at}/shuffle/indices is no permutation, or not the inverse's")
+        weights.refuse(
+            f"{at}/shuffle/indices is no permutation, or not the inverse of indices_inverse"
+        )
     return {"order": order}
 
 
 def _actnorm(weights: Weights, at: str, c: int, name: str = "actnorm") -> tuple[Tensor, Tensor]:
-    """Bias, and log scale, a third of which it holds."""
+    """Bias and log scale; the file holds a third of the latter."""
     bias = weights.take(f"{at}/{name}_center/b", 1, 1, 1, c).flatten()
     return bias, 3 * weights.take(f"{at}/{name}_scale/logs", 1, 1, 1, c).flatten()
 
 
 def _kernel(weights: Weights, at: str, inputs: int, out: int, side: int) -> Conv:
-    """(height, width, in, out) to (out, in, height, width); the last of the inputs is the edge."""
+    """(height, width, in, out) to (out, in, height, width); the last input is the edge bias."""
     more = 1 if side > 1 else 0
     weight = weights.take(f"{at}/W", side, side, inputs + more, out).permute(3, 2, 0, 1)
     edge = weight[:, inputs:] if more else None
@@ -114,7 +116,7 @@ def _top(
 ) -> tuple[Top | None, tuple[Tensor, Tensor] | None]:
     raw = torch.zeros(2 * c, dtype=torch.float64)
     learned = weights.any("model/prior/p/")
-    if learned:  # of zeros: its bias, and what its kernel sees of the edge
+    if learned:  # its input is zero: only its bias and its edge bias count
         conv = _zeros(weights, "model/prior/p", 2 * c, 2 * c)
         assert conv.edge is not None
         assert conv.logs is not None

@@ -47,7 +47,9 @@ def build(weights: Weights, options: Options) -> Model:
     affine = is_affine(weights, f"{first}.coupling.net.4.conv.weight", 0, 4 * channels)
     height, width = halved(weights, options.size, len(blocks))
     scale = 2 ** len(blocks)
-    as_plain = any(n.endswith("invconv.weight") for n in weights.tensors)  # the last never is
+    as_plain = any(
+        n.endswith("invconv.weight") for n in weights.tensors
+    )  # the last block never is
     levels, c, top = [], 4 * channels, None
     for b in blocks:
         flows = weights.numbers(rf"blocks\.{b}\.flows\.(\d+)\..*")
@@ -60,7 +62,7 @@ def build(weights: Weights, options: Options) -> Model:
         inputs, out = (c, 2 * c) if last else (c // 2, c)
         prior = _zeros(weights, f"blocks.{b}.prior", inputs, out)
         levels.append(Level(steps, None if last else _relaid(prior, PRIOR)))
-        if last:  # of zeros, with ones around
+        if last:  # its input is zero, padded with ones
             assert prior.edge is not None
             assert prior.logs is not None
             around = edge_bias(prior.edge, (height // scale, width // scale))[0]
@@ -80,7 +82,7 @@ def _step(
         weights.refuse(f"{at}.actnorm.scale holds a zero, which has no inverse")
         scale = scale + (scale == 0)
     if not bool(weights.take(f"{at}.actnorm.initialized", integer=True)):
-        weights.refuse(f"{at}.actnorm.initialized is 0: the model was never run")
+        weights.refuse(f"{at}.actnorm.initialized is 0: the model was never initialised")
     last = _zeros(weights, f"{at}.coupling.net.4", hidden, c if affine else c // 2)
     mix = _mix(weights, f"{at}.invconv", c, scale.sign(), *plain)
     return Step(
@@ -96,7 +98,7 @@ def _step(
 def _mix(
     weights: Weights, at: str, c: int, sign: Tensor, plain: bool, as_plain: bool
 ) -> dict[str, Tensor]:
-    """The 1x1 convolution of an input of these signs: a factor for each column."""
+    """The 1x1 convolution of inputs with these signs, which multiply its columns."""
     if plain:
         return {"weight": weights.take(f"{at}.weight", c, c, 1, 1).flatten(1) * sign}
     for name, constant in (
@@ -105,7 +107,7 @@ def _mix(
         ("l_eye", torch.eye(c)),
     ):
         if bool((weights.take(f"{at}.{name}", c, c) != constant).any()):
-            weights.refuse(f"{at}.{name} is not the constant that its code makes")
+            weights.refuse(f"{at}.{name} is not the constant of its code")
     factors = {
         "permutation": weights.take(f"{at}.w_p", c, c),
         "sign": weights.take(f"{at}.s_sign", c) * sign,
@@ -133,7 +135,7 @@ def _zeros(weights: Weights, at: str, inputs: int, out: int) -> Conv:
 
 
 def _relaid(conv: Conv, layout: Format) -> Conv:
-    """The same convolution with its rows interleaved, mean or shift first."""
+    """The convolution with its rows interleaved, the mean or shift first."""
 
     def relaid(rows: Tensor) -> Tensor:
         again = layout.relayout(rows, OURS)
