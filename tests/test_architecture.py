@@ -20,6 +20,7 @@ RANKS = {
     "memory": 0,
     "processes": 0,
     "spec": 0,
+    "tensors": 0,
     "context": 0,
     "nets": 1,
     "distributions": 2,

@@ -36,9 +36,9 @@ from musigma.coding.layout import BITS_BACK, PACKED, RECORDS
 from musigma.coding.planning import latent_grids
 from musigma.coding.stack import ONE, Exhausted, Stack
 from musigma.distributions import (
-    Bernoulli,
-    Categorical,
     DiscretizedLogisticMixture,
+    FactorizedBernoulli,
+    FactorizedCategorical,
     StandardNormal,
 )
 from musigma.layers import Dequantize
@@ -152,8 +152,8 @@ def likelihoods():
     shifts = 0.3 * torch.randn(2, 3, 3, 4, 4)
     yield DiscretizedLogisticMixture(weights, means, scale, 256, shifts)
     yield DiscretizedLogisticMixture(weights, means, scale, 32, None)
-    yield Categorical(3 * torch.randn(2, 8, 3, 4, 4))
-    yield Bernoulli(3 * torch.randn(2, 3, 4, 4))
+    yield FactorizedCategorical(3 * torch.randn(2, 8, 3, 4, 4))
+    yield FactorizedBernoulli(3 * torch.randn(2, 3, 4, 4))
 
 
 @pytest.mark.parametrize("dist", list(likelihoods()), ids=["rgb", "grey", "any", "bits"])
@@ -199,7 +199,7 @@ def test_what_has_no_rule_is_refused_at_once_by_its_name():
         Codec(made("glow")[0], numerics="fast", latents=[])
     beta = build("vae", (1, 4, 4), bits=3, likelihood="beta-binomial", **MLP)
     x = np.zeros((2, 1, 4, 4), np.int64)
-    with pytest.raises(ValueError, match="BetaBinomial has no coding rule"):
+    with pytest.raises(ValueError, match="FactorizedBetaBinomial has no coding rule"):
         compress(beta, x, io.BytesIO())
     with pytest.raises(ValueError, match="composed by hand"):
         compress(Chain([Dequantize(nn.Identity())], Prior(StandardNormal((4,)))), x, io.BytesIO())

@@ -148,7 +148,7 @@ def test_a_model_without_a_rule_is_refused_before_data_are_read(tmp_path, capsys
     model = build("vae", (1, 4, 4), net="mlp", width=8, latents=2, likelihood="beta-binomial")
     checkpoint.save(model, tmp_path / "m.safetensors")
     code, _, err = call(f"compress {tmp_path}/m.safetensors nowhere {tmp_path}/x.mus", capsys)
-    assert (code, "BetaBinomial has no coding rule" in err) == (2, True)
+    assert (code, "FactorizedBetaBinomial has no coding rule" in err) == (2, True)
 
 
 class Named:

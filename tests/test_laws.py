@@ -13,7 +13,7 @@ from musigma.distributions import (
     StandardUniform,
     likelihood,
 )
-from musigma.gaussian import Format, GaussianHead
+from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
 from musigma.layers import (
     MADE,
     ActNorm,
@@ -706,6 +706,32 @@ class Forgetful(Layer):
 def test_a_broken_split_is_noticed(fault):
     with pytest.raises(AssertionError, match="generate returns the data"):
         check_layer(Forgetful(fault), (4,))
+
+
+class Remembering(OptimalGaussianHead):
+    """A head whose running value moves when a batch is scored."""
+
+    def forward(self, given, context=None):
+        dist = super().forward(given, context)
+        self.log_std.add_(0.1 * self.training)
+        return dist
+
+
+class Drifting(GaussianHead):
+    """A head that returns another distribution at every call."""
+
+    calls = 0
+
+    def forward(self, given, context=None):
+        self.calls += self.training
+        dist = super().forward(given, context)
+        return DiagonalGaussian(dist.mean + self.calls, dist.log_std, 1)
+
+
+@pytest.mark.parametrize("kind", [Remembering, Drifting])
+def test_a_head_that_scoring_changes_is_noticed(kind):
+    with pytest.raises(AssertionError, match="purity"):
+        check_head(kind(mlp(6, 4), event_ndims=1), Z, (4 if kind is Remembering else 2,))
 
 
 def test_batch_statistics_are_noticed():

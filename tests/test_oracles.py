@@ -13,11 +13,11 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from musigma import objectives
 from musigma.distributions import (
-    Bernoulli,
-    BetaBinomial,
-    Categorical,
-    ContinuousBernoulli,
     DiscretizedLogisticMixture,
+    FactorizedBernoulli,
+    FactorizedBetaBinomial,
+    FactorizedCategorical,
+    FactorizedContinuousBernoulli,
     LearnedNormal,
     LogitNormal,
     LogitNormalHead,
@@ -426,7 +426,7 @@ def test_a_beta_binomial_is_scipys_and_sums_to_one(levels):
     log_alpha, log_beta = torch.randn(2, 1, 5, dtype=torch.float64) * 2
     grid = torch.arange(levels).double()
     for i in range(5):
-        dist = BetaBinomial(log_alpha[:, i : i + 1], log_beta[:, i : i + 1], levels)
+        dist = FactorizedBetaBinomial(log_alpha[:, i : i + 1], log_beta[:, i : i + 1], levels)
         ours = torch.stack([dist.log_prob(x.reshape(1, 1))[0] for x in grid])
         a, b = float(log_alpha[0, i].exp()), float(log_beta[0, i].exp())
         theirs = scipy.stats.betabinom(levels - 1, a, b)
@@ -434,7 +434,7 @@ def test_a_beta_binomial_is_scipys_and_sums_to_one(levels):
         assert abs(float(ours.logsumexp(0))) < 1e-9
         assert abs(float(dist.mean) - theirs.mean()) < 1e-9 * levels
         assert ours[int(dist.mode)] == ours.max()
-    many = BetaBinomial(log_alpha.expand(20_000, 5), log_beta.expand(20_000, 5), levels)
+    many = FactorizedBetaBinomial(log_alpha.expand(20_000, 5), log_beta.expand(20_000, 5), levels)
     drawn, mean = many.sample(), many.mean[0]
     error = drawn.std(0) / 20_000**0.5
     assert ((drawn.mean(0) - mean).abs() < 5 * error + 1e-12).all()
@@ -471,10 +471,14 @@ def test_extreme_logistics_are_finite_where_naive_differences_are_not():
 def test_discrete_masses_sum_to_one():
     logits = 4 * torch.randn(1, 2, 1, 2)
     assert (
-        abs(total(lambda n: Bernoulli(logits.expand(n, 2, 1, 2)), every(2, 2, 1, 2)) - 1) < 1e-12
+        abs(total(lambda n: FactorizedBernoulli(logits.expand(n, 2, 1, 2)), every(2, 2, 1, 2)) - 1)
+        < 1e-12
     )
     logits = 4 * torch.randn(1, 5, 3)
-    assert abs(total(lambda n: Categorical(logits.expand(n, 5, 3)), every(5, 3)) - 1) < 1e-12
+    assert (
+        abs(total(lambda n: FactorizedCategorical(logits.expand(n, 5, 3)), every(5, 3)) - 1)
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -482,9 +486,11 @@ def test_discrete_masses_sum_to_one():
     [
         (lambda n: mixture(n, 4, 3, 2), every(4, 3, 1, 1)),
         (lambda n: mixture(n, 16, 1, 3, scale=-1.0), every(16, 1, 1, 1)),
-        (lambda n: Bernoulli(torch.tensor([0.3, -1.0, 1.5]).expand(n, 3)), every(2, 3)),
+        (lambda n: FactorizedBernoulli(torch.tensor([0.3, -1.0, 1.5]).expand(n, 3)), every(2, 3)),
         (
-            lambda n: Categorical(torch.linspace(-1, 1, 8).reshape(4, 2).expand(n, 4, 2)),
+            lambda n: FactorizedCategorical(
+                torch.linspace(-1, 1, 8).reshape(4, 2).expand(n, 4, 2)
+            ),
             every(4, 2),
         ),
     ],
@@ -509,14 +515,14 @@ def test_draws_are_as_frequent_as_their_mass(dist_of, x):
     assert abs(rest) <= 5 * expected[~many].sum().sqrt()
 
 
-@pytest.mark.parametrize("kind", [Bernoulli, Categorical])
+@pytest.mark.parametrize("kind", [FactorizedBernoulli, FactorizedCategorical])
 def test_discrete_draws_follow_the_mass_at_any_temperature(kind):
     n, logits = 100_000, torch.tensor([0.4, -1.0, 1.5])
-    if kind is Bernoulli:
-        dist, mass = Bernoulli(logits.expand(n, 3)), lambda t: (logits / t).sigmoid()
+    if kind is FactorizedBernoulli:
+        dist, mass = FactorizedBernoulli(logits.expand(n, 3)), lambda t: (logits / t).sigmoid()
         found = lambda x: x.mean(0)  # noqa: E731
     else:
-        dist = Categorical(logits.expand(n, 3).unsqueeze(-1))
+        dist = FactorizedCategorical(logits.expand(n, 3).unsqueeze(-1))
         mass = lambda t: (logits / t).softmax(0)  # noqa: E731
         found = lambda x: torch.bincount(x[:, 0].long(), minlength=3) / n  # noqa: E731
     for t in (1.0, 0.5):
@@ -536,13 +542,13 @@ LOGITS = [-40.0, -8.0, -1.0, -0.1001, -0.0999, -1e-3, 0.0, 1e-6, 0.05, 0.0999, 0
 @pytest.mark.parametrize("logit", LOGITS)
 def test_continuous_bernoulli(logit):
     u, weight = quadrature()
-    dist = ContinuousBernoulli(torch.full((len(u), 1), logit))
+    dist = FactorizedContinuousBernoulli(torch.full((len(u), 1), logit))
     density = dist.log_prob(u[:, None]).exp()
     assert abs(float((density * weight).sum()) - 1) < 1e-9
     assert abs(float((density * weight * u).sum() - dist.mean[0, 0])) < 1e-9
     n = 20_000
     torch.manual_seed(1)
-    drawn = ContinuousBernoulli(torch.full((n, 1), logit)).sample()[:, 0].sort().values
+    drawn = FactorizedContinuousBernoulli(torch.full((n, 1), logit)).sample()[:, 0].sort().values
     cdf = torch.special.expm1(logit * drawn) / math.expm1(logit) if logit else drawn
     distance = (cdf - (torch.arange(n) + 0.5) / n).abs().max()
     assert distance < 2.2 / math.sqrt(n)  # Kolmogorov: one in ten thousand is larger
@@ -649,10 +655,25 @@ def test_optimal_gaussian():
     assert off(log_prob, best) < 1e-12
     for other in (0.9, 1.1):  # and no other variance is better
         assert Normal(head.net(given), other * mse.sqrt()).log_prob(x).sum() < best.sum()
+    assert head.log_std == 0, "scoring must not move the running value"
+    head.after_step()
     running = 0.25 * 0.5 * mse.log()
     assert off(head.log_std, running) < 1e-12
+    head.after_step()
+    assert off(head.log_std, running) < 1e-12, "nothing was scored since the last step"
+    kept = copy.deepcopy(head.state_dict())
     head(given).log_prob(x)
-    running = running.lerp(0.5 * mse.log(), 0.25)
+    head.load_state_dict(kept)
+    head.after_step()
+    assert off(head.log_std, running) < 1e-12, "a loaded head has scored nothing"
+    with torch.no_grad():
+        head(given).log_prob(x + 100)  # scored, but not for training
+    head(given).log_prob(torch.full_like(x, math.nan))
+    for part in (slice(2), slice(2, 4)):  # the parts of one step's batch
+        head(given[part]).log_prob(x[part])
+    head.after_step()
+    mse_of_parts = (x - head.net(given))[:4].square().mean()
+    running = running.lerp(0.5 * mse_of_parts.log(), 0.25)
     assert off(head.log_std, running) < 1e-12
     head.eval()
     assert (

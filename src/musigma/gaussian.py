@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, register_kl
 
 from musigma.context import conditioned
+from musigma.tensors import at_least_float32, per_example, sum_event
 
-__all__ = ["DiagonalGaussian", "Format", "GaussianHead", "at_least_float32"]
+__all__ = ["DiagonalGaussian", "Format", "GaussianHead"]
 
 Layout = Literal["halves", "interleaved", "two-heads", "per-feature"]
 Order = Literal["mean-first", "scale-first"]
@@ -29,28 +30,6 @@ Scale = Literal[
     "log_std", "log_var", "softplus", "squareplus", "sigmoid+2", "2*sigmoid",
     "atan", "tanh", "softclip", "softcap",
 ]  # fmt: skip
-
-
-def at_least_float32(t: Tensor) -> Tensor:
-    """Half-precision tensors as float32, all others unchanged: no density is computed in less."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
-def channels_last(t: Tensor) -> Tensor:
-    """Images in the memory format that convolutions are fastest in; anything else as it is."""
-    return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
-
-
-def sum_event(t: Tensor, event_ndims: int) -> Tensor:
-    """Sum over the last `event_ndims` dimensions, of which there may be none."""
-    return t.sum([*range(-event_ndims, 0)]) if event_ndims else t
-
-
-def per_example(weight: float | Tensor, value: Tensor) -> float | Tensor:
-    """A number, or one number per example (B,), in a shape that multiplies `value` (B, ...)."""
-    if isinstance(weight, Tensor) and weight.ndim == 1:
-        return weight.to(value).reshape(-1, *(1,) * (value.ndim - 1))
-    return weight
 
 
 # --- scales: how the second tensor becomes a log standard deviation, and back -------------------

@@ -22,10 +22,10 @@ from torch.distributions import Distribution
 from musigma import context as contexts
 from musigma.context import Context, conditioned
 from musigma.distributions import ModelDistribution
-from musigma.gaussian import channels_last
 from musigma.layer import Bijection, Inverse, Layer
 from musigma.memory import Keeper
 from musigma.spec import Spec
+from musigma.tensors import channels_last
 from musigma.trace import Evidence, Recorder, Trace, refuse_twins
 
 __all__ = [

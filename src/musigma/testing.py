@@ -126,6 +126,7 @@ def check_head(
         _near(dist.unwhiten(dist.whiten(x)), x, 1e-9, "whiten and unwhiten")
     _context(lambda c: dist_of(head, extra=c).log_prob(x), rows, context)
     _state(head, lambda of: dist_of(of).log_prob(x))
+    _purity(head, lambda of: dist_of(of).log_prob(x))
     if compiled:
         _compiles(lambda: dist_of(head).log_prob(x), "log_prob")
 
@@ -392,6 +393,18 @@ def _state(module: nn.Module, answer: Callable[[Any], Tensor]) -> None:
         other = randomized(module, seed=1)
         other.load_state_dict(module.state_dict())
         _say(bool((answer(other) == truth).all()), "state: a reloaded copy answers differently")
+
+
+def _purity(head: nn.Module, score: Callable[[nn.Module], Tensor]) -> None:
+    """Scoring in training mode changes neither the state nor the next score."""
+    head = copy.deepcopy(head).train()
+    kept, scores = copy.deepcopy(head.state_dict()), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        scores.append(score(head).detach())
+    _say(bool((scores[0] == scores[1]).all()), "purity: the same score differs in training mode")
+    for name, t in head.state_dict().items():
+        _say(bool((t == kept[name]).all()), f"purity: scoring in training mode changes {name}")
 
 
 def _compiles(call: Callable[[], Tensor], name: str) -> None:

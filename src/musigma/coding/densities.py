@@ -29,8 +29,13 @@ from musigma.coding.laws import (
 )
 from musigma.coding.registry import register, rule_of
 from musigma.coding.stack import Stack
-from musigma.distributions import Bernoulli, Categorical, DiscretizedLogisticMixture, LogitNormal
-from musigma.distributions import Uniform as UnitUniform
+from musigma.distributions import (
+    DiscretizedLogisticMixture,
+    FactorizedBernoulli,
+    FactorizedCategorical,
+    LogitNormal,
+    UnitUniform,
+)
 from musigma.gaussian import DiagonalGaussian
 
 __all__ = ["Quantizer", "grid_of", "law_of"]
@@ -90,13 +95,13 @@ def _normal(dist: DiagonalGaussian, quantizer: Quantizer) -> Law:
     return Normal(mean, log_std, wide=not quantizer.drawn)
 
 
-@register(Bernoulli)
-def _bernoulli(dist: Bernoulli, quantizer: Quantizer) -> Law:
+@register(FactorizedBernoulli)
+def _bernoulli(dist: FactorizedBernoulli, quantizer: Quantizer) -> Law:
     return Bits(quantizer.integers(dist.logits.clamp(-30, 30), SHARPNESS, 0))
 
 
-@register(Categorical)
-def _categorical(dist: Categorical, quantizer: Quantizer) -> Law:
+@register(FactorizedCategorical)
+def _categorical(dist: FactorizedCategorical, quantizer: Quantizer) -> Law:
     return Weights(quantizer.integers(dist.log_probs.clamp(min=-60), SHARPNESS, 0))
 
 

@@ -1,34 +1,35 @@
-"""Distributions besides the Gaussian, and the heads that emit them."""
+"""Distributions besides the Gaussian, one file for each kind, and the heads that emit them.
 
-from musigma.distributions.heads import (
-    CONTINUOUS,
-    LearnedNormal,
+A head is a module whose ``forward(given, context)`` returns a distribution with batch shape (B,),
+or () where nothing is given. Distributions of levels are of integers 0 .. levels - 1, so their
+log p is that of the data as stored, and they need no dequantization.
+"""
+
+from musigma.distributions.bernoulli import FactorizedBernoulli
+from musigma.distributions.beta_binomial import FactorizedBetaBinomial
+from musigma.distributions.categorical import FactorizedCategorical
+from musigma.distributions.continuous_bernoulli import FactorizedContinuousBernoulli
+from musigma.distributions.gaussian import LearnedNormal, OptimalGaussianHead, StandardNormal
+from musigma.distributions.likelihood import (
+    LIKELIHOODS,
     LikelihoodHead,
-    LogitNormalHead,
-    OptimalGaussianHead,
-    StandardNormal,
-    StandardUniform,
+    data_of,
     likelihood,
+    register_likelihood,
 )
-from musigma.distributions.levels import (
-    Bernoulli,
-    BetaBinomial,
-    Categorical,
-    ContinuousBernoulli,
-    DiscretizedLogisticMixture,
-    LogitNormal,
-    ModelDistribution,
-    Uniform,
-)
+from musigma.distributions.logistic_mixture import DiscretizedLogisticMixture
+from musigma.distributions.logit_normal import LogitNormal, LogitNormalHead
+from musigma.distributions.model_distribution import ModelDistribution
 from musigma.distributions.onehot import OneHotHead, OneHotLatents, UniformOneHot
+from musigma.distributions.uniform import StandardUniform, UnitUniform
 
 __all__ = [
-    "CONTINUOUS",
-    "Bernoulli",
-    "BetaBinomial",
-    "Categorical",
-    "ContinuousBernoulli",
+    "LIKELIHOODS",
     "DiscretizedLogisticMixture",
+    "FactorizedBernoulli",
+    "FactorizedBetaBinomial",
+    "FactorizedCategorical",
+    "FactorizedContinuousBernoulli",
     "LearnedNormal",
     "LikelihoodHead",
     "LogitNormal",
@@ -39,7 +40,9 @@ __all__ = [
     "OptimalGaussianHead",
     "StandardNormal",
     "StandardUniform",
-    "Uniform",
     "UniformOneHot",
+    "UnitUniform",
+    "data_of",
     "likelihood",
+    "register_likelihood",
 ]

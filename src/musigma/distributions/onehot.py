@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, register_kl
 
 from musigma.context import conditioned
-from musigma.gaussian import at_least_float32, per_example
+from musigma.tensors import at_least_float32, per_example
 from musigma.trace import with_gradient
 
 __all__ = ["OneHotHead", "OneHotLatents", "UniformOneHot"]

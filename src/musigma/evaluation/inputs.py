@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from musigma.context import Context
 from musigma.data import Dataset
-from musigma.gaussian import channels_last
 from musigma.model import Model
 from musigma.processes import SINGLE_PROCESS, Processes
 from musigma.spec import Variable
+from musigma.tensors import channels_last
 
 __all__ = ["batch", "batches", "check", "column", "context_size", "evaluating", "noise", "tensors"]
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from musigma.gaussian import at_least_float32
 from musigma.layers.maps import Map
 from musigma.model import Bijection
+from musigma.tensors import at_least_float32
 
 __all__ = ["Autoregressive", "AutoregressiveNet"]
 

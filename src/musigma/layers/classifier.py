@@ -7,8 +7,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musigma.gaussian import at_least_float32
 from musigma.model import Layer
+from musigma.tensors import at_least_float32
 from musigma.trace import Trace
 
 __all__ = ["Classifier"]

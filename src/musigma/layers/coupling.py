@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from musigma.context import conditioned
-from musigma.gaussian import at_least_float32, sum_event
 from musigma.layers.maps import Affine, Map
 from musigma.model import Bijection
+from musigma.tensors import at_least_float32, sum_event
 
 __all__ = ["Coupling"]
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musigma.gaussian import at_least_float32, sum_event
 from musigma.layers.maps import Map
 from musigma.model import Bijection
+from musigma.tensors import at_least_float32, sum_event
 
 __all__ = ["Elementwise", "Logit", "Rescale"]
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musigma.gaussian import at_least_float32
 from musigma.model import Bijection
+from musigma.tensors import at_least_float32
 
 __all__ = ["ActNorm", "InvertibleConv", "Permutation"]
 

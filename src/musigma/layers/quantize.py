@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from musigma.context import conditioned
-from musigma.gaussian import at_least_float32
 from musigma.model import Layer
+from musigma.tensors import at_least_float32
 from musigma.trace import Trace
 
 __all__ = ["Dequantize"]

@@ -254,6 +254,7 @@ class _Job:
         self.trained = self.accelerator.prepare(model) if wrapped else model
         self.weights: list[Tensor] = list(model.parameters())
         self.buffers = list(model.buffers())
+        self.followers = [m.after_step for m in model.modules() if hasattr(m, "after_step")]
         self.means: list[Tensor] = list(self.averaged.parameters())
         if resume:
             self._load()
@@ -357,6 +358,8 @@ class _Job:
                 pieces = [local_shard(g) for g in gradients]
                 torch._foreach_mul_(pieces, longest / norm)  # pyright: ignore
             self.optimizer.step()
+            for after_step in self.followers:
+                after_step()  # pyright: ignore[reportCallIssue]
             if config.ema:
                 self._average(step)
             weight = 0.02 if progress.usual_norm else 1.0

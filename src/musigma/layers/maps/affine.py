@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from musigma.gaussian import Format, at_least_float32
+from musigma.gaussian import Format
 from musigma.layers.maps.base import Map
+from musigma.tensors import at_least_float32
 
 __all__ = ["Additive", "Affine"]
 

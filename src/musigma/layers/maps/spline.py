@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from musigma.gaussian import at_least_float32
 from musigma.layers.maps.base import Map
+from musigma.tensors import at_least_float32
 
 __all__ = ["Spline"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from musigma.distributions import CONTINUOUS
+from musigma.distributions import data_of
 from musigma.gaussian import Format, GaussianHead
 from musigma.model import Ladder, LadderBlock, Model
 from musigma.nets import (
@@ -65,7 +65,7 @@ def ladder(
     if min(height, wide) < 4:
         raise ValueError(f"shape: a ladder needs images of at least 4x4; got {height}x{wide}")
     name = chosen_likelihood(likelihood, bits)
-    continuous, scale = name in CONTINUOUS, None if bits is None else 2**bits
+    continuous, scale = data_of(name) != "levels", None if bits is None else 2**bits
     down = max(1, math.ceil(math.log2(min(height, wide) / 7)))
     sizes = halved(height, wide, down)[:0:-1]  # from the smallest up to half the full size
     at = [i * down // levels for i in range(levels)]  # the size of each latent

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from musigma.distributions import CONTINUOUS, StandardNormal
+from musigma.distributions import StandardNormal, data_of
 from musigma.gaussian import Format, GaussianHead
 from musigma.model import VAE, Chain, Model, Prior
 from musigma.zoo import architecture, at_least
@@ -54,7 +54,7 @@ def mlp_vae(
     if squash and name != "gaussian":
         raise ValueError(f"squash: is for the mean of a 'gaussian'; the likelihood is {name!r}")
     levels = None if bits is None else 2**bits
-    continuous = name in CONTINUOUS
+    continuous = data_of(name) != "levels"
     top = 1 if continuous or levels is None else levels - 1
     encoder = GaussianHead(
         TwoHeads(math.prod(shape), hidden, latents, top), event_ndims=1, format=read

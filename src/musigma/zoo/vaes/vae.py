@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from musigma.distributions import CONTINUOUS, StandardNormal, StandardUniform, likelihood
+from musigma.distributions import LIKELIHOODS, StandardNormal, StandardUniform, data_of, likelihood
 from musigma.gaussian import Format, GaussianHead
 from musigma.layers import ActNorm, Affine, Coupling, Dequantize, InvertibleConv, Rescale
 from musigma.model import VAE, Chain, Model, Prior
@@ -63,7 +63,7 @@ def vae(
         at_least(2, latents=latents)
     levels = None if bits is None else 2**bits
     name = chosen_likelihood(likelihood, bits)
-    continuous = name in CONTINUOUS
+    continuous = data_of(name) != "levels"
     scaled = 2 if continuous or levels is None else levels
     if net == "auto":
         net = "conv" if len(shape) == 3 and min(shape[1:]) >= 8 else "mlp"
@@ -85,14 +85,13 @@ def chosen_likelihood(name: str, bits: int | None) -> str:
     """The likelihood by its name; for `auto`, the usual one for this number of bits.
 
     Raises:
-        ValueError: If the data are continuous, and the likelihood is not.
+        ValueError: For an unknown name, or one that does not fit continuous data.
     """
     if name == "auto":
         return {None: "gaussian", 1: "bernoulli"}.get(bits, "logistic-mixture")
-    if bits is None and name != "gaussian":
-        raise ValueError(
-            f"likelihood: {name!r} is for integer levels; for continuous data use 'gaussian'"
-        )
+    if bits is None and data_of(name) != "real":
+        fit = " or ".join(repr(n) for n, entry in LIKELIHOODS.items() if entry.data == "real")
+        raise ValueError(f"likelihood: {name!r} is not for continuous data; use {fit}")
     return name
 
 

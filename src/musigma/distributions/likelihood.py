@@ -1,0 +1,144 @@
+"""Likelihoods by name: the head of a decoder, p(x | z)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from musigma.context import conditioned
+from musigma.tensors import at_least_float32
+
+__all__ = ["LIKELIHOODS", "LikelihoodHead", "data_of", "likelihood", "register_likelihood"]
+
+Data = Literal["levels", "unit", "real"]
+B = TypeVar("B", bound=Callable[..., nn.Module])
+
+
+class Entry(NamedTuple):
+    """A registered likelihood."""
+
+    build: Callable[..., nn.Module]
+    data: Data
+
+
+LIKELIHOODS: dict[str, Entry] = {}
+"""Every registered likelihood, by name."""
+
+
+def register_likelihood(name: str, *, data: Data) -> Callable[[B], B]:
+    """Register a function that builds the head of a decoder, as a likelihood of this name.
+
+    The function is called as ``build(shape, net, ...)``, with the event shape, a function that
+    builds a network for a number of output channels, and those of the options `levels`,
+    `components` and `std` of `likelihood` that it names as parameters.
+
+    Args:
+        name: The name.
+        data: What the likelihood is of: integer `levels`; a density of values in [0, 1], `unit`;
+            or one of `real` numbers, which also serves values in [0, 1].
+
+    Raises:
+        ValueError: If the name is taken.
+
+    Example:
+        >>> from torch.distributions import Independent, Laplace
+        >>> @register_likelihood("laplace", data="real")
+        ... def laplace(shape, net):
+        ...     return LikelihoodHead(net(shape[0]), lambda h: Independent(Laplace(h, 1.0), 1))
+        >>> likelihood("laplace", (3,), lambda c: nn.Linear(2, c))(Tensor(5, 2)).event_shape
+        torch.Size([3])
+        >>> del LIKELIHOODS["laplace"]
+    """
+    if name in LIKELIHOODS:
+        raise ValueError(f"name: there is a likelihood {name!r} already; choose another name")
+
+    def register(build: B) -> B:
+        LIKELIHOODS[name] = Entry(build, data)
+        return build
+
+    return register
+
+
+def _entry(name: str) -> Entry:
+    if name not in LIKELIHOODS:
+        raise ValueError(f"likelihood: expected one of {', '.join(LIKELIHOODS)}; got {name!r}")
+    return LIKELIHOODS[name]
+
+
+def data_of(name: str) -> Data:
+    """What a likelihood is of: `levels`, `unit` or `real`; see `register_likelihood`.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    return _entry(name).data
+
+
+def likelihood(
+    name: str,
+    shape: Sequence[int],
+    net: Callable[[int], nn.Module],
+    *,
+    levels: int = 256,
+    components: int = 10,
+    std: Literal["emitted", "channel", "pixel", "optimal"] | float = "emitted",
+) -> nn.Module:
+    """The head of a decoder: p(x | z), by name.
+
+    Args:
+        name: `bernoulli` (levels 0 and 1), `categorical` (a probability for each level),
+            `logistic`, `logistic-mixture` and `beta-binomial` (of levels); `continuous-bernoulli`
+            and `gaussian` are densities of values scaled to [0, 1]. Others can be registered, by
+            `register_likelihood`.
+        shape: The event shape, (C, H, W) or (D,).
+        net: Builds a network with a given number of output channels.
+        levels: Number of levels of the data.
+        components: Components of a `logistic-mixture`.
+        std: Standard deviation of a `gaussian`: `emitted` for every pixel by the network, a
+            learned parameter for each `channel` or each `pixel`, `optimal` (see
+            `OptimalGaussianHead`), or a number.
+
+    Raises:
+        ValueError: For an unknown name or std, or a Bernoulli of data with more than two levels.
+
+    Example:
+        >>> import torch
+        >>> head = likelihood("logistic", (3, 4, 4), lambda c: nn.Conv2d(8, c, 1), levels=256)
+        >>> head(torch.randn(2, 8, 4, 4)).log_prob(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([2])
+    """
+    build = _entry(name).build
+    options: dict[str, Any] = {"levels": levels, "components": components, "std": std}
+    named = inspect.signature(build).parameters
+    return build(shape, net, **{k: v for k, v in options.items() if k in named})
+
+
+class LikelihoodHead(nn.Module):
+    """A network whose output, in float32 or better, is read as a distribution of x.
+
+    Args:
+        net: ``net(given)`` or ``net(given, context)``.
+        read: ``read(h)`` is the distribution for the network's output h. If it also has
+            ``read.saturation(h)``, that is the share of its scales that have run into a limit.
+    """
+
+    def __init__(self, net: nn.Module, read: Callable[[Tensor], Distribution]):
+        super().__init__()
+        self.net, self.read = net, read
+
+    def forward(self, given: Tensor, context: Tensor | None = None) -> Distribution:
+        """p(x | given)."""
+        return self.read(at_least_float32(conditioned(self.net, given, context)))
+
+    def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """The network, with the share of its scales that have run into a limit."""
+        if (share := getattr(self.read, "saturation", None)) is not None:
+            yield self.net, share
+
+    def extra_repr(self) -> str:
+        """Names how the output is read."""
+        return f"read={getattr(self.read, '__name__', self.read)}"

@@ -1,0 +1,63 @@
+"""An exact model as a `torch.distributions.Distribution`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from musigma import context as contexts
+from musigma.context import Context
+
+__all__ = ["ModelDistribution"]
+
+
+class ModelDistribution(Distribution):
+    """An exact model as a distribution: of batch shape (), or (B,) with a context of B rows.
+
+    Args:
+        model: The model.
+        context: One row for each distribution of the batch, or None.
+    """
+
+    def __init__(self, model: Any, context: Context):
+        self.model, self.context = model, context
+        rows = contexts.length(context)
+        if model.spec is not None:
+            event = model.spec.shape
+        else:
+            with torch.random.fork_rng():
+                event = model.sample(rows or 1, context).shape[1:]
+        batch = () if rows is None else (rows,)
+        super().__init__(torch.Size(batch), torch.Size(event), validate_args=False)
+
+    @property
+    def arg_constraints(self) -> dict[str, constraints.Constraint]:
+        """None: the model has its own parameters."""
+        return {}
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real events."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats: ``value.shape`` without the event dimensions."""
+        batch = value.shape[: value.ndim - len(self.event_shape)]
+        flat = value.reshape(-1, *self.event_shape)
+        return self.model.log_prob(flat, self._contexts(batch)).reshape(batch)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw, without a gradient."""
+        shape = torch.Size((*sample_shape, *self.batch_shape))
+        drawn = self.model.sample(shape.numel(), self._contexts(shape))
+        return drawn.reshape(*shape, *self.event_shape)
+
+    def _contexts(self, batch: torch.Size) -> Context:
+        """The context of each of a batch of values, in one row each."""
+        return contexts.apply(
+            lambda t: t.expand(*batch, *t.shape[1:]).flatten(0, len(batch) - 1), self.context
+        )
