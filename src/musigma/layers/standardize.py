@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musigma.gaussian import at_least_float32
 from musigma.layer import Bijection
+from musigma.tensors import at_least_float32
 
 __all__ = ["Standardize", "standardize"]
 
