@@ -1,4 +1,4 @@
-"""Directions, edits and mixtures: against closed forms, and by the commands."""
+"""Directions, edits and mixtures, against closed forms and by the commands."""
 
 import math
 
@@ -9,13 +9,13 @@ from PIL import Image
 
 import musigma
 from musigma.cli import main
-from musigma.editing import Direction, _every, direction, edit, mix, temperatures
+from musigma.editing import Direction, _held_out, direction, edit, mix, temperatures
 from musigma.layers import ActNorm, InvertibleConv
 from musigma.testing import randomized
 
 
 def linear_flow(d=6):
-    """z = W (x + b) · s: whatever is true of means in x is true of them in z."""
+    """z = W (x + b) · s, which maps means to means."""
     torch.manual_seed(0)
     return randomized(
         musigma.Chain(
@@ -26,12 +26,12 @@ def linear_flow(d=6):
 
 
 def two_classes(n=4000, d=6):
-    """Gaussians of one covariance, whose means differ in one coordinate; another goes along."""
+    """Gaussians of equal covariance whose means differ in x0; x1 is correlated with x0."""
     random = np.random.default_rng(0)
     has = random.random(n) < 0.4
     x = random.normal(size=(n, d)).astype(np.float32)
     x[:, 0] += 1.5 * has
-    x[:, 1] = 0.8 * x[:, 0] + 0.6 * x[:, 1]  # correlated with it, and of no use beside it
+    x[:, 1] = 0.8 * x[:, 0] + 0.6 * x[:, 1]  # no information beyond x0
     return musigma.Dataset(x), has
 
 
@@ -46,25 +46,25 @@ def glow(shape=(1, 8, 8), **options):
 def test_the_mean_difference_of_a_linear_flow():
     flow, (data, has) = linear_flow(), two_classes()
     step = direction(flow, data, has, method="mean", attribute="first")
-    kept = ~_every(4, has, 0)
+    kept = ~_held_out(4, has, 0)
     x = torch.from_numpy(data.x)
     moved = edit(flow, x, step, [0.0, 1.0, -1.0])
     assert (moved[:, 0] - x).abs().max() < 1e-4
-    # a linear map carries the difference of means into that of means
+    # a linear map takes the difference of means to the difference of means
     gap = x[kept & has].mean(0) - x[kept & ~has].mean(0)
     assert (moved[:, 1] - x - gap).abs().max() < 1e-4
     assert (moved[:, 2] - x + gap).abs().max() < 1e-4
-    assert gap[1] > 0.8  # what goes along is moved as well
+    assert gap[1] > 0.8  # the correlated coordinate moves too
     assert step.attribute == "first"
     assert 0.8 < step.auc < 0.9  # Φ(1.5 / √2) = 0.856 for the best
 
 
-def test_a_probe_leaves_alone_what_merely_goes_along():
+def test_a_probe_ignores_correlated_coordinates():
     flow, (data, has) = linear_flow(), two_classes()
     step = direction(flow, data, has, method="probe")
     x = torch.from_numpy(data.x[:50])
     z, moved = (flow.encode(t, whiten=True)[0] for t in (x, edit(flow, x, step, [1.0])[:, 0]))
-    # the optimum's weights are those of the linear discriminant, Σ⁻¹ (difference of means), in z
+    # the optimal weights are the linear discriminant, Σ⁻¹ (difference of means), in z
     along = z - moved
     latents = flow.encode(torch.from_numpy(data.x), whiten=True)[0].double()
     y = torch.from_numpy(has)
@@ -76,13 +76,13 @@ def test_a_probe_leaves_alone_what_merely_goes_along():
     assert abs(step.auc - best) < 0.04
     mean = direction(flow, data, has, method="mean")
     assert step.auc > mean.auc - 0.01
-    # a step of 1 covers the difference of the means along it, and no more
+    # a step of 1 covers the difference of the means along the direction
     covered = (step.latents[0] * mean.latents[0]).sum()
     assert abs(covered / step.latents[0].square().sum() - 1) < 1e-4
 
 
-def test_examples_are_taken_from_all_over_the_data():
-    """A folder's classes stand one after the other: the first of them are of one class."""
+def test_examples_are_spread_over_the_data():
+    """Class folders are read one after the other, so the first examples are of one class."""
     flow, (data, has) = linear_flow(), two_classes()
     order = np.argsort(has, kind="stable")
     some = direction(flow, data.subset(order), has[order], at_most=600)
@@ -90,14 +90,14 @@ def test_examples_are_taken_from_all_over_the_data():
     assert torch.cosine_similarity(some.latents[0], every.latents[0], dim=0) > 0.95
 
 
-def test_a_label_that_says_nothing_has_no_direction_to_be_told_by():
+def test_random_labels_give_a_direction_at_chance_level():
     flow, (data, _) = linear_flow(), two_classes()
     has = np.random.default_rng(5).random(len(data)) < 0.5
     for method in ("mean", "probe"):
         assert abs(direction(flow, data, has, method=method).auc - 0.5) < 0.06
 
 
-def test_levels_that_are_not_chosen_stay():
+def test_levels_that_are_not_chosen_do_not_change():
     model, x = glow()
     data = musigma.Dataset(torch.randint(0, 256, (40, 1, 8, 8)).byte().numpy())
     has = np.arange(40) % 3 == 0
@@ -115,7 +115,7 @@ def test_levels_that_are_not_chosen_stay():
 
 
 @pytest.mark.parametrize("name", ["vae", "vae flow", "ladder", "glow"])
-def test_every_model_is_edited_and_mixed(name):
+def test_every_model_can_be_edited_and_mixed(name):
     torch.manual_seed(0)
     options = {
         "vae": {"latents": 4, "width": 8},
@@ -137,7 +137,7 @@ def test_every_model_is_edited_and_mixed(name):
         assert (mixed[range(3), range(3)] == model.reconstruct(x)).all()
 
 
-def test_a_mixture_has_its_levels_from_where_it_should():
+def test_a_mixture_takes_each_level_from_its_source():
     model, x = glow()
     other = torch.randint(0, 256, (3, 1, 8, 8))
     mixed = mix(model, x, other, [0])
@@ -179,7 +179,7 @@ def test_a_context_conditions_the_result():
 # -- files and mistakes
 
 
-def test_a_direction_is_read_as_it_was_written(tmp_path):
+def test_a_direction_file_round_trips(tmp_path):
     step = Direction((torch.randn(4, 2, 2), torch.zeros(2, 4, 4)), "smile", "mean", 0.75)
     step.save(tmp_path / "d.npz")
     again = Direction.load(tmp_path / "d.npz")
@@ -188,43 +188,43 @@ def test_a_direction_is_read_as_it_was_written(tmp_path):
     whole = (tmp_path / "d.npz").read_bytes()
     for cut in (0, 10, len(whole) // 2):
         (tmp_path / "d.npz").write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="is no file of a direction"):
+        with pytest.raises(ValueError, match="is not a direction file"):
             Direction.load(tmp_path / "d.npz")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    with pytest.raises(ValueError, match="is no file of a direction"):
+    with pytest.raises(ValueError, match="is not a direction file"):
         Direction.load(tmp_path / "other.npz")
     Direction((torch.full((3,), math.nan),), "", "mean", 0.5).save(tmp_path / "nan.npz")
     with pytest.raises(ValueError, match="not finite"):
         Direction.load(tmp_path / "nan.npz")
 
 
-def test_latents_that_say_nothing_have_no_direction():
+def test_constant_latents_have_no_direction():
     model = musigma.build("vae", (1, 8, 8), latents=3, width=8, net="mlp")
     for parameter in model.encoder.parameters():
         torch.nn.init.zeros_(parameter)
     data = musigma.Dataset(torch.randint(0, 256, (40, 1, 8, 8)).byte().numpy())
     for method in ("mean", "probe"):
-        with pytest.raises(ValueError, match="its latents are the same whether or not"):
+        with pytest.raises(ValueError, match="its latents are the same with and without"):
             direction(model, data, np.arange(40) % 2 == 0, method=method)
 
 
 @pytest.mark.parametrize("period", [2, 3, 4])
-def test_labels_in_turn_are_in_both_parts(period):
+def test_both_parts_have_periodic_labels_in_proportion(period):
     has = np.arange(400) % period == 0
-    test = _every(4, has, 0)
+    test = _held_out(4, has, 0)
     assert test.sum() == pytest.approx(100, abs=1)
     assert has[test].sum() == has.sum() // 4
     assert has[~test].sum() == has.sum() - has.sum() // 4
 
 
-def test_mistakes_are_named():
+def test_invalid_arguments_are_refused_by_name():
     model, x = glow()
     data = musigma.Dataset(np.zeros((8, 1, 8, 8), np.uint8))
     has = np.arange(8) < 4
     for arguments, reason in (
         ({"method": "median"}, "method: expected 'mean' or 'probe'"),
-        ({"levels": [2]}, "levels: expected some of 0 to 1"),
-        ({"levels": []}, "levels: expected some of 0 to 1"),
+        ({"levels": [2]}, r"levels: expected numbers from 0 \(top\) to 1"),
+        ({"levels": []}, r"levels: expected numbers from 0 \(top\) to 1"),
     ):
         with pytest.raises(ValueError, match=reason):
             direction(model, data, has, **arguments)
@@ -304,7 +304,7 @@ def test_classes_by_name(photos, tmp_path, monkeypatch, capsys):
             main([*words, "--label", label])
         assert reason in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(words)  # a lone image says nothing of its class
+        main(words)  # a single image has no class
     assert "conditioned on 2 classes" in capsys.readouterr().err
 
 
@@ -315,7 +315,7 @@ def test_classes_by_name(photos, tmp_path, monkeypatch, capsys):
         (["direction", "RUN", "DATA", "--positive", "0", "--out", "d.png"], "expected a .npz"),
         (
             ["direction", "RUN", "DATA", "--positive", "0", "--levels", "7", "--out", "d.npz"],
-            "0 to 1",
+            "from 0 (top) to 1",
         ),
         (
             ["direction", "RUN", "DATA", "--positive", "0", "--levels", "a", "--out", "d.npz"],
@@ -327,20 +327,23 @@ def test_classes_by_name(photos, tmp_path, monkeypatch, capsys):
             ["edit", "RUN", "DATA", "--direction", "x", "--strength", "inf..2"],
             "strength: expected",
         ),
-        (["sample", "RUN", "--temperatures", "0,1", "--temperature", "2"], "leave it out"),
+        (
+            ["sample", "RUN", "--temperatures", "0,1", "--temperature", "2"],
+            "leave one of them",
+        ),
         (["edit", "RUN", "DATA", "--direction", "x", "--strength", "a..b"], "strength: expected"),
         (
             ["edit", "RUN", "DATA", "--direction", "x", "--strength", "0..1:1"],
             "strength: expected",
         ),
         (["edit", "RUN", "DATA", "--direction", "x", "--strength", "nan"], "strength: expected"),
-        (["mix", "RUN", "DATA", "--levels", "0,1", "--split", "all"], "not all"),
+        (["mix", "RUN", "DATA", "--levels", "0,1", "--split", "all"], "fewer than all 2"),
         (["mix", "RUN", "ONE", "--split", "all"], "a mixture needs two"),
         (["sample", "RUN", "--temperatures", "hot"], "temperature: expected"),
         (["sample", "RUN", "--label", "bright"], "not conditioned"),
     ],
 )
-def test_mistakes_of_the_commands(words, reason, photos, tmp_path, monkeypatch, capsys):
+def test_invalid_options_are_refused(words, reason, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"RUN": photos / "run", "DATA": photos / "photos"}
     names["ONE"] = photos / "photos" / "dark" / "00.png"

@@ -1,20 +1,34 @@
-"""Evaluation: figures that say what they are, and accounts that add up to them."""
+"""Evaluation: figures with their bound, ledgers that add up to them, and diagnostics."""
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Independent, Laplace, Normal, StudentT
 
 from musigma import data
 from musigma.data import Dataset, Preprocess
-from musigma.distributions import StandardNormal, StandardUniform
-from musigma.evaluation import batches, check, evaluate, inspect, ledger, saturation, score
+from musigma.distributions import StandardNormal, StandardUniform, likelihood
+from musigma.evaluation import (
+    batch,
+    batches,
+    bits_per_dim,
+    check,
+    conditioning,
+    evaluate,
+    inspect,
+    ledger,
+    saturation,
+    score,
+)
 from musigma.gaussian import DiagonalGaussian
-from musigma.layers import Dequantize, Rescale
-from musigma.model import Chain, Prior
+from musigma.layers import ActNorm, Classifier, Dequantize, InvertibleConv, Rescale
+from musigma.model import VAE, Bijection, Chain, Layer, Prior
+from musigma.trace import Trace
 from musigma.zoo import architecture, build
 
 MODELS = {
@@ -66,7 +80,7 @@ def moons():
 # -- scores
 
 
-def test_scores_of_an_exact_model_are_its_log_densities_in_the_order_of_the_data(moons):
+def test_scores_of_an_exact_model_are_its_log_densities_in_data_order(moons):
     model, points = moons
     table = score(model, points, batch_size=64)
     with torch.no_grad():
@@ -86,7 +100,7 @@ def test_an_exact_score_does_not_depend_on_the_batch(moons):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_score_is_a_function_of_the_seed_and_leaves_the_generator_alone(digits, models, name):
+def test_a_score_depends_on_its_seed_and_not_on_the_random_state(digits, models, name):
     model = models(name)
     state = torch.get_rng_state()
     first = score(model, digits, seed=1)
@@ -101,7 +115,13 @@ def test_a_score_is_a_function_of_the_seed_and_leaves_the_generator_alone(digits
     assert len(kl) == len(list(model.latents()))
 
 
-def test_progress_is_told(digits, models):
+def test_bits_per_dim_of_numbers_arrays_and_tensors():
+    assert bits_per_dim(6 * math.log(2), 3) == pytest.approx(2)
+    for nats in (np.array([0.0, -3.0]), torch.tensor([0.0, -3.0])):
+        assert bits_per_dim(nats * math.log(2), 3).tolist() == pytest.approx([0, -1])
+
+
+def test_progress_is_reported(digits, models):
     seen = []
     score(models("vae"), digits, batch_size=16, progress=lambda *args: seen.append(args))
     assert seen == [(16, 40), (32, 40), (40, 40)]
@@ -118,7 +138,7 @@ def test_more_draws_give_a_tighter_bound(digits, models):
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("name", ["vae", "glow learned"])
-def test_a_figure_carries_its_account(digits, models, name, k):
+def test_the_parts_of_a_figure_are_consistent(digits, models, name, k):
     model = models(name)
     table, figure = score(model, digits, k=k, seed=5), evaluate(model, digits, k=k, seed=5)
     assert list(figure) == [
@@ -169,7 +189,7 @@ def test_no_examples_and_no_draws_are_refused(digits, models):
             score(model, digits, k=k)
 
 
-def test_figures_that_are_not_finite_are_counted(moons):
+def test_examples_without_a_finite_figure_are_counted(moons):
     model, points = moons
     x = points.x.copy()
     x[7] = 1e30
@@ -178,7 +198,7 @@ def test_figures_that_are_not_finite_are_counted(moons):
     assert not math.isfinite(figure["bits_per_dim"])
 
 
-# -- the account
+# -- the ledger
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -196,6 +216,30 @@ def test_the_rows_of_the_ledger_add_up_to_the_figure(digits, models, name):
             assert row["term"] in ("log_det", "log_q", "log_p", "kl")
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_ledger_and_the_evidence_group_the_same_terms(digits, models, name):
+    model = models(name, torch.float64)
+    x, context = next(batches(model, digits, batch_size=64))
+    trace = Trace(closed_form=True)
+    with torch.no_grad():
+        evidence = model(x, context, trace=trace)
+    groups = {"log_px": 0.0, "log_q": 0.0, "log_det": 0.0, "kl": [0.0] * evidence.kl.shape[1]}
+    latents, total = list(model.latents()), 0.0
+    for site, term, nats in trace.entries():
+        total = total + nats
+        if site in latents and term in ("kl", "log_p"):
+            groups["kl"][latents.index(site)] += nats
+        elif term == "log_p" or site in trace.below:
+            groups["log_px"] = groups["log_px"] - nats
+        else:
+            groups[term] = groups[term] + (nats if term == "log_q" else -nats)
+    torch.testing.assert_close(total, -evidence.elbo, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(torch.stack(groups.pop("kl"), 1), evidence.kl)
+    for group, nats in groups.items():
+        expected = getattr(evidence, group)
+        torch.testing.assert_close(torch.zeros_like(expected) + nats, expected)
+
+
 def test_the_ledger_of_exact_vectors_adds_up(moons):
     model, points = moons
     total = sum(row["bits_per_dim"] for row in ledger(model.double(), points))
@@ -203,7 +247,7 @@ def test_the_ledger_of_exact_vectors_adds_up(moons):
     model.float()
 
 
-def test_the_ledger_tells_its_terms_apart(digits, models):
+def test_the_ledger_names_layers_and_terms(digits, models):
     by = {
         (r["kind"], r["term"]): r["bits_per_dim"] for r in ledger(models("vae gaussian"), digits)
     }
@@ -215,7 +259,7 @@ def test_the_ledger_tells_its_terms_apart(digits, models):
 
 @architecture
 def uniform_for_test(shape, *, bits: int | None = 8):
-    """Uniform noise is what it expects, and all that it expects."""
+    """A model of uniform noise."""
     levels = 2**bits
     noise = Dequantize(StandardUniform(shape), levels)
     return Chain([noise, Rescale(1 / levels)], Prior(StandardUniform(shape)))
@@ -233,10 +277,10 @@ def test_uniform_noise_under_the_uniform_model_costs_its_bits_exactly(bits):
     assert set(rows.values()) == {0.0}
 
 
-# -- one input
+# -- one example
 
 
-def test_inspection_of_a_vae_is_what_its_encoder_says(digits, models):
+def test_inspection_of_a_vae_shows_its_posterior(digits, models):
     model = models("vae")
     x = torch.from_numpy(digits.take([5]))
     report = inspect(model, x)
@@ -300,7 +344,7 @@ def test_inspection_of_a_ladder_has_every_latent_from_the_top(digits, models):
         np.testing.assert_allclose(np.square(row["std"]), row["variance"], rtol=1e-4)
 
 
-def test_inspection_of_a_flow_has_the_priors_of_its_splits(digits, models):
+def test_inspection_of_a_flow_shows_the_priors_of_its_splits(digits, models):
     model = models("glow learned")
     x = torch.from_numpy(digits.take([5]))
     torch.manual_seed(0)
@@ -329,9 +373,64 @@ def test_inspection_of_a_flow_has_the_priors_of_its_splits(digits, models):
     )
 
 
-def test_inspection_takes_one_input(digits, models):
+def test_inspection_accepts_one_example_only(digits, models):
     with pytest.raises(ValueError, match="expected one example"):
         inspect(models("vae"), torch.from_numpy(digits.take([1, 2])))
+
+
+def test_inspection_relies_on_no_type_of_distribution(digits):
+    """Posteriors and priors of torch's own types, with and without a closed form of the KL."""
+
+    class Head(nn.Module):
+        def __init__(self, kind, scale):
+            super().__init__()
+            self.kind, self.scale = kind, scale
+
+        def forward(self, given=None, context=None):
+            loc = torch.zeros(1, 3) if given is None else given.flatten(1)[:, :3] / 256
+            return Independent(self.kind(loc, torch.full_like(loc, self.scale)), 1)
+
+    decoder = likelihood("logistic", (1, 8, 8), lambda c: Decoder(c))
+    x = torch.from_numpy(digits.take([5])).float()
+    for q, p, closed in (
+        (Normal, Normal, True),
+        (partial(StudentT, 4.0), Normal, False),
+        (Laplace, Laplace, True),
+    ):
+        model = VAE(Head(q, 0.5), decoder, Prior(Head(p, 2.0))).eval()
+        torch.manual_seed(0)
+        report = inspect(model, x)
+        (row,) = report["latents"]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            evidence = model(x)
+        posterior = model.encoder(x).base_dist
+        assert row["mean"] == posterior.mean[0].tolist()
+        assert row["log_std"] == pytest.approx(posterior.stddev.log()[0].tolist())
+        assert row["kl_total"] == pytest.approx(float(evidence.kl), rel=1e-5)
+        assert ("kl" in row) is closed
+        if closed:
+            prior = p(torch.zeros(1, 3), 2.0)
+            expected = torch.distributions.kl_divergence(posterior, prior)[0].tolist()
+            assert row["kl"] == pytest.approx(expected)
+
+
+class Decoder(nn.Module):
+    """Three latents to an image, with `channels` channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.linear = nn.Linear(3, channels * 64)
+
+    def forward(self, z):
+        return self.linear(z).reshape(len(z), -1, 8, 8)
+
+
+def test_inspection_of_a_flow_over_another_distribution_shows_its_cost():
+    flow = Chain([Rescale(2.0)], Prior(StandardUniform((3,))))
+    (row,) = inspect(flow, torch.full((1, 3), 0.25))["latents"]
+    assert (row["nats"], row["value"]["mean"]) == (0.0, 0.5)
+    assert "noise" not in row
 
 
 # -- scales at their limit
@@ -349,7 +448,7 @@ def test_saturation_is_the_share_of_scales_at_their_limit(digits, models, name):
     assert set(shares) <= {n for n, _ in model.named_modules()}
 
 
-def test_saturation_sees_a_scale_that_is_stuck(digits, models):
+def test_saturation_finds_a_scale_at_its_limit(digits, models):
     model = models("vae")
     x = torch.from_numpy(digits.take(range(20)))
     assert saturation(model, x)["encoder"] == 0
@@ -357,6 +456,129 @@ def test_saturation_sees_a_scale_that_is_stuck(digits, models):
     with torch.no_grad():
         last.bias[4] = 1e4  # log_std of the first of four latents
     assert saturation(model, x)["encoder"] == pytest.approx(0.25)
+
+
+ZOO = {
+    "vae": {"width": 4, "latents": 2},
+    "vae optimal": {"width": 4, "latents": 2, "likelihood": "gaussian", "std": "optimal"},
+    "vae flow": {"width": 4, "latents": 2, "prior": "flow", "prior_depth": 1},
+    "mlp_vae": {"latents": 2, "hidden": 8},
+    "ladder": {"levels": 2, "latents": 2, "width": 4},
+    "realnvp": {"levels": 1, "depth": 1, "hidden": 4},
+    "maf": {"depth": 1, "hidden": 4},
+    "nsf": {"depth": 1, "hidden": 4},
+    "glow": {"levels": 2, "depth": 1, "hidden": 4},
+    "glow conditional": {"levels": 2, "depth": 1, "hidden": 4},
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_saturation_examines_every_part_of_the_zoo(digits, name):
+    table = name in ("maf", "nsf")
+    points = Dataset(np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32))
+    data = points if table else digits
+    spec = data.spec(["label"]) if "conditional" in name else data.spec([])
+    model = build(name.split()[0], spec, **ZOO[name])
+    x, context = batch(data, np.arange(8), model)
+    shares = saturation(model.eval(), x, context)
+    assert [name for name, share in shares.items() if share is None] == []
+    assert shares or name in ("nsf", "vae optimal")
+
+
+class Halving(Bijection):
+    """A layer that holds a network and does not state its scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(1, 2)
+
+    def forward(self, x, context=None):
+        shift, log_scale = self.net(x[:, :1]).chunk(2, 1)
+        y = torch.cat([x[:, :1], (x[:, 1:] + shift) * log_scale.exp()], 1)
+        return y, log_scale.sum(1)
+
+    def inverse(self, y, context=None):
+        shift, log_scale = self.net(y[:, :1]).chunk(2, 1)
+        x = torch.cat([y[:, :1], y[:, 1:] * (-log_scale).exp() - shift], 1)
+        return x, -log_scale.sum(1)
+
+
+class StatedHalving(Halving):
+    """The same, with its scales, of which one outside [-1, 1] counts as saturated."""
+
+    def emitters(self):
+        yield self.net, lambda h: (h[:, 1:].abs() > 1).float().mean()
+
+
+class UnusedNetwork(StatedHalving):
+    """Its network is not run by `forward`."""
+
+    def forward(self, x, context=None):
+        return x, x.new_zeros(len(x))
+
+
+class Block(Layer):
+    """A layer made of layers."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.inner = nn.ModuleList(layers)
+
+    def infer(self, x, trace, context=None):
+        for layer in self.inner:
+            x = layer.infer(x, trace, context)
+        return x
+
+    def generate(self, z, trace, context=None):
+        for layer in reversed(self.inner):
+            z = layer.generate(z, trace, context)
+        return z
+
+
+class Head(nn.Module):
+    """A prior that holds a network and does not state its scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(1, 2)
+
+    def forward(self, context=None):
+        mean, log_std = self.net(torch.ones(1, 1))[0].expand(2, 2)
+        return DiagonalGaussian(mean, log_std, 1)
+
+
+def test_parts_that_do_not_state_their_scales_are_listed():
+    torch.manual_seed(0)
+    x = torch.randn(6, 2)
+    model = Chain([Halving(), StatedHalving()], Prior(Head()))
+    with torch.no_grad():
+        model.layers[1].net.bias[1] = 9.0
+    expected = {"layers.0": None, "layers.1": 1.0, "prior.head": None}
+    assert saturation(model, x) == expected
+    nested = Chain([Block(Halving(), StatedHalving())], Prior(StandardNormal((2,))))
+    shares = saturation(nested, x)
+    assert shares["layers.0.inner.0"] is None  # and not the block that it is in
+    assert set(shares) == {"layers.0.inner.0", "layers.0.inner.1"}
+    unused = Chain([UnusedNetwork()], Prior(StandardNormal((2,))))
+    assert saturation(unused, x) == {"layers.0": None}
+    layers = [ActNorm(2), InvertibleConv(2), Rescale(2.0), Classifier(2, 3)]
+    plain = Chain(layers, Prior(StandardNormal((2,))))
+    assert saturation(plain, x) == {}  # no network emits a scale
+
+
+def test_condition_numbers_are_those_that_layers_state():
+    torch.manual_seed(0)
+    mixing = InvertibleConv(3, lu=False)
+    with torch.no_grad():
+        mixing.weight.copy_(torch.diag(torch.tensor([1e3, 1.0, 1e-2])))
+
+    class Stretch(Rescale):
+        def condition_number(self):
+            return 7.0
+
+    model = Chain([mixing, ActNorm(3), Stretch(2.0)], Prior(StandardNormal((3,))))
+    numbers = conditioning(model)
+    assert numbers == {"layers.0": pytest.approx(1e5), "layers.2": 7.0}
 
 
 # -- data that do not fit
@@ -383,7 +605,7 @@ def test_data_of_another_kind_are_refused(models, array, bits, message):
             use(models("vae"), found)
 
 
-def test_a_continuous_model_refuses_levels_and_the_other_way_round():
+def test_continuous_models_refuse_levels_and_discrete_models_continuous_values():
     table = Dataset(np.zeros((4, 3), np.float32), name="points")
     with pytest.raises(ValueError, match="takes 8-bit levels, and points hold continuous values"):
         check(build("vae", (3,), width=4), table)
@@ -393,7 +615,7 @@ def test_a_continuous_model_refuses_levels_and_the_other_way_round():
 
 
 @pytest.mark.parametrize("labels", [None, 3])
-def test_a_conditional_model_wants_its_classes(models, labels):
+def test_a_conditional_model_requires_its_classes(models, labels):
     has = {"labels": np.arange(4) % 3, "label_names": ("a", "b", "c")} if labels else {}
     message = (
         "these data have classes unknown to the model: a, b, c"
@@ -404,7 +626,7 @@ def test_a_conditional_model_wants_its_classes(models, labels):
         check(models("glow conditional"), Dataset(GREY, **has))
 
 
-def test_a_model_made_by_hand_takes_what_it_is_given():
+def test_a_model_without_a_spec_accepts_any_data():
     model = Chain([Rescale(2.0)], Prior(StandardNormal((3,))))
     points = Dataset(np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32))
     p = DiagonalGaussian(torch.zeros(3), torch.full((3,), -math.log(2)), 1)

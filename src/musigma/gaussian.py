@@ -479,6 +479,11 @@ class DiagonalGaussian(Distribution):
         return self._mean
 
     @property
+    def base_dist(self) -> DiagonalGaussian:
+        """Each coordinate as an event of its own, as in `torch.distributions.Independent`."""
+        return DiagonalGaussian(self._mean, self.log_std, 0)
+
+    @property
     def stddev(self) -> Tensor:
         """The standard deviation, exp(log_std)."""
         return self.log_std.exp()

@@ -24,7 +24,7 @@ from musigma.context import Context, conditioned
 from musigma.distributions import ModelDistribution
 from musigma.layer import Bijection, Inverse, Layer
 from musigma.memory import Keeper
-from musigma.spec import Spec
+from musigma.spec import Spec, bits_per_dim
 from musigma.tensors import channels_last
 from musigma.trace import Evidence, Recorder, Trace, refuse_twins
 
@@ -210,7 +210,7 @@ class Model(nn.Module, ABC):
         D is the number of elements of one example. With k > 1 the bound is `iwae`'s.
         """
         nats = self.elbo(x, context) if self.exact or k == 1 else self.iwae(x, k, context)
-        return -nats / (math.log(2) * x[0].numel())
+        return bits_per_dim(-nats, x[0].numel())
 
     # -- latents
 

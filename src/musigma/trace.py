@@ -22,7 +22,7 @@ generating, q is scored in the reverse of the order in which it draws.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -225,6 +225,15 @@ class Trace:
             self._record(self.auxiliaries, site, term)
 
     # -- what comes of it
+
+    def entries(self) -> Iterator[tuple[Site, str, Tensor]]:
+        """The ledger: every recorded term of -log w, as (site, name of the term, nats (B,)).
+
+        They add up to minus the ELBO of `evidence`, which groups them.
+        """
+        for name, sign in (("log_det", -1), ("log_q", 1), ("kl", 1), ("log_p", -1)):
+            for site, nats in getattr(self, name).items():
+                yield site, name, sign * nats
 
     def evidence(self, latents: Iterable[Site]) -> Evidence:
         """The recorded terms, with one column for each of `latents`."""

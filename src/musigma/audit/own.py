@@ -30,6 +30,7 @@ from musigma.evaluation import (
     COLLAPSED,
     SATURATED,
     batch,
+    bits_per_dim,
     context_size,
     evaluating,
     saturation,
@@ -345,7 +346,7 @@ def _units(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> Non
         notes.checked.append(f"dequantisation: learned noise over {levels} levels")
         return
     nats = elements * math.log(width) - (log_det - log_q)
-    figure = float((torch.as_tensor(nats) / (elements * math.log(2))).max())
+    figure = float(bits_per_dim(torch.as_tensor(nats), elements).max())
     if abs(figure - math.log2(levels)) > 1e-6:
         notes.find(
             "dequantisation",
@@ -394,7 +395,11 @@ def _single(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> No
 def _trained(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> None:
     names = {module: name or "model" for name, module in model.named_modules()}
     for name, share in saturation(model, x, context).items():
-        if share > SATURATED:
+        if share is None:
+            notes.unchecked.append(
+                f"the scales of {name}: it states no emitters() that the pass ran"
+            )
+        elif share > SATURATED:
             notes.find(
                 "saturated_units",
                 "warning",

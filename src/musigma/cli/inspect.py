@@ -187,17 +187,19 @@ def _account(
 
 
 def _account_lines(
-    ledger: list[dict[str, Any]], figure: dict[str, Any], saturation: dict[str, float]
+    ledger: list[dict[str, Any]], figure: dict[str, Any], saturation: dict[str, float | None]
 ) -> Iterator[str]:
     yield f"\n{'bits/dim':>12}  term     layer"
     for row in ledger:
         yield f"{row['bits_per_dim']:>12.6f}  {row['term']:<8} {row['site']} ({row['kind']})"
     yield f"{sum(row['bits_per_dim'] for row in ledger):>12.6f}  sum"
     yield f"{figure['bits_per_dim']:>12.6f}  {figure_text(figure)}"
-    shares = {name: share for name, share in saturation.items() if share > 0}
+    shares = {name: share for name, share in saturation.items() if share}
     yield "\nshare of scales at their limit:" if shares else "\nno scale is at its limit"
     for name, share in shares.items():
         yield f"{share:>12.1%}  {name}"
+    for name in (name for name, share in saturation.items() if share is None):
+        yield f"not examined: {name}, which states no emitters() that the pass ran"
 
 
 def _evaluation(path: Path) -> dict[str, Any]:

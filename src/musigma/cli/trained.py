@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from musigma.data import Dataset, Preprocess
-    from musigma.spec import Spec
 
 TABLES = (".csv", ".parquet")
 
@@ -95,7 +94,7 @@ class Trained:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one example."""
-        return self.spec.shape
+        return tuple(self.model.config["shape"])
 
     @property
     def is_image(self) -> bool:
@@ -109,15 +108,9 @@ class Trained:
         return next(t.dtype for t in tensors if t.is_floating_point())
 
     @property
-    def spec(self) -> Spec:
-        """What the model is a model of."""
-        assert self.model.spec is not None  # every model from the zoo has one
-        return self.model.spec
-
-    @property
     def bits(self) -> int | None:
         """Bits of each element; None for continuous data."""
-        return self.spec.bits
+        return self.model.config["options"].get("bits", 8)
 
     @property
     def levels(self) -> int:
@@ -256,7 +249,8 @@ class Trained:
 
     def column_names(self) -> list[str]:
         """Names of the elements of a vector: those of the table that the model was trained on."""
-        return list(self.spec.columns) or [f"x{i}" for i in range(self.shape[0])]
+        names = self.about_data.get("columns")
+        return names or [f"x{i}" for i in range(self.shape[0])]
 
 
 def register_plugin(common: Common) -> None:

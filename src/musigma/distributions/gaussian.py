@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -78,17 +78,30 @@ class LearnedNormal(nn.Module):
 
         The context may be either argument, since a prior is given nothing else.
         """
-        context = given if context is None else context
-        ones = (1,) * (len(self.shape) - 1)
-        raw = self.raw if self.raw.ndim > 1 else self.raw.reshape(-1, *ones)
+        context, shift = given if context is None else context, None
         if self.from_context is not None:
             if context is None:
                 raise ValueError(f"context: this prior needs {self.context} features; got none")
-            raw = raw + self.from_context(pooled(context)).reshape(len(context), -1, *ones)
+            shift = self.from_context(pooled(context))
         mean, log_std = (
-            t.expand(*t.shape[: -len(self.shape)], *self.shape) for t in self.format.split(raw)
+            t.expand(*t.shape[: -len(self.shape)], *self.shape)
+            for t in self.format.split(self._parameters_for(shift))
         )
         return DiagonalGaussian(mean, log_std, len(self.shape))
+
+    def _parameters_for(self, shift: Tensor | None) -> Tensor:
+        """What `format` reads: the parameters, shifted for each example (B, 2 C) if at all."""
+        ones = (1,) * (len(self.shape) - 1)
+        raw = self.raw if self.raw.ndim > 1 else self.raw.reshape(-1, *ones)
+        return raw if shift is None else raw + shift.reshape(len(shift), -1, *ones)
+
+    def emitters(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+        """This module, or its map of the context, with the share of scales at a bound."""
+        net = self if self.from_context is None else self.from_context
+        yield (
+            net,
+            lambda h: self.format.saturation(self._parameters_for(None if net is self else h)),
+        )
 
 
 class OptimalGaussianHead(nn.Module):
@@ -141,6 +154,10 @@ class OptimalGaussianHead(nn.Module):
     def log_std_of(self, mse: Tensor) -> Tensor:
         """Log σ of a mean squared error, within its bound."""
         return 0.5 * mse.clamp(min=math.exp(2 * self.smallest)).log()
+
+    def emitters(self) -> tuple[()]:
+        """None: the network emits the mean alone."""
+        return ()
 
     @torch.no_grad()
     def after_step(self) -> None:

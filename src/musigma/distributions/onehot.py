@@ -158,6 +158,10 @@ class OneHotHead(nn.Module):
         logits = conditioned(self.net, given, context).unflatten(1, self.event)
         return OneHotLatents(logits, gradient=self.gradient, relaxation=self.relaxation)
 
+    def emitters(self) -> tuple[()]:
+        """None: logits are no scales."""
+        return ()
+
 
 class UniformOneHot(nn.Module):
     """The prior of L variables of K classes in which all classes are equally likely."""

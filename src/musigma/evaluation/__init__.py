@@ -1,6 +1,13 @@
-"""Figures of a model on data: scores, their account, and diagnostics."""
+"""Figures of a model on data: scores, the ledger, and diagnostics."""
 
-from musigma.evaluation.diagnostics import ACTIVE, COLLAPSED, SATURATED, saturation
+from musigma.evaluation.diagnostics import (
+    ACTIVE,
+    COLLAPSED,
+    ILL_CONDITIONED,
+    SATURATED,
+    conditioning,
+    saturation,
+)
 from musigma.evaluation.figures import bound, evaluate, inspect, score
 from musigma.evaluation.inputs import (
     batch,
@@ -11,16 +18,19 @@ from musigma.evaluation.inputs import (
     noise,
     tensors,
 )
-from musigma.evaluation.ledger import ledger
+from musigma.evaluation.ledger import bits_per_dim, ledger
 
 __all__ = [
     "ACTIVE",
     "COLLAPSED",
+    "ILL_CONDITIONED",
     "SATURATED",
     "batch",
     "batches",
+    "bits_per_dim",
     "bound",
     "check",
+    "conditioning",
     "context_size",
     "evaluate",
     "evaluating",

@@ -1,4 +1,4 @@
-"""Signs of trouble in a model: scales at their limit, latents that carry nothing."""
+"""Signs of trouble in a model: scales at their limit, and ill-conditioned layers."""
 
 from __future__ import annotations
 
@@ -7,37 +7,85 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
+from musigma.context import Context
+from musigma.layer import Layer
 from musigma.model import Model
 
-__all__ = ["ACTIVE", "COLLAPSED", "SATURATED", "saturation"]
+__all__ = ["ACTIVE", "COLLAPSED", "ILL_CONDITIONED", "SATURATED", "conditioning", "saturation"]
 
 ACTIVE = 0.01
-"""Nats: a unit that costs less carries nothing."""
+"""Nats; a unit of a latent that costs less carries no information."""
 COLLAPSED = 0.05
-"""Nats: a latent that costs less has collapsed to its prior."""
+"""Nats; a latent that costs less has collapsed to its prior."""
 SATURATED = 0.5
-"""The share of scales at their limit from which that is worth a word."""
+"""A larger share of scales at their limit is reported."""
+ILL_CONDITIONED = 1e4
+"""A larger condition number is reported: decoding loses more than four digits."""
 
 
 @torch.no_grad()
-def saturation(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str, float]:
-    """For every network that emits scales with a limit, the share of them at their limit."""
-    shares: dict[str, float] = {}
+def saturation(model: Model, x: Tensor, context: Context = None) -> dict[str, float | None]:
+    """The share of scales at their limit, for every network that emits scales.
 
-    def watch(name: str, share: Callable[[Any], Tensor]):
+    A module states its networks by a method `emitters()`, which yields pairs of a network and a
+    function from its output to the share of saturated scales; it yields none if no scale of it has
+    a limit. The networks are observed during one pass of the model.
+
+    Args:
+        model: Any model.
+        x: Data, shape (B, *event).
+        context: One row per example, or None.
+
+    Returns:
+        By the name of the module: a share from 0 to 1, or None if it was not examined. That is a
+        layer, or a module that returns a distribution, that holds networks and has no
+        `emitters`; or one whose network the pass did not run.
+    """
+    names, shares = model.site_names(), {}
+    heads: set[nn.Module] = set()
+
+    def measure(name: str, share: Callable[[Any], Tensor]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             shares[name] = float(share(output))
 
         return hook
 
-    hooks = []
-    for name, module in model.named_modules():
-        for net, share in getattr(module, "emitters", tuple)():
-            hooks.append(net.register_forward_hook(watch(name, share)))
+    def find_head(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Distribution):
+            heads.add(module)
+
+    hooks, examined = [], set()
+    for module, name in names.items():
+        hooks.append(module.register_forward_hook(find_head))
+        if not hasattr(module, "emitters"):
+            continue
+        examined.update(module.modules())
+        emitters = list(module.emitters())  # pyright: ignore[reportCallIssue]
+        for net, share in emitters:
+            key = name if len(emitters) == 1 else names[net]
+            shares[key] = None
+            hooks.append(net.register_forward_hook(measure(key, share)))
     try:
         model(x, context)
     finally:
         for hook in hooks:
             hook.remove()
+    for module in reversed(names):  # children before their parents
+        if module in heads or isinstance(module, Layer):
+            rest = [m for m in module.modules() if m is not module and m not in examined]
+            if any(True for m in rest for _ in m.parameters(recurse=False)):
+                shares[names[module]] = None
+            examined.update(rest)
     return shares
+
+
+@torch.no_grad()
+def conditioning(model: Model) -> dict[str, float]:
+    """The condition number of every layer that states one by a method `condition_number()`."""
+    return {
+        name: float(module.condition_number())  # pyright: ignore[reportCallIssue]
+        for module, name in model.site_names().items()
+        if hasattr(module, "condition_number")
+    }

@@ -1,31 +1,33 @@
-"""What a model makes of data: figures with their account, per-example scores, single inputs.
+"""Figures of a model on data: means with standard errors, scores of examples, single inputs.
 
-Every figure says what it is: exact, or which bound; how many examples; and its standard error.
+Every figure comes with its bound (or "exact"), the number of examples, and its standard error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
 
+from musigma.context import Context
 from musigma.data import Dataset
 from musigma.evaluation.diagnostics import ACTIVE
 from musigma.evaluation.inputs import Progress, batches, check, evaluating
-from musigma.evaluation.ledger import _account, _cuda, _terms
-from musigma.gaussian import DiagonalGaussian
 from musigma.model import Model
 from musigma.processes import SINGLE_PROCESS, Processes
-from musigma.trace import Trace
+from musigma.spec import bits_per_dim
+from musigma.trace import Recorder, Trace
 
 __all__ = ["bound", "evaluate", "inspect", "score"]
 
 
 def bound(model: Model, k: int = 1) -> str:
-    """What a figure of this model is: "exact", or which bound, "elbo" or "iwae-K"."""
+    """What a figure of this model is: "exact", "elbo" or "iwae-K"."""
     return "exact" if model.exact else "elbo" if k == 1 else f"iwae-{k}"
 
 
@@ -39,29 +41,29 @@ def score(
     progress: Progress | None = None,
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, np.ndarray]:
-    """Every example's figures, in the order of the data.
+    """The figures of every example, in the order of the data.
 
     Args:
-        model: It is put into evaluation mode meanwhile.
+        model: It is in evaluation mode meanwhile.
         data: What to score.
-        k: Draws per example: more than one gives the importance-weighted bound.
-        batch_size: Examples at a time.
-        seed: Of the draws.
+        k: Draws per example; more than one give the importance-weighted bound.
+        batch_size: Examples per batch.
+        seed: Random seed of the draws.
         progress: Called with (done, total).
-        processes: Who this is, if several share the work: the columns are of its share alone.
+        processes: This process, where several share the work: it scores its share.
 
     Returns:
-        Columns of length N: `bits_per_dim` and `nats` (-log p or its upper bound); and, of one
-        draw, `log_px`, `rate`, and `kl_0`, `kl_1`, ... for each latent, in nats.
+        Columns of length N: `bits_per_dim` and `nats` (-log p or its upper bound); and, from one
+        draw, `log_px`, `rate`, and `kl_0`, `kl_1`, ... of each latent, top first, in nats.
 
     Raises:
-        ValueError: If the data do not fit, or k is below 1.
+        ValueError: If the data do not fit the model, or k is below 1.
     """
     check(model, data)
     if k < 1:
         raise ValueError(f"k: expected 1 or more draws; got {k}")
     columns: dict[str, list[Tensor]] = {}
-    with torch.no_grad(), evaluating(model), torch.random.fork_rng(_cuda(model)):
+    with torch.no_grad(), evaluating(model):
         for x, context in batches(
             model,
             data,
@@ -70,10 +72,12 @@ def score(
             progress=progress,
             processes=processes,
         ):
-            trace = _account(model, x, context)
-            evidence = trace.evidence(model.latents())
-            tight = k > 1 and not model.exact
-            nats = -model.iwae(x, k, context) if tight else sum(v for _, _, v in _terms(trace))
+            trace = Trace(closed_form=not model.exact)
+            evidence = model(x, context, trace=trace)
+            if k > 1 and not model.exact:
+                nats = -model.iwae(x, k, context)
+            else:  # in float64, so that the rows of the ledger add up to it
+                nats = sum(nats.cpu().double() for _, _, nats in trace.entries())
             row = {"nats": nats, "log_px": evidence.log_px, "rate": evidence.rate}
             row |= {f"kl_{i}": evidence.kl[:, i] for i in range(evidence.kl.shape[1])}
             for name, value in row.items():
@@ -81,8 +85,7 @@ def score(
     table = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
     if not table:
         return {}  # more processes than batches
-    dims = math.prod(data.shape)
-    return {"bits_per_dim": table["nats"] / (dims * math.log(2)), **table}
+    return {"bits_per_dim": bits_per_dim(table["nats"], math.prod(data.shape)), **table}
 
 
 def evaluate(
@@ -95,16 +98,16 @@ def evaluate(
     progress: Progress | None = None,
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """The mean figure of a data set, with its account; JSON-plain. Arguments as `score`.
+    """The mean figure of a data set and its parts; JSON-plain. The arguments are those of `score`.
 
-    Several processes each score their share, and all return the figure of the whole: the same one,
-    to the bit, whatever their number.
+    Several processes each score their share; all return the figure of the whole, which is the
+    same to the bit for any number of processes.
 
     Returns:
         `bits_per_dim` with its `standard_error`; `nats` per example with `standard_error_nats`;
         `bound`: "exact" (-log p itself), "elbo" or "iwae-K" (upper bounds of it); `n`; `log_px`,
-        `rate` and `kl` (per latent, top first) in nats; `non_finite`: how many examples had no
-        finite figure; they are left out of none of the means.
+        `rate` and `kl` (per latent, top first) in nats; `non_finite`: the number of examples
+        without a finite figure, which are included in all means.
     """
     if len(data) == 0:
         raise ValueError(f"data: {data.name or 'the set'} holds no examples to evaluate")
@@ -122,7 +125,7 @@ def evaluate(
     n, nats, bits = len(data), table["nats"], table["bits_per_dim"]
 
     def error(values: np.ndarray) -> float | None:
-        with np.errstate(invalid="ignore"):  # of inf it is nan
+        with np.errstate(invalid="ignore"):  # it is NaN where a value is infinite
             return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
 
     return {
@@ -140,98 +143,81 @@ def evaluate(
 
 
 @torch.no_grad()
-def inspect(model: Model, x: Tensor, context: Tensor | None = None) -> dict[str, Any]:
-    """What a model says about one very input: every latent's distribution, and its cost.
+def inspect(model: Model, x: Tensor, context: Context = None) -> dict[str, Any]:
+    """The distribution of every latent for one input, and its cost.
 
     Args:
-        model: It is put into evaluation mode meanwhile.
-        x: One example, shape (1, ...).
-        context: Its context (1, C), or None.
+        model: It is in evaluation mode meanwhile.
+        x: One example, shape (1, *event).
+        context: Its context, one row, or None.
 
     Returns:
-        The figures of this example (`nats`, `bits_per_dim`), and for each latent, top first, a row
-        with `site` and `shape`; for a latent with a posterior, its `mean`, `std`, `variance`,
-        `log_std` and, unless the prior is a flow, `kl` for each element, and which are `active`
-        (KL above 0.01 nats); for a latent of a flow, the `mean` and `log_std` of its prior given
-        this input, its `value` and its whitened `noise`, as (mean, std, min, max) over the
-        elements.
+        The figures of this example (`nats`, `bits_per_dim`, `bound`), and in `latents` a row for
+        each latent, top first, with `site` and `shape`. A latent with a posterior has its `mean`,
+        `std`, `variance` and `log_std`; where its prior is known before the draw, `kl_total`, and
+        for independent elements with a closed form also `kl` of each, and whether it is `active`
+        (above 0.01 nats). A latent of a flow has its `value`, its `nats`, and for a Gaussian prior
+        `prior_mean`, `prior_log_std` and the whitened `noise`, as (mean, std, min, max) over the
+        elements. What a distribution does not define is left out.
 
     Raises:
         ValueError: If x is not one example.
     """
     if len(x) != 1:
         raise ValueError(f"x: expected one example, shape (1, ...); got {len(x)} of them")
-    names = {module: name or "model" for name, module in model.named_modules()}
-    trace = _Watching(closed_form=not model.exact)
+    names, record = model.site_names(), Recorder(closed_form=not model.exact)
     with evaluating(model):
-        model.infer(model.floating(x), trace, context)
-    evidence = trace.evidence(model.latents())
-    rows = []
-    for site in trace.paired:
-        q, p = trace.paired[site]
-        row: dict[str, Any] = {"site": names[site], "shape": list(q.event_shape)}
-        if isinstance(q, DiagonalGaussian):
-            row |= {
-                "mean": q.mean[0].tolist(),
-                "std": q.stddev[0].tolist(),
-                "variance": q.variance[0].tolist(),
-                "log_std": q.log_std[0].tolist(),
-            }
-        if isinstance(q, DiagonalGaussian) and isinstance(p, DiagonalGaussian):
-            single = DiagonalGaussian(q.mean, q.log_std, 0), DiagonalGaussian(p.mean, p.log_std, 0)
-            kl = torch.distributions.kl_divergence(*single)[0]
-            row |= {
-                "kl": kl.tolist(),
-                "kl_total": float(kl.sum()),
-                "active": (kl > ACTIVE).tolist(),
-            }
-        rows.append(row)
-    for site, (p, value) in trace.scored.items():
-        if site not in set(model.latents()) or not isinstance(p, DiagonalGaussian):
+        evidence = model(x, context, trace=record)
+    latents = list(model.latents())
+    rows: dict[Any, dict[str, Any]] = {}
+    for site, q in record.qs.items():
+        if getattr(site, "is_preprocessing", False):
+            continue  # noise of dequantization
+        row: dict[str, Any] = {name: t[0].tolist() for name, t in _moments(q).items()}
+        if site in record.paired:
+            row["kl_total"] = float(record.kl[site])
+            if (kl := _elementwise_kl(q, record.ps[site])) is not None:
+                row |= {"kl": kl.tolist(), "kl_total": float(kl.sum())}
+                row["active"] = (kl > ACTIVE).tolist()
+        rows[site] = {"site": names[site], "shape": list(q.event_shape), **row}
+    for site in latents:
+        if site in record.paired:
             continue
-        rows.append(
-            {
-                "site": names[site],
-                "shape": list(p.event_shape),
-                "prior_mean": _summary(p.mean),
-                "prior_log_std": _summary(p.log_std),
-                "value": _summary(value),
-                "noise": _summary(p.whiten(value)),
-                "nats": float(-p.log_prob(value)),
-            }
-        )
-    order = [names[site] for site in model.latents()]
-    rows.sort(key=lambda row: order.index(row["site"]) if row["site"] in order else -1)
+        p, value = record.ps[site], record.values[site]
+        moments = {name: t for name, t in _moments(p).items() if name in ("mean", "log_std")}
+        row = {f"prior_{name}": _summary(t) for name, t in moments.items()}
+        row["value"] = _summary(value)
+        if hasattr(p, "whiten"):
+            row["noise"] = _summary(p.whiten(value))  # pyright: ignore[reportAttributeAccessIssue]
+        row["nats"] = float(-p.log_prob(value))
+        rows[site] = {"site": names[site], "shape": list(p.event_shape), **row}
+    order = [*(site for site in rows if site not in latents), *latents]
     nats = float(-evidence.elbo)
     return {
         "nats": nats,
-        "bits_per_dim": nats / (math.log(2) * x[0].numel()),
+        "bits_per_dim": bits_per_dim(nats, x[0].numel()),
         "bound": bound(model),
-        "latents": rows,
+        "latents": [rows[site] for site in order],
     }
 
 
-class _Watching(Trace):
-    """A trace that keeps the distributions themselves."""
+def _moments(dist: Distribution) -> dict[str, Tensor]:
+    """The moments that a distribution defines."""
+    found: dict[str, Tensor] = {}
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        found["mean"] = dist.mean
+        found["std"], found["variance"] = dist.stddev, dist.variance
+        log_std = getattr(dist, "log_std", None)
+        found["log_std"] = found["std"].log() if log_std is None else log_std
+    return found
 
-    def __init__(self, **how: Any):
-        super().__init__(**how)
-        self.paired: dict[nn.Module, tuple[Any, Any]] = {}
-        self.scored: dict[nn.Module, tuple[Any, Tensor]] = {}
 
-    def p(self, site, dist, value=None):
-        value = super().p(site, dist, value)
-        self.scored[site] = (dist, value)
-        return value
-
-    def q(self, site, dist, value=None):
-        if isinstance(dist, DiagonalGaussian):
-            self.paired[site] = (dist, None)
-        return super().q(site, dist, value)
-
-    def latent(self, site, q, p):
-        self.paired[site] = (q, p)
-        return super().latent(site, q, p)
+def _elementwise_kl(q: Distribution, p: Distribution) -> Tensor | None:
+    """KL of each element in nats; None if elements are dependent or there is no closed form."""
+    try:
+        return kl_divergence(q.base_dist, p.base_dist)[0]  # pyright: ignore
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _summary(t: Tensor) -> dict[str, float]:

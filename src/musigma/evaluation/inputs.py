@@ -105,11 +105,12 @@ def _column(data: Dataset, name: str) -> np.ndarray:
 
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """The model in evaluation mode, and then in the mode it was in."""
-    before = model.training
+    """Evaluation mode; afterwards mode and random state are what they were before."""
+    before, devices = model.training, {p.device for p in model.parameters() if p.is_cuda}
     model.eval()
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         model.train(before)
 

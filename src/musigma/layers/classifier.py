@@ -70,6 +70,10 @@ class Classifier(Layer):
         """The input."""
         return z
 
+    def emitters(self) -> tuple[()]:
+        """None: logits are no scales."""
+        return ()
+
     def extra_repr(self) -> str:
         """Names the labels and the weight."""
         return f"labels={self.labels!r}, weight={self.weight}"

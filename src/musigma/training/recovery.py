@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from musigma.context import Context
-from musigma.evaluation import COLLAPSED, SATURATED, saturation
+from musigma.evaluation import (
+    COLLAPSED,
+    ILL_CONDITIONED,
+    SATURATED,
+    conditioning,
+    saturation,
+)
 from musigma.model import Model
 from musigma.training.distributed import local_shard
 from musigma.training.state import Progress
@@ -87,7 +93,6 @@ def _first_bad_output(model: Model, run: Callable[[], object]) -> str | None:
 # --- what goes wrong slowly --------------------------------------------------------------------
 
 SPIKE = 10.0  # mean distances from the usual loss
-ILL_CONDITIONED = 1e4
 
 
 def spiked(progress: Progress, loss: float) -> str | None:
@@ -122,13 +127,16 @@ def health(model: Model, kl: Mapping[str, float], x: Tensor, context: Context) -
                 "--free-bits or --kl-warmup keep latents open"
             )
     for name, share in saturation(model, x, context).items():
-        if share > SATURATED:
+        if share is None:
+            found[f"saturation {name}"] = (
+                f"the scales of {name} are not examined: it states no emitters() that the pass ran"
+            )
+        elif share > SATURATED:
             found[f"saturation {name}"] = (
                 f"{share:.0%} of the scales of {name} have run into their limit; a wider format, "
                 "or a smaller --lr"
             )
-    for name, module in model.named_modules():
-        condition = getattr(module, "condition_number", lambda: 1.0)()
+    for name, condition in conditioning(model).items():
         if condition > ILL_CONDITIONED:
             found[f"conditioning {name}"] = (
                 f"the matrix of {name} has condition number {condition:.1e}: decoding loses "
