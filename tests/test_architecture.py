@@ -154,6 +154,16 @@ def test_public_names_exist_and_are_few():
         assert getattr(musigma, name) is not None
 
 
+@pytest.mark.parametrize("package", ["", ".distributions", ".layers", ".nets"])
+def test_no_public_name_means_something_else_in_torch_distributions(package):
+    import torch.distributions
+
+    module = importlib.import_module(f"musigma{package}")
+    for name in module.__all__:
+        theirs = getattr(torch.distributions, name, None)
+        assert theirs is None or theirs is getattr(module, name), name
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_modules_hold_one_idea(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 700

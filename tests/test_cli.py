@@ -1074,6 +1074,17 @@ def test_auto_resume_refuses_a_run_of_other_options(here, run, capsys, option):
     run(words, "--steps 3")
 
 
+def test_auto_resume_names_every_option_that_differs_and_knows_defaults(here, run, capsys):
+    words = f"train vae photos {TINY['vae']} {QUICK} --steps 3 --out run --auto-resume"
+    run(words, "--blocks 2 --bits 4")
+    assert call(words) == 2
+    assert "run began with blocks 2, not 1; bits 4, not 8; --over" in capsys.readouterr().err
+    config = json.loads(Path("run/config.json").read_text())
+    del config["model"]["options"]["prior_depth"]  # as if the option were new
+    Path("run/config.json").write_text(json.dumps(config))
+    run(words, "--blocks 2 --bits 4")
+
+
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(here, ask):
     train("vae", "photos", "run")
     before = listing(here / "run")

@@ -9,21 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import ContinuousBernoulli as TorchContinuousBernoulli
-from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Independent, Laplace, MultivariateNormal, Normal, kl_divergence
 
 from musigma import objectives
+from musigma.conditional import Conditional
 from musigma.distributions import (
+    LIKELIHOODS,
     DiscretizedLogisticMixture,
     FactorizedBernoulli,
     FactorizedBetaBinomial,
     FactorizedCategorical,
     FactorizedContinuousBernoulli,
     LearnedNormal,
+    LikelihoodHead,
     LogitNormal,
     LogitNormalHead,
     OptimalGaussianHead,
     StandardNormal,
     StandardUniform,
+    likelihood,
+    register_likelihood,
 )
 from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
 from musigma.layers import (
@@ -35,6 +40,7 @@ from musigma.layers import (
     Split,
 )
 from musigma.model import VAE, Chain, Ladder, LadderBlock, Prior
+from musigma.spec import Spec
 from musigma.testing import randomized
 from musigma.trace import Evidence, Trace
 from musigma.zoo import build
@@ -206,6 +212,28 @@ def test_linear_flow_is_a_multivariate_normal(shape):
     white = torch.linalg.solve(truth.scale_tril, (sample - truth.mean).T)
     assert (white.mean(1).abs() < 5 / math.sqrt(n)).all()
     assert ((white @ white.T / n - torch.eye(len(white))).abs() < 5 * math.sqrt(2 / n)).all()
+
+
+@pytest.mark.parametrize("spec", [False, True])
+def test_a_conditional_model_is_a_distribution_for_each_row_of_its_context(spec):
+    model = Conditional(randomized(build("nsf", (3,), depth=1, hidden=6, context=4)), Joined())
+    model.spec = Spec((3,)) if spec else None
+    context = {"a": torch.randn(5, 2), "b": torch.randn(5, 2, 4, 4)}
+    dist = model.double().as_distribution(context)
+    assert (dist.batch_shape, dist.event_shape) == ((5,), (3,))
+    x = torch.randn(2, 5, 3)
+    found = dist.log_prob(x)
+    assert off(found, torch.stack([model.log_prob(part, context) for part in x])) < 1e-12
+    torch.manual_seed(0)
+    drawn = dist.sample((2,))
+    torch.manual_seed(0)
+    twice = {name: torch.cat([t, t]) for name, t in context.items()}
+    assert off(drawn, model.sample(10, twice).reshape(2, 5, 3)) == 0
+
+
+class Joined(nn.Module):
+    def forward(self, context):
+        return torch.cat([context["a"], context["b"].mean((2, 3))], 1)
 
 
 def test_linear_split_is_a_multivariate_normal():
@@ -639,6 +667,41 @@ class Constant(nn.Module):
 
     def forward(self, given=None, context=None):
         return self.value[None]
+
+
+# -- a likelihood of one's own
+
+
+@pytest.fixture
+def laplace():
+    @register_likelihood("laplace", data="real")
+    def build_laplace(shape, net, std):
+        return LikelihoodHead(net(shape[0]), lambda h: Independent(Laplace(h, std), len(shape)))
+
+    yield
+    del LIKELIHOODS["laplace"]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_registered_likelihood_serves_the_zoo(laplace, bits):
+    options = {"net": "mlp", "latents": 2, "width": 6, "likelihood": "laplace", "std": "0.5"}
+    model = build("vae", (1, 4, 4), bits=bits, **options)
+    head = next(m for m in model.modules() if isinstance(m, LikelihoodHead))
+    z, x = torch.randn(3, 2), torch.randn(3, 1, 4, 4)
+    assert off(head(z).log_prob(x), Laplace(head.net(z), 0.5).log_prob(x).sum((1, 2, 3))) < 1e-12
+    x = x if bits is None else (16 * x.sigmoid()).floor()
+    assert model.elbo(x).shape == (3,)
+    with pytest.raises(ValueError, match="there is a likelihood 'laplace' already"):
+        register_likelihood("laplace", data="levels")
+
+
+def test_unknown_and_unfit_likelihoods_are_refused_by_what_there_is(laplace):
+    with pytest.raises(ValueError, match=r"one of .*bernoulli.*, laplace; got 'gausian'"):
+        likelihood("gausian", (2,), lambda c: nn.Linear(3, c))
+    with pytest.raises(ValueError, match="'categorical' is not for continuous data; use 'gaussi"):
+        build("vae", (3,), bits=None, likelihood="categorical")
+    with pytest.raises(ValueError, match=r"one of .*; got 'gausian'"):
+        build("vae", (3,), bits=None, likelihood="gausian")
 
 
 # -- a variance at its optimum

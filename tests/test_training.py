@@ -12,7 +12,7 @@ from torch import nn
 
 from musigma import checkpoint, data, objectives
 from musigma.data import Dataset
-from musigma.distributions import StandardNormal
+from musigma.distributions import OptimalGaussianHead, StandardNormal
 from musigma.evaluation import evaluate
 from musigma.gaussian import GaussianHead
 from musigma.model import VAE, Prior
@@ -224,6 +224,17 @@ def test_average_is_a_running_one(tmp_path, digits):
     plain = train(digits, tmp_path / "b", ema=0.0)
     pairs = zip(averaged.model.parameters(), plain.model.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_after_step_is_called_after_each_step_and_before_the_average(tmp_path, digits):
+    model, calls = small("vae", **MODELS["vae-optimal"]), []
+    head = next(m for m in model.modules() if isinstance(m, OptimalGaussianHead))
+    head.after_step = lambda: calls.append(0) or OptimalGaussianHead.after_step(head)
+    config = TrainConfig(steps=3, batch_size=16, evaluations=1, evaluate_on=40, ema=0.9)
+    run = fit(model, digits.split("train"), digits.split("validation"), config, tmp_path)
+    assert len(calls) == 3
+    averaged = next(m for m in run.model.modules() if isinstance(m, OptimalGaussianHead))
+    assert head.log_std == averaged.log_std != 0
 
 
 def test_actnorm_is_calibrated_once_and_then_trained(tmp_path, digits):

@@ -37,7 +37,7 @@ def device_named(name: str | None) -> torch.device:
     """
     import torch
 
-    name = best_device() if name is None else name.lower()
+    name = name or best_device()
     try:
         device = torch.device(name)
         if device == torch.device("cuda") and (local := os.environ.get("LOCAL_RANK")):

@@ -96,6 +96,8 @@ class Common:
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 to 2^63 - 1; got {self.seed}")
+        if self.device is not None:
+            object.__setattr__(self, "device", self.device.lower())
 
 
 @dataclass(frozen=True, kw_only=True)

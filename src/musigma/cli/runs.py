@@ -95,8 +95,13 @@ def clear(out: Path) -> None:
             inside.unlink()
 
 
-def refuse_other_run(out: Path, options: Mapping[str, Any]) -> None:
+def refuse_other_run(out: Path, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuse to continue a run with other options than it began with.
+
+    Args:
+        out: The run folder.
+        options: All options of the command, ARCH and DATA among them.
+        defaults: Options of the architecture, with what they are if the run does not say.
 
     Raises:
         ValueError: Naming every option that differs.
@@ -106,7 +111,7 @@ def refuse_other_run(out: Path, options: Mapping[str, Any]) -> None:
     before = {
         "ARCH": model["architecture"],
         "DATA": data["source"],
-        **{name: value for name, value in model["options"].items() if name in options},
+        **{name: model["options"].get(name, value) for name, value in defaults.items()},
         **data["preprocess"],
         "skip_bad": data["skip_bad"],
         "conditional": bool(model["options"].get("context")),

@@ -106,9 +106,15 @@ FROM_DATA = ("bits", "context")
 """Options of builders that follow from the data."""
 
 
+def builder_options(name: str) -> list[inspect.Parameter]:
+    """The options of an architecture that a user can choose."""
+    _, *options = inspect.signature(ARCHITECTURES[name]).parameters.values()
+    return [p for p in options if p.name not in FROM_DATA]
+
+
 def add_architecture(name: str) -> None:
     """Make ``musigma train NAME`` from the signature of the builder."""
-    builder = inspect.unwrap(ARCHITECTURES[name])
+    builder, options = inspect.unwrap(ARCHITECTURES[name]), builder_options(name)
     types, doc = get_type_hints(builder), parse(builder.__doc__ or "")
     help_of = {p.arg_name: p.description or "" for p in doc.params}
     taken = {
@@ -117,9 +123,7 @@ def add_architecture(name: str) -> None:
         for f in dataclasses.fields(kind)
     }
     parameters = [inspect.Parameter("source", _POSITIONAL, annotation=Source)]
-    for p in list(inspect.signature(builder).parameters.values())[1:]:
-        if p.name in FROM_DATA:
-            continue
+    for p in options:
         if p.name in taken:
             raise ValueError(
                 f"{p.name}: an option of {name} that `musigma train` has already; rename it"
@@ -260,16 +264,18 @@ def train(
     screen = Screen(common)
     out, there = decided_by_main(processes, lambda: folder.choose(name, source))
     if there:
+        defaults = {p.name: p.default for p in builder_options(name)}
         given = {
             "ARCH": name,
             "DATA": data.identity(source),
+            **defaults,
             **options,
             **treatment.preprocess.to_json(),
             "skip_bad": treatment.reading.skip_bad,
             "conditional": treatment.conditional,
             **dataclasses.asdict(config),
         }
-        decided_by_main(processes, lambda: refuse_other_run(out, given))
+        decided_by_main(processes, lambda: refuse_other_run(out, given, defaults))
         continue_run(out, common, source)
         return
     found = read_data(source, treatment.preprocess, treatment.reading, screen)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from musigma.data import Dataset, Preprocess
+    from musigma.spec import Spec
 
 TABLES = (".csv", ".parquet")
 
@@ -94,7 +95,7 @@ class Trained:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one example."""
-        return tuple(self.model.config["shape"])
+        return self.spec.shape
 
     @property
     def is_image(self) -> bool:
@@ -108,9 +109,15 @@ class Trained:
         return next(t.dtype for t in tensors if t.is_floating_point())
 
     @property
+    def spec(self) -> Spec:
+        """What the model is a model of."""
+        assert self.model.spec is not None  # every model from the zoo has one
+        return self.model.spec
+
+    @property
     def bits(self) -> int | None:
         """Bits of each element; None for continuous data."""
-        return self.model.config["options"].get("bits", 8)
+        return self.spec.bits
 
     @property
     def levels(self) -> int:
@@ -249,8 +256,7 @@ class Trained:
 
     def column_names(self) -> list[str]:
         """Names of the elements of a vector: those of the table that the model was trained on."""
-        names = self.about_data.get("columns")
-        return names or [f"x{i}" for i in range(self.shape[0])]
+        return list(self.spec.columns) or [f"x{i}" for i in range(self.shape[0])]
 
 
 def register_plugin(common: Common) -> None:
