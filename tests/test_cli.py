@@ -414,9 +414,34 @@ def test_vectors(here, run, ask):
     np.testing.assert_allclose(np.load("back.npy"), np.load("some.npy"), atol=1e-4)
     assert ask("score moons some.npy --out s.csv")["n"] == 7
     assert ask("inspect moons some.npy --index 6")["bound"] == "exact"
+    run("sample moons --n 5 --out samples.csv --seed 2")
+    run("sample moons --n 5 --out again.npy --seed 2")
+    text = Path("samples.csv").read_text().splitlines()
+    assert text[0] == "x1,x2"
+    table = np.array([[float(cell) for cell in line.split(",")] for line in text[1:]])
+    assert np.array_equal(table.astype(np.float32), np.load("again.npy"))
     run("interpolate moons some.npy --out walks.npy --steps 3 --pairs 2")
     assert np.load("walks.npy").shape == (2, 3, 2)
     assert "ActNorm" in run("info moons --ledger --n 50")
+
+
+def test_tables_are_written_with_the_names_of_their_columns(here, run):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    values = np.random.default_rng(0).normal(size=(40, 3))
+    lines = [",".join(map(str, row)) for row in values]
+    Path("table.csv").write_text("\n".join(["height,age,weight", *lines]))
+    train("realnvp", "table.csv", "run")
+    run("sample run --n 7 --out a.parquet")
+    table = parquet.read_table("a.parquet")
+    assert (table.column_names, table.num_rows) == (["height", "age", "weight"], 7)
+    run("encode run table.csv --split all --out z.npz")
+    run("decode run z.npz --out back.csv")
+    with open("back.csv", newline="") as file:
+        back = [list(map(float, row.values())) for row in csv.DictReader(file)]
+    np.testing.assert_allclose(back, values, atol=1e-3)
+    run("reconstruct run table.csv --n 3 --out again.csv")
+    run("interpolate run table.csv --split all --pairs 2 --steps 3 --out walks.csv")
+    assert len(Path("walks.csv").read_text().splitlines()) == 7
 
 
 def test_a_conditional_model_draws_its_classes(here, run, ask):

@@ -40,9 +40,10 @@ app.command(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. A mistake is one line on standard error, and exit code 2.
+    """Run the command line. A mistake is a message on standard error, and exit code 2.
 
-    `decompress` has further exit codes: see `musigma.coding.errors`.
+    The message is one line, and a further one for each of several faults in data. `decompress` has
+    further exit codes: see `musigma.coding.errors`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     configure()
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (CycloptsError, *UserError, RuntimeError) as error:
         if "--debug" in words or not _is_explained(error):
             raise
-        print(f"{_prefix()}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{_prefix()}: {_message(error)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
 
 
@@ -68,6 +69,13 @@ def _unknown_command(word: str) -> str:
     near = difflib.get_close_matches(word, [name for name in app if name[0] != "-"], 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown command {word!r}; {hint}`musigma --help` lists the commands"
+
+
+def _message(error: Exception) -> str:
+    """The message of an error on one line; lists of faults in data keep their lines."""
+    if isinstance(error, UserError):
+        return str(error).rstrip()
+    return " ".join(str(error).split())
 
 
 def _prefix() -> str:
