@@ -1,4 +1,4 @@
-"""The command line, as it is used and as it is misused."""
+"""The command line: every command, and every mistake."""
 
 import contextlib
 import csv
@@ -39,7 +39,7 @@ def picture(path: Path, pixels: np.ndarray) -> None:
 
 
 def photos(folder: Path, n: int = 40, shape=(8, 8, 3)) -> Path:
-    """Two classes of noise, each about its own colour."""
+    """Two classes of noise, each around one colour."""
     draw = np.random.default_rng(0)
     for i in range(n):
         kind = ("cat", "dog")[i % 2]
@@ -94,8 +94,8 @@ def run(capsys):
 
 
 @pytest.fixture
-def ask(run):
-    """Run a command with --json; the one document that is all of its standard output."""
+def run_json(run):
+    """Run a command with --json; its answer, which is all of its standard output."""
 
     def ok(*words: object) -> dict:
         answer = json.loads(run(*words, "--json"))
@@ -107,17 +107,17 @@ def ask(run):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with images and runs, which every test may read and none may change."""
-    here = tmp_path_factory.mktemp("home")
-    photos(here / "photos")
-    with inside(here):
+    """A folder with images and runs, which tests read and do not change."""
+    workdir = tmp_path_factory.mktemp("home")
+    photos(workdir / "photos")
+    with inside(workdir):
         train("vae", "photos", "vae")
         train("glow", "photos", "glow")
         train("glow", "photos", "conditional", "--conditional")
         train("realnvp", "two-moons", "moons")
-    before = listing(here)
-    yield here
-    assert listing(here) == before
+    before = listing(workdir)
+    yield workdir
+    assert listing(workdir) == before
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -131,10 +131,10 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def here(home, tmp_path, monkeypatch):
-    """An empty working directory in which `home`'s things can be read by their names."""
-    for thing in home.iterdir():
-        (tmp_path / thing.name).symlink_to(thing)
+def workdir(home, tmp_path, monkeypatch):
+    """An empty working directory with links to all that is in `home`."""
+    for item in home.iterdir():
+        (tmp_path / item.name).symlink_to(item)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -147,8 +147,8 @@ def images() -> np.ndarray:
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])
-def test_training_leaves_a_run(here, arch):
-    files = {p.name for p in (here / arch).iterdir()}
+def test_training_leaves_a_run(workdir, arch):
+    files = {p.name for p in (workdir / arch).iterdir()}
     assert files >= {
         "config.json",
         "evaluation.json",
@@ -159,40 +159,42 @@ def test_training_leaves_a_run(here, arch):
         "samples",
         "state.safetensors",
     }
-    saved = json.loads((here / arch / "config.json").read_text())
+    saved = json.loads((workdir / arch / "config.json").read_text())
     assert saved["model"]["architecture"] == arch
     assert saved["model"]["shape"] == [3, 8, 8]
     assert saved["data"]["n"] == 40
     assert saved["train"]["steps"] == 3
-    figure = json.loads((here / arch / "evaluation.json").read_text())
+    figure = json.loads((workdir / arch / "evaluation.json").read_text())
     assert (figure["bound"], figure["n"]) == ("elbo", len(load("photos").split("held-out")))
-    rows = json.loads((here / arch / "ledger.json").read_text())
+    rows = json.loads((workdir / arch / "ledger.json").read_text())
     assert sum(r["bits_per_dim"] for r in rows) == pytest.approx(figure["bits_per_dim"], rel=1e-5)
-    drawn = sorted(p.name for p in (here / arch / "samples").iterdir())
+    drawn = sorted(p.name for p in (workdir / arch / "samples").iterdir())
     assert drawn == ["interpolations.png", "reconstructions.png", "samples.png"]
 
 
-def test_training_prints_one_document_or_text_and_the_next_command(here, run, ask):
-    answer = ask("train vae photos", TINY["vae"], QUICK, "--steps 2 --out a")
+def test_training_prints_json_or_text_with_the_next_command(workdir, run, run_json):
+    answer = run_json("train vae photos", TINY["vae"], QUICK, "--steps 2 --out a")
     assert (answer["run"], answer["steps"], answer["finished"]) == ("a", 2, True)
     assert answer["evaluation"]["bits_per_dim"] > 0
     assert all(Path(p).is_file() for p in answer["pictures"])
     text = run("train vae photos", TINY["vae"], QUICK, "--steps 2 --out b")
     assert "bits/dim" in text
     assert "next: musigma sample b" in text
-    assert (here / "a/last.safetensors").read_bytes() == (here / "b/last.safetensors").read_bytes()
+    assert (workdir / "a/last.safetensors").read_bytes() == (
+        workdir / "b/last.safetensors"
+    ).read_bytes()
 
 
-def test_a_run_is_named_after_its_architecture_and_data(here, run):
+def test_a_run_is_named_after_its_architecture_and_data(workdir, run):
     run("train vae photos", TINY["vae"], QUICK, "--steps 1")
-    assert (here / "runs/vae-photos/model.safetensors").is_file()
+    assert (workdir / "runs/vae-photos/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])
-def test_sample(here, run, ask, arch):
+def test_sample(workdir, run, run_json, arch):
     run("sample", arch, "--n 6 --out a.png --seed 3")
     assert pixels("a.png").shape[2] >= 3
-    ask("sample", arch, "--n 70 --out a.npy --seed 3")
+    run_json("sample", arch, "--n 70 --out a.npy --seed 3")
     run("sample", arch, "--n 70 --out a.npz --seed 3")
     x = np.load("a.npy")
     assert (x.shape, x.dtype) == ((70, 3, 8, 8), np.uint8)
@@ -200,10 +202,10 @@ def test_sample(here, run, ask, arch):
     run("sample", arch, "--n 70 --out b.npy --seed 4")
     assert not np.array_equal(np.load("b.npy"), x)
     run("sample", arch, "--n 2")
-    assert (here / "samples.png").is_file()
+    assert (workdir / "samples.png").is_file()
 
 
-def test_sampling_does_not_depend_on_what_was_there_before(here, run):
+def test_sampling_depends_on_the_seed_alone(workdir, run):
     for name in "ab":
         run("sample glow --n 4 --out", f"{name}.npy")
         np.random.default_rng().normal()
@@ -211,7 +213,7 @@ def test_sampling_does_not_depend_on_what_was_there_before(here, run):
 
 
 @pytest.mark.parametrize("temperature", ["0", "0.7", "0.5,1", "1e-1"])
-def test_temperature_is_a_number_or_one_for_each_latent(here, run, temperature):
+def test_temperature_is_a_number_or_one_for_each_latent(workdir, run, temperature):
     for seed in (1, 2):
         words = f"--temperature {temperature} --seed {seed} --out {seed}.npy"
         run("sample glow --n 3 --mode", words)
@@ -220,10 +222,10 @@ def test_temperature_is_a_number_or_one_for_each_latent(here, run, temperature):
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])
-def test_reconstruct(here, run, ask, arch):
+def test_reconstruct(workdir, run, run_json, arch):
     run("reconstruct", arch, "photos --out a.png --n 4")
     assert pixels("a.png").shape[1] >= 32
-    answer = ask("reconstruct", arch, "photos --split all --n 5 --out a.npy")
+    answer = run_json("reconstruct", arch, "photos --split all --n 5 --out a.npy")
     again = np.load("a.npy")
     assert again.shape == (5, 3, 8, 8)
     error = np.abs(again.astype(float) - images()[:5]).mean()
@@ -232,11 +234,11 @@ def test_reconstruct(here, run, ask, arch):
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])
-def test_interpolate(here, run, ask, arch):
+def test_interpolate(workdir, run, run_json, arch):
     run("interpolate", arch, "photos --pairs 2 --steps 4 --split all --out a.png")
     assert Path("a.png").is_file()
     for path in ("spherical", "linear"):
-        answer = ask(
+        answer = run_json(
             *("interpolate", arch, "photos --split all --pairs 2 --steps 4"),
             *("--path", path, "--out", f"{path}.npy"),
         )
@@ -248,9 +250,9 @@ def test_interpolate(here, run, ask, arch):
             assert np.abs(walks[:, -1].astype(int) - images()[[1, 3]]).max() <= 1
 
 
-def test_a_flow_encodes_and_decodes_to_the_very_images(here, run, ask):
+def test_a_flow_decodes_its_latents_to_the_same_images(workdir, run, run_json):
     for extra in ("", "--whiten", "--draw"):
-        answer = ask("encode glow photos --split all --out z.npz", *extra.split())
+        answer = run_json("encode glow photos --split all --out z.npz", *extra.split())
         assert answer["arrays"]["z0"][0] == 40
         run("decode glow z.npz --out x.npy")
         assert np.array_equal(np.load("x.npy"), images())
@@ -260,7 +262,7 @@ def test_a_flow_encodes_and_decodes_to_the_very_images(here, run, ask):
         assert np.array_equal(z["labels"], load("photos").labels)
 
 
-def test_a_vae_encodes_to_posterior_means_and_decodes_to_centres(here, run):
+def test_a_vae_encodes_to_posterior_means_and_decodes_to_centres(workdir, run):
     run("encode vae photos --split all --out z.npz")
     run("decode vae z.npz --out x.npy")
     run("reconstruct vae photos --split all --n 40 --out again.npy")
@@ -271,7 +273,7 @@ def test_a_vae_encodes_to_posterior_means_and_decodes_to_centres(here, run):
         assert not np.allclose(mean["z0"], drawn["z0"])
 
 
-def test_the_topmost_latents_are_enough_to_decode(here, run):
+def test_decode_draws_the_latents_that_are_not_given(workdir, run):
     run("encode glow photos --split all --out z.npz")
     with np.load("z.npz") as z:
         np.savez("top.npz", z0=z["z0"])
@@ -286,9 +288,9 @@ def test_the_topmost_latents_are_enough_to_decode(here, run):
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])
-def test_score(here, run, ask, arch):
+def test_score(workdir, run, run_json, arch):
     pa = pytest.importorskip("pyarrow.parquet")
-    answer = ask("score", arch, "photos --out s.csv")
+    answer = run_json("score", arch, "photos --out s.csv")
     run("score", arch, "photos --out s.parquet")
     with open("s.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -302,19 +304,21 @@ def test_score(here, run, ask, arch):
     assert answer["bits_per_dim"] == pytest.approx(np.mean(bits))
     assert (answer["lowest"], answer["highest"]) == (min(bits), max(bits))
     assert answer["bound"] == "elbo"
-    assert ask("score", arch, "photos --k 2 --split held-out --out t.csv")["bound"] == "iwae-2"
+    assert (
+        run_json("score", arch, "photos --k 2 --split held-out --out t.csv")["bound"] == "iwae-2"
+    )
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])
-def test_evaluate(here, run, ask, arch):
-    held = len(load("photos").split("held-out"))
-    figure = ask("evaluate", arch, "photos")
+def test_evaluate(workdir, run, run_json, arch):
+    n_held_out = len(load("photos").split("held-out"))
+    figure = run_json("evaluate", arch, "photos")
     assert set(figure) >= {"bits_per_dim", "nats", "standard_error", "bound", "n"}
-    assert (figure["n"], figure["bound"]) == (held, "elbo")
-    saved = json.loads((here / arch / "evaluation.json").read_text())
+    assert (figure["n"], figure["bound"]) == (n_held_out, "elbo")
+    saved = json.loads((workdir / arch / "evaluation.json").read_text())
     assert {k: figure[k] for k in saved} == saved
-    assert ask("evaluate", arch, "photos --k 3")["bound"] == "iwae-3"
-    assert ask("evaluate", arch, "photos --split all")["n"] == 40
+    assert run_json("evaluate", arch, "photos --k 3")["bound"] == "iwae-3"
+    assert run_json("evaluate", arch, "photos --split all")["n"] == 40
     text = run("evaluate", arch, "photos --k 3")
     assert re.fullmatch(
         r"[\d.]+( ± [\d.]+)? bits/dim, .*upper bound, iwae-3; n = \d+\); held-out of photos\n",
@@ -323,22 +327,22 @@ def test_evaluate(here, run, ask, arch):
     assert figure["split"] == "held-out"
 
 
-def test_other_data_are_evaluated_in_full(here, ask):
+def test_other_data_are_evaluated_in_full(workdir, run_json):
     copy = Path(shutil.copytree("photos", "others"))
-    held = len(load("photos").split("held-out"))
-    figure = ask("evaluate vae others")  # the same data by another path are known again
-    assert (figure["n"], figure["split"]) == (held, "held-out")
-    inside = ask("evaluate vae photos/cat")  # a part of it: what was trained on is left out
+    n_held_out = len(load("photos").split("held-out"))
+    figure = run_json("evaluate vae others")  # the same data by another path are recognised
+    assert (figure["n"], figure["split"]) == (n_held_out, "held-out")
+    inside = run_json("evaluate vae photos/cat")  # a part of it: what was trained on is left out
     assert inside["split"] == "held-out"
     assert inside["n"] < 20
     next(copy.rglob("*.png")).unlink()
-    figure = ask("evaluate vae others")
+    figure = run_json("evaluate vae others")
     assert (figure["n"], figure["split"]) == (39, "all")
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])
-def test_inspect(here, run, ask, arch):
-    report = ask("inspect", arch, "photos --index 7")
+def test_inspect(workdir, run, run_json, arch):
+    report = run_json("inspect", arch, "photos --index 7")
     assert (report["index"], report["id"]) == (7, "cat/14.png")
     keys = {"vae": {"mean", "std", "variance", "kl", "active"}}
     keys["glow"] = {"prior_mean", "prior_log_std", "noise", "nats"}
@@ -352,11 +356,11 @@ def test_inspect(here, run, ask, arch):
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])
-def test_info(here, run, ask, arch):
-    about = ask("info", arch)
+def test_info(workdir, run, run_json, arch):
+    about = run_json("info", arch)
     assert about["model"]["architecture"] == arch
     assert "evaluation" in about
-    account = ask("info", arch, "--ledger")
+    account = run_json("info", arch, "--ledger")
     total = sum(row["bits_per_dim"] for row in account["ledger"])
     assert total == pytest.approx(account["figure"]["bits_per_dim"], rel=1e-5)
     text = run("info", arch, "--ledger --data photos --split all --n 10")
@@ -367,25 +371,25 @@ def test_info(here, run, ask, arch):
     assert total == pytest.approx(figure, abs=1.5e-6)
 
 
-def test_report(here, run, ask):
-    answer = ask("report vae glow --out page.html --title Two")
+def test_report(workdir, run, run_json):
+    answer = run_json("report vae glow --out page.html --title Two")
     assert answer == {"out": "page.html", "runs": ["vae", "glow"]}
     assert "Two" in Path("page.html").read_text(encoding="utf-8")
     assert "page.html" in run("report vae --out page.html")
 
 
-def test_a_checkpoint_file_is_a_run(here, ask):
+def test_a_checkpoint_file_is_a_run(workdir, run_json):
     shutil.copy("glow/model.safetensors", "mailed.safetensors")
-    ask("sample mailed.safetensors --n 3 --out a.npy")
-    ask("sample glow --n 3 --out b.npy")
+    run_json("sample mailed.safetensors --n 3 --out a.npy")
+    run_json("sample glow --n 3 --out b.npy")
     assert Path("a.npy").read_bytes() == Path("b.npy").read_bytes()
-    assert ask("evaluate mailed.safetensors photos")["bits_per_dim"] == pytest.approx(
-        ask("evaluate glow photos")["bits_per_dim"]
+    assert run_json("evaluate mailed.safetensors photos")["bits_per_dim"] == pytest.approx(
+        run_json("evaluate glow photos")["bits_per_dim"]
     )
-    assert "evaluation" not in ask("info mailed.safetensors --ledger")
+    assert "evaluation" not in run_json("info mailed.safetensors --ledger")
 
 
-def test_a_model_saved_by_the_library_in_float64_serves_too(here, run, ask):
+def test_commands_work_with_a_float64_model_saved_by_the_library(workdir, run, run_json):
     spec = load("photos").spec(["label"])
     model = build("glow", spec, levels=1, depth=1, hidden=4).double()
     checkpoint.save(model, "mine.safetensors")
@@ -393,16 +397,16 @@ def test_a_model_saved_by_the_library_in_float64_serves_too(here, run, ask):
     run("encode mine.safetensors photos --out z.npz")
     run("decode mine.safetensors z.npz --out x.npy")
     assert np.array_equal(np.load("x.npy"), images())
-    assert ask("evaluate mine.safetensors photos")["n"] == 40
-    assert "ledger" in ask("info mine.safetensors --ledger --data photos")
-    assert "latents" in ask("inspect mine.safetensors photos")
+    assert run_json("evaluate mine.safetensors photos")["n"] == 40
+    assert "ledger" in run_json("info mine.safetensors --ledger --data photos")
+    assert "latents" in run_json("inspect mine.safetensors photos")
 
 
 # -- vectors, labels, levels, sizes
 
 
-def test_vectors(here, run, ask):
-    assert ask("evaluate moons two-moons --k 5")["bound"] == "exact"
+def test_vectors(workdir, run, run_json):
+    assert run_json("evaluate moons two-moons --k 5")["bound"] == "exact"
     run("sample moons --n 5")
     x = np.load("samples.npy")
     assert (x.shape, x.dtype) == ((5, 2), np.float32)
@@ -412,8 +416,8 @@ def test_vectors(here, run, ask):
     run("encode moons some.npy --out z.npz")
     run("decode moons z.npz --out back.npy")
     np.testing.assert_allclose(np.load("back.npy"), np.load("some.npy"), atol=1e-4)
-    assert ask("score moons some.npy --out s.csv")["n"] == 7
-    assert ask("inspect moons some.npy --index 6")["bound"] == "exact"
+    assert run_json("score moons some.npy --out s.csv")["n"] == 7
+    assert run_json("inspect moons some.npy --index 6")["bound"] == "exact"
     run("sample moons --n 5 --out samples.csv --seed 2")
     run("sample moons --n 5 --out again.npy --seed 2")
     text = Path("samples.csv").read_text().splitlines()
@@ -425,7 +429,7 @@ def test_vectors(here, run, ask):
     assert "ActNorm" in run("info moons --ledger --n 50")
 
 
-def test_tables_are_written_with_the_names_of_their_columns(here, run):
+def test_tables_are_written_with_the_names_of_their_columns(workdir, run):
     parquet = pytest.importorskip("pyarrow.parquet")
     values = np.random.default_rng(0).normal(size=(40, 3))
     lines = [",".join(map(str, row)) for row in values]
@@ -444,7 +448,7 @@ def test_tables_are_written_with_the_names_of_their_columns(here, run):
     assert len(Path("walks.csv").read_text().splitlines()) == 7
 
 
-def test_a_conditional_model_draws_its_classes(here, run, ask):
+def test_a_conditional_model_draws_its_classes(workdir, run, run_json):
     model = checkpoint.load("conditional/model.safetensors")
     with torch.no_grad():
         for p in model.parameters():  # after three steps it cares little for classes
@@ -461,12 +465,12 @@ def test_a_conditional_model_draws_its_classes(here, run, ask):
     with np.load("z.npz") as z:
         cats = z["labels"] == 0
     assert np.array_equal(np.load("y.npy")[cats], images()[cats])
-    assert ask("evaluate conditional photos")["n"] == ask("evaluate glow photos")["n"]
+    assert run_json("evaluate conditional photos")["n"] == run_json("evaluate glow photos")["n"]
     for words in ("interpolate conditional photos --split all", "reconstruct conditional photos"):
         run(words, "--out p.png")
 
 
-def test_dynamic_binarization(here, run, ask):
+def test_dynamic_binarization(workdir, run, run_json):
     train("vae", "photos", "binary", "--binarize dynamic --likelihood bernoulli")
     config = json.loads(Path("binary/config.json").read_text())
     assert config["model"]["options"]["bits"] == 1
@@ -474,38 +478,38 @@ def test_dynamic_binarization(here, run, ask):
     assert set(np.unique(np.load("a.npy"))) == {0, 1}
     run("sample binary --n 20 --out a.png")
     assert set(np.unique(pixels("a.png"))) == {0, 255}
-    first, again, other = (ask("evaluate binary photos --seed", s) for s in (1, 1, 2))
+    first, again, other = (run_json("evaluate binary photos --seed", s) for s in (1, 1, 2))
     assert first == again
     assert first["bits_per_dim"] != other["bits_per_dim"]
 
 
-def test_five_bits(here, run, ask):
+def test_five_bits(workdir, run, run_json):
     train("glow", "photos", "five", "--bits 5")
     run("sample five --n 20 --out a.npy")
     assert np.load("a.npy").max() < 32
     run("encode five photos --split all --out z.npz")
     run("decode five z.npz --out x.npy")
     assert np.array_equal(np.load("x.npy"), images() >> 3)
-    assert ask("evaluate five photos")["bits_per_dim"] < 9
+    assert run_json("evaluate five photos")["bits_per_dim"] < 9
 
 
-def test_images_of_many_sizes_are_brought_to_one(here, ask):
+def test_images_of_many_sizes_are_resized_to_one(workdir, run_json):
     for i, side in enumerate([9, 12, 20, 8] * 5):
         noise = np.random.default_rng(i).integers(0, 256, (side, side + i % 3), dtype=np.uint8)
-        picture(here / "mixed" / f"{i}.png", noise)
+        picture(workdir / "mixed" / f"{i}.png", noise)
     train("vae", "mixed", "resized", "--size 8")
     assert json.loads(Path("resized/config.json").read_text())["model"]["shape"] == [1, 8, 8]
-    assert ask("evaluate resized mixed --split all")["n"] == 20  # resized as in training
+    assert run_json("evaluate resized mixed --split all")["n"] == 20  # resized as in training
     train("vae", "mixed", "wide", "--size 6x9 --no-in-memory")
     saved = json.loads(Path("wide/config.json").read_text())
     assert (saved["model"]["shape"], saved["data"]["in_memory"]) == ([1, 6, 9], False)
-    assert ask("evaluate wide mixed --split all --in-memory")["n"] == 20
+    assert run_json("evaluate wide mixed --split all --in-memory")["n"] == 20
 
 
-def test_bad_images_can_be_skipped(here, capsys):
-    photos(here / "some", n=20)
-    cut = here / "some/cat/00.png"
-    cut.write_bytes(cut.read_bytes()[:60])
+def test_bad_images_can_be_skipped(workdir, capsys):
+    photos(workdir / "some", n=20)
+    broken = workdir / "some/cat/00.png"
+    broken.write_bytes(broken.read_bytes()[:60])
     train("vae", "some", "run", "--skip-bad")
     assert json.loads(Path("run/config.json").read_text())["data"]["n"] == 19
     capsys.readouterr()
@@ -517,24 +521,24 @@ def test_bad_images_can_be_skipped(here, capsys):
     assert "--skip-bad" in capsys.readouterr().err
 
 
-def test_what_there_is_to_know_of_the_data_is_in_the_document(here, ask):
-    photos(here / "some", n=20)
-    (here / "some/cat/00.png").write_bytes(b"nothing")
+def test_notes_on_the_data_are_in_the_json_answer(workdir, run_json):
+    photos(workdir / "some", n=20)
+    (workdir / "some/cat/00.png").write_bytes(b"nothing")
     rows = [f"{i % 7},{i % 5},{i % 2}" for i in range(40)]
-    (here / "table.csv").write_text("\n".join(["a,b,label", *rows]))
-    answer = ask("train vae some", TINY["vae"], QUICK, "--steps 1 --out a --skip-bad")
+    (workdir / "table.csv").write_text("\n".join(["a,b,label", *rows]))
+    answer = run_json("train vae some", TINY["vae"], QUICK, "--steps 1 --out a --skip-bad")
     assert (answer["left_out"], answer["notes"]) == (["cat/00.png"], [])
-    answer = ask("train realnvp table.csv", TINY["realnvp"], QUICK, "--steps 1 --out b")
+    answer = run_json("train realnvp table.csv", TINY["realnvp"], QUICK, "--steps 1 --out b")
     assert (answer["left_out"], len(answer["notes"])) == ([], 1)
 
 
-def test_commands_to_go_on_with_can_be_pasted(here, capsys):
+def test_suggested_commands_are_quoted_for_the_shell(workdir, capsys):
     words = ["train", "vae", "photos", *TINY["vae"].split(), *QUICK.split(), "--steps", "2"]
     main([*words, "--out", "my run"])
     assert "next: musigma sample 'my run' " in capsys.readouterr().out
 
 
-def test_overwrite_replaces_a_run_and_nothing_else(here, run):
+def test_overwrite_replaces_a_run_and_nothing_else(workdir, run):
     train("vae", "photos", "run")
     first = Path("run/model.safetensors").read_bytes()
     Path("run/stale.txt").touch()
@@ -545,14 +549,14 @@ def test_overwrite_replaces_a_run_and_nothing_else(here, run):
     train("vae", "photos", "bare")
 
 
-def test_what_a_killed_process_left_is_no_run(here):
+def test_files_left_by_a_killed_process_do_not_count_as_a_run(workdir):
     Path("run").mkdir()
     Path("run/.config.json.123.tmp").touch()
     Path("run/.lock").touch()
     train("vae", "photos", "run", "--auto-resume")
 
 
-def test_a_folder_is_trained_into_by_one_process_at_a_time(here, capsys):
+def test_a_folder_is_trained_into_by_one_process_at_a_time(workdir, capsys):
     train("vae", "photos", "run")
     before = listing(Path("run"))
     code = "import sys, time, pathlib, musigma.files as f\n"
@@ -574,7 +578,7 @@ def test_a_folder_is_trained_into_by_one_process_at_a_time(here, capsys):
         assert call("train", which) == 0
 
 
-def test_a_run_goes_into_an_empty_folder_that_is_a_link(here):
+def test_the_run_folder_may_be_a_link(workdir):
     Path("elsewhere").mkdir()
     Path("run").symlink_to("elsewhere")
     train("vae", "photos", "run")
@@ -582,7 +586,7 @@ def test_a_run_goes_into_an_empty_folder_that_is_a_link(here):
     assert Path("elsewhere/model.safetensors").is_file()
 
 
-def test_what_cannot_be_trained_replaces_no_run(here, capsys):
+def test_a_command_that_is_refused_replaces_no_run(workdir, capsys):
     train("vae", "photos", "run")
     first = Path("run/model.safetensors").read_bytes()
     for out in ("run --overwrite", "new"):
@@ -593,7 +597,7 @@ def test_what_cannot_be_trained_replaces_no_run(here, capsys):
     assert not Path("new").exists()
 
 
-# -- a user's own architecture
+# -- architectures from a file
 
 
 MINE = '''
@@ -629,8 +633,8 @@ def plugin(name: str) -> Path:
 
 
 @pytest.fixture
-def forget():
-    """Make the zoo what it was, as a new process would."""
+def new_process():
+    """Remove the architectures that a test adds, as a new process would."""
     from musigma.zoo import ARCHITECTURES
 
     def back() -> None:
@@ -642,31 +646,33 @@ def forget():
     back()
 
 
-def test_a_users_own_architecture(here, run, ask, capsys, forget):
+def test_an_architecture_from_a_file(workdir, run, run_json, capsys, new_process):
     spec = f"./{plugin('my_vae')}:my_vae"
     run("train", spec, "table.npy --hidden 5 --deep --steps 2 --out run", QUICK)
     options = json.loads(Path("run/config.json").read_text())["model"]["options"]
     assert options == {"bits": None, "hidden": 5, "deep": True}
     run("sample run --n 3 --out a.npy")  # this process knows it by now
-    forget()
+    new_process()
     assert call("sample run --n 3 --out b.npy") == 2
     assert "--plugin FILE.py:my_vae" in capsys.readouterr().err
     assert call("train --resume run") == 2
     assert "--plugin FILE.py:my_vae" in capsys.readouterr().err
     run("sample run --n 3 --out b.npy --plugin", spec)
     assert Path("a.npy").read_bytes() == Path("b.npy").read_bytes()
-    forget()
+    new_process()
     run("train --resume run --plugin", spec)
-    assert ask("evaluate run table.npy --plugin", spec)["bound"] == "elbo"
+    assert run_json("evaluate run table.npy --plugin", spec)["bound"] == "elbo"
 
 
-def test_help_of_a_users_own_architecture(here, run, forget):
+def test_help_of_an_architecture_from_a_file(workdir, run, new_process):
     text = run("train", f"{plugin('my_helped')}:my_helped", "--help")
     for word in ("A VAE of my_helped", "--hidden", "Width of its networks", "--deep", "--steps"):
         assert word in text
 
 
-def test_ctrl_c_stops_a_run_and_resume_ends_in_the_same_bytes(here, run, ask, capsys, forget):
+def test_ctrl_c_stops_a_run_and_resume_ends_in_the_same_bytes(
+    workdir, run, run_json, capsys, new_process
+):
     spec = f"{plugin('my_slow')}:my_slow"
     words = f"train {spec} table.npy --steps 30 --seed 5 {QUICK} --out"
     going = subprocess.Popen(
@@ -676,7 +682,7 @@ def test_ctrl_c_stops_a_run_and_resume_ends_in_the_same_bytes(here, run, ask, ca
         stderr=subprocess.PIPE,
         text=True,
     )
-    log = here / "stopped/metrics.jsonl"
+    log = workdir / "stopped/metrics.jsonl"
     until = time.monotonic() + 60
     while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < until:
         assert going.poll() is None, going.communicate()
@@ -688,15 +694,15 @@ def test_ctrl_c_stops_a_run_and_resume_ends_in_the_same_bytes(here, run, ask, ca
     assert "continue with: musigma train --resume stopped" in err
     done = log.read_text().count("train")
     assert 2 <= done < 30
-    assert not (here / "stopped/evaluation.json").exists()
-    answer = ask("train --resume stopped --device cpu --plugin", spec)
+    assert not (workdir / "stopped/evaluation.json").exists()
+    answer = run_json("train --resume stopped --device cpu --plugin", spec)
     assert (answer["finished"], answer["steps"]) == (True, 30)
-    assert ask(words, "whole")["evaluation"] == answer["evaluation"]
+    assert run_json(words, "whole")["evaluation"] == answer["evaluation"]
     for file in ("last.safetensors", "model.safetensors", "evaluation.json"):
-        assert (here / "stopped" / file).read_bytes() == (here / "whole" / file).read_bytes()
+        assert (workdir / "stopped" / file).read_bytes() == (workdir / "whole" / file).read_bytes()
 
 
-# -- how it talks
+# -- help
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -705,7 +711,7 @@ def test_help_names_the_options(run, command):
     assert text.startswith(f"Usage: musigma {command}")
     for option in ("--json", "--seed", "--device", "--plugin", "--debug"):
         assert option in text
-    own = {
+    options = {
         "sample": "--n --temperature --mode --label --out",
         "reconstruct": "--n --out --split --size --skip-bad --batch-size",
         "interpolate": "--pairs --steps --path --out --split",
@@ -718,7 +724,7 @@ def test_help_names_the_options(run, command):
         "report": "--out --title",
         "audit": "--shape --allow --out --split",
     }
-    for option in own[command].split():
+    for option in options[command].split():
         assert re.search(rf"{option}\b", text), option
 
 
@@ -727,14 +733,14 @@ def test_help_of_training_names_model_and_training_options(run, arch):
     text = run("train", arch, "--help")
     common = "--steps --epochs --minutes --batch-size --lr --ema --clip --free-bits --kl-warmup"
     data = "--out --overwrite --size --bits --binarize --skip-bad --conditional --json --seed"
-    own = {"vae": "--latents --prior", "ladder": "--levels", "realnvp": "--alpha"}
-    own["glow"] = "--coupling --dequantize --permutation"
-    for option in f"{common} {data} {own[arch]}".split():
+    options = {"vae": "--latents --prior", "ladder": "--levels", "realnvp": "--alpha"}
+    options["glow"] = "--coupling --dequantize --permutation"
+    for option in f"{common} {data} {options[arch]}".split():
         assert re.search(rf"{option}\b", text), option
     assert "arXiv" in text
 
 
-def test_help_of_training_begins_with_the_options_that_most_people_need(run):
+def test_help_of_training_starts_with_the_most_used_options(run):
     found = panels(run("train glow --help"))
     assert list(found) == [
         *("Arguments", "Most used", "Model", "Objective", "Budget and optimiser", "Data"),
@@ -787,17 +793,17 @@ def python(*words: str, **how) -> subprocess.CompletedProcess:
     )
 
 
-def test_it_is_a_program(here):
+def test_it_runs_as_a_program(workdir):
     done = python("sample", "glow", "--n", "2", "--out", "a.npy", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {"out": "a.npy", "n": 2, "temperature": "1"}
     failed = python("sample", "none")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == "musigma: RUN: there is no run folder or checkpoint file none\n"
-    told = python("sample", "none", "--debug")
-    assert told.returncode != 0
-    assert "Traceback (most recent call last)" in told.stderr
-    assert "there is no run folder" in told.stderr
+    traced = python("sample", "none", "--debug")
+    assert traced.returncode != 0
+    assert "Traceback (most recent call last)" in traced.stderr
+    assert "there is no run folder" in traced.stderr
 
 
 # -- mistakes
@@ -805,19 +811,19 @@ def test_it_is_a_program(here):
 
 @pytest.fixture(scope="module")
 def bad(home, tmp_path_factory):
-    """Everything that can be wrong, beside links to what is right."""
-    here = tmp_path_factory.mktemp("bad")
-    for thing in home.iterdir():
-        (here / thing.name).symlink_to(thing)
-    with inside(here):
+    """A folder with everything that can be wrong, and links to all that is in `home`."""
+    workdir = tmp_path_factory.mktemp("bad")
+    for item in home.iterdir():
+        (workdir / item.name).symlink_to(item)
+    with inside(workdir):
         Path("empty").mkdir()
         Path("notes").mkdir()
         Path("notes/a.txt").write_text("no image")
         photos(Path("mixed"), 6)
         picture(Path("mixed/cat/large.png"), np.zeros((9, 12, 3), np.uint8))
         photos(Path("truncated"), 20)
-        cut = Path("truncated/dog/07.png")
-        cut.write_bytes(cut.read_bytes()[:-40])
+        broken = Path("truncated/dog/07.png")
+        broken.write_bytes(broken.read_bytes()[:-40])
         photos(Path("grey"), 20, (8, 8))
         photos(Path("large"), 20, (16, 16, 3))
         photos(Path("odd"), 20, (9, 9, 3))
@@ -836,7 +842,7 @@ def bad(home, tmp_path_factory):
         Path("hollow").mkdir()
         Path("file").write_text("not a run")
         model = Path("glow/model.safetensors").read_bytes()
-        Path("cut.safetensors").write_bytes(model[: len(model) // 2])
+        Path("truncated.safetensors").write_bytes(model[: len(model) // 2])
         changed = bytearray(model)
         changed[model.index(b"hidden") + 2] ^= 1
         Path("changed.safetensors").write_bytes(changed)
@@ -864,7 +870,7 @@ def bad(home, tmp_path_factory):
         np.savez("short.npz", z0=z0, labels=np.array([0, 1]))
         np.save("z.npy", z0)
         whole = Path("good.npz").read_bytes()
-        Path("cut.npz").write_bytes(whole[: len(whole) // 2])
+        Path("truncated.npz").write_bytes(whole[: len(whole) // 2])
         Path("flipped.npz").write_bytes(whole[:200] + b"\x55" + whole[201:])
         Path("empty.npz").touch()
         for name in ("stateless", "configless", "forged", "untrue"):
@@ -875,7 +881,7 @@ def bad(home, tmp_path_factory):
         Path("untrue/evaluation.json").write_text("{}")
         Path("precious").mkdir()
         Path("precious/letter.txt").write_text("dear")
-    return here
+    return workdir
 
 
 MISTAKES = {
@@ -914,7 +920,7 @@ MISTAKES = {
     "missing run": ("sample none", "there is no run folder or checkpoint file none"),
     "run without a model": ("sample hollow", r"the folder hollow holds no model\.safetensors"),
     "no checkpoint": ("sample file", "file: not a whole safetensors file"),
-    "checkpoint cut short": ("sample cut.safetensors", "cut short or damaged"),
+    "truncated checkpoint": ("sample truncated.safetensors", "cut short or damaged"),
     "changed byte": ("sample changed.safetensors", "changed or damaged"),
     "changed byte in a run": ("evaluate damaged photos", "changed or damaged"),
     "run is there": ("train vae photos --out vae", "vae exists already; --resume vae, --overwr"),
@@ -1002,7 +1008,7 @@ MISTAKES = {
     "latents text": ("decode glow text.npz", "expected finite numbers"),
     "latents pickled": ("decode glow objects.npz", "allow_pickle=False"),
     "latents npy": ("decode glow z.npy", r"not an \.npz file of z0, z1"),
-    "latents cut short": ("decode glow cut.npz", r"not an \.npz file of z0, z1"),
+    "truncated latents": ("decode glow truncated.npz", r"not an \.npz file of z0, z1"),
     "latents changed": ("decode glow flipped.npz", r"not an \.npz file of z0, z1"),
     "latents empty": ("decode glow empty.npz", r"not an \.npz file of z0, z1"),
     "latents of another": ("decode vae good.npz", "of shapes"),
@@ -1017,7 +1023,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("what", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing_behind(bad, monkeypatch, capsys, forget, what):
+def test_a_mistake_prints_one_line_and_leaves_no_files(
+    bad, monkeypatch, capsys, new_process, what
+):
     words, message = MISTAKES[what]
     if words.startswith("train ") and "--out" not in words and "--resume" not in words:
         words += " --out made"
@@ -1038,7 +1046,7 @@ def test_a_mistake_shows_its_traceback_on_request(bad, monkeypatch, capsys, what
         main([*MISTAKES[what][0].split(), "--debug"])
 
 
-@pytest.mark.parametrize("what", ["mixed sizes", "unknown option", "checkpoint cut short"])
+@pytest.mark.parametrize("what", ["mixed sizes", "unknown option", "truncated checkpoint"])
 def test_a_mistake_in_a_real_process(bad, what):
     before = listing(bad)
     done = python(*MISTAKES[what][0].split(), cwd=bad)
@@ -1055,7 +1063,7 @@ def test_a_mistake_with_json_leaves_standard_output_empty(bad, monkeypatch, caps
 
 
 @pytest.mark.parametrize("change", ["pixel", "more", "fewer", "labels"])
-def test_a_run_is_not_resumed_on_other_data(here, run, capsys, change):
+def test_a_run_is_not_resumed_on_other_data(workdir, run, capsys, change):
     shutil.copytree("photos", "mine")
     train("vae", "mine", "run")
     image = Path("mine/cat/02.png")
@@ -1069,14 +1077,14 @@ def test_a_run_is_not_resumed_on_other_data(here, run, capsys, change):
         image.unlink()
     else:
         Path("mine/dog").rename("mine/ape")
-    before = listing(here / "run")
+    before = listing(workdir / "run")
     capsys.readouterr()
     assert call("train --resume run") == 2
     assert re.fullmatch(r"musigma: resume: [^\n]+\n", capsys.readouterr().err)
-    assert listing(here / "run") == before
+    assert listing(workdir / "run") == before
 
 
-OTHERWISE = {
+CHANGED_OPTIONS = {
     "steps": "--steps 4",
     "size": "--size 16",
     "bits": "--bits 4",
@@ -1087,19 +1095,21 @@ OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize("option", OTHERWISE)
-def test_auto_resume_refuses_a_run_of_other_options(here, run, capsys, option):
+@pytest.mark.parametrize("option", CHANGED_OPTIONS)
+def test_auto_resume_refuses_a_run_with_other_options(workdir, run, capsys, option):
     words = f"train vae photos {TINY['vae']} {QUICK} --out run --auto-resume"
     run(words, "--steps 3")
-    before = listing(here / "run")
-    changed = OTHERWISE[option] if option == "steps" else f"--steps 3 {OTHERWISE[option]}"
+    before = listing(workdir / "run")
+    changed = (
+        CHANGED_OPTIONS[option] if option == "steps" else f"--steps 3 {CHANGED_OPTIONS[option]}"
+    )
     assert call(words, changed) == 2
     assert f"run began with {option} " in capsys.readouterr().err
-    assert listing(here / "run") == before
+    assert listing(workdir / "run") == before
     run(words, "--steps 3")
 
 
-def test_auto_resume_names_every_option_that_differs_and_knows_defaults(here, run, capsys):
+def test_auto_resume_names_every_option_that_differs_and_knows_defaults(workdir, run, capsys):
     words = f"train vae photos {TINY['vae']} {QUICK} --steps 3 --out run --auto-resume"
     run(words, "--blocks 2 --bits 4")
     assert call(words) == 2
@@ -1110,31 +1120,31 @@ def test_auto_resume_names_every_option_that_differs_and_knows_defaults(here, ru
     run(words, "--blocks 2 --bits 4")
 
 
-def test_a_finished_run_can_be_resumed_and_stays_as_it_is(here, ask):
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(workdir, run_json):
     train("vae", "photos", "run")
-    before = listing(here / "run")
-    assert ask("train --resume run --device cpu")["steps"] == 3
-    after = listing(here / "run")
+    before = listing(workdir / "run")
+    assert run_json("train --resume run --device cpu")["steps"] == 3
+    after = listing(workdir / "run")
     assert set(after) == set(before)
     for file in ("config.json", "evaluation.json", "last.safetensors", "model.safetensors"):
         assert after[file] == before[file]
 
 
-def test_a_model_that_went_astray_is_still_a_run(here, run, ask):
-    words = "--steps 2 --lr 1e30 --warmup 0 --ema 0 --clip 1e9 --out astray"
-    answer = ask("train glow photos", TINY["glow"], QUICK, words)
+def test_a_diverged_model_is_still_a_run(workdir, run, run_json):
+    words = "--steps 2 --lr 1e30 --warmup 0 --ema 0 --clip 1e9 --out diverged"
+    answer = run_json("train glow photos", TINY["glow"], QUICK, words)
     assert answer["evaluation"]["bits_per_dim"] is None
     assert answer["evaluation"]["non_finite"] > 0
     assert answer["pictures"] == []
     for name in ("evaluation.json", "ledger.json"):
-        assert "NaN" not in (here / "astray" / name).read_text()  # which is no JSON
-    assert "nan bits/dim" in run("info astray")
-    assert ask("score astray photos --out s.csv")["bits_per_dim"] is None
-    assert call("sample astray --out a.npy") == 2
+        assert "NaN" not in (workdir / "diverged" / name).read_text()  # which is no JSON
+    assert "nan bits/dim" in run("info diverged")
+    assert run_json("score diverged photos --out s.csv")["bits_per_dim"] is None
+    assert call("sample diverged --out a.npy") == 2
     assert not Path("a.npy").exists()
 
 
-def test_training_that_fails_says_so_in_one_line(here, capsys):
+def test_failed_training_prints_one_line(workdir, capsys):
     x = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32) * 1e30
     np.save("huge.npy", x)
     code = call("train vae huge.npy --net mlp --steps 60 --out run", QUICK)
