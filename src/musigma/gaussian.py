@@ -1,9 +1,9 @@
-"""The one place where a tensor is read as the mean and the scale of a Gaussian.
+"""Gaussians, and how the output of a network is read as one.
 
-A network emits one tensor, or two. Which part of it is the mean, and is the other part a standard
-deviation, its logarithm, or the logarithm of a variance? `Format` is the answer, as a value that
-can be printed, parsed, stored and converted; `DiagonalGaussian` is the distribution, always held
-as ``(mean, log_std)``; `GaussianHead` joins the two to a network.
+A network emits one tensor or two. A `Format` states which part is the mean and what the other
+part means: a standard deviation, its logarithm, the logarithm of a variance. It can be printed,
+parsed, stored and converted. `DiagonalGaussian` is the distribution, always held as
+``(mean, log_std)``; `GaussianHead` joins a network, a format and the distribution.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, NoReturn, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ Scale = Literal[
 ]  # fmt: skip
 
 
-# --- scales: how the second tensor becomes a log standard deviation, and back -------------------
+# --- scales: from the raw scale to the log standard deviation, and back ------------------------
 
 
 def _log_softplus(h: Tensor) -> Tensor:
@@ -48,10 +48,10 @@ class _ScaleMap(NamedTuple):
     log_std: Callable[[Tensor, float], Tensor]  # (raw, limit) -> log_std
     raw: Callable[[Tensor, float], Tensor]  # (log_std, limit) -> raw
     reach: Callable[[float], tuple[float, float]] = lambda limit: (-math.inf, math.inf)
-    limit: float | None = None  # default; None: this scale has no limit
+    limit: float | None = None  # the default; None: this scale has no limit
 
 
-_ATAN = 0.636  # FrEIA writes its 2/pi so, and checkpoints were trained with it
+_ATAN = 0.636  # FrEIA rounds 2/pi to this, and its checkpoints were trained with it
 
 _SCALES: dict[str, _ScaleMap] = {
     "log_std": _ScaleMap(lambda h, _: h, lambda s, _: s),
@@ -102,8 +102,8 @@ _SCALES: dict[str, _ScaleMap] = {
 class Format:
     r"""How an emitted tensor is read as ``(mean, log_std)``.
 
-    The tensor is multiplied by `gain`, taken apart into the mean and a raw scale by `layout` and
-    `order`, and the raw scale r, with `offset` o added, becomes a standard deviation:
+    The tensor is multiplied by `gain` and split into a mean and a raw scale by `layout` and
+    `order`. The raw scale plus `offset`, r, becomes a standard deviation:
 
     | scale        | standard deviation                     | seen in                  |
     |--------------|----------------------------------------|--------------------------|
@@ -118,29 +118,27 @@ class Format:
     | `softclip`   | exp(r / (1 + abs(r) / limit))          | zuko                     |
     | `softcap`    | exp(limit - log(1 + exp(limit - r)))   | distrax                  |
 
-    `floor` is added to what the scale speaks of: the variance for `log_var`, the standard
-    deviation otherwise. `bounds` then clamp **log_std**, whatever the scale: so they survive a
-    conversion unchanged (a clamp of a log-variance to [-30, 20] is ``bounds=(-15, 10)``). The
-    default keeps a standard deviation between 4.5e-5 and 22026; `saturation` tells how many units
-    have run into a limit.
+    `floor` is added to the variance for `log_var`, and to the standard deviation otherwise.
+    `bounds` then clamp **log_std**, whatever the scale (a clamp of a log-variance to [-30, 20] is
+    ``bounds=(-15, 10)``). The default keeps the standard deviation between 4.5e-5 and 22026.
 
     Layouts: `halves` (the first and the second half of `dim`), `interleaved` (even and odd
     positions of `dim`; "cross" in Glow's code), `two-heads` (a pair of tensors), `per-feature` (a
     trailing axis of size two).
 
     Args:
-        layout: Where the two parts lie.
+        layout: Where the two parts are.
         order: Which part comes first.
-        scale: What the second tensor means, from the table.
+        scale: What the raw scale means, from the table.
         dim: The axis that holds both parts, for `halves` and `interleaved`.
         bounds: Smallest and largest log_std, or None for no bounds.
         floor: Added to the variance (`log_var`) or to the standard deviation.
-        limit: The limit of `atan`, `tanh`, `softclip` and `softcap`; None for the usual one.
+        limit: The limit of `atan`, `tanh`, `softclip` and `softcap`; None for its default.
         offset: Added to the raw scale (TFP's Glow emits exp(r + 2)).
         gain: Multiplies the whole tensor (FrEIA's all-in-one block has 0.1).
 
     Raises:
-        ValueError: For an unknown name, or a value that its field does not allow.
+        ValueError: For an unknown name, or a value out of range.
 
     Example:
         >>> f = Format.parse("interleaved log_var")
@@ -191,7 +189,7 @@ class Format:
     # -- reading and writing
 
     def split(self, h: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Read an emitted tensor, or a pair of them, as ``(mean, log_std)``, in float32 or better.
+        """Read a tensor, or a pair of tensors, as ``(mean, log_std)`` in float32 or better.
 
         Raises:
             ValueError: If the tensor does not have two parts of equal shape where `layout` says.
@@ -203,10 +201,12 @@ class Format:
         """Write ``(mean, log_std)`` as the tensor that `split` reads: its inverse.
 
         Raises:
-            ValueError: If some log_std is out of this format's reach.
+            ValueError: If this format cannot express some log_std.
         """
-        low, high = self.reach
-        raw = self._raw(log_std)
+        (low, high), power, above = self.reach, self._power, log_std
+        if self.floor:
+            above = ((power * log_std).exp() - self.floor).log() / power
+        raw = (_SCALES[self.scale].raw(above, self.limit or 0.0) - self.offset) / self.gain
         if not (raw.isfinite().all() and (log_std >= low).all() and (log_std <= high).all()):
             raise ValueError(
                 f"log_std: '{self}' reaches from {low:.4g} to {high:.4g}; got values from "
@@ -215,7 +215,7 @@ class Format:
         return self._pack(mean / self.gain, raw, self.dim)
 
     def log_std(self, raw: Tensor) -> Tensor:
-        """The log standard deviation that a raw scale, taken out and multiplied, stands for."""
+        """The log standard deviation for a raw scale that `gain` has multiplied already."""
         log_std = _SCALES[self.scale].log_std(
             raw + self.offset if self.offset else raw, self.limit or 0.0
         )
@@ -226,22 +226,15 @@ class Format:
 
     @property
     def _within_bounds(self) -> bool:
-        """Whether there is nothing that the bounds could clamp."""
+        """Whether every scale lies within the bounds, so that there is nothing to clamp."""
         if self.bounds is None:
             return True
         low, high = _SCALES[self.scale].reach(self.limit or 0.0)  # a floor raises the low
         return self.bounds[0] <= low and high <= self.bounds[1]
 
-    def _raw(self, log_std: Tensor) -> Tensor:
-        if self.floor:
-            above = (self._power * log_std).exp() - self.floor
-            log_std = above.log() / self._power
-        raw = _SCALES[self.scale].raw(log_std, self.limit or 0.0) - self.offset
-        return raw / self.gain
-
     @property
     def _power(self) -> int:
-        """Of the standard deviation, in what the scale, and so the floor, speaks of."""
+        """The power of the standard deviation to which the floor is added."""
         return 2 if self.scale == "log_var" else 1
 
     @property
@@ -258,35 +251,35 @@ class Format:
         return low, high
 
     def saturation(self, h: Tensor | Sequence[Tensor]) -> Tensor:
-        """The share of units, from 0 to 1, whose log_std has run into a limit.
+        """The share of elements, from 0 to 1, whose log_std is at a limit.
 
-        A unit counts when its log_std moves by less than 0.01 per unit of the raw scale: it lies
-        outside the bounds, on the floor, or at the end of a bounded map.
+        That is where the slope of log_std by the raw scale is below 0.01: outside the bounds, on
+        the floor, or at the end of a bounded scale.
         """
         with torch.enable_grad():
             raw = self._unpack(h, self.dim)[1].detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.log_std(raw).sum(), raw)
         return (slope.abs() < 0.01).float().mean()
 
-    # -- other layouts of the same thing
+    # -- other layouts
 
     def relayout(
         self, rows: Tensor | Sequence[Tensor], to: Format
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Reorder the rows (dim 0) of a last layer's parameter to the layout of `to`."""
+        """Reorder the rows (dim 0) of a parameter of the last layer to the layout of `to`."""
         return to._pack(*self._unpack(rows, None), None)
 
     def permute(
         self, weight: Tensor | Sequence[Tensor], bias: Tensor | Sequence[Tensor] | None, to: Format
     ):
-        """The last layer that emits in the format `to` what ``(weight, bias)`` emits in this one.
+        """Convert the last layer of a network from this format to another, exactly.
 
-        Layouts and orders are exact permutations of rows. Between `log_std` and `log_var` the
-        rows of the scale are doubled or halved, which is exact too. `weight` (2 D, ...) and `bias`
-        (2 D,) are pairs where the layout is `two-heads`.
+        Another layout or order permutes the rows; from `log_std` to `log_var` the rows of the
+        scale are doubled, and halved the other way. `weight` (2 D, ...) and `bias` (2 D,) are
+        pairs where the layout is `two-heads`.
 
         Raises:
-            ValueError: For any other conversion: no linear layer can express it.
+            ValueError: For formats that differ otherwise: no linear layer can express that.
         """
         factor = {("log_std", "log_var"): 2.0, ("log_var", "log_std"): 0.5}.get(
             (self.scale, to.scale), 1.0
@@ -312,38 +305,32 @@ class Format:
         return convert(weight), None if bias is None else convert(bias)
 
     def _unpack(self, h: Tensor | Sequence[Tensor], dim: int | None) -> tuple[Tensor, Tensor]:
-        """Both parts, mean first. `dim` None: `h` are the rows of a layer, which carry no gain."""
-        shapes = [tuple(h.shape)] if isinstance(h, Tensor) else [tuple(t.shape) for t in h]
-        if not isinstance(h, Tensor):
-            if self.layout != "two-heads" or len(h) != 2 or shapes[0] != shapes[1]:
-                self._refuse(shapes)
-            first, second = h
+        """Both parts, mean first. With `dim` None, h holds rows of a layer, without the gain."""
+        axis, parts = dim or 0, ()
+        if self.layout == "two-heads" or not isinstance(h, Tensor):
+            parts = () if self.layout != "two-heads" or isinstance(h, Tensor) else tuple(h)
         elif self.layout == "per-feature" and dim is not None:
-            if h.ndim == 0 or h.shape[-1] != 2:
-                self._refuse(shapes)
-            first, second = h.unbind(-1)
+            parts = h.unbind(-1) if h.ndim and h.shape[-1] == 2 else ()
+        elif not -h.ndim <= axis < h.ndim or h.shape[axis] % 2:
+            parts = ()
+        elif self.layout == "halves":
+            parts = h.chunk(2, axis)
         else:
-            axis = 0 if dim is None else dim
-            if self.layout == "two-heads" or not -h.ndim <= axis < h.ndim or h.shape[axis] % 2:
-                self._refuse(shapes)
-            if self.layout == "halves":
-                first, second = h.chunk(2, axis)
-            else:
-                last = h.movedim(axis, -1).unflatten(-1, (-1, 2))  # gradients: channels last too
-                first, second = (t.movedim(-1, axis) for t in last.unbind(-1))
-        if self.order == "scale-first":
-            first, second = second, first
+            last = h.movedim(axis, -1).unflatten(-1, (-1, 2))  # gradients: channels last too
+            parts = tuple(t.movedim(-1, axis) for t in last.unbind(-1))
+        if len(parts) != 2 or parts[0].shape != parts[1].shape:
+            reads = {
+                "two-heads": "a pair of tensors of one shape",
+                "per-feature": "one tensor with a last axis of size 2",
+            }.get(self.layout, f"one tensor with an even number of channels on axis {self.dim}")
+            shapes = [h.shape] if isinstance(h, Tensor) else [t.shape for t in h]
+            got = " and ".join(str(tuple(shape)) for shape in shapes)
+            raise ValueError(f"h: '{self}' reads {reads}; got {got}")
+        first, second = parts if self.order == "mean-first" else parts[::-1]
         if dim is None:
             return first, second
         first, second = at_least_float32(first), at_least_float32(second)
         return (first, second) if self.gain == 1 else (first * self.gain, second * self.gain)
-
-    def _refuse(self, shapes: list[tuple[int, ...]]) -> NoReturn:
-        wanted = {
-            "two-heads": "a pair of tensors of one shape",
-            "per-feature": "one tensor with a last axis of size 2",
-        }.get(self.layout, f"one tensor with an even number of channels on axis {self.dim}")
-        raise ValueError(f"h: '{self}' reads {wanted}; got {' and '.join(map(str, shapes))}")
 
     def _pack(self, mean: Tensor, raw: Tensor, dim: int | None) -> Tensor | tuple[Tensor, Tensor]:
         axis = 0 if dim is None else dim
@@ -361,12 +348,12 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> Format:
-        """Read a format from words such as ``"interleaved log_var"`` or ``"floor=1e-4"``.
+        """Read a format from text such as ``"interleaved log_var floor=1e-4"``.
 
-        "split" and "cross" are understood as Glow's names of `halves` and `interleaved`.
+        "split" and "cross" are Glow's names for `halves` and `interleaved`.
 
         Raises:
-            ValueError: For a word that is none of a format's, with the nearest one.
+            ValueError: For an unknown word, with the nearest known one, or one that comes twice.
 
         Example:
             >>> Format.parse("cross sigmoid+2 bounds=none").layout
@@ -376,7 +363,7 @@ class Format:
         words |= {w: "order" for w in get_args(Order)} | {w: "scale" for w in get_args(Scale)}
         aliases = {"split": "halves", "cross": "interleaved"}
         numbers = {"dim", "bounds", "floor", "limit", "offset", "gain"}
-        found: dict = {}
+        values: dict = {}
         for word in text.split():
             name, _, number = word.partition("=")
             word = aliases.get(word, word)
@@ -390,22 +377,22 @@ class Format:
             else:
                 near = difflib.get_close_matches(word, [*words, *aliases, *numbers], 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"format: {word!r} is not part of one{hint}")
-            if name in found:
+                raise ValueError(f"format: unknown word {word!r}{hint}")
+            if name in values:
                 raise ValueError(f"format: {name} is given twice in {text!r}")
-            found[name] = value
-        return cls(**found)
+            values[name] = value
+        return cls(**values)
 
     def __str__(self) -> str:
-        said = [self.layout, self.order, self.scale]
+        words = [self.layout, self.order, self.scale]
         for field in fields(self)[3:]:
             value = getattr(self, field.name)
             default = _SCALES[self.scale].limit if field.name == "limit" else field.default
             if value != default:
                 if field.name == "bounds":
                     value = "none" if value is None else ",".join(map(repr, value))
-                said.append(f"{field.name}={value}")
-        return " ".join(said)
+                words.append(f"{field.name}={value}")
+        return " ".join(words)
 
 
 def _number(field: str, text: str) -> int | float | tuple[float, ...] | None:
@@ -422,9 +409,9 @@ class DiagonalGaussian(Distribution):
 
     .. math:: \log p(x) = -\sum_i \tfrac12 ((x_i-\mu_i) e^{-s_i})^2 + s_i + \tfrac12\log 2\pi
 
-    where s is `log_std`. The last `event_ndims` dimensions are one event, so `log_prob` and
-    `entropy` are in nats per example and have the batch shape. Half-precision arguments are raised
-    to float32. The KL divergence between two of them is registered with torch.
+    where s is `log_std`. The last `event_ndims` dimensions form one event: `log_prob` and
+    `entropy` are in nats per example and have the batch shape. Arguments in half precision are
+    converted to float32. The KL divergence between two of them is registered with torch.
 
     Args:
         mean: Shape (\*batch, \*event).
@@ -465,7 +452,7 @@ class DiagonalGaussian(Distribution):
 
     @property
     def arg_constraints(self) -> dict[str, constraints.Constraint]:
-        """Both parameters are real: any number that a network emits is a valid log_std."""
+        """Both parameters are real: any number is a valid log_std."""
         return {"mean": constraints.real, "log_std": constraints.real}
 
     @property
@@ -503,7 +490,7 @@ class DiagonalGaussian(Distribution):
     ) -> Tensor:
         """Draw ``mean + temperature · std · ε`` with ε ~ N(0, I), differentiably.
 
-        `temperature` is a number, or one number for each entry of the result's first dimension.
+        `temperature` is a number, or one number for each entry of the first dimension.
         """
         shape = (*sample_shape, *self._mean.shape)
         noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
@@ -512,7 +499,7 @@ class DiagonalGaussian(Distribution):
     def sample(
         self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
     ) -> Tensor:
-        """The draw of `rsample`, without a gradient."""
+        """As `rsample`, without a gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape, temperature=temperature)
 
@@ -569,16 +556,16 @@ def gaussian_kl(q: DiagonalGaussian, p: DiagonalGaussian) -> Tensor:
 class GaussianHead(nn.Module):
     """A network whose output is read as a `DiagonalGaussian`.
 
-    ``head(given, context)`` is ``net(given, context)`` (``net(given)`` where there is no context),
-    read by `format`. Where `log_std` is given, the network emits the mean alone.
+    ``head(given, context)`` is ``net(given, context)``, or ``net(given)`` without a context, read
+    by `format`. If `log_std` is given, the network emits only the mean.
 
     Args:
         net: Emits the tensor, or the pair of tensors, that `format` reads: (B, 2 D) for vectors,
             (B, 2 C, H, W) for images.
         event_ndims: 1 for vectors, 3 for images.
         format: How the network's output is read.
-        log_std: None: emitted by the network. A number: fixed. A tensor: a shared parameter,
-            broadcast against the mean and learned (for example (C, 1, 1): one for each channel).
+        log_std: None: emitted by the network. A number: fixed. A tensor: the initial value of a
+            learned parameter, broadcast against the mean (say (C, 1, 1): one for each channel).
 
     Example:
         >>> head = GaussianHead(nn.Linear(4, 6), event_ndims=1)
@@ -605,7 +592,7 @@ class GaussianHead(nn.Module):
     def forward(
         self, given: Tensor | None = None, context: Tensor | None = None
     ) -> DiagonalGaussian:
-        """The distribution given the conditioning tensor; see the class."""
+        """The distribution; see the class."""
         h = conditioned(self.net, given, context)
         if self.emitted:
             mean, log_std = self.format.split(h)
@@ -617,12 +604,12 @@ class GaussianHead(nn.Module):
         return DiagonalGaussian(mean, log_std, self.event_ndims)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-        """The network, with the share of its output's scales that have run into a limit."""
+        """The network, with the share of the scales it emits that are at a limit."""
         if self.emitted:
             yield self.net, self.format.saturation
 
     def extra_repr(self) -> str:
-        """Names the convention, which is the point of this class."""
+        """Names the format."""
         if self.emitted:
             return f"format='{self.format}'"
         shared = self.log_std

@@ -20,22 +20,22 @@ __all__ = ["DiscretizedLogisticMixture"]
 
 
 class DiscretizedLogisticMixture(EventDistribution):
-    r"""A mixture of K logistics, integrated over each level's bin: sums to one over the levels.
+    r"""A mixture of K logistics, integrated over the bin of each level, so masses sum to one.
 
     .. math:: p(x) = \sum_k \pi_k \prod_c \sigma((x_c + \tfrac12 w - m_{kc}) / s_{kc})
                                       - \sigma((x_c - \tfrac12 w - m_{kc}) / s_{kc})
 
-    for each pixel, in coordinates where the levels run from -1 to 1 and a bin is w wide; the first
-    and the last bin reach to infinity. The channels of a pixel share the choice of component, and
-    the mean of each is shifted by the values of the channels before it times `coefficients`
-    (Salimans et al., "PixelCNN++", 2017, arXiv:1701.05517, whose threshold for small masses is not
-    needed here: the mass is σ(a) σ(-b) (1 - exp(b - a)), which is exact at any scale).
+    for each pixel, in coordinates where the levels run from -1 to 1 and a bin has width w; the
+    first and the last bin extend to infinity. The channels of a pixel share the component, and
+    `coefficients` times the values of the channels before shift the mean of each (Salimans et al.,
+    "PixelCNN++", 2017, arXiv:1701.05517; their threshold for small masses is not needed, since the
+    mass is computed as σ(a) σ(-b) (1 - exp(b - a)), exact at any scale).
 
     Args:
         logits: log π up to a constant, shape (B, K, H, W), or (B, K) for vectors of one element.
         mean: m, shape (B, K, C, H, W).
         log_scale: log s, of the same shape.
-        levels: How many levels there are.
+        levels: Number of levels.
         coefficients: Shape (B, K, C (C - 1) / 2, H, W), or None: channels independent given k.
     """
 
@@ -71,7 +71,7 @@ class DiscretizedLogisticMixture(EventDistribution):
         return sum_event(pixels, len(self.event_shape) - 1)
 
     def _shifted(self, value: Tensor) -> Tensor:
-        """Component means given the true channels before each: (B, K, C, H, W)."""
+        """Component means given the values of the channels before: (B, K, C, H, W)."""
         if self.coefficients is None:
             return self.means
         x = 2 * value / (self.levels - 1) - 1

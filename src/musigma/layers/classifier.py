@@ -1,4 +1,4 @@
-"""A classifier beside a flow: what the latents are to know of the class."""
+"""An auxiliary classifier, so that latents represent the class."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["Classifier"]
 
 
 class Classifier(Layer):
-    r"""Passes its input on, and asks that a linear classifier can read the class from it.
+    r"""The identity, with an auxiliary loss: a linear classifier predicts the class from h.
 
     .. math:: weight \cdot \log q(y | h), \quad q = softmax(W \bar h + b)
 
-    with h averaged over the pixels, and y the context. The term is stated aside
-    (`Evidence.auxiliary`): training raises it, and no figure contains it, as it is no part of
-    log p(x | y). (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039; in OpenAI's code `weight_y`,
-    in bits of one label for each bit per dimension.)
+    with h averaged over the pixels, and y the context. Training maximizes this term
+    (`Evidence.auxiliary`); it is not part of log p(x | y), nor of any figure. (Kingma & Dhariwal,
+    "Glow", 2018, arXiv:1807.03039; `weight_y` in OpenAI's code, in bits of a label per bit per
+    dimension.)
 
     Args:
-        channels: Of h.
-        classes: Features of the context.
-        labels: `softmax`: each example is of one class, one-hot. `sigmoid`: of any number of them.
-        weight: Of the term, in nats for each nat of log p(x).
+        channels: Channels of h.
+        classes: Number of classes: the features of the context.
+        labels: `softmax`: each example has one class, one-hot. `sigmoid`: any number of classes.
+        weight: Nats of this term for each nat of log p(x).
 
     Raises:
         ValueError: For other labels.
@@ -50,7 +50,7 @@ class Classifier(Layer):
         nn.init.zeros_(self.linear.bias)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Of every class, shape (B, classes), for h (B, channels, ...)."""
+        """The logits of the classes, shape (B, classes), for h (B, channels, ...)."""
         return at_least_float32(self.linear(h.reshape(*h.shape[:2], -1).mean(2)))
 
     def log_q(self, h: Tensor, y: Tensor) -> Tensor:
@@ -61,13 +61,13 @@ class Classifier(Layer):
         return (y * logits - F.softplus(logits)).sum(1)
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """The input; the term is stated if the class is known."""
+        """Return the input; state the term if there is a context."""
         if context is not None:
             trace.auxiliary(self, self.weight * self.log_q(x, context))
         return x
 
     def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """The input."""
+        """Return the input."""
         return z
 
     def emitters(self) -> tuple[()]:

@@ -118,7 +118,7 @@ class Logit(Bijection):
     (Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2017, arXiv:1605.08803.)
 
     Args:
-        alpha: Distance of the ends of [0, 1] from those of the logit, in (0, 0.5).
+        alpha: Margin α in (0, 0.5), which keeps the logit of 0 and of 1 finite.
     """
 
     def __init__(self, alpha: float = 0.05):

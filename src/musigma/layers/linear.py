@@ -1,4 +1,4 @@
-"""Linear bijections over the channels of vectors (B, C), and of every pixel of images."""
+"""Linear bijections of the channels of vectors (B, C), and of every pixel of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ActNorm", "InvertibleConv", "Permutation"]
 
 
 def positions(x: Tensor) -> int:
-    """How many pixels an image has; 1 for a vector."""
+    """Number of pixels of an image; 1 for a vector."""
     return x[0, 0].numel()
 
 
@@ -25,10 +25,9 @@ class ActNorm(Bijection):
 
     .. math:: y = (x + b) e^{s}, \quad \log|\det| = HW \sum_c s_c
 
-    After calibration each channel of y has mean 0 and variance 1 on that batch. Before it the
-    layer is the identity; it never initialises itself on the side. `calibrated` is part of the
-    state, so a reloaded layer is not calibrated again. (Kingma & Dhariwal, "Glow", 2018,
-    arXiv:1807.03039.)
+    After calibration each channel of y has mean 0 and variance 1 on that batch; before, the layer
+    is the identity. A forward pass never calibrates it. `calibrated` is part of the state, so a
+    reloaded layer is not calibrated again. (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039.)
 
     Args:
         channels: C.
@@ -51,7 +50,7 @@ class ActNorm(Bijection):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Set shift and scale from x, once; a second call changes nothing."""
+        """Set shift and scale from x; a second call changes nothing."""
         if bool(self.calibrated):
             return
         flat = at_least_float32(x).transpose(0, 1).flatten(1)
@@ -78,7 +77,7 @@ class ActNorm(Bijection):
 
 
 def _mix(weight: Tensor, x: Tensor) -> Tensor:
-    """``weight @ x`` at every position, in the precision of x whatever autocast says."""
+    """``weight @ x`` at every position, in the precision of x even under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         if x.ndim == 2:
             return F.linear(x, weight)
@@ -94,18 +93,18 @@ def _inverted(weight: Tensor) -> Tensor:
 
 
 class InvertibleConv(Bijection):
-    r"""An invertible 1x1 convolution: a learned permutation, or any mixing, of the channels.
+    r"""An invertible 1x1 convolution: a learned matrix that mixes the channels.
 
     .. math:: y_{hw} = W x_{hw}, \quad \log|\det| = HW \log|\det W|
 
-    `lu` holds W = P L (U + diag(sign · exp(s))), whose determinant costs nothing and whose
-    diagonal cannot reach zero; plain holds W. Both start at a random rotation. Inverses are
-    computed in float64 where the device has it. (Kingma & Dhariwal, "Glow", 2018,
-    arXiv:1807.03039.)
+    W is a parameter, or a product of parameters: W = P L (U + diag(sign · exp(s))), whose
+    determinant costs nothing and whose diagonal cannot reach zero. Both start at a random
+    rotation. Inverses are computed in float64 where the device has it. (Kingma & Dhariwal, "Glow",
+    2018, arXiv:1807.03039.)
 
     Args:
         channels: C.
-        lu: Whether W is held by its factors.
+        lu: Whether the parameters are the factors.
     """
 
     permutation: Tensor
@@ -170,10 +169,10 @@ class Permutation(Bijection):
     """A fixed reordering of the channels; log_det is zero.
 
     Args:
-        order: ``y[:, i] = x[:, order[i]]``. Part of the state: a reloaded shuffle is the same.
+        order: ``y[:, i] = x[:, order[i]]``. It is part of the state.
 
     Raises:
-        ValueError: If `order` is no permutation.
+        ValueError: If `order` is not a permutation.
 
     Example:
         >>> Permutation.reverse(3)(torch.tensor([[1.0, 2.0, 3.0]]))[0]
@@ -195,7 +194,7 @@ class Permutation(Bijection):
 
     @classmethod
     def shuffle(cls, channels: int) -> Permutation:
-        """A random order, drawn now from torch's generator."""
+        """A random order, from torch's generator."""
         return cls(torch.randperm(channels).tolist())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,4 @@
-"""Integer levels as real numbers.
-
-(Nielsen et al., "SurVAE Flows", 2020, arXiv:2007.02731, call such layers surjections.)
-"""
+"""Dequantization: integer levels as real numbers."""
 
 from __future__ import annotations
 
@@ -21,13 +18,14 @@ class Dequantize(Layer):
 
     .. math:: \log P(x) \ge E_u[\log p(x + u) - \log q(u|x)]
 
-    for *any* noise: so -log p of the real numbers, plus log q, is an upper bound of the code
+    holds for *any* noise, so log q - log p of the real numbers is an upper bound of the code
     length of the integers (Theis et al., 2016, arXiv:1511.01844; learned noise: Ho et al.,
-    "Flow++", 2019, arXiv:1902.00275). The way back is floor, held to 0 .. levels - 1.
+    "Flow++", 2019, arXiv:1902.00275). Generating takes the floor, clamped to 0 .. levels - 1: a
+    surjection (Nielsen et al., "SurVAE Flows", 2020, arXiv:2007.02731).
 
     Args:
         noise: A head over events of the data's shape: `StandardUniform`, or `LogitNormalHead`.
-        levels: How many levels there are.
+        levels: Number of levels.
     """
 
     exact = False
@@ -38,7 +36,7 @@ class Dequantize(Layer):
         self.noise, self.levels = noise, levels
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """Add noise, kept so far below 1 that rounding cannot reach the next level."""
+        """Add noise, clamped below 1 so that rounding cannot reach the next level."""
         x = at_least_float32(x)
         u = at_least_float32(trace.q(self, conditioned(self.noise, x, context)))
         return x + u.clamp(max=1 - self.levels * torch.finfo(u.dtype).eps)
@@ -51,5 +49,5 @@ class Dequantize(Layer):
         return x
 
     def extra_repr(self) -> str:
-        """Names the range."""
+        """Names the number of levels."""
         return f"levels={self.levels}"

@@ -1,4 +1,4 @@
-"""Reorderings of an image's elements between space and channels; every log_det is zero."""
+"""Reorderings of the elements of an image between space and channels; log_det is zero."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Squeeze(Bijection):
 class Checkerboard(Bijection):
     """The black squares of a checkerboard, then its white ones: (C, H, W) to (2 C, H, W / 2).
 
-    A `Coupling` between two of these is Real NVP's checkerboard coupling at half its cost: no
-    network ever sees a masked image. Even rows keep their even columns first, odd rows their odd
-    ones; `white` swaps the two halves.
+    A `Coupling` between a checkerboard and its inverse is Real NVP's checkerboard coupling at half
+    the cost, since its network sees no masked image. Even rows keep their even columns first, odd
+    rows their odd ones.
 
     Args:
         white: Whether the white squares come first.
@@ -52,7 +52,7 @@ class Checkerboard(Bijection):
         self.white = white
 
     def _swap(self, pairs: Tensor) -> Tensor:
-        """Exchange the two of a pair on every second row: (2, B, C, H, W / 2), its own inverse."""
+        """Swap the two halves (2, B, C, H, W / 2) on every second row; its own inverse."""
         odd = torch.arange(pairs.shape[3], device=pairs.device) % 2 == (0 if self.white else 1)
         return torch.where(odd[:, None], pairs.flip(0), pairs)
 

@@ -1,4 +1,4 @@
-"""Factoring channels out, as latents of their own."""
+"""Channels that leave a flow early, as a latent."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["Split"]
 
 
 class Split(Layer):
-    """Factor half of the channels out, under a prior that the other half conditions.
+    """Factor out half of the channels as a latent, with a prior given the other half.
 
-    The second half becomes a latent of its own, with p(second | first) = prior(first); the first
-    half goes on. Nothing is lost: `encode` returns every latent, and `decode` puts them back.
-    (Dinh et al., 2017, arXiv:1605.08803; as Split2d in Kingma & Dhariwal, 2018, arXiv:1807.03039.)
+    The second half becomes a latent with p(second | first) = prior(first); the first half goes on
+    through the flow. `encode` returns every latent, so `decode` restores the data. (Dinh et al.,
+    2017, arXiv:1605.08803; Split2d in Kingma & Dhariwal, 2018, arXiv:1807.03039.)
 
     Args:
-        prior: A head: the kept half (B, C / 2, ...), and the context if any, to the distribution
-            of the other.
+        prior: A head: the first half (B, C / 2, ...), and the context if any, to the distribution
+            of the second.
     """
 
     def __init__(self, prior: nn.Module):
@@ -41,5 +41,5 @@ class Split(Layer):
         return h
 
     def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """Draw the second half, and put it back."""
+        """Draw the second half, and append it."""
         return torch.cat([z, trace.p(self, conditioned(self.prior, z, context))], 1)

@@ -1,13 +1,13 @@
-r"""The monotone rational-quadratic spline: an element's map with K bins, and its exact inverse.
+r"""The monotone rational-quadratic spline with K bins, and its exact inverse.
 
 In a bin with corner (x0, y0), width w, height h, mean slope s = h / w and slopes d0, d1 at its
-knots, at the place θ = (x - x0) / w and with ϑ = 1 - θ,
+knots, at θ = (x - x0) / w and with ϑ = 1 - θ,
 
     g0 = s θ + d0 ϑ        β = θ g0 + ϑ g1        q = θ g0 / β        y = y0 + h q
     g1 = s ϑ + d1 θ        C = ϑ g0 + θ g1        log dy/dx = log C (s / β)²
 
-Every term of these sums is positive, so nothing cancels. The same figures give the derivatives by
-all parameters, written out below: autograd would keep dozens of tensors for them.
+Every term of these sums is positive, so nothing cancels. The derivatives by all parameters are
+written out below: autograd would keep dozens of tensors for them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ __all__ = ["Spline"]
 
 @dataclass(frozen=True)
 class Spline(Map):
-    r"""How a network's outputs are read as a monotone map of each element.
+    r"""A monotone spline of each element.
 
     For every element the network emits K widths, K heights and K - 1 slopes of the inner knots,
-    all of them unbounded. Widths and heights are shares of the square [-B, B]², by a softmax;
-    slopes go through a softplus. Outside of [-B, B] the map is the identity, whose slope 1 the
-    outer knots have too; and all zeros make it the identity everywhere. (Durkan, Bekasov, Murray,
-    Papamakarios, "Neural Spline Flows", 2019, arXiv:1906.04032, where a slope of 0 stands for
-    softplus(0): theirs is this one's plus log(exp(1 - least) - 1).)
+    all unbounded. A softmax makes widths and heights shares of the square [-B, B]²; slopes go
+    through a softplus. Outside [-B, B] the map is the identity, and the outer knots have its slope
+    1; with all parameters zero it is the identity everywhere. (Durkan, Bekasov, Murray,
+    Papamakarios, "Neural Spline Flows", 2019, arXiv:1906.04032. Their raw slope is this one plus
+    log(exp(1 - least) - 1).)
 
     Args:
         bins: K, 2 or more.
-        bound: B. Standardised data stay within 5 but for one of two million values.
-        least: Of every width and height, as a share of 2 B, and of every slope.
+        bound: B. Of standard normal data, one value in two million lies outside [-5, 5].
+        least: The smallest slope, and the smallest width and height as a share of 2 B.
 
     Raises:
         ValueError: If a field is out of range.
@@ -77,8 +77,8 @@ class Spline(Map):
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """``(y, log dy/dx)``, both of x's shape (B, C, ...), for h (B, (3 K - 1) C, ...).
 
-        Channel p C + c of h is parameter p of channel c: all widths come before all heights, and
-        the slopes last.
+        Channel p C + c of h is parameter p of channel c: first all widths, then all heights, then
+        all slopes.
 
         Raises:
             ValueError: If h has another shape.
@@ -86,13 +86,13 @@ class Spline(Map):
         return self._apply(_Forward.apply, x, h)
 
     def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x, log dx/dy)``: the shapes, and h, are those of `forward`."""
+        """``(x, log dx/dy)``, for h as in `forward`."""
         return self._apply(_Inverse.apply, y, h)
 
     def _apply(self, function: Callable[..., Any], x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a function on planes: each parameter of all elements is one stretch of memory.
+        """Run a function on planes, in which each parameter of all elements is contiguous.
 
-        A network may emit its batch last in memory, as `MADE` does; then nothing is copied.
+        Nothing is copied if the network emits its batch last in memory, as `MADE` does.
         """
         expected = (len(x), self.outputs * x.shape[1], *x.shape[2:])
         if h.shape != expected:
@@ -113,16 +113,17 @@ class Spline(Map):
         return (y.t(), log_slope.t()) if batch_last else (y, log_slope)
 
 
-# Below, x is (N,); a bin's corner, its size and its slopes are (2, N): x and y, left and right.
+# Below, x has shape (N,); corners and sizes of bins are (2, N) for x and y, slopes (2, N) for the
+# left and the right knot.
 
 
 def _locate(
     z: Tensor, raw: Tensor, axis: int, bins: int, bound: float, least: float
 ) -> tuple[Tensor, ...]:
-    """The bin in which z lies along an axis: shares of all bins, and its corner, size, slopes, k.
+    """Find the bin of z along an axis: the shares of all bins, and its corner, size, slopes, k.
 
-    The bins are halved until one is left: a knot in the middle takes half of a sum of shares, and
-    a half is chosen by a weight of 0 or 1, which is exact, and far quicker than an index.
+    A binary search: the knot in the middle comes from a sum of half of the shares, and a half is
+    chosen by weights of 0 and 1, which is exact and much faster than indexing.
     """
     shares = raw[: 2 * bins].view(2, bins, -1).softmax(1)
     most, smallest = 2 * bound * (1 - bins * least), 2 * bound * least
@@ -157,7 +158,7 @@ def _log_slope(theta: Tensor, s: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor
 
 
 class _Forward(torch.autograd.Function):
-    """x to y, of which the gradients are written out; it cannot be differentiated twice."""
+    """x to y, with explicit gradients, which cannot be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, raw: Tensor, bins: int, bound: float, least: float):
@@ -180,7 +181,7 @@ class _Forward(torch.autograd.Function):
 
 
 class _Inverse(torch.autograd.Function):
-    """y to x, by the root of a quadratic; its gradients are those of `_Forward`, solved for x."""
+    """y to x, by the root of a quadratic; the gradients are those of `_Forward`, solved for x."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, raw: Tensor, bins: int, bound: float, least: float):
@@ -218,9 +219,10 @@ class _Inverse(torch.autograd.Function):
 def _pull(
     ctx: Any, gl: Tensor, push: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by x and by the parameters, for the gradient gl by log dy/dx.
+    """The gradients by x and by the parameters, for the gradient gl by log dy/dx.
 
-    That by y is `push` of: whether x is inside, dy/dx, and what gl alone gives for x.
+    The gradient by y is ``push(inside, slope, bend)``: whether x is inside [-B, B], dy/dx, and the
+    part of the gradient by x that comes from gl.
     """
     shares, size, slopes, k, theta, inside = ctx.saved_tensors
     (w, h), (d0, d1) = size, slopes
