@@ -606,7 +606,10 @@ def test_scale_that_is_not_emitted(log_std):
         (lambda: Format(bounds=(1.0,)), "bounds: expected"),
         (lambda: Format(floor=-1.0), "floor: expected 0 or more"),
         (lambda: Format(gain=0.0), "gain: expected a number other than zero"),
-        (lambda: Format.parse("interleaved logvar"), "'logvar' is not part .* mean 'log_var'"),
+        (
+            lambda: Format.parse("interleaved logvar"),
+            "unknown word 'logvar'; did you mean 'log_var'",
+        ),
         (lambda: Format.parse("floor=x"), "cannot read the number in 'floor=x'"),
         (lambda: Format.parse("halves cross"), "layout is given twice"),
         (lambda: Format().split(torch.zeros(2, 5)), r"even number of channels on axis 1; got \(2"),

@@ -42,7 +42,7 @@ def register_likelihood(name: str, *, data: Data) -> Callable[[B], B]:
             or one of `real` numbers, which also serves values in [0, 1].
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the library has a likelihood of this name.
 
     Example:
         >>> from torch.distributions import Independent, Laplace
@@ -53,10 +53,11 @@ def register_likelihood(name: str, *, data: Data) -> Callable[[B], B]:
         torch.Size([3])
         >>> del LIKELIHOODS["laplace"]
     """
-    if name in LIKELIHOODS:
-        raise ValueError(f"name: there is a likelihood {name!r} already; choose another name")
 
     def register(build: B) -> B:
+        known = LIKELIHOODS.get(name)
+        if known and known.build.__module__.startswith("musigma."):
+            raise ValueError(f"name: the library has a likelihood {name!r}; choose another name")
         LIKELIHOODS[name] = Entry(build, data)
         return build
 

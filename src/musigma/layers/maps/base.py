@@ -20,6 +20,7 @@ class Map(Protocol):
         outputs: How many numbers a network emits for each element.
 
     Example:
+        >>> import torch
         >>> from musigma.layers import Elementwise
         >>> class Sinh(Map):
         ...     '''y = sinh(asinh(x) + h) (the sinh-arcsinh transform).'''
