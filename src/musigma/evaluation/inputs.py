@@ -1,4 +1,4 @@
-"""What a model is given: data that fit it, in batches, with their context."""
+"""The input of a model: data that fit it, in batches, with their context."""
 
 from __future__ import annotations
 
@@ -177,9 +177,9 @@ def _rows(variable: Variable, data: Dataset, indices: np.ndarray, home: Tensor) 
 
 
 def noise(seed: int, step: int, rank: int = 0) -> None:
-    """Seed torch's generator for a step, as a function of the seed and of these."""
+    """Seed torch's generators with a function of seed, step and rank."""
     number = ((seed * 1_000_003 + step) * 4_099 + rank) % 2**63
-    torch.default_generator.manual_seed(number)  # manual_seed wakes all other devices, each time
+    torch.default_generator.manual_seed(number)  # torch.manual_seed would start every device
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)
     elif torch.backends.mps.is_available():
@@ -195,10 +195,10 @@ def batches(
     progress: Progress | None = None,
     processes: Processes = SINGLE_PROCESS,
 ) -> Iterator[tuple[Tensor, Any]]:
-    """All examples in order, or one process's share of these batches.
+    """All examples in order, or the share of one process.
 
-    Binarization, and torch's generator while a batch is worked on, are functions of the seed and
-    the number of the batch: what is drawn does not depend on who draws it.
+    For each batch, binarization and torch's generators are seeded by `seed` and the number of the
+    batch, so draws do not depend on the number of processes.
     """
     starts = range(0, len(data), batch_size)
     for i in range(len(starts))[processes.share(len(starts))]:
