@@ -318,8 +318,7 @@ def repair(data: bytes | bytearray) -> bytes:
     for match in list(scan.MAGICS.finditer(data, min(begin, len(data)))):
         place = match.start()
         if match[0] == layout.CHUNK_MAGIC and place + layout.HEAD.size <= len(data):
-            head = layout.Head(*layout.HEAD.unpack_from(data, place))
-            end = place + head.entry(place).size
+            end = layout.Entry(*layout.HEAD.unpack_from(data, place), offset=place).end
             if end <= len(data):
                 body = layout.body_digest(data[place + layout.HEAD.size : end])
                 data[place + 52 : place + 60] = body.digest()

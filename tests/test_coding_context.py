@@ -177,6 +177,7 @@ FAULTS = {
         "conditioned on 'age', 'sex'; give a mapping",
     ),
     "an array for none": ([], np.zeros(N), "conditioned on nothing"),
+    "unknown": (["age"], {"age": 0, "sex": 0}, "given: the model is not conditioned on sex"),
     "few rows": (["age"], np.zeros(3, np.float32), "'age' has 3 rows for 20 examples"),
     "another shape": (["place"], np.zeros((N, 2), np.float32), r"place: .* got shape \(20, 2\)"),
     "another class": (["sex"], np.full(N, 2), "sex: expected 0 to 1; got 2 to 2"),
@@ -320,7 +321,7 @@ def test_a_data_set_gives_what_the_model_is_conditioned_on(names, tmp_path):
     found = np.load(tmp_path / "x.npz")
     assert (found["x"] == data.take(np.arange(N))).all()
     for name in set(names) - {"label"}:
-        assert (found[name] == rows([name])[name]).all()
+        assert (found[f"given_{name}"] == rows([name])[name]).all()
 
 
 def test_classes_are_matched_by_their_names():

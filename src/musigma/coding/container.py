@@ -32,7 +32,6 @@ from musigma.coding.layout import (
     START,
     Chunk,
     Entry,
-    Head,
     body_digest,
     scheduled,
 )
@@ -235,9 +234,8 @@ class Writer:
                 kind = type(getattr(chunk, name)).__name__
                 raise ValueError(f"chunk: expected bytes as {name}; got {kind}; give x.tobytes()")
         sizes = (len(chunk.exceptions), 0, len(chunk.side), chunk.raw, len(chunk.payload))
-        Head(b"", chunk.index, chunk.first, chunk.count, chunk.kind, 0, *sizes, b"", 0).hold(
-            self._limits
-        )
+        entry = Entry(b"", chunk.index, chunk.first, chunk.count, chunk.kind, 0, *sizes, b"", 0, 0)
+        entry.hold(self._limits)
         self._limits.hold("chunks", self._chunks + 1, "file: chunks")
         self._limits.hold("total", self._raw + chunk.raw, "file: bytes, decompressed")
 
@@ -337,35 +335,29 @@ class Reader:
             UnknownVersion: If its kind is one of a later format.
         """
         entry = self.entries[place]
-        head = self._source.head(entry.offset)
-        if head is None or head.entry(entry.offset) != entry:
+        if self._source.entry(entry.offset) != entry:
             raise DamagedFile(f"{entry}: its header has changed since the file was opened")
-        if head.kind not in KINDS:
+        if entry.kind not in KINDS:
             raise UnknownVersion(
-                f"{entry}: it is of kind {head.kind}, and this musigma knows kinds up to "
+                f"{entry}: it is of kind {entry.kind}, and this musigma knows kinds up to "
                 f"{max(KINDS)}; upgrade musigma"
             )
-        front = self._source.at(entry.offset + HEAD.size, head.front)
-        payload = self._source.at(entry.offset + HEAD.size + head.front, head.payload)
-        if body_digest(front, payload).digest() != head.body:
+        front = self._source.at(entry.offset + HEAD.size, entry.front)
+        payload = self._source.at(entry.offset + HEAD.size + entry.front, entry.payload)
+        if body_digest(front, payload).digest() != entry.body:
             raise DamagedFile(
                 f"{entry}: its content does not match its checksum; copy the file again"
             )
-        exceptions = np.empty(0, EXCEPTION)
-        if head.exceptions:
-            exceptions = np.frombuffer(front, EXCEPTION, head.exceptions, head.batches)
-        schedule = tuple(byte + 1 for byte in front[: head.batches])
-        side = _inflated(front[len(front) - head.side :], head.inflated)
-        if side is None or not scheduled(head.kind, schedule, head.count):
+        schedule = tuple(byte + 1 for byte in front[: entry.batches])
+        side = _inflated(front[len(front) - entry.side :], entry.inflated)
+        if side is None or not scheduled(entry.kind, schedule, entry.count):
             raise DamagedFile(f"{entry}: its parts do not agree; {FAULT}")
+        listed = front[entry.batches : len(front) - entry.side]
+        named = {name: getattr(entry, name) for name in ("index", "first", "count", "kind", "raw")}
         return Chunk(
-            index=head.index,
-            first=head.first,
-            count=head.count,
-            kind=head.kind,
-            raw=head.raw,
+            **named,
             schedule=schedule,
-            exceptions=exceptions,
+            exceptions=np.frombuffer(listed, EXCEPTION),
             side=side,
             payload=payload,
         )

@@ -169,7 +169,7 @@ def check_out(out: Path) -> str:
 def extract(batches: Iterable[tuple[int, Batch]], archive: Archive, out: Path) -> int:
     """Write images as a folder of files, or as an array in a .npz or .npy file; whole, or not.
 
-    A .npz file also holds `labels`, and the context by its names.
+    A .npz file holds the images as `x`, `labels`, and each other variable as `given_NAME`.
 
     Args:
         batches: Batches of the archive, in order, each with the number of its first image.
@@ -187,7 +187,8 @@ def extract(batches: Iterable[tuple[int, Batch]], archive: Archive, out: Path) -
     if kind != "folder":
         empty = Batch(np.zeros((0, *archive.shape), np.int64))
         batch = joined([part for _, part in batches] or [empty])
-        arrays = {**batch.given, "x": restored(batch.levels, archive.about)}
+        arrays = {f"given_{name}": rows for name, rows in batch.given.items()}
+        arrays["x"] = restored(batch.levels, archive.about)
         if "labels" in batch.about:
             arrays["labels"] = np.array(batch.about["labels"])
         with replacing(out) as draft, draft.open("wb") as file:
@@ -228,7 +229,9 @@ def restored(levels: np.ndarray, about: Mapping[str, Any]) -> np.ndarray:
     if table is None:
         return levels.astype(np.uint8 if levels.max(initial=0) < 256 else np.uint16)
     plain = np.array(table if isinstance(table, list) else [], dtype=object)
-    if not all(type(v) is int and 0 <= v < 256 for v in plain) or levels.max() >= len(plain):
+    if not all(type(v) is int and 0 <= v < 256 for v in plain) or levels.max(initial=-1) >= len(
+        plain
+    ):
         raise DamagedFile("the header does not say what each level stands for")
     return plain.astype(np.uint8)[levels]
 

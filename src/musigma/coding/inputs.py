@@ -71,7 +71,10 @@ def context_of(model: Model, batch: Batch) -> Context:
         ValueError: Naming a variable that is missing, or is not what the model is conditioned on.
     """
     assert model.spec is not None
-    rows = {variable.name: _rows(variable, batch) for variable in model.spec.context}
+    variables = model.spec.context
+    if unknown := sorted(set(batch.given) - {variable.name for variable in variables}):
+        raise ValueError(f"given: the model is not conditioned on {', '.join(unknown)}")
+    rows = {variable.name: _rows(variable, batch) for variable in variables}
     return _context(rows)
 
 

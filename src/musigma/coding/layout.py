@@ -92,30 +92,19 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The place of a chunk in a file: `size` bytes from `offset`. `check`: CRC of its header."""
+    """The header of a chunk, as `HEAD` packs it, and the place of the chunk in its file.
 
-    offset: int
-    index: int
-    first: int
-    count: int
-    kind: int
-    raw: int
-    size: int
-    check: int
-
-    @property
-    def end(self) -> int:
-        """The first byte after it."""
-        return self.offset + self.size
-
-    def __str__(self) -> str:
-        last = self.first + self.count - 1
-        return f"chunk {self.index} (images {self.first} to {last}, at byte {self.offset})"
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The header of a chunk, as `HEAD` packs it."""
+    Attributes:
+        index, first, count, kind, raw: As in `Chunk`.
+        batches: Number of coded batches.
+        exceptions: Number of exceptions.
+        side: Bytes of the side as it is stored.
+        inflated: Bytes of the side.
+        payload: Bytes of the payload.
+        body: The digest of the body.
+        check: The CRC of the header.
+        offset: The first byte of the chunk.
+    """
 
     magic: bytes
     index: int
@@ -130,18 +119,26 @@ class Head:
     payload: int
     body: bytes
     check: int
+    offset: int
 
     @property
     def front(self) -> int:
         """Bytes of the body before the payload."""
         return self.batches + EXCEPTION.itemsize * self.exceptions + self.side
 
-    def entry(self, offset: int) -> Entry:
-        """The chunk whose header was found at `offset`."""
-        size = HEAD.size + self.front + self.payload
-        return Entry(
-            offset, self.index, self.first, self.count, self.kind, self.raw, size, self.check
-        )
+    @property
+    def size(self) -> int:
+        """Bytes of the chunk."""
+        return HEAD.size + self.front + self.payload
+
+    @property
+    def end(self) -> int:
+        """The first byte after the chunk."""
+        return self.offset + self.size
+
+    def __str__(self) -> str:
+        last = self.first + self.count - 1
+        return f"chunk {self.index} (images {self.first} to {last}, at byte {self.offset})"
 
     def consistent(self) -> bool:
         """Whether its numbers agree with each other."""
@@ -162,38 +159,22 @@ class Head:
         limits.hold("side", self.inflated, f"{where}: bytes besides pixels")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A chunk in the footer, as `ROW` packs it."""
-
-    offset: int
-    size: int
-    first: int
-    count: int
-    kind: int
-    check: int
-
-
 class Footer(NamedTuple):
-    """The footer of a file, which takes `size` bytes: what was written, and where."""
+    """The footer of a file, which takes `size` bytes: what was written, and where.
 
-    rows: list[Row]
+    Each row is (offset, size, first image, images, kind, CRC of the header) of a chunk.
+    """
+
+    rows: list[tuple[int, ...]]
+    images: int
     raw: int
     digest: bytes
     size: int
 
-    @property
-    def images(self) -> int:
-        """Number of images that were written."""
-        return sum(row.count for row in self.rows)
-
     def lists(self, entry: Entry) -> bool:
         """Whether this chunk was written, wherever it lies now."""
-        if entry.index >= len(self.rows):
-            return False
-        row = self.rows[entry.index]
-        names = ("size", "first", "count", "kind", "check")
-        return all(getattr(row, name) == getattr(entry, name) for name in names)
+        written = (entry.size, entry.first, entry.count, entry.kind, entry.check)
+        return entry.index < len(self.rows) and self.rows[entry.index][1:] == written
 
 
 def body_digest(*parts: bytes) -> hashlib.blake2b:

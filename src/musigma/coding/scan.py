@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from musigma.coding import layout
 from musigma.coding.errors import DamagedFile, Limits
-from musigma.coding.layout import CHECK, CHUNK_MAGIC, FOOT, HEAD, TAIL, Entry, Footer, Head
+from musigma.coding.layout import CHECK, CHUNK_MAGIC, FOOT, HEAD, TAIL, Entry, Footer
 
 __all__ = ["Found", "Source", "find"]
 
@@ -61,8 +61,8 @@ class Source:
             return data[offset - base : offset - base + size]
         return self._fetch(offset, size)
 
-    def head(self, offset: int) -> Head | None:
-        """The header of a chunk, if there is a whole one.
+    def entry(self, offset: int) -> Entry | None:
+        """The chunk at a place, if its header is whole.
 
         Raises:
             LimitExceeded: If it is whole and asks for too much.
@@ -70,12 +70,12 @@ class Source:
         if offset + HEAD.size > self.size:
             return None
         data = self.at(offset, HEAD.size)
-        head = Head(*HEAD.unpack(data))
-        whole = zlib.crc32(data[: -CHECK.size], self.seed) == head.check
-        if not whole or head.magic != CHUNK_MAGIC or not head.consistent():
+        entry = Entry(*HEAD.unpack(data), offset=offset)
+        whole = zlib.crc32(data[: -CHECK.size], self.seed) == entry.check
+        if not whole or entry.magic != CHUNK_MAGIC or not entry.consistent():
             return None
-        head.hold(self.limits)
-        return head
+        entry.hold(self.limits)
+        return entry
 
     def footer(self, offset: int) -> Footer | None:
         """The footer, if there is a whole one.
@@ -98,27 +98,25 @@ class Source:
         check, end = struct.unpack("<I4s", data[-8:])
         if end != layout.END_MAGIC or zlib.crc32(data[:-8], zlib.crc32(foot, self.seed)) != check:
             return None
-        unpacked = layout.ROW.iter_unpack(data[: layout.ROW.size * chunks])
-        rows = [layout.Row(*values) for values in unpacked]
+        rows = list(layout.ROW.iter_unpack(data[: layout.ROW.size * chunks]))
         reached = 0
-        for row in rows:
-            if row.first != reached or row.count < 1:
+        for _, _, first, count, *_ in rows:
+            if first != reached or count < 1:
                 return None
-            reached += row.count
+            reached += count
         self.limits.hold("images", images, "file: images")
-        return Footer(rows, raw, digest, size) if reached == images else None
+        return Footer(rows, images, raw, digest, size) if reached == images else None
 
     def intact(self, entry: Entry) -> bool:
         """Whether the body of a chunk matches its checksum; no if the budget is spent."""
-        head = self.head(entry.offset)
-        if head is None or not self.spend(entry.size):
+        if not self.spend(entry.size):
             return False
         digest, position = layout.body_digest(), entry.offset + HEAD.size
         while position < entry.end:
             part = self.at(position, min(WINDOW, entry.end - position))
             digest.update(part)
             position += len(part)
-        return digest.digest() == head.body
+        return digest.digest() == entry.body
 
     def spend(self, size: int) -> bool:
         """Whether so many bytes may be read a second time."""
@@ -189,20 +187,19 @@ def _last_footer(source: Source, begin: int) -> Footer | None:
     footer = source.footer(offset)
     if footer is None or offset + footer.size != source.size:
         return None
-    begins = [*(row.offset for row in footer.rows), offset]
-    ends = [begin, *(row.offset + row.size for row in footer.rows)]
+    begins = [*(row[0] for row in footer.rows), offset]
+    ends = [begin, *(row[0] + row[1] for row in footer.rows)]
     return footer if begins == ends else None
 
 
 def _by_footer(source: Source, footer: Footer) -> list[Entry] | None:
     """The chunks that the footer lists, if all of them are where it says."""
     entries, digest = [], hashlib.sha256()
-    for index, row in enumerate(footer.rows):
-        head = source.head(row.offset)
-        entry = head and head.entry(row.offset)
+    for index, (offset, *_) in enumerate(footer.rows):
+        entry = source.entry(offset)
         if not entry or entry.index != index or not footer.lists(entry):
             return None
-        digest.update(source.at(row.offset, HEAD.size))
+        digest.update(source.at(offset, HEAD.size))
         entries.append(entry)
     same = digest.digest() == footer.digest and sum(e.raw for e in entries) == footer.raw
     return entries if same else None
@@ -215,9 +212,8 @@ def _scan(source: Source, position: int) -> tuple[list[Entry], Footer | None]:
     while (position := source.magic(position)) >= 0:
         tried += 1
         source.limits.hold("chunks", tried // 4, "file: a fourth of what seem to be chunks")
-        head = source.head(position)
-        if head is not None:
-            entry = head.entry(position)
+        entry = source.entry(position)
+        if entry is not None:
             found.append(entry)
             source.limits.hold("chunks", len(found), "file: chunks")
             position = entry.end if _body_follows(source, entry) else position + HEAD.size
