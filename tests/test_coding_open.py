@@ -13,7 +13,7 @@ from musigma import checkpoint, coding, zoo
 from musigma.coding import registry
 from musigma.coding.laws import SHARPNESS, Bisected, Mixture, Weights, exponential
 from musigma.coding.planning import find_grids
-from musigma.distributions import StandardNormal, StandardUniform
+from musigma.distributions import OneHotHead, StandardNormal, StandardUniform, UniformOneHot
 from musigma.gaussian import DiagonalGaussian, GaussianHead
 from musigma.layers import Additive, Affine, Coupling, Dequantize, Permutation, Rescale, Split
 from musigma.layers.maps import Map
@@ -514,6 +514,33 @@ def test_values_assigned_in_place_keep_their_grid():
     model, file = built_of(lambda d: flow([Assigned(), Wave(d)], d)), io.BytesIO()
     coding.compress(model, data(), file, workers=1)
     assert (coding.decompress(file, model, workers=1).levels == data()).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_discrete_latents_are_coded(classes):
+    registered()
+
+    class Decoder(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.head = SlopeHead(2 * classes, d)
+
+        def forward(self, z, context=None):
+            return self.head(z.flatten(1))
+
+    encoder = OneHotHead(nn.Linear(4, 2 * classes), 2, classes, gradient="score")
+    prior = Prior(UniformOneHot(2, classes))
+    model, file = built_of(lambda d: VAE(encoder, Decoder(d), prior)), io.BytesIO()
+    coding.compress(model, data(), file, workers=1)
+    archive = coding.Archive(file, model, workers=1)
+    assert archive.codec.latents == []
+    assert (archive.chunk(0).levels == data()).all()
+    x = data(400)
+    coded = archive.codec.pack(x, None, b"")
+    assert (archive.codec.unpack(coded, (4,), None, b"") == x).all()
+    with torch.no_grad():
+        ideal = -model(torch.from_numpy(x)).elbo.double().sum().item() / math.log(2)
+    assert coded.bits == pytest.approx(ideal, rel=0.03)
 
 
 def test_gaussian_heads_of_the_library_code_in_models_of_ones_own():

@@ -34,6 +34,7 @@ from musigma.distributions import (
     FactorizedBernoulli,
     FactorizedCategorical,
     LogitNormal,
+    OneHotLatents,
     UnitUniform,
 )
 from musigma.gaussian import DiagonalGaussian
@@ -108,6 +109,25 @@ def _categorical(dist: FactorizedCategorical, quantizer: Quantizer) -> Law:
 @register(UnitUniform)
 def _uniform(dist: UnitUniform, quantizer: Quantizer) -> Law:
     return Uniform((quantizer.n, *dist.event_shape), 1 << quantizer.grid)
+
+
+@register(OneHotLatents)
+class OneHot(Law):
+    """The class of each variable, as a one-hot row."""
+
+    def __init__(self, dist: OneHotLatents, quantizer: Quantizer):
+        self.shape = (quantizer.n, *dist.event_shape)
+        log_probs = dist.log_probs.expand(self.shape).clamp(min=-60)
+        integers = quantizer.integers(log_probs, SHARPNESS, 0)
+        self.classes = Weights(np.moveaxis(integers, -1, 1))
+
+    def push(self, stack: Stack, values: np.ndarray) -> None:
+        """Push one-hot rows."""
+        self.classes.push(stack, values.argmax(-1))
+
+    def pop(self, stack: Stack) -> np.ndarray:
+        """Pop one-hot rows."""
+        return np.eye(self.shape[-1], dtype=np.int64)[self.classes.pop(stack)]
 
 
 class Noise(Bisected):

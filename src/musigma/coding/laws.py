@@ -20,6 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -85,8 +86,8 @@ class Bisected(Law):
             raise ValueError(f"values: expected levels 0 to {self.levels - 1}")
         decisions: list[tuple[np.ndarray, np.ndarray]] = []
 
-        def decide(middle: np.ndarray, ones: np.ndarray) -> np.ndarray:
-            decisions.append((values >= middle, ones))
+        def decide(at: Any, middle: np.ndarray, ones: np.ndarray) -> np.ndarray:
+            decisions.append((values[at] >= middle, ones))
             return decisions[-1][0]
 
         self._bisect(decide)
@@ -95,15 +96,18 @@ class Bisected(Law):
 
     def pop(self, stack: Stack) -> np.ndarray:
         """Pop levels."""
-        return self._bisect(lambda _, ones: stack.pop_bits(ones))
+        return self._bisect(lambda at, middle, ones: stack.pop_bits(ones))
 
-    def _bisect(self, decide: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    def _bisect(self, decide: Callable[[Any, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         low, half = np.zeros(self.shape, np.int64), 1 << (self.levels - 1).bit_length()
         under, over = np.zeros(self.shape), self.below(low + half)
+        power_of_two, yes = half == self.levels, np.zeros(self.shape, bool)
         while half := half >> 1:
             middle = low + half
             between = self.below(middle)
-            yes = decide(middle, _share(over - between, over - under))
+            at = ... if power_of_two else middle < self.levels  # there is nothing above
+            yes[...] = False
+            yes[at] = decide(at, middle[at], _share(over - between, over - under)[at])
             low = np.where(yes, middle, low)
             under, over = np.where(yes, between, under), np.where(yes, over, between)
         return low

@@ -49,6 +49,7 @@ from musigma.layers import (
     Rescale,
     Spline,
     Squeeze,
+    Standardize,
 )
 
 __all__ = ["REAL", "Increasing", "Intervals", "MapRule", "Rule"]
@@ -441,9 +442,22 @@ class ActNormRule(Rule):
         return self.unscale(y, by, into) - shift
 
     def _constants(self, ndim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        bias, log_scale = self.parameters()
         shape = (1, -1, *(1,) * (ndim - 2))
-        shift = fixed(self.layer.bias, 2.0**self.above).reshape(shape)
-        return shift, *ratio(fixed(self.layer.log_scale, STEPS).reshape(shape))
+        shift = fixed(bias, 2.0**self.above).reshape(shape)
+        return shift, *ratio(fixed(log_scale, STEPS).reshape(shape))
+
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """What is added to each channel, and the log of what then multiplies it."""
+        return self.layer.bias, self.layer.log_scale
+
+
+@register(Standardize)
+class StandardizeRule(ActNormRule):
+    """A shift and a scale for each feature."""
+
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        return -self.layer.mean, -self.layer.std.log()
 
 
 @register(InvertibleConv)
