@@ -364,7 +364,7 @@ def _figure_panel(
     """Plot training and validation figures, and mark skipped steps."""
     key = "bits_per_dim" if unit == "bits" else "nats"
     error = "standard_error" if unit == "bits" else "standard_error_nats"
-    shown = []
+    shown, ends = [], []
     steps, values = _series(training, key)
     if len(steps):
         smooth = _smooth(values)
@@ -374,42 +374,21 @@ def _figure_panel(
         shown += [late, np.quantile(values[len(values) // 4 :], [0.01, 0.99])]
     steps, values = _series(evaluations, key)
     if len(steps):
-        errors = _column([r for r in evaluations if number(r.get(key)) is not None], error)
-        ax.fill_between(
-            steps, values - errors, values + errors, color=colors.accent, alpha=0.18, lw=0
-        )
-        ax.plot(
-            steps,
-            values,
-            "-o",
-            color=colors.accent,
-            lw=1.6,
-            ms=4.5,
-            mew=0,
-            label="validation ± standard error" if errors.any() else "validation",
-        )
-        ax.annotate(
-            f"{values[-1]:.3f}" if unit == "bits" else f"{values[-1]:.4g}",
-            (steps[-1], values[-1]),
-            (7, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=colors.accent,
-            annotation_clip=False,
-        )
+        rows = [row for row in evaluations if number(row.get(key)) is not None]
+        errors = np.array([number(row.get(error)) or 0.0 for row in rows])
+        low, high = values - errors, values + errors
+        ax.fill_between(steps, low, high, color=colors.accent, alpha=0.18, lw=0)
+        label = "validation ± standard error" if errors.any() else "validation"
+        ax.plot(steps, values, "-o", color=colors.accent, lw=1.6, ms=4.5, mew=0, label=label)
+        last = f"{values[-1]:.3f}" if unit == "bits" else f"{values[-1]:.4g}"
+        ends.append((steps[-1], values[-1], last, colors.accent))
         shown.append(values)
     _frame(ax, np.concatenate(shown) if shown else np.zeros(1))
+    _label_ends(ax, ends)
     if skipped:
-        at = [row["step"] for row in skipped]
-        ax.plot(
-            at,
-            [0.02] * len(at),
-            "|",
-            color=colors.bad,
-            transform=ax.get_xaxis_transform(),
-            label=f"skipped steps: {len(at)}",
-        )
+        at, label = [row["step"] for row in skipped], f"skipped steps: {len(skipped)}"
+        axis = ax.get_xaxis_transform()
+        ax.plot(at, [0.02] * len(at), "|", color=colors.bad, transform=axis, label=label)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=9, labelcolor=colors.ink, loc="upper right")
     name = "bits per dimension" if unit == "bits" else "nats per example"
@@ -567,10 +546,6 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     first, last = i - np.minimum(i, half), i + np.minimum(np.minimum(i, half), n - 1 - i)
     sums = np.concatenate([[0.0], values.cumsum()])
     return (sums[last + 1] - sums[first]) / (last + 1 - first)
-
-
-def _column(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    return np.array([number(row.get(key)) or 0.0 for row in rows], np.float64)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
