@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,12 @@ class FactorizedBetaBinomial(EventDistribution):
         self.n = levels - 1
         super().__init__(log_alpha.shape[:1], log_alpha.shape[1:])
 
+    @classmethod
+    def from_channels(cls, h: Tensor, levels: int) -> FactorizedBetaBinomial:
+        """Read h (B, 2 C, ...): log α in the first half of the channels, log β in the second."""
+        log_alpha, log_beta = h.chunk(2, 1)
+        return cls(log_alpha, log_beta, levels)
+
     @property
     def mean(self) -> Tensor:
         """The mean level, n α / (α + β)."""
@@ -85,19 +90,7 @@ class FactorizedBetaBinomial(EventDistribution):
         return choose + drawn - torch.lgamma(a) - torch.lgamma(b) + torch.lgamma(a + b)
 
 
-@dataclass(frozen=True)
-class BetaBinomialRead:
-    """The first half of h's channels is log α, the second log β."""
-
-    levels: int
-
-    def __call__(self, h: Tensor) -> FactorizedBetaBinomial:
-        """The distribution."""
-        log_alpha, log_beta = h.chunk(2, 1)
-        return FactorizedBetaBinomial(log_alpha, log_beta, self.levels)
-
-
 @register_likelihood("beta-binomial", data="levels")
 def beta_binomial(shape: Sequence[int], net: Callable[[int], nn.Module], levels: int) -> nn.Module:
     """A `FactorizedBetaBinomial`."""
-    return LikelihoodHead(net(2 * shape[0]), BetaBinomialRead(levels))
+    return LikelihoodHead(net(2 * shape[0]), FactorizedBetaBinomial.from_channels, levels=levels)

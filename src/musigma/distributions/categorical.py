@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,11 @@ class FactorizedCategorical(EventDistribution):
         self.log_probs = at_least_float32(logits).log_softmax(1)
         super().__init__(logits.shape[:1], logits.shape[2:])
 
+    @classmethod
+    def from_channels(cls, h: Tensor, levels: int) -> FactorizedCategorical:
+        """Read h (B, levels · C, ...): channel l C + c is the logit of level l of channel c."""
+        return cls(h.unflatten(1, (levels, -1)))
+
     @property
     def mean(self) -> Tensor:
         """The mean level."""
@@ -61,18 +65,9 @@ class FactorizedCategorical(EventDistribution):
         return self._sum(self.log_probs.gather(1, index).squeeze(1))
 
 
-@dataclass(frozen=True)
-class CategoricalRead:
-    """Channel l C + c of h is the logit of level l of channel c."""
-
-    levels: int
-
-    def __call__(self, h: Tensor) -> FactorizedCategorical:
-        """The distribution."""
-        return FactorizedCategorical(h.unflatten(1, (self.levels, -1)))
-
-
 @register_likelihood("categorical", data="levels")
 def categorical(shape: Sequence[int], net: Callable[[int], nn.Module], levels: int) -> nn.Module:
     """A `FactorizedCategorical`."""
-    return LikelihoodHead(net(shape[0] * levels), CategoricalRead(levels))
+    return LikelihoodHead(
+        net(shape[0] * levels), FactorizedCategorical.from_channels, levels=levels
+    )

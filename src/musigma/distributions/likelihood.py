@@ -123,23 +123,25 @@ class LikelihoodHead(nn.Module):
 
     Args:
         net: ``net(given)`` or ``net(given, context)``.
-        read: ``read(h)`` is the distribution for the network's output h. If it also has
-            ``read.saturation(h)``, that is the share of its scales that have run into a limit.
+        read: ``read(h, **options)`` is the distribution for the network's output h. If it also
+            has ``read.saturation(h)``, that is the share of its scales that are at a limit.
+        **options: Keyword arguments of `read`.
     """
 
-    def __init__(self, net: nn.Module, read: Callable[[Tensor], Distribution]):
+    def __init__(self, net: nn.Module, read: Callable[..., Distribution], **options: Any):
         super().__init__()
-        self.net, self.read = net, read
+        self.net, self.read, self.options = net, read, options
 
     def forward(self, given: Tensor, context: Tensor | None = None) -> Distribution:
         """p(x | given)."""
-        return self.read(at_least_float32(conditioned(self.net, given, context)))
+        return self.read(at_least_float32(conditioned(self.net, given, context)), **self.options)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-        """The network, with the share of its scales that have run into a limit."""
+        """The network, with the share of the scales it emits that are at a limit."""
         if (share := getattr(self.read, "saturation", None)) is not None:
             yield self.net, share
 
     def extra_repr(self) -> str:
         """Names how the output is read."""
-        return f"read={getattr(self.read, '__name__', self.read)}"
+        options = [f"{name}={value}" for name, value in self.options.items()]
+        return ", ".join([getattr(self.read, "__qualname__", str(self.read)), *options])

@@ -40,10 +40,10 @@ class OneHotLatents(Distribution):
 
     Example:
         >>> q = OneHotLatents(torch.zeros(3, 2, 4), gradient="straight-through")
-        >>> q.rsample().sum(-1)
-        tensor([[1., 1.],
-                [1., 1.],
-                [1., 1.]])
+        >>> (q.rsample() > 0.5).sum(-1)
+        tensor([[1, 1],
+                [1, 1],
+                [1, 1]])
     """
 
     def __init__(

@@ -115,7 +115,7 @@ class Autoregressive(Bijection):
         return torch.cat(features, 1), torch.cat(log_slopes, 1).sum(1)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-        """The network, with the share of its output's scales that have run into a limit."""
+        """The network, with the share of the scales it emits that are at a limit."""
         if (share := getattr(self.map, "saturation", None)) is not None:
             yield self.net, share
 

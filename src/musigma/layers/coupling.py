@@ -74,7 +74,7 @@ class Coupling(Bijection):
         return x, torch.cat([x1, y2], 1), sum_event(log_slope, x.ndim - 1)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-        """The network, with the share of its output's scales that have run into a limit."""
+        """The network, with the share of the scales it emits that are at a limit."""
         if (share := getattr(self.map, "saturation", None)) is not None:
             yield self.net, share
 

@@ -63,7 +63,7 @@ class Elementwise(Bijection):
         return x, sum_event(log_slope, y.ndim - 1)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Any], Tensor]]]:
-        """This layer, with the share of its scales that have run into a limit."""
+        """This layer, with the share of its scales that are at a limit."""
         if (share := getattr(self.map, "saturation", None)) is not None:
             yield self, lambda _: share(self.h[None])
 
