@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from corpus_flow import FLOWS, ActNorm, Conv1x1, Coupling, conv, images, made
-from musigma.audit import AuditError, audit_flow, probes
+from musigma.audit import AuditError, audit_flow, sandbox
 from musigma.zoo import build
 
 SEEDS = [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 20))]
@@ -46,7 +46,7 @@ def test_a_forward_that_raises_is_named():
 
 
 def test_a_forward_that_does_not_end_is_named(monkeypatch):
-    monkeypatch.setattr(probes.Guest.__init__, "__kwdefaults__", {"seed": 0, "seconds": 0.3})
+    monkeypatch.setattr(sandbox.Sandbox.__init__, "__kwdefaults__", {"seed": 0, "seconds": 0.3})
     with pytest.raises(AuditError, match=r"forward: .* did not end within 0.3 s"):
         audit_flow(endless, example=torch.randn(8, 4))
     with pytest.raises(AuditError, match=r"inverse: .* did not end within 0.3 s"):
@@ -58,8 +58,8 @@ def test_a_forward_that_does_not_end_is_named(monkeypatch):
     [
         (lambda x: None, "expected .z, log_det.; got NoneType"),
         (lambda x: "z", "expected .z, log_det.; got str"),
-        (lambda x: (x[:, :2], 0.0), "2 numbers for each example and x 4"),
-        (lambda x: (torch.cat([x, x], 1), 0.0), "8 numbers for each example and x 4"),
+        (lambda x: (x[:, :2], 0.0), "2 numbers for each example, and x 4"),
+        (lambda x: (torch.cat([x, x], 1), 0.0), "8 numbers for each example, and x 4"),
         (lambda x: (x.sum(), 0.0), "expected 5 examples|expected 8 examples"),
         (3, "expected a callable; got int"),
     ],

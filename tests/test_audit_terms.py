@@ -14,7 +14,7 @@ from musigma.audit import (
     audit_density,
     audit_importance_bound,
     audit_log_prob_term,
-    probes,
+    sandbox,
 )
 
 SEEDS = [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 20))]
@@ -57,7 +57,7 @@ def test_what_raises_is_named(name):
 
 @pytest.mark.parametrize("name", AUDITS)
 def test_what_does_not_end_is_named(name, monkeypatch):
-    monkeypatch.setattr(probes.Guest.__init__, "__kwdefaults__", {"seed": 0, "seconds": 0.1})
+    monkeypatch.setattr(sandbox.Sandbox.__init__, "__kwdefaults__", {"seed": 0, "seconds": 0.1})
     with pytest.raises(AuditError, match=rf"{name}: .* did not end"):
         AUDITS[name](endless)
 

@@ -155,7 +155,7 @@ def test_wrong_shapes_and_arguments_are_named(given, message):
 
 
 def test_what_does_not_end_is_named(monkeypatch):
-    monkeypatch.setattr("musigma.audit.probes.SECONDS", 0.2)
+    monkeypatch.setattr("musigma.audit.sandbox.SECONDS", 0.2)
 
     def sample(mean, second):
         while True:
@@ -173,7 +173,7 @@ def test_what_could_not_be_checked_is_said():
     packed = audit_vae(
         encode=lambda x: x.repeat(1, 2), sample=sampler(half), example=torch.rand(4, D)
     )
-    assert "who splits it is not known" in packed.layout
+    assert "what splits it is unknown" in packed.layout
     net = Net()
     odd = audit_vae(**parts(net, recon=net.recon, loss=lambda x: (x**3).sum()))
     assert any(line.startswith("the loss against its terms") for line in odd.unchecked)

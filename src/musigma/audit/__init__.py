@@ -2,10 +2,10 @@
 
 from musigma.audit.aggregate import audit_aggregate
 from musigma.audit.density import audit_density
+from musigma.audit.dispatch import audit, named
 from musigma.audit.findings import CODES, AuditError, AuditReport, Finding
 from musigma.audit.flow import audit_flow
-from musigma.audit.found import audit, named
-from musigma.audit.own import audit_model
+from musigma.audit.models import audit_model
 from musigma.audit.terms import audit_bits, audit_importance_bound, audit_log_prob_term
 from musigma.audit.vae import audit_vae
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musigma.audit.findings import AuditError, AuditReport, Notes
-from musigma.audit.probes import Guest, about_types
+from musigma.audit.findings import AuditError, AuditReport, ReportBuilder
+from musigma.audit.sandbox import Sandbox, about_types
 from musigma.audit.statistics import covariance_differs
 
 __all__ = ["audit_aggregate"]
@@ -55,27 +55,25 @@ def audit_aggregate(
             f"covariance: expected shape ({d}, {d}), as sample returns {d} numbers a draw; got "
             f"{tuple(claimed.shape)}"
         )
-    notes = Notes("aggregate posterior")
+    report = ReportBuilder("aggregate posterior")
     if not bool(z.isfinite().all() and claimed.isfinite().all()):
-        notes.find(
+        report.bug(
             "not_finite",
-            "bug",
             "covariance or sample returns NaN or infinity",
             "look at which of the two does, and for which x",
         )
-        return notes.report()
+        return report.build()
     half = len(z) // 2
     excess = min(covariance_differs(part, claimed)[0] for part in (z[:half], z[half:]))
     sampled = covariance_differs(z, claimed)[1]
     scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
     off = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max())
-    notes.checked.append(
+    report.checked.append(
         f"covariance of {len(z)} draws: off by {off:.3g} as a correlation at the most"
     )
     if excess > 1:
-        notes.find(
+        report.bug(
             "aggregate_cov",
-            "bug",
             f"the claimed covariance is off from that of {len(z)} draws by {off:.3g} as a "
             "correlation",
             "the covariance of the aggregate is E[S(x)] + Cov[mean(x)]: add both parts",
@@ -84,13 +82,13 @@ def audit_aggregate(
             off=off,
             over_limit=excess,
         )
-    return notes.report()
+    return report.build()
 
 
 def _both(covariance: Any, sample: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The claimed covariance, and draws."""
-    with Guest(covariance, sample) as guest, torch.no_grad():
-        guest.use(dtype)
-        claimed = guest.call("covariance", covariance) if callable(covariance) else covariance
-        z = guest.call("sample", sample, DRAWS) if callable(sample) else sample
-        return guest.tensor("covariance", claimed), guest.tensor("sample", z)
+    with Sandbox(covariance, sample) as sandbox, torch.no_grad():
+        sandbox.use_dtype(dtype)
+        claimed = sandbox.call("covariance", covariance) if callable(covariance) else covariance
+        z = sandbox.call("sample", sample, DRAWS) if callable(sample) else sample
+        return sandbox.as_tensor("covariance", claimed), sandbox.as_tensor("sample", z)

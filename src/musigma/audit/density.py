@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from musigma.audit.findings import AuditError, AuditReport, Notes, name_of
-from musigma.audit.probes import Guest
+from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
+from musigma.audit.sandbox import Sandbox
 
 __all__ = ["audit_density"]
 
@@ -58,28 +58,26 @@ def audit_density(log_prob: Any, dim: int) -> AuditReport:
     call = log_prob
     if hasattr(log_prob, "log_prob") and callable(log_prob.log_prob):
         call = log_prob.log_prob
-    notes = Notes(name_of(log_prob))
-    with Guest(log_prob) as guest, np.errstate(invalid="ignore", over="ignore"):
-        density = _Density(guest, call, dim, notes)
+    report = ReportBuilder(name_of(log_prob))
+    with Sandbox(log_prob) as sandbox, np.errstate(invalid="ignore", over="ignore"):
+        density = _Density(sandbox, call, dim, report)
         if dim <= 2:
             value, error, sure = (_line if dim == 1 else _plane)(density)
             how = "quadrature"
         else:
             value, error, sure = _weighted(density)
             how = "importance weights"
-    notes.details |= {"integral": value, "error": error, "evaluations": density.count}
+    report.details |= {"integral": value, "error": error, "evaluations": density.count}
     if density.nan_inside:
-        notes.find(
+        report.bug(
             "not_finite",
-            "bug",
             "log_prob is NaN at points between others that have mass",
             "keep what is taken the logarithm of above zero, and inputs in the range of inverses",
         )
     elif abs(value - 1) > max(OFF, SURE * error):
         if sure:
-            notes.find(
+            report.bug(
                 "not_normalised",
-                "bug",
                 f"it integrates to {value:.5g} ± {error:.1g}, by {how}, and not to one"
                 + _constant(value, dim),
                 "add the logarithm of what is missing: the normalising constant, or a log |det|",
@@ -87,14 +85,14 @@ def audit_density(log_prob: Any, dim: int) -> AuditReport:
                 error=error,
             )
         else:
-            notes.unchecked.append(
+            report.unchecked.append(
                 f"the integral: {value:.4g} was found, and more mass may lie elsewhere"
             )
     elif not sure:
-        notes.unchecked.append(f"the integral: {value:.4g} ± {error:.1g}, which is not exact")
+        report.unchecked.append(f"the integral: {value:.4g} ± {error:.1g}, which is not exact")
     else:
-        notes.checked.append(f"the integral, by {how}: {value:.6g} ± {error:.1g}")
-    return notes.report()
+        report.checked.append(f"the integral, by {how}: {value:.6g} ± {error:.1g}")
+    return report.build()
 
 
 def _constant(value: float, dim: int) -> str:
@@ -118,8 +116,10 @@ def _constant(value: float, dim: int) -> str:
 class _Density:
     """A log-density as a function of points (N, dim), -inf where it has nothing to say."""
 
-    def __init__(self, guest: Guest, call: Callable[..., Any], dim: int, notes: Notes):
-        self.guest, self.call, self.dim, self.notes = guest, call, dim, notes
+    def __init__(
+        self, sandbox: Sandbox, call: Callable[..., Any], dim: int, report: ReportBuilder
+    ):
+        self.sandbox, self.call, self.dim, self.report = sandbox, call, dim, report
         self.count, self.nan_inside, self.began = 0, False, time.process_time()
         self.flat, self.inside, self.raises = False, 0.0, 0
         self.low: np.ndarray | None = None  # the box outside of which it raises, once it did
@@ -130,14 +130,14 @@ class _Density:
         """The type, and the shape of points, that it takes: at some point or other."""
         trouble: AuditError | None = None
         for dtype in (torch.float64, torch.float32):
-            self.guest.use(dtype)
+            self.sandbox.use_dtype(dtype)
             for place in PLACES:
                 for flat in (False, True) if self.dim == 1 else (False,):
                     x = torch.full((7, self.dim), place, dtype=dtype)
                     try:
-                        value = self.guest.tensor(
+                        value = self.sandbox.as_tensor(
                             "log_prob",
-                            self.guest.call("log_prob", self.call, x[:, 0] if flat else x),
+                            self.sandbox.call("log_prob", self.call, x[:, 0] if flat else x),
                         )
                         if value.numel() != 7:
                             raise AuditError(
@@ -149,9 +149,9 @@ class _Density:
                         continue
                     self.flat, self.inside = flat, place
                     if flat:
-                        self.notes.assumed.append("log_prob takes points as (N,)")
+                        self.report.assumed.append("log_prob takes points as (N,)")
                     if dtype == torch.float32:
-                        self.notes.assumed.append("it computes in float32 alone")
+                        self.report.assumed.append("it computes in float32 alone")
                     return dtype
         raise trouble or AuditError("log_prob: it cannot be called")
 
@@ -165,7 +165,7 @@ class _Density:
                     x = torch.full((1, self.dim), self.inside, dtype=self.dtype)
                     x[0, axis] += sign * reach
                     try:
-                        self.guest.call("log_prob", self.call, x[:, 0] if self.flat else x)
+                        self.sandbox.call("log_prob", self.call, x[:, 0] if self.flat else x)
                     except AuditError as error:
                         if error.__cause__ is None:
                             raise
@@ -184,7 +184,7 @@ class _Density:
                     middle = (near + far) / 2
                     near, far = (middle, far) if works(middle) else (near, middle)
                 ends[axis] = self.inside + sign * near
-        self.notes.assumed.append("where log_prob raises there is no mass")
+        self.report.assumed.append("where log_prob raises there is no mass")
 
     @property
     def late(self) -> bool:
@@ -215,7 +215,7 @@ class _Density:
         points = torch.from_numpy(np.ascontiguousarray(x)).to(self.dtype)
         try:
             with torch.no_grad():
-                value = self.guest.call(
+                value = self.sandbox.call(
                     "log_prob", self.call, points[:, 0] if self.flat else points
                 )
         except AuditError as error:
@@ -229,7 +229,7 @@ class _Density:
                 return np.full(len(x), -np.inf)
             half = len(x) // 2  # it raises outside its support
             return np.concatenate([self._ask(x[:half]), self._ask(x[half:])])
-        value = self.guest.tensor("log_prob", value).reshape(-1).numpy()
+        value = self.sandbox.as_tensor("log_prob", value).reshape(-1).numpy()
         if value.shape != (len(x),):
             raise AuditError(f"log_prob: given {tuple(points.shape)}, it returns {value.shape}")
         bad = np.isnan(value)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musigma.audit.findings import AuditError
-from musigma.audit.probes import Guest
+from musigma.audit.sandbox import Sandbox
 from musigma.audit.scales import READINGS
 
 __all__ = ["Divergence", "Regression", "formula", "gaussian_kl", "read", "regress"]
@@ -81,7 +81,7 @@ class Divergence:
     """A code's KL as a function of flat heads, one number for each row.
 
     Args:
-        guest: That calls it.
+        sandbox: That calls it.
         kl: ``kl(mean, second)``, or ``kl(mean, second, z)``.
         latent: Shape of the mean of one example.
         second: Shape of the second tensor of one example.
@@ -95,7 +95,7 @@ class Divergence:
 
     def __init__(
         self,
-        guest: Guest,
+        sandbox: Sandbox,
         kl: Callable[..., Any],
         latent: Sequence[int],
         second: Sequence[int],
@@ -103,7 +103,7 @@ class Divergence:
         example_rows: int | None,
         at: tuple[Tensor, Tensor, Tensor],
     ):
-        self.guest, self.kl, self.uses_sample = guest, kl, uses_sample
+        self.sandbox, self.kl, self.uses_sample = sandbox, kl, uses_sample
         self.latent, self.second = tuple(latent), tuple(second)
         self.d = math.prod(self.latent)
         self.copies = 1  # identical rows in one call
@@ -130,21 +130,21 @@ class Divergence:
         *,
         latent: Sequence[int] | None = None,
     ) -> Tensor:
-        n, dtype = len(mean), self.guest.dtype
+        n, dtype = len(mean), self.sandbox.dtype
         latent = self.latent if latent is None else latent
         same = latent != self.latent and self.second == self.latent
-        given = [self.guest.given(mean).reshape(n, *latent).clone()]
+        given = [self.sandbox.to_input(mean).reshape(n, *latent).clone()]
         given.append(
-            self.guest.given(second).reshape(n, *(latent if same else self.second)).clone()
+            self.sandbox.to_input(second).reshape(n, *(latent if same else self.second)).clone()
         )
         if self.uses_sample and z is not None:
-            given.append(self.guest.given(z).reshape(n, *latent).clone())
-        value = self.guest.call("kl", self.kl, *given)
+            given.append(self.sandbox.to_input(z).reshape(n, *latent).clone())
+        value = self.sandbox.call("kl", self.kl, *given)
         if isinstance(value, (tuple, list)) and value:
             value = value[0]
         if getattr(value, "dtype", None) in (torch.float32, np.float32) or dtype == torch.float32:
             self.rounding = 1e-4
-        return self.guest.tensor("kl", value)
+        return self.sandbox.as_tensor("kl", value)
 
     def _kind(self, at: tuple[Tensor, Tensor, Tensor]) -> str:
         n = self.copies if self.copies > 1 else (5 if self.d != 5 else 7)
@@ -168,7 +168,7 @@ class Divergence:
         )
 
     def _once(self, mean: Tensor, second: Tensor, z: Tensor | None, seed: int = 0) -> Tensor:
-        self.guest.reseed(seed)
+        self.sandbox.reseed(seed)
         rows = self.copies
         given = [None if t is None else t.expand(rows, -1) for t in (mean, second, z)]
         value = self._raw(given[0], given[1], given[2]).sum()  # pyright: ignore
@@ -186,7 +186,7 @@ class Divergence:
     def _many(self, mean: Tensor, second: Tensor, z: Tensor | None) -> tuple[float, float]:
         values = []
         for seed in range(CHANCE_SEEDS):
-            self.guest.reseed(seed)
+            self.sandbox.reseed(seed)
             rows = [t if t is None else t.expand(CHANCE_ROWS, -1) for t in (mean, second, z)]
             values.append(float(self._raw(rows[0], rows[1], rows[2]).sum()))  # pyright: ignore
         both = torch.tensor(values)
@@ -241,7 +241,7 @@ class Divergence:
         def total(n: int) -> float:
             values = []
             for m in (mean + 1, 0.5 * mean):
-                self.guest.reseed(0)
+                self.sandbox.reseed(0)
                 values.append(self._raw(*(t.expand(n, -1) for t in (m, second, z + m - mean))))
             return float(values[0].sum() - values[1].sum())
 

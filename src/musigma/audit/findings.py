@@ -7,14 +7,26 @@ page for each.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
 from musigma.files import finite
 from musigma.report.html import render, short
 
-__all__ = ["CODES", "AuditError", "AuditReport", "Finding", "Notes", "Severity", "name_of"]
+__all__ = [
+    "CODES",
+    "AuditError",
+    "AuditReport",
+    "Finding",
+    "ReportBuilder",
+    "Severity",
+    "distance",
+    "name_of",
+]
 
 Severity = Literal["bug", "warning"]
 Verdict = Literal["correct", "warning", "bug"]
@@ -202,11 +214,11 @@ def _words(numbers: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {short(value)}" for name, value in numbers.items())
 
 
-class Notes:
-    """What an audit collects on its way to a report.
+class ReportBuilder:
+    """Collects findings and notes, from which `build` makes the report.
 
-    Args:
-        subject: What is looked at.
+    Attributes:
+        subject: What is audited.
     """
 
     def __init__(self, subject: str):
@@ -220,13 +232,21 @@ class Notes:
     def find(
         self, code: str, severity: Severity, message: str, repair: str, **numbers: Any
     ) -> None:
-        """A finding: the first of its code, unless a bug follows a warning."""
+        """Add a finding, unless there is one of its code that is no less severe."""
         known = self.findings.get(code)
         if known is None or (known.severity == "warning" and severity == "bug"):
             self.findings[code] = Finding(code, severity, message, numbers, repair)
 
-    def report(self, **more: Any) -> AuditReport:
-        """Everything collected."""
+    def bug(self, code: str, message: str, repair: str, **numbers: Any) -> None:
+        """Add a finding of severity "bug"."""
+        self.find(code, "bug", message, repair, **numbers)
+
+    def warn(self, code: str, message: str, repair: str, **numbers: Any) -> None:
+        """Add a finding of severity "warning"."""
+        self.find(code, "warning", message, repair, **numbers)
+
+    def build(self, **more: Any) -> AuditReport:
+        """The report of everything that was collected."""
         return AuditReport(
             subject=self.subject,
             findings=tuple(self.findings.values()),
@@ -238,6 +258,13 @@ class Notes:
         )
 
 
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative where the values are above one."""
+    a, b = a.detach().double(), b.detach().double()
+    off = float(((a - b).abs() / (1 + b.abs())).max()) if a.numel() else 0.0
+    return math.inf if math.isnan(off) else off
+
+
 def name_of(thing: Any) -> str:
-    """What to call a callable, or an object by its class."""
+    """The name of a callable, or of an object's class."""
     return getattr(thing, "__qualname__", None) or type(thing).__name__

@@ -1,92 +1,93 @@
-"""Layers that set themselves from their first batch: rightly, and once?
+"""Layers that initialise themselves from their first batch: correctly, and only once?
 
-What the first call leaves is told from a second one: if the answer to other data depends on which
-batch came first, the first was used. Then it is repeated on shifted, unevenly scaled data, and the
-layer whose first output is a shift and a scale of each channel must have standardised it.
+If the answer to other data depends on which batch came first, the first call initialises. It is
+then repeated on shifted, unevenly scaled data: a layer whose first output is a shift and a scale
+of each channel must have standardised it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from musigma.audit.findings import AuditError
-from musigma.audit.ground import Ground, apart
+from musigma.audit.findings import AuditError, distance
+from musigma.audit.flow_state import FlowAudit
+from musigma.audit.sandbox import first, forward_hooks
 
-__all__ = ["initialisation"]
+__all__ = ["check_initialisation"]
+
+Moments = tuple[Tensor, Tensor]
 
 
-def initialisation(ground: Ground) -> None:
-    """Whether the first call set anything; if it did, whether rightly, and whether it lasts."""
-    if not ground.guest.modules and not ground.guest.holders:
+def check_initialisation(audit: FlowAudit) -> None:
+    """Whether the first call initialises anything, and if so correctly and for good."""
+    if not audit.sandbox.modules and not audit.sandbox.holders:
         return
-    if ground.turned:
-        ground.unchecked.append(
-            "data-dependent initialisation, if there is any: it was handed in in training mode"
+    if audit.was_training:
+        audit.unchecked.append(
+            "data-dependent initialisation: the flow was handed in in training mode"
         )
         return
-    after_first = ground.guest.snapshot()
-    other = ground.drawn(len(ground.x), 4)
-    ours = ground.map.forward(other.clone()).flat.detach()
-    ground.before_first()
+
+    def z(x: Tensor) -> Tensor:
+        return audit.flow.forward(x.clone()).flat.detach()
+
+    restore_after_first = audit.sandbox.snapshot()
+    other = audit.draw_examples(len(audit.x), 4)
+    second = z(other)
+    audit.restore_first()
     with suppress(AuditError):
-        theirs = ground.map.forward(other.clone()).flat.detach()
-        again = ground.map.forward(ground.x.clone()).flat.detach()
-        after_first()
-        mine = ground.map.forward(ground.x.clone()).flat.detach()
-        depends = max(apart(ours, theirs), apart(again, mine)) > 10 * ground.fine
-        if depends and not _running(ground):
-            ground.checked.append("the first call initialises from its batch")
-            _standardises(ground)
-            _reloads(ground)
-    after_first()
-    _settle(ground)
+        other_first = z(other)
+        example_second = z(audit.x)
+        restore_after_first()
+        example_again = z(audit.x)
+        differences = distance(second, other_first), distance(example_second, example_again)
+        if max(differences) > 10 * audit.tolerance and not _has_running_statistics(audit):
+            audit.checked.append("the first call initialises from its batch")
+            _check_standardisation(audit)
+            _check_reload(audit)
+    restore_after_first()
+    audit.flow.forward(audit.x.clone())  # initialises, if nothing has
 
 
-def _running(ground: Ground) -> bool:
-    """Whether each call moves the answer of the next: running statistics, no initialisation."""
-    kept = ground.guest.snapshot()
-    first = ground.map.forward(ground.x.clone()).flat.detach()
+def _has_running_statistics(audit: FlowAudit) -> bool:
+    """Whether each call changes the answer of the next, which is no initialisation."""
+    restore = audit.sandbox.snapshot()
+    before = audit.flow.forward(audit.x.clone()).flat.detach()
     for seed in range(3):
-        ground.map.forward(3 * ground.drawn(len(ground.x), 20 + seed))
-    last = ground.map.forward(ground.x.clone()).flat.detach()
-    kept()
-    return apart(first, last) > ground.fine
+        audit.flow.forward(3 * audit.draw_examples(len(audit.x), 20 + seed))
+    after = audit.flow.forward(audit.x.clone()).flat.detach()
+    restore()
+    return distance(before, after) > audit.tolerance
 
 
-def _settle(ground: Ground) -> None:
-    """A first call, if there has to be one."""
-    ground.map.forward(ground.x.clone())
+def _check_standardisation(audit: FlowAudit) -> None:
+    """Check the layers that are a shift and a scale of each channel, on uneven data.
 
-
-def _standardises(ground: Ground) -> None:
-    """Judge the layers that are a shift and a scale of each channel, on uneven data.
-
-    Twice: with all else as it is, and at random. Networks that start at zero look like no network,
-    and a gain that is learned besides is no mistake: what is wrong is wrong both times.
+    Once with the other parameters as they are and once at random: networks that start at zero
+    hide faults, and a learned gain looks like one. A fault shows both times.
     """
-    own = _standardised(ground, 0.0)
-    other = _standardised(ground, 0.3) if own else {}
-    both = [name for name in own if name in other]
+    unperturbed = _standardised(audit, 0.0)
+    perturbed = _standardised(audit, 0.3) if unperturbed else {}
+    both = [name for name in unperturbed if name in perturbed]
     if not both:
-        ground.unchecked.append("what the data-dependent initialisation sets: no layer shows it")
+        audit.unchecked.append("what the data-dependent initialisation sets: no layer shows it")
         return
-    ground.checked.append(
+    audit.checked.append(
         "data-dependent initialisation: each channel's mean and std after the first batch, on "
         "shifted and unevenly scaled data"
     )
     for name in both:
-        (mean, std), (mean2, std2) = own[name], other[name]
-        if min(_far(mean, std), _far(mean2, std2)) < 0.05:
+        if min(_error(*unperturbed[name]), _error(*perturbed[name])) < 0.05:
             continue
-        common = float(std.median())  # some scale to another constant, all channels alike
+        mean, std = unperturbed[name]
+        common = float(std.median())  # some layers scale all channels to another constant
         alike = float((std / common - 1).abs().max()) < 0.05
         alike &= float(mean.abs().max()) < 0.05 * max(1.0, common)
-        ground.find(
+        audit.find(
             "ddi_wrong",
             "warning" if alike else "bug",
             f"after its first batch, {name} has channel means up to {float(mean.abs().max()):.3g} "
@@ -99,69 +100,73 @@ def _standardises(ground: Ground) -> None:
         )
 
 
-def _far(mean: Tensor, std: Tensor) -> float:
+def _error(mean: Tensor, std: Tensor) -> float:
     return max(float(mean.abs().max()), float((std - 1).abs().max()))
 
 
-def _standardised(ground: Ground, noise: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """Means and stds of every layer's first output that is a shift and a scale of its input."""
-    shape = ground.example.shape[1:]
+def _standardised(audit: FlowAudit, noise: float) -> dict[str, Moments]:
+    """Mean and std by channel of every first output that shifts and scales its input."""
+    shape = audit.example.shape[1:]
     channels = shape[0]
-    n = max(16, 512 // max(1, ground.example[0].numel() // channels))
+    n = max(16, 512 // max(1, audit.example[0].numel() // channels))
     spread = torch.logspace(-0.7, 0.7, channels) if channels > 1 else torch.tensor([3.0])
-    centre = torch.linspace(2.0, -3.0, channels)
+    center = torch.linspace(2.0, -3.0, channels)
     form = (1, channels, *(1,) * (len(shape) - 1))
     draws = torch.randn(n, *shape, generator=torch.Generator().manual_seed(3))
-    uneven = (draws * spread.reshape(form) + centre.reshape(form)).to(ground.example)
-    names = {m: k for root in ground.guest.modules for k, m in root.named_modules()}
-    for data in (uneven, ground.drawn(n, 5)):
-        ground.before_first()
+    uneven = (draws * spread.reshape(form) + center.reshape(form)).to(audit.example)
+    names = {m: k for root in audit.sandbox.modules for k, m in root.named_modules()}
+    for data in (uneven, audit.draw_examples(n, 5)):
+        audit.restore_first()
         if noise:
-            ground.step(noise)
-        given: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        before = {m: _own(m) for m in names}
-        hooks = [m.register_forward_hook(_keep(given)) for m in names]
+            audit.perturb(noise)
+        outputs: dict[nn.Module, Moments] = {}
+
+        def keep(module: nn.Module, args: tuple, out: Any, outputs=outputs) -> None:
+            z = first(out)
+            if args and isinstance(args[0], Tensor) and isinstance(z, Tensor):
+                outputs.setdefault(module, (args[0].detach(), z.detach()))
+
+        before = {m: _numbers_of(m) for m in names}
         try:
-            image = ground.map.forward(data.clone())
+            with forward_hooks(names, keep):
+                image = audit.flow.forward(data.clone())
         except AuditError:
             continue
-        finally:
-            for hook in hooks:
-                hook.remove()
         if not image.flat.isfinite().all():
             continue
-        owners = [m for m in given if not _alike(before[m], _own(m))]  # what the call has set
-        pairs = [(names[m] or type(m).__name__, *given[m]) for m in owners]
-        found = {name: _moments(x, z) for name, x, z in pairs or [("forward", data, image.flat)]}
-        if any(found.values()):
-            return {name: moments for name, moments in found.items() if moments}
+        initialised = [m for m in outputs if not _equal(before[m], _numbers_of(m))]
+        pairs = [(names[m] or type(m).__name__, *outputs[m]) for m in initialised]
+        pairs = pairs or [("forward", data, image.flat)]
+        found = {name: moments for name, x, z in pairs if (moments := _moments(x, z))}
+        if found:
+            return found
     return {}
 
 
-def _own(module: nn.Module) -> list[Tensor]:
-    """The numbers that a module itself holds."""
-    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    held += [t for t in vars(module).values() if isinstance(t, Tensor)]
-    return [t.detach().clone() for t in held if t.is_floating_point()]
+def _numbers_of(module: nn.Module) -> list[Tensor]:
+    """Copies of the numbers that a module itself holds."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    tensors += [t for t in vars(module).values() if isinstance(t, Tensor)]
+    return [t.detach().clone() for t in tensors if t.is_floating_point()]
 
 
-def _alike(before: list[Tensor], after: list[Tensor]) -> bool:
+def _equal(before: list[Tensor], after: list[Tensor]) -> bool:
     return len(before) == len(after) and all(
         a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, after, strict=True)
     )
 
 
-def _moments(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Means and stds by channel, if z is a shift and a scale of each channel of x; not of none."""
+def _moments(x: Tensor, z: Tensor) -> Moments | None:
+    """Mean and std of z by channel, if z shifts and scales each channel of x; else None."""
     if x.numel() != z.numel() or x.ndim < 2 or x.numel() < 512 * x.shape[1]:
         return None
     z = z.detach().double().reshape(x.shape).transpose(0, 1).flatten(1)
     x = x.detach().double().transpose(0, 1).flatten(1)
-    centred, out = x - x.mean(1, keepdim=True), z - z.mean(1, keepdim=True)
-    if (centred.square().mean(1) == 0).any():
+    centered, out = x - x.mean(1, keepdim=True), z - z.mean(1, keepdim=True)
+    if (centered.square().mean(1) == 0).any():
         return None
-    slope = (centred * out).mean(1) / centred.square().mean(1)
-    left = (out - slope[:, None] * centred).abs().amax()
+    slope = (centered * out).mean(1) / centered.square().mean(1)
+    left = (out - slope[:, None] * centered).abs().amax()
     if left > 1e-4 * out.abs().amax().clamp(min=1e-12):
         return None
     if (slope - 1).abs().max() < 1e-6 and (z.mean(1) - x.mean(1)).abs().max() < 1e-6:
@@ -169,49 +174,34 @@ def _moments(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor] | None:
     return z.mean(1), z.std(1, correction=0)
 
 
-def _reloads(ground: Ground) -> None:
-    """Save after the first batch, load into what has seen none, and give it another."""
-    modules = _stateful(ground)
+def _check_reload(audit: FlowAudit) -> None:
+    """Save after the first batch, load into a fresh copy, and call that on another batch."""
+    modules = [m for m in audit.sandbox.modules if m.state_dict()]
+    if isinstance(audit.state, nn.Module):
+        modules = [audit.state]
     if not modules:
-        ground.unchecked.append("saving and loading: no module has the state")
+        audit.unchecked.append("saving and loading: no module has the state")
         return
-    ground.before_first()
-    ground.map.forward(ground.x.clone())
-    kept = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
-    other = 0.5 * ground.x + 0.5 * ground.drawn(len(ground.x), 6)
-    truth = ground.map.forward(other.clone()).flat.detach()
-    ground.before_first()
+    audit.restore_first()
+    audit.flow.forward(audit.x.clone())
+    saved = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
+    other = 0.5 * audit.x + 0.5 * audit.draw_examples(len(audit.x), 6)
+    expected = audit.flow.forward(other.clone()).flat.detach()
+    audit.restore_first()
     try:
-        for module, saved in zip(modules, kept, strict=True):
-            module.load_state_dict(saved)
+        for module, state in zip(modules, saved, strict=True):
+            module.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
-        ground.unchecked.append(f"loading a saved state: {str(error).splitlines()[0][:120]}")
+        audit.unchecked.append(f"loading a saved state: {str(error).splitlines()[0][:120]}")
         return
-    again = ground.map.forward(other.clone()).flat.detach()
-    off = apart(truth, again)
-    if off > 10 * ground.fine:
-        ground.find(
+    difference = distance(expected, audit.flow.forward(other.clone()).flat.detach())
+    if difference > 10 * audit.tolerance:
+        audit.bug(
             "ddi_reinit",
-            "bug",
             "saved after its first batch and loaded again, it initialises itself anew: the "
-            f"same input gives another z, by {off:.2g}",
-            "make the flag a buffer: ground.register_buffer('initialised', torch.tensor(False))",
-            difference=off,
+            f"same input gives another z, by {difference:.2g}",
+            "make the flag a buffer: self.register_buffer('initialised', torch.tensor(False))",
+            difference=difference,
         )
     else:
-        ground.checked.append("what was initialised survives state_dict")
-
-
-def _stateful(ground: Ground) -> list[nn.Module]:
-    if isinstance(ground.state, nn.Module):
-        return [ground.state]
-    return [m for m in ground.guest.modules if m.state_dict()]
-
-
-def _keep(given: dict[nn.Module, tuple[Tensor, Tensor]]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple, out: Any) -> None:
-        z = out[0] if isinstance(out, (tuple, list)) and out else out
-        if args and isinstance(args[0], Tensor) and isinstance(z, Tensor):
-            given.setdefault(module, (args[0].detach(), z.detach()))
-
-    return hook
+        audit.checked.append("the initialised state survives state_dict")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musigma.audit.findings import AuditError
-from musigma.audit.probes import Guest
+from musigma.audit.sandbox import Sandbox
 
 __all__ = ["Reconstruction", "combination"]
 
@@ -29,7 +29,7 @@ class Reconstruction:
     """A code's reconstruction term: its reduction over examples and over the elements of one.
 
     Args:
-        guest: That calls it.
+        sandbox: That calls it.
         recon: ``recon(x, x_hat)``.
         x: Examples (B, ...).
         x_hat: What they are compared with, of as many numbers.
@@ -38,8 +38,8 @@ class Reconstruction:
         AuditError: If it raises for the given examples.
     """
 
-    def __init__(self, guest: Guest, recon: Callable[..., Any], x: Tensor, x_hat: Tensor):
-        self.guest, self.recon = guest, recon
+    def __init__(self, sandbox: Sandbox, recon: Callable[..., Any], x: Tensor, x_hat: Tensor):
+        self.sandbox, self.recon = sandbox, recon
         self.x, self.x_hat = x, x_hat
         n = len(x)
         value = self._raw(x, x_hat)
@@ -52,10 +52,10 @@ class Reconstruction:
         self.finite = bool(value.isfinite().all())
 
     def _raw(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        value = self.guest.call("recon", self.recon, x.clone(), x_hat.clone())
+        value = self.sandbox.call("recon", self.recon, x.clone(), x_hat.clone())
         if isinstance(value, (tuple, list)) and value:
             value = value[0]
-        return self.guest.tensor("recon", value)
+        return self.sandbox.as_tensor("recon", value)
 
     def _total(self, x: Tensor, x_hat: Tensor) -> float:
         return float(self._raw(x, x_hat).sum())

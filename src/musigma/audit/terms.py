@@ -1,7 +1,7 @@
 r"""Are the figures true: bits per dimension, bounds by importance weights, terms of a Gaussian?
 
 Each of these is a short formula that everybody writes anew, and whose mistakes move a figure and
-break nothing. So each is asked for what it makes of a case whose answer is known.
+break nothing. So each is asked for what it makes of a audit whose answer is known.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from musigma.audit.findings import AuditError, AuditReport, Notes, name_of
-from musigma.audit.probes import Guest
+from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
+from musigma.audit.sandbox import Sandbox
 
 __all__ = ["audit_bits", "audit_importance_bound", "audit_log_prob_term"]
 
@@ -59,40 +59,39 @@ def audit_bits(
     """
     if levels < 2:
         raise AuditError(f"levels: expected 2 or more; got {levels}")
-    notes, shape = Notes(name_of(bits)), tuple(shape)
-    with Guest(bits) as guest:
+    report, shape = ReportBuilder(name_of(bits)), tuple(shape)
+    with Sandbox(bits) as sandbox:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, levels, (24, *shape), generator=generator)
-        ask = _bits_form(guest, bits, images, notes)
+        ask = _bits_form(sandbox, bits, images, report)
         single = torch.tensor([float(ask(images[i : i + 1]).mean()) for i in range(24)])
         again = torch.tensor([float(ask(images[:1]).mean()) for _ in range(12)])
         truth, noise = math.log2(levels), float(again.std())
-        notes.details |= {"bits_per_dim": float(single.mean()), "entropy": truth}
+        report.details |= {"bits_per_dim": float(single.mean()), "entropy": truth}
         if not single.isfinite().all():
-            notes.find(
+            report.bug(
                 "not_finite",
-                "bug",
                 "the bits of some uniformly random images are NaN or infinite",
                 "give every level a probability above zero",
             )
-            return notes.report()
-        _judge_bits(notes, single, noise, truth)
-        _judge_batch(notes, ask, images, again)
-    return notes.report()
+            return report.build()
+        _judge_bits(report, single, noise, truth)
+        _judge_batch(report, ask, images, again)
+    return report.build()
 
 
 def _bits_form(
-    guest: Guest, bits: Callable[[Tensor], Any], images: Tensor, notes: Notes
+    sandbox: Sandbox, bits: Callable[[Tensor], Any], images: Tensor, report: ReportBuilder
 ) -> Callable[[Tensor], Tensor]:
     """How `bits` takes its images."""
     trouble: AuditError | None = None
     for dtype in (torch.float64, torch.float32, torch.int64, torch.uint8):
         if dtype == torch.uint8 and int(images.max()) > 255:
             continue
-        guest.use(torch.float32 if dtype != torch.float64 else dtype)
+        sandbox.use_dtype(torch.float32 if dtype != torch.float64 else dtype)
 
         def ask(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
-            value = guest.tensor("bits", guest.call("bits", bits, x.to(dtype)))
+            value = sandbox.as_tensor("bits", sandbox.call("bits", bits, x.to(dtype)))
             if value.numel() not in (1, len(x)):
                 raise AuditError(
                     f"bits: given {tuple(x.shape)}, expected ({len(x)},) or one number; got "
@@ -102,7 +101,7 @@ def _bits_form(
 
         try:
             if ask(images[:2]).isfinite().all() or dtype == torch.uint8:
-                notes.assumed.append(
+                report.assumed.append(
                     f"images are given as {str(dtype).removeprefix('torch.')} from 0 to levels - 1"
                 )
                 return ask
@@ -110,21 +109,20 @@ def _bits_form(
             trouble = trouble or error
     if trouble is not None:
         raise trouble
-    notes.assumed.append("images are given as float32 from 0 to levels - 1")
-    guest.use(torch.float32)
-    return lambda x: guest.tensor("bits", guest.call("bits", bits, x.float())).reshape(-1)
+    report.assumed.append("images are given as float32 from 0 to levels - 1")
+    sandbox.use_dtype(torch.float32)
+    return lambda x: sandbox.as_tensor("bits", sandbox.call("bits", bits, x.float())).reshape(-1)
 
 
-def _judge_bits(notes: Notes, single: Tensor, noise: float, truth: float) -> None:
+def _judge_bits(report: ReportBuilder, single: Tensor, noise: float, truth: float) -> None:
     mean, spread = float(single.mean()), float(single.std())
     error = spread / math.sqrt(len(single))
     uniform = spread < 1e-4 * max(1.0, abs(truth)) and noise < 1e-4
     # of 24 draws the error is Student's t; where there is none, only rounding is left
     slack = 2e-4 * truth if uniform else 1e-3 * truth + SURE * 1.6 * error
     if mean < truth - slack:
-        notes.find(
+        report.bug(
             "bpd_below_entropy",
-            "bug",
             f"uniformly random images are said to cost {mean:.6g} bits per dimension, and hold "
             f"{truth:.6g}: no model can do that{_bits_hint(mean, truth)}",
             "bits/dim = -(log p(y) + log |det|) / (D ln 2), with D log(levels) added for data "
@@ -133,9 +131,8 @@ def _judge_bits(notes: Notes, single: Tensor, noise: float, truth: float) -> Non
             entropy=truth,
         )
     elif uniform and mean > truth + slack:
-        notes.find(
+        report.bug(
             "bpd_wrong",
-            "bug",
             f"a model that charges all images alike says {mean:.6g} bits per dimension, and the "
             f"uniform model's are {truth:.6g}{_bits_hint(mean, truth)}",
             "divide nats by (D ln 2), with D all elements of an image, and count log(levels) once",
@@ -143,13 +140,13 @@ def _judge_bits(notes: Notes, single: Tensor, noise: float, truth: float) -> Non
             entropy=truth,
         )
     elif uniform:
-        notes.checked.append(f"uniform images under the uniform model: {mean:.6g} bits")
+        report.checked.append(f"uniform images under the uniform model: {mean:.6g} bits")
     else:
-        notes.assumed.append("the model is not the uniform one: its figures differ by image")
-        notes.checked.append(
+        report.assumed.append("the model is not the uniform one: its figures differ by image")
+        report.checked.append(
             f"uniformly random images cost {mean:.6g} bits, not less than {truth:.6g}"
         )
-        notes.unchecked.append(
+        report.unchecked.append(
             "whether more bits than the entropy are right: hand in the uniform "
             "model in place of the network"
         )
@@ -170,7 +167,7 @@ def _bits_hint(mean: float, truth: float) -> str:
 
 
 def _judge_batch(
-    notes: Notes, ask: Callable[[Tensor], Tensor], images: Tensor, again: Tensor
+    report: ReportBuilder, ask: Callable[[Tensor], Tensor], images: Tensor, again: Tensor
 ) -> None:
     """One image against eight copies of it."""
     one, noise = float(again.mean()), float(again.std())
@@ -181,9 +178,8 @@ def _judge_batch(
     error = 11.0 * math.hypot(noise, float(several.std())) / math.sqrt(12)
     if abs(off) > error + 1e-4 * (1 + abs(one)):
         ratio = float(several.mean()) / one if one else math.nan
-        notes.find(
+        report.bug(
             "bpd_batch",
-            "bug",
             f"an image costs {one:.6g} bits per dimension, and {float(several.mean()):.6g} each "
             f"when there are eight of it (a factor of {ratio:.3g})",
             "sum over the elements of an image, and average over images, nothing else",
@@ -191,7 +187,7 @@ def _judge_batch(
             of_eight=float(several.mean()),
         )
     else:
-        notes.checked.append("one image costs what each of eight copies does")
+        report.checked.append("one image costs what each of eight copies does")
 
 
 # --- importance-weighted bounds ----------------------------------------------------------------
@@ -223,17 +219,17 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
         >>> audit_importance_bound(lambda n: n.mean()).codes
         ('iw_gradient', 'iw_value')
     """
-    notes = Notes(name_of(loss_from_neg_elbos))
+    report = ReportBuilder(name_of(loss_from_neg_elbos))
     generator = torch.Generator().manual_seed(0)
     n = 3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 4.0
     fits: list[_Fit] = []
     trouble: AuditError | None = None
-    with Guest(loss_from_neg_elbos) as guest:
+    with Sandbox(loss_from_neg_elbos) as sandbox:
         for dtype in (torch.float64, torch.float32):
-            guest.use(dtype)
+            sandbox.use_dtype(dtype)
             for layout in ("(B, K)", "(K, B)"):
                 try:
-                    fits.append(_Fit(guest, loss_from_neg_elbos, n.to(dtype), layout))
+                    fits.append(_Fit(sandbox, loss_from_neg_elbos, n.to(dtype), layout))
                 except AuditError as error:
                     trouble = trouble or error
             if fits:
@@ -241,22 +237,22 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
         if not fits:
             raise trouble or AuditError("loss_from_neg_elbos: it takes no (B, K)")
         best = min(fits, key=lambda fit: (fit.wrong, fit.proportional, fit.value))
-        notes.assumed.append(f"the layout is {best.layout}, with {best.way} over the batch")
-        _judge_bound(notes, best)
-        _judge_range(notes, guest, loss_from_neg_elbos, best)
-    return notes.report(layout=best.layout)
+        report.assumed.append(f"the layout is {best.layout}, with {best.way} over the batch")
+        _judge_bound(report, best)
+        _judge_range(report, sandbox, loss_from_neg_elbos, best)
+    return report.build(layout=best.layout)
 
 
 class _Fit:
     """How near a loss is to the bound, in one layout."""
 
-    def __init__(self, guest: Guest, loss: Callable[[Tensor], Any], n: Tensor, layout: str):
+    def __init__(self, sandbox: Sandbox, loss: Callable[[Tensor], Any], n: Tensor, layout: str):
         self.layout, self.dtype = layout, n.dtype
         given = (n if layout == "(B, K)" else n.T).detach().clone().requires_grad_()
         name = "loss_from_neg_elbos"
-        value = guest.call(name, loss, given)
+        value = sandbox.call(name, loss, given)
         if not isinstance(value, Tensor):
-            value = guest.tensor(name, value)
+            value = sandbox.as_tensor(name, value)
         b, k = n.shape
         if value.numel() not in (1, b):
             raise AuditError(f"{name}: expected a number, or ({b},); got {tuple(value.shape)}")
@@ -299,25 +295,23 @@ class _Fit:
             self.proportional = float((self.slope - self.ratio * truth).norm() / truth.norm())
 
 
-def _judge_bound(notes: Notes, fit: _Fit) -> None:
+def _judge_bound(report: ReportBuilder, fit: _Fit) -> None:
     right = fit.gradient <= fit.tolerance
     if fit.slope is None:
-        notes.unchecked.append("the gradient: the loss has none")
+        report.unchecked.append("the gradient: the loss has none")
     elif right:
-        notes.checked.append(f"gradient against the softmax weights: off by {fit.gradient:.1g}")
+        report.checked.append(f"gradient against the softmax weights: off by {fit.gradient:.1g}")
     elif fit.proportional <= fit.tolerance and fit.ratio > 0:
-        notes.find(
+        report.warn(
             "iw_gradient",
-            "warning",
             f"the gradient is {fit.ratio:.4g} times that of the bound",
             "sum over the draws, average over the batch",
             factor=fit.ratio,
         )
     else:
         turned = fit.slope is not None and float((fit.slope < 0).double().mean()) > 0.3
-        notes.find(
+        report.bug(
             "iw_gradient",
-            "bug",
             f"the gradient is {fit.gradient:.2g} of its length from that of the bound"
             + (", and partly of the other sign: some draws are made worse" if turned else ""),
             "loss = -(torch.logsumexp(-n, k) - log K), over the axis of the draws; if weights are "
@@ -325,13 +319,13 @@ def _judge_bound(notes: Notes, fit: _Fit) -> None:
             distance=fit.gradient,
         )
     if fit.value <= fit.tolerance:
-        notes.checked.append(f"value against -log mean exp(-n): off by {fit.value:.1g}")
+        report.checked.append(f"value against -log mean exp(-n): off by {fit.value:.1g}")
         return
     constant = ""
     for what, size in (("log K", math.log(7)), ("-log K", -math.log(7))):
         if math.isclose(fit.off_constant, size, abs_tol=1e-4):
             constant = f"; it differs by the constant {what}"
-    notes.find(
+    report.find(
         "iw_value",
         "warning" if right or (fit.proportional <= fit.tolerance and fit.ratio > 0) else "bug",
         f"the value is {fit.given:.5g}, and the bound {fit.wanted:.5g}{constant}"
@@ -342,23 +336,24 @@ def _judge_bound(notes: Notes, fit: _Fit) -> None:
     )
 
 
-def _judge_range(notes: Notes, guest: Guest, loss: Callable[[Tensor], Any], fit: _Fit) -> None:
+def _judge_range(
+    report: ReportBuilder, sandbox: Sandbox, loss: Callable[[Tensor], Any], fit: _Fit
+) -> None:
     """Whether figures of the size that images have survive: exp(-1000) does not."""
     if fit.value > fit.tolerance:
         return
     generator = torch.Generator().manual_seed(1)
     n = (3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 1500.0).to(fit.dtype)
     with suppress(AuditError):
-        value = guest.call("loss_from_neg_elbos", loss, n if fit.layout == "(B, K)" else n.T)
+        value = sandbox.call("loss_from_neg_elbos", loss, n if fit.layout == "(B, K)" else n.T)
         if not bool(torch.as_tensor(value).isfinite().all()):
-            notes.find(
+            report.warn(
                 "not_finite",
-                "warning",
                 "at 1500 nats, as images have them, the loss is not finite",
                 "torch.logsumexp in place of log(mean(exp()))",
             )
         else:
-            notes.checked.append("finite at 1500 nats")
+            report.checked.append("finite at 1500 nats")
 
 
 # --- terms of a Gaussian -----------------------------------------------------------------------
@@ -395,32 +390,30 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
     """
     if sign not in (1, -1):
         raise AuditError(f"sign: expected 1, of a log-density, or -1, of a loss; got {sign!r}")
-    notes = Notes(name_of(term))
-    with Guest(term) as guest:
+    report = ReportBuilder(name_of(term))
+    with Sandbox(term) as sandbox:
         count, dtype = 0, torch.float64
         for dtype in (torch.float64, torch.float32):
-            guest.use(dtype)
-            count = _arguments(guest, term, dtype, last=dtype == torch.float32)
+            sandbox.use_dtype(dtype)
+            count = _arguments(sandbox, term, dtype, last=dtype == torch.float32)
             if count:
                 break
-        fits = _term_fits(guest, term, count, dtype)
+        fits = _term_fits(sandbox, term, count, dtype)
     if not fits:
-        notes.find(
+        report.bug(
             "not_finite",
-            "bug",
             "the term is NaN or infinite for ordinary arguments",
             "log sigma has to be finite wherever the network may go",
         )
-        return notes.report()
+        return report.build()
     best = min(fits, key=lambda fit: fit.residual)
     exact = best.residual <= (EXACT if dtype == torch.float64 else 1e-3)
     if best.reading == "one":
-        notes.assumed.append("term(z) speaks of one fixed Gaussian")
-    notes.details |= {"factor": sign * best.slope, "constant": best.intercept}
+        report.assumed.append("term(z) speaks of one fixed Gaussian")
+    report.details |= {"factor": sign * best.slope, "constant": best.intercept}
     if not exact:
-        notes.find(
+        report.bug(
             "prior_term_mismatch",
-            "bug",
             f"no reading makes it a multiple of a Gaussian's log-density: {best.residual:.0%} of "
             "its variation is left unexplained"
             + ("" if best.reading == "one" else f" by the best, {best.reading}"),
@@ -428,29 +421,30 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
             residual=best.residual,
         )
     else:
-        notes.checked.append(
+        report.checked.append(
             f"a multiple of log N: factor {best.slope:.6g}, residual {best.residual:.1g}"
         )
     upward = best.towards * sign
     if upward < 0:
-        notes.find(
+        report.bug(
             "prior_term_sign",
-            "bug",
             "as a " + ("log-density" if sign == 1 else "loss") + " it rewards distance from the "
             "mean",
             "turn its sign round",
             slope=best.towards,
         )
     reading = None if best.reading == "one" or not exact else best.reading
-    return notes.report(read_as=reading)
+    return report.build(read_as=reading)
 
 
-def _arguments(guest: Guest, term: Callable[..., Any], dtype: torch.dtype, *, last: bool) -> int:
+def _arguments(
+    sandbox: Sandbox, term: Callable[..., Any], dtype: torch.dtype, *, last: bool
+) -> int:
     """How many tensors a term takes; 0 if neither three nor one, and this is not the last try."""
     trouble: AuditError | None = None
     for count in (3, 1):
         try:
-            guest.tensor("term", guest.call("term", term, *_given(1, 1, count, dtype, 0)))
+            sandbox.as_tensor("term", sandbox.call("term", term, *_given(1, 1, count, dtype, 0)))
             return count
         except AuditError as error:
             if trouble is None or "argument" not in str(error.__cause__):
@@ -479,14 +473,14 @@ class _TermFit:
 
 
 def _term_fits(
-    guest: Guest, term: Callable[..., Any], count: int, dtype: torch.dtype
+    sandbox: Sandbox, term: Callable[..., Any], count: int, dtype: torch.dtype
 ) -> list[_TermFit]:
     """A fit for each reading, over rows of one and of four dimensions."""
     rows, values = [], []
     for seed in range(48):
         d = 1 if seed < 32 else 4
         given = _given(1, d, count, dtype, 100 + seed)
-        value = guest.tensor("term", guest.call("term", term, *(t.clone() for t in given)))
+        value = sandbox.as_tensor("term", sandbox.call("term", term, *(t.clone() for t in given)))
         if value.numel() > d:
             raise AuditError(
                 f"term: given (1, {d}), expected a number or {d} of them; got {tuple(value.shape)}"
@@ -496,7 +490,7 @@ def _term_fits(
     y = torch.stack(values)
     if not y.isfinite().all():
         return []
-    towards = _towards(guest, term, count, dtype)
+    towards = _towards(sandbox, term, count, dtype)
     if count == 1:
         return [_one_fit(rows, y, towards)]
     fits = []
@@ -546,7 +540,7 @@ def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     return -0.5 * math.log(2 * math.pi) - log_std - 0.5 * ((z - mean) * (-log_std).exp()).square()
 
 
-def _towards(guest: Guest, term: Callable[..., Any], count: int, dtype: torch.dtype) -> float:
+def _towards(sandbox: Sandbox, term: Callable[..., Any], count: int, dtype: torch.dtype) -> float:
     """1 if the term falls with the distance from the mean, -1 if it rises."""
     change = 0.0
     for seed in range(8):
@@ -558,7 +552,7 @@ def _towards(guest: Guest, term: Callable[..., Any], count: int, dtype: torch.dt
             other = [mean - distance, *given[1:]]
             ends.append(
                 sum(
-                    float(guest.tensor("term", guest.call("term", term, *g)).sum())
+                    float(sandbox.as_tensor("term", sandbox.call("term", term, *g)).sum())
                     for g in (moved, other)
                 )
             )

@@ -180,10 +180,10 @@ def test_what_is_not_finite():
 
 
 def test_a_wrong_closed_form(monkeypatch):
-    from musigma.audit import own
+    from musigma.audit import models
 
-    right = own.kl_divergence
-    monkeypatch.setattr(own, "kl_divergence", lambda q, p: 2 * right(q, p) + 0.1)
+    right = models.kl_divergence
+    monkeypatch.setattr(models, "kl_divergence", lambda q, p: 2 * right(q, p) + 0.1)
     model = build("mlp_vae", (6,), bits=None, hidden=8, latents=3)
     assert "kl_mismatch" in audit_model(model).codes
 

@@ -1,9 +1,9 @@
-"""Other people's flows, as functions of tensors: x to (z, log-determinant), and back.
+"""Flows of any codebase as functions of tensors: x to (z, log-determinant), and back.
 
-Every code base has its own way to write a bijection: a module with `inverse` or `reverse`, a
-keyword that turns `forward` round, a pair of functions, a `torch.distributions.Transform`, a list
-of layers; latents as one tensor or as one for each scale; a log-determinant that comes second,
-first, or is accumulated from an argument. `Map` makes one thing of them.
+Codebases write a bijection in many ways: a module with `inverse` or `reverse`, a keyword that
+inverts `forward`, a pair of functions, a `torch.distributions.Transform`, a list of layers; with
+latents as one tensor or as one for each scale; with a log-determinant that comes second, first, or
+is accumulated from an argument. `FlowAdapter` gives them one interface.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
 
 from musigma.audit.findings import AuditError
-from musigma.audit.probes import Guest
+from musigma.audit.sandbox import Sandbox, forward_hooks
 from musigma.model import Bijection, Chain
 
-__all__ = ["Image", "Map", "Visit", "flatten", "inverse_of", "log_det_of", "visits"]
+__all__ = [
+    "FlowAdapter", "Image", "Visit", "detached", "flatten", "inverse_of", "log_det_of",
+    "map_tensors", "visits",
+]  # fmt: skip
 
 INVERSES = ("inverse", "reverse", "backward", "invert", "inv", "inverse_transform", "_inverse")
-TURNS = ("reverse", "rev", "inverse", "invert", "inv")
+FLAGS = ("reverse", "rev", "inverse", "invert", "inv")  # keywords that invert forward
 TOTALS = ("logdet", "log_det", "ldj", "sldj", "logdets", "log_dets", "objective", "log_det_jac")
 MODES = {"direct": "inverse", "forward": "inverse", "encode": "decode"}
 
 
 def flatten(tree: Any) -> Tensor:
-    """All numbers of an example, of all tensors of a structure: (B, D)."""
+    """All numbers of each example, of all tensors of a structure: (B, D)."""
     return torch.cat([leaf.reshape(len(leaf), -1) for leaf in _leaves(tree)], 1)
 
 
 def _leaves(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, (tuple, list)):
-        for part in tree:
-            yield from _leaves(part)
-    elif isinstance(tree, dict):
-        for part in tree.values():
+    elif isinstance(tree, (tuple, list, dict)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
             yield from _leaves(part)
 
 
@@ -50,24 +50,30 @@ def _numbers(tree: Any) -> int:
     return sum(leaf.numel() for leaf in _leaves(tree))
 
 
-def _copied(tree: Any) -> Any:
+def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """A structure of tuples, lists and dictionaries with a function of each of its tensors."""
     if isinstance(tree, Tensor):
-        return tree.detach().clone()
+        return fn(tree)
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_copied(part) for part in tree)
-    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+        return type(tree)(map_tensors(fn, part) for part in tree)
+    return {k: map_tensors(fn, v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
-class Image:
-    """What a flow makes of a batch.
+def detached(tree: Any) -> Any:
+    """A copy of a structure of tensors, without gradients."""
+    return map_tensors(lambda t: t.detach().clone(), tree)
+
+
+class Image(NamedTuple):
+    """The output of a flow for a batch.
 
     Attributes:
-        tree: The latents, as they came.
-        raw: The log-determinant, as it came; None if there was none.
+        tree: The latents as returned.
+        raw: The log-determinant as returned; None if there is none.
     """
 
-    def __init__(self, tree: Any, raw: Any):
-        self.tree, self.raw = tree, raw
+    tree: Any
+    raw: Any
 
     @property
     def flat(self) -> Tensor:
@@ -80,7 +86,7 @@ def log_det_of(raw: Any, rows: int) -> tuple[Tensor, str]:
 
     Returns:
         The numbers in float64, and "example": one each; "number": a tensor of one for all;
-        "literal": a number of Python; "elements": many for each example, here summed; "other":
+        "literal": a Python number; "elements": many for each example, here summed; "other":
         anything else, here summed for all.
     """
     value = torch.as_tensor(raw).detach().double()
@@ -96,55 +102,59 @@ def log_det_of(raw: Any, rows: int) -> tuple[Tensor, str]:
 
 
 def _read(value: Any, x: Tensor, name: str, notes: list[str]) -> Image:
-    """An answer as latents and log-determinant."""
+    """What a callable returned, as latents and log-determinant."""
     if isinstance(value, Tensor):
         return Image(value, None)
     if isinstance(value, dict):
-        keys = {
-            k.lower().replace("_", "").replace(" ", ""): k for k in value if isinstance(k, str)
-        }
-        dets = [k for s, k in keys.items() if "det" in s or s in ("ldj", "ladj", "logjac")]
-        rest = [k for k in value if k not in dets]
+        plain = {key: str(key).lower().replace("_", "").replace(" ", "") for key in value}
+        known = ("ldj", "ladj", "logjac")
+        dets = [key for key, text in plain.items() if "det" in text or text in known]
+        rest = [key for key in value if key not in dets]
         if rest:
             return Image(value[rest[0]], value[dets[0]] if dets else None)
     if not isinstance(value, (tuple, list)) or not value:
         raise AuditError(f"{name}: expected (z, log_det); got {type(value).__name__}")
-    first, *others = value
-    wanted = x.numel()
+    z, *others = value
     if len(value) == 1:
-        return Image(first, None)
-    if len(value) == 2 and _numbers(first) != wanted and _numbers(others[0]) == wanted:
+        return Image(z, None)
+    if len(value) == 2 and _numbers(z) != x.numel() and _numbers(others[0]) == x.numel():
         notes.append(f"{name} returns the log-determinant first")
-        return Image(others[0], first)
+        return Image(others[0], z)
     if len(value) > 2:
-        notes.append(f"of {len(value)} answers of {name}, the first is z and the last the log-det")
-    if isinstance(first, (tuple, list)) and _numbers(first) > wanted:
-        parts = [part for part in first if _numbers(part) == wanted]
+        notes.append(f"{name} returns {len(value)} values: the first is z, the last the log-det")
+    if isinstance(z, (tuple, list)) and _numbers(z) > x.numel():
+        parts = [part for part in z if _numbers(part) == x.numel()]
         if parts:
             notes.append(f"{name} returns all intermediate values; the last is z")
-            first = parts[-1]
-    if not list(_leaves(first)):
-        raise AuditError(f"{name}: expected (z, log_det); the first is {type(first).__name__}")
+            z = parts[-1]
+    if not list(_leaves(z)):
+        raise AuditError(f"{name}: expected (z, log_det); the first is {type(z).__name__}")
     raw = others[-1]
     if isinstance(raw, (tuple, list)):
         raw = raw[0] if len(raw) == 1 else None
     if isinstance(raw, bool) or not isinstance(raw, (Tensor, int, float)):
         raw = None
-    return Image(first, raw)
+    return Image(z, raw)
+
+
+def _parameters(call: Any) -> Mapping[str, inspect.Parameter]:
+    call = call.func if isinstance(call, functools.partial) else call
+    try:
+        return inspect.signature(call.forward if isinstance(call, nn.Module) else call).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
 def inverse_of(owner: Any) -> Callable[..., Any] | None:
-    """The other direction of a module: a method, or its forward turned round by a keyword."""
+    """The other direction of a flow: a method, or its forward inverted by a keyword."""
+    if isinstance(owner, Transform):
+        return functools.partial(_apply_transform, owner.inv)
     for name in INVERSES:
         method = getattr(owner, name, None)
         if callable(method) and not isinstance(method, nn.Module):
             return method
-    call = owner.forward if isinstance(owner, nn.Module) else owner
-    try:
-        parameters = inspect.signature(call).parameters
-    except (TypeError, ValueError):
-        return None
-    for name in TURNS:
+    parameters = _parameters(owner)
+    for name in FLAGS:
         if name in parameters and parameters[name].default in (False, True, None):
             return functools.partial(owner, **{name: not parameters[name].default})
     if "mode" in parameters and parameters["mode"].default in MODES:
@@ -152,57 +162,48 @@ def inverse_of(owner: Any) -> Callable[..., Any] | None:
     return None
 
 
-def _counting(call: Any) -> Any:
-    """A callable that adds to a log-determinant is given one of zero, where it must be."""
-    target = call.func if isinstance(call, functools.partial) else call
-    try:
-        parameters = inspect.signature(
-            target.forward if isinstance(target, nn.Module) else target
-        ).parameters
-    except (TypeError, ValueError):
-        return call
+def _with_total(call: Any) -> Any:
+    """A callable; one that must be given a log-determinant to add to is given zero."""
+    parameters = _parameters(call)
     for name in TOTALS:
         if name in parameters and parameters[name].default in (None, inspect.Parameter.empty):
             return lambda x: call(x, **{name: torch.zeros(len(x))})
     return call
 
 
-class Map:
-    """A flow, whoever wrote it.
+class FlowAdapter:
+    """A flow of any codebase.
 
     Args:
-        guest: What calls it.
+        sandbox: Calls it.
         forward: x to (z, log_det); a module, a transform, or a sequence of layers.
         inverse: z to x, or to (x, log_det); None: looked for on `forward`.
 
     Raises:
-        AuditError: If `forward` cannot be called.
+        AuditError: If `forward` is not callable.
     """
 
-    def __init__(self, guest: Guest, forward: Any, inverse: Any = None):
-        self.guest, self.notes = guest, []
+    def __init__(self, sandbox: Sandbox, forward: Any, inverse: Any = None):
+        self.sandbox, self.notes = sandbox, []
         self.elementwise = False  # a log-determinant for each element is this kind's convention
-        self.listed = False
+        self.takes_list = False
         if isinstance(forward, Chain):
             if not all(isinstance(layer, Bijection) for layer in forward.layers):
                 raise AuditError(
-                    "forward: this chain draws or factors out variables; audit_model looks at "
+                    "forward: this chain draws or factors out variables; use audit_model for "
                     "whole models"
                 )
             forward = list(forward.layers)
-        layered = type(forward) is nn.Sequential or isinstance(
-            forward, (nn.ModuleList, list, tuple)
-        )
-        if layered:
+        if type(forward) is nn.Sequential or isinstance(forward, (nn.ModuleList, list, tuple)):
             layers = list(forward)
-            self._forward = functools.partial(_through, [_caller(layer) for layer in layers], self)
-            backs = [back for layer in reversed(layers) if (back := _back(layer)) is not None]
+            self._forward = functools.partial(_run_layers, [_call_of(layer) for layer in layers])
+            backs = [back for layer in reversed(layers) if (back := inverse_of(layer)) is not None]
             if inverse is None and len(backs) == len(layers):
-                inverse = functools.partial(_through, backs, self)
+                inverse = functools.partial(_run_layers, backs)
         elif isinstance(forward, Transform):
             self.elementwise = True
-            self._forward = _caller(forward)
-            inverse = _back(forward) if inverse is None else inverse
+            self._forward = _call_of(forward)
+            inverse = inverse_of(forward) if inverse is None else inverse
         elif callable(forward):
             owner: Any = forward
             if isinstance(forward, types.MethodType) and forward.__name__ == "forward":
@@ -211,52 +212,50 @@ class Map:
                 inverse = inverse_of(owner)
                 if inverse is not None:
                     self.notes.append(f"the inverse is {_name(inverse)}")
-                if isinstance(inverse, functools.partial):  # forward may be turned round itself
-                    turned = {k: v for k, v in inverse.keywords.items() if v is False}
-                    if turned:
-                        forward = functools.partial(owner, **{k: False for k in turned})
-                        inverse = functools.partial(owner, **{k: True for k in turned})
-            self._forward = _counting(forward)
+                if isinstance(inverse, functools.partial):  # forward may be the inverted one
+                    inverted = [k for k, v in inverse.keywords.items() if v is False]
+                    if inverted:
+                        forward = functools.partial(owner, **dict.fromkeys(inverted, False))
+                        inverse = functools.partial(owner, **dict.fromkeys(inverted, True))
+            self._forward = _with_total(forward)
         else:
             raise AuditError(f"forward: expected a callable; got {type(forward).__name__}")
-        if isinstance(inverse, Transform):
-            inverse = _caller(inverse)
-        self._inverse = None if inverse is None else _counting(inverse)
+        self._inverse = None if inverse is None else _with_total(_call_of(inverse))
 
     @property
     def invertible(self) -> bool:
-        """Whether there is anything to call for the other direction."""
+        """Whether there is an inverse to call."""
         return self._inverse is not None
 
-    def give_up_inverse(self) -> None:
-        """Go on with one direction."""
+    def drop_inverse(self) -> None:
+        """Go on without the inverse."""
         self._inverse = None
 
     def forward(self, x: Tensor) -> Image:
-        """What the flow makes of x.
+        """The flow's output for x.
 
         Raises:
-            AuditError: If it raises, or returns what is no (z, log_det).
+            AuditError: If it raises, or returns something other than (z, log_det).
         """
         try:
-            value = self.guest.call("forward", self._forward, [x] if self.listed else x)
+            value = self.sandbox.call("forward", self._forward, [x] if self.takes_list else x)
         except AuditError:
-            if self.listed or isinstance(self._forward, functools.partial):
+            if self.takes_list or isinstance(self._forward, functools.partial):
                 raise
-            value = self.guest.call("forward", self._forward, x.clone())
-        return _rows_checked(_read(value, x, "forward", []), x, "forward")
+            value = self.sandbox.call("forward", self._forward, x.clone())
+        return _check_rows(_read(value, x, "forward", []), x, "forward")
 
     def inverse(self, tree: Any, x: Tensor) -> tuple[Tensor, Any]:
-        """What the inverse makes of latents, with the log-determinant that it states or None.
+        """The inverse's x for latents, with the log-determinant that it states or None.
 
         Raises:
-            AuditError: If it raises, or returns something else than an x of the shape given.
+            AuditError: If it raises, or returns something other than an x of the given shape.
         """
         if self._inverse is None:
             raise AuditError("inverse: there is none")
-        given = _copied(tree)  # a copy: caches that know a tensor again do not count
-        image = _read(self.guest.call("inverse", self._inverse, given), x, "inverse", [])
-        flat = _rows_checked(image, x, "inverse").flat
+        z = detached(tree)  # a copy, so that caches keyed by the tensor do not help
+        image = _read(self.sandbox.call("inverse", self._inverse, z), x, "inverse", [])
+        flat = _check_rows(image, x, "inverse").flat
         if flat.numel() != x.numel():
             raise AuditError(
                 f"inverse: given what forward returned for {tuple(x.shape)}, it returns "
@@ -264,27 +263,27 @@ class Map:
             )
         raw = image.raw
         if raw is not None and not torch.as_tensor(raw).any():
-            raw = None  # what was given is passed through: nothing is stated
+            raw = None  # the zero that was given is passed through
         return flat.detach().reshape(x.shape), raw
 
-    def find_form(self, x: Tensor) -> Image:
-        """The first call: finds out how this flow wants to be given its x.
+    def first_call(self, x: Tensor) -> Image:
+        """The first output; finds out whether the flow takes x as a tensor or in a list.
 
         Raises:
-            AuditError: If it takes x neither as a tensor nor in a list.
+            AuditError: If it takes neither.
         """
         try:
-            value = self.guest.call("forward", self._forward, x.clone())
+            value = self.sandbox.call("forward", self._forward, x.clone())
         except AuditError as error:
             try:
-                value = self.guest.call("forward", self._forward, [x.clone()])
+                value = self.sandbox.call("forward", self._forward, [x.clone()])
             except AuditError:
                 raise error from error.__cause__
-            self.listed = True
-        return _rows_checked(_read(value, x, "forward", self.notes), x, "forward")
+            self.takes_list = True
+        return _check_rows(_read(value, x, "forward", self.notes), x, "forward")
 
 
-def _rows_checked(image: Image, x: Tensor, name: str) -> Image:
+def _check_rows(image: Image, x: Tensor, name: str) -> Image:
     for part in _leaves(image.tree):
         if part.ndim == 0 or len(part) != len(x):
             raise AuditError(
@@ -300,48 +299,43 @@ def _name(call: Any) -> str:
     return getattr(call, "__name__", type(call).__name__)
 
 
-def _caller(layer: Any) -> Callable[..., Any]:
-    if isinstance(layer, Transform):
-        return functools.partial(_transform, layer)
-    return layer
+def _call_of(layer: Any) -> Callable[..., Any]:
+    is_transform = isinstance(layer, Transform)
+    return functools.partial(_apply_transform, layer) if is_transform else layer
 
 
-def _transform(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _apply_transform(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     y = transform(x)
     return y, transform.log_abs_det_jacobian(x, y)
 
 
-def _back(layer: Any) -> Callable[..., Any] | None:
-    if isinstance(layer, Transform):
-        return functools.partial(_transform, layer.inv)
-    return inverse_of(layer)
-
-
-def _through(calls: Sequence[Callable[..., Any]], whole: Map, x: Any) -> tuple[Any, Any]:
-    """One call after another; the log-determinants are added up, where all state one."""
+def _run_layers(calls: Sequence[Callable[..., Any]], x: Any) -> tuple[Any, Any]:
+    """Layers in a row; the sum of their log-determinants, if each states one."""
     total: Any = None
-    stated = True
+    all_stated = True
     for call in calls:
         rows = len(next(_leaves(x)))
         image = _read(call(x), x if isinstance(x, Tensor) else flatten(x), "a layer", [])
         x = image.tree
         if image.raw is None:
-            stated = False
+            all_stated = False
         else:
             value = torch.as_tensor(image.raw)
             if value.ndim > 1 and value.shape[0] == rows:
                 value = value.reshape(rows, -1).sum(1)
             total = value if total is None else total + value
-    return x, total if stated else None
+    return x, total if all_stated else None
 
 
 class Visit:
-    """A layer inside a flow, and what it was given in a pass.
+    """A call of a layer inside a flow.
 
     Attributes:
-        name: Its name in the flow.
+        name: The layer's name in the flow.
         module: The layer.
-        x: What it was given, (B, ...).
+        x: Its input, (B, ...).
+        z: Its output.
+        log_det: The log-determinant that it added.
     """
 
     def __init__(self, name: str, module: nn.Module, x: Tensor, args: tuple, kwargs: dict):
@@ -349,32 +343,29 @@ class Visit:
         self.z, self.log_det = x, torch.zeros(())
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The layer alone, without what was accumulated before it."""
-        args = tuple(_zeroed(a, len(self.x)) for a in self.args)
-        kwargs = {k: _zeroed(v, len(self.x)) for k, v in self.kwargs.items()}
-        image = _read(self.module(x, *args, **kwargs), x, self.name, [])
+        """The layer's (z, log_det), without what was accumulated before it."""
+
+        def zeroed(value: Any) -> Any:
+            accumulated = isinstance(value, Tensor) and value.shape in ((), (len(self.x),))
+            return torch.zeros_like(value) if accumulated else value
+
+        kwargs = {name: zeroed(value) for name, value in self.kwargs.items()}
+        value = self.module(x, *map(zeroed, self.args), **kwargs)
+        image = _read(value, x, self.name, [])
         return image.tree, image.raw
 
     @property
     def back(self) -> Callable[..., Any] | None:
-        """The layer's inverse, if it is simple to call."""
+        """The layer's inverse, if it takes z only."""
         return None if self.args or self.kwargs else inverse_of(self.module)
 
 
-def _zeroed(value: Any, rows: int) -> Any:
-    """An accumulated log-determinant starts anew; anything else is given again."""
-    if isinstance(value, Tensor) and (value.ndim == 0 or value.shape == (rows,)):
-        return torch.zeros_like(value)
-    return value
-
-
-def visits(flow: Map, modules: Sequence[nn.Module], x: Tensor) -> list[Visit]:
-    """The innermost layers that return (z, log_det) while a flow is called, in their order."""
+def visits(flow: FlowAdapter, modules: Sequence[nn.Module], x: Tensor) -> list[Visit]:
+    """The innermost layers that return (z, log_det) in a call of a flow, in their order."""
     seen: list[Visit] = []
     names = {m: name for root in modules for name, m in root.named_modules()}
-    hooks = []
 
-    def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         if not args or not isinstance(args[0], Tensor) or len(args[0]) != len(x):
             return
         if not isinstance(out, (tuple, list)) or len(out) != 2:
@@ -395,11 +386,6 @@ def visits(flow: Map, modules: Sequence[nn.Module], x: Tensor) -> list[Visit]:
         visit.log_det = raw.detach() - (before[0].detach() if before else 0.0)
         seen.append(visit)
 
-    for module in names:
-        hooks.append(module.register_forward_hook(leave, with_kwargs=True))
-    try:
+    with forward_hooks(names, hook, with_kwargs=True):
         flow.forward(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen

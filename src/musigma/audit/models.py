@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
-from musigma.audit.findings import AuditError, AuditReport, Notes, name_of
+from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
 from musigma.audit.volume import DENSE, volume
 from musigma.data import Dataset
 from musigma.distributions import StandardUniform
@@ -43,7 +43,7 @@ from musigma.trace import Trace
 
 __all__ = ["audit_model"]
 
-FINE = 1e-7  # errors of float64 in a whole model, relative
+TOLERANCE = 1e-7  # errors of float64 in a whole model, relative
 LOST = 2e-2  # error of a round trip in float32 from which it is worth a word
 SURE = 7.0  # standard errors
 ROWS = 3
@@ -74,8 +74,8 @@ def audit_model(
     """
     if not isinstance(model, Model):
         raise AuditError(f"model: expected a model of musigma; got {type(model).__name__}")
-    notes = Notes(name_of(model))
-    notes.subject = str(model.config.get("architecture", type(model).__name__))
+    report = ReportBuilder(name_of(model))
+    report.subject = str(model.config.get("architecture", type(model).__name__))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         x, given = _examples(model, data, context)
@@ -86,20 +86,20 @@ def audit_model(
             few = x[:ROWS].double()
             row = None if given is None else given[:ROWS].double()
             try:
-                _laws(notes, exact, few, row, when)
+                _laws(report, exact, few, row, when)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 text = (str(error).splitlines() or ["-"])[0]
                 raise AuditError(
                     f"model: given {tuple(few.shape)}, it raises {type(error).__name__}: {text}"
                 ) from error
-        _units(notes, model, x[:ROWS], given)
-        _single(notes, model, x[:ROWS], None if given is None else given[:ROWS])
+        _units(report, model, x[:ROWS], given)
+        _single(report, model, x[:ROWS], None if given is None else given[:ROWS])
         if data is None:
-            notes.unchecked.append("what training made of it: no data were given")
+            report.unchecked.append("what training made of it: no data were given")
         else:
             with evaluating(model):
-                _trained(notes, model, x, given)
-    return notes.report()
+                _trained(report, model, x, given)
+    return report.build()
 
 
 def _examples(
@@ -143,19 +143,20 @@ class _Pairs(Trace):
         return super().latent(site, q, p)
 
 
-def _laws(notes: Notes, model: Model, x: Tensor, context: Tensor | None, when: str) -> None:
+def _laws(
+    report: ReportBuilder, model: Model, x: Tensor, context: Tensor | None, when: str
+) -> None:
     seen = _visited(model, x, context)
     for name, (layer, given, row) in seen.items():
-        _bijection(notes, name, layer, given, row, when)
+        _bijection(report, name, layer, given, row, when)
     if seen:
-        notes.checked.append(f"{len(seen)} layers, inverses and log-determinants, {when}")
+        report.checked.append(f"{len(seen)} layers, inverses and log-determinants, {when}")
     up = _Pairs()
     model.infer(model.floating(x), up, context)
     log_w = up.evidence(model.latents()).elbo
     if not log_w.isfinite().all():
-        notes.find(
+        report.bug(
             "not_finite",
-            "bug",
             f"log w is {float(log_w[~log_w.isfinite()][0])} {when}",
             "musigma info RUN --ledger shows the term that is not finite",
         )
@@ -164,9 +165,8 @@ def _laws(notes: Notes, model: Model, x: Tensor, context: Tensor | None, when: s
     again = model.generate(down, context)
     off = _apart(again, x)
     if off > 1e-5:
-        notes.find(
+        report.bug(
             "inverse_mismatch",
-            "bug",
             f"generate, given all that infer found, differs from x by {off:.2g} {when}",
             "every layer's generate has to mirror its infer; musigma.testing.check_layer tells "
             "which one does not",
@@ -175,9 +175,8 @@ def _laws(notes: Notes, model: Model, x: Tensor, context: Tensor | None, when: s
         return
     other = down.evidence(model.latents()).elbo
     if _apart(other, log_w) > 1e-6:
-        notes.find(
+        report.bug(
             "inverse_logdet_mismatch",
-            "bug",
             f"infer states log w = {float(log_w[0]):.8g}, and generate {float(other[0]):.8g} for "
             f"the same values, {when}",
             "what one direction draws the other has to score",
@@ -185,8 +184,8 @@ def _laws(notes: Notes, model: Model, x: Tensor, context: Tensor | None, when: s
             generate=other.tolist(),
         )
     else:
-        notes.checked.append(f"infer and generate state the same log w, {when}")
-    _closed_forms(notes, model, up, when)
+        report.checked.append(f"infer and generate state the same log w, {when}")
+    _closed_forms(report, model, up, when)
 
 
 Seen = dict[str, tuple[Bijection, Tensor, Tensor | None]]
@@ -215,15 +214,19 @@ def _visited(model: Model, x: Tensor, context: Tensor | None) -> Seen:
 
 
 def _bijection(
-    notes: Notes, name: str, layer: Bijection, x: Tensor, context: Tensor | None, when: str
+    report: ReportBuilder,
+    name: str,
+    layer: Bijection,
+    x: Tensor,
+    context: Tensor | None,
+    when: str,
 ) -> None:
     label = f"{name} ({type(layer).__name__})"
     z, log_det = layer(x, context)
     if not (z.isfinite().all() and log_det.isfinite().all()):
         code = "not_finite" if not z.isfinite().all() else "logdet_nan"
-        notes.find(
+        report.bug(
             code,
-            "bug",
             f"{label} returns what is not finite, {when}",
             "go back to the last good checkpoint, and train on with smaller steps",
             layer=name,
@@ -236,16 +239,15 @@ def _bijection(
     with torch.enable_grad(), suppress(RuntimeError):
         found = volume(lambda t: layer(t, row)[0].flatten(1), x[rows])
         if found is None:
-            notes.unchecked.append(f"the log-determinant of {label}: {x[0].numel()} elements")
+            report.unchecked.append(f"the log-determinant of {label}: {x[0].numel()} elements")
         else:
             condition = float(found.condition.max())
             wrong = float(
                 ((log_det[rows] - found.log_det).abs() / (1 + found.log_det.abs())).max()
             )
-            if wrong > FINE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
-                notes.find(
+            if wrong > TOLERANCE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
+                report.bug(
                     "logdet_mismatch",
-                    "bug",
                     f"{label} states {float(log_det[0]):.8g} nats, and log |det J| is "
                     f"{float(found.log_det[0]):.8g}, {when}",
                     "musigma.testing.check_layer checks a layer alone",
@@ -253,11 +255,11 @@ def _bijection(
                     error=wrong,
                 )
     if "own" in when:
-        notes.details.setdefault("conditions", {})[name] = condition
-        notes.details.setdefault("round_trips", {})[name] = off
+        report.details.setdefault("conditions", {})[name] = condition
+        report.details.setdefault("round_trips", {})[name] = off
     worst = condition if math.isfinite(condition) else 1e6
-    if off > 1e3 * 2.2e-16 * worst + FINE:
-        notes.find(
+    if off > 1e3 * 2.2e-16 * worst + TOLERANCE:
+        report.find(
             "inverse_mismatch",
             "bug" if off > 1e-3 else "warning",
             f"{label}: the inverse of forward differs from x by {off:.2g}, {when}",
@@ -267,9 +269,8 @@ def _bijection(
         )
     elif _apart(-other, log_det) > 1e-6 + 1e3 * 2.2e-16 * worst:
         same = _apart(other, log_det) < 1e-6
-        notes.find(
+        report.bug(
             "inverse_logdet_sign" if same else "inverse_logdet_mismatch",
-            "bug",
             f"{label}: both directions' log-determinants do not cancel, {when}",
             "return the log |det| of each direction's own map",
             layer=name,
@@ -277,7 +278,7 @@ def _bijection(
         )
 
 
-def _closed_forms(notes: Notes, model: Model, trace: _Pairs, when: str) -> None:
+def _closed_forms(report: ReportBuilder, model: Model, trace: _Pairs, when: str) -> None:
     """Each KL by its formula against the mean of log q - log p over draws."""
     names = {module: name or "model" for name, module in model.named_modules()}
     for site, (q, p) in trace.pairs.items():
@@ -291,9 +292,8 @@ def _closed_forms(notes: Notes, model: Model, trace: _Pairs, when: str) -> None:
         error = ((squares / n - mean.square()).clamp(min=0) / n).sqrt()
         off = (mean - closed).abs()
         if bool((off > 1.3 * SURE * error + 1e-9 * (1 + closed.abs())).any()):
-            notes.find(
+            report.bug(
                 "kl_mismatch",
-                "bug",
                 f"the KL of {names[site]} is {float(closed[0]):.6g} nats by its formula, and "
                 f"{float(mean[0]):.6g} ± {float(error[0]):.2g} over draws, {when}",
                 "register the right KL for this pair of families",
@@ -301,17 +301,16 @@ def _closed_forms(notes: Notes, model: Model, trace: _Pairs, when: str) -> None:
                 draws=mean.tolist(),
             )
         if bool((closed < -1e-9).any()):
-            notes.find(
+            report.bug(
                 "kl_negative",
-                "bug",
                 f"the KL of {names[site]} is below zero, {when}",
                 "no KL is: look for a sign, or a term that is missing from its formula",
                 least=float(closed.min()),
             )
-        notes.checked.append(f"the KL of {names[site]} against {n} draws, {when}")
+        report.checked.append(f"the KL of {names[site]} against {n} draws, {when}")
 
 
-def _units(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> None:
+def _units(report: ReportBuilder, model: Model, x: Tensor, context: Tensor | None) -> None:
     """Whether the uniform model of these units costs log2 of the levels."""
     if not isinstance(model, Chain):
         return
@@ -325,9 +324,8 @@ def _units(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> Non
     bits = model.config.get("options", {}).get("bits")
     elements, levels = x[0].numel(), first.levels
     if bits is not None and levels != 2**bits:
-        notes.find(
+        report.bug(
             "dequantisation",
-            "bug",
             f"data of {bits} bits are dequantised as {levels} levels",
             "Dequantize(noise, 2**bits)",
         )
@@ -343,28 +341,27 @@ def _units(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> Non
     log_det = sum(trace.log_det.values(), torch.zeros(()))
     log_q = sum(trace.log_q.values(), torch.zeros(()))
     if not uniform:
-        notes.checked.append(f"dequantisation: learned noise over {levels} levels")
+        report.checked.append(f"dequantisation: learned noise over {levels} levels")
         return
     nats = elements * math.log(width) - (log_det - log_q)
     figure = float(bits_per_dim(torch.as_tensor(nats), elements).max())
     if abs(figure - math.log2(levels)) > 1e-6:
-        notes.find(
+        report.bug(
             "dequantisation",
-            "bug",
             f"uniform images cost {figure:.6g} bits per dimension under the uniform model, and "
             f"hold {math.log2(levels):.6g}",
             "count the log-determinant of every change of units",
             bits_per_dim=figure,
         )
     else:
-        notes.checked.append(f"uniform images under the uniform model: {figure:.6g} bits/dim")
+        report.checked.append(f"uniform images under the uniform model: {figure:.6g} bits/dim")
 
 
 def _as(context: Tensor | None, rows: int) -> Tensor | None:
     return None if context is None else context[:rows].double()
 
 
-def _single(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> None:
+def _single(report: ReportBuilder, model: Model, x: Tensor, context: Tensor | None) -> None:
     """What float32 leaves of x after encoding and decoding, where that should be all of it."""
     if set(model.latents()) != set(model.variables()):
         return
@@ -372,37 +369,35 @@ def _single(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> No
     given = None if context is None else context.float()
     latents = single.encode(x.float(), given, mode=True)
     off = _apart(single.decode(latents, given), x)
-    notes.details["round_trip_float32"] = off
+    report.details["round_trip_float32"] = off
     if off > LOST:
-        conditions = notes.details.get("conditions", {})
+        conditions = report.details.get("conditions", {})
         finite = {k: v for k, v in conditions.items() if math.isfinite(v)}
         worst = max(finite, key=lambda name: finite[name], default="?")
-        notes.find(
+        report.warn(
             "ill_conditioned",
-            "warning",
             f"decode(encode(x)) is off by {off:.2g} in float32; the largest condition number is "
             f"{finite.get(worst, math.nan):.2g}, of {worst}",
             "decode in float64; train with a smaller --lr, or a format with narrower bounds",
             error=off,
         )
     else:
-        notes.checked.append(f"decode(encode(x)) in float32: off by {off:.1g}")
+        report.checked.append(f"decode(encode(x)) in float32: off by {off:.1g}")
 
 
 # --- what training made of it ------------------------------------------------------------------
 
 
-def _trained(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> None:
+def _trained(report: ReportBuilder, model: Model, x: Tensor, context: Tensor | None) -> None:
     names = {module: name or "model" for name, module in model.named_modules()}
     for name, share in saturation(model, x, context).items():
         if share is None:
-            notes.unchecked.append(
-                f"the scales of {name}: it states no emitters() that the pass ran"
+            report.unchecked.append(
+                f"the scales of {name}: it has no emitters() that the pass ran"
             )
         elif share > SATURATED:
-            notes.find(
+            report.warn(
                 "saturated_units",
-                "warning",
                 f"{share:.0%} of the scales of {name} have run into their limit",
                 "a wider format, or a smaller --lr",
                 share=share,
@@ -410,14 +405,14 @@ def _trained(notes: Notes, model: Model, x: Tensor, context: Tensor | None) -> N
     trace = _Pairs(closed_form=True)
     model.infer(model.floating(x), trace, context)
     for site, (q, p) in trace.pairs.items():
-        _carried(notes, names[site], q, p)
-        _aggregate(notes, names[site], trace.values[site], p)
+        _carried(report, names[site], q, p)
+        _aggregate(report, names[site], trace.values[site], p)
     for site, value, dist in _flow_latents(model, trace):
-        _calibrated(notes, names[site], dist.whiten(value))
-    notes.checked.append(f"what {len(x)} examples make of the latents")
+        _calibrated(report, names[site], dist.whiten(value))
+    report.checked.append(f"what {len(x)} examples make of the latents")
 
 
-def _carried(notes: Notes, name: str, q: Distribution, p: Distribution) -> None:
+def _carried(report: ReportBuilder, name: str, q: Distribution, p: Distribution) -> None:
     """Nats of each unit of a latent, on average over the data."""
     if not isinstance(q, DiagonalGaussian) or not isinstance(p, DiagonalGaussian):
         return
@@ -425,20 +420,18 @@ def _carried(notes: Notes, name: str, q: Distribution, p: Distribution) -> None:
         DiagonalGaussian(q.mean, q.log_std, 0), DiagonalGaussian(p.mean, p.log_std, 0)
     )
     nats = each.mean(0).flatten().double()
-    notes.details.setdefault("nats", {})[name] = nats[:256].tolist()
+    report.details.setdefault("nats", {})[name] = nats[:256].tolist()
     dead, total = int((nats < ACTIVE).sum()), float(nats.sum())
     if total < COLLAPSED:
-        notes.find(
+        report.warn(
             "posterior_collapse",
-            "warning",
             f"the latent of {name} carries {total:.3g} nats: its posterior is its prior",
             "--free-bits or --kl-warmup keep latents open",
             nats=total,
         )
     elif dead:
-        notes.find(
+        report.warn(
             "dead_units",
-            "warning",
             f"{dead} of {len(nats)} units of {name} carry less than {ACTIVE} nats",
             "fewer latents, or --free-bits",
             dead=dead,
@@ -446,7 +439,7 @@ def _carried(notes: Notes, name: str, q: Distribution, p: Distribution) -> None:
         )
 
 
-def _aggregate(notes: Notes, name: str, z: Tensor, p: Distribution) -> None:
+def _aggregate(report: ReportBuilder, name: str, z: Tensor, p: Distribution) -> None:
     """Moments of the aggregate posterior, in units of the prior's."""
     if not isinstance(p, DiagonalGaussian) or p.batch_shape or len(z) < 32:
         return
@@ -460,9 +453,8 @@ def _aggregate(notes: Notes, name: str, z: Tensor, p: Distribution) -> None:
     )
     if far.any():
         worst = int(mean.abs().argmax())
-        notes.find(
+        report.warn(
             "aggregate_prior",
-            "warning",
             f"{int(far.sum())} of {len(mean)} units of {name} have another mean or variance over "
             f"the data than under the prior: means up to {float(mean[worst].abs()):.2g} of its "
             f"standard deviations, variances {float(var.min()):.2g} to {float(var.max()):.2g} of "
@@ -483,7 +475,7 @@ def _flow_latents(
             yield site, value, dist
 
 
-def _calibrated(notes: Notes, name: str, noise: Tensor) -> None:
+def _calibrated(report: ReportBuilder, name: str, noise: Tensor) -> None:
     """Whether the whitened latents of data have the moments of noise."""
     flat = noise.flatten(1).double()
     if len(flat) < 32:
@@ -494,9 +486,8 @@ def _calibrated(notes: Notes, name: str, noise: Tensor) -> None:
     off_mean = SURE * float(flat.mean(1).std()) / math.sqrt(len(flat))
     wide = abs(scale - 1) > 0.25 + SURE * error
     if wide or abs(mean) > 0.25 + off_mean:
-        notes.find(
+        report.warn(
             "miscalibrated",
-            "warning",
             f"whitened latents of {name} have mean {mean:.3g} and mean square {scale:.3g} over "
             "the data, and noise has 0 and 1",
             "train longer; on data unlike the training data this is what novelty looks like",

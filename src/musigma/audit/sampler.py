@@ -1,14 +1,13 @@
-r"""What a sampler does, measured: z = loc(m, b) + sigma(m, b) e, and what kind of noise e is.
+r"""Measuring a sampler: z = loc(m, b) + sigma(m, b) e, and its noise e.
 
-Begun at the same seed, a sampler draws the same noise whatever its arguments are. So its answers
-for other arguments are compared draw by draw, and nothing but rounding limits how well loc and
-sigma are known:
+At one seed a sampler draws the same noise whatever its arguments are. So its answers for different
+arguments are compared draw by draw, and only rounding limits the accuracy of loc and sigma:
 
     sigma(b) / sigma(b0) = (z(b) - loc(b)) / (z(b0) - loc(b0))     for every draw.
 
-Mostly the noise itself is known too: it is what torch or NumPy return for that seed, and then
-nothing at all is left to statistics. Where a sampler draws from elsewhere, the noise is measured
-once, from many draws; where it cannot be begun again, every figure is an average.
+Mostly the noise itself is known too, as what torch or NumPy return for that seed, and nothing is
+statistical. Where a sampler draws from another source, its noise is measured once, from many
+draws; where it cannot be seeded, every number is an average.
 """
 
 from __future__ import annotations
@@ -22,49 +21,49 @@ import torch
 from torch import Tensor
 
 from musigma.audit.findings import AuditError
-from musigma.audit.probes import Guest, TooSlowError
+from musigma.audit.sandbox import Sandbox, TooSlowError
 
 __all__ = ["Sampler"]
 
 REPEATS = 6  # draws at each point, where the noise is known
-MANY = 6000  # and where it is not
+MANY = 6000  # draws where it is not
 SEED = 1000
 
 
 class Sampler:
-    """A sampler as a function of flat heads: (n, D) and (n, E) to draws (n, D).
+    """A sampler as a function of flat heads, (n, D) and (n, E), to draws (n, D).
 
     Args:
-        guest: That calls it.
+        sandbox: Calls it.
         sample: ``sample(mean, second)``.
         latent: Shape of the mean of one example.
         second: Shape of the second tensor of one example.
         example_rows: Examples in the given batch, for samplers that take no other number.
-        reference: A second tensor at which it does sample (E,); by default ones.
+        reference: A second tensor (E,) at which it draws; by default ones.
 
     Raises:
-        AuditError: If it raises whatever it is given, or does not return a z of the mean's shape.
+        AuditError: If it raises for every input, or returns no z of the mean's shape.
     """
 
     def __init__(
         self,
-        guest: Guest,
+        sandbox: Sandbox,
         sample: Callable[..., Any],
         latent: Sequence[int],
         second: Sequence[int],
         example_rows: int | None,
         reference: Tensor | None = None,
     ):
-        self.guest, self.sample = guest, sample
+        self.sandbox, self.sample = sandbox, sample
         self.latent, self.second = tuple(latent), tuple(second)
         self.d, self.e = math.prod(self.latent), math.prod(self.second)
         self.reference = torch.ones(self.e) if reference is None else reference
         self.rows: int | None = None
-        self.still = False  # whether it draws nothing at all
-        self.scale_error = 0.0  # relative, of every sigma at once, where noise is standardised
+        self.still = False  # it draws nothing
+        self.scale_error = 0.0  # relative, common to every sigma, where noise is standardised
         self.notes: list[str] = []
         self.mode: Literal["known", "relative", "frozen", "moments"] = "moments"
-        self.stream = ""  # where the noise comes from, if known
+        self.stream = ""  # source of the noise, if known
         self.rounding = 1e-9
         self._noise: Callable[[int, int], Tensor] | None = None
         self._fit_rows(example_rows)
@@ -73,9 +72,9 @@ class Sampler:
     # -- calling
 
     def draw(self, mean: Tensor, second: Tensor, seed: int | None = None) -> Tensor:
-        """One draw for each row, (n, D), from a seed, or going on."""
+        """One draw for each row, (n, D), after seeding if a seed is given."""
         if seed is not None:
-            self.guest.reseed(seed)
+            self.sandbox.reseed(seed)
         n, rows = len(mean), self.rows
         if rows is None:
             return self._call(mean, second)
@@ -90,19 +89,19 @@ class Sampler:
 
     def _call(self, mean: Tensor, second: Tensor) -> Tensor:
         n = len(mean)
-        m = self.guest.given(mean).reshape(n, *self.latent)
-        b = self.guest.given(second).reshape(n, *self.second)
-        given = m.clone(), b.clone()
-        z = self.guest.call("sample", self.sample, *given)
+        m = self.sandbox.to_input(mean).reshape(n, *self.latent)
+        b = self.sandbox.to_input(second).reshape(n, *self.second)
+        inputs = m.clone(), b.clone()
+        z = self.sandbox.call("sample", self.sample, *inputs)
         if isinstance(z, (tuple, list)):
             z = next((t for t in z if getattr(t, "shape", None) == m.shape), z[0] if z else z)
-        value = self.guest.tensor("sample", z)
+        value = self.sandbox.as_tensor("sample", z)
         if getattr(z, "dtype", None) in (torch.float32, np.float32) or m.dtype == torch.float32:
             self.rounding = max(self.rounding, 2e-5)
         elif getattr(z, "dtype", None) in (torch.float16, torch.bfloat16):
             self.rounding = max(self.rounding, 2e-2)
         if value.shape != m.shape and value.ndim == m.ndim + 1 and value.shape[1:] == m.shape:
-            self._note("sample returns several draws for each example; the first was looked at")
+            self._note("sample returns several draws for each example; the first was used")
             value = value[0]
         if value.shape != m.shape and value.numel() == m.numel():
             value = value.reshape(m.shape)
@@ -111,8 +110,8 @@ class Sampler:
                 f"sample: given mean {tuple(m.shape)} and second {tuple(b.shape)}, expected z of "
                 f"shape {tuple(m.shape)}; got {tuple(value.shape)}"
             )
-        if not (torch.equal(given[0], m) and torch.equal(given[1], b)):
-            self._note("sample changes its arguments in place: what uses them later sees others")
+        if not (torch.equal(inputs[0], m) and torch.equal(inputs[1], b)):
+            self._note("sample changes its arguments in place, for whatever uses them later")
         return value.reshape(n, -1)
 
     def _note(self, text: str) -> None:
@@ -120,13 +119,13 @@ class Sampler:
             self.notes.append(text)
 
     def _fit_rows(self, example_rows: int | None) -> None:
-        """How many rows a call may have; None for any number."""
+        """Find the number of rows that a call takes; None for any."""
         reasons = []
         for rows in dict.fromkeys((None, example_rows, 1)):
             self.rows = rows
             try:
                 for n in (7, 3) if rows is None else (rows,):
-                    self._reference(n, SEED)
+                    self.reference_draw(n, SEED)
                 return
             except TooSlowError:
                 raise
@@ -136,14 +135,15 @@ class Sampler:
 
     # -- the noise
 
-    def _reference(self, n: int, seed: int) -> Tensor:
+    def reference_draw(self, n: int, seed: int) -> Tensor:
+        """A draw at mean 0 and the reference scale, (n, D)."""
         return self.draw(torch.zeros(n, self.d), self.reference.expand(n, -1), seed)
 
     def _find_noise(self) -> None:
         n = 8 if self.rows is None else self.rows
         if self.e not in (1, self.d):
             n = 2 * self.d + 8
-        one, again, other = (self._reference(n, seed) for seed in (SEED, SEED, SEED + 1))
+        one, again, other = (self.reference_draw(n, seed) for seed in (SEED, SEED, SEED + 1))
         if not bool(one.isfinite().all()):
             return
         if torch.equal(one, again):
@@ -153,11 +153,11 @@ class Sampler:
             return
         if self.mode == "relative":
             for name, make in self._streams():
-                if all(self._is(make(n, s), self._reference(n, s)) for s in (SEED, SEED + 7)):
+                if all(self._is(make(n, s), self.reference_draw(n, s)) for s in (SEED, SEED + 7)):
                     self.mode, self.stream = "known", name
                     self._noise = make
                     return
-        big = self._reference(self.many(), SEED + 2)
+        big = self.reference_draw(self.many(), SEED + 2)
         loc, scale, count = big.mean(), big.std(), big.numel()
         if float(scale) < 1e-12:
             return
@@ -167,24 +167,24 @@ class Sampler:
             each = big.std(0)
             if float(each.max() / each.min().clamp(min=1e-300)) > 1 + 20 / math.sqrt(len(big)):
                 loc, scale, count = big.mean(0), each, len(big)
-        self._noise = lambda n, seed: (self._reference(n, seed) - loc) / scale
+        self._noise = lambda n, seed: (self.reference_draw(n, seed) - loc) / scale
         self.scale_error = 6 / math.sqrt(2 * count)
 
     def averaged(self, points: int) -> int:
-        """Draws of each point, where every figure is an average."""
+        """Draws at each point, where every number is an average."""
         return max(200, min(MANY, 5_000_000 // max(1, points * self.d)))
 
     def many(self) -> int:
-        """Rows that make a hundred thousand numbers, or what the calls allow."""
+        """Rows for about a hundred thousand numbers, as far as calls allow."""
         rows = max(512, min(16384, 100_000 // self.d))
         return rows if self.rows is None else min(rows, 300 * self.rows)
 
     def _streams(self):
-        """Noise of torch and of NumPy, as a sampler may draw it for n rows after a seed."""
+        """The noise of torch and of NumPy that a sampler may draw for n rows after seeding."""
 
         def chunked(make: Callable[[int], Tensor]) -> Callable[[int, int], Tensor]:
             def noise(n: int, seed: int) -> Tensor:
-                self.guest.reseed(seed)
+                self.sandbox.reseed(seed)
                 if self.rows is None:
                     return make(n).double()
                 calls = -(-n // self.rows)
@@ -212,7 +212,7 @@ class Sampler:
             )
 
     def _is(self, e: Tensor, z: Tensor) -> bool:
-        """Whether z is a multiple of e plus a constant; linear in e, for a matrix."""
+        """Whether z is a multiple of e plus a constant; for a matrix, linear in e."""
         if self.e not in (1, self.d):
             design = torch.cat([e, torch.ones(len(e), 1)], 1).double()
             solved = torch.linalg.lstsq(design, z, driver="gelsd").solution
@@ -223,23 +223,23 @@ class Sampler:
         return bool((off <= 3e-6 * slope.abs()).all()) and bool((slope.abs() > 0).all())
 
     def noise(self, n: int, seed: int) -> Tensor:
-        """The noise e of a call with n rows (n, D), standardised unless it is known."""
+        """The noise e of a call with n rows, (n, D); standardised unless it is known."""
         if self._noise is None:
-            raise AuditError("sample: its noise cannot be told from its answers")
+            raise AuditError("sample: its noise is unknown")
         return self._noise(n, seed)
 
     # -- loc and sigma
 
     def measure(self, mean: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Location, scale and misfit of z = loc + sigma e, at points.
+        """Location, scale and misfit of z = loc + sigma e at points.
 
         Args:
             mean: Points (P, D).
             second: Points (P, E).
 
         Returns:
-            loc (P, D); sigma (P, D), negative where it turns the noise round; and by how much z
-            is off a straight line in e, relative to |m| + |sigma| (P, D).
+            loc (P, D); sigma (P, D), negative where it negates the noise; and how far z is from a
+            straight line in e, relative to |m| + |sigma| (P, D).
         """
         points = len(mean)
         if self.mode == "moments" or self._noise is None:

@@ -1,4 +1,4 @@
-"""Which number of a packed tensor is the mean of which latent, and which its scale."""
+"""The layout of a packed tensor: which numbers are means, and which scales."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from musigma.audit.findings import AuditError
-from musigma.audit.probes import Guest
+from musigma.audit.sandbox import Sandbox
 
 __all__ = ["Packing", "arguments", "find_packing"]
 
-PROBES = 96  # numbers that are moved, one at a time
+MOVED = 96  # numbers that are moved, one at a time
 SEEDS = (3, 4, 5, 6)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """A layout: flat positions of the means and of the scales.
+    """A layout, as flat positions of the means and of the scales.
 
     Args:
         name: "halves, mean first", "interleaved, scale first", …
-        shape: Of one packed example.
-        latent: Of one z.
+        shape: Shape of one packed example.
+        latent: Shape of one z.
         mean: Positions (D,).
         second: Positions (D,).
     """
@@ -47,7 +47,7 @@ class Packing:
         return packed.reshape(n, *self.shape)
 
     def packed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """A callable of a packed tensor as one of mean and scale, and of what else it takes."""
+        """A callable of a packed tensor as one of mean, scale and its other arguments."""
         return lambda mean, second, *more: fn(self.pack(mean, second), *more)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,16 +60,16 @@ class Packing:
         )
 
 
-def find_packing(guest: Guest, sample: Callable[..., Any], packed: Tensor) -> Packing:
-    """The layout of a tensor that a sampler takes: what moving one number does to z.
+def find_packing(sandbox: Sandbox, sample: Callable[..., Any], packed: Tensor) -> Packing:
+    """The layout of a tensor that a sampler takes, by what moving one number does to z.
 
     At the same seed, moving a mean moves one z by as much, whatever the noise; moving a scale
     moves one z by a multiple of its noise.
 
     Args:
-        guest: That calls it.
+        sandbox: Calls it.
         sample: ``sample(packed)``.
-        packed: As the encoder returns it (B, ...), for its shape.
+        packed: A tensor of its shape (B, ...), as the encoder returns it.
 
     Raises:
         AuditError: If z is not half as large, or no layout is found.
@@ -78,10 +78,9 @@ def find_packing(guest: Guest, sample: Callable[..., Any], packed: Tensor) -> Pa
     n = math.prod(shape)
 
     def draw(h: Tensor, seed: int) -> Tensor:
-        guest.reseed(seed)
-        z = guest.call("sample", sample, guest.given(h).reshape(-1, *shape).clone())
-        z = z[0] if isinstance(z, (tuple, list)) else z
-        return guest.tensor("sample", z)
+        sandbox.reseed(seed)
+        packed = sandbox.to_input(h).reshape(-1, *shape).clone()
+        return sandbox.ask_first("sample", sample, packed)
 
     base = torch.full((rows, n), 0.3, dtype=torch.float64)
     latent = tuple(draw(base, 0).shape[1:])
@@ -90,10 +89,10 @@ def find_packing(guest: Guest, sample: Callable[..., Any], packed: Tensor) -> Pa
             f"sample: given a packed tensor {tuple(packed.shape)}, expected z with half as many "
             f"numbers; got shape {(rows, *latent)}"
         )
-    probes = torch.linspace(0, n - 1, min(n, PROBES)).round().long().unique().tolist()
+    positions = torch.linspace(0, n - 1, min(n, MOVED)).round().long().unique().tolist()
     still = [draw(base, seed).reshape(rows, -1)[0] for seed in SEEDS]
     roles: dict[int, tuple[bool, int]] = {}
-    for j in probes:
+    for j in positions:
         moved = base.clone()
         moved[0, j] += 0.5
         by = torch.stack(
@@ -111,12 +110,12 @@ def find_packing(guest: Guest, sample: Callable[..., Any], packed: Tensor) -> Pa
         where |= {int(p): (False, i) for i, p in enumerate(candidate.second)}
         if all(where[j] == role for j, role in roles.items()):
             return candidate
-    if len(probes) == n and len(set(roles.values())) == n:
-        found = {role: j for j, role in roles.items()}
+    if len(positions) == n and len(set(roles.values())) == n:
+        position = {role: j for j, role in roles.items()}
         d = n // 2
-        mean, second = (torch.tensor([found[kind, i] for i in range(d)]) for kind in (True, False))
+        mean, second = (torch.tensor([position[k, i] for i in range(d)]) for k in (True, False))
         return Packing("permuted", shape, latent, mean, second)
-    raise AuditError("sample: which numbers of the packed tensor are means could not be told")
+    raise AuditError("sample: which numbers of the packed tensor are means is unknown")
 
 
 def _candidates(shape: tuple[int, ...], latent: tuple[int, ...]) -> Iterator[Packing]:
@@ -137,7 +136,7 @@ def _candidates(shape: tuple[int, ...], latent: tuple[int, ...]) -> Iterator[Pac
 
 
 def arguments(fn: Any) -> int | None:
-    """How many positional arguments a callable needs; None if that is not known."""
+    """The number of positional arguments that a callable needs; None if unknown."""
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):

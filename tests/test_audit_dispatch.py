@@ -248,7 +248,7 @@ def test_the_command(file, tmp_path, capsys):
     main(["audit", f"{file}:VAE", "--shape", "3x4x4"])
     for words, message in (
         ([f"{file}:VAE", "--shape", "3xq"], "shape: expected sizes"),
-        ([f"{file}:VAE", "--allow", "nothing"], "allow: 'nothing' is no code"),
+        ([f"{file}:VAE", "--allow", "nothing"], "allow: unknown code 'nothing'"),
         ([f"{file}:VAE", "--out", "a.pdf"], "out: expected a .html"),
         ([f"{file}:VAE", "--shape", "3x5x5"], "none of the shapes that were tried is taken"),
         (["nowhere"], "RUN: there is no run folder"),

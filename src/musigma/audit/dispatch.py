@@ -22,8 +22,8 @@ from musigma import plugins
 from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport
 from musigma.audit.flow import audit_flow
-from musigma.audit.own import audit_model
-from musigma.audit.probes import Guest
+from musigma.audit.models import audit_model
+from musigma.audit.sandbox import Sandbox
 from musigma.audit.vae import audit_vae
 from musigma.model import Model
 
@@ -173,9 +173,9 @@ def _is_flow(thing: Any, x: Tensor) -> bool:
     layers = thing if isinstance(thing, (list, tuple)) else [thing]
     if all(isinstance(t, Transform) or _inverts(t) for t in layers):
         return True
-    with Guest(thing) as guest, torch.no_grad():
-        guest.use(torch.float32)
-        answer = guest.call("it", _in_a_row(thing), x.float())
+    with Sandbox(thing) as sandbox, torch.no_grad():
+        sandbox.use_dtype(torch.float32)
+        answer = sandbox.call("it", _in_a_row(thing), x.float())
     if not isinstance(answer, (list, tuple)) or len(answer) != 2:
         return False
     z, log_det = answer
@@ -362,12 +362,12 @@ def _events(first: nn.Module | None) -> Iterator[tuple[int, ...]]:
 
 def _first_that_works(thing: Any, candidates: Iterator[Tensor], assumed: list[str]) -> Tensor:
     tried = []
-    with Guest(thing) as guest, torch.no_grad():
-        guest.use(torch.float32)
+    with Sandbox(thing) as sandbox, torch.no_grad():
+        sandbox.use_dtype(torch.float32)
         for x in candidates:
-            undo = guest.snapshot()
+            undo = sandbox.snapshot()
             try:
-                guest.call("it", thing, x.float())
+                sandbox.call("it", thing, x.float())
             except (AuditError, TypeError) as error:
                 tried.append(f"{tuple(x.shape)}: {error}")
                 continue

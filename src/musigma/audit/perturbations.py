@@ -1,0 +1,217 @@
+"""The flow under other parameters: random ones, updated ones, negative determinants, extremes.
+
+A fault under random parameters must appear again under a fifth of the perturbation; otherwise it
+is attributed to the parameters (a contraction that is none any more) and not to the code.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from musigma.audit.findings import AuditError, distance
+from musigma.audit.flow_adapter import detached, flatten, log_det_of
+from musigma.audit.flow_findings import report_errors
+from musigma.audit.flow_state import FlowAudit, Measurement
+from musigma.audit.volume import volume
+
+__all__ = ["check_determinant_sign", "check_negative_determinants", "check_random_parameters"]
+
+WIDE = (1.0, 3.0, 6.0, 3.0, 1.0)  # multiples of the example's spread, with 300 points each
+SCALES = (0.3, 0.1, 0.03)  # of random parameters: the largest under which z is finite
+
+
+def check_random_parameters(audit: FlowAudit, unperturbed: Measurement) -> None:
+    """Measure again under random parameters, and whether the inverse follows an update."""
+    for std in SCALES:
+        audit.restore()
+        audit.perturb(std)
+        with suppress(AuditError):
+            image = audit.flow.forward(audit.x.clone())
+            if image.flat.isfinite().all() and float(image.flat.detach().abs().max()) < 1e6:
+                break
+    else:
+        audit.unchecked.append("random parameters: z is not finite under any of them")
+        audit.restore()
+        return
+    audit.perturbation = std
+    x = audit.few(audit.x)
+    measured = audit.measure(x)
+    if measured.inverse_error is not None and audit.flow.invertible:
+        if measured.inverse_error.__cause__ is None:
+            raise measured.inverse_error
+        audit.unchecked.append(f"inverse under random parameters: {measured.inverse_error}")
+        audit.restore()
+        return
+    if measured.nan_log_det and not unperturbed.nan_log_det:
+        measured = Measurement()  # a parameter may be out of its range; checked separately
+    errors = (measured.round_trip, measured.log_det, measured.back_sum)
+    if any(error > audit.tolerance for error in errors) and not audit.noisy_log_det:
+        audit.restore()
+        audit.perturb(std / 5)
+        small = audit.measure(x)
+        for name in ("round_trip", "log_det", "back_sum"):
+            if getattr(small, name) <= 1e-3 * min(1.0, getattr(measured, name)):
+                setattr(measured, name, math.nan)
+    if measured.round_trip > audit.tolerance >= unperturbed.round_trip and _is_stale(audit, std):
+        measured.round_trip = measured.back_sum = math.nan
+    elif audit.flow.invertible:
+        _is_stale(audit, std)
+    report_errors(audit, measured, f"with random parameters (moved by {std:g})")
+    audit.restore()
+
+
+def _is_stale(audit: FlowAudit, std: float) -> bool:
+    """Whether an inverse that was used before an update still has the old parameters."""
+    x = audit.few(audit.x)
+    with suppress(AuditError):
+        audit.restore()
+        z = detached(audit.flow.forward(x.clone()).tree)
+        first, _ = audit.flow.inverse(z, x)
+        audit.perturb(std)
+        image = audit.flow.forward(x.clone())
+        if distance(image.flat, flatten(z)) < 1e-4:
+            return False
+        late, _ = audit.flow.inverse(image.tree, x)
+        error = distance(late, x)
+        if error <= 1e-3:
+            audit.checked.append("the inverse follows an update of the parameters")
+            return False
+        late_old, _ = audit.flow.inverse(z, x)
+        audit.restore()
+        audit.perturb(std)
+        image = audit.flow.forward(x.clone())
+        fresh, _ = audit.flow.inverse(image.tree, x)
+        if distance(fresh, x) <= 1e-3 or distance(late_old, first) == 0.0:
+            audit.bug(
+                "stale_inverse",
+                f"after an update of the parameters the inverse is off by {error:.3g}: it was "
+                "computed before the update and cached",
+                "compute the inverse from the parameters on each call, or drop the cache when "
+                "they change (their ._version tells)",
+                error=error,
+            )
+            return True
+    return False
+
+
+def check_negative_determinants(audit: FlowAudit) -> None:
+    """Whether the log-determinant is finite where a matrix has a negative determinant."""
+    matrices = [p for p in audit.sandbox.trainable() if _is_square(p) and not _is_triangular(p)]
+    if not matrices or "logdet_nan" in audit.findings:
+        return
+    audit.restore()
+    for p in matrices:
+        _make_determinant_negative(p)
+    with suppress(AuditError):
+        image = audit.flow.forward(audit.x.clone())
+        if image.raw is not None and image.flat.isfinite().all():
+            stated, _ = log_det_of(image.raw, len(audit.x))
+            if stated.isfinite().all():
+                audit.checked.append("matrices of negative determinant")
+            else:
+                audit.bug(
+                    "logdet_nan",
+                    "the log-determinant is NaN or infinite where a matrix is invertible and has "
+                    "a negative determinant",
+                    "take log |det W|: torch.linalg.slogdet(W)[1], not logdet(W) or log(det(W))",
+                )
+    audit.restore()
+
+
+def check_determinant_sign(audit: FlowAudit) -> None:
+    """Whether det J has one sign, over wide ranges of points and parameters."""
+    d = audit.x[0].numel()
+    if d > 16 or "cross_sample" in audit.findings or audit.noisy_log_det:
+        if d > 16:
+            audit.unchecked.append("the sign of det J at many points: there are too many elements")
+        return
+    parameters = audit.sandbox.trainable()
+    spectral = ("u", "v", "_u", "_v", "weight_u", "weight_v")  # buffers of spectral norms
+    constrained = any(
+        name.rsplit(".", 1)[-1] in spectral
+        for root in audit.sandbox.modules
+        for name, _ in root.named_buffers()
+    )
+    vectors = all(p.squeeze().ndim <= 1 for p in parameters)
+    for seed, std in enumerate([0.0] + ([1.5, 2.0] * 8 if vectors and not constrained else [])):
+        if std and not parameters:
+            break
+        audit.restore()
+        if std:
+            audit.perturb(std, 30 + seed)
+        signs = _determinant_signs(audit, (2.0,) if std else WIDE)
+        if signs is None:
+            return
+        positive, negative = signs
+        if positive and negative:
+            audit.bug(
+                "not_injective",
+                f"det J is positive at {positive} points and negative at {negative}"
+                + (", with parameters that training may reach" if std else ""),
+                "constrain the parameters so that f stays monotone (planar flow: w'u >= -1, "
+                "by u + (softplus(w'u) - 1 - w'u) w / |w|^2)",
+                positive=positive,
+                negative=negative,
+            )
+            break
+    else:
+        audit.checked.append("det J has the same sign at all points tried")
+    audit.restore()
+
+
+def _determinant_signs(audit: FlowAudit, factors: tuple[float, ...]) -> tuple[int, int] | None:
+    """At how many points det J is surely positive, and negative; None if it is unknown."""
+    example = audit.example
+    center, shape = example.mean(0, keepdim=True), audit.x.shape[1:]
+    spread = (example.std() if example.numel() > 1 else torch.tensor(1.0)).clamp(min=0.3)
+    generator = torch.Generator().manual_seed(2)
+    n, positive, negative = 300 if audit.seconds_per_call < 0.01 else 60, 0, 0
+    unit_interval = bool((example >= 0).all() and (example <= 1).all())
+    for factor in factors:
+        if unit_interval:
+            x = torch.rand(n, *shape, generator=generator).to(audit.x)
+        else:
+            noise = torch.randn(n, *shape, generator=generator).to(audit.x)
+            x = center + factor * spread * noise
+        if audit.time_left() < 0:
+            break
+        try:
+            jacobian = volume(audit.flat, x)
+        except (AuditError, RuntimeError):
+            return None
+        if jacobian is None:
+            return None
+        sure = jacobian.log_det.isfinite() & (jacobian.condition < 1e9)
+        positive += int((jacobian.sign[sure] > 0).sum())
+        negative += int((jacobian.sign[sure] < 0).sum())
+    return positive, negative
+
+
+def _is_square(p: Tensor) -> bool:
+    return p.ndim >= 2 and p.shape[0] == p.shape[1] > 1 and p.numel() == p.shape[0] ** 2
+
+
+def _is_triangular(p: Tensor) -> bool:
+    matrix = p.detach().reshape(len(p), -1)
+    return not (matrix.tril(-1).any() and matrix.triu(1).any())
+
+
+@torch.no_grad()
+def _make_determinant_negative(p: Tensor) -> None:
+    """Flip the sign of a matrix's determinant by one off-diagonal entry.
+
+    det(W + c e_i e_j') = det W (1 + c V_ji), with V the inverse of W: -det W at c = -2 / V_ji.
+    """
+    matrix = p.detach().reshape(len(p), -1).double().clone()
+    if torch.linalg.det(matrix) < 0:
+        return
+    inverse = torch.linalg.pinv(matrix).T.clone()
+    inverse.fill_diagonal_(0.0)
+    at = divmod(int(inverse.abs().argmax()), len(p))
+    if inverse[at] != 0:
+        matrix[at] -= 2 / inverse[at]
+        p.copy_(matrix.reshape(p.shape).to(p))

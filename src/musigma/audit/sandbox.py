@@ -1,0 +1,365 @@
+"""Calls of the code under audit: guarded, in float64, and without side effects on it.
+
+An audit calls code on inputs that its author never thought of. So every call has a name, a time
+limit and a check of what comes back. The modules that the callables use are in evaluation mode and
+float64 meanwhile, and restored to the bit afterwards: parameters, buffers, plain attributes,
+modes, gradients, and the random states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import re
+import signal
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from musigma.audit.findings import AuditError
+
+__all__ = ["Sandbox", "TooSlowError", "about_types", "first", "forward_hooks"]
+
+SECONDS = 20.0  # limit of one call
+
+
+def _find(objects: Sequence[Any]) -> tuple[list[nn.Module], list[Any]]:
+    """The modules that callables use (in closures, arguments, globals), and plain objects."""
+    modules: dict[int, nn.Module] = {}
+    holders: dict[int, Any] = {}
+    seen: set[int] = set()
+
+    def visit(thing: Any, depth: int) -> None:
+        if id(thing) in seen or depth > 6:
+            return
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            modules[id(thing)] = thing
+            return
+        if _plain_object(thing):
+            holders[id(thing)] = thing
+        for part in _parts(thing)[:100]:
+            visit(part, depth + 1)
+
+    for thing in objects:
+        visit(thing, 0)
+    inner = {id(m) for root in modules.values() for m in root.modules() if m is not root}
+    return [module for key, module in modules.items() if key not in inner], list(holders.values())
+
+
+def _parts(thing: Any) -> list[Any]:
+    """The objects that a call of something may use."""
+    if isinstance(thing, types.MethodType):
+        return [thing.__self__, thing.__func__]
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, types.FunctionType):
+        parts: list[Any] = list(thing.__defaults__ or ())
+        for cell in thing.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                parts.append(cell.cell_contents)
+        for name in thing.__code__.co_names:
+            value = thing.__globals__.get(name)
+            local = getattr(value, "__module__", None) == thing.__module__
+            if isinstance(value, (nn.Module, types.MethodType, functools.partial)) or (
+                isinstance(value, types.FunctionType) and local
+            ):
+                parts.append(value)
+        return parts
+    if isinstance(thing, (list, tuple, set)):
+        return list(thing)
+    if isinstance(thing, dict):
+        return list(thing.values())
+    return list(vars(thing).values()) if _plain_object(thing) else []
+
+
+def first(value: Any) -> Any:
+    """The first entry of a tuple or a list; anything else as it is."""
+    return value[0] if isinstance(value, (tuple, list)) and value else value
+
+
+def about_types(error: AuditError) -> bool:
+    """Whether a callable refused its input because of the floating-point type."""
+    words = ("dtype", "Float", "Double", "float64", "float32", "scalar type", "double")
+    return any(word in str(error) for word in words)
+
+
+class Sandbox:
+    """The modules that some callables use, in float64; restored to the bit when the block ends.
+
+    Args:
+        objects: Callables, modules, or objects that hold them; None are left out.
+        seed: Random seed.
+        seconds: Limit of one call; by default 20.
+
+    Example:
+        >>> layer = nn.Linear(3, 3)
+        >>> with Sandbox(layer) as sandbox:
+        ...     sandbox.randomise()
+        ...     y = sandbox.call("layer", layer, torch.zeros(2, 3, dtype=sandbox.dtype))
+        >>> y.dtype, layer.weight.dtype
+        (torch.float64, torch.float32)
+    """
+
+    def __init__(self, *objects: Any, seed: int = 0, seconds: float | None = None):
+        self.modules, self.holders = _find([o for o in objects if o is not None])
+        self.seed, self.seconds = seed, SECONDS if seconds is None else seconds
+        self.dtype = torch.float64
+        self.device = torch.device("cpu")
+
+    def __enter__(self) -> Sandbox:
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(torch.random.fork_rng())
+        for keep in (_numpy_random, _python_random, _default_dtype):
+            self._stack.enter_context(keep())
+        self._stack.callback(self.snapshot())
+        self._modes = [(m, m.training) for root in self.modules for m in root.modules()]
+        self.reseed()
+        for module in self.modules:
+            module.eval()
+        self.use_dtype(torch.float64)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def use_dtype(self, dtype: torch.dtype) -> None:
+        """Make the modules compute in a type, and new tensors be of it."""
+        self.dtype = dtype
+        torch.set_default_dtype(dtype)
+        for module in self.modules:
+            module.to(dtype)
+        parameters = {id(p) for module in self.modules for p in module.parameters()}
+        for owner in [*(m for root in self.modules for m in root.modules()), *self.holders]:
+            for name, value in list(vars(owner).items()):
+                if not isinstance(value, Tensor) or id(value) in parameters:
+                    continue
+                if value.is_floating_point() and value.is_leaf:
+                    wants = value.requires_grad
+                    with contextlib.suppress(AttributeError):  # frozen dataclasses
+                        setattr(owner, name, value.detach().to(dtype).requires_grad_(wants))
+
+    def restore_modes(self) -> None:
+        """Put the modules back into the training or evaluation modes that they came in."""
+        for module, mode in self._modes:
+            module.training = mode
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that restores everything to its present state, as often as it is called."""
+        return _restorer(self.modules, self.holders)
+
+    def reseed(self, seed: int | None = None) -> None:
+        """Seed the random numbers of torch, NumPy and Python."""
+        seed = self.seed if seed is None else seed
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+    @torch.no_grad()
+    def randomise(self, std: float = 0.3, seed: int = 1) -> None:
+        """Add Gaussian noise, scaled to the fan-in, to all trainable parameters."""
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.trainable():
+            fan_in = max(1, p[0].numel()) if p.ndim > 1 else 1
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.add_((noise * std / fan_in**0.5).to(p))
+
+    def trainable(self) -> list[Tensor]:
+        """Every parameter that requires a gradient; others may have to stay fixed."""
+        parameters = [p for module in self.modules for p in module.parameters()]
+        held = [t for holder in self.holders for t in vars(holder).values()]
+        leaves = [t for t in held if isinstance(t, Tensor) and t.is_leaf]
+        return list({id(t): t for t in [*parameters, *leaves] if t.requires_grad}.values())
+
+    def call(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
+        """What a callable returns.
+
+        Raises:
+            AuditError: If it raises or exceeds the time limit; with its name and input shapes.
+        """
+        given = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in args)
+        try:
+            with _limited(self.seconds), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return fn(*args)
+        except _TooSlow:
+            raise TooSlowError(
+                f"{name}: given {given}, it did not end within {self.seconds:g} s; make it faster "
+                "or give it smaller inputs"
+            ) from None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as error:
+            words = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+            reason = f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
+            raise AuditError(f"{name}: given {given}, it raises {reason}") from error
+
+    def to_input(self, t: Tensor) -> Tensor:
+        """A tensor in the type and on the device of the model."""
+        return t.to(self.device, self.dtype)
+
+    def as_tensor(self, name: str, value: Any) -> Tensor:
+        """What a callable returned as a tensor, detached, in float64 on the CPU.
+
+        Raises:
+            AuditError: If it is neither a tensor, nor an array, nor a number.
+        """
+        if isinstance(value, (int, float, np.ndarray, np.number)):
+            value = torch.as_tensor(np.asarray(value))
+        if not isinstance(value, Tensor):
+            raise AuditError(f"{name}: expected a tensor; got {type(value).__name__}")
+        return value.detach().cpu().to(torch.float64)
+
+    def ask(self, name: str, fn: Callable[..., Any], *args: Any) -> Tensor:
+        """What a callable returns, by `call` and `as_tensor`."""
+        return self.as_tensor(name, self.call(name, fn, *args))
+
+    def ask_first(self, name: str, fn: Callable[..., Any], *args: Any) -> Tensor:
+        """As `ask`; of a tuple or a list, the first entry."""
+        return self.as_tensor(name, first(self.call(name, fn, *args)))
+
+
+@contextlib.contextmanager
+def forward_hooks(modules: Iterable[nn.Module], hook: Any, **how: Any) -> Iterator[None]:
+    """Run a forward hook on some modules while the block runs."""
+    handles = [module.register_forward_hook(hook, **how) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TooSlowError(AuditError):
+    """A callable exceeded its time limit, so that it is not tried again."""
+
+
+class _TooSlow(BaseException):
+    """A call exceeded its time limit; not an Exception, so that no handler swallows it."""
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Interrupt what runs too long: in the main thread, on systems with timer signals."""
+    usable = hasattr(signal, "setitimer")
+    if not usable or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: object) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _numpy_random() -> Iterator[None]:
+    state = np.random.get_state()
+    yield
+    np.random.set_state(state)
+
+
+@contextlib.contextmanager
+def _python_random() -> Iterator[None]:
+    state = random.getstate()
+    yield
+    random.setstate(state)
+
+
+@contextlib.contextmanager
+def _default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _restorer(roots: Sequence[nn.Module], holders: Sequence[Any] = ()) -> Callable[[], None]:
+    """A function that restores modules, and other objects with attributes."""
+    modules = {id(m): m for root in roots for m in root.modules()}.values()
+    undo: list[Callable[[], None]] = []
+    for thing in [*holders, *modules]:
+        attributes = vars(thing)
+        undo.append(_content_restorer(attributes))
+        undo += [_content_restorer(value) for value in attributes.values()]
+    for module in modules:
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        undo += [_tensor_restorer(tensor) for tensor in tensors]
+
+    def restore() -> None:
+        for step in undo:
+            step()
+
+    return restore
+
+
+def _content_restorer(thing: Any) -> Callable[[], None]:
+    """A function that restores the content of an object that a call may change in place."""
+    if isinstance(thing, Tensor):
+        tensor = thing.detach().clone()
+        return lambda: _put(thing.data, tensor)
+    if isinstance(thing, np.ndarray):
+        array = thing.copy()
+        return lambda: thing.__setitem__(..., array)
+    if isinstance(thing, (dict, list, set)):
+        return _container_restorer(thing)
+    return _container_restorer(vars(thing)) if _plain_object(thing) else lambda: None
+
+
+def _container_restorer(container: Any) -> Callable[[], None]:
+    content = container.copy()
+
+    def entries() -> list[Any]:
+        pairs = isinstance(container, dict)
+        return [x for pair in container.items() for x in pair] if pairs else list(container)
+
+    before = entries()
+
+    def restore() -> None:
+        now = entries()
+        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+
+    return restore
+
+
+def _plain_object(value: Any) -> bool:
+    """Whether an object has attributes that a call may change: a cache, say."""
+    others = (type, types.ModuleType, nn.Module, Tensor, types.BuiltinFunctionType)
+    functions = (types.FunctionType, types.MethodType, functools.partial)
+    return hasattr(value, "__dict__") and not isinstance(value, (*others, *functions))
+
+
+def _tensor_restorer(t: Tensor) -> Callable[[], None]:
+    data, gradient, requires_grad = t.data, t.grad, t.requires_grad
+    values = data.clone()
+
+    def restore() -> None:
+        _put(data, values)
+        t.data = data
+        t.grad = gradient
+        if t.is_leaf:
+            t.requires_grad_(requires_grad)
+
+    return restore
+
+
+def _put(tensor: Tensor, value: Tensor) -> None:
+    """Write values back, except to expanded tensors, which nothing can write to."""
+    if not torch._debug_has_internal_overlap(tensor):  # pyright: ignore[reportPrivateImportUsage]
+        tensor.copy_(value)
