@@ -1,29 +1,28 @@
-"""What compression by a model saves over general codecs, and what it costs.
+"""Compression by models compared with general codecs: sizes and times.
 
     MUSIGMA_DATA=... python benchmarks/compression.py general [SET ...]
     MUSIGMA_DATA=... python benchmarks/compression.py ours SET RUN [--n 1000] [--draws 4]
     MUSIGMA_DATA=... python benchmarks/compression.py all SET RUN [SET RUN ...] [--numerics pinned]
-    python benchmarks/compression.py table     # the tables and the picture of docs/compression.md
+    python benchmarks/compression.py table     # the tables and the figure of docs/compression.md
 
-The sets are the test images of `mnist`, `mnist-binarized` (drawn once, by seed 0),
-`fashion-mnist` and `cifar10`; `all` takes every image, in the order of the data. Figures are bits
-for each element, pixel and channel. They are kept in docs/figures/compression.json, and what is
-there is not measured again, unless `--again` is given.
+The sets are the test images of `mnist`, `mnist-binarized` (drawn once, with seed 0),
+`fashion-mnist` and `cifar10`; `all` takes every image, in the order of the data. Rates are in bits
+per element (pixel and channel). Results are kept in docs/figures/compression.json and not measured
+again, unless `--again` is given.
 
-`general`: every image as a file of its own, then all of them side by side in one picture of
-100 x 100, then their plain bytes in a row (of one bit, eight to a byte; of colours, plane after
-plane or pixel after pixel, whichever takes less). The order of images is shuffled once. What is
-written is read again and compared. JPEG XL needs `imagecodecs`; zstd needs Python 3.14 or
-`zstandard`. A codec that is not there is named, and gets no figure.
+`general` compresses every image as a file of its own, then all images as one picture of 100 x 100
+tiles, then their bytes in a row (eight pixels to a byte if they have one bit; of color images,
+planes or pixels in a row, whichever is smaller). The order of the images is shuffled once.
+Everything that is written is read again and compared. JPEG XL needs `imagecodecs`; zstd needs
+Python 3.14 or `zstandard`. A codec that is not installed is listed without a result.
 
-`ours`: the same images by a model. Two processes, one to write and one to read, first with one
-worker and then with two; one worker has one thread. The model's own figure is the mean of several
-draws for each image. The coder is one more draw of the same figure, so the standard error of their
-difference follows from how much an image's draws differ among themselves.
+`ours` compresses the same images by a model, in one process for writing and one for reading, first
+with one worker (and one thread) and then with two. The model's own figure is the mean of several
+draws for each image. The coder is one more draw, so the standard error of the difference follows
+from the spread of the draws of an image.
 
-`cifar10` is read from `cifar10-jpeg.tar.xz` in $MUSIGMA_DATA, if that is there: the same pictures,
-but made from JPEG files. They take fewer bits than the published ones, and are not to be compared
-with them.
+`cifar10` is read from `cifar10-jpeg.tar.xz` in $MUSIGMA_DATA if that exists: the same images, but
+from JPEG files. They take fewer bits than the published ones and cannot be compared with them.
 """
 
 import argparse
@@ -55,7 +54,7 @@ OUT = Path(__file__).parent.parent / "docs" / "figures" / "compression.json"
 SETS = ("mnist", "mnist-binarized", "fashion-mnist", "cifar10")
 TILES = 100
 SINGLE = 20
-"""Images that get a file of their own in `ours`."""
+"""Number of images that `ours` also writes to files of their own."""
 
 
 # --- data --------------------------------------------------------------------------------------
@@ -63,7 +62,7 @@ SINGLE = 20
 
 @dataclass(frozen=True)
 class Images:
-    """Levels (N, C, H, W), uint8, of so many bits, with their labels, and what they are."""
+    """Levels (N, C, H, W), uint8, with their number of bits, their labels and a note."""
 
     levels: np.ndarray
     bits: int
@@ -74,11 +73,11 @@ class Images:
         return len(self.levels)
 
     def first(self, n: int) -> "Images":
-        """The first so many."""
+        """The first n images."""
         return Images(self.levels[:n], self.bits, self.labels[:n], self.note)
 
     def plain(self) -> dict[str, bytes]:
-        """Their bytes in a row, in either order of channels."""
+        """Their bytes in a row, in each order of channels."""
         if self.bits == 1 or self.levels.shape[1] == 1:
             return {"": (np.packbits(self.levels) if self.bits == 1 else self.levels).tobytes()}
         return {"planes": self.levels.tobytes(), "pixels": self.pictures().tobytes()}
@@ -90,7 +89,7 @@ class Images:
         )
 
     def tile(self) -> np.ndarray:
-        """The first 100 x 100 of them in one picture."""
+        """The first 100 x 100 images as one picture."""
         x = self.pictures()[: TILES * TILES]
         h, w = x.shape[1:3]
         grid = x.reshape(TILES, TILES, *x.shape[1:]).swapaxes(1, 2)
@@ -98,11 +97,11 @@ class Images:
 
 
 def images(name: str, *, every: bool = False) -> Images:
-    """The test images of a set in the one shuffled order, or all images in theirs."""
+    """The test images of a set, shuffled once, or all images in their order."""
     import musigma
 
     if name not in SETS:
-        raise SystemExit(f"{name}: is none of {', '.join(SETS)}")
+        raise SystemExit(f"{name}: expected one of {', '.join(SETS)}")
     binary = name == "mnist-binarized"
     treat = musigma.Preprocess(binarize="dynamic" if binary else None)
     source, note = name.removesuffix("-binarized"), ""
@@ -116,16 +115,16 @@ def images(name: str, *, every: bool = False) -> Images:
     return Images(data.x[order], 1 if binary else 8, data.labels[order], note)
 
 
-# --- what is kept ------------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------
 
 
-def kept() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     found = json.loads(OUT.read_text()) if OUT.exists() else {}
     return {"general": {}, "ours": {}, "all": {}, **found}
 
 
-def keep(part: str, name: str, value: Any) -> None:
-    found = kept()
+def save(part: str, name: str, value: Any) -> None:
+    found = results()
     found[part][name] = value
     draft = OUT.with_suffix(".tmp")
     draft.write_text(json.dumps(found, indent=2) + "\n")
@@ -137,13 +136,13 @@ def keep(part: str, name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """A codec of pictures: of levels (H, W) or (H, W, 3), and so many bits, and back."""
+    """A codec of images: levels (H, W) or (H, W, 3) with a number of bits to bytes, and back."""
 
     name: str
     version: Callable[[], str]
     encode: Callable[[np.ndarray, int], bytes]
     decode: Callable[[bytes, int], np.ndarray]
-    files: int | None = None  # of how many images it makes files; None: all of them
+    files: int | None = None  # number of images that it writes to files; None: all
     tile: bool = True
 
 
@@ -158,7 +157,7 @@ class Archive:
 
 
 def pillow(kind: str, **options: Any) -> dict[str, Any]:
-    """Encode and decode of a `Picture`."""
+    """The functions of a `Picture` by Pillow."""
 
     def encode(x: np.ndarray, bits: int) -> bytes:
         from PIL import Image
@@ -228,14 +227,14 @@ def zstd() -> dict[str, Any]:
 
 
 def linked(module: str, library: str, function: str) -> Callable[[], str]:
-    """The version of a C library, by its own word, or else Python's."""
+    """The version that a C library reports, or that of Python."""
 
     def version() -> str:
         with suppress(ImportError, AttributeError, OSError):
             file = importlib.import_module(module).__file__
-            told = getattr(ctypes.CDLL(file), function)
-            told.restype = ctypes.c_char_p
-            return f"{library} {told().decode().split(',')[0]}"
+            report = getattr(ctypes.CDLL(file), function)
+            report.restype = ctypes.c_char_p
+            return f"{library} {report().decode().split(',')[0]}"
         return f"Python {platform.python_version()}"
 
     return version
@@ -271,14 +270,14 @@ ARCHIVES = (
 
 
 def measured(encode: Callable, decode: Callable, items: list, same: Callable) -> dict[str, Any]:
-    """Bytes and seconds (of the processor) of some items, which must come out again."""
+    """Bytes and CPU seconds of some items, which must come out as they went in."""
     began = time.process_time()
     coded = [encode(item) for item in items]
     written = time.process_time()
     again = [decode(data) for data in coded]
     read = time.process_time()
     if not all(same(a, b) for a, b in zip(items, again, strict=True)):
-        raise SystemExit("what came out is not what went in")
+        raise SystemExit("the decoded images differ from the images that were encoded")
     return {
         "bytes": sum(map(len, coded)),
         "encode_seconds": round(written - began, 3),
@@ -287,9 +286,9 @@ def measured(encode: Callable, decode: Callable, items: list, same: Callable) ->
 
 
 def general(names: list[str], again: bool) -> None:
-    """Measure what has not been measured yet."""
+    """Measure the general codecs."""
     for name in names:
-        found, data = kept()["general"].get(name, {}), None
+        found, data = results()["general"].get(name, {}), None
         work = [(codec, way) for codec in PICTURES for way in ("file", "tile")]
         work += [(codec, "archive") for codec in ARCHIVES]
         for codec, way in work:
@@ -306,7 +305,7 @@ def general(names: list[str], again: bool) -> None:
             else:
                 print(f"{name}: {key}: {row['bits_per_dim']:.4f}", flush=True)
             found[key] = row
-            keep("general", name, found)
+            save("general", name, found)
 
 
 def general_one(codec: Picture | Archive, way: str, data: Images) -> dict[str, Any]:
@@ -339,7 +338,7 @@ def general_one(codec: Picture | Archive, way: str, data: Images) -> dict[str, A
 
 
 def alike(x: np.ndarray, found: np.ndarray) -> bool:
-    """Whether two pictures are the same; a codec may give grey as three equal channels."""
+    """Whether two images are equal; a codec may return gray as three equal channels."""
     x = x[..., None] if found.ndim > x.ndim else x
     return x.shape[:2] == found.shape[:2] and bool((x == found).all())
 
@@ -358,25 +357,16 @@ def title(run: Path) -> str:
     return "/".join(parts[at:])
 
 
-def source(model: Any, levels: np.ndarray, labels: np.ndarray) -> Any:
-    """Images as `musigma.coding.compress` takes them."""
-    import musigma
-    from musigma import coding
-    from musigma.evaluation import context_size
-
-    if not context_size(model):
-        return levels
-    bits = model.config["options"]["bits"]
-    data = musigma.data.Dataset(
-        levels << (8 - bits), preprocess=musigma.Preprocess(bits=bits), labels=labels
-    )
-    return coding.Examples(data, labels=True, prepared=True)
+def context(model: Any, labels: np.ndarray) -> np.ndarray | None:
+    """One-hot rows for a model that is conditioned on classes."""
+    variables = model.spec.context
+    return np.eye(variables[0].shape[0], dtype=np.float32)[labels] if variables else None
 
 
 def measure_in_child(
     way: str, run: Path, folder: Path, workers: int, numerics: str = "exact"
 ) -> dict[str, Any]:
-    """Write or read a file in a process of its own."""
+    """Write or read a file in a separate process."""
     words = [sys.executable, __file__, way, str(weights(run)), str(folder), str(workers)]
     words.append(numerics)
     done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True)
@@ -384,7 +374,7 @@ def measure_in_child(
 
 
 def child(way: str, run: Path, folder: Path, workers: int, numerics: Any) -> None:
-    """What such a process does."""
+    """The work of that process."""
     import torch
 
     import musigma
@@ -396,19 +386,19 @@ def child(way: str, run: Path, folder: Path, workers: int, numerics: Any) -> Non
     file, levels = folder / "x.mus", np.load(folder / "x.npy")
     labels = np.load(folder / "labels.npy")
     load, began, busy = os.getloadavg()[0], time.perf_counter(), time.process_time()
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if way == "child-write":
         before = memory()
-        given = source(model, levels, labels)
+        given = context(model, labels)
         options = {"verify": False, "workers": workers, "numerics": numerics}
-        report = coding.compress(model, given, file, **options)
-        told = {name: value for name, value in report.to_json().items() if name != "seconds"}
-        told["file_bytes"] = file.stat().st_size
+        report = coding.compress(model, levels, file, given=given, **options)
+        found = {name: value for name, value in report.to_json().items() if name != "seconds"}
+        found["file_bytes"] = file.stat().st_size
     else:
         del levels
         before = memory()
-        found = coding.decompress(file, model, workers=workers)
-    told |= {
+        batch = coding.decompress(file, model, workers=workers)
+    found |= {
         "wall_seconds": round(time.perf_counter() - began, 2),
         "cpu_seconds": round(time.process_time() - busy, 2),
         "peak_mib": memory(),
@@ -417,16 +407,16 @@ def child(way: str, run: Path, folder: Path, workers: int, numerics: Any) -> Non
     }
     if way == "child-read":
         levels = np.load(folder / "x.npy")
-        if not np.array_equal(found.levels, levels):
-            raise SystemExit("what came out is not what went in")
-        told["compared"] = len(levels)
-    print(json.dumps(told))
+        if not np.array_equal(batch.levels, levels):
+            raise SystemExit("the decoded images differ from the images that were encoded")
+        found["compared"] = len(levels)
+    print(json.dumps(found))
 
 
 def memory() -> float:
-    """The most that this process has taken so far, MiB."""
+    """Peak memory of this process so far, MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says begins, on Linux, with the peak of the parent
+    if status.exists():  # on Linux, getrusage includes the peak of the parent
         lines = status.read_text().splitlines()
         return round(int(next(s for s in lines if s.startswith("VmHWM")).split()[1]) / 1024, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -439,21 +429,21 @@ def put(folder: Path, data: Images) -> None:
 
 
 def check_bits(model: Any, data: Images, run: Path) -> None:
-    bits, shape = model.config["options"]["bits"], tuple(model.config["shape"])
+    bits, shape = model.spec.bits, model.spec.shape
     if (bits, shape) != (data.bits, data.levels.shape[1:]):
         raise SystemExit(
-            f"{run}: is of {bits} bits and shape {shape}; the set is of {data.bits} and "
+            f"{run}: the model takes {bits} bits of shape {shape}, and the set has {data.bits} of "
             f"{data.levels.shape[1:]}"
         )
 
 
 def ours(name: str, run: Path, n: int, draws: int, again: bool) -> None:
-    """A model's figures on the images that `general` takes."""
+    """Measure a model on the images of `general`."""
     import musigma
 
     key = f"{name}, {title(run)}, {n}"
-    if key in kept()["ours"] and not again:
-        print(f"{key}: is there already")
+    if key in results()["ours"] and not again:
+        print(f"{key}: measured already (--again measures it again)")
         return
     data, model = images(name), musigma.load(weights(run))
     check_bits(model, data, run)
@@ -479,30 +469,28 @@ def ours(name: str, run: Path, n: int, draws: int, again: bool) -> None:
             for what in ("data_bytes", "model_bytes", "packed", "net_bits_per_dim")
         }
         row["file_bits_per_dim"] = wrote["bits_per_dim"]
-    if row["packed"]:  # then it is the rate of the others
+    if row["packed"]:  # the rate is that of the other images
         row["net_bits_per_dim"] = None
     row |= bound(model, data, draws, row["net_bits_per_dim"])
     row |= single(model, data)
     row |= pays(name, row)
-    keep("ours", key, row)
+    save("ours", key, row)
     print(json.dumps({key: row}, indent=2))
 
 
 def bound(model: Any, data: Images, draws: int, net: float | None) -> dict[str, Any]:
-    """-ELBO of these images, by several draws, and how far the coder is from it."""
+    """-ELBO of these images by several draws, and the gap of the coder."""
     import torch
-
-    from musigma.coding.batch import context_rows
 
     parts = []
     with torch.no_grad():
-        context = context_rows(model, data.labels)
+        rows = context(model, data.labels)
         for at in range(0, len(data), 200):
             x = torch.from_numpy(data.levels[at : at + 200])
-            given = None if context is None else torch.from_numpy(context[at : at + 200]).float()
+            given = None if rows is None else torch.from_numpy(rows[at : at + 200])
             torch.manual_seed(at)
-            rows = [model.bits_per_dim(x, given).double() for _ in range(draws)]
-            parts.append(torch.stack(rows))
+            bits = [model.bits_per_dim(x, given).double() for _ in range(draws)]
+            parts.append(torch.stack(bits))
     table = torch.cat(parts, 1).numpy()  # (draws, N)
     n, mean = len(data), float(table.mean())
     within = float(table.var(0, ddof=1).mean())
@@ -520,15 +508,16 @@ def bound(model: Any, data: Images, draws: int, net: float | None) -> dict[str, 
 
 
 def single(model: Any, data: Images) -> dict[str, Any]:
-    """What a file of one image takes."""
+    """Size of a file of one image."""
     from musigma import coding
 
     sizes, packed = [], 0
     with tempfile.TemporaryDirectory() as folder:
         for i in range(min(SINGLE, len(data))):
-            given = source(model, data.levels[i : i + 1], data.labels[i : i + 1])
+            given = context(model, data.labels[i : i + 1])
             file = Path(folder) / f"{i}.mus"
-            packed += coding.compress(model, given, file, workers=1).packed
+            levels = data.levels[i : i + 1]
+            packed += coding.compress(model, levels, file, given=given, workers=1).packed
             sizes.append(file.stat().st_size)
     dims = math.prod(data.levels.shape[1:])
     return {
@@ -540,8 +529,8 @@ def single(model: Any, data: Images) -> dict[str, Any]:
 
 
 def pays(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """From how many images on a model and its file take less than the best general codec's."""
-    rows = [r for r in kept()["general"].get(name, {}).values() if "bytes" in r]
+    """Number of images from which model and file are smaller than by the best general codec."""
+    rows = [r for r in results()["general"].get(name, {}).values() if "bytes" in r]
     if not rows:
         return {}
     best = min(rows, key=lambda r: r["bits_per_dim"])
@@ -558,12 +547,12 @@ def pays(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def every(name: str, run: Path, workers: int, numerics: str, again: bool) -> None:
-    """Every image of a set there and back."""
+    """Write, read and compare every image of a set."""
     import musigma
 
     key = f"{name}, {title(run)}"
-    if key in kept()["all"] and not again:
-        print(f"{key}: is there already")
+    if key in results()["all"] and not again:
+        print(f"{key}: measured already (--again measures it again)")
         return
     data = images(name, every=True)
     check_bits(musigma.load(weights(run)), data, run)
@@ -587,7 +576,7 @@ def every(name: str, run: Path, workers: int, numerics: str, again: bool) -> Non
         "read_seconds": read["wall_seconds"],
         "load_average": wrote["load_average"],
     }
-    keep("all", key, row)
+    save("all", key, row)
     print(json.dumps({key: row}, indent=2))
 
 
@@ -595,7 +584,7 @@ def every(name: str, run: Path, workers: int, numerics: str, again: bool) -> Non
 
 
 def picture(found: dict[str, Any]) -> None:
-    """Bars of every codec on the sets that models were measured on, the shortest below."""
+    """Bars of every codec on the sets of which there are results by models, the shortest last."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -626,8 +615,8 @@ def picture(found: dict[str, Any]) -> None:
 
 
 def table() -> None:
-    """Print what is kept as Markdown, and draw it."""
-    found = kept()
+    """Print the results as Markdown, and draw the figure."""
+    found = results()
     picture(found)
     print("\n\n".join(filter(None, [general_table(found), ours_tables(found), all_table(found)])))
 
@@ -662,8 +651,8 @@ def general_table(found: dict[str, Any]) -> str:
             if row.get("n", 10_000) < 10_000:
                 cell += f" ({row['n']:,})"
             cells.append(cell)
-            told = f"{codec}: {row.get('version')}"
-            versions += [told] if row.get("version") and told not in versions else []
+            version = f"{codec}: {row.get('version')}"
+            versions += [version] if row.get("version") and version not in versions else []
         rows.append(cells)
     ends = []
     for name, runs in best_runs(found).items():
@@ -678,13 +667,13 @@ def general_table(found: dict[str, Any]) -> str:
         rows.append(cells)
     notes = {r["note"] for s in sets for r in found["general"][s].values() if r.get("note")}
     text = rows_of(["codec", "images", *sets], rows)
-    text += "\n\nIn brackets: of how many images, if not of 10,000. "
+    text += "\n\nIn brackets: the number of images, if it is not 10,000. "
     text += "".join(f"`cifar10`: {note}. " for note in sorted(notes))
     return text + f"Versions: {'; '.join(versions)}."
 
 
 def best_runs(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """For each set its runs, each with the most images that it was measured on."""
+    """The runs of each set, each with the result of the most images."""
     most: dict[tuple[str, str], dict[str, Any]] = {}
     for row in found["ours"].values():
         place = row["set"], row["run"]
@@ -728,7 +717,7 @@ def ours_tables(found: dict[str, Any]) -> str:
             costs[-1] += [f"{part['images_per_s']:,.0f}" for part in parts]
             costs[-1] += [f"{part['peak_mib']:,.0f}" for part in parts]
             costs[-1] += [f"{parts[0]['load_average']:.1f}"]
-    heads = ["set", "run", "images", "the model says", "net", "gap", "file", "a file of one"]
+    heads = ["set", "run", "images", "-ELBO", "net", "gap", "file", "a file of one"]
     heads += ["best general", "model, bytes", "pays from, images"]
     speeds = ["set", "run", "workers", "write, s", "read, s", "write, core s", "read, core s"]
     speeds += ["write, images/s", "read, images/s", "write, MiB", "read, MiB", "load before"]
@@ -779,15 +768,17 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["general", "ours", "all", "table"])
     parser.add_argument("words", nargs="*", metavar="SET or RUN")
-    parser.add_argument("--n", type=int, default=10_000, help="images of `ours`")
-    parser.add_argument("--draws", type=int, default=4, help="of the model's own figure, for each")
-    parser.add_argument("--workers", type=int, default=2, help="of `all`")
-    parser.add_argument("--numerics", default="exact", help="of `all`: exact or pinned")
-    parser.add_argument("--again", action="store_true", help="measure also what is there")
+    parser.add_argument("--n", type=int, default=10_000, help="number of images for `ours`")
+    parser.add_argument(
+        "--draws", type=int, default=4, help="draws per image for the model's own figure"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="workers for `all`")
+    parser.add_argument("--numerics", default="exact", help="numerics for `all`: exact or pinned")
+    parser.add_argument("--again", action="store_true", help="measure again what was measured")
     chosen = parser.parse_args()
     words, again = chosen.words, chosen.again
     if chosen.draws < 2:
-        parser.error("--draws: give 2 or more, of whose spread the standard error is taken")
+        parser.error("--draws: give 2 or more, for a standard error")
     if chosen.what in ("ours", "all") and (not words or len(words) % 2):
         parser.error(f"{chosen.what}: give a set and a run, one or several times")
     pairs = [(name, Path(run)) for name, run in zip(words[::2], words[1::2], strict=False)]

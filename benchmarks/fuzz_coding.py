@@ -1,15 +1,15 @@
-"""Files that nobody wrote, by the hundred thousand: does a reader only ever fail as it says?
+"""Fuzz the readers of compressed files: they may fail only by the documented errors.
 
     python benchmarks/fuzz_coding.py --inputs 1000000 [--seed 0] [--target container]
     python benchmarks/fuzz_coding.py --inputs 20000 --target decompress
     python benchmarks/fuzz_coding.py --inputs 1000000 --engine atheris    # if it is installed
 
-Small whole files are changed (bits, blocks, lengths, splices), and half of the results get their
-checksums repaired, so that the change is met by what comes after the checksums. An input fails if
-it raises anything but a `CodingError`, gives what no file held although no checksum was repaired
-(or, of the target `decompress`, gives other images than were compressed in any case), takes longer
-than ten seconds, or much memory. Failing inputs are written to --keep. A new target
-is one line of `TARGETS`.
+Small files are changed (bits, blocks, lengths, splices). The checksums of half of the results are
+repaired, so that the change reaches the code behind the checksums. An input fails if it raises
+anything but a `CodingError`; if it yields what no file held, although no checksum was repaired
+(the target `decompress`: if it yields other images than were compressed, in any case); if it takes
+longer than ten seconds; or if it takes much memory. Failing inputs are written to --keep. A new
+target is one line of `TARGETS`.
 """
 
 import argparse
@@ -44,15 +44,15 @@ else:
     from musigma.coding import container, layout, scan
 
 SECONDS = 10
-MEMORY = 32 << 20  # bytes for one input, whose files are of a few thousand
+MEMORY = 32 << 20  # bytes for one input of a few thousand bytes
 
 
 @dataclass
 class Target:
-    """Whole files, and what is done with one that may not be; `run` returns an outcome.
+    """Whole files, and a function that reads a changed one and returns an outcome.
 
-    `run` is given the bytes, and whether all checksums in them were left as they are. It raises a
-    `CodingError` for what it refuses, and an AssertionError for what it should not have accepted.
+    `run` takes the bytes, and whether all of their checksums are unchanged. It raises a
+    `CodingError` for what it refuses, and an AssertionError for what it should have refused.
     """
 
     corpus: list[bytes]
@@ -70,7 +70,7 @@ def chunk_key(header, chunk) -> bytes:
 
 
 def container_files() -> tuple[list[bytes], set[bytes]]:
-    """Whole files, and keys of all the chunks and models in them."""
+    """Whole files, and keys of all chunks and models in them."""
     rng = np.random.default_rng(0)
     files, keys = [], set()
     for number, (kinds, model) in enumerate(
@@ -93,7 +93,7 @@ def container_files() -> tuple[list[bytes], set[bytes]]:
                 exceptions = np.zeros(index % 3, container.EXCEPTION)
                 exceptions["up"] = rng.integers(0, 2, len(exceptions))
                 payload = rng.bytes(20 * index)
-                if index == 1:  # what looks like a chunk, within one
+                if index == 1:  # a chunk within a chunk
                     payload += file.getvalue()[-90:]
                 chunk = container.Chunk(
                     index=index,
@@ -238,7 +238,7 @@ def bits(data: bytearray, rng: random.Random, others: list[bytes]) -> None:
 
 
 def number(data: bytearray, rng: random.Random, others: list[bytes]) -> None:
-    """Another length, count or place: in a field of some header, or anywhere."""
+    """Another length, count or place, in a field of a header or anywhere."""
     places = [12, 8, 10]
     for match in scan.MAGICS.finditer(data):
         places += range(match.start() + 4, match.start() + layout.HEAD.size, 4)
@@ -250,7 +250,7 @@ def number(data: bytearray, rng: random.Random, others: list[bytes]) -> None:
 
 
 def block(data: bytearray, rng: random.Random) -> slice:
-    """A stretch of a file, which mostly begins and ends at a magic."""
+    """A part of a file, which mostly begins and ends at a magic."""
     edges = [m.start() for m in scan.MAGICS.finditer(data)] + [0, len(data)]
     if rng.random() < 0.4:
         edges = range(len(data) + 1)
@@ -294,7 +294,7 @@ CHANGES = (bits, bits, number, number, number, cut, drop, repeat, swap, splice, 
 
 
 def repair(data: bytes | bytearray) -> bytes:
-    """The file with all checksums right, of whatever its headers now say."""
+    """The file with all checksums corrected for its present content."""
     data = bytearray(data)
 
     def put(check: int, place: int) -> None:
@@ -338,7 +338,7 @@ def repair(data: bytes | bytearray) -> bytes:
 
 
 def changed(corpus: list[bytes], rng: random.Random) -> tuple[bytes, bool]:
-    """A file with some changes, and whether its checksums were left as they are."""
+    """A file with some changes, and whether its checksums are unchanged."""
     data = bytearray(rng.choice(corpus))
     for _ in range(rng.choice((1, 1, 2, 4))):
         rng.choice(CHANGES)(data, rng, corpus)
@@ -352,7 +352,7 @@ def changed(corpus: list[bytes], rng: random.Random) -> tuple[bytes, bool]:
 
 @dataclass
 class Tally:
-    """What came of the inputs."""
+    """The outcomes of the inputs."""
 
     outcomes: Counter
     slowest: float = 0.0
@@ -365,15 +365,15 @@ class Tally:
         lines += [f"{count:>12,} {name}" for name, count in self.outcomes.most_common()]
         lines += [f"{self.slowest * 1e3:>12.1f} ms for the slowest input"]
         if self.memory:
-            lines += [f"{self.memory / 2**20:>12.2f} MiB at the most, of those that were measured"]
+            lines += [f"{self.memory / 2**20:>12.2f} MiB at most (measured on some inputs)"]
         return "\n".join(lines)
 
 
 def attempt(target: Target, data: bytes, honest: bool, tally: Tally, *, measured: bool) -> None:
-    """Run one input and count it; what it must not raise comes through."""
+    """Run one input and count its outcome; an unexpected exception passes through."""
     if measured:
         tracemalloc.start()
-    start = time.process_time()  # other programs' turns are not ours
+    start = time.process_time()  # not that of other programs
     try:
         outcome = target.run(data, honest)
     except container.CodingError as error:
@@ -391,10 +391,10 @@ def attempt(target: Target, data: bytes, honest: bool, tally: Tally, *, measured
 
 
 def fuzz(target: Target, inputs: int, seed: int = 0, keep: Path | None = None) -> Tally:
-    """The built-in engine: changes drawn from a seed, and nothing learned on the way."""
+    """The built-in engine: changes from a seed, without feedback."""
     tally = Tally(Counter())
     for number_ in range(inputs):
-        rng = random.Random(f"{seed} {number_}")  # so that one input can be had again
+        rng = random.Random(f"{seed} {number_}")  # so that one input can be repeated
         data, honest = changed(target.corpus, rng)
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -404,7 +404,7 @@ def fuzz(target: Target, inputs: int, seed: int = 0, keep: Path | None = None) -
             tally.failed += 1
             tally.outcomes[f"FAILED: {type(error).__name__}"] += 1
             if tally.failed <= 5:
-                print(f"input {number_}, seed {seed}, checksums as they were: {honest}")
+                print(f"input {number_}, seed {seed}, checksums unchanged: {honest}")
                 traceback.print_exc()
                 if keep:
                     keep.mkdir(parents=True, exist_ok=True)
@@ -420,7 +420,7 @@ def too_long(*_: object) -> None:
 
 
 def fuzz_by_coverage(target: Target, inputs: int, seed: int, keep: Path) -> None:
-    """Atheris: changes that reach new lines are built upon. It ends the process itself."""
+    """Atheris: builds upon changes that reach new lines. It ends the process itself."""
     if atheris is None:
         sys.exit("--engine atheris: not installed; pip install atheris, or use --engine own")
     tally = Tally(Counter())

@@ -1,4 +1,4 @@
-"""The core of compression: the stack, the laws, their tables, and the maps of whole numbers."""
+"""The core of compression: the stack, laws, tables, rounding, and bijections of integers."""
 
 import decimal
 import math
@@ -81,7 +81,7 @@ def test_pop_and_push_undo_each_other(sizes, ones, seed):
 
 
 @pytest.mark.parametrize("p", [1, 1000, ONE // 3, ONE // 2, ONE - 1000])
-def test_bits_cost_their_information(p):
+def test_the_cost_of_a_bit_is_its_information(p):
     n, rng = 100_000, np.random.default_rng(0)
     bits = rng.random(n) < max(p / ONE, 1e-3)
     s = stack(8)
@@ -92,7 +92,7 @@ def test_bits_cost_their_information(p):
 
 
 @pytest.mark.parametrize("size", [3, 7, 1000, 1 << 10, 1 << 24, 999 << 10, 5 << 12])
-def test_numbers_cost_the_logarithm_of_their_bound(size):
+def test_the_cost_of_an_integer_is_the_logarithm_of_its_bound(size):
     n = 100_000
     s = stack(8)
     before = s.bits
@@ -102,7 +102,7 @@ def test_numbers_cost_the_logarithm_of_their_bound(size):
 
 @quick
 @given(st.integers(1, 20), st.sampled_from([3 << 10, 1 << 24, 7, 1 << 20, 1023 << 14]))
-def test_an_exhausted_stack_is_as_it_was(words, size):
+def test_a_stack_with_too_few_bits_is_unchanged(words, size):
     s = stack(words)
     before = content(s)
     for pop in (s.pop, s.pop_bits):
@@ -145,7 +145,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_coded_is_refused_before_anything_moves(what):
+def test_invalid_values_are_refused_and_the_stack_is_unchanged(what):
     s = stack(9)
     before = content(s)
     with pytest.raises(ValueError, match=r"(values|sizes|bits|ones): expected"):
@@ -153,7 +153,7 @@ def test_what_cannot_be_coded_is_refused_before_anything_moves(what):
     assert content(s) == before
 
 
-def test_words_that_no_stack_ends_with():
+def test_words_that_are_no_stack_are_refused():
     with pytest.raises(ValueError, match="words: these are no stack"):
         Stack(np.array([1, 0], np.uint32))
     s = stack(9)
@@ -162,7 +162,7 @@ def test_words_that_no_stack_ends_with():
         s.words(foreign=True)
 
 
-def test_a_copy_goes_its_own_way_and_the_lowest_level_is_seen():
+def test_a_copy_is_independent_and_lowest_is_tracked():
     s = stack(99)
     before, twin = content(s), s.copy()
     s.pop(np.full(20, 1 << 10))
@@ -174,7 +174,7 @@ def test_a_copy_goes_its_own_way_and_the_lowest_level_is_seen():
     assert twin.lowest == low < twin.bits
 
 
-# -- laws: every one against masses that scipy, or an array, knows
+# -- laws, compared with masses by scipy
 
 
 def normal(mean, log_std, wide=False):
@@ -189,7 +189,7 @@ def normal_masses(mean, log_std, k):
 
 
 def costs(law_of, values, per=200):
-    """Bits for each value: many copies of it in one push."""
+    """Bits for each value, from many copies in one push."""
     found = []
     for v in values:
         s = stack(8)
@@ -199,8 +199,8 @@ def costs(law_of, values, per=200):
     return np.array(found)
 
 
-class Recorder:
-    """A stack that only multiplies the probabilities of what is pushed."""
+class Probabilities:
+    """A stack that multiplies the probabilities of what is pushed."""
 
     def __init__(self, shape):
         self.mass = np.ones(shape)
@@ -216,8 +216,8 @@ class Recorder:
 
 
 def exact(law, values):
-    """The mass that a law gives each value, by the probabilities of its decisions."""
-    record = Recorder(law.shape)
+    """The mass of each value, from the probabilities of the decisions."""
+    record = Probabilities(law.shape)
     law.push(record, values)
     return record.mass
 
@@ -247,7 +247,7 @@ def test_a_normal_law_is_a_gaussian(log_std):
     np.testing.assert_allclose(np.log2(mass[centre]), np.log2(true[centre]), atol=0.04)
 
 
-def test_masses_are_what_is_paid():
+def test_costs_are_logarithms_of_masses():
     log_std = 300
     k = np.arange(-30, 31, 7)
     paid = costs(lambda n: normal(np.full(n, 0), np.full(n, log_std)), k)
@@ -260,7 +260,7 @@ def test_masses_are_what_is_paid():
     assert far == pytest.approx(44, abs=1)
 
 
-def test_a_wide_law_holds_everything_that_is_near_enough():
+def test_a_wide_law_codes_outliers():
     law = normal(np.zeros(4, int), np.zeros(4, int), wide=True)
     values = np.array([0, -(1 << 22), 1 << 22, 511])
     s = stack()
@@ -281,7 +281,7 @@ def test_a_wide_law_holds_everything_that_is_near_enough():
     st.booleans(),
     st.integers(0, 9),
 )
-def test_normal_laws_are_undone(means, log_std, wide, seed):
+def test_normal_laws_are_invertible(means, log_std, wide, seed):
     rng = np.random.default_rng(seed)
     mean = np.array(means)
     log_std = log_std + rng.integers(-50, 50, mean.shape)
@@ -292,7 +292,7 @@ def test_normal_laws_are_undone(means, log_std, wide, seed):
 
 
 def undone(law, seed=0):
-    """What is popped and pushed leaves the stack as it was."""
+    """Popping values and pushing them again leaves the stack unchanged."""
     s = stack(2048, seed)
     before = content(s)
     drawn = law.pop(s)
@@ -302,7 +302,7 @@ def undone(law, seed=0):
 
 
 def put(law, values):
-    """What is pushed is popped, and the stack is as it was."""
+    """Popping returns what was pushed, and the stack is unchanged."""
     s = stack()
     before = content(s)
     law.push(s, values)
@@ -312,7 +312,7 @@ def put(law, values):
 
 @quick
 @given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 999), st.floats(0, 40))
-def test_weights_are_undone_and_sum_to_one(levels, shape, seed, spread):
+def test_weights_are_invertible_and_sum_to_one(levels, shape, seed, spread):
     rng = np.random.default_rng(seed)
     logits = np.rint(rng.normal(0, spread, (1, levels, shape)) * SHARPNESS).astype(int)
     undone(Weights(logits), seed)
@@ -327,7 +327,7 @@ def test_weights_are_undone_and_sum_to_one(levels, shape, seed, spread):
 
 @quick
 @given(st.integers(2, 9), st.integers(1, 4), st.integers(0, 999))
-def test_one_hot_rows_are_undone_and_cost_their_log_mass(classes, variables, seed):
+def test_one_hot_rows_are_invertible_and_cost_their_log_mass(classes, variables, seed):
     torch.manual_seed(seed)
     dist = OneHotLatents(2 * torch.randn(3, variables, classes, dtype=torch.float64))
     law = law_of(dist, Quantizer(Rounding(), 0, 3, True))
@@ -335,14 +335,14 @@ def test_one_hot_rows_are_undone_and_cost_their_log_mass(classes, variables, see
     x = dist.sample()
     put(law, x.long().numpy())
     assert law.pop(stack()).sum(-1).tolist() == [[1] * variables] * 3
-    record = Recorder(())
+    record = Probabilities(())
     law.push(record, x.long().numpy())
     error = 3 * variables * (0.5 / SHARPNESS + 1e-5)
     assert math.log(record.mass) == pytest.approx(dist.log_prob(x).sum().item(), abs=2 * error)
 
 
-def test_no_draw_is_a_level_that_is_not_there():
-    """Of five levels, as many zeros and ones as would choose the sixth are skipped."""
+def test_draws_are_existing_levels():
+    """With five levels, no bits lead to a sixth one."""
     for seed in range(20):
         words = np.full(4096, (1 << 32) - 1 - seed, np.uint32)
         for law in (Weights(np.zeros((1, 5, 2000), int)), mixture(seed, 5, shape=(2000,))[0]):
@@ -355,7 +355,7 @@ def test_no_draw_is_a_level_that_is_not_there():
 
 @quick
 @given(st.integers(-4000, 4000), st.integers(0, 99))
-def test_bits_have_their_logit(logit, seed):
+def test_bits_have_the_given_logit(logit, seed):
     law = Bits(np.full((3, 2), logit))
     undone(law, seed)
     put(law, np.random.default_rng(seed).integers(0, 2, (3, 2)))
@@ -376,7 +376,7 @@ def mixture(seed, levels, k=3, shape=(4,)):
 
 @quick
 @given(st.integers(0, 9999), st.sampled_from([2, 8, 256, 5]))
-def test_mixtures_are_undone_and_are_what_they_say(seed, levels):
+def test_mixtures_are_invertible_and_have_the_right_masses(seed, levels):
     law, weights, mean, scale = mixture(seed, levels)
     undone(law, seed)
     put(law, np.random.default_rng(seed).integers(0, levels, 4))
@@ -426,17 +426,17 @@ def test_draws_have_their_moments():
     assert law.pop(s).mean() == pytest.approx(mass @ k, abs=5 * spread / math.sqrt(n))
 
 
-def test_a_narrow_law_draws_nothing_wild_and_a_wide_one_may():
-    """The leak: a thousandth of a bit more, against what one draw in a million costs."""
+def test_a_narrow_law_draws_no_outliers_and_a_wide_one_may():
+    """The cost of cutting the tails, a thousandth of a bit, and the cost of an outlier."""
     for log_std in (-300, 0, 100, 300, 600):
         cells = 1 << (Normal.HALVINGS + laws._cell(log_std))
         k = np.arange(-cells // 2, cells // 2)
         mass = normal_law_masses(0, log_std, k)
         std = math.exp(log_std / SHARPNESS)
-        model = 0.5 * (k / std) ** 2 / math.log(2)  # what a Gaussian would charge, but for a sum
+        model = 0.5 * (k / std) ** 2 / math.log(2)  # the cost by a Gaussian, up to a constant
         ideal = (normal_masses(0, log_std, k) * model).sum()
         assert (mass * model).sum() - ideal < 1e-3
-        far = np.arange(1 << 24, dtype=float) - (1 << 23)  # where wide ones are drawn from, too
+        far = np.arange(1 << 24, dtype=float) - (1 << 23)  # where a wide law draws, too
         wild = laws.FAR / ONE * 0.5 * np.mean((far * 2.0 ** laws._cell(log_std) / std) ** 2)
         assert wild > 1000
     s = stack(200_000)
@@ -463,7 +463,7 @@ def test_tables_agree_with_scipy():
         assert (np.diff(table) >= 0).all()
 
 
-def test_reading_between_the_lines_of_a_table():
+def test_interpolation_between_the_entries_of_a_table():
     t = np.linspace(-9, 9, 10_001)
     np.testing.assert_allclose(laws.gaussian(t), stats.norm.cdf(t), atol=1e-5)
     np.testing.assert_allclose(laws.logistic(4 * t), special.expit(4 * t), atol=1e-5)
@@ -473,7 +473,7 @@ def test_reading_between_the_lines_of_a_table():
     np.testing.assert_allclose(got, [math.exp(-20), 1, math.exp(20)], rtol=1e-13)
 
 
-def test_logits_are_rounded_once_so_no_library_can_round_them_otherwise():
+def test_logits_are_correctly_rounded():
     k, found = np.arange(1, 1024), densities._logits()
     np.testing.assert_allclose(found[1:-1], special.logit(k / 1024), rtol=1e-13, atol=1e-15)
     assert found[[0, 512, -1]].tolist() == [-16, 0, 16]
@@ -485,7 +485,7 @@ def test_logits_are_rounded_once_so_no_library_can_round_them_otherwise():
 # -- rounding
 
 
-def test_rounding_lists_what_is_near_the_middle_and_looks_it_up():
+def test_rounding_lists_values_near_the_middle_and_looks_them_up():
     values = torch.tensor([1.25, 2.5, 2.5 + 1e-9, 3.5, -0.5 - 1e-9], dtype=torch.float64)
     there = Rounding()
     whole = there(values, 1.0, 7)
@@ -500,12 +500,12 @@ def test_rounding_lists_what_is_near_the_middle_and_looks_it_up():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**53])
-def test_what_is_not_finite_is_not_rounded(bad):
+def test_values_that_are_not_finite_are_refused(bad):
     with pytest.raises(CodingError, match="not finite"):
         Rounding()(torch.tensor([1.0, bad]), 1.0, 0)
 
 
-# -- moves
+# -- rules of bijections
 
 
 class Net(nn.Module):
@@ -559,7 +559,7 @@ def _elementwise(shape, seed, gain):
     return layer
 
 
-LAYERS = {  # its maker, dimensions, whether values are in [0, 1), how far it is from the floats
+LAYERS = {  # builder, dimensions, whether values are in [0, 1), tolerance to the real numbers
     "actnorm": (_norm, (2, 4), False, 2e-2),
     "standardize": (_standardize, (2,), False, 2e-2),
     "lu": (lambda c, s, g: _conv(c, s, g, True), (2, 4), False, 2e-2),
@@ -594,7 +594,7 @@ def at_work(layer, s, rounding, grid):
     return steps, above
 
 
-def test_every_rule_is_tried():
+def test_every_rule_is_tested():
     layers = [make(4, 0, 1.0) for make, *_ in LAYERS.values()]
     tried = {type(layer) for layer in layers} | {
         type(getattr(layer, "map", None)) for layer in layers
@@ -606,7 +606,7 @@ def test_every_rule_is_tried():
 @pytest.mark.parametrize("name", LAYERS)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_up_and_down(name, data):
+def test_layers_are_invertible_and_close_to_the_real_ones(name, data):
     make, dims, unit, bound = LAYERS[name]
     c, n = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 3))
     shape = (n, c) if data.draw(st.sampled_from(dims)) == 2 else (n, c, 2, 4)
@@ -653,7 +653,7 @@ def refused(layer):
 
 
 @pytest.mark.parametrize("name", [n for n in LAYERS if LAYERS[n][3]])
-def test_a_move_costs_its_log_determinant(name):
+def test_the_cost_of_a_layer_is_its_log_determinant(name):
     make, dims, unit, _ = LAYERS[name]
     rng = np.random.default_rng(3)
     shape = (3000, 4) if dims == (2,) else (200, 4, 4, 4)
@@ -666,7 +666,7 @@ def test_a_move_costs_its_log_determinant(name):
         (up, _), above = at_work(layer, s, Rounding(), FINE)
         up(whole)
         log_det = layer(torch.from_numpy(whole * 2.0**-FINE))[1].sum().item()
-    grids = whole.size * (above - FINE) * math.log(2)  # another grid is other units
+    grids = whole.size * (above - FINE) * math.log(2)  # a change of grid is a change of units
     ideal = -(log_det + grids) / math.log(2)
     assert (s.bits - bits - ideal) / whole.size == pytest.approx(0, abs=4e-3)
 
@@ -682,7 +682,7 @@ def test_ratios(log_scale):
 
 @pytest.mark.parametrize("log_scale", [-30.0, -6.0, 6.0, 30.0])
 @pytest.mark.parametrize("lu", [None, True, False])
-def test_extreme_layers_are_lossless_or_say_so(log_scale, lu):
+def test_extreme_layers_are_lossless_or_overflow(log_scale, lu):
     if lu is None:
         layer = ActNorm(3)
         layer.log_scale.data[:] = torch.tensor([log_scale, -log_scale, 0])
@@ -738,7 +738,7 @@ class Strange(Bijection):
     inverse = forward
 
 
-def test_a_layer_without_a_rule_is_refused_by_its_name():
+def test_a_layer_without_a_rule_is_refused_by_name():
     for layer in (Strange(), Inverse(Strange())):
         with pytest.raises(ValueError, match="Strange has no coding rule"):
             refused(layer)
@@ -756,7 +756,7 @@ def test_a_layer_without_a_rule_is_refused_by_its_name():
     st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(0, 4),
     st.integers(1, 2), st.integers(1, 2), st.integers(1, 2),
 )  # fmt: skip
-def test_convolutions_are_torchs(channels, out, size, padding, stride, dilation, groups):
+def test_convolutions_equal_those_of_torch(channels, out, size, padding, stride, dilation, groups):
     torch.manual_seed(0)
     channels, out = channels * groups, out * groups
     x = torch.randn(2, channels, 7, 6, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The container: what was written is read, and what is damaged is said to be, and only that."""
+"""The container: intact chunks are read exactly, and damaged ones are reported."""
 
 import contextlib
 import importlib.util
@@ -80,7 +80,7 @@ def same(a, b):
 
 
 def kept(data, parts, header=HEADER, model=MODEL):
-    """Indices of the chunks that are read, all exactly; None if the file is refused."""
+    """Indices of the chunks that are read, and are exact; None if the file is refused."""
     try:
         found = reader(data)
     except CodingError:
@@ -115,7 +115,7 @@ def piece(place, data=WHOLE):
     return data[entry.offset : entry.end]
 
 
-# -- what was written is read
+# -- round trips
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -184,7 +184,7 @@ def test_round_trip(parts, header, model):
 
 
 class Narrow(io.RawIOBase):
-    """Takes and gives seven bytes at a time."""
+    """Reads and writes seven bytes at a time."""
 
     def __init__(self, data=b""):
         self.inner = io.BytesIO(data)
@@ -202,7 +202,7 @@ class Narrow(io.RawIOBase):
         return self.inner.seek(offset, whence)
 
 
-def test_files_that_take_little_at_a_time():
+def test_files_with_short_reads_and_writes():
     file = Narrow()
     with Writer(file, HEADER, MODEL) as writer:
         for part in PARTS:
@@ -255,7 +255,7 @@ def test_a_block_that_raises_leaves_no_footer():
 
 
 def test_bytes_of_the_format():
-    """A file that was written by hand, from the description."""
+    """A file written by hand from the description of the format."""
     text = b'{"a":1}'
     start = b"\x89MUS\r\n\x1a\n" + struct.pack("<BBHI", 1, 0, 0, len(text)) + text
     seed = zlib.crc32(start)
@@ -274,7 +274,7 @@ def test_bytes_of_the_format():
     assert len(ours) - len(data) == 56 + 32 + 16
 
 
-# -- what must not be written
+# -- invalid input of the writer
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_bytes_of_the_format():
         ({"side": "text"}, "expected bytes"),
     ],
 )
-def test_chunks_that_are_refused(change, message):
+def test_invalid_chunks_are_refused(change, message):
     fields = {"index": 0, "first": 0, "count": 3, "kind": RECORDS, "raw": 3, "schedule": [1, 2]}
     file = io.BytesIO()
     writer = Writer(file, HEADER)
@@ -321,7 +321,7 @@ def test_chunks_that_are_refused(change, message):
         {"a": 10**5000},
     ],
 )
-def test_headers_that_are_refused(header):
+def test_invalid_headers_are_refused(header):
     with pytest.raises(ValueError, match="header"):
         Writer(io.BytesIO(), header)
 
@@ -359,12 +359,12 @@ def test_exit_codes():
     assert all(issubclass(c, CodingError) and issubclass(c, ValueError) for c in classes)
 
 
-# -- what is damaged
+# -- damage
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
 def test_every_byte_changed(mask):
-    """A changed byte loses its own chunk, and no other."""
+    """A changed byte loses only its own chunk."""
     for place in range(len(WHOLE)):
         data = bytearray(WHOLE)
         data[place] ^= mask
@@ -399,8 +399,8 @@ def test_damage_is_named():
     assert (found.lost, found.images, found.ended) == (((1, 6),), 6, False)
 
 
-def test_every_length():
-    """A file that was cut gives all chunks before the cut."""
+def test_every_truncation():
+    """A truncated file yields all chunks before its end."""
     for length in range(len(WHOLE)):
         got = kept(WHOLE[:length], PARTS)
         if length < BODY:
@@ -411,8 +411,8 @@ def test_every_length():
         assert kept(WHOLE[length + 1 :], PARTS) is None
 
 
-def test_every_cut_out_and_put_in():
-    """Bytes missing or too many, anywhere: every chunk that is whole is read."""
+def test_bytes_removed_and_inserted_anywhere():
+    """Every chunk that is whole is read."""
     for place in range(BODY, len(WHOLE)):
         for data in (WHOLE[:place] + WHOLE[place + 5 :], WHOLE[:place] + b"MUSC?" + WHOLE[place:]):
             got = kept(data, PARTS)
@@ -420,7 +420,7 @@ def test_every_cut_out_and_put_in():
 
 
 @pytest.mark.parametrize("footer", [WHOLE[FOOTER:], b""])
-def test_chunks_that_move(footer):
+def test_chunks_in_another_place(footer):
     a, b, c = map(piece, range(3))
     start = WHOLE[:BODY]
     for body in (
@@ -446,7 +446,7 @@ def test_chunks_that_move(footer):
 
 
 def test_chunks_of_other_files():
-    """Another header: never taken. The same header: the footer knows its own."""
+    """Those with another header are never read; with the same header, the footer decides."""
     other = written(chunks(1, 3, 2, seed=1), {"a": 2})
     start, mine, footer = WHOLE[:BODY], WHOLE[BODY:FOOTER], WHOLE[FOOTER:]
     assert kept(start + piece(0, other) + mine[len(piece(0)) :] + footer, PARTS) == {1, 2}
@@ -458,12 +458,12 @@ def test_chunks_of_other_files():
     assert found.rescanned
     assert not found.ended
     assert kept(start + mine + twin[FOOTER:], PARTS) == {0, 1, 2}
-    # two that say that they are the first, and no footer: neither is believed
+    # two different chunks 0 and no footer: neither is read
     assert kept(start + piece(0, twin) + mine, PARTS) == {1, 2}
 
 
 def test_a_file_within_a_chunk():
-    """What looks like a chunk, in a payload, is not one: even of a file with the same header."""
+    """Chunks in a payload are not read, even with the same header."""
     twin = written(chunks(1, 3, 2, seed=1))
     parts = [*chunks(1, 3), Chunk(index=2, first=4, count=1, kind=RAW, raw=9, payload=twin)]
     parts.append(Chunk(index=3, first=5, count=1, kind=PACKED, raw=9, payload=b"MUSCMUSF" * 99))
@@ -474,12 +474,12 @@ def test_a_file_within_a_chunk():
     broken = bytearray(data)
     broken[entries[3].offset] ^= 1
     assert kept(bytes(broken), parts) == {0, 1, 2}
-    broken = broken[: entries[3].end]  # nothing follows the outer chunk, and there is no footer
+    broken = broken[: entries[3].end]  # the outer chunk is the last, without a footer
     assert kept(bytes(broken), parts) == {0, 1, 2}
 
 
 def test_blocks_with_their_own_checksums_cannot_change_places():
-    """A CRC around PNG's blocks would not see it."""
+    """A CRC around the blocks of a PNG would not detect it."""
     blocks = [b + struct.pack("<I", zlib.crc32(b)) for b in (b"IDATone.", b"IDATtwo.")]
     part = Chunk(index=0, first=0, count=1, kind=PACKED, raw=9, payload=b"".join(blocks))
     data = written([part])
@@ -509,7 +509,7 @@ def test_other_files(data, message):
         reader(data)
 
 
-# -- what is made on purpose: all checksums are right
+# -- forged files: all checksums are right
 
 
 @pytest.fixture(scope="module")
@@ -555,7 +555,7 @@ def test_versions(fuzz):
         with pytest.raises(UnknownVersion, match=r"upgrade"):
             reader(fuzz.repair(data))
     data = bytearray(WHOLE)
-    data[9] = 7  # a later minor version says what it adds by flags and kinds
+    data[9] = 7  # a later minor version announces additions by flags and kinds
     assert kept(fuzz.repair(data), PARTS) == {0, 1, 2}
     data = bytearray(WHOLE)
     data[ENTRIES[1].offset + 16] = 9
@@ -574,7 +574,7 @@ HEAD_FIELDS |= {"side": 28, "inflated": 32, "raw": 36, "payload": 44}
 @pytest.mark.parametrize("name", HEAD_FIELDS)
 @pytest.mark.parametrize("value", [0, 1, 2, 255, 1 << 20, (1 << 32) - 1])
 def test_lengths_that_lie(name, value, fuzz):
-    """A `CodingError`, or the other chunks; and no memory is taken for what is not there."""
+    """A `CodingError`, or the other chunks; and no memory is allocated for missing bytes."""
     data = bytearray(WHOLE)
     at = ENTRIES[1].offset + HEAD_FIELDS[name]
     data[at : at + 4] = struct.pack("<I", value)
@@ -603,7 +603,7 @@ def test_lengths_that_lie(name, value, fuzz):
 
 
 @pytest.mark.parametrize("field", [(12, 4), (BODY - len(MODEL) - 44, 8), (FOOTER + 4, 4)])
-def test_great_lengths_of_other_parts(field, fuzz):
+def test_large_lengths_of_other_parts(field, fuzz):
     place, size = field
     for value in (len(WHOLE), 1 << 31, (1 << 8 * size) - 1):
         data = bytearray(WHOLE)
@@ -616,7 +616,7 @@ def test_great_lengths_of_other_parts(field, fuzz):
 
 
 def test_a_bomb_in_the_side(fuzz):
-    """64 MiB of zeros in 64 KiB, said to be less."""
+    """64 MiB of zeros in 64 KiB, declared to be less."""
     bomb = zlib.compress(bytes(1 << 26), 9)
     part = Chunk(index=0, first=0, count=1, kind=RAW, raw=1, payload=bomb)
     data = bytearray(written([part]))
@@ -630,7 +630,9 @@ def test_a_bomb_in_the_side(fuzz):
             found.read(0)
         assert tracemalloc.get_traced_memory()[1] < 3 * said + (1 << 20)
         tracemalloc.stop()
-    data[head + 32 : head + 36] = struct.pack("<I", 9)  # no side is that much longer deflated
+    data[head + 32 : head + 36] = struct.pack(
+        "<I", 9
+    )  # no side grows that much when it is deflated
     assert reader(fuzz.repair(data)).lost == ((0, 1),)
     data[head + 32 : head + 36] = struct.pack("<I", (1 << 24) + 1)
     with pytest.raises(LimitExceeded, match="side="):
@@ -638,7 +640,7 @@ def test_a_bomb_in_the_side(fuzz):
 
 
 def test_a_rescan_is_linear(fuzz):
-    """Many headers that each claim all of what follows, and many that are none."""
+    """Many headers that each claim the rest of the file, and many that are none."""
     start = written([], {})[:-72]
     head = written([Chunk(index=0, first=0, count=1, kind=RAW, raw=1)], {})[len(start) :][:64]
     hostile = []
@@ -659,7 +661,7 @@ def test_a_rescan_is_linear(fuzz):
 
 
 @pytest.mark.parametrize("window", [4, 5, 63, 64, 65, 100, 300])
-def test_a_rescan_sees_what_lies_across_its_windows(window, monkeypatch):
+def test_a_rescan_finds_chunks_across_its_windows(window, monkeypatch):
     monkeypatch.setattr(scan, "WINDOW", window)
     for noise in range(12):
         data = WHOLE[:BODY] + b"?" * noise + WHOLE[BODY:FOOTER]
@@ -668,7 +670,7 @@ def test_a_rescan_sees_what_lies_across_its_windows(window, monkeypatch):
 
 
 def test_a_footer_must_agree_with_the_file(fuzz):
-    """Its own checksum is right, and it is of another place, or of other chunks' headers."""
+    """Its checksum is right, but it is that of another place or of other headers."""
     tail = struct.pack("<Q", FOOTER + 4) + WHOLE[-8:]
     found = reader(fuzz.repair(WHOLE[:FOOTER] + b"junk" + WHOLE[FOOTER:-16] + tail))
     assert (found.rescanned, len(found)) == (True, 3)
@@ -698,7 +700,7 @@ def test_no_model():
 
 
 def test_many_changes(fuzz):
-    """A little of benchmarks/fuzz_coding.py."""
+    """A few inputs of benchmarks/fuzz_coding.py."""
     tally = fuzz.fuzz(fuzz.TARGETS["container"](), 3000, seed=1)
     assert not tally.failed, tally.report()
     assert {"read", "part of it read", "DamagedFile", "LimitExceeded"} <= set(tally.outcomes)

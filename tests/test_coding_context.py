@@ -1,4 +1,4 @@
-"""Files keep the context of their images, of any kind, and need nothing else to be read."""
+"""Files hold the context of their images, of any kind, and need nothing else to be read."""
 
 import io
 import json
@@ -88,7 +88,7 @@ def pairs():
 
 
 @pytest.mark.parametrize(("arch", "names"), list(pairs()))
-def test_context_of_every_kind_is_kept_and_used(arch, names):
+def test_context_of_every_kind_is_stored_and_used(arch, names):
     model, x = model_of(names, arch)
     coding.check(model)
     data = written(model, x, given=rows(names), chunk=9)
@@ -106,7 +106,7 @@ def test_context_of_every_kind_is_kept_and_used(arch, names):
 
 
 @pytest.mark.parametrize("names", CONTEXTS[1:])
-def test_another_context_does_not_decode(names):
+def test_a_changed_context_does_not_decode(names):
     model, x = model_of(names)
     data = written(model, x, given=rows(names))
     reader = Reader(io.BytesIO(data))
@@ -124,8 +124,8 @@ def test_another_context_does_not_decode(names):
         opened(file.getvalue(), model).chunk(0)
 
 
-def test_a_context_makes_images_cheaper_where_it_tells_them():
-    """So it reaches the coder in both directions: the image is a function of the class."""
+def test_an_informative_context_makes_images_cheaper():
+    """The image is a function of the class, so a wrong class is expensive."""
     torch.manual_seed(0)
     model = build(
         "vae", Spec((1, 4, 4), levels=2, context=(VARIABLES["sex"],)), net="mlp", width=32
@@ -161,7 +161,7 @@ def test_rows_of_a_single_variable_and_one_hot_rows(arch):
     assert (coding.decompress(io.BytesIO(data), vector).given["context"] == given_).all()
 
 
-def test_files_without_arrays_are_as_before():
+def test_files_without_arrays_have_the_first_format():
     model, x = model_of(["label"])
     reader = Reader(io.BytesIO(written(model, x, given=rows(["label"]))))
     assert not reader.arrays
@@ -189,7 +189,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_missing_or_does_not_fit_is_named(fault, tmp_path):
+def test_faults_of_the_context_are_named(fault, tmp_path):
     names, context, message = FAULTS[fault]
     model, x = model_of(names)
     if isinstance(context, dict):
@@ -228,7 +228,7 @@ ROWS = arrays.array_shapes(min_dims=1, max_dims=3, max_side=4)
     kinds=st.lists(st.tuples(st.sampled_from(DTYPES), ROWS), min_size=1, max_size=3),
     seed=st.integers(0, 99),
 )
-def test_arrays_are_kept_to_the_bit(n, kinds, seed):
+def test_arrays_are_stored_exactly(n, kinds, seed):
     rng = np.random.default_rng(seed)
     made = {
         f"v{i}": rng.integers(0, 256, (n, *shape, np.dtype(kind).itemsize), np.uint8)
@@ -274,7 +274,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_sides_that_lie_are_damage(what):
+def test_invalid_sides_are_damage(what):
     with pytest.raises(ValueError, match=r"."):
         unpacked_side(HOSTILE[what], 2)
     model, x = model_of(["age"])
@@ -305,7 +305,7 @@ def dataset(names, **options):
 
 
 @pytest.mark.parametrize("names", CONTEXTS)
-def test_a_data_set_gives_what_the_model_is_conditioned_on(names, tmp_path):
+def test_data_sets_provide_the_context(names, tmp_path):
     torch.manual_seed(0)
     data = dataset(VARIABLES)
     model = build("vae", data.spec(names), net="mlp", width=8, latents=2).eval()
@@ -324,8 +324,8 @@ def test_a_data_set_gives_what_the_model_is_conditioned_on(names, tmp_path):
         assert (found[f"given_{name}"] == rows([name])[name]).all()
 
 
-def test_classes_are_matched_by_their_names():
-    """A part of the data may lack classes, and number the others otherwise."""
+def test_classes_are_matched_by_name():
+    """A subset may lack classes, and number the others differently."""
     torch.manual_seed(0)
     model = build("vae", dataset(["sex"]).spec(["label"]), net="mlp", width=8, latents=2).eval()
     some = dataset([]).subset(rows(["label"])["label"] > 0)

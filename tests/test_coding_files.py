@@ -1,4 +1,4 @@
-"""Models as codecs, other machines' arithmetic, and whole files: also damaged and hostile ones."""
+"""Models as codecs, other arithmetic, and whole files, also damaged and hostile ones."""
 
 import dataclasses
 import importlib.util
@@ -83,7 +83,7 @@ MODELS = {
 
 
 def made(name, n=16, noise=0.1):
-    """A model that has learned nothing but is not at its start, images, and context rows."""
+    """A model with random weights, images, and context rows."""
     torch.manual_seed(0)
     arch, shape, options = MODELS[name]
     model = build(arch, shape, **options).eval()
@@ -109,30 +109,30 @@ def coder(name, kind="exact", n=16, noise=0.1):
 @pytest.mark.parametrize("kind", ["exact", "pinned"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_is_a_codec(name, kind):
-    made_, x, context = coder(name, kind)
-    coded = made_.pack(x, context, b"salt")
+    codec_, x, context = coder(name, kind)
+    coded = codec_.pack(x, context, b"salt")
     assert sum(coded.schedule) == len(x)
-    assert (made_.unpack(coded, x.shape[1:], context, b"salt") == x).all()
+    assert (codec_.unpack(coded, x.shape[1:], context, b"salt") == x).all()
     with pytest.raises(NumericsDiffer):
-        made_.unpack(coded, x.shape[1:], context, b"other")
+        codec_.unpack(coded, x.shape[1:], context, b"other")
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_images_cost_what_the_model_says(name):
-    made_, x, context = coder(name, n=64, noise=0.03)  # what is far out costs less than it says
-    coded = made_.pack(x, context, b"")
-    model = made_.model.float()
+def test_the_cost_of_images_is_that_of_the_model(name):
+    codec_, x, context = coder(name, n=64, noise=0.03)  # outliers cost less than by the model
+    coded = codec_.pack(x, context, b"")
+    model = codec_.model.float()
     with torch.no_grad():
         given = torch.from_numpy(x), context
         draws = torch.stack([-model(*given, closed_form=False).elbo for _ in range(24)])
     draws = draws.double() / math.log(2)
     spread = draws.var(0).sum().sqrt()
-    error = 5 * spread.item() * math.sqrt(1 + 1 / 24) + 64  # two words are cut or filled
+    error = 5 * spread.item() * math.sqrt(1 + 1 / 24) + 64  # up to two words of padding
     assert abs(coded.bits - draws.mean(0).sum().item()) < error + 2e-3 * x.size
 
 
 class Bill:
-    """A stack that only adds up what is pushed, in bits."""
+    """A stack that adds up the cost of what is pushed, in bits."""
 
     def __init__(self):
         self.bits = 0.0
@@ -167,32 +167,32 @@ def test_a_likelihood_costs_its_log_mass(dist):
 
 
 def test_feature_by_feature_in_both_directions():
-    """In float32 one pass over all features would round otherwise than one after the other."""
-    made_, x, _ = coder("maf-wide", "pinned", n=64, noise=0.3)
-    assert (made_.unpack(made_.pack(x, None, b""), x.shape[1:], None, b"") == x).all()
+    """In float32, one pass over all features would round differently."""
+    codec_, x, _ = coder("maf-wide", "pinned", n=64, noise=0.3)
+    assert (codec_.unpack(codec_.pack(x, None, b""), x.shape[1:], None, b"") == x).all()
 
 
-def test_what_float64_does_not_hold_is_an_overflow():
-    made_ = coder("glow")[0]
-    at_work = made_._coder(Stack(np.ones(9, np.uint32)), rounding.Rounding(), 1, generating=False)
+def test_values_beyond_float64_overflow():
+    codec_ = coder("glow")[0]
+    at_work = codec_._coder(Stack(np.ones(9, np.uint32)), rounding.Rounding(), 1, generating=False)
     held = at_work._tensor(np.array([2**53 - 1, -(2**53) + 1]), 3)
     assert (held.numpy() * 8).tolist() == [2**53 - 1, -(2**53) + 1]
     with pytest.raises(OverflowError, match="larger than float64"):
         at_work._tensor(np.array([2**53 + 1]), 3)
 
 
-def test_a_batch_leaves_the_stack_as_it_was():
-    made_, x, context = coder("glow")
+def test_coding_and_decoding_a_batch_leaves_the_stack_unchanged():
+    codec_, x, context = coder("glow")
     s = Stack(np.random.default_rng(0).integers(1, 1 << 32, 9999, dtype=np.uint32), foreign=True)
     before = s.words(foreign=True)
-    with made_._at_work():
-        listed = made_._push(s, x, context)
-        back = made_._coder(s, rounding.Rounding(listed), len(x), generating=True)
-        assert (made_.model.generate(back, None).numpy() == x).all()
+    with codec_._at_work():
+        listed = codec_._push(s, x, context)
+        back = codec_._coder(s, rounding.Rounding(listed), len(x), generating=True)
+        assert (codec_.model.generate(back, None).numpy() == x).all()
     assert (s.words(foreign=True) == before).all()
 
 
-def test_what_has_no_rule_is_refused_at_once_by_its_name():
+def test_models_that_cannot_code_are_refused():
     with pytest.raises(ValueError, match="latents: expected 1 grids; got 0"):
         Codec(made("vae-bernoulli")[0], numerics="exact", latents=[])
     with pytest.raises(ValueError, match="numerics: expected exact or pinned"):
@@ -211,47 +211,49 @@ def test_what_has_no_rule_is_refused_at_once_by_its_name():
 
 
 def test_batches_grow_and_only_the_first_image_pays():
-    made_, x, _ = coder("glow", n=400)
-    coded = made_.pack(x, None, b"")
+    codec_, x, _ = coder("glow", n=400)
+    coded = codec_.pack(x, None, b"")
     assert sum(coded.schedule) == 400
     assert coded.schedule[0] == 1
     assert max(coded.schedule) <= codec.BATCH
     assert coded.schedule[10] > 3 * coded.schedule[0]
-    alone = made_.pack(x[:1], None, b"")
+    alone = codec_.pack(x[:1], None, b"")
     assert coded.seed < 1.5 * alone.seed
     for first in range(0, 400, 100):
-        assert coded.words.tolist() != made_.pack(x[first : first + 100], None, b"").words.tolist()
+        assert (
+            coded.words.tolist() != codec_.pack(x[first : first + 100], None, b"").words.tolist()
+        )
 
 
-def test_a_need_that_was_underestimated_is_mended(monkeypatch):
-    made_, x, _ = coder("vae-gaussian")
+def test_an_underestimated_number_of_initial_bits_is_raised(monkeypatch):
+    codec_, x, _ = coder("vae-gaussian")
     monkeypatch.setattr(Codec, "_need", lambda *_: 1.0)
-    coded = made_.pack(x, None, b"")
-    assert (made_.unpack(coded, x.shape[1:], None, b"") == x).all()
+    coded = codec_.pack(x, None, b"")
+    assert (codec_.unpack(coded, x.shape[1:], None, b"") == x).all()
 
 
-def test_an_image_that_needs_more_than_a_file_holds(monkeypatch):
-    made_, x, _ = coder("vae-gaussian")
+def test_an_image_that_needs_too_many_initial_bits(monkeypatch):
+    codec_, x, _ = coder("vae-gaussian")
     monkeypatch.setattr(codec, "SEED", 8)
     monkeypatch.setattr(codec, "PROBE", 8)
     with pytest.raises(CodingError, match="use smaller images"):
-        made_.pack(x, None, b"")
+        codec_.pack(x, None, b"")
     monkeypatch.setattr(codec, "SEED", 9999)
-    coded = made_.pack(x, None, b"")  # by probing with more and more
-    assert (made_.unpack(coded, x.shape[1:], None, b"") == x).all()
+    coded = codec_.pack(x, None, b"")  # after several probes
+    assert (codec_.unpack(coded, x.shape[1:], None, b"") == x).all()
 
 
-def test_nothing_is_exhausted_to_a_user(monkeypatch):
-    made_, x, _ = coder("vae-bernoulli")
-    coded = made_.pack(x, None, b"")
+def test_too_few_bits_are_reported_as_other_numerics(monkeypatch):
+    codec_, x, _ = coder("vae-bernoulli")
+    coded = codec_.pack(x, None, b"")
     short = dataclasses.replace(coded, words=coded.words[-2:])
     with pytest.raises(NumericsDiffer, match="no bits left"):
-        made_.unpack(short, x.shape[1:], None, b"")
+        codec_.unpack(short, x.shape[1:], None, b"")
     with pytest.raises(Exhausted):
         Stack(np.ones(2, np.uint32)).pop(np.full(9, 1 << 20))
 
 
-# -- arithmetic that differs
+# -- other arithmetic
 
 
 def one_by_one(f):
@@ -298,7 +300,7 @@ def native(monkeypatch):
 
 def threads(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: before)  # put back by `_at_work`
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before)  # restored by `_at_work`
     torch.set_num_threads(2)
 
 
@@ -311,11 +313,11 @@ CHANGES = {
     "mkldnn off": lambda m: m.setattr(torch.backends.mkldnn, "enabled", False),
     "noise of 1e-15": lambda m: networks(m, noisy(1e-15)),
 }
-WORKS = ["vae-conv", "vae-flow", "ladder", "glow", "realnvp"]
+TRIED = ["vae-conv", "vae-flow", "ladder", "glow", "realnvp"]
 
 
 def configurations():
-    for name in WORKS:
+    for name in TRIED:
         for change in CHANGES:
             first = name in ("vae-conv", "glow") or change == "one by one"
             # threads of OpenMP do not outlive a fork, which other tests of this process may make
@@ -325,25 +327,25 @@ def configurations():
 
 @pytest.mark.parametrize(("name", "change"), list(configurations()))
 def test_exact_numerics_decode_under_any_configuration(name, change, monkeypatch):
-    made_, x, context = coder(name)
-    coded = made_.pack(x, context, b"")
+    codec_, x, context = coder(name)
+    coded = codec_.pack(x, context, b"")
     CHANGES[change](monkeypatch)
-    assert (made_.unpack(coded, x.shape[1:], context, b"") == x).all()
+    assert (codec_.unpack(coded, x.shape[1:], context, b"") == x).all()
 
 
-def test_without_float64_that_would_not_hold(monkeypatch):
-    """The same tests can fail: float32 is caught, and never silently wrong."""
+def test_float32_fails_under_other_configurations_and_is_caught(monkeypatch):
+    """So the test above can fail; and wrong images are never returned."""
     caught = 0
     packed = []
-    for name in WORKS:
-        made_, x, context = coder(name, "pinned")
-        packed.append((made_, x, context, made_.pack(x, context, b"")))
+    for name in TRIED:
+        codec_, x, context = coder(name, "pinned")
+        packed.append((codec_, x, context, codec_.pack(x, context, b"")))
     for change in ("one by one", "channels last", "numpy"):
         with monkeypatch.context() as m:
             CHANGES[change](m)
-            for made_, x, context, coded in packed:
+            for codec_, x, context, coded in packed:
                 try:
-                    assert (made_.unpack(coded, x.shape[1:], context, b"") == x).all()
+                    assert (codec_.unpack(coded, x.shape[1:], context, b"") == x).all()
                 except NumericsDiffer:
                     caught += 1
     assert caught >= 3
@@ -352,18 +354,18 @@ def test_without_float64_that_would_not_hold(monkeypatch):
 @pytest.mark.parametrize("name", ["vae-conv", "glow", "ladder", "maf"])
 def test_exceptions_are_listed_and_looked_up(name, monkeypatch):
     monkeypatch.setattr(rounding, "GUARD", 0.05)
-    made_, x, context = coder(name)
-    coded = made_.pack(x, context, b"")
+    codec_, x, context = coder(name)
+    coded = codec_.pack(x, context, b"")
     assert sum(map(len, coded.listed)) > 10
-    assert (made_.unpack(coded, x.shape[1:], context, b"") == x).all()
-    networks(monkeypatch, noisy(1e-7))  # less than half the guard, more than would round the same
-    assert (made_.unpack(coded, x.shape[1:], context, b"") == x).all()
+    assert (codec_.unpack(coded, x.shape[1:], context, b"") == x).all()
+    networks(monkeypatch, noisy(1e-7))  # less than half the guard, but enough to round differently
+    assert (codec_.unpack(coded, x.shape[1:], context, b"") == x).all()
 
 
-def test_a_list_that_lacks_an_entry_or_lies_is_noticed(monkeypatch):
+def test_a_missing_or_wrong_exception_is_detected(monkeypatch):
     monkeypatch.setattr(rounding, "GUARD", 0.05)
-    made_, x, context = coder("vae-conv", n=12)
-    coded = made_.pack(x, context, b"")
+    codec_, x, context = coder("vae-conv", n=12)
+    coded = codec_.pack(x, context, b"")
     seen = set()
     for batch, listed in enumerate(coded.listed):
         for key in list(listed)[::199]:
@@ -375,7 +377,7 @@ def test_a_list_that_lacks_an_entry_or_lies_is_noticed(monkeypatch):
                     entries[batch][key] = not entries[batch][key]
                 other = dataclasses.replace(coded, listed=entries)
                 try:
-                    assert (made_.unpack(other, x.shape[1:], context, b"") == x).all()
+                    assert (codec_.unpack(other, x.shape[1:], context, b"") == x).all()
                     seen.add((change, "right"))
                 except NumericsDiffer:
                     seen.add((change, "refused"))
@@ -384,20 +386,20 @@ def test_a_list_that_lacks_an_entry_or_lies_is_noticed(monkeypatch):
 
 @pytest.mark.parametrize("size", [1e-12, 1e-5, 1e-2])
 @pytest.mark.parametrize("name", ["vae-conv", "glow", "ladder"])
-def test_nets_that_are_off_decode_right_or_are_refused(name, size, monkeypatch):
-    made_, x, context = coder(name)
-    coded = made_.pack(x, context, b"")
+def test_inexact_networks_decode_exactly_or_are_refused(name, size, monkeypatch):
+    codec_, x, context = coder(name)
+    coded = codec_.pack(x, context, b"")
     networks(monkeypatch, noisy(size))
     torch.manual_seed(0)
     try:
-        assert (made_.unpack(coded, x.shape[1:], context, b"") == x).all()
+        assert (codec_.unpack(coded, x.shape[1:], context, b"") == x).all()
         assert size < 1e-3
     except NumericsDiffer:
         assert size > 1e-7
 
 
 def test_a_map_too_steep_for_its_grid_is_an_overflow():
-    """An interval without a number in it: neither a division by nothing, nor a wrong image."""
+    """An empty interval: neither a division by zero, nor a wrong image."""
     from musigma.coding.rules import CouplingRule
     from musigma.layers import Coupling
 
@@ -438,7 +440,7 @@ def opened(data, model=None, **options):
 
 
 def again(data, header=None, chunk=None, model=None):
-    """The file with another header, or other chunks."""
+    """The file with a changed header or changed chunks."""
     reader, file = Reader(io.BytesIO(data)), io.BytesIO()
     model = model or (reader.model() if reader.model_size else None)
     with Writer(file, {**reader.header, **(header or {})}, model) as writer:
@@ -453,7 +455,7 @@ def small():
     return model, x, written(model, x, chunk=12)
 
 
-def test_files_are_read_as_they_were_written(small):
+def test_files_are_read_whole_and_by_image(small):
     model, x, data = small
     assert (decompress(io.BytesIO(data), model).levels == x).all()
     archive = opened(data, model)
@@ -577,7 +579,7 @@ def test_chunks_that_were_edited(small, what):
         opened(again(data, chunk=change), model).chunk(0)
 
 
-def test_the_right_model_the_wrong_one_and_the_one_inside(small, tmp_path):
+def test_the_right_the_wrong_and_the_embedded_model(small, tmp_path):
     model, x, data = small
     other = made("vae-bernoulli", noise=0.2)[0]
     with pytest.raises(WrongModel, match="another model"):
@@ -608,9 +610,9 @@ def test_limits(small):
 
 
 @pytest.mark.parametrize("name", ["glow", "vae-bernoulli", "glow-16"])
-def test_what_a_model_does_not_expect_is_packed(name):
+def test_data_that_the_model_codes_badly_are_packed_by_xz(name):
     model, x, _ = made(name, n=30)
-    with torch.no_grad():  # far from any data
+    with torch.no_grad():  # a bad model
         for p in model.parameters():
             p.add_(1.0)
     data = written(model, np.zeros_like(x))
@@ -621,7 +623,7 @@ def test_what_a_model_does_not_expect_is_packed(name):
             opened(again(data, chunk={"payload": bad}), model).chunk(0)
 
 
-def test_models_that_cannot_code_pack_and_models_of_nothing_finite_are_refused():
+def test_overflow_is_packed_by_xz_and_parameters_that_are_not_finite_are_refused():
     model, x, _ = made("glow", n=20)
     far = next(p for n, p in model.named_parameters() if n.endswith("log_scale"))
     far.data[:] = 19.0
@@ -680,7 +682,7 @@ def test_labels_of_conditional_models(name):
         written(model, x)
 
 
-def test_verification_refuses_what_does_not_come_out(small, tmp_path, monkeypatch):
+def test_verification_refuses_wrong_images(small, tmp_path, monkeypatch):
     model, x, _ = small
     path = tmp_path / "x.mus"
     path.write_bytes(b"old")
@@ -692,10 +694,10 @@ def test_verification_refuses_what_does_not_come_out(small, tmp_path, monkeypatc
     totals = []
     monkeypatch.setattr(Limits, "hold", lambda self, *_: totals.append(self.total))
     assert compress(model, x, path, workers=1).verified
-    assert max(totals) > 1 << 50  # one's own file may be of any size
+    assert max(totals) > 1 << 50  # no limit for a file that was just written
 
 
-def test_a_disk_that_is_full_leaves_nothing(small, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_file(small, tmp_path, monkeypatch):
     model, x, _ = small
 
     class Full(io.BytesIO):

@@ -1,4 +1,4 @@
-"""Files of earlier versions are read for ever: by any machine, to the bit."""
+"""Files of earlier versions are read exactly, on any machine."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_every_kind_of_model_is_there():
 
 
 def test_exceptions_belong_to_the_modules_that_they_were_listed_for():
-    """The guarded files hold exceptions, so a decoder that numbers modules otherwise fails."""
+    """The guarded files hold exceptions, so they detect another numbering of modules."""
     for name in ("guarded_glow", "guarded_nsf"):
         with (GOLDEN / f"{name}.mus").open("rb") as file:
             assert len(coding.Archive(file, trust=True).reader.read(0).exceptions) > 10

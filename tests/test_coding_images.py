@@ -17,7 +17,7 @@ from musigma.data import Preprocess, load
 from musigma.zoo import build
 
 
-def picture(path, x, mode="L", **options):
+def save_image(path, x, mode="L", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(x)
     image.convert(mode, dither=Image.Dither.NONE).save(path, **options)
@@ -40,7 +40,7 @@ def black():
 
 
 @pytest.fixture(scope="module")
-def colour():
+def color():
     torch.manual_seed(0)
     return build("vae", (3, 4, 4), bits=8, net="mlp", width=8, latents=2)
 
@@ -65,12 +65,12 @@ def pixels(folder):
 
 def test_a_folder_comes_back_with_its_names_and_modes(grey, tmp_path):
     source = tmp_path / "in"
-    picture(source / "a.png", noise(0, 4, 4))
-    picture(source / "cat" / "b.PNG", noise(1, 4, 4))
-    picture(source / "cat" / "deep" / "c.bmp", noise(2, 4, 4))
-    picture(source / "dog" / "d.TIF", noise(3, 4, 4))
-    picture(source / "dog" / "e.pgm", noise(4, 4, 4), format="PPM")
-    picture(source / "dog" / "one.png", noise(5, 4, 4), mode="1")
+    save_image(source / "a.png", noise(0, 4, 4))
+    save_image(source / "cat" / "b.PNG", noise(1, 4, 4))
+    save_image(source / "cat" / "deep" / "c.bmp", noise(2, 4, 4))
+    save_image(source / "dog" / "d.TIF", noise(3, 4, 4))
+    save_image(source / "dog" / "e.pgm", noise(4, 4, 4), format="PPM")
+    save_image(source / "dog" / "one.png", noise(5, 4, 4), mode="1")
     data = load(source)
     assert through(grey, Examples(data, folder=source), tmp_path / "out") == 6
     assert pixels(tmp_path / "out") == pixels(source)
@@ -79,30 +79,30 @@ def test_a_folder_comes_back_with_its_names_and_modes(grey, tmp_path):
             assert a.format == b.format
 
 
-def test_colours_and_names_of_lossy_files(colour, tmp_path):
+def test_colors_and_names_of_lossy_files(color, tmp_path):
     source = tmp_path / "in"
-    picture(source / "a.jpg", noise(0, 4, 4, 3), mode="RGB")
-    picture(source / "b.png", noise(1, 4, 4, 3), mode="RGB")
-    picture(source / "g.png", noise(2, 4, 4))
-    through(colour, Examples(load(source), folder=source), tmp_path / "out")
+    save_image(source / "a.jpg", noise(0, 4, 4, 3), mode="RGB")
+    save_image(source / "b.png", noise(1, 4, 4, 3), mode="RGB")
+    save_image(source / "g.png", noise(2, 4, 4))
+    through(color, Examples(load(source), folder=source), tmp_path / "out")
     before, after = pixels(source), pixels(tmp_path / "out")
     assert sorted(after) == ["a.jpg.png", "b.png", "g.png"]
     assert after == {"a.jpg.png": before["a.jpg"]} | {n: before[n] for n in ("b.png", "g.png")}
-    picture(source / "a.jpg.png", noise(3, 4, 4, 3), mode="RGB")
+    save_image(source / "a.jpg.png", noise(3, 4, 4, 3), mode="RGB")
     with pytest.raises(ValueError, match="occurs twice"):
         Examples(load(source), folder=source)
 
 
-def test_levels_that_stand_for_others(black, tmp_path):
+def test_levels_are_converted_back(black, tmp_path):
     source = tmp_path / "in"
     for i in range(9):
-        picture(source / f"{i}.png", (noise(i, 4, 4) // 128 * 255).astype(np.uint8))
+        save_image(source / f"{i}.png", (noise(i, 4, 4) // 128 * 255).astype(np.uint8))
     data = load(source, preprocess=Preprocess(binarize="threshold"))
     examples = Examples(data, folder=source)
     assert examples.about["levels"] == [0, 255]
     through(black, examples, tmp_path / "out")
     assert pixels(tmp_path / "out") == pixels(source)
-    picture(source / "9.png", noise(0, 4, 4))
+    save_image(source / "9.png", noise(0, 4, 4))
     data = load(source, preprocess=Preprocess(binarize="threshold"))
     with pytest.raises(ValueError, match="holds more than the model sees"):
         Examples(data, folder=source)
@@ -112,7 +112,7 @@ def test_levels_that_stand_for_others(black, tmp_path):
 
 
 def test_images_of_another_size_are_refused(grey, tmp_path):
-    picture(tmp_path / "in" / "a.png", noise(0, 8, 8))
+    save_image(tmp_path / "in" / "a.png", noise(0, 8, 8))
     data = load(tmp_path / "in", preprocess=Preprocess(size=4))
     with pytest.raises(ValueError, match="is 8 x 8, and the model sees 4 x 4"):
         Examples(data, folder=tmp_path / "in")
@@ -120,9 +120,9 @@ def test_images_of_another_size_are_refused(grey, tmp_path):
     assert through(grey, examples, tmp_path / "out") == 1
 
 
-def test_resized_archives_and_converted_colours_are_refused(grey, colour, tmp_path):
+def test_resized_archives_and_converted_colors_are_refused(grey, color, tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        picture(tmp_path / "in" / "a.png", noise(0, 8, 8))
+        save_image(tmp_path / "in" / "a.png", noise(0, 8, 8))
         archive.add(tmp_path / "in", "in")
     data = load(tmp_path / "x.tar", preprocess=Preprocess(size=4))
     with pytest.raises(ValueError, match="was resized to 4 x 4 pixels"):
@@ -135,7 +135,7 @@ def test_resized_archives_and_converted_colours_are_refused(grey, colour, tmp_pa
         Examples(data, folder=tmp_path / "inks")
     (tmp_path / "few").mkdir()
     Image.fromarray(noise(2, 4, 4, 3)).quantize(4).save(tmp_path / "few" / "a.png")
-    through(colour, Examples(load(tmp_path / "few"), folder=tmp_path / "few"), tmp_path / "drawn")
+    through(color, Examples(load(tmp_path / "few"), folder=tmp_path / "few"), tmp_path / "drawn")
     with (
         Image.open(tmp_path / "few" / "a.png") as a,
         Image.open(tmp_path / "drawn" / "a.png") as b,
@@ -152,7 +152,7 @@ def test_a_model_without_a_rule_is_refused_before_data_are_read(tmp_path, capsys
 
 
 class Named:
-    """Two images under any names."""
+    """Two images with any names."""
 
     def __init__(self, names, modes=("L", "L")):
         self.about = {"label_names": []}
@@ -190,7 +190,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_names_that_lead_elsewhere_write_nothing(grey, tmp_path, what):
+def test_hostile_names_write_nothing(grey, tmp_path, what):
     (tmp_path / "a").mkdir()
     with pytest.raises(DamagedFile, match="cannot be written"):
         through(grey, Named(["fine.png", HOSTILE[what]]), tmp_path / "a" / "out")
@@ -208,7 +208,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_names_that_are_one_somewhere(grey, tmp_path, pair):
+def test_names_that_are_equal_on_some_systems(grey, tmp_path, pair):
     with pytest.raises(DamagedFile, match=r"occurs twice|names a file as a folder"):
         through(grey, Named(pair), tmp_path / "out")
     for modes in (["L", "P"], ["L", 1], ["L", []]):
@@ -218,7 +218,7 @@ def test_names_that_are_one_somewhere(grey, tmp_path, pair):
 
 
 class Fake:
-    """What `extract` asks of an archive."""
+    """The attributes of an archive that `extract` reads."""
 
     bits, shape = 8, (1, 4, 4)
 
@@ -237,7 +237,7 @@ ABOUTS = [
 
 
 @pytest.mark.parametrize("about", ABOUTS)
-def test_headers_that_lie_about_levels(about, tmp_path):
+def test_invalid_tables_of_levels(about, tmp_path):
     batch = Batch(np.ones((1, 1, 4, 4), np.int64))
     for out in ("x", "x.npz"):
         with pytest.raises(DamagedFile, match="what each level stands for"):
@@ -246,12 +246,12 @@ def test_headers_that_lie_about_levels(about, tmp_path):
 
 
 @pytest.mark.parametrize("about", [{"preprocess": 7}, {"preprocess": {"bits": 10**12}}])
-def test_a_preprocess_that_lies_costs_nothing(about, tmp_path):
+def test_an_invalid_preprocess_is_ignored(about, tmp_path):
     batch = Batch(np.ones((1, 1, 4, 4), np.int64))
     assert extract([(0, batch)], Fake(about), tmp_path / "out") == 1
 
 
-def test_a_full_disk_leaves_no_half_of_a_folder(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_folder(tmp_path, monkeypatch):
     batch = Batch(np.ones((3, 1, 4, 4), np.int64))
     saved = []
 
@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_no_half_of_a_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_vectors_are_no_pictures(tmp_path):
+def test_vectors_are_not_images(tmp_path):
     batch = Batch(np.ones((3, 4), np.int64))
     with pytest.raises(ValueError, match="are not images"):
         extract([(0, batch)], Fake({}), tmp_path / "out")
@@ -275,7 +275,7 @@ def test_vectors_are_no_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["COM1", "lpt9.png", "aux.tar.gz", "a ", "a.", "..", "a:b"])
-def test_names_that_some_system_lacks(name):
+def test_names_that_are_invalid_on_some_systems(name):
     with pytest.raises(ValueError, match="names: "):
         images.check_names([name])
     images.check_names(["command.png", "a.b.png", "c/d.png", "c/e.png", "ß.png", "日本.png"])
@@ -329,7 +329,7 @@ def test_digits_come_back(shelf, tmp_path, capsys):
     assert (found["labels"] == digits.labels).all()
 
 
-def test_one_image_and_what_the_file_says_of_itself(shelf, tmp_path, capsys):
+def test_inspect_and_decompressing_one_image(shelf, tmp_path, capsys):
     code, out, _ = call(f"inspect {shelf}/d.mus --json", capsys)
     found = json.loads(out)
     assert code == 0
@@ -344,7 +344,7 @@ def test_one_image_and_what_the_file_says_of_itself(shelf, tmp_path, capsys):
     assert "index: expected 0 to 1796; got 1797" in err
 
 
-def bent(shelf, tmp_path, how):
+def damaged(shelf, tmp_path, how):
     data = bytearray((shelf / "d.mus").read_bytes())
     if how == "damaged":
         data[Reader(io.BytesIO(data)).entries[1].end - 9] ^= 1
@@ -359,8 +359,8 @@ def bent(shelf, tmp_path, how):
             for chunk in reader:
                 writer.write(chunk)
         data = file.getvalue()
-    (tmp_path / "bent.mus").write_bytes(data)
-    return tmp_path / "bent.mus"
+    (tmp_path / "damaged.mus").write_bytes(data)
+    return tmp_path / "damaged.mus"
 
 
 CODES = {
@@ -376,9 +376,9 @@ CODES = {
 
 
 @pytest.mark.parametrize("how", CODES)
-def test_every_failure_has_its_code(shelf, tmp_path, capsys, how, monkeypatch):
+def test_exit_codes_of_failures(shelf, tmp_path, capsys, how, monkeypatch):
     code, options, said = CODES[how]
-    path = bent(shelf, tmp_path, how.split()[0])
+    path = damaged(shelf, tmp_path, how.split()[0])
     if how == "limits":
         monkeypatch.setattr(coding, "Limits", lambda total: coding.errors.Limits(total=99))
         said = "the limit is 99"
@@ -390,8 +390,8 @@ def test_every_failure_has_its_code(shelf, tmp_path, capsys, how, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["damaged", "lost"])
-def test_going_on_keeps_what_is_whole(shelf, tmp_path, capsys, how):
-    path = bent(shelf, tmp_path, how)
+def test_keep_going_reads_all_whole_chunks(shelf, tmp_path, capsys, how):
+    path = damaged(shelf, tmp_path, how)
     words = f"decompress {path} {tmp_path}/out.npy --trust --keep-going --json"
     code, out, err = call(words, capsys)
     assert code == 3
@@ -401,14 +401,14 @@ def test_going_on_keeps_what_is_whole(shelf, tmp_path, capsys, how):
     assert (np.load(tmp_path / "out.npy") == load("digits").take(rest)).all()
 
 
-def test_pictures_without_names_are_numbered(tmp_path):
+def test_images_without_names_are_numbered(tmp_path):
     batch = Batch(np.ones((2, 1, 4, 4), np.int64))
     assert extract([(0, batch), (7, batch)], Fake({}), tmp_path / "out") == 4
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == [f"{i:08}.png" for i in (0, 1, 7, 8)]
 
 
-def test_outputs_that_are_there_or_cannot_be(shelf, tmp_path, capsys):
+def test_outputs_that_exist_or_cannot_be_created(shelf, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     code, _, err = call(f"decompress {shelf}/d.mus {tmp_path}/there --trust", capsys)
     assert (code, "exists" in err) == (2, True)
@@ -421,14 +421,14 @@ def test_outputs_that_are_there_or_cannot_be(shelf, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
 
 
-def test_a_folder_by_the_commands(tmp_path, capsys, colour, grey):
+def test_a_folder_by_the_commands(tmp_path, capsys, color, grey):
     for i in range(6):
-        picture(tmp_path / "in" / f"{i}.png", noise(i, 4, 4, 3), mode="RGB")
-    checkpoint.save(colour, tmp_path / "colour.safetensors")
+        save_image(tmp_path / "in" / f"{i}.png", noise(i, 4, 4, 3), mode="RGB")
+    checkpoint.save(color, tmp_path / "color.safetensors")
     checkpoint.save(grey, tmp_path / "grey.safetensors")
-    words = f"compress {tmp_path}/colour.safetensors {tmp_path}/in {tmp_path}/x.mus --embed"
+    words = f"compress {tmp_path}/color.safetensors {tmp_path}/in {tmp_path}/x.mus --embed"
     assert call(words)[0] == 0
     assert call(f"decompress {tmp_path}/x.mus {tmp_path}/out --trust")[0] == 0
     assert pixels(tmp_path / "out") == pixels(tmp_path / "in")
-    code, _, err = call(words.replace("/colour", "/grey"), capsys)
+    code, _, err = call(words.replace("/color", "/grey"), capsys)
     assert (code, "color" in err) == (2, True)

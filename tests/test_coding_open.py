@@ -1,4 +1,4 @@
-"""A layer, a map, a distribution and models of one's own are coded, by rules that stand here."""
+"""Layers, maps, distributions and models that only these tests define are coded by their rules."""
 
 import io
 import math
@@ -25,14 +25,14 @@ LEVELS = 8
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
-    """Rules and architectures of one test are unknown to the others."""
+    """Rules and architectures are unknown to other tests."""
     monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
     architectures = dict(zoo.ARCHITECTURES)
     for module in (zoo, checkpoint):
         monkeypatch.setattr(module, "ARCHITECTURES", architectures)
 
 
-# -- parts that only these tests know
+# -- parts of models
 
 
 class Wave(Bijection):
@@ -96,7 +96,7 @@ class BendMap(Map):
 
 
 class Augment(Layer):
-    """Joins noise that is drawn given x: neither a bijection nor a layer of the library."""
+    """Appends noise that is drawn given x; not a bijection."""
 
     exact = False
 
@@ -218,7 +218,7 @@ class LogisticHead(nn.Module):
 
 
 class Halves(Model):
-    """A model of its own kind: z, then the left half given z, then the right half given both."""
+    """Generates z, then the left half given z, then the right half given both."""
 
     def __init__(self, features, latents=2):
         super().__init__()
@@ -332,7 +332,7 @@ def data(n=48, features=4, seed=0):
 
 @pytest.mark.parametrize("numerics", ["exact", "pinned"])
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_part_of_ones_own_is_coded_by_its_rule(name, numerics):
+def test_it_is_coded_by_its_rule_at_the_cost_of_the_model(name, numerics):
     registered()
     model, x, file = built(name), data(), io.BytesIO()
     coding.check(model)
@@ -364,7 +364,7 @@ def test_without_its_rule_it_is_refused_by_name(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_holds_a_model_of_ones_own(tmp_path):
+def test_a_file_holds_the_model(tmp_path):
     registered()
     model, x = built("model"), data()
     coding.compress(model, x, tmp_path / "x.mus", embed=True)
@@ -374,7 +374,7 @@ def test_a_file_holds_a_model_of_ones_own(tmp_path):
 # -- subclasses
 
 
-def test_a_subclass_that_only_adds_has_the_rule_of_its_base():
+def test_a_subclass_that_only_adds_shares_the_rule_of_its_base():
     class Small(Coupling):
         def __init__(self, d):
             super().__init__(Net(d // 2, d - d // 2), map=Additive())
@@ -386,7 +386,7 @@ def test_a_subclass_that_only_adds_has_the_rule_of_its_base():
 
 
 @pytest.mark.parametrize("method", ["forward", "inverse", "_halves", "__call__"])
-def test_a_subclass_that_redefines_anything_has_not(method):
+def test_a_subclass_that_redefines_anything_does_not(method):
     class Other(Coupling):
         pass
 
@@ -396,7 +396,7 @@ def test_a_subclass_that_redefines_anything_has_not(method):
         find_grids(flow([layer], 4).double(), torch.zeros(1, 4).double(), None, [])
 
 
-def test_of_maps_and_distributions_too():
+def test_this_holds_for_maps_and_distributions():
     class Half(Affine):
         def forward(self, x, h):
             return super().forward(x, h / 2)
@@ -418,11 +418,11 @@ def test_of_maps_and_distributions_too():
         find_grids(flow([], 4, Prior(Head())).double(), x, None, [])
 
 
-# -- what cannot be coded though every part has a rule
+# -- models that cannot be coded though every part has a rule
 
 
 class Tripled(Layer):
-    """Computes with a value between bijections; no rule knows of that."""
+    """Computes with a value outside of a bijection."""
 
     def infer(self, x, trace, context=None):
         return x / 3
@@ -471,7 +471,7 @@ class Stranger(Halves):
 
 
 class Constant(Halves):
-    """Scores what is neither data nor drawn."""
+    """Scores a value that is neither data nor drawn."""
 
     def infer(self, x, trace, context=None):
         trace.p(self.z, self.z.head(), torch.zeros(len(x), 2, dtype=x.dtype))
@@ -543,7 +543,7 @@ def test_discrete_latents_are_coded(classes):
     assert coded.bits == pytest.approx(ideal, rel=0.03)
 
 
-def test_gaussian_heads_of_the_library_code_in_models_of_ones_own():
+def test_gaussian_heads_of_the_library_work_in_other_models():
     registered()
     encoder = GaussianHead(nn.Linear(4, 4), event_ndims=1)
     model = built_of(lambda d: VAE(encoder, SlopeHead(2, d), Prior(StandardNormal((2,)))))
