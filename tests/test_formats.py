@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from musigma import checkpoint
+from musigma import TrainConfig, build, checkpoint, fit
 from musigma.cli import main
+from musigma.data import Dataset
 
 GOLDEN = Path(__file__).parent / "golden" / "formats"
 MODELS = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
@@ -112,5 +113,28 @@ def test_an_old_run_is_resumed(old_run, capsys):
     (old_run / "config.json").write_text(config.replace('"steps": 3', '"steps": 4'))
     call("train --resume run --device cpu")
     assert rows(old_run)[: len(log)] == log
-    assert [row["step"] for row in rows(old_run)[len(log) :]] == [4, 4]
+    added = rows(old_run)[len(log) :]
+    assert [(row["step"], row["kind"]) for row in added] == [
+        (4, "train"),
+        (4, "evaluation"),
+        (4, "warning"),  # so short a run has learned nothing
+    ]
     assert json.loads((old_run / "evaluation.json").read_text())["n"] == 160
+
+
+def test_the_state_of_a_run_of_format_1_resumes(tmp_path):
+    """State format 1: the second half of the run repeats the losses that it had then."""
+    shutil.copytree(GOLDEN / "run", tmp_path / "run")
+    expected = json.loads((tmp_path / "run" / "expected.json").read_text())
+    i = np.arange(600, dtype=np.float32).reshape(-1, 3)
+    x = np.sin(i * [0.7, 1.3, 0.31] + i**0.5).astype(np.float32)
+    data = Dataset(x, name="sines")
+    model = build("maf", (3,), bits=None, depth=2, hidden=8)
+    config = TrainConfig(steps=12, batch_size=16, warmup=2, evaluations=2)
+    parts = data.split("train"), data.split("validation")
+    run = fit(model, *parts, config, tmp_path / "run", device="cpu", resume=True)
+    assert (run.steps, run.finished) == (12, True)
+    losses = [row["loss"] for row in rows(tmp_path / "run") if row["kind"] == "train"]
+    assert losses == pytest.approx(expected["losses"], rel=1e-4)
+    figures = [r["bits_per_dim"] for r in rows(tmp_path / "run") if r["kind"] == "evaluation"]
+    assert figures == pytest.approx(expected["evaluations"], rel=1e-4)

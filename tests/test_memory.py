@@ -8,14 +8,14 @@ import musigma
 from musigma import memory
 from musigma.distributions import StandardNormal
 from musigma.layers import ActNorm, Coupling, InvertibleConv, Permutation
-from musigma.memory import fallen, keep, recall
+from musigma.memory import fallbacks, set_fallbacks, set_memory
 from musigma.model import VAE, Bijection, Chain, Prior
 from musigma.nets import MLP
 from musigma.testing import randomized
-from musigma.training.machine import kept_bytes
+from musigma.training.hardware import saved_bytes
 
 MODELS = {
-    "glow": ("glow", (3, 16, 16), {"depth": 3, "levels": 2, "hidden": 12, "edge": True}),
+    "glow": ("published_glow", (3, 16, 16), {"depth": 3, "levels": 2, "hidden": 12, "edge": True}),
     "glow, conditional": ("glow", (3, 8, 8), {"depth": 2, "levels": 2, "hidden": 8, "context": 3}),
     "glow, learned noise": ("glow", (3, 8, 8), {"depth": 2, "hidden": 8, "dequantize": "learned"}),
     "glow, plain": ("glow", (3, 8, 8), {"depth": 2, "hidden": 8, "permutation": "conv"}),
@@ -36,7 +36,7 @@ def made(name, dtype=torch.float64):
 
 
 def gradients(model, mode, x, context=None, cast=False):
-    keep(model, mode)
+    set_memory(model, mode)
     model.zero_grad()
     torch.manual_seed(1)
     given = None if context is None else context.clone().requires_grad_()
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_store(name):
     truth = gradients(model, "store", x, context)
     assert torch.equal(gradients(model, "checkpoint", x, context), truth)
     assert off(gradients(model, "reversible", x, context), truth) < 1e-12
-    assert fallen(model) == {}
+    assert fallbacks(model) == {}
 
 
 @pytest.mark.parametrize("name", ["glow", "realnvp, vectors", "vae, flow prior"])
@@ -65,7 +65,7 @@ def test_gradients_in_float32_and_under_autocast(name):
     model, x, context = made(name, torch.float32)
     truth = gradients(model, "store", x, context)
     assert off(gradients(model, "reversible", x, context), truth) < 1e-5
-    assert fallen(model) == {}
+    assert fallbacks(model) == {}
     low = gradients(model, "store", x, context, cast=True)
     assert torch.equal(gradients(model, "checkpoint", x, context, cast=True), low)
     # bfloat16 has 8 bits: an input that is off in its 23rd bit may be rounded the other way
@@ -100,7 +100,7 @@ def test_an_ill_conditioned_flow_falls_back_before_its_gradients_are_wrong(condi
     truth = gradients(model, "store", x)
     assert off(gradients(model, "reversible", x), truth) < 1e-5
     assert off(gradients(model, "checkpoint", x), truth) < 1e-5
-    assert bool(fallen(model)) == (condition >= 10)
+    assert bool(fallbacks(model)) == (condition >= 10)
 
 
 class Lossy(Bijection):
@@ -125,12 +125,12 @@ def test_a_wrong_inverse_is_noticed_and_the_gradients_are_right_all_the_same(err
     x = torch.randn(4, 5, dtype=torch.float64)
     truth = gradients(model, "store", x)
     assert torch.equal(gradients(model, "reversible", x), truth)
-    ((name, reason),) = fallen(model).items()
+    ((name, reason),) = fallbacks(model).items()
     assert name == "layers.0"
-    assert reason.startswith("computed back, ")
+    assert reason.startswith("inverted, ")
     again, told = Chain([Permutation.reverse(5), *layers], Prior(StandardNormal((5,)))), {}
-    recall(again, told | {name: reason})
-    assert fallen(again) == {name: reason}
+    set_fallbacks(again, told | {name: reason})
+    assert fallbacks(again) == {name: reason}
 
 
 @pytest.mark.parametrize("noise", ["uniform", "learned"])
@@ -141,8 +141,8 @@ def test_what_is_kept_does_not_grow_with_depth(noise):
             options = {"levels": 2, "depth": depth, "hidden": 32, "dequantize": noise}
             model = musigma.build("glow", (3, 16, 16), **options)
             x = torch.randint(0, 256, (8, 3, 16, 16))
-            keep(model, mode)
-            kept[mode, depth] = kept_bytes(lambda: model(x), list(model.parameters()))  # noqa: B023
+            set_memory(model, mode)
+            kept[mode, depth] = saved_bytes(lambda: model(x), list(model.parameters()))  # noqa: B023
     grown = {mode: kept[mode, 8] - kept[mode, 2] for mode in ("store", "checkpoint", "reversible")}
     assert grown["checkpoint"] < grown["store"] / 8
     assert grown["reversible"] < grown["checkpoint"] / 50
@@ -153,9 +153,9 @@ def test_the_glow_of_the_paper_keeps_less_than_4_mb_at_any_depth():
     """32x32x3, three levels, 32 images, hidden 128: `store` keeps some 15 MB for each step."""
     for depth in (4, 8):
         model = musigma.build("glow", (3, 32, 32), bits=None, levels=3, depth=depth)
-        keep(model, "reversible")
+        set_memory(model, "reversible")
         x = torch.randn(32, 3, 32, 32)
-        assert kept_bytes(lambda: model(x), list(model.parameters())) < 4e6  # noqa: B023
+        assert saved_bytes(lambda: model(x), list(model.parameters())) < 4e6  # noqa: B023
 
 
 def test_blocks_of_networks_are_recomputed():
@@ -164,9 +164,9 @@ def test_blocks_of_networks_are_recomputed():
         model = musigma.build(name, shape, blocks=2)
         x = torch.randint(0, 256, (4, *shape))
         truth = gradients(model, "store", x)
-        before = kept_bytes(lambda: model(x), list(model.parameters()))  # noqa: B023
+        before = saved_bytes(lambda: model(x), list(model.parameters()))  # noqa: B023
         assert torch.equal(gradients(model, "checkpoint", x), truth)
-        assert kept_bytes(lambda: model(x), list(model.parameters())) < 0.75 * before  # noqa: B023
+        assert saved_bytes(lambda: model(x), list(model.parameters())) < 0.75 * before  # noqa: B023
 
 
 def test_no_gradient_keeps_nothing_and_figures_do_not_change():
@@ -175,7 +175,7 @@ def test_no_gradient_keeps_nothing_and_figures_do_not_change():
         torch.manual_seed(0)
         truth = model(x).elbo
         for mode in ("checkpoint", "reversible"):
-            keep(model, mode)
+            set_memory(model, mode)
             torch.manual_seed(0)
             assert torch.equal(model(x).elbo, truth)
 
@@ -183,14 +183,14 @@ def test_no_gradient_keeps_nothing_and_figures_do_not_change():
 def test_what_is_refused():
     vae = musigma.build("vae", (1, 8, 8), net="mlp")
     for mode in ("checkpoint", "reversible"):
-        with pytest.raises(ValueError, match="memory: this VAE has nothing that"):
-            keep(vae, mode)
-    with pytest.raises(ValueError, match=r"'reversible' could work on .*use checkpoint or store"):
-        keep(musigma.build("ladder", (1, 8, 8)), "reversible")
+        with pytest.raises(ValueError, match="does nothing for this VAE, which has no bij"):
+            set_memory(vae, mode)
+    with pytest.raises(ValueError, match=r"'reversible' does nothing .*use checkpoint or store"):
+        set_memory(musigma.build("ladder", (1, 8, 8)), "reversible")
     with pytest.raises(ValueError, match="memory: expected store, checkpoint, reversible"):
-        keep(vae, "none")
-    keep(vae, "store")
-    assert memory.fallen(VAE(vae.encoder, vae.decoder, vae.prior)) == {}
+        set_memory(vae, "none")
+    set_memory(vae, "store")
+    assert memory.fallbacks(VAE(vae.encoder, vae.decoder, vae.prior)) == {}
 
 
 @pytest.mark.parametrize("name", ["glow", "vae"])

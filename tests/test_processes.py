@@ -72,12 +72,12 @@ model = flow()
 
 def fall(step):
     if processes.rank == 1 and step == 2:
-        model.keeper.fallen[0] = "made up"
+        model.runner.fallbacks[0] = "made up"
     return step == 4
 
 config = TrainConfig(steps=8, batch_size=15, memory="reversible")
 fit(model, points, points, config, out / "fallen", device="cpu", stop=fall)
-fallen = processes.gather(memory.fallen(model))
+fallen = processes.gather(memory.fallbacks(model))
 calibrated = [p.tolist() for n, p in flow().named_parameters() if "bias" in n]
 weights = [p.double().sum().item() for p in run.model.parameters()]
 alike = processes.gather(weights)
@@ -167,10 +167,10 @@ def test_what_one_process_cannot_do_reversibly_none_does(out):
     made_up = {"layers.0": "made up"}
     assert json.loads((out / "fallen.json").read_text()) == [made_up, made_up]
     rows = map(json.loads, (out / "fallen/metrics.jsonl").read_text().splitlines())
-    (notice,) = (row for row in rows if row["kind"] == "notice")
+    (notice,) = (row for row in rows if row["kind"] == "warning")
     assert (notice["step"], notice["message"][:9]) == (2, "layers.0 ")
     header, _ = checkpoint.verified(out / "fallen/state.safetensors")
-    assert header["progress"]["fallen"] == made_up
+    assert header["progress"]["fallbacks"] == made_up
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
@@ -195,22 +195,25 @@ def test_parts_of_a_batch_add_up(tmp_path):
 
 
 def test_a_memory_budget_chooses_the_parts(tmp_path):
-    from musigma.training.machine import parts
+    from musigma.training.hardware import number_of_parts
 
     model = build("glow", (3, 16, 16), levels=2, depth=2, hidden=32)
-    x = torch.randint(0, 256, (4, 3, 16, 16)).float()
+    levels = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), np.uint8)
+
+    def parts(**options):
+        return number_of_parts(model, Dataset(levels), TrainConfig(**options))
+
     counts = [
-        parts(model, x, None, TrainConfig(batch_size=64, memory_budget=budget), 64)
-        for budget in ("10GB", "30MB", "4MB", "2MB")
+        parts(batch_size=64, memory_budget=budget) for budget in ("10GB", "30MB", "4MB", "2MB")
     ]
     assert counts[0] == 1
     assert counts == sorted(counts)
     assert counts[-1] > 8
     refusal = r"weights and one example take ([\d.]+MB), more than 100KB"
     with pytest.raises(ValueError, match=refusal) as refused:
-        parts(model, x, None, TrainConfig(memory_budget="100KB"), 32)
+        parts(batch_size=32, memory_budget="100KB")
     (least,) = re.findall(refusal, str(refused.value))
-    assert parts(model, x, None, TrainConfig(memory_budget=least), 32) == 32
+    assert parts(batch_size=32, memory_budget=least) == 32
 
 
 def test_alone_there_is_nobody_to_ask():
@@ -222,7 +225,7 @@ def test_alone_there_is_nobody_to_ask():
 
 
 def test_too_many_processes_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("musigma.training.loop.current_processes", lambda: Processes(0, 9))
+    monkeypatch.setattr("musigma.training.checks.current_processes", lambda: Processes(0, 9))
     points = Dataset(np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32))
     with pytest.raises(ValueError, match="batch_size: 9 processes cannot share 8 examples"):
         fit(scope["flow"](), points, points, TrainConfig(batch_size=8), tmp_path, device="cpu")

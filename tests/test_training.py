@@ -27,6 +27,12 @@ def digits():
     return data.load("digits")
 
 
+def warnings_in(folder, *, figures=False):
+    """The warnings of a run, without those about its validation figures."""
+    messages = [row["message"] for row in rows(folder) if row["kind"] == "warning"]
+    return [m for m in messages if figures or "validation" not in m]
+
+
 def small(name: str, **options):
     torch.manual_seed(0)
     return build(name, (1, 8, 8), **options)
@@ -151,15 +157,18 @@ def test_share_and_learning_rate_follow_the_budget():
         ({"lr": float("nan")}, "lr: expected a positive"),
         ({"batch_size": 0}, "batch_size: expected 1 or more"),
         ({"ema": 1.0}, "ema: expected"),
-        ({"weight_decay": 0.1}, "weight_decay: is for adamw"),
+        ({"weight_decay": 0.1}, "weight_decay: only adamw has one"),
         ({"accumulate": 99}, "accumulate: a batch of 64 has no 99 parts"),
         ({"memory": "none"}, "memory: expected store or checkpoint or reversible"),
-        ({"memory_budget": "much"}, "memory_budget: expected 4GB"),
-        ({"memory_budget": "4GB", "accumulate": 2}, "memory_budget: it chooses the parts"),
+        ({"memory_budget": "much"}, "memory_budget: expected a size such as 4GB"),
+        (
+            {"memory_budget": "4GB", "accumulate": 2},
+            "memory_budget: it determines the number of parts",
+        ),
         ({"track": ["mlflow"]}, "track: expected tensorboard or trackio or wandb"),
         ({"workers": -1}, "workers: expected 0 or more"),
-        ({"shard": True, "memory": "reversible"}, "with shard use checkpoint"),
-        ({"k": 5, "beta": 2.0}, "k: the importance-weighted bound has no beta"),
+        ({"shard": True, "memory": "reversible"}, "with shard, use checkpoint"),
+        ({"k": 5, "beta": 2.0}, "beta: the objective iwae has no such option"),
     ],
 )
 def test_configuration_is_checked(wrong, message):
@@ -179,12 +188,12 @@ def test_beta_is_refused_for_a_flow_before_anything_is_written(tmp_path, digits)
 def test_objectives_are_chosen_by_the_configuration():
     torch.manual_seed(0)
     e = Evidence(torch.randn(6), torch.rand(6, 3), torch.randn(6), torch.randn(6))
-    assert TrainConfig().objective(e, 0.3) == objectives.elbo(e).mean()
+    assert torch.equal(TrainConfig().nats(e, 0.3), objectives.elbo(e))
     warm = TrainConfig(beta=2.0, kl_warmup=0.5)
-    assert warm.objective(e, 0.25) == objectives.beta_elbo(e, 1.0).mean()
-    assert warm.objective(e, 0.75) == objectives.beta_elbo(e, 2.0).mean()
-    assert TrainConfig(free_bits=0.4).objective(e, 0) == objectives.free_bits(e, 0.4).mean()
-    assert TrainConfig(k=3).objective(e, 0) == objectives.iwae(e, 3).mean()
+    assert torch.equal(warm.nats(e, 0.25), objectives.beta_elbo(e, 1.0))
+    assert torch.equal(warm.nats(e, 0.75), objectives.beta_elbo(e, 2.0))
+    assert torch.equal(TrainConfig(free_bits=0.4).nats(e, 0), objectives.free_bits(e, 0.4))
+    assert torch.equal(TrainConfig(k=3).nats(e, 0), objectives.iwae(e, 3))
 
 
 @pytest.mark.parametrize(
@@ -349,21 +358,19 @@ def test_without_a_compiler_fast_says_so_and_goes_on(tmp_path, digits, monkeypat
     monkeypatch.setattr(torch, "compile", nothing)
     run = train(digits, tmp_path, fast=True)
     assert run.finished
-    (row,) = [r for r in rows(tmp_path) if r["kind"] == "notice"]
-    assert row["message"] == "not compiled: no compiler here"
+    assert warnings_in(tmp_path) == ["not compiled: no compiler here"]
 
 
-def test_what_options_do_not_do_is_told_at_the_start(tmp_path, digits):
+def test_options_without_effect_are_warned_of_at_the_start(tmp_path, digits):
     few = digits.subset(range(40))
     n = len(few.split("train"))
     train(few, tmp_path, shard=True, steps=1)
-    (notice,) = (r["message"] for r in rows(tmp_path) if r["kind"] == "notice")
-    assert notice.startswith("shard: there are no other processes")
-    for told in (0, 1):
-        train(few, tmp_path, batch_size=n + told, steps=1)
-        notices = [r["message"] for r in rows(tmp_path) if r["kind"] == "notice"]
-        assert notices == told * [
-            f"a batch of {n + 1} is more than all {n} training examples: some come more than "
+    (message,) = warnings_in(tmp_path)
+    assert message.startswith("shard: there are no other processes")
+    for more in (0, 1):
+        train(few, tmp_path, batch_size=n + more, steps=1)
+        assert warnings_in(tmp_path) == more * [
+            f"a batch of {n + 1} is more than all {n} training examples, so some occur more than "
             "once in every step"
         ]
 
@@ -371,17 +378,17 @@ def test_what_options_do_not_do_is_told_at_the_start(tmp_path, digits):
 def test_blocks_are_compiled_one_by_one_and_a_model_without_any_whole(monkeypatch):
     from musigma.layers import Coupling
     from musigma.nets import ResBlock
-    from musigma.training import machine
+    from musigma.training import hardware
 
     done = []
     monkeypatch.setattr(torch, "compile", lambda f: f)
     monkeypatch.setattr(nn.Module, "compile", lambda self, **how: done.append(self))
     glow = small("glow", levels=1, depth=3, hidden=4)
-    assert machine.compiled(glow) is None
+    assert hardware.compile_blocks(glow) is None
     assert done == [m for m in glow.modules() if isinstance(m, Coupling | ResBlock)]
     done.clear()
     vae = small("vae", net="mlp")
-    assert machine.compiled(vae) is None
+    assert hardware.compile_blocks(vae) is None
     assert done == [vae]
 
 
@@ -392,7 +399,7 @@ def test_a_profile_is_written(tmp_path, digits):
 
 
 @pytest.mark.parametrize(("steps", "error", "said"), [(5, None, "step 8"), (24, OSError, "full")])
-def test_a_profile_that_cannot_be_written_is_told_of(
+def test_a_profile_that_cannot_be_written_is_warned_of(
     monkeypatch, tmp_path, digits, steps, error, said
 ):
     def fail(profiler, path):
@@ -401,12 +408,12 @@ def test_a_profile_that_cannot_be_written_is_told_of(
     if error:
         monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fail)
     assert train(digits, tmp_path, profile=True, steps=steps).steps == steps
-    (notice,) = (row["message"] for row in rows(tmp_path) if row["kind"] == "notice")
-    assert said in notice
+    (message,) = warnings_in(tmp_path)
+    assert said in message
     assert not (tmp_path / "profile.json").exists()
 
 
-def test_trackers_are_told(tmp_path, digits):
+def test_trackers_receive_the_figures(tmp_path, digits):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(digits, tmp_path, track=["tensorboard"])
@@ -425,8 +432,8 @@ def test_a_run_goes_on_without_a_tracker_that_fails(tmp_path, digits, monkeypatc
 
     monkeypatch.setattr(TensorBoardTracker, "log", fail)
     assert train(digits, tmp_path, track=["tensorboard"]).steps == 24
-    (alert,) = (row["message"] for row in rows(tmp_path) if row["kind"] == "alert")
-    assert alert == "tensorboard takes nothing more, and is left out: no space left on device"
+    expected = ["tensorboard failed, and is left out: no space left on device"]
+    assert warnings_in(tmp_path) == expected
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, digits, monkeypatch):
@@ -471,7 +478,7 @@ def test_a_reversible_run_resumes_to_the_same_bytes_after_it_fell_back(tmp_path,
             resume=resume,
             stop=lambda step, halt=halt: step == halt,
         )
-    (note,) = [r for r in rows(tmp_path / "parts") if r["kind"] == "notice"]
-    assert note["message"].startswith("layers.1 is recomputed by parts from now on: computed back")
+    (message,) = warnings_in(tmp_path / "parts")
+    assert message.startswith("layers.1 is recomputed in segments from now on: inverted")
     whole, again = ((tmp_path / f / "last.safetensors").read_bytes() for f in ("whole", "parts"))
     assert whole == again

@@ -24,7 +24,7 @@ from musigma.cli import watch as watch_module
 from musigma.cli.watch import Curve, History, LogReader, RunPanel, WatchedRun, draw
 from musigma.data import load
 from musigma.training import TrainConfig, fit
-from musigma.training.state import Log
+from musigma.training.log import Log
 from musigma.zoo import build
 
 

@@ -23,8 +23,12 @@ def _first(*places: str) -> Any:
     raise ImportError(f"none of {', '.join(places)} exists in this package")
 
 
-retain_heap = _first("musigma.training.machine:retain_heap")
-kept_bytes = _first("musigma.training.machine:kept_bytes")
-compile_blocks = _first("musigma.training.machine:compiled")
-set_memory_mode = _first("musigma.memory:keep")
+retain_heap = _first(
+    "musigma.training.hardware:retain_heap", "musigma.training.machine:retain_heap"
+)
+kept_bytes = _first("musigma.training.hardware:saved_bytes", "musigma.training.machine:kept_bytes")
+compile_blocks = _first(
+    "musigma.training.hardware:compile_blocks", "musigma.training.machine:compiled"
+)
+set_memory_mode = _first("musigma.memory:set_memory", "musigma.memory:keep")
 Rescale = _first("musigma.layers:Rescale", "musigma.layers:Affine")

@@ -1,19 +1,19 @@
-r"""What a run of bijections keeps for its backward pass: everything, its joints, or its ends.
+r"""What runs of bijections keep for the backward pass: everything, segment inputs, or both ends.
 
-| mode         | kept of n layers       | time of a step | gradients                          |
-|--------------|------------------------|----------------|------------------------------------|
-| `store`      | all activations        | 1              | autograd's                         |
-| `checkpoint` | the input of each part | about 4/3      | the same, recomputed               |
-| `reversible` | both ends of the run   | about 4/3      | the same, from inputs computed back |
+| mode         | kept of n layers          | time of a step | gradients                          |
+|--------------|---------------------------|----------------|------------------------------------|
+| `store`      | all activations           | 1              | autograd's                         |
+| `checkpoint` | the input of each segment | about 4/3      | the same, recomputed               |
+| `reversible` | both ends of the run      | about 4/3      | the same, from inverted activations |
 
 (Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016,
 arXiv:1604.06174; Gomez, Ren, Urtasun, Grosse, "The Reversible Residual Network", 2017,
 arXiv:1707.04585.)
 
-Computing backwards is only as good as the inverse is. So every reversible backward pass compares
-what it arrives at with what was there: the input of the run, and the log-determinant of every
-layer. Where they differ the gradients are thrown away and recomputed from the input, by parts, and
-that run is done so from then on; `fallen` tells which, and why.
+Inverted activations are only as good as the inverse. Every reversible backward pass therefore
+compares its results with the forward pass: the input of the run, and the log-determinant of each
+layer. Where they differ, the gradients are discarded and recomputed from the input, and from then
+on that run is checkpointed; `fallbacks` lists such runs, and why.
 """
 
 from __future__ import annotations
@@ -26,113 +26,122 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Keep", "Keeper", "fallen", "keep", "recall", "recomputed", "refuse"]
+__all__ = [
+    "MemoryMode",
+    "Runner",
+    "check_memory",
+    "fallbacks",
+    "recomputed",
+    "set_fallbacks",
+    "set_memory",
+]
 
-Keep = Literal["store", "checkpoint", "reversible"]
+MemoryMode = Literal["store", "checkpoint", "reversible"]
 Layers = Sequence[Any]
 """Bijections: modules with ``forward``, ``inverse`` and ``retrace``."""
 
-ULPS = 40
-"""How many units in the last place a round trip may be off; of 48 sound steps it is 10."""
+MAX_ERROR = 40
+"""Largest error of a round trip, in units in the last place; 48 sound layers reach 10."""
 
 
-def keep(model: nn.Module, mode: Keep) -> None:
-    """Choose what a model keeps for its backward pass; figures and gradients stay what they are.
+def set_memory(model: nn.Module, mode: MemoryMode) -> None:
+    """Choose what a model keeps for its backward pass. Outputs and gradients do not change.
 
-    Under `reversible` the runs of bijections are reversible, and residual blocks of networks
-    outside of them are recomputed.
+    Under `reversible`, runs of bijections are reversible, and residual blocks of other networks
+    are recomputed.
 
     Raises:
-        ValueError: For an unknown mode, or one that has nothing to work on in this model.
+        ValueError: For an unknown mode, or one that does nothing for this model.
 
     Example:
         >>> import musigma
         >>> model = musigma.build("glow", (1, 8, 8), depth=2, hidden=8)
-        >>> keep(model, "reversible")
+        >>> set_memory(model, "reversible")
         >>> model(torch.zeros(2, 1, 8, 8)).elbo.sum().backward()
     """
-    refuse(model, mode)
-    inside: set[nn.Module] = set()  # of what is recomputed as a whole
+    check_memory(model, mode)
+    recomputed_with_parent: set[nn.Module] = set()
     for module in model.modules():
-        if isinstance(keeper := getattr(module, "keeper", None), Keeper):
-            keeper.mode = mode
-        elif hasattr(module, "recompute") and module not in inside:
+        if isinstance(runner := getattr(module, "runner", None), Runner):
+            runner.mode = mode
+        elif hasattr(module, "recompute") and module not in recomputed_with_parent:
             module.recompute = mode != "store"  # pyright: ignore[reportArgumentType]
-            inside.update(module.modules())
+            recomputed_with_parent.update(module.modules())
 
 
-def refuse(model: nn.Module, mode: Keep) -> None:
-    """Refuse what `keep` refuses.
+def check_memory(model: nn.Module, mode: MemoryMode) -> None:
+    """Refuse a mode as `set_memory` does, without setting it.
 
     Raises:
-        ValueError: As `keep` says.
+        ValueError: For an unknown mode, or one that does nothing for this model.
     """
-    if mode not in get_args(Keep):
-        raise ValueError(f"memory: expected {', '.join(get_args(Keep))}; got {mode!r}")
-    found: set[str] = set()
+    if mode not in get_args(MemoryMode):
+        raise ValueError(f"memory: expected {', '.join(get_args(MemoryMode))}; got {mode!r}")
+    useful: set[str] = {"store"}
     for module in model.modules():
-        if isinstance(getattr(module, "keeper", None), Keeper):
-            found |= {"checkpoint", "reversible"}
+        if isinstance(getattr(module, "runner", None), Runner):
+            useful |= {"checkpoint", "reversible"}
         elif hasattr(module, "recompute"):
-            found.add("checkpoint")
-    if mode != "store" and mode not in found:
+            useful.add("checkpoint")
+    if mode not in useful:
+        blocks = "checkpoint" in useful
         raise ValueError(
-            f"memory: this {type(model).__name__} has nothing that {mode!r} could work on "
-            f"({'no run of bijections' if found else 'no bijections and no residual blocks'}); "
-            f"use {'checkpoint or ' if found else ''}store"
+            f"memory: {mode!r} does nothing for this {type(model).__name__}, which has "
+            f"{'no run of bijections' if blocks else 'no bijections and no residual blocks'}; "
+            f"use {'checkpoint or ' if blocks else ''}store"
         )
 
 
-def _keepers(model: nn.Module) -> Iterator[tuple[str, Keeper]]:
+def _runners(model: nn.Module) -> Iterator[tuple[str, Runner]]:
     for name, module in model.named_modules():
-        if isinstance(keeper := getattr(module, "keeper", None), Keeper):
-            yield name, keeper
+        if isinstance(runner := getattr(module, "runner", None), Runner):
+            yield name, runner
 
 
-def fallen(model: nn.Module) -> dict[str, str]:
-    """The runs that are no longer done reversibly, by their first layers' names, and why."""
+def fallbacks(model: nn.Module) -> dict[str, str]:
+    """The runs that are no longer reversible, by the name of their first layer, and why."""
     return {
         f"{name}.layers.{start}".lstrip("."): reason
-        for name, keeper in _keepers(model)
-        for start, reason in keeper.fallen.items()
+        for name, runner in _runners(model)
+        for start, reason in runner.fallbacks.items()
     }
 
 
-def recall(model: nn.Module, runs: Mapping[str, str]) -> None:
-    """Do as `fallen` once told."""
-    for name, keeper in _keepers(model):
-        under = f"{name}.layers.".lstrip(".")
-        own = {run.removeprefix(under): why for run, why in runs.items() if run.startswith(under)}
-        keeper.fallen = {int(start): why for start, why in own.items() if start.isdecimal()}
+def set_fallbacks(model: nn.Module, runs: Mapping[str, str]) -> None:
+    """Restore what `fallbacks` returned."""
+    for name, runner in _runners(model):
+        prefix = f"{name}.layers.".lstrip(".")
+        starts = {r.removeprefix(prefix): why for r, why in runs.items() if r.startswith(prefix)}
+        runner.fallbacks = {int(i): why for i, why in starts.items() if i.isdecimal()}
 
 
 def recomputed(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """``forward(*inputs)``, of which only the inputs are kept."""
+    """``forward(*inputs)``, computed again in the backward pass; only the inputs are kept."""
     if not torch.is_grad_enabled():
         return forward(*inputs)
     return checkpoint(forward, *inputs, use_reentrant=False)
 
 
-class Keeper:
-    """How the runs of one chain are computed; no part of its state.
+class Runner:
+    """Computes the runs of bijections of one chain. It is no part of the chain's state.
 
     Attributes:
-        mode: One of `Keep`.
-        fallen: Index of the first layer of each run that fell back, and why.
+        mode: What is kept for the backward pass.
+        fallbacks: Index of the first layer of each run that is no longer reversible, and why.
     """
 
     def __init__(self) -> None:
-        self.mode: Keep = "store"
-        self.fallen: dict[int, str] = {}
+        self.mode: MemoryMode = "store"
+        self.fallbacks: dict[int, str] = {}
 
     def __call__(
         self, layers: Layers, x: Tensor, context: Tensor | None, start: int
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The output of a run of layers, and each one's log-determinant (B,)."""
+        """The output of a run of layers, and the log-determinant (B,) of each."""
         if self.mode == "store" or not torch.is_grad_enabled():
-            return stored(layers, x, context)
-        if self.mode == "checkpoint" or start in self.fallen or torch.compiler.is_compiling():
-            return checkpointed(layers, x, context)
+            return _stored(layers, x, context)
+        if self.mode == "checkpoint" or start in self.fallbacks or torch.compiler.is_compiling():
+            return _checkpointed(layers, x, context)
         return self._reversible(layers, x, context, start)
 
     def _reversible(
@@ -140,7 +149,7 @@ class Keeper:
     ) -> tuple[Tensor, Sequence[Tensor]]:
         log_dets: list[Tensor] = []
         while layers and not (x.requires_grad or list(_parameters(layers[:1]))):
-            x, log_det = layers[0](x, context)  # nothing to keep: no gradient goes this way
+            x, log_det = layers[0](x, context)  # nothing to keep: no gradient is needed
             log_dets.append(log_det)
             layers = layers[1:]
         if layers:
@@ -150,8 +159,8 @@ class Keeper:
         return x, log_dets
 
 
-def stored(layers: Layers, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """Layer by layer, as autograd does it."""
+def _stored(layers: Layers, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Layer by layer; autograd keeps all activations."""
     log_dets = []
     for layer in layers:
         x, log_det = layer(x, context)
@@ -159,16 +168,18 @@ def stored(layers: Layers, x: Tensor, context: Tensor | None) -> tuple[Tensor, l
     return x, log_dets
 
 
-def checkpointed(layers: Layers, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """In parts that end with a layer that has a network; each part is computed twice."""
+def _checkpointed(
+    layers: Layers, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """In segments, each of which ends with a layer that has a network, and is computed twice."""
     log_dets: list[Tensor] = []
-    part: list[Any] = []
+    segment: list[Any] = []
     for i, layer in enumerate(layers):
-        part.append(layer)
+        segment.append(layer)
         if any(layer.children()) or i == len(layers) - 1:
-            x, new = checkpoint(stored, part, x, context, use_reentrant=False)
+            x, new = checkpoint(_stored, segment, x, context, use_reentrant=False)
             log_dets += new
-            part = []
+            segment = []
     return x, log_dets
 
 
@@ -185,12 +196,12 @@ class _Reversible(torch.autograd.Function):
     """A run of bijections that keeps its two ends."""
 
     @staticmethod
-    def forward(ctx: Any, keeper: Keeper, start: int, layers: Layers, context, x, *parameters):
+    def forward(ctx: Any, runner: Runner, start: int, layers: Layers, context, x, *parameters):
         device = x.device.type
-        ctx.keeper, ctx.start, ctx.layers, ctx.parameters = keeper, start, layers, parameters
+        ctx.runner, ctx.start, ctx.layers, ctx.parameters = runner, start, layers, parameters
         ctx.cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         with _cast(ctx):
-            y, log_dets = stored(layers, x, context)
+            y, log_dets = _stored(layers, x, context)
         log_dets = torch.stack(log_dets)
         ctx.save_for_backward(x, y, log_dets, context)
         return y, log_dets
@@ -199,64 +210,64 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor):
         x, y, log_dets, context = ctx.saved_tensors
         needs = (context is not None and ctx.needs_input_grad[3], ctx.needs_input_grad[4])
-        grads, reason = _backwards(ctx, x, y, log_dets, context, gradients, needs)
+        grads, reason = _inverted_gradients(ctx, x, y, log_dets, context, gradients, needs)
         if reason:
-            ctx.keeper.fallen[ctx.start] = reason
-            grads = _forwards(ctx, x, context, gradients, needs)
+            ctx.runner.fallbacks[ctx.start] = reason
+            grads = _recomputed_gradients(ctx, x, context, gradients, needs)
         return None, None, None, *grads
 
 
 def _cast(ctx: Any) -> AbstractContextManager[Any]:
-    """The autocast of the forward pass; nothing that is cast without a gradient is kept."""
+    """The autocast of the forward pass, without its cache of tensors without gradients."""
     device, dtype, enabled = ctx.cast
     if not enabled:
         return nullcontext()
     return torch.autocast(device, dtype, cache_enabled=False)
 
 
-def _backwards(ctx, x, y, log_dets, context, gradients, needs):
-    """Gradients from inputs that are computed back, and what is wrong with those, if anything."""
+def _inverted_gradients(ctx, x, y, log_dets, context, gradients, needs):
+    """Gradients from inverted activations, and why those are not to be trusted, if so."""
     sums: dict[int, Tensor] = {}
-    y = y.detach()  # it is this function's own output, and leads back to it
+    y = y.detach()  # as this function's own output it has a graph of its own
     g, g_log_dets = gradients
     given = context.detach().requires_grad_() if needs[0] else context
     worst = log_dets.new_zeros(())
     layers = zip(ctx.layers, log_dets.unbind(), g_log_dets.unbind(), strict=True)
     for layer, log_det, g_log_det in reversed(list(layers)):
-        own = list(_parameters([layer]))
+        parameters = list(_parameters([layer]))
         with torch.enable_grad(), _cast(ctx):
-            back, again, found = layer.retrace(y, given)
-        wanted = [back, *own, *([given] if needs[0] else [])]
-        new = _gradients([(again, g), (found, g_log_det)], wanted)
-        g = torch.zeros_like(back) if new[0] is None else new[0]
-        for key, grad in zip([*map(id, own), 0][: len(new) - 1], new[1:], strict=True):
+            layer_input, output, new_log_det = layer.retrace(y, given)
+        wanted = [layer_input, *parameters, *([given] if needs[0] else [])]
+        new = _gradients([(output, g), (new_log_det, g_log_det)], wanted)
+        g = torch.zeros_like(layer_input) if new[0] is None else new[0]
+        for key, grad in zip([*map(id, parameters), 0][: len(new) - 1], new[1:], strict=True):
             if grad is not None:
                 sums[key] = sums[key] + grad if key in sums else grad
-        worst = torch.maximum(worst, _off(found.detach(), log_det))
-        y = back.detach()
-    values = torch.stack([worst, _off(y, x)]).tolist()
-    limit = ULPS * torch.finfo(x.dtype).eps
-    if ctx.cast[2]:  # networks round by far more than this themselves
+        worst = torch.maximum(worst, _relative_error(new_log_det.detach(), log_det))
+        y = layer_input.detach()
+    errors = torch.stack([worst, _relative_error(y, x)]).tolist()
+    limit = MAX_ERROR * torch.finfo(x.dtype).eps
+    if ctx.cast[2]:  # networks round far more coarsely
         limit = max(limit, torch.finfo(ctx.cast[1]).eps / 2)
     reason = None
-    if not max(values) <= limit:
-        what = ("log-determinants", "the input")[values[1] >= values[0]]
-        reason = f"computed back, {what} differed by {max(values):.2g}, more than {limit:.0e}"
+    if not max(errors) <= limit:
+        what = ("log-determinants", "the input")[errors[1] >= errors[0]]
+        reason = f"inverted, {what} differed by {max(errors):.2g}, more than {limit:.0e}"
     grads = [sums.get(0), g if needs[1] else None, *(sums.get(id(p)) for p in ctx.parameters)]
     return grads, reason
 
 
-def _off(a: Tensor, b: Tensor) -> Tensor:
-    """The root mean square of a difference, relative to the values, or to 1 if they are small."""
+def _relative_error(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean square of a - b, relative to that of b, or to 1 if b is smaller."""
     return (a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1)
 
 
-def _forwards(ctx, x, context, gradients, needs):
-    """Gradients by parts, from the true input."""
+def _recomputed_gradients(ctx, x, context, gradients, needs):
+    """Gradients by checkpointed segments, from the true input."""
     x = x.detach().requires_grad_(needs[1])
     given = context.detach().requires_grad_() if needs[0] else context
     with torch.enable_grad(), _cast(ctx):
-        y, log_dets = checkpointed(ctx.layers, x, given)
+        y, log_dets = _checkpointed(ctx.layers, x, given)
         log_dets = torch.stack(log_dets)
     wanted = [*([given] if needs[0] else []), *([x] if needs[1] else []), *ctx.parameters]
     new = _gradients(zip((y, log_dets), gradients, strict=True), wanted)
@@ -268,7 +279,7 @@ def _forwards(ctx, x, context, gradients, needs):
 def _gradients(
     outputs: Iterable[tuple[Tensor, Tensor]], wanted: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Of those outputs, with their own gradients, that depend on anything."""
+    """Gradients of those outputs that have a graph, given the gradient of each."""
     live = [(out, grad) for out, grad in outputs if out.requires_grad]
     ends, grads = zip(*live, strict=True)
     return list(torch.autograd.grad(ends, wanted, grads, allow_unused=True))

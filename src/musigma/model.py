@@ -23,7 +23,7 @@ from musigma import context as contexts
 from musigma.context import Context, conditioned
 from musigma.distributions import ModelDistribution
 from musigma.layer import Bijection, Inverse, Layer
-from musigma.memory import Keeper
+from musigma.memory import Runner
 from musigma.spec import Spec, bits_per_dim
 from musigma.tensors import channels_last
 from musigma.trace import Evidence, Recorder, Trace, refuse_twins
@@ -433,7 +433,7 @@ class Chain(Model):
     def __init__(self, layers: Iterable[Layer], prior: Model):
         super().__init__()
         self.layers, self.prior = nn.ModuleList(layers), prior
-        self.keeper = Keeper()
+        self.runner = Runner()
         refuse_twins([*self.layers, *prior.variables()])
         self.exact = prior.exact and all(layer.exact for layer in self._layers())
         self.over_likelihood = not prior.is_flow
@@ -453,11 +453,11 @@ class Chain(Model):
                 at = end + 1
 
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
-        """Every layer, then the prior; runs of bijections as `keeper` has it."""
+        """Every layer, then the prior; runs of bijections by `runner`."""
         layers = list(self._layers())
         for at, end in self._runs():
             if end > at:
-                x = trace.bijections(layers[at:end], x, context, partial(self.keeper, start=at))
+                x = trace.bijections(layers[at:end], x, context, partial(self.runner, start=at))
             if end < len(layers):
                 x = layers[end].infer(x, trace, context)
         if self.over_likelihood:

@@ -331,7 +331,7 @@ class Recorder(Trace):
     Attributes:
         qs: The distribution q at each site that has one.
         ps: The distribution p at each site.
-        paired: The sites whose q and p were stated together, by `latent`.
+        paired: The sites whose q and p were stated together, by `latent`, in order.
         terms: The evidence of the pass, from `Model.forward`.
 
     Example:
@@ -348,7 +348,7 @@ class Recorder(Trace):
         super().__init__(**options)
         self.qs: dict[Site, Distribution] = {}
         self.ps: dict[Site, Distribution] = {}
-        self.paired: set[Site] = set()
+        self.paired: list[Site] = []
         self.terms: Evidence | None = None
 
     def p(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
@@ -364,5 +364,5 @@ class Recorder(Trace):
     def latent(self, site: Site, q: Distribution, p: Distribution) -> Tensor:
         """As `Trace.latent`."""
         self.qs[site], self.ps[site] = q, p
-        self.paired.add(site)
+        self.paired.append(site)
         return super().latent(site, q, p)

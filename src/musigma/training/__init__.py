@@ -1,8 +1,10 @@
 """Training: one loop for any model, any objective, any number of processes."""
 
+from musigma.training.checks import check_run
 from musigma.training.config import TrainConfig
 from musigma.training.distributed import join, leave
-from musigma.training.loop import Run, TrainingError, check_run, fit
+from musigma.training.loop import Run, fit
+from musigma.training.recovery import TrainingError
 from musigma.training.state import Progress, saved_state
 
 __all__ = [

@@ -1,69 +1,83 @@
-"""How a model is trained: a budget, an objective, an optimiser, and what the machine may do."""
+"""The configuration of a training run."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal, get_args, get_type_hints
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn, optim
 
-from musigma import objectives
-from musigma.memory import Keep
-from musigma.model import Model
-from musigma.trace import Evidence
+from musigma.memory import MemoryMode
+from musigma.objectives import OBJECTIVES
+from musigma.trace import Evidence, Recorder
 from musigma.training.state import Progress
 
-__all__ = ["TrainConfig"]
+__all__ = ["OPTIMIZERS", "TrainConfig"]
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
+OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "adam": lambda parameters, lr, decay: optim.Adam(parameters, lr=lr, fused=True),
+    "adamw": lambda parameters, lr, decay: optim.AdamW(
+        parameters, lr=lr, weight_decay=decay, fused=True
+    ),
+    "adamax": lambda parameters, lr, decay: optim.Adamax(parameters, lr=lr, foreach=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained.
+    """The configuration of a training run.
 
     Args:
-        steps: Budget in optimiser steps; the learning rate's schedule follows the budget.
-        epochs: Budget in passes over the data; 20 if no budget is given.
+        steps: Budget in optimizer steps. The learning rate's schedule spans the budget.
+        epochs: Budget in passes over the training data; 20 if no budget is given.
         minutes: Budget in minutes of training.
         batch_size: Examples per step, over all processes.
-        optimizer: The rule that turns gradients into steps: adam, adamw or adamax.
-        lr: Learning rate, after the warm-up.
-        weight_decay: Of adamw; the others have none.
-        warmup: Steps over which the learning rate rises from zero.
-        schedule: After the warm-up: down to zero along a cosine, or constant.
-        clip: Largest norm of the gradient, in nats; longer ones are shortened to it. None: three
-            times the usual norm.
-        skip_above: A step whose gradient is so many times longer than usual is skipped.
+        objective: Name of the objective (`musigma.objectives.OBJECTIVES`). By default the ELBO, or
+            the objective that `beta`, `kl_warmup`, `free_bits` or `k` belongs to.
+        optimizer: Optimizer: adam, adamw or adamax.
+        lr: Peak learning rate, reached after the warm-up.
+        weight_decay: Weight decay, for adamw.
+        warmup: Number of steps over which the learning rate rises from zero.
+        schedule: Learning rate after the warm-up: a cosine down to zero, or constant.
+        clip: Largest gradient norm, in nats; a longer gradient is scaled down to it. By default
+            three times the usual norm.
+        skip_above: Gradient norm, as a multiple of the usual one, above which a step is skipped.
         ema: Decay of the running average of the weights that is evaluated and saved; 0: none.
-        beta: Weight of the KL; 1 is the ELBO. For models with a likelihood.
-        kl_warmup: Share of the budget over which beta rises from zero.
-        free_bits: Nats that each latent's KL may cost for nothing.
-        k: Draws per example; with more than 1, the importance-weighted bound is trained on.
-        seed: Of everything random.
-        evaluations: How often the validation data are looked at.
-        evaluate_on: At most so many validation examples each time.
-        save_every: Minutes between saves of the state: at most so many are lost.
-        precision: Of the networks. Densities, log-determinants and weights are float32 at least.
-        fast: What is fastest here: networks in bf16, and compiled where a compiler is found.
-        memory: What is kept for the backward pass: all, the joints of what is recomputed, or, for
-            flows, next to nothing.
-        accumulate: Parts that a step's batch is worked through in, one after the other.
-        memory_budget: Such as 4GB: a batch is worked through in as many parts as that takes.
-        shard: Cut weights, gradients and moments over the processes (FSDP2), for large networks;
-            the averaged weights stay whole on each.
-        workers: Processes that read data ahead.
+        beta: Weight of the KL term, for models with a likelihood; 1 is the ELBO.
+        kl_warmup: Fraction of the budget over which beta rises from zero.
+        free_bits: Nats of each latent's KL that are not penalized.
+        k: Draws per example; more than 1 trains on the importance-weighted bound.
+        seed: Random seed.
+        evaluations: Number of evaluations on the validation data.
+        evaluate_on: Largest number of validation examples per evaluation.
+        patience: Number of evaluations without improvement after which training stops, with the
+            best weights. By default training spends its whole budget.
+        save_every: Minutes between saves of the run's state.
+        precision: Precision of the networks; densities, log-determinants and weights stay in
+            float32.
+        fast: Compute in bf16, and compile repeated blocks if there is a compiler.
+        memory: Activations kept for the backward pass: all (store), those between recomputed
+            segments (checkpoint), or, for flows, almost none (reversible).
+        accumulate: Number of parts that each batch is processed in, one after another.
+        memory_budget: Memory of each process, such as 4GB. It determines the number of parts.
+        shard: Shard weights, gradients and moments over the processes (FSDP2), for large networks.
+            The averaged weights stay whole on each.
+        workers: Number of processes that load data in advance.
         track: Also log to tensorboard, trackio or wandb.
-        profile: Write a trace of a few steps into the run: profile.json.
+        profile: Write a profile of a few steps into the run: profile.json.
     """
 
     steps: int | None = None
     epochs: float | None = None
     minutes: float | None = None
     batch_size: int = 64
+    objective: str | None = None
     optimizer: Literal["adam", "adamw", "adamax"] = "adam"
     lr: float = 3e-3
     weight_decay: float = 0.0
@@ -79,10 +93,11 @@ class TrainConfig:
     seed: int = 0
     evaluations: int = 10
     evaluate_on: int = 1000
+    patience: int | None = None
     save_every: float = 5.0
     precision: Literal["fp32", "bf16"] = "fp32"
     fast: bool = False
-    memory: Keep = "store"
+    memory: MemoryMode = "store"
     accumulate: int = 1
     memory_budget: str | None = None
     shard: bool = False
@@ -91,60 +106,64 @@ class TrainConfig:
     profile: bool = False
 
     def __post_init__(self):
-        given = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{given[1]}: the budget is given as {given[0]} already; keep one")
-        if not given:
+        budgets = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
+        if not budgets:
             object.__setattr__(self, "epochs", 20.0)
         object.__setattr__(self, "track", tuple(self.track))
+        if faults := [*self._faults(budgets)]:
+            raise ValueError("; ".join(faults))
+
+    def _faults(self, budgets: list[str]) -> Iterator[str]:
+        """Every fault of the options, as a sentence."""
+        if len(budgets) > 1:
+            yield f"{budgets[1]}: the budget is given as {budgets[0]} already; keep one"
         types = get_type_hints(TrainConfig)
         for field in fields(self):
             if (allowed := get_args(types[field.name])) and isinstance(allowed[0], str):
-                self._one_of(field.name, getattr(self, field.name), allowed)
+                yield from self._one_of(field.name, getattr(self, field.name), allowed)
         for tracker in self.track:
-            self._one_of("track", tracker, get_args(Tracker))
-        least = {"steps": 1, "batch_size": 1, "k": 1, "evaluations": 1, "evaluate_on": 1}
-        least |= {"accumulate": 1, "workers": 0}
+            yield from self._one_of("track", tracker, get_args(Tracker))
+        least = dict.fromkeys(("steps", "batch_size", "k", "evaluations", "evaluate_on"), 1)
+        least |= {"accumulate": 1, "patience": 1, "workers": 0}
         least |= dict.fromkeys(("warmup", "weight_decay", "beta", "kl_warmup", "free_bits"), 0)
         for name, low in least.items():
             value = getattr(self, name)
-            if value is not None and not value >= low:
-                raise ValueError(f"{name}: expected {low} or more; got {value}")
-        for name in ("beta", "kl_warmup", "free_bits", "weight_decay"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: expected a finite number; got {getattr(self, name)}")
+            if value is not None and not low <= value < math.inf:
+                yield f"{name}: expected {low} or more; got {value}"
         for name in ("epochs", "minutes", "lr", "clip", "skip_above", "save_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a positive number; got {value}")
+                yield f"{name}: expected a positive number; got {value}"
         if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: expected 0 to below 1; got {self.ema}")
+            yield f"ema: expected a number from 0 to below 1; got {self.ema}"
         if self.weight_decay and self.optimizer != "adamw":
-            raise ValueError(f"weight_decay: is for adamw; the optimizer is {self.optimizer}")
-        if self.k > 1 and self.weighs_rate:
-            raise ValueError("k: the importance-weighted bound has no beta and no free bits")
+            yield f"weight_decay: only adamw has one; the optimizer is {self.optimizer}"
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            known = ", ".join(sorted(OBJECTIVES))
+            yield f"objective: expected one of {known}; got {self.objective!r}"
+        else:
+            for name in self._unused_options():
+                yield f"{name}: the objective {self._objective_name} has no such option"
         if self.accumulate > self.batch_size:
-            raise ValueError(
-                f"accumulate: a batch of {self.batch_size} has no {self.accumulate} parts"
-            )
+            yield f"accumulate: a batch of {self.batch_size} has no {self.accumulate} parts"
         if self.shard and self.memory == "reversible":
-            raise ValueError(
-                "memory: weights that are cut are whole going forward only; with "
-                "shard use checkpoint"
-            )
+            yield "memory: reversible needs whole weights; with shard, use checkpoint"
         if self.memory_budget is not None:
             if self.accumulate > 1:
-                raise ValueError("memory_budget: it chooses the parts; leave accumulate out")
-            bytes_of(self.memory_budget)
+                yield "memory_budget: it determines the number of parts; leave out accumulate"
+            try:
+                bytes_of(self.memory_budget)
+            except ValueError as error:
+                yield str(error)
 
     @staticmethod
-    def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
         if value not in allowed:
-            raise ValueError(f"{name}: expected {' or '.join(allowed)}; got {value!r}")
+            yield f"{name}: expected {' or '.join(allowed)}; got {value!r}"
 
     @property
-    def weighs_rate(self) -> bool:
-        """Whether the objective treats rate and distortion differently."""
+    def weights_rate(self) -> bool:
+        """Whether rate and distortion have different weights in the objective."""
         return self.beta != 1 or self.kl_warmup > 0 or self.free_bits > 0
 
     @property
@@ -153,46 +172,59 @@ class TrainConfig:
         return self.fast or self.precision == "bf16"
 
     def share(self, progress: Progress, examples: int) -> float:
-        """How much of the budget is spent, from 0 to 1."""
+        """The share of the budget that is spent, from 0 to 1."""
         if self.minutes is not None:
             return min(1.0, progress.seconds / (60 * self.minutes))
         steps = self.steps or math.ceil((self.epochs or 0) * examples / self.batch_size)
         return min(1.0, progress.step / steps)
 
-    def learning_rate(self, step: int, share: float) -> float:
-        """Of a step, when so much of the budget is spent."""
+    def learning_rate(self, step: int, share: float, peak: float | None = None) -> float:
+        """The learning rate of a step, given the share of the budget that is spent."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = 0.5 * (1 + math.cos(math.pi * share)) if self.schedule == "cosine" else 1.0
-        return self.lr * rise * fall
+        return (self.lr if peak is None else peak) * rise * fall
 
-    def objective(self, evidence: Evidence, share: float) -> Tensor:
-        """The loss: nats per example, averaged over the batch."""
+    @property
+    def _objective_name(self) -> str:
+        if self.objective is not None:
+            return self.objective
         if self.k > 1:
-            return objectives.iwae(evidence, self.k).mean()
-        if not self.weighs_rate:
-            return objectives.elbo(evidence).mean()
-        beta = self.beta * (min(1.0, share / self.kl_warmup) if self.kl_warmup else 1.0)
-        if self.free_bits:
-            return objectives.free_bits(evidence, self.free_bits, beta=beta).mean()
-        return objectives.beta_elbo(evidence, beta).mean()
+            return "iwae"
+        return "free-bits" if self.free_bits else "beta-elbo" if self.weights_rate else "elbo"
 
-    def optimizer_for(self, model: Model) -> torch.optim.Optimizer:
-        """The optimiser, over all parameters alike; in one kernel where there is one."""
-        parameters = list(model.parameters())
-        if self.optimizer == "adamax":
-            return torch.optim.Adamax(parameters, lr=self.lr, foreach=True)
-        if self.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=self.lr, fused=True)
-        return torch.optim.AdamW(
-            parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True
-        )
+    @cached_property
+    def _objective_options(self) -> frozenset[str]:
+        signature = inspect.signature(OBJECTIVES[self._objective_name])
+        return frozenset({"beta", "free", "k"} & signature.parameters.keys())
+
+    def _unused_options(self) -> Iterator[str]:
+        """Options that are given and that the objective does not have."""
+        for name, is_given, parameter in (
+            ("beta", self.beta != 1, "beta"),
+            ("kl_warmup", self.kl_warmup > 0, "beta"),
+            ("free_bits", self.free_bits > 0, "free"),
+            ("k", self.k > 1, "k"),
+        ):
+            if is_given and parameter not in self._objective_options:
+                yield name
+
+    def nats(self, record: Evidence | Recorder, share: float) -> Tensor:
+        """The objective that the configuration names, in nats per example, shape (B,)."""
+        ramp = min(1.0, share / self.kl_warmup) if self.kl_warmup else 1.0
+        values = {"beta": self.beta * ramp, "free": self.free_bits, "k": self.k}
+        options = {name: values[name] for name in self._objective_options}
+        return OBJECTIVES[self._objective_name](record, **options)
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> optim.Optimizer:
+        """The optimizer; a fused one where there is one."""
+        return OPTIMIZERS[self.optimizer](parameters, self.lr, self.weight_decay)
 
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def bytes_of(text: str) -> int:
-    """How many bytes 4GB are, or 512MiB.
+    """The number of bytes that 4GB or 512MiB stands for.
 
     Raises:
         ValueError: For any other text.
@@ -200,13 +232,10 @@ def bytes_of(text: str) -> int:
     >>> bytes_of("1.5GB"), bytes_of("2 MiB")
     (1500000000, 2097152)
     """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?I?)B?\s*", text.upper())
-    try:
-        assert match
-        size = int(float(match[1]) * UNITS[match[2]])
-        assert size > 0
-    except (AssertionError, ValueError, KeyError):
-        raise ValueError(f"memory_budget: expected 4GB, or 512MiB; got {text!r}") from None
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMG]?I?)B?\s*", text.upper())
+    size = int(float(match[1]) * UNITS.get(match[2], 0)) if match else 0
+    if size <= 0:
+        raise ValueError(f"memory_budget: expected a size such as 4GB or 512MiB; got {text!r}")
     return size
 
 

@@ -1,43 +1,125 @@
-"""What goes wrong in training: at once, and traced to where it began; or slowly, and warned of."""
+"""Steps that cannot be taken: they are traced, skipped, and after several the run goes back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from musigma.context import Context
-from musigma.evaluation import (
-    COLLAPSED,
-    ILL_CONDITIONED,
-    SATURATED,
-    conditioning,
-    saturation,
-)
+from musigma.data import Dataset, batch_indices
 from musigma.model import Model
+from musigma.training.config import TrainConfig
 from musigma.training.distributed import local_shard
 from musigma.training.state import Progress
+from musigma.training.step import Result, TrainingStep
 
-__all__ = ["diagnose", "health", "news", "spiked"]
+__all__ = ["Recovery", "TrainingError", "diagnose"]
+
+SETBACK_AFTER = 5
+"""Skipped steps in a row after which the run goes back."""
+GIVE_UP_AFTER = 20
+"""Skipped steps in a row after which training ends."""
+MOST_SETBACKS = 10
+
+
+class TrainingError(RuntimeError):
+    """Training cannot continue; what was saved before is intact."""
+
+
+class Recovery:
+    """What a run does about steps that fail.
+
+    Args:
+        training_step: Repeats the forward pass of a failed step.
+        train: The training data.
+        config: Batch size and seed.
+        out: The run folder, for messages.
+    """
+
+    def __init__(
+        self, training_step: TrainingStep, train: Dataset, config: TrainConfig, out: Path
+    ):
+        self.training_step, self.train, self.config, self.out = training_step, train, config, out
+
+    def skip(
+        self, progress: Progress, examples: tuple[Tensor, Any], result: Result, limit: float
+    ) -> dict[str, Any]:
+        """Count a skipped step. Returns why it failed, and for which examples, for the log."""
+        step, processes = progress.step, self.training_step.processes
+        failed = not math.isfinite(result.loss)
+        if self.training_step.sharded:  # forward passes take all processes
+            failed = any(processes.gather(failed))
+
+        def repeat() -> None:
+            self.training_step.repeat(*examples, step)
+
+        model = self.training_step.model
+        reason = diagnose(model, repeat if failed else None, result.loss, result.norm, limit)
+        log_w = result.evidence.elbo.reshape(len(examples[0]), -1).sum(1)
+        size, seed = self.config.batch_size, self.config.seed
+        indices = batch_indices(len(self.train), size, seed=seed, step=step)
+        bad = indices[processes.share(size)][(~log_w.isfinite()).cpu().numpy()]
+        all_found = processes.gather((reason, bad.tolist()))
+        progress.failing += 1
+        progress.skipped += 1
+        reasons = [reason for reason, _ in all_found if reason]
+        indices = [int(i) for _, some in all_found for i in some]
+        row: dict[str, Any] = {"kind": "skipped", "reason": (reasons or ["unknown"])[0]}
+        return row | ({"examples": indices[:8]} if indices else {})
+
+    @staticmethod
+    def is_setback_due(progress: Progress) -> bool:
+        """Whether enough steps in a row were skipped."""
+        return progress.failing % SETBACK_AFTER == 0
+
+    def check(self, progress: Progress, reason: str) -> None:
+        """Give up if going back has not helped.
+
+        Raises:
+            TrainingError: After too many skipped steps in a row, or too many setbacks.
+        """
+        if progress.failing >= GIVE_UP_AFTER or progress.setbacks >= MOST_SETBACKS:
+            raise TrainingError(
+                f"{progress.failing} steps in a row were skipped, the last because {reason}, "
+                f"although the run went back {progress.setbacks} times and took smaller steps; "
+                f"{self.out} is as it was last saved. Try a smaller --lr, or inspect the data"
+            )
+
+    @staticmethod
+    def restarted(saved: Progress, failed: Progress) -> Progress:
+        """The progress of a run that went back to its saved state, with smaller steps."""
+        return replace(
+            saved,
+            seconds=failed.seconds,
+            best=failed.best,  # its file is still there
+            best_step=failed.best_step,
+            skipped=failed.skipped,
+            failing=failed.failing,
+            setbacks=failed.setbacks + 1,
+            lr_scale=failed.lr_scale / 2,
+        )
 
 
 def diagnose(
     model: Model, run: Callable[[], object] | None, loss: float, norm: float, limit: float
 ) -> str | None:
-    """Why a step cannot be taken: the first tensor that is not finite, or the longest gradient.
+    """Why a step failed: the first tensor that is not finite, or the longest gradient.
 
     Args:
-        model: With the gradients of the failed step.
-        run: Repeats its forward pass; None where no loss went astray.
-        loss: Of the failed step.
-        norm: Of its gradient.
-        limit: What the norm may be.
+        model: The model, with the gradients of the failed step.
+        run: Repeats the forward pass; None if every loss was finite.
+        loss: The loss of the failed step.
+        norm: The norm of its gradient.
+        limit: The largest norm allowed.
 
     Returns:
-        The reason; None if there is none here: another process has it.
+        The reason; None if this process does not have it (another one does).
     """
     output = _first_bad_output(model, run) if run else None
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -88,67 +170,3 @@ def _first_bad_output(model: Model, run: Callable[[], object]) -> str | None:
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
-
-
-# --- what goes wrong slowly --------------------------------------------------------------------
-
-SPIKE = 10.0  # mean distances from the usual loss
-
-
-def spiked(progress: Progress, loss: float) -> str | None:
-    """Whether a loss lies far above the usual one, of which it then becomes part."""
-    message = None
-    if progress.usual_loss and progress.step > 100:
-        usual, distance = progress.usual_loss
-        if loss > usual + SPIKE * distance:
-            message = f"the loss is {loss:.4g} nats, and usually {usual:.4g} +- {distance:.2g}"
-    usual, distance = progress.usual_loss or (loss, abs(loss))
-    weight = 0.02 if progress.step else 1.0
-    step = min(loss, usual + SPIKE * distance) - usual  # one spike does not make the next usual
-    progress.usual_loss = [usual + weight * step, distance + weight * (abs(step) - distance)]
-    return message
-
-
-@torch.no_grad()
-def health(model: Model, kl: Mapping[str, float], x: Tensor, context: Context) -> dict[str, str]:
-    """What is about to go wrong with a model: a sentence for each trouble, by its name.
-
-    Args:
-        model: The model.
-        kl: Nats that each latent costs, by the name of its site; none for flows.
-        x: A batch.
-        context: Its context.
-    """
-    found: dict[str, str] = {}
-    for site, nats in kl.items():
-        if nats < COLLAPSED:
-            found[f"collapse {site}"] = (
-                f"the latent of {site} carries {nats:.3f} nats: its posterior is its prior; "
-                "--free-bits or --kl-warmup keep latents open"
-            )
-    for name, share in saturation(model, x, context).items():
-        if share is None:
-            found[f"saturation {name}"] = (
-                f"the scales of {name} are not examined: it states no emitters() that the pass ran"
-            )
-        elif share > SATURATED:
-            found[f"saturation {name}"] = (
-                f"{share:.0%} of the scales of {name} have run into their limit; a wider format, "
-                "or a smaller --lr"
-            )
-    for name, condition in conditioning(model).items():
-        if condition > ILL_CONDITIONED:
-            found[f"conditioning {name}"] = (
-                f"the matrix of {name} has condition number {condition:.1e}: decoding loses "
-                f"{math.log10(condition):.0f} digits; a smaller --lr"
-            )
-    return found
-
-
-def news(progress: Progress, kinds: tuple[str, ...], found: Mapping[str, str]) -> list[str]:
-    """Of all troubles of some kinds that there are now, those that were not known of."""
-    known = {name for name in progress.alerts if name.split(" ")[0] in kinds}
-    fresh = [message for name, message in found.items() if name not in known]
-    kept = {name: text for name, text in progress.alerts.items() if name not in known}
-    progress.alerts = kept | dict(found)
-    return fresh

@@ -1,17 +1,13 @@
-"""What a run leaves on disk: its state, from which it goes on, and its log.
+"""The state of a run, from which it resumes: one safetensors file, written whole or not at all.
 
-The state is one safetensors file, written whole or not at all: weights, averaged weights, the
-optimiser's moments by the names of their parameters, and where the run stands. It does not know
-how many processes wrote it, so any number of them may go on with it.
+It holds the weights, the averaged weights, the parameters of the objective, the state of the
+optimizers by parameter name, and the run's progress. It does not depend on the number of processes
+that wrote it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,216 +16,195 @@ import torch
 from torch import Tensor, nn
 
 from musigma import checkpoint
-from musigma.files import finite, replacing, row_of
-from musigma.model import Model
 from musigma.processes import current_processes
-from musigma.trace import Evidence
 from musigma.training.distributed import full_tensor, shard_like
 
-__all__ = ["STATE", "Log", "Progress", "Watch", "load_state", "save_state", "saved_state"]
+__all__ = ["STATE", "Progress", "RunState", "saved_state"]
 
-STATE, FORMAT = "state.safetensors", "musigma-state/1"
-Watch = Callable[[Mapping[str, Any]], None]
+STATE, FORMAT = "state.safetensors", "musigma-state/2"
 
 
 @dataclass
 class Progress:
-    """Where a run stands: everything that is neither weights nor moments.
+    """The progress of a run: all of its state but tensors.
 
     Attributes:
-        step: Steps done.
+        step: Number of steps done.
         seconds: Seconds of training.
-        best: The lowest validation figure, in bits per dimension.
+        best: Lowest validation figure, in bits per dimension.
+        best_step: Step of that figure.
+        stale: Number of evaluations since that figure.
         usual_norm: Running average of the gradient's norm.
-        usual_loss: Running average of the loss, and of its distance from that.
-        skipped: Steps that were skipped.
-        failing: How many of them in a row, now.
-        setbacks: How often the run went back to its last good state.
-        patience: Of these, how many more there may be.
-        caution: What the learning rate is multiplied by: halved at each setback.
-        fallen: Runs of bijections that are no longer done reversibly, and why.
-        alerts: What has been warned of, and has not gone away.
+        usual_loss: Running average of the loss, and of its distance from that average.
+        skipped: Number of skipped steps.
+        failing: Number of steps skipped in a row, up to now.
+        setbacks: How often the run went back to its last saved state.
+        lr_scale: Factor of the learning rate; halved at each setback.
+        fallbacks: Runs of bijections that are no longer reversible, and why.
+        warnings: Conditions that were warned of and still hold, by name.
     """
 
     step: int = 0
     seconds: float = 0.0
     best: float = float("inf")
+    best_step: int = 0
+    stale: int = 0
     usual_norm: float = 0.0
     usual_loss: list[float] = field(default_factory=list)
     skipped: int = 0
     failing: int = 0
     setbacks: int = 0
-    caution: float = 1.0
-    fallen: dict[str, str] = field(default_factory=dict)
-    alerts: dict[str, str] = field(default_factory=dict)
+    lr_scale: float = 1.0
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
 
 
-def save_state(
-    out: Path,
-    progress: Progress,
-    model: nn.Module,
-    averaged: Model,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Replace the state of a run. All processes call it, and the main one writes.
+def _from_format_1(header: dict[str, Any]) -> dict[str, Any]:
+    renamed = {"caution": "lr_scale", "fallen": "fallbacks", "alerts": "warnings"}
+    progress = {renamed.get(name, name): v for name, v in header["progress"].items()}
+    return {"format": "musigma-state/2", "progress": progress}
 
-    Raises:
-        OSError: If it cannot be written; the old one stays.
-    """
-    parts = {
-        "model": model.state_dict(),
-        "averaged": averaged.state_dict(),
-        "optimizer": _moments(model, optimizer),
-    }
-    tensors = {
-        f"{part}/{name}": full_tensor(t)
-        for part, named in parts.items()
-        for name, t in named.items()
-    }
-    if current_processes().is_main:
-        header = {"format": FORMAT, "progress": asdict(progress)}
-        checkpoint.write(out / STATE, header, tensors)
+
+MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "musigma-state/1": _from_format_1
+}
+"""For each earlier format, the function that brings a header to the next format."""
 
 
 def saved_state(out: Path) -> Path:
-    """The file that a run is resumed from.
+    """The file from which a run resumes.
 
     Raises:
         ValueError: If there is none.
     """
     if not (out / STATE).is_file():
         raise ValueError(
-            f"resume: {out} holds no state to go on from; train it anew with --overwrite"
+            f"resume: {out} holds no state to resume from; train it again with --overwrite"
         )
     return out / STATE
 
 
-def load_state(
-    out: Path, model: nn.Module, averaged: Model, optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Put the saved weights and moments in place, and tell where the run stood.
+@dataclass
+class RunState:
+    """Everything with tensors that a run saves and resumes.
 
-    Raises:
-        ValueError: If there is no state, or it is damaged or of another model.
+    Attributes:
+        model: The model in training; its weights may be sharded.
+        averaged: The averaged weights, whole.
+        optimizer: The optimizer of the model.
+        objective: An objective with parameters, or None.
+        objective_optimizer: The optimizer of those.
     """
-    path = saved_state(out)
-    try:
-        header, tensors = checkpoint.verified(path)
-        if header["format"] != FORMAT:
-            raise ValueError(f"its format is {header['format']}, not {FORMAT}")
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "optimizer": {}}
-        for name, t in tensors.items():
-            part, _, inner = name.partition("/")
-            parts[part][inner] = t
-        progress = Progress(**header["progress"])
-        there = model.state_dict()
-        model.load_state_dict({n: shard_like(t, there[n]) for n, t in parts["model"].items()})
-        averaged.load_state_dict(parts["averaged"])
-        _put_moments(model, optimizer, parts["optimizer"])
-    except Exception as error:  # whatever a parser throws at a damaged file
-        raise ValueError(
-            f"resume: {path} is damaged ({type(error).__name__}: {error}); "
-            "train it anew with --overwrite"
-        ) from error
-    return progress
+
+    model: nn.Module
+    averaged: nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: nn.Module | None = None
+    objective_optimizer: torch.optim.Optimizer | None = None
+
+    def _modules(self) -> dict[str, nn.Module]:
+        modules = {"model": self.model, "averaged": self.averaged, "objective": self.objective}
+        return {part: module for part, module in modules.items() if module is not None}
+
+    def _optimizers(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
+        yield "optimizer", self.model, self.optimizer
+        if self.objective is not None and self.objective_optimizer is not None:
+            yield "objective-optimizer", self.objective, self.objective_optimizer
+
+    def save(self, out: Path, progress: Progress) -> None:
+        """Replace the state in a run folder. All processes call this; the main one writes.
+
+        Raises:
+            OSError: If it cannot be written; the old one stays.
+        """
+        values: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for part, module in self._modules().items():
+            tensors |= {f"{part}/{n}": full_tensor(t) for n, t in module.state_dict().items()}
+        for part, module, optimizer in self._optimizers():
+            for name, value in _optimizer_state(module, optimizer):
+                if isinstance(value, Tensor):
+                    tensors[f"{part}/{name}"] = full_tensor(value)
+                else:
+                    values[f"{part}/{name}"] = value
+        if current_processes().is_main:
+            header = {"format": FORMAT, "progress": asdict(progress)}
+            checkpoint.write(out / STATE, header | ({"values": values} if values else {}), tensors)
+
+    def load(self, out: Path) -> Progress:
+        """Restore the state in a run folder, and return the run's progress.
+
+        Raises:
+            ValueError: If there is no state, or it is damaged or of another model.
+        """
+        path = saved_state(out)
+        try:
+            header, tensors = checkpoint.verified(path)
+            while header["format"] != FORMAT:
+                if header["format"] not in MIGRATIONS:
+                    raise ValueError(f"its format is {header['format']}, not {FORMAT}")
+                header = MIGRATIONS[header["format"]](header)
+            parts: dict[str, dict[str, Any]] = {}
+            for key, value in {**tensors, **header.get("values", {})}.items():
+                part, _, name = key.partition("/")
+                parts.setdefault(part, {})[name] = value
+            progress = Progress(**header["progress"])
+            for part, module in self._modules().items():
+                like = module.state_dict()
+                saved = parts.pop(part, {})
+                module.load_state_dict({n: shard_like(t, like[n]) for n, t in saved.items()})
+            for part, module, optimizer in self._optimizers():
+                _restore_optimizer(module, optimizer, parts.pop(part, {}))
+            if parts:
+                raise ValueError(f"it holds {', '.join(parts)}, which this run does not have")
+        except Exception as error:  # whatever a parser raises for a damaged file
+            raise ValueError(
+                f"resume: {path} is damaged, or of another run ({type(error).__name__}: {error}); "
+                "train it again with --overwrite"
+            ) from error
+        return progress
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimiser remembers of each parameter: "name:moment" to a tensor."""
-    return {
-        f"{name}:{key}": torch.as_tensor(value)
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
+def _optimizer_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, Any]]:
+    """Each entry of an optimizer's state, as "parameter:key".
+
+    Settings of its groups that differ from the defaults follow, as "i:key".
+    """
+    for name, p in module.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            if not isinstance(value, (Tensor, bool, int, float, str, type(None))):
+                raise ValueError(
+                    f"optimizer: the state of {type(optimizer).__name__} has a "
+                    f"{type(value).__name__} ({key}), which cannot be saved; use one whose state "
+                    "is tensors and numbers"
+                )
+            if value is not None:
+                yield f"{name}:{key}", value
+    for i, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            plain = isinstance(value, (bool, int, float, str))
+            if plain and key != "lr" and value != optimizer.defaults.get(key):
+                yield f"{i}:{key}", value
 
 
-def _put_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
+def _restore_optimizer(
+    module: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
 ) -> None:
-    parameters = dict(model.named_parameters())
-    names = {name: i for i, name in enumerate(parameters)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, t in moments.items():
-        parameter, _, key = name.rpartition(":")
-        like = parameters[parameter]
-        if t.shape == like.shape:  # a count of steps has no shape
-            t = shard_like(t, like)
-            t = torch.empty_like(like, dtype=t.dtype).copy_(t)  # fused optimisers ignore strides
-        state.setdefault(names[parameter], {})[key] = t
+    """Restore what `_optimizer_state` listed."""
+    parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
+    order = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    indices = {identity: i for i, identity in enumerate(order)}
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in saved.items():
+        owner, _, key = name.rpartition(":")
+        if owner not in parameters:
+            optimizer.param_groups[int(owner)][key] = value
+            continue
+        like = parameters[owner]
+        if isinstance(value, Tensor) and value.shape == like.shape:  # not a count of steps
+            value = shard_like(value, like)
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)  # strides as `like`'s
+        state.setdefault(indices[id(like)], {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-class Log:
-    """``metrics.jsonl``, which a resumed run continues from the step that it resumes at.
-
-    A line that does not fit on a full disk is dropped: training goes on without it.
-
-    Args:
-        path: Of the file; `rewind` opens it.
-        watch: Shown every row.
-        write: False for one that shows nothing and writes nothing.
-    """
-
-    def __init__(self, path: Path, watch: Watch | None, *, write: bool = True):
-        self.path, self.watch, self.last = path, watch, time.monotonic()
-        self.file, self.writes = None, write
-
-    def rewind(self, step: int) -> None:
-        """Forget what came after a step, and lines cut short by a death; go on from there."""
-        if not self.writes:
-            return
-        self.close()
-        kept = []
-        if step and self.path.exists():
-            for line in self.path.read_bytes().splitlines():
-                row = row_of(line)
-                if row and row["step"] <= step:
-                    kept.append(line + b"\n")
-        with replacing(self.path) as draft:
-            draft.write_bytes(b"".join(kept))
-        self.file = self.path.open("a", encoding="utf-8")
-
-    def close(self) -> None:
-        """Close the file."""
-        if self.file:
-            with contextlib.suppress(OSError):  # of what was not written yet: the disk is full
-                self.file.close()
-            self.file = None
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row, and show it."""
-        if not self.file:
-            return
-        with contextlib.suppress(OSError):
-            self.file.write(json.dumps(finite(dict(row))) + "\n")
-            self.file.flush()
-        if self.watch:
-            self.watch(row)
-
-    def due(self, step: int, row: Mapping[str, Any]) -> bool:
-        """Whether a step's row is written: the first hundred, every tenth, all skipped ones."""
-        return step <= 100 or step % 10 == 0 or row["kind"] != "train"
-
-    def rate(self, examples: int) -> float:
-        """Examples per second since it was last asked for."""
-        now = time.monotonic()
-        speed = examples / max(now - self.last, 1e-9)
-        self.last = now
-        return speed
-
-
-def described(evidence: Evidence, dims: int) -> dict[str, Any]:
-    """The terms of a batch for its row of the log: means over it."""
-    terms = {name: t.detach().float().mean(0) for name, t in evidence._asdict().items()}
-    nats = -evidence.elbo.detach().mean().item()
-    row = {
-        "nats": nats,
-        "bits_per_dim": nats / (dims * math.log(2)),
-        "kl": terms["kl"].tolist(),
-        "log_px": terms["log_px"].item(),
-        "log_q": terms["log_q"].item(),
-        "log_det": terms["log_det"].item(),
-    }
-    if auxiliary := terms["auxiliary"].item():  # a classifier's term
-        row["auxiliary"] = auxiliary
-    return row

@@ -1,0 +1,126 @@
+"""The log of a run: ``metrics.jsonl``, and the trackers that receive the same figures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from musigma.files import finite, replacing, row_of
+from musigma.trace import Evidence
+from musigma.training.state import Progress
+
+__all__ = ["Log", "Watch", "evidence_row"]
+
+Watch = Callable[[Mapping[str, Any]], None]
+
+
+class Log:
+    """Appends rows to ``metrics.jsonl``, and passes them to `watch` and to the trackers.
+
+    On a full disk rows are dropped, and training continues.
+
+    Args:
+        path: The file. `rewind` opens it.
+        watch: Called with every row.
+        write: False for a log that writes and passes on nothing.
+    """
+
+    def __init__(self, path: Path, watch: Watch | None, *, write: bool = True):
+        self.path, self.watch, self.writes = path, watch, write
+        self.file, self.trackers = None, []
+        self.examples, self.measured = 0, time.monotonic()
+
+    def rewind(self, step: int) -> None:
+        """Drop rows after a step, and incomplete lines; continue from there."""
+        if not self.writes:
+            return
+        self.close()
+        kept = []
+        if step and self.path.exists():
+            for line in self.path.read_bytes().splitlines():
+                row = row_of(line)
+                if row and row["step"] <= step:
+                    kept.append(line + b"\n")
+        with replacing(self.path) as draft:
+            draft.write_bytes(b"".join(kept))
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file:
+            with contextlib.suppress(OSError):  # unwritten rows, on a full disk
+                self.file.close()
+            self.file = None
+
+    def finish(self) -> None:
+        """Close the file and the trackers."""
+        self.close()
+        for tracker in self.trackers:
+            with contextlib.suppress(Exception):  # its failures are in the file already
+                tracker.finish()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        if self.file:
+            with contextlib.suppress(OSError):
+                self.file.write(json.dumps(finite(dict(row))) + "\n")
+                self.file.flush()
+            if self.watch:
+                self.watch(row)
+        if self.trackers and row["kind"] in ("train", "evaluation"):
+            self._track(row)
+
+    def message(self, kind: str, progress: Progress, message: str) -> None:
+        """Append a row of kind `warning`, `info` or `setback`."""
+        where = {"step": progress.step, "seconds": progress.seconds}
+        self.write({"kind": kind, **where, "message": message})
+
+    def _track(self, row: Mapping[str, Any]) -> None:
+        """Pass the numbers of a row to the trackers; drop one that fails."""
+        values = {
+            f"{row['kind']}/{name}": value
+            for name, value in row.items()
+            if isinstance(value, (int, float)) and name != "step"
+        }
+        values |= {f"{row['kind']}/kl_{i}": value for i, value in enumerate(row["kl"])}
+        for tracker in list(self.trackers):
+            try:
+                tracker.log(values, step=row["step"])
+            except Exception as error:
+                self.trackers.remove(tracker)
+                reason = str(error) or type(error).__name__
+                where = Progress(row["step"], row["seconds"])
+                self.message("warning", where, f"{tracker.name} failed, and is left out: {reason}")
+
+    def is_due(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is written: the first 100 steps, every tenth, and skipped ones."""
+        return row["step"] <= 100 or row["step"] % 10 == 0 or row["kind"] != "train"
+
+    def examples_per_second(self) -> float:
+        """The speed since the last call; `examples` counts what was processed."""
+        now = time.monotonic()
+        speed = self.examples / max(now - self.measured, 1e-9)
+        self.examples, self.measured = 0, now
+        return speed
+
+
+def evidence_row(evidence: Evidence, dims: int) -> dict[str, Any]:
+    """The terms of a batch, averaged over its examples, for a row of the log."""
+    terms = {name: t.detach().float().mean(0) for name, t in evidence._asdict().items()}
+    nats = -evidence.elbo.detach().mean().item()
+    row = {
+        "nats": nats,
+        "bits_per_dim": nats / (dims * math.log(2)),
+        "kl": terms["kl"].tolist(),
+        "log_px": terms["log_px"].item(),
+        "log_q": terms["log_q"].item(),
+        "log_det": terms["log_det"].item(),
+    }
+    if auxiliary := terms["auxiliary"].item():  # a classifier's term
+        row["auxiliary"] = auxiliary
+    return row

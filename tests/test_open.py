@@ -1,0 +1,454 @@
+"""What a user adds needs no entry in the library: a layer, a map, a head, a model, an objective.
+
+All of them exist in this file only. They are trained, resumed, evaluated, saved and loaded,
+compressed, compiled, examined for saturation, and obey the laws.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+
+import musigma
+from musigma import Dataset, TrainConfig, coding, fit, objectives
+from musigma.coding import registry
+from musigma.coding.laws import SHARPNESS, Weights
+from musigma.coding.rules import STEPS, ratio
+from musigma.distributions import StandardNormal, StandardUniform
+from musigma.evaluation import evaluate, ledger, saturation, score
+from musigma.gaussian import GaussianHead
+from musigma.layers import (
+    ActNorm,
+    Autoregressive,
+    Coupling,
+    Dequantize,
+    Elementwise,
+    Logit,
+    Rescale,
+)
+from musigma.layers.maps import Map
+from musigma.model import Bijection, Chain, Model, Prior
+from musigma.nets import MADE, MLP
+from musigma.testing import check_head, check_layer, check_model
+from musigma.zoo import architecture
+
+D, LEVELS = 6, 8
+
+
+# -- a layer
+
+
+class Stretch(Bijection):
+    """The first half of the features stretches the second: y2 = x2 exp(tanh(h(x1)))."""
+
+    repeated = True
+
+    def __init__(self, features: int, context: int = 0):
+        super().__init__()
+        kept = features // 2
+        self.net = MLP(kept, features - kept, hidden=[8], context=context)
+
+    def _halves(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        first, second = x.split([x.shape[1] // 2, x.shape[1] - x.shape[1] // 2], 1)
+        return first, second, self.net(first, context).tanh()
+
+    def forward(self, x, context=None):
+        first, second, log_scale = self._halves(x, context)
+        return torch.cat([first, second * log_scale.exp()], 1), log_scale.sum(1)
+
+    def inverse(self, y, context=None):
+        first, second, log_scale = self._halves(y, context)
+        return torch.cat([first, second * (-log_scale).exp()], 1), -log_scale.sum(1)
+
+    def emitters(self):
+        yield self.net, lambda h: (h.abs() > 3).float().mean()
+
+    def condition_number(self):
+        return 1.0
+
+
+class StretchRule(coding.Rule):
+    """The scale, as a ratio of integers."""
+
+    def _parts(self, x):
+        half = x.shape[1] // 2
+        given = self.tensor(x[:, :half], self.below)
+        log_scale = self.layer.net(given, self.context).tanh()
+        return x[:, :half], x[:, half:], ratio(self.integers(log_scale, STEPS, 0))
+
+    def up(self, x):
+        first, second, ratio = self._parts(x)
+        return np.concatenate([first, self.scale(second, *ratio)], 1)
+
+    def down(self, y):
+        first, second, ratio = self._parts(y)
+        return np.concatenate([first, self.unscale(second, *ratio)], 1)
+
+
+# -- a map
+
+
+class SinhArcsinh(Map):
+    """y = sinh(asinh(x) + t): skews, and keeps the tails' weight."""
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    @staticmethod
+    def _moved(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        angle = x.asinh() + shift
+        return angle.sinh(), angle.cosh().log() - 0.5 * (1 + x.square()).log()
+
+    def forward(self, x, h):
+        return self._moved(x, h.tanh())
+
+    def inverse(self, y, h):
+        return self._moved(y, -h.tanh())
+
+    def saturation(self, h):
+        return (h.abs() > 3).float().mean()
+
+
+# -- a distribution, and a head
+
+
+class Geometric(Distribution):
+    """Levels 0 .. levels - 1 with log p(k) = k l - log Σ exp(k l), independent."""
+
+    has_rsample = False
+
+    def __init__(self, logits: Tensor, levels: int):
+        self.steps = torch.arange(levels, dtype=logits.dtype).reshape(
+            -1, *(1,) * (logits.ndim - 1)
+        )
+        self.log_probs = (logits[:, None] * self.steps).log_softmax(1)
+        super().__init__(logits.shape[:1], logits.shape[1:], validate_args=False)
+
+    arg_constraints = {}  # noqa: RUF012
+
+    @property
+    def support(self):
+        return constraints.independent(constraints.nonnegative_integer, len(self.event_shape))
+
+    @property
+    def mean(self):
+        return (self.log_probs.exp() * self.steps).sum(1)
+
+    @property
+    def mode(self):
+        return self.log_probs.argmax(1).to(self.log_probs)
+
+    def sample(self, sample_shape=(), *, temperature=1.0):
+        logits = self.log_probs.expand(*sample_shape, *self.log_probs.shape)
+        noise = -torch.empty_like(logits).exponential_().log()
+        if isinstance(temperature, Tensor):
+            temperature = temperature.reshape(-1, *(1,) * (logits.ndim - 1))
+        return (logits + temperature * noise).argmax(len(sample_shape) + 1).to(logits)
+
+    def log_prob(self, value):
+        chosen = self.log_probs.gather(1, value.long()[:, None])[:, 0]
+        return chosen.flatten(1).sum(1)
+
+
+def geometric_rule(dist: Geometric, quantizer):
+    return Weights(quantizer.integers(dist.log_probs.clamp(min=-60), SHARPNESS, 0))
+
+
+class GeometricHead(nn.Module):
+    def __init__(self, net: nn.Module, levels: int):
+        super().__init__()
+        self.net, self.levels = net, levels
+
+    def forward(self, given, context=None):
+        return Geometric(self.net(given, context), self.levels)
+
+
+# -- a model
+
+
+class Pair(Model):
+    """Two latents, of which the second is inferred from the data and the first."""
+
+    def __init__(self, dims: int, levels: int, context: int = 0):
+        super().__init__()
+
+        def head(inputs: int, outputs: int) -> GaussianHead:
+            net = MLP(inputs, 2 * outputs, hidden=[9], context=context)
+            return GaussianHead(net, event_ndims=1)
+
+        self.first, self.second = Prior(StandardNormal((3,))), Prior(head(3, 2))
+        self.q_first, self.q_second = head(dims, 3), head(dims + 3, 2)
+        self.decoder = GeometricHead(MLP(5, dims, hidden=[9], context=context), levels)
+
+    def infer(self, x, trace, context=None):
+        scaled = x / LEVELS
+        a = trace.latent(self.first, self.q_first(scaled, context), self.first.head())
+        q = self.q_second(torch.cat([scaled, a], 1), context)
+        b = trace.latent(self.second, q, self.second.head(a, context))
+        trace.p(self, self.decoder(torch.cat([a, b], 1), context), x)
+
+    def generate(self, trace, context=None):
+        a = trace.p(self.first, self.first.head())
+        b = trace.p(self.second, self.second.head(a, context))
+        x = trace.p(self, self.decoder(torch.cat([a, b], 1), context))
+        if trace.scoring:
+            scaled = x / LEVELS
+            q = self.q_second(torch.cat([scaled, a], 1), context)
+            trace.q(self.second, q, b)
+            trace.q(self.first, self.q_first(scaled, context), a)
+        return x
+
+    def variables(self):
+        yield from (self.first, self.second, self)
+
+    def latents(self):
+        yield from (self.first, self.second)
+
+
+@architecture
+def open_pair(shape, *, bits: int | None = 3, context: int = 0) -> Model:
+    """A model of this file."""
+    return Pair(shape[0], 2 ** (bits or 3), context)
+
+
+@architecture
+def open_flow(shape, *, bits: int | None = 3, depth: int = 2, context: int = 0) -> Chain:
+    """A flow of this file's layer and map."""
+    d, levels = shape[0], 2 ** (bits or 3)
+    layers = [Dequantize(StandardUniform(shape), levels), Rescale(1 / levels), Logit(1e-3)]
+    bend = SinhArcsinh()
+    for _ in range(depth):
+        kept = d // 2
+        made = MADE(bend.owners(d), hidden=[12], context=context)
+        net = MLP(kept, d - kept, hidden=[8], context=context)
+        layers += [ActNorm(d), Stretch(d, context), Coupling(net, map=bend)]
+        layers += [Autoregressive(made, map=bend), Elementwise((d,), map=bend)]
+    return Chain(layers, Prior(StandardNormal((d,))))
+
+
+# -- an objective with a critic
+
+
+class Adversarial(nn.Module):
+    """The ELBO, and a critic that tells the first latent's draws from draws of its prior."""
+
+    def __init__(self, width: int = 3, weight: float = 0.1):
+        super().__init__()
+        self.critic, self.weight = MLP(width, 1, hidden=[8]), weight
+
+    def forward(self, record):
+        z = record.values[next(iter(record.paired))]
+        fooled = F.softplus(-self.critic(z)[:, 0])
+        return objectives.elbo(record) + self.weight * fooled
+
+    def critic_loss(self, record):
+        z = record.values[next(iter(record.paired))].detach()
+        real = torch.randn_like(z)
+        return F.softplus(self.critic(z)[:, 0]) + F.softplus(-self.critic(real)[:, 0])
+
+    def critic_optimizer(self):
+        return torch.optim.Adam(self.critic.parameters(), lr=1e-2)
+
+
+# -- the laws
+
+
+def test_the_laws_of_the_layer_and_the_map():
+    check_layer(Stretch(5), (5,), compiled=True)
+    check_layer(Stretch(5, context=2), (5,), context=2)
+    check_layer(Coupling(MLP(2, 3, hidden=[6]), map=SinhArcsinh()), (5,), compiled=True)
+    made = MADE(SinhArcsinh().owners(4), hidden=[9])
+    check_layer(Autoregressive(made, map=SinhArcsinh()), (4,))
+    check_layer(Elementwise((3,), map=SinhArcsinh()), (3,))
+
+
+def test_the_laws_of_the_head_and_the_models():
+    head = GeometricHead(MLP(4, D, hidden=[7], context=2), LEVELS)
+    check_head(head, torch.randn(4, 4), (D,), context=2)
+    for name in ("open_pair", "open_flow"):
+        model = musigma.build(name, (D,), bits=3, context=2)
+        check_model(model, (D,), bits=3, context=2)
+
+
+# -- the rest of the library
+
+
+@pytest.fixture
+def data():
+    random = np.random.default_rng(0)
+    base = random.integers(0, LEVELS, (300, 1, 1, 1))
+    x = (base + random.integers(0, 3, (300, D, 1, 1))).clip(0, LEVELS - 1)
+    given = {"age": musigma.data.Given(random.normal(size=300).astype(np.float32))}
+    levels = (x * 32).astype(np.uint8)
+    preprocess = musigma.Preprocess(bits=3)
+    return Dataset(levels, preprocess=preprocess, given=given, name="levels")
+
+
+@architecture
+def open_images(shape, *, bits: int | None = 3, context: int = 0) -> Chain:
+    """`open_flow`, or `open_pair`, of images of one pixel's height and width."""
+    return _Flat.chain(open_flow, shape, bits, context)
+
+
+class _Flat(Bijection):
+    """(D, 1, 1) to (D,)."""
+
+    def forward(self, x, context=None):
+        return x.flatten(1), x.new_zeros(len(x))
+
+    def inverse(self, y, context=None):
+        return y[:, :, None, None], y.new_zeros(len(y))
+
+    @staticmethod
+    def chain(builder, shape, bits, context):
+        inner = builder((shape[0],), bits=bits, context=context)
+        return Chain([_Flat()], inner)
+
+
+@architecture
+def open_image_pair(shape, *, bits: int | None = 3, context: int = 0) -> Chain:
+    """`open_pair` of images of one pixel's height and width."""
+    return _Flat.chain(open_pair, shape, bits, context)
+
+
+class FlatRule(coding.Rule):
+    def up(self, x):
+        return x.reshape(len(x), -1)
+
+    def down(self, y):
+        return y[:, :, None, None]
+
+
+CONFIG = {"batch_size": 32, "evaluate_on": 30, "evaluations": 2, "warmup": 2}
+
+
+def halves(data):
+    return data.split("train"), data.split("validation")
+
+
+@pytest.mark.parametrize("name", ["open_images", "open_image_pair"])
+@pytest.mark.parametrize("context", [(), ("age",)], ids=["plain", "given"])
+def test_trained_resumed_evaluated_saved_and_loaded(name, context, data, tmp_path):
+    torch.manual_seed(0)
+    objective = Adversarial if name == "open_image_pair" else None
+    config = TrainConfig(steps=12, **CONFIG)
+    spec = data.spec(context)
+    for folder, stop in (("whole", 99), ("parts", 5), ("parts", 99)):
+        torch.manual_seed(1)
+        model = musigma.build(name, spec)
+        made = {} if objective is None else {"objective": objective()}
+        resume = (folder, stop) == ("parts", 99)
+        run = fit(
+            model, *halves(data), config, tmp_path / folder,
+            device="cpu", resume=resume, stop=lambda step, stop=stop: step >= stop, **made,
+        )  # fmt: skip
+    for file in ("last.safetensors", "model.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+    again = musigma.load(tmp_path / "whole" / "last.safetensors")
+    assert again.spec == spec
+    held = data.split("held-out")
+    assert evaluate(again, held) == evaluate(run.model, held)
+    total = sum(row["bits_per_dim"] for row in ledger(again, held))
+    assert total == pytest.approx(evaluate(again, held)["bits_per_dim"])
+    assert len(score(again, held)["nats"]) == len(held)
+
+
+def test_the_critic_learns_and_is_saved(data, tmp_path):
+    torch.manual_seed(0)
+    objective = Adversarial(weight=0.0)
+    before = [p.clone() for p in objective.parameters()]
+    model = musigma.build("open_image_pair", data.spec())
+    fit(model, *halves(data), TrainConfig(steps=5, **CONFIG), tmp_path, objective=objective)
+    assert all(not torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True))
+    fresh, other = Adversarial(weight=0.0), musigma.build("open_image_pair", data.spec())
+    fit(
+        other, *halves(data), TrainConfig(steps=5, **CONFIG), tmp_path,
+        objective=fresh, resume=True,
+    )  # fmt: skip
+    state = objective.state_dict()
+    assert all(torch.equal(t, state[k]) for k, t in fresh.state_dict().items())
+
+
+def test_an_optimizer_of_ones_own(data, tmp_path):
+    used = []
+
+    def sgd(parameters):
+        used.append(torch.optim.SGD(parameters, lr=1e-3, momentum=0.9))
+        return used[-1]
+
+    model = musigma.build("open_images", data.spec())
+    run = fit(model, *halves(data), TrainConfig(steps=4, **CONFIG), tmp_path, optimizer=sgd)
+    assert run.finished
+    assert len(used) == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda record: objectives.elbo(record).mean(), r"shape \(\).*expected \(2,\)"),
+        (lambda record: objectives.elbo(record) * float("nan"), "not finite"),
+        (lambda record: objectives.elbo(record).detach(), "no gradient"),
+    ],
+    ids=["shape", "nan", "detached"],
+)
+def test_an_objective_that_cannot_be_trained_on_is_refused_at_once(
+    objective, message, data, tmp_path
+):
+    model = musigma.build("open_image_pair", data.spec())
+    with pytest.raises(ValueError, match=f"objective: .*{message}"):
+        fit(
+            model, *halves(data), TrainConfig(steps=4, **CONFIG), tmp_path / "run",
+            objective=objective,
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_compiled_as_a_block(data, tmp_path):
+    model = musigma.build("open_images", data.spec())
+    run = fit(model, *halves(data), TrainConfig(steps=2, fast=True, **CONFIG), tmp_path)
+    assert run.finished
+    blocks = [m for m in model.modules() if isinstance(m, Stretch)]
+    assert (
+        all(b._compiled_call_impl is not None for b in blocks)
+        or "not compiled" in (tmp_path / "metrics.jsonl").read_text()
+    )
+
+
+def test_examined_for_saturation(data):
+    torch.manual_seed(0)
+    model = musigma.build("open_images", data.spec())
+    x = torch.from_numpy(data.x[:20]).float()
+    model.calibrate(x)
+    stretch = next(m for m in model.modules() if isinstance(m, Stretch))
+    with torch.no_grad():
+        stretch.net.layers[-1].bias.fill_(50.0)
+    name = model.site_names()[stretch]
+    shares = saturation(model, x)
+    assert shares[name] == 1.0
+    couplings = [n for n, m in model.named_modules() if isinstance(m, Coupling)]
+    assert all(shares[n] < 0.5 for n in couplings)
+    assert any(isinstance(m, Autoregressive) and n in shares for n, m in model.named_modules())
+
+
+@pytest.mark.parametrize("name", ["open_images", "open_image_pair"])
+def test_compressed_with_registered_rules(name, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    torch.manual_seed(0)
+    model = musigma.build(name, data.spec())
+    model.calibrate(torch.from_numpy(data.x).float())
+    images = data.x[:20]
+    rules = {Stretch: StretchRule, SinhArcsinh: coding.Intervals, Geometric: geometric_rule}
+    rules[_Flat] = FlatRule
+    needed = [Stretch, SinhArcsinh, _Flat] if name == "open_images" else [Geometric, _Flat]
+    for kind in needed:
+        with pytest.raises(ValueError, match=r"has no coding rule; register one"):
+            coding.compress(model, images, tmp_path / "refused.mus")
+        assert not (tmp_path / "refused.mus").exists()
+        coding.register(kind)(rules[kind])
+    report = coding.compress(model, images, tmp_path / "images.mus")
+    again = coding.decompress(tmp_path / "images.mus", model=model)
+    assert (again.levels == images).all()
+    assert report.images == 20
