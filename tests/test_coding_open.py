@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, Laplace, constraints
 
 from musigma import checkpoint, coding, zoo
 from musigma.coding import registry
@@ -217,6 +217,45 @@ class LogisticHead(nn.Module):
         return Logistic(self.log_scale)
 
 
+class LaplaceHead(nn.Module):
+    """The distribution of torch itself."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.log_scale = nn.Parameter(0.3 * torch.randn(features))
+
+    def forward(self, context=None):
+        return Independent(Laplace(torch.zeros_like(self.log_scale), self.log_scale.exp()), 1)
+
+
+class LaplaceLaw(Bisected):
+    """A table of masses on 2^14 integers around zero."""
+
+    levels = 1 << 14
+
+    def __init__(self, log_scale, quantizer):
+        self.shape = log_scale.shape
+        self.scale = exponential(log_scale, SHARPNESS) * 2.0**quantizer.grid / 64
+
+    def below(self, k):
+        t = (k - self.levels / 2) / self.scale
+        tail = 0.5 * exponential(-np.rint(np.abs(t) * 4096).astype(np.int64), 4096)
+        return np.where(t < 0, tail, 1 - tail)
+
+    def push(self, stack, values):
+        stack.push(values % 64, np.full(self.shape, 64))
+        super().push(stack, values // 64 + self.levels // 2)
+
+    def pop(self, stack):
+        upper = super().pop(stack) - self.levels // 2
+        return upper * 64 + stack.pop(np.full(self.shape, 64))
+
+
+def laplace_rule(dist, quantizer):
+    log_scale = quantizer.integers(dist.scale.log(), SHARPNESS, 0)
+    return LaplaceLaw(log_scale, quantizer)
+
+
 class Halves(Model):
     """Generates z, then the left half given z, then the right half given both."""
 
@@ -275,6 +314,7 @@ BUILDERS = {
     ),
     "likelihood": lambda d: VAE(Gaussian(d, 2), SlopeHead(2, d), Prior(StandardNormal((2,)))),
     "prior": lambda d: flow([], d, Prior(LogisticHead(d))),
+    "prior of torch": lambda d: flow([], d, Prior(LaplaceHead(d))),
     "prior of a VAE": lambda d: VAE(Gaussian(d, 2), SlopeHead(2, d), Prior(LogisticHead(2))),
     "model": Halves,
     "model under layers": lambda d: Chain([Permutation.reverse(d)], Halves(d)),
@@ -286,6 +326,7 @@ RULES = {
     BendMap: coding.Intervals,
     Slope: slope_rule,
     Logistic: logistic_rule,
+    Laplace: laplace_rule,
 }
 NEEDED = {
     "layer": Wave,
@@ -295,6 +336,7 @@ NEEDED = {
     "stochastic layer": Wave,
     "likelihood": Slope,
     "prior": Logistic,
+    "prior of torch": Laplace,
     "prior of a VAE": Logistic,
     "model": Slope,
     "model under layers": Slope,

@@ -257,21 +257,16 @@ def summary(file: BinaryIO, limits: Limits | None = None) -> dict[str, Any]:
     found = sum(entry.count for entry in reader.entries)
     packed = sum(entry.count for entry in reader.entries if entry.kind == PACKED)
     data, dims = file.seek(0, 2) - reader.model_size, math.prod(header["shape"])
+    names = ("shape", "bits", "model", "numerics", "machine", "coder", "about")
     return {
+        **{name: header[name] for name in names},
         "images": reader.images,
-        "shape": header["shape"],
-        "bits": header["bits"],
         "chunks": len(reader.entries),
         "images_coded": found - packed,
         "images_packed": packed,
         "data_bytes": data,
         "bits_per_dim": 8 * data / max(1, dims * found),
-        "model": dict(header["model"]),
         "model_bytes": reader.model_size,
-        "numerics": header["numerics"],
-        "machine": header["machine"],
-        "coder": header["coder"],
-        "about": header["about"],
         "lost": reader.lost,
         "whole": reader.ended and not reader.lost,
     }

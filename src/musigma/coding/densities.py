@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
 
 from musigma.coding.laws import (
     SHARPNESS,
@@ -84,8 +84,14 @@ def grid_of(dist: Distribution) -> int | None:
         return None
     if support is not None and support.is_discrete:
         return 0
-    inner = getattr(support, "base_constraint", support)
-    return NOISE if inner is constraints.unit_interval else None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return NOISE if support is constraints.unit_interval else None
+
+
+@register(Independent)
+def _independent(dist: Independent, quantizer: Quantizer) -> Law:
+    return law_of(dist.base_dist, quantizer)
 
 
 @register(DiagonalGaussian)
