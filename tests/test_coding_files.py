@@ -557,11 +557,15 @@ CHUNKS = {
     "list": ({"side": b"[]"}, DamagedFile, "missing"),
     "few names": ({"side": b'{"names":["a"]}'}, DamagedFile, "missing"),
     "text": ({"side": b'{"names":"abcdefghijkl"}'}, DamagedFile, "missing"),
-    "labels": ({"side": b'{"labels":%s}' % json.dumps(["1"] * 12).encode()}, DamagedFile, "wh"),
+    "labels": (
+        {"side": b'{"labels":%s}' % json.dumps(["1"] * 12).encode()},
+        DamagedFile,
+        "integers",
+    ),
     "far labels": (
         {"side": b'{"labels":[%s]}' % b",".join([b"9" * 99] * 12)},
         DamagedFile,
-        "whole",
+        "integers",
     ),
     "salt": (
         {"side": json.dumps({"labels": [0] * 12}).encode()},

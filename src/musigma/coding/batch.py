@@ -108,7 +108,7 @@ def unpacked_side(side: bytes, n: int) -> tuple[dict[str, Any], dict[str, np.nda
     ):
         raise ValueError("names, modes or labels are missing")
     if not all(type(label) is int and 0 <= label < 1 << 31 for label in about.get("labels", [])):
-        raise ValueError("labels are not whole numbers")
+        raise ValueError("labels are not integers")
     return about, given
 
 

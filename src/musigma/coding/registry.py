@@ -14,19 +14,19 @@ _RULES: dict[type, Any] = {}
 def register(kind: type) -> Callable[[R], R]:
     """Register how objects of a type are coded; a decorator of the rule.
 
-    A rule stands beside what it is for, in any file:
+    A rule may stand in any file. There are three kinds:
 
-    - of a `Bijection`: a subclass of `Rule`, which maps whole numbers to whole numbers, exactly.
-    - of a map (the ``map`` of a `Coupling`, an `Autoregressive` or an `Elementwise`): a class
-      like `ShiftAndScale`. `Intervals` serves every increasing map as it is.
-    - of a distribution: a function ``rule(dist, quantizer)`` to a `musigma.coding.laws.Law`, with
-      a `Quantizer` that turns parameters into whole numbers.
+    - The rule of a `Bijection` is a subclass of `Rule`, which maps integers to integers exactly.
+    - The rule of a map (the ``map`` of a `Coupling`, an `Autoregressive` or an `Elementwise`) is
+      a subclass of `MapRule`. `Intervals` serves every increasing map.
+    - The rule of a distribution is a function ``rule(dist, quantizer)`` that returns a
+      `musigma.coding.laws.Law`; a `Quantizer` turns parameters into integers.
 
-    Models, and layers that draw and score by the trace (dequantization, splits), need no rule:
-    whatever they draw, score and transform is coded by the rules above.
+    Models, and layers that draw and score (dequantization, splits), need no rule: what they draw,
+    score and transform is coded by the rules above.
 
-    A subclass is coded by the rule of its base class as long as it adds to that class and
-    redefines nothing but `__init__`; otherwise it needs a rule of its own.
+    A subclass shares the rule of its base class if it redefines nothing but `__init__`. Otherwise
+    it needs a rule of its own.
 
     Args:
         kind: The type. A rule that it already has is replaced.
