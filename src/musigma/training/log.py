@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from musigma.files import finite, replacing, row_of
+from musigma.spec import bits_per_dim
 from musigma.trace import Evidence
 from musigma.training.state import Progress
 
@@ -115,7 +115,7 @@ def evidence_row(evidence: Evidence, dims: int) -> dict[str, Any]:
     nats = -evidence.elbo.detach().mean().item()
     row = {
         "nats": nats,
-        "bits_per_dim": nats / (dims * math.log(2)),
+        "bits_per_dim": bits_per_dim(nats, dims),
         "kl": terms["kl"].tolist(),
         "log_px": terms["log_px"].item(),
         "log_q": terms["log_q"].item(),

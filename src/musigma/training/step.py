@@ -89,7 +89,9 @@ class TrainingStep:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.trained = accelerator.prepare(model) if wrapped else model
         self.weights: list[Tensor] = list(model.parameters())
-        self.after_step = [m.after_step for m in model.modules() if hasattr(m, "after_step")]
+        self.after_step: list[Any] = [
+            m.after_step for m in model.modules() if hasattr(m, "after_step")
+        ]
         device = next(iter(self.weights)).device if self.weights else torch.device("cpu")
         self.autocast = hardware.autocast(config, device)
         self.objective = objective
