@@ -1,7 +1,7 @@
 """Training speed beside one other busy process, by how OpenMP threads wait for each other.
 
-    python -m benchmarks.beside                      # a few minutes on two cores
-    python -m benchmarks.beside nsf-c-8 --rounds 20
+    python -m benchmarks.beside                      # steps, by OpenMP's settings
+    python -m benchmarks.beside --command            # `musigma train`, which adapts its threads
 
 Every setting runs in a process of its own, alone and beside a process that only computes, in
 turns and in random order. A slice during which anything else used more than a tenth of a core is
@@ -18,6 +18,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,15 +26,17 @@ from pathlib import Path
 from benchmarks.speed.harness import Contender, quartiles
 from benchmarks.speed.runners import Conditions, Subprocess
 from benchmarks.speed.workloads import select
-from musigma.cli.threads import CHOICES, WAITING
+from musigma.cli.threads import CHOSEN_BY_USER
 
 SETTINGS = {
     "torch's default": {},
     "passive": {"OMP_WAIT_POLICY": "passive"},
+    "spin 1,000": {"GOMP_SPINCOUNT": "1000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
-    "musigma's command line": WAITING,
 }
 DEFAULT = next(iter(SETTINGS))
+COMMANDS = {DEFAULT: {"OMP_NUM_THREADS": "2"}, "musigma train": {}}
+TRAIN = "train mlp_vae digits --minutes 0.2 --evaluations 1 --json --overwrite --out".split()
 TICK = os.sysconf("SC_CLK_TCK")
 Key = tuple[str, bool]
 """A setting, and whether another process is busy."""
@@ -115,6 +118,44 @@ def measure(
     return speeds
 
 
+def measure_command(options: argparse.Namespace) -> dict[Key, list[float]]:
+    """Steps per second of `musigma train`, with fixed and with adapted threads."""
+    keys = [(s, b) for s in COMMANDS for b in (False, True)]
+    speeds: dict[Key, list[float]] = {key: [] for key in keys}
+    busy, shuffle = Busy(), random.Random(0).shuffle
+    deadline = time.monotonic() + 60 * options.minutes
+    with ExitStack() as stack:
+        stack.callback(busy.close)
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        while time.monotonic() < deadline:
+            order = [key for key in keys if len(speeds[key]) < options.rounds]
+            if not order:
+                break
+            shuffle(order)
+            for name, beside in order:
+                environment = {**os.environ, **COMMANDS[name]}
+                with busy.running(beside):
+                    before, used = machine_seconds(), own_seconds(busy)
+                    start = time.monotonic()
+                    done = subprocess.run(
+                        [sys.executable, "-m", "musigma", *TRAIN, f"{folder}/run"],
+                        env=environment,
+                        check=True,
+                        capture_output=True,
+                    )
+                    elapsed = time.monotonic() - start
+                    others = machine_seconds() - before - (own_seconds(busy) - used)
+                if others <= options.tolerance * elapsed:
+                    result = json.loads(done.stdout)
+                    speeds[name, beside].append(result["steps"] / result["seconds"])
+    return speeds
+
+
+def own_seconds(busy: Busy) -> float:
+    """CPU time of this process, of the children that ended, and of the busy process."""
+    return sum(os.times()[:4]) + process_seconds(busy.process.pid)
+
+
 def table(workload: str, speeds: dict[Key, list[float]]) -> str:
     """Speeds relative to torch's default alone, as rows of a Markdown table."""
     if not speeds[DEFAULT, False]:
@@ -137,7 +178,8 @@ def table(workload: str, speeds: dict[Key, list[float]]) -> str:
 def main() -> None:
     """Measure and print the table."""
     p = argparse.ArgumentParser("python -m benchmarks.beside", description=__doc__.split("\n")[0])
-    p.add_argument("workloads", nargs="*", default=["mlp-vae", "conv-vae-28", "nsf-c-8"])
+    p.add_argument("workloads", nargs="*", help="of benchmarks.speed (default: a VAE, two flows)")
+    p.add_argument("--command", action="store_true", help="time `musigma train` instead")
     p.add_argument(
         "--spins", type=int, nargs="*", default=[], help="further settings of GOMP_SPINCOUNT"
     )
@@ -150,14 +192,18 @@ def main() -> None:
     )
     p.add_argument("--out", type=Path, help="a .json file for the speeds of all slices")
     options = p.parse_args()
-    for name in (*CHOICES, "OMP_NUM_THREADS"):
+    for name in (*CHOSEN_BY_USER, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         os.environ.pop(name, None)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     settings = SETTINGS | {f"spin {n:,}": {"GOMP_SPINCOUNT": str(n)} for n in options.spins}
     every = {}
+    workloads = options.workloads or ["mlp-vae", "nsf-c-8", "glow-128"]
     print("| workload | setting | alone | beside one busy process |\n|---|---|---|---|")
-    for workload in options.workloads:
-        speeds = measure(workload, settings, options)
+    for workload in ["mlp_vae on digits"] if options.command else workloads:
+        if options.command:
+            speeds = measure_command(options)
+        else:
+            speeds = measure(workload, settings, options)
         print(table(workload, speeds), flush=True)
         every[workload] = [[*key, values] for key, values in speeds.items()]
     if options.out:

@@ -645,8 +645,8 @@ WORDS = [
 
 @pytest.fixture
 def speed(monkeypatch):
-    """The command line, without changing this process's environment."""
-    monkeypatch.setattr("musigma.cli.threads.configure", lambda: None)
+    """The command line, with its environment variable restored afterwards."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
 
     def speed(*words: object) -> None:
         command.main([str(word) for word in words])

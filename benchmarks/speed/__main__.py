@@ -77,9 +77,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a usage error exits with code 2 before anything is measured."""
-    from musigma.cli.threads import configure
-
-    configure()  # before torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle contenders must not spin
     command = parser()
     options = command.parse_args(arguments)
     try:

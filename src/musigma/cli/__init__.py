@@ -20,7 +20,6 @@ from musigma.cli import (  # noqa: F401 (they register their commands)
 )
 from musigma.cli.options import TRAIN, app
 from musigma.cli.screen import rank_and_count
-from musigma.cli.threads import configure
 
 UserError = (ValueError, TypeError, OSError)
 
@@ -46,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     further exit codes: see `musigma.coding.errors`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    configure()
     try:
         if words[:1] == ["train"]:
             from musigma.cli.train import prepare_words

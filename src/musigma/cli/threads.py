@@ -1,35 +1,109 @@
-"""How OpenMP threads wait for each other, chosen before torch is loaded."""
+"""How many CPU threads training uses: one for each core that no other process is using.
+
+The threads of an operation wait for each other. If one of them shares its core with another
+process, all the others wait for it, spinning, and a training step can take several times as long
+as with one thread fewer (docs/speed.md).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+import time
+from pathlib import Path
 
-__all__ = ["configure"]
+__all__ = ["OtherWork", "Threads"]
 
-WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
-"""For libgomp (torch's builds for Linux) and for the runtimes of Intel and LLVM."""
+CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RANK")
+"""Environment variables of users and launchers; with any of them, nothing is changed."""
 
-CHOICES = ("OMP_WAIT_POLICY", *WAITING)
+WINDOW = 2.0
+"""Seconds over which the use of the cores is averaged during training."""
+
+FIRST_WINDOW = 0.3
 
 
-def configure(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let threads that wait at a barrier sleep after a few microseconds.
+def _seconds() -> tuple[float, float] | None:
+    """A clock, and the CPU seconds of other processes on our cores; None if they are unknown."""
+    try:
+        cores = {f"cpu{i}" for i in os.sched_getaffinity(0)}
+        lines = Path("/proc/stat").read_text().splitlines()
+        rows = [fields[1:8] for line in lines if (fields := line.split())[0] in cores]
+    except (AttributeError, OSError, IndexError):  # not Linux
+        return None
+    ticks = sum(
+        int(n)
+        for user, nice, system, _, _, irq, soft in rows
+        for n in (user, nice, system, irq, soft)
+    )
+    return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
-    By default they spin for milliseconds. Beside another busy process, a spinning thread holds a
-    core that the thread it waits for could use, and a training step takes several times as long.
 
-    OpenMP reads its environment once, when torch is loaded; call this before. Nothing changes if
-    the user has set any of OMP_WAIT_POLICY, GOMP_SPINCOUNT and KMP_BLOCKTIME.
-
-    Args:
-        environment: Changed in place.
+class OtherWork:
+    """Cores that other processes use, averaged since the last call.
 
     Example:
-        >>> variables = {}
-        >>> configure(variables)
-        >>> sorted(variables)
-        ['GOMP_SPINCOUNT', 'KMP_BLOCKTIME']
+        >>> work = OtherWork()
+        >>> work.cores() is None or work.cores() >= 0
+        True
     """
-    if not any(name in environment for name in CHOICES):
-        environment.update(WAITING)
+
+    def __init__(self):
+        self.last = _seconds()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last call."""
+        return time.monotonic() - self.last[0] if self.last else 0.0
+
+    def cores(self) -> float | None:
+        """The average number of cores, or None on a system that does not tell."""
+        before, self.last = self.last, _seconds()
+        if before is None or self.last is None or self.last[0] <= before[0]:
+            return None
+        elapsed, used = (b - a for a, b in zip(before, self.last, strict=True))
+        return max(0.0, used / elapsed)
+
+
+class Threads:
+    """torch's number of threads, adapted to the cores that are free.
+
+    Create it early: the first choice averages over the time since then.
+
+    Args:
+        environment: Where users and launchers choose a number of threads; then nothing changes.
+    """
+
+    def __init__(self, environment: os._Environ[str] | dict[str, str] = os.environ):
+        self.work = OtherWork()
+        self.fixed = any(name in environment for name in CHOSEN_BY_USER)
+        self.most = 0
+
+    def choose(self, number: int | None = None) -> int:
+        """Set the number of threads before training; returns it.
+
+        Args:
+            number: The number that a run began with, which its exact continuation needs; None, or
+                more than there are cores: as many as there are free cores.
+        """
+        import torch
+
+        self.most = self.most or torch.get_num_threads()
+        if self.fixed:
+            return self.most
+        if number is None or number > self.most:
+            time.sleep(max(0.0, FIRST_WINDOW - self.work.age))
+            number = self._free()
+        torch.set_num_threads(number)
+        return number
+
+    def adapt(self, step: int = 0) -> bool:
+        """Follow the load during training; returns False, as `stop` of `musigma.fit` continues."""
+        if not self.fixed and self.work.age > WINDOW:
+            import torch
+
+            if (number := self._free()) != torch.get_num_threads():
+                torch.set_num_threads(number)
+        return False
+
+    def _free(self) -> int:
+        return max(1, self.most - round(self.work.cores() or 0.0))

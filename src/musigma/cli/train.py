@@ -45,10 +45,12 @@ from musigma.cli.options import (
 )
 from musigma.cli.runs import RunFolder, clear, decided_by_main, refuse_other_run
 from musigma.cli.screen import Screen, figure_text
+from musigma.cli.threads import Threads
 from musigma.cli.trained import Trained, as_array, read_data, register_plugin
 from musigma.training import TrainConfig, fit, join, leave, saved_state
 from musigma.zoo import ARCHITECTURES, build
 
+threads = Threads()
 train_app = application("train", group_commands=Group("Architectures", sort_key=-1))
 
 if TYPE_CHECKING:
@@ -223,6 +225,7 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
         )
     model = checkpoint.rebuild(saved["model"], {"data": about})
     model.to(getattr(torch, saved.get("dtype", "float32")))
+    threads.choose(saved.get("threads"))
     run(model, found, config, folder, saved, screen, resume=True)
 
 
@@ -328,6 +331,7 @@ def _begin(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "threads": threads.choose(),
     }
     check_run(model, found, config)
     run(model, found, config, out, saved, screen)
@@ -378,6 +382,8 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
             device=common.device,
             resume=resume,
             watch=watch,
+            # other threads change the last bits of sums, so runs that are exact keep their number
+            stop=None if config.minutes is None or config.fast else threads.adapt,
         )
     if not done.finished:
         command = f"musigma train --resume {shlex.quote(str(out))}"
