@@ -36,7 +36,18 @@ SETTINGS = {
 }
 DEFAULT = next(iter(SETTINGS))
 COMMANDS = {DEFAULT: {"OMP_NUM_THREADS": "2"}, "musigma train": {}}
-TRAIN = "train mlp_vae digits --minutes 0.2 --evaluations 1 --json --overwrite --out".split()
+TRAIN = [
+    "train",
+    "mlp_vae",
+    "digits",
+    "--minutes",
+    "0.2",
+    "--evaluations",
+    "1",
+    "--json",
+    "--overwrite",
+    "--out",
+]
 TICK = os.sysconf("SC_CLK_TCK")
 Key = tuple[str, bool]
 """A setting, and whether another process is busy."""
