@@ -11,6 +11,7 @@ from musigma.distributions import StandardNormal, StandardUniform
 from musigma.gaussian import DiagonalGaussian
 from musigma.layers import ActNorm, Dequantize, InvertibleConv, Rescale
 from musigma.model import Bijection, Chain, Prior
+from musigma.spec import Spec, Variable
 from musigma.zoo import ARCHITECTURES, build
 
 SMALL = {
@@ -56,6 +57,18 @@ def test_the_zoo_passes_its_own_audit(name, shape, options):
     assert report.checked
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_model_of_any_context_is_audited():
+    spec = Spec((3,), context=(Variable("age"), Variable("sex", classes=2)))
+    model = build("nsf", spec, depth=1, hidden=8)
+    assert audit_model(model).verdict == "correct"
+    given = {"age": torch.randn(9, 1), "sex": torch.eye(2)[torch.arange(9) % 2]}
+    report = audit_model(model, torch.randn(9, 3), given)
+    assert not [f for f in report.findings if f.severity == "bug"]
+    assert "the latents of 9 examples" in report.checked
+    with pytest.raises(AuditError, match="model: given"):
+        audit_model(model, torch.randn(9, 3), torch.randn(9, 3))
 
 
 def flow(*layers):

@@ -155,8 +155,10 @@ def _check_balance(audit: VAEAudit, reconstruction: Reconstruction, weights: Wei
     same_reduction = "reduce both over the batch alike: sum over an example, then take the mean"
     kl_grows, recon_grows = audit.kl_growth, reconstruction.growth()
     power = _power(kl_grows) - _power(recon_grows)
-    grow = kl_grows and recon_grows and not weights
-    if grow and any(abs(kl_grows[n] / recon_grows[n] - 1) > 1e-3 for n in kl_grows):
+    alike = True
+    if kl_grows and recon_grows and not weights:
+        alike = all(abs(kl_grows[n] / recon_grows[n] - 1) <= 1e-3 for n in kl_grows)
+    if kl_grows and recon_grows and not alike:
         rho, size = reconstruction.rho(), len(audit.example)
         here = audit.kl_slope / rho * size**power if rho else math.nan
         audit.find(  # a weight of 1 here: the code was written for batches of this size

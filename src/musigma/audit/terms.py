@@ -1,7 +1,7 @@
-r"""Are the figures true: bits per dimension, bounds by importance weights, terms of a Gaussian?
+r"""Audits of figures: bits per dimension, importance-weighted bounds, terms of a Gaussian.
 
-Each of these is a short formula that everybody writes anew, and whose mistakes move a figure and
-break nothing. So each is asked for what it makes of a audit whose answer is known.
+Each is a short formula that every codebase writes anew, and whose mistakes change a figure and
+break nothing. So each is evaluated where the answer is known.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from musigma.audit.sandbox import Sandbox
 
 __all__ = ["audit_bits", "audit_importance_bound", "audit_log_prob_term"]
 
-EXACT = 1e-5  # relative, in float64: far above rounding, far below any mistake of a formula
-SURE = 7.0  # standard errors: exceeded by chance with probability below 1e-11
+EXACT = 1e-5  # relative, in float64: above rounding, below any mistake of a formula
+STANDARD_ERRORS = 7.0  # exceeded by chance with probability below 1e-11
 
 
 # --- bits per dimension ------------------------------------------------------------------------
@@ -29,24 +29,23 @@ SURE = 7.0  # standard errors: exceeded by chance with probability below 1e-11
 def audit_bits(
     bits: Callable[[Tensor], Any], levels: int = 256, shape: Sequence[int] = (3, 32, 32)
 ) -> AuditReport:
-    r"""Whether bits per dimension are what they are called.
+    r"""Whether a figure called bits per dimension is one.
 
-    Images whose every element is drawn evenly from L levels hold :math:`\log_2 L` bits in each.
-    Under the uniform model that is what each image costs; under any other model they cost more, on
-    average (Gibbs' inequality). Whether the model is the uniform one is seen from the figures: it
-    charges all images alike.
+    Images whose elements are drawn uniformly from L levels hold :math:`\log_2 L` bits per element.
+    That is their cost under the uniform model; under any other model they cost more on average
+    (Gibbs' inequality). The model is the uniform one if all images have the same figure.
 
     Args:
         bits: Images (B, \*shape), of integers from 0 to levels - 1, to bits per dimension, (B,) or
-            their mean. The integers are floats; where those are refused, int64 or uint8.
+            their mean. The integers come as floats, or as int64 or uint8 if floats are refused.
         levels: L.
-        shape: Of an image.
+        shape: Shape of an image.
 
     Returns:
         The report.
 
     Raises:
-        AuditError: If `bits` takes none of these, or returns something else.
+        AuditError: If `bits` takes none of these types, or returns something else.
 
     Example:
         >>> def bits(x):  # of the uniform density on [0, 1), of x / 256 with its noise
@@ -75,15 +74,15 @@ def audit_bits(
                 "give every level a probability above zero",
             )
             return report.build()
-        _judge_bits(report, single, noise, truth)
-        _judge_batch(report, ask, images, again)
+        _check_bits(report, single, noise, truth)
+        _check_batch(report, ask, images, again)
     return report.build()
 
 
 def _bits_form(
     sandbox: Sandbox, bits: Callable[[Tensor], Any], images: Tensor, report: ReportBuilder
 ) -> Callable[[Tensor], Tensor]:
-    """How `bits` takes its images."""
+    """`bits` as a function of integers, in the type that it takes."""
     trouble: AuditError | None = None
     for dtype in (torch.float64, torch.float32, torch.int64, torch.uint8):
         if dtype == torch.uint8 and int(images.max()) > 255:
@@ -91,7 +90,7 @@ def _bits_form(
         sandbox.use_dtype(torch.float32 if dtype != torch.float64 else dtype)
 
         def ask(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
-            value = sandbox.as_tensor("bits", sandbox.call("bits", bits, x.to(dtype)))
+            value = sandbox.ask("bits", bits, x.to(dtype))
             if value.numel() not in (1, len(x)):
                 raise AuditError(
                     f"bits: given {tuple(x.shape)}, expected ({len(x)},) or one number; got "
@@ -111,20 +110,20 @@ def _bits_form(
         raise trouble
     report.assumed.append("images are given as float32 from 0 to levels - 1")
     sandbox.use_dtype(torch.float32)
-    return lambda x: sandbox.as_tensor("bits", sandbox.call("bits", bits, x.float())).reshape(-1)
+    return lambda x: sandbox.ask("bits", bits, x.float()).reshape(-1)
 
 
-def _judge_bits(report: ReportBuilder, single: Tensor, noise: float, truth: float) -> None:
+def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: float) -> None:
     mean, spread = float(single.mean()), float(single.std())
     error = spread / math.sqrt(len(single))
     uniform = spread < 1e-4 * max(1.0, abs(truth)) and noise < 1e-4
-    # of 24 draws the error is Student's t; where there is none, only rounding is left
-    slack = 2e-4 * truth if uniform else 1e-3 * truth + SURE * 1.6 * error
+    # the error of 24 draws is Student's t; without any, only rounding is left
+    slack = 2e-4 * truth if uniform else 1e-3 * truth + STANDARD_ERRORS * 1.6 * error
     if mean < truth - slack:
         report.bug(
             "bpd_below_entropy",
-            f"uniformly random images are said to cost {mean:.6g} bits per dimension, and hold "
-            f"{truth:.6g}: no model can do that{_bits_hint(mean, truth)}",
+            f"uniformly random images cost {mean:.6g} bits per dimension by this figure, and hold "
+            f"{truth:.6g}: no model can be better{_bits_hint(mean, truth)}",
             "bits/dim = -(log p(y) + log |det|) / (D ln 2), with D log(levels) added for data "
             "that were divided by the levels, and D all elements of an image",
             bits_per_dim=mean,
@@ -133,8 +132,8 @@ def _judge_bits(report: ReportBuilder, single: Tensor, noise: float, truth: floa
     elif uniform and mean > truth + slack:
         report.bug(
             "bpd_wrong",
-            f"a model that charges all images alike says {mean:.6g} bits per dimension, and the "
-            f"uniform model's are {truth:.6g}{_bits_hint(mean, truth)}",
+            f"all images have the same figure, {mean:.6g} bits per dimension, and that of the "
+            f"uniform model is {truth:.6g}{_bits_hint(mean, truth)}",
             "divide nats by (D ln 2), with D all elements of an image, and count log(levels) once",
             bits_per_dim=mean,
             entropy=truth,
@@ -147,8 +146,8 @@ def _judge_bits(report: ReportBuilder, single: Tensor, noise: float, truth: floa
             f"uniformly random images cost {mean:.6g} bits, not less than {truth:.6g}"
         )
         report.unchecked.append(
-            "whether more bits than the entropy are right: hand in the uniform "
-            "model in place of the network"
+            "whether a figure above the entropy is right: pass the uniform model in place of the "
+            "network"
         )
 
 
@@ -162,11 +161,11 @@ def _bits_hint(mean: float, truth: float) -> str:
         if math.isclose(mean, truth * factor, rel_tol=2e-3):
             return f"; they differ by {what}"
     if abs(mean) < 1e-3:
-        return "; the scaling by the levels, log2(levels), is not counted"
+        return "; log2(levels), for the scaling by the levels, is missing"
     return ""
 
 
-def _judge_batch(
+def _check_batch(
     report: ReportBuilder, ask: Callable[[Tensor], Tensor], images: Tensor, again: Tensor
 ) -> None:
     """One image against eight copies of it."""
@@ -174,20 +173,20 @@ def _judge_batch(
     eight = images[:1].expand(8, *images.shape[1:]).contiguous()
     several = torch.stack([ask(eight).mean() for _ in range(12)])
     off = float(several.mean()) - one
-    # the error of a mean of 12, as Student's t with 11 degrees has it at 1e-7
+    # the error of a mean of 12 by Student's t with 11 degrees of freedom, at 1e-7
     error = 11.0 * math.hypot(noise, float(several.std())) / math.sqrt(12)
     if abs(off) > error + 1e-4 * (1 + abs(one)):
         ratio = float(several.mean()) / one if one else math.nan
         report.bug(
             "bpd_batch",
-            f"an image costs {one:.6g} bits per dimension, and {float(several.mean()):.6g} each "
-            f"when there are eight of it (a factor of {ratio:.3g})",
+            f"an image costs {one:.6g} bits per dimension by itself, and "
+            f"{float(several.mean()):.6g} in a batch of eight copies (a factor of {ratio:.3g})",
             "sum over the elements of an image, and average over images, nothing else",
             alone=one,
             of_eight=float(several.mean()),
         )
     else:
-        report.checked.append("one image costs what each of eight copies does")
+        report.checked.append("an image costs the same by itself and in a batch of eight copies")
 
 
 # --- importance-weighted bounds ----------------------------------------------------------------
@@ -199,8 +198,8 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
     .. math:: L = -\log \frac1K \sum_k e^{-n_k}, \quad
               \frac{\partial L}{\partial n_k} = \frac{e^{-n_k}}{\sum_j e^{-n_j}}
 
-    for the negative log weights n (each -log w, one draw's negative ELBO). A loss with another
-    value and this gradient trains as the bound does, and must not be reported as one.
+    for the negative log weights n (each -log w, the negative ELBO of one draw). A loss with this
+    gradient and another value trains like the bound, but must not be reported as one.
 
     Args:
         loss_from_neg_elbos: n of shape (B, K), or (K, B), in nats, to the loss: a number, the sum
@@ -238,13 +237,13 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
             raise trouble or AuditError("loss_from_neg_elbos: it takes no (B, K)")
         best = min(fits, key=lambda fit: (fit.wrong, fit.proportional, fit.value))
         report.assumed.append(f"the layout is {best.layout}, with {best.way} over the batch")
-        _judge_bound(report, best)
-        _judge_range(report, sandbox, loss_from_neg_elbos, best)
+        _check_bound(report, best)
+        _check_range(report, sandbox, loss_from_neg_elbos, best)
     return report.build(layout=best.layout)
 
 
 class _Fit:
-    """How near a loss is to the bound, in one layout."""
+    """The errors of a loss against the bound, in one layout."""
 
     def __init__(self, sandbox: Sandbox, loss: Callable[[Tensor], Any], n: Tensor, layout: str):
         self.layout, self.dtype = layout, n.dtype
@@ -285,8 +284,8 @@ class _Fit:
         self.wrong = (self.value > tolerance) + (self.gradient > tolerance)
         self.tolerance = tolerance
         self.given = float(value.detach().double().sum())
-        self.wanted = float(bound.sum() * (1 if each else ways[self.way]))
-        self.off_constant = (self.given - self.wanted) / (
+        self.expected = float(bound.sum() * (1 if each else ways[self.way]))
+        self.off_constant = (self.given - self.expected) / (
             b if each or self.way == "the sum" else 1
         )
         self.proportional = math.inf
@@ -295,7 +294,7 @@ class _Fit:
             self.proportional = float((self.slope - self.ratio * truth).norm() / truth.norm())
 
 
-def _judge_bound(report: ReportBuilder, fit: _Fit) -> None:
+def _check_bound(report: ReportBuilder, fit: _Fit) -> None:
     right = fit.gradient <= fit.tolerance
     if fit.slope is None:
         report.unchecked.append("the gradient: the loss has none")
@@ -309,13 +308,13 @@ def _judge_bound(report: ReportBuilder, fit: _Fit) -> None:
             factor=fit.ratio,
         )
     else:
-        turned = fit.slope is not None and float((fit.slope < 0).double().mean()) > 0.3
+        negated = fit.slope is not None and float((fit.slope < 0).double().mean()) > 0.3
         report.bug(
             "iw_gradient",
             f"the gradient is {fit.gradient:.2g} of its length from that of the bound"
-            + (", and partly of the other sign: some draws are made worse" if turned else ""),
-            "loss = -(torch.logsumexp(-n, k) - log K), over the axis of the draws; if weights are "
-            "computed apart, detach them",
+            + (", and partly has the wrong sign: some draws are made worse" if negated else ""),
+            "loss = -(torch.logsumexp(-n, k) - log K), over the axis of the draws; detach weights "
+            "that are computed separately",
             distance=fit.gradient,
         )
     if fit.value <= fit.tolerance:
@@ -328,18 +327,18 @@ def _judge_bound(report: ReportBuilder, fit: _Fit) -> None:
     report.find(
         "iw_value",
         "warning" if right or (fit.proportional <= fit.tolerance and fit.ratio > 0) else "bug",
-        f"the value is {fit.given:.5g}, and the bound {fit.wanted:.5g}{constant}"
-        + ("; the gradient is the bound's: it trains, and must not be reported" if right else ""),
+        f"the value is {fit.given:.5g}, and the bound {fit.expected:.5g}{constant}"
+        + ("; the gradient is the bound's: it trains, but must not be reported" if right else ""),
         "report -(torch.logsumexp(-n, k) - log K)",
         value=fit.given,
-        bound=fit.wanted,
+        bound=fit.expected,
     )
 
 
-def _judge_range(
+def _check_range(
     report: ReportBuilder, sandbox: Sandbox, loss: Callable[[Tensor], Any], fit: _Fit
 ) -> None:
-    """Whether figures of the size that images have survive: exp(-1000) does not."""
+    """Whether the loss is finite at the nats of images, where exp(-n) underflows."""
     if fit.value > fit.tolerance:
         return
     generator = torch.Generator().manual_seed(1)
@@ -349,7 +348,7 @@ def _judge_range(
         if not bool(torch.as_tensor(value).isfinite().all()):
             report.warn(
                 "not_finite",
-                "at 1500 nats, as images have them, the loss is not finite",
+                "at 1500 nats, which images have, the loss is not finite",
                 "torch.logsumexp in place of log(mean(exp()))",
             )
         else:
@@ -365,17 +364,17 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
     .. math:: \log N(z; \mu, \sigma) = -\tfrac12 \log 2\pi - \log\sigma
               - \frac{(z - \mu)^2}{2 \sigma^2}
 
-    The term is regressed on it over random arguments; for a second parameter of unknown meaning
-    the log std, the log variance, the std and the variance are tried.
+    The term is regressed on it over random arguments; the second parameter is tried as the log
+    std, the log variance, the std and the variance.
 
     Args:
-        term: ``term(z)``, of a fixed Gaussian, or ``term(z, mean, second)``, for tensors (B, D); a
-            number, or numbers that are summed.
+        term: ``term(z)`` of a fixed Gaussian, or ``term(z, mean, second)``, for tensors (B, D); it
+            returns a number, or numbers that are summed.
         sign: 1 if it is a log-density, -1 if it is a loss.
 
     Returns:
-        The report; `read_as` is what the second parameter is taken for, and `details` the factor
-        and the constant.
+        The report; `read_as` is how the second parameter is read, `details` has the factor and
+        the constant.
 
     Raises:
         AuditError: If it takes neither one nor three tensors, or `sign` is another.
@@ -389,7 +388,7 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
         ('prior_term_sign',)
     """
     if sign not in (1, -1):
-        raise AuditError(f"sign: expected 1, of a log-density, or -1, of a loss; got {sign!r}")
+        raise AuditError(f"sign: expected 1 for a log-density, or -1 for a loss; got {sign!r}")
     report = ReportBuilder(name_of(term))
     with Sandbox(term) as sandbox:
         count, dtype = 0, torch.float64
@@ -403,21 +402,21 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
         report.bug(
             "not_finite",
             "the term is NaN or infinite for ordinary arguments",
-            "log sigma has to be finite wherever the network may go",
+            "log sigma must be finite at every output of the network",
         )
         return report.build()
     best = min(fits, key=lambda fit: fit.residual)
     exact = best.residual <= (EXACT if dtype == torch.float64 else 1e-3)
     if best.reading == "one":
-        report.assumed.append("term(z) speaks of one fixed Gaussian")
+        report.assumed.append("term(z) is of one fixed Gaussian")
     report.details |= {"factor": sign * best.slope, "constant": best.intercept}
     if not exact:
         report.bug(
             "prior_term_mismatch",
-            f"no reading makes it a multiple of a Gaussian's log-density: {best.residual:.0%} of "
-            "its variation is left unexplained"
+            "under no reading it is a multiple of a Gaussian's log-density: "
+            f"{best.residual:.0%} of its variation is unexplained"
             + ("" if best.reading == "one" else f" by the best, {best.reading}"),
-            "-0.5 log(2 pi) - log_std - 0.5 ((z - mean) / std)^2, with the parentheses there",
+            "-0.5 log(2 pi) - log_std - 0.5 ((z - mean) / std)^2: check the parentheses",
             residual=best.residual,
         )
     else:
@@ -430,7 +429,7 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
             "prior_term_sign",
             "as a " + ("log-density" if sign == 1 else "loss") + " it rewards distance from the "
             "mean",
-            "turn its sign round",
+            "negate it",
             slope=best.towards,
         )
     reading = None if best.reading == "one" or not exact else best.reading
@@ -440,11 +439,11 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
 def _arguments(
     sandbox: Sandbox, term: Callable[..., Any], dtype: torch.dtype, *, last: bool
 ) -> int:
-    """How many tensors a term takes; 0 if neither three nor one, and this is not the last try."""
+    """How many tensors a term takes, three or one; 0 if neither, unless this is the last try."""
     trouble: AuditError | None = None
     for count in (3, 1):
         try:
-            sandbox.as_tensor("term", sandbox.call("term", term, *_given(1, 1, count, dtype, 0)))
+            sandbox.ask("term", term, *_inputs(1, 1, count, dtype, 0))
             return count
         except AuditError as error:
             if trouble is None or "argument" not in str(error.__cause__):
@@ -454,7 +453,7 @@ def _arguments(
     return 0
 
 
-def _given(n: int, d: int, count: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
+def _inputs(n: int, d: int, count: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     z, mean = 1.5 * torch.randn(2, n, d, generator=generator, dtype=torch.float64)
     second = 0.3 + torch.rand(n, d, generator=generator, dtype=torch.float64)
@@ -475,12 +474,12 @@ class _TermFit:
 def _term_fits(
     sandbox: Sandbox, term: Callable[..., Any], count: int, dtype: torch.dtype
 ) -> list[_TermFit]:
-    """A fit for each reading, over rows of one and of four dimensions."""
+    """A regression for each reading, over rows of one and of four dimensions."""
     rows, values = [], []
     for seed in range(48):
         d = 1 if seed < 32 else 4
-        given = _given(1, d, count, dtype, 100 + seed)
-        value = sandbox.as_tensor("term", sandbox.call("term", term, *(t.clone() for t in given)))
+        given = _inputs(1, d, count, dtype, 100 + seed)
+        value = sandbox.ask("term", term, *(t.clone() for t in given))
         if value.numel() > d:
             raise AuditError(
                 f"term: given (1, {d}), expected a number or {d} of them; got {tuple(value.shape)}"
@@ -503,7 +502,7 @@ def _term_fits(
 
 
 def _averaged(x: Tensor, y: Tensor, fit: _TermFit) -> float:
-    """How well several dimensions follow: as a sum, or as a mean, of the terms of each."""
+    """The residual over several dimensions, as a sum or a mean of the terms of each."""
     more = _TermFit(fit.reading, x[32:], y[32:], fit.towards)
     factor = more.slope / fit.slope if fit.slope else math.nan
     fits = any(math.isclose(factor, f, rel_tol=1e-3) for f in (1.0, 0.25))
@@ -511,10 +510,10 @@ def _averaged(x: Tensor, y: Tensor, fit: _TermFit) -> float:
 
 
 def _one_fit(rows: list[list[Tensor]], y: Tensor, towards: float) -> _TermFit:
-    """Against z²: every Gaussian around zero is a multiple of it, and a constant."""
+    """The regression on z²: every Gaussian around zero is a multiple of it, plus a constant."""
     z = torch.stack([row[0].square().sum() for row in rows])
     fit = _TermFit("one", -0.5 * z[:32], y[:32], towards)
-    if fit.residual > EXACT:  # perhaps around another mean
+    if fit.residual > EXACT:  # the Gaussian may have another mean
         first = torch.stack([row[0].sum() for row in rows])[:32]
         design = torch.stack([z[:32], first, torch.ones(32, dtype=torch.float64)], 1)
         solution = torch.linalg.lstsq(design, y[:32, None]).solution[:, 0]
@@ -544,17 +543,12 @@ def _towards(sandbox: Sandbox, term: Callable[..., Any], count: int, dtype: torc
     """1 if the term falls with the distance from the mean, -1 if it rises."""
     change = 0.0
     for seed in range(8):
-        given = _given(1, 1, count, dtype, 500 + seed)
+        given = _inputs(1, 1, count, dtype, 500 + seed)
         mean = given[1] if count == 3 else torch.zeros_like(given[0])
-        ends = []
-        for distance in (0.2, 3.0):
-            moved = [mean + distance, *given[1:]]
-            other = [mean - distance, *given[1:]]
-            ends.append(
-                sum(
-                    float(sandbox.as_tensor("term", sandbox.call("term", term, *g)).sum())
-                    for g in (moved, other)
-                )
-            )
-        change += ends[0] - ends[1]
+        ends = [
+            float(sandbox.ask("term", term, mean + side * distance, *given[1:]).sum())
+            for distance in (0.2, 3.0)
+            for side in (1, -1)
+        ]
+        change += ends[0] + ends[1] - ends[2] - ends[3]
     return math.copysign(1.0, change)
