@@ -370,10 +370,11 @@ def load(
 
     Understood are folders and archives (tar, zip) of images, MNIST's IDX files and CIFAR batches,
     `.npy`, `.npz`, `.csv`, `.parquet`, folders of tar or parquet files or a pattern of them
-    (`shards-{0000..0099}.tar`), all of these by a URL that fsspec knows, and the names `digits`, `mnist-5k`,
-    `mnist`, `fashion-mnist`, `cifar10`, `two-moons`, `checkerboard` and `eight-gaussians`. A name
-    wins over a file called the same, which is written `./mnist`. Published sets are looked for in
-    `$MUSIGMA_DATA`, in `/usr/share/datasets` and in the user's cache, and downloaded into the
+    (`shards-{0000..0099}.tar`), all of these by a URL that fsspec knows, and the names `digits`,
+    `mnist-5k`, `mnist`, `fashion-mnist`, `cifar10`, `two-moons`, `checkerboard` and
+    `eight-gaussians`. A name wins over a file of the same name, which is written `./mnist`.
+    Published sets are looked for in `$MUSIGMA_DATA`, in `/usr/share/datasets` and in the user's
+    cache, and downloaded into that
     cache otherwise.
 
     Args:
