@@ -1,18 +1,12 @@
-"""Data sets: what is read, how it is treated, and which examples a step sees."""
+"""Data sets: how they are read and split, and which examples a step sees."""
 
-from musigma.data.dataset import (
-    DataError,
-    Dataset,
-    Part,
-    Preprocess,
-    Progress,
-    batch_indices,
-    describe,
-    digest,
-    identity,
-    load,
-)
+from musigma.data.attach import attach
+from musigma.data.dataset import Dataset, Preprocess, digest, identity, load
 from musigma.data.given import Given
+from musigma.data.readers import DataError, Progress
+from musigma.data.sampling import batch_indices
+from musigma.data.split import Part
+from musigma.data.summary import describe, summary
 
 __all__ = [
     "DataError",
@@ -21,9 +15,11 @@ __all__ = [
     "Part",
     "Preprocess",
     "Progress",
+    "attach",
     "batch_indices",
     "describe",
     "digest",
     "identity",
     "load",
+    "summary",
 ]

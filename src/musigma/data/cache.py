@@ -1,9 +1,9 @@
-"""The user's cache: what took long to make, so that it is made once.
+"""The user's cache: results that took long to compute, stored for the next time.
 
-Two things lie in it: *records*, a few small arrays with a header that says of which source, in
-which version; and *flat arrays*, written block by block where memory is too small, and
-memory-mapped. Both are written whole or not at all, by one process while others wait. What is
-truncated, damaged, foreign or out of date is made again, and never believed. No pickles.
+It contains *records*, small arrays with a header that names their source and its version, and
+*flat arrays*, which are written block by block where memory is too small, and memory-mapped. Both
+are written whole or not at all, by one process while others wait. Entries that are truncated,
+damaged, foreign or out of date are computed again. No pickles are read.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from musigma.data.readers.base import DataError, Request, allocate, first_line
+from musigma.data.common import DataError, Request, allocate, first_line
 from musigma.files import locked, replacing
 
 FORMAT = "musigma record 1"
 
 
 class Record(NamedTuple):
-    """Arrays, and what JSON can hold: `about` which source they are, and what else is known."""
+    """Arrays with JSON values: `about` identifies the source, `info` is whatever else is known."""
 
     about: dict[str, Any]
     info: dict[str, Any]
@@ -38,19 +38,19 @@ def folder() -> Path:
 
 
 def place(kind: str, name: str, suffix: str = "") -> Path:
-    """Where the cache keeps a thing of a kind under any name, be it a path or a URL."""
+    """The path of a cache entry of a kind, for a name that may be a path or a URL."""
     key = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
     return folder() / kind / f"{key}{suffix}"
 
 
 def stamp(path: Path) -> list[int]:
-    """What tells a file from another version of it: its size, and when it was written."""
+    """Size and modification time of a file, by which its versions are told apart."""
     about = path.stat()
     return [about.st_size, about.st_mtime_ns]
 
 
 def read(path: Path) -> Record | None:
-    """The record in a file, if one is there and whole."""
+    """The record in a file; None if it does not exist or is not a whole record."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
@@ -58,7 +58,7 @@ def read(path: Path) -> Record | None:
         if header.pop("format") != FORMAT:
             return None
         return Record(header["about"], header["info"], arrays)
-    except Exception:  # whatever the parsers say of what is no record
+    except Exception:  # the parsers raise many types for damaged files
         return None
 
 
@@ -77,7 +77,7 @@ def write(path: Path, record: Record) -> None:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def kept(
+def cached(
     path: Path,
     about: Mapping[str, Any],
     build: Callable[[Record | None], Record],
@@ -86,10 +86,10 @@ def kept(
     """The record of a source in its present version, from the cache or built.
 
     Args:
-        path: As `place` says.
-        about: Which source in which version; equal to that of a record that is up to date.
-        build: Makes the record, given an old one of which parts may still hold.
-        request: Is told if the cache cannot be written; the record is then used, and not kept.
+        path: From `place`.
+        about: The source and its version; equal to that of a record that is up to date.
+        build: Builds the record, given an old one of which parts may still be valid.
+        request: Receives a note if the cache cannot be written.
     """
     about = json.loads(json.dumps(about))
     with locked(path.with_suffix(".lock")):
@@ -97,19 +97,19 @@ def kept(
         if found is not None and found.about == about:
             return found
         record = build(found)._replace(about=about)
-        keep(path, record, request)
+        store(path, record, request)
         return record
 
 
-def keep(path: Path, record: Record, request: Request) -> None:
-    """Write a record, or note that it could not be."""
+def store(path: Path, record: Record, request: Request) -> None:
+    """Write a record, or note that it could not be written."""
     try:
         write(path, record)
     except OSError as error:
         reason = error.strerror or first_line(error)
         request.notes.append(
-            f"the cache {folder()} cannot be written ({reason}), so what was found out about "
-            f"{request.where} is not kept: set XDG_CACHE_HOME to a folder of yours"
+            f"the cache {folder()} cannot be written ({reason}), so {request.where} will be "
+            "surveyed again next time: set XDG_CACHE_HOME to a folder of yours"
         )
 
 
@@ -121,13 +121,13 @@ def flat(
     blocks: Callable[[], Iterable[np.ndarray]],
     request: Request,
 ) -> np.ndarray:
-    """An array of blocks of rows: in memory if it fits, else memory-mapped from the cache.
+    """An array made of blocks of rows: in memory if it fits, else memory-mapped from the cache.
 
     Args:
-        name: Of the source, and of what is made of it.
+        name: Name of the source and of the result, by which the cache knows it.
         about: The version of the source.
-        shape: Of the whole.
-        dtype: Of the whole.
+        shape: Shape of the result.
+        dtype: Type of the result.
         blocks: Yields the rows, in order.
         request: Decides what fits.
 
@@ -154,7 +154,7 @@ def flat(
             ):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 for left in path.parent.glob(f".{path.name}.*") if exclusive else ():
-                    left.unlink(missing_ok=True)  # by a process that was killed
+                    left.unlink(missing_ok=True)  # drafts of processes that were killed
                 with replacing(path) as draft, draft.open("wb") as file:
                     layout = {"descr": wanted["dtype"], "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, layout)
@@ -164,14 +164,14 @@ def flat(
             return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise DataError(
-            f"{request.where}: needs {n_bytes / 2**30:.1f} GiB in the cache {folder()}, and it "
-            f"says: {error.strerror or first_line(error)}: make room there, or set XDG_CACHE_HOME "
-            "to a folder of a larger disk"
+            f"{request.where}: needs {n_bytes / 2**30:.1f} GiB in the cache {folder()}, which "
+            f"cannot be written ({error.strerror or first_line(error)}): make room there, or set "
+            "XDG_CACHE_HOME to a folder on a larger disk"
         ) from error
 
 
 def _readable(blocks: Iterable[np.ndarray], where: str) -> Iterator[np.ndarray]:
-    """The blocks; an error in reading them is no error in writing."""
+    """The blocks; an error in reading them is not mistaken for one in writing."""
     try:
         yield from blocks
     except OSError as error:

@@ -1,18 +1,15 @@
-"""Data: what a source holds, how its examples are treated, and which of them a step sees.
+"""Data sets: `load` reads a source, and `Dataset` gives its examples as a model sees them.
 
-`load` answers with a `Dataset` that keeps the examples as they were found: in memory, or on disk
-where they take too much of it, memory-mapped or decoded when asked for. `Dataset.take` treats the
-ones asked for as its `Preprocess` says. Batches, binarization noise and the held-out split are
-pure functions of seeds, steps and content: no state to save, no order of files to depend on,
-nothing drawn from a global generator.
+A data set keeps its examples as they were read: in memory, or on disk where they take too much of
+it, memory-mapped or decoded when they are indexed. `Dataset.take` preprocesses those that are
+asked for. The split into parts is a function of the content, and of the parts that the source
+itself defines.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
-from functools import lru_cache
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -21,38 +18,34 @@ from typing import Any, Literal, TypeGuard, get_args
 import numpy as np
 
 from musigma.data import readers
+from musigma.data.columns import listed
 from musigma.data.given import Given
 from musigma.data.readers import DataError, LazyImages, Progress
+from musigma.data.sampling import binarized
+from musigma.data.split import PARTS, Part, parts
 from musigma.spec import Spec, Variable
 
 __all__ = [
-    "DataError",
     "Dataset",
-    "Given",
     "Part",
     "Preprocess",
-    "Progress",
-    "batch_indices",
-    "describe",
     "digest",
     "identity",
     "load",
 ]
 
 Binarize = Literal["threshold", "dynamic"]
-Part = Literal["all", "train", "validation", "held-out"]
-NOISE, ORDER, REDRAW = 0, 1, 2  # streams of random numbers that share a seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How images are treated, kept with a model so that new data meet it as the training data did.
+    """How images are preprocessed; saved with a model, so that new data are treated alike.
 
     Args:
-        size: Bring images to so many pixels: a square, or (height, width). They are scaled,
-            antialiased, until they cover it, and what stands over is cut off evenly.
-        bits: Levels per channel are 2^bits: level x becomes floor(x / 2^(8 - bits)).
-        binarize: One bit instead: x >= 128 ("threshold"), or drawn afresh with probability x / 255
+        size: Pixels to resize images to: a square, or (height, width). Images are scaled,
+            antialiased, until they cover it, and cropped centrally.
+        bits: Bits of each channel: level x becomes floor(x / 2^(8 - bits)).
+        binarize: One bit instead: x >= 128 ("threshold"), or a new draw with probability x / 255
             each time an example is taken ("dynamic").
 
     >>> Preprocess(binarize="dynamic").levels_bits
@@ -77,7 +70,7 @@ class Preprocess:
                 "(height, width), or None"
             )
         size = sides[0] if len(set(sides)) == 1 else tuple(sides)
-        object.__setattr__(self, "size", size)  # one form of each: squares are numbers
+        object.__setattr__(self, "size", size)  # a square is one number
         if not (_is_whole(self.bits) and 1 <= self.bits <= 8):
             raise DataError(f"bits is {self.bits!r}: give a whole number from 1 to 8")
         if self.binarize not in (None, *get_args(Binarize)):
@@ -89,7 +82,7 @@ class Preprocess:
 
     @property
     def pixels(self) -> tuple[int, int] | None:
-        """Height and width of what images are brought to, if they are."""
+        """Height and width that images are resized to; None: they are not."""
         if self.size is None or isinstance(self.size, tuple):
             return self.size
         return self.size, self.size
@@ -121,26 +114,24 @@ UNTOUCHED = Preprocess()
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples of one shape, with what is known about each.
+    """Examples of one shape, with labels, names and context.
 
     Args:
-        array: uint8 levels 0..255 of shape (N, C, H, W), or float32 (N, D), before any treatment;
-            perhaps memory-mapped, or images that are decoded when they are indexed; shared by all
-            subsets.
-        rows: Which rows of `array` this set holds, in its order; None for all.
+        array: uint8 levels 0..255 of shape (N, C, H, W), or float32 (N, D), before preprocessing.
+            It may be memory-mapped, or decode images when they are indexed; all subsets share it.
+        rows: The rows of `array` that belong to this set, in its order; None: all.
         name: The source as it was given.
         preprocess: What `take` does to images; `size` has been applied to `array` already.
         labels: int64 (N,), indices into `label_names`.
-        label_names: What the labels are called.
+        label_names: Names of the classes.
         ids: A name for each example, its file name for instance.
-        official_test: True where the source itself sets an example aside for testing.
-        official_validation: True where it sets one aside to choose by.
-        columns: Names of a table's columns.
-        given: What each example comes with besides its label, by name: what a model can be
-            conditioned on.
-        skipped: Names of files that could not be used and were left out.
-        notes: What the user should know of how the data were read.
-        hashes: Of the rows of `array`: found out once, and shared by all subsets.
+        official_test: True for examples that the source itself reserves for testing.
+        official_validation: True for examples that the source itself reserves for validation.
+        columns: Names of the columns of a table.
+        given: Further context of each example, by name: what a model can be conditioned on.
+        skipped: What could not be used and was left out, with the reasons, by name.
+        notes: What the user should know about how the data were read.
+        hashes: Hashes of the rows of `array`, computed once and shared by all subsets.
 
     >>> data = Dataset(np.arange(12, dtype=np.float32).reshape(6, 2))
     >>> data.shape, len(data), data.subset([4, 5]).take([0])
@@ -159,7 +150,7 @@ class Dataset:
     official_validation: np.ndarray | None = field(default=None, repr=False)
     columns: tuple[str, ...] = ()
     given: Mapping[str, Given] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     hashes: _Hashes | None = field(default=None, repr=False)
 
@@ -253,7 +244,7 @@ class Dataset:
         rows = index if self.rows is None else self.rows[index]
         x = np.ascontiguousarray(self.array[rows])
         if self.preprocess.binarize == "dynamic":
-            return _binarized(x, seed, step, first * prod(self.shape))
+            return binarized(x, seed, step, first * prod(self.shape))
         return x if self.bits in (None, 8) else x >> np.uint8(8 - self.bits)
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
@@ -276,7 +267,7 @@ class Dataset:
         std = np.sqrt(square / max(1, done))
         if len(constant := np.flatnonzero(std == 0)):
             raise DataError(
-                f"{self.name or 'array'}: {readers.listed(self.columns, constant)} "
+                f"{self.name or 'array'}: {listed(self.columns, constant)} "
                 f"{'are' if len(constant) > 1 else 'is'} constant in the {done} rows to train on, "
                 "where the density is infinite: drop it, or give more data"
             )
@@ -284,26 +275,26 @@ class Dataset:
 
     def subset(self, which: Sequence[int] | np.ndarray) -> Dataset:
         """The examples of a mask or of indices, in that order; no example is copied."""
-        keep = np.arange(len(self))[which] if len(which) else np.empty(0, np.int64)
-        kept = {
-            name: None if (value := getattr(self, name)) is None else value[keep]
+        rows = np.arange(len(self))[which] if len(which) else np.empty(0, np.int64)
+        arrays = {
+            name: None if (value := getattr(self, name)) is None else value[rows]
             for name in ("labels", "official_test", "official_validation")
         }
         return replace(
             self,
-            rows=keep if self.rows is None else self.rows[keep],
-            ids=None if self.ids is None else tuple(self.ids[i] for i in keep),
-            given={name: given.subset(keep) for name, given in self.given.items()},
-            **kept,
+            rows=rows if self.rows is None else self.rows[rows],
+            ids=None if self.ids is None else tuple(self.ids[i] for i in rows),
+            given={name: given.subset(rows) for name, given in self.given.items()},
+            **arrays,
         )
 
     def split(self, part: Part, fraction: float = 0.1) -> Dataset:
-        """A part of the data: to train on, to choose weights by, or held out until the end.
+        """One part of the data: for training, for choosing weights, or held out until the end.
 
-        A source's own test part is what is held out, and its own validation part is for that.
-        Where there is none, each example is held out with probability `fraction` by a hash of its
-        content; half as many of the others are for validation, by the same hash. So whatever the
-        order of the files, an example and its duplicates fall on the same side.
+        The parts that the source defines are used as they are: its test part is held out. Where
+        it defines none, each example is held out with probability `fraction` by a hash of its
+        content, and half as many of the others are for validation, by the same hash. An example
+        and its duplicates are therefore in the same part, whatever the order of the files.
         """
         if part not in get_args(Part):
             raise DataError(f"part is {part!r}: give {', '.join(get_args(Part))}")
@@ -311,38 +302,20 @@ class Dataset:
             raise DataError(f"fraction is {fraction}: give a number between 0 and 1")
         if part == "all":
             return self
-        hashes, held = self.content(), self.official_test
-        if held is None or held.all() or not held.any():
-            held = self._below(hashes, fraction, above=2)
-        if part == "held-out":
-            return self.subset(held)
-        rest, own = ~held, self.official_validation
-        if own is None or own[rest].all() or not own[rest].any():
-            rest[rest] = self._below(hashes[rest], 1 - fraction / 2)
-        else:
-            rest &= ~own
-        return self.subset(rest if part == "train" else ~(held | rest))
+        try:
+            masks = parts(self.content(), self.official_test, self.official_validation, fraction)
+        except DataError as error:
+            raise DataError(f"{self.name or 'array'}: {error}") from None
+        return self.subset(masks[PARTS.index(part)])
 
     def content(self) -> np.ndarray:
         """64 bits of BLAKE2b of each example's content before `preprocess`, uint64 (N,)."""
-        assert self.hashes is not None  # `__post_init__` has seen to it
+        assert self.hashes is not None  # set by `__post_init__`
         return self.hashes.of(self.rows)
-
-    def _below(self, hashes: np.ndarray, fraction: float, *, above: int = 1) -> np.ndarray:
-        """Which hashes lie below a cut: in tiny sets one at least, and `above` that do not."""
-        distinct = np.unique(hashes)
-        if len(distinct) < 1 + above:
-            kind = "no examples" if not len(distinct) else f"only {len(distinct)} different ones"
-            raise DataError(
-                f"{self.name or 'array'}: cannot be split, it holds {kind} to share out: give "
-                "more data, or take part 'all'"
-            )
-        cut = np.searchsorted(distinct, np.uint64(int(fraction * 2**64)))
-        return hashes < distinct[min(max(int(cut), 1), len(distinct) - above)]
 
 
 class _Hashes:
-    """Hashes of the rows of an array, computed when they are first asked for."""
+    """Hashes of the rows of an array, computed when they are first needed."""
 
     def __init__(self, array: np.ndarray | LazyImages, known: np.ndarray | None = None):
         self.array, self.known = array, known
@@ -361,6 +334,9 @@ def load(
     source: str | Path,
     *,
     preprocess: Preprocess = UNTOUCHED,
+    given: str | Iterable[str] = (),
+    columns: Sequence[str] | None = None,
+    channels: int | None = None,
     skip_bad: bool = False,
     allow_constant: bool = False,
     in_memory: bool | None = None,
@@ -368,46 +344,62 @@ def load(
 ) -> Dataset:
     """Read a data set from a path, a URL, or by its name.
 
-    Understood are folders and archives (tar, zip) of images, MNIST's IDX files and CIFAR batches,
-    `.npy`, `.npz`, `.csv`, `.parquet`, folders of tar or parquet files or a pattern of them
-    (`shards-{0000..0099}.tar`), all of these by a URL that fsspec knows, and the names `digits`,
-    `mnist-5k`, `mnist`, `fashion-mnist`, `cifar10`, `two-moons`, `checkerboard` and
-    `eight-gaussians`. A name wins over a file of the same name, which is written `./mnist`.
-    Published sets are looked for in `$MUSIGMA_DATA`, in `/usr/share/datasets` and in the user's
-    cache, and downloaded into that
-    cache otherwise.
+    It reads folders and archives (tar, zip) of images, MNIST's IDX files and CIFAR batches;
+    `.npy`, `.npz`, `.csv`, `.tsv` and `.parquet`; folders of tar or parquet files, or a pattern of
+    them (`shards-{0000..0099}.tar`); all of these by a URL that fsspec knows; and the names
+    `digits`, `mnist-5k`, `mnist`, `fashion-mnist`, `cifar10`, `two-moons`, `checkerboard` and
+    `eight-gaussians`. A name takes precedence over a file of the same name, which is written
+    `./mnist`. Published sets are looked for in `$MUSIGMA_DATA`, in `/usr/share/datasets` and in
+    the user's cache, and otherwise downloaded into the cache.
 
     Args:
         source: A path, a URL or a name.
-        preprocess: How images are treated.
-        skip_bad: Leave images out that cannot be used, and name them in `Dataset.skipped`.
-        allow_constant: Take tables with constant columns: harmless for scoring, where the model
-            is given, and fatal for training, where the density in them is infinite.
-        in_memory: Whether examples are read into memory. By default those are that take at most a
-            quarter of it (divided by the processes of a `torchrun` on this machine); others stay
-            on disk, and the user's cache keeps what is known of them. `.npy` files stay there
-            anyway, unless this is True; `.npz`, `.csv` and IDX files never do.
-        progress: Called with (done, total) as examples are read (of a URL, MiB).
+        preprocess: How images are preprocessed.
+        given: Context to read along with the examples: `label` requires labels; names or patterns
+            of columns (`x_*`), which then are no part of x; or files with a row for each example
+            (`attach`).
+        columns: The columns of a table that a model needs, in its order. Others are left out.
+        channels: 3 makes grey images RGB.
+        skip_bad: Leave out images and rows that cannot be used; `Dataset.skipped` names them.
+        allow_constant: Accept constant columns: harmless for scoring with a trained model, but
+            not for training, where the density of such a column is infinite.
+        in_memory: Whether to read examples into memory. By default they are read if they take at
+            most a quarter of it (divided by the processes of a `torchrun` on this machine).
+            Others stay on disk, and the user's cache stores an index of them. `.npy` files always
+            stay there unless this is True; `.npz`, `.csv` and IDX files never do.
+        progress: Called with (done, total) as examples are read (for a URL, MiB).
 
     Raises:
-        DataError: The data cannot be used as they are; the message says what to do.
+        DataError: If the data cannot be used as they are; the message says what to do.
 
     >>> data = load("two-moons")
     >>> data.shape, data.bits, sum(len(data.split(p)) for p in ("train", "validation", "held-out"))
     ((2,), None, 20000)
     """
+    from musigma.data.attach import attach, is_source
+
+    wanted = [given] if isinstance(given, str) else list(given)
+    files = [item for item in wanted if item != "label" and is_source(item)]
     found = readers.read(
         source,
         size=preprocess.pixels,
+        channels=channels,
+        columns=None if columns is None else tuple(columns),
+        given=tuple(item for item in wanted if item != "label" and item not in files),
         allow_constant=allow_constant,
         skip_bad=skip_bad,
         in_memory=in_memory,
-        progress=progress,
+        report=progress or (lambda done, total: None),
     )
     name = readers.plain(source) if readers.is_url(source) else str(source)
     if found.x.dtype == np.uint8:
         _check_levels(found.x, preprocess.levels_bits, name)
-    return Dataset(
+    if "label" in wanted and found.labels is None:
+        raise DataError(
+            f"{name}: given: it has no labels: put images into a folder for each class, or name "
+            "a column of a table 'label'"
+        )
+    data = Dataset(
         found.x,
         name=name,
         preprocess=preprocess,
@@ -417,14 +409,21 @@ def load(
         official_test=found.official_test,
         official_validation=found.official_validation,
         columns=found.columns,
+        given=found.given,
         skipped=found.skipped,
         notes=found.notes,
         hashes=_Hashes(found.x, found.hashes),
     )
+    if found.usable is not None:
+        rows = np.flatnonzero(found.usable)
+        data = replace(data, ids=data.ids or tuple(map(str, range(len(data))))).subset(rows)
+    for file in files:
+        data = attach(data, file)
+    return data
 
 
 def _check_levels(x: np.ndarray | LazyImages, bits: int, where: str) -> None:
-    """Stop at images whose levels seem to be reduced already: reducing them again leaves black."""
+    """Refuse images whose levels were reduced already: reducing them again would leave black."""
     high = 0
     for example in x if bits < 8 and len(x) > 1 else ():
         high = max(high, int(example.max()))
@@ -438,7 +437,7 @@ def _check_levels(x: np.ndarray | LazyImages, bits: int, where: str) -> None:
 
 
 def identity(source: str | Path) -> str:
-    """What makes two sources the same one: the name, the URL without its query, or the path.
+    """What identifies a source: its name, its URL without the query, or its resolved path.
 
     >>> identity("digits")
     'digits'
@@ -463,85 +462,3 @@ def digest(dataset: Dataset) -> str:
     for name in sorted(dataset.given):
         state.update(f"\0{name}\0".encode() + dataset.given[name].content())
     return state.hexdigest()
-
-
-def describe(dataset: Dataset) -> dict[str, Any]:
-    """A summary that JSON can hold.
-
-    >>> describe(Dataset(np.zeros((3, 2), np.float32), name="points"))["shape"]
-    [2]
-    """
-    labels = None
-    if dataset.labels is not None:
-        count = Counter(dataset.labels.tolist())
-        labels = {name: count[i] for i, name in enumerate(dataset.label_names)}
-    return {
-        "name": dataset.name,
-        "n": len(dataset),
-        "shape": list(dataset.shape),
-        "bits": dataset.bits,
-        "preprocess": dataset.preprocess.to_json(),
-        "labels": labels,
-        "columns": list(dataset.columns),
-        "given": {
-            variable.name: {"shape": list(variable.shape), "names": list(variable.names)}
-            for variable in dataset.variables
-            if variable.name in dataset.given
-        },
-        "skipped": list(dataset.skipped),
-    }
-
-
-def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """Indices of batch `step`: a pure function, so a resumed run sees what it would have seen.
-
-    The steps walk through an endless sequence of permutations of range(n), one per epoch; a batch
-    may end one epoch and begin the next, so every example is seen once in each.
-
-    >>> batches = [batch_indices(5, 2, seed=0, step=step) for step in range(5)]
-    >>> sorted(np.concatenate(batches).tolist())
-    [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    """
-    for what, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("step", step, 0)):
-        if value < least:
-            raise DataError(f"{what} is {value}: give a whole number from {least}")
-    start, stop = step * batch_size, (step + 1) * batch_size
-    pieces = [
-        _permutation(n, seed, epoch)[max(start - epoch * n, 0) : stop - epoch * n]
-        for epoch in range(start // n, (stop - 1) // n + 1)
-    ]
-    return np.concatenate(pieces)
-
-
-@lru_cache(maxsize=2)
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation from Philox's raw words, which no version of NumPy may change."""
-    return np.argsort(_philox(seed, epoch, ORDER).random_raw(n), kind="stable")
-
-
-def _philox(seed: int, step: int, stream: int, block: int = 0) -> np.random.Philox:
-    """Random words by their place in a stream: a block holds four."""
-    key = np.array([seed % 2**64, step % 2**64], np.uint64)
-    return np.random.Philox(key=key, counter=np.array([block, 0, 0, stream], np.uint64))
-
-
-def _binarized(x: np.ndarray, seed: int, step: int, start: int) -> np.ndarray:
-    """One with probability x / 255, exactly, by the random bytes from place `start` of a step.
-
-    A byte below 255 is uniform on 0..254, so comparing it to x is all there is to do; one in 256
-    is not, and is drawn anew from a hash (SplitMix64; Steele, Lea, Flood, "Fast splittable
-    pseudorandom number generators", 2014) of its place.
-    """
-    block, skip = divmod(start, 32)
-    words = _philox(seed, step, NOISE, block).random_raw((skip + x.size + 7) // 8)
-    noise = words.astype("<u8", copy=False).view(np.uint8)[skip : skip + x.size]
-    levels = x.reshape(-1)
-    ones = noise < levels
-    again = np.flatnonzero((noise == 255) & (levels > 0))
-    if len(again):
-        key = _philox(seed, step, REDRAW).random_raw(1)
-        z = key + (again + start).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        ones[again] = (z ^ (z >> np.uint64(31))) % np.uint64(255) < levels[again]
-    return ones.view(np.uint8).reshape(x.shape)

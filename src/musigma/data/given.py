@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from musigma.data.readers import DataError, LazyImages, content_hashes
+from musigma.data.common import DataError, content_hashes, printable
 from musigma.spec import Variable
+
+if TYPE_CHECKING:
+    from musigma.data.readers.lazy_images import LazyImages
 
 __all__ = ["Given"]
 
@@ -60,6 +64,14 @@ class Given:
                 f"values are not finite in {bad.sum()} rows, the first of them {bad.argmax()} "
                 "(from 0): drop or fill these rows"
             )
+
+    @classmethod
+    def of_text(cls, cells: Sequence[str] | np.ndarray) -> Given:
+        """Text as classes, sorted by name."""
+        names, codes = np.unique(
+            [printable(str(cell).strip()) for cell in cells], return_inverse=True
+        )
+        return cls(codes.astype(np.int64), tuple(names.tolist()))
 
     def __len__(self) -> int:
         return len(self.values)

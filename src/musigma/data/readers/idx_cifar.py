@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from musigma.data.readers.arrays import as_images, as_labels
-from musigma.data.readers.base import MAX_ARRAY, DataError, Source, damage
+from musigma.data.common import MAX_ARRAY, DataError, RawData, as_labels, damage
+from musigma.data.readers.arrays import as_images
 
 IDX = re.compile(r"(.*?)[-_.]?(images|labels)[-.]idx\d[-.]ubyte(\.gz)?")
 CIFAR = re.compile(r"(data_batch_\d+|test_batch)(\.bin)?")
@@ -24,8 +24,8 @@ CIFAR_PICKLED = (
 )
 
 
-def read_idx(files: dict[str, bytes], where: str) -> Source:
-    """MNIST's files; of a plain and a gzipped one the plain is taken."""
+def read_idx(files: dict[str, bytes], where: str) -> RawData:
+    """MNIST's files; plain ones are preferred to gzipped ones."""
     parts: dict[tuple[str, str], bytes] = {}  # (train or test, images or labels)
     sets = set()
     for name in sorted(files, key=lambda name: (name.endswith(".gz"), name)):
@@ -43,7 +43,7 @@ def read_idx(files: dict[str, bytes], where: str) -> Source:
         raise DataError(f"{where}: holds {len(sets)} IDX sets ({found}): give the folder of one")
     present = [part for part in ("train", "test") if (part, "images") in parts]
     if not present:
-        raise DataError(f"{where}: holds IDX labels but no IDX images: put the images beside them")
+        raise DataError(f"{where}: holds IDX labels but no IDX images: add the images")
     images = [
         idx_images(idx_array(parts[part, "images"], f"{where}: {part} images"), where)
         for part in present
@@ -55,27 +55,27 @@ def read_idx(files: dict[str, bytes], where: str) -> Source:
     if all((part, "labels") in parts for part in present):
         blocks = [idx_array(parts[p, "labels"], f"{where}: {p} labels") for p in present]
         labels, label_names = as_labels(np.concatenate(blocks), len(x), where)
-    return Source(x, labels, label_names, None, test if len(present) > 1 else None)
+    return RawData(x, labels, label_names, None, test if len(present) > 1 else None)
 
 
 def idx_array(data: bytes, where: str) -> np.ndarray:
-    """The array in an IDX file, compressed or not, of no more than its bytes."""
+    """The array in an IDX file, which may be compressed with gzip."""
     zipped = data[:2] == b"\x1f\x8b"
     with damage(where), gzip.open(io.BytesIO(data)) if zipped else io.BytesIO(data) as file:
         head = file.read(4)
         if len(head) < 4 or head[:2] != b"\0\0" or head[2] != 8 or not 1 <= head[3] <= 4:
             raise DataError(
-                f"{where}: starts with {head.hex()}, and an IDX file of bytes with 0000080n: "
+                f"{where}: starts with {head.hex()}, and IDX files of bytes start with 0000080n: "
                 "give an IDX file of images"
             )
         sizes = file.read(4 * head[3])
         shape = tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4))
         count = math.prod(shape)
-        most = len(data) * (1032 if zipped else 1)  # deflate packs no better
+        most = len(data) * (1032 if zipped else 1)  # the best that deflate can do
         body = b"" if count > min(most, MAX_ARRAY) else file.read(count + 1)
     if len(sizes) < 4 * head[3] or len(body) != count:
         raise DataError(
-            f"{where}: the IDX header promises {' x '.join(map(str, shape))} bytes and "
+            f"{where}: the IDX header announces {' x '.join(map(str, shape))} bytes and "
             f"{'more' if len(body) > count else 'fewer'} follow: fetch the file again"
         )
     return np.frombuffer(body, np.uint8).reshape(shape)
@@ -85,20 +85,21 @@ def idx_images(x: np.ndarray, where: str) -> np.ndarray:
     """An IDX array as images."""
     if x.ndim < 3:
         raise DataError(
-            f"{where}: holds {x.ndim}-dimensional IDX data, labels perhaps: give the file of "
+            f"{where}: holds {x.ndim}-dimensional IDX data, perhaps labels: give the file of "
             "images, or the folder of both"
         )
     return as_images(x, where)
 
 
-def read_cifar(files: dict[str, bytes], where: str) -> Source:
+def read_cifar(files: dict[str, bytes], where: str) -> RawData:
     """CIFAR's batches, binary or pickled."""
     images, labels, test = [], [], []
     for name, data in sorted(files.items()):
         if name.endswith(".bin"):
             if not data or len(data) % 3073:
                 raise DataError(
-                    f"{where}: {name} has {len(data)} bytes, no multiple of 3073: fetch it again"
+                    f"{where}: {name} has {len(data)} bytes, which 3073 does not divide: fetch it "
+                    "again"
                 )
             records = np.frombuffer(data, np.uint8).reshape(-1, 3073)
             x, y = records[:, 1:], records[:, 0]
@@ -110,11 +111,11 @@ def read_cifar(files: dict[str, bytes], where: str) -> Source:
     x, y, official = np.concatenate(images), np.concatenate(labels), np.concatenate(test)
     y, names = as_labels(y, len(x), where)
     names = CIFAR10_LABELS if len(names) <= 10 else names
-    return Source(x, y, names, None, official if 0 < official.sum() < len(x) else None)
+    return RawData(x, y, names, None, official if 0 < official.sum() < len(x) else None)
 
 
 class _Inert:
-    """Stands for every class a CIFAR batch names: it keeps what it is given and does nothing."""
+    """Replaces every class that a CIFAR batch names; stores its arguments and does nothing."""
 
     def __init__(self, *given: Any):
         self.given = given
@@ -125,14 +126,14 @@ class _Inert:
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    """Reads the pickles of CIFAR's Python version without calling anything that they name."""
+    """Reads the pickles of CIFAR's Python version without running anything that they name."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
             return lambda text, codec: text.encode("latin1")
         if f"{module}.{name}" in CIFAR_PICKLED:
             return _Inert
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, as no CIFAR batch does")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR batch needs")
 
 
 def _cifar_pickle(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,9 @@
-"""Files that come together: folders, archives, and archives that are parts of one set (shards).
+"""Files that belong together: a folder, an archive, or several archives (shards).
 
-An `Origin` knows the files that hold a source, with their sizes and times, and walks over their
-members: a folder's files, or what archives hold. A member of a folder, of a plain tar and of a zip
-has a `Place`, by which it is found again at any time; one of a compressed tar can be read only as
-the walk comes by. Nothing is extracted to disk.
+A `FileSet` lists the files of a source with their sizes and times, and walks over their members:
+the files of a folder, or the contents of archives. A member of a folder, a plain tar or a zip has
+a `Place`, by which it can be read at any time; a member of a compressed tar can be read only while
+the walk is at it. Nothing is extracted to disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from musigma.data.readers.base import DataError, damage, printable
+from musigma.data.common import DataError, damage, printable
+from musigma.data.readers.layout import parts_of_files
 
 MAX_MEMBER = 1 << 30  # bytes: no file inside an archive is larger
 MAX_SHARDS = 1 << 20
@@ -32,7 +33,7 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def expanded(pattern: str) -> list[str]:
-    """The names that a pattern stands for, as a shell would write them out.
+    """The names that a pattern with ranges matches, as a shell expands it.
 
     >>> expanded("a-{08..10}.tar")
     ['a-08.tar', 'a-09.tar', 'a-10.tar']
@@ -45,12 +46,12 @@ def expanded(pattern: str) -> list[str]:
         runs.append([f"{text}{i:0{width}}" for i in run[:MAX_SHARDS]])
         count *= len(run)
     if not 0 < count <= MAX_SHARDS:
-        raise DataError(f"{pattern}: stands for {count} files: give 1 to {MAX_SHARDS}")
+        raise DataError(f"{pattern}: matches {count} files: give a pattern of 1 to {MAX_SHARDS}")
     return ["".join(parts) + last for parts in itertools.product(*runs)]
 
 
 class File(NamedTuple):
-    """A file of an origin, by its path below the root, and what tells it from another version."""
+    """A file by its path below the root, with its size and time, which tell versions apart."""
 
     name: str
     size: int
@@ -58,66 +59,74 @@ class File(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a member lies: in which file of the origin, from which byte, how many of them."""
+    """Where a member lies: the index of its file, its first byte, its length."""
 
     file: int
-    offset: int = -1  # the whole file
+    offset: int = -1  # -1: the whole file
     length: int = -1
-    packed: bool = False  # by deflate
+    packed: bool = False  # compressed by deflate
 
 
 class Member(NamedTuple):
-    """A file to be read: `open` it while the walk is at it, or find it again by its `place`."""
+    """A file to read: by `open` while the walk is at it, or later by its `place`."""
 
     name: str
     open: Callable[[], BinaryIO]
     place: Place | None = None
-    path: str = ""  # without the archive's own name: its folders are classes
+    path: str = ""  # without the archive's name: its folders are parts and classes
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The files that a source consists of, and a walk over their members.
+class FileSet:
+    """The files of a source, and a walk over their members.
 
     Args:
-        root: What names are relative to.
+        root: The folder that names are relative to.
         files: All of them, by name.
-        name: What the cache knows the source by.
+        name: The key of the source in the cache.
         archives: Whether the members are inside the files.
+        links: Links to folders, which are not followed.
     """
 
     root: Path
     files: Sequence[File]
     name: str
     archives: bool = False
+    links: Sequence[str] = ()
 
     @classmethod
-    def of_folder(cls, root: Path) -> Origin:
-        """All files below a folder; hidden ones and folders behind links are left out."""
-        return cls(Path(os.path.abspath(root)), _listing(root), str(root.resolve()))
+    def of_folder(cls, root: Path) -> FileSet:
+        """All files below a folder, without hidden files; links to folders are not followed."""
+        files, links = _listing(root)
+        return cls(Path(os.path.abspath(root)), files, str(root.resolve()), links=links)
 
     @classmethod
-    def of_files(cls, paths: Sequence[Path], *, archives: bool = False) -> Origin:
-        """Some files; names are relative to the folder that holds them all."""
+    def of_files(cls, paths: Sequence[Path], *, archives: bool = False) -> FileSet:
+        """Some files; names are relative to the folder that contains them all."""
         paths = [Path(os.path.abspath(path)) for path in paths]
         root = Path(os.path.commonpath([path.parent for path in paths]))
         files = [_file(path, path.relative_to(root).as_posix()) for path in paths]
         name = "\n".join(str(path.resolve()) for path in paths)
         return cls(root, files, name, archives)
 
-    def shards(self) -> Origin:
+    def shards(self) -> FileSet:
         """The tar archives among the files, as archives."""
         files = [file for file in self.files if SHARD.fullmatch(file.name)]
-        return Origin(self.root, files, self.name, archives=True)
+        return FileSet(self.root, files, self.name, archives=True, links=self.links)
 
     def walk(self) -> Iterator[Member]:
-        """Every member, by the name of its file and then as the file has them."""
+        """Every member, in the order of the files, and within an archive in its own order.
+
+        Where the names of archives say that some are for training and others are not, the part
+        is the first folder of each member's path.
+        """
+        parts = parts_of_files([file.name for file in self.files]) if self.archives else {}
         for number, file in enumerate(self.files):
             path = self.root / file.name
             if not self.archives:
                 yield Member(file.name, partial(open, path, "rb"), Place(number), file.name)
                 continue
-            folder = file.name.rpartition("/")[0]
+            folder = parts.get(file.name) or file.name.rpartition("/")[0]
             members = _zip if file.name.lower().endswith(".zip") else _tar
             for member in members(path, number):
                 inner = member.name.removeprefix("./")
@@ -135,8 +144,9 @@ class Origin:
         return state.hexdigest()
 
 
-def _listing(root: Path) -> list[File]:
-    found, folders = [], [""]
+def _listing(root: Path) -> tuple[list[File], list[str]]:
+    """All files below a folder, and all links to folders."""
+    found, links, folders = [], [], [""]
     while folders:
         prefix = folders.pop()
         with os.scandir(root / prefix) as entries:
@@ -146,21 +156,23 @@ def _listing(root: Path) -> list[File]:
                 name = prefix + entry.name
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{name}/")
-                elif not (entry.is_symlink() and os.path.isdir(entry)):
+                elif entry.is_symlink() and os.path.isdir(entry):
+                    links.append(name)
+                else:
                     found.append(_file(entry, name))
-    return sorted(found)
+    return sorted(found), sorted(links)
 
 
 def _file(path: Path | os.DirEntry[str], name: str) -> File:
     try:
         about = path.stat()
-    except OSError:  # a link to nowhere, or to itself: whoever opens it says so
+    except OSError:  # a broken link: opening it will fail
         return File(name, -1, 0)
     return File(name, about.st_size, about.st_mtime_ns)
 
 
 def suffix(name: str) -> str:
-    """The suffix of a name, in lower case; by the million faster than a path's."""
+    """The suffix of a name, in lower case (faster than `Path.suffix`)."""
     return posixpath.splitext(name)[1].lower()
 
 
@@ -169,7 +181,7 @@ def _hidden(name: str) -> bool:
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """A header that, when it is broken, ends the reading, and not the archive."""
+    """A header that raises an error when it is broken, instead of ending the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictHeader:
@@ -177,12 +189,12 @@ class _StrictHeader(tarfile.TarInfo):
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if not buf or not any(buf):
-                raise  # the end
+                raise  # the end of the archive
             raise tarfile.ReadError(f"{error} in the middle") from error
 
 
 def _tar(path: Path, file: int) -> Iterator[Member]:
-    """What a tar archive holds; with places if it is not compressed."""
+    """The members of a tar archive; they have places if it is not compressed."""
     with damage(str(path)), tarfile.open(path, tarinfo=_StrictHeader) as archive:
         plain = isinstance(archive.fileobj, io.BufferedReader)
         while (member := archive.next()) is not None:
@@ -200,7 +212,7 @@ def _tar(path: Path, file: int) -> Iterator[Member]:
 
 
 def _zip(path: Path, file: int) -> Iterator[Member]:
-    """What a zip archive holds."""
+    """The members of a zip archive."""
     with damage(str(path)), zipfile.ZipFile(path) as archive, path.open("rb") as raw:
         for member in archive.infolist():
             if member.is_dir() or _hidden(member.filename):
@@ -209,7 +221,7 @@ def _zip(path: Path, file: int) -> Iterator[Member]:
             place = None
             if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raw.seek(member.header_offset + 26)
-                lengths = raw.read(4)  # of the name and of what else precedes the data
+                lengths = raw.read(4)  # of the name and of the extra field before the data
                 start = raw.tell() + sum(
                     int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2)
                 )
@@ -227,13 +239,13 @@ def _check_member(path: Path, name: str, size: int) -> None:
 
 
 def _copy(path: Path, opener: Callable[[Any], Any], member: Any) -> BinaryIO:
-    """A member in memory: seeking inside a compressed archive would decompress it anew."""
+    """A member in memory: seeking inside a compressed archive would decompress it again."""
     with damage(str(path)), opener(member) as file:
         return io.BytesIO(file.read())
 
 
 class _Part(io.RawIOBase):
-    """A part of a file, read only as far as it is asked for: a header is near the beginning."""
+    """A part of a file, of which only the requested bytes are read."""
 
     def __init__(self, path: Path, offset: int, length: int):
         self._file, self._offset, self._length = path.open("rb", buffering=0), offset, length

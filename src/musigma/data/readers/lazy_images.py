@@ -1,9 +1,9 @@
-"""Images that stay where they are, and are decoded when they are asked for.
+"""Images that stay on disk and are decoded when they are indexed.
 
-An *index* knows of each image where it lies, what shape it has, its label, and a hash of its
-pixels. To make it every image is decoded once; so whatever cannot be used is found before the
-first step, and `split` needs no second look. An index that is out of date is made anew, and what
-has not changed since is taken over from it.
+An *index* holds, for each image, its place, its header, its label, and a hash of its pixels. To
+build it every image is decoded once, so broken images are found before training starts, and
+`split` reads nothing more. An index that is out of date is rebuilt; entries of images that have
+not changed are taken from the old one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from musigma.data.cache import Record, keep
-from musigma.data.readers.base import DataError, Request, content_hashes, first_line, printable
-from musigma.data.readers.pictures import Header, complaint, pixels, quiet
-from musigma.data.readers.walks import Member, Origin, Place, content
+from musigma.data.cache import Record, store
+from musigma.data.common import (
+    DataError,
+    Request,
+    content_hashes,
+    first_line,
+    printable,
+)
+from musigma.data.readers.decoding import Header, fault, pixels, quiet
+from musigma.data.readers.filesets import FileSet, Member, Place, content
 
 UNFINISHED = {"unfinished": True}
-WORTH_KEEPING = 1000  # images of an index that was not finished
+WORTH_STORING = 1000  # images from which an interrupted index is stored
 
 
 class Names(Sequence[str]):
@@ -40,7 +46,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Names:
-        """Pack names, whatever bytes they are of."""
+        """Pack names, which may be of any bytes."""
         texts = [os.fsencode(name) for name in names]
         ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
         return cls(np.frombuffer(b"".join(texts), np.uint8), ends)
@@ -56,17 +62,17 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class LazyImages:
-    """An array of images, uint8 (N, C, H, W), for all who index it.
+    """Images on disk that are indexed like an array, uint8 (N, C, H, W).
 
     Args:
         where: What messages call the source.
-        root: The folder that `files` lie in.
-        files: Their names.
-        stamps: Size and time of each file, int64 (files, 2): if they differ, it was changed.
-        names: Of the images.
+        root: The folder that contains the files.
+        files: Names of the files.
+        stamps: Size and time of each file, int64 (files, 2), by which a change is noticed.
+        names: Names of the images.
         places: `Place` of each image, int64 (N, 4).
-        shape: Of the whole.
-        size: What images are resized to, if they are.
+        shape: (N, C, H, W).
+        size: Height and width that images are resized to; None: they are not.
     """
 
     where: str
@@ -83,7 +89,7 @@ class LazyImages:
 
     @property
     def nbytes(self) -> int:
-        """What all images would take, decoded."""
+        """Bytes of all images when decoded."""
         n, c, h, w = self.shape
         return n * c * h * w
 
@@ -108,7 +114,7 @@ class LazyImages:
         out = np.empty((*rows.shape, *self.shape[1:]), np.uint8)
         with quiet():
             for at, row in np.ndenumerate(rows % len(self) if len(self) else rows):
-                out[at] = self._known(int(row))
+                out[at] = self._decoded(int(row))
         return out
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -116,23 +122,28 @@ class LazyImages:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("images that lie on disk are an array only as a copy")
+            raise ValueError("copy: images on disk become an array only by copying; got False")
         return self[:] if dtype is None else self[:].astype(dtype)
 
     def decode(self, row: int) -> np.ndarray:
-        """An image as it lies there now, within `quiet`."""
-        file, offset, length, packed = self.places[row].tolist()
-        place = Place(file, offset, length, bool(packed))
-        data, about = content(self.root / self.files[place.file], place)
-        if [about.st_size, about.st_mtime_ns] != self.stamps[place.file].tolist():
+        """Read and decode an image, within `quiet`."""
+        data, about = self.content(row)
+        place = self.places[row].tolist()
+        if [about.st_size, about.st_mtime_ns] != self.stamps[place[0]].tolist():
             raise OSError("it has another size or date")
         example = pixels(lambda: io.BytesIO(data), self.shape[1], self.size)
         if example.shape != self.shape[1:]:
             raise OSError(f"its shape is {example.shape}")
         return example
 
-    def _known(self, row: int) -> np.ndarray:
-        """An image that could be decoded when the index was made."""
+    def content(self, row: int) -> tuple[bytes, os.stat_result]:
+        """The bytes of an image, and the state of its file."""
+        file, offset, length, packed = self.places[row].tolist()
+        place = Place(file, offset, length, bool(packed))
+        return content(self.root / self.files[file], place)
+
+    def _decoded(self, row: int) -> np.ndarray:
+        """An image that could be decoded when the index was built."""
         try:
             return self.decode(row)
         except Exception as error:
@@ -140,12 +151,12 @@ class LazyImages:
             reason = getattr(error, "strerror", None) or first_line(error)
             raise DataError(
                 f"{self.where}: {name} is not what it was when this source was indexed "
-                f"({reason}): run the command again, and the index is made anew"
+                f"({reason}): run the command again, which rebuilds the index"
             ) from error
 
 
-class Found:
-    """What an index of an earlier version of the source knows of images that have not changed."""
+class PreviousIndex:
+    """The entries of an earlier index that are still valid, by image."""
 
     def __init__(self, record: Record | None):
         self._rows, self._shape = {}, None
@@ -153,16 +164,16 @@ class Found:
             self._arrays, self._shape = record.arrays, record.info["shape"]
             self._rows = {key: row for row, key in enumerate(record.arrays["keys"].tolist())}
 
-    def header(self, origin: Origin, member: Member) -> Header | None:
+    def header(self, files: FileSet, member: Member) -> Header | None:
         """The header of an image, if it is known."""
-        row = self._rows.get(key_of(origin, member.name, member.place)) if self._rows else None
+        row = self._rows.get(key_of(files, member.name, member.place)) if self._rows else None
         if row is None:
             return None
         width, height, color, several = self._arrays["headers"][row].tolist()
         return Header(width, height, bool(color), bool(several))
 
     def hashes(self, keys: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The hashes of images by their keys, and which of them are known for such a shape."""
+        """The hashes of images by their keys, and which are known for this shape."""
         rows = np.array([self._rows.get(key, -1) for key in keys.tolist()], np.int64)
         if self._shape != list(shape):
             rows[:] = -1
@@ -177,17 +188,17 @@ def as_array(headers: Sequence[Header]) -> np.ndarray:
     return np.array(headers, np.int64).reshape(-1, len(Header._fields))
 
 
-def key_of(origin: Origin, name: str, place: Place | None) -> int:
-    """A number for an image in its present version."""
+def key_of(files: FileSet, name: str, place: Place | None) -> int:
+    """A number that identifies an image in its present version."""
     assert place is not None
-    text = f"{origin.files[place.file][1:]} {place[1:]} "
+    text = f"{files.files[place.file][1:]} {place[1:]} "
     return int.from_bytes(
         blake2b(text.encode() + os.fsencode(name), digest_size=8).digest(), "big"
     )
 
 
 def index(
-    origin: Origin,
+    files: FileSet,
     request: Request,
     names: Sequence[str],
     places: Sequence[Place | None],
@@ -196,35 +207,34 @@ def index(
     path: Path,
     old: Record | None,
 ) -> Record:
-    """Decode every image once, and write down what `source` needs.
+    """Decode every image once, and build the record of the index.
 
-    Raises:
-        DataError: At the first image that cannot be used, unless such are to be skipped; what
-            was found until then is kept.
+    Images that cannot be used are listed in it, with their faults. If this is interrupted, the
+    entries that are complete are stored.
     """
-    found = Found(old)
+    previous = PreviousIndex(old)
     array = LazyImages(
         request.where,
-        origin.root,
-        Names.of([file.name for file in origin.files]),
-        np.array([file[1:] for file in origin.files], np.int64).reshape(-1, 2),
+        files.root,
+        Names.of([file.name for file in files.files]),
+        np.array([file[1:] for file in files.files], np.int64).reshape(-1, 2),
         Names.of(names),
         np.array(places, np.int64).reshape(-1, 4),
         (len(names), *shape),
         request.size,
     )
-    keys = np.array([key_of(origin, *pair) for pair in zip(names, places, strict=True)], np.uint64)
-    hashes, known = found.hashes(keys, shape)
-    problems: dict[int, str] = {}
+    keys = np.array([key_of(files, *pair) for pair in zip(names, places, strict=True)], np.uint64)
+    hashes, known = previous.hashes(keys, shape)
+    faults: dict[int, str] = {}
 
-    def look(row: int) -> int | str:
+    def hashed(row: int) -> int | str:
         try:
             return int(content_hashes([array.decode(row)], 1)[0])
         except Exception as error:
-            return complaint(error)
+            return fault(error, lambda: io.BytesIO(array.content(row)[0]))
 
     def record(rows: np.ndarray, about: dict[str, Any]) -> Record:
-        left_out = [[printable(names[row]), text] for row, text in problems.items()]
+        left_out = [[printable(names[row]), text] for row, text in faults.items()]
         arrays = {
             "files": array.files.text,
             "file_ends": array.files.ends,
@@ -236,7 +246,7 @@ def index(
             "keys": keys[rows],
             "hashes": hashes[rows],
         }
-        return Record(about, {"shape": list(shape), "problems": left_out}, arrays)
+        return Record(about, {"shape": list(shape), "faults": left_out}, arrays)
 
     todo = np.flatnonzero(~known)
     todo = todo[np.lexsort(array.places[todo, 1::-1].T)]  # as they lie in the files
@@ -245,18 +255,15 @@ def index(
         with quiet(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             for start in range(0, len(todo), 256):
                 block = list(map(int, todo[start : start + 256]))
-                for row, result in zip(block, pool.map(look, block), strict=True):
+                for row, result in zip(block, pool.map(hashed, block), strict=True):
                     if isinstance(result, int):
                         hashes[row], known[row] = result, True
-                    elif request.skip_bad:
-                        problems[row] = result
                     else:
-                        name = printable(names[row])
-                        raise DataError(f"{request.where}: {name} {result}")
+                        faults[row] = result
                     done += 1
                     request.report(done, len(names))
     except BaseException:
-        if known.sum() >= WORTH_KEEPING:
-            keep(path, record(np.flatnonzero(known), UNFINISHED), request)
+        if known.sum() >= WORTH_STORING:
+            store(path, record(np.flatnonzero(known), UNFINISHED), request)
         raise
     return record(np.flatnonzero(known), {})

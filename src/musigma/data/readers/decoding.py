@@ -1,34 +1,37 @@
-"""One image: its header, its pixels, its size; and which images no model here can use."""
+"""One image: its header, its pixels, its size, and why it may be unusable."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from musigma.data.readers.base import DataError, Request, first_line
+from musigma.data.common import DataError, Request, first_line
 
 
 class Header(NamedTuple):
-    """What is known of an image before it is decoded; turned upright."""
+    """Properties of an image before it is decoded, turned upright."""
 
     width: int
     height: int
     color: bool
-    several: bool  # frames, of which the first is used
+    several: bool  # frames
 
 
 class Unusable(DataError):
-    """An image that can be read, and not be used: what to do with it."""
+    """An image that can be read but not used; the message says why, and what to do."""
 
 
 @lru_cache(maxsize=1)
 def pillow_kinds() -> tuple[tuple[str, ...], frozenset[str]]:
-    """The formats Pillow may open, and their suffixes; none of those that start other programs."""
+    """The formats that Pillow may open, and their suffixes.
+
+    Formats for which Pillow starts other programs are left out.
+    """
     from PIL import Image
 
     suffixes = Image.registered_extensions()
@@ -37,9 +40,9 @@ def pillow_kinds() -> tuple[tuple[str, ...], frozenset[str]]:
     return tuple(common_first), frozenset(s for s, kind in suffixes.items() if kind in formats)
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Pillow without its warnings, but for one: decompression bombs are errors."""
+    """Silence Pillow's warnings, except decompression bombs, which become errors."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -48,7 +51,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(opener: Callable[[], BinaryIO]) -> Iterator[Any]:
     from PIL import Image
 
@@ -57,12 +60,15 @@ def _opened(opener: Callable[[], BinaryIO]) -> Iterator[Any]:
 
 
 def header(opener: Callable[[], BinaryIO]) -> Header:
-    """Look at an image's header, within `quiet`; 16-bit levels are refused."""
+    """Read an image's header, within `quiet`.
+
+    Raises:
+        Unusable: If its levels have 16 bits or are floating-point numbers.
+    """
     with _opened(opener) as image:
         if image.mode[0] in "IF":
             raise Unusable(
-                f"has 16-bit or floating-point levels (mode {image.mode}): save it with 8 bits, "
-                "or pass --skip-bad"
+                f"has 16-bit or floating-point levels (mode {image.mode}): save it with 8 bits"
             )
         turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
         width, height = image.size[::-1] if turned else image.size
@@ -71,7 +77,7 @@ def header(opener: Callable[[], BinaryIO]) -> Header:
 
 
 def _is_animated(image: Any) -> bool:
-    """Whether it has more than one frame; those that cannot be read do not count."""
+    """Whether an image has several frames; False if that cannot be read."""
     try:
         return bool(getattr(image, "is_animated", False))
     except Exception:
@@ -91,26 +97,39 @@ def pixels(
             opacity = np.asarray(image.convert("RGBA").getchannel("A"))
             if opacity.min() < 255:
                 raise Unusable(
-                    "has transparent pixels, which no model here knows: flatten it onto a "
-                    "background of your choice, or pass --skip-bad"
+                    "has transparent pixels, which models do not represent: flatten it onto a "
+                    "background"
                 )
             image = image.convert("RGBA")
         image = _fitted(image.convert("RGB" if channels == 3 else "L"), size)
         return np.moveaxis(np.atleast_3d(np.asarray(image)), -1, 0)
 
 
-def complaint(error: Exception) -> str:
-    """What is the matter with an image: the end of a sentence that begins with its name."""
+def fault(error: Exception, opener: Callable[[], BinaryIO]) -> str:
+    """What is wrong with an image and what to do: a sentence that begins with its name.
+
+    Raises:
+        DataError: If the fault is that of the archive around the image.
+    """
     if isinstance(error, Unusable):
         return str(error)
     if isinstance(error, DataError):
-        raise error  # of the archive around it
+        raise error
+    start = b""
+    with contextlib.suppress(Exception), opener() as file:
+        start = file.read(512).lstrip()[:15].lower()
+        if not start:
+            return "is empty: remove it or fetch it again"
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "is a web page or XML, not an image: fetch it again"
     reason = first_line(error)
-    return f"is not a readable image ({reason}): repair or remove it, or pass --skip-bad"
+    if "cannot identify image file" in reason:
+        reason = "its content is of no known format"
+    return f"is not a readable image ({reason}): repair or remove it"
 
 
 def _fitted(image: Any, size: tuple[int, int] | None) -> Any:
-    """Cover (height, width), antialiased, and cut off evenly what stands over."""
+    """Scale an image, antialiased, until it covers (height, width), and crop it centrally."""
     from PIL import Image, ImageOps
 
     if size is None or image.size == (size[1], size[0]):
@@ -119,7 +138,7 @@ def _fitted(image: Any, size: tuple[int, int] | None) -> Any:
 
 
 def resized(x: np.ndarray, size: tuple[int, int], request: Request) -> Iterator[np.ndarray]:
-    """Images brought to (height, width), one by one: (1, C, height, width) each."""
+    """Images resized to (height, width), one by one: (1, C, height, width) each."""
     from PIL import Image
 
     for i, example in enumerate(x):

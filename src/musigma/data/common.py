@@ -1,0 +1,245 @@
+"""What all readers share: the request, the result, the error, and limits on untrusted input."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Progress = Callable[[int, int], None]
+MAX_ARRAY = 1 << 36  # bytes: a header that asks for more is refused
+SHOWN = 20  # faults named in an error
+ARCHIVE = re.compile(r".*\.(tar|tar\.(gz|bz2|xz)|tgz|tbz2?|txz|zip)", re.IGNORECASE)
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class DataError(ValueError):
+    """Data that cannot be used as they are.
+
+    The first line of the message says what is wrong and what to do; where there are several
+    faults, each has a line of its own.
+    """
+
+
+@dataclass(frozen=True)
+class RawData:
+    """What a reader returns; the fields are those of `musigma.data.Dataset`.
+
+    `x` is an array, or can be indexed like one. `usable` is a mask of the rows of a table that
+    hold numbers; None: all. `hashes` are `content_hashes(x)` where they are known already.
+    """
+
+    x: Any
+    labels: np.ndarray | None = None
+    label_names: tuple[str, ...] = ()
+    ids: tuple[str, ...] | None = None
+    official_test: np.ndarray | None = None
+    official_validation: np.ndarray | None = None
+    columns: tuple[str, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    usable: np.ndarray | None = None
+    hashes: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a source is to be read.
+
+    Args:
+        where: What messages call it.
+        size: Height and width that images are resized to.
+        skip_bad: Leave out images and rows that cannot be used.
+        in_memory: Whether arrays are made in memory; by default those that fit are.
+        channels: 3 makes grey images RGB.
+        columns: The columns of a table that are wanted, in this order; None: all.
+        given: Patterns of columns that examples are given with; they are no part of x.
+        report: Called with (done, total).
+        notes: Collects what the user should know.
+    """
+
+    where: str
+    size: tuple[int, int] | None = None
+    skip_bad: bool = False
+    in_memory: bool | None = None
+    channels: int | None = None
+    columns: tuple[str, ...] | None = None
+    given: tuple[str, ...] = ()
+    report: Progress = lambda done, total: None
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Add a note, which begins with the name of the source."""
+        self.notes.append(f"{self.where}: {text}")
+
+    def refuse(
+        self, faults: Mapping[str, str], what: str, total: int, bad: int | None = None
+    ) -> None:
+        """Raise an error that names the faults, the first twenty of many; none if there is none.
+
+        Args:
+            faults: Reasons, by the name of what cannot be used.
+            what: What the data consist of: "images" or "rows".
+            total: How many there are.
+            bad: How many of them cannot be used; None: as many as there are faults.
+        """
+        if faults:
+            raise DataError(f"{self.where}: {all_faults(faults, what, total, bad)}")
+
+    def fits(self, n_bytes: int) -> bool:
+        """Whether an array of so many bytes is made in memory."""
+        return n_bytes <= memory_limit() if self.in_memory is None else self.in_memory
+
+
+def all_faults(faults: Mapping[str, str], what: str, total: int, bad: int | None = None) -> str:
+    """One fault in a sentence, or many in a list.
+
+    >>> all_faults({"a.png": "is empty: remove it"}, "images", 9)
+    'a.png is empty: remove it, or pass --skip-bad'
+    >>> print(all_faults({"a.png": "is empty", "b.png": "is empty"}, "images", 9))
+    2 of 9 images cannot be used; mend them, or pass --skip-bad to leave them out:
+      a.png is empty
+      b.png is empty
+    """
+    if len(faults) == 1:
+        ((name, reason),) = faults.items()
+        return f"{name} {reason}, or pass --skip-bad"
+    return (
+        f"{bad or len(faults)} of {total} {what} cannot be used; mend them, or pass --skip-bad to "
+        f"leave them out:\n{listing(faults)}"
+    )
+
+
+def listing(faults: Mapping[str, str]) -> str:
+    """The first twenty faults, one a line, and the number of the others."""
+    lines = [f"  {name} {faults[name]}" for name in list(faults)[:SHOWN]]
+    if len(faults) > SHOWN:
+        lines.append(f"  and {len(faults) - SHOWN} more")
+    return "\n".join(lines)
+
+
+def memory_limit() -> int:
+    """Bytes an array may take: a quarter of the memory, shared by the machine's processes."""
+    try:
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        most = 16 << 30
+    for path in CGROUP:
+        try:
+            most = min(most, int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue  # not that kind of system, or no limit
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return most // 4 // max(1, int(processes) if processes.isdecimal() else 1)
+
+
+def content_hashes(examples: Iterable[np.ndarray], n: int, report: Progress | None = None) -> Any:
+    """64 bits of BLAKE2b of each example's bytes; splits and digests are made from them.
+
+    >>> content_hashes(np.zeros((2, 1), np.float32), 2)
+    array([5657698912149702814, 5657698912149702814], dtype=uint64)
+    """
+    hashes = np.empty(n, np.uint64)
+    for i, example in enumerate(examples):
+        content = np.ascontiguousarray(example).data
+        hashes[i] = int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
+        if report and (not (i + 1) % 1000 or i + 1 == n):
+            report(i + 1, n)
+    return hashes
+
+
+@contextmanager
+def damage(where: str) -> Iterator[None]:
+    """Turn any exception of a parser into a `DataError`."""
+    try:
+        yield
+    except (DataError, PermissionError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{where}: is damaged, truncated or not what its name says ({first_line(error)}): "
+            "make or fetch it again"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return printable((str(error) or type(error).__name__).splitlines()[0])
+
+
+def printable(name: str) -> str:
+    r"""A name that can be printed, and written as UTF-8, on one line.
+
+    >>> printable("a\nb"), printable("caf\udce9"), printable("café")
+    ('a\\nb', 'caf\\xe9', 'café')
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else repr(match[0])[1:-1]
+
+    return UNPRINTABLE.sub(escape, name)
+
+
+def named(names: Sequence[str], most: int = 5) -> str:
+    """Names in a list, shortened if they are many.
+
+    >>> named(["a", "b"]), named(list("abcdefg"), 3)
+    ('a, b', 'a, b, c and 4 more')
+    """
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + rest
+
+
+def counted(kinds: Counter[str]) -> str:
+    """The most frequent kinds with their counts.
+
+    >>> counted(Counter(["a", "b", "b"]))
+    '2 b, 1 a'
+    """
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4) if count)
+
+
+def missing(what: str, package: str, extra: str) -> DataError:
+    """The error about an optional library that is not installed."""
+    return DataError(f"{what} needs {package}: pip install 'musigma[{extra}]'")
+
+
+def allocate(shape: tuple[int, ...], where: str, dtype: Any = np.uint8) -> np.ndarray:
+    """An array in memory, or an error that it does not fit."""
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError) as error:
+        gib = math.prod(shape) * np.dtype(dtype).itemsize / 2**30
+        raise DataError(
+            f"{where}: {shape} values take {gib:.0f} GiB: leave in_memory out, or pass a smaller "
+            "--size N"
+        ) from error
+
+
+def as_labels(y: np.ndarray, n: int, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as int64 with their names; small whole numbers keep their values.
+
+    >>> as_labels(np.array(["b", "a", "b"]), 3, "y")
+    (array([1, 0, 1]), ('a', 'b'))
+    """
+    if y.shape != (n,) or y.dtype.kind not in "biuUS":
+        raise DataError(
+            f"{where}: labels are {y.dtype} of shape {y.shape}, not whole numbers or strings of "
+            f"shape ({n},)"
+        )
+    if y.dtype.kind in "bui" and n and y.min() >= 0 and y.max() < 1000:
+        return y.astype(np.int64), tuple(map(str, range(int(y.max()) + 1)))
+    names, labels = np.unique(y.astype("U") if y.dtype.kind == "S" else y, return_inverse=True)
+    return labels.astype(np.int64), tuple(map(str, names.tolist()))

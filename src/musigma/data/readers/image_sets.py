@@ -1,0 +1,401 @@
+"""Folders, archives and shards of images: surveyed, then decoded, or left on disk.
+
+Images are walked twice, first for their headers, so that sizes and modes are known before the
+first pixel is decoded. Labels come from the names of folders, or from files beside the images.
+All images that cannot be used are found before the first is complained of.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from musigma.data import cache
+from musigma.data.cache import Record
+from musigma.data.columns import LABEL_NAMES
+from musigma.data.common import (
+    DataError,
+    RawData,
+    Request,
+    all_faults,
+    allocate,
+    as_labels,
+    counted,
+    first_line,
+    listing,
+    named,
+    printable,
+)
+from musigma.data.readers import lazy_images
+from musigma.data.readers.decoding import Header, fault, header, pillow_kinds, pixels, quiet
+from musigma.data.readers.filesets import FileSet, Member, Place, suffix
+from musigma.data.readers.idx_cifar import CIFAR, IDX, read_cifar, read_idx
+from musigma.data.readers.layout import Layout, layout, official_masks
+
+RULES = "4"  # version of how folders and files beside images are read; older indices are stale
+BESIDE = (".cls", ".json", ".txt")  # suffixes of label files, the most reliable first
+OFFICIAL = ("official_test", "official_validation")
+WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
+MANY = 10_000  # files from which surveying them shows progress
+MAX_CLASSES = 1000  # more different texts than this are captions
+
+
+def read_files(files: FileSet, request: Request) -> RawData:
+    """Read IDX files, CIFAR batches or images, whichever the walk meets."""
+    path = cache.place("index", f"{files.name}\n{request.size}", ".npz")
+    old = None if request.in_memory else cache.read(path)
+    current = old if old is not None and old.about == _about(files, path) else None
+    if current and not request.fits(len(current.arrays["hashes"]) * prod(current.info["shape"])):
+        return _indexed(files, request, current)
+    survey = _Survey(files, request, lazy_images.PreviousIndex(old))
+    idx: dict[str, bytes] = {}
+    cifar: dict[str, bytes] = {}
+    suffixes = pillow_kinds()[1]
+    with quiet():
+        for done, member in enumerate(files.walk(), 1):
+            base = member.name.rpartition("/")[2]
+            kind = idx if IDX.fullmatch(base) else cifar if CIFAR.fullmatch(base) else None
+            if kind is not None:
+                with member.open() as file:
+                    kind[member.name] = file.read()
+            elif (ending := suffix(base)) in suffixes:
+                survey.add_image(member)
+            elif files.archives and ending in BESIDE:
+                survey.add_label_file(member, ending)
+            else:
+                survey.others[printable(ending or base)] += 1
+            if len(files.files) >= MANY and not files.archives:
+                request.report(done, len(files.files))
+    if idx:
+        return read_idx(idx, request.where)
+    if cifar:
+        return read_cifar(cifar, request.where)
+    return survey.read(path)
+
+
+def holds_many(name: str) -> bool:
+    """Whether a file holds many images: an IDX file or a CIFAR batch."""
+    base = name.rpartition("/")[2]
+    return (IDX.fullmatch(base) or CIFAR.fullmatch(base)) is not None
+
+
+def _about(files: FileSet, path: Path) -> dict[str, str]:
+    return {"source": path.stem, "version": files.version, "rules": RULES}
+
+
+class _Image(NamedTuple):
+    header: Header
+    place: Place | None
+
+
+class _Survey:
+    """The images of a file set: headers first, then the pixels of all, in one shape."""
+
+    def __init__(self, files: FileSet, request: Request, known: lazy_images.PreviousIndex):
+        self.files, self.request, self.known = files, request, known
+        self.images: dict[str, _Image] = {}
+        self.paths: dict[str, str] = {}  # of all images, by their names
+        self.headers: dict[Header, Header] = {}
+        self.texts: dict[str, dict[str, str | None]] = {ending: {} for ending in BESIDE}
+        self.unreadable: dict[str, str] = {}
+        self.faults: dict[str, str] = {}
+        self.others: Counter[str] = Counter()
+        self.notes: list[str] = []
+
+    def add_image(self, member: Member) -> None:
+        """Read an image's header."""
+        self.paths[member.name] = member.path
+        try:
+            known = member.place and self.known.header(self.files, member)
+            found = known or header(member.open)
+            found = self.headers.setdefault(found, found)  # there are few different ones
+            self.images[member.name] = _Image(found, member.place)
+        except Exception as error:
+            self.faults[member.name] = fault(error, member.open)
+
+    def add_label_file(self, member: Member, ending: str) -> None:
+        """Read a file that may hold the label of the image of the same name."""
+        key = _key(member.name)
+        with member.open() as file:
+            content = file.read(1 << 24)
+        try:
+            text = _label_in(content, ending)
+        except (ValueError, RecursionError) as error:
+            self.unreadable[key] = f"{printable(member.name)}: {first_line(error)}"
+        else:
+            self.texts[ending][key] = text and text[:100]
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Record why an image cannot be used."""
+        self.images.pop(name, None)
+        self.faults[name] = reason
+
+    def read(self, path: Path) -> RawData:
+        """Decode into memory, or make the index at a path."""
+        self._leave_out_others()
+        self._leave_out_unlabelled()
+        if not self.images:
+            raise self._nothing()
+        shape = self._shape()
+        n_bytes = len(self.images) * prod(shape)
+        if self.request.fits(n_bytes):
+            return self._decoded(shape)
+        for name, image in self.images.items():
+            if image.place is None:
+                raise DataError(
+                    f"{self.request.where}: decodes to {n_bytes / 2**30:.1f} GiB, more than is "
+                    f"read into memory, and {printable(name)} lies in a compressed archive, which "
+                    "can only be read from its beginning: make it a plain .tar (gunzip, unxz), "
+                    "unpack it, or pass a smaller --size"
+                )
+        build = partial(self._index, shape, path)
+        record = cache.cached(path, _about(self.files, path), build, self.request)
+        return _indexed(self.files, self.request, record)
+
+    def _leave_out_others(self) -> None:
+        """Leave out files that are no examples: masks, and what lies beside the parts."""
+        names = sorted(self.paths)
+        out = layout([self.paths[name] for name in names]).left_out
+        by_reason: dict[str, list[str]] = {}
+        for i, reason in out.items():
+            by_reason.setdefault(reason, []).append(names[i])
+            self.images.pop(names[i], None)
+            self.faults.pop(names[i], None)
+            del self.paths[names[i]]
+        for reason, left in by_reason.items():
+            verb = "images are" if len(left) > 1 else "image is"
+            where = named(left, 2)
+            self.notes.append(f"{len(left)} {verb} left out: each {reason} ({where})")
+        if self.files.links:
+            count, verb = len(self.files.links), "links to folders are"
+            self.notes.append(
+                f"{count} {verb if count > 1 else 'link to a folder is'} not followed: "
+                f"{named(self.files.links)}"
+            )
+        if self.paths and self.others:
+            self.notes.append(f"files that are no images are left out: {counted(self.others)}")
+
+    def _nothing(self) -> DataError:
+        """The error that there is no image."""
+        where = self.request.where
+        if self.faults:
+            faults = {printable(name): self.faults[name] for name in sorted(self.faults)}
+            return DataError(f"{where}: no image can be used:\n{listing(faults)}")
+        others = Counter(self.others)
+        others["links to folders, which are not followed"] = len(self.files.links)
+        advice = "give images, IDX files or CIFAR batches"
+        if set(self.others) & {".csv", ".npy", ".npz", ".tsv"}:
+            advice = "give one of the files itself"
+        if self.notes and not self.others:
+            return DataError(f"{where}: holds no images; {self.notes[0]}: {advice}")
+        return DataError(
+            f"{where}: holds no images ({counted(others) or 'it is empty'}): {advice}"
+        )
+
+    def _decoded(self, shape: tuple[int, int, int]) -> RawData:
+        names = sorted(self.images)
+        x = allocate((len(names), *shape), self.request.where)
+        row = {name: i for i, name in enumerate(names)}
+        done = 0
+        with quiet():
+            for member in self.files.walk():
+                if member.name in row:
+                    try:
+                        x[row[member.name]] = pixels(member.open, shape[0], self.request.size)
+                    except Exception as error:
+                        self.leave_out(member.name, fault(error, member.open))
+                    self.request.report(done := done + 1, len(names))
+        self._refuse()
+        if len(self.images) < len(names):
+            names = sorted(self.images)
+            x = x[[row[name] for name in names]]
+        headers = lazy_images.as_array([self.images[name].header for name in names])
+        official, labels, label_names = self._labels(names)
+        _note_all(self.request, self.notes, names, headers)
+        return RawData(
+            x,
+            labels,
+            label_names,
+            tuple(map(printable, names)),
+            official.get("official_test"),
+            official.get("official_validation"),
+            skipped={printable(name): self.faults[name] for name in sorted(self.faults)},
+        )
+
+    def _refuse(self) -> None:
+        """Name all images that cannot be used, unless they are to be skipped."""
+        faults = {printable(name): self.faults[name] for name in sorted(self.faults)}
+        if faults and not self.images:
+            raise self._nothing()
+        if not self.request.skip_bad:
+            self.request.refuse(faults, "images", len(self.paths))
+
+    def _index(self, shape: tuple[int, int, int], path: Path, old: Record | None) -> Record:
+        """The record that `_indexed` reads."""
+        names = sorted(self.images)
+        places = [self.images[name].place for name in names]
+        headers = [self.images[name].header for name in names]
+        record = lazy_images.index(
+            self.files, self.request, names, places, headers, shape, path, old
+        )
+        left = list(lazy_images.Names(record.arrays["names"], record.arrays["name_ends"]))
+        official, labels, label_names = self._labels(left)
+        record.arrays.update(official)
+        if labels is not None:
+            record.arrays["labels"] = labels
+        first = [[printable(name), text] for name, text in self.faults.items()]
+        record.info.update(
+            label_names=list(label_names),
+            faults=sorted(first + record.info["faults"]),
+            notes=self.notes,
+            total=len(self.paths),
+        )
+        return record
+
+    def _shape(self) -> tuple[int, int, int]:
+        channels = 3 if any(image.header.color for image in self.images.values()) else 1
+        if self.request.size:
+            return (channels, *self.request.size)
+        sizes: dict[tuple[int, int], list[str]] = {}
+        for name in sorted(self.images):
+            sizes.setdefault(self.images[name].header[:2], []).append(name)
+        if len(sizes) == 1:
+            ((width, height),) = sizes
+            return channels, height, width
+        common = sorted(sizes, key=lambda size: -len(sizes[size]))
+        several = ", ".join(
+            f"{len(sizes[w, h])} of {w} x {h} (such as {printable(sizes[w, h][0])})"
+            for w, h in common[:5]
+        )
+        more = f" and {len(common) - 5} more sizes" if len(common) > 5 else ""
+        faults = {printable(name): self.faults[name] for name in sorted(self.faults)}
+        also = ""
+        if faults and not self.request.skip_bad:
+            also = "\nbesides, " + all_faults(faults, "images", len(self.paths))
+        raise DataError(
+            f"{self.request.where}: images differ in size, width x height: {several}{more}: pass "
+            f"--size N to bring all to N x N{also}"
+        )
+
+    def _leave_out_unlabelled(self) -> None:
+        """Where files beside images hold labels, require one for each image."""
+        for name in sorted(self.images):
+            if reason := self.unreadable.get(_key(name)):
+                self.leave_out(name, f"has a label that cannot be read ({reason}): repair it")
+        for ending in BESIDE[:2]:
+            texts = self.texts[ending]
+            without = [name for name in sorted(self.images) if not texts.get(_key(name))]
+            for name in without if len(without) < len(self.images) else ():
+                self.leave_out(
+                    name, f"has no label in a {ending} file beside it, as others have: add it"
+                )
+
+    def _labels(
+        self, names: Sequence[str]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None, tuple[str, ...]]:
+        """Official parts, labels and their names: of files beside images, or of folders."""
+        found: Layout = layout([self.paths[name] for name in names])
+        rows = np.arange(len(names))
+        labels, label_names = found.labels(rows)
+        official: dict[str, np.ndarray] = {}
+        if found.parts is not None:
+            masks = zip(OFFICIAL, official_masks(found.parts), strict=True)
+            official = {name: mask for name, mask in masks if mask is not None}
+        if found.unclassed:
+            self.notes.append(
+                f"there are no labels: {found.unclassed} of {len(names)} images lie in no class "
+                "folder"
+            )
+        for ending in BESIDE:
+            texts = [self.texts[ending].get(_key(name)) for name in names]
+            present = [text for text in texts if text]
+            reliable = ending != ".txt" or (labels is None and _are_classes(present))
+            if present and len(present) == len(names) and reliable:
+                y = np.array(present)
+                whole = all(map(WHOLE.fullmatch, present))
+                return official, *as_labels(
+                    y.astype(np.int64) if whole else y, len(y), f"{self.request.where}: {ending}"
+                )
+        return official, labels, label_names
+
+
+def _indexed(files: FileSet, request: Request, record: Record) -> RawData:
+    """The data of an index."""
+    info, arrays = record.info, record.arrays
+    if not request.skip_bad:
+        request.refuse(dict(info["faults"]), "images", info["total"])
+    names = lazy_images.Names(arrays["names"], arrays["name_ends"])
+    if not len(names):
+        faults = listing(dict(info["faults"]))
+        raise DataError(f"{request.where}: no image can be used:\n{faults}")
+    _note_all(request, info["notes"], names, arrays["headers"])
+    x = lazy_images.LazyImages(
+        request.where,
+        files.root,
+        lazy_images.Names(arrays["files"], arrays["file_ends"]),
+        arrays["stamps"],
+        names,
+        arrays["places"],
+        (len(names), *info["shape"]),
+        request.size,
+    )
+    return RawData(
+        x,
+        arrays.get("labels"),
+        tuple(info["label_names"]),
+        tuple(map(printable, names)),
+        arrays.get("official_test"),
+        arrays.get("official_validation"),
+        skipped=dict(info["faults"]),
+        hashes=arrays["hashes"],
+    )
+
+
+def _note_all(
+    request: Request, notes: Sequence[str], names: Sequence[str], headers: np.ndarray
+) -> None:
+    """Note what was left out, and which images are converted."""
+    for text in notes:
+        request.note(text)
+    color, several = headers[:, 2:].T.astype(bool)
+    for which, what in (
+        (~color & color.any(), "grey images are made RGB, as the others are"),
+        (several, "of several frames in an image the first is used"),
+    ):
+        if which.any():
+            first = printable(names[int(which.argmax())])
+            request.note(f"{what}: {which.sum()} of {len(names)}, such as {first}")
+
+
+def _key(name: str) -> str:
+    """What a file shares with those beside it: its folder, and its name up to the first dot."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.split(".")[0]
+
+
+def _label_in(content: bytes, ending: str) -> str | None:
+    """The label in a file: all of it, or an entry of a JSON object, if there is one."""
+    if ending == ".txt":
+        return content.decode("utf-8", "replace").strip()
+    if ending == ".cls":
+        if text := content.decode().strip():
+            return text
+        raise ValueError("it is empty")
+    entries: Any = json.loads(content)
+    if not isinstance(entries, dict):
+        return None
+    found = next((entries[name] for name in ("cls", *LABEL_NAMES) if name in entries), None)
+    return str(found) if isinstance(found, (int, str)) else None
+
+
+def _are_classes(texts: Sequence[str]) -> bool:
+    """Whether texts repeat often enough to be classes rather than captions."""
+    return len(set(texts)) <= min(MAX_CLASSES, len(texts) // 2)

@@ -1,0 +1,236 @@
+"""What the names of folders say: parts for training, validation and testing; classes; masks.
+
+The names of parts are recognized in their usual spellings. What lies beside folders `train` and
+`test` belongs to neither, and is left out, as are masks beside images; the request's notes say so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from musigma.data.common import printable
+
+Part = str  # "train", "validation" or "test"
+Folder = tuple[str, ...]
+PREFIX, SUFFIX = "(?:images?|imgs?|public|private|official)?", "(?:sets?|data|images?|imgs?)?"
+SPELLINGS: dict[Part, re.Pattern[str]] = {
+    part: re.compile(PREFIX + words + SUFFIX)
+    for part, words in (
+        ("train", "(?:train|training|trn)"),
+        ("validation", "(?:val|valid|validation|validate|dev|devel|development|eval|evaluation)"),
+        ("test", "(?:test|testing|tst|holdout|heldout)"),
+    )
+}
+SYSTEM = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information"})
+BESIDE_TRAIN = re.compile(
+    "extra|unlabell?ed|unused|others?|misc|backup|old|samples?|demo|examples?"
+)
+TRUTH = re.compile("groundtruths?|gts?")
+MASKS = re.compile(
+    f"{TRUTH.pattern}|(seg|segmentation|label|image|img)?(masks?|labels?|annotations?|annots?)|"
+    "segmentations?|segmentation(class|object)|segs?|semantic|targets?"
+)
+IMAGES = re.compile("images?|imgs?|jpe?gimages|photos?|pictures?|pics|rgb|inputs?|raw|originals?")
+MASK_OF = re.compile("(.+?)[-_ .](masks?|gt|seg|segmentation|groundtruth)", re.IGNORECASE)
+
+
+def _plain(name: str) -> str:
+    """A name without case, punctuation and trailing digits."""
+    return re.sub(r"[\W_]", "", name.lower()).rstrip("0123456789")
+
+
+@cache
+def part_of(name: str) -> Part | None:
+    """The part that a folder of this name holds, if it is one of the usual spellings.
+
+    >>> [part_of(name) for name in ("Training", "test_images", "val2017", "dev", "bullet_train")]
+    ['train', 'test', 'validation', 'validation', None]
+    """
+    plain = _plain(name)
+    return next((p for p, words in SPELLINGS.items() if words.fullmatch(plain)), None)
+
+
+def part_of_file(name: str) -> Part | None:
+    """The part that a file of a set in several files holds: a word of its name, or a folder.
+
+    >>> names = "train-00000-of-00002.parquet", "cifar_test.tar", "val/01.tar", "x-01.tar"
+    >>> [part_of_file(name) for name in names]
+    ['train', 'test', 'validation', None]
+    """
+    *folders, base = name.split("/")
+    parts = {part for word in re.split(r"[\W_]+", base.split(".")[0]) if (part := part_of(word))}
+    parts = parts or {part for folder in folders if (part := part_of(folder))}
+    return parts.pop() if len(parts) == 1 else None
+
+
+def parts_of_files(names: Sequence[str]) -> dict[str, Part | None]:
+    """The part of each file, if some are for training and others are not; empty otherwise."""
+    parts = {name: part_of_file(name) for name in names}
+    return parts if _are_parts(set(parts.values())) else {}
+
+
+def _are_parts(parts: set[Part | None]) -> bool:
+    return "train" in parts and bool({"test", "validation"} & parts)
+
+
+def official_masks(parts: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Which examples are for testing, and which for validation, by the part of each.
+
+    Without a part for testing, the one for validation is what is held out.
+    """
+    test, validation = parts == "test", parts == "validation"
+    if not test.any():
+        return validation, None
+    return test, validation if validation.any() else None
+
+
+class Layout(NamedTuple):
+    """What the folders of files say.
+
+    Attributes:
+        parts: The part of each file, "" for those left out; None where there are no parts.
+        classes: The class of each file, "" for those left out; None where there are no classes.
+        unclassed: Number of files in no class folder, where others are in one.
+        left_out: Why files are no examples, by their indices.
+    """
+
+    parts: np.ndarray | None
+    classes: np.ndarray | None
+    unclassed: int
+    left_out: Mapping[int, str]
+
+    def labels(self, rows: np.ndarray) -> tuple[np.ndarray | None, tuple[str, ...]]:
+        """The class of some files, and the names of their classes, sorted."""
+        if self.classes is None:
+            return None, ()
+        names, labels = np.unique(self.classes[rows], return_inverse=True)
+        return labels.astype(np.int64), tuple(map(str, names.tolist()))
+
+
+def layout(paths: Sequence[str]) -> Layout:
+    """Read the folders of files.
+
+    >>> found = layout(["Train/cat/1.png", "Train/dog/2.png", "test/cat/3.png", "masks/4.png"])
+    >>> found.parts.tolist(), found.classes.tolist()
+    (['train', 'train', 'test', ''], ['cat', 'dog', 'cat', ''])
+    >>> found.left_out
+    {3: 'lies in neither train nor test'}
+    """
+    folders = [tuple(path.split("/")[:-1]) for path in paths]
+    out = {
+        i: f"lies in {name}, a folder of the operating system"
+        for i, folder in enumerate(folders)
+        for name in folder
+        if name.lower() in SYSTEM
+    }
+    kept = [i for i in range(len(paths)) if i not in out]
+    depths = _part_depths([folders[i] for i in kept])
+    parts, inner = {}, {i: folders[i] for i in kept}
+    if depths:
+        names = set()
+        for i in kept:
+            at = depths.get(folders[i])
+            if at is None:
+                continue
+            parts[i] = part_of(folders[i][at])
+            names.add(parts[i])
+            inner[i] = folders[i][:at] + folders[i][at + 1 :]
+        words = " nor ".join(part for part in SPELLINGS if part in names)
+        reason = f"lies in neither {words}" if len(names) > 1 else f"lies beside {words}"
+        out |= {i: reason for i in kept if i not in parts}
+        inner = {i: inner[i] for i in parts}
+    masks = _masks(paths, inner)
+    out |= masks
+    inner = {i: folder for i, folder in inner.items() if i not in masks}
+    classes, unclassed = _classes(list(inner.values()))
+    part_array = np.array([parts.get(i, "") if i not in out else "" for i in range(len(paths))])
+    class_array = None
+    if classes:
+        by_file = dict(zip(inner, classes, strict=True))
+        class_array = np.array([by_file.get(i, "") for i in range(len(paths))])
+    return Layout(part_array if depths else None, class_array, unclassed, out)
+
+
+def _part_depths(folders: Sequence[Folder]) -> dict[Folder, int]:
+    """The level at which a folder is, or is inside, a part; empty where there are no parts.
+
+    A folder holds parts if it has one for training and one for something else; or one for
+    training, and otherwise only what is known not to be a class.
+    """
+    children: dict[Folder, set[str]] = defaultdict(set)
+    unique = set(folders)
+    for folder in unique:
+        for depth, name in enumerate(folder):
+            children[folder[:depth]].add(name)
+    holders = {parent for parent, names in children.items() if _hold_parts(names)}
+    if not holders:
+        return {}
+    depth = min(map(len, holders))
+    level = {folder[:depth] for folder in unique if len(folder) >= depth}
+    if len(holders & level) < len(level) / 2:
+        return {}  # a class that happens to have such folders inside
+    found = {}
+    for folder in unique:
+        for at, name in enumerate(folder):
+            if folder[:at] in holders and part_of(name):
+                found[folder] = at
+                break
+    return found
+
+
+def _hold_parts(names: set[str]) -> bool:
+    parts = {part_of(name) for name in names}
+    if _are_parts(parts):
+        return True
+    rest = [_plain(name) for name in names if not part_of(name)]
+    beside = all(BESIDE_TRAIN.fullmatch(name) or MASKS.fullmatch(name) for name in rest)
+    return "train" in parts and bool(rest) and beside
+
+
+def _masks(paths: Sequence[str], folders: Mapping[int, Folder]) -> dict[int, str]:
+    """Files that are masks of others: in a folder beside that of the images, or by their name."""
+    children: dict[Folder, set[str]] = defaultdict(set)
+    for folder in set(folders.values()):
+        for depth, name in enumerate(folder):
+            children[folder[:depth]].add(name)
+    masks = set()
+    for parent, names in children.items():
+        images = any(IMAGES.fullmatch(_plain(name)) for name in names)
+        for name in names:
+            sure = TRUTH.fullmatch(_plain(name)) and len(names) > 1
+            if sure or (images and MASKS.fullmatch(_plain(name))):
+                masks.add((*parent, name))
+    out = {}
+    stems: set[tuple[str, str]] | None = None
+    for i, folder in folders.items():
+        if above := next(
+            (f for at in range(len(folder)) if (f := folder[: at + 1]) in masks), None
+        ):
+            out[i] = f"lies in {above[-1]}, a folder of masks"
+            continue
+        place, _, base = paths[i].rpartition("/")
+        if match := MASK_OF.fullmatch(base.split(".")[0]):
+            if stems is None:
+                split = (paths[j].rpartition("/") for j in folders)
+                stems = {(f, name.split(".")[0]) for f, _, name in split}
+            if (place, match[1]) in stems:
+                out[i] = "is a mask by its name, beside its image"
+    return out
+
+
+def _classes(folders: Sequence[Folder]) -> tuple[list[str], int]:
+    """The class of each file: the first folder in which they differ; or how many have none."""
+    shared = next(
+        (i for i, level in enumerate(zip(*folders, strict=False)) if len(set(level)) > 1),
+        min(map(len, folders), default=0),
+    )
+    names = [printable(folder[shared]) if len(folder) > shared else "" for folder in folders]
+    if len(set(names)) < 2:
+        return [], 0
+    return ([], names.count("")) if "" in names else (names, 0)

@@ -1,0 +1,72 @@
+"""Which examples a step sees, and the noise of its binarization: functions of seed and step.
+
+There is no state to save and no global generator: a step of a resumed run sees what it would have
+seen, on any machine and with any number of processes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from musigma.data.readers import DataError
+
+__all__ = ["batch_indices", "binarized"]
+
+NOISE, ORDER, REDRAW = 0, 1, 2  # streams of random numbers that share a seed
+
+
+def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+    """Indices of the batch of a step, as a function of its arguments alone.
+
+    Successive steps walk through permutations of range(n), one per epoch. A batch may end one
+    epoch and begin the next, so every example is seen exactly once in each.
+
+    >>> batches = [batch_indices(5, 2, seed=0, step=step) for step in range(5)]
+    >>> sorted(np.concatenate(batches).tolist())
+    [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    """
+    for what, value, least in (("n", n, 1), ("batch_size", batch_size, 1), ("step", step, 0)):
+        if value < least:
+            raise DataError(f"{what} is {value}: give a whole number from {least}")
+    start, stop = step * batch_size, (step + 1) * batch_size
+    pieces = [
+        _permutation(n, seed, epoch)[max(start - epoch * n, 0) : stop - epoch * n]
+        for epoch in range(start // n, (stop - 1) // n + 1)
+    ]
+    return np.concatenate(pieces)
+
+
+@lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation by Philox's raw words, which are the same in all versions of NumPy."""
+    return np.argsort(_philox(seed, epoch, ORDER).random_raw(n), kind="stable")
+
+
+def _philox(seed: int, step: int, stream: int, block: int = 0) -> np.random.Philox:
+    """Random words by their position in a stream; a block has four."""
+    key = np.array([seed % 2**64, step % 2**64], np.uint64)
+    return np.random.Philox(key=key, counter=np.array([block, 0, 0, stream], np.uint64))
+
+
+def binarized(x: np.ndarray, seed: int, step: int, start: int) -> np.ndarray:
+    """One with probability x / 255 exactly, from the random bytes of a step that begin at `start`.
+
+    A byte below 255 is uniform on 0..254 and is compared to x. One byte in 256 is 255; it is
+    drawn again from a hash of its position (SplitMix64; Steele, Lea, Flood, "Fast splittable
+    pseudorandom number generators", 2014).
+    """
+    block, skip = divmod(start, 32)
+    words = _philox(seed, step, NOISE, block).random_raw((skip + x.size + 7) // 8)
+    noise = words.astype("<u8", copy=False).view(np.uint8)[skip : skip + x.size]
+    levels = x.reshape(-1)
+    ones = noise < levels
+    again = np.flatnonzero((noise == 255) & (levels > 0))
+    if len(again):
+        key = _philox(seed, step, REDRAW).random_raw(1)
+        z = key + (again + start).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        ones[again] = (z ^ (z >> np.uint64(31))) % np.uint64(255) < levels[again]
+    return ones.view(np.uint8).reshape(x.shape)

@@ -1,0 +1,219 @@
+"""What a data set holds, and what is doubtful about it: as JSON, and as lines to read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from musigma.data.columns import called
+from musigma.data.common import SHOWN, named
+from musigma.data.dataset import Dataset
+from musigma.data.split import PARTS
+
+__all__ = ["describe", "summary"]
+
+SAMPLE = 10_000  # rows by which columns are judged
+IMAGES = 64  # images by which levels are judged
+CLASSES = 12  # classes that a summary counts one by one
+
+
+def describe(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> dict[str, Any]:
+    """A description that JSON can hold; with `parts`, it counts the classes in each.
+
+    >>> describe(Dataset(np.zeros((3, 2), np.float32), name="points"))["shape"]
+    [2]
+    """
+    description = {
+        "name": dataset.name,
+        "n": len(dataset),
+        "shape": list(dataset.shape),
+        "bits": dataset.bits,
+        "preprocess": dataset.preprocess.to_json(),
+        "labels": _count(dataset),
+        "columns": list(dataset.columns),
+        "given": {
+            variable.name: {"shape": list(variable.shape), "names": list(variable.names)}
+            for variable in dataset.variables
+            if variable.name in dataset.given
+        },
+        "skipped": dict(dataset.skipped),
+        "notes": list(dataset.notes),
+    }
+    if parts is not None:
+        description["parts"] = {
+            name: {"n": len(part), "labels": _count(part)} for name, part in parts.items()
+        }
+        description["warnings"] = doubts(dataset, parts)
+    return description
+
+
+def summary(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> list[str]:
+    """Lines that say what is trained on: examples by class and part, and what was left out.
+
+    Args:
+        dataset: All of the data.
+        parts: The parts by their names; None: as `Dataset.split` gives them.
+
+    >>> data = Dataset(np.arange(20, dtype=np.float32)[:, None] % 7, name="x.npy")
+    >>> for line in summary(data):
+    ...     print(line)
+    x.npy: 20 rows of 1 column
+    parts: 11 train, 3 validation, 6 held-out (by a hash of the content)
+    13 examples repeat others; examples that are equal are in the same part
+    """
+    if parts is None:
+        parts = {name: dataset.split(name) for name in PARTS}  # pyright: ignore
+    lines = [_contents(dataset)]
+    if parts:
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+        lines.append(f"parts: {sizes} ({_origin(dataset)})")
+    if dataset.labels is not None:
+        lines.append(_classes(dataset, parts))
+    if dataset.given:
+        given = (f"{v.name} ({_variable(v)})" for v in dataset.variables if v.name != "label")
+        lines.append(f"given with each: {', '.join(given)}")
+    if skipped := list(dataset.skipped.items()):
+        lines.append(f"left out: {len(skipped)} that cannot be used")
+        lines += [f"  {name} {reason}" for name, reason in skipped[:SHOWN]]
+        lines += [f"  and {len(skipped) - SHOWN} more"] if len(skipped) > SHOWN else []
+    lines += dataset.notes
+    repeated = len(dataset) - len(np.unique(dataset.content()))
+    if repeated and dataset.official_test is None:
+        lines.append(
+            f"{repeated} examples repeat others; examples that are equal are in the same part"
+        )
+    return lines + [f"warning: {text}" for text in doubts(dataset, parts)]
+
+
+def doubts(dataset: Dataset, parts: Mapping[str, Dataset]) -> list[str]:
+    """What may not be as it was meant."""
+    train = parts.get("train", dataset)
+    found = [*_doubtful_labels(dataset, train)]
+    found += _doubtful_columns(train) if dataset.bits is None else _doubtful_levels(train)
+    seen = np.unique(train.content())
+    for name, part in parts.items():
+        if name == "train" or dataset.official_test is None:
+            continue
+        again = int(np.isin(part.content(), seen).sum())
+        if again:
+            found.append(
+                f"{again} of {len(part)} {name} examples are also in the part to train on"
+            )
+    return found
+
+
+def _contents(dataset: Dataset) -> str:
+    n, name = len(dataset), dataset.name or "data"
+    if dataset.bits is None:
+        width = dataset.shape[0]
+        columns = f": {named(dataset.columns, 20)}" if dataset.columns else ""
+        return f"{name}: {n} rows of {width} column{'s' * (width > 1)}{columns}"
+    size = " x ".join(map(str, dataset.shape))
+    how = f", binarized ({dataset.preprocess.binarize})" if dataset.preprocess.binarize else ""
+    return f"{name}: {n} images of {size}, {dataset.bits} bit{'s' * (dataset.bits > 1)}{how}"
+
+
+def _origin(dataset: Dataset) -> str:
+    test, validation = dataset.official_test, dataset.official_validation
+    official = [
+        name
+        for name, mask in (("held-out", test), ("validation", validation))
+        if mask is not None and mask.any() and not mask.all()
+    ]
+    if not official:
+        return "by a hash of the content"
+    return f"{' and '.join(official)} as the source has it"
+
+
+def _count(dataset: Dataset) -> dict[str, int] | None:
+    if dataset.labels is None:
+        return None
+    count = Counter(dataset.labels.tolist())
+    return {name: count[i] for i, name in enumerate(dataset.label_names)}
+
+
+def _classes(dataset: Dataset, parts: Mapping[str, Dataset]) -> str:
+    counts = [count for part in (parts or {"": dataset}).values() if (count := _count(part))]
+    each = [
+        f"{name} {' / '.join(str(count[name]) for count in counts)}"
+        for name in dataset.label_names[:CLASSES]
+    ]
+    more = len(dataset.label_names) - CLASSES
+    order = f" ({' / '.join(parts)})" if parts else ""
+    rest = f", and {more} more" if more > 0 else ""
+    return f"{len(dataset.label_names)} classes{order}: {', '.join(each)}{rest}"
+
+
+def _variable(variable: Any) -> str:
+    if variable.classes:
+        return f"classes {named(variable.names)}"
+    if variable.levels:
+        return f"images {' x '.join(map(str, variable.shape))}"
+    return "a number" if variable.shape == (1,) else f"{variable.shape[0]} numbers"
+
+
+def _doubtful_labels(dataset: Dataset, train: Dataset) -> list[str]:
+    if dataset.labels is None:
+        return []
+    found, n = [], len(dataset)
+    count = Counter(dataset.labels.tolist())
+    if n > 2 and len(count) == n:
+        found.append(f"every example has a label of its own ({n}): they are hardly classes")
+    elif len(count) > n / 2 and n > 4:
+        found.append(f"there are {len(count)} classes of {n} examples: they are hardly classes")
+    there = set(train.labels.tolist()) if train.labels is not None else set()
+    without = [name for i, name in enumerate(dataset.label_names) if i not in there]
+    if without and len(count) <= n / 2:
+        found.append(f"classes without an example to train on: {named(without, 10)}")
+    return found
+
+
+def _doubtful_columns(train: Dataset) -> list[str]:
+    """Columns of which many values are equal: a continuous density of them has no bound."""
+    n = len(train)
+    if n < 20:
+        return []
+    rows = np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64)
+    found = []
+    for j, column in enumerate(train.take(rows).T):
+        values, counts = np.unique(column, return_counts=True)
+        share = counts.max() / len(rows)
+        if share > 0.1:
+            few = f"only {len(values)} different values" if len(values) < 11 else ""
+            often = f"the value {values[counts.argmax()]:g} in {100 * share:.3g}% of the rows"
+            found.append(f"{called(train.columns, j)} ({few or often})")
+    if not found:
+        return []
+    return [
+        f"columns with many equal values, of which a continuous density has no bound, so that "
+        f"nats mean little: {named(found)}"
+    ]
+
+
+def _doubtful_levels(train: Dataset) -> list[str]:
+    """Levels that are those of fewer bits than they are read with; channels without content."""
+    if not len(train):
+        return []
+    rows = np.linspace(0, len(train) - 1, min(len(train), IMAGES)).astype(np.int64)
+    x = train.take(rows)
+    found, bits = [], train.bits or 8
+    levels = np.unique(x)
+    if bits == 8 and 2 <= len(levels) <= 16 and levels[-1] < 16:
+        found.append(
+            f"levels run from 0 to {levels[-1]} only, and are read as those of 8 bits, 0..255: "
+            f"multiply them by {255 // int(levels[-1])}, and pass "
+            + ("--binarize threshold" if levels[-1] == 1 else "--bits")
+        )
+    elif bits > 1 and len(levels) == 2:
+        found.append(
+            f"images hold only the levels {levels[0]} and {levels[1]}: --binarize threshold makes "
+            "them 1 bit"
+        )
+    low, high = x.min((0, 2, 3)), x.max((0, 2, 3))
+    constant = [f"{c} (always {low[c]})" for c in np.flatnonzero(low == high)]
+    if constant:
+        found.append(f"channels without content: {', '.join(constant)}")
+    return found
