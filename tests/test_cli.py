@@ -516,7 +516,7 @@ def test_bad_images_can_be_skipped(workdir, capsys):
     assert call("evaluate run some --skip-bad --split all") == 0
     out, err = capsys.readouterr()
     assert "n = 19" in out
-    assert "skipped cat/00.png" in err
+    assert "left out: cat/00.png is not a readable image" in err
     assert call("evaluate run some") == 2
     assert "--skip-bad" in capsys.readouterr().err
 

@@ -1,15 +1,24 @@
 """Inputs that people had trouble with elsewhere: each is read right, or refused with its cause."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from musigma import build
-from musigma.data import Dataset
+from musigma.data import Dataset, describe, load, summary
+from musigma.data.columns import LABEL_NAMES
+from musigma.data.readers.layout import layout
+from musigma.data.split import PARTS
 from musigma.evaluation import evaluate
 from musigma.layers import Standardize, standardize
 from musigma.training import TrainConfig, fit
-from test_data import fails
+from test_data import COLOR, GREY, fails, pack, save_csv, save_folder, save_image
 
 RNG = np.random.default_rng(5)
 
@@ -104,3 +113,494 @@ def test_an_option_of_its_own_changes_no_older_model():
     assert "standardize" not in build("vae", (1, 8, 8), latents=2, width=4).config["options"]
     plain = build("nsf", (2,), bits=None, depth=1, standardize=True).config["options"]
     assert plain["standardize"] is True
+
+
+# Training on test data, or on masks --------------------------------------------------------------
+
+SPELLINGS = {
+    "train": (
+        "train",
+        "Train",
+        "TRAINING",
+        "training_set",
+        "train_images",
+        "trainset",
+        "train2017",
+    ),
+    "test": ("test", "Test", "testing", "TEST_IMAGES", "test-set", "PrivateTest"),
+    "validation": ("val", "valid", "Validation", "dev", "val2017", "evaluation"),
+}
+BESIDE = {
+    "nothing": (),
+    "extra": ("extra/{i}.png",),
+    "unlabeled": ("unlabeled/x/{i}.png",),
+    "ground_truth": ("ground_truth/a/{i}_mask.png",),
+    "the Macintosh": ("__MACOSX/train/a/{i}.png",),
+    "a stray file": ("{i}.png",),
+}
+
+
+def save(root: Path, *patterns: str, n: int = 6) -> Path:
+    for pattern in patterns:
+        for i in range(n):
+            save_image(root / pattern.format(i=i), RNG.integers(0, 256, (3, 8, 8), np.uint8))
+    return root
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("down", ["", "set/images/"])
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Training", "val2017")])
+def test_parts_stay_parts_whatever_lies_beside_them(tmp_path, beside, down, train, test):
+    inner = [f"{down}{part}/{k}/{{i}}.png" for part in (train, test) for k in "ab"]
+    root = save(tmp_path / "d", *inner, *(down + name for name in BESIDE[beside]))
+    (root / "empty").mkdir()
+    for source in (root, pack(root, tmp_path / "d.tar")):
+        data = load(source)
+        assert data.label_names == ("a", "b")
+        parts = {name: data.split(name).ids or () for name in PARTS}
+        assert all(f"{down}{test}/" in name for name in parts["held-out"])
+        assert len(parts["held-out"]) == 12
+        seen = parts["train"] + parts["validation"]
+        assert all(name.startswith(f"{down}{train}/") for name in seen)
+        assert len(seen) == 12
+        noted = [note for note in data.notes if "6 images are left out" in note]
+        assert len(noted) == bool(BESIDE[beside])
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_spellings_of_parts(draw):
+    names = {part: draw.draw(st.sampled_from(s)) for part, s in SPELLINGS.items()}
+    found = layout([f"{name}/{k}/1.png" for name in names.values() for k in "ab"])
+    assert found.parts is not None
+    assert found.parts.tolist() == [part for part in names for _ in "ab"]
+
+
+def test_a_class_that_is_called_train_is_a_class(tmp_path):
+    data = load(save(tmp_path / "d", "train/{i}.png", "bus/{i}.png", "car/{i}.png"))
+    assert data.label_names == ("bus", "car", "train")
+    inside = ["cat/train/{i}.png", "cat/test/{i}.png", *(f"{k}/{{i}}.png" for k in "abcd")]
+    assert load(save(tmp_path / "e", *inside)).label_names == ("a", "b", "c", "cat", "d")
+
+
+def test_classes_may_have_parts_inside(tmp_path):
+    parts = [f"{k}/{part}/{{i}}.png" for k in ("cat", "dog") for part in ("train", "test")]
+    data = load(save(tmp_path / "d", *parts))
+    assert data.label_names == ("cat", "dog")
+    assert all("/test/" in name for name in data.split("held-out").ids or ())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "left"),
+    [
+        (("images/{i}.png", "masks/{i}.png"), "lies in masks, a folder of masks"),
+        (("train/img/{i}.png", "train/label/{i}.png"), "lies in label, a folder of masks"),
+        (("JPEGImages/{i}.png", "SegmentationClass/{i}.png"), "lies in SegmentationClass"),
+        (("good/{i}.png", "bad/{i}.png", "ground_truth/{i}.png"), "lies in ground_truth"),
+        (("{i}.png", "{i}_mask.png"), "is a mask by its name, beside its image"),
+    ],
+)
+def test_masks_are_not_trained_on(tmp_path, patterns, left):
+    data = load(save(tmp_path / "d", *patterns))
+    assert len(data) == 6 * (len(patterns) - 1)
+    assert not any("mask" in name or "Seg" in name for name in data.ids or ())
+    (note,) = data.notes
+    assert f"6 images are left out: each {left}" in note
+
+
+def test_faces_with_masks_are_a_class(tmp_path):
+    data = load(save(tmp_path / "d", "mask/{i}.png", "no_mask/{i}.png"))
+    assert data.label_names == ("mask", "no_mask")
+
+
+def test_files_named_after_parts_are_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("x-train-0", "x-train-1", "x-test-0", "more"):
+        save(tmp_path / "images" / name, "{i}.png")
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        pack(tmp_path / "images" / name, tmp_path / "shards" / f"{name}.tar")
+    for in_memory in (True, False):
+        data = load(tmp_path / "shards", in_memory=in_memory)
+        held_out = data.split("held-out").ids or ()
+        assert len(held_out) == 6
+        assert all(name.startswith("x-test-0.tar/") for name in held_out)
+        assert len(data) == 18
+        assert any(
+            "6 images are left out: each lies in neither train nor test" in n for n in data.notes
+        )
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "table").mkdir()
+    for i, name in enumerate(
+        ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")
+    ):
+        table = pa.table({"a": RNG.normal(size=5), "b": np.full(5, i) + RNG.normal(size=5) / 9})
+        parquet.write_table(table, tmp_path / "table" / f"{name}.parquet")
+    for in_memory in (True, False):
+        data = load(tmp_path / "table", in_memory=in_memory)
+        assert np.rint(data.split("held-out").x[:, 1]).tolist() == [2] * 5
+        assert len(data.split("train")) + len(data.split("validation")) == 10
+
+
+# Silent readings ---------------------------------------------------------------------------------
+
+
+def test_links_to_folders_are_noted(tmp_path):
+    save(tmp_path / "real", "{i}.png")
+    save(tmp_path / "d", "a/{i}.png")
+    (tmp_path / "d" / "b").symlink_to(tmp_path / "real")
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "c").symlink_to(tmp_path / "real")
+    (note,) = load(tmp_path / "d").notes
+    assert "d: 1 link to a folder is not followed: b" in note
+    with fails("only: holds no images; 1 link to a folder is not followed: c"):
+        load(tmp_path / "only")
+
+
+def test_the_summary_says_what_is_trained_on(tmp_path):
+    folder = save(
+        tmp_path / "d", "train/a/{i}.png", "train/b/{i}.png", "test/a/{i}.png", "x/{i}.png"
+    )
+    (folder / "train" / "b" / "0.png").write_bytes(b"")
+    lines = "\n".join(summary(load(folder, skip_bad=True)))
+    assert "d: 17 images of 3 x 8 x 8, 8 bits" in lines
+    assert re.search(
+        r"parts: \d+ train, \d+ validation, 6 held-out .held-out as the source", lines
+    )
+    assert re.search(
+        r"2 classes .train / validation / held-out.: a \d / \d / 6, b \d / \d / 0", lines
+    )
+    assert "left out: 1 that cannot be used\n  train/b/0.png is empty: remove it" in lines
+    assert "6 images are left out: each lies in neither train nor test (x/0.png" in lines
+    assert "warning" not in lines
+
+
+def table_file(tmp_path, x: np.ndarray, header: str, labels=None) -> Path:
+    rows = [[*map(repr, row.tolist())] for row in x]
+    rows = [[*row, str(y)] for row, y in zip(rows, labels, strict=True)] if labels else rows
+    return save_csv(tmp_path / "x.csv", [header.split(","), *rows])
+
+
+def warnings_of(data: Dataset) -> str:
+    return "\n".join(line for line in summary(data) if line.startswith("warning: "))
+
+
+def test_doubtful_labels_columns_and_levels_are_warned_of(tmp_path):
+    x = RNG.normal(size=(60, 2))
+    data = load(table_file(tmp_path, x, "u,v,label", range(60)))
+    assert "every example has a label of its own (60): they are hardly classes" in warnings_of(
+        data
+    )
+    assert not warnings_of(load(table_file(tmp_path, x, "u,v,label", list("ab") * 30)))
+    nearly = np.column_stack([x, np.where(np.arange(60) == 9, 6.0, 5.0)])
+    text = warnings_of(load(table_file(tmp_path, nearly, "u,v,w")))
+    assert "column 'w' (only 2 different values)" in text
+    assert "column 'u'" not in text
+    binary = Dataset((RNG.random((20, 1, 8, 8)) > 0.5).astype(np.uint8))
+    assert "levels run from 0 to 1 only, and are read as those of 8 bits" in warnings_of(binary)
+    images = RNG.integers(0, 256, (20, 3, 8, 8), np.uint8)
+    assert not warnings_of(Dataset(images))
+    images[:, 2] = 7
+    assert "channels without content: 2 (always 7)" in warnings_of(Dataset(images))
+    test = np.arange(20) >= 15
+    twice = np.concatenate([images[:15], images[:5]])
+    data = Dataset(twice, official_test=test, official_validation=np.zeros(20, bool))
+    parts = {"train": data.subset(range(15)), "held-out": data.split("held-out")}
+    again = "warning: 5 of 5 held-out examples are also in the part to train on"
+    assert again in summary(data, parts)
+
+
+def test_rows_that_repeat_are_counted(tmp_path):
+    x = np.repeat(RNG.normal(size=(20, 2)), 3, 0)
+    lines = summary(load(table_file(tmp_path, x, "u,v")))
+    assert "40 examples repeat others; examples that are equal are in the same part" in lines
+
+
+def test_a_description_counts_the_parts(tmp_path):
+    data = load(table_file(tmp_path, RNG.normal(size=(60, 2)), "u,v,label", list("ab") * 30))
+    parts = {part: data.split(part) for part in ("train", "validation", "held-out")}
+    found = json.loads(json.dumps(describe(data, parts)))
+    assert sum(part["n"] for part in found["parts"].values()) == 60
+    assert sum(part["labels"]["a"] for part in found["parts"].values()) == 30
+    assert found["notes"] == list(data.notes)
+    assert found["warnings"] == []
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "id", "PassengerId", "row_number", "user_id"])
+@pytest.mark.parametrize("start", [0, 9007199254740993000])
+def test_columns_that_name_rows_are_no_data(tmp_path, name, start):
+    x = RNG.normal(size=(50, 2))
+    rows = [[start + i, *map(repr, row)] for i, row in enumerate(x.tolist())]
+    data = load(save_csv(tmp_path / "x.csv", [[name, "u", "v"], *rows]))
+    assert data.columns == ("u", "v")
+    np.testing.assert_array_equal(data.x, x.astype(np.float32))
+    assert data.ids is not None
+    assert data.ids[3] == str(start + 3)
+    assert "is different in every row: it names rows, and is no data" in data.notes[0]
+
+
+def test_other_whole_numbers_are_data(tmp_path):
+    rows = [[i, i % 7, f"{x:.3f}"] for i, x in enumerate(RNG.normal(size=50))]
+    data = load(save_csv(tmp_path / "x.csv", [["time", "id", "v"], *rows]))
+    assert data.columns == ("time", "id", "v")
+    assert "column 'time' counts the rows: drop it, if it is no measurement" in data.notes[0]
+
+
+@pytest.mark.parametrize("header", ["0,1", "2019,2020", "2,1"])
+def test_numbers_may_be_names_of_columns(tmp_path, header):
+    x = RNG.normal(size=(50, 2))
+    data = load(save_csv(tmp_path / "x.csv", [header.split(","), *x.tolist()]))
+    np.testing.assert_array_equal(data.x, x.astype(np.float32))
+    assert f"the first line, {header}, is taken as names of columns" in data.notes[0]
+    whole = RNG.integers(0, 9, (50, 2)).tolist()
+    assert len(load(save_csv(tmp_path / "y.csv", [[2019, 2020], *whole]))) == 51
+
+
+@pytest.mark.parametrize(
+    ("header", "labelled"),
+    [
+        ("label,u,v", True),
+        ("u,class,v", True),
+        ("u,v,Target", True),
+        ("u,v,y", True),
+        ("y,u,v", False),
+        ("u,x,y", False),
+        ("u,v,w", False),
+    ],
+)
+def test_the_column_of_labels_is_found_by_its_name(tmp_path, header, labelled):
+    names = header.split(",")
+    at = next((i for i, name in enumerate(names) if name.lower() in LABEL_NAMES), 2)
+    x = RNG.normal(size=(50, 3))
+    x[:, at] = np.arange(50) % 3
+    rows = [[repr(v) if j != at else str(int(v)) for j, v in enumerate(row)] for row in x.tolist()]
+    data = load(save_csv(tmp_path / "x.csv", [names, *rows]))
+    assert (data.labels is not None) == labelled
+    assert len(data.columns) == 3 - labelled
+    assert labelled == any("taken as labels" in note for note in data.notes)
+    x[:, at] += 0.5  # fractions are data, whatever they are called
+    assert load(save_csv(tmp_path / "x.csv", [names, *x.tolist()])).labels is None
+
+
+def test_columns_that_repeat_another_are_left_out_or_refused(tmp_path):
+    x = RNG.normal(size=(50, 3))
+    x[:, 2] = x[:, 0]
+    data = load(save_csv(tmp_path / "x.csv", [["u", "v", "w"], *x.tolist()]))
+    assert data.columns == ("u", "v")
+    assert "column 'w' repeats column 'u', and is left out" in data.notes[0]
+    np.save(tmp_path / "x.npy", x)
+    with fails(r"column 2 \(from 0\) repeats column 0 \(from 0\), where a density is infinite"):
+        load(tmp_path / "x.npy")
+    with fails("several columns are called 'u': give each a name of its own"):
+        load(save_csv(tmp_path / "x.csv", [["u", "u", "v"], *x.tolist()]))
+
+
+# One fault per run -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_first_twenty_bad_images_are_named(tmp_path, monkeypatch, in_memory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = save(tmp_path / "d", "{i}.png", n=30)
+    for i in range(10, 20):
+        (root / f"{i}.png").write_bytes(b"")
+    for i in range(20, 25):
+        (root / f"{i}.png").write_text("<!DOCTYPE html><p>404")
+    for i in range(25, 30):
+        (root / f"{i}.png").write_bytes((root / f"{i}.png").read_bytes()[:70])
+    reasons = ["empty: remove"] * 10 + ["a web page"] * 5 + ["not a readable image"] * 5
+    faults = [f"{i}.png is {reason}" for i, reason in enumerate(reasons, 10)]
+    with fails("20 of 30 images cannot be used", *faults):
+        load(root, in_memory=in_memory)
+    (root / "9.png").write_text("x")
+    with fails("21 of 30 images cannot be used", *faults, "and 1 more"):
+        load(root, in_memory=in_memory)
+    data = load(root, in_memory=in_memory, skip_bad=True)
+    assert (len(data), len(data.skipped)) == (9, 21)
+
+
+def test_all_rows_that_are_not_finite_are_named_or_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    x = RNG.normal(size=(200, 5))
+    clean = x.copy()
+    x[7, 2], x[11, 0], x[20, 1] = np.nan, np.inf, 1e39
+    np.save(tmp_path / "x.npy", x)
+    with np.errstate(over="ignore"):
+        np.save(tmp_path / "y.npy", x.astype(np.float32))
+    faults = [
+        r"row 7 \(from 0\), column 2 .*is nan",
+        r"row 11 \(from 0\), column 0 .*is inf",
+        r"row 20 \(from 0\), column 1 .*is (1e.39, too large|infinite)",
+    ]
+    kept = np.setdiff1d(np.arange(200), [7, 11, 20])
+    for name in ("x.npy", "y.npy"):
+        for in_memory in (None, False):
+            with fails("3 of 200 rows cannot be used", *faults):
+                load(tmp_path / name, in_memory=in_memory)
+            data = load(tmp_path / name, in_memory=in_memory, skip_bad=True)
+            np.testing.assert_array_equal(data.x, clean[kept].astype(np.float32))
+            assert data.ids == tuple(map(str, kept))
+            assert len(data.skipped) == 3
+            assert sum(len(data.split(p)) for p in ("train", "validation", "held-out")) == 197
+
+
+def test_all_cells_that_are_no_numbers_are_named_or_left_out(tmp_path):
+    text = "a,b,label\n1.5,2,x\n,3,y\n4,five,x\n6,7\n8,2019-01-01,y\n9,10,\n11,12%,x\n13,14,y\n"
+    (tmp_path / "x.csv").write_text(text)
+    faults = [
+        "line 5 has 2 cells and the first line 3: make them equal",
+        "line 3, column 'a' is missing",
+        "line 4, column 'b' is 'five', not a number",
+        "line 6, column 'b' is '2019-01-01', a date or time",
+        "line 7, column 'label' is missing",
+        "line 8, column 'b' is '12%', with a unit",
+    ]
+    with fails("6 of 8 rows cannot be used; mend them, or pass --skip-bad", *faults):
+        load(tmp_path / "x.csv")
+    data = load(tmp_path / "x.csv", skip_bad=True)
+    assert data.x.tolist() == [[1.5, 2], [13, 14]]
+    assert data.ids == ("line 2", "line 9")
+    assert len(data.skipped) == 6
+
+
+def test_images_that_are_not_finite_are_named_or_left_out(tmp_path):
+    x = np.rint(255 * RNG.random((40, 1, 8, 8))) / 255
+    x[3, 0, 1, 1] = np.nan
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(40) % 3)
+    with fails(r"image 3 \(from 0\) has values that are not finite: .*, or pass --skip-bad"):
+        load(tmp_path / "x.npz")
+    data = load(tmp_path / "x.npz", skip_bad=True)
+    assert data.labels is not None
+    assert data.labels.tolist() == [i % 3 for i in range(40) if i != 3]
+    assert data.ids == tuple(str(i) for i in range(40) if i != 3)
+
+
+def test_all_columns_of_text_are_named(tmp_path):
+    rows = [[f"2019-06-{i % 28 + 1:02}", ["red", "green"][i % 2], i / 3] for i in range(40)]
+    path = save_csv(tmp_path / "x.csv", [["day", "hue", "v"], *rows])
+    with fails(
+        "2 columns cannot be used",
+        "column 'day' holds dates or times, such as '2019-06-01': convert it",
+        "column 'hue' holds text, such as 'red': name it 'label' .*--given hue",
+    ):
+        load(path)
+
+
+# The right refusal, and the right advice ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 1, 8, 16, 16), np.uint8), r"shape \(4, 1, 8, 16, 16\), as volumes or films"),
+        (np.zeros((4, 8, 16, 16), np.uint8), r"of volumes, give the slices, x.reshape\(32, 1, 16"),
+        (np.cumsum(RNG.random((9, 50, 10)), 1) / 99, r"series .*are a table.*x.reshape\(len\(x\)"),
+        (RNG.random((9, 16, 16)) * 1.02, r"overshoot 0..1, clip and round: .*x.clip\(0, 1\)"),
+        (RNG.random((9, 16, 16)), r"of images, round: np.rint\(255 \* x\)"),
+        (RNG.random((9, 16, 16)) * 254 + 0.5, r"of images, round: np.rint\(x\).astype\(np.uint8"),
+        (RNG.normal(size=50), r"a table of one column is x\[:, None\]"),
+    ],
+)
+def test_arrays_are_refused_with_their_cause(tmp_path, array, message):
+    np.save(tmp_path / "x.npy", array)
+    with fails(message):
+        load(tmp_path / "x.npy")
+
+
+X = np.round(np.random.default_rng(4).normal(20, 5, (80, 2)), 2)
+WRITTEN = {
+    "points": (";", lambda v: f"{v:.2f}", "utf-8"),
+    "decimal commas": (";", lambda v: f"{v:.2f}".replace(".", ","), "utf-8"),
+    "quoted decimal commas": (",", lambda v: f'"{v:.2f}"'.replace(".", ","), "utf-8"),
+    "tabs": ("\t", lambda v: f"{v:.2f}", "utf-8"),
+    "spaces": ("  ", lambda v: f"{v:.2f}", "utf-8"),
+    "bars": ("|", lambda v: f"{v:.2f}", "utf-8"),
+    "a mark of order": (",", lambda v: f"{v:.2f}", "utf-8-sig"),
+    "latin-1": (",", lambda v: f"{v:.2f}", "latin-1"),
+    "utf-16": ("\t", lambda v: f"{v:.2f}", "utf-16"),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_tables_are_read_however_they_are_written(tmp_path, how, header, end):
+    separator, number, encoding = WRITTEN[how]
+    rows = [separator.join(map(number, row)) for row in X.tolist()]
+    first = [separator.join(["Größe", "Länge"])] if header else []
+    text = end.join(["# made by a logger", "", *first, *rows, ""])
+    (tmp_path / "x.csv").write_bytes(text.encode(encoding))
+    data = load(tmp_path / "x.csv")
+    np.testing.assert_array_equal(data.x, X.astype(np.float32))
+    assert data.columns == (("Größe", "Länge") if header else ())
+    assert any("line 1 is left out, a comment" in note for note in data.notes)
+    assert ("commas" in how) == any("decimal commas" in note for note in data.notes)
+    if header:
+        assert (how == "latin-1") == any("read as Windows-1252" in note for note in data.notes)
+
+
+def test_groups_of_digits(tmp_path):
+    for separator, cells in ((",", "{:,.2f}"), (";", "{:,.2f}")):
+        rows = [f'"{cells.format(a * 1e6)}"{separator}{b}' for a, b in X.tolist()]
+        (tmp_path / "x.csv").write_text("\n".join([f"T{separator}U", *rows]))
+        expected = np.column_stack([np.round(X[:, 0] * 1e6, 2), X[:, 1]])
+        np.testing.assert_array_equal(load(tmp_path / "x.csv").x, expected.astype(np.float32))
+    (tmp_path / "x.csv").write_text("T;U\n1.234,5;2\n99,5;1.000\n3,25;1\n")
+    assert load(tmp_path / "x.csv").x.tolist() == [[1234.5, 2], [99.5, 1000], [3.25, 1]]
+    (tmp_path / "x.csv").write_text("T;U\n1,234;2\n3,456;1\n")
+    doubt = "and '1,234' may be 1234 or 1.234: write numbers with decimal points"
+    with fails(
+        "2 of 2 rows cannot be used",
+        f"line 2, column 'T' is '1,234', {doubt}",
+        f"line 3, column 'T' is '3,456', {doubt}",
+    ):
+        load(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text("T;U\n1,5;2\n3.5;1\n2,5;7\n")
+    with fails("line 3, column 'T' is '3.5', not a number"):
+        load(tmp_path / "x.csv")
+
+
+def test_an_empty_column_at_the_end_is_left_out(tmp_path):
+    (tmp_path / "x.csv").write_text("T,U,\n" + "".join(f"{a},{b},\n" for a, b in X.tolist()))
+    data = load(tmp_path / "x.csv")
+    assert data.columns == ("T", "U")
+    assert "column 3, which has no name, is empty, and is left out" in data.notes[0]
+
+
+# Scoring is not stricter than training -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_grey_images_are_read_for_a_model_of_color(tmp_path, monkeypatch, in_memory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = save_folder(tmp_path / "grey", GREY)
+    np.save(tmp_path / "grey.npy", GREY)
+    for source in (folder, tmp_path / "grey.npy"):
+        data = load(source, channels=3, in_memory=in_memory)
+        np.testing.assert_array_equal(data.x, np.repeat(GREY, 3, 1))
+        assert data.split("train").shape == (3, 9, 7)
+        assert "grey images are made RGB, as the model's are" in data.notes[-1]
+    mixed = save_folder(tmp_path / "mixed", GREY)
+    save_image(mixed / "z.png", COLOR[0])  # as in training on a folder with both
+    np.testing.assert_array_equal(load(mixed).x[:6], np.repeat(GREY, 3, 1))
+
+
+def test_columns_are_matched_by_name(tmp_path):
+    rows = [
+        [f"r{i}", *map(repr, row), i % 2]
+        for i, row in enumerate(RNG.normal(size=(30, 3)).tolist())
+    ]
+    path = save_csv(tmp_path / "x.csv", [["name", "c", "a", "b", "label"], *rows])
+    data = load(path, columns=("a", "b"))
+    assert data.columns == ("a", "b")
+    np.testing.assert_array_equal(data.x, np.array([r[2:4] for r in rows], np.float32))
+    assert data.labels is not None
+    assert any("columns that the model does not know are left out: 'c'" in n for n in data.notes)
+    with fails("x.csv: has no column 'size', 'w', which the model needs: its columns are name, c"):
+        load(path, columns=("a", "size", "w"))
+    one = save_csv(tmp_path / "one.csv", [["a", "b"], [1.0, 2.0]])
+    assert load(one, columns=("b", "a"), allow_constant=True).x.tolist() == [[2, 1]]
+    bare = save_csv(tmp_path / "bare.csv", [[1.0, 2.0], [3.0, 5.0]])
+    assert load(bare, columns=("a", "b"), allow_constant=True).x.tolist() == [[1, 2], [3, 5]]
+    with fails("bare.csv: has 2 columns without names, and the model needs 3: a, b, c"):
+        load(bare, columns=("a", "b", "c"))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musigma.data import Dataset, Given, describe, digest, load
+from musigma.data import Dataset, Given, attach, describe, digest, given_rows, load
 from musigma.data.batches import stream
 from musigma.data.readers import LazyImages
 from musigma.spec import Spec, Variable
@@ -16,7 +16,8 @@ from test_data import COLOR, GREY, fails, save_folder
 
 N = 12
 ROWS = np.arange(N)
-POINTS = np.random.default_rng(3).normal(size=(N, 2)).astype(np.float32)
+RANDOM = np.random.default_rng(3).normal(size=(N, 3)).astype(np.float32)
+POINTS = RANDOM[:, :2]
 
 
 def conditioned(masks=None) -> Dataset:
@@ -75,7 +76,7 @@ def test_images_on_disk_can_be_given(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = load(save_folder(tmp_path / "masks", COLOR), in_memory=False).array
     assert isinstance(found, LazyImages)
-    data = Dataset(GREY, given={"mask": Given(found)})
+    data = Dataset(GREY, given={"mask": Given(found)})  # pyright: ignore
     part = data.subset([4, 1, 2]).subset([2, 0])
     np.testing.assert_array_equal(part.given["mask"].values[:], COLOR[[2, 4]], strict=True)
     np.testing.assert_array_equal(part.given["mask"].values, COLOR[[2, 4]])
@@ -146,3 +147,132 @@ def test_context_has_a_row_for_each_example():
         Dataset(POINTS[:6], given={"row": Given(ROWS.astype(np.float32))})
     with fails("given: 'label' names the labels already"):
         replace(conditioned(), given={"label": Given(POINTS)})
+
+
+# Context from the table itself, and from other files ---------------------------------------------
+
+
+def write(path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_columns_of_the_table_are_given(tmp_path):
+    rows = "".join(f"{i},{0.5 + i},{'fm'[i % 2]},{i * i},{i / 7}\n" for i in range(12))
+    path = write(tmp_path / "x.csv", f"age,x_1,sex,x_2,income\n{rows}")
+    data = load(path, given=["x_*", "sex"])
+    assert data.columns == ("age", "income")
+    assert data.shape == (2,)
+    assert list(data.given) == ["x_1", "x_2", "sex"]
+    np.testing.assert_array_equal(data.given["x_2"].values, np.arange(12.0) ** 2)
+    assert data.given["sex"].names == ("f", "m")
+    assert data.given["sex"].values.tolist() == [0, 1] * 6
+    with fails(r"x.csv: given: no column matches 'y_\*': give one of age, x_1, sex"):
+        load(path, given="y_*")
+    with fails("x.csv: given: it has no labels"):
+        load(path, given=["label", "sex"])
+    assert load(path, given="sex").columns == ("age", "x_1", "x_2", "income")
+
+
+def test_parquet_columns_are_given(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    table = pa.table({"a": POINTS[:, 0], "kind": ["x", "y", "z"] * 4, "b": POINTS[:, 1]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "x.parquet")
+    for in_memory in (True, False):
+        data = load(tmp_path / "x.parquet", given=["kind", "b"], in_memory=in_memory)
+        np.testing.assert_array_equal(data.x, POINTS[:, :1])
+        np.testing.assert_array_equal(data.given["b"].values, POINTS[:, 1])
+        assert data.given["kind"].names == ("x", "y", "z")
+
+
+@pytest.mark.parametrize("form", ["name", "path", "stem"])
+def test_rows_are_matched_with_images_by_name(tmp_path, form):
+    folder = save_folder(tmp_path / "images", GREY, "{k}/{i}.png")
+    names = {"name": "{i}.png", "path": "{k}/{i}.png", "stem": "{i}"}[form]
+    lines = [f"{names.format(i=i, k='ab'[i % 2])},{i * 1.5}" for i in (5, 2, 0, 4, 1, 3)]
+    more = "9.png,7.0" if form != "stem" else "9,7.0"  # an example that is not there
+    path = write(tmp_path / "age.csv", "\n".join(["file,age", *lines, more]))
+    data = load(folder, given=path)
+    assert data.ids is not None
+    assert data.given["age"].values.tolist() == [1.5 * int(name[2]) for name in data.ids]
+    assert "matched with examples by the column 'file'" in data.notes[-1]
+
+
+def test_rows_without_names_are_taken_in_order(tmp_path):
+    folder = save_folder(tmp_path / "images", GREY)
+    path = write(
+        tmp_path / "age.csv", "age,sex\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(6))
+    )
+    data = load(folder, given=path)
+    assert data.given["age"].values.tolist() == [0, 1, 2, 3, 4, 5]
+    assert data.given["sex"].names == ("a", "b")
+    assert data.notes[-1].endswith("age.csv: rows are taken in the order of the examples")
+    only = attach(load(folder), path, columns=["sex"])
+    assert list(only.given) == ["sex"]
+    short = write(tmp_path / "few.csv", "age\n1\n2\n")
+    with fails("few.csv: has 2 rows for 6 examples, and no column that names them"):
+        load(folder, given=short)
+    with fails("age.csv: has no size: give some of age, sex"):
+        attach(load(folder), path, columns=["size"])
+    with fails("age.csv: the names age, sex are taken"):
+        attach(data, path)
+
+
+def test_arrays_and_images_are_given(tmp_path):
+    folder = save_folder(tmp_path / "images", GREY, "{k}/{i}.png")
+    masks = save_folder(tmp_path / "masks", COLOR[::-1], "{i}.png")
+    np.save(tmp_path / "depth.npy", RANDOM[:6, :3])
+    np.savez(tmp_path / "more.npz", age=np.arange(6), kind=np.array(list("xyxyzz")))
+    sources = [str(masks), str(tmp_path / "depth.npy"), str(tmp_path / "more.npz")]
+    data = load(folder, given=sources)
+    assert [(name, v.values.dtype) for name, v in data.given.items()] == [
+        ("masks", np.uint8),
+        ("depth", np.float32),
+        ("age", np.float32),
+        ("kind", np.int64),
+    ]
+    order = [int(name[2]) for name in data.ids or ()]
+    np.testing.assert_array_equal(data.given["masks"].values, COLOR[::-1][order])
+    with fails("given: 'nothing' is no file, and these are images"):
+        load(folder, given="nothing")
+
+
+def test_all_faults_of_a_context_are_named(tmp_path):
+    folder = save_folder(tmp_path / "images", GREY)
+    text = "age,size,kind\n1,2,a\n,2,b\n3,2,a\n4,2,\n5,2,b\nx,2,a\n"
+    with fails(
+        "3 cells cannot be used",
+        "line 3, column 'age' is missing: fill or drop it",
+        "line 7, column 'age' is 'x', not a number: fill or drop it",
+        "line 5, column 'kind' is missing",
+    ):
+        load(folder, given=write(tmp_path / "bad.csv", text))
+    text = "age,size,kind\n" + "".join(f"{i},2,a\n" for i in range(6))
+    with fails(
+        "cannot be used", "size is constant, and tells nothing: drop it", "kind is constant"
+    ):
+        load(folder, given=write(tmp_path / "same.csv", text))
+    lines = "".join(f"{i}.png,{i}\n" for i in range(5))
+    with fails("the column 'file' names examples, and 1 of 6 are missing: 5.png"):
+        load(folder, given=write(tmp_path / "lacking.csv", "file,age\n" + lines))
+    np.save(tmp_path / "nan.npy", np.where(RANDOM[:6] > 0, np.nan, 1.0))
+    with fails("cannot be used", "nan values are not finite in . rows"):
+        load(folder, given=str(tmp_path / "nan.npy"))
+
+
+def test_rows_to_generate_by(tmp_path):
+    variables = [Variable("age"), Variable("kind", names=("a", "b"))]
+    path = write(tmp_path / "rows.csv", "kind,age,other\na,3,x\nb,3,y\n")
+    rows = given_rows([path], variables)
+    assert rows["age"].values.tolist() == [3, 3]
+    assert [rows["kind"].names[i] for i in rows["kind"].values] == ["a", "b"]
+    np.save(tmp_path / "any.npy", RANDOM[:2, :2])
+    np.testing.assert_array_equal(
+        given_rows([tmp_path / "any.npy"], [Variable("pair", (2,))])["pair"].values, RANDOM[:2, :2]
+    )
+    with fails("no file holds size: give a column of that name"):
+        given_rows([path], [Variable("size")])
+    longer = write(tmp_path / "long.csv", "age\n1\n2\n3\n")
+    with fails("the numbers of rows differ, 3 of age, 2 of kind"):
+        given_rows([path, longer], variables)

@@ -44,8 +44,8 @@ def read_data(
             allow_constant=allow_constant,
             progress=progress,
         )
-    for name in found.skipped:
-        screen.note(f"skipped {name}: it cannot be used")
+    for name, reason in found.skipped.items():
+        screen.note(f"left out: {name} {reason}")
     for note in found.notes:
         screen.note(note)
     return found

@@ -1,6 +1,6 @@
 """Data sets: how they are read and split, and which examples a step sees."""
 
-from musigma.data.attach import attach
+from musigma.data.attach import attach, given_rows
 from musigma.data.dataset import Dataset, Preprocess, digest, identity, load
 from musigma.data.given import Given
 from musigma.data.readers import DataError, Progress
@@ -19,6 +19,7 @@ __all__ = [
     "batch_indices",
     "describe",
     "digest",
+    "given_rows",
     "identity",
     "load",
     "summary",

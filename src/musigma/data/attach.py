@@ -1,200 +1,210 @@
-"""Context from another file: a row for each example, matched by name or by order."""
+"""Context from other files, with a row for each example, matched by name or by order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from musigma.data.columns import Table, given_column, is_missing
-from musigma.data.common import Request, all_faults, damage, listing, named
+from musigma.data.columns import Table, given_column, is_missing, names_rows
+from musigma.data.common import DataError, Request, damage, listing, named
 from musigma.data.dataset import Dataset, load
 from musigma.data.given import Given
-from musigma.data.readers import READERS, DataError, is_url
+from musigma.data.readers import READERS, is_url
 from musigma.data.readers.delimited import read_table
 from musigma.data.readers.parquet import read_parquet_table
+from musigma.spec import Variable
 
-__all__ = ["attach", "is_source"]
-
-TABLES = (".csv", ".tsv", ".parquet")
+__all__ = ["attach", "given_rows", "is_source"]
 
 
 def is_source(item: str) -> bool:
-    """Whether what is given names a file, a folder or a URL, rather than columns."""
+    """Whether an item of what is given names a file, a folder or a URL, rather than columns."""
     return is_url(item) or Path(item).suffix.lower() in READERS or Path(item).exists()
 
 
 def attach(dataset: Dataset, source: str | Path, *, columns: Sequence[str] = ()) -> Dataset:
     """A data set with further context, from a file with a row for each example.
 
-    Each column of a table becomes one variable: text becomes classes, numbers stay numbers. An
-    array (.npy) or a folder of images becomes one variable with the name of the file; an .npz
-    holds one array for each variable. If a column of the table has the name of every example (its
-    file name, with or without folders and suffix), rows are matched by it. Otherwise the counts
-    must be equal, and rows are taken in order; a note says so.
+    Each column of a table is a variable: text becomes classes, numbers stay numbers. An array
+    (.npy) or a folder of images is one variable with the name of the file; an .npz has an array
+    for each variable. If a column of the table, or the names of the images, contain the name of
+    every example (its file name, with or without folders and suffix), rows are matched by it.
+    Otherwise the counts must be equal, and rows are taken in order; a note says so.
 
     Args:
         dataset: The data.
         source: A .csv, .tsv, .parquet, .npy or .npz file, or a folder of images.
-        columns: The columns to take; by default all but the one with the names.
+        columns: The variables to take; by default all.
 
     Raises:
-        DataError: If rows are missing, values are missing or constant, or names are taken; all
-            faults are named.
+        DataError: If examples have no row, values are missing or constant, or names are taken;
+            all faults are named.
     """
-    path, where = Path(source).expanduser(), f"given: {source}"
-    request = Request(where)
-    if path.suffix.lower() in TABLES:
-        found = _of_table(path, dataset, columns, request)
-    elif path.suffix.lower() == ".npz":
-        with damage(where), np.load(path, allow_pickle=False) as arrays:
-            names = columns or arrays.files
-            values = {name: _of_array(arrays[name], where, name) for name in names}
-        found = _in_order(values, dataset, request)
-    elif path.suffix.lower() == ".npy":
-        with damage(where):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.ndim > 2:
-            found = _of_images(path, dataset, request)
-        else:
-            found = _in_order({path.stem: _of_array(array, where, path.stem)}, dataset, request)
-    else:
-        found = _of_images(path, dataset, request)
-    taken = sorted(set(found) & {*dataset.given, *dataset.columns, "label"})
+    request = Request(f"given: {source}")
+    found = _read(source, columns, request, constant=False)
+    taken = sorted(set(found.variables) & {*dataset.given, *dataset.columns, "label"})
     if taken:
-        raise DataError(f"{where}: the names {named(taken, 20)} are taken: give others")
-    return replace(
-        dataset,
-        given={**dataset.given, **found},
-        notes=(*dataset.notes, *(note.replace("given: ", "", 1) for note in request.notes)),
+        raise DataError(f"{request.where}: the names {named(taken, 20)} are taken: give others")
+    rows = _matched(found, dataset, request)
+    given = {name: value.subset(rows) for name, value in found.variables.items()}
+    notes = (*dataset.notes, *request.notes)
+    return replace(dataset, given={**dataset.given, **given}, notes=notes)
+
+
+def given_rows(sources: Iterable[str | Path], variables: Sequence[Variable]) -> dict[str, Given]:
+    """Rows of a context from files, to generate examples by; what else they hold is ignored.
+
+    Raises:
+        DataError: If a variable is in no file, or the files differ in their numbers of rows.
+    """
+    found: dict[str, Given] = {}
+    for source in sources:
+        request = Request(f"given: {source}")
+        known = _read(source, (), request, constant=True, wanted=[v.name for v in variables])
+        if len(variables) == 1 and len(known.variables) == 1:  # an array has no name to match
+            known = known._replace(
+                variables={variables[0].name: next(iter(known.variables.values()))}
+            )
+        found |= {v.name: known.variables[v.name] for v in variables if v.name in known.variables}
+    if missing := [v.name for v in variables if v.name not in found]:
+        raise DataError(f"given: no file holds {named(missing, 20)}: give a column of that name")
+    if len({len(value) for value in found.values()}) > 1:
+        counts = ", ".join(f"{len(value)} of {name}" for name, value in found.items())
+        raise DataError(f"given: the numbers of rows differ, {counts}: make them equal")
+    return found
+
+
+class _Rows(NamedTuple):
+    """What a file holds: variables, and columns that may name the examples."""
+
+    variables: dict[str, Given]
+    names: dict[str, list[str]]
+
+
+def _read(
+    source: str | Path,
+    columns: Sequence[str],
+    request: Request,
+    *,
+    constant: bool,
+    wanted: Sequence[str] | None = None,
+) -> _Rows:
+    path, names = Path(source).expanduser(), {}
+    variables: Mapping[str, Given | np.ndarray]
+    with damage(request.where):
+        if path.suffix.lower() in (".csv", ".tsv", ".parquet"):
+            read = read_parquet_table if path.suffix.lower() == ".parquet" else read_table
+            table = read(path, request)
+            _check_columns(columns, table.names, request)
+            variables, names = _of_table(table, wanted or columns, request)
+        elif path.suffix.lower() == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                _check_columns(columns, arrays.files, request)
+                variables = {name: arrays[name] for name in columns or arrays.files}
+        elif path.suffix.lower() == ".npy" and np.load(path, mmap_mode="r").ndim < 3:
+            variables = {path.stem: np.load(path, allow_pickle=False)}
+        else:
+            images = load(path)
+            request.notes.extend(images.notes)
+            values: Any = images.array
+            variables, names = {path.stem: Given(values)}, {"": list(images.ids or ())}
+    given, faults = {}, {}
+    for name, value in variables.items():
+        try:
+            given[name] = value if isinstance(value, Given) else _of_array(value)
+        except DataError as error:
+            faults[name] = str(error)
+            continue
+        values = given[name].values
+        if not constant and values.dtype != np.uint8 and len(values) > 1:
+            same = np.flatnonzero((values == values[:1]).reshape(len(values), -1).all(0))
+            if len(same):
+                which = f" in columns {named(list(map(str, same)))}" if values.ndim == 2 else ""
+                faults[name] = f"is constant{which}, and tells nothing: drop it"
+    if faults:
+        raise DataError(f"{request.where}: cannot be used:\n{listing(faults)}")
+    return _Rows(given, names)
+
+
+def _check_columns(columns: Sequence[str], known: Sequence[str], request: Request) -> None:
+    if missing := [name for name in columns if name not in known]:
+        raise DataError(
+            f"{request.where}: has no {named(missing, 20)}: give some of {named(known, 20)}"
+        )
+
+
+def _of_array(array: np.ndarray) -> Given:
+    if array.dtype.kind in "US":
+        return Given.of_text(array.astype("U"))
+    return Given(
+        array if array.dtype == np.uint8 and array.ndim == 4 else array.astype(np.float32)
     )
 
 
 def _of_table(
-    path: Path, dataset: Dataset, columns: Sequence[str], request: Request
-) -> dict[str, Given]:
-    read = read_parquet_table if path.suffix.lower() == ".parquet" else read_table
-    with damage(request.where):
-        table: Table = read(path, request)
+    table: Table, columns: Sequence[str], request: Request
+) -> tuple[dict[str, Given | np.ndarray], dict[str, list[str]]]:
     if not table.names:
         raise DataError(f"{request.where}: its columns have no names: add a first line of names")
-    if table.ragged:
-        raise DataError(f"{request.where}: rows are cut off:\n{listing(table.ragged)}")
-    by, rows = _matched(table, dataset, request)
-    if missing := [name for name in columns if name not in table.names]:
-        raise DataError(
-            f"{request.where}: has no column {named(missing, 20)}: give one of "
-            f"{named(table.names, 20)}"
-        )
-    wanted = columns or [name for j, name in enumerate(table.names) if j != by]
-    faults: dict[str, str] = {}
-    for name in wanted:
-        j = table.names.index(name)
-        if table.kinds[j] == "text":
-            cells = table.cells(j)
-            bad = [i for i in rows.tolist() if is_missing(cells[i])]
-            constant = len({cells[i].strip() for i in rows.tolist()}) == 1
-        else:
-            values = table.values[rows, j]
-            bad = [int(rows[k]) for k in np.flatnonzero(~np.isfinite(values))]
-            constant = len(np.unique(values)) == 1
-        for i in bad:
+    faults = dict(table.ragged)
+    variables, names = {}, {}
+    every = np.arange(len(table.values))
+    for j, name in enumerate(table.names):
+        cells = table.cells(j)
+        if name not in columns and names_rows(name, table.kinds[j], cells):
+            names[name] = cells
+        if (columns and name not in columns) or name in names:
+            continue
+        text = table.kinds[j] == "text"
+        wrong = [is_missing(c) for c in cells] if text else ~np.isfinite(table.values[:, j])
+        for i in np.flatnonzero(wrong).tolist():
             faults[f"{table.row_name(i)}, {table.called(j)}"] = table.cell_fault(i, j)
-        if constant and len(rows) > 1:
-            faults[table.called(j)] = "is constant, and tells nothing: drop it"
+        if not np.any(wrong):
+            variables[name] = given_column(table, j, every)
     if faults:
-        text = all_faults(faults, "cells and columns", table.values.size)
-        text = text.replace(", or pass --skip-bad to leave them out", "")
-        raise DataError(f"{request.where}: {text.replace(', or pass --skip-bad', '')}")
-    return {name: given_column(table, table.names.index(name), rows) for name in wanted}
-
-
-def _matched(table: Table, dataset: Dataset, request: Request) -> tuple[int | None, np.ndarray]:
-    """The column that names examples, and the row of each example."""
-    n, ids = len(table.values), dataset.ids or ()
-    best, missing = None, list(ids)
-    for j in range(len(table.names)) if ids else ():
-        row = {_short(cell): i for i, cell in enumerate(table.cells(j))}
-        for key in (_short, _base):
-            keys = [key(name) for name in ids]
-            absent = [name for name, k in zip(ids, keys, strict=True) if k not in row]
-            if not absent and len(row) == n:
-                request.note(f"rows are matched with examples by the column {table.names[j]!r}")
-                return j, np.array([row[k] for k in keys])
-            if len(absent) < len(missing):
-                best, missing = j, absent
-    if best is not None and len(missing) < len(ids) / 2:
         raise DataError(
-            f"{request.where}: the column {table.names[best]!r} names examples, and lacks "
-            f"{len(missing)} of {len(ids)}: {named(missing, 20)}"
+            f"{request.where}: {len(faults)} cells cannot be used; fill them:\n{listing(faults)}"
         )
-    _check_counts(n, dataset, request)
-    return None, np.arange(n)
+    return variables, names
 
 
-def _short(name: str) -> str:
-    """A file name without its suffix."""
-    folder, slash, base = name.strip().rpartition("/")
-    return folder + slash + (base.rpartition(".")[0] or base)
-
-
-def _base(name: str) -> str:
-    """A file name without folders and suffix."""
-    return _short(name).rpartition("/")[2]
-
-
-def _check_counts(n: int, dataset: Dataset, request: Request) -> None:
+def _matched(found: _Rows, dataset: Dataset, request: Request) -> np.ndarray:
+    """The row of each example."""
+    n, ids = len(next(iter(found.variables.values()), ())), dataset.ids or ()
+    nearest, missing = "", list(ids)
+    for column, cells in found.names.items() if ids else ():
+        for key in (_without_suffix, _base):
+            rows = {key(cell): i for i, cell in enumerate(cells)}
+            absent = [name for name in ids if key(name) not in rows]
+            if len(rows) == len(cells) and not absent:
+                by = f"the column {column!r}" if column else "their names"
+                request.note(f"rows are matched with examples by {by}")
+                return np.array([rows[key(name)] for name in ids])
+            if len(absent) < len(missing):
+                nearest, missing = column, absent
+    if len(missing) < len(ids) / 2:
+        by = f"the column {nearest!r} names" if nearest else "the images name"
+        raise DataError(
+            f"{request.where}: {by} examples, and {len(missing)} of {len(ids)} are missing: "
+            f"{named(missing, 20)}"
+        )
     if n != len(dataset):
         raise DataError(
             f"{request.where}: has {n} rows for {len(dataset)} examples, and no column that names "
             "them: give one row for each, or a column of file names"
         )
     request.note("rows are taken in the order of the examples")
+    return np.arange(n)
 
 
-def _in_order(values: dict[str, Given], dataset: Dataset, request: Request) -> dict[str, Given]:
-    for given in values.values():
-        _check_counts(len(given), dataset, request)
-    return values
+def _without_suffix(name: str) -> str:
+    folder, slash, base = name.strip().rpartition("/")
+    return folder + slash + (base.rpartition(".")[0] or base)
 
 
-def _of_array(array: Any, where: str, name: str) -> Given:
-    """An array as context: text becomes classes; numbers become float32."""
-    if array.dtype.kind in "US":
-        return Given.of_text(array.astype("U"))
-    if array.dtype.kind not in "buif" or array.ndim not in (1, 2):
-        raise DataError(
-            f"{where}: {name} is {array.dtype} of shape {array.shape}: give numbers or text (N,), "
-            "or numbers (N, F)"
-        )
-    flat = np.asarray(array, np.float32)
-    constant = np.flatnonzero((flat == flat[:1]).reshape(len(flat), -1).all(0))
-    if len(flat) > 1 and len(constant):
-        columns = "" if flat.ndim == 1 else f", column {', '.join(map(str, constant[:20]))},"
-        raise DataError(f"{where}: {name}{columns} is constant, and tells nothing: drop it")
-    try:
-        return Given(flat)
-    except DataError as error:
-        raise DataError(f"{where}: {name}: {error}") from None
-
-
-def _of_images(path: Path, dataset: Dataset, request: Request) -> dict[str, Given]:
-    """Images as context, matched by their names without folders and suffixes, or by order."""
-    images = load(path)
-    if images.bits is None:
-        raise DataError(f"{request.where}: holds no images")
-    request.notes.extend(images.notes)
-    ids, keys = dataset.ids, {}
-    if ids and images.ids:
-        for key in (_short, _base):
-            keys = {key(name): i for i, name in enumerate(images.ids)}
-            wanted = [key(name) for name in ids]
-            if len(keys) == len(images) and all(name in keys for name in wanted):
-                request.note("images are matched with examples by their names")
-                rows = np.array([keys[name] for name in wanted])
-                return {path.stem: Given(images.array).subset(rows)}
-    _check_counts(len(images), dataset, request)
-    return {path.stem: Given(images.array)}
+def _base(name: str) -> str:
+    return _without_suffix(name).rpartition("/")[2]

@@ -29,6 +29,7 @@ LABEL_NAMES = ("label", "class", "target", "y")
 ID_NAME = re.compile(
     r"|unnamed:? ?\d*|index|id|idx|key|uuid|guid|.*[ _.-](id|idx|index|uuid|guid)"
     r"|row[ _.]?(index|id|idx|names?|no|nr|num|number)?"
+    r"|(file|image|img)[ _]?(names?)?|path|name"
 )
 CAMEL_ID = re.compile(r".*[a-z]I[dD]")
 LARGEST = np.finfo(np.float32).max
@@ -239,7 +240,7 @@ def roles(
         left.remove(found.label)
         request.note(f"column {names[found.label]!r} is taken as labels; rename it if it is data")
     for j in list(left):
-        if not _names_rows(names[j], kinds[j], cells(j)):
+        if not names_rows(names[j], kinds[j], cells(j)):
             continue
         left.remove(j)
         if found.ids is None:
@@ -272,7 +273,7 @@ def _label(
     return None
 
 
-def _names_rows(name: str, kind: Kind, cells: Sequence[str]) -> bool:
+def names_rows(name: str, kind: Kind, cells: Sequence[str]) -> bool:
     """Whether a column names the rows: all differ, and it is text, or called an id."""
     called = ID_NAME.fullmatch(name.lower()) or CAMEL_ID.fullmatch(name)
     if kind == "number" and not (called and all(map(_is_whole, cells))):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from musigma.data.common import DataError, content_hashes, printable
 from musigma.spec import Variable
-
-if TYPE_CHECKING:
-    from musigma.data.readers.lazy_images import LazyImages
 
 __all__ = ["Given"]
 
@@ -33,7 +30,7 @@ class Given:
     Variable(name='pet', shape=(2,), classes=2, names=('cat', 'dog'), levels=None)
     """
 
-    values: np.ndarray | LazyImages = field(repr=False)
+    values: np.ndarray = field(repr=False)
     names: tuple[str, ...] = ()
 
     def __post_init__(self):

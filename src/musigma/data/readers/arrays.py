@@ -125,7 +125,9 @@ def _to_levels(
         finite = np.concatenate([np.isfinite(b).reshape(len(b), -1).all(1) for b in blocks(x)])
         if not finite.all():
             bad = np.flatnonzero(~finite).tolist()
-            faults = {f"image {i} (from 0)": "has values that are not finite" for i in bad}
+            faults = {
+                f"image {i} (from 0)": "has values that are not finite: fill them" for i in bad
+            }
             if not request.skip_bad:
                 request.refuse(faults, "images", len(x))
             x, ids = np.asarray(x)[finite], tuple(map(str, np.flatnonzero(finite).tolist()))

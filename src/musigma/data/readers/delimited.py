@@ -191,16 +191,19 @@ def _parse(path: Path, form: _Format, convert: Convert, width: int, words: set[i
 
 def _table(first: list[str], cells: _Cells, doubt: str, request: Request) -> Table:
     values = np.array(cells.values).reshape(-1, len(first))
-    header = _is_header(first, values[1:], [set(odd) - {0} for odd in cells.odd.values()])
-    if header and all(map(is_number, first)):
+    numbers = [0 not in odd for odd in cells.odd.values()]
+    filled = [len(odd) < len(values) / 2 for odd in cells.odd.values()]
+    header = _is_header(first, numbers, filled, values[1:])
+    if header and all(numbers):
         request.note(f"the first line, {','.join(first)}, is taken as names of columns")
     start = int(header)
     odd = [{i - start: c for i, c in o.items() if i >= start} for o in cells.odd.values()]
     values, lines = values[start:], cells.lines[start:]
     kinds: list[Kind] = []
     for column, others in zip(values.T, odd, strict=True):
-        text = sum(not is_missing(cell) for cell in others.values())
-        numbers = int((~np.isnan(column)).sum())
+        text = sum(not _may_be_number(cell) for cell in others.values())
+        others = sum(is_missing(cell) for cell in others.values())
+        numbers = len(column) - text - others
         kind = "text" if text > numbers else "number" if numbers or not len(column) else "empty"
         kinds.append(kind)
     return Table(
@@ -215,16 +218,22 @@ def _table(first: list[str], cells: _Cells, doubt: str, request: Request) -> Tab
     )
 
 
-def _is_header(first: Sequence[str], below: np.ndarray, odd: Sequence[set[int]]) -> bool:
+def _is_header(
+    first: Sequence[str], numbers: Sequence[bool], filled: Sequence[bool], below: np.ndarray
+) -> bool:
     """Whether the first line has the names of the columns.
 
     Those are words over numbers; numbers that count, as pandas writes them; or whole numbers over
     columns of fractions, such as years.
+
+    Args:
+        first: The cells of the first line.
+        numbers: Which of them are numbers.
+        filled: Which columns hold numbers, mostly.
+        below: The numbers below.
     """
-    numbers = [is_number(cell) for cell in first]
     if not any(numbers) or not len(below):
         return not any(numbers)
-    filled = [len(o) < len(below) / 2 for o in odd]
     if any(
         not number and cell and f for cell, number, f in zip(first, numbers, filled, strict=True)
     ):
