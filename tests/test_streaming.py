@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from musigma.data import Dataset, Preprocess, cache, common, digest, identity, load, readers
+from musigma.data import Dataset, Preprocess, cache, digest, identity, load, raw, readers
 from musigma.data.readers import LazyImages, lazy_images
 from test_data import fails, pack, save_folder, save_image
 
@@ -150,20 +150,20 @@ def test_what_fits_is_read_into_memory(tmp_path, monkeypatch, home):
     assert isinstance(load(folder, in_memory=False).array, LazyImages)
     assert isinstance(load(folder).array, np.ndarray)  # whether there is an index or not
     for limit, kind in ((GREY.nbytes, np.ndarray), (GREY.nbytes - 1, LazyImages)):
-        monkeypatch.setattr(common, "memory_limit", lambda limit=limit: limit)
+        monkeypatch.setattr(raw, "memory_limit", lambda limit=limit: limit)
         assert isinstance(load(folder).array, kind)
 
 
 def test_memory_is_shared_by_the_processes_of_a_machine(tmp_path, monkeypatch):
-    alone = common.memory_limit()
+    alone = raw.memory_limit()
     assert 1 << 20 < alone <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert common.memory_limit() == alone // 4
+    assert raw.memory_limit() == alone // 4
     (tmp_path / "max").write_text("4000000\n")
-    monkeypatch.setattr(common, "CGROUP", (tmp_path / "none", tmp_path / "max"))
-    assert common.memory_limit() == 250_000
+    monkeypatch.setattr(raw, "CGROUP", (tmp_path / "none", tmp_path / "max"))
+    assert raw.memory_limit() == 250_000
     (tmp_path / "max").write_text("max\n")
-    assert common.memory_limit() == alone // 4
+    assert raw.memory_limit() == alone // 4
 
 
 def test_an_index_is_made_once_and_again_for_what_changed(tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from musigma.data.columns import Table, given_column, is_missing, names_rows
-from musigma.data.common import DataError, Request, damage, listing, named
 from musigma.data.dataset import Dataset, load
+from musigma.data.errors import DataError, damage, listing, named
 from musigma.data.given import Given
+from musigma.data.raw import Request
 from musigma.data.readers import READERS, is_url
 from musigma.data.readers.delimited import read_table
 from musigma.data.readers.parquet import read_parquet_table

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from musigma.data.common import DataError, Request, allocate, first_line
+from musigma.data.errors import DataError, first_line
+from musigma.data.raw import Request, allocate
 from musigma.files import locked, replacing
 
 FORMAT = "musigma record 1"

@@ -14,16 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from musigma.data.common import (
-    DataError,
-    RawData,
-    Request,
-    as_labels,
-    listing,
-    named,
-    printable,
-)
+from musigma.data.errors import DataError, listing, named, printable
 from musigma.data.given import Given
+from musigma.data.raw import RawData, Request, as_labels
 
 LABEL_NAMES = ("label", "class", "target", "y")
 ID_NAME = re.compile(

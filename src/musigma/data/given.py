@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from musigma.data.common import DataError, content_hashes, printable
+from musigma.data.errors import DataError, printable
+from musigma.data.raw import content_hashes
 from musigma.spec import Variable
 
 __all__ = ["Given"]

@@ -17,16 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from musigma.data.common import (
-    ARCHIVE,
-    DataError,
-    Progress,
-    RawData,
-    Request,
-    content_hashes,
-    damage,
-    first_line,
-)
+from musigma.data.errors import DataError, damage, first_line
+from musigma.data.raw import ARCHIVE, Progress, RawData, Request, content_hashes
 from musigma.data.readers.arrays import as_table, derived, facts, read_numpy
 from musigma.data.readers.decoding import pillow_kinds, resized
 from musigma.data.readers.delimited import read_delimited

@@ -13,7 +13,8 @@ import numpy as np
 
 from musigma.data import cache
 from musigma.data.columns import called, listed, number_fault
-from musigma.data.common import DataError, RawData, Request, as_labels, content_hashes
+from musigma.data.errors import DataError
+from musigma.data.raw import RawData, Request, as_labels, content_hashes
 
 COARSE = 1e-3  # share of a column's range: float32 steps larger than this lose information
 NAMED = 1000  # rows that are left out and named

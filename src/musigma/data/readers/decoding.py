@@ -10,7 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from musigma.data.common import DataError, Request, first_line
+from musigma.data.errors import DataError, first_line
+from musigma.data.raw import Request
 
 
 class Header(NamedTuple):

@@ -26,7 +26,8 @@ from musigma.data.columns import (
     is_missing,
     is_number,
 )
-from musigma.data.common import DataError, RawData, Request, damage, printable
+from musigma.data.errors import DataError, damage, printable
+from musigma.data.raw import RawData, Request
 
 SEPARATORS = ",;\t| "
 SAMPLE = 50  # lines from which the format is read

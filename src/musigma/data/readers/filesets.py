@@ -23,7 +23,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from musigma.data.common import DataError, damage, printable
+from musigma.data.errors import DataError, damage, printable
 from musigma.data.readers.layout import parts_of_files
 
 MAX_MEMBER = 1 << 30  # bytes: no file inside an archive is larger

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from musigma.data.common import MAX_ARRAY, DataError, RawData, as_labels, damage
+from musigma.data.errors import DataError, damage
+from musigma.data.raw import MAX_ARRAY, RawData, as_labels
 from musigma.data.readers.arrays import as_images
 
 IDX = re.compile(r"(.*?)[-_.]?(images|labels)[-.]idx\d[-.]ubyte(\.gz)?")

@@ -21,19 +21,16 @@ import numpy as np
 from musigma.data import cache
 from musigma.data.cache import Record
 from musigma.data.columns import LABEL_NAMES
-from musigma.data.common import (
+from musigma.data.errors import (
     DataError,
-    RawData,
-    Request,
     all_faults,
-    allocate,
-    as_labels,
     counted,
     first_line,
     listing,
     named,
     printable,
 )
+from musigma.data.raw import RawData, Request, allocate, as_labels
 from musigma.data.readers import lazy_images
 from musigma.data.readers.decoding import Header, fault, header, pillow_kinds, pixels, quiet
 from musigma.data.readers.filesets import FileSet, Member, Place, suffix

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from musigma.data.common import printable
+from musigma.data.errors import printable
 
 Part = str  # "train", "validation" or "test"
 Folder = tuple[str, ...]

@@ -20,13 +20,8 @@ from typing import Any
 import numpy as np
 
 from musigma.data.cache import Record, store
-from musigma.data.common import (
-    DataError,
-    Request,
-    content_hashes,
-    first_line,
-    printable,
-)
+from musigma.data.errors import DataError, first_line, printable
+from musigma.data.raw import Request, content_hashes
 from musigma.data.readers.decoding import Header, fault, pixels, quiet
 from musigma.data.readers.filesets import FileSet, Member, Place, content
 

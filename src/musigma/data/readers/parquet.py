@@ -10,18 +10,9 @@ import numpy as np
 
 from musigma.data import cache
 from musigma.data.columns import Kind, Table, is_number, label_values, refuse_columns, roles
-from musigma.data.common import (
-    DataError,
-    RawData,
-    Request,
-    as_labels,
-    damage,
-    first_line,
-    missing,
-    named,
-    printable,
-)
+from musigma.data.errors import DataError, damage, first_line, missing, named, printable
 from musigma.data.given import Given
+from musigma.data.raw import RawData, Request, as_labels
 from musigma.data.readers.arrays import float32_blocks
 from musigma.data.readers.layout import official_masks, parts_of_files
 

@@ -16,15 +16,8 @@ from typing import Any
 import numpy as np
 
 from musigma.data import cache
-from musigma.data.common import (
-    ARCHIVE,
-    DataError,
-    Progress,
-    RawData,
-    Request,
-    first_line,
-    missing,
-)
+from musigma.data.errors import DataError, first_line, missing
+from musigma.data.raw import ARCHIVE, Progress, RawData, Request
 from musigma.data.readers.filesets import FileSet
 from musigma.data.readers.idx_cifar import CIFAR10_LABELS
 from musigma.data.readers.image_sets import read_files

@@ -16,7 +16,8 @@ from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from musigma.data import cache
-from musigma.data.common import DataError, Request, first_line, missing, printable
+from musigma.data.errors import DataError, first_line, missing, printable
+from musigma.data.raw import Request
 from musigma.data.readers.filesets import expanded
 from musigma.files import locked, replacing, write_json
 

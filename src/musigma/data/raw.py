@@ -1,13 +1,11 @@
-"""What all readers share: the request, the result, the error, and limits on untrusted input."""
+"""What readers take and return: a request, and raw data; and what is done to both."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -15,20 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from musigma.data.errors import DataError, all_faults
+
 Progress = Callable[[int, int], None]
 MAX_ARRAY = 1 << 36  # bytes: a header that asks for more is refused
-SHOWN = 20  # faults named in an error
 ARCHIVE = re.compile(r".*\.(tar|tar\.(gz|bz2|xz)|tgz|tbz2?|txz|zip)", re.IGNORECASE)
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-class DataError(ValueError):
-    """Data that cannot be used as they are.
-
-    The first line of the message says what is wrong and what to do; where there are several
-    faults, each has a line of its own.
-    """
 
 
 @dataclass(frozen=True)
@@ -102,33 +92,6 @@ class Request:
         return n_bytes <= memory_limit() if self.in_memory is None else self.in_memory
 
 
-def all_faults(faults: Mapping[str, str], what: str, total: int, bad: int | None = None) -> str:
-    """One fault in a sentence, or many in a list.
-
-    >>> all_faults({"a.png": "is empty: remove it"}, "images", 9)
-    'a.png is empty: remove it, or pass --skip-bad'
-    >>> print(all_faults({"a.png": "is empty", "b.png": "is empty"}, "images", 9))
-    2 of 9 images cannot be used; mend them, or pass --skip-bad to leave them out:
-      a.png is empty
-      b.png is empty
-    """
-    if len(faults) == 1:
-        ((name, reason),) = faults.items()
-        return f"{name} {reason}, or pass --skip-bad"
-    return (
-        f"{bad or len(faults)} of {total} {what} cannot be used; mend them, or pass --skip-bad to "
-        f"leave them out:\n{listing(faults)}"
-    )
-
-
-def listing(faults: Mapping[str, str]) -> str:
-    """The first twenty faults, one a line, and the number of the others."""
-    lines = [f"  {name} {faults[name]}" for name in list(faults)[:SHOWN]]
-    if len(faults) > SHOWN:
-        lines.append(f"  and {len(faults) - SHOWN} more")
-    return "\n".join(lines)
-
-
 def memory_limit() -> int:
     """Bytes an array may take: a quarter of the memory, shared by the machine's processes."""
     try:
@@ -157,63 +120,6 @@ def content_hashes(examples: Iterable[np.ndarray], n: int, report: Progress | No
         if report and (not (i + 1) % 1000 or i + 1 == n):
             report(i + 1, n)
     return hashes
-
-
-@contextmanager
-def damage(where: str) -> Iterator[None]:
-    """Turn any exception of a parser into a `DataError`."""
-    try:
-        yield
-    except (DataError, PermissionError):
-        raise
-    except Exception as error:
-        raise DataError(
-            f"{where}: is damaged, truncated or not what its name says ({first_line(error)}): "
-            "make or fetch it again"
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return printable((str(error) or type(error).__name__).splitlines()[0])
-
-
-def printable(name: str) -> str:
-    r"""A name that can be printed, and written as UTF-8, on one line.
-
-    >>> printable("a\nb"), printable("caf\udce9"), printable("café")
-    ('a\\nb', 'caf\\xe9', 'café')
-    """
-
-    def escape(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else repr(match[0])[1:-1]
-
-    return UNPRINTABLE.sub(escape, name)
-
-
-def named(names: Sequence[str], most: int = 5) -> str:
-    """Names in a list, shortened if they are many.
-
-    >>> named(["a", "b"]), named(list("abcdefg"), 3)
-    ('a, b', 'a, b, c and 4 more')
-    """
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + rest
-
-
-def counted(kinds: Counter[str]) -> str:
-    """The most frequent kinds with their counts.
-
-    >>> counted(Counter(["a", "b", "b"]))
-    '2 b, 1 a'
-    """
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4) if count)
-
-
-def missing(what: str, package: str, extra: str) -> DataError:
-    """The error about an optional library that is not installed."""
-    return DataError(f"{what} needs {package}: pip install 'musigma[{extra}]'")
 
 
 def allocate(shape: tuple[int, ...], where: str, dtype: Any = np.uint8) -> np.ndarray:
