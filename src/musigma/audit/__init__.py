@@ -1,8 +1,8 @@
-"""What does this model really compute? Answered by numbers, and not by reading code."""
+"""Audits of VAEs, flows and densities: what they compute, found by numbers."""
 
 from musigma.audit.aggregate import audit_aggregate
 from musigma.audit.density import audit_density
-from musigma.audit.dispatch import audit, named
+from musigma.audit.dispatch import audit
 from musigma.audit.findings import CODES, AuditError, AuditReport, Finding
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
@@ -24,17 +24,16 @@ __all__ = [
     "audit_log_prob_term",
     "audit_model",
     "audit_vae",
-    "named",
 ]
 
 
 def assert_audited(obj: object, *, allow: tuple[str, ...] = (), **how: object) -> AuditReport:
-    """Fail, with the report, if an audit finds a bug: for the tests of one's own model.
+    """Fail, with the report, if an audit finds a bug: for tests of your own models.
 
     Args:
-        obj: As `audit` takes it; or None, and callables by the names of `audit_vae`.
-        allow: Codes of findings that are known and meant.
-        how: `example` and `shape`, as `audit` takes them, or the callables.
+        obj: As for `audit`; or None, and callables by the names of `audit_vae`.
+        allow: Codes of findings that are intended.
+        how: `example` and `shape`, as for `audit`, or the callables.
 
     Returns:
         The report.

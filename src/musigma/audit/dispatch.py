@@ -1,7 +1,7 @@
-"""Which audit is meant: from an object, or from the name of one, to the callables of an audit.
+"""Choosing the audit for an object, and finding the callables that it needs.
 
-People call the same thing by a dozen names. What is found is told in `AuditReport.assumed`; where
-a guess would decide the verdict, there is an error that says what to give instead.
+The same thing has many names in different codebases. What is recognised is listed in
+`AuditReport.assumed`; where a guess would decide the verdict, an error says what to give instead.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-from musigma import plugins
 from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
-from musigma.audit.sandbox import Sandbox
+from musigma.audit.sandbox import Sandbox, first
 from musigma.audit.vae import audit_vae
 from musigma.model import Model
 
-__all__ = ["audit", "named"]
+__all__ = ["audit"]
 
 ENCODE = ("encode", "encoder", "inference", "recognition", "recognition_model")
 SAMPLE = (
@@ -48,19 +47,19 @@ MEAN = re.compile(r"mean|mu|loc|^m$", re.IGNORECASE)
 def audit(
     obj: Any, *, example: Tensor | None = None, shape: tuple[int, ...] | None = None
 ) -> AuditReport:
-    """Audit an object: a model of this library, a VAE, a flow or a density of anyone's.
+    """Audit an object: a model of this library, or any VAE, flow or density.
 
     Args:
         obj: A model, a class or a factory without arguments, a flow, a distribution, or a mapping
-            of callables by the names that `audit_vae` and `audit_flow` know.
-        example: A batch that it is meant for.
-        shape: Of one example; by default it is tried out from the first layer.
+            of callables by the argument names of `audit_vae` or `audit_flow`.
+        example: A batch of its data.
+        shape: Shape of one example; by default tried by the first layer.
 
     Returns:
-        The report; `assumed` says what was taken for what.
+        The report; `assumed` lists what was recognised as what.
 
     Raises:
-        AuditError: If nothing here is known; the message says which callables to give.
+        AuditError: If it is not recognised; the message says which callables to give.
 
     Example:
         >>> def sample(mean, log_var):
@@ -88,7 +87,7 @@ def audit(
         x = None
         if isinstance(thing, (list, tuple)) or callable(thing):
             run = _in_a_row(thing)
-            x = _first_that_works(run, _examples(thing, example, shape), assumed)
+            x = _accepted_batch(run, _examples(thing, example, shape), assumed)
         if x is None or not _is_flow(thing, x):
             raise AuditError(
                 f"{type(thing).__name__}: neither a VAE (methods such as encode, reparameterize "
@@ -101,23 +100,11 @@ def audit(
     return replace(report, subject=subject, assumed=(*assumed, *report.assumed))
 
 
-def named(target: str) -> Any:
-    """The object of ``PATH.py:NAME`` or ``module:NAME``; the file is executed.
-
-    Raises:
-        AuditError: If it does not exist, or the file fails.
-    """
-    try:
-        return plugins.load(target, argument="target")
-    except plugins.PluginError as error:
-        raise AuditError(str(error)) from error
-
-
-# --- what an object is -------------------------------------------------------------------------
+# --- recognising objects ------------------------------------------------------------------------
 
 
 def _made(obj: Any) -> tuple[Any, list[str]]:
-    """An instance: of a class, or what a function without arguments returns."""
+    """An instance of a class, or the result of a function without arguments."""
     factory = inspect.isclass(obj) or (inspect.isroutine(obj) and not _required(obj))
     if not factory:
         return obj, []
@@ -130,7 +117,7 @@ def _made(obj: Any) -> tuple[Any, list[str]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
-            return obj(), [f"{name}() was called to make what is looked at"]
+            return obj(), [f"{name}() was called to make the object"]
         except Exception as error:
             raise AuditError(f"{name}(): it raises {type(error).__name__}: {error}") from error
 
@@ -151,12 +138,12 @@ def _required(fn: Any) -> list[str]:
 
 
 def _find(thing: Any, names: tuple[str, ...]) -> tuple[str, Any] | None:
-    """A callable of an object, or of the file that its class stands in, by one of its names."""
-    own = {name.lower(): name for name in dir(thing) if not name.startswith("__")}
+    """A callable of an object, or of the module of its class, by one of its names."""
+    attributes = {name.lower(): name for name in dir(thing) if not name.startswith("__")}
     for name in names:
-        found = getattr(thing, own[name], None) if name in own else None
+        found = getattr(thing, attributes[name], None) if name in attributes else None
         if callable(found):
-            return own[name], found
+            return attributes[name], found
     home = sys.modules.get(type(thing).__module__)
     if home is None or type(thing).__module__.split(".")[0] in ("torch", "builtins", "musigma"):
         return None
@@ -169,7 +156,7 @@ def _find(thing: Any, names: tuple[str, ...]) -> tuple[str, Any] | None:
 
 
 def _is_flow(thing: Any, x: Tensor) -> bool:
-    """Whether something has an inverse, or makes as many numbers as x has and one more."""
+    """Whether it has an inverse, or returns as many numbers as x and a log-determinant."""
     layers = thing if isinstance(thing, (list, tuple)) else [thing]
     if all(isinstance(t, Transform) or _inverts(t) for t in layers):
         return True
@@ -185,7 +172,7 @@ def _is_flow(thing: Any, x: Tensor) -> bool:
 
 
 def _in_a_row(thing: Any) -> Callable[[Tensor], Any]:
-    """One callable; of a sequence of layers, what they make one after the other."""
+    """One callable; for a sequence of layers, their composition."""
     if not isinstance(thing, (list, tuple)):
         return thing
 
@@ -203,7 +190,7 @@ def _inverts(layer: Any) -> bool:
 
 
 def _vae_parts(thing: Any) -> tuple[dict[str, Any], list[str]] | None:
-    """The callables of a VAE that an object has, and what was taken for what; or None."""
+    """The VAE callables of an object, and what was recognised as what; or None."""
     if isinstance(thing, (Distribution, Transform, list, tuple)) or inspect.isroutine(thing):
         return None
     parts: dict[str, Any] = {}
@@ -222,8 +209,8 @@ def _vae_parts(thing: Any) -> tuple[dict[str, Any], list[str]] | None:
     elif (found := _find(thing, LOSS)) is not None and (kl := _kl_of(found[1])) is not None:
         parts["kl"] = kl
         assumed.append(
-            f"the KL is what {found[0]} makes of mean and scale, all else held: its constant is "
-            "not known, and was taken to be right"
+            f"the KL is how {found[0]} depends on mean and scale: its constant is unknown and "
+            "assumed to be right"
         )
     if "encode" not in parts and (found := _forward_encodes(thing)) is not None:
         parts["encode"] = found
@@ -233,7 +220,7 @@ def _vae_parts(thing: Any) -> tuple[dict[str, Any], list[str]] | None:
 
 
 def _sampler(thing: Any) -> tuple[str, Callable[..., Any]] | None:
-    """What makes z of (mean, scale): a method, a function, or a layer called sampling."""
+    """What draws z from (mean, scale): a method, a function, or a layer."""
     layers = {
         name: m
         for name, m in (thing.named_modules() if isinstance(thing, nn.Module) else ())
@@ -270,7 +257,7 @@ def _of_a_list(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _kl_of(loss: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The part of ``loss(x_hat, x, mean, scale[, z])``, in any order, that the two decide."""
+    """The part of ``loss(x_hat, x, mean, scale[, z])``, in any order, that depends on the two."""
     names = _required(loss)
     scales = [n for n in names if SCALE.search(n)]
     means = [n for n in names if MEAN.search(n) and n not in scales]
@@ -279,10 +266,10 @@ def _kl_of(loss: Callable[..., Any]) -> Callable[..., Any] | None:
         return None
 
     def value(mean: Tensor, second: Tensor) -> Tensor:
-        still = mean.new_full((len(mean), 3), 0.5)
-        given = {means[0]: mean, scales[0]: second, **dict.fromkeys(others, still)}
+        fixed = mean.new_full((len(mean), 3), 0.5)
+        given = {means[0]: mean, scales[0]: second, **dict.fromkeys(others, fixed)}
         answer = loss(*(given[n] for n in names))
-        answer = answer[0] if isinstance(answer, (tuple, list)) else answer
+        answer = first(answer)
         return next(iter(answer.values())) if isinstance(answer, dict) else answer
 
     least: dict[tuple[int, ...], Tensor] = {}
@@ -312,13 +299,13 @@ def _forward_encodes(thing: Any) -> Callable[[Tensor], Any] | None:
     return encode
 
 
-# --- what it is given --------------------------------------------------------------------------
+# --- examples -----------------------------------------------------------------------------------
 
 
 def _examples(
     thing: Any, example: Tensor | None, shape: tuple[int, ...] | None
 ) -> Iterator[Tensor]:
-    """Batches that an object may be meant for."""
+    """Batches that an object may take."""
     generator = torch.Generator().manual_seed(0)
 
     def batch(*event: int) -> Tensor:
@@ -336,15 +323,15 @@ def _examples(
         return
     modules = thing.modules() if isinstance(thing, nn.Module) else ()
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
-    first = next((m for m in modules if isinstance(m, kinds)), None)
-    for event in [*_events(first), (6,), (4, 8, 8), (3, 8, 8), (12, 4, 4)]:
+    layer = next((m for m in modules if isinstance(m, kinds)), None)
+    for event in [*_events(layer), (6,), (4, 8, 8), (3, 8, 8), (12, 4, 4)]:
         yield batch(*event)
 
 
-def _events(first: nn.Module | None) -> Iterator[tuple[int, ...]]:
-    """Shapes that a network with this first layer may take; a coupling shows it half of them."""
-    if isinstance(first, nn.Linear):
-        n = first.in_features
+def _events(layer: nn.Module | None) -> Iterator[tuple[int, ...]]:
+    """Shapes that a network with this first layer may take; couplings give it half."""
+    if isinstance(layer, nn.Linear):
+        n = layer.in_features
         yield (n,)
         for channels in (1, 3):
             side = math.isqrt(n // channels)
@@ -352,15 +339,15 @@ def _events(first: nn.Module | None) -> Iterator[tuple[int, ...]]:
                 yield channels, side, side
         yield (2 * n,)
         yield (2 * n + 1,)
-    elif isinstance(first, nn.Conv1d):
-        yield first.in_channels, 32
-    elif isinstance(first, nn.Conv2d):
-        for channels in (first.in_channels, 2 * first.in_channels, first.in_channels // 2):
+    elif isinstance(layer, nn.Conv1d):
+        yield layer.in_channels, 32
+    elif isinstance(layer, nn.Conv2d):
+        for channels in (layer.in_channels, 2 * layer.in_channels, layer.in_channels // 2):
             for side in (28, 32, 64, 16, 8) if channels else ():
                 yield channels, side, side
 
 
-def _first_that_works(thing: Any, candidates: Iterator[Tensor], assumed: list[str]) -> Tensor:
+def _accepted_batch(thing: Any, candidates: Iterator[Tensor], assumed: list[str]) -> Tensor:
     tried = []
     with Sandbox(thing) as sandbox, torch.no_grad():
         sandbox.use_dtype(torch.float32)
@@ -377,8 +364,8 @@ def _first_that_works(thing: Any, candidates: Iterator[Tensor], assumed: list[st
             return x
     raise AuditError(
         f"example: none of the shapes that were tried is taken ({tried[-1] if tried else 'none'});"
-        " give a batch as `example`, or the `shape` of one example; of a function that makes a "
-        "model, one without arguments"
+        " give a batch as `example`, or the `shape` of one example; a function that makes a model "
+        "must take no arguments"
     )
 
 
@@ -391,13 +378,13 @@ def _audit_vae(
 ) -> AuditReport:
     encode = parts.pop("encode", None)
     if encode is not None:
-        x = _first_that_works(encode, _examples(thing, example, shape), assumed)
+        x = _accepted_batch(encode, _examples(thing, example, shape), assumed)
         parts |= {"encode": _pair(encode, assumed), "example": x}
     return audit_vae(**parts)
 
 
 def _pair(encode: Callable[..., Any], assumed: list[str]) -> Callable[[Tensor], Any]:
-    """Of what an encoder returns, the mean and the scale."""
+    """An encoder's mean and scale, without what else it returns."""
 
     def both(x: Tensor) -> Any:
         answer = encode(x)
@@ -409,7 +396,7 @@ def _pair(encode: Callable[..., Any], assumed: list[str]) -> Callable[[Tensor], 
 
 
 def _by_name(parts: dict[str, Any], example: Tensor | None) -> AuditReport:
-    """The audit whose arguments a mapping names."""
+    """The audit with the arguments in a mapping."""
     if example is not None:
         parts.setdefault("example", example)
     for check in (audit_flow, audit_vae):

@@ -1,7 +1,6 @@
-"""What an audit has to say: findings, each by a code, and the report that holds them.
+"""Findings, each with a code, and the report that holds them.
 
-The codes are the vocabulary of everything that `musigma audit` can find; ``docs/findings`` has a
-page for each.
+``docs/findings`` has a page for every code.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ CODES = {
     "prior_term_mismatch": "the term is no multiple of the Gaussian's log-density",
     "prior_term_sign": "the term rewards distance from the mean",
     "aggregate_cov": "the claimed covariance is not that of the draws",
-    # what models were trained to
+    # what training made of a model
     "posterior_collapse": "a latent carries no information",
     "dead_units": "some units of a latent carry no information",
     "saturated_units": "scales are at the limit of their format",
@@ -79,28 +78,28 @@ CODES = {
     "ill_conditioned": "inverting a layer loses digits",
     "miscalibrated": "whitened latents of the data are not standard normal",
     "dequantisation": "dequantisation and scaling are accounted for incorrectly",
-    # what could not be looked at
+    # what could not be checked
     "not_finite": "a callable returns NaN or infinity",
 }
 
 
 class AuditError(ValueError):
-    """The audit cannot look at this: which callable, what it did, and what was expected."""
+    """An object cannot be audited: which callable, what it did, and what was expected."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or deserves a look.
+    """One fault, or one thing to check.
 
     Args:
         code: One of `CODES`.
-        severity: "bug": a figure or a sample is wrong; "warning": it may be meant so.
-        message: What is the matter, in plain words.
+        severity: "bug": a figure or a sample is wrong; "warning": it may be intended.
+        message: What is wrong.
         numbers: The numbers that show it.
-        repair: What to do, in a line.
+        repair: What to do.
 
     Raises:
-        ValueError: If the code is none of `CODES`, or there is no repair.
+        ValueError: If the code is unknown, or there is no repair.
     """
 
     code: str
@@ -113,7 +112,7 @@ class Finding:
         if self.code not in CODES:
             raise ValueError(f"code: {self.code!r} is none of musigma.audit.CODES")
         if not self.repair:
-            raise ValueError(f"repair: {self.code} needs one: what is to be done about it?")
+            raise ValueError(f"repair: a finding of {self.code} needs one")
 
 
 @dataclass(frozen=True)
@@ -121,18 +120,18 @@ class AuditReport:
     """What an audit found.
 
     Args:
-        subject: What was looked at.
+        subject: What was audited.
         convention: What the sampler does with the second tensor: "log_std", "log_var", "std", …
-        read_as: What the KL takes it for; None where there is no KL.
-        layout: Which part of a packed tensor is which; None where there is nothing packed.
+        read_as: How the KL reads it; None without a KL.
+        layout: The layout of a packed tensor; None without one.
         findings: What is wrong, bugs first.
-        checked: A line for each check that was made, with its numbers.
+        checked: A line for each check, with its numbers.
         unchecked: What could not be checked, and why.
         assumed: What was assumed of the object.
         details: Further numbers: bounds, floors, factors, conditions by layer.
 
     Raises:
-        AuditError: If nothing was found and nothing was checked: that is no verdict.
+        AuditError: If there is no finding and nothing was checked, so that there is no verdict.
     """
 
     subject: str
@@ -149,7 +148,7 @@ class AuditReport:
         order = sorted(self.findings, key=lambda finding: finding.severity != "bug")
         object.__setattr__(self, "findings", tuple(order))
         if not self.findings and not self.checked:
-            reasons = "; ".join(self.unchecked) or "there was nothing to look at"
+            reasons = "; ".join(self.unchecked) or "there was nothing to check"
             raise AuditError(f"{self.subject}: nothing could be checked: {reasons}")
 
     @property
@@ -164,15 +163,15 @@ class AuditReport:
         return tuple(finding.code for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """Everything as JSON values."""
         return finite({"verdict": self.verdict, **asdict(self)})
 
     def to_json(self) -> str:
-        """Everything, as JSON."""
+        """Everything as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        """The report for people, as plain text."""
+        """The report as plain text."""
         lines = [f"{self.subject}: {self.verdict}", *(f"  {a}: {b}" for a, b in self._facts())]
         for finding in self.findings:
             lines += ["", f"{finding.severity} {finding.code}: {finding.message}"]
@@ -183,7 +182,7 @@ class AuditReport:
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        """The report as a page of its own, which fetches nothing."""
+        """The report as a self-contained HTML page."""
         return render(
             "audit.html.jinja",
             title=f"Audit of {self.subject}",
@@ -195,8 +194,8 @@ class AuditReport:
 
     def _facts(self) -> list[tuple[str, str]]:
         facts = [
-            ("the sampler takes the second output for", self.convention),
-            ("the KL takes it for", self.read_as),
+            ("the sampler reads the second output as", self.convention),
+            ("the KL reads it as", self.read_as),
             ("layout", self.layout),
         ]
         return [(name, value) for name, value in facts if value]

@@ -389,7 +389,7 @@ def _check_training(report: ReportBuilder, model: Model, x: Tensor, context: Con
         if site in trace.paired:
             _check_nats(report, names[site], q, trace.ps[site])
             _check_aggregate(report, names[site], trace.values[site], trace.ps[site])
-    latents = set(model.latents()) - trace.paired
+    latents = set(model.latents()).difference(trace.paired)
     for site, p in trace.ps.items():
         if site in latents and isinstance(p, DiagonalGaussian):
             _check_calibration(report, names[site], p.whiten(trace.values[site]))

@@ -48,6 +48,7 @@ def audit(
         out: A .html, .json or .txt file to write the report to as well.
     """
     from musigma import audit as library
+    from musigma import plugins
     from musigma.files import replacing
 
     if out is not None:
@@ -60,7 +61,7 @@ def audit(
     screen = Screen(common)
     if ":" in target and not Path(target).exists():
         event = None if shape is None else sides(shape, "shape", "sizes, as 1x28x28")
-        report = library.audit(library.named(target), shape=event)
+        report = library.audit(plugins.load(target, argument="target"), shape=event)
     else:
         report = _audit_run(target, source, options, common, screen)
     if out is not None:
