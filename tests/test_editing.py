@@ -68,8 +68,8 @@ def test_a_probe_ignores_correlated_coordinates():
     along = z - moved
     latents = flow.encode(torch.from_numpy(data.x), whiten=True)[0].double()
     y = torch.from_numpy(has)
-    centred = torch.cat([latents[y] - latents[y].mean(0), latents[~y] - latents[~y].mean(0)])
-    weights = torch.linalg.solve(centred.T.cov(), latents[y].mean(0) - latents[~y].mean(0))
+    centered = torch.cat([latents[y] - latents[y].mean(0), latents[~y] - latents[~y].mean(0)])
+    weights = torch.linalg.solve(centered.T.cov(), latents[y].mean(0) - latents[~y].mean(0))
     cosine = torch.cosine_similarity(along[0].double(), weights, dim=0).abs()
     assert cosine > 0.97
     best = 0.5 * (1 + math.erf(1.5 / 2))

@@ -324,7 +324,7 @@ def test_every_value_of_a_run_folder_is_escaped(tmp_path):
         ({"standard_error": None}, "1.2339 bits/dim Upper"),
     ],
 )
-def test_a_figure_is_labelled_with_its_bound(tmp_path, evaluation, text):
+def test_a_figure_is_labeled_with_its_bound(tmp_path, evaluation, text):
     whole = {"bits_per_dim": 1.23388, "standard_error": 0.003, "bound": "elbo", "n": 9}
     run = make_run(tmp_path / "run", evaluation={**whole, **evaluation}, ledger=None)
     assert text in Page(report.write(tmp_path / "page.html", [run])).text

@@ -967,7 +967,7 @@ def test_a_class_may_condition_the_top_prior_alone():
         build("published_glow", (1, 8, 8), conditioned="some")
 
 
-def test_a_model_without_its_dequantisation():
+def test_a_model_without_its_dequantization():
     options = {"levels": 2, "depth": 1, "hidden": 6, "dequantize": "uniform", "alpha": None}
     glow = randomized(build("glow", (1, 8, 8), bits=4, **options))
     glow.eval()

@@ -328,9 +328,9 @@ def test_labels_become_the_context(tmp_path, digits):
         device="cpu",
     )
     assert run.finished
-    unlabelled = Dataset(digits.x, name="plain")
+    unlabeled = Dataset(digits.x, name="plain")
     with pytest.raises(ValueError, match="conditioned on 10 classes"):
-        fit(model, unlabelled, unlabelled, TrainConfig(steps=1), tmp_path / "x", device="cpu")
+        fit(model, unlabeled, unlabeled, TrainConfig(steps=1), tmp_path / "x", device="cpu")
 
 
 # -- what the machine may do

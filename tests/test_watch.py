@@ -342,8 +342,8 @@ def test_terminals_without_unicode_or_colors_or_room(trained, width):
     lines = plain.splitlines()
     assert sum("." in line for line in lines) > 3
     assert any("# " in line or "#|" in line for line in lines)
-    coloured = shown(found, width=width, force_terminal=True, color_system="standard")
-    assert "\x1b[3" in coloured
+    colored = shown(found, width=width, force_terminal=True, color_system="standard")
+    assert "\x1b[3" in colored
 
 
 def test_many_latents_are_summed_up(tmp_path):

@@ -1,8 +1,9 @@
-"""musigma: Gaussian latent-variable models whose numbers are true.
+"""musigma: VAEs and normalizing flows with exact figures.
 
-Read `gaussian`, `trace`, `model`, one file of `layers` and one of `zoo`, in that order.
+To learn the library, read `gaussian`, `trace`, `model`, one file of `layers` and one of `zoo`, in
+that order.
 
-Names are imported when they are first used, so `import musigma` alone does not import PyTorch.
+Names are imported on first use, so `import musigma` itself does not import PyTorch.
 """
 
 from importlib import import_module
@@ -52,7 +53,7 @@ _EXPORTS = {
     "trace": "Evidence Recorder Trace",
     "training": "TrainConfig TrainingError fit",
     "zoo": "architecture build",
-}  # the imports above, for __getattr__; tests/test_architecture.py compares them
+}  # must list the imports above; tests/test_architecture.py compares them
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Conditioning a model on anything that a network can embed."""
+"""Conditioning a model on the output of an embedding network."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Conditional(Model):
     """A model whose context passes through one embedding network, once per pass.
 
     Args:
-        model: Conditioned on what the embedding returns: (B, F), or a map (B, F, H, W).
-        embedding: A network of the context: a tensor, or a mapping of named ones
+        model: Conditioned on the output of the embedding: (B, F), or a map (B, F, H, W).
+        embedding: A network that takes the context: a tensor, or a mapping from names to tensors
             (`musigma.nets.Embedding`). Its `calibrate(context)`, if it has one, is called before
             the model is calibrated.
 
@@ -39,10 +39,10 @@ class Conditional(Model):
         self.exact = model.exact
 
     def embedded(self, context: Context) -> Tensor:
-        """What the inner model is conditioned on.
+        """The output of the embedding, on which the inner model is conditioned.
 
         Raises:
-            ValueError: Without a context.
+            ValueError: If there is no context.
         """
         if context is None:
             raise ValueError("context: this model is conditional, and needs one row per example")
@@ -65,19 +65,23 @@ class Conditional(Model):
         return self.model.latents()
 
     def continuous(self) -> Model:
-        """As the inner model's, with the same embedding."""
+        """The inner model's `continuous()`, with the same embedding."""
         inner = self.model.continuous()
         if inner is self.model:
             return self
         return Conditional(inner, self.embedding).train(self.training)
 
     def as_distribution(self, context: Any = None) -> Distribution:
-        """The inner model, given this context, as a torch distribution; exact models only."""
+        """The inner model, given this context, as a torch distribution.
+
+        Raises:
+            TypeError: If the model is not `exact`.
+        """
         return self.model.as_distribution(self.embedded(context))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Any = None) -> None:
-        """The embedding, then the inner model."""
+        """Calibrate the embedding, then the inner model."""
         calibrate = getattr(self.embedding, "calibrate", None)
         if calibrate is not None:
             calibrate(context)

@@ -1,4 +1,4 @@
-"""What a model is conditioned on: one tensor of B rows, or a mapping of named ones."""
+"""The context of a model: one tensor of B rows, or a mapping from names to such tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Context: TypeAlias = Tensor | Mapping[str, Tensor] | None
 
 
 def apply(function: Callable[..., Tensor], *contexts: Context) -> Context:
-    """``function`` of corresponding tensors; None of None.
+    """Apply ``function`` to the corresponding tensors of contexts; None if the first is None.
 
     Example:
         >>> apply(lambda a, b: a + b, {"x": torch.ones(2)}, {"x": torch.ones(2)})
@@ -31,19 +31,19 @@ def apply(function: Callable[..., Tensor], *contexts: Context) -> Context:
 
 
 def length(context: Context) -> int | None:
-    """Number of rows; None without a context."""
+    """Number of rows; None if there is no context."""
     if context is None or isinstance(context, Tensor):
         return None if context is None else len(context)
     return next((len(t) for t in context.values()), None)
 
 
 def rows(context: Context, which: Tensor | slice) -> Context:
-    """Some rows, by a slice, indices or a mask."""
+    """Select rows by a slice, indices or a mask."""
     return apply(lambda t: t[which], context)
 
 
 def repeat(context: Context, k: int) -> Context:
-    """Every row k times in a row."""
+    """Repeat every row k times, as `torch.Tensor.repeat_interleave` does."""
     return apply(lambda t: t.repeat_interleave(k, 0), context)
 
 
@@ -59,7 +59,7 @@ def lerp(a: Context, b: Context, t: float) -> Context:
 
 
 def conditioned(net: nn.Module, *given: Any) -> Any:
-    """``net(*given)``, of which the last is the context: left out if it is None, or not taken."""
+    """``net(*given)``, without the last argument, the context, if it is None or net has none."""
     *inputs, context = given
     if context is None or not takes_context(type(net), len(given)):
         return net(*inputs)

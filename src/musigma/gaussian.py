@@ -1,9 +1,9 @@
 """Gaussians, and how the output of a network is read as one.
 
 A network emits one tensor or two. A `Format` states which part is the mean and what the other
-part means: a standard deviation, its logarithm, the logarithm of a variance. It can be printed,
-parsed, stored and converted. `DiagonalGaussian` is the distribution, always held as
-``(mean, log_std)``; `GaussianHead` joins a network, a format and the distribution.
+part means: for example, the logarithm of the standard deviation or of the variance. It can be
+printed, parsed, stored and converted. `DiagonalGaussian` is the distribution, always stored as
+``(mean, log_std)``; `GaussianHead` combines a network, a format and the distribution.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Format:
         gain: Multiplies the whole tensor (FrEIA's all-in-one block has 0.1).
 
     Raises:
-        ValueError: For an unknown name, or a value out of range.
+        ValueError: If a name is unknown, or a value is out of range.
 
     Example:
         >>> f = Format.parse("interleaved log_var")
@@ -201,12 +201,12 @@ class Format:
         """Write ``(mean, log_std)`` as the tensor that `split` reads: its inverse.
 
         Raises:
-            ValueError: If this format cannot express some log_std.
+            ValueError: If this format cannot express a value of log_std.
         """
-        (low, high), power, above = self.reach, self._power, log_std
+        (low, high), power, unfloored = self.reach, self._power, log_std
         if self.floor:
-            above = ((power * log_std).exp() - self.floor).log() / power
-        raw = (_SCALES[self.scale].raw(above, self.limit or 0.0) - self.offset) / self.gain
+            unfloored = ((power * log_std).exp() - self.floor).log() / power
+        raw = (_SCALES[self.scale].raw(unfloored, self.limit or 0.0) - self.offset) / self.gain
         if not (raw.isfinite().all() and (log_std >= low).all() and (log_std <= high).all()):
             raise ValueError(
                 f"log_std: '{self}' reaches from {low:.4g} to {high:.4g}; got values from "
@@ -215,7 +215,7 @@ class Format:
         return self._pack(mean / self.gain, raw, self.dim)
 
     def log_std(self, raw: Tensor) -> Tensor:
-        """The log standard deviation for a raw scale that `gain` has multiplied already."""
+        """The log standard deviation for a raw scale, already multiplied by `gain`."""
         log_std = _SCALES[self.scale].log_std(
             raw + self.offset if self.offset else raw, self.limit or 0.0
         )
@@ -226,10 +226,10 @@ class Format:
 
     @property
     def _within_bounds(self) -> bool:
-        """Whether every scale lies within the bounds, so that there is nothing to clamp."""
+        """Whether the scale cannot exceed the bounds, so no clamp is needed."""
         if self.bounds is None:
             return True
-        low, high = _SCALES[self.scale].reach(self.limit or 0.0)  # a floor raises the low
+        low, high = _SCALES[self.scale].reach(self.limit or 0.0)  # a floor only raises `low`
         return self.bounds[0] <= low and high <= self.bounds[1]
 
     @property
@@ -253,8 +253,8 @@ class Format:
     def saturation(self, h: Tensor | Sequence[Tensor]) -> Tensor:
         """The share of elements, from 0 to 1, whose log_std is at a limit.
 
-        That is where the slope of log_std by the raw scale is below 0.01: outside the bounds, on
-        the floor, or at the end of a bounded scale.
+        There the derivative of log_std with respect to the raw scale is below 0.01: outside the
+        bounds, on the floor, or at the end of a bounded scale.
         """
         with torch.enable_grad():
             raw = self._unpack(h, self.dim)[1].detach().requires_grad_()
@@ -274,12 +274,12 @@ class Format:
     ):
         """Convert the last layer of a network from this format to another, exactly.
 
-        Another layout or order permutes the rows; from `log_std` to `log_var` the rows of the
-        scale are doubled, and halved the other way. `weight` (2 D, ...) and `bias` (2 D,) are
-        pairs where the layout is `two-heads`.
+        A change of layout or order permutes the rows. From `log_std` to `log_var` the rows of the
+        scale are doubled; from `log_var` to `log_std` they are halved. `weight` (2 D, ...) and
+        `bias` (2 D,) are pairs if the layout is `two-heads`.
 
         Raises:
-            ValueError: For formats that differ otherwise: no linear layer can express that.
+            ValueError: If the formats differ in any other way, which no linear layer can express.
         """
         factor = {("log_std", "log_var"): 2.0, ("log_var", "log_std"): 0.5}.get(
             (self.scale, to.scale), 1.0
@@ -353,7 +353,7 @@ class Format:
         "split" and "cross" are Glow's names for `halves` and `interleaved`.
 
         Raises:
-            ValueError: For an unknown word, with the nearest known one, or one that comes twice.
+            ValueError: If a word is unknown (the message suggests the nearest one) or given twice.
 
         Example:
             >>> Format.parse("cross sigmoid+2 bounds=none").layout
@@ -375,8 +375,8 @@ class Format:
                 except ValueError:
                     raise ValueError(f"format: cannot read the number in {word!r}") from None
             else:
-                near = difflib.get_close_matches(word, [*words, *aliases, *numbers], 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                close = difflib.get_close_matches(word, [*words, *aliases, *numbers], 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"format: unknown word {word!r}{hint}")
             if name in values:
                 raise ValueError(f"format: {name} is given twice in {text!r}")
@@ -416,7 +416,7 @@ class DiagonalGaussian(Distribution):
     Args:
         mean: Shape (\*batch, \*event).
         log_std: The natural logarithm of the standard deviation; broadcast against `mean`.
-        event_ndims: How many trailing dimensions form one event.
+        event_ndims: Number of trailing dimensions that form one event.
 
     Raises:
         ValueError: If the shapes do not broadcast, or have fewer than `event_ndims` dimensions.
@@ -447,8 +447,8 @@ class DiagonalGaussian(Distribution):
                 f"got {event_ndims}"
             )
         self._mean, self.log_std, self.event_ndims = mean, log_std, event_ndims
-        cut = mean.ndim - event_ndims
-        super().__init__(mean.shape[:cut], mean.shape[cut:], validate_args=False)
+        batch_ndims = mean.ndim - event_ndims
+        super().__init__(mean.shape[:batch_ndims], mean.shape[batch_ndims:], validate_args=False)
 
     @property
     def arg_constraints(self) -> dict[str, constraints.Constraint]:
@@ -467,7 +467,7 @@ class DiagonalGaussian(Distribution):
 
     @property
     def base_dist(self) -> DiagonalGaussian:
-        """Each coordinate as an event of its own, as in `torch.distributions.Independent`."""
+        """The same Gaussians with scalar events, as in `torch.distributions.Independent`."""
         return DiagonalGaussian(self._mean, self.log_std, 0)
 
     @property
@@ -499,21 +499,21 @@ class DiagonalGaussian(Distribution):
     def sample(
         self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
     ) -> Tensor:
-        """As `rsample`, without a gradient."""
+        """Like `rsample`, without a gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape, temperature=temperature)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density in nats, summed over the event: the batch shape."""
+        """Log density in nats, summed over the event; it has the batch shape."""
         terms = 0.5 * self.whiten(value).square() + self.log_std + 0.5 * math.log(2 * math.pi)
         return -sum_event(terms, self.event_ndims)
 
     def entropy(self) -> Tensor:
-        """Differential entropy in nats, summed over the event: the batch shape."""
+        """Differential entropy in nats, summed over the event; it has the batch shape."""
         return sum_event(self.log_std + 0.5 * math.log(2 * math.pi * math.e), self.event_ndims)
 
     def whiten(self, value: Tensor) -> Tensor:
-        """The standardised value, (value - mean) / std."""
+        """The standardized value, (value - mean) / std."""
         return (at_least_float32(value) - self._mean) * (-self.log_std).exp()
 
     def unwhiten(self, noise: Tensor) -> Tensor:
@@ -565,7 +565,7 @@ class GaussianHead(nn.Module):
         event_ndims: 1 for vectors, 3 for images.
         format: How the network's output is read.
         log_std: None: emitted by the network. A number: fixed. A tensor: the initial value of a
-            learned parameter, broadcast against the mean (say (C, 1, 1): one for each channel).
+            learned parameter, broadcast against the mean; (C, 1, 1) is one for each channel.
 
     Example:
         >>> head = GaussianHead(nn.Linear(4, 6), event_ndims=1)
@@ -592,7 +592,7 @@ class GaussianHead(nn.Module):
     def forward(
         self, given: Tensor | None = None, context: Tensor | None = None
     ) -> DiagonalGaussian:
-        """The distribution; see the class."""
+        """The distribution of a batch."""
         h = conditioned(self.net, given, context)
         if self.emitted:
             mean, log_std = self.format.split(h)
@@ -604,7 +604,7 @@ class GaussianHead(nn.Module):
         return DiagonalGaussian(mean, log_std, self.event_ndims)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-        """The network, with the share of the scales it emits that are at a limit."""
+        """The network, and a function from its output to the share of scales at a limit."""
         if self.emitted:
             yield self.net, self.format.saturation
 

@@ -23,8 +23,8 @@ class Layer(nn.Module, ABC):
     Attributes:
         exact: False if inference draws anything that the generative direction does not determine.
         is_preprocessing: True if the layer only changes how data are stored (levels, range).
-        repeated: True for a block that models repeat: compiled, and sharded, one by one. Any
-            module may have this attribute.
+        repeated: True for a block that models repeat; each one is compiled and sharded
+            separately. Any module may have this attribute.
     """
 
     exact: bool = True
@@ -44,7 +44,7 @@ class Layer(nn.Module, ABC):
         return iter(())
 
     def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Set data-dependent parameters from one batch; most layers have none."""
+        """Set data-dependent parameters from one batch; by default there are none."""
 
 
 class Bijection(Layer):

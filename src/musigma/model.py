@@ -1,9 +1,9 @@
 """Layers and models: each states its terms to a `Trace`, once per direction.
 
-A `Layer` takes x and leaves z; a `Bijection` is a layer that is a pure function. A `Model` takes
-all of x, and inherits training, scoring, sampling, encoding, decoding, reconstruction and
+A `Layer` maps x to z; a `Bijection` is a layer that is an invertible function. A `Model` is a
+complete model of x, and inherits scoring, sampling, encoding, decoding, reconstruction and
 interpolation. There are four models: `Prior`, `Chain` (flows), `VAE` and `Ladder`. The prior of
-a chain or of a VAE is a model itself, so models nest to any depth.
+a chain or a VAE is itself a model, so models nest to any depth.
 """
 
 from __future__ import annotations
@@ -43,21 +43,23 @@ __all__ = [
 Temperature = float | Tensor | Sequence[float | Tensor]
 
 MOST_ENUMERATED = 4096
-"""Combinations of values that `gradient="enumerate"` goes through at most."""
+"""Largest number of combinations of values that `gradient="enumerate"` evaluates."""
 
 
 class Model(nn.Module, ABC):
-    """A generative model of x with its inference: everything that can be asked of one.
+    """A generative model of x, with its inference.
 
-    Batches come first; densities are in nats per example, shape (B,); latents are a tuple, top
-    first (in the order of generation). A context has one row per example.
+    The first dimension of every tensor is the batch. Densities are in nats per example, shape
+    (B,). Latents are a tuple, top first (in the order of generation). A context has one row per
+    example.
 
     Attributes:
-        config: What the zoo built this model from, for checkpoints; empty for one made by hand.
-        spec: The shape and levels of the data, and the context; None if nobody has set it.
-        former_digest: By what `.mus` files that an earlier version wrote identify this model, if
+        config: Architecture, shape and options from which the zoo built this model, for
+            checkpoints; empty for a model that was composed by hand.
+        spec: The shape and levels of the data, and the context; None if it was not set.
+        former_digest: The digest that `.mus` files of an earlier version hold for this model, if
             it was loaded from a checkpoint of that version.
-        exact: Whether log w is log p(x): true of flows without dequantization.
+        exact: Whether log w is log p(x): true for flows without dequantization.
     """
 
     config: Mapping[str, Any] = {}
@@ -65,7 +67,7 @@ class Model(nn.Module, ABC):
     former_digest: str | None = None
     exact: bool = False
 
-    # -- what a model has to say
+    # -- what a model implements
 
     @abstractmethod
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
@@ -84,14 +86,14 @@ class Model(nn.Module, ABC):
         """The sites of the variables that `encode` returns: all but the observation."""
 
     def calibrate(self, x: Tensor, context: Any = None) -> None:
-        """Set data-dependent parameters from one batch: once, before training.
+        """Set data-dependent parameters from one batch, once, before training.
 
-        An uncalibrated layer is the identity, and only this method calibrates it.
+        Only this method calibrates layers; a layer that is not calibrated is the identity.
         """
 
     @property
     def is_flow(self) -> bool:
-        """Whether every variable is a latent, so that no likelihood stands between them and x."""
+        """Whether every variable is a latent, so the model has no likelihood."""
         return set(self.latents()) == set(self.variables())
 
     def site_names(self) -> dict[nn.Module, str]:
@@ -108,17 +110,21 @@ class Model(nn.Module, ABC):
         closed_form: bool = True,
         trace: Trace | None = None,
     ) -> Evidence:
-        """The terms of log w for x (B, *event): what objectives are functions of.
+        """The terms of log w for x, from which objectives are computed.
+
+        If a distribution names `enumerate` as its gradient, all of its values are scored, and
+        each term is its exact expectation under q.
 
         Args:
-            x: Data.
+            x: Data, shape (B, *event).
             context: One row per example, or None.
-            closed_form: Whether KL divergences are in closed form where torch knows one.
-            trace: The trace to record into (a `Recorder`, say), which then decides on closed
-                forms; None for a new one.
+            closed_form: Whether to use closed-form KL divergences where torch has them.
+            trace: The trace that records the terms (for example, a `Recorder`). Its own
+                `closed_form` applies. By default a new one.
 
-        Where a draw names `enumerate` as its gradient, every value of it is scored, and each term
-        is its exact expectation under q.
+        Raises:
+            ValueError: If a draw carries no gradient to the encoder and names no estimator, or if
+                there are too many values to enumerate.
         """
         trace = trace if trace is not None else Trace(closed_form=closed_form)
         self.infer(self.floating(x), trace, context)
@@ -178,24 +184,27 @@ class Model(nn.Module, ABC):
             x: Data, shape (B, *event).
             k: The number of draws per example.
             context: One row per example, or None.
-            at_once: How many (example, draw) pairs go through the networks together.
+            at_once: Number of (example, draw) pairs per pass.
+
+        Raises:
+            ValueError: If k is below 1.
         """
         if k < 1:
             raise ValueError(f"k: expected 1 or more draws; got {k}")
-        weights, left = [], k
-        while left:
-            c = min(left, max(1, at_once // len(x)))
-            again = contexts.repeat(context, c)
-            log_w = self(x.repeat_interleave(c, 0), again, closed_form=False).elbo
-            weights.append(log_w.reshape(len(x), c))
-            left -= c
+        weights, remaining = [], k
+        while remaining:
+            draws = min(remaining, max(1, at_once // len(x)))
+            repeated = contexts.repeat(context, draws)
+            log_w = self(x.repeat_interleave(draws, 0), repeated, closed_form=False).elbo
+            weights.append(log_w.reshape(len(x), draws))
+            remaining -= draws
         return torch.cat(weights, 1).logsumexp(1) - math.log(k)
 
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """log p(x) in nats, shape (B,): a density for continuous data, so it may be positive.
 
         Raises:
-            TypeError: If this model has only bounds of it.
+            TypeError: If this model is not `exact`, so it has only bounds of log p(x).
         """
         if not self.exact:
             raise TypeError(
@@ -205,7 +214,7 @@ class Model(nn.Module, ABC):
         return self(x, context, closed_form=False).elbo
 
     def bits_per_dim(self, x: Tensor, context: Context = None, *, k: int = 1) -> Tensor:
-        """-log p(x) / (D ln 2), or an upper bound of it where the model is not exact: (B,).
+        """-log p(x) / (D ln 2), or an upper bound of it if the model is not exact, shape (B,).
 
         D is the number of elements of one example. With k > 1 the bound is `iwae`'s.
         """
@@ -226,11 +235,15 @@ class Model(nn.Module, ABC):
         """Draw n examples, shape (n, *event).
 
         Args:
-            n: How many.
-            context: One row for each of them, or None.
+            n: Number of examples.
+            context: One row per example, or None.
             temperature: Multiplies the standard deviation of every draw: a number, a tensor (n,)
                 with one for each sample, or a sequence with one for each latent, top first.
-            mode: Return the centre of p(x | latents) rather than a draw from it.
+            mode: Return the center of p(x | latents) rather than a draw from it.
+
+        Raises:
+            ValueError: If the context does not have n rows, the number of temperatures is wrong,
+                or a distribution supports only temperatures 0 and 1.
         """
         if context is not None and contexts.length(context) != n:
             raise ValueError(
@@ -249,14 +262,15 @@ class Model(nn.Module, ABC):
         mode: bool = False,
         whiten: bool = False,
     ) -> tuple[Tensor, ...]:
-        """The latents of x, top first: a draw from the posterior, or its centre.
+        """The latents of x, top first: a draw from the posterior, or its center.
 
         Args:
             x: Data, shape (B, *event).
             context: One row per example, or None.
-            mode: Take the centre of every q (posterior mean, middle of a dequantised cell).
-            whiten: Return (z - mean) / std under each latent's prior: standard noise if the model
-                fits, and what interpolation is done in.
+            mode: Use the center of every q (posterior mean, middle of a dequantization cell)
+                instead of a draw.
+            whiten: Return (z - mean) / std under each latent's prior, which is standard normal if
+                the model fits. `interpolate` works on these values.
         """
         trace = Trace(temperature=0.0 if mode else 1.0, whiten=whiten, scoring=False)
         with torch.autocast(x.device.type, enabled=False):  # decode must see the same numbers
@@ -272,12 +286,23 @@ class Model(nn.Module, ABC):
         temperature: Temperature = 1.0,
         mode: bool = True,
     ) -> Tensor:
-        """The x of given latents; fewer than all of them, top first, draw the rest.
+        """Generate x from given latents, top first; latents that are not given are drawn.
 
-        For a flow ``decode(encode(x))`` is x, up to rounding; of integer data it is x to the
-        letter from ``encode(x, mode=True)``, while a drawn dequantisation may lie within rounding
-        of the edge of its cell. For a VAE it is the centre of p(x | latents), or a draw from it
-        where `mode` is false. Both directions leave autocast.
+        For a flow, ``decode(encode(x))`` is x up to rounding. For integer data,
+        ``decode(encode(x, mode=True))`` is exactly x; drawn dequantization noise can lie within
+        rounding error of the edge of its cell. For a VAE the result is the center of
+        p(x | latents), or a draw from it if `mode` is false. `encode` and `decode` disable
+        autocast.
+
+        Args:
+            latents: As `encode` returns them; at least the first.
+            context: One row per example, or None.
+            whiten: Whether the latents are (z - mean) / std under their priors.
+            temperature: As in `sample`, for what is drawn.
+            mode: Return the center of p(x | latents) rather than a draw from it.
+
+        Raises:
+            ValueError: If there are no latents, or too many.
         """
         sites = list(self.latents())
         if not 1 <= len(latents) <= len(sites):
@@ -294,7 +319,7 @@ class Model(nn.Module, ABC):
             return self.generate(trace, context)
 
     def reconstruct(self, x: Tensor, context: Context = None) -> Tensor:
-        """Decode the centre of the posterior of x: what the latents know of it."""
+        """Decode the center of the posterior of x."""
         return self.decode(self.encode(x, context, mode=True), context)
 
     def interpolate(
@@ -307,12 +332,22 @@ class Model(nn.Module, ABC):
         *,
         path: Literal["spherical", "linear"] = "spherical",
     ) -> Tensor:
-        """Examples between x0 and x1, by way of their whitened latents: (B, steps, *event).
+        """Interpolate between x0 and x1 in whitened latents: (B, steps, *event).
 
-        On a `spherical` path every latent turns from one direction to the other at an even angle
-        while its length changes evenly, so it stays where the prior has its mass (White, "Sampling
-        Generative Networks", 2016, arXiv:1609.04468); a `linear` one cuts through the middle.
-        `context` is that of x0, and `context1` of x1 where it differs; between them it is mixed.
+        On a `spherical` path the direction of every latent changes at a constant angular rate and
+        its length changes linearly, so it stays where the prior has its mass (White, "Sampling
+        Generative Networks", 2016, arXiv:1609.04468). A `linear` path is a straight line.
+
+        Args:
+            x0: Data, shape (B, *event).
+            x1: Data of the same shape.
+            steps: Number of examples on each path, with both ends.
+            context: Context of x0, one row per example, or None.
+            context1: Context of x1; by default that of x0. Contexts are interpolated linearly.
+            path: `spherical` or `linear`.
+
+        Raises:
+            ValueError: For another path.
         """
         if path not in ("spherical", "linear"):
             raise ValueError(f"path: expected 'spherical' or 'linear'; got {path!r}")
@@ -331,24 +366,28 @@ class Model(nn.Module, ABC):
         return torch.stack(frames, 1)
 
     def as_distribution(self, context: Any = None) -> Distribution:
-        """This model as a torch distribution, for use in others' code; exact models only."""
+        """This model as a `torch.distributions.Distribution`.
+
+        Raises:
+            TypeError: If the model is not `exact`.
+        """
         if not self.exact:
             self.log_prob(torch.empty(0))
         return ModelDistribution(self, context)
 
-    # -- the rest
+    # -- conversions
 
     def continuous(self) -> Model:
-        """The same model of continuous data: without dequantisation and the scaling to a range.
+        """The same model without its preprocessing layers (dequantization, scaling to a range).
 
-        Its input is what the first layer after those takes: for a flow of images in [-0.5, 0.5],
-        such images. Where that is all there was to draw, its `log_prob` is exact, in nats. The
-        parameters are shared. A model that has neither is returned as it is.
+        Its input is that of the first layer after those, for example images in [-0.5, 0.5]. A
+        flow without dequantization has an exact `log_prob`. The parameters are shared. A model
+        without preprocessing layers is returned unchanged.
         """
         return self
 
     def floating(self, x: Tensor) -> Tensor:
-        """Integer data in the type that this model computes in."""
+        """Integer data in the floating-point type of this model; other data unchanged."""
         if x.is_floating_point():
             return x
         tensors = [*self.parameters(), *self.buffers()]
@@ -419,15 +458,16 @@ class Prior(Model):
 class Chain(Model):
     """Layers over a prior: a normalizing flow if the prior is a `Prior`.
 
-    x passes the layers in order, and the prior scores what is left; log w has the log-determinant
-    of every bijection, the factored-out latents of every `Split`, and the noise of a `Dequantize`.
+    x passes through the layers in order, and the prior scores the result. log w includes the
+    log-determinant of every bijection, the latents of every `Split`, and the noise of a
+    `Dequantize`.
 
     Args:
         layers: From the data upwards.
-        prior: A model of what the last layer leaves.
+        prior: A model of the output of the last layer.
 
     Raises:
-        ValueError: If one module stands at two places: its terms would be counted once.
+        ValueError: If one module is used in two places.
     """
 
     def __init__(self, layers: Iterable[Layer], prior: Model):
@@ -442,9 +482,9 @@ class Chain(Model):
         return (cast(Layer, layer) for layer in self.layers)
 
     def _runs(self) -> Iterator[tuple[int, int]]:
-        """Start and end of each run of plain bijections: before every other layer, and last.
+        """Start and end of the run of plain bijections before every other layer, and at the end.
 
-        A bijection that overrides `infer` is asked itself, so it is no part of a run.
+        A bijection that overrides `infer` is not part of a run: its own `infer` is called.
         """
         at = 0
         for end, layer in enumerate([*self._layers(), None]):
@@ -476,37 +516,37 @@ class Chain(Model):
     def variables(self) -> Iterator[nn.Module]:
         """Those of the prior, then those of the layers from the last to the first."""
         yield from self.prior.variables()
-        yield from self._own_variables()
+        yield from self._layer_variables()
 
     def latents(self) -> Iterator[nn.Module]:
-        """Those of the prior, then the layers': what x is made from."""
+        """Those of the prior, then the variables of the layers from the last to the first."""
         yield from self.prior.latents()
-        yield from self._own_variables()
+        yield from self._layer_variables()
 
     def continuous(self) -> Model:
-        """Without the leading layers that are but units; the prior alone if all are."""
+        """Without the leading preprocessing layers; only the prior if all layers are."""
         rest = list(itertools.dropwhile(lambda layer: layer.is_preprocessing, self._layers()))
         if len(rest) == len(self.layers):
             return self
         return Chain(rest, self.prior).train(self.training) if rest else self.prior
 
-    def _own_variables(self) -> Iterator[nn.Module]:
+    def _layer_variables(self) -> Iterator[nn.Module]:
         for layer in reversed(list(self._layers())):
             yield from layer.variables()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Any = None) -> None:
-        """Every layer on what the layers below it make of x, then the prior."""
+        """Calibrate every layer on the output of the layers below it, then the prior."""
         x = self.floating(x)
         for layer in self._layers():
             layer.calibrate(x, context)
             parts = _in_parts(x, context)
-            x = torch.cat([layer.infer(few, Trace(scoring=False), given) for few, given in parts])
+            x = torch.cat([layer.infer(part, Trace(scoring=False), rows) for part, rows in parts])
         self.prior.calibrate(x, context)
 
 
 def _in_parts(x: Tensor, context: Context) -> Iterator[tuple[Tensor, Any]]:
-    """64 examples at a time, with their context: inside networks they take far more memory."""
+    """64 examples at a time, with their context, to limit the memory of networks."""
     return zip(x.split(64), contexts.chunks(context, 64, len(x)), strict=True)
 
 
@@ -515,9 +555,9 @@ class VAE(Model):
 
     .. math:: \mathrm{ELBO} = E_q[\log p(x|z)] - KL(q(z|x) \| p(z))
 
-    The KL is in closed form where the prior is a `Prior`, and sampled where it is another model:
-    a flow (a `Chain`), or a further `VAE`. (Kingma & Welling, "Auto-Encoding Variational Bayes",
-    2014, arXiv:1312.6114.)
+    The KL is in closed form, if there is one, when the prior is a `Prior`; it is sampled when the
+    prior is another model, such as a flow (a `Chain`) or another `VAE`. (Kingma & Welling,
+    "Auto-Encoding Variational Bayes", 2014, arXiv:1312.6114.)
 
     Args:
         encoder: A head: x, and the context if there is one, to the distribution of z.
@@ -555,26 +595,27 @@ class VAE(Model):
         yield self
 
     def latents(self) -> Iterator[nn.Module]:
-        """The variables of the prior: z, or what a flow makes of it."""
+        """The variables of the prior: z, or the latents of a flow prior."""
         yield from self.prior.variables()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Any = None) -> None:
-        """The prior, on draws from the posterior."""
+        """Calibrate the prior on draws from the posterior."""
         parts = _in_parts(self.floating(x), context)
-        z = torch.cat([conditioned(self.encoder, *few).sample() for few in parts])
+        z = torch.cat([conditioned(self.encoder, *part).sample() for part in parts])
         self.prior.calibrate(z, context)
 
 
 class LadderBlock(nn.Module):
-    """One latent of a `Ladder`: its prior, its posterior, and what it does to the state.
+    """One latent of a `Ladder`: its prior, its posterior, and its effect on the state.
+
+    Each network may take the context as an additional last argument.
 
     Args:
-        prior: A head: the state (B, C, H, W) to p(z | state).
-        posterior: A head: the state and the bottom-up features, joined on axis 1, to q(z | ...).
-        merge: ``merge(state, z)`` to the state of the next block.
-
-    Each takes the context as one more argument, if it takes any.
+        prior: A head: maps the state (B, C, H, W) to p(z | state).
+        posterior: A head: maps the state and the bottom-up features, concatenated on axis 1, to
+            q(z | state, x).
+        merge: ``merge(state, z)`` is the state of the next block.
     """
 
     def __init__(self, prior: nn.Module, posterior: nn.Module, merge: nn.Module):
@@ -587,15 +628,18 @@ class Ladder(Model):
 
     .. math:: p(x, z) = p(x | h_L) \prod_l p(z_l | h_{l-1}), \quad h_l = merge(h_{l-1}, z_l)
 
-    with q(z_l | h_{l-1}, x), so each KL is between two Gaussians that share their state, and has a
-    closed form (Sønderby et al., "Ladder Variational Autoencoders", 2016, arXiv:1602.02282; Child,
-    "Very Deep VAEs", 2021, arXiv:2011.10650).
+    with q(z_l | h_{l-1}, x). Prior and posterior share their state, so the KL of two Gaussians has
+    a closed form (Sønderby et al., "Ladder Variational Autoencoders", 2016, arXiv:1602.02282;
+    Child, "Very Deep VAEs", 2021, arXiv:2011.10650).
 
     Args:
-        bottom_up: x to a sequence of features, one for each block, top first.
+        bottom_up: Maps x to a sequence of features, one for each block, top first.
         blocks: The latents, top first.
-        decoder: A head: the last state to the distribution of x.
+        decoder: A head: maps the last state to the distribution of x.
         state: The shape (C, H, W) of the first state, which is a learned constant.
+
+    Raises:
+        ValueError: If a block is used twice.
     """
 
     def __init__(
@@ -611,37 +655,37 @@ class Ladder(Model):
         refuse_twins(self.blocks)
 
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
-        """From the top: z ~ q(z | state, x), paired with p(z | state); at last p(x | state)."""
+        """From the top: z ~ q(z | state, x), paired with p(z | state); finally p(x | state)."""
         state = self._start(len(x))
-        for block, seen in zip(self._rungs(), self._features(x, context), strict=True):
-            q = conditioned(block.posterior, torch.cat([state, seen], 1), context)
+        for block, features in zip(self._blocks(), self._features(x, context), strict=True):
+            q = conditioned(block.posterior, torch.cat([state, features], 1), context)
             z = trace.latent(block, q, conditioned(block.prior, state, context))
             state = conditioned(block.merge, state, z, context)
         trace.p(self, conditioned(self.decoder, state, context), x)
 
     def generate(self, trace: Trace, context: Any = None) -> Tensor:
-        """From the top: z ~ p(z | state); at last x ~ p(x | state)."""
+        """From the top: z ~ p(z | state); finally x ~ p(x | state)."""
         n = trace.n if context is None else len(context)
         if n is None:
-            raise ValueError("n: a ladder must be told how many examples to generate")
+            raise ValueError("n: expected the number of examples to generate; got none")
         state = self._start(n)
-        passed = []
-        for block in self._rungs():
+        drawn = []
+        for block in self._blocks():
             z = trace.p(block, conditioned(block.prior, state, context))
-            passed.append((block, state, z))
+            drawn.append((block, state, z))
             state = conditioned(block.merge, state, z, context)
         x = trace.p(self, conditioned(self.decoder, state, context))
         if trace.scoring:
-            pairs = zip(passed, self._features(x, context), strict=True)
-            for (block, state, z), seen in reversed(list(pairs)):
-                posterior = conditioned(block.posterior, torch.cat([state, seen], 1), context)
+            pairs = zip(drawn, self._features(x, context), strict=True)
+            for (block, state, z), features in reversed(list(pairs)):
+                posterior = conditioned(block.posterior, torch.cat([state, features], 1), context)
                 trace.q(block, posterior, z)
         return x
 
     def _start(self, n: int) -> Tensor:
         return self.top.expand(n, *self.top.shape[1:])
 
-    def _rungs(self) -> Iterator[LadderBlock]:
+    def _blocks(self) -> Iterator[LadderBlock]:
         return (cast(LadderBlock, block) for block in self.blocks)
 
     def _features(self, x: Tensor, context: Tensor | None) -> Sequence[Tensor]:

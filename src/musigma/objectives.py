@@ -1,4 +1,4 @@
-"""Objectives: functions of one pass through a model, in nats per example, to be minimized.
+"""Objectives: functions of one pass through a model, in nats per example, to minimize.
 
 An objective maps an `Evidence`, or a `Recorder` that holds one, to nats of shape (B,); training
 minimizes their mean. Terms are summed over all dimensions of an example, so the weight of the KL
@@ -39,7 +39,7 @@ def terms_of(record: Evidence | Recorder) -> Evidence:
     """The evidence itself, or that of a recorder.
 
     Raises:
-        ValueError: If the recorder has not been through a model.
+        ValueError: If the recorder is empty.
     """
     if isinstance(record, Evidence):
         return record
@@ -49,14 +49,14 @@ def terms_of(record: Evidence | Recorder) -> Evidence:
 
 
 def surrogate(nats: Tensor, evidence: Evidence) -> Tensor:
-    r"""``nats``, whose gradient includes the score-function estimator of draws that need it.
+    r"""``nats``, with a gradient that includes the score-function estimator where needed.
 
     .. math:: \nabla E_q[f] = E_q[\nabla f + (f - b) \nabla \log q]
 
     with b the mean of f over the other examples of the batch (Mnih & Rezende, 2016,
-    arXiv:1602.06725). The value does not change. Where every draw is reparameterized, `nats` is
-    returned as it is. `evidence.score` may have several rows for each of `nats` (draws of one
-    example in a row).
+    arXiv:1602.06725). The value does not change. If every draw is reparameterized, `nats` is
+    returned unchanged. `evidence.score` may have several consecutive rows for each entry of `nats`
+    (several draws of one example).
     """
     if not evidence.score.requires_grad:
         return nats
@@ -67,10 +67,10 @@ def surrogate(nats: Tensor, evidence: Evidence) -> Tensor:
 
 
 def objective(function: F) -> F:
-    """Make a function of `Evidence` an objective: of a recorder, too, with `surrogate` applied.
+    """Turn a function of an `Evidence` into an objective, and register it.
 
-    It is registered under its name for the command line (``--objective NAME``), with hyphens for
-    underscores.
+    The objective also takes a `Recorder`, and applies `surrogate`. Its name on the command line
+    (``--objective NAME``) is that of the function, with hyphens for underscores.
     """
 
     @functools.wraps(function)
@@ -85,7 +85,7 @@ def objective(function: F) -> F:
 
 @objective
 def elbo(evidence: Evidence) -> Tensor:
-    """-ELBO; for a flow the negative log-likelihood, or its bound. Nats, (B,).
+    """-ELBO; for a flow the negative log-likelihood or an upper bound of it. Nats, (B,).
 
     Example:
         >>> import torch
@@ -100,22 +100,22 @@ def elbo(evidence: Evidence) -> Tensor:
 def beta_elbo(evidence: Evidence, beta: float = 1.0) -> Tensor:
     """Distortion + beta · rate (Higgins et al., "beta-VAE", 2017). Nats, (B,).
 
-    The rate is all that the latents cost. Only for models with a likelihood: a flow has no
-    distortion to weigh against.
+    The rate is the cost of the latents. This objective is for models with a likelihood: a flow
+    has no distortion.
     """
     return beta * evidence.rate - evidence.log_px - evidence.auxiliary
 
 
 @objective
 def free_bits(evidence: Evidence, free: float = 0.0, *, beta: float = 1.0) -> Tensor:
-    """`beta_elbo` in which each latent's KL, averaged over the batch, costs at least `free` nats.
+    """`beta_elbo`, where each latent's KL, averaged over the batch, costs at least `free` nats.
 
-    Below that, closing a latent gains nothing (Kingma et al., "Improving Variational Inference
-    with Inverse Autoregressive Flow", 2016, arXiv:1606.04934). Nats, (B,); an example's KL is
-    replaced by `free` where the batch's mean is below it.
+    If the mean over the batch is below `free`, the KL of every example is replaced by `free`, so
+    reducing it further gains nothing (Kingma et al., "Improving Variational Inference with Inverse
+    Autoregressive Flow", 2016, arXiv:1606.04934). Nats, (B,).
     """
-    open_ = evidence.kl.mean(0) > free
-    kl = torch.where(open_, evidence.kl, torch.full_like(evidence.kl, free)).sum(1)
+    penalized = evidence.kl.mean(0) > free
+    kl = torch.where(penalized, evidence.kl, torch.full_like(evidence.kl, free)).sum(1)
     rate = kl + evidence.log_q - evidence.log_det
     return beta * rate - evidence.log_px - evidence.auxiliary
 
@@ -125,7 +125,7 @@ def iwae(evidence: Evidence, k: int = 1) -> Tensor:
     """-log (1/k) Σ w_i (Burda et al., 2016, arXiv:1509.00519). Nats, (B,).
 
     Args:
-        evidence: Of a batch in which every example is repeated k times in a row, without closed
+        evidence: The terms of a batch in which every example is repeated k times, without closed
             forms (``model(x.repeat_interleave(k, 0), closed_form=False)``).
         k: Draws per example.
     """

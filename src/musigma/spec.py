@@ -1,4 +1,4 @@
-"""What a model is a model of: the shape of its data, their levels, their columns, its context."""
+"""The specification of a model: shape, levels and columns of its data, and its context."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Variable:
     """One part of a context, by its name.
 
     Args:
-        name: Its name: of a column, for instance. `label` is the class of each example.
-        shape: Shape of one row as the model is given it: (F,) for F numbers, (C, H, W) for an
-            image. A variable of n classes has shape (n,): its rows are one-hot.
+        name: Its name, for example that of a column. `label` is the class of each example.
+        shape: Shape of one row of the model's input: (F,) for F numbers, (C, H, W) for an image.
+            A variable of n classes has shape (n,): its rows are one-hot.
         classes: Number of classes; 0 for numbers and images.
-        names: Names of the classes, where they are known.
+        names: Names of the classes, if known.
         levels: Number of integer levels of each element of an image; None for real numbers.
 
     Raises:
@@ -64,7 +64,7 @@ class Variable:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a model is a model of.
+    """The data that a model describes, and the context it is conditioned on.
 
     Args:
         shape: Shape of one example: (C, H, W) or (D,).
@@ -72,6 +72,9 @@ class Spec:
             element; None: real numbers.
         columns: Names of the elements of a vector, if it is a row of a table.
         context: What the model is conditioned on.
+
+    Raises:
+        ValueError: If the number of levels or columns does not fit the shape.
 
     Example:
         >>> spec = Spec((3, 32, 32), levels=256, context=(Variable("label", classes=10),))
@@ -111,7 +114,7 @@ class Spec:
         return self.levels.bit_length() - 1
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict that `from_json` reads back; what is empty is left out."""
+        """A plain dict that `from_json` reads back, without empty fields."""
         plain: dict[str, Any] = {"shape": list(self.shape), "levels": self.levels}
         if self.columns:
             plain["columns"] = list(self.columns)

@@ -1,4 +1,4 @@
-"""Small operations on tensors that every part of the library shares."""
+"""Small tensor operations that are used throughout the library."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["at_least_float32", "channels_last", "per_example", "sum_event"]
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """Half precision as float32, any other type unchanged: no density is computed in less."""
+    """Convert half precision to float32, for densities; other types are unchanged."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def channels_last(t: Tensor) -> Tensor:
-    """Images (B, C, H, W) in the memory format in which convolutions are fastest."""
+    """Images (B, C, H, W) in channels-last memory format, which is fast for convolutions."""
     return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
 
 
@@ -24,7 +24,7 @@ def sum_event(t: Tensor, event_ndims: int) -> Tensor:
 
 
 def per_example(weight: float | Tensor, value: Tensor) -> float | Tensor:
-    """A number, or one number for each example (B,), shaped to multiply `value` (B, ...)."""
+    """A number, or one number per example (B,), reshaped to multiply `value` (B, ...)."""
     if isinstance(weight, Tensor) and weight.ndim == 1:
         return weight.to(value).reshape(-1, *(1,) * (value.ndim - 1))
     return weight

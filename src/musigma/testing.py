@@ -155,12 +155,12 @@ def check_model(
         _sampling(model, (len(data), *event), given)
         _independence(model, data, given)
         _scores(model, data, given, bits)
-    _context(lambda c: _centred(model, data, c), len(data), context)
+    _context(lambda c: _centered(model, data, c), len(data), context)
     _gradients(model, lambda: _trained_for(model(data, given)))
-    _state(model, lambda of: _centred(of, data, given))
+    _state(model, lambda of: _centered(of, data, given))
     if compiled:
         latents = [z.detach() for z in model.encode(data, given, mode=True)]
-        _compiles(lambda: _centred(model, data, given), "log w")
+        _compiles(lambda: _centered(model, data, given), "log w")
         _compiles(lambda: model(data, given).elbo, "forward")
         _compiles(lambda: model.sample(len(data), given), "sample")
         _compiles(lambda: model.decode(latents, given), "decode")
@@ -226,8 +226,8 @@ def _jacobian(layer: Bijection, x: Tensor, context: Any) -> None:
         _near(log_det[i], truth, 1e-10, "log_det against autograd's Jacobian")
 
 
-def _centred(model: Model, x: Tensor, context: Any) -> Tensor:
-    """Log w where every draw is its distribution's centre: a function, shape (B,)."""
+def _centered(model: Model, x: Tensor, context: Any) -> Tensor:
+    """Log w where every draw is its distribution's center: a function, shape (B,)."""
     trace = Trace(temperature=0.0)
     model.infer(x, trace, context)
     return trace.evidence(model.latents()).elbo
@@ -297,7 +297,7 @@ def _sampling(model: Model, shape: Sequence[int], context: Any) -> None:
         _near(each[0], cold[0], 1e-9, "a sample whose own temperature is 0")
         _near(each[1:], warm[1:], 1e-9, "a sample's own temperature")
     _near(drawn([1.0] * count), x, 1e-9, "each latent at temperature 1")
-    _near(drawn([0.0] * count, mode=True), cold, 1e-9, "each latent and the data at their centres")
+    _near(drawn([0.0] * count, mode=True), cold, 1e-9, "each latent and the data at their centers")
     cooled: dict[nn.Module, float] = {}
     for site in model.latents():
         cooled[site] = 0.0
@@ -313,12 +313,12 @@ def _sampling(model: Model, shape: Sequence[int], context: Any) -> None:
 
 
 def _independence(model: Model, x: Tensor, context: Any) -> None:
-    whole, latents = _centred(model, x, context), model.encode(x, context, mode=True)
+    whole, latents = _centered(model, x, context), model.encode(x, context, mode=True)
     decoded = model.decode(latents, context)
     turn = torch.arange(len(x) - 1, -1, -1)
     for law, keep in [("reordered", turn), *((f"row {i} by itself", [i]) for i in range(len(x)))]:
         some = contexts.rows(context, torch.as_tensor(keep))
-        _near(_centred(model, x[keep], some), whole[keep], 1e-9, f"batch independence: {law}")
+        _near(_centered(model, x[keep], some), whole[keep], 1e-9, f"batch independence: {law}")
         again = model.decode([z[keep] for z in latents], some)
         _near(again, decoded[keep], 1e-9, f"batch independence: decoded, {law}")
 
@@ -332,9 +332,9 @@ def _scores(model: Model, x: Tensor, context: Any, bits: int | None) -> None:
     if bits is not None:
         torch.manual_seed(0)
         _near(model.elbo(x.long(), context), elbo, 1e-12, "integers against the same floats")
-    single = _centred(*_single(model, x, context))
+    single = _centered(*_single(model, x, context))
     _say(single.dtype == torch.float32, f"log w of a float32 model is {single.dtype}")
-    _near(single.double(), _centred(model, x, context), 1e-4, "log w in float32")
+    _near(single.double(), _centered(model, x, context), 1e-4, "log w in float32")
 
 
 def _context(score: Callable[[Any], Tensor], rows: int, context: int | Context) -> None:

@@ -5,18 +5,18 @@ For an observation x, latents z, an inference distribution q and bijections f,
     log w(x, z) = Σ log p(site | above) - Σ log q(draw | below) + Σ log |det ∂f/∂x|
     E_q[log w] = ELBO ≤ log p(x),     E log (1/k) Σ w_i = IWAE_k ≤ log p(x)
 
-and log w = log p(x), exactly, where nothing is drawn. Every part of a model states its terms of
-that sum once per direction, by two verbs that mirror each other:
+If nothing is drawn, log w = log p(x) exactly. Every part of a model states its terms of this sum
+once per direction, with two operations that mirror each other:
 
     infer:      p scores a known value      q draws           (data -> latents)
     generate:   p draws                     q scores          (latents -> data)
 
-A `Trace` decides what "draw" and "score" mean. This one serves training, evaluation, sampling,
-encoding, decoding and interpolation. A `Recorder` also keeps the distributions, for objectives
-and diagnostics that need them. A subclass may serve another purpose: for `musigma.coding.Coder` a
-draw takes bits off a stack, and a score puts bits on it. A part of a model therefore states its
-terms in an order that can be undone: what it generates from z is scored before z is, and while
-generating, q is scored in the reverse of the order in which it draws.
+A `Trace` decides what "draw" and "score" mean. `Trace` itself serves training, evaluation,
+sampling, encoding, decoding and interpolation. A `Recorder` also keeps the distributions, for
+objectives and diagnostics. Other subclasses give the operations another meaning: in
+`musigma.coding.Coder` a draw pops bits from a stack, and a score pushes bits onto it. Therefore a
+model states its terms in an order that can be reversed: it scores a value generated from z before
+it scores z, and while generating it scores q in the reverse of the order of its draws.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.distributions import Distribution, kl_divergence
 __all__ = ["Evidence", "Recorder", "Trace", "with_gradient"]
 
 Site = nn.Module
-"""A variable is identified by the module that generates it, so latents need no names."""
+"""A site is the module that generates a variable, and identifies it: latents need no names."""
 
 
 class Evidence(NamedTuple):
@@ -40,15 +40,15 @@ class Evidence(NamedTuple):
 
     Attributes:
         log_px: log p(x | latents), shape (B,), with the terms of any layers between x and the
-            likelihood (dequantization, change of units); zero for a pure flow.
-        kl: One column per latent, top first, shape (B, latents): KL(q || p) where q and p are
-            paired and a closed form was requested and exists; log q - log p of the draw where
-            not; and -log p where the latent has no q (the latents of a flow).
+            likelihood (dequantization, rescaling); zero for a flow.
+        kl: One column per latent, top first, shape (B, latents). If q and p are paired, this is
+            KL(q || p) in closed form, if that was requested and exists, or log q - log p of the
+            draw. If the latent has no q (the latents of a flow), it is -log p.
         log_q: log q of all other draws (dequantization noise, a posterior under a flow), (B,).
         log_det: Sum of log |det| of all bijections, data to latents, (B,).
-        auxiliary: Further terms to maximize in training (a classifier's log q(y | z)), (B,). No
-            part of log w, of the ELBO, or of any figure.
-        score: log q of the draws whose gradient is the score-function estimator, (B,); zero where
+        auxiliary: Additional terms that training maximizes (a classifier's log q(y | z)), (B,).
+            They are not part of log w, of the ELBO, or of any figure.
+        score: log q of the draws whose gradient is the score-function estimator, (B,); zero if
             every draw is reparameterized. `musigma.objectives.surrogate` uses it.
         kl_sampled: Whether a column of `kl` is a single-draw estimate, bool (B, latents).
     """
@@ -63,12 +63,12 @@ class Evidence(NamedTuple):
 
     @property
     def rate(self) -> Tensor:
-        """What the latents cost: every term but log p(x | latents), nats, shape (B,)."""
+        """The cost of the latents: all terms except log p(x | latents), nats, shape (B,)."""
         return self.kl.sum(1) + self.log_q - self.log_det
 
     @property
     def elbo(self) -> Tensor:
-        """log_px - rate: log w where no closed form was used, and its expectation, (B,)."""
+        """log_px - rate: log w, with closed-form KLs replaced by their expectation, (B,)."""
         return self.log_px - self.rate
 
 
@@ -79,15 +79,18 @@ def with_gradient(dist: Distribution, gradient: str) -> Distribution:
     """Name the gradient estimator of a distribution that cannot be reparameterized.
 
     Args:
-        dist: A posterior whose draws carry no gradient (a categorical, say). It is returned.
+        dist: A posterior whose draws carry no gradient (for example, a categorical).
         gradient: `score`: the score-function estimator with a leave-one-out baseline over the
             batch (Williams, 1992; Mnih & Rezende, 2016, arXiv:1602.06725). `enumerate`: the exact
-            expectation over the finite support, which `dist.enumerate_support` lists; where no
-            closed forms are requested (the importance-weighted bound), it acts as `score`.
+            expectation over the finite support, which `dist.enumerate_support` lists; if no
+            closed forms are requested (the importance-weighted bound), the same as `score`.
+
+    Returns:
+        `dist` itself.
 
     Raises:
-        ValueError: For another name. Relaxed and straight-through draws are distributions of
-            their own with `rsample` (`musigma.distributions.OneHotLatents`).
+        ValueError: For another name. For relaxed and straight-through draws, use a distribution
+            with `rsample` (`musigma.distributions.OneHotLatents`).
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient: expected {' or '.join(GRADIENTS)}; got {gradient!r}")
@@ -96,10 +99,10 @@ def with_gradient(dist: Distribution, gradient: str) -> Distribution:
 
 
 def refuse_twins(modules: Iterable[nn.Module]) -> None:
-    """Refuse a module that occurs twice: its terms would be counted once.
+    """Refuse a module that occurs twice, because its terms would be counted only once.
 
     Raises:
-        ValueError: Naming its type.
+        ValueError: If a module occurs twice.
     """
     seen: set[nn.Module] = set()
     for module in modules:
@@ -116,16 +119,17 @@ class Trace:
 
     Args:
         generating: The direction: latents to data if true, data to latents otherwise.
-        n: Number of examples to draw, where neither a given latent nor a context determines it.
-        given: Values of sites that are not to be drawn: latents while generating, draws of q
-            while inferring.
+        n: Number of examples to draw, if neither a given latent nor a context determines it.
+        given: Values of sites that are not drawn: latents while generating, draws of q while
+            inferring.
         temperature: Factor of the standard deviation of every draw: a number, one number per
             example (B,), or a mapping from sites to either (1 for sites it lacks). At 0 a draw is
             the center of the distribution: its mode if discrete, its mean otherwise.
-        whiten: Values of sites whose distribution can `whiten` (a Gaussian) are kept, and taken,
-            as (value - mean) / std.
-        scoring: Whether terms are recorded; sampling does without.
-        closed_form: Whether a paired q and p give their KL divergence instead of log q - log p.
+        whiten: Whether `values` and `given` hold (value - mean) / std instead of the value, for
+            sites whose distribution has `whiten` and `unwhiten` (a Gaussian).
+        scoring: Whether terms are recorded. Sampling does not need them.
+        closed_form: Whether to use the KL divergence of a paired q and p, instead of
+            log q - log p.
     """
 
     def __init__(
@@ -149,11 +153,11 @@ class Trace:
         self.log_det: dict[Site, Tensor] = {}
         self.auxiliaries: dict[Site, Tensor] = {}
         self.scores: dict[Site, Tensor] = {}  # log q of draws by the score-function estimator
-        self.supports: dict[Site, Tensor] = {}  # of draws that are to be enumerated
+        self.supports: dict[Site, Tensor] = {}  # all values of draws that are enumerated
         self.closed: set[Site] = set()  # latents with a closed-form KL
         self.below: set[Site] = set()  # layers between the data and a likelihood
 
-    # -- what a model states
+    # -- called by models
 
     def p(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
         """A term of the generative model: scores `value` while inferring, draws otherwise."""
@@ -161,7 +165,7 @@ class Trace:
             value = self._choose(site, dist)
         if value is None:
             raise ValueError(f"value: {type(site).__name__} must give p a value while inferring")
-        self._keep(site, dist, value)
+        self._store(site, dist, value)
         if self.scoring:
             self._record(self.log_p, site, dist.log_prob(value))
         return value
@@ -179,12 +183,12 @@ class Trace:
     def latent(self, site: Site, q: Distribution, p: Distribution) -> Tensor:
         """Draw a latent from q while inferring, and state both of its terms.
 
-        Only legal where p was known before the draw (a prior without a chain below it, a block of
-        a top-down ladder): elsewhere the closed-form KL would be biased. Where torch knows no
-        closed form for the pair, the KL is that of the draw (`Evidence.kl_sampled`).
+        Call this only if p is known before the draw (a prior that is a single distribution, a
+        block of a top-down ladder); otherwise the closed-form KL would be biased. If torch has no
+        closed form for the pair, the KL is estimated from the draw (`Evidence.kl_sampled`).
         """
         value = self._infer_draw(site, q)
-        self._keep(site, p, value)
+        self._store(site, p, value)
         if self.scoring:
             kl = self._closed_kl(q, p) if self.closed_form else None
             if kl is None:
@@ -195,7 +199,7 @@ class Trace:
         return value
 
     def bijection(self, layer: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """An exact change of variables by a `Bijection`, in the direction of this trace."""
+        """Apply a `Bijection` in the direction of this trace, and record its log-determinant."""
         if self.generating:
             value, log_det = layer.inverse(x, context)  # pyright: ignore[reportCallIssue]
             log_det = -log_det
@@ -212,7 +216,7 @@ class Trace:
         context: Tensor | None,
         run: Callable[..., tuple[Tensor, Sequence[Tensor]]],
     ) -> Tensor:
-        """Several bijections in a row, while inferring, by ``run(layers, x, context)``."""
+        """Apply several bijections while inferring, by ``run(layers, x, context)``."""
         x, log_dets = run(layers, x, context)
         if self.scoring:
             for layer, log_det in zip(layers, log_dets, strict=True):
@@ -220,16 +224,16 @@ class Trace:
         return x
 
     def auxiliary(self, site: Site, term: Tensor) -> None:
-        """State nats (B,) that training maximizes and that are no part of log w."""
+        """State a term (B,), in nats, that training maximizes but that is not part of log w."""
         if self.scoring:
             self._record(self.auxiliaries, site, term)
 
-    # -- what comes of it
+    # -- results
 
     def entries(self) -> Iterator[tuple[Site, str, Tensor]]:
         """The ledger: every recorded term of -log w, as (site, name of the term, nats (B,)).
 
-        They add up to minus the ELBO of `evidence`, which groups them.
+        Their sum is minus the ELBO of `evidence`.
         """
         for name, sign in (("log_det", -1), ("log_q", 1), ("kl", 1), ("log_p", -1)):
             for site, nats in getattr(self, name).items():
@@ -313,7 +317,7 @@ class Trace:
         except NotImplementedError:  # torch knows no closed form for this pair
             return None
 
-    def _keep(self, site: Site, dist: Distribution, value: Tensor) -> None:
+    def _store(self, site: Site, dist: Distribution, value: Tensor) -> None:
         if self.whiten and hasattr(dist, "whiten"):
             value = dist.whiten(value)  # pyright: ignore[reportAttributeAccessIssue]
         self.values[site] = value
@@ -326,7 +330,7 @@ class Trace:
 
 
 class Recorder(Trace):
-    """A trace that also keeps the distributions: what objectives and diagnostics work on.
+    """A trace that also keeps the distributions, for objectives and diagnostics.
 
     Attributes:
         qs: The distribution q at each site that has one.

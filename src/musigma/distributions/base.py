@@ -17,7 +17,7 @@ class EventDistribution(Distribution):
     """A distribution of events of known shape, without checks of its arguments.
 
     Draws take a `temperature`: a number, or one number for each entry of the first dimension. It
-    shrinks a draw towards the centre, which temperature 0 is.
+    shrinks a draw towards the center, which temperature 0 is.
 
     Attributes:
         element: The constraint that each element of an event meets.

@@ -48,8 +48,8 @@ class FactorizedContinuousBernoulli(EventDistribution):
         (small, far), square = self._away_from_zero(), self.logits.square()
         series = self.logits / 2 + square / 24 - square**2 / 2880 + square**3 / 181440
         size = far.abs()
-        normaliser = size + torch.log(-torch.expm1(-size)) - size.log() + far.clamp(max=0)
-        terms = value * self.logits - torch.where(small, series, normaliser)
+        normalizer = size + torch.log(-torch.expm1(-size)) - size.log() + far.clamp(max=0)
+        terms = value * self.logits - torch.where(small, series, normalizer)
         return self._sum(torch.where((value < 0) | (value > 1), -math.inf, terms))
 
     @property

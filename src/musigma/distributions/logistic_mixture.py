@@ -59,9 +59,9 @@ class DiscretizedLogisticMixture(EventDistribution):
         """Log mass in nats, shape (B,)."""
         value = at_least_float32(value).unsqueeze(1)
         half = 1 / (self.levels - 1)
-        centred = 2 * half * value - 1 - self._shifted(value.expand_as(self.means))
+        centered = 2 * half * value - 1 - self._shifted(value.expand_as(self.means))
         inverse = (-self.log_scale).exp()
-        below, above = (centred - half) * inverse, (centred + half) * inverse
+        below, above = (centered - half) * inverse, (centered + half) * inverse
         top, bottom = value >= self.levels - 1, value <= 0
         inside = F.logsigmoid(above) + F.logsigmoid(-below)
         inside = inside + torch.log(-torch.expm1(-2 * half * inverse))
@@ -97,7 +97,7 @@ class DiscretizedLogisticMixture(EventDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """The centre of the heaviest component, as a level."""
+        """The center of the heaviest component, as a level."""
         return self._draw(self.log_weights.argmax(1), 0.0, torch.zeros_like(self.means[:, 0]))
 
     def _draw(self, k: Tensor, temperature: float | Tensor, noise: Tensor) -> Tensor:

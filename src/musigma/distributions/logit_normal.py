@@ -31,7 +31,7 @@ class LogitNormal(EventDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The median, sigmoid(mean of y), which serves as the centre."""
+        """The median, sigmoid(mean of y), which serves as the center."""
         return self.base.mean.sigmoid()
 
     def rsample(

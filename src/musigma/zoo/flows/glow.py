@@ -1,4 +1,4 @@
-"""Glow: multi-scale flow of activation normalisation, 1x1 convolutions and couplings."""
+"""Glow: multi-scale flow of activation normalization, 1x1 convolutions and couplings."""
 
 from __future__ import annotations
 

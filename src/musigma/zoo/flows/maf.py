@@ -51,8 +51,8 @@ def maf(
         format: How each transform reads its network's output, as `Format.parse` takes it.
         permutation: Reordering of the features before each transform: a reversal, a fixed shuffle,
             or an invertible matrix (plain or by its LU factors).
-        norm: Put an activation normalisation before each transform.
-        standardize: Standardise continuous data in the first layer, by the mean and standard
+        norm: Put an activation normalization before each transform.
+        standardize: Standardize continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
         context: Number of features of the context; it conditions the transforms.
@@ -104,7 +104,7 @@ def vector_flow(
     standardize: bool,
     alpha: float,
 ) -> Chain:
-    """Steps of normalisation, permutation and a transform, over vectors.
+    """Steps of normalization, permutation and a transform, over vectors.
 
     Raises:
         ValueError: For images.

@@ -43,8 +43,8 @@ def nsf(
         bound: Splines act on [-bound, bound]; outside they are the identity.
         permutation: Reordering of the features before each transform: an invertible matrix (by
             its LU factors, or plain), a fixed shuffle, or a reversal.
-        norm: Put an activation normalisation before each transform.
-        standardize: Standardise continuous data in the first layer, by the mean and standard
+        norm: Put an activation normalization before each transform.
+        standardize: Standardize continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
         context: Number of features of the context; it conditions the transforms.

@@ -52,7 +52,7 @@ def realnvp(
         depth: Number of couplings of each kind at each scale; for vectors, of all couplings.
         hidden: Width of the coupling networks.
         blocks: Number of residual blocks in each coupling network, for images.
-        standardize: Standardise continuous data in the first layer, by the mean and standard
+        standardize: Standardize continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
         alpha: Of the logit that maps [0, 1] to the real line, for data with bits (the paper has
             0.05, with which black and white are learned more slowly).

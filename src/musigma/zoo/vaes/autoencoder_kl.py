@@ -48,7 +48,7 @@ def autoencoder_kl(
         blocks: Residual blocks at each size (one more in the decoder).
         latents: Channels that the encoder's network describes, and the decoder's takes.
         embedded: Channels of z, where the 1x1 convolutions make them others; None: as `latents`.
-        groups: Of the group normalisations.
+        groups: Of the group normalizations.
         attend: The sizes, counted from 0, at which every block is followed by self-attention.
         attend_middle: Self-attention between the two blocks of the smallest size.
         quant: A 1x1 convolution after the encoder.
@@ -195,7 +195,7 @@ class Middle(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two normalised 3x3 convolutions around a shortcut."""
+    """Two normalized 3x3 convolutions around a shortcut."""
 
     def __init__(self, inputs: int, width: int, groups: int):
         super().__init__()
@@ -251,5 +251,5 @@ class Upsample(nn.Module):
 
 
 def norm(groups: int, width: int) -> nn.GroupNorm:
-    """Group normalisation with the epsilon of these networks."""
+    """Group normalization with the epsilon of these networks."""
     return nn.GroupNorm(groups, width, eps=1e-6)

@@ -43,7 +43,7 @@ def mlp_vae(
         likelihood: A name that `musigma.likelihood` takes; `auto`: `bernoulli` for 1 bit,
             `gaussian` for continuous data, `logistic-mixture` for all other.
         std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
-        standardize: Standardise continuous data in the first layer, by the mean and standard
+        standardize: Standardize continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
     """
     at_least(1, hidden=hidden, latents=latents)

@@ -53,7 +53,7 @@ def vae(
         components: Number of components of a `logistic-mixture`.
         std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
             or pixel, at its optimum, or a number.
-        standardize: Standardise continuous data in the first layer, by the mean and standard
+        standardize: Standardize continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
         context: Number of features of the context; it conditions encoder, decoder and flow prior.
     """
