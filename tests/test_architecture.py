@@ -117,7 +117,7 @@ def test_libraries_stay_with_their_owners(path):
             assert inside or room(path) == "cli", f"{where} at the top of the module"
 
 
-def test_import_is_light():
+def test_importing_musigma_imports_no_heavy_library():
     heavy = [*OWNERS, "torch", "numpy", "pandas", "scipy"]
     code = f"import sys, musigma; print([m for m in {heavy!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -165,7 +165,7 @@ def test_no_public_name_means_something_else_in_torch_distributions(package):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_modules_hold_one_idea(path):
+def test_modules_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 700
     assert path.stem not in ("utils", "common", "helpers")
 

@@ -156,7 +156,7 @@ def test_extra_may_have_any_keys_that_json_can_write(tmp_path):
     assert checkpoint.read(tmp_path / "a.safetensors")[1] == {"t": {"2": [1, 2], "10": 1e-300}}
 
 
-def test_loading_leaves_the_random_numbers_of_a_later_sample_to_the_caller(file):
+def test_loading_does_not_change_the_random_state(file):
     model = checkpoint.load(file)
     torch.manual_seed(3)
     first = model.sample(4)
@@ -164,7 +164,7 @@ def test_loading_leaves_the_random_numbers_of_a_later_sample_to_the_caller(file)
     assert torch.equal(first, model.sample(4))
 
 
-def test_a_model_made_by_hand_is_refused(tmp_path):
+def test_saving_a_model_composed_by_hand_is_refused(tmp_path):
     chain = Chain([ActNorm(2)], Prior(StandardNormal((2,))))
     with pytest.raises(ValueError, match=r"composed by hand.*architecture"):
         checkpoint.save(chain, tmp_path / "a.safetensors")
@@ -189,7 +189,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, fi
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
-def test_a_write_that_safetensors_fails_is_an_os_error(monkeypatch, file):
+def test_an_error_of_safetensors_becomes_an_os_error(monkeypatch, file):
     def full(tensors, path, metadata):
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
@@ -198,7 +198,7 @@ def test_a_write_that_safetensors_fails_is_an_os_error(monkeypatch, file):
         checkpoint.save(made("vae"), file)
 
 
-def test_a_save_replaces_and_leaves_nothing_beside_it(file):
+def test_a_save_replaces_the_file_and_leaves_no_other(file):
     model = made("vae")
     checkpoint.save(model, file)
     assert checkpoint.load(file).config == model.config
@@ -206,12 +206,12 @@ def test_a_save_replaces_and_leaves_nothing_beside_it(file):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="rights are others there")
-def test_a_checkpoint_has_the_rights_of_any_other_file(file):
+def test_a_checkpoint_has_the_usual_permissions(file):
     (file.parent / "other").touch()
     assert file.stat().st_mode == (file.parent / "other").stat().st_mode
 
 
-def test_saving_where_no_folder_is(tmp_path):
+def test_saving_to_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         checkpoint.save(made("vae"), tmp_path / "none" / "a.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
@@ -221,7 +221,7 @@ def test_saving_where_no_folder_is(tmp_path):
 # -- damage
 
 
-def test_a_file_cut_short_anywhere_is_refused(file):
+def test_a_truncated_file_is_refused(file):
     content = file.read_bytes()
     lengths = {0, 1, 7, 8, 9, len(content) - 1, *range(0, len(content), 23)}
     for n in sorted(lengths):
@@ -229,7 +229,7 @@ def test_a_file_cut_short_anywhere_is_refused(file):
         refused(file, "cut short or damaged")
 
 
-def test_a_file_with_more_behind_it_is_refused(file):
+def test_trailing_bytes_are_refused(file):
     for more in (b"\0", b" ", b"x" * 1000):
         content = file.read_bytes()
         file.write_bytes(content + more)
@@ -249,7 +249,7 @@ def test_every_changed_byte_of_the_header_is_refused(file):
                 checkpoint._contents(file)
 
 
-def test_padding_that_is_no_space_is_refused(file):
+def test_padding_other_than_spaces_is_refused(file):
     content = file.read_bytes()
     header, rest = split(content)
     for n in range(64):  # one of the lengths needs padding
@@ -276,7 +276,7 @@ def test_padding_that_is_no_space_is_refused(file):
         (r"\"vae\"", r"\"vaf\""),
     ],
 )
-def test_a_header_that_reads_the_same_or_well_is_refused_if_it_is_another(file, was, now):
+def test_an_equivalent_or_valid_header_with_other_bytes_is_refused(file, was, now):
     content = file.read_bytes()
     assert content.count(was.encode()) == 1
     file.write_bytes(content.replace(was.encode(), now.encode()))
@@ -318,7 +318,7 @@ def test_weights_that_do_not_fit_are_listed_up_to_five(file):
     assert re.search(r"and 2 more\Z", message)
 
 
-def test_each_kind_of_misfit_is_named(file):
+def test_each_kind_of_mismatch_is_reported(file):
     def change(header, tensors):
         tensors["surplus"] = tensors.pop("encoder.net.net.layers.0.bias")
         tensors["decoder.net.layers.0.bias"] = torch.zeros(3)
@@ -330,7 +330,7 @@ def test_each_kind_of_misfit_is_named(file):
     assert "decoder.net.layers.0.bias has shape (3,) and not (2,)" in message
 
 
-def test_a_newer_format_says_which_and_what_to_do(file):
+def test_a_newer_format_is_refused_with_advice(file):
     def newer(header, tensors):
         header |= {"format": "musigma/3", "version": "7.1"}
 
@@ -361,7 +361,7 @@ OF_PUBLISHED_CODE = {"edge": True, "top_each": "pixel", "split_format": "halves 
     ("changed", "architecture"),
     [({}, "glow"), (OF_PUBLISHED_CODE, "published_glow"), ({"low": 0.0}, "published_glow")],
 )
-def test_a_glow_of_format_1_is_one_of_two_architectures(changed, architecture, tmp_path):
+def test_a_glow_of_format_1_becomes_one_of_two_architectures(changed, architecture, tmp_path):
     """Files of format 1 name one `glow`, with the options of published code among its own."""
     options = {"bits": 3, "levels": 2, "depth": 1, "hidden": 4, "dequantize": "uniform"}
     options |= {"alpha": None, "permutation": "conv", "format": "interleaved softclip"}
@@ -381,7 +381,7 @@ def test_a_glow_of_format_1_is_one_of_two_architectures(changed, architecture, t
     assert to_format_1(model.config) == old
 
 
-def test_others_safetensors_are_refused(tmp_path):
+def test_safetensors_of_other_libraries_are_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     for metadata in (None, {"format": "pt"}):
         safetensors.save_file({"weight": torch.zeros(3)}, path, metadata=metadata)
@@ -389,13 +389,13 @@ def test_others_safetensors_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "null", "[1]", '"x"', "3", "{}", "{", '{"digest": 3}'])
-def test_metadata_that_is_none_of_ours_is_refused(tmp_path, text):
+def test_unknown_metadata_is_refused(tmp_path, text):
     path = tmp_path / "other.safetensors"
     safetensors.save_file({"weight": torch.zeros(3)}, path, metadata={"musigma": text})
     refused(path, "does not match its digest")
 
 
-def test_an_unknown_architecture_names_the_way_to_give_it(monkeypatch, tmp_path):
+def test_an_unknown_architecture_is_refused_with_advice(monkeypatch, tmp_path):
     path = tmp_path / "mine.safetensors"
 
     def homemade(shape, *, bits: int | None = None, hidden: int = 4):
@@ -413,7 +413,7 @@ def test_an_unknown_architecture_names_the_way_to_give_it(monkeypatch, tmp_path)
     refused(path, r"'homemade', which is not in the zoo.*--plugin FILE\.py:homemade")
 
 
-def test_a_configuration_that_builds_nothing_is_refused(file):
+def test_an_invalid_configuration_is_refused(file):
     def change(header, tensors):
         header["config"]["options"]["breadth"] = 3
 
@@ -443,14 +443,14 @@ def test_a_pickle_is_refused_and_not_opened(tmp_path, kind, suffix):
     assert not sprung.exists()
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_paths_that_are_not_files_are_refused(tmp_path):
     refused(tmp_path / "none.safetensors", "no such file")
     refused(tmp_path, "no such file")
     (tmp_path / "empty.safetensors").touch()
     refused(tmp_path / "empty.safetensors", "cut short")
 
 
-def test_strings_will_do_for_paths(tmp_path):
+def test_paths_may_be_strings(tmp_path):
     path = str(tmp_path / "a.safetensors")
     checkpoint.save(made("vae"), path)
     assert checkpoint.load(path).config["architecture"] == "vae"

@@ -209,7 +209,7 @@ def test_constant_latents_have_no_direction():
 
 
 @pytest.mark.parametrize("period", [2, 3, 4])
-def test_both_parts_have_periodic_labels_in_proportion(period):
+def test_held_out_examples_keep_the_proportion_of_periodic_labels(period):
     has = np.arange(400) % period == 0
     test = _held_out(4, has, 0)
     assert test.sum() == pytest.approx(100, abs=1)
@@ -262,7 +262,7 @@ def photos(tmp_path_factory):
     return here
 
 
-def test_the_commands(photos, tmp_path, monkeypatch, capsys):
+def test_the_editing_commands(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run, data = str(photos / "run"), str(photos / "photos")
     for method in ("mean", "probe"):

@@ -169,7 +169,7 @@ def test_the_parts_of_a_figure_are_consistent(digits, models, name, k):
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_an_exact_figure_is_called_exact_whatever_k(moons, k):
+def test_an_exact_figure_is_called_exact_for_any_k(moons, k):
     figure = evaluate(*moons, k=k)
     assert figure["bound"] == "exact"
     assert figure["bits_per_dim"] == evaluate(*moons)["bits_per_dim"]
@@ -373,12 +373,12 @@ def test_inspection_of_a_flow_shows_the_priors_of_its_splits(digits, models):
     )
 
 
-def test_inspection_accepts_one_example_only(digits, models):
+def test_inspection_accepts_only_one_example(digits, models):
     with pytest.raises(ValueError, match="expected one example"):
         inspect(models("vae"), torch.from_numpy(digits.take([1, 2])))
 
 
-def test_inspection_relies_on_no_type_of_distribution(digits):
+def test_inspection_works_for_any_distribution(digits):
     """Posteriors and priors of torch's own types, with and without a closed form of the KL."""
 
     class Head(nn.Module):
@@ -547,7 +547,7 @@ class Head(nn.Module):
         return DiagonalGaussian(mean, log_std, 1)
 
 
-def test_parts_that_do_not_state_their_scales_are_listed():
+def test_parts_without_emitters_are_listed_as_not_examined():
     torch.manual_seed(0)
     x = torch.randn(6, 2)
     model = Chain([Halving(), StatedHalving()], Prior(Head()))
@@ -566,7 +566,7 @@ def test_parts_that_do_not_state_their_scales_are_listed():
     assert saturation(plain, x) == {}  # no network emits a scale
 
 
-def test_condition_numbers_are_those_that_layers_state():
+def test_condition_numbers_come_from_the_layers():
     torch.manual_seed(0)
     mixing = InvertibleConv(3, lu=False)
     with torch.no_grad():

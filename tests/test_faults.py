@@ -136,7 +136,7 @@ def test_a_worker_that_dies_is_replaced_and_the_run_ends_in_the_same_bytes(tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
-def test_a_signal_stops_and_is_told(tmp_path, number):
+def test_a_signal_stops_the_run_and_sets_the_exit_code(tmp_path, number):
     def ask(row):
         if row["kind"] == "train" and row["step"] == 3:
             os.kill(os.getpid(), number)
@@ -208,7 +208,7 @@ FULL = """
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a small disk is made by Linux's tmpfs")
 @pytest.mark.parametrize("how", ["freed", "never freed"])
-def test_a_full_disk_is_told_of_and_costs_nothing(tmp_path, how):
+def test_a_full_disk_causes_warnings_and_no_loss(tmp_path, how):
     disk = tmp_path / "disk"
     disk.mkdir()
     own = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "-r"]
@@ -235,7 +235,7 @@ def test_a_full_disk_is_told_of_and_costs_nothing(tmp_path, how):
     assert (tmp_path / "whole/last.safetensors").read_bytes().hex() == answer["last"]
 
 
-def test_weights_that_were_best_but_had_no_room_are_not_taken_for_saved(tmp_path, monkeypatch):
+def test_best_weights_that_could_not_be_saved_do_not_count_as_saved(tmp_path, monkeypatch):
     """The third look is the best, and finds the disk full; those after it are worse."""
     figures = iter([6.0, 5.0, 3.0, 4.0, 4.5, 4.25])
     saved, real = [], checkpoint.save
@@ -261,7 +261,7 @@ def test_weights_that_were_best_but_had_no_room_are_not_taken_for_saved(tmp_path
     assert "No space left" in full["message"]
 
 
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+def test_incomplete_files_of_a_killed_process_are_removed(tmp_path):
     mine = tmp_path / ".notes"
     for name in (".state.safetensors.123.tmp", ".tmpa1B2c3", mine.name):
         (tmp_path / name).write_text("half")
@@ -300,7 +300,7 @@ def train_moody(folder, bad, **config):
     return fit(moody((4,), bad=bad), *both, config, folder, device="cpu")
 
 
-def test_repeated_trouble_goes_back_and_takes_smaller_steps(tmp_path):
+def test_repeated_failures_cause_a_setback_and_smaller_steps(tmp_path):
     run = train_moody(tmp_path, [21, 22, 23, 24, 25])
     assert (run.finished, run.steps, run.skipped) == (True, 40, 5)
     (row,) = rows(tmp_path, "setback")
@@ -323,7 +323,7 @@ def test_four_failures_in_a_row_are_only_skipped(tmp_path):
         assert len(row["examples"]) == 8
 
 
-def test_trouble_without_end_ends_and_leaves_the_last_good_state(tmp_path):
+def test_endless_failures_stop_the_run_at_the_last_good_state(tmp_path):
     with pytest.raises(TrainingError, match=r"20 steps in a row .* went back 3 times"):
         train_moody(tmp_path, list(range(21, 1000)))
     assert max(row["step"] for row in rows(tmp_path, "train")) == 20
@@ -347,7 +347,7 @@ def test_a_bad_example_is_named(tmp_path):
 # -- what is warned of
 
 
-def test_warnings_are_raised_once_each(tmp_path):
+def test_each_warning_is_logged_once(tmp_path):
     """A latent that says nothing, and a mixing that is all but singular."""
     torch.manual_seed(0)
     model = build("vae", (6,), bits=None, net="mlp", width=8, latents=4, prior="normal")
@@ -370,7 +370,7 @@ def test_warnings_are_raised_once_each(tmp_path):
     assert "above the 8 bits that the data take uncompressed" in raw["message"]
 
 
-def test_a_loss_far_above_the_usual_is_warned_of(tmp_path):
+def test_a_loss_far_above_the_usual_causes_a_warning(tmp_path):
     values = np.random.default_rng(0).normal(size=(4000, 4)).astype(np.float32)
     values[3210] = 60
     config = TrainConfig(steps=240, batch_size=16, seed=1, evaluations=1, skip_above=1e9)

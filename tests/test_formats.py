@@ -63,7 +63,7 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_an_old_run_is_evaluated_to_the_figure_in_its_log(old_run, capsys):
+def test_an_old_run_evaluates_to_the_figure_in_its_log(old_run, capsys):
     call("evaluate run digits --split validation --json")
     figure, logged = json.loads(capsys.readouterr().out), rows(old_run)[-1]
     assert logged["kind"] == "evaluation"
@@ -72,7 +72,7 @@ def test_an_old_run_is_evaluated_to_the_figure_in_its_log(old_run, capsys):
         assert figure[name] == pytest.approx(logged[name], rel=1e-6)
 
 
-def test_latents_and_directions_of_an_old_run_are_what_they_were(old_run, capsys):
+def test_latents_and_directions_of_an_old_run_do_not_change(old_run, capsys):
     call("encode run digits --out z.npz")
     call("direction run digits --positive 3 --out direction.npz")
     for name, old in (("z.npz", "latents.npz"), ("direction.npz", "direction.npz")):
@@ -84,7 +84,7 @@ def test_latents_and_directions_of_an_old_run_are_what_they_were(old_run, capsys
                     assert np.array_equal(found[key], expected[key])
 
 
-def test_old_latents_and_directions_serve(old_run, capsys):
+def test_old_latents_and_directions_are_usable(old_run, capsys):
     model, n = checkpoint.load(old_run / "model.safetensors"), 160
     call("decode run run/latents.npz --out x.npy")
     with np.load(old_run / "latents.npz") as latents, torch.no_grad():
@@ -99,7 +99,7 @@ def test_old_latents_and_directions_serve(old_run, capsys):
     assert "vae for 1x8x8" in capsys.readouterr().out
 
 
-def test_an_old_run_that_is_finished_stays_as_it_is(old_run, capsys):
+def test_resuming_a_finished_old_run_changes_nothing(old_run, capsys):
     before, log = load_file(old_run / "model.safetensors"), rows(old_run)
     call("train --resume run --device cpu")
     after = load_file(old_run / "model.safetensors")

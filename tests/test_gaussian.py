@@ -97,7 +97,7 @@ def test_join_is_the_inverse_of_split(format, seed):
 
 @settings(max_examples=100, deadline=None)
 @given(format=formats())
-def test_where_the_parts_lie(format):
+def test_layouts_against_independent_indexing(format):
     """By a reading of `layout` that knows nothing of the code's."""
     h = torch.randn(2, 4, 6, 2)
     size = h.shape[format.dim]
@@ -125,14 +125,14 @@ def test_where_the_parts_lie(format):
 
 @settings(max_examples=300, deadline=None)
 @given(format=formats())
-def test_text(format):
+def test_text_round_trips(format):
     assert Format.parse(str(format)) == format
     assert hash(Format.parse(str(format))) == hash(format)
 
 
 @settings(max_examples=100, deadline=None)
 @given(format=formats())
-def test_reach(format):
+def test_every_log_std_is_within_the_reach(format):
     """Nothing that a network can emit leads out of the reach, and its ends are approached."""
     raw = torch.cat([torch.linspace(-60, 60, 20001), torch.tensor([-1e9, 1e9])])
     log_std, (low, high) = format.log_std(raw), format.reach
@@ -171,7 +171,7 @@ def emit(format, run, x, weight, bias):
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("scale", get_args(Scale))
-def test_every_layout_of_a_last_layer_means_the_same(kind, scale):
+def test_permuted_last_layers_are_equivalent(kind, scale):
     x, weight, bias, run = layer(kind, 6)
     start = Format(scale=scale, offset=0.3)
     truth = start.split(run(x, weight, bias))
@@ -191,7 +191,7 @@ def test_every_layout_of_a_last_layer_means_the_same(kind, scale):
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize(("a", "b"), [("log_std", "log_var"), ("log_var", "log_std")])
-def test_log_std_and_log_var_differ_by_two(kind, a, b):
+def test_log_std_and_log_var_differ_by_a_factor_of_two(kind, a, b):
     x, weight, bias, run = layer(kind, 6)
     start = Format(scale=a, offset=TWICE[a] * 0.7, bounds=(-1.5, 1.5))
     truth = start.split(run(x, weight, bias))
@@ -204,7 +204,7 @@ def test_log_std_and_log_var_differ_by_two(kind, a, b):
     assert start.permute(weight, None, start)[1] is None
 
 
-def test_cross_split_is_a_permutation_of_half_split_with_its_gain():
+def test_cross_is_a_permutation_of_split():
     """Glow's question: even and odd channels or halves, it is the same model."""
     cross, halves = Format.parse("cross"), Format.parse("split")
     conv = ZeroConv2d(3, 8)
@@ -220,7 +220,7 @@ def test_cross_split_is_a_permutation_of_half_split_with_its_gain():
         assert (a - b).abs().max() < 1e-12
 
 
-def test_one_layer_that_is_split_equals_two_layers():
+def test_halves_of_one_layer_equal_two_heads():
     layer, x = nn.Linear(5, 8), torch.randn(3, 5)
     two = Format("two-heads")
     (w1, w2), (b1, b2) = Format().permute(layer.weight, layer.bias, two)
@@ -244,7 +244,7 @@ def test_one_layer_that_is_split_equals_two_layers():
         ("log_std offset=1", "log_var offset=1"),
     ],
 )
-def test_what_no_layer_can_express_is_refused(a, b):
+def test_conversions_that_no_layer_can_express_are_refused(a, b):
     a, b = Format.parse(a), Format.parse(b)
     with pytest.raises(ValueError, match="keep the format, or train again"):
         a.permute(torch.randn(6, 2), torch.randn(6), b)
@@ -397,7 +397,7 @@ OTHERS = {  # format, how that code takes the tensor apart, (first, second) -> (
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_catalogue(name):
+def test_formats_of_other_libraries(name):
     text, take, formula = OTHERS[name]
     format = Format.parse(text)
     h = 3 * torch.randn(6, 4, 8, 2)
@@ -418,7 +418,7 @@ def test_catalogue(name):
 # -- limits
 
 
-def test_saturation_is_the_share_of_stuck_units():
+def test_saturation_is_the_share_of_scales_at_a_limit():
     h = torch.zeros(2, 8)
     h[0, 4:6] = torch.tensor([10.5, -11.0])
     assert Format().saturation(h) == 2 / 8
@@ -460,7 +460,7 @@ SHAPES = [((5,), 1), ((4, 3), 1), ((4, 3), 0), ((4, 3), 2), ((2, 4, 3, 2), 3), (
 
 
 @pytest.mark.parametrize(("shape", "event_ndims"), SHAPES)
-def test_against_torch(shape, event_ndims):
+def test_densities_equal_those_of_torch(shape, event_ndims):
     ours, theirs = pair(*shape, event_ndims=event_ndims)
     other, other_theirs = pair(*shape, event_ndims=event_ndims)
     assert ours.batch_shape == theirs.batch_shape
@@ -487,7 +487,7 @@ def test_against_torch(shape, event_ndims):
     assert wide.event_shape == theirs.event_shape
 
 
-def test_inside_of_torch():
+def test_the_distribution_works_in_torchs_wrappers():
     mean, log_std = torch.randn(2, 4, 3, 2)
     ours, theirs = DiagonalGaussian(mean, log_std, 1), Normal(mean, log_std.exp())
     x = torch.randn(4, 3, 2)
@@ -509,7 +509,7 @@ def test_inside_of_torch():
     assert a.sample((5,)).shape == (5, 4, 2)
 
 
-def test_kl_is_zero_at_the_same_and_needs_one_event_shape():
+def test_kl_is_zero_for_equal_gaussians_and_needs_equal_event_shapes():
     (p, _), (q, _) = pair(4, 3, event_ndims=1), pair(4, 3, event_ndims=1)
     assert kl_divergence(p, p).abs().max() < 1e-14
     assert (kl_divergence(p, q) > 0).all()
@@ -537,7 +537,7 @@ def test_temperature_multiplies_the_standard_deviation():
     assert abs(many.std() / expected - 1) < 4 / math.sqrt(2 * n)  # four standard errors
 
 
-def test_whitening_is_standard_noise():
+def test_whitened_values_are_standard_normal():
     dist = DiagonalGaussian(torch.randn(3, 4), 3 * torch.randn(3, 4), 1)
     x, noise = torch.randn(2, 3, 4)
     assert torch.allclose(dist.unwhiten(dist.whiten(x)), x, rtol=1e-12, atol=1e-12)
@@ -547,7 +547,7 @@ def test_whitening_is_standard_noise():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_raised(dtype):
+def test_half_precision_is_converted_to_float32(dtype):
     """The same numbers in float32 give the same density: nothing is computed in half precision."""
     torch.set_default_dtype(torch.float32)
     mean, log_std, x = (torch.randn(3, 64).to(dtype) for _ in range(3))
@@ -562,7 +562,7 @@ def test_half_precision_is_raised(dtype):
     assert all(t.dtype == torch.float32 for t in Format().split(h))
 
 
-def test_under_autocast_only_the_network_is_half():
+def test_autocast_affects_only_the_network():
     torch.set_default_dtype(torch.float32)
     head = GaussianHead(nn.Linear(8, 64), event_ndims=1)
     given, x = torch.randn(3, 8), torch.randn(3, 32)
@@ -579,7 +579,7 @@ def test_under_autocast_only_the_network_is_half():
 
 
 @pytest.mark.parametrize("log_std", [0.5, "shared"])
-def test_scale_that_is_not_emitted(log_std):
+def test_a_fixed_or_learned_scale(log_std):
     fixed = torch.tensor([[0.5]]) if log_std == "shared" else log_std
     head = GaussianHead(nn.Conv2d(3, 4, 1), event_ndims=3, log_std=fixed)
     dist = head(torch.randn(2, 3, 5, 6))
@@ -646,7 +646,7 @@ def test_scale_that_is_not_emitted(log_std):
         ),
     ],
 )
-def test_messages(call, message):
+def test_error_messages(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

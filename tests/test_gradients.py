@@ -86,7 +86,7 @@ def test_the_score_function_estimator_is_unbiased():
     assert ((pathwise.mean(0) - truth).abs() > 10 * pathwise.std(0) / math.sqrt(200)).any()
 
 
-def test_the_baseline_lowers_the_variance_and_not_the_value():
+def test_the_baseline_lowers_the_variance_and_keeps_the_value():
     model, x = categorical_vae("score"), data()
     torch.manual_seed(5)
     evidence = model(x)
@@ -114,7 +114,7 @@ def test_relaxed_draws_carry_a_gradient(gradient):
     torch.testing.assert_close(z.sum(-1), torch.ones(6, VARIABLES).to(z))
 
 
-def test_too_many_values_are_not_enumerated():
+def test_too_many_values_to_enumerate_are_refused():
     emitted = 9 * 4
     model = VAE(
         OneHotHead(nn.Linear(3, emitted), 9, 4, gradient="enumerate"),
@@ -170,7 +170,7 @@ class LaplaceHead(nn.Module):
 
 
 @pytest.mark.parametrize("which", ["mixture prior", "laplace posterior"])
-def test_a_pair_without_a_closed_form_falls_back_to_the_sampled_kl(which):
+def test_a_pair_without_a_closed_form_uses_the_sampled_kl(which):
     torch.manual_seed(0)
     prior = MixturePrior(4, 3) if which == "mixture prior" else MixturePrior(1, 3)
     encoder = (
@@ -190,7 +190,7 @@ def test_a_pair_without_a_closed_form_falls_back_to_the_sampled_kl(which):
     assert model.iwae(x, 5).shape == (7,)
 
 
-def test_a_closed_form_is_reported_as_one():
+def test_a_closed_form_kl_is_not_marked_as_sampled():
     model = VAE(
         GaussianHead(nn.Linear(5, 6), event_ndims=1),
         GaussianHead(nn.Linear(3, 10), event_ndims=1),
@@ -215,7 +215,7 @@ class Faulty(torch.distributions.Distribution):
         raise TypeError("a fault of one's own")
 
 
-def test_the_error_of_a_users_sample_is_not_hidden():
+def test_errors_of_a_users_sample_are_not_hidden():
     with pytest.raises(TypeError, match="a fault of one's own"):
         Trace(temperature=0.5).q(nn.Identity(), Faulty())
 

@@ -552,7 +552,7 @@ def test_models_with_any_context(name):
     check_model(model, event, **laws)
 
 
-def test_every_part_of_a_conditional_model_sees_the_context():
+def test_every_network_of_a_conditional_model_takes_the_context():
     """Each network of a conditional Glow, Real NVP and ladder has inputs for the context."""
     for name in ("glow", "realnvp", "ladder"):
         architecture, shape, bits, options = CONDITIONED[name]
@@ -576,7 +576,7 @@ def test_every_part_of_a_conditional_model_sees_the_context():
             assert all(conditional[n] > plain[n] for n in found), (name, part)
 
 
-def test_a_bijection_that_overrides_infer_is_asked():
+def test_an_overridden_infer_of_a_bijection_is_called():
     class Counting(ActNorm):
         calls = 0
 
@@ -591,7 +591,7 @@ def test_a_bijection_that_overrides_infer_is_asked():
     check_model(flow, (3,))
 
 
-def test_the_embedding_runs_once_per_pass_and_names_every_fault():
+def test_the_embedding_runs_once_per_pass_and_reports_every_fault():
     model = build("glow", Spec((1, 8, 8), 16, context=NAMED_VARIABLES), depth=1, hidden=4)
     calls = []
     model.embedding.register_forward_hook(lambda *_: calls.append(1))
@@ -677,7 +677,7 @@ class Broken(Bijection):
         "gradients",
     ],
 )
-def test_a_broken_bijection_is_noticed(fault):
+def test_a_broken_bijection_fails_the_laws(fault):
     with pytest.raises(AssertionError, match=fault):
         check_layer(Broken(fault), (3,))
 
@@ -703,7 +703,7 @@ class Forgetful(Layer):
 
 
 @pytest.mark.parametrize("fault", ["resamples", "scales"])
-def test_a_broken_split_is_noticed(fault):
+def test_a_broken_split_fails_the_laws(fault):
     with pytest.raises(AssertionError, match="generate returns the data"):
         check_layer(Forgetful(fault), (4,))
 
@@ -729,12 +729,12 @@ class Drifting(GaussianHead):
 
 
 @pytest.mark.parametrize("kind", [Remembering, Drifting])
-def test_a_head_that_scoring_changes_is_noticed(kind):
+def test_a_head_changed_by_scoring_fails_the_laws(kind):
     with pytest.raises(AssertionError, match="purity"):
         check_head(kind(mlp(6, 4), event_ndims=1), Z, (4 if kind is Remembering else 2,))
 
 
-def test_batch_statistics_are_noticed():
+def test_batch_statistics_fail_the_laws():
     encoder = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 6))
     model = VAE(
         GaussianHead(encoder, event_ndims=1),
@@ -745,19 +745,19 @@ def test_batch_statistics_are_noticed():
         check_model(model, (4,))
 
 
-def test_one_module_at_two_places_is_refused():
+def test_a_module_used_twice_is_refused():
     layer = ActNorm(3)
     with pytest.raises(ValueError, match="is used in two places"):
         Chain([layer, Permutation.reverse(3), layer], Prior(StandardNormal((3,))))
 
 
-def test_encoder_of_any_size():
+def test_encoders_take_images_of_any_size():
     for height, width in ((5, 7), (28, 28), (33, 20)):
         net = ConvEncoder((2, height, width), 6, width=4, halvings=3)
         assert net(torch.randn(2, 2, height, width)).shape == (2, 6)
 
 
-def test_black_squares_and_white_squares():
+def test_checkerboards_put_either_color_first():
     x = torch.arange(24.0).reshape(1, 1, 4, 6)
     black = (torch.arange(4)[:, None] + torch.arange(6)) % 2 == 0
     first, second = Checkerboard()(x)[0].chunk(2, 1)

@@ -118,7 +118,7 @@ class Lossy(Bijection):
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan"), float("inf")])
-def test_a_wrong_inverse_is_noticed_and_the_gradients_are_right_all_the_same(error):
+def test_a_wrong_inverse_is_detected_and_gradients_are_still_right(error):
     torch.manual_seed(0)
     layers = [Coupling(MLP(2, 6, hidden=[8])), Lossy(error), Coupling(MLP(2, 6, hidden=[8]))]
     model = Chain([Permutation.reverse(5), *layers], Prior(StandardNormal((5,)))).double()
@@ -134,7 +134,7 @@ def test_a_wrong_inverse_is_noticed_and_the_gradients_are_right_all_the_same(err
 
 
 @pytest.mark.parametrize("noise", ["uniform", "learned"])
-def test_what_is_kept_does_not_grow_with_depth(noise):
+def test_reversible_memory_does_not_grow_with_depth(noise):
     kept = {}
     for mode in ("store", "checkpoint", "reversible"):
         for depth in (2, 8):
@@ -149,7 +149,7 @@ def test_what_is_kept_does_not_grow_with_depth(noise):
     assert kept["reversible", 8] < kept["store", 8] / 10
 
 
-def test_the_glow_of_the_paper_keeps_less_than_4_mb_at_any_depth():
+def test_a_reversible_glow_of_any_depth_keeps_less_than_4_mb():
     """32x32x3, three levels, 32 images, hidden 128: `store` keeps some 15 MB for each step."""
     for depth in (4, 8):
         model = musigma.build("glow", (3, 32, 32), bits=None, levels=3, depth=depth)
@@ -169,7 +169,7 @@ def test_blocks_of_networks_are_recomputed():
         assert saved_bytes(lambda: model(x), list(model.parameters())) < 0.75 * before  # noqa: B023
 
 
-def test_no_gradient_keeps_nothing_and_figures_do_not_change():
+def test_without_gradients_nothing_is_kept_and_figures_do_not_change():
     model, x, _ = made("glow")
     with torch.no_grad():
         torch.manual_seed(0)
@@ -180,7 +180,7 @@ def test_no_gradient_keeps_nothing_and_figures_do_not_change():
             assert torch.equal(model(x).elbo, truth)
 
 
-def test_what_is_refused():
+def test_modes_without_effect_are_refused():
     vae = musigma.build("vae", (1, 8, 8), net="mlp")
     for mode in ("checkpoint", "reversible"):
         with pytest.raises(ValueError, match="does nothing for this VAE, which has no bij"):
@@ -194,7 +194,7 @@ def test_what_is_refused():
 
 
 @pytest.mark.parametrize("name", ["glow", "vae"])
-def test_calibration_takes_a_network_through_few_examples_at_a_time(name):
+def test_calibration_runs_networks_on_few_examples_at_a_time(name):
     options = {"vae": {"prior": "flow"}}.get(name, {})
     model = musigma.build(name, (1, 8, 8), **options)
     seen = []

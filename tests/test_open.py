@@ -331,7 +331,7 @@ def halves(data):
 
 @pytest.mark.parametrize("name", ["open_images", "open_image_pair"])
 @pytest.mark.parametrize("context", [(), ("age",)], ids=["plain", "given"])
-def test_trained_resumed_evaluated_saved_and_loaded(name, context, data, tmp_path):
+def test_models_are_trained_resumed_evaluated_saved_and_loaded(name, context, data, tmp_path):
     torch.manual_seed(0)
     objective = Adversarial if name == "open_image_pair" else None
     config = TrainConfig(steps=12, **CONFIG)
@@ -372,7 +372,7 @@ def test_the_critic_learns_and_is_saved(data, tmp_path):
     assert all(torch.equal(t, state[k]) for k, t in fresh.state_dict().items())
 
 
-def test_an_optimizer_of_ones_own(data, tmp_path):
+def test_a_users_optimizer(data, tmp_path):
     used = []
 
     def sgd(parameters):
@@ -394,9 +394,7 @@ def test_an_optimizer_of_ones_own(data, tmp_path):
     ],
     ids=["shape", "nan", "detached"],
 )
-def test_an_objective_that_cannot_be_trained_on_is_refused_at_once(
-    objective, message, data, tmp_path
-):
+def test_an_unsuitable_objective_is_refused_before_training(objective, message, data, tmp_path):
     model = musigma.build("open_image_pair", data.spec())
     with pytest.raises(ValueError, match=f"objective: .*{message}"):
         fit(
@@ -406,7 +404,7 @@ def test_an_objective_that_cannot_be_trained_on_is_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
-def test_compiled_as_a_block(data, tmp_path):
+def test_a_users_layer_compiles_as_a_block(data, tmp_path):
     model = musigma.build("open_images", data.spec())
     run = fit(model, *halves(data), TrainConfig(steps=2, fast=True, **CONFIG), tmp_path)
     assert run.finished
@@ -417,7 +415,7 @@ def test_compiled_as_a_block(data, tmp_path):
     )
 
 
-def test_examined_for_saturation(data):
+def test_models_are_examined_for_saturation(data):
     torch.manual_seed(0)
     model = musigma.build("open_images", data.spec())
     x = torch.from_numpy(data.x[:20]).float()
@@ -434,7 +432,7 @@ def test_examined_for_saturation(data):
 
 
 @pytest.mark.parametrize("name", ["open_images", "open_image_pair"])
-def test_compressed_with_registered_rules(name, data, tmp_path, monkeypatch):
+def test_models_are_compressed_with_registered_rules(name, data, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
     torch.manual_seed(0)
     model = musigma.build(name, data.spec())

@@ -109,7 +109,7 @@ class PPCA:
 
 
 @pytest.mark.parametrize("prior", ["standard", "learned", "flow"])
-def test_ppca_has_a_constant_weight(prior):
+def test_ppca_with_the_exact_posterior_has_a_constant_weight(prior):
     """With the exact posterior every draw gives log w = log p(x)."""
     ppca = PPCA(prior)
     for _ in range(5):
@@ -118,7 +118,7 @@ def test_ppca_has_a_constant_weight(prior):
 
 
 @pytest.mark.parametrize("prior", ["standard", "learned"])
-def test_ppca_with_the_divergence_in_closed_form(prior):
+def test_ppca_with_a_closed_form_kl(prior):
     """E[log p(x|z)] is that at the posterior mean, less tr(W S W') / 2σ²."""
     ppca = PPCA(prior)
     trace = Trace(temperature=0.0, closed_form=True)
@@ -447,7 +447,7 @@ def mixture(n, levels, channels, k, *, scale=0.0, shift=0.0, seed=0, dtype=torch
 
 
 @pytest.mark.parametrize("levels", [2, 7, 256])
-def test_a_beta_binomial_is_scipys_and_sums_to_one(levels):
+def test_a_beta_binomial_equals_scipys_and_sums_to_one(levels):
     import scipy.stats
 
     torch.manual_seed(levels)
@@ -627,13 +627,13 @@ def test_uniform_model_costs_exactly_its_bits(bits):
     assert torch.equal(model.decode(model.encode(x)).long(), x)
 
 
-def test_bits_of_identical_images_do_not_depend_on_how_many_there_are():
+def test_bits_of_identical_images_do_not_depend_on_their_number():
     model = randomized(build("glow", (1, 8, 8), bits=None, levels=1, depth=1, hidden=4))
     x = torch.rand(1, 1, 8, 8)
     assert torch.allclose(model.bits_per_dim(x), model.bits_per_dim(x.expand(8, -1, -1, -1))[0])
 
 
-def test_log_prob_is_refused_where_it_is_a_bound():
+def test_log_prob_is_refused_for_models_with_bounds_only():
     model = build("vae", (1, 5, 5), width=4, latents=2)
     for call in (lambda: model.log_prob(torch.zeros(1, 1, 5, 5)), model.as_distribution):
         with pytest.raises(TypeError, match=r"use elbo\(x\), or iwae"):
@@ -695,7 +695,7 @@ def test_a_registered_likelihood_serves_the_zoo(laplace, bits):
         register_likelihood("gaussian", data="real")(lambda shape, net: head)
 
 
-def test_unknown_and_unfit_likelihoods_are_refused_by_what_there_is(laplace):
+def test_unknown_and_unsuitable_likelihoods_are_refused(laplace):
     with pytest.raises(ValueError, match=r"one of .*bernoulli.*, laplace; got 'gausian'"):
         likelihood("gausian", (2,), lambda c: nn.Linear(3, c))
     with pytest.raises(ValueError, match="'categorical' is not for continuous data; use 'gaussi"):
@@ -951,7 +951,7 @@ def test_the_classifier_of_a_glow(labels, weight):
         build("published_glow", (1, 8, 8), classifier=labels)
 
 
-def test_a_class_may_condition_the_top_prior_alone():
+def test_a_class_may_condition_only_the_top_prior():
     options = {"bits": 4, "levels": 2, "depth": 1, "hidden": 6, "context": 3}
     model = randomized(build("published_glow", (1, 8, 8), **options))
     x = torch.randint(16, (3, 1, 8, 8))
@@ -967,7 +967,7 @@ def test_a_class_may_condition_the_top_prior_alone():
         build("published_glow", (1, 8, 8), conditioned="some")
 
 
-def test_a_model_without_its_dequantization():
+def test_continuous_removes_preprocessing_layers():
     options = {"levels": 2, "depth": 1, "hidden": 6, "dequantize": "uniform", "alpha": None}
     glow = randomized(build("glow", (1, 8, 8), bits=4, **options))
     glow.eval()
@@ -998,7 +998,7 @@ def test_a_model_without_its_dequantization():
     assert off(logit.continuous().decode(logit.continuous().encode(y + 0.5)), y + 0.5) < 1e-9
 
 
-def test_evidence_of_a_model_adds_up():
+def test_evidence_equals_the_terms_of_the_distributions():
     """Each term of a Gaussian VAE of levels, from its distributions."""
     model = randomized(
         build("vae", (1, 3, 3), bits=3, likelihood="gaussian", latents=3, width=6, net="mlp")
@@ -1023,7 +1023,7 @@ def test_evidence_of_a_model_adds_up():
         model.iwae(x, 0)
 
 
-def test_mixing_two_readings_is_what_this_library_is_about():
+def test_mixing_two_formats_gives_a_wrong_kl():
     """The KL of exp(s / 2), for a sampler of exp(s): it is less than half of what is owed."""
     s = torch.full((1, 1), 0.8)
     sampled = DiagonalGaussian(torch.zeros(1, 1), s, 1)

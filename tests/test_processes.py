@@ -116,14 +116,14 @@ def losses(folder):
     return [row["loss"] for row in rows if row["kind"] == "train"]
 
 
-def test_they_agree_among_themselves(out):
+def test_processes_end_with_the_same_weights(out):
     _, alike, told, count = json.loads((out / "said.json").read_text())
     assert count == 2
     assert alike[0] == alike[1]
     assert told == [1.0, 0.0]
 
 
-def test_evaluation_is_exact_and_does_not_depend_on_their_number(out):
+def test_evaluation_does_not_depend_on_the_number_of_processes(out):
     figure, *_ = json.loads((out / "said.json").read_text())
     alone = evaluate(scope["vae"](), scope["digits"], seed=3)
     assert figure == json.loads(json.dumps(alone))
@@ -143,7 +143,7 @@ def test_a_flow_without_noise_gets_the_same_weights(out, tmp_path, several):
     torch.testing.assert_close(two, one, rtol=1e-4, atol=2e-6)
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches(out, tmp_path):
+def test_another_number_of_processes_resumes_with_the_same_batches(out, tmp_path):
     scope["train"](tmp_path / "one")
     assert len(losses(out / "handed on")) == 4
     run = scope["train"](out / "handed on")
@@ -155,7 +155,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(out, tmp_path
     assert losses(out / "handed on")[4:] == pytest.approx(losses(tmp_path / "one")[4:], rel=1e-5)
 
 
-def test_a_bad_example_of_one_process_is_traced_where_weights_are_cut(out):
+def test_a_bad_example_is_traced_with_sharded_weights(out):
     rows = map(json.loads, (out / "astray/metrics.jsonl").read_text().splitlines())
     (row,) = (row for row in rows if row["kind"] == "skipped")
     assert row["step"] == 37
@@ -163,7 +163,7 @@ def test_a_bad_example_of_one_process_is_traced_where_weights_are_cut(out):
     assert row["examples"] == [scope["bad"]]
 
 
-def test_what_one_process_cannot_do_reversibly_none_does(out):
+def test_a_fallback_of_one_process_applies_to_all(out):
     made_up = {"layers.0": "made up"}
     assert json.loads((out / "fallen.json").read_text()) == [made_up, made_up]
     rows = map(json.loads, (out / "fallen/metrics.jsonl").read_text().splitlines())
@@ -174,7 +174,7 @@ def test_what_one_process_cannot_do_reversibly_none_does(out):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
-def test_shares_of_scores_are_the_scores(count):
+def test_scores_of_all_shares_are_the_scores_of_one_process(count):
     model, some = scope["vae"](), scope["digits"].subset(range(333))
     whole = score(model, some, seed=5)
     parts = [score(model, some, seed=5, processes=Processes(r, count)) for r in range(count)]
@@ -183,7 +183,7 @@ def test_shares_of_scores_are_the_scores(count):
         assert np.array_equal(joined, values), name
 
 
-def test_parts_of_a_batch_add_up(tmp_path):
+def test_gradients_of_parts_add_up(tmp_path):
     scope["train"](tmp_path / "one")
     scope["train"](tmp_path / "four", accumulate=4)
     torch.testing.assert_close(
@@ -216,7 +216,7 @@ def test_a_memory_budget_chooses_the_parts(tmp_path):
     assert parts(batch_size=32, memory_budget=least) == 32
 
 
-def test_alone_there_is_nobody_to_ask():
+def test_a_single_process_does_not_communicate():
     assert current_processes() == SINGLE_PROCESS
     assert SINGLE_PROCESS.gather("x") == ["x"]
     assert SINGLE_PROCESS.maximum(1.0, 2.0) == (1.0, 2.0)

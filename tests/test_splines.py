@@ -92,7 +92,7 @@ def test_gradients_are_those_of_finite_differences(direction):
     assert torch.autograd.gradcheck(getattr(spline, direction), (x, h), eps=1e-7, atol=1e-5)
 
 
-def test_numbers_of_nflows():
+def test_values_of_nflows():
     """Its zero slope is softplus(0); the outer ones are 1 in both."""
     with np.load(GOLDEN) as file:
         g = {name: torch.from_numpy(values) for name, values in file.items()}
@@ -115,7 +115,7 @@ def test_numbers_of_nflows():
     st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_it_is_monotone_and_inverts_at_any_scale(bins, bound, scale, seed):
+def test_splines_are_monotone_and_invert_at_any_scale(bins, bound, scale, seed):
     spline = Spline(bins=bins, bound=bound)
     _, h = drawn(spline, (1, 1), seed, scale)
     x = torch.linspace(-1.2 * bound, 1.2 * bound, 400, dtype=torch.float64)[:, None]
@@ -129,7 +129,7 @@ def test_it_is_monotone_and_inverts_at_any_scale(bins, bound, scale, seed):
     assert back.isfinite().all()
 
 
-def test_zeros_are_the_identity_and_edges_belong_to_it():
+def test_a_spline_with_zero_parameters_is_the_identity():
     spline = Spline(bins=6, bound=2.0)
     x = torch.tensor([[-2.0], [2.0], [0.3], [-9.0], [9.0]], dtype=torch.float64)
     y, log_slope = spline.forward(x, torch.zeros(5, spline.outputs, dtype=torch.float64))
@@ -138,7 +138,7 @@ def test_zeros_are_the_identity_and_edges_belong_to_it():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_so(bad):
+def test_values_that_are_not_finite_stay_so(bad):
     spline = Spline()
     x = torch.tensor([[bad], [0.5]])
     y, log_slope = spline.forward(x, torch.randn(2, spline.outputs))
@@ -159,7 +159,7 @@ def test_saturated_outputs_have_finite_gradients():
         assert h.grad.isfinite().all()
 
 
-def test_half_precision_is_raised_and_shapes_are_refused():
+def test_half_precision_is_converted_and_wrong_shapes_are_refused():
     y, _ = Spline().forward(torch.randn(3, 2).bfloat16(), torch.randn(3, 46).bfloat16())
     assert y.dtype == torch.float32
     with pytest.raises(ValueError, match=r"8 bins of x \(3, 2\) take 23 numbers for each"):
@@ -196,7 +196,7 @@ def test_the_jacobian_is_triangular(features, kind):
 
 
 @pytest.mark.parametrize("kind", ["affine", "spline"])
-def test_the_inverse_is_what_iteration_from_the_first_feature_on_finds(kind):
+def test_the_inverse_equals_that_of_naive_iteration(kind):
     layer = randomized(masked(6, kind, hidden=[16, 16], context=2))
     y, context = torch.randn(8, 6).double(), torch.randn(8, 2).double()
     x = torch.zeros_like(y)
@@ -232,7 +232,7 @@ def test_an_inverse_costs_less_than_one_pass(kind):
     assert 0 < work[1] <= work[0]
 
 
-def test_a_coupling_works_at_half_width():
+def test_a_coupling_net_has_half_the_inputs_and_outputs():
     """A spline coupling's network sees half, and emits for the other half: no masked whole."""
     layer = Coupling(MLP(21, 23 * 22, hidden=[128, 128]), map=Spline())
     x = torch.randn(16, 43)
@@ -253,7 +253,7 @@ def test_densities_integrate_to_one(options):
 
 
 @pytest.mark.parametrize("name", ["maf", "nsf", "nsf autoregressive"])
-def test_they_learn_a_density_and_never_leave_the_finite(name):
+def test_spline_flows_learn_a_density_and_stay_finite(name):
     """Two moons, against the best Gaussian of them."""
     from musigma import data
 
@@ -275,7 +275,7 @@ def test_they_learn_a_density_and_never_leave_the_finite(name):
         assert -model.log_prob(x).mean() < gaussian - (0.05 if name == "maf" else 0.3)
 
 
-def test_shapes_that_are_no_vectors_are_refused():
+def test_inputs_other_than_vectors_are_refused():
     for name in ("maf", "nsf"):
         with pytest.raises(ValueError, match=rf"shape: {name} is for vectors .*glow"):
             build(name, (3, 8, 8))
@@ -296,7 +296,7 @@ def test_a_network_whose_outputs_are_in_another_order_is_refused():
         Affine(0.5)
 
 
-def test_scales_at_their_limit_are_seen_in_every_layer_with_an_affine_map():
+def test_saturation_covers_every_layer_with_an_affine_map():
     layers = [Coupling(MLP(2, 4, hidden=[8])), masked(4, "affine"), Elementwise(4, map=Affine())]
     model = Chain(layers, Prior(StandardNormal((4,))))
     x = torch.randn(16, 4)

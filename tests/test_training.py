@@ -72,7 +72,7 @@ def rows(folder):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_resumed_run_equals_undisturbed_one_byte_for_byte(tmp_path, digits, name):
+def test_a_resumed_run_equals_an_uninterrupted_one_byte_for_byte(tmp_path, digits, name):
     train(digits, tmp_path / "whole", name=name)
     stopped = train(digits, tmp_path / "parts", name=name, stop=5)
     assert (stopped.finished, stopped.steps) == (False, 5)
@@ -97,7 +97,7 @@ def test_a_different_seed_gives_another_model(tmp_path, digits):
     assert a != b
 
 
-def test_resume_survives_a_log_line_cut_short_and_a_save_cut_short(tmp_path, digits):
+def test_resuming_after_an_incomplete_log_line_and_an_incomplete_save(tmp_path, digits):
     train(digits, tmp_path, stop=5)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 6, "lo')
@@ -200,14 +200,14 @@ def test_objectives_are_chosen_by_the_configuration():
     "objective", [{}, {"beta": 4.0}, {"free_bits": 2.0}, {"k": 4}, {"kl_warmup": 0.5}], ids=str
 )
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "adamax"])
-def test_figure_improves_under_every_objective(tmp_path, digits, objective, optimizer):
+def test_the_figure_improves_with_every_objective(tmp_path, digits, objective, optimizer):
     run = train(digits, tmp_path, steps=120, lr=5e-3, warmup=10, optimizer=optimizer, **objective)
     figures = [r["bits_per_dim"] for r in rows(tmp_path) if r["kind"] == "evaluation"]
     assert figures[-1] < figures[0] - 0.5
     assert run.best == min(figures)
 
 
-def test_a_trained_model_is_in_its_band(tmp_path, digits):
+def test_a_trained_model_reaches_the_expected_range(tmp_path, digits):
     run = train(digits, tmp_path, steps=600, lr=5e-3, batch_size=64)
     figure = evaluate(run.model, digits.split("held-out"))
     # untrained it is above 9; the digits have 17 levels, so log2(17) = 4.09 knows these alone
@@ -228,7 +228,7 @@ def test_best_weights_and_last_weights(tmp_path, digits):
     assert not run.model.training
 
 
-def test_average_is_a_running_one(tmp_path, digits):
+def test_the_average_is_a_running_average(tmp_path, digits):
     averaged = train(digits, tmp_path / "a", ema=0.99)
     plain = train(digits, tmp_path / "b", ema=0.0)
     pairs = zip(averaged.model.parameters(), plain.model.parameters(), strict=True)
@@ -289,7 +289,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_explained(tmp_path):
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 
-def test_training_stops_when_steps_go_on_failing(tmp_path):
+def test_training_stops_if_steps_keep_failing(tmp_path):
     both = points().split("train"), points().split("validation")
     with pytest.raises(
         TrainingError, match=r"20 steps in a row .* decoder\.net.* went back 3 times"
@@ -297,7 +297,7 @@ def test_training_stops_when_steps_go_on_failing(tmp_path):
         fit(brittle((4,), often=1.0), *both, TrainConfig(steps=80), tmp_path, device="cpu")
 
 
-def test_a_gradient_far_beyond_the_usual_is_skipped(tmp_path):
+def test_a_step_with_an_unusually_long_gradient_is_skipped(tmp_path):
     values = np.random.default_rng(0).normal(size=(2000, 4)).astype(np.float32)
     values[1234] = 1e7
     both = Dataset(values), Dataset(values[:100])
@@ -336,7 +336,7 @@ def test_labels_become_the_context(tmp_path, digits):
 # -- what the machine may do
 
 
-def test_low_precision_is_of_the_networks_alone(tmp_path, digits):
+def test_low_precision_affects_only_networks(tmp_path, digits):
     seen = set()
 
     def spy(row):
@@ -351,7 +351,7 @@ def test_low_precision_is_of_the_networks_alone(tmp_path, digits):
     assert low != high
 
 
-def test_without_a_compiler_fast_says_so_and_goes_on(tmp_path, digits, monkeypatch):
+def test_fast_without_a_compiler_warns_and_continues(tmp_path, digits, monkeypatch):
     def nothing(*args, **how):
         raise RuntimeError("no compiler here\nand more")
 
@@ -361,7 +361,7 @@ def test_without_a_compiler_fast_says_so_and_goes_on(tmp_path, digits, monkeypat
     assert warnings_in(tmp_path) == ["not compiled: no compiler here"]
 
 
-def test_options_without_effect_are_warned_of_at_the_start(tmp_path, digits):
+def test_options_without_effect_cause_warnings_at_the_start(tmp_path, digits):
     few = digits.subset(range(40))
     n = len(few.split("train"))
     train(few, tmp_path, shard=True, steps=1)
@@ -375,7 +375,7 @@ def test_options_without_effect_are_warned_of_at_the_start(tmp_path, digits):
         ]
 
 
-def test_blocks_are_compiled_one_by_one_and_a_model_without_any_whole(monkeypatch):
+def test_blocks_are_compiled_separately_and_other_models_as_a_whole(monkeypatch):
     from musigma.layers import Coupling
     from musigma.nets import ResBlock
     from musigma.training import hardware
@@ -399,7 +399,7 @@ def test_a_profile_is_written(tmp_path, digits):
 
 
 @pytest.mark.parametrize(("steps", "error", "said"), [(5, None, "step 8"), (24, OSError, "full")])
-def test_a_profile_that_cannot_be_written_is_warned_of(
+def test_a_profile_that_cannot_be_written_causes_a_warning(
     monkeypatch, tmp_path, digits, steps, error, said
 ):
     def fail(profiler, path):
@@ -424,7 +424,7 @@ def test_trackers_receive_the_figures(tmp_path, digits):
     assert "evaluation/kl_0" in events.Tags()["scalars"]
 
 
-def test_a_run_goes_on_without_a_tracker_that_fails(tmp_path, digits, monkeypatch):
+def test_a_run_continues_without_a_tracker_that_fails(tmp_path, digits, monkeypatch):
     from accelerate.tracking import TensorBoardTracker
 
     def fail(tracker, values, step=None, **more):
@@ -456,7 +456,7 @@ def test_workers_change_nothing(tmp_path, digits, name):
     assert a == b
 
 
-def test_a_reversible_run_resumes_to_the_same_bytes_after_it_fell_back(tmp_path, digits):
+def test_a_reversible_run_with_fallbacks_resumes_to_the_same_bytes(tmp_path, digits):
     """A mixing that is all but singular cannot be computed back: what was learned is kept."""
 
     def flow():

@@ -143,7 +143,7 @@ def test_a_log_that_training_rewinds_is_read_from_its_start(tmp_path):
     written.close()
 
 
-def test_lines_that_are_no_rows_are_skipped(tmp_path):
+def test_invalid_lines_are_skipped(tmp_path):
     good = [json.dumps(row(1)), json.dumps(row(2, "evaluation"))]
     bad = ['{"kind": "train", "st', "[]", "7", "null", '{"step": 3}', '{"kind": "train"}']
     bad += ['{"kind": 1, "step": 3}', '{"kind": "train", "step": "3"}', "\udcff", "[" * 10**5]
@@ -166,7 +166,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     shown(found)
 
 
-def test_of_a_long_log_all_problems_and_a_part_of_the_steps_are_read(tmp_path, monkeypatch):
+def test_a_long_log_is_read_with_all_problems_and_some_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(watch_module, "LONG_LOG", 10**5)
     rows = [row(i, "warning" if i % 500 == 0 else "train", message=str(i)) for i in range(1, 4001)]
     folder(tmp_path, rows)
@@ -229,7 +229,7 @@ def test_the_summary_of_a_finished_run(trained):
     assert found["setbacks"] == found["skips"] == found["warnings"] == []
 
 
-def test_every_row_of_a_run_of_the_library_is_seen(tmp_path):
+def test_every_row_of_a_real_run_is_read(tmp_path):
     """Read after every row; it has no config.json."""
     digits, states = load("digits"), []
     torch.manual_seed(0)
@@ -382,7 +382,7 @@ def test_braille_dots():
     assert cells == [[("\N{BRAILLE PATTERN DOTS-4567}", False)]]
 
 
-def test_early_values_far_above_the_rest_lie_outside_the_plot(tmp_path):
+def test_early_values_far_above_the_rest_are_outside_the_plot(tmp_path):
     rows = [row(i, bits_per_dim=1000.0 if i < 10 else 2 - i / 1000) for i in range(1, 400)]
     text = shown(summary(folder(tmp_path / "run", rows)))
     assert "1000" not in text
@@ -457,7 +457,7 @@ class Terminal:
         return self.process.wait()
 
 
-def test_on_a_terminal_it_follows_the_run_until_its_end(tmp_path):
+def test_watch_follows_a_run_on_a_terminal_until_its_end(tmp_path):
     terminal = Terminal(tmp_path / "run")
     terminal.until("waiting")
     folder(tmp_path / "run", [row(i) for i in range(1, 51)], {"steps": 100})
@@ -470,7 +470,7 @@ def test_on_a_terminal_it_follows_the_run_until_its_end(tmp_path):
     assert "finished" in terminal.text
 
 
-def test_ctrl_c_stops_it(tmp_path):
+def test_ctrl_c_stops_watch(tmp_path):
     terminal = Terminal(folder(tmp_path / "run", [row(1)]))
     terminal.until("step 1")
     terminal.process.send_signal(signal.SIGINT)

@@ -298,8 +298,8 @@ class Model(nn.Module, ABC):
             latents: As `encode` returns them; at least the first.
             context: One row per example, or None.
             whiten: Whether the latents are (z - mean) / std under their priors.
-            temperature: As in `sample`, for what is drawn.
-            mode: Return the center of p(x | latents) rather than a draw from it.
+            temperature: As in `sample`.
+            mode: As in `sample`.
 
         Raises:
             ValueError: If there are no latents, or too many.
@@ -380,9 +380,8 @@ class Model(nn.Module, ABC):
     def continuous(self) -> Model:
         """The same model without its preprocessing layers (dequantization, scaling to a range).
 
-        Its input is that of the first layer after those, for example images in [-0.5, 0.5]. A
-        flow without dequantization has an exact `log_prob`. The parameters are shared. A model
-        without preprocessing layers is returned unchanged.
+        Its input is that of the next layer, for example images in [-0.5, 0.5]; for a flow its
+        `log_prob` is exact. Parameters are shared. Other models are returned unchanged.
         """
         return self
 
@@ -441,11 +440,11 @@ class Prior(Model):
         self.head = head
 
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
-        """P(x)."""
+        """Score x under p."""
         trace.p(self, self.head(context), x)
 
     def generate(self, trace: Trace, context: Any = None) -> Tensor:
-        """X ~ p."""
+        """Draw x from p."""
         return trace.p(self, self.head(context))
 
     def variables(self) -> Iterator[nn.Module]:
@@ -482,10 +481,7 @@ class Chain(Model):
         return (cast(Layer, layer) for layer in self.layers)
 
     def _runs(self) -> Iterator[tuple[int, int]]:
-        """Start and end of the run of plain bijections before every other layer, and at the end.
-
-        A bijection that overrides `infer` is not part of a run: its own `infer` is called.
-        """
+        """Start and end of each run of bijections; one that overrides `infer` ends a run."""
         at = 0
         for end, layer in enumerate([*self._layers(), None]):
             if layer is None or type(layer).infer is not Bijection.infer:
@@ -570,7 +566,7 @@ class VAE(Model):
         self.encoder, self.decoder, self.prior = encoder, decoder, prior
 
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
-        """Z ~ q(z | x), then p(x | z) and p(z)."""
+        """z ~ q(z | x), then p(x | z) and p(z)."""
         q = conditioned(self.encoder, x, context)
         if isinstance(self.prior, Prior):
             z = trace.latent(self.prior, q, self.prior.head(context))
@@ -581,7 +577,7 @@ class VAE(Model):
             self.prior.infer(z, trace, context)
 
     def generate(self, trace: Trace, context: Any = None) -> Tensor:
-        """Z ~ p(z), then x ~ p(x | z)."""
+        """z ~ p(z), then x ~ p(x | z)."""
         z = self.prior.generate(trace, context)
         x = trace.p(self, conditioned(self.decoder, z, context))
         if trace.scoring:
