@@ -23,7 +23,7 @@ from PIL import Image
 from musigma.cli import main, outputs
 from musigma.cli.devices import device_named
 from musigma.cli.screen import launched_processes
-from musigma.cli.shares import rows_of
+from musigma.cli.shares import Share
 from musigma.data import load
 from musigma.processes import Processes
 
@@ -313,7 +313,7 @@ def test_columns_of_a_table_are_the_elements_of_the_arrays(here):
 
 @given(n=st.integers(0, 500), size=st.integers(1, 70), count=st.integers(1, 20))
 def test_shares_are_whole_batches_in_their_order(n, size, count):
-    shares = [rows_of(Processes(rank, count), n, size) for rank in range(count)]
+    shares = [Share(Processes(rank, count), n, size).rows for rank in range(count)]
     assert [i for share in shares for i in share] == list(range(n))
     assert all(share.start % size == 0 for share in shares if share)
     batches = [math.ceil(len(share) / size) for share in shares]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(words, exit_on_error=False, print_error=False, result_action="return_value")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (CycloptsError, *UserError, RuntimeError) as error:
         if "--debug" in words or not _is_explained(error):
             raise

@@ -58,34 +58,31 @@ def audit(
             f"allow: unknown code {', '.join(map(repr, unknown))}; the codes are "
             f"{', '.join(library.CODES)}"
         )
-    screen = Screen(common)
     if ":" in target and not Path(target).exists():
         event = None if shape is None else sides(shape, "shape", "sizes, as 1x28x28")
         report = library.audit(plugins.load(target, argument="target"), shape=event)
     else:
-        report = _audit_run(target, source, options, common, screen)
+        report = _audit_run(target, source, options, common)
     if out is not None:
         forms = {".html": report.to_html, ".json": report.to_json, ".txt": report.__str__}
         with replacing(out) as draft:
             draft.write_text(forms[out.suffix]() + "\n", encoding="utf-8")
-    screen.result(report.to_dict(), str(report))
+    Screen(common).result(report.to_dict(), str(report))
     if any(f.severity == "bug" and f.code not in allow for f in report.findings):
         sys.exit(1)
 
 
-def _audit_run(
-    target: str, source: str | None, options: DataOptions, common: Common, screen: Screen
-) -> Any:
+def _audit_run(target: str, source: str | None, options: DataOptions, common: Common) -> Any:
     """The audit of a run, with its training data if they can still be read."""
     from musigma.audit import audit_model
 
     trained = Trained(target, common)
     if source:
-        return audit_model(trained.model, trained.data(source, options, screen))
+        return audit_model(trained.model, trained.data(source, options))
     found = None
     if source := trained.about_data.get("source"):
         try:
-            found = trained.data(source, options, screen)
+            found = trained.data(source, options)
         except (ValueError, OSError) as error:
-            screen.note(f"audited without data: {error}")
+            trained.screen.note(f"audited without data: {error}")
     return audit_model(trained.model, found)

@@ -63,20 +63,19 @@ def compress(
 
     check_out(out, ".mus")
     at_least_one(chunk=chunk, workers=workers)
-    screen, trained = Screen(common), Trained(run, common)
+    trained = Trained(run, common)
     coding.check(trained.model)
-    found = trained.data(source, options.everything(), screen)
+    found = trained.data(source, options.everything())
     folder = Path(source) if Path(source).is_dir() and found.ids is not None else None
-    context = trained.model.spec.context if trained.model.spec else ()
     examples = coding.Examples(
         found,
-        context=context,
+        context=trained.spec.context,
         folder=folder,
         labels=labels,
         prepared=prepared,
         seed=common.seed,
     )
-    with screen.progress("compressing") as progress:
+    with trained.screen.progress("compressing") as progress:
         report = coding.compress(
             trained.model.cpu(),
             examples,
@@ -90,7 +89,7 @@ def compress(
             progress=progress,
         )
     answer = {"out": str(out), **report.to_json()}
-    screen.result(answer, "\n".join(_report_lines(answer)))
+    trained.screen.result(answer, "\n".join(_report_lines(answer)))
 
 
 def _report_lines(report: dict[str, Any]) -> Iterator[str]:

@@ -9,24 +9,15 @@ if TYPE_CHECKING:
     import torch
 
 
-def available() -> list[str]:
+def devices() -> list[str]:
     """The devices of this machine, as `--device` takes them; the CPU is last."""
     import torch
 
-    names = []
-    if (gpu := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        count = torch.accelerator.device_count()
-        names = [f"{gpu.type}:{i}" if count > 1 else gpu.type for i in range(count)]
-    return [*names, "cpu"]
-
-
-def best_device() -> str:
-    """Cuda or mps where there is one, else cpu."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if gpu is None:
+        return ["cpu"]
+    count = torch.accelerator.device_count()
+    return [*([gpu.type] if count == 1 else [f"{gpu.type}:{i}" for i in range(count)]), "cpu"]
 
 
 def device_named(name: str | None) -> torch.device:
@@ -37,14 +28,14 @@ def device_named(name: str | None) -> torch.device:
     """
     import torch
 
-    name = name or best_device()
+    name = name or devices()[0].partition(":")[0]
     try:
         device = torch.device(name)
         if device == torch.device("cuda") and (local := os.environ.get("LOCAL_RANK")):
             device = torch.device("cuda", int(local) % max(1, torch.cuda.device_count()))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        known = available()
+        known = devices()
         reason = ""
         if name in known or f"{name}:0" in known:
             reason = f" (it is found, but fails: {str(error).splitlines()[0]})"

@@ -21,7 +21,6 @@ from musigma.cli.options import (
     latent_numbers,
 )
 from musigma.cli.outputs import check_out
-from musigma.cli.screen import Screen
 from musigma.cli.trained import Trained, class_number
 
 
@@ -57,9 +56,9 @@ def direction(
 
     at_least_one(at_most=at_most)
     check_out(out, ".npz")
-    screen, trained, numbers = Screen(common), Trained(run, common), latent_numbers(levels)
+    trained, numbers = Trained(run, common), latent_numbers(levels)
     editing.checked_levels(trained.model, numbers)
-    found = trained.data(source, options.everything(), screen)
+    found = trained.data(source, options.everything())
     if found.labels is None:
         raise ValueError(f"data: {source} has no labels; put images into class folders")
     labels, names = np.asarray(found.labels), list(found.label_names)
@@ -68,7 +67,7 @@ def direction(
     if negative is not None:
         rows = np.flatnonzero(has | (labels == class_number(negative, names, len(names))))
         found, has = found.subset(rows), has[rows]
-    with screen.progress("encoding") as progress:
+    with trained.screen.progress("encoding") as progress:
         step = editing.direction(
             trained.model,
             found,
@@ -92,7 +91,7 @@ def direction(
         "length": length,
         "auc": step.auc,
     }
-    screen.result(
+    trained.screen.result(
         answer,
         f"{step.attribute}: {answer['with']:,} examples with it, {answer['without']:,} without; "
         f"length {length:.3g}, area under the ROC curve {step.auc:.3f}: {out}",
@@ -130,13 +129,15 @@ def edit(
     strengths = _strengths(strength)
     if not direction.is_file():
         raise ValueError(f"direction: there is no file {direction}")
-    screen, trained = Screen(common), Trained(run, common)
+    trained = Trained(run, common)
     trained.check_out(out)
     step = editing.Direction.load(direction)
-    x, context = trained.examples(source, options.everything(), screen, n, label)
+    x, context = trained.examples(source, options.everything(), n, label)
     trained.write_rows(editing.edit(trained.model, x, step, strengths, context), out)
     answer = {"out": str(out), "n": len(x), "attribute": step.attribute, "strengths": strengths}
-    screen.result(answer, f"{len(x)} rows, {step.attribute or 'direction'} {strength}: {out}")
+    trained.screen.result(
+        answer, f"{len(x)} rows, {step.attribute or 'direction'} {strength}: {out}"
+    )
 
 
 @app.command(group=USE)
@@ -164,25 +165,26 @@ def mix(
     """
     import torch
 
+    from musigma import context as contexts
     from musigma import editing
 
     at_least_one(n=n)
-    screen, trained, numbers = Screen(common), Trained(run, common), latent_numbers(levels) or []
+    trained, numbers = Trained(run, common), latent_numbers(levels) or []
     trained.check_out(out)
-    x, context = trained.examples(source, options, screen, 2 * n)
+    x, context = trained.examples(source, options, 2 * n)
     half = len(x) // 2
     if not half:
         raise ValueError(f"data: {source} holds {len(x)} examples; a mixture needs two")
     left, top = slice(half), slice(half, 2 * half)
-    contexts = (None, None) if context is None else (context[left], context[top])
-    mixed = editing.mix(trained.model, x[left], x[top], numbers, *contexts)
+    ends = (contexts.rows(context, part) for part in (left, top))
+    mixed = editing.mix(trained.model, x[left], x[top], numbers, *ends)
     if out.suffix == ".png":
         sheet = torch.cat([x[left].unsqueeze(1), mixed], 1).flatten(0, 1)
         blank = torch.zeros_like(x[:1])
         trained.write(torch.cat([blank, x[top], sheet]), out, columns=half + 1)
     else:
         trained.write_rows(mixed, out)
-    screen.result(
+    trained.screen.result(
         {"out": str(out), "n": half, "levels": numbers}, f"{half * half} mixtures: {out}"
     )
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from musigma.cli.options import USE, Common, CommonOptions, Data, DataOptions, Run, Source, app
 from musigma.cli.outputs import check_out, rows_file
 from musigma.cli.sample import example_columns
-from musigma.cli.screen import Screen, figure_text, launched_processes
-from musigma.cli.shares import rows_of, shard_path, share_fields, share_progress, share_text
+from musigma.cli.screen import figure_text, launched_processes
+from musigma.cli.shares import Share
 from musigma.cli.trained import Trained
 
 
@@ -37,17 +37,18 @@ def score(
     from musigma import evaluation
 
     check_out(out, ".csv", ".parquet")
-    screen, trained, processes = Screen(common), Trained(run, common), launched_processes()
-    found, out = trained.data(source, options.everything(), screen), shard_path(out, processes)
-    rows = rows_of(processes, len(found), options.batch_size)
-    with rows_file(out) as add, screen.progress("scoring") as progress:
+    trained, processes = Trained(run, common), launched_processes()
+    found = trained.data(source, options.everything())
+    share = Share(processes, len(found), options.batch_size)
+    rows, out = share.rows, share.path(out)
+    with rows_file(out) as add, trained.screen.progress("scoring") as progress:
         columns = evaluation.score(
             trained.model,
             found,
             k=k,
             batch_size=options.batch_size,
             seed=common.seed,
-            progress=share_progress(progress, rows),
+            progress=share.progress(progress),
             processes=processes,
         )
         if not len(rows):  # more processes than batches: a table with columns and no rows
@@ -58,7 +59,7 @@ def score(
     summary = {
         "out": str(out),
         "n": len(rows),
-        **share_fields(processes),
+        **share.fields,
         "bits_per_dim": float(np.mean(bits)),
         "highest": float(np.max(bits)),
         "lowest": float(np.min(bits)),
@@ -68,8 +69,8 @@ def score(
         f", {summary['lowest']:.4f} to {summary['highest']:.4f} bits/dim, "
         f"mean {summary['bits_per_dim']:.4f} ({summary['bound']})"
     )
-    text = f"{len(rows):,} scores{figures if len(rows) else ''}{share_text(processes)}: {out}"
-    screen.result(summary, text)
+    text = f"{len(rows):,} scores{figures if len(rows) else ''}{share}: {out}"
+    trained.screen.result(summary, text)
 
 
 @app.command(group=USE)
@@ -94,19 +95,19 @@ def evaluate(
     processes = launched_processes()
     if processes.count > 1:
         processes = join(common.device)
-    screen, trained = Screen(common), Trained(run, common)
-    found = trained.data(source, options, screen)
-    with screen.progress("evaluating") as progress:
-        rows = rows_of(processes, len(found), options.batch_size)
+    trained = Trained(run, common)
+    found = trained.data(source, options)
+    with trained.screen.progress("evaluating") as progress:
+        share = Share(processes, len(found), options.batch_size)
         figure = evaluation.evaluate(
             trained.model,
             found,
             k=k,
             batch_size=options.batch_size,
             seed=common.seed,
-            progress=share_progress(progress, rows),
+            progress=share.progress(progress),
             processes=processes,
         )
     leave()
     text = f"{figure_text(figure)}; {trained.part} of {source}"
-    screen.result({"run": run, "data": source, "split": trained.part, **figure}, text)
+    trained.screen.result({"run": run, "data": source, "split": trained.part, **figure}, text)

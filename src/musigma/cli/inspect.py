@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -24,6 +24,12 @@ from musigma.cli.options import (
 from musigma.cli.outputs import check_out
 from musigma.cli.screen import Screen, figure_text
 from musigma.cli.trained import Trained
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    from musigma.spec import Variable
 
 MOST_ROWS = 32
 """Elements of a latent that are printed; the rest are left to --json."""
@@ -60,14 +66,13 @@ def inspect(
 
     from musigma import evaluation
 
-    screen = Screen(common)
     if source is None:
         from musigma.cli.compress import describe
 
-        describe(Path(run), screen)
+        describe(Path(run), Screen(common))
         return
     trained = Trained(run, common)
-    found = trained.data(source, options.everything(), screen)
+    found = trained.data(source, options.everything())
     if not 0 <= index < len(found):
         raise ValueError(f"index: expected 0 to {len(found) - 1}; got {index}")
     x, context = evaluation.batch(found, np.array([index]), trained.model, seed=common.seed)
@@ -75,7 +80,7 @@ def inspect(
     report["index"] = index
     if found.ids:
         report["id"] = found.ids[index]
-    screen.result(report, "\n".join(_inspection(report)))
+    trained.screen.result(report, "\n".join(_inspection(report)))
 
 
 def _inspection(report: dict[str, Any]) -> Iterator[str]:
@@ -135,7 +140,7 @@ def info(
         n: Number of examples for the ledger.
     """
     at_least_one(n=n)
-    screen, trained = Screen(common), Trained(run, common)
+    trained = Trained(run, common)
     model, data = trained.model, trained.about_data
     about: dict[str, Any] = {
         "file": str(trained.path),
@@ -149,6 +154,9 @@ def info(
         f"{model.config['architecture']} for {shape}, {about['parameters']:,} parameters",
         "  " + ", ".join(f"{k}={v}" for k, v in model.config["options"].items()),
     ]
+    if trained.spec.context:
+        kinds = (f"{v.name} ({_kind(v)})" for v in trained.spec.context)
+        lines.append(f"  conditioned on {', '.join(kinds)}")
     if "source" in data:
         lines.append(f"  trained on {data.get('train')} examples of {data['source']}")
     if "foreign" in trained.extra:
@@ -160,15 +168,21 @@ def info(
         about["evaluation"] = _evaluation(trained.folder / "evaluation.json")
         lines.append(f"  held-out: {figure_text(about['evaluation'])}")
     if ledger:
-        account = _account(trained, source, n, options, screen)
+        account = _account(trained, source, n, options)
         about |= account
         lines += _account_lines(**account)
-    screen.result(about, "\n".join(lines))
+    trained.screen.result(about, "\n".join(lines))
 
 
-def _account(
-    trained: Trained, source: str | None, n: int, options: DataOptions, screen: Screen
-) -> dict[str, Any]:
+def _kind(variable: Variable) -> str:
+    """What a variable of the context is."""
+    if variable.classes:
+        return f"{variable.classes} classes"
+    shape = "x".join(map(str, variable.shape))
+    return "a number" if shape == "1" else f"{shape} {'levels' if variable.levels else 'numbers'}"
+
+
+def _account(trained: Trained, source: str | None, n: int, options: DataOptions) -> dict[str, Any]:
     """The ledger of a model on data, with the figure that its rows add up to."""
     from musigma import evaluation
 
@@ -176,7 +190,7 @@ def _account(
     if source is None:
         raise ValueError("data: the checkpoint does not say what it was trained on; give --data")
     model, seed = trained.model, trained.common.seed
-    found = trained.data(source, options, screen)
+    found = trained.data(source, options)
     found = found.subset(range(min(n, len(found))))
     x, context = next(evaluation.batches(model, found))
     return {

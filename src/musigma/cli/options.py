@@ -119,6 +119,9 @@ class DataOptions:
     """Which data a trained model is given.
 
     Args:
+        given: What each example is given with, if the model is conditioned on it: `label`, a
+            column of the table or a pattern of columns ('x_*'), or a file or folder with a row or
+            image for each example. May be given several times. By default as in training.
         split: Part of the data to use. By default the held-out part of the data that the model was
             trained on, and all of any other data.
         size: Resize images to this size first: 32, or 48x64 (height x width). By default the size
@@ -127,6 +130,7 @@ class DataOptions:
         batch_size: Number of examples per batch.
     """
 
+    given: tuple[str, ...] = ()
     split: Literal["all", "train", "validation", "held-out"] | None = None
     size: str | None = None
     reading: Annotated[Reading, Parameter(name="*")] = Reading()

@@ -95,34 +95,39 @@ def clear(out: Path) -> None:
             inside.unlink()
 
 
-def refuse_other_run(out: Path, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def refuse_other_run(out: Path, saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuse to continue a run with other options than it began with.
 
     Args:
         out: The run folder.
-        options: All options of the command, ARCH and DATA among them.
-        defaults: Options of the architecture, with what they are if the run does not say.
+        saved: What its config.json would hold now: `model`, `data` and `train`.
+        defaults: Options of the architecture, as they are in a run that does not have them yet.
 
     Raises:
         ValueError: Naming every option that differs.
     """
-    saved = json.loads((out / "config.json").read_text())
+    before = _options(json.loads((out / "config.json").read_text()), defaults)
+    now = _options(json.loads(json.dumps(saved)), defaults)  # as it was saved: lists, no tuples
+    if differing := [name for name in now if before.get(name) != now[name]]:
+        what = "; ".join(f"{name} {before.get(name)}, not {now[name]}" for name in differing)
+        raise ValueError(
+            f"auto_resume: {out} began with {what}; --overwrite it, or give another --out"
+        )
+
+
+def _options(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run by their names on the command line."""
     model, data = saved["model"], saved["data"]
-    before = {
+    labels = ["label"] if model["options"].get("context") else []  # of runs before --given
+    return {
         "ARCH": model["architecture"],
         "DATA": data["source"],
         **{name: model["options"].get(name, value) for name, value in defaults.items()},
         **data["preprocess"],
         "skip_bad": data["skip_bad"],
-        "conditional": bool(model["options"].get("context")),
+        "given": data.get("given", labels),
         **saved["train"],
     }
-    now = json.loads(json.dumps(options))  # as it was saved: tuples become lists
-    if wrong := [name for name in now if before.get(name) != now[name]]:
-        differences = "; ".join(f"{n} {before.get(n)}, not {now[n]}" for n in wrong)
-        raise ValueError(
-            f"auto_resume: {out} began with {differences}; --overwrite it, or give another --out"
-        )
 
 
 def decided_by_main(processes: Processes, decide: Callable[[], Any]) -> Any:

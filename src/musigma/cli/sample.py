@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -23,14 +24,17 @@ from musigma.cli.options import (
     temperatures,
 )
 from musigma.cli.outputs import Columns, check_out, rows_file
-from musigma.cli.screen import Screen, launched_processes
-from musigma.cli.shares import rows_of, shard_path, share_fields, share_progress, share_text
+from musigma.cli.screen import launched_processes
+from musigma.cli.shares import Share
 from musigma.cli.trained import Trained, as_array
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
+    from musigma.context import Context
     from musigma.data import Dataset
+    from musigma.spec import Variable
 
 BLOCK = 64
 """Number of samples that are drawn together."""
@@ -42,6 +46,7 @@ def sample(
     *,
     n: int = 64,
     label: str | None = None,
+    given: tuple[str, ...] = (),
     temperature: str = "1",
     mode: bool = False,
     several: Annotated[str | None, Parameter(name="--temperatures")] = None,
@@ -51,9 +56,12 @@ def sample(
     """Draw new examples.
 
     Args:
-        n: Number of samples.
+        n: Number of samples; with `--given`, for each row of the file.
         label: Class to draw, by name or number, if the model is conditioned on classes. By default
             all classes in turn.
+        given: File with the rows to draw for, if the model is conditioned on more than classes: a
+            table with a column for each variable, an array, or a folder of images. May be given
+            several times, once for each file. The n samples of a row follow each other.
         temperature: Factor of the standard deviation of every draw; or one for each latent, top
             first: 0.7,0.8,1.
         mode: Return the centre of p(x | latents) instead of a draw from it.
@@ -64,11 +72,12 @@ def sample(
     """
     import torch
 
+    from musigma import context as contexts
     from musigma.evaluation import noise
 
     at_least_one(n=n)
     scale, processes = temperatures(temperature), launched_processes()
-    screen, trained = Screen(common), Trained(run, common)
+    trained = Trained(run, common)
     out = out or Path(
         "samples.png" if trained.is_image and processes.count == 1 else "samples.npy"
     )
@@ -78,32 +87,33 @@ def sample(
             f"out: {processes.count} processes write arrays in shards; name an .npy or .npz file, "
             "or draw the picture in one process"
         )
-    context = trained.context(n, label)
+    context = trained.context(n, label, given)
+    n = n if context is None else contexts.length(context) or n
     if several is not None:
         if temperature != "1":
             raise ValueError("temperature: --temperatures replaces it; leave one of them out")
-        _at_temperatures(trained, n, temperatures(several), context, out, screen)
+        _at_temperatures(trained, n, temperatures(several), context, out)
         return
-    rows = rows_of(processes, n, BLOCK)
+    share = Share(processes, n, BLOCK)
+    rows, out = share.rows, share.path(out)
     parts = [torch.empty(0, *trained.shape, dtype=trained.dtype)]
-    with screen.progress("sampling") as progress:
+    with trained.screen.progress("sampling") as progress:
         for start in rows[::BLOCK]:
             block = slice(start, min(start + BLOCK, rows.stop))
             noise(common.seed, start // BLOCK)
             drawn = trained.model.sample(
                 block.stop - start,
-                None if context is None else context[block],
+                contexts.rows(context, block),
                 temperature=_scale(scale),
                 mode=mode,
             )
             parts.append(drawn.cpu())
             if progress:
                 progress(block.stop - rows.start, len(rows))
-    out = shard_path(out, processes)
     trained.write(torch.cat(parts), out)
-    screen.result(
-        {"out": str(out), "n": len(rows), "temperature": temperature, **share_fields(processes)},
-        f"{len(rows)} samples{share_text(processes)}: {out}",
+    trained.screen.result(
+        {"out": str(out), "n": len(rows), "temperature": temperature, **share.fields},
+        f"{len(rows)} samples{share}: {out}",
     )
 
 
@@ -113,13 +123,13 @@ def _scale(values: tuple[float, ...]) -> float | tuple[float, ...]:
 
 
 def _at_temperatures(
-    trained: Trained, n: int, values: Sequence[float], context: Any, out: Path, screen: Screen
+    trained: Trained, n: int, values: Sequence[float], context: Context, out: Path
 ) -> None:
     """Write a row of draws for each temperature."""
     from musigma import editing
 
     trained.write_rows(editing.temperatures(trained.model, n, values, context), out)
-    screen.result(
+    trained.screen.result(
         {"out": str(out), "n": n, "temperatures": list(values)},
         f"{n} samples at {len(values)} temperatures: {out}",
     )
@@ -149,47 +159,62 @@ def encode(
     from musigma.evaluation import batches
 
     check_out(out, ".npz", ".parquet")
-    screen, trained, processes = Screen(common), Trained(run, common), launched_processes()
-    found, out = trained.data(source, options, screen), shard_path(out, processes)
-    rows = rows_of(processes, len(found), options.batch_size)
+    trained, processes = Trained(run, common), launched_processes()
+    found = trained.data(source, options)
+    share = Share(processes, len(found), options.batch_size)
+    rows, out = share.rows, share.path(out)
     empty, done = trained.latents(), rows.start
     with (
         rows_file(out, whitened=whiten) as add,
-        screen.progress("encoding") as progress,
+        trained.screen.progress("encoding") as progress,
         torch.no_grad(),
     ):
-        add(_latent_columns(found, range(done, done), empty, out))
+        add(
+            _latent_columns(
+                trained, found, range(done, done), empty, trained.blank_context(0), out
+            )
+        )
         for x, context in batches(
             trained.model,
             found,
             batch_size=options.batch_size,
             seed=common.seed,
-            progress=share_progress(progress, rows),
+            progress=share.progress(progress),
             processes=processes,
         ):
             z = trained.model.encode(x, context, mode=not draw, whiten=whiten)
-            add(_latent_columns(found, range(done, done + len(x)), z, out))
+            add(_latent_columns(trained, found, range(done, done + len(x)), z, context, out))
             done += len(x)
     shapes = {f"z{i}": [len(rows), *z.shape[1:]] for i, z in enumerate(empty)}
     shapes |= {"labels": [len(rows)]} if found.labels is not None else {}
-    screen.result(
+    shapes |= {f"given_{v.name}": [len(rows), *v.shape] for v in _unlabelled(trained)}
+    trained.screen.result(
         {
             "out": str(out),
             "split": trained.part,
             "arrays": shapes | {"whitened": []},
-            **share_fields(processes),
+            **share.fields,
         },
         f"{len(empty)} latents of {len(rows):,} examples ({trained.part} of {source})"
-        f"{share_text(processes)}: {out}",
+        f"{share}: {out}",
     )
 
 
-def _latent_columns(found: Dataset, rows: range, z: Sequence[Tensor], out: Path) -> Columns:
-    """Arrays for an .npz file; for a table a column for each element."""
+def _unlabelled(trained: Trained) -> list[Variable]:
+    """What the model is conditioned on besides `label`, which has an array of its own."""
+    return [v for v in trained.spec.context if v.name != "label"]
+
+
+def _latent_columns(
+    trained: Trained, found: Dataset, rows: range, z: Sequence[Tensor], context: Context, out: Path
+) -> Columns:
+    """Latents, labels and context as arrays; for a table, latents with a column per element."""
     arrays = {f"z{i}": as_array(t) for i, t in enumerate(z)}
     if out.suffix == ".npz":
-        labels = {} if found.labels is None else {"labels": found.labels[rows.start : rows.stop]}
-        return arrays | labels
+        if found.labels is not None:
+            arrays["labels"] = found.labels[rows.start : rows.stop]
+        named = trained.named_context(context)
+        return arrays | {f"given_{v.name}": as_array(named[v.name]) for v in _unlabelled(trained)}
     flat = {name: a.reshape(len(a), math.prod(a.shape[1:])) for name, a in arrays.items()}
     columns = {f"{name}_{j}": a[:, j] for name, a in flat.items() for j in range(a.shape[1])}
     return example_columns(found, rows) | columns
@@ -231,28 +256,21 @@ def decode(
     import torch
 
     scale = temperatures(temperature)
-    screen, trained = Screen(common), Trained(run, common)
+    trained = Trained(run, common)
     out = out or Path("decoded.png" if trained.is_image else "decoded.npy")
     trained.check_out(out)
-    z, labels, whitened = _read_latents(latents, trained)
+    z, context, whitened = _read_latents(latents, trained, label)
     n = len(z[0])
-    context = trained.context(n, label)
-    if context is not None and label is None and labels is not None:
-        classes = context.shape[1]
-        if labels.shape != (n,) or not ((labels >= 0) & (labels < classes)).all():
-            raise ValueError(
-                f"latents: expected {n} labels from 0 to {classes - 1}, and {latents} has others; "
-                "correct them, or choose a class (--label)"
-            )
-        context = torch.nn.functional.one_hot(labels, classes).to(context)
     with torch.no_grad():
         x = trained.model.decode(z, context, whiten=whitened, temperature=_scale(scale))
     trained.write(x, out)
-    screen.result({"out": str(out), "n": n}, f"{n} examples: {out}")
+    trained.screen.result({"out": str(out), "n": n}, f"{n} examples: {out}")
 
 
-def _read_latents(path: Path, trained: Trained) -> tuple[list[Tensor], Tensor | None, bool]:
-    """Latents as the model takes them, their labels if any, and whether they are whitened."""
+def _read_latents(
+    path: Path, trained: Trained, label: str | None
+) -> tuple[list[Tensor], Context, bool]:
+    """Latents as the model takes them, their context if any, and whether they are whitened."""
     import numpy as np
     import torch
 
@@ -261,10 +279,8 @@ def _read_latents(path: Path, trained: Trained) -> tuple[list[Tensor], Tensor | 
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-        count = sum(name[0] == "z" for name in arrays)
+        count = sum(re.fullmatch(r"z\d+", name) is not None for name in arrays)
         z = [arrays[f"z{i}"] for i in range(count)]
-        labels = arrays.get("labels")
-        labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
         whitened = bool(arrays.get("whitened", False))
     except Exception as error:  # whatever the parsers raise for a broken file
         reason = f"{type(error).__name__}: {error}"
@@ -280,7 +296,50 @@ def _read_latents(path: Path, trained: Trained) -> tuple[list[Tensor], Tensor | 
     if not len(z[0]) or any(a.dtype.kind not in "fiu" or not np.isfinite(a).all() for a in z):
         raise ValueError(f"latents: expected finite numbers; {path} has none, or others")
     tensors = [torch.from_numpy(a).to(trained.device, trained.dtype) for a in z]
-    return tensors, labels, whitened
+    return tensors, _context_of(arrays, len(z[0]), path, trained, label), whitened
+
+
+def _context_of(
+    arrays: Mapping[str, np.ndarray], n: int, path: Path, trained: Trained, label: str | None
+) -> Context:
+    """The context of n latents: what `encode` wrote with them, and `label` in place of labels."""
+    if not trained.spec.context:
+        return trained.context(n, label)  # which refuses a label
+    named = {}
+    for variable in trained.spec.context:
+        name = "labels" if variable.name == "label" else f"given_{variable.name}"
+        if variable is trained.class_variable and (label is not None or name not in arrays):
+            named[variable.name] = trained.class_rows(n, label)
+        elif name not in arrays:
+            raise ValueError(
+                f"latents: {path} has no array {name}, and the model is conditioned on "
+                f"{variable.name}; `encode` writes it with the latents"
+            )
+        else:
+            rows = _context_rows(arrays[name], variable, n, f"{path}: {name}")
+            named[variable.name] = rows.to(trained.device, trained.dtype)
+    return trained.as_context(named)
+
+
+def _context_rows(rows: np.ndarray, variable: Variable, n: int, where: str) -> Tensor:
+    """The rows of a variable in a file of latents; labels are numbers of classes."""
+    import numpy as np
+    import torch
+
+    if variable.name == "label":
+        known = rows.dtype.kind in "iu" and ((rows >= 0) & (rows < variable.classes)).all()
+        if rows.shape != (n,) or not known:
+            raise ValueError(
+                f"latents: {where}: expected {n} labels from 0 to {variable.classes - 1}; correct "
+                "them, or choose a class (--label)"
+            )
+        rows = np.eye(variable.classes)[rows]
+    if rows.shape != (n, *variable.shape) or not np.isfinite(rows).all():
+        raise ValueError(
+            f"latents: {where}: expected finite numbers of shape {(n, *variable.shape)}; got "
+            f"shape {rows.shape}"
+        )
+    return torch.from_numpy(rows)
 
 
 @app.command(group=USE)
@@ -304,9 +363,9 @@ def reconstruct(
 
     from musigma.report import figures
 
-    screen, trained = Screen(common), Trained(run, common)
+    trained = Trained(run, common)
     trained.check_out(out)
-    x, context = trained.examples(source, options, screen, n)
+    x, context = trained.examples(source, options, n)
     with torch.no_grad():
         again = trained.model.reconstruct(x, context)
     if out.suffix == ".png" and trained.is_image:
@@ -314,7 +373,7 @@ def reconstruct(
     else:
         trained.write(again, out)
     error = float((again - x).abs().mean())
-    screen.result(
+    trained.screen.result(
         {"out": str(out), "n": len(x), "mean_absolute_error": error},
         f"{len(x)} reconstructions, mean absolute error {error:.4g}: {out}",
     )
@@ -342,21 +401,23 @@ def interpolate(
     """
     import torch
 
+    from musigma import context as contexts
+
     if pairs < 1 or steps < 2:
         raise ValueError(f"pairs, steps: expected at least 1 and 2; got {pairs} and {steps}")
-    screen, trained = Screen(common), Trained(run, common)
+    trained = Trained(run, common)
     trained.check_out(out)
-    x, context = trained.examples(source, options, screen, 2 * pairs)
+    x, context = trained.examples(source, options, 2 * pairs)
     if len(x) < 2:
         raise ValueError(
             f"data: {source} holds {len(x)} examples; an interpolation needs two, so give more"
         )
     n = len(x) // 2 * 2
-    ends = (None, None) if context is None else (context[:n:2], context[1:n:2])
+    ends = (contexts.rows(context, slice(first, n, 2)) for first in (0, 1))
     with torch.no_grad():
         rows = trained.model.interpolate(x[:n:2], x[1:n:2], steps, *ends, path=path)
     trained.write_rows(rows, out)
-    screen.result(
+    trained.screen.result(
         {"out": str(out), "pairs": len(rows), "steps": steps},
         f"{len(rows)} interpolations: {out}",
     )

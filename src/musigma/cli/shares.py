@@ -9,53 +9,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from musigma.processes import Processes
 
+Progress = Callable[[int, int], None]
 
-def shard_path(out: Path, processes: Processes) -> Path:
-    """The file of one process of several; of a single process, the file itself.
+
+@dataclass(frozen=True)
+class Share:
+    """The rows that one process works on, of n rows in whole batches.
 
     >>> from musigma.processes import Processes
-    >>> shard_path(Path("scores.csv"), Processes(2, 4)).name
+    >>> [Share(Processes(rank, 3), 10, 4).rows for rank in range(3)]
+    [range(0, 4), range(4, 8), range(8, 10)]
+    >>> Share(Processes(2, 4), 10, 4).path(Path("scores.csv")).name
     'scores-00002-of-00004.csv'
     """
-    if processes.count == 1:
-        return out
-    number = f"{processes.rank:05}-of-{processes.count:05}"
-    return out.with_name(f"{out.stem}-{number}{out.suffix}")
 
+    processes: Processes
+    n: int
+    batch_size: int
 
-def rows_of(processes: Processes, n: int, batch_size: int) -> range:
-    """The rows of one process, of n rows in whole batches.
+    @property
+    def rows(self) -> range:
+        """The numbers of the rows."""
+        batches = self.processes.share(math.ceil(self.n / self.batch_size))
+        start, stop = (min(i * self.batch_size, self.n) for i in (batches.start, batches.stop))
+        return range(start, stop)
 
-    >>> from musigma.processes import Processes
-    >>> [rows_of(Processes(rank, 3), 10, 4) for rank in range(3)]
-    [range(0, 4), range(4, 8), range(8, 10)]
-    """
-    batches = processes.share(math.ceil(n / batch_size))
-    return range(min(batches.start * batch_size, n), min(batches.stop * batch_size, n))
+    def path(self, out: Path) -> Path:
+        """The file of this process; of a single process, the file itself."""
+        rank, count = self.processes.rank, self.processes.count
+        name = f"{out.stem}-{rank:05}-of-{count:05}{out.suffix}"
+        return out if count == 1 else out.with_name(name)
 
+    def progress(self, report: Progress | None) -> Progress | None:
+        """Progress through all rows, reported as progress through these."""
+        return report and (lambda done, _: report(done - self.rows.start, len(self.rows)))
 
-def share_fields(processes: Processes) -> dict[str, int]:
-    """What the JSON answer of one process of several says about its share."""
-    if processes.count == 1:
-        return {}
-    return {"process": processes.rank, "processes": processes.count}
+    @property
+    def fields(self) -> dict[str, int]:
+        """What a JSON answer says about the share; nothing if it is everything."""
+        process = {"process": self.processes.rank, "processes": self.processes.count}
+        return {} if self.processes.count == 1 else process
 
-
-def share_text(processes: Processes) -> str:
-    """The same for people."""
-    if processes.count == 1:
-        return ""
-    return f", the share of process {processes.rank} of {processes.count}"
-
-
-def share_progress(
-    progress: Callable[[int, int], None] | None, rows: range
-) -> Callable[[int, int], None] | None:
-    """Progress through all rows, as progress through those of one process."""
-    return progress and (lambda done, _: progress(done - rows.start, len(rows)))
+    def __str__(self) -> str:
+        rank, count = self.processes.rank, self.processes.count
+        return "" if count == 1 else f", the share of process {rank} of {count}"

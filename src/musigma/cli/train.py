@@ -46,7 +46,7 @@ from musigma.cli.options import (
 from musigma.cli.runs import RunFolder, clear, decided_by_main, refuse_other_run
 from musigma.cli.screen import Screen, figure_text
 from musigma.cli.threads import Threads
-from musigma.cli.trained import Trained, as_array, read_data, register_plugin
+from musigma.cli.trained import Trained, as_array, portable, read_data, register_plugin
 from musigma.training import TrainConfig, fit, join, leave, saved_state
 from musigma.zoo import ARCHITECTURES, build
 
@@ -73,32 +73,72 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Treatment:
-    """How the training data are prepared.
+class TrainingData:
+    """How the training data are read and prepared.
 
     Args:
         size: Resize images to this size: 32, or 48x64 (height x width).
+        given: What each example is given with, to condition the model on it: `label`, a column of
+            the table or a pattern of columns ('x_*'), or a file or folder with a row or image for
+            each example. May be given several times.
         bits: Bits of each channel of an image, 1 to 8.
         binarize: Make images black and white: at a threshold, or by a new draw at each step.
-        conditional: Condition the model on the labels of the data.
+        conditional: Short for `--given label`.
         reading: How data are read.
     """
 
     size: Annotated[str | None, Parameter(group=FIRST)] = None
+    given: Annotated[tuple[str, ...], Parameter(group=FIRST)] = ()
     bits: int = 8
     binarize: Literal["threshold", "dynamic"] | None = None
     conditional: bool = False
     reading: Annotated[Reading, Parameter(name="*")] = Reading()
 
     @property
+    def context(self) -> tuple[str, ...]:
+        """The items of `--given`, that of `--conditional` among them."""
+        label = ("label",) if self.conditional and "label" not in self.given else ()
+        return (*self.given, *label)
+
+    @property
     def preprocess(self) -> data.Preprocess:
-        """The same, for the library."""
-        return data.Preprocess(size=image_size(self.size), bits=self.bits, binarize=self.binarize)
+        """The preprocessing of the library."""
+        size = image_size(self.size)
+        return data.Preprocess(size=size, bits=self.bits, binarize=self.binarize)
+
+    def read(self, source: str, screen: Screen) -> data.Dataset:
+        """The data set."""
+        return read_data(source, self.preprocess, self.reading, screen, given=self.context)
+
+    def to_json(self, source: str) -> dict[str, Any]:
+        """What config.json says about it; paths are absolute."""
+        return {
+            "source": data.identity(source),
+            "preprocess": self.preprocess.to_json(),
+            **dataclasses.asdict(self.reading),
+            "given": [portable(item) for item in self.context],
+        }
+
+    @classmethod
+    def from_json(cls, about: Mapping[str, Any]) -> TrainingData:
+        """What `to_json` wrote."""
+        preprocess = data.Preprocess.from_json(about.get("preprocess", {}))
+        size = preprocess.size
+        sides = (size,) if isinstance(size, int) else size or ()
+        return cls(
+            size="x".join(map(str, sides)) or None,
+            bits=preprocess.bits,
+            binarize=preprocess.binarize,
+            given=tuple(about.get("given", ())),
+            reading=Reading(
+                skip_bad=about.get("skip_bad", False), in_memory=about.get("in_memory")
+            ),
+        )
 
 
 SHARED = {
     "config": (TrainConfig(), TrainOptions),
-    "treatment": (Treatment(), Annotated[Treatment, Parameter(name="*", group=DATA)]),
+    "reading": (TrainingData(), Annotated[TrainingData, Parameter(name="*", group=DATA)]),
     "folder": (RunFolder(), Annotated[RunFolder, Parameter(name="*", group=OUTPUT)]),
     "common": (Common(), with_headings(Common, {FIRST: ("device",), BUDGET: ("seed",)}, ALWAYS)),
 }
@@ -121,7 +161,7 @@ def add_architecture(name: str) -> None:
     help_of = {p.arg_name: p.description or "" for p in doc.params}
     taken = {
         f.name
-        for kind in (TrainConfig, Treatment, RunFolder, Common)
+        for kind in (TrainConfig, TrainingData, RunFolder, Common)
         for f in dataclasses.fields(kind)
     }
     parameters = [inspect.Parameter("source", _POSITIONAL, annotation=Source)]
@@ -210,9 +250,7 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
         raise ValueError(f"seed: the run began with {config.seed} and keeps it; leave --seed out")
     common = dataclasses.replace(common, seed=config.seed)
     screen = Screen(common)
-    preprocess = data.Preprocess.from_json(about["preprocess"])
-    reading = Reading(skip_bad=about["skip_bad"], in_memory=about.get("in_memory"))
-    found = read_data(source or about["source"], preprocess, reading, screen)
+    found = TrainingData.from_json(about).read(source or about["source"], screen)
     if len(found) != about["n"] or list(found.shape) != about["shape"]:
         raise ValueError(
             f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
@@ -233,21 +271,28 @@ def finetune(
     start: Run,
     source: Source,
     *,
-    folder: Annotated[RunFolder, Parameter(name="*", group=OUTPUT)] = RunFolder(),
+    given: Annotated[tuple[str, ...], Parameter(group=DATA)] = (),
     reading: Annotated[Reading, Parameter(name="*", group=DATA)] = Reading(),
+    folder: Annotated[RunFolder, Parameter(name="*", group=OUTPUT)] = RunFolder(),
     config: TrainOptions = TrainConfig(),
     common: CommonOptions = Common(),
 ) -> None:
-    """Train a model further, on other data or with another objective, as a new run."""
+    """Train a model further, on other data or with another objective, as a new run.
+
+    Args:
+        given: What each example is given with, if the model is conditioned on it, as in `train`.
+            By default as in its own training.
+    """
     trained = Trained(start, common)
-    preprocess = data.Preprocess.from_json(trained.about_data.get("preprocess", {}))
     processes, name = join(common.device), trained.model.config["architecture"]
     out, _ = decided_by_main(processes, lambda: folder.choose(name, source))
     screen = Screen(common)
-    found = trained.data(source, DataOptions(split="all", reading=reading), screen)
+    options = DataOptions(split="all", reading=reading, given=given)
+    found = trained.data(source, options)
+    about = TrainingData.from_json(trained.about_data)
+    about = dataclasses.replace(about, given=trained.given, reading=reading).to_json(source)
     kept = {name: trained.extra[name] for name in ("foreign",) if name in trained.extra}
-    config = _with_seed(config, common)
-    _begin(trained.model, found, source, preprocess, reading, config, out, screen, kept)
+    _begin(trained.model, found, about, _with_seed(config, common), out, screen, kept)
 
 
 def train(
@@ -256,7 +301,7 @@ def train(
     options: dict[str, Any],
     *,
     config: TrainConfig,
-    treatment: Treatment,
+    reading: TrainingData,
     folder: RunFolder,
     common: Common,
 ) -> None:
@@ -268,28 +313,19 @@ def train(
     out, there = decided_by_main(processes, lambda: folder.choose(name, source))
     if there:
         defaults = {p.name: p.default for p in builder_options(name)}
-        given = {
-            "ARCH": name,
-            "DATA": data.identity(source),
-            **defaults,
-            **options,
-            **treatment.preprocess.to_json(),
-            "skip_bad": treatment.reading.skip_bad,
-            "conditional": treatment.conditional,
-            **dataclasses.asdict(config),
+        now = {
+            "model": {"architecture": name, "options": options},
+            "data": reading.to_json(source),
+            "train": dataclasses.asdict(config),
         }
-        decided_by_main(processes, lambda: refuse_other_run(out, given, defaults))
+        decided_by_main(processes, lambda: refuse_other_run(out, now, defaults))
         continue_run(out, common, source)
         return
-    found = read_data(source, treatment.preprocess, treatment.reading, screen)
-    if treatment.conditional and found.labels is None:
-        raise ValueError(
-            f"conditional: {source} has no labels; put images into class folders, or name a "
-            "table's last column 'label'"
-        )
+    found = reading.read(source, screen)
+    chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
     torch.manual_seed(config.seed)
-    model = build(name, found.spec(["label"] if treatment.conditional else []), **options)
-    _begin(model, found, source, treatment.preprocess, treatment.reading, config, out, screen)
+    model = build(name, found.spec(chosen), **options)
+    _begin(model, found, reading.to_json(source), config, out, screen)
 
 
 def _with_seed(config: TrainConfig, common: Common) -> TrainConfig:
@@ -300,15 +336,16 @@ def _with_seed(config: TrainConfig, common: Common) -> TrainConfig:
 def _begin(
     model: Any,
     found: data.Dataset,
-    source: str,
-    preprocess: data.Preprocess,
-    reading: Reading,
+    about: Mapping[str, Any],
     config: TrainConfig,
     out: Path,
     screen: Screen,
     kept: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the configuration of a new run and train it; checkpoints will contain `kept`."""
+    """Write the configuration of a new run, with `about` its data, and train it.
+
+    Checkpoints will contain `kept`.
+    """
     from musigma.training import check_run
 
     described = data.describe(found)
@@ -316,9 +353,7 @@ def _begin(
         "model": model.config,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "data": {
-            "source": data.identity(source),
-            "preprocess": preprocess.to_json(),
-            **dataclasses.asdict(reading),
+            **about,
             **{k: described[k] for k in ("n", "shape", "bits")},
             "label_names": list(found.label_names),
             "digest": data.digest(found),
@@ -409,8 +444,8 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
     except (ValueError, RuntimeError) as error:  # matplotlib is missing, or weights diverged
         pictures = []
         screen.note(f"not all pictures could be drawn: {error}")
-    flow = set(trained.model.latents()) == set(trained.model.variables())
-    mode = "" if flow else " --mode"
+    how = "" if trained.model.is_flow else " --mode"
+    how += " --given FILE" if trained.needs_given else ""
     screen.result(
         {
             "run": str(out),
@@ -424,7 +459,7 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
             "pictures": pictures,
         },
         f"{figure_text(figure)}\nrun: {out}\npictures: {', '.join(pictures) or 'none'}\n"
-        f"next: musigma sample {shlex.quote(str(out))} --n 64{mode} --out samples.png",
+        f"next: musigma sample {shlex.quote(str(out))} --n 64{how} --out samples.png",
     )
 
 
@@ -432,13 +467,18 @@ def draw(trained: Trained, held_out: data.Dataset, folder: Path) -> list[str]:
     """Samples, reconstructions and interpolations as pictures, where they can be drawn."""
     import numpy as np
 
+    from musigma import context as contexts
     from musigma.evaluation import batch
     from musigma.report import figures
 
     model = trained.model
     folder.mkdir(exist_ok=True)
     x, context = batch(held_out, np.arange(min(16, len(held_out))), model)
-    samples = model.sample(64, trained.context(64, None), mode=True)
+    if trained.needs_given:  # take the context of held-out examples
+        by = batch(held_out, np.arange(64) % len(held_out), model)[1]
+    else:
+        by = trained.context(64)
+    samples = model.sample(64, by, mode=True)
     paths = [folder / f"{name}.png" for name in ("samples", "reconstructions", "interpolations")]
     if not trained.is_image:
         if trained.shape != (2,):
@@ -452,7 +492,7 @@ def draw(trained: Trained, held_out: data.Dataset, folder: Path) -> list[str]:
     n = len(x) // 2 * 2
     if not n:
         return [str(path) for path in paths[:2]]
-    ends = (None, None) if context is None else (context[:n:2], context[1:n:2])
+    ends = (contexts.rows(context, slice(first, n, 2)) for first in (0, 1))
     with torch.no_grad():
         walks = model.interpolate(x[:n:2], x[1:n:2], 9, *ends)
     trained.write_rows(walks, paths[2])

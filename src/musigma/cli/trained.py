@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from musigma.context import Context
     from musigma.data import Dataset, Preprocess
-    from musigma.spec import Spec
+    from musigma.spec import Spec, Variable
 
 TABLES = (".csv", ".parquet")
 
@@ -30,7 +31,8 @@ def read_data(
     reading: Reading,
     screen: Screen,
     *,
-    allow_constant: bool = False,
+    given: Sequence[str] = (),
+    **how: Any,
 ) -> Dataset:
     """Read a data set, with progress, and print what was left out and what else is of note."""
     from musigma import data
@@ -41,8 +43,9 @@ def read_data(
             preprocess=preprocess,
             skip_bad=reading.skip_bad,
             in_memory=reading.in_memory,
-            allow_constant=allow_constant,
             progress=progress,
+            given=given,
+            **how,
         )
     for name, reason in found.skipped.items():
         screen.note(f"left out: {name} {reason}")
@@ -57,8 +60,10 @@ class Trained:
     Attributes:
         model: The model, on the device that was asked for, in evaluation mode.
         extra: What else the checkpoint holds.
+        screen: Where the command prints.
         folder: The run folder; None for a checkpoint file.
         part: The part of the data that `data` returned last.
+        given: What those data were given with: items of `--given`.
 
     Raises:
         ValueError: If there is no such run, or the device or the plugin cannot be used.
@@ -73,6 +78,7 @@ class Trained:
         register_plugin(common)
         path = Path(run)
         self.folder, self.part = path if path.is_dir() else None, "all"
+        self.given: tuple[str, ...] = ()
         if self.folder and not (path / "model.safetensors").is_file():
             raise ValueError(
                 f"RUN: the folder {run} holds no model.safetensors; train a model into it first"
@@ -84,7 +90,7 @@ class Trained:
         self.path = path / "model.safetensors" if self.folder else path
         self.model, self.extra = checkpoint.read(self.path)
         self.model.to(self.device)
-        self.common = common
+        self.common, self.screen = common, Screen(common)
         torch.manual_seed(common.seed)
 
     @property
@@ -124,68 +130,160 @@ class Trained:
         """Number of levels of each element in a picture."""
         return 2 ** (self.bits or 8)
 
-    def data(
-        self, source: str, options: DataOptions, screen: Screen, label: str | None = None
-    ) -> Dataset:
+    def data(self, source: str, options: DataOptions, label: str | None = None) -> Dataset:
         """Data prepared as in training, of the part asked for; all of class `label` if given."""
-        import numpy as np
-
         from musigma import data
+        from musigma.data.attach import is_source
         from musigma.evaluation import check
 
         saved = self.about_data
         preprocess = data.Preprocess.from_json(saved.get("preprocess", {}))
         if options.size is not None:
             preprocess = dataclasses.replace(preprocess, size=image_size(options.size))
-        loaded = read_data(source, preprocess, options.reading, screen, allow_constant=True)
-        names = saved.get("label_names")
-        found = loaded
-        if label is not None:
-            classes = self._classes()
-            number = np.full(len(found), class_number(label, names or [], classes), np.int64)
-            known = tuple(names or map(str, range(classes)))
-            found = dataclasses.replace(found, labels=number, label_names=known)
+        here, there = data.identity(source), saved.get("source")
+        self.given = options.given or tuple(
+            item for item in saved.get("given", ()) if here == there or not is_source(item)
+        )
+        loaded = read_data(
+            source,
+            preprocess,
+            options.reading,
+            self.screen,
+            given=[item for item in self.given if item != "label" or label is None],
+            columns=self.spec.columns or None,
+            channels=3 if self.is_image and self.shape[0] == 3 else None,
+            allow_constant=True,
+        )
+        found = loaded if label is None else self._labelled(loaded, label)
         check(self.model, found)
         same = data.digest(loaded) == saved.get("digest")
-        here, there = data.identity(source), saved.get("source")
         seen = same or (there is not None and Path(here).is_relative_to(there))
         if here == there and not same and saved.get("digest"):
-            screen.note(f"{source} has changed since this model was trained on it")
+            self.screen.note(f"{source} has changed since this model was trained on it")
         self.part = options.split or ("held-out" if seen else "all")
         return found.split(self.part)
 
     def examples(
-        self,
-        source: str,
-        options: DataOptions,
-        screen: Screen,
-        n: int,
-        label: str | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, source: str, options: DataOptions, n: int, label: str | None = None
+    ) -> tuple[Tensor, Context]:
         """The first n examples of the data, with their context."""
         import numpy as np
 
         from musigma.evaluation import batch
 
         at_least_one(n=n)
-        found = self.data(source, options, screen, label)
+        found = self.data(source, options, label)
         return batch(found, np.arange(min(n, len(found))), self.model, seed=self.common.seed)
 
-    def context(self, n: int, label: str | None) -> Tensor | None:
-        """One-hot rows for n samples of a class, or of all classes in turn; None without any."""
+    def context(self, n: int, label: str | None = None, given: Sequence[str] = ()) -> Context:
+        """What to generate by: n rows of a class, or n for each row of the files in `given`.
+
+        Args:
+            n: Number of rows, or of copies of each row.
+            label: Class by name or number. By default all classes in turn.
+            given: Files with a row for each example to generate.
+
+        Raises:
+            ValueError: If the model is conditioned on something that is not given, or on nothing.
+        """
+        from musigma import context as contexts
+
+        if given:
+            return contexts.repeat(self._rows(given, label), n)
+        if not self.spec.context and label is None:
+            return None
+        if self.needs_given:
+            names = ", ".join(v.name for v in self.spec.context)
+            raise ValueError(
+                f"given: the model is conditioned on {names}; give the rows to generate by "
+                "(--given FILE)"
+            )
+        return self.class_rows(n, label)
+
+    @property
+    def class_variable(self) -> Variable | None:
+        """The classes that `--label` chooses from, if the model is conditioned on any."""
+        variables = self.spec.context
+        classes = (
+            v for v in variables if v.classes and (v.name == "label" or len(variables) == 1)
+        )
+        return next(classes, None)
+
+    @property
+    def needs_given(self) -> bool:
+        """Whether samples need rows of `--given`: the context is more than the class."""
+        return any(v is not self.class_variable for v in self.spec.context)
+
+    def class_rows(self, n: int, label: str | None) -> Tensor:
+        """One-hot rows of a class, or of all classes in turn."""
         import torch
 
-        from musigma.evaluation import context_size
-
-        if label is None and not context_size(self.model):
-            return None
-        classes = self._classes()
+        variable = self._classes()
         if label is None:
-            which = torch.arange(n) % classes
+            which = torch.arange(n) % variable.classes
         else:
-            names = self.about_data.get("label_names") or []
-            which = torch.full((n,), class_number(label, names, classes))
-        return torch.nn.functional.one_hot(which, classes).to(self.device, self.dtype)
+            which = torch.full((n,), class_number(label, variable.names, variable.classes))
+        return torch.nn.functional.one_hot(which, variable.classes).to(self.device, self.dtype)
+
+    def _classes(self) -> Variable:
+        if self.class_variable is None:
+            raise ValueError("label: this model is not conditioned on classes; leave it out")
+        return self.class_variable
+
+    def _rows(self, given: Sequence[str], label: str | None) -> Context:
+        """The context in files, as the model takes it."""
+        import numpy as np
+
+        from musigma import data
+        from musigma.evaluation import batch, check
+
+        if not self.spec.context:
+            raise ValueError("given: the model is not conditioned on anything; leave it out")
+        wanted = [v for v in self.spec.context if v.name != "label" or label is None]
+        rows = data.given_rows(given, wanted)
+        n = len(next(iter(rows.values())))
+        blank = np.zeros((1, *self.shape), np.float32 if self.bits is None else np.uint8)
+        preprocess = data.Preprocess.from_json(self.about_data.get("preprocess", {}))
+        found = data.Dataset(
+            np.broadcast_to(blank, (n, *self.shape)), name="--given", preprocess=preprocess
+        )
+        found = dataclasses.replace(found, given=rows)
+        if label is not None:
+            found = self._labelled(found, label)
+        check(self.model, found)
+        return batch(found, np.arange(n), self.model)[1]
+
+    def _labelled(self, found: Dataset, label: str) -> Dataset:
+        """Data whose examples are all of one class."""
+        import numpy as np
+
+        variable = self._classes()
+        number = class_number(label, variable.names, variable.classes)
+        names = variable.names or tuple(map(str, range(variable.classes)))
+        labels = np.full(len(found), number, np.int64)
+        return dataclasses.replace(found, labels=labels, label_names=names)
+
+    def blank_context(self, n: int) -> Context:
+        """A context of n rows of zeros."""
+        import torch
+
+        context = {
+            v.name: torch.zeros(n, *v.shape, dtype=self.dtype, device=self.device)
+            for v in self.spec.context
+        }
+        return self.as_context(context)
+
+    def named_context(self, context: Context) -> Mapping[str, Tensor]:
+        """A context by the names of its variables."""
+        if len(self.spec.context) > 1:
+            return context  # pyright: ignore[reportReturnType]
+        return {v.name: context for v in self.spec.context}  # pyright: ignore[reportReturnType]
+
+    def as_context(self, named: Mapping[str, Tensor]) -> Context:
+        """A context by the names of its variables as the model takes it."""
+        if len(self.spec.context) > 1:
+            return named
+        return next(iter(named.values()), None)
 
     def latents(self) -> list[Tensor]:
         """The latents of no examples, top first: tensors of shapes (0, *s)."""
@@ -193,16 +291,7 @@ class Trained:
 
         blank = torch.zeros(1, *self.shape, dtype=self.dtype, device=self.device)
         with torch.no_grad():
-            return [z[:0] for z in self.model.encode(blank, self.context(1, None))]
-
-    def _classes(self) -> int:
-        """The number of classes that the model is conditioned on."""
-        from musigma.evaluation import context_size
-
-        classes = context_size(self.model)
-        if not classes:
-            raise ValueError("label: this model is not conditioned on classes; leave it out")
-        return classes
+            return [z[:0] for z in self.model.encode(blank, self.blank_context(1))]
 
     def check_out(self, out: Path) -> None:
         """Refuse a file that `write` could not write, before anything is computed for it."""
@@ -257,6 +346,14 @@ class Trained:
     def column_names(self) -> list[str]:
         """Names of the elements of a vector: those of the table that the model was trained on."""
         return list(self.spec.columns) or [f"x{i}" for i in range(self.shape[0])]
+
+
+def portable(item: str) -> str:
+    """An item of `--given` that does not depend on the working directory."""
+    from musigma import data
+    from musigma.data.attach import is_source
+
+    return data.identity(item) if item != "label" and is_source(item) else item
 
 
 def register_plugin(common: Common) -> None:
