@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from musigma.objectives import OBJECTIVES
 from musigma.zoo import ARCHITECTURES, architecture
 
-__all__ = ["PluginError", "load", "register_architecture"]
+__all__ = ["PluginError", "load", "register"]
 
 
 class PluginError(ValueError):
@@ -55,23 +55,36 @@ def load(target: str, *, argument: str = "plugin") -> Any:
     return value
 
 
-def register_architecture(target: str) -> str:
+def register(target: str) -> str:
     """Make the builder that FILE.py:NAME stands for an architecture; returns its name.
+
+    An objective that the file registers (`musigma.objectives.objective`) needs nothing further.
 
     Raises:
         PluginError: As `load`, or if NAME is an architecture already or not a builder.
     """
     place, _, name = target.rpartition(":")
-    if name in ARCHITECTURES and _source(ARCHITECTURES[name]) == str(Path(place).resolve()):
+    key = str(Path(place).resolve()), name
+    if key in _REGISTERED and (name in ARCHITECTURES or _objective_name(name) in OBJECTIVES):
         return name  # this process has executed the file already
-    builder: Any = load(target)
-    if not callable(builder):
-        raise PluginError(f"plugin: expected a function; {name!r} of {place} is {builder!r}")
-    if ARCHITECTURES.get(name) is not builder:  # @musigma.architecture registers it by itself
+    value: Any = load(target)
+    if not callable(value):
+        raise PluginError(f"plugin: expected a function; {name!r} of {place} is {value!r}")
+    is_objective = OBJECTIVES.get(_objective_name(name)) is value
+    if not is_objective and ARCHITECTURES.get(name) is not value:
         if name in ARCHITECTURES:
             raise PluginError(f"plugin: the zoo has a {name!r} already; rename the function")
-        architecture(builder)  # pyright: ignore[reportArgumentType]
+        architecture(value)  # pyright: ignore[reportArgumentType]
+    _REGISTERED.add(key)
     return name
+
+
+_REGISTERED: set[tuple[str, str]] = set()
+"""Files, with the names in them, that this process has registered."""
+
+
+def _objective_name(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _import(name: str) -> ModuleType:
@@ -99,7 +112,3 @@ def _run(path: Path) -> ModuleType:
 
 def _defined_in(value: Any, module: ModuleType) -> bool:
     return getattr(value, "__module__", None) == module.__name__
-
-
-def _source(function: Any) -> str:
-    return inspect.unwrap(function).__code__.co_filename

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if words[:1] == ["train"]:
+        if words[:1] in (["train"], ["finetune"]):
             from musigma.cli.train import prepare_words
 
             words = prepare_words(words)

@@ -83,7 +83,8 @@ class Common:
             GPU if there is one.
         seed: Random seed.
         json: Print one JSON document on standard output, and nothing else.
-        plugin: FILE.py:NAME of an architecture that is not built in. The file is executed.
+        plugin: FILE.py:NAME of an architecture or an objective that is not built in. The file is
+            executed.
         debug: Show the traceback of an error.
     """
 

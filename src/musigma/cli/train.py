@@ -46,7 +46,8 @@ from musigma.cli.options import (
 from musigma.cli.runs import RunFolder, clear, decided_by_main, refuse_other_run
 from musigma.cli.screen import Screen, figure_text
 from musigma.cli.threads import Threads
-from musigma.cli.trained import Trained, as_array, portable, read_data, register_plugin
+from musigma.cli.trained import Trained, as_array, portable, read_data
+from musigma.objectives import OBJECTIVES
 from musigma.training import TrainConfig, fit, join, leave, saved_state
 from musigma.zoo import ARCHITECTURES, build
 
@@ -60,7 +61,7 @@ else:
         TrainConfig,
         {
             FIRST: ("minutes",),
-            OBJECTIVE: ("beta", "kl_warmup", "free_bits", "k"),
+            OBJECTIVE: ("objective", "beta", "kl_warmup", "free_bits", "k"),
             HARDWARE: (
                 *("precision", "fast", "memory", "memory_budget", "accumulate", "shard"),
                 "workers",
@@ -136,6 +137,8 @@ class TrainingData:
         )
 
 
+PARTS: tuple[data.Part, ...] = ("train", "validation", "held-out")
+
 SHARED = {
     "config": (TrainConfig(), TrainOptions),
     "reading": (TrainingData(), Annotated[TrainingData, Parameter(name="*", group=DATA)]),
@@ -196,11 +199,19 @@ _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def prepare_words(words: list[str]) -> list[str]:
-    """Add a command for every architecture; a FILE.py:NAME among the words becomes its name."""
-    if len(words) > 1 and ".py:" in words[1]:
-        from musigma import plugins
+    """Make known what the words name before they are parsed: architectures and plugins.
 
-        words = [words[0], plugins.register_architecture(words[1]), *words[2:]]
+    A FILE.py:NAME in place of an architecture becomes its name.
+    """
+    from musigma import plugins
+
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word == "--plugin":
+            plugins.register(after)
+    if words[0] != "train":
+        return words
+    if len(words) > 1 and ".py:" in words[1]:
+        words = [words[0], plugins.register(words[1]), *words[2:]]
     elif len(words) > 1 and not words[1].startswith("-") and words[1] not in ARCHITECTURES:
         build(words[1], ())  # raises, and suggests the nearest
     for name in ARCHITECTURES:
@@ -224,7 +235,6 @@ def resume_training(
         raise ValueError(
             "train: give an architecture and data, `musigma train ARCH DATA`, or --resume RUN"
         )
-    register_plugin(common)
     continue_run(resume, common)
 
 
@@ -236,15 +246,19 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
         saved_state(folder)
     try:
         saved = json.loads((folder / "config.json").read_text())
-        about, config = saved["data"], TrainConfig(**saved["train"])
-        name, _ = saved["model"]["architecture"], saved["model"]["options"]
+        name, about = saved["model"]["architecture"], saved["data"]
+        if (objective := saved["train"].get("objective")) in (None, *OBJECTIVES):
+            config = TrainConfig(**saved["train"])
+        else:
+            config = None
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"resume: {folder} holds no readable config.json ({reason})") from error
-    if name not in ARCHITECTURES:
+    if config is None or name not in ARCHITECTURES:
+        kind, name = ("architecture", name) if config else ("objective", objective)
         raise ValueError(
-            f"resume: {folder} has the architecture {name!r}, which is not in the zoo; give the "
-            f"file that defines it (--plugin FILE.py:{name})"
+            f"resume: {folder} has the {kind} {name!r}, which is not built in; give the file that "
+            f"defines it (--plugin FILE.py:{name.replace('-', '_')})"
         )
     if common.seed not in (Common().seed, config.seed):
         raise ValueError(f"seed: the run began with {config.seed} and keeps it; leave --seed out")
@@ -357,7 +371,7 @@ def _begin(
             **{k: described[k] for k in ("n", "shape", "bits")},
             "label_names": list(found.label_names),
             "digest": data.digest(found),
-            **{part: len(found.split(part)) for part in ("train", "validation", "held-out")},
+            **{part: len(found.split(part)) for part in PARTS},
         },
         "train": dataclasses.asdict(config),
         "kept": dict(kept or {}),
@@ -397,20 +411,20 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
 
     common = screen.common
     parameters = sum(p.numel() for p in model.parameters())
-    training, validation = found.split("train"), found.split("validation")
-    screen.note(
-        f"{saved['model']['architecture']} with {parameters:,} parameters on {len(training):,} "
-        f"examples of shape {'x'.join(map(str, found.shape))} from {found.name}"
-    )
-    notes = {"notes": list(found.notes), "left_out": list(found.skipped)}
+    parts = {part: found.split(part) for part in PARTS}
+    for line in data.summary(found, parts):
+        screen.note(line)
+    screen.note(f"{saved['model']['architecture']} with {parameters:,} parameters")
+    about = {"notes": list(found.notes), "left_out": list(found.skipped)}
+    about |= {"data": data.describe(found, parts)}
     processes = current_processes()
     if processes.is_main:
         write_json(out / "config.json", saved)
     with Dashboard(screen) as watch:
         done = fit(
             model,
-            training,
-            validation,
+            parts["train"],
+            parts["validation"],
             config,
             out,
             extra={"data": saved["data"], **saved.get("kept", {})},
@@ -423,13 +437,13 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
     if not done.finished:
         command = f"musigma train --resume {shlex.quote(str(out))}"
         screen.note(f"stopped after {done.steps:,} steps; continue with: {command}")
-        screen.result({"run": str(out), "steps": done.steps, "finished": False, **notes})
+        screen.result({"run": str(out), "steps": done.steps, "finished": False, **about})
         leave()
         if done.signal:
             sys.exit(128 + done.signal)
         return
     trained = Trained(str(out), common)
-    held_out = found.split("held-out")
+    held_out = parts["held-out"]
     with screen.progress("evaluating") as progress:
         figure = evaluate(
             trained.model, held_out, seed=common.seed, progress=progress, processes=processes
@@ -454,7 +468,7 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
             "seconds": done.seconds,
             "skipped": done.skipped,
             "parameters": parameters,
-            **notes,
+            **about,
             "evaluation": figure,
             "pictures": pictures,
         },

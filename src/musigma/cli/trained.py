@@ -26,32 +26,20 @@ TABLES = (".csv", ".parquet")
 
 
 def read_data(
-    source: str,
-    preprocess: Preprocess,
-    reading: Reading,
-    screen: Screen,
-    *,
-    given: Sequence[str] = (),
-    **how: Any,
+    source: str, preprocess: Preprocess, reading: Reading, screen: Screen, **how: Any
 ) -> Dataset:
-    """Read a data set, with progress, and print what was left out and what else is of note."""
+    """Read a data set with a progress bar; `how` is as `musigma.data.load` takes it."""
     from musigma import data
 
     with screen.progress("reading") as progress:
-        found = data.load(
+        return data.load(
             source,
             preprocess=preprocess,
             skip_bad=reading.skip_bad,
             in_memory=reading.in_memory,
             progress=progress,
-            given=given,
             **how,
         )
-    for name, reason in found.skipped.items():
-        screen.note(f"left out: {name} {reason}")
-    for note in found.notes:
-        screen.note(note)
-    return found
 
 
 class Trained:
@@ -75,7 +63,10 @@ class Trained:
         from musigma import checkpoint
 
         self.device = device_named(common.device)
-        register_plugin(common)
+        if common.plugin:
+            from musigma import plugins
+
+            plugins.register(common.plugin)
         path = Path(run)
         self.folder, self.part = path if path.is_dir() else None, "all"
         self.given: tuple[str, ...] = ()
@@ -154,6 +145,10 @@ class Trained:
             channels=3 if self.is_image and self.shape[0] == 3 else None,
             allow_constant=True,
         )
+        for name, reason in loaded.skipped.items():
+            self.screen.note(f"left out: {name} {reason}")
+        for note in loaded.notes:
+            self.screen.note(note)
         found = loaded if label is None else self._labelled(loaded, label)
         check(self.model, found)
         same = data.digest(loaded) == saved.get("digest")
@@ -354,14 +349,6 @@ def portable(item: str) -> str:
     from musigma.data.attach import is_source
 
     return data.identity(item) if item != "label" and is_source(item) else item
-
-
-def register_plugin(common: Common) -> None:
-    """Make the architecture of `--plugin` known."""
-    if common.plugin:
-        from musigma import plugins
-
-        plugins.register_architecture(common.plugin)
 
 
 def class_number(label: str, names: Sequence[str], classes: int) -> int:
