@@ -258,7 +258,7 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
         kind, name = ("architecture", name) if config else ("objective", objective)
         raise ValueError(
             f"resume: {folder} has the {kind} {name!r}, which is not built in; give the file that "
-            f"defines it (--plugin FILE.py:{name.replace('-', '_')})"
+            f"defines it (--plugin FILE.py:{str(name).replace('-', '_')})"
         )
     if common.seed not in (Common().seed, config.seed):
         raise ValueError(f"seed: the run began with {config.seed} and keeps it; leave --seed out")
