@@ -6,12 +6,24 @@ BIN := .venv/bin
 .PHONY: demo test
 
 demo: .venv/ready
-	OMP_WAIT_POLICY=passive $(BIN)/musigma train vae digits --minutes 1 --out demo/vae --overwrite
-	OMP_WAIT_POLICY=passive $(BIN)/musigma train glow digits --minutes 1.25 --out demo/glow --overwrite
-	@echo "On the test images that neither model has seen:"
-	@printf "  vae:  " && $(BIN)/musigma evaluate demo/vae digits --k 100
-	@printf "  glow: " && $(BIN)/musigma evaluate demo/glow digits --k 100
-	@$(BIN)/musigma report demo/vae demo/glow --out demo/index.html --title "musigma: digits"
+	@mkdir -p demo
+	$(BIN)/musigma train vae mnist-5k --conditional --binarize threshold --net mlp --latents 16 \
+	    --minutes 0.4 --patience 3 --out demo/vae --overwrite
+	$(BIN)/musigma train glow mnist-5k --conditional --hidden 64 --depth 6 --batch-size 32 \
+	    --minutes 1.5 --patience 3 --out demo/glow --overwrite
+	$(BIN)/python examples/demo/page.py table demo
+	$(BIN)/musigma train maf demo/tumours.csv --hidden 64 --depth 3 --ema 0.95 \
+	    --optimizer adamw --weight-decay 0.1 --epochs 60 --evaluations 20 --patience 3 \
+	    --out demo/tumours --overwrite
+	@$(BIN)/musigma score demo/tumours demo/tumours.csv --out demo/scores.csv
+	@$(BIN)/python examples/demo/page.py rows demo
+	@$(BIN)/python examples/demo/page.py audit demo
+	@$(BIN)/musigma compress demo/glow mnist-5k demo/digits.mus --split held-out --json \
+	    > demo/compress-glow.json
+	@$(BIN)/python examples/demo/page.py compression demo
+	@$(BIN)/musigma report demo/vae demo/glow demo/tumours --section demo/rows.json \
+	    --section demo/audit.json --section demo/compression.json --title "musigma: demo" \
+	    --out demo/index.html
 
 test: .venv/ready
 	$(BIN)/ruff check .

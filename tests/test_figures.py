@@ -339,6 +339,47 @@ def test_figures_of_continuous_data_are_in_nats(tmp_path):
     assert "reconstruct" not in page.text
 
 
+def test_a_page_takes_further_sections(tmp_path):
+    run, bad = make_run(tmp_path / "run"), "<i>&'\"</i>"
+    figures.grid(np.zeros((4, 1, 8, 8)), tmp_path / "grid.png")
+    file = tmp_path / "section.json"
+    table = {"head": ["file", bad], "rows": [["PNG", 117_024], [bad, 1.25]]}
+    section = {
+        "title": bad,
+        "text": [bad, "two"],
+        "tables": [table],
+        "pictures": {"grid.png": bad},
+    }
+    file.write_text(json.dumps(section))
+    page = Page(report.write(tmp_path / "page.html", [run], sections=[file]))
+    assert page.text.count("<i>&'\"") == 5
+    assert page.raw.count("<i>&") == 0
+    assert "117,024" in page.text
+    assert [image["alt"] for image in page.all("img")][-1] == bad
+    file.write_text('{"title": "alone"}')
+    assert "alone" in Page(report.write(tmp_path / "page.html", [run], sections=[file])).text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "sections: there is no file .*section.json"),
+        ("{", "sections: .*section.json: expected an object with title"),
+        ("[]", "expected an object with title"),
+        ('{"text": []}', "KeyError: 'title'"),
+        ('{"title": "a", "tables": [{"head": []}]}', "KeyError: 'rows'"),
+        ('{"title": "a", "pictures": {"absent.png": "b"}}', "absent.png"),
+    ],
+)
+def test_a_section_that_cannot_be_read_is_refused(tmp_path, text, message):
+    run, file = make_run(tmp_path / "run"), tmp_path / "section.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        report.write(tmp_path / "page.html", [run], sections=[file])
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_missing_files_are_left_out(tmp_path):
     run = make_run(tmp_path / "run", evaluation=None, ledger=None)
     page = Page(report.write(tmp_path / "page.html", [run]))

@@ -232,6 +232,7 @@ def report(
     *,
     out: Path = Path("report.html"),
     title: str = "musigma",
+    section: tuple[Path, ...] = (),
     common: CommonOptions = Common(),
 ) -> None:
     """Write an HTML page about runs: figures, curves, samples, reconstructions, ledgers.
@@ -240,10 +241,12 @@ def report(
         runs: Run folders.
         out: The .html file to write.
         title: Title of the page.
+        section: A .json file of a further section: an object with title, and text, tables and
+            pictures where there are any. May be given several times.
     """
     from musigma import report as page
 
     check_out(out, ".html")
-    page.write(out, runs, title=title)
+    page.write(out, runs, title=title, sections=section)
     answer = {"out": str(out), "runs": [str(run) for run in runs]}
     Screen(common).result(answer, f"report: {out.resolve()}")

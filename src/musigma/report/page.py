@@ -1,4 +1,7 @@
-"""A page of training runs: figures and where they come from, curves, pictures, next commands."""
+"""A page of runs: figures and where they come from, curves, pictures, next commands.
+
+Further sections, which other commands and scripts wrote as JSON, may follow the runs.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,13 @@ PANELS: dict[figures.Panel, str] = {
 TERMS = {"log_p": "−log p", "log_q": "log q", "log_det": "−log |det|", "kl": "KL"}
 
 
-def write(path: str | Path, runs: Sequence[str | Path], *, title: str = "musigma") -> Path:
+def write(
+    path: str | Path,
+    runs: Sequence[str | Path],
+    *,
+    title: str = "musigma",
+    sections: Sequence[str | Path] = (),
+) -> Path:
     """Write a page of runs.
 
     Each folder must hold ``config.json``. The page also shows ``evaluation.json``,
@@ -45,6 +54,8 @@ def write(path: str | Path, runs: Sequence[str | Path], *, title: str = "musigma
         path: The .html file.
         runs: Run folders, in the order of the page.
         title: Title of the page.
+        sections: JSON files of further sections, as `Section.read` takes them; they follow the
+            runs in this order.
 
     Returns:
         The path.
@@ -54,13 +65,14 @@ def write(path: str | Path, runs: Sequence[str | Path], *, title: str = "musigma
             damaged.
     """
     path = Path(path)
+    further = [Section.read(Path(section)) for section in sections]
     if not runs:
         raise ValueError("runs: expected at least one run folder; got none")
     found = [_read(Path(run)) for run in runs]
     names = Counter(run.name for run in found)
     for run in found:
         run.name = run.name if names[run.name] == 1 else str(run.path)
-    text = render("runs.html.jinja", title=title, runs=found)
+    text = render("runs.html.jinja", title=title, runs=found, sections=further)
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return path
@@ -115,6 +127,56 @@ class Picture(NamedTuple):
     dark: str | None
     width: int
     height: int
+
+
+class Table(NamedTuple):
+    """A table of texts and numbers."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+class Section(NamedTuple):
+    """A section of the page that is not a run."""
+
+    title: str
+    text: list[str]
+    tables: list[Table]
+    pictures: list[Picture]
+
+    @classmethod
+    def read(cls, path: Path) -> Section:
+        """A section from a JSON object.
+
+        Its keys are `title`, a text; `text`, a list of paragraphs; `tables`, a list of objects
+        with `head`, a list of names, and `rows`, a list of lists of texts and numbers; and
+        `pictures`, an object of PNG files, relative to the JSON file, and their captions. All but
+        `title` may be left out.
+
+        Raises:
+            ValueError: If the file is missing or holds anything else.
+        """
+        if not path.is_file():
+            raise ValueError(f"sections: there is no file {path}")
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            tables = [
+                Table(
+                    [str(name) for name in table["head"]],
+                    [list(map(_plain, r)) for r in table["rows"]],
+                )
+                for table in value.get("tables", [])
+            ]
+            files = {path.parent / name: alt for name, alt in value.get("pictures", {}).items()}
+            pictures = [_picture(file, str(alt), density=2) for file, alt in files.items()]
+            return cls(
+                str(value["title"]), list(map(str, value.get("text", []))), tables, pictures
+            )
+        except (AttributeError, KeyError, TypeError, OSError, ValueError) as error:
+            raise ValueError(
+                f"sections: {path}: expected an object with title, and text, tables and pictures "
+                f"where there are any; got {type(error).__name__}: {error}"
+            ) from error
 
 
 class Row(NamedTuple):

