@@ -180,6 +180,27 @@ def test_rows_of_a_file_are_matched_with_images(workdir, run):
     assert run(words)["bits_per_dim"] == figure["bits_per_dim"]
 
 
+def test_a_subset_whose_context_is_constant_is_scored(workdir, run):
+    rows = [{**row, "hair": "dark"} for row in read_table("attributes.csv")]
+    write_table("dark.csv", rows)
+    assert run("score rows photos --given dark.csv --given label --out s.csv")["n"] == N
+
+
+def test_classes_that_are_numbers_are_named_in_a_file(workdir, run):
+    for i, name in enumerate(("1", "10", "2")):
+        pixels = np.random.default_rng(i).integers(0, 256, (12, 8, 8, 3), np.uint8)
+        Path(f"numbers/{name}").mkdir(parents=True)
+        for j, image in enumerate(pixels):
+            Image.fromarray(image).save(f"numbers/{name}/{j}.png")
+    run(f"train glow numbers --conditional {GLOW} {QUICK} --out numbered")
+    write_table("classes.csv", [{"label": 10}, {"label": 2}])
+    words = "sample numbered --temperature 0 --mode"
+    run(f"{words} --given classes.csv --n 1 --out a.npy")
+    for i, name in enumerate(("10", "2")):
+        run(f"{words} --label {name} --n 1 --out b.npy")
+        np.testing.assert_allclose(np.load("a.npy")[i], np.load("b.npy")[0], atol=1)
+
+
 def test_every_command_works_with_a_context(workdir, run):
     run("score rows photos --out s.csv")
     run("direction rows photos --positive cat --out d.npz")

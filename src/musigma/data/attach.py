@@ -27,7 +27,13 @@ def is_source(item: str) -> bool:
     return is_url(item) or Path(item).suffix.lower() in READERS or Path(item).exists()
 
 
-def attach(dataset: Dataset, source: str | Path, *, columns: Sequence[str] = ()) -> Dataset:
+def attach(
+    dataset: Dataset,
+    source: str | Path,
+    *,
+    columns: Sequence[str] = (),
+    allow_constant: bool = False,
+) -> Dataset:
     """A data set with further context, from a file with a row for each example.
 
     Each column of a table is a variable: text becomes classes, numbers stay numbers. An array
@@ -40,13 +46,14 @@ def attach(dataset: Dataset, source: str | Path, *, columns: Sequence[str] = ())
         dataset: The data.
         source: A .csv, .tsv, .parquet, .npy or .npz file, or a folder of images.
         columns: The variables to take; by default all.
+        allow_constant: Accept constant variables, which a trained model can be given.
 
     Raises:
         DataError: If examples have no row, values are missing or constant, or names are taken;
             all faults are named.
     """
     request = Request(f"given: {source}")
-    found = _read(source, columns, request, constant=False)
+    found = _read(source, columns, request, constant=allow_constant)
     taken = sorted(set(found.variables) & {*dataset.given, *dataset.columns, "label"})
     if taken:
         raise DataError(f"{request.where}: the names {named(taken, 20)} are taken: give others")
@@ -76,7 +83,14 @@ def given_rows(sources: Iterable[str | Path], variables: Sequence[Variable]) -> 
     if len({len(value) for value in found.values()}) > 1:
         counts = ", ".join(f"{len(value)} of {name}" for name, value in found.items())
         raise DataError(f"given: the numbers of rows differ, {counts}: make them equal")
-    return found
+    return {v.name: _classes(found[v.name]) if v.classes else found[v.name] for v in variables}
+
+
+def _classes(given: Given) -> Given:
+    """A variable of classes, whose names may be numbers."""
+    if given.names or given.values.ndim != 1:
+        return given
+    return Given.of_text(np.array([f"{value:g}" for value in np.asarray(given.values)]))
 
 
 class _Rows(NamedTuple):

@@ -418,7 +418,7 @@ def load(
         rows = np.flatnonzero(found.usable)
         data = replace(data, ids=data.ids or tuple(map(str, range(len(data))))).subset(rows)
     for file in files:
-        data = attach(data, file)
+        data = attach(data, file, allow_constant=allow_constant)
     return data
 
 
