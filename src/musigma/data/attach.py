@@ -170,7 +170,7 @@ def _of_table(
     every = np.arange(len(table.values))
     for j, name in enumerate(table.names):
         cells = table.cells(j)
-        if name not in columns and names_rows(name, table.kinds[j], cells):
+        if name not in columns and names_rows(name, table.kinds[j], lambda cells=cells: cells):
             names[name] = cells
         if (columns and name not in columns) or name in names:
             continue

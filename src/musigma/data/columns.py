@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -60,6 +61,20 @@ def is_missing(cell: str) -> bool:
     [True, True, False]
     """
     return cell.strip().lower() in MISSING
+
+
+def plain_text(value: float) -> str:
+    """A number as text, with all of its digits."""
+    return f"{value:.17g}"
+
+
+def is_called_id(name: str) -> bool:
+    """Whether a name is usual for a column that names the rows.
+
+    >>> [is_called_id(name) for name in ("", "Unnamed: 0", "PassengerId", "row number", "paid")]
+    [True, True, True, True, False]
+    """
+    return bool(ID_NAME.fullmatch(name.lower()) or CAMEL_ID.fullmatch(name))
 
 
 def comma_decimal(cell: str) -> float:
@@ -233,7 +248,7 @@ def roles(
         left.remove(found.label)
         request.note(f"column {names[found.label]!r} is taken as labels; rename it if it is data")
     for j in list(left):
-        if not names_rows(names[j], kinds[j], cells(j)):
+        if not names_rows(names[j], kinds[j], partial(cells, j)):
             continue
         left.remove(j)
         if found.ids is None:
@@ -266,13 +281,14 @@ def _label(
     return None
 
 
-def names_rows(name: str, kind: Kind, cells: Sequence[str]) -> bool:
-    """Whether a column names the rows: all differ, and it is text, or called an id."""
-    called = ID_NAME.fullmatch(name.lower()) or CAMEL_ID.fullmatch(name)
-    if kind == "number" and not (called and all(map(_is_whole, cells))):
+def names_rows(name: str, kind: Kind, cells: Callable[[], Sequence[str]]) -> bool:
+    """Whether a column names the rows: all its cells differ, and it is text, or called an id."""
+    called = is_called_id(name)
+    if kind == "empty" or (kind == "number" and not called):
         return False
-    few = len(cells) < 2 and not called
-    return not few and kind != "empty" and len(set(cells)) == len(cells)
+    texts = cells()
+    whole = kind == "text" or all(map(_is_whole, texts))
+    return whole and (called or len(texts) > 1) and len(set(texts)) == len(texts)
 
 
 def _is_whole(cell: str) -> bool:
@@ -303,8 +319,7 @@ class Table:
     Attributes:
         names: Names of the columns; empty where there are none.
         values: float64 (N, W); NaN where a cell is missing or no number.
-        texts: All cells of columns that are not numbers, or may not be.
-        odd: Cells that are no numbers, by column, then by row.
+        texts: All cells of the columns that have cells which are no numbers, or may name rows.
         kinds: What each column holds.
         row_name: What messages call a row.
         ragged: Rows that were not read, with the reasons.
@@ -314,18 +329,14 @@ class Table:
     names: tuple[str, ...]
     values: np.ndarray
     texts: Mapping[int, list[str]]
-    odd: Sequence[Mapping[int, str]]
-    kinds: Sequence[Kind]
+    kinds: list[Kind]
     row_name: Callable[[int], str]
     ragged: dict[str, str] = field(default_factory=dict)
     doubt: str = ""
 
     def cells(self, j: int) -> list[str]:
         """The cells of a column as text."""
-        if j in self.texts:
-            return self.texts[j]
-        odd = self.odd[j]
-        return [odd.get(i, f"{v:.17g}") for i, v in enumerate(self.values[:, j])]
+        return self.texts[j] if j in self.texts else list(map(plain_text, self.values[:, j]))
 
     def called(self, j: int) -> str:
         """What messages call a column."""
@@ -333,10 +344,9 @@ class Table:
 
     def cell_fault(self, i: int, j: int) -> str:
         """Why a cell of a column of numbers cannot be used."""
-        value = self.values[i, j]
-        if i in self.odd[j] or np.isnan(value):
-            return cell_fault(self.odd[j].get(i, ""), self.doubt)
-        return number_fault(value)
+        if np.isnan(self.values[i, j]):
+            return cell_fault(self.texts[j][i] if j in self.texts else "", self.doubt)
+        return number_fault(self.values[i, j])
 
 
 def assemble(table: Table, request: Request) -> RawData:

@@ -7,7 +7,6 @@ import csv
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -19,12 +18,14 @@ from musigma.data.columns import (
     COMMA_GROUPS,
     LABEL_NAMES,
     Convert,
-    Kind,
     Table,
     assemble,
+    comma_decimal,
     convention,
+    is_called_id,
     is_missing,
     is_number,
+    plain_text,
 )
 from musigma.data.errors import DataError, damage, printable
 from musigma.data.raw import RawData, Request
@@ -46,20 +47,6 @@ class _Format(NamedTuple):
     skip: int
 
 
-@dataclass
-class _Cells:
-    """The cells of a file, read with one convention for numbers.
-
-    `odd` are the cells that are no numbers, by column and row; `texts` all cells of some columns.
-    """
-
-    values: array = field(default_factory=lambda: array("d"))
-    lines: array = field(default_factory=lambda: array("q"))
-    odd: dict[int, dict[int, str]] = field(default_factory=dict)
-    texts: dict[int, list[str]] = field(default_factory=dict)
-    ragged: dict[str, str] = field(default_factory=dict)
-
-
 def read_table(path: Path, request: Request) -> Table:
     """The names and cells of a file.
 
@@ -69,25 +56,23 @@ def read_table(path: Path, request: Request) -> Table:
     with damage(request.where):
         form = _format(path, request)
         with _opened(path, form) as file:
-            sample = [cells for _, cells in islice(_rows(file, form), SAMPLE)]
-    if not sample:
-        raise DataError(f"{request.where}: is empty: give a table of numbers")
-    first, width = [printable(cell.strip()) for cell in sample[0]], len(sample[0])
-    words = {j for row in sample for j, cell in enumerate(row[:width]) if not is_number(cell)}
-    with damage(request.where):
-        cells = _parse(path, form, float, width, words)
+            first = next(_split(file, form.separator), (0, None))[1]
+        if first is None:
+            raise DataError(f"{request.where}: is empty: give a table of numbers")
+        first = [printable(cell.strip()) for cell in first]
+        table = _parse(path, form, float, first)
         commas = [
             cell
-            for column in cells.odd.values()
-            for row, cell in column.items()
-            if row and "," in cell and _may_be_number(cell)
+            for j, cells in table.texts.items()
+            for cell, value in zip(cells[1:], table.values[1:, j], strict=True)
+            if np.isnan(value) and "," in cell and _may_be_number(cell)
         ]
-        convert, doubt = convention(commas) if commas else (None, "")
+        convert, table.doubt = convention(commas) if commas else (None, "")
         if convert is not None:
-            cells = _parse(path, form, convert, width, words)
-            how = "decimal commas" if convert.__name__ == "comma_decimal" else "commas in numbers"
+            table = _parse(path, form, convert, first)
+            how = "decimal commas" if convert is comma_decimal else "commas in numbers"
             request.note(f"{how} are read as such: {commas[0]!r} is {convert(commas[0]):g}")
-    return _table(first, cells, doubt, request)
+    return _with_names(table, first, request)
 
 
 def _format(path: Path, request: Request) -> _Format:
@@ -149,98 +134,82 @@ def _opened(path: Path, form: _Format) -> TextIO:
     return file
 
 
-def _rows(file: TextIO, form: _Format) -> Iterator[tuple[int, list[str]]]:
-    """The number of each line, from 1, and its cells; empty lines are left out."""
-    return ((line + form.skip, cells) for line, cells in _split(file, form.separator))
-
-
 def _split(lines: Iterator[str] | TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The number of each line, from 1, and its cells; empty lines are left out."""
     if separator == " ":
-        for number, line in enumerate(lines, 1):
-            if cells := line.split():
-                yield number, cells
-        return
+        return ((i, cells) for i, line in enumerate(lines, 1) if (cells := line.split()))
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
-    for cells in reader:
-        if cells:
-            yield reader.line_num, cells
+    return ((reader.line_num, cells) for cells in reader if cells)
 
 
-def _parse(path: Path, form: _Format, convert: Convert, width: int, words: set[int]) -> _Cells:
-    found = _Cells(odd={j: {} for j in range(width)}, texts={j: [] for j in words})
+def _parse(path: Path, form: _Format, convert: Convert, first: list[str]) -> Table:
+    """All cells, the first line among them; of some columns the texts are kept."""
+    width = len(first)
+    values, lines, ragged = array("d"), array("q"), {}
+    texts: dict[int, list[str]] = {j: [] for j, name in enumerate(first) if is_called_id(name)}
     with _opened(path, form) as file:
-        for line, cells in _rows(file, form):
+        for number, cells in _split(file, form.separator):
+            line = number + form.skip
             if len(cells) != width:
-                found.ragged[f"line {line}"] = (
+                ragged[f"line {line}"] = (
                     f"has {len(cells)} cells and the first line {width}: make them equal"
                 )
                 continue
             try:
-                found.values.extend(list(map(convert, cells)))
+                values.extend(list(map(convert, cells)))
             except ValueError:
                 for j, cell in enumerate(cells):
                     try:
-                        found.values.append(convert(cell))
+                        values.append(convert(cell))
                     except ValueError:
-                        found.values.append(np.nan)
-                        found.odd[j][len(found.lines)] = cell
-            for j in words:
-                found.texts[j].append(cells[j])
-            found.lines.append(line)
-    return found
+                        values.append(np.nan)
+                        if lines and j not in texts:
+                            texts[j] = [
+                                first[j],
+                                *map(plain_text, values[j + width :: width][:-1]),
+                            ]
+            for j, column in texts.items():
+                column.append(cells[j])
+            lines.append(line)
+    array_ = np.array(values).reshape(-1, width)
+    return Table((), array_, texts, [], lambda i: f"line {lines[i]}", ragged)
 
 
-def _table(first: list[str], cells: _Cells, doubt: str, request: Request) -> Table:
-    values = np.array(cells.values).reshape(-1, len(first))
-    numbers = [0 not in odd for odd in cells.odd.values()]
-    filled = [len(odd) < len(values) / 2 for odd in cells.odd.values()]
-    header = _is_header(first, numbers, filled, values[1:])
+def _with_names(table: Table, first: list[str], request: Request) -> Table:
+    """The table without its first line, if that has the names of the columns; and their kinds."""
+    numbers = (~np.isnan(table.values[0])).tolist()
+    header = _is_header(first, numbers, table.values[1:])
     if header and all(numbers):
         request.note(f"the first line, {','.join(first)}, is taken as names of columns")
-    start = int(header)
-    odd = [{i - start: c for i, c in o.items() if i >= start} for o in cells.odd.values()]
-    values, lines = values[start:], cells.lines[start:]
-    kinds: list[Kind] = []
-    for column, others in zip(values.T, odd, strict=True):
-        text = sum(not _may_be_number(cell) for cell in others.values())
-        others = sum(is_missing(cell) for cell in others.values())
-        numbers = len(column) - text - others
-        kind = "text" if text > numbers else "number" if numbers or not len(column) else "empty"
-        kinds.append(kind)
-    return Table(
-        tuple(first) if header else (),
-        values,
-        {j: texts[start:] for j, texts in cells.texts.items()},
-        odd,
-        kinds,
-        lambda i: f"line {lines[i]}",
-        cells.ragged,
-        doubt,
-    )
+    if header:
+        row_name = table.row_name
+        table.names, table.values = tuple(first), table.values[1:]
+        table.texts = {j: cells[1:] for j, cells in table.texts.items()}
+        table.row_name = lambda i: row_name(i + 1)
+    n = len(table.values)
+    for j, column in enumerate(table.values.T):
+        no_number = np.flatnonzero(np.isnan(column)).tolist()
+        cells = (
+            [table.texts[j][i] for i in no_number] if j in table.texts else [""] * len(no_number)
+        )
+        text = sum(not _may_be_number(cell) for cell in cells)
+        rest = n - text - sum(map(is_missing, cells))
+        table.kinds.append("text" if text > rest else "number" if rest or not n else "empty")
+    return table
 
 
-def _is_header(
-    first: Sequence[str], numbers: Sequence[bool], filled: Sequence[bool], below: np.ndarray
-) -> bool:
+def _is_header(first: list[str], numbers: list[bool], below: np.ndarray) -> bool:
     """Whether the first line has the names of the columns.
 
     Those are words over numbers; numbers that count, as pandas writes them; or whole numbers over
-    columns of fractions, such as years.
-
-    Args:
-        first: The cells of the first line.
-        numbers: Which of them are numbers.
-        filled: Which columns hold numbers, mostly.
-        below: The numbers below.
+    columns of fractions, such as years. `numbers` tells which cells of the line are numbers.
     """
     if not any(numbers) or not len(below):
         return not any(numbers)
-    if any(
-        not number and cell and f for cell, number, f in zip(first, numbers, filled, strict=True)
-    ):
+    filled = (~np.isnan(below)).mean(0) > 0.5
+    if any(cell and not n and f for cell, n, f in zip(first, numbers, filled, strict=True)):
         return True
-    counts = list(first)
-    counts = counts[1:] if not counts[0] else counts
+    counts = first[1:] if not first[0] else first
     counts = counts[:-1] if counts[-1].lower() in LABEL_NAMES else counts
     if len(first) < 2:
         return False

@@ -79,8 +79,7 @@ def read_parquet_table(path: Path, request: Request) -> Table:
     for j, name in enumerate(files.columns):
         if j not in texts:
             values[:, j] = np.concatenate([*files.values([name]), np.empty((0, 1))])[:, 0]
-    odd = [{} for _ in files.columns]
-    return Table(files.columns, values, texts, odd, files.kinds, lambda i: f"row {i} (from 0)")
+    return Table(files.columns, values, texts, files.kinds, lambda i: f"row {i} (from 0)")
 
 
 class _Parquet:
