@@ -252,8 +252,8 @@ def test_links_to_folders_are_noted(tmp_path):
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "c").symlink_to(tmp_path / "real")
     (note,) = load(tmp_path / "d").notes
-    assert "d: 1 link to a folder is not followed: b" in note
-    with fails("only: holds no images; 1 link to a folder is not followed: c"):
+    assert "d: links to folders are not followed: b" in note
+    with fails("only: holds no images .links to folders are not followed: c.: give images"):
         load(tmp_path / "only")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -35,11 +35,10 @@ from musigma.data.readers import lazy_images
 from musigma.data.readers.decoding import Header, fault, header, pillow_kinds, pixels, quiet
 from musigma.data.readers.filesets import FileSet, Member, Place, suffix
 from musigma.data.readers.idx_cifar import CIFAR, IDX, read_cifar, read_idx
-from musigma.data.readers.layout import Layout, layout, official_masks
+from musigma.data.readers.layout import layout, official_masks
 
 RULES = "4"  # version of how folders and files beside images are read; older indices are stale
 BESIDE = (".cls", ".json", ".txt")  # suffixes of label files, the most reliable first
-OFFICIAL = ("official_test", "official_validation")
 WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 MANY = 10_000  # files from which surveying them shows progress
 MAX_CLASSES = 1000  # more different texts than this are captions
@@ -49,7 +48,7 @@ def read_files(files: FileSet, request: Request) -> RawData:
     """Read IDX files, CIFAR batches or images, whichever the walk meets."""
     path = cache.place("index", f"{files.name}\n{request.size}", ".npz")
     old = None if request.in_memory else cache.read(path)
-    current = old if old is not None and old.about == _about(files, path) else None
+    current = old if old is not None and old.about == _version(files, path) else None
     if current and not request.fits(len(current.arrays["hashes"]) * prod(current.info["shape"])):
         return _indexed(files, request, current)
     survey = _Survey(files, request, lazy_images.PreviousIndex(old))
@@ -84,7 +83,7 @@ def holds_many(name: str) -> bool:
     return (IDX.fullmatch(base) or CIFAR.fullmatch(base)) is not None
 
 
-def _about(files: FileSet, path: Path) -> dict[str, str]:
+def _version(files: FileSet, path: Path) -> dict[str, str]:
     return {"source": path.stem, "version": files.version, "rules": RULES}
 
 
@@ -154,7 +153,7 @@ class _Survey:
                     "unpack it, or pass a smaller --size"
                 )
         build = partial(self._index, shape, path)
-        record = cache.cached(path, _about(self.files, path), build, self.request)
+        record = cache.cached(path, _version(self.files, path), build, self.request)
         return _indexed(self.files, self.request, record)
 
     def _leave_out_others(self) -> None:
@@ -168,34 +167,29 @@ class _Survey:
             self.faults.pop(names[i], None)
             del self.paths[names[i]]
         for reason, left in by_reason.items():
-            verb = "images are" if len(left) > 1 else "image is"
-            where = named(left, 2)
-            self.notes.append(f"{len(left)} {verb} left out: each {reason} ({where})")
-        if self.files.links:
-            count, verb = len(self.files.links), "links to folders are"
-            self.notes.append(
-                f"{count} {verb if count > 1 else 'link to a folder is'} not followed: "
-                f"{named(self.files.links)}"
+            images = (
+                f"{len(left)} images are left out: each"
+                if len(left) > 1
+                else "1 image is left out: it"
             )
+            self.notes.append(f"{images} {reason} ({named(left, 2)})")
+        if self.files.links:
+            self.notes.append(f"links to folders are not followed: {named(self.files.links)}")
         if self.paths and self.others:
             self.notes.append(f"files that are no images are left out: {counted(self.others)}")
 
     def _nothing(self) -> DataError:
         """The error that there is no image."""
-        where = self.request.where
+        where, advice = self.request.where, "give images, IDX files or CIFAR batches"
         if self.faults:
-            faults = {printable(name): self.faults[name] for name in sorted(self.faults)}
-            return DataError(f"{where}: no image can be used:\n{listing(faults)}")
-        others = Counter(self.others)
-        others["links to folders, which are not followed"] = len(self.files.links)
-        advice = "give images, IDX files or CIFAR batches"
+            return _unusable(where, dict(self._faults()))
         if set(self.others) & {".csv", ".npy", ".npz", ".tsv"}:
             advice = "give one of the files itself"
-        if self.notes and not self.others:
-            return DataError(f"{where}: holds no images; {self.notes[0]}: {advice}")
-        return DataError(
-            f"{where}: holds no images ({counted(others) or 'it is empty'}): {advice}"
-        )
+        found = "; ".join(self.notes) or counted(self.others) or "it is empty"
+        return DataError(f"{where}: holds no images ({found}): {advice}")
+
+    def _faults(self) -> list[tuple[str, str]]:
+        return [(printable(name), self.faults[name]) for name in sorted(self.faults)]
 
     def _decoded(self, shape: tuple[int, int, int]) -> RawData:
         names = sorted(self.images)
@@ -210,52 +204,47 @@ class _Survey:
                     except Exception as error:
                         self.leave_out(member.name, fault(error, member.open))
                     self.request.report(done := done + 1, len(names))
-        self._refuse()
         if len(self.images) < len(names):
             names = sorted(self.images)
             x = x[[row[name] for name in names]]
-        headers = lazy_images.as_array([self.images[name].header for name in names])
-        official, labels, label_names = self._labels(names)
-        _note_all(self.request, self.notes, names, headers)
-        return RawData(
-            x,
-            labels,
-            label_names,
-            tuple(map(printable, names)),
-            official.get("official_test"),
-            official.get("official_validation"),
-            skipped={printable(name): self.faults[name] for name in sorted(self.faults)},
-        )
-
-    def _refuse(self) -> None:
-        """Name all images that cannot be used, unless they are to be skipped."""
-        faults = {printable(name): self.faults[name] for name in sorted(self.faults)}
-        if faults and not self.images:
-            raise self._nothing()
-        if not self.request.skip_bad:
-            self.request.refuse(faults, "images", len(self.paths))
+        return _raw(self.request, x, names, *self._about(names))
 
     def _index(self, shape: tuple[int, int, int], path: Path, old: Record | None) -> Record:
         """The record that `_indexed` reads."""
         names = sorted(self.images)
-        places = [self.images[name].place for name in names]
-        headers = [self.images[name].header for name in names]
-        record = lazy_images.index(
-            self.files, self.request, names, places, headers, shape, path, old
+        images = [self.images[name] for name in names]
+        record, faults = lazy_images.index(
+            self.files,
+            self.request,
+            names,
+            [image.place for image in images],
+            [image.header for image in images],
+            shape,
+            path,
+            old,
         )
-        left = list(lazy_images.Names(record.arrays["names"], record.arrays["name_ends"]))
-        official, labels, label_names = self._labels(left)
-        record.arrays.update(official)
-        if labels is not None:
-            record.arrays["labels"] = labels
-        first = [[printable(name), text] for name, text in self.faults.items()]
-        record.info.update(
-            label_names=list(label_names),
-            faults=sorted(first + record.info["faults"]),
-            notes=self.notes,
-            total=len(self.paths),
-        )
+        for name, reason in faults.items():
+            self.leave_out(name, reason)
+        info, arrays = self._about(sorted(self.images))
+        record.info.update(info)
+        record.arrays.update(arrays)
         return record
+
+    def _about(self, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What `_raw` needs to know besides the pixels."""
+        found = layout([self.paths[name] for name in names])
+        labels, label_names = self._labels(names, *found.labels(np.arange(len(names))))
+        if found.unclassed:
+            self.notes.append(
+                f"there are no labels: {found.unclassed} of {len(names)} images lie in no class "
+                "folder"
+            )
+        test, validation = (None, None) if found.parts is None else official_masks(found.parts)
+        arrays = {"labels": labels, "official_test": test, "official_validation": validation}
+        arrays["headers"] = lazy_images.as_array([self.images[name].header for name in names])
+        info = {"label_names": list(label_names), "notes": self.notes, "total": len(self.paths)}
+        given = {name: array for name, array in arrays.items() if array is not None}
+        return info | {"faults": self._faults()}, given
 
     def _shape(self) -> tuple[int, int, int]:
         channels = 3 if any(image.header.color for image in self.images.values()) else 1
@@ -273,10 +262,9 @@ class _Survey:
             for w, h in common[:5]
         )
         more = f" and {len(common) - 5} more sizes" if len(common) > 5 else ""
-        faults = {printable(name): self.faults[name] for name in sorted(self.faults)}
         also = ""
-        if faults and not self.request.skip_bad:
-            also = "\nbesides, " + all_faults(faults, "images", len(self.paths))
+        if self.faults and not self.request.skip_bad:
+            also = "\nbesides, " + all_faults(dict(self._faults()), "images", len(self.paths))
         raise DataError(
             f"{self.request.where}: images differ in size, width x height: {several}{more}: pass "
             f"--size N to bring all to N x N{also}"
@@ -296,21 +284,9 @@ class _Survey:
                 )
 
     def _labels(
-        self, names: Sequence[str]
-    ) -> tuple[dict[str, np.ndarray], np.ndarray | None, tuple[str, ...]]:
-        """Official parts, labels and their names: of files beside images, or of folders."""
-        found: Layout = layout([self.paths[name] for name in names])
-        rows = np.arange(len(names))
-        labels, label_names = found.labels(rows)
-        official: dict[str, np.ndarray] = {}
-        if found.parts is not None:
-            masks = zip(OFFICIAL, official_masks(found.parts), strict=True)
-            official = {name: mask for name, mask in masks if mask is not None}
-        if found.unclassed:
-            self.notes.append(
-                f"there are no labels: {found.unclassed} of {len(names)} images lie in no class "
-                "folder"
-            )
+        self, names: Sequence[str], labels: np.ndarray | None, label_names: tuple[str, ...]
+    ) -> tuple[np.ndarray | None, tuple[str, ...]]:
+        """The labels in files beside images, or else those of folders."""
         for ending in BESIDE:
             texts = [self.texts[ending].get(_key(name)) for name in names]
             present = [text for text in texts if text]
@@ -318,22 +294,16 @@ class _Survey:
             if present and len(present) == len(names) and reliable:
                 y = np.array(present)
                 whole = all(map(WHOLE.fullmatch, present))
-                return official, *as_labels(
+                return as_labels(
                     y.astype(np.int64) if whole else y, len(y), f"{self.request.where}: {ending}"
                 )
-        return official, labels, label_names
+        return labels, label_names
 
 
 def _indexed(files: FileSet, request: Request, record: Record) -> RawData:
     """The data of an index."""
-    info, arrays = record.info, record.arrays
-    if not request.skip_bad:
-        request.refuse(dict(info["faults"]), "images", info["total"])
+    arrays = record.arrays
     names = lazy_images.Names(arrays["names"], arrays["name_ends"])
-    if not len(names):
-        faults = listing(dict(info["faults"]))
-        raise DataError(f"{request.where}: no image can be used:\n{faults}")
-    _note_all(request, info["notes"], names, arrays["headers"])
     x = lazy_images.LazyImages(
         request.where,
         files.root,
@@ -341,28 +311,28 @@ def _indexed(files: FileSet, request: Request, record: Record) -> RawData:
         arrays["stamps"],
         names,
         arrays["places"],
-        (len(names), *info["shape"]),
+        (len(names), *record.info["shape"]),
         request.size,
     )
-    return RawData(
-        x,
-        arrays.get("labels"),
-        tuple(info["label_names"]),
-        tuple(map(printable, names)),
-        arrays.get("official_test"),
-        arrays.get("official_validation"),
-        skipped=dict(info["faults"]),
-        hashes=arrays["hashes"],
-    )
+    return _raw(request, x, names, record.info, arrays)
 
 
-def _note_all(
-    request: Request, notes: Sequence[str], names: Sequence[str], headers: np.ndarray
-) -> None:
-    """Note what was left out, and which images are converted."""
-    for text in notes:
+def _raw(
+    request: Request,
+    x: Any,
+    names: Sequence[str],
+    info: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+) -> RawData:
+    """Images with their labels and parts; what was left out, and what is converted, is noted."""
+    faults = dict(info["faults"])
+    if not len(names):
+        raise _unusable(request.where, faults)
+    if not request.skip_bad:
+        request.refuse(faults, "images", info["total"])
+    for text in info["notes"]:
         request.note(text)
-    color, several = headers[:, 2:].T.astype(bool)
+    color, several = arrays["headers"][:, 2:].T.astype(bool)
     for which, what in (
         (~color & color.any(), "grey images are made RGB, as the others are"),
         (several, "of several frames in an image the first is used"),
@@ -370,6 +340,20 @@ def _note_all(
         if which.any():
             first = printable(names[int(which.argmax())])
             request.note(f"{what}: {which.sum()} of {len(names)}, such as {first}")
+    return RawData(
+        x,
+        arrays.get("labels"),
+        tuple(info["label_names"]),
+        tuple(map(printable, names)),
+        arrays.get("official_test"),
+        arrays.get("official_validation"),
+        skipped=faults,
+        hashes=arrays.get("hashes"),
+    )
+
+
+def _unusable(where: str, faults: Mapping[str, str]) -> DataError:
+    return DataError(f"{where}: no image can be used:\n{listing(faults)}")
 
 
 def _key(name: str) -> str:

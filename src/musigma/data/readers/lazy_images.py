@@ -201,11 +201,10 @@ def index(
     shape: tuple[int, int, int],
     path: Path,
     old: Record | None,
-) -> Record:
-    """Decode every image once, and build the record of the index.
+) -> tuple[Record, dict[str, str]]:
+    """Decode every image once: the record of those that can be used, and the faults of the others.
 
-    Images that cannot be used are listed in it, with their faults. If this is interrupted, the
-    entries that are complete are stored.
+    If this is interrupted, the entries that are complete are stored.
     """
     previous = PreviousIndex(old)
     array = LazyImages(
@@ -220,7 +219,7 @@ def index(
     )
     keys = np.array([key_of(files, *pair) for pair in zip(names, places, strict=True)], np.uint64)
     hashes, known = previous.hashes(keys, shape)
-    faults: dict[int, str] = {}
+    faults: dict[str, str] = {}
 
     def hashed(row: int) -> int | str:
         try:
@@ -229,19 +228,19 @@ def index(
             return fault(error, lambda: io.BytesIO(array.content(row)[0]))
 
     def record(rows: np.ndarray, about: dict[str, Any]) -> Record:
-        left_out = [[printable(names[row]), text] for row, text in faults.items()]
+        kept = Names.of([names[int(row)] for row in rows])
         arrays = {
             "files": array.files.text,
             "file_ends": array.files.ends,
             "stamps": array.stamps,
-            "names": (kept := Names.of([names[row] for row in map(int, rows)])).text,
+            "names": kept.text,
             "name_ends": kept.ends,
             "places": array.places[rows],
             "headers": as_array(headers)[rows],
             "keys": keys[rows],
             "hashes": hashes[rows],
         }
-        return Record(about, {"shape": list(shape), "faults": left_out}, arrays)
+        return Record(about, {"shape": list(shape)}, arrays)
 
     todo = np.flatnonzero(~known)
     todo = todo[np.lexsort(array.places[todo, 1::-1].T)]  # as they lie in the files
@@ -254,11 +253,11 @@ def index(
                     if isinstance(result, int):
                         hashes[row], known[row] = result, True
                     else:
-                        faults[row] = result
+                        faults[names[row]] = result
                     done += 1
                     request.report(done, len(names))
     except BaseException:
         if known.sum() >= WORTH_STORING:
             store(path, record(np.flatnonzero(known), UNFINISHED), request)
         raise
-    return record(np.flatnonzero(known), {})
+    return record(np.flatnonzero(known), {}), faults
