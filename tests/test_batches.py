@@ -135,7 +135,7 @@ def test_a_worker_that_dies_is_told_of(many):
     next(batches)
     os.kill(victim, signal.SIGKILL)
     began = time.monotonic()
-    with fails("workers: one that takes batches of .*images died .killed by SIGKILL"):
+    with fails("workers: a process that takes batches of .*images died .killed by SIGKILL"):
         for _ in range(9):
             next(batches)
     assert time.monotonic() - began < 5

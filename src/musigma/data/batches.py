@@ -1,8 +1,7 @@
-"""Batches for a training loop, in time: taken inline, or ahead of it by worker processes.
+"""Batches for a training loop, taken inline, or in advance by worker processes.
 
-Which examples a step sees, and their noise, is a function of (seed, step) alone; so it is the same
-for every number of workers, after every restart, and for every number of processes that share the
-batch by taking a part of it each.
+The examples of a step, and their noise, are a function of (seed, step) alone. They are the same
+for any number of workers, after a restart, and for any number of processes that share a batch.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from musigma.data import DataError, Dataset, batch_indices
 __all__ = ["stream"]
 
 Batch = tuple[np.ndarray, np.ndarray]
-METHOD = "fork" if sys.platform == "linux" else "spawn"  # to start a worker; elsewhere forks fail
-NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM)
+METHOD = "fork" if sys.platform == "linux" else "spawn"  # forks are unsafe elsewhere
+IGNORED = (signal.SIGINT, signal.SIGTERM)
 
 
 def stream(
@@ -43,26 +42,26 @@ def stream(
     workers: int = 0,
     ahead: int = 2,
 ) -> Iterator[Batch]:
-    """Examples of steps `start`, `start` + 1, ... as a model sees them, each with its index.
+    """Batches of the steps from `start` on: examples as a model sees them, and their indices.
 
     The batch of a step is `dataset.take(indices, seed=seed, step=step)`, where `indices` are
-    `batch_indices(...)` cut to `part`; labels and context are found by the same indices. To end
-    the workers before the stream does, `close` it (`contextlib.closing`).
+    `batch_indices(...)`, restricted to `part`. Labels and context are looked up by the same
+    indices. To end the workers before the stream ends, `close` it (`contextlib.closing`).
 
     Args:
-        dataset: Where the examples are from.
-        batch_size: Examples of a step, of all parts together.
-        seed: Of the order of the examples, and of dynamic binarization.
-        start: The first step.
-        stop: The step that is no longer made; None: there is no end.
-        part: Which rows of each batch are taken; no other is read or decoded.
-        workers: Processes that take batches ahead of time; 0: none, each batch is taken when it
-            is asked for. They pay where images are decoded or disks are slow.
-        ahead: Batches that each worker holds ready.
+        dataset: The examples.
+        batch_size: Number of examples of a step, in all parts together.
+        seed: Seed of the order of the examples and of dynamic binarization.
+        start: First step.
+        stop: Step before which the stream ends; None: it does not end.
+        part: Rows of each batch to take; no other is read or decoded.
+        workers: Number of processes that take batches in advance. With 0, each batch is taken
+            when it is needed. Workers help where images are decoded or disks are slow.
+        ahead: Number of batches that each worker keeps ready.
 
     Raises:
-        DataError: If an argument cannot be used; if an example cannot be read any more; if a
-            worker was killed.
+        DataError: If an argument cannot be used, an example can no longer be read, or a worker
+            was killed.
 
     >>> data = Dataset(np.arange(20, dtype=np.float32).reshape(10, 2), labels=np.arange(10))
     >>> for x, indices in stream(data, 4, seed=0, stop=2):
@@ -89,7 +88,7 @@ def stream(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What every step takes."""
+    """How the batch of a step is taken."""
 
     dataset: Dataset
     batch_size: int
@@ -129,11 +128,11 @@ def _by_workers(plan: _Plan, start: int, stop: int, count: int, ahead: int) -> I
 
 
 class _Worker:
-    """A process that takes one batch in so many, into memory that is shared with this one.
+    """A process that takes every n-th batch into memory that it shares with this process.
 
-    It has a pipe of its own. When it dies, of whatever cause, the pipe ends, and who waits for a
-    batch knows; when this process dies, the pipe ends too, and the worker with it. No lock is
-    shared that the dead could hold.
+    Each worker has its own pipe. If the worker dies, the pipe closes and the waiting process
+    notices. If this process dies, the pipe closes too, and the worker ends. There is no shared
+    lock that a dead process could hold.
     """
 
     def __init__(self, plan: _Plan, steps: range, ahead: int, others: list[_Worker]):
@@ -151,14 +150,16 @@ class _Worker:
         self.process = context.Process(
             target=_work, args=(plan, steps, self.memory, theirs, ours), daemon=True
         )
-        with warnings.catch_warnings(), _signals_wait():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        with warnings.catch_warnings(), _signals_blocked():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # about forks of processes with threads
             self.process.start()
         theirs.close()
         atexit.register(self.close)
 
     def batch(self) -> np.ndarray:
-        """The next batch of its steps."""
+        """The next batch."""
         slot = self.memory[self.taken % len(self.memory)]
         try:
             problem = self.pipe.recv()
@@ -170,14 +171,14 @@ class _Worker:
         except (EOFError, OSError) as error:
             self.process.join(5)
             raise DataError(
-                f"workers: one that takes batches of {self.plan.dataset.name or 'the data'} died "
-                f"({_cause(self.process.exitcode)}): give fewer, or smaller batches"
+                f"workers: a process that takes batches of {self.plan.dataset.name or 'the data'} "
+                f"died ({_cause(self.process.exitcode)}): give fewer workers, or smaller batches"
             ) from error
         message, details = problem
         raise DataError(message) from RuntimeError(details)
 
     def close(self) -> None:
-        """End it, wherever it is: it only reads."""
+        """End the process at once; it writes nothing."""
         if self.owner == os.getpid():
             atexit.unregister(self.close)
             self.pipe.close()
@@ -186,12 +187,12 @@ class _Worker:
 
 
 @contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Signals to this process, and to one that begins meanwhile, wait until both can take them."""
+def _signals_blocked() -> Iterator[None]:
+    """Delay signals to this process, and to one that it starts meanwhile."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
     try:
         yield
     finally:
@@ -213,17 +214,17 @@ def _cause(code: int | None) -> str:
 def _work(
     plan: _Plan, steps: range, memory: list[Any], pipe: Connection, others: list[Connection]
 ) -> None:
-    """What a worker does. It leaves signals to its parent: a group gets them all together."""
-    for number in NOT_FOR_WORKERS:
+    """Run a worker. It ignores the signals that its parent handles for the process group."""
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_WORKERS)
-    for other in others:  # held open here, they would not end with their process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
+    for other in others:  # inherited copies would keep these pipes open
         other.close()
     try:
         for i, step in enumerate(steps):
             if i >= len(memory):
-                pipe.recv()  # a slot is free
+                pipe.recv()  # until a slot is free
             try:
                 _view(memory[i % len(memory)], plan)[:] = plan.take(plan.rows(step), step)
             except Exception as error:
@@ -232,6 +233,6 @@ def _work(
                 break
             pipe.send(None)
         while True:
-            pipe.recv()  # until the parent has all
+            pipe.recv()  # until the parent has taken every batch
     except (EOFError, OSError):
-        pass  # the parent wants no more
+        pass  # the parent closed the stream
