@@ -1,6 +1,7 @@
 """Runs that are killed, starved and interrupted end as if nothing had happened."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from musigma.distributions import StandardNormal
 from musigma.gaussian import GaussianHead
 from musigma.model import VAE, Prior
 from musigma.nets import MLP
-from musigma.training import TrainConfig, TrainingError, fit
+from musigma.training import Progress, TrainConfig, TrainingError, fit, warning
 from musigma.zoo import architecture, build
 
 
@@ -356,18 +357,84 @@ def test_each_warning_is_logged_once(tmp_path):
     data = Dataset(np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32))
     config = TrainConfig(steps=8, lr=1e-9, evaluations=4)
     fit(model, data, data, config, tmp_path / "vae", device="cpu")
-    collapse, gaussian = rows(tmp_path / "vae", "warning")
+    (collapse,) = rows(tmp_path / "vae", "warning")
     assert "posterior collapse: the latent of prior carries 0.000 nats" in collapse["message"]
-    assert "worse than that of a Gaussian" in gaussian["message"]
 
     flow = build("glow", (1, 8, 8), levels=1, depth=2, hidden=4)
     with torch.no_grad():
         flow.layers[5].log_scale[0] -= 12
     images = Dataset(np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), np.uint8))
     fit(flow, images, images, config, tmp_path / "glow", device="cpu")
-    conditioning, raw = rows(tmp_path / "glow", "warning")
+    (conditioning,) = rows(tmp_path / "glow", "warning")
     assert "the matrix of layers.5 has condition number" in conditioning["message"]
-    assert "above the 8 bits that the data take uncompressed" in raw["message"]
+
+
+def test_a_figure_worse_than_one_without_a_model_is_warned_of():
+    levels = Dataset(np.zeros((40, 1, 8, 8), np.uint8))
+    assert warning.references(levels, levels) == {"raw": 8.0}
+    x = np.random.default_rng(0).normal(size=(5000, 3)) * [1, 10, 0.1]
+    columns = Dataset(x.astype(np.float32))
+    found = warning.references(columns, columns)
+    entropy = 0.5 * math.log2(2 * math.pi * math.e)  # of a Gaussian with unit variance
+    assert found == {"gaussian": pytest.approx(entropy, abs=0.01)}
+    for reference, kind in ((found, "gaussian"), ({"raw": 8.0}, "raw")):
+        (level,) = reference.values()
+        for above, step, share in ((1, 100, 0.5), (1, 99, 0.5), (1, 100, 0.4), (-0.1, 100, 0.5)):
+            figure = {"bits_per_dim": level + above, "standard_error": 0.01}
+            messages = warning.implausible(figure, reference, Progress(step=step), share)
+            expected = {kind} if (above, step, share) == (1, 100, 0.5) else set()
+            assert messages.keys() == expected
+
+
+def test_a_column_that_is_constant_in_training_gives_no_reference():
+    x = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
+    x[:, 1] = 3
+    assert warning.references(Dataset(x), Dataset(x)) == {}
+
+
+def with_figures(monkeypatch, *figures):
+    """Evaluations of `fit` return these figures."""
+    left = iter(figures)
+    monkeypatch.setattr(
+        "musigma.training.loop.evaluate",
+        lambda *_, **__: {"bits_per_dim": next(left), "standard_error": 0.01, "kl": []},
+    )
+
+
+def test_overfitting_is_warned_of_once(tmp_path, monkeypatch):
+    with_figures(monkeypatch, 5.0, 3.0, 3.5, 3.6, 3.7, 3.8)
+    model = build("realnvp", (4,), bits=None, hidden=8)
+    config = TrainConfig(steps=6, evaluations=6)
+    fit(model, points(), points(), config, tmp_path, device="cpu")
+    (row,) = rows(tmp_path, "warning")
+    assert row["step"] == 5
+    assert "overfitting: the validation figure has not improved since step 2" in row["message"]
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_patience_stops_with_the_best_weights_and_resumes(tmp_path, monkeypatch, stop):
+    with_figures(monkeypatch, 5.0, 3.0, 4.0, 4.5)
+
+    def train(**how):
+        model = build("realnvp", (4,), bits=None, hidden=8)
+        config = TrainConfig(steps=6, evaluations=6, patience=2, lr=1e-2)
+        return fit(model, points(), points(), config, tmp_path, device="cpu", **how)
+
+    torch.manual_seed(0)
+    if stop:
+        assert not train(stop=lambda step: step == stop).finished
+    run = train(resume=bool(stop))
+    assert (run.finished, run.steps, run.best) == (True, 4, 3.0)
+    best, last = (
+        checkpoint.load(tmp_path / name).state_dict()
+        for name in ("model.safetensors", "last.safetensors")
+    )
+    state = run.model.state_dict()
+    assert all(torch.equal(t, best[name]) for name, t in state.items())
+    assert any(not torch.equal(t, last[name]) for name, t in state.items())
+    (row,) = rows(tmp_path, "info")
+    assert row["message"].startswith("stopped early: 2 evaluations without improvement")
+    assert train(resume=True).steps == 4
 
 
 def test_a_loss_far_above_the_usual_causes_a_warning(tmp_path):

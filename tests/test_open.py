@@ -4,6 +4,8 @@ All of them exist in this file only. They are trained, resumed, evaluated, saved
 compressed, compiled, examined for saturation, and obey the laws.
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,8 @@ from musigma.layers.maps import Map
 from musigma.model import Bijection, Chain, Model, Prior
 from musigma.nets import MADE, MLP
 from musigma.testing import check_head, check_layer, check_model
+from musigma.trace import Evidence
+from musigma.training.step import ObjectivePass
 from musigma.zoo import architecture
 
 D, LEVELS = 6, 8
@@ -382,21 +386,104 @@ def test_a_users_optimizer(data, tmp_path):
     model = musigma.build("open_images", data.spec())
     run = fit(model, *halves(data), TrainConfig(steps=4, **CONFIG), tmp_path, optimizer=sgd)
     assert run.finished
-    assert len(used) == 1
+    assert all("momentum_buffer" in state for state in used[-1].state.values())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda parameters: None, "optimizer: expected a function .* it returned NoneType"),
+        (torch.optim.LBFGS, "optimizer: a step of LBFGS needs a closure"),
+    ],
+    ids=["none", "closure"],
+)
+def test_an_optimizer_that_cannot_be_used_is_refused_at_once(optimizer, message, data, tmp_path):
+    model = musigma.build("open_images", data.spec())
+    config = TrainConfig(steps=4, **CONFIG)
+    with pytest.raises(ValueError, match=message):
+        fit(model, *halves(data), config, tmp_path / "run", optimizer=optimizer)
+    assert not (tmp_path / "run").exists()
+
+
+class NoCriticGradient(Adversarial):
+    def critic_loss(self, record):
+        return super().critic_loss(record).detach()
+
+
+class Unreachable(Adversarial):
+    """Its value has a gradient for the critic, and none for the model."""
+
+    def forward(self, record):
+        z = record.values[next(iter(record.paired))].detach()
+        return self.critic(z)[:, 0]
+
+
+def test_an_objective_of_several_draws(data, tmp_path):
+    """The bound of `iwae`, written as an objective, takes the same steps."""
+
+    def bound(record):
+        log_w = record.terms.elbo.reshape(-1, 3)
+        return np.log(3) - log_w.logsumexp(1)
+
+    losses = []
+    for objective in (None, bound):
+        torch.manual_seed(0)
+        model = musigma.build("open_image_pair", data.spec())
+        config = TrainConfig(steps=3, k=3, **CONFIG)
+        rows = []
+        fit(
+            model, *halves(data), config, tmp_path / str(objective is None), device="cpu",
+            objective=objective, watch=rows.append,
+        )  # fmt: skip
+        losses.append([row["loss"] for row in rows if row["kind"] == "train"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+class Scored(nn.Module):
+    """A model whose evidence has a score: draws that are not reparameterized."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x, context, *, closed_form=True, trace=None):
+        zero = torch.zeros(len(x))
+        value = -(x - self.weight).square()
+        evidence = Evidence(value, zero[:, None], zero, zero, zero, self.weight * x)
+        if trace is not None:
+            trace.terms = evidence
+        return evidence
+
+
+def test_the_score_is_added_once_whatever_calls_an_objective():
+    x = torch.randn(5)
+    gradients = []
+    for objective in (None, objectives.elbo, lambda record: objectives.elbo(record) * 1.0):
+        model = Scored()
+        forward = ObjectivePass(model, TrainConfig(), objective, nullcontext)
+        forward(x, None, 0.0)[0].mean().backward()
+        gradients.append(model.weight.grad)
+    plain = Scored()
+    (-plain(x, None).elbo).mean().backward()
+    assert gradients[0] != plain.weight.grad
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
 
 
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (lambda record: objectives.elbo(record).mean(), r"shape \(\).*expected \(2,\)"),
+        (lambda record: objectives.elbo(record).mean(), r"shape \(\).*expected \(32,\)"),
         (lambda record: objectives.elbo(record) * float("nan"), "not finite"),
         (lambda record: objectives.elbo(record).detach(), "no gradient"),
+        (Unreachable(), "no gradient for the parameters that it trains"),
+        (NoCriticGradient(), "no gradient for the parameters that it trains"),
     ],
-    ids=["shape", "nan", "detached"],
+    ids=["shape", "nan", "detached", "unreachable", "critic"],
 )
 def test_an_unsuitable_objective_is_refused_before_training(objective, message, data, tmp_path):
     model = musigma.build("open_image_pair", data.spec())
-    with pytest.raises(ValueError, match=f"objective: .*{message}"):
+    with pytest.raises(ValueError, match=f"objective.*: .*{message}"):
         fit(
             model, *halves(data), TrainConfig(steps=4, **CONFIG), tmp_path / "run",
             objective=objective,

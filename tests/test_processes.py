@@ -52,6 +52,38 @@ def train(out, steps=10, stop=None, points=points, **config):
     there = (out / "state.safetensors").exists()
     device = None if config.accumulate > 1 else "cpu"  # the best there is, or this
     return fit(flow(), points, points, config, out, device=device, resume=there, stop=halt)
+
+class Means(torch.nn.Module):
+    \"""The KL of a VAE's posterior, and a critic of its mean; the decoder has no gradient.\"""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.critic = torch.nn.Linear(32, 1)
+
+    def forward(self, record):
+        (q,) = record.qs.values()
+        kl = 0.5 * (q.mean**2 + q.variance - 1) - q.log_std
+        return kl.sum(1) + self.critic(q.mean).sum(1).sigmoid()
+
+    def critic_loss(self, record):
+        (q,) = record.qs.values()
+        return torch.nn.functional.softplus(-self.critic(q.mean)).sum(1)
+
+    def critic_optimizer(self):
+        return torch.optim.SGD(self.critic.parameters(), lr=1e-2, momentum=0.9)
+
+def train_means(out, **config):
+    config = TrainConfig(steps=6, batch_size=15, evaluations=1, evaluate_on=20, lr=1e-3, **config)
+    return fit(vae(), digits, digits, config, out, objective=Means(), device="cpu")
+
+def train_optimal(out, **config):
+    torch.manual_seed(0)
+    options = {"width": 8, "likelihood": "gaussian", "std": "optimal"}
+    model = build("vae", (1, 8, 8), net="conv", **options)
+    config = TrainConfig(steps=4, batch_size=15, evaluations=1, evaluate_on=20, **config)
+    fit(model, digits, digits, config, out, device="cpu")
+    return next(b for name, b in model.named_buffers() if name.endswith("log_std")).item()
 """
 
 EACH = (
@@ -62,29 +94,34 @@ processes = join("cpu")
 figure = evaluate(vae(), digits, seed=3, processes=processes)
 run = train(out / "two")
 train(out / "parts", accumulate=3)
-train(out / "cut", shard=True, save_every=1e-5)
-train(out / "cut, parts", shard=True, accumulate=3, stop=4)
-train(out / "cut, parts", shard=True, accumulate=3)
-train(out / "handed on", shard=True, stop=4)
-train(out / "cut, budget", shard=True, memory_budget="45KB")
-train(out / "astray", steps=40, shard=True, points=Dataset(many))
+train(out / "shard", shard=True, save_every=1e-5)
+train(out / "shard, parts", shard=True, accumulate=3, stop=4)
+train(out / "shard, parts", shard=True, accumulate=3)
+train(out / "resumed", shard=True, stop=4)
+train(out / "shard, budget", shard=True, memory_budget="45KB")
+train(out / "bad example", steps=40, shard=True, points=Dataset(many))
 model = flow()
 
-def fall(step):
+def fall_back(step):
     if processes.rank == 1 and step == 2:
         model.runner.fallbacks[0] = "made up"
     return step == 4
 
 config = TrainConfig(steps=8, batch_size=15, memory="reversible")
-fit(model, points, points, config, out / "fallen", device="cpu", stop=fall)
-fallen = processes.gather(memory.fallbacks(model))
+fit(model, points, points, config, out / "fallbacks", device="cpu", stop=fall_back)
+fallbacks = processes.gather(memory.fallbacks(model))
+train_means(out / "means")
+train_means(out / "means, parts", accumulate=2)
+train_means(out / "means, shard", shard=True)
+log_stds = [train_optimal(out / "optimal"), train_optimal(out / "optimal, shard", shard=True)]
 calibrated = [p.tolist() for n, p in flow().named_parameters() if "bias" in n]
 weights = [p.double().sum().item() for p in run.model.parameters()]
-alike = processes.gather(weights)
-told = processes.maximum(processes.rank, -processes.rank)
+alike, gathered = processes.gather(weights), processes.gather(log_stds)
+maxima = processes.maximum(processes.rank, -processes.rank)
 if processes.is_main:
-    (out / "fallen.json").write_text(json.dumps(fallen))
-    (out / "said.json").write_text(json.dumps([figure, alike, told, processes.count]))
+    (out / "fallbacks.json").write_text(json.dumps(fallbacks))
+    (out / "results.json").write_text(json.dumps([figure, alike, maxima, processes.count]))
+    (out / "log_stds.json").write_text(json.dumps(gathered))
 leave()
 """
 )
@@ -117,22 +154,22 @@ def losses(folder):
 
 
 def test_processes_end_with_the_same_weights(out):
-    _, alike, told, count = json.loads((out / "said.json").read_text())
+    _, alike, maxima, count = json.loads((out / "results.json").read_text())
     assert count == 2
     assert alike[0] == alike[1]
-    assert told == [1.0, 0.0]
+    assert maxima == [1.0, 0.0]
 
 
 def test_evaluation_does_not_depend_on_the_number_of_processes(out):
-    figure, *_ = json.loads((out / "said.json").read_text())
-    alone = evaluate(scope["vae"](), scope["digits"], seed=3)
-    assert figure == json.loads(json.dumps(alone))
+    figure, *_ = json.loads((out / "results.json").read_text())
+    expected = evaluate(scope["vae"](), scope["digits"], seed=3)
+    assert figure == json.loads(json.dumps(expected))
     assert figure["n"] == len(scope["digits"])
 
 
-@pytest.mark.parametrize("several", ["two", "parts", "cut", "cut, parts", "cut, budget"])
+@pytest.mark.parametrize("several", ["two", "parts", "shard", "shard, parts", "shard, budget"])
 def test_a_flow_without_noise_gets_the_same_weights(out, tmp_path, several):
-    """15 examples a step are shared as 7 and 8, and each of these worked through in 3 parts."""
+    """15 examples per step are shared as 7 and 8; "parts": each process takes its own in 3."""
     start = torch.cat([p.flatten() for p in scope["flow"]().parameters()])
     scope["train"](tmp_path / "one")
     one, two = (
@@ -145,18 +182,18 @@ def test_a_flow_without_noise_gets_the_same_weights(out, tmp_path, several):
 
 def test_another_number_of_processes_resumes_with_the_same_batches(out, tmp_path):
     scope["train"](tmp_path / "one")
-    assert len(losses(out / "handed on")) == 4
-    run = scope["train"](out / "handed on")
+    assert len(losses(out / "resumed")) == 4
+    run = scope["train"](out / "resumed")
     assert (run.finished, run.steps) == (True, 10)
-    alone = weights(tmp_path / "one/last.safetensors")
+    expected = weights(tmp_path / "one/last.safetensors")
     torch.testing.assert_close(
-        weights(out / "handed on/last.safetensors"), alone, rtol=1e-4, atol=2e-6
+        weights(out / "resumed/last.safetensors"), expected, rtol=1e-4, atol=2e-6
     )
-    assert losses(out / "handed on")[4:] == pytest.approx(losses(tmp_path / "one")[4:], rel=1e-5)
+    assert losses(out / "resumed")[4:] == pytest.approx(losses(tmp_path / "one")[4:], rel=1e-5)
 
 
 def test_a_bad_example_is_traced_with_sharded_weights(out):
-    rows = map(json.loads, (out / "astray/metrics.jsonl").read_text().splitlines())
+    rows = map(json.loads, (out / "bad example/metrics.jsonl").read_text().splitlines())
     (row,) = (row for row in rows if row["kind"] == "skipped")
     assert row["step"] == 37
     assert row["reason"].startswith("output of ")
@@ -165,12 +202,32 @@ def test_a_bad_example_is_traced_with_sharded_weights(out):
 
 def test_a_fallback_of_one_process_applies_to_all(out):
     made_up = {"layers.0": "made up"}
-    assert json.loads((out / "fallen.json").read_text()) == [made_up, made_up]
-    rows = map(json.loads, (out / "fallen/metrics.jsonl").read_text().splitlines())
-    (notice,) = (row for row in rows if row["kind"] == "warning")
-    assert (notice["step"], notice["message"][:9]) == (2, "layers.0 ")
-    header, _ = checkpoint.verified(out / "fallen/state.safetensors")
+    assert json.loads((out / "fallbacks.json").read_text()) == [made_up, made_up]
+    rows = map(json.loads, (out / "fallbacks/metrics.jsonl").read_text().splitlines())
+    (warning,) = (row for row in rows if row["kind"] == "warning")
+    assert (warning["step"], warning["message"][:9]) == (2, "layers.0 ")
+    header, _ = checkpoint.verified(out / "fallbacks/state.safetensors")
     assert header["progress"]["fallbacks"] == made_up
+
+
+@pytest.mark.parametrize("several", ["means", "means, parts", "means, shard"])
+def test_an_objective_with_a_critic_gets_the_same_weights(out, tmp_path, several):
+    """The objective does not use the evidence, and no gradient reaches the decoder."""
+    scope["train_means"](tmp_path)
+    _, one = checkpoint.verified(tmp_path / "state.safetensors")
+    _, two = checkpoint.verified(out / several / "state.safetensors")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=2e-6, msg=name)
+    start = scope["Means"]().critic.weight
+    assert (one["objective/critic.weight"] - start).abs().max() > 1e-4
+    assert "objective-optimizer/critic.weight:momentum_buffer" in one
+
+
+def test_after_step_has_the_same_effect_in_all_processes(out):
+    first, second = json.loads((out / "log_stds.json").read_text())
+    assert first == second
+    assert 0 not in first
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
@@ -183,7 +240,7 @@ def test_scores_of_all_shares_are_the_scores_of_one_process(count):
         assert np.array_equal(joined, values), name
 
 
-def test_gradients_of_parts_add_up(tmp_path):
+def test_parts_of_a_batch_add_up(tmp_path):
     scope["train"](tmp_path / "one")
     scope["train"](tmp_path / "four", accumulate=4)
     torch.testing.assert_close(

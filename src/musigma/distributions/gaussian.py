@@ -168,6 +168,10 @@ class OptimalGaussianHead(nn.Module):
         _forget(self)
         self.stepped = True
 
+    def skip_step(self) -> None:
+        """Drop the batches scored since the last call: their step was not taken."""
+        _forget(self)
+
 
 def _forget(head: OptimalGaussianHead, *_: object) -> None:
     """Drop the errors since the last step: they are no part of a state that is loaded."""

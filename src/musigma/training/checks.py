@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+import inspect
+from collections.abc import Iterable
+from contextlib import nullcontext
 
-import numpy as np
 import torch
+from torch import Tensor, nn, optim
 
-from musigma.data import Dataset
+from musigma.data import Dataset, batch_indices
 from musigma.evaluation import batch, check, evaluating
 from musigma.memory import check_memory, set_memory
 from musigma.model import Model
 from musigma.processes import current_processes
-from musigma.trace import Recorder
+from musigma.trace import Trace
 from musigma.training import hardware
 from musigma.training.config import TrainConfig
-from musigma.training.step import evaluate_objective
+from musigma.training.step import MakeOptimizer, Objective, ObjectivePass
 
 __all__ = ["check_run"]
 
 
-def check_run(model: Model, train: Dataset, config: TrainConfig, objective: Any = None) -> None:
-    """Refuse what `fit` refuses; two examples pass through the model and the objective.
+def check_run(
+    model: Model,
+    train: Dataset,
+    config: TrainConfig,
+    objective: Objective | None = None,
+    optimizer: MakeOptimizer | None = None,
+) -> None:
+    """Refuse what `fit` refuses; some examples pass through the model and the objective.
 
     Raises:
         ValueError: As `fit` says.
@@ -33,10 +41,10 @@ def check_run(model: Model, train: Dataset, config: TrainConfig, objective: Any 
             "beta: beta, kl_warmup and free_bits weight the latents against a likelihood, and a "
             "flow has none; leave them out"
         )
-    if objective is not None and (config.objective or config.weights_rate or config.k > 1):
+    if objective is not None and (config.objective or config.weights_rate):
         raise ValueError(
             "objective: given to fit, so the configuration must not name another; leave out "
-            "objective, beta, kl_warmup, free_bits and k"
+            "objective, beta, kl_warmup and free_bits"
         )
     check_memory(model, config.memory)
     if (count := current_processes().count) > config.batch_size:
@@ -47,17 +55,20 @@ def check_run(model: Model, train: Dataset, config: TrainConfig, objective: Any 
     for tracker in config.track:
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"track: {tracker} is not installed: pip install {tracker}")
+    if optimizer is not None:
+        _check_optimizer(optimizer(list(model.parameters())))
+    set_memory(model, "store")
+    first = batch_indices(len(train), config.batch_size, seed=config.seed, step=0)
     with evaluating(model), torch.enable_grad(), torch.random.fork_rng():
-        record = Recorder(closed_form=config.k == 1)
-        x, context = batch(train, np.arange(min(2, len(train))), model)
+        trace = Trace(closed_form=config.k == 1)
         try:
-            model(x, context, trace=record)
+            model(*batch(train, first[:2], model), trace=trace)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"model: it cannot process these data: {reason}") from error
         if objective is not None:
-            _check_objective(objective, record, len(x))
-    if config.free_bits and any(site not in record.kl for site in model.latents()):
+            _check_objective(model, config, objective, *batch(train, first[:64], model))
+    if config.free_bits and any(site not in trace.kl for site in model.latents()):
         raise ValueError(
             "free_bits: they apply to the KL of each latent, and with a flow prior latents have "
             "none; leave them out, or use a normal prior"
@@ -67,22 +78,54 @@ def check_run(model: Model, train: Dataset, config: TrainConfig, objective: Any 
         hardware.number_of_parts(model, train, config)
 
 
-def _check_objective(objective: Any, record: Recorder, n: int) -> None:
-    if isinstance(objective, torch.nn.Module):
-        objective.to(next(iter(record.values.values())).device)
-    nats = evaluate_objective(objective, record)
-    got = getattr(nats, "shape", None)
-    if got != (n,):
-        what = f"shape {tuple(got)}" if got is not None else type(nats).__name__
+def _check_optimizer(optimizer: object) -> None:
+    """Refuse what is no optimizer, and one whose steps need a closure."""
+    if not isinstance(optimizer, optim.Optimizer):
         raise ValueError(
-            f"objective: returned {what} for {n} examples; expected ({n},), the nats of each"
+            "optimizer: expected a function of a list of parameters to a torch.optim.Optimizer; "
+            f"it returned {type(optimizer).__name__}"
         )
-    if not bool(nats.isfinite().all()):
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"objective: returned {nats.tolist()} for the first examples, which is not finite"
+            f"optimizer: a step of {type(optimizer).__name__} needs a closure, which training on "
+            "batches does not have; use another"
         )
-    if not nats.requires_grad:
+
+
+def _check_objective(
+    model: Model, config: TrainConfig, objective: Objective, x: Tensor, context: object
+) -> None:
+    """Refuse an objective whose value on the first batch cannot be minimized."""
+    if isinstance(objective, nn.Module):
+        objective.to(x.device)
+    forward = ObjectivePass(model, config, objective, nullcontext)
+    nats, evidence, record = forward(x, context, 0.0)  # pyright: ignore[reportArgumentType]
+    sound = bool(evidence.elbo.isfinite().all())  # otherwise it is the model that is at fault
+    _check_value("objective", nats, model.parameters(), sound)
+    if hasattr(objective, "critic_loss"):
+        if not isinstance(objective, nn.Module) or not list(objective.parameters()):
+            raise ValueError(
+                "objective: it defines critic_loss, and must be a module with parameters, which "
+                "that loss trains"
+            )
+        loss = objective.critic_loss(record)  # pyright: ignore[reportCallIssue]
+        _check_value("objective.critic_loss", loss, objective.parameters(), sound)
+
+
+def _check_value(
+    name: str, value: Tensor, parameters: Iterable[nn.Parameter], finite: bool
+) -> None:
+    """Refuse a value that is not finite, or has no gradient for any of the parameters."""
+    if finite and not bool(value.isfinite().all()):
+        bad = value[~value.isfinite()].flatten()[0].item()
+        raise ValueError(f"{name}: returned {bad} for the first batch, which is not finite")
+    trained = [p for p in parameters if p.requires_grad]
+    gradients: tuple[Tensor | None, ...] = ()
+    if value.requires_grad and trained:
+        gradients = torch.autograd.grad(value.sum(), trained, allow_unused=True)
+    if all(g is None for g in gradients):
         raise ValueError(
-            "objective: what it returned has no gradient; do not detach it or compute it under "
-            "torch.no_grad"
+            f"{name}: what it returned has no gradient for the parameters that it trains; do not "
+            "detach it or compute it under torch.no_grad"
         )

@@ -192,6 +192,11 @@ class TrainConfig:
             return "iwae"
         return "free-bits" if self.free_bits else "beta-elbo" if self.weights_rate else "elbo"
 
+    @property
+    def objective_takes_evidence(self) -> bool:
+        """Whether the objective is a function of `Evidence` (`musigma.objectives.objective`)."""
+        return getattr(OBJECTIVES[self._objective_name], "applies_surrogate", False)
+
     @cached_property
     def _objective_options(self) -> frozenset[str]:
         signature = inspect.signature(OBJECTIVES[self._objective_name])

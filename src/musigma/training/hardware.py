@@ -34,15 +34,23 @@ __all__ = [
 ]
 
 
-def accelerator(config: TrainConfig, out: Path, *, cpu: bool) -> Any:
-    """The Accelerator of a run, for processes and trackers."""
-    from accelerate import Accelerator
+def accelerator(config: TrainConfig, out: Path, *, cpu: bool, unused: bool) -> Any:
+    """The Accelerator of a run, for processes and trackers.
+
+    Args:
+        config: Names the trackers.
+        out: The run folder.
+        cpu: Whether processes communicate on the CPU.
+        unused: Whether some weights may have no gradient.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     return Accelerator(
         device_placement=False,
         cpu=cpu,
         log_with=list(config.track) or None,
         project_dir=out,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
 
 

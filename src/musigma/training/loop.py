@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from musigma.training.log import Log, Watch, evidence_row
 from musigma.training.profiling import profiling
 from musigma.training.recovery import Recovery, TrainingError
 from musigma.training.state import Progress
-from musigma.training.step import MakeOptimizer, Objective, TrainingStep
+from musigma.training.step import MakeOptimizer, Objective, ObjectivePass, TrainingStep
 
 __all__ = ["Run", "fit"]
 
@@ -49,7 +49,8 @@ class Run:
     """What `fit` returns.
 
     Attributes:
-        model: The averaged weights of the last step, in evaluation mode.
+        model: The averaged weights of the last step, in evaluation mode; the best ones if the run
+            stopped early (`TrainConfig.patience`).
         steps: Number of steps, since the beginning of the run.
         seconds: Seconds of training, since the beginning of the run.
         finished: False if training was stopped before its end.
@@ -100,9 +101,10 @@ def fit(
         objective: A function of a `Recorder` to nats per example, shape (B,), whose mean is
             minimized; by default the one that `config` names. It may be a module with parameters:
             those have an optimizer of their own, ``critic_optimizer()`` (by default Adam), and
-            minimize ``critic_loss(recorder)``, nats per example, if it has this method (a critic
-            of an adversarial objective, say), or the objective itself. They are saved and resumed
-            with the run.
+            minimize ``critic_loss(recorder)``, nats per example or a scalar, if it has this method
+            (a critic of an adversarial objective, say), or the objective itself. They are saved
+            and resumed with the run. With ``config.k`` draws, the recorder holds k rows in a row
+            for each example.
         optimizer: A function of the list of parameters to an optimizer; by default the one that
             `config` names. The schedule of `config` scales the learning rate it is made with.
         extra: JSON values for the header of the checkpoints.
@@ -119,7 +121,7 @@ def fit(
             smaller steps, or if the last state cannot be written.
     """
     join(device)
-    check_run(model, train, config, objective)
+    check_run(model, train, config, objective, optimizer)
     run = _Run(
         model, train, validation, config, Path(out), objective, optimizer, extra, device, watch
     )
@@ -128,12 +130,12 @@ def fit(
         while not run.is_finished:
             run.step()
             after_step()
-            run.synchronize(stop=bool(interrupted() or (stop and stop(run.progress.step))))
-            if run.evaluation_is_due():
+            due = run.synchronize(stop=bool(interrupted() or (stop and stop(run.progress.step))))
+            if due.evaluation:
                 run.evaluate()
-            if run.save_is_due:
+            if due.save:
                 run.save()
-            if run.is_stopped:
+            if due.stop:
                 break
         run.finish()
     progress = run.progress
@@ -146,6 +148,14 @@ def fit(
         best=progress.best,
         signal=interrupted() or None,
     )
+
+
+class Due(NamedTuple):
+    """What follows a step, on all processes alike."""
+
+    evaluation: bool
+    save: bool
+    stop: bool
 
 
 class _Run:
@@ -166,14 +176,17 @@ class _Run:
     ):
         self.model, self.train, self.config, self.out = model, train, config, out
         self.objective, self.make_optimizer, self.extra = objective, optimizer, extra
-        self.accelerator = hardware.accelerator(config, out, cpu=uses_cpu(device))
+        self.accelerator = hardware.accelerator(
+            config, out, cpu=uses_cpu(device), unused=objective is not None
+        )
         self.processes = current_processes()
         self.device = torch.device(device) if device else self.accelerator.device
         self.validation = validation.subset(range(min(len(validation), config.evaluate_on)))
+        self.remarks = warning.about_batches(config, len(train), len(validation))
         self.progress = Progress()
         self.log = Log(out / "metrics.jsonl", watch, write=self.processes.is_main)
+        self.best = out / "model.safetensors"
         self.batches: Any = None
-        self.is_stopped = self.save_is_due = False
 
     def __enter__(self) -> _Run:
         return self
@@ -206,21 +219,20 @@ class _Run:
         set_memory(model, config.memory)
         parts = hardware.number_of_parts(model, self.train, config)  # while weights are whole
         self.average = WeightAverage(model, config.ema)
-        several = self.processes.count > 1
-        sharded = config.shard and several
+        if isinstance(self.objective, torch.nn.Module):
+            self.objective.to(self.device)
+        autocast = hardware.autocast(config, self.device)
+        forward = ObjectivePass(model.train(), config, self.objective, autocast)
+        sharded = config.shard and self.processes.count > 1
         if sharded:
-            shard(model, hardware.blocks(model))
-        remarks = warning.about_batches(config, len(self.train), len(self.validation))
+            shard(forward, hardware.blocks(model))
         if config.fast and (problem := hardware.compile_blocks(model)):
-            remarks.append(problem)
+            self.remarks.append(problem)
         self.training_step = TrainingStep(
-            model.train(),
-            config,
+            forward,
             self.accelerator,
             parts=parts,
             sharded=sharded,
-            wrapped=several and not sharded,
-            objective=self.objective,
             make_optimizer=self.make_optimizer,
         )
         self.average.follow(model, sharded=sharded)
@@ -232,13 +244,12 @@ class _Run:
         self.log.rewind(self.progress.step)
         self.accelerator.init_trackers("musigma", config=hardware.trackable(config))
         self.log.trackers = list(self.accelerator.trackers)
-        for message in remarks:
+        for message in self.remarks:
             self._warn(message)
         self.reference = warning.references(self.train, self.validation)
         self.started = time.monotonic() - self.progress.seconds
         self.last_save = time.monotonic()
         self.share = config.share(self.progress, len(self.train))
-        self.evaluated_share = self.share
         if not resume:
             self.save()
 
@@ -272,23 +283,30 @@ class _Run:
                 f"{self.progress.warnings.get('disk', 'steps were failing')}; earlier files are "
                 "intact: make room, then --resume"
             )
-        if self.processes.is_main and not (self.out / "model.safetensors").exists():
-            checkpoint.save(self.average.model, self.out / "model.safetensors", extra=self.extra)
+        if self.processes.is_main and not self.best.exists():
+            checkpoint.save(self.average.model, self.best, extra=self.extra)
         self.processes.wait()
+        if self._is_out_of_patience:
+            self.average.model.load_state_dict(checkpoint.verified(self.best)[1])
 
     # -- the parts of the loop
 
     @property
     def is_finished(self) -> bool:
         """Whether the budget is spent, or the patience."""
+        return self.share >= 1 or self._is_out_of_patience
+
+    @property
+    def _is_out_of_patience(self) -> bool:
         patience = self.config.patience
-        return self.share >= 1 or (patience is not None and self.progress.stale >= patience)
+        return patience is not None and self.progress.stale >= patience
 
     def step(self) -> None:
         """Compute the gradients of a batch, and take a step if they are sound."""
         progress, config = self.progress, self.config
         step = progress.step
         examples = tensors(self.model, self.train, *next(self.batches))
+        self.training_step.schedule(step, self.share, progress.lr_scale)
         result = self.training_step.gradients(*examples, step, self.share)
         row: dict[str, Any] = {"kind": "train", "step": step + 1, "loss": result.loss}
         row["grad_norm"] = result.norm
@@ -298,13 +316,13 @@ class _Run:
             sound = sound and math.isfinite(result.loss)
         if sound:
             clip = config.clip or 3 * progress.usual_norm or math.inf
-            self.training_step.apply(result, step, self.share, progress.lr_scale, clip)
+            self.training_step.apply(result.norm, clip)
             self.average.update(step)
             weight = 0.02 if progress.usual_norm else 1.0
             progress.usual_norm += weight * (result.norm - progress.usual_norm)
             progress.failing = 0
         else:
-            row |= self.recovery.skip(progress, examples, result, limit)
+            row |= self.recovery.skip(progress, examples, self.share, result, limit)
         progress.step, progress.seconds = step + 1, time.monotonic() - self.started
         self.log.examples += config.batch_size
         self._log_step(row, result.evidence, self.training_step.learning_rate)
@@ -341,25 +359,22 @@ class _Run:
             f"{self.progress.lr_scale:.3g}",
         )
 
-    def synchronize(self, *, stop: bool) -> None:
-        """Agree with the other processes on the clock, on stopping, saving and fallbacks."""
+    def synchronize(self, *, stop: bool) -> Due:
+        """Agree with the other processes on the clock, on fallbacks, and on what is due."""
         wait = 60 * self.config.save_every
         if "disk" in self.progress.warnings:
             wait = min(wait, 60)
         due = time.monotonic() - self.last_save > wait and not self.progress.failing
         reversible = self.config.memory == "reversible"
         fell_back = reversible and fallbacks(self.model) != self.progress.fallbacks
-        seconds, stop_, due_, fell_back_ = self.processes.maximum(
-            self.progress.seconds,
-            float(stop),
-            float(due and self.processes.is_main),
-            float(fell_back),
-        )
-        if fell_back_:
+        mine = self.progress.seconds, stop, due and self.processes.is_main, fell_back
+        self.progress.seconds, *flags = self.processes.maximum(*mine)
+        stop, save, fell_back = map(bool, flags)
+        if fell_back:
             self._fall_back()
-        self.progress.seconds = seconds
-        self.is_stopped, self.save_is_due = stop_ > 0, due_ > 0
+        before, times = self.share, self.config.evaluations
         self.share = self.config.share(self.progress, len(self.train))
+        return Due(int(self.share * times) > int(before * times), save, stop)
 
     def _fall_back(self) -> None:
         """Make every process recompute what one of them cannot invert accurately enough."""
@@ -371,12 +386,6 @@ class _Run:
         self.progress.fallbacks = runs
         set_fallbacks(self.model, runs)
 
-    def evaluation_is_due(self) -> bool:
-        """Whether one of the evenly spaced evaluations has been reached."""
-        before, self.evaluated_share = self.evaluated_share, self.share
-        times = self.config.evaluations
-        return int(self.share * times) > int(before * times)
-
     def evaluate(self) -> None:
         """Evaluate the averaged weights on validation data, and save them if they are the best."""
         progress, averaged = self.progress, self.average.model
@@ -386,19 +395,27 @@ class _Run:
         )
         where = {"step": progress.step, "seconds": progress.seconds}
         self.log.write({"kind": "evaluation", **where, **figure})
-        before = progress.best
-        improved = figure["bits_per_dim"] < before
-        progress.best = min(before, figure["bits_per_dim"])
-        progress.stale = 0 if improved else progress.stale + 1
-        if improved:
-            progress.best_step = progress.step
-        if not self.processes.is_main:
-            return
-        path = self.out / "model.safetensors"
-        if (improved or not path.exists()) and not self._write(
-            lambda: checkpoint.save(averaged, path, extra=self.extra)
-        ):
-            progress.best = before  # the file on disk is not better
+        improved, saved = figure["bits_per_dim"] < progress.best, False
+        if self.processes.is_main and (improved or not self.best.exists()):
+            saved = self._write(lambda: checkpoint.save(averaged, self.best, extra=self.extra))
+        if not improved:
+            progress.stale += 1
+        elif self.processes.gather(saved)[0]:
+            progress.best, progress.best_step = figure["bits_per_dim"], progress.step
+            progress.stale = 0
+        if self._is_out_of_patience:
+            self.log.message(
+                "info",
+                progress,
+                f"stopped early: {progress.stale} evaluations without improvement since step "
+                f"{progress.best_step} ({progress.best:.4g} bits/dim)",
+            )
+        if self.processes.is_main:
+            self._examine(figure)
+
+    def _examine(self, figure: Mapping[str, Any]) -> None:
+        """Warn of an implausible figure, and of what goes wrong in the model."""
+        progress, averaged = self.progress, self.average.model
         few = batch(self.validation, np.arange(min(len(self.validation), 64)), averaged)
         found = warning.examine(averaged, figure, *few)
         found |= warning.implausible(figure, self.reference, progress, self.share)
@@ -437,8 +454,9 @@ class _Run:
         self.log.message("warning", self.progress, message)
 
     def _warn_of(self, kinds: tuple[str, ...], found: Mapping[str, str]) -> None:
-        for message in warning.new(self.progress, kinds, found):
-            self._warn(message)
+        for name, message in warning.new(self.progress, kinds, found).items():
+            kind = "info" if name == "unexamined" else "warning"
+            self.log.message(kind, self.progress, message)
 
 
 @contextmanager

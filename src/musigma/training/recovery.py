@@ -48,7 +48,12 @@ class Recovery:
         self.training_step, self.train, self.config, self.out = training_step, train, config, out
 
     def skip(
-        self, progress: Progress, examples: tuple[Tensor, Any], result: Result, limit: float
+        self,
+        progress: Progress,
+        examples: tuple[Tensor, Any],
+        share: float,
+        result: Result,
+        limit: float,
     ) -> dict[str, Any]:
         """Count a skipped step. Returns why it failed, and for which examples, for the log."""
         step, processes = progress.step, self.training_step.processes
@@ -57,10 +62,13 @@ class Recovery:
             failed = any(processes.gather(failed))
 
         def repeat() -> None:
-            self.training_step.repeat(*examples, step)
+            self.training_step.repeat(*examples, step, share)
 
+        self.training_step.skip()
         model = self.training_step.model
         reason = diagnose(model, repeat if failed else None, result.loss, result.norm, limit)
+        if reason is None and not self.training_step.critic_is_finite():
+            reason = "the gradient of the objective's own parameters is not finite"
         log_w = result.evidence.elbo.reshape(len(examples[0]), -1).sum(1)
         size, seed = self.config.batch_size, self.config.seed
         indices = batch_indices(len(self.train), size, seed=seed, step=step)
@@ -99,6 +107,7 @@ class Recovery:
             seconds=failed.seconds,
             best=failed.best,  # its file is still there
             best_step=failed.best_step,
+            stale=failed.stale,
             skipped=failed.skipped,
             failing=failed.failing,
             setbacks=failed.setbacks + 1,

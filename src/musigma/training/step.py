@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -15,26 +16,95 @@ from musigma import context as contexts
 from musigma.context import Context
 from musigma.evaluation import noise
 from musigma.model import Model
-from musigma.objectives import surrogate, terms_of
+from musigma.objectives import surrogate
 from musigma.processes import Processes, current_processes
 from musigma.trace import Evidence, Recorder
-from musigma.training import hardware
 from musigma.training.config import TrainConfig
 from musigma.training.distributed import full_tensor, local_shard
 from musigma.training.state import RunState
 
-__all__ = ["MakeOptimizer", "Objective", "Result", "TrainingStep", "evaluate_objective"]
+__all__ = ["MakeOptimizer", "Objective", "ObjectivePass", "Result", "TrainingStep"]
 
 Objective: TypeAlias = Callable[[Recorder], Tensor]
 MakeOptimizer: TypeAlias = Callable[[list[nn.Parameter]], optim.Optimizer]
 
 
-def evaluate_objective(objective: Objective, record: Recorder) -> Tensor:
-    """An objective's nats (B,), with the score-function term if it does not add it itself."""
-    nats = objective(record)
-    if getattr(objective, "applies_surrogate", False):
-        return nats
-    return surrogate(nats, terms_of(record))
+class ObjectivePass(nn.Module):
+    """A model and its objective as one module, so that DDP and FSDP see the whole graph.
+
+    Args:
+        model: The model.
+        config: Names the objective if none is given.
+        objective: As in `fit`. Its parameters are not part of this module.
+        autocast: A context for the networks' precision.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: TrainConfig,
+        objective: Objective | None,
+        autocast: Callable[[], AbstractContextManager],
+    ):
+        super().__init__()
+        self.model, self.config, self.autocast = model, config, autocast
+        self._objective = (objective,)  # a module in a tuple is not registered
+
+    @property
+    def objective(self) -> Objective | None:
+        """The objective that is given to `fit`."""
+        return self._objective[0]
+
+    def forward(
+        self, x: Tensor, context: Context, share: float
+    ) -> tuple[Tensor, Evidence, Recorder | None]:
+        """Nats (B,), the terms without gradients, and the recorder if the objective takes one.
+
+        Raises:
+            ValueError: If the objective returns another shape.
+        """
+        n, k = len(x), self.config.k
+        if k > 1:
+            x, context = x.repeat_interleave(k, 0), contexts.repeat(context, k)
+        if self.objective is None and self.config.objective_takes_evidence:
+            with self.autocast():
+                evidence = self.model(x, context, closed_form=k == 1)
+            return self.config.nats(evidence, share), _detached(evidence), None
+        record = Recorder(closed_form=k == 1)
+        with self.autocast():
+            evidence = self.model(x, context, trace=record)
+        applies_surrogate = getattr(self.objective, "applies_surrogate", False)
+        if not applies_surrogate:  # once, and not again by objectives that this one calls
+            record.terms = evidence._replace(score=evidence.score.detach())
+        with _frozen(self.objective):
+            objective = self.objective or (lambda record: self.config.nats(record, share))
+            nats = objective(record)
+        if (shape := getattr(nats, "shape", None)) != (n,):
+            what = type(nats).__name__ if shape is None else f"shape {tuple(shape)}"
+            raise ValueError(
+                f"objective: returned {what} for {n} examples; expected ({n},), the nats of each"
+            )
+        nats = nats if applies_surrogate else surrogate(nats, evidence)
+        return nats, _detached(evidence), record
+
+
+def _detached(evidence: Evidence) -> Evidence:
+    return Evidence(*(t.detach() for t in evidence))
+
+
+@contextmanager
+def _frozen(objective: Any) -> Iterator[None]:
+    """Without gradients for the parameters of an objective that has a loss for them."""
+    frozen = []
+    if hasattr(objective, "critic_loss"):
+        frozen = [p for p in objective.parameters() if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
 
 
 @dataclass
@@ -44,65 +114,52 @@ class Result:
     Attributes:
         evidence: Its terms, without gradients.
         loss: The mean of the objective over this process's examples, in nats.
-        norm: The norm of the gradient over all processes.
-        gradients: The gradients, of this process's shards.
-        critic: Gradients of the objective's own parameters.
+        norm: The norm of the model's gradient over all processes; NaN if the gradient of the
+            objective's own parameters is not finite.
     """
 
     evidence: Evidence
     loss: float
     norm: float
-    gradients: list[Tensor]
-    critic: list[Tensor]
 
 
 class TrainingStep:
     """Computes gradients of batches, and applies them.
 
     Args:
-        model: The model, in training mode; perhaps sharded.
-        config: Objective, optimizer, precision.
+        forward: The model, in training mode and perhaps sharded, with its objective.
         accelerator: Wraps the model for several processes.
         parts: Number of parts that each batch is processed in.
         sharded: Whether the weights are sharded.
-        wrapped: Whether several processes average their gradients (DDP).
-        objective: As in `fit`.
         make_optimizer: As in `fit`.
     """
 
     def __init__(
         self,
-        model: Model,
-        config: TrainConfig,
+        forward: ObjectivePass,
         accelerator: Any,
         *,
         parts: int,
         sharded: bool,
-        wrapped: bool,
-        objective: Objective | None,
         make_optimizer: MakeOptimizer | None,
     ):
-        self.model, self.config, self.accelerator = model, config, accelerator
+        self.forward, self.accelerator = forward, accelerator
+        self.model, self.config = forward.model, forward.config
         self.parts, self.sharded, self.processes = parts, sharded, current_processes()
-        make_optimizer = make_optimizer or config.make_optimizer
-        self.optimizer = make_optimizer(list(model.parameters()))
+        make_optimizer = make_optimizer or self.config.make_optimizer
+        self.optimizer = make_optimizer(list(self.model.parameters()))
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.trained = accelerator.prepare(model) if wrapped else model
-        self.weights: list[Tensor] = list(model.parameters())
-        self.after_step: list[Any] = [
-            m.after_step for m in model.modules() if hasattr(m, "after_step")
-        ]
-        device = next(iter(self.weights)).device if self.weights else torch.device("cpu")
-        self.autocast = hardware.autocast(config, device)
-        self.objective = objective
-        self.critic: nn.Module | None = None
-        self.critic_weights: list[nn.Parameter] = []
+        wrapped = self.processes.count > 1 and not sharded
+        self.trained = accelerator.prepare(forward) if wrapped else forward
+        self.weights: list[Tensor] = list(self.model.parameters())
+        self.stateful: list[Any] = [m for m in self.model.modules() if hasattr(m, "after_step")]
+        module = forward.objective if isinstance(forward.objective, nn.Module) else None
+        self.critic: Any = module.train() if module else None
+        self.critic_weights = list(module.parameters()) if module else []
         self.critic_optimizer: optim.Optimizer | None = None
-        if isinstance(objective, nn.Module) and list(objective.parameters()):
-            self.critic = objective.to(device).train()
-            self.critic_weights = list(objective.parameters())
-            make = getattr(objective, "critic_optimizer", None)
-            self.critic_optimizer = make() if make else optim.Adam(self.critic_weights, config.lr)
+        if self.critic_weights:
+            adam = partial(optim.Adam, self.critic_weights, self.config.lr)
+            self.critic_optimizer = getattr(module, "critic_optimizer", adam)()
 
     def state(self, averaged: Model) -> RunState:
         """What a run saves and resumes."""
@@ -116,9 +173,9 @@ class TrainingStep:
     # -- gradients
 
     def gradients(self, x: Tensor, context: Context, step: int, share: float) -> Result:
-        """Gradients of the mean over the whole batch, over all processes and parts."""
-        self.optimizer.zero_grad(set_to_none=True)
-        critic = [torch.zeros_like(p) for p in self.critic_weights]
+        """Compute gradients of the mean over the whole batch, over all processes and parts."""
+        for p in (*self.weights, *self.critic_weights):
+            p.grad = None
         noise(self.config.seed, step, self.processes.rank)
         found: list[Evidence] = []
         total = 0.0
@@ -126,99 +183,80 @@ class TrainingStep:
             part = Processes(i, self.parts).share(len(x))
             weight = (part.stop - part.start) / self.config.batch_size
             with self._exchanging(i == self.parts - 1):
-                record, evidence = self._forward(
-                    self.trained, x[part], contexts.rows(context, part)
-                )
-                loss = self._nats(record, share).mean() * weight
-                for p in self.critic_weights:
-                    p.grad = None
+                rows = contexts.rows(context, part)
+                nats, evidence, record = self.trained(x[part], rows, share)
+                loss = nats.mean() * weight
                 (loss * self.processes.count).backward()  # gradients of processes are averaged
-                self._add_critic_gradients(critic, record, weight)
-            found.append(Evidence(*(t.detach() for t in evidence)))
+            if hasattr(self.critic, "critic_loss"):
+                critic_loss = self.critic.critic_loss(record).mean() * weight
+                (critic_loss * self.processes.count).backward(inputs=self.critic_weights)
+            found.append(evidence)
             total += loss.item()
-        gradients = [p.grad for p in self.weights if p.grad is not None]
-        if self.processes.count > 1:
-            for g in critic:
-                dist.all_reduce(g)
-                g /= self.processes.count
+        self._average(p.grad for p in self.critic_weights)
         return Result(
             evidence=Evidence(*map(torch.cat, zip(*found, strict=True))),
             loss=total * self.config.batch_size / len(x),
-            norm=self._norm(gradients, critic),
-            gradients=gradients,
-            critic=critic,
+            norm=self._norm(),
         )
 
-    @staticmethod
-    def _norm(gradients: list[Tensor], critic: list[Tensor]) -> float:
-        """The norm of the model's gradient; NaN if that of a critic is not finite."""
-        sound = all(bool(g.isfinite().all()) for g in critic)
-        return float(full_tensor(nn.utils.get_total_norm(gradients))) if sound else float("nan")
+    def _average(self, tensors: Iterable[Tensor | None]) -> None:
+        """Average tensors over all processes."""
+        for t in tensors:
+            if self.processes.count > 1 and t is not None:
+                dist.all_reduce(t)
+                t /= self.processes.count
 
-    def _forward(self, model: nn.Module, x: Tensor, context: Context) -> tuple[Recorder, Evidence]:
-        if (k := self.config.k) > 1:
-            x, context = x.repeat_interleave(k, 0), contexts.repeat(context, k)
-        record = Recorder(closed_form=k == 1)
-        with self.autocast():
-            return record, model(x, context, trace=record)
+    def _norm(self) -> float:
+        if not self.critic_is_finite():
+            return float("nan")
+        return float(full_tensor(nn.utils.get_total_norm(self._weight_gradients())))
 
-    def _nats(self, record: Recorder, share: float) -> Tensor:
-        if self.objective is None:
-            return self.config.nats(record, share)
-        return evaluate_objective(self.objective, record)
+    def critic_is_finite(self) -> bool:
+        """Whether the gradients of the objective's own parameters are finite."""
+        gradients = [p.grad for p in self.critic_weights if p.grad is not None]
+        return all(bool(g.isfinite().all()) for g in gradients)
 
-    def _add_critic_gradients(self, critic: list[Tensor], record: Recorder, weight: float) -> None:
-        """Gradients of the critic's own loss; of the objective, if it has none."""
-        if self.critic is None:
-            return
-        critic_loss = getattr(self.critic, "critic_loss", None)
-        if critic_loss is None:
-            new = [p.grad for p in self.critic_weights]
-        else:
-            loss = critic_loss(record).mean() * weight * self.processes.count
-            new = torch.autograd.grad(loss, self.critic_weights, allow_unused=True)
-        for total, g in zip(critic, new, strict=True):
-            if g is not None:
-                total += g
+    def _weight_gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.weights if p.grad is not None]
 
     @contextmanager
     def _exchanging(self, now: bool) -> Iterator[None]:
         """Whether a backward pass averages the gradients of all processes."""
         if self.sharded:
-            self.trained.set_requires_gradient_sync(now)  # pyright: ignore
+            self.forward.set_requires_gradient_sync(now)  # pyright: ignore
             yield
-        elif now or self.trained is self.model:
+        elif now or self.trained is self.forward:
             yield
         else:
             with self.accelerator.no_sync(self.trained):
                 yield
 
-    def repeat(self, x: Tensor, context: Context, step: int) -> None:
+    def repeat(self, x: Tensor, context: Context, step: int, share: float) -> None:
         """The forward pass of a step again, with the same noise."""
         noise(self.config.seed, step, self.processes.rank)
-        self._forward(self.model, x, context)
+        self.forward(x, context, share)
 
     # -- optimizers
 
-    def apply(self, result: Result, step: int, share: float, lr_scale: float, clip: float) -> None:
-        """Take a step.
-
-        Args:
-            result: Its gradients.
-            step: Number of steps done before.
-            share: The share of the budget that is spent.
-            lr_scale: Factor of the learning rate.
-            clip: Norm to which a longer gradient is scaled down.
-        """
-        if result.norm > clip:
-            shards = [local_shard(g) for g in result.gradients]
-            torch._foreach_mul_(shards, clip / result.norm)  # pyright: ignore
+    def schedule(self, step: int, share: float, lr_scale: float) -> None:
+        """Set the learning rates of a step, given the share of the budget that is spent."""
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = self.config.learning_rate(step, share, peak) * lr_scale
+
+    def apply(self, norm: float, clip: float) -> None:
+        """Take a step; a gradient whose norm is above `clip` is scaled down to it."""
+        if norm > clip:
+            shards = [local_shard(g) for g in self._weight_gradients()]
+            torch._foreach_mul_(shards, clip / norm)  # pyright: ignore
         self.optimizer.step()
         if self.critic_optimizer is not None:
-            for p, g in zip(self.critic_weights, result.critic, strict=True):
-                p.grad = g
             self.critic_optimizer.step()
-        for after_step in self.after_step:
-            after_step()
+        for module in self.stateful:
+            module.after_step()
+            self._average(b for b in module.buffers(recurse=False) if b.is_floating_point())
+
+    def skip(self) -> None:
+        """Let modules drop what they recorded for `after_step`."""
+        for module in self.stateful:
+            if hasattr(module, "skip_step"):
+                module.skip_step()

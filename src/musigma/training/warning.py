@@ -30,6 +30,8 @@ KINDS = ("collapse", "saturation", "unexamined", "conditioning", "raw", "gaussia
 """Kinds of conditions that each evaluation looks for."""
 SPIKE = 10.0
 """Mean deviations from the usual loss above which a loss is a spike."""
+EARLY = 100
+"""Steps before which a poor figure is not implausible."""
 FEW = 30
 """Validation examples below which figures vary too much."""
 
@@ -44,8 +46,8 @@ def about_batches(config: TrainConfig, train: int, validation: int) -> list[str]
         )
     if validation < FEW:
         found.append(
-            f"only {validation} validation examples: validation figures, and the choice of the "
-            "best weights by them, depend on chance"
+            f"the validation data are {validation} example{'s' * (validation != 1)}, too few for "
+            "a reliable figure, so which weights are best is mostly chance; use more data"
         )
     if config.shard and current_processes().count == 1:
         found.append("shard: there are no other processes, so the weights stay whole")
@@ -87,12 +89,14 @@ def examine(
                 f"posterior collapse: the latent of {site} carries {nats:.3f} nats; --free-bits "
                 "or --kl-warmup keep latents active"
             )
-    for name, share in saturation(model, x, context).items():
-        if share is None:
-            found[f"unexamined {name}"] = (
-                f"{name} is not examined for saturated scales: it defines no emitters()"
-            )
-        elif share > SATURATED:
+    shares = saturation(model, x, context)
+    if unexamined := [name for name, share in shares.items() if share is None]:
+        found["unexamined"] = (
+            "not examined for saturated scales, since they define no emitters(): "
+            + ", ".join(unexamined)
+        )
+    for name, share in shares.items():
+        if share is not None and share > SATURATED:
             found[f"saturation {name}"] = (
                 f"{share:.0%} of the scales of {name} are at their limit; use a wider format, or "
                 "a smaller --lr"
@@ -128,10 +132,10 @@ def references(train: Dataset, validation: Dataset) -> dict[str, float]:
 def implausible(
     figure: Mapping[str, Any], reference: Mapping[str, float], progress: Progress, share: float
 ) -> dict[str, str]:
-    """Warnings about a validation figure, from half of the budget on."""
+    """Warnings about a validation figure: later than half of the budget, or if it rises."""
     bits, error = figure["bits_per_dim"], figure.get("standard_error") or 0.0
     found: dict[str, str] = {}
-    if share >= 0.5:
+    if share >= 0.5 and progress.step >= EARLY:
         if "raw" in reference and bits > reference["raw"]:
             found["raw"] = (
                 f"the validation figure, {bits:.4g} bits/dim, is above the {reference['raw']:g} "
@@ -153,10 +157,9 @@ def implausible(
     return found
 
 
-def new(progress: Progress, kinds: tuple[str, ...], found: Mapping[str, str]) -> list[str]:
+def new(progress: Progress, kinds: tuple[str, ...], found: Mapping[str, str]) -> dict[str, str]:
     """Of the conditions of some kinds that hold now, those that did not hold before."""
     known = {name for name in progress.warnings if name.split(" ")[0] in kinds}
-    fresh = [message for name, message in found.items() if name not in known]
     others = {name: text for name, text in progress.warnings.items() if name not in known}
     progress.warnings = others | dict(found)
-    return fresh
+    return {name: message for name, message in found.items() if name not in known}
