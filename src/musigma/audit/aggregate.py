@@ -1,4 +1,4 @@
-"""The aggregate posterior: is the covariance that is claimed that of its draws?"""
+"""The audit of an aggregate posterior's covariance."""
 
 from __future__ import annotations
 
@@ -60,26 +60,26 @@ def audit_aggregate(
         report.bug(
             "not_finite",
             "covariance or sample returns NaN or infinity",
-            "look at which of the two does, and for which x",
+            "find out which of the two does, and for which x",
         )
         return report.build()
     half = len(z) // 2
     excess = min(covariance_differs(part, claimed)[0] for part in (z[:half], z[half:]))
     sampled = covariance_differs(z, claimed)[1]
     scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
-    off = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max())
+    error = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max())
     report.checked.append(
-        f"covariance of {len(z)} draws: off by {off:.3g} as a correlation at the most"
+        f"covariance of {len(z)} draws: off by at most {error:.3g}, as a correlation"
     )
     if excess > 1:
         report.bug(
             "aggregate_cov",
-            f"the claimed covariance is off from that of {len(z)} draws by {off:.3g} as a "
+            f"the claimed covariance differs from that of {len(z)} draws by {error:.3g}, as a "
             "correlation",
             "the covariance of the aggregate is E[S(x)] + Cov[mean(x)]: add both parts",
             sampled=sampled.tolist(),
             claimed=claimed.tolist(),
-            off=off,
+            off=error,
             over_limit=excess,
         )
     return report.build()

@@ -1,14 +1,14 @@
-r"""Does a density integrate to one?
+r"""The audit of a density: does it integrate to one?
 
-In one and two dimensions by adaptive quadrature, over the whole line: with :math:`x = \sinh t` an
+One and two dimensions use adaptive quadrature over the whole line: with :math:`x = \sinh t` an
 even grid in t reaches from 1e-9 to 1e9, and tails that fall like a power of x vanish. Peaks are
-looked for first, by climbing from the grid, so that narrow ones get points of their own; cells are
-divided where the integral still moves, which is how edges are found.
+found first, by climbing from the grid, so that narrow ones get their own points; cells are divided
+until the integral is stable, which resolves edges.
 
-Above that by importance weights: draws from mixtures of Student's t, placed on the modes and
-adapted, give :math:`Z = E_q[p / q]` with its standard error. A Z above one is certain then; one
-below might be a mode that was not found, so two searches, from other starts, have to agree, and
-have found a single hill: where there are several, there may be one more.
+More dimensions use importance weights: draws from mixtures of Student's t that are adapted to the
+modes give :math:`Z = E_q[p / q]` with its standard error. A Z above one is certain. A Z below one
+may be due to a missed mode, so two searches from different starts must agree on a single mode:
+where there are several, there may be another.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from musigma.audit.sandbox import Sandbox
 
 __all__ = ["audit_density"]
 
-SECONDS = 8.0  # of CPU
-OFF = 5e-3  # from one, that quadrature must find before it is a finding
-REACH = 21.0  # of t: sinh(21) is 6.6e8
+SECONDS = 8.0  # of CPU time
+OFF = 5e-3  # smallest distance from one that is a finding
+REACH = 21.0  # largest t: sinh(21) is 6.6e8
 PLACES = (0.3, 0.0, 0.7, 0.05, -0.3, 1.5, -1.5, 5.0, -5.0, 20.0, 100.0, -20.0, 1000.0)
-SURE = 8.0  # standard errors of an importance-sampled normaliser
+STANDARD_ERRORS = 8.0  # of an importance-sampled integral
 
 
 def audit_density(log_prob: Any, dim: int) -> AuditReport:
     """Whether exp(log_prob) integrates to one.
 
     Args:
-        log_prob: x (N, dim) to nats (N,); a distribution or a model with such a method. Where it
-            raises or returns NaN, it is taken to have no mass.
-        dim: Of x.
+        log_prob: x (N, dim) to nats (N,); or a distribution or model with such a method. Points
+            at which it raises or returns NaN have no mass.
+        dim: Dimensions of x.
 
     Returns:
-        The report; `details` has the integral, and its error.
+        The report; `details` has the integral and its error.
 
     Raises:
-        AuditError: If it cannot be called, or returns something else, or has no mass anywhere.
+        AuditError: If it cannot be called, returns something else, or has no mass anywhere.
 
     Example:
         >>> audit_density(torch.distributions.Laplace(0.0, 2.0), 1).verdict
@@ -72,24 +72,24 @@ def audit_density(log_prob: Any, dim: int) -> AuditReport:
         report.bug(
             "not_finite",
             "log_prob is NaN at points between others that have mass",
-            "keep what is taken the logarithm of above zero, and inputs in the range of inverses",
+            "keep arguments of logarithms above zero, and arguments of inverses in their range",
         )
-    elif abs(value - 1) > max(OFF, SURE * error):
+    elif abs(value - 1) > max(OFF, STANDARD_ERRORS * error):
         if sure:
             report.bug(
                 "not_normalised",
-                f"it integrates to {value:.5g} ± {error:.1g}, by {how}, and not to one"
+                f"it integrates to {value:.5g} ± {error:.1g}, by {how}, not to one"
                 + _constant(value, dim),
-                "add the logarithm of what is missing: the normalising constant, or a log |det|",
+                "add the missing logarithm: the normalising constant, or a log |det|",
                 integral=value,
                 error=error,
             )
         else:
             report.unchecked.append(
-                f"the integral: {value:.4g} was found, and more mass may lie elsewhere"
+                f"the integral: {value:.4g}, but there may be more mass elsewhere"
             )
     elif not sure:
-        report.unchecked.append(f"the integral: {value:.4g} ± {error:.1g}, which is not exact")
+        report.unchecked.append(f"the integral: {value:.4g} ± {error:.1g} is not accurate enough")
     else:
         report.checked.append(f"the integral, by {how}: {value:.6g} ± {error:.1g}")
     return report.build()
@@ -114,7 +114,7 @@ def _constant(value: float, dim: int) -> str:
 
 
 class _Density:
-    """A log-density as a function of points (N, dim), -inf where it has nothing to say."""
+    """A log-density as a function of points (N, dim); -inf where it raises or is NaN."""
 
     def __init__(
         self, sandbox: Sandbox, call: Callable[..., Any], dim: int, report: ReportBuilder
@@ -122,46 +122,44 @@ class _Density:
         self.sandbox, self.call, self.dim, self.report = sandbox, call, dim, report
         self.count, self.nan_inside, self.began = 0, False, time.process_time()
         self.flat, self.inside, self.raises = False, 0.0, 0
-        self.low: np.ndarray | None = None  # the box outside of which it raises, once it did
+        self.low: np.ndarray | None = None  # the box outside of which it raises, once it has
         self.high: np.ndarray | None = None
         self.dtype = self._form()
 
     def _form(self) -> torch.dtype:
-        """The type, and the shape of points, that it takes: at some point or other."""
-        trouble: AuditError | None = None
+        """The type that it takes; finds its shape of points, and a point that it takes."""
+        reason: AuditError | None = None
         for dtype in (torch.float64, torch.float32):
             self.sandbox.use_dtype(dtype)
             for place in PLACES:
                 for flat in (False, True) if self.dim == 1 else (False,):
                     x = torch.full((7, self.dim), place, dtype=dtype)
                     try:
-                        value = self.sandbox.as_tensor(
-                            "log_prob",
-                            self.sandbox.call("log_prob", self.call, x[:, 0] if flat else x),
-                        )
+                        points = x[:, 0] if flat else x
+                        value = self.sandbox.ask("log_prob", self.call, points)
                         if value.numel() != 7:
                             raise AuditError(
                                 f"log_prob: given (7, {self.dim}), expected (7,); got "
                                 f"{tuple(value.shape)}"
                             )
                     except AuditError as error:
-                        trouble = trouble or error
+                        reason = reason or error
                         continue
                     self.flat, self.inside = flat, place
                     if flat:
                         self.report.assumed.append("log_prob takes points as (N,)")
                     if dtype == torch.float32:
-                        self.report.assumed.append("it computes in float32 alone")
+                        self.report.assumed.append("it computes in float32 only")
                     return dtype
-        raise trouble or AuditError("log_prob: it cannot be called")
+        raise reason or AuditError("log_prob: it cannot be called")
 
     def _find_box(self) -> None:
-        """How far along each axis it can be called, from a point where it can."""
+        """Find how far along each axis it can be called."""
         self.low, self.high = np.full(self.dim, -np.inf), np.full(self.dim, np.inf)
         for axis in range(self.dim):
             for sign, ends in ((-1.0, self.low), (1.0, self.high)):
 
-                def works(reach: float, axis: int = axis, sign: float = sign) -> bool:
+                def accepts(reach: float, axis: int = axis, sign: float = sign) -> bool:
                     x = torch.full((1, self.dim), self.inside, dtype=self.dtype)
                     x[0, axis] += sign * reach
                     try:
@@ -172,27 +170,27 @@ class _Density:
                         return False
                     return True
 
-                if works(1e9):
+                if accepts(1e9):
                     continue
                 near, far = 0.0, 1e9
                 for reach in np.logspace(-9, 9, 19):
-                    if not works(float(reach)):
+                    if not accepts(float(reach)):
                         far = float(reach)
                         break
                     near = float(reach)
                 for _ in range(60):
                     middle = (near + far) / 2
-                    near, far = (middle, far) if works(middle) else (near, middle)
+                    near, far = (middle, far) if accepts(middle) else (near, middle)
                 ends[axis] = self.inside + sign * near
-        self.report.assumed.append("where log_prob raises there is no mass")
+        self.report.assumed.append("there is no mass where log_prob raises")
 
     @property
     def late(self) -> bool:
-        """Whether its time is up."""
+        """Whether the time is up."""
         return time.process_time() - self.began > SECONDS
 
     def ends(self, axis: int) -> list[np.ndarray]:
-        """Where it begins and ends to be callable, in t."""
+        """The limits along an axis between which it can be called, in t."""
         if self.low is None or self.high is None:
             return []
         both = np.array([self.low[axis], self.high[axis]])
@@ -235,12 +233,12 @@ class _Density:
         bad = np.isnan(value)
         if bad.any() and self.dim == 1 and len(x) > 50:
             order = np.argsort(x[:, 0])
-            own, gone = value[order], bad[order]
-            high = np.nanmax(np.where(gone, -np.inf, own)) if not gone.all() else -np.inf
-            near = ~gone & (own > high - 3)
+            values, nan = value[order], bad[order]
+            high = np.nanmax(np.where(nan, -np.inf, values)) if not nan.all() else -np.inf
+            near = ~nan & (values > high - 3)
             if near.any():
                 first, last = np.flatnonzero(near)[[0, -1]]
-                self.nan_inside |= bool(gone[first:last].any())
+                self.nan_inside |= bool(nan[first:last].any())
         return np.where(bad, -np.inf, value)
 
 
@@ -250,7 +248,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(6)
 
 
 def _cells(density: _Density, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The integral over each box of t, (n, dim) to (n,), by Gauss's rule of six points an axis."""
+    """The integral over each box of t, (n, dim) to (n,), by six Gauss points per axis."""
     dim, half = low.shape[1], (high - low) / 2
     grids = np.meshgrid(*[_NODES] * dim, indexing="ij")
     nodes = np.stack([g.ravel() for g in grids], 1)
@@ -266,7 +264,7 @@ def _cells(density: _Density, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def _refined(
     density: _Density, low: np.ndarray, high: np.ndarray, tolerance: float = 2e-5
 ) -> tuple[float, float]:
-    """The integral over boxes, each halved along every axis while that still moves it."""
+    """The integral over boxes, which are halved along every axis until it is stable."""
     dim = low.shape[1]
     done, left = 0.0, 0.0
     coarse = _cells(density, low, high)
@@ -281,7 +279,7 @@ def _refined(
         off = np.abs(total - coarse)
         scale = max(1e-300, done + total.sum())
         order = np.argsort(off)
-        settled = np.zeros(len(low), bool)  # the smallest errors, as far as they add to little
+        settled = np.zeros(len(low), bool)  # the smallest errors, up to a small sum
         settled[order] = np.cumsum(off[order]) <= tolerance * scale * 0.1
         settled |= (high - low).max(1) < 1e-13 * (1 + np.abs(low).max(1))
         done += total[settled].sum()
@@ -308,7 +306,7 @@ def _line(density: _Density) -> tuple[float, float, bool]:
         values.append(_refined(density, edges[:-1, None], edges[1:, None]))
         if abs(values[-1][0] - 1) < 1e-4 and values[-1][1] < 1e-3:
             return *values[-1], True
-        points = 4 * points + 3  # look more closely, elsewhere, before anything is said
+        points = 4 * points + 3  # a finer grid at other points, before it is reported
     (first, _), (second, error) = values
     if second == 0:
         raise AuditError("log_prob: it has no mass anywhere between -6e8 and 6e8")
@@ -317,7 +315,7 @@ def _line(density: _Density) -> tuple[float, float, bool]:
 
 
 def _climbed(density: _Density, x: np.ndarray, log_p: np.ndarray) -> list[tuple[float, float]]:
-    """Local maxima with their widths, found between the points of a grid by golden section."""
+    """Local maxima between the points of a grid, by golden section, with their widths."""
     inner = np.flatnonzero((log_p[1:-1] >= log_p[:-2]) & (log_p[1:-1] >= log_p[2:])) + 1
     inner = inner[np.isfinite(log_p[inner])]
     inner = inner[np.argsort(-log_p[inner])][:40]
@@ -361,9 +359,9 @@ def _plane(density: _Density) -> tuple[float, float, bool]:
             return *values[-1], True
         if density.late:
             break
-        density.began = time.process_time()  # the second look has its own time
+        density.began = time.process_time()  # the second grid has its own time
     if values[-1][0] == 0:
-        raise AuditError("log_prob: it has no mass anywhere that was looked at")
+        raise AuditError("log_prob: it has no mass at any point tried")
     value, error = values[-1]
     agrees = len(values) > 1 and abs(values[0][0] - value) <= 5e-3 * max(1.0, value)
     sure = agrees and error < 2 * OFF * max(1.0, value) and max(v[1] for v in values) < 0.05
@@ -371,7 +369,7 @@ def _plane(density: _Density) -> tuple[float, float, bool]:
 
 
 def _modes_of_plane(density: _Density, n: int) -> list[tuple[np.ndarray, float]]:
-    """The highest points of a grid, climbed from by a shrinking pattern."""
+    """Local maxima, by a shrinking pattern search from the highest points of a grid."""
     t = np.linspace(-0.6 * REACH, 0.6 * REACH, 2 * n + 1)
     grid = np.stack(np.meshgrid(np.sinh(t), np.sinh(t), indexing="ij"), -1)
     log_p = density(grid.reshape(-1, 2)).reshape(len(t), len(t))
@@ -414,7 +412,7 @@ class _Run(NamedTuple):
     value: float
     error: float
     good: bool
-    points: np.ndarray  # draws from the density, as far as it was found
+    points: np.ndarray  # draws from the density
     density: _Density
 
 
@@ -425,13 +423,13 @@ def _weighted(density: _Density) -> tuple[float, float, bool]:
         raise AuditError("log_prob: no mass was found")
     both = math.hypot(runs[0][1], runs[1][1])
     agrees = abs(runs[0][0] - runs[1][0]) <= 6 * both + 0.01 * value
-    if value > 1:  # weights cannot find too much
+    if value > 1:  # importance weights never overestimate
         return value, error, good
-    return value, error, good and runs[0][2] and runs[1][2] and agrees and _one_hill(runs)
+    return value, error, good and runs[0][2] and runs[1][2] and agrees and _is_unimodal(runs)
 
 
-def _one_hill(runs: list[_Run]) -> bool:
-    """Whether density never sinks far between two points that have it: nothing like modes."""
+def _is_unimodal(runs: list[_Run]) -> bool:
+    """Whether the density never falls far on a line between two draws."""
     for run in runs:
         half = len(run.points) // 2
         a, b = run.points[:half], run.points[half : 2 * half]
@@ -443,7 +441,7 @@ def _one_hill(runs: list[_Run]) -> bool:
 
 
 def _search(density: _Density, seed: int) -> _Run:
-    """Adapted importance sampling: the estimate, its standard error, and whether to trust it."""
+    """Adaptive importance sampling: the estimate, its standard error, its reliability."""
     random = np.random.default_rng(seed)
     dim = density.dim
     scales = 10.0 ** random.uniform(-1.5, 1.5, 256)
@@ -475,7 +473,7 @@ def _search(density: _Density, seed: int) -> _Run:
 
 
 def _walked(density: _Density, x: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Many Metropolis walks from wide starts, cooled first: they end where there is mass."""
+    """Metropolis walks from wide starts to where there is mass."""
     log_p = density(x)
     step = np.maximum(0.3 * np.abs(x).mean(1, keepdims=True), 0.05)
     for i in range(150):
@@ -488,12 +486,12 @@ def _walked(density: _Density, x: np.ndarray, random: np.random.Generator) -> np
         step = np.where(accept[:, None], step * 1.2, step * 0.9)
         if density.late and i > 30:
             break
-    kept = np.isfinite(log_p)
-    return x[kept] if kept.any() else x
+    inside = np.isfinite(log_p)
+    return x[inside] if inside.any() else x
 
 
 class _Mixture:
-    """Student's t with five degrees of freedom, around clusters of weighted points."""
+    """A mixture of Student's t with 5 degrees of freedom, around clusters of weighted points."""
 
     def __init__(self, x: np.ndarray, log_w: np.ndarray, random: np.random.Generator):
         weights = np.where(np.isfinite(log_w), np.exp(log_w - log_w[np.isfinite(log_w)].max()), 0)
@@ -512,11 +510,11 @@ class _Mixture:
         whole = np.cov(picks.T).reshape(dim, dim) + 1e-12 * np.eye(dim)
         self.means, factors, shares = [picks.mean(0)], [1.5 * whole], [0.1]
         for c in range(k):
-            own = picks[owner == c]
-            if not len(own):
+            members = picks[owner == c]
+            n = len(members)
+            if not n:
                 continue
-            n = len(own)
-            cov = np.cov(own.T).reshape(dim, dim) if n > dim + 1 else 0.1 * whole
+            cov = np.cov(members.T).reshape(dim, dim) if n > dim + 1 else 0.1 * whole
             lean = min(1.0, 2.0 * dim / n)
             cov = (1 - lean) * cov + lean * np.diag(np.diag(whole)) / k
             self.means.append(centres[c])

@@ -1,6 +1,6 @@
 """Choosing the audit for an object, and finding the callables that it needs.
 
-The same thing has many names in different codebases. What is recognised is listed in
+The same obj has many names in different codebases. What is recognised is listed in
 `AuditReport.assumed`; where a guess would decide the verdict, an error says what to give instead.
 """
 
@@ -72,31 +72,31 @@ def audit(
     """
     if isinstance(obj, Mapping):
         return _by_name(dict(obj), example)
-    thing, assumed = _made(obj)
-    if isinstance(thing, Mapping):
-        return _by_name(dict(thing), example)
-    if isinstance(thing, Model):
-        report = audit_model(thing, example)
-    elif (found := _vae_parts(thing)) is not None:
-        assumed += found[1]
-        report = _audit_vae(thing, found[0], example, shape, assumed)
-    elif isinstance(thing, Distribution):
-        dims = thing.event_shape.numel()
-        report = audit_density(lambda x: thing.log_prob(x.reshape(-1, *thing.event_shape)), dims)
+    obj, assumed = _made(obj)
+    if isinstance(obj, Mapping):
+        return _by_name(dict(obj), example)
+    if isinstance(obj, Model):
+        report = audit_model(obj, example)
+    elif (match := _vae_parts(obj)) is not None:
+        assumed += match[1]
+        report = _audit_vae(obj, match[0], example, shape, assumed)
+    elif isinstance(obj, Distribution):
+        dims = obj.event_shape.numel()
+        report = audit_density(lambda x: obj.log_prob(x.reshape(-1, *obj.event_shape)), dims)
     else:
         x = None
-        if isinstance(thing, (list, tuple)) or callable(thing):
-            run = _in_a_row(thing)
-            x = _accepted_batch(run, _examples(thing, example, shape), assumed)
-        if x is None or not _is_flow(thing, x):
+        if isinstance(obj, (list, tuple)) or callable(obj):
+            run = _in_a_row(obj)
+            x = _accepted_batch(run, _examples(obj, example, shape), assumed)
+        if x is None or not _is_flow(obj, x):
             raise AuditError(
-                f"{type(thing).__name__}: neither a VAE (methods such as encode, reparameterize "
+                f"{type(obj).__name__}: neither a VAE (methods such as encode, reparameterize "
                 "and kl_divergence), nor a flow (forward to z and a log-determinant, or an "
                 "inverse), nor a distribution; call audit_vae, audit_flow or audit_density with "
                 "its callables"
             )
-        report = audit_flow(thing, None, x)
-    subject = report.subject if isinstance(thing, Model) else type(thing).__name__
+        report = audit_flow(obj, None, x)
+    subject = report.subject if isinstance(obj, Model) else type(obj).__name__
     return replace(report, subject=subject, assumed=(*assumed, *report.assumed))
 
 
@@ -137,32 +137,32 @@ def _required(fn: Any) -> list[str]:
     return [p.name for p in _parameters(fn) if p.default is p.empty]
 
 
-def _find(thing: Any, names: tuple[str, ...]) -> tuple[str, Any] | None:
+def _find(obj: Any, names: tuple[str, ...]) -> tuple[str, Any] | None:
     """A callable of an object, or of the module of its class, by one of its names."""
-    attributes = {name.lower(): name for name in dir(thing) if not name.startswith("__")}
+    attributes = {name.lower(): name for name in dir(obj) if not name.startswith("__")}
     for name in names:
-        found = getattr(thing, attributes[name], None) if name in attributes else None
-        if callable(found):
-            return attributes[name], found
-    home = sys.modules.get(type(thing).__module__)
-    if home is None or type(thing).__module__.split(".")[0] in ("torch", "builtins", "musigma"):
+        match = getattr(obj, attributes[name], None) if name in attributes else None
+        if callable(match):
+            return attributes[name], match
+    home = sys.modules.get(type(obj).__module__)
+    if home is None or type(obj).__module__.split(".")[0] in ("torch", "builtins", "musigma"):
         return None
     there = {name.lower(): name for name in vars(home)}
     for name in names:
-        found = getattr(home, there[name]) if name in there else None
-        if inspect.isfunction(found):
-            return there[name], found
+        match = getattr(home, there[name]) if name in there else None
+        if inspect.isfunction(match):
+            return there[name], match
     return None
 
 
-def _is_flow(thing: Any, x: Tensor) -> bool:
+def _is_flow(obj: Any, x: Tensor) -> bool:
     """Whether it has an inverse, or returns as many numbers as x and a log-determinant."""
-    layers = thing if isinstance(thing, (list, tuple)) else [thing]
+    layers = obj if isinstance(obj, (list, tuple)) else [obj]
     if all(isinstance(t, Transform) or _inverts(t) for t in layers):
         return True
-    with Sandbox(thing) as sandbox, torch.no_grad():
+    with Sandbox(obj) as sandbox, torch.no_grad():
         sandbox.use_dtype(torch.float32)
-        answer = sandbox.call("it", _in_a_row(thing), x.float())
+        answer = sandbox.call("it", _in_a_row(obj), x.float())
     if not isinstance(answer, (list, tuple)) or len(answer) != 2:
         return False
     z, log_det = answer
@@ -171,13 +171,13 @@ def _is_flow(thing: Any, x: Tensor) -> bool:
     return sum(sizes[:-1]) == x.numel() and sizes[-1] in (1, len(x), x.numel())
 
 
-def _in_a_row(thing: Any) -> Callable[[Tensor], Any]:
+def _in_a_row(obj: Any) -> Callable[[Tensor], Any]:
     """One callable; for a sequence of layers, their composition."""
-    if not isinstance(thing, (list, tuple)):
-        return thing
+    if not isinstance(obj, (list, tuple)):
+        return obj
 
     def run(x: Any) -> Any:
-        for layer in thing:
+        for layer in obj:
             x = layer(x)
             x = x[0] if isinstance(x, (list, tuple)) else x
         return x
@@ -189,51 +189,51 @@ def _inverts(layer: Any) -> bool:
     return any(callable(getattr(layer, name, None)) for name in INVERSE)
 
 
-def _vae_parts(thing: Any) -> tuple[dict[str, Any], list[str]] | None:
+def _vae_parts(obj: Any) -> tuple[dict[str, Any], list[str]] | None:
     """The VAE callables of an object, and what was recognised as what; or None."""
-    if isinstance(thing, (Distribution, Transform, list, tuple)) or inspect.isroutine(thing):
+    if isinstance(obj, (Distribution, Transform, list, tuple)) or inspect.isroutine(obj):
         return None
     parts: dict[str, Any] = {}
     assumed: list[str] = []
-    if (found := _sampler(thing)) is not None:
-        parts["sample"] = found[1]
-        assumed.append(f"{found[0]} draws z")
+    if (match := _sampler(obj)) is not None:
+        parts["sample"] = match[1]
+        assumed.append(f"{match[0]} draws z")
     for part, names in (("encode", ENCODE), ("decode", DECODE), ("generate", GENERATE)):
-        if (found := _find(thing, names)) is not None and len(_required(found[1])) == 1:
-            parts[part] = found[1]
-            assumed.append(f"{found[0]} is {part}")
-    if (found := _find(thing, KL)) is not None and len(_required(found[1])) in (2, 3):
-        parts["kl"] = _mean_first(found[1])
-        parts["kl_uses_sample"] = len(_required(found[1])) == 3
-        assumed.append(f"{found[0]} is the KL")
-    elif (found := _find(thing, LOSS)) is not None and (kl := _kl_of(found[1])) is not None:
+        if (match := _find(obj, names)) is not None and len(_required(match[1])) == 1:
+            parts[part] = match[1]
+            assumed.append(f"{match[0]} is {part}")
+    if (match := _find(obj, KL)) is not None and len(_required(match[1])) in (2, 3):
+        parts["kl"] = _mean_first(match[1])
+        parts["kl_uses_sample"] = len(_required(match[1])) == 3
+        assumed.append(f"{match[0]} is the KL")
+    elif (match := _find(obj, LOSS)) is not None and (kl := _kl_of(match[1])) is not None:
         parts["kl"] = kl
         assumed.append(
-            f"the KL is how {found[0]} depends on mean and scale: its constant is unknown and "
+            f"the KL is how {match[0]} depends on mean and scale: its constant is unknown and "
             "assumed to be right"
         )
-    if "encode" not in parts and (found := _forward_encodes(thing)) is not None:
-        parts["encode"] = found
+    if "encode" not in parts and (match := _forward_encodes(obj)) is not None:
+        parts["encode"] = match
         assumed.append("forward returns (reconstruction, mean, scale)")
     whole = "sample" in parts and ("kl" in parts or "encode" in parts)
     return (parts, assumed) if whole else None
 
 
-def _sampler(thing: Any) -> tuple[str, Callable[..., Any]] | None:
+def _sampler(obj: Any) -> tuple[str, Callable[..., Any]] | None:
     """What draws z from (mean, scale): a method, a function, or a layer."""
     layers = {
         name: m
-        for name, m in (thing.named_modules() if isinstance(thing, nn.Module) else ())
-        if m is not thing and re.search("sampl|reparam", type(m).__name__, re.IGNORECASE)
+        for name, m in (obj.named_modules() if isinstance(obj, nn.Module) else ())
+        if m is not obj and re.search("sampl|reparam", type(m).__name__, re.IGNORECASE)
     }
     for name in SAMPLE:
-        found = _find(thing, (name,))
-        if found is None or (name == "sample" and len(_required(found[1])) != 2):
+        match = _find(obj, (name,))
+        if match is None or (name == "sample" and len(_required(match[1])) != 2):
             continue
-        if len(_required(found[1])) == 2:
-            return found[0], _mean_first(found[1])
-        if len(_required(found[1])) == 1:
-            return found[0], _of_a_list(found[1])
+        if len(_required(match[1])) == 2:
+            return match[0], _mean_first(match[1])
+        if len(_required(match[1])) == 1:
+            return match[0], _of_a_list(match[1])
     for name, layer in layers.items():
         needed = _required(layer)
         if len(needed) in (1, 2):
@@ -286,12 +286,12 @@ def _kl_of(loss: Callable[..., Any]) -> Callable[..., Any] | None:
     return kl
 
 
-def _forward_encodes(thing: Any) -> Callable[[Tensor], Any] | None:
-    if not isinstance(thing, nn.Module) or len(_required(thing)) != 1:
+def _forward_encodes(obj: Any) -> Callable[[Tensor], Any] | None:
+    if not isinstance(obj, nn.Module) or len(_required(obj)) != 1:
         return None
 
     def encode(x: Tensor) -> Any:
-        answer = thing(x)
+        answer = obj(x)
         if isinstance(answer, (tuple, list)) and len(answer) >= 3:
             return answer[1], answer[2]
         raise AuditError("forward: expected (reconstruction, mean, scale)")
@@ -302,9 +302,7 @@ def _forward_encodes(thing: Any) -> Callable[[Tensor], Any] | None:
 # --- examples -----------------------------------------------------------------------------------
 
 
-def _examples(
-    thing: Any, example: Tensor | None, shape: tuple[int, ...] | None
-) -> Iterator[Tensor]:
+def _examples(obj: Any, example: Tensor | None, shape: tuple[int, ...] | None) -> Iterator[Tensor]:
     """Batches that an object may take."""
     generator = torch.Generator().manual_seed(0)
 
@@ -317,11 +315,11 @@ def _examples(
     if shape is not None:
         yield batch(*shape)
         return
-    given = getattr(thing, "example", getattr(thing, "example_input", None))
+    given = getattr(obj, "example", getattr(obj, "example_input", None))
     if isinstance(given, Tensor):
         yield given
         return
-    modules = thing.modules() if isinstance(thing, nn.Module) else ()
+    modules = obj.modules() if isinstance(obj, nn.Module) else ()
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     layer = next((m for m in modules if isinstance(m, kinds)), None)
     for event in [*_events(layer), (6,), (4, 8, 8), (3, 8, 8), (12, 4, 4)]:
@@ -347,14 +345,14 @@ def _events(layer: nn.Module | None) -> Iterator[tuple[int, ...]]:
                 yield channels, side, side
 
 
-def _accepted_batch(thing: Any, candidates: Iterator[Tensor], assumed: list[str]) -> Tensor:
+def _accepted_batch(obj: Any, candidates: Iterator[Tensor], assumed: list[str]) -> Tensor:
     tried = []
-    with Sandbox(thing) as sandbox, torch.no_grad():
+    with Sandbox(obj) as sandbox, torch.no_grad():
         sandbox.use_dtype(torch.float32)
         for x in candidates:
             undo = sandbox.snapshot()
             try:
-                sandbox.call("it", thing, x.float())
+                sandbox.call("it", obj, x.float())
             except (AuditError, TypeError) as error:
                 tried.append(f"{tuple(x.shape)}: {error}")
                 continue
@@ -370,7 +368,7 @@ def _accepted_batch(thing: Any, candidates: Iterator[Tensor], assumed: list[str]
 
 
 def _audit_vae(
-    thing: Any,
+    obj: Any,
     parts: dict[str, Any],
     example: Tensor | None,
     shape: tuple[int, ...] | None,
@@ -378,7 +376,7 @@ def _audit_vae(
 ) -> AuditReport:
     encode = parts.pop("encode", None)
     if encode is not None:
-        x = _accepted_batch(encode, _examples(thing, example, shape), assumed)
+        x = _accepted_batch(encode, _examples(obj, example, shape), assumed)
         parts |= {"encode": _pair(encode, assumed), "example": x}
     return audit_vae(**parts)
 

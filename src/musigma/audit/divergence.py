@@ -1,14 +1,14 @@
-r"""Which KL a code computes, by regression on the one that it should.
+r"""The KL that a code computes, by regression on the KL of what is sampled.
 
 For a sampler with location mu and standard deviation sigma, and a prior N(mu_p, sigma_p²),
 
     T(m, b) = sum log(sigma_p / sigma) + (sigma² + (mu - mu_p)²) / (2 sigma_p²) - 1/2.
 
-The code's number F is regressed on T over a grid of heads: F = slope T + intercept. If a residual
-is left, F is no multiple of what it should be, and the same is tried for every other reading of
-the second tensor, to say which one F was written for; and for its terms one by one, to say which
-of them is wrong. A KL that is given draws is averaged over them by Gauss-Hermite quadrature, so
-that no chance is left in it.
+The code's value F is regressed on T over a grid of heads: F = slope T + intercept. If there is a
+residual, F is no multiple of T, and the regression is repeated for every other reading of the
+second tensor, to find the one that F was written for, and for single terms, to find the wrong one.
+A KL that takes draws is averaged over them by Gauss-Hermite quadrature, which leaves no
+randomness.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Regression:
     """F = slope T + intercept.
 
     Args:
-        slope: Of F on T.
+        slope: Slope of F on T.
         intercept: In nats.
         residual: The largest of (F - slope T - intercept) / (abs(slope) (1 + T)).
-        worst: Index of the point where it is.
+        worst: Index of the point of the largest residual.
     """
 
     slope: float
@@ -62,8 +62,8 @@ def regress(f: Tensor, t: Tensor) -> Regression:
 
     Example:
         >>> t = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64)
-        >>> found = regress(0.5 * t + 1, t)
-        >>> round(found.slope, 9), round(found.intercept, 9), found.residual < 1e-12
+        >>> fit = regress(0.5 * t + 1, t)
+        >>> round(fit.slope, 9), round(fit.intercept, 9), fit.residual < 1e-12
         (0.5, 1.0, True)
     """
     weight = 1 / (1 + t.abs())
@@ -78,19 +78,20 @@ def regress(f: Tensor, t: Tensor) -> Regression:
 
 
 class Divergence:
-    """A code's KL as a function of flat heads, one number for each row.
+    """A code's KL as a function of flat heads, with one number for each row.
 
     Args:
-        sandbox: That calls it.
+        sandbox: Calls it.
         kl: ``kl(mean, second)``, or ``kl(mean, second, z)``.
         latent: Shape of the mean of one example.
         second: Shape of the second tensor of one example.
-        uses_sample: Whether it is given z.
+        uses_sample: Whether it takes z.
         example_rows: Examples in the given batch, for a KL that takes no other number.
+        at: A mean, second and z at which it can be called.
 
     Raises:
-        AuditError: If it raises whatever it is given, or returns no scalar, number per example or
-            number per dimension.
+        AuditError: If it raises for every input, or returns something other than a scalar, one
+            number per example or one per dimension.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class Divergence:
         return value / rows if self.kind not in ("scalar",) else value
 
     def _chance_factor(self, at: tuple[Tensor, Tensor, Tensor]) -> float:
-        """What a call with many rows returns over the average row."""
+        """The value of a call with many rows over that of the average row."""
         if self.kind != "scalar":
             return float(CHANCE_ROWS)
         many = self._many(*at)[0]
@@ -195,12 +196,12 @@ class Divergence:
     def values(self, mean: Tensor, second: Tensor, loc: Tensor, sigma: Tensor) -> Tensor:
         """F at points (P,): heads mean (P, D) and second (P, E), sampled loc and sigma (P, D)."""
         if self.by_chance:
-            found = [
+            fits = [
                 [v / self._factor for v in self._many(mean[i], second[i], None)]
                 for i in range(len(mean))
             ]
-            self.error = max(error for _, error in found) * 3
-            return torch.tensor([value for value, _ in found])
+            self.error = max(error for _, error in fits) * 3
+            return torch.tensor([value for value, _ in fits])
         if not self.uses_sample:
             return self._rows(mean, second, None)
         nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
@@ -215,24 +216,24 @@ class Divergence:
         return self._rows(mean, second, z)
 
     def _rows(self, mean: Tensor, second: Tensor, z: Tensor | None) -> Tensor:
-        """F of each row: in one call, if that gives what a call for each does."""
+        """F of each row: by one call, if it gives the same as a call for each."""
         n = len(mean)
 
-        def alone(i: int) -> Tensor:
+        def one_row(i: int) -> Tensor:
             return self._once(mean[i], second[i], None if z is None else z[i])
 
         if self.kind in ("per example", "per dimension") and self.copies == 1 and n > 4:
             value = self._raw(mean, second, z).reshape(n, -1).sum(1)
-            some = [0, n // 2, n - 1]
-            ours = torch.stack([alone(i) for i in some])
-            if torch.allclose(value[some], ours, 1e-4, 1e-6, equal_nan=True):
+            rows = [0, n // 2, n - 1]
+            single = torch.stack([one_row(i) for i in rows])
+            if torch.allclose(value[rows], single, 1e-4, 1e-6, equal_nan=True):
                 return value
-        return torch.stack([alone(i) for i in range(n)])
+        return torch.stack([one_row(i) for i in range(n)])
 
     def growth(self, mean: Tensor, second: Tensor, z: Tensor) -> dict[int, float] | None:
-        """What identical examples return over what one does, by their number; None if unreduced.
+        """F of identical examples over that of one, by their number; None if it is unreduced.
 
-        A sum gives the number itself, a mean 1. All is counted from the KL of a smaller mean, so
+        A sum gives the number itself, a mean 1. Differences to a smaller mean are compared, so
         that constants do not matter.
         """
         if self.kind != "scalar" or self.copies > 1 or self.by_chance:
@@ -249,7 +250,7 @@ class Divergence:
         return {n: total(n) / one for n in (2, 4, 8)} if one else None
 
     def by_latents(self, mean: Tensor, second: Tensor, z: Tensor) -> float | None:
-        """What half of the latents return over what all do, all alike; None if it cannot be told.
+        """F of half of the latents over that of all; None if it is unknown.
 
         A sum gives one half, a mean 1.
         """
@@ -272,7 +273,7 @@ class Divergence:
         return differences[0] / differences[1] if differences[1] else None
 
 
-# --- what it was written for ---------------------------------------------------------------------
+# --- the KL that F was written for -------------------------------------------------------------
 
 
 def read(
@@ -291,29 +292,29 @@ def read(
         f: The code's KL at points (P,).
         mean: Heads (P, D).
         second: Heads (P, D).
-        loc: What is sampled (P, D).
-        sigma: What is sampled (P, D).
+        loc: Location of what is sampled (P, D).
+        sigma: Standard deviation of what is sampled (P, D).
         prior: Mean and standard deviation (D,).
-        uses_sample: Whether F is an average over draws, so that what is sampled matters too.
+        uses_sample: Whether F is an average over draws, so that it depends on what is sampled.
         tolerance: Largest residual.
     """
-    found = []
+    fits = []
     for name, g in READINGS.items():
         s = g(second)
         if not bool((s.isfinite() & (s > 0)).all()):
             continue
         if uses_sample:
             cross = ((sigma**2 + (loc - mean) ** 2) / (2 * s**2) + s.log()).sum(-1)
-            own = ((sigma**2 + (loc - prior[0]) ** 2) / (2 * prior[1] ** 2)).sum(-1)
-            t = own - cross + prior[1].log().sum()
+            from_prior = ((sigma**2 + (loc - prior[0]) ** 2) / (2 * prior[1] ** 2)).sum(-1)
+            t = from_prior - cross + prior[1].log().sum()
         else:
             t = gaussian_kl(mean, s, prior)
         fit = regress(f, t)
         if name == "unit variance" and abs(fit.intercept) > 1e-3:
-            continue  # a KL that has lost a term, rather
+            continue  # rather a KL without one of its terms
         if fit.residual <= tolerance:
-            found.append((name, fit))
-    return sorted(found, key=lambda entry: (abs(entry[1].slope - 1) > 1e-3, entry[1].residual))
+            fits.append((name, fit))
+    return sorted(fits, key=lambda entry: (abs(entry[1].slope - 1) > 1e-3, entry[1].residual))
 
 
 Terms = dict[str, Callable[[Tensor], Tensor]]
@@ -341,7 +342,7 @@ _LOGARITHMS: Terms = {
 
 
 def formula(f: Tensor, mean: Tensor, second: Tensor) -> str | None:
-    """F of one latent, written out in m and b; None if it is no such sum of terms.
+    """F of one latent as a formula in m and b; None if it is no sum of known terms.
 
     Args:
         f: Values (P,).

@@ -121,14 +121,14 @@ def _standardised(audit: FlowAudit, noise: float) -> dict[str, Moments]:
             audit.perturb(noise)
         outputs: dict[nn.Module, Moments] = {}
 
-        def keep(module: nn.Module, args: tuple, out: Any, outputs=outputs) -> None:
+        def hook(module: nn.Module, args: tuple, out: Any, outputs=outputs) -> None:
             z = first(out)
             if args and isinstance(args[0], Tensor) and isinstance(z, Tensor):
                 outputs.setdefault(module, (args[0].detach(), z.detach()))
 
         before = {m: _numbers_of(m) for m in names}
         try:
-            with forward_hooks(names, keep):
+            with forward_hooks(names, hook):
                 image = audit.flow.forward(data.clone())
         except AuditError:
             continue

@@ -174,11 +174,11 @@ class _Grid:
         self.base = means[None], base_b[None]
         rows: list[tuple[Tensor, Tensor, bool]] = []
 
-        def add(i: int, offset: float, value: float, held: bool) -> None:
+        def add(i: int, offset: float, value: float, regular: bool) -> None:
             m, v = means.clone(), base_b.clone()
             m[i] += offset * stds[i]
             v[i if s.e == s.d else 0] = value
-            rows.append((m, v, held))
+            rows.append((m, v, regular))
 
         for value in bs.tolist():
             for offset in offsets.tolist():
@@ -229,14 +229,14 @@ def _compare(audit: VAEAudit, kl: Callable[..., Any]) -> None:
     if d.by_chance:
         audit.assumed.append("the KL is an estimate from its own draws, and was averaged")
     chance = 8 * d.error
-    keep = grid.inside
-    if float(t[keep].max() - t[keep].min()) < 1e-9:
+    inside = grid.inside
+    if float(t[inside].max() - t[inside].min()) < 1e-9:
         audit.unchecked.append("the KL: what is sampled does not depend on the heads")
         return
-    fit = regress(f[keep], t[keep])
+    fit = regress(f[inside], t[inside])
     if d.copies > 1 and abs(fit.slope / d.copies - 1) < 1e-3:
         f = f / d.copies
-        fit = regress(f[keep], t[keep])
+        fit = regress(f[inside], t[inside])
     audit.kl_slope = fit.slope
     slack = chance / max(abs(fit.slope), 1e-300)
     tight = max(1e-5, 50 * d.rounding, 200 * s.rounding, 1.5 * s.scale_error) + slack
@@ -334,8 +334,8 @@ def _fits(
         f"{fit.residual:.1e} over {int(grid.inside.sum())} points"
     )
     if fit.residual > max(SEEN, tight):
-        keep = grid.inside.nonzero().flatten()
-        w = int(keep[fit.worst])
+        inside = grid.inside.nonzero().flatten()
+        w = int(inside[fit.worst])
         audit.warn(
             "kl_mismatch", "the KL is nearly that of what is sampled: "
             f"{float(f[w]):.5g} instead of {float(t[w]):.5g}; only one of the two has a floor",
@@ -362,15 +362,15 @@ def _of_other_noise(audit: VAEAudit, grid: _Grid, d: Divergence, fit: Regression
         return False
     entropy, log_density = DENSITIES[family]
     if audit.kl_uses_sample:
-        keep = grid.inside
-        mean, second = grid.mean[keep], grid.second[keep]
+        inside = grid.inside
+        mean, second = grid.mean[inside], grid.second[inside]
         loc, sigma = _sampled(audit, mean, second)
         z = audit.sampler.draw(mean, second, 21)
         means, stds = audit.prior
         log_q = (log_density((z - loc) / sigma) - sigma.log()).sum(1)
         log_p = (-0.5 * ((z - means) / stds) ** 2 - stds.log() - LOG_2PI / 2).sum(1)
-        mine = regress(d.at_draws(mean, second, z), log_q - log_p)
-        right = mine.residual < 0.1 and abs(mine.slope - 1) < 0.05
+        shifted = regress(d.at_draws(mean, second, z), log_q - log_p)
+        right = shifted.residual < 0.1 and abs(shifted.slope - 1) < 0.05
     else:
         more = audit.sampler.d * ((LOG_2PI + 1) / 2 - entropy)
         right = abs(fit.slope - 1) < 0.05 and abs(fit.intercept - more) < 0.2 * more
@@ -416,13 +416,13 @@ def _mismatch(
     audit: VAEAudit, grid: _Grid, d: Divergence, f: Tensor, t: Tensor, loc: Tensor, sigma: Tensor,
     fit: Regression, tight: float,
 ) -> None:  # fmt: skip
-    keep = grid.inside
+    inside = grid.inside
     if _free_bits(audit, f[: grid.single], t[: grid.single], tight):
         return
-    mean, second = grid.mean[keep], grid.second[keep]
+    mean, second = grid.mean[inside], grid.second[inside]
     wide = second.expand(-1, mean.shape[1])
     readings = read(
-        f[keep], mean, wide, loc[keep], sigma[keep], audit.prior, audit.kl_uses_sample, tight
+        f[inside], mean, wide, loc[inside], sigma[inside], audit.prior, audit.kl_uses_sample, tight
     )
     one = slice(0, grid.single)
     written, others = None, 0.0
@@ -431,7 +431,7 @@ def _mismatch(
         still = float(_values(d, *at, *_sampled(audit, *at))[0])
         others = still * (1 - 1 / mean.shape[1]) if math.isfinite(still) else 0.0
         written = formula(f[one] - others, grid.mean[one, 0], grid.second[one, 0])
-    w = int((((f - t) / (1 + t)).abs() * keep)[one].argmax())
+    w = int((((f - t) / (1 + t)).abs() * inside)[one].argmax())
     numbers: dict[str, Any] = {
         "mean": float(grid.mean[w, 0]), "second": float(grid.second[w, 0]),
         "sampled_sigma": float(sigma[w, 0]), "kl": float(f[w]), "expected": float(t[w]),
@@ -477,7 +477,7 @@ def _mismatch(
         numbers |= {"read_as": other, "slope": fit.slope, "intercept": fit.intercept}
     else:
         audit.read_as = "none"
-        swapped = _reversed(f[keep], loc[keep], sigma[keep], audit.prior, tight)
+        swapped = _reversed(f[inside], loc[inside], sigma[inside], audit.prior, tight)
         if swapped:
             message += ": it is the reversed KL, of the prior from the posterior"
         other = _other_prior(
@@ -619,14 +619,14 @@ def _minimum(audit: VAEAudit, d: Divergence, f: Tensor) -> None:
     m = means[None].clone()
     v = torch.full((1, s.e), at_prior, dtype=torch.float64)
     v[0, 0] = best
-    found = float(_sampled(audit, m, v)[1][0, 0])
+    smallest_std = float(_sampled(audit, m, v)[1][0, 0])
     scale = max(abs(audit.kl_slope), 1e-6) if math.isfinite(audit.kl_slope) else 1.0
-    if gap > 1e-3 * min(1.0, scale) and abs(math.log(max(found, 1e-300) / std)) > 0.03:
+    if gap > 1e-3 * min(1.0, scale) and abs(math.log(max(smallest_std, 1e-300) / std)) > 0.03:
         audit.bug(
             "kl_min_off_prior", "the KL is smallest where the sampled standard deviation is "
-            f"{found:.4g}; the prior's is {std:.4g}",
+            f"{smallest_std:.4g}; the prior's is {std:.4g}",
             "0.5 (m^2 + s^2 - 1) - log s is smallest at s = 1: check each factor",
-            sigma_at_smallest=found, prior_std=std, second=best, gap=gap,
+            sigma_at_smallest=smallest_std, prior_std=std, second=best, gap=gap,
         )  # fmt: skip
         return
     offsets = torch.linspace(-3, 3, 31, dtype=torch.float64) * std

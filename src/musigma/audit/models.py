@@ -208,7 +208,7 @@ def _check_bijection(
     when: str,
 ) -> None:
     label = f"{name} ({type(layer).__name__})"
-    alone = "musigma.testing.check_layer checks a layer alone"
+    repair = "musigma.testing.check_layer checks a layer alone"
     z, log_det = layer(x, context)
     if not (z.isfinite().all() and log_det.isfinite().all()):
         report.bug(
@@ -234,7 +234,7 @@ def _check_bijection(
                     "logdet_mismatch",
                     f"{label} states {float(log_det[0]):.8g} nats, and log |det J| is "
                     f"{float(truth[0]):.8g}, {when}",
-                    alone,
+                    repair,
                     layer=name,
                     error=wrong,
                 )
@@ -247,7 +247,7 @@ def _check_bijection(
             "inverse_mismatch",
             "bug" if error > 1e-3 else "warning",
             f"{label}: the inverse of forward differs from x by {error:.2g}, {when}",
-            alone,
+            repair,
             layer=name,
             error=error,
         )

@@ -1,10 +1,9 @@
-r"""How a loss weighs its two terms, and whether that weight stays what it is.
+r"""The reduction of a loss's two terms, which decides the weight of the KL.
 
-A reconstruction term R is compared with its own pieces, those of single elements of the data: a
-sum over everything gives rho = R / sum of pieces = 1, a mean over N elements 1 / N. The KL is
-compared with the true one: kappa = KL / T. The weight of the KL in the loss is kappa / rho. It may
-be any number that somebody chose; it may not move when batch, latent or data change their size,
-unless it is 1.
+A reconstruction term R is compared with the terms of single elements of the data: a sum gives
+rho = R / sum of single terms = 1, a mean over N elements 1 / N. The KL is compared with the true
+one: kappa = KL / T. The weight of the KL in the loss is kappa / rho. It may be any constant, but
+must not depend on the size of batch, latent or data.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from musigma.audit.sandbox import Sandbox
 
 __all__ = ["Reconstruction", "combination"]
 
-ELEMENTS = 1024  # of which each is called by itself, at most
+ELEMENTS = 1024  # the most that are called one by one
 
 
 class Reconstruction:
-    """A code's reconstruction term: its reduction over examples and over the elements of one.
+    """A code's reconstruction term, and its reduction over examples and elements.
 
     Args:
-        sandbox: That calls it.
+        sandbox: Calls it.
         recon: ``recon(x, x_hat)``.
         x: Examples (B, ...).
-        x_hat: What they are compared with, of as many numbers.
+        x_hat: Reconstructions, with as many numbers.
 
     Raises:
         AuditError: If it raises for the given examples.
@@ -52,16 +51,13 @@ class Reconstruction:
         self.finite = bool(value.isfinite().all())
 
     def _raw(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        value = self.sandbox.call("recon", self.recon, x.clone(), x_hat.clone())
-        if isinstance(value, (tuple, list)) and value:
-            value = value[0]
-        return self.sandbox.as_tensor("recon", value)
+        return self.sandbox.ask_first("recon", self.recon, x.clone(), x_hat.clone())
 
     def _total(self, x: Tensor, x_hat: Tensor) -> float:
         return float(self._raw(x, x_hat).sum())
 
     def growth(self) -> dict[int, float] | None:
-        """R of identical examples over that of one, by their number; None if unreduced."""
+        """R of identical examples over that of one, by their number; None if it is unreduced."""
         if self.kind != "scalar":
             return None
         try:
@@ -71,15 +67,15 @@ class Reconstruction:
             return None
 
     def _step(self, n: int) -> float:
-        """What moving towards the data changes in R of n identical examples."""
+        """The change of R of n identical examples when x_hat moves towards the data."""
         x, hat = (t[:1].expand(n, *t.shape[1:]) for t in (self.x, self.x_hat))
         return self._total(x, hat) - self._total(x, 0.75 * hat + 0.25 * x.reshape(hat.shape))
 
     def rho(self, halved: bool = False) -> float | None:
-        """R of one example over the sum of its pieces; None if it cannot be told.
+        """R of one example over the sum of its single terms; None if it is unknown.
 
         Args:
-            halved: Of half of the data's last axis.
+            halved: For half of the data's last axis.
         """
         x, x_hat = self.x[:1], self.x_hat[:1]
         if halved:
@@ -97,7 +93,7 @@ class Reconstruction:
             return None if halved else self._by_form(x, x_hat, other)
         if a is None or b is None:
             return None
-        return a if abs(a - b) <= 1e-3 * abs(a) else None  # else it is no sum of elements
+        return a if abs(a - b) <= 1e-3 * abs(a) else None  # otherwise it is no sum over elements
 
     def _rho(self, x: Tensor, x_hat: Tensor) -> float | None:
         whole = self._total(x, x_hat)
@@ -111,11 +107,11 @@ class Reconstruction:
         return whole / pieces
 
     def _by_form(self, x: Tensor, *hats: Tensor) -> float | None:
-        """Rho from differences of the usual forms: squared and absolute error, cross-entropy."""
+        """Rho by comparison with squared and absolute error and cross-entropy."""
         n, flat = x.numel(), x.flatten()
-        found, forms = [], []
+        values_of_r, forms = [], []
         for hat in hats:
-            found.append(self._total(x, hat))
+            values_of_r.append(self._total(x, hat))
             y = hat.flatten()
             values = [float(((y - flat) ** 2).sum()), float((y - flat).abs().sum())]
             if float(flat.min()) >= 0 and float(flat.max()) <= 1:
@@ -123,7 +119,7 @@ class Reconstruction:
                 if float(y.min()) > 0 and float(y.max()) < 1:
                     values.append(float(F.binary_cross_entropy(y, flat, reduction="sum")))
             forms.append(values)
-        whole = found[0] - found[1]
+        whole = values_of_r[0] - values_of_r[1]
         for first, second in zip(*forms, strict=False):
             for factor in (1.0, 0.5):
                 for rho in (1.0, 1 / n):
@@ -137,7 +133,7 @@ class Reconstruction:
 def combination(
     losses: Tensor, recons: Tensor, kls: Tensor, tolerance: float
 ) -> tuple[float, float] | None:
-    """a and b of loss = a recon + b KL over several batches and seeds; None if it is not that.
+    """a and b of loss = a recon + b KL over several batches and seeds; None if it does not fit.
 
     Args:
         losses: (S,).
@@ -150,6 +146,8 @@ def combination(
     if bool((size == 0).any()) or not bool(losses.isfinite().all()):
         return None
     solved = torch.linalg.lstsq(design / size, losses[:, None].double(), driver="gelsd")
-    found = solved.solution[:, 0] / size
-    off = float((design @ found - losses).abs().max())
-    return (float(found[0]), float(found[1])) if off <= tolerance * float(losses.std()) else None
+    weights = solved.solution[:, 0] / size
+    off = float((design @ weights - losses).abs().max())
+    return (
+        (float(weights[0]), float(weights[1])) if off <= tolerance * float(losses.std()) else None
+    )

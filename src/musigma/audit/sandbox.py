@@ -117,8 +117,8 @@ class Sandbox:
     def __enter__(self) -> Sandbox:
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(torch.random.fork_rng())
-        for keep in (_numpy_random, _python_random, _default_dtype):
-            self._stack.enter_context(keep())
+        for restored in (_numpy_random, _python_random, _default_dtype):
+            self._stack.enter_context(restored())
         self._stack.callback(self.snapshot())
         self._modes = [(m, m.training) for root in self.modules for m in root.modules()]
         self.reseed()
@@ -174,8 +174,8 @@ class Sandbox:
     def trainable(self) -> list[Tensor]:
         """Every parameter that requires a gradient; others may have to stay fixed."""
         parameters = [p for module in self.modules for p in module.parameters()]
-        held = [t for holder in self.holders for t in vars(holder).values()]
-        leaves = [t for t in held if isinstance(t, Tensor) and t.is_leaf]
+        attributes = [t for holder in self.holders for t in vars(holder).values()]
+        leaves = [t for t in attributes if isinstance(t, Tensor) and t.is_leaf]
         return list({id(t): t for t in [*parameters, *leaves] if t.requires_grad}.values())
 
     def call(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:

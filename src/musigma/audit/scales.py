@@ -1,14 +1,14 @@
-r"""What a standard deviation is as a function of the number b that a network emits for it.
+r"""Naming the standard deviation as a function of the number b that a network emits for it.
 
-A sampler is measured at many b; here its curve sigma(b) gets a name. Every reading is a base curve
-g, and a measured curve is
+A sampler is measured at many b; its curve sigma(b) is compared with known readings. Every reading
+is a base curve g, and a measured curve is
 
     sigma(b) = clip(k g(b) [+ f], low, high)     or     clip(sqrt(k^2 g(b)^2 + f^2), low, high),
 
-with a noise scale k, a floor f on the standard deviation or on the variance, and bounds. None of
-the four is searched for: bounds are the plateaus at the ends of the curve, the floor its smallest
-value, and k the ratio at one point in between. So two readings are never confused that differ by
-more than the error of the measurement.
+with a noise scale k, a floor f on the standard deviation or on the variance, and bounds. These are
+read off the curve: the bounds are the plateaus at its ends, the floor is its smallest value, and
+k is the ratio at one point between. So readings that differ by more than the error of the
+measurement are never confused.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ class Curve:
     """A named curve sigma(b).
 
     Args:
-        name: Of the reading; "unnamed" if it is none that is known.
-        noise_scale: k: what the reading is multiplied by.
-        sigma: The curve itself, for tensors of any shape; None if it has no name.
-        bounds: Smallest and largest standard deviation, where they are reached; None where not.
+        name: Of the reading; "unnamed" if it is unknown.
+        noise_scale: The factor k of the reading.
+        sigma: The curve as a function; None if it has no name.
+        bounds: Smallest and largest standard deviation; None where there is no bound.
         raw_bounds: The b at which the bounds begin.
         floor: Added to the standard deviation, or its square to the variance.
         floor_on: "std" or "variance".
-        error: The largest relative difference from what was measured.
-        more: Further numbers of the family: offset, slope.
+        error: The largest relative difference from the measurement.
+        more: Further parameters: offset, slope.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Curve:
 
     @property
     def text(self) -> str:
-        """The name with all that belongs to it, in words."""
+        """The name with all parameters, in words."""
         words = [self.name]
         low, high = self.raw_bounds
         if low is not None or high is not None:
@@ -105,7 +105,7 @@ class Curve:
         return ", ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
-        """As a report holds it."""
+        """As in the details of a report."""
         return {
             "name": self.name,
             "text": self.text,
@@ -127,9 +127,9 @@ def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 
 
     Args:
         b: The points, ascending (n,).
-        sigma: The standard deviation at each, none negative (n,).
-        tolerance: Relative error of the ratios between them.
-        scale_error: Relative error that they all share, so of the noise scale.
+        sigma: The standard deviations, not negative (n,).
+        tolerance: Relative error of their ratios.
+        scale_error: Relative error that they share: that of the noise scale.
 
     Returns:
         The simplest reading within the tolerance, or one named "unnamed".
@@ -147,7 +147,7 @@ def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 
         k = 1.0 if abs(level - 1) <= scale_error + tolerance else level
         return Curve("unit variance", k, lambda t: torch.full_like(t, k), error=spread - 1)
     signs = bool((b < 0).any() and (b > 0).any())
-    found: list[tuple[float, int, Curve]] = []
+    fits: list[tuple[float, int, Curve]] = []
     for rank, (name, g) in enumerate(READINGS.items()):
         if name == "unit variance" or (name == "signed std" and not signs):
             continue
@@ -161,9 +161,9 @@ def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 
                 continue  # a bound, and no noise scale: see _bounded
             plain = curve.bounds == (None, None) and curve.floor == 0
             penalty = 100 * (curve.noise_scale != 1) + 10 * (not plain) + 5 * (curve.floor > 0)
-            found.append((penalty + rank / 100, rank, curve))
-    if found:
-        return min(found, key=lambda entry: entry[:2])[2]
+            fits.append((penalty + rank / 100, rank, curve))
+    if fits:
+        return min(fits, key=lambda entry: entry[:2])[2]
     for family in (_softplus, _exponential, _bounded):
         curve = family(b, sigma)
         if curve is not None and curve.error <= 10 * tolerance:
@@ -181,7 +181,7 @@ def _with(curve: Curve, k: float) -> Curve:
 
 
 def _plateaus(sigma: Tensor, tolerance: float) -> tuple[int, int]:
-    """How many points at each end share the end's value; 0 where only the end has it."""
+    """How many points at each end have the end's value; 0 if only the end itself."""
     same = max(1e-9, tolerance / 3)
     counts = []
     for curve in (sigma, sigma.flip(0)):
@@ -194,7 +194,7 @@ def _plateaus(sigma: Tensor, tolerance: float) -> tuple[int, int]:
 def _fits(
     name: str, g: Callable[[Tensor], Tensor], b: Tensor, sigma: Tensor, tolerance: float
 ) -> list[Curve]:
-    """The reading with no floor and with either floor, each with the bounds that it shows."""
+    """The reading without and with either floor, each with the curve's bounds."""
     low_run, high_run = _plateaus(sigma, tolerance)
     n = len(b)
     inside = torch.arange(n)
@@ -202,7 +202,7 @@ def _fits(
     base = g(b)
     if not bool(base[inside].isfinite().any()) or int(inside.sum()) < 3:
         return []
-    base = base.nan_to_num(0.0)  # a bound holds where the reading has no value
+    base = base.nan_to_num(0.0)  # where the reading has no value, a bound may apply
     smallest = float(sigma.min())
     curves = []
     for kind in ("none", "std", "variance"):
@@ -256,7 +256,7 @@ def _fits(
 def _bounds(
     shape: Tensor, sigma: Tensor, inside: Tensor, low_run: int, high_run: int
 ) -> tuple[float | None, float | None]:
-    """The levels of the plateaus that the reading by itself does not have."""
+    """The levels of the plateaus that the reading itself does not have."""
     ends = []
     for run, at in ((low_run, 0), (high_run, -1)):
         if run and abs(float(shape[at] / sigma[at].clamp(min=1e-300)) - 1) > 1e-9:
@@ -270,7 +270,7 @@ def _bounds(
 def _where(
     g: Callable[[Tensor], Tensor], b: Tensor, shape: Tensor, level: float | None
 ) -> float | None:
-    """The b at which a monotone curve reaches a level, between two points of the scan."""
+    """The b at which a monotone curve reaches a level."""
     if level is None:
         return None
     hits = ((shape / level - 1).abs() < 1e-9).nonzero()
@@ -294,12 +294,12 @@ def _where(
     return float(nearest) if nearest and abs(high / nearest - 1) < 1e-5 else high
 
 
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    return float(((ours - theirs) / theirs.clamp(min=1e-300)).abs().max())
+def _relative_error(curve: Tensor, measured: Tensor) -> float:
+    return float(((curve - measured) / measured.clamp(min=1e-300)).abs().max())
 
 
 def _softplus(b: Tensor, sigma: Tensor) -> Curve | None:
-    """K softplus(a b + c): all three from its two asymptotes."""
+    """The parameters of k softplus(a b + c), from its two asymptotes."""
     if b[0] > -20 or b[-1] < 20 or bool((sigma <= 0).any()):
         return None
     log = sigma.log()
@@ -317,11 +317,11 @@ def _softplus(b: Tensor, sigma: Tensor) -> Curve | None:
     if abs(c) > 1e-6:
         more["offset"] = c
     k = 1.0 if abs(k - 1) < 1e-6 else k
-    return Curve("softplus", k, curve, error=_relative(curve(b), sigma), more=more)
+    return Curve("softplus", k, curve, error=_relative_error(curve(b), sigma), more=more)
 
 
 def _exponential(b: Tensor, sigma: Tensor) -> Curve | None:
-    """Exp(a b + c), for any a."""
+    """The parameters of exp(a b + c)."""
     if bool((sigma <= 0).any()):
         return None
     log = sigma.log()
@@ -335,11 +335,11 @@ def _exponential(b: Tensor, sigma: Tensor) -> Curve | None:
         return (a * t + c).exp()
 
     name = next((n for x, n in EXPONENTIALS.items() if abs(a / x - 1) < 1e-6), f"exp({a:.6g} b)")
-    return Curve(name, math.exp(c), curve, error=_relative(curve(b), sigma))
+    return Curve(name, math.exp(c), curve, error=_relative_error(curve(b), sigma))
 
 
 def _bounded(b: Tensor, sigma: Tensor) -> Curve | None:
-    """Sigma or log sigma between two asymptotes, by a sigmoid or a hyperbolic tangent of b."""
+    """Sigma or log sigma as a sigmoid or hyperbolic tangent of b, between its asymptotes."""
     if b[0] > -20 or b[-1] < 20 or bool((sigma <= 0).any()):
         return None
     ends = float(sigma[0]), float(sigma[-1])
@@ -366,9 +366,14 @@ def _bounded(b: Tensor, sigma: Tensor) -> Curve | None:
         more = {n: v for n, v in more.items() if abs(v - 1) > 1e-5 or n == "tanh slope"}
         if abs(c) > 1e-6:
             more["offset"] = c
-        found = Curve(
-            name, 1.0, curve, (min(ends), max(ends)), error=_relative(curve(b), sigma), more=more
+        candidate = Curve(
+            name,
+            1.0,
+            curve,
+            (min(ends), max(ends)),
+            error=_relative_error(curve(b), sigma),
+            more=more,
         )
-        if best is None or found.error < best.error:
-            best = found
+        if best is None or candidate.error < best.error:
+            best = candidate
     return best

@@ -1,8 +1,7 @@
-"""Tests of hypotheses with a stated rate of false alarms.
+"""Hypothesis tests with a stated false-alarm rate.
 
-Every decision that rests on random numbers is made here, at the level `LEVEL` = 1e-7 for a whole
-check, however many comparisons it consists of: thresholds are those of Bonferroni. A decision
-also asks for a difference that matters, so that a generator's last digits alarm nobody.
+Every decision from random numbers is made here, at the level `LEVEL` = 1e-7 for a whole check of
+any number of comparisons (Bonferroni). A difference must also be large enough to matter.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from torch import Tensor
 
 __all__ = ["LEVEL", "correlated", "covariance_differs", "moments_differ", "noise_name", "quantile"]
 
-LEVEL = 1e-7  # the chance that one check alarms without cause
+LEVEL = 1e-7  # probability of a false alarm, for one check
 
 Quantiles = Callable[[Tensor], Tensor]
 
 
 def quantile(comparisons: int = 1) -> float:
-    """How many standard errors one of so many comparisons may be off, two-sided.
+    """The number of standard errors that one of several comparisons may be off, two-sided.
 
     Example:
         >>> round(quantile(), 2), round(quantile(100), 2)
@@ -59,23 +58,22 @@ _FAMILIES: dict[str, Quantiles] = {
 
 
 def noise_name(e: Tensor) -> tuple[str, dict[str, float]]:
-    r"""Whether independent numbers are normal with some mean and variance, and else what they are.
+    r"""The distribution of independent numbers: normal, or another family.
 
-    They are called normal unless their empirical distribution function F, standardised, is off by
-    more than Dvoretzky, Kiefer and Wolfowitz allow, with Massart's constant:
+    They are normal unless their standardised empirical distribution function F violates the bound
+    of Dvoretzky, Kiefer and Wolfowitz, with Massart's constant,
 
         sup |F - Phi|  >  sqrt(log(2 / LEVEL) / (2 n)),
 
-    or their skewness or excess kurtosis by more than 8 standard errors, sqrt(6 / n) and
-    sqrt(24 / n). The bound is for a known mean and variance; estimated ones only bring F nearer
-    to Phi.
+    or their skewness or excess kurtosis exceeds 8 standard errors, sqrt(6 / n) and sqrt(24 / n).
+    The bound is for a known mean and variance; estimated ones only bring F nearer to Phi.
 
     Args:
         e: The numbers (n,).
 
     Returns:
-        The name of the family, "normal" or the one whose quantiles are nearest, and the numbers:
-        skewness, excess kurtosis, distance of the distribution functions and its limit.
+        "normal" or the family with the nearest quantiles, and the numbers: skewness, excess
+        kurtosis, distance of the distribution functions and its limit.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -97,20 +95,21 @@ def noise_name(e: Tensor) -> tuple[str, dict[str, float]]:
         "limit": limit,
         "draws": n,
     }
-    odd = abs(skewness) > 8 * math.sqrt(6 / n) or abs(kurtosis) > 8 * math.sqrt(24 / n)
-    if distance <= limit and not odd:
+    unlike = abs(skewness) > 8 * math.sqrt(6 / n) or abs(kurtosis) > 8 * math.sqrt(24 / n)
+    if distance <= limit and not unlike:
         return "normal", numbers
     if len(torch.unique(e)) < n / 10:
         return "discrete", numbers
     levels = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
-    ours = e[(levels * n).long().clamp(max=n - 1)]
+    measured = e[(levels * n).long().clamp(max=n - 1)]
     off = {}
     for name, family in _FAMILIES.items():
-        theirs = family(levels)
-        slope = ((theirs - theirs.mean()) * (ours - ours.mean())).sum() / theirs.var() / 96
-        off[name] = float((ours - ours.mean() - slope * (theirs - theirs.mean())).abs().max())
+        known = family(levels) - family(levels).mean()
+        centered = measured - measured.mean()
+        slope = (known * centered).sum() / known.square().sum()
+        off[name] = float((centered - slope * known).abs().max())
     nearest = min(off, key=lambda name: off[name])
-    if nearest == "logistic" and kurtosis > 2.5:  # 1.2 is a logistic distribution's
+    if nearest == "logistic" and kurtosis > 2.5:  # of a logistic distribution: 1.2
         nearest = "Student-t"
     if nearest == "normal":
         nearest = "heavier tails than normal" if kurtosis > 0 else "lighter tails than normal"
@@ -118,11 +117,11 @@ def noise_name(e: Tensor) -> tuple[str, dict[str, float]]:
 
 
 def correlated(e: Tensor, smallest: float = 0.1) -> tuple[float, float]:
-    """The largest correlation between columns, and the one that independent columns may show.
+    """The largest correlation between columns, and its limit for independent columns.
 
     Args:
-        e: Independent rows (n, D); of many columns, 64 are compared.
-        smallest: That matters.
+        e: Independent rows (n, D); at most 64 columns are compared.
+        smallest: The smallest correlation that matters.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -146,16 +145,16 @@ def correlated(e: Tensor, smallest: float = 0.1) -> tuple[float, float]:
 def moments_differ(
     z: Tensor, mean: Tensor, std: Tensor, smallest: float = 0.02
 ) -> dict[str, float] | None:
-    """Whether draws have another mean or standard deviation than a normal distribution's.
+    """The figures of draws with an unexpected mean or standard deviation.
 
     Args:
         z: Independent draws (n, D).
-        mean: Expected (D,).
-        std: Expected (D,).
-        smallest: Difference that matters, in units of `std`.
+        mean: Expected mean (D,).
+        std: Expected standard deviation (D,).
+        smallest: The smallest difference that matters, in units of `std`.
 
     Returns:
-        None if they do not; else the figures of the column that is off the most.
+        Those of the column that is off the most; None if all are as expected.
     """
     n, columns = z.shape
     errors = quantile(2 * columns) * 1.2
@@ -176,19 +175,18 @@ def moments_differ(
 
 
 def covariance_differs(z: Tensor, claimed: Tensor, smallest: float = 0.02) -> tuple[float, Tensor]:
-    """How far the covariance of draws is from a claimed one, over what chance allows.
+    """How far the covariance of draws is from a claimed one, relative to the limit.
 
-    The standard error of an entry is that of the mean of its products, which holds for any
-    distribution with four moments.
+    The standard error of an entry is valid for any distribution with four moments.
 
     Args:
         z: Independent draws (n, D).
         claimed: (D, D).
-        smallest: Difference that matters, as a correlation.
+        smallest: The smallest difference that matters, as a correlation.
 
     Returns:
-        The largest ratio of a difference to its limit (above 1: they differ), and the draws'
-        covariance.
+        The largest ratio of a difference to its limit (above 1: they differ), and the
+        covariance of the draws.
     """
     n, d = z.shape
     centred = z - z.mean(0)

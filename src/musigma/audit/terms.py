@@ -83,7 +83,7 @@ def _bits_form(
     sandbox: Sandbox, bits: Callable[[Tensor], Any], images: Tensor, report: ReportBuilder
 ) -> Callable[[Tensor], Tensor]:
     """`bits` as a function of integers, in the type that it takes."""
-    trouble: AuditError | None = None
+    reason: AuditError | None = None
     for dtype in (torch.float64, torch.float32, torch.int64, torch.uint8):
         if dtype == torch.uint8 and int(images.max()) > 255:
             continue
@@ -105,9 +105,9 @@ def _bits_form(
                 )
                 return ask
         except AuditError as error:
-            trouble = trouble or error
-    if trouble is not None:
-        raise trouble
+            reason = reason or error
+    if reason is not None:
+        raise reason
     report.assumed.append("images are given as float32 from 0 to levels - 1")
     sandbox.use_dtype(torch.float32)
     return lambda x: sandbox.ask("bits", bits, x.float()).reshape(-1)
@@ -222,7 +222,7 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
     generator = torch.Generator().manual_seed(0)
     n = 3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 4.0
     fits: list[_Fit] = []
-    trouble: AuditError | None = None
+    reason: AuditError | None = None
     with Sandbox(loss_from_neg_elbos) as sandbox:
         for dtype in (torch.float64, torch.float32):
             sandbox.use_dtype(dtype)
@@ -230,11 +230,11 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
                 try:
                     fits.append(_Fit(sandbox, loss_from_neg_elbos, n.to(dtype), layout))
                 except AuditError as error:
-                    trouble = trouble or error
+                    reason = reason or error
             if fits:
                 break
         if not fits:
-            raise trouble or AuditError("loss_from_neg_elbos: it takes no (B, K)")
+            raise reason or AuditError("loss_from_neg_elbos: it takes no (B, K)")
         best = min(fits, key=lambda fit: (fit.wrong, fit.proportional, fit.value))
         report.assumed.append(f"the layout is {best.layout}, with {best.way} over the batch")
         _check_bound(report, best)
@@ -440,16 +440,16 @@ def _arguments(
     sandbox: Sandbox, term: Callable[..., Any], dtype: torch.dtype, *, last: bool
 ) -> int:
     """How many tensors a term takes, three or one; 0 if neither, unless this is the last try."""
-    trouble: AuditError | None = None
+    reason: AuditError | None = None
     for count in (3, 1):
         try:
             sandbox.ask("term", term, *_inputs(1, 1, count, dtype, 0))
             return count
         except AuditError as error:
-            if trouble is None or "argument" not in str(error.__cause__):
-                trouble = error
-    if trouble is not None and last:
-        raise trouble
+            if reason is None or "argument" not in str(error.__cause__):
+                reason = error
+    if reason is not None and last:
+        raise reason
     return 0
 
 

@@ -1,12 +1,11 @@
-r"""What a function makes of the volume, :math:`\log|\det J|`, exactly, by autograd.
+r"""The exact :math:`\log|\det J|` of a function, by autograd.
 
-Of few elements the whole Jacobian is taken. Of many it is not needed, where it has a shape that
-makes its determinant simple; the shape is not believed but found, and then checked by products
-with random vectors, which another shape survives with probability zero:
+With few elements the whole Jacobian is computed. With many elements it is recognised where it has
+one of these structures, which products with random vectors verify with probability one:
 
 - a permutation: the outputs are the inputs in another order;
-- a coupling: some outputs are inputs, and those left over depend on one remaining input each, so
-  J is triangular up to an order, and its determinant the product of one slope per element;
+- a coupling: some outputs are inputs, and the others depend on one remaining input each, so J is
+  triangular up to an order, and its determinant is the product of one slope per element;
 - one matrix per pixel: every output depends on the channels of its own pixel.
 """
 
@@ -20,18 +19,18 @@ from torch import Tensor
 
 __all__ = ["Volume", "differences", "jacobian", "volume"]
 
-DENSE = 256  # elements up to which the whole Jacobian is taken at once
+DENSE = 256  # elements up to which the whole Jacobian is computed
 Function = Callable[[Tensor], Tensor]  # x (B, ...) to z (B, D), differentiable
 
 
 class Volume(NamedTuple):
-    """The logarithm of what becomes of a volume.
+    """A Jacobian's determinant and condition.
 
     Attributes:
         log_det: log |det J|, (B,).
-        sign: The sign of det J, (B,); zero where it was not looked at.
-        condition: Of J in the spectral norm, (B,); nan where only the determinant was taken.
-        how: Which way was gone.
+        sign: The sign of det J, (B,); zero where it is unknown.
+        condition: Condition number of J in the spectral norm, (B,); NaN where it is unknown.
+        how: The structure of J.
     """
 
     log_det: Tensor
@@ -41,10 +40,10 @@ class Volume(NamedTuple):
 
 
 def jacobian(function: Function, x: Tensor) -> Tensor:
-    """The Jacobians of all examples, (B, D, D), if none depends on another: D backward passes.
+    """The Jacobians of independent examples, (B, D, D), by D backward passes.
 
     Raises:
-        RuntimeError: If the output does not depend on x, as far as autograd knows.
+        RuntimeError: If the output does not depend on x in autograd's graph.
     """
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -68,18 +67,18 @@ def _products(z: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
         (g,) = torch.autograd.grad(
             z, x, vectors, retain_graph=True, is_grads_batched=True, allow_unused=True
         )
-    except RuntimeError:  # what cannot be batched goes one by one
+    except RuntimeError:  # operations that cannot be batched go one by one
         parts = [
             torch.autograd.grad(z, x, v, retain_graph=True, allow_unused=True)[0] for v in vectors
         ]
         g = None if parts[0] is None else torch.stack(parts)
     if g is None:
-        raise RuntimeError("z does not depend on x by way of autograd")
+        raise RuntimeError("z does not depend on x in autograd's graph")
     return g.reshape(len(vectors), len(x), -1).detach()
 
 
 def differences(function: Function, x: Tensor) -> Tensor:
-    """The Jacobians by central differences, (B, D, D): where autograd was cut off somewhere."""
+    """The Jacobians by central differences, (B, D, D), where autograd's graph is broken."""
     b, d = len(x), x[0].numel()
     columns = []
     for row in x:
@@ -90,7 +89,7 @@ def differences(function: Function, x: Tensor) -> Tensor:
         for part in (moved, other):
             parts = part.split(max(1, b))
             values = []
-            for piece in parts:  # in batches of the size that is known to work
+            for piece in parts:  # in batches of the size that is accepted
                 full = torch.cat([piece, piece[-1:].expand(b - len(piece), d)])
                 values.append(function(full.reshape(b, *x.shape[1:])).detach()[: len(piece)])
             ends.append(torch.cat(values))
@@ -99,15 +98,15 @@ def differences(function: Function, x: Tensor) -> Tensor:
 
 
 def volume(function: Function, x: Tensor, dense: int = DENSE) -> Volume | None:
-    """What a function makes of the volume around each x, in nats.
+    """The log-determinant of a function's Jacobian at each x, in nats.
 
     Args:
         function: x (B, ...) to z (B, D); no example may depend on another.
-        x: Where, (B, ...).
-        dense: Elements up to which the whole Jacobian is taken.
+        x: Points (B, ...).
+        dense: Elements up to which the whole Jacobian is computed.
 
     Returns:
-        None if there are too many elements, and no simple shape.
+        None if there are too many elements, and no known structure.
 
     Example:
         >>> x = torch.randn(2, 3, dtype=torch.float64)
@@ -139,7 +138,7 @@ def _random(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def _coupling(z: Tensor, x: Tensor) -> Volume | None:
-    """Outputs that are inputs, and one input for each of the others."""
+    """The determinant where outputs are inputs, or depend on one input each."""
     flat = x.detach().reshape(len(x), -1)
     out = z.detach()
     if flat.shape != out.shape:
@@ -156,12 +155,12 @@ def _coupling(z: Tensor, x: Tensor) -> Volume | None:
     n = int(left_out.sum())
     if z.requires_grad is False:
         return None
-    probes = torch.zeros(3, b, d, dtype=z.dtype)
+    vectors = torch.zeros(3, b, d, dtype=z.dtype)
     first, second, third = (_random((n,), seed).to(z) for seed in (1, 2, 3))
-    probes[0][:, left_out] = first
-    probes[1][:, left_out] = first * second
-    probes[2][:, left_out] = third
-    products = _products(z, x, probes)[:, :, left_in].double()
+    vectors[0][:, left_out] = first
+    vectors[1][:, left_out] = first * second
+    vectors[2][:, left_out] = third
+    products = _products(z, x, vectors)[:, :, left_in].double()
     if (products[0] == 0).any() or not products.isfinite().all():
         return None
     ratio = (products[1] / products[0])[0]
@@ -182,7 +181,7 @@ def _coupling(z: Tensor, x: Tensor) -> Volume | None:
 
 
 def _same(out: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Which outputs are inputs, to the bit, in every example; and which inputs are outputs."""
+    """Which outputs equal inputs to the bit in every example, and which inputs these are."""
     out, flat = out.double(), flat.double()
     order = flat[0].argsort()
     values = flat[0][order]
@@ -197,7 +196,7 @@ def _same(out: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pixelwise(z: Tensor, x: Tensor) -> Volume | None:
-    """One matrix per pixel."""
+    """The determinant where there is one matrix per pixel."""
     if x.ndim < 3 or z.shape[1] != x[0].numel():
         return None
     b, c = x.shape[:2]
@@ -207,8 +206,8 @@ def _pixelwise(z: Tensor, x: Tensor) -> Volume | None:
     picks = torch.zeros(c, b, c, pixels, dtype=z.dtype)
     picks[torch.arange(c), :, torch.arange(c)] = 1.0
     check = _random((c, pixels), 5).to(z)
-    probes = torch.cat([picks, check.expand(1, b, c, pixels)]).reshape(c + 1, *z.shape)
-    products = _products(z, x, probes).reshape(c + 1, b, c, pixels)
+    vectors = torch.cat([picks, check.expand(1, b, c, pixels)]).reshape(c + 1, *z.shape)
+    products = _products(z, x, vectors).reshape(c + 1, b, c, pixels)
     blocks, probe = products[:-1].double(), products[-1].double()
     expected = torch.einsum("op,obip->bip", check.double(), blocks)
     if not torch.allclose(probe, expected, rtol=1e-4, atol=1e-9):
