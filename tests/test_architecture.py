@@ -1,4 +1,4 @@
-"""The tree is what the documents say: imports go down, nothing heavy comes along."""
+"""The architecture of the package: imports point downwards, and importing is fast."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ import musigma
 SOURCE = Path(musigma.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
-# A module imports only from lower ranks. Within a package (layers, zoo, cli) anything goes.
+# A module imports only from lower ranks. Imports within a package (layers, zoo, cli) are free.
 RANKS = {
     "gaussian": 1,
     "files": 0,
@@ -40,7 +40,7 @@ RANKS = {
     "convert": 8,
     "audit": 8,
     "coding": 8,
-    "training": 8,  # it evaluates as it goes, so evaluation lies below it
+    "training": 8,  # it evaluates during training, so evaluation has a lower rank
     "report": 6,
     "cli": 10,
     "__init__": 10,

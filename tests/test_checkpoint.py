@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved is what is loaded, and a damaged file never is."""
+"""Checkpoints: loading restores what was saved, and refuses damaged files."""
 
 import json
 import os
@@ -38,7 +38,7 @@ SMALL = {"net": "mlp", "width": 2, "latents": 2, "likelihood": "bernoulli", "bit
 
 
 def made(name: str, dtype=torch.float32):
-    """A small model with no parameter left as it began."""
+    """A small model in which every parameter differs from its initial value."""
     torch.manual_seed(1)
     model = build(name.split()[0], (1, 8, 8), **IMAGES[name])
     x = torch.randint(0, 2, (6, 1, 8, 8))
@@ -63,7 +63,7 @@ def figures(model):
 
 @pytest.fixture
 def file(tmp_path):
-    """The checkpoint of a very small model."""
+    """The checkpoint of a small model."""
     torch.manual_seed(0)
     path = tmp_path / "model.safetensors"
     checkpoint.save(build("vae", (1, 2, 2), **SMALL), path, extra={"lr": 1e-05, "who": "é"})
@@ -71,7 +71,7 @@ def file(tmp_path):
 
 
 def split(content: bytes) -> tuple[dict, bytes]:
-    """The JSON of a safetensors header, and what follows."""
+    """The JSON of a safetensors header, and the rest of the file."""
     (n,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + n]), content[8 + n :]
 
@@ -83,7 +83,7 @@ def joined(header: dict, rest: bytes) -> bytes:
 
 
 def forge(path, change) -> None:
-    """Write a checkpoint anew with another header, and the digest that belongs to it."""
+    """Rewrite a checkpoint with another header and the matching digest."""
     with safetensors.safe_open(path, framework="pt") as old:
         header = json.loads(old.metadata()["musigma"])
         tensors = {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118
@@ -95,7 +95,7 @@ def forge(path, change) -> None:
 
 
 def refused(path, message: str = "safetensors"):
-    """Loading fails as it should: a `CheckpointError` of one line that names the file."""
+    """Assert that loading raises a `CheckpointError` of one line that names the file."""
     with pytest.raises(CheckpointError, match=message) as caught:
         checkpoint.load(path)
     assert str(path) in str(caught.value)
@@ -103,7 +103,7 @@ def refused(path, message: str = "safetensors"):
     return str(caught.value)
 
 
-# -- what was saved is what is loaded
+# -- round trips
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -171,7 +171,7 @@ def test_saving_a_model_composed_by_hand_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# -- whole or not at all
+# -- complete or not at all
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=repr)
@@ -304,7 +304,7 @@ def test_exchanged_tensors_are_refused(file):
     refused(file, "changed or damaged")
 
 
-# -- files that are something else
+# -- other files
 
 
 def test_weights_that_do_not_fit_are_listed_up_to_five(file):
@@ -362,7 +362,7 @@ OF_PUBLISHED_CODE = {"edge": True, "top_each": "pixel", "split_format": "halves 
     [({}, "glow"), (OF_PUBLISHED_CODE, "published_glow"), ({"low": 0.0}, "published_glow")],
 )
 def test_a_glow_of_format_1_becomes_one_of_two_architectures(changed, architecture, tmp_path):
-    """Files of format 1 name one `glow`, with the options of published code among its own."""
+    """In format 1, `glow` also had the options of `published_glow`."""
     options = {"bits": 3, "levels": 2, "depth": 1, "hidden": 4, "dequantize": "uniform"}
     options |= {"alpha": None, "permutation": "conv", "format": "interleaved softclip"}
     wanted = build(architecture, (1, 8, 8), **options, **changed)

@@ -1,4 +1,4 @@
-"""Every command and every block of Python in the README and the documents is run."""
+"""Commands and Python blocks of the README and the documentation run without errors."""
 
 import re
 import subprocess
@@ -22,7 +22,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """A folder of images as people have them: two classes, several sizes and formats."""
+    """A folder of images of two classes, with several sizes and formats."""
     random = np.random.default_rng(0)
     for i in range(30):
         folder = tmp_path / "photos" / ("cats" if i % 2 else "dogs")
@@ -44,7 +44,7 @@ def test_every_command_of_the_readme(photos, capsys):
     mine = next(b for b in blocks(ROOT / "README.md", "python") if b.startswith("# mine.py"))
     (photos / "mine.py").write_text(mine)
     for command in commands:
-        # as they stand, but for the budget
+        # unchanged except for the budget
         words = re.sub(r"--minutes \d+", "--steps 4 --evaluations 1", command).split()
         assert words[0] == "musigma"
         main(words[1:])

@@ -49,7 +49,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def models(digits):
-    """Calibrated and perturbed, so that no term is zero; in float64 by name, cast as needed."""
+    """Small models by name, calibrated and perturbed so that no term is zero, in float64."""
 
     def make(name: str, dtype=torch.float32):
         torch.manual_seed(0)
@@ -557,7 +557,7 @@ def test_parts_without_emitters_are_listed_as_not_examined():
     assert saturation(model, x) == expected
     nested = Chain([Block(Halving(), StatedHalving())], Prior(StandardNormal((2,))))
     shares = saturation(nested, x)
-    assert shares["layers.0.inner.0"] is None  # and not the block that it is in
+    assert shares["layers.0.inner.0"] is None  # and not the block that contains it
     assert set(shares) == {"layers.0.inner.0", "layers.0.inner.1"}
     unused = Chain([UnusedNetwork()], Prior(StandardNormal((2,))))
     assert saturation(unused, x) == {"layers.0": None}

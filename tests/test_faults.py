@@ -1,4 +1,4 @@
-"""Runs that are killed, starved and interrupted end as if nothing had happened."""
+"""Runs that are killed, interrupted or out of disk space end as uninterrupted ones do."""
 
 import json
 import math
@@ -237,7 +237,7 @@ def test_a_full_disk_causes_warnings_and_no_loss(tmp_path, how):
 
 
 def test_best_weights_that_could_not_be_saved_do_not_count_as_saved(tmp_path, monkeypatch):
-    """The third look is the best, and finds the disk full; those after it are worse."""
+    """The third evaluation is the best, but the disk is full; later ones are worse."""
     figures = iter([6.0, 5.0, 3.0, 4.0, 4.5, 4.25])
     saved, real = [], checkpoint.save
 
@@ -276,7 +276,7 @@ def test_incomplete_files_of_a_killed_process_are_removed(tmp_path):
 
 @architecture
 def moody(shape, *, bits: int | None = None, bad: list = ()):
-    """A VAE whose decoder has no answer in some of its training passes."""
+    """A VAE whose decoder returns NaN in some training passes."""
 
     class Moody(nn.Module):
         passes = -1  # fit checks two examples first
@@ -307,7 +307,7 @@ def test_repeated_failures_cause_a_setback_and_smaller_steps(tmp_path):
     (row,) = rows(tmp_path, "setback")
     assert row["step"] == 20
     assert "went back from step 25 to 20; the learning rate is multiplied by 0.5" in row["message"]
-    assert rows(tmp_path, "skipped") == []  # the steps that were gone back over
+    assert rows(tmp_path, "skipped") == []  # the steps that were undone
     steps = {r["step"]: r["learning_rate"] for r in rows(tmp_path, "train")}
     assert sorted(steps) == list(range(1, 41))
     smooth = TrainConfig(steps=40)
@@ -345,11 +345,11 @@ def test_a_bad_example_is_named(tmp_path):
         assert row["examples"] == [bad]
 
 
-# -- what is warned of
+# -- warnings
 
 
 def test_each_warning_is_logged_once(tmp_path):
-    """A latent that says nothing, and a mixing that is all but singular."""
+    """A latent without information, and a nearly singular mixing."""
     torch.manual_seed(0)
     model = build("vae", (6,), bits=None, net="mlp", width=8, latents=4, prior="normal")
     nn.init.zeros_(model.encoder.net.layers[-1].weight)

@@ -1,4 +1,4 @@
-"""Files of every released format load, and say what they said: golden files, kept for ever."""
+"""Files of every released format load and give the same results. The golden files stay."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ MODELS = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_format_1(name):
-    """Format 1: latents, decoded data and nats are what they were when the file was written."""
+    """Format 1: latents, decoded data and nats equal those at the time of writing."""
     model, extra = checkpoint.read(GOLDEN / f"{name}.safetensors")
     assert extra == {"note": "made by format musigma/1"}
     expected = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"{name}.npz").items()}
@@ -119,7 +119,7 @@ def test_an_old_run_is_resumed(old_run, capsys):
 
 
 def test_the_state_of_a_run_of_format_1_resumes(tmp_path):
-    """State format 1: the second half of the run repeats the losses that it had then."""
+    """State format 1: the second half of the run has the same losses as at the time."""
     shutil.copytree(GOLDEN / "run", tmp_path / "run")
     expected = json.loads((tmp_path / "run" / "expected.json").read_text())
     i = np.arange(600, dtype=np.float32).reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""One tensor read as mean and scale: every format there is, and the distribution it becomes."""
+"""Formats, which read a tensor as mean and scale, and the Gaussian distribution."""
 
 import dataclasses
 import itertools
@@ -69,8 +69,8 @@ def numbers(*shape, low, high):
 )
 def test_split_is_the_inverse_of_join(format, shape, seed):
     torch.manual_seed(seed)
-    # A little inside of the reach, for at its ends the map has no slope; and where the scale is
-    # far above the floor, for below it the floor is all there is.
+    # Slightly inside the reach, because the map has no slope at its ends; and far above the floor,
+    # because smaller scales are indistinguishable from the floor.
     low, high = (max(-3.0, format.reach[0]), min(3.0, format.reach[1]))
     if format.floor:
         low = max(low, format.reach[0] + 0.2, 0.5 * math.log(format.floor))
@@ -98,7 +98,7 @@ def test_join_is_the_inverse_of_split(format, seed):
 @settings(max_examples=100, deadline=None)
 @given(format=formats())
 def test_layouts_against_independent_indexing(format):
-    """By a reading of `layout` that knows nothing of the code's."""
+    """By an independent implementation of `layout`."""
     h = torch.randn(2, 4, 6, 2)
     size = h.shape[format.dim]
     if format.layout == "two-heads":
@@ -133,7 +133,7 @@ def test_text_round_trips(format):
 @settings(max_examples=100, deadline=None)
 @given(format=formats())
 def test_every_log_std_is_within_the_reach(format):
-    """Nothing that a network can emit leads out of the reach, and its ends are approached."""
+    """No output of a network leaves the reach, and extreme outputs approach its ends."""
     raw = torch.cat([torch.linspace(-60, 60, 20001), torch.tensor([-1e9, 1e9])])
     log_std, (low, high) = format.log_std(raw), format.reach
     assert log_std.isfinite().all()
@@ -161,7 +161,7 @@ def layer(kind, features):
 
 
 def emit(format, run, x, weight, bias):
-    """What a network with this last layer emits, in the form that its layout says."""
+    """The output of a network with this last layer, in its layout."""
     if format.layout == "two-heads":
         pairs = zip(weight, bias, strict=True)
         return tuple(run(x, w, b) for w, b in pairs)
@@ -205,7 +205,7 @@ def test_log_std_and_log_var_differ_by_a_factor_of_two(kind, a, b):
 
 
 def test_cross_is_a_permutation_of_split():
-    """Glow's question: even and odd channels or halves, it is the same model."""
+    """Even and odd channels or halves (Glow's "cross" and "split") are the same model."""
     cross, halves = Format.parse("cross"), Format.parse("split")
     conv = ZeroConv2d(3, 8)
     for p in conv.parameters():
@@ -250,7 +250,7 @@ def test_conversions_that_no_layer_can_express_are_refused(a, b):
         a.permute(torch.randn(6, 2), torch.randn(6), b)
 
 
-# -- each row of the catalogue, written out
+# -- the format of each library, written out
 
 
 def clamped(t, low, high):
@@ -433,7 +433,7 @@ def test_saturation_is_the_share_of_scales_at_a_limit():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", get_args(Scale))
 def test_extreme_outputs_are_finite_by_default(scale, dtype):
-    """Values, densities and gradients: whatever a network emits."""
+    """Values, densities and gradients are finite for any output of a network."""
     raw = torch.tensor([-6e4, -300.0, -100.0, -31.0, 0.0, 31.0, 100.0, 300.0, 6e4])
     h = torch.stack([torch.ones_like(raw), raw], -1).to(dtype).requires_grad_()
     dist = DiagonalGaussian(*Format("per-feature", scale=scale).split(h), 1)
@@ -548,7 +548,7 @@ def test_whitened_values_are_standard_normal():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_converted_to_float32(dtype):
-    """The same numbers in float32 give the same density: nothing is computed in half precision."""
+    """The density equals that of the same numbers in float32."""
     torch.set_default_dtype(torch.float32)
     mean, log_std, x = (torch.randn(3, 64).to(dtype) for _ in range(3))
     low = DiagonalGaussian(mean, log_std, 1)

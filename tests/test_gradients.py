@@ -1,4 +1,4 @@
-"""Gradients through draws that cannot be reparameterized are named, and right."""
+"""Gradient estimators of draws that cannot be reparameterized."""
 
 import itertools
 import math
@@ -54,7 +54,7 @@ def test_a_draw_without_a_gradient_is_refused_in_training_only():
     with torch.no_grad():
         assert model(x).elbo.shape == (6,)
     model.encoder.requires_grad_(False)
-    assert model(x).elbo.requires_grad  # the decoder's gradient is whole
+    assert model(x).elbo.requires_grad  # the decoder has its full gradient
 
 
 def test_enumeration_is_exact():
@@ -82,7 +82,7 @@ def test_the_score_function_estimator_is_unbiased():
     assert ((draws.mean(0) - truth).abs() <= 4.5 * error + 1e-12).all()
     pathwise = torch.stack(
         [gradient_of(-model(x).elbo.mean(), model) for _ in range(200)]
-    )  # without the score term, the encoder's gradient is another one
+    )  # without the score term, the encoder's gradient differs
     assert ((pathwise.mean(0) - truth).abs() > 10 * pathwise.std(0) / math.sqrt(200)).any()
 
 
@@ -201,7 +201,7 @@ def test_a_closed_form_kl_is_not_marked_as_sampled():
     assert model(torch.randn(2, 5), closed_form=False).kl_sampled.all()
 
 
-# -- a user's own errors
+# -- errors in a user's code
 
 
 class Faulty(torch.distributions.Distribution):

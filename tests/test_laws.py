@@ -1,4 +1,4 @@
-"""Every layer, head and model obeys every law. To add one is to add a line."""
+"""Every layer, head and model obeys all laws. Each is one entry in a table below."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def standardized(features):
 
 
 class Sinh(Map):
-    """A map that the library does not know: y = sinh(asinh(x) + h)."""
+    """A map from outside the library: y = sinh(asinh(x) + h)."""
 
     outputs = 1
 
@@ -80,7 +80,7 @@ class Sinh(Map):
 
 
 class Recurrent(nn.Module):
-    """An autoregressive network of another kind: its state is what `unroll` carries along."""
+    """A recurrent autoregressive network: `unroll` carries its state along."""
 
     def __init__(self, features, map):
         super().__init__()
@@ -357,7 +357,7 @@ class TwoHeads(nn.Module):
 
 
 def zoo(name, shape, bits=8, *, context=0, compiled=False, **options):
-    """A small model, and what its laws need."""
+    """A small model of the zoo, and the arguments of its check."""
     if context:
         options["context"] = context
     laws = {"bits": bits, "context": context, "compiled": compiled}
@@ -631,7 +631,7 @@ def test_model(name):
     check_model(model, event, **laws)
 
 
-# -- the laws notice what breaks them
+# -- faults that the laws must detect
 
 
 class Broken(Bijection):
@@ -683,7 +683,7 @@ def test_a_broken_bijection_fails_the_laws(fault):
 
 
 class Forgetful(Layer):
-    """A split that resamples, or forgets to score, what it factors out."""
+    """A split that redraws its latent, or does not score it."""
 
     def __init__(self, fault):
         super().__init__()
@@ -709,7 +709,7 @@ def test_a_broken_split_fails_the_laws(fault):
 
 
 class Remembering(OptimalGaussianHead):
-    """A head whose running value moves when a batch is scored."""
+    """A head whose running value changes when it scores a batch."""
 
     def forward(self, given, context=None):
         dist = super().forward(given, context)

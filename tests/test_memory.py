@@ -1,4 +1,4 @@
-"""What is kept for the backward pass: less of it, and the same gradients."""
+"""Memory modes: less is kept for the backward pass, and gradients are the same."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_gradients_in_float32_and_under_autocast(name):
 
 
 def trained_and_ill_conditioned(condition):
-    """A flow fitted to ill-conditioned data, with mixings as ill-conditioned as is wished."""
+    """A flow fitted to ill-conditioned data, with mixings of a given condition number."""
     torch.manual_seed(0)
     layers = []
     for _ in range(6):
@@ -104,7 +104,7 @@ def test_an_ill_conditioned_flow_falls_back_before_its_gradients_are_wrong(condi
 
 
 class Lossy(Bijection):
-    """Claims an inverse that it has not."""
+    """A bijection whose inverse is wrong."""
 
     def __init__(self, error):
         super().__init__()

@@ -1,6 +1,6 @@
-"""What a user adds needs no entry in the library: a layer, a map, a head, a model, an objective.
+"""Extensions by a user need no change in the library: layer, map, head, model, objective.
 
-All of them exist in this file only. They are trained, resumed, evaluated, saved and loaded,
+All are defined in this file only. They are trained, resumed, evaluated, saved and loaded,
 compressed, compiled, examined for saturation, and obey the laws.
 """
 
@@ -45,7 +45,7 @@ D, LEVELS = 6, 8
 
 
 class Stretch(Bijection):
-    """The first half of the features stretches the second: y2 = x2 exp(tanh(h(x1)))."""
+    """The first half of the features scales the second: y2 = x2 exp(tanh(h(x1)))."""
 
     repeated = True
 
@@ -74,7 +74,7 @@ class Stretch(Bijection):
 
 
 class StretchRule(coding.Rule):
-    """The scale, as a ratio of integers."""
+    """Codes the scale as a ratio of integers."""
 
     def _parts(self, x):
         half = x.shape[1] // 2
@@ -95,7 +95,7 @@ class StretchRule(coding.Rule):
 
 
 class SinhArcsinh(Map):
-    """y = sinh(asinh(x) + t): skews, and keeps the tails' weight."""
+    """y = sinh(asinh(x) + t): adds skew, and keeps the weight of the tails."""
 
     @property
     def outputs(self) -> int:
@@ -174,7 +174,7 @@ class GeometricHead(nn.Module):
 
 
 class Pair(Model):
-    """Two latents, of which the second is inferred from the data and the first."""
+    """Two latents; the second is inferred from the data and the first."""
 
     def __init__(self, dims: int, levels: int, context: int = 0):
         super().__init__()
@@ -237,7 +237,7 @@ def open_flow(shape, *, bits: int | None = 3, depth: int = 2, context: int = 0) 
 
 
 class Adversarial(nn.Module):
-    """The ELBO, and a critic that tells the first latent's draws from draws of its prior."""
+    """The ELBO, and a critic that separates draws of the first latent from draws of its prior."""
 
     def __init__(self, width: int = 3, weight: float = 0.1):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Figures that are known in closed form, and must come out."""
+"""Models and distributions against closed forms."""
 
 import copy
 import itertools
@@ -57,7 +57,7 @@ def exact():
 
 
 def linear(weight, bias):
-    """A given affine map as a layer: (outputs, inputs), or a 1x1 convolution where that is 4-D."""
+    """A given affine map as a linear layer, or as a 1x1 convolution if the weight is 4-D."""
     outputs, inputs = weight.shape[:2]
     layer = nn.Linear(inputs, outputs) if weight.ndim == 2 else nn.Conv2d(inputs, outputs, 1)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def linear(weight, bias):
 
 
 def gaussian(weight, bias, std):
-    """A head N(weight given + bias, diag std²): exactly what is asked for."""
+    """A head N(weight given + bias, diag std²)."""
     wide = torch.cat([weight, torch.zeros_like(weight)])
     net = linear(wide, torch.cat([bias, std.log()]))
     return GaussianHead(net, event_ndims=weight.ndim - 1 if weight.ndim == 2 else 3)
@@ -110,7 +110,7 @@ class PPCA:
 
 @pytest.mark.parametrize("prior", ["standard", "learned", "flow"])
 def test_ppca_with_the_exact_posterior_has_a_constant_weight(prior):
-    """With the exact posterior every draw gives log w = log p(x)."""
+    """With the exact posterior, log w = log p(x) for every draw."""
     ppca = PPCA(prior)
     for _ in range(5):
         assert off(ppca.model(ppca.x, closed_form=False).elbo, ppca.log_p) < 1e-10
@@ -237,7 +237,7 @@ class Joined(nn.Module):
 
 
 def test_linear_split_is_a_multivariate_normal():
-    """The factored-out half is Gaussian given the kept one, so all is jointly Gaussian."""
+    """The latent half is Gaussian given the other half, so both are jointly Gaussian."""
     split = Split(GaussianHead(linear(torch.randn(6, 3), torch.randn(6)), event_ndims=1))
     with torch.no_grad():
         split.prior.net.weight[3:] = 0
@@ -309,7 +309,7 @@ def test_linear_gaussian_ladder(spread):
         gain = torch.linalg.solve(covariance[known][:, known], covariance[known, i])
         std_i = (covariance[i, i] - gain @ covariance[known, i]).sqrt()
         offset = mean[i] - gain @ mean[known]
-        # the latents above are read off the state: state = top + directions[:i].T z
+        # the latents above follow from the state: state = top + directions[:i].T z
         off_state = torch.linalg.pinv(directions[:i].T).T @ gain[:i] if i else torch.zeros(c)
         weights = torch.cat([off_state, gain[i:]]).reshape(1, -1, 1, 1)
         bias_i = (offset - off_state @ top).reshape(1)
@@ -525,7 +525,7 @@ def test_discrete_masses_sum_to_one():
     ids=["mixture", "mixture, grey", "bernoulli", "categorical"],
 )
 def test_draws_are_as_frequent_as_their_mass(dist_of, x):
-    """Pearson's statistic, over the levels of which enough are expected; five sigma."""
+    """Pearson's statistic over the levels with a large enough expected count; five sigma."""
     n = 100_000
     expected = dist_of(len(x)).log_prob(x).exp() * n
     dist = dist_of(n)
@@ -607,7 +607,7 @@ def test_flow_integrates_to_one():
     assert abs(float(mass) - 1) < 1e-9
 
 
-# -- the account of integer data
+# -- figures of integer data
 
 
 @pytest.mark.parametrize("bits", [1, 5, 8])
@@ -669,7 +669,7 @@ class Constant(nn.Module):
         return self.value[None]
 
 
-# -- a likelihood of one's own
+# -- a registered likelihood
 
 
 @pytest.fixture
@@ -704,7 +704,7 @@ def test_unknown_and_unsuitable_likelihoods_are_refused(laplace):
         build("vae", (3,), bits=None, likelihood="gausian")
 
 
-# -- a variance at its optimum
+# -- the optimal variance
 
 
 def test_optimal_gaussian():
@@ -750,21 +750,21 @@ def test_optimal_gaussian():
     assert off(perfect, torch.tensor(6 * (6 - 0.5 * math.log(2 * math.pi)))) < 1e-9  # log σ = -6
 
 
-# -- Glow at its size
+# -- a large Glow
 
 
 def large_glow(x, **options):
     """Three levels of eight steps with couplings that matter, calibrated.
 
-    The 1x1 convolutions get a quarter of the noise: two dozen ill-conditioned matrices in a row
-    cannot be inverted in float32 by anyone.
+    The 1x1 convolutions get a quarter of the noise: a product of two dozen ill-conditioned
+    matrices cannot be inverted in float32.
     """
     model = build("glow", (3, 32, 32), levels=3, depth=8, hidden=16, **options)
     calm, model = randomized(model, scale=0.25), randomized(model)
     for layer, other in zip(model.layers, calm.layers, strict=True):
         if isinstance(layer, InvertibleConv):
             layer.load_state_dict(other.state_dict())
-            assert torch.linalg.cond(layer.matrix()) > 1.3  # no longer a rotation
+            assert torch.linalg.cond(layer.matrix()) > 1.3  # not a rotation
     model.calibrate(x)
     return model
 
@@ -784,7 +784,7 @@ def test_glow_decodes_integers_exactly(glows, dtype):
     with torch.no_grad():
         assert torch.equal(model.decode(model.encode(x, mode=True)).long(), x)
         assert torch.equal(model.reconstruct(x).long(), x)
-        if dtype == torch.float64:  # a draw may lie nearer to the next level than float32 tells
+        if dtype == torch.float64:  # a draw may lie within float32 rounding of the next level
             assert torch.equal(model.decode(model.encode(x)).long(), x)
 
 
@@ -799,10 +799,10 @@ def test_glow_decodes_real_numbers_to_rounding(glows, dtype, tolerance):
 
 
 def test_glow_in_bfloat16(glows):
-    """Only the networks are in half precision, so the bits stay what they are.
+    """Only the networks compute in half precision, so the bits are almost the same.
 
-    Encoding and decoding leave autocast: a network's input comes back with an error of float32's
-    size, to which rounding to bfloat16 is a step, so pixels would be lost.
+    Encoding and decoding disable autocast: the input of a network has a float32 rounding error
+    when decoding, which can change its rounding to bfloat16, so pixels would be wrong.
     """
     model, x = copy.deepcopy(glows[0]).float(), torch.randint(256, (2, 3, 32, 32))
     with torch.no_grad():
@@ -921,7 +921,7 @@ def test_auxiliary_terms_are_part_of_every_objective_and_of_no_figure():
 
 @pytest.mark.parametrize(("labels", "weight"), [("softmax", 0.3), ("sigmoid", 2.0)])
 def test_the_classifier_of_a_glow(labels, weight):
-    """Beside the likelihood: -weight · log q(y | top latent), and log p(x | y) as without it."""
+    """It adds -weight · log q(y | z) to the objective, and does not change log p(x | y)."""
     options = {"bits": 4, "levels": 2, "depth": 1, "hidden": 6, "context": 3}
     torch.manual_seed(0)
     options["conditioned"] = "all"
@@ -1024,7 +1024,7 @@ def test_evidence_equals_the_terms_of_the_distributions():
 
 
 def test_mixing_two_formats_gives_a_wrong_kl():
-    """The KL of exp(s / 2), for a sampler of exp(s): it is less than half of what is owed."""
+    """The KL for exp(s / 2), with a sampler for exp(s), is less than half of the correct one."""
     s = torch.full((1, 1), 0.8)
     sampled = DiagonalGaussian(torch.zeros(1, 1), s, 1)
     read = Format(scale="log_var").split(torch.cat([torch.zeros(1, 1), s], 1))

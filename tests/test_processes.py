@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same batches, figures and, but for rounding, weights."""
+"""Several processes give the results of one: batches, figures and, up to rounding, weights."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from musigma.processes import SINGLE_PROCESS, Processes, current_processes
 from musigma.training import TrainConfig, fit
 from musigma.zoo import build
 
-# What both the test and its processes need: data, models and configurations.
+# Data, models and configurations for both the test and its processes.
 SHARED = """
 import json, sys
 from pathlib import Path
@@ -169,7 +169,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(out):
 
 @pytest.mark.parametrize("several", ["two", "parts", "shard", "shard, parts", "shard, budget"])
 def test_a_flow_without_noise_gets_the_same_weights(out, tmp_path, several):
-    """15 examples per step are shared as 7 and 8; "parts": each process takes its own in 3."""
+    """15 examples per step are divided into 7 and 8; with "parts", each share into 3 parts."""
     start = torch.cat([p.flatten() for p in scope["flow"]().parameters()])
     scope["train"](tmp_path / "one")
     one, two = (

@@ -1,4 +1,4 @@
-"""Splines and masked networks: against autograd, nflows, slow inverses and counts of work."""
+"""Splines and masked networks, against autograd, nflows, naive inverses and operation counts."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).parent / "golden" / "nflows_spline.npz"
 
 
 def plain(spline, x, h):
-    """The same map, bin by bin from the formulas of the paper, for autograd to differentiate."""
+    """The same map from the formulas of the paper, differentiated by autograd."""
     k, b, least = spline.bins, spline.bound, spline.least
     raw = h.unflatten(1, (spline.outputs, -1)).movedim(1, -1)
     width, height = (
@@ -221,7 +221,7 @@ def test_masked_weights_get_no_gradient():
 
 @pytest.mark.parametrize("kind", ["affine", "spline"])
 def test_an_inverse_costs_less_than_one_pass(kind):
-    """Features one after the other, and yet each hidden unit is computed once."""
+    """Features are computed one after another, but each hidden unit only once."""
     layer = masked(43, kind)
     y = torch.randn(64, 43)
     work = []
@@ -233,7 +233,7 @@ def test_an_inverse_costs_less_than_one_pass(kind):
 
 
 def test_a_coupling_net_has_half_the_inputs_and_outputs():
-    """A spline coupling's network sees half, and emits for the other half: no masked whole."""
+    """The network takes one half of the features, and emits parameters for the other half."""
     layer = Coupling(MLP(21, 23 * 22, hidden=[128, 128]), map=Spline())
     x = torch.randn(16, 43)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

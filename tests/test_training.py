@@ -1,4 +1,4 @@
-"""Training: budgets, objectives, what is skipped and why, and resuming to the same bytes."""
+"""Training: budgets, objectives, skipped steps, and resuming to the same bytes."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def digits():
 
 
 def warnings_in(folder, *, figures=False):
-    """The warnings of a run, without those about its validation figures."""
+    """The warnings of a run, except those about its validation figures."""
     messages = [row["message"] for row in rows(folder) if row["kind"] == "warning"]
     return [m for m in messages if figures or "validation" not in m]
 
@@ -210,11 +210,11 @@ def test_the_figure_improves_with_every_objective(tmp_path, digits, objective, o
 def test_a_trained_model_reaches_the_expected_range(tmp_path, digits):
     run = train(digits, tmp_path, steps=600, lr=5e-3, batch_size=64)
     figure = evaluate(run.model, digits.split("held-out"))
-    # untrained it is above 9; the digits have 17 levels, so log2(17) = 4.09 knows these alone
+    # an untrained model is above 9; uniform over the 17 levels of the digits, log2(17) = 4.09
     assert 3.0 < figure["bits_per_dim"] < 4.6
 
 
-# -- what is kept
+# -- weights
 
 
 def test_best_weights_and_last_weights(tmp_path, digits):
@@ -258,7 +258,7 @@ def test_actnorm_is_calibrated_once_and_then_trained(tmp_path, digits):
 
 @architecture
 def brittle(shape, *, bits: int | None = None, often: float = 0.02):
-    """A VAE whose decoder has no answer to some of its latents."""
+    """A VAE whose decoder returns NaN for some latents."""
 
     class Brittle(nn.Module):
         def __init__(self):
@@ -333,7 +333,7 @@ def test_labels_become_the_context(tmp_path, digits):
         fit(model, unlabeled, unlabeled, TrainConfig(steps=1), tmp_path / "x", device="cpu")
 
 
-# -- what the machine may do
+# -- hardware options
 
 
 def test_low_precision_affects_only_networks(tmp_path, digits):
@@ -457,7 +457,7 @@ def test_workers_change_nothing(tmp_path, digits, name):
 
 
 def test_a_reversible_run_with_fallbacks_resumes_to_the_same_bytes(tmp_path, digits):
-    """A mixing that is all but singular cannot be computed back: what was learned is kept."""
+    """A nearly singular mixing has no accurate inverse; the fallback is resumed too."""
 
     def flow():
         model = small("glow", levels=1, depth=2, hidden=4)

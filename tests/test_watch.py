@@ -1,4 +1,4 @@
-"""`musigma watch`: what it reads from logs, however they change, and what it shows."""
+"""`musigma watch`: how it reads logs while they change, and what it shows."""
 
 import io
 import json
@@ -171,7 +171,7 @@ def test_a_long_log_is_read_with_all_problems_and_some_steps(tmp_path, monkeypat
     rows = [row(i, "warning" if i % 500 == 0 else "train", message=str(i)) for i in range(1, 4001)]
     folder(tmp_path, rows)
     watched, reads = WatchedRun(tmp_path), 0
-    watched.log.read = lambda: LogReader.read(watched.log, 2 * 10**4)  # as if it were even longer
+    watched.log.read = lambda: LogReader.read(watched.log, 2 * 10**4)  # as for an even longer log
     while watched.read():
         reads += 1
     found = watched.summary()
@@ -199,7 +199,7 @@ def test_a_curve_keeps_means_in_bounded_memory(values, most):
     np.testing.assert_allclose([y for _, y in curve.points], [np.mean(p) for p in pieces])
 
 
-# -- what is known about a run
+# -- the summary of a run
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_the_summary_of_a_finished_run(trained):
 
 
 def test_every_row_of_a_real_run_is_read(tmp_path):
-    """Read after every row; it has no config.json."""
+    """The log is read after every row; the run has no config.json."""
     digits, states = load("digits"), []
     torch.manual_seed(0)
     model = build("vae", (1, 8, 8), net="mlp", width=8, latents=4)
@@ -313,7 +313,7 @@ def test_problems_and_their_times(tmp_path):
     assert "skipped steps 40" in text
 
 
-# -- what is shown
+# -- the display
 
 
 def shown(found: dict, width: int = 80, encoding: str = "utf-8", **how) -> str:
