@@ -963,7 +963,7 @@ MISTAKES = {
         "precious is not a run",
     ),
     "changed figure": ("info untrue", r"untrue/evaluation\.json was changed or damaged"),
-    "report of nothing": ("report none", "none is no run folder"),
+    "report of nothing": ("report none", "none is not a run folder"),
     "suffix of a report": ("report vae --out a.pdf", r"expected a \.html file"),
     "folder of a report": ("report vae --out none/a.html", "there is no folder none"),
     "no plugin": ("sample glow --plugin none.py:f", "plugin: expected FILE.py:NAME"),

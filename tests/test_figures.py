@@ -425,14 +425,14 @@ def test_data_paths_appear_only_in_commands(tmp_path, monkeypatch):
 
 def test_damaged_run_folders_are_refused_by_name(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty is no run folder: it has no config\.json"):
+    with pytest.raises(ValueError, match=r"empty is not a run folder: it has no config\.json"):
         report.write(tmp_path / "page.html", [tmp_path / "empty"])
     run = make_run(tmp_path / "run")
     (run / "ledger.json").write_text("{}")
     with pytest.raises(ValueError, match=r"ledger\.json holds no list"):
         report.write(tmp_path / "page.html", [run])
     (run / "evaluation.json").write_text("{")
-    with pytest.raises(ValueError, match=r"evaluation\.json is no JSON file"):
+    with pytest.raises(ValueError, match=r"evaluation\.json is not a JSON file"):
         report.write(tmp_path / "page.html", [run])
     with pytest.raises(ValueError, match="runs: "):
         report.write(tmp_path / "page.html", [])

@@ -1,9 +1,9 @@
-"""One safetensors file is a model: weights, and in its header all that builds them again.
+"""Checkpoints: a model as one safetensors file, with its configuration in the header.
 
-The header's metadata holds the format's version, the architecture's configuration, whatever the
-caller adds (how data were prepared, say), and a digest of all of it and of every tensor: a file
-with a changed byte is refused. Nothing is ever unpickled, and a file never causes code to be
-imported: an architecture that is not in the zoo must be registered by the caller first.
+The header's metadata holds the version of the format, the configuration of the architecture,
+values that the caller adds (for example, how data were prepared), and a digest of the header and
+of every tensor. A file with a changed byte is refused. Nothing is ever unpickled, and a file never
+causes code to be imported: the caller must register an architecture that is not in the zoo.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Contents = tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]
 
 
 def _from_1(config: dict[str, Any], extra: dict[str, Any], tensors: dict[str, Tensor]) -> Contents:
-    """Format 1 knew class labels alone as a context, and conditioned fewer networks on them.
+    """Migrate format 1, in which the only context was class labels and fewer networks took it.
 
-    The others now have further input channels, whose weights are zero for these files. Some
-    options of `glow` are those of `published_glow` now.
+    The other networks now have additional input channels, whose weights are zero for these files.
+    Some options of `glow` have moved to `published_glow`.
     """
     config = from_format_1(config)
     classes = config["options"].get("context") or 0
@@ -49,24 +49,24 @@ def _from_1(config: dict[str, Any], extra: dict[str, Any], tensors: dict[str, Te
 
 
 MIGRATIONS: dict[str, tuple[str, Callable[..., Contents]]] = {"musigma/1": (FORMAT, _from_1)}
-"""From a format's name to the next one's, and to the function that brings contents there."""
+"""For each earlier format, the next format and the function that converts contents to it."""
 
 
 class CheckpointError(ValueError):
-    """A file is not a checkpoint that can be loaded; the message says why, and what to do."""
+    """A file cannot be loaded as a checkpoint."""
 
 
 def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
-    """Write a model from the zoo as one file, whole or not at all.
+    """Write a model from the zoo as one file, completely or not at all.
 
     Args:
         model: Built by an `architecture`.
-        path: Of the file to write or replace.
-        extra: Further JSON values for the header, which `read` returns.
+        path: The file to write or replace.
+        extra: Additional JSON values for the header, which `read` returns.
 
     Raises:
-        ValueError: If the model was composed by hand, so that no configuration builds it.
-        OSError: If the file cannot be written; the old one, if any, stays.
+        ValueError: If the model was composed by hand, so no configuration rebuilds it.
+        OSError: If the file cannot be written; an existing file does not change.
     """
     if not model.config:
         raise ValueError(
@@ -83,10 +83,10 @@ def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = No
 
 
 def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors with a header of JSON values, and a digest of both, whole or not at all.
+    """Write tensors, a header of JSON values, and a digest of both, completely or not at all.
 
     Raises:
-        OSError: If the file cannot be written; the old one, if any, stays.
+        OSError: If the file cannot be written; an existing file does not change.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -95,7 +95,7 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Ten
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
-    plain = json.loads(json.dumps(header))  # as it will be read: keys are text, tuples are lists
+    plain = json.loads(json.dumps(header))  # as a reader gets it: string keys, lists for tuples
     plain["digest"] = digest(plain, tensors)
     metadata = {"musigma": json.dumps(plain, sort_keys=True)}  # one key: several have no order
     with replacing(path) as draft, usual_rights(draft):
@@ -109,8 +109,8 @@ def load(path: str | Path) -> Model:
     """The model in a checkpoint, in evaluation mode on the CPU.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, of another format, or its weights do not
-            fit its configuration.
+        CheckpointError: If the file is missing, damaged or of another format, or if its weights do
+            not fit its configuration.
     """
     return read(path)[0]
 
@@ -146,7 +146,7 @@ def rebuild(config: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -
 
     Args:
         config: As `Model.config`, of any format.
-        extra: What was saved with it: the class names in configs of format 1.
+        extra: The values saved with it, which hold the class names in format 1.
     """
     config, _, _ = _from_1(dict(config), dict(extra or {}), {})
     spec = spec_of(config)
@@ -170,7 +170,7 @@ def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors of a file that `write` wrote.
 
     Raises:
-        CheckpointError: If it is another file, or not the one that was written.
+        CheckpointError: If the file is missing, damaged, or was not written by `write`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -191,7 +191,7 @@ def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "those of some other libraries"
         )
     try:
-        header = json.loads(metadata["musigma"])  # forgiving: 1E-5 would do for 1e-05
+        header = json.loads(metadata["musigma"])  # the same for 1E-5 and 1e-05, hence `same`
         same = json.dumps(header, sort_keys=True) == metadata["musigma"]
         found = header.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -205,7 +205,7 @@ def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], Any]:
-    """Config, extra and tensors as the present format has them, and the header of the file."""
+    """Config, extra and tensors, migrated to the present format, and the header of the file."""
     header, tensors = verified(path)
     config, extra, version = header["config"], header["extra"], header["format"]
     while version != FORMAT:
@@ -220,7 +220,7 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Ten
 
 
 def _padded_by_spaces(path: Path) -> bool:
-    """Whether nothing but spaces follows the header's JSON, of which any blank would be legal."""
+    """Whether only spaces follow the header's JSON; JSON would allow any whitespace."""
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
     return header.rstrip(b" ").endswith(b"}")
@@ -247,7 +247,7 @@ def _fill(model: Model, tensors: Mapping[str, Tensor], path: str | Path) -> None
 
 
 def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Of a header, and of every tensor's name, type, shape and bytes: 128 bits, in hexadecimal."""
+    """A 128-bit hash of a header and of every tensor's name, type, shape and bytes, as hex."""
     state = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
     for name in sorted(tensors):
         t = tensors[name].detach().cpu()

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whole: never half of either."""
+"""Atomic files, locks, and values for JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         wait: Whether to wait for a process that holds the lock.
 
     Yields:
-        False where nothing is locked: the file cannot be created, or the file system has no locks.
+        True; False if nothing is locked, because the file cannot be created or the file system
+        has no locks.
 
     Raises:
         BlockingIOError: If another process holds the lock and `wait` is false.
@@ -113,19 +114,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def usual_rights(path: Path) -> Iterator[None]:
-    """Give a file that is written inside the rights of any new file, whoever makes it.
+    """Give a file that is written in the block the permissions of any new file.
 
-    Libraries that write beside it and rename make it for its owner alone.
+    Libraries that write a temporary file and rename it make it readable only by its owner.
     """
     path.touch()
     rights = path.stat().st_mode
     yield
-    with contextlib.suppress(OSError):  # of file systems without rights
+    with contextlib.suppress(OSError):  # file systems without permissions
         path.chmod(rights)
 
 
 def is_draft(path: Path) -> bool:
-    """Whether it is what a process that was killed left of a file, here or in safetensors.
+    """Whether a path is a temporary file, as `replacing` and safetensors name them.
 
     >>> [is_draft(Path(name)) for name in (".a.txt.12.tmp", ".tmpq2Xy7B", ".a", "a.tmp")]
     [True, True, False, False]
@@ -134,7 +135,7 @@ def is_draft(path: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder with all that it holds, is on the disk."""
+    """Wait until a file, or a folder with its content, is on the disk."""
     if path.is_dir():
         for child in path.iterdir():
             sync(child)
@@ -143,7 +144,7 @@ def sync(path: Path) -> None:
 
 def _sync_one(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
-        return  # folders cannot be opened there
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -152,7 +153,7 @@ def _sync_one(path: Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value for JSON, which has no inf and no NaN: they become null."""
+    """A value for JSON, with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -167,13 +168,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def number(value: Any) -> float | None:
-    """A finite number that was read from JSON, or None."""
+    """A value from JSON as a float; None if it is not a finite number."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if plain and math.isfinite(value) else None
 
 
 def row_of(line: str | bytes) -> dict[str, Any] | None:
-    """A line of ``metrics.jsonl``; None for one that was cut, or is still being written.
+    """Parse a line of ``metrics.jsonl``; None if it is incomplete or not a row.
 
     >>> row_of('{"kind": "train", "step": 3}'), row_of('{"kind": "tra')
     ({'kind': 'train', 'step': 3}, None)

@@ -1,4 +1,4 @@
-r"""What runs of bijections keep for the backward pass: everything, segment inputs, or both ends.
+r"""Memory modes: what runs of bijections keep for the backward pass.
 
 | mode         | kept of n layers          | time of a step | gradients                          |
 |--------------|---------------------------|----------------|------------------------------------|
@@ -41,7 +41,7 @@ Layers = Sequence[Any]
 """Bijections: modules with ``forward``, ``inverse`` and ``retrace``."""
 
 MAX_ERROR = 40
-"""Largest error of a round trip, in units in the last place; 48 sound layers reach 10."""
+"""Largest error of a round trip, in units in the last place; 48 accurate layers reach 10."""
 
 
 def set_memory(model: nn.Module, mode: MemoryMode) -> None:
@@ -70,7 +70,7 @@ def set_memory(model: nn.Module, mode: MemoryMode) -> None:
 
 
 def check_memory(model: nn.Module, mode: MemoryMode) -> None:
-    """Refuse a mode as `set_memory` does, without setting it.
+    """Check a mode as `set_memory` does, without setting it.
 
     Raises:
         ValueError: For an unknown mode, or one that does nothing for this model.
@@ -123,7 +123,7 @@ def recomputed(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 class Runner:
-    """Computes the runs of bijections of one chain. It is no part of the chain's state.
+    """Computes the runs of bijections of one chain. It is not part of the chain's state.
 
     Attributes:
         mode: What is kept for the backward pass.
@@ -171,7 +171,7 @@ def _stored(layers: Layers, x: Tensor, context: Tensor | None) -> tuple[Tensor, 
 def _checkpointed(
     layers: Layers, x: Tensor, context: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """In segments, each of which ends with a layer that has a network, and is computed twice."""
+    """In segments, which are computed twice; each ends with a layer that has a network."""
     log_dets: list[Tensor] = []
     segment: list[Any] = []
     for i, layer in enumerate(layers):
@@ -226,9 +226,9 @@ def _cast(ctx: Any) -> AbstractContextManager[Any]:
 
 
 def _inverted_gradients(ctx, x, y, log_dets, context, gradients, needs):
-    """Gradients from inverted activations, and why those are not to be trusted, if so."""
+    """Gradients from inverted activations, and the reason if those are not accurate enough."""
     sums: dict[int, Tensor] = {}
-    y = y.detach()  # as this function's own output it has a graph of its own
+    y = y.detach()  # as an output of this function, it has a graph
     g, g_log_dets = gradients
     given = context.detach().requires_grad_() if needs[0] else context
     worst = log_dets.new_zeros(())

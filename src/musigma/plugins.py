@@ -1,4 +1,4 @@
-"""Objects that users name as FILE.py:NAME or module:NAME. Loading one executes the file."""
+"""Loading of objects named as FILE.py:NAME or module:NAME, which executes the file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["PluginError", "load", "register"]
 
 
 class PluginError(ValueError):
-    """There is no such file, module or name, or the file fails."""
+    """A file, module or name does not exist, or executing the file fails."""
 
 
 def load(target: str, *, argument: str = "plugin") -> Any:
-    """The object that ``FILE.py:NAME`` or ``module:NAME`` stands for.
+    """Load the object that ``FILE.py:NAME`` or ``module:NAME`` refers to.
 
     Args:
-        target: NAME may be dotted. Modules are looked up in the working directory as well; a file
-            may import what lies beside it.
+        target: NAME may be dotted. Modules are also looked up in the working directory; a file
+            may import modules from its own folder.
         argument: What error messages call the target.
 
     Raises:
@@ -56,7 +56,7 @@ def load(target: str, *, argument: str = "plugin") -> Any:
 
 
 def register(target: str) -> str:
-    """Make the builder that FILE.py:NAME stands for an architecture; returns its name.
+    """Register the builder that FILE.py:NAME refers to as an architecture; returns its name.
 
     An objective that the file registers (`musigma.objectives.objective`) needs nothing further.
 

@@ -1,8 +1,7 @@
 """The processes that share a task: the rank of this one, and communication between them.
 
 A launcher starts them (``torchrun --nproc-per-node 4 -m musigma train …``, ``accelerate launch``,
-a cluster's own). Results do not depend on their number: every batch is divided between them, and
-each example is scored once.
+or that of a cluster). They divide every batch among them, and score each example once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The laws that every layer, head and model obeys: for this library's tests, and for yours.
+"""The laws that every layer, head and model must obey, for the tests of this library and yours.
 
-Each check works on a copy in float64 whose parameters are random, never zero: a layer that starts
-at the identity hides most of what can be wrong with it. A broken law is an AssertionError that
-names it, with the figure that was measured.
+Each check works on a copy in float64 whose parameters are random and not zero, because most faults
+of a layer do not show at the identity. A violation raises an AssertionError with the name of the
+law and the measured error.
 
     >>> from musigma.layers import ActNorm
     >>> check_layer(ActNorm(3), (3, 2, 2))
@@ -35,7 +35,14 @@ BATCH = 4
 def randomized(module: nn.Module, *, scale: float = 1.0, seed: int = 0) -> Any:
     """A copy in float64 with noise on every parameter, so that none of them is zero.
 
-    At scale 1 single layers stay well conditioned; for chains of dozens take a quarter.
+    Args:
+        module: The module. It does not change.
+        scale: Factor of the noise. At 1 single layers stay well conditioned; chains of dozens of
+            layers need about 0.25.
+        seed: Random seed of the noise.
+
+    Returns:
+        The copy, in evaluation mode.
     """
     module = copy.deepcopy(module).double().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -57,19 +64,22 @@ def check_layer(
     x: Tensor | None = None,
     compiled: bool = False,
 ) -> None:
-    """All laws of a layer.
+    """Check all laws of a layer.
 
-    A `Bijection` is inverted, and its log-determinant compared with autograd's Jacobian. Every
-    layer is put into a chain, which is checked as a model.
+    A `Bijection` is inverted, and its log-determinant is compared with autograd's Jacobian. Every
+    layer is also put into a chain, which is checked as a model.
 
     Args:
         layer: The layer.
         event: Shape of one example.
-        context: Features of the context, 0 if the layer takes none; or rows of one (4 of them),
-            a tensor or a mapping.
+        context: Number of features of the context, 0 if the layer takes none; or a context of 4
+            rows, a tensor or a mapping.
         bits: For layers of integer data: the bits of each element.
-        x: Data to check with, for layers that take only some (B, *event); by default noise.
-        compiled: Also compile it, as one graph.
+        x: Data (B, *event), for layers that take only particular values; by default noise.
+        compiled: Also compile the layer, as one graph.
+
+    Raises:
+        AssertionError: If a law is broken.
     """
     data, given = _inputs(event, context, bits, x)
     exact = randomized(layer)
@@ -92,19 +102,26 @@ def check_head(
     context: int | Context = 0,
     compiled: bool = False,
 ) -> None:
-    """All laws of a head: shapes, gradients, temperature, independence, context, state.
+    """Check all laws of a head: shapes, gradients, temperature, independence, context, state.
 
-    `given` is what it is conditioned on (B, ...), None for a prior; the other arguments are those
-    of `check_layer`.
+    Args:
+        head: The head.
+        given: Its first argument, (B, ...); None for a prior.
+        event: As in `check_layer`.
+        context: As in `check_layer`.
+        compiled: As in `check_layer`.
+
+    Raises:
+        AssertionError: If a law is broken.
     """
     head = randomized(head)
     given = None if given is None else given.double()
     rows = BATCH if given is None else len(given)
     extra = _given(context, rows)
 
-    def dist_of(of: nn.Module, keep: Any = slice(None), extra: Any = extra) -> Any:
-        conditions = [contexts.rows(t, keep) for t in (given, extra)]
-        return of(*conditions[: 1 if extra is None else 2])
+    def dist_of(head: nn.Module, index: Any = slice(None), extra: Any = extra) -> Any:
+        conditions = [contexts.rows(t, index) for t in (given, extra)]
+        return head(*conditions[: 1 if extra is None else 2])
 
     dist = dist_of(head)
     batch = dist.batch_shape
@@ -116,12 +133,12 @@ def check_head(
     _say(log_prob.shape == (rows,), f"log_prob has shape {tuple(log_prob.shape)}, not ({rows},)")
     _say(bool(log_prob.isfinite().all()), "log_prob of a draw is not finite")
     _gradients(head, lambda: dist_of(head).log_prob(x))
-    dist = dist_of(head)  # anew: its parameters were moved meanwhile
+    dist = dist_of(head)  # again: _gradients has moved the parameters
     with torch.no_grad():
         _sampling(Prior(_Known(dist_of(head))), (rows, *event), None)
     if batch:
-        alone = [dist_of(head, slice(i, i + 1)).log_prob(x[i : i + 1]) for i in range(rows)]
-        _near(torch.cat(alone), log_prob, 1e-9, "batch independence: log_prob of a row by itself")
+        single = [dist_of(head, slice(i, i + 1)).log_prob(x[i : i + 1]) for i in range(rows)]
+        _near(torch.cat(single), log_prob, 1e-9, "batch independence: log_prob of a single row")
     if isinstance(dist, DiagonalGaussian):
         _near(dist.unwhiten(dist.whiten(x)), x, 1e-9, "whiten and unwhiten")
     _context(lambda c: dist_of(head, extra=c).log_prob(x), rows, context)
@@ -141,11 +158,14 @@ def check_model(
     x: Tensor | None = None,
     compiled: bool = False,
 ) -> None:
-    """All laws of a model.
+    """Check all laws of a model.
 
-    Duality (infer and generate state the same log w for the same values), exact decoding of
-    flows, temperature, partial decoding, batch independence, context, gradients, state, precision.
-    The arguments are those of `check_layer`.
+    They are duality (`infer` and `generate` state the same log w for the same values), exact
+    decoding of flows, temperature, partial decoding, batch independence, context, gradients, state
+    and precision. The other arguments are those of `check_layer`.
+
+    Raises:
+        AssertionError: If a law is broken.
     """
     model = randomized(model)
     data, given = _inputs(event, context, bits, x)
@@ -176,8 +196,8 @@ def _say(true: bool, otherwise: str) -> None:
 
 def _near(a: Tensor, b: Tensor, tolerance: float, law: str) -> None:
     """Equal up to the tolerance, relative where the values are above one."""
-    off = float(((a - b).abs() / b.abs().clamp(min=1)).detach().max())
-    _say(off <= tolerance, f"{law}: off by {off:.3g}, more than {tolerance:g}")
+    error = float(((a - b).abs() / b.abs().clamp(min=1)).detach().max())
+    _say(error <= tolerance, f"{law}: off by {error:.3g}, more than {tolerance:g}")
 
 
 def _noise(*shape: int) -> Tensor:
@@ -201,7 +221,7 @@ def _given(context: int | Context, n: int) -> Any:
 
 
 def _single(module: Any, x: Tensor, context: Context) -> tuple[Any, Tensor, Context]:
-    """The same in float32."""
+    """The module, the data and the context in float32."""
     return copy.deepcopy(module).float(), x.float(), contexts.apply(Tensor.float, context)
 
 
@@ -227,7 +247,7 @@ def _jacobian(layer: Bijection, x: Tensor, context: Any) -> None:
 
 
 def _centered(model: Model, x: Tensor, context: Any) -> Tensor:
-    """Log w where every draw is its distribution's center: a function, shape (B,)."""
+    """Log w with the center of each distribution in place of a draw, shape (B,)."""
     trace = Trace(temperature=0.0)
     model.infer(x, trace, context)
     return trace.evidence(model.latents()).elbo
@@ -263,7 +283,7 @@ def _decoding(model: Model, x: Tensor, context: Any) -> None:
     site = next(iter(model.latents()))
     trace = Trace(generating=True, n=len(x), given={site: latents[0]})
     partial = model.generate(trace, context)
-    _say(bool((trace.values[site] == latents[0]).all()), "partial decoding changes what is given")
+    _say(bool((trace.values[site] == latents[0]).all()), "partial decoding changes a given latent")
     if model.exact:
         again = model.encode(partial, context)[0]
         _near(again, latents[0], 1e-9, "partial decoding, encoded again")
@@ -291,36 +311,36 @@ def _sampling(model: Model, shape: Sequence[int], context: Any) -> None:
     _say(bool((drawn(0.0, seed=1) == cold).all()), "samples at temperature 0 differ")
     try:
         warm, each = drawn(0.75), drawn(torch.tensor([0.0, *[0.75] * (n - 1)]))
-    except ValueError as error:  # distributions of torch know no temperature
+    except ValueError as error:  # torch's own distributions have no temperature
         _say(str(error).startswith("temperature:"), f"temperature 0.75 is refused by: {error}")
     else:
-        _near(each[0], cold[0], 1e-9, "a sample whose own temperature is 0")
-        _near(each[1:], warm[1:], 1e-9, "a sample's own temperature")
+        _near(each[0], cold[0], 1e-9, "one temperature per sample: 0")
+        _near(each[1:], warm[1:], 1e-9, "one temperature per sample: 0.75")
     _near(drawn([1.0] * count), x, 1e-9, "each latent at temperature 1")
     _near(drawn([0.0] * count, mode=True), cold, 1e-9, "each latent and the data at their centers")
     cooled: dict[nn.Module, float] = {}
     for site in model.latents():
         cooled[site] = 0.0
-        kept = []
+        values = []
         for seed in (0, 1):
             torch.manual_seed(seed)
             trace = Trace(generating=True, n=n, temperature=cooled, whiten=True)
             model.generate(trace, context)
-            kept.append(trace.values)
-        still = {s for s in model.latents() if bool((kept[0][s] == kept[1][s]).all())}
-        law = f"latents that stand still: {len(still)}, where {len(cooled)} have temperature 0"
-        _say(still == set(cooled), law)
+            values.append(trace.values)
+        fixed = {s for s in model.latents() if bool((values[0][s] == values[1][s]).all())}
+        law = f"{len(fixed)} latents do not depend on the seed; {len(cooled)} have temperature 0"
+        _say(fixed == set(cooled), law)
 
 
 def _independence(model: Model, x: Tensor, context: Any) -> None:
     whole, latents = _centered(model, x, context), model.encode(x, context, mode=True)
     decoded = model.decode(latents, context)
-    turn = torch.arange(len(x) - 1, -1, -1)
-    for law, keep in [("reordered", turn), *((f"row {i} by itself", [i]) for i in range(len(x)))]:
-        some = contexts.rows(context, torch.as_tensor(keep))
-        _near(_centered(model, x[keep], some), whole[keep], 1e-9, f"batch independence: {law}")
-        again = model.decode([z[keep] for z in latents], some)
-        _near(again, decoded[keep], 1e-9, f"batch independence: decoded, {law}")
+    reverse = torch.arange(len(x) - 1, -1, -1)
+    for law, index in [("reordered", reverse), *((f"only row {i}", [i]) for i in range(len(x)))]:
+        rows = contexts.rows(context, torch.as_tensor(index))
+        _near(_centered(model, x[index], rows), whole[index], 1e-9, f"batch independence: {law}")
+        again = model.decode([z[index] for z in latents], rows)
+        _near(again, decoded[index], 1e-9, f"batch independence: decoded, {law}")
 
 
 def _scores(model: Model, x: Tensor, context: Any, bits: int | None) -> None:
@@ -341,25 +361,23 @@ def _context(score: Callable[[Any], Tensor], rows: int, context: int | Context) 
     given = _given(context, rows)
     with torch.no_grad():
         if given is None:
-            with contextlib.suppress(TypeError):  # a network of torch, which takes none
-                _near(
-                    score(_noise(rows, 3)), score(None), 0.0, "context: an undeclared one is used"
-                )
+            with contextlib.suppress(TypeError):  # a torch module that takes no context
+                _near(score(_noise(rows, 3)), score(None), 0.0, "context: used but not declared")
             return
         a, b = score(given), score(contexts.apply(lambda t: t + 1, given))
-        _say(bool((a != b).all()), "context: another one changes nothing")
+        _say(bool((a != b).all()), "context: declared but not used")
         try:
             score(None)
         except ValueError as error:
             _say(str(error).startswith("context:"), f"a missing context is reported as: {error}")
         else:
-            raise AssertionError("context: a missing one is not noticed")
+            raise AssertionError("context: no ValueError if it is missing")
 
 
 def _gradients(module: nn.Module, loss: Callable[[], Tensor]) -> None:
     parameters = dict(module.named_parameters())
 
-    def value() -> Tensor:  # the same draws each time, so a function of the parameters
+    def value() -> Tensor:  # with the same draws at each call
         torch.manual_seed(0)
         return loss().sum()
 
@@ -370,18 +388,18 @@ def _gradients(module: nn.Module, loss: Callable[[], Tensor]) -> None:
     directions = {name: _noise(*p.shape) for name, p in parameters.items()}
     for name, p in parameters.items():
         if p.grad is None:
-            raise AssertionError(f"gradients: none reaches {name}")
-        _say(bool(p.grad.isfinite().all()), f"gradients: that of {name} is not finite")
-        _say(bool(p.grad.any()), f"gradients: that of {name} is zero")
+            raise AssertionError(f"gradients: {name} has none")
+        _say(bool(p.grad.isfinite().all()), f"gradients: {name} has one that is not finite")
+        _say(bool(p.grad.any()), f"gradients: {name} has a zero gradient")
         slope = slope + (directions[name] * p.grad).sum()
     module.zero_grad(set_to_none=True)
-    ends, kept = [], copy.deepcopy(module.state_dict())
+    ends, state = [], copy.deepcopy(module.state_dict())
     with torch.no_grad():
         for step in (1e-6, -2e-6):
             for name, p in parameters.items():
                 p.add_(step * directions[name])
             ends.append(value())
-        module.load_state_dict(kept)
+        module.load_state_dict(state)
     _near(slope, (ends[0] - ends[1]) / 2e-6, 1e-5, "gradients: against finite differences")
 
 
@@ -396,15 +414,15 @@ def _state(module: nn.Module, answer: Callable[[Any], Tensor]) -> None:
 
 
 def _purity(head: nn.Module, score: Callable[[nn.Module], Tensor]) -> None:
-    """Scoring in training mode changes neither the state nor the next score."""
+    """Check that scoring in training mode changes neither the state nor the next score."""
     head = copy.deepcopy(head).train()
-    kept, scores = copy.deepcopy(head.state_dict()), []
+    before, scores = copy.deepcopy(head.state_dict()), []
     for _ in range(2):
         torch.manual_seed(0)
         scores.append(score(head).detach())
     _say(bool((scores[0] == scores[1]).all()), "purity: the same score differs in training mode")
     for name, t in head.state_dict().items():
-        _say(bool((t == kept[name]).all()), f"purity: scoring in training mode changes {name}")
+        _say(bool((t == before[name]).all()), f"purity: scoring in training mode changes {name}")
 
 
 def _compiles(call: Callable[[], Tensor], name: str) -> None:

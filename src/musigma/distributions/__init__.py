@@ -1,8 +1,8 @@
 """Distributions besides the Gaussian, one file for each kind, and the heads that emit them.
 
 A head is a module whose ``forward(given, context)`` returns a distribution with batch shape (B,),
-or () where nothing is given. Distributions of levels are of integers 0 .. levels - 1, so their
-log p is that of the data as stored, and they need no dequantization.
+or () if nothing is given. Distributions of levels are distributions of integers 0 .. levels - 1,
+so they need no dequantization.
 """
 
 from musigma.distributions.bernoulli import FactorizedBernoulli

@@ -1,4 +1,4 @@
-"""What the distributions of this package share."""
+"""The base class of the distributions in this package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class EventDistribution(Distribution):
     """A distribution of events of known shape, without checks of its arguments.
 
     Draws take a `temperature`: a number, or one number for each entry of the first dimension. It
-    shrinks a draw towards the center, which temperature 0 is.
+    shrinks a draw towards the center of the distribution, which it reaches at temperature 0.
 
     Attributes:
         element: The constraint that each element of an event meets.
@@ -30,7 +30,7 @@ class EventDistribution(Distribution):
 
     @property
     def arg_constraints(self) -> dict[str, constraints.Constraint]:
-        """None: whatever a network emits is valid."""
+        """None: any output of a network is valid."""
         return {}
 
     @property

@@ -49,7 +49,7 @@ class FactorizedBernoulli(EventDistribution):
         """Draw levels; the logits are divided by `temperature`."""
         logits = self.logits.expand(*sample_shape, *self.logits.shape)
         t = per_example(temperature, logits)
-        return torch.bernoulli((logits / (t + 1e-30)).sigmoid())  # all but certain at 0
+        return torch.bernoulli((logits / (t + 1e-30)).sigmoid())  # 1e-30: no division by zero
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log mass in nats, shape (B,)."""
@@ -67,7 +67,7 @@ def bernoulli(shape: Sequence[int], net: Callable[[int], nn.Module], levels: int
     """
     if levels != 2:
         raise ValueError(
-            f"likelihood: a Bernoulli is of data with 2 levels, and these have {levels}; binarize "
-            "them, or use 'logistic-mixture', or 'continuous-bernoulli' for grey values in [0, 1]"
+            f"likelihood: a Bernoulli is for data with 2 levels; these have {levels}; binarize "
+            "them, or use 'logistic-mixture', or 'continuous-bernoulli' for gray values in [0, 1]"
         )
     return LikelihoodHead(net(shape[0]), FactorizedBernoulli)

@@ -1,4 +1,4 @@
-"""Levels with any probabilities."""
+"""Categorical levels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["FactorizedCategorical"]
 
 
 class FactorizedCategorical(EventDistribution):
-    r"""Independent levels, each with any distribution.
+    r"""Independent levels, each with its own probabilities.
 
     Args:
-        logits: One for each level, shape (B, levels, \*event).
+        logits: Shape (B, levels, \*event).
 
     Example:
         >>> dist = FactorizedCategorical(torch.zeros(2, 256, 1, 4, 4))

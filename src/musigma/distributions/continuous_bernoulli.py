@@ -21,7 +21,7 @@ class FactorizedContinuousBernoulli(EventDistribution):
 
     .. math:: \log p(x) = \sum_i x_i l_i - \log\frac{e^{l_i} - 1}{l_i}
 
-    The second term is what a binary cross-entropy on grey values leaves out. (Loaiza-Ganem &
+    A binary cross-entropy on gray values omits the second term. (Loaiza-Ganem &
     Cunningham, "The continuous Bernoulli", 2019, arXiv:1907.06845.)
 
     Args:

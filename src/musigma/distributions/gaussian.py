@@ -20,7 +20,7 @@ __all__ = ["LearnedNormal", "OptimalGaussianHead", "StandardNormal"]
 
 
 class StandardNormal(nn.Module):
-    """N(0, I) over events of a shape, whatever is given.
+    """N(0, I) over events of a shape, as a head that ignores its arguments.
 
     Args:
         shape: The event shape.
@@ -76,7 +76,8 @@ class LearnedNormal(nn.Module):
     ) -> DiagonalGaussian:
         """The distribution, of batch shape () without a context and (B,) with one.
 
-        The context may be either argument, since a prior is given nothing else.
+        A prior is called with its context as the only argument, so `given` is taken as the
+        context if `context` is None.
         """
         context, shift = given if context is None else context, None
         if self.from_context is not None:
@@ -90,7 +91,7 @@ class LearnedNormal(nn.Module):
         return DiagonalGaussian(mean, log_std, len(self.shape))
 
     def _parameters_for(self, shift: Tensor | None) -> Tensor:
-        """What `format` reads: the parameters, shifted for each example (B, 2 C) if at all."""
+        """The input of `format`: the parameters, plus a shift (B, 2 C) per example if given."""
         ones = (1,) * (len(self.shape) - 1)
         raw = self.raw if self.raw.ndim > 1 else self.raw.reshape(-1, *ones)
         return raw if shift is None else raw + shift.reshape(len(shift), -1, *ones)
@@ -105,14 +106,14 @@ class LearnedNormal(nn.Module):
 
 
 class OptimalGaussianHead(nn.Module):
-    r"""A Gaussian likelihood whose single variance is optimal: it is the mean squared error.
+    r"""A Gaussian likelihood with one shared variance at its optimum, the mean squared error.
 
     .. math:: \log p(x|z) = \log N(x; \mu(z), \sigma^2), \quad \sigma^2 = MSE
 
     In training mode σ² is the mean squared error of the batch, with its gradient. In evaluation
-    mode, and for sampling, it is a running value, so the likelihood is a density of one example.
-    Scoring changes neither: `after_step` moves the running value. `musigma.training.fit` calls it;
-    in a training loop of your own, call it after every optimizer step. (Rybkin, Daniilidis,
+    mode, and for sampling, it is a running value, so an example's likelihood does not depend on
+    its batch. `after_step` updates the running value; scoring does not. `musigma.training.fit`
+    calls it; in your own training loop, call it after every optimizer step. (Rybkin, Daniilidis,
     Levine, "Simple and Effective VAE Training with Calibrated Decoders", 2021, arXiv:2006.13202.)
 
     Args:
@@ -133,9 +134,9 @@ class OptimalGaussianHead(nn.Module):
         self.net, self.event_ndims, self.momentum = net, event_ndims, momentum
         self.smallest = smallest
         self.register_buffer("log_std", torch.zeros(()))
-        for name in ("error", "batches"):  # mean squared errors since the last step: sum, number
+        for name in ("error", "batches"):  # sum and number of errors since the last step
             self.register_buffer(name, torch.zeros(()), persistent=False)
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(_reset)
         self.trained = self.stepped = False
 
     def forward(self, given: Tensor, context: Tensor | None = None) -> DiagonalGaussian:
@@ -156,7 +157,7 @@ class OptimalGaussianHead(nn.Module):
         return 0.5 * mse.clamp(min=math.exp(2 * self.smallest)).log()
 
     def emitters(self) -> tuple[()]:
-        """None: the network emits the mean alone."""
+        """None: the network emits only the mean."""
         return ()
 
     @torch.no_grad()
@@ -165,7 +166,7 @@ class OptimalGaussianHead(nn.Module):
         log_std = self.log_std_of(self.error / self.batches)
         moved = torch.lerp(self.log_std, log_std, self.momentum)
         self.log_std.copy_(torch.where(log_std.isfinite(), moved, self.log_std))
-        _forget(self)
+        _reset(self)
         self.stepped = True
 
     def skip_step(self) -> None:
@@ -173,14 +174,14 @@ class OptimalGaussianHead(nn.Module):
         _forget(self)
 
 
-def _forget(head: OptimalGaussianHead, *_: object) -> None:
-    """Drop the errors since the last step: they are no part of a state that is loaded."""
+def _reset(head: OptimalGaussianHead, *_: object) -> None:
+    """Drop the errors since the last step, after a step and when a state is loaded."""
     head.error.zero_()
     head.batches.zero_()
 
 
 class _FittedGaussian(DiagonalGaussian):
-    """A Gaussian that takes its variance from the value that it scores."""
+    """A Gaussian whose variance is the mean squared error of the value that it scores."""
 
     def __init__(self, mean: Tensor, head: OptimalGaussianHead):
         super().__init__(mean, head.log_std, head.event_ndims)
@@ -190,7 +191,7 @@ class _FittedGaussian(DiagonalGaussian):
         mse = (at_least_float32(value) - self.mean).square().mean()
         if torch.is_grad_enabled():
             with torch.no_grad():
-                finite = mse.isfinite()  # a bad batch must not stay in the running value
+                finite = mse.isfinite()  # exclude bad batches from the running value
                 self.head.error.add_(torch.where(finite, mse, 0.0))
                 self.head.batches.add_(finite)
             self.head.trained = True
@@ -202,7 +203,7 @@ class _FittedGaussian(DiagonalGaussian):
 def gaussian(
     shape: Sequence[int], net: Callable[[int], nn.Module], std: str | float
 ) -> OptimalGaussianHead | GaussianHead:
-    """A `DiagonalGaussian` whose standard deviation is as `std` says; see `likelihood`.
+    """A `DiagonalGaussian`, with the standard deviation that `std` selects; see `likelihood`.
 
     Raises:
         ValueError: For another `std`.

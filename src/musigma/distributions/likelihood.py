@@ -34,12 +34,12 @@ def register_likelihood(name: str, *, data: Data) -> Callable[[B], B]:
 
     The function is called as ``build(shape, net, ...)``, with the event shape, a function that
     builds a network for a number of output channels, and those of the options `levels`,
-    `components` and `std` of `likelihood` that it names as parameters.
+    `components` and `std` of `likelihood` that are among its parameters.
 
     Args:
         name: The name.
-        data: What the likelihood is of: integer `levels`; a density of values in [0, 1], `unit`;
-            or one of `real` numbers, which also serves values in [0, 1].
+        data: The data that it scores: integer `levels`; values in [0, 1], `unit`; or `real`
+            numbers, which include values in [0, 1].
 
     Raises:
         ValueError: If the library has a likelihood of this name.
@@ -71,7 +71,7 @@ def _entry(name: str) -> Entry:
 
 
 def data_of(name: str) -> Data:
-    """What a likelihood is of: `levels`, `unit` or `real`; see `register_likelihood`.
+    """The data that a likelihood scores: `levels`, `unit` or `real`; see `register_likelihood`.
 
     Raises:
         ValueError: For an unknown name.
@@ -91,10 +91,10 @@ def likelihood(
     """The head of a decoder: p(x | z), by name.
 
     Args:
-        name: `bernoulli` (levels 0 and 1), `categorical` (a probability for each level),
-            `logistic`, `logistic-mixture` and `beta-binomial` (of levels); `continuous-bernoulli`
-            and `gaussian` are densities of values scaled to [0, 1]. Others can be registered, by
-            `register_likelihood`.
+        name: For integer levels: `bernoulli` (levels 0 and 1), `categorical` (a probability for
+            each level), `logistic`, `logistic-mixture` or `beta-binomial`. Densities of values
+            scaled to [0, 1]: `continuous-bernoulli` or `gaussian`. `register_likelihood` adds
+            others.
         shape: The event shape, (C, H, W) or (D,).
         net: Builds a network with a given number of output channels.
         levels: Number of levels of the data.
@@ -104,7 +104,7 @@ def likelihood(
             `OptimalGaussianHead`), or a number.
 
     Raises:
-        ValueError: For an unknown name or std, or a Bernoulli of data with more than two levels.
+        ValueError: For an unknown name or std, or a Bernoulli for data with more than two levels.
 
     Example:
         >>> import torch
@@ -123,8 +123,8 @@ class LikelihoodHead(nn.Module):
 
     Args:
         net: ``net(given)`` or ``net(given, context)``.
-        read: ``read(h, **options)`` is the distribution for the network's output h. If it also
-            has ``read.saturation(h)``, that is the share of its scales that are at a limit.
+        read: ``read(h, **options)`` is the distribution for the network's output h. Optionally,
+            ``read.saturation(h)`` is the share of its scales that are at a limit.
         **options: Keyword arguments of `read`.
     """
 
@@ -137,7 +137,7 @@ class LikelihoodHead(nn.Module):
         return self.read(at_least_float32(conditioned(self.net, given, context)), **self.options)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-        """The network, with the share of the scales it emits that are at a limit."""
+        """The network, and a function from its output to the share of scales at a limit."""
         if (share := getattr(self.read, "saturation", None)) is not None:
             yield self.net, share
 

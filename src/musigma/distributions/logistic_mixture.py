@@ -26,17 +26,17 @@ class DiscretizedLogisticMixture(EventDistribution):
                                       - \sigma((x_c - \tfrac12 w - m_{kc}) / s_{kc})
 
     for each pixel, in coordinates where the levels run from -1 to 1 and a bin has width w; the
-    first and the last bin extend to infinity. The channels of a pixel share the component, and
-    `coefficients` times the values of the channels before shift the mean of each (Salimans et al.,
+    first and the last bin extend to infinity. The channels of a pixel share the component, and the
+    values of earlier channels, times `coefficients`, shift the mean of each (Salimans et al.,
     "PixelCNN++", 2017, arXiv:1701.05517; their threshold for small masses is not needed, since the
-    mass is computed as σ(a) σ(-b) (1 - exp(b - a)), exact at any scale).
+    mass is computed as σ(a) σ(-b) (1 - exp(b - a)), which is accurate at any scale).
 
     Args:
         logits: log π up to a constant, shape (B, K, H, W), or (B, K) for vectors of one element.
         mean: m, shape (B, K, C, H, W).
-        log_scale: log s, of the same shape.
+        log_scale: log s, same shape.
         levels: Number of levels.
-        coefficients: Shape (B, K, C (C - 1) / 2, H, W), or None: channels independent given k.
+        coefficients: Shape (B, K, C (C - 1) / 2, H, W); None: channels are independent given k.
     """
 
     element = constraints.nonnegative_integer
@@ -71,7 +71,7 @@ class DiscretizedLogisticMixture(EventDistribution):
         return sum_event(pixels, len(self.event_shape) - 1)
 
     def _shifted(self, value: Tensor) -> Tensor:
-        """Component means given the values of the channels before: (B, K, C, H, W)."""
+        """Component means given the values of earlier channels: (B, K, C, H, W)."""
         if self.coefficients is None:
             return self.means
         x = 2 * value / (self.levels - 1) - 1
@@ -128,13 +128,13 @@ FORMAT = Format(dim=2, bounds=(-7.0, 7.0), offset=-2.0)
 
 @dataclass(frozen=True)
 class LogisticRead:
-    """Of each component in turn: its logit, C means, C raw scales, and coefficients.
+    """Reads, for each component in turn, its logit, C means, C raw scales, and coefficients.
 
     Args:
         channels: C.
         levels: Number of levels.
         components: Number of components.
-        coupled: Whether the channels of a pixel depend on those before, by coefficients.
+        coupled: Whether channels of a pixel depend on earlier ones, by coefficients.
     """
 
     channels: int
@@ -174,6 +174,6 @@ def logistic(shape: Sequence[int], net: Callable[[int], nn.Module], levels: int)
 def logistic_mixture(
     shape: Sequence[int], net: Callable[[int], nn.Module], levels: int, components: int
 ) -> nn.Module:
-    """A `DiscretizedLogisticMixture` whose channels depend on those before."""
+    """A `DiscretizedLogisticMixture` whose channels depend on earlier ones."""
     read = LogisticRead(shape[0], levels, components, coupled=shape[0] > 1)
     return LikelihoodHead(net(read.outputs), read)

@@ -54,7 +54,7 @@ class LogitNormalHead(nn.Module):
 
     Args:
         base: A `GaussianHead` over events of the data's shape.
-        levels: Number of levels: the head is given x scaled from 0 .. levels - 1 to [-1, 1].
+        levels: Number of levels; x is scaled from 0 .. levels - 1 to [-1, 1] for the head.
     """
 
     def __init__(self, base: GaussianHead, levels: int):

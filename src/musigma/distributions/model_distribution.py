@@ -16,7 +16,7 @@ __all__ = ["ModelDistribution"]
 
 
 class ModelDistribution(Distribution):
-    """An exact model as a distribution: of batch shape (), or (B,) with a context of B rows.
+    """An exact model as a distribution, with batch shape (), or (B,) for a context of B rows.
 
     Args:
         model: The model.
@@ -57,7 +57,7 @@ class ModelDistribution(Distribution):
         return drawn.reshape(*shape, *self.event_shape)
 
     def _contexts(self, batch: torch.Size) -> Context:
-        """The context of each of a batch of values, in one row each."""
+        """One row of context for each of a batch of values."""
         return contexts.apply(
             lambda t: t.expand(*batch, *t.shape[1:]).flatten(0, len(batch) - 1), self.context
         )

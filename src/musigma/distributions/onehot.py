@@ -30,9 +30,9 @@ class OneHotLatents(Distribution):
         logits: Shape (\*batch, L, K).
         gradient: How draws carry a gradient to the logits: `relaxed`: Gumbel-softmax (Jang, Gu,
             Poole, 2017, arXiv:1611.01144; Maddison, Mnih, Teh, 2017, arXiv:1611.00712), whose
-            draws are not one-hot, so its ELBO is no bound; `straight-through`: one-hot draws with
-            the gradient of the relaxed ones; `score` and `enumerate`: see
-            `musigma.trace.with_gradient`. None: none, which training refuses for a posterior.
+            draws are not one-hot, so the ELBO is not a bound; `straight-through`: one-hot draws
+            with the gradient of the relaxed ones; `score` and `enumerate`: see
+            `musigma.trace.with_gradient`. None: no gradient; training refuses such a posterior.
         relaxation: Temperature of the Gumbel-softmax.
 
     Raises:
@@ -96,13 +96,13 @@ class OneHotLatents(Distribution):
     def rsample(
         self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
     ) -> Tensor:
-        """Draw with the gradient that was named."""
+        """Draw with the relaxed or the straight-through gradient."""
         perturbed = self._perturbed(sample_shape, temperature)
         soft = (perturbed / self.relaxation).softmax(-1)
         return soft if self.relaxed else self._one_hot(perturbed) + soft - soft.detach()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log p in nats, of the batch shape: linear in the value, so relaxed ones are scored."""
+        """Log p in nats, of the batch shape. It is linear in the value, which may be relaxed."""
         return (at_least_float32(value) * self.log_probs).sum((-2, -1))
 
     def entropy(self) -> Tensor:
@@ -159,7 +159,7 @@ class OneHotHead(nn.Module):
         return OneHotLatents(logits, gradient=self.gradient, relaxation=self.relaxation)
 
     def emitters(self) -> tuple[()]:
-        """None: logits are no scales."""
+        """None: logits are not scales."""
         return ()
 
 

@@ -20,7 +20,7 @@ class UnitUniform(EventDistribution):
 
     Args:
         zeros: Zeros of shape (\*batch, \*event), which set the type and the device.
-        event_ndims: How many trailing dimensions form one event.
+        event_ndims: Number of trailing dimensions that form one event.
     """
 
     element = constraints.unit_interval
@@ -50,7 +50,7 @@ class UnitUniform(EventDistribution):
 
 
 class StandardUniform(nn.Module):
-    """Uniform on [0, 1) over events of a shape: dequantization noise, and the null model.
+    """Uniform on [0, 1) over events of a shape: dequantization noise, or a baseline prior.
 
     Args:
         shape: The event shape.

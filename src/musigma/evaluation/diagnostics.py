@@ -1,4 +1,4 @@
-"""Signs of trouble in a model: scales at their limit, and ill-conditioned layers."""
+"""Diagnostics of a model: scales at their limit, and ill-conditioned layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from musigma.model import Model
 __all__ = ["ACTIVE", "COLLAPSED", "ILL_CONDITIONED", "SATURATED", "conditioning", "saturation"]
 
 ACTIVE = 0.01
-"""Nats; a unit of a latent that costs less carries no information."""
+"""Nats; an element of a latent that costs less carries no information."""
 COLLAPSED = 0.05
 """Nats; a latent that costs less has collapsed to its prior."""
 SATURATED = 0.5
@@ -29,9 +29,9 @@ ILL_CONDITIONED = 1e4
 def saturation(model: Model, x: Tensor, context: Context = None) -> dict[str, float | None]:
     """The share of scales at their limit, for every network that emits scales.
 
-    A module states its networks by a method `emitters()`, which yields pairs of a network and a
-    function from its output to the share of saturated scales; it yields none if no scale of it has
-    a limit. The networks are observed during one pass of the model.
+    The method `emitters()` of a module yields pairs of a network and a function from its output to
+    the share of saturated scales, and yields nothing if no scale has a limit. The networks are
+    observed during one pass of the model.
 
     Args:
         model: Any model.
@@ -39,9 +39,9 @@ def saturation(model: Model, x: Tensor, context: Context = None) -> dict[str, fl
         context: One row per example, or None.
 
     Returns:
-        By the name of the module: a share from 0 to 1, or None if it was not examined. That is a
-        layer, or a module that returns a distribution, that holds networks and has no
-        `emitters`; or one whose network the pass did not run.
+        For each module by name, a share from 0 to 1, or None if the module was not examined:
+        because it is a layer or a head with networks but without `emitters`, or because the pass
+        did not run its network.
     """
     names, shares = model.site_names(), {}
     heads: set[nn.Module] = set()
@@ -83,7 +83,7 @@ def saturation(model: Model, x: Tensor, context: Context = None) -> dict[str, fl
 
 @torch.no_grad()
 def conditioning(model: Model) -> dict[str, float]:
-    """The condition number of every layer that states one by a method `condition_number()`."""
+    """The condition number of every layer with a method `condition_number()`."""
     return {
         name: float(module.condition_number())  # pyright: ignore[reportCallIssue]
         for module, name in model.site_names().items()

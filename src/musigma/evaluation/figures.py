@@ -27,7 +27,7 @@ __all__ = ["bound", "evaluate", "inspect", "score"]
 
 
 def bound(model: Model, k: int = 1) -> str:
-    """What a figure of this model is: "exact", "elbo" or "iwae-K"."""
+    """The kind of a figure of this model: "exact", "elbo" or "iwae-K"."""
     return "exact" if model.exact else "elbo" if k == 1 else f"iwae-{k}"
 
 
@@ -44,13 +44,13 @@ def score(
     """The figures of every example, in the order of the data.
 
     Args:
-        model: It is in evaluation mode meanwhile.
-        data: What to score.
-        k: Draws per example; more than one give the importance-weighted bound.
+        model: The model. It is set to evaluation mode during the call.
+        data: The examples to score.
+        k: Draws per example; more than 1 gives the importance-weighted bound.
         batch_size: Examples per batch.
         seed: Random seed of the draws.
         progress: Called with (done, total).
-        processes: This process, where several share the work: it scores its share.
+        processes: The processes that share the work; this one scores its share.
 
     Returns:
         Columns of length N: `bits_per_dim` and `nats` (-log p or its upper bound); and, from one
@@ -108,6 +108,9 @@ def evaluate(
         `bound`: "exact" (-log p itself), "elbo" or "iwae-K" (upper bounds of it); `n`; `log_px`,
         `rate` and `kl` (per latent, top first) in nats; `non_finite`: the number of examples
         without a finite figure, which are included in all means.
+
+    Raises:
+        ValueError: If there are no examples, the data do not fit the model, or k is below 1.
     """
     if len(data) == 0:
         raise ValueError(f"data: {data.name or 'the set'} holds no examples to evaluate")
@@ -147,7 +150,7 @@ def inspect(model: Model, x: Tensor, context: Context = None) -> dict[str, Any]:
     """The distribution of every latent for one input, and its cost.
 
     Args:
-        model: It is in evaluation mode meanwhile.
+        model: The model. It is set to evaluation mode during the call.
         x: One example, shape (1, *event).
         context: Its context, one row, or None.
 
@@ -203,13 +206,13 @@ def inspect(model: Model, x: Tensor, context: Context = None) -> dict[str, Any]:
 
 def _moments(dist: Distribution) -> dict[str, Tensor]:
     """The moments that a distribution defines."""
-    found: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     with contextlib.suppress(NotImplementedError, AttributeError):
-        found["mean"] = dist.mean
-        found["std"], found["variance"] = dist.stddev, dist.variance
+        moments["mean"] = dist.mean
+        moments["std"], moments["variance"] = dist.stddev, dist.variance
         log_std = getattr(dist, "log_std", None)
-        found["log_std"] = found["std"].log() if log_std is None else log_std
-    return found
+        moments["log_std"] = moments["std"].log() if log_std is None else log_std
+    return moments
 
 
 def _elementwise_kl(q: Distribution, p: Distribution) -> Tensor | None:

@@ -24,11 +24,12 @@ Progress = Callable[[int, int], None]
 
 
 def check(model: Model, data: Dataset) -> None:
-    """Refuse data that a model was not built for.
+    """Check that data fit a model.
 
     Raises:
-        ValueError: Naming everything that does not fit: shape, levels, and each variable of the
-            context that is missing, of another kind, or has unknown classes.
+        ValueError: If the shape or the levels do not fit, or a variable of the context is missing,
+            of another kind, or has unknown classes. The message lists everything that does not
+            fit.
     """
     spec, name = model.spec, data.name or "these data"
     if spec is None:
@@ -68,7 +69,7 @@ def _kind(levels: int | tuple[int | None, ...] | None) -> str:
 
 
 def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
-    """Why data do not hold a variable of the context; None if they do."""
+    """The reason why data do not fit a variable of the context; None if they do."""
     found = {v.name: v for v in data.variables}.get(variable.name)
     if variable.classes:
         what = f"{variable.classes} classes of {variable.name!r}"
@@ -105,7 +106,7 @@ def _column(data: Dataset, name: str) -> np.ndarray:
 
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """Evaluation mode; afterwards mode and random state are what they were before."""
+    """Set evaluation mode; afterwards restore the mode and the random state."""
     before, devices = model.training, {p.device for p in model.parameters() if p.is_cuda}
     model.eval()
     try:
@@ -124,7 +125,7 @@ def context_size(model: Model) -> int:
 def batch(
     data: Dataset, indices: np.ndarray, model: Model, *, seed: int = 0, step: int = 0
 ) -> tuple[Tensor, Context]:
-    """Examples and their context, as `tensors` of `Dataset.take`."""
+    """Examples and their context, as `tensors` returns them for `Dataset.take`."""
     return tensors(model, data, data.take(indices, seed=seed, step=step), indices)
 
 
@@ -134,14 +135,14 @@ def tensors(
     """Examples and their context on the device and in the dtype of a model.
 
     Args:
-        model: What its `spec` is conditioned on is looked up in the data by name.
-        data: Where the examples are from; `check` has passed.
+        model: The variables of its `spec.context` are looked up in the data by name.
+        data: The source of the examples, which has passed `check`.
         x: The examples, as `Dataset.take` returns them.
-        indices: Which examples they are.
+        indices: The indices of the examples in `data`.
 
     Returns:
         Tensor (B, *event), and the context: None, one tensor (B, ...), or a mapping of several.
-        Classes are one-hot, matched by their names where the model knows them.
+        Classes are one-hot, and matched by name if the model knows their names.
     """
     home = next(
         t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point()
@@ -157,7 +158,7 @@ def tensors(
 def column(variable: Variable, data: Dataset, indices: np.ndarray) -> np.ndarray:
     """A variable of the context: numbers or images, or indices of the model's classes.
 
-    Classes are matched by their names where both the model and the data know them.
+    Classes are matched by name if both the model and the data have names.
     """
     values = np.asarray(_column(data, variable.name)[indices])
     if not variable.classes:

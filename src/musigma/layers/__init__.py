@@ -1,4 +1,4 @@
-"""The parts of a chain: bijections and their maps, and the layers that draw."""
+"""The layers of a chain: bijections and their maps, and layers that draw."""
 
 from musigma.layers.autoregressive import Autoregressive, AutoregressiveNet
 from musigma.layers.classifier import Classifier

@@ -16,11 +16,11 @@ __all__ = ["Autoregressive", "AutoregressiveNet"]
 
 
 class AutoregressiveNet(Protocol):
-    """What an `Autoregressive` layer needs of its network, which is a module (`MADE` is one).
+    """The protocol of the network of an `Autoregressive` layer, such as `MADE`.
 
     Attributes:
         owners: The feature 0 .. D - 1 to which each output belongs. The outputs of feature i
-            depend on features 0 .. i - 1 and the context alone.
+            depend only on features 0 .. i - 1 and the context.
     """
 
     owners: Sequence[int]
@@ -36,8 +36,8 @@ class AutoregressiveNet(Protocol):
 
         Step i computes h_i (B, outputs), the outputs of feature i in the order of `owners`, from
         the features that `fill` has returned so far, and gives them to `fill`, which returns
-        feature i, (B, 1). What earlier steps computed is kept in between: hidden units, the state
-        of a recurrent network, the keys and values of a causal transformer.
+        feature i, (B, 1). The network may cache results between steps: hidden units, the state of
+        a recurrent network, the keys and values of a causal transformer.
 
         Args:
             fill: Called once for each feature, in order.
@@ -53,15 +53,15 @@ class Autoregressive(Bijection):
     .. math:: y_i = f(x_i;\ h_i(x_0, \ldots, x_{i-1})), \quad
         \log|\det| = \sum_i \log \partial y_i / \partial x_i
 
-    where f is the map and h the network. Data to latents is one pass of the network; latents to
-    data goes feature by feature. With an `Affine` map and a `MADE` this is a masked autoregressive
-    flow (Papamakarios, Pavlakou, Murray, "Masked Autoregressive Flow for Density Estimation",
-    2017, arXiv:1705.07057); with a `Spline` it is an autoregressive neural spline flow (Durkan et
-    al., 2019, arXiv:1906.04032).
+    where f is the map and h the network. `forward` takes one pass of the network; `inverse`
+    computes one feature after another. With an `Affine` map and a `MADE` this is a masked
+    autoregressive flow (Papamakarios, Pavlakou, Murray, "Masked Autoregressive Flow for Density
+    Estimation", 2017, arXiv:1705.07057); with a `Spline` it is an autoregressive neural spline
+    flow (Durkan et al., 2019, arXiv:1906.04032).
 
     Args:
-        net: A module that follows `AutoregressiveNet`, built for ``map.owners(D)``.
-        map: What is done to each feature.
+        net: A module that implements `AutoregressiveNet`, built for ``map.owners(D)``.
+        map: The map that is applied to each feature.
 
     Raises:
         ValueError: If the network's outputs are not in the order in which the map reads them.
@@ -115,7 +115,7 @@ class Autoregressive(Bijection):
         return torch.cat(features, 1), torch.cat(log_slopes, 1).sum(1)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-        """The network, with the share of the scales it emits that are at a limit."""
+        """The network, and a function from its output to the share of scales at a limit."""
         if (share := getattr(self.map, "saturation", None)) is not None:
             yield self.net, share
 

@@ -27,7 +27,7 @@ class Classifier(Layer):
     Args:
         channels: Channels of h.
         classes: Number of classes: the features of the context.
-        labels: `softmax`: each example has one class, one-hot. `sigmoid`: any number of classes.
+        labels: `softmax`: each example has one class. `sigmoid`: each has any number of classes.
         weight: Nats of this term for each nat of log p(x).
 
     Raises:
@@ -71,7 +71,7 @@ class Classifier(Layer):
         return z
 
     def emitters(self) -> tuple[()]:
-        """None: logits are no scales."""
+        """None: logits are not scales."""
         return ()
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Coupling: one half of the channels decides what happens to the other."""
+"""Coupling layers: one half of the channels transforms the other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Coupling(Bijection):
     Args:
         net: ``net(x1)`` or ``net(x1, context)``, with x1 the first ``C // 2`` channels; emits
             ``map.outputs`` channels for each channel of x2.
-        map: What is done to each element of x2.
+        map: The map that is applied to each element of x2.
 
     Example:
         >>> coupling = Coupling(nn.Linear(2, 6))
@@ -74,7 +74,7 @@ class Coupling(Bijection):
         return x, torch.cat([x1, y2], 1), sum_event(log_slope, x.ndim - 1)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-        """The network, with the share of the scales it emits that are at a limit."""
+        """The network, and a function from its output to the share of scales at a limit."""
         if (share := getattr(self.map, "saturation", None)) is not None:
             yield self.net, share
 

@@ -1,4 +1,4 @@
-"""Maps of every element by itself: fixed ones, and `Elementwise` with learned parameters."""
+"""Elementwise bijections: fixed ones, and `Elementwise` with learned parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Elementwise(Bijection):
     Args:
         shape: The event shape, (D,) or (C, H, W), or D. Along an axis of size 1 (but the first)
             all elements share their parameters: (C, 1, 1) is one map for each channel.
-        map: What is done to each element.
+        map: The map that is applied to each element.
 
     Raises:
         ValueError: On a forward pass, if the data do not fit the shape.
@@ -63,7 +63,7 @@ class Elementwise(Bijection):
         return x, sum_event(log_slope, y.ndim - 1)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Any], Tensor]]]:
-        """This layer, with the share of its scales that are at a limit."""
+        """This layer, and a function that returns the share of its scales at a limit."""
         if (share := getattr(self.map, "saturation", None)) is not None:
             yield self, lambda _: share(self.h[None])
 
@@ -75,7 +75,7 @@ class Elementwise(Bijection):
 class Rescale(Bijection):
     r"""A fixed change of units, :math:`y = a x + b`; :math:`\log|\det| = D \log|a|`.
 
-    Written as a layer, so that the ledger contains the constant, which is often forgotten.
+    As a layer, its constant log-determinant, which is often forgotten, is part of every figure.
 
     Args:
         scale: a, not zero.

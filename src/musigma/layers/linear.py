@@ -1,4 +1,4 @@
-"""Linear bijections of the channels of vectors (B, C), and of every pixel of images."""
+"""Linear bijections of the channels of vectors (B, C) and of images (B, C, H, W)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class ActNorm(Bijection):
 
     .. math:: y = (x + b) e^{s}, \quad \log|\det| = HW \sum_c s_c
 
-    After calibration each channel of y has mean 0 and variance 1 on that batch; before, the layer
-    is the identity. A forward pass never calibrates it. `calibrated` is part of the state, so a
-    reloaded layer is not calibrated again. (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039.)
+    Before calibration the layer is the identity; after it, each channel of y has mean 0 and
+    variance 1 on that batch. A forward pass never calibrates. `calibrated` is part of the state,
+    so a reloaded layer is not calibrated again. (Kingma & Dhariwal, "Glow", 2018,
+    arXiv:1807.03039.)
 
     Args:
         channels: C.
@@ -77,7 +78,7 @@ class ActNorm(Bijection):
 
 
 def _mix(weight: Tensor, x: Tensor) -> Tensor:
-    """``weight @ x`` at every position, in the precision of x even under autocast."""
+    """``weight @ x`` at every position, in the precision of x, also under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         if x.ndim == 2:
             return F.linear(x, weight)
@@ -87,7 +88,7 @@ def _mix(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _inverted(weight: Tensor) -> Tensor:
-    """The inverse, computed in float64 where the device has it."""
+    """The inverse, computed in float64 if the device supports it."""
     wide = weight.float() if weight.device.type == "mps" else weight.double()
     return torch.linalg.inv(wide).to(weight).contiguous()
 
@@ -97,14 +98,14 @@ class InvertibleConv(Bijection):
 
     .. math:: y_{hw} = W x_{hw}, \quad \log|\det| = HW \log|\det W|
 
-    W is a parameter, or a product of parameters: W = P L (U + diag(sign · exp(s))), whose
-    determinant costs nothing and whose diagonal cannot reach zero. Both start at a random
-    rotation. Inverses are computed in float64 where the device has it. (Kingma & Dhariwal, "Glow",
-    2018, arXiv:1807.03039.)
+    W is a parameter, or W = P L (U + diag(sign · exp(s))) with a fixed permutation P and sign,
+    and learned L, U and s. The determinant of the product is cheap and never zero. The initial W
+    is a random rotation. Inverses are computed in float64 if the device supports it. (Kingma &
+    Dhariwal, "Glow", 2018, arXiv:1807.03039.)
 
     Args:
         channels: C.
-        lu: Whether the parameters are the factors.
+        lu: Whether W is given by its factors.
     """
 
     permutation: Tensor
@@ -136,9 +137,9 @@ class InvertibleConv(Bijection):
 
     @torch.no_grad()
     def condition_number(self) -> float:
-        """Largest over smallest singular value of W; its log10 is how many digits decoding loses.
+        """Largest over smallest singular value of W; NaN if W is not finite.
 
-        NaN if W is not finite.
+        Its log10 is the number of digits that decoding loses.
         """
         matrix = self.matrix().double().cpu()
         return float(torch.linalg.cond(matrix)) if matrix.isfinite().all() else math.nan
@@ -159,7 +160,7 @@ class InvertibleConv(Bijection):
         return _mix(_inverted(self.matrix()), at_least_float32(y)), -self._log_det(y)
 
     def retrace(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(x, y, log_det)``, from one matrix."""
+        """``(x, y, log_det)``; the matrix is computed once."""
         weight = self.matrix()
         x = _mix(_inverted(weight.detach()), at_least_float32(y.detach())).requires_grad_()
         return x, _mix(weight, x), self._log_det(x)

@@ -19,10 +19,10 @@ class Standardize(Bijection):
 
     .. math:: y_d = (x_d - \mu_d) / \sigma_d, \quad \log|\det| = -\sum_d \log \sigma_d
 
-    As the first layer of a model it makes training independent of the units of the data: in other
-    units, the nats change by the sum of the logarithms of the factors and by nothing else. Mean
-    and standard deviation are buffers: they are saved with the model and never trained. Until
-    `set` or `calibrate` is called, the layer is the identity.
+    As the first layer of a model it makes training independent of the units of the data: a change
+    of units only adds the sum of the logarithms of the factors to the nats. Mean and standard
+    deviation are buffers: they are saved with the model and never trained. Until `set` or
+    `calibrate` is called, the layer is the identity.
 
     Args:
         features: D.
@@ -95,10 +95,10 @@ class Standardize(Bijection):
 
 
 def standardize(model: nn.Module, mean: Sequence[float] | Any, std: Sequence[float] | Any) -> bool:
-    """Set the `Standardize` layer that the data of a model pass first, if it has one.
+    """Set the `Standardize` layer at the start of a model, if there is one and it is not set.
 
     Returns:
-        Whether there was one that had not been set before.
+        Whether a layer was set.
     """
     first = model
     while not isinstance(first, Standardize):

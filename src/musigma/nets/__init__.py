@@ -1,7 +1,7 @@
-"""Networks that emit what heads read, and couplings compute with.
+"""Networks for heads and couplings.
 
-Every network takes ``(x, context)``. One that was built with ``context=n`` needs a context of n
-features per example (B, n) and joins it to its input; any other ignores it.
+Every network takes ``(x, context)``. A network built with ``context=n`` needs a context of n
+features per example, which it concatenates to its input; others ignore the context.
 """
 
 from musigma.nets.context import join

@@ -1,4 +1,4 @@
-"""How a context reaches the inside of a network."""
+"""Concatenation of a context to the input of a network."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ def join(x: Tensor, context: Tensor | None, features: int) -> Tensor:
     Args:
         x: A vector (B, C) or an image (B, C, H, W).
         context: One row per example: a vector (B, features), which is repeated at every pixel, or
-            a map (B, features, H', W'), which is brought to the size of x, or averaged if x is a
-            vector.
+            a map (B, features, H', W'), which is resized to x, or averaged if x is a vector.
         features: Number of features that the network was built for.
 
     Raises:

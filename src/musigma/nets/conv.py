@@ -26,14 +26,14 @@ __all__ = [
 
 
 class EdgeConv2d(nn.Conv2d):
-    r"""A 3x3 convolution that sees where the image ends.
+    r"""A 3x3 convolution that detects the border of the image.
 
     .. math:: y = W * x + V * e + b
 
-    with zeros around x, and with one further input channel e, which is 1 around the image and 0
-    inside it. So V is the "edge bias" of OpenAI's Glow; and a convolution whose input is padded
-    with ones, as in rosinality's, is this one with V the sum of W over its input channels. At
-    V = 0, where it starts, it is the usual convolution.
+    with zeros around x, and an additional input channel e, which is 1 around the image and 0
+    inside it. V is the "edge bias" of OpenAI's Glow. A convolution whose input is padded with
+    ones, as in rosinality's code, is the special case in which V is the sum of W over its input
+    channels. Initially V = 0, an ordinary convolution.
 
     Args:
         inputs: Channels in.
@@ -58,7 +58,7 @@ class EdgeConv2d(nn.Conv2d):
 
 
 def edge_bias(edge: Tensor, size: Sequence[int]) -> Tensor:
-    """What V of an `EdgeConv2d` adds to an image of a size: (1, outputs, H, W), 0 inside."""
+    """The contribution V * e of an `EdgeConv2d` for a given size: (1, outputs, H, W)."""
     around = F.pad(edge.new_zeros(1, 1, *size), [1] * 4, value=1)
     return F.conv2d(around, edge)
 
@@ -71,13 +71,13 @@ def conv3x3(inputs: int, outputs: int, edge: bool) -> nn.Conv2d:
 class ZeroConv2d(nn.Module):
     """A convolution that starts at zero, with a learned gain: ``conv(x) · exp(3 · logs)``.
 
-    (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039: Conv2dZeros.) `logs` is that code's name
-    for a log gain; it is not a standard deviation.
+    (Kingma & Dhariwal, "Glow", 2018, arXiv:1807.03039: Conv2dZeros.) `logs`, the name in that
+    code, is a log gain, not a standard deviation.
 
     Args:
         inputs: Channels in.
         outputs: Channels out.
-        context: Number of features of the context, joined as further channels.
+        context: Number of features of the context, joined as channels.
         edge: Whether it is an `EdgeConv2d`.
     """
 
@@ -139,11 +139,11 @@ def norm(channels: int) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut.
+    """Two 3x3 convolutions with a shortcut.
 
     Args:
         channels: Channels in and out.
-        hidden: Channels between; None: as many.
+        hidden: Channels between; None: `channels`.
 
     Attributes:
         recompute: Whether the backward pass recomputes the block from its input
@@ -181,7 +181,7 @@ class ResNet(nn.Module):
         zero: Initialize the last layer to zero (a `ZeroConv2d`).
 
     Attributes:
-        recompute: As that of a `ResBlock`, for the whole network.
+        recompute: As in `ResBlock`, for the whole network.
     """
 
     recompute = False
@@ -214,7 +214,7 @@ class ResNet(nn.Module):
 
 
 def halved(height: int, width: int, times: int) -> list[tuple[int, int]]:
-    """Image sizes under repeated halving, rounded up, so that any size can be encoded."""
+    """Image sizes under repeated halving, rounded up."""
     sizes = [(height, width)]
     for _ in range(times):
         height, width = math.ceil(height / 2), math.ceil(width / 2)
@@ -225,7 +225,7 @@ def halved(height: int, width: int, times: int) -> list[tuple[int, int]]:
 class ConvEncoder(nn.Module):
     """A residual convolutional network from images of any size to vectors, or feature maps.
 
-    The first convolution halves the image, so all work is done at half its size and below.
+    The first convolution already halves the image.
 
     Args:
         shape: (C, H, W) of the input.

@@ -16,17 +16,20 @@ __all__ = ["Embedding"]
 
 
 class Embedding(nn.Module):
-    """Named variables to one vector (B, features), for `musigma.model.Conditional`.
+    """Named variables to one vector (B, features), for `musigma.Conditional`.
 
-    Numbers are standardized, by the statistics that `calibrate` finds. Classes are one-hot.
-    Images pass through a `ConvEncoder`. The results are concatenated.
+    Numbers are standardized, by the statistics that `calibrate` computes. Classes are one-hot.
+    Images pass through a `ConvEncoder`. The results are concatenated in the order of `variables`.
 
     Args:
-        variables: What the context consists of, in this order.
+        variables: The variables of the context.
         width: Number of features of each image.
 
     Attributes:
         features: Length of the vector.
+
+    Raises:
+        ValueError: If a variable is neither a vector nor an image.
 
     Example:
         >>> embed = Embedding([Variable("age"), Variable("class", classes=3)])

@@ -31,12 +31,12 @@ class _Stack(nn.Module):
         super().__init__()
         self.weights, self.biases, self.masked = nn.ParameterList(), nn.ParameterList(), set()
         for i, mask in enumerate(masks):
-            reach = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()  # as in nn.Linear
+            scale = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()  # as in nn.Linear
             if zero and i == len(masks) - 1:
-                reach.zero_()
+                scale.zero_()
             if mask.numel():  # otherwise the layer has only a bias
-                self.weights.append(nn.Parameter((2 * torch.rand_like(mask) - 1) * reach))
-            self.biases.append(nn.Parameter((2 * torch.rand(len(mask)) - 1) * reach[:, 0]))
+                self.weights.append(nn.Parameter((2 * torch.rand_like(mask) - 1) * scale))
+            self.biases.append(nn.Parameter((2 * torch.rand(len(mask)) - 1) * scale[:, 0]))
             if not (mask.numel() and mask.all()):
                 self.masked.add(i)
                 self.register_buffer(f"mask{i}", mask, persistent=False)
@@ -98,14 +98,14 @@ class Conditioner(nn.Module):
 class MADE(nn.Module):
     r"""A multilayer perceptron whose outputs for feature i depend on features 0 .. i - 1 only.
 
-    Every unit has a degree: a unit of degree d sees the first d features and the whole context.
+    Every unit has a degree: a unit of degree d depends on the first d features and the context.
     A weight connects two units if the degree of the upper is at least that of the lower; the
     outputs for feature i have degree i. Hidden units are sorted by degree, so that `unroll`
     computes each of them once. (Germain, Gregor, Murray, Larochelle, "MADE: Masked Autoencoder
     for Distribution Estimation", 2015, arXiv:1502.03509.)
 
     Args:
-        owners: For each output, the feature 0 .. D - 1 that it belongs to, each equally often.
+        owners: The feature 0 .. D - 1 to which each output belongs; each occurs equally often.
         hidden: Width of each hidden layer.
         context: Number of features of the context.
         zero: Initialize the last layer to zero, so that the output is zero.
@@ -188,7 +188,7 @@ class MADE(nn.Module):
 
 
 def _rows(layers: Sequence[Sequence[int]], degree: int) -> list[tuple[int, int, int, int]]:
-    """The units of a degree: (layer, first, last, number of inputs), for each layer with some."""
+    """The units of a degree: (layer, first, last, number of inputs) for each layer with any."""
     found = []
     for j, (below, layer) in enumerate(itertools.pairwise(layers)):
         first, last = bisect_left(layer, degree), bisect_right(layer, degree)
@@ -198,7 +198,7 @@ def _rows(layers: Sequence[Sequence[int]], degree: int) -> list[tuple[int, int, 
 
 
 def _room(rows: int, like: Tensor) -> Tensor:
-    """Memory for rows of the batch's length; none with gradients, where rows are concatenated."""
+    """Memory for `rows` rows; empty with gradients, where rows are concatenated instead."""
     return like.new_empty(0 if torch.is_grad_enabled() else rows, len(like))
 
 

@@ -1,4 +1,4 @@
-"""Multilayer perceptrons, and the scaling of levels to what networks see."""
+"""Multilayer perceptrons, and the scaling of levels for the input of networks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["MLP", "Scaled"]
 
 
 class Scaled(nn.Module):
-    """A network whose input, levels 0 .. levels - 1, is scaled to [-1, 1]; no part of a density.
+    """A network whose input, levels 0 .. levels - 1, is scaled to [-1, 1].
 
     Args:
         net: The network.

@@ -495,7 +495,7 @@ def _frame(ax: Any, values: np.ndarray) -> None:
 
 
 def _label_ends(ax: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Label each line at its end; labels that would overlap are moved apart."""
+    """Label each line at its end, and move overlapping labels apart."""
     low, high = ax.get_ylim()
     needed = 0.085 * (high - low)
     ends = sorted(ends, key=lambda end: end[1])

@@ -220,7 +220,7 @@ class Run:
         self.architecture = str(self.model.get("architecture", ""))
         self.shape = list(self.model.get("shape") or self.data.get("shape") or [])
         self.source = str(self.data.get("source") or "")
-        # the last part of a path: a page that is passed on should not reveal the others
+        # only the last part of a path, because pages are shared
         self.data_name = Path(self.source).name or self.source
         self.non_finite = self.evaluation.get("non_finite") or 0
 
@@ -378,7 +378,7 @@ class Run:
 def _read(path: Path) -> Run:
     """A run folder."""
     if not (path / "config.json").is_file():
-        raise ValueError(f"runs: {path} is no run folder: it has no config.json")
+        raise ValueError(f"runs: {path} is not a run folder: it has no config.json")
     metrics = path / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
     return Run(
@@ -398,7 +398,7 @@ def _json(path: Path, missing: Any) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"runs: {path} is no JSON file: {error}") from error
+        raise ValueError(f"runs: {path} is not a JSON file: {error}") from error
     if not isinstance(value, type(missing)):
         raise ValueError(f"runs: {path} holds no {'list' if missing == [] else 'object'}")
     return value
@@ -408,7 +408,7 @@ def _picture(png: Path, alt: str, *, density: int, dark: Path | None = None) -> 
     """A PNG file with `density` pixels to one pixel of the page."""
     content = png.read_bytes()
     if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 24:
-        raise ValueError(f"runs: {png} is no PNG file")
+        raise ValueError(f"runs: {png} is not a PNG file")
     width, height = struct.unpack(">II", content[16:24])
     dark_url = None if dark is None else _url(dark.read_bytes())
     return Picture(alt, _url(content), dark_url, round(width / density), round(height / density))
@@ -434,7 +434,7 @@ def _described(bound: str, k: Any) -> tuple[str, str]:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds in the units that people use.
+    """Seconds as text, in suitable units.
 
     >>> _duration(42.3), _duration(300.5), _duration(8100)
     ('42 s', '5 min', '2 h 15 min')

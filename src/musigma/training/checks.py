@@ -1,4 +1,4 @@
-"""What training refuses before it writes anything."""
+"""Checks of model, data and configuration before training writes anything."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def check_run(
     objective: Objective | None = None,
     optimizer: MakeOptimizer | None = None,
 ) -> None:
-    """Refuse what `fit` refuses; some examples pass through the model and the objective.
+    """Check the arguments of `fit`, with a pass of a few examples through model and objective.
 
     Raises:
-        ValueError: As `fit` says.
+        ValueError: As in `fit`.
     """
     check(model, train)
     if config.weights_rate and model.is_flow:

@@ -33,8 +33,8 @@ def join(device: str | None = None) -> Processes:
 def _rendezvous_after_restart(cpu: bool) -> None:
     """Meet in a fresh store after a launcher has restarted all workers.
 
-    torchrun's own store still holds the addresses of workers that died, and a worker that reads
-    those waits for ever. On one node the number of the attempt keeps attempts apart. On several
+    torchrun's own store still holds the addresses of dead workers, and a worker that reads them
+    waits forever. On one node the store is prefixed with the number of the attempt. On several
     nodes that number may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a
     new store.
     """

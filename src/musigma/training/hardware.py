@@ -88,14 +88,18 @@ def autocast(config: TrainConfig, device: torch.device) -> Callable[[], Abstract
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules with ``repeated = True``: what models consist of many of."""
+    """The outermost modules with ``repeated = True``."""
     if getattr(model, "repeated", False):
         return [model]
     return [block for child in model.children() for block in blocks(child)]
 
 
 def compile_blocks(model: Model) -> str | None:
-    """Compile each block, or the whole model if it has at most one. Returns why not, if not."""
+    """Compile each block, or the whole model if it has at most one.
+
+    Returns:
+        The reason if nothing can be compiled; None otherwise.
+    """
     try:
         torch.compile(torch.sin)(torch.ones(8))
     except Exception as error:  # a compiler, its headers or a library is missing
@@ -118,17 +122,17 @@ def saved_bytes(run: Callable[[], Any], parameters: Sequence[Tensor]) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        kept = run()
+        outputs = run()  # keep the graph alive
     size = sum(storage.nbytes() for storage in seen.values())
-    del kept
+    del outputs
     return size
 
 
 def number_of_parts(model: Model, train: Dataset, config: TrainConfig) -> int:
     """Number of parts in which this process processes its share of a batch.
 
-    A memory budget covers weights, gradients, two moments and the average, and what one part saves
-    for its backward pass, plus half of that while the pass runs.
+    A memory budget covers weights, gradients, two moments and averaged weights, and the tensors
+    that one part saves for its backward pass, plus half of that during the pass.
 
     Raises:
         ValueError: If not even one example fits.

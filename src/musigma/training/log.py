@@ -40,14 +40,14 @@ class Log:
         if not self.writes:
             return
         self.close()
-        kept = []
+        lines = []
         if step and self.path.exists():
             for line in self.path.read_bytes().splitlines():
                 row = row_of(line)
                 if row and row["step"] <= step:
-                    kept.append(line + b"\n")
+                    lines.append(line + b"\n")
         with replacing(self.path) as draft:
-            draft.write_bytes(b"".join(kept))
+            draft.write_bytes(b"".join(lines))
         self.file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Log:
         """Close the file and the trackers."""
         self.close()
         for tracker in self.trackers:
-            with contextlib.suppress(Exception):  # its failures are in the file already
+            with contextlib.suppress(Exception):  # failures of trackers do not stop a run
                 tracker.finish()
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Log:
             self._track(row)
 
     def message(self, kind: str, progress: Progress, message: str) -> None:
-        """Append a row of kind `warning`, `info` or `setback`."""
+        """Append a row of kind `warning` or `setback`."""
         where = {"step": progress.step, "seconds": progress.seconds}
         self.write({"kind": kind, **where, "message": message})
 

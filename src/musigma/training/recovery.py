@@ -1,4 +1,4 @@
-"""Steps that cannot be taken: they are traced, skipped, and after several the run goes back."""
+"""Failed steps: their diagnosis, and the return to the saved state after several."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TrainingError(RuntimeError):
 
 
 class Recovery:
-    """What a run does about steps that fail.
+    """Handles failed steps of a run.
 
     Args:
         training_step: Repeats the forward pass of a failed step.
@@ -105,7 +105,7 @@ class Recovery:
         return replace(
             saved,
             seconds=failed.seconds,
-            best=failed.best,  # its file is still there
+            best=failed.best,  # model.safetensors still holds these weights
             best_step=failed.best_step,
             stale=failed.stale,
             skipped=failed.skipped,

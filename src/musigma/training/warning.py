@@ -55,7 +55,7 @@ def about_batches(config: TrainConfig, train: int, validation: int) -> list[str]
 
 
 def spike(progress: Progress, loss: float) -> str | None:
-    """A warning if a loss is far above the usual one, which it then becomes part of."""
+    """A warning if a loss is far above the usual one; then updates the usual loss."""
     message = None
     if progress.usual_loss and progress.step > 100:
         usual, distance = progress.usual_loss
@@ -118,14 +118,15 @@ def references(train: Dataset, validation: Dataset) -> dict[str, float]:
     """
     if train.bits is not None:
         return {"raw": float(train.bits)}
-    some, held = (
+    fitted, scored = (
         data.take(np.arange(min(len(data), 10_000))).astype(np.float64)
         for data in (train, validation)
     )
-    std = some.std(0)
-    if not len(held) or not (std > 0).all():
+    std = fitted.std(0)
+    if not len(scored) or not (std > 0).all():
         return {}
-    nats = 0.5 * ((held - some.mean(0)) / std) ** 2 + np.log(std) + 0.5 * math.log(2 * math.pi)
+    z = (scored - fitted.mean(0)) / std
+    nats = 0.5 * z**2 + np.log(std) + 0.5 * math.log(2 * math.pi)
     return {"gaussian": float(nats.mean()) / math.log(2)}
 
 
@@ -158,7 +159,7 @@ def implausible(
 
 
 def new(progress: Progress, kinds: tuple[str, ...], found: Mapping[str, str]) -> dict[str, str]:
-    """Of the conditions of some kinds that hold now, those that did not hold before."""
+    """Conditions of the given kinds that did not hold before; updates `progress`."""
     known = {name for name in progress.warnings if name.split(" ")[0] in kinds}
     others = {name: text for name, text in progress.warnings.items() if name not in known}
     progress.warnings = others | dict(found)

@@ -1,8 +1,8 @@
 """Architectures by name: functions from a data shape to a model.
 
-A builder's keyword-only parameters are its configuration, its command-line options and its
-documentation; ``model.config`` keeps what it was called with, from which a checkpoint builds it
-again.
+The keyword-only parameters of a builder are its options, also on the command line, and its
+docstring is their help. ``model.config`` holds the arguments, from which a checkpoint rebuilds the
+model.
 
     >>> model = build("realnvp", (2,), bits=None, depth=2)
     >>> model.config["options"]["depth"]
@@ -27,25 +27,30 @@ from musigma.spec import Spec, Variable
 __all__ = ["ARCHITECTURES", "architecture", "build", "spec_of"]
 
 ARCHITECTURES: dict[str, Callable[..., Model]] = {}
-"""Every known builder by its name."""
+"""All registered builders, by name."""
 
 ADDED_LATER = frozenset({"standardize"})
-"""Options that the first files do not have. At their defaults they are left out of `config`, so
-that a model keeps its digest, by which compressed files know it."""
+"""Options that are newer than the first files. `config` omits them at their defaults, so that the
+digest of a model, which identifies it in compressed files, does not change."""
 
 M = TypeVar("M", bound=Model)
 
 
 def architecture(builder: Callable[..., M]) -> Callable[..., M]:
-    """Make ``builder(shape, *, bits, ...)`` known by its name, and record what it is called with.
+    """Register ``builder(shape, *, bits, ...)`` under its name, and record its arguments.
 
     Args:
         builder: Its first parameter is the event shape; all others are keyword-only and take plain
             JSON values. `bits` is filled in from the data: the bits of each element, or None for
             continuous data.
 
+    Returns:
+        The builder, which also accepts a `Spec` as shape, and sets `config` and `spec` of the
+        model.
+
     Raises:
-        TypeError: If the signature is another.
+        TypeError: If the builder has another signature.
+        ValueError: If the zoo has a builder of this name.
     """
     signature = inspect.signature(builder)
     first, *others = signature.parameters.values()
@@ -84,26 +89,26 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         model.spec = spec_of(model.config)
         return model
 
-    own = [b.__name__ for b in ARCHITECTURES.values() if b.__module__.startswith(__name__)]
-    if builder.__name__ in own and not builder.__module__.startswith(__name__):
+    built_in = [b.__name__ for b in ARCHITECTURES.values() if b.__module__.startswith(__name__)]
+    if builder.__name__ in built_in and not builder.__module__.startswith(__name__):
         raise ValueError(f"builder: the zoo has a {builder.__name__!r} already; rename this one")
     ARCHITECTURES[builder.__name__] = build
     return build
 
 
 def build(name: str, shape: Sequence[int] | Spec, **options: Any) -> Model:
-    """The model of an architecture for data of a shape.
+    """Build a model of an architecture for data of a given shape.
 
     Args:
         name: A key of `ARCHITECTURES`.
-        shape: Event shape, (C, H, W) or (D,); or a `Spec`, which also sets `bits` and what the
-            model is conditioned on. A context of anything but the classes of one variable passes
-            through an `Embedding`, whose parameters are part of the model (`Conditional`).
-        **options: Options of the builder; what is left out has its default.
+        shape: Event shape, (C, H, W) or (D,); or a `Spec`, which also sets `bits` and the context.
+            Unless the context consists of the classes of one variable, it passes through an
+            `Embedding`, whose parameters are part of the model (`Conditional`).
+        **options: Options of the builder.
 
     Raises:
-        ValueError: For an unknown architecture or option, naming the nearest one, or a shape that
-            the architecture cannot model.
+        ValueError: If an architecture or option is unknown (the message suggests the nearest one),
+            or the architecture cannot model this shape.
 
     Example:
         >>> from musigma.spec import Spec, Variable
@@ -123,9 +128,10 @@ def build(name: str, shape: Sequence[int] | Spec, **options: Any) -> Model:
 
 
 def spec_of(config: Mapping[str, Any]) -> Spec:
-    """The `Spec` of a model by its config: a context that only its option knows is one variable.
+    """The `Spec` of a model, from its config.
 
-    It is called `context`, and has as many features as the option says.
+    If the context is given only by the option `context`, a number of features, it becomes one
+    variable of that name.
     """
     options = config["options"]
     bits, features = options.get("bits"), options.get("context") or 0
@@ -155,7 +161,7 @@ def _check_options(builder: Callable[..., Any], known: list[str], options: dict[
 def _from_spec(
     builder: Callable[..., Any], known: Mapping[str, Any], spec: Spec, options: dict[str, Any]
 ) -> tuple[dict[str, Any], Embedding | None]:
-    """Options that follow from a spec, and the embedding of its context, if it takes one."""
+    """Options that follow from a spec, and the embedding of its context, if it needs one."""
     if spec.levels is not None and spec.bits is None:
         raise ValueError(
             f"levels: {builder.__name__} takes one power of two for all elements; got "
@@ -165,12 +171,12 @@ def _from_spec(
     embedding = None
     if spec.context:
         if "context" not in known:
-            raise ValueError(f"context: {builder.__name__} cannot be conditioned on anything")
+            raise ValueError(f"context: {builder.__name__} takes no context")
         embedding = None if direct(spec.context) else Embedding(spec.context)
         follow["context"] = embedding.features if embedding else spec.context[0].shape[0]
     for name, value in follow.items():
         if options.get(name, value) != value:
-            raise ValueError(f"{name}: {options[name]} is not what the spec says, {value}")
+            raise ValueError(f"{name}: expected {value}, as in the spec; got {options[name]}")
     return options | follow, embedding
 
 
@@ -180,7 +186,7 @@ def direct(variables: Sequence[Variable]) -> bool:
 
 
 def at_least(least: int, **options: int | None) -> None:
-    """Refuse options below a number, by their names; None passes."""
+    """Raise a ValueError for options below a number; None is accepted."""
     for name, value in options.items():
         if value is not None and value < least:
             raise ValueError(f"{name}: expected {least} or more; got {value}")

@@ -1,8 +1,8 @@
-"""Monotone maps of one element, each driven by the numbers that a network emits for that element.
+"""Increasing maps of one element, whose parameters a network emits for that element.
 
-A coupling, an autoregressive layer and an elementwise layer all apply a map: they differ only in
-where its parameters come from. A new map is one file with one class that follows the protocol
-`Map`, and serves all three layers, in both directions.
+Coupling, autoregressive and elementwise layers all apply a map; they differ in the source of its
+parameters. A new map is one class that implements `Map`; it works in all three layers, in both
+directions.
 """
 
 from musigma.layers.maps.affine import Additive, Affine

@@ -19,7 +19,7 @@ class Affine(Map):
     r""":math:`y = (x + t) e^s`, with (t, s) read from h by a `Format` as (mean, log_std).
 
     Args:
-        format: How h is read; its scale says how s is bounded.
+        format: How h is read; its scale determines how s is bounded.
 
     Raises:
         TypeError: If `format` is not a `Format`.

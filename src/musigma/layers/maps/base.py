@@ -12,12 +12,12 @@ __all__ = ["Map"]
 class Map(Protocol):
     r"""A strictly increasing, differentiable map of each element, :math:`y_i = f(x_i; h_i)`.
 
-    Any object with these members is a map; inherit from `Map` to get the default `owners`. A map
-    of which some parameter can run into a limit also has ``saturation(h) -> Tensor``: the share,
-    from 0 to 1, of the elements whose parameter has done so.
+    Any object with these members is a map; inherit from `Map` to get the default `owners`. If a
+    parameter has a limit, the map should also have ``saturation(h) -> Tensor``: the share, from 0
+    to 1, of elements whose parameter is at the limit.
 
     Attributes:
-        outputs: How many numbers a network emits for each element.
+        outputs: Number of outputs of the network for each element.
 
     Example:
         >>> import torch
@@ -36,7 +36,7 @@ class Map(Protocol):
 
     @property
     def outputs(self) -> int:
-        """How many numbers a network emits for each element."""
+        """Number of outputs of the network for each element."""
         ...
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ knots, at θ = (x - x0) / w and with ϑ = 1 - θ,
     g0 = s θ + d0 ϑ        β = θ g0 + ϑ g1        q = θ g0 / β        y = y0 + h q
     g1 = s ϑ + d1 θ        C = ϑ g0 + θ g1        log dy/dx = log C (s / β)²
 
-Every term of these sums is positive, so nothing cancels. The derivatives by all parameters are
-written out below: autograd would keep dozens of tensors for them.
+Every term of these sums is positive, so there is no cancellation. The gradients are explicit,
+because autograd would store dozens of tensors for them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Spline(Map):
 
     Args:
         bins: K, 2 or more.
-        bound: B. Of standard normal data, one value in two million lies outside [-5, 5].
+        bound: B. One in two million standard normal values lies outside [-5, 5].
         least: The smallest slope, and the smallest width and height as a share of 2 B.
 
     Raises:
@@ -71,7 +71,7 @@ class Spline(Map):
 
     @property
     def outputs(self) -> int:
-        """Numbers that a network emits for each element: 3 K - 1."""
+        """Number of outputs of the network for each element, 3 K - 1."""
         return 3 * self.bins - 1
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,10 +219,10 @@ class _Inverse(torch.autograd.Function):
 def _pull(
     ctx: Any, gl: Tensor, push: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by x and by the parameters, for the gradient gl by log dy/dx.
+    """Gradients with respect to x and the parameters, given the gradient gl of log dy/dx.
 
-    The gradient by y is ``push(inside, slope, bend)``: whether x is inside [-B, B], dy/dx, and the
-    part of the gradient by x that comes from gl.
+    The gradient of y is ``push(inside, slope, bend)``: whether x is inside [-B, B], dy/dx, and the
+    part of the gradient of x that comes from gl.
     """
     shares, size, slopes, k, theta, inside = ctx.saved_tensors
     (w, h), (d0, d1) = size, slopes

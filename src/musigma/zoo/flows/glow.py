@@ -49,24 +49,24 @@ def glow(
     """Glow (Kingma & Dhariwal, 2018, arXiv:1807.03039).
 
     Args:
-        shape: (C, H, W), with sides that `levels` halvings divide.
+        shape: (C, H, W), with sides that can be halved `levels` times.
         bits: Bits of each element; None for continuous images.
-        levels: Number of scales, each of half the side of the one before; all but the last factor
-            half of their channels out. None: as many as the sides allow, up to 3.
-        depth: Steps of actnorm, permutation and coupling at each scale.
-        hidden: Channels inside the coupling networks.
-        coupling: Affine couplings, or additive ones (of volume 1).
+        levels: Number of scales. Each halves the sides, and all but the last factor out half of
+            their channels. None: as many as the sides allow, up to 3.
+        depth: Number of steps (actnorm, permutation, coupling) at each scale.
+        hidden: Channels of the hidden layers of the coupling networks.
+        coupling: Affine couplings, or additive ones, which preserve volume.
         format: How an affine coupling reads its network's output, as `Format.parse` takes it. The
-            paper's is "interleaved sigmoid+2", which can only shrink and learns more slowly.
-        permutation: What mixes the channels: a 1x1 convolution (plain or by its LU factors), a
+            paper's is "interleaved sigmoid+2", which can only shrink, and learns more slowly.
+        permutation: Mixing of the channels: a 1x1 convolution (plain or by its LU factors), a
             fixed shuffle, or a reversal.
         learn_top: Learn mean and log_std of the top prior.
         dequantize: Uniform noise, as in the paper, or learned noise, logit-normal given the image
-            (Ho et al., "Flow++", 2019, arXiv:1902.00275), with which a third of the steps do.
+            (Ho et al., "Flow++", 2019, arXiv:1902.00275), which needs a third of the steps.
         alpha: Margin of a logit that maps [0, 1] to the real line before all other layers, for
-            data with bits; None for no logit, as in the paper. With it, images that are mostly
-            black or white are learned several times faster.
-        context: Features of the context.
+            data with bits; None for no logit, as in the paper. With a logit, training on images
+            that are mostly black or white is several times faster.
+        context: Number of features of the context.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
     map, layers = coupling_map(coupling, format), []
@@ -90,10 +90,13 @@ def multiscale(
     steps: Callable[[int], list[Layer]],
     split: Callable[[int], Layer],
 ) -> tuple[list[Layer], tuple[int, int, int]]:
-    """Scale by scale: a squeeze, steps on so many channels, and a split of all but the last.
+    """For each scale a squeeze, ``steps(channels)``, and ``split(channels)`` but for the last.
 
     Returns:
-        The layers, and the shape that is left at the top.
+        The layers, and the shape of their output.
+
+    Raises:
+        ValueError: If the shape is not that of an image, or its sides cannot be halved.
     """
     layers: list[Layer] = []
     channels, height, width = image_shape(shape)
@@ -126,13 +129,13 @@ def steps(
 
 
 def split(channels: int, format: str, context: int = 0, *, edge: bool = False) -> Split:
-    """Factors half of the channels out, with a Gaussian prior given the other half."""
+    """A `Split` with a Gaussian prior of one half of the channels given the other."""
     net = ZeroConv2d(channels // 2, channels, context=context, edge=edge)
     return Split(GaussianHead(net, event_ndims=3, format=Format.parse(format)))
 
 
 def coupling_map(name: str, format: str) -> Affine | Additive:
-    """The map of a coupling by its name."""
+    """The map of a coupling, by name."""
     if name not in ("affine", "additive"):
         raise ValueError(f"coupling: expected 'affine' or 'additive'; got {name!r}")
     read = Format.parse(format)
@@ -140,10 +143,10 @@ def coupling_map(name: str, format: str) -> Affine | Additive:
 
 
 def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """(C, H, W).
+    """Check that a shape is (C, H, W), and return it.
 
     Raises:
-        ValueError: For vectors.
+        ValueError: If it is not.
     """
     if len(shape) != 3:
         raise ValueError(
@@ -154,10 +157,10 @@ def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def halvings(height: int, width: int, wanted: int | None) -> int:
-    """How often both sides are halved: as wanted, or else as often as they can be, up to 3 times.
+    """Number of halvings of both sides: as wanted; None: as many as possible, up to 3.
 
     Raises:
-        ValueError: If they cannot be halved so often, or not at all.
+        ValueError: If the sides cannot be halved that often.
     """
     for n in [wanted] if wanted is not None else [3, 2, 1]:
         if height % 2**n == 0 and width % 2**n == 0:
@@ -186,7 +189,7 @@ def dequantized(
     hidden: int,
     context: int,
 ) -> list[Layer]:
-    """Integer levels to real numbers: in [low, low + 1], or by a logit if there is an alpha."""
+    """Layers from integer levels to [low, low + 1], or by a logit if `alpha` is not None."""
     if kind not in ("uniform", "learned"):
         raise ValueError(f"dequantize: expected uniform or learned; got {kind!r}")
     levels = 2**bits

@@ -1,4 +1,4 @@
-"""Masked autoregressive flow: affine maps of each feature, given those before it."""
+"""Masked autoregressive flow: affine maps of each feature, given earlier features."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def maf(
         shape: (D,).
         bits: Bits of each element; None for continuous data.
         depth: Number of transforms.
-        hidden: Width of each hidden layer of their networks.
+        hidden: Width of each hidden layer of the networks.
         hidden_layers: Number of hidden layers.
         format: How each transform reads its network's output, as `Format.parse` takes it.
         permutation: Reordering of the features before each transform: a reversal, a fixed shuffle,
@@ -54,16 +54,16 @@ def maf(
         norm: Put an activation normalization before each transform.
         standardize: Standardize continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
-        alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
+        alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
         context: Number of features of the context; it conditions the transforms.
     """
     at_least(1, depth=depth, hidden=hidden)
     at_least(0, hidden_layers=hidden_layers)
-    bend, widths = Affine(Format.parse(format)), [hidden] * hidden_layers
+    affine, widths = Affine(Format.parse(format)), [hidden] * hidden_layers
 
     def transform(features: int) -> Bijection:
-        net = MADE(bend.owners(features), hidden=widths, context=context, zero=True)
-        return Autoregressive(net, map=bend)
+        net = MADE(affine.owners(features), hidden=widths, context=context, zero=True)
+        return Autoregressive(net, map=affine)
 
     return vector_flow(
         "maf",
@@ -79,7 +79,7 @@ def maf(
 
 
 def standardization(shape: Sequence[int], bits: int | None, wanted: bool) -> list[Layer]:
-    """The first layer of a model of tables, if it is wanted.
+    """A `Standardize` layer if wanted, otherwise no layer.
 
     Raises:
         ValueError: For images, and for data with bits.

@@ -1,4 +1,4 @@
-"""Neural spline flow: every feature is bent by a spline, given others."""
+"""Neural spline flow: splines of each feature, given other features."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def nsf(
             pass. `autoregressive`: all previous features transform each one; sampling takes one
             step per feature.
         depth: Number of transforms.
-        hidden: Width of each hidden layer of their networks.
+        hidden: Width of each hidden layer of the networks.
         hidden_layers: Number of hidden layers.
         bins: Number of bins of each spline.
         bound: Splines act on [-bound, bound]; outside they are the identity.
@@ -46,7 +46,7 @@ def nsf(
         norm: Put an activation normalization before each transform.
         standardize: Standardize continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
-        alpha: Of the logit that maps [0, 1] to the real line, for data with bits.
+        alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
         context: Number of features of the context; it conditions the transforms.
     """
     at_least(1, depth=depth, hidden=hidden)
@@ -59,9 +59,9 @@ def nsf(
                 "shape: a coupling needs vectors of at least 2 elements; got 1 "
                 "(kind autoregressive takes it)"
             )
-        kept = features // 2
-        emitted = spline.outputs * (features - kept)
-        net = Conditioner(kept, emitted, hidden=widths, context=context, zero=True)
+        half = features // 2
+        outputs = spline.outputs * (features - half)
+        net = Conditioner(half, outputs, hidden=widths, context=context, zero=True)
         return Coupling(net, map=spline)
 
     def autoregressive(features: int) -> Bijection:

@@ -36,12 +36,10 @@ def published_glow(
     classifier_weight: float = 1.0,
     context: int = 0,
 ) -> Chain:
-    """Glow as the code of chaiyujin, rosinality and OpenAI has it.
-
-    Options that `glow` has too mean the same.
+    """Glow with the options of the code of chaiyujin, rosinality and OpenAI.
 
     Args:
-        shape: (C, H, W), with sides that `levels` halvings divide.
+        shape: (C, H, W), with sides that can be halved `levels` times.
         bits: As in `glow`.
         levels: As in `glow`.
         depth: As in `glow`.
@@ -51,18 +49,18 @@ def published_glow(
         split_format: How a split prior reads its network's output: "halves log_std" is the same
             model under a permutation of the last layer's rows.
         permutation: As in `glow`.
-        edge: 3x3 convolutions in couplings and split priors see where the image ends (the "edge
-            bias" of OpenAI's code; padding with ones in rosinality's).
+        edge: Mark the border of the image in 3x3 convolutions of couplings and split priors (the
+            "edge bias" of OpenAI's code; padding with ones in rosinality's).
         learn_top: As in `glow`.
-        top_each: Parameters of the top prior for each `channel`, or for each `pixel` of each.
+        top_each: Separate parameters of the top prior for each `channel`, or also each `pixel`.
         dequantize: As in `glow`.
         alpha: As in `glow`.
-        low: Without a logit, the lower end of the range of width 1 that images are brought to.
-        conditioned: What a context conditions: couplings and `all` priors, or the `top` prior.
-        classifier: Train the top latent to predict the class of a conditional model as well:
-            `softmax` for one label each, `sigmoid` for several.
+        low: Lower end of the range of width 1 to which images are scaled if there is no logit.
+        conditioned: What the context conditions: couplings and `all` priors, or the `top` prior.
+        classifier: Also train the top latent of a conditional model to predict the class:
+            `softmax` for one label per example, `sigmoid` for several.
         classifier_weight: Weight of the classifier's term, in nats for each nat of log p(x).
-        context: Features of the context.
+        context: Number of features of the context.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
     if conditioned not in ("all", "top"):
@@ -89,7 +87,7 @@ def published_glow(
     return Chain([*layers, *scales], Prior(prior))
 
 
-ONCE_OPTIONS_OF_GLOW = {
+MOVED_OPTIONS = {
     "split_format": "interleaved log_std",
     "edge": False,
     "top_each": "channel",
@@ -98,12 +96,12 @@ ONCE_OPTIONS_OF_GLOW = {
     "classifier": "none",
     "classifier_weight": 1.0,
 }
-"""Options, with their defaults, that `glow` had where files are of format 1."""
+"""Options that `glow` had in format 1, with their defaults."""
 
 
 def from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a `glow` of format 1 as one of `glow`, or of `published_glow`."""
-    options, moved = dict(config["options"]), ONCE_OPTIONS_OF_GLOW
+    """Convert the config of a `glow` of format 1 to one of `glow` or `published_glow`."""
+    options, moved = dict(config["options"]), MOVED_OPTIONS
     if config["architecture"] != "glow" or not moved.keys() & options.keys():
         return dict(config)
     if any(options.get(name, default) != default for name, default in moved.items()):
@@ -112,8 +110,8 @@ def from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `from_format_1`, for digests that files of format 1 hold."""
+    """The inverse of `from_format_1`, to verify digests in files of format 1."""
     if config.get("architecture") not in ("glow", "published_glow"):
         return dict(config)
-    options = ONCE_OPTIONS_OF_GLOW | config["options"]
+    options = MOVED_OPTIONS | config["options"]
     return {**config, "architecture": "glow", "options": options}

@@ -54,8 +54,8 @@ def realnvp(
         blocks: Number of residual blocks in each coupling network, for images.
         standardize: Standardize continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
-        alpha: Of the logit that maps [0, 1] to the real line, for data with bits (the paper has
-            0.05, with which black and white are learned more slowly).
+        alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits (0.05 in
+            the paper, with which training on black and white images is slower).
         context: Number of features of the context; it conditions couplings and split priors.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
@@ -90,11 +90,11 @@ def realnvp(
 
 def step(channels: int, hidden: int, context: int, *, blocks: int | None) -> list[Layer]:
     """ActNorm, an affine coupling with a ResNet (an MLP if `blocks` is None), and a reversal."""
-    kept = channels // 2
-    emitted = 2 * (channels - kept)
+    half = channels // 2
+    outputs = 2 * (channels - half)
     if blocks is None:
-        net: nn.Module = MLP(kept, emitted, hidden=[hidden] * 2, context=context, zero=True)
+        net: nn.Module = MLP(half, outputs, hidden=[hidden] * 2, context=context, zero=True)
     else:
-        net = ResNet(kept, emitted, width=hidden, blocks=blocks, context=context, zero=True)
+        net = ResNet(half, outputs, width=hidden, blocks=blocks, context=context, zero=True)
     coupling = Coupling(net, map=Affine(Format(scale="tanh")))
     return [ActNorm(channels), coupling, Permutation.reverse(channels)]

@@ -1,4 +1,4 @@
-"""The convolutional autoencoder below latent diffusion, as the VAE that it is."""
+"""The convolutional autoencoder of latent diffusion, as a VAE."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def autoencoder_kl(
 ) -> Model:
     """The KL autoencoder of latent diffusion (Rombach et al., 2022, arXiv:2112.10752).
 
-    Residual networks between images in [-1, 1] and a grid of latents; the architecture of
-    `AutoencoderKL` in diffusers, with its parameter names. It was trained on other losses beside,
-    and has no likelihood: here p(x | z) is a Gaussian around the decoded image.
+    Residual networks between images in [-1, 1] and a grid of latents: the architecture of
+    `AutoencoderKL` in diffusers, with its parameter names. The original was trained with
+    additional losses and has no likelihood; here p(x | z) is a Gaussian around the decoded image.
 
     Args:
-        shape: (C, H, W), with sides that 2 to the number of widths less one divides.
-        bits: Bits of each element; None for continuous images, in [-1, 1].
-        widths: Channels at each size, from the full one down.
-        blocks: Residual blocks at each size (one more in the decoder).
-        latents: Channels that the encoder's network describes, and the decoder's takes.
-        embedded: Channels of z, where the 1x1 convolutions make them others; None: as `latents`.
-        groups: Of the group normalizations.
-        attend: The sizes, counted from 0, at which every block is followed by self-attention.
-        attend_middle: Self-attention between the two blocks of the smallest size.
-        quant: A 1x1 convolution after the encoder.
-        post_quant: A 1x1 convolution before the decoder.
+        shape: (C, H, W), with sides that can be halved ``len(widths) - 1`` times.
+        bits: Bits of each element; None for continuous images in [-1, 1].
+        widths: Channels at each size, from the full size down.
+        blocks: Number of residual blocks at each size (one more in the decoder).
+        latents: Channels of the latents inside the encoder and decoder networks.
+        embedded: Channels of z, if the 1x1 convolutions change them; None: `latents`.
+        groups: Number of groups of the group normalizations.
+        attend: Sizes, counted from 0, at which self-attention follows every block.
+        attend_middle: Use self-attention between the two blocks of the smallest size.
+        quant: Use a 1x1 convolution after the encoder.
+        post_quant: Use a 1x1 convolution before the decoder.
         std: Standard deviation of p(x | z), in units of images in [-1, 1].
     """
     channels, height, width = image_shape(shape)
@@ -83,7 +83,7 @@ def autoencoder_kl(
 
 
 class Encoder(nn.Module):
-    """Images to the two halves of the latents' description."""
+    """Images to mean and log variance of the latents, as channels."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks, each followed by attention if so wished, and a change of size."""
+    """Residual blocks, each optionally followed by attention, and a change of size."""
 
     def __init__(self, inputs: int, width: int, blocks: int, groups: int, attend: bool):
         super().__init__()
@@ -227,7 +227,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the sides by a convolution, padded below and on the right alone."""
+    """Halve the sides by a convolution with padding at the bottom and the right only."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -239,7 +239,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the sides by repeating pixels, and smooth by a convolution."""
+    """Double the sides by repeating pixels, then convolve."""
 
     def __init__(self, width: int):
         super().__init__()

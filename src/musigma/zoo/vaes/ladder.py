@@ -43,7 +43,7 @@ def ladder(
     """A ladder of latents, from small feature maps to large (Child, 2021, arXiv:2011.10650).
 
     The image is halved until its smaller side is at most 7. The latents are spread over all sizes
-    but the full one, smallest first.
+    except the full one, smallest first.
 
     Args:
         shape: (C, H, W), at least 4x4.

@@ -1,4 +1,4 @@
-"""The VAE of the first examples: one hidden layer each way, two linear heads."""
+"""The VAE of common examples: one hidden layer in each network, two linear heads."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def mlp_vae(
     std: str | float = 1.0,
     standardize: bool = False,
 ) -> Model:
-    """The VAE of the first examples: one ReLU layer each way, and two linear heads.
+    """The VAE of common examples: one ReLU layer in each network, and two linear heads.
 
-    In pythae, bits-back's code, the examples of PyTorch and of Keras (Kingma & Welling, 2014,
-    arXiv:1312.6114). Levels are divided by the highest before they enter the network.
+    This is the VAE of pythae, of the bits-back code, and of the examples of PyTorch and Keras
+    (Kingma & Welling, 2014, arXiv:1312.6114). The network's input is the level divided by the
+    highest level.
 
     Args:
         shape: (C, H, W), or (D,).
@@ -39,10 +40,11 @@ def mlp_vae(
         hidden: Width of the hidden layers.
         latents: Dimensions of z.
         format: How the two heads are read as (mean, log_std), as `Format.parse` takes it.
-        squash: The mean of a `gaussian` is a sigmoid of what the decoder emits.
-        likelihood: A name that `musigma.likelihood` takes; `auto`: `bernoulli` for 1 bit,
-            `gaussian` for continuous data, `logistic-mixture` for all other.
-        std: Of a `gaussian`: emitted, channel, pixel, optimal, or a number.
+        squash: Apply a sigmoid to the mean of a `gaussian` likelihood.
+        likelihood: A name that `musigma.likelihood` takes; `auto` is `bernoulli` for
+            1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise.
+        std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
+            or pixel, at its optimum, or a number.
         standardize: Standardize continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
     """
@@ -52,7 +54,7 @@ def mlp_vae(
         raise ValueError(f"format: this encoder has two heads; got a format of {read.layout!r}")
     name = chosen_likelihood(likelihood, bits)
     if squash and name != "gaussian":
-        raise ValueError(f"squash: is for the mean of a 'gaussian'; the likelihood is {name!r}")
+        raise ValueError(f"squash: expected a 'gaussian' likelihood; got {name!r}")
     levels = None if bits is None else 2**bits
     continuous = data_of(name) != "levels"
     top = 1 if continuous or levels is None else levels - 1
@@ -65,8 +67,8 @@ def mlp_vae(
 
     head = named_likelihood(name, shape, decoder, levels or 2, 5, std)
     model = VAE(encoder, head, Prior(StandardNormal((latents,))))
-    if units := standardization(shape, bits, standardize):
-        return Chain(units, model)
+    if layers := standardization(shape, bits, standardize):
+        return Chain(layers, model)
     return quantized(model, shape, levels) if continuous and levels else model
 
 
@@ -80,7 +82,7 @@ class TwoHeads(nn.Module):
         self.mean, self.scale = nn.Linear(hidden, outputs), nn.Linear(hidden, outputs)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The mean, and what the format reads as its scale."""
+        """The mean, and the raw scale that the format reads."""
         x = x.flatten(1)
         h = self.enter(x if self.top == 1 else x / self.top).relu()
         return self.mean(h), self.scale(h)
@@ -95,6 +97,6 @@ class ToImage(nn.Module):
         self.enter, self.leave = nn.Linear(inputs, hidden), nn.Linear(hidden, math.prod(shape))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """What the likelihood reads."""
+        """The input of the likelihood."""
         h = self.leave(self.enter(z).relu()).unflatten(1, self.shape)
         return h.sigmoid() if self.squash else h

@@ -46,7 +46,7 @@ def vae(
         width: Width of the networks; None: 400 for `mlp`, 48 channels for `conv`.
         blocks: Hidden layers (`mlp`), or residual blocks at each size (`conv`).
         format: How the encoder's output is read as (mean, log_std), as `Format.parse` takes it.
-        prior: N(0, I), or a coupling `flow` over it, trained with the rest.
+        prior: N(0, I), or a coupling `flow` over it that is trained with the model.
         prior_depth: Number of couplings of the flow.
         likelihood: A name that `musigma.likelihood` takes; `auto` is `bernoulli` for
             1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise.
@@ -76,13 +76,13 @@ def vae(
     )
     decoder = named_likelihood(name, shape, decode, levels or 2, components, std)
     model = VAE(encoder, decoder, _prior(prior, latents, prior_depth, context))
-    if units := standardization(shape, bits, standardize):
-        return Chain(units, model)
+    if layers := standardization(shape, bits, standardize):
+        return Chain(layers, model)
     return quantized(model, shape, levels) if continuous and levels else model
 
 
 def chosen_likelihood(name: str, bits: int | None) -> str:
-    """The likelihood by its name; for `auto`, the usual one for this number of bits.
+    """The name of the likelihood; for `auto`, the default for this number of bits.
 
     Raises:
         ValueError: For an unknown name, or one that does not fit continuous data.
@@ -113,9 +113,9 @@ def _prior(kind: str, latents: int, depth: int, context: int) -> Model:
     if kind != "flow":
         raise ValueError(f"prior: expected 'normal' or 'flow'; got {kind!r}")
     layers = []
-    kept = latents // 2
+    half = latents // 2
     for _ in range(depth):
-        net = MLP(kept, 2 * (latents - kept), hidden=(128, 128), context=context, zero=True)
+        net = MLP(half, 2 * (latents - half), hidden=(128, 128), context=context, zero=True)
         layers += [
             ActNorm(latents),
             InvertibleConv(latents),
