@@ -171,7 +171,7 @@ class OptimalGaussianHead(nn.Module):
 
     def skip_step(self) -> None:
         """Drop the batches scored since the last call: their step was not taken."""
-        _forget(self)
+        _reset(self)
 
 
 def _reset(head: OptimalGaussianHead, *_: object) -> None:
