@@ -1,4 +1,4 @@
-"""Small flows, right and wrong, each with what an audit must say of it."""
+"""Small flows, correct and wrong, each with the expected audit."""
 
 import math
 from dataclasses import dataclass, field

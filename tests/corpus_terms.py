@@ -1,4 +1,4 @@
-"""Densities, figures and terms, right and wrong, each with what an audit must say of it."""
+"""Densities, figures and terms, correct and wrong, each with the expected audit."""
 
 import math
 from collections.abc import Callable

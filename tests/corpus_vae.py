@@ -1,4 +1,4 @@
-"""Small VAEs, right and wrong, with the verdict that each must get.
+"""Small VAEs, correct and wrong, each with the expected verdict.
 
 An entry is a function that returns the arguments of `audit_vae`; `ENTRIES` maps its name to the
 verdict, convention, reading of the KL and codes that the audit must report: these and no others.

@@ -1,4 +1,4 @@
-"""Which audit is meant: from objects, names and files to verdicts, reports and exit codes."""
+"""The choice of the audit: from objects, names and files to verdicts, reports and exit codes."""
 
 import json
 import sys
@@ -159,7 +159,7 @@ def test_what_cannot_be_audited(file, target, message):
         audit(load(f"{file}:{target}"))
 
 
-def test_targets_that_are_none(tmp_path):
+def test_targets_that_cannot_be_loaded(tmp_path):
     (tmp_path / "bad.py").write_text("1 / 0")
     for target, message in (
         ("models.py", "expected FILE.py:NAME"),
@@ -173,7 +173,7 @@ def test_targets_that_are_none(tmp_path):
     assert load("torch.nn:ReLU") is nn.ReLU
 
 
-def test_ours_distributions_and_mappings():
+def test_models_distributions_and_mappings():
     assert audit(musigma.build("realnvp", (4,), bits=None, depth=2, hidden=8)).verdict == "correct"
     assert audit(ActNorm(3), example=torch.randn(8, 3)).verdict == "correct"
     several = [ActNorm(4), InvertibleConv(4)]
@@ -203,7 +203,7 @@ def test_assert_audited(assert_audited):
     assert assert_audited(None, sample=sampled, kl=wrong, allow=("kl_mismatch",)).verdict == "bug"
 
 
-def test_the_plugin_is_the_function(assert_audited):
+def test_the_fixture_is_the_function(assert_audited):
     assert assert_audited is sys.modules["musigma.audit"].assert_audited
 
 
@@ -225,7 +225,7 @@ def test_a_report_as_text_json_and_page():
         Finding("kl_scale", "bug", "m")
 
 
-def test_each_code_has_a_page_with_a_picture_and_its_line_in_the_index(request):
+def test_each_code_has_a_page_a_picture_and_a_line_in_the_index(request):
     docs = request.config.rootpath / "docs"
     pages = {page.stem: page.read_text() for page in (docs / "findings").glob("*.md")}
     index = pages.pop("README")

@@ -1,4 +1,4 @@
-"""Flows, right and wrong: the audit says what each one is, and nothing else."""
+"""The audit of flows: the expected verdict and codes on a corpus, and no others."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_corpus(name, seed):
     assert report.verdict == FLOWS[name].verdict, said
 
 
-def test_half_of_the_corpus_is_right():
+def test_half_of_the_corpus_is_correct():
     verdicts = [case.verdict for case in FLOWS.values()]
     assert len(verdicts) >= 80
     assert verdicts.count("correct") >= 0.45 * len(verdicts)
@@ -64,7 +64,7 @@ def test_a_forward_that_does_not_end_is_named(monkeypatch):
         (3, "expected a callable; got int"),
     ],
 )
-def test_what_is_no_flow(forward, message):
+def test_objects_that_are_no_flows(forward, message):
     with pytest.raises(AuditError, match=message):
         audit_flow(forward, example=torch.randn(8, 4))
 
@@ -75,7 +75,7 @@ def test_an_example_is_needed(example):
         audit_flow(lambda x: (x, 0.0), example=example)
 
 
-def test_an_example_that_is_not_finite():
+def test_an_example_with_nan_is_refused():
     with pytest.raises(AuditError, match="finite"):
         audit_flow(lambda x: (x, 0.0), example=torch.full((4, 3), torch.nan))
 
@@ -89,7 +89,7 @@ def test_an_inverse_of_another_shape():
     "name",
     ["actnorm", "batch_norm_training", "conv1x1_cached", "coupling_affine", "sequence_of_layers"],
 )
-def test_nothing_is_changed(name):
+def test_the_flow_is_unchanged_afterwards(name):
     torch.manual_seed(3)
     arguments = made(name, 0)
     module = arguments["forward"]
@@ -153,7 +153,7 @@ class Unshuffle(nn.Module):
         return F.pixel_shuffle(z, 2)
 
 
-def test_the_wrong_one_of_thirty_two_steps_on_3x32x32_is_named():
+def test_the_one_wrong_step_of_32_on_3x32x32_is_named():
     torch.manual_seed(0)
     steps = [Wide("one side" if i == 17 else "") for i in range(32)]
     report = audit_flow(nn.Sequential(Unshuffle(), *steps), example=images(3, 32, 4))
@@ -162,7 +162,7 @@ def test_the_wrong_one_of_thirty_two_steps_on_3x32x32_is_named():
     assert mismatch.numbers["layer"] == "18.mix (Conv1x1)"
 
 
-def test_steps_of_this_library_whose_weights_lie_in_memory_as_images_do():
+def test_steps_of_this_library_with_channels_last_weights():
     torch.manual_seed(0)
     glow = build("glow", (3, 8, 8), bits=None, levels=1, depth=2, hidden=6)
     report = audit_flow(list(glow.layers), example=images(3, 8, 4))
@@ -170,7 +170,7 @@ def test_steps_of_this_library_whose_weights_lie_in_memory_as_images_do():
 
 
 @pytest.mark.slow
-def test_thirty_two_right_steps():
+def test_32_correct_steps():
     torch.manual_seed(0)
     steps = [Wide() for _ in range(32)]
     report = audit_flow(nn.Sequential(Unshuffle(), *steps), example=images(3, 32, 4))

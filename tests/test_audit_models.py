@@ -40,7 +40,7 @@ SMALL = {
 MODELS = [(name, shape, options) for name in SMALL for shape, options in SMALL[name]]
 
 
-def test_every_architecture_is_here():
+def test_every_architecture_is_tested():
     assert set(SMALL) >= {
         name for name, b in ARCHITECTURES.items() if b.__module__.startswith("musigma")
     }
@@ -110,7 +110,7 @@ def test_a_wrong_layer_is_found(mistake, codes):
     assert any("layers.1" in finding.message for finding in report.findings)
 
 
-def test_units_are_accounted_for():
+def test_preprocessing_is_counted():
     model = Chain(
         [Dequantize(StandardUniform((4,)), 8), Rescale(1 / 8)], Prior(StandardNormal((4,)))
     )
@@ -127,7 +127,7 @@ class Halved(Rescale):
         return 0.5 * super()._log_det(x)
 
 
-def test_units_that_are_miscounted():
+def test_miscounted_preprocessing():
     model = Chain(
         [Dequantize(StandardUniform((4,)), 8), Halved(1 / 8)], Prior(StandardNormal((4,)))
     )
@@ -161,14 +161,14 @@ def test_saturated_scales():
     assert "saturated_units" in audit_model(model, torch.randn(64, 6)).codes
 
 
-def test_latents_of_a_flow_that_are_not_noise():
+def test_miscalibrated_latents_of_a_flow():
     model, x = flow(ActNorm(4)), 1 + 3 * torch.randn(512, 4)
     assert audit_model(model, x).codes == ("miscalibrated",)
     model.calibrate(x)
     assert audit_model(model, x).verdict == "correct"
 
 
-def test_a_matrix_that_loses_digits():
+def test_an_ill_conditioned_matrix():
     conv = InvertibleConv(4, lu=False)
     with torch.no_grad():
         turned = torch.linalg.qr(torch.randn(4, 4))[0]
@@ -188,7 +188,7 @@ class NotFinite(Bijection):
         return y.exp(), y.sum(1)
 
 
-def test_what_is_not_finite():
+def test_values_that_are_not_finite():
     assert "not_finite" in audit_model(flow(NotFinite()), torch.randn(8, 4)).codes
 
 
@@ -201,7 +201,7 @@ def test_a_wrong_closed_form(monkeypatch):
     assert "kl_mismatch" in audit_model(model).codes
 
 
-def test_what_is_no_model():
+def test_objects_that_are_no_models():
     with pytest.raises(AuditError, match="expected a model of musigma"):
         audit_model(nn.Linear(2, 2))
     with pytest.raises(AuditError, match="it raises"):

@@ -1,4 +1,4 @@
-"""Densities, bits, bounds and terms: the audit says what each one is, and nothing else."""
+"""Audits of densities, bits, bounds and terms: the expected codes on a corpus, and no others."""
 
 import math
 
@@ -50,13 +50,13 @@ AUDITS = {
 
 
 @pytest.mark.parametrize("name", AUDITS)
-def test_what_raises_is_named(name):
+def test_a_callable_that_raises_is_named(name):
     with pytest.raises(AuditError, match=rf"{name}: given .*, it raises KeyError"):
         AUDITS[name](raises)
 
 
 @pytest.mark.parametrize("name", AUDITS)
-def test_what_does_not_end_is_named(name, monkeypatch):
+def test_a_callable_that_does_not_end_is_named(name, monkeypatch):
     monkeypatch.setattr(sandbox.Sandbox.__init__, "__kwdefaults__", {"seed": 0, "seconds": 0.1})
     with pytest.raises(AuditError, match=rf"{name}: .* did not end"):
         AUDITS[name](endless)
@@ -66,12 +66,12 @@ def test_what_does_not_end_is_named(name, monkeypatch):
 @pytest.mark.parametrize(
     "value", [None, "nats", torch.zeros(3, 5, 7)], ids=["none", "str", "shape"]
 )
-def test_what_returns_something_else_is_named(name, value):
+def test_a_callable_that_returns_something_else_is_named(name, value):
     with pytest.raises(AuditError, match=name):
         AUDITS[name](lambda *a: value)
 
 
-def test_what_is_not_finite_is_found():
+def test_values_that_are_not_finite():
     assert audit_bits(lambda x: x.flatten(1).sum(1) * math.nan, 16, (1, 4, 4)).codes == (
         "not_finite",
     )
@@ -96,7 +96,7 @@ def test_arguments_are_checked(call):
         call()
 
 
-def test_random_numbers_go_on_as_if_nothing_had_been_asked():
+def test_the_random_state_is_unchanged():
     states = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     for name in ("density_mixture_4d", "bits_each", "bound_mean", "term_torch"):
         CASES[name].call()

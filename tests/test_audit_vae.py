@@ -1,4 +1,4 @@
-"""The audit of VAEs: verdicts on the corpus, bad input, and what it leaves behind."""
+"""The audit of VAEs: verdicts on the corpus, bad input, and no side effects."""
 
 import copy
 import random
@@ -33,14 +33,14 @@ def judge(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0])
 @pytest.mark.parametrize("name", ENTRIES)
-def test_every_model_gets_its_verdict(name, seed):
+def test_corpus(name, seed):
     judge(name, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 20))
 @pytest.mark.parametrize("name", ENTRIES)
-def test_every_model_gets_its_verdict_at_twenty_seeds(name, seed):
+def test_corpus_at_twenty_seeds(name, seed):
     judge(name, seed)
 
 
@@ -54,7 +54,7 @@ def test_the_aggregate_posterior(name):
     assert "off" in report.checked[0]
 
 
-def test_the_issues_sentence_is_the_repair():
+def test_the_repair_of_log_std_read_as_log_var():
     (finding,) = audit_vae(sample=sampler(torch.exp), kl=kl_log_var).findings
     assert finding.repair == (
         "the sampler treats the second output as log sigma, the KL as log variance: replace "
@@ -63,7 +63,7 @@ def test_the_issues_sentence_is_the_repair():
     assert finding.numbers["read_as"] == "log_var"
 
 
-def test_a_wrong_term_is_written_out():
+def test_the_formula_of_a_wrong_kl():
     kl = ENTRIES["flux_as_first_repaired"].build()["kl"]
     report = audit_vae(sample=sampler(torch.exp), kl=kl)
     numbers = {f.code: f.numbers for f in report.findings}
@@ -83,7 +83,7 @@ def state(net):
     }
 
 
-def test_the_model_and_all_random_states_are_what_they_were():
+def test_the_model_and_all_random_states_are_restored():
     net = Net().train()
     net.body.append(nn_with_buffers := torch.nn.BatchNorm1d(16))
     net.calls = [0]
@@ -121,7 +121,7 @@ def broken(*_):
 
 
 @pytest.mark.parametrize("name", ["encode", "sample", "kl", "recon", "decode", "generate", "loss"])
-def test_what_raises_is_named(name):
+def test_a_callable_that_raises_is_named(name):
     net = Net()
     given = parts(net, recon=net.recon, generate=lambda n: torch.randn(n, D), loss=net.recon)
     given["loss"] = lambda x: (
@@ -154,7 +154,7 @@ def test_wrong_shapes_and_arguments_are_named(given, message):
         audit_vae(**given)
 
 
-def test_what_does_not_end_is_named(monkeypatch):
+def test_a_callable_that_does_not_end_is_named(monkeypatch):
     monkeypatch.setattr("musigma.audit.sandbox.SECONDS", 0.2)
 
     def sample(mean, second):
@@ -165,7 +165,7 @@ def test_what_does_not_end_is_named(monkeypatch):
         audit_vae(sample=sample, kl=kl_log_var)
 
 
-def test_what_could_not_be_checked_is_said():
+def test_unchecked_parts_are_listed():
     report = audit_vae(sample=sampler(half))
     assert report.verdict == "correct"
     told = " ".join(report.unchecked)
@@ -179,7 +179,7 @@ def test_what_could_not_be_checked_is_said():
     assert any(line.startswith("the loss against its terms") for line in odd.unchecked)
 
 
-def test_the_loss_of_a_beta_vae_is_told_and_right():
+def test_the_weight_in_the_loss_of_a_beta_vae():
     net = Net()
 
     def loss(x):
@@ -197,7 +197,7 @@ def test_the_loss_of_a_beta_vae_is_told_and_right():
     assert wrong.verdict == "bug"
 
 
-def test_a_mean_of_both_that_the_loss_makes_up_for():
+def test_two_means_that_the_loss_compensates():
     net = Net()
 
     def recon(x, x_hat):

@@ -1,4 +1,4 @@
-"""Other people's checkpoints compute what their own code computed: see golden/*.md."""
+"""Converted checkpoints compute what their own code computed: see golden/*.md."""
 
 import io
 import json
@@ -68,7 +68,7 @@ def off(a, b):
 
 
 @pytest.mark.parametrize("folder", GLOWS, ids=ids)
-def test_a_glow_computes_what_its_own_code_did(folder):
+def test_a_glow_agrees_with_its_own_code(folder):
     (model, family, _), want = converted(folder)
     assert family == {"openai": "openai-glow"}.get(folder.parent.name, folder.parent.name)
     flow, y = model.continuous(), want.get("y")
@@ -102,7 +102,7 @@ def test_a_glow_computes_what_its_own_code_did(folder):
 
 
 @pytest.mark.parametrize("folder", GLOWS, ids=ids)
-def test_the_figure_that_its_code_reports_is_an_exact_function_of_ours(folder):
+def test_the_figure_that_its_code_reports_follows_from_ours(folder):
     (model, family, _), want = converted(folder)
     bits, (c, *_) = model.config["options"]["bits"], want["x"].shape[1:]
     per_dim = -want["log_p"] / (math.log(2) * want["x"][0].numel()) + bits
@@ -125,7 +125,7 @@ def test_the_figure_that_its_code_reports_is_an_exact_function_of_ours(folder):
 
 
 @pytest.mark.parametrize("folder", VAES, ids=ids)
-def test_a_vae_computes_what_its_own_code_did(folder):
+def test_a_vae_agrees_with_its_own_code(folder):
     (model, _, _), want = converted(folder)
     vae = model.continuous().double()  # one file is in float32
     assert isinstance(vae, musigma.VAE)
@@ -150,7 +150,7 @@ def test_a_vae_computes_what_its_own_code_did(folder):
 
 
 @pytest.mark.parametrize("name", ["binary", "beta_binomial"])
-def test_the_loss_of_bits_back_is_ours_with_its_draw(name):
+def test_the_loss_of_bits_back_with_the_same_draw(name):
     folder = GOLDEN / "bitsback" / name
     (model, _, _), want = converted(folder)
     x = want["x"].reshape(-1, 1, 28, 28)
@@ -162,7 +162,7 @@ def test_the_loss_of_bits_back_is_ours_with_its_draw(name):
     assert off(-log_w.mean() / (784 * math.log(2)), want["loss"]) < NEAR
 
 
-def test_the_loss_of_pythae_is_ours_up_to_the_constant_that_it_leaves_out():
+def test_the_loss_of_pythae_up_to_its_constant():
     for name, beta in (("vae_mse", 1.0), ("vae_bce", 1.0), ("beta_vae", 4.0)):
         (model, _, _), want = converted(GOLDEN / "pythae" / name)
         vae = model.continuous()
@@ -203,7 +203,7 @@ def same(a, b):
         assert bool((a[name] == b[name]).all()), name
 
 
-def test_diffusers_older_pickle_and_older_names(tmp_path):
+def test_old_pickles_and_old_names_of_diffusers(tmp_path):
     folder = GOLDEN / "diffusers" / "plain"
     state = load_file(folder / "diffusion_pytorch_model.safetensors")
     torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
@@ -224,7 +224,7 @@ def test_signs_of_rosinalitys_scales(tmp_path):
     same(again.model, model)
 
 
-def test_parallel_wrappers_and_names_of_tensorflow(tmp_path):
+def test_parallel_wrappers_and_tensorflow_names(tmp_path):
     folder = GOLDEN / "chaiyujin" / "affine_lu"
     file = torch.load(source(folder), weights_only=True)
     file["graph"] = {f"module.{name}": t for name, t in file["graph"].items()}
@@ -307,7 +307,7 @@ def test_the_size_of_other_images_is_asked_for(tmp_path):
     assert model.config["shape"] == [3, 6, 4]
 
 
-def test_what_is_assumed_is_said(tmp_path):
+def test_assumptions_are_noted(tmp_path):
     folder = GOLDEN / "rosinality" / "affine_lu"
     notes = convert(source(folder), options=Options(size=(16, 8))).notes
     assert [note for note in notes if note.startswith("bits: took 5")]
@@ -494,7 +494,7 @@ def test_a_whole_pickled_module(examples_vae, tmp_path):
     same(*models)
 
 
-def test_code_is_not_read(tmp_path):
+def test_torchscript_is_refused(tmp_path):
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
@@ -507,7 +507,7 @@ def test_code_is_not_read(tmp_path):
 # -- what is lost by conversion: nothing
 
 
-def test_the_type_is_the_narrowest_that_loses_nothing(tmp_path):
+def test_the_type_is_the_narrowest_without_rounding(tmp_path):
     exact, _ = converted(GOLDEN / "compvis" / "groups32")
     assert {p.dtype for p in exact.model.parameters()} == {torch.float32}
     state = torch.load(source(GOLDEN / "rosinality" / "affine_lu"), weights_only=True)
@@ -538,7 +538,7 @@ def test_the_type_is_the_narrowest_that_loses_nothing(tmp_path):
 @pytest.mark.parametrize(
     "name", ["plain", "three_blocks", "no_quant", "single_channel", "clamped"]
 )
-def test_there_and_back_for_diffusers_is_the_same_bytes(name, tmp_path, capsys):
+def test_diffusers_to_musigma_and_back_gives_the_same_bytes(name, tmp_path, capsys):
     folder, out = GOLDEN / "diffusers" / name, tmp_path / "model.safetensors"
     main(["convert", str(folder), str(out)])
     main(["convert", str(out), str(tmp_path / "back"), "--to", "diffusers"])
@@ -547,7 +547,7 @@ def test_there_and_back_for_diffusers_is_the_same_bytes(name, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_diffusers_loads_what_we_trained(tmp_path):
+def test_diffusers_loads_an_exported_model(tmp_path):
     """Its own code, in a process of its own, computes what ours does."""
     torch.manual_seed(0)
     model = musigma.build(
@@ -580,7 +580,7 @@ def test_diffusers_loads_what_we_trained(tmp_path):
         assert off(vae.decoder(q.mean).mean, torch.from_numpy(theirs["again"])) < 1e-5
 
 
-def test_what_diffusers_has_no_word_for(tmp_path):
+def test_options_that_diffusers_cannot_represent(tmp_path):
     (wide, _, about), _ = converted(GOLDEN / "compvis" / "attn")
     with pytest.raises(ValueError, match=r"embedded: .* 3 channels of z beside 4"):
         export(wide, about, tmp_path / "out", family="diffusers")
@@ -705,7 +705,7 @@ ONE_EACH = [
 
 
 @pytest.mark.parametrize("folder", ONE_EACH, ids=ids)
-def test_differences_are_named(folder, tmp_path):
+def test_missing_and_wrong_parameters_are_named(folder, tmp_path):
     state, options = state_of(folder), options_for(folder, expected(folder))
     floats = [n for n, t in state.items() if t.is_floating_point() and t.numel() > 1]
     floats = [n for n in floats if "loss" not in n and n not in ("prior_h", "n")]
@@ -727,7 +727,7 @@ def test_differences_are_named(folder, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ONE_EACH, ids=ids)
-def test_a_file_that_is_cut_short_or_damaged(folder, tmp_path):
+def test_truncated_and_damaged_files(folder, tmp_path):
     where = written(state_of(folder), folder, tmp_path)
     options = options_for(folder, expected(folder))
     path = where
@@ -767,7 +767,7 @@ def test_a_flipped_bit_is_noticed_where_the_format_has_checksums(folder, tmp_pat
     assert refused > (0 if path.suffix == ".safetensors" else 30)
 
 
-def test_claims_that_no_file_bears_out(tmp_path):
+def test_files_that_claim_more_than_they_hold(tmp_path):
     """Terabytes by stride zero, a pickle that holds itself, an archive of nothing but zeros."""
     state = state_of(GOLDEN / "chaiyujin" / "affine_lu")
     for name, shape in (
@@ -794,7 +794,7 @@ def test_claims_that_no_file_bears_out(tmp_path):
         convert(tmp_path / "twice.npz")
 
 
-def test_what_is_no_file_and_no_model(tmp_path):
+def test_sources_that_are_no_models(tmp_path):
     import os
 
     os.mkfifo(tmp_path / "pipe.pt")
@@ -812,7 +812,7 @@ def test_what_is_no_file_and_no_model(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [torch.complex128, torch.int64, torch.bool])
-def test_numbers_of_another_kind(kind, tmp_path):
+def test_parameters_of_a_wrong_type(kind, tmp_path):
     state = state_of(GOLDEN / "bitsback" / "binary")
     torch.save(state | {"fc3.weight": state["fc3.weight"].to(kind)}, tmp_path / "kind.pt")
     with pytest.raises(ForeignError, match=r"fc3\.weight is \w+ and not floating"):
@@ -834,7 +834,7 @@ def test_numbers_of_another_kind(kind, tmp_path):
         ("bitsback/beta_binomial", "n", lambda t: t + 1),
     ],
 )
-def test_parts_that_are_no_such_parts(folder, name, change, tmp_path):
+def test_parts_with_impossible_values(folder, name, change, tmp_path):
     folder = GOLDEN / folder
     state, options = state_of(folder), options_for(folder, expected(folder))
     state[name] = change(state[name])
@@ -842,7 +842,7 @@ def test_parts_that_are_no_such_parts(folder, name, change, tmp_path):
         convert(written(state, folder, tmp_path), options=options)
 
 
-def test_settings_of_the_training_in_the_folder_above(tmp_path):
+def test_training_settings_in_the_parent_folder(tmp_path):
     folder = GOLDEN / "chaiyujin" / "y_multi"
     (tmp_path / "log" / "checkpoints").mkdir(parents=True)
     kept = shutil.copy(source(folder), tmp_path / "log" / "checkpoints" / "save_0k0.pkg")
@@ -882,7 +882,7 @@ def test_shards_and_half_precision_of_diffusers(tmp_path):
         convert(tmp_path / "pipe")
 
 
-def test_musigmas_own_is_told(tmp_path):
+def test_a_checkpoint_of_musigma_is_refused(tmp_path):
     musigma.save(musigma.build("mlp_vae", (4,), bits=None), tmp_path / "mine.safetensors")
     with pytest.raises(ForeignError, match="is a checkpoint of musigma's already"):
         convert(tmp_path / "mine.safetensors")
@@ -987,7 +987,7 @@ def test_a_config_of_diffusers_that_cannot_be_represented(key, value, tmp_path):
         convert(tmp_path / "mine")
 
 
-def test_weights_of_nobody_known(tmp_path):
+def test_weights_of_an_unknown_kind(tmp_path):
     torch.save({f"layer{i}.weight": torch.rand(2, 2) for i in range(4)}, tmp_path / "mine.pt")
     with pytest.raises(
         ForeignError, match=r"of no known kind; it holds 4 tensors, .* layer0.weight"
@@ -1016,7 +1016,7 @@ def test_weights_of_nobody_known(tmp_path):
         convert(rosinality, options=Options(size=(16, 8), std=0.3))
 
 
-def test_a_folder_is_a_run(tmp_path, monkeypatch, capsys):
+def test_conversion_into_a_run_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pickled = str(source(GOLDEN / "chaiyujin" / "learn_top"))
     main(["convert", pickled, "run"])
@@ -1027,7 +1027,7 @@ def test_a_folder_is_a_run(tmp_path, monkeypatch, capsys):
     main(["convert", pickled, "run", "--overwrite"])
 
 
-def test_the_order_of_a_shuffle_is_not_guessed(tmp_path):
+def test_the_order_of_a_shuffle_must_be_given(tmp_path):
     folder = GOLDEN / "chaiyujin" / "affine_shuffle"
     with pytest.raises(ForeignError, match="got 'shuffle'"):
         convert(source(folder))
@@ -1045,7 +1045,7 @@ def test_the_order_of_a_shuffle_is_not_guessed(tmp_path):
     same(musigma.load(out), converted(folder)[0].model)
 
 
-def test_what_the_command_refuses(tmp_path, capsys, monkeypatch):
+def test_bad_arguments_of_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     glow = str(source(GOLDEN / "rosinality" / "affine_lu"))
     (tmp_path / "there.safetensors").write_text("mine")
