@@ -193,10 +193,10 @@ def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         header = json.loads(metadata["musigma"])  # the same for 1E-5 and 1e-05, hence `same`
         same = json.dumps(header, sort_keys=True) == metadata["musigma"]
-        found = header.pop("digest")
+        stored = header.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError):
-        header, same, found = {}, False, None
-    if not same or not _padded_by_spaces(path) or found != digest(header, tensors):
+        header, same, stored = {}, False, None
+    if not same or not _padded_by_spaces(path) or stored != digest(header, tensors):
         raise CheckpointError(
             f"{path}: its content does not match its digest, so it was changed or damaged after "
             "it was written; copy it again"

@@ -70,29 +70,29 @@ def _kind(levels: int | tuple[int | None, ...] | None) -> str:
 
 def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
     """The reason why data do not fit a variable of the context; None if they do."""
-    found = {v.name: v for v in data.variables}.get(variable.name)
+    available = {v.name: v for v in data.variables}.get(variable.name)
     if variable.classes:
         what = f"{variable.classes} classes of {variable.name!r}"
     else:
         what = f"{variable.name!r}, shape {variable.shape} per example"
     asked = f"the model is conditioned on {what}"
-    if found is None:
+    if available is None:
         known = ", ".join(repr(v.name) for v in data.variables) or "nothing"
         return f"{asked}, and {name} come with {known}; give it (--given, or Dataset.given)"
-    if variable.classes and found.names:
+    if variable.classes and available.names:
         if not variable.names:
-            same = len(found.names) == variable.classes
-            return None if same else f"{asked}, and {name} have {len(found.names)}"
+            same = len(available.names) == variable.classes
+            return None if same else f"{asked}, and {name} have {len(available.names)}"
         codes = np.unique(_column(data, variable.name))
-        unknown = sorted(set(np.array(found.names)[codes]) - set(variable.names))
+        unknown = sorted(set(np.array(available.names)[codes]) - set(variable.names))
         if unknown:
-            few = ", ".join(unknown[:8])
+            listed = ", ".join(unknown[:8])
             more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
             known = ", ".join(variable.names[:12]) + (", ..." if variable.classes > 12 else "")
-            return f"{name} have classes unknown to the model: {few}{more} (known: {known})"
+            return f"{name} have classes unknown to the model: {listed}{more} (known: {known})"
         return None
-    if (variable.classes, variable.shape) != (found.classes, found.shape):
-        got = f"{found.classes} classes" if found.classes else f"shape {found.shape}"
+    if (variable.classes, variable.shape) != (available.classes, available.shape):
+        got = f"{available.classes} classes" if available.classes else f"shape {available.shape}"
         return f"{asked}, and in {name} it has {got}"
     return None
 

@@ -189,12 +189,12 @@ class MADE(nn.Module):
 
 def _rows(layers: Sequence[Sequence[int]], degree: int) -> list[tuple[int, int, int, int]]:
     """The units of a degree: (layer, first, last, number of inputs) for each layer with any."""
-    found = []
+    steps = []
     for j, (below, layer) in enumerate(itertools.pairwise(layers)):
         first, last = bisect_left(layer, degree), bisect_right(layer, degree)
         if first < last:
-            found.append((j, first, last, bisect_right(below, degree)))
-    return found
+            steps.append((j, first, last, bisect_right(below, degree)))
+    return steps
 
 
 def _room(rows: int, like: Tensor) -> Tensor:

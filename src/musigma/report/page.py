@@ -68,11 +68,11 @@ def write(
     further = [Section.read(Path(section)) for section in sections]
     if not runs:
         raise ValueError("runs: expected at least one run folder; got none")
-    found = [_read(Path(run)) for run in runs]
-    names = Counter(run.name for run in found)
-    for run in found:
+    loaded = [_read(Path(run)) for run in runs]
+    names = Counter(run.name for run in loaded)
+    for run in loaded:
         run.name = run.name if names[run.name] == 1 else str(run.path)
-    text = render("runs.html.jinja", title=title, runs=found, sections=further)
+    text = render("runs.html.jinja", title=title, runs=loaded, sections=further)
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return path

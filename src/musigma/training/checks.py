@@ -79,7 +79,7 @@ def check_run(
 
 
 def _check_optimizer(optimizer: object) -> None:
-    """Refuse what is no optimizer, and one whose steps need a closure."""
+    """Refuse an object that is not an optimizer, and an optimizer that needs a closure."""
     if not isinstance(optimizer, optim.Optimizer):
         raise ValueError(
             "optimizer: expected a function of a list of parameters to a torch.optim.Optimizer; "

@@ -104,8 +104,8 @@ def compile_blocks(model: Model) -> str | None:
         torch.compile(torch.sin)(torch.ones(8))
     except Exception as error:  # a compiler, its headers or a library is missing
         return f"not compiled: {str(error).splitlines()[0]}"
-    found = blocks(model)
-    for block in found if len(found) > 1 else [model]:
+    repeated = blocks(model)
+    for block in repeated if len(repeated) > 1 else [model]:
         block.compile(dynamic=False)
     return None
 

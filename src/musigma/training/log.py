@@ -76,7 +76,7 @@ class Log:
             self._track(row)
 
     def message(self, kind: str, progress: Progress, message: str) -> None:
-        """Append a row of kind `warning` or `setback`."""
+        """Append a row of kind `warning`, `info` or `setback`."""
         where = {"step": progress.step, "seconds": progress.seconds}
         self.write({"kind": kind, **where, "message": message})
 

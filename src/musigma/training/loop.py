@@ -151,7 +151,7 @@ def fit(
 
 
 class Due(NamedTuple):
-    """What follows a step, on all processes alike."""
+    """What follows a step; the same on all processes."""
 
     evaluation: bool
     save: bool
@@ -159,7 +159,7 @@ class Due(NamedTuple):
 
 
 class _Run:
-    """A run in progress: the collaborators of the loop, and the loop's parts as methods."""
+    """A run in progress. Its methods are the parts of the loop."""
 
     def __init__(
         self,
@@ -379,8 +379,8 @@ class _Run:
     def _fall_back(self) -> None:
         """Make every process recompute what one of them cannot invert accurately enough."""
         runs: dict[str, str] = {}
-        for found in self.processes.gather(fallbacks(self.model)):
-            runs = found | runs
+        for others in self.processes.gather(fallbacks(self.model)):
+            runs = others | runs
         for name in runs.keys() - self.progress.fallbacks.keys():
             self._warn(f"{name} is recomputed in segments from now on: {runs[name]}")
         self.progress.fallbacks = runs
@@ -414,12 +414,12 @@ class _Run:
             self._examine(figure)
 
     def _examine(self, figure: Mapping[str, Any]) -> None:
-        """Warn of an implausible figure, and of what goes wrong in the model."""
+        """Warn of implausible figures and of problems in the model."""
         progress, averaged = self.progress, self.average.model
-        few = batch(self.validation, np.arange(min(len(self.validation), 64)), averaged)
-        found = warning.examine(averaged, figure, *few)
-        found |= warning.implausible(figure, self.reference, progress, self.share)
-        self._warn_of(warning.KINDS, found)
+        examples = batch(self.validation, np.arange(min(len(self.validation), 64)), averaged)
+        conditions = warning.examine(averaged, figure, *examples)
+        conditions |= warning.implausible(figure, self.reference, progress, self.share)
+        self._warn_of(warning.KINDS, conditions)
 
     def save(self) -> bool:
         """Save the state. Returns False, and logs a warning, if the disk is full."""
@@ -453,8 +453,8 @@ class _Run:
     def _warn(self, message: str) -> None:
         self.log.message("warning", self.progress, message)
 
-    def _warn_of(self, kinds: tuple[str, ...], found: Mapping[str, str]) -> None:
-        for name, message in warning.new(self.progress, kinds, found).items():
+    def _warn_of(self, kinds: tuple[str, ...], conditions: Mapping[str, str]) -> None:
+        for name, message in warning.new(self.progress, kinds, conditions).items():
             kind = "info" if name == "unexamined" else "warning"
             self.log.message(kind, self.progress, message)
 

@@ -73,11 +73,11 @@ class Recovery:
         size, seed = self.config.batch_size, self.config.seed
         indices = batch_indices(len(self.train), size, seed=seed, step=step)
         bad = indices[processes.share(size)][(~log_w.isfinite()).cpu().numpy()]
-        all_found = processes.gather((reason, bad.tolist()))
+        results = processes.gather((reason, bad.tolist()))
         progress.failing += 1
         progress.skipped += 1
-        reasons = [reason for reason, _ in all_found if reason]
-        indices = [int(i) for _, some in all_found for i in some]
+        reasons = [reason for reason, _ in results if reason]
+        indices = [int(i) for _, bad in results for i in bad]
         row: dict[str, Any] = {"kind": "skipped", "reason": (reasons or ["unknown"])[0]}
         return row | ({"examples": indices[:8]} if indices else {})
 
@@ -148,7 +148,7 @@ def diagnose(
 
 
 def _first_bad_output(model: Model, run: Callable[[], object]) -> str | None:
-    found: list[str] = []
+    reasons: list[str] = []
 
     def tensors(value: object) -> Iterator[tuple[str, Tensor]]:
         if isinstance(value, Tensor):
@@ -164,10 +164,10 @@ def _first_bad_output(model: Model, run: Callable[[], object]) -> str | None:
     def watch(name: str):
         def hook(module: nn.Module, args: object, output: object) -> None:
             for part, t in tensors(output):
-                if not found and t.is_floating_point() and not t.isfinite().all():
+                if not reasons and t.is_floating_point() and not t.isfinite().all():
                     bad = t[~t.isfinite()].flatten()[0]
                     whose = f"{name or 'the model'} ({type(module).__name__})"
-                    found.append(f"{part} of {whose} has {bad}")
+                    reasons.append(f"{part} of {whose} has {bad}")
 
         return hook
 
@@ -178,4 +178,4 @@ def _first_bad_output(model: Model, run: Callable[[], object]) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return reasons[0] if reasons else None

@@ -177,7 +177,7 @@ class TrainingStep:
         for p in (*self.weights, *self.critic_weights):
             p.grad = None
         noise(self.config.seed, step, self.processes.rank)
-        found: list[Evidence] = []
+        evidences: list[Evidence] = []
         total = 0.0
         for i in range(self.parts):
             part = Processes(i, self.parts).share(len(x))
@@ -190,11 +190,11 @@ class TrainingStep:
             if hasattr(self.critic, "critic_loss"):
                 critic_loss = self.critic.critic_loss(record).mean() * weight
                 (critic_loss * self.processes.count).backward(inputs=self.critic_weights)
-            found.append(evidence)
+            evidences.append(evidence)
             total += loss.item()
         self._average(p.grad for p in self.critic_weights)
         return Result(
-            evidence=Evidence(*map(torch.cat, zip(*found, strict=True))),
+            evidence=Evidence(*map(torch.cat, zip(*evidences, strict=True))),
             loss=total * self.config.batch_size / len(x),
             norm=self._norm(),
         )

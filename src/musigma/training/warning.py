@@ -38,20 +38,20 @@ FEW = 30
 
 def about_batches(config: TrainConfig, train: int, validation: int) -> list[str]:
     """Warnings at the start of a run, given the numbers of examples."""
-    found = []
+    messages = []
     if config.batch_size > train:
-        found.append(
+        messages.append(
             f"a batch of {config.batch_size} is more than all {train} training examples, so some "
             "occur more than once in every step"
         )
     if validation < FEW:
-        found.append(
+        messages.append(
             f"the validation data are {validation} example{'s' * (validation != 1)}, too few for "
             "a reliable figure, so which weights are best is mostly chance; use more data"
         )
     if config.shard and current_processes().count == 1:
-        found.append("shard: there are no other processes, so the weights stay whole")
-    return found
+        messages.append("shard: there are no other processes, so the weights stay whole")
+    return messages
 
 
 def spike(progress: Progress, loss: float) -> str | None:
@@ -80,34 +80,34 @@ def examine(
         x: A batch.
         context: Its context.
     """
-    found: dict[str, str] = {}
+    conditions: dict[str, str] = {}
     names = model.site_names()
     sites = [] if model.is_flow else [names[site] for site in model.latents()]
     for site, nats in zip(sites, figure["kl"], strict=False):
         if nats < COLLAPSED:
-            found[f"collapse {site}"] = (
+            conditions[f"collapse {site}"] = (
                 f"posterior collapse: the latent of {site} carries {nats:.3f} nats; --free-bits "
                 "or --kl-warmup keep latents active"
             )
     shares = saturation(model, x, context)
     if unexamined := [name for name, share in shares.items() if share is None]:
-        found["unexamined"] = (
+        conditions["unexamined"] = (
             "not examined for saturated scales, since they define no emitters(): "
             + ", ".join(unexamined)
         )
     for name, share in shares.items():
         if share is not None and share > SATURATED:
-            found[f"saturation {name}"] = (
+            conditions[f"saturation {name}"] = (
                 f"{share:.0%} of the scales of {name} are at their limit; use a wider format, or "
                 "a smaller --lr"
             )
     for name, condition in conditioning(model).items():
         if condition > ILL_CONDITIONED:
-            found[f"conditioning {name}"] = (
+            conditions[f"conditioning {name}"] = (
                 f"the matrix of {name} has condition number {condition:.1e}, so decoding loses "
                 f"{math.log10(condition):.0f} digits; use a smaller --lr"
             )
-    return found
+    return conditions
 
 
 def references(train: Dataset, validation: Dataset) -> dict[str, float]:
@@ -135,32 +135,34 @@ def implausible(
 ) -> dict[str, str]:
     """Warnings about a validation figure: later than half of the budget, or if it rises."""
     bits, error = figure["bits_per_dim"], figure.get("standard_error") or 0.0
-    found: dict[str, str] = {}
+    conditions: dict[str, str] = {}
     if share >= 0.5 and progress.step >= EARLY:
         if "raw" in reference and bits > reference["raw"]:
-            found["raw"] = (
+            conditions["raw"] = (
                 f"the validation figure, {bits:.4g} bits/dim, is above the {reference['raw']:g} "
                 "bits that the data take uncompressed: the model has learned nothing yet, or the "
                 "data do not suit it (a longer budget, or another architecture)"
             )
         if "gaussian" in reference and bits > reference["gaussian"] + 3 * error:
-            found["gaussian"] = (
+            conditions["gaussian"] = (
                 f"the validation figure, {bits:.4g} bits/dim, is worse than that of a Gaussian "
                 f"with the mean and variance of each column, {reference['gaussian']:.4g}: look at "
                 "the columns' units and outliers (--standardize), or give a longer budget"
             )
     if progress.stale >= 3 and bits > progress.best + 3 * error:
-        found["rising"] = (
+        conditions["rising"] = (
             f"overfitting: the validation figure has not improved since step {progress.best_step} "
             f"({progress.best:.4g} bits/dim, now {bits:.4g}); model.safetensors holds the weights "
             "of that step (--patience stops there)"
         )
-    return found
+    return conditions
 
 
-def new(progress: Progress, kinds: tuple[str, ...], found: Mapping[str, str]) -> dict[str, str]:
+def new(
+    progress: Progress, kinds: tuple[str, ...], conditions: Mapping[str, str]
+) -> dict[str, str]:
     """Conditions of the given kinds that did not hold before; updates `progress`."""
     known = {name for name in progress.warnings if name.split(" ")[0] in kinds}
     others = {name: text for name, text in progress.warnings.items() if name not in known}
-    progress.warnings = others | dict(found)
-    return {name: message for name, message in found.items() if name not in known}
+    progress.warnings = others | dict(conditions)
+    return {name: message for name, message in conditions.items() if name not in known}

@@ -119,8 +119,8 @@ def build(name: str, shape: Sequence[int] | Spec, **options: Any) -> Model:
         torch.Size([5])
     """
     if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        close = difflib.get_close_matches(name, ARCHITECTURES, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
             f"architecture: {hint}known are {', '.join(sorted(ARCHITECTURES))}; got {name!r}"
         )
@@ -151,8 +151,8 @@ def spec_of(config: Mapping[str, Any]) -> Spec:
 def _check_options(builder: Callable[..., Any], known: list[str], options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{name}: {builder.__name__} has no such option{hint}")
         if not _plain(value):
             raise ValueError(f"{name}: expected a number, a string or a list; got {value!r}")

@@ -79,10 +79,15 @@ def ladder(
             prior=_gaussian(width, latents, width, context, zero=True),
             posterior=_gaussian(2 * width, latents, width, context),
             merge=Merge(
-                latents, width, blocks, depth, sizes[after] if after > here else None, context
+                latents,
+                width,
+                blocks,
+                depth,
+                sizes[after] if after > i else None,
+                context,
             ),
         )
-        for here, after in zip(at, [*at[1:], down - 1], strict=True)
+        for i, after in zip(at, [*at[1:], down - 1], strict=True)
     ]
 
     def decode(emitted: int) -> nn.Module:
