@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from musigma.cli import main, outputs
-from musigma.cli.devices import device_named
+from musigma.cli.outputs import Share
 from musigma.cli.screen import launched_processes
-from musigma.cli.shares import Share
+from musigma.cli.trained import device_named
 from musigma.data import load
 from musigma.processes import Processes
 

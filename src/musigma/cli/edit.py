@@ -21,6 +21,7 @@ from musigma.cli.options import (
     latent_numbers,
 )
 from musigma.cli.outputs import check_out
+from musigma.cli.screen import count
 from musigma.cli.trained import Trained, class_number
 
 
@@ -136,7 +137,7 @@ def edit(
     trained.write_rows(editing.edit(trained.model, x, step, strengths, context), out)
     answer = {"out": str(out), "n": len(x), "attribute": step.attribute, "strengths": strengths}
     trained.screen.result(
-        answer, f"{len(x)} rows, {step.attribute or 'direction'} {strength}: {out}"
+        answer, f"{count(len(x), 'row')}, {step.attribute or 'direction'} {strength}: {out}"
     )
 
 
@@ -185,7 +186,7 @@ def mix(
     else:
         trained.write_rows(mixed, out)
     trained.screen.result(
-        {"out": str(out), "n": half, "levels": numbers}, f"{half * half} mixtures: {out}"
+        {"out": str(out), "n": half, "levels": numbers}, f"{count(half * half, 'mixture')}: {out}"
     )
 
 

@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 
 from musigma.cli.options import USE, Common, CommonOptions, Data, DataOptions, Run, Source, app
-from musigma.cli.outputs import check_out, rows_file
+from musigma.cli.outputs import Share, check_out, rows_file
 from musigma.cli.sample import example_columns
-from musigma.cli.screen import figure_text, launched_processes
-from musigma.cli.shares import Share
+from musigma.cli.screen import count, figure_text, launched_processes
 from musigma.cli.trained import Trained
 
 
@@ -69,7 +68,7 @@ def score(
         f", {summary['lowest']:.4f} to {summary['highest']:.4f} bits/dim, "
         f"mean {summary['bits_per_dim']:.4f} ({summary['bound']})"
     )
-    text = f"{len(rows):,} scores{figures if len(rows) else ''}{share}: {out}"
+    text = f"{count(len(rows), 'score')}{figures if len(rows) else ''}{share}: {out}"
     trained.screen.result(summary, text)
 
 

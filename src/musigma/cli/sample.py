@@ -23,9 +23,8 @@ from musigma.cli.options import (
     at_least_one,
     temperatures,
 )
-from musigma.cli.outputs import Columns, check_out, rows_file
-from musigma.cli.screen import launched_processes
-from musigma.cli.shares import Share
+from musigma.cli.outputs import Columns, Share, check_out, rows_file
+from musigma.cli.screen import count, launched_processes
 from musigma.cli.trained import Trained, as_array
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def sample(
     trained.write(torch.cat(parts), out)
     trained.screen.result(
         {"out": str(out), "n": len(rows), "temperature": temperature, **share.fields},
-        f"{len(rows)} samples{share}: {out}",
+        f"{count(len(rows), 'sample')}{share}: {out}",
     )
 
 
@@ -131,7 +130,7 @@ def _at_temperatures(
     trained.write_rows(editing.temperatures(trained.model, n, values, context), out)
     trained.screen.result(
         {"out": str(out), "n": n, "temperatures": list(values)},
-        f"{n} samples at {len(values)} temperatures: {out}",
+        f"{count(n, 'sample')} at {count(len(values), 'temperature')}: {out}",
     )
 
 
@@ -195,8 +194,8 @@ def encode(
             "arrays": shapes | {"whitened": []},
             **share.fields,
         },
-        f"{len(empty)} latents of {len(rows):,} examples ({trained.part} of {source})"
-        f"{share}: {out}",
+        f"{count(len(empty), 'latent')} of {count(len(rows), 'example')} "
+        f"({trained.part} of {source}){share}: {out}",
     )
 
 
@@ -264,7 +263,7 @@ def decode(
     with torch.no_grad():
         x = trained.model.decode(z, context, whiten=whitened, temperature=_scale(scale))
     trained.write(x, out)
-    trained.screen.result({"out": str(out), "n": n}, f"{n} examples: {out}")
+    trained.screen.result({"out": str(out), "n": n}, f"{count(n, 'example')}: {out}")
 
 
 def _read_latents(
@@ -375,7 +374,7 @@ def reconstruct(
     error = float((again - x).abs().mean())
     trained.screen.result(
         {"out": str(out), "n": len(x), "mean_absolute_error": error},
-        f"{len(x)} reconstructions, mean absolute error {error:.4g}: {out}",
+        f"{count(len(x), 'reconstruction')}, mean absolute error {error:.4g}: {out}",
     )
 
 
@@ -419,5 +418,5 @@ def interpolate(
     trained.write_rows(rows, out)
     trained.screen.result(
         {"out": str(out), "pairs": len(rows), "steps": steps},
-        f"{len(rows)} interpolations: {out}",
+        f"{count(len(rows), 'interpolation')}: {out}",
     )

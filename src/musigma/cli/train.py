@@ -22,8 +22,6 @@ from cyclopts import Group, Parameter
 from docstring_parser import parse
 
 from musigma import __version__, checkpoint, data
-from musigma.cli.dashboard import Dashboard
-from musigma.cli.devices import device_named
 from musigma.cli.options import (
     ALWAYS,
     BUDGET,
@@ -44,9 +42,9 @@ from musigma.cli.options import (
     with_headings,
 )
 from musigma.cli.runs import RunFolder, clear, decided_by_main, refuse_other_run
-from musigma.cli.screen import Screen, figure_text
+from musigma.cli.screen import Dashboard, Screen, figure_text
 from musigma.cli.threads import Threads
-from musigma.cli.trained import Trained, as_array, portable, read_data
+from musigma.cli.trained import Trained, as_array, device_named, portable, read_data
 from musigma.objectives import OBJECTIVES
 from musigma.training import TrainConfig, fit, join, leave, saved_state
 from musigma.zoo import ARCHITECTURES, build

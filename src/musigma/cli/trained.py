@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musigma.cli.devices import device_named
 from musigma.cli.options import Common, DataOptions, Reading, at_least_one, image_size
 from musigma.cli.outputs import check_out, rows_file
 from musigma.cli.screen import Screen
@@ -352,15 +352,59 @@ def portable(item: str) -> str:
 
 
 def class_number(label: str, names: Sequence[str], classes: int) -> int:
-    """The number of a class that is given by its name or its number; the name takes precedence."""
+    """The number of a class that is given by its name, or by its number unless names are numbers.
+
+    >>> class_number("dog", ["cat", "dog"], 2), class_number("0", ["cat", "dog"], 2)
+    (1, 0)
+    >>> class_number("10", ["1", "10", "2"], 3)
+    1
+    """
     if label in names:
         return list(names).index(label)
-    if label.isdecimal() and int(label) < classes:
+    named_by_numbers = bool(names) and all(name.isdecimal() for name in names)
+    if label.isdecimal() and int(label) < classes and not named_by_numbers:
         return int(label)
-    known = f", or one of {', '.join(names)}" if names else ""
-    raise ValueError(f"label: expected 0 to {classes - 1}{known}; got {label!r}")
+    expected = [] if named_by_numbers else [f"0 to {classes - 1}"]
+    expected += [f"one of {', '.join(names)}"] if names else []
+    raise ValueError(f"label: expected {', or '.join(expected)}; got {label!r}")
 
 
 def as_array(x: Tensor) -> np.ndarray:
     """A tensor as an array on the CPU."""
     return x.detach().cpu().numpy()
+
+
+def devices() -> list[str]:
+    """The devices of this machine, as `--device` takes them; the CPU is last."""
+    import torch
+
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if gpu is None:
+        return ["cpu"]
+    count = torch.accelerator.device_count()
+    return [*([gpu.type] if count == 1 else [f"{gpu.type}:{i}" for i in range(count)]), "cpu"]
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of a name, or the best one.
+
+    Raises:
+        ValueError: If this machine has no such device, naming those that it has.
+    """
+    import torch
+
+    name = name or devices()[0].partition(":")[0]
+    try:
+        device = torch.device(name)
+        if device == torch.device("cuda") and (local := os.environ.get("LOCAL_RANK")):
+            device = torch.device("cuda", int(local) % max(1, torch.cuda.device_count()))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        known = devices()
+        reason = ""
+        if name in known or f"{name}:0" in known:
+            reason = f" (it is found, but fails: {str(error).splitlines()[0]})"
+        raise ValueError(
+            f"device: {name!r} cannot be used on this machine{reason}; it has {', '.join(known)}"
+        ) from error
+    return device
