@@ -37,7 +37,7 @@ IMAGES = {
 SMALL = {"net": "mlp", "width": 2, "latents": 2, "likelihood": "bernoulli", "bits": 1}
 
 
-def made(name: str, dtype=torch.float32):
+def small_model(name: str, dtype=torch.float32):
     """A small model in which every parameter differs from its initial value."""
     torch.manual_seed(1)
     model = build(name.split()[0], (1, 8, 8), **IMAGES[name])
@@ -109,7 +109,7 @@ def refused(path, message: str = "safetensors"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", IMAGES)
 def test_round_trip_is_exact(tmp_path, name, dtype):
-    model = made(name, dtype)
+    model = small_model(name, dtype)
     checkpoint.save(model, tmp_path / "a.safetensors", extra={"note": ["ü", 1.5, None]})
     loaded, extra = checkpoint.read(tmp_path / "a.safetensors")
     assert extra == {"note": ["ü", 1.5, None]}
@@ -125,7 +125,7 @@ def test_round_trip_is_exact(tmp_path, name, dtype):
 
 @pytest.mark.parametrize("name", ["vae", "glow", "ladder"])
 def test_two_saves_are_the_same_bytes(tmp_path, name):
-    model = made(name)
+    model = small_model(name)
     checkpoint.save(model, tmp_path / "a.safetensors", extra={"b": 1, "a": 2})
     checkpoint.save(model, tmp_path / "b.safetensors", extra={"a": 2, "b": 1})
     checkpoint.save(checkpoint.load(tmp_path / "a.safetensors"), tmp_path / "c.safetensors")
@@ -143,7 +143,7 @@ def test_vectors_and_continuous_data(tmp_path):
 
 
 def test_memory_formats_do_not_change_the_file(tmp_path):
-    model = made("vae conv")
+    model = small_model("vae conv")
     checkpoint.save(model, tmp_path / "a.safetensors")
     model.to(memory_format=torch.channels_last)
     checkpoint.save(model, tmp_path / "b.safetensors")
@@ -151,7 +151,7 @@ def test_memory_formats_do_not_change_the_file(tmp_path):
 
 
 def test_extra_may_have_any_keys_that_json_can_write(tmp_path):
-    model = made("vae")
+    model = small_model("vae")
     checkpoint.save(model, tmp_path / "a.safetensors", extra={"t": {2: (1, 2), 10: 1e-300}})
     assert checkpoint.read(tmp_path / "a.safetensors")[1] == {"t": {"2": [1, 2], "10": 1e-300}}
 
@@ -184,7 +184,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(monkeypatch, fi
 
     monkeypatch.setattr("safetensors.torch.save_file", half)
     with pytest.raises(type(error)):
-        checkpoint.save(made("vae"), file)
+        checkpoint.save(small_model("vae"), file)
     assert file.read_bytes() == before
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
@@ -195,11 +195,11 @@ def test_an_error_of_safetensors_becomes_an_os_error(monkeypatch, file):
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match=r"model\.safetensors: cannot be written .*No space left"):
-        checkpoint.save(made("vae"), file)
+        checkpoint.save(small_model("vae"), file)
 
 
 def test_a_save_replaces_the_file_and_leaves_no_other(file):
-    model = made("vae")
+    model = small_model("vae")
     checkpoint.save(model, file)
     assert checkpoint.load(file).config == model.config
     assert [p.name for p in file.parent.iterdir()] == [file.name]
@@ -213,9 +213,9 @@ def test_a_checkpoint_has_the_usual_permissions(file):
 
 def test_saving_to_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        checkpoint.save(made("vae"), tmp_path / "none" / "a.safetensors")
+        checkpoint.save(small_model("vae"), tmp_path / "none" / "a.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
-        checkpoint.save(made("vae"), tmp_path)
+        checkpoint.save(small_model("vae"), tmp_path)
 
 
 # -- damage
@@ -452,5 +452,5 @@ def test_paths_that_are_not_files_are_refused(tmp_path):
 
 def test_paths_may_be_strings(tmp_path):
     path = str(tmp_path / "a.safetensors")
-    checkpoint.save(made("vae"), path)
+    checkpoint.save(small_model("vae"), path)
     assert checkpoint.load(path).config["architecture"] == "vae"

@@ -223,13 +223,13 @@ def open_flow(shape, *, bits: int | None = 3, depth: int = 2, context: int = 0) 
     """A flow of this file's layer and map."""
     d, levels = shape[0], 2 ** (bits or 3)
     layers = [Dequantize(StandardUniform(shape), levels), Rescale(1 / levels), Logit(1e-3)]
-    bend = SinhArcsinh()
+    skew = SinhArcsinh()
     for _ in range(depth):
-        kept = d // 2
-        made = MADE(bend.owners(d), hidden=[12], context=context)
-        net = MLP(kept, d - kept, hidden=[8], context=context)
-        layers += [ActNorm(d), Stretch(d, context), Coupling(net, map=bend)]
-        layers += [Autoregressive(made, map=bend), Elementwise((d,), map=bend)]
+        half = d // 2
+        made = MADE(skew.owners(d), hidden=[12], context=context)
+        net = MLP(half, d - half, hidden=[8], context=context)
+        layers += [ActNorm(d), Stretch(d, context), Coupling(net, map=skew)]
+        layers += [Autoregressive(made, map=skew), Elementwise((d,), map=skew)]
     return Chain(layers, Prior(StandardNormal((d,))))
 
 

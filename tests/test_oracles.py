@@ -73,7 +73,7 @@ def gaussian(weight, bias, std):
     return GaussianHead(net, event_ndims=weight.ndim - 1 if weight.ndim == 2 else 3)
 
 
-def off(a, b):
+def max_error(a, b):
     return float((a - b).detach().abs().max())
 
 
@@ -113,8 +113,8 @@ def test_ppca_with_the_exact_posterior_has_a_constant_weight(prior):
     """With the exact posterior, log w = log p(x) for every draw."""
     ppca = PPCA(prior)
     for _ in range(5):
-        assert off(ppca.model(ppca.x, closed_form=False).elbo, ppca.log_p) < 1e-10
-    assert off(ppca.model.iwae(ppca.x, 7, at_once=12), ppca.log_p) < 1e-10
+        assert max_error(ppca.model(ppca.x, closed_form=False).elbo, ppca.log_p) < 1e-10
+    assert max_error(ppca.model.iwae(ppca.x, 7, at_once=12), ppca.log_p) < 1e-10
 
 
 @pytest.mark.parametrize("prior", ["standard", "learned"])
@@ -124,7 +124,7 @@ def test_ppca_with_a_closed_form_kl(prior):
     trace = Trace(temperature=0.0, closed_form=True)
     ppca.model.infer(ppca.x, trace)
     elbo = trace.evidence(ppca.model.latents()).elbo - ppca.rest
-    assert off(elbo, ppca.log_p) < 1e-10
+    assert max_error(elbo, ppca.log_p) < 1e-10
 
 
 def test_bounds_of_a_wrong_posterior():
@@ -173,7 +173,7 @@ def test_nested_vae_of_scalars():
     truth = MultivariateNormal(mu + w[:, 0] * c, z_var * w @ w.T + torch.diag(noise**2))
     x = 2 * torch.randn(5, D)
     for _ in range(3):
-        assert off(model(x, closed_form=False).elbo, truth.log_prob(x)) < 1e-10
+        assert max_error(model(x, closed_form=False).elbo, truth.log_prob(x)) < 1e-10
     assert len(model.encode(x)) == 2
 
 
@@ -203,10 +203,10 @@ def test_linear_flow_is_a_multivariate_normal(shape):
     covariance = inverse @ torch.diag(base.variance.flatten()) @ inverse.T
     truth = MultivariateNormal(inverse @ (base.mean.flatten() - offset), covariance)
     x = torch.randn(6, *shape)
-    assert off(model.log_prob(x), truth.log_prob(x.flatten(1))) < 1e-10
+    assert max_error(model.log_prob(x), truth.log_prob(x.flatten(1))) < 1e-10
     drawn = model.as_distribution()
     assert drawn.event_shape == shape
-    assert off(drawn.log_prob(x.reshape(2, 3, *shape)).flatten(), model.log_prob(x)) == 0
+    assert max_error(drawn.log_prob(x.reshape(2, 3, *shape)).flatten(), model.log_prob(x)) == 0
     n = 20_000
     sample = drawn.sample((n,)).flatten(1)
     white = torch.linalg.solve(truth.scale_tril, (sample - truth.mean).T)
@@ -223,12 +223,12 @@ def test_a_conditional_model_is_a_distribution_for_each_row_of_its_context(spec)
     assert (dist.batch_shape, dist.event_shape) == ((5,), (3,))
     x = torch.randn(2, 5, 3)
     found = dist.log_prob(x)
-    assert off(found, torch.stack([model.log_prob(part, context) for part in x])) < 1e-12
+    assert max_error(found, torch.stack([model.log_prob(part, context) for part in x])) < 1e-12
     torch.manual_seed(0)
     drawn = dist.sample((2,))
     torch.manual_seed(0)
     twice = {name: torch.cat([t, t]) for name, t in context.items()}
-    assert off(drawn, model.sample(10, twice).reshape(2, 5, 3)) == 0
+    assert max_error(drawn, model.sample(10, twice).reshape(2, 5, 3)) == 0
 
 
 class Joined(nn.Module):
@@ -257,7 +257,7 @@ def test_linear_split_is_a_multivariate_normal():
     covariance = mix @ covariance @ mix.T
     truth = MultivariateNormal(mix @ mean, 0.5 * (covariance + covariance.T))
     x = torch.randn(5, 6)
-    assert off(model.log_prob(x), truth.log_prob(x)) < 1e-10
+    assert max_error(model.log_prob(x), truth.log_prob(x)) < 1e-10
 
 
 class Seen(nn.Module):
@@ -325,7 +325,7 @@ def test_linear_gaussian_ladder(spread):
     log_p, images = truth.log_prob(x), x.reshape(3, d, 1, 1)
     if spread == 1.0:
         for _ in range(4):
-            assert off(model(images, closed_form=False).elbo, log_p) < 1e-10
+            assert max_error(model(images, closed_form=False).elbo, log_p) < 1e-10
         n = 20_000
         sample = model.sample(n).flatten(1)
         white = torch.linalg.solve(truth.scale_tril, (sample - truth.mean).T)
@@ -619,11 +619,11 @@ def test_uniform_model_costs_exactly_its_bits(bits):
     )
     x = torch.randint(2**bits, (5, *shape))
     for _ in range(3):
-        assert off(model.bits_per_dim(x), torch.full((5,), float(bits))) < 1e-10
-    assert off(model.bits_per_dim(x, k=4), torch.full((5,), float(bits))) < 1e-10
+        assert max_error(model.bits_per_dim(x), torch.full((5,), float(bits))) < 1e-10
+    assert max_error(model.bits_per_dim(x, k=4), torch.full((5,), float(bits))) < 1e-10
     single = model.float().bits_per_dim(x)
     assert single.dtype == torch.float32
-    assert off(single, torch.full((5,), float(bits))) < 1e-5
+    assert max_error(single, torch.full((5,), float(bits))) < 1e-5
     assert torch.equal(model.decode(model.encode(x)).long(), x)
 
 
@@ -688,7 +688,10 @@ def test_a_registered_likelihood_serves_the_zoo(laplace, bits):
     model = build("vae", (1, 4, 4), bits=bits, **options)
     head = next(m for m in model.modules() if isinstance(m, LikelihoodHead))
     z, x = torch.randn(3, 2), torch.randn(3, 1, 4, 4)
-    assert off(head(z).log_prob(x), Laplace(head.net(z), 0.5).log_prob(x).sum((1, 2, 3))) < 1e-12
+    assert (
+        max_error(head(z).log_prob(x), Laplace(head.net(z), 0.5).log_prob(x).sum((1, 2, 3)))
+        < 1e-12
+    )
     x = x if bits is None else (16 * x.sigmoid()).floor()
     assert model.elbo(x).shape == (3,)
     with pytest.raises(ValueError, match="the library has a likelihood 'gaussian'"):
@@ -713,22 +716,22 @@ def test_optimal_gaussian():
     mse = (x - head.net(given)).square().mean()
     log_prob = head(given).log_prob(x)
     closed = -0.5 * 6 * (math.log(2 * math.pi) + mse.log() + 1)
-    assert off(log_prob.mean(), closed) < 1e-12
+    assert max_error(log_prob.mean(), closed) < 1e-12
     best = Normal(head.net(given), mse.sqrt()).log_prob(x).sum(1)
-    assert off(log_prob, best) < 1e-12
+    assert max_error(log_prob, best) < 1e-12
     for other in (0.9, 1.1):  # and no other variance is better
         assert Normal(head.net(given), other * mse.sqrt()).log_prob(x).sum() < best.sum()
     assert head.log_std == 0, "scoring must not move the running value"
     head.after_step()
     running = 0.25 * 0.5 * mse.log()
-    assert off(head.log_std, running) < 1e-12
+    assert max_error(head.log_std, running) < 1e-12
     head.after_step()
-    assert off(head.log_std, running) < 1e-12, "nothing was scored since the last step"
+    assert max_error(head.log_std, running) < 1e-12, "nothing was scored since the last step"
     kept = copy.deepcopy(head.state_dict())
     head(given).log_prob(x)
     head.load_state_dict(kept)
     head.after_step()
-    assert off(head.log_std, running) < 1e-12, "a loaded head has scored nothing"
+    assert max_error(head.log_std, running) < 1e-12, "a loaded head has scored nothing"
     with torch.no_grad():
         head(given).log_prob(x + 100)  # scored, but not for training
     head(given).log_prob(torch.full_like(x, math.nan))
@@ -737,17 +740,21 @@ def test_optimal_gaussian():
     head.after_step()
     mse_of_parts = (x - head.net(given))[:4].square().mean()
     running = running.lerp(0.5 * mse_of_parts.log(), 0.25)
-    assert off(head.log_std, running) < 1e-12
+    assert max_error(head.log_std, running) < 1e-12
     head.eval()
     assert (
-        off(head(given).log_prob(x), Normal(head.net(given), running.exp()).log_prob(x).sum(1))
+        max_error(
+            head(given).log_prob(x), Normal(head.net(given), running.exp()).log_prob(x).sum(1)
+        )
         < 1e-12
     )
-    assert off(head.log_std, running) < 1e-12, "evaluation must not move it"
-    assert off(head(given[:1]).log_prob(x[:1]), head(given).log_prob(x)[:1]) < 1e-12
+    assert max_error(head.log_std, running) < 1e-12, "evaluation must not move it"
+    assert max_error(head(given[:1]).log_prob(x[:1]), head(given).log_prob(x)[:1]) < 1e-12
     head.train()
     perfect = head(given).log_prob(head.net(given)).mean()
-    assert off(perfect, torch.tensor(6 * (6 - 0.5 * math.log(2 * math.pi)))) < 1e-9  # log σ = -6
+    assert (
+        max_error(perfect, torch.tensor(6 * (6 - 0.5 * math.log(2 * math.pi)))) < 1e-9
+    )  # log σ = -6
 
 
 # -- a large Glow
@@ -795,7 +802,7 @@ def test_glow_decodes_real_numbers_to_rounding(glows, dtype, tolerance):
     with torch.no_grad():
         for whiten in (False, True):
             latents = model.encode(x, whiten=whiten)
-            assert off(model.decode(latents, whiten=whiten), x) < tolerance
+            assert max_error(model.decode(latents, whiten=whiten), x) < tolerance
 
 
 def test_glow_in_bfloat16(glows):
@@ -833,22 +840,25 @@ def test_interpolation_ends_at_its_ends(path, context):
     with torch.no_grad():
         frames = model.interpolate(x0, x1, 5, *given, path=path)
         assert frames.shape == (5, 5, 4)
-        assert off(frames[:, 0], x0) < 1e-9
-        assert off(frames[:, -1], x1) < 1e-9
+        assert max_error(frames[:, 0], x0) < 1e-9
+        assert max_error(frames[:, -1], x1) < 1e-9
         still = model.interpolate(x0, x0, 3, given[0], path=path)
-        assert off(still, x0[:, None]) < 1e-9
+        assert max_error(still, x0[:, None]) < 1e-9
         if context:
             return
         ends = [model.encode(x, whiten=True)[0] for x in (x0, x1)]
         for i, t in enumerate(torch.linspace(0, 1, 5)):
             z = model.encode(frames[:, i], whiten=True)[0]
             if path == "linear":
-                assert off(z, torch.lerp(*ends, t)) < 1e-9
+                assert max_error(z, torch.lerp(*ends, t)) < 1e-9
                 continue
             lengths = torch.lerp(ends[0].norm(dim=1), ends[1].norm(dim=1), t)
-            assert off(z.norm(dim=1), lengths) < 1e-9
+            assert max_error(z.norm(dim=1), lengths) < 1e-9
             angle = torch.acos(F.cosine_similarity(*ends))
-            assert off(torch.acos(F.cosine_similarity(ends[0], z).clamp(-1, 1)), t * angle) < 1e-6
+            assert (
+                max_error(torch.acos(F.cosine_similarity(ends[0], z).clamp(-1, 1)), t * angle)
+                < 1e-6
+            )
 
 
 def test_interpolation_of_images_ends_at_its_ends():
@@ -937,7 +947,7 @@ def test_the_classifier_of_a_glow(labels, weight):
     torch.manual_seed(1)
     e = model(x, y)
     torch.manual_seed(1)
-    assert off(e.elbo, without(x, y).elbo) < 1e-12
+    assert max_error(e.elbo, without(x, y).elbo) < 1e-12
     torch.manual_seed(1)
     top = model.encode(x, y)[0]
     logits = top.mean((2, 3)) @ model.layers[-1].linear.weight.T + model.layers[-1].linear.bias
@@ -945,7 +955,7 @@ def test_the_classifier_of_a_glow(labels, weight):
         log_q = -F.cross_entropy(logits, y.argmax(1), reduction="none")
     else:
         log_q = -F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(1)
-    assert off(e.auxiliary, weight * log_q) < 1e-12
+    assert max_error(e.auxiliary, weight * log_q) < 1e-12
     assert model.sample(3, y[:3]).shape == (3, 1, 8, 8)
     with pytest.raises(ValueError, match="classifier: needs a conditional model"):
         build("published_glow", (1, 8, 8), classifier=labels)
@@ -961,7 +971,7 @@ def test_a_class_may_condition_only_the_top_prior():
     ):
         assert torch.equal(a, b)
     a, b = (model.encode(x, c, mode=True, whiten=True) for c in (one, other))
-    assert off(a[0], b[0]) > 1e-3
+    assert max_error(a[0], b[0]) > 1e-3
     assert torch.equal(a[1], b[1])
     with pytest.raises(ValueError, match="conditioned: expected 'all' or 'top'"):
         build("published_glow", (1, 8, 8), conditioned="some")
@@ -981,7 +991,7 @@ def test_continuous_removes_preprocessing_layers():
     figure = glow.elbo(x)
     torch.manual_seed(0)
     y = (x + torch.rand(3, 1, 8, 8, dtype=torch.float64)) / 16 - 0.5
-    assert off(figure, flow.log_prob(y) - 64 * math.log(16)) < 1e-10
+    assert max_error(figure, flow.log_prob(y) - 64 * math.log(16)) < 1e-10
     assert {id(p) for p in flow.parameters()} == {id(p) for p in glow.parameters()}
     assert flow.continuous() is flow
     vae = build("vae", (1, 3, 3), bits=3, likelihood="gaussian", latents=3, width=6, net="mlp")
@@ -993,9 +1003,9 @@ def test_continuous_removes_preprocessing_layers():
     figure = kl.elbo(x)
     torch.manual_seed(0)
     wide = (x + torch.rand(3, 1, 8, 8, dtype=torch.float64)) / 8 - 1  # images in [-1, 1]
-    assert off(figure, kl.continuous().elbo(wide) - 64 * math.log(8)) < 1e-9
+    assert max_error(figure, kl.continuous().elbo(wide) - 64 * math.log(8)) < 1e-9
     logit = randomized(build("glow", (1, 8, 8), bits=4, levels=2, depth=1, hidden=6))
-    assert off(logit.continuous().decode(logit.continuous().encode(y + 0.5)), y + 0.5) < 1e-9
+    assert max_error(logit.continuous().decode(logit.continuous().encode(y + 0.5)), y + 0.5) < 1e-9
 
 
 def test_evidence_equals_the_terms_of_the_distributions():
@@ -1011,10 +1021,12 @@ def test_evidence_equals_the_terms_of_the_distributions():
     q, p = model.prior.encoder(y), StandardNormal((3,)).double()()
     z = q.rsample()
     levels = model.prior.decoder(z).log_prob(y) - 9 * math.log(8)
-    assert off(e.elbo, e.log_px - e.kl.sum(1) - e.log_q + e.log_det) < 1e-12
-    assert off(e.kl[:, 0], kl_divergence(q, p)) < 1e-12
-    assert off(e.log_px, levels) < 1e-12, "log p of the levels, with the constant of the units"
-    assert off(e.elbo, levels - kl_divergence(q, p)) < 1e-12
+    assert max_error(e.elbo, e.log_px - e.kl.sum(1) - e.log_q + e.log_det) < 1e-12
+    assert max_error(e.kl[:, 0], kl_divergence(q, p)) < 1e-12
+    assert max_error(e.log_px, levels) < 1e-12, (
+        "log p of the levels, with the constant of the units"
+    )
+    assert max_error(e.elbo, levels - kl_divergence(q, p)) < 1e-12
     z = model.encode(x)
     assert [t.shape for t in z] == [(4, 3)]
     with pytest.raises(TypeError, match=r"use elbo\(x\), or iwae"):
