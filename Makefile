@@ -7,10 +7,10 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	@mkdir -p demo
-	$(BIN)/musigma train vae mnist-5k --conditional --binarize threshold --net mlp --latents 16 \
-	    --minutes 0.4 --patience 3 --out demo/vae --overwrite
+	$(BIN)/musigma train vae mnist-5k --conditional --binarize threshold --net mlp \
+	    --latents 10 --prior flow --minutes 0.5 --patience 3 --out demo/vae --overwrite
 	$(BIN)/musigma train glow mnist-5k --conditional --hidden 64 --depth 6 --batch-size 32 \
-	    --minutes 1.5 --patience 3 --out demo/glow --overwrite
+	    --minutes 1.6 --patience 3 --out demo/glow --overwrite
 	$(BIN)/python examples/demo/page.py table demo
 	$(BIN)/musigma train maf demo/tumours.csv --hidden 64 --depth 3 --ema 0.95 \
 	    --optimizer adamw --weight-decay 0.1 --epochs 60 --evaluations 20 --patience 3 \

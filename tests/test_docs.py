@@ -22,34 +22,49 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """A folder of images of two classes, with several sizes and formats."""
+    """A folder of images of two classes, with several sizes and formats, and a table."""
     random = np.random.default_rng(0)
     for i in range(30):
         folder = tmp_path / "photos" / ("cats" if i % 2 else "dogs")
         folder.mkdir(parents=True, exist_ok=True)
         pixels = random.integers(0, 256, (40 + i % 3, 50, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:02}.{'png' if i % 3 else 'jpg'}")
+    rows = random.normal(size=(40, 3))
+    text = "\n".join(",".join(f"{value:.6f}" for value in row) for row in rows)
+    (tmp_path / "table.csv").write_text(f"height,width,weight\n{text}\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_every_command_of_the_readme(photos, capsys):
-    commands = [
-        line
-        for block in blocks(ROOT / "README.md", "sh")
-        for line in block.splitlines()
-        if not line.startswith(". .venv")
-    ]
-    assert len(commands) > 15
-    mine = next(b for b in blocks(ROOT / "README.md", "python") if b.startswith("# mine.py"))
-    (photos / "mine.py").write_text(mine)
+def run_commands(page: Path, folder: Path) -> list[str]:
+    """Run the commands of a page, unchanged except for the budget."""
+    commands = [line for block in blocks(page, "sh") for line in block.splitlines()]
     for command in commands:
-        # unchanged except for the budget
         words = re.sub(r"--minutes \d+", "--steps 4 --evaluations 1", command).split()
         assert words[0] == "musigma"
         main(words[1:])
         if "--out" in words:
-            assert (photos / words[words.index("--out") + 1]).stat().st_size > 100, command
+            assert (folder / words[words.index("--out") + 1]).stat().st_size > 100, command
+    return commands
+
+
+def test_every_command_of_the_readme(photos, capsys):
+    mine = next(b for b in blocks(ROOT / "README.md", "python") if b.startswith("# mine.py"))
+    (photos / "mine.py").write_text(mine)
+    commands = run_commands(ROOT / "README.md", photos)
+    assert len(commands) == 12
+    out = capsys.readouterr().out
+    # each door ends in a figure with its error
+    figures = re.findall(r"^-?[\d.]+ ± [\d.]+ bits/dim.*; held-out", out, re.MULTILINE)
+    doors = [c for c in commands if c.startswith("musigma evaluate")]
+    assert len(figures) == len(doors) == 3
+    assert commands[3::4] == doors
+    assert (photos / "new-rows.csv").read_text().startswith("height,width,weight\n")
+
+
+def test_every_command_of_the_tour(photos, capsys):
+    commands = run_commands(ROOT / "docs" / "commands.md", photos)
+    assert len(commands) > 15
     out = capsys.readouterr().out
     assert "bits/dim" in out
     table = (photos / "scores.csv").read_text().splitlines()
