@@ -511,7 +511,7 @@ def test_grey_images_are_scored_by_a_model_of_colour_images(workdir, run_json, c
     photos(workdir / "grey", 20, (8, 8))
     assert run_json("score glow grey --out s.csv")["n"] == 20
     assert call("evaluate glow grey") == 0
-    assert "grey images are made RGB" in capsys.readouterr().err
+    assert "gray images are made RGB" in capsys.readouterr().err
 
 
 def test_bad_images_can_be_skipped(workdir, capsys):

@@ -470,7 +470,7 @@ def test_images_that_are_not_as_the_others_are_told_of(tmp_path, monkeypatch, in
     save_image(folder / "9.png", COLOR[0])
     for _ in range(2):  # and again when it is known already
         grey, moving = load(folder, in_memory=in_memory).notes
-        assert "grey images are made RGB, as the others are: 3 of 6, such as 0.png" in grey
+        assert "gray images are made RGB, as the others are: 3 of 6, such as 0.png" in grey
         assert "several frames in an image the first is used: 1 of 6, such as 7.gif" in moving
 
 

@@ -579,7 +579,7 @@ def test_grey_images_are_read_for_a_model_of_color(tmp_path, monkeypatch, in_mem
         data = load(source, channels=3, in_memory=in_memory)
         np.testing.assert_array_equal(data.x, np.repeat(GREY, 3, 1))
         assert data.split("train").shape == (3, 9, 7)
-        assert "grey images are made RGB, as the model's are" in data.notes[-1]
+        assert "gray images are made RGB, as the model's are" in data.notes[-1]
     mixed = save_folder(tmp_path / "mixed", GREY)
     save_image(mixed / "z.png", COLOR[0])  # as in training on a folder with both
     np.testing.assert_array_equal(load(mixed).x[:6], np.repeat(GREY, 3, 1))

@@ -590,8 +590,8 @@ GREY = np.zeros((4, 1, 8, 8), np.uint8)
 @pytest.mark.parametrize(
     ("array", "bits", "message"),
     [
-        (np.zeros((4, 3, 8, 8), np.uint8), 8, "for grey images, and these are color"),
-        (np.zeros((4, 2, 8, 8), np.uint8), 8, "for grey images, and these are 2-channel"),
+        (np.zeros((4, 3, 8, 8), np.uint8), 8, "for gray images, and these are color"),
+        (np.zeros((4, 2, 8, 8), np.uint8), 8, "for gray images, and these are 2-channel"),
         (np.zeros((4, 1, 16, 16), np.uint8), 8, "--size 8 resizes the images"),
         (np.zeros((4, 64), np.float32), None, r"shape \(1, 8, 8\), and these data have \(64,\)"),
         (GREY, 5, "takes 8-bit levels, and these data hold 5-bit levels"),

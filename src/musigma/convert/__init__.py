@@ -190,7 +190,7 @@ def _preprocess(model: Model) -> dict[str, Any]:
     """How images are prepared for this model."""
     bits, shape = model.config["options"]["bits"], model.config["shape"]
     size = shape[1] if len(shape) == 3 and shape[1] == shape[2] else None
-    if bits == 1:  # cross-entropy with grey values is the mean over such draws
+    if bits == 1:  # cross-entropy with gray values is the mean over such draws
         return {"size": size, "binarize": "dynamic"}
     return {"size": size, "bits": bits or 8}
 

@@ -359,7 +359,7 @@ def load(
             of columns (`x_*`), which then are no part of x; or files with a row for each example
             (`attach`).
         columns: The columns of a table that a model needs, in its order. Others are left out.
-        channels: 3 makes grey images RGB.
+        channels: 3 makes gray images RGB.
         skip_bad: Leave out images and rows that cannot be used; `Dataset.skipped` names them.
         allow_constant: Accept constant columns: harmless for scoring with a trained model, but
             not for training, where the density of such a column is infinite.

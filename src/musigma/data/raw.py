@@ -52,7 +52,7 @@ class Request:
         size: Height and width that images are resized to.
         skip_bad: Leave out images and rows that cannot be used.
         in_memory: Whether arrays are made in memory; by default those that fit are.
-        channels: 3 makes grey images RGB.
+        channels: 3 makes gray images RGB.
         columns: The columns of a table that are wanted, in this order; None: all.
         given: Patterns of columns that examples are given with; they are no part of x.
         report: Called with (done, total).

@@ -40,7 +40,7 @@ def check(model: Model, data: Dataset) -> None:
         if len(data.shape) == len(spec.shape) == 3:
             channels, height, width = spec.shape
             if data.shape[0] != channels:
-                names = {1: "grey", 3: "color"}
+                names = {1: "gray", 3: "color"}
                 kinds = [names.get(c, f"{c}-channel") for c in (channels, data.shape[0])]
                 hint = f"; the model is for {kinds[0]} images, and these are {kinds[1]}"
             else:

@@ -44,7 +44,7 @@ def pixels(images: Any, levels: int = 256) -> np.ndarray:
     Args:
         images: Levels, an array or tensor (N, C, H, W) of any numeric type. Values outside
             0..levels-1 are clipped. The first three channels are red, green and blue; with 1 or 2
-            channels, the first is grey.
+            channels, the first is gray.
         levels: Number of levels.
 
     Returns:
@@ -94,7 +94,7 @@ def grid(
             their longer side `CELL` pixels.
 
     Returns:
-        A `PIL.Image.Image`, grey or color, with alpha.
+        A `PIL.Image.Image`, gray or color, with alpha.
 
     Raises:
         ValueError: As in `pixels`; or if a number is below 1.
@@ -127,7 +127,7 @@ def rows(
         scale: As in `grid`.
 
     Returns:
-        A `PIL.Image.Image`, grey or color, with alpha.
+        A `PIL.Image.Image`, gray or color, with alpha.
 
     Raises:
         ValueError: If there are no sets, or they differ in shape.

@@ -80,7 +80,7 @@ def read(source: str | Path, *, allow_constant: bool = False, **options: Any) ->
         if isinstance(found.x, np.ndarray):
             found = _resized(found, request)
         if request.channels == 3 and found.x.shape[1] == 1:
-            request.note("grey images are made RGB, as the model's are")
+            request.note("gray images are made RGB, as the model's are")
             found = _in_color(found)
     if request.in_memory and isinstance(found.x, np.memmap):
         found = replace(found, x=np.array(found.x))
@@ -98,7 +98,7 @@ def _resized(found: RawData, request: Request) -> RawData:
 
 
 def _in_color(found: RawData) -> RawData:
-    """Grey images as RGB: the levels are repeated when they are read."""
+    """Gray images as RGB: the levels are repeated when they are read."""
     n, _, *size = found.x.shape
     shape = (n, 3, *size)
     if isinstance(found.x, LazyImages):

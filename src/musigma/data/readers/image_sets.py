@@ -334,7 +334,7 @@ def _raw(
         request.note(text)
     color, several = arrays["headers"][:, 2:].T.astype(bool)
     for which, what in (
-        (~color & color.any(), "grey images are made RGB, as the others are"),
+        (~color & color.any(), "gray images are made RGB, as the others are"),
         (several, "of several frames in an image the first is used"),
     ):
         if which.any():
