@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from musigma.cli import main
+from musigma.cli import app, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -70,6 +70,29 @@ def test_every_command_of_the_tour(photos, capsys):
     table = (photos / "scores.csv").read_text().splitlines()
     assert len(table) == 31
     assert table[0].startswith("index,id,label,bits_per_dim,nats")
+
+
+def test_every_command_of_the_page_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    people = ["age,sex,height,weight"]
+    for i in range(60):
+        age, height, weight = random.normal(size=3) * (10, 8, 9) + (40, 170, 70)
+        people.append(f"{age},{'fm'[i % 2]},{height},{weight}")
+    Path("people.csv").write_text("\n".join(people))
+    Path("two.csv").write_text("age,sex\n30,f\n50,m\n")
+    (block,) = blocks(ROOT / "docs" / "command-line.md", "sh")
+    for command in block.splitlines():
+        words = command.replace("--minutes 1", "--steps 2 --evaluations 1").split()
+        main(words[1:])
+    samples = Path("samples.csv").read_text().splitlines()
+    assert (samples[0], len(samples)) == ("height,weight", 201)
+
+
+def test_the_page_on_the_command_line_lists_all_commands():
+    listed = " ".join(re.findall(r"`([^`]*)`", (ROOT / "docs/command-line.md").read_text()))
+    for name in app:
+        assert name.startswith("-") or re.search(rf"\b{name}\b", listed), name
 
 
 def test_the_makefile_has_the_two_commands_that_the_readme_names():
