@@ -11,7 +11,9 @@ demo: .venv/ready
 	    --latents 10 --prior flow --minutes 0.5 --patience 3 --out demo/vae --overwrite
 	$(BIN)/musigma train glow mnist-5k --conditional --hidden 64 --depth 6 --batch-size 32 \
 	    --minutes 1.6 --patience 3 --out demo/glow --overwrite
-	$(BIN)/python examples/demo/page.py table demo
+	@$(BIN)/musigma sample demo/glow --temperatures 0.6,0.8,1 --n 20 --out demo/temperatures.png
+	@$(BIN)/python examples/demo/page.py temperatures demo
+	@$(BIN)/python examples/demo/page.py table demo
 	$(BIN)/musigma train maf demo/tumours.csv --hidden 64 --depth 3 --ema 0.95 \
 	    --optimizer adamw --weight-decay 0.1 --epochs 60 --evaluations 20 --patience 3 \
 	    --out demo/tumours --overwrite
@@ -21,9 +23,9 @@ demo: .venv/ready
 	@$(BIN)/musigma compress demo/glow mnist-5k demo/digits.mus --split held-out --json \
 	    > demo/compress-glow.json
 	@$(BIN)/python examples/demo/page.py compression demo
-	@$(BIN)/musigma report demo/vae demo/glow demo/tumours --section demo/rows.json \
-	    --section demo/audit.json --section demo/compression.json --title "musigma: demo" \
-	    --out demo/index.html
+	@$(BIN)/musigma report demo/vae demo/glow demo/tumours --section demo/temperatures.json \
+	    --section demo/rows.json --section demo/audit.json --section demo/compression.json \
+	    --title "musigma: demo" --out demo/index.html
 
 test: .venv/ready
 	$(BIN)/ruff check .
