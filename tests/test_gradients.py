@@ -1,19 +1,23 @@
 """Gradient estimators of draws that cannot be reparameterized."""
 
+import functools
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, Normal
 
-from musigma import VAE, DiagonalGaussian, Prior, Recorder, objectives
+import musigma
+from musigma import VAE, DiagonalGaussian, Prior, Recorder, TrainConfig, objectives
 from musigma.distributions import OneHotHead, OneHotLatents, UniformOneHot, likelihood
 from musigma.gaussian import GaussianHead
 from musigma.nets import MLP
 from musigma.testing import check_head, check_model, randomized
 from musigma.trace import Trace, with_gradient
+from musigma.training.step import ObjectivePass
 
 VARIABLES, CLASSES, WIDTH = 2, 3, 5
 
@@ -84,6 +88,66 @@ def test_the_score_function_estimator_is_unbiased():
         [gradient_of(-model(x).elbo.mean(), model) for _ in range(200)]
     )  # without the score term, the encoder's gradient differs
     assert ((pathwise.mean(0) - truth).abs() > 10 * pathwise.std(0) / math.sqrt(200)).any()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda record: objectives.elbo(record),
+        functools.partial(objectives.beta_elbo, beta=1.0),
+        lambda record: -record.terms.elbo,
+    ],
+    ids=["calls another", "partial", "of the evidence"],
+)
+def test_the_score_function_term_is_added_once(objective):
+    model, x = categorical_vae("score"), data()
+
+    torch.manual_seed(1)
+    truth = gradient_of(objectives.elbo(model(x)).mean(), model)
+    torch.manual_seed(1)
+    nats = ObjectivePass(model, TrainConfig(steps=1), objective, nullcontext)(x, None, 0.0)[0]
+    torch.testing.assert_close(gradient_of(nats.mean(), model), truth, rtol=0, atol=0)
+
+
+def test_a_registered_objective_that_calls_another_adds_the_score_once(monkeypatch):
+    monkeypatch.setattr(objectives, "OBJECTIVES", {})
+    nested = objectives.objective(lambda evidence: objectives.elbo(evidence))
+    model, x = categorical_vae("score"), data()
+    torch.manual_seed(1)
+    evidence = model(x)
+    torch.testing.assert_close(
+        *(gradient_of_twice(f(evidence).mean(), model) for f in (nested, objectives.elbo))
+    )
+
+
+def gradient_of_twice(loss, model):
+    grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+def vae_over_a_vae(lower, upper):
+    """q(z1 | x) has 3 values, q(z2 | z1) has 2."""
+    torch.manual_seed(0)
+    encoder = OneHotHead(MLP(4, 3, hidden=[5]), 1, 3, gradient=lower)
+    net = MLP(3, 4, hidden=[5])
+    decoder = likelihood("bernoulli", (4,), lambda _: net, levels=2)
+    prior = VAE(
+        OneHotHead(MLP(3, 2, hidden=[5]), 1, 2, gradient=upper),
+        OneHotHead(MLP(2, 3, hidden=[5]), 1, 3),
+        Prior(UniformOneHot(1, 2)),
+    )
+    return randomized(VAE(encoder, decoder, prior), seed=1)
+
+
+@pytest.mark.parametrize(("lower", "upper"), [("score", "enumerate"), ("enumerate", "score")])
+def test_estimators_of_several_latents_are_unbiased_together(lower, upper):
+    x = torch.randint(0, 2, (3, 4), generator=torch.Generator().manual_seed(0)).double()
+    exact = vae_over_a_vae("enumerate", "enumerate")
+    truth = gradient_of(objectives.elbo(exact(x)).mean(), exact)
+    model, n = vae_over_a_vae(lower, upper), 600
+    torch.manual_seed(5)
+    draws = torch.stack([gradient_of(objectives.elbo(model(x)).mean(), model) for _ in range(n)])
+    assert ((draws.mean(0) - truth).abs() <= 4.5 * draws.std(0) / math.sqrt(n) + 1e-12).all()
 
 
 def test_the_baseline_lowers_the_variance_and_keeps_the_value():
@@ -199,6 +263,13 @@ def test_a_closed_form_kl_is_not_marked_as_sampled():
     model.prior.head.forward = lambda *_: DiagonalGaussian(torch.zeros(3), torch.zeros(3), 1)
     assert not model(torch.randn(2, 5)).kl_sampled.any()
     assert model(torch.randn(2, 5), closed_form=False).kl_sampled.all()
+
+
+def test_no_latent_of_an_exact_flow_is_reported_as_an_estimate():
+    flow = musigma.build("realnvp", (4,), bits=None, depth=1)
+    assert not flow(torch.randn(3, 4)).kl_sampled.any()
+    dequantized = musigma.build("realnvp", (4,), bits=3, depth=1)
+    assert dequantized(torch.zeros(3, 4)).kl_sampled.all()
 
 
 # -- errors in a user's code

@@ -21,6 +21,12 @@ MODELS = {
     "glow, plain": ("glow", (3, 8, 8), {"depth": 2, "hidden": 8, "permutation": "conv"}),
     "realnvp": ("realnvp", (2, 8, 8), {"depth": 2, "hidden": 8}),
     "realnvp, vectors": ("realnvp", (7,), {"depth": 6, "hidden": 16}),
+    "nsf": ("nsf", (5,), {"bits": 8, "depth": 2, "hidden": 8}),
+    "nsf, autoregressive": (
+        "nsf",
+        (5,),
+        {"bits": 8, "kind": "autoregressive", "depth": 2, "hidden": 8, "context": 3},
+    ),
     "vae, flow prior": ("vae", (1, 8, 8), {"prior": "flow", "width": 8}),
 }
 

@@ -68,11 +68,7 @@ def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = No
         ValueError: If the model was composed by hand, so no configuration rebuilds it.
         OSError: If the file cannot be written; an existing file does not change.
     """
-    if not model.config:
-        raise ValueError(
-            "model: this one was composed by hand, so a file could not say how to build it; "
-            "make its builder an @musigma.architecture, or save model.state_dict() yourself"
-        )
+    require_config(model)
     header = {
         "format": FORMAT,
         "version": __version__,
@@ -80,6 +76,19 @@ def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = No
         "extra": dict(extra or {}),
     }
     write(path, header, model.state_dict())
+
+
+def require_config(model: Model) -> None:
+    """Refuse a model that no file could say how to build.
+
+    Raises:
+        ValueError: If it was composed by hand.
+    """
+    if not model.config:
+        raise ValueError(
+            "model: this one was composed by hand, so a file could not say how to build it; "
+            "make its builder an @musigma.architecture, or save model.state_dict() yourself"
+        )
 
 
 def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -61,14 +61,34 @@ def lerp(a: Context, b: Context, t: float) -> Context:
 def conditioned(net: nn.Module, *given: Any) -> Any:
     """``net(*given)``, without the last argument, the context, if it is None or net has none."""
     *inputs, context = given
-    if context is None or not takes_context(type(net), len(given)):
+    way = None if context is None else takes_context(type(_unwrapped(net)), len(given))
+    if way is None:
         return net(*inputs)
-    return net(*inputs, context)
+    return net(*inputs, context) if way == "position" else net(*inputs, context=context)
+
+
+def _unwrapped(net: nn.Module) -> nn.Module:
+    """The module within those of `torch.compile` and of data parallelism, which take anything."""
+    while (inner := getattr(net, "_orig_mod", None)) is not None or (
+        isinstance(inner := getattr(net, "module", None), nn.Module)
+        and type(net).__module__.startswith("torch.")
+    ):
+        net = inner
+    return net
 
 
 @functools.cache
-def takes_context(kind: type[nn.Module], n: int) -> bool:
-    """Whether the forward method of a module type takes n positional arguments."""
-    parameters = inspect.signature(kind.forward).parameters.values()
+def takes_context(kind: type[nn.Module], n: int) -> Literal["position", "keyword"] | None:
+    """How the forward method of a module type takes a context as the last of n arguments.
+
+    By position or keyword if a parameter is called `context`. Otherwise by position, if it has an
+    n-th parameter that is required or None by default, or takes any number of them.
+    """
+    signature = inspect.signature(kind.forward).parameters
+    parameters = list(signature.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > n or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    last = positional[n] if len(positional) > n else None  # the first is self
+    if "context" in signature:
+        return "position" if last is signature["context"] else "keyword"
+    fits = last is not None and (last.default is None or last.default is last.empty)
+    return "position" if fits or any(p.kind is p.VAR_POSITIONAL for p in parameters) else None

@@ -140,6 +140,8 @@ class Runner:
         """The output of a run of layers, and the log-determinant (B,) of each."""
         if self.mode == "store" or not torch.is_grad_enabled():
             return _stored(layers, x, context)
+        if self.mode == "reversible" and isinstance(context, Mapping):
+            self.fallbacks[start] = "its context is a mapping; embed it in a tensor (Conditional)"
         if self.mode == "checkpoint" or start in self.fallbacks or torch.compiler.is_compiling():
             return _checkpointed(layers, x, context)
         return self._reversible(layers, x, context, start)

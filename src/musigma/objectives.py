@@ -76,7 +76,8 @@ def objective(function: F) -> F:
     @functools.wraps(function)
     def wrapped(record: Evidence | Recorder, *args: Any, **options: Any) -> Tensor:
         evidence = terms_of(record)
-        return surrogate(function(evidence, *args, **options), evidence)
+        within = evidence._replace(score=evidence.score.detach())  # an objective may call another
+        return surrogate(function(within, *args, **options), evidence)
 
     wrapped.applies_surrogate = True  # pyright: ignore[reportAttributeAccessIssue]
     OBJECTIVES[function.__name__.replace("_", "-")] = wrapped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "channels_last", "per_example", "sum_event"]
+__all__ = ["at_least_float32", "channels_last", "moments", "per_example", "sum_event"]
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -28,3 +28,14 @@ def per_example(weight: float | Tensor, value: Tensor) -> float | Tensor:
     if isinstance(weight, Tensor) and weight.ndim == 1:
         return weight.to(value).reshape(-1, *(1,) * (value.ndim - 1))
     return weight
+
+
+def moments(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the rows, in float64 on the CPU.
+
+    The standard deviation is 1 where all rows are equal, up to the rounding of the tensor's type.
+    """
+    eps = torch.finfo(t.dtype if t.is_floating_point() else torch.float64).eps
+    t = t.to("cpu", torch.float64)
+    mean, std = t.mean(0), t.std(0, correction=0)
+    return mean, torch.where(std > 4 * eps * mean.abs(), std, torch.ones_like(std))

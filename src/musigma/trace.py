@@ -50,7 +50,8 @@ class Evidence(NamedTuple):
             They are not part of log w, of the ELBO, or of any figure.
         score: log q of the draws whose gradient is the score-function estimator, (B,); zero if
             every draw is reparameterized. `musigma.objectives.surrogate` uses it.
-        kl_sampled: Whether a column of `kl` is a single-draw estimate, bool (B, latents).
+        kl_sampled: Whether a column of `kl` is a single-draw estimate, bool (B, latents); false
+            for a flow in which nothing is drawn.
     """
 
     log_px: Tensor
@@ -249,7 +250,8 @@ class Trace:
         log_px = log_px - sum(v for s, v in self.log_q.items() if s in self.below)
         columns = [self.kl[s] if s in self.kl else -self.log_p[s] for s in latents]
         kl = torch.stack(columns, 1) if columns else zero.new_zeros(len(zero), 0)
-        sampled = torch.tensor([s not in self.closed for s in latents], dtype=torch.bool)
+        drawn = bool(self.kl or self.log_q)
+        sampled = [drawn and s not in self.closed for s in latents]
         return Evidence(
             log_px=log_px,
             kl=kl,
@@ -257,7 +259,7 @@ class Trace:
             log_det=sum((v for s, v in self.log_det.items() if s not in self.below), zero),
             auxiliary=sum(self.auxiliaries.values(), zero),
             score=sum(self.scores.values(), zero),
-            kl_sampled=sampled.to(kl.device).expand(kl.shape),
+            kl_sampled=torch.tensor(sampled, dtype=torch.bool, device=kl.device).expand(kl.shape),
         )
 
     # -- how
@@ -326,6 +328,12 @@ class Trace:
     def _record(terms: dict[Site, Tensor], site: Site, term: Tensor) -> None:
         if site in terms:
             refuse_twins([site, site])
+        if getattr(term, "ndim", 0) != 1:
+            raise ValueError(
+                f"{type(site).__name__}: expected a term of shape (B,), one number per example; "
+                f"got {tuple(getattr(term, 'shape', ()))}; sum over the event, as "
+                "torch.distributions.Independent does for the dimensions of a distribution"
+            )
         terms[site] = term
 
 

@@ -45,9 +45,10 @@ class ModelDistribution(Distribution):
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density in nats: ``value.shape`` without the event dimensions."""
+        """Log density in nats: ``value.shape`` without the event dimensions, broadcast."""
         batch = value.shape[: value.ndim - len(self.event_shape)]
-        flat = value.reshape(-1, *self.event_shape)
+        batch = torch.broadcast_shapes(batch, self.batch_shape)
+        flat = value.expand(*batch, *self.event_shape).reshape(-1, *self.event_shape)
         return self.model.log_prob(flat, self._contexts(batch)).reshape(batch)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

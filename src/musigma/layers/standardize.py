@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from musigma.layer import Bijection
-from musigma.tensors import at_least_float32
+from musigma.tensors import at_least_float32, moments
 
 __all__ = ["Standardize", "standardize"]
 
@@ -72,9 +72,7 @@ class Standardize(Bijection):
         """Set μ and σ from a batch, once; σ is 1 for a feature that is constant in it."""
         if bool(self.calibrated):
             return
-        x = x.to("cpu", torch.float64)
-        std = x.std(0, correction=0)
-        self.set(x.mean(0), torch.where(std > 0, std, torch.ones_like(std)))
+        self.set(*moments(x))
 
     def _log_det(self, x: Tensor) -> Tensor:
         return -self.std.log().sum().expand(len(x))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from musigma.context import Context
 from musigma.nets.conv import ConvEncoder
 from musigma.spec import Variable
+from musigma.tensors import moments
 
 __all__ = ["Embedding"]
 
@@ -70,9 +71,9 @@ class Embedding(nn.Module):
             return
         for i, (variable, t) in enumerate(zip(self.variables, self.parts(context), strict=True)):
             if not variable.classes and len(variable.shape) == 1:
-                std = t.std(0, correction=0)
-                self.get_buffer(f"mean{i}").copy_(t.mean(0))
-                self.get_buffer(f"std{i}").copy_(torch.where(std > 0, std, torch.ones_like(std)))
+                mean, std = moments(t)
+                self.get_buffer(f"mean{i}").copy_(mean)
+                self.get_buffer(f"std{i}").copy_(std)
         self.calibrated.fill_(True)
 
     def parts(self, context: Context) -> list[Tensor]:
@@ -87,7 +88,8 @@ class Embedding(nn.Module):
         if context is None or isinstance(context, Tensor):
             got = "none" if context is None else f"one tensor of shape {tuple(context.shape)}"
             raise ValueError(f"context: expected a mapping with {names}; got {got}")
-        wrong = [f"{name!r} is unknown" for name in context if name not in names.split(", ")]
+        known = {variable.name for variable in self.variables}
+        wrong = [f"{name!r} is unknown" for name in context if name not in known]
         for variable in self.variables:
             t = context.get(variable.name)
             if t is None:
@@ -107,7 +109,8 @@ class Embedding(nn.Module):
         for i, (variable, t) in enumerate(zip(self.variables, self.parts(context), strict=True)):
             if len(variable.shape) == 3:
                 top = (variable.levels or 2) - 1
-                parts.append(self.images[str(i)](2 * t / top - 1))
+                net = self.images[str(i)]
+                parts.append(net(2 * t.to(next(net.parameters()).dtype) / top - 1))
             elif variable.classes:
                 parts.append(t)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn, optim
 
+from musigma.checkpoint import require_config
+from musigma.context import Context
 from musigma.data import Dataset, batch_indices
 from musigma.evaluation import batch, check, evaluating
 from musigma.memory import check_memory, set_memory
@@ -35,6 +38,7 @@ def check_run(
     Raises:
         ValueError: As in `fit`.
     """
+    require_config(model)
     check(model, train)
     if config.weights_rate and model.is_flow:
         raise ValueError(
@@ -61,11 +65,18 @@ def check_run(
     first = batch_indices(len(train), config.batch_size, seed=config.seed, step=0)
     with evaluating(model), torch.enable_grad(), torch.random.fork_rng():
         trace = Trace(closed_form=config.k == 1)
+        x, context = batch(train, first[:2], model)
         try:
-            model(*batch(train, first[:2], model), trace=trace)
+            model(x, context, trace=trace)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"model: it cannot process these data: {reason}") from error
+        if context is not None and (ignored := _ignored(model, x, context)):
+            raise ValueError(
+                f"context: no network of this {type(model).__name__} takes {', '.join(ignored)}, "
+                "so training would ignore it; a network takes the context by a parameter "
+                "`context` of its forward method (torch.nn.Sequential has none)"
+            )
         if objective is not None:
             _check_objective(model, config, objective, *batch(train, first[:64], model))
     if config.free_bits and any(site not in trace.kl for site in model.latents()):
@@ -76,6 +87,40 @@ def check_run(
     if config.memory_budget is not None:
         set_memory(model, config.memory)
         hardware.number_of_parts(model, train, config)
+
+
+def _ignored(model: Model, x: Tensor, context: Context) -> list[str]:
+    """Names of the variables of the context on which no term depends.
+
+    A term depends on a variable if it has a gradient with respect to it, even one of zero, or, for
+    networks that look classes up, if another value changes it in a copy with random weights.
+    """
+    variables = model.spec.context if model.spec is not None else ()
+    names = [variable.name for variable in variables]
+    parts = [context] if isinstance(context, Tensor) else [context[name] for name in names]  # pyright: ignore
+    parts = [t.detach().requires_grad_() for t in parts]
+
+    def total(model: Model, parts: list[Tensor]) -> Tensor:
+        torch.manual_seed(0)
+        given = dict(zip(names, parts, strict=True)) if len(parts) > 1 else parts[0]
+        terms = model(x, given)
+        return (terms.elbo + terms.auxiliary).sum()
+
+    nats = total(model, parts)
+    grads = torch.autograd.grad(nats, parts, allow_unused=True) if nats.requires_grad else ()
+    without = [i for i in range(len(parts)) if not grads or grads[i] is None]
+    if not without:
+        return []
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+        before = total(model, parts)
+        others = [
+            t.roll(1, 1) if v.classes else t + 1 for v, t in zip(variables, parts, strict=True)
+        ]
+        changed = [total(model, [*parts[:i], others[i], *parts[i + 1 :]]) for i in without]
+    return [repr(names[i]) for i, after in zip(without, changed, strict=True) if after == before]
 
 
 def _check_optimizer(optimizer: object) -> None:

@@ -13,7 +13,7 @@ because autograd would store dozens of tensors for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,8 +176,9 @@ class _Forward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         gy, gl = grads
-        gx, raw = _pull(ctx, gl, lambda inside, slope, bend: gy * inside)
-        return torch.lerp(gy, gx, ctx.saved_tensors[-1]), raw, None, None, None
+        saved = ctx.saved_tensors  # once: under `checkpoint` they are computed when they are read
+        gx, raw = _pull(ctx, saved, gl, lambda inside, slope, bend: gy * inside)
+        return torch.lerp(gy, gx, saved[-1]), raw, None, None, None
 
 
 class _Inverse(torch.autograd.Function):
@@ -212,19 +213,23 @@ class _Inverse(torch.autograd.Function):
             gy = (gx * inside).add_(bend).div_(slope)
             return -gy
 
-        raw = _pull(ctx, -gl, pushed)[1]
-        return torch.lerp(gx, gy, ctx.saved_tensors[-1]), raw, None, None, None
+        saved = ctx.saved_tensors
+        raw = _pull(ctx, saved, -gl, pushed)[1]
+        return torch.lerp(gx, gy, saved[-1]), raw, None, None, None
 
 
 def _pull(
-    ctx: Any, gl: Tensor, push: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ctx: Any,
+    saved: Sequence[Tensor],
+    gl: Tensor,
+    push: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to x and the parameters, given the gradient gl of log dy/dx.
 
     The gradient of y is ``push(inside, slope, bend)``: whether x is inside [-B, B], dy/dx, and the
     part of the gradient of x that comes from gl.
     """
-    shares, size, slopes, k, theta, inside = ctx.saved_tensors
+    shares, size, slopes, k, theta, inside = saved
     (w, h), (d0, d1) = size, slopes
     gl = gl * inside
     s, rest = h / w, 1 - theta
