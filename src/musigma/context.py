@@ -10,7 +10,19 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Context", "apply", "chunks", "conditioned", "length", "lerp", "repeat", "rows"]
+from musigma.spec import Spec
+
+__all__ = [
+    "Context",
+    "apply",
+    "check",
+    "chunks",
+    "conditioned",
+    "length",
+    "lerp",
+    "repeat",
+    "rows",
+]
 
 Context: TypeAlias = Tensor | Mapping[str, Tensor] | None
 
@@ -56,6 +68,24 @@ def chunks(context: Context, size: int, n: int) -> Iterator[Context]:
 def lerp(a: Context, b: Context, t: float) -> Context:
     """(1 - t) a + t b."""
     return apply(lambda a, b: torch.lerp(a, b, t), a, b)
+
+
+def check(spec: Spec | None, context: Context, n: int | None = None) -> None:
+    """Refuse a context that a model of this spec would ignore, or one without n rows.
+
+    Raises:
+        ValueError: If the spec has no context, or the number of rows is not n.
+    """
+    if context is None:
+        return
+    if spec is not None and not spec.context:
+        raise ValueError(
+            "context: this model is not conditioned on anything, so it would ignore the one given; "
+            "leave it out, or build a model for it (build(..., context=features), or a Spec with a "
+            "context)"
+        )
+    if n is not None and length(context) != n:
+        raise ValueError(f"context: expected {n} rows, one for each sample; got {length(context)}")
 
 
 def conditioned(net: nn.Module, *given: Any) -> Any:

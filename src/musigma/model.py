@@ -100,15 +100,6 @@ class Model(nn.Module, ABC):
         """The dotted name of every module; `model` for this one."""
         return {module: name or "model" for name, module in self.named_modules()}
 
-    def _check_context(self, context: Context) -> None:
-        """Refuse a context that this model would ignore."""
-        if context is not None and self.spec is not None and not self.spec.context:
-            raise ValueError(
-                "context: this model is not conditioned on anything, so it would ignore the one "
-                "given; leave it out, or build a model for it (build(..., context=features), or a "
-                "Spec with a context)"
-            )
-
     # -- scoring
 
     def forward(
@@ -135,7 +126,7 @@ class Model(nn.Module, ABC):
             ValueError: If a draw carries no gradient to the encoder and names no estimator, or if
                 there are too many values to enumerate.
         """
-        self._check_context(context)
+        contexts.check(self.spec, context)
         trace = trace if trace is not None else Trace(closed_form=closed_form)
         self.infer(self.floating(x), trace, context)
         evidence = trace.evidence(self.latents())
@@ -169,10 +160,9 @@ class Model(nn.Module, ABC):
             return torch.einsum("bk,bk...->b...", weights.to(each), each)
 
         score = sum((v for s, v in again.scores.items() if s not in given), 0 * evidence.score)
-        score = score.reshape(-1, k).sum(1)  # all draws count: each affects the expectation
         return evidence._replace(
             **{name: expected(getattr(evidence, name)) for name in evidence._fields[:5]},
-            score=score,
+            score=score.reshape(-1, k).sum(1),  # every draw affects the expectation
             kl_sampled=evidence.kl_sampled[::k],
         )
 
@@ -256,11 +246,7 @@ class Model(nn.Module, ABC):
             ValueError: If the context does not have n rows, the number of temperatures is wrong,
                 or a distribution supports only temperatures 0 and 1.
         """
-        self._check_context(context)
-        if context is not None and contexts.length(context) != n:
-            raise ValueError(
-                f"context: expected {n} rows, one for each sample; got {contexts.length(context)}"
-            )
+        contexts.check(self.spec, context, n)
         trace = Trace(
             generating=True, n=n, scoring=False, temperature=self._temperatures(temperature, mode)
         )
@@ -284,7 +270,7 @@ class Model(nn.Module, ABC):
             whiten: Return (z - mean) / std under each latent's prior, which is standard normal if
                 the model fits. `interpolate` works on these values.
         """
-        self._check_context(context)
+        contexts.check(self.spec, context)
         trace = Trace(temperature=0.0 if mode else 1.0, whiten=whiten, scoring=False)
         with torch.autocast(x.device.type, enabled=False):  # decode must see the same numbers
             self.infer(self.floating(x), trace, context)
@@ -317,7 +303,7 @@ class Model(nn.Module, ABC):
         Raises:
             ValueError: If there are no latents, or too many.
         """
-        self._check_context(context)
+        contexts.check(self.spec, context)
         sites = list(self.latents())
         if not 1 <= len(latents) <= len(sites):
             raise ValueError(f"latents: expected 1 to {len(sites)}, top first; got {len(latents)}")
