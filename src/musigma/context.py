@@ -80,9 +80,9 @@ def check(spec: Spec | None, context: Context, n: int | None = None) -> None:
         return
     if spec is not None and not spec.context:
         raise ValueError(
-            "context: this model is not conditioned on anything, so it would ignore the one given; "
-            "leave it out, or build a model for it (build(..., context=features), or a Spec with a "
-            "context)"
+            "context: this model is not conditioned on anything, so it would ignore the one "
+            "given; leave it out, or build a model for it (build(..., context=features), or a "
+            "Spec with a context)"
         )
     if n is not None and length(context) != n:
         raise ValueError(f"context: expected {n} rows, one for each sample; got {length(context)}")
