@@ -10,8 +10,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from musigma.spec import Spec
-
 __all__ = [
     "Context",
     "apply",
@@ -70,7 +68,7 @@ def lerp(a: Context, b: Context, t: float) -> Context:
     return apply(lambda a, b: torch.lerp(a, b, t), a, b)
 
 
-def check(spec: Spec | None, context: Context, n: int | None = None) -> None:
+def check(spec: Any, context: Context, n: int | None = None) -> None:
     """Refuse a context that a model of this spec would ignore, or one without n rows.
 
     Raises:
