@@ -134,3 +134,18 @@ def test_the_state_of_a_run_of_format_1_resumes(tmp_path):
     assert losses == pytest.approx(expected["losses"], rel=1e-4)
     figures = [r["bits_per_dim"] for r in rows(tmp_path / "run") if r["kind"] == "evaluation"]
     assert figures == pytest.approx(expected["evaluations"], rel=1e-4)
+
+
+def test_an_old_run_of_a_conditional_model_is_resumed(tmp_path, monkeypatch, capsys):
+    """Its split priors had no input for the context; they have one now, with weights of zero."""
+    pytest.importorskip("sklearn")
+    shutil.copytree(GOLDEN / "digits_conditional", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    call("evaluate run digits --split validation --json")
+    figure, logged = json.loads(capsys.readouterr().out), rows(tmp_path / "run")[-1]
+    assert figure["bits_per_dim"] == pytest.approx(logged["bits_per_dim"], rel=1e-6)
+    config = (tmp_path / "run/config.json").read_text()
+    (tmp_path / "run/config.json").write_text(config.replace('"steps": 3', '"steps": 4'))
+    call("train --resume run --device cpu")
+    assert [row["step"] for row in rows(tmp_path / "run")[-2:]] == [4, 4]
+    assert abs(rows(tmp_path / "run")[-1]["bits_per_dim"] - logged["bits_per_dim"]) < 0.1

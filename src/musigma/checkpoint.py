@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from musigma import __version__
 from musigma.files import replacing, usual_rights
@@ -23,7 +23,17 @@ from musigma.model import Model
 from musigma.zoo import ARCHITECTURES, build, spec_of
 from musigma.zoo.flows.published_glow import from_format_1
 
-__all__ = ["CheckpointError", "digest", "load", "read", "rebuild", "save", "verified", "write"]
+__all__ = [
+    "CheckpointError",
+    "digest",
+    "load",
+    "padded",
+    "read",
+    "rebuild",
+    "save",
+    "verified",
+    "write",
+]
 
 FORMAT = "musigma/2"
 
@@ -145,7 +155,7 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
         ) from error
     if header["format"] == "musigma/1" and config["options"].get("context"):
         model.former_digest = digest(header["config"], tensors)
-        tensors = _padded(model, tensors)
+        tensors = padded(model, tensors)
     _fill(model, tensors, path)
     return model.eval(), extra
 
@@ -163,16 +173,27 @@ def rebuild(config: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -
     return build(config["architecture"], stored, **config["options"])
 
 
-def _padded(model: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of format 1, with zeros for the input channels of a context they did not take."""
-    features = model.config["options"].get("context") or 0
-    padded = dict(tensors)
-    for name, wanted in model.state_dict().items():
-        t = tensors.get(name)
-        if features and t is not None and t.ndim > 1 and wanted.shape[1] - t.shape[1] == features:
+def padded(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    name_of: Callable[[str], str] = lambda key: key,
+) -> dict[str, Tensor]:
+    """Tensors of format 1, with zeros for the input channels of a context they did not take.
+
+    Args:
+        model: The model, as it is built now.
+        tensors: Weights, or what belongs to them.
+        name_of: From a key to the name of the weight.
+    """
+    options = getattr(model, "config", {}).get("options", {})
+    features, wanted = options.get("context") or 0, model.state_dict()
+    result = dict(tensors)
+    for key, t in tensors.items():
+        like = wanted.get(name_of(key))
+        if features and like is not None and t.ndim > 1 and like.shape[1] - t.shape[1] == features:
             room = t.new_zeros(t.shape[0], features, *t.shape[2:])
-            padded[name] = torch.cat([t, room], 1)
-    return padded
+            result[key] = torch.cat([t, room], 1)
+    return result
 
 
 def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

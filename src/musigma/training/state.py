@@ -140,6 +140,8 @@ class RunState:
         path = saved_state(out)
         try:
             header, tensors = checkpoint.verified(path)
+            if header["format"] == "musigma-state/1":
+                tensors = checkpoint.padded(self.model, tensors, _weight_name)
             while header["format"] != FORMAT:
                 if header["format"] not in MIGRATIONS:
                     raise ValueError(f"its format is {header['format']}, not {FORMAT}")
@@ -163,6 +165,11 @@ class RunState:
                 "train it again with --overwrite"
             ) from error
         return progress
+
+
+def _weight_name(key: str) -> str:
+    """The name of the weight in a key of a state: `w` in model/w and optimizer/w:exp_avg."""
+    return key.partition("/")[2].rpartition(":")[0] or key.partition("/")[2]
 
 
 def _optimizer_state(
