@@ -145,7 +145,7 @@ SHARED = {
 }
 """Parameters of `train` that every architecture shares: their defaults and annotations."""
 
-FROM_DATA = ("bits", "context")
+FROM_DATA = ("bits", "context", "standardize")
 """Options of builders that follow from the data."""
 
 
@@ -335,6 +335,8 @@ def train(
         return
     found = reading.read(source, screen)
     chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
+    if found.bits is None and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:
+        options["standardize"] = True
     torch.manual_seed(config.seed)
     model = build(name, found.spec(chosen), **options)
     _begin(model, found, reading.to_json(source), config, out, screen)
@@ -380,7 +382,7 @@ def _begin(
         },
         "threads": threads.choose(),
     }
-    check_run(model, found, config)
+    check_run(model, found.split("train"), config)
     run(model, found, config, out, saved, screen)
 
 

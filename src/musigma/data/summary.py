@@ -182,9 +182,8 @@ def _doubtful_columns(train: Dataset) -> list[str]:
         values, counts = np.unique(column, return_counts=True)
         share = counts.max() / len(rows)
         if share > 0.1:
-            few = f"only {len(values)} different values" if len(values) < 11 else ""
-            often = f"the value {values[counts.argmax()]:g} in {100 * share:.3g}% of the rows"
-            found.append(f"{called(train.columns, j)} ({few or often})")
+            what = f"{values[counts.argmax()]:g} in {100 * share:.3g}% of the rows"
+            found.append(f"{called(train.columns, j)} ({what})")
     if not found:
         return []
     return [

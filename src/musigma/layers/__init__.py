@@ -9,7 +9,7 @@ from musigma.layers.maps import Additive, Affine, Map, Spline
 from musigma.layers.quantize import Dequantize
 from musigma.layers.reshape import Checkerboard, Squeeze
 from musigma.layers.split import Split
-from musigma.layers.standardize import Standardize, standardize
+from musigma.layers.standardize import Standardize, standardizer
 from musigma.nets.made import MADE, Conditioner
 
 __all__ = [
@@ -34,5 +34,5 @@ __all__ = [
     "Split",
     "Squeeze",
     "Standardize",
-    "standardize",
+    "standardizer",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from musigma.layer import Bijection
 from musigma.tensors import at_least_float32, moments
 
-__all__ = ["Standardize", "standardize"]
+__all__ = ["Standardize", "standardizer"]
 
 
 class Standardize(Bijection):
@@ -92,20 +91,12 @@ class Standardize(Bijection):
         return str(len(self.mean))
 
 
-def standardize(model: nn.Module, mean: Sequence[float] | Any, std: Sequence[float] | Any) -> bool:
-    """Set the `Standardize` layer at the start of a model, if there is one and it is not set.
-
-    Returns:
-        Whether a layer was set.
-    """
-    first = model
+def standardizer(model: nn.Module) -> Standardize | None:
+    """The `Standardize` layer that the data of a model pass first; None if it has none."""
+    first: object = model
     while not isinstance(first, Standardize):
-        inner = getattr(first, "model", None)  # of a `Conditional`
         layers = getattr(first, "layers", None)
-        first = inner if isinstance(inner, nn.Module) else layers[0] if layers else None
+        first = layers[0] if layers else getattr(first, "model", None)  # of a `Conditional`
         if first is None:
-            return False
-    if bool(first.calibrated):
-        return False
-    first.set(mean, std)
-    return True
+            return None
+    return first

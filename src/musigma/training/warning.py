@@ -147,7 +147,7 @@ def implausible(
             conditions["gaussian"] = (
                 f"the validation figure, {bits:.4g} bits/dim, is worse than that of a Gaussian "
                 f"with the mean and variance of each column, {reference['gaussian']:.4g}: look at "
-                "the columns' units and outliers (--standardize), or give a longer budget"
+                "outliers, or give a longer budget"
             )
     if progress.stale >= 3 and bits > progress.best + 3 * error:
         conditions["rising"] = (
