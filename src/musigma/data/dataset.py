@@ -454,7 +454,7 @@ def identity(source: str | Path) -> str:
 def digest(dataset: Dataset) -> str:
     """A hash of all examples, labels and what is given with them, in order.
 
-    A run stores it, to recognise its own data.
+    A run stores it, to recognize its own data.
     """
     state = blake2b(dataset.content().astype("<u8").data, digest_size=16)
     if dataset.labels is not None:
