@@ -75,7 +75,8 @@ def train_on(model: VAE, evidence_of, seed: int = 0) -> list[float]:
     losses = []
     for step in range(steps):
         indices = musigma.data.batch_indices(len(train), 64, seed=seed, step=step)
-        loss = musigma.objectives.elbo(evidence_of(torch.from_numpy(train.take(indices)).float()))
+        evidence = evidence_of(torch.from_numpy(train.take(indices)).float())
+        loss = musigma.objectives.elbo(evidence).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -89,11 +89,9 @@ data = musigma.data.load("digits")
 torch.manual_seed(0)
 model = musigma.build(
     "published_glow",
-    data.shape,
-    bits=data.bits,
-    context=len(data.label_names),  # shifts the top prior, and nothing else
+    data.spec(["label"]),  # conditioned on the class, which shifts the top prior
     classifier="softmax",
-    classifier_weight=10.0,  # nats of the class's code for each nat of the image's
+    classifier_weight=10.0,
     **PUBLISHED,
     **CROSS,
 )
