@@ -381,7 +381,7 @@ def test_a_figure_worse_than_one_without_a_model_is_warned_of():
         (level,) = reference.values()
         for above, step, share in ((1, 100, 0.5), (1, 99, 0.5), (1, 100, 0.4), (-0.1, 100, 0.5)):
             figure = {"bits_per_dim": level + above, "standard_error": 0.01}
-            messages = warning.implausible(figure, reference, Progress(step=step), share)
+            messages = warning.figure_warnings(figure, reference, Progress(step=step), share)
             expected = {kind} if (above, step, share) == (1, 100, 0.5) else set()
             assert messages.keys() == expected
 

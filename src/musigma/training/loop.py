@@ -182,7 +182,7 @@ class _Run:
         self.processes = current_processes()
         self.device = torch.device(device) if device else self.accelerator.device
         self.validation = validation.subset(range(min(len(validation), config.evaluate_on)))
-        self.remarks = warning.about_batches(config, len(train), len(validation))
+        self.remarks = warning.start_warnings(config, len(train), len(validation))
         self.progress = Progress()
         self.log = Log(out / "metrics.jsonl", watch, write=self.processes.is_main)
         self.best = out / "model.safetensors"
@@ -331,10 +331,9 @@ class _Run:
             self._set_back(row["reason"])
 
     def _log_step(self, row: dict[str, Any], evidence: Any, learning_rate: float) -> None:
-        progress, spike = self.progress, {}
-        if row["kind"] == "train" and (message := warning.spike(progress, row["loss"])):
-            spike["spike"] = message
-        self._warn_of(("spike",), spike)
+        progress = self.progress
+        taken = row["kind"] == "train"
+        self._warn_of(("spike",), warning.loss_spike(progress, row["loss"]) if taken else {})
         if self.log.is_due(row):
             share = self.config.share(progress, len(self.train))
             row |= {"seconds": progress.seconds, "share": share}
@@ -418,9 +417,9 @@ class _Run:
         """Warn of implausible figures and of problems in the model."""
         progress, averaged = self.progress, self.average.model
         examples = batch(self.validation, np.arange(min(len(self.validation), 64)), averaged)
-        conditions = warning.examine(averaged, figure, *examples)
-        conditions |= warning.implausible(figure, self.reference, progress, self.share)
-        self._warn_of(warning.KINDS, conditions)
+        warnings = warning.model_warnings(averaged, figure, *examples)
+        warnings |= warning.figure_warnings(figure, self.reference, progress, self.share)
+        self._warn_of(warning.KINDS, warnings)
 
     def save(self) -> bool:
         """Save the state. Returns False, and logs a warning, if the disk is full."""
@@ -454,8 +453,9 @@ class _Run:
     def _warn(self, message: str) -> None:
         self.log.message("warning", self.progress, message)
 
-    def _warn_of(self, kinds: tuple[str, ...], conditions: Mapping[str, str]) -> None:
-        for name, message in warning.new(self.progress, kinds, conditions).items():
+    def _warn_of(self, kinds: tuple[str, ...], warnings: Mapping[str, str]) -> None:
+        """Log those warnings of the given kinds that did not hold before."""
+        for name, message in warning.new_warnings(self.progress, kinds, warnings).items():
             kind = "info" if name == "unexamined" else "warning"
             self.log.message(kind, self.progress, message)
 
