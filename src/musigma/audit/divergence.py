@@ -42,13 +42,9 @@ def gaussian_kl(loc: Tensor, sigma: Tensor, prior: tuple[Tensor, Tensor]) -> Ten
 
 @dataclass(frozen=True)
 class Regression:
-    """F = slope T + intercept.
+    """F = slope T + intercept, in nats.
 
-    Args:
-        slope: Slope of F on T.
-        intercept: In nats.
-        residual: The largest of (F - slope T - intercept) / (abs(slope) (1 + T)).
-        worst: Index of the point of the largest residual.
+    `residual` is the largest (F - slope T - intercept) / (abs(slope) (1 + T)), at index `worst`.
     """
 
     slope: float
@@ -80,14 +76,7 @@ def regress(f: Tensor, t: Tensor) -> Regression:
 class Divergence:
     """A code's KL as a function of flat heads, with one number for each row.
 
-    Args:
-        sandbox: Calls it.
-        kl: ``kl(mean, second)``, or ``kl(mean, second, z)``.
-        latent: Shape of the mean of one example.
-        second: Shape of the second tensor of one example.
-        uses_sample: Whether it takes z.
-        example_rows: Examples in the given batch, for a KL that takes no other number.
-        at: A mean, second and z at which it can be called.
+    `at` is a mean, second output and z (D,), at which it can be called.
 
     Raises:
         AuditError: If it raises for every input, or returns something other than a scalar, one
@@ -286,17 +275,10 @@ def read(
     uses_sample: bool,
     tolerance: float,
 ) -> list[tuple[str, Regression]]:
-    """The readings of the second tensor that explain F, best first.
+    """The readings of the second tensor that explain F (P,), best first.
 
-    Args:
-        f: The code's KL at points (P,).
-        mean: Heads (P, D).
-        second: Heads (P, D).
-        loc: Location of what is sampled (P, D).
-        sigma: Standard deviation of what is sampled (P, D).
-        prior: Mean and standard deviation (D,).
-        uses_sample: Whether F is an average over draws, so that it depends on what is sampled.
-        tolerance: Largest residual.
+    `uses_sample` says that F is an average over draws, and so depends on what is sampled: `loc`
+    and `sigma`, as the heads (P, D).
     """
     fits = []
     for name, g in READINGS.items():

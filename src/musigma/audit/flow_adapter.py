@@ -65,12 +65,7 @@ def detached(tree: Any) -> Any:
 
 
 class Image(NamedTuple):
-    """The output of a flow for a batch.
-
-    Attributes:
-        tree: The latents as returned.
-        raw: The log-determinant as returned; None if there is none.
-    """
+    """The latents and the log-determinant that a flow returned; None for no log-determinant."""
 
     tree: Any
     raw: Any
@@ -172,12 +167,7 @@ def _with_total(call: Any) -> Any:
 
 
 class FlowAdapter:
-    """A flow of any codebase.
-
-    Args:
-        sandbox: Calls it.
-        forward: x to (z, log_det); a module, a transform, or a sequence of layers.
-        inverse: z to x, or to (x, log_det); None: looked for on `forward`.
+    """A flow of any codebase; without an `inverse`, it is looked for on `forward`.
 
     Raises:
         AuditError: If `forward` is not callable.
@@ -328,15 +318,7 @@ def _run_layers(calls: Sequence[Callable[..., Any]], x: Any) -> tuple[Any, Any]:
 
 
 class Visit:
-    """A call of a layer inside a flow.
-
-    Attributes:
-        name: The layer's name in the flow.
-        module: The layer.
-        x: Its input, (B, ...).
-        z: Its output.
-        log_det: The log-determinant that it added.
-    """
+    """A call of a layer inside a flow: its input x (B, ...), its output z, its log-determinant."""
 
     def __init__(self, name: str, module: nn.Module, x: Tensor, args: tuple, kwargs: dict):
         self.name, self.module, self.x, self.args, self.kwargs = name, module, x, args, kwargs

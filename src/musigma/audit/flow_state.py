@@ -37,11 +37,8 @@ class Float32Only(Exception):
 class Measurement:
     """Errors of one pass in both directions; NaN where there is nothing to compare.
 
-    Attributes:
-        log_det: Error of the stated log-determinant against the Jacobian's.
-        back_sum: |inverse's log-determinant + forward's|.
-        back_same: |inverse's log-determinant - forward's|.
-        kind: What the stated log-determinant is, as `log_det_of` says.
+    `log_det` is the error against the Jacobian; `back_sum` and `back_same` are the sum and the
+    difference of both directions' log-determinants; `kind` is that of `log_det_of`.
     """
 
     finite: bool = True
@@ -163,9 +160,7 @@ class FlowAudit(ReportBuilder):
             if x[0].numel() <= 64:
                 whole = differences(self.flat, x)
                 sign, log_det = torch.linalg.slogdet(whole)
-                measured.volume = Volume(
-                    log_det, sign, torch.full_like(sign, torch.nan), "differences"
-                )
+                measured.volume = Volume(log_det, sign, torch.full_like(sign, torch.nan))
         if measured.volume is None or measured.stated is None or measured.nan_log_det:
             return
         measured.truth = measured.volume.log_det

@@ -22,14 +22,9 @@ SEEDS = (3, 4, 5, 6)
 
 @dataclass(frozen=True)
 class Packing:
-    """A layout, as flat positions of the means and of the scales.
+    """A layout of a packed tensor: flat positions (D,) of the means and of the scales.
 
-    Args:
-        name: "halves, mean first", "interleaved, scale first", …
-        shape: Shape of one packed example.
-        latent: Shape of one z.
-        mean: Positions (D,).
-        second: Positions (D,).
+    `shape` and `latent` are the shapes of one packed example and of one z.
     """
 
     name: str
@@ -65,11 +60,6 @@ def find_packing(sandbox: Sandbox, sample: Callable[..., Any], packed: Tensor) -
 
     At the same seed, moving a mean moves one z by as much, whatever the noise; moving a scale
     moves one z by a multiple of its noise.
-
-    Args:
-        sandbox: Calls it.
-        sample: ``sample(packed)``.
-        packed: A tensor of its shape (B, ...), as the encoder returns it.
 
     Raises:
         AuditError: If z is not half as large, or no layout is found.

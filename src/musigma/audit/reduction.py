@@ -27,14 +27,8 @@ ELEMENTS = 1024  # the most that are called one by one
 class Reconstruction:
     """A code's reconstruction term, and its reduction over examples and elements.
 
-    Args:
-        sandbox: Calls it.
-        recon: ``recon(x, x_hat)``.
-        x: Examples (B, ...).
-        x_hat: Reconstructions, with as many numbers.
-
     Raises:
-        AuditError: If it raises for the given examples.
+        AuditError: If it raises for the given examples and reconstructions.
     """
 
     def __init__(self, sandbox: Sandbox, recon: Callable[..., Any], x: Tensor, x_hat: Tensor):
@@ -135,11 +129,7 @@ def combination(
 ) -> tuple[float, float] | None:
     """a and b of loss = a recon + b KL over several batches and seeds; None if it does not fit.
 
-    Args:
-        losses: (S,).
-        recons: (S,).
-        kls: (S,).
-        tolerance: Largest misfit, relative to the spread of the loss.
+    The tolerance of the misfit is relative to the spread of the loss.
     """
     design = torch.stack([recons, kls], 1).double()
     size = design.abs().amax(0)

@@ -33,13 +33,7 @@ SEED = 1000
 class Sampler:
     """A sampler as a function of flat heads, (n, D) and (n, E), to draws (n, D).
 
-    Args:
-        sandbox: Calls it.
-        sample: ``sample(mean, second)``.
-        latent: Shape of the mean of one example.
-        second: Shape of the second tensor of one example.
-        example_rows: Examples in the given batch, for samplers that take no other number.
-        reference: A second tensor (E,) at which it draws; by default ones.
+    `reference` is a second tensor (E,) at which it draws; by default ones.
 
     Raises:
         AuditError: If it raises for every input, or returns no z of the mean's shape.
@@ -231,15 +225,10 @@ class Sampler:
     # -- loc and sigma
 
     def measure(self, mean: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Location, scale and misfit of z = loc + sigma e at points.
+        """Location, scale and misfit of z = loc + sigma e at points, each (P, D).
 
-        Args:
-            mean: Points (P, D).
-            second: Points (P, E).
-
-        Returns:
-            loc (P, D); sigma (P, D), negative where it negates the noise; and how far z is from a
-            straight line in e, relative to |m| + |sigma| (P, D).
+        Sigma is negative where it negates the noise; the misfit is the distance of z from a
+        straight line in e, relative to |m| + |sigma|.
         """
         points = len(mean)
         if self.mode == "moments" or self._noise is None:

@@ -123,7 +123,7 @@ def _digits(value: float | None, otherwise: str) -> str:
 
 
 def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 0.0) -> Curve:
-    """The name of a measured curve.
+    """The simplest reading of a measured curve within the tolerance, or one named "unnamed".
 
     Args:
         b: The points, ascending (n,).
@@ -131,15 +131,10 @@ def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 
         tolerance: Relative error of their ratios.
         scale_error: Relative error that they share: that of the noise scale.
 
-    Returns:
-        The simplest reading within the tolerance, or one named "unnamed".
-
     Example:
         >>> b = torch.linspace(-60, 60, 121, dtype=torch.float64)
         >>> name_curve(b, (b.clamp(-30, 20) / 2).exp(), 1e-6).text
         'log_var, clamped to [-30, 20]'
-        >>> name_curve(b, torch.nn.functional.softplus(b) + 1e-3, 1e-6).text
-        'softplus, floor 0.001 on the std'
     """
     spread = float(sigma.max() / sigma.min().clamp(min=1e-300))
     if spread < 1 + 3 * tolerance:

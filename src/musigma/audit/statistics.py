@@ -119,16 +119,8 @@ def noise_name(e: Tensor) -> tuple[str, dict[str, float]]:
 def correlated(e: Tensor, smallest: float = 0.1) -> tuple[float, float]:
     """The largest correlation between columns, and its limit for independent columns.
 
-    Args:
-        e: Independent rows (n, D); at most 64 columns are compared.
-        smallest: The smallest correlation that matters.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> e = torch.randn(1000, 1, generator=generator, dtype=torch.float64)
-        >>> largest, limit = correlated(e.expand(-1, 3))
-        >>> round(largest, 6), limit < 0.3
-        (1.0, True)
+    Rows (n, D) are independent; at most 64 columns are compared. Correlations below `smallest` do
+    not matter.
     """
     n, columns = e.shape
     if columns > 64:
@@ -145,16 +137,9 @@ def correlated(e: Tensor, smallest: float = 0.1) -> tuple[float, float]:
 def moments_differ(
     z: Tensor, mean: Tensor, std: Tensor, smallest: float = 0.02
 ) -> dict[str, float] | None:
-    """The figures of draws with an unexpected mean or standard deviation.
+    """The figures of draws (n, D) with an unexpected mean or std (D,); None if there are none.
 
-    Args:
-        z: Independent draws (n, D).
-        mean: Expected mean (D,).
-        std: Expected standard deviation (D,).
-        smallest: The smallest difference that matters, in units of `std`.
-
-    Returns:
-        Those of the column that is off the most; None if all are as expected.
+    `smallest` is the smallest difference that matters, in units of `std`.
     """
     n, columns = z.shape
     errors = quantile(2 * columns) * 1.2
@@ -175,18 +160,11 @@ def moments_differ(
 
 
 def covariance_differs(z: Tensor, claimed: Tensor, smallest: float = 0.02) -> tuple[float, Tensor]:
-    """How far the covariance of draws is from a claimed one, relative to the limit.
+    """How far the covariance of draws (n, D) is from a claimed one, and the draws' covariance.
 
-    The standard error of an entry is valid for any distribution with four moments.
-
-    Args:
-        z: Independent draws (n, D).
-        claimed: (D, D).
-        smallest: The smallest difference that matters, as a correlation.
-
-    Returns:
-        The largest ratio of a difference to its limit (above 1: they differ), and the
-        covariance of the draws.
+    The first is the largest ratio of a difference to its limit: above 1 they differ. The standard
+    error of an entry is valid for any distribution with four moments; differences below
+    `smallest`, as a correlation, do not matter.
     """
     n, d = z.shape
     centred = z - z.mean(0)

@@ -23,13 +23,6 @@ T = TypeVar("T")
 class VAEAudit(ReportBuilder):
     """The report of one VAE while it is built, with its callables and what is known of them.
 
-    Args:
-        sandbox: Calls everything.
-        functions: The callables by the names of `audit_vae`; None where there is none.
-        example: A batch, or None.
-        prior: Mean and standard deviation.
-        kl_uses_sample: Whether the KL takes z.
-
     Raises:
         AuditError: If the prior's standard deviation is not positive.
     """

@@ -24,19 +24,11 @@ Function = Callable[[Tensor], Tensor]  # x (B, ...) to z (B, D), differentiable
 
 
 class Volume(NamedTuple):
-    """A Jacobian's determinant and condition.
-
-    Attributes:
-        log_det: log |det J|, (B,).
-        sign: The sign of det J, (B,); zero where it is unknown.
-        condition: Condition number of J in the spectral norm, (B,); NaN where it is unknown.
-        how: The structure of J.
-    """
+    """log |det J|, its sign (zero if unknown) and condition (NaN if unknown), (B,) each."""
 
     log_det: Tensor
     sign: Tensor
     condition: Tensor
-    how: str
 
 
 def jacobian(function: Function, x: Tensor) -> Tensor:
@@ -100,13 +92,8 @@ def differences(function: Function, x: Tensor) -> Tensor:
 def volume(function: Function, x: Tensor, dense: int = DENSE) -> Volume | None:
     """The log-determinant of a function's Jacobian at each x, in nats.
 
-    Args:
-        function: x (B, ...) to z (B, D); no example may depend on another.
-        x: Points (B, ...).
-        dense: Elements up to which the whole Jacobian is computed.
-
-    Returns:
-        None if there are too many elements, and no known structure.
+    The whole Jacobian is computed up to `dense` elements. None: there are more, and no known
+    structure. No example may depend on another.
 
     Example:
         >>> x = torch.randn(2, 3, dtype=torch.float64)
@@ -117,9 +104,9 @@ def volume(function: Function, x: Tensor, dense: int = DENSE) -> Volume | None:
         whole = jacobian(function, x)
         if not whole.isfinite().all():
             nan = torch.full((len(x),), torch.nan, dtype=torch.float64)
-            return Volume(nan, nan, nan, "dense")
+            return Volume(nan, nan, nan)
         sign, log_det = torch.linalg.slogdet(whole)
-        return Volume(log_det, sign, _condition(whole), "dense")
+        return Volume(log_det, sign, _condition(whole))
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
         z = function(leaf)
@@ -151,7 +138,7 @@ def _coupling(z: Tensor, x: Tensor) -> Volume | None:
     zero = torch.zeros(b, dtype=torch.float64)
     unknown = torch.full((b,), torch.nan, dtype=torch.float64)
     if not left_out.any():
-        return Volume(zero, zero, torch.ones(b, dtype=torch.float64), "permutation")
+        return Volume(zero, zero, torch.ones(b, dtype=torch.float64))
     n = int(left_out.sum())
     if z.requires_grad is False:
         return None
@@ -177,7 +164,7 @@ def _coupling(z: Tensor, x: Tensor) -> Volume | None:
     if not torch.allclose(products[2], expected, rtol=1e-4, atol=1e-10):
         return None
     log_det = slopes.abs().log().sum(1)
-    return Volume(log_det, slopes.sign().prod(1), unknown, "coupling")
+    return Volume(log_det, slopes.sign().prod(1), unknown)
 
 
 def _same(out: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,4 +202,4 @@ def _pixelwise(z: Tensor, x: Tensor) -> Volume | None:
     blocks = blocks.permute(1, 3, 0, 2)
     sign, log_det = torch.linalg.slogdet(blocks)
     condition = _condition(blocks.reshape(-1, c, c)).reshape(b, -1).amax(1)
-    return Volume(log_det.sum(1), sign.prod(1), condition, "pixelwise")
+    return Volume(log_det.sum(1), sign.prod(1), condition)
