@@ -1,4 +1,4 @@
-"""A Real NVP of two moons: exact densities, samples, and the account of its figure.
+"""A Real NVP of two moons: exact densities and an exact inverse.
 
 python examples/01_two_moons.py [STEPS]
 """
@@ -34,4 +34,8 @@ gaussian = torch.distributions.MultivariateNormal(x.mean(0), x.T.cov())
 print(f"{gaussian.log_prob(x).mean():.3f})")
 
 z = run.model.encode(x[:5], whiten=True)
-print("encode, decode:", (run.model.decode(z, whiten=True) - x[:5]).abs().max().item(), "off")
+print(
+    "encode, decode:",
+    (run.model.decode(z, whiten=True) - x[:5]).abs().max().item(),
+    "largest error",
+)

@@ -1,17 +1,17 @@
-"""One encoder, 2 * z_dim outputs: what makes the first half a mean, the second a log std?
+"""One encoder with 2 * z_dim outputs: what makes the first half a mean, the second a log std?
 
-A convolutional VAE of binarised digits, as it stands in many a snippet:
+A convolutional VAE of binarized digits, as many examples write it:
 
     encoding = encoder(x)
     z = Normal(encoding[:, :z_dim], encoding[:, z_dim:].exp()).rsample()
     loss = binary_cross_entropy(decoder(z), x) + KL
 
-The network just emits numbers. This script swaps the halves, checks the gradients that each half
-gets, and reads the halves in two ways at once, and prints what comes of it.
+The network only emits numbers. This script swaps the halves, checks the gradient of each half,
+and reads the second half in two ways at once.
 
 python examples/02_two_halves.py [STEPS [PICTURE.png]]
 
-The data are MNIST where $MUSIGMA_DATA holds it, and scikit-learn's digits of 8x8 otherwise.
+The data are MNIST if $MUSIGMA_DATA contains it, and scikit-learn's 8x8 digits otherwise.
 """
 
 import copy
@@ -31,15 +31,15 @@ steps = int(sys.argv[1]) if len(sys.argv) > 1 else 1200
 picture = sys.argv[2] if len(sys.argv) > 2 else None
 z_dim = 16
 
-own = Path(os.environ.get("MUSIGMA_DATA", "nowhere"), "mnist")
-name = "mnist" if any(own.glob("train-images*")) else "digits"
+folder = Path(os.environ.get("MUSIGMA_DATA", "nowhere"), "mnist")
+name = "mnist" if any(folder.glob("train-images*")) else "digits"
 data = musigma.data.load(name, preprocess=musigma.Preprocess(binarize="threshold"))
 train, held_out = data.split("train"), data.split("held-out")
 side = data.shape[1]
 
 
 def build(format: Format, seed: int = 0) -> VAE:
-    """The snippet's networks; only the head knows which half is which."""
+    """The networks of the example; only the head reads the halves."""
     torch.manual_seed(seed)
     small = side // 4
     encoder = nn.Sequential(
@@ -60,7 +60,7 @@ def build(format: Format, seed: int = 0) -> VAE:
 
 
 def mixed_readings(model: VAE, x: torch.Tensor) -> Evidence:
-    """Draws with std = exp(s), and pays the KL of std = exp(s / 2): the bug."""
+    """The bug: samples with std = exp(s), and computes the KL of std = exp(s / 2)."""
     q = model.encoder(x)
     log_px = model.decoder(q.rsample()).log_prob(x)
     kl = kl_divergence(DiagonalGaussian(q.mean, q.log_std / 2, 1), model.prior.head())
@@ -68,7 +68,7 @@ def mixed_readings(model: VAE, x: torch.Tensor) -> Evidence:
 
 
 def train_on(model: VAE, evidence_of, seed: int = 0) -> list[float]:
-    """The usual loop; returns the losses, in nats per image."""
+    """Train the model; returns the losses, in nats per image."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     torch.manual_seed(seed)
@@ -86,19 +86,19 @@ def train_on(model: VAE, evidence_of, seed: int = 0) -> list[float]:
 
 
 def bounds(model: VAE) -> torch.Tensor:
-    """-ELBO of every held-out image in nats, closed-form KL."""
+    """-ELBO of every held-out image in nats, with the KL in closed form."""
     return torch.from_numpy(musigma.score(model, held_out, batch_size=500)["nats"])
 
 
-def report(what: str, nats: torch.Tensor) -> None:
-    """A mean with its standard error over images."""
-    print(f"  {what:<54} {nats.mean():8.2f} ± {nats.std() / len(nats) ** 0.5:.2f}")
+def report(name: str, nats: torch.Tensor) -> None:
+    """Print a mean with its standard error over images."""
+    print(f"  {name:<54} {nats.mean():8.2f} ± {nats.std() / len(nats) ** 0.5:.2f}")
 
 
-print(f"data: {name}, {side}x{side}, binarised at half; z_dim {z_dim}, {steps} steps of 64 images")
+print(f"data: {name}, {side}x{side}, binarized at 1/2; z_dim {z_dim}, {steps} steps of 64 images")
 x = torch.from_numpy(held_out.take(range(64))).float()
 
-# -- the snippet and the library compute the same loss
+# -- plain torch and musigma compute the same loss
 
 mean_first, scale_first = Format(order="mean-first"), Format(order="scale-first")
 model = build(mean_first)
@@ -106,46 +106,46 @@ torch.manual_seed(1)
 encoding = model.encoder.net(x)
 q = Normal(encoding[:, :z_dim], encoding[:, z_dim:].exp())
 recon = F.binary_cross_entropy_with_logits(model.decoder.net(q.rsample()), x, reduction="sum")
-snippet = (recon + kl_divergence(q, Normal(0.0, 1.0)).sum()) / len(x)
+plain = (recon + kl_divergence(q, Normal(0.0, 1.0)).sum()) / len(x)
 torch.manual_seed(1)
 ours = musigma.objectives.elbo(model(x)).mean()
-print("\n1. The snippet in plain torch, and musigma, from the same weights and noise")
-print(f"  {snippet:.4f} and {ours:.4f} nats: {(ours / snippet - 1).abs():.0e} apart, relative")
+print("\n1. Plain torch and musigma, with the same weights and noise")
+print(f"  {plain:.4f} and {ours:.4f} nats: relative difference {(ours / plain - 1).abs():.0e}")
 
-# -- (a) the loss decides which half is which
+# -- (a) the loss decides what each half means
 
-print(f"\n2. The halves swapped: -ELBO of {len(held_out)} held-out images, nats")
+print(f"\n2. With the halves swapped: -ELBO of {len(held_out)} held-out images, nats")
 swapped, other = build(scale_first), build(mean_first, seed=1)
 curves = {"mean first": train_on(model, model), "scale first": train_on(swapped, swapped)}
 train_on(other, other, seed=1)
 nats, nats_swapped, nats_other = bounds(model), bounds(swapped), bounds(other)
 report("mean first", nats)
 report("scale first", nats_swapped)
-report("difference, image by image", nats_swapped - nats)
-report("for scale: mean first, another seed, minus the first", nats_other - nats)
+report("difference per image", nats_swapped - nats)
+report("for comparison: mean first, seed 1 minus seed 0", nats_other - nats)
 
-print("  what the halves came to hold: average (spread over images, root mean square)")
+print("  trained halves: average (spread over images, root mean square)")
 images = torch.from_numpy(held_out.take(range(min(1000, len(held_out))))).float()
 with torch.no_grad():
     halves = {"mean first": model.encoder.net(images), "scale first": swapped.encoder.net(images)}
 for order, h in halves.items():
     a, b = h.chunk(2, 1)
-    said = (f"{t.mean():5.2f} ({t.var(0).mean().sqrt():.2f})" for t in (a, b))
-    print("    {:<12} first half {}, second half {}".format(order, *said))
+    texts = (f"{t.mean():5.2f} ({t.var(0).mean().sqrt():.2f})" for t in (a, b))
+    print("    {:<12} first half {}, second half {}".format(order, *texts))
 
 moved = copy.deepcopy(model)
 last = moved.encoder.net[-1]
 weight, bias = mean_first.permute(last.weight.data, last.bias.data, scale_first)
 last.weight.data, last.bias.data = weight, bias
 moved.encoder.format = scale_first
-off = (bounds(moved) - nats).abs().max()
-print(f"  the trained model's rows moved to the other order: {off:.1e} nats apart at most")
+change = (bounds(moved) - nats).abs().max()
+print(f"  largest change after moving the trained rows to the other order: {change:.1e} nats")
 moved.encoder.format = mean_first
-report("and the same rows, read in the old order", bounds(moved))
+report("the moved rows read in the old order", bounds(moved))
 
 # -- (b) the gradients of each half
 
-print("\n3. Gradients on the encoder's output, against closed forms (64 images, float64)")
+print("\n3. Gradients of the encoder's output against closed forms (64 images, float64)")
 exact, x64 = copy.deepcopy(model).double(), x.double()
 h = exact.encoder.net(x64).detach().requires_grad_()
 mean, log_std = mean_first.split(h)
@@ -158,40 +158,39 @@ kl = kl_divergence(q, exact.prior.head()).sum()
 of_recon = torch.autograd.grad(recon, h, retain_graph=True)[0].chunk(2, 1)
 of_kl = torch.autograd.grad(kl, h, retain_graph=True)[0].chunk(2, 1)
 std = log_std.exp()
-for what, found, closed in (
+for name, gradient, closed in (
     ("KL, first half:     mean", of_kl[0], mean),
     ("KL, second half:    std^2 - 1", of_kl[1], std**2 - 1),
     ("recon, first half:  g = d recon / dz", of_recon[0], g),
     ("recon, second half: g * eps * std", of_recon[1], g * eps * std),
 ):
-    print(f"  {what:<40} off by {(found - closed).abs().max():.0e} of {closed.abs().max():.1f}")
+    error = (gradient - closed).abs().max()
+    print(f"  {name:<40} error {error:.0e}, largest value {closed.abs().max():.1f}")
 
 
 def second_half(eps: torch.Tensor) -> torch.Tensor:
-    """The gradient of the reconstruction on the second half, given the noise."""
+    """Gradient of the reconstruction with respect to the second half, given the noise."""
     recon = -exact.decoder(mean + std * eps).log_prob(x64).sum()
     return torch.autograd.grad(recon, h, retain_graph=True)[0][:, z_dim:].detach()
 
 
-quiet = second_half(torch.zeros_like(mean)).abs().max()
-push = torch.stack([second_half(torch.randn_like(mean)) for _ in range(50)]).mean()
-print(f"  recon, second half, where eps = 0: {quiet:.0f}")
-print(
-    f"  second half, average of 50 draws: recon {push:+.3f}, KL {of_kl[1].mean():+.3f} per output"
-)
+without_noise = second_half(torch.zeros_like(mean)).abs().max()
+average = torch.stack([second_half(torch.randn_like(mean)) for _ in range(50)]).mean()
+print(f"  recon, second half, for eps = 0: {without_noise:.0f}")
+print(f"  second half, average of 50 draws: recon {average:+.3f}, KL {of_kl[1].mean():+.3f} each")
 
-# -- (c) two readings at once
+# -- (c) two readings of the second half
 
-print("\n4. Drawn with exp(s), while the KL reads s as a log variance: -ELBO, nats")
+print("\n4. Sampled with exp(s), while the KL reads s as a log variance: -ELBO, nats")
 wrong = build(mean_first)
 train_on(wrong, lambda x: mixed_readings(wrong, x))
 with torch.no_grad():
     batches = musigma.evaluation.batches(wrong, held_out, batch_size=500)
-    claimed = torch.cat([-mixed_readings(wrong, x).elbo for x, _ in batches])
+    reported = torch.cat([-mixed_readings(wrong, x).elbo for x, _ in batches])
 nats_wrong = bounds(wrong)
-report("what its loss says", claimed)
-report("what is true of it, by the Gaussian that it draws from", nats_wrong)
-report("worse than the model with one reading by", nats_wrong - nats)
+report("reported by the loss", reported)
+report("true value, for the Gaussian that is sampled", nats_wrong)
+report("loss over the model with one reading", nats_wrong - nats)
 
 if picture:
     from matplotlib.figure import Figure
@@ -202,9 +201,9 @@ if picture:
     for ax, (order, h) in zip(axes, halves.items(), strict=False):
         for half, color, t in zip(("first", "second"), ("C0", "C1"), h.chunk(2, 1), strict=True):
             ax.hist(t.flatten().numpy(), bins, density=True, color=color, alpha=0.6, label=half)
-        ax.set(title=f"read {order}", xlabel="what the encoder emits", ylim=(0, 2))
+        ax.set(title=f"read {order}", xlabel="output of the encoder", ylim=(0, 2))
         ax.legend(title="half", frameon=False)
-    axes[0].set_ylabel("share of outputs, per unit")
+    axes[0].set_ylabel("density of outputs")
     for (order, losses), color in zip(curves.items(), ("C2", "C3"), strict=True):
         smooth = torch.tensor(losses).unfold(0, max(1, steps // 50), 1).mean(1)
         axes[2].plot(smooth, label=order, color=color, lw=1.2)

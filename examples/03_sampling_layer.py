@@ -1,18 +1,18 @@
-"""The sampling layer of a course, z = mu + exp(sigma / 2) * eps, and what its loss means.
+"""The sampling layer of a course, z = mu + exp(sigma / 2) * eps, and the meaning of its loss.
 
-A convolutional VAE with batch norm of colour images of 64x64, as courses teach it:
+A convolutional VAE with batch norm of 64x64 colour images, as courses teach it:
 
     mu, sigma = Dense(z_dim)(h), Dense(z_dim)(h)       # "sigma" is a LOG VARIANCE
     z = mu + exp(sigma / 2) * eps
     loss = 10000 * mean((x - decoder(z)) ** 2) - 0.5 * sum(1 + sigma - mu ** 2 - exp(sigma))
 
-Asked: are mu and sigma one pair, or does every image have its own? How does the decoder know
-which image a z belongs to? If each has its own Gaussian, why may new ones be drawn from N(0, I)?
-And what is the 10000?
+Questions: Is there one pair of mu and sigma, or one for every image? How does the decoder know
+which image a z belongs to? If every image has its own Gaussian, why are new images drawn from
+N(0, I)? And what is the factor 10000?
 
 python examples/03_sampling_layer.py [STEPS [PICTURE.png]]
 
-The images are coloured shapes drawn here; $MUSIGMA_EXAMPLE_IMAGES names a folder of others.
+The script draws images of coloured shapes; $MUSIGMA_EXAMPLE_IMAGES names a folder of others.
 """
 
 import copy
@@ -33,7 +33,7 @@ z_dim, r_loss_factor = 32, 10_000
 
 
 def shapes(n: int) -> np.ndarray:
-    """Discs and squares whose hue, place and size are drawn evenly: uint8 (n, 3, 64, 64)."""
+    """Discs and squares of uniform random hue, position and size: uint8 (n, 3, 64, 64)."""
     hue, row, column, size, kind = np.random.default_rng(0).random((5, n, 1, 1), np.float32)
     radius = 8 + 8 * size
     down = abs(np.arange(64, dtype=np.float32)[:, None] - radius - (63 - 2 * radius) * row)
@@ -48,7 +48,7 @@ def shapes(n: int) -> np.ndarray:
 if folder := os.environ.get("MUSIGMA_EXAMPLE_IMAGES"):
     data = musigma.data.load(folder, preprocess=musigma.Preprocess(size=64))
 else:
-    data = musigma.data.Dataset(shapes(3000), name="coloured shapes, drawn here")
+    data = musigma.data.Dataset(shapes(3000), name="coloured shapes")
 train, held_out = (
     torch.from_numpy(data.split(part, fraction=1 / 3).x).float() / 255
     for part in ("train", "held-out")
@@ -59,19 +59,19 @@ print(f"data: {data.name}; {len(train)} to train on, {n} held out; {steps} steps
 
 
 class TwoDense(nn.Module):
-    """Two layers beside each other: mu, and what the course calls sigma."""
+    """Two parallel layers: mu, and what the course calls sigma."""
 
     def __init__(self, inputs: int):
         super().__init__()
         self.mu, self.sigma = nn.Linear(inputs, z_dim), nn.Linear(inputs, z_dim)
 
     def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pair that the head reads."""
+        """The pair of tensors that the head reads."""
         return self.mu(h), self.sigma(h)
 
 
 def build(std: float) -> VAE:
-    """The course's networks, and a Gaussian likelihood of a fixed std."""
+    """The networks of the course, and a Gaussian likelihood with a fixed std."""
 
     def block(conv: nn.Module) -> nn.Module:
         return nn.Sequential(conv, nn.LeakyReLU(), nn.BatchNorm2d(conv.out_channels))
@@ -93,7 +93,7 @@ def build(std: float) -> VAE:
 
 @torch.no_grad()
 def bound(model: VAE) -> str:
-    """-ELBO of the held-out images: a density of values in [0, 1], so it may be below zero."""
+    """-ELBO of the held-out images, of a density over [0, 1], which may be negative."""
     torch.manual_seed(0)
     nats = -torch.cat([model(x).elbo for x in held_out.split(64)])
     return f"-ELBO {nats.mean():.1f} ± {nats.std() / n**0.5:.1f} nats per held-out image"
@@ -124,6 +124,7 @@ r_loss = r_loss_factor * (x - exact.decoder.net(z)).square().mean((1, 2, 3))
 kl_loss = -0.5 * (1 + sigma - mu.square() - sigma.exp()).sum(1)
 course = (r_loss + kl_loss).mean()
 constant = D * (math.log(std) + 0.5 * math.log(2 * math.pi))
+total = course + constant
 
 with torch.no_grad():
     emitted = [model.encoder.net(x) for x in held_out.split(64)]
@@ -136,21 +137,21 @@ tighter = copy.deepcopy(model)
 tighter.decoder.log_std = math.log(mse) / 2
 print(f"""
 1. The factor {r_loss_factor} is a Gaussian likelihood of std sqrt(D / (2 factor)) = {std:.3f}
-  course's loss + constant, 64 images:  {course:.4f} + {constant:.4f} = {course + constant:.4f}
-  -ELBO by musigma, same noise:         {ours:.4f}, {abs((course + constant) / ours - 1):.0e} off
-  the model as trained:  {bound(model)}
-  its error is a std of {mse**0.5:.3f}, that is a factor of {D / (2 * mse):,.0f}; with that,
+  loss of the course + constant, 64 images:  {course:.4f} + {constant:.4f} = {total:.4f}
+  -ELBO by musigma, same noise:  {ours:.4f}, relative error {abs(total / ours - 1):.0e}
+  the trained model:  {bound(model)}
+  its error is a std of {mse**0.5:.3f}, a factor of {D / (2 * mse):,.0f}; with that std,
   the same weights have  {bound(tighter)}""")
 
-# -- 2. batch norm: the mode
+# -- 2. batch norm depends on the mode
 
-print("\n2. Batch norm: the mu of one image, beside two different sets of 63 others")
+print("\n2. Batch norm: mu of one image in batches with two different sets of 63 others")
 for mode in ("train", "eval"):
     again = copy.deepcopy(model).train(mode == "train")
     with torch.no_grad():
         two = [torch.cat([held_out[:1], others]) for others in held_out[1:127].chunk(2)]
         a, b = (again.encoder(x).mean[0] for x in two)
-    print(f"  {mode + '()':<8} {(a - b).abs().max():.3f} apart; {bound(again)}")
+    print(f"  {mode + '()':<8} difference {(a - b).abs().max():.3f}; {bound(again)}")
 
 # -- 3. every image has its own mean and std
 
@@ -167,7 +168,9 @@ for d in order[:10]:
     row = d, mean[:, d].std(), stds[:, d].mean(), stds[:, d].std(), kl[d], kl[d] - gap[d], gap[d]
     print("  {:9} {:14.3f} {:14.3f}, {:.3f} {:14.3f} = {:.3f} + {:.3f}".format(*row))
 few, unused = (kl < 0.1).sum(), (kl < 0.01).sum()
-print(f"  all {z_dim}: KL {kl.sum():.2f}; {few} are below 0.1, and {unused} unused, below 0.01")
+print(
+    f"  all {z_dim}: KL {kl.sum():.2f}; {few} below 0.1, of which {unused} are unused, below 0.01"
+)
 
 # -- 4. a z belongs to its image
 
@@ -175,32 +178,32 @@ joint = torch.cat([q.log_prob(some[:, None]) for some in z.split(32)])  # log q(
 right = (joint.argmax(1) == torch.arange(n)).float().mean()
 print(f"""
 4. A z belongs to its image
-  the image that a z came from, guessed among {n}: right for {right:.1%} (by chance {1 / n:.2%})
+  guessing the image of a z among {n}: right for {right:.1%} (by chance {1 / n:.2%})
   squared error per pixel to its own image {mse:.4f}, to another {mse_other:.4f}
-  I(x; z) among N images; log N is the most that N images can show, so these are lower bounds:""")
+  I(x; z) estimated from N images is at most log N, so these are lower bounds:""")
 for m in (n // 16, n // 4, n):
     ratio = joint.diagonal()[:m] - joint[:m, :m].logsumexp(1) + math.log(m)
     known, error = ratio.mean(), ratio.std() / m**0.5
     print(f"  N = {m:4}: {known:.2f} ± {error:.2f} nats, of log N = {math.log(m):.2f}")
 
-# -- 5. all images together
+# -- 5. the aggregate posterior
 
 centre, cov = mean.double().mean(0), mean.double().T.cov(correction=0)
 cov += stds.double().square().mean(0).diag()
 moments = 0.5 * (cov.trace() + centre.square().sum() - z_dim - cov.logdet())
 spans = [f"{t.min():.2f} to {t.max():.2f}" for t in (centre, cov.diag(), cov - cov.diag().diag())]
-print("\n5. All images together, q(z), against N(0, I)")
+print("\n5. The aggregate posterior q(z) against N(0, I)")
 print("  means {}; variances {}; covariances {}".format(*spans))
 print("  KL(q(z|x) || p) = I(x; z) + KL(q(z) || p), in nats:", end=" ")
 print(f"{kl.sum():.2f} = {known:.2f} + {kl.sum() - known:.2f}, with N = {n}")
-print(f"  the more images, the less the last, down to {moments:.2f} at least (its moments alone)")
+print(f"  with more images, the last term falls to at least {moments:.2f}, that of its moments")
 
 if picture:
     from matplotlib.figure import Figure
 
     figure, eight = Figure((10, 4.4), dpi=110, layout="constrained"), order[:8]
     left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
-    left.suptitle("images, what their means decode to, and mean ± 2 std of z", fontsize=11)
+    left.suptitle("images, their decoded means, and mean ± 2 std of z", fontsize=11)
     left.supxlabel("the eight dimensions with the largest KL", fontsize=10)
     above, below = right.subplots(2, 1, sharex=True)
     for i, column in enumerate(left.subplots(3, 5, height_ratios=(1, 1, 1.5)).T):
@@ -211,9 +214,9 @@ if picture:
             ax.axis("off")
         column[2].errorbar(range(8), mean[i, eight], 2 * stds[i, eight], fmt=".", color=f"C{i}")
         column[2].set(ylim=(-3.5, 3.5), xticks=[], yticks=[] if i else (-2, 0, 2))
-        own = DiagonalGaussian(mean[i, eight[:1]], log_std[i, eight[:1]], 1).log_prob(grid).exp()
-        above.fill_between(grid[:, 0], own, color=f"C{i}", alpha=0.5)
-    above.set_title("q(z|x) of these five, in the first of the eight", fontsize=11)
+        density = DiagonalGaussian(mean[i, eight[:1]], log_std[i, eight[:1]], 1).log_prob(grid)
+        above.fill_between(grid[:, 0], density.exp(), color=f"C{i}", alpha=0.5)
+    above.set_title("q(z|x) of these five, in the first of the eight dimensions", fontsize=11)
     below.fill_between(grid[:, 0], log_q[eight[0]].exp(), color="0.75", label=f"all {n} images")
     below.plot(grid[:, 0], normal.exp(), "k--", lw=1.2, label="N(0, 1)")
     below.legend(frameon=False, fontsize=9, loc="upper right")

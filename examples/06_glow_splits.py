@@ -1,10 +1,10 @@
-"""Glow to the letter: Split2d, and what its mean and its logs are.
+"""The published Glow: Split2d, and what its mean and logs are.
 
     python examples/06_glow_splits.py [STEPS [PICTURE.png]]
 
-A Glow with the published settings, conditioned on the class, with the classifier term. A split
-prior's convolution emits one tensor; "cross" takes its even channels for the mean and the odd ones
-for logs, "split" its first and its second half. Which is right? And why one layer and not two?
+A Glow with the published settings, conditioned on the class, with the classifier term. The
+convolution of a split prior emits one tensor. "cross" reads its even channels as the mean and the
+odd ones as logs; "split" reads its first and second half. Which is right? Why not two layers?
 """
 
 import sys
@@ -33,7 +33,7 @@ HALVES = {"format": "split sigmoid+2", "split_format": "split log_std"}
 
 
 def heads(model):
-    """Every last layer whose output a Glow reads as two tensors, with the format it reads."""
+    """Every layer whose output a Glow reads as two tensors, with the format."""
     for module in model.modules():
         if isinstance(module, musigma.layers.Coupling):
             yield module.net.leave, module.map.format
@@ -41,7 +41,7 @@ def heads(model):
             yield module.net, module.format
 
 
-# -- cross or split: the same model under a permutation of the last layer's rows
+# -- cross and split: the same model up to a permutation of the last layer's rows
 
 torch.manual_seed(0)
 cross = randomized(musigma.build("published_glow", (3, 16, 16), bits=5, **PUBLISHED, **CROSS))
@@ -58,10 +58,10 @@ with torch.no_grad():
     latents = zip(cross.continuous().encode(x), halves.continuous().encode(x), strict=True)
     apart = max((a - b).abs().max().item() for a, b in latents)
 print(
-    "cross and split, the same weights:   log p apart by", (unpermuted - log_p).abs().max().item()
+    "cross and split, same weights:   difference in log p", (unpermuted - log_p).abs().max().item()
 )
-print("cross and split, the rows permuted:  log p apart by", (again - log_p).abs().max().item())
-print("                                     latents apart by", apart)
+print("cross and split, rows permuted:  difference in log p", (again - log_p).abs().max().item())
+print("                                 difference in latents", apart)
 
 # -- one layer whose output is split, or two layers
 
@@ -78,12 +78,14 @@ single.log_prob(z).mean().backward()
 double.log_prob(z).mean().backward()
 gradients = torch.stack([mean_layer.weight.grad, logs_layer.weight.grad], 1).flatten(0, 1)
 print(
-    "one layer and two: log p apart by",
+    "one layer and two: difference in log p",
     (single.log_prob(z) - double.log_prob(z)).abs().max().item(),
 )
-print("                   gradients apart by", (gradients - one.weight.grad).abs().max().item())
+print(
+    "                   difference in gradients", (gradients - one.weight.grad).abs().max().item()
+)
 
-# -- a class-conditional Glow of digits, and what its split prior learns
+# -- a class-conditional Glow of digits, and what its split priors learn
 
 data = musigma.data.load("digits")
 torch.manual_seed(0)
@@ -102,7 +104,7 @@ y = nn.functional.one_hot(torch.from_numpy(held_out.labels), len(data.label_name
 
 @torch.no_grad()
 def split_priors(model):
-    """Mean and log_std of every split prior for the held-out images, and what it is worth."""
+    """The distribution of every split prior for held-out images, and a summary of it."""
     splits = [layer for layer in model.layers if isinstance(layer, musigma.layers.Split)]
     seen, trace = {}, musigma.Trace(temperature=0.0)
     hooks = [
@@ -155,7 +157,7 @@ top = model.encode(x, y, mode=True)[0]
 classifier = model.layers[-1]
 right = (classifier.logits(top).argmax(1) == y.argmax(1)).float().mean().item()
 print(f"held-out: {figure['bits_per_dim']:.3f} bits/dim ({figure['bound']}), given the class;")
-print(f"the classifier on the top latent is right for {right:.1%} of them")
+print(f"the classifier on the top latent is correct for {right:.1%} of them")
 
 classes = torch.eye(len(data.label_names))
 torch.manual_seed(1)
