@@ -248,9 +248,9 @@ MISTAKES = {
     "no labels": ("train maf table.csv --given label --given kind", "no labels"),
     "no such file": ("train glow photos --given none.csv", "none.csv"),
     "too few rows": ("train glow photos --given few.csv", "3 .* 60"),
-    "cannot be conditioned": (
+    "takes no context": (
         "train autoencoder_kl photos --given label",
-        "autoencoder_kl cannot be conditioned",
+        "autoencoder_kl takes no context",
     ),
     "missing variables": ("evaluate rows photos --given label", "'age'.*'hair'"),
     "missing column": ("score columns narrow.csv --out s.csv", "no column.*'?y2"),

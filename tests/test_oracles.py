@@ -40,7 +40,7 @@ from musigma.layers import (
     Split,
 )
 from musigma.model import VAE, Chain, Ladder, LadderBlock, Prior
-from musigma.spec import Spec
+from musigma.spec import Spec, Variable
 from musigma.testing import randomized
 from musigma.trace import Evidence, Trace
 from musigma.zoo import build
@@ -217,7 +217,8 @@ def test_linear_flow_is_a_multivariate_normal(shape):
 @pytest.mark.parametrize("spec", [False, True])
 def test_a_conditional_model_is_a_distribution_for_each_row_of_its_context(spec):
     model = Conditional(randomized(build("nsf", (3,), depth=1, hidden=6, context=4)), Joined())
-    model.spec = Spec((3,)) if spec else None
+    variables = Variable("a", shape=(2,)), Variable("b", shape=(2, 4, 4))
+    model.spec = Spec((3,), context=variables) if spec else None
     context = {"a": torch.randn(5, 2), "b": torch.randn(5, 2, 4, 4)}
     dist = model.double().as_distribution(context)
     assert (dist.batch_shape, dist.event_shape) == ((5,), (3,))
