@@ -18,7 +18,7 @@ from musigma.processes import SINGLE_PROCESS, Processes
 from musigma.spec import Variable
 from musigma.tensors import channels_last
 
-__all__ = ["batch", "batches", "check", "column", "context_size", "evaluating", "noise", "tensors"]
+__all__ = ["batch", "batches", "check", "column", "evaluating", "noise", "tensors"]
 
 Progress = Callable[[int, int], None]
 
@@ -114,12 +114,6 @@ def evaluating(model: Model) -> Iterator[None]:
             yield
     finally:
         model.train(before)
-
-
-def context_size(model: Model) -> int:
-    """Number of features of a model's context if it is one vector; 0 otherwise."""
-    context = model.spec.context if model.spec is not None else ()
-    return context[0].shape[0] if len(context) == 1 and len(context[0].shape) == 1 else 0
 
 
 def batch(
