@@ -78,7 +78,7 @@ def run(name: str, precision: str) -> dict:
         "not_finite": len(skipped) - long,
         "skipped_as_too_long": long,
         "setbacks": sum(row["kind"] == "setback" for row in rows),
-        "alerts": sorted({r["message"][:60] for r in rows if r["kind"] == "alert"}),
+        "warnings": sorted({r["message"][:60] for r in rows if r["kind"] == "warning"}),
         "nats": figure["nats"],
         "non_finite_test_examples": figure["non_finite"],
         "round_trip": error if flow else None,

@@ -292,7 +292,7 @@ def _conditions(plan: Plan) -> Conditions:
 
 
 def _growth(workload: Workload, contender: Contender, plan: Plan) -> int | None:
-    """Of a fresh process with the default heap; a kept heap would not change it."""
+    """Memory growth of a fresh process with the default heap (a retained heap hides it)."""
     runner = Subprocess(workload.name, contender, replace(_conditions(plan), keep_heap=False))
     try:
         return runner.growth("step")

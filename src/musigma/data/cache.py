@@ -45,7 +45,7 @@ def place(kind: str, name: str, suffix: str = "") -> Path:
 
 
 def stamp(path: Path) -> list[int]:
-    """Size and modification time of a file, by which its versions are told apart."""
+    """Size and modification time of a file, which identify its version."""
     about = path.stat()
     return [about.st_size, about.st_mtime_ns]
 

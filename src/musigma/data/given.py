@@ -86,7 +86,7 @@ class Given:
         return Variable(name, self.values.shape[1:], names=self.names, levels=levels)
 
     def content(self) -> bytes:
-        """What a digest goes by: the names and every value."""
+        """The bytes that a digest covers: the names and every value."""
         values = self.values
         if values.dtype == np.uint8:
             values = content_hashes((values[i] for i in range(len(values))), len(values))

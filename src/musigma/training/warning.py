@@ -172,7 +172,7 @@ def figure_warnings(
 def new_warnings(
     progress: Progress, kinds: tuple[str, ...], warnings: Mapping[str, str]
 ) -> dict[str, str]:
-    """Of the warnings of some kinds that hold now, those that did not hold before."""
+    """The warnings of these kinds that hold now and did not hold before."""
     known = {name for name in progress.warnings if name.split(" ")[0] in kinds}
     others = {name: text for name, text in progress.warnings.items() if name not in known}
     progress.warnings = others | dict(warnings)
