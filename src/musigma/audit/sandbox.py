@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from musigma.audit.findings import AuditError
 
-__all__ = ["Sandbox", "TooSlowError", "about_types", "first", "forward_hooks"]
+__all__ = ["Sandbox", "TooSlowError", "about_types", "first", "first_form", "forward_hooks"]
 
 SECONDS = 20.0  # limit of one call
 
@@ -224,6 +224,25 @@ class Sandbox:
     def ask_first(self, name: str, fn: Callable[..., Any], *args: Any) -> Tensor:
         """As `ask`; of a tuple or a list, the first entry."""
         return self.as_tensor(name, first(self.call(name, fn, *args)))
+
+
+def first_form(
+    forms: Iterable[tuple[Any, ...]], attempt: Callable[..., Any]
+) -> tuple[tuple[Any, ...], Any]:
+    """The first arguments for which an attempt raises no `AuditError`, and what it returned.
+
+    If it raises for all, so does this: the first error that is not about the number of arguments.
+    """
+    reason: AuditError | None = None
+    for form in forms:
+        try:
+            return form, attempt(*form)
+        except TooSlowError:
+            raise
+        except AuditError as error:
+            if reason is None or "argument" in str(reason.__cause__):
+                reason = error
+    raise reason or AuditError("nothing was tried")
 
 
 @contextlib.contextmanager

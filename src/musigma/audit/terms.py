@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from functools import partial
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
-from musigma.audit.sandbox import Sandbox
+from musigma.audit.sandbox import Sandbox, first_form
 
 __all__ = ["audit_bits", "audit_importance_bound", "audit_log_prob_term"]
 
@@ -58,15 +60,14 @@ def audit_bits(
     """
     if levels < 2:
         raise AuditError(f"levels: expected 2 or more; got {levels}")
-    report, shape = ReportBuilder(name_of(bits)), tuple(shape)
+    report = ReportBuilder(name_of(bits))
     with Sandbox(bits) as sandbox:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, levels, (24, *shape), generator=generator)
         ask = _bits_form(sandbox, bits, images, report)
-        single = torch.tensor([float(ask(images[i : i + 1]).mean()) for i in range(24)])
+        single = torch.tensor([float(ask(image[None]).mean()) for image in images])
         again = torch.tensor([float(ask(images[:1]).mean()) for _ in range(12)])
-        truth, noise = math.log2(levels), float(again.std())
-        report.details |= {"bits_per_dim": float(single.mean()), "entropy": truth}
+        report.details |= {"bits_per_dim": float(single.mean()), "entropy": math.log2(levels)}
         if not single.isfinite().all():
             report.bug(
                 "not_finite",
@@ -74,7 +75,7 @@ def audit_bits(
                 "give every level a probability above zero",
             )
             return report.build()
-        _check_bits(report, single, noise, truth)
+        _check_bits(report, single, float(again.std()), math.log2(levels))
         _check_batch(report, ask, images, again)
     return report.build()
 
@@ -82,35 +83,28 @@ def audit_bits(
 def _bits_form(
     sandbox: Sandbox, bits: Callable[[Tensor], Any], images: Tensor, report: ReportBuilder
 ) -> Callable[[Tensor], Tensor]:
-    """`bits` as a function of integers, in the type that it takes."""
-    reason: AuditError | None = None
-    for dtype in (torch.float64, torch.float32, torch.int64, torch.uint8):
-        if dtype == torch.uint8 and int(images.max()) > 255:
-            continue
-        sandbox.use_dtype(torch.float32 if dtype != torch.float64 else dtype)
+    """`bits` as a function of integers, in the first type for which it is finite."""
 
-        def ask(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
-            value = sandbox.ask("bits", bits, x.to(dtype))
-            if value.numel() not in (1, len(x)):
-                raise AuditError(
-                    f"bits: given {tuple(x.shape)}, expected ({len(x)},) or one number; got "
-                    f"{tuple(value.shape)}"
-                )
-            return value.reshape(-1)
+    def ask(x: Tensor, dtype: torch.dtype) -> Tensor:
+        value = sandbox.ask("bits", bits, x.to(dtype))
+        if value.numel() not in (1, len(x)):
+            raise AuditError(
+                f"bits: given {tuple(x.shape)}, expected ({len(x)},) or one number; got "
+                f"{tuple(value.shape)}"
+            )
+        return value.reshape(-1)
 
-        try:
-            if ask(images[:2]).isfinite().all() or dtype == torch.uint8:
-                report.assumed.append(
-                    f"images are given as {str(dtype).removeprefix('torch.')} from 0 to levels - 1"
-                )
-                return ask
-        except AuditError as error:
-            reason = reason or error
-    if reason is not None:
-        raise reason
-    report.assumed.append("images are given as float32 from 0 to levels - 1")
-    sandbox.use_dtype(torch.float32)
-    return lambda x: sandbox.ask("bits", bits, x.float()).reshape(-1)
+    def attempt(dtype: torch.dtype, finite: bool) -> None:
+        sandbox.use_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
+        if finite > bool(ask(images[:2], dtype).isfinite().all()):
+            raise AuditError("bits: they are not finite")
+
+    integers = (torch.int64, torch.uint8) if images.max() < 256 else (torch.int64,)
+    forms = [(dtype, True) for dtype in (torch.float64, torch.float32, *integers)]
+    (dtype, _), _ = first_form([*forms, (torch.float32, False)], attempt)
+    name = str(dtype).removeprefix("torch.")
+    report.assumed.append(f"images are given as {name} from 0 to levels - 1")
+    return lambda x: ask(x, dtype)
 
 
 def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: float) -> None:
@@ -119,6 +113,7 @@ def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: floa
     uniform = spread < 1e-4 * max(1.0, abs(truth)) and noise < 1e-4
     # the error of 24 draws is Student's t; without any, only rounding is left
     slack = 2e-4 * truth if uniform else 1e-3 * truth + STANDARD_ERRORS * 1.6 * error
+    figures = {"bits_per_dim": mean, "entropy": truth}
     if mean < truth - slack:
         report.bug(
             "bpd_below_entropy",
@@ -126,8 +121,7 @@ def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: floa
             f"{truth:.6g}: no model can be better{_bits_hint(mean, truth)}",
             "bits/dim = -(log p(y) + log |det|) / (D ln 2), with D log(levels) added for data "
             "that were divided by the levels, and D all elements of an image",
-            bits_per_dim=mean,
-            entropy=truth,
+            **figures,
         )
     elif uniform and mean > truth + slack:
         report.bug(
@@ -135,8 +129,7 @@ def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: floa
             f"all images have the same figure, {mean:.6g} bits per dimension, and that of the "
             f"uniform model is {truth:.6g}{_bits_hint(mean, truth)}",
             "divide nats by (D ln 2), with D all elements of an image, and count log(levels) once",
-            bits_per_dim=mean,
-            entropy=truth,
+            **figures,
         )
     elif uniform:
         report.checked.append(f"uniform images under the uniform model: {mean:.6g} bits")
@@ -152,12 +145,13 @@ def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: floa
 
 
 def _bits_hint(mean: float, truth: float) -> str:
-    for factor, what in (
-        (math.log(2), "ln 2 (nats, not bits)"),
-        (1 / math.log(2), "1 / ln 2"),
-        (3.0, "the number of channels"),
-        (-1.0, "the sign"),
-    ):
+    factors = {
+        "ln 2 (nats, not bits)": math.log(2),
+        "1 / ln 2": 1 / math.log(2),
+        "the number of channels": 3.0,
+        "the sign": -1.0,
+    }
+    for what, factor in factors.items():
         if math.isclose(mean, truth * factor, rel_tol=2e-3):
             return f"; they differ by {what}"
     if abs(mean) < 1e-3:
@@ -169,21 +163,19 @@ def _check_batch(
     report: ReportBuilder, ask: Callable[[Tensor], Tensor], images: Tensor, again: Tensor
 ) -> None:
     """One image against eight copies of it."""
-    one, noise = float(again.mean()), float(again.std())
-    eight = images[:1].expand(8, *images.shape[1:]).contiguous()
-    several = torch.stack([ask(eight).mean() for _ in range(12)])
-    off = float(several.mean()) - one
+    several = torch.stack([ask(images[:1].repeat_interleave(8, 0)).mean() for _ in range(12)])
+    alone, of_eight = float(again.mean()), float(several.mean())
     # the error of a mean of 12 by Student's t with 11 degrees of freedom, at 1e-7
-    error = 11.0 * math.hypot(noise, float(several.std())) / math.sqrt(12)
-    if abs(off) > error + 1e-4 * (1 + abs(one)):
-        ratio = float(several.mean()) / one if one else math.nan
+    error = 11.0 * math.hypot(float(again.std()), float(several.std())) / math.sqrt(12)
+    if abs(of_eight - alone) > error + 1e-4 * (1 + abs(alone)):
+        ratio = of_eight / alone if alone else math.nan
         report.bug(
             "bpd_batch",
-            f"an image costs {one:.6g} bits per dimension by itself, and "
-            f"{float(several.mean()):.6g} in a batch of eight copies (a factor of {ratio:.3g})",
+            f"an image costs {alone:.6g} bits per dimension by itself, and {of_eight:.6g} in a "
+            f"batch of eight copies (a factor of {ratio:.3g})",
             "sum over the elements of an image, and average over images, nothing else",
-            alone=one,
-            of_eight=float(several.mean()),
+            alone=alone,
+            of_eight=of_eight,
         )
     else:
         report.checked.append("an image costs the same by itself and in a batch of eight copies")
@@ -221,114 +213,109 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
     report = ReportBuilder(name_of(loss_from_neg_elbos))
     generator = torch.Generator().manual_seed(0)
     n = 3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 4.0
-    fits: list[_Fit] = []
-    reason: AuditError | None = None
     with Sandbox(loss_from_neg_elbos) as sandbox:
-        for dtype in (torch.float64, torch.float32):
+
+        def attempt(dtype: torch.dtype) -> list[_Fit]:
             sandbox.use_dtype(dtype)
-            for layout in ("(B, K)", "(K, B)"):
-                try:
-                    fits.append(_Fit(sandbox, loss_from_neg_elbos, n.to(dtype), layout))
-                except AuditError as error:
-                    reason = reason or error
-            if fits:
-                break
-        if not fits:
-            raise reason or AuditError("loss_from_neg_elbos: it takes no (B, K)")
-        best = min(fits, key=lambda fit: (fit.wrong, fit.proportional, fit.value))
+            layouts = [("(B, K)",), ("(K, B)",)]
+            fit = partial(_bound_fits, sandbox, loss_from_neg_elbos, n.to(dtype))
+            (taken,), fits = first_form(layouts, fit)
+            with suppress(AuditError):
+                fits += fit("(K, B)") if taken == "(B, K)" else []
+            return fits
+
+        _, fits = first_form([(torch.float64,), (torch.float32,)], attempt)
+        best = min(fits, key=lambda fit: fit.rank)
         report.assumed.append(f"the layout is {best.layout}, with {best.way} over the batch")
         _check_bound(report, best)
-        _check_range(report, sandbox, loss_from_neg_elbos, best)
+        if best.has_value:
+            _check_range(report, sandbox, loss_from_neg_elbos, best)
     return report.build(layout=best.layout)
 
 
 class _Fit:
-    """The errors of a loss against the bound, in one layout."""
+    """The errors of a loss as the importance-weighted bound, in one layout and one reduction.
 
-    def __init__(self, sandbox: Sandbox, loss: Callable[[Tensor], Any], n: Tensor, layout: str):
-        self.layout, self.dtype = layout, n.dtype
-        given = (n if layout == "(B, K)" else n.T).detach().clone().requires_grad_()
-        name = "loss_from_neg_elbos"
-        value = sandbox.call(name, loss, given)
-        if not isinstance(value, Tensor):
-            value = sandbox.as_tensor(name, value)
-        b, k = n.shape
-        if value.numel() not in (1, b):
-            raise AuditError(f"{name}: expected a number, or ({b},); got {tuple(value.shape)}")
-        each = value.numel() == b
-        slope = None
-        if value.requires_grad:
-            (slope,) = torch.autograd.grad(value.sum(), given, allow_unused=True)
-        exact = n.double()
-        bound = -(torch.logsumexp(-exact, 1) - math.log(k))
-        weights = torch.softmax(-exact, 1)
-        self.slope = None if slope is None else slope.double()
-        if self.slope is not None and layout == "(K, B)":
-            self.slope = self.slope.T
-        ways = {"one number each": 1.0} if each else {"the mean": 1 / b, "the sum": 1.0}
+    `value` has one number for each example or for all, `slope` (B, K) is its gradient: NaN if
+    there is none; both are `share` times those of the sum over the batch.
+    """
+
+    def __init__(
+        self, layout: str, way: str, share: float, n: Tensor, value: Tensor, slope: Tensor
+    ):
+        self.layout, self.way, self.dtype = layout, way, n.dtype
+        weights = share * torch.softmax(-n.double(), 1)
+        bound = math.log(n.shape[1]) - torch.logsumexp(-n.double(), 1)
+        bound = bound if len(value) == len(n) else share * bound.sum()[None]
+        self.given, self.expected = float(value.sum()), float(bound.sum())
+        self.off_each = (self.given - self.expected) / (share * len(n))
+        self.off_value = float((value - bound).abs().max() / (1 + bound.abs().max()))
+        self.off_slope = float((slope - weights).norm() / weights.norm())
+        self.factor = float((slope * weights).sum() / weights.square().sum())
+        off_multiple = float((slope - self.factor * weights).norm() / weights.norm())
         tolerance = 1e-6 if n.dtype == torch.float64 else 1e-4
-        options = []
-        for way, factor in ways.items():
-            wanted = bound if each else bound.sum()[None] * factor
-            off_value = float((value.detach().double().reshape(-1) - wanted).abs().max())
-            off_value /= 1 + float(wanted.abs().max())
-            off_slope, ratio = math.inf, math.nan
-            if self.slope is not None:
-                truth = weights * factor
-                off_slope = float((self.slope - truth).norm() / truth.norm())
-                ratio = float((self.slope * truth).sum() / truth.square().sum())
-            options.append((off_value, off_slope, ratio, way))
-        self.value, self.gradient, self.ratio, self.way = min(options, key=lambda o: o[0] + o[1])
-        if all(math.isinf(o[1]) for o in options):
-            self.value, self.gradient, self.ratio, self.way = min(options)
-        self.wrong = (self.value > tolerance) + (self.gradient > tolerance)
-        self.tolerance = tolerance
-        self.given = float(value.detach().double().sum())
-        self.expected = float(bound.sum() * (1 if each else ways[self.way]))
-        self.off_constant = (self.given - self.expected) / (
-            b if each or self.way == "the sum" else 1
-        )
-        self.proportional = math.inf
-        if self.slope is not None:
-            truth = weights * (1.0 if each else ways[self.way])
-            self.proportional = float((self.slope - self.ratio * truth).norm() / truth.norm())
+        self.has_value, self.has_slope = self.off_value <= tolerance, self.off_slope <= tolerance
+        self.has_multiple = off_multiple <= tolerance and self.factor > 0
+        self.negative = float((slope < 0).double().mean())  # share of slopes below zero
+        errors = self.off_value + (0.0 if math.isnan(self.off_slope) else self.off_slope)
+        self.rank = (-self.has_value - self.has_slope, -self.has_multiple, errors)
+
+
+def _bound_fits(
+    sandbox: Sandbox, loss: Callable[[Tensor], Any], n: Tensor, layout: str
+) -> list[_Fit]:
+    """A loss in one layout, as the sum and as the mean over the batch."""
+    name, b = "loss_from_neg_elbos", len(n)
+    given = n.detach().clone().requires_grad_()
+    value = sandbox.call(name, loss, given if layout == "(B, K)" else given.T)
+    if not isinstance(value, Tensor):
+        value = sandbox.as_tensor(name, value)
+    if value.numel() not in (1, b):
+        raise AuditError(f"{name}: expected a number, or ({b},); got {tuple(value.shape)}")
+    slope = None
+    if value.requires_grad:
+        (slope,) = torch.autograd.grad(value.sum(), given, allow_unused=True)
+    slope = torch.full_like(n, torch.nan) if slope is None else slope
+    value, slope = value.detach().double().reshape(-1), slope.double()
+    ways = {"one number each": 1.0} if len(value) == b else {"the mean": 1 / b, "the sum": 1.0}
+    return [_Fit(layout, way, share, n, value, slope) for way, share in ways.items()]
 
 
 def _check_bound(report: ReportBuilder, fit: _Fit) -> None:
-    right = fit.gradient <= fit.tolerance
-    if fit.slope is None:
+    if math.isnan(fit.off_slope):
         report.unchecked.append("the gradient: the loss has none")
-    elif right:
-        report.checked.append(f"gradient against the softmax weights: off by {fit.gradient:.1g}")
-    elif fit.proportional <= fit.tolerance and fit.ratio > 0:
+    elif fit.has_slope:
+        report.checked.append(f"gradient against the softmax weights: off by {fit.off_slope:.1g}")
+    elif fit.has_multiple:
         report.warn(
             "iw_gradient",
-            f"the gradient is {fit.ratio:.4g} times that of the bound",
+            f"the gradient is {fit.factor:.4g} times that of the bound",
             "sum over the draws, average over the batch",
-            factor=fit.ratio,
+            factor=fit.factor,
         )
     else:
-        negated = fit.slope is not None and float((fit.slope < 0).double().mean()) > 0.3
+        wrong = ", and partly has the wrong sign: some draws are made worse"
         report.bug(
             "iw_gradient",
-            f"the gradient is {fit.gradient:.2g} of its length from that of the bound"
-            + (", and partly has the wrong sign: some draws are made worse" if negated else ""),
+            f"the gradient is {fit.off_slope:.2g} of its length from that of the bound"
+            + wrong * (fit.negative > 0.3),
             "loss = -(torch.logsumexp(-n, k) - log K), over the axis of the draws; detach weights "
             "that are computed separately",
-            distance=fit.gradient,
+            distance=fit.off_slope,
         )
-    if fit.value <= fit.tolerance:
-        report.checked.append(f"value against -log mean exp(-n): off by {fit.value:.1g}")
+    if fit.has_value:
+        report.checked.append(f"value against -log mean exp(-n): off by {fit.off_value:.1g}")
         return
     constant = ""
     for what, size in (("log K", math.log(7)), ("-log K", -math.log(7))):
-        if math.isclose(fit.off_constant, size, abs_tol=1e-4):
+        if math.isclose(fit.off_each, size, abs_tol=1e-4):
             constant = f"; it differs by the constant {what}"
+    trains = "; the gradient is the bound's: it trains, but must not be reported"
     report.find(
         "iw_value",
-        "warning" if right or (fit.proportional <= fit.tolerance and fit.ratio > 0) else "bug",
+        "warning" if fit.has_slope or fit.has_multiple else "bug",
         f"the value is {fit.given:.5g}, and the bound {fit.expected:.5g}{constant}"
-        + ("; the gradient is the bound's: it trains, but must not be reported" if right else ""),
+        + trains * fit.has_slope,
         "report -(torch.logsumexp(-n, k) - log K)",
         value=fit.given,
         bound=fit.expected,
@@ -339,20 +326,18 @@ def _check_range(
     report: ReportBuilder, sandbox: Sandbox, loss: Callable[[Tensor], Any], fit: _Fit
 ) -> None:
     """Whether the loss is finite at the nats of images, where exp(-n) underflows."""
-    if fit.value > fit.tolerance:
-        return
     generator = torch.Generator().manual_seed(1)
     n = (3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 1500.0).to(fit.dtype)
     with suppress(AuditError):
         value = sandbox.call("loss_from_neg_elbos", loss, n if fit.layout == "(B, K)" else n.T)
-        if not bool(torch.as_tensor(value).isfinite().all()):
+        if torch.as_tensor(value).isfinite().all():
+            report.checked.append("finite at 1500 nats")
+        else:
             report.warn(
                 "not_finite",
                 "at 1500 nats, which images have, the loss is not finite",
                 "torch.logsumexp in place of log(mean(exp()))",
             )
-        else:
-            report.checked.append("finite at 1500 nats")
 
 
 # --- terms of a Gaussian -----------------------------------------------------------------------
@@ -391,13 +376,15 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
         raise AuditError(f"sign: expected 1 for a log-density, or -1 for a loss; got {sign!r}")
     report = ReportBuilder(name_of(term))
     with Sandbox(term) as sandbox:
-        count, dtype = 0, torch.float64
-        for dtype in (torch.float64, torch.float32):
+
+        def attempt(dtype: torch.dtype, count: int) -> None:
             sandbox.use_dtype(dtype)
-            count = _arguments(sandbox, term, dtype, last=dtype == torch.float32)
-            if count:
-                break
+            sandbox.ask("term", term, *_inputs(1, count, dtype, 0))
+
+        forms = list(product((torch.float64, torch.float32), (3, 1)))
+        (dtype, count), _ = first_form(forms, attempt)
         fits = _term_fits(sandbox, term, count, dtype)
+        towards = _towards(sandbox, term, count, dtype)
     if not fits:
         report.bug(
             "not_finite",
@@ -407,68 +394,47 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
         return report.build()
     best = min(fits, key=lambda fit: fit.residual)
     exact = best.residual <= (EXACT if dtype == torch.float64 else 1e-3)
-    if best.reading == "one":
+    fixed = best.reading == "one"
+    if fixed:
         report.assumed.append("term(z) is of one fixed Gaussian")
+        if exact:  # its mean may not be zero
+            towards = math.copysign(1.0, best.slope)
     report.details |= {"factor": sign * best.slope, "constant": best.intercept}
-    if not exact:
+    if exact:
+        report.checked.append(
+            f"a multiple of log N: factor {best.slope:.6g}, residual {best.residual:.1g}"
+        )
+    else:
         report.bug(
             "prior_term_mismatch",
             "under no reading it is a multiple of a Gaussian's log-density: "
             f"{best.residual:.0%} of its variation is unexplained"
-            + ("" if best.reading == "one" else f" by the best, {best.reading}"),
+            + ("" if fixed else f" by the best, {best.reading}"),
             "-0.5 log(2 pi) - log_std - 0.5 ((z - mean) / std)^2: check the parentheses",
             residual=best.residual,
         )
-    else:
-        report.checked.append(
-            f"a multiple of log N: factor {best.slope:.6g}, residual {best.residual:.1g}"
-        )
-    upward = best.towards * sign
-    if upward < 0:
+    if towards * sign < 0:
         report.bug(
             "prior_term_sign",
-            "as a " + ("log-density" if sign == 1 else "loss") + " it rewards distance from the "
-            "mean",
+            f"as a {'log-density' if sign == 1 else 'loss'} it rewards distance from the mean",
             "negate it",
-            slope=best.towards,
+            slope=towards,
         )
-    reading = None if best.reading == "one" or not exact else best.reading
-    return report.build(read_as=reading)
+    return report.build(read_as=best.reading if exact and not fixed else None)
 
 
-def _arguments(
-    sandbox: Sandbox, term: Callable[..., Any], dtype: torch.dtype, *, last: bool
-) -> int:
-    """How many tensors a term takes, three or one; 0 if neither, unless this is the last try."""
-    reason: AuditError | None = None
-    for count in (3, 1):
-        try:
-            sandbox.ask("term", term, *_inputs(1, 1, count, dtype, 0))
-            return count
-        except AuditError as error:
-            if reason is None or "argument" not in str(error.__cause__):
-                reason = error
-    if reason is not None and last:
-        raise reason
-    return 0
-
-
-def _inputs(n: int, d: int, count: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
+def _inputs(d: int, count: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    z, mean = 1.5 * torch.randn(2, n, d, generator=generator, dtype=torch.float64)
-    second = 0.3 + torch.rand(n, d, generator=generator, dtype=torch.float64)
+    z, mean = 1.5 * torch.randn(2, 1, d, generator=generator, dtype=torch.float64)
+    second = 0.3 + torch.rand(1, d, generator=generator, dtype=torch.float64)
     return [t.to(dtype) for t in (z, mean, second)][:count]
 
 
-class _TermFit:
-    def __init__(self, reading: str, x: Tensor, y: Tensor, towards: float):
-        design = torch.stack([x, torch.ones_like(x)], 1)
-        solution = torch.linalg.lstsq(design, y[:, None]).solution[:, 0]
-        left = y - design @ solution
-        variation = (y - y.mean()).norm()
-        self.reading, self.towards = reading, towards
-        self.slope, self.intercept = float(solution[0]), float(solution[1])
-        self.residual = float(left.norm() / variation) if variation > 0 else math.inf
+class _TermFit(NamedTuple):
+    reading: str
+    slope: float
+    intercept: float
+    residual: float  # the share of the variation that is unexplained
 
 
 def _term_fits(
@@ -478,7 +444,7 @@ def _term_fits(
     rows, values = [], []
     for seed in range(48):
         d = 1 if seed < 32 else 4
-        given = _inputs(1, d, count, dtype, 100 + seed)
+        given = _inputs(d, count, dtype, 100 + seed)
         value = sandbox.ask("term", term, *(t.clone() for t in given))
         if value.numel() > d:
             raise AuditError(
@@ -489,50 +455,38 @@ def _term_fits(
     y = torch.stack(values)
     if not y.isfinite().all():
         return []
-    towards = _towards(sandbox, term, count, dtype)
-    if count == 1:
-        return [_one_fit(rows, y, towards)]
+    if count == 1:  # any Gaussian is a multiple of z squared, plus a multiple of z
+        return [_regressed("one", y, [(-0.5 * z.square().sum(), z.sum()) for (z,) in rows])]
+    log_std = {
+        "log_std": lambda s: s,
+        "log_var": lambda s: 0.5 * s,
+        "std": lambda s: s.log(),
+        "variance": lambda s: 0.5 * s.log(),
+    }
+    return [
+        _regressed(name, y, [(_log_normal(z, m, read(s)).sum(),) for z, m, s in rows])
+        for name, read in log_std.items()
+    ]
+
+
+def _regressed(reading: str, y: Tensor, x: list[tuple[Tensor, ...]]) -> _TermFit:
+    """The regression of values on columns, by 32 rows of one dimension and 16 of four.
+
+    Both must have one slope, up to a mean over the dimensions in place of a sum.
+    """
+    design = torch.tensor([(*row, 1.0) for row in x], dtype=torch.float64)
     fits = []
-    for reading in ("log_std", "log_var", "std", "variance"):
-        x = torch.stack([_log_normal(z, m, _log_std(s, reading)).sum() for z, m, s in rows])
-        fits.append(_TermFit(reading, x[:32], y[:32], towards))
-        whole = _averaged(x, y, fits[-1])
-        fits[-1].residual = max(fits[-1].residual, whole)
-    return fits
-
-
-def _averaged(x: Tensor, y: Tensor, fit: _TermFit) -> float:
-    """The residual over several dimensions, as a sum or a mean of the terms of each."""
-    more = _TermFit(fit.reading, x[32:], y[32:], fit.towards)
-    factor = more.slope / fit.slope if fit.slope else math.nan
-    fits = any(math.isclose(factor, f, rel_tol=1e-3) for f in (1.0, 0.25))
-    return more.residual if fits else max(more.residual, 1.0 if more.residual < 1e-3 else 0.0)
-
-
-def _one_fit(rows: list[list[Tensor]], y: Tensor, towards: float) -> _TermFit:
-    """The regression on z²: every Gaussian around zero is a multiple of it, plus a constant."""
-    z = torch.stack([row[0].square().sum() for row in rows])
-    fit = _TermFit("one", -0.5 * z[:32], y[:32], towards)
-    if fit.residual > EXACT:  # the Gaussian may have another mean
-        first = torch.stack([row[0].sum() for row in rows])[:32]
-        design = torch.stack([z[:32], first, torch.ones(32, dtype=torch.float64)], 1)
-        solution = torch.linalg.lstsq(design, y[:32, None]).solution[:, 0]
-        left = float((y[:32] - design @ solution).norm() / (y[:32] - y[:32].mean()).norm())
-        if left < EXACT:
-            fit.residual, fit.slope = left, float(-2 * solution[0])
-            fit.towards = math.copysign(1.0, -float(solution[0]))
-            return fit
-    fit.residual = max(fit.residual, _averaged(-0.5 * z, y, fit))
-    return fit
-
-
-def _log_std(second: Tensor, reading: str) -> Tensor:
-    return {
-        "log_std": second,
-        "log_var": 0.5 * second,
-        "std": second.abs().log(),
-        "variance": 0.5 * second.abs().log(),
-    }[reading]
+    for part in (slice(32), slice(32, None)):
+        solution = torch.linalg.lstsq(design[part], y[part, None]).solution[:, 0]
+        variation = (y[part] - y[part].mean()).norm()
+        left = float((y[part] - design[part] @ solution).norm() / variation)
+        residual = left if variation > 0 else math.inf
+        fits.append(_TermFit(reading, float(solution[0]), float(solution[-1]), residual))
+    one, four = fits
+    factor = four.slope / one.slope if one.slope else math.nan
+    consistent = any(math.isclose(factor, known, rel_tol=1e-3) for known in (1.0, 0.25))
+    other = 1.0 if four.residual < 1e-3 and not consistent else four.residual
+    return one._replace(residual=max(one.residual, other))
 
 
 def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -543,12 +497,8 @@ def _towards(sandbox: Sandbox, term: Callable[..., Any], count: int, dtype: torc
     """1 if the term falls with the distance from the mean, -1 if it rises."""
     change = 0.0
     for seed in range(8):
-        given = _inputs(1, 1, count, dtype, 500 + seed)
-        mean = given[1] if count == 3 else torch.zeros_like(given[0])
-        ends = [
-            float(sandbox.ask("term", term, mean + side * distance, *given[1:]).sum())
-            for distance in (0.2, 3.0)
-            for side in (1, -1)
-        ]
-        change += ends[0] + ends[1] - ends[2] - ends[3]
+        z, *rest = _inputs(1, count, dtype, 500 + seed)
+        mean = rest[0] if rest else torch.zeros_like(z)
+        for distance, weight in ((0.2, 1), (-0.2, 1), (3.0, -1), (-3.0, -1)):
+            change += weight * float(sandbox.ask("term", term, mean + distance, *rest).sum())
     return math.copysign(1.0, change)
