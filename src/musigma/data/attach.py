@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from musigma.data.columns import Table, given_column, is_missing, names_rows
-from musigma.data.dataset import Dataset, load
+from musigma.data.columns import names_rows
+from musigma.data.dataset import Dataset
 from musigma.data.errors import DataError, damage, listing, named
 from musigma.data.given import Given
 from musigma.data.raw import Request
-from musigma.data.readers import READERS, is_url
-from musigma.data.readers.delimited import read_table
-from musigma.data.readers.parquet import read_parquet_table
+from musigma.data.readers import TABLES, is_url, load
+from musigma.data.tables import Table, Words, as_given
 from musigma.spec import Variable
 
 __all__ = ["attach", "given_rows", "is_source"]
@@ -24,7 +23,11 @@ __all__ = ["attach", "given_rows", "is_source"]
 
 def is_source(item: str) -> bool:
     """Whether an item of what is given names a file, a folder or a URL, rather than columns."""
-    return is_url(item) or Path(item).suffix.lower() in READERS or Path(item).exists()
+    return (
+        is_url(item)
+        or Path(item).suffix.lower() in (*TABLES, ".npy", ".npz")
+        or Path(item).exists()
+    )
 
 
 def attach(
@@ -111,8 +114,7 @@ def _read(
     path, names = Path(source).expanduser(), {}
     variables: Mapping[str, Given | np.ndarray]
     with damage(request.where):
-        if path.suffix.lower() in (".csv", ".tsv", ".parquet"):
-            read = read_parquet_table if path.suffix.lower() == ".parquet" else read_table
+        if read := TABLES.get(path.suffix.lower()):
             table = read(path, request)
             _check_columns(columns, table.names, request)
             variables, names = _of_table(table, wanted or columns, request)
@@ -167,19 +169,16 @@ def _of_table(
         raise DataError(f"{request.where}: its columns have no names: add a first line of names")
     faults = dict(table.ragged)
     variables, names = {}, {}
-    every = np.arange(len(table.values))
     for j, name in enumerate(table.names):
-        cells = table.cells(j)
-        if name not in columns and names_rows(name, table.kinds[j], lambda cells=cells: cells):
-            names[name] = cells
-        if (columns and name not in columns) or name in names:
-            continue
-        text = table.kinds[j] == "text"
-        wrong = [is_missing(c) for c in cells] if text else ~np.isfinite(table.values[:, j])
-        for i in np.flatnonzero(wrong).tolist():
-            faults[f"{table.row_name(i)}, {table.called(j)}"] = table.cell_fault(i, j)
-        if not np.any(wrong):
-            variables[name] = given_column(table, j, every)
+        if name not in columns and names_rows(table, j):
+            names[name] = table.cells(j)
+        elif name in columns or not columns:
+            cells, wrong = table.column(j)
+            for i in np.flatnonzero(wrong).tolist():
+                value = None if isinstance(cells, Words) else float(cells[i])
+                faults.update([table.fault(i, j, value)])
+            if not wrong.any():
+                variables[name] = as_given(cells, np.arange(table.rows))
     if faults:
         raise DataError(
             f"{request.where}: {len(faults)} cells cannot be used; fill them:\n{listing(faults)}"

@@ -1,8 +1,9 @@
 """The user's cache: results that took long to compute, stored for the next time.
 
 It contains *records*, small arrays with a header that names their source and its version, and
-*flat arrays*, which are written block by block where memory is too small, and memory-mapped. Both
-are written whole or not at all, by one process while others wait. Entries that are truncated,
+*flat arrays*, which are written block by block where memory is too small, and memory-mapped: those
+that are `derived` from others, and tables. `facts` about arrays on disk are records. Both are
+written whole or not at all, by one process while others wait. Entries that are truncated,
 damaged, foreign or out of date are computed again. No pickles are read.
 """
 
@@ -13,13 +14,14 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from musigma.data.errors import DataError, first_line
-from musigma.data.raw import Request, allocate
+from musigma.data.raw import Request, allocate, content_hashes
 from musigma.files import locked, replacing
 
 FORMAT = "musigma record 1"
@@ -178,3 +180,73 @@ def _readable(blocks: Iterable[np.ndarray], where: str) -> Iterator[np.ndarray]:
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise DataError(f"{where}: {reason}: give a path that can be read") from error
+
+
+def blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows in blocks of a few megabytes, so that a memory-mapped file is never read as a whole."""
+    step = max(1, (1 << 22) * len(x) // max(1, x.size))
+    return (np.asarray(x[i : i + step]) for i in range(0, len(x), step))
+
+
+def float32_blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Blocks of numbers as float32; those too large become infinite."""
+    for block in rows:
+        with np.errstate(over="ignore"):
+            yield block.astype(np.float32)
+
+
+def _source(x: np.memmap) -> tuple[Path, dict[str, Any]]:
+    """The file of an array, and the version and the part of it that the array is."""
+    assert x.filename is not None  # no open file is mapped here
+    path = Path(os.fsdecode(x.filename))
+    view = [list(x.shape), list(x.strides)]
+    return path, {"version": stamp(path), "dtype of source": x.dtype.str, "view": view}
+
+
+def derived(
+    x: np.ndarray,
+    what: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    make: Callable[[], Iterable[np.ndarray]],
+    request: Request,
+) -> np.ndarray:
+    """An array computed from another; it is written to the cache if both exceed memory.
+
+    `what` is computed, by which the cache knows it; `make` yields its rows, in blocks.
+    """
+    if not isinstance(x, np.memmap):
+        return flat("", {}, shape, dtype, make, replace(request, in_memory=True))
+    file, about = _source(x)
+    return flat(f"{file}\n{what}", about, shape, dtype, make, request)
+
+
+def facts(x: np.ndarray, request: Request) -> dict[str, np.ndarray]:
+    """What one pass finds: of tables the range of each column, and rows that are not finite.
+
+    Of files beyond memory it also finds the hashes of the examples, and all is cached.
+    """
+    on_disk = isinstance(x, np.memmap) and not request.fits(x.nbytes)
+
+    def build(old: Record | None) -> Record:
+        low, high = np.full(x.shape[1:], np.inf), np.full(x.shape[1:], -np.inf)
+        bad, hashes, done = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], 0
+        for block in blocks(x) if on_disk or x.dtype.kind == "f" else ():
+            if x.dtype.kind == "f":
+                finite = np.isfinite(block).all(1)
+                bad.append(done + np.flatnonzero(~finite))
+                usable = block if finite.all() else block[finite]
+                low = np.minimum(low, usable.min(0, initial=np.inf))
+                high = np.maximum(high, usable.max(0, initial=-np.inf))
+            done += len(block)
+            if on_disk:
+                hashes.append(content_hashes(block, len(block)))
+                request.report(done, len(x))
+        found = {"low": low, "high": high, "bad": np.concatenate(bad)}
+        return Record({}, {}, found | ({"hashes": np.concatenate(hashes)} if on_disk else {}))
+
+    if not on_disk:
+        return build(None).arrays
+    file, about = _source(x)
+    path = place("facts", f"{file}\n{x.dtype.str}", ".npz")
+    return cached(path, {"source": str(file), "facts": 2, **about}, build, request).arrays

@@ -1,4 +1,4 @@
-"""Data sets: `load` reads a source, and `Dataset` gives its examples as a model sees them.
+"""Data sets: `Dataset` gives the examples of a source as a model sees them.
 
 A data set keeps its examples as they were read: in memory, or on disk where they take too much of
 it, memory-mapped or decoded when they are indexed. `Dataset.take` preprocesses those that are
@@ -8,31 +8,25 @@ itself defines.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from math import prod
-from pathlib import Path
-from typing import Any, Literal, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 import numpy as np
 
-from musigma.data import readers
-from musigma.data.columns import listed
+from musigma.data.errors import DataError, called, named
 from musigma.data.given import Given
-from musigma.data.readers import DataError, LazyImages, Progress
+from musigma.data.raw import content_hashes
 from musigma.data.sampling import binarized
 from musigma.data.split import PARTS, Part, parts
 from musigma.spec import Spec, Variable
 
-__all__ = [
-    "Dataset",
-    "Part",
-    "Preprocess",
-    "digest",
-    "identity",
-    "load",
-]
+if TYPE_CHECKING:
+    from musigma.data.readers import LazyImages
+
+__all__ = ["Dataset", "Hashes", "Part", "Preprocess", "digest"]
 
 Binarize = Literal["threshold", "dynamic"]
 
@@ -152,20 +146,22 @@ class Dataset:
     given: Mapping[str, Given] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    hashes: _Hashes | None = field(default=None, repr=False)
+    hashes: Hashes | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if self.hashes is None or self.hashes.array is not self.array:
-            object.__setattr__(self, "hashes", _Hashes(self.array))
+            object.__setattr__(self, "hashes", Hashes(self.array))
         if (self.array.dtype, self.array.ndim) not in ((np.uint8, 4), (np.float32, 2)):
             raise DataError(
                 f"array is {self.array.dtype} of shape {self.array.shape}: give uint8 "
                 "(N, C, H, W) or float32 (N, D)"
             )
         if self.bits is None and self.preprocess != UNTOUCHED:
+            settings, usual = self.preprocess.to_json(), UNTOUCHED.to_json()
+            changed = [f"{key}={settings[key]!r}" for key in usual if settings[key] != usual[key]]
             raise DataError(
-                f"{self.name or 'array'}: is a table, and {self.preprocess} is for images: leave "
-                "size, bits and binarize out"
+                f"{self.name or 'array'}: is a table, and {' and '.join(changed)} is for images: "
+                "leave it out"
             )
         for what in ("labels", "ids", "official_test", "official_validation"):
             value = getattr(self, what)
@@ -266,8 +262,9 @@ class Dataset:
             mean += gap * (n / done)
         std = np.sqrt(square / max(1, done))
         if len(constant := np.flatnonzero(std == 0)):
+            names = [called(self.columns, j) for j in constant.tolist()]
             raise DataError(
-                f"{self.name or 'array'}: {listed(self.columns, constant)} "
+                f"{self.name or 'array'}: {named(names)} "
                 f"{'are' if len(constant) > 1 else 'is'} constant in the {done} rows to train on, "
                 "where the density is infinite: drop it, or give more data"
             )
@@ -314,7 +311,7 @@ class Dataset:
         return self.hashes.of(self.rows)
 
 
-class _Hashes:
+class Hashes:
     """Hashes of the rows of an array, computed when they are first needed."""
 
     def __init__(self, array: np.ndarray | LazyImages, known: np.ndarray | None = None):
@@ -323,132 +320,11 @@ class _Hashes:
     def of(self, rows: np.ndarray | None) -> np.ndarray:
         """The hashes of some rows, or of all."""
         if self.known is None and rows is None:
-            self.known = readers.content_hashes(self.array, len(self.array))
+            self.known = content_hashes(self.array, len(self.array))
         if self.known is None:
             assert rows is not None
-            return readers.content_hashes((self.array[row] for row in rows), len(rows))
+            return content_hashes((self.array[row] for row in rows), len(rows))
         return self.known if rows is None else self.known[rows]
-
-
-def load(
-    source: str | Path,
-    *,
-    preprocess: Preprocess = UNTOUCHED,
-    given: str | Iterable[str] = (),
-    columns: Sequence[str] | None = None,
-    channels: int | None = None,
-    skip_bad: bool = False,
-    allow_constant: bool = False,
-    in_memory: bool | None = None,
-    progress: Progress | None = None,
-) -> Dataset:
-    """Read a data set from a path, a URL, or by its name.
-
-    It reads folders and archives (tar, zip) of images, MNIST's IDX files and CIFAR batches;
-    `.npy`, `.npz`, `.csv`, `.tsv` and `.parquet`; folders of tar or parquet files, or a pattern of
-    them (`shards-{0000..0099}.tar`); all of these by a URL that fsspec knows; and the names
-    `digits`, `mnist-5k`, `mnist`, `fashion-mnist`, `cifar10`, `two-moons`, `checkerboard` and
-    `eight-gaussians`. A name takes precedence over a file of the same name, which is written
-    `./mnist`. Published sets are looked for in `$MUSIGMA_DATA`, in `/usr/share/datasets` and in
-    the user's cache, and otherwise downloaded into the cache.
-
-    Args:
-        source: A path, a URL or a name.
-        preprocess: How images are preprocessed.
-        given: Context to read along with the examples: `label` requires labels; names or patterns
-            of columns (`x_*`), which then are no part of x; or files with a row for each example
-            (`attach`).
-        columns: The columns of a table that a model needs, in its order. Others are left out.
-        channels: 3 makes gray images RGB.
-        skip_bad: Leave out images and rows that cannot be used; `Dataset.skipped` names them.
-        allow_constant: Accept constant columns: harmless for scoring with a trained model, but
-            not for training, where the density of such a column is infinite.
-        in_memory: Whether to read examples into memory. By default they are read if they take at
-            most a quarter of it (divided by the processes of a `torchrun` on this machine).
-            Others stay on disk, and the user's cache stores an index of them. `.npy` files always
-            stay there unless this is True; `.npz`, `.csv` and IDX files never do.
-        progress: Called with (done, total) as examples are read (for a URL, MiB).
-
-    Raises:
-        DataError: If the data cannot be used as they are; the message says what to do.
-
-    >>> data = load("two-moons")
-    >>> data.shape, data.bits, sum(len(data.split(p)) for p in ("train", "validation", "held-out"))
-    ((2,), None, 20000)
-    """
-    from musigma.data.attach import attach, is_source
-
-    wanted = [given] if isinstance(given, str) else list(given)
-    files = [item for item in wanted if item != "label" and is_source(item)]
-    found = readers.read(
-        source,
-        size=preprocess.pixels,
-        channels=channels,
-        columns=None if columns is None else tuple(columns),
-        given=tuple(item for item in wanted if item != "label" and item not in files),
-        allow_constant=allow_constant,
-        skip_bad=skip_bad,
-        in_memory=in_memory,
-        report=progress or (lambda done, total: None),
-    )
-    name = readers.plain(source) if readers.is_url(source) else str(source)
-    if found.x.dtype == np.uint8:
-        _check_levels(found.x, preprocess.levels_bits, name)
-    if "label" in wanted and found.labels is None:
-        raise DataError(
-            f"{name}: given: it has no labels: put images into a folder for each class, or name "
-            "a column of a table 'label'"
-        )
-    data = Dataset(
-        found.x,
-        name=name,
-        preprocess=preprocess,
-        labels=found.labels,
-        label_names=found.label_names,
-        ids=found.ids,
-        official_test=found.official_test,
-        official_validation=found.official_validation,
-        columns=found.columns,
-        given=found.given,
-        skipped=found.skipped,
-        notes=found.notes,
-        hashes=_Hashes(found.x, found.hashes),
-    )
-    if found.usable is not None:
-        rows = np.flatnonzero(found.usable)
-        data = replace(data, ids=data.ids or tuple(map(str, range(len(data))))).subset(rows)
-    for file in files:
-        data = attach(data, file, allow_constant=allow_constant)
-    return data
-
-
-def _check_levels(x: np.ndarray | LazyImages, bits: int, where: str) -> None:
-    """Refuse images whose levels were reduced already: reducing them again would leave black."""
-    high = 0
-    for example in x if bits < 8 and len(x) > 1 else ():
-        high = max(high, int(example.max()))
-        if high >= 2**bits:
-            return
-    if high:
-        raise DataError(
-            f"{where}: levels run from 0 to {high} only, and {bits} bits are cut from levels "
-            f"0..255: multiply them by {255 // (2**bits - 1)}, or keep 8 bits"
-        )
-
-
-def identity(source: str | Path) -> str:
-    """What identifies a source: its name, its URL without the query, or its resolved path.
-
-    >>> identity("digits")
-    'digits'
-    >>> identity("a/../b.npy") == str(Path("b.npy").resolve())
-    True
-    """
-    if isinstance(source, str) and source in readers.BUILT_IN:
-        return source
-    if readers.is_url(source):
-        return readers.plain(source)
-    return str(Path(source).expanduser().resolve())
 
 
 def digest(dataset: Dataset) -> str:

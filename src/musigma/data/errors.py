@@ -62,6 +62,11 @@ def named(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(map(printable, names[:most])) + rest
 
 
+def called(columns: Sequence[str], column: int) -> str:
+    """What messages call a column: its name, or its number where columns have no names."""
+    return f"column {columns[column]!r}" if columns else f"column {column} (from 0)"
+
+
 def counted(kinds: Counter[str]) -> str:
     """The most frequent kinds with their counts.
 

@@ -1,4 +1,4 @@
-"""What readers take and return: a request, and raw data; and what is done to both."""
+"""What readers take, a request, and what they share: limits of memory, hashes, labels."""
 
 from __future__ import annotations
 
@@ -22,28 +22,6 @@ CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 
 @dataclass(frozen=True)
-class RawData:
-    """What a reader returns; the fields are those of `musigma.data.Dataset`.
-
-    `x` is an array, or can be indexed like one. `usable` is a mask of the rows of a table that
-    hold numbers; None: all. `hashes` are `content_hashes(x)` where they are known already.
-    """
-
-    x: Any
-    labels: np.ndarray | None = None
-    label_names: tuple[str, ...] = ()
-    ids: tuple[str, ...] | None = None
-    official_test: np.ndarray | None = None
-    official_validation: np.ndarray | None = None
-    columns: tuple[str, ...] = ()
-    given: Mapping[str, Any] = field(default_factory=dict)
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    usable: np.ndarray | None = None
-    hashes: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Request:
     """How a source is to be read.
 
@@ -51,6 +29,7 @@ class Request:
         where: What messages call it.
         size: Height and width that images are resized to.
         skip_bad: Leave out images and rows that cannot be used.
+        allow_constant: Accept constant columns of tables.
         in_memory: Whether arrays are made in memory; by default those that fit are.
         channels: 3 makes gray images RGB.
         columns: The columns of a table that are wanted, in this order; None: all.
@@ -62,6 +41,7 @@ class Request:
     where: str
     size: tuple[int, int] | None = None
     skip_bad: bool = False
+    allow_constant: bool = False
     in_memory: bool | None = None
     channels: int | None = None
     columns: tuple[str, ...] | None = None
@@ -76,7 +56,7 @@ class Request:
     def refuse(
         self, faults: Mapping[str, str], what: str, total: int, bad: int | None = None
     ) -> None:
-        """Raise an error that names the faults, the first twenty of many; none if there is none.
+        """Raise an error that names the faults, the first twenty of many, unless `skip_bad`.
 
         Args:
             faults: Reasons, by the name of what cannot be used.
@@ -84,7 +64,7 @@ class Request:
             total: How many there are.
             bad: How many of them cannot be used; None: as many as there are faults.
         """
-        if faults:
+        if faults and not self.skip_bad:
             raise DataError(f"{self.where}: {all_faults(faults, what, total, bad)}")
 
     def fits(self, n_bytes: int) -> bool:
@@ -107,7 +87,7 @@ def memory_limit() -> int:
     return most // 4 // max(1, int(processes) if processes.isdecimal() else 1)
 
 
-def content_hashes(examples: Iterable[np.ndarray], n: int, report: Progress | None = None) -> Any:
+def content_hashes(examples: Iterable[np.ndarray], n: int) -> np.ndarray:
     """64 bits of BLAKE2b of each example's bytes; splits and digests are made from them.
 
     >>> content_hashes(np.zeros((2, 1), np.float32), 2)
@@ -117,8 +97,6 @@ def content_hashes(examples: Iterable[np.ndarray], n: int, report: Progress | No
     for i, example in enumerate(examples):
         content = np.ascontiguousarray(example).data
         hashes[i] = int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
-        if report and (not (i + 1) % 1000 or i + 1 == n):
-            report(i + 1, n)
     return hashes
 
 

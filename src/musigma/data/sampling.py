@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from musigma.data.readers import DataError
+from musigma.data.errors import DataError
 
 __all__ = ["batch_indices", "binarized"]
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from musigma.data.readers import DataError
+from musigma.data.errors import DataError
 
 __all__ = ["PARTS", "Part", "parts"]
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from musigma.data.columns import called
 from musigma.data.dataset import Dataset
-from musigma.data.errors import SHOWN, named
+from musigma.data.errors import SHOWN, called, named
 from musigma.data.split import PARTS
 
 __all__ = ["describe", "summary"]

@@ -1,116 +1,186 @@
-"""Readers: from whatever holds the data to one array, its labels and its names.
+"""Readers: from whatever holds the data to a `Dataset`.
 
-`read` takes a path, a URL or a built-in name and returns `RawData`: images as uint8 levels 0..255
-of shape (N, C, H, W), tables and points as float32 (N, D). Data that fit into memory are read into
-it; otherwise arrays are memory-mapped (`cache`), and images are decoded when they are indexed
-(`lazy_images`). Folders, archives and shards are all a `FileSet`. Pickles are never run.
+Data that fit into memory are read into it; otherwise arrays are memory-mapped (`cache`), and
+images are decoded when they are indexed (`lazy_images`). Folders, archives and shards are all a
+`FileSet`, tables are all a `Table`. Pickles are never run.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from musigma.data.cache import derived, facts
+from musigma.data.dataset import UNTOUCHED, Dataset, Hashes, Preprocess
 from musigma.data.errors import DataError, damage, first_line
-from musigma.data.raw import ARCHIVE, Progress, RawData, Request, content_hashes
-from musigma.data.readers.arrays import as_table, derived, facts, read_numpy
+from musigma.data.raw import ARCHIVE, Progress, Request
+from musigma.data.readers.arrays import read_numpy
 from musigma.data.readers.decoding import pillow_kinds, resized
-from musigma.data.readers.delimited import read_delimited
+from musigma.data.readers.delimited import Delimited
 from musigma.data.readers.filesets import SHARD, FileSet, expanded, suffix
 from musigma.data.readers.idx_cifar import CIFAR, idx_array, idx_images
 from musigma.data.readers.image_sets import holds_many, read_files
 from musigma.data.readers.lazy_images import LazyImages
-from musigma.data.readers.parquet import read_parquet
+from musigma.data.readers.parquet import Parquet, read_parquet
 from musigma.data.readers.published import BUILT_IN
 from musigma.data.readers.remote import fetched, is_url, plain
+from musigma.data.tables import Table, assemble
 
-__all__ = [
-    "BUILT_IN",
-    "DataError",
-    "LazyImages",
-    "Progress",
-    "RawData",
-    "content_hashes",
-    "is_url",
-    "plain",
-    "read",
-]
+__all__ = ["BUILT_IN", "LazyImages", "identity", "is_url", "load", "plain"]
 
 
-def read(source: str | Path, *, allow_constant: bool = False, **options: Any) -> RawData:
-    """Read a path, a URL or a built-in name; the options are fields of `Request`.
+def load(
+    source: str | Path,
+    *,
+    preprocess: Preprocess = UNTOUCHED,
+    given: str | Iterable[str] = (),
+    columns: Sequence[str] | None = None,
+    channels: int | None = None,
+    skip_bad: bool = False,
+    allow_constant: bool = False,
+    in_memory: bool | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Read a data set from a path, a URL, or by its name.
 
-    >>> read("two-moons").x.shape
-    (20000, 2)
+    It reads folders and archives (tar, zip) of images, MNIST's IDX files and CIFAR batches;
+    `.npy`, `.npz`, `.csv`, `.tsv` and `.parquet`; folders of tar or parquet files, or a pattern of
+    them (`shards-{0000..0099}.tar`); all of these by a URL that fsspec knows; and the names
+    `digits`, `mnist-5k`, `mnist`, `fashion-mnist`, `cifar10`, `two-moons`, `checkerboard` and
+    `eight-gaussians`. A name takes precedence over a file of the same name, which is written
+    `./mnist`. Published sets are looked for in `$MUSIGMA_DATA`, in `/usr/share/datasets` and in
+    the user's cache, and otherwise downloaded into the cache.
+
+    Args:
+        source: A path, a URL or a name.
+        preprocess: How images are preprocessed.
+        given: Context to read along with the examples: `label` requires labels; names or patterns
+            of columns (`x_*`), which then are no part of x; or files with a row for each example
+            (`attach`).
+        columns: The columns of a table that a model needs, in its order. Others are left out.
+        channels: 3 makes gray images RGB.
+        skip_bad: Leave out images and rows that cannot be used; `Dataset.skipped` names them.
+        allow_constant: Accept constant columns: harmless for scoring with a trained model, but
+            not for training, where the density of such a column is infinite.
+        in_memory: Whether to read examples into memory. By default they are read if they take at
+            most a quarter of it (divided by the processes of a `torchrun` on this machine).
+            Others stay on disk, and the user's cache stores an index of them. `.npy` files always
+            stay there unless this is True; `.npz`, `.csv` and IDX files never do.
+        progress: Called with (done, total) as examples are read (for a URL, MiB).
+
+    Raises:
+        DataError: If the data cannot be used as they are; the message says what to do.
+
+    >>> data = load("two-moons")
+    >>> data.shape, data.bits, sum(len(data.split(p)) for p in ("train", "validation", "held-out"))
+    ((2,), None, 20000)
     """
+    from musigma.data.attach import attach, is_source
+
     if not str(source).strip():
         raise DataError(f"source is {str(source)!r}: give {UNDERSTOOD}")
-    where = plain(str(source)) if is_url(source) else str(source)
-    request = Request(where, **options)
+    name = plain(source) if is_url(source) else str(source)
+    wanted = [given] if isinstance(given, str) else list(given)
+    files = [item for item in wanted if item != "label" and is_source(item)]
+    request = Request(
+        name,
+        size=preprocess.pixels,
+        channels=channels,
+        columns=None if columns is None else tuple(columns),
+        given=tuple(item for item in wanted if item != "label" and item not in files),
+        allow_constant=allow_constant,
+        skip_bad=skip_bad,
+        in_memory=in_memory,
+        report=progress or (lambda done, total: None),
+    )
     try:
         if isinstance(source, str) and source in BUILT_IN:
-            found = BUILT_IN[source](request.report)
+            data = BUILT_IN[source](request.report)
         else:
-            path = fetched(str(source), request) if is_url(source) else source
-            found = _read_path(Path(path).expanduser(), request)
+            path = fetched(source, request) if is_url(source) else source
+            data = _read_path(Path(path).expanduser(), request)
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise DataError(f"{where}: {reason}: give a path that can be read") from error
-    if 0 in found.x.shape and not (found.given and len(found.x)):
-        raise DataError(f"{where}: holds no examples (its shape is {found.x.shape})")
-    if found.x.dtype != np.uint8:
-        if request.size is not None:
-            size = _size_text(request.size)
-            raise DataError(f"{where}: is a table, and size={size} is for images: leave it out")
-        if request.given and not found.given:
-            raise DataError(f"{where}: given: its columns have no names: give a file of context")
-        found = as_table(found, request, allow_constant)
-    else:
-        if request.given:
-            raise DataError(
-                f"{where}: given: {request.given[0]!r} is no file, and these are images, which "
-                "have no columns: give 'label', or a file with a row for each image"
-            )
-        if isinstance(found.x, np.ndarray):
-            found = _resized(found, request)
-        if request.channels == 3 and found.x.shape[1] == 1:
-            request.note("gray images are made RGB, as the model's are")
-            found = _in_color(found)
-    if request.in_memory and isinstance(found.x, np.memmap):
-        found = replace(found, x=np.array(found.x))
-    return replace(found, notes=tuple(dict.fromkeys(request.notes)))
+        raise DataError(f"{name}: {reason}: give a path that can be read") from error
+    if 0 in data.array.shape and not (data.given and len(data)):
+        raise DataError(f"{name}: holds no examples (its shape is {data.array.shape})")
+    if data.bits is not None:
+        data = _images(data, request)
+    elif request.given and not data.given:
+        raise DataError(f"{name}: given: its columns have no names: give a file of context")
+    if in_memory and isinstance(data.array, np.memmap):
+        data = replace(data, array=np.array(data.array))
+    notes = tuple(dict.fromkeys(request.notes))
+    data = replace(data, name=name, preprocess=preprocess, notes=notes)
+    if data.bits is not None:
+        _check_levels(data)
+    if "label" in wanted and data.labels is None:
+        raise DataError(
+            f"{name}: given: it has no labels: put images into a folder for each class, or name "
+            "a column of a table 'label'"
+        )
+    for file in files:
+        data = attach(data, file, allow_constant=allow_constant)
+    return data
 
 
-def _resized(found: RawData, request: Request) -> RawData:
-    """Images of the requested size; of files beyond memory, with their hashes."""
-    x, size = found.x, request.size
-    if size and x.shape[2:] != size:
-        shape = (*x.shape[:2], *size)
-        make = partial(resized, x, size, request)
-        x = derived(x, f"size {_size_text(size)}", shape, np.uint8, make, request)
-    return replace(found, x=x, hashes=facts(x, request).get("hashes"))
+def _images(data: Dataset, request: Request) -> Dataset:
+    """Images of the requested size, in color if that is requested."""
+    if request.given:
+        raise DataError(
+            f"{request.where}: given: {request.given[0]!r} is no file, and these are images, "
+            "which have no columns: give 'label', or a file with a row for each image"
+        )
+    x, size = data.array, request.size
+    if isinstance(x, np.ndarray):
+        if size and x.shape[2:] != size:
+            make, what = partial(resized, x, size, request), "x".join(map(str, size))
+            x = derived(x, f"size {what}", (*x.shape[:2], *size), np.uint8, make, request)
+        data = replace(data, array=x, hashes=Hashes(x, facts(x, request).get("hashes")))
+    if request.channels == 3 and x.shape[1] == 1:
+        request.note("gray images are made RGB, as the model's are")
+        shape = (len(x), 3, *x.shape[2:])
+        lazy = isinstance(x, LazyImages)
+        x = replace(x, shape=shape) if lazy else np.broadcast_to(x, shape)
+        data = replace(data, array=x)
+    return data
 
 
-def _in_color(found: RawData) -> RawData:
-    """Gray images as RGB: the levels are repeated when they are read."""
-    n, _, *size = found.x.shape
-    shape = (n, 3, *size)
-    if isinstance(found.x, LazyImages):
-        return replace(found, x=replace(found.x, shape=shape), hashes=None)
-    return replace(found, x=np.broadcast_to(found.x, shape), hashes=None)
+def _check_levels(data: Dataset) -> None:
+    """Refuse images whose levels were reduced already: reducing them again would leave black."""
+    bits, high = data.preprocess.levels_bits, 0
+    for example in data.array if bits < 8 and len(data) > 1 else ():
+        high = max(high, int(example.max()))
+        if high >= 2**bits:
+            return
+    if high:
+        raise DataError(
+            f"{data.name}: levels run from 0 to {high} only, and {bits} bits are cut from levels "
+            f"0..255: multiply them by {255 // (2**bits - 1)}, or keep 8 bits"
+        )
 
 
-def _size_text(size: tuple[int, int]) -> str:
-    return str(size[0]) if size[0] == size[1] else "x".join(map(str, size))
+def identity(source: str | Path) -> str:
+    """What identifies a source: its name, its URL without the query, or its resolved path.
+
+    >>> identity("digits")
+    'digits'
+    >>> identity("a/../b.npy") == str(Path("b.npy").resolve())
+    True
+    """
+    if isinstance(source, str) and source in BUILT_IN:
+        return source
+    if is_url(source):
+        return plain(source)
+    return str(Path(source).expanduser().resolve())
 
 
-def _read_path(path: Path, request: Request) -> RawData:
+def _read_path(path: Path, request: Request) -> Dataset:
     name, where = path.name.lower(), request.where
     if path.is_dir():
         return _read_folder(path, request)
@@ -123,20 +193,21 @@ def _read_path(path: Path, request: Request) -> RawData:
         raise DataError(f"{where}: no such file, folder or built-in set: {hint}give {UNDERSTOOD}")
     if ARCHIVE.fullmatch(name):
         return read_files(FileSet.of_files([path], archives=True), request)
-    if path.suffix.lower() in READERS:
+    ending = path.suffix.lower()
+    if ending in READERS:
         with damage(where):
-            return READERS[path.suffix.lower()](path, request)
-    if path.suffix.lower() in pillow_kinds()[1] or CIFAR.fullmatch(path.name):
+            return READERS[ending](path, request)
+    if ending in pillow_kinds()[1] or CIFAR.fullmatch(path.name):
         return read_files(FileSet.of_files([path]), request)
     with path.open("rb") as file:
         start = file.read(2)
     if start in (b"\x00\x00", b"\x1f\x8b"):  # the magic of IDX, and of gzip around it
-        return RawData(idx_images(idx_array(path.read_bytes(), where), where))
+        return Dataset(idx_images(idx_array(path.read_bytes(), where), where))
     hint = "the URL of a folder ends with /; " if where.startswith(("http:", "https:")) else ""
     raise DataError(f"{where}: its format is unknown: {hint}give {UNDERSTOOD}")
 
 
-def _read_folder(path: Path, request: Request) -> RawData:
+def _read_folder(path: Path, request: Request) -> Dataset:
     """A folder of images; or, where it has none, of tar shards or parts of a table."""
     files = FileSet.of_folder(path)
     kinds = {suffix(file.name) for file in files.files}
@@ -149,7 +220,7 @@ def _read_folder(path: Path, request: Request) -> RawData:
     return read_files(files, request)
 
 
-def _read_shards(paths: list[Path], request: Request) -> RawData:
+def _read_shards(paths: list[Path], request: Request) -> Dataset:
     """The files that a pattern matches."""
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise DataError(
@@ -163,12 +234,19 @@ def _read_shards(paths: list[Path], request: Request) -> RawData:
     raise DataError(f"{request.where}: matches files that are not all .tar, or all .parquet")
 
 
-READERS: dict[str, Callable[[Path, Request], RawData]] = {
+def _read_table(table: Callable[[Path, Request], Table], path: Path, request: Request) -> Dataset:
+    return assemble(table(path, request), request)
+
+
+TABLES: dict[str, Callable[[Path, Request], Table]] = {
+    ".csv": Delimited,
+    ".tsv": Delimited,
+    ".parquet": lambda path, request: Parquet([path], request),
+}
+READERS: dict[str, Callable[[Path, Request], Dataset]] = {
     ".npy": read_numpy,
     ".npz": read_numpy,
-    ".csv": read_delimited,
-    ".tsv": read_delimited,
-    ".parquet": lambda path, request: read_parquet([path], request),
+    **{kind: partial(_read_table, table) for kind, table in TABLES.items()},
 }
 UNDERSTOOD = (
     "a folder or archive (.tar, .tar.gz, .tar.xz, .zip) of images, IDX files or CIFAR batches; "

@@ -9,34 +9,31 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+from musigma.data.cache import float32_blocks
 from musigma.data.columns import (
     COMMA_DECIMAL,
     COMMA_GROUPS,
     LABEL_NAMES,
     Convert,
-    Table,
-    assemble,
+    Kind,
+    cell_fault,
     comma_decimal,
     convention,
     is_called_id,
     is_missing,
     is_number,
-    plain_text,
+    number_fault,
 )
 from musigma.data.errors import DataError, damage, printable
-from musigma.data.raw import RawData, Request
+from musigma.data.raw import Request
+from musigma.data.tables import Table
 
 SEPARATORS = ",;\t| "
 SAMPLE = 50  # lines from which the format is read
-
-
-def read_delimited(path: Path, request: Request) -> RawData:
-    """A table of numbers; all faults are found at once."""
-    return assemble(read_table(path, request), request)
 
 
 class _Format(NamedTuple):
@@ -47,35 +44,122 @@ class _Format(NamedTuple):
     skip: int
 
 
-def read_table(path: Path, request: Request) -> Table:
-    """The names and cells of a file.
+class Delimited(Table):
+    """The table in a file, as numbers; NaN where a cell is missing or no number.
+
+    Of columns that have such cells, or may name rows, the text is kept too.
 
     Raises:
-        DataError: If it is empty, or not text.
+        DataError: If the file is empty, or not text.
     """
-    with damage(request.where):
-        form = _format(path, request)
-        with _opened(path, form) as file:
-            first = next(_split(file, form.separator), (0, None))[1]
-        if first is None:
-            raise DataError(f"{request.where}: is empty: give a table of numbers")
-        first = [printable(cell.strip()) for cell in first]
-        table = _parse(path, form, float, first)
-        commas = [
-            cell
-            for j, cells in table.texts.items()
-            for cell, value in zip(cells[1:], table.values[1:, j], strict=True)
-            if np.isnan(value) and "," in cell and _may_be_number(cell)
-        ]
-        convert, table.doubt = convention(commas) if commas else (None, "")
-        if convert is not None:
-            table = _parse(path, form, convert, first)
-            how = "decimal commas" if convert is comma_decimal else "commas in numbers"
-            request.note(f"{how} are read as such: {commas[0]!r} is {convert(commas[0]):g}")
-    return _with_names(table, first, request)
+
+    def __init__(self, path: Path, request: Request):
+        with damage(request.where):
+            form = _format(path, request)
+            first = next(_rows(path, form), (0, None))[1]
+            if first is None:
+                raise DataError(f"{request.where}: is empty: give a table of numbers")
+            first = [printable(cell.strip()) for cell in first]
+            self._parse(path, form, float, first)
+            is_text = [is_called_id(name) for name in first] | np.isnan(self.values[1:]).any(0)
+            texts = self.texts = {j: [] for j in np.flatnonzero(is_text).tolist()}
+            for _, cells in _rows(path, form) if texts else ():
+                if len(cells) == len(first):
+                    for j, column in texts.items():
+                        column.append(cells[j])
+            commas = [
+                cell
+                for j, cells in texts.items()
+                for cell, value in zip(cells[1:], self.values[1:, j], strict=True)
+                if np.isnan(value) and "," in cell and _may_be_number(cell)
+            ]
+            convert, self.doubt = convention(commas) if commas else (None, "")
+            if convert is not None:
+                self._parse(path, form, convert, first)
+                how = "decimal commas" if convert is comma_decimal else "commas in numbers"
+                request.note(f"{how} are read as such: {commas[0]!r} is {convert(commas[0]):g}")
+        numbers = (~np.isnan(self.values[0])).tolist()
+        if _is_header(first, numbers, self.values[1:]):
+            if all(numbers):
+                request.note(f"the first line, {','.join(first)}, is taken as names of columns")
+            self.names, self.values, self.lines = tuple(first), self.values[1:], self.lines[1:]
+            self.texts = {j: cells[1:] for j, cells in texts.items()}
+        self.rows, width = self.values.shape
+        self.kinds = [self._kind(j) for j in range(width)]
+
+    def _parse(self, path: Path, form: _Format, convert: Convert, first: list[str]) -> None:
+        """Read all numbers, the first line among them."""
+        values, self.lines, self.ragged = array("d"), array("q"), {}
+
+        def number(cell: str) -> float:
+            try:
+                return convert(cell)
+            except ValueError:
+                return np.nan
+
+        for line, cells in _rows(path, form):
+            if len(cells) != len(first):
+                self.ragged[f"line {line}"] = (
+                    f"has {len(cells)} cells and the first line {len(first)}: make them equal"
+                )
+                continue
+            try:
+                values.extend(list(map(convert, cells)))
+            except ValueError:
+                values.extend(map(number, cells))
+            self.lines.append(line)
+        self.values = np.array(values).reshape(-1, len(first))
+
+    def _kind(self, j: int) -> Kind:
+        no_number = np.flatnonzero(np.isnan(self.values[:, j])).tolist()
+        cells = [self.texts[j][i] for i in no_number]
+        text = sum(not _may_be_number(cell) for cell in cells)
+        rest = self.rows - text - sum(map(is_missing, cells))
+        return "text" if text > rest else "number" if rest or not self.rows else "empty"
+
+    def x(self, columns: Sequence[int]) -> np.ndarray:
+        return next(float32_blocks([self.values[:, columns]]))
+
+    def numbers(self, j: int) -> np.ndarray:
+        return self.values[:, j]
+
+    def batches_of_words(self, j: int) -> Iterator[tuple[list[Any], np.ndarray]]:
+        cells = self.texts[j] if j in self.texts else [f"{v:.17g}" for v in self.values[:, j]]
+        yield cells, np.arange(len(cells))
+
+    def called(self, j: int) -> str:
+        return super().called(j) if self.names else f"column {j + 1}"
+
+    def row_called(self, i: int) -> str:
+        return f"line {self.lines[i]}"
+
+    row_id = row_called
+
+    def reason(self, i: int, j: int, value: float | None) -> str:
+        if value is not None and not np.isnan(self.values[i, j]):
+            return number_fault(self.values[i, j])
+        return cell_fault(self.texts[j][i], self.doubt)
+
+
+def _rows(path: Path, form: _Format) -> Iterator[tuple[int, list[str]]]:
+    """The number of each line of the table, from 1, and its cells."""
+    with path.open(encoding=form.encoding, newline="") as file:
+        for _ in range(form.skip):
+            file.readline()
+        for line, cells in _split(file, form.separator):
+            yield line + form.skip, cells
+
+
+def _split(lines: Iterator[str] | TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The number of each line, from 1, and its cells; empty lines are left out."""
+    if separator == " ":
+        return ((i, cells) for i, line in enumerate(lines, 1) if (cells := line.split()))
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
+    return ((reader.line_num, cells) for cells in reader if cells)
 
 
 def _format(path: Path, request: Request) -> _Format:
+    """The format of a file; what is not obvious is noted."""
     with path.open("rb") as file:
         start = file.read(4)
         encoding = "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
@@ -100,7 +184,7 @@ def _format(path: Path, request: Request) -> _Format:
                 break
             skip += 1
         else:
-            return _Format(encoding, ",", 0 if skip == 0 else skip)
+            return _Format(encoding, ",", skip)
         lines = [line, *islice(file, SAMPLE)]
     return _Format(encoding, separator or _separator(lines), skip)
 
@@ -125,77 +209,6 @@ def _may_be_number(cell: str) -> bool:
     text = cell.strip()
     known = COMMA_DECIMAL.fullmatch(text) or COMMA_GROUPS.fullmatch(text)
     return known is not None or is_missing(text)
-
-
-def _opened(path: Path, form: _Format) -> TextIO:
-    file = path.open(encoding=form.encoding, newline="")
-    for _ in range(form.skip):
-        file.readline()
-    return file
-
-
-def _split(lines: Iterator[str] | TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """The number of each line, from 1, and its cells; empty lines are left out."""
-    if separator == " ":
-        return ((i, cells) for i, line in enumerate(lines, 1) if (cells := line.split()))
-    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
-    return ((reader.line_num, cells) for cells in reader if cells)
-
-
-def _parse(path: Path, form: _Format, convert: Convert, first: list[str]) -> Table:
-    """All cells, the first line among them; of some columns the texts are kept."""
-    width = len(first)
-    values, lines, ragged = array("d"), array("q"), {}
-    texts: dict[int, list[str]] = {j: [] for j, name in enumerate(first) if is_called_id(name)}
-    with _opened(path, form) as file:
-        for number, cells in _split(file, form.separator):
-            line = number + form.skip
-            if len(cells) != width:
-                ragged[f"line {line}"] = (
-                    f"has {len(cells)} cells and the first line {width}: make them equal"
-                )
-                continue
-            try:
-                values.extend(list(map(convert, cells)))
-            except ValueError:
-                for j, cell in enumerate(cells):
-                    try:
-                        values.append(convert(cell))
-                    except ValueError:
-                        values.append(np.nan)
-                        if lines and j not in texts:
-                            texts[j] = [
-                                first[j],
-                                *map(plain_text, values[j + width :: width][:-1]),
-                            ]
-            for j, column in texts.items():
-                column.append(cells[j])
-            lines.append(line)
-    array_ = np.array(values).reshape(-1, width)
-    return Table((), array_, texts, [], lambda i: f"line {lines[i]}", ragged)
-
-
-def _with_names(table: Table, first: list[str], request: Request) -> Table:
-    """The table without its first line, if that has the names of the columns; and their kinds."""
-    numbers = (~np.isnan(table.values[0])).tolist()
-    header = _is_header(first, numbers, table.values[1:])
-    if header and all(numbers):
-        request.note(f"the first line, {','.join(first)}, is taken as names of columns")
-    if header:
-        row_name = table.row_name
-        table.names, table.values = tuple(first), table.values[1:]
-        table.texts = {j: cells[1:] for j, cells in table.texts.items()}
-        table.row_name = lambda i: row_name(i + 1)
-    n = len(table.values)
-    for j, column in enumerate(table.values.T):
-        no_number = np.flatnonzero(np.isnan(column)).tolist()
-        cells = (
-            [table.texts[j][i] for i in no_number] if j in table.texts else [""] * len(no_number)
-        )
-        text = sum(not _may_be_number(cell) for cell in cells)
-        rest = n - text - sum(map(is_missing, cells))
-        table.kinds.append("text" if text > rest else "number" if rest or not n else "empty")
-    return table
 
 
 def _is_header(first: list[str], numbers: list[bool], below: np.ndarray) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from musigma.data.dataset import Dataset
 from musigma.data.errors import DataError, damage
-from musigma.data.raw import MAX_ARRAY, RawData, as_labels
+from musigma.data.raw import MAX_ARRAY, as_labels
 from musigma.data.readers.arrays import as_images
 
 IDX = re.compile(r"(.*?)[-_.]?(images|labels)[-.]idx\d[-.]ubyte(\.gz)?")
@@ -25,7 +26,7 @@ CIFAR_PICKLED = (
 )
 
 
-def read_idx(files: dict[str, bytes], where: str) -> RawData:
+def read_idx(files: dict[str, bytes], where: str) -> Dataset:
     """MNIST's files; plain ones are preferred to gzipped ones."""
     parts: dict[tuple[str, str], bytes] = {}  # (train or test, images or labels)
     sets = set()
@@ -56,7 +57,8 @@ def read_idx(files: dict[str, bytes], where: str) -> RawData:
     if all((part, "labels") in parts for part in present):
         blocks = [idx_array(parts[p, "labels"], f"{where}: {p} labels") for p in present]
         labels, label_names = as_labels(np.concatenate(blocks), len(x), where)
-    return RawData(x, labels, label_names, None, test if len(present) > 1 else None)
+    official = test if len(present) > 1 else None
+    return Dataset(x, labels=labels, label_names=label_names, official_test=official)
 
 
 def idx_array(data: bytes, where: str) -> np.ndarray:
@@ -92,7 +94,7 @@ def idx_images(x: np.ndarray, where: str) -> np.ndarray:
     return as_images(x, where)
 
 
-def read_cifar(files: dict[str, bytes], where: str) -> RawData:
+def read_cifar(files: dict[str, bytes], where: str) -> Dataset:
     """CIFAR's batches, binary or pickled."""
     images, labels, test = [], [], []
     for name, data in sorted(files.items()):
@@ -112,7 +114,8 @@ def read_cifar(files: dict[str, bytes], where: str) -> RawData:
     x, y, official = np.concatenate(images), np.concatenate(labels), np.concatenate(test)
     y, names = as_labels(y, len(x), where)
     names = CIFAR10_LABELS if len(names) <= 10 else names
-    return RawData(x, y, names, None, official if 0 < official.sum() < len(x) else None)
+    held_out = official if 0 < official.sum() < len(x) else None
+    return Dataset(x, labels=y, label_names=names, official_test=held_out)
 
 
 class _Inert:

@@ -21,6 +21,7 @@ import numpy as np
 from musigma.data import cache
 from musigma.data.cache import Record
 from musigma.data.columns import LABEL_NAMES
+from musigma.data.dataset import Dataset, Hashes
 from musigma.data.errors import (
     DataError,
     all_faults,
@@ -30,7 +31,7 @@ from musigma.data.errors import (
     named,
     printable,
 )
-from musigma.data.raw import RawData, Request, allocate, as_labels
+from musigma.data.raw import Request, allocate, as_labels
 from musigma.data.readers import lazy_images
 from musigma.data.readers.decoding import Header, fault, header, pillow_kinds, pixels, quiet
 from musigma.data.readers.filesets import FileSet, Member, Place, suffix
@@ -44,7 +45,7 @@ MANY = 10_000  # files from which surveying them shows progress
 MAX_CLASSES = 1000  # more different texts than this are captions
 
 
-def read_files(files: FileSet, request: Request) -> RawData:
+def read_files(files: FileSet, request: Request) -> Dataset:
     """Read IDX files, CIFAR batches or images, whichever the walk meets."""
     path = cache.place("index", f"{files.name}\n{request.size}", ".npz")
     old = None if request.in_memory else cache.read(path)
@@ -134,7 +135,7 @@ class _Survey:
         self.images.pop(name, None)
         self.faults[name] = reason
 
-    def read(self, path: Path) -> RawData:
+    def read(self, path: Path) -> Dataset:
         """Decode into memory, or make the index at a path."""
         self._leave_out_others()
         self._leave_out_unlabelled()
@@ -191,7 +192,7 @@ class _Survey:
     def _faults(self) -> list[tuple[str, str]]:
         return [(printable(name), self.faults[name]) for name in sorted(self.faults)]
 
-    def _decoded(self, shape: tuple[int, int, int]) -> RawData:
+    def _decoded(self, shape: tuple[int, int, int]) -> Dataset:
         names = sorted(self.images)
         x = allocate((len(names), *shape), self.request.where)
         row = {name: i for i, name in enumerate(names)}
@@ -300,7 +301,7 @@ class _Survey:
         return labels, label_names
 
 
-def _indexed(files: FileSet, request: Request, record: Record) -> RawData:
+def _indexed(files: FileSet, request: Request, record: Record) -> Dataset:
     """The data of an index."""
     arrays = record.arrays
     names = lazy_images.Names(arrays["names"], arrays["name_ends"])
@@ -323,13 +324,12 @@ def _raw(
     names: Sequence[str],
     info: Mapping[str, Any],
     arrays: Mapping[str, np.ndarray],
-) -> RawData:
+) -> Dataset:
     """Images with their labels and parts; what was left out, and what is converted, is noted."""
     faults = dict(info["faults"])
     if not len(names):
         raise _unusable(request.where, faults)
-    if not request.skip_bad:
-        request.refuse(faults, "images", info["total"])
+    request.refuse(faults, "images", info["total"])
     for text in info["notes"]:
         request.note(text)
     color, several = arrays["headers"][:, 2:].T.astype(bool)
@@ -340,15 +340,15 @@ def _raw(
         if which.any():
             first = printable(names[int(which.argmax())])
             request.note(f"{what}: {which.sum()} of {len(names)}, such as {first}")
-    return RawData(
+    return Dataset(
         x,
-        arrays.get("labels"),
-        tuple(info["label_names"]),
-        tuple(map(printable, names)),
-        arrays.get("official_test"),
-        arrays.get("official_validation"),
+        labels=arrays.get("labels"),
+        label_names=tuple(info["label_names"]),
+        ids=tuple(map(printable, names)),
+        official_test=arrays.get("official_test"),
+        official_validation=arrays.get("official_validation"),
         skipped=faults,
-        hashes=arrays.get("hashes"),
+        hashes=Hashes(x, arrays.get("hashes")),
     )
 
 

