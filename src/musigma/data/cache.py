@@ -245,7 +245,7 @@ def facts(x: np.ndarray, request: Request) -> dict[str, np.ndarray]:
         found = {"low": low, "high": high, "bad": np.concatenate(bad)}
         return Record({}, {}, found | ({"hashes": np.concatenate(hashes)} if on_disk else {}))
 
-    if not on_disk:
+    if not isinstance(x, np.memmap) or not on_disk:
         return build(None).arrays
     file, about = _source(x)
     path = place("facts", f"{file}\n{x.dtype.str}", ".npz")

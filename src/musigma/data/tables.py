@@ -35,6 +35,10 @@ class Words(NamedTuple):
         used, codes = np.unique(self.codes[rows], return_inverse=True)
         return Words([self.different[i] for i in used.tolist()], codes)
 
+    def missing(self) -> np.ndarray:
+        """A mask of the cells that stand for missing values."""
+        return np.array([is_missing(word) for word in self.different], bool)[self.codes]
+
 
 class Table(ABC):
     """A table as it is read.
@@ -82,13 +86,13 @@ class Table(ABC):
                 break
         return found
 
-    def column(self, j: int, *, words: bool = False) -> tuple[np.ndarray | Words, np.ndarray]:
-        """A column as numbers, or as words, and a mask of the cells that cannot be used."""
-        if not words and self.kinds[j] != "text":
-            values = self.numbers(j)
-            return values, ~(np.abs(values) <= LARGEST)
-        found = self.words(j)
-        return found, np.array([is_missing(word) for word in found.different], bool)[found.codes]
+    def column(self, j: int) -> tuple[np.ndarray | Words, np.ndarray]:
+        """A column as numbers or words, and a mask of the cells that cannot be used."""
+        if self.kinds[j] == "text":
+            words = self.words(j)
+            return words, words.missing()
+        values = self.numbers(j)
+        return values, ~(np.abs(values) <= LARGEST)
 
     def called(self, j: int) -> str:
         """What messages call a column."""
@@ -127,8 +131,10 @@ def assemble(table: Table, request: Request) -> Dataset:
     where, found = request.where, roles(table, request)
     x, names = table.x(found.data), tuple(table.names[j] for j in found.data if table.names)
     beside = {j: table.column(j) for j in found.given}
+    words = None
     if found.label is not None:
-        beside[found.label] = table.column(found.label, words=True)
+        words = table.words(found.label)
+        beside[found.label] = words, words.missing()
     known = facts(x, request)
     bad = np.zeros(table.rows, bool)
     bad[known["bad"]] = True
@@ -140,7 +146,7 @@ def assemble(table: Table, request: Request) -> Dataset:
             break
         row = x[i]
         columns = np.flatnonzero(~np.isfinite(row))[:NAMED].tolist()
-        wrong = {found.data[k]: float(row[k]) for k in columns}
+        wrong: dict[int, float | None] = {found.data[k]: float(row[k]) for k in columns}
         for j, (cells, unusable) in beside.items():
             if unusable[i]:
                 wrong[j] = None if isinstance(cells, Words) else float(cells[i])
@@ -148,7 +154,7 @@ def assemble(table: Table, request: Request) -> Dataset:
     good, total = np.flatnonzero(~bad), table.rows + len(table.ragged)
     request.refuse(faults, "rows", total, total - len(good))
     rows = None
-    if bad.any():
+    if len(good) < total:
         request.note(f"{total - len(good)} of {total} rows are left out: they cannot be used")
         if not len(good):
             raise DataError(f"{where}: no row can be used: fill the cells, or drop columns")
@@ -163,17 +169,16 @@ def assemble(table: Table, request: Request) -> Dataset:
         if len(kept) < x.shape[1]:
             x = np.ascontiguousarray(x[:, kept])
     labels, label_names, ids = None, (), None
-    if found.label is not None:
-        words = beside[found.label][0].of(good)
-        values = label_values(words.different)
-        labels, label_names = as_labels(
-            values, len(values), f"{where}: {table.called(found.label)}"
-        )
-        labels = labels[words.codes]
+    if words is not None:
+        different, codes = words.of(good)
+        values = label_values(different)
+        assert values is not None  # or it would not be the column of labels
+        labels, label_names = as_labels(values, len(values), where)
+        labels = labels[codes]
     if found.ids is not None and not isinstance(x, np.memmap):
         cells = table.cells(found.ids)
         ids = tuple(printable(cells[i]) for i in good.tolist())
-    elif bad.any() or table.ragged:
+    elif len(good) < total:
         ids = tuple(map(table.row_id, good.tolist()))
     test, validation = table.official(good)
     return Dataset(

@@ -61,8 +61,9 @@ class Delimited(Table):
                 raise DataError(f"{request.where}: is empty: give a table of numbers")
             first = [printable(cell.strip()) for cell in first]
             self._parse(path, form, float, first)
-            is_text = [is_called_id(name) for name in first] | np.isnan(self.values[1:]).any(0)
-            texts = self.texts = {j: [] for j in np.flatnonzero(is_text).tolist()}
+            gaps = np.flatnonzero(np.isnan(self.values[1:]).any(0))
+            texts = {j: [] for j, name in enumerate(first) if j in gaps or is_called_id(name)}
+            self.texts: dict[int, list[str]] = texts
             for _, cells in _rows(path, form) if texts else ():
                 if len(cells) == len(first):
                     for j, column in texts.items():
