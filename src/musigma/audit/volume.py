@@ -12,6 +12,7 @@ one of these structures, which products with random vectors verify with probabil
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,52 +42,31 @@ def jacobian(function: Function, x: Tensor) -> Tensor:
     with torch.enable_grad():
         z = function(x)
     d = z.shape[1]
-    rows = []
-    chunk = max(1, min(d, 2_000_000 // max(1, z.numel())))
-    for start in range(0, d, chunk):
-        ends = min(start + chunk, d)
-        picks = torch.zeros(ends - start, *z.shape, dtype=z.dtype)
-        picks[torch.arange(ends - start), :, torch.arange(start, ends)] = 1.0
-        rows.append(_products(z, x, picks))
-    return torch.cat(rows).transpose(0, 1).double()
+    picks = torch.eye(d, dtype=z.dtype)[:, None].expand(d, *z.shape)
+    parts = picks.split(max(1, 2_000_000 // z.numel()))
+    return torch.cat([_products(z, x, part) for part in parts]).transpose(0, 1).double()
 
 
 def _products(z: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
     """Several vᵀ J, (n, B, D)."""
+    gradient = partial(torch.autograd.grad, z, x, retain_graph=True)
     try:
-        if len(vectors) < 4:
-            raise RuntimeError("not worth it")
-        (g,) = torch.autograd.grad(
-            z, x, vectors, retain_graph=True, is_grads_batched=True, allow_unused=True
-        )
+        (g,) = gradient(vectors, is_grads_batched=True)
     except RuntimeError:  # operations that cannot be batched go one by one
-        parts = [
-            torch.autograd.grad(z, x, v, retain_graph=True, allow_unused=True)[0] for v in vectors
-        ]
-        g = None if parts[0] is None else torch.stack(parts)
-    if g is None:
-        raise RuntimeError("z does not depend on x in autograd's graph")
+        g = torch.stack([gradient(v)[0] for v in vectors])
     return g.reshape(len(vectors), len(x), -1).detach()
 
 
 def differences(function: Function, x: Tensor) -> Tensor:
     """The Jacobians by central differences, (B, D, D), where autograd's graph is broken."""
-    b, d = len(x), x[0].numel()
+    flat = x.detach().flatten(1)
     columns = []
-    for row in x:
-        step = 1e-5 * (1 + row.abs().reshape(-1))
-        moved = row.reshape(1, -1) + torch.diag(step)
-        other = row.reshape(1, -1) - torch.diag(step)
-        ends = []
-        for part in (moved, other):
-            parts = part.split(max(1, b))
-            values = []
-            for piece in parts:  # in batches of the size that is accepted
-                full = torch.cat([piece, piece[-1:].expand(b - len(piece), d)])
-                values.append(function(full.reshape(b, *x.shape[1:])).detach()[: len(piece)])
-            ends.append(torch.cat(values))
-        columns.append(((ends[0] - ends[1]) / (2 * step[:, None])).T)
-    return torch.stack(columns).double()
+    for i in range(flat.shape[1]):
+        step = torch.zeros_like(flat)
+        step[:, i] = 1e-5 * (1 + flat[:, i].abs())
+        ahead, behind = (function(moved.reshape(x.shape)) for moved in (flat + step, flat - step))
+        columns.append((ahead - behind).detach() / (2 * step[:, i : i + 1]))
+    return torch.stack(columns, 2).double()
 
 
 def volume(function: Function, x: Tensor, dense: int = DENSE) -> Volume | None:
@@ -124,80 +104,56 @@ def _random(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def _nearest(values: Tensor, numbers: Tensor) -> Tensor:
+    """The index of the nearest of some values (n,), for each number."""
+    order = values.argsort()
+    middles = (values[order[1:]] + values[order[:-1]]) / 2
+    return order[torch.bucketize(numbers.contiguous(), middles)]
+
+
 def _coupling(z: Tensor, x: Tensor) -> Volume | None:
     """The determinant where outputs are inputs, or depend on one input each."""
-    flat = x.detach().reshape(len(x), -1)
-    out = z.detach()
+    flat, out = x.detach().flatten(1).double(), z.detach().double()
     if flat.shape != out.shape:
         return None
-    kept_out, kept_in = _same(out, flat)
-    b, d = flat.shape
-    left_out, left_in = ~kept_out, ~kept_in
-    if left_out.sum() != left_in.sum():
-        return None
+    source = _nearest(flat[0], out[0])
+    kept = (flat[:, source] == out).all(0)  # equal to the bit in every example
+    if len(source[kept].unique()) < kept.sum():  # one input appears twice
+        kept[:] = False
+    moved = torch.ones_like(kept)  # the inputs that are not kept
+    moved[source[kept]] = False
+    b, n = len(z), int(moved.sum())
     zero = torch.zeros(b, dtype=torch.float64)
-    unknown = torch.full((b,), torch.nan, dtype=torch.float64)
-    if not left_out.any():
-        return Volume(zero, zero, torch.ones(b, dtype=torch.float64))
-    n = int(left_out.sum())
-    if z.requires_grad is False:
-        return None
-    vectors = torch.zeros(3, b, d, dtype=z.dtype)
+    if n == 0:
+        return Volume(zero, zero, zero + 1)
     first, second, third = (_random((n,), seed).to(z) for seed in (1, 2, 3))
-    vectors[0][:, left_out] = first
-    vectors[1][:, left_out] = first * second
-    vectors[2][:, left_out] = third
-    products = _products(z, x, vectors)[:, :, left_in].double()
+    vectors = torch.zeros(3, b, len(kept), dtype=z.dtype)
+    vectors[:, :, ~kept] = torch.stack([first, first * second, third])[:, None]
+    products = _products(z, x, vectors)[:, :, moved].double()
+    first, second, third = first.double(), second.double(), third.double()
     if (products[0] == 0).any() or not products.isfinite().all():
         return None
-    ratio = (products[1] / products[0])[0]
-    order = second.double().argsort()
-    values = second.double()[order]
-    at = torch.searchsorted(values, ratio.contiguous()).clamp(1, n - 1) if n > 1 else order
-    if n > 1:  # the nearer of two neighbours
-        at = at - (ratio - values[at - 1] < values[at] - ratio).long()
-    owner = order[at]
-    if len(owner.unique()) != n:
+    owner = _nearest(second, (products[1] / products[0])[0])  # the output that an input moves
+    slopes = products[0] / first[owner]
+    expected = slopes * third[owner]
+    if len(owner.unique()) < n or not torch.allclose(products[2], expected, 1e-4, 1e-10):
         return None
-    slopes = products[0] / first.double()[owner]
-    expected = slopes * third.double()[owner]
-    if not torch.allclose(products[2], expected, rtol=1e-4, atol=1e-10):
-        return None
-    log_det = slopes.abs().log().sum(1)
-    return Volume(log_det, slopes.sign().prod(1), unknown)
-
-
-def _same(out: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Which outputs equal inputs to the bit in every example, and which inputs these are."""
-    out, flat = out.double(), flat.double()
-    order = flat[0].argsort()
-    values = flat[0][order]
-    at = torch.searchsorted(values, out[0].contiguous()).clamp(max=len(values) - 1)
-    source = order[at]
-    kept = (flat[:, source] == out).all(0)
-    kept_in = torch.zeros(flat.shape[1], dtype=torch.bool)
-    kept_in[source[kept]] = True
-    if kept_in.sum() != kept.sum():  # one input appears twice
-        return torch.zeros_like(kept), torch.zeros_like(kept_in)
-    return kept, kept_in
+    return Volume(slopes.abs().log().sum(1), slopes.sign().prod(1), zero * torch.nan)
 
 
 def _pixelwise(z: Tensor, x: Tensor) -> Volume | None:
     """The determinant where there is one matrix per pixel."""
-    if x.ndim < 3 or z.shape[1] != x[0].numel():
+    if x.ndim < 3 or z.shape[1] != x[0].numel() or x.shape[1] > 96:
         return None
-    b, c = x.shape[:2]
-    if c > 96:
-        return None
+    b, c, *_ = x.shape
     pixels = x[0, 0].numel()
-    picks = torch.zeros(c, b, c, pixels, dtype=z.dtype)
-    picks[torch.arange(c), :, torch.arange(c)] = 1.0
-    check = _random((c, pixels), 5).to(z)
-    vectors = torch.cat([picks, check.expand(1, b, c, pixels)]).reshape(c + 1, *z.shape)
-    products = _products(z, x, vectors).reshape(c + 1, b, c, pixels)
-    blocks, probe = products[:-1].double(), products[-1].double()
-    expected = torch.einsum("op,obip->bip", check.double(), blocks)
-    if not torch.allclose(probe, expected, rtol=1e-4, atol=1e-9):
+    probe = _random((c, pixels), 5).to(z)
+    picks = torch.eye(c, dtype=z.dtype)[:, :, None].expand(c, c, pixels)
+    vectors = torch.cat([picks, probe[None]])[:, None].expand(c + 1, b, c, pixels)
+    products = _products(z, x, vectors.reshape(c + 1, *z.shape)).reshape(c + 1, b, c, pixels)
+    blocks, probed = products[:-1].double(), products[-1].double()
+    expected = torch.einsum("op,obip->bip", probe.double(), blocks)
+    if not torch.allclose(probed, expected, rtol=1e-4, atol=1e-9):
         return None
     blocks = blocks.permute(1, 3, 0, 2)
     sign, log_det = torch.linalg.slogdet(blocks)
