@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from musigma.audit.findings import AuditError
-from musigma.audit.sandbox import Sandbox, forward_hooks
+from musigma.audit.sandbox import Sandbox, first_form, forward_hooks
 from musigma.model import Bijection, Chain
 
 __all__ = [
@@ -38,19 +38,17 @@ def flatten(tree: Any) -> Tensor:
     return torch.cat([leaf.reshape(len(leaf), -1) for leaf in _leaves(tree)], 1)
 
 
-def _leaves(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list, dict)):
-        for part in tree.values() if isinstance(tree, dict) else tree:
-            yield from _leaves(part)
+def _leaves(tree: Any) -> list[Tensor]:
+    leaves: list[Tensor] = []
+    map_tensors(leaves.append, tree)
+    return leaves
 
 
 def _numbers(tree: Any) -> int:
     return sum(leaf.numel() for leaf in _leaves(tree))
 
 
-def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
     """A structure of tuples, lists and dictionaries with a function of each of its tensors."""
     if isinstance(tree, Tensor):
         return fn(tree)
@@ -96,8 +94,9 @@ def log_det_of(raw: Any, rows: int) -> tuple[Tensor, str]:
     return value.sum().expand(rows), "other"
 
 
-def _read(value: Any, x: Tensor, name: str, notes: list[str]) -> Image:
+def _read(value: Any, x: Tensor, name: str, notes: list[str] | None = None) -> Image:
     """What a callable returned, as latents and log-determinant."""
+    notes = [] if notes is None else notes
     if isinstance(value, Tensor):
         return Image(value, None)
     if isinstance(value, dict):
@@ -109,12 +108,10 @@ def _read(value: Any, x: Tensor, name: str, notes: list[str]) -> Image:
             return Image(value[rest[0]], value[dets[0]] if dets else None)
     if not isinstance(value, (tuple, list)) or not value:
         raise AuditError(f"{name}: expected (z, log_det); got {type(value).__name__}")
-    z, *others = value
-    if len(value) == 1:
-        return Image(z, None)
-    if len(value) == 2 and _numbers(z) != x.numel() and _numbers(others[0]) == x.numel():
+    z, raw = value[0], value[-1] if len(value) > 1 else None
+    if len(value) == 2 and _numbers(z) != x.numel() == _numbers(raw):
         notes.append(f"{name} returns the log-determinant first")
-        return Image(others[0], z)
+        return Image(raw, z)
     if len(value) > 2:
         notes.append(f"{name} returns {len(value)} values: the first is z, the last the log-det")
     if isinstance(z, (tuple, list)) and _numbers(z) > x.numel():
@@ -122,14 +119,12 @@ def _read(value: Any, x: Tensor, name: str, notes: list[str]) -> Image:
         if parts:
             notes.append(f"{name} returns all intermediate values; the last is z")
             z = parts[-1]
-    if not list(_leaves(z)):
+    if not _leaves(z):
         raise AuditError(f"{name}: expected (z, log_det); the first is {type(z).__name__}")
-    raw = others[-1]
-    if isinstance(raw, (tuple, list)):
-        raw = raw[0] if len(raw) == 1 else None
-    if isinstance(raw, bool) or not isinstance(raw, (Tensor, int, float)):
-        raw = None
-    return Image(z, raw)
+    if isinstance(raw, (tuple, list)) and len(raw) == 1:
+        raw = raw[0]
+    stated = isinstance(raw, (Tensor, int, float)) and not isinstance(raw, bool)
+    return Image(z, raw if stated else None)
 
 
 def _parameters(call: Any) -> Mapping[str, inspect.Parameter]:
@@ -175,7 +170,8 @@ class FlowAdapter:
 
     def __init__(self, sandbox: Sandbox, forward: Any, inverse: Any = None):
         self.sandbox, self.notes = sandbox, []
-        self.elementwise = False  # a log-determinant for each element is this kind's convention
+        # a log-determinant for each element is this kind's convention
+        self.elementwise = isinstance(forward, Transform)
         self.takes_list = False
         if isinstance(forward, Chain):
             if not all(isinstance(layer, Bijection) for layer in forward.layers):
@@ -185,31 +181,25 @@ class FlowAdapter:
                 )
             forward = list(forward.layers)
         if type(forward) is nn.Sequential or isinstance(forward, (nn.ModuleList, list, tuple)):
-            layers = list(forward)
-            self._forward = functools.partial(_run_layers, [_call_of(layer) for layer in layers])
-            backs = [back for layer in reversed(layers) if (back := inverse_of(layer)) is not None]
-            if inverse is None and len(backs) == len(layers):
+            backs = [inverse_of(layer) for layer in reversed(list(forward))]
+            if inverse is None and None not in backs:
                 inverse = functools.partial(_run_layers, backs)
-        elif isinstance(forward, Transform):
-            self.elementwise = True
-            self._forward = _call_of(forward)
-            inverse = inverse_of(forward) if inverse is None else inverse
-        elif callable(forward):
+            forward = functools.partial(_run_layers, [_call_of(layer) for layer in forward])
+        elif not callable(forward):
+            raise AuditError(f"forward: expected a callable; got {type(forward).__name__}")
+        elif inverse is None:
             owner: Any = forward
             if isinstance(forward, types.MethodType) and forward.__name__ == "forward":
                 owner = forward.__self__
-            if inverse is None and (isinstance(owner, nn.Module) or owner is not forward):
+            if isinstance(owner, (nn.Module, Transform)) or owner is not forward:
                 inverse = inverse_of(owner)
-                if inverse is not None:
-                    self.notes.append(f"the inverse is {_name(inverse)}")
-                if isinstance(inverse, functools.partial):  # forward may be the inverted one
-                    inverted = [k for k, v in inverse.keywords.items() if v is False]
-                    if inverted:
-                        forward = functools.partial(owner, **dict.fromkeys(inverted, False))
-                        inverse = functools.partial(owner, **dict.fromkeys(inverted, True))
-            self._forward = _with_total(forward)
-        else:
-            raise AuditError(f"forward: expected a callable; got {type(forward).__name__}")
+            if inverse is not None and not self.elementwise:
+                self.notes.append(f"the inverse is {_name(inverse)}")
+            flags = inverse.keywords if isinstance(inverse, functools.partial) else {}
+            if False in flags.values():  # forward was the inverted direction
+                forward = inverse
+                inverse = functools.partial(owner, **dict.fromkeys(flags, True))
+        self._forward = _with_total(_call_of(forward))
         self._inverse = None if inverse is None else _with_total(_call_of(inverse))
 
     @property
@@ -221,19 +211,28 @@ class FlowAdapter:
         """Go on without the inverse."""
         self._inverse = None
 
-    def forward(self, x: Tensor) -> Image:
-        """The flow's output for x.
+    def forward(self, x: Tensor, notes: list[str] | None = None) -> Image:
+        """The flow's output for a copy of x.
 
         Raises:
             AuditError: If it raises, or returns something other than (z, log_det).
         """
-        try:
-            value = self.sandbox.call("forward", self._forward, [x] if self.takes_list else x)
-        except AuditError:
-            if self.takes_list or isinstance(self._forward, functools.partial):
-                raise
-            value = self.sandbox.call("forward", self._forward, x.clone())
-        return _check_rows(_read(value, x, "forward", []), x, "forward")
+        given = [x.clone()] if self.takes_list else x.clone()
+        image = _read(self.sandbox.call("forward", self._forward, given), x, "forward", notes)
+        return _check_rows(image, x, "forward")
+
+    def first_call(self, x: Tensor) -> Image:
+        """The first output; finds out whether the flow takes x as a tensor or in a list.
+
+        Raises:
+            AuditError: If it takes neither.
+        """
+
+        def attempt(takes_list: bool) -> Image:
+            self.takes_list = takes_list
+            return self.forward(x, self.notes)
+
+        return first_form([(False,), (True,)], attempt)[1]
 
     def inverse(self, tree: Any, x: Tensor) -> tuple[Tensor, Any]:
         """The inverse's x for latents, with the log-determinant that it states or None.
@@ -244,7 +243,7 @@ class FlowAdapter:
         if self._inverse is None:
             raise AuditError("inverse: there is none")
         z = detached(tree)  # a copy, so that caches keyed by the tensor do not help
-        image = _read(self.sandbox.call("inverse", self._inverse, z), x, "inverse", [])
+        image = _read(self.sandbox.call("inverse", self._inverse, z), x, "inverse")
         flat = _check_rows(image, x, "inverse").flat
         if flat.numel() != x.numel():
             raise AuditError(
@@ -255,22 +254,6 @@ class FlowAdapter:
         if raw is not None and not torch.as_tensor(raw).any():
             raw = None  # the zero that was given is passed through
         return flat.detach().reshape(x.shape), raw
-
-    def first_call(self, x: Tensor) -> Image:
-        """The first output; finds out whether the flow takes x as a tensor or in a list.
-
-        Raises:
-            AuditError: If it takes neither.
-        """
-        try:
-            value = self.sandbox.call("forward", self._forward, x.clone())
-        except AuditError as error:
-            try:
-                value = self.sandbox.call("forward", self._forward, [x.clone()])
-            except AuditError:
-                raise error from error.__cause__
-            self.takes_list = True
-        return _check_rows(_read(value, x, "forward", self.notes), x, "forward")
 
 
 def _check_rows(image: Image, x: Tensor, name: str) -> Image:
@@ -301,20 +284,19 @@ def _apply_transform(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _run_layers(calls: Sequence[Callable[..., Any]], x: Any) -> tuple[Any, Any]:
     """Layers in a row; the sum of their log-determinants, if each states one."""
-    total: Any = None
-    all_stated = True
+    total: Any = 0.0
     for call in calls:
-        rows = len(next(_leaves(x)))
-        image = _read(call(x), x if isinstance(x, Tensor) else flatten(x), "a layer", [])
+        given = flatten(x)
+        image = _read(call(x), given, "a layer")
         x = image.tree
-        if image.raw is None:
-            all_stated = False
-        else:
-            value = torch.as_tensor(image.raw)
-            if value.ndim > 1 and value.shape[0] == rows:
-                value = value.reshape(rows, -1).sum(1)
-            total = value if total is None else total + value
-    return x, total if all_stated else None
+        if image.raw is None or total is None:
+            total = None
+            continue
+        value = torch.as_tensor(image.raw)
+        if value.ndim > 1 and len(value) == len(given):
+            value = value.flatten(1).sum(1)
+        total = total + value
+    return x, total
 
 
 class Visit:
@@ -324,16 +306,18 @@ class Visit:
         self.name, self.module, self.x, self.args, self.kwargs = name, module, x, args, kwargs
         self.z, self.log_det = x, torch.zeros(())
 
+    def is_total(self, value: Any) -> bool:
+        """Whether an argument is a log-determinant that was accumulated before the layer."""
+        return isinstance(value, Tensor) and value.shape in ((), (len(self.x),))
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The layer's (z, log_det), without what was accumulated before it."""
 
         def zeroed(value: Any) -> Any:
-            accumulated = isinstance(value, Tensor) and value.shape in ((), (len(self.x),))
-            return torch.zeros_like(value) if accumulated else value
+            return torch.zeros_like(value) if self.is_total(value) else value
 
         kwargs = {name: zeroed(value) for name, value in self.kwargs.items()}
-        value = self.module(x, *map(zeroed, self.args), **kwargs)
-        image = _read(value, x, self.name, [])
+        image = _read(self.module(x, *map(zeroed, self.args), **kwargs), x, self.name)
         return image.tree, image.raw
 
     @property
@@ -348,24 +332,21 @@ def visits(flow: FlowAdapter, modules: Sequence[nn.Module], x: Tensor) -> list[V
     names = {m: name for root in modules for name, m in root.named_modules()}
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        if not args or not isinstance(args[0], Tensor) or len(args[0]) != len(x):
+        pair = isinstance(out, (tuple, list)) and len(out) == 2
+        if not pair or not args or not all(isinstance(t, Tensor) for t in (args[0], *out)):
             return
-        if not isinstance(out, (tuple, list)) or len(out) != 2:
-            return
-        (z, raw), given = out, args[0]
-        if not (isinstance(z, Tensor) and isinstance(raw, Tensor)) or z.numel() != given.numel():
+        given, (z, raw) = args[0], out
+        if len(given) != len(x) or z.numel() != given.numel():
             return
         if raw.numel() not in (1, len(given)) or (raw.shape == z.shape and len(given) > 1):
             return
         inside = set(module.modules())
         if any(visit.module in inside and visit.module is not module for visit in seen):
             return  # its parts were seen
-        before = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, Tensor)]
-        before = [a for a in before if a.ndim == 0 or a.shape == (len(given),)]
         name = f"{names.get(module) or 'flow'} ({type(module).__name__})"
         visit = Visit(name, module, given.detach(), args[1:], kwargs)
-        visit.z = z.detach()
-        visit.log_det = raw.detach() - (before[0].detach() if before else 0.0)
+        before = [a.detach() for a in (*args[1:], *kwargs.values()) if visit.is_total(a)]
+        visit.z, visit.log_det = z.detach(), raw.detach() - (before[0] if before else 0.0)
         seen.append(visit)
 
     with forward_hooks(names, hook, with_kwargs=True):
