@@ -18,7 +18,6 @@ from torch import Tensor
 
 from musigma.audit.findings import AuditError, AuditReport, distance
 from musigma.audit.flow_adapter import log_det_of
-from musigma.audit.flow_findings import report_errors
 from musigma.audit.flow_state import (
     BUG_32,
     SAME,
@@ -34,7 +33,7 @@ from musigma.audit.perturbations import (
     check_negative_determinants,
     check_random_parameters,
 )
-from musigma.audit.sandbox import Sandbox
+from musigma.audit.sandbox import Sandbox, TooSlowError, about_types
 
 __all__ = ["audit_flow"]
 
@@ -95,17 +94,13 @@ def audit_flow(
 
 
 def _audit(audit: FlowAudit) -> AuditReport:
-    audit.x = audit.rows()
     _call_first(audit)
     if "not_finite" not in audit.findings:
         _check_purity(audit)
         if not audit.is_stochastic:
             check_initialisation(audit)
             unperturbed = _check_unperturbed(audit)
-            if audit.sandbox.trainable():
-                check_random_parameters(audit, unperturbed)
-            else:
-                audit.unchecked.append("random parameters: there are no trainable ones")
+            check_random_parameters(audit, unperturbed)
             check_negative_determinants(audit)
             if audit.square:
                 check_determinant_sign(audit)
@@ -118,7 +113,6 @@ def _audit(audit: FlowAudit) -> AuditReport:
 
 
 def _call_first(audit: FlowAudit) -> None:
-    audit.restore_first = audit.sandbox.snapshot()
     began = time.process_time()
     try:
         image = audit.flow.first_call(audit.x)
@@ -128,24 +122,24 @@ def _call_first(audit: FlowAudit) -> None:
         audit.x = audit.example.clone()  # it may take no other batch size
         image = audit.flow.first_call(audit.x)
         audit.assumed.append(f"only batches of {len(audit.x)} examples are taken")
-    for part in (image.flat, *([image.raw] if isinstance(image.raw, Tensor) else [])):
-        if audit.sandbox.dtype == torch.float64 and part.dtype == torch.float32:
-            if part is image.flat:
-                raise Float32Only
+    audit.seconds_per_call = time.process_time() - began
+    if audit.sandbox.dtype == torch.float64:
+        if image.flat.dtype == torch.float32:
+            raise Float32Only
+        if isinstance(image.raw, Tensor) and image.raw.dtype == torch.float32:
             audit.tolerance, audit.bug_error = TOLERANCE_32, BUG_32
             audit.assumed.append("log-determinants come in float32: tolerances are wider")
-    audit.seconds_per_call = time.process_time() - began
     d, elements = image.flat.shape[1], audit.x[0].numel()
-    if d != elements and audit.flow.invertible:
+    if d != elements:
+        sizes = f"z has {d} numbers for each example, and x {elements}"
+        if not audit.flow.invertible:
+            raise AuditError(
+                f"forward: {sizes}, so it is no bijection; return everything that is factored "
+                "out, as a list of tensors"
+            )
         audit.square = False
         audit.unchecked.append(
-            f"log-determinant: z has {d} numbers for each example, and x {elements}; return what "
-            "is factored out as well, as a list of tensors"
-        )
-    elif d != elements:
-        raise AuditError(
-            f"forward: z has {d} numbers for each example, and x {elements}, so it is no "
-            "bijection; return everything that is factored out, as a list of tensors"
+            f"log-determinant: {sizes}; return what is factored out as well, as a list of tensors"
         )
     bad = float((~image.flat.isfinite()).double().mean())
     if bad:
@@ -166,29 +160,29 @@ def _check_purity(audit: FlowAudit) -> None:
     if training and (noise > SAME or coupling > audit.tolerance):
         for root in audit.sandbox.modules:
             root.eval()
-        in_evaluation = _impurity(audit)
+        given_noise, given_coupling = noise, coupling
+        noise, log_det_noise, coupling = _impurity(audit)
         audit.was_training = True
         audit.assumed.append("handed in in training mode; the other checks use evaluation mode")
-        if noise > SAME >= in_evaluation[0]:
+        if given_noise > SAME >= noise:
             audit.warn(
                 "stochastic",
                 "in training mode, in which it was handed in, two calls on one input differ by "
-                f"{noise:.2g}; in evaluation mode they do not",
+                f"{given_noise:.2g}; in evaluation mode they do not",
                 "call .eval() before likelihoods are compared; without dropout in the networks of "
                 "a flow, its training density is that of evaluation too",
-                difference=noise,
+                difference=given_noise,
             )
-        if coupling > audit.tolerance >= max(in_evaluation[2], noise):
+        if given_coupling > audit.tolerance >= max(coupling, given_noise):
             audit.warn(
                 "cross_sample",
                 "in training mode, in which it was handed in, an example's z changes by "
-                f"{coupling:.2g} with the other examples of its batch; in evaluation mode it "
-                "does not",
+                f"{given_coupling:.2g} with the other examples of its batch; in evaluation mode "
+                "it does not",
                 "batch statistics couple examples, so that the training's log p(x) is no density; "
                 "evaluate with .eval(), or use activation normalisation",
-                difference=coupling,
+                difference=given_coupling,
             )
-        noise, log_det_noise, coupling = in_evaluation
     if noise > SAME:
         audit.is_stochastic = True
         audit.bug(
@@ -211,54 +205,46 @@ def _check_purity(audit: FlowAudit) -> None:
         audit.checked.append("no example's output depends on the others in its batch")
 
 
-def _impurity(audit: FlowAudit) -> tuple[float, float, float]:
-    """`_noise` and `_coupling`, the larger of each under these and under random parameters."""
-    unperturbed = (*_noise(audit), _coupling(audit))
+def _impurity(audit: FlowAudit) -> tuple[float, ...]:
+    """`_differences`, the larger of each under these and under random parameters."""
+    differences = _differences(audit)
     if not audit.sandbox.trainable() or audit.slow:
-        return unperturbed
+        return differences
     restore = audit.sandbox.snapshot()
     audit.perturb(0.1)
     try:
-        perturbed = (*_noise(audit), _coupling(audit))
+        pairs = zip(differences, _differences(audit), strict=True)
+        return tuple(max(a, b) if math.isfinite(b) else a for a, b in pairs)
     except AuditError as error:
         if error.__cause__ is None:
             raise
-        return unperturbed
+        return differences
     finally:
         restore()
-    pairs = zip(unperturbed, perturbed, strict=True)
-    noise, log_det_noise, coupling = (max(a, b) if math.isfinite(b) else a for a, b in pairs)
-    return noise, log_det_noise, coupling
 
 
-def _noise(audit: FlowAudit) -> tuple[float, float]:
-    """The largest differences between calls on one input: of z, and of the log-determinant."""
+def _differences(audit: FlowAudit) -> tuple[float, ...]:
+    """How far z and the log-determinant differ between calls, and z among other examples."""
     began, n = time.process_time(), 2 if audit.slow else 3
-    images = [audit.flow.forward(audit.x.clone()) for _ in range(n)]
+    images = [audit.flow.forward(audit.x) for _ in range(n)]
     seconds = (time.process_time() - began) / n  # the first call warms up
     audit.seconds_per_call = min(audit.seconds_per_call, seconds)
-    z = max(distance(images[0].flat, other.flat) for other in images[1:])
-    if images[0].raw is None:
-        return z, 0.0
-    stated = [log_det_of(image.raw, len(audit.x))[0] for image in images]
-    return z, max(distance(stated[0], other) for other in stated[1:])
-
-
-def _coupling(audit: FlowAudit) -> float:
-    """How far the first example's z moves when all others are replaced."""
-    if len(audit.x) < 2:
-        return 0.0
+    stated = [
+        log_det_of(0.0 if image.raw is None else image.raw, len(audit.x))[0] for image in images
+    ]
     others = audit.draw_examples(len(audit.x), 9)
     others[0] = audit.x[0]
-    before = audit.flow.forward(audit.x.clone()).flat[:1]
-    after = audit.flow.forward(others.clone()).flat[:1]
-    return distance(before, after)
+    return (
+        max(distance(images[0].flat, other.flat) for other in images[1:]),
+        max(distance(stated[0], other) for other in stated[1:]),
+        distance(audit.flow.forward(others).flat[:1], images[0].flat[:1]),
+    )
 
 
 def _check_surjection(audit: FlowAudit) -> None:
     """Whether the inverse of a stochastic forward recovers x all the same."""
     with suppress(AuditError):
-        image = audit.flow.forward(audit.x.clone())
+        image = audit.flow.forward(audit.x)
         back, _ = audit.flow.inverse(image.tree, audit.x)
         if distance(back, audit.x) <= audit.tolerance:
             bug = audit.findings.pop("stochastic")
@@ -274,30 +260,25 @@ def _check_surjection(audit: FlowAudit) -> None:
 
 def _check_unperturbed(audit: FlowAudit) -> Measurement:
     audit.restore = audit.sandbox.snapshot()
-    measured = audit.measure(audit.few(audit.x))
+    measured = audit.measure()
     if measured.inverse_error is not None:
         _report_raising_inverse(audit, measured.inverse_error)
-    report_errors(audit, measured, "with its own parameters")
+    audit.report_errors(measured, "with its own parameters")
     if measured.volume is not None and measured.volume.condition.isfinite().all():
         audit.details["condition"] = float(measured.volume.condition.max())
     return measured
 
 
 def _report_raising_inverse(audit: FlowAudit, error: AuditError) -> None:
-    cause, text = error.__cause__, str(error.__cause__).lower()
-    types = any(word in text for word in ("dtype", "double", "float"))
-    if cause is None and "did not end" in str(error):
+    cause = error.__cause__
+    if isinstance(error, TooSlowError):
         raise error
     if isinstance(cause, NotImplementedError):
         audit.unchecked.append("inverse: it is not implemented")
-    elif (
-        audit.sandbox.dtype == torch.float64
-        and isinstance(cause, (RuntimeError, TypeError))
-        and types
-    ):
-        raise Float32Only
     elif cause is None:
         audit.bug("inverse_mismatch", str(error), "return x, in the shape that it had")
+    elif audit.sandbox.dtype == torch.float64 and about_types(error):
+        raise Float32Only
     else:
         audit.bug(
             "inverse_raises",
@@ -313,28 +294,24 @@ def _check_single_precision(audit: FlowAudit) -> None:
     if not usable or {"inverse_mismatch", "inverse_raises"} & audit.findings.keys():
         return
     audit.restore()
+    x = audit.few.float()
     audit.sandbox.use_dtype(torch.float32)
-    x = audit.few(audit.x).float()
-    try:
-        with suppress(AuditError):
-            image = audit.flow.forward(x.clone())
-            back, _ = audit.flow.inverse(image.tree, x)
-            error = distance(back, x) if back.isfinite().all() else math.inf
-            audit.details["round_trip_float32"] = error
-            if error > BUG_32:
-                name, condition = max(
-                    audit.details.get("conditions", {}).items(),
-                    key=lambda item: item[1],
-                    default=("the flow", audit.details.get("condition", math.nan)),
-                )
-                audit.warn(
-                    "ill_conditioned",
-                    f"a round trip is off by {error:.2g} in float32, and right in float64; the "
-                    f"largest condition number is {condition:.2g}, of {name}",
-                    "decode in float64, or bound the scales and the matrices' singular values",
-                    error=error,
-                    condition=condition,
-                )
-    finally:
-        audit.sandbox.use_dtype(torch.float64)
-        audit.restore()
+    with suppress(AuditError):
+        image = audit.flow.forward(x)
+        back, _ = audit.flow.inverse(image.tree, x)
+        error = distance(back, x) if back.isfinite().all() else math.inf
+        audit.details["round_trip_float32"] = error
+        if error > BUG_32:
+            whole = {"the flow": audit.details.get("condition", math.nan)}
+            conditions = audit.details.get("conditions", whole)
+            worst = max(conditions, key=conditions.__getitem__)
+            audit.warn(
+                "ill_conditioned",
+                f"a round trip is off by {error:.2g} in float32, and right in float64; the "
+                f"largest condition number is {conditions[worst]:.2g}, of {worst}",
+                "decode in float64, or bound the scales and the matrices' singular values",
+                error=error,
+                condition=conditions[worst],
+            )
+    audit.sandbox.use_dtype(torch.float64)
+    audit.restore()

@@ -1,4 +1,4 @@
-"""The state of one flow audit: the flow, a batch, and measurements of both directions."""
+"""The state of one flow audit: the flow, a batch, measurements of both directions, findings."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from musigma.audit.findings import AuditError, ReportBuilder, distance, name_of
+from musigma.audit.findings import AuditError, ReportBuilder, Severity, distance, name_of
 from musigma.audit.flow_adapter import FlowAdapter, Image, log_det_of, map_tensors
 from musigma.audit.sandbox import Sandbox
-from musigma.audit.volume import DENSE, Volume, differences, volume
+from musigma.audit.volume import DENSE, Volume, by_differences, volume
 
-__all__ = ["Float32Only", "FlowAudit", "Measurement", "move_statistics"]
+__all__ = ["Float32Only", "FlowAudit", "Measurement", "explain_log_det", "log_det_error"]
 
 SECONDS = 8.0  # of CPU time for all checks that can be left out
 ROWS = (5, 6, 7, 9, 11)  # batch sizes: the first that is no other axis's
@@ -54,6 +55,12 @@ class Measurement:
     kind: str = "example"
 
 
+def log_det_error(stated: Tensor, truth: Tensor) -> float:
+    """The error of a log-determinant in nats; in per cent where it is large."""
+    off = float(((stated - truth).abs() / (1 + 0.01 * truth.abs())).max())
+    return off if math.isfinite(off) else math.inf
+
+
 class FlowAudit(ReportBuilder):
     """The report of one flow while it is built, with the flow and the batch that it is run on."""
 
@@ -62,7 +69,10 @@ class FlowAudit(ReportBuilder):
         self.sandbox, self.state = sandbox, state
         self.flow = FlowAdapter(sandbox, forward, inverse)
         self.example = example.detach().to("cpu", sandbox.dtype)
-        self.x = self.example
+        # a batch of a size that no other axis has, within the hull of the example
+        sizes = ROWS if self.example[0].numel() <= 512 else FEW
+        rows = next((n for n in sizes if n not in example.shape[1:]), sizes[0])
+        self.x = self.draw_examples(rows, 1, keep=True)
         self.restore_first: Callable[[], None] = sandbox.snapshot()
         self.restore: Callable[[], None] = self.restore_first
         self.began = time.process_time()
@@ -82,115 +92,103 @@ class FlowAudit(ReportBuilder):
         """Whether a forward pass is too slow for every check."""
         return self.seconds_per_call > 0.15
 
+    @cached_property
+    def few(self) -> Tensor:
+        """Fewer examples where there are many elements, if the flow takes them."""
+        if self.x[0].numel() > 64:
+            with suppress(AuditError):
+                self.flow.forward(self.x[:2])
+                return self.x[:2]
+        return self.x
+
     def time_left(self) -> float:
         """Seconds of CPU time."""
         return SECONDS - (time.process_time() - self.began)
 
-    def rows(self) -> Tensor:
-        """A batch of a size that no other axis has, within the hull of the example."""
-        sizes = ROWS if self.example[0].numel() <= 512 else FEW
-        wanted = next((n for n in sizes if n not in self.example.shape[1:]), sizes[0])
-        return self.draw_examples(wanted, 1, keep=True)
-
     def draw_examples(self, n: int, seed: int, *, keep: bool = False) -> Tensor:
         """Mixtures of pairs of examples; with `keep`, after the given examples."""
         have, generator = self.example, torch.Generator().manual_seed(seed)
-        if len(have) == 1 or bool((have == have[:1]).all()):
+        if (have == have[:1]).all():
             noise = torch.randn(n, *have.shape[1:], generator=generator).to(have)
-            if not bool((have > 0).all() and (have < 1).all()):
+            if not ((have > 0) & (have < 1)).all():
                 return have[:1] + noise
             drawn = have[:1] * noise.sigmoid()  # data that may be in the unit interval stay there
             return torch.cat([have[:1], drawn[1:]]) if keep else drawn
-        if keep and len(have) >= n:
-            return have[:n].clone()
-        pick = torch.randint(len(have), (2, n), generator=generator)
+        first, second = have[torch.randint(len(have), (2, n), generator=generator)]
         share = torch.rand(n, *(1,) * (have.ndim - 1), generator=generator).to(have)
-        mixed = torch.lerp(have[pick[0]], have[pick[1]], 0.2 + 0.6 * share)
+        mixed = torch.lerp(first, second, 0.2 + 0.6 * share)
         return torch.cat([have, mixed])[:n] if keep else mixed
 
-    def few(self, x: Tensor) -> Tensor:
-        """Fewer examples where there are many elements."""
-        n = len(x) if x[0].numel() <= 64 else 2
-        if n < len(x) and not any(note.startswith("only batches of") for note in self.assumed):
-            try:
-                self.flow.forward(x[:n].clone())
-            except AuditError:
-                return x
-            return x[:n]
-        return x
-
+    @torch.no_grad()
     def perturb(self, std: float, seed: int = 1) -> None:
-        """Move the parameters by noise, in training mode, as a training step does."""
-        modes = [(m, m.training) for root in self.sandbox.modules for m in root.modules()]
-        for root in self.sandbox.modules:
+        """Move the parameters by noise, in training mode, as a training step does.
+
+        Running means and variances, which start at zero and one, move as well.
+        """
+        roots = self.sandbox.modules
+        modes = {m: m.training for root in roots for m in root.modules()}
+        for root in roots:
             root.train()
         self.sandbox.randomise(std, seed)
-        for module, mode in modes:
-            module.train(mode) if module in self.sandbox.modules else None
-        for module, mode in modes:
+        for root in roots:
+            root.train(modes[root])
+        generator = torch.Generator().manual_seed(seed)
+        for module, mode in modes.items():
             module.training = mode
-        move_statistics(self.sandbox.modules, std, seed)
+            for name, buffer in module.named_buffers(recurse=False):
+                if name in ("running_mean", "running_var") and buffer.is_floating_point():
+                    noise = std * torch.randn(buffer.shape, generator=generator).to(buffer)
+                    buffer.add_(noise) if name == "running_mean" else buffer.mul_(noise.exp())
 
     def flat(self, x: Tensor) -> Tensor:
         """The latents (B, D): the function that `volume` takes."""
         return self.flow.forward(x).flat
 
-    def measure(self, x: Tensor) -> Measurement:
-        """Errors of one pass in both directions."""
-        measured = Measurement()
-        image = self.flow.forward(x.clone())
+    def measure(self) -> Measurement:
+        """Errors of one pass of a few examples in both directions."""
+        measured, image = Measurement(), self.flow.forward(self.few)
         measured.finite = bool(image.flat.isfinite().all())
-        if not measured.finite:
-            return measured
-        self._measure_log_det(measured, image, x)
-        if self.flow.invertible:
-            self._measure_inverse(measured, image, x)
+        if measured.finite:
+            if image.raw is not None:
+                measured.stated, measured.kind = log_det_of(image.raw, len(self.few))
+                measured.nan_log_det = not bool(measured.stated.isfinite().all())
+            self._measure_log_det(measured)
+            if self.flow.invertible:
+                self._measure_inverse(measured, image)
         return measured
 
-    def _measure_log_det(self, measured: Measurement, image: Image, x: Tensor) -> None:
+    def _measure_log_det(self, measured: Measurement) -> None:
         """The stated log-determinant against the Jacobian's."""
-        if image.raw is not None:
-            measured.stated, measured.kind = log_det_of(image.raw, len(x))
-            measured.nan_log_det = not bool(measured.stated.isfinite().all())
-        if not self.square or (x[0].numel() > DENSE and self.seconds_per_call > 0.03):
+        x, d = self.few, self.few[0].numel()
+        if not self.square or (d > DENSE and self.seconds_per_call > 0.03):
             return  # `layerwise` looks at the layers
         try:
             measured.volume = volume(self.flat, x)
         except (RuntimeError, AuditError):
-            if x[0].numel() <= 64:
-                whole = differences(self.flat, x)
-                sign, log_det = torch.linalg.slogdet(whole)
-                measured.volume = Volume(log_det, sign, torch.full_like(sign, torch.nan))
-        if measured.volume is None or measured.stated is None or measured.nan_log_det:
+            measured.volume = by_differences(self.flat, x) if d <= 64 else None
+        stated = measured.stated
+        if measured.volume is None or stated is None or measured.nan_log_det:
             return
         measured.truth = measured.volume.log_det
         if not measured.truth.isfinite().all():
             return
-        measured.log_det = self._log_det_error(measured)
-        if (
-            measured.log_det > self.tolerance
-            and x[0].numel() <= 128
-            and self.sandbox.dtype == torch.float64
-        ):
+
+        def error(truth: Tensor) -> float:
+            if measured.kind == "other":
+                return float((stated - truth.sum()).abs().max())
+            return log_det_error(stated, truth)
+
+        measured.log_det = error(measured.truth)
+        if measured.log_det > self.tolerance and d <= 128 and self.sandbox.dtype == torch.float64:
             with suppress(AuditError, RuntimeError):  # autograd may have been cut off somewhere
-                by_differences = torch.linalg.slogdet(differences(self.flat, x))[1]
-                if distance(by_differences, measured.truth) > 1e-4:
-                    measured.truth = by_differences
-                    measured.volume = None
-                    off = self._log_det_error(measured)
-                    measured.log_det = 0.0 if off < 1e-5 else off
+                other = by_differences(self.flat, x).log_det
+                if distance(other, measured.truth) > 1e-4:
+                    measured.truth, measured.volume = other, None
+                    measured.log_det = 0.0 if error(other) < 1e-5 else error(other)
 
-    def _log_det_error(self, measured: Measurement) -> float:
-        """Error of the stated log-determinant in nats; in per cent where it is large."""
-        stated, truth = measured.stated, measured.truth
-        if stated is None or truth is None:
-            return math.nan
-        if measured.kind == "other":
-            return float((stated - truth.sum()).abs().max())
-        return float(((stated - truth).abs() / (1 + 0.01 * truth.abs())).max())
-
-    def _measure_inverse(self, measured: Measurement, image: Image, x: Tensor) -> None:
+    def _measure_inverse(self, measured: Measurement, image: Image) -> None:
         """The inverse, called twice after forward was called with other data; and its log-det."""
+        x = self.few
         with suppress(AuditError):  # so that values cached by forward do not help
             self.flow.forward(self.draw_examples(len(x), 11))
         try:
@@ -203,25 +201,20 @@ class FlowAudit(ReportBuilder):
         if self.seconds_per_call < 0.01 and len(x) < 40:
             with suppress(AuditError):  # it may take no other batch size
                 more = self.draw_examples(40, 13)
-                image = self.flow.forward(more.clone())
+                image = self.flow.forward(more)
                 if image.flat.isfinite().all():
                     back = self.flow.inverse(image.tree, more)[0]
-                    measured.round_trip = max(
-                        measured.round_trip, self._round_trip_error(image, back, more)
-                    )
+                    error = self._round_trip_error(image, back, more)
+                    measured.round_trip = max(measured.round_trip, error)
         if raw is None or measured.stated is None or measured.nan_log_det:
             return
         inverse, _ = log_det_of(raw, len(x))
-        size = 1 + 0.01 * measured.stated.abs()
-        sums = (inverse + measured.stated).abs() / size
-        same = (inverse - measured.stated).abs() / size
+        expected = [measured.stated]
         if measured.truth is not None and measured.kind != "other":
-            truths = (inverse + measured.truth).abs() / size
-            if float(truths.max()) < float(sums.max()):
-                sums, same = truths, (inverse - measured.truth).abs() / size
-        measured.back_sum, measured.back_same = float(sums.max()), float(same.max())
-        if not math.isfinite(measured.back_sum):
-            measured.back_sum = measured.back_same = math.inf
+            expected.append(measured.truth)
+        nearest = min(expected, key=lambda log_det: log_det_error(-inverse, log_det))
+        measured.back_sum = log_det_error(-inverse, nearest)
+        measured.back_same = log_det_error(inverse, nearest)
 
     def _round_trip_error(self, image: Image, back: Tensor, x: Tensor) -> float:
         """The distance of x from its round trip, or 0 where rounding explains it."""
@@ -231,10 +224,9 @@ class FlowAudit(ReportBuilder):
         return 0.0 if off > self.tolerance and off < self._rounding_error(image, back, x) else off
 
     def _rounding_error(self, image: Image, back: Tensor, x: Tensor) -> float:
-        """The error that rounding explains: how far changes in the last digits of z move x."""
-        eps = torch.finfo(self.sandbox.dtype).eps
+        """The error that a thousand roundings of z explain: a tenth of that of ten thousand."""
+        step = 1e4 * torch.finfo(self.sandbox.dtype).eps
         generator = torch.Generator().manual_seed(0)
-        step = 1e4 * eps
 
         def moved(t: Tensor) -> Tensor:
             noise = torch.randn(t.shape, generator=generator).to(t)
@@ -243,22 +235,170 @@ class FlowAudit(ReportBuilder):
         with suppress(AuditError):
             near, _ = self.flow.inverse(map_tensors(moved, image.tree), x)
             if near.isfinite().all():
-                return 0.1 * distance(
-                    near, back
-                )  # of a thousand roundings, where z moved by ten thousand
+                return 0.1 * distance(near, back)
         return 0.0
 
+    # -- from measured errors to findings
 
-@torch.no_grad()
-def move_statistics(modules: list[nn.Module], std: float, seed: int) -> None:
-    """Move running means and variances, which start at zero and one."""
-    generator = torch.Generator().manual_seed(seed)
-    for root in modules:
-        for name, buffer in root.named_buffers():
-            last = name.rsplit(".", 1)[-1]
-            if last in ("running_mean", "running_var") and buffer.is_floating_point():
-                noise = std * torch.randn(buffer.shape, generator=generator).to(buffer)
-                if last == "running_mean":
-                    buffer.add_(noise)
-                else:
-                    buffer.mul_(noise.exp())
+    def severity(self, error: float) -> Severity:
+        """Small errors may be those of an approximation."""
+        return "bug" if error > self.bug_error else "warning"
+
+    def report_errors(self, measured: Measurement, when: str) -> None:
+        """Add a finding for every error, and a line for everything that is right."""
+        if not measured.finite:
+            return
+        for name, error in (
+            ("log-determinant against autograd", measured.log_det),
+            ("round trip", measured.round_trip),
+            ("log-determinants of both directions", measured.back_sum),
+        ):
+            if error <= self.tolerance:
+                self.checked.append(f"{name}, {when}: off by {error:.1g}")
+        if measured.nan_log_det:
+            self.bug(
+                "logdet_nan",
+                f"the log-determinant is NaN or infinite {when}, where z is finite",
+                "take log |det|: torch.linalg.slogdet(W)[1], and abs() before log",
+            )
+        if self.flow.invertible:
+            self._report_inverse(measured, when)
+        stated, truth = measured.stated, measured.truth
+        if stated is None or truth is None:
+            return
+        self._report_shape(measured, stated, truth)
+        if self.noisy_log_det and not math.isnan(measured.log_det):
+            self._report_estimate(truth)
+        elif measured.log_det > self.tolerance and "logdet_shape" not in self.findings:
+            hint, repair = explain_log_det(stated, truth, self.x)
+            self.find(
+                "logdet_mismatch",
+                self.severity(measured.log_det),
+                f"forward states {float(stated[0]):.6g} nats, and log |det J| is "
+                f"{float(truth[0]):.6g} {when}{hint}",
+                repair,
+                stated=stated[:4].tolist(),
+                log_det=truth[:4].tolist(),
+                error=measured.log_det,
+            )
+
+    def _report_inverse(self, measured: Measurement, when: str) -> None:
+        if measured.round_trip > self.tolerance:
+            repair = "the inverse is approximate, or lacks a constant of forward (an eps)"
+            if measured.round_trip > self.bug_error:
+                repair = "invert forward's operations in reverse order, with the same constants"
+            if not self.square:
+                repair = "return what is split off, and take it back: drawing it anew is sampling"
+            self.find(
+                "inverse_mismatch",
+                self.severity(measured.round_trip),
+                f"inverse(forward(x)) differs from x by {measured.round_trip:.3g} {when}",
+                repair,
+                error=measured.round_trip,
+            )
+        if not measured.back_sum > self.tolerance or self.noisy_log_det:
+            return
+        if measured.back_same <= self.tolerance:
+            self.bug(
+                "inverse_logdet_sign",
+                "the inverse returns the log-determinant of forward, with the same sign",
+                "return the negative: log |det dx/dz| = -log |det dz/dx|",
+                difference=measured.back_sum,
+            )
+        else:
+            self.find(
+                "inverse_logdet_mismatch",
+                self.severity(measured.back_sum),
+                f"the log-determinants of both directions add up to {measured.back_sum:.3g}, not "
+                "zero",
+                "return minus what forward returns at the same x",
+                difference=measured.back_sum,
+            )
+
+    def _report_shape(self, measured: Measurement, stated: Tensor, truth: Tensor) -> None:
+        kind, right = measured.kind, measured.log_det <= self.tolerance
+        by_example = "sum over all axes but the first: log_det.flatten(1).sum(1)"
+        if kind == "elements" and right and not self.flow.elementwise:
+            self.warn(
+                "logdet_shape",
+                "the log-determinant has several numbers for each example; their sum is right",
+                by_example,
+            )
+        if kind not in ("number", "other"):
+            return
+        scale = 1 + 0.01 * float(truth.abs().max())
+        if kind == "number" and float((stated - truth).abs().max()) <= self.bug_error * scale:
+            if right:
+                self.warn(
+                    "logdet_shape",
+                    "the log-determinant is one number for the whole batch; it is right for each "
+                    "example",
+                    "expand it to one number per example: log_det.expand(len(x))",
+                )
+            return
+        for reduction, value in (("sum", float(truth.sum())), ("mean", float(truth.mean()))):
+            if len(truth) > 1 and abs(float(stated[0]) - value) <= 1e-4 * (1 + abs(value)):
+                self.bug(
+                    "logdet_shape",
+                    f"the log-determinant is one number: the {reduction} over the batch",
+                    by_example,
+                    stated=float(stated[0]),
+                    per_example=truth.tolist(),
+                )
+                return
+        if kind == "other":
+            self.bug(
+                "logdet_shape",
+                "the log-determinant has a shape that does not fit the batch",
+                "return one number per example, shape (B,)",
+            )
+
+    def _report_estimate(self, truth: Tensor) -> None:
+        """A log-determinant that is estimated from draws: whether it is right on average."""
+        images = [self.flow.forward(self.few) for _ in range(200)]
+        draws = torch.stack([log_det_of(image.raw, len(self.few))[0] for image in images])
+        mean, error = draws.mean(0), draws.std(0) / math.sqrt(len(draws))
+        spread = float(draws.std(0).mean())
+        if spread > 1e-3:
+            self.warn(
+                "stochastic",
+                f"the log-determinant is an estimate with a standard deviation of {spread:.2g} "
+                "nats",
+                "average several draws when likelihoods are reported",
+                std=spread,
+            )
+        else:
+            self.checked.append(f"the log-determinant is an estimate, to {spread:.1g} nats")
+        if ((mean - truth).abs() > 8 * error + 0.05 * (1 + truth.abs())).any():
+            self.bug(
+                "logdet_mismatch",
+                f"the estimate is {float(mean[0]):.4g} nats on average, and log |det J| is "
+                f"{float(truth[0]):.4g}",
+                "the estimator is biased: use more terms, or an unbiased number of them",
+                stated=mean[:4].tolist(),
+                log_det=truth[:4].tolist(),
+            )
+
+
+def explain_log_det(stated: Tensor, truth: Tensor, x: Tensor) -> tuple[str, str]:
+    """The likely mistake in a wrong log-determinant, and its repair."""
+
+    def near(a: Tensor, b: Tensor) -> bool:
+        return float((a - b).abs().max()) <= 1e-5 * (1 + float(b.abs().max()))
+
+    if near(stated, -truth):
+        return ": it has the wrong sign", "negate it"
+    if len(truth) > 1 and near(stated, truth.sum().expand_as(truth)):
+        return ": it is summed over the batch", "sum over all axes but the first"
+    if near(stated, torch.zeros_like(stated)):
+        return ": none is stated", "add the logarithms of the slopes of what forward does"
+    factors = {"the number of elements": x[0].numel(), "two": 2}
+    if x.ndim > 2:
+        image = {"the number of pixels": x[0, 0].numel(), "the number of channels": x.shape[1]}
+        factors = image | {f"a side of {side}": side for side in x.shape[2:]} | factors
+    for what, factor in factors.items():
+        if near(stated * factor, truth):
+            return f": a factor of {factor:g} ({what}) is missing", f"multiply it by {factor:g}"
+        if near(stated, truth * factor):
+            return f": a factor of {factor:g} ({what}) is too much", f"divide it by {factor:g}"
+    return "", "sum the logarithms of the absolute slopes of this forward over all elements"

@@ -33,7 +33,7 @@ def check_initialisation(audit: FlowAudit) -> None:
         return
 
     def z(x: Tensor) -> Tensor:
-        return audit.flow.forward(x.clone()).flat.detach()
+        return audit.flow.forward(x).flat.detach()
 
     restore_after_first = audit.sandbox.snapshot()
     other = audit.draw_examples(len(audit.x), 4)
@@ -50,16 +50,16 @@ def check_initialisation(audit: FlowAudit) -> None:
             _check_standardisation(audit)
             _check_reload(audit)
     restore_after_first()
-    audit.flow.forward(audit.x.clone())  # initialises, if nothing has
+    audit.flow.forward(audit.x)  # initialises, if nothing has
 
 
 def _has_running_statistics(audit: FlowAudit) -> bool:
     """Whether each call changes the answer of the next, which is no initialisation."""
     restore = audit.sandbox.snapshot()
-    before = audit.flow.forward(audit.x.clone()).flat.detach()
+    before = audit.flow.forward(audit.x).flat.detach()
     for seed in range(3):
         audit.flow.forward(3 * audit.draw_examples(len(audit.x), 20 + seed))
-    after = audit.flow.forward(audit.x.clone()).flat.detach()
+    after = audit.flow.forward(audit.x).flat.detach()
     restore()
     return distance(before, after) > audit.tolerance
 
@@ -129,7 +129,7 @@ def _standardised(audit: FlowAudit, noise: float) -> dict[str, Moments]:
         before = {m: _numbers_of(m) for m in names}
         try:
             with forward_hooks(names, hook):
-                image = audit.flow.forward(data.clone())
+                image = audit.flow.forward(data)
         except AuditError:
             continue
         if not image.flat.isfinite().all():
@@ -183,10 +183,10 @@ def _check_reload(audit: FlowAudit) -> None:
         audit.unchecked.append("saving and loading: no module has the state")
         return
     audit.restore_first()
-    audit.flow.forward(audit.x.clone())
+    audit.flow.forward(audit.x)
     saved = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
     other = 0.5 * audit.x + 0.5 * audit.draw_examples(len(audit.x), 6)
-    expected = audit.flow.forward(other.clone()).flat.detach()
+    expected = audit.flow.forward(other).flat.detach()
     audit.restore_first()
     try:
         for module, state in zip(modules, saved, strict=True):
@@ -194,7 +194,7 @@ def _check_reload(audit: FlowAudit) -> None:
     except (RuntimeError, KeyError) as error:
         audit.unchecked.append(f"loading a saved state: {str(error).splitlines()[0][:120]}")
         return
-    difference = distance(expected, audit.flow.forward(other.clone()).flat.detach())
+    difference = distance(expected, audit.flow.forward(other).flat.detach())
     if difference > 10 * audit.tolerance:
         audit.bug(
             "ddi_reinit",

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from musigma.audit.findings import AuditError, distance
 from musigma.audit.flow_adapter import detached, flatten, log_det_of
-from musigma.audit.flow_findings import report_errors
 from musigma.audit.flow_state import FlowAudit, Measurement
-from musigma.audit.volume import volume
+from musigma.audit.volume import by_autograd
 
 __all__ = ["check_determinant_sign", "check_negative_determinants", "check_random_parameters"]
 
@@ -26,20 +25,16 @@ SCALES = (0.3, 0.1, 0.03)  # of random parameters: the largest under which z is 
 
 def check_random_parameters(audit: FlowAudit, unperturbed: Measurement) -> None:
     """Measure again under random parameters, and whether the inverse follows an update."""
-    for std in SCALES:
-        audit.restore()
-        audit.perturb(std)
-        with suppress(AuditError):
-            image = audit.flow.forward(audit.x.clone())
-            if image.flat.isfinite().all() and float(image.flat.detach().abs().max()) < 1e6:
-                break
-    else:
+    if not audit.sandbox.trainable():
+        audit.unchecked.append("random parameters: there are no trainable ones")
+        return
+    std = next((std for std in SCALES if _is_finite(audit, std)), None)
+    if std is None:
         audit.unchecked.append("random parameters: z is not finite under any of them")
         audit.restore()
         return
     audit.perturbation = std
-    x = audit.few(audit.x)
-    measured = audit.measure(x)
+    measured = audit.measure()
     if measured.inverse_error is not None and audit.flow.invertible:
         if measured.inverse_error.__cause__ is None:
             raise measured.inverse_error
@@ -48,31 +43,41 @@ def check_random_parameters(audit: FlowAudit, unperturbed: Measurement) -> None:
         return
     if measured.nan_log_det and not unperturbed.nan_log_det:
         measured = Measurement()  # a parameter may be out of its range; checked separately
-    errors = (measured.round_trip, measured.log_det, measured.back_sum)
-    if any(error > audit.tolerance for error in errors) and not audit.noisy_log_det:
+    errors = {name: getattr(measured, name) for name in ("round_trip", "log_det", "back_sum")}
+    wrong = any(error > audit.tolerance for error in errors.values())
+    if wrong and not audit.noisy_log_det:
         audit.restore()
         audit.perturb(std / 5)
-        small = audit.measure(x)
-        for name in ("round_trip", "log_det", "back_sum"):
-            if getattr(small, name) <= 1e-3 * min(1.0, getattr(measured, name)):
+        small = audit.measure()
+        for name, error in errors.items():
+            if getattr(small, name) <= 1e-3 * min(1.0, error):
                 setattr(measured, name, math.nan)
-    if measured.round_trip > audit.tolerance >= unperturbed.round_trip and _is_stale(audit, std):
+    stale = audit.flow.invertible and _is_stale(audit, std)
+    if stale and measured.round_trip > audit.tolerance >= unperturbed.round_trip:
         measured.round_trip = measured.back_sum = math.nan
-    elif audit.flow.invertible:
-        _is_stale(audit, std)
-    report_errors(audit, measured, f"with random parameters (moved by {std:g})")
+    audit.report_errors(measured, f"with random parameters (moved by {std:g})")
     audit.restore()
+
+
+def _is_finite(audit: FlowAudit, std: float) -> bool:
+    """Move the parameters; whether z has numbers of an ordinary size."""
+    audit.restore()
+    audit.perturb(std)
+    with suppress(AuditError):
+        z = audit.flow.forward(audit.x).flat.detach()
+        return bool(z.isfinite().all() and z.abs().max() < 1e6)
+    return False
 
 
 def _is_stale(audit: FlowAudit, std: float) -> bool:
     """Whether an inverse that was used before an update still has the old parameters."""
-    x = audit.few(audit.x)
+    x = audit.few
     with suppress(AuditError):
         audit.restore()
-        z = detached(audit.flow.forward(x.clone()).tree)
+        z = detached(audit.flow.forward(x).tree)
         first, _ = audit.flow.inverse(z, x)
         audit.perturb(std)
-        image = audit.flow.forward(x.clone())
+        image = audit.flow.forward(x)
         if distance(image.flat, flatten(z)) < 1e-4:
             return False
         late, _ = audit.flow.inverse(image.tree, x)
@@ -83,8 +88,7 @@ def _is_stale(audit: FlowAudit, std: float) -> bool:
         late_old, _ = audit.flow.inverse(z, x)
         audit.restore()
         audit.perturb(std)
-        image = audit.flow.forward(x.clone())
-        fresh, _ = audit.flow.inverse(image.tree, x)
+        fresh, _ = audit.flow.inverse(audit.flow.forward(x).tree, x)
         if distance(fresh, x) <= 1e-3 or distance(late_old, first) == 0.0:
             audit.bug(
                 "stale_inverse",
@@ -107,7 +111,7 @@ def check_negative_determinants(audit: FlowAudit) -> None:
     for p in matrices:
         _make_determinant_negative(p)
     with suppress(AuditError):
-        image = audit.flow.forward(audit.x.clone())
+        image = audit.flow.forward(audit.x)
         if image.raw is not None and image.flat.isfinite().all():
             stated, _ = log_det_of(image.raw, len(audit.x))
             if stated.isfinite().all():
@@ -124,29 +128,24 @@ def check_negative_determinants(audit: FlowAudit) -> None:
 
 def check_determinant_sign(audit: FlowAudit) -> None:
     """Whether det J has one sign, over wide ranges of points and parameters."""
-    d = audit.x[0].numel()
-    if d > 16 or "cross_sample" in audit.findings or audit.noisy_log_det:
-        if d > 16:
-            audit.unchecked.append("the sign of det J at many points: there are too many elements")
+    if audit.x[0].numel() > 16:
+        audit.unchecked.append("the sign of det J at many points: there are too many elements")
+        return
+    if "cross_sample" in audit.findings or audit.noisy_log_det:
         return
     parameters = audit.sandbox.trainable()
+    buffers = [name for root in audit.sandbox.modules for name, _ in root.named_buffers()]
     spectral = ("u", "v", "_u", "_v", "weight_u", "weight_v")  # buffers of spectral norms
-    constrained = any(
-        name.rsplit(".", 1)[-1] in spectral
-        for root in audit.sandbox.modules
-        for name, _ in root.named_buffers()
-    )
-    vectors = all(p.squeeze().ndim <= 1 for p in parameters)
-    for seed, std in enumerate([0.0] + ([1.5, 2.0] * 8 if vectors and not constrained else [])):
-        if std and not parameters:
-            break
+    free = parameters and not any(name.rsplit(".", 1)[-1] in spectral for name in buffers)
+    moves = [1.5, 2.0] * 8 if free and all(p.squeeze().ndim <= 1 for p in parameters) else []
+    for seed, std in enumerate([0.0, *moves]):
         audit.restore()
         if std:
             audit.perturb(std, 30 + seed)
-        signs = _determinant_signs(audit, (2.0,) if std else WIDE)
-        if signs is None:
+        try:
+            positive, negative = _determinant_signs(audit, (2.0,) if std else WIDE)
+        except (AuditError, RuntimeError):
             return
-        positive, negative = signs
         if positive and negative:
             audit.bug(
                 "not_injective",
@@ -163,31 +162,25 @@ def check_determinant_sign(audit: FlowAudit) -> None:
     audit.restore()
 
 
-def _determinant_signs(audit: FlowAudit, factors: tuple[float, ...]) -> tuple[int, int] | None:
-    """At how many points det J is surely positive, and negative; None if it is unknown."""
+def _determinant_signs(audit: FlowAudit, factors: tuple[float, ...]) -> tuple[int, int]:
+    """At how many points det J is surely positive, and negative."""
     example = audit.example
-    center, shape = example.mean(0, keepdim=True), audit.x.shape[1:]
     spread = (example.std() if example.numel() > 1 else torch.tensor(1.0)).clamp(min=0.3)
     generator = torch.Generator().manual_seed(2)
-    n, positive, negative = 300 if audit.seconds_per_call < 0.01 else 60, 0, 0
-    unit_interval = bool((example >= 0).all() and (example <= 1).all())
+    shape = (300 if audit.seconds_per_call < 0.01 else 60, *example.shape[1:])
+    positive = negative = 0
     for factor in factors:
-        if unit_interval:
-            x = torch.rand(n, *shape, generator=generator).to(audit.x)
-        else:
-            noise = torch.randn(n, *shape, generator=generator).to(audit.x)
-            x = center + factor * spread * noise
         if audit.time_left() < 0:
             break
-        try:
-            jacobian = volume(audit.flat, x)
-        except (AuditError, RuntimeError):
-            return None
-        if jacobian is None:
-            return None
-        sure = jacobian.log_det.isfinite() & (jacobian.condition < 1e9)
-        positive += int((jacobian.sign[sure] > 0).sum())
-        negative += int((jacobian.sign[sure] < 0).sum())
+        if ((example >= 0) & (example <= 1)).all():
+            x = torch.rand(shape, generator=generator).to(audit.x)
+        else:
+            noise = torch.randn(shape, generator=generator).to(audit.x)
+            x = example.mean(0) + factor * spread * noise
+        log_det, sign, condition = by_autograd(audit.flat, x)
+        sure = sign[log_det.isfinite() & (condition < 1e9)]
+        positive += int((sure > 0).sum())
+        negative += int((sure < 0).sum())
     return positive, negative
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Volume", "differences", "jacobian", "volume"]
+__all__ = ["Volume", "by_autograd", "by_differences", "volume"]
 
 DENSE = 256  # elements up to which the whole Jacobian is computed
 Function = Callable[[Tensor], Tensor]  # x (B, ...) to z (B, D), differentiable
@@ -57,8 +57,13 @@ def _products(z: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
     return g.reshape(len(vectors), len(x), -1).detach()
 
 
-def differences(function: Function, x: Tensor) -> Tensor:
-    """The Jacobians by central differences, (B, D, D), where autograd's graph is broken."""
+def by_autograd(function: Function, x: Tensor) -> Volume:
+    """As `volume`, by the whole Jacobian."""
+    return _of(jacobian(function, x))
+
+
+def by_differences(function: Function, x: Tensor) -> Volume:
+    """As `volume`, by central differences: where autograd's graph is broken."""
     flat = x.detach().flatten(1)
     columns = []
     for i in range(flat.shape[1]):
@@ -66,7 +71,16 @@ def differences(function: Function, x: Tensor) -> Tensor:
         step[:, i] = 1e-5 * (1 + flat[:, i].abs())
         ahead, behind = (function(moved.reshape(x.shape)) for moved in (flat + step, flat - step))
         columns.append((ahead - behind).detach() / (2 * step[:, i : i + 1]))
-    return torch.stack(columns, 2).double()
+    return _of(torch.stack(columns, 2).double())
+
+
+def _of(whole: Tensor) -> Volume:
+    """Of Jacobians (B, D, D)."""
+    if not whole.isfinite().all():
+        nan = torch.full((len(whole),), torch.nan, dtype=torch.float64)
+        return Volume(nan, nan, nan)
+    sign, log_det = torch.linalg.slogdet(whole)
+    return Volume(log_det, sign, _condition(whole))
 
 
 def volume(function: Function, x: Tensor, dense: int = DENSE) -> Volume | None:
@@ -81,12 +95,7 @@ def volume(function: Function, x: Tensor, dense: int = DENSE) -> Volume | None:
         tensor([2.0794, 2.0794], dtype=torch.float64)
     """
     if x[0].numel() <= dense:
-        whole = jacobian(function, x)
-        if not whole.isfinite().all():
-            nan = torch.full((len(x),), torch.nan, dtype=torch.float64)
-            return Volume(nan, nan, nan)
-        sign, log_det = torch.linalg.slogdet(whole)
-        return Volume(log_det, sign, _condition(whole))
+        return by_autograd(function, x)
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
         z = function(leaf)
