@@ -282,7 +282,7 @@ def _apply_transform(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return y, transform.log_abs_det_jacobian(x, y)
 
 
-def _run_layers(calls: Sequence[Callable[..., Any]], x: Any) -> tuple[Any, Any]:
+def _run_layers(calls: Sequence[Any], x: Any) -> tuple[Any, Any]:
     """Layers in a row; the sum of their log-determinants, if each states one."""
     total: Any = 0.0
     for call in calls:
