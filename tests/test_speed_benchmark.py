@@ -80,7 +80,7 @@ def turns(seconds_per_call: dict[str, float], clock: Clock, **options):
 def test_every_contender_has_a_slice_in_every_round_in_random_order():
     clock, heard = Clock(), []
     names = {name: 0.25 for name in "abcd"}
-    *_, timings = turns(names, clock, rounds=6, seconds=6.0, on_turn=heard.append)
+    *_, timings = turns(names, clock, rounds=6, seconds=6.0, before_turn=heard.append)
     assert {name: [len(r) for r in t.rounds] for name, t in timings.items()} == dict.fromkeys(
         "abcd", [4] * 6
     )
@@ -89,7 +89,7 @@ def test_every_contender_has_a_slice_in_every_round_in_random_order():
     assert len(set(orders)) > 1
     assert [t.round for t in heard[::4]] == list(range(6))
     again: list = []
-    list(turns(names, Clock(), rounds=6, seconds=6.0, on_turn=again.append))
+    list(turns(names, Clock(), rounds=6, seconds=6.0, before_turn=again.append))
     assert [t.name for t in again] == [t.name for t in heard]  # the order depends on the seed
 
 
@@ -392,6 +392,30 @@ def test_another_commit_runs_from_its_own_folder(tmp_path):
     record = result["workloads"]["maf-8"]
     assert not record["skipped"]
     assert set(record["operations"]["sample"]["times"]) == set(names[:2])
+
+
+def test_contenders_in_processes_of_their_own_run_in_several(monkeypatch):
+    restarted = []
+    monkeypatch.setattr(Subprocess, "restart", lambda child: restarted.append(child.contender))
+    workload = against(WORKLOADS["maf-8"], "abc", str(ROOT / "src"))
+    plan = Plan(
+        seconds=1.0, rounds=4, processes=2, threads=1, operations=("sample",), peers=(),
+        memory=False, counts=False,
+    )  # fmt: skip
+    *_, result = run([workload], plan)
+    assert not result["workloads"]["maf-8"]["skipped"]
+    assert sorted(restarted) == ["musigma", "musigma@abc"]  # before the third of four rounds
+
+
+def test_a_contender_continues_in_a_new_process():
+    child = Subprocess("maf-8", WORKLOADS["maf-8"].contenders[0], ALONE)
+    try:
+        first = child.child.pid
+        child.restart()
+        assert child.child.pid != first
+        assert child.time("sample", 1e-3)
+    finally:
+        child.close()
 
 
 def test_a_package_that_is_imported_from_elsewhere_is_not_timed(tmp_path):

@@ -46,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="a few workloads, two minutes in all")
     p.add_argument("--seconds", type=float, help="for each contender and operation (default: 6)")
     p.add_argument("--rounds", type=int, help="turns of each contender (default: 6)")
+    p.add_argument(
+        "--processes",
+        type=int,
+        help="processes, one after the other, of each contender that does not run in this one "
+        "(default: 1; with --against, one for every two rounds)",
+    )
     p.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     p.add_argument(
         "--clock",
@@ -106,9 +112,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peers", peers, {c.name for c in contenders if c.kind in ("peer", "other")}, prefix=True
     )
     quick_operations = ("step", "log_prob", "sample") if options.quick else None
+    rounds = options.rounds or (3 if options.quick else 6)
     plan = library.Plan(
         seconds=options.seconds or (0.8 if options.quick else 6.0),
-        rounds=options.rounds or (3 if options.quick else 6),
+        rounds=rounds,
+        processes=options.processes or ((rounds + 1) // 2 if options.against else 1),
         threads=options.threads,
         operations=options.operations or quick_operations,
         peers=peers,

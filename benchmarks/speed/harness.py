@@ -251,7 +251,7 @@ def interleave(
     seconds: float,
     seed: int = 0,
     clock: Clock = time.perf_counter,
-    on_turn: Callable[[Turn], None] | None = None,
+    before_turn: Callable[[Turn], None] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[dict[str, Timing]]:
     """Run all contenders in turns; yields the timings so far after each round.
@@ -265,7 +265,7 @@ def interleave(
         seconds: Time for each contender, over all rounds.
         seed: Random seed of the order within rounds.
         clock: In seconds.
-        on_turn: Called before each slice.
+        before_turn: Called before each slice; its time does not count.
         on_failure: Called with the contender and its error.
     """
     order, shuffle = list(slices), random.Random(seed).shuffle
@@ -274,9 +274,11 @@ def interleave(
     for index in range(rounds):
         shuffle(order)
         for name in list(order):
-            if on_turn:
-                on_turn(Turn(name, index, rounds))
+            began = clock()
             try:
+                if before_turn:
+                    before_turn(Turn(name, index, rounds))
+                start += clock() - began
                 timings[name].rounds.append(slices[name](seconds / rounds))
             except Exception as error:  # one contender's failure does not stop the others
                 order.remove(name)

@@ -43,6 +43,9 @@ class Plan:
     Args:
         seconds: Time for each contender and operation, over all rounds.
         rounds: Number of turns of each contender.
+        processes: Number of processes, one after the other, in which each contender runs that
+            does not run in this one. The layout of a process in memory alone can change its
+            speed by several percent; one process cannot tell such differences from others.
         threads: Number of torch threads; None: torch's default.
         operations: Operations to time; None: all of a workload.
         peers: Names of peers, or prefixes of names; None: all that are installed.
@@ -60,6 +63,7 @@ class Plan:
 
     seconds: float = 6.0
     rounds: int = 6
+    processes: int = 1
     threads: int | None = None
     operations: tuple[str, ...] | None = None
     peers: tuple[str, ...] | None = None
@@ -71,7 +75,7 @@ class Plan:
     device: str = "cpu"
 
     def __post_init__(self):
-        for name in ("seconds", "rounds", "threads"):
+        for name in ("seconds", "rounds", "processes", "threads"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number; got {value}")
@@ -171,13 +175,14 @@ def _time(
     """Warm up, count, and time in turns."""
     slices: dict[str, Slice] = {}
     counted: dict[str, dict[str, int]] = {}
+    warming = 1 if operation == "epoch" else 3  # calls
     for name, runner in list(runners.items()):
         about = record["contenders"][name]
         if operation not in about["calls"]:
             continue
         status(f"{workload.name} {operation}: warming up {name}")
         try:
-            runner.warm(operation, 1 if operation == "epoch" else 3)
+            runner.warm(operation, warming)
             if plan.counts and operation != "epoch" and about["countable"]:
                 counted[name] = runner.counts(operation)
         except Exception as error:
@@ -193,9 +198,14 @@ def _time(
             call, min(0.3, seconds), CLOCKS[plan.clock]
         )
 
-    def on_turn(turn: Turn) -> None:
+    def before_turn(turn: Turn) -> None:
         place = f"round {turn.round + 1} of {turn.rounds}"
         status(f"{workload.name} {operation}: {place}, {turn.name}")
+        runner = runners.get(turn.name)
+        due = turn.round * plan.processes % turn.rounds < plan.processes
+        if turn.round and due and isinstance(runner, Subprocess):
+            runner.restart()
+            runner.warm(operation, warming)
 
     def on_failure(name: str, error: Exception) -> None:
         _skip(record, name, error)
@@ -205,7 +215,7 @@ def _time(
         slices,
         rounds=plan.rounds,
         seconds=plan.seconds,
-        on_turn=on_turn,
+        before_turn=before_turn,
         on_failure=on_failure,
     ):
         record["operations"][operation] = _summary(

@@ -137,28 +137,36 @@ class Subprocess:
     def __init__(self, workload: str, contender: Contender, conditions: Conditions):
         first = [contender.package] if contender.package else []
         path = [*first, str(ROOT), *filter(None, sys.path)]
-        environment = {
+        self.contender = contender.name
+        self.environment = {
             **os.environ,
             **(contender.environment or {}),
             "PYTHONPATH": os.pathsep.join(path),
         }
+        self.request = {
+            "workload": workload,
+            "contender": contender.name.partition("@")[0],
+            "package": contender.package,
+            **asdict(conditions),
+        }
+        self._start()
+
+    def restart(self) -> None:
+        """Continue in a new process."""
+        self.close()
+        self._start()
+
+    def _start(self) -> None:
         self.child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.speed.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env=self.environment,
             text=True,
         )
         try:
-            self.answer = self._ask(
-                {
-                    "workload": workload,
-                    "contender": contender.name.partition("@")[0],
-                    "package": contender.package,
-                    **asdict(conditions),
-                }
-            )
+            self.answer = self._ask(self.request)
         except BaseException:
             self.close()
             raise
