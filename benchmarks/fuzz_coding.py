@@ -39,9 +39,11 @@ if "atheris" in sys.argv:
 
 if atheris:
     with atheris.instrument_imports(include=["musigma.coding"]):
-        from musigma.coding import container, layout, scan
+        from musigma.coding import CodingError, container
+        from musigma.coding import reader as reading
 else:
-    from musigma.coding import container, layout, scan
+    from musigma.coding import CodingError, container
+    from musigma.coding import reader as reading
 
 SECONDS = 10
 MEMORY = 32 << 20  # bytes for one input of a few thousand bytes
@@ -88,7 +90,7 @@ def container_files() -> tuple[list[bytes], set[bytes]]:
         with container.Writer(file, header, model) as writer:
             first = 0
             for index, kind in enumerate(kinds):
-                schedule = [1, 2, 3, 5][: index % 4 + 1] if kind in layout.MODEL_KINDS else []
+                schedule = [1, 2, 3, 5][: index % 4 + 1] if kind in container.MODEL_KINDS else []
                 count = sum(schedule) or 3
                 exceptions = np.zeros(index % 3, container.EXCEPTION)
                 exceptions["up"] = rng.integers(0, 2, len(exceptions))
@@ -117,13 +119,13 @@ def container_target() -> Target:
     files, keys = container_files()
 
     def run(data: bytes, honest: bool) -> str:
-        reader = container.Reader(io.BytesIO(data))
-        failures: list[container.CodingError] = []
+        reader = reading.Reader(io.BytesIO(data))
+        failures: list[CodingError] = []
         read = 0
         for place in range(len(reader)):
             try:
                 chunk = reader.read(place)
-            except container.CodingError as error:
+            except CodingError as error:
                 failures.append(error)
                 continue
             read += 1
@@ -133,7 +135,7 @@ def container_target() -> Target:
             try:
                 model = reader.model()
                 assert not honest or repr((reader.header, model)).encode() in keys, "wrong model"
-            except container.CodingError as error:
+            except CodingError as error:
                 failures.append(error)
         assert all(a < b <= reader.images for a, b in reader.lost)
         if failures and not read:
@@ -203,14 +205,14 @@ def decompress_target() -> Target:
         for place, entry in enumerate(archive.reader.entries):
             try:
                 batch = archive.chunk(place)
-            except container.CodingError as error:
+            except CodingError as error:
                 failures.append(error)
                 continue
             assert len(batch) == entry.count
             assert batch.levels.tobytes() in keys, "other images"
             read.append((entry.first, batch))
         if read and zlib.crc32(data) % 8 == 0:
-            with tempfile.TemporaryDirectory() as folder, suppress(container.CodingError):
+            with tempfile.TemporaryDirectory() as folder, suppress(CodingError):
                 coding.extract(read, archive, Path(folder) / "out")
         if failures and not read:
             raise failures[0]
@@ -240,8 +242,8 @@ def bits(data: bytearray, rng: random.Random, others: list[bytes]) -> None:
 def number(data: bytearray, rng: random.Random, others: list[bytes]) -> None:
     """Another length, count or place, in a field of a header or anywhere."""
     places = [12, 8, 10]
-    for match in scan.MAGICS.finditer(data):
-        places += range(match.start() + 4, match.start() + layout.HEAD.size, 4)
+    for match in reading.MAGICS.finditer(data):
+        places += range(match.start() + 4, match.start() + container.HEAD.size, 4)
     place = rng.choice(places) if rng.random() < 0.9 else rng.randrange(len(data) + 1)
     size = rng.choice((1, 2, 4, 4, 8))
     old = int.from_bytes(data[place : place + size], "little")
@@ -251,7 +253,7 @@ def number(data: bytearray, rng: random.Random, others: list[bytes]) -> None:
 
 def block(data: bytearray, rng: random.Random) -> slice:
     """A part of a file, which mostly begins and ends at a magic."""
-    edges = [m.start() for m in scan.MAGICS.finditer(data)] + [0, len(data)]
+    edges = [m.start() for m in reading.MAGICS.finditer(data)] + [0, len(data)]
     if rng.random() < 0.4:
         edges = range(len(data) + 1)
     a, b = sorted((rng.choice(edges), rng.choice(edges)))
@@ -298,41 +300,48 @@ def repair(data: bytes | bytearray) -> bytes:
     data = bytearray(data)
 
     def put(check: int, place: int) -> None:
-        data[place : place + 4] = layout.CHECK.pack(check)
+        data[place : place + 4] = container.CHECK.pack(check)
 
-    if len(data) < layout.START.size:
+    if len(data) < container.START.size:
         return bytes(data)
-    flags, length = layout.START.unpack_from(data)[3:]
-    body = layout.START.size + length + (layout.MODEL.size if flags & layout.WITH_MODEL else 0)
+    flags, length = container.START.unpack_from(data)[3:]
+    body = (
+        container.START.size
+        + length
+        + (container.MODEL.size if flags & container.WITH_MODEL else 0)
+    )
     if body + 4 > len(data):
         return bytes(data)
     seed = zlib.crc32(data[:body])
     put(seed, body)
     heads, begin = [], body + 4
-    if flags & layout.WITH_MODEL:
-        size = layout.MODEL.unpack_from(data, body - layout.MODEL.size)[0]
+    if flags & container.WITH_MODEL:
+        size = container.MODEL.unpack_from(data, body - container.MODEL.size)[0]
         begin += size
         data[body - 32 : body] = hashlib.sha256(data[body + 4 : begin]).digest()
         seed = zlib.crc32(data[:body])
         put(seed, body)
-    for match in list(scan.MAGICS.finditer(data, min(begin, len(data)))):
+    for match in list(reading.MAGICS.finditer(data, min(begin, len(data)))):
         place = match.start()
-        if match[0] == layout.CHUNK_MAGIC and place + layout.HEAD.size <= len(data):
-            end = layout.Entry(*layout.HEAD.unpack_from(data, place), offset=place).end
+        if match[0] == container.CHUNK_MAGIC and place + container.HEAD.size <= len(data):
+            end = container.Entry(*container.HEAD.unpack_from(data, place), offset=place).end
             if end <= len(data):
-                body = layout.body_digest(data[place + layout.HEAD.size : end])
-                data[place + 52 : place + 60] = body.digest()
+                body = container.body_digest(bytes(data[place + container.HEAD.size : end]))
+                data[place + 52 : place + 60] = body
             put(zlib.crc32(data[place : place + 60], seed), place + 60)
-            heads.append(bytes(data[place : place + layout.HEAD.size]))
-        elif match[0] == layout.FOOT_MAGIC and place + layout.FOOT.size <= len(data):
-            chunks = layout.FOOT.unpack_from(data, place)[1]
-            end = place + layout.FOOT.size + layout.ROW.size * chunks + layout.TAIL.size
+            heads.append(bytes(data[place : place + container.HEAD.size]))
+        elif match[0] == container.FOOT_MAGIC and place + container.FOOT.size <= len(data):
+            chunks = container.FOOT.unpack_from(data, place)[1]
+            end = place + container.FOOT.size + container.ROW.size * chunks + container.TAIL.size
             if end > len(data):
                 continue
             for row, head in zip(range(chunks), heads, strict=False):
-                put(layout.CHECK.unpack(head[-4:])[0], place + layout.FOOT.size + 32 * row + 28)
+                put(
+                    container.CHECK.unpack(head[-4:])[0],
+                    place + container.FOOT.size + 32 * row + 28,
+                )
             digest = hashlib.sha256(b"".join(heads)).digest()
-            data[place + layout.FOOT.size - 32 : place + layout.FOOT.size] = digest
+            data[place + container.FOOT.size - 32 : place + container.FOOT.size] = digest
             put(zlib.crc32(data[place : end - 8], seed), end - 8)
     return bytes(data)
 
@@ -376,7 +385,7 @@ def attempt(target: Target, data: bytes, honest: bool, tally: Tally, *, measured
     start = time.process_time()  # not that of other programs
     try:
         outcome = target.run(data, honest)
-    except container.CodingError as error:
+    except CodingError as error:
         outcome = type(error).__name__
     finally:
         if measured:

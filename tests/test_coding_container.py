@@ -16,8 +16,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musigma.coding import layout, scan
-from musigma.coding.container import Reader, Writer
+from musigma.coding import container
+from musigma.coding import reader as reading
+from musigma.coding.container import (
+    BITS_BACK,
+    EXCEPTION,
+    KINDS,
+    PACKED,
+    RAW,
+    RECORDS,
+    Chunk,
+    Writer,
+)
 from musigma.coding.errors import (
     CodingError,
     DamagedFile,
@@ -27,7 +37,7 @@ from musigma.coding.errors import (
     UnknownVersion,
     WrongModel,
 )
-from musigma.coding.layout import BITS_BACK, EXCEPTION, KINDS, PACKED, RAW, RECORDS, Chunk
+from musigma.coding.reader import Reader
 
 FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz_coding.py"
 HEADER = {"a": 1, "model": {"sha256": "ab"}}
@@ -260,7 +270,7 @@ def test_bytes_of_the_format():
     start = b"\x89MUS\r\n\x1a\n" + struct.pack("<BBHI", 1, 0, 0, len(text)) + text
     seed = zlib.crc32(start)
     front = bytes([1]) + struct.pack("<4I", 7, 8, 9, 1)
-    digest = layout.body_digest(front, b"xyz").digest()
+    digest = container.body_digest(front, b"xyz")
     head = b"MUSC" + struct.pack("<IIIIIIIIQQ", 0, 0, 2, 2, 1, 1, 0, 0, 50, 3) + digest
     head += struct.pack("<I", zlib.crc32(head, seed))
     data = start + struct.pack("<I", seed) + head + front + b"xyz"
@@ -376,7 +386,7 @@ def test_every_byte_changed(mask):
         assert got == {0, 1, 2} - hit, place
         found = reader(bytes(data))
         assert found.rescanned == (place >= FOOTER or any(
-            e.offset <= place < e.offset + layout.HEAD.size for e in ENTRIES
+            e.offset <= place < e.offset + container.HEAD.size for e in ENTRIES
         ))  # fmt: skip
         if place < BODY:
             with pytest.raises(DamagedFile, match="digest"):
@@ -649,12 +659,12 @@ def test_a_rescan_is_linear(fuzz):
         claims[44:52] = struct.pack("<Q", (1000 - number) * 64)
         hostile.append(bytes(claims))
     data = fuzz.repair(start + b"".join(hostile) + b"?" * 100)
-    source = scan.Source(io.BytesIO(data), Limits())
+    source = reading.Source(io.BytesIO(data), Limits())
     source.seed = zlib.crc32(data[: len(start) - 4])
     read = []
     at = source.at
     source.at = lambda offset, size: (read.append(size), at(offset, size))[1]
-    scan.find(source, len(start))
+    reading.find(source, len(start))
     assert sum(read) < 5 * len(data)
     with pytest.raises(LimitExceeded, match="seem"):
         reader(start + b"MUSC" * 5000, chunks=1000)
@@ -662,7 +672,7 @@ def test_a_rescan_is_linear(fuzz):
 
 @pytest.mark.parametrize("window", [4, 5, 63, 64, 65, 100, 300])
 def test_a_rescan_finds_chunks_across_its_windows(window, monkeypatch):
-    monkeypatch.setattr(scan, "WINDOW", window)
+    monkeypatch.setattr(reading, "WINDOW", window)
     for noise in range(12):
         data = WHOLE[:BODY] + b"?" * noise + WHOLE[BODY:FOOTER]
         assert kept(data, PARTS) == {0, 1, 2}

@@ -14,8 +14,9 @@ from hypothesis.extra import numpy as arrays
 from musigma import coding
 from musigma.coding import Archive, Batch, DamagedFile, Examples, NumericsDiffer, compress
 from musigma.coding.batch import DTYPES, unpacked_side
-from musigma.coding.container import Reader, Writer
+from musigma.coding.container import Writer
 from musigma.coding.errors import Limits
+from musigma.coding.reader import Reader
 from musigma.data import Dataset, Given
 from musigma.spec import Spec, Variable
 from musigma.zoo import build
@@ -116,7 +117,7 @@ def test_a_changed_context_does_not_decode(names):
     file = io.BytesIO()
     with Writer(file, reader.header, arrays=True) as writer:
         chunk = reader.read(0)
-        writer.write(coding.layout.Chunk(
+        writer.write(coding.container.Chunk(
             index=0, first=0, count=N, kind=chunk.kind, raw=chunk.raw, schedule=chunk.schedule,
             exceptions=chunk.exceptions, side=Batch(x, about, changed).side, payload=chunk.payload,
         ))  # fmt: skip
@@ -283,7 +284,7 @@ def test_invalid_sides_are_damage(what):
     fields = ("index", "first", "count", "kind", "raw", "schedule", "exceptions", "payload")
     with Writer(file, reader.header, arrays=True) as writer:
         parts = {name: getattr(chunk, name) for name in fields}
-        writer.write(coding.layout.Chunk(**parts, side=HOSTILE[what]))
+        writer.write(coding.container.Chunk(**parts, side=HOSTILE[what]))
     with pytest.raises(DamagedFile, match="made an error"):
         opened(file.getvalue(), model).chunk(0)
 

@@ -30,10 +30,10 @@ from musigma.coding import (
     numerics,
     rounding,
 )
-from musigma.coding.container import Reader, Writer
+from musigma.coding.container import BITS_BACK, PACKED, RECORDS, Writer
 from musigma.coding.densities import Quantizer, law_of
-from musigma.coding.layout import BITS_BACK, PACKED, RECORDS
 from musigma.coding.planning import latent_grids
+from musigma.coding.reader import Reader
 from musigma.coding.stack import ONE, Exhausted, Stack
 from musigma.distributions import (
     DiscretizedLogisticMixture,

@@ -12,7 +12,8 @@ from PIL import Image
 from musigma import checkpoint, coding
 from musigma.cli import main
 from musigma.coding import Archive, Batch, DamagedFile, Examples, compress, extract, images
-from musigma.coding.container import Reader, Writer
+from musigma.coding.container import Writer
+from musigma.coding.reader import Reader
 from musigma.data import Preprocess, load
 from musigma.zoo import build
 

@@ -19,7 +19,7 @@ from musigma import checkpoint
 from musigma.coding import numerics as arithmetic
 from musigma.coding.batch import Batch, digest, joined, unpacked_side
 from musigma.coding.codec import SEED, Codec, Coded
-from musigma.coding.container import FAULT, Reader
+from musigma.coding.container import BITS_BACK, KINDS, PACKED, Chunk
 from musigma.coding.errors import (
     CodingError,
     DamagedFile,
@@ -29,8 +29,8 @@ from musigma.coding.errors import (
     WrongModel,
 )
 from musigma.coding.inputs import bits_of, context_of
-from musigma.coding.layout import BITS_BACK, KINDS, PACKED, Chunk
 from musigma.coding.packing import unpacked, width
+from musigma.coding.reader import FAULT, Reader
 from musigma.coding.rounding import Exceptions
 from musigma.coding.stack import CODER
 from musigma.model import Model

@@ -23,10 +23,9 @@ from musigma.coding import numerics as arithmetic
 from musigma.coding.archive import SEAL, Archive, in_parallel, model_digest
 from musigma.coding.batch import Batch, digest, joined
 from musigma.coding.codec import Codec, Coded
-from musigma.coding.container import Writer
+from musigma.coding.container import BITS_BACK, EXCEPTION, PACKED, Chunk, Writer
 from musigma.coding.errors import CodingError, Limits, NumericsDiffer
 from musigma.coding.inputs import bits_of, check_levels, context_of, with_context
-from musigma.coding.layout import BITS_BACK, EXCEPTION, PACKED, Chunk
 from musigma.coding.numerics import Numerics
 from musigma.coding.packing import packed, plain, width
 from musigma.coding.planning import latent_grids

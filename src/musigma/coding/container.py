@@ -1,9 +1,29 @@
-"""The file format `.mus`, written and read; `musigma.coding.layout` defines it.
+"""The file format `.mus`, and its writer: bytes in, bytes out, without models and codes.
 
-This module knows nothing of models and codes: bytes in, bytes out. A file is a header, perhaps a
-model, and chunks of images that stand alone. Damage to a chunk loses that chunk; a truncated file
-yields all chunks before its end. Every length is checked against the size of the file and `Limits`
-before anything of that size is read or allocated.
+A file is a header, perhaps a model, and chunks of images that stand alone. Every part has a
+checksum. The CRC (`zlib.crc32`) of a chunk's header, and that of the footer, is continued from the
+CRC of the start of the file, so a chunk of another file is not taken for one of this file. All
+integers are little-endian:
+
+    start    magic 8s | major u8 | minor u8 | flags u16 | header length u32
+             header: canonical JSON
+             with flag 1:  model length u64 | sha256 of the model 32s
+             CRC of all of the above u32
+             with flag 1:  the model
+    chunk    "MUSC" | index u32 | first image u32 | images u32 | kind u32 | batches u32
+             exceptions u32 | side: stored u32, inflated u32 | raw u64 | payload u64
+             digest of the body, BLAKE2b, 8s | CRC of this header, continued from the start, u32
+             body: batch sizes less one u8 | exceptions, of four u32 each | side, zlib | payload
+    footer   "MUSF" | chunks u32 | images u64 | raw u64 | sha256 of all chunk headers 32s
+             per chunk: offset u64 | size u64 | first u32 | images u32 | kind u32 | its CRC u32
+             offset of the footer u64 | CRC of it, continued from the start, u32 | "MUSE"
+
+Flag 2: the side of a chunk may hold arrays; see `musigma.coding.batch`.
+
+Damage to a chunk loses that chunk; a truncated file yields all chunks before its end. Every length
+is checked against the size of the file and `Limits` before anything of that size is read or
+allocated. The checksums find accidents. They do not protect against forgery: a forged file can
+hold any images, but it cannot make a reader fail other than by a `CodingError`.
 """
 
 from __future__ import annotations
@@ -13,67 +33,168 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from musigma.coding import layout
-from musigma.coding.errors import CodingError, DamagedFile, LimitExceeded, Limits, UnknownVersion
-from musigma.coding.layout import (
-    CHECK,
-    EXCEPTION,
-    HEAD,
-    KINDS,
-    MAGIC,
-    MAJOR,
-    MINOR,
-    MODEL,
-    START,
-    Chunk,
-    Entry,
-    body_digest,
-    scheduled,
-)
-from musigma.coding.scan import Source, find
+from musigma.coding.errors import LimitExceeded, Limits
 
-__all__ = ["Reader", "Writer"]
+__all__ = ["Chunk", "Writer"]
 
-NEWLINES = "a .mus file whose line ends were changed; transfer it again, as binary"
-AS_TEXT = "a .mus file that was re-encoded as text; transfer it again, as binary"
-OTHERS = (
-    (b"\x89MUS\n", NEWLINES),
-    (b"\x89MUS\r\r\n", NEWLINES),
-    (b"\tMUS\r\n", "a .mus file whose eighth bits are lost; transfer it again, as binary"),
-    (b"\xc2\x89MUS", AS_TEXT),
-    (b"\xef\xbf\xbdMUS", AS_TEXT),
-    (b"\x89PNG", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"GIF8", "a GIF image"),
-    (b"PK\x03\x04", "a zip archive, or a PyTorch checkpoint"),
-    (b"\x1f\x8b", "a gzip file"),
-    (b"\xfd7zXZ", "an xz file"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file"),
-    (b"\x93NUMPY", "a numpy array"),
-    (b"version https://git-lfs", "a Git LFS pointer; fetch the file that it stands for"),
-    (b"<", "a page of HTML or XML, perhaps the error page of a download"),
-    (b"{", "JSON"),
-)
-"""How other files begin, and what they are."""
-FAULT = "the checksums are right, so the program that wrote the file made an error"
+MAGIC = b"\x89MUS\r\n\x1a\n"  # not text, and damaged by every transfer as text
+CHUNK_MAGIC, FOOT_MAGIC, END_MAGIC = b"MUSC", b"MUSF", b"MUSE"
+MAJOR, MINOR = 1, 0
+WITH_MODEL, WITH_ARRAYS = 1, 2  # the flags
+
+START = struct.Struct("<8sBBHI")
+MODEL = struct.Struct("<Q32s")
+CHECK = struct.Struct("<I")
+HEAD = struct.Struct("<4s8I2Q8sI")
+FOOT = struct.Struct("<4sIQQ32s")
+ROW = struct.Struct("<QQ4I")
+TAIL = struct.Struct("<QI4s")
+EXCEPTION = np.dtype([("batch", "<u4"), ("place", "<u4"), ("index", "<u4"), ("up", "<u4")])
+"""An exception of rounding: its batch, place and element, and whether it was rounded up."""
+
+RAW, PACKED, BITS_BACK, RECORDS = range(4)
+KINDS = {
+    RAW: "raw",
+    PACKED: "packed by a general codec",
+    BITS_BACK: "coded by the model, with bits back",
+    RECORDS: "coded by the model, one record per image",
+}
+MODEL_KINDS = (BITS_BACK, RECORDS)
 
 
-def _canonical(value: Any) -> bytes:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Chunk:
+    """Some images of a file, which are decompressed without the others.
+
+    Attributes:
+        index: Its number among the chunks of the file.
+        first: Number of its first image.
+        count: Number of images, at least one.
+        kind: One of `KINDS`.
+        raw: Bytes of the images, decompressed, without `side`. Whoever decompresses must check it.
+        schedule: Sizes of the coded batches, each 1 to 256, in all `count`; empty if no model took
+            part.
+        exceptions: Array of dtype `EXCEPTION`, shape (E,); read-only from a reader.
+        side: What belongs to the images besides pixels; stored deflated.
+        payload: The images.
+    """
+
+    index: int
+    first: int
+    count: int
+    kind: int
+    raw: int
+    schedule: Sequence[int] = ()
+    exceptions: np.ndarray = field(default_factory=lambda: np.empty(0, EXCEPTION))
+    side: bytes = b""
+    payload: bytes = b""
+
+
+class Entry(NamedTuple):
+    """The header of a chunk, as `HEAD` packs it, and the place of the chunk in its file."""
+
+    magic: bytes
+    index: int
+    first: int
+    count: int
+    kind: int
+    batches: int  # their number, and that of exceptions
+    exceptions: int
+    side: int  # its bytes, as stored and inflated
+    inflated: int
+    raw: int
+    payload: int
+    body: bytes  # the digest of the body
+    check: int  # the CRC of the header
+    offset: int
+
+    @property
+    def front(self) -> int:
+        """Bytes of the body before the payload."""
+        return self.batches + EXCEPTION.itemsize * self.exceptions + self.side
+
+    @property
+    def size(self) -> int:
+        """Bytes of the chunk."""
+        return HEAD.size + self.front + self.payload
+
+    @property
+    def end(self) -> int:
+        """The first byte after the chunk."""
+        return self.offset + self.size
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """The chunk as the footer lists it."""
+        return self.offset, self.size, self.first, self.count, self.kind, self.check
+
+    def __str__(self) -> str:
+        last = self.first + self.count - 1
+        return f"chunk {self.index} (images {self.first} to {last}, at byte {self.offset})"
+
+    def consistent(self) -> bool:
+        """Whether its numbers agree with each other."""
+        return (
+            self.count >= max(1, self.batches)
+            and (self.side == 0) == (self.inflated == 0)
+            and self.side <= self.inflated + self.inflated // 8 + 64
+        )
+
+    def hold(self, limits: Limits) -> None:
+        """Refuse a chunk that exceeds a limit."""
+        for name, value, what in (
+            ("images", self.first + self.count, "images up to its end"),
+            ("chunk_images", self.count, "images"),
+            ("chunk_raw", self.raw, "bytes, decompressed"),
+            ("payload", self.payload, "bytes of payload"),
+            ("exceptions", self.exceptions, "exceptions"),
+            ("side", self.inflated, "bytes besides pixels"),
+        ):
+            limits.hold(name, value, f"chunk {self.index}: {what}")
+
+
+def footer(entries: Sequence[Entry], offset: int, seed: int) -> bytes:
+    """The footer of these chunks, at its place in the file; `seed` is the CRC of the start."""
+    heads = hashlib.sha256(b"".join(HEAD.pack(*entry[:-1]) for entry in entries))
+    images, raw = sum(e.count for e in entries), sum(e.raw for e in entries)
+    body = FOOT.pack(FOOT_MAGIC, len(entries), images, raw, heads.digest())
+    body += b"".join(ROW.pack(*entry.row) for entry in entries) + struct.pack("<Q", offset)
+    return body + CHECK.pack(zlib.crc32(body, seed)) + END_MAGIC
+
+
+def body_digest(*parts: bytes) -> bytes:
+    """The digest of the body of a chunk.
+
+    A CRC would not do: the blocks of a PNG end in their own CRC, and two blocks of equal length
+    may change places without changing the CRC around them.
+    """
+    return hashlib.blake2b(b"".join(parts), digest_size=8).digest()
+
+
+def scheduled(kind: int, schedule: Sequence[int], count: int) -> bool:
+    """Whether batches make up the images of a chunk."""
+    if kind not in MODEL_KINDS:
+        return len(schedule) == 0
+    return sum(schedule) == count and all(1 <= size <= 256 for size in schedule)
+
+
+def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _plain(value: Any, levels: int) -> bool:
+def is_json(value: Any, levels: int) -> bool:
     """Whether a value is JSON with strings as keys, nested to at most this many levels."""
     if isinstance(value, dict):
         names = all(isinstance(key, str) for key in value)
-        return levels > 0 and names and all(_plain(v, levels - 1) for v in value.values())
+        return levels > 0 and names and all(is_json(v, levels - 1) for v in value.values())
     if isinstance(value, (list, tuple)):
-        return levels > 0 and all(_plain(v, levels - 1) for v in value)
+        return levels > 0 and all(is_json(v, levels - 1) for v in value)
     return value is None or isinstance(value, (str, bool, int, float))
 
 
@@ -100,6 +221,7 @@ class Writer:
         >>> with Writer(file, {"width": 2}) as writer:
         ...     writer.write(Chunk(index=0, first=0, count=1, kind=0, raw=4, payload=b"abcd"))
         68
+        >>> from musigma.coding.reader import Reader
         >>> reader = Reader(file)
         >>> reader.header, [chunk.payload for chunk in reader]
         ({'width': 2}, [b'abcd'])
@@ -115,17 +237,17 @@ class Writer:
         arrays: bool = False,
     ):
         self._file, self._limits = file, limits or Limits()
-        if not isinstance(header, Mapping) or not _plain(dict(header), self._limits.depth):
+        if not isinstance(header, Mapping) or not is_json(dict(header), self._limits.depth):
             raise ValueError(
                 "header: expected a dictionary of JSON values, with strings as keys, nested to at "
                 f"most {self._limits.depth} levels; turn arrays into lists"
             )
         try:
-            text = _canonical(dict(header))
+            text = canonical(dict(header))
         except ValueError as error:
             raise ValueError(f"header: not JSON ({error}); give None for NaN") from error
         self._limits.hold("header", len(text), "header: bytes of JSON")
-        flags = layout.WITH_MODEL * (model is not None) | layout.WITH_ARRAYS * arrays
+        flags = WITH_MODEL * (model is not None) | WITH_ARRAYS * arrays
         start = START.pack(MAGIC, MAJOR, MINOR, flags, len(text)) + text
         if model is not None:
             if not model:
@@ -133,10 +255,9 @@ class Writer:
             self._limits.hold("embedded", len(model), "model: bytes")
             start += MODEL.pack(len(model), hashlib.sha256(model).digest())
         self._seed = zlib.crc32(start)
-        self._rows = bytearray()
-        self._digest = hashlib.sha256()
-        self._written = self._chunks = self._images = self._raw = 0
-        self._open = True
+        self._entries: list[Entry] = []
+        self._written = self._raw = 0
+        self._failed = self._closed = False
         self._put(start + CHECK.pack(self._seed), model or b"")
 
     def write(self, chunk: Chunk) -> int:
@@ -146,37 +267,34 @@ class Writer:
             ValueError: If it is not the next one, or is inconsistent; nothing is written.
             LimitExceeded: If it is too large; nothing is written.
         """
-        self._check(chunk)
+        images = self._entries[-1].first + self._entries[-1].count if self._entries else 0
+        if self._closed or self._failed:
+            raise ValueError("file: closed, or a write to it has failed; write to a new file")
+        if (chunk.index, chunk.first) != (len(self._entries), images):
+            raise ValueError(
+                f"chunk: expected number {len(self._entries)} from image {images}; got number "
+                f"{chunk.index} from image {chunk.first}; write chunks in order"
+            )
+        _check(chunk)
         side = zlib.compress(chunk.side, 9) if chunk.side else b""
-        schedule = bytes(size - 1 for size in chunk.schedule)
-        front = schedule + chunk.exceptions.tobytes() + side
-        fields = (
-            *(
-                layout.CHUNK_MAGIC,
-                chunk.index,
-                chunk.first,
-                chunk.count,
-                chunk.kind,
-                len(schedule),
-            ),
-            *(len(chunk.exceptions), len(side), len(chunk.side), chunk.raw, len(chunk.payload)),
-            body_digest(front, chunk.payload).digest(),
-        )
+        front = bytes(size - 1 for size in chunk.schedule) + chunk.exceptions.tobytes() + side
+        entry = Entry(
+            CHUNK_MAGIC, chunk.index, chunk.first, chunk.count, chunk.kind, len(chunk.schedule),
+            len(chunk.exceptions), len(side), len(chunk.side), chunk.raw, len(chunk.payload),
+            body_digest(front, chunk.payload), check=0, offset=self._written,
+        )  # fmt: skip
+        entry.hold(self._limits)
+        self._limits.hold("chunks", len(self._entries) + 1, "file: chunks")
+        self._limits.hold("total", self._raw + chunk.raw, "file: bytes, decompressed")
         try:
-            head = HEAD.pack(*fields, 0)[: -CHECK.size]
+            head = HEAD.pack(*entry[:-1])[: -CHECK.size]
         except struct.error as error:  # limits were raised beyond the format
             raise LimitExceeded(f"chunk {chunk.index}: too large for the format") from error
-        check = zlib.crc32(head, self._seed)
-        head += CHECK.pack(check)
-        size = len(head) + len(front) + len(chunk.payload)
-        row = layout.ROW.pack(self._written, size, chunk.first, chunk.count, chunk.kind, check)
-        self._put(head + front, chunk.payload)
-        self._rows += row
-        self._digest.update(head)
-        self._chunks += 1
-        self._images += chunk.count
+        entry = entry._replace(check=zlib.crc32(head, self._seed))
+        self._put(head + CHECK.pack(entry.check) + front, chunk.payload)
+        self._entries.append(entry)
         self._raw += chunk.raw
-        return size
+        return entry.size
 
     def close(self) -> int:
         """Write the footer, unless it is written, and return the size of the whole file.
@@ -184,16 +302,11 @@ class Writer:
         Raises:
             ValueError: If a write has failed.
         """
-        if self._open:
-            foot = layout.FOOT.pack(
-                layout.FOOT_MAGIC, self._chunks, self._images, self._raw, self._digest.digest()
-            )
-            body = foot + bytes(self._rows) + layout.TAIL.pack(self._written, 0, b"")[:8]
-            check = zlib.crc32(body, self._seed)
-            self._put(body + CHECK.pack(check) + layout.END_MAGIC)
-            self._open = False
-        elif self._written < 0:
+        if self._failed:
             raise ValueError("file: a write to it has failed; write it again")
+        if not self._closed:
+            self._put(footer(self._entries, self._written, self._seed))
+            self._closed = True
         return self._written
 
     def __enter__(self) -> Writer:
@@ -203,244 +316,41 @@ class Writer:
         if kind is None:
             self.close()
 
-    def _check(self, chunk: Chunk) -> None:
-        if not self._open:
-            raise ValueError("file: closed, or a write to it has failed; write to a new file")
-        if (chunk.index, chunk.first) != (self._chunks, self._images):
-            raise ValueError(
-                f"chunk: expected number {self._chunks} from image {self._images}; got number "
-                f"{chunk.index} from image {chunk.first}; write chunks in order"
-            )
-        if chunk.kind not in KINDS:
-            raise ValueError(f"chunk: expected a kind in {list(KINDS)}; got {chunk.kind!r}")
-        if chunk.count < 1 or chunk.raw < 0:
-            raise ValueError(
-                "chunk: expected at least one image, and a size in bytes; got "
-                f"{chunk.count} images of {chunk.raw} bytes"
-            )
-        if not scheduled(chunk.kind, chunk.schedule, chunk.count):
-            raise ValueError(
-                "chunk: expected batches of 1 to 256 images that sum to "
-                f"{chunk.count}, or none if no model took part (it is {KINDS[chunk.kind]}); got "
-                f"{list(chunk.schedule)[:9]}"
-            )
-        if chunk.exceptions.dtype != EXCEPTION or chunk.exceptions.ndim != 1:
-            raise ValueError(
-                f"chunk: expected exceptions of dtype {EXCEPTION} and one axis; got "
-                f"{chunk.exceptions.dtype} of shape {chunk.exceptions.shape}"
-            )
-        for name in ("side", "payload"):
-            if not isinstance(getattr(chunk, name), bytes):
-                kind = type(getattr(chunk, name)).__name__
-                raise ValueError(f"chunk: expected bytes as {name}; got {kind}; give x.tobytes()")
-        sizes = (len(chunk.exceptions), 0, len(chunk.side), chunk.raw, len(chunk.payload))
-        entry = Entry(b"", chunk.index, chunk.first, chunk.count, chunk.kind, 0, *sizes, b"", 0, 0)
-        entry.hold(self._limits)
-        self._limits.hold("chunks", self._chunks + 1, "file: chunks")
-        self._limits.hold("total", self._raw + chunk.raw, "file: bytes, decompressed")
-
     def _put(self, *parts: bytes) -> None:
         """Write all bytes, in as many calls as the file takes."""
-        written, self._written = self._written, -1  # until everything is written
-        still, self._open = self._open, False
+        self._failed = True  # until everything is written
         for part in parts:
             view = memoryview(part)
             while view:
                 done = self._file.write(view)
-                if done is None:
-                    if isinstance(self._file, io.RawIOBase):
-                        raise BlockingIOError("file: open it in blocking mode")
-                    done = len(view)
-                view = view[done:]
-            written += len(part)
-        self._written, self._open = written, still
+                if done is None and isinstance(self._file, io.RawIOBase):
+                    raise BlockingIOError("file: open it in blocking mode")
+                view = view[len(view) if done is None else done :]
+            self._written += len(part)
+        self._failed = False
 
 
-class Reader:
-    r"""The header of a file, and its chunks in any order.
-
-    The chunks are found by the footer if it is whole and agrees with the header of every chunk.
-    Otherwise the file is scanned for chunks with a whole header, and whatever a whole footer says
-    of them still holds. Iteration yields all chunks that were found, up to a damaged one.
-
-    Args:
-        file: Open for reading bytes, seekable; it stays open. One reader at a time may use it.
-        limits: What the file may ask for.
-
-    Attributes:
-        header: The JSON values that were written.
-        version: Major and minor version.
-        arrays: Whether the side of a chunk may hold arrays.
-        model_size: Bytes of the embedded model; 0 if there is none.
-        entries: The chunks that were found, in the order of their images.
-        images: Number of images that the file holds, or held, as far as is known.
-        lost: Images that were written and are in no entry: pairs of the first and the one after
-            the last. `read` may still find a chunk in `entries` damaged.
-        rescanned: Whether the file was scanned, because its footer did not tell everything.
-        ended: Whether a footer of this file was found. If not, images after the last chunk may be
-            lost, too.
-
-    Raises:
-        DamagedFile: If it is no `.mus` file, or its header is damaged.
-        UnknownVersion: If it has a later format.
-        LimitExceeded: If it asks for more than `limits` grant.
-        OSError: If the file cannot be read; in `read` and `model`, too.
-
-    Example:
-        >>> Reader(io.BytesIO(b"PK..."))
-        Traceback (most recent call last):
-            ...
-        musigma.coding.errors.DamagedFile: not a .mus file, which begins with b'\x89MUS'
-    """
-
-    def __init__(self, file: BinaryIO, limits: Limits | None = None):
-        self._limits = limits or Limits()
-        self._source = Source(file, self._limits)
-        start = self._start()
-        found = find(self._source, self._model + self.model_size)
-        self._limits.hold("total", sum(e.raw for e in found.entries), "file: bytes, decompressed")
-        self.header = _header(start, self._limits.depth)
-        self.entries: Sequence[Entry] = tuple(found.entries)
-        self.images, self.lost = found.images, found.lost
-        self.rescanned, self.ended = found.rescanned, found.ended
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return (self.read(place) for place in range(len(self)))
-
-    def model(self) -> bytes:
-        """The embedded model.
-
-        Raises:
-            DamagedFile: If it is not as it was written.
-            CodingError: If there is none.
-        """
-        if not self.model_size:
-            raise CodingError("the file holds no model; give the model that it was written with")
-        data = self._source.at(self._model, self.model_size)
-        if hashlib.sha256(data).digest() != self._model_digest:
-            raise DamagedFile(
-                "the model in the file is damaged: it does not match its digest; copy the file "
-                "again, or give the model that it was written with"
-            )
-        return data
-
-    def read(self, place: int) -> Chunk:
-        """The chunk `entries[place]`.
-
-        Raises:
-            DamagedFile: If it is not as it was written.
-            UnknownVersion: If its kind is one of a later format.
-        """
-        entry = self.entries[place]
-        if self._source.entry(entry.offset) != entry:
-            raise DamagedFile(f"{entry}: its header has changed since the file was opened")
-        if entry.kind not in KINDS:
-            raise UnknownVersion(
-                f"{entry}: it is of kind {entry.kind}, and this musigma knows kinds up to "
-                f"{max(KINDS)}; upgrade musigma"
-            )
-        front = self._source.at(entry.offset + HEAD.size, entry.front)
-        payload = self._source.at(entry.offset + HEAD.size + entry.front, entry.payload)
-        if body_digest(front, payload).digest() != entry.body:
-            raise DamagedFile(
-                f"{entry}: its content does not match its checksum; copy the file again"
-            )
-        schedule = tuple(byte + 1 for byte in front[: entry.batches])
-        side = _inflated(front[len(front) - entry.side :], entry.inflated)
-        if side is None or not scheduled(entry.kind, schedule, entry.count):
-            raise DamagedFile(f"{entry}: its parts do not agree; {FAULT}")
-        listed = front[entry.batches : len(front) - entry.side]
-        named = {name: getattr(entry, name) for name in ("index", "first", "count", "kind", "raw")}
-        return Chunk(
-            **named,
-            schedule=schedule,
-            exceptions=np.frombuffer(listed, EXCEPTION),
-            side=side,
-            payload=payload,
+def _check(chunk: Chunk) -> None:
+    """Refuse a chunk that is inconsistent."""
+    if chunk.kind not in KINDS:
+        raise ValueError(f"chunk: expected a kind in {list(KINDS)}; got {chunk.kind!r}")
+    if chunk.count < 1 or chunk.raw < 0:
+        raise ValueError(
+            "chunk: expected at least one image, and a size in bytes; got "
+            f"{chunk.count} images of {chunk.raw} bytes"
         )
-
-    def _start(self) -> bytes:
-        """Read everything before the chunks, and return the JSON of the header."""
-        source = self._source
-        begin = source.at(0, min(START.size + 9, source.size))
-        if not begin.startswith(MAGIC):
-            raise DamagedFile(_other(begin))
-        if source.size < START.size:
-            raise _cut("header")
-        _, major, minor, flags, length = START.unpack(begin[: START.size])
-        self.version = (major, minor)
-        if major != MAJOR:
-            raise _later(f"format {major}.{minor}")
-        end = START.size + length
-        end += MODEL.size if flags & layout.WITH_MODEL else 0
-        if end + CHECK.size > source.size:
-            raise _cut("header")
-        self._limits.hold("header", length, "header: bytes of JSON")
-        start = source.at(0, end)
-        source.seed = zlib.crc32(start)
-        if source.at(end, CHECK.size) != CHECK.pack(source.seed):
-            raise DamagedFile(
-                "the header of the file is damaged, and without it nothing can be decompressed; "
-                "copy the file again"
-            )
-        if flags & ~(layout.WITH_MODEL | layout.WITH_ARRAYS):
-            raise _later(f"format {major}.{minor} with the flags {flags:#x}")
-        self.arrays = bool(flags & layout.WITH_ARRAYS)
-        self.model_size, self._model = 0, end + CHECK.size
-        if flags & layout.WITH_MODEL:
-            self.model_size, self._model_digest = MODEL.unpack(start[-MODEL.size :])
-            if not 0 < self.model_size <= source.size - self._model:
-                raise _cut("model")
-            self._limits.hold("embedded", self.model_size, "model: bytes")
-        return start[START.size : START.size + length]
-
-
-def _header(text: bytes, levels: int) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-        if isinstance(value, dict) and _plain(value, levels) and _canonical(value) == text:
-            return value
-    except (ValueError, RecursionError):
-        pass
-    raise DamagedFile(
-        "the header of the file is not canonical JSON (sorted keys, no blanks, no NaN, at most "
-        f"{levels} levels); {FAULT}"
-    )
-
-
-def _later(what: str) -> UnknownVersion:
-    return UnknownVersion(
-        f"the file has {what}, and this musigma reads {MAJOR}.x; upgrade musigma"
-    )
-
-
-def _inflated(data: bytes, size: int) -> bytes | None:
-    """Inflated data, if they have exactly this size."""
-    if not data:
-        return b"" if size == 0 else None
-    inflater = zlib.decompressobj()
-    try:
-        plain = inflater.decompress(data, size + 1)
-    except zlib.error:
-        return None
-    return plain if inflater.eof and len(plain) == size and not inflater.unused_data else None
-
-
-def _other(begin: bytes) -> str:
-    if not begin:
-        return "the file is empty; copy it again"
-    if MAGIC.startswith(begin):
-        return "the file is truncated within its first bytes; copy it again"
-    for magic, name in OTHERS:
-        if begin.startswith(magic):
-            return f"not a .mus file but apparently {name}"
-    if begin[8:10] == b'{"':
-        return "not a .mus file but apparently a safetensors file: a model"
-    return f"not a .mus file, which begins with {MAGIC[:4]!r}"
-
-
-def _cut(part: str) -> DamagedFile:
-    return DamagedFile(f"the file is truncated within its {part}; copy it again")
+    if not scheduled(chunk.kind, chunk.schedule, chunk.count):
+        raise ValueError(
+            "chunk: expected batches of 1 to 256 images that sum to "
+            f"{chunk.count}, or none if no model took part (it is {KINDS[chunk.kind]}); got "
+            f"{list(chunk.schedule)[:9]}"
+        )
+    if chunk.exceptions.dtype != EXCEPTION or chunk.exceptions.ndim != 1:
+        raise ValueError(
+            f"chunk: expected exceptions of dtype {EXCEPTION} and one axis; got "
+            f"{chunk.exceptions.dtype} of shape {chunk.exceptions.shape}"
+        )
+    for name, data in (("side", chunk.side), ("payload", chunk.payload)):
+        if not isinstance(data, bytes):
+            kind = type(data).__name__
+            raise ValueError(f"chunk: expected bytes as {name}; got {kind}; give x.tobytes()")
