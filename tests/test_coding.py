@@ -12,14 +12,12 @@ from scipy import special, stats
 from torch import nn
 
 from musigma.coding import densities, laws, numerics
-from musigma.coding.coder import layer_rule
+from musigma.coding.coder import find_grids, layer_rule
 from musigma.coding.densities import Quantizer, law_of
 from musigma.coding.errors import CodingError, NumericsDiffer
 from musigma.coding.laws import SHARPNESS, Bits, Mixture, Normal, Weights
-from musigma.coding.planning import find_grids
-from musigma.coding.registry import _RULES
-from musigma.coding.rounding import Rounding
-from musigma.coding.rules import ratio, triangles
+from musigma.coding.numerics import Rounding
+from musigma.coding.rules import _RULES, ratio, triangles
 from musigma.coding.stack import ONE, Exhausted, Stack
 from musigma.distributions import OneHotLatents
 from musigma.gaussian import DiagonalGaussian, Format

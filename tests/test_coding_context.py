@@ -141,7 +141,7 @@ def test_an_informative_context_makes_images_cheaper():
         optimizer.step()
     model.eval()
     right = coding.inputs.with_context(model, x.numpy().astype(np.int64), sex.numpy())
-    latents = coding.planning.latent_grids(model, x, onehot)
+    latents = coding.coder.latent_grids(model, x, onehot)
     codec = coding.Codec(model, numerics="exact", latents=latents)
     levels = right.levels
     true = codec.pack(levels, coding.inputs.context_of(model, right), b"").bits

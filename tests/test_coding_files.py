@@ -28,11 +28,10 @@ from musigma.coding import (
     compress,
     decompress,
     numerics,
-    rounding,
 )
+from musigma.coding.coder import latent_grids
 from musigma.coding.container import BITS_BACK, PACKED, RECORDS, Writer
 from musigma.coding.densities import Quantizer, law_of
-from musigma.coding.planning import latent_grids
 from musigma.coding.reader import Reader
 from musigma.coding.stack import ONE, Exhausted, Stack
 from musigma.distributions import (
@@ -161,7 +160,7 @@ def test_a_likelihood_costs_its_log_mass(dist):
     for _ in range(5):
         x = dist.sample()
         bill = Bill()
-        law_of(dist, Quantizer(rounding.Rounding(), 0, 2, False)).push(bill, x.long().numpy())
+        law_of(dist, Quantizer(numerics.Rounding(), 0, 2, False)).push(bill, x.long().numpy())
         ideal = -dist.log_prob(x).sum().item() / math.log(2)
         assert bill.bits == pytest.approx(ideal, rel=2e-3)
 
@@ -174,7 +173,7 @@ def test_feature_by_feature_in_both_directions():
 
 def test_values_beyond_float64_overflow():
     codec_ = coder("glow")[0]
-    at_work = codec_._coder(Stack(np.ones(9, np.uint32)), rounding.Rounding(), 1, generating=False)
+    at_work = codec_._coder(Stack(np.ones(9, np.uint32)), 1)
     held = at_work._tensor(np.array([2**53 - 1, -(2**53) + 1]), 3)
     assert (held.numpy() * 8).tolist() == [2**53 - 1, -(2**53) + 1]
     with pytest.raises(OverflowError, match="larger than float64"):
@@ -187,7 +186,7 @@ def test_coding_and_decoding_a_batch_leaves_the_stack_unchanged():
     before = s.words(foreign=True)
     with codec_._at_work():
         listed = codec_._push(s, x, context)
-        back = codec_._coder(s, rounding.Rounding(listed), len(x), generating=True)
+        back = codec_._coder(s, len(x), listed)
         assert (codec_.model.generate(back, None).numpy() == x).all()
     assert (s.words(foreign=True) == before).all()
 
@@ -353,7 +352,7 @@ def test_float32_fails_under_other_configurations_and_is_caught(monkeypatch):
 
 @pytest.mark.parametrize("name", ["vae-conv", "glow", "ladder", "maf"])
 def test_exceptions_are_listed_and_looked_up(name, monkeypatch):
-    monkeypatch.setattr(rounding, "GUARD", 0.05)
+    monkeypatch.setattr(numerics, "GUARD", 0.05)
     codec_, x, context = coder(name)
     coded = codec_.pack(x, context, b"")
     assert sum(map(len, coded.listed)) > 10
@@ -363,7 +362,7 @@ def test_exceptions_are_listed_and_looked_up(name, monkeypatch):
 
 
 def test_a_missing_or_wrong_exception_is_detected(monkeypatch):
-    monkeypatch.setattr(rounding, "GUARD", 0.05)
+    monkeypatch.setattr(numerics, "GUARD", 0.05)
     codec_, x, context = coder("vae-conv", n=12)
     coded = codec_.pack(x, context, b"")
     seen = set()
@@ -413,7 +412,7 @@ def test_a_map_too_steep_for_its_grid_is_an_overflow():
     grid = 6
     layer = Coupling(Steep(), map=Spline())
     working = CouplingRule(
-        layer, s, rounding.Rounding(), (grid, grid),
+        layer, s, numerics.Rounding(), (grid, grid),
         lambda w, g: torch.from_numpy(np.ldexp(w.astype(float), -g)), None,
     )  # fmt: skip
     y = np.stack([np.zeros(640, int), np.arange(-320, 320)], 1)

@@ -7,7 +7,7 @@ import pytest
 
 import musigma
 from musigma import coding
-from musigma.coding import rounding
+from musigma.coding import numerics
 
 GOLDEN = Path(__file__).parent / "golden" / "compression"
 FILES = sorted(GOLDEN.glob("*.mus"))
@@ -17,7 +17,7 @@ FILES = sorted(GOLDEN.glob("*.mus"))
 def test_files_of_the_first_format_are_read(path, monkeypatch):
     """Models with random weights, on draws of themselves, with labels if they are conditional."""
     if path.stem.startswith("guarded"):  # written with the same guard: many exceptions
-        monkeypatch.setattr(rounding, "GUARD", 2.0**-6)
+        monkeypatch.setattr(numerics, "GUARD", 2.0**-6)
     content = np.load(path.with_suffix(".npz"))
     with path.open("rb") as file:
         assert coding.summary(file)["images_coded"] == len(content["x"])  # none of them by xz

@@ -10,9 +10,9 @@ from torch import nn
 from torch.distributions import Distribution, Independent, Laplace, constraints
 
 from musigma import checkpoint, coding, zoo
-from musigma.coding import registry
+from musigma.coding import rules as coding_rules
+from musigma.coding.coder import find_grids
 from musigma.coding.laws import SHARPNESS, Bisected, Mixture, Weights, exponential
-from musigma.coding.planning import find_grids
 from musigma.distributions import OneHotHead, StandardNormal, StandardUniform, UniformOneHot
 from musigma.gaussian import DiagonalGaussian, GaussianHead
 from musigma.layers import Additive, Affine, Coupling, Dequantize, Permutation, Rescale, Split
@@ -26,7 +26,7 @@ LEVELS = 8
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
     """Rules and architectures are unknown to other tests."""
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    monkeypatch.setattr(coding_rules, "_RULES", dict(coding_rules._RULES))
     architectures = dict(zoo.ARCHITECTURES)
     for module in (zoo, checkpoint):
         monkeypatch.setattr(module, "ARCHITECTURES", architectures)

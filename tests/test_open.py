@@ -15,7 +15,7 @@ from torch.distributions import Distribution, constraints
 
 import musigma
 from musigma import Dataset, TrainConfig, coding, fit, objectives
-from musigma.coding import registry
+from musigma.coding import rules as coding_rules
 from musigma.coding.laws import SHARPNESS, Weights
 from musigma.coding.rules import STEPS, ratio
 from musigma.distributions import StandardNormal, StandardUniform
@@ -520,7 +520,7 @@ def test_models_are_examined_for_saturation(data):
 
 @pytest.mark.parametrize("name", ["open_images", "open_image_pair"])
 def test_models_are_compressed_with_registered_rules(name, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    monkeypatch.setattr(coding_rules, "_RULES", dict(coding_rules._RULES))
     torch.manual_seed(0)
     model = musigma.build(name, data.spec())
     model.calibrate(torch.from_numpy(data.x).float())

@@ -22,8 +22,7 @@ from musigma.coding.errors import (
     WrongModel,
 )
 from musigma.coding.images import Examples, check_out, extract
-from musigma.coding.registry import register
-from musigma.coding.rules import Increasing, Intervals, MapRule, Rule
+from musigma.coding.rules import Increasing, Intervals, MapRule, Rule, register
 
 __all__ = [
     "Archive",

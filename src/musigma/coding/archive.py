@@ -8,17 +8,15 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-import torch
 
 from musigma import checkpoint
 from musigma.coding import numerics as arithmetic
-from musigma.coding.batch import Batch, digest, joined, unpacked_side
-from musigma.coding.codec import SEED, Codec, Coded
+from musigma.coding.batch import Batch, digest, joined, unpacked, unpacked_side, width
+from musigma.coding.codec import Codec, Coded
 from musigma.coding.container import BITS_BACK, KINDS, PACKED, Chunk
 from musigma.coding.errors import (
     CodingError,
@@ -28,10 +26,8 @@ from musigma.coding.errors import (
     UnknownVersion,
     WrongModel,
 )
-from musigma.coding.inputs import bits_of, context_of
-from musigma.coding.packing import unpacked, width
+from musigma.coding.inputs import bits_of, context_of, spec_of
 from musigma.coding.reader import FAULT, Reader
-from musigma.coding.rounding import Exceptions
 from musigma.coding.stack import CODER
 from musigma.model import Model
 from musigma.zoo.flows.published_glow import to_format_1
@@ -116,7 +112,7 @@ class Archive:
                 f"the file is pinned to the machine that wrote it: {found}; read it there, or "
                 "compress with numerics exact"
             )
-        bits, shape = bits_of(model), model.spec.shape  # pyright: ignore[reportOptionalMemberAccess]
+        bits, shape = bits_of(model), spec_of(model).shape
         if (shape, bits) != (self.shape, self.bits):
             raise DamagedFile(
                 f"the header says {self.bits} bits of shape {self.shape}, and its model takes "
@@ -193,7 +189,7 @@ class Archive:
                 if chunk.payload[:SEAL] != digest(levels, chunk.side)[:SEAL]:
                     raise ValueError("the images do not match their digest")
                 return Batch(levels, about, given)
-            coded = _coded(chunk)
+            coded = Coded.restored(chunk)
         except (ValueError, TypeError, lzma.LZMAError) as error:
             raise DamagedFile(f"{where}: {error}; {FAULT}") from error
         try:
@@ -295,25 +291,10 @@ def _embedded(reader: Reader, header: Mapping[str, Any], written: str, trust: bo
     return model
 
 
-def _coded(chunk: Chunk) -> Coded:
-    listed: list[Exceptions] = [{} for _ in chunk.schedule]
-    for batch, place, index, up in chunk.exceptions.tolist():
-        if batch >= len(listed):
-            raise ValueError("an exception belongs to no batch")
-        listed[batch][place, index] = bool(up)
-    if len(chunk.payload) < 8 or len(chunk.payload) % 4:
-        raise ValueError("the payload does not consist of 32-bit words")
-    words = np.frombuffer(chunk.payload, "<u4").astype(np.uint32)
-    seed = int(words[0])
-    if not 4 <= seed <= SEED:
-        raise ValueError(f"the stack begins with {seed} words")
-    return Coded(list(chunk.schedule), listed, seed, words[1:])
-
-
 def in_parallel(work: Callable[[T], R], items: Iterator[T], workers: int | None) -> Iterator[R]:
     """``map(work, items)`` in order, on so many threads; None: one for each core."""
     count = workers or os.cpu_count() or 1
-    with _one_torch_thread(), ThreadPoolExecutor(count) as pool:
+    with arithmetic.one_thread(), ThreadPoolExecutor(count) as pool:
         waiting: list[Future[R]] = []
         try:
             for item in items:
@@ -325,13 +306,3 @@ def in_parallel(work: Callable[[T], R], items: Iterator[T], workers: int | None)
         finally:
             for future in waiting:
                 future.cancel()
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

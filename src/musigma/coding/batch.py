@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -55,12 +56,10 @@ class Batch:
         about = {name: list(values) for name, values in self.about.items()}
         if not self.given:
             return _json(about) if about else b""
-        arrays = [(name, storable(name, a)) for name, a in sorted(self.given.items())]
-        listed = [[name, a.dtype.str, list(a.shape[1:])] for name, a in arrays]
+        arrays = {name: storable(name, a) for name, a in sorted(self.given.items())}
+        listed = [[name, a.dtype.str, list(a.shape[1:])] for name, a in arrays.items()]
         text = _json({"about": about, "given": listed})
-        planes = (
-            a.reshape(-1).view(np.uint8).reshape(a.size, a.itemsize).T.tobytes() for _, a in arrays
-        )
+        planes = (a.reshape(-1, 1).view(np.uint8).T.tobytes() for a in arrays.values())
         return b"".join([b"\x01", struct.pack("<I", len(text)), text, *planes])
 
 
@@ -127,15 +126,14 @@ def _array(side: bytes, at: int, dtype: Any, shape: tuple[int, ...]) -> tuple[np
 def joined(batches: Sequence[Batch]) -> Batch:
     """Several batches as one."""
     about: dict[str, list[Any]] = {}
+    given: dict[str, list[np.ndarray]] = {}
     for batch in batches:
         for name, values in batch.about.items():
             about.setdefault(name, []).extend(values)
-    names = {name for batch in batches for name in batch.given}
-    given = {
-        name: np.concatenate([b.given[name] for b in batches if name in b.given])
-        for name in sorted(names)
-    }
-    return Batch(np.concatenate([batch.levels for batch in batches]), about, given)
+        for name, rows in batch.given.items():
+            given.setdefault(name, []).append(rows)
+    levels = np.concatenate([batch.levels for batch in batches])
+    return Batch(levels, about, {name: np.concatenate(parts) for name, parts in given.items()})
 
 
 def digest(levels: np.ndarray, side: bytes) -> bytes:
@@ -143,3 +141,44 @@ def digest(levels: np.ndarray, side: bytes) -> bytes:
     state = hashlib.sha256(f"{levels.shape}".encode() + side)
     state.update(np.ascontiguousarray(levels.astype("<i4")).data)
     return state.digest()
+
+
+# --- levels as bytes ---------------------------------------------------------------------------
+
+
+def width(bits: int) -> int:
+    """Bytes of a level."""
+    return 2 if bits > 8 else 1
+
+
+def plain(levels: np.ndarray, bits: int) -> bytes:
+    """Levels as bytes, or as single bits if they are 0 and 1."""
+    if bits == 1:
+        return np.packbits(levels.astype(np.uint8)).tobytes()
+    return levels.astype(f"<u{width(bits)}").tobytes()
+
+
+def packed(levels: np.ndarray, bits: int) -> bytes:
+    """Levels by a general codec, xz."""
+    return lzma.compress(plain(levels, bits), preset=6)
+
+
+def unpacked(payload: bytes, shape: tuple[int, ...], bits: int) -> np.ndarray:
+    """The levels that were `packed`.
+
+    Raises:
+        ValueError, lzma.LZMAError: If the payload does not hold exactly these.
+    """
+    n = math.prod(shape)
+    size = math.ceil(n / 8) if bits == 1 else n * width(bits)
+    inflater = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 28)
+    plain = inflater.decompress(payload, size + 1)
+    if len(plain) != size or not inflater.eof or inflater.unused_data:
+        raise ValueError(f"expected {size} bytes and no more, got {len(plain)}")
+    if bits == 1:
+        flat = np.unpackbits(np.frombuffer(plain, np.uint8), count=n)
+    else:
+        flat = np.frombuffer(plain, f"<u{width(bits)}")
+    if flat.max(initial=0) >= 2**bits:
+        raise ValueError(f"expected levels below {2**bits}, got {flat.max()}")
+    return flat.reshape(shape).astype(np.int64)

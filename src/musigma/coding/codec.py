@@ -11,21 +11,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
-from musigma.coding import numerics as arithmetic
 from musigma.coding.batch import digest
-from musigma.coding.coder import Coder
+from musigma.coding.coder import Coder, find_grids, latent_grids
+from musigma.coding.container import EXCEPTION, Chunk
 from musigma.coding.errors import CodingError, NumericsDiffer
 from musigma.coding.inputs import example
-from musigma.coding.numerics import Kernels, Numerics
-from musigma.coding.planning import find_grids, latent_grids
-from musigma.coding.rounding import Exceptions, Rounding
+from musigma.coding.numerics import Exceptions, Kernels, Numerics, Rounding, one_thread, prepared
 from musigma.coding.stack import Exhausted, Stack
 from musigma.context import Context, apply, rows
 from musigma.model import Model
@@ -64,6 +63,40 @@ class Coded:
         """Cost of the images: the stack, less the bits that it began with."""
         return 32 * (len(self.words) - self.seed)
 
+    def stored(self) -> dict[str, Any]:
+        """The parts of a `Chunk` that hold these bits."""
+        rows = [
+            (batch, place, index, up)
+            for batch, exceptions in enumerate(self.listed)
+            for (place, index), up in exceptions.items()
+        ]
+        payload = self.seed.to_bytes(4, "little") + self.words.astype("<u4").tobytes()
+        return {
+            "schedule": self.schedule,
+            "exceptions": np.array(rows, EXCEPTION),
+            "payload": payload,
+        }
+
+    @classmethod
+    def restored(cls, chunk: Chunk) -> Coded:
+        """What was `stored`.
+
+        Raises:
+            ValueError: If the parts of the chunk do not agree.
+        """
+        listed: list[Exceptions] = [{} for _ in chunk.schedule]
+        for batch, place, index, up in chunk.exceptions.tolist():
+            if batch >= len(listed):
+                raise ValueError("an exception belongs to no batch")
+            listed[batch][place, index] = bool(up)
+        if len(chunk.payload) < 8 or len(chunk.payload) % 4:
+            raise ValueError("the payload does not consist of 32-bit words")
+        words = np.frombuffer(chunk.payload, "<u4").astype(np.uint32)
+        seed = int(words[0])
+        if not 4 <= seed <= SEED:
+            raise ValueError(f"the stack begins with {seed} words")
+        return cls(list(chunk.schedule), listed, seed, words[1:])
+
 
 class Codec:
     """A model as a coder of its data.
@@ -78,7 +111,7 @@ class Codec:
     """
 
     def __init__(self, model: Model, *, numerics: Numerics, latents: Sequence[int]):
-        self.model = arithmetic.prepared(model, numerics)
+        self.model = prepared(model, numerics)
         self.numerics, self.latents = numerics, list(latents)
         self.guarded = numerics == "exact"
         self.dtype = torch.float64 if numerics == "exact" else torch.float32
@@ -91,12 +124,7 @@ class Codec:
     # -- both directions
 
     def pack(self, x: np.ndarray, context: Context, salt: bytes) -> Coded:
-        """Integer images (N, *shape) as bits.
-
-        Args:
-            x: Levels, from 0.
-            context: One row per image, if the model takes a context.
-            salt: Hashed with the images: everything that belongs to them.
+        """Integer images (N, *shape) as bits; `salt` is all that belongs to them.
 
         Raises:
             CodingError: If the model gives an image no finite density.
@@ -143,40 +171,33 @@ class Codec:
         Raises:
             NumericsDiffer: If they are not the images that were packed.
         """
-        with self._at_work():
-            try:
-                stack, x = self._unpacked(coded, shape, context)
+        at = sum(coded.schedule)
+        x = np.zeros((at, *shape), np.int64)
+        try:
+            with self._at_work():
+                stack = Stack(coded.words)
+                for n, listed in zip(coded.schedule[::-1], coded.listed[::-1], strict=True):
+                    coder, given = (
+                        self._coder(stack, n, listed),
+                        self._context(context, at - n, at),
+                    )
+                    x[at - n : at] = self.model.generate(coder, given).reshape(n, *shape).numpy()
+                    at -= n
                 left = stack.words(foreign=True)
-            except NumericsDiffer:
-                raise
-            except (Exhausted, ValueError, OverflowError) as error:
-                raise NumericsDiffer(
-                    f"decoding failed ({str(error) or 'no bits left'})"
-                ) from error
-        whole = len(left) == coded.seed
-        if not whole or not np.array_equal(left, _words(digest(x, salt), coded.seed)):
+        except NumericsDiffer:
+            raise
+        except (Exhausted, ValueError, OverflowError) as error:
+            raise NumericsDiffer(f"decoding failed ({str(error) or 'no bits left'})") from error
+        if not np.array_equal(left, _words(digest(x, salt), coded.seed)):
             raise NumericsDiffer("the decoded images are not the images that were encoded")
         return x
 
-    def _unpacked(
-        self, coded: Coded, shape: Sequence[int], context: Context
-    ) -> tuple[Stack, np.ndarray]:
-        stack, at = Stack(coded.words), sum(coded.schedule)
-        x = np.zeros((at, *shape), np.int64)
-        for n, listed in zip(reversed(coded.schedule), reversed(coded.listed), strict=True):
-            coder = self._coder(stack, Rounding(listed, guarded=self.guarded), n, generating=True)
-            given = self._context(context, at - n, at)
-            x[at - n : at] = self.model.generate(coder, given).reshape(n, *shape).numpy()
-            at -= n
-        return stack, x
-
     def _push(self, stack: Stack, x: np.ndarray, context: Context) -> Exceptions:
-        rounding = Rounding(guarded=self.guarded)
-        coder = self._coder(stack, rounding, len(x), generating=False)
+        coder = self._coder(stack, len(x))
         stack.mark()
         self.model.infer(torch.from_numpy(x).to(self.dtype), coder, context)
         coder.close()
-        return rounding.listed
+        return coder.rounding.listed
 
     def _need(self, x: np.ndarray, context: Context) -> float:
         """Bits that an image pops before it pushes any."""
@@ -192,7 +213,9 @@ class Codec:
             return 1.05 * (before - stack.lowest) + 64
         raise CodingError(TOO_MANY)
 
-    def _coder(self, stack: Stack, rounding: Rounding, n: int, *, generating: bool) -> Coder:
+    def _coder(self, stack: Stack, n: int, listed: Exceptions | None = None) -> Coder:
+        """A trace of n images; the exceptions of a batch tell it to generate."""
+        rounding, generating = Rounding(listed, guarded=self.guarded), listed is not None
         return Coder(stack, self.grids, rounding, n=n, dtype=self.dtype, generating=generating)
 
     def _context(self, context: Context, start: int, stop: int) -> Context:
@@ -200,14 +223,9 @@ class Codec:
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        threads = torch.get_num_threads()
-        with torch.inference_mode(), Kernels(), np.errstate(all="ignore"):
-            if self.numerics == "pinned":
-                torch.set_num_threads(1)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(threads)
+        threads = one_thread() if self.numerics == "pinned" else nullcontext()
+        with torch.inference_mode(), Kernels(), np.errstate(all="ignore"), threads:
+            yield
 
     @lru_cache(maxsize=1)  # noqa: B019  (a codec lives as long as what it codes)
     def fingerprint(self) -> str:
@@ -232,7 +250,7 @@ def check(model: Model) -> None:
             rule, by its name; or for a model whose directions do not mirror each other.
     """
     x, context = example(model)
-    plain = arithmetic.prepared(model, "pinned")
+    plain = prepared(model, "pinned")
     given = apply(lambda t: t.float(), context)
     latents = latent_grids(plain, torch.from_numpy(x), given)
     Codec(model, numerics="exact", latents=latents).fingerprint()

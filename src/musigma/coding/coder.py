@@ -10,10 +10,17 @@ The bits of z are paid, and the bits that selected it are recovered (Townsend, B
 arXiv:1901.04866). Layers of latents are coded in the order of Kingma, Abbeel, Ho, "Bit-Swap",
 2019, arXiv:1905.06845, where the model allows it, and top-down ladders in that of Townsend et al.,
 "HiLLoC", 2020, arXiv:1912.09953.
+
+Values are integers on grids, k · 2^-g. One pass of the model's own `infer`, on an example, finds
+these grids: whatever it draws, scores and transforms is met in its order, so no model and no layer
+needs a description of its own. A value lies on the grid of what it was computed from (the finest,
+of several); that this is true is checked whenever a value is coded. A pass of `generate` then
+tells whether it undoes those steps in reverse order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,18 +29,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from musigma.coding.densities import Quantizer, grid_of, law_of
-from musigma.coding.registry import rule_of
-from musigma.coding.rounding import Rounding
+from musigma.coding.errors import CodingError
+from musigma.coding.numerics import Rounding
+from musigma.coding.rules import rule_of
 from musigma.coding.stack import Stack
-from musigma.model import Inverse
+from musigma.model import Inverse, Model
 from musigma.trace import Trace
 
-__all__ = ["Coder", "Grids"]
+__all__ = ["Coder", "Grids", "find_grids", "latent_grids"]
 
 PLACES = 1 << 14
 """Numbers of parameters that one module may have: `Rounding` tells them apart."""
+FINEST = 20
+"""Draws are on no finer grid than 2^-20."""
+FINE = 12
+"""Draws that other rules transform or score are on a grid of 2^-12, or of the finest value so far:
+if they are joined with values on a finer grid, each lacking digit costs a bit."""
+COARSE = 2
+"""Draws that are paired with their prior are on a grid of 2^-2 or finer."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +73,7 @@ class Grids:
 
 
 def layer_rule(layer: Any) -> tuple[Any, Any, bool]:
-    """The rule of a bijection, the layer that it is applied to, and whether it runs backwards.
-
-    Raises:
-        ValueError: If it has none, by its name.
-    """
+    """The rule of a bijection, the layer that it is applied to, and whether it runs backwards."""
     inverted = False
     while type(layer) is Inverse:
         layer, inverted = layer.bijection, not inverted
@@ -129,20 +142,13 @@ class Coder(Trace):
     def bijection(self, layer: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The rule of the layer, in the direction of this trace."""
         rule, inner, inverted = layer_rule(layer)
-        below, above = self.grids.layers[layer]
-        integers, grid = self._integers(layer), (below, above)
-        working = rule(inner, self.stack, integers, grid, self._rounded, context)
-        start, end = (above, below) if self.generating else (below, above)
+        grid = self.grids.layers[layer]
+        working = rule(inner, self.stack, self._integers(layer), grid, self._rounded, context)
+        start, end = reversed(grid) if self.generating else grid
         step = working.down if self.generating != inverted else working.up
         return self._tensor(step(_integers_of(x, start, layer)), end)
 
-    def bijections(
-        self,
-        layers: Sequence[nn.Module],
-        x: Tensor,
-        context: Tensor | None,
-        run: Callable[..., tuple[Tensor, Sequence[Tensor]]],
-    ) -> Tensor:
+    def bijections(self, layers: Sequence[nn.Module], x: Tensor, context: Any, run: Any) -> Tensor:
         """One layer after the other."""
         for layer in layers:
             x = self.bijection(layer, x, context)
@@ -162,11 +168,7 @@ class Coder(Trace):
         return torch.from_numpy(np.ldexp(integers.astype(np.float64), -grid)).to(self.dtype)
 
     def _tensor(self, integers: np.ndarray, grid: int) -> Tensor:
-        """k · 2^-g, exactly: in float64, if the type of the model is too short.
-
-        Raises:
-            OverflowError: If float64 is too short, too.
-        """
+        """k · 2^-g, exactly: in float64, if the type of the model is too short."""
         if integers.size and np.abs(integers).max() >= 2**53:
             raise OverflowError("a value is larger than float64 holds exactly")
         real = torch.from_numpy(np.ldexp(integers.astype(np.float64), -grid))
@@ -175,11 +177,7 @@ class Coder(Trace):
 
 
 def _integers_of(value: Tensor, grid: int, module: nn.Module) -> np.ndarray:
-    """The integers k of values k · 2^-g.
-
-    Raises:
-        ValueError: If a value does not lie on the grid.
-    """
+    """The integers k of values k · 2^-g."""
     scaled = np.ldexp(value.detach().double().contiguous().numpy(), grid)
     integers = scaled.astype(np.int64)
     if not (integers == scaled).all():
@@ -189,3 +187,165 @@ def _integers_of(value: Tensor, grid: int, module: nn.Module) -> np.ndarray:
             "and subtract values; what computes with them must be a Bijection with a coding rule"
         )
     return integers
+
+
+# --- the grids of a model ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def find_grids(model: Model, x: Tensor, context: Any, latents: Sequence[int]) -> Grids:
+    """The grids of a model, for some data (N, *event) and given grids of its `latent_grids`.
+
+    Raises:
+        ValueError: For a layer, a map or a distribution without a coding rule, by its name; for a
+            model whose directions do not mirror each other; or for another number of latents.
+    """
+    left = iter(latents)
+    planner = _Planner(model, x, context, lambda dist, least: next(left, 0))
+    planner.generate(model, context)
+    count = len(planner.grids.latents)
+    if count != len(latents):
+        raise ValueError(f"latents: expected {count} grids; got {len(latents)}")
+    return planner.grids
+
+
+@torch.no_grad()
+def latent_grids(model: Model, x: Tensor, context: Any = None) -> list[int]:
+    """A grid for each draw of real numbers: about a quarter of its standard deviation.
+
+    Raises:
+        CodingError: If a posterior is not finite.
+    """
+    return _Planner(model, model.floating(x), context, _from_deviation).grids.latents
+
+
+def _from_deviation(dist: Distribution, least: int) -> int:
+    log_std = dist.stddev.flatten().double().log()[:100_000]
+    narrow = torch.quantile(log_std, 0.01).item()
+    if not math.isfinite(narrow):
+        raise CodingError(
+            "the model's posterior is not finite for these data; evaluate the model on them"
+        )
+    return max(least, min(FINEST, math.ceil(2 - narrow / math.log(2))))
+
+
+class _Planner(Coder):
+    """Passes real numbers through a model, and writes down where they lie.
+
+    ``choose(dist, least)`` is the grid of a draw of real numbers.
+    """
+
+    def __init__(
+        self, model: Model, x: Tensor, context: Any, choose: Callable[[Distribution, int], int]
+    ):
+        modules = {module: i for i, module in enumerate(model.modules())}
+        stub: Any = None
+        super().__init__(
+            stub, Grids(modules), stub, n=len(x), dtype=torch.float64, generating=False
+        )
+        self.choose, self.paired, self.finest = choose, False, FINE
+        self.steps: list[tuple[str, nn.Module, Tensor]] = []
+        with torch.random.fork_rng(devices=[]), _Inheritance():
+            model.infer(_put(x, 0), self, context)
+            self.close()
+
+    def generate(self, model: Model, context: Any) -> None:
+        """Latents to data, with the values that were met; refuses what was not, or out of turn."""
+        self.generating, self.name = True, type(model).__name__
+        model.generate(self, context)
+        if self.steps:
+            self._refuse(*self.steps[-1][:2], "is missing")
+
+    def latent(self, site: nn.Module, q: Distribution, p: Distribution) -> Tensor:
+        """A draw that is scored on its own grid, by p."""
+        self.paired = True
+        value = super().latent(site, q, p)
+        self.paired = False
+        return value
+
+    def code(
+        self, site: nn.Module, dist: Distribution, value: Tensor | None, *, drawn: bool
+    ) -> Tensor:
+        """Write down the grid of a draw, or of a value."""
+        step = "q" if drawn else "p"
+        if self.generating:
+            return self._undone(step, site)
+        rule_of(dist)
+        grid = grid_of(dist)
+        if drawn:
+            value = dist.sample(() if dist.batch_shape else (self.count,))
+            if grid is None:
+                grid = self.choose(dist, COARSE if self.paired else self.finest)
+                self.grids.latents.append(grid)
+            value = _put(value, grid)
+        elif value is None:
+            raise ValueError(f"value: {type(site).__name__} must give p a value while inferring")
+        elif grid is None:
+            grid = self._grid(value, site)
+        table = self.grids.drawn if drawn else self.grids.scored
+        table[self._known(site)] = grid
+        self.steps.append((step, site, value))
+        return value
+
+    def bijection(self, layer: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Write down the grids on both sides of a layer."""
+        if self.generating:
+            return self._undone("bijection", layer)
+        rule, inner, inverted = layer_rule(layer)
+        below = self._grid(x, layer)
+        above = rule.grid_above(inner, below)
+        if inverted and above != below:
+            raise ValueError(
+                f"Inverse({type(inner).__name__}) has no coding rule: it changes grids"
+            )
+        self.grids.layers[self._known(layer)] = below, above
+        self.finest = max(self.finest, min(above, FINEST))
+        self.steps.append(("bijection", layer, x))
+        return _put(layer(x, context)[0], above)
+
+    def _known(self, module: nn.Module) -> nn.Module:
+        if module not in self.grids.modules:
+            raise ValueError(
+                f"{type(module).__name__} cannot be coded: it is no submodule of the model"
+            )
+        return module
+
+    def _grid(self, value: Tensor, module: nn.Module) -> int:
+        grid = getattr(value, "_grid", None)
+        if grid is None:
+            raise ValueError(
+                f"{type(module).__name__} cannot be coded: it is given a value that was computed "
+                "neither from the data nor from draws"
+            )
+        return grid
+
+    def _undone(self, step: str, module: nn.Module) -> Tensor:
+        if not self.steps or self.steps[-1][:2] != (step, module):
+            self._refuse(step, module, "is out of turn")
+        return self.steps.pop()[2]
+
+    def _refuse(self, step: str, module: nn.Module, problem: str) -> None:
+        raise ValueError(
+            f"{self.name} cannot be coded: in `generate`, the term {step} of "
+            f"{type(module).__name__} {problem}; it must state the terms of `infer` in the "
+            "reverse order (musigma.testing.check_model)"
+        )
+
+
+class _Inheritance(TorchFunctionMode):
+    """Results lie on the finest grid of their operands."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Run an operation and pass the grid on."""
+        result = func(*args, **(kwargs or {}))
+        grids = [t._grid for t in tree_leaves((args, kwargs)) if hasattr(t, "_grid")]
+        changed = args[0] if func is Tensor.__setitem__ else result
+        for out in tree_leaves(changed) if grids else ():
+            if isinstance(out, Tensor):
+                _put(out, max(grids))
+        return result
+
+
+def _put(value: Tensor, grid: int) -> Tensor:
+    value._grid = grid  # pyright: ignore[reportAttributeAccessIssue]
+    return value

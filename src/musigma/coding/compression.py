@@ -21,16 +21,15 @@ import torch
 from musigma import checkpoint
 from musigma.coding import numerics as arithmetic
 from musigma.coding.archive import SEAL, Archive, in_parallel, model_digest
-from musigma.coding.batch import Batch, digest, joined
-from musigma.coding.codec import Codec, Coded
-from musigma.coding.container import BITS_BACK, EXCEPTION, PACKED, Chunk, Writer
+from musigma.coding.batch import Batch, digest, joined, packed, plain, width
+from musigma.coding.codec import Codec
+from musigma.coding.coder import latent_grids
+from musigma.coding.container import BITS_BACK, PACKED, Chunk, Writer
 from musigma.coding.errors import CodingError, Limits, NumericsDiffer
-from musigma.coding.inputs import bits_of, check_levels, context_of, with_context
+from musigma.coding.inputs import bits_of, check_levels, context_of, spec_of, with_context
 from musigma.coding.numerics import Numerics
-from musigma.coding.packing import packed, plain, width
-from musigma.coding.planning import latent_grids
 from musigma.coding.stack import CODER
-from musigma.context import Context, apply, rows
+from musigma.context import Context, apply, chunks
 from musigma.files import replacing
 from musigma.model import Model
 
@@ -193,25 +192,15 @@ class _Compression:
         progress: Progress | None,
     ):
         self.began = time.perf_counter()
-        assert model.spec is not None
-        self.bits, self.shape, self.dims = bits_of(model), model.spec.shape, model.spec.dims
-        self.model, self.source, self.numerics = model, source, numerics
+        self.bits, self.dims = bits_of(model), spec_of(model).dims
+        self.model, self.source, self.model_bytes = model, source, _as_bytes(model)
         self.workers, self.progress = workers, progress
         sample = _sample(source)
-        context = context_of(model, sample)
         self.arrays = bool(sample.given)
-        given_bytes = 2 * sum(a[0].nbytes for a in sample.given.values())
-        largest = min(Limits().chunk_images, Limits().side // max(1, given_bytes))
-        most = chunk or max(1, min(CHUNK, CHUNK_BYTES // self.dims, largest))
-        if not 1 <= most <= max(1, largest):
-            raise ValueError(f"chunk: expected 1 to {largest} images; got {chunk}")
-        parts = math.ceil(len(source) / most)
-        if chunk is None and parts % 2 and len(source) > 2 * parts * SAMPLE:
-            parts += 1  # so that two cores finish at the same time
-        self.bounds = [i * len(source) // parts for i in range(parts + 1)]
+        self.bounds = _bounds(sample, len(source), self.dims, chunk)
         x = torch.from_numpy(sample.levels.astype(np.int64))
         plain_model = arithmetic.prepared(model, "pinned")
-        given = apply(lambda t: t.float(), context)
+        given = apply(lambda t: t.float(), context_of(model, sample))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same data make the same file
             self.ideal = _ideal(plain_model, x, given)
@@ -220,8 +209,7 @@ class _Compression:
         first = source[0 : min(len(source), max(SAMPLE, GENERAL // self.dims))]
         self.general = len(packed(first.levels, self.bits)) / len(first)
         self.digests: list[bytes] = []
-        self.net = self.coded = self.packed = self.side = self.written = self.so_far = 0
-        self.model_bytes = len(_as_bytes(model))
+        self.net = 0
         self.embedded = self.verified = False
 
     def write(self, file: BinaryIO, about: Mapping[str, Any], embed: bool) -> None:
@@ -232,56 +220,51 @@ class _Compression:
             "coder": CODER,
             "fingerprint": self.codec.fingerprint(),
             "latents": self.codec.latents,
-            "machine": arithmetic.machine() if self.numerics == "pinned" else {},
+            "machine": arithmetic.machine() if self.codec.numerics == "pinned" else {},
             "model": {
                 "architecture": self.model.config["architecture"],
                 "digest": model_digest(self.model),
             },
-            "numerics": self.numerics,
-            "shape": list(self.shape),
+            "numerics": self.codec.numerics,
+            "shape": list(spec_of(self.model).shape),
         }
-        self.embedded, embedded = embed, _as_bytes(self.model) if embed else None
-        pieces = zip(self.bounds, self.bounds[1:], strict=False)
-        batches = ((first, self.source[first:last]) for first, last in pieces)
+        self.embedded, embedded = embed, self.model_bytes if embed else None
+        bounds = zip(self.bounds, self.bounds[1:], strict=False)
+        pieces = ((i, a, self.source[a:b]) for i, (a, b) in enumerate(bounds))
         with Writer(file, header, embedded, arrays=self.arrays) as writer:
-            work = enumerate(in_parallel(self._packed, batches, self.workers))
-            for index, (batch, side, coded, payload) in work:
-                self.so_far += writer.write(Chunk(
-                    index=index, first=self.bounds[index], count=len(batch),
-                    kind=BITS_BACK if coded else PACKED,
-                    raw=len(batch) * self.dims * width(self.bits),
-                    schedule=coded.schedule if coded else [],
-                    exceptions=_exceptions(coded.listed if coded else []),
-                    side=side, payload=payload,
-                ))  # fmt: skip
-                self.side += len(zlib.compress(side, 9)) if side else 0
-                self.digests.append(digest(batch.levels, side))
-                if coded:
-                    self.net, self.coded = self.net + coded.bits, self.coded + len(batch)
-                else:
-                    self.packed += len(batch)
-                self._report_progress(self.bounds[index + 1])
+            self.entries = writer.entries
+            for chunk, bits, seal in in_parallel(self._chunk, pieces, self.workers):
+                writer.write(chunk)
+                self.net += bits
+                self.digests.append(seal)
+                self._report_progress(chunk.first + chunk.count)
             self.written = writer.close()
 
-    def _packed(self, piece: tuple[int, Batch]) -> tuple[Batch, bytes, Coded | None, bytes]:
-        """A chunk, coded by the model, or by xz where that is smaller."""
-        first, batch = piece
+    def _chunk(self, piece: tuple[int, int, Batch]) -> tuple[Chunk, int, bytes]:
+        """A chunk by the model, or by xz where that is smaller; its net bits, and its digest."""
+        index, first, batch = piece
         check_levels(self.model, batch.levels)
-        side, context = batch.side, context_of(self.model, batch)
-        coded, payload = None, None
+        side, context, coded = batch.side, context_of(self.model, batch), None
+        seal = digest(batch.levels, side)
+        parts: dict[str, Any] = {}
         try:
             coded = self.codec.pack(batch.levels.astype(np.int64), context, side)
-            payload = coded.seed.to_bytes(4, "little") + coded.words.astype("<u4").tobytes()
-        except OverflowError:  # a value is too large for integers
-            coded = None
+            parts = coded.stored()
+        except OverflowError:
+            pass  # a value is too large for integers
         except CodingError as error:
             raise CodingError(f"images {first} to {first + len(batch) - 1}: {error}") from error
         quick = len(zlib.compress(plain(batch.levels, self.bits), 6))
-        if payload is None or 0.6 * quick < len(payload):
-            general = digest(batch.levels, side)[:SEAL] + packed(batch.levels, self.bits)
-            if payload is None or len(general) < len(payload):
-                return batch, side, None, general
-        return batch, side, coded, payload
+        if coded is None or 0.6 * quick < len(parts["payload"]):
+            general = seal[:SEAL] + packed(batch.levels, self.bits)
+            if coded is None or len(general) < len(parts["payload"]):
+                coded, parts = None, {"payload": general}
+        raw = len(batch) * self.dims * width(self.bits)
+        kind = BITS_BACK if coded else PACKED
+        chunk = Chunk(
+            index=index, first=first, count=len(batch), kind=kind, raw=raw, side=side, **parts
+        )
+        return chunk, coded.bits if coded else 0, seal
 
     def verify(self, archive: Archive) -> None:
         """Decode what was written, and compare it with the data."""
@@ -297,31 +280,47 @@ class _Compression:
 
     def _report_progress(self, done: int) -> None:
         if self.progress:
-            rate = 8 * self.so_far / (self.packed + self.coded) / self.dims
+            begin, last = self.entries[0].offset, self.entries[-1]
+            rate = 8 * (last.end - begin) / (last.first + last.count) / self.dims
             text = f"{rate:.4f} bits/dim; by the model {self.ideal[0]:.4f}"
             self.progress(done, len(self.source), text)
 
     def report(self) -> Report:
         """The result."""
-        n, data = len(self.source), self.written - self.model_bytes * self.embedded
-        gain = self.general - (data - self.side) / n
+        n, model_bytes = len(self.source), len(self.model_bytes)
+        data, side = self.written - model_bytes * self.embedded, sum(e.side for e in self.entries)
+        coded = sum(entry.count for entry in self.entries if entry.kind == BITS_BACK)
+        gain = self.general - (data - side) / n
         return Report(
             images=n,
             dims=self.dims,
             raw_bytes=math.ceil(n * self.dims * self.bits / 8),
             data_bytes=data,
-            side_bytes=self.side,
-            model_bytes=self.model_bytes,
-            net_bits_per_dim=self.net / (self.coded * self.dims) if self.coded else math.nan,
-            bits_per_dim=8 * (data - self.side) / (n * self.dims),
+            side_bytes=side,
+            model_bytes=model_bytes,
+            net_bits_per_dim=self.net / (coded * self.dims) if coded else math.nan,
+            bits_per_dim=8 * (data - side) / (n * self.dims),
             ideal_bits_per_dim=self.ideal[0],
             ideal_error=self.ideal[1],
-            packed=self.packed,
+            packed=n - coded,
             general_bytes=round(n * self.general),
-            break_even=math.ceil(self.model_bytes / gain) if gain > 0 else None,
+            break_even=math.ceil(model_bytes / gain) if gain > 0 else None,
             verified=self.verified,
             seconds=time.perf_counter() - self.began,
         )
+
+
+def _bounds(sample: Batch, n: int, dims: int, chunk: int | None) -> list[int]:
+    """Where the chunks of n images begin, and where the last one ends."""
+    given_bytes = 2 * sum(a[0].nbytes for a in sample.given.values())
+    largest = max(1, min(Limits().chunk_images, Limits().side // max(1, given_bytes)))
+    most = chunk or max(1, min(CHUNK, CHUNK_BYTES // dims, largest))
+    if not 1 <= most <= largest:
+        raise ValueError(f"chunk: expected 1 to {largest} images; got {chunk}")
+    parts = math.ceil(n / most)
+    if chunk is None and parts % 2 and n > 2 * parts * SAMPLE:
+        parts += 1  # so that two cores finish at the same time
+    return [i * n // parts for i in range(parts + 1)]
 
 
 def _sample(source: Any) -> Batch:
@@ -342,19 +341,7 @@ def _as_bytes(model: Model) -> bytes:
 @torch.no_grad()
 def _ideal(model: Model, x: torch.Tensor, context: Context) -> tuple[float, float]:
     """-ELBO in bits/dim, and its standard error."""
-    parts = []
-    for at in range(0, len(x), 64):
-        part = slice(at, at + 64)
-        parts.append(model.bits_per_dim(x[part], rows(context, part)).double())
-    bits = torch.cat(parts)
+    parts = zip(x.split(64), chunks(context, 64, len(x)), strict=True)
+    bits = torch.cat([model.bits_per_dim(part, given).double() for part, given in parts])
     error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
     return bits.mean().item(), error
-
-
-def _exceptions(listed: Sequence[Mapping[tuple[int, int], bool]]) -> np.ndarray:
-    rows = [
-        (batch, place, index, up)
-        for batch, exceptions in enumerate(listed)
-        for (place, index), up in exceptions.items()
-    ]
-    return np.array(rows, EXCEPTION)

@@ -34,8 +34,8 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -96,7 +96,8 @@ class Chunk:
     payload: bytes = b""
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Entry:
     """The header of a chunk, as `HEAD` packs it, and the place of the chunk in its file."""
 
     magic: bytes
@@ -161,7 +162,7 @@ class Entry(NamedTuple):
 
 def footer(entries: Sequence[Entry], offset: int, seed: int) -> bytes:
     """The footer of these chunks, at its place in the file; `seed` is the CRC of the start."""
-    heads = hashlib.sha256(b"".join(HEAD.pack(*entry[:-1]) for entry in entries))
+    heads = hashlib.sha256(b"".join(HEAD.pack(*astuple(entry)[:-1]) for entry in entries))
     images, raw = sum(e.count for e in entries), sum(e.raw for e in entries)
     body = FOOT.pack(FOOT_MAGIC, len(entries), images, raw, heads.digest())
     body += b"".join(ROW.pack(*entry.row) for entry in entries) + struct.pack("<Q", offset)
@@ -255,7 +256,7 @@ class Writer:
             self._limits.hold("embedded", len(model), "model: bytes")
             start += MODEL.pack(len(model), hashlib.sha256(model).digest())
         self._seed = zlib.crc32(start)
-        self._entries: list[Entry] = []
+        self.entries: list[Entry] = []
         self._written = self._raw = 0
         self._failed = self._closed = False
         self._put(start + CHECK.pack(self._seed), model or b"")
@@ -267,12 +268,12 @@ class Writer:
             ValueError: If it is not the next one, or is inconsistent; nothing is written.
             LimitExceeded: If it is too large; nothing is written.
         """
-        images = self._entries[-1].first + self._entries[-1].count if self._entries else 0
+        images = self.entries[-1].first + self.entries[-1].count if self.entries else 0
         if self._closed or self._failed:
             raise ValueError("file: closed, or a write to it has failed; write to a new file")
-        if (chunk.index, chunk.first) != (len(self._entries), images):
+        if (chunk.index, chunk.first) != (len(self.entries), images):
             raise ValueError(
-                f"chunk: expected number {len(self._entries)} from image {images}; got number "
+                f"chunk: expected number {len(self.entries)} from image {images}; got number "
                 f"{chunk.index} from image {chunk.first}; write chunks in order"
             )
         _check(chunk)
@@ -284,15 +285,15 @@ class Writer:
             body_digest(front, chunk.payload), check=0, offset=self._written,
         )  # fmt: skip
         entry.hold(self._limits)
-        self._limits.hold("chunks", len(self._entries) + 1, "file: chunks")
+        self._limits.hold("chunks", len(self.entries) + 1, "file: chunks")
         self._limits.hold("total", self._raw + chunk.raw, "file: bytes, decompressed")
         try:
-            head = HEAD.pack(*entry[:-1])[: -CHECK.size]
+            head = HEAD.pack(*astuple(entry)[:-1])[: -CHECK.size]
         except struct.error as error:  # limits were raised beyond the format
             raise LimitExceeded(f"chunk {chunk.index}: too large for the format") from error
-        entry = entry._replace(check=zlib.crc32(head, self._seed))
+        entry = replace(entry, check=zlib.crc32(head, self._seed))
         self._put(head + CHECK.pack(entry.check) + front, chunk.payload)
-        self._entries.append(entry)
+        self.entries.append(entry)
         self._raw += chunk.raw
         return entry.size
 
@@ -305,7 +306,7 @@ class Writer:
         if self._failed:
             raise ValueError("file: a write to it has failed; write it again")
         if not self._closed:
-            self._put(footer(self._entries, self._written, self._seed))
+            self._put(footer(self.entries, self._written, self._seed))
             self._closed = True
         return self._written
 

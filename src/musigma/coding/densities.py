@@ -27,7 +27,7 @@ from musigma.coding.laws import (
     exponential,
     gaussian,
 )
-from musigma.coding.registry import register, rule_of
+from musigma.coding.rules import register, rule_of
 from musigma.coding.stack import Stack
 from musigma.distributions import (
     DiscretizedLogisticMixture,

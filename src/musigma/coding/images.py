@@ -74,7 +74,8 @@ class Examples:
         if missing := sorted(set(kept) - set(known)):
             raise ValueError(f"data: {data.name} has no {', '.join(missing)}")
         self.data, self.kept, self.seed = data, kept, seed
-        self.names = self.modes = None
+        self.names: list[str] = []
+        self.modes: list[str] = []
         self.about: dict[str, Any] = {}
         if folder is not None and data.ids is not None:
             self.names = list(data.ids)
@@ -100,11 +101,10 @@ class Examples:
         return len(self.data)
 
     def __getitem__(self, rows: slice) -> Batch:
-        start, stop, _ = rows.indices(len(self))
-        indices = np.arange(start, stop)
-        x = self.data.take(indices, seed=self.seed, first=start)
+        indices = np.arange(len(self))[rows]
+        x = self.data.take(indices, seed=self.seed, first=rows.start or 0)
         about: dict[str, Sequence[Any]] = {}
-        if self.names is not None and self.modes is not None:
+        if self.names:
             about = {"modes": self.modes[rows], "names": self.names[rows]}
         given = {name: column(v, self.data, indices) for name, v in self.kept.items()}
         if "label" in given:
@@ -204,19 +204,14 @@ def extract(batches: Iterable[tuple[int, Batch]], archive: Archive, out: Path) -
         for first, batch in batches:
             _write_images(batch, archive, draft, taken, first)
             count += len(batch)
-        _sync(draft)
+        if hasattr(os, "sync"):  # file by file would take milliseconds each
+            os.sync()
+        else:
+            sync(draft)
         draft.rename(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return count
-
-
-def _sync(folder: Path) -> None:
-    """Wait until all files are on the disk; file by file would take milliseconds each."""
-    if hasattr(os, "sync"):
-        os.sync()
-    else:
-        sync(folder)
 
 
 def restored(levels: np.ndarray, about: Mapping[str, Any]) -> np.ndarray:
@@ -229,9 +224,8 @@ def restored(levels: np.ndarray, about: Mapping[str, Any]) -> np.ndarray:
     if table is None:
         return levels.astype(np.uint8 if levels.max(initial=0) < 256 else np.uint16)
     plain = np.array(table if isinstance(table, list) else [], dtype=object)
-    if not all(type(v) is int and 0 <= v < 256 for v in plain) or levels.max(initial=-1) >= len(
-        plain
-    ):
+    bytes_only = all(type(v) is int and 0 <= v < 256 for v in plain)
+    if not bytes_only or levels.max(initial=-1) >= len(plain):
         raise DamagedFile("the header does not say what each level stands for")
     return plain.astype(np.uint8)[levels]
 
@@ -261,16 +255,10 @@ def _write_images(
         path = folder / target
         path.parent.mkdir(parents=True, exist_ok=True)
         grey = mode != "RGB" or pixels.shape[0] == 1
-        rows = pixels[0] if grey else np.ascontiguousarray(np.moveaxis(pixels, 0, -1))
-        image = Image.fromarray(rows)
+        image = Image.fromarray(pixels[0] if grey else np.moveaxis(pixels, 0, -1))
         with path.open("xb") as file:
             image = image.convert("1", dither=Image.Dither.NONE) if mode == "1" else image
-            image.save(file, _format(path))
-
-
-def _format(path: Path) -> str:
-    kinds = {".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".png": "PNG"}
-    return kinds.get(path.suffix.lower(), "PPM")
+            image.save(file)  # in the format of its suffix
 
 
 def written_as(name: str) -> str:
@@ -290,23 +278,22 @@ def check_names(names: Iterable[str], taken: set[str] | None = None) -> None:
     """
     taken = set() if taken is None else taken
     for name in names:
-        parts = name.split("/")
-        bad = next((why for part in parts if (why := _unfit(part))), None)
-        if bad is None and (len(parts) > 32 or len(name.encode()) > 1024):
-            bad = "has more than 32 folders, or more than 1,024 bytes"
         key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-        ends = [i for i, character in enumerate(key) if character == "/"]
-        folders = {key[: i + 1] for i in ends}
-        if bad is None and (key in taken or key + "/" in taken):
-            bad = "occurs twice on systems that ignore upper and lower case"
-        if bad is None and any(folder[:-1] in taken for folder in folders):
-            bad = "names a file as a folder"
+        folders = {key[: i + 1] for i, character in enumerate(key) if character == "/"}
+        bad = next(filter(None, map(_unfit, name.split("/"))), None)
+        if bad is None and (len(folders) > 31 or len(name.encode()) > 1024):
+            bad = "has more than 32 folders, or more than 1,024 bytes"
+        elif key in taken or key + "/" in taken:
+            bad = bad or "occurs twice on systems that ignore upper and lower case"
+        elif any(folder[:-1] in taken for folder in folders):
+            bad = bad or "names a file as a folder"
         if bad:
             raise ValueError(f"names: {name!r} {bad}")
         taken |= {key, *folders}
 
 
 def _unfit(part: str) -> str | None:
+    """Why a file or a folder cannot have this name."""
     if part in ("", ".", "..") or "\\" in part or ":" in part:
         return "leads out of the folder"
     if any(unicodedata.category(c).startswith("C") for c in part):

@@ -13,7 +13,7 @@ from torch import Tensor
 from musigma.coding.batch import Batch, storable
 from musigma.context import Context
 from musigma.model import Model
-from musigma.spec import Variable
+from musigma.spec import Spec, Variable
 
 
 def bits_of(model: Model) -> int:
@@ -27,20 +27,24 @@ def bits_of(model: Model) -> int:
             "model: it was composed by hand, so a file could not name it; build it by an "
             "architecture (@musigma.architecture)"
         )
-    return max(levels - 1 for levels in _levels(model)).bit_length()
+    return int(_levels(model).max() - 1).bit_length()
 
 
-def _levels(model: Model) -> list[int]:
-    """Number of levels of every element, or of each."""
+def spec_of(model: Model) -> Spec:
+    """The specification of a model that was built by an architecture."""
     assert model.spec is not None
-    levels = model.spec.levels
-    each = levels if isinstance(levels, tuple) else (levels,)
-    if None in each:
+    return model.spec
+
+
+def _levels(model: Model) -> np.ndarray:
+    """Number of levels of every element, or of each."""
+    levels = np.array(spec_of(model).levels)
+    if levels.dtype == object:  # some are None
         raise ValueError(
             "model: its data are continuous, which no file holds exactly at its rate; train a "
             "model of integer levels (--bits)"
         )
-    return [n for n in each if n is not None]
+    return levels
 
 
 def check_levels(model: Model, x: np.ndarray) -> None:
@@ -49,7 +53,7 @@ def check_levels(model: Model, x: np.ndarray) -> None:
     Raises:
         ValueError: For another shape, type or range.
     """
-    shape, levels = model.spec.shape, np.array(_levels(model))  # pyright: ignore
+    shape, levels = spec_of(model).shape, _levels(model)
     if x.shape[1:] != shape or x.dtype.kind not in "iub":
         raise ValueError(
             f"data: the model takes integers of shape (N, {', '.join(map(str, shape))}); got "
@@ -70,12 +74,10 @@ def context_of(model: Model, batch: Batch) -> Context:
     Raises:
         ValueError: Naming a variable that is missing, or is not what the model is conditioned on.
     """
-    assert model.spec is not None
-    variables = model.spec.context
+    variables = spec_of(model).context
     if unknown := sorted(set(batch.given) - {variable.name for variable in variables}):
         raise ValueError(f"given: the model is not conditioned on {', '.join(unknown)}")
-    rows = {variable.name: _rows(variable, batch) for variable in variables}
-    return _context(rows)
+    return _context({variable.name: _rows(variable, batch) for variable in variables})
 
 
 def _rows(variable: Variable, batch: Batch) -> Tensor:
@@ -103,16 +105,8 @@ def _rows(variable: Variable, batch: Batch) -> Tensor:
 
 
 def with_context(model: Model, levels: np.ndarray, given: Any) -> Batch:
-    """Levels with their context.
-
-    Args:
-        model: The model.
-        levels: Integers, shape (N, *shape).
-        given: A mapping from names to arrays of N rows, or the array of a single variable. Classes
-            are indices, or one-hot rows.
-    """
-    assert model.spec is not None
-    variables = model.spec.context
+    """Levels with the context that `compress` was given."""
+    variables = spec_of(model).context
     if given is not None and not isinstance(given, Mapping):
         if len(variables) != 1:
             names = ", ".join(repr(v.name) for v in variables) or "nothing"
@@ -122,12 +116,12 @@ def with_context(model: Model, levels: np.ndarray, given: Any) -> Batch:
         given = {variables[0].name: given}
     about: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
-    known = {variable.name: variable for variable in variables}
+    classes = {variable.name for variable in variables if variable.classes}
     for name, rows in (given or {}).items():
         array = np.asarray(rows)
         if len(array) != len(levels):
             raise ValueError(f"given: {name!r} has {len(array)} rows for {len(levels)} examples")
-        if name in known and known[name].classes and array.ndim == 2:
+        if name in classes and array.ndim == 2:
             if not ((array == 0) | (array == 1)).all() or not (array.sum(1) == 1).all():
                 raise ValueError(f"given: {name!r} must hold indices of classes, or one-hot rows")
             array = array.argmax(1)
@@ -140,10 +134,8 @@ def with_context(model: Model, levels: np.ndarray, given: Any) -> Batch:
 
 def example(model: Model) -> tuple[np.ndarray, Context]:
     """Two images that are always the same, with their context: what fingerprints are made of."""
-    assert model.spec is not None
-    x = _pattern(model.spec.shape, 2 ** bits_of(model))
-    rows = {variable.name: _example_rows(variable) for variable in model.spec.context}
-    return x, _context(rows)
+    x = _pattern(spec_of(model).shape, 2 ** bits_of(model))
+    return x, _context({v.name: _example_rows(v) for v in spec_of(model).context})
 
 
 def _pattern(shape: tuple[int, ...], levels: int) -> np.ndarray:

@@ -1,28 +1,40 @@
 """The arithmetic of networks in coding: exact anywhere, or pinned to one kind of machine.
 
 `exact` computes networks in float64. Their outputs differ by about 1e-14 between batch sizes,
-threads, kernels and machines, and `Rounding` removes the difference, so that any machine can read
-the file. `pinned` computes in float32, about twice as fast, and removes no differences: the reader
-needs the same release of torch and the same kind of processor, and any other machine is refused
-before it decodes a pixel.
+threads, kernels and machines. Rounded to a grid they agree exactly, unless a number lies so close
+to the middle between two points that the difference decides: the encoder lists these exceptions,
+one value in two million, and the decoder looks them up. So any machine can read the file. `pinned`
+computes in float32, about twice as fast, and lists nothing: the reader needs the same release of
+torch and the same kind of processor, and any other machine is refused before it decodes a pixel.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from musigma.coding.errors import CodingError, NumericsDiffer
 from musigma.model import Model
 
-__all__ = ["Kernels", "Numerics", "machine", "prepared"]
+__all__ = ["Exceptions", "Kernels", "Numerics", "Rounding", "machine", "one_thread", "prepared"]
 
 Numerics = Literal["exact", "pinned"]
+GUARD = 2.0**-22
+"""Values closer than this to the middle between two integers are listed."""
+Exceptions = dict[tuple[int, int], bool]
+"""Whether a listed value was rounded up, by its place and its index in the batch."""
+ROOM = 350_000
+"""Numbers that fit the cache of a processor."""
 
 
 def prepared(model: Model, numerics: Numerics) -> Model:
@@ -58,47 +70,88 @@ def machine() -> dict[str, Any]:
     }
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Rounding:
+    """Rounds the real numbers of one batch.
+
+    Args:
+        listed: The exceptions that the encoder listed; None in the encoder, which fills the
+            attribute `listed`.
+        guarded: Whether there are exceptions; false where numbers are always the same.
+    """
+
+    def __init__(self, listed: Exceptions | None = None, *, guarded: bool = True):
+        self.encoding, self.guarded = listed is None, guarded
+        self.listed: Exceptions = {} if listed is None else listed
+
+    def __call__(self, values: Tensor, scale: float, place: int) -> np.ndarray:
+        """``values * scale``, rounded, int64; `place` identifies the values in both directions.
+
+        Raises:
+            CodingError: If a value is not finite, or exceeds 2^52.
+            NumericsDiffer: If the encoder should have listed a value, and did not.
+        """
+        scaled = values.detach().to(torch.float64).cpu().contiguous().numpy() * scale
+        if not (np.abs(scaled) < 2.0**52).all():
+            raise CodingError(
+                "the model's distributions are not finite for some of these data, or too large; "
+                "evaluate the model on them, and look at `inspect`"
+            )
+        whole = np.rint(scaled)
+        off = np.abs(scaled - whole) if self.guarded else np.zeros(0)
+        for i in np.flatnonzero(off > 0.5 - GUARD).tolist():
+            low = math.floor(scaled.flat[i])
+            if self.encoding:
+                self.listed[place, i] = bool(whole.flat[i] > low)
+            elif (place, i) in self.listed:
+                whole.flat[i] = low + self.listed[place, i]
+            elif off.flat[i] > 0.5 - GUARD / 2:
+                raise NumericsDiffer(
+                    "a parameter lies where the encoder would have listed an exception: the "
+                    "arithmetic of this machine differs from that of the machine that wrote the "
+                    "file"
+                )
+        return whole.astype(np.int64)
+
+
 class Kernels(TorchFunctionMode):
     """Convolutions in float64 by matrix products: up to 14 times as fast as those of torch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Replace convolutions."""
-        kwargs = kwargs or {}
         if func in (F.conv2d, torch.conv2d) and args[0].dtype == torch.float64:
-            return _conv2d(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-ROOM = 350_000
-"""Numbers that fit the cache of a processor."""
+            return _conv2d(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    stride, padding, dilation = (_pair(v) for v in (stride, padding, dilation))
-    if groups != 1 or isinstance(padding[0], str) or x.ndim != 4:
-        padding = padding[0] if isinstance(padding[0], str) else padding
+    stride, pad, spread = (_pair(v) for v in (stride, padding, dilation))
+    if groups != 1 or isinstance(padding, str) or x.ndim != 4 or spread != (1, 1):
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     x = x.permute(0, 2, 3, 1)
     bias = x.new_zeros(len(weight)) if bias is None else bias
-    within = all(p < size for p, size in zip(padding, weight.shape[2:], strict=True))
-    if 4 * len(weight) <= x.shape[3] and stride == dilation == (1, 1) and within:
-        return _scattered(x, weight, bias, padding).permute(0, 3, 1, 2)
-    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
-    return _gathered(x, weight, bias, stride, dilation).permute(0, 3, 1, 2)
+    within = all(p < size for p, size in zip(pad, weight.shape[2:], strict=True))
+    if 4 * len(weight) <= x.shape[3] and stride == (1, 1) and within:
+        return _scattered(x, weight, bias, pad).permute(0, 3, 1, 2)
+    x = F.pad(x, (0, 0, pad[1], pad[1], pad[0], pad[0])).contiguous()
+    return _gathered(x, weight, bias, stride).permute(0, 3, 1, 2)
 
 
-def _gathered(x, weight, bias, stride, dilation):
+def _gathered(x, weight, bias, stride):
     """The inputs of each output side by side, times the weights; some images at a time."""
-    n, channels, (rows, columns) = len(x), x.shape[3], weight.shape[2:]
-    height, width = (
-        (x.shape[i + 1] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    )
-    image, line, pixel, one = x.stride()
-    seen = x.as_strided(
-        (n, height, width, rows, columns, channels),
-        (image, line * stride[0], pixel * stride[1], line * dilation[0], pixel * dilation[1], one),
-    )
+    seen = x.unfold(1, weight.shape[2], stride[0]).unfold(2, weight.shape[3], stride[1])
+    n, height, width = seen.shape[:3]
+    seen = seen.permute(0, 1, 2, 4, 5, 3)
     flat = weight.permute(2, 3, 1, 0).reshape(-1, len(weight))
     y = x.new_empty(n, height * width, len(weight))
     at_once = max(1, ROOM // max(1, seen[0].numel()))
@@ -119,9 +172,8 @@ def _scattered(x, weight, bias, padding):
     for k in range(rows * columns):
         top, left = rows - 1 - k // columns, columns - 1 - k % columns
         sums[:, top : top + height, left : left + width] += y[:, :, :, k]
-    (top, left), (tall, wide) = padding, (height + 2 * padding[0], width + 2 * padding[1])
-    first, second = rows - 1 - top, columns - 1 - left
-    return sums[:, first : first + tall - rows + 1, second : second + wide - columns + 1] + bias
+    up, left = rows - 1 - padding[0], columns - 1 - padding[1]
+    return sums[:, up : sums.shape[1] - up, left : sums.shape[2] - left] + bias
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from torch import Tensor
 
 from musigma.coding.errors import CodingError
 from musigma.coding.laws import exponential
-from musigma.coding.registry import register, rule_of
 from musigma.coding.stack import Stack
 from musigma.context import conditioned
 from musigma.layers import (
@@ -52,7 +51,7 @@ from musigma.layers import (
     Standardize,
 )
 
-__all__ = ["REAL", "Increasing", "Intervals", "MapRule", "Rule"]
+__all__ = ["Increasing", "Intervals", "MapRule", "Rule", "register", "rule_of"]
 
 REAL = 12
 """The grid of real numbers after a logit: 2^-12."""
@@ -62,6 +61,81 @@ PARTS = 3
 """The elements of a batch are scaled in this many parts, to pop few bits at a time."""
 SHIFT = 12
 """What networks add is an integer multiple of 2^-12, or of the grid if that is coarser."""
+
+
+R = TypeVar("R", bound=Callable[..., Any])
+_RULES: dict[type, Any] = {}
+
+
+def register(kind: type) -> Callable[[R], R]:
+    """Register how objects of a type are coded; a decorator of the rule.
+
+    A rule may stand in any file. There are three kinds:
+
+    - The rule of a `Bijection` is a subclass of `Rule`, which maps integers to integers exactly.
+    - The rule of a map (the ``map`` of a `Coupling`, an `Autoregressive` or an `Elementwise`) is
+      a subclass of `MapRule`. `Intervals` serves every increasing map.
+    - The rule of a distribution is a function ``rule(dist, quantizer)`` that returns a
+      `musigma.coding.laws.Law`; a `Quantizer` turns parameters into integers.
+
+    Models, and layers that draw and score (dequantization, splits), need no rule: what they draw,
+    score and transform is coded by the rules above.
+
+    A subclass shares the rule of its base class if it redefines nothing but `__init__`. Otherwise
+    it needs a rule of its own.
+
+    Args:
+        kind: The type. A rule that it already has is replaced.
+
+    Example:
+        >>> import torch
+        >>> from musigma import coding
+        >>> from musigma.model import Bijection
+        >>> class Flip(Bijection):
+        ...     def forward(self, x, context=None):
+        ...         return -x, x.new_zeros(len(x))
+        ...     inverse = forward
+        >>> @coding.register(Flip)
+        ... class FlipRule(coding.Rule):
+        ...     def up(self, x):
+        ...         return -x
+        ...     down = up
+    """
+
+    def decorate(rule: R) -> R:
+        _RULES[kind] = rule
+        return rule
+
+    return decorate
+
+
+def rule_of(subject: object) -> Any:
+    """The rule of an object, by its type.
+
+    Raises:
+        ValueError: If there is none, by the name of the type.
+    """
+    kind = type(subject)
+    base, reason = next((base for base in kind.__mro__ if base in _RULES), None), ""
+    if base is not None:
+        redefined = _redefined(kind, base)
+        if not redefined:
+            return _RULES[base]
+        reason = f": it redefines {', '.join(redefined)} of {base.__name__}"
+    raise ValueError(
+        f"{kind.__name__} has no coding rule{reason}; register one with "
+        f"@musigma.coding.register({kind.__name__}), or replace it in the model"
+    )
+
+
+def _redefined(kind: type, base: type) -> list[str]:
+    """Attributes of a base class that classes between it and a subclass define anew."""
+    between = kind.__mro__[: kind.__mro__.index(base)]
+    names = {name for cls in between for name in vars(cls) if hasattr(base, name)}
+    harmless = {"extra_repr", "_abc_impl", "_is_protocol"}  # of which Python sets two itself
+    return sorted(
+        name for name in names - harmless if name == "__call__" or not name.startswith("__")
+    )
 
 
 class Rule(ABC):
