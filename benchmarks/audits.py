@@ -1,4 +1,4 @@
-"""What an audit costs: a small VAE, and 32 Glow steps on 3x32x32, in CPU seconds and MiB.
+"""CPU seconds and memory of audits: a small VAE, and 32 Glow steps on 3x32x32.
 
 python benchmarks/audits.py     # a minute
 """
@@ -14,7 +14,7 @@ from musigma.audit import audit_flow, audit_model, audit_vae
 
 
 def small_vae() -> dict:
-    """An encoder of two heads, a sampler, a KL."""
+    """The callables of a VAE: an encoder with two heads, a sampler, a KL."""
     enter, mu, log_var = nn.Linear(784, 400), nn.Linear(400, 20), nn.Linear(400, 20)
 
     def encode(x):
@@ -30,19 +30,21 @@ def small_vae() -> dict:
 
 
 def timed(what: str, run) -> None:
-    """CPU seconds, and the peak of the process's memory so far."""
-    began = time.process_time()
+    """Print the CPU seconds of an audit, and the peak memory of the process so far."""
+    start = time.process_time()
     report = run()
-    seconds = time.process_time() - began
+    seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{what}: {report.verdict}, {seconds:.2f} s of CPU, process at {peak:,.0f} MiB")
 
 
 def main() -> None:
-    """One after the other."""
+    """Run the audits one after the other."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    timed("nothing yet", lambda: audit_vae(sample=lambda m, s: m + s.exp() * torch.randn_like(m)))
+    timed(
+        "a sampler alone", lambda: audit_vae(sample=lambda m, s: m + s.exp() * torch.randn_like(m))
+    )
     timed("small VAE", lambda: audit_vae(**small_vae()))
     glow = musigma.build("glow", (3, 32, 32), bits=None, levels=1, depth=32, hidden=32)
     layers = list(glow.layers)  # pyright: ignore

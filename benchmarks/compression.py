@@ -603,8 +603,8 @@ def picture(found: dict[str, Any]) -> None:
             for row in best_runs(found)[name]
         }
         both = dict(sorted({**bars, **own}.items(), key=lambda bar: -bar[1]))
-        colours = ["#d1495b" if bar in own else "#9aa5b1" for bar in both]
-        drawn = axes.barh(list(both), list(both.values()), color=colours)
+        colors = ["#d1495b" if bar in own else "#9aa5b1" for bar in both]
+        drawn = axes.barh(list(both), list(both.values()), color=colors)
         axes.bar_label(drawn, fmt="%.3f", fontsize=7, padding=2)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("bits/dim", fontsize=8)

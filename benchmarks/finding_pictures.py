@@ -5,7 +5,7 @@
 
 Each function below is named after a code and draws into as many panels as it has arguments. It
 computes what it shows from a minimal wrong implementation and from the right one, always in the
-same two colours, which like the grey of the axes read on white and on black. Every picture begins
+same two colors, which like the gray of the axes read on white and on black. Every picture begins
 at seed 0, in float64, so the files come out the same each time. A minute or less.
 """
 
@@ -28,10 +28,10 @@ TO = Path(__file__).parent.parent / "docs" / "figures" / "findings"
 
 Values = Tensor | Sequence[float]
 
-RIGHT, WRONG, GREY = "#3b87c8", "#d9652b", "#787f88"
+RIGHT, WRONG, GRAY = "#3b87c8", "#d9652b", "#787f88"
 STYLE = {
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
+    "axes.edgecolor": GRAY,
+    "axes.labelcolor": GRAY,
     "axes.linewidth": 0.7,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -41,14 +41,14 @@ STYLE = {
     "legend.columnspacing": 1.4,
     "legend.frameon": False,
     "legend.handlelength": 1.6,
-    "legend.labelcolor": GREY,
+    "legend.labelcolor": GRAY,
     "lines.linewidth": 1.6,
     "savefig.transparent": True,
     "svg.fonttype": "none",
     "svg.hashsalt": "musigma",
-    "text.color": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
+    "text.color": GRAY,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
 }
 
 
@@ -74,13 +74,13 @@ def names(ax: Axes, x: str, y: str, **rest) -> None:
     ax.set(xlabel=x, ylabel=y, **rest)
 
 
-def line(ax: Axes, x: Values, y: Values, colour: str, label: str, style="-", **rest) -> None:
+def line(ax: Axes, x: Values, y: Values, color: str, label: str, style="-", **rest) -> None:
     """A curve, what is right above the rest; `rest` goes to `Axes.plot`."""
-    ax.plot(x, y, style, color=colour, label=label, zorder=2 + (colour == RIGHT), **rest)
+    ax.plot(x, y, style, color=color, label=label, zorder=2 + (color == RIGHT), **rest)
 
 
-def dots(ax: Axes, x: Values, y: Values, colour: str, label: str, marker="o", ms=3.5) -> None:
-    line(ax, x, y, colour, label, marker, ms=ms, mew=0 if marker == "o" else 1)
+def dots(ax: Axes, x: Values, y: Values, color: str, label: str, marker="o", ms=3.5) -> None:
+    line(ax, x, y, color, label, marker, ms=ms, mew=0 if marker == "o" else 1)
 
 
 def both(ax: Axes, x: Values, right: Values, wrong: Values, *labels: str) -> None:
@@ -90,24 +90,24 @@ def both(ax: Axes, x: Values, right: Values, wrong: Values, *labels: str) -> Non
 
 
 def guide(ax: Axes, y: float) -> None:
-    """A thin grey line across the panel."""
-    ax.axhline(y, color=GREY, lw=0.8, ls=":")
+    """A thin gray line across the panel."""
+    ax.axhline(y, color=GRAY, lw=0.8, ls=":")
 
 
-def note(ax: Axes, x: float, y: float, text: str, colour: str = GREY, **rest) -> None:
-    ax.text(x, y, text, color=colour, fontsize=7.5, **rest)
+def note(ax: Axes, x: float, y: float, text: str, color: str = GRAY, **rest) -> None:
+    ax.text(x, y, text, color=color, fontsize=7.5, **rest)
 
 
-def histogram(ax: Axes, values: Tensor, colour: str, label: str, reach: float = 4.0) -> None:
+def histogram(ax: Axes, values: Tensor, color: str, label: str, reach: float = 4.0) -> None:
     """A density, from draws, between -reach and reach."""
     heights, edges = torch.histogram(values.flatten(), 48, range=(-reach, reach), density=True)
-    ax.stairs(heights, edges, color=colour, label=label, lw=1.3, fill=False)
+    ax.stairs(heights, edges, color=color, label=label, lw=1.3, fill=False)
 
 
 def bell(ax: Axes, label: str, reach: float = 4.0) -> None:
-    """The standard normal density, in grey."""
+    """The standard normal density, in gray."""
     z = torch.linspace(-reach, reach, 161)
-    line(ax, z, torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi), GREY, label, "--")
+    line(ax, z, torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi), GRAY, label, "--")
 
 
 def normal_kl(mean: Tensor, sigma: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def sample_mean(ax):
     dots(ax, mean, (mean + torch.randn(noise)).mean(0), RIGHT, "m + e")
     dots(ax, mean, (0.5 * mean + torch.randn(noise)).mean(0), WRONG, "m / 2 + e")
     dots(ax, mean, (mean + torch.rand(noise)).mean(0), WRONG, "m + torch.rand", "x")
-    line(ax, mean, mean, GREY, "E[z] = m", ":")
+    line(ax, mean, mean, GRAY, "E[z] = m", ":")
     names(ax, "mean m of the encoder", "average of 4000 draws of z")
 
 
@@ -142,7 +142,7 @@ def sample_scale(ax):
     drawn = torch.randn(4000, 13) * sigma
     dots(ax, sigma, drawn.std(0), RIGHT, "σ e")
     dots(ax, sigma, (0.1 * drawn).std(0), WRONG, "σ (0.1 e)")
-    line(ax, sigma, sigma, GREY, "sampled = named", ":")
+    line(ax, sigma, sigma, GRAY, "sampled = named", ":")
     names(ax, "σ that the KL takes", "σ of 4000 draws", xscale="log", yscale="log")
 
 
@@ -199,7 +199,7 @@ def kl_offset(ax):
     dots(ax, true, true, RIGHT, "(m² + σ² - 1) / 2 - log σ")
     dots(ax, true, forgets, WRONG, "(m² + σ²) / 2 - log σ")
     gap = (forgets - true).mean().item()
-    ax.annotate("", (9.6, 9.6), (9.6, 9.6 + gap), arrowprops={"arrowstyle": "<->", "color": GREY})
+    ax.annotate("", (9.6, 9.6), (9.6, 9.6 + gap), arrowprops={"arrowstyle": "<->", "color": GRAY})
     note(ax, 9.6, 9, f"{gap:.2f} nats, 6 latents", va="top")
     names(ax, "KL of six latents (nats)", "the code's KL (nats)")
 
@@ -208,14 +208,14 @@ def kl_scale(ax):
     mean, b = heads()
     each = normal_kl(mean, (b / 2).exp())
     true = each.sum(1)
-    for code, colour, label, marker in (
+    for code, color, label, marker in (
         (true, RIGHT, "sum", "o"),
         (2 * true, WRONG, "no 1/2", "x"),
         (each.mean(1), WRONG, "mean of latents", "o"),
     ):
         slope = (true @ code / (true @ true)).item()
-        dots(ax, true, code, colour, f"{label}: slope {slope:.2f}", marker)
-        ax.plot([0, true.max()], [0, slope * true.max()], color=colour, lw=0.8)
+        dots(ax, true, code, color, f"{label}: slope {slope:.2f}", marker)
+        ax.plot([0, true.max()], [0, slope * true.max()], color=color, lw=0.8)
     names(ax, "KL of six latents (nats)", "the code's KL (nats)")
 
 
@@ -233,10 +233,10 @@ def kl_min_off_prior(ax):
     s = torch.linspace(0.15, 2, 1851)
     right, wrong = 0.5 * (s**2 - 1) - s.log(), s**2 - s.log() - 0.5
     both(ax, s, right, wrong, "(σ² - 1) / 2 - log σ", "σ² - log σ - 1/2")
-    for value, colour, above in ((right, RIGHT, -0.25), (wrong, WRONG, 0.12)):
+    for value, color, above in ((right, RIGHT, -0.25), (wrong, WRONG, 0.12)):
         at = value.argmin()
-        ax.plot(s[at], value[at], "o", color=colour, ms=5)
-        note(ax, s[at], value[at] + above, f"σ = {s[at]:.2f}", colour, ha="center")
+        ax.plot(s[at], value[at], "o", color=color, ms=5)
+        note(ax, s[at], value[at] + above, f"σ = {s[at]:.2f}", color, ha="center")
     names(ax, "σ of the posterior", "KL of a latent (nats)", ylim=(-0.5, 2.5))
 
 
@@ -273,7 +273,7 @@ def aggregate_cov(ax):
     def ellipse(cov, *look):
         line(ax, *(torch.linalg.cholesky(cov) @ circle), *look)
 
-    dots(ax, *(means[torch.randint(3, (120,))] + 0.6 * torch.randn(120, 2)).T, GREY, "z")
+    dots(ax, *(means[torch.randint(3, (120,))] + 0.6 * torch.randn(120, 2)).T, GRAY, "z")
     ellipse(between + within, RIGHT, "both parts")
     ellipse(between, WRONG, "of the means")
     ellipse(within, WRONG, "of the noise", "--")
@@ -386,7 +386,7 @@ def inverse_logdet_sign(ax):
     dots(ax, forward, -forward, RIGHT, "-s.sum(1)")
     dots(ax, forward, forward, WRONG, "s.sum(1)")
     ends = torch.stack([forward.min(), forward.max()])
-    line(ax, ends, -ends, GREY, "they cancel", ":")
+    line(ax, ends, -ends, GRAY, "they cancel", ":")
     names(ax, "log-det of forward (nats)", "log-det of the inverse (nats)")
 
 
@@ -410,9 +410,9 @@ def cross_sample(ax):
 def not_injective(left, right):
     x, free = torch.linspace(-3, 3, 161), torch.tensor(-2.5)
     kept = softplus(free) - 1
-    for u, colour, label in ((kept, RIGHT, "u kept above -1"), (free, WRONG, "u = -2.5")):
-        line(left, x, x + u * x.tanh(), colour, label)
-        line(right, x, 1 + (1 - x.tanh() ** 2) * u, colour, label)
+    for u, color, label in ((kept, RIGHT, "u kept above -1"), (free, WRONG, "u = -2.5")):
+        line(left, x, x + u * x.tanh(), color, label)
+        line(right, x, 1 + (1 - x.tanh() ** 2) * u, color, label)
     guide(right, 0)
     names(left, "x", "z = x + u tanh x")
     names(right, "x", "det J")
@@ -421,13 +421,13 @@ def not_injective(left, right):
 def ddi_wrong(left, right):
     x = 2 * torch.randn(6) + torch.linspace(0.4, 2.5, 6) * torch.randn(128, 6)
     centred = x - x.mean(0)
-    for z, colour, label, marker in (
-        (x, GREY, "first batch", "o"),
+    for z, color, label, marker in (
+        (x, GRAY, "first batch", "o"),
         (centred / x.std(0), RIGHT, "/ std", "o"),
         (centred / x.var(0), WRONG, "/ variance", "x"),
     ):
-        dots(left, range(1, 7), z.mean(0), colour, label, marker)
-        dots(right, range(1, 7), z.std(0), colour, label, marker)
+        dots(left, range(1, 7), z.mean(0), color, label, marker)
+        dots(right, range(1, 7), z.std(0), color, label, marker)
     guide(left, 0)
     guide(right, 1)
     names(left, "channel", "mean")
@@ -442,16 +442,16 @@ def ddi_reinit(ax):
         torch.manual_seed(1)
         figures = []
         parameters = [torch.zeros(8, requires_grad=True) for _ in range(2)]
-        optimiser = torch.optim.Adam(parameters, lr=0.02)
+        optimizer = torch.optim.Adam(parameters, lr=0.02)
         for step in range(151):
             mean, log_std = parameters
             batch = 1 + sigma * torch.randn(12, 8)
             if step == 0 or step in reloads:
                 mean.data, log_std.data = batch.mean(0), batch.std(0).log()
             figures.append(-log_normal(test, mean, 2 * log_std).mean().item())
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (-log_normal(batch, mean, 2 * log_std).mean()).backward()
-            optimiser.step()
+            optimizer.step()
         return figures
 
     both(ax, torch.arange(151), curve(()), curve((50, 100)), "flag saved", "flag lost")
@@ -486,8 +486,8 @@ def bpd_below_entropy(ax):
     bits = torch.arange(1, 9.0)
     levels = 2**bits
     entropy = -(torch.ones(8) / levels).log2()
-    ax.fill_between(bits, entropy, -0.5, color=GREY, alpha=0.15, lw=0)
-    line(ax, bits, entropy, GREY, "entropy", ":")
+    ax.fill_between(bits, entropy, -0.5, color=GRAY, alpha=0.15, lw=0)
+    line(ax, bits, entropy, GRAY, "entropy", ":")
     dots(ax, bits, uniform_bits(levels, 1 / levels, True), RIGHT, "units counted")
     dots(ax, bits, uniform_bits(levels, 1 / levels, False), WRONG, "y = (x + u) / L not counted")
     note(ax, 6, 2.2, "no model is here", ha="center")
@@ -535,10 +535,10 @@ def iw_gradient(ax):
     for i, (loss, label) in enumerate(zip(losses, labels, strict=True)):
         n = costs.clone().requires_grad_()
         loss(n).sum().backward()
-        at, colour = [k + 0.27 * (i - 1) for k in range(5)], WRONG if i else RIGHT
-        fill = colour if i < 2 else "none"
-        ax.bar(at, n.grad[0].tolist(), 0.24, facecolor=fill, edgecolor=colour, label=label)
-    ax.axhline(0, color=GREY, lw=0.7)
+        at, color = [k + 0.27 * (i - 1) for k in range(5)], WRONG if i else RIGHT
+        fill = color if i < 2 else "none"
+        ax.bar(at, n.grad[0].tolist(), 0.24, facecolor=fill, edgecolor=color, label=label)
+    ax.axhline(0, color=GRAY, lw=0.7)
     names(ax, "n, negative log weight of a draw (nats)", "∂ loss / ∂ n", xticks=range(5))
     ax.set_xticklabels([f"{n:.1f}" for n in costs[0]])
 
@@ -577,15 +577,15 @@ def linear_vae(latents: int, noise: float, steps: int = 400) -> list[Tensor]:
     x = torch.randn(256, 8) * torch.tensor([2.0, 1.5, 1.0] + 5 * [0.1]) @ turn
     encoder, decoder = (0.3 * torch.randn(8, latents) for _ in range(2))
     parameters = [encoder, decoder, torch.zeros(latents)]
-    optimiser = torch.optim.Adam([p.requires_grad_() for p in parameters], lr=0.03)
+    optimizer = torch.optim.Adam([p.requires_grad_() for p in parameters], lr=0.03)
     kls = []
     for _ in range(steps):
         mean, sigma = x @ encoder, parameters[2].exp()
         error = ((x - mean @ decoder.T) ** 2).sum(1) + (decoder**2 @ sigma**2).sum()
         kl = normal_kl(mean, sigma).mean(0)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (error.mean() / (2 * noise**2) + kl.sum()).backward()
-        optimiser.step()
+        optimizer.step()
         kls.append(kl.detach())
     return kls
 
@@ -600,8 +600,8 @@ def posterior_collapse(ax):
 def dead_units(ax):
     kl = linear_vae(8, 0.5)[-1].sort(descending=True).values.tolist()
     for i, each in enumerate(kl, 1):
-        colour, label = (WRONG, "dead") if each < 0.01 else (RIGHT, "carries something")
-        ax.bar(i, each, color=colour, label=label)
+        color, label = (WRONG, "dead") if each < 0.01 else (RIGHT, "carries something")
+        ax.bar(i, each, color=color, label=label)
     guide(ax, 0.01)
     names(ax, "unit of the latent", "KL, mean over data (nats)", yscale="log", ylim=1e-5)
 
@@ -611,7 +611,7 @@ def saturated_units(ax):
         return 5 * (raw / 5).tanh()
 
     raw, moving, stuck = torch.linspace(-25, 15, 161), torch.randn(24) - 1, torch.randn(24) - 20
-    line(ax, raw, bounded(raw), GREY, "5 tanh(raw / 5)")
+    line(ax, raw, bounded(raw), GRAY, "5 tanh(raw / 5)")
     dots(ax, moving, bounded(moving), RIGHT, "can move")
     dots(ax, stuck, bounded(stuck), WRONG, "saturated")
     names(ax, "raw output of the scale's head", "log σ")
@@ -629,11 +629,11 @@ def ill_conditioned(ax):
     x, conditions = torch.randn(16, 4), torch.logspace(0, 7, 22)
     scales = [torch.tensor([1.0, 1.0, 1.0, 1 / condition]) for condition in conditions]
     weights = torch.stack([orthogonal(4) @ scale.diag() @ orthogonal(4) for scale in scales])
-    for w, colour, label in ((weights, RIGHT, "float64"), (weights.float(), WRONG, "float32")):
+    for w, color, label in ((weights, RIGHT, "float64"), (weights.float(), WRONG, "float32")):
         back = torch.linalg.solve(w, w @ x.T.to(w)).double()
         rounding = torch.finfo(w.dtype).eps * conditions
-        line(ax, conditions, rounding, GREY, "κ times rounding", ":")
-        dots(ax, conditions, (back - x.T).abs().amax((1, 2)), colour, label)
+        line(ax, conditions, rounding, GRAY, "κ times rounding", ":")
+        dots(ax, conditions, (back - x.T).abs().amax((1, 2)), color, label)
     names(ax, "condition number κ", "largest |g(f(x)) - x|", xscale="log", yscale="log")
 
 

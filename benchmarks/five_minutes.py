@@ -1,11 +1,11 @@
-"""Five minutes of training for every architecture on MNIST and Fashion-MNIST, and what came of it.
+"""Train every architecture for five minutes on MNIST and Fashion-MNIST; collect the test figures.
 
-    MUSIGMA_DATA=... python benchmarks/five_minutes.py run     # an hour, on an idle machine
-    python benchmarks/five_minutes.py collect     # writes JSON, curves and a table into docs/
+    MUSIGMA_DATA=... python benchmarks/five_minutes.py run     # an hour; use an idle machine
+    python benchmarks/five_minutes.py collect     # JSON and curves into docs/; prints a table
 
-`run` calls the command line with its defaults, one run at a time, and goes on where it stopped.
-The test figures are those of the 10,000 official test images, by one draw, with the weights that
-were best on validation images (a twentieth of the training images, which are not trained on).
+`run` calls the command line with its defaults, one run at a time; finished runs are skipped. Test
+figures are bounds from one draw on the 10,000 official test images, with the best weights on
+validation data (a twentieth of the training images, held out from training).
 """
 
 import argparse
@@ -33,7 +33,7 @@ def folder(data: str, name: str) -> Path:
 
 
 def run(minutes: float) -> None:
-    """Train what has not been trained yet."""
+    """Train the models that are not trained yet."""
     for name, words in ARCHITECTURES.items():
         for data in DATA:
             out = folder(data, name)
@@ -46,7 +46,7 @@ def run(minutes: float) -> None:
 
 
 def collect() -> None:
-    """Write the figures, the curves and the table."""
+    """Write the figures and the curves; print the table."""
     import platform
 
     import torch

@@ -1,10 +1,10 @@
-"""The VAEs that bits-back published, converted, on the 10,000 test images of MNIST.
+"""Evaluate the VAEs that bits-back published, converted, on the 10,000 test images of MNIST.
 
     MUSIGMA_DATA=... python benchmarks/published_vaes.py FOLDER
 
-FOLDER is `torch_vae/saved_params` of github.com/bits-back/bits-back. Their paper (Townsend, Bird,
-Barber, 2019, arXiv:1901.04866) has 0.19 bits per dimension for binarised digits and 1.41 for raw
-ones as what the coder reached.
+FOLDER is `torch_vae/saved_params` of github.com/bits-back/bits-back. The paper (Townsend, Bird,
+Barber, 2019, arXiv:1901.04866) reports rates of the coder of 0.19 bits per dimension for binarized
+digits and 1.41 for raw ones.
 """
 
 import sys

@@ -1,13 +1,14 @@
-"""How good a model gets in ten minutes, and in an hour, on two cores.
+"""The likelihood that models reach in ten minutes and in an hour of training on two cores.
 
-    MUSIGMA_DATA=... python benchmarks/quality.py run [NAME ...]     # on an idle machine
+    MUSIGMA_DATA=... python benchmarks/quality.py run [NAME ...]     # use an idle machine
     MUSIGMA_DATA=... python benchmarks/quality.py measure [NAME ...]
     python benchmarks/quality.py collect     # tables, pictures and quality.json of docs/figures.md
 
-`run` calls the command line, one run at a time, and goes on where it stopped. On a machine that is
-not idle, `--steps` gives a run the steps that the minutes would hold on an idle one. `measure`
-takes importance-weighted bounds of VAEs: 100 draws on all 10,000 test images, and 1,000 draws on
-the first 500. `quality_peers.py` trains peers for the same minutes; `collect` takes all together.
+`run` calls the command line, one run at a time; finished runs are skipped. On a busy machine,
+`--steps` sets the number of steps that an idle one would reach in the same minutes. `measure`
+computes importance-weighted bounds of VAEs: 100 draws on all 10,000 test images, and 1,000 draws
+on the first 500. `quality_peers.py` trains other libraries' models for the same minutes;
+`collect` includes them.
 """
 
 import argparse
@@ -36,7 +37,7 @@ MODELS = {
     "glow-fashion": (30, "glow fashion-mnist"),
 }
 PEERS = {"pythae": (10, "pythae", "mnist"), "normflows": (10, "normflows", "mnist")}
-"""Minutes, whose model, and the images: binarized ones for pythae's VAE."""
+"""Minutes, library and images; pythae's VAE gets binarized ones."""
 PICTURES = {
     "binarized MNIST": ("vae", "ladder", "pythae"),
     "MNIST": ("glow-10", "glow-60", "glow-10-uniform", "glow-60-uniform", "normflows"),
@@ -44,7 +45,7 @@ PICTURES = {
 
 
 def run(names: list[str], steps: int | None) -> None:
-    """Train what has not been trained yet."""
+    """Train the models that are not trained yet."""
     for name in names:
         minutes, words = MODELS[name]
         budget = ["--steps", str(steps)] if steps else ["--minutes", str(minutes)]
@@ -56,7 +57,7 @@ def run(names: list[str], steps: int | None) -> None:
 
 
 def bounds(name: str, model, test) -> None:
-    """Importance-weighted bounds of a VAE on test images, beside what else is known of a run."""
+    """Write importance-weighted bounds of a VAE on test images into its run folder."""
     found = {}
     for k, n in ((1, 500), (1, 10_000), (1000, 500), (100, 10_000)):
         part = test.subset(np.arange(n))
@@ -67,7 +68,7 @@ def bounds(name: str, model, test) -> None:
 
 
 def measure(names: list[str]) -> None:
-    """The bounds of trained VAEs of ours."""
+    """Write the bounds of trained VAEs."""
     treat = musigma.Preprocess(binarize="dynamic")
     test = musigma.data.load("mnist", preprocess=treat).split("held-out")
     for name in names:
@@ -77,7 +78,7 @@ def measure(names: list[str]) -> None:
 
 
 def record(name: str) -> dict:
-    """What is known of a finished run: how it was made, its curve, and its figures."""
+    """The command, the curve and the figures of a finished run."""
     rows = [json.loads(r) for r in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
     minutes = (MODELS | PEERS)[name][0]
     curve = [r for r in rows if r["kind"] == "evaluation"]
@@ -104,7 +105,7 @@ def record(name: str) -> dict:
 
 
 def collect() -> None:
-    """A table, the curves as pictures, and all of it as JSON."""
+    """Print a table; write the curves as pictures, and everything as JSON."""
     done = [name for name in MODELS | PEERS if (RUNS / name / "evaluation.json").exists()]
     runs = {name: record(name) for name in done}
     (DOCS / "figures" / "quality.json").write_text(json.dumps(runs, indent=1) + "\n")

@@ -1,13 +1,13 @@
-"""Peers, given the minutes of `quality.py`: pythae's VAE and normflows' Glow, on the same images.
+"""Train pythae's VAE and normflows' Glow for the minutes of `quality.py`, on the same images.
 
-    MUSIGMA_DATA=... python benchmarks/quality_peers.py rate [NAME ...]        # on an idle machine
+    MUSIGMA_DATA=... python benchmarks/quality_peers.py rate [NAME ...]    # use an idle machine
     MUSIGMA_DATA=... python benchmarks/quality_peers.py run NAME --steps N
 
-A peer has the settings of its own examples, in a plain loop: pythae's residual networks for MNIST
-with 16 latents, batches of 100, and Adam at 1e-3; normflows' Glow with the levels, steps and width
-of ours, batches of 128, Adamax at 1e-3 with a weight decay of 1e-5, uniform noise and no logit.
-The VAE is scored by musigma, whose likelihood reads its logits. `run` leaves what `collect` of
-`quality.py` reads.
+Each is trained in a plain loop with the settings of its own examples: pythae's residual networks
+for MNIST with 16 latents, batches of 100, and Adam at 1e-3; normflows' Glow with the levels, steps
+and width of `musigma train glow`, batches of 128, Adamax at 1e-3 with a weight decay of 1e-5,
+uniform noise and no logit. musigma scores the VAE, through a likelihood that reads its logits.
+`rate` prints the steps per second; `run` writes the files that `quality.py collect` reads.
 """
 
 import argparse
@@ -40,11 +40,11 @@ class Peer:
 
     Attributes:
         model: Its parameters are trained.
-        optimizer: As the peer's examples have it.
+        optimizer: With the settings of the peer's examples.
         batch: Examples in a step.
-        loss: Of images (B, 1, 28, 28) of levels, in nats per example.
-        score: Of a part of the data: the figures that `musigma.evaluation.evaluate` has.
-        musigma: The same model on our spine, as it stands; None: it has no bounds to measure.
+        loss: Images (B, 1, 28, 28) of levels to nats per example.
+        score: A part of the data to the figures that `musigma.evaluation.evaluate` returns.
+        musigma: Builds a musigma model with the present weights; None: bounds are not measured.
     """
 
     model: nn.Module
@@ -127,12 +127,12 @@ BUILD = {"pythae": pythae, "normflows": normflows}
 
 
 def images(data: Dataset) -> Tensor:
-    """All of them, (N, C, H, W), as levels of float32."""
+    """All images as float32 levels (N, C, H, W)."""
     return torch.from_numpy(np.array(data.x)).float()
 
 
 def step(peer: Peer, x: Tensor) -> None:
-    """One step; without an effect if the loss is not finite, as in normflows' example."""
+    """Take one step; skipped if the loss is not finite, as in normflows' example."""
     loss = peer.loss(x)
     peer.optimizer.zero_grad()
     if loss.isfinite():
@@ -141,7 +141,7 @@ def step(peer: Peer, x: Tensor) -> None:
 
 
 def rate(name: str, seconds: float = 30) -> float:
-    """Steps a second, with all of torch's threads."""
+    """Steps per second, with torch's default number of threads."""
     peer = BUILD[PEERS[name][1]]()
     x, steps = torch.randint(0, 256, (peer.batch, 1, 28, 28)).float(), 0
     step(peer, x)
@@ -153,7 +153,7 @@ def rate(name: str, seconds: float = 30) -> float:
 
 
 def run(name: str, steps: int) -> None:
-    """Train, look at validation images fifteen times, and score the test images at the end."""
+    """Train; score validation images fifteen times, and the test images at the end."""
     torch.manual_seed(0)
     _, kind, source = PEERS[name]
     data = musigma.data.load(source)

@@ -1,6 +1,6 @@
 """The sampling layer of a course, z = mu + exp(sigma / 2) * eps, and the meaning of its loss.
 
-A convolutional VAE with batch norm of 64x64 colour images, as courses teach it:
+A convolutional VAE with batch norm of 64x64 color images, as courses teach it:
 
     mu, sigma = Dense(z_dim)(h), Dense(z_dim)(h)       # "sigma" is a LOG VARIANCE
     z = mu + exp(sigma / 2) * eps
@@ -12,7 +12,7 @@ N(0, I)? And what is the factor 10000?
 
 python examples/03_sampling_layer.py [STEPS [PICTURE.png]]
 
-The script draws images of coloured shapes; $MUSIGMA_EXAMPLE_IMAGES names a folder of others.
+The script draws images of colored shapes; $MUSIGMA_EXAMPLE_IMAGES names a folder of others.
 """
 
 import copy
@@ -41,14 +41,14 @@ def shapes(n: int) -> np.ndarray:
     distance = np.where(kind < 0.5, np.hypot(down, across), np.maximum(down, across))
     inside = np.clip(radius - distance, 0, 1)
     third = np.arange(3, dtype=np.float32)[:, None, None] / 3
-    colour = 0.5 + 0.5 * np.cos(2 * np.pi * (hue[:, None] - third))
-    return np.uint8(255 * (0.15 + (colour - 0.15) * inside[:, None]))
+    color = 0.5 + 0.5 * np.cos(2 * np.pi * (hue[:, None] - third))
+    return np.uint8(255 * (0.15 + (color - 0.15) * inside[:, None]))
 
 
 if folder := os.environ.get("MUSIGMA_EXAMPLE_IMAGES"):
     data = musigma.data.load(folder, preprocess=musigma.Preprocess(size=64))
 else:
-    data = musigma.data.Dataset(shapes(3000), name="coloured shapes")
+    data = musigma.data.Dataset(shapes(3000), name="colored shapes")
 train, held_out = (
     torch.from_numpy(data.split(part, fraction=1 / 3).x).float() / 255
     for part in ("train", "held-out")

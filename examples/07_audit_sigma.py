@@ -104,10 +104,10 @@ def draw_picture(path, wrong, repaired):
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    grey, red, blue = "#808890", "#d9603b", "#4c8fd6"  # readable on light and on dark pages
-    style = {"svg.hashsalt": "musigma", "font.size": 10, "text.color": grey}
+    gray, red, blue = "#808890", "#d9603b", "#4c8fd6"  # readable on light and on dark pages
+    style = {"svg.hashsalt": "musigma", "font.size": 10, "text.color": gray}
     for name in ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
-        style[name] = grey
+        style[name] = gray
     with rc_context(style):
         figure = Figure(figsize=(8.4, 2.7), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -115,13 +115,13 @@ def draw_picture(path, wrong, repaired):
             for one in paths:
                 some = range(0, len(one), 4)
                 left.plot(some, [math.exp(one[i]) for i in some], color=color, lw=0.9, alpha=0.7)
-        left.axhline(EXACT, color=grey, lw=1, ls="--")
-        left.text(len(wrong[0]), EXACT + 0.015, "truth: 0.707", ha="right", color=grey)
+        left.axhline(EXACT, color=gray, lw=1, ls="--")
+        left.text(len(wrong[0]), EXACT + 0.015, "truth: 0.707", ha="right", color=gray)
         left.set(xlabel="training step", ylabel="learned σ", ylim=(0.4, 1.02))
         x = 1.0
         z = torch.linspace(-2, 3, 300)
         exact = torch.distributions.Normal(x / 2, EXACT).log_prob(z).exp()
-        right.fill_between(z, exact, color=grey, alpha=0.3, lw=0)
+        right.fill_between(z, exact, color=gray, alpha=0.3, lw=0)
         for paths, color, name in (
             (wrong, red, "before"),
             (repaired, blue, "after the repair"),
@@ -132,7 +132,7 @@ def draw_picture(path, wrong, repaired):
             left.text(
                 len(paths[0]), sigma - 0.055, f"{name}: {sigma:.3f}", ha="right", color=color
             )
-        right.text(-1.95, 0.8, "grey: exact\nposterior of z,\ngiven x = 1", color=grey, va="top")
+        right.text(-1.95, 0.8, "gray: exact\nposterior of z,\ngiven x = 1", color=gray, va="top")
         right.text(1.15, 0.62, "before", color=red)
         right.text(1.65, 0.24, "after", color=blue)
         right.set(xlabel="z", ylabel="density", ylim=(0, 0.85))

@@ -69,7 +69,7 @@ class Subject:
         model: Switched to training or evaluation mode before each slice; None if the contender
             has no torch module.
         loss: The forward pass alone, whose saved tensors are counted; None: not counted.
-        initialize: Data-dependent initialisation, called once before the first operation.
+        initialize: Data-dependent initialization, called once before the first operation.
         parameters: Number of trainable parameters.
         countable: Whether FLOPs and kernels can be counted; False for compiled models.
         note: Difference from the other contenders, in a few words.

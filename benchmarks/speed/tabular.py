@@ -25,7 +25,7 @@ BATCH, TRANSFORMS, HIDDEN, BINS, LR = 512, 5, 128, 8, 1e-3
 
 
 def model(flow: Flow, dims: int) -> Model:
-    """musigma's model as the peers have it: reversals between transforms, no normalisation."""
+    """musigma's model as the peers have it: reversals between transforms, no normalization."""
     options: dict[str, Any] = {"bits": None, "depth": TRANSFORMS, "hidden": HIDDEN}
     options |= {"permutation": "reverse", "norm": False}
     if flow == "maf":

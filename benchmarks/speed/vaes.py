@@ -47,8 +47,8 @@ def images(n: int = EXAMPLES) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, 1, 28, 28), dtype=np.uint8)
 
 
-def greys(n: int) -> Tensor:
-    """The first n images as grey values in [0, 1]."""
+def grays(n: int) -> Tensor:
+    """The first n images as gray values in [0, 1]."""
     return torch.from_numpy(images()[:n]).float().div(255).to(torch.get_default_device())
 
 
@@ -56,25 +56,25 @@ def greys(n: int) -> Tensor:
 
 
 def mlp_model() -> VAE:
-    """musigma's model; the Bernoulli accepts grey values as well as zeros and ones."""
+    """musigma's model; the Bernoulli accepts gray values as well as zeros and ones."""
     model = build("mlp_vae", (1, 28, 28), bits=1, hidden=HIDDEN, latents=LATENTS)
     assert isinstance(model, VAE)
     return model
 
 
-def grey_vae(shape: Sequence[int], *, bits: int = 8) -> Chain:
+def gray_vae(shape: Sequence[int], *, bits: int = 8) -> Chain:
     """The same model of bytes; the loss differs by a constant."""
     return Chain([Rescale(1 / (2**bits - 1))], mlp_model())
 
 
-grey_architecture = architecture(grey_vae)
-ARCHITECTURES.pop("grey_vae")  # `fit` can save the model, but the zoo does not list it
+gray_architecture = architecture(gray_vae)
+ARCHITECTURES.pop("gray_vae")  # `fit` can save the model, but the zoo does not list it
 
 
 def mlp_ours(*, fast: bool = False) -> Subject:
     """A step, and an epoch of `fit`, which evaluates on one example and saves at the end."""
-    result = subject(mlp_model(), greys(BATCH), lr=LR, fast=fast)
-    data, model = Dataset(images()), grey_architecture((1, 28, 28))
+    result = subject(mlp_model(), grays(BATCH), lr=LR, fast=fast)
+    data, model = Dataset(images()), gray_architecture((1, 28, 28))
     if fast:
         compile_blocks(model)  # once, as in a run of many epochs
     config = TrainConfig(
@@ -186,12 +186,12 @@ class Items(torch.utils.data.Dataset):
 def mlp_plain(loader: Literal["items", "tensors"]) -> Subject:
     """The plain loop; `items` reads single images, `tensors` slices one tensor."""
     model = mlp_plain_model()
-    result = plain_subject(model, model, greys(BATCH))
+    result = plain_subject(model, model, grays(BATCH))
     step: Any = result.calls["step"]
     if loader == "items":
         data: Any = Items()
     else:
-        data = torch.utils.data.TensorDataset(greys(EXAMPLES), torch.zeros(EXAMPLES))
+        data = torch.utils.data.TensorDataset(grays(EXAMPLES), torch.zeros(EXAMPLES))
     batches = torch.utils.data.DataLoader(data, batch_size=BATCH, shuffle=True)
 
     def epoch() -> float:
@@ -247,7 +247,7 @@ def pythae_subject(
 
     config = models.VAEConfig(input_dim=shape, latent_dim=latents, reconstruction_loss=distortion)
     model = models.VAE(config, Encoder(), Decoder())
-    x = greys(batch) if shape[1] == 28 else pictures(batch)
+    x = grays(batch) if shape[1] == 28 else pictures(batch)
     result = plain_subject(model, lambda x: model({"data": x}).loss, x)
     if not examples:
         return result
@@ -263,7 +263,7 @@ def pythae_subject(
                 train_dataloader_num_workers=0,
             )
             data = peer_module("pythae.data.datasets").BaseDataset(
-                greys(examples), torch.zeros(examples)
+                grays(examples), torch.zeros(examples)
             )
             trainer = trainers.BaseTrainer(model, data, training_config=settings)
             trainer.prepare_training()
@@ -334,7 +334,7 @@ def mlp_keras() -> Subject:
 
 
 def pictures(n: int) -> Tensor:
-    """Random colour images, (n, 3, 64, 64), in [0, 1]."""
+    """Random color images, (n, 3, 64, 64), in [0, 1]."""
     return torch.rand(n, 3, 64, 64)
 
 
@@ -364,7 +364,7 @@ def small_parts() -> tuple[nn.Module, int, nn.Module]:
 
 
 def vanilla_parts() -> tuple[nn.Module, int, nn.Module]:
-    """Five convolutions each way with batch normalisation, 32 to 512 channels, for 64x64."""
+    """Five convolutions each way with batch normalization, 32 to 512 channels, for 64x64."""
     encoder: list[nn.Module] = []
     for inputs, outputs in zip((3, 32, 64, 128, 256), (32, 64, 128, 256, 512), strict=True):
         encoder += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.LeakyReLU()]
@@ -400,7 +400,7 @@ def conv_model(size: int) -> VAE:
 
 def conv_x(size: int) -> Tensor:
     """The batch."""
-    return greys(64) if size == 28 else pictures(64)
+    return grays(64) if size == 28 else pictures(64)
 
 
 def conv_ours(size: int, *, fast: bool = False) -> Subject:
@@ -502,7 +502,7 @@ def _conv(size: int, about: str, parameters: int) -> Workload:
 WORKLOADS = (
     Workload(
         "mlp-vae",
-        "MLP VAE 784-400-20, batch 128, Bernoulli on grey values; an epoch is 60,000 images "
+        "MLP VAE 784-400-20, batch 128, Bernoulli on gray values; an epoch is 60,000 images "
         "through the whole trainer",
         BATCH,
         ("step", "epoch"),
