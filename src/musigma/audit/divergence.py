@@ -13,10 +13,10 @@ randomness.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musigma.audit.findings import AuditError
-from musigma.audit.sandbox import Sandbox
-from musigma.audit.scales import READINGS
+from musigma.audit.sampler import Sampler
+from musigma.audit.sandbox import first
 
-__all__ = ["Divergence", "Regression", "formula", "gaussian_kl", "read", "regress"]
+__all__ = ["Divergence", "Regression", "formula", "gaussian_kl", "regress"]
 
 NODES = 10
 CHANCE_ROWS, CHANCE_SEEDS = 2048, 6
@@ -40,8 +40,7 @@ def gaussian_kl(loc: Tensor, sigma: Tensor, prior: tuple[Tensor, Tensor]) -> Ten
     return kl.sum(-1)
 
 
-@dataclass(frozen=True)
-class Regression:
+class Regression(NamedTuple):
     """F = slope T + intercept, in nats.
 
     `residual` is the largest (F - slope T - intercept) / (abs(slope) (1 + T)), at index `worst`.
@@ -74,7 +73,7 @@ def regress(f: Tensor, t: Tensor) -> Regression:
 
 
 class Divergence:
-    """A code's KL as a function of flat heads, with one number for each row.
+    """A code's KL as a function of flat heads and z, with one number for each row.
 
     `at` is a mean, second output and z (D,), at which it can be called.
 
@@ -85,59 +84,49 @@ class Divergence:
 
     def __init__(
         self,
-        sandbox: Sandbox,
         kl: Callable[..., Any],
-        latent: Sequence[int],
-        second: Sequence[int],
+        sampler: Sampler,
         uses_sample: bool,
         example_rows: int | None,
         at: tuple[Tensor, Tensor, Tensor],
     ):
-        self.sandbox, self.kl, self.uses_sample = sandbox, kl, uses_sample
-        self.latent, self.second = tuple(latent), tuple(second)
-        self.d = math.prod(self.latent)
+        self.kl, self.sampler, self.uses_sample = kl, sampler, uses_sample
         self.copies = 1  # identical rows in one call
         self.rounding = 1e-6
         try:
-            self._raw(*(t[None] for t in at))
+            self._total(at, 1)
         except AuditError:
             if example_rows in (None, 1):
                 raise
             self.copies = example_rows
-            self._raw(*(t.expand(example_rows, -1) for t in at))
+            self._total(at, example_rows)
         self.kind = self._kind(at)
-        values = [float(self._once(*at, seed)) for seed in (1, 1, 2, 3)]
+        values = [self._once(at, seed) for seed in (1, 1, 2, 3)]
         spread = max(values) - min(values)
         self.by_chance = not uses_sample and spread > 1e-6 * (1 + max(map(abs, values)))
         self.error = 0.0  # standard error of a value, where chance is left in it
         self._factor = self._chance_factor(at) if self.by_chance else 1.0
 
-    def _raw(
-        self,
-        mean: Tensor,
-        second: Tensor,
-        z: Tensor | None,
-        *,
-        latent: Sequence[int] | None = None,
-    ) -> Tensor:
-        n, dtype = len(mean), self.sandbox.dtype
-        latent = self.latent if latent is None else latent
-        same = latent != self.latent and self.second == self.latent
-        given = [self.sandbox.to_input(mean).reshape(n, *latent).clone()]
-        given.append(
-            self.sandbox.to_input(second).reshape(n, *(latent if same else self.second)).clone()
-        )
-        if self.uses_sample and z is not None:
-            given.append(self.sandbox.to_input(z).reshape(n, *latent).clone())
-        value = self.sandbox.call("kl", self.kl, *given)
-        if isinstance(value, (tuple, list)) and value:
-            value = value[0]
-        if getattr(value, "dtype", None) in (torch.float32, np.float32) or dtype == torch.float32:
+    def _raw(self, *heads: Tensor) -> Tensor:
+        """What it returns for mean, second output and z, all of the latents or half of them."""
+        sandbox, s, given = self.sampler.sandbox, self.sampler, []
+        for t, shape in zip(heads, (s.latent, s.second, s.latent), strict=True):
+            shape = (*shape[:-1], -1) if shape else ()
+            given.append(sandbox.to_input(t).reshape(len(t), *shape).clone())
+        value = first(sandbox.call("kl", self.kl, *given[: 2 + self.uses_sample]))
+        single = (torch.float32, np.float32)
+        if getattr(value, "dtype", None) in single or sandbox.dtype == torch.float32:
             self.rounding = 1e-4
-        return self.sandbox.as_tensor("kl", value)
+        return sandbox.as_tensor("kl", value)
+
+    def _total(self, row: tuple[Tensor, ...], rows: int, seed: int = 0) -> float:
+        """The sum of what it returns for identical rows."""
+        self.sampler.sandbox.reseed(seed)
+        return float(self._raw(*(t.expand(rows, -1) for t in row)).sum())
 
     def _kind(self, at: tuple[Tensor, Tensor, Tensor]) -> str:
-        n = self.copies if self.copies > 1 else (5 if self.d != 5 else 7)
+        d = self.sampler.d
+        n = self.copies if self.copies > 1 else (5 if d != 5 else 7)
         try:
             value = self._raw(*(t.expand(n, -1) for t in at))
         except AuditError:
@@ -146,78 +135,57 @@ class Divergence:
             return "scalar"
         if value.numel() == n and n in value.shape:
             return "per example"
-        if value.numel() == n * self.d:
+        if value.numel() == n * d:
             return "per dimension"
-        if value.numel() == self.d:
+        if value.numel() == d:
             return "per dimension, reduced over the batch"
-        if value.ndim and value.shape[0] == n and self.d % (value.numel() // n) == 0:
+        if value.ndim and value.shape[0] == n and d % (value.numel() // n) == 0:
             return "per group of dimensions"
         raise AuditError(
-            f"kl: given {n} examples of {self.d} latents, expected a scalar, one number per "
-            f"example or one per dimension; got shape {tuple(value.shape)}"
+            f"kl: given {n} examples of {d} latents, expected a scalar, one number per example or "
+            f"one per dimension; got shape {tuple(value.shape)}"
         )
 
-    def _once(self, mean: Tensor, second: Tensor, z: Tensor | None, seed: int = 0) -> Tensor:
-        self.sandbox.reseed(seed)
-        rows = self.copies
-        given = [None if t is None else t.expand(rows, -1) for t in (mean, second, z)]
-        value = self._raw(given[0], given[1], given[2]).sum()  # pyright: ignore
-        return value / rows if self.kind not in ("scalar",) else value
+    def _once(self, row: tuple[Tensor, ...], seed: int = 0) -> float:
+        return self._total(row, self.copies, seed) / (1 if self.kind == "scalar" else self.copies)
 
     def _chance_factor(self, at: tuple[Tensor, Tensor, Tensor]) -> float:
         """The value of a call with many rows over that of the average row."""
         if self.kind != "scalar":
             return float(CHANCE_ROWS)
-        many = self._many(*at)[0]
-        few = sum(float(self._once(*at, seed)) for seed in range(200)) / 200
+        many = self._many(at)[0]
+        few = sum(self._once(at, seed) for seed in range(200)) / 200
         ratio = abs(many / few) if few else 1.0
         return float(CHANCE_ROWS) if ratio > math.sqrt(CHANCE_ROWS) else 1.0
 
-    def _many(self, mean: Tensor, second: Tensor, z: Tensor | None) -> tuple[float, float]:
-        values = []
-        for seed in range(CHANCE_SEEDS):
-            self.sandbox.reseed(seed)
-            rows = [t if t is None else t.expand(CHANCE_ROWS, -1) for t in (mean, second, z)]
-            values.append(float(self._raw(rows[0], rows[1], rows[2]).sum()))  # pyright: ignore
-        both = torch.tensor(values)
-        return float(both.mean()), float(both.std() / math.sqrt(CHANCE_SEEDS))
+    def _many(self, row: tuple[Tensor, ...]) -> tuple[float, float]:
+        """The average of calls with many rows, and its standard error."""
+        values = [self._total(row, CHANCE_ROWS, seed) for seed in range(CHANCE_SEEDS)]
+        return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(CHANCE_SEEDS))
 
     def values(self, mean: Tensor, second: Tensor, loc: Tensor, sigma: Tensor) -> Tensor:
         """F at points (P,): heads mean (P, D) and second (P, E), sampled loc and sigma (P, D)."""
         if self.by_chance:
-            fits = [
-                [v / self._factor for v in self._many(mean[i], second[i], None)]
-                for i in range(len(mean))
-            ]
-            self.error = max(error for _, error in fits) * 3
-            return torch.tensor([value for value, _ in fits])
+            fits = [self._many(row) for row in zip(mean, second, loc, strict=True)]
+            self.error = max(error for _, error in fits) * 3 / self._factor
+            return torch.tensor([value / self._factor for value, _ in fits], dtype=torch.float64)
         if not self.uses_sample:
-            return self._rows(mean, second, None)
+            return self.at_draws(mean, second, loc)
         nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
-        total = torch.zeros(len(mean))
-        for node, weight in zip(nodes, weights / weights.sum(), strict=True):
-            z = loc + sigma * float(node)
-            total += float(weight) * self._rows(mean, second, z)
-        return total
+        values = [self.at_draws(mean, second, loc + sigma * float(node)) for node in nodes]
+        return torch.from_numpy(weights / weights.sum()) @ torch.stack(values)
 
-    def at_draws(self, mean: Tensor, second: Tensor, z: Tensor) -> Tensor:
-        """F at given draws (P,)."""
-        return self._rows(mean, second, z)
-
-    def _rows(self, mean: Tensor, second: Tensor, z: Tensor | None) -> Tensor:
-        """F of each row: by one call, if it gives the same as a call for each."""
-        n = len(mean)
-
-        def one_row(i: int) -> Tensor:
-            return self._once(mean[i], second[i], None if z is None else z[i])
-
+    def at_draws(self, *heads: Tensor) -> Tensor:
+        """F of each row of mean, second and z, by one call if that gives the same as many."""
+        n = len(heads[0])
+        rows = list(zip(*heads, strict=True))
         if self.kind in ("per example", "per dimension") and self.copies == 1 and n > 4:
-            value = self._raw(mean, second, z).reshape(n, -1).sum(1)
-            rows = [0, n // 2, n - 1]
-            single = torch.stack([one_row(i) for i in rows])
-            if torch.allclose(value[rows], single, 1e-4, 1e-6, equal_nan=True):
+            value = self._raw(*heads).reshape(n, -1).sum(1)
+            some = [0, n // 2, n - 1]
+            single = torch.tensor([self._once(rows[i]) for i in some], dtype=torch.float64)
+            if torch.allclose(value[some], single, 1e-4, 1e-6, equal_nan=True):
                 return value
-        return torch.stack([one_row(i) for i in range(n)])
+        return torch.tensor([self._once(row) for row in rows], dtype=torch.float64)
 
     def growth(self, mean: Tensor, second: Tensor, z: Tensor) -> dict[int, float] | None:
         """F of identical examples over that of one, by their number; None if it is unreduced.
@@ -228,98 +196,46 @@ class Divergence:
         if self.kind != "scalar" or self.copies > 1 or self.by_chance:
             return None
 
-        def total(n: int) -> float:
-            values = []
-            for m in (mean + 1, 0.5 * mean):
-                self.sandbox.reseed(0)
-                values.append(self._raw(*(t.expand(n, -1) for t in (m, second, z + m - mean))))
-            return float(values[0].sum() - values[1].sum())
+        def step(n: int) -> float:
+            large = self._total((mean + 1, second, z + 1), n)
+            return large - self._total((0.5 * mean, second, z - 0.5 * mean), n)
 
-        one = total(1)
-        return {n: total(n) / one for n in (2, 4, 8)} if one else None
+        one = step(1)
+        return {n: step(n) / one for n in (2, 4, 8)} if one else None
 
     def by_latents(self, mean: Tensor, second: Tensor, z: Tensor) -> float | None:
         """F of half of the latents over that of all; None if it is unknown.
 
         A sum gives one half, a mean 1.
         """
-        if not self.latent:
+        s = self.sampler
+        if not s.latent or s.latent[-1] % 2 or s.second != s.latent or self.copies > 1:
             return None
-        *front, last = self.latent
-        if last < 2 or last % 2 or self.second != self.latent or self.copies > 1:
+
+        def total(d: int, shift: float) -> float:
+            row = (mean + shift, second, z + shift)
+            return self._total(tuple(t[:1].expand(d) for t in row), 1)
+
+        try:
+            half, whole = (total(d, 1.0) - total(d, 0.0) for d in (s.d // 2, s.d))
+        except AuditError:
             return None
-        latent = (*front, last // 2)
-        differences = []
-        for d, shape in ((self.d // 2, latent), (self.d, None)):
-            values = []
-            for step in (1.0, 0.0):
-                row = [t[:1].expand(1, d) for t in (mean + step, second, z + step)]
-                try:
-                    values.append(float(self._raw(*row, latent=shape).sum()))
-                except AuditError:
-                    return None
-            differences.append(values[0] - values[1])
-        return differences[0] / differences[1] if differences[1] else None
+        return half / whole if whole else None
 
 
-# --- the KL that F was written for -------------------------------------------------------------
-
-
-def read(
-    f: Tensor,
-    mean: Tensor,
-    second: Tensor,
-    loc: Tensor,
-    sigma: Tensor,
-    prior: tuple[Tensor, Tensor],
-    uses_sample: bool,
-    tolerance: float,
-) -> list[tuple[str, Regression]]:
-    """The readings of the second tensor that explain F (P,), best first.
-
-    `uses_sample` says that F is an average over draws, and so depends on what is sampled: `loc`
-    and `sigma`, as the heads (P, D).
-    """
-    fits = []
-    for name, g in READINGS.items():
-        s = g(second)
-        if not bool((s.isfinite() & (s > 0)).all()):
-            continue
-        if uses_sample:
-            cross = ((sigma**2 + (loc - mean) ** 2) / (2 * s**2) + s.log()).sum(-1)
-            from_prior = ((sigma**2 + (loc - prior[0]) ** 2) / (2 * prior[1] ** 2)).sum(-1)
-            t = from_prior - cross + prior[1].log().sum()
-        else:
-            t = gaussian_kl(mean, s, prior)
-        fit = regress(f, t)
-        if name == "unit variance" and abs(fit.intercept) > 1e-3:
-            continue  # rather a KL without one of its terms
-        if fit.residual <= tolerance:
-            fits.append((name, fit))
-    return sorted(fits, key=lambda entry: (abs(entry[1].slope - 1) > 1e-3, entry[1].residual))
-
-
-Terms = dict[str, Callable[[Tensor], Tensor]]
-
-_SQUARES: Terms = {
+_TERMS: dict[str, Callable[[Tensor], Tensor]] = {
     "exp(b)": torch.exp,
     "exp(2b)": lambda b: (2 * b).exp(),
     "exp(b/2)": lambda b: (b / 2).exp(),
     "b^2": lambda b: b**2,
-    "b": lambda b: b,
     "exp(-b)": lambda b: (-b).exp(),
     "exp(4b)": lambda b: (4 * b).exp(),
     "b^4": lambda b: b**4,
     "softplus(b)^2": lambda b: F.softplus(b) ** 2,
     "softplus(b)": F.softplus,
-}
-_LOGARITHMS: Terms = {
     "b": lambda b: b,
     "log|b|": lambda b: b.abs().log(),
-    "b^2": lambda b: b**2,
     "log softplus(b)": lambda b: F.softplus(b).log(),
-    "exp(b)": torch.exp,
-    "nothing": torch.zeros_like,
 }
 
 
@@ -337,28 +253,21 @@ def formula(f: Tensor, mean: Tensor, second: Tensor) -> str | None:
         '0.5 m^2 + 0.5 exp(b) - 0.5 b - 0.5'
     """
     reach = float((f - f.mean()).abs().max())
-    for square, s in _SQUARES.items():
-        for logarithm, g in _LOGARITHMS.items():
-            if square == logarithm:
-                continue
-            names = ["m^2", "m", square, logarithm, ""]
-            columns = [mean**2, mean, s(second), g(second), torch.ones_like(mean)]
-            design = torch.stack(columns, 1)
-            if not bool(design.isfinite().all()):
-                continue
-            size = design.abs().amax(0).clamp(min=1e-300)
-            solved = torch.linalg.lstsq(
-                design / size, f[:, None], driver="gelsd", rcond=1e-12
-            ).solution[:, 0]
-            if float((design / size @ solved - f).abs().max()) > 1e-6 * reach:
-                continue
-            terms = ""
-            for name, c in zip(names, (solved / size).tolist(), strict=True):
-                if abs(c) < 1e-6 or name == "nothing":
-                    continue
-                sign = "-" if c < 0 else "+"
+    columns = {name: term(second) for name, term in _TERMS.items()}
+    finite = [name for name, column in columns.items() if bool(column.isfinite().all())]
+    for pair in itertools.combinations(finite, 2):
+        names = ["m^2", "m", *pair, ""]
+        given = [mean**2, mean, *(columns[name] for name in pair), torch.ones_like(mean)]
+        design = torch.stack(given, 1)
+        size = design.abs().amax(0).clamp(min=1e-300)
+        solved = torch.linalg.lstsq(design / size, f[:, None], driver="gelsd", rcond=1e-12)
+        weights = solved.solution[:, 0]
+        if float((design / size @ weights - f).abs().max()) > 1e-6 * reach:
+            continue
+        terms = ""
+        for name, c in zip(names, (weights / size).tolist(), strict=True):
+            if abs(c) >= 1e-6:
                 number = "" if abs(abs(c) - 1) < 1e-6 and name else f"{abs(c):.4g}"
-                terms += f" {sign} " + " ".join(w for w in (number, name) if w)
-            terms = terms.strip()
-            return terms[2:] if terms.startswith("+ ") else terms
+                terms += f" {'-' if c < 0 else '+'} " + " ".join(filter(None, (number, name)))
+        return terms.strip().removeprefix("+ ")
     return None

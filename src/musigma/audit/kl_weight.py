@@ -1,22 +1,28 @@
-"""The terms of the loss against each other: the weight of the KL."""
+r"""The terms of the loss against each other: the weight of the KL.
+
+A reconstruction term R is compared with the terms of single elements of the data: a sum gives
+rho = R / sum of single terms = 1, a mean over N elements 1 / N. The KL is compared with the true
+one: kappa = KL / T. The weight of the KL in the loss is kappa / rho. It may be any constant, but
+must not depend on the size of batch, latent or data.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from musigma.audit.findings import AuditError
-from musigma.audit.heads import encoded
-from musigma.audit.reduction import Reconstruction, combination
-from musigma.audit.sandbox import TooSlowError, first
+from musigma.audit.sandbox import Sandbox, first, first_form
 from musigma.audit.vae_state import VAEAudit
 
 __all__ = ["check_kl_weight"]
 
-Weights = dict[int, tuple[float, float]]
-"""By the size of a batch: a and b of loss = a recon + b KL."""
+ELEMENTS = 1024  # the most that are called one by one
 
 
 def check_kl_weight(audit: VAEAudit) -> None:
@@ -33,48 +39,136 @@ def check_kl_weight(audit: VAEAudit) -> None:
                 "check what it takes the logarithm of",
             )
             return
-    weights: Weights = {}
-    needed = ("sample", "kl", "recon", "decode")
-    if audit.has("loss", *needed):
-        for batch in (audit.example, torch.cat([audit.example, audit.example])):
-            pair = _loss_weights(audit, batch)
-            if pair is None:
-                break
-            weights[len(batch)] = pair
-    elif audit.has("loss"):
-        missing = [name for name in needed if not audit.has(name)]
-        audit.unchecked.append(f"the loss: without {', '.join(missing)}")
+    weights = _loss_weights(audit) if audit.has("loss") else {}
     if reconstruction is not None and audit.has("kl") and audit.kl_fits:
         _check_balance(audit, reconstruction, weights)
     elif audit.has("recon"):
         audit.unchecked.append("the weight of the KL: the KL itself is wrong or unknown")
 
 
+# --- the reconstruction -------------------------------------------------------------------------
+
+
+class Reconstruction:
+    """A code's reconstruction term, and its reduction over examples and elements.
+
+    Raises:
+        AuditError: If it raises for the given examples and reconstructions.
+    """
+
+    def __init__(self, sandbox: Sandbox, recon: Callable[..., Any], x: Tensor, x_hat: Tensor):
+        self.sandbox, self.recon = sandbox, recon
+        self.x, self.x_hat = x, x_hat
+        n = len(x)
+        value = self._raw(x, x_hat)
+        per_example = value.shape[:1] == (n,) and value.numel() == n
+        scalar = value.numel() == 1
+        self.kind = "scalar" if scalar else "per example" if per_example else "per element"
+        self.finite = bool(value.isfinite().all())
+
+    def _raw(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        return self.sandbox.ask_first("recon", self.recon, x.clone(), x_hat.clone())
+
+    def _total(self, x: Tensor, x_hat: Tensor) -> float:
+        return float(self._raw(x, x_hat).sum())
+
+    def growth(self) -> dict[int, float] | None:
+        """R of identical examples over that of one, by their number; None if it is unreduced.
+
+        It is the change of R when x_hat moves towards the data.
+        """
+        if self.kind != "scalar":
+            return None
+
+        def step(n: int) -> float:
+            x, hat = (t[:1].expand(n, *t.shape[1:]) for t in (self.x, self.x_hat))
+            return self._total(x, hat) - self._total(x, _nearer(x, hat))
+
+        try:
+            one = step(1)
+            return {n: step(n) / one for n in (2, 4, 8)}
+        except (AuditError, ZeroDivisionError):
+            return None
+
+    def rho(self, halved: bool = False) -> float | None:
+        """R of one example over the sum of its single terms; None if it is unknown.
+
+        Args:
+            halved: For half of the data's last axis.
+        """
+        x, x_hat = self.x[:1], self.x_hat[:1]
+        if halved:
+            if x.ndim < 2 or x.shape[-1] < 2:
+                return None
+            x, x_hat = (t[..., : t.shape[-1] // 2] for t in (x, x_hat))
+            if x.numel() != x_hat.numel():
+                return None
+        hats = x_hat, _nearer(x, x_hat)
+        try:
+            if x.numel() > ELEMENTS:
+                raise AuditError("recon: too many elements")
+            a, b = (self._rho(x, hat) for hat in hats)
+        except AuditError:
+            return None if halved else self._rho_by_form(x, *hats)
+        # If the two differ, it is no sum over elements.
+        return a if a and b and abs(a - b) <= 1e-3 * abs(a) else None
+
+    def _rho(self, x: Tensor, x_hat: Tensor) -> float | None:
+        whole = self._total(x, x_hat)
+        one, its_one = (1,) * x.ndim, (1,) * x_hat.ndim
+        elements = zip(x.flatten(), x_hat.flatten(), strict=True)
+        pieces = sum(self._total(v.reshape(one), hat.reshape(its_one)) for v, hat in elements)
+        return whole / pieces if math.isfinite(pieces) and abs(pieces) >= 1e-12 else None
+
+    def _rho_by_form(self, x: Tensor, *hats: Tensor) -> float | None:
+        """Rho by comparison with squared and absolute error and cross-entropy."""
+        a, b = (self._total(x, hat) for hat in hats)
+        for first_hat, second_hat in zip(*(_errors(x, hat) for hat in hats), strict=False):
+            for scale in (1.0, 0.5):
+                for rho in (1.0, 1 / x.numel()):
+                    expected = rho * scale * (first_hat - second_hat)
+                    if expected and abs((a - b) / expected - 1) < 1e-5:
+                        return rho
+        return None
+
+
+def _nearer(x: Tensor, x_hat: Tensor) -> Tensor:
+    """A reconstruction a quarter of the way nearer to the data."""
+    return 0.75 * x_hat + 0.25 * x.reshape(x_hat.shape)
+
+
+def _errors(x: Tensor, x_hat: Tensor) -> list[float]:
+    """The usual reconstruction errors, as sums."""
+    x, y = x.flatten(), x_hat.flatten()
+    errors = [F.mse_loss(y, x, reduction="sum"), F.l1_loss(y, x, reduction="sum")]
+    if bool(((x >= 0) & (x <= 1)).all()):
+        errors.append(F.binary_cross_entropy_with_logits(y, x, reduction="sum"))
+        if bool(((y > 0) & (y < 1)).all()):
+            errors.append(F.binary_cross_entropy(y, x, reduction="sum"))
+    return [float(error) for error in errors]
+
+
 def _reconstruction(audit: VAEAudit, x_hat: Tensor) -> Reconstruction | None:
     """The term at an x_hat in a shape that it takes; None if there is none, without `decode`."""
     x, recon = audit.example, audit.functions["recon"]
-    reason: AuditError | None = None
-    for shape in dict.fromkeys((x_hat.shape, x.shape, x_hat.flatten(1).shape)):
-        if math.prod(shape) == x_hat.numel():
-            try:
-                return Reconstruction(audit.sandbox, recon, x, x_hat.reshape(shape))
-            except TooSlowError:
-                raise
-            except AuditError as error:
-                reason = reason or error
-    if audit.has("decode") and reason is not None:
-        raise reason
-    audit.unchecked.append(f"recon: without `decode`, no input that it takes was found ({reason})")
-    return None
+    shapes = dict.fromkeys((x_hat.shape, x.shape, x_hat.flatten(1).shape))
+    forms = [(x_hat.reshape(shape),) for shape in shapes if math.prod(shape) == x_hat.numel()]
+    try:
+        return first_form(forms, lambda hat: Reconstruction(audit.sandbox, recon, x, hat))[1]
+    except AuditError as error:
+        if audit.has("decode"):
+            raise
+        audit.unchecked.append(
+            f"recon: without `decode`, no input that it takes was found ({error})"
+        )
+        return None
 
 
 def _x_hat(audit: VAEAudit) -> Tensor:
     """A tensor of the data's shape and range to compare the data with."""
     sandbox, x = audit.sandbox, audit.example
     if audit.has("decode"):
-        mean, _ = encoded(audit)
-        decode = audit.functions["decode"]
-        x_hat = sandbox.to_input(sandbox.ask_first("decode", decode, sandbox.to_input(mean)))
+        x_hat = sandbox.to_input(audit.ask("decode", sandbox.to_input(audit.encoded()[0])))
         if x_hat.numel() == x.numel():
             return x_hat
         audit.unchecked.append(
@@ -87,38 +181,52 @@ def _x_hat(audit: VAEAudit) -> Tensor:
     return 0.1 + 0.8 * u if low >= 0 and high <= 1 else low + (high - low) * u
 
 
-def _loss_weights(audit: VAEAudit, x: Tensor) -> tuple[float, float] | None:
+# --- the loss -----------------------------------------------------------------------------------
+
+
+def _loss_weights(audit: VAEAudit) -> dict[int, tuple[float, float]]:
+    """a and b of loss = a recon + b KL, by the size of a batch: that of the example and twice."""
+    needed = ("sample", "kl", "recon", "decode")
+    if missing := [name for name in needed if not audit.has(name)]:
+        audit.unchecked.append(f"the loss: without {', '.join(missing)}")
+        return {}
+    weights = {}
+    for batch in (audit.example, torch.cat([audit.example, audit.example])):
+        try:
+            a, b = weights[len(batch)] = _combination(audit, batch)
+        except AuditError as error:
+            audit.unchecked.append(f"the loss against its terms: {error}")
+            break
+        audit.details["loss"] = {"recon_weight": a, "kl_weight": b, "beta": b / a if a else None}
+        audit.checked.append(f"loss = {a:.5g} recon + {b:.5g} KL")
+        if a and b / a < 0 and audit.kl_slope > 0:
+            audit.bug(
+                "kl_scale",
+                f"the loss rewards the KL: its weight is {b / a:.4g}",
+                "add the KL to the reconstruction error",
+                beta=b / a,
+            )
+    return weights
+
+
+def _combination(audit: VAEAudit, x: Tensor) -> tuple[float, float]:
     """a and b of loss = a recon + b KL, with the same noise in both, over several batches."""
-    what = "the loss against its terms"
-    try:
-        losses, recons, kls = torch.tensor(
-            [_terms(audit, x, seed) for seed in range(8)], dtype=torch.float64
-        ).T
-    except AuditError as error:
-        audit.unchecked.append(f"{what}: {error}")
-        return None
-    if float(losses.std()) < 1e-12:
-        audit.unchecked.append(f"{what}: it does not vary")
-        return None
-    tolerance = 1e-4 if audit.sandbox.dtype == torch.float64 else 1e-2
-    pair = combination(losses, recons, kls, tolerance)
-    if pair is None:
-        audit.unchecked.append(f"{what}: it has other terms, or other draws")
-        return None
-    a, b = pair
-    audit.details["loss"] = {"recon_weight": a, "kl_weight": b, "beta": b / a if a else None}
-    audit.checked.append(f"loss = {a:.5g} recon + {b:.5g} KL")
-    if a and b / a < 0 and audit.kl_slope > 0:
-        audit.bug(
-            "kl_scale",
-            f"the loss rewards the KL: its weight is {b / a:.4g}",
-            "add the KL to the reconstruction error",
-            beta=b / a,
-        )
-    return pair
+    terms = torch.tensor([_terms(audit, x, seed) for seed in range(8)], dtype=torch.float64)
+    losses, design = terms[:, 0], terms[:, 1:]
+    spread = float(losses.std())
+    if spread < 1e-12:
+        raise AuditError("it does not vary")
+    size = design.abs().amax(0)
+    if bool((size > 0).all()) and bool(losses.isfinite().all()):
+        solved = torch.linalg.lstsq(design / size, losses[:, None], driver="gelsd").solution
+        weights = solved[:, 0] / size
+        tolerance = 1e-4 if audit.sandbox.dtype == torch.float64 else 1e-2
+        if float((design @ weights - losses).abs().max()) <= tolerance * spread:
+            return float(weights[0]), float(weights[1])
+    raise AuditError("it has other terms, or other draws")
 
 
-def _terms(audit: VAEAudit, x: Tensor, seed: int) -> tuple[float, float, float]:
+def _terms(audit: VAEAudit, x: Tensor, seed: int) -> list[float]:
     """Loss, reconstruction and KL of a batch drawn from x."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     batch = x[order.to(x.device)]
@@ -129,20 +237,19 @@ def _terms(audit: VAEAudit, x: Tensor, seed: int) -> tuple[float, float, float]:
     if isinstance(loss, dict):
         loss = loss.get("loss", next(iter(loss.values())))
     audit.sandbox.reseed(seed)
-    heads = audit.call("encode", batch.clone())
-    heads = tuple(heads)[:2] if isinstance(heads, (tuple, list)) else (heads,)
+    heads = [audit.sandbox.to_input(head) for head in audit.encoded(batch)]
     z = first(audit.call("sample", *(head.clone() for head in heads)))
     kl = audit.call("kl", *heads, *([z] if audit.kl_uses_sample else []))
     x_hat = first(audit.call("decode", z))
-    try:
-        recon = audit.call("recon", batch.clone(), x_hat)
-    except AuditError:
-        recon = audit.call("recon", batch.clone(), x_hat.reshape(batch.shape))
-    loss, recon, kl = (
-        float(audit.sandbox.as_tensor(name, first(value)).sum())
-        for name, value in (("loss", loss), ("recon", recon), ("kl", kl))
-    )
-    return loss, recon, kl
+    forms = [(x_hat,)]
+    if x_hat.numel() == batch.numel():
+        forms.append((x_hat.reshape(batch.shape),))
+    _, recon = first_form(forms, lambda hat: audit.call("recon", batch.clone(), hat))
+    named = (("loss", loss), ("recon", recon), ("kl", kl))
+    return [float(audit.sandbox.as_tensor(name, first(value)).sum()) for name, value in named]
+
+
+# --- the balance --------------------------------------------------------------------------------
 
 
 def _power(growth: dict[int, float] | None) -> float:
@@ -150,16 +257,18 @@ def _power(growth: dict[int, float] | None) -> float:
     return math.log(max(growth[8], 1e-12)) / math.log(8) if growth else 1.0
 
 
-def _check_balance(audit: VAEAudit, reconstruction: Reconstruction, weights: Weights) -> None:
+def _check_balance(
+    audit: VAEAudit, reconstruction: Reconstruction, weights: dict[int, tuple[float, float]]
+) -> None:
     """Whether the weight of the KL stays the same when batch, latent or data change their size."""
     same_reduction = "reduce both over the batch alike: sum over an example, then take the mean"
     kl_grows, recon_grows = audit.kl_growth, reconstruction.growth()
     power = _power(kl_grows) - _power(recon_grows)
+    rho, size = reconstruction.rho(), len(audit.example)
     alike = True
     if kl_grows and recon_grows and not weights:
         alike = all(abs(kl_grows[n] / recon_grows[n] - 1) <= 1e-3 for n in kl_grows)
     if kl_grows and recon_grows and not alike:
-        rho, size = reconstruction.rho(), len(audit.example)
         here = audit.kl_slope / rho * size**power if rho else math.nan
         audit.find(  # a weight of 1 here: the code was written for batches of this size
             "reduction_imbalance",
@@ -174,15 +283,13 @@ def _check_balance(audit: VAEAudit, reconstruction: Reconstruction, weights: Wei
     if audit.details.get("kl_returns") == "per dimension" or reconstruction.kind == "per element":
         audit.unchecked.append("the weight of the KL: a term is not reduced over an example")
         return
-    rho = reconstruction.rho()
     if rho is None:
         audit.unchecked.append("the weight of the KL: the reconstruction is no sum of elements")
         return
     betas = [
         audit.kl_slope / rho * size**power * b / a for size, (a, b) in weights.items() if a
     ] or [audit.kl_slope / rho]
-    beta = betas[0]
-    audit.details["beta"] = beta
+    beta = audit.details["beta"] = betas[0]
     if abs(betas[-1] / beta - 1) > 1e-2:
         audit.bug(
             "reduction_imbalance",
@@ -193,15 +300,15 @@ def _check_balance(audit: VAEAudit, reconstruction: Reconstruction, weights: Wei
             beta_of_twice_the_batch=betas[-1],
         )
         return
-    n, d = math.prod(audit.example.shape[1:]), audit.sampler.d
     if abs(beta - 1) < 1e-2:
         audit.findings.pop("kl_scale", None)  # the reduction explains it
         audit.checked.append("the weight of the KL is 1, over whole examples")
         return
+    n, d = math.prod(audit.example.shape[1:]), audit.latents or 1
     half, kl_half = reconstruction.rho(halved=True), audit.kl_halved
-    data_mean = abs(half / rho - 1) > 1e-2 if half is not None else abs(rho * n - 1) < 1e-3
+    data_mean = abs(rho * n - 1) < 1e-3 if half is None else abs(half / rho - 1) > 1e-2
     latent_mean = (
-        abs(kl_half - 1) < 1e-2 if kl_half is not None else abs(audit.kl_slope * d - 1) < 1e-3
+        abs(audit.kl_slope * d - 1) < 1e-3 if kl_half is None else abs(kl_half - 1) < 1e-2
     )
     means = {}
     if data_mean and (half is not None or n > 1):

@@ -12,22 +12,25 @@ draws; where it cannot be seeded, every number is an average.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from musigma.audit.findings import AuditError
-from musigma.audit.sandbox import Sandbox, TooSlowError
+from musigma.audit.sandbox import Sandbox, first_form
 
-__all__ = ["Sampler"]
+__all__ = ["Packing", "Sampler", "arguments", "find_packing"]
 
 REPEATS = 6  # draws at each point, where the noise is known
 MANY = 6000  # draws where it is not
 SEED = 1000
+
+Noise = Callable[[int, int], Tensor]
 
 
 class Sampler:
@@ -51,17 +54,17 @@ class Sampler:
         self.sandbox, self.sample = sandbox, sample
         self.latent, self.second = tuple(latent), tuple(second)
         self.d, self.e = math.prod(self.latent), math.prod(self.second)
+        self.is_matrix = self.e not in (1, self.d)
         self.reference = torch.ones(self.e) if reference is None else reference
-        self.rows: int | None = None
-        self.still = False  # it draws nothing
         self.scale_error = 0.0  # relative, common to every sigma, where noise is standardised
-        self.notes: list[str] = []
+        self.notes: dict[str, None] = {}
         self.mode: Literal["known", "relative", "frozen", "moments"] = "moments"
+        self.still = False  # it draws nothing
         self.stream = ""  # source of the noise, if known
         self.rounding = 1e-9
-        self._noise: Callable[[int, int], Tensor] | None = None
-        self._fit_rows(example_rows)
-        self._find_noise()
+        forms = [(rows,) for rows in dict.fromkeys((None, example_rows, 1))]
+        self.rows = first_form(forms, self._takes, blame=1)[1]  # of a call; None for any
+        self.noise = self._find_noise()
 
     # -- calling
 
@@ -69,17 +72,23 @@ class Sampler:
         """One draw for each row, (n, D), after seeding if a seed is given."""
         if seed is not None:
             self.sandbox.reseed(seed)
-        n, rows = len(mean), self.rows
+        rows = self.rows
         if rows is None:
             return self._call(mean, second)
-        short = -n % rows
-        if short:
-            mean = torch.cat([mean, mean[-1:].expand(short, -1)])
-            second = torch.cat([second, second[-1:].expand(short, -1)])
-        parts = [
-            self._call(mean[i : i + rows], second[i : i + rows]) for i in range(0, n + short, rows)
-        ]
-        return torch.cat(parts)[:n]
+        n = len(mean)
+        at = torch.arange(n + -n % rows).clamp(max=n - 1)  # the last row fills the last call
+        return torch.cat([self._call(mean[i], second[i]) for i in at.split(rows)])[:n]
+
+    def reference_draw(self, n: int, seed: int) -> Tensor:
+        """A draw at mean 0 and the reference scale, (n, D)."""
+        return self.draw(torch.zeros(n, self.d), self.reference.expand(n, -1), seed)
+
+    def _takes(self, rows: int | None) -> int | None:
+        """The number of rows, if a call takes it."""
+        self.rows = rows
+        for n in (7, 3) if rows is None else (rows,):
+            self.reference_draw(n, SEED)
+        return rows
 
     def _call(self, mean: Tensor, second: Tensor) -> Tensor:
         n = len(mean)
@@ -89,17 +98,15 @@ class Sampler:
         z = self.sandbox.call("sample", self.sample, *inputs)
         if isinstance(z, (tuple, list)):
             z = next((t for t in z if getattr(t, "shape", None) == m.shape), z[0] if z else z)
-        value = self.sandbox.as_tensor("sample", z)
-        if getattr(z, "dtype", None) in (torch.float32, np.float32) or m.dtype == torch.float32:
+        value, dtype = self.sandbox.as_tensor("sample", z), getattr(z, "dtype", None)
+        if dtype in (torch.float32, np.float32) or m.dtype == torch.float32:
             self.rounding = max(self.rounding, 2e-5)
-        elif getattr(z, "dtype", None) in (torch.float16, torch.bfloat16):
+        elif dtype in (torch.float16, torch.bfloat16):
             self.rounding = max(self.rounding, 2e-2)
-        if value.shape != m.shape and value.ndim == m.ndim + 1 and value.shape[1:] == m.shape:
+        if value.ndim == m.ndim + 1 and value.shape[1:] == m.shape:
             self._note("sample returns several draws for each example; the first was used")
             value = value[0]
-        if value.shape != m.shape and value.numel() == m.numel():
-            value = value.reshape(m.shape)
-        if value.shape != m.shape:
+        if value.numel() != m.numel():
             raise AuditError(
                 f"sample: given mean {tuple(m.shape)} and second {tuple(b.shape)}, expected z of "
                 f"shape {tuple(m.shape)}; got {tuple(value.shape)}"
@@ -109,60 +116,38 @@ class Sampler:
         return value.reshape(n, -1)
 
     def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-
-    def _fit_rows(self, example_rows: int | None) -> None:
-        """Find the number of rows that a call takes; None for any."""
-        reasons = []
-        for rows in dict.fromkeys((None, example_rows, 1)):
-            self.rows = rows
-            try:
-                for n in (7, 3) if rows is None else (rows,):
-                    self.reference_draw(n, SEED)
-                return
-            except TooSlowError:
-                raise
-            except AuditError as error:
-                reasons.append(error)
-        raise reasons[min(1, len(reasons) - 1)]
+        self.notes[text] = None
 
     # -- the noise
 
-    def reference_draw(self, n: int, seed: int) -> Tensor:
-        """A draw at mean 0 and the reference scale, (n, D)."""
-        return self.draw(torch.zeros(n, self.d), self.reference.expand(n, -1), seed)
+    def _find_noise(self) -> Noise | None:
+        """The noise e (n, D) of a call with n rows and a seed; None if it is unknown.
 
-    def _find_noise(self) -> None:
-        n = 8 if self.rows is None else self.rows
-        if self.e not in (1, self.d):
-            n = 2 * self.d + 8
+        It is standardised unless it is that of torch or NumPy.
+        """
+        n = 2 * self.d + 8 if self.is_matrix else self.rows or 8
         one, again, other = (self.reference_draw(n, seed) for seed in (SEED, SEED, SEED + 1))
-        if not bool(one.isfinite().all()):
-            return
-        if torch.equal(one, again):
-            self.mode = "frozen" if torch.equal(one, other) else "relative"
-            self.still = self.mode == "frozen" and bool(one.std() < 1e-12)
-        else:
-            return
-        if self.mode == "relative":
-            for name, make in self._streams():
-                if all(self._is(make(n, s), self.reference_draw(n, s)) for s in (SEED, SEED + 7)):
-                    self.mode, self.stream = "known", name
-                    self._noise = make
-                    return
-        big = self.reference_draw(self.many(), SEED + 2)
-        loc, scale, count = big.mean(), big.std(), big.numel()
-        if float(scale) < 1e-12:
-            return
-        if self.mode == "frozen":
+        if not bool(one.isfinite().all()) or not torch.equal(one, again):
+            return None
+        if torch.equal(one, other):
+            self.mode, self.still = "frozen", bool(one.std() < 1e-12)
             loc, scale, count = torch.zeros(()), one.square().mean().sqrt(), one.numel()
-        else:  # each latent may have a factor of its own
-            each = big.std(0)
+        else:
+            for name, make in self._streams():
+                noise = self._chunked(make)
+                if all(self._is(noise(n, s), self.reference_draw(n, s)) for s in (SEED, SEED + 7)):
+                    self.mode, self.stream = "known", name
+                    return noise
+            self.mode = "relative"
+            big = self.reference_draw(self.many(), SEED + 2)
+            loc, scale, count = big.mean(), big.std(), big.numel()
+            each = big.std(0)  # each latent may have a factor of its own
             if float(each.max() / each.min().clamp(min=1e-300)) > 1 + 20 / math.sqrt(len(big)):
                 loc, scale, count = big.mean(0), each, len(big)
-        self._noise = lambda n, seed: (self.reference_draw(n, seed) - loc) / scale
+        if float(scale.max()) < 1e-12:
+            return None
         self.scale_error = 6 / math.sqrt(2 * count)
+        return lambda n, seed: (self.reference_draw(n, seed) - loc) / scale
 
     def averaged(self, points: int) -> int:
         """Draws at each point, where every number is an average."""
@@ -173,54 +158,43 @@ class Sampler:
         rows = max(512, min(16384, 100_000 // self.d))
         return rows if self.rows is None else min(rows, 300 * self.rows)
 
-    def _streams(self):
+    def _streams(self) -> Iterator[tuple[str, Callable[[int], Tensor]]]:
         """The noise of torch and of NumPy that a sampler may draw for n rows after seeding."""
-
-        def chunked(make: Callable[[int], Tensor]) -> Callable[[int, int], Tensor]:
-            def noise(n: int, seed: int) -> Tensor:
-                self.sandbox.reseed(seed)
-                if self.rows is None:
-                    return make(n).double()
-                calls = -(-n // self.rows)
-                return torch.cat([make(self.rows).double() for _ in range(calls)])[:n]
-
-            return noise
-
-        for dtype in (torch.float64, torch.float32):
-            word = str(dtype).removeprefix("torch.")
-            yield f"torch, {word}", chunked(lambda n, t=dtype: torch.randn(n, self.d, dtype=t))
-        yield (
-            "NumPy",
-            chunked(lambda n: torch.from_numpy(np.random.standard_normal((n, self.d)))),
-        )
-        if len(self.latent) > 1 or self.d > 1:
-            for dtype in (torch.float64, torch.float32):
+        d = self.d
+        yield "NumPy", lambda n: torch.from_numpy(np.random.standard_normal((n, d)))
+        for t in (torch.float64, torch.float32):
+            yield (
+                f"torch, {str(t).removeprefix('torch.')}",
+                lambda n, t=t: torch.randn(n, d, dtype=t),
+            )
+            if d > 1:
                 yield (
                     "torch, one number for all dimensions",
-                    chunked(lambda n, t=dtype: torch.randn(n, 1, dtype=t).expand(n, self.d)),
+                    lambda n, t=t: torch.randn(n, 1, dtype=t).expand(n, d),
                 )
-        for dtype in (torch.float64, torch.float32):
             yield (
                 "torch, one row for all examples",
-                chunked(lambda n, t=dtype: torch.randn(self.d, dtype=t).expand(n, -1)),
+                lambda n, t=t: torch.randn(d, dtype=t).expand(n, -1),
             )
+
+    def _chunked(self, make: Callable[[int], Tensor]) -> Noise:
+        """Noise by as many calls as the sampler needs."""
+
+        def noise(n: int, seed: int) -> Tensor:
+            self.sandbox.reseed(seed)
+            rows = self.rows or n
+            return torch.cat([make(rows).double() for _ in range(-(-n // rows))])[:n]
+
+        return noise
 
     def _is(self, e: Tensor, z: Tensor) -> bool:
         """Whether z is a multiple of e plus a constant; for a matrix, linear in e."""
-        if self.e not in (1, self.d):
-            design = torch.cat([e, torch.ones(len(e), 1)], 1).double()
-            solved = torch.linalg.lstsq(design, z, driver="gelsd").solution
-            return bool((design @ solved - z).abs().max() <= 3e-6 * z.abs().max())
+        if self.is_matrix:
+            return _affine(e, z)[1] <= 3e-6 * float(z.abs().max())
         by_latent = len(e) >= 4 and bool((e.std(0) > 1e-6).all())
         slope, loc = _line(e, z) if by_latent else _line(e.flatten(), z.flatten())
         off = (z - loc - slope * e).abs()
-        return bool((off <= 3e-6 * slope.abs()).all()) and bool((slope.abs() > 0).all())
-
-    def noise(self, n: int, seed: int) -> Tensor:
-        """The noise e of a call with n rows, (n, D); standardised unless it is known."""
-        if self._noise is None:
-            raise AuditError("sample: its noise is unknown")
-        return self._noise(n, seed)
+        return bool((off <= 3e-6 * slope.abs()).all() and (slope != 0).all())
 
     # -- loc and sigma
 
@@ -231,12 +205,11 @@ class Sampler:
         straight line in e, relative to |m| + |sigma|.
         """
         points = len(mean)
-        if self.mode == "moments" or self._noise is None:
-            n = self.averaged(points)
+        if self.mode == "moments" or self.noise is None:
             at_once = 1 if self.rows is not None else 100
             calls = [
                 self.draw(mean.repeat(at_once, 1), second.repeat(at_once, 1), SEED + i)
-                for i in range(-(-n // at_once))
+                for i in range(-(-self.averaged(points) // at_once))
             ]
             many = torch.cat(calls).reshape(-1, points, self.d)
             return many.mean(0), many.std(0), torch.zeros(points, self.d)
@@ -251,19 +224,17 @@ class Sampler:
         return loc, sigma, off / (mean.abs() + sigma.abs() + 1e-300)
 
     def measure_full(self, mean: Tensor, second: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Location (P, D) and covariance factor (P, D, D) of z = loc + A e, and the misfit.
+        """Location (P, D) and covariance factor (P, D, D) of z = loc + A e, and its error.
 
         Where the noise is not known, the covariance is that of many draws.
         """
         points = len(mean)
-        if self.mode == "known":
+        if self.mode == "known" and self.noise is not None:
             seeds = range(SEED, SEED + self.d + 4)
             e = torch.stack([self.noise(points, seed) for seed in seeds], 1)
             z = torch.stack([self.draw(mean, second, seed) for seed in seeds], 1)
-            design = torch.cat([e, torch.ones(points, len(seeds), 1)], 2)
-            solved = torch.linalg.lstsq(design, z, driver="gelsd").solution
-            off = float((design @ solved - z).abs().max() / z.abs().max())
-            if off < 1e-5:
+            solved, off = _affine(e, z)
+            if off < 1e-5 * float(z.abs().max()):
                 return solved[:, -1], solved[:, :-1].transpose(1, 2), 0.0
         n = self.averaged(points)
         many = torch.stack([self.draw(mean, second, SEED + i) for i in range(n)])
@@ -278,3 +249,126 @@ def _line(e: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     spread = ((e - centre) ** 2).sum(0).clamp(min=1e-300)
     slope = ((e - centre) * (z - z.mean(0))).sum(0) / spread
     return slope, z.mean(0) - slope * centre
+
+
+def _affine(e: Tensor, z: Tensor) -> tuple[Tensor, float]:
+    """The matrix, and below it the constant, of z as an affine function of e; and the misfit."""
+    design = torch.cat([e, torch.ones_like(e[..., :1])], -1).double()
+    solved = torch.linalg.lstsq(design, z, driver="gelsd").solution
+    return solved, float((design @ solved - z).abs().max())
+
+
+# --- packed tensors -----------------------------------------------------------------------------
+
+MOVED = 96  # numbers that are moved, one at a time
+SEEDS = (3, 4, 5, 6)
+
+
+class Packing(NamedTuple):
+    """A layout of a packed tensor: flat positions (D,) of the means and of the scales.
+
+    `shape` and `latent` are the shapes of one packed example and of one z.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    latent: tuple[int, ...]
+    mean: Tensor
+    second: Tensor
+
+    def packed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """A callable of a packed tensor as one of mean, scale and its other arguments."""
+
+        def of_two(mean: Tensor, second: Tensor, *more: Any) -> Any:
+            n = len(mean)
+            packed = mean.new_empty(n, math.prod(self.shape))
+            packed[:, self.mean] = mean.reshape(n, -1)
+            packed[:, self.second] = second.reshape(n, -1)
+            return fn(packed.reshape(n, *self.shape), *more)
+
+        return of_two
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and scales (n, *latent) in a packed tensor (n, *shape)."""
+        mean, second = (packed.flatten(1)[:, at] for at in (self.mean, self.second))
+        return mean.reshape(-1, *self.latent), second.reshape(-1, *self.latent)
+
+
+def find_packing(sandbox: Sandbox, sample: Callable[..., Any], packed: Tensor) -> Packing:
+    """The layout of a tensor that a sampler takes, by what moving one number does to z.
+
+    At the same seed, moving a mean moves one z by as much, whatever the noise; moving a scale
+    moves one z by a multiple of its noise.
+
+    Raises:
+        AuditError: If z is not half as large, or no layout is found.
+    """
+    rows, shape = len(packed), tuple(packed.shape[1:])
+    n = math.prod(shape)
+
+    def draw(h: Tensor, seed: int) -> Tensor:
+        sandbox.reseed(seed)
+        packed = sandbox.to_input(h).reshape(-1, *shape).clone()
+        return sandbox.ask_first("sample", sample, packed)
+
+    def draws(h: Tensor) -> Tensor:
+        return torch.stack([draw(h, seed).reshape(rows, -1)[0] for seed in SEEDS])
+
+    base = torch.full((rows, n), 0.3, dtype=torch.float64)
+    latent = tuple(draw(base, 0).shape[1:])
+    if 2 * math.prod(latent) != n:
+        raise AuditError(
+            f"sample: given a packed tensor {tuple(packed.shape)}, expected z with half as many "
+            f"numbers; got shape {(rows, *latent)}"
+        )
+    positions = torch.linspace(0, n - 1, min(n, MOVED)).round().long().unique().tolist()
+    still = draws(base)
+    roles: dict[int, tuple[bool, int]] = {}  # by position: whether a mean, and of which z
+    for j in positions:
+        moved = base.clone()
+        moved[0, j] += 0.5
+        by = draws(moved) - still
+        touched = int(by.abs().amax(0).argmax())
+        move = by[:, touched]
+        constant = float((move - move.mean()).abs().max()) < 1e-3 * float(move.abs().max())
+        roles[j] = (constant, touched)
+    for name, mean, second in _layouts(shape):
+        where = {int(p): (True, i) for i, p in enumerate(mean)}
+        where |= {int(p): (False, i) for i, p in enumerate(second)}
+        if roles.items() <= where.items():
+            return Packing(name, shape, latent, mean, second)
+    if len(positions) == n and len(set(roles.values())) == n:
+        position = {role: j for j, role in roles.items()}
+        mean, second = (
+            torch.tensor([position[k, i] for i in range(n // 2)]) for k in (True, False)
+        )
+        return Packing("permuted", shape, latent, mean, second)
+    raise AuditError("sample: which numbers of the packed tensor are means is unknown")
+
+
+def _layouts(shape: tuple[int, ...]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Names of layouts, and the flat positions of means and scales."""
+    index = torch.arange(math.prod(shape)).reshape(shape)
+    for dim, size in enumerate(shape):
+        if size % 2:
+            continue
+        even = torch.arange(0, size, 2)
+        for name, (a, b) in (
+            ("halves", index.chunk(2, dim)),
+            ("interleaved", (index.index_select(dim, even), index.index_select(dim, even + 1))),
+        ):
+            name += "" if dim == 0 else f" of dimension {dim + 1}"
+            if dim == len(shape) - 1 > 0 and size == 2:
+                name = "per feature"
+            yield f"{name}, mean first", a.flatten(), b.flatten()
+            yield f"{name}, scale first", b.flatten(), a.flatten()
+
+
+def arguments(fn: Any) -> int | None:
+    """The number of positional arguments that a callable needs; None if unknown."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters)

@@ -227,22 +227,23 @@ class Sandbox:
 
 
 def first_form(
-    forms: Iterable[tuple[Any, ...]], attempt: Callable[..., Any]
+    forms: Iterable[tuple[Any, ...]], attempt: Callable[..., Any], *, blame: int = 0
 ) -> tuple[tuple[Any, ...], Any]:
     """The first arguments for which an attempt raises no `AuditError`, and what it returned.
 
-    If it raises for all, so does this: the first error that is not about the number of arguments.
+    If it raises for all, so does this: the first error, from that of form number `blame` on, that
+    is not about the number of arguments.
     """
-    reason: AuditError | None = None
+    reasons: list[AuditError] = []
     for form in forms:
         try:
             return form, attempt(*form)
         except TooSlowError:
             raise
         except AuditError as error:
-            if reason is None or "argument" in str(reason.__cause__):
-                reason = error
-    raise reason or AuditError("nothing was tried")
+            reasons.append(error)
+    told = [error for error in reasons[blame:] if "argument" not in str(error.__cause__)]
+    raise (told or reasons[-1:] or [AuditError("nothing was tried")])[0]
 
 
 @contextlib.contextmanager

@@ -14,92 +14,120 @@ measurement are never confused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["READINGS", "Curve", "name_curve"]
+__all__ = ["READINGS", "Curve", "Reading", "crossings", "interpolated", "name_curve"]
 
-NAN = math.nan
+Function = Callable[[Tensor], Tensor]
+
+
+class Reading(NamedTuple):
+    """What a number b may mean: its standard deviation, NaN where it has none.
+
+    `formula` is that function in words, `variance` and `log_variance` what a KL has for the two.
+    """
+
+    sigma: Function
+    formula: str
+    words: str = ""
+    variance: str = ""
+    log_variance: str = ""
 
 
 def _positive(t: Tensor) -> Tensor:
-    return torch.where(t > 0, t, NAN)
+    return torch.where(t > 0, t, math.nan)
 
 
-# Standard deviation as a function of b, by the reading's name; NaN where it has none.
-READINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "log_var": lambda b: (b / 2).exp(),
-    "log_std": lambda b: b.exp(),
-    "std": _positive,
-    "signed std": lambda b: b.abs(),
-    "variance": lambda b: _positive(b).sqrt(),
-    "softplus": F.softplus,
-    "softplus of variance": lambda b: F.softplus(b).sqrt(),
-    "elu+1": lambda b: F.elu(b) + 1,
-    "relu": lambda b: b.clamp(min=0),
-    "relu of variance": lambda b: b.clamp(min=0).sqrt(),
-    "abs of variance": lambda b: b.abs().sqrt(),
-    "square": lambda b: b**2,
-    "sigmoid": torch.sigmoid,
-    "sigmoid of variance": lambda b: torch.sigmoid(b).sqrt(),
-    "squareplus": lambda b: torch.asinh(b / 2).exp(),
-    "log_precision": lambda b: (-b / 2).exp(),
-    "-log_std": lambda b: (-b).exp(),
-    "precision": lambda b: _positive(b).rsqrt(),
-    "inverse std": lambda b: _positive(b).reciprocal(),
-    "unit variance": torch.ones_like,
+READINGS = {
+    "log_var": Reading(lambda b: (b / 2).exp(), "exp(b/2)", "log variance", "exp(b)", "b"),
+    "log_std": Reading(torch.exp, "exp(b)", "log sigma", "exp(2 b)", "2 b"),
+    "std": Reading(_positive, "b", "sigma"),
+    "signed std": Reading(torch.abs, "|b|", "sigma of either sign"),
+    "variance": Reading(lambda b: _positive(b).sqrt(), "sqrt(b)", "variance"),
+    "softplus": Reading(F.softplus, "softplus(b)"),
+    "softplus of variance": Reading(lambda b: F.softplus(b).sqrt(), "sqrt(softplus(b))"),
+    "elu+1": Reading(lambda b: F.elu(b) + 1, "elu(b) + 1"),
+    "relu": Reading(torch.relu, "relu(b)"),
+    "relu of variance": Reading(lambda b: b.relu().sqrt(), "sqrt(relu(b))"),
+    "abs of variance": Reading(lambda b: b.abs().sqrt(), "sqrt(|b|)"),
+    "square": Reading(torch.square, "b^2"),
+    "sigmoid": Reading(torch.sigmoid, "sigmoid(b)"),
+    "sigmoid of variance": Reading(lambda b: b.sigmoid().sqrt(), "sqrt(sigmoid(b))"),
+    "squareplus": Reading(lambda b: torch.asinh(b / 2).exp(), "(b + sqrt(b^2 + 4)) / 2"),
+    "log_precision": Reading(lambda b: (-b / 2).exp(), "exp(-b/2)"),
+    "-log_std": Reading(lambda b: (-b).exp(), "exp(-b)"),
+    "precision": Reading(lambda b: _positive(b).rsqrt(), "1 / sqrt(b)"),
+    "inverse std": Reading(lambda b: _positive(b).reciprocal(), "1 / b"),
+    "unit variance": Reading(torch.ones_like, "1", "nothing: sigma is constant"),
 }
 
-EXPONENTIALS = {0.5: "log_var", 1.0: "log_std", -0.5: "log_precision", -1.0: "-log_std"}
+Bounds = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A named curve sigma(b).
+    """A curve sigma(b) and its name.
 
     Args:
         name: Of the reading; "unnamed" if it is unknown.
-        noise_scale: The factor k of the reading.
-        sigma: The curve as a function; None if it has no name.
+        base: The function g.
+        noise_scale: The factor k.
+        floor: f, added to the standard deviation, or its square to the variance.
+        floor_on: "std" or "variance".
         bounds: Smallest and largest standard deviation; None where there is no bound.
         raw_bounds: The b at which the bounds begin.
-        floor: Added to the standard deviation, or its square to the variance.
-        floor_on: "std" or "variance".
+        more: Further parameters of g: offset, slope.
         error: The largest relative difference from the measurement.
-        more: Further parameters: offset, slope.
     """
 
     name: str
+    base: Function
     noise_scale: float = 1.0
-    sigma: Callable[[Tensor], Tensor] | None = None
-    bounds: tuple[float | None, float | None] = (None, None)
-    raw_bounds: tuple[float | None, float | None] = (None, None)
     floor: float = 0.0
     floor_on: str = "std"
-    error: float = math.inf
+    bounds: Bounds = (None, None)
+    raw_bounds: Bounds = (None, None)
     more: dict[str, float] = field(default_factory=dict)
+    error: float = math.inf
+
+    @property
+    def named(self) -> bool:
+        """Whether it is a known function."""
+        return self.name != "unnamed"
+
+    @property
+    def plain(self) -> bool:
+        """Whether it has neither floor nor bounds."""
+        return self.floor == 0 and self.bounds == (None, None)
+
+    def sigma(self, b: Tensor) -> Tensor:
+        """The standard deviation at b."""
+        value = self.noise_scale * self.base(b)
+        on_variance = self.floor_on == "variance"
+        value = (value**2 + self.floor**2).sqrt() if on_variance else value + self.floor
+        low, high = self.bounds
+        if low is not None:  # a bound may hold where the reading has no value
+            value = value.nan_to_num(low)
+        return value if (low, high) == (None, None) else value.clamp(low, high)
 
     @property
     def text(self) -> str:
         """The name with all parameters, in words."""
         words = [self.name]
-        low, high = self.raw_bounds
-        if low is not None or high is not None:
-            ends = (_digits(low, "-inf"), _digits(high, "inf"))
-            words.append("clamped to [{}, {}]".format(*ends))
+        if self.raw_bounds != (None, None):
+            words.append("clamped to [{}, {}]".format(*_ends(self.raw_bounds, "-inf")))
         elif self.bounds != (None, None):
-            ends = (_digits(self.bounds[0], "0"), _digits(self.bounds[1], "inf"))
-            words.append("std within [{}, {}]".format(*ends))
+            words.append("std within [{}, {}]".format(*_ends(self.bounds, "0")))
         if self.floor:
             shown = self.floor**2 if self.floor_on == "variance" else self.floor
             words.append(f"floor {shown:.4g} on the {self.floor_on}")
-        for name, value in self.more.items():
-            words.append(f"{name} {value:.4g}")
+        words += [f"{name} {value:.4g}" for name, value in self.more.items()]
         if abs(self.noise_scale - 1) > 1e-4:
             words.append(f"noise scaled by {self.noise_scale:.4g}")
         return ", ".join(words)
@@ -118,8 +146,38 @@ class Curve:
         }
 
 
-def _digits(value: float | None, otherwise: str) -> str:
-    return otherwise if value is None else f"{value + 0.0:.4g}"
+def _ends(bounds: Bounds, lowest: str) -> list[str]:
+    otherwise = (lowest, "inf")
+    return [o if v is None else f"{v + 0.0:.4g}" for v, o in zip(bounds, otherwise, strict=True)]
+
+
+def interpolated(b: Tensor, sigma: Tensor) -> Function:
+    """A measured curve as a function, by linear interpolation; b is ascending."""
+
+    def curve(t: Tensor) -> Tensor:
+        i = torch.searchsorted(b, t.contiguous()).clamp(1, len(b) - 1)
+        share = (t - b[i - 1]) / (b[i] - b[i - 1])
+        return sigma[i - 1] + share * (sigma[i] - sigma[i - 1])
+
+    return curve
+
+
+def crossings(curve: Function, b: Tensor, level: float) -> list[float]:
+    """The points at which a function reaches a level, where b (n,) encloses each."""
+
+    def above(t: Tensor) -> Tensor:
+        return curve(t).nan_to_num(0.0) > level * (1 - 1e-9)
+
+    found = []
+    for i in above(b).diff().nonzero().flatten().tolist():
+        low, high = b[i], b[i + 1]
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if above(middle) == above(low) else (low, middle)
+        point = float(high)
+        near = abs(point - round(point)) < 1e-5 * abs(round(point)) or abs(point) < 1e-8
+        found.append(round(point) + 0.0 if near else point)
+    return found
 
 
 def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 0.0) -> Curve:
@@ -140,235 +198,143 @@ def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 
     if spread < 1 + 3 * tolerance:
         level = float(sigma.median())
         k = 1.0 if abs(level - 1) <= scale_error + tolerance else level
-        return Curve("unit variance", k, lambda t: torch.full_like(t, k), error=spread - 1)
-    signs = bool((b < 0).any() and (b > 0).any())
-    fits: list[tuple[float, int, Curve]] = []
-    for rank, (name, g) in enumerate(READINGS.items()):
-        if name == "unit variance" or (name == "signed std" and not signs):
+        return Curve("unit variance", torch.ones_like, k, error=spread - 1)
+    fits: list[Curve] = []
+    for name, reading in READINGS.items():
+        if name == "unit variance" or (name == "signed std" and bool(b[0] >= 0 or b[-1] <= 0)):
             continue
-        for curve in _fits(name, g, b, sigma, tolerance):
-            if curve.error > 3 * tolerance:
-                continue
+        for curve in _fits(name, reading.sigma, b, sigma, tolerance):
             k = curve.noise_scale
             if abs(k - 1) <= scale_error + tolerance:
-                curve = _with(curve, k=1.0)
-            elif name.startswith("sigmoid"):
-                continue  # a bound, and no noise scale: see _bounded
-            plain = curve.bounds == (None, None) and curve.floor == 0
-            penalty = 100 * (curve.noise_scale != 1) + 10 * (not plain) + 5 * (curve.floor > 0)
-            fits.append((penalty + rank / 100, rank, curve))
+                fits.append(replace(curve, noise_scale=1.0, floor=curve.floor / k))
+            elif not name.startswith("sigmoid"):  # those have two bounds: see _families
+                fits.append(curve)
     if fits:
-        return min(fits, key=lambda entry: entry[:2])[2]
-    for family in (_softplus, _exponential, _bounded):
-        curve = family(b, sigma)
-        if curve is not None and curve.error <= 10 * tolerance:
-            return curve
-    return Curve("unnamed")
+        return min(fits, key=lambda c: (c.noise_scale != 1, not c.plain, c.floor > 0))
+    for curve in _families(b, sigma):
+        error = _relative_error(curve, b, sigma)
+        if error <= 10 * tolerance:
+            return replace(curve, error=error)
+    return Curve("unnamed", interpolated(b, sigma))
 
 
-def _with(curve: Curve, k: float) -> Curve:
-    old, base = curve.noise_scale, curve.sigma
-    fixed = base if base is None else (lambda t: base(t) * (k / old))
-    scaled = {} if curve.floor == 0 else {"floor": curve.floor * k / old}
-    return Curve(
-        **{**curve.__dict__, "noise_scale": k, "sigma": fixed, **scaled}  # pyright: ignore
-    )
+def _relative_error(curve: Curve, b: Tensor, sigma: Tensor) -> float:
+    scale = torch.where(sigma > 0, sigma, 1.0)
+    return float(((curve.sigma(b).nan_to_num(0.0) - sigma) / scale).abs().max())
 
 
-def _plateaus(sigma: Tensor, tolerance: float) -> tuple[int, int]:
-    """How many points at each end have the end's value; 0 if only the end itself."""
-    same = max(1e-9, tolerance / 3)
-    counts = []
-    for curve in (sigma, sigma.flip(0)):
-        equal = (curve / curve[0].clamp(min=1e-300) - 1).abs() < same
-        run = int((~equal).int().argmax()) if not bool(equal.all()) else len(sigma)
-        counts.append(run if run > 1 else 0)
-    return counts[0], counts[1]
-
-
-def _fits(
-    name: str, g: Callable[[Tensor], Tensor], b: Tensor, sigma: Tensor, tolerance: float
-) -> list[Curve]:
-    """The reading without and with either floor, each with the curve's bounds."""
-    low_run, high_run = _plateaus(sigma, tolerance)
-    n = len(b)
-    inside = torch.arange(n)
-    inside = (inside >= low_run) & (inside < n - high_run)
+def _fits(name: str, g: Function, b: Tensor, sigma: Tensor, tolerance: float) -> Iterator[Curve]:
+    """The reading without and with either floor, with the curve's bounds, where it fits."""
+    ends = _plateau(sigma, tolerance), _plateau(sigma.flip(0), tolerance)
+    inside = torch.zeros(len(b), dtype=torch.bool)
+    inside[ends[0] : len(b) - ends[1]] = True
     base = g(b)
-    if not bool(base[inside].isfinite().any()) or int(inside.sum()) < 3:
-        return []
-    base = base.nan_to_num(0.0)  # where the reading has no value, a bound may apply
-    smallest = float(sigma.min())
-    curves = []
-    for kind in ("none", "std", "variance"):
-        f = 0.0 if kind == "none" else smallest
-        if kind != "none" and name.startswith("sigmoid"):
-            continue  # two bounds: see _bounded
-        if kind != "none" and (f <= 0 or float(base.min()) * 100 > float(base.max()) * 1e-2):
-            continue
+    if int(inside.sum()) < 3 or not bool(base[inside].isfinite().any()):
+        return
+    base = base.nan_to_num(0.0)
+    floors = {"none": 0.0}
+    if not name.startswith("sigmoid") and float(base.min()) * 1e4 <= float(base.max()):
+        floors |= dict.fromkeys(("std", "variance"), float(sigma.min()))
+    for kind, f in floors.items():
         usable = inside & (base > 0) & (sigma > 2 * f) & base.isfinite()
-        if not bool(usable.any()):
+        if not bool(usable.any()) or (kind != "none" and f <= 0):
             continue
         at = int(torch.where(usable, (b - 1).abs(), math.inf).argmin())
-        rest = float(sigma[at])
-        above = math.sqrt(rest**2 - f**2) if kind == "variance" else rest - f
-        k = above / float(base[at])
+        there = float(sigma[at])
+        k = (math.sqrt(there**2 - f**2) if kind == "variance" else there - f) / float(base[at])
         if k <= 0:
             continue
-
-        def curve(t: Tensor, k: float = k, f: float = f, kind: str = kind) -> Tensor:
-            value = k * g(t)
-            return (value**2 + f**2).sqrt() if kind == "variance" else value + f
-
-        shape = curve(b).nan_to_num(0.0)
-        low, high = _bounds(shape, sigma, inside, low_run, high_run)
+        curve = Curve(name, g, k, f, "variance" if kind == "variance" else "std")
+        shape = curve.sigma(b).nan_to_num(0.0)
+        levels = [  # of the plateaus that the reading itself does not have
+            float(sigma[at])
+            for run, at in zip(ends, (0, -1), strict=True)
+            if run and abs(float(shape[at] / sigma[at].clamp(min=1e-300)) - 1) > 1e-9
+        ]
+        middle = float(sigma[inside].median())
+        low = max((v for v in levels if v <= middle), default=None)
+        high = min((v for v in levels if v > middle), default=None)
         if kind != "none" and low is not None and low <= f * (1 + 1e-6 + 3 * tolerance):
             low = None  # the floor, not a bound
-        bounded = shape.clamp(min=low, max=high) if (low, high) != (None, None) else shape
-        scale = torch.where(sigma > 0, sigma, 1.0)
-        error = float(((bounded - sigma) / scale).abs().max())
-        raw = (_where(g, b, shape, low), _where(g, b, shape, high))
-        if name in ("log_precision", "-log_std", "precision", "inverse std"):
-            raw = (raw[1], raw[0])
-
-        def whole(
-            t: Tensor, curve=curve, low: float | None = low, high: float | None = high
-        ) -> Tensor:
-            value = curve(t)
-            if low is not None:
-                value = value.nan_to_num(nan=low).clamp(min=low)
-            return value if high is None else value.clamp(max=high)
-
-        curves.append(
-            Curve(
-                name, k, whole, (low, high), raw, f,
-                "variance" if kind == "variance" else "std", error,
-            )
-        )  # fmt: skip
-    return curves
+        bounded = replace(curve, bounds=(low, high))
+        error = _relative_error(bounded, b, sigma)
+        if error <= 3 * tolerance:
+            raw = [None if v is None else _only(crossings(curve.sigma, b, v)) for v in (low, high)]
+            start, end = raw if float(shape[0]) <= float(shape[-1]) else reversed(raw)
+            yield replace(bounded, raw_bounds=(start, end), error=error)
 
 
-def _bounds(
-    shape: Tensor, sigma: Tensor, inside: Tensor, low_run: int, high_run: int
-) -> tuple[float | None, float | None]:
-    """The levels of the plateaus that the reading itself does not have."""
-    ends = []
-    for run, at in ((low_run, 0), (high_run, -1)):
-        if run and abs(float(shape[at] / sigma[at].clamp(min=1e-300)) - 1) > 1e-9:
-            ends.append(float(sigma[at]))
-    middle = float(sigma[inside].median())
-    low = max((e for e in ends if e <= middle), default=None)
-    high = min((e for e in ends if e > middle), default=None)
-    return low, high
+def _plateau(sigma: Tensor, tolerance: float) -> int:
+    """How many points at the start have the first one's value; 0 if only itself."""
+    same = (sigma / sigma[0].clamp(min=1e-300) - 1).abs() < max(1e-9, tolerance / 3)
+    run = int(same.int().cumprod(0).sum())
+    return run if run > 1 else 0
 
 
-def _where(
-    g: Callable[[Tensor], Tensor], b: Tensor, shape: Tensor, level: float | None
-) -> float | None:
-    """The b at which a monotone curve reaches a level."""
-    if level is None:
-        return None
-    hits = ((shape / level - 1).abs() < 1e-9).nonzero()
-    if len(hits) == 1:
-        return float(b[int(hits[0])]) + 0.0
-    crossed = ((shape[1:] - level) * (shape[:-1] - level) <= 0).nonzero()
-    if len(crossed) != 1:
-        return None
-    i = int(crossed[0])
-    at = i if float(shape[i]) > 0 else i + 1
-    ratio = float(shape[at]) / float(g(b[at : at + 1]).nan_to_num(0.0).clamp(min=1e-300)[0])
-    low, high = float(b[i]), float(b[i + 1])
-    rising = float(shape[i + 1]) > float(shape[i])
-    for _ in range(60):
-        middle = (low + high) / 2
-        value = ratio * float(g(b.new_tensor([middle])).nan_to_num(0.0)[0])
-        low, high = (low, middle) if (value > level) == rising else (middle, high)
-    nearest = round(high)
-    if abs(high) < 1e-9:
-        return 0.0
-    return float(nearest) if nearest and abs(high / nearest - 1) < 1e-5 else high
+def _only(found: list[float]) -> float | None:
+    return found[0] if len(found) == 1 else None
 
 
-def _relative_error(curve: Tensor, measured: Tensor) -> float:
-    return float(((curve - measured) / measured.clamp(min=1e-300)).abs().max())
+def _families(b: Tensor, sigma: Tensor) -> Iterator[Curve]:
+    """Curves g(a b + c) with the slope a and offset c that two points give.
 
-
-def _softplus(b: Tensor, sigma: Tensor) -> Curve | None:
-    """The parameters of k softplus(a b + c), from its two asymptotes."""
-    if b[0] > -20 or b[-1] < 20 or bool((sigma <= 0).any()):
-        return None
-    log = sigma.log()
-    a = float((log[1] - log[0]) / (b[1] - b[0]))
-    slope = float((sigma[-1] - sigma[-2]) / (b[-1] - b[-2]))
-    if a <= 0 or slope <= 0:
-        return None
-    k = slope / a
-    c = float(log[0]) - a * float(b[0]) - math.log(k)
-
-    def curve(t: Tensor) -> Tensor:
-        return k * F.softplus(a * t + c, threshold=40)
-
-    more = {} if abs(a - 1) < 1e-6 else {"slope": a}
-    if abs(c) > 1e-6:
-        more["offset"] = c
-    k = 1.0 if abs(k - 1) < 1e-6 else k
-    return Curve("softplus", k, curve, error=_relative_error(curve(b), sigma), more=more)
-
-
-def _exponential(b: Tensor, sigma: Tensor) -> Curve | None:
-    """The parameters of exp(a b + c)."""
+    They are k softplus, by its two asymptotes; exp; and sigma, log sigma or the variance as a
+    sigmoid or hyperbolic tangent between the curve's ends.
+    """
     if bool((sigma <= 0).any()):
-        return None
+        return
     log = sigma.log()
-    i, j = int((b + 1).abs().argmin()), int((b - 1).abs().argmin())
-    if i == j:
-        return None
-    a = float((log[j] - log[i]) / (b[j] - b[i]))
-    c = float(log[j]) - a * float(b[j])
-
-    def curve(t: Tensor) -> Tensor:
-        return (a * t + c).exp()
-
-    name = next((n for x, n in EXPONENTIALS.items() if abs(a / x - 1) < 1e-6), f"exp({a:.6g} b)")
-    return Curve(name, math.exp(c), curve, error=_relative_error(curve(b), sigma))
-
-
-def _bounded(b: Tensor, sigma: Tensor) -> Curve | None:
-    """Sigma or log sigma as a sigmoid or hyperbolic tangent of b, between its asymptotes."""
-    if b[0] > -20 or b[-1] < 20 or bool((sigma <= 0).any()):
-        return None
-    ends = float(sigma[0]), float(sigma[-1])
-    ends = (0.0 if ends[0] < 1e-8 * ends[1] else ends[0], ends[1])
-    best: Curve | None = None
+    wide = bool(b[0] <= -20) and bool(b[-1] >= 20)
+    if wide:
+        a, c = _line(b, log, 0, 1)
+        slope = float((sigma[-1] - sigma[-2]) / (b[-1] - b[-2]))
+        if a > 0 and slope > 0:
+            k = slope / a
+            c -= math.log(k)
+            k = 1.0 if abs(k - 1) < 1e-6 else k
+            soft = _of_line(lambda t: F.softplus(t, threshold=40), a, c)
+            yield Curve("softplus", soft, k, more=_parameters("slope", a, c, 1e-6))
+    i, j = (int((b - x).abs().argmin()) for x in (-1, 1))
+    if i != j:
+        a, c = _line(b, log, i, j)
+        yield Curve(f"exp({a:.6g} b)", _of_line(torch.exp, a, 0.0), math.exp(c))
+    if not wide:
+        return
+    first, last = float(sigma[0]), float(sigma[-1])
+    ends = sigma.new_tensor([0.0 if first < 1e-8 * last else first, last])
+    i, j = (int((b - x).abs().argmin()) for x in (-0.5, 0.5))
     for name, there, back in (
-        ("sigmoid", lambda t: t, lambda t: t),
+        ("sigmoid", torch.clone, torch.clone),
         ("log_std", torch.log, torch.exp),
         ("sigmoid of variance", torch.square, torch.sqrt),
     ):
-        low, high = (float(there(sigma.new_tensor(end))) for end in ends)
-        if not math.isfinite(low):
-            continue
-        share = ((there(sigma) - low) / (high - low)).clamp(1e-12, 1 - 1e-12)
-        i, j = int((b + 0.5).abs().argmin()), int((b - 0.5).abs().argmin())
-        logit = torch.logit(share)
-        a = float((logit[j] - logit[i]) / (b[j] - b[i]))
-        c = float(logit[j]) - a * float(b[j])
+        low, high = there(ends).tolist()
+        if math.isfinite(low):
+            share = ((there(sigma) - low) / (high - low)).clamp(1e-12, 1 - 1e-12)
+            a, c = _line(b, torch.logit(share), i, j)
+            more = (
+                {"tanh slope": a / 2} | _parameters("", 1.0, c, 1e-5)
+                if name == "log_std"
+                else _parameters("slope", a, c, 1e-5)
+            )
+            between = _of_line(
+                lambda t, low=low, high=high, back=back: back(low + (high - low) * t.sigmoid()),
+                a, c,
+            )  # fmt: skip
+            yield Curve(name, between, bounds=(min(ends.tolist()), max(ends.tolist())), more=more)
 
-        def curve(t: Tensor, low=low, high=high, a=a, c=c, back=back) -> Tensor:
-            return back(low + (high - low) * torch.sigmoid(a * t + c))
 
-        more = {"tanh slope": a / 2} if name == "log_std" else {"slope": a}
-        more = {n: v for n, v in more.items() if abs(v - 1) > 1e-5 or n == "tanh slope"}
-        if abs(c) > 1e-6:
-            more["offset"] = c
-        candidate = Curve(
-            name,
-            1.0,
-            curve,
-            (min(ends), max(ends)),
-            error=_relative_error(curve(b), sigma),
-            more=more,
-        )
-        if best is None or candidate.error < best.error:
-            best = candidate
-    return best
+def _line(x: Tensor, y: Tensor, i: int, j: int) -> tuple[float, float]:
+    """Slope and intercept of the line through two points."""
+    a = float((y[j] - y[i]) / (x[j] - x[i]))
+    return a, float(y[j]) - a * float(x[j])
+
+
+def _of_line(g: Function, a: float, c: float) -> Function:
+    return lambda t: g(a * t + c)
+
+
+def _parameters(name: str, slope: float, offset: float, tolerance: float) -> dict[str, float]:
+    """Slope and offset, where they are not 1 and 0."""
+    more = {name: slope} if abs(slope - 1) > tolerance else {}
+    return more | ({"offset": offset} if abs(offset) > 1e-6 else {})

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from musigma.audit.findings import AuditError, AuditReport
-from musigma.audit.heads import check_heads, encoded, varied
-from musigma.audit.kl import check_kl
+from musigma.audit.kl import check_full_kl, check_kl
 from musigma.audit.kl_weight import check_kl_weight
-from musigma.audit.packing import arguments, find_packing
-from musigma.audit.sampler import Sampler
-from musigma.audit.sampler_checks import (
+from musigma.audit.posterior import (
     check_generation,
+    check_heads,
     check_mean,
     check_noise,
     check_scale,
+    full_posterior,
     name_scale,
 )
-from musigma.audit.sandbox import Sandbox, TooSlowError, about_types
-from musigma.audit.vae_state import VAEAudit
+from musigma.audit.sampler import Sampler, arguments, find_packing
+from musigma.audit.sandbox import Sandbox, TooSlowError, about_types, first_form
+from musigma.audit.vae_state import FullPosterior, Posterior, VAEAudit
 
 __all__ = ["audit_vae"]
 
@@ -111,30 +111,24 @@ def audit_vae(
     raise first or AuditError("audit_vae: it could not be called")
 
 
-class _Refused(Exception):
-    """A callable did not take its trial input."""
-
-
 def _audit(audit: VAEAudit) -> AuditReport:
     if audit.has("encode"):
-        audit.heads = _heads(audit)
-    if not audit.has("sample"):
+        _find_heads(audit)
+    posterior = None
+    if audit.has("sample"):
+        posterior = _posterior(audit, _sampler(audit))
+    else:
         audit.unchecked.append("what is sampled: there is no `sample`")
-    elif _prepare_sampler(audit):
-        heads = audit.heads
-        if audit.is_matrix and heads is not None:
-            heads = varied(audit, heads)
-        name_scale(audit, heads)
-        check_mean(audit)
-        check_noise(audit)
-        audit.heads = heads
     if not audit.has("kl"):
         audit.unchecked.append("the KL: there is no `kl`")
-    elif audit.scan is not None or audit.matrices is not None:
-        check_kl(audit)
+    elif isinstance(posterior, Posterior):
+        check_kl(audit, posterior)
+    elif posterior is not None:
+        check_full_kl(audit, posterior)
     elif audit.has("sample"):
         audit.unchecked.append("the KL: what is sampled is unknown")
-    check_scale(audit)
+    if isinstance(posterior, Posterior):
+        check_scale(audit, posterior)
     if audit.has("generate"):
         check_generation(audit)
     else:
@@ -143,28 +137,30 @@ def _audit(audit: VAEAudit) -> AuditReport:
         audit.unchecked.append("the weight of the KL: there is no `recon`")
     if audit.has("encode"):
         check_kl_weight(audit)
-        check_heads(audit)
+        check_heads(audit, posterior)
     return audit.build()
 
 
-def _heads(audit: VAEAudit) -> tuple[Tensor, Tensor]:
+def _find_heads(audit: VAEAudit) -> None:
     """The encoder's heads for the example; finds out the layout of a packed tensor."""
-    value = audit.call("encode", audit.example.clone())
-    if isinstance(value, (tuple, list)) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, Tensor):
+    audit.layout = "two tensors, mean first"
+    value = _alone(audit.call("encode", audit.example.clone()))
+    sample = audit.functions.get("sample")
+    if isinstance(value, Tensor) and (sample is None or arguments(sample) != 1):
+        audit.layout = "packed; sample takes two tensors, so what splits it is unknown"
+        audit.unchecked.append(f"layout: {audit.layout}")
+    elif isinstance(value, Tensor) and sample is not None:
         packed = audit.sandbox.as_tensor("encode", value)
-        sample = audit.functions.get("sample")
-        if sample is not None and arguments(sample) == 1:
-            _enable_sampling(audit, lambda: sample(audit.sandbox.to_input(packed)))
-            audit.packing = find_packing(audit.sandbox, sample, packed)
-            audit.layout = audit.packing.name
-            audit.checked.append(f"layout: {audit.layout}, by moving one number at a time")
-        else:
-            audit.layout = "packed; sample takes two tensors, so what splits it is unknown"
-            audit.unchecked.append(f"layout: {audit.layout}")
-    mean, second = encoded(audit)
-    audit.layout = audit.layout or "two tensors, mean first"
+        _enable_sampling(audit, lambda: sample(audit.sandbox.to_input(packed)))
+        packing = find_packing(audit.sandbox, sample, packed)
+        audit.layout = packing.name
+        audit.checked.append(f"layout: {packing.name}, by moving one number at a time")
+        encode, kl = audit.functions["encode"], audit.functions.get("kl")
+        audit.functions["encode"] = lambda x: packing.unpack(_alone(encode(x)))
+        audit.functions["sample"] = packing.packed(sample)
+        if kl is not None and arguments(kl) == (2 if audit.kl_uses_sample else 1):
+            audit.functions["kl"] = packing.packed(kl)
+    mean, second = audit.heads = audit.encoded()
     if not bool(mean.isfinite().all() and second.isfinite().all()):
         audit.bug(
             "not_finite",
@@ -172,48 +168,39 @@ def _heads(audit: VAEAudit) -> tuple[Tensor, Tensor]:
             "find the encoder's first layer that returns NaN",
             finite_share=float(mean.isfinite().double().mean()),
         )
-    return mean, second
+
+
+def _alone(value: Any) -> Any:
+    """The only entry of a tuple or a list; anything else as it is."""
+    return value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
 
 
 def _enable_sampling(audit: VAEAudit, call: Callable[[], Any]) -> None:
     """Put a sampler that draws in training mode only into that mode, but not norms and dropout."""
     unchanged = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-    with contextlib.suppress(_Refused):
-        if _draws(audit, call):
+
+    def draws() -> bool:
+        answers = []
+        for seed in (1, 2):
+            audit.sandbox.reseed(seed)
+            answers.append(audit.sandbox.ask_first("sample", call))
+        return not torch.equal(*answers)
+
+    try:
+        if draws():
             return
         for root in audit.sandbox.modules:
             for module in root.modules():
-                if not isinstance(module, unchanged):
-                    module.training = True
-        if _draws(audit, call):
+                module.training |= not isinstance(module, unchanged)
+        if draws():
             audit.assumed.append("it samples in training mode only, and was audited in that mode")
             return
         for root in audit.sandbox.modules:
             root.eval()
-
-
-def _draws(audit: VAEAudit, call: Callable[[], Any]) -> bool:
-    """Whether two calls differ."""
-    answers = []
-    for seed in (1, 2):
-        audit.sandbox.reseed(seed)
-        try:
-            answers.append(audit.sandbox.ask_first("sample", call))
-        except TooSlowError:
-            raise
-        except AuditError as error:
-            raise _Refused from error
-    return not torch.equal(*answers)
-
-
-def _per_latent(t: Tensor, latent: tuple[int, ...]) -> Tensor:
-    """A prior's mean or standard deviation for each flat latent."""
-    d = math.prod(latent)
-    if t.numel() == d:
-        return t.reshape(d)
-    while t.ndim > len(latent) and len(t) == 1:
-        t = t[0]
-    return t.expand(latent).reshape(d)
+    except TooSlowError:
+        raise
+    except AuditError:
+        pass  # it does not take this trial input
 
 
 def _latent_shapes(audit: VAEAudit) -> list[tuple[int, ...]]:
@@ -244,57 +231,62 @@ def _latent_shapes(audit: VAEAudit) -> list[tuple[int, ...]]:
     return sorted(dict.fromkeys(shapes), key=refusals)
 
 
-def _prepare_sampler(audit: VAEAudit) -> bool:
-    """Find out how the sampler is called, and what noise it draws; whether it draws at all."""
+def _sampler(audit: VAEAudit) -> Sampler:
+    """The sampler, by the shape of the latent, the noise, and the order of its arguments."""
     sample = audit.functions["sample"]
-    if audit.packing is not None:
-        sample = audit.packing.packed(sample)
-    audit.rows = len(audit.example) if audit.has_example else None
     reference = None
-    if audit.heads is not None:
-        mean, second = audit.heads
-        latent, shape = tuple(mean.shape[1:]), tuple(second.shape[1:])
-        audit.is_matrix = math.prod(shape) not in (math.prod(latent), 1)
-        reference = second[0].flatten() if audit.is_matrix else None
-        shapes = [(latent, shape)]
-        audit.rows = len(mean)
-    else:
-        shapes = [(shape, shape) for shape in _latent_shapes(audit)]
-    reason: AuditError | None = None
-    for latent, second in shapes:
-        mean = audit.sandbox.to_input(torch.zeros(audit.rows or 3, *latent))
-        b = audit.sandbox.to_input(torch.ones(len(mean), *second))
-        b = b if reference is None else reference.to(b).reshape(second).expand_as(b)
-        _enable_sampling(audit, lambda mean=mean, b=b: sample(mean.clone(), b.clone()))
-        try:
-            audit.sampler = Sampler(audit.sandbox, sample, latent, second, audit.rows, reference)
-            break
-        except TooSlowError:
-            raise
-        except AuditError as error:
-            reason = reason or error
-    if not audit.has_sampler:
-        raise reason or AuditError("sample: it could not be called")
-    latent = audit.sampler.latent
     if audit.heads is None:
-        audit.assumed.append(f"a latent of shape {latent}")
-    audit.assumed.extend(audit.sampler.notes)
+        shapes = [(shape, shape) for shape in _latent_shapes(audit)]
+    else:
+        mean, second = audit.heads
+        shapes = [(tuple(mean.shape[1:]), tuple(second.shape[1:]))]
+        if second[0].numel() not in (1, mean[0].numel()):
+            reference = second[0].flatten()
+
+    def attempt(latent: tuple[int, ...], second: tuple[int, ...]) -> Sampler:
+        mean = audit.sandbox.to_input(torch.zeros(audit.rows or 3, *latent))
+        b = torch.ones(second) if reference is None else reference.reshape(second)
+        b = audit.sandbox.to_input(b).expand(len(mean), *second)
+        _enable_sampling(audit, lambda: sample(mean.clone(), b.clone()))
+        return Sampler(audit.sandbox, sample, latent, second, audit.rows, reference)
+
+    s = first_form(shapes, attempt)[1]
+    audit.latents = s.d
+    if audit.heads is None:
+        audit.assumed.append(f"a latent of shape {s.latent}")
+    audit.assumed += s.notes
+    given = audit.prior
     try:
-        mean, std = (_per_latent(t, latent) for t in audit.given_prior)
-        audit.prior = (mean, std)
+        mean, std = (_per_latent(t, s.latent) for t in given)
     except RuntimeError:
         raise AuditError(
-            f"prior: expected numbers or tensors of shape {latent}; got "
-            f"{[tuple(t.shape) for t in audit.given_prior]}"
+            f"prior: expected numbers or tensors of shape {s.latent}; got "
+            f"{[tuple(t.shape) for t in given]}"
         ) from None
-    if not bool(audit.sampler.reference_draw(3, 0).isfinite().all()):
+    audit.prior = mean, std
+    return s
+
+
+def _per_latent(t: Tensor, latent: tuple[int, ...]) -> Tensor:
+    """A prior's mean or standard deviation for each flat latent."""
+    d = math.prod(latent)
+    if t.numel() == d:
+        return t.reshape(d)
+    while t.ndim > len(latent) and len(t) == 1:
+        t = t[0]
+    return t.expand(latent).reshape(d)
+
+
+def _posterior(audit: VAEAudit, s: Sampler) -> Posterior | FullPosterior | None:
+    """Measure and check what is sampled; None if nothing is known of it."""
+    if not bool(s.reference_draw(3, 0).isfinite().all()):
         audit.bug(
             "not_finite",
             "sample returns NaN or infinity for a mean of 0 and a second output of 1",
             "check what it does with the second tensor",
         )
-        return False
-    if audit.sampler.still:
+        return None
+    if s.still:
         audit.bug(
             "sample_scale",
             "sample draws nothing: z is the mean whatever the second output is",
@@ -302,26 +294,39 @@ def _prepare_sampler(audit: VAEAudit) -> bool:
             sigma=0.0,
         )
         audit.convention = "no noise"
-        return False
-    if not audit.is_matrix:
-        _check_order(audit, sample)
-    return True
+        return None
+    if s.is_matrix and audit.heads is not None:
+        posterior = full_posterior(audit, s, audit.heads)
+    else:
+        s = _mean_first(audit, s)
+        posterior = name_scale(audit, s)
+        if posterior is not None:
+            check_mean(audit, posterior)
+    check_noise(audit, s)
+    return posterior
 
 
-def _check_order(audit: VAEAudit, sample: Callable[..., Any]) -> None:
-    """Whether the second argument is the mean, and the first the scale."""
-    s = audit.sampler
+def _mean_first(audit: VAEAudit, s: Sampler) -> Sampler:
+    """The sampler with the mean first; if its first argument is the scale, all are exchanged."""
     if s.e != s.d or s.mode == "moments":
-        return
+        return s
     m = torch.linspace(0.3, 0.9, 5)[:, None].expand(5, s.d).contiguous()
     b = torch.linspace(0.8, 1.4, 5).flip(0)[:, None].expand(5, s.d).contiguous()
     loc, _, misfit = s.measure(m, b)
     near = 1e-3 + 3 * s.scale_error
-    if float((loc - b).abs().max()) < near < float((loc - m).abs().max()) and bool(
-        (misfit < 1e-3).all()
-    ):
-        audit.sampler = Sampler(
-            audit.sandbox, lambda m, b: sample(b, m), s.second, s.latent, s.rows
-        )
-        audit.swapped = True
-        audit.layout = "two tensors, scale first"
+    at_b = float((loc - b).abs().max()) < near < float((loc - m).abs().max())
+    if not at_b or bool((misfit >= 1e-3).any()):
+        return s
+    audit.swapped, audit.layout = True, "two tensors, scale first"
+    for name in ("sample", "kl", "documented_mean"):
+        if audit.has(name):
+            audit.functions[name] = _exchanged(audit.functions[name])
+    if audit.heads is not None:
+        encode = audit.functions["encode"]
+        audit.functions["encode"] = lambda x: audit.heads_of(encode(x))[::-1]
+        audit.heads = audit.heads[1], audit.heads[0]
+    return Sampler(audit.sandbox, audit.functions["sample"], s.second, s.latent, s.rows)
+
+
+def _exchanged(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda mean, second, *more: fn(second, mean, *more)

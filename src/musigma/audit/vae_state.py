@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder
-from musigma.audit.packing import Packing
 from musigma.audit.sampler import Sampler
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.scales import Curve
 
-__all__ = ["VAEAudit"]
+__all__ = ["FullPosterior", "Posterior", "VAEAudit"]
 
-T = TypeVar("T")
+Heads = tuple[Tensor, Tensor]
 
 
 class VAEAudit(ReportBuilder):
     """The report of one VAE while it is built, with its callables and what is known of them.
+
+    Once the order of arguments and the layout of a packed tensor are known, `functions` holds
+    callables of (mean, second), whatever the given ones take.
 
     Raises:
         AuditError: If the prior's standard deviation is not positive.
@@ -38,31 +41,25 @@ class VAEAudit(ReportBuilder):
         super().__init__("VAE")
         self.sandbox = sandbox
         self.functions = {name: fn for name, fn in functions.items() if fn is not None}
-        if example is not None:
-            example = torch.as_tensor(example).detach().clone()
-            example = example.to(sandbox.dtype) if example.is_floating_point() else example
-            sandbox.device = example.device
-        self._example = example
+        self.has_example = example is not None
+        self.example = torch.empty(0) if example is None else torch.as_tensor(example).detach()
+        self.example = self.example.clone()
+        if self.example.is_floating_point():
+            self.example = self.example.to(sandbox.dtype)
+        sandbox.device = self.example.device
         mean, std = (torch.as_tensor(value).detach().clone().double() for value in prior)
-        self.given_prior: tuple[Tensor, Tensor] = (mean, std)
+        self.prior = mean, std  # of flat latents (D,), once their number is known
         if not bool((std > 0).all()):
             raise AuditError(f"prior: expected a positive standard deviation; got {prior[1]}")
         self.kl_uses_sample = kl_uses_sample
         self.convention: str | None = None
         self.read_as: str | None = None
         self.layout: str | None = None
-        self.curve = Curve("unnamed")
-        self._sampler: Sampler | None = None
+        self.heads: Heads | None = None  # of the example
+        self.latents: int | None = None  # numbers in one z
+        self.swapped = False  # the first argument of the given sample is the scale
         self.kl_fits = False  # the KL is a multiple of that of what is sampled, plus a constant
         self.kl_slope = math.nan
-        self.packing: Packing | None = None
-        self.swapped = False  # the first argument of sample is the scale
-        self.is_matrix = False  # the second tensor holds a matrix
-        self.rows: int | None = None  # examples in the given batch
-        self.heads: tuple[Tensor, Tensor] | None = None
-        self.scan: tuple[Tensor, Tensor] | None = None  # second outputs, ascending; sigma there
-        self.matrices: tuple[Tensor, Tensor, float] | None = None  # location, factor, error
-        self.prior = self.given_prior  # of flat latents, once their number is known
         self.kl_growth: dict[int, float] | None = None
         self.kl_halved: float | None = None
 
@@ -75,8 +72,42 @@ class VAEAudit(ReportBuilder):
         return self.sandbox.call(name, self.functions[name], *args)
 
     def ask(self, name: str, *args: Any) -> Tensor:
-        """What a callable returns as a tensor, as `Sandbox.ask`."""
-        return self.sandbox.ask(name, self.functions[name], *args)
+        """What a callable returns as a tensor, as `Sandbox.ask_first`."""
+        return self.sandbox.ask_first(name, self.functions[name], *args)
+
+    def encoded(self, x: Tensor | None = None) -> Heads:
+        """Both heads (B, ...) for a batch, by default the example; mean first."""
+        return self.heads_of(self.call("encode", (self.example if x is None else x).clone()))
+
+    def heads_of(self, value: Any) -> Heads:
+        """Both heads in what `encode` returns."""
+        value = tuple(value.values()) if isinstance(value, dict) else value
+        value = value if isinstance(value, (tuple, list)) else (value,)
+        parts = [self.sandbox.as_tensor("encode", part) for part in value[:2]]
+        if len(value) > 2:
+            self.assumed.append(
+                f"encode returns {len(value)} values: the first two are mean and second"
+            )
+        if len(parts) == 1:
+            if parts[0].ndim < 2 or parts[0].shape[1] % 2:
+                raise AuditError(
+                    "encode: expected (mean, second), or a packed tensor (B, 2 D, ...); got shape "
+                    f"{tuple(parts[0].shape)}"
+                )
+            parts = parts[0].chunk(2, 1)
+        mean, second = parts
+        if mean.ndim == 0 or len(mean) != len(second):
+            raise AuditError(
+                f"encode: expected two batches; got shapes {tuple(mean.shape)} and "
+                f"{tuple(second.shape)}"
+            )
+        return mean, second
+
+    @property
+    def rows(self) -> int | None:
+        """Examples in the given batch."""
+        batch = self.example if self.heads is None else self.heads[0]
+        return len(batch) if self.has_example else None
 
     def build(self, **more: Any) -> AuditReport:
         """The report, with the convention."""
@@ -86,37 +117,40 @@ class VAEAudit(ReportBuilder):
             convention=self.convention, read_as=self.read_as, layout=self.layout, **more
         )
 
-    @property
-    def has_sampler(self) -> bool:
-        """Whether the sampler could be called."""
-        return self._sampler is not None
 
-    @property
-    def sampler(self) -> Sampler:
-        """The sampler, measured."""
-        return _known(self._sampler, "sample: it could not be called")
+@dataclass
+class Posterior:
+    """What is sampled, z = loc + sigma e: the sampler, and its sigma by the second output.
 
-    @sampler.setter
-    def sampler(self, sampler: Sampler) -> None:
-        self._sampler = sampler
+    `b` are second outputs (n,), ascending, and `sigma` is measured there; `even` says that all
+    latents have the same, `unbiased` that loc is the mean head.
+    """
 
-    @property
-    def scanned(self) -> tuple[Tensor, Tensor]:
-        """Second outputs, ascending, and the standard deviation of z there."""
-        return _known(self.scan, "sample: it was not scanned")
+    sampler: Sampler
+    b: Tensor
+    sigma: Tensor
+    curve: Curve
+    even: bool = True
+    unbiased: bool = True
 
-    @property
-    def has_example(self) -> bool:
-        """Whether an example was given."""
-        return self._example is not None
-
-    @property
-    def example(self) -> Tensor:
-        """The example."""
-        return _known(self._example, "example: there is none")
+    def at(self, mean: Tensor, second: Tensor) -> Heads:
+        """Location and sigma (P, D) at points: measured, or by the curve if that is exact."""
+        known = self.sampler.mode != "known" and self.curve.named and self.even
+        if known and self.unbiased:
+            return mean, self.curve.sigma(second).abs().expand_as(mean)
+        loc, sigma, _ = self.sampler.measure(mean, second)
+        return loc, self.curve.sigma(second).abs().expand_as(mean) if known else sigma.abs()
 
 
-def _known(value: T | None, problem: str) -> T:
-    if value is None:
-        raise AuditError(problem)
-    return value
+@dataclass
+class FullPosterior:
+    """What is sampled where the second output is a matrix: z = loc + A e, at the heads (P, ...).
+
+    `factor` is A (P, D, D), and `error` the relative error of both.
+    """
+
+    sampler: Sampler
+    heads: Heads
+    loc: Tensor
+    factor: Tensor
+    error: float

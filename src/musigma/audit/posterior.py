@@ -1,0 +1,366 @@
+"""Checks of what is sampled: sigma by its name, mean, noise, the encoder's heads, generation."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from musigma.audit.findings import AuditError
+from musigma.audit.sampler import Sampler
+from musigma.audit.sandbox import first_form
+from musigma.audit.scales import name_curve
+from musigma.audit.statistics import correlated, moments_differ, noise_name
+from musigma.audit.vae_state import FullPosterior, Heads, Posterior, VAEAudit
+
+__all__ = [
+    "check_generation",
+    "check_heads",
+    "check_mean",
+    "check_noise",
+    "check_scale",
+    "full_posterior",
+    "name_scale",
+]
+
+NARROW = 0.9  # a smallest sigma above this share of the prior's is a bug
+
+_STEPS = [0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 9.5, 12, 14, 16, 18, 22, 26,
+          32, 40, 50, 60]  # fmt: skip
+
+
+def name_scale(audit: VAEAudit, s: Sampler) -> Posterior | None:
+    """Measure sigma, and name it as a function of the second tensor; None if there is none."""
+    steps = torch.tensor([*(-x for x in reversed(_STEPS)), 0.0, *_STEPS], dtype=torch.float64)
+    b, sigma = _scan(s, steps)
+    if len(b) < 3:
+        audit.bug(
+            "not_finite", "sample returns NaN or infinity for nearly every second output",
+            "check what it does with the second tensor",
+        )  # fmt: skip
+        return None
+    exact = s.mode != "moments"
+    pooled = sigma.abs().mean(1) if exact else sigma.square().mean(1).sqrt()
+    if float(pooled.max()) < 1e-12:
+        audit.bug(
+            "sample_scale", "z does not vary: its standard deviation is zero",
+            "add sigma times standard normal noise to the mean", sigma=0.0,
+        )  # fmt: skip
+        return None
+    error = max(1e-6, 5 * s.rounding) if exact else 6 / math.sqrt(2 * s.averaged(51) * s.d)
+    off = (sigma.abs() - pooled[:, None]) / pooled[:, None].clamp(min=1e-300)
+    q = Posterior(s, b, pooled, name_curve(b, pooled, error, s.scale_error))
+    if exact and float(off.abs().max()) > 100 * error:
+        q.even = False
+        audit.details["sigma_by_latent"] = (1 + off).mean(0).tolist()
+    curve, name = q.curve, q.curve.name
+    if name == "signed std" and audit.heads is not None:
+        second = audit.heads[1]
+        name = "std" if bool((second > 0).all()) and second.numel() >= 24 else name
+    if name == "relu" and curve.floor:
+        audit.details["dead_below_zero"] = True
+    audit.convention, text = name, curve.text.replace(curve.name, name, 1)
+    audit.details["convention"] = {
+        **curve.to_dict(),
+        "name": name,
+        "text": text,
+        "turns_noise": bool((sigma[b < 0] < 0).any() and (sigma[b > 0] > 0).any()),
+    }
+    audit.details["noise"] = {"source": s.stream or s.mode}
+    ends = f"from {float(b[0]):g} to {float(b[-1]):g}"
+    audit.checked.append(
+        f"sigma at {len(b)} values of the second output {ends}: {text}"
+        + (f", to within {curve.error:.1e}" if curve.named else "")
+    )
+    smallest, std = float(pooled.min()), float(audit.prior[1].min())
+    if smallest >= NARROW * std and name != "unit variance":
+        audit.bug(
+            "sigma_range_restricted",
+            f"no second output {ends} gives a standard deviation below {smallest:.4g}: a "
+            "posterior can hardly be narrower than the prior",
+            "let sigma reach zero: drop what is added to it, or bounds its logarithm from below",
+            smallest_sigma=smallest, prior_std=std,
+        )  # fmt: skip
+    return q
+
+
+def _scan(s: Sampler, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Those b for which the sampler returns numbers, and sigma (n, D) there."""
+
+    def attempt(part: Tensor) -> tuple[Tensor, Tensor]:
+        second = part[:, None].expand(-1, s.e)
+        loc, sigma, off = s.measure(torch.zeros(len(part), s.d), second)
+        good = (sigma.isfinite() & loc.isfinite()).all(1)
+        moved = off[good & (sigma.abs().amax(1) > 0)]
+        straight = bool((moved <= max(1e-5, 50 * s.rounding)).all())
+        if s.mode not in ("moments", "frozen") and not straight:
+            s.mode = "moments"
+            return _scan(s, b)
+        return part[good], sigma[good]
+
+    middle = (b >= 0.05) & (b <= 12)
+    parts = (b, b[b >= 0], b[b > 0], b[middle], b[b.abs() <= 8], b[b < 0])
+    return first_form(((part,) for part in parts), attempt)[1]
+
+
+def check_mean(audit: VAEAudit, q: Posterior) -> None:
+    """E[z] against the mean head, at random heads within the range that the sampler takes."""
+    s, (prior_mean, prior_std) = q.sampler, audit.prior
+    if s.mode == "frozen":
+        audit.unchecked.append("the mean of z: the noise is the same at every call")
+        return
+    std = float(prior_std.mean())
+    usable = (q.b.abs() <= 6) & (q.sigma > 0.05 * std) & (q.sigma < 8 * std)
+    values = q.b[usable if bool(usable.any()) else q.b.abs() <= 2]
+    generator = torch.Generator().manual_seed(5)
+    second = values[torch.randint(len(values), (12, s.e), generator=generator)]
+    m = torch.randn(12, s.d, generator=generator, dtype=torch.float64)
+    mean = prior_mean + 1.5 * prior_std * m
+    loc, sigma, _ = s.measure(mean, second)
+    expected, source = mean, "the mean head"
+    if audit.has("documented_mean"):
+        given = ((mean, s.latent), (second, s.second))
+        given = [audit.sandbox.to_input(t).reshape(12, *shape) for t, shape in given]
+        expected = audit.ask("documented_mean", *given).reshape(12, -1)
+        source = "the documentation"
+    chance = {
+        "known": 0.0,
+        "relative": 1.2 * s.scale_error,
+        "moments": 6 / math.sqrt(s.averaged(12)),
+    }[s.mode]
+    limit = (0.002 + chance) * sigma.abs() + max(1e-6, 50 * s.rounding) * (1 + mean.abs())
+    excess = (loc - expected).abs() / limit
+    if bool((excess <= 1).all()):
+        largest = float(((loc - expected).abs() / sigma.abs().clamp(min=1e-300)).max())
+        audit.checked.append(f"the mean of z is the mean head, to {largest:.1e} sigma")
+        return
+    i, j = divmod(int(excess.nan_to_num(1e9).argmax()), s.d)
+    q.unbiased = False
+    audit.bug(
+        "sample_mean",
+        f"the mean of z is {float(loc[i, j]):.5g} where {source} says {float(expected[i, j]):.5g}",
+        "add the noise to the mean itself: z = mean + sigma * eps, with eps of mean zero",
+        mean_of_z=float(loc[i, j]), expected=float(expected[i, j]),
+        sigma=float(sigma[i, j]), limit=float(limit[i, j]),
+    )  # fmt: skip
+
+
+def check_noise(audit: VAEAudit, s: Sampler) -> None:
+    """Whether the noise is independent and standard normal."""
+    if s.mode == "frozen":
+        audit.bug(
+            "noise_shared", "every call of sample draws the same noise",
+            "seed once, outside sample", calls=2, different=0,
+        )  # fmt: skip
+        return
+    if s.stream.startswith("torch, one") and s.mode == "known":
+        what = "dimensions" if "dimensions" in s.stream else "examples"
+        _shared(audit, f"one draw of noise serves all {what}", 1.0)
+        return
+    if s.mode == "known":
+        audit.checked.append(f"the noise is standard normal and independent: {s.stream}")
+        return
+    e = s.reference_draw(s.many(), 77)
+    e = (e - e.mean(0)) / e.std(0).clamp(min=1e-300) if len(e) > 500 else e
+    if not s.is_matrix:
+        if len(e) > 3 and bool((e[:8] == e[0]).all()):
+            _shared(audit, "one draw of noise serves all examples", 1.0)
+            return
+        for lag in (1, len(e) // 2):
+            r, limit = correlated(torch.stack([e[:-lag].flatten(), e[lag:].flatten()], 1))
+            if abs(r) > limit:
+                what = f"the noise of examples {lag} apart has correlation {r:.3g}"
+                _shared(audit, what, r, limit, harmless=r < 0)
+                break
+        r, limit = correlated(e)
+        if abs(r) > limit:
+            _shared(audit, f"the noise of two dimensions has correlation {r:.3g}", r, limit)
+            e = e[:, :1]
+    documented = audit.has("documented_mean") and not audit.findings  # E[z] is as documented
+    name, numbers = noise_name(e[: max(1, 200_000 // e.shape[1])])
+    audit.details["noise"] = {"source": s.stream or s.mode, "family": name, **numbers}
+    if name != "normal":
+        audit.find(
+            "noise_not_gaussian", "warning" if documented else "bug",
+            f"the injected noise is not normal but {name}: excess kurtosis "
+            f"{numbers['excess_kurtosis']:.3g}, skewness {numbers['skewness']:.3g}",
+            "draw it by torch.randn_like(mean)", family=name, **numbers,
+        )  # fmt: skip
+    else:
+        audit.checked.append(
+            f"the noise is normal: distance {numbers['distance']:.1e} from Phi, limit "
+            f"{numbers['limit']:.1e}"
+        )
+
+
+def _shared(audit: VAEAudit, what: str, r: float, limit: float = 0.0, harmless=False) -> None:
+    audit.find(
+        "noise_shared", "warning" if harmless else "bug", what,
+        "draw noise of the mean's shape at every call: eps = torch.randn_like(mean)",
+        correlation=r, **({"limit": limit} if limit else {}),
+    )  # fmt: skip
+
+
+def full_posterior(audit: VAEAudit, s: Sampler, heads: Heads) -> FullPosterior:
+    """Measure and check the covariance at heads (P, ...) whose second tensor is a matrix.
+
+    The heads are also those under a few sets of random parameters.
+    """
+    restore, pairs = audit.sandbox.snapshot(), [heads]
+    for i in range(1, 1 + -(-32 // len(heads[0]))):
+        audit.sandbox.randomise(0.7, seed=i)
+        with contextlib.suppress(AuditError):
+            pairs.append(audit.encoded())
+    restore()
+    mean, second = (torch.cat(p) for p in zip(*filter(_is_finite, pairs), strict=True))
+    loc, factor, error = s.measure_full(mean.flatten(1), second.flatten(1))
+    covariance = factor @ factor.mT
+    off_diagonal = covariance - torch.diag_embed(covariance.diagonal(dim1=1, dim2=2))
+    text = audit.convention = "full covariance"
+    if s.second == (s.d, s.d):
+        diagonal = second.diagonal(dim1=1, dim2=2)
+        factors = {
+            "": second.tril(),
+            ", its diagonal by exp": second.tril(-1) + torch.diag_embed(diagonal.exp()),
+            ", its diagonal by softplus": second.tril(-1) + torch.diag_embed(softplus(diagonal)),
+        }
+        forms = {f"Cholesky factor{words}": lower @ lower.mT for words, lower in factors.items()}
+        for words, form in {**forms, "covariance": second}.items():
+            if float((form - covariance).abs().max()) < 0.05 * error + 1e-5:
+                text = f"full covariance: the second output is the {words}"
+    audit.details["convention"] = {
+        "name": "full covariance", "text": text, "bounds": [None, None], "floor": 0.0,
+        "noise_scale": 1.0, "largest_off_diagonal": float(off_diagonal.abs().max()),
+    }  # fmt: skip
+    off = float((loc - mean.flatten(1)).abs().max())
+    if off > (0.002 + 6 * error) * float(covariance.max().sqrt()) + 1e-5:
+        audit.bug(
+            "sample_mean", "the mean of z is not the mean head",
+            "add the noise to the mean itself", off=off,
+        )  # fmt: skip
+    audit.checked.append("the covariance of z at the encoder's heads")
+    return FullPosterior(s, (mean, second), loc, factor, error)
+
+
+def check_scale(audit: VAEAudit, q: Posterior) -> None:
+    """Report a sigma that follows no reading, unless the KL has the same."""
+    curve, has_kl = q.curve, audit.has("kl")
+    k, named = curve.noise_scale, curve.named and not curve.name.startswith("exp(")
+    if (named and abs(k - 1) <= 0.03) or (has_kl and audit.kl_fits):
+        return
+    if not named and has_kl and math.isnan(audit.kl_slope):
+        return
+    if named:
+        text = f"the noise is {k:.5g} times what the reading {curve.name} says"
+        repair = f"draw eps with a standard deviation of 1, not {k:.4g}, or put {k:.4g} into sigma"
+    else:
+        text = (
+            f"the standard deviation of z follows no reading of the second output ({curve.text})"
+        )
+        repair = "make it exp(b/2), exp(b) or softplus(b), and say which"
+    at = int((q.b - 1).abs().argmin())
+    audit.find(
+        "sample_scale", "bug" if has_kl else "warning", text, repair, noise_scale=k,
+        at=float(q.b[at]), sigma=float(q.sigma[at]),
+    )  # fmt: skip
+
+
+def check_generation(audit: VAEAudit) -> None:
+    """The moments of ``generate(n)`` against those of the prior."""
+    d = audit.latents
+    few = audit.ask("generate", 8)
+    if few.ndim < 2 or len(few) != 8 or (d is not None and few[0].numel() != d):
+        audit.unchecked.append(
+            f"the prior of generation: generate(8) returns shape {tuple(few.shape)}, not "
+            "draws of the latent"
+        )
+        return
+    n = 20_000 if d is None or d <= 64 else 2000
+    audit.sandbox.reseed(11)
+    z = audit.ask("generate", n).flatten(1)
+    if not bool(z.isfinite().all()):
+        audit.bug("not_finite", "generate returns NaN or infinity",
+                  "draw from the prior: mean + std * torch.randn")  # fmt: skip
+        return
+    mean, std = (t.flatten().expand(z.shape[1]) for t in audit.prior)
+    if off := moments_differ(z, mean, std):
+        audit.bug(
+            "prior_mismatch",
+            "generation draws z with mean {mean:.4g} and standard deviation {std:.4g}; the prior "
+            "of the KL has {expected_mean:.4g} and {expected_std:.4g}".format(**off),
+            "draw z from the prior that the KL is taken to", **off,
+        )  # fmt: skip
+    else:
+        audit.checked.append(f"generation: mean and standard deviation of the prior, {n} draws")
+
+
+# --- the encoder's heads ------------------------------------------------------------------------
+
+
+def _is_finite(heads: Heads) -> bool:
+    return all(bool(head.isfinite().all()) for head in heads)
+
+
+def check_heads(audit: VAEAudit, q: Posterior | FullPosterior | None) -> None:
+    """Whether the heads are two, and how far they reach, under random parameters."""
+    pairs = []
+    d = audit.latents or 1
+    for i in range(max(4, -(-40 // d))):
+        if i:
+            audit.sandbox.randomise(0.3 if i == 1 else 5.0, seed=i)
+        try:
+            pair = audit.encoded()
+        except AuditError:
+            if i == 0:
+                raise
+            break
+        if not _is_finite(pair):
+            break
+        pairs.append(pair)
+    if audit.sandbox.modules:
+        audit.checked.append(f"the heads under {len(pairs) - 1} sets of random parameters")
+    else:
+        audit.unchecked.append("the heads under random parameters: no module was found")
+    if isinstance(q, Posterior) and q.curve.name == "unit variance":
+        return
+    if pairs and all(m.shape == s.shape and m.numel() > 1 for m, s in pairs):
+        m, s = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
+        what = None
+        if float(m.std()) > 1e-12:
+            if bool(((m - s).abs() <= 1e-9 * (m.abs() + 1e-12)).all()):
+                what = "mean and second output are the same numbers"
+            elif _is_one_function(m, s, d):
+                what = "the second output is one monotone function of the mean"
+        if what:
+            audit.bug(
+                "heads_tied", f"{what}, whatever the parameters are",
+                "give the scale a layer of its own", compared=m.numel(),
+            )  # fmt: skip
+    enough = len(pairs) >= 4 and (len(pairs) - 1) * d >= 36
+    if not isinstance(q, Posterior) or not audit.sandbox.modules or not enough:
+        return
+    with contextlib.suppress(AuditError):
+        heads = [[head.flatten(1)[:8] for head in pair] for pair in pairs[1:]]
+        sigma = torch.cat([q.sampler.measure(0 * mean, second)[1].abs() for mean, second in heads])
+        smallest = float(sigma.min())
+        if float(sigma.std()) > 1e-9 and smallest >= NARROW * float(audit.prior[1].min()):
+            audit.bug(
+                "sigma_range_restricted",
+                "the encoder's second output never gives a standard deviation below "
+                f"{smallest:.4g}, whatever its parameters are",
+                "end the scale's head in a linear layer, without a ReLU or softplus",
+                smallest_sigma=smallest, compared=sigma.numel(),
+            )  # fmt: skip
+
+
+def _is_one_function(m: Tensor, s: Tensor, d: int) -> bool:
+    """Whether s is one strictly monotone function of m, for all latents and parameters."""
+    order = m.argsort()
+    steps = s[order].diff()
+    distinct = m[order].diff() > 1e-9 * m.abs().max()
+    if d < 2 or int(distinct.sum()) < 60 or float(s.std()) < 1e-12:
+        return False
+    return bool((steps[distinct] > 0).all() or (steps[distinct] < 0).all())
