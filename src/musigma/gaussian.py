@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -22,7 +22,7 @@ from torch.distributions import Distribution, constraints, register_kl
 from musigma.context import conditioned
 from musigma.tensors import at_least_float32, per_example, sum_event
 
-__all__ = ["DiagonalGaussian", "Format", "GaussianHead"]
+__all__ = ["DiagonalGaussian", "EventDistribution", "Format", "GaussianHead"]
 
 Layout = Literal["halves", "interleaved", "two-heads", "per-feature"]
 Order = Literal["mean-first", "scale-first"]
@@ -194,7 +194,7 @@ class Format:
         Raises:
             ValueError: If the tensor does not have two parts of equal shape where `layout` says.
         """
-        mean, raw = self._unpack(h, self.dim)
+        mean, raw = self._scaled(h)
         return mean, self.log_std(raw)
 
     def join(self, mean: Tensor, log_std: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -212,7 +212,7 @@ class Format:
                 f"log_std: '{self}' reaches from {low:.4g} to {high:.4g}; got values from "
                 f"{log_std.min():.4g} to {log_std.max():.4g}"
             )
-        return self._pack(mean / self.gain, raw, self.dim)
+        return self._pack(mean / self.gain, raw)
 
     def log_std(self, raw: Tensor) -> Tensor:
         """The log standard deviation for a raw scale, already multiplied by `gain`."""
@@ -222,15 +222,10 @@ class Format:
         if self.floor:
             floor = torch.full_like(log_std, math.log(self.floor))
             log_std = torch.logaddexp(self._power * log_std, floor) / self._power
-        return log_std if self._within_bounds else log_std.clamp(*self.bounds)  # pyright: ignore
-
-    @property
-    def _within_bounds(self) -> bool:
-        """Whether the scale cannot exceed the bounds, so no clamp is needed."""
-        if self.bounds is None:
-            return True
-        low, high = _SCALES[self.scale].reach(self.limit or 0.0)  # a floor only raises `low`
-        return self.bounds[0] <= low and high <= self.bounds[1]
+        low, high = _SCALES[self.scale].reach(self.limit or 0.0)
+        if self.bounds is None or (self.bounds[0] <= low and high <= self.bounds[1]):
+            return log_std  # no clamp is needed; a floor only raises `low`
+        return log_std.clamp(*self.bounds)
 
     @property
     def _power(self) -> int:
@@ -257,7 +252,7 @@ class Format:
         bounds, on the floor, or at the end of a bounded scale.
         """
         with torch.enable_grad():
-            raw = self._unpack(h, self.dim)[1].detach().requires_grad_()
+            raw = self._scaled(h)[1].detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.log_std(raw).sum(), raw)
         return (slope.abs() < 0.01).float().mean()
 
@@ -267,7 +262,7 @@ class Format:
         self, rows: Tensor | Sequence[Tensor], to: Format
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Reorder the rows (dim 0) of a parameter of the last layer to the layout of `to`."""
-        return to._pack(*self._unpack(rows, None), None)
+        return to._of_rows()._pack(*self._of_rows()._unpack(rows))
 
     def permute(
         self, weight: Tensor | Sequence[Tensor], bias: Tensor | Sequence[Tensor] | None, to: Format
@@ -284,14 +279,15 @@ class Format:
         factor = {("log_std", "log_var"): 2.0, ("log_var", "log_std"): 0.5}.get(
             (self.scale, to.scale), 1.0
         )
-        same = (
-            (self.scale == to.scale or factor != 1.0)
-            and (factor == 1.0 or self.floor == to.floor == 0.0)
-            and (self.floor, self.limit, self.bounds) == (to.floor, to.limit, to.bounds)
-            and self.gain == to.gain
-            and to.offset == factor * self.offset
+        moved = replace(
+            self,
+            layout=to.layout,
+            order=to.order,
+            dim=to.dim,
+            scale=to.scale if factor != 1 else self.scale,
+            offset=factor * self.offset,
         )
-        if not same:
+        if moved != to or (factor != 1 and self.floor):
             raise ValueError(
                 f"to: '{self}' and '{to}' differ by more than layout, order and the factor 2 "
                 "between log_std and log_var, so no last layer makes them equal; "
@@ -299,25 +295,37 @@ class Format:
             )
 
         def convert(rows):
-            mean, raw = self._unpack(rows, None)
-            return to._pack(mean, factor * raw, None)
+            mean, raw = self._of_rows()._unpack(rows)
+            return to._of_rows()._pack(mean, factor * raw)
 
         return convert(weight), None if bias is None else convert(bias)
 
-    def _unpack(self, h: Tensor | Sequence[Tensor], dim: int | None) -> tuple[Tensor, Tensor]:
-        """Both parts, mean first. With `dim` None, h holds rows of a layer, without the gain."""
-        axis, parts = dim or 0, ()
-        if self.layout == "two-heads" or not isinstance(h, Tensor):
-            parts = () if self.layout != "two-heads" or isinstance(h, Tensor) else tuple(h)
-        elif self.layout == "per-feature" and dim is not None:
-            parts = h.unbind(-1) if h.ndim and h.shape[-1] == 2 else ()
-        elif not -h.ndim <= axis < h.ndim or h.shape[axis] % 2:
+    def _of_rows(self) -> Format:
+        """The format of the rows of a last layer whose output has this format."""
+        layout = "interleaved" if self.layout == "per-feature" else self.layout
+        return replace(self, layout=layout, dim=0)
+
+    def _scaled(self, h: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both parts in float32 or better, times the gain."""
+        mean, raw = map(at_least_float32, self._unpack(h))
+        return (mean, raw) if self.gain == 1 else (mean * self.gain, raw * self.gain)
+
+    def _unpack(self, h: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Both parts as they are, mean first."""
+        parts: Sequence[Tensor] = ()
+        if not isinstance(h, Tensor):
+            parts = tuple(h) if self.layout == "two-heads" else ()
+        elif self.layout == "per-feature":
+            parts = h.unbind(-1) if h.shape[-1:] == (2,) else ()
+        elif (
+            self.layout == "two-heads" or not -h.ndim <= self.dim < h.ndim or h.shape[self.dim] % 2
+        ):
             parts = ()
         elif self.layout == "halves":
-            parts = h.chunk(2, axis)
+            parts = h.chunk(2, self.dim)
         else:
-            last = h.movedim(axis, -1).unflatten(-1, (-1, 2))  # gradients: channels last too
-            parts = tuple(t.movedim(-1, axis) for t in last.unbind(-1))
+            last = h.movedim(self.dim, -1).unflatten(-1, (-1, 2))  # gradients: channels last too
+            parts = tuple(t.movedim(-1, self.dim) for t in last.unbind(-1))
         if len(parts) != 2 or parts[0].shape != parts[1].shape:
             reads = {
                 "two-heads": "a pair of tensors of one shape",
@@ -326,22 +334,19 @@ class Format:
             shapes = [h.shape] if isinstance(h, Tensor) else [t.shape for t in h]
             got = " and ".join(str(tuple(shape)) for shape in shapes)
             raise ValueError(f"h: '{self}' reads {reads}; got {got}")
-        first, second = parts if self.order == "mean-first" else parts[::-1]
-        if dim is None:
-            return first, second
-        first, second = at_least_float32(first), at_least_float32(second)
-        return (first, second) if self.gain == 1 else (first * self.gain, second * self.gain)
+        first, second = parts
+        return (first, second) if self.order == "mean-first" else (second, first)
 
-    def _pack(self, mean: Tensor, raw: Tensor, dim: int | None) -> Tensor | tuple[Tensor, Tensor]:
-        axis = 0 if dim is None else dim
+    def _pack(self, mean: Tensor, raw: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The inverse of `_unpack`."""
         pair = (mean, raw) if self.order == "mean-first" else (raw, mean)
         if self.layout == "two-heads":
             return pair
-        if self.layout == "per-feature" and dim is not None:
+        if self.layout == "per-feature":
             return torch.stack(pair, -1)
         if self.layout == "halves":
-            return torch.cat(pair, axis)
-        axis = axis % mean.ndim
+            return torch.cat(pair, self.dim)
+        axis = self.dim % mean.ndim
         return torch.stack(pair, axis + 1).flatten(axis, axis + 1)
 
     # -- as text
@@ -362,7 +367,8 @@ class Format:
         words = {w: "layout" for w in get_args(Layout)}
         words |= {w: "order" for w in get_args(Order)} | {w: "scale" for w in get_args(Scale)}
         aliases = {"split": "halves", "cross": "interleaved"}
-        numbers = {"dim", "bounds", "floor", "limit", "offset", "gain"}
+        numbers = dict.fromkeys(("floor", "limit", "offset", "gain"), float)
+        numbers |= {"dim": int, "bounds": _bounds}
         values: dict = {}
         for word in text.split():
             name, _, number = word.partition("=")
@@ -371,7 +377,7 @@ class Format:
                 name, value = words[word], word
             elif name in numbers:
                 try:
-                    value = _number(name, number)
+                    value = numbers[name](number)
                 except ValueError:
                     raise ValueError(f"format: cannot read the number in {word!r}") from None
             else:
@@ -395,16 +401,53 @@ class Format:
         return " ".join(words)
 
 
-def _number(field: str, text: str) -> int | float | tuple[float, ...] | None:
-    if field == "bounds":
-        return None if text == "none" else tuple(map(float, text.split(",")))
-    return int(text) if field == "dim" else float(text)
+def _bounds(text: str) -> tuple[float, ...] | None:
+    return None if text == "none" else tuple(map(float, text.split(",")))
 
 
 # --- the distribution --------------------------------------------------------------------------
 
 
-class DiagonalGaussian(Distribution):
+class EventDistribution(Distribution):
+    """The base class of the distributions of this library: of events, without checks of arguments.
+
+    A subclass implements `log_prob` in nats per event, and `rsample` or `sample`. Draws take a
+    `temperature`: a number, or one number for each entry of the first dimension. It shrinks a draw
+    towards the center of the distribution, which it reaches at temperature 0.
+
+    Attributes:
+        element: The constraint that each element of an event meets.
+    """
+
+    element: constraints.Constraint = constraints.real
+    arg_constraints = {}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, batch_shape: Sequence[int], event_shape: Sequence[int]):
+        super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Events whose elements each meet `element`."""
+        return constraints.independent(self.element, len(self.event_shape))
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
+    ) -> Tensor:
+        """Like `rsample`, without a gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape, temperature=temperature)  # pyright: ignore
+
+    def _sum(self, terms: Tensor) -> Tensor:
+        return sum_event(terms, len(self.event_shape))
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, "
+            f"event_shape={tuple(self.event_shape)})"
+        )
+
+
+class DiagonalGaussian(EventDistribution):
     r"""A Gaussian with independent coordinates, N(mean, diag(exp(2 · log_std))).
 
     .. math:: \log p(x) = -\sum_i \tfrac12 ((x_i-\mu_i) e^{-s_i})^2 + s_i + \tfrac12\log 2\pi
@@ -448,12 +491,7 @@ class DiagonalGaussian(Distribution):
             )
         self._mean, self.log_std, self.event_ndims = mean, log_std, event_ndims
         batch_ndims = mean.ndim - event_ndims
-        super().__init__(mean.shape[:batch_ndims], mean.shape[batch_ndims:], validate_args=False)
-
-    @property
-    def arg_constraints(self) -> dict[str, constraints.Constraint]:
-        """Both parameters are real: any number is a valid log_std."""
-        return {"mean": constraints.real, "log_std": constraints.real}
+        super().__init__(mean.shape[:batch_ndims], mean.shape[batch_ndims:])
 
     @property
     def mean(self) -> Tensor:
@@ -480,11 +518,6 @@ class DiagonalGaussian(Distribution):
         """The variance, exp(2 log_std)."""
         return (2 * self.log_std).exp()
 
-    @property
-    def support(self) -> constraints.Constraint:
-        """All real events."""
-        return constraints.independent(constraints.real, self.event_ndims)
-
     def rsample(
         self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
     ) -> Tensor:
@@ -496,21 +529,14 @@ class DiagonalGaussian(Distribution):
         noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
         return self.unwhiten(per_example(temperature, noise) * noise)
 
-    def sample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
-        """Like `rsample`, without a gradient."""
-        with torch.no_grad():
-            return self.rsample(sample_shape, temperature=temperature)
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, summed over the event; it has the batch shape."""
         terms = 0.5 * self.whiten(value).square() + self.log_std + 0.5 * math.log(2 * math.pi)
-        return -sum_event(terms, self.event_ndims)
+        return -self._sum(terms)
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, summed over the event; it has the batch shape."""
-        return sum_event(self.log_std + 0.5 * math.log(2 * math.pi * math.e), self.event_ndims)
+        return self._sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e))
 
     def whiten(self, value: Tensor) -> Tensor:
         """The standardized value, (value - mean) / std."""
@@ -525,12 +551,6 @@ class DiagonalGaussian(Distribution):
         shape = (*batch_shape, *self.event_shape)
         return DiagonalGaussian(
             self._mean.expand(shape), self.log_std.expand(shape), self.event_ndims
-        )
-
-    def __repr__(self) -> str:
-        return (
-            f"DiagonalGaussian(batch_shape={tuple(self.batch_shape)}, "
-            f"event_shape={tuple(self.event_shape)}, parameters=(mean, log_std))"
         )
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "channels_last", "moments", "per_example", "sum_event"]
+__all__ = [
+    "at_least_float32",
+    "channels_last",
+    "gumbel_like",
+    "moments",
+    "per_example",
+    "sum_event",
+]
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -28,6 +35,11 @@ def per_example(weight: float | Tensor, value: Tensor) -> float | Tensor:
     if isinstance(weight, Tensor) and weight.ndim == 1:
         return weight.to(value).reshape(-1, *(1,) * (value.ndim - 1))
     return weight
+
+
+def gumbel_like(t: Tensor) -> Tensor:
+    """Gumbel noise: the largest entry of log p + noise is a draw from p."""
+    return -torch.empty_like(t).exponential_().log()
 
 
 def moments(t: Tensor) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,7 @@ class OptimalGaussianHead(nn.Module):
         self.register_buffer("log_std", torch.zeros(()))
         for name in ("error", "batches"):  # sum and number of errors since the last step
             self.register_buffer(name, torch.zeros(()), persistent=False)
-        self.register_load_state_dict_post_hook(_reset)
+        self.register_load_state_dict_post_hook(OptimalGaussianHead.skip_step)
         self.trained = self.stepped = False
 
     def forward(self, given: Tensor, context: Tensor | None = None) -> DiagonalGaussian:
@@ -166,18 +166,13 @@ class OptimalGaussianHead(nn.Module):
         log_std = self.log_std_of(self.error / self.batches)
         moved = torch.lerp(self.log_std, log_std, self.momentum)
         self.log_std.copy_(torch.where(log_std.isfinite(), moved, self.log_std))
-        _reset(self)
+        self.skip_step()
         self.stepped = True
 
-    def skip_step(self) -> None:
-        """Drop the batches scored since the last call: their step was not taken."""
-        _reset(self)
-
-
-def _reset(head: OptimalGaussianHead, *_: object) -> None:
-    """Drop the errors since the last step, after a step and when a state is loaded."""
-    head.error.zero_()
-    head.batches.zero_()
+    def skip_step(self, *_: object) -> None:
+        """Drop the batches scored since the last call: after a step, or if it is not taken."""
+        self.error.zero_()
+        self.batches.zero_()
 
 
 class _FittedGaussian(DiagonalGaussian):

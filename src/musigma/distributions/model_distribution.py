@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
 
 from musigma import context as contexts
 from musigma.context import Context
+from musigma.gaussian import EventDistribution
 
 __all__ = ["ModelDistribution"]
 
 
-class ModelDistribution(Distribution):
+class ModelDistribution(EventDistribution):
     """An exact model as a distribution, with batch shape (), or (B,) for a context of B rows.
 
     Args:
@@ -32,17 +32,7 @@ class ModelDistribution(Distribution):
             with torch.random.fork_rng():
                 event = model.sample(rows or 1, context).shape[1:]
         batch = () if rows is None else (rows,)
-        super().__init__(torch.Size(batch), torch.Size(event), validate_args=False)
-
-    @property
-    def arg_constraints(self) -> dict[str, constraints.Constraint]:
-        """None: the model has its own parameters."""
-        return {}
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """All real events."""
-        return constraints.independent(constraints.real, len(self.event_shape))
+        super().__init__(batch, event)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats: ``value.shape`` without the event dimensions, broadcast."""

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints, register_kl
+from torch.distributions import constraints, register_kl
 
 from musigma.context import conditioned
-from musigma.tensors import at_least_float32, per_example
+from musigma.gaussian import EventDistribution
+from musigma.tensors import at_least_float32, gumbel_like, per_example
 from musigma.trace import with_gradient
 
 __all__ = ["OneHotHead", "OneHotLatents", "UniformOneHot"]
@@ -19,7 +20,7 @@ __all__ = ["OneHotHead", "OneHotLatents", "UniformOneHot"]
 Gradient = Literal["relaxed", "straight-through", "score", "enumerate"]
 
 
-class OneHotLatents(Distribution):
+class OneHotLatents(EventDistribution):
     r"""L independent categorical variables of K classes each, as one-hot rows (L, K).
 
     .. math:: \log p(z) = \sum_{lk} z_{lk} \log p_{lk}, \quad p_l = softmax(logits_l)
@@ -54,12 +55,7 @@ class OneHotLatents(Distribution):
         self.has_rsample = gradient in ("relaxed", "straight-through")
         if gradient is not None and not self.has_rsample:
             with_gradient(self, gradient)
-        super().__init__(logits.shape[:-2], logits.shape[-2:], validate_args=False)
-
-    @property
-    def arg_constraints(self) -> dict[str, constraints.Constraint]:
-        """None: any logits are valid."""
-        return {}
+        super().__init__(logits.shape[:-2], logits.shape[-2:])
 
     @property
     def support(self) -> constraints.Constraint:
@@ -83,8 +79,7 @@ class OneHotLatents(Distribution):
     def _perturbed(self, shape: Sequence[int], temperature: float | Tensor) -> Tensor:
         """Logits with Gumbel noise: their largest entry is a draw."""
         logits = self.log_probs.expand(*shape, *self.log_probs.shape)
-        noise = -torch.empty_like(logits).exponential_().log()
-        return logits + per_example(temperature, logits) * noise
+        return logits + per_example(temperature, logits) * gumbel_like(logits)
 
     def sample(
         self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
