@@ -18,6 +18,7 @@ on that run is checkpointed; `fallbacks` lists such runs, and why.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
@@ -115,11 +116,19 @@ def set_fallbacks(model: nn.Module, runs: Mapping[str, str]) -> None:
         runner.fallbacks = {int(i): why for i, why in starts.items() if i.isdecimal()}
 
 
-def recomputed(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """``forward(*inputs)``, computed again in the backward pass; only the inputs are kept."""
-    if not torch.is_grad_enabled():
-        return forward(*inputs)
-    return checkpoint(forward, *inputs, use_reentrant=False)
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate the `forward` of a module, whose attribute `recompute` tells what is kept.
+
+    If it is true, the backward pass computes the module again, and only its inputs are kept.
+    """
+
+    @functools.wraps(forward)
+    def run(module: nn.Module, *inputs: Any, **named: Any) -> Tensor:
+        if not module.recompute or not torch.is_grad_enabled():
+            return forward(module, *inputs, **named)
+        return checkpoint(forward, module, *inputs, use_reentrant=False, **named)  # pyright: ignore
+
+    return run
 
 
 class Runner:

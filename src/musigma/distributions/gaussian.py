@@ -10,10 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from musigma.context import conditioned
+from musigma.context import conditioned, pooled
 from musigma.distributions.likelihood import register_likelihood
 from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
-from musigma.nets.context import pooled
 from musigma.tensors import at_least_float32
 
 __all__ = ["LearnedNormal", "OptimalGaussianHead", "StandardNormal"]

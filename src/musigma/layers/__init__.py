@@ -1,16 +1,13 @@
 """The layers of a chain: bijections and their maps, and layers that draw."""
 
-from musigma.layers.autoregressive import Autoregressive, AutoregressiveNet
 from musigma.layers.classifier import Classifier
-from musigma.layers.coupling import Coupling
-from musigma.layers.elementwise import Elementwise, Logit, Rescale
-from musigma.layers.linear import ActNorm, InvertibleConv, Permutation
+from musigma.layers.draws import Dequantize, Split
+from musigma.layers.fixed import Checkerboard, Logit, Permutation, Rescale, Squeeze
+from musigma.layers.linear import ActNorm, InvertibleConv
+from musigma.layers.mapped import Autoregressive, AutoregressiveNet, Coupling, Elementwise
 from musigma.layers.maps import Additive, Affine, Map, Spline
-from musigma.layers.quantize import Dequantize
-from musigma.layers.reshape import Checkerboard, Squeeze
-from musigma.layers.split import Split
 from musigma.layers.standardize import Standardize, standardizer
-from musigma.nets.made import MADE, Conditioner
+from musigma.nets import MADE, Conditioner
 
 __all__ = [
     "MADE",

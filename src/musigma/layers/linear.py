@@ -1,9 +1,8 @@
-"""Linear bijections of the channels of vectors (B, C) and of images (B, C, H, W)."""
+"""Learned linear bijections of the channels of vectors (B, C) and of images (B, C, H, W)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from musigma.model import Bijection
 from musigma.tensors import at_least_float32
 
-__all__ = ["ActNorm", "InvertibleConv", "Permutation"]
+__all__ = ["ActNorm", "InvertibleConv"]
 
 
 def positions(x: Tensor) -> int:
@@ -164,44 +163,3 @@ class InvertibleConv(Bijection):
         weight = self.matrix()
         x = _mix(_inverted(weight.detach()), at_least_float32(y.detach())).requires_grad_()
         return x, _mix(weight, x), self._log_det(x)
-
-
-class Permutation(Bijection):
-    """A fixed reordering of the channels; log_det is zero.
-
-    Args:
-        order: ``y[:, i] = x[:, order[i]]``. It is part of the state.
-
-    Raises:
-        ValueError: If `order` is not a permutation.
-
-    Example:
-        >>> Permutation.reverse(3)(torch.tensor([[1.0, 2.0, 3.0]]))[0]
-        tensor([[3., 2., 1.]])
-    """
-
-    order: Tensor
-
-    def __init__(self, order: Sequence[int]):
-        super().__init__()
-        if sorted(order) != list(range(len(order))):
-            raise ValueError(f"order: expected each of 0 .. {len(order) - 1} once; got {order}")
-        self.register_buffer("order", torch.tensor(list(order)))
-
-    @classmethod
-    def reverse(cls, channels: int) -> Permutation:
-        """The last channel first."""
-        return cls(range(channels)[::-1])
-
-    @classmethod
-    def shuffle(cls, channels: int) -> Permutation:
-        """A random order, from torch's generator."""
-        return cls(torch.randperm(channels).tolist())
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The reordered channels."""
-        return x[:, self.order], x.new_zeros(len(x))
-
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The original order."""
-        return y[:, self.order.argsort()], y.new_zeros(len(y))

@@ -4,7 +4,7 @@ Every network takes ``(x, context)``. A network built with ``context=n`` needs a
 features per example, which it concatenates to its input; others ignore the context.
 """
 
-from musigma.nets.context import join
+from musigma.context import join
 from musigma.nets.conv import (
     ConvDecoder,
     ConvEncoder,
@@ -19,8 +19,7 @@ from musigma.nets.conv import (
     halved,
 )
 from musigma.nets.embed import Embedding
-from musigma.nets.made import MADE, Conditioner
-from musigma.nets.mlp import MLP, Scaled
+from musigma.nets.vectors import MADE, MLP, Conditioner, Scaled
 
 __all__ = [
     "MADE",

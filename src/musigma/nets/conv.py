@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musigma.context import join
 from musigma.memory import recomputed
-from musigma.nets.context import join
 
 __all__ = [
     "ConvDecoder",
@@ -86,15 +86,14 @@ class ZeroConv2d(nn.Module):
         self.context = context
         self.conv = conv3x3(inputs + context, outputs, edge)
         self.logs = nn.Parameter(torch.zeros(outputs, 1, 1))
-        nn.init.zeros_(self.conv.weight)
-        assert self.conv.bias is not None
-        nn.init.zeros_(self.conv.bias)
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The output, (B, outputs, H, W)."""
         gain = (3 * self.logs).exp()
-        assert self.conv.bias is not None
-        weight, bias = self.conv.weight * gain.unsqueeze(1), self.conv.bias * gain.flatten()
+        weight = self.conv.weight * gain.unsqueeze(1)
+        bias = self.conv.bias * gain.flatten()  # pyright: ignore[reportOptionalOperand]
         y = F.conv2d(join(x, context, self.context), weight, bias, padding=1)
         if isinstance(self.conv, EdgeConv2d):
             y = y + edge_bias(self.conv.edge * gain.unsqueeze(1), x.shape[-2:])
@@ -160,11 +159,9 @@ class ResBlock(nn.Module):
         self.enter = nn.Conv2d(channels, hidden, 3, padding=1)
         self.leave = nn.Conv2d(hidden, channels, 3, padding=1)
 
+    @recomputed
     def forward(self, x: Tensor) -> Tensor:
         """The output, of the input's shape."""
-        return recomputed(self._forward, x) if self.recompute else self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
         h = F.silu(self.enter(F.silu(self.norm(x))))
         return x + self.leave(h)
 
@@ -202,13 +199,9 @@ class ResNet(nn.Module):
         self.blocks = nn.Sequential(*(ResBlock(width) for _ in range(blocks)))
         self.leave = ZeroConv2d(width, outputs) if zero else nn.Conv2d(width, outputs, 1)
 
+    @recomputed
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The output, (B, outputs, H, W)."""
-        return (
-            recomputed(self._forward, x, context) if self.recompute else self._forward(x, context)
-        )
-
-    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         h = self.blocks(self.enter(join(x, context, self.context)))
         return self.leave(F.silu(h))
 

@@ -118,5 +118,5 @@ class Embedding(nn.Module):
         return torch.cat(parts, 1)
 
     def extra_repr(self) -> str:
-        """Name the variables."""
+        """Names the variables."""
         return ", ".join(variable.name for variable in self.variables)

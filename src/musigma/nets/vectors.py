@@ -1,12 +1,14 @@
-"""Networks for couplings and autoregressive layers of vectors.
+"""Networks for vectors.
 
-They compute on (units, B), so the batch of their output (B, outputs) is last in memory. A `Spline`
-reads each parameter of all elements as one contiguous block, and needs no copy.
+Those for couplings and autoregressive layers compute on (units, B), so the batch of their output
+(B, outputs) is last in memory. A `Spline` reads each parameter of all elements as one contiguous
+block, and needs no copy.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
@@ -14,9 +16,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musigma.nets.context import join
+from musigma.context import join
 
-__all__ = ["MADE", "Conditioner"]
+__all__ = ["MADE", "MLP", "Conditioner", "Scaled"]
+
+
+class Scaled(nn.Module):
+    """A network whose input, levels 0 .. levels - 1, is scaled to [-1, 1].
+
+    Args:
+        net: The network.
+        levels: Number of levels; 2 for values in [0, 1].
+    """
+
+    def __init__(self, net: nn.Module, levels: int):
+        super().__init__()
+        self.net, self.levels = net, levels
+
+    def forward(self, x: Tensor, context: Tensor | None = None):
+        """The output of the network for the scaled input."""
+        return self.net(2 * x / (self.levels - 1) - 1, context)
+
+    def extra_repr(self) -> str:
+        """Names the range."""
+        return f"0 .. {self.levels - 1} to -1 .. 1"
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron (B, inputs, ...) to (B, ...outputs); extra input axes are flattened.
+
+    Args:
+        inputs: Elements of one example.
+        outputs: A number, or a shape.
+        hidden: Width of each hidden layer.
+        context: Number of features of the context.
+        zero: Initialize the last layer to zero, so that the output is zero.
+
+    Example:
+        >>> MLP(12, (3, 2, 2), hidden=[8])(torch.randn(5, 3, 4)).shape
+        torch.Size([5, 3, 2, 2])
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int | Sequence[int],
+        *,
+        hidden: Sequence[int] = (256, 256),
+        context: int = 0,
+        zero: bool = False,
+    ):
+        super().__init__()
+        self.context = context
+        self.outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
+        widths = [inputs + context, *hidden]
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Linear(a, b), nn.SiLU()]
+        last = nn.Linear(widths[-1], math.prod(self.outputs))
+        if zero:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*layers, last)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The output."""
+        h = self.layers(join(x.flatten(1), context, self.context))
+        return h.reshape(len(x), *self.outputs)
 
 
 class _Stack(nn.Module):
@@ -87,11 +153,7 @@ class Conditioner(nn.Module):
         self.stack = _Stack([torch.ones(b, a) for a, b in itertools.pairwise(widths)], zero)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The output.
-
-        Raises:
-            ValueError: If a context is needed and missing, or has another shape.
-        """
+        """The output."""
         return self.stack(join(x, context, self.context).t()).t()
 
 
@@ -150,25 +212,16 @@ class MADE(nn.Module):
         self.plan = [_rows(layers, i) for i in range(self.features)]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The outputs (B, len(owners)), for x (B, D).
-
-        Raises:
-            ValueError: If a context is needed and missing, or has another shape.
-        """
+        """The outputs (B, len(owners)), for x (B, D)."""
         return self.stack(join(x[:, :-1], context, self.context).t()).t()
 
     def unroll(
         self, fill: Callable[[int, Tensor], Tensor], like: Tensor, context: Tensor | None = None
     ) -> None:
-        """Evaluate feature by feature, in order: ``x[:, i] = fill(i, outputs of i)``.
+        """Evaluate feature by feature, as `musigma.layers.AutoregressiveNet` describes.
 
         Step i computes only the hidden units of degree i and the outputs of feature i, so all
         steps together cost less than one pass.
-
-        Args:
-            fill: Takes i, and the outputs (B, each) for feature i; returns feature i, (B, 1).
-            like: A tensor of x's shape (B, D) and type.
-            context: As in `forward`.
         """
         layers = self.stack.layers()
         weight, bias = layers[-1]

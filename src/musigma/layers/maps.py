@@ -1,13 +1,8 @@
-r"""The monotone rational-quadratic spline with K bins, and its exact inverse.
+"""Increasing maps of one element, whose parameters a network emits for that element.
 
-In a bin with corner (x0, y0), width w, height h, mean slope s = h / w and slopes d0, d1 at its
-knots, at θ = (x - x0) / w and with ϑ = 1 - θ,
-
-    g0 = s θ + d0 ϑ        β = θ g0 + ϑ g1        q = θ g0 / β        y = y0 + h q
-    g1 = s ϑ + d1 θ        C = ϑ g0 + θ g1        log dy/dx = log C (s / β)²
-
-Every term of these sums is positive, so there is no cancellation. The gradients are explicit,
-because autograd would store dozens of tensors for them.
+Coupling, autoregressive and elementwise layers all apply a map; they differ in the source of its
+parameters. A new map is one class that implements `Map`; it works in all three layers, in both
+directions.
 """
 
 from __future__ import annotations
@@ -15,17 +10,143 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from musigma.layers.maps.base import Map
+from musigma.gaussian import Format
 from musigma.tensors import at_least_float32
 
-__all__ = ["Spline"]
+__all__ = ["Additive", "Affine", "Map", "Spline"]
+
+
+class Map(Protocol):
+    r"""A strictly increasing, differentiable map of each element, :math:`y_i = f(x_i; h_i)`.
+
+    Any object with these members is a map; inherit from `Map` to get the default `owners`. If a
+    parameter has a limit, the map should also have ``saturation(h) -> Tensor``: the share, from 0
+    to 1, of elements whose parameter is at the limit.
+
+    Example:
+        >>> import torch
+        >>> from musigma.layers import Elementwise
+        >>> class Sinh(Map):
+        ...     '''y = sinh(asinh(x) + h) (the sinh-arcsinh transform).'''
+        ...     outputs = 1
+        ...     def forward(self, x, h):
+        ...         y = (x.asinh() + h).sinh()
+        ...         return y, 0.5 * ((1 + y**2) / (1 + x**2)).log()
+        ...     def inverse(self, y, h):
+        ...         return self.forward(y, -h)
+        >>> Elementwise(3, map=Sinh())(torch.ones(2, 3))[0].shape
+        torch.Size([2, 3])
+    """
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of the network for each element."""
+        ...
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(y, log dy/dx)``, both of shape (B, C, ...), for h of shape (B, outputs · C, ...)."""
+        ...
+
+    def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, log dx/dy)``; the shapes are those of `forward`."""
+        ...
+
+    def owners(self, elements: int) -> list[int]:
+        """The channel, 0 .. elements - 1, to which each entry of h on axis 1 belongs.
+
+        By default the first parameter of all channels comes first, then the second of all.
+        """
+        return [*range(elements)] * self.outputs
+
+
+@dataclass(frozen=True, repr=False)
+class Affine(Map):
+    r""":math:`y = (x + t) e^s`, with (t, s) read from h by a `Format` as (mean, log_std).
+
+    Args:
+        format: How h is read; its scale determines how s is bounded.
+
+    Raises:
+        TypeError: If `format` is not a `Format`.
+
+    Example:
+        >>> y, log_slope = Affine().forward(torch.ones(1, 2), torch.zeros(1, 4))
+        >>> y, log_slope
+        (tensor([[1., 1.]]), tensor([[0., 0.]]))
+    """
+
+    format: Format = Format(scale="tanh")
+
+    def __post_init__(self):
+        if not isinstance(self.format, Format):
+            raise TypeError(
+                f"format: expected a Format; got {self.format!r} (the fixed change of units "
+                "y = a x + b is the layer Rescale)"
+            )
+
+    @property
+    def outputs(self) -> int:
+        """2: the shift and the scale."""
+        return 2
+
+    def owners(self, elements: int) -> list[int]:
+        """The channel to which each entry of h on axis 1 belongs.
+
+        Raises:
+            ValueError: If the format reads another axis, or more than one tensor.
+        """
+        if self.format.layout not in ("halves", "interleaved") or self.format.dim != 1:
+            raise ValueError(
+                "format: the outputs of one vector are read as halves or interleaved, on axis 1; "
+                f"got '{self.format}'"
+            )
+        rows = Format().relayout(torch.arange(elements).repeat(2), self.format)
+        assert isinstance(rows, Tensor)
+        return rows.tolist()
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``((x + t) exp(s), s)``."""
+        shift, log_scale = self.format.split(h)
+        return (x + shift) * log_scale.exp(), log_scale
+
+    def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(y exp(-s) - t, -s)``."""
+        shift, log_scale = self.format.split(h)
+        return y * (-log_scale).exp() - shift, -log_scale
+
+    def saturation(self, h: Tensor) -> Tensor:
+        """The share of scales at a limit of the format; see `Format.saturation`."""
+        return self.format.saturation(h)
+
+    def __repr__(self) -> str:
+        return f"Affine(format='{self.format}')"
+
+
+@dataclass(frozen=True)
+class Additive(Map):
+    """y = x + h: a map of slope 1, so the volume is preserved."""
+
+    @property
+    def outputs(self) -> int:
+        """1: the shift."""
+        return 1
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x + h, 0)``."""
+        shift = at_least_float32(h)
+        return x + shift, torch.zeros_like(shift)
+
+    def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(y - h, 0)``."""
+        shift = at_least_float32(h)
+        return y - shift, torch.zeros_like(shift)
 
 
 @dataclass(frozen=True)
@@ -113,6 +234,17 @@ class Spline(Map):
         return (y.t(), log_slope.t()) if batch_last else (y, log_slope)
 
 
+# --- the spline -------------------------------------------------------------------------------
+#
+# In a bin with corner (x0, y0), width w, height h, mean slope s = h / w and slopes d0, d1 at its
+# knots, at θ = (x - x0) / w and with ϑ = 1 - θ,
+#
+#     g0 = s θ + d0 ϑ        β = θ g0 + ϑ g1        q = θ g0 / β        y = y0 + h q
+#     g1 = s ϑ + d1 θ        C = ϑ g0 + θ g1        log dy/dx = log C (s / β)²
+#
+# Every term of these sums is positive, so there is no cancellation. The gradients are explicit,
+# because autograd would store dozens of tensors for them.
+#
 # Below, x has shape (N,); corners and sizes of bins are (2, N) for x and y, slopes (2, N) for the
 # left and the right knot.
 
@@ -145,14 +277,19 @@ def _locate(
     return shares, corner, size, slopes, k
 
 
-def _log_slope(theta: Tensor, s: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """``(q, log dy/dx)`` at θ."""
+def _blend(theta: Tensor, s: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
+    """ϑ, g0, g1, θ g0 and β at θ."""
     d0, d1 = slopes
     rest = 1 - theta
     g0 = (s * theta).addcmul_(d0, rest)
     g1 = (s * rest).addcmul_(d1, theta)
     top = theta * g0
-    beta = torch.addcmul(top, rest, g1)
+    return rest, g0, g1, top, torch.addcmul(top, rest, g1)
+
+
+def _log_slope(theta: Tensor, s: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q, log dy/dx)`` at θ."""
+    rest, g0, g1, top, beta = _blend(theta, s, slopes)
     c = g0.mul_(rest).addcmul_(g1, theta)
     return top.div_(beta), torch.div(s, beta).square_().mul_(c).log_()
 
@@ -232,12 +369,10 @@ def _pull(
     shares, size, slopes, k, theta, inside = saved
     (w, h), (d0, d1) = size, slopes
     gl = gl * inside
-    s, rest = h / w, 1 - theta
+    s = h / w
+    rest, g0, g1, top, beta = _blend(theta, s, slopes)
     product, square = theta * rest, theta.square()
-    g0 = (s * theta).addcmul_(d0, rest)
-    g1 = (s * rest).addcmul_(d1, theta)
-    top = theta * g0
-    over_beta = torch.addcmul(top, rest, g1).reciprocal_()
+    over_beta = beta.reciprocal_()
     q = top.mul_(over_beta)
     c = (g0 * rest).addcmul_(g1, theta)
     slope = (s * over_beta).square_().mul_(c)

@@ -1,0 +1,189 @@
+"""Bijections without parameters: changes of units, the logit, and reorderings of elements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from musigma.model import Bijection
+from musigma.tensors import at_least_float32, sum_event
+
+__all__ = ["Checkerboard", "Logit", "Permutation", "Rescale", "Squeeze"]
+
+
+class Rescale(Bijection):
+    r"""A fixed change of units, :math:`y = a x + b`; :math:`\log|\det| = D \log|a|`.
+
+    As a layer, its constant log-determinant, which is often forgotten, is part of every figure.
+
+    Args:
+        scale: a, not zero.
+        shift: b.
+
+    Example:
+        >>> Rescale(1 / 256, -0.5)(torch.full((1, 3), 128.0))
+        (tensor([[0., 0., 0.]]), tensor([-16.6355]))
+    """
+
+    is_preprocessing = True
+
+    def __init__(self, scale: float, shift: float = 0.0):
+        super().__init__()
+        if scale == 0:
+            raise ValueError("scale: expected a number other than zero")
+        self.scale, self.shift = scale, shift
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        return x.new_full((len(x),), x[0].numel() * math.log(abs(self.scale)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(a x + b, log_det)``."""
+        x = at_least_float32(x)
+        return x * self.scale + self.shift, self._log_det(x)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``((y - b) / a, -log_det)``."""
+        y = at_least_float32(y)
+        return (y - self.shift) / self.scale, -self._log_det(y)
+
+    def extra_repr(self) -> str:
+        """Names the constants."""
+        return f"scale={self.scale:.6g}, shift={self.shift:.6g}"
+
+
+class Logit(Bijection):
+    r"""The unit interval to the real line, :math:`y = \mathrm{logit}(\alpha + (1 - 2\alpha) x)`.
+
+    (Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2017, arXiv:1605.08803.)
+
+    Args:
+        alpha: Margin α in (0, 0.5), which keeps the logit of 0 and of 1 finite.
+    """
+
+    def __init__(self, alpha: float = 0.05):
+        super().__init__()
+        if not 0 < alpha < 0.5:
+            raise ValueError(f"alpha: expected a number in (0, 0.5); got {alpha}")
+        self.alpha = alpha
+
+    def _log_det(self, y: Tensor) -> Tensor:
+        log_slope = math.log(1 - 2 * self.alpha) - F.logsigmoid(y) - F.logsigmoid(-y)
+        return sum_event(log_slope, log_slope.ndim - 1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(y, Σ log(1 - 2α) - log u (1 - u))`` at u = α + (1 - 2α) x."""
+        y = torch.logit(self.alpha + (1 - 2 * self.alpha) * at_least_float32(x))
+        return y, self._log_det(y)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``((sigmoid(y) - α) / (1 - 2α), -log_det)``."""
+        return (y.sigmoid() - self.alpha) / (1 - 2 * self.alpha), -self._log_det(y)
+
+    def extra_repr(self) -> str:
+        """Names the constant."""
+        return f"alpha={self.alpha}"
+
+
+class Permutation(Bijection):
+    """A fixed reordering of the channels; log_det is zero.
+
+    Args:
+        order: ``y[:, i] = x[:, order[i]]``. It is part of the state.
+
+    Raises:
+        ValueError: If `order` is not a permutation.
+
+    Example:
+        >>> Permutation.reverse(3)(torch.tensor([[1.0, 2.0, 3.0]]))[0]
+        tensor([[3., 2., 1.]])
+    """
+
+    order: Tensor
+
+    def __init__(self, order: Sequence[int]):
+        super().__init__()
+        if sorted(order) != list(range(len(order))):
+            raise ValueError(f"order: expected each of 0 .. {len(order) - 1} once; got {order}")
+        self.register_buffer("order", torch.tensor(list(order)))
+
+    @classmethod
+    def reverse(cls, channels: int) -> Permutation:
+        """The last channel first."""
+        return cls(range(channels)[::-1])
+
+    @classmethod
+    def shuffle(cls, channels: int) -> Permutation:
+        """A random order, from torch's generator."""
+        return cls(torch.randperm(channels).tolist())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The reordered channels."""
+        return x[:, self.order], x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The original order."""
+        return y[:, self.order.argsort()], y.new_zeros(len(y))
+
+
+class Squeeze(Bijection):
+    """Trade space for channels: (C, H, W) to (4 C, H / 2, W / 2), as in Real NVP and Glow.
+
+    Channel ``4 c + 2 i + j`` of the output holds row i, column j of each 2x2 block of channel c.
+
+    Raises:
+        ValueError: For an odd height or width.
+    """
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The squeezed image."""
+        if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2:
+            raise ValueError(
+                f"x: Squeeze needs images (B, C, H, W) of even sides; got {tuple(x.shape)}"
+            )
+        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The image."""
+        return F.pixel_shuffle(y, 2), y.new_zeros(len(y))
+
+
+class Checkerboard(Bijection):
+    """The black squares of a checkerboard, then its white ones: (C, H, W) to (2 C, H, W / 2).
+
+    A `Coupling` between a checkerboard and its inverse is Real NVP's checkerboard coupling at half
+    the cost, since its network sees no masked image. Even rows keep their even columns first, odd
+    rows their odd ones.
+
+    Args:
+        white: Whether the white squares come first.
+
+    Raises:
+        ValueError: For an odd width.
+    """
+
+    def __init__(self, *, white: bool = False):
+        super().__init__()
+        self.white = white
+
+    def _swap(self, pairs: Tensor) -> Tensor:
+        """Swap the two halves (2, B, C, H, W / 2) on every second row; its own inverse."""
+        odd = torch.arange(pairs.shape[3], device=pairs.device) % 2 == (0 if self.white else 1)
+        return torch.where(odd[:, None], pairs.flip(0), pairs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The two halves, as channels."""
+        if x.ndim != 4 or x.shape[3] % 2:
+            raise ValueError(
+                f"x: Checkerboard needs images (B, C, H, W) of even width; got {tuple(x.shape)}"
+            )
+        first, second = self._swap(torch.stack([x[..., 0::2], x[..., 1::2]]))
+        return torch.cat([first, second], 1), x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The image."""
+        even, odd = self._swap(torch.stack(y.chunk(2, 1)))
+        return torch.stack([even, odd], -1).flatten(-2), y.new_zeros(len(y))

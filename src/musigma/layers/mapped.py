@@ -1,0 +1,251 @@
+"""Layers that apply a `Map` to elements; they differ in the source of its parameters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from musigma.context import conditioned
+from musigma.layers.maps import Affine, Map
+from musigma.model import Bijection
+from musigma.tensors import at_least_float32, sum_event
+
+__all__ = ["Autoregressive", "AutoregressiveNet", "Coupling", "Elementwise"]
+
+Apply = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""The `forward` or the `inverse` of a map."""
+
+
+class MapLayer(Bijection):
+    """A bijection that applies a map, with the parameters that `net` emits.
+
+    Both directions are one function: `forward` applies the map's `forward`, and `inverse` its
+    `inverse`, with the same parameters.
+    """
+
+    net: Any
+    map: Map
+
+    @abstractmethod
+    def _apply_map(self, apply: Apply, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``(y, log_det)``, where `apply` takes elements and their parameters."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(y, log_det)``, by the map's `forward`."""
+        return self._apply_map(self.map.forward, x, context)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(x, log_det)``, by the map's `inverse`."""
+        return self._apply_map(self.map.inverse, y, context)
+
+    def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """The network, and a function from its output to the share of scales at a limit."""
+        if (share := getattr(self.map, "saturation", None)) is not None:
+            yield self.net, share
+
+    def extra_repr(self) -> str:
+        """Names the map."""
+        return f"map={self.map}"
+
+
+class Coupling(MapLayer):
+    r"""The first half of the channels, and the context, transform the second half.
+
+    .. math:: y_1 = x_1, \quad y_2 = f(x_2;\ h(x_1)), \quad
+        \log|\det| = \sum \log \partial y_2 / \partial x_2
+
+    where f is the map and h the network. With an `Affine` map this is the coupling of Real NVP
+    (Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2017, arXiv:1605.08803) in
+    the form (x + t) e^s of Glow (Kingma & Dhariwal, 2018, arXiv:1807.03039); with a `Spline` it is
+    that of Durkan et al., "Neural Spline Flows", 2019, arXiv:1906.04032. Both directions cost one
+    pass of the network.
+
+    Args:
+        net: ``net(x1)`` or ``net(x1, context)``, with x1 the first ``C // 2`` channels; emits
+            ``map.outputs`` channels for each channel of x2.
+        map: The map that is applied to each element of x2.
+
+    Example:
+        >>> coupling = Coupling(nn.Linear(2, 6))
+        >>> x = torch.randn(4, 5)
+        >>> y, log_det = coupling(x)
+        >>> torch.allclose(coupling.inverse(y)[0], x, atol=1e-5)
+        True
+    """
+
+    repeated = True
+
+    def __init__(self, net: nn.Module, *, map: Map = Affine()):
+        super().__init__()
+        self.net, self.map = net, map
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        half = x.shape[1] // 2
+        x1, x2 = at_least_float32(x).split([half, x.shape[1] - half], 1)  # gradients are joined
+        return x1, x2
+
+    def _apply_map(self, apply: Apply, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x1, x2 = self._halves(x)
+        y2, log_slope = apply(x2, conditioned(self.net, x1, context))
+        return torch.cat([x1, y2], 1), sum_event(log_slope, x.ndim - 1)
+
+    def retrace(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(x, y, log_det)``, by one pass of the network."""
+        x = at_least_float32(y).detach().clone().requires_grad_()
+        x1, x2 = self._halves(x)
+        h = conditioned(self.net, x1, context)
+        with torch.no_grad():
+            x2.data.copy_(self.map.inverse(x2, h)[0])  # the network has read only x1
+        y2, log_slope = self.map.forward(x2, h)
+        return x, torch.cat([x1, y2], 1), sum_event(log_slope, x.ndim - 1)
+
+
+class AutoregressiveNet(Protocol):
+    """The protocol of the network of an `Autoregressive` layer, such as `MADE`.
+
+    Attributes:
+        owners: The feature 0 .. D - 1 to which each output belongs. The outputs of feature i
+            depend only on features 0 .. i - 1 and the context.
+    """
+
+    owners: Sequence[int]
+
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The outputs (B, len(owners)) for x (B, D), in one pass."""
+        ...
+
+    def unroll(
+        self, fill: Callable[[int, Tensor], Tensor], like: Tensor, context: Tensor | None = None
+    ) -> None:
+        """Evaluate feature by feature: for i = 0 .. D - 1, ``x[:, i : i + 1] = fill(i, h_i)``.
+
+        Step i computes h_i (B, outputs), the outputs of feature i in the order of `owners`, from
+        the features that `fill` has returned so far, and gives them to `fill`, which returns
+        feature i, (B, 1). The network may cache results between steps: hidden units, the state of
+        a recurrent network, the keys and values of a causal transformer.
+
+        Args:
+            fill: Called once for each feature, in order.
+            like: A tensor of x's shape (B, D), type and device; its values are not read.
+            context: As in `__call__`.
+        """
+        ...
+
+
+class Autoregressive(MapLayer):
+    r"""Features 0 .. i - 1 of a vector, and the context, transform feature i.
+
+    .. math:: y_i = f(x_i;\ h_i(x_0, \ldots, x_{i-1})), \quad
+        \log|\det| = \sum_i \log \partial y_i / \partial x_i
+
+    where f is the map and h the network. `forward` takes one pass of the network; `inverse`
+    computes one feature after another. With an `Affine` map and a `MADE` this is a masked
+    autoregressive flow (Papamakarios, Pavlakou, Murray, "Masked Autoregressive Flow for Density
+    Estimation", 2017, arXiv:1705.07057); with a `Spline` it is an autoregressive neural spline
+    flow (Durkan et al., 2019, arXiv:1906.04032).
+
+    Args:
+        net: A module that implements `AutoregressiveNet`, built for ``map.owners(D)``.
+        map: The map that is applied to each feature.
+
+    Raises:
+        ValueError: If the network's outputs are not in the order in which the map reads them.
+
+    Example:
+        >>> from musigma.layers import MADE, Spline
+        >>> spline, x = Spline(), torch.randn(4, 5)
+        >>> layer = Autoregressive(MADE(spline.owners(5), hidden=[16]), map=spline)
+        >>> y, log_det = layer(x)
+        >>> torch.allclose(layer.inverse(y)[0], x, atol=1e-4)
+        True
+    """
+
+    def __init__(self, net: nn.Module, *, map: Map):
+        super().__init__()
+        self.net, self.map = net, map
+        self.features = max(self.net.owners) + 1
+        if list(self.net.owners) != (expected := map.owners(self.features)):
+            raise ValueError(
+                f"net: {map} reads outputs that belong to the features {expected}; this network's "
+                f"belong to {list(self.net.owners)}; build it from map.owners({self.features})"
+            )
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.features:
+            raise ValueError(
+                f"x: this layer is for vectors (B, {self.features}); got {tuple(x.shape)}"
+            )
+        return at_least_float32(x)
+
+    def _apply_map(self, apply: Apply, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self._vectors(x)
+        y, log_slope = apply(x, self.net(x, context))
+        return y, log_slope.sum(1)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(x, log_det)``, one feature after the other."""
+        y = self._vectors(y)
+        features: list[Tensor] = []
+        log_slopes: list[Tensor] = []
+
+        def fill(i: int, h: Tensor) -> Tensor:
+            x, log_slope = self.map.inverse(y[:, i : i + 1], h)
+            features.append(x)
+            log_slopes.append(log_slope)
+            return x
+
+        self.net.unroll(fill, y, context)
+        return torch.cat(features, 1), torch.cat(log_slopes, 1).sum(1)
+
+
+class Elementwise(MapLayer):
+    r"""A map of each element whose parameters are learned constants.
+
+    .. math:: y_i = f(x_i;\ h_i), \quad \log|\det| = \sum_i \log \partial y_i / \partial x_i
+
+    The parameters h start at zero, where most maps are the identity.
+
+    Args:
+        shape: The event shape, (D,) or (C, H, W), or D. Along an axis of size 1 (but the first)
+            all elements share their parameters: (C, 1, 1) is one map for each channel.
+        map: The map that is applied to each element.
+
+    Raises:
+        ValueError: On a forward pass, if the data do not fit the shape.
+
+    Example:
+        >>> from musigma.layers import Spline
+        >>> layer = Elementwise(3, map=Spline(bins=4))
+        >>> tuple(layer.h.shape), layer(torch.randn(2, 3))[1].shape
+        ((33,), torch.Size([2]))
+    """
+
+    def __init__(self, shape: int | Sequence[int], *, map: Map):
+        super().__init__()
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.map = map
+        self.h = nn.Parameter(torch.zeros(map.outputs * self.shape[0], *self.shape[1:]))
+
+    def _parameters_for(self, x: Tensor) -> Tensor:
+        event, (channels, *axes) = tuple(x.shape[1:]), self.shape
+        fits = len(event) == len(self.shape) and event[:1] == (channels,)
+        if not fits or any(a not in (1, n) for a, n in zip(axes, event[1:], strict=True)):
+            raise ValueError(f"x: expected (B, {', '.join(map(str, self.shape))}); got {event}")
+        return self.h.expand(len(x), -1, *event[1:])
+
+    def _apply_map(self, apply: Apply, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, log_slope = apply(at_least_float32(x), self._parameters_for(x))
+        return y, sum_event(log_slope, x.ndim - 1)
+
+    def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Any], Tensor]]]:
+        """This layer, and a function that returns the share of its scales at a limit."""
+        if (share := getattr(self.map, "saturation", None)) is not None:
+            yield self, lambda _: share(self.h[None])
+
+    def extra_repr(self) -> str:
+        """Names the shape and the map."""
+        return f"{self.shape}, map={self.map}"
