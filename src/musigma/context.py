@@ -158,7 +158,10 @@ def _at_size(context: Tensor, size: torch.Size) -> Tensor:
         return pooled(context)
     if context.ndim == 2:
         return context.reshape(*context.shape, *(1,) * len(size)).expand(*context.shape, *size)
-    return context if context.shape[2:] == size else F.adaptive_avg_pool2d(context, tuple(size))
+    height, width = size
+    return (
+        context if context.shape[2:] == size else F.adaptive_avg_pool2d(context, (height, width))
+    )
 
 
 def pooled(context: Tensor) -> Tensor:

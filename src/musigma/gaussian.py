@@ -420,7 +420,7 @@ class EventDistribution(Distribution):
     """
 
     element: constraints.Constraint = constraints.real
-    arg_constraints = {}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+    arg_constraints = {}  # noqa: RUF012  # pyright: ignore
 
     def __init__(self, batch_shape: Sequence[int], event_shape: Sequence[int]):
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)

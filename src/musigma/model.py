@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from musigma.distributions import ModelDistribution
 from musigma.layer import Bijection, Inverse, Layer
 from musigma.memory import Runner
 from musigma.spec import Spec, bits_per_dim
-from musigma.tensors import channels_last
+from musigma.tensors import channels_last, slerp
 from musigma.trace import Evidence, Recorder, Trace, refuse_twins
 
 __all__ = [
@@ -49,9 +49,9 @@ MOST_ENUMERATED = 4096
 class Model(nn.Module, ABC):
     """A generative model of x, with its inference.
 
-    The first dimension of every tensor is the batch. Densities are in nats per example, shape
-    (B,). Latents are a tuple, top first (in the order of generation). A context has one row per
-    example.
+    The first dimension of every tensor is the batch. In every method, `x` is data, of shape
+    (B, *event), and `context` has one row per example; without a context it is None. Densities are
+    in nats per example, shape (B,). Latents are a tuple, top first (in the order of generation).
 
     Attributes:
         config: Architecture, shape and options from which the zoo built this model, for
@@ -116,8 +116,6 @@ class Model(nn.Module, ABC):
         each term is its exact expectation under q.
 
         Args:
-            x: Data, shape (B, *event).
-            context: One row per example, or None.
             closed_form: Whether to use closed-form KL divergences where torch has them.
             trace: The trace that records the terms (for example, a `Recorder`). Its own
                 `closed_form` applies. By default a new one.
@@ -138,38 +136,34 @@ class Model(nn.Module, ABC):
 
     def _enumerated(self, x: Tensor, context: Context, trace: Trace) -> Evidence:
         """The expectation of the evidence over all values of the draws that are enumerated."""
-        sites, supports = list(trace.supports), list(trace.supports.values())
-        k = math.prod(len(support) for support in supports)
+        sizes = [len(support) for support in trace.supports.values()]
+        n, k = len(x), math.prod(sizes)
         if k > MOST_ENUMERATED:
             raise ValueError(
                 f"gradient: enumeration goes through {k:,} combinations of values, more than "
                 f"{MOST_ENUMERATED:,}; use 'score', or fewer values"
             )
-        which = torch.cartesian_prod(*(torch.arange(len(s)) for s in supports)).reshape(k, -1)
-        given = {
-            site: self._copies(support[which[:, i]], len(x))
-            for i, (site, support) in enumerate(zip(sites, supports, strict=True))
-        }
+        which = torch.cartesian_prod(*map(torch.arange, sizes)).reshape(k, -1).unbind(1)
+        given = {}  # (n k, *event): all values of an example in a row
+        for (site, support), index in zip(trace.supports.items(), which, strict=True):
+            values = support[index].expand(k, n, *support.shape[2:])
+            given[site] = values.transpose(0, 1).flatten(0, 1)
         again = Trace(given=given, closed_form=trace.closed_form)
         self.infer(self.floating(x).repeat_interleave(k, 0), again, contexts.repeat(context, k))
-        weights = sum(again.scores[site] for site in sites).reshape(-1, k).exp()  # pyright: ignore
         evidence = again.evidence(self.latents())
+        log_q = torch.stack([again.scores.pop(site) for site in given]).sum(0)
+        weights = log_q.reshape(n, k).exp()
 
         def expected(term: Tensor) -> Tensor:
-            each = term.reshape(-1, k, *term.shape[1:])
+            each = term.reshape(n, k, *term.shape[1:])
             return torch.einsum("bk,bk...->b...", weights.to(each), each)
 
-        score = sum((v for s, v in again.scores.items() if s not in given), 0 * evidence.score)
+        score = sum(again.scores.values(), 0 * evidence.score)
         return evidence._replace(
             **{name: expected(getattr(evidence, name)) for name in evidence._fields[:5]},
-            score=score.reshape(-1, k).sum(1),  # every draw affects the expectation
+            score=score.reshape(n, k).sum(1),  # every draw affects the expectation
             kl_sampled=evidence.kl_sampled[::k],
         )
-
-    @staticmethod
-    def _copies(support: Tensor, n: int) -> Tensor:
-        """Values (k, 1 or n, *event) as (n k, *event), all values of an example in a row."""
-        return support.expand(len(support), n, *support.shape[2:]).transpose(0, 1).flatten(0, 1)
 
     def elbo(self, x: Tensor, context: Context = None) -> Tensor:
         """A lower bound of log p(x) in nats, by one draw and closed-form KLs, shape (B,)."""
@@ -182,9 +176,7 @@ class Model(nn.Module, ABC):
         Weighted Autoencoders", 2016, arXiv:1509.00519).
 
         Args:
-            x: Data, shape (B, *event).
             k: The number of draws per example.
-            context: One row per example, or None.
             at_once: Number of (example, draw) pairs per pass.
 
         Raises:
@@ -237,7 +229,6 @@ class Model(nn.Module, ABC):
 
         Args:
             n: Number of examples.
-            context: One row per example, or None.
             temperature: Multiplies the standard deviation of every draw: a number, a tensor (n,)
                 with one for each sample, or a sequence with one for each latent, top first.
             mode: Return the center of p(x | latents) rather than a draw from it.
@@ -263,8 +254,6 @@ class Model(nn.Module, ABC):
         """The latents of x, top first: a draw from the posterior, or its center.
 
         Args:
-            x: Data, shape (B, *event).
-            context: One row per example, or None.
             mode: Use the center of every q (posterior mean, middle of a dequantization cell)
                 instead of a draw.
             whiten: Return (z - mean) / std under each latent's prior, which is standard normal if
@@ -295,7 +284,6 @@ class Model(nn.Module, ABC):
 
         Args:
             latents: As `encode` returns them; at least the first.
-            context: One row per example, or None.
             whiten: Whether the latents are (z - mean) / std under their priors.
             temperature: As in `sample`.
             mode: As in `sample`.
@@ -355,7 +343,7 @@ class Model(nn.Module, ABC):
             context1 = context
         first = self.encode(x0, context, mode=True, whiten=True)
         last = self.encode(x1, context1, mode=True, whiten=True)
-        between = _spherical if path == "spherical" else torch.lerp
+        between = slerp if path == "spherical" else torch.lerp
         frames = []
         for t in torch.linspace(0, 1, steps, dtype=torch.float64).tolist():
             mixed = None
@@ -410,19 +398,6 @@ class Model(nn.Module, ABC):
         return by_site | dict.fromkeys(observed, 0.0) if mode else by_site
 
 
-def _spherical(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Interpolate direction and length of two batches of whitened latents."""
-    flat_a, flat_b = a.flatten(1), b.flatten(1)
-    length_a, length_b = (v.norm(dim=1, keepdim=True) for v in (flat_a, flat_b))
-    unit_a, unit_b = (v / n.clamp(min=1e-12) for v, n in ((flat_a, length_a), (flat_b, length_b)))
-    angle = torch.acos((unit_a * unit_b).sum(1, keepdim=True).clamp(-1, 1))
-    sine = angle.sin()
-    turned = (((1 - t) * angle).sin() * unit_a + (t * angle).sin() * unit_b) / sine
-    straight = torch.lerp(unit_a, unit_b, t)
-    direction = torch.where(sine > 1e-4, turned, straight)
-    return (direction * torch.lerp(length_a, length_b, t)).view_as(a)
-
-
 # --- the four models ---------------------------------------------------------------------------
 
 
@@ -469,28 +444,27 @@ class Chain(Model):
         ValueError: If one module is used in two places.
     """
 
+    layers: Any  # a ModuleList of layers
+
     def __init__(self, layers: Iterable[Layer], prior: Model):
         super().__init__()
         self.layers, self.prior = nn.ModuleList(layers), prior
         self.runner = Runner()
         refuse_twins([*self.layers, *prior.variables()])
-        self.exact = prior.exact and all(layer.exact for layer in self._layers())
+        self.exact = prior.exact and all(layer.exact for layer in self.layers)
         self.over_likelihood = not prior.is_flow
-
-    def _layers(self) -> Iterator[Layer]:
-        return (cast(Layer, layer) for layer in self.layers)
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Start and end of each run of bijections; one that overrides `infer` ends a run."""
         at = 0
-        for end, layer in enumerate([*self._layers(), None]):
+        for end, layer in enumerate([*self.layers, None]):
             if layer is None or type(layer).infer is not Bijection.infer:
                 yield at, end
                 at = end + 1
 
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """Every layer, then the prior; runs of bijections by `runner`."""
-        layers = list(self._layers())
+        layers = list(self.layers)
         for at, end in self._runs():
             if end > at:
                 x = trace.bijections(layers[at:end], x, context, partial(self.runner, start=at))
@@ -505,7 +479,7 @@ class Chain(Model):
         x = channels_last(self.prior.generate(trace, context))
         if self.over_likelihood:
             trace.below.update(self.layers)
-        for layer in reversed(list(self._layers())):
+        for layer in reversed(self.layers):
             x = layer.generate(x, trace, context)
         return x
 
@@ -521,20 +495,20 @@ class Chain(Model):
 
     def continuous(self) -> Model:
         """Without the leading preprocessing layers; only the prior if all layers are."""
-        rest = list(itertools.dropwhile(lambda layer: layer.is_preprocessing, self._layers()))
+        rest = list(itertools.dropwhile(lambda layer: layer.is_preprocessing, self.layers))
         if len(rest) == len(self.layers):
             return self
         return Chain(rest, self.prior).train(self.training) if rest else self.prior
 
     def _layer_variables(self) -> Iterator[nn.Module]:
-        for layer in reversed(list(self._layers())):
+        for layer in reversed(self.layers):
             yield from layer.variables()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Any = None) -> None:
         """Calibrate every layer on the output of the layers below it, then the prior."""
         x = self.floating(x)
-        for layer in self._layers():
+        for layer in self.layers:
             layer.calibrate(x, context)
             parts = _in_parts(x, context)
             x = torch.cat([layer.infer(part, Trace(scoring=False), rows) for part, rows in parts])
@@ -592,7 +566,7 @@ class VAE(Model):
 
     def latents(self) -> Iterator[nn.Module]:
         """The variables of the prior: z, or the latents of a flow prior."""
-        yield from self.prior.variables()
+        return self.prior.variables()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Any = None) -> None:
@@ -638,6 +612,8 @@ class Ladder(Model):
         ValueError: If a block is used twice.
     """
 
+    blocks: Any  # a ModuleList of blocks
+
     def __init__(
         self,
         bottom_up: nn.Module,
@@ -653,7 +629,7 @@ class Ladder(Model):
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """From the top: z ~ q(z | state, x), paired with p(z | state); finally p(x | state)."""
         state = self._start(len(x))
-        for block, features in zip(self._blocks(), self._features(x, context), strict=True):
+        for block, features in zip(self.blocks, self._features(x, context), strict=True):
             q = conditioned(block.posterior, torch.cat([state, features], 1), context)
             z = trace.latent(block, q, conditioned(block.prior, state, context))
             state = conditioned(block.merge, state, z, context)
@@ -666,7 +642,7 @@ class Ladder(Model):
             raise ValueError("n: expected the number of examples to generate; got none")
         state = self._start(n)
         drawn = []
-        for block in self._blocks():
+        for block in self.blocks:
             z = trace.p(block, conditioned(block.prior, state, context))
             drawn.append((block, state, z))
             state = conditioned(block.merge, state, z, context)
@@ -680,9 +656,6 @@ class Ladder(Model):
 
     def _start(self, n: int) -> Tensor:
         return self.top.expand(n, *self.top.shape[1:])
-
-    def _blocks(self) -> Iterator[LadderBlock]:
-        return (cast(LadderBlock, block) for block in self.blocks)
 
     def _features(self, x: Tensor, context: Tensor | None) -> Sequence[Tensor]:
         return conditioned(self.bottom_up, x, context)

@@ -11,6 +11,7 @@ __all__ = [
     "gumbel_like",
     "moments",
     "per_example",
+    "slerp",
     "sum_event",
 ]
 
@@ -51,3 +52,16 @@ def moments(t: Tensor) -> tuple[Tensor, Tensor]:
     t = t.to("cpu", torch.float64)
     mean, std = t.mean(0), t.std(0, correction=0)
     return mean, torch.where(std > 4 * eps * mean.abs(), std, torch.ones_like(std))
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Interpolate the direction and the length of two batches of tensors, 0 <= t <= 1."""
+    flat_a, flat_b = a.flatten(1), b.flatten(1)
+    length_a, length_b = (v.norm(dim=1, keepdim=True) for v in (flat_a, flat_b))
+    unit_a, unit_b = (v / n.clamp(min=1e-12) for v, n in ((flat_a, length_a), (flat_b, length_b)))
+    angle = torch.acos((unit_a * unit_b).sum(1, keepdim=True).clamp(-1, 1))
+    sine = angle.sin()
+    turned = (((1 - t) * angle).sin() * unit_a + (t * angle).sin() * unit_b) / sine
+    straight = torch.lerp(unit_a, unit_b, t)
+    direction = torch.where(sine > 1e-4, turned, straight)
+    return (direction * torch.lerp(length_a, length_b, t)).view_as(a)

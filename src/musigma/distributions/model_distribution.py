@@ -41,10 +41,15 @@ class ModelDistribution(EventDistribution):
         flat = value.expand(*batch, *self.event_shape).reshape(-1, *self.event_shape)
         return self.model.log_prob(flat, self._contexts(batch)).reshape(batch)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw, without a gradient."""
+    def sample(
+        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
+    ) -> Tensor:
+        """Draw, without a gradient; every standard deviation is multiplied by `temperature`."""
         shape = torch.Size((*sample_shape, *self.batch_shape))
-        drawn = self.model.sample(shape.numel(), self._contexts(shape))
+        if isinstance(temperature, Tensor) and temperature.ndim:
+            temperature = temperature.repeat_interleave(shape[1:].numel())
+        context = self._contexts(shape)
+        drawn = self.model.sample(shape.numel(), context, temperature=temperature)
         return drawn.reshape(*shape, *self.event_shape)
 
     def _contexts(self, batch: torch.Size) -> Context:
