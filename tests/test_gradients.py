@@ -8,7 +8,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, Normal
+from torch.distributions import (
+    Categorical,
+    Independent,
+    Laplace,
+    MixtureSameFamily,
+    Normal,
+    StudentT,
+)
 
 import musigma
 from musigma import VAE, DiagonalGaussian, Prior, Recorder, TrainConfig, objectives
@@ -210,6 +217,25 @@ def test_the_laws_of_one_hot_latents():
 
 
 # -- q and p whose KL torch does not know
+
+
+class Skewed(Normal):
+    """A distribution whose registered KL has an error of its own."""
+
+
+@torch.distributions.register_kl(Skewed, Skewed)
+def skewed_kl(q, p):
+    raise NotImplementedError("skewed_kl is not finished")
+
+
+def test_only_a_missing_kl_is_estimated():
+    """An error in a KL that a user registered is raised, also as a NotImplementedError."""
+    normal, student = Normal(torch.zeros(3), 1.0), StudentT(4 * torch.ones(3))
+    for q, p in ((student, normal), (Independent(student, 1), Independent(normal, 1))):
+        assert Trace._closed_kl(q, p) is None
+    skewed = Skewed(torch.zeros(3), 1.0)
+    with pytest.raises(NotImplementedError, match="skewed_kl is not finished"):
+        Trace(closed_form=True).latent(nn.Identity(), skewed, skewed)
 
 
 class MixturePrior(nn.Module):

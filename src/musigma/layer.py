@@ -24,7 +24,8 @@ class Layer(nn.Module, ABC):
         exact: False if inference draws anything that the generative direction does not determine.
         is_preprocessing: True if the layer only changes how data are stored (levels, range).
         repeated: True for a block that models repeat; each one is compiled and sharded
-            separately. Any module may have this attribute.
+            separately. Any module may have this attribute. A model with fewer than two such
+            blocks (a masked autoregressive flow, for instance) is compiled as a whole.
     """
 
     exact: bool = True

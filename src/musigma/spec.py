@@ -128,10 +128,5 @@ class Spec:
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Spec:
         """Read what `to_json` wrote."""
-        variables = (Variable(**each) for each in plain.get("context", ()))
-        return cls(
-            tuple(plain["shape"]),
-            plain.get("levels"),
-            tuple(plain.get("columns", ())),
-            tuple(variables),
-        )
+        variables = tuple(Variable(**each) for each in plain.get("context", ()))
+        return cls(plain["shape"], plain.get("levels"), plain.get("columns", ()), variables)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, kl, kl_divergence
 
 __all__ = ["Evidence", "Recorder", "Trace", "with_gradient"]
 
@@ -191,12 +191,12 @@ class Trace:
         value = self._infer_draw(site, q)
         self._store(site, p, value)
         if self.scoring:
-            kl = self._closed_kl(q, p) if self.closed_form else None
-            if kl is None:
-                kl = q.log_prob(value) - p.log_prob(value)
+            nats = self._closed_kl(q, p) if self.closed_form else None
+            if nats is None:
+                nats = q.log_prob(value) - p.log_prob(value)
             else:
                 self.closed.add(site)
-            self._record(self.kl, site, kl)
+            self._record(self.kl, site, nats)
         return value
 
     def bijection(self, layer: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -245,21 +245,24 @@ class Trace:
         latents = list(latents)
         terms = [*self.log_p.values(), *self.kl.values(), *self.log_q.values()]
         zero = torch.zeros_like(terms[0])
+
+        def total(terms: Mapping[Site, Tensor], below: bool) -> Tensor:
+            return sum((v for s, v in terms.items() if (s in self.below) == below), zero)
+
         log_px = sum((v for s, v in self.log_p.items() if s not in latents), zero)
-        log_px = log_px + sum(v for s, v in self.log_det.items() if s in self.below)
-        log_px = log_px - sum(v for s, v in self.log_q.items() if s in self.below)
+        log_px = log_px + total(self.log_det, below=True) - total(self.log_q, below=True)
         columns = [self.kl[s] if s in self.kl else -self.log_p[s] for s in latents]
-        kl = torch.stack(columns, 1) if columns else zero.new_zeros(len(zero), 0)
+        columns = torch.stack(columns, 1) if columns else zero.new_zeros(len(zero), 0)
         drawn = bool(self.kl or self.log_q)
-        sampled = [drawn and s not in self.closed for s in latents]
+        sampled = torch.tensor([drawn and s not in self.closed for s in latents], dtype=torch.bool)
         return Evidence(
             log_px=log_px,
-            kl=kl,
-            log_q=sum((v for s, v in self.log_q.items() if s not in self.below), zero),
-            log_det=sum((v for s, v in self.log_det.items() if s not in self.below), zero),
+            kl=columns,
+            log_q=total(self.log_q, below=False),
+            log_det=total(self.log_det, below=False),
             auxiliary=sum(self.auxiliaries.values(), zero),
             score=sum(self.scores.values(), zero),
-            kl_sampled=torch.tensor(sampled, dtype=torch.bool, device=kl.device).expand(kl.shape),
+            kl_sampled=sampled.to(zero.device).expand(columns.shape),
         )
 
     # -- how
@@ -316,8 +319,11 @@ class Trace:
     def _closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
         try:
             return kl_divergence(q, p)
-        except NotImplementedError:  # torch knows no closed form for this pair
-            return None
+        except NotImplementedError:
+            rule = kl._dispatch_kl(type(q), type(p))
+            if rule is NotImplemented or rule.__module__ == kl.__name__:
+                return None  # torch knows no closed form for this pair, or for what it contains
+            raise
 
     def _store(self, site: Site, dist: Distribution, value: Tensor) -> None:
         if self.whiten and hasattr(dist, "whiten"):
@@ -344,6 +350,8 @@ class Recorder(Trace):
         qs: The distribution q at each site that has one.
         ps: The distribution p at each site.
         paired: The sites whose q and p were stated together, by `latent`, in order.
+        values: The value at each site (of `Trace`); a single draw, also where the gradient is
+            `enumerate` and the terms are expectations over all values.
         terms: The evidence of the pass, from `Model.forward`.
 
     Example:
