@@ -317,13 +317,11 @@ class Format:
             parts = tuple(h) if self.layout == "two-heads" else ()
         elif self.layout == "per-feature":
             parts = h.unbind(-1) if h.shape[-1:] == (2,) else ()
-        elif (
-            self.layout == "two-heads" or not -h.ndim <= self.dim < h.ndim or h.shape[self.dim] % 2
-        ):
+        elif not -h.ndim <= self.dim < h.ndim or h.shape[self.dim] % 2:
             parts = ()
         elif self.layout == "halves":
             parts = h.chunk(2, self.dim)
-        else:
+        elif self.layout == "interleaved":
             last = h.movedim(self.dim, -1).unflatten(-1, (-1, 2))  # gradients: channels last too
             parts = tuple(t.movedim(-1, self.dim) for t in last.unbind(-1))
         if len(parts) != 2 or parts[0].shape != parts[1].shape:
