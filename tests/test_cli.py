@@ -1004,7 +1004,7 @@ MISTAKES = {
     "split": ("evaluate vae photos --split test", '"test" for --split'),
     "label": ("sample conditional --label 2", "label: expected 0 to 1, or one of cat, dog; got"),
     "label for none": ("sample glow --label 1", "not conditioned on classes"),
-    "hot": ("sample glow --temperature hot", "temperature: expected 0.7"),
+    "hot": ("sample glow --temperature hot", "temperature: expected numbers from 0, as 0.7"),
     "temperature below": ("sample glow --temperature -1", "temperature: expected"),
     "temperature nan": ("sample glow --temperature nan", "temperature: expected numbers from 0"),
     "temperatures": ("sample glow --temperature 1,2,3", "or 2 numbers, one per latent; got 3"),

@@ -1050,7 +1050,10 @@ def test_bad_arguments_of_the_command(tmp_path, capsys, monkeypatch):
     glow = str(source(GOLDEN / "rosinality" / "affine_lu"))
     (tmp_path / "there.safetensors").write_text("mine")
     for words, reason in (
-        ([glow, "x.safetensors", "--size", "eight"], "size: expected 64, or 64x48"),
+        (
+            [glow, "x.safetensors", "--size", "eight"],
+            "size: expected a side, as 32, or height x width",
+        ),
         ([glow, "there.safetensors", "--size", "16x8"], "exists already"),
         ([glow, "x.pt", "--size", "16x8"], "expected a .safetensors file"),
         ([glow, "no/x.safetensors", "--size", "16x8"], "expected a .safetensors file"),

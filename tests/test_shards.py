@@ -217,19 +217,17 @@ def test_a_killed_process_leaves_the_file_that_was_there(here):
 def test_a_file_that_cannot_be_finished_is_not_there(tmp_path, suffix):
     out = tmp_path / f"a.{suffix}"
 
-    def fails() -> None:
-        with outputs.rows_file(out) as add:
-            add({"a": np.zeros(3)})
-            raise OSError("no space left")
+    def failing():
+        yield {"a": np.zeros(3)}
+        raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        fails()
+        outputs.write_rows(out, failing())
     assert not list(tmp_path.iterdir())
-    with outputs.rows_file(out) as add:
-        add({"a": np.ones(2)})
+    outputs.write_rows(out, [{"a": np.ones(2)}])
     assert list(tmp_path.iterdir()) == [out]
     with pytest.raises(OSError, match="no space"):
-        fails()
+        outputs.write_rows(out, failing())
     assert len(content(out)["a"]) == 2
 
 
@@ -245,9 +243,8 @@ def test_arrays_in_pieces_are_the_array(tmp_path_factory, lengths, shape, dtype)
     random = np.random.default_rng(sum(lengths))
     pieces = [random.normal(0, 50, (n, *shape)).astype(dtype) for n in lengths]
     out = tmp_path_factory.mktemp("pieces") / "a.npz"
-    with outputs.rows_file(out, whitened=True) as add:
-        for piece in pieces:
-            add({"a": piece[:, :, ::-1], "n": np.arange(len(piece))})
+    parts = ({"a": piece[:, :, ::-1], "n": np.arange(len(piece))} for piece in pieces)
+    outputs.write_rows(out, parts, whitened=True)
     with np.load(out, allow_pickle=False) as archive:
         whole = np.concatenate(pieces)[:, :, ::-1]
         assert archive["a"].dtype == whole.dtype
@@ -259,9 +256,7 @@ def test_arrays_in_pieces_are_the_array(tmp_path_factory, lengths, shape, dtype)
 def test_large_arrays_are_not_held(tmp_path):
     piece = np.zeros((1000, 128))  # about a megabyte
     tracemalloc.start()
-    with outputs.rows_file(tmp_path / "a.npz") as add:
-        for _ in range(40):
-            add({"a": piece})
+    outputs.write_rows(tmp_path / "a.npz", ({"a": piece} for _ in range(40)))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 * piece.nbytes
@@ -277,10 +272,13 @@ def test_large_tables_are_written_in_groups_of_rows(tmp_path, monkeypatch):
         arrow.total_allocated_bytes(),
         [],
     )
-    with outputs.rows_file(tmp_path / "a.parquet", whitened=False) as add:
+
+    def parts():
         for piece in values.reshape(100, -1):
-            add({"a": piece, "id": ["x"] * len(piece)})
+            yield {"a": piece, "id": ["x"] * len(piece)}
             held.append(arrow.total_allocated_bytes() - before)
+
+    outputs.write_rows(tmp_path / "a.parquet", parts(), whitened=False)
     table = parquet.ParquetFile(tmp_path / "a.parquet")
     np.testing.assert_array_equal(table.read()["a"].to_numpy(), values)
     assert table.num_row_groups > 5

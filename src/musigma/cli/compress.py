@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from musigma.cli.options import (
-    ARGUMENTS,
     COMPRESS,
+    Argument,
     Common,
-    CommonOptions,
-    Data,
-    DataOptions,
-    Run,
-    Source,
+    RunOnData,
     app,
     at_least_one,
 )
@@ -27,9 +23,8 @@ from musigma.cli.trained import Trained
 
 @app.command(group=COMPRESS)
 def compress(
-    run: Run,
-    source: Source,
-    out: Annotated[Path, Parameter(group=ARGUMENTS)],
+    on: RunOnData,
+    out: Annotated[Path, Argument],
     *,
     prepared: bool = False,
     labels: bool = False,
@@ -38,8 +33,6 @@ def compress(
     chunk: int | None = None,
     workers: int | None = None,
     verify: Annotated[bool, Parameter(negative="--no-verify")] = True,
-    options: Data = DataOptions(),
-    common: CommonOptions = Common(),
 ) -> None:
     """Compress data losslessly into a .mus file, at the rate the model reports.
 
@@ -63,17 +56,17 @@ def compress(
 
     check_out(out, ".mus")
     at_least_one(chunk=chunk, workers=workers)
-    trained = Trained(run, common)
+    trained = Trained(on.run, on.common)
     coding.check(trained.model)
-    found = trained.data(source, options.everything())
-    folder = Path(source) if Path(source).is_dir() and found.ids is not None else None
+    found = trained.data(on.source, on.options.everything())
+    folder = Path(on.source) if Path(on.source).is_dir() and found.ids is not None else None
     examples = coding.Examples(
         found,
         context=trained.spec.context,
         folder=folder,
         labels=labels,
         prepared=prepared,
-        seed=common.seed,
+        seed=on.common.seed,
     )
     with trained.screen.progress("compressing") as progress:
         report = coding.compress(
@@ -111,16 +104,16 @@ def _report_lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"names, modes, labels and context: {report['side_bytes']:,} bytes"
     if report["packed"]:
         yield f"smaller by xz, or not representable by the model: {report['packed']:,} images"
-    pays = report["break_even"]
-    pays = f"pays for itself from {pays:,} images" if pays else "never pays for itself"
+    n = report["break_even"]
+    pays = f"pays for itself from {n:,} images" if n else "never pays for itself"
     yield f"xz would take about {report['general_bytes']:,} bytes; the model {pays}"
     yield "verified by decoding" if report["verified"] else "not verified"
 
 
 @app.command(group=COMPRESS)
 def decompress(
-    file: Annotated[Path, Parameter(group=ARGUMENTS)],
-    out: Annotated[Path, Parameter(group=ARGUMENTS)],
+    file: Annotated[Path, Argument],
+    out: Annotated[Path, Argument],
     *,
     run: str | None = None,
     trust: bool = False,
@@ -128,7 +121,7 @@ def decompress(
     keep_going: bool = False,
     max_output: int = 4096,
     workers: int | None = None,
-    common: CommonOptions = Common(),
+    common: Common = Common(),
 ) -> None:
     """Restore the data of a .mus file exactly.
 
@@ -157,18 +150,18 @@ def decompress(
     model = None if run is None else Trained(run, common).model.cpu()
     limits = coding.Limits(total=max_output << 20)
     lost: list[tuple[int, int, str]] = []
-    with _open(file) as opened:
+    with _open(file) as opened, screen.progress("decompressing") as progress:
         archive = coding.Archive(opened, model, limits=limits, trust=trust, workers=workers)
-        with screen.progress("decompressing") as progress:
-            if index is not None:
-                if not 0 <= index < len(archive):
-                    raise ValueError(f"index: expected 0 to {len(archive) - 1}; got {index}")
-                batches = iter([(index, archive.one(index))])
-            elif keep_going:
-                batches = _readable_batches(archive, lost, progress)
-            else:
-                batches = _all_batches(archive, progress)
-            count = coding.extract(batches, archive, out)
+        if index is not None:
+            if not 0 <= index < len(archive):
+                raise ValueError(f"index: expected 0 to {len(archive) - 1}; got {index}")
+            batches = [(index, archive.one(index))]
+        elif keep_going:
+            batches = _readable(archive, lost)
+        else:
+            firsts = (entry.first for entry in archive.reader.entries)
+            batches = zip(firsts, archive, strict=True)
+        count = coding.extract(_reported(batches, len(archive), progress), archive, out)
     answer = {"out": str(out), "images": count, "lost": [list(row) for row in lost]}
     lines = [f"{count:,} images: {out}", *(f"lost: {a} to {b - 1}: {why}" for a, b, why in lost)]
     screen.result(answer, "\n".join(lines))
@@ -178,33 +171,26 @@ def decompress(
         )
 
 
-def _all_batches(archive: Any, progress: Any) -> Iterator[tuple[int, Any]]:
-    """Every batch with the number of its first image."""
-    first = 0
-    for batch in archive:
-        yield first, batch
-        first += len(batch)
-        if progress:
-            progress(first, len(archive))
-
-
-def _readable_batches(archive: Any, lost: list[Any], progress: Any) -> Iterator[tuple[int, Any]]:
-    """The batches that can be read; the others are added to `lost`."""
+def _readable(archive: Any, lost: list[Any]) -> Iterator[tuple[int, Any]]:
+    """The batches that can be read, with their first images; the others are added to `lost`."""
     from musigma.coding import CodingError
 
     lost += [(a, b, "their chunk is missing") for a, b in archive.reader.lost]
     if not archive.reader.ended:
         lost.append((archive.reader.images, archive.reader.images, "the file ends too early"))
     for place, entry in enumerate(archive.reader.entries):
-        last = entry.first + entry.count
         try:
-            batch = archive.chunk(place)
+            yield entry.first, archive.chunk(place)
         except CodingError as error:
-            lost.append((entry.first, last, str(error)))
-            continue
-        yield entry.first, batch
-        if progress:
-            progress(last, len(archive))
+            lost.append((entry.first, entry.first + entry.count, str(error)))
+
+
+def _reported(
+    batches: Iterable[tuple[int, Any]], n: int, progress: Any
+) -> Iterator[tuple[int, Any]]:
+    for first, batch in batches:
+        yield first, batch
+        progress(first + len(batch), n)
 
 
 def _open(file: Path) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from musigma.cli.options import CONVERT, Common, CommonOptions, app
+from musigma.cli.options import CONVERT, Common, app, image_size
 from musigma.cli.screen import Screen
 from musigma.cli.trained import Trained
 
@@ -30,7 +30,7 @@ def convert(
     groups: int | None = None,
     dtype: Literal["float32", "float64"] | None = None,
     overwrite: bool = False,
-    common: CommonOptions = Common(),
+    common: Common = Common(),
 ) -> None:
     """Import a checkpoint from another codebase, or export one.
 
@@ -64,12 +64,12 @@ def convert(
     from musigma import checkpoint
     from musigma import convert as foreign
 
-    screen = Screen(common)
+    screen, sides = Screen(common), image_size(size)
     taken = any(out.iterdir()) if out.is_dir() else out.exists()
     if taken and not overwrite:
         raise ValueError(f"out: {out} exists already; --overwrite, or another name")
     options = foreign.Options(
-        size=_size(size),
+        size=(sides, sides) if isinstance(sides, int) else sides,
         bits=bits,
         format=format,
         permutation=_orders(permutation),
@@ -89,29 +89,22 @@ def convert(
         raise ValueError(
             f"out: expected a .safetensors file or a folder, in a folder that exists; got {out}"
         )
-    result = foreign.convert(
+    model, found, about = result = foreign.convert(
         source,
         family=family,
         options=options,
         weights=weights,
         dtype=None if dtype is None else getattr(torch, dtype),
     )
-    model, found, about = result
     if not out.suffix:
         out.mkdir(exist_ok=True)
     checkpoint.save(model, out if out.suffix else out / "model.safetensors", extra=about)
     parameters = sum(p.numel() for p in model.parameters())
     kind = str(next(model.parameters()).dtype).removeprefix("torch.")
     shape = "x".join(map(str, model.config["shape"]))
-    answer = {
-        "out": str(out),
-        "from": found,
-        "architecture": model.config["architecture"],
-        "shape": model.config["shape"],
-        "parameters": parameters,
-        "dtype": kind,
-        "notes": result.notes,
-    }
+    answer = {"out": str(out), "from": found}
+    answer |= {name: model.config[name] for name in ("architecture", "shape")}
+    answer |= {"parameters": parameters, "dtype": kind, "notes": result.notes}
     for note in result.notes:
         screen.note(note)
     screen.result(
@@ -119,15 +112,6 @@ def convert(
         f"{foreign.FAMILIES[found].what}: {model.config['architecture']} of {shape} with "
         f"{parameters:,} parameters in {kind}: {out}",
     )
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    sides = text.split("x")
-    if not (len(sides) <= 2 and all(side.isdecimal() and int(side) > 0 for side in sides)):
-        raise ValueError(f"size: expected 64, or 64x48 (height by width); got {text!r}")
-    return int(sides[0]), int(sides[-1])
 
 
 def _orders(text: str | None) -> Any:

@@ -1,8 +1,9 @@
-"""What a model says about one example, what a run is, and reports of runs."""
+"""What a model says about one example, what a run is, reports of runs, and audits."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,22 +12,20 @@ from cyclopts import Parameter
 
 from musigma.cli.options import (
     ARGUMENTS,
+    AUDIT,
     DATA,
     INSPECT,
+    Argument,
     Common,
-    CommonOptions,
-    Data,
     DataOptions,
     Run,
     app,
     at_least_one,
+    sides,
 )
 from musigma.cli.outputs import check_out
 from musigma.cli.screen import Screen, figure_text
 from musigma.cli.trained import Trained
-
-if TYPE_CHECKING:
-    pass
 
 if TYPE_CHECKING:
     from musigma.spec import Variable
@@ -37,29 +36,21 @@ MOST_ROWS = 32
 
 @app.command(group=INSPECT)
 def inspect(
-    run: Annotated[
-        str,
-        Parameter(group=ARGUMENTS, help="A run folder, a .safetensors file, or a .mus file."),
-    ],
-    source: Annotated[
-        str | None,
-        Parameter(
-            name="data",
-            group=ARGUMENTS,
-            help="A folder, a file, a URL, or the name of a data set. Required unless RUN is a "
-            ".mus file.",
-        ),
-    ] = None,
+    run: Annotated[str, Argument],
+    source: Annotated[str | None, Parameter(name="data", group=ARGUMENTS)] = None,
     *,
     index: int = 0,
-    options: Data = DataOptions(),
-    common: CommonOptions = Common(),
+    options: DataOptions = DataOptions(),
+    common: Common = Common(),
 ) -> None:
     """Show what the model says about one example: mean, std, variance and KL of every latent.
 
     For a .mus file, show what it contains, without decoding it.
 
     Args:
+        run: A run folder, a .safetensors file, or a .mus file.
+        source: A folder, a file, a URL, or the name of a data set. Required unless RUN is a .mus
+            file.
         index: Number of the example, from 0, among all of the data unless --split says otherwise.
     """
     import numpy as np
@@ -94,24 +85,22 @@ def _inspection(report: dict[str, Any]) -> Iterator[str]:
     )
     for row in report["latents"]:
         title = f"\n{row['site']} ({'x'.join(map(str, row['shape']))}):"
-        moments = [np.array(row[n]).ravel() for n in ("mean", "std", "variance") if n in row]
+        moments = [n for n in ("mean", "std", "variance", "kl") if n in row]
+        columns = [np.array(row[n]).ravel() for n in moments]
         header = f"{'':>6}{'mean':>10}{'std':>10}{'variance':>10}"
         if "kl" in row:
-            kl, active = np.array(row["kl"]).ravel(), np.array(row["active"]).ravel()
-            yield (
-                f"{title} KL {row['kl_total']:.2f} nats, {active.sum()} of {active.size} active"
-            )
+            kl, active = columns[-1], np.array(row["active"]).ravel()
+            yield f"{title} KL {row['kl_total']:.2f} nats, {active.sum()} of {active.size} active"
             yield f"{header}{'KL':>10}"
             for i in np.argsort(-kl)[:MOST_ROWS]:
-                numbers = "".join(f"{v[i]:>10.4f}" for v in (*moments, kl))
-                yield f"{i:>6}{numbers}{'' if active[i] else '  inactive'}"
+                yield f"{_cells(i, columns)}{'' if active[i] else '  inactive'}"
             if len(kl) > MOST_ROWS:
                 yield f"  ... and {len(kl) - MOST_ROWS} with less KL (--json has all of them)"
-        elif moments:
+        elif columns:
             yield f"{title} the posterior; its prior is a model"
             yield header
-            for i, values in enumerate(zip(*moments, strict=True)):
-                yield f"{i:>6}{''.join(f'{v:>10.4f}' for v in values)}"
+            for i in range(len(columns[0])):
+                yield _cells(i, columns)
         elif "noise" in row:
             yield f"{title} {row['nats']:.2f} nats under its prior"
             for name in ("prior_mean", "prior_log_std", "value", "noise"):
@@ -122,6 +111,10 @@ def _inspection(report: dict[str, Any]) -> Iterator[str]:
                 )
 
 
+def _cells(i: int, columns: list[Any]) -> str:
+    return f"{i:>6}{''.join(f'{column[i]:>10.4f}' for column in columns)}"
+
+
 @app.command(group=INSPECT)
 def info(
     run: Run,
@@ -129,8 +122,8 @@ def info(
     ledger: bool = False,
     source: Annotated[str | None, Parameter(name="--data", group=DATA)] = None,
     n: int = 512,
-    options: Data = DataOptions(),
-    common: CommonOptions = Common(),
+    options: DataOptions = DataOptions(),
+    common: Common = Common(),
 ) -> None:
     """Show what a run is: its model, its data and its figures.
 
@@ -228,12 +221,12 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 @app.command(group=INSPECT)
 def report(
-    runs: Annotated[list[Path], Parameter(group=ARGUMENTS)],
+    runs: Annotated[list[Path], Argument],
     *,
     out: Path = Path("report.html"),
     title: str = "musigma",
     section: tuple[Path, ...] = (),
-    common: CommonOptions = Common(),
+    common: Common = Common(),
 ) -> None:
     """Write an HTML page about runs: figures, curves, samples, reconstructions, ledgers.
 
@@ -250,3 +243,68 @@ def report(
     page.write(out, runs, title=title, sections=section)
     answer = {"out": str(out), "runs": [str(run) for run in runs]}
     Screen(common).result(answer, f"report: {out.resolve()}")
+
+
+@app.command(group=AUDIT)
+def audit(
+    target: Annotated[str, Argument],
+    source: Annotated[str | None, Parameter(name="data", group=ARGUMENTS)] = None,
+    *,
+    shape: str | None = None,
+    allow: tuple[str, ...] = (),
+    out: Path | None = None,
+    options: DataOptions = DataOptions(),
+    common: Common = Common(),
+) -> None:
+    """Run any VAE or flow and check its numbers: its convention, and whether its parts agree.
+
+    The exit code is 1 if a bug is found, and 0 otherwise.
+
+    Args:
+        target: PATH.py:NAME or module:NAME of a class, an instance, or a function that returns
+            one; the file is executed. Or a run folder or checkpoint of this library.
+        source: Data to look at the latents of a run with. By default the data that it was trained
+            on.
+        shape: Shape of one example, as 1x28x28. By default shapes are tried until one fits.
+        allow: Code of a finding to accept. May be given several times.
+        out: A .html, .json or .txt file to write the report to as well.
+    """
+    from musigma import audit as library
+    from musigma import plugins
+    from musigma.files import replacing
+
+    if out is not None:
+        check_out(out, ".html", ".json", ".txt")
+    if unknown := [code for code in allow if code not in library.CODES]:
+        raise ValueError(
+            f"allow: unknown code {', '.join(map(repr, unknown))}; the codes are "
+            f"{', '.join(library.CODES)}"
+        )
+    if ":" in target and not Path(target).exists():
+        event = None if shape is None else sides(shape, "shape", "sizes, as 1x28x28")
+        report = library.audit(plugins.load(target, argument="target"), shape=event)
+    else:
+        report = _audit_run(target, source, options, common)
+    if out is not None:
+        forms = {".html": report.to_html, ".json": report.to_json, ".txt": report.__str__}
+        with replacing(out) as draft:
+            draft.write_text(forms[out.suffix]() + "\n", encoding="utf-8")
+    Screen(common).result(report.to_dict(), str(report))
+    if any(f.severity == "bug" and f.code not in allow for f in report.findings):
+        sys.exit(1)
+
+
+def _audit_run(target: str, source: str | None, options: DataOptions, common: Common) -> Any:
+    """The audit of a run, with its training data if they can still be read."""
+    from musigma.audit import audit_model
+
+    trained = Trained(target, common)
+    if source:
+        return audit_model(trained.model, trained.data(source, options))
+    found = None
+    if source := trained.about_data.get("source"):
+        try:
+            found = trained.data(source, options)
+        except (ValueError, OSError) as error:
+            trained.screen.note(f"audited without data: {error}")
+    return audit_model(trained.model, found)

@@ -15,29 +15,20 @@ from cyclopts import App, Group, Parameter
 
 from musigma import __version__
 
-# Headings of the list of commands, in this order and before all others
-TRAIN, USE, INSPECT, CONVERT, COMPRESS, AUDIT = (
-    Group(name, sort_key=i - 6)
-    for i, name in enumerate(("Train", "Use", "Inspect", "Convert", "Compress", "Audit"))
+
+def _headings(names: str, first: int = 0) -> list[Group]:
+    return [Group(name, sort_key=first + i) for i, name in enumerate(names.split(", "))]
+
+
+# Headings of the list of commands, before all others
+TRAIN, USE, INSPECT, CONVERT, COMPRESS, AUDIT = _headings(
+    "Train, Use, Inspect, Convert, Compress, Audit", first=-6
 )
 
 # Headings of the options of a command
-ARGUMENTS, FIRST, OPTIONS, MODEL, OBJECTIVE, BUDGET, DATA, HARDWARE, OUTPUT, ALWAYS = (
-    Group(name, sort_key=i)
-    for i, name in enumerate(
-        (
-            "Arguments",
-            "Most used",
-            "Options",
-            "Model",
-            "Objective",
-            "Budget and optimiser",
-            "Data",
-            "Hardware",
-            "Output",
-            "Every command",
-        )
-    )
+ARGUMENTS, FIRST, OPTIONS, MODEL, OBJECTIVE, BUDGET, DATA, HARDWARE, OUTPUT, ALWAYS = _headings(
+    "Arguments, Most used, Options, Model, Objective, Budget and optimiser, Data, Hardware, "
+    "Output, Every command"
 )
 
 
@@ -65,15 +56,20 @@ for flag in ("--help", "--version"):
     app[flag].group = OPTIONS
 
 
+WHAT_DATA = "A folder, a file, a URL, or the name of a data set."
 Run = Annotated[str, Parameter(group=ARGUMENTS, help="A run folder or a .safetensors file.")]
-Source = Annotated[
-    str,
-    Parameter(
-        name="data", group=ARGUMENTS, help="A folder, a file, a URL, or the name of a data set."
-    ),
-]
+Source = Annotated[str, Parameter(name="data", group=ARGUMENTS, help=WHAT_DATA)]
+Argument = Parameter(group=ARGUMENTS)
 
 
+def at_least_one(**counts: int | None) -> None:
+    """Refuse counts below 1, by their names."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name}: expected 1 or more; got {count}")
+
+
+@Parameter(name="*", group=ALWAYS)
 @dataclass(frozen=True, kw_only=True)
 class Common:
     """Options of every command.
@@ -101,6 +97,7 @@ class Common:
             object.__setattr__(self, "device", self.device.lower())
 
 
+@Parameter(name="*", group=DATA)
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """How data are read.
@@ -115,6 +112,7 @@ class Reading:
     in_memory: Annotated[bool | None, Parameter(negative="--no-in-memory")] = None
 
 
+@Parameter(name="*", group=DATA)
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Which data a trained model is given.
@@ -134,7 +132,7 @@ class DataOptions:
     given: tuple[str, ...] = ()
     split: Literal["all", "train", "validation", "held-out"] | None = None
     size: str | None = None
-    reading: Annotated[Reading, Parameter(name="*")] = Reading()
+    reading: Reading = Reading()
     batch_size: int = 64
 
     def __post_init__(self):
@@ -145,8 +143,15 @@ class DataOptions:
         return dataclasses.replace(self, split=self.split or "all")
 
 
-CommonOptions = Annotated[Common, Parameter(name="*", group=ALWAYS)]
-Data = Annotated[DataOptions, Parameter(name="*", group=DATA)]
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RunOnData:
+    """A run, and data to use it on."""
+
+    run: Run
+    source: Source
+    options: DataOptions = DataOptions()
+    common: Common = Common()
 
 
 def with_headings(
@@ -173,19 +178,22 @@ def with_headings(
     return Annotated[grouped, Parameter(name="*")]
 
 
-def at_least_one(**counts: int | None) -> None:
-    """Refuse counts below 1, by their names."""
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name}: expected 1 or more; got {count}")
+def numbers(
+    text: str, option: str, expected: str, *, by: str = ",", kind: type = int, least: float = 0
+) -> tuple[Any, ...]:
+    """The numbers that a text such as 3x32x32 or 0.7,0.8 lists, none of them below `least`."""
+    try:
+        values = tuple(kind(word) for word in text.lower().split(by))
+    except ValueError:
+        values = (math.nan,)
+    if not all(math.isfinite(value) and value >= least for value in values):
+        raise ValueError(f"{option}: expected {expected}; got {text!r}")
+    return values
 
 
-def sides(text: str, option: str, example: str) -> tuple[int, ...]:
+def sides(text: str, option: str, expected: str) -> tuple[int, ...]:
     """The numbers of 3x32x32."""
-    numbers = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
-    if not all(numbers):
-        raise ValueError(f"{option}: expected {example}; got {text!r}")
-    return tuple(numbers)
+    return numbers(text, option, expected, by="x", least=1)
 
 
 def image_size(size: str | None) -> int | tuple[int, int] | None:
@@ -201,20 +209,10 @@ def image_size(size: str | None) -> int | tuple[int, int] | None:
 
 def temperatures(text: str) -> tuple[float, ...]:
     """One number, or one for each latent: 0.7, or 0.7,0.8,1."""
-    try:
-        values = tuple(float(t) for t in text.split(","))
-    except ValueError:
-        raise ValueError(f"temperature: expected 0.7, or 0.7,0.8,1; got {text!r}") from None
-    if any(not 0 <= t < math.inf for t in values):
-        raise ValueError(f"temperature: expected numbers from 0; got {text!r}")
-    return values
+    return numbers(text, "temperature", "numbers from 0, as 0.7, or 0.7,0.8,1", kind=float)
 
 
 def latent_numbers(text: str | None) -> list[int] | None:
     """The numbers of latents, top first: 0,1."""
-    if text is None:
-        return None
-    words = text.split(",")
-    if not all(word.isdecimal() for word in words):
-        raise ValueError(f"levels: expected numbers separated by commas, as 0,1; got {text!r}")
-    return [int(word) for word in words]
+    expected = "numbers separated by commas, as 0,1"
+    return None if text is None else list(numbers(text, "levels", expected))

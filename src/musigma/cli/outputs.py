@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ ROW_GROUP = 2**26
 Columns = dict[str, Any]
 """Columns of some rows by name: arrays, or lists of texts."""
 
-Progress = Callable[[int, int], None]
+Progress = Callable[..., None]
 
 
 def check_out(out: Path, *suffixes: str) -> None:
@@ -38,41 +39,34 @@ def check_out(out: Path, *suffixes: str) -> None:
         raise ValueError(f"out: {out} cannot be written: {reason}")
 
 
-@contextlib.contextmanager
-def rows_file(out: Path, **about: Any) -> Iterator[Callable[[Columns], None]]:
-    """A file that takes rows, some at a time, and appears once all of them are written.
+def write_rows(out: Path, parts: Iterable[Columns], **about: Any) -> None:
+    """Write rows, some at a time, into a file that appears once all of them are written.
 
     Until then an .npz file keeps its rows on disk; a .parquet file holds up to 64 MiB in memory.
 
     Args:
         out: A .csv, .parquet or .npz file.
+        parts: At least one, all with the same columns.
         about: Values that belong to all rows: extra arrays in an .npz file, metadata of the schema
             in a .parquet file.
     """
     from musigma.files import replacing
 
-    write = {".csv": _csv, ".parquet": _parquet, ".npz": _npz}[out.suffix]
-    with replacing(out) as draft, write(draft, about) as add:
-        yield add
+    with replacing(out) as draft:
+        {".csv": _csv, ".parquet": _parquet, ".npz": _npz}[out.suffix](draft, parts, about)
 
 
-@contextlib.contextmanager
-def _csv(draft: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Columns], None]]:
+def _csv(draft: Path, parts: Iterable[Columns], about: Mapping[str, Any]) -> None:
     with draft.open("w", newline="", encoding="utf-8") as file:
-        writer, names = csv.writer(file), []
-
-        def add(columns: Columns) -> None:
-            if not names:
-                names.extend(columns)
-                writer.writerow(names)
+        writer = csv.writer(file)
+        for i, columns in enumerate(parts):
+            if i == 0:
+                writer.writerow(columns)
             plain = (v if isinstance(v, (list, tuple)) else v.tolist() for v in columns.values())
             writer.writerows(zip(*plain, strict=True))
 
-        yield add
 
-
-@contextlib.contextmanager
-def _parquet(draft: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Columns], None]]:
+def _parquet(draft: Path, parts: Iterable[Columns], about: Mapping[str, Any]) -> None:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -82,51 +76,42 @@ def _parquet(draft: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Column
             "kind of file"
         ) from None
     metadata = {name: json.dumps(value) for name, value in about.items()}
-    writer, tables, size = None, [], 0
 
-    def add(columns: Columns) -> None:
-        nonlocal size
-        arrays = {
-            name: pyarrow.array(v, pyarrow.string() if isinstance(v, (list, tuple)) else None)
-            for name, v in columns.items()
-        }
-        tables.append(pyarrow.table(arrays, metadata=metadata))
-        size += tables[-1].nbytes
-        if size > ROW_GROUP:
-            flush()
-
-    def flush() -> None:
-        nonlocal writer, size
-        table = pyarrow.concat_tables(tables)
-        if writer is None:
-            writer = files.enter_context(pyarrow.parquet.ParquetWriter(draft, table.schema))
-        writer.write_table(table)
-        tables.clear()
-        size = 0
-
-    with contextlib.ExitStack() as files:
-        yield add
+    def groups() -> Iterator[pyarrow.Table]:
+        tables, size = [], 0
+        for columns in parts:
+            arrays = {
+                name: pyarrow.array(v, pyarrow.string() if isinstance(v, (list, tuple)) else None)
+                for name, v in columns.items()
+            }
+            tables.append(pyarrow.table(arrays, metadata=metadata))
+            size += tables[-1].nbytes
+            if size > ROW_GROUP:
+                yield pyarrow.concat_tables(tables)
+                tables, size = [], 0
         if tables:
-            flush()
+            yield pyarrow.concat_tables(tables)
+
+    rest = groups()
+    first = next(rest)
+    with pyarrow.parquet.ParquetWriter(draft, first.schema) as writer:
+        for table in itertools.chain([first], rest):
+            writer.write_table(table)
 
 
-@contextlib.contextmanager
-def _npz(draft: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Columns], None]]:
+def _npz(draft: Path, parts: Iterable[Columns], about: Mapping[str, Any]) -> None:
     import numpy as np
 
-    parts: dict[str, tuple[IO[bytes], np.ndarray]] = {}  # an unnamed file, and the first rows
+    columns: dict[str, tuple[IO[bytes], np.ndarray]] = {}  # an unnamed file, and the first rows
     with contextlib.ExitStack() as files:
-
-        def add(columns: Columns) -> None:
-            for name, rows in columns.items():
-                if name not in parts:
+        for part in parts:
+            for name, rows in part.items():
+                if name not in columns:
                     file = files.enter_context(tempfile.TemporaryFile(dir=draft.parent))
-                    parts[name] = file, rows
-                parts[name][0].write(np.ascontiguousarray(rows).data)
-
-        yield add
+                    columns[name] = file, rows
+                columns[name][0].write(np.ascontiguousarray(rows).data)
         archive = files.enter_context(zipfile.ZipFile(draft, "w"))
-        for name, (file, first) in parts.items():
+        for name, (file, first) in columns.items():
             row = first.itemsize * math.prod(first.shape[1:])
             header = {
                 "descr": np.lib.format.dtype_to_descr(first.dtype),
@@ -174,15 +159,15 @@ class Share:
         name = f"{out.stem}-{rank:05}-of-{count:05}{out.suffix}"
         return out if count == 1 else out.with_name(name)
 
-    def progress(self, report: Progress | None) -> Progress | None:
+    def progress(self, report: Progress) -> Progress:
         """Progress through all rows, reported as progress through these."""
-        return report and (lambda done, _: report(done - self.rows.start, len(self.rows)))
+        return lambda done, _: report(done - self.rows.start, len(self.rows))
 
     @property
     def fields(self) -> dict[str, int]:
         """What a JSON answer says about the share; nothing if it is everything."""
-        process = {"process": self.processes.rank, "processes": self.processes.count}
-        return {} if self.processes.count == 1 else process
+        rank, count = self.processes.rank, self.processes.count
+        return {} if count == 1 else {"process": rank, "processes": count}
 
     def __str__(self) -> str:
         rank, count = self.processes.rank, self.processes.count

@@ -6,19 +6,20 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from musigma.cli.options import FIRST
+from musigma.cli.options import FIRST, OUTPUT
 
 if TYPE_CHECKING:
     from musigma.processes import Processes
 
 
+@Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """Where a run goes.
@@ -41,6 +42,7 @@ class RunFolder:
         Raises:
             ValueError: If something is there that is not to be replaced, or is not a run.
         """
+        from musigma.files import LOCK, is_draft
         from musigma.training import saved_state
 
         out = self.out or Path("runs") / f"{name}-{data_name(source)}"
@@ -51,7 +53,8 @@ class RunFolder:
                 saved_state(out)
                 return out, True
         is_run = (out / "config.json").is_file()
-        empty = not out.exists() or (out.is_dir() and _is_empty(out))
+        inside = out.iterdir() if out.is_dir() else [out] if out.exists() else []
+        empty = all(is_draft(p) or p.name == LOCK for p in inside)  # a killed process leaves these
         replace = self.overwrite or (self.auto_resume and is_run)
         if not (empty or replace):
             raise ValueError(
@@ -73,26 +76,6 @@ def data_name(source: str) -> str:
     whole = readers.plain(source) if readers.is_url(source) else source
     name = re.sub(r"[-_]?\{\d+\.\.\d+\}", "", Path(whole).name)
     return name.split(".")[0] or "data"
-
-
-def _is_empty(out: Path) -> bool:
-    """Whether a folder holds nothing but what a killed process left behind."""
-    from musigma.files import LOCK, is_draft
-
-    return all(is_draft(p) or p.name == LOCK for p in out.iterdir())
-
-
-def clear(out: Path) -> None:
-    """Remove the content of a folder, but not the folder, which may be a link or a mount point."""
-    from musigma.files import LOCK
-
-    for inside in out.iterdir():
-        if inside.name == LOCK:
-            continue
-        if inside.is_dir() and not inside.is_symlink():
-            shutil.rmtree(inside)
-        else:
-            inside.unlink()
 
 
 def refuse_other_run(out: Path, saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -132,15 +115,32 @@ def _options(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 
 def decided_by_main(processes: Processes, decide: Callable[[], Any]) -> Any:
     """What the main process decides, on all processes; if it raises, all raise."""
-    if processes.count == 1:
-        return decide()
-    answer = refusal = None
+    answer: Any = None
     if processes.is_main:
         try:
             answer = decide()
         except (ValueError, OSError) as error:
-            refusal = str(error)
-    answer, refusal = processes.gather((answer, refusal))[0]
-    if refusal is not None:
-        raise ValueError(refusal)
+            answer = error
+    answer = processes.gather(answer)[0]
+    if isinstance(answer, Exception):
+        raise answer
     return answer
+
+
+@contextlib.contextmanager
+def reserved(out: Path, processes: Processes, *, empty: bool) -> Iterator[None]:
+    """Keep a folder, which is created if needed, and emptied if asked, from other processes."""
+    from musigma.files import LOCK, lock_run
+
+    def enter() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(lock_run(out))
+        for inside in out.iterdir() if empty else ():  # the folder may be a link or a mount point
+            if inside.is_dir() and not inside.is_symlink():
+                shutil.rmtree(inside)
+            elif inside.name != LOCK:
+                inside.unlink()
+
+    with contextlib.ExitStack() as stack:
+        decided_by_main(processes, enter)
+        yield

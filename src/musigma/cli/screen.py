@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from musigma.cli.options import Common
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from musigma.processes import Processes
 
 
@@ -21,7 +23,7 @@ def rank_and_count() -> tuple[int, int]:
     Raises:
         ValueError: If the environment variables contradict each other.
     """
-    words = [os.environ.get(*entry) for entry in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+    words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     rank, count = (int(word) if word.isdecimal() else -1 for word in words)
     if not 0 <= rank < count:
         raise ValueError(
@@ -62,31 +64,57 @@ class Screen:
         if self.main:
             print(json.dumps(finite(value), indent=2) if self.common.json else text)
 
+    def bar(self, *columns: Any) -> Progress:
+        """A line that vanishes in the end; nothing where there is no terminal."""
+        from rich.progress import Progress
+
+        hidden = self.console.quiet or not self.console.is_terminal
+        return Progress(*columns, console=self.console, transient=True, disable=hidden)
+
     @contextmanager
-    def progress(self, title: str):
-        """A progress bar, as a function of (done, total), or None where there is no terminal."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    def progress(self, title: str) -> Iterator[Callable[..., None]]:
+        """A progress bar, as a function of (done, total)."""
+        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
         columns = ("[progress.description]{task.description}", BarColumn())
-        if self.console.quiet or not self.console.is_terminal:
-            yield None
-            return
-        with Progress(
-            *columns,
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        ) as bar:
+        with self.bar(*columns, MofNCompleteColumn(), TimeRemainingColumn()) as bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total, note="": bar.update(
                 task, completed=done, total=total, description=f"{title} {note}".strip()
             )
 
+    @contextmanager
+    def dashboard(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """Shows the rows of metrics that `fit` reports: a function of a row."""
+        from rich.progress import BarColumn, TimeRemainingColumn
+
+        columns = ("{task.description}", BarColumn(20), "{task.percentage:>3.0f}%")
+        bits, speed = math.nan, 0.0
+
+        def show(row: Mapping[str, Any]) -> None:
+            nonlocal bits, speed
+            if row["kind"] == "train":
+                weight = 1.0 if math.isnan(bits) else 0.05
+                bits = row["bits_per_dim"] * weight + (bits * (1 - weight) if weight < 1 else 0.0)
+                speed += weight * (row["examples_per_second"] - speed)
+                text = f"{bits:.3f} bits/dim  latents {sum(row['kl']):.1f} nats  "
+                text += f"{speed:,.0f} examples/s"
+                bar.update(task, completed=row["share"], description=text)
+            elif row["kind"] == "skipped":
+                self.note(f"step {row['step']:,} skipped: {row['reason']}")
+            else:
+                figure = row["kind"] == "evaluation"
+                text = figure_text(dict(row)) if figure else row["message"]
+                self.note(f"step {row['step']:,}: {text}")
+
+        with self.bar(*columns, TimeRemainingColumn()) as bar:
+            task = bar.add_task("starting", total=1.0)
+            yield show
+
 
 def figure_text(figure: dict[str, Any]) -> str:
     """A figure with its standard error, its bound and its number of examples, on one line."""
-    bound = {"exact": "exact"}.get(figure["bound"], f"upper bound, {figure['bound']}")
+    bound = figure["bound"] if figure["bound"] == "exact" else f"upper bound, {figure['bound']}"
     error = "" if figure["standard_error"] is None else f" ± {figure['standard_error']:.4f}"
     bits, nats = (math.nan if figure[n] is None else figure[n] for n in ("bits_per_dim", "nats"))
     return (
@@ -97,48 +125,3 @@ def figure_text(figure: dict[str, Any]) -> str:
 def count(n: int, what: str) -> str:
     """A number of things: 1 sample, 2 samples."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-class Dashboard:
-    """Shows the rows of metrics that `fit` reports, within a `with` block."""
-
-    def __init__(self, screen: Screen):
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.screen, self.bits, self.speed = screen, math.nan, 0.0
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(),
-            console=screen.console,
-            transient=True,
-            disable=screen.common.json or not screen.console.is_terminal,
-        )
-
-    def __enter__(self) -> Callable[[Mapping[str, Any]], None]:
-        self.bar.start()
-        self.task = self.bar.add_task("starting", total=1.0)
-        return self.show
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def show(self, row: Mapping[str, Any]) -> None:
-        """Show a row of metrics."""
-        if row["kind"] == "evaluation":
-            self.screen.note(f"step {row['step']:,}: {figure_text(dict(row))}")
-        elif row["kind"] == "skipped":
-            self.screen.note(f"step {row['step']:,} skipped: {row['reason']}")
-        elif row["kind"] != "train":
-            self.screen.note(f"step {row['step']:,}: {row['message']}")
-        else:
-            weight = 0.05 if self.bits == self.bits else 1.0
-            old = self.bits * (1 - weight) if weight < 1 else 0.0
-            self.bits = row["bits_per_dim"] * weight + old
-            self.speed += weight * (row["examples_per_second"] - self.speed)
-            text = (
-                f"{self.bits:.3f} bits/dim  latents {sum(row['kl']):.1f} nats  "
-                f"{self.speed:,.0f} examples/s"
-            )
-            self.bar.update(self.task, completed=row["share"], description=text)

@@ -5,7 +5,6 @@ This module imports PyTorch; it is imported when one of its commands is used.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import json
@@ -21,7 +20,7 @@ import torch
 from cyclopts import Group, Parameter
 from docstring_parser import parse
 
-from musigma import __version__, checkpoint, data
+from musigma import __version__, checkpoint, data, plugins
 from musigma.cli.options import (
     ALWAYS,
     BUDGET,
@@ -32,7 +31,6 @@ from musigma.cli.options import (
     OBJECTIVE,
     OUTPUT,
     Common,
-    CommonOptions,
     DataOptions,
     Reading,
     Run,
@@ -41,20 +39,27 @@ from musigma.cli.options import (
     image_size,
     with_headings,
 )
-from musigma.cli.runs import RunFolder, clear, decided_by_main, refuse_other_run
-from musigma.cli.screen import Dashboard, Screen, figure_text
+from musigma.cli.runs import RunFolder, decided_by_main, refuse_other_run, reserved
+from musigma.cli.screen import Screen, figure_text
 from musigma.cli.threads import Threads
-from musigma.cli.trained import Trained, as_array, device_named, portable, read_data
+from musigma.cli.trained import Trained, device_named, read_data
+from musigma.data.attach import is_source
+from musigma.evaluation import batch, evaluate, ledger
+from musigma.files import write_json
 from musigma.objectives import OBJECTIVES
-from musigma.training import TrainConfig, fit, join, leave, saved_state
+from musigma.processes import current_processes
+from musigma.report import figures
+from musigma.training import TrainConfig, check_run, fit, join, leave, saved_state
 from musigma.zoo import ARCHITECTURES, build
 
 threads = Threads()
 train_app = application("train", group_commands=Group("Architectures", sort_key=-1))
 
 if TYPE_CHECKING:
+    MoreOptions = Common
     TrainOptions = TrainConfig
 else:
+    MoreOptions = with_headings(Common, {FIRST: ("device",), BUDGET: ("seed",)}, other=ALWAYS)
     TrainOptions = with_headings(
         TrainConfig,
         {
@@ -71,6 +76,7 @@ else:
     )
 
 
+@Parameter(name="*", group=DATA)
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
     """How the training data are read and prepared.
@@ -91,7 +97,7 @@ class TrainingData:
     bits: int = 8
     binarize: Literal["threshold", "dynamic"] | None = None
     conditional: bool = False
-    reading: Annotated[Reading, Parameter(name="*")] = Reading()
+    reading: Reading = Reading()
 
     @property
     def context(self) -> tuple[str, ...]:
@@ -115,7 +121,10 @@ class TrainingData:
             "source": data.identity(source),
             "preprocess": self.preprocess.to_json(),
             **dataclasses.asdict(self.reading),
-            "given": [portable(item) for item in self.context],
+            "given": [
+                data.identity(item) if item != "label" and is_source(item) else item
+                for item in self.context
+            ],
         }
 
     @classmethod
@@ -137,14 +146,6 @@ class TrainingData:
 
 PARTS: tuple[data.Part, ...] = ("train", "validation", "held-out")
 
-SHARED = {
-    "config": (TrainConfig(), TrainOptions),
-    "reading": (TrainingData(), Annotated[TrainingData, Parameter(name="*", group=DATA)]),
-    "folder": (RunFolder(), Annotated[RunFolder, Parameter(name="*", group=OUTPUT)]),
-    "common": (Common(), with_headings(Common, {FIRST: ("device",), BUDGET: ("seed",)}, ALWAYS)),
-}
-"""Parameters of `train` that every architecture shares: their defaults and annotations."""
-
 FROM_DATA = ("bits", "context", "standardize")
 """Options of builders that follow from the data."""
 
@@ -165,7 +166,9 @@ def add_architecture(name: str) -> None:
         for kind in (TrainConfig, TrainingData, RunFolder, Common)
         for f in dataclasses.fields(kind)
     }
-    parameters = [inspect.Parameter("source", _POSITIONAL, annotation=Source)]
+    parameters = inspect.signature(train, eval_str=True).parameters
+    source, shared = parameters["source"], [p for p in parameters.values() if p.kind == KEYWORD]
+    chosen = []
     for p in options:
         if p.name in taken:
             raise ValueError(
@@ -175,25 +178,18 @@ def add_architecture(name: str) -> None:
             raise ValueError(f"{p.name}: an option of {name} without a default; give it one")
         negative = f"--no-{p.name.replace('_', '-')}" if p.default is True else None
         option = Parameter(help=help_of.get(p.name, ""), group=MODEL, negative=negative)
-        annotation = Annotated[types.get(p.name, str), option]
-        parameters.append(p.replace(annotation=annotation))
-    for shared, (default, annotation) in SHARED.items():
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(
-            inspect.Parameter(shared, keyword, default=default, annotation=annotation)
-        )
+        chosen.append(p.replace(annotation=Annotated[types.get(p.name, str), option]))
 
     def command(source: str, **given: Any) -> None:
-        shared = {key: given.pop(key, default) for key, (default, _) in SHARED.items()}
-        train(name, source, given, **shared)
+        train(name, source, **given)
 
-    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore
+    command.__signature__ = inspect.Signature([source, *chosen, *shared])  # pyright: ignore
     command.__doc__ = f"{doc.short_description or name}\n\n{doc.long_description or ''}"
     command.__annotations__ = {}
     train_app.command(command, name=name)
 
 
-_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def prepare_words(words: list[str]) -> list[str]:
@@ -201,8 +197,6 @@ def prepare_words(words: list[str]) -> list[str]:
 
     A FILE.py:NAME in place of an architecture becomes its name.
     """
-    from musigma import plugins
-
     for word, after in zip(words, [*words[1:], ""], strict=True):
         if word == "--plugin":
             plugins.register(after)
@@ -222,7 +216,7 @@ def prepare_words(words: list[str]) -> list[str]:
 def resume_training(
     *,
     resume: Annotated[Path | None, Parameter(group=FIRST)] = None,
-    common: CommonOptions = Common(),
+    common: Common = Common(),
 ) -> None:
     """Train a model (`musigma train ARCH DATA`), or continue a run (`--resume RUN`).
 
@@ -284,10 +278,10 @@ def finetune(
     source: Source,
     *,
     given: Annotated[tuple[str, ...], Parameter(group=DATA)] = (),
-    reading: Annotated[Reading, Parameter(name="*", group=DATA)] = Reading(),
-    folder: Annotated[RunFolder, Parameter(name="*", group=OUTPUT)] = RunFolder(),
+    reading: Reading = Reading(),
+    folder: RunFolder = RunFolder(),
     config: TrainOptions = TrainConfig(),
-    common: CommonOptions = Common(),
+    common: Common = Common(),
 ) -> None:
     """Train a model further, on other data or with another objective, as a new run.
 
@@ -298,27 +292,25 @@ def finetune(
     trained = Trained(start, common)
     processes, name = join(common.device), trained.model.config["architecture"]
     out, _ = decided_by_main(processes, lambda: folder.choose(name, source))
-    screen = Screen(common)
     options = DataOptions(split="all", reading=reading, given=given)
     found = trained.data(source, options)
     about = TrainingData.from_json(trained.about_data)
     about = dataclasses.replace(about, given=trained.given, reading=reading).to_json(source)
     kept = {name: trained.extra[name] for name in ("foreign",) if name in trained.extra}
-    _begin(trained.model, found, about, _with_seed(config, common), out, screen, kept)
+    _begin(trained.model, found, about, config, out, Screen(common), kept)
 
 
 def train(
     name: str,
-    source: str,
-    options: dict[str, Any],
+    source: Source,
     *,
-    config: TrainConfig,
-    reading: TrainingData,
-    folder: RunFolder,
-    common: Common,
+    config: TrainOptions = TrainConfig(),
+    reading: TrainingData = TrainingData(),
+    folder: RunFolder = RunFolder(),
+    common: MoreOptions = Common(),
+    **options: Any,
 ) -> None:
-    """``musigma train ARCH DATA``."""
-    config = _with_seed(config, common)
+    """``musigma train ARCH DATA``, with the options of the architecture."""
     device_named(common.device)
     processes = join(common.device)
     screen = Screen(common)
@@ -328,7 +320,7 @@ def train(
         now = {
             "model": {"architecture": name, "options": options},
             "data": reading.to_json(source),
-            "train": dataclasses.asdict(config),
+            "train": {**dataclasses.asdict(config), "seed": common.seed},
         }
         decided_by_main(processes, lambda: refuse_other_run(out, now, defaults))
         continue_run(out, common, source)
@@ -337,14 +329,9 @@ def train(
     chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
     if found.bits is None and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:
         options["standardize"] = True
-    torch.manual_seed(config.seed)
+    torch.manual_seed(common.seed)
     model = build(name, found.spec(chosen), **options)
     _begin(model, found, reading.to_json(source), config, out, screen)
-
-
-def _with_seed(config: TrainConfig, common: Common) -> TrainConfig:
-    """The options of the command line as the library's configuration."""
-    return TrainConfig(**{**dataclasses.asdict(config), "seed": common.seed})
 
 
 def _begin(
@@ -360,8 +347,7 @@ def _begin(
 
     Checkpoints will contain `kept`.
     """
-    from musigma.training import check_run
-
+    config = TrainConfig(**{**dataclasses.asdict(config), "seed": screen.common.seed})
     described = data.describe(found)
     saved = {
         "model": model.config,
@@ -387,72 +373,58 @@ def _begin(
 
 
 def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool = False) -> None:
-    """Train in a folder that no other process trains into."""
-    from musigma.files import lock_run
-    from musigma.processes import current_processes
-
-    with contextlib.ExitStack() as stack:
-
-        def enter() -> None:
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_run(out))
-            if not resume:
-                clear(out)  # a run that is to be replaced
-
-        decided_by_main(current_processes(), enter)
-        _run(model, found, config, out, saved, screen, resume)
-
-
-def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -> None:
-    """Train, evaluate on the held-out part, and draw samples, reconstructions and walks."""
-    from musigma.evaluation import evaluate, ledger
-    from musigma.files import write_json
-    from musigma.processes import current_processes
-
-    common = screen.common
-    parameters = sum(p.numel() for p in model.parameters())
-    parts = {part: found.split(part) for part in PARTS}
-    for line in data.summary(found, parts):
-        screen.note(line)
-    screen.note(f"{saved['model']['architecture']} with {parameters:,} parameters")
-    about = {"notes": list(found.notes), "left_out": list(found.skipped)}
-    about |= {"data": data.describe(found, parts)}
+    """Train in a folder that no other process trains into; then evaluate, and draw pictures."""
     processes = current_processes()
-    if processes.is_main:
-        write_json(out / "config.json", saved)
-    with Dashboard(screen) as watch:
-        done = fit(
-            model,
-            parts["train"],
-            parts["validation"],
-            config,
-            out,
-            extra={"data": saved["data"], **saved.get("kept", {})},
-            device=common.device,
-            resume=resume,
-            watch=watch,
-            # other threads change the last bits of sums, so runs that are exact keep their number
-            stop=None if config.minutes is None or config.fast else threads.adapt,
-        )
-    if not done.finished:
+    with reserved(out, processes, empty=not resume):
+        parameters = sum(p.numel() for p in model.parameters())
+        parts = {part: found.split(part) for part in PARTS}
+        for line in data.summary(found, parts):
+            screen.note(line)
+        screen.note(f"{saved['model']['architecture']} with {parameters:,} parameters")
+        if processes.is_main:
+            write_json(out / "config.json", saved)
+        with screen.dashboard() as watch:
+            done = fit(
+                model,
+                parts["train"],
+                parts["validation"],
+                config,
+                out,
+                extra={"data": saved["data"], **saved.get("kept", {})},
+                device=screen.common.device,
+                resume=resume,
+                watch=watch,
+                # other threads change the last bits of sums; runs that are exact keep their number
+                stop=None if config.minutes is None or config.fast else threads.adapt,
+            )
+        answer = {"run": str(out), "steps": done.steps, "finished": done.finished}
+        about = {"notes": list(found.notes), "left_out": list(found.skipped)}
+        about |= {"data": data.describe(found, parts)}
+        if done.finished:
+            answer |= {"seconds": done.seconds, "skipped": done.skipped, "parameters": parameters}
+            _finish(out, parts["held-out"], screen, answer | about)
+            return
         command = f"musigma train --resume {shlex.quote(str(out))}"
         screen.note(f"stopped after {done.steps:,} steps; continue with: {command}")
-        screen.result({"run": str(out), "steps": done.steps, "finished": False, **about})
+        screen.result(answer | about)
         leave()
         if done.signal:
             sys.exit(128 + done.signal)
-        return
-    trained = Trained(str(out), common)
-    held_out = parts["held-out"]
+
+
+def _finish(out: Path, held_out: data.Dataset, screen: Screen, answer: dict[str, Any]) -> None:
+    """Evaluate a run on the held-out part, and draw samples, reconstructions and walks."""
+    processes, seed = current_processes(), screen.common.seed
+    trained = Trained(str(out), screen.common)
     with screen.progress("evaluating") as progress:
         figure = evaluate(
-            trained.model, held_out, seed=common.seed, progress=progress, processes=processes
+            trained.model, held_out, seed=seed, progress=progress, processes=processes
         )
     leave()
     if not processes.is_main:
         return
     write_json(out / "evaluation.json", figure)
-    write_json(out / "ledger.json", ledger(trained.model, held_out, seed=common.seed))
+    write_json(out / "ledger.json", ledger(trained.model, held_out, seed=seed))
     try:
         pictures = draw(trained, held_out, out / "samples")
     except (ValueError, RuntimeError) as error:  # matplotlib is missing, or weights diverged
@@ -461,17 +433,7 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
     how = "" if trained.model.is_flow else " --mode"
     how += " --given FILE" if trained.needs_given else ""
     screen.result(
-        {
-            "run": str(out),
-            "steps": done.steps,
-            "finished": True,
-            "seconds": done.seconds,
-            "skipped": done.skipped,
-            "parameters": parameters,
-            **about,
-            "evaluation": figure,
-            "pictures": pictures,
-        },
+        {**answer, "evaluation": figure, "pictures": pictures},
         f"{figure_text(figure)}\nrun: {out}\npictures: {', '.join(pictures) or 'none'}\n"
         f"next: musigma sample {shlex.quote(str(out))} --n 64{how} --out samples.png",
     )
@@ -480,10 +442,6 @@ def _run(model, found, config, out: Path, saved, screen: Screen, resume: bool) -
 def draw(trained: Trained, held_out: data.Dataset, folder: Path) -> list[str]:
     """Samples, reconstructions and interpolations as pictures, where they can be drawn."""
     import numpy as np
-
-    from musigma import context as contexts
-    from musigma.evaluation import batch
-    from musigma.report import figures
 
     model = trained.model
     folder.mkdir(exist_ok=True)
@@ -497,17 +455,10 @@ def draw(trained: Trained, held_out: data.Dataset, folder: Path) -> list[str]:
     if not trained.is_image:
         if trained.shape != (2,):
             return []
-        figures.points(samples.cpu().numpy(), paths[0], reference=held_out.x[:2000])
+        figures.points(samples, paths[0], reference=held_out.x[:2000])
         return [str(paths[0])]
     trained.write(samples, paths[0])
-    with torch.no_grad():
-        again = model.reconstruct(x, context)
-    figures.rows([as_array(x), as_array(again)], paths[1], levels=trained.levels)
-    n = len(x) // 2 * 2
-    if not n:
-        return [str(path) for path in paths[:2]]
-    ends = (contexts.rows(context, slice(first, n, 2)) for first in (0, 1))
-    with torch.no_grad():
-        walks = model.interpolate(x[:n:2], x[1:n:2], 9, *ends)
-    trained.write_rows(walks, paths[2])
-    return [str(path) for path in paths]
+    trained.reconstruct(x, context, paths[1])
+    if len(x) > 1:
+        trained.interpolate(x, context, paths[2])
+    return [str(path) for path in paths[: 3 if len(x) > 1 else 2]]

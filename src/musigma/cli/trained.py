@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musigma.cli.options import Common, DataOptions, Reading, at_least_one, image_size
-from musigma.cli.outputs import check_out, rows_file
+from musigma.cli.outputs import check_out, write_rows
 from musigma.cli.screen import Screen
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor
 
     from musigma.context import Context
     from musigma.data import Dataset, Preprocess
-    from musigma.spec import Spec, Variable
+    from musigma.spec import Variable
 
 TABLES = (".csv", ".parquet")
 
@@ -31,15 +30,9 @@ def read_data(
     """Read a data set with a progress bar; `how` is as `musigma.data.load` takes it."""
     from musigma import data
 
+    how |= dataclasses.asdict(reading)
     with screen.progress("reading") as progress:
-        return data.load(
-            source,
-            preprocess=preprocess,
-            skip_bad=reading.skip_bad,
-            in_memory=reading.in_memory,
-            progress=progress,
-            **how,
-        )
+        return data.load(source, preprocess=preprocess, progress=progress, **how)
 
 
 class Trained:
@@ -47,7 +40,12 @@ class Trained:
 
     Attributes:
         model: The model, on the device that was asked for, in evaluation mode.
-        extra: What else the checkpoint holds.
+        extra: What else the checkpoint holds; `about_data` is what it says about the data that
+            the model was trained on.
+        spec: What the model is a model of, with `shape` and `bits` of an example; `is_image` if
+            it is an image, and not a vector; `levels` of each element in a picture.
+        class_variable: The classes that `--label` chooses from, if the model is conditioned on
+            any; `needs_given` if the context is more than the class.
         screen: Where the command prints.
         folder: The run folder; None for a checkpoint file.
         part: The part of the data that `data` returned last.
@@ -81,45 +79,28 @@ class Trained:
         self.path = path / "model.safetensors" if self.folder else path
         self.model, self.extra = checkpoint.read(self.path)
         self.model.to(self.device)
+        self.about_data: dict[str, Any] = self.extra.get("data") or {}
+        assert self.model.spec is not None  # every model from the zoo has one
+        self.spec = spec = self.model.spec
+        self.shape, self.bits, self.levels = spec.shape, spec.bits, 2 ** (spec.bits or 8)
+        self.is_image = len(self.shape) == 3
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        self.dtype = next(t.dtype for t in tensors if t.is_floating_point())
+        only = len(spec.context) == 1
+        classes = (v for v in spec.context if v.classes and (v.name == "label" or only))
+        self.class_variable = next(classes, None)
+        self.needs_given = any(v is not self.class_variable for v in spec.context)
         self.common, self.screen = common, Screen(common)
         torch.manual_seed(common.seed)
 
-    @property
-    def about_data(self) -> dict[str, Any]:
-        """What the checkpoint says about the data that the model was trained on."""
-        return self.extra.get("data") or {}
+    # --- what a model is given -----------------------------------------------------------------
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one example."""
-        return self.spec.shape
+    def preprocess(self) -> Preprocess:
+        """How the training data were prepared."""
+        from musigma import data
 
-    @property
-    def is_image(self) -> bool:
-        """Whether examples are images, and not vectors."""
-        return len(self.shape) == 3
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that the model computes in."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return next(t.dtype for t in tensors if t.is_floating_point())
-
-    @property
-    def spec(self) -> Spec:
-        """What the model is a model of."""
-        assert self.model.spec is not None  # every model from the zoo has one
-        return self.model.spec
-
-    @property
-    def bits(self) -> int | None:
-        """Bits of each element; None for continuous data."""
-        return self.spec.bits
-
-    @property
-    def levels(self) -> int:
-        """Number of levels of each element in a picture."""
-        return 2 ** (self.bits or 8)
+        return data.Preprocess.from_json(self.about_data.get("preprocess", {}))
 
     def data(self, source: str, options: DataOptions, label: str | None = None) -> Dataset:
         """Data prepared as in training, of the part asked for; all of class `label` if given."""
@@ -127,8 +108,7 @@ class Trained:
         from musigma.data.attach import is_source
         from musigma.evaluation import check
 
-        saved = self.about_data
-        preprocess = data.Preprocess.from_json(saved.get("preprocess", {}))
+        saved, preprocess = self.about_data, self.preprocess
         if options.size is not None:
             preprocess = dataclasses.replace(preprocess, size=image_size(options.size))
         here, there = data.identity(source), saved.get("source")
@@ -195,35 +175,20 @@ class Trained:
             )
         return self.class_rows(n, label)
 
-    @property
-    def class_variable(self) -> Variable | None:
-        """The classes that `--label` chooses from, if the model is conditioned on any."""
-        variables = self.spec.context
-        classes = (
-            v for v in variables if v.classes and (v.name == "label" or len(variables) == 1)
-        )
-        return next(classes, None)
-
-    @property
-    def needs_given(self) -> bool:
-        """Whether samples need rows of `--given`: the context is more than the class."""
-        return any(v is not self.class_variable for v in self.spec.context)
-
     def class_rows(self, n: int, label: str | None) -> Tensor:
         """One-hot rows of a class, or of all classes in turn."""
         import torch
 
-        variable = self._classes()
-        if label is None:
-            which = torch.arange(n) % variable.classes
-        else:
-            which = torch.full((n,), class_number(label, variable.names, variable.classes))
+        variable, number = self._class(label)
+        which = torch.arange(n) % variable.classes if number is None else torch.full((n,), number)
         return torch.nn.functional.one_hot(which, variable.classes).to(self.device, self.dtype)
 
-    def _classes(self) -> Variable:
-        if self.class_variable is None:
+    def _class(self, label: str | None) -> tuple[Variable, int | None]:
+        """The variable that `--label` is about, and the number of a class."""
+        if (variable := self.class_variable) is None:
             raise ValueError("label: this model is not conditioned on classes; leave it out")
-        return self.class_variable
+        known = variable.names, variable.classes
+        return variable, None if label is None else class_number(label, *known)
 
     def _rows(self, given: Sequence[str], label: str | None) -> Context:
         """The context in files, as the model takes it."""
@@ -238,10 +203,8 @@ class Trained:
         rows = data.given_rows(given, wanted)
         n = len(next(iter(rows.values())))
         blank = np.zeros((1, *self.shape), np.float32 if self.bits is None else np.uint8)
-        preprocess = data.Preprocess.from_json(self.about_data.get("preprocess", {}))
-        found = data.Dataset(
-            np.broadcast_to(blank, (n, *self.shape)), name="--given", preprocess=preprocess
-        )
+        x = np.broadcast_to(blank, (n, *self.shape))
+        found = data.Dataset(x, name="--given", preprocess=self.preprocess)
         found = dataclasses.replace(found, given=rows)
         if label is not None:
             found = self._labelled(found, label)
@@ -252,53 +215,39 @@ class Trained:
         """Data whose examples are all of one class."""
         import numpy as np
 
-        variable = self._classes()
-        number = class_number(label, variable.names, variable.classes)
+        variable, number = self._class(label)
         names = variable.names or tuple(map(str, range(variable.classes)))
         labels = np.full(len(found), number, np.int64)
         return dataclasses.replace(found, labels=labels, label_names=names)
 
-    def blank_context(self, n: int) -> Context:
-        """A context of n rows of zeros."""
-        import torch
-
-        context = {
-            v.name: torch.zeros(n, *v.shape, dtype=self.dtype, device=self.device)
-            for v in self.spec.context
-        }
-        return self.as_context(context)
-
-    def named_context(self, context: Context) -> Mapping[str, Tensor]:
-        """A context by the names of its variables."""
-        if len(self.spec.context) > 1:
-            return context  # pyright: ignore[reportReturnType]
-        return {v.name: context for v in self.spec.context}  # pyright: ignore[reportReturnType]
-
     def as_context(self, named: Mapping[str, Tensor]) -> Context:
-        """A context by the names of its variables as the model takes it."""
-        if len(self.spec.context) > 1:
-            return named
-        return next(iter(named.values()), None)
+        """The variables of a context by their names, as the model takes them."""
+        return named if len(self.spec.context) > 1 else next(iter(named.values()), None)
 
-    def latents(self) -> list[Tensor]:
-        """The latents of no examples, top first: tensors of shapes (0, *s)."""
+    def nothing(self) -> tuple[list[Tensor], Context]:
+        """The latents of no examples, top first, of shapes (0, *s), and their context."""
         import torch
 
-        blank = torch.zeros(1, *self.shape, dtype=self.dtype, device=self.device)
+        from musigma import context as contexts
+
+        def zeros(shape: tuple[int, ...]) -> Tensor:
+            return torch.zeros(1, *shape, dtype=self.dtype, device=self.device)
+
+        context = self.as_context({v.name: zeros(v.shape) for v in self.spec.context})
         with torch.no_grad():
-            return [z[:0] for z in self.model.encode(blank, self.blank_context(1))]
+            latents = self.model.encode(zeros(self.shape), context)
+        return [z[:0] for z in latents], contexts.rows(context, slice(0))
+
+    # --- what a model returns ------------------------------------------------------------------
 
     def check_out(self, out: Path) -> None:
         """Refuse a file that `write` could not write, before anything is computed for it."""
-        if self.is_image:
-            check_out(out, ".png", ".npy", ".npz")
-        else:
-            check_out(out, ".png", ".npy", ".npz", *TABLES)
-            if out.suffix == ".png" and self.shape != (2,):
-                raise ValueError(
-                    f"out: examples of shape {self.shape} are not pictures; name a .csv, "
-                    ".parquet, .npy or .npz file"
-                )
+        check_out(out, ".png", ".npy", ".npz", *(() if self.is_image else TABLES))
+        if out.suffix == ".png" and not self.is_image and self.shape != (2,):
+            raise ValueError(
+                f"out: examples of shape {self.shape} are not pictures; name a .csv, .parquet, "
+                ".npy or .npz file"
+            )
 
     def write_rows(self, rows: Tensor, out: Path) -> None:
         """Rows of examples (R, C, *event), as a picture with C columns, a table or an array."""
@@ -315,7 +264,7 @@ class Trained:
         from musigma.report import figures
 
         self.check_out(out)
-        values = as_array(x)
+        values = x.numpy(force=True)
         one = math.prod(values.shape[1:])
         if bad := int((~np.isfinite(values.reshape(len(values), one)).all(1)).sum()):
             raise ValueError(
@@ -324,9 +273,9 @@ class Trained:
             )
         if self.bits is not None:
             values = values.astype(np.uint8)
-        if out.suffix in TABLES:
-            with rows_file(out) as add:
-                add({name: values[:, i] for i, name in enumerate(self.column_names())})
+        if out.suffix in TABLES:  # the columns are those of the table it was trained on
+            names = self.spec.columns or [f"x{i}" for i in range(self.shape[0])]
+            write_rows(out, [dict(zip(names, values.T, strict=True))])
         elif out.suffix == ".png" and self.is_image:
             figures.grid(values, out, levels=self.levels, columns=columns)
         elif out.suffix == ".png":
@@ -338,17 +287,39 @@ class Trained:
                 else:
                     np.savez_compressed(file, x=values)
 
-    def column_names(self) -> list[str]:
-        """Names of the elements of a vector: those of the table that the model was trained on."""
-        return list(self.spec.columns) or [f"x{i}" for i in range(self.shape[0])]
+    def reconstruct(self, x: Tensor, context: Context, out: Path) -> Tensor:
+        """Write reconstructions, in a picture below their originals; returns them."""
+        import torch
 
+        from musigma.report import figures
 
-def portable(item: str) -> str:
-    """An item of `--given` that does not depend on the working directory."""
-    from musigma import data
-    from musigma.data.attach import is_source
+        with torch.no_grad():
+            again = self.model.reconstruct(x, context)
+        if out.suffix == ".png" and self.is_image:
+            both = [t.numpy(force=True) for t in (x, again)]
+            figures.rows(both, out, levels=self.levels)
+        else:
+            self.write(again, out)
+        return again
 
-    return data.identity(item) if item != "label" and is_source(item) else item
+    def interpolate(
+        self, x: Tensor, context: Context, out: Path, steps: int = 9, **how: Any
+    ) -> int:
+        """Write paths from example 0 to 1, from 2 to 3, and so on; returns their number."""
+        import torch
+
+        from musigma import context as contexts
+
+        n = len(x) // 2 * 2
+        ends = (contexts.rows(context, slice(first, n, 2)) for first in (0, 1))
+        with torch.no_grad():
+            rows = self.model.interpolate(x[:n:2], x[1:n:2], steps, *ends, **how)
+        self.write_rows(rows, out)
+        return len(rows)
+
+    def wrote(self, out: Path, what: str, **answer: Any) -> None:
+        """Print the answer of a command that wrote a file."""
+        self.screen.result({"out": str(out), **answer}, f"{what}: {out}")
 
 
 def class_number(label: str, names: Sequence[str], classes: int) -> int:
@@ -367,11 +338,6 @@ def class_number(label: str, names: Sequence[str], classes: int) -> int:
     expected = [] if named_by_numbers else [f"0 to {classes - 1}"]
     expected += [f"one of {', '.join(names)}"] if names else []
     raise ValueError(f"label: expected {', or '.join(expected)}; got {label!r}")
-
-
-def as_array(x: Tensor) -> np.ndarray:
-    """A tensor as an array on the CPU."""
-    return x.detach().cpu().numpy()
 
 
 def devices() -> list[str]:
@@ -400,8 +366,7 @@ def device_named(name: str | None) -> torch.device:
             device = torch.device("cuda", int(local) % max(1, torch.cuda.device_count()))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        known = devices()
-        reason = ""
+        known, reason = devices(), ""
         if name in known or f"{name}:0" in known:
             reason = f" (it is found, but fails: {str(error).splitlines()[0]})"
         raise ValueError(

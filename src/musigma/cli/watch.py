@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.panel import Panel
@@ -22,7 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from musigma.cli.options import ARGUMENTS, INSPECT, Common, CommonOptions, app
+from musigma.cli.options import INSPECT, Argument, Common, app
 from musigma.cli.screen import Screen
 from musigma.files import number, row_of
 
@@ -40,10 +39,10 @@ Point = tuple[float, float]
 
 @app.command(group=INSPECT)
 def watch(
-    runs: Annotated[list[Path], Parameter(group=ARGUMENTS)],
+    runs: Annotated[list[Path], Argument],
     *,
     once: bool = False,
-    common: CommonOptions = Common(),
+    common: Common = Common(),
 ) -> None:
     """Follow runs from another terminal: progress, figures and problems.
 

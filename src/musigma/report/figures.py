@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -103,10 +104,11 @@ def grid(
         >>> grid(np.zeros((6, 1, 8, 8), np.uint8), columns=3).size
         (172, 114)
     """
-    cells = _cells(pixels(images, levels), scale)
+    cells = pixels(images, levels)
     n, height, width = cells.shape[:3]
     columns = _at_least_one("columns", columns) or _columns(n, height / width)
-    return _paste(cells, [i // columns for i in range(n)], columns, path)
+    lines = [cells[i : i + columns] for i in range(0, n, columns)]
+    return _sheet(lines, n, columns, scale, path)
 
 
 def rows(
@@ -145,13 +147,8 @@ def rows(
     n = len(shown[0])
     bands = math.ceil(n / (_at_least_one("columns", columns) or 8))
     columns = math.ceil(n / bands)
-    order, lines = [], []
-    for band in range(bands):
-        for s in range(len(sets)):
-            for i in range(band * columns, min(n, (band + 1) * columns)):
-                order.append(shown[s][i])
-                lines.append(band * len(sets) + s)
-    return _paste(_cells(np.stack(order), scale), lines, columns, path, band=len(sets))
+    lines = [images[i : i + columns] for i in range(0, n, columns) for images in shown]
+    return _sheet(lines, len(sets), columns, scale, path)
 
 
 def _columns(n: int, aspect: float) -> int:
@@ -161,30 +158,20 @@ def _columns(n: int, aspect: float) -> int:
     return min(choices, key=lambda c: -n % c, default=n)
 
 
-def _cells(cells: np.ndarray, scale: int | None) -> np.ndarray:
-    """Images enlarged by an integer factor."""
-    scale = _at_least_one("scale", scale) or max(1, math.ceil(CELL / max(cells.shape[1:3])))
-    return cells.repeat(scale, 1).repeat(scale, 2)
-
-
-def _paste(
-    cells: np.ndarray, lines: list[int], columns: int, path: str | Path | None, band: int = 0
-) -> Any:
-    """Paste cells (N, H, W, C) on their lines, with a wider gap after every `band` lines."""
+def _sheet(lines: list[np.ndarray], band: int, columns: int, scale: int | None, path: Any) -> Any:
+    """Lines of images (N, H, W, C), enlarged, with a wider gap after every `band` lines."""
     from PIL import Image
 
-    n, height, width, channels = cells.shape
-    gap, wide = 2, 12
-    count = max(lines) + 1
-    tops = [i * (height + gap) + (i // band * (wide - gap) if band else 0) for i in range(count)]
+    height, width, channels = lines[0].shape[1:]
+    scale = _at_least_one("scale", scale) or max(1, math.ceil(CELL / max(height, width)))
+    height, width, gap, wide = height * scale, width * scale, 2, 12
+    tops = [i * (height + gap) + i // band * (wide - gap) for i in range(len(lines))]
     size = (tops[-1] + height, columns * (width + gap) - gap)
     canvas = np.zeros((*size, channels + 1), np.uint8)
-    column = -1
-    for i in range(n):
-        column = column + 1 if i and lines[i] == lines[i - 1] else 0
-        top, left = tops[lines[i]], column * (width + gap)
-        canvas[top : top + height, left : left + width, :channels] = cells[i]
-        canvas[top : top + height, left : left + width, channels] = 255
+    for top, line in zip(tops, lines, strict=True):
+        for i, cell in enumerate(line.repeat(scale, 1).repeat(scale, 2)):
+            place = canvas[top : top + height, i * (width + gap) :][:, :width]
+            place[..., :channels], place[..., channels] = cell, 255
     image = Image.fromarray(canvas)  # two channels are LA, four are RGBA
     if path is not None:
         with replacing(path) as draft, draft.open("wb") as file:
@@ -195,37 +182,23 @@ def _paste(
 # --- plots -----------------------------------------------------------------------------------
 
 
-class _Colors(NamedTuple):
-    paper: str
-    ink: str
-    muted: str
-    faint: str
-    data: str
-    accent: str
-    bad: str
-    latents: tuple[str, ...]
-
-
-LIGHT = _Colors(
-    paper="#ffffff",
-    ink="#1f2328",
-    muted="#656d76",
-    faint="#e6e8eb",
-    data="#5b84b8",
-    accent="#c8502d",
-    bad="#b3261e",
-    latents=("#2b5c8a", "#2a8c82", "#8a9a2e", "#c98a1b", "#c8502d", "#8d4a8f"),
+_COLORS = {
+    "paper": ("#ffffff", "none"),
+    "ink": ("#1f2328", "#e4e6ea"),
+    "muted": ("#656d76", "#98a0ab"),
+    "faint": ("#e6e8eb", "#2b3038"),
+    "data": ("#5b84b8", "#7fa9de"),
+    "accent": ("#c8502d", "#f08a64"),
+    "bad": ("#b3261e", "#ff8a80"),
+    "latents": (
+        ("#2b5c8a", "#2a8c82", "#8a9a2e", "#c98a1b", "#c8502d", "#8d4a8f"),
+        ("#7fb2e5", "#5cc4b8", "#b9c95c", "#e9b35a", "#f08a64", "#c98bcb"),
+    ),
+}
+LIGHT, DARK = (
+    SimpleNamespace(**{name: pair[dark] for name, pair in _COLORS.items()}) for dark in (0, 1)
 )
-DARK = _Colors(
-    paper="none",
-    ink="#e4e6ea",
-    muted="#98a0ab",
-    faint="#2b3038",
-    data="#7fa9de",
-    accent="#f08a64",
-    bad="#ff8a80",
-    latents=("#7fb2e5", "#5cc4b8", "#b9c95c", "#e9b35a", "#f08a64", "#c98bcb"),
-)
+"""Colors on light and on dark pages."""
 
 
 def curves(
@@ -255,25 +228,29 @@ def curves(
         ValueError: If there is nothing to plot.
         PlotsMissing: If matplotlib is not installed.
     """
-    training, evaluations, skipped = (
-        [row for row in metrics if row.get("kind") == kind]
+    rows = {
+        kind: [row for row in metrics if row.get("kind") == kind]
         for kind in ("train", "evaluation", "skipped")
-    )
+    }
+    figures, (steps, costs) = rows["train"] + rows["evaluation"], _latents(rows["train"])
     if unit is None:
-        all_bits = all(row.get("bits_per_dim") is not None for row in [*training, *evaluations])
-        unit = "bits" if all_bits else "nats"
-    latents = _latents(training)
-    drawn = [p for p in panels if (len(latents) if p == "latents" else training or evaluations)]
+        unit = "bits" if all(row.get("bits_per_dim") is not None for row in figures) else "nats"
+    drawn = [p for p in panels if (costs.size if p == "latents" else figures)]
     if not drawn:
         raise ValueError("metrics: there are no rows to plot")
-    colors = DARK if dark else LIGHT
+    colors, ticker = DARK if dark else LIGHT, _matplotlib().ticker
     figure, axes = _figure(len(drawn), colors, title)
     for panel, ax in zip(drawn, axes, strict=True):
         if panel == "figure":
-            _figure_panel(ax, training, evaluations, skipped, unit, colors)
+            _figure_panel(ax, rows, unit, colors)
+            name = "bits per dimension" if unit == "bits" else "nats per example"
         else:
-            _latents_panel(ax, training, latents, colors)
-        _steps_axis(ax, "training step")
+            _latents_panel(ax, steps, costs, colors)
+            flow = all(not row.get("log_px") for row in rows["train"])
+            name = "−log p of each latent, nats" if flow else "KL of each latent, nats"
+        _name_axes(ax, name, "training step", colors)
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 2k, 4k, ...
     _save(figure, path)
 
 
@@ -298,20 +275,19 @@ def comparison(
         ValueError: If no run has a point.
         PlotsMissing: If matplotlib is not installed.
     """
-    tracks = {name: _finite(*zip(*points, strict=True)) for name, points in runs.items() if points}
-    tracks = {name: track for name, track in tracks.items() if len(track[0])}
+    tracks = {name: _finite(np.array(points, np.float64)) for name, points in runs.items()}
+    tracks = {name: track for name, track in tracks.items() if len(track)}
     if not tracks:
         raise ValueError("runs: there are no finite points to compare")
     colors = DARK if dark else LIGHT
     figure, (ax,) = _figure(1, colors, title, width=6.4)
     ends = []
-    for i, (name, (seconds, values)) in enumerate(tracks.items()):
-        color = colors.latents[i % len(colors.latents)]
-        ax.plot(seconds / 60, values, "-o", color=color, lw=1.6, ms=3.5, mew=0)
-        ends.append((seconds[-1] / 60, values[-1], f"{name}  {values[-1]:.3f}", color))
-    _frame(ax, np.concatenate([values for _, values in tracks.values()]))
+    for i, (name, track) in enumerate(tracks.items()):
+        color, minutes, values = colors.latents[i % 6], track[:, 0] / 60, track[:, 1]
+        ax.plot(minutes, values, "-o", color=color, lw=1.6, ms=3.5, mew=0)
+        ends.append((minutes[-1], values[-1], f"{name}  {values[-1]:.3f}", color))
+    _frame(ax, [track[:, 1] for track in tracks.values()], ends)
     ax.set_xlim(left=0)
-    _label_ends(ax, ends)
     _name_axes(ax, "" if unit in (title or "") else unit, "minutes of training", colors)
     _save(figure, path)
 
@@ -332,7 +308,7 @@ def points(x: Any, path: str | Path, *, reference: Any = None) -> None:
     sets = [("samples", samples, LIGHT.accent)]
     if reference is not None:
         sets.insert(0, ("data", _plane(reference, "reference"), LIGHT.data))
-    base = sets[0][1][np.isfinite(sets[0][1]).all(1)]
+    base = _finite(sets[0][1])
     if not len(base):
         raise ValueError("x: there are no finite points to plot")
     low, high = base.min(0), base.max(0)
@@ -353,29 +329,20 @@ def points(x: Any, path: str | Path, *, reference: Any = None) -> None:
     _save(figure, path)
 
 
-def _figure_panel(
-    ax: Any,
-    training: list[Mapping[str, Any]],
-    evaluations: list[Mapping[str, Any]],
-    skipped: list[Mapping[str, Any]],
-    unit: str,
-    colors: _Colors,
-) -> None:
+def _figure_panel(ax: Any, rows: Mapping[str, list[Any]], unit: str, colors: Any) -> None:
     """Plot training and validation figures, and mark skipped steps."""
     key = "bits_per_dim" if unit == "bits" else "nats"
     error = "standard_error" if unit == "bits" else "standard_error_nats"
     shown, ends = [], []
-    steps, values = _series(training, key)
+    steps, values, _ = _series(rows["train"], key, error)
     if len(steps):
-        smooth = _smooth(values)
         ax.plot(steps, values, color=colors.data, lw=0.7, alpha=0.28)
+        smooth = _smooth(values)
         ax.plot(steps, smooth, color=colors.data, lw=1.6, label="training, smoothed")
         late = smooth[steps >= 0.05 * steps[-1]]
         shown += [late, np.quantile(values[len(values) // 4 :], [0.01, 0.99])]
-    steps, values = _series(evaluations, key)
+    steps, values, errors = _series(rows["evaluation"], key, error)
     if len(steps):
-        rows = [row for row in evaluations if number(row.get(key)) is not None]
-        errors = np.array([number(row.get(error)) or 0.0 for row in rows])
         low, high = values - errors, values + errors
         ax.fill_between(steps, low, high, color=colors.accent, alpha=0.18, lw=0)
         label = "validation ± standard error" if errors.any() else "validation"
@@ -383,75 +350,83 @@ def _figure_panel(
         last = f"{values[-1]:.3f}" if unit == "bits" else f"{values[-1]:.4g}"
         ends.append((steps[-1], values[-1], last, colors.accent))
         shown.append(values)
-    _frame(ax, np.concatenate(shown) if shown else np.zeros(1))
-    _label_ends(ax, ends)
-    if skipped:
-        at, label = [row["step"] for row in skipped], f"skipped steps: {len(skipped)}"
+    _frame(ax, shown, ends)
+    if at := [row["step"] for row in rows["skipped"]]:
+        label = f"skipped steps: {len(at)}"
         axis = ax.get_xaxis_transform()
         ax.plot(at, [0.02] * len(at), "|", color=colors.bad, transform=axis, label=label)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=9, labelcolor=colors.ink, loc="upper right")
-    name = "bits per dimension" if unit == "bits" else "nats per example"
-    _name_axes(ax, name, "", colors)
 
 
-def _latents(training: list[Mapping[str, Any]]) -> np.ndarray:
+def _series(rows: Sequence[Mapping[str, Any]], key: str, error: str) -> np.ndarray:
+    """The steps at which a value is finite, the values, and their errors."""
+    points = [
+        (row["step"], value, number(row.get(error)) or 0.0)
+        for row in rows
+        if (value := number(row.get(key))) is not None
+    ]
+    return np.array(points, np.float64).reshape(-1, 3).T
+
+
+def _latents(training: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """The cost of each latent (steps, latents), of rows with the largest number of latents."""
-    rows = [row["kl"] for row in training if row.get("kl")]
-    width = max(map(len, rows), default=0)
-    rows = [kl for kl in rows if len(kl) == width]
-    return np.array([[math.nan if v is None else v for v in kl] for kl in rows], np.float64)
+    width = max((len(row.get("kl") or ()) for row in training), default=0)
+    rows = [row for row in training if width and len(row.get("kl") or ()) == width]
+    costs = np.array([row["kl"] for row in rows], np.float64)  # None is NaN
+    return np.array([row["step"] for row in rows], np.float64), costs.reshape(len(rows), width)
 
 
-def _latents_panel(
-    ax: Any, training: list[Mapping[str, Any]], costs: np.ndarray, colors: _Colors
-) -> None:
+def _latents_panel(ax: Any, steps: np.ndarray, costs: np.ndarray, colors: Any) -> None:
     """Plot the cost of each latent, top first."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    gradient = LinearSegmentedColormap.from_list("latents", colors.latents, N=1024)
+    gradient = _matplotlib().colors.LinearSegmentedColormap.from_list(
+        "latents", colors.latents, N=1024
+    )
     count = costs.shape[1]
-    steps = np.array([r["step"] for r in training if len(r.get("kl") or ()) == count], float)
     ends, shown = [], []
     for i in range(count):
-        at, values = _finite(steps, costs[:, i])
-        if not len(at):
+        track = _finite(np.stack([steps, costs[:, i]], 1))
+        if not len(track):
             continue
+        at, values = track.T
         color = gradient(i / (count - 1)) if count > 1 else colors.latents[0]
-        smooth = _smooth(values)
         if count == 1:
             ax.plot(at, values, color=color, lw=0.7, alpha=0.28)
+        smooth = _smooth(values)
         ax.plot(at, smooth, color=color, lw=1.6 if count <= 8 else 1.0)
         shown.append(smooth[at >= 0.05 * at[-1]])
         if count <= 8 or i in (0, count - 1):
             name = f"z{i}" + (" top" if count > 1 and i == 0 else "")
             ends.append((at[-1], smooth[-1], f"{name}  {smooth[-1]:.3g}", color))
-    _frame(ax, np.concatenate(shown) if shown else np.zeros(1))
-    low, high = ax.get_ylim()
-    if 0 < low < 0.5 * high:
-        ax.set_ylim(bottom=0)
-    _label_ends(ax, ends)
-    flow = all(not row.get("log_px") for row in training)
-    what = "−log p of each latent" if flow else "KL of each latent"
-    _name_axes(ax, f"{what}, nats", "", colors)
+    _frame(ax, shown, ends, near_zero=True)
 
 
 # --- pieces of plots ---------------------------------------------------------------------------
 
 
-def _figure(
-    panels: int, colors: _Colors, title: str | None, width: float = 4.2, height: float = 2.75
-) -> tuple[Any, list[Any]]:
-    """A figure with panels side by side, in a plain style."""
+def _matplotlib() -> Any:
+    """Matplotlib, with the modules that plots need."""
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
+        import matplotlib.colors
+        import matplotlib.figure
+        import matplotlib.layout_engine
+        import matplotlib.ticker
     except ImportError as error:
         raise PlotsMissing("plots need matplotlib: pip install 'musigma[plots]'") from error
-    figure = Figure(
+    return matplotlib
+
+
+def _figure(
+    panels: int, colors: Any, title: str | None, width: float = 4.2, height: float = 2.75
+) -> tuple[Any, list[Any]]:
+    """A figure with panels side by side, in a plain style."""
+    matplotlib = _matplotlib()
+    figure = matplotlib.figure.Figure(
         figsize=(width * panels, height + (0.3 if title else 0)),
         dpi=200,
-        layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.04),
+        layout=matplotlib.layout_engine.ConstrainedLayoutEngine(
+            w_pad=0.1, h_pad=0.08, wspace=0.04
+        ),
         facecolor=colors.paper,
     )
     if title:
@@ -470,42 +445,34 @@ def _figure(
     return figure, axes
 
 
-def _name_axes(ax: Any, y: str, x: str, colors: _Colors) -> None:
+def _name_axes(ax: Any, y: str, x: str, colors: Any) -> None:
     """Name the y axis in the title, horizontally, and the x axis below."""
     ax.set_title(y, loc="left", color=colors.ink, fontsize=10, pad=8)
     ax.set_xlabel(x, color=colors.muted, fontsize=9)
 
 
-def _steps_axis(ax: Any, name: str) -> None:
-    """Label steps as 2k, 4k, ..."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def _frame(
+    ax: Any, shown: list[np.ndarray], ends: list[tuple[float, float, str, Any]], near_zero=False
+) -> None:
+    """Set limits that hold the values shown, and label each line at its end.
 
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    ax.xaxis.set_major_formatter(
-        FuncFormatter(lambda v, _: f"{v / 1000:g}k" if abs(v) >= 1000 else f"{v:g}")
-    )
-    ax.set_xlabel(name, fontsize=9, color=ax.xaxis.get_ticklabels()[0].get_color())
-
-
-def _frame(ax: Any, values: np.ndarray) -> None:
-    """Set limits that hold the values, with a margin."""
+    Args:
+        ax: The axes.
+        shown: Values.
+        ends: x, y, text and color at the end of each line; overlapping texts are moved apart.
+        near_zero: Whether the axis begins at 0 if that is not far below the values.
+    """
+    values = np.concatenate(shown) if shown else np.zeros(1)
     low, high = float(values.min()), float(values.max())
     margin = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
-    ax.set_ylim(low - margin, high + margin)
-
-
-def _label_ends(ax: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Label each line at its end, and move overlapping labels apart."""
-    low, high = ax.get_ylim()
-    needed = 0.085 * (high - low)
+    low, high = low - margin, high + margin
+    low = 0.0 if near_zero and 0 < low < 0.5 * high else low
+    ax.set_ylim(low, high)
     ends = sorted(ends, key=lambda end: end[1])
-    heights = [min(max(y, low), high) for _, y, _, _ in ends]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + needed)
-    if heights and (over := heights[-1] - high) > 0:
-        heights[-1] -= over
-        for i in reversed(range(len(heights) - 1)):
-            heights[i] = min(heights[i], heights[i + 1] - needed)
+    apart = np.arange(len(ends)) * 0.085 * (high - low)
+    heights = np.clip([y for _, y, _, _ in ends], low, high)
+    heights = np.maximum.accumulate(heights - apart) + apart
+    heights = np.minimum(heights, high - apart[::-1])
     last = max((x for x, *_ in ends), default=0.0)
     for (_, _, text, color), height in zip(ends, heights, strict=True):
         ax.annotate(
@@ -548,18 +515,10 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[last + 1] - sums[first]) / (last + 1 - first)
 
 
-def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """The steps at which a value is finite, and the values."""
-    pairs = [(row["step"], v) for row in rows if (v := number(row.get(key))) is not None]
-    table = np.array(pairs, np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-def _finite(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs in which both are finite."""
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    both = np.isfinite(x) & np.isfinite(y)
-    return x[both], y[both]
+def _finite(points: np.ndarray) -> np.ndarray:
+    """The points (N, 2) whose coordinates are both finite."""
+    points = points.reshape(-1, 2)
+    return points[np.isfinite(points).all(1)]
 
 
 def _plane(x: Any, name: str) -> np.ndarray:

@@ -27,8 +27,17 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["short"] = short
+    environment.filters |= {"short": short, "plain": plain}
     return environment.get_template(template).render(values)
+
+
+def plain(value: Any) -> str:
+    """A value from JSON as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain, value))
+    return f"{value:,}" if isinstance(value, int) else short(value)
 
 
 def short(value: Any) -> str:

@@ -13,7 +13,6 @@ import struct
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,21 +53,24 @@ def write(
         path: The .html file.
         runs: Run folders, in the order of the page.
         title: Title of the page.
-        sections: JSON files of further sections, as `Section.read` takes them; they follow the
-            runs in this order.
+        sections: JSON files of further sections, which follow the runs in this order. The keys of
+            each are `title`, a text; `text`, a list of paragraphs; `tables`, a list of objects
+            with `head`, a list of names, and `rows`, a list of lists of texts and numbers; and
+            `pictures`, an object of PNG files, relative to the JSON file, and their captions. All
+            but `title` may be left out.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If there are no runs, a run has no ``config.json``, or one of its files is
-            damaged.
+        ValueError: If there are no runs, a run has no ``config.json``, or one of its files, or a
+            section, is damaged.
     """
     path = Path(path)
-    further = [Section.read(Path(section)) for section in sections]
+    further = [_section(Path(section)) for section in sections]
     if not runs:
         raise ValueError("runs: expected at least one run folder; got none")
-    loaded = [_read(Path(run)) for run in runs]
+    loaded = [Run(Path(run)) for run in runs]
     names = Counter(run.name for run in loaded)
     for run in loaded:
         run.name = run.name if names[run.name] == 1 else str(run.path)
@@ -76,47 +78,6 @@ def write(
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return path
-
-
-# --- what a template shows ---------------------------------------------------------------------
-
-
-class Figure(NamedTuple):
-    """The figure of a run: its value and what it is.
-
-    Attributes:
-        value: None if it is not finite.
-        error: Its standard error, if known.
-        unit: "bits/dim" or "nats per example".
-        kind: What it is, in a word or two.
-        about: What it is, in a sentence.
-        bound: As `musigma.evaluation.bound` names it.
-        n: Number of examples, if known.
-    """
-
-    value: float | None
-    error: float | None
-    unit: str
-    kind: str
-    about: str
-    bound: str
-    n: int | None
-
-    @property
-    def text(self) -> str:
-        """The value, to two digits of its standard error.
-
-        >>> Figure(1.23388, 0.00287, "bits/dim", "", "", "", None).text
-        '1.2339 ± 0.0029'
-        >>> Figure(None, None, "bits/dim", "", "", "", None).text
-        'not finite'
-        """
-        if self.value is None:
-            return "not finite"
-        if not self.error:
-            return f"{self.value:,.4f}"
-        digits = min(6, max(0, 1 - math.floor(math.log10(self.error))))
-        return f"{self.value:,.{digits}f} ± {self.error:,.{digits}f}"
 
 
 class Picture(NamedTuple):
@@ -129,114 +90,62 @@ class Picture(NamedTuple):
     height: int
 
 
-class Table(NamedTuple):
-    """A table of texts and numbers."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-
-class Section(NamedTuple):
-    """A section of the page that is not a run."""
-
-    title: str
-    text: list[str]
-    tables: list[Table]
-    pictures: list[Picture]
-
-    @classmethod
-    def read(cls, path: Path) -> Section:
-        """A section from a JSON object.
-
-        Its keys are `title`, a text; `text`, a list of paragraphs; `tables`, a list of objects
-        with `head`, a list of names, and `rows`, a list of lists of texts and numbers; and
-        `pictures`, an object of PNG files, relative to the JSON file, and their captions. All but
-        `title` may be left out.
-
-        Raises:
-            ValueError: If the file is missing or holds anything else.
-        """
-        if not path.is_file():
-            raise ValueError(f"sections: there is no file {path}")
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-            tables = [
-                Table(
-                    [str(name) for name in table["head"]],
-                    [list(map(_plain, r)) for r in table["rows"]],
-                )
-                for table in value.get("tables", [])
-            ]
-            files = {path.parent / name: alt for name, alt in value.get("pictures", {}).items()}
-            pictures = [_picture(file, str(alt), density=2) for file, alt in files.items()]
-            return cls(
-                str(value["title"]), list(map(str, value.get("text", []))), tables, pictures
-            )
-        except (AttributeError, KeyError, TypeError, OSError, ValueError) as error:
-            raise ValueError(
-                f"sections: {path}: expected an object with title, and text, tables and pictures "
-                f"where there are any; got {type(error).__name__}: {error}"
-            ) from error
+def _section(path: Path) -> dict[str, Any]:
+    """A section that is not a run."""
+    if not path.is_file():
+        raise ValueError(f"sections: there is no file {path}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        tables = [
+            {"head": list(table["head"]), "rows": [list(row) for row in table["rows"]]}
+            for table in value.get("tables", [])
+        ]
+        pictures = [
+            _picture(path.parent / name, str(alt), density=2)
+            for name, alt in value.get("pictures", {}).items()
+        ]
+        text = list(value.get("text", []))
+        return {"title": value["title"], "text": text, "tables": tables, "pictures": pictures}
+    except (AttributeError, KeyError, TypeError, OSError, ValueError) as error:
+        raise ValueError(
+            f"sections: {path}: expected an object with title, and text, tables and pictures "
+            f"where there are any; got {type(error).__name__}: {error}"
+        ) from error
 
 
-class Row(NamedTuple):
-    """A row of a table of bits per dimension."""
-
-    name: str
-    kind: str
-    detail: str
-    bits: float
-
-
-class Ledger(NamedTuple):
-    """The rows of a ledger, their sums by term, and the figure they should add up to."""
-
-    rows: list[Row]
-    sums: list[Row]
-    total: float
-    figure: float | None
-
-    @property
-    def gap(self) -> bool:
-        """Whether the rows do not add up to the figure."""
-        return self.figure is not None and abs(self.figure - self.total) > 5e-4
-
-
-@dataclass
 class Run:
     """The content of a run folder, as the page shows it."""
 
-    path: Path
-    name: str
-    config: Mapping[str, Any]
-    metrics: list[dict[str, Any]]
-    evaluation: Mapping[str, Any]
-    entries: list[dict[str, Any]]
-
-    def __post_init__(self):
+    def __init__(self, path: Path):
+        if not (path / "config.json").is_file():
+            raise ValueError(f"runs: {path} is not a run folder: it has no config.json")
+        self.path, self.name = path, path.name or path.resolve().name or str(path)
+        self.config = _json(path / "config.json", {})
+        log = path / "metrics.jsonl"
+        lines = log.read_bytes().splitlines() if log.is_file() else []
+        self.metrics = [row for line in lines if (row := row_of(line)) is not None]
+        self.evaluation = _json(path / "evaluation.json", {})
+        self.entries = _json(path / "ledger.json", [])
         self.model: Mapping[str, Any] = self.config.get("model") or {}
         self.data: Mapping[str, Any] = self.config.get("data") or {}
         self.options: Mapping[str, Any] = self.model.get("options") or {}
         self.architecture = str(self.model.get("architecture", ""))
         self.shape = list(self.model.get("shape") or self.data.get("shape") or [])
+        self.bits = self.data["bits"] if "bits" in self.data else self.options.get("bits", 8)
+        self.discrete = self.bits is not None
         self.source = str(self.data.get("source") or "")
         # only the last part of a path, because pages are shared
         self.data_name = Path(self.source).name or self.source
         self.non_finite = self.evaluation.get("non_finite") or 0
 
-    @property
-    def discrete(self) -> bool:
-        """Whether the data are integer levels."""
-        return self.bits is not None
-
-    @property
-    def bits(self) -> int | None:
-        """Bits of the levels; None for continuous data."""
-        return self.data["bits"] if "bits" in self.data else self.options.get("bits", 8)
-
     @cached_property
-    def figure(self) -> Figure | None:
-        """The final figure; without one, the last on validation data."""
+    def figure(self) -> dict[str, Any] | None:
+        """The final figure; without one, the last on validation data.
+
+        Returns:
+            `text` and `unit`; `kind`, what it is, in a word or two; `about`, the same in a
+            sentence; `bound`, as `musigma.evaluation.bound` names it; `n`, the number of examples.
+        """
         row, examples, note = self.evaluation, "held-out", ""
         if not row:
             rows = [r for r in self.metrics if r.get("kind") == "evaluation"]
@@ -244,25 +153,25 @@ class Run:
                 return None
             row, examples = rows[-1], "validation"
             note = f", at step {row.get('step', 0):,}; there is no final evaluation yet"
-        bound, n = str(row.get("bound") or ""), row.get("n")
-        error = number(row.get("standard_error"))
+        bound, n, error = str(row.get("bound") or ""), row.get("n"), row.get("standard_error")
+        error = number(error)
         if not self.discrete:
             nats = number(row.get("standard_error_nats"))
             if nats is None and error is not None and self.shape:
                 nats = error / bits_per_dim(1.0, math.prod(self.shape))
             error = nats
+        value = number(row.get("bits_per_dim" if self.discrete else "nats"))
         quantity = "−log₂ p(x) per dimension" if self.discrete else "−log p(x)"
         kind, description = _described(bound, row.get("k"))
         mean = f", mean of {n:,} {examples} examples" if n else ""
-        return Figure(
-            number(row.get("bits_per_dim" if self.discrete else "nats")),
-            error,
-            "bits/dim" if self.discrete else "nats per example",
-            kind if self.evaluation else f"{kind}, on validation data",
-            f"{description} {quantity}{mean}{note}",
-            bound,
-            n,
-        )
+        return {
+            "text": figure_text(value, error),
+            "unit": "bits/dim" if self.discrete else "nats per example",
+            "kind": kind if self.evaluation else f"{kind}, on validation data",
+            "about": f"{description} {quantity}{mean}{note}",
+            "bound": bound,
+            "n": n,
+        }
 
     @property
     def subtitle(self) -> str:
@@ -320,21 +229,23 @@ class Run:
         return [_picture(f, alt, density=density) for f, alt in files.items() if f.is_file()]
 
     @cached_property
-    def ledger(self) -> Ledger | None:
-        """Every term of every layer, and the sums of the terms."""
-        rows, terms = [], {}
+    def ledger(self) -> dict[str, Any] | None:
+        """Every term of every layer, the sums of the terms, and the total; None without terms."""
+        rows, sums = [], {}
         for entry in self.entries:
             if (bits := number(entry.get("bits_per_dim"))) is not None:
                 term = TERMS.get(str(entry.get("term")), str(entry.get("term")))
-                terms.setdefault(term, []).append(bits)
-                site, kind = entry.get("site", ""), entry.get("kind") or ""
-                rows.append(Row(str(site), str(kind), term, bits))
-        sums = [Row(term, "", str(len(bits)), sum(bits)) for term, bits in terms.items()]
-        total, figure = sum(row.bits for row in rows), number(self.evaluation.get("bits_per_dim"))
-        return Ledger(rows, sums, total, figure) if rows else None
+                row = {"name": entry.get("site", ""), "kind": entry.get("kind") or ""}
+                rows.append({**row, "detail": term, "bits": bits})
+                one = sums.setdefault(term, {"name": term, "kind": "", "detail": 0, "bits": 0.0})
+                one["detail"], one["bits"] = one["detail"] + 1, one["bits"] + bits
+        total, figure = sum(r["bits"] for r in rows), number(self.evaluation.get("bits_per_dim"))
+        found = {"rows": rows, "sums": list(sums.values()), "total": total, "figure": figure}
+        found["gap"] = figure is not None and abs(figure - total) > 5e-4
+        return found if rows else None
 
     @property
-    def configuration(self) -> list[tuple[str, list[tuple[str, str]]]]:
+    def configuration(self) -> dict[str, dict[str, Any]]:
         """The options that are set, of model, data and training, and the versions."""
         data = {k: v for k, v in self.data.items() if k not in ("shape", "source", "digest")}
         preprocess = data.pop("preprocess", None)
@@ -345,16 +256,19 @@ class Run:
             "Training": self.config.get("train") or {},
             "Versions": self.config.get("versions") or {},
         }
-        return [
-            (name, [(key.replace("_", " "), _plain(value)) for key, value in chosen.items()])
+        chosen = {
+            name: {key.replace("_", " "): v for key, v in values.items() if v not in (None, [])}
             for name, values in sections.items()
-            if (chosen := {k: v for k, v in values.items() if v is not None and v != []})
-        ]
+        }
+        return {name: values for name, values in chosen.items() if values}
 
     @property
     def commands(self) -> list[str]:
         """What to run next."""
-        folder, source = shlex.quote(str(self.path)), shlex.quote(_relative(self.source))
+        here, source = Path.cwd(), Path(self.source)
+        if source.is_relative_to(here):
+            source = source.relative_to(here)
+        folder, source = shlex.quote(str(self.path)), shlex.quote(str(source))
         image = len(self.shape) == 3
         suffix, n = "png" if image or self.shape == [2] else "npy", 64 if image else 1000
         commands = []
@@ -362,7 +276,7 @@ class Run:
             commands.append(f"musigma train --resume {folder}")
         commands.append(f"musigma sample {folder} --n {n} --out samples.{suffix}")
         if self.source:
-            exact = self.figure is not None and self.figure.bound == "exact"
+            exact = self.figure is not None and self.figure["bound"] == "exact"
             if image:
                 commands.append(f"musigma reconstruct {folder} {source} --out reconstructions.png")
             commands += [
@@ -373,22 +287,6 @@ class Run:
 
 
 # --- reading -----------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> Run:
-    """A run folder."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"runs: {path} is not a run folder: it has no config.json")
-    metrics = path / "metrics.jsonl"
-    lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
-    return Run(
-        path,
-        path.name or path.resolve().name or str(path),
-        _json(path / "config.json", {}),
-        [row for line in lines if (row := row_of(line)) is not None],
-        _json(path / "evaluation.json", {}),
-        _json(path / "ledger.json", []),
-    )
 
 
 def _json(path: Path, missing: Any) -> Any:
@@ -421,6 +319,20 @@ def _url(png: bytes) -> str:
 # --- text --------------------------------------------------------------------------------------
 
 
+def figure_text(value: float | None, error: float | None) -> str:
+    """A figure to two digits of its standard error.
+
+    >>> figure_text(1.23388, 0.00287), figure_text(None, None)
+    ('1.2339 ± 0.0029', 'not finite')
+    """
+    if value is None:
+        return "not finite"
+    if not error:
+        return f"{value:,.4f}"
+    digits = min(6, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+
+
 def _described(bound: str, k: Any) -> tuple[str, str]:
     """What a bound is, in a word or two, and as the start of a sentence."""
     if bound == "exact":
@@ -443,22 +355,3 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _plain(value: Any) -> str:
-    """A JSON value as text."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _relative(path: str) -> str:
-    """A path as seen from the working directory, if it lies below it."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return path
