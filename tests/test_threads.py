@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from musigma.cli import main, threads
-from musigma.cli.threads import CHOSEN_BY_USER, OtherWork, Threads
+from musigma.cli.threads import CHOSEN_BY_USER, Threads
 
 
 class Machine:
@@ -83,7 +83,7 @@ def test_nothing_changes_on_a_system_that_does_not_report_its_load(machine, monk
 
 
 def test_the_work_of_this_process_is_not_the_work_of_others():
-    work = OtherWork()
+    work = Threads({})
     if work.last is None:
         pytest.skip("this system does not report its load")
     sum(range(3_000_000))

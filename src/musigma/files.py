@@ -30,7 +30,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, *, busy: str | None = None) -> Iterator[bool]:
     """Hold an exclusive lock on a file until the end of the block, or of the process.
 
     The lock is the operating system's, so a process that is killed leaves none behind. The file
@@ -38,23 +38,23 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
     Args:
         path: The lock file. It is created if needed, with its folder.
-        wait: Whether to wait for a process that holds the lock.
+        busy: What to say if another process holds the lock; by default wait for it.
 
     Yields:
         True; False if nothing is locked, because the file cannot be created or the file system
         has no locks.
 
     Raises:
-        BlockingIOError: If another process holds the lock and `wait` is false.
+        ValueError: With the text `busy`.
     """
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire(timeout=-1 if busy is None else 0)
     except Timeout:
-        raise BlockingIOError(f"{path}: another process holds this lock") from None
+        raise ValueError(busy) from None
     except (OSError, NotImplementedError):
         yield False
         return
@@ -64,22 +64,18 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         lock.release()
 
 
-@contextlib.contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> contextlib.AbstractContextManager[bool]:
     """Reserve a run folder for this process until the end of the block, or of the process.
 
     Raises:
         ValueError: If another process trains in it.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder / LOCK, wait=False))
-        except BlockingIOError:
-            raise ValueError(
-                f"out: another process is training in {folder}; wait for it, or name another "
-                f"folder (if it ran on a machine that no longer exists, delete {folder / LOCK})"
-            ) from None
-        yield
+    lock = folder / LOCK
+    busy = (
+        f"out: another process is training in {folder}; wait for it, or name another folder (if "
+        f"it ran on a machine that no longer exists, delete {lock})"
+    )
+    return locked(lock, busy=busy)
 
 
 @contextlib.contextmanager

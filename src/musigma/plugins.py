@@ -33,20 +33,23 @@ def load(target: str, *, argument: str = "plugin") -> Any:
     place, _, name = target.rpartition(":")
     if not place or not name:
         raise PluginError(f"{argument}: expected FILE.py:NAME or module:NAME; got {target!r}")
-    path = Path(place)
-    if path.suffix == ".py" and not path.is_file():
+    if place.endswith(".py") and not Path(place).is_file():
         raise PluginError(
             f"{argument}: expected FILE.py:NAME of a file that exists; there is no {place}"
         )
     try:
-        module = _run(path.resolve()) if path.suffix == ".py" else _import(place)
+        module = _imported(place)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(f"{argument}: {place} fails: {reason}") from error
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
-            known = [n for n, v in vars(module).items() if n[0] != "_" and _defined_in(v, module)]
+            known = [
+                n
+                for n, v in vars(module).items()
+                if n[0] != "_" and getattr(v, "__module__", None) == module.__name__
+            ]
             raise PluginError(
                 f"{argument}: {place} defines no {name!r}; it has "
                 f"{', '.join(known[:12]) or 'no functions or classes'}"
@@ -64,14 +67,13 @@ def register(target: str) -> str:
         PluginError: As `load`, or if NAME is an architecture already or not a builder.
     """
     place, _, name = target.rpartition(":")
-    key = str(Path(place).resolve()), name
-    if key in _REGISTERED and (name in ARCHITECTURES or _objective_name(name) in OBJECTIVES):
+    key, objective = (str(Path(place).resolve()), name), name.replace("_", "-")
+    if key in _REGISTERED and (name in ARCHITECTURES or objective in OBJECTIVES):
         return name  # this process has executed the file already
     value: Any = load(target)
     if not callable(value):
         raise PluginError(f"plugin: expected a function; {name!r} of {place} is {value!r}")
-    is_objective = OBJECTIVES.get(_objective_name(name)) is value
-    if not is_objective and ARCHITECTURES.get(name) is not value:
+    if value not in (OBJECTIVES.get(objective), ARCHITECTURES.get(name)):
         if name in ARCHITECTURES:
             raise PluginError(f"plugin: the zoo has a {name!r} already; rename the function")
         architecture(value)  # pyright: ignore[reportArgumentType]
@@ -83,32 +85,19 @@ _REGISTERED: set[tuple[str, str]] = set()
 """Files, with the names in them, that this process has registered."""
 
 
-def _objective_name(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _import(name: str) -> ModuleType:
-    sys.path.insert(0, "")
+def _imported(place: str) -> ModuleType:
+    """A module by its name, or a file, executed as a module of its own."""
+    path = Path(place).resolve()
+    folder = str(path.parent) if path.suffix == ".py" else ""
+    sys.path.insert(0, folder)
     try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove("")
-
-
-def _run(path: Path) -> ModuleType:
-    name = f"musigma_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None  # a .py file has one
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look classes up by their module
-    sys.path.insert(0, str(path.parent))
-    try:
+        if path.suffix != ".py":
+            return importlib.import_module(place)
+        name = f"musigma_plugin_{path.stem}"
+        spec: Any = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and pickle look classes up by their module
         spec.loader.exec_module(module)
+        return module
     finally:
-        sys.path.remove(str(path.parent))
-    return module
-
-
-def _defined_in(value: Any, module: ModuleType) -> bool:
-    return getattr(value, "__module__", None) == module.__name__
+        sys.path.remove(folder)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["OtherWork", "Threads"]
+__all__ = ["Threads"]
 
 CHOSEN_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RANK")
 """Environment variables of users and launchers; with any of them, nothing is changed."""
@@ -38,32 +39,6 @@ def _seconds() -> tuple[float, float] | None:
     return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-class OtherWork:
-    """Cores that other processes use, averaged since the last call.
-
-    Example:
-        >>> work = OtherWork()
-        >>> work.cores() is None or work.cores() >= 0
-        True
-    """
-
-    def __init__(self):
-        self.last = _seconds()
-
-    @property
-    def age(self) -> float:
-        """Seconds since the last call."""
-        return time.monotonic() - self.last[0] if self.last else 0.0
-
-    def cores(self) -> float | None:
-        """The average number of cores, or None on a system that does not tell."""
-        before, self.last = self.last, _seconds()
-        if before is None or self.last is None or self.last[0] <= before[0]:
-            return None
-        elapsed, used = (b - a for a, b in zip(before, self.last, strict=True))
-        return max(0.0, used / elapsed)
-
-
 class Threads:
     """torch's number of threads, adapted to the cores that are free.
 
@@ -73,10 +48,9 @@ class Threads:
         environment: Where users and launchers choose a number of threads; then nothing changes.
     """
 
-    def __init__(self, environment: os._Environ[str] | dict[str, str] = os.environ):
-        self.work = OtherWork()
+    def __init__(self, environment: Mapping[str, str] = os.environ):
         self.fixed = any(name in environment for name in CHOSEN_BY_USER)
-        self.most = 0
+        self.most, self.last = 0, _seconds()
 
     def choose(self, number: int | None = None) -> int:
         """Set the number of threads before training; returns it.
@@ -91,19 +65,28 @@ class Threads:
         if self.fixed:
             return self.most
         if number is None or number > self.most:
-            time.sleep(max(0.0, FIRST_WINDOW - self.work.age))
+            time.sleep(max(0.0, FIRST_WINDOW - self._age()))
             number = self._free()
         torch.set_num_threads(number)
         return number
 
     def adapt(self, step: int = 0) -> bool:
         """Follow the load during training; returns False, as `stop` of `musigma.fit` continues."""
-        if not self.fixed and self.work.age > WINDOW:
+        if not self.fixed and self._age() > WINDOW:
             import torch
 
             if (number := self._free()) != torch.get_num_threads():
                 torch.set_num_threads(number)
         return False
 
+    def _age(self) -> float:
+        """Seconds since the free cores were counted; 0 on a system that does not tell."""
+        return time.monotonic() - self.last[0] if self.last else 0.0
+
     def _free(self) -> int:
-        return max(1, self.most - round(self.work.cores() or 0.0))
+        """The cores that other processes did not use since the last call, on average."""
+        before, self.last = self.last, _seconds()
+        if before is None or self.last is None or self.last[0] <= before[0]:
+            return max(1, self.most)
+        elapsed, used = (b - a for a, b in zip(before, self.last, strict=True))
+        return max(1, self.most - round(max(0.0, used / elapsed)))
