@@ -7,6 +7,8 @@ of each channel must have standardised it.
 
 from __future__ import annotations
 
+import copy
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -31,21 +33,16 @@ def check_initialisation(audit: FlowAudit) -> None:
             "data-dependent initialisation: the flow was handed in in training mode"
         )
         return
-
-    def z(x: Tensor) -> Tensor:
-        return audit.flow.forward(x).flat.detach()
-
     restore_after_first = audit.sandbox.snapshot()
     other = audit.draw_examples(len(audit.x), 4)
-    second = z(other)
+    second = _z(audit, other)
     audit.restore_first()
     with suppress(AuditError):
-        other_first = z(other)
-        example_second = z(audit.x)
+        other_first, example_second = _z(audit, other), _z(audit, audit.x)
         restore_after_first()
-        example_again = z(audit.x)
-        differences = distance(second, other_first), distance(example_second, example_again)
-        if max(differences) > 10 * audit.tolerance and not _has_running_statistics(audit):
+        example_again = _z(audit, audit.x)
+        changes = distance(second, other_first), distance(example_second, example_again)
+        if max(changes) > 10 * audit.tolerance and not _has_running_statistics(audit):
             audit.checked.append("the first call initialises from its batch")
             _check_standardisation(audit)
             _check_reload(audit)
@@ -53,13 +50,17 @@ def check_initialisation(audit: FlowAudit) -> None:
     audit.flow.forward(audit.x)  # initialises, if nothing has
 
 
+def _z(audit: FlowAudit, x: Tensor) -> Tensor:
+    return audit.flow.forward(x).flat.detach()
+
+
 def _has_running_statistics(audit: FlowAudit) -> bool:
     """Whether each call changes the answer of the next, which is no initialisation."""
     restore = audit.sandbox.snapshot()
-    before = audit.flow.forward(audit.x).flat.detach()
+    before = _z(audit, audit.x)
     for seed in range(3):
         audit.flow.forward(3 * audit.draw_examples(len(audit.x), 20 + seed))
-    after = audit.flow.forward(audit.x).flat.detach()
+    after = _z(audit, audit.x)
     restore()
     return distance(before, after) > audit.tolerance
 
@@ -106,68 +107,58 @@ def _error(mean: Tensor, std: Tensor) -> float:
 
 def _standardised(audit: FlowAudit, noise: float) -> dict[str, Moments]:
     """Mean and std by channel of every first output that shifts and scales its input."""
-    shape = audit.example.shape[1:]
-    channels = shape[0]
-    n = max(16, 512 // max(1, audit.example[0].numel() // channels))
+    channels, *sides = audit.example.shape[1:]
+    n = max(16, 512 // math.prod(sides))
     spread = torch.logspace(-0.7, 0.7, channels) if channels > 1 else torch.tensor([3.0])
-    center = torch.linspace(2.0, -3.0, channels)
-    form = (1, channels, *(1,) * (len(shape) - 1))
-    draws = torch.randn(n, *shape, generator=torch.Generator().manual_seed(3))
-    uneven = (draws * spread.reshape(form) + center.reshape(form)).to(audit.example)
+    draws = torch.randn(n, *sides, channels, generator=torch.Generator().manual_seed(3))
+    uneven = (draws * spread + torch.linspace(2.0, -3.0, channels)).movedim(-1, 1).contiguous()
     names = {m: k for root in audit.sandbox.modules for k, m in root.named_modules()}
-    for data in (uneven, audit.draw_examples(n, 5)):
+    for x in (uneven.to(audit.example), audit.draw_examples(n, 5)):
         audit.restore_first()
         if noise:
             audit.perturb(noise)
-        outputs: dict[nn.Module, Moments] = {}
+        calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-        def hook(module: nn.Module, args: tuple, out: Any, outputs=outputs) -> None:
+        def hook(module: nn.Module, args: tuple, out: Any, calls: dict = calls) -> None:
             z = first(out)
             if args and isinstance(args[0], Tensor) and isinstance(z, Tensor):
-                outputs.setdefault(module, (args[0].detach(), z.detach()))
+                calls.setdefault(module, (args[0].detach(), z.detach()))
 
         before = {m: _numbers_of(m) for m in names}
         try:
             with forward_hooks(names, hook):
-                image = audit.flow.forward(data)
+                z = _z(audit, x)
         except AuditError:
             continue
-        if not image.flat.isfinite().all():
+        if not z.isfinite().all():
             continue
-        initialised = [m for m in outputs if not _equal(before[m], _numbers_of(m))]
-        pairs = [(names[m] or type(m).__name__, *outputs[m]) for m in initialised]
-        pairs = pairs or [("forward", data, image.flat)]
-        found = {name: moments for name, x, z in pairs if (moments := _moments(x, z))}
+        initialised = [m for m in calls if not torch.equal(before[m], _numbers_of(m))]
+        pairs = [(names[m] or type(m).__name__, *calls[m]) for m in initialised]
+        pairs = pairs or [("forward", x, z)]
+        found = {name: moments for name, *pair in pairs if (moments := _moments(*pair))}
         if found:
             return found
     return {}
 
 
-def _numbers_of(module: nn.Module) -> list[Tensor]:
-    """Copies of the numbers that a module itself holds."""
+def _numbers_of(module: nn.Module) -> Tensor:
+    """Copies of the numbers that a module itself holds, in a row."""
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     tensors += [t for t in vars(module).values() if isinstance(t, Tensor)]
-    return [t.detach().clone() for t in tensors if t.is_floating_point()]
-
-
-def _equal(before: list[Tensor], after: list[Tensor]) -> bool:
-    return len(before) == len(after) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, after, strict=True)
-    )
+    parts = [t.detach().double().flatten() for t in tensors if t.is_floating_point()]
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
 
 
 def _moments(x: Tensor, z: Tensor) -> Moments | None:
     """Mean and std of z by channel, if z shifts and scales each channel of x; else None."""
     if x.numel() != z.numel() or x.ndim < 2 or x.numel() < 512 * x.shape[1]:
         return None
-    z = z.detach().double().reshape(x.shape).transpose(0, 1).flatten(1)
-    x = x.detach().double().transpose(0, 1).flatten(1)
+    z = z.double().reshape(x.shape).transpose(0, 1).flatten(1)
+    x = x.double().transpose(0, 1).flatten(1)
     centered, out = x - x.mean(1, keepdim=True), z - z.mean(1, keepdim=True)
-    if (centered.square().mean(1) == 0).any():
-        return None
     slope = (centered * out).mean(1) / centered.square().mean(1)
     left = (out - slope[:, None] * centered).abs().amax()
-    if left > 1e-4 * out.abs().amax().clamp(min=1e-12):
+    if not left <= 1e-4 * out.abs().amax().clamp(min=1e-12):  # NaN where a channel is constant
         return None
     if (slope - 1).abs().max() < 1e-6 and (z.mean(1) - x.mean(1)).abs().max() < 1e-6:
         return None  # this call did not set it
@@ -184,9 +175,9 @@ def _check_reload(audit: FlowAudit) -> None:
         return
     audit.restore_first()
     audit.flow.forward(audit.x)
-    saved = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
+    saved = [copy.deepcopy(m.state_dict()) for m in modules]
     other = 0.5 * audit.x + 0.5 * audit.draw_examples(len(audit.x), 6)
-    expected = audit.flow.forward(other).flat.detach()
+    expected = _z(audit, other)
     audit.restore_first()
     try:
         for module, state in zip(modules, saved, strict=True):
@@ -194,7 +185,7 @@ def _check_reload(audit: FlowAudit) -> None:
     except (RuntimeError, KeyError) as error:
         audit.unchecked.append(f"loading a saved state: {str(error).splitlines()[0][:120]}")
         return
-    difference = distance(expected, audit.flow.forward(other).flat.detach())
+    difference = distance(expected, _z(audit, other))
     if difference > 10 * audit.tolerance:
         audit.bug(
             "ddi_reinit",

@@ -49,6 +49,7 @@ TOLERANCE = 1e-7  # relative errors of float64 in a whole model
 LOST = 2e-2  # error of a round trip in float32 from which it is reported
 STANDARD_ERRORS = 7.0
 ROWS = 3
+ENOUGH = 32  # examples, from which moments over the data are looked at
 ROUNDING = 1e3 * 2.2e-16  # a thousand roundings in float64, by the condition number
 
 
@@ -87,7 +88,7 @@ def audit_model(
             (randomized(model, scale=0.25), "with random parameters"),
         ):
             try:
-                _check_laws(report, exact, few.double(), _double(row), when)
+                _check_laws(report, exact, few, contexts.apply(Tensor.double, row), when)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 text = (str(error).splitlines() or ["-"])[0]
                 raise AuditError(
@@ -101,10 +102,6 @@ def audit_model(
             with evaluating(model):
                 _check_training(report, model, x, context)
     return report.build()
-
-
-def _double(context: Context) -> Context:
-    return contexts.apply(lambda t: t.double(), context)
 
 
 def _examples(
@@ -139,13 +136,21 @@ def _examples(
 def _check_laws(
     report: ReportBuilder, model: Model, x: Tensor, context: Context, when: str
 ) -> None:
-    seen = _inputs(model, x, context)
-    for name, (layer, h, row) in seen.items():
-        _check_bijection(report, name, layer, h, row, when)
+    x = model.floating(x.double())
+    names, seen = model.site_names(), {}
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        h, row = (*args, None)[:2]
+        seen.setdefault(layer, (h.detach(), row))
+
+    with forward_hooks({m for m in model.modules() if isinstance(m, Bijection)}, hook):
+        model.infer(x, Trace(scoring=False), context)
+    for layer, (h, row) in seen.items():
+        _check_bijection(report, names[layer], cast(Bijection, layer), h, row, when)
     if seen:
         report.checked.append(f"{len(seen)} layers, inverses and log-determinants, {when}")
     up = Recorder()
-    model.infer(model.floating(x), up, context)
+    model.infer(x, up, context)
     log_w = up.evidence(model.latents()).elbo
     if not log_w.isfinite().all():
         report.bug(
@@ -177,26 +182,8 @@ def _check_laws(
         )
     else:
         report.checked.append(f"infer and generate state the same log w, {when}")
-    _check_closed_forms(report, model, up, when)
-
-
-Inputs = dict[str, tuple[Bijection, Tensor, Tensor | None]]
-
-
-def _inputs(model: Model, x: Tensor, context: Context) -> Inputs:
-    """Each bijection by its name, with its input in a pass from data to latents."""
-    seen: Inputs = {}
-    bijections = {m for m in model.modules() if isinstance(m, Bijection)}
-    names = model.site_names()
-
-    def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        h, *rest = args
-        row = rest[0] if rest else None
-        seen.setdefault(names[module], (cast(Bijection, module), h.detach(), row))
-
-    with forward_hooks(bijections, hook):
-        model.infer(model.floating(x), Trace(scoring=False), context)
-    return seen
+    for site in up.paired:
+        _check_closed_form(report, names[site], up.qs[site], up.ps[site], when)
 
 
 def _check_bijection(
@@ -212,7 +199,7 @@ def _check_bijection(
     z, log_det = layer(x, context)
     if not (z.isfinite().all() and log_det.isfinite().all()):
         report.bug(
-            "not_finite" if not z.isfinite().all() else "logdet_nan",
+            "logdet_nan" if z.isfinite().all() else "not_finite",
             f"{label} returns values that are not finite, {when}",
             "go back to the last good checkpoint, and continue with smaller steps",
             layer=name,
@@ -220,14 +207,14 @@ def _check_bijection(
         return
     back, other = layer.inverse(z, context)
     condition, error = math.nan, distance(back, x)
-    rows = slice(0, len(x)) if x[0].numel() <= DENSE else slice(0, 1)
+    rows = slice(0, len(x) if x[0].numel() <= DENSE else 1)
     row = None if context is None else context[rows]
     with torch.enable_grad(), suppress(RuntimeError):
-        jacobian = volume(lambda t: layer(t, row)[0].flatten(1), x[rows])
-        if jacobian is None:
+        known = volume(lambda t: layer(t, row)[0].flatten(1), x[rows])
+        if known is None:
             report.unchecked.append(f"the log-determinant of {label}: {x[0].numel()} elements")
         else:
-            condition, truth = float(jacobian.condition.max()), jacobian.log_det
+            condition, truth = float(known.condition.max()), known.log_det
             wrong = float(((log_det[rows] - truth).abs() / (1 + truth.abs())).max())
             if wrong > TOLERANCE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
                 report.bug(
@@ -262,53 +249,46 @@ def _check_bijection(
         )
 
 
-def _check_closed_forms(report: ReportBuilder, model: Model, trace: Recorder, when: str) -> None:
-    """Each closed-form KL against the mean of log q - log p over draws."""
-    names, n = model.site_names(), 4000
-    for site, q in trace.qs.items():
-        if site not in trace.paired:
-            continue
-        p, name = trace.ps[site], names[site]
-        closed = kl_divergence(q, p)
-        total, squares = torch.zeros_like(closed), torch.zeros_like(closed)
-        for _ in range(n // 100):
-            z = q.sample(torch.Size([100]))
-            term = q.log_prob(z) - p.log_prob(z)
-            total, squares = total + term.sum(0), squares + term.square().sum(0)
-        mean = total / n
-        error = ((squares / n - mean.square()).clamp(min=0) / n).sqrt()
-        limit = 1.3 * STANDARD_ERRORS * error + 1e-9 * (1 + closed.abs())
-        if bool(((mean - closed).abs() > limit).any()):
-            report.bug(
-                "kl_mismatch",
-                f"the KL of {name} is {float(closed[0]):.6g} nats by its formula, and "
-                f"{float(mean[0]):.6g} ± {float(error[0]):.2g} over draws, {when}",
-                "register the right KL for this pair of families",
-                formula=closed.tolist(),
-                draws=mean.tolist(),
-            )
-        if bool((closed < -1e-9).any()):
-            report.bug(
-                "kl_negative",
-                f"the KL of {name} is below zero, {when}",
-                "a KL is never negative: check the signs and the terms of its formula",
-                least=float(closed.min()),
-            )
-        report.checked.append(f"the KL of {name} against {n} draws, {when}")
+def _check_closed_form(
+    report: ReportBuilder, name: str, q: Distribution, p: Distribution, when: str
+) -> None:
+    """A closed-form KL against the mean of log q - log p over draws."""
+    closed, draws = kl_divergence(q, p), []
+    for _ in range(40):
+        z = q.sample(torch.Size([100]))
+        draws.append(q.log_prob(z) - p.log_prob(z))
+    terms = torch.cat(draws)
+    mean, error = terms.mean(0), terms.std(0) / math.sqrt(len(terms))
+    limit = 1.3 * STANDARD_ERRORS * error + 1e-9 * (1 + closed.abs())
+    if ((mean - closed).abs() > limit).any():
+        report.bug(
+            "kl_mismatch",
+            f"the KL of {name} is {float(closed[0]):.6g} nats by its formula, and "
+            f"{float(mean[0]):.6g} ± {float(error[0]):.2g} over draws, {when}",
+            "register the right KL for this pair of families",
+            formula=closed.tolist(),
+            draws=mean.tolist(),
+        )
+    if (closed < -1e-9).any():
+        report.bug(
+            "kl_negative",
+            f"the KL of {name} is below zero, {when}",
+            "a KL is never negative: check the signs and the terms of its formula",
+            least=float(closed.min()),
+        )
+    report.checked.append(f"the KL of {name} against {len(terms)} draws, {when}")
 
 
 def _check_preprocessing(report: ReportBuilder, model: Model, x: Tensor, context: Context) -> None:
     """Whether uniform images cost log2 of the levels under the uniform model."""
     if isinstance(model, Conditional):
-        context, model = model.embedded(context), model.model
-    if not isinstance(model, Chain):
-        return
-    leading = list(takewhile(lambda m: cast(Layer, m).is_preprocessing, model.layers))
+        model = model.model
+    layers = model.layers if isinstance(model, Chain) else []
+    leading = list(takewhile(lambda layer: cast(Layer, layer).is_preprocessing, layers))
     dequantize = next((layer for layer in leading if isinstance(layer, Dequantize)), None)
     if dequantize is None:
         return
-    bits = model.config.get("options", {}).get("bits")
-    elements, levels = x[0].numel(), dequantize.levels
+    bits, levels = model.config.get("options", {}).get("bits"), dequantize.levels
     if bits is not None and levels != 2**bits:
         report.bug(
             "dequantisation",
@@ -319,15 +299,14 @@ def _check_preprocessing(report: ReportBuilder, model: Model, x: Tensor, context
         report.checked.append(f"dequantisation: learned noise over {levels} levels")
         return
     trace, width = Trace(), float(levels)
-    y = torch.randint(0, levels, (len(x), *x.shape[1:])).double()
+    y = torch.randint(0, levels, x.shape).double()
     for layer in copy.deepcopy(nn.ModuleList(leading)).double():
         y = cast(Layer, layer).infer(y, trace)
         if isinstance(layer, Rescale):
             width *= abs(layer.scale)
-    log_det = sum(trace.log_det.values(), torch.zeros(()))
-    log_q = sum(trace.log_q.values(), torch.zeros(()))
-    nats = elements * math.log(width) - (log_det - log_q)
-    figure = float(bits_per_dim(torch.as_tensor(nats), elements).max())
+    nats = x[0].numel() * math.log(width)  # of the uniform density on the rescaled levels
+    nats = nats - sum(trace.log_det.values()) + sum(trace.log_q.values())
+    figure = float(bits_per_dim(torch.as_tensor(nats), x[0].numel()).max())
     if abs(figure - math.log2(levels)) > 1e-6:
         report.bug(
             "dequantisation",
@@ -347,23 +326,25 @@ def _check_single_precision(
     if not model.is_flow:
         return
     single = copy.deepcopy(model).float().eval()
-    context = contexts.apply(lambda t: t.float(), context)
-    latents = single.encode(x.float(), context, mode=True)
-    error = distance(single.decode(latents, context), x)
+    context = contexts.apply(Tensor.float, context)
+    error = distance(single.decode(single.encode(x.float(), context, mode=True), context), x)
     report.details["round_trip_float32"] = error
     if error > LOST:
-        conditions = report.details.get("conditions", {})
-        finite = {k: v for k, v in conditions.items() if math.isfinite(v)}
-        worst = max(finite, key=lambda name: finite[name], default="?")
+        conditions = {"?": math.nan} | report.details.get("conditions", {})
+        worst = max(conditions, key=lambda name: _or_zero(conditions[name]))
         report.warn(
             "ill_conditioned",
             f"decode(encode(x)) is off by {error:.2g} in float32; the largest condition number is "
-            f"{finite.get(worst, math.nan):.2g}, of {worst}",
+            f"{conditions[worst]:.2g}, of {worst}",
             "decode in float64; train with a smaller --lr, or a format with narrower bounds",
             error=error,
         )
     else:
         report.checked.append(f"decode(encode(x)) in float32: off by {error:.1g}")
+
+
+def _or_zero(number: float) -> float:
+    return number if math.isfinite(number) else 0.0
 
 
 # --- the effect of training --------------------------------------------------------------------
@@ -385,21 +366,25 @@ def _check_training(report: ReportBuilder, model: Model, x: Tensor, context: Con
             )
     trace = Recorder(closed_form=True)
     model.infer(model.floating(x), trace, context)
-    for site, q in trace.qs.items():
-        if site in trace.paired:
-            _check_nats(report, names[site], q, trace.ps[site])
-            _check_aggregate(report, names[site], trace.values[site], trace.ps[site])
-    latents = set(model.latents()).difference(trace.paired)
+    latents = set(model.latents())
     for site, p in trace.ps.items():
-        if site in latents and isinstance(p, DiagonalGaussian):
-            _check_calibration(report, names[site], p.whiten(trace.values[site]))
+        if site not in latents or not isinstance(p, DiagonalGaussian):
+            continue
+        noise, q = p.whiten(trace.values[site]).flatten(1).double(), trace.qs.get(site)
+        if site not in trace.paired:
+            _check_calibration(report, names[site], noise)
+            continue
+        if isinstance(q, DiagonalGaussian):
+            _check_nats(report, names[site], q, p)
+        if not p.batch_shape:
+            _check_aggregate(report, names[site], noise)
     report.checked.append(f"the latents of {len(x)} examples")
 
 
-def _check_nats(report: ReportBuilder, name: str, q: Distribution, p: Distribution) -> None:
+def _check_nats(
+    report: ReportBuilder, name: str, q: DiagonalGaussian, p: DiagonalGaussian
+) -> None:
     """Whether a latent, and each of its units, carries anything on average over the data."""
-    if not isinstance(q, DiagonalGaussian) or not isinstance(p, DiagonalGaussian):
-        return
     units = (DiagonalGaussian(d.mean, d.log_std, 0) for d in (q, p))
     nats = kl_divergence(*units).mean(0).flatten().double()
     report.details.setdefault("nats", {})[name] = nats[:256].tolist()
@@ -421,18 +406,14 @@ def _check_nats(report: ReportBuilder, name: str, q: Distribution, p: Distributi
         )
 
 
-def _check_aggregate(report: ReportBuilder, name: str, z: Tensor, p: Distribution) -> None:
+def _check_aggregate(report: ReportBuilder, name: str, noise: Tensor) -> None:
     """The moments of the aggregate posterior, in units of the prior's."""
-    if not isinstance(p, DiagonalGaussian) or p.batch_shape or len(z) < 32:
+    if len(noise) < ENOUGH:
         return
-    noise = p.whiten(z).flatten(1).double()
     error = STANDARD_ERRORS / math.sqrt(len(noise))
     mean, var = noise.mean(0), noise.var(0)
-    far = (
-        (mean.abs() > 0.5 + error)
-        | (var > 2 * (1 + 1.5 * error))
-        | (var < 0.5 * (1 - min(0.9, 1.5 * error)))
-    )
+    least, most = 0.5 * (1 - min(0.9, 1.5 * error)), 2 * (1 + 1.5 * error)
+    far = (mean.abs() > 0.5 + error) | (var > most) | (var < least)
     if far.any():
         report.warn(
             "aggregate_prior",
@@ -449,15 +430,12 @@ def _check_aggregate(report: ReportBuilder, name: str, z: Tensor, p: Distributio
 
 def _check_calibration(report: ReportBuilder, name: str, noise: Tensor) -> None:
     """Whether the whitened latents of data have the moments of noise."""
-    noise = noise.flatten(1).double()
-    if len(noise) < 32:
+    if len(noise) < ENOUGH:
         return
-    squares = noise.square().mean(1)  # of one example: independent of the others
-    errors = STANDARD_ERRORS / math.sqrt(len(noise))
-    scale, mean = float(squares.mean()), float(noise.mean())
-    if abs(scale - 1) > 0.25 + errors * float(squares.std()) or abs(mean) > 0.25 + errors * float(
-        noise.mean(1).std()
-    ):
+    means = noise.mean(1), noise.square().mean(1)  # of one example: independent of the others
+    errors = [STANDARD_ERRORS * float(m.std()) / math.sqrt(len(noise)) for m in means]
+    mean, scale = (float(m.mean()) for m in means)
+    if abs(mean) > 0.25 + errors[0] or abs(scale - 1) > 0.25 + errors[1]:
         report.warn(
             "miscalibrated",
             f"whitened latents of {name} have mean {mean:.3g} and mean square {scale:.3g} over "
