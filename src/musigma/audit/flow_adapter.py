@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from musigma.audit.findings import AuditError
-from musigma.audit.sandbox import Sandbox, first_form, forward_hooks
+from musigma.audit.sandbox import Sandbox, first_form
 from musigma.model import Bijection, Chain
 
 __all__ = [
-    "FlowAdapter", "Image", "Visit", "detached", "flatten", "inverse_of", "log_det_of",
-    "map_tensors", "visits",
+    "FlowAdapter", "Image", "detached", "flatten", "inverse_of", "log_det_of", "map_tensors",
+    "read",
 ]  # fmt: skip
 
 INVERSES = ("inverse", "reverse", "backward", "invert", "inv", "inverse_transform", "_inverse")
@@ -94,7 +94,7 @@ def log_det_of(raw: Any, rows: int) -> tuple[Tensor, str]:
     return value.sum().expand(rows), "other"
 
 
-def _read(value: Any, x: Tensor, name: str, notes: list[str] | None = None) -> Image:
+def read(value: Any, x: Tensor, name: str, notes: list[str] | None = None) -> Image:
     """What a callable returned, as latents and log-determinant."""
     notes = [] if notes is None else notes
     if isinstance(value, Tensor):
@@ -218,7 +218,7 @@ class FlowAdapter:
             AuditError: If it raises, or returns something other than (z, log_det).
         """
         given = [x.clone()] if self.takes_list else x.clone()
-        image = _read(self.sandbox.call("forward", self._forward, given), x, "forward", notes)
+        image = read(self.sandbox.call("forward", self._forward, given), x, "forward", notes)
         return _check_rows(image, x, "forward")
 
     def first_call(self, x: Tensor) -> Image:
@@ -243,7 +243,7 @@ class FlowAdapter:
         if self._inverse is None:
             raise AuditError("inverse: there is none")
         z = detached(tree)  # a copy, so that caches keyed by the tensor do not help
-        image = _read(self.sandbox.call("inverse", self._inverse, z), x, "inverse")
+        image = read(self.sandbox.call("inverse", self._inverse, z), x, "inverse")
         flat = _check_rows(image, x, "inverse").flat
         if flat.numel() != x.numel():
             raise AuditError(
@@ -287,7 +287,7 @@ def _run_layers(calls: Sequence[Any], x: Any) -> tuple[Any, Any]:
     total: Any = 0.0
     for call in calls:
         given = flatten(x)
-        image = _read(call(x), given, "a layer")
+        image = read(call(x), given, "a layer")
         x = image.tree
         if image.raw is None or total is None:
             total = None
@@ -297,58 +297,3 @@ def _run_layers(calls: Sequence[Any], x: Any) -> tuple[Any, Any]:
             value = value.flatten(1).sum(1)
         total = total + value
     return x, total
-
-
-class Visit:
-    """A call of a layer inside a flow: its input x (B, ...), its output z, its log-determinant."""
-
-    def __init__(self, name: str, module: nn.Module, x: Tensor, args: tuple, kwargs: dict):
-        self.name, self.module, self.x, self.args, self.kwargs = name, module, x, args, kwargs
-        self.z, self.log_det = x, torch.zeros(())
-
-    def is_total(self, value: Any) -> bool:
-        """Whether an argument is a log-determinant that was accumulated before the layer."""
-        return isinstance(value, Tensor) and value.shape in ((), (len(self.x),))
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The layer's (z, log_det), without what was accumulated before it."""
-
-        def zeroed(value: Any) -> Any:
-            return torch.zeros_like(value) if self.is_total(value) else value
-
-        kwargs = {name: zeroed(value) for name, value in self.kwargs.items()}
-        image = _read(self.module(x, *map(zeroed, self.args), **kwargs), x, self.name)
-        return image.tree, image.raw
-
-    @property
-    def back(self) -> Callable[..., Any] | None:
-        """The layer's inverse, if it takes z only."""
-        return None if self.args or self.kwargs else inverse_of(self.module)
-
-
-def visits(flow: FlowAdapter, modules: Sequence[nn.Module], x: Tensor) -> list[Visit]:
-    """The innermost layers that return (z, log_det) in a call of a flow, in their order."""
-    seen: list[Visit] = []
-    names = {m: name for root in modules for name, m in root.named_modules()}
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        pair = isinstance(out, (tuple, list)) and len(out) == 2
-        if not pair or not args or not all(isinstance(t, Tensor) for t in (args[0], *out)):
-            return
-        given, (z, raw) = args[0], out
-        if len(given) != len(x) or z.numel() != given.numel():
-            return
-        if raw.numel() not in (1, len(given)) or (raw.shape == z.shape and len(given) > 1):
-            return
-        inside = set(module.modules())
-        if any(visit.module in inside and visit.module is not module for visit in seen):
-            return  # its parts were seen
-        name = f"{names.get(module) or 'flow'} ({type(module).__name__})"
-        visit = Visit(name, module, given.detach(), args[1:], kwargs)
-        before = [a.detach() for a in (*args[1:], *kwargs.values()) if visit.is_total(a)]
-        visit.z, visit.log_det = z.detach(), raw.detach() - (before[0] if before else 0.0)
-        seen.append(visit)
-
-    with forward_hooks(names, hook, with_kwargs=True):
-        flow.forward(x)
-    return seen

@@ -18,7 +18,7 @@ from musigma.audit.flow_adapter import FlowAdapter, Image, log_det_of, map_tenso
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.volume import DENSE, Volume, by_differences, volume
 
-__all__ = ["Float32Only", "FlowAudit", "Measurement", "explain_log_det", "log_det_error"]
+__all__ = ["Float32Only", "FlowAudit", "Measurement", "log_det_error"]
 
 SECONDS = 8.0  # of CPU time for all checks that can be left out
 ROWS = (5, 6, 7, 9, 11)  # batch sizes: the first that is no other axis's
@@ -139,6 +139,12 @@ class FlowAudit(ReportBuilder):
                 if name in ("running_mean", "running_var") and buffer.is_floating_point():
                     noise = std * torch.randn(buffer.shape, generator=generator).to(buffer)
                     buffer.add_(noise) if name == "running_mean" else buffer.mul_(noise.exp())
+
+    def reset(self, std: float = 0.0, seed: int = 1) -> None:
+        """Restore the parameters, and move them if the scale is not zero."""
+        self.restore()
+        if std:
+            self.perturb(std, seed)
 
     def flat(self, x: Tensor) -> Tensor:
         """The latents (B, D): the function that `volume` takes."""
@@ -270,17 +276,31 @@ class FlowAudit(ReportBuilder):
         if self.noisy_log_det and not math.isnan(measured.log_det):
             self._report_estimate(truth)
         elif measured.log_det > self.tolerance and "logdet_shape" not in self.findings:
-            hint, repair = explain_log_det(stated, truth, self.x)
-            self.find(
-                "logdet_mismatch",
-                self.severity(measured.log_det),
-                f"forward states {float(stated[0]):.6g} nats, and log |det J| is "
-                f"{float(truth[0]):.6g} {when}{hint}",
-                repair,
-                stated=stated[:4].tolist(),
-                log_det=truth[:4].tolist(),
-                error=measured.log_det,
-            )
+            self.report_log_det("forward", self.x, stated, truth, measured.log_det, f" {when}")
+
+    def report_log_det(
+        self,
+        what: str,
+        x: Tensor,
+        stated: Tensor,
+        truth: Tensor,
+        error: float,
+        when: str,
+        **numbers: Any,
+    ) -> None:
+        """Add a finding for a wrong log-determinant, with its likely mistake."""
+        hint, repair = _explain(stated, truth, x)
+        self.find(
+            "logdet_mismatch",
+            self.severity(error),
+            f"{what} states {float(stated[0]):.6g} nats, and log |det J| is "
+            f"{float(truth[0]):.6g}{when}{hint}",
+            repair,
+            **numbers,
+            stated=stated[:4].tolist(),
+            log_det=truth[:4].tolist(),
+            error=error,
+        )
 
     def _report_inverse(self, measured: Measurement, when: str) -> None:
         if measured.round_trip > self.tolerance:
@@ -327,7 +347,8 @@ class FlowAudit(ReportBuilder):
         if kind not in ("number", "other"):
             return
         scale = 1 + 0.01 * float(truth.abs().max())
-        if kind == "number" and float((stated - truth).abs().max()) <= self.bug_error * scale:
+        one, total, mean = float(stated[0]), float(truth.sum()), float(truth.mean())
+        if kind == "number" and float((truth - one).abs().max()) <= self.bug_error * scale:
             if right:
                 self.warn(
                     "logdet_shape",
@@ -336,13 +357,13 @@ class FlowAudit(ReportBuilder):
                     "expand it to one number per example: log_det.expand(len(x))",
                 )
             return
-        for reduction, value in (("sum", float(truth.sum())), ("mean", float(truth.mean()))):
-            if len(truth) > 1 and abs(float(stated[0]) - value) <= 1e-4 * (1 + abs(value)):
+        for reduction, value in {"sum": total, "mean": mean}.items():
+            if len(truth) > 1 and abs(one - value) <= 1e-4 * (1 + abs(value)):
                 self.bug(
                     "logdet_shape",
                     f"the log-determinant is one number: the {reduction} over the batch",
                     by_example,
-                    stated=float(stated[0]),
+                    stated=one,
                     per_example=truth.tolist(),
                 )
                 return
@@ -380,7 +401,7 @@ class FlowAudit(ReportBuilder):
             )
 
 
-def explain_log_det(stated: Tensor, truth: Tensor, x: Tensor) -> tuple[str, str]:
+def _explain(stated: Tensor, truth: Tensor, x: Tensor) -> tuple[str, str]:
     """The likely mistake in a wrong log-determinant, and its repair."""
 
     def near(a: Tensor, b: Tensor) -> bool:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from musigma.audit.findings import AuditError, distance
-from musigma.audit.flow_adapter import Visit, flatten, log_det_of, visits
-from musigma.audit.flow_state import FlowAudit, Measurement, explain_log_det, log_det_error
-from musigma.audit.sandbox import first
-from musigma.audit.volume import DENSE, Volume, volume
+from musigma.audit.flow_adapter import Image, inverse_of, log_det_of, read
+from musigma.audit.flow_state import FlowAudit, Measurement, log_det_error
+from musigma.audit.sandbox import first, forward_hooks
+from musigma.audit.volume import DENSE, volume
 
 __all__ = ["check_layers"]
 
@@ -25,32 +27,30 @@ FAILURES = (RuntimeError, AuditError, ValueError, IndexError)
 
 def check_layers(audit: FlowAudit, unperturbed: Measurement) -> None:
     """Compare every layer's log-determinant with its Jacobian's."""
-    roots, whole = audit.sandbox.modules, unperturbed.volume is not None
-    if not roots:
+    if not audit.sandbox.modules:
         return
+    whole = unperturbed.volume is not None
     conditions: dict[str, float] = {}
     compared, unclear = 0, []
     for std in dict.fromkeys([audit.perturbation, *[0.0] * (not audit.slow)]):
-        audit.restore()
-        if std:
-            audit.perturb(std)
+        audit.reset(std)
         try:
-            seen = visits(audit.flow, roots, audit.few)
+            seen = _layers(audit)
         except AuditError:
             continue
         if not seen or (len(seen) == 1 and whole):
             break
-        for visit in seen:
+        for layer in seen:
             if audit.time_left() < 0:
                 unclear.append("layers beyond the time limit")
                 break
-            condition = _check_layer(audit, visit, std)
+            condition = _check_layer(layer, std)
             if condition is None:
-                unclear.append(visit.name)
+                unclear.append(layer.name)
                 continue
             compared += 1
             if std == 0.0 and condition > 0:
-                conditions[visit.name] = condition
+                conditions[layer.name] = condition
         if not whole and not audit.noisy_log_det:
             _check_sum(audit, seen)
         _name_wrong_inverse(audit, seen)
@@ -67,36 +67,73 @@ def check_layers(audit: FlowAudit, unperturbed: Measurement) -> None:
 
 
 class _Layer:
-    """A layer as a function for `volume`, and the log-determinant that it states."""
+    """A call of a layer inside a flow: its input x (B, ...), its output z, its log-determinant.
 
-    def __init__(self, audit: FlowAudit, visit: Visit):
-        self.audit, self.visit = audit, visit
+    It is called as a function of x to z (B, D), without what was accumulated before it.
+    """
+
+    def __init__(self, audit: FlowAudit, name: str, module: nn.Module, args: tuple, kwargs: dict):
+        self.audit, self.name, self.module = audit, f"{name} ({type(module).__name__})", module
+        self.x, self.args, self.kwargs = args[0].detach(), args[1:], kwargs
+        self.z, self.log_det = self.x, torch.zeros(())
+
+    def is_total(self, value: Any) -> bool:
+        """Whether an argument is a log-determinant that was accumulated before the layer."""
+        return isinstance(value, Tensor) and value.shape in ((), (len(self.x),))
+
+    def run(self, x: Tensor) -> Image:
+        """The layer's (z, log_det)."""
+        rest = [torch.zeros_like(a) if self.is_total(a) else a for a in self.args]
+        named = {k: torch.zeros_like(a) if self.is_total(a) else a for k, a in self.kwargs.items()}
+        call = partial(self.module, **named)
+        return read(self.audit.sandbox.call(self.name, call, x, *rest), x, self.name)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return flatten(self.audit.sandbox.call(self.visit.name, self.visit, x)[0])
+        return self.run(x).flat
 
-    def stated(self, x: Tensor) -> Tensor | None:
-        return self.audit.sandbox.call(self.visit.name, self.visit, x.clone())[1]
+    @property
+    def back(self) -> Callable[..., Any] | None:
+        """The layer's inverse, if it takes z only."""
+        return None if self.args or self.kwargs else inverse_of(self.module)
 
 
-def _check_layer(audit: FlowAudit, visit: Visit, std: float) -> float | None:
+def _layers(audit: FlowAudit) -> list[_Layer]:
+    """The innermost layers that return (z, log_det) in a call of the flow, in their order."""
+    seen: list[_Layer] = []
+    names = {m: name for root in audit.sandbox.modules for name, m in root.named_modules()}
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        pair = isinstance(out, (tuple, list)) and len(out) == 2
+        if not pair or not args or not all(isinstance(t, Tensor) for t in (args[0], *out)):
+            return
+        given, (z, raw) = args[0], out
+        if len(given) != len(audit.few) or z.numel() != given.numel():
+            return
+        if raw.numel() not in (1, len(given)) or (raw.shape == z.shape and len(given) > 1):
+            return
+        inside = set(module.modules())
+        if any(layer.module in inside and layer.module is not module for layer in seen):
+            return  # its parts were seen
+        layer = _Layer(audit, names.get(module) or "flow", module, args, kwargs)
+        before = [a.detach() for a in (*args[1:], *kwargs.values()) if layer.is_total(a)]
+        layer.z, layer.log_det = z.detach(), raw.detach() - (before[0] if before else 0.0)
+        seen.append(layer)
+
+    with forward_hooks(names, hook, with_kwargs=True):
+        audit.flow.forward(audit.few)
+    return seen
+
+
+def _check_layer(layer: _Layer, std: float) -> float | None:
     """The condition number of a layer; None if its log-determinant cannot be compared.
 
     By its structure, else by a corner of an image; where the corner differs, or there is none, by
     the whole Jacobian of one example.
     """
-    layer = _Layer(audit, visit)
-    x = visit.x if visit.x[0].numel() <= DENSE else visit.x[:1]
-    for part, dense in (
-        (lambda: x, DENSE),
-        (lambda: _corner(layer), DENSE),
-        (lambda: x[:1], MOST),
-    ):
-        given = part()
-        if given is None or (dense == MOST and not _has_time(layer, given)):
-            continue
+    audit = layer.audit
+    for x, dense in _parts(layer):
         with suppress(*FAILURES):
-            known, raw = volume(layer, given, dense), layer.stated(given)
+            known, raw = volume(layer, x, dense), layer.run(x.clone()).raw
             if known is None:
                 continue
             if raw is None or not known.log_det.isfinite().all():
@@ -104,9 +141,16 @@ def _check_layer(audit: FlowAudit, visit: Visit, std: float) -> float | None:
             stated, kind = log_det_of(raw, len(x))
             error = log_det_error(stated, known.log_det)
             if error > audit.bug_error and kind in ("example", "number"):
-                if x.shape[1:] != visit.x.shape[1:]:
+                if x.shape[1:] != layer.x.shape[1:]:
                     continue
-                _report(audit, visit, stated, known, error, std)
+                whole = audit.findings.get("logdet_mismatch")
+                known_already = whole is not None and "layer" in whole.numbers
+                if not (known_already or audit.noisy_log_det or "logdet_shape" in audit.findings):
+                    audit.findings.pop("logdet_mismatch", None)
+                    when = f" with random parameters (moved by {std:g})" if std else ""
+                    audit.report_log_det(
+                        layer.name, x, stated, known.log_det, error, when, layer=layer.name
+                    )
             condition = float(known.condition.max())
             return condition if math.isfinite(condition) else 0.0
     return None
@@ -114,7 +158,7 @@ def _check_layer(audit: FlowAudit, visit: Visit, std: float) -> float | None:
 
 def _parts(layer: _Layer) -> Iterator[tuple[Tensor, int]]:
     """Inputs of a layer to compare it at, and the elements up to which J is wholly computed."""
-    x = layer.visit.x
+    x = layer.x
     yield (x if x[0].numel() <= DENSE else x[:1]), DENSE
     corner = _corner(layer)
     if corner is not None:
@@ -125,7 +169,7 @@ def _parts(layer: _Layer) -> Iterator[tuple[Tensor, int]]:
 
 def _corner(layer: _Layer) -> Tensor | None:
     """A corner of an image that the layer takes as well."""
-    x = layer.visit.x[:1]
+    x = layer.x[:1]
     for side in (4, 2) if x.ndim == 4 else ():
         if x.shape[1] * side * side <= 256 and min(x.shape[2:]) > side:
             part = x[:, :, :side, :side].contiguous()
@@ -147,62 +191,39 @@ def _has_time(layer: _Layer, x: Tensor) -> bool:
     return False
 
 
-def _report(
-    audit: FlowAudit, visit: Visit, stated: Tensor, known: Volume, error: float, std: float
-) -> None:
-    whole = audit.findings.get("logdet_mismatch")
-    if whole is not None and "layer" in whole.numbers:
-        return
-    if audit.noisy_log_det or "logdet_shape" in audit.findings:
-        return
-    hint, repair = explain_log_det(stated, known.log_det, visit.x)
-    when = f" with random parameters (moved by {std:g})" if std else ""
-    audit.findings.pop("logdet_mismatch", None)
-    audit.bug(
-        "logdet_mismatch",
-        f"{visit.name} states {float(stated[0]):.6g} nats, and log |det J| is "
-        f"{float(known.log_det[0]):.6g}{when}{hint}",
-        repair,
-        layer=visit.name,
-        stated=stated[:4].tolist(),
-        log_det=known.log_det[:4].tolist(),
-        error=error,
-    )
-
-
-def _name_wrong_inverse(audit: FlowAudit, seen: list[Visit]) -> None:
+def _name_wrong_inverse(audit: FlowAudit, seen: list[_Layer]) -> None:
     """Name the layer whose own round trip fails, where the whole flow's fails."""
     whole = audit.findings.get("inverse_mismatch")
     if whole is None or "layer" in whole.numbers:
         return
-    for visit in seen:
-        if visit.back is None:
+    for layer in seen:
+        if layer.back is None:
             continue
         with suppress(AuditError, RuntimeError):
-            back = first(audit.sandbox.call(visit.name, visit.back, visit.z.clone()))
-            if distance(back.reshape(visit.x.shape), visit.x) > audit.bug_error:
+            back = first(audit.sandbox.call(layer.name, layer.back, layer.z.clone()))
+            if distance(back.reshape(layer.x.shape), layer.x) > audit.bug_error:
                 audit.findings["inverse_mismatch"] = replace(
                     whole,
-                    message=f"{whole.message}; {visit.name} does not invert itself",
-                    numbers={**whole.numbers, "layer": visit.name},
+                    message=f"{whole.message}; {layer.name} does not invert itself",
+                    numbers={**whole.numbers, "layer": layer.name},
                 )
                 return
 
 
-def _check_sum(audit: FlowAudit, seen: list[Visit]) -> None:
+def _check_sum(audit: FlowAudit, seen: list[_Layer]) -> None:
     """Whether the whole states the sum of its layers, where these alone change the volume."""
     image = audit.flow.forward(audit.few)
     if image.raw is None:
         return
     rows = len(audit.few)
-    outputs = [audit.few, *(visit.z for visit in seen)]
-    inputs = [*(visit.x for visit in seen), image.flat.detach()]
-    names = [*(f"the input of {visit.name}" for visit in seen), "z"]
+    outputs = [audit.few, *(layer.z for layer in seen)]
+    inputs = [*(layer.x for layer in seen), image.flat.detach()]
+    names = [*(f"the input of {layer.name}" for layer in seen), "z"]
     for name, before, after in zip(names, outputs, inputs, strict=True):
         if not _reordered(before.reshape(rows, -1), after.reshape(rows, -1)):
             audit.unchecked.append(f"the sum of log-determinants: {name} is no layer's output")
             return
-    total = torch.stack([log_det_of(visit.log_det, rows)[0] for visit in seen]).sum(0)
+    total = torch.stack([log_det_of(layer.log_det, rows)[0] for layer in seen]).sum(0)
     stated, _ = log_det_of(image.raw, rows)
     if log_det_error(stated, total) > audit.bug_error:
         audit.bug(

@@ -140,8 +140,8 @@ def _check_laws(
     names, seen = model.site_names(), {}
 
     def hook(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        h, row = (*args, None)[:2]
-        seen.setdefault(layer, (h.detach(), row))
+        h, *rest = args
+        seen.setdefault(layer, (h.detach(), rest[0] if rest else None))
 
     with forward_hooks({m for m in model.modules() if isinstance(m, Bijection)}, hook):
         model.infer(x, Trace(scoring=False), context)

@@ -46,8 +46,7 @@ def check_random_parameters(audit: FlowAudit, unperturbed: Measurement) -> None:
     errors = {name: getattr(measured, name) for name in ("round_trip", "log_det", "back_sum")}
     wrong = any(error > audit.tolerance for error in errors.values())
     if wrong and not audit.noisy_log_det:
-        audit.restore()
-        audit.perturb(std / 5)
+        audit.reset(std / 5)
         small = audit.measure()
         for name, error in errors.items():
             if getattr(small, name) <= 1e-3 * min(1.0, error):
@@ -61,8 +60,7 @@ def check_random_parameters(audit: FlowAudit, unperturbed: Measurement) -> None:
 
 def _is_finite(audit: FlowAudit, std: float) -> bool:
     """Move the parameters; whether z has numbers of an ordinary size."""
-    audit.restore()
-    audit.perturb(std)
+    audit.reset(std)
     with suppress(AuditError):
         z = audit.flow.forward(audit.x).flat.detach()
         return bool(z.isfinite().all() and z.abs().max() < 1e6)
@@ -86,8 +84,7 @@ def _is_stale(audit: FlowAudit, std: float) -> bool:
             audit.checked.append("the inverse follows an update of the parameters")
             return False
         late_old, _ = audit.flow.inverse(z, x)
-        audit.restore()
-        audit.perturb(std)
+        audit.reset(std)
         fresh, _ = audit.flow.inverse(audit.flow.forward(x).tree, x)
         if distance(fresh, x) <= 1e-3 or distance(late_old, first) == 0.0:
             audit.bug(
@@ -139,9 +136,7 @@ def check_determinant_sign(audit: FlowAudit) -> None:
     free = parameters and not any(name.rsplit(".", 1)[-1] in spectral for name in buffers)
     moves = [1.5, 2.0] * 8 if free and all(p.squeeze().ndim <= 1 for p in parameters) else []
     for seed, std in enumerate([0.0, *moves]):
-        audit.restore()
-        if std:
-            audit.perturb(std, 30 + seed)
+        audit.reset(std, 30 + seed)
         try:
             positive, negative = _determinant_signs(audit, (2.0,) if std else WIDE)
         except (AuditError, RuntimeError):
