@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from musigma.data import Dataset, Preprocess, cache, digest, identity, load, raw, readers
-from musigma.data.readers import LazyImages, lazy_images
+from musigma.data.readers import LazyImages
 from test_data import fails, pack, save_folder, save_image
 
 RNG = np.random.default_rng(11)
@@ -238,7 +238,7 @@ def test_files_that_changed_since_are_named(tmp_path):
 
 
 def test_what_was_found_out_is_kept_when_indexing_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(lazy_images, "WORTH_STORING", 3)
+    monkeypatch.setattr("musigma.data.readers.image_sets.WORTH_STORING", 3)
     folder = save_folder(tmp_path / "images", GREY)
     whole = (folder / "6.png").read_bytes()
     (folder / "6.png").write_bytes(whole[:70])
@@ -252,7 +252,7 @@ def test_what_was_found_out_is_kept_when_indexing_fails(tmp_path, monkeypatch):
 
 
 def test_an_index_that_was_interrupted_is_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr(lazy_images, "WORTH_STORING", 3)
+    monkeypatch.setattr("musigma.data.readers.image_sets.WORTH_STORING", 3)
     folder = save_folder(tmp_path / "images", GREY)
 
     def stop(done, total):

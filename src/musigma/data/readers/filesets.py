@@ -202,11 +202,12 @@ def _tar(path: Path, file: int) -> Iterator[Member]:
             if not member.isfile() or _hidden(member.name):
                 continue
             _check_member(path, member.name, member.size)
+            place, opener = None, partial(archive.extractfile, member)
             if plain and not member.issparse():
                 place = Place(file, member.offset_data, member.size)
-                yield Member(member.name, partial(_open_part, path, *place[1:3]), place)
             else:
-                yield Member(member.name, partial(_copy, path, archive.extractfile, member))
+                opener = partial(_copy, path, opener)
+            yield Member(member.name, opener, place)
         if plain and any(map(any, iter(partial(archive.fileobj.read, 1 << 20), b""))):
             raise ValueError("more follows its end")
 
@@ -227,7 +228,9 @@ def _zip(path: Path, file: int) -> Iterator[Member]:
                 )
                 deflated = member.compress_type == zipfile.ZIP_DEFLATED
                 place = Place(file, start, member.compress_size, deflated)
-            yield Member(member.filename, partial(_copy, path, archive.open, member), place)
+            yield Member(
+                member.filename, partial(_copy, path, partial(archive.open, member)), place
+            )
 
 
 def _check_member(path: Path, name: str, size: int) -> None:
@@ -238,44 +241,10 @@ def _check_member(path: Path, name: str, size: int) -> None:
         )
 
 
-def _copy(path: Path, opener: Callable[[Any], Any], member: Any) -> BinaryIO:
+def _copy(path: Path, opener: Callable[[], Any]) -> BinaryIO:
     """A member in memory: seeking inside a compressed archive would decompress it again."""
-    with damage(str(path)), opener(member) as file:
+    with damage(str(path)), opener() as file:
         return io.BytesIO(file.read())
-
-
-class _Part(io.RawIOBase):
-    """A part of a file, of which only the requested bytes are read."""
-
-    def __init__(self, path: Path, offset: int, length: int):
-        self._file, self._offset, self._length = path.open("rb", buffering=0), offset, length
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._at)
-        room = max(0, min(len(buffer), self._length - self._at))
-        got = self._file.readinto(memoryview(buffer)[:room])
-        self._at += got
-        return got
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _open_part(path: Path, offset: int, length: int) -> BinaryIO:
-    return io.BufferedReader(_Part(path, offset, length))
 
 
 def content(path: Path, place: Place) -> tuple[bytes, os.stat_result]:

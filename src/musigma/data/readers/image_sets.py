@@ -3,15 +3,24 @@
 Images are walked twice, first for their headers, so that sizes and modes are known before the
 first pixel is decoded. Labels come from the names of folders, or from files beside the images.
 All images that cannot be used are found before the first is complained of.
+
+Images that stay on disk have an *index*: for each its place, its header, its label, and a hash of
+its pixels. To build it every image is decoded once, so broken images are found before training
+starts, and `split` reads nothing more. An index that is out of date is rebuilt; entries of images
+that have not changed are taken from the old one.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import blake2b
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,17 +40,19 @@ from musigma.data.errors import (
     named,
     printable,
 )
-from musigma.data.raw import Request, allocate, as_labels
-from musigma.data.readers import lazy_images
+from musigma.data.raw import Request, allocate, as_labels, content_hashes
 from musigma.data.readers.decoding import Header, fault, header, pillow_kinds, pixels, quiet
 from musigma.data.readers.filesets import FileSet, Member, Place, suffix
 from musigma.data.readers.idx_cifar import CIFAR, IDX, read_cifar, read_idx
 from musigma.data.readers.layout import layout, official_masks
+from musigma.data.readers.lazy_images import LazyImages, Names
 
 RULES = "4"  # version of how folders and files beside images are read; older indices are stale
 BESIDE = (".cls", ".json", ".txt")  # suffixes of label files, the most reliable first
 WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 MANY = 10_000  # files from which surveying them shows progress
+WORTH_STORING = 1000  # images from which an interrupted index is stored
+UNFINISHED = {"unfinished": True}
 MAX_CLASSES = 1000  # more different texts than this are captions
 
 
@@ -52,7 +63,7 @@ def read_files(files: FileSet, request: Request) -> Dataset:
     current = old if old is not None and old.about == _version(files, path) else None
     if current and not request.fits(len(current.arrays["hashes"]) * prod(current.info["shape"])):
         return _indexed(files, request, current)
-    survey = _Survey(files, request, lazy_images.PreviousIndex(old))
+    survey = _Survey(files, request, _OldIndex(old))
     idx: dict[str, bytes] = {}
     cifar: dict[str, bytes] = {}
     suffixes = pillow_kinds()[1]
@@ -91,13 +102,52 @@ def _version(files: FileSet, path: Path) -> dict[str, str]:
 class _Image(NamedTuple):
     header: Header
     place: Place | None
+    key: int  # identifies the image in its present version
+
+
+class _OldIndex:
+    """The entries of an earlier index that are still valid, by the keys of images."""
+
+    def __init__(self, record: Record | None):
+        self.rows, self.shape = {}, None
+        if record is not None and record.arrays["headers"].shape[1:] == (len(Header._fields),):
+            self.arrays, self.shape = record.arrays, record.info["shape"]
+            self.rows = {key: row for row, key in enumerate(record.arrays["keys"].tolist())}
+
+    def header(self, key: int) -> Header | None:
+        """The header of an image, if it is known."""
+        if key not in self.rows:
+            return None
+        width, height, color, several = self.arrays["headers"][self.rows[key]].tolist()
+        return Header(width, height, bool(color), bool(several))
+
+    def hashes(self, keys: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes of images, and which of them are known for this shape."""
+        rows = np.array([self.rows.get(key, -1) for key in keys.tolist()], np.int64)
+        known = (rows >= 0) & (self.shape == list(shape))
+        hashes = np.zeros(len(keys), np.uint64)
+        if known.any():
+            hashes[known] = self.arrays["hashes"][rows[known]]
+        return hashes, known
+
+
+def _key_of(files: FileSet, member: Member) -> int:
+    if member.place is None:
+        return 0
+    text = f"{files.files[member.place.file][1:]} {member.place[1:]} ".encode()
+    return int.from_bytes(blake2b(text + os.fsencode(member.name), digest_size=8).digest(), "big")
+
+
+def _as_array(headers: Sequence[Header]) -> np.ndarray:
+    """Headers as int64 (N, fields)."""
+    return np.array(headers, np.int64).reshape(-1, len(Header._fields))
 
 
 class _Survey:
     """The images of a file set: headers first, then the pixels of all, in one shape."""
 
-    def __init__(self, files: FileSet, request: Request, known: lazy_images.PreviousIndex):
-        self.files, self.request, self.known = files, request, known
+    def __init__(self, files: FileSet, request: Request, old: _OldIndex):
+        self.files, self.request, self.old = files, request, old
         self.images: dict[str, _Image] = {}
         self.paths: dict[str, str] = {}  # of all images, by their names
         self.headers: dict[Header, Header] = {}
@@ -111,10 +161,10 @@ class _Survey:
         """Read an image's header."""
         self.paths[member.name] = member.path
         try:
-            known = member.place and self.known.header(self.files, member)
-            found = known or header(member.open)
+            key = _key_of(self.files, member)
+            found = self.old.header(key) or header(member.open)
             found = self.headers.setdefault(found, found)  # there are few different ones
-            self.images[member.name] = _Image(found, member.place)
+            self.images[member.name] = _Image(found, member.place, key)
         except Exception as error:
             self.faults[member.name] = fault(error, member.open)
 
@@ -208,28 +258,57 @@ class _Survey:
         if len(self.images) < len(names):
             names = sorted(self.images)
             x = x[[row[name] for name in names]]
-        return _raw(self.request, x, names, *self._about(names))
+        return _dataset(self.request, x, names, *self._about(names))
 
     def _index(self, shape: tuple[int, int, int], path: Path, old: Record | None) -> Record:
-        """The record that `_indexed` reads."""
+        """Decode every image once; if this is interrupted, what is known by then is stored."""
         names = sorted(self.images)
         images = [self.images[name] for name in names]
-        record, faults = lazy_images.index(
-            self.files,
-            self.request,
-            names,
-            [image.place for image in images],
-            [image.header for image in images],
-            shape,
-            path,
-            old,
-        )
-        for name, reason in faults.items():
-            self.leave_out(name, reason)
+        files = Names.of(file.name for file in self.files.files)
+        stamps = np.array([file[1:] for file in self.files.files], np.int64).reshape(-1, 2)
+        common = {"files": files.text, "file_ends": files.ends, "stamps": stamps}
+        each = {
+            "places": np.array([image.place for image in images], np.int64).reshape(-1, 4),
+            "headers": _as_array([image.header for image in images]),
+            "keys": np.array([image.key for image in images], np.uint64),
+        }
+        each["hashes"], known = self.old.hashes(each["keys"], shape)
+
+        def record(rows: np.ndarray, about: dict[str, Any]) -> Record:
+            kept = Names.of(names[row] for row in rows.tolist())
+            arrays = {name: array[rows] for name, array in each.items()}
+            arrays |= {"names": kept.text, "name_ends": kept.ends, **common}
+            return Record(about, {"shape": list(shape)}, arrays)
+
+        everything = record(np.arange(len(names)), {}).arrays
+        x = LazyImages.of(self.request, self.files.root, everything, shape)
+
+        def hashed(row: int) -> int | str:
+            try:
+                return int(content_hashes([x.decode(row)], 1)[0])
+            except Exception as error:
+                return fault(error, lambda: io.BytesIO(x.content(row)[0]))
+
+        todo = np.flatnonzero(~known)
+        todo = todo[np.lexsort(x.places[todo, 1::-1].T)].tolist()  # as they lie in the files
+        done = len(names) - len(todo)
+        try:
+            with quiet(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+                for start in range(0, len(todo), 256):
+                    block = todo[start : start + 256]
+                    for row, result in zip(block, pool.map(hashed, block), strict=True):
+                        if isinstance(result, int):
+                            each["hashes"][row], known[row] = result, True
+                        else:
+                            self.leave_out(names[row], result)
+                        self.request.report(done := done + 1, len(names))
+        except BaseException:
+            if known.sum() >= WORTH_STORING:
+                cache.store(path, record(np.flatnonzero(known), UNFINISHED), self.request)
+            raise
+        found = record(np.flatnonzero(known), {})
         info, arrays = self._about(sorted(self.images))
-        record.info.update(info)
-        record.arrays.update(arrays)
-        return record
+        return Record({}, found.info | info, found.arrays | arrays)
 
     def _about(self, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What `_raw` needs to know besides the pixels."""
@@ -242,7 +321,7 @@ class _Survey:
             )
         test, validation = (None, None) if found.parts is None else official_masks(found.parts)
         arrays = {"labels": labels, "official_test": test, "official_validation": validation}
-        arrays["headers"] = lazy_images.as_array([self.images[name].header for name in names])
+        arrays["headers"] = _as_array([self.images[name].header for name in names])
         info = {"label_names": list(label_names), "notes": self.notes, "total": len(self.paths)}
         given = {name: array for name, array in arrays.items() if array is not None}
         return info | {"faults": self._faults()}, given
@@ -303,22 +382,11 @@ class _Survey:
 
 def _indexed(files: FileSet, request: Request, record: Record) -> Dataset:
     """The data of an index."""
-    arrays = record.arrays
-    names = lazy_images.Names(arrays["names"], arrays["name_ends"])
-    x = lazy_images.LazyImages(
-        request.where,
-        files.root,
-        lazy_images.Names(arrays["files"], arrays["file_ends"]),
-        arrays["stamps"],
-        names,
-        arrays["places"],
-        (len(names), *record.info["shape"]),
-        request.size,
-    )
-    return _raw(request, x, names, record.info, arrays)
+    x = LazyImages.of(request, files.root, record.arrays, record.info["shape"])
+    return _dataset(request, x, x.names, record.info, record.arrays)
 
 
-def _raw(
+def _dataset(
     request: Request,
     x: Any,
     names: Sequence[str],

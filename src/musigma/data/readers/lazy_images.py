@@ -1,32 +1,20 @@
-"""Images that stay on disk and are decoded when they are indexed.
-
-An *index* holds, for each image, its place, its header, its label, and a hash of its pixels. To
-build it every image is decoded once, so broken images are found before training starts, and
-`split` reads nothing more. An index that is out of date is rebuilt; entries of images that have
-not changed are taken from the old one.
-"""
+"""Images that stay on disk and are decoded when they are indexed."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from musigma.data.cache import Record, store
 from musigma.data.errors import DataError, first_line, printable
-from musigma.data.raw import Request, content_hashes
-from musigma.data.readers.decoding import Header, fault, pixels, quiet
-from musigma.data.readers.filesets import FileSet, Member, Place, content
-
-UNFINISHED = {"unfinished": True}
-WORTH_STORING = 1000  # images from which an interrupted index is stored
+from musigma.data.raw import Request
+from musigma.data.readers.decoding import pixels, quiet
+from musigma.data.readers.filesets import Place, content
 
 
 class Names(Sequence[str]):
@@ -40,7 +28,7 @@ class Names(Sequence[str]):
         self.text, self.ends = text, ends
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Names:
+    def of(cls, names: Iterable[str]) -> Names:
         """Pack names, which may be of any bytes."""
         texts = [os.fsencode(name) for name in names]
         ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
@@ -81,6 +69,20 @@ class LazyImages:
 
     dtype = np.dtype(np.uint8)
     ndim = 4
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        root: Path,
+        arrays: Mapping[str, np.ndarray],
+        shape: Sequence[int],
+    ) -> LazyImages:
+        """The images of an index."""
+        names, places = Names(arrays["names"], arrays["name_ends"]), arrays["places"]
+        files = Names(arrays["files"], arrays["file_ends"])
+        size = (len(places), *shape)
+        return cls(request.where, root, files, arrays["stamps"], names, places, size, request.size)  # pyright: ignore[reportArgumentType]
 
     @property
     def nbytes(self) -> int:
@@ -148,116 +150,3 @@ class LazyImages:
                 f"{self.where}: {name} is not what it was when this source was indexed "
                 f"({reason}): run the command again, which rebuilds the index"
             ) from error
-
-
-class PreviousIndex:
-    """The entries of an earlier index that are still valid, by image."""
-
-    def __init__(self, record: Record | None):
-        self._rows, self._shape = {}, None
-        if record is not None and record.arrays["headers"].shape[1:] == (len(Header._fields),):
-            self._arrays, self._shape = record.arrays, record.info["shape"]
-            self._rows = {key: row for row, key in enumerate(record.arrays["keys"].tolist())}
-
-    def header(self, files: FileSet, member: Member) -> Header | None:
-        """The header of an image, if it is known."""
-        row = self._rows.get(key_of(files, member.name, member.place)) if self._rows else None
-        if row is None:
-            return None
-        width, height, color, several = self._arrays["headers"][row].tolist()
-        return Header(width, height, bool(color), bool(several))
-
-    def hashes(self, keys: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The hashes of images by their keys, and which are known for this shape."""
-        rows = np.array([self._rows.get(key, -1) for key in keys.tolist()], np.int64)
-        if self._shape != list(shape):
-            rows[:] = -1
-        hashes, known = np.zeros(len(keys), np.uint64), rows >= 0
-        if known.any():
-            hashes[known] = self._arrays["hashes"][rows[known]]
-        return hashes, known
-
-
-def as_array(headers: Sequence[Header]) -> np.ndarray:
-    """Headers as int64 (N, fields)."""
-    return np.array(headers, np.int64).reshape(-1, len(Header._fields))
-
-
-def key_of(files: FileSet, name: str, place: Place | None) -> int:
-    """A number that identifies an image in its present version."""
-    assert place is not None
-    text = f"{files.files[place.file][1:]} {place[1:]} "
-    return int.from_bytes(
-        blake2b(text.encode() + os.fsencode(name), digest_size=8).digest(), "big"
-    )
-
-
-def index(
-    files: FileSet,
-    request: Request,
-    names: Sequence[str],
-    places: Sequence[Place | None],
-    headers: Sequence[Header],
-    shape: tuple[int, int, int],
-    path: Path,
-    old: Record | None,
-) -> tuple[Record, dict[str, str]]:
-    """Decode every image once: the record of those that can be used, and the faults of the others.
-
-    If this is interrupted, the entries that are complete are stored.
-    """
-    previous = PreviousIndex(old)
-    array = LazyImages(
-        request.where,
-        files.root,
-        Names.of([file.name for file in files.files]),
-        np.array([file[1:] for file in files.files], np.int64).reshape(-1, 2),
-        Names.of(names),
-        np.array(places, np.int64).reshape(-1, 4),
-        (len(names), *shape),
-        request.size,
-    )
-    keys = np.array([key_of(files, *pair) for pair in zip(names, places, strict=True)], np.uint64)
-    hashes, known = previous.hashes(keys, shape)
-    faults: dict[str, str] = {}
-
-    def hashed(row: int) -> int | str:
-        try:
-            return int(content_hashes([array.decode(row)], 1)[0])
-        except Exception as error:
-            return fault(error, lambda: io.BytesIO(array.content(row)[0]))
-
-    def record(rows: np.ndarray, about: dict[str, Any]) -> Record:
-        kept = Names.of([names[int(row)] for row in rows])
-        arrays = {
-            "files": array.files.text,
-            "file_ends": array.files.ends,
-            "stamps": array.stamps,
-            "names": kept.text,
-            "name_ends": kept.ends,
-            "places": array.places[rows],
-            "headers": as_array(headers)[rows],
-            "keys": keys[rows],
-            "hashes": hashes[rows],
-        }
-        return Record(about, {"shape": list(shape)}, arrays)
-
-    todo = np.flatnonzero(~known)
-    todo = todo[np.lexsort(array.places[todo, 1::-1].T)]  # as they lie in the files
-    done = int(known.sum())
-    try:
-        with quiet(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(todo), 256):
-                block = list(map(int, todo[start : start + 256]))
-                for row, result in zip(block, pool.map(hashed, block), strict=True):
-                    if isinstance(result, int):
-                        hashes[row], known[row] = result, True
-                    else:
-                        faults[names[row]] = result
-                    done += 1
-                    request.report(done, len(names))
-    except BaseException:
-        if known.sum() >= WORTH_STORING:
-            store(path, record(np.flatnonzero(known), UNFINISHED), request)
-        raise
-    return record(np.flatnonzero(known), {}), faults
