@@ -23,8 +23,8 @@ from musigma.data.readers.arrays import read_numpy
 from musigma.data.readers.decoding import pillow_kinds, resized
 from musigma.data.readers.delimited import Delimited
 from musigma.data.readers.filesets import SHARD, FileSet, expanded, suffix
-from musigma.data.readers.idx_cifar import CIFAR, idx_array, idx_images
-from musigma.data.readers.image_sets import holds_many, read_files
+from musigma.data.readers.idx_cifar import CIFAR, IDX, idx_array, idx_images
+from musigma.data.readers.image_sets import read_files
 from musigma.data.readers.lazy_images import LazyImages
 from musigma.data.readers.parquet import Parquet, read_parquet
 from musigma.data.readers.published import BUILT_IN
@@ -211,7 +211,10 @@ def _read_folder(path: Path, request: Request) -> Dataset:
     """A folder of images; or, where it has none, of tar shards or parts of a table."""
     files = FileSet.of_folder(path)
     kinds = {suffix(file.name) for file in files.files}
-    if not (kinds & pillow_kinds()[1] or any(holds_many(file.name) for file in files.files)):
+    bases = {file.name.rpartition("/")[2] for file in files.files}
+    if not (
+        kinds & pillow_kinds()[1] or any(IDX.fullmatch(b) or CIFAR.fullmatch(b) for b in bases)
+    ):
         if any(SHARD.fullmatch(file.name) for file in files.files):
             return read_files(files.shards(), request)
         if ".parquet" in kinds:

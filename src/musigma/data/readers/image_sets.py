@@ -63,17 +63,15 @@ def read_files(files: FileSet, request: Request) -> Dataset:
     current = old if old is not None and old.about == _version(files, path) else None
     if current and not request.fits(len(current.arrays["hashes"]) * prod(current.info["shape"])):
         return _indexed(files, request, current)
-    survey = _Survey(files, request, _OldIndex(old))
-    idx: dict[str, bytes] = {}
-    cifar: dict[str, bytes] = {}
+    survey = _Survey(files, request, old)
+    whole: dict[re.Pattern[str], dict[str, bytes]] = {IDX: {}, CIFAR: {}}
     suffixes = pillow_kinds()[1]
     with quiet():
         for done, member in enumerate(files.walk(), 1):
             base = member.name.rpartition("/")[2]
-            kind = idx if IDX.fullmatch(base) else cifar if CIFAR.fullmatch(base) else None
-            if kind is not None:
+            if kind := next((kind for kind in whole if kind.fullmatch(base)), None):
                 with member.open() as file:
-                    kind[member.name] = file.read()
+                    whole[kind][member.name] = file.read()
             elif (ending := suffix(base)) in suffixes:
                 survey.add_image(member)
             elif files.archives and ending in BESIDE:
@@ -82,17 +80,10 @@ def read_files(files: FileSet, request: Request) -> Dataset:
                 survey.others[printable(ending or base)] += 1
             if len(files.files) >= MANY and not files.archives:
                 request.report(done, len(files.files))
-    if idx:
-        return read_idx(idx, request.where)
-    if cifar:
-        return read_cifar(cifar, request.where)
+    for kind, read in ((IDX, read_idx), (CIFAR, read_cifar)):
+        if whole[kind]:
+            return read(whole[kind], request.where)
     return survey.read(path)
-
-
-def holds_many(name: str) -> bool:
-    """Whether a file holds many images: an IDX file or a CIFAR batch."""
-    base = name.rpartition("/")[2]
-    return (IDX.fullmatch(base) or CIFAR.fullmatch(base)) is not None
 
 
 def _version(files: FileSet, path: Path) -> dict[str, str]:
@@ -105,32 +96,6 @@ class _Image(NamedTuple):
     key: int  # identifies the image in its present version
 
 
-class _OldIndex:
-    """The entries of an earlier index that are still valid, by the keys of images."""
-
-    def __init__(self, record: Record | None):
-        self.rows, self.shape = {}, None
-        if record is not None and record.arrays["headers"].shape[1:] == (len(Header._fields),):
-            self.arrays, self.shape = record.arrays, record.info["shape"]
-            self.rows = {key: row for row, key in enumerate(record.arrays["keys"].tolist())}
-
-    def header(self, key: int) -> Header | None:
-        """The header of an image, if it is known."""
-        if key not in self.rows:
-            return None
-        width, height, color, several = self.arrays["headers"][self.rows[key]].tolist()
-        return Header(width, height, bool(color), bool(several))
-
-    def hashes(self, keys: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The hashes of images, and which of them are known for this shape."""
-        rows = np.array([self.rows.get(key, -1) for key in keys.tolist()], np.int64)
-        known = (rows >= 0) & (self.shape == list(shape))
-        hashes = np.zeros(len(keys), np.uint64)
-        if known.any():
-            hashes[known] = self.arrays["hashes"][rows[known]]
-        return hashes, known
-
-
 def _key_of(files: FileSet, member: Member) -> int:
     if member.place is None:
         return 0
@@ -138,16 +103,18 @@ def _key_of(files: FileSet, member: Member) -> int:
     return int.from_bytes(blake2b(text + os.fsencode(member.name), digest_size=8).digest(), "big")
 
 
-def _as_array(headers: Sequence[Header]) -> np.ndarray:
-    """Headers as int64 (N, fields)."""
-    return np.array(headers, np.int64).reshape(-1, len(Header._fields))
-
-
 class _Survey:
     """The images of a file set: headers first, then the pixels of all, in one shape."""
 
-    def __init__(self, files: FileSet, request: Request, old: _OldIndex):
-        self.files, self.request, self.old = files, request, old
+    def __init__(self, files: FileSet, request: Request, old: Record | None):
+        self.files, self.request = files, request
+        self.old: dict[int, tuple[Header, int]] = {}  # from an earlier index, by keys
+        self.old_shape: Any = None
+        if old is not None and old.arrays["headers"].shape[1:] == (len(Header._fields),):
+            headers = map(Header._make, old.arrays["headers"].tolist())
+            entries = zip(headers, old.arrays["hashes"].tolist(), strict=True)
+            self.old = dict(zip(old.arrays["keys"].tolist(), entries, strict=True))
+            self.old_shape = old.info["shape"]
         self.images: dict[str, _Image] = {}
         self.paths: dict[str, str] = {}  # of all images, by their names
         self.headers: dict[Header, Header] = {}
@@ -162,7 +129,7 @@ class _Survey:
         self.paths[member.name] = member.path
         try:
             key = _key_of(self.files, member)
-            found = self.old.header(key) or header(member.open)
+            found = self.old[key][0] if key in self.old else header(member.open)
             found = self.headers.setdefault(found, found)  # there are few different ones
             self.images[member.name] = _Image(found, member.place, key)
         except Exception as error:
@@ -210,19 +177,14 @@ class _Survey:
     def _leave_out_others(self) -> None:
         """Leave out files that are no examples: masks, and what lies beside the parts."""
         names = sorted(self.paths)
-        out = layout([self.paths[name] for name in names]).left_out
         by_reason: dict[str, list[str]] = {}
-        for i, reason in out.items():
+        for i, reason in layout([self.paths[name] for name in names]).left_out.items():
             by_reason.setdefault(reason, []).append(names[i])
-            self.images.pop(names[i], None)
-            self.faults.pop(names[i], None)
-            del self.paths[names[i]]
+            for about in (self.images, self.faults, self.paths):
+                about.pop(names[i], None)
         for reason, left in by_reason.items():
-            images = (
-                f"{len(left)} images are left out: each"
-                if len(left) > 1
-                else "1 image is left out: it"
-            )
+            many = f"{len(left)} images are left out: each"
+            images = many if len(left) > 1 else "1 image is left out: it"
             self.notes.append(f"{images} {reason} ({named(left, 2)})")
         if self.files.links:
             self.notes.append(f"links to folders are not followed: {named(self.files.links)}")
@@ -260,7 +222,7 @@ class _Survey:
             x = x[[row[name] for name in names]]
         return _dataset(self.request, x, names, *self._about(names))
 
-    def _index(self, shape: tuple[int, int, int], path: Path, old: Record | None) -> Record:
+    def _index(self, shape: tuple[int, int, int], path: Path, _: Record | None) -> Record:
         """Decode every image once; if this is interrupted, what is known by then is stored."""
         names = sorted(self.images)
         images = [self.images[name] for name in names]
@@ -269,10 +231,13 @@ class _Survey:
         common = {"files": files.text, "file_ends": files.ends, "stamps": stamps}
         each = {
             "places": np.array([image.place for image in images], np.int64).reshape(-1, 4),
-            "headers": _as_array([image.header for image in images]),
+            "headers": np.array([image.header for image in images], np.int64),
             "keys": np.array([image.key for image in images], np.uint64),
+            "hashes": np.zeros(len(images), np.uint64),
         }
-        each["hashes"], known = self.old.hashes(each["keys"], shape)
+        old = self.old if self.old_shape == list(shape) else {}
+        known = np.array([image.key in old for image in images])
+        each["hashes"][known] = [old[i.key][1] for i in images if i.key in old]
 
         def record(rows: np.ndarray, about: dict[str, Any]) -> Record:
             kept = Names.of(names[row] for row in rows.tolist())
@@ -311,7 +276,7 @@ class _Survey:
         return Record({}, found.info | info, found.arrays | arrays)
 
     def _about(self, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What `_raw` needs to know besides the pixels."""
+        """What `_dataset` needs to know besides the pixels."""
         found = layout([self.paths[name] for name in names])
         labels, label_names = self._labels(names, *found.labels(np.arange(len(names))))
         if found.unclassed:
@@ -321,7 +286,8 @@ class _Survey:
             )
         test, validation = (None, None) if found.parts is None else official_masks(found.parts)
         arrays = {"labels": labels, "official_test": test, "official_validation": validation}
-        arrays["headers"] = _as_array([self.images[name].header for name in names])
+        headers = [self.images[name].header for name in names]
+        arrays["headers"] = np.array(headers, np.int64).reshape(-1, len(Header._fields))
         info = {"label_names": list(label_names), "notes": self.notes, "total": len(self.paths)}
         given = {name: array for name, array in arrays.items() if array is not None}
         return info | {"faults": self._faults()}, given
