@@ -14,7 +14,7 @@ from musigma import build
 from musigma.data import Dataset, describe, load, summary
 from musigma.data.columns import LABEL_NAMES
 from musigma.data.readers.layout import layout
-from musigma.data.split import PARTS
+from musigma.data.sampling import PARTS
 from musigma.distributions import StandardNormal
 from musigma.evaluation import evaluate
 from musigma.layers import ActNorm, Standardize, standardizer

@@ -6,8 +6,7 @@ from musigma.data.errors import DataError
 from musigma.data.given import Given
 from musigma.data.raw import Progress
 from musigma.data.readers import identity, load
-from musigma.data.sampling import batch_indices
-from musigma.data.split import Part
+from musigma.data.sampling import Part, batch_indices
 from musigma.data.summary import describe, summary
 
 __all__ = [

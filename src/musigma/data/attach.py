@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,12 +75,11 @@ def given_rows(sources: Iterable[str | Path], variables: Sequence[Variable]) -> 
     found: dict[str, Given] = {}
     for source in sources:
         request = Request(f"given: {source}")
-        known = _read(source, (), request, constant=True, wanted=[v.name for v in variables])
-        if len(variables) == 1 and len(known.variables) == 1:  # an array has no name to match
-            known = known._replace(
-                variables={variables[0].name: next(iter(known.variables.values()))}
-            )
-        found |= {v.name: known.variables[v.name] for v in variables if v.name in known.variables}
+        names = [v.name for v in variables]
+        known = _read(source, (), request, constant=True, wanted=names).variables
+        if len(variables) == 1 and len(known) == 1:  # an array has no name to match
+            known = {variables[0].name: next(iter(known.values()))}
+        found |= {v.name: known[v.name] for v in variables if v.name in known}
     if missing := [v.name for v in variables if v.name not in found]:
         raise DataError(f"given: no file holds {named(missing, 20)}: give a column of that name")
     if len({len(value) for value in found.values()}) > 1:
@@ -93,7 +92,7 @@ def _classes(given: Given) -> Given:
     """A variable of classes, whose names may be numbers."""
     if given.names or given.values.ndim != 1:
         return given
-    return Given.of_text(np.array([f"{value:g}" for value in np.asarray(given.values)]))
+    return Given.of_text([f"{value:g}" for value in given.values])
 
 
 class _Rows(NamedTuple):
@@ -111,32 +110,33 @@ def _read(
     constant: bool,
     wanted: Sequence[str] | None = None,
 ) -> _Rows:
-    path, names = Path(source).expanduser(), {}
-    variables: Mapping[str, Given | np.ndarray]
+    path, names, faults = Path(source).expanduser(), {}, {}
+    ending = path.suffix.lower()
+    given: dict[str, Given | np.ndarray] = {}
     with damage(request.where):
-        if read := TABLES.get(path.suffix.lower()):
-            table = read(path, request)
+        if ending in TABLES:
+            table = TABLES[ending](path, request)
             _check_columns(columns, table.names, request)
-            variables, names = _of_table(table, wanted or columns, request)
-        elif path.suffix.lower() == ".npz":
+            given, names = _of_table(table, wanted or columns, request)
+        elif ending == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 _check_columns(columns, arrays.files, request)
-                variables = {name: arrays[name] for name in columns or arrays.files}
-        elif path.suffix.lower() == ".npy" and np.load(path, mmap_mode="r").ndim < 3:
-            variables = {path.stem: np.load(path, allow_pickle=False)}
+                given = {name: arrays[name] for name in columns or arrays.files}
+        elif ending == ".npy" and np.load(path, mmap_mode="r").ndim < 3:
+            given = {path.stem: np.load(path, allow_pickle=False)}
         else:
             images = load(path)
             request.notes.extend(images.notes)
-            values: Any = images.array
-            variables, names = {path.stem: Given(values)}, {"": list(images.ids or ())}
-    given, faults = {}, {}
-    for name, value in variables.items():
+            given = {path.stem: images.array}  # pyright: ignore[reportAssignmentType]
+            names = {"": list(images.ids or ())}
+    variables = {}
+    for name, content in given.items():
         try:
-            given[name] = value if isinstance(value, Given) else _of_array(value)
+            variables[name] = content if isinstance(content, Given) else _of_array(content)
         except DataError as error:
             faults[name] = str(error)
             continue
-        values = given[name].values
+        values = variables[name].values
         if not constant and values.dtype != np.uint8 and len(values) > 1:
             same = np.flatnonzero((values == values[:1]).reshape(len(values), -1).all(0))
             if len(same):
@@ -144,7 +144,7 @@ def _read(
                 faults[name] = f"is constant{which}, and tells nothing: drop it"
     if faults:
         raise DataError(f"{request.where}: cannot be used:\n{listing(faults)}")
-    return _Rows(given, names)
+    return _Rows(variables, names)
 
 
 def _check_columns(columns: Sequence[str], known: Sequence[str], request: Request) -> None:
@@ -157,9 +157,8 @@ def _check_columns(columns: Sequence[str], known: Sequence[str], request: Reques
 def _of_array(array: np.ndarray) -> Given:
     if array.dtype.kind in "US":
         return Given.of_text(array.astype("U"))
-    return Given(
-        array if array.dtype == np.uint8 and array.ndim == 4 else array.astype(np.float32)
-    )
+    images = array.dtype == np.uint8 and array.ndim == 4
+    return Given(array if images else array.astype(np.float32))
 
 
 def _of_table(

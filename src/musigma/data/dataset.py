@@ -8,7 +8,7 @@ itself defines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from math import prod
@@ -19,8 +19,7 @@ import numpy as np
 from musigma.data.errors import DataError, called, named
 from musigma.data.given import Given
 from musigma.data.raw import content_hashes
-from musigma.data.sampling import binarized
-from musigma.data.split import PARTS, Part, parts
+from musigma.data.sampling import PARTS, Part, binarized, parts
 from musigma.spec import Spec, Variable
 
 if TYPE_CHECKING:
@@ -168,10 +167,9 @@ class Dataset:
             if value is not None and len(value) != len(self):
                 raise DataError(f"{what} has {len(value)} entries for {len(self)} examples")
         for name, given in self.given.items():
-            if len(given) != len(self):
+            if (n := len(given)) != len(self):
                 raise DataError(
-                    f"given: {name!r} has {len(given)} rows for {len(self)} examples: give one "
-                    "for each"
+                    f"given: {name!r} has {n} rows for {len(self)} examples: give one for each"
                 )
         if self.labels is not None and "label" in self.given:
             raise DataError("given: 'label' names the labels already: give it another name")
@@ -251,22 +249,20 @@ class Dataset:
         """
         if self.bits is not None:
             raise DataError(f"{self.name or 'array'}: holds images, which have no columns")
-        mean, square, done = np.zeros(self.shape), np.zeros(self.shape), 0
-        step = max(1, (1 << 22) // prod(self.shape))
-        for start in range(0, len(self), step):
-            block = self.take(np.arange(start, min(start + step, len(self)))).astype(np.float64)
-            n, center = len(block), block.mean(0)
-            gap = center - mean  # Chan, Golub, LeVeque (1979), "Updating formulae": parts joined
-            square += ((block - center) ** 2).sum(0) + gap**2 * (done * n / (done + n))
-            done += n
-            mean += gap * (n / done)
-        std = np.sqrt(square / max(1, done))
+        n, step = max(1, len(self)), max(1, (1 << 22) // prod(self.shape))
+
+        def total(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+            parts = np.split(np.arange(len(self)), range(step, len(self), step))
+            return sum(of(self.take(rows).astype(np.float64)).sum(0) for rows in parts)
+
+        mean = total(lambda x: x) / n
+        std = np.sqrt(total(lambda x: (x - mean) ** 2) / n)
         if len(constant := np.flatnonzero(std == 0)):
-            names = [called(self.columns, j) for j in constant.tolist()]
+            names = named([called(self.columns, j) for j in constant.tolist()])
+            verb = "are" if len(constant) > 1 else "is"
             raise DataError(
-                f"{self.name or 'array'}: {named(names)} "
-                f"{'are' if len(constant) > 1 else 'is'} constant in the {done} rows to train on, "
-                "where the density is infinite: drop it, or give more data"
+                f"{self.name or 'array'}: {names} {verb} constant in the {len(self)} rows to "
+                "train on, where the density is infinite: drop it, or give more data"
             )
         return mean, std
 
@@ -274,15 +270,15 @@ class Dataset:
         """The examples of a mask or of indices, in that order; no example is copied."""
         rows = np.arange(len(self))[which] if len(which) else np.empty(0, np.int64)
         arrays = {
-            name: None if (value := getattr(self, name)) is None else value[rows]
-            for name in ("labels", "official_test", "official_validation")
+            name: value[rows]
+            for name in ("rows", "labels", "official_test", "official_validation")
+            if (value := getattr(self, name)) is not None
         }
         return replace(
             self,
-            rows=rows if self.rows is None else self.rows[rows],
             ids=None if self.ids is None else tuple(self.ids[i] for i in rows),
             given={name: given.subset(rows) for name, given in self.given.items()},
-            **arrays,
+            **{"rows": rows, **arrays},
         )
 
     def split(self, part: Part, fraction: float = 0.1) -> Dataset:

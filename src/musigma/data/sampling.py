@@ -1,18 +1,23 @@
-"""Which examples a step sees, and the noise of its binarization: functions of seed and step.
+"""Which examples are for what, which of them a step sees, and the noise of its binarization.
 
-There is no state to save and no global generator: a step of a resumed run sees what it would have
-seen, on any machine and with any number of processes.
+The split is a function of the content of the examples; batches and noise are functions of seed and
+step. There is no state to save and no global generator: a step of a resumed run sees what it would
+have seen, on any machine and with any number of processes.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
 from musigma.data.errors import DataError
 
-__all__ = ["batch_indices", "binarized"]
+__all__ = ["PARTS", "Part", "batch_indices", "binarized", "parts"]
+
+Part = Literal["all", "train", "validation", "held-out"]
+PARTS = ("train", "validation", "held-out")
 
 NOISE, ORDER, REDRAW = 0, 1, 2  # streams of random numbers that share a seed
 
@@ -70,3 +75,45 @@ def binarized(x: np.ndarray, seed: int, step: int, start: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         ones[again] = (z ^ (z >> np.uint64(31))) % np.uint64(255) < levels[again]
     return ones.view(np.uint8).reshape(x.shape)
+
+
+def parts(
+    hashes: np.ndarray,
+    official_test: np.ndarray | None,
+    official_validation: np.ndarray | None,
+    fraction: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks of the examples to train on, to choose weights by, and to hold out.
+
+    Args:
+        hashes: Hashes of the contents, uint64 (N,).
+        official_test: Examples that the source reserves for testing, bool (N,), or None.
+        official_validation: Examples that it reserves for validation, bool (N,), or None.
+        fraction: Share to hold out, where the source reserves none.
+
+    >>> masks = parts(np.arange(4, dtype=np.uint64), np.array([0, 0, 0, 1], bool), None, 0.1)
+    >>> [mask.tolist() for mask in masks]
+    [[True, True, False, False], [False, False, True, False], [False, False, False, True]]
+    """
+    held = official_test
+    if held is None or held.all() or not held.any():
+        held = _below(hashes, fraction, above=2)
+    rest, validation = ~held, official_validation
+    if validation is None or validation[rest].all() or not validation[rest].any():
+        train = rest.copy()
+        train[rest] = _below(hashes[rest], 1 - fraction / 2)
+    else:
+        train = rest & ~validation
+    return train, rest & ~train, held
+
+
+def _below(hashes: np.ndarray, fraction: float, *, above: int = 1) -> np.ndarray:
+    """Hashes below a share of their range: at least one, leaving at least `above` others."""
+    distinct = np.unique(hashes)
+    if len(distinct) < 1 + above:
+        kind = "no examples" if not len(distinct) else f"only {len(distinct)} different examples"
+        raise DataError(
+            f"cannot be split, since it holds {kind}: give more data, or take part 'all'"
+        )
+    cut = np.searchsorted(distinct, np.uint64(int(fraction * 2**64)))
+    return hashes < distinct[min(max(int(cut), 1), len(distinct) - above)]

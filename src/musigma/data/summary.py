@@ -10,7 +10,7 @@ import numpy as np
 
 from musigma.data.dataset import Dataset
 from musigma.data.errors import SHOWN, called, named
-from musigma.data.split import PARTS
+from musigma.data.sampling import PARTS
 
 __all__ = ["describe", "summary"]
 

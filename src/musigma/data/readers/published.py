@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,27 +23,12 @@ from musigma.data.readers.filesets import FileSet
 from musigma.data.readers.idx_cifar import CIFAR10_LABELS
 from musigma.data.readers.image_sets import read_files
 
-IDX_FILES: tuple[str, ...] = (
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
-)
 SYSTEM = Path("/usr/share/datasets")  # where Debian's packages put them
-CIFAR_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-FASHION_LABELS = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-# fmt: on
+MNIST_FILES = [
+    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+]
+CIFAR_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+FASHION_LABELS = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot"
 
 
 @dataclass(frozen=True)
@@ -52,15 +37,15 @@ class _Published:
 
     url: str
     md5: dict[str, str]  # by file name
-    layouts: tuple[tuple[str, ...], ...]
+    layouts: list[list[str]]
     label_names: tuple[str, ...]
     first: int | None = None  # CRC of the first image: some sets have the same file names
 
 
-def _idx_published(url: str, md5: str, label_names: tuple[str, ...], first: int) -> _Published:
-    plain = tuple(name.removesuffix(".gz") for name in IDX_FILES)
-    sums = dict(zip(IDX_FILES, md5.split(), strict=True))
-    return _Published(url, sums, (IDX_FILES, plain), label_names, first)
+def _idx_published(url: str, md5: str, label_names: Iterable[str], first: int) -> _Published:
+    packed = [f"{name}.gz" for name in MNIST_FILES]
+    sums = dict(zip(packed, md5.split(), strict=True))
+    return _Published(url, sums, [packed, MNIST_FILES], tuple(label_names), first)
 
 
 PUBLISHED = {
@@ -68,27 +53,27 @@ PUBLISHED = {
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
         "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c",
-        tuple("0123456789"),
+        "0123456789",
         0x90A92752,
     ),
     "fashion-mnist": _idx_published(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
         "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310",
-        FASHION_LABELS,
+        [name.replace("_", " ") for name in FASHION_LABELS.split()],
         0xF270BEB5,
     ),
     "cifar10": _Published(
         "https://www.cs.toronto.edu/~kriz/",
         {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
-        (
-            ("cifar-10-binary.tar.gz",),
+        [
+            ["cifar-10-binary.tar.gz"],
             *(
-                tuple(f"{folder}{file}{suffix}" for file in CIFAR_FILES)
-                for suffix, inner in ((".bin", "bin"), ("", "py"))
+                [f"{folder}{file}{ending}" for file in CIFAR_FILES]
+                for ending, inner in ((".bin", "bin"), ("", "py"))
                 for folder in ("", f"cifar-10-batches-{inner}/")
             ),
-        ),
+        ],
         CIFAR10_LABELS,
     ),
 }
@@ -113,7 +98,7 @@ def published_set(name: str, report: Progress) -> Dataset:
             f"{name}: is not on this machine and cannot be downloaded ({first_line(error)[:60]}): "
             f"get {', '.join(known.md5)} from {known.url} and put it into {places}"
         ) from error
-    return _read_published(name, home_cache, tuple(known.md5), report)
+    return _read_published(name, home_cache, list(known.md5), report)
 
 
 def _download(known: _Published, home: Path, report: Progress) -> None:
@@ -132,7 +117,7 @@ def _download(known: _Published, home: Path, report: Progress) -> None:
         logger.setLevel(level)
 
 
-def _read_published(name: str, home: Path, layout: tuple[str, ...], report: Progress) -> Dataset:
+def _read_published(name: str, home: Path, layout: Sequence[str], report: Progress) -> Dataset:
     archives = ARCHIVE.fullmatch(layout[0]) is not None
     files = FileSet.of_files([home / file for file in layout], archives=archives)
     found = read_files(files, Request(str(home), in_memory=True, report=report))
