@@ -83,23 +83,16 @@ def write(path: Path, record: Record) -> None:
 def cached(
     path: Path,
     about: Mapping[str, Any],
-    build: Callable[[Record | None], Record],
+    build: Callable[[], Record],
     request: Request,
 ) -> Record:
-    """The record of a source in its present version, from the cache or built.
-
-    Args:
-        path: From `place`.
-        about: The source and its version; equal to that of a record that is up to date.
-        build: Builds the record, given an old one of which parts may still be valid.
-        request: Receives a note if the cache cannot be written.
-    """
+    """The record of a source in its present version `about`, from the cache or built."""
     about = json.loads(json.dumps(about))
     with locked(path.with_suffix(".lock")):
         found = read(path)
         if found is not None and found.about == about:
             return found
-        record = build(found)._replace(about=about)
+        record = build()._replace(about=about)
         store(path, record, request)
         return record
 
@@ -126,13 +119,7 @@ def flat(
 ) -> np.ndarray:
     """An array made of blocks of rows: in memory if it fits, else memory-mapped from the cache.
 
-    Args:
-        name: Name of the source and of the result, by which the cache knows it.
-        about: The version of the source.
-        shape: Shape of the result.
-        dtype: Type of the result.
-        blocks: Yields the rows, in order.
-        request: Decides what fits.
+    The cache knows it by the name of its source and its own; `about` is the version of the source.
 
     Raises:
         DataError: If there is no room; nothing is left behind.
@@ -228,7 +215,7 @@ def facts(x: np.ndarray, request: Request) -> dict[str, np.ndarray]:
     """
     on_disk = isinstance(x, np.memmap) and not request.fits(x.nbytes)
 
-    def build(old: Record | None) -> Record:
+    def build() -> Record:
         low, high = np.full(x.shape[1:], np.inf), np.full(x.shape[1:], -np.inf)
         bad, hashes, done = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], 0
         for block in blocks(x) if on_disk or x.dtype.kind == "f" else ():
@@ -246,7 +233,7 @@ def facts(x: np.ndarray, request: Request) -> dict[str, np.ndarray]:
         return Record({}, {}, found | ({"hashes": np.concatenate(hashes)} if on_disk else {}))
 
     if not isinstance(x, np.memmap) or not on_disk:
-        return build(None).arrays
+        return build().arrays
     file, about = _source(x)
     path = place("facts", f"{file}\n{x.dtype.str}", ".npz")
     return cached(path, {"source": str(file), "facts": 2, **about}, build, request).arrays

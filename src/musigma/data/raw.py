@@ -23,29 +23,16 @@ CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 @dataclass(frozen=True)
 class Request:
-    """How a source is to be read.
+    """How a source is to be read, and what the user should know about how it was."""
 
-    Args:
-        where: What messages call it.
-        size: Height and width that images are resized to.
-        skip_bad: Leave out images and rows that cannot be used.
-        allow_constant: Accept constant columns of tables.
-        in_memory: Whether arrays are made in memory; by default those that fit are.
-        channels: 3 makes gray images RGB.
-        columns: The columns of a table that are wanted, in this order; None: all.
-        given: Patterns of columns that examples are given with; they are no part of x.
-        report: Called with (done, total).
-        notes: Collects what the user should know.
-    """
-
-    where: str
-    size: tuple[int, int] | None = None
-    skip_bad: bool = False
+    where: str  # what messages call it
+    size: tuple[int, int] | None = None  # height and width that images are resized to
+    skip_bad: bool = False  # leave out images and rows that cannot be used
     allow_constant: bool = False
-    in_memory: bool | None = None
-    channels: int | None = None
-    columns: tuple[str, ...] | None = None
-    given: tuple[str, ...] = ()
+    in_memory: bool | None = None  # None: arrays that fit
+    channels: int | None = None  # 3 makes gray images RGB
+    columns: tuple[str, ...] | None = None  # those of a table that are wanted, in this order
+    given: tuple[str, ...] = ()  # patterns of columns that are context, and no part of x
     report: Progress = lambda done, total: None
     notes: list[str] = field(default_factory=list)
 
@@ -56,14 +43,7 @@ class Request:
     def refuse(
         self, faults: Mapping[str, str], what: str, total: int, bad: int | None = None
     ) -> None:
-        """Raise an error that names the faults, the first twenty of many, unless `skip_bad`.
-
-        Args:
-            faults: Reasons, by the name of what cannot be used.
-            what: What the data consist of: "images" or "rows".
-            total: How many there are.
-            bad: How many of them cannot be used; None: as many as there are faults.
-        """
+        """Raise an error that names faults of `bad` examples of `total`, unless `skip_bad`."""
         if faults and not self.skip_bad:
             raise DataError(f"{self.where}: {all_faults(faults, what, total, bad)}")
 

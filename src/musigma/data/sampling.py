@@ -85,11 +85,7 @@ def parts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks of the examples to train on, to choose weights by, and to hold out.
 
-    Args:
-        hashes: Hashes of the contents, uint64 (N,).
-        official_test: Examples that the source reserves for testing, bool (N,), or None.
-        official_validation: Examples that it reserves for validation, bool (N,), or None.
-        fraction: Share to hold out, where the source reserves none.
+    What the source reserves is held out, or else a share by the hashes of the contents.
 
     >>> masks = parts(np.arange(4, dtype=np.uint64), np.array([0, 0, 0, 1], bool), None, 0.1)
     >>> [mask.tolist() for mask in masks]

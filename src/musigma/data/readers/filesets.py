@@ -78,21 +78,13 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class FileSet:
-    """The files of a source, and a walk over their members.
+    """The files of a source, and a walk over their members."""
 
-    Args:
-        root: The folder that names are relative to.
-        files: All of them, by name.
-        name: The key of the source in the cache.
-        archives: Whether the members are inside the files.
-        links: Links to folders, which are not followed.
-    """
-
-    root: Path
+    root: Path  # the folder that names are relative to
     files: Sequence[File]
-    name: str
-    archives: bool = False
-    links: Sequence[str] = ()
+    name: str  # the key of the source in the cache
+    archives: bool = False  # whether the members are inside the files
+    links: Sequence[str] = ()  # to folders, which are not followed
 
     @classmethod
     def of_folder(cls, root: Path) -> FileSet:

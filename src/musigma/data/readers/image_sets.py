@@ -53,7 +53,7 @@ WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 MANY = 10_000  # files from which surveying them shows progress
 WORTH_STORING = 1000  # images from which an interrupted index is stored
 UNFINISHED = {"unfinished": True}
-MAX_CLASSES = 1000  # more different texts than this are captions
+MAX_CLASSES = 1000  # more different texts than this are captions, as are texts that hardly repeat
 
 
 def read_files(files: FileSet, request: Request) -> Dataset:
@@ -222,7 +222,7 @@ class _Survey:
             x = x[[row[name] for name in names]]
         return _dataset(self.request, x, names, *self._about(names))
 
-    def _index(self, shape: tuple[int, int, int], path: Path, _: Record | None) -> Record:
+    def _index(self, shape: tuple[int, int, int], path: Path) -> Record:
         """Decode every image once; if this is interrupted, what is known by then is stored."""
         names = sorted(self.images)
         images = [self.images[name] for name in names]
@@ -278,7 +278,7 @@ class _Survey:
     def _about(self, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What `_dataset` needs to know besides the pixels."""
         found = layout([self.paths[name] for name in names])
-        labels, label_names = self._labels(names, *found.labels(np.arange(len(names))))
+        labels, label_names = self._labels(names, found.classes)
         if found.unclassed:
             self.notes.append(
                 f"there are no labels: {found.unclassed} of {len(names)} images lie in no class "
@@ -330,20 +330,19 @@ class _Survey:
                 )
 
     def _labels(
-        self, names: Sequence[str], labels: np.ndarray | None, label_names: tuple[str, ...]
+        self, names: Sequence[str], classes: np.ndarray | None
     ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-        """The labels in files beside images, or else those of folders."""
+        """The labels in files beside images, or else the classes of folders."""
         for ending in BESIDE:
             texts = [self.texts[ending].get(_key(name)) for name in names]
             present = [text for text in texts if text]
-            reliable = ending != ".txt" or (labels is None and _are_classes(present))
+            few = len(set(present)) <= min(MAX_CLASSES, len(present) // 2)
+            reliable = ending != ".txt" or (classes is None and few)
             if present and len(present) == len(names) and reliable:
                 y = np.array(present)
-                whole = all(map(WHOLE.fullmatch, present))
-                return as_labels(
-                    y.astype(np.int64) if whole else y, len(y), f"{self.request.where}: {ending}"
-                )
-        return labels, label_names
+                y = y.astype(np.int64) if all(map(WHOLE.fullmatch, present)) else y
+                return as_labels(y, len(y), self.request.where)
+        return (None, ()) if classes is None else as_labels(classes, len(names), "")
 
 
 def _indexed(files: FileSet, request: Request, record: Record) -> Dataset:
@@ -409,8 +408,3 @@ def _label_in(content: bytes, ending: str) -> str | None:
         return None
     found = next((entries[name] for name in ("cls", *LABEL_NAMES) if name in entries), None)
     return str(found) if isinstance(found, (int, str)) else None
-
-
-def _are_classes(texts: Sequence[str]) -> bool:
-    """Whether texts repeat often enough to be classes rather than captions."""
-    return len(set(texts)) <= min(MAX_CLASSES, len(texts) // 2)

@@ -91,26 +91,12 @@ def official_masks(parts: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | N
 
 
 class Layout(NamedTuple):
-    """What the folders of files say.
+    """What the folders of files say; "" for files that are left out."""
 
-    Attributes:
-        parts: The part of each file, "" for those left out; None where there are no parts.
-        classes: The class of each file, "" for those left out; None where there are no classes.
-        unclassed: Number of files in no class folder, where others are in one.
-        left_out: Why files are no examples, by their indices.
-    """
-
-    parts: np.ndarray | None
-    classes: np.ndarray | None
-    unclassed: int
-    left_out: Mapping[int, str]
-
-    def labels(self, rows: np.ndarray) -> tuple[np.ndarray | None, tuple[str, ...]]:
-        """The class of some files, and the names of their classes, sorted."""
-        if self.classes is None:
-            return None, ()
-        names, labels = np.unique(self.classes[rows], return_inverse=True)
-        return labels.astype(np.int64), tuple(map(str, names.tolist()))
+    parts: np.ndarray | None  # of each file; None where there are no parts
+    classes: np.ndarray | None  # of each file; None where there are no classes
+    unclassed: int  # number of files in no class folder, where others are in one
+    left_out: Mapping[int, str]  # why files are no examples, by their indices
 
 
 def layout(paths: Sequence[str]) -> Layout:

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,50 +46,37 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class LazyImages:
-    """Images on disk that are indexed like an array, uint8 (N, C, H, W).
+    """Images on disk that are indexed like an array, uint8 (N, C, H, W)."""
 
-    Args:
-        where: What messages call the source.
-        root: The folder that contains the files.
-        files: Names of the files.
-        stamps: Size and time of each file, int64 (files, 2), by which a change is noticed.
-        names: Names of the images.
-        places: `Place` of each image, int64 (N, 4).
-        shape: (N, C, H, W).
-        size: Height and width that images are resized to; None: they are not.
-    """
-
-    where: str
-    root: Path
+    where: str  # what messages call the source
+    root: Path  # the folder that contains the files
     files: Names
-    stamps: np.ndarray
-    names: Names
-    places: np.ndarray
-    shape: tuple[int, int, int, int]
-    size: tuple[int, int] | None
+    stamps: np.ndarray  # size and time of each file, by which a change is noticed, (files, 2)
+    names: Names  # of the images
+    places: np.ndarray  # `Place` of each image, (N, 4)
+    shape: tuple[int, ...]
+    size: tuple[int, int] | None  # height and width that images are resized to
 
     dtype = np.dtype(np.uint8)
     ndim = 4
 
     @classmethod
     def of(
-        cls,
-        request: Request,
-        root: Path,
-        arrays: Mapping[str, np.ndarray],
-        shape: Sequence[int],
+        cls, request: Request, root: Path, arrays: Mapping[str, np.ndarray], shape: Sequence[int]
     ) -> LazyImages:
         """The images of an index."""
-        names, places = Names(arrays["names"], arrays["name_ends"]), arrays["places"]
-        files = Names(arrays["files"], arrays["file_ends"])
-        size = (len(places), *shape)
-        return cls(request.where, root, files, arrays["stamps"], names, places, size, request.size)  # pyright: ignore[reportArgumentType]
+        files, names = (
+            Names(arrays["files"], arrays["file_ends"]),
+            Names(arrays["names"], arrays["name_ends"]),
+        )
+        places, stamps = arrays["places"], arrays["stamps"]
+        whole = (len(places), *shape)
+        return cls(request.where, root, files, stamps, names, places, whole, request.size)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all images when decoded."""
-        n, c, h, w = self.shape
-        return n * c * h * w
+        return prod(self.shape)
 
     def __len__(self) -> int:
         return len(self.places)
