@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,10 +74,8 @@ def write(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "about": record.about, "info": record.info}
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    with replacing(path) as draft, zipfile.ZipFile(draft, "w") as archive:  # as np.savez does
-        for name, array in {"header": text, **record.arrays}.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+    with replacing(path) as draft, draft.open("wb") as file:
+        np.savez(file, header=text, **record.arrays)
 
 
 def cached(
@@ -85,13 +83,20 @@ def cached(
     about: Mapping[str, Any],
     build: Callable[[], Record],
     request: Request,
+    beside: Path | None = None,
 ) -> Record:
-    """The record of a source in its present version `about`, from the cache or built."""
+    """The record of a source in its present version `about`, from the cache or built.
+
+    A file `beside` it, which `build` makes too, must be there and have the stamp of the record.
+    """
     about = json.loads(json.dumps(about))
-    with locked(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")) as exclusive:
         found = read(path)
-        if found is not None and found.about == about:
+        current = found is not None and found.about == about
+        if current and (not beside or (beside.is_file() and found.info["stamp"] == stamp(beside))):
             return found
+        for left in path.parent.glob(f".{path.stem}.*") if exclusive else ():
+            left.unlink(missing_ok=True)  # drafts of processes that were killed
         record = build()._replace(about=about)
         store(path, record, request)
         return record
@@ -124,7 +129,7 @@ def flat(
     Raises:
         DataError: If there is no room; nothing is left behind.
     """
-    n_bytes = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+    n_bytes, kind = prod(shape) * np.dtype(dtype).itemsize, np.dtype(dtype).str
     if request.fits(n_bytes):
         out, done = allocate(shape, request.where, dtype), 0
         for block in blocks():
@@ -132,26 +137,20 @@ def flat(
             done += len(block)
         return out
     path = place("arrays", name, ".npy")
-    wanted = json.loads(json.dumps({**about, "shape": shape, "dtype": np.dtype(dtype).str}))
+
+    def build() -> Record:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as draft, draft.open("wb") as file:
+            header = {"descr": kind, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in _readable(blocks(), request.where):
+                file.write(np.ascontiguousarray(block, dtype).data)
+        return Record({}, {"stamp": stamp(path)}, {})
+
     try:
-        with locked(path.with_suffix(".lock")) as exclusive:
-            found = read(path.with_suffix(".npz"))
-            if not (
-                found is not None
-                and found.about == wanted
-                and path.is_file()
-                and found.info["stamp"] == stamp(path)
-            ):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                for left in path.parent.glob(f".{path.name}.*") if exclusive else ():
-                    left.unlink(missing_ok=True)  # drafts of processes that were killed
-                with replacing(path) as draft, draft.open("wb") as file:
-                    layout = {"descr": wanted["dtype"], "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, layout)
-                    for block in _readable(blocks(), request.where):
-                        file.write(np.ascontiguousarray(block, dtype).data)
-                write(path.with_suffix(".npz"), Record(wanted, {"stamp": stamp(path)}, {}))
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+        version = {**about, "shape": shape, "dtype": kind}
+        cached(path.with_suffix(".npz"), version, build, request, beside=path)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise DataError(
             f"{request.where}: needs {n_bytes / 2**30:.1f} GiB in the cache {folder()}, which "

@@ -143,9 +143,9 @@ def _listing(root: Path) -> tuple[list[File], list[str]]:
         prefix = folders.pop()
         with os.scandir(root / prefix) as entries:
             for entry in entries:
+                name = prefix + entry.name
                 if entry.name.startswith("."):
                     continue
-                name = prefix + entry.name
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{name}/")
                 elif entry.is_symlink() and os.path.isdir(entry):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -119,28 +119,32 @@ def layout(paths: Sequence[str]) -> Layout:
     depths = _part_depths([folders[i] for i in kept])
     parts, inner = {}, {i: folders[i] for i in kept}
     if depths:
-        names = set()
-        for i in kept:
-            at = depths.get(folders[i])
-            if at is None:
-                continue
-            parts[i] = part_of(folders[i][at])
-            names.add(parts[i])
-            inner[i] = folders[i][:at] + folders[i][at + 1 :]
-        words = " nor ".join(part for part in SPELLINGS if part in names)
-        reason = f"lies in neither {words}" if len(names) > 1 else f"lies beside {words}"
-        out |= {i: reason for i in kept if i not in parts}
-        inner = {i: inner[i] for i in parts}
+        at = {i: depths[folders[i]] for i in kept if folders[i] in depths}
+        parts = {i: part_of(folders[i][level]) for i, level in at.items()}
+        inner = {i: folders[i][:level] + folders[i][level + 1 :] for i, level in at.items()}
+        names = [part for part in SPELLINGS if part in parts.values()]
+        where = "in neither" if len(names) > 1 else "beside"
+        out |= {i: f"lies {where} {' nor '.join(names)}" for i in kept if i not in parts}
     masks = _masks(paths, inner)
     out |= masks
     inner = {i: folder for i, folder in inner.items() if i not in masks}
     classes, unclassed = _classes(list(inner.values()))
-    part_array = np.array([parts.get(i, "") if i not in out else "" for i in range(len(paths))])
-    class_array = None
-    if classes:
-        by_file = dict(zip(inner, classes, strict=True))
-        class_array = np.array([by_file.get(i, "") for i in range(len(paths))])
-    return Layout(part_array if depths else None, class_array, unclassed, out)
+    classes = dict(zip(inner, classes, strict=False))
+    parts = {i: parts[i] for i in inner if i in parts}
+
+    def array(values: Mapping[int, str | None]) -> np.ndarray | None:
+        return np.array([values.get(i, "") for i in range(len(paths))]) if values else None
+
+    return Layout(array(parts), array(classes), unclassed, out)
+
+
+def _children(folders: Iterable[Folder]) -> dict[Folder, set[str]]:
+    """The names of the folders in each folder."""
+    children: dict[Folder, set[str]] = defaultdict(set)
+    for folder in set(folders):
+        for depth, name in enumerate(folder):
+            children[folder[:depth]].add(name)
+    return children
 
 
 def _part_depths(folders: Sequence[Folder]) -> dict[Folder, int]:
@@ -149,12 +153,8 @@ def _part_depths(folders: Sequence[Folder]) -> dict[Folder, int]:
     A folder holds parts if it has one for training and one for something else; or one for
     training, and otherwise only what is known not to be a class.
     """
-    children: dict[Folder, set[str]] = defaultdict(set)
     unique = set(folders)
-    for folder in unique:
-        for depth, name in enumerate(folder):
-            children[folder[:depth]].add(name)
-    holders = {parent for parent, names in children.items() if _hold_parts(names)}
+    holders = {parent for parent, names in _children(unique).items() if _hold_parts(names)}
     if not holders:
         return {}
     depth = min(map(len, holders))
@@ -181,32 +181,24 @@ def _hold_parts(names: set[str]) -> bool:
 
 def _masks(paths: Sequence[str], folders: Mapping[int, Folder]) -> dict[int, str]:
     """Files that are masks of others: in a folder beside that of the images, or by their name."""
-    children: dict[Folder, set[str]] = defaultdict(set)
-    for folder in set(folders.values()):
-        for depth, name in enumerate(folder):
-            children[folder[:depth]].add(name)
     masks = set()
-    for parent, names in children.items():
+    for parent, names in _children(folders.values()).items():
         images = any(IMAGES.fullmatch(_plain(name)) for name in names)
         for name in names:
             sure = TRUTH.fullmatch(_plain(name)) and len(names) > 1
             if sure or (images and MASKS.fullmatch(_plain(name))):
                 masks.add((*parent, name))
     out = {}
-    stems: set[tuple[str, str]] | None = None
+    split = {i: paths[i].rpartition("/") for i in folders}
+    stems = {(place, base.split(".")[0]) for place, _, base in split.values()}
     for i, folder in folders.items():
-        if above := next(
-            (f for at in range(len(folder)) if (f := folder[: at + 1]) in masks), None
-        ):
-            out[i] = f"lies in {above[-1]}, a folder of masks"
-            continue
-        place, _, base = paths[i].rpartition("/")
-        if match := MASK_OF.fullmatch(base.split(".")[0]):
-            if stems is None:
-                split = (paths[j].rpartition("/") for j in folders)
-                stems = {(f, name.split(".")[0]) for f, _, name in split}
-            if (place, match[1]) in stems:
-                out[i] = "is a mask by its name, beside its image"
+        place, _, base = split[i]
+        match = MASK_OF.fullmatch(base.split(".")[0])
+        above = [name for at, name in enumerate(folder) if folder[: at + 1] in masks]
+        if above:
+            out[i] = f"lies in {above[0]}, a folder of masks"
+        elif match and (place, match[1]) in stems:
+            out[i] = "is a mask by its name, beside its image"
     return out
 
 
