@@ -4,8 +4,6 @@ All are defined in this file only. They are trained, resumed, evaluated, saved a
 compressed, compiled, examined for saturation, and obey the laws.
 """
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
@@ -460,7 +458,7 @@ def test_the_score_is_added_once_whatever_calls_an_objective():
     gradients = []
     for objective in (None, objectives.elbo, lambda record: objectives.elbo(record) * 1.0):
         model = Scored()
-        forward = ObjectivePass(model, TrainConfig(), objective, nullcontext)
+        forward = ObjectivePass(model, TrainConfig(), objective)
         forward(x, None, 0.0)[0].mean().backward()
         gradients.append(model.weight.grad)
     plain = Scored()

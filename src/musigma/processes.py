@@ -1,4 +1,4 @@
-"""The processes that share a task: the rank of this one, and communication between them.
+"""The processes that share a task: rank, communication, and tensors sharded over all of them.
 
 A launcher starts them (``torchrun --nproc-per-node 4 -m musigma train …``, ``accelerate launch``,
 or that of a cluster). They divide every batch among them, and score each example once.
@@ -13,8 +13,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["SINGLE_PROCESS", "Processes", "current_processes"]
+__all__ = [
+    "SINGLE_PROCESS",
+    "Processes",
+    "current_processes",
+    "full_tensor",
+    "gather_shards",
+    "local_shard",
+    "shard_like",
+]
 
 T = TypeVar("T")
 
@@ -80,3 +89,36 @@ def current_processes() -> Processes:
     if dist.is_available() and dist.is_initialized():
         return Processes(dist.get_rank(), dist.get_world_size())
     return SINGLE_PROCESS
+
+
+# -- tensors that may be sharded: DTensors, found without importing that class, which takes seconds
+
+
+def full_tensor(t: Any) -> Tensor:
+    """The whole of a tensor that may be sharded. All processes must call it."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def local_shard(t: Any) -> Tensor:
+    """This process's shard of a tensor: a view, and all of a tensor that is not sharded."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def shard_like(t: Tensor, like: Any) -> Tensor:
+    """A copy of a whole tensor, sharded as `like` is; the tensor itself if that is not sharded."""
+    if not hasattr(like, "full_tensor"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t.to(like.device, copy=True), like.device_mesh, like.placements)
+
+
+def gather_shards(shard: Tensor, like: Any) -> Tensor:
+    """The whole tensor of which each process holds a shard, sharded as `like` is."""
+    if not hasattr(like, "full_tensor"):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    pieces = DTensor.from_local(shard, mesh, placements, shape=like.shape, stride=like.stride())
+    return pieces.full_tensor()

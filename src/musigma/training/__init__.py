@@ -2,7 +2,7 @@
 
 from musigma.training.checks import check_run
 from musigma.training.config import TrainConfig
-from musigma.training.distributed import join, leave
+from musigma.training.hardware import join, leave
 from musigma.training.loop import Run, fit
 from musigma.training.recovery import TrainingError
 from musigma.training.state import Progress, saved_state

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
 from collections.abc import Iterable
-from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from musigma.checkpoint import require_config
 from musigma.context import Context
@@ -22,7 +20,7 @@ from musigma.processes import current_processes
 from musigma.trace import Trace
 from musigma.training import hardware
 from musigma.training.config import TrainConfig
-from musigma.training.step import MakeOptimizer, Objective, ObjectivePass
+from musigma.training.step import MakeOptimizer, Objective, ObjectivePass, made_optimizer
 
 __all__ = ["check_run"]
 
@@ -35,6 +33,8 @@ def check_run(
     optimizer: MakeOptimizer | None = None,
 ) -> None:
     """Check the arguments of `fit`, with a pass of a few examples through model and objective.
+
+    `optimizer` is called once, and what it returns is dropped.
 
     Raises:
         ValueError: As in `fit`.
@@ -63,7 +63,7 @@ def check_run(
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(f"track: {tracker} is not installed: pip install {tracker}")
     if optimizer is not None:
-        _check_optimizer(optimizer(list(model.parameters())))
+        made_optimizer(optimizer, model.parameters())
     set_memory(model, "store")
     first = batch_indices(len(train), config.batch_size, seed=config.seed, step=0)
     with evaluating(model), torch.enable_grad(), torch.random.fork_rng():
@@ -126,29 +126,13 @@ def _ignored(model: Model, x: Tensor, context: Context) -> list[str]:
     return [repr(names[i]) for i, after in zip(without, changed, strict=True) if after == before]
 
 
-def _check_optimizer(optimizer: object) -> None:
-    """Refuse an object that is not an optimizer, and an optimizer that needs a closure."""
-    if not isinstance(optimizer, optim.Optimizer):
-        raise ValueError(
-            "optimizer: expected a function of a list of parameters to a torch.optim.Optimizer; "
-            f"it returned {type(optimizer).__name__}"
-        )
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"optimizer: a step of {type(optimizer).__name__} needs a closure, which training on "
-            "batches does not have; use another"
-        )
-
-
 def _check_objective(
     model: Model, config: TrainConfig, objective: Objective, x: Tensor, context: object
 ) -> None:
     """Refuse an objective whose value on the first batch cannot be minimized."""
     if isinstance(objective, nn.Module):
         objective.to(x.device)
-    forward = ObjectivePass(model, config, objective, nullcontext)
-    nats, evidence, record = forward(x, context, 0.0)  # pyright: ignore[reportArgumentType]
+    nats, evidence, record = ObjectivePass(model, config, objective)(x, context, 0.0)  # pyright: ignore[reportArgumentType]
     sound = bool(evidence.elbo.isfinite().all())  # otherwise it is the model that is at fault
     _check_value("objective", nats, model.parameters(), sound)
     if hasattr(objective, "critic_loss"):

@@ -1,37 +1,103 @@
-"""Hardware options of a run: retained heap, low precision, compilation, parts that fit memory."""
+"""Hardware of a run: processes, sharded weights, retained heap, compilation, memory budget."""
 
 from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from musigma import context as contexts
 from musigma.data import Dataset
 from musigma.evaluation import batch
 from musigma.model import Model
-from musigma.processes import current_processes
+from musigma.processes import Processes, current_processes
 from musigma.training.config import TrainConfig, bytes_of, text_of
 
 __all__ = [
     "accelerator",
-    "autocast",
     "blocks",
     "compile_blocks",
+    "join",
+    "leave",
     "number_of_parts",
     "retain_heap",
     "saved_bytes",
+    "shard",
     "trackable",
+    "uses_cpu",
 ]
+
+
+def join(device: str | None = None) -> Processes:
+    """Meet the other processes that a launcher started, if any. `fit` calls this itself."""
+    from accelerate import PartialState
+
+    _rendezvous_after_restart(uses_cpu(device))
+    PartialState(cpu=uses_cpu(device))
+    return current_processes()
+
+
+def _rendezvous_after_restart(cpu: bool) -> None:
+    """Meet in a fresh store after a launcher has restarted all workers.
+
+    torchrun's own store still holds the addresses of dead workers, and a worker that reads them
+    waits forever. On one node the store is prefixed with the number of the attempt. On several
+    nodes that number may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a
+    new store.
+    """
+    env = os.environ.get
+    shared_store = env("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")
+    attempt = env("TORCHELASTIC_RESTART_COUNT", "0")
+    restarted = shared_store and one_node and int(attempt) > 0 and dist.is_available()
+    if not restarted or dist.is_initialized():
+        return
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    dist.init_process_group(
+        "gloo" if cpu else "nccl",
+        store=PrefixStore(f"attempt {attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+
+
+def uses_cpu(device: str | None) -> bool:
+    """Whether processes communicate on the CPU. Without this Accelerate would not join them."""
+    return device == "cpu" or not torch.accelerator.is_available()
+
+
+def leave() -> None:
+    """Leave the process group."""
+    if current_processes().count > 1:
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Shard the weights over all processes (FSDP2); blocks are gathered one at a time.
+
+    Source: Zhao et al., "PyTorch FSDP", 2023, arXiv:2304.11277.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (current_processes().count,))
+    model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    for block in blocks:
+        fully_shard(getattr(block, "net", block), mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
 def accelerator(config: TrainConfig, out: Path, *, cpu: bool, unused: bool) -> Any:
@@ -74,17 +140,6 @@ def retain_heap() -> bool:
         return False
     no_maps, trim_above, grow_by = (-4, 0), (-1, 2**31 - 1), (-2, 2**26)
     return all(mallopt(*setting) for setting in (no_maps, trim_above, grow_by))
-
-
-def autocast(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """A context in which networks compute in the configured precision.
-
-    It affects matrix products and convolutions. Densities, log-determinants and the arithmetic of
-    bijections convert the outputs of networks to float32.
-    """
-    if not config.bf16:
-        return nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,11 +1,11 @@
-"""The log of a run: ``metrics.jsonl``, and the trackers that receive the same figures."""
+"""The records of a run: ``metrics.jsonl``, the trackers of the same figures, a profile."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from musigma.spec import bits_per_dim
 from musigma.trace import Evidence
 from musigma.training.state import Progress
 
-__all__ = ["Log", "Watch", "evidence_row"]
+__all__ = ["Log", "Watch", "evidence_row", "profiling"]
 
 Watch = Callable[[Mapping[str, Any]], None]
+SKIPPED, WARMUP, RECORDED = 5, 2, 5  # steps of a profile
 
 
 class Log:
@@ -111,16 +112,37 @@ class Log:
 
 def evidence_row(evidence: Evidence, dims: int) -> dict[str, Any]:
     """The terms of a batch, averaged over its examples, for a row of the log."""
-    terms = {name: t.detach().float().mean(0) for name, t in evidence._asdict().items()}
-    nats = -evidence.elbo.detach().mean().item()
-    row = {
-        "nats": nats,
-        "bits_per_dim": bits_per_dim(nats, dims),
-        "kl": terms["kl"].tolist(),
-        "log_px": terms["log_px"].item(),
-        "log_q": terms["log_q"].item(),
-        "log_det": terms["log_det"].item(),
-    }
-    if auxiliary := terms["auxiliary"].item():  # a classifier's term
-        row["auxiliary"] = auxiliary
+    means = {name: t.float().mean(0).tolist() for name, t in evidence._asdict().items()}
+    nats = -evidence.elbo.mean().item()
+    row = {"nats": nats, "bits_per_dim": bits_per_dim(nats, dims)}
+    row |= {name: means[name] for name in ("kl", "log_px", "log_q", "log_det")}
+    if means["auxiliary"]:  # a classifier's term
+        row["auxiliary"] = means["auxiliary"]
     return row
+
+
+@contextlib.contextmanager
+def profiling(path: Path, warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Write a trace of steps 8 to 12, for chrome://tracing, or say why it was not written.
+
+    Yields:
+        A function to call after each step.
+    """
+    from torch.profiler import profile, schedule
+
+    problem = f"training ended before step {SKIPPED + WARMUP + 1}"
+
+    def write(profiler: Any) -> None:
+        nonlocal problem
+        try:
+            with replacing(path) as draft:
+                profiler.export_chrome_trace(str(draft))
+            problem = ""
+        except (OSError, RuntimeError) as error:
+            problem = str(error)
+
+    plan = schedule(wait=SKIPPED, warmup=WARMUP, active=RECORDED, repeat=1)
+    with profile(schedule=plan, on_trace_ready=write) as profiler:
+        yield profiler.step
+    if problem:
+        warn(f"{path.name} was not written: {problem}")

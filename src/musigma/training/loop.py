@@ -8,12 +8,12 @@ that was never stopped. Several processes share each batch; any other number of 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,16 +30,20 @@ from musigma.layers import standardizer
 from musigma.memory import fallbacks, set_fallbacks, set_memory
 from musigma.model import Model
 from musigma.processes import current_processes
-from musigma.training import hardware, warning
-from musigma.training.averaging import WeightAverage
+from musigma.training import hardware, recovery, warning
 from musigma.training.checks import check_run
 from musigma.training.config import TrainConfig
-from musigma.training.distributed import join, shard, uses_cpu
-from musigma.training.log import Log, Watch, evidence_row
-from musigma.training.profiling import profiling
-from musigma.training.recovery import Recovery, TrainingError
+from musigma.training.hardware import join, uses_cpu
+from musigma.training.log import Log, Watch, evidence_row, profiling
+from musigma.training.recovery import TrainingError
 from musigma.training.state import Progress
-from musigma.training.step import MakeOptimizer, Objective, ObjectivePass, TrainingStep
+from musigma.training.step import (
+    MakeOptimizer,
+    Objective,
+    ObjectivePass,
+    TrainingStep,
+    WeightAverage,
+)
 
 __all__ = ["Run", "fit"]
 
@@ -121,22 +125,22 @@ def fit(
             smaller steps, or if the last state cannot be written.
     """
     join(device)
-    check_run(model, train, config, objective, optimizer)
-    run = _Run(
-        model, train, validation, config, Path(out), objective, optimizer, extra, device, watch
-    )
-    with run, _interrupts() as interrupted, run.profiled() as after_step:
-        run.start(resume)
-        while not run.is_finished:
-            run.step()
-            after_step()
-            due = run.synchronize(stop=bool(interrupted() or (stop and stop(run.progress.step))))
-            if due.evaluation:
-                run.evaluate()
-            if due.save:
-                run.save()
-            if due.stop:
-                break
+    check_run(model, train, config, objective)
+    run = _Run(model, train, validation, config, Path(out), objective, extra, device, watch)
+    with contextlib.closing(run), _interrupts() as interrupted:
+        run.start(resume, optimizer)
+        with run.profiled() as after_step:
+            while not run.is_finished:
+                run.step()
+                after_step()
+                halt = bool(interrupted() or (stop and stop(run.progress.step)))
+                due = run.synchronize(stop=halt)
+                if due.evaluation:
+                    run.evaluate()
+                if due.save:
+                    run.save()
+                if due.stop:
+                    break
         run.finish()
     progress = run.progress
     return Run(
@@ -169,13 +173,12 @@ class _Run:
         config: TrainConfig,
         out: Path,
         objective: Objective | None,
-        optimizer: MakeOptimizer | None,
         extra: Mapping[str, Any] | None,
         device: str | None,
         watch: Watch | None,
     ):
         self.model, self.train, self.config, self.out = model, train, config, out
-        self.objective, self.make_optimizer, self.extra = objective, optimizer, extra
+        self.objective, self.extra = objective, extra
         self.accelerator = hardware.accelerator(
             config, out, cpu=uses_cpu(device), unused=objective is not None
         )
@@ -188,29 +191,23 @@ class _Run:
         self.best = out / "model.safetensors"
         self.batches: Any = None
 
-    def __enter__(self) -> _Run:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close files, trackers and the processes that load data."""
         self.log.finish()
         if self.batches:
             self.batches.close()
 
-    def profiled(self):
+    def profiled(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """A context for the profile that the configuration asks for."""
-        wanted = self.config.profile and self.processes.is_main
-        return profiling(self.out / "profile.json" if wanted else None, self._warn)
+        if self.config.profile and self.processes.is_main:
+            return profiling(self.out / "profile.json", self._warn)
+        return contextlib.nullcontext(lambda: None)
 
     # -- start and finish
 
-    def start(self, resume: bool) -> None:
+    def start(self, resume: bool, make_optimizer: MakeOptimizer | None) -> None:
         """Prepare everything for the first step."""
         config, model = self.config, self.model
-        if self.processes.is_main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            for path in self.out.iterdir():
-                if is_draft(path) and path.is_file():  # left by a process that was killed
-                    path.unlink(missing_ok=True)
         hardware.retain_heap()
         model.to(self.device)
         if not resume:
@@ -221,27 +218,25 @@ class _Run:
         self.average = WeightAverage(model, config.ema)
         if isinstance(self.objective, torch.nn.Module):
             self.objective.to(self.device)
-        autocast = hardware.autocast(config, self.device)
-        forward = ObjectivePass(model.train(), config, self.objective, autocast)
+        forward = ObjectivePass(model.train(), config, self.objective)
         sharded = config.shard and self.processes.count > 1
         if sharded:
-            shard(forward, hardware.blocks(model))
+            hardware.shard(forward, hardware.blocks(model))
         if config.fast and (problem := hardware.compile_blocks(model)):
             self.remarks.append(problem)
         self.training_step = TrainingStep(
-            forward,
-            self.accelerator,
-            parts=parts,
-            sharded=sharded,
-            make_optimizer=self.make_optimizer,
+            forward, self.accelerator, parts=parts, sharded=sharded, make_optimizer=make_optimizer
         )
-        self.average.follow(model, sharded=sharded)
+        self.average.follow(model)
         self.state = self.training_step.state(self.average.model)
-        self.recovery = Recovery(self.training_step, self.train, config, self.out)
+        if self.processes.is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for path in self.out.iterdir():
+                if is_draft(path) and path.is_file():  # left by a process that was killed
+                    path.unlink(missing_ok=True)
         if resume:
             self._load()
-        self._open_batches()
-        self.log.rewind(self.progress.step)
+        self._continue()
         self.accelerator.init_trackers("musigma", config=hardware.trackable(config))
         self.log.trackers = list(self.accelerator.trackers)
         for message in self.remarks:
@@ -263,8 +258,8 @@ class _Run:
             units.set(*self.train.moments())
         self.model.calibrate(*batch(self.train, first, self.model, seed=self.config.seed))
 
-    def _open_batches(self) -> None:
-        """Deliver batches from the present step on."""
+    def _continue(self) -> None:
+        """Deliver batches, and write the log, from the present step on."""
         if self.batches:
             self.batches.close()
         self.batches = stream(
@@ -275,6 +270,7 @@ class _Run:
             part=self.processes.share(self.config.batch_size),
             workers=self.config.workers,
         )
+        self.log.rewind(self.progress.step)
 
     def finish(self) -> None:
         """Save the last state, and the weights even if there was no evaluation."""
@@ -323,34 +319,32 @@ class _Run:
             progress.usual_norm += weight * (result.norm - progress.usual_norm)
             progress.failing = 0
         else:
-            row |= self.recovery.skip(progress, examples, self.share, result, limit)
+            row |= recovery.skipped(
+                self.training_step, self.train, step, examples, self.share, result, limit
+            )
+            progress.failing += 1
+            progress.skipped += 1
         progress.step, progress.seconds = step + 1, time.monotonic() - self.started
         self.log.examples += config.batch_size
-        self._log_step(row, result.evidence, self.training_step.learning_rate)
-        if not sound and self.recovery.is_setback_due(progress):
-            self._set_back(row["reason"])
-
-    def _log_step(self, row: dict[str, Any], evidence: Any, learning_rate: float) -> None:
-        progress = self.progress
-        taken = row["kind"] == "train"
-        self._warn_of(("spike",), warning.loss_spike(progress, row["loss"]) if taken else {})
+        self._warn_of(("spike",), warning.loss_spike(progress, result.loss) if sound else {})
         if self.log.is_due(row):
-            share = self.config.share(progress, len(self.train))
+            share = config.share(progress, len(self.train))
             row |= {"seconds": progress.seconds, "share": share}
-            row |= evidence_row(evidence, math.prod(self.train.shape))
-            row["learning_rate"] = learning_rate
+            row |= evidence_row(result.evidence, math.prod(self.train.shape))
+            row["learning_rate"] = self.training_step.learning_rate
             row["examples_per_second"] = self.log.examples_per_second()
             self.log.write(row)
+        if not sound and progress.failing % recovery.SETBACK_AFTER == 0:
+            self._set_back(row["reason"])
 
     def _set_back(self, reason: str) -> None:
         """Go back to the last saved state, and take smaller steps from there."""
         failed = self.progress
-        self.recovery.check(failed, reason)
+        recovery.check_setbacks(failed, reason, self.out)
         self.processes.wait()
         self._load()
-        self.progress = self.recovery.restarted(self.progress, failed)
-        self._open_batches()
-        self.log.rewind(self.progress.step)
+        self.progress = recovery.restarted(self.progress, failed)
+        self._continue()
         self.log.message(
             "setback",
             self.progress,
@@ -460,7 +454,7 @@ class _Run:
             self.log.message(kind, self.progress, message)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], int]]:
     """The signal that was received, or 0. The first Ctrl-C stops cleanly, the second at once."""
     received: list[int] = []

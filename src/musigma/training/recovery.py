@@ -14,12 +14,11 @@ from torch.distributions import Distribution
 
 from musigma.data import Dataset, batch_indices
 from musigma.model import Model
-from musigma.training.config import TrainConfig
-from musigma.training.distributed import local_shard
+from musigma.processes import local_shard
 from musigma.training.state import Progress
 from musigma.training.step import Result, TrainingStep
 
-__all__ = ["Recovery", "TrainingError", "diagnose"]
+__all__ = ["SETBACK_AFTER", "TrainingError", "check_setbacks", "diagnose", "restarted", "skipped"]
 
 SETBACK_AFTER = 5
 """Skipped steps in a row after which the run goes back."""
@@ -32,87 +31,75 @@ class TrainingError(RuntimeError):
     """Training cannot continue; what was saved before is intact."""
 
 
-class Recovery:
-    """Handles failed steps of a run.
+def skipped(
+    training_step: TrainingStep,
+    train: Dataset,
+    step: int,
+    examples: tuple[Tensor, Any],
+    share: float,
+    result: Result,
+    limit: float,
+) -> dict[str, Any]:
+    """Skip a step of all processes. Returns why it failed, and for which examples, for the log.
 
     Args:
-        training_step: Repeats the forward pass of a failed step.
+        training_step: It holds the gradients of the failed step, and repeats its forward pass.
         train: The training data.
-        config: Batch size and seed.
-        out: The run folder, for messages.
+        step: The number of the step.
+        examples: Those of this process.
+        share: The share of the budget that was spent.
+        result: The outcome.
+        limit: The largest norm allowed.
     """
+    config, processes = training_step.config, training_step.processes
+    failed = not math.isfinite(result.loss)
+    if training_step.sharded:  # forward passes take all processes
+        failed = any(processes.gather(failed))
 
-    def __init__(
-        self, training_step: TrainingStep, train: Dataset, config: TrainConfig, out: Path
-    ):
-        self.training_step, self.train, self.config, self.out = training_step, train, config, out
+    def repeat() -> None:
+        training_step.repeat(*examples, step, share)
 
-    def skip(
-        self,
-        progress: Progress,
-        examples: tuple[Tensor, Any],
-        share: float,
-        result: Result,
-        limit: float,
-    ) -> dict[str, Any]:
-        """Count a skipped step. Returns why it failed, and for which examples, for the log."""
-        step, processes = progress.step, self.training_step.processes
-        failed = not math.isfinite(result.loss)
-        if self.training_step.sharded:  # forward passes take all processes
-            failed = any(processes.gather(failed))
+    training_step.skip()
+    model = training_step.model
+    reason = diagnose(model, repeat if failed else None, result.loss, result.norm, limit)
+    if reason is None and not training_step.critic_is_finite():
+        reason = "the gradient of the objective's own parameters is not finite"
+    log_w = result.evidence.elbo.reshape(len(examples[0]), -1).sum(1)
+    indices = batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
+    bad = indices[processes.share(config.batch_size)][(~log_w.isfinite()).cpu().numpy()]
+    results = processes.gather((reason, bad.tolist()))
+    reasons = [reason for reason, _ in results if reason]
+    row: dict[str, Any] = {"kind": "skipped", "reason": (reasons or ["unknown"])[0]}
+    named = [int(i) for _, bad in results for i in bad]
+    return row | ({"examples": named[:8]} if named else {})
 
-        def repeat() -> None:
-            self.training_step.repeat(*examples, step, share)
 
-        self.training_step.skip()
-        model = self.training_step.model
-        reason = diagnose(model, repeat if failed else None, result.loss, result.norm, limit)
-        if reason is None and not self.training_step.critic_is_finite():
-            reason = "the gradient of the objective's own parameters is not finite"
-        log_w = result.evidence.elbo.reshape(len(examples[0]), -1).sum(1)
-        size, seed = self.config.batch_size, self.config.seed
-        indices = batch_indices(len(self.train), size, seed=seed, step=step)
-        bad = indices[processes.share(size)][(~log_w.isfinite()).cpu().numpy()]
-        results = processes.gather((reason, bad.tolist()))
-        progress.failing += 1
-        progress.skipped += 1
-        reasons = [reason for reason, _ in results if reason]
-        indices = [int(i) for _, bad in results for i in bad]
-        row: dict[str, Any] = {"kind": "skipped", "reason": (reasons or ["unknown"])[0]}
-        return row | ({"examples": indices[:8]} if indices else {})
+def check_setbacks(progress: Progress, reason: str, out: Path) -> None:
+    """Give up if going back has not helped.
 
-    @staticmethod
-    def is_setback_due(progress: Progress) -> bool:
-        """Whether enough steps in a row were skipped."""
-        return progress.failing % SETBACK_AFTER == 0
-
-    def check(self, progress: Progress, reason: str) -> None:
-        """Give up if going back has not helped.
-
-        Raises:
-            TrainingError: After too many skipped steps in a row, or too many setbacks.
-        """
-        if progress.failing >= GIVE_UP_AFTER or progress.setbacks >= MOST_SETBACKS:
-            raise TrainingError(
-                f"{progress.failing} steps in a row were skipped, the last because {reason}, "
-                f"although the run went back {progress.setbacks} times and took smaller steps; "
-                f"{self.out} is as it was last saved. Try a smaller --lr, or inspect the data"
-            )
-
-    @staticmethod
-    def restarted(saved: Progress, failed: Progress) -> Progress:
-        """The progress of a run that went back to its saved state, with smaller steps."""
-        return replace(
-            saved,
-            seconds=failed.seconds,
-            best=failed.best,  # model.safetensors still holds these weights
-            best_step=failed.best_step,
-            stale=failed.stale,
-            skipped=failed.skipped,
-            failing=failed.failing,
-            setbacks=failed.setbacks + 1,
-            lr_scale=failed.lr_scale / 2,
+    Raises:
+        TrainingError: After too many skipped steps in a row, or too many setbacks.
+    """
+    if progress.failing >= GIVE_UP_AFTER or progress.setbacks >= MOST_SETBACKS:
+        raise TrainingError(
+            f"{progress.failing} steps in a row were skipped, the last because {reason}, "
+            f"although the run went back {progress.setbacks} times and took smaller steps; "
+            f"{out} is as it was last saved. Try a smaller --lr, or inspect the data"
         )
+
+
+def restarted(saved: Progress, failed: Progress) -> Progress:
+    """The progress of a run that went back to its saved state, with smaller steps."""
+    return replace(
+        failed,  # model.safetensors still holds the best weights
+        step=saved.step,
+        usual_norm=saved.usual_norm,
+        usual_loss=saved.usual_loss,
+        fallbacks=saved.fallbacks,
+        warnings=saved.warnings,
+        setbacks=failed.setbacks + 1,
+        lr_scale=failed.lr_scale / 2,
+    )
 
 
 def diagnose(

@@ -7,21 +7,22 @@ that wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from musigma import checkpoint
-from musigma.processes import current_processes
-from musigma.training.distributed import full_tensor, shard_like
+from musigma.processes import current_processes, full_tensor, shard_like
 
 __all__ = ["STATE", "Progress", "RunState", "saved_state"]
 
-STATE, FORMAT = "state.safetensors", "musigma-state/2"
+STATE = "state.safetensors"
+FORMAT_1, FORMAT = "musigma-state/1", "musigma-state/2"
+RENAMED = {"caution": "lr_scale", "fallen": "fallbacks", "alerts": "warnings"}  # since format 1
 
 
 @dataclass
@@ -59,18 +60,6 @@ class Progress:
     warnings: dict[str, str] = field(default_factory=dict)
 
 
-def _from_format_1(header: dict[str, Any]) -> dict[str, Any]:
-    renamed = {"caution": "lr_scale", "fallen": "fallbacks", "alerts": "warnings"}
-    progress = {renamed.get(name, name): v for name, v in header["progress"].items()}
-    return {"format": "musigma-state/2", "progress": progress}
-
-
-MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "musigma-state/1": _from_format_1
-}
-"""For each earlier format, the function that brings a header to the next format."""
-
-
 def saved_state(out: Path) -> Path:
     """The file from which a run resumes.
 
@@ -84,11 +73,10 @@ def saved_state(out: Path) -> Path:
     return out / STATE
 
 
-@dataclass
 class RunState:
     """Everything with tensors that a run saves and resumes.
 
-    Attributes:
+    Args:
         model: The model in training; its weights may be sharded.
         averaged: The averaged weights, whole.
         optimizer: The optimizer of the model.
@@ -96,20 +84,20 @@ class RunState:
         objective_optimizer: The optimizer of those.
     """
 
-    model: nn.Module
-    averaged: nn.Module
-    optimizer: torch.optim.Optimizer
-    objective: nn.Module | None = None
-    objective_optimizer: torch.optim.Optimizer | None = None
-
-    def _modules(self) -> dict[str, nn.Module]:
-        modules = {"model": self.model, "averaged": self.averaged, "objective": self.objective}
-        return {part: module for part, module in modules.items() if module is not None}
-
-    def _optimizers(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
-        yield "optimizer", self.model, self.optimizer
-        if self.objective is not None and self.objective_optimizer is not None:
-            yield "objective-optimizer", self.objective, self.objective_optimizer
+    def __init__(
+        self,
+        model: nn.Module,
+        averaged: nn.Module,
+        optimizer: optim.Optimizer,
+        objective: nn.Module | None,
+        objective_optimizer: optim.Optimizer | None,
+    ):
+        self.modules = {"model": model, "averaged": averaged}
+        self.optimizers = {"optimizer": (model, optimizer)}
+        if objective is not None:
+            self.modules["objective"] = objective
+            if objective_optimizer is not None:
+                self.optimizers["objective-optimizer"] = objective, objective_optimizer
 
     def save(self, out: Path, progress: Progress) -> None:
         """Replace the state in a run folder. All processes call this; the main one writes.
@@ -119,9 +107,9 @@ class RunState:
         """
         values: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
-        for part, module in self._modules().items():
+        for part, module in self.modules.items():
             tensors |= {f"{part}/{n}": full_tensor(t) for n, t in module.state_dict().items()}
-        for part, module, optimizer in self._optimizers():
+        for part, (module, optimizer) in self.optimizers.items():
             for name, value in _optimizer_state(module, optimizer):
                 if isinstance(value, Tensor):
                     tensors[f"{part}/{name}"] = full_tensor(value)
@@ -135,35 +123,40 @@ class RunState:
         """Restore the state in a run folder, and return the run's progress.
 
         Raises:
-            ValueError: If there is no state, or it is damaged or of another model.
+            ValueError: If there is no state, it is damaged or of another model, or it holds an
+                objective and this run has none.
         """
         path = saved_state(out)
         try:
             header, tensors = checkpoint.verified(path)
-            if header["format"] == "musigma-state/1":
-                tensors = checkpoint.padded(self.model, tensors, _weight_name)
-            while header["format"] != FORMAT:
-                if header["format"] not in MIGRATIONS:
-                    raise ValueError(f"its format is {header['format']}, not {FORMAT}")
-                header = MIGRATIONS[header["format"]](header)
+            if header["format"] not in (FORMAT_1, FORMAT):
+                raise ValueError(f"its format is {header['format']}, not {FORMAT}")
+            if header["format"] == FORMAT_1:
+                tensors = checkpoint.padded(self.modules["model"], tensors, _weight_name)
             parts: dict[str, dict[str, Any]] = {}
             for key, value in {**tensors, **header.get("values", {})}.items():
                 part, _, name = key.partition("/")
                 parts.setdefault(part, {})[name] = value
-            progress = Progress(**header["progress"])
-            for part, module in self._modules().items():
+            saved = {RENAMED.get(name, name): v for name, v in header["progress"].items()}
+            progress = Progress(**saved)
+            for part, module in self.modules.items():
                 like = module.state_dict()
-                saved = parts.pop(part, {})
-                module.load_state_dict({n: shard_like(t, like[n]) for n, t in saved.items()})
-            for part, module, optimizer in self._optimizers():
+                weights = {n: shard_like(t, like[n]) for n, t in parts.pop(part, {}).items()}
+                module.load_state_dict(weights)
+            for part, (module, optimizer) in self.optimizers.items():
                 _restore_optimizer(module, optimizer, parts.pop(part, {}))
-            if parts:
+            if parts and "objective" not in parts:
                 raise ValueError(f"it holds {', '.join(parts)}, which this run does not have")
         except Exception as error:  # whatever a parser raises for a damaged file
             raise ValueError(
                 f"resume: {path} is damaged, or of another run ({type(error).__name__}: {error}); "
                 "train it again with --overwrite"
             ) from error
+        if parts:
+            raise ValueError(
+                f"objective: {path} holds the parameters of an objective; give fit the objective "
+                "that the run was trained with"
+            )
         return progress
 
 
@@ -172,9 +165,7 @@ def _weight_name(key: str) -> str:
     return key.partition("/")[2].rpartition(":")[0] or key.partition("/")[2]
 
 
-def _optimizer_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, Any]]:
+def _optimizer_state(module: nn.Module, optimizer: optim.Optimizer) -> Iterator[tuple[str, Any]]:
     """Each entry of an optimizer's state, as "parameter:key".
 
     Settings of its groups that differ from the defaults follow, as "i:key".
@@ -197,7 +188,7 @@ def _optimizer_state(
 
 
 def _restore_optimizer(
-    module: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
+    module: nn.Module, optimizer: optim.Optimizer, saved: Mapping[str, Any]
 ) -> None:
     """Restore what `_optimizer_state` listed."""
     parameters: dict[str, nn.Parameter] = dict(module.named_parameters())

@@ -1,12 +1,13 @@
-"""One training step: the gradients of a batch, in parts and over processes, and the optimizers."""
+"""One training step: the gradients of a batch, the optimizers, the running average of weights."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,13 +18,27 @@ from musigma.context import Context
 from musigma.evaluation import noise
 from musigma.model import Model
 from musigma.objectives import surrogate
-from musigma.processes import Processes, current_processes
+from musigma.processes import (
+    Processes,
+    current_processes,
+    full_tensor,
+    gather_shards,
+    local_shard,
+    shard_like,
+)
 from musigma.trace import Evidence, Recorder
 from musigma.training.config import TrainConfig
-from musigma.training.distributed import full_tensor, local_shard
 from musigma.training.state import RunState
 
-__all__ = ["MakeOptimizer", "Objective", "ObjectivePass", "Result", "TrainingStep"]
+__all__ = [
+    "MakeOptimizer",
+    "Objective",
+    "ObjectivePass",
+    "Result",
+    "TrainingStep",
+    "WeightAverage",
+    "made_optimizer",
+]
 
 Objective: TypeAlias = Callable[[Recorder], Tensor]
 MakeOptimizer: TypeAlias = Callable[[list[nn.Parameter]], optim.Optimizer]
@@ -34,20 +49,13 @@ class ObjectivePass(nn.Module):
 
     Args:
         model: The model.
-        config: Names the objective if none is given.
+        config: Names the objective if none is given, and the precision of the networks.
         objective: As in `fit`. Its parameters are not part of this module.
-        autocast: A context for the networks' precision.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        config: TrainConfig,
-        objective: Objective | None,
-        autocast: Callable[[], AbstractContextManager],
-    ):
+    def __init__(self, model: Model, config: TrainConfig, objective: Objective | None):
         super().__init__()
-        self.model, self.config, self.autocast = model, config, autocast
+        self.model, self.config = model, config
         self._objective = (objective,)  # a module in a tuple is not registered
 
     @property
@@ -63,52 +71,71 @@ class ObjectivePass(nn.Module):
         Raises:
             ValueError: If the objective returns another shape.
         """
-        n, k = len(x), self.config.k
+        n, k, objective = len(x), self.config.k, self.objective
+        takes_evidence = objective is None and self.config.objective_takes_evidence
+        record = None if takes_evidence else Recorder(closed_form=k == 1)
         if k > 1:
             x, context = x.repeat_interleave(k, 0), contexts.repeat(context, k)
-        if self.objective is None and self.config.objective_takes_evidence:
-            with self.autocast():
-                evidence = self.model(x, context, closed_form=k == 1)
-            return self.config.nats(evidence, share), _detached(evidence), None
-        record = Recorder(closed_form=k == 1)
-        with self.autocast():
-            evidence = self.model(x, context, trace=record)
-        applies_surrogate = getattr(self.objective, "applies_surrogate", False)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.bf16):
+            evidence = self.model(x, context, closed_form=k == 1, trace=record)
+        detached = Evidence(*(t.detach() for t in evidence))
+        if record is None:
+            return self.config.nats(evidence, share), detached, None
+        applies_surrogate = getattr(objective, "applies_surrogate", False)
         if not applies_surrogate:  # once, and not again by objectives that this one calls
-            record.terms = evidence._replace(score=evidence.score.detach())
-        with _frozen(self.objective):
-            objective = self.objective or (lambda record: self.config.nats(record, share))
-            nats = objective(record)
+            record.terms = evidence._replace(score=detached.score)
+        with _frozen(objective):
+            nats = self.config.nats(record, share) if objective is None else objective(record)
         if (shape := getattr(nats, "shape", None)) != (n,):
             what = type(nats).__name__ if shape is None else f"shape {tuple(shape)}"
             raise ValueError(
                 f"objective: returned {what} for {n} examples; expected ({n},), the nats of each"
             )
-        nats = nats if applies_surrogate else surrogate(nats, evidence)
-        return nats, _detached(evidence), record
-
-
-def _detached(evidence: Evidence) -> Evidence:
-    return Evidence(*(t.detach() for t in evidence))
+        return nats if applies_surrogate else surrogate(nats, evidence), detached, record
 
 
 @contextmanager
 def _frozen(objective: Any) -> Iterator[None]:
     """Without gradients for the parameters of an objective that has a loss for them."""
-    frozen = []
-    if hasattr(objective, "critic_loss"):
-        frozen = [p for p in objective.parameters() if p.requires_grad]
-    for p in frozen:
+    trained = objective.parameters() if hasattr(objective, "critic_loss") else ()
+    trained = [p for p in trained if p.requires_grad]
+    for p in trained:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in frozen:
+        for p in trained:
             p.requires_grad_(True)
 
 
-@dataclass
-class Result:
+def made_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+    """The optimizer that a function makes.
+
+    Raises:
+        ValueError: If it is none, needs a closure, or has a group without a learning rate.
+    """
+    optimizer = make(list(parameters))
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, optim.Optimizer):
+        raise ValueError(
+            "optimizer: expected a function of a list of parameters to a torch.optim.Optimizer; "
+            f"it returned {name}"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer: a step of {name} needs a closure, which training on batches does not "
+            "have; use another"
+        )
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer: {name} has groups of parameters without a learning rate, lr, which the "
+            "schedule scales; use another"
+        )
+    return optimizer
+
+
+class Result(NamedTuple):
     """The outcome of a batch.
 
     Attributes:
@@ -146,12 +173,11 @@ class TrainingStep:
         self.forward, self.accelerator = forward, accelerator
         self.model, self.config = forward.model, forward.config
         self.parts, self.sharded, self.processes = parts, sharded, current_processes()
-        make_optimizer = make_optimizer or self.config.make_optimizer
-        self.optimizer = make_optimizer(list(self.model.parameters()))
+        self.weights = list(self.model.parameters())
+        self.optimizer = made_optimizer(make_optimizer or self.config.make_optimizer, self.weights)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         wrapped = self.processes.count > 1 and not sharded
         self.trained = accelerator.prepare(forward) if wrapped else forward
-        self.weights: list[Tensor] = list(self.model.parameters())
         self.stateful: list[Any] = [m for m in self.model.modules() if hasattr(m, "after_step")]
         module = forward.objective if isinstance(forward.objective, nn.Module) else None
         self.critic: Any = module.train() if module else None
@@ -260,3 +286,53 @@ class TrainingStep:
         for module in self.stateful:
             if hasattr(module, "skip_step"):
                 module.skip_step()
+
+
+class WeightAverage:
+    """The running average of a model's weights, in a model of its own: evaluated and saved.
+
+    Where weights are sharded, each process averages its shards, and `assemble` gathers them.
+
+    Args:
+        model: The model, not yet sharded.
+        decay: Decay per step; 0: the average is the last value.
+
+    Attributes:
+        model: The averaged model, in evaluation mode. Up to date after `assemble`.
+    """
+
+    def __init__(self, model: Model, decay: float):
+        self.decay = decay
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+
+    def follow(self, model: Model) -> None:
+        """Average the weights of this model from now on."""
+        self.weights, self.buffers = list(model.parameters()), list(model.buffers())
+        self.reset()
+
+    def reset(self) -> None:
+        """Continue from the weights in `model`, which were replaced."""
+        pairs = zip(self.model.parameters(), self.weights, strict=True)
+        self.means = [local_shard(shard_like(mean, like)) for mean, like in pairs]
+
+    def update(self, step: int) -> None:
+        """Average in the weights after a step; the decay is smaller in early steps."""
+        if self.decay:
+            self._update(min(self.decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def _update(self, decay: float) -> None:
+        values = [local_shard(p) for p in self.weights]
+        torch._foreach_lerp_(self.means, values, 1 - decay)  # pyright: ignore
+        for mean, value in zip(self.model.buffers(), self.buffers, strict=True):
+            mean.copy_(value)
+
+    @torch.no_grad()
+    def assemble(self) -> None:
+        """Bring `model` up to date."""
+        if not self.decay:
+            self._update(0.0)
+        for mean, shard, like in zip(
+            self.model.parameters(), self.means, self.weights, strict=True
+        ):
+            mean.copy_(gather_shards(shard, like))
