@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,16 +76,12 @@ def check_memory(model: nn.Module, mode: MemoryMode) -> None:
     Raises:
         ValueError: For an unknown mode, or one that does nothing for this model.
     """
-    if mode not in get_args(MemoryMode):
-        raise ValueError(f"memory: expected {', '.join(get_args(MemoryMode))}; got {mode!r}")
-    useful: set[str] = {"store"}
-    for module in model.modules():
-        if isinstance(getattr(module, "runner", None), Runner):
-            useful |= {"checkpoint", "reversible"}
-        elif hasattr(module, "recompute"):
-            useful.add("checkpoint")
+    runs = any(True for _ in _runners(model))
+    blocks = runs or any(hasattr(module, "recompute") for module in model.modules())
+    useful = {"store": True, "checkpoint": blocks, "reversible": runs}
     if mode not in useful:
-        blocks = "checkpoint" in useful
+        raise ValueError(f"memory: expected {', '.join(useful)}; got {mode!r}")
+    if not useful[mode]:
         raise ValueError(
             f"memory: {mode!r} does nothing for this {type(model).__name__}, which has "
             f"{'no run of bijections' if blocks else 'no bijections and no residual blocks'}; "
@@ -158,15 +154,14 @@ class Runner:
     def _reversible(
         self, layers: Layers, x: Tensor, context: Tensor | None, start: int
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        log_dets: list[Tensor] = []
-        while layers and not (x.requires_grad or list(_parameters(layers[:1]))):
-            x, log_det = layers[0](x, context)  # nothing to keep: no gradient is needed
-            log_dets.append(log_det)
-            layers = layers[1:]
-        if layers:
-            parameters = list(_parameters(layers))
+        first = 0
+        while first < len(layers) and not (x.requires_grad or _parameters(layers[: first + 1])):
+            first += 1  # nothing to keep: no gradient is needed
+        x, log_dets = _stored(layers[:first], x, context)
+        if layers := layers[first:]:
+            parameters = _parameters(layers)
             x, rest = _Reversible.apply(self, start, layers, context, x, *parameters)  # pyright: ignore[reportGeneralTypeIssues]
-            log_dets.extend(rest.unbind())
+            log_dets += rest.unbind()
         return x, log_dets
 
 
@@ -194,13 +189,9 @@ def _checkpointed(
     return x, log_dets
 
 
-def _parameters(layers: Layers) -> Iterator[nn.Parameter]:
-    seen: set[int] = set()
-    for layer in layers:
-        for p in layer.parameters():
-            if p.requires_grad and id(p) not in seen:
-                seen.add(id(p))
-                yield p
+def _parameters(layers: Layers) -> list[nn.Parameter]:
+    found = {p: None for layer in layers for p in layer.parameters() if p.requires_grad}
+    return list(found)
 
 
 class _Reversible(torch.autograd.Function):
@@ -220,12 +211,14 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
         x, y, log_dets, context = ctx.saved_tensors
-        needs = (context is not None and ctx.needs_input_grad[3], ctx.needs_input_grad[4])
-        grads, reason = _inverted_gradients(ctx, x, y, log_dets, context, gradients, needs)
+        if context is not None:
+            context = context.detach().requires_grad_(ctx.needs_input_grad[3])
+        x = x.detach().requires_grad_(ctx.needs_input_grad[4])
+        grads, reason = _inverted_gradients(ctx, x, y.detach(), log_dets, context, gradients)
         if reason:
             ctx.runner.fallbacks[ctx.start] = reason
-            grads = _recomputed_gradients(ctx, x, context, gradients, needs)
-        return None, None, None, *grads
+            grads = _recomputed_gradients(ctx, x, context, gradients)
+        return None, None, None, *(grads.get(t) for t in (context, x, *ctx.parameters))
 
 
 def _cast(ctx: Any) -> AbstractContextManager[Any]:
@@ -236,26 +229,24 @@ def _cast(ctx: Any) -> AbstractContextManager[Any]:
     return torch.autocast(device, dtype, cache_enabled=False)
 
 
-def _inverted_gradients(ctx, x, y, log_dets, context, gradients, needs):
+def _inverted_gradients(ctx, x, y, log_dets, context, gradients):
     """Gradients from inverted activations, and the reason if those are not accurate enough."""
-    sums: dict[int, Tensor] = {}
-    y = y.detach()  # as an output of this function, it has a graph
+    found: dict[Tensor, Tensor] = {}
     g, g_log_dets = gradients
-    given = context.detach().requires_grad_() if needs[0] else context
     worst = log_dets.new_zeros(())
     layers = zip(ctx.layers, log_dets.unbind(), g_log_dets.unbind(), strict=True)
     for layer, log_det, g_log_det in reversed(list(layers)):
-        parameters = list(_parameters([layer]))
         with torch.enable_grad(), _cast(ctx):
-            layer_input, output, new_log_det = layer.retrace(y, given)
-        wanted = [layer_input, *parameters, *([given] if needs[0] else [])]
-        new = _gradients([(output, g), (new_log_det, g_log_det)], wanted)
-        g = torch.zeros_like(layer_input) if new[0] is None else new[0]
-        for key, grad in zip([*map(id, parameters), 0][: len(new) - 1], new[1:], strict=True):
-            if grad is not None:
-                sums[key] = sums[key] + grad if key in sums else grad
+            layer_input, output, new_log_det = layer.retrace(y, context)
+        leaves = [*_leaves(context), *_parameters([layer])]
+        new = _gradients([(output, g), (new_log_det, g_log_det)], [layer_input, *leaves])
+        g = new.pop(layer_input, None)
+        g = torch.zeros_like(layer_input) if g is None else g
+        for leaf, grad in new.items():
+            found[leaf] = found[leaf] + grad if leaf in found else grad
         worst = torch.maximum(worst, _relative_error(new_log_det.detach(), log_det))
         y = layer_input.detach()
+    found |= dict.fromkeys(_leaves(x), g)
     errors = torch.stack([worst, _relative_error(y, x)]).tolist()
     limit = MAX_ERROR * torch.finfo(x.dtype).eps
     if ctx.cast[2]:  # networks round far more coarsely
@@ -264,8 +255,7 @@ def _inverted_gradients(ctx, x, y, log_dets, context, gradients, needs):
     if not max(errors) <= limit:
         what = ("log-determinants", "the input")[errors[1] >= errors[0]]
         reason = f"inverted, {what} differed by {max(errors):.2g}, more than {limit:.0e}"
-    grads = [sums.get(0), g if needs[1] else None, *(sums.get(id(p)) for p in ctx.parameters)]
-    return grads, reason
+    return found, reason
 
 
 def _relative_error(a: Tensor, b: Tensor) -> Tensor:
@@ -273,24 +263,24 @@ def _relative_error(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp(min=1)
 
 
-def _recomputed_gradients(ctx, x, context, gradients, needs):
+def _recomputed_gradients(ctx, x, context, gradients):
     """Gradients by checkpointed segments, from the true input."""
-    x = x.detach().requires_grad_(needs[1])
-    given = context.detach().requires_grad_() if needs[0] else context
     with torch.enable_grad(), _cast(ctx):
-        y, log_dets = _checkpointed(ctx.layers, x, given)
+        y, log_dets = _checkpointed(ctx.layers, x, context)
         log_dets = torch.stack(log_dets)
-    wanted = [*([given] if needs[0] else []), *([x] if needs[1] else []), *ctx.parameters]
-    new = _gradients(zip((y, log_dets), gradients, strict=True), wanted)
-    first = new.pop(0) if needs[0] else None
-    second = new.pop(0) if needs[1] else None
-    return [first, second, *new]
+    leaves = [*_leaves(context), *_leaves(x), *ctx.parameters]
+    return _gradients(zip((y, log_dets), gradients, strict=True), leaves)
+
+
+def _leaves(t: Tensor | None) -> list[Tensor]:
+    return [t] if t is not None and t.requires_grad else []
 
 
 def _gradients(
-    outputs: Iterable[tuple[Tensor, Tensor]], wanted: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradients of those outputs that have a graph, given the gradient of each."""
+    outputs: Iterable[tuple[Tensor, Tensor]], leaves: Sequence[Tensor]
+) -> dict[Tensor, Tensor]:
+    """The gradient of each leaf that has one, from those of outputs that have a graph."""
     live = [(out, grad) for out, grad in outputs if out.requires_grad]
-    ends, grads = zip(*live, strict=True)
-    return list(torch.autograd.grad(ends, wanted, grads, allow_unused=True))
+    ends, given = zip(*live, strict=True)
+    grads = torch.autograd.grad(ends, leaves, given, allow_unused=True)
+    return {leaf: g for leaf, g in zip(leaves, grads, strict=True) if g is not None}

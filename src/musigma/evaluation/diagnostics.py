@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.modules.module import register_module_forward_hook
 
 from musigma.context import Context
 from musigma.layer import Layer
@@ -43,35 +44,26 @@ def saturation(model: Model, x: Tensor, context: Context = None) -> dict[str, fl
         because it is a layer or a head with networks but without `emitters`, or because the pass
         did not run its network.
     """
-    names, shares = model.site_names(), {}
-    heads: set[nn.Module] = set()
+    names, heads, examined = model.site_names(), set(), set()
+    shares: dict[str, float | None] = {}
+    measures: dict[nn.Module, list[tuple[str, Callable[[Any], Tensor]]]] = {}
+    for module, name in names.items():
+        if hasattr(module, "emitters"):
+            examined.update(module.modules())
+            emitters = list(module.emitters())  # pyright: ignore[reportCallIssue]
+            for net, share in emitters:
+                key = name if len(emitters) == 1 else names[net]
+                shares[key] = None
+                measures.setdefault(net, []).append((key, share))
 
-    def measure(name: str, share: Callable[[Any], Tensor]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            shares[name] = float(share(output))
-
-        return hook
-
-    def find_head(module: nn.Module, args: Any, output: Any) -> None:
+    def observe(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Distribution):
             heads.add(module)
+        for key, share in measures.get(module, ()):
+            shares[key] = float(share(output))
 
-    hooks, examined = [], set()
-    for module, name in names.items():
-        hooks.append(module.register_forward_hook(find_head))
-        if not hasattr(module, "emitters"):
-            continue
-        examined.update(module.modules())
-        emitters = list(module.emitters())  # pyright: ignore[reportCallIssue]
-        for net, share in emitters:
-            key = name if len(emitters) == 1 else names[net]
-            shares[key] = None
-            hooks.append(net.register_forward_hook(measure(key, share)))
-    try:
+    with register_module_forward_hook(observe):
         model(x, context)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for module in reversed(names):  # children before their parents
         if module in heads or isinstance(module, Layer):
             rest = [m for m in module.modules() if m is not module and m not in examined]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.modules.module import register_module_forward_hook
 
 from musigma.data import Dataset, batch_indices
 from musigma.model import Model
@@ -135,6 +136,7 @@ def diagnose(
 
 
 def _first_bad_output(model: Model, run: Callable[[], object]) -> str | None:
+    names = {module: name or "the model" for name, module in model.named_modules()}
     reasons: list[str] = []
 
     def tensors(value: object) -> Iterator[tuple[str, Tensor]]:
@@ -148,21 +150,15 @@ def _first_bad_output(model: Model, run: Callable[[], object]) -> str | None:
             for part in value:
                 yield from tensors(part)
 
-    def watch(name: str):
-        def hook(module: nn.Module, args: object, output: object) -> None:
+    def observe(module: nn.Module, args: object, output: object) -> None:
+        if module in names and not reasons:
             for part, t in tensors(output):
-                if not reasons and t.is_floating_point() and not t.isfinite().all():
+                if t.is_floating_point() and not t.isfinite().all():
                     bad = t[~t.isfinite()].flatten()[0]
-                    whose = f"{name or 'the model'} ({type(module).__name__})"
-                    reasons.append(f"{part} of {whose} has {bad}")
+                    reasons.append(
+                        f"{part} of {names[module]} ({type(module).__name__}) has {bad}"
+                    )
 
-        return hook
-
-    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules()]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), register_module_forward_hook(observe):
+        run()
     return reasons[0] if reasons else None

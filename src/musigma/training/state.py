@@ -137,7 +137,7 @@ class RunState:
             for key, value in {**tensors, **header.get("values", {})}.items():
                 part, _, name = key.partition("/")
                 parts.setdefault(part, {})[name] = value
-            saved = {RENAMED.get(name, name): v for name, v in header["progress"].items()}
+            saved: dict[str, Any] = {RENAMED.get(n, n): v for n, v in header["progress"].items()}
             progress = Progress(**saved)
             for part, module in self.modules.items():
                 like = module.state_dict()
