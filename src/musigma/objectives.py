@@ -111,9 +111,11 @@ def beta_elbo(evidence: Evidence, beta: float = 1.0) -> Tensor:
 def free_bits(evidence: Evidence, free: float = 0.0, *, beta: float = 1.0) -> Tensor:
     """`beta_elbo`, where each latent's KL, averaged over the batch, costs at least `free` nats.
 
-    If the mean over the batch is below `free`, the KL of every example is replaced by `free`, so
-    reducing it further gains nothing (Kingma et al., "Improving Variational Inference with Inverse
-    Autoregressive Flow", 2016, arXiv:1606.04934). Nats, (B,).
+    If the mean is not above `free`, the KL of every example is replaced by `free`, so reducing it
+    further gains nothing (Kingma et al., "Improving Variational Inference with Inverse
+    Autoregressive Flow", 2016, arXiv:1606.04934). The mean is over the examples of `evidence`: in
+    training with several processes, or a batch in several parts (`TrainConfig.accumulate`), over
+    those of one process and part, so the same batch can have another gradient. Nats, (B,).
     """
     penalized = evidence.kl.mean(0) > free
     kl = torch.where(penalized, evidence.kl, torch.full_like(evidence.kl, free)).sum(1)

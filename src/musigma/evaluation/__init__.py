@@ -8,7 +8,7 @@ from musigma.evaluation.diagnostics import (
     conditioning,
     saturation,
 )
-from musigma.evaluation.figures import bound, evaluate, inspect, score
+from musigma.evaluation.figures import bound, evaluate, inspect, ledger, score
 from musigma.evaluation.inputs import (
     batch,
     batches,
@@ -17,7 +17,7 @@ from musigma.evaluation.inputs import (
     noise,
     tensors,
 )
-from musigma.evaluation.ledger import bits_per_dim, ledger
+from musigma.spec import bits_per_dim
 
 __all__ = [
     "ACTIVE",

@@ -1,4 +1,4 @@
-"""Figures of a model on data: means with standard errors, scores of examples, single inputs.
+"""Figures of a model on data: scores of examples, means, ledgers of terms, single inputs.
 
 Every figure comes with its bound (or "exact"), the number of examples, and its standard error.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
 from musigma.context import Context
@@ -23,7 +23,7 @@ from musigma.processes import SINGLE_PROCESS, Processes
 from musigma.spec import bits_per_dim
 from musigma.trace import Recorder, Trace
 
-__all__ = ["bound", "evaluate", "inspect", "score"]
+__all__ = ["bound", "evaluate", "inspect", "ledger", "score"]
 
 
 def bound(model: Model, k: int = 1) -> str:
@@ -63,15 +63,11 @@ def score(
     if k < 1:
         raise ValueError(f"k: expected 1 or more draws; got {k}")
     columns: dict[str, list[Tensor]] = {}
+    shared = batches(
+        model, data, batch_size=batch_size, seed=seed, progress=progress, processes=processes
+    )
     with torch.no_grad(), evaluating(model):
-        for x, context in batches(
-            model,
-            data,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-            processes=processes,
-        ):
+        for x, context in shared:
             trace = Trace(closed_form=not model.exact)
             evidence = model(x, context, trace=trace)
             if k > 1 and not model.exact:
@@ -79,7 +75,7 @@ def score(
             else:  # in float64, so that the rows of the ledger add up to it
                 nats = sum(nats.cpu().double() for _, _, nats in trace.entries())
             row = {"nats": nats, "log_px": evidence.log_px, "rate": evidence.rate}
-            row |= {f"kl_{i}": evidence.kl[:, i] for i in range(evidence.kl.shape[1])}
+            row |= {f"kl_{i}": column for i, column in enumerate(evidence.kl.unbind(1))}
             for name, value in row.items():
                 columns.setdefault(name, []).append(torch.as_tensor(value).cpu().double())
     table = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
@@ -114,35 +110,60 @@ def evaluate(
     """
     if len(data) == 0:
         raise ValueError(f"data: {data.name or 'the set'} holds no examples to evaluate")
-    table = processes.concatenate(
-        score(
-            model,
-            data,
-            k=k,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-            processes=processes,
-        )
-    )
-    n, nats, bits = len(data), table["nats"], table["bits_per_dim"]
+    options: dict[str, Any] = {"k": k, "batch_size": batch_size, "seed": seed}
+    share = score(model, data, progress=progress, processes=processes, **options)
+    table, n = processes.concatenate(share), len(data)
+    means = {name: float(values.mean()) for name, values in table.items()}
 
-    def error(values: np.ndarray) -> float | None:
+    def error(name: str) -> float | None:
         with np.errstate(invalid="ignore"):  # it is NaN where a value is infinite
-            return float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+            return float(table[name].std(ddof=1) / math.sqrt(n)) if n > 1 else None
 
     return {
-        "bits_per_dim": float(bits.mean()),
-        "standard_error": error(bits),
-        "nats": float(nats.mean()),
-        "standard_error_nats": error(nats),
+        "bits_per_dim": means["bits_per_dim"],
+        "standard_error": error("bits_per_dim"),
+        "nats": means["nats"],
+        "standard_error_nats": error("nats"),
         "bound": bound(model, k),
         "n": n,
-        "log_px": float(table["log_px"].mean()),
-        "rate": float(table["rate"].mean()),
-        "kl": [float(v.mean()) for name, v in table.items() if name.startswith("kl_")],
-        "non_finite": int((~np.isfinite(nats)).sum()),
+        "log_px": means["log_px"],
+        "rate": means["rate"],
+        "kl": [mean for name, mean in means.items() if name.startswith("kl_")],
+        "non_finite": int((~np.isfinite(table["nats"])).sum()),
     }
+
+
+@torch.no_grad()
+def ledger(
+    model: Model, data: Dataset, *, batch_size: int = 64, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Every term of every layer, in bits per dimension and in the order of inference.
+
+    Returns:
+        Rows of `site` (the name of the module), `kind` (its type), `term` ("log_det", "log_q",
+        "log_p" or "kl") and `bits_per_dim`, the mean contribution to -log w. They add up to the
+        figure of `evaluate` on the same data with the same seed.
+    """
+    check(model, data)
+    sums: dict[tuple[nn.Module, str], float] = {}
+    with evaluating(model):
+        for x, context in batches(model, data, batch_size=batch_size, seed=seed):
+            trace = Trace(closed_form=not model.exact)
+            model(x, context, trace=trace)
+            for site, term, nats in trace.entries():
+                total = float(nats.cpu().double().sum())
+                sums[site, term] = sums.get((site, term), 0.0) + total
+    dims, names = len(data) * math.prod(data.shape), model.site_names()
+    order = list(names)
+    return [
+        {
+            "site": names[site],
+            "kind": type(site).__name__,
+            "term": term,
+            "bits_per_dim": bits_per_dim(nats, dims),
+        }
+        for (site, term), nats in sorted(sums.items(), key=lambda item: order.index(item[0][0]))
+    ]
 
 
 @torch.no_grad()
@@ -171,29 +192,31 @@ def inspect(model: Model, x: Tensor, context: Context = None) -> dict[str, Any]:
     names, record = model.site_names(), Recorder(closed_form=not model.exact)
     with evaluating(model):
         evidence = model(x, context, trace=record)
-    latents = list(model.latents())
     rows: dict[Any, dict[str, Any]] = {}
     for site, q in record.qs.items():
         if getattr(site, "is_preprocessing", False):
             continue  # noise of dequantization
-        row: dict[str, Any] = {name: t[0].tolist() for name, t in _moments(q).items()}
+        row: dict[str, Any] = {"site": names[site], "shape": list(q.event_shape)}
+        row |= {name: t[0].tolist() for name, t in _moments(q).items()}
         if site in record.paired:
             row["kl_total"] = float(record.kl[site])
             if (kl := _elementwise_kl(q, record.ps[site])) is not None:
                 row |= {"kl": kl.tolist(), "kl_total": float(kl.sum())}
                 row["active"] = (kl > ACTIVE).tolist()
-        rows[site] = {"site": names[site], "shape": list(q.event_shape), **row}
+        rows[site] = row
+    latents = list(model.latents())
     for site in latents:
         if site in record.paired:
             continue
         p, value = record.ps[site], record.values[site]
-        moments = {name: t for name, t in _moments(p).items() if name in ("mean", "log_std")}
-        row = {f"prior_{name}": _summary(t) for name, t in moments.items()}
+        row = {"site": names[site], "shape": list(p.event_shape)}
+        moments = _moments(p)
+        row |= {f"prior_{n}": _summary(moments[n]) for n in ("mean", "log_std") if n in moments}
         row["value"] = _summary(value)
         if hasattr(p, "whiten"):
             row["noise"] = _summary(p.whiten(value))  # pyright: ignore[reportAttributeAccessIssue]
         row["nats"] = float(-p.log_prob(value))
-        rows[site] = {"site": names[site], "shape": list(p.event_shape), **row}
+        rows[site] = row
     order = [*(site for site in rows if site not in latents), *latents]
     nats = float(-evidence.elbo)
     return {

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ __all__ = [
     "retain_heap",
     "saved_bytes",
     "shard",
-    "trackable",
     "uses_cpu",
 ]
 
@@ -101,13 +99,9 @@ def shard(model: nn.Module, blocks: list[nn.Module]) -> None:
 
 
 def accelerator(config: TrainConfig, out: Path, *, cpu: bool, unused: bool) -> Any:
-    """The Accelerator of a run, for processes and trackers.
+    """The Accelerator of a run in `out`, for processes and trackers.
 
-    Args:
-        config: Names the trackers.
-        out: The run folder.
-        cpu: Whether processes communicate on the CPU.
-        unused: Whether some weights may have no gradient.
+    `cpu`: processes communicate on the CPU. `unused`: some weights may have no gradient.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -120,23 +114,13 @@ def accelerator(config: TrainConfig, out: Path, *, cpu: bool, unused: bool) -> A
     )
 
 
-def trackable(config: TrainConfig) -> dict[str, Any]:
-    """A configuration in types that trackers take."""
-    kinds = (int, float, str)
-    values = asdict(config).items()
-    return {name: v if isinstance(v, kinds) else str(v) for name, v in values}
-
-
 def retain_heap() -> bool:
     """Let glibc retain freed memory. Returns whether the C library is glibc.
 
     By default it returns the memory of every large tensor to the system, at each step.
     """
-    if sys.platform != "linux":
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
         return False
     no_maps, trim_above, grow_by = (-4, 0), (-1, 2**31 - 1), (-2, 2**26)
     return all(mallopt(*setting) for setting in (no_maps, trim_above, grow_by))

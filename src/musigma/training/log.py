@@ -41,14 +41,10 @@ class Log:
         if not self.writes:
             return
         self.close()
-        lines = []
-        if step and self.path.exists():
-            for line in self.path.read_bytes().splitlines():
-                row = row_of(line)
-                if row and row["step"] <= step:
-                    lines.append(line + b"\n")
+        lines = self.path.read_bytes().splitlines() if step and self.path.exists() else []
+        kept = [line + b"\n" for line in lines if (row := row_of(line)) and row["step"] <= step]
         with replacing(self.path) as draft:
-            draft.write_bytes(b"".join(lines))
+            draft.write_bytes(b"".join(kept))
         self.file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -83,12 +79,9 @@ class Log:
 
     def _track(self, row: Mapping[str, Any]) -> None:
         """Pass the numbers of a row to the trackers; drop one that fails."""
-        values = {
-            f"{row['kind']}/{name}": value
-            for name, value in row.items()
-            if isinstance(value, (int, float)) and name != "step"
-        }
-        values |= {f"{row['kind']}/kl_{i}": value for i, value in enumerate(row["kl"])}
+        kind, columns = row["kind"], {f"kl_{i}": value for i, value in enumerate(row["kl"])}
+        numbers = {name: v for name, v in row.items() if isinstance(v, (int, float))}
+        values = {f"{kind}/{n}": v for n, v in {**numbers, **columns}.items() if n != "step"}
         for tracker in list(self.trackers):
             try:
                 tracker.log(values, step=row["step"])

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,14 +142,14 @@ def fit(
                 if due.stop:
                     break
         run.finish()
-    progress = run.progress
+    done = run.progress
     return Run(
         model=run.average.model,
-        steps=progress.step,
-        seconds=progress.seconds,
+        steps=done.step,
+        seconds=done.seconds,
         finished=run.is_finished,
-        skipped=progress.skipped,
-        best=progress.best,
+        skipped=done.skipped,
+        best=done.best,
         signal=interrupted() or None,
     )
 
@@ -237,7 +237,10 @@ class _Run:
         if resume:
             self._load()
         self._continue()
-        self.accelerator.init_trackers("musigma", config=hardware.trackable(config))
+        plain = {
+            n: v if isinstance(v, (int, float)) else str(v) for n, v in asdict(config).items()
+        }
+        self.accelerator.init_trackers("musigma", config=plain)
         self.log.trackers = list(self.accelerator.trackers)
         for message in self.remarks:
             self._warn(message)
@@ -448,26 +451,29 @@ class _Run:
         self.log.message("warning", self.progress, message)
 
     def _warn_of(self, kinds: tuple[str, ...], warnings: Mapping[str, str]) -> None:
-        """Log those warnings of the given kinds that did not hold before."""
-        for name, message in warning.new_warnings(self.progress, kinds, warnings).items():
-            kind = "info" if name == "unexamined" else "warning"
-            self.log.message(kind, self.progress, message)
+        """Log those warnings that did not hold before; no others of these kinds hold now."""
+        known = self.progress.warnings
+        others = {name: text for name, text in known.items() if name.split(" ")[0] not in kinds}
+        self.progress.warnings = {**others, **warnings}
+        for name, message in warnings.items():
+            if name not in known:
+                kind = "info" if name == "unexamined" else "warning"
+                self.log.message(kind, self.progress, message)
 
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], int]]:
     """The signal that was received, or 0. The first Ctrl-C stops cleanly, the second at once."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
 
     def handle(number: int, frame: object) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield lambda: received[0] if received else 0
     finally:

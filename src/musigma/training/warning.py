@@ -29,7 +29,6 @@ __all__ = [
     "figure_warnings",
     "loss_spike",
     "model_warnings",
-    "new_warnings",
     "references",
     "start_warnings",
 ]
@@ -167,13 +166,3 @@ def figure_warnings(
             "of that step (--patience stops there)"
         )
     return warnings
-
-
-def new_warnings(
-    progress: Progress, kinds: tuple[str, ...], warnings: Mapping[str, str]
-) -> dict[str, str]:
-    """The warnings of these kinds that hold now and did not hold before."""
-    known = {name for name in progress.warnings if name.split(" ")[0] in kinds}
-    others = {name: text for name, text in progress.warnings.items() if name not in known}
-    progress.warnings = others | dict(warnings)
-    return {name: message for name, message in warnings.items() if name not in known}
