@@ -30,7 +30,6 @@ from torch.utils.checkpoint import checkpoint
 __all__ = [
     "MemoryMode",
     "Runner",
-    "check_memory",
     "fallbacks",
     "recomputed",
     "set_fallbacks",
@@ -60,22 +59,6 @@ def set_memory(model: nn.Module, mode: MemoryMode) -> None:
         >>> set_memory(model, "reversible")
         >>> model(torch.zeros(2, 1, 8, 8)).elbo.sum().backward()
     """
-    check_memory(model, mode)
-    recomputed_with_parent: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(runner := getattr(module, "runner", None), Runner):
-            runner.mode = mode
-        elif hasattr(module, "recompute") and module not in recomputed_with_parent:
-            module.recompute = mode != "store"  # pyright: ignore[reportArgumentType]
-            recomputed_with_parent.update(module.modules())
-
-
-def check_memory(model: nn.Module, mode: MemoryMode) -> None:
-    """Check a mode as `set_memory` does, without setting it.
-
-    Raises:
-        ValueError: For an unknown mode, or one that does nothing for this model.
-    """
     runs = any(True for _ in _runners(model))
     blocks = runs or any(hasattr(module, "recompute") for module in model.modules())
     useful = {"store": True, "checkpoint": blocks, "reversible": runs}
@@ -87,6 +70,13 @@ def check_memory(model: nn.Module, mode: MemoryMode) -> None:
             f"{'no run of bijections' if blocks else 'no bijections and no residual blocks'}; "
             f"use {'checkpoint or ' if blocks else ''}store"
         )
+    recomputed_with_parent: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(runner := getattr(module, "runner", None), Runner):
+            runner.mode = mode
+        elif hasattr(module, "recompute") and module not in recomputed_with_parent:
+            module.recompute = mode != "store"  # pyright: ignore[reportArgumentType]
+            recomputed_with_parent.update(module.modules())
 
 
 def _runners(model: nn.Module) -> Iterator[tuple[str, Runner]]:

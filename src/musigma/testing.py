@@ -14,7 +14,8 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from musigma.trace import Evidence, Trace
 __all__ = ["check_head", "check_layer", "check_model", "randomized"]
 
 BATCH = 4
+T = TypeVar("T")
 
 
 def randomized(module: nn.Module, *, scale: float = 1.0, seed: int = 0) -> Any:
@@ -131,7 +133,7 @@ def check_head(
     x = dist.sample(() if batch else (rows,))
     log_prob = dist.log_prob(x)
     _say(log_prob.shape == (rows,), f"log_prob has shape {tuple(log_prob.shape)}, not ({rows},)")
-    _say(bool(log_prob.isfinite().all()), "log_prob of a draw is not finite")
+    _say(log_prob.isfinite(), "log_prob of a draw is not finite")
     _gradients(head, lambda: dist_of(head).log_prob(x))
     dist = dist_of(head)  # again: _gradients has moved the parameters
     with torch.no_grad():
@@ -189,8 +191,8 @@ def check_model(
 # --- the laws ----------------------------------------------------------------------------------
 
 
-def _say(true: bool, otherwise: str) -> None:
-    if not true:
+def _say(true: bool | Tensor, otherwise: str) -> None:
+    if not bool(torch.as_tensor(true).all()):
         raise AssertionError(otherwise)
 
 
@@ -283,7 +285,7 @@ def _decoding(model: Model, x: Tensor, context: Any) -> None:
     site = next(iter(model.latents()))
     trace = Trace(generating=True, n=len(x), given={site: latents[0]})
     partial = model.generate(trace, context)
-    _say(bool((trace.values[site] == latents[0]).all()), "partial decoding changes a given latent")
+    _say(trace.values[site] == latents[0], "partial decoding changes a given latent")
     if model.exact:
         again = model.encode(partial, context)[0]
         _near(again, latents[0], 1e-9, "partial decoding, encoded again")
@@ -301,14 +303,14 @@ def _sampling(model: Model, shape: Sequence[int], context: Any) -> None:
     n = shape[0]
 
     def drawn(temperature: Any, *, seed: int = 0, mode: bool = False) -> Tensor:
-        torch.manual_seed(seed)
-        return model.sample(n, context, temperature=temperature, mode=mode)
+        sample = partial(model.sample, n, context, temperature=temperature, mode=mode)
+        return _seeded(sample, seed)
 
     x, count = drawn(1.0), len(list(model.latents()))
     _say(x.shape == tuple(shape), f"a sample has shape {tuple(x.shape)}, not {tuple(shape)}")
     _say(x.dtype == torch.float64, f"a sample of a float64 model is {x.dtype}")
     cold = drawn(0.0)
-    _say(bool((drawn(0.0, seed=1) == cold).all()), "samples at temperature 0 differ")
+    _say(drawn(0.0, seed=1) == cold, "samples at temperature 0 differ")
     try:
         warm, each = drawn(0.75), drawn(torch.tensor([0.0, *[0.75] * (n - 1)]))
     except ValueError as error:  # torch's own distributions have no temperature
@@ -321,13 +323,10 @@ def _sampling(model: Model, shape: Sequence[int], context: Any) -> None:
     cooled: dict[nn.Module, float] = {}
     for site in model.latents():
         cooled[site] = 0.0
-        values = []
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            trace = Trace(generating=True, n=n, temperature=cooled, whiten=True)
-            model.generate(trace, context)
-            values.append(trace.values)
-        fixed = {s for s in model.latents() if bool((values[0][s] == values[1][s]).all())}
+        a, b = (Trace(generating=True, n=n, temperature=cooled, whiten=True) for _ in range(2))
+        for seed, trace in enumerate((a, b)):
+            _seeded(partial(model.generate, trace, context), seed)
+        fixed = {s for s in model.latents() if torch.equal(a.values[s], b.values[s])}
         law = f"{len(fixed)} latents do not depend on the seed; {len(cooled)} have temperature 0"
         _say(fixed == set(cooled), law)
 
@@ -344,14 +343,13 @@ def _independence(model: Model, x: Tensor, context: Any) -> None:
 
 
 def _scores(model: Model, x: Tensor, context: Any, bits: int | None) -> None:
-    torch.manual_seed(0)
-    elbo = model.elbo(x, context)
+    elbo = _seeded(lambda: model.elbo(x, context))
     _say(elbo.shape == (len(x),), f"elbo has shape {tuple(elbo.shape)}, not ({len(x)},)")
     if model.exact:
         _near(model.log_prob(x, context), elbo, 1e-12, "log_prob of an exact model against elbo")
     if bits is not None:
-        torch.manual_seed(0)
-        _near(model.elbo(x.long(), context), elbo, 1e-12, "integers against the same floats")
+        again = _seeded(lambda: model.elbo(x.long(), context))
+        _near(again, elbo, 1e-12, "integers against the same floats")
     single = _centered(*_single(model, x, context))
     _say(single.dtype == torch.float32, f"log w of a float32 model is {single.dtype}")
     _near(single.double(), _centered(model, x, context), 1e-4, "log w in float32")
@@ -365,7 +363,7 @@ def _context(score: Callable[[Any], Tensor], rows: int, context: int | Context) 
                 _near(score(_noise(rows, 3)), score(None), 0.0, "context: used but not declared")
             return
         a, b = score(given), score(contexts.apply(lambda t: t + 1, given))
-        _say(bool((a != b).all()), "context: declared but not used")
+        _say(a != b, "context: declared but not used")
         try:
             score(None)
         except ValueError as error:
@@ -377,19 +375,15 @@ def _context(score: Callable[[Any], Tensor], rows: int, context: int | Context) 
 def _gradients(module: nn.Module, loss: Callable[[], Tensor]) -> None:
     parameters = dict(module.named_parameters())
 
-    def value() -> Tensor:  # with the same draws at each call
-        torch.manual_seed(0)
-        return loss().sum()
-
     if not parameters:
         return
-    value().backward()
+    _seeded(loss).sum().backward()
     slope = torch.zeros((), dtype=torch.float64)
     directions = {name: _noise(*p.shape) for name, p in parameters.items()}
     for name, p in parameters.items():
         if p.grad is None:
             raise AssertionError(f"gradients: {name} has none")
-        _say(bool(p.grad.isfinite().all()), f"gradients: {name} has one that is not finite")
+        _say(p.grad.isfinite(), f"gradients: {name} has one that is not finite")
         _say(bool(p.grad.any()), f"gradients: {name} has a zero gradient")
         slope = slope + (directions[name] * p.grad).sum()
     module.zero_grad(set_to_none=True)
@@ -398,7 +392,7 @@ def _gradients(module: nn.Module, loss: Callable[[], Tensor]) -> None:
         for step in (1e-6, -2e-6):
             for name, p in parameters.items():
                 p.add_(step * directions[name])
-            ends.append(value())
+            ends.append(_seeded(loss).sum())
         module.load_state_dict(state)
     _near(slope, (ends[0] - ends[1]) / 2e-6, 1e-5, "gradients: against finite differences")
 
@@ -407,28 +401,30 @@ def _state(module: nn.Module, answer: Callable[[Any], Tensor]) -> None:
     repr(module)
     with torch.no_grad():
         truth = answer(module)
-        _say(bool((answer(copy.deepcopy(module)) == truth).all()), "state: a deepcopy differs")
+        _say(answer(copy.deepcopy(module)) == truth, "state: a deepcopy differs")
         other = randomized(module, seed=1)
         other.load_state_dict(module.state_dict())
-        _say(bool((answer(other) == truth).all()), "state: a reloaded copy answers differently")
+        _say(answer(other) == truth, "state: a reloaded copy answers differently")
 
 
 def _purity(head: nn.Module, score: Callable[[nn.Module], Tensor]) -> None:
     """Check that scoring in training mode changes neither the state nor the next score."""
     head = copy.deepcopy(head).train()
-    before, scores = copy.deepcopy(head.state_dict()), []
-    for _ in range(2):
-        torch.manual_seed(0)
-        scores.append(score(head).detach())
-    _say(bool((scores[0] == scores[1]).all()), "purity: the same score differs in training mode")
+    before = copy.deepcopy(head.state_dict())
+    first, second = (_seeded(lambda: score(head)) for _ in range(2))
+    _say(first == second, "purity: the same score differs in training mode")
     for name, t in head.state_dict().items():
-        _say(bool((t == before[name]).all()), f"purity: scoring in training mode changes {name}")
+        _say(t == before[name], f"purity: scoring in training mode changes {name}")
 
 
 def _compiles(call: Callable[[], Tensor], name: str) -> None:
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    result = torch.compile(call, fullgraph=True, backend="aot_eager")()
-    torch.manual_seed(0)
-    _near(result, call(), 1e-9, f"compiled {name}")
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    _near(_seeded(compiled), _seeded(call), 1e-9, f"compiled {name}")
     torch._dynamo.reset()
+
+
+def _seeded(call: Callable[[], T], seed: int = 0) -> T:
+    """What a call returns, with the same draws every time."""
+    torch.manual_seed(seed)
+    return call()

@@ -14,7 +14,7 @@ from musigma.context import Context
 from musigma.data import Dataset, batch_indices
 from musigma.evaluation import batch, check, evaluating
 from musigma.layers import standardizer
-from musigma.memory import check_memory, set_memory
+from musigma.memory import set_memory
 from musigma.model import Model
 from musigma.processes import current_processes
 from musigma.trace import Trace
@@ -51,7 +51,7 @@ def check_run(
             "objective: given to fit, so the configuration must not name another; leave out "
             "objective, beta, kl_warmup and free_bits"
         )
-    check_memory(model, config.memory)
+    set_memory(model, config.memory)  # refuses a mode that does nothing
     if (count := current_processes().count) > config.batch_size:
         raise ValueError(
             f"batch_size: {count} processes cannot share {config.batch_size} examples; give each "

@@ -242,13 +242,3 @@ def bytes_of(text: str) -> int:
     if size <= 0:
         raise ValueError(f"memory_budget: expected a size such as 4GB or 512MiB; got {text!r}")
     return size
-
-
-def text_of(size: float) -> str:
-    """A number of bytes as `bytes_of` reads it, rounded up to two digits or more.
-
-    >>> text_of(31_234), text_of(1_210_000), text_of(4e9)
-    ('31.3KB', '1.3MB', '4.0GB')
-    """
-    unit = next((unit for unit in "GM" if size >= UNITS[unit]), "K")
-    return f"{math.ceil(size / UNITS[unit] * 10) / 10}{unit}B"

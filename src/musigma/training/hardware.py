@@ -20,7 +20,7 @@ from musigma.data import Dataset
 from musigma.evaluation import batch
 from musigma.model import Model
 from musigma.processes import Processes, current_processes
-from musigma.training.config import TrainConfig, bytes_of, text_of
+from musigma.training.config import TrainConfig, bytes_of
 
 __all__ = [
     "accelerator",
@@ -192,7 +192,7 @@ def number_of_parts(model: Model, train: Dataset, config: TrainConfig) -> int:
     if fitting < 1:
         hint = "" if config.memory != "store" else "; --memory checkpoint takes less"
         raise ValueError(
-            f"memory_budget: weights and one example take {text_of(state + each)}, more than "
-            f"{config.memory_budget}{hint}"
+            f"memory_budget: weights and one example take {math.ceil((state + each) / 1e5) / 10}MB"
+            f", more than {config.memory_budget}{hint}"
         )
     return math.ceil(share / min(fitting, share))

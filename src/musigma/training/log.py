@@ -91,10 +91,6 @@ class Log:
                 where = Progress(row["step"], row["seconds"])
                 self.message("warning", where, f"{tracker.name} failed, and is left out: {reason}")
 
-    def is_due(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row is written: the first 100 steps, every tenth, and skipped ones."""
-        return row["step"] <= 100 or row["step"] % 10 == 0 or row["kind"] != "train"
-
     def examples_per_second(self) -> float:
         """The speed since the last call; `examples` counts what was processed."""
         now = time.monotonic()

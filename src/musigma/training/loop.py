@@ -36,7 +36,7 @@ from musigma.training.config import TrainConfig
 from musigma.training.hardware import join, uses_cpu
 from musigma.training.log import Log, Watch, evidence_row, profiling
 from musigma.training.recovery import TrainingError
-from musigma.training.state import Progress
+from musigma.training.state import Progress, RunState
 from musigma.training.step import (
     MakeOptimizer,
     Objective,
@@ -224,11 +224,12 @@ class _Run:
             hardware.shard(forward, hardware.blocks(model))
         if config.fast and (problem := hardware.compile_blocks(model)):
             self.remarks.append(problem)
-        self.training_step = TrainingStep(
+        step = TrainingStep(
             forward, self.accelerator, parts=parts, sharded=sharded, make_optimizer=make_optimizer
         )
         self.average.follow(model)
-        self.state = self.training_step.state(self.average.model)
+        self.training_step, averaged = step, self.average.model
+        self.state = RunState(model, averaged, step.optimizer, step.critic, step.critic_optimizer)
         if self.processes.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             for path in self.out.iterdir():
@@ -330,11 +331,11 @@ class _Run:
         progress.step, progress.seconds = step + 1, time.monotonic() - self.started
         self.log.examples += config.batch_size
         self._warn_of(("spike",), warning.loss_spike(progress, result.loss) if sound else {})
-        if self.log.is_due(row):
+        if step < 100 or (step + 1) % 10 == 0 or not sound:
             share = config.share(progress, len(self.train))
             row |= {"seconds": progress.seconds, "share": share}
             row |= evidence_row(result.evidence, math.prod(self.train.shape))
-            row["learning_rate"] = self.training_step.learning_rate
+            row["learning_rate"] = self.training_step.optimizer.param_groups[0]["lr"]
             row["examples_per_second"] = self.log.examples_per_second()
             self.log.write(row)
         if not sound and progress.failing % recovery.SETBACK_AFTER == 0:

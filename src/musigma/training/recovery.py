@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 from torch.nn.modules.module import register_module_forward_hook
 
 from musigma.data import Dataset, batch_indices
+from musigma.evaluation import noise
 from musigma.model import Model
 from musigma.processes import local_shard
 from musigma.training.state import Progress
@@ -58,9 +59,12 @@ def skipped(
         failed = any(processes.gather(failed))
 
     def repeat() -> None:
-        training_step.repeat(*examples, step, share)
+        noise(config.seed, step, processes.rank)
+        training_step.forward(*examples, share)
 
-    training_step.skip()
+    for module in training_step.stateful:
+        if hasattr(module, "skip_step"):  # it drops what it recorded for after_step
+            module.skip_step()
     model = training_step.model
     reason = diagnose(model, repeat if failed else None, result.loss, result.norm, limit)
     if reason is None and not training_step.critic_is_finite():

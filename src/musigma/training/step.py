@@ -28,7 +28,6 @@ from musigma.processes import (
 )
 from musigma.trace import Evidence, Recorder
 from musigma.training.config import TrainConfig
-from musigma.training.state import RunState
 
 __all__ = [
     "MakeOptimizer",
@@ -56,12 +55,7 @@ class ObjectivePass(nn.Module):
     def __init__(self, model: Model, config: TrainConfig, objective: Objective | None):
         super().__init__()
         self.model, self.config = model, config
-        self._objective = (objective,)  # a module in a tuple is not registered
-
-    @property
-    def objective(self) -> Objective | None:
-        """The objective that is given to `fit`."""
-        return self._objective[0]
+        self.__dict__["objective"] = objective  # an attribute would be registered as a part
 
     def forward(
         self, x: Tensor, context: Context, share: float
@@ -187,15 +181,6 @@ class TrainingStep:
             adam = partial(optim.Adam, self.critic_weights, self.config.lr)
             self.critic_optimizer = getattr(module, "critic_optimizer", adam)()
 
-    def state(self, averaged: Model) -> RunState:
-        """What a run saves and resumes."""
-        return RunState(self.model, averaged, self.optimizer, self.critic, self.critic_optimizer)
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the last step."""
-        return self.optimizer.param_groups[0]["lr"]
-
     # -- gradients
 
     def gradients(self, x: Tensor, context: Context, step: int, share: float) -> Result:
@@ -257,11 +242,6 @@ class TrainingStep:
             with self.accelerator.no_sync(self.trained):
                 yield
 
-    def repeat(self, x: Tensor, context: Context, step: int, share: float) -> None:
-        """The forward pass of a step again, with the same noise."""
-        noise(self.config.seed, step, self.processes.rank)
-        self.forward(x, context, share)
-
     # -- optimizers
 
     def schedule(self, step: int, share: float, lr_scale: float) -> None:
@@ -280,12 +260,6 @@ class TrainingStep:
         for module in self.stateful:
             module.after_step()
             self._average(b for b in module.buffers(recurse=False) if b.is_floating_point())
-
-    def skip(self) -> None:
-        """Let modules drop what they recorded for `after_step`."""
-        for module in self.stateful:
-            if hasattr(module, "skip_step"):
-                module.skip_step()
 
 
 class WeightAverage:
