@@ -23,12 +23,8 @@ SKIPPED, WARMUP, RECORDED = 5, 2, 5  # steps of a profile
 class Log:
     """Appends rows to ``metrics.jsonl``, and passes them to `watch` and to the trackers.
 
-    On a full disk rows are dropped, and training continues.
-
-    Args:
-        path: The file. `rewind` opens it.
-        watch: Called with every row.
-        write: False for a log that writes and passes on nothing.
+    `rewind` opens the file. On a full disk rows are dropped, and training continues. A log that
+    does not `write` does nothing.
     """
 
     def __init__(self, path: Path, watch: Watch | None, *, write: bool = True):

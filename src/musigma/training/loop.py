@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,12 +134,12 @@ def fit(
                 run.step()
                 after_step()
                 halt = bool(interrupted() or (stop and stop(run.progress.step)))
-                due = run.synchronize(stop=halt)
-                if due.evaluation:
+                evaluation_due, save_due, halt = run.synchronize(stop=halt)
+                if evaluation_due:
                     run.evaluate()
-                if due.save:
+                if save_due:
                     run.save()
-                if due.stop:
+                if halt:
                     break
         run.finish()
     done = run.progress
@@ -152,14 +152,6 @@ def fit(
         best=done.best,
         signal=interrupted() or None,
     )
-
-
-class Due(NamedTuple):
-    """What follows a step; the same on all processes."""
-
-    evaluation: bool
-    save: bool
-    stop: bool
 
 
 class _Run:
@@ -357,8 +349,11 @@ class _Run:
             f"{self.progress.lr_scale:.3g}",
         )
 
-    def synchronize(self, *, stop: bool) -> Due:
-        """Agree with the other processes on the clock, on fallbacks, and on what is due."""
+    def synchronize(self, *, stop: bool) -> tuple[bool, bool, bool]:
+        """Agree with the other processes on the clock, on fallbacks, and on what is due.
+
+        Returns whether to evaluate, to save, and to stop.
+        """
         wait = 60 * self.config.save_every
         if "disk" in self.progress.warnings:
             wait = min(wait, 60)
@@ -372,7 +367,7 @@ class _Run:
             self._fall_back()
         before, times = self.share, self.config.evaluations
         self.share = self.config.share(self.progress, len(self.train))
-        return Due(int(self.share * times) > int(before * times), save, stop)
+        return int(self.share * times) > int(before * times), save, stop
 
     def _fall_back(self) -> None:
         """Make every process recompute what one of them cannot invert accurately enough."""

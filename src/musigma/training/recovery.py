@@ -44,14 +44,8 @@ def skipped(
 ) -> dict[str, Any]:
     """Skip a step of all processes. Returns why it failed, and for which examples, for the log.
 
-    Args:
-        training_step: It holds the gradients of the failed step, and repeats its forward pass.
-        train: The training data.
-        step: The number of the step.
-        examples: Those of this process.
-        share: The share of the budget that was spent.
-        result: The outcome.
-        limit: The largest norm allowed.
+    `training_step` holds the gradients of the failed step, and its forward pass is repeated;
+    `examples` are those of this process, and `limit` is the largest norm allowed.
     """
     config, processes = training_step.config, training_step.processes
     failed = not math.isfinite(result.loss)
@@ -112,15 +106,8 @@ def diagnose(
 ) -> str | None:
     """Why a step failed: the first tensor that is not finite, or the longest gradient.
 
-    Args:
-        model: The model, with the gradients of the failed step.
-        run: Repeats the forward pass; None if every loss was finite.
-        loss: The loss of the failed step.
-        norm: The norm of its gradient.
-        limit: The largest norm allowed.
-
-    Returns:
-        The reason; None if this process does not have it (another one does).
+    `model` has the gradients of the step, and `run` repeats its forward pass; it is None if every
+    loss was finite. Returns None if not this process but another one has the reason.
     """
     output = _first_bad_output(model, run) if run else None
     for name, t in [*model.named_parameters(), *model.named_buffers()]:

@@ -76,12 +76,7 @@ def saved_state(out: Path) -> Path:
 class RunState:
     """Everything with tensors that a run saves and resumes.
 
-    Args:
-        model: The model in training; its weights may be sharded.
-        averaged: The averaged weights, whole.
-        optimizer: The optimizer of the model.
-        objective: An objective with parameters, or None.
-        objective_optimizer: The optimizer of those.
+    The weights of `model` may be sharded; those of `averaged` are whole.
     """
 
     def __init__(

@@ -46,10 +46,7 @@ MakeOptimizer: TypeAlias = Callable[[list[nn.Parameter]], optim.Optimizer]
 class ObjectivePass(nn.Module):
     """A model and its objective as one module, so that DDP and FSDP see the whole graph.
 
-    Args:
-        model: The model.
-        config: Names the objective if none is given, and the precision of the networks.
-        objective: As in `fit`. Its parameters are not part of this module.
+    The parameters of an objective that is given are not part of it.
     """
 
     def __init__(self, model: Model, config: TrainConfig, objective: Objective | None):
@@ -130,29 +127,21 @@ def made_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> o
 
 
 class Result(NamedTuple):
-    """The outcome of a batch.
-
-    Attributes:
-        evidence: Its terms, without gradients.
-        loss: The mean of the objective over this process's examples, in nats.
-        norm: The norm of the model's gradient over all processes; NaN if the gradient of the
-            objective's own parameters is not finite.
-    """
+    """The outcome of a batch."""
 
     evidence: Evidence
+    """Its terms, without gradients."""
     loss: float
+    """The mean of the objective over this process's examples, in nats."""
     norm: float
+    """That of the model's gradient over all processes; NaN if a critic's is not finite."""
 
 
 class TrainingStep:
-    """Computes gradients of batches, and applies them.
+    """Computes gradients of batches, each in several parts, and applies them.
 
-    Args:
-        forward: The model, in training mode and perhaps sharded, with its objective.
-        accelerator: Wraps the model for several processes.
-        parts: Number of parts that each batch is processed in.
-        sharded: Whether the weights are sharded.
-        make_optimizer: As in `fit`.
+    `forward` is the model, in training mode and perhaps sharded, with its objective; `accelerator`
+    wraps it for several processes.
     """
 
     def __init__(
@@ -265,14 +254,8 @@ class TrainingStep:
 class WeightAverage:
     """The running average of a model's weights, in a model of its own: evaluated and saved.
 
-    Where weights are sharded, each process averages its shards, and `assemble` gathers them.
-
-    Args:
-        model: The model, not yet sharded.
-        decay: Decay per step; 0: the average is the last value.
-
-    Attributes:
-        model: The averaged model, in evaluation mode. Up to date after `assemble`.
+    It is made before weights are sharded. Then each process averages its shards, and `assemble`
+    gathers them in `model`. With a decay of 0 the average is the last value.
     """
 
     def __init__(self, model: Model, decay: float):

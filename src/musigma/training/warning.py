@@ -83,14 +83,7 @@ def loss_spike(progress: Progress, loss: float) -> dict[str, str]:
 def model_warnings(
     model: Model, figure: Mapping[str, Any], x: Tensor, context: Context
 ) -> dict[str, str]:
-    """Warnings about a model, by kind and module name.
-
-    Args:
-        model: The model.
-        figure: Its evaluation, with the `kl` of each latent.
-        x: A batch.
-        context: Its context.
-    """
+    """Warnings about a model, by kind and module name, given its evaluation and a batch."""
     warnings: dict[str, str] = {}
     names = model.site_names()
     sites = [] if model.is_flow else [names[site] for site in model.latents()]
