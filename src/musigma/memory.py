@@ -208,7 +208,8 @@ class _Reversible(torch.autograd.Function):
         if reason:
             ctx.runner.fallbacks[ctx.start] = reason
             grads = _recomputed_gradients(ctx, x, context, gradients)
-        return None, None, None, *(grads.get(t) for t in (context, x, *ctx.parameters))
+        given = None if context is None else grads.get(context)
+        return None, None, None, given, *(grads.get(t) for t in (x, *ctx.parameters))
 
 
 def _cast(ctx: Any) -> AbstractContextManager[Any]:

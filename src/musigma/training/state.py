@@ -132,8 +132,8 @@ class RunState:
             for key, value in {**tensors, **header.get("values", {})}.items():
                 part, _, name = key.partition("/")
                 parts.setdefault(part, {})[name] = value
-            saved: dict[str, Any] = {RENAMED.get(n, n): v for n, v in header["progress"].items()}
-            progress = Progress(**saved)
+            saved = header["progress"].items()
+            progress = Progress(**{str(RENAMED.get(name, name)): v for name, v in saved})
             for part, module in self.modules.items():
                 like = module.state_dict()
                 weights = {n: shard_like(t, like[n]) for n, t in parts.pop(part, {}).items()}

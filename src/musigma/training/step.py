@@ -49,6 +49,8 @@ class ObjectivePass(nn.Module):
     The parameters of an objective that is given are not part of it.
     """
 
+    objective: Objective | None
+
     def __init__(self, model: Model, config: TrainConfig, objective: Objective | None):
         super().__init__()
         self.model, self.config = model, config
