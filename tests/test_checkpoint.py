@@ -246,7 +246,7 @@ def test_every_changed_byte_of_the_header_is_refused(file):
         for now in {was ^ 1, was ^ 0x20, *blanks} - {was}:
             file.write_bytes(content[:at] + bytes([now]) + content[at + 1 :])
             with pytest.raises(CheckpointError):
-                checkpoint._contents(file)
+                checkpoint.verified(file)
 
 
 def test_padding_other_than_spaces_is_refused(file):

@@ -372,6 +372,8 @@ def test_the_critic_learns_and_is_saved(data, tmp_path):
     )  # fmt: skip
     state = objective.state_dict()
     assert all(torch.equal(t, state[k]) for k, t in fresh.state_dict().items())
+    with pytest.raises(ValueError, match=r"objective: .* give fit the objective that the run was"):
+        fit(other, *halves(data), TrainConfig(steps=5, **CONFIG), tmp_path, resume=True)
 
 
 def test_a_users_optimizer(data, tmp_path):
@@ -384,7 +386,13 @@ def test_a_users_optimizer(data, tmp_path):
     model = musigma.build("open_images", data.spec())
     run = fit(model, *halves(data), TrainConfig(steps=4, **CONFIG), tmp_path, optimizer=sgd)
     assert run.finished
+    assert len(used) == 1
     assert all("momentum_buffer" in state for state in used[-1].state.values())
+
+
+class WithoutRate(torch.optim.Optimizer):
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
 
 
 @pytest.mark.parametrize(
@@ -392,8 +400,9 @@ def test_a_users_optimizer(data, tmp_path):
     [
         (lambda parameters: None, "optimizer: expected a function .* it returned NoneType"),
         (torch.optim.LBFGS, "optimizer: a step of LBFGS needs a closure"),
+        (WithoutRate, "optimizer: WithoutRate has groups of parameters without a learning rate"),
     ],
-    ids=["none", "closure"],
+    ids=["none", "closure", "rate"],
 )
 def test_an_optimizer_that_cannot_be_used_is_refused_at_once(optimizer, message, data, tmp_path):
     model = musigma.build("open_images", data.spec())

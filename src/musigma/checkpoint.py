@@ -37,8 +37,7 @@ __all__ = [
 
 FORMAT = "musigma/2"
 
-Contents = tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]
-"""Config, extra and tensors of a file."""
+Contents = tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]  # config, extra, tensors
 
 
 def _from_1(config: dict[str, Any], extra: dict[str, Any], tensors: dict[str, Tensor]) -> Contents:
@@ -140,7 +139,17 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
     Raises:
         CheckpointError: As `load`.
     """
-    config, extra, tensors, header = _contents(Path(path))
+    path = Path(path)
+    header, tensors = verified(path)
+    config, extra, version = header["config"], header["extra"], header["format"]
+    while version != FORMAT:
+        if version not in MIGRATIONS:
+            raise CheckpointError(
+                f"{path}: written in format {version} by musigma {header['version']}, and this "
+                f"is musigma {__version__}, which reads {FORMAT}; upgrade musigma"
+            )
+        version, migrate = MIGRATIONS[version]
+        config, extra, tensors = migrate(config, extra, tensors)
     name = config["architecture"]
     if name not in ARCHITECTURES:
         raise CheckpointError(
@@ -234,21 +243,6 @@ def verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], Any]:
-    """Config, extra and tensors, migrated to the present format, and the header of the file."""
-    header, tensors = verified(path)
-    config, extra, version = header["config"], header["extra"], header["format"]
-    while version != FORMAT:
-        if version not in MIGRATIONS:
-            raise CheckpointError(
-                f"{path}: written in format {version} by musigma {header['version']}, and this "
-                f"is musigma {__version__}, which reads {FORMAT}; upgrade musigma"
-            )
-        version, migrate = MIGRATIONS[version]
-        config, extra, tensors = migrate(config, extra, tensors)
-    return config, extra, tensors, header
-
-
 def _padded_by_spaces(path: Path) -> bool:
     """Whether only spaces follow the header's JSON; JSON would allow any whitespace."""
     with path.open("rb") as file:
@@ -257,13 +251,14 @@ def _padded_by_spaces(path: Path) -> bool:
 
 
 def _fill(model: Model, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    wanted = model.state_dict()
-    wrong = [f"{name} is missing" for name in wanted if name not in tensors]
-    wrong += [f"{name} is not part of the model" for name in tensors if name not in wanted]
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = [f"{name} is missing" for name in wanted if name not in given]
+    wrong += [f"{name} is not part of the model" for name in given if name not in wanted]
     wrong += [
-        f"{name} has shape {tuple(tensors[name].shape)} and not {tuple(t.shape)}"
-        for name, t in wanted.items()
-        if name in tensors and tensors[name].shape != t.shape
+        f"{name} has shape {given[name]} and not {shape}"
+        for name, shape in wanted.items()
+        if given.get(name, shape) != shape
     ]
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
