@@ -11,7 +11,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -111,37 +111,19 @@ class TrainingData:
         size = image_size(self.size)
         return data.Preprocess(size=size, bits=self.bits, binarize=self.binarize)
 
-    def read(self, source: str, screen: Screen) -> data.Dataset:
-        """The data set."""
-        return read_data(source, self.preprocess, self.reading, screen, given=self.context)
 
-    def to_json(self, source: str) -> dict[str, Any]:
-        """What config.json says about it; paths are absolute."""
-        return {
-            "source": data.identity(source),
-            "preprocess": self.preprocess.to_json(),
-            **dataclasses.asdict(self.reading),
-            "given": [
-                data.identity(item) if item != "label" and is_source(item) else item
-                for item in self.context
-            ],
-        }
-
-    @classmethod
-    def from_json(cls, about: Mapping[str, Any]) -> TrainingData:
-        """What `to_json` wrote."""
-        preprocess = data.Preprocess.from_json(about.get("preprocess", {}))
-        size = preprocess.size
-        sides = (size,) if isinstance(size, int) else size or ()
-        return cls(
-            size="x".join(map(str, sides)) or None,
-            bits=preprocess.bits,
-            binarize=preprocess.binarize,
-            given=tuple(about.get("given", ())),
-            reading=Reading(
-                skip_bad=about.get("skip_bad", False), in_memory=about.get("in_memory")
-            ),
-        )
+def described_data(
+    source: str, preprocess: data.Preprocess, reading: Reading, given: Sequence[str]
+) -> dict[str, Any]:
+    """What config.json says about how data are read; paths are absolute."""
+    return {
+        "source": data.identity(source),
+        "preprocess": preprocess.to_json(),
+        **dataclasses.asdict(reading),
+        "given": [
+            data.identity(item) if item != "label" and is_source(item) else item for item in given
+        ],
+    }
 
 
 PARTS: tuple[data.Part, ...] = ("train", "validation", "held-out")
@@ -256,7 +238,10 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
         raise ValueError(f"seed: the run began with {config.seed} and keeps it; leave --seed out")
     common = dataclasses.replace(common, seed=config.seed)
     screen = Screen(common)
-    found = TrainingData.from_json(about).read(source or about["source"], screen)
+    preprocess = data.Preprocess.from_json(about.get("preprocess", {}))
+    reading = Reading(skip_bad=about.get("skip_bad", False), in_memory=about.get("in_memory"))
+    given = tuple(about.get("given", ()))
+    found = read_data(source or about["source"], preprocess, reading, screen, given=given)
     if len(found) != about["n"] or list(found.shape) != about["shape"]:
         raise ValueError(
             f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
@@ -294,8 +279,7 @@ def finetune(
     out, _ = decided_by_main(processes, lambda: folder.choose(name, source))
     options = DataOptions(split="all", reading=reading, given=given)
     found = trained.data(source, options)
-    about = TrainingData.from_json(trained.about_data)
-    about = dataclasses.replace(about, given=trained.given, reading=reading).to_json(source)
+    about = described_data(source, trained.preprocess, reading, trained.given)
     kept = {name: trained.extra[name] for name in ("foreign",) if name in trained.extra}
     _begin(trained.model, found, about, config, out, Screen(common), kept)
 
@@ -315,23 +299,24 @@ def train(
     processes = join(common.device)
     screen = Screen(common)
     out, there = decided_by_main(processes, lambda: folder.choose(name, source))
+    about = described_data(source, reading.preprocess, reading.reading, reading.context)
     if there:
         defaults = {p.name: p.default for p in builder_options(name)}
         now = {
             "model": {"architecture": name, "options": options},
-            "data": reading.to_json(source),
+            "data": about,
             "train": {**dataclasses.asdict(config), "seed": common.seed},
         }
         decided_by_main(processes, lambda: refuse_other_run(out, now, defaults))
         continue_run(out, common, source)
         return
-    found = reading.read(source, screen)
+    found = read_data(source, reading.preprocess, reading.reading, screen, given=reading.context)
     chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
     if found.bits is None and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:
         options["standardize"] = True
     torch.manual_seed(common.seed)
     model = build(name, found.spec(chosen), **options)
-    _begin(model, found, reading.to_json(source), config, out, screen)
+    _begin(model, found, about, config, out, screen)
 
 
 def _begin(

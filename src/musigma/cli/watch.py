@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import json
 import math
 import os
@@ -55,20 +56,17 @@ def watch(
         once: Print the current state once.
     """
     watched = [WatchedRun(folder) for folder in runs]
-    once = once or not sys.stdout.isatty()
-    if common.json or once:
-        for run in watched:
-            while run.read():
-                pass
-    if common.json:
-        Screen(common).result({"runs": [run.summary() for run in watched]})
-        return
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="replace")  # for terminals that lack some characters
     console = Console(highlight=False)
-    if once or console.is_dumb_terminal:
+    if once or common.json or not sys.stdout.isatty() or console.is_dumb_terminal:
         for run in watched:
-            console.print(RunPanel(run.summary()))
+            while run.read():
+                pass
+            if not common.json:
+                console.print(RunPanel(run.summary()))
+        if common.json:
+            Screen(common).result({"runs": [run.summary() for run in watched]})
         return
     height = 8 if len(watched) == 1 else 4
     with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
@@ -101,16 +99,16 @@ class LogReader:
         try:
             file = self.path.open("rb")
         except (FileNotFoundError, NotADirectoryError):
-            restarted, self.position, self.last_line = self.position > 0, 0, b""
-            return restarted, []
+            file = io.BytesIO()
         with file:
+            size = file.seek(0, os.SEEK_END)
             file.seek(self.position - len(self.last_line))
             restarted = file.read(len(self.last_line)) != self.last_line
             if restarted:
                 self.position, self.last_line = 0, b""
                 file.seek(0)
             rows, start = [], self.position
-            sparse = os.fstat(file.fileno()).st_size > start + LONG_LOG
+            sparse = size > start + LONG_LOG
             for i, line in enumerate(file):
                 if not line.endswith(b"\n") or self.position > start + max_bytes:
                     break
@@ -131,15 +129,14 @@ class Curve:
 
     def add(self, x: float, y: float) -> None:
         """Add a point to the right of all others."""
-        if self.bins and self.bins[-1][2] < self.width:
-            _, total, count = self.bins.pop()
-            self.bins.append((x, total + y, count + 1))
-            return
-        if len(self.bins) == self.size:
+        if len(self.bins) == self.size and self.bins[-1][2] == self.width:
             pairs = zip(self.bins[::2], self.bins[1::2], strict=True)
             self.bins = [(b[0], a[1] + b[1], a[2] + b[2]) for a, b in pairs]
             self.width *= 2
-        self.bins.append((x, y, 1))
+        if not self.bins or self.bins[-1][2] == self.width:
+            self.bins.append((x, 0.0, 0))
+        _, total, count = self.bins.pop()
+        self.bins.append((x, total + y, count + 1))
 
     @property
     def points(self) -> list[Point]:
@@ -218,10 +215,12 @@ class WatchedRun:
             `train` and `validation`: curves. `evaluation`: the final figure.
         """
         history, config = self.history, _read_json(self.folder / "config.json")
-        share = self._share(config)
-        written, saved = (
-            _modified(self.folder / name) for name in ("metrics.jsonl", "state.safetensors")
-        )
+        share, left = self._share(config), None
+        if share:
+            minutes = number(_get(config, "train", "minutes"))
+            total = 60 * minutes if minutes else history.seconds / share
+            left = max(0.0, total - history.seconds)
+        written, saved = map(self._modified, ("metrics.jsonl", "state.safetensors"))
         silent = None if written is None else max(0.0, time.time() - written)
         overdue = silent is not None and silent > max(SILENT_AFTER, 10 * history.interval)
         evaluation = _read_json(self.folder / "evaluation.json")
@@ -242,7 +241,7 @@ class WatchedRun:
             "data": _get(config, "data", "source"),
             "share": share,
             "seconds": history.seconds,
-            "seconds_left": self._seconds_left(config, share),
+            "seconds_left": left,
             "step": history.step,
             "bits_per_dim": _mean(history.bits),
             "best": history.best,
@@ -267,12 +266,10 @@ class WatchedRun:
         except (KeyError, TypeError, ValueError, ZeroDivisionError):  # not of this version
             return number(self.history.last.get("share"))
 
-    def _seconds_left(self, config: Mapping[str, Any], share: float | None) -> float | None:
-        if not share:
-            return None
-        minutes = number(_get(config, "train", "minutes"))
-        total = 60 * minutes if minutes else self.history.seconds / share
-        return max(0.0, total - self.history.seconds)
+    def _modified(self, name: str) -> float | None:
+        with contextlib.suppress(OSError):
+            return (self.folder / name).stat().st_mtime
+        return None
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -292,13 +289,6 @@ def _get(value: Any, *names: str) -> Any:
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value
-
-
-def _modified(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None
 
 
 # --- showing -------------------------------------------------------------------------------------
@@ -339,14 +329,13 @@ class RunPanel:
 
     def _progress(self) -> Iterator[Table]:
         share, left = self.summary["share"], self.summary["seconds_left"]
-        if share is None:
-            return
-        text = f"{share:.0%}  {_duration(self.summary['seconds'])}"
-        if left and self.summary["state"] == "running":
-            text += f", {_duration(left)} left"
-        grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=1.0, completed=share, width=30), text)
-        yield grid
+        if share is not None:
+            text = f"{share:.0%}  {_duration(self.summary['seconds'])}"
+            if left and self.summary["state"] == "running":
+                text += f", {_duration(left)} left"
+            grid = Table.grid(padding=(0, 1))
+            grid.add_row(ProgressBar(total=1.0, completed=share, width=30), text)
+            yield grid
 
     def _figures(self) -> Iterator[Text]:
         summary, best, final = self.summary, self.summary["best"], self.summary["evaluation"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
+
+from musigma.files import number
 
 __all__ = ["render"]
 
@@ -27,7 +30,8 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"short": short, "plain": plain}
+    environment.filters |= {"short": short, "plain": plain, "duration": duration}
+    environment.filters |= {"number": number, "quoted": lambda value: shlex.quote(str(value))}
     return environment.get_template(template).render(values)
 
 
@@ -38,6 +42,18 @@ def plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(plain, value))
     return f"{value:,}" if isinstance(value, int) else short(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text, in suitable units.
+
+    >>> duration(42.3), duration(300.5), duration(8100)
+    ('42 s', '5 min', '2 h 15 min')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def short(value: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import shlex
 import struct
 import tempfile
 from collections import Counter
@@ -136,7 +135,9 @@ class Run:
         self.source = str(self.data.get("source") or "")
         # only the last part of a path, because pages are shared
         self.data_name = Path(self.source).name or self.source
-        self.non_finite = self.evaluation.get("non_finite") or 0
+        self.here = path_from_here(self.source)
+        self.steps = [row for row in self.metrics if row.get("kind") == "train"]
+        self.resumes = not self.evaluation and (path / "state.safetensors").is_file()
 
     @cached_property
     def figure(self) -> dict[str, Any] | None:
@@ -172,37 +173,6 @@ class Run:
             "bound": bound,
             "n": n,
         }
-
-    @property
-    def subtitle(self) -> str:
-        """Model, data and length of training."""
-        shape = " × ".join(map(str, self.shape)) + (", " if len(self.shape) > 1 else " ")
-        values = f"{self.bits}-bit levels" if self.discrete else "continuous values"
-        parts = [self.architecture or "a model", (shape + values).strip()]
-        if isinstance(n := self.data.get("train"), int):
-            parts.append(f"trained on {n:,} examples of {self.data_name}")
-        elif self.source:
-            parts.append(self.data_name)
-        if steps := [row for row in self.metrics if row.get("kind") == "train"]:
-            seconds = number(steps[-1].get("seconds"))
-            duration = f" in {_duration(seconds)}" if seconds else ""
-            parts.append(f"{steps[-1]['step']:,} steps{duration}")
-        return " · ".join(parts)
-
-    @property
-    def terms(self) -> list[tuple[str, str]]:
-        """Names and values of what the figure consists of."""
-        row, terms = self.evaluation, []
-        if self.discrete and (nats := number(row.get("nats"))) is not None:
-            terms.append(("nats per example", f"{nats:,.2f}"))
-        distortion, rate = number(row.get("log_px")), number(row.get("rate"))
-        if distortion and rate is not None:
-            terms += [("distortion, nats", f"{-distortion:,.2f}"), ("rate, nats", f"{rate:,.2f}")]
-            kl = row.get("kl") or []
-            if 1 < len(kl) <= 8:
-                values = ", ".join(f"{v or 0:.2f}" for v in kl)
-                terms.append(("KL of each latent, top first", values))
-        return terms
 
     @cached_property
     def curves(self) -> list[Picture] | str:
@@ -262,29 +232,6 @@ class Run:
         }
         return {name: values for name, values in chosen.items() if values}
 
-    @property
-    def commands(self) -> list[str]:
-        """What to run next."""
-        here, source = Path.cwd(), Path(self.source)
-        if source.is_relative_to(here):
-            source = source.relative_to(here)
-        folder, source = shlex.quote(str(self.path)), shlex.quote(str(source))
-        image = len(self.shape) == 3
-        suffix, n = "png" if image or self.shape == [2] else "npy", 64 if image else 1000
-        commands = []
-        if not self.evaluation and (self.path / "state.safetensors").is_file():
-            commands.append(f"musigma train --resume {folder}")
-        commands.append(f"musigma sample {folder} --n {n} --out samples.{suffix}")
-        if self.source:
-            exact = self.figure is not None and self.figure["bound"] == "exact"
-            if image:
-                commands.append(f"musigma reconstruct {folder} {source} --out reconstructions.png")
-            commands += [
-                f"musigma evaluate {folder} {source}{'' if exact else ' --k 16'}",
-                f"musigma score {folder} {source} --out scores.csv",
-            ]
-        return [*commands, f"musigma info {folder} --ledger"]
-
 
 # --- reading -----------------------------------------------------------------------------------
 
@@ -316,6 +263,12 @@ def _url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
+def path_from_here(path: str) -> str:
+    """A path as seen from the working directory, if it lies below it."""
+    below = Path(path).is_relative_to(Path.cwd())
+    return str(Path(path).relative_to(Path.cwd())) if below else path
+
+
 # --- text --------------------------------------------------------------------------------------
 
 
@@ -343,15 +296,3 @@ def _described(bound: str, k: Any) -> tuple[str, str]:
     if name == "iwae":
         return "upper bound", f"Upper bound, importance-weighted with {draws or k} draws, of"
     return bound or "unnamed bound", f"{bound.capitalize() or 'Unnamed bound'} of"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as text, in suitable units.
-
-    >>> _duration(42.3), _duration(300.5), _duration(8100)
-    ('42 s', '5 min', '2 h 15 min')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
