@@ -184,13 +184,12 @@ class Model(nn.Module, ABC):
         """
         if k < 1:
             raise ValueError(f"k: expected 1 or more draws; got {k}")
-        weights, remaining = [], k
-        while remaining:
-            draws = min(remaining, max(1, at_once // len(x)))
+        weights, most = [], max(1, at_once // len(x))
+        for start in range(0, k, most):
+            draws = min(most, k - start)
             repeated = contexts.repeat(context, draws)
             log_w = self(x.repeat_interleave(draws, 0), repeated, closed_form=False).elbo
             weights.append(log_w.reshape(len(x), draws))
-            remaining -= draws
         return torch.cat(weights, 1).logsumexp(1) - math.log(k)
 
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
@@ -339,18 +338,14 @@ class Model(nn.Module, ABC):
         """
         if path not in ("spherical", "linear"):
             raise ValueError(f"path: expected 'spherical' or 'linear'; got {path!r}")
-        if context is not None and context1 is None:
-            context1 = context
+        context1 = context if context1 is None else context1
         first = self.encode(x0, context, mode=True, whiten=True)
         last = self.encode(x1, context1, mode=True, whiten=True)
         between = slerp if path == "spherical" else torch.lerp
         frames = []
         for t in torch.linspace(0, 1, steps, dtype=torch.float64).tolist():
-            mixed = None
-            if context is not None and context1 is not None:
-                mixed = contexts.lerp(context, context1, t)
             latents = [between(a, b, t) for a, b in zip(first, last, strict=True)]
-            frames.append(self.decode(latents, mixed, whiten=True))
+            frames.append(self.decode(latents, contexts.lerp(context, context1, t), whiten=True))
         return torch.stack(frames, 1)
 
     def as_distribution(self, context: Any = None) -> Distribution:
@@ -629,7 +624,8 @@ class Ladder(Model):
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """From the top: z ~ q(z | state, x), paired with p(z | state); finally p(x | state)."""
         state = self._start(len(x))
-        for block, features in zip(self.blocks, self._features(x, context), strict=True):
+        bottom_up = conditioned(self.bottom_up, x, context)
+        for block, features in zip(self.blocks, bottom_up, strict=True):
             q = conditioned(block.posterior, torch.cat([state, features], 1), context)
             z = trace.latent(block, q, conditioned(block.prior, state, context))
             state = conditioned(block.merge, state, z, context)
@@ -648,7 +644,7 @@ class Ladder(Model):
             state = conditioned(block.merge, state, z, context)
         x = trace.p(self, conditioned(self.decoder, state, context))
         if trace.scoring:
-            pairs = zip(drawn, self._features(x, context), strict=True)
+            pairs = zip(drawn, conditioned(self.bottom_up, x, context), strict=True)
             for (block, state, z), features in reversed(list(pairs)):
                 posterior = conditioned(block.posterior, torch.cat([state, features], 1), context)
                 trace.q(block, posterior, z)
@@ -656,9 +652,6 @@ class Ladder(Model):
 
     def _start(self, n: int) -> Tensor:
         return self.top.expand(n, *self.top.shape[1:])
-
-    def _features(self, x: Tensor, context: Tensor | None) -> Sequence[Tensor]:
-        return conditioned(self.bottom_up, x, context)
 
     def variables(self) -> Iterator[nn.Module]:
         """The blocks from the top, then the observation."""
