@@ -12,7 +12,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ Scale = Literal[
     "log_std", "log_var", "softplus", "squareplus", "sigmoid+2", "2*sigmoid",
     "atan", "tanh", "softclip", "softcap",
 ]  # fmt: skip
+Shape = Sequence[int]
 
 
 # --- scales: from the raw scale to the log standard deviation, and back ------------------------
@@ -98,6 +99,16 @@ _SCALES: dict[str, _ScaleMap] = {
 # --- the format --------------------------------------------------------------------------------
 
 
+def _bounds(text: str) -> tuple[float, ...] | None:
+    return None if text == "none" else tuple(map(float, text.split(",")))
+
+
+_CHOICES = {"layout": get_args(Layout), "order": get_args(Order), "scale": get_args(Scale)}
+_READERS: dict[str, Callable[[str], Any]] = {"dim": int, "bounds": _bounds}
+_READERS |= dict.fromkeys(("floor", "limit", "offset", "gain"), float)
+_ALIASES = {"split": "halves", "cross": "interleaved"}
+
+
 @dataclass(frozen=True)
 class Format:
     r"""How an emitted tensor is read as ``(mean, log_std)``.
@@ -160,12 +171,9 @@ class Format:
     gain: float = 1.0
 
     def __post_init__(self):
-        for name, allowed in (("layout", Layout), ("order", Order), ("scale", Scale)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(get_args(allowed))}; "
-                    f"got {getattr(self, name)!r}"
-                )
+        for name, allowed in _CHOICES.items():
+            if (word := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {word!r}")
         default = _SCALES[self.scale].limit
         if self.limit is None:
             object.__setattr__(self, "limit", default)
@@ -362,24 +370,20 @@ class Format:
             >>> Format.parse("cross sigmoid+2 bounds=none").layout
             'interleaved'
         """
-        words = {w: "layout" for w in get_args(Layout)}
-        words |= {w: "order" for w in get_args(Order)} | {w: "scale" for w in get_args(Scale)}
-        aliases = {"split": "halves", "cross": "interleaved"}
-        numbers = dict.fromkeys(("floor", "limit", "offset", "gain"), float)
-        numbers |= {"dim": int, "bounds": _bounds}
+        words = {word: name for name, allowed in _CHOICES.items() for word in allowed}
         values: dict = {}
         for word in text.split():
             name, _, number = word.partition("=")
-            word = aliases.get(word, word)
+            word = _ALIASES.get(word, word)
             if word in words:
                 name, value = words[word], word
-            elif name in numbers:
+            elif name in _READERS:
                 try:
-                    value = numbers[name](number)
+                    value = _READERS[name](number)
                 except ValueError:
                     raise ValueError(f"format: cannot read the number in {word!r}") from None
             else:
-                close = difflib.get_close_matches(word, [*words, *aliases, *numbers], 1)
+                close = difflib.get_close_matches(word, [*words, *_ALIASES, *_READERS], 1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"format: unknown word {word!r}{hint}")
             if name in values:
@@ -399,10 +403,6 @@ class Format:
         return " ".join(words)
 
 
-def _bounds(text: str) -> tuple[float, ...] | None:
-    return None if text == "none" else tuple(map(float, text.split(",")))
-
-
 # --- the distribution --------------------------------------------------------------------------
 
 
@@ -420,7 +420,7 @@ class EventDistribution(Distribution):
     element: constraints.Constraint = constraints.real
     arg_constraints = {}  # noqa: RUF012  # pyright: ignore
 
-    def __init__(self, batch_shape: Sequence[int], event_shape: Sequence[int]):
+    def __init__(self, batch_shape: Shape, event_shape: Sequence[int]):
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args=False)
 
     @property
@@ -428,9 +428,7 @@ class EventDistribution(Distribution):
         """Events whose elements each meet `element`."""
         return constraints.independent(self.element, len(self.event_shape))
 
-    def sample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def sample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Like `rsample`, without a gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape, temperature=temperature)  # pyright: ignore
@@ -516,9 +514,7 @@ class DiagonalGaussian(EventDistribution):
         """The variance, exp(2 log_std)."""
         return (2 * self.log_std).exp()
 
-    def rsample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def rsample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw ``mean + temperature · std · ε`` with ε ~ N(0, I), differentiably.
 
         `temperature` is a number, or one number for each entry of the first dimension.
@@ -544,7 +540,7 @@ class DiagonalGaussian(EventDistribution):
         """The inverse of `whiten`: mean + std · noise."""
         return self._mean + self.log_std.exp() * at_least_float32(noise)
 
-    def expand(self, batch_shape: Sequence[int], _instance=None) -> DiagonalGaussian:
+    def expand(self, batch_shape: Shape, _instance=None) -> DiagonalGaussian:
         """The same distribution with another batch shape."""
         shape = (*batch_shape, *self.event_shape)
         return DiagonalGaussian(

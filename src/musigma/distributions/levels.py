@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from musigma.distributions.likelihood import LikelihoodHead, register_likelihood
-from musigma.gaussian import EventDistribution, Format
+from musigma.gaussian import EventDistribution, Format, Shape
 from musigma.tensors import at_least_float32, gumbel_like, per_example, sum_event
 
 __all__ = [
@@ -50,9 +50,7 @@ class FactorizedBernoulli(EventDistribution):
         """The more probable level."""
         return (self.logits > 0).to(self.logits)
 
-    def sample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def sample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw levels; the logits are divided by `temperature`."""
         logits = self.logits.expand(*sample_shape, *self.logits.shape)
         t = per_example(temperature, logits)
@@ -66,7 +64,7 @@ class FactorizedBernoulli(EventDistribution):
 
 
 @register_likelihood("bernoulli", data="levels")
-def bernoulli(shape: Sequence[int], net: Callable[[int], nn.Module], levels: int) -> nn.Module:
+def bernoulli(shape: Shape, net: Callable[[int], nn.Module], levels: int) -> nn.Module:
     """A `FactorizedBernoulli`.
 
     Raises:
@@ -115,9 +113,7 @@ class FactorizedCategorical(EventDistribution):
         """The most probable level."""
         return self.log_probs.argmax(1).to(self.log_probs)
 
-    def sample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def sample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw levels; the logits are divided by `temperature`."""
         wide = self.log_probs.expand(*sample_shape, *self.log_probs.shape)
         scores = wide + per_example(temperature, wide) * gumbel_like(wide)
@@ -130,7 +126,7 @@ class FactorizedCategorical(EventDistribution):
 
 
 @register_likelihood("categorical", data="levels")
-def categorical(shape: Sequence[int], net: Callable[[int], nn.Module], levels: int) -> nn.Module:
+def categorical(shape: Shape, net: Callable[[int], nn.Module], levels: int) -> nn.Module:
     """A `FactorizedCategorical`."""
     return LikelihoodHead(
         net(shape[0] * levels), FactorizedCategorical.from_channels, levels=levels
@@ -182,9 +178,7 @@ class FactorizedBetaBinomial(EventDistribution):
         """The most probable level."""
         return self.sample(temperature=0.0)
 
-    def sample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def sample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw levels; the log masses are divided by `temperature`.
 
         A draw is the level with the highest log mass plus Gumbel noise, found one by one.
@@ -210,7 +204,7 @@ class FactorizedBetaBinomial(EventDistribution):
 
 
 @register_likelihood("beta-binomial", data="levels")
-def beta_binomial(shape: Sequence[int], net: Callable[[int], nn.Module], levels: int) -> nn.Module:
+def beta_binomial(shape: Shape, net: Callable[[int], nn.Module], levels: int) -> nn.Module:
     """A `FactorizedBetaBinomial`."""
     return LikelihoodHead(net(2 * shape[0]), FactorizedBetaBinomial.from_channels, levels=levels)
 
@@ -278,9 +272,7 @@ class DiscretizedLogisticMixture(EventDistribution):
             at += c
         return torch.stack(channels, 2)
 
-    def sample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def sample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw levels; component logits are divided by `temperature`, scales multiplied by it."""
         if sample_shape:
             return torch.stack(
@@ -360,7 +352,7 @@ class LogisticRead:
 
 
 @register_likelihood("logistic", data="levels")
-def logistic(shape: Sequence[int], net: Callable[[int], nn.Module], levels: int) -> nn.Module:
+def logistic(shape: Shape, net: Callable[[int], nn.Module], levels: int) -> nn.Module:
     """One discretized logistic for each element."""
     read = LogisticRead(shape[0], levels)
     return LikelihoodHead(net(read.outputs), read)
@@ -368,7 +360,7 @@ def logistic(shape: Sequence[int], net: Callable[[int], nn.Module], levels: int)
 
 @register_likelihood("logistic-mixture", data="levels")
 def logistic_mixture(
-    shape: Sequence[int], net: Callable[[int], nn.Module], levels: int, components: int
+    shape: Shape, net: Callable[[int], nn.Module], levels: int, components: int
 ) -> nn.Module:
     """A `DiscretizedLogisticMixture` whose channels depend on earlier ones."""
     read = LogisticRead(shape[0], levels, components, coupled=shape[0] > 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from musigma import context as contexts
 from musigma.context import Context
-from musigma.gaussian import EventDistribution
+from musigma.gaussian import EventDistribution, Shape
 
 __all__ = ["ModelDistribution"]
 
@@ -41,9 +40,7 @@ class ModelDistribution(EventDistribution):
         flat = value.expand(*batch, *self.event_shape).reshape(-1, *self.event_shape)
         return self.model.log_prob(flat, self._contexts(batch)).reshape(batch)
 
-    def sample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def sample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw, without a gradient; every standard deviation is multiplied by `temperature`."""
         shape = torch.Size((*sample_shape, *self.batch_shape))
         if isinstance(temperature, Tensor) and temperature.ndim:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, register_kl
 
 from musigma.context import conditioned
-from musigma.gaussian import EventDistribution
+from musigma.gaussian import EventDistribution, Shape
 from musigma.tensors import at_least_float32, gumbel_like, per_example
 from musigma.trace import with_gradient
 
@@ -76,21 +75,17 @@ class OneHotLatents(EventDistribution):
     def _one_hot(scores: Tensor) -> Tensor:
         return F.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores)
 
-    def _perturbed(self, shape: Sequence[int], temperature: float | Tensor) -> Tensor:
+    def _perturbed(self, shape: Shape, temperature: float | Tensor) -> Tensor:
         """Logits with Gumbel noise: their largest entry is a draw."""
         logits = self.log_probs.expand(*shape, *self.log_probs.shape)
         return logits + per_example(temperature, logits) * gumbel_like(logits)
 
-    def sample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def sample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw one-hot rows; the logits are divided by `temperature`."""
         with torch.no_grad():
             return self._one_hot(self._perturbed(sample_shape, temperature))
 
-    def rsample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def rsample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw with the relaxed or the straight-through gradient."""
         perturbed = self._perturbed(sample_shape, temperature)
         soft = (perturbed / self.relaxation).softmax(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from musigma.distributions.likelihood import LikelihoodHead, register_likelihood
-from musigma.gaussian import DiagonalGaussian, EventDistribution, GaussianHead
+from musigma.gaussian import DiagonalGaussian, EventDistribution, GaussianHead, Shape
 from musigma.tensors import at_least_float32, per_example
 
 __all__ = [
@@ -44,9 +44,7 @@ class UnitUniform(EventDistribution):
         """One half."""
         return self.zeros + 0.5
 
-    def rsample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def rsample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw; the distance from one half is multiplied by `temperature`."""
         u = torch.rand_like(self.zeros.expand(*sample_shape, *self.zeros.shape))
         return 0.5 + per_example(temperature, u) * (u - 0.5)
@@ -66,7 +64,7 @@ class StandardUniform(nn.Module):
 
     zeros: Tensor
 
-    def __init__(self, shape: Sequence[int]):
+    def __init__(self, shape: Shape):
         super().__init__()
         self.register_buffer("zeros", torch.zeros(*shape), persistent=False)
 
@@ -95,9 +93,7 @@ class LogitNormal(EventDistribution):
         """The median, sigmoid(mean of y), which serves as the center."""
         return self.base.mean.sigmoid()
 
-    def rsample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def rsample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw, differentiably, strictly inside (0, 1)."""
         y = self.base.rsample(sample_shape, temperature=temperature)
         edge = torch.finfo(y.dtype).eps
@@ -170,9 +166,7 @@ class FactorizedContinuousBernoulli(EventDistribution):
         series = 0.5 + self.logits / 12 - self.logits**3 / 720
         return torch.where(small, series, -1 / torch.expm1(-far) - 1 / far)
 
-    def rsample(
-        self, sample_shape: Sequence[int] = (), *, temperature: float | Tensor = 1.0
-    ) -> Tensor:
+    def rsample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
         """Draw by the quantile function; the distance from the mean is times `temperature`."""
         small, far = self._away_from_zero()
         u = torch.rand_like(self.logits.expand(*sample_shape, *self.logits.shape))
@@ -184,6 +178,6 @@ class FactorizedContinuousBernoulli(EventDistribution):
 
 
 @register_likelihood("continuous-bernoulli", data="unit")
-def continuous_bernoulli(shape: Sequence[int], net: Callable[[int], nn.Module]) -> nn.Module:
+def continuous_bernoulli(shape: Shape, net: Callable[[int], nn.Module]) -> nn.Module:
     """A `FactorizedContinuousBernoulli`."""
     return LikelihoodHead(net(shape[0]), FactorizedContinuousBernoulli)
