@@ -97,9 +97,9 @@ def test_context_of_every_kind_is_stored_and_used(arch, names):
     assert (batch.levels == x).all()
     same(batch, names)
     codec, archive = opened(data, model).codec, opened(data, model)
-    coded = codec.pack(x, coding.inputs.context_of(model, batch), b"")
+    coded = codec.pack(x, coding.batch.context_of(model, batch), b"")
     assert (
-        codec.unpack(coded, x.shape[1:], coding.inputs.context_of(model, batch), b"") == x
+        codec.unpack(coded, x.shape[1:], coding.batch.context_of(model, batch), b"") == x
     ).all()
     one = archive.one(13)
     assert (one.levels == x[13:14]).all()
@@ -140,11 +140,11 @@ def test_an_informative_context_makes_images_cheaper():
         (-model.elbo(x, onehot).mean()).backward()
         optimizer.step()
     model.eval()
-    right = coding.inputs.with_context(model, x.numpy().astype(np.int64), sex.numpy())
+    right = coding.batch.with_context(model, x.numpy().astype(np.int64), sex.numpy())
     latents = coding.coder.latent_grids(model, x, onehot)
     codec = coding.Codec(model, numerics="exact", latents=latents)
     levels = right.levels
-    true = codec.pack(levels, coding.inputs.context_of(model, right), b"").bits
+    true = codec.pack(levels, coding.batch.context_of(model, right), b"").bits
     false = codec.pack(levels, torch.eye(2)[1 - sex], b"").bits
     assert true < 0.5 * false
 
@@ -201,7 +201,7 @@ def test_faults_of_the_context_are_named(fault, tmp_path):
 
 
 def test_chunks_are_small_enough_for_a_large_context(monkeypatch):
-    monkeypatch.setattr(coding.compression, "Limits", lambda: Limits(side=200))
+    monkeypatch.setattr(coding.archive, "Limits", lambda: Limits(side=200))
     model, x = model_of(["photo"])
     data = written(model, x, given=rows(["photo"]))
     assert [entry.count for entry in Reader(io.BytesIO(data)).entries] == [5] * 4
@@ -212,7 +212,7 @@ def test_chunks_are_small_enough_for_a_large_context(monkeypatch):
 
 def test_batches_carry_their_own_context():
     model, x = model_of(["age"])
-    source = coding.compression._Array(Batch(x, {}, rows(["age"])))
+    source = Batch(x, {}, rows(["age"]))
     with pytest.raises(ValueError, match=r"a Batch carries its own \(Batch.given\)"):
         written(model, source, given=rows(["age"]))
     assert written(model, source) == written(model, x, given=rows(["age"]))

@@ -6,11 +6,10 @@ your own. `Coder` is the trace by which a model codes.
 """
 
 from musigma.coding import laws
-from musigma.coding.archive import Archive, decompress, summary
+from musigma.coding.archive import Archive, Report, compress, decompress, summary
 from musigma.coding.batch import Batch
 from musigma.coding.codec import Codec, check
 from musigma.coding.coder import Coder
-from musigma.coding.compression import Report, compress
 from musigma.coding.densities import Quantizer
 from musigma.coding.errors import (
     CodingError,

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from musigma.coding.batch import digest
+from musigma.coding.batch import digest, example
 from musigma.coding.coder import Coder, find_grids, latent_grids
 from musigma.coding.container import EXCEPTION, Chunk
 from musigma.coding.errors import CodingError, NumericsDiffer
-from musigma.coding.inputs import example
 from musigma.coding.numerics import Exceptions, Kernels, Numerics, Rounding, one_thread, prepared
 from musigma.coding.stack import Exhausted, Stack
 from musigma.context import Context, apply, rows
@@ -79,11 +78,7 @@ class Coded:
 
     @classmethod
     def restored(cls, chunk: Chunk) -> Coded:
-        """What was `stored`.
-
-        Raises:
-            ValueError: If the parts of the chunk do not agree.
-        """
+        """What was `stored`."""
         listed: list[Exceptions] = [{} for _ in chunk.schedule]
         for batch, place, index, up in chunk.exceptions.tolist():
             if batch >= len(listed):

@@ -203,19 +203,8 @@ class Writer:
     """Writes a file from start to end, without seeking: a pipe will do.
 
     A `with` block closes it at its end. After an exception it does not: the file then has no
-    footer, and reads as a truncated one.
-
-    Args:
-        file: Open for writing bytes; it stays open.
-        header: JSON values, with strings as keys.
-        model: The model to embed, or None.
-        limits: The limits of whoever will read the file.
-        arrays: Whether the side of a chunk may hold arrays, which is written as a flag.
-
-    Raises:
-        ValueError: If the header is not JSON, or the model is empty.
-        LimitExceeded: If one of them is too large.
-        OSError: If the file cannot be written; in `write` and `close`, too.
+    footer, and reads as a truncated one. The limits are those of whoever will read the file;
+    `arrays` tells whether the side of a chunk may hold arrays.
 
     Example:
         >>> file = io.BytesIO()
@@ -262,12 +251,7 @@ class Writer:
         self._put(start + CHECK.pack(self._seed), model or b"")
 
     def write(self, chunk: Chunk) -> int:
-        """Write the next chunk, and return its size in bytes.
-
-        Raises:
-            ValueError: If it is not the next one, or is inconsistent; nothing is written.
-            LimitExceeded: If it is too large; nothing is written.
-        """
+        """Write the next chunk, and return its size; nothing is written if it is refused."""
         images = self.entries[-1].first + self.entries[-1].count if self.entries else 0
         if self._closed or self._failed:
             raise ValueError("file: closed, or a write to it has failed; write to a new file")
@@ -298,11 +282,7 @@ class Writer:
         return entry.size
 
     def close(self) -> int:
-        """Write the footer, unless it is written, and return the size of the whole file.
-
-        Raises:
-            ValueError: If a write has failed.
-        """
+        """Write the footer, unless it is written, and return the size of the whole file."""
         if self._failed:
             raise ValueError("file: a write to it has failed; write it again")
         if not self._closed:

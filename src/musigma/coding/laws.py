@@ -41,19 +41,11 @@ class Law(ABC):
 
     @abstractmethod
     def push(self, stack: Stack, values: np.ndarray) -> None:
-        """Push values of this shape.
-
-        Raises:
-            ValueError: If a value has no probability.
-        """
+        """Push values of this shape; ValueError if one has no probability."""
 
     @abstractmethod
     def pop(self, stack: Stack) -> np.ndarray:
-        """Pop values, int64, of this shape.
-
-        Raises:
-            musigma.coding.stack.Exhausted: If the stack holds too few bits.
-        """
+        """Pop values, int64, of this shape; `Exhausted` if the stack holds too few bits."""
 
 
 class Uniform(Law):
@@ -145,11 +137,7 @@ class Normal(Law):
         self.lowest = mean - np.left_shift(1, self.shift + self.HALVINGS - 1)
 
     def push(self, stack: Stack, values: np.ndarray) -> None:
-        """Push integers; if `wide`, any that are less than 2^23 cells from the mean.
-
-        Raises:
-            OverflowError: If `wide`, and a value is further from the mean.
-        """
+        """Push integers; if `wide`, any that are less than 2^23 cells from the mean."""
         away = values - self.lowest
         cells = np.right_shift(away, self.shift)
         stack.push(away - np.left_shift(cells, self.shift), np.left_shift(1, self.shift))
@@ -163,14 +151,13 @@ class Normal(Law):
             raise ValueError("values: expected at most 8 standard deviations from the mean")
         near = ~beyond
         cells, rows = cells[near], self.row[near]
-        nodes = [(1 << d) + (cells >> (self.HALVINGS - d)) for d in range(self.HALVINGS)]
-        yes = [cells >> (self.HALVINGS - 1 - d) & 1 for d in range(self.HALVINGS)]
-        if len(cells):
-            answers, ones = np.stack(yes), self.table[rows, np.stack(nodes)]
-            open_ = _open(ones)
-            if (answers != (ones > 0))[~open_].any():
-                raise ValueError("values: expected at most 8 standard deviations from the mean")
-            stack.push_bits(answers[open_], ones[open_])
+        depth = np.arange(self.HALVINGS)[:, None]
+        answers = cells >> (self.HALVINGS - 1 - depth) & 1
+        ones = self.table[rows, (1 << depth) + (cells >> (self.HALVINGS - depth))]
+        open_ = _open(ones)
+        if (answers != (ones > 0))[~open_].any():
+            raise ValueError("values: expected at most 8 standard deviations from the mean")
+        stack.push_bits(answers[open_], ones[open_])
         if self.wide:
             stack.push_bits(beyond, np.full(self.shape, FAR))
 
@@ -346,13 +333,9 @@ def _lines(table: Callable[[], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return table(), np.append(np.diff(table()), 0.0)
 
 
-def _decimals() -> decimal.Context:
-    return decimal.Context(prec=30)
-
-
 @lru_cache
 def _exponentials(parts: int) -> np.ndarray:
-    with decimal.localcontext(_decimals()):
+    with decimal.localcontext(decimal.Context(prec=30)):
         step = (decimal.Decimal(1) / parts).exp()
         up = [decimal.Decimal(1)]
         for _ in range(20 * parts):
@@ -363,13 +346,9 @@ def _exponentials(parts: int) -> np.ndarray:
 @lru_cache
 def _logistic() -> np.ndarray:
     """1 / (1 + e^-t) for t from -32 to 32 in steps of 1/64."""
-    with decimal.localcontext(_decimals()):
-        step, value, upper = (decimal.Decimal(1) / 64).exp(), decimal.Decimal(1), []
-        for _ in range(32 * 64 + 1):
-            upper.append(value)
-            value = value / step
-        rising = [e / (1 + e) for e in reversed(upper)] + [1 / (1 + e) for e in upper[1:]]
-        return np.array([float(v) for v in rising])
+    with decimal.localcontext(decimal.Context(prec=30)):
+        t = [decimal.Decimal(i) / 64 for i in range(-32 * 64, 32 * 64 + 1)]
+        return np.array([float(1 / (1 + (-v).exp())) for v in t])
 
 
 @lru_cache
@@ -377,15 +356,13 @@ def _normal() -> np.ndarray:
     """The normal distribution function from -8 to 8 in steps of 1/64, by its Taylor series."""
     with decimal.localcontext(decimal.Context(prec=50)):
         pi = decimal.Decimal("3.14159265358979323846264338327950288419716939937511")
-        lower = []
-        for i in range(8 * 64 + 1):
+        values = []
+        for i in range(-8 * 64, 8 * 64 + 1):
             t = decimal.Decimal(i) / 64
             term, total, n = t, t, 0
             while abs(term) > decimal.Decimal("1e-45"):
                 n += 1
                 term = term * t * t / (2 * n + 1)
                 total += term
-            above = decimal.Decimal("0.5") - total * (-t * t / 2).exp() / (2 * pi).sqrt()
-            lower.append(above)
-        rising = [*reversed(lower), *(1 - v for v in lower[1:])]
-        return np.array([float(v) for v in rising])
+            values.append(decimal.Decimal("0.5") + total * (-t * t / 2).exp() / (2 * pi).sqrt())
+        return np.array([float(v) for v in values])

@@ -8,7 +8,9 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from contextlib import suppress
+from itertools import accumulate
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -45,16 +47,6 @@ OTHERS = (
 """How other files begin, and what they are."""
 
 
-class Found(NamedTuple):
-    """The chunks of a file; see the attributes of `Reader`."""
-
-    entries: Sequence[Entry]
-    images: int
-    lost: tuple[tuple[int, int], ...] = ()
-    rescanned: bool = False
-    ended: bool = True
-
-
 class Source:
     """The bytes of a file, and the chunks in them.
 
@@ -70,11 +62,7 @@ class Source:
         self._window = (0, b"")
 
     def at(self, offset: int, size: int) -> bytes:
-        """Bytes that lie within the file.
-
-        Raises:
-            DamagedFile: If the file has become shorter.
-        """
+        """Bytes that lie within the file."""
         base, data = self._window
         if base <= offset and offset + size <= base + len(data):
             return data[offset - base : offset - base + size]
@@ -92,11 +80,7 @@ class Source:
         return b"".join(parts)
 
     def entry(self, offset: int) -> Entry | None:
-        """The chunk at a place, if its header is whole.
-
-        Raises:
-            LimitExceeded: If it is whole and asks for too much.
-        """
+        """The chunk at a place, if its header is whole."""
         if offset + mus.HEAD.size > self.size:
             return None
         data = self.at(offset, mus.HEAD.size)
@@ -121,13 +105,10 @@ class Source:
         if end != mus.END_MAGIC or zlib.crc32(data[:-8], self.seed) != check:
             return None
         rows = list(mus.ROW.iter_unpack(data[mus.FOOT.size : -mus.TAIL.size]))
-        reached = 0
-        for _, _, first, count, *_ in rows:
-            if first != reached or count < 1:
-                return None
-            reached += count
+        firsts, counts = [row[2] for row in rows], [row[3] for row in rows]
         self.limits.hold("images", images, "file: images")
-        return rows if reached == images else None
+        follow = [*firsts, images] == list(accumulate(counts, initial=0))
+        return rows if follow and all(counts) else None
 
     def intact(self, entry: Entry) -> bool:
         """Whether the body of a chunk matches its checksum; no if the budget is spent."""
@@ -155,21 +136,20 @@ class Source:
         return None
 
 
-def find(source: Source, begin: int) -> Found:
+def find(source: Source, begin: int) -> tuple[Sequence[Entry], int, Any, bool, bool]:
     """The chunks of a file, the first of which lies at `begin`: one after the other, or by a scan.
 
     A damaged file yields every chunk whose header is whole and belongs to this file. What a whole
     footer says still holds, even if the footer has moved.
 
-    Raises:
-        LimitExceeded: If there are too many, or one is too large.
+    Returns:
+        The attributes `entries`, `images`, `lost`, `rescanned` and `ended` of `Reader`.
     """
     if (entries := _undamaged(source, begin)) is not None:
-        return Found(entries, sum(entry.count for entry in entries))
-    last = source.size - mus.TAIL.size
-    rows = (
-        source.rows(mus.TAIL.unpack(source.at(last, mus.TAIL.size))[0]) if last > begin else None
-    )
+        return entries, sum(entry.count for entry in entries), (), False, True
+    rows, last = None, source.size - mus.TAIL.size
+    if last >= begin:
+        rows = source.rows(mus.TAIL.unpack(source.at(last, mus.TAIL.size))[0])
     found, scanned = _scan(source, begin)
     rows = scanned if rows is None else rows
     if rows is not None and found and not any(_listed(entry, rows) for entry in found):
@@ -181,7 +161,7 @@ def find(source: Source, begin: int) -> Found:
     else:
         entries = _in_order(_distinct(source, whole))
         images = max((entry.first + entry.count for entry in found), default=0)
-    return Found(entries, images, tuple(_gaps(entries, images)), True, rows is not None)
+    return entries, images, tuple(_gaps(entries, images)), True, rows is not None
 
 
 def _undamaged(source: Source, offset: int) -> list[Entry] | None:
@@ -297,7 +277,6 @@ class Reader:
         DamagedFile: If it is no `.mus` file, or its header is damaged.
         UnknownVersion: If it has a later format.
         LimitExceeded: If it asks for more than `limits` grant.
-        OSError: If the file cannot be read; in `read` and `model`, too.
 
     Example:
         >>> Reader(io.BytesIO(b"PK..."))
@@ -310,10 +289,11 @@ class Reader:
         self._limits = limits or Limits()
         self._source = Source(file, self._limits)
         start = self._start()
-        found = find(self._source, self._model + self.model_size)
-        self._limits.hold("total", sum(e.raw for e in found.entries), "file: bytes, decompressed")
+        self.entries, self.images, self.lost, self.rescanned, self.ended = find(
+            self._source, self._model + self.model_size
+        )
+        self._limits.hold("total", sum(e.raw for e in self.entries), "file: bytes, decompressed")
         self.header = _header(start, self._limits.depth)
-        self.entries, self.images, self.lost, self.rescanned, self.ended = found
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -322,12 +302,7 @@ class Reader:
         return (self.read(place) for place in range(len(self)))
 
     def model(self) -> bytes:
-        """The embedded model.
-
-        Raises:
-            DamagedFile: If it is not as it was written.
-            CodingError: If there is none.
-        """
+        """The embedded model; `DamagedFile` if it is not as it was written."""
         if not self.model_size:
             raise CodingError("the file holds no model; give the model that it was written with")
         data = self._source.at(self._model, self.model_size)
@@ -405,12 +380,10 @@ class Reader:
 
 
 def _header(text: bytes, levels: int) -> dict[str, Any]:
-    try:
+    with suppress(ValueError, RecursionError):
         value = json.loads(text)
         if isinstance(value, dict) and mus.is_json(value, levels) and mus.canonical(value) == text:
             return value
-    except (ValueError, RecursionError):
-        pass
     raise DamagedFile(
         "the header of the file is not canonical JSON (sorted keys, no blanks, no NaN, at most "
         f"{levels} levels); {FAULT}"

@@ -30,26 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from musigma import layers
 from musigma.coding.errors import CodingError
 from musigma.coding.laws import exponential
 from musigma.coding.stack import Stack
 from musigma.context import conditioned
-from musigma.layers import (
-    ActNorm,
-    Additive,
-    Affine,
-    Autoregressive,
-    Checkerboard,
-    Coupling,
-    Elementwise,
-    InvertibleConv,
-    Logit,
-    Permutation,
-    Rescale,
-    Spline,
-    Squeeze,
-    Standardize,
-)
 
 __all__ = ["Increasing", "Intervals", "MapRule", "Rule", "register", "rule_of"]
 
@@ -110,11 +95,7 @@ def register(kind: type) -> Callable[[R], R]:
 
 
 def rule_of(subject: object) -> Any:
-    """The rule of an object, by its type.
-
-    Raises:
-        ValueError: If there is none, by the name of the type.
-    """
+    """The rule of an object, by its type."""
     kind = type(subject)
     base, reason = next((base for base in kind.__mro__ if base in _RULES), None), ""
     if base is not None:
@@ -178,19 +159,11 @@ class Rule(ABC):
 
     @staticmethod
     def grid_above(layer: Any, below: int) -> int:
-        """The grid of the output, for an input on the grid `below`.
-
-        Raises:
-            ValueError: If this layer cannot be coded.
-        """
+        """The grid of the output, for an input on the grid `below`."""
         return below
 
     def scale(self, k: np.ndarray, by: np.ndarray, into: np.ndarray) -> np.ndarray:
-        """``k * by / into``, data to latents.
-
-        Raises:
-            OverflowError: If a value or a ratio is too large, or an interval is empty.
-        """
+        """``k * by / into``, data to latents; OverflowError if a value or a ratio is too large."""
         return self._scaled(k, by, into, range(PARTS))
 
     def unscale(self, k: np.ndarray, by: np.ndarray, into: np.ndarray) -> np.ndarray:
@@ -228,12 +201,7 @@ def ratio(log_scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fixed(parameter: Tensor, scale: float) -> np.ndarray:
-    """A parameter of the model times `scale`, rounded: the same in both directions.
-
-    Raises:
-        CodingError: If it is not finite.
-        OverflowError: If it exceeds 2^52.
-    """
+    """A parameter of the model times `scale`, rounded: the same in both directions."""
     scaled = parameter.detach().double().cpu().numpy() * scale
     if not np.isfinite(scaled).all():
         raise CodingError("the model has a parameter that is not finite, or a singular matrix")
@@ -275,7 +243,7 @@ class MapRule(ABC):
         )
 
 
-@register(Additive)
+@register(layers.Additive)
 class AdditiveRule(MapRule):
     """A shift."""
 
@@ -286,7 +254,7 @@ class AdditiveRule(MapRule):
         return y - self.shift(self.h)
 
 
-@register(Affine)
+@register(layers.Affine)
 class AffineRule(MapRule):
     """A shift and a scale."""
 
@@ -303,7 +271,7 @@ class AffineRule(MapRule):
         return self.shift(shift), ratio(self.rule.integers(log_scale, STEPS, self.which + 1))
 
 
-@register(Spline)
+@register(layers.Spline)
 class Intervals(MapRule):
     """Any increasing map, approximated by straight lines on intervals of 1/32 of its output.
 
@@ -315,11 +283,7 @@ class Intervals(MapRule):
     WIDTH = 5
 
     def up(self, x: np.ndarray) -> np.ndarray:
-        """Data to latents.
-
-        Raises:
-            OverflowError: If the map is too steep for its grid.
-        """
+        """Data to latents; OverflowError if the map is too steep for its grid."""
         real = torch.from_numpy(x * 2.0**-self.rule.below)
         y = self.map.forward(real, self.h)[0].double().numpy()
         i = np.floor(y * 2.0**self.WIDTH).astype(np.int64)
@@ -354,8 +318,20 @@ class Intervals(MapRule):
         return ends
 
 
-@register(Coupling)
-class CouplingRule(Rule):
+class Mapped(Rule):
+    """A layer with a map of single elements, which has a rule of its own."""
+
+    @staticmethod
+    def grid_above(layer: Any, below: int) -> int:
+        rule_of(layer.map)  # refuses a map without a rule, by name
+        return below
+
+    def map(self, h: Tensor, which: int = 0) -> MapRule:
+        return rule_of(self.layer.map)(self, self.layer.map, h, which)
+
+
+@register(layers.Coupling)
+class CouplingRule(Mapped):
     """The first half of the channels transforms the second."""
 
     def up(self, x: np.ndarray) -> np.ndarray:
@@ -367,68 +343,53 @@ class CouplingRule(Rule):
         return np.concatenate([first, map.down(second)], 1)
 
     def _halves(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, MapRule]:
-        half = x.shape[1] // 2
-        given = self.tensor(x[:, :half], self.below)
-        h = conditioned(self.layer.net, given, self.context)
-        return x[:, :half], x[:, half:], rule_of(self.layer.map)(self, self.layer.map, h)
-
-    @staticmethod
-    def grid_above(layer: Any, below: int) -> int:
-        rule_of(layer.map)  # refuses a map without a rule, by name
-        return below
+        first, second = np.split(x, [x.shape[1] // 2], 1)
+        h = conditioned(self.layer.net, self.tensor(first, self.below), self.context)
+        return first, second, self.map(h)
 
 
-@register(Autoregressive)
-class AutoregressiveRule(Rule):
+@register(layers.Autoregressive)
+class AutoregressiveRule(Mapped):
     """Each feature is transformed by those before it, one after the other in both directions.
 
     Data to latents could take one pass of the network, but that would round differently.
     """
 
     def up(self, x: np.ndarray) -> np.ndarray:
-        given, outputs = self.tensor(x, self.below), []
+        given, outputs, y = self.tensor(x, self.below), [], x.copy()
 
         def fill(i: int, h: Tensor) -> Tensor:
             outputs.append(h)
             return given[:, i : i + 1]
 
         self.layer.net.unroll(fill, given, self.context)
-        y = x.copy()
         for i in reversed(range(x.shape[1])):
-            y[:, i : i + 1] = self._map(i, outputs[i]).up(x[:, i : i + 1])
+            y[:, i : i + 1] = self.map(outputs[i], 2 * i).up(x[:, i : i + 1])
         return y
 
     def down(self, y: np.ndarray) -> np.ndarray:
         x = y.copy()
 
         def fill(i: int, h: Tensor) -> Tensor:
-            x[:, i : i + 1] = self._map(i, h).down(y[:, i : i + 1])
+            x[:, i : i + 1] = self.map(h, 2 * i).down(y[:, i : i + 1])
             return self.tensor(x[:, i : i + 1], self.below)
 
         self.layer.net.unroll(fill, self.tensor(y, self.below), self.context)
         return x
 
-    def _map(self, i: int, h: Tensor) -> MapRule:
-        return rule_of(self.layer.map)(self, self.layer.map, h, 2 * i)
 
-    grid_above = CouplingRule.grid_above
-
-
-@register(Elementwise)
-class ElementwiseRule(Rule):
+@register(layers.Elementwise)
+class ElementwiseRule(Mapped):
     """A map with learned constants as parameters."""
 
     def up(self, x: np.ndarray) -> np.ndarray:
-        return self._map(x).up(x)
+        return self.map(self._constants(x)).up(x)
 
     def down(self, y: np.ndarray) -> np.ndarray:
-        return self._map(y).down(y)
+        return self.map(self._constants(y)).down(y)
 
-    def _map(self, x: np.ndarray) -> MapRule:
-        h = self.layer.h.expand(len(x), -1, *x.shape[2:])
-        return rule_of(self.layer.map)(self, self.layer.map, h)
-
-    grid_above = CouplingRule.grid_above
+    def _constants(self, x: np.ndarray) -> Tensor:
+        return self.layer.h.expand(len(x), -1, *x.shape[2:])
 
 
 class Increasing(Rule):
@@ -462,9 +423,9 @@ class Increasing(Rule):
 # --- other layers ------------------------------------------------------------------------------
 
 
-@register(Checkerboard)
-@register(Permutation)
-@register(Squeeze)
+@register(layers.Checkerboard)
+@register(layers.Permutation)
+@register(layers.Squeeze)
 class Reordering(Rule):
     """Elements change places."""
 
@@ -475,7 +436,7 @@ class Reordering(Rule):
         return self.layer.inverse(torch.from_numpy(y))[0].numpy()
 
 
-@register(Rescale)
+@register(layers.Rescale)
 class RescaleRule(Rule):
     """A change of the grid, which costs nothing, a sign and a shift."""
 
@@ -503,7 +464,7 @@ class RescaleRule(Rule):
         return above
 
 
-@register(ActNorm)
+@register(layers.ActNorm)
 class ActNormRule(Rule):
     """A shift and a scale for each channel."""
 
@@ -526,7 +487,7 @@ class ActNormRule(Rule):
         return self.layer.bias, self.layer.log_scale
 
 
-@register(Standardize)
+@register(layers.Standardize)
 class StandardizeRule(ActNormRule):
     """A shift and a scale for each feature."""
 
@@ -534,7 +495,7 @@ class StandardizeRule(ActNormRule):
         return -self.layer.mean, -self.layer.std.log()
 
 
-@register(InvertibleConv)
+@register(layers.InvertibleConv)
 class InvertibleConvRule(Rule):
     """W = P L D U: two triangles with diagonals of ones, and a scale between them."""
 
@@ -568,11 +529,13 @@ class InvertibleConvRule(Rule):
     def _factors(self, ndim: int) -> tuple[np.ndarray, ...]:
         layer, shape = self.layer, (1, -1, *(1,) * (ndim - 2))
         if layer.lu:
-            diagonal = layer.log_scale.detach().double().cpu()
-            order, lower = layer.permutation.argmax(1).cpu().numpy(), layer.lower.double().cpu()
-            sign, upper = layer.sign.double().cpu(), layer.upper.double().cpu()
+            order = layer.permutation.argmax(1).numpy()
+            lower, upper, sign, diagonal = (
+                t.detach().double()
+                for t in (layer.lower, layer.upper, layer.sign, layer.log_scale)
+            )
         else:
-            order, lower, upper = triangles(layer.weight.detach().double().cpu().numpy())
+            order, lower, upper = triangles(layer.weight.detach().double().numpy())
             sign, diagonal = upper.diagonal().sign(), upper.diagonal().abs().log()
         above = upper.triu(1) / (sign * diagonal.exp())[:, None]
         return (
@@ -596,7 +559,7 @@ def triangles(matrix: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
     return rows.argsort(), torch.from_numpy(np.tril(lu, -1)), torch.from_numpy(np.triu(lu))
 
 
-@register(Logit)
+@register(layers.Logit)
 class LogitRule(Rule):
     """One increasing map for all elements, so its intervals are a table."""
 

@@ -6,11 +6,13 @@ in the `constriction` library (Bamler, "Understanding Entropy Coding With Asymme
 Systems (ANS): a Statistician's Perspective", 2022, arXiv:2201.01741).
 
 Pushing costs -log2 p bits and popping recovers as many; each undoes the other exactly. A value can
-therefore be *drawn* by popping it, as bits-back coding does.
+therefore be *drawn* by popping it, as bits-back coding does. Invalid values are refused by a
+`ValueError`, and then nothing is pushed; popping from too few bits raises `Exhausted`.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -28,15 +30,10 @@ class Exhausted(Exception):
 
 
 class Stack:
-    """A stack of bits.
+    """A stack of bits: 32-bit words, as `words` returns them.
 
-    Args:
-        words: Its content: 32-bit words, as `words` returns them.
-        foreign: Whether the words are arbitrary bits, which `words(foreign=True)` returns once
-            everything that was popped has been pushed, and the other way round.
-
-    Raises:
-        ValueError: If constriction is not installed, or the words are no stack.
+    With `foreign`, the words are arbitrary bits, which `words(foreign=True)` returns once
+    everything that was popped has been pushed, and the other way round.
 
     Example:
         >>> stack = Stack(np.arange(8, dtype=np.uint32), foreign=True)
@@ -73,11 +70,7 @@ class Stack:
         self._lowest = self.bits
 
     def words(self, *, foreign: bool = False) -> np.ndarray:
-        """The content; with `foreign`, the arbitrary bits that it began with and has again.
-
-        Raises:
-            ValueError: If `foreign`, and it does not have them again.
-        """
+        """The content; with `foreign`, the arbitrary bits that it began with and has again."""
         try:
             return self._coder.get_compressed(unseal=foreign)
         except (ValueError, AssertionError) as error:
@@ -85,17 +78,12 @@ class Stack:
 
     def copy(self) -> Stack:
         """Another stack with the same content."""
-        twin = object.__new__(Stack)
-        twin._bit, twin._uniform = self._bit, self._uniform
-        twin._coder, twin._lowest = self._coder.clone(), self._lowest
+        twin = copy.copy(self)
+        twin._coder = self._coder.clone()
         return twin
 
     def push(self, values: np.ndarray, sizes: np.ndarray) -> None:
-        """Push integers 0 <= value < size <= 2^24, each uniform below its size.
-
-        Raises:
-            ValueError: For other values or sizes; nothing is pushed.
-        """
+        """Push integers 0 <= value < size <= 2^24, each uniform below its size."""
         values, sizes = _integers("values", values), _integers("sizes", sizes)
         if values.shape != sizes.shape:
             raise ValueError(
@@ -103,64 +91,49 @@ class Stack:
             )
         if not ((values >= 0) & (values < sizes) & (sizes <= 1 << 24)).all():
             raise ValueError("values: expected 0 <= value < size <= 2^24")
-        values, sizes = values.astype(np.int32), sizes.astype(np.int32)
         zeros = _zeros(sizes)
         self._push(values & (zeros - 1), zeros)
         self._push(values // zeros, sizes // zeros)
 
     def _push(self, values: np.ndarray, sizes: np.ndarray) -> None:
         free = sizes > 1  # others cost nothing, and the coder does not accept them
-        self._encode(values[free], self._uniform, sizes[free])
+        self._encode(values[free], self._uniform, sizes[free].astype(np.int32))
 
     def pop(self, sizes: np.ndarray) -> np.ndarray:
-        """Pop integers that are uniform below their sizes, int64, of the shape of `sizes`.
-
-        Raises:
-            Exhausted: If the stack holds too few bits.
-            ValueError: If a size is not 1 to 2^24.
-        """
+        """Pop integers that are uniform below their sizes, int64, of the shape of `sizes`."""
         flat = _integers("sizes", sizes)
         if not ((flat >= 1) & (flat <= 1 << 24)).all():
             raise ValueError("sizes: expected 1 to 2^24")
-        flat = flat.astype(np.int32)
         zeros = _zeros(flat)
         upper = self._pop(flat // zeros)
         try:
             lower = self._pop(zeros)
         except Exhausted:
-            self._push(upper.astype(np.int32), flat // zeros)
+            self._push(upper, flat // zeros)
             raise
         return (upper * zeros + lower).reshape(np.shape(sizes))
 
     def _pop(self, sizes: np.ndarray) -> np.ndarray:
         free, values = sizes > 1, np.zeros(sizes.shape, np.int64)
-        values[free] = self._decode(self._uniform, sizes[free])
+        values[free] = self._decode(self._uniform, sizes[free].astype(np.int32))
         return values
 
     def push_bits(self, bits: np.ndarray, ones: np.ndarray) -> None:
-        """Push bits, each 1 with probability ``ones / ONE``.
-
-        Raises:
-            ValueError: For other values or probabilities; nothing is pushed.
-        """
+        """Push bits, each 1 with probability ``ones / ONE``."""
         flat, likely = _integers("bits", bits), _probabilities(ones)
         if flat.shape != likely.shape or not ((flat == 0) | (flat == 1)).all():
             raise ValueError(f"bits: expected 0 or 1, {likely.size} of them; got {flat.size}")
-        self._encode(flat.astype(np.int32), self._bit, likely)
+        self._encode(flat, self._bit, likely)
 
     def pop_bits(self, ones: np.ndarray) -> np.ndarray:
-        """Pop bits of these probabilities, bool, of the shape of `ones`.
-
-        Raises:
-            Exhausted: If the stack holds too few bits.
-        """
+        """Pop bits of these probabilities, bool, of the shape of `ones`."""
         bits = self._decode(self._bit, _probabilities(ones))
         return bits.astype(bool).reshape(np.shape(ones))
 
     def _encode(self, symbols: np.ndarray, model: Any, parameters: np.ndarray) -> None:
         self._lowest = min(self._lowest, self.bits)
         if len(symbols):
-            self._coder.encode_reverse(symbols, model, parameters)
+            self._coder.encode_reverse(symbols.astype(np.int32), model, parameters)
 
     def _decode(self, model: Any, parameters: np.ndarray) -> np.ndarray:
         if not len(parameters):
