@@ -209,9 +209,9 @@ class Codec:
         raise CodingError(TOO_MANY)
 
     def _coder(self, stack: Stack, n: int, listed: Exceptions | None = None) -> Coder:
-        """A trace of n images; the exceptions of a batch tell it to generate."""
-        rounding, generating = Rounding(listed, guarded=self.guarded), listed is not None
-        return Coder(stack, self.grids, rounding, n=n, dtype=self.dtype, generating=generating)
+        """A trace of n images, which decodes if their exceptions were listed."""
+        rounding = Rounding(listed, guarded=self.guarded)
+        return Coder(stack, self.grids, rounding, n=n, dtype=self.dtype)
 
     def _context(self, context: Context, start: int, stop: int) -> Context:
         return apply(lambda t: t.to(self.dtype), rows(context, slice(start, stop)))

@@ -86,23 +86,16 @@ class Coder(Trace):
     Args:
         stack: The bits.
         grids: The grids of the model.
-        rounding: The rounding of this batch.
+        rounding: The rounding of this batch, which tells the direction: that of an encoder puts
+            the batch onto the stack.
         n: Number of examples.
         dtype: Type that the model computes in.
-        generating: The direction: off the stack if true, onto it otherwise.
     """
 
     def __init__(
-        self,
-        stack: Stack,
-        grids: Grids,
-        rounding: Rounding,
-        *,
-        n: int,
-        dtype: torch.dtype,
-        generating: bool,
+        self, stack: Stack, grids: Grids, rounding: Rounding, *, n: int, dtype: torch.dtype
     ):
-        super().__init__(generating=generating, n=n)
+        super().__init__(generating=not rounding.encoding, n=n)
         self.stack, self.grids, self.rounding, self.dtype = stack, grids, rounding, dtype
         self.count = n
         self.later: list[Callable[[], object]] = []
@@ -238,11 +231,9 @@ class _Planner(Coder):
     def __init__(
         self, model: Model, x: Tensor, context: Any, choose: Callable[[Distribution, int], int]
     ):
-        modules = {module: i for i, module in enumerate(model.modules())}
-        stub: Any = None
-        super().__init__(
-            stub, Grids(modules), stub, n=len(x), dtype=torch.float64, generating=False
-        )
+        grids = Grids({module: i for i, module in enumerate(model.modules())})
+        stack: Any = None
+        super().__init__(stack, grids, Rounding(), n=len(x), dtype=torch.float64)
         self.choose, self.paired, self.finest = choose, False, FINE
         self.steps: list[tuple[str, nn.Module, Tensor]] = []
         with torch.random.fork_rng(devices=[]), _Inheritance():

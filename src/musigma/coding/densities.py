@@ -15,28 +15,11 @@ import numpy as np
 from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints
 
-from musigma.coding.laws import (
-    SHARPNESS,
-    Bisected,
-    Bits,
-    Law,
-    Mixture,
-    Normal,
-    Uniform,
-    Weights,
-    exponential,
-    gaussian,
-)
+from musigma import distributions
+from musigma.coding import laws
+from musigma.coding.laws import SHARPNESS, Law, exponential
 from musigma.coding.rules import register, rule_of
 from musigma.coding.stack import Stack
-from musigma.distributions import (
-    DiscretizedLogisticMixture,
-    FactorizedBernoulli,
-    FactorizedCategorical,
-    LogitNormal,
-    OneHotLatents,
-    UnitUniform,
-)
 from musigma.gaussian import DiagonalGaussian
 
 __all__ = ["Quantizer", "grid_of", "law_of"]
@@ -99,33 +82,33 @@ def _normal(dist: DiagonalGaussian, quantizer: Quantizer) -> Law:
     grid, fine = quantizer.grid, min(quantizer.grid, 16)
     mean = np.left_shift(quantizer.integers(dist.mean, 2.0**fine, 0), grid - fine)
     log_std = quantizer.integers(dist.log_std + grid * math.log(2), SHARPNESS, 1)
-    return Normal(mean, log_std, wide=not quantizer.drawn)
+    return laws.Normal(mean, log_std, wide=not quantizer.drawn)
 
 
-@register(FactorizedBernoulli)
-def _bernoulli(dist: FactorizedBernoulli, quantizer: Quantizer) -> Law:
-    return Bits(quantizer.integers(dist.logits.clamp(-30, 30), SHARPNESS, 0))
+@register(distributions.FactorizedBernoulli)
+def _bernoulli(dist: distributions.FactorizedBernoulli, quantizer: Quantizer) -> Law:
+    return laws.Bits(quantizer.integers(dist.logits.clamp(-30, 30), SHARPNESS, 0))
 
 
-@register(FactorizedCategorical)
-def _categorical(dist: FactorizedCategorical, quantizer: Quantizer) -> Law:
-    return Weights(quantizer.integers(dist.log_probs.clamp(min=-60), SHARPNESS, 0))
+@register(distributions.FactorizedCategorical)
+def _categorical(dist: distributions.FactorizedCategorical, quantizer: Quantizer) -> Law:
+    return laws.Weights(quantizer.integers(dist.log_probs.clamp(min=-60), SHARPNESS, 0))
 
 
-@register(UnitUniform)
-def _uniform(dist: UnitUniform, quantizer: Quantizer) -> Law:
-    return Uniform((quantizer.n, *dist.event_shape), 1 << quantizer.grid)
+@register(distributions.UnitUniform)
+def _uniform(dist: distributions.UnitUniform, quantizer: Quantizer) -> Law:
+    return laws.Uniform((quantizer.n, *dist.event_shape), 1 << quantizer.grid)
 
 
-@register(OneHotLatents)
+@register(distributions.OneHotLatents)
 class OneHot(Law):
     """The class of each variable, as a one-hot row."""
 
-    def __init__(self, dist: OneHotLatents, quantizer: Quantizer):
+    def __init__(self, dist: distributions.OneHotLatents, quantizer: Quantizer):
         self.shape = (quantizer.n, *dist.event_shape)
         log_probs = dist.log_probs.expand(self.shape).clamp(min=-60)
         integers = quantizer.integers(log_probs, SHARPNESS, 0)
-        self.classes = Weights(np.moveaxis(integers, -1, 1))
+        self.classes = laws.Weights(np.moveaxis(integers, -1, 1))
 
     def push(self, stack: Stack, values: np.ndarray) -> None:
         """Push one-hot rows."""
@@ -136,7 +119,7 @@ class OneHot(Law):
         return np.eye(self.shape[-1], dtype=np.int64)[self.classes.pop(stack)]
 
 
-class Noise(Bisected):
+class Noise(laws.Bisected):
     """A `LogitNormal`, by 1,024 parts of the unit interval; uniform within each."""
 
     PARTS = 10
@@ -147,7 +130,7 @@ class Noise(Bisected):
 
     def below(self, k: np.ndarray) -> np.ndarray:
         """The mass below k / 1024."""
-        inner = gaussian((_logits()[k] - self.mean) / self.std)
+        inner = laws.gaussian((_logits()[k] - self.mean) / self.std)
         return np.where(k <= 0, 0.0, np.where(k >= 1024, 1.0, inner))
 
     def push(self, stack: Stack, values: np.ndarray) -> None:
@@ -168,22 +151,22 @@ def _logits() -> np.ndarray:
     return np.array([-16.0, *inner, 16.0])
 
 
-@register(LogitNormal)
-def _logit_normal(dist: LogitNormal, quantizer: Quantizer) -> Law:
+@register(distributions.LogitNormal)
+def _logit_normal(dist: distributions.LogitNormal, quantizer: Quantizer) -> Law:
     mean = quantizer.integers(dist.base.mean, 4096, 0)
     return Noise(mean, quantizer.integers(dist.base.log_std, SHARPNESS, 1), quantizer.grid)
 
 
-@register(DiscretizedLogisticMixture)
+@register(distributions.DiscretizedLogisticMixture)
 class Pixels(Law):
     """A discretized mixture of logistics, channel by channel: each shifts those after it."""
 
-    def __init__(self, dist: DiscretizedLogisticMixture, quantizer: Quantizer):
+    def __init__(self, dist: distributions.DiscretizedLogisticMixture, quantizer: Quantizer):
         step, self.levels = (dist.levels - 1) / 2, dist.levels
         integers, self.shape = quantizer.integers, (quantizer.n, *dist.event_shape)
         logits = integers(dist.log_weights.clamp(min=-60), SHARPNESS, 0)
         self.weights = np.moveaxis(exponential(logits, SHARPNESS), 1, 0)
-        mean = integers((dist.means + 1) * step, Mixture.PARTS, 1)  # (B, K, C, ...)
+        mean = integers((dist.means + 1) * step, laws.Mixture.PARTS, 1)  # (B, K, C, ...)
         log_scale = integers(dist.log_scale + math.log(step), SHARPNESS, 2)
         self.mean = np.moveaxis(mean, 1, 0)
         self.inverse = np.moveaxis(exponential(-log_scale, SHARPNESS), 1, 0)
@@ -204,7 +187,7 @@ class Pixels(Law):
             known = np.concatenate([known, new[:, None]], 1)
         return known
 
-    def _channel(self, known: np.ndarray) -> Mixture:
+    def _channel(self, known: np.ndarray) -> laws.Mixture:
         """The mixture of the channel after those that are known."""
         mixture, weights = None, self.weights
         for c in range(known.shape[1] + 1):
@@ -214,8 +197,8 @@ class Pixels(Law):
                 for earlier in range(c):
                     shift = self.coefficients[:, :, at + earlier]
                     middle = (self.levels - 1) / 2
-                    mean = mean + shift * ((known[:, earlier] - middle) * Mixture.PARTS)
-            mixture = Mixture(weights, mean, self.inverse[:, :, c], self.levels)
+                    mean = mean + shift * ((known[:, earlier] - middle) * laws.Mixture.PARTS)
+            mixture = laws.Mixture(weights, mean, self.inverse[:, :, c], self.levels)
             if c < known.shape[1]:
                 weights = weights * (mixture.masses(known[:, c]) + 1e-12)
         assert mixture is not None
