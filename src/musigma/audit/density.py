@@ -106,11 +106,10 @@ def _constant(value: float, dim: int) -> str:
         "pi": math.pi,
         "e": math.e,
     }
-    for name, size in known.items():
-        for power in {1, dim}:
-            for exponent, word in ((power, ""), (-power, "1 / ")):
-                if math.isclose(value, size**exponent, rel_tol=2e-3):
-                    return f": off by {word}{name}" + (f" to the power {power}" * (power > 1))
+    for (name, size), power in product(known.items(), {1, dim}):
+        for word, factor in (("", size**power), ("1 / ", size**-power)):
+            if math.isclose(value, factor, rel_tol=2e-3):
+                return f": off by {word}{name}" + f" to the power {power}" * (power > 1)
     return ""
 
 

@@ -285,7 +285,7 @@ def _report_raising_inverse(audit: FlowAudit, error: AuditError) -> None:
             str(error),
             "the inverse must take what forward returned, in any state, as often as it is called",
         )
-    audit.flow.drop_inverse()
+    audit.flow.invertible = False
 
 
 def _check_single_precision(audit: FlowAudit) -> None:

@@ -169,10 +169,9 @@ class FlowAdapter:
     """
 
     def __init__(self, sandbox: Sandbox, forward: Any, inverse: Any = None):
-        self.sandbox, self.notes = sandbox, []
+        self.sandbox, self.notes, self.takes_list = sandbox, [], False
         # a log-determinant for each element is this kind's convention
         self.elementwise = isinstance(forward, Transform)
-        self.takes_list = False
         if isinstance(forward, Chain):
             if not all(isinstance(layer, Bijection) for layer in forward.layers):
                 raise AuditError(
@@ -200,16 +199,8 @@ class FlowAdapter:
                 forward = inverse
                 inverse = functools.partial(owner, **dict.fromkeys(flags, True))
         self._forward = _with_total(_call_of(forward))
-        self._inverse = None if inverse is None else _with_total(_call_of(inverse))
-
-    @property
-    def invertible(self) -> bool:
-        """Whether there is an inverse to call."""
-        return self._inverse is not None
-
-    def drop_inverse(self) -> None:
-        """Go on without the inverse."""
-        self._inverse = None
+        self.invertible = inverse is not None
+        self._inverse = _with_total(_call_of(inverse))
 
     def forward(self, x: Tensor, notes: list[str] | None = None) -> Image:
         """The flow's output for a copy of x.
@@ -240,8 +231,6 @@ class FlowAdapter:
         Raises:
             AuditError: If it raises, or returns something other than an x of the given shape.
         """
-        if self._inverse is None:
-            raise AuditError("inverse: there is none")
         z = detached(tree)  # a copy, so that caches keyed by the tensor do not help
         image = read(self.sandbox.call("inverse", self._inverse, z), x, "inverse")
         flat = _check_rows(image, x, "inverse").flat

@@ -42,8 +42,6 @@ class Measurement:
     difference of both directions' log-determinants; `kind` is that of `log_det_of`.
     """
 
-    finite: bool = True
-    nan_log_det: bool = False
     round_trip: float = math.nan
     inverse_error: AuditError | None = None
     log_det: float = math.nan
@@ -53,6 +51,11 @@ class Measurement:
     back_same: float = math.nan
     volume: Volume | None = None
     kind: str = "example"
+
+    @property
+    def nan_log_det(self) -> bool:
+        """Whether a log-determinant is stated that is not finite."""
+        return self.stated is not None and not bool(self.stated.isfinite().all())
 
 
 def log_det_error(stated: Tensor, truth: Tensor) -> float:
@@ -151,13 +154,11 @@ class FlowAudit(ReportBuilder):
         return self.flow.forward(x).flat
 
     def measure(self) -> Measurement:
-        """Errors of one pass of a few examples in both directions."""
+        """Errors of one pass of a few examples in both directions; none if z is not finite."""
         measured, image = Measurement(), self.flow.forward(self.few)
-        measured.finite = bool(image.flat.isfinite().all())
-        if measured.finite:
+        if image.flat.isfinite().all():
             if image.raw is not None:
                 measured.stated, measured.kind = log_det_of(image.raw, len(self.few))
-                measured.nan_log_det = not bool(measured.stated.isfinite().all())
             self._measure_log_det(measured)
             if self.flow.invertible:
                 self._measure_inverse(measured, image)
@@ -252,8 +253,6 @@ class FlowAudit(ReportBuilder):
 
     def report_errors(self, measured: Measurement, when: str) -> None:
         """Add a finding for every error, and a line for everything that is right."""
-        if not measured.finite:
-            return
         for name, error in (
             ("log-determinant against autograd", measured.log_det),
             ("round trip", measured.round_trip),

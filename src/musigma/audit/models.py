@@ -137,7 +137,8 @@ def _check_laws(
     report: ReportBuilder, model: Model, x: Tensor, context: Context, when: str
 ) -> None:
     x = model.floating(x.double())
-    names, seen = model.site_names(), {}
+    names = model.site_names()
+    seen: dict[Any, tuple[Tensor, Tensor | None]] = {}
 
     def hook(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         h, *rest = args
@@ -146,7 +147,7 @@ def _check_laws(
     with forward_hooks({m for m in model.modules() if isinstance(m, Bijection)}, hook):
         model.infer(x, Trace(scoring=False), context)
     for layer, (h, row) in seen.items():
-        _check_bijection(report, names[layer], cast(Bijection, layer), h, row, when)
+        _check_bijection(report, names[layer], layer, (h, row), when)
     if seen:
         report.checked.append(f"{len(seen)} layers, inverses and log-determinants, {when}")
     up = Recorder()
@@ -190,10 +191,10 @@ def _check_bijection(
     report: ReportBuilder,
     name: str,
     layer: Bijection,
-    x: Tensor,
-    context: Tensor | None,
+    given: tuple[Tensor, Tensor | None],
     when: str,
 ) -> None:
+    x, context = given
     label = f"{name} ({type(layer).__name__})"
     repair = "musigma.testing.check_layer checks a layer alone"
     z, log_det = layer(x, context)

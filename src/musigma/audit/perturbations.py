@@ -101,7 +101,7 @@ def _is_stale(audit: FlowAudit, std: float) -> bool:
 
 def check_negative_determinants(audit: FlowAudit) -> None:
     """Whether the log-determinant is finite where a matrix has a negative determinant."""
-    matrices = [p for p in audit.sandbox.trainable() if _is_square(p) and not _is_triangular(p)]
+    matrices = [p for p in audit.sandbox.trainable() if _is_matrix(p)]
     if not matrices or "logdet_nan" in audit.findings:
         return
     audit.restore()
@@ -179,13 +179,12 @@ def _determinant_signs(audit: FlowAudit, factors: tuple[float, ...]) -> tuple[in
     return positive, negative
 
 
-def _is_square(p: Tensor) -> bool:
-    return p.ndim >= 2 and p.shape[0] == p.shape[1] > 1 and p.numel() == p.shape[0] ** 2
-
-
-def _is_triangular(p: Tensor) -> bool:
+def _is_matrix(p: Tensor) -> bool:
+    """Whether a parameter is a square matrix, and not triangular."""
+    if p.ndim < 2 or p.shape[1] < 2 or p.numel() != len(p) ** 2 or len(p) != p.shape[1]:
+        return False
     matrix = p.detach().reshape(len(p), -1)
-    return not (matrix.tril(-1).any() and matrix.triu(1).any())
+    return bool(matrix.tril(-1).any() and matrix.triu(1).any())
 
 
 @torch.no_grad()
