@@ -18,6 +18,12 @@ from torch import Tensor
 
 from musigma.audit.findings import AuditError, AuditReport, distance
 from musigma.audit.flow_adapter import log_det_of
+from musigma.audit.flow_parameters import (
+    check_determinant_sign,
+    check_initialisation,
+    check_negative_determinants,
+    check_random_parameters,
+)
 from musigma.audit.flow_state import (
     BUG_32,
     SAME,
@@ -26,13 +32,7 @@ from musigma.audit.flow_state import (
     FlowAudit,
     Measurement,
 )
-from musigma.audit.initialisation import check_initialisation
 from musigma.audit.layerwise import check_layers
-from musigma.audit.perturbations import (
-    check_determinant_sign,
-    check_negative_determinants,
-    check_random_parameters,
-)
 from musigma.audit.sandbox import Sandbox, TooSlowError, about_types
 
 __all__ = ["audit_flow"]
@@ -100,12 +100,11 @@ def _audit(audit: FlowAudit) -> AuditReport:
         if not audit.is_stochastic:
             check_initialisation(audit)
             unperturbed = _check_unperturbed(audit)
-            check_random_parameters(audit, unperturbed)
-            check_negative_determinants(audit)
-            if audit.square:
-                check_determinant_sign(audit)
-                check_layers(audit, unperturbed)
-            _check_single_precision(audit)
+            checks = [check_random_parameters, check_negative_determinants]
+            checks += [check_determinant_sign, check_layers] if audit.square else []
+            for check in [*checks, _check_single_precision]:
+                check(audit, unperturbed)
+                audit.restore()
         elif audit.flow.invertible:
             _check_surjection(audit)
     audit.assumed += audit.flow.notes
@@ -288,12 +287,11 @@ def _report_raising_inverse(audit: FlowAudit, error: AuditError) -> None:
     audit.flow.invertible = False
 
 
-def _check_single_precision(audit: FlowAudit) -> None:
+def _check_single_precision(audit: FlowAudit, _unperturbed: Measurement) -> None:
     """The error of a round trip in float32, in which the flow will be used."""
     usable = audit.flow.invertible and audit.sandbox.dtype == torch.float64
     if not usable or {"inverse_mismatch", "inverse_raises"} & audit.findings.keys():
         return
-    audit.restore()
     x = audit.few.float()
     audit.sandbox.use_dtype(torch.float32)
     with suppress(AuditError):
@@ -313,5 +311,3 @@ def _check_single_precision(audit: FlowAudit) -> None:
                 error=error,
                 condition=conditions[worst],
             )
-    audit.sandbox.use_dtype(torch.float64)
-    audit.restore()

@@ -63,7 +63,6 @@ def check_layers(audit: FlowAudit, unperturbed: Measurement) -> None:
     if unclear and not whole:
         names = ", ".join(dict.fromkeys(unclear))[:200]
         audit.unchecked.append(f"log-determinant, because of the many elements, of: {names}")
-    audit.restore()
 
 
 class _Layer:

@@ -15,9 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
 from musigma.audit.sandbox import Sandbox, first_form
+from musigma.audit.scales import READINGS
 
 __all__ = ["audit_bits", "audit_importance_bound", "audit_log_prob_term"]
 
@@ -457,16 +459,11 @@ def _term_fits(
         return []
     if count == 1:  # any Gaussian is a multiple of z squared, plus a multiple of z
         return [_regressed("one", y, [(-0.5 * z.square().sum(), z.sum()) for (z,) in rows])]
-    log_std = {
-        "log_std": lambda s: s,
-        "log_var": lambda s: 0.5 * s,
-        "std": lambda s: s.log(),
-        "variance": lambda s: 0.5 * s.log(),
-    }
-    return [
-        _regressed(name, y, [(_log_normal(z, m, read(s)).sum(),) for z, m, s in rows])
-        for name, read in log_std.items()
-    ]
+    fits = []
+    for name in ("log_std", "log_var", "std", "variance"):
+        log_p = [Normal(m, READINGS[name].sigma(s)).log_prob(z).sum() for z, m, s in rows]
+        fits.append(_regressed(name, y, [(x,) for x in log_p]))
+    return fits
 
 
 def _regressed(reading: str, y: Tensor, x: list[tuple[Tensor, ...]]) -> _TermFit:
@@ -487,10 +484,6 @@ def _regressed(reading: str, y: Tensor, x: list[tuple[Tensor, ...]]) -> _TermFit
     consistent = any(math.isclose(factor, known, rel_tol=1e-3) for known in (1.0, 0.25))
     other = 1.0 if four.residual < 1e-3 and not consistent else four.residual
     return one._replace(residual=max(one.residual, other))
-
-
-def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    return -0.5 * math.log(2 * math.pi) - log_std - 0.5 * ((z - mean) * (-log_std).exp()).square()
 
 
 def _towards(sandbox: Sandbox, term: Callable[..., Any], count: int, dtype: torch.dtype) -> float:

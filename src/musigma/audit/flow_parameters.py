@@ -1,0 +1,392 @@
+"""The flow under other parameters: those of its first batch, random ones, updated ones.
+
+If the answer to other data depends on which batch came first, the first call initialises. It is
+then repeated on shifted, unevenly scaled data: a layer whose first output is a shift and a scale
+of each channel must have standardised it.
+
+A fault under random parameters must appear again under a fifth of the perturbation; otherwise it
+is attributed to the parameters (a contraction that is none any more) and not to the code.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musigma.audit.findings import AuditError, distance
+from musigma.audit.flow_adapter import detached, flatten, log_det_of
+from musigma.audit.flow_state import FlowAudit, Measurement
+from musigma.audit.sandbox import first, forward_hooks
+from musigma.audit.volume import by_autograd
+
+__all__ = [
+    "check_determinant_sign",
+    "check_initialisation",
+    "check_negative_determinants",
+    "check_random_parameters",
+]
+
+WIDE = (1.0, 3.0, 6.0, 3.0, 1.0)  # multiples of the example's spread, with 300 points each
+SCALES = (0.3, 0.1, 0.03)  # of random parameters: the largest under which z is finite
+
+Moments = tuple[Tensor, Tensor]
+
+
+# --- the first batch ---------------------------------------------------------------------------
+
+
+def check_initialisation(audit: FlowAudit) -> None:
+    """Whether the first call initialises anything, and if so correctly and for good."""
+    if not audit.sandbox.modules and not audit.sandbox.holders:
+        return
+    if audit.was_training:
+        audit.unchecked.append(
+            "data-dependent initialisation: the flow was handed in in training mode"
+        )
+        return
+    restore_after_first = audit.sandbox.snapshot()
+    other = audit.draw_examples(len(audit.x), 4)
+    second = _z(audit, other)
+    audit.restore_first()
+    with suppress(AuditError):
+        other_first, example_second = _z(audit, other), _z(audit, audit.x)
+        restore_after_first()
+        example_again = _z(audit, audit.x)
+        changes = distance(second, other_first), distance(example_second, example_again)
+        if max(changes) > 10 * audit.tolerance and not _has_running_statistics(audit):
+            audit.checked.append("the first call initialises from its batch")
+            _check_standardisation(audit)
+            _check_reload(audit)
+    restore_after_first()
+    audit.flow.forward(audit.x)  # initialises, if nothing has
+
+
+def _z(audit: FlowAudit, x: Tensor) -> Tensor:
+    return audit.flow.forward(x).flat.detach()
+
+
+def _has_running_statistics(audit: FlowAudit) -> bool:
+    """Whether each call changes the answer of the next, which is no initialisation."""
+    restore = audit.sandbox.snapshot()
+    before = _z(audit, audit.x)
+    for seed in range(3):
+        audit.flow.forward(3 * audit.draw_examples(len(audit.x), 20 + seed))
+    after = _z(audit, audit.x)
+    restore()
+    return distance(before, after) > audit.tolerance
+
+
+def _check_standardisation(audit: FlowAudit) -> None:
+    """Check the layers that are a shift and a scale of each channel, on uneven data.
+
+    Once with the other parameters as they are and once at random: networks that start at zero
+    hide faults, and a learned gain looks like one. A fault shows both times.
+    """
+    unperturbed = _standardised(audit, 0.0)
+    perturbed = _standardised(audit, 0.3) if unperturbed else {}
+    both = [name for name in unperturbed if name in perturbed]
+    if not both:
+        audit.unchecked.append("what the data-dependent initialisation sets: no layer shows it")
+        return
+    audit.checked.append(
+        "data-dependent initialisation: each channel's mean and std after the first batch, on "
+        "shifted and unevenly scaled data"
+    )
+    for name in both:
+        if min(_error(*unperturbed[name]), _error(*perturbed[name])) < 0.05:
+            continue
+        mean, std = unperturbed[name]
+        common = float(std.median())  # some layers scale all channels to another constant
+        alike = float((std / common - 1).abs().max()) < 0.05
+        alike &= float(mean.abs().max()) < 0.05 * max(1.0, common)
+        audit.find(
+            "ddi_wrong",
+            "warning" if alike else "bug",
+            f"after its first batch, {name} has channel means up to {float(mean.abs().max()):.3g} "
+            f"from zero and standard deviations from {float(std.min()):.3g} to "
+            f"{float(std.max()):.3g}",
+            "set the shift to -mean and the scale to 1 / std of the batch, over all axes but "
+            "the channels, in the order in which forward applies them",
+            means=mean[:16].tolist(),
+            stds=std[:16].tolist(),
+        )
+
+
+def _error(mean: Tensor, std: Tensor) -> float:
+    return max(float(mean.abs().max()), float((std - 1).abs().max()))
+
+
+def _standardised(audit: FlowAudit, noise: float) -> dict[str, Moments]:
+    """Mean and std by channel of every first output that shifts and scales its input."""
+    channels, *sides = audit.example.shape[1:]
+    n = max(16, 512 // math.prod(sides))
+    spread = torch.logspace(-0.7, 0.7, channels) if channels > 1 else torch.tensor([3.0])
+    draws = torch.randn(n, *sides, channels, generator=torch.Generator().manual_seed(3))
+    uneven = (draws * spread + torch.linspace(2.0, -3.0, channels)).movedim(-1, 1).contiguous()
+    names = {m: k for root in audit.sandbox.modules for k, m in root.named_modules()}
+    for x in (uneven.to(audit.example), audit.draw_examples(n, 5)):
+        audit.restore_first()
+        if noise:
+            audit.perturb(noise)
+        calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+        def hook(module: nn.Module, args: tuple, out: Any, calls: dict = calls) -> None:
+            z = first(out)
+            if args and isinstance(args[0], Tensor) and isinstance(z, Tensor):
+                calls.setdefault(module, (args[0].detach(), z.detach()))
+
+        before = {m: _numbers_of(m) for m in names}
+        try:
+            with forward_hooks(names, hook):
+                z = _z(audit, x)
+        except AuditError:
+            continue
+        if not z.isfinite().all():
+            continue
+        initialised = [m for m in calls if not torch.equal(before[m], _numbers_of(m))]
+        pairs = [(names[m] or type(m).__name__, *calls[m]) for m in initialised]
+        pairs = pairs or [("forward", x, z)]
+        found = {name: moments for name, *pair in pairs if (moments := _moments(*pair))}
+        if found:
+            return found
+    return {}
+
+
+def _numbers_of(module: nn.Module) -> Tensor:
+    """Copies of the numbers that a module itself holds, in a row."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    tensors += [t for t in vars(module).values() if isinstance(t, Tensor)]
+    parts = [t.detach().double().flatten() for t in tensors if t.is_floating_point()]
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
+
+
+def _moments(x: Tensor, z: Tensor) -> Moments | None:
+    """Mean and std of z by channel, if z shifts and scales each channel of x; else None."""
+    if x.numel() != z.numel() or x.ndim < 2 or x.numel() < 512 * x.shape[1]:
+        return None
+    z = z.double().reshape(x.shape).transpose(0, 1).flatten(1)
+    x = x.double().transpose(0, 1).flatten(1)
+    centered, out = x - x.mean(1, keepdim=True), z - z.mean(1, keepdim=True)
+    slope = (centered * out).mean(1) / centered.square().mean(1)
+    left = (out - slope[:, None] * centered).abs().amax()
+    if not left <= 1e-4 * out.abs().amax().clamp(min=1e-12):  # NaN where a channel is constant
+        return None
+    if (slope - 1).abs().max() < 1e-6 and (z.mean(1) - x.mean(1)).abs().max() < 1e-6:
+        return None  # this call did not set it
+    return z.mean(1), z.std(1, correction=0)
+
+
+def _check_reload(audit: FlowAudit) -> None:
+    """Save after the first batch, load into a fresh copy, and call that on another batch."""
+    modules = [m for m in audit.sandbox.modules if m.state_dict()]
+    if isinstance(audit.state, nn.Module):
+        modules = [audit.state]
+    if not modules:
+        audit.unchecked.append("saving and loading: no module has the state")
+        return
+    audit.restore_first()
+    audit.flow.forward(audit.x)
+    saved = [copy.deepcopy(m.state_dict()) for m in modules]
+    other = 0.5 * audit.x + 0.5 * audit.draw_examples(len(audit.x), 6)
+    expected = _z(audit, other)
+    audit.restore_first()
+    try:
+        for module, state in zip(modules, saved, strict=True):
+            module.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        audit.unchecked.append(f"loading a saved state: {str(error).splitlines()[0][:120]}")
+        return
+    difference = distance(expected, _z(audit, other))
+    if difference > 10 * audit.tolerance:
+        audit.bug(
+            "ddi_reinit",
+            "saved after its first batch and loaded again, it initialises itself anew: the "
+            f"same input gives another z, by {difference:.2g}",
+            "make the flag a buffer: self.register_buffer('initialised', torch.tensor(False))",
+            difference=difference,
+        )
+    else:
+        audit.checked.append("the initialised state survives state_dict")
+
+
+# --- random and updated parameters -------------------------------------------------------------
+
+
+def check_random_parameters(audit: FlowAudit, unperturbed: Measurement) -> None:
+    """Measure again under random parameters, and whether the inverse follows an update."""
+    if not audit.sandbox.trainable():
+        audit.unchecked.append("random parameters: there are no trainable ones")
+        return
+    std = next((std for std in SCALES if _is_finite(audit, std)), None)
+    if std is None:
+        audit.unchecked.append("random parameters: z is not finite under any of them")
+        return
+    audit.perturbation = std
+    measured = audit.measure()
+    if measured.inverse_error is not None and audit.flow.invertible:
+        if measured.inverse_error.__cause__ is None:
+            raise measured.inverse_error
+        audit.unchecked.append(f"inverse under random parameters: {measured.inverse_error}")
+        return
+    if measured.nan_log_det and not unperturbed.nan_log_det:
+        measured = Measurement()  # a parameter may be out of its range; checked separately
+    errors = {name: getattr(measured, name) for name in ("round_trip", "log_det", "back_sum")}
+    wrong = any(error > audit.tolerance for error in errors.values())
+    if wrong and not audit.noisy_log_det:
+        audit.reset(std / 5)
+        small = audit.measure()
+        for name, error in errors.items():
+            if getattr(small, name) <= 1e-3 * min(1.0, error):
+                setattr(measured, name, math.nan)
+    stale = audit.flow.invertible and _is_stale(audit, std)
+    if stale and measured.round_trip > audit.tolerance >= unperturbed.round_trip:
+        measured.round_trip = measured.back_sum = math.nan
+    audit.report_errors(measured, f"with random parameters (moved by {std:g})")
+
+
+def _is_finite(audit: FlowAudit, std: float) -> bool:
+    """Move the parameters; whether z has numbers of an ordinary size."""
+    audit.reset(std)
+    with suppress(AuditError):
+        z = audit.flow.forward(audit.x).flat.detach()
+        return bool(z.isfinite().all() and z.abs().max() < 1e6)
+    return False
+
+
+def _is_stale(audit: FlowAudit, std: float) -> bool:
+    """Whether an inverse that was used before an update still has the old parameters."""
+    x = audit.few
+    with suppress(AuditError):
+        audit.restore()
+        z = detached(audit.flow.forward(x).tree)
+        early, _ = audit.flow.inverse(z, x)
+        audit.perturb(std)
+        image = audit.flow.forward(x)
+        if distance(image.flat, flatten(z)) < 1e-4:
+            return False
+        late, _ = audit.flow.inverse(image.tree, x)
+        error = distance(late, x)
+        if error <= 1e-3:
+            audit.checked.append("the inverse follows an update of the parameters")
+            return False
+        late_old, _ = audit.flow.inverse(z, x)
+        audit.reset(std)
+        fresh, _ = audit.flow.inverse(audit.flow.forward(x).tree, x)
+        if distance(fresh, x) <= 1e-3 or distance(late_old, early) == 0.0:
+            audit.bug(
+                "stale_inverse",
+                f"after an update of the parameters the inverse is off by {error:.3g}: it was "
+                "computed before the update and cached",
+                "compute the inverse from the parameters on each call, or drop the cache when "
+                "they change (their ._version tells)",
+                error=error,
+            )
+            return True
+    return False
+
+
+def check_negative_determinants(audit: FlowAudit, _unperturbed: Measurement) -> None:
+    """Whether the log-determinant is finite where a matrix has a negative determinant."""
+    matrices = [p for p in audit.sandbox.trainable() if _is_matrix(p)]
+    if not matrices or "logdet_nan" in audit.findings:
+        return
+    for p in matrices:
+        _make_determinant_negative(p)
+    with suppress(AuditError):
+        image = audit.flow.forward(audit.x)
+        if image.raw is not None and image.flat.isfinite().all():
+            stated, _ = log_det_of(image.raw, len(audit.x))
+            if stated.isfinite().all():
+                audit.checked.append("matrices of negative determinant")
+            else:
+                audit.bug(
+                    "logdet_nan",
+                    "the log-determinant is NaN or infinite where a matrix is invertible and has "
+                    "a negative determinant",
+                    "take log |det W|: torch.linalg.slogdet(W)[1], not logdet(W) or log(det(W))",
+                )
+
+
+def check_determinant_sign(audit: FlowAudit, _unperturbed: Measurement) -> None:
+    """Whether det J has one sign, over wide ranges of points and parameters."""
+    if audit.x[0].numel() > 16:
+        audit.unchecked.append("the sign of det J at many points: there are too many elements")
+        return
+    if "cross_sample" in audit.findings or audit.noisy_log_det:
+        return
+    parameters = audit.sandbox.trainable()
+    buffers = [name for root in audit.sandbox.modules for name, _ in root.named_buffers()]
+    spectral = ("u", "v", "_u", "_v", "weight_u", "weight_v")  # buffers of spectral norms
+    free = parameters and not any(name.rsplit(".", 1)[-1] in spectral for name in buffers)
+    moves = [1.5, 2.0] * 8 if free and all(p.squeeze().ndim <= 1 for p in parameters) else []
+    for seed, std in enumerate([0.0, *moves]):
+        audit.reset(std, 30 + seed)
+        try:
+            positive, negative = _determinant_signs(audit, (2.0,) if std else WIDE)
+        except (AuditError, RuntimeError):
+            return
+        if positive and negative:
+            audit.bug(
+                "not_injective",
+                f"det J is positive at {positive} points and negative at {negative}"
+                + (", with parameters that training may reach" if std else ""),
+                "constrain the parameters so that f stays monotone (planar flow: w'u >= -1, "
+                "by u + (softplus(w'u) - 1 - w'u) w / |w|^2)",
+                positive=positive,
+                negative=negative,
+            )
+            break
+    else:
+        audit.checked.append("det J has the same sign at all points tried")
+
+
+def _determinant_signs(audit: FlowAudit, factors: tuple[float, ...]) -> tuple[int, int]:
+    """At how many points det J is surely positive, and negative."""
+    example = audit.example
+    spread = (example.std() if example.numel() > 1 else torch.tensor(1.0)).clamp(min=0.3)
+    generator = torch.Generator().manual_seed(2)
+    shape = (300 if audit.seconds_per_call < 0.01 else 60, *example.shape[1:])
+    positive = negative = 0
+    for factor in factors:
+        if audit.time_left() < 0:
+            break
+        if ((example >= 0) & (example <= 1)).all():
+            x = torch.rand(shape, generator=generator).to(audit.x)
+        else:
+            noise = torch.randn(shape, generator=generator).to(audit.x)
+            x = example.mean(0) + factor * spread * noise
+        log_det, sign, condition = by_autograd(audit.flat, x)
+        sure = sign[log_det.isfinite() & (condition < 1e9)]
+        positive += int((sure > 0).sum())
+        negative += int((sure < 0).sum())
+    return positive, negative
+
+
+def _is_matrix(p: Tensor) -> bool:
+    """Whether a parameter is a square matrix, and not triangular."""
+    if p.ndim < 2 or p.shape[1] < 2 or p.numel() != len(p) ** 2 or len(p) != p.shape[1]:
+        return False
+    matrix = p.detach().reshape(len(p), -1)
+    return bool(matrix.tril(-1).any() and matrix.triu(1).any())
+
+
+@torch.no_grad()
+def _make_determinant_negative(p: Tensor) -> None:
+    """Flip the sign of a matrix's determinant by one off-diagonal entry.
+
+    det(W + c e_i e_j') = det W (1 + c V_ji), with V the inverse of W: -det W at c = -2 / V_ji.
+    """
+    matrix = p.detach().reshape(len(p), -1).double().clone()
+    if torch.linalg.det(matrix) < 0:
+        return
+    inverse = torch.linalg.pinv(matrix).T.clone()
+    inverse.fill_diagonal_(0.0)
+    at = divmod(int(inverse.abs().argmax()), len(p))
+    if inverse[at] != 0:
+        matrix[at] -= 2 / inverse[at]
+        p.copy_(matrix.reshape(p.shape).to(p))
