@@ -79,11 +79,8 @@ def stream(
     if not len(dataset):
         raise DataError(f"{dataset.name or 'dataset'}: holds no examples to take batches of")
     first, last, _ = part.indices(batch_size)
-    plan = _Plan(dataset, batch_size, seed, first, max(first, last))
-    stop = sys.maxsize if stop is None else stop
-    return (
-        _by_workers(plan, start, stop, workers, ahead) if workers else _inline(plan, start, stop)
-    )
+    plan = _Plan(dataset, batch_size, seed, slice(first, max(first, last)))
+    return _batches(plan, start, sys.maxsize if stop is None else stop, workers, ahead)
 
 
 @dataclass(frozen=True)
@@ -93,35 +90,32 @@ class _Plan:
     dataset: Dataset
     batch_size: int
     seed: int
-    first: int
-    last: int
+    part: slice
 
     def rows(self, step: int) -> np.ndarray:
         n = len(self.dataset)
-        indices = batch_indices(n, self.batch_size, seed=self.seed, step=step)
-        return indices[self.first : self.last]
+        return batch_indices(n, self.batch_size, seed=self.seed, step=step)[self.part]
 
     def take(self, rows: np.ndarray, step: int) -> np.ndarray:
-        return self.dataset.take(rows, seed=self.seed, step=step, first=self.first)
+        return self.dataset.take(rows, seed=self.seed, step=step, first=self.part.start)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.last - self.first, *self.dataset.shape
-
-
-def _inline(plan: _Plan, start: int, stop: int) -> Iterator[Batch]:
-    for step in range(start, stop):
-        rows = plan.rows(step)
-        yield plan.take(rows, step), rows
+    def view(self, memory: Any) -> np.ndarray:
+        """Shared memory as a batch."""
+        shape = (self.part.stop - self.part.start, *self.dataset.shape)
+        return np.frombuffer(memory, self.dataset.array.dtype, math.prod(shape)).reshape(shape)
 
 
-def _by_workers(plan: _Plan, start: int, stop: int, count: int, ahead: int) -> Iterator[Batch]:
+def _batches(plan: _Plan, start: int, stop: int, count: int, ahead: int) -> Iterator[Batch]:
     workers: list[_Worker] = []
     try:
         for i in range(min(count, stop - start)):
             workers.append(_Worker(plan, range(start + i, stop, count), ahead, workers))
         for step in range(start, stop):
-            yield workers[(step - start) % count].batch(), plan.rows(step)
+            rows = plan.rows(step)
+            if workers:
+                yield workers[(step - start) % count].batch(), rows
+            else:
+                yield plan.take(rows, step), rows
     finally:
         for worker in workers:
             worker.close()
@@ -142,7 +136,8 @@ class _Worker:
                 " memory-mapped array: leave them out"
             )
         context: Any = multiprocessing.get_context(METHOD)
-        n_bytes = math.prod(plan.shape) * plan.dataset.array.dtype.itemsize
+        n = plan.part.stop - plan.part.start
+        n_bytes = n * math.prod(plan.dataset.shape) * plan.dataset.array.dtype.itemsize
         self.memory = [context.RawArray("B", max(1, n_bytes)) for _ in range(ahead)]
         self.plan, self.taken, self.owner = plan, 0, os.getpid()
         self.pipe, theirs = context.Pipe()
@@ -151,9 +146,7 @@ class _Worker:
             target=_work, args=(plan, steps, self.memory, theirs, ours), daemon=True
         )
         with warnings.catch_warnings(), _signals_blocked():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # about forks of processes with threads
+            warnings.simplefilter("ignore", DeprecationWarning)  # forks of processes with threads
             self.process.start()
         theirs.close()
         atexit.register(self.close)
@@ -164,7 +157,7 @@ class _Worker:
         try:
             problem = self.pipe.recv()
             if problem is None:
-                batch = _view(slot, self.plan).copy()
+                batch = self.plan.view(slot).copy()
                 self.taken += 1
                 self.pipe.send(None)
                 return batch
@@ -199,11 +192,6 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _view(slot: Any, plan: _Plan) -> np.ndarray:
-    dtype = plan.dataset.array.dtype
-    return np.frombuffer(slot, dtype, math.prod(plan.shape)).reshape(plan.shape)
-
-
 def _cause(code: int | None) -> str:
     if code is None or code >= 0:
         return f"exit code {code}"
@@ -226,7 +214,7 @@ def _work(
             if i >= len(memory):
                 pipe.recv()  # until a slot is free
             try:
-                _view(memory[i % len(memory)], plan)[:] = plan.take(plan.rows(step), step)
+                plan.view(memory[i % len(memory)])[:] = plan.take(plan.rows(step), step)
             except Exception as error:
                 message = str(error) if isinstance(error, DataError) else f"step {step}: {error!r}"
                 pipe.send((message, traceback.format_exc()))

@@ -72,10 +72,10 @@ def write(path: Path, record: Record) -> None:
         OSError: If it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"format": FORMAT, "about": record.about, "info": record.info}
-    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    text = json.dumps({"format": FORMAT, "about": record.about, "info": record.info})
+    arrays: dict[str, Any] = {"header": np.frombuffer(text.encode(), np.uint8), **record.arrays}
     with replacing(path) as draft, draft.open("wb") as file:
-        np.savez(file, header=text, **record.arrays)
+        np.savez(file, **arrays)
 
 
 def cached(
@@ -92,9 +92,9 @@ def cached(
     about = json.loads(json.dumps(about))
     with locked(path.with_suffix(".lock")) as exclusive:
         found = read(path)
-        current = found is not None and found.about == about
-        if current and (not beside or (beside.is_file() and found.info["stamp"] == stamp(beside))):
-            return found
+        if found is not None and found.about == about:  # noqa: SIM102
+            if not beside or (beside.is_file() and found.info["stamp"] == stamp(beside)):
+                return found
         for left in path.parent.glob(f".{path.stem}.*") if exclusive else ():
             left.unlink(missing_ok=True)  # drafts of processes that were killed
         record = build()._replace(about=about)

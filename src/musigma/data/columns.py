@@ -103,21 +103,16 @@ def convention(cells: Sequence[str]) -> tuple[Convert | None, str]:
     >>> convention(["1,234"])
     (None, "'1,234' may be 1234 or 1.234")
     """
-
-    def reads(convert: Convert, cell: str) -> bool:
-        try:
-            convert(cell)
-        except ValueError:
-            return False
-        return True
-
-    decimal, groups = ([c for c in cells if reads(f, c)] for f in (comma_decimal, comma_groups))
-    if len(decimal) == len(groups) == len(cells):
+    ways = (comma_decimal, COMMA_DECIMAL), (comma_groups, COMMA_GROUPS)
+    fitting = [
+        convert
+        for convert, pattern in ways
+        if all(pattern.fullmatch(cell.strip()) for cell in cells)
+    ]
+    if len(fitting) == 2:
         cell = cells[0]
         return None, f"{cell!r} may be {comma_groups(cell):g} or {comma_decimal(cell):g}"
-    if len(decimal) == len(cells):
-        return comma_decimal, ""
-    return (comma_groups if len(groups) == len(cells) else None), ""
+    return (fitting[0] if fitting else None), ""
 
 
 def cell_fault(cell: str, doubt: str = "") -> str:

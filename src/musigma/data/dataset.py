@@ -253,7 +253,8 @@ class Dataset:
 
         def total(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
             parts = np.split(np.arange(len(self)), range(step, len(self), step))
-            return sum(of(self.take(rows).astype(np.float64)).sum(0) for rows in parts)
+            sums = (of(self.take(rows).astype(np.float64)).sum(0) for rows in parts)
+            return sum(sums, np.zeros(self.shape))
 
         mean = total(lambda x: x) / n
         std = np.sqrt(total(lambda x: (x - mean) ** 2) / n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ def describe(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> di
         description["parts"] = {
             name: {"n": len(part), "labels": _count(part)} for name, part in parts.items()
         }
-        description["warnings"] = doubts(dataset, parts)
+        description["warnings"] = list(doubts(dataset, parts))
     return description
 
 
@@ -87,21 +87,16 @@ def summary(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> lis
     return lines + [f"warning: {text}" for text in doubts(dataset, parts)]
 
 
-def doubts(dataset: Dataset, parts: Mapping[str, Dataset]) -> list[str]:
+def doubts(dataset: Dataset, parts: Mapping[str, Dataset]) -> Iterator[str]:
     """What may not be as it was meant."""
     train = parts.get("train", dataset)
-    found = [*_doubtful_labels(dataset, train)]
-    found += _doubtful_columns(train) if dataset.bits is None else _doubtful_levels(train)
+    yield from _doubtful_labels(dataset, train)
+    yield from _doubtful_columns(train) if dataset.bits is None else _doubtful_levels(train)
     seen = np.unique(train.content())
-    for name, part in parts.items():
-        if name == "train" or dataset.official_test is None:
-            continue
+    for name, part in parts.items() if dataset.official_test is not None else ():
         again = int(np.isin(part.content(), seen).sum())
-        if again:
-            found.append(
-                f"{again} of {len(part)} {name} examples are also in the part to train on"
-            )
-    return found
+        if again and name != "train":
+            yield f"{again} of {len(part)} {name} examples are also in the part to train on"
 
 
 def _contents(dataset: Dataset) -> str:
@@ -154,64 +149,56 @@ def _variable(variable: Any) -> str:
     return "a number" if variable.shape == (1,) else f"{variable.shape[0]} numbers"
 
 
-def _doubtful_labels(dataset: Dataset, train: Dataset) -> list[str]:
-    if dataset.labels is None:
-        return []
-    found, n = [], len(dataset)
-    count = Counter(dataset.labels.tolist())
-    if n > 2 and len(count) == n:
-        found.append(f"every example has a label of its own ({n}): they are hardly classes")
-    elif len(count) > n / 2 and n > 4:
-        found.append(f"there are {len(count)} classes of {n} examples: they are hardly classes")
-    there = set(train.labels.tolist()) if train.labels is not None else set()
+def _doubtful_labels(dataset: Dataset, train: Dataset) -> Iterator[str]:
+    if dataset.labels is None or train.labels is None:
+        return
+    n, classes = len(dataset), len(np.unique(dataset.labels))
+    if n > 2 and classes == n:
+        yield f"every example has a label of its own ({n}): they are hardly classes"
+    elif classes > n / 2 and n > 4:
+        yield f"there are {classes} classes of {n} examples: they are hardly classes"
+    there = set(train.labels.tolist())
     without = [name for i, name in enumerate(dataset.label_names) if i not in there]
-    if without and len(count) <= n / 2:
-        found.append(f"classes without an example to train on: {named(without, 10)}")
-    return found
+    if without and classes <= n / 2:
+        yield f"classes without an example to train on: {named(without, 10)}"
 
 
-def _doubtful_columns(train: Dataset) -> list[str]:
+def _doubtful_columns(train: Dataset) -> Iterator[str]:
     """Columns of which many values are equal: a continuous density of them has no bound."""
-    n = len(train)
-    if n < 20:
-        return []
+    n, found = len(train), []
     rows = np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64)
-    found = []
-    for j, column in enumerate(train.take(rows).T):
+    for j, column in enumerate(train.take(rows).T) if n >= 20 else ():
         values, counts = np.unique(column, return_counts=True)
         share = counts.max() / len(rows)
         if share > 0.1:
             what = f"{values[counts.argmax()]:g} in {100 * share:.3g}% of the rows"
             found.append(f"{called(train.columns, j)} ({what})")
-    if not found:
-        return []
-    return [
-        f"columns with many equal values, of which a continuous density has no bound, so that "
-        f"nats mean little: {named(found)}"
-    ]
+    if found:
+        yield (
+            "columns with many equal values, of which a continuous density has no bound, so that "
+            f"nats mean little: {named(found)}"
+        )
 
 
-def _doubtful_levels(train: Dataset) -> list[str]:
+def _doubtful_levels(train: Dataset) -> Iterator[str]:
     """Levels that are those of fewer bits than they are read with; channels without content."""
     if not len(train):
-        return []
+        return
     rows = np.linspace(0, len(train) - 1, min(len(train), IMAGES)).astype(np.int64)
-    x = train.take(rows)
-    found, bits = [], train.bits or 8
+    x, bits = train.take(rows), train.bits or 8
     levels = np.unique(x)
     if bits == 8 and 2 <= len(levels) <= 16 and levels[-1] < 16:
-        found.append(
+        option = "--binarize threshold" if levels[-1] == 1 else "--bits"
+        yield (
             f"levels run from 0 to {levels[-1]} only, and are read as those of 8 bits, 0..255: "
-            f"multiply them by {255 // int(levels[-1])}, and pass "
-            + ("--binarize threshold" if levels[-1] == 1 else "--bits")
+            f"multiply them by {255 // int(levels[-1])}, and pass {option}"
         )
     elif bits > 1 and len(levels) == 2:
-        found.append(
+        yield (
             f"images hold only the levels {levels[0]} and {levels[1]}: --binarize threshold makes "
             "them 1 bit"
         )
     low, high = x.min((0, 2, 3)), x.max((0, 2, 3))
     constant = [f"{c} (always {low[c]})" for c in np.flatnonzero(low == high)]
     if constant:
-        found.append(f"channels without content: {', '.join(constant)}")
-    return found
+        yield f"channels without content: {', '.join(constant)}"

@@ -23,7 +23,7 @@ from musigma.data.readers.arrays import read_numpy
 from musigma.data.readers.decoding import pillow_kinds, resized
 from musigma.data.readers.delimited import Delimited
 from musigma.data.readers.filesets import SHARD, FileSet, expanded, suffix
-from musigma.data.readers.idx_cifar import CIFAR, IDX, idx_array, idx_images
+from musigma.data.readers.idx_cifar import CIFAR, IDX, idx_images
 from musigma.data.readers.image_sets import read_files
 from musigma.data.readers.lazy_images import LazyImages
 from musigma.data.readers.parquet import Parquet, read_parquet
@@ -202,7 +202,7 @@ def _read_path(path: Path, request: Request) -> Dataset:
     with path.open("rb") as file:
         start = file.read(2)
     if start in (b"\x00\x00", b"\x1f\x8b"):  # the magic of IDX, and of gzip around it
-        return Dataset(idx_images(idx_array(path.read_bytes(), where), where))
+        return Dataset(idx_images(path.read_bytes(), where))
     hint = "the URL of a folder ends with /; " if where.startswith(("http:", "https:")) else ""
     raise DataError(f"{where}: its format is unknown: {hint}give {UNDERSTOOD}")
 

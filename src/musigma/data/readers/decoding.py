@@ -73,16 +73,10 @@ def header(opener: Callable[[], BinaryIO]) -> Header:
             )
         turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
         width, height = image.size[::-1] if turned else image.size
-        color = image.mode not in ("1", "L", "LA")
-        return Header(width, height, color, _is_animated(image))
-
-
-def _is_animated(image: Any) -> bool:
-    """Whether an image has several frames; False if that cannot be read."""
-    try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:
-        return False
+        several = False
+        with contextlib.suppress(Exception):  # if that cannot be read
+            several = bool(getattr(image, "is_animated", False))
+        return Header(width, height, image.mode not in ("1", "L", "LA"), several)
 
 
 def pixels(

@@ -194,7 +194,8 @@ def _tar(path: Path, file: int) -> Iterator[Member]:
             if not member.isfile() or _hidden(member.name):
                 continue
             _check_member(path, member.name, member.size)
-            place, opener = None, partial(archive.extractfile, member)
+            place: Place | None = None
+            opener: Any = partial(archive.extractfile, member)
             if plain and not member.issparse():
                 place = Place(file, member.offset_data, member.size)
             else:

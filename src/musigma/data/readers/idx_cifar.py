@@ -46,10 +46,7 @@ def read_idx(files: dict[str, bytes], where: str) -> Dataset:
     present = [part for part in ("train", "test") if (part, "images") in parts]
     if not present:
         raise DataError(f"{where}: holds IDX labels but no IDX images: add the images")
-    images = [
-        idx_images(idx_array(parts[part, "images"], f"{where}: {part} images"), where)
-        for part in present
-    ]
+    images = [idx_images(parts[part, "images"], where, f": {part} images") for part in present]
     if len({block.shape[1:] for block in images}) > 1:
         raise DataError(f"{where}: train and test images differ in shape: give the folder of one")
     test = np.repeat([part == "test" for part in present], [len(block) for block in images])
@@ -84,8 +81,9 @@ def idx_array(data: bytes, where: str) -> np.ndarray:
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
-def idx_images(x: np.ndarray, where: str) -> np.ndarray:
-    """An IDX array as images."""
+def idx_images(data: bytes, where: str, what: str = "") -> np.ndarray:
+    """The images in an IDX file."""
+    x = idx_array(data, f"{where}{what}")
     if x.ndim < 3:
         raise DataError(
             f"{where}: holds {x.ndim}-dimensional IDX data, perhaps labels: give the file of "

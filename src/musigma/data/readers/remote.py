@@ -10,7 +10,7 @@ import json
 import posixpath
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
@@ -67,35 +67,31 @@ def fetched(url: str, request: Request) -> str:
             return here
         paths = [url_to_fs(part)[1] for part in expanded(url)]
         home = cache.place("remote", url)
-        folder = paths[0].rstrip("/") if _is_folder(fs, paths) else None
-        if folder is None:
-            wanted = {_base(path): fs.info(path) for path in paths}
+        whole = len(paths) == 1 and _is_folder(fs, paths[0])
+        if whole:
+            folder = paths[0].rstrip("/")
+            found = fs.find(folder, detail=True)
+            paths = {posixpath.relpath(path, folder): path for path in sorted(found)}
         else:
-            listed = fs.find(folder, detail=True)
-            paths = sorted(listed)
-            wanted = {posixpath.relpath(path, folder): listed[path] for path in paths}
-            for name, path in zip(wanted, paths, strict=True):
-                if wanted[name].get("size") is None:  # web servers list names only
-                    wanted[name] = fs.info(path)
+            found = {}
+            paths = {posixpath.basename(urlsplit(path).path) or "data": path for path in paths}
+        wanted = {name: found.get(path, {}) for name, path in paths.items()}
+        for name, info in wanted.items():
+            if info.get("size") is None:  # web servers list names only
+                wanted[name] = fs.info(paths[name])
         with locked(home.with_suffix(".lock")):
-            _fetch(fs, home, dict(zip(wanted, paths, strict=True)), wanted, request)
-    return str(home if folder is not None or len(wanted) > 1 else home / next(iter(wanted)))
+            _fetch(fs, home, paths, wanted, request)
+    return str(home if whole or len(wanted) > 1 else home / next(iter(wanted)))
 
 
 def _protocol(fs: Any) -> str:
     return fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
 
 
-def _is_folder(fs: Any, paths: list[str]) -> bool:
-    if len(paths) > 1:
-        return False
+def _is_folder(fs: Any, path: str) -> bool:
     if _protocol(fs) in ("http", "https"):  # which would take any page with links for a folder
-        return paths[0].endswith("/")
-    return fs.isdir(paths[0])
-
-
-def _base(path: str) -> str:
-    return posixpath.basename(urlsplit(path).path) or "data"
+        return path.endswith("/")
+    return fs.isdir(path)
 
 
 def _fetch(
@@ -107,33 +103,28 @@ def _fetch(
             del wanted[name]  # hidden, or not inside
     if not wanted:
         raise DataError(f"{request.where}: holds no files")
-    stale = {name: info for name, info in wanted.items() if not _is_current(home / name, info)}
-    done, total = 0, sum(info.get("size") or 0 for info in stale.values())
-    for name, info in stale.items():
-        for count in _copy(fs, paths[name], home / name, info.get("size"), request):
+    notes, known = home / ".versions.json", {}
+    with suppress(OSError, ValueError):
+        known = json.loads(notes.read_text(encoding="utf-8"))
+    stale = [name for name in wanted if known.get(name) != _version(home / name, wanted[name])]
+    done, total = 0, sum(wanted[name].get("size") or 0 for name in stale)
+    for name in stale:
+        for count in _copy(fs, paths[name], home / name, wanted[name].get("size"), request):
             done += count
             request.report(done >> 20, total >> 20)
-        write_json(_note(home / name), _version(home / name, info))
-    keep = {home / name for name in wanted}
+        known[name] = _version(home / name, wanted[name])
+        write_json(notes, known)
+    keep = {notes, *(home / name for name in wanted)}
     for path in home.rglob("*"):
-        if path.is_file() and path not in keep and path not in map(_note, keep):
+        if path.is_file() and path not in keep:
             path.unlink(missing_ok=True)
 
 
-def _note(path: Path) -> Path:
-    return path.with_name(f".{path.name}.json")
-
-
 def _version(path: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """What identifies the version of a file, there and here."""
     version = next((str(info[key]) for key in VERSIONS if info.get(key)), None)
-    return {"size": info.get("size"), "version": version, "here": path.stat().st_size}
-
-
-def _is_current(path: Path, info: dict[str, Any]) -> bool:
-    try:
-        return json.loads(_note(path).read_text(encoding="utf-8")) == _version(path, info)
-    except (OSError, ValueError):
-        return False
+    here = path.stat().st_size if path.is_file() else None
+    return {"size": info.get("size"), "version": version, "here": here}
 
 
 def _copy(fs: Any, path: str, target: Path, size: int | None, request: Request) -> Iterator[int]:
