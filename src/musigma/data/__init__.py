@@ -1,9 +1,8 @@
 """Data sets: how they are read and split, and which examples a step sees."""
 
 from musigma.data.attach import attach, given_rows
-from musigma.data.dataset import Dataset, Preprocess, digest
+from musigma.data.dataset import Dataset, Given, Preprocess, digest
 from musigma.data.errors import DataError
-from musigma.data.given import Given
 from musigma.data.raw import Progress
 from musigma.data.readers import identity, load
 from musigma.data.sampling import Part, batch_indices

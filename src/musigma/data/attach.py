@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from musigma.data.columns import names_rows
-from musigma.data.dataset import Dataset
+from musigma.data.dataset import Dataset, Given
 from musigma.data.errors import DataError, damage, listing, named
-from musigma.data.given import Given
 from musigma.data.raw import Request
 from musigma.data.readers import TABLES, is_url, load
 from musigma.data.tables import Table, Words, as_given
@@ -215,9 +215,8 @@ def _matched(found: _Rows, dataset: Dataset, request: Request) -> np.ndarray:
 
 
 def _without_suffix(name: str) -> str:
-    folder, slash, base = name.strip().rpartition("/")
-    return folder + slash + (base.rpartition(".")[0] or base)
+    return posixpath.splitext(name.strip())[0]
 
 
 def _base(name: str) -> str:
-    return _without_suffix(name).rpartition("/")[2]
+    return posixpath.basename(_without_suffix(name))

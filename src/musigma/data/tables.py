@@ -14,9 +14,8 @@ import numpy as np
 
 from musigma.data.cache import blocks, facts
 from musigma.data.columns import Kind, cell_fault, is_missing, label_values, number_fault, roles
-from musigma.data.dataset import Dataset, Hashes
+from musigma.data.dataset import Dataset, Given, Hashes
 from musigma.data.errors import DataError, called, named, printable
-from musigma.data.given import Given
 from musigma.data.raw import Request, as_labels
 
 COARSE = 1e-3  # share of a column's range: float32 steps larger than this lose information

@@ -1,7 +1,7 @@
 """Readers: from whatever holds the data to a `Dataset`.
 
 Data that fit into memory are read into it; otherwise arrays are memory-mapped (`cache`), and
-images are decoded when they are indexed (`lazy_images`). Folders, archives and shards are all a
+images are decoded when they are indexed (`LazyImages`). Folders, archives and shards are all a
 `FileSet`, tables are all a `Table`. Pickles are never run.
 """
 
@@ -20,12 +20,11 @@ from musigma.data.dataset import UNTOUCHED, Dataset, Hashes, Preprocess
 from musigma.data.errors import DataError, damage, first_line
 from musigma.data.raw import ARCHIVE, Progress, Request
 from musigma.data.readers.arrays import read_numpy
-from musigma.data.readers.decoding import pillow_kinds, resized
 from musigma.data.readers.delimited import Delimited
 from musigma.data.readers.filesets import SHARD, FileSet, expanded, suffix
 from musigma.data.readers.idx_cifar import CIFAR, IDX, idx_images
 from musigma.data.readers.image_sets import read_files
-from musigma.data.readers.lazy_images import LazyImages
+from musigma.data.readers.images import LazyImages, pillow_kinds, resized
 from musigma.data.readers.parquet import Parquet, read_parquet
 from musigma.data.readers.published import BUILT_IN
 from musigma.data.readers.remote import fetched, is_url, plain

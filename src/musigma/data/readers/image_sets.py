@@ -41,11 +41,19 @@ from musigma.data.errors import (
     printable,
 )
 from musigma.data.raw import Request, allocate, as_labels, content_hashes
-from musigma.data.readers.decoding import Header, fault, header, pillow_kinds, pixels, quiet
 from musigma.data.readers.filesets import FileSet, Member, Place, suffix
 from musigma.data.readers.idx_cifar import CIFAR, IDX, read_cifar, read_idx
+from musigma.data.readers.images import (
+    Header,
+    LazyImages,
+    Names,
+    fault,
+    header,
+    pillow_kinds,
+    pixels,
+    quiet,
+)
 from musigma.data.readers.layout import layout, official_masks
-from musigma.data.readers.lazy_images import LazyImages, Names
 
 RULES = "4"  # version of how folders and files beside images are read; older indices are stale
 BESIDE = (".cls", ".json", ".txt")  # suffixes of label files, the most reliable first

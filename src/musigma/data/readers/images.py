@@ -1,17 +1,23 @@
-"""One image: its header, its pixels, its size, and why it may be unusable."""
+"""Images: their headers, their pixels, why they may be unusable; and images that stay on disk."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import warnings
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import prod
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from musigma.data.errors import DataError, first_line
+from musigma.data.errors import DataError, first_line, printable
 from musigma.data.raw import Request
+from musigma.data.readers.filesets import Place, content
 
 
 class Header(NamedTuple):
@@ -140,3 +146,118 @@ def resized(x: np.ndarray, size: tuple[int, int], request: Request) -> Iterator[
         planes = (Image.fromarray(np.ascontiguousarray(plane)) for plane in example)
         yield np.stack([np.asarray(_fitted(plane, size)) for plane in planes])[None]
         request.report(i + 1, len(x))
+
+
+class Names(Sequence[str]):
+    r"""Millions of names in two arrays.
+
+    >>> list(Names.of(["a", "bc", "caf\udce9"])) == ["a", "bc", "caf\udce9"]
+    True
+    """
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray):
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Names:
+        """Pack names, which may be of any bytes."""
+        texts = [os.fsencode(name) for name in names]
+        ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(texts), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: Any) -> Any:  # never a slice
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return os.fsdecode(self.text[self.ends[i - 1] if i else 0 : self.ends[i]].tobytes())
+
+
+@dataclass(frozen=True, eq=False)
+class LazyImages:
+    """Images on disk that are indexed like an array, uint8 (N, C, H, W)."""
+
+    where: str  # what messages call the source
+    root: Path  # the folder that contains the files
+    files: Names
+    stamps: np.ndarray  # size and time of each file, by which a change is noticed, (files, 2)
+    names: Names  # of the images
+    places: np.ndarray  # `Place` of each image, (N, 4)
+    shape: tuple[int, ...]
+    size: tuple[int, int] | None  # height and width that images are resized to
+
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    @classmethod
+    def of(
+        cls, request: Request, root: Path, arrays: Mapping[str, np.ndarray], shape: Sequence[int]
+    ) -> LazyImages:
+        """The images of an index."""
+        files, names = (
+            Names(arrays["files"], arrays["file_ends"]),
+            Names(arrays["names"], arrays["name_ends"]),
+        )
+        places, stamps = arrays["places"], arrays["stamps"]
+        whole = (len(places), *shape)
+        return cls(request.where, root, files, stamps, names, places, whole, request.size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images when decoded."""
+        return prod(self.shape)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The numbers of the images."""
+        return np.arange(len(self))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """One image, or those of a slice, a mask or an array of indices."""
+        rows = self.rows[key]  # what an array refuses is refused
+        out = np.empty((*rows.shape, *self.shape[1:]), np.uint8)
+        with quiet():
+            for at, row in np.ndenumerate(rows):
+                out[at] = self._decoded(int(row))
+        return out
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("copy: images on disk become an array only by copying; got False")
+        return self[:] if dtype is None else self[:].astype(dtype)
+
+    def decode(self, row: int) -> np.ndarray:
+        """Read and decode an image, within `quiet`."""
+        data, about = self.content(row)
+        place = self.places[row].tolist()
+        if [about.st_size, about.st_mtime_ns] != self.stamps[place[0]].tolist():
+            raise OSError("it has another size or date")
+        example = pixels(lambda: io.BytesIO(data), self.shape[1], self.size)
+        if example.shape != self.shape[1:]:
+            raise OSError(f"its shape is {example.shape}")
+        return example
+
+    def content(self, row: int) -> tuple[bytes, os.stat_result]:
+        """The bytes of an image, and the state of its file."""
+        file, offset, length, packed = self.places[row].tolist()
+        place = Place(file, offset, length, bool(packed))
+        return content(self.root / self.files[file], place)
+
+    def _decoded(self, row: int) -> np.ndarray:
+        """An image that could be decoded when the index was built."""
+        try:
+            return self.decode(row)
+        except Exception as error:
+            name = printable(self.names[row])
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise DataError(
+                f"{self.where}: {name} is not what it was when this source was indexed "
+                f"({reason}): run the command again, which rebuilds the index"
+            ) from error
