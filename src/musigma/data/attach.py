@@ -59,7 +59,7 @@ def attach(
     found = _read(source, columns, request, constant=allow_constant)
     taken = sorted(set(found.variables) & {*dataset.given, *dataset.columns, "label"})
     if taken:
-        raise DataError(f"{request.where}: the names {named(taken, 20)} are taken: give others")
+        raise request.error(f"the names {named(taken, 20)} are taken: give others")
     rows = _matched(found, dataset, request)
     given = {name: value.subset(rows) for name, value in found.variables.items()}
     notes = (*dataset.notes, *request.notes)
@@ -143,15 +143,13 @@ def _read(
                 which = f" in columns {named(list(map(str, same)))}" if values.ndim == 2 else ""
                 faults[name] = f"is constant{which}, and tells nothing: drop it"
     if faults:
-        raise DataError(f"{request.where}: cannot be used:\n{listing(faults)}")
+        raise request.error(f"cannot be used:\n{listing(faults)}")
     return _Rows(variables, names)
 
 
 def _check_columns(columns: Sequence[str], known: Sequence[str], request: Request) -> None:
     if missing := [name for name in columns if name not in known]:
-        raise DataError(
-            f"{request.where}: has no {named(missing, 20)}: give some of {named(known, 20)}"
-        )
+        raise request.error(f"has no {named(missing, 20)}: give some of {named(known, 20)}")
 
 
 def _of_array(array: np.ndarray) -> Given:
@@ -165,7 +163,7 @@ def _of_table(
     table: Table, columns: Sequence[str], request: Request
 ) -> tuple[dict[str, Given | np.ndarray], dict[str, list[str]]]:
     if not table.names:
-        raise DataError(f"{request.where}: its columns have no names: add a first line of names")
+        raise request.error("its columns have no names: add a first line of names")
     faults = dict(table.ragged)
     variables, names = {}, {}
     for j, name in enumerate(table.names):
@@ -179,9 +177,7 @@ def _of_table(
             if not wrong.any():
                 variables[name] = as_given(cells, np.arange(table.rows))
     if faults:
-        raise DataError(
-            f"{request.where}: {len(faults)} cells cannot be used; fill them:\n{listing(faults)}"
-        )
+        raise request.error(f"{len(faults)} cells cannot be used; fill them:\n{listing(faults)}")
     return variables, names
 
 
@@ -201,13 +197,12 @@ def _matched(found: _Rows, dataset: Dataset, request: Request) -> np.ndarray:
                 nearest, missing = column, absent
     if len(missing) < len(ids) / 2:
         by = f"the column {nearest!r} names" if nearest else "the images name"
-        raise DataError(
-            f"{request.where}: {by} examples, and {len(missing)} of {len(ids)} are missing: "
-            f"{named(missing, 20)}"
+        raise request.error(
+            f"{by} examples, and {len(missing)} of {len(ids)} are missing: {named(missing, 20)}"
         )
     if n != len(dataset):
-        raise DataError(
-            f"{request.where}: has {n} rows for {len(dataset)} examples, and no column that names "
+        raise request.error(
+            f"has {n} rows for {len(dataset)} examples, and no column that names "
             "them: give one row for each, or a column of file names"
         )
     request.note("rows are taken in the order of the examples")

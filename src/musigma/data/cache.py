@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from musigma.data.errors import DataError, first_line
+from musigma.data.errors import first_line
 from musigma.data.raw import Request, allocate, content_hashes
 from musigma.files import locked, replacing
 
@@ -107,7 +107,7 @@ def store(path: Path, record: Record, request: Request) -> None:
     try:
         write(path, record)
     except OSError as error:
-        reason = error.strerror or first_line(error)
+        reason = first_line(error)
         request.notes.append(
             f"the cache {folder()} cannot be written ({reason}), so {request.where} will be "
             "surveyed again next time: set XDG_CACHE_HOME to a folder of yours"
@@ -143,7 +143,7 @@ def flat(
         with replacing(path) as draft, draft.open("wb") as file:
             header = {"descr": kind, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for block in _readable(blocks(), request.where):
+            for block in _readable(blocks(), request):
                 file.write(np.ascontiguousarray(block, dtype).data)
         return Record({}, {"stamp": stamp(path)}, {})
 
@@ -152,20 +152,19 @@ def flat(
         cached(path.with_suffix(".npz"), version, build, request, beside=path)
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
-        raise DataError(
-            f"{request.where}: needs {n_bytes / 2**30:.1f} GiB in the cache {folder()}, which "
-            f"cannot be written ({error.strerror or first_line(error)}): make room there, or set "
+        raise request.error(
+            f"needs {n_bytes / 2**30:.1f} GiB in the cache {folder()}, which "
+            f"cannot be written ({first_line(error)}): make room there, or set "
             "XDG_CACHE_HOME to a folder on a larger disk"
         ) from error
 
 
-def _readable(blocks: Iterable[np.ndarray], where: str) -> Iterator[np.ndarray]:
+def _readable(blocks: Iterable[np.ndarray], request: Request) -> Iterator[np.ndarray]:
     """The blocks; an error in reading them is not mistaken for one in writing."""
     try:
         yield from blocks
     except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise DataError(f"{where}: {reason}: give a path that can be read") from error
+        raise request.error(f"{first_line(error)}: give a path that can be read") from error
 
 
 def blocks(x: np.ndarray) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from musigma.data.errors import DataError, listing, named
+from musigma.data.errors import listing, named
 
 if TYPE_CHECKING:
     from musigma.data.raw import Request
@@ -183,15 +183,15 @@ def roles(table: Table, request: Request) -> Roles:
         DataError: If names occur twice, wanted columns are missing, a pattern of the context
             matches nothing, or columns cannot be used, all of which are named.
     """
-    names, where, wanted = table.names, request.where, request.columns
+    names, wanted = table.names, request.columns
 
     def called(j: int) -> str:
         unnamed = f"column {j + 1}, which has no name," if names else f"column {j + 1}"
         return table.called(j) if names and names[j] else unnamed
 
     if twice := sorted({repr(name) for name in names if name and names.count(name) > 1}):
-        raise DataError(
-            f"{where}: several columns are called {named(twice)}: give each a name of its own"
+        raise request.error(
+            f"several columns are called {named(twice)}: give each a name of its own"
         )
     left = []
     for j, kind in enumerate(table.kinds):
@@ -201,13 +201,13 @@ def roles(table: Table, request: Request) -> Roles:
             left.append(j)
     found = _named_roles(table, left, called, request) if names else Roles(left, [])
     if not names and request.given:
-        raise DataError(
-            f"{where}: given: its columns have no names: add a first line of names, or give a "
+        raise request.error(
+            "given: its columns have no names: add a first line of names, or give a "
             "file of context"
         )
     if wanted is not None and len(wanted) != len(found.data):
-        raise DataError(
-            f"{where}: has {len(found.data)} columns without names, and the model needs "
+        raise request.error(
+            f"has {len(found.data)} columns without names, and the model needs "
             f"{len(wanted)}: {named(wanted, 20)}"
         )
     faults = {}
@@ -220,11 +220,11 @@ def roles(table: Table, request: Request) -> Roles:
             faults[f"column {j + 1}"] = "has no name: name it, or drop it"
     if len(faults) == 1:
         ((name, reason),) = faults.items()
-        raise DataError(f"{where}: {name} {reason}")
+        raise request.error(f"{name} {reason}")
     if faults:
-        raise DataError(f"{where}: {len(faults)} columns cannot be used:\n{listing(faults)}")
+        raise request.error(f"{len(faults)} columns cannot be used:\n{listing(faults)}")
     if not found.data and not found.given:
-        raise DataError(f"{where}: no column holds data: give a table of numbers")
+        raise request.error("no column holds data: give a table of numbers")
     return found
 
 
@@ -236,8 +236,8 @@ def _named_roles(
     for pattern in request.given:
         matched = [j for j in left if fnmatchcase(names[j], pattern)]
         if not matched and not any(fnmatchcase(names[j], pattern) for j in given):
-            raise DataError(
-                f"{request.where}: given: no column matches {pattern!r}: give one of "
+            raise request.error(
+                f"given: no column matches {pattern!r}: give one of "
                 f"{named([name for name in names if name], 20)}"
             )
         given += matched
@@ -247,8 +247,8 @@ def _named_roles(
         missing = set(request.columns) - {names[j] for j in left}
         if missing:
             missing = [repr(name) for name in request.columns if name in missing]
-            raise DataError(
-                f"{request.where}: has no column {named(missing, 20)}, which the model needs: its "
+            raise request.error(
+                f"has no column {named(missing, 20)}, which the model needs: its "
                 f"columns are {named(names, 20)}"
             )
         data = [names.index(name) for name in request.columns]

@@ -34,8 +34,9 @@ def damage(where: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return printable((str(error) or type(error).__name__).splitlines()[0])
+    """The first line of an error's message, or what the operating system says."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return printable(text.splitlines()[0])
 
 
 def printable(name: str) -> str:

@@ -40,12 +40,16 @@ class Request:
         """Add a note, which begins with the name of the source."""
         self.notes.append(f"{self.where}: {text}")
 
+    def error(self, text: str) -> DataError:
+        """An error, which begins with the name of the source."""
+        return DataError(f"{self.where}: {text}")
+
     def refuse(
         self, faults: Mapping[str, str], what: str, total: int, bad: int | None = None
     ) -> None:
         """Raise an error that names faults of `bad` examples of `total`, unless `skip_bad`."""
         if faults and not self.skip_bad:
-            raise DataError(f"{self.where}: {all_faults(faults, what, total, bad)}")
+            raise self.error(all_faults(faults, what, total, bad))
 
     def fits(self, n_bytes: int) -> bool:
         """Whether an array of so many bytes is made in memory."""

@@ -15,7 +15,7 @@ import numpy as np
 from musigma.data.cache import blocks, facts
 from musigma.data.columns import Kind, cell_fault, is_missing, label_values, number_fault, roles
 from musigma.data.dataset import Dataset, Given, Hashes
-from musigma.data.errors import DataError, called, named, printable
+from musigma.data.errors import called, named, printable
 from musigma.data.raw import Request, as_labels
 
 COARSE = 1e-3  # share of a column's range: float32 steps larger than this lose information
@@ -156,7 +156,7 @@ def assemble(table: Table, request: Request) -> Dataset:
     if len(good) < total:
         request.note(f"{total - len(good)} of {total} rows are left out: they cannot be used")
         if not len(good):
-            raise DataError(f"{where}: no row can be used: fill the cells, or drop columns")
+            raise request.error("no row can be used: fill the cells, or drop columns")
         if isinstance(x, np.memmap):
             rows = good
         else:
@@ -216,16 +216,16 @@ def _varying(
     Constant columns are refused. Noted are columns of which float32 keeps little, and those that
     only count the rows.
     """
-    where, low, high = request.where, known["low"], known["high"]
+    low, high = known["low"], known["high"]
 
     def listed(which: np.ndarray) -> str:
         return named([table.called(columns[k]) for k in which.tolist()])
 
     if len(constant := np.flatnonzero(low == high)):
         if n == 1:
-            raise DataError(f"{where}: holds a single example: give more")
-        raise DataError(
-            f"{where}: {listed(constant)} {'are' if len(constant) > 1 else 'is'} constant in "
+            raise request.error("holds a single example: give more")
+        raise request.error(
+            f"{listed(constant)} {'are' if len(constant) > 1 else 'is'} constant in "
             "float32, where a density is infinite: drop it, or subtract an offset"
         )
     kept: dict[tuple, list[int]] = {}
@@ -240,7 +240,7 @@ def _varying(
     if pairs:
         text = "; ".join(pairs[:5]) + ("; ..." if len(pairs) > 5 else "")
         if not table.names or isinstance(x, np.memmap):
-            raise DataError(f"{where}: {text}, where a density is infinite: drop it")
+            raise request.error(f"{text}, where a density is infinite: drop it")
         request.note(f"{text}, and is left out")
     which = np.array(sorted(k for like in kept.values() for k in like), np.int64)
     low, high, start = low[which], high[which], np.asarray(x[:1000, which], np.float64)

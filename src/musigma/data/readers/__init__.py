@@ -104,14 +104,13 @@ def load(
             path = fetched(source, request) if is_url(source) else source
             data = _read_path(Path(path).expanduser(), request)
     except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise DataError(f"{name}: {reason}: give a path that can be read") from error
+        raise request.error(f"{first_line(error)}: give a path that can be read") from error
     if 0 in data.array.shape and not (data.given and len(data)):
-        raise DataError(f"{name}: holds no examples (its shape is {data.array.shape})")
+        raise request.error(f"holds no examples (its shape is {data.array.shape})")
     if data.bits is not None:
         data = _images(data, request)
     elif request.given and not data.given:
-        raise DataError(f"{name}: given: its columns have no names: give a file of context")
+        raise request.error("given: its columns have no names: give a file of context")
     if in_memory and isinstance(data.array, np.memmap):
         data = replace(data, array=np.array(data.array))
     notes = tuple(dict.fromkeys(request.notes))
@@ -119,8 +118,8 @@ def load(
     if data.bits is not None:
         _check_levels(data)
     if "label" in wanted and data.labels is None:
-        raise DataError(
-            f"{name}: given: it has no labels: put images into a folder for each class, or name "
+        raise request.error(
+            "given: it has no labels: put images into a folder for each class, or name "
             "a column of a table 'label'"
         )
     for file in files:
@@ -131,8 +130,8 @@ def load(
 def _images(data: Dataset, request: Request) -> Dataset:
     """Images of the requested size, in color if that is requested."""
     if request.given:
-        raise DataError(
-            f"{request.where}: given: {request.given[0]!r} is no file, and these are images, "
+        raise request.error(
+            f"given: {request.given[0]!r} is no file, and these are images, "
             "which have no columns: give 'label', or a file with a row for each image"
         )
     x, size = data.array, request.size
@@ -189,7 +188,7 @@ def _read_path(path: Path, request: Request) -> Dataset:
             return _read_shards(shards, request)
         near = difflib.get_close_matches(name, BUILT_IN, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise DataError(f"{where}: no such file, folder or built-in set: {hint}give {UNDERSTOOD}")
+        raise request.error(f"no such file, folder or built-in set: {hint}give {UNDERSTOOD}")
     if ARCHIVE.fullmatch(name):
         return read_files(FileSet.of_files([path], archives=True), request)
     ending = path.suffix.lower()
@@ -203,7 +202,7 @@ def _read_path(path: Path, request: Request) -> Dataset:
     if start in (b"\x00\x00", b"\x1f\x8b"):  # the magic of IDX, and of gzip around it
         return Dataset(idx_images(path.read_bytes(), where))
     hint = "the URL of a folder ends with /; " if where.startswith(("http:", "https:")) else ""
-    raise DataError(f"{where}: its format is unknown: {hint}give {UNDERSTOOD}")
+    raise request.error(f"its format is unknown: {hint}give {UNDERSTOOD}")
 
 
 def _read_folder(path: Path, request: Request) -> Dataset:
@@ -225,15 +224,15 @@ def _read_folder(path: Path, request: Request) -> Dataset:
 def _read_shards(paths: list[Path], request: Request) -> Dataset:
     """The files that a pattern matches."""
     if missing := [str(path) for path in paths if not path.is_file()]:
-        raise DataError(
-            f"{request.where}: {len(missing)} of {len(paths)} files do not exist, such as "
+        raise request.error(
+            f"{len(missing)} of {len(paths)} files do not exist, such as "
             f"{missing[0]}: give a range of existing files"
         )
     if all(SHARD.fullmatch(path.name) for path in paths):
         return read_files(FileSet.of_files(paths, archives=True), request)
     if all(path.suffix.lower() == ".parquet" for path in paths):
         return read_parquet(paths, request)
-    raise DataError(f"{request.where}: matches files that are not all .tar, or all .parquet")
+    raise request.error("matches files that are not all .tar, or all .parquet")
 
 
 def _read_table(table: Callable[[Path, Request], Table], path: Path, request: Request) -> Dataset:

@@ -31,8 +31,8 @@ def read_numpy(path: Path, request: Request) -> Dataset:
         if not data and len(rest) == 1:
             data, rest = list(rest), set()
         if len(data) != 1 or len(labels) > 1 or rest:
-            raise DataError(
-                f"{request.where}: holds the arrays {', '.join(sorted(keys)) or '(none)'}: keep "
+            raise request.error(
+                f"holds the arrays {', '.join(sorted(keys)) or '(none)'}: keep "
                 "one named x, images or data, and at most one of labels named y or labels"
             )
         x = arrays[data[0]]
@@ -49,24 +49,23 @@ def _levels_or_table(x: np.ndarray, request: Request) -> Dataset:
     """Images as uint8 (N, C, H, W), or a table."""
     where, shape = request.where, x.shape
     if x.size == 0:
-        raise DataError(f"{where}: holds no examples (its shape is {shape})")
+        raise request.error(f"holds no examples (its shape is {shape})")
     if x.dtype.kind not in "buif":
-        raise DataError(f"{where}: is of type {x.dtype}: store uint8 images or a float table")
+        raise request.error(f"is of type {x.dtype}: store uint8 images or a float table")
     if x.ndim in (3, 4):
         return _images(as_images(x, where), request)
     if x.ndim == 5:
-        raise DataError(
-            f"{where}: has shape {shape}, as volumes or films do, and models take images: give "
+        raise request.error(
+            f"has shape {shape}, as volumes or films do, and models take images: give "
             "slices, such as x.reshape(-1, C, H, W)"
         )
     if x.ndim == 1 and x.dtype.kind == "f":
-        raise DataError(
-            f"{where}: has shape {shape}: a table of one column is x[:, None], and one example "
-            "is x[None]"
+        raise request.error(
+            f"has shape {shape}: a table of one column is x[:, None], and one example is x[None]"
         )
     if x.ndim != 2 or x.dtype == np.uint8:
-        raise DataError(
-            f"{where}: is {x.dtype} of shape {shape}: images are uint8 (N, C, H, W) or "
+        raise request.error(
+            f"is {x.dtype} of shape {shape}: images are uint8 (N, C, H, W) or "
             "(N, H, W[, C]), tables are float (N, D): reshape it"
         )
     return assemble(_Rows(x, request), request)
@@ -124,7 +123,7 @@ def _images(x: np.ndarray, request: Request) -> Dataset:
             request.refuse(faults, "images", len(x))
             x, ids = np.asarray(x)[finite], tuple(map(str, np.flatnonzero(finite).tolist()))
         if not len(x):
-            raise DataError(f"{request.where}: no image has finite values")
+            raise request.error("no image has finite values")
     low = min(float(block.min()) for block in blocks(x))
     high = max(float(block.max()) for block in blocks(x))
     scale = 255 if x.dtype == np.bool_ or (x.dtype.kind == "f" and high <= 1) else 1
@@ -132,8 +131,8 @@ def _images(x: np.ndarray, request: Request) -> Dataset:
         request.note(
             "False and True become the levels 0 and 255: --binarize threshold makes 1 bit"
         )
-    refusal = DataError(
-        f"{request.where}: images are levels 0..255, and these {x.dtype} values run from {low:g} "
+    refusal = request.error(
+        f"images are levels 0..255, and these {x.dtype} values run from {low:g} "
         f"to {high:g}: {_advice(x, low, high)}"
     )
     if not (low >= 0 and high <= 255):

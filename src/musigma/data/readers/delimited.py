@@ -28,7 +28,7 @@ from musigma.data.columns import (
     is_number,
     number_fault,
 )
-from musigma.data.errors import DataError, damage, printable
+from musigma.data.errors import damage, printable
 from musigma.data.raw import Request
 from musigma.data.tables import Table
 
@@ -58,7 +58,7 @@ class Delimited(Table):
             form = _format(path, request)
             first = next(_rows(path, form), (0, None))[1]
             if first is None:
-                raise DataError(f"{request.where}: is empty: give a table of numbers")
+                raise request.error("is empty: give a table of numbers")
             first = [printable(cell.strip()) for cell in first]
             self._parse(path, form, float, first)
             gaps = np.flatnonzero(np.isnan(self.values[1:]).any(0))

@@ -61,6 +61,7 @@ WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 MANY = 10_000  # files from which surveying them shows progress
 WORTH_STORING = 1000  # images from which an interrupted index is stored
 UNFINISHED = {"unfinished": True}
+NO_IMAGE = "no image can be used:\n"
 MAX_CLASSES = 1000  # more different texts than this are captions, as are texts that hardly repeat
 
 
@@ -172,8 +173,8 @@ class _Survey:
             return self._decoded(shape)
         for name, image in self.images.items():
             if image.place is None:
-                raise DataError(
-                    f"{self.request.where}: decodes to {n_bytes / 2**30:.1f} GiB, more than is "
+                raise self.request.error(
+                    f"decodes to {n_bytes / 2**30:.1f} GiB, more than is "
                     f"read into memory, and {printable(name)} lies in a compressed archive, which "
                     "can only be read from its beginning: make it a plain .tar (gunzip, unxz), "
                     "unpack it, or pass a smaller --size"
@@ -201,13 +202,13 @@ class _Survey:
 
     def _nothing(self) -> DataError:
         """The error that there is no image."""
-        where, advice = self.request.where, "give images, IDX files or CIFAR batches"
+        advice = "give images, IDX files or CIFAR batches"
         if self.faults:
-            return _unusable(where, dict(self._faults()))
+            return self.request.error(NO_IMAGE + listing(dict(self._faults())))
         if set(self.others) & {".csv", ".npy", ".npz", ".tsv"}:
             advice = "give one of the files itself"
         found = "; ".join(self.notes) or counted(self.others) or "it is empty"
-        return DataError(f"{where}: holds no images ({found}): {advice}")
+        return self.request.error(f"holds no images ({found}): {advice}")
 
     def _faults(self) -> list[tuple[str, str]]:
         return [(printable(name), self.faults[name]) for name in sorted(self.faults)]
@@ -319,8 +320,8 @@ class _Survey:
         also = ""
         if self.faults and not self.request.skip_bad:
             also = "\nbesides, " + all_faults(dict(self._faults()), "images", len(self.paths))
-        raise DataError(
-            f"{self.request.where}: images differ in size, width x height: {several}{more}: pass "
+        raise self.request.error(
+            f"images differ in size, width x height: {several}{more}: pass "
             f"--size N to bring all to N x N{also}"
         )
 
@@ -369,7 +370,7 @@ def _dataset(
     """Images with their labels and parts; what was left out, and what is converted, is noted."""
     faults = dict(info["faults"])
     if not len(names):
-        raise _unusable(request.where, faults)
+        raise request.error(NO_IMAGE + listing(faults))
     request.refuse(faults, "images", info["total"])
     for text in info["notes"]:
         request.note(text)
@@ -391,10 +392,6 @@ def _dataset(
         skipped=faults,
         hashes=Hashes(x, arrays.get("hashes")),
     )
-
-
-def _unusable(where: str, faults: Mapping[str, str]) -> DataError:
-    return DataError(f"{where}: no image can be used:\n{listing(faults)}")
 
 
 def _key(name: str) -> str:

@@ -256,7 +256,7 @@ class LazyImages:
             return self.decode(row)
         except Exception as error:
             name = printable(self.names[row])
-            reason = getattr(error, "strerror", None) or first_line(error)
+            reason = first_line(error)
             raise DataError(
                 f"{self.where}: {name} is not what it was when this source was indexed "
                 f"({reason}): run the command again, which rebuilds the index"

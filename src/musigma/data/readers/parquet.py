@@ -90,8 +90,8 @@ class Parquet(Table):
                 try:
                     block[:, i] = column.to_numpy(zero_copy_only=False)  # a null becomes NaN
                 except ValueError as error:
-                    raise DataError(
-                        f"{self.request.where}: column {columns[i]!r} holds text among numbers "
+                    raise self.request.error(
+                        f"column {columns[i]!r} holds text among numbers "
                         f"({first_line(error)}): convert or drop it"
                     ) from error
             yield block

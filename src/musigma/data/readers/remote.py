@@ -102,7 +102,7 @@ def _fetch(
         if name.startswith(("../", "/")) or any(p.startswith(".") for p in name.split("/")):
             del wanted[name]  # hidden, or not inside
     if not wanted:
-        raise DataError(f"{request.where}: holds no files")
+        raise request.error("holds no files")
     notes, known = home / ".versions.json", {}
     with suppress(OSError, ValueError):
         known = json.loads(notes.read_text(encoding="utf-8"))
@@ -140,8 +140,8 @@ def _copy(fs: Any, path: str, target: Path, size: int | None, request: Request) 
             done += len(data)
             yield len(data)
         if size is not None and done != size:
-            raise DataError(
-                f"{request.where}: {printable(target.name)} should have {size} bytes, and {done} "
+            raise request.error(
+                f"{printable(target.name)} should have {size} bytes, and {done} "
                 "arrived: fetch it again"
             )
 
@@ -152,9 +152,9 @@ def _room(request: Request) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"{request.where}: cannot be stored in the cache {cache.folder()} "
-            f"({error.strerror or first_line(error)}): make room there, or set XDG_CACHE_HOME to "
+        raise request.error(
+            f"cannot be stored in the cache {cache.folder()} "
+            f"({first_line(error)}): make room there, or set XDG_CACHE_HOME to "
             "a folder of yours on a larger disk"
         ) from error
 
