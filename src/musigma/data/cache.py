@@ -173,11 +173,10 @@ def blocks(x: np.ndarray) -> Iterator[np.ndarray]:
     return (np.asarray(x[i : i + step]) for i in range(0, len(x), step))
 
 
-def float32_blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Blocks of numbers as float32; those too large become infinite."""
-    for block in rows:
-        with np.errstate(over="ignore"):
-            yield block.astype(np.float32)
+def float32(x: np.ndarray) -> np.ndarray:
+    """Numbers as float32; those too large become infinite."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32)
 
 
 def _source(x: np.memmap) -> tuple[Path, dict[str, Any]]:

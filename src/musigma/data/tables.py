@@ -127,7 +127,7 @@ def assemble(table: Table, request: Request) -> Dataset:
     Raises:
         DataError: Naming all columns that cannot be used, or else all cells.
     """
-    where, found = request.where, roles(table, request)
+    found = roles(table, request)
     x, names = table.x(found.data), tuple(table.names[j] for j in found.data if table.names)
     beside = {j: table.column(j) for j in found.given}
     words = None
@@ -171,8 +171,9 @@ def assemble(table: Table, request: Request) -> Dataset:
     if words is not None:
         different, codes = words.of(good)
         values = label_values(different)
-        assert values is not None  # or it would not be the column of labels
-        labels, label_names = as_labels(values, len(values), where)
+        if values is None:  # fractions, once rows with words are left out
+            values = np.array(list(map(str, different)))
+        labels, label_names = as_labels(values, len(values), request.where)
         labels = labels[codes]
     if found.ids is not None and not isinstance(x, np.memmap):
         cells = table.cells(found.ids)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from musigma.data.cache import blocks, derived, float32_blocks
+from musigma.data.cache import blocks, derived, float32
 from musigma.data.columns import number_fault
 from musigma.data.dataset import Dataset
 from musigma.data.errors import DataError
@@ -81,8 +81,9 @@ class _Rows(Table):
     def x(self, columns: Sequence[int]) -> np.ndarray:
         if self.array.dtype == np.float32:
             return self.array
-        make = partial(float32_blocks, blocks(self.array))
-        return derived(self.array, "float32", self.array.shape, np.float32, make, self.request)
+        x = self.array
+        make = partial(map, float32, blocks(x))
+        return derived(x, "float32", x.shape, np.float32, make, self.request)
 
     def reason(self, i: int, j: int, value: float | None) -> str:
         return number_fault(float(self.array[i, j]))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from musigma.data.cache import float32_blocks
+from musigma.data.cache import float32
 from musigma.data.columns import (
     COMMA_DECIMAL,
     COMMA_GROUPS,
@@ -119,7 +119,7 @@ class Delimited(Table):
         return "text" if text > rest else "number" if rest or not self.rows else "empty"
 
     def x(self, columns: Sequence[int]) -> np.ndarray:
-        return next(float32_blocks([self.values[:, columns]]))
+        return float32(self.values[:, columns])
 
     def numbers(self, j: int) -> np.ndarray:
         return self.values[:, j]

@@ -105,7 +105,7 @@ class Parquet(Table):
             {"source": source, **about},
             (self.rows, len(columns)),
             np.float32,
-            lambda: cache.float32_blocks(self._values(names)),
+            lambda: map(cache.float32, self._values(names)),
             self.request,
         )
 
