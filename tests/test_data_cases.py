@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from musigma import build
 from musigma.data import Dataset, describe, load, summary
-from musigma.data.columns import LABEL_NAMES
 from musigma.data.readers.layout import layout
 from musigma.data.sampling import PARTS
+from musigma.data.tables import LABEL_NAMES
 from musigma.distributions import StandardNormal
 from musigma.evaluation import evaluate
 from musigma.layers import ActNorm, Standardize, standardizer

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from musigma.data.columns import names_rows
 from musigma.data.dataset import Dataset, Given
 from musigma.data.errors import DataError, damage, listing, named
 from musigma.data.raw import Request
 from musigma.data.readers import TABLES, is_url, load
-from musigma.data.tables import Table, Words, as_given
+from musigma.data.tables import Table, Words, as_given, names_rows
 from musigma.spec import Variable
 
 __all__ = ["attach", "given_rows", "is_source"]

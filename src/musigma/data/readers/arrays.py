@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from musigma.data.cache import blocks, derived, float32
-from musigma.data.columns import number_fault
 from musigma.data.dataset import Dataset
 from musigma.data.errors import DataError
 from musigma.data.raw import Request, as_labels
-from musigma.data.tables import Table, assemble
+from musigma.data.tables import Table, assemble, number_fault
 
 
 def read_numpy(path: Path, request: Request) -> Dataset:

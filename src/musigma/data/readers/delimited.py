@@ -14,12 +14,15 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from musigma.data.cache import float32
-from musigma.data.columns import (
+from musigma.data.errors import damage, printable
+from musigma.data.raw import Request
+from musigma.data.tables import (
     COMMA_DECIMAL,
     COMMA_GROUPS,
     LABEL_NAMES,
     Convert,
     Kind,
+    Table,
     cell_fault,
     comma_decimal,
     convention,
@@ -28,9 +31,6 @@ from musigma.data.columns import (
     is_number,
     number_fault,
 )
-from musigma.data.errors import damage, printable
-from musigma.data.raw import Request
-from musigma.data.tables import Table
 
 SEPARATORS = ",;\t| "
 SAMPLE = 50  # lines from which the format is read

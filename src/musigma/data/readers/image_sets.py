@@ -29,7 +29,6 @@ import numpy as np
 
 from musigma.data import cache
 from musigma.data.cache import Record
-from musigma.data.columns import LABEL_NAMES
 from musigma.data.dataset import Dataset, Hashes
 from musigma.data.errors import (
     DataError,
@@ -54,6 +53,7 @@ from musigma.data.readers.images import (
     quiet,
 )
 from musigma.data.readers.layout import layout, official_masks
+from musigma.data.tables import LABEL_NAMES
 
 RULES = "4"  # version of how folders and files beside images are read; older indices are stale
 BESIDE = (".cls", ".json", ".txt")  # suffixes of label files, the most reliable first

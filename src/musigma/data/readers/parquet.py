@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from musigma.data import cache
-from musigma.data.columns import LOOKED_AT, is_number
 from musigma.data.dataset import Dataset
 from musigma.data.errors import DataError, damage, first_line, missing, named, printable
 from musigma.data.raw import Request
 from musigma.data.readers.layout import official_masks, parts_of_files
-from musigma.data.tables import Table, assemble
+from musigma.data.tables import LOOKED_AT, Table, assemble, is_number
 
 
 def read_parquet(paths: Sequence[Path], request: Request) -> Dataset:
