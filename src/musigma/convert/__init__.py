@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from musigma.convert import autoencoder_kl, chaiyujin, mlp_vae, openai_glow, rosinality
+from musigma.convert import autoencoder_kl, glows, mlp_vae
 from musigma.convert.reading import ForeignError, printable, read
 from musigma.convert.selection import select
 from musigma.convert.weights import Family, Options, Weights
@@ -45,22 +45,9 @@ class Converted(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {
-    "chaiyujin": Family(
-        "chaiyujin/glow-pytorch, a Glow",
-        chaiyujin.NAMES,
-        chaiyujin.build,
-        ("permutation", "labels", "bits"),
-    ),
-    "rosinality": Family(
-        "rosinality/glow-pytorch, a Glow", rosinality.NAMES, rosinality.build, ("size", "bits")
-    ),
-    "openai-glow": Family(
-        "openai/glow, its variables as .npz",
-        openai_glow.NAMES,
-        openai_glow.build,
-        ("size", "bits"),
-        openai_glow.IGNORED,
-    ),
+    "chaiyujin": glows.CHAIYUJIN,
+    "rosinality": glows.ROSINALITY,
+    "openai-glow": glows.OPENAI,
     "diffusers": Family(
         "diffusers AutoencoderKL, a folder with config.json",
         autoencoder_kl.DIFFUSERS,

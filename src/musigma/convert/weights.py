@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from musigma.convert.reading import ForeignError, printable, read_json
 from musigma.gaussian import Format
 from musigma.model import Model
+from musigma.zoo import build
 
-__all__ = ["Family", "Options", "Weights", "any_of", "holds", "is_count"]
+__all__ = ["Family", "Options", "Tensors", "Weights", "any_of", "holds", "is_count"]
 
 LARGEST_SIDE = 16_384
 
 T = TypeVar("T")
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ class Weights:
     def __init__(self, tensors: Mapping[str, Tensor], path: Path, notes: list[str]):
         self.tensors, self.path, self.notes = dict(tensors), path, notes
         self.elements = sum(t.numel() for t in self.tensors.values())
-        self.problems: list[str] = []
+        self.problems: dict[str, None] = {}
         self.left = set(self.tensors)
 
     def beside(self, name: str) -> dict[str, Any] | None:
@@ -182,8 +184,8 @@ class Weights:
         self.left.difference_update(names)
 
     def refuse(self, reason: str) -> None:
-        """Note a difference."""
-        self.problems.append(reason)
+        """Note a difference, once."""
+        self.problems[reason] = None
 
     def finish(self) -> None:
         """Refuse the file if there are differences, or tensors that were not taken.
@@ -191,7 +193,7 @@ class Weights:
         Raises:
             ForeignError: With the first five differences.
         """
-        wrong = self.problems + [f"{name} is not part of it" for name in sorted(self.left)]
+        wrong = [*self.problems, *(f"{name} is not part of it" for name in sorted(self.left))]
         if wrong:
             more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise ForeignError(
@@ -199,6 +201,21 @@ class Weights:
                 f"{'; '.join(map(printable, wrong[:5]))}{more}. The nearest known format is "
                 f"{self.nearest}"
             )
+
+    def model(
+        self, architecture: str, shape: Sequence[int], tensors: Tensors, **options: Any
+    ) -> Model:
+        """A model of the zoo in float64 with these tensors, once `finish` has passed.
+
+        Names leave out the `prior.` under which a model lies below its dequantisation. Parameters
+        that are not named keep their first values.
+        """
+        self.finish()
+        model = build(architecture, shape, **options).double()
+        own = model.state_dict()
+        below = "" if tensors.keys() <= own.keys() else "prior."
+        model.load_state_dict(own | {below + name: tensor for name, tensor in tensors.items()})
+        return model
 
     @property
     def dtype(self) -> torch.dtype:
