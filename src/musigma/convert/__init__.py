@@ -48,36 +48,11 @@ FAMILIES: dict[str, Family] = {
     "chaiyujin": glows.CHAIYUJIN,
     "rosinality": glows.ROSINALITY,
     "openai-glow": glows.OPENAI,
-    "diffusers": Family(
-        "diffusers AutoencoderKL, a folder with config.json",
-        autoencoder_kl.DIFFUSERS,
-        autoencoder_kl.from_diffusers,
-        ("size", "bits", "std"),
-    ),
-    "compvis": Family(
-        "a KL autoencoder of CompVis/latent-diffusion, or inside Stable Diffusion",
-        autoencoder_kl.COMPVIS,
-        autoencoder_kl.from_compvis,
-        ("size", "bits", "std", "groups"),
-        autoencoder_kl.COMPVIS_IGNORED,
-    ),
-    "bits-back": Family(
-        "a torch VAE of bits-back/bits-back",
-        mlp_vae.BITS_BACK,
-        mlp_vae.from_bits_back,
-        ("format",),
-        format="log_std",
-    ),
-    "pytorch-examples": Family(
-        "the VAE of pytorch/examples",
-        mlp_vae.PYTORCH_EXAMPLES,
-        mlp_vae.from_pytorch_examples,
-        ("format", "size"),
-        format="log_var",
-    ),
-    "pythae": Family(
-        "a pythae VAE or BetaVAE folder", mlp_vae.PYTHAE, mlp_vae.from_pythae, ("bits",)
-    ),
+    "diffusers": autoencoder_kl.DIFFUSERS,
+    "compvis": autoencoder_kl.COMPVIS,
+    "bits-back": mlp_vae.BITS_BACK,
+    "pytorch-examples": mlp_vae.PYTORCH_EXAMPLES,
+    "pythae": mlp_vae.PYTHAE,
 }
 """Every known kind of checkpoint by its name."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,56 +12,44 @@ from typing import Any
 import torch
 
 from musigma.convert.reading import ForeignError
-from musigma.convert.weights import Options, Weights, holds, is_count
+from musigma.convert.weights import Family, Options, Weights, holds, is_count
 from musigma.files import replacing, sync, usual_rights
 from musigma.model import Model
 from musigma.zoo import build
 
-__all__ = [
-    "COMPVIS",
-    "COMPVIS_IGNORED",
-    "DIFFUSERS",
-    "from_compvis",
-    "from_diffusers",
-    "to_diffusers",
-]
-
-_LAYER = r"(norm[12]|conv[12]|conv_shortcut|nin_shortcut)\.(weight|bias)"
-_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-DIFFUSERS = (
-    r"(encoder|decoder)\.(conv_in|conv_norm_out|conv_out)\.(weight|bias)",
-    rf"(encoder|decoder)\.((down|up)_blocks\.\d+|mid_block)\.resnets\.\d+\.{_LAYER}",
-    r"(encoder|decoder)\.(down|up)_blocks\.\d+\.(down|up)samplers\.0\.conv\.(weight|bias)",
-    r"(encoder|decoder)\.((down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\."
-    r"(group_norm|to_[qkv]|to_out\.0|query|key|value|proj_attn)\.(weight|bias)",
-    r"(post_)?quant_conv\.(weight|bias)",
-)
-COMPVIS = (
-    r"(encoder|decoder)\.(conv_in|norm_out|conv_out)\.(weight|bias)",
-    rf"(encoder|decoder)\.((down|up)\.\d+\.block\.\d+|mid\.block_[12])\.{_LAYER}",
-    r"(encoder|decoder)\.(down|up)\.\d+\.(down|up)sample\.conv\.(weight|bias)",
-    r"(encoder|decoder)\.((down|up)\.\d+\.attn\.\d+|mid\.attn_1)\.(norm|[qkv]|proj_out)\.(weight|bias)",
-    r"(post_)?quant_conv\.(weight|bias)",
-)
-COMPVIS_IGNORED = (r"loss\..*",)  # the perceptual network and the discriminator
+__all__ = ["COMPVIS", "DIFFUSERS", "to_diffusers"]
 
 DEFAULTS = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"],
-    "up_block_types": ["UpDecoderBlock2D"],
-    "block_out_channels": [64],
-    "layers_per_block": 1,
-    "act_fn": "silu",
-    "latent_channels": 4,
     "norm_num_groups": 32,
     "sample_size": 32,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
-"""The defaults of diffusers for entries that a config.json lacks."""
+"""What diffusers takes for entries that a config.json lacks, and that weights do not show."""
+
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+"""What earlier versions of diffusers called the layers of attention."""
+
+COMPVIS_NAMES = {
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "down_blocks": "down",
+    "up_blocks": "up",
+    "resnets": "block",
+    "attentions": "attn",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "group_norm": "norm",
+    "to_out.0": "proj_out",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+}
+"""Parts of names in diffusers, and in CompVis."""
 
 
 def from_diffusers(weights: Weights, options: Options) -> Model:
@@ -70,124 +59,80 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
         raise ForeignError(
             f"{weights.path}: an AutoencoderKL needs the config.json that was saved beside it"
         )
-    if file.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise ForeignError(
-            f"{weights.path}: _class_name is {file['_class_name']!r}; only AutoencoderKL is known"
-        )
-    config = _validated(weights, DEFAULTS | file)
-    widths = list(config["block_out_channels"])
-    blocks = weights.numbers(r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*")
-    if config["layers_per_block"] != len(blocks):
-        raise ForeignError(
-            f"{weights.path}: layers_per_block in config.json is {config['layers_per_block']}, "
-            f"and encoder.down_blocks.0 has {len(blocks)}"
-        )
-    attend = _attention_levels(weights, config, len(widths))
-    for name, wanted in (("act_fn", "silu"), ("out_channels", config["in_channels"])):
-        if config[name] != wanted:
+    config = DEFAULTS | file
+
+    def check(name: str, right: bool, expected: str) -> None:
+        if not right:
             raise ForeignError(
-                f"{weights.path}: {name} is {config[name]!r}, and only {wanted!r} can be "
-                "represented"
+                f"{weights.path}: {name} in config.json: expected {expected}; got "
+                f"{str(config[name])[:80]}"
             )
-    side = config["sample_size"]
-    size = options.size or ((side, side) if isinstance(side, int) else tuple(side))
 
     def named(name: str) -> str:
-        theirs = _diffusers_name(name)
-        for old, new in _OLD.items():
-            if theirs not in weights and theirs.replace(new, old) in weights:
-                return theirs.replace(new, old)
-        return theirs
+        for new, old in OLD.items():
+            if name not in weights and name.replace(new, old) in weights:
+                return name.replace(new, old)
+        return name
 
-    return _build(
-        weights,
-        named,
-        (config["in_channels"], *size),
-        options,
-        widths=widths,
-        blocks=config["layers_per_block"],
-        latents=config["latent_channels"],
-        groups=config["norm_num_groups"],
-        attend=attend,
-        attend_middle=config["mid_block_add_attention"],
-        quant=config["use_quant_conv"],
-        post_quant=config["use_post_quant_conv"],
-    )
-
-
-def _validated(weights: Weights, config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json whose used entries have the kind and range that they must have."""
-
-    def counts(value: Any) -> bool:
-        return isinstance(value, list) and 0 < len(value) < 16 and all(map(is_count, value))
-
-    def names(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-    def boolean(value: Any) -> bool:
-        return isinstance(value, bool)
-
-    def side(value: Any) -> bool:
-        return is_count(value) or (counts(value) and len(value) == 2)
-
-    expected = {
-        is_count: (
-            "a number from 1",
-            "in_channels out_channels layers_per_block latent_channels norm_num_groups",
-        ),
-        side: ("a number, or two", "sample_size"),
-        counts: ("a list of numbers", "block_out_channels"),
-        names: ("a list of names", "down_block_types up_block_types"),
-        boolean: ("true or false", "use_quant_conv use_post_quant_conv mid_block_add_attention"),
+    groups, side = config["norm_num_groups"], config["sample_size"]
+    check("norm_num_groups", is_count(groups), "a number from 1")
+    sides = side if isinstance(side, list) else [side, side]
+    check("sample_size", len(sides) == 2 and all(map(is_count, sides)), "a number, or two")
+    structure = _structure(weights, named) | {
+        "groups": groups,
+        "quant": weights.any("quant_conv."),
+        "post_quant": weights.any("post_quant_conv."),
     }
-    for fits, (kind, entries) in expected.items():
-        for name in entries.split():
-            if not fits(config[name]):
-                raise ForeignError(
-                    f"{weights.path}: {name} in config.json: expected {kind}; got "
-                    f"{str(config[name])[:80]}"
-                )
-    return config
+    channels = weights.size("encoder.conv_in.weight", 1)
+    for name, wanted in _config_of(structure, (channels, *sides)).items():
+        same = repr(config.get(name, wanted)) == repr(wanted)
+        check(name, same or name == "sample_size", f"{wanted!r}, all that fits these weights")
+    return _built(weights, named, (channels, *(options.size or sides)), options, structure)
 
 
-def _attention_levels(weights: Weights, config: Mapping[str, Any], levels: int) -> list[int]:
-    """The levels with attention, by the block types, which must be the same on both sides."""
-    types = {
-        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-        "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+def from_compvis(weights: Weights, options: Options) -> Model:
+    """A KL autoencoder's state dict, by itself or in a diffusion model's checkpoint."""
+    last = max(weights.numbers(r"encoder\.down\.(\d+)\..*"), default=0)
+
+    def named(name: str) -> str:
+        for there, here in COMPVIS_NAMES.items():
+            name = name.replace(there, here)
+        # up-blocks are numbered from the top
+        return re.sub(r"\.up\.(\d+)", lambda m: f".up.{last - int(m[1])}", name)
+
+    size = weights.assume("size", options.size, (256, 256), "as in its configurations")
+    structure = _structure(weights, named) | {
+        "embedded": weights.size("post_quant_conv.weight", 1),
+        "groups": weights.assume("groups", options.groups, 32, "as in its code"),
     }
-    attend = []
-    for name, known in types.items():
-        blocks = list(config[name])
-        if len(blocks) != levels or any(block not in known for block in blocks):
-            raise ForeignError(
-                f"{weights.path}: {name} is {blocks}; expected {levels} of {' or '.join(known)}"
-            )
-        blocks = blocks if name[0] == "d" else blocks[::-1]
-        attend.append([i for i, block in enumerate(blocks) if block.startswith("Attn")])
-    if attend[0] != attend[1]:
-        raise ForeignError(
-            f"{weights.path}: down_block_types and up_block_types have attention at different "
-            "sizes, which cannot be represented"
-        )
-    return attend[0]
+    shape = weights.size("encoder.conv_in.weight", 1), *size
+    return _built(weights, named, shape, options, structure)
 
 
-def _diffusers_name(name: str) -> str:
-    """The name in diffusers of a parameter of `autoencoder_kl`."""
-    name = re.sub(r"^(prior\.)?", "", name)
-    match = re.match(r"(encoder|decoder)\.net\.(.*)", name)
-    assert match is not None, name
-    part, rest = match.groups()
-    return rest if "quant_conv" in rest else f"{part}.{rest}"
+def _structure(weights: Weights, named: Callable[[str], str]) -> dict[str, Any]:
+    """Options of `autoencoder_kl` that tensors show, which are `named` as in diffusers."""
+
+    def count(prefix: str) -> int:
+        parts = itertools.count()
+        return next(i for i in parts if not weights.any(named(f"{prefix}.{i}.")))
+
+    levels = range(max(1, count("encoder.down_blocks")))
+    at = [f"encoder.down_blocks.{i}" for i in levels]
+    return {
+        "widths": [weights.size(named(f"{level}.resnets.0.conv1.weight"), 0) for level in at],
+        "blocks": count(f"{at[0]}.resnets"),
+        "latents": weights.size("decoder.conv_in.weight", 1),
+        "attend": [i for i in levels if weights.any(named(f"{at[i]}.attentions."))],
+        "attend_middle": weights.any(named("encoder.mid_block.attentions.0.")),
+    }
 
 
-def _build(
+def _built(
     weights: Weights,
     named: Callable[[str], str],
     shape: tuple[int, ...],
     options: Options,
-    **structure: Any,
+    structure: dict[str, Any],
 ) -> Model:
     """The zoo's model with these weights, built once all of them have the right shape."""
     structure["bits"] = weights.assume("bits", options.bits, 8, "as of images in bytes")
@@ -199,64 +144,17 @@ def _build(
         raise ForeignError(f"{weights.path}: cannot be represented: {error}") from error
     taken = {}
     for name, tensor in wanted.items():
-        theirs, sizes = named(name), tuple(tensor.shape)
+        theirs, sizes = named(_diffusers_name(name)), tuple(tensor.shape)
         if theirs in weights and weights.tensors[theirs].ndim == 4 and tensor.ndim == 2:
             sizes = (*sizes, 1, 1)  # attention by 1x1 convolutions
         taken[name] = weights.take(theirs, *sizes).reshape(tensor.shape)
-    weights.finish()
-    model = build("autoencoder_kl", shape, **structure).double()
-    model.load_state_dict(taken)
-    return model
+    return weights.model("autoencoder_kl", shape, taken, **structure)
 
 
-def from_compvis(weights: Weights, options: Options) -> Model:
-    """A KL autoencoder's state dict, by itself or in a diffusion model's checkpoint."""
-    levels = weights.numbers(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
-    if levels != list(range(len(levels))) or not levels:
-        raise ForeignError(f"{weights.path}: encoder.down.0.block.0.conv1.weight is missing")
-    return _build(
-        weights,
-        lambda name: _compvis_name(_diffusers_name(name), len(levels)),
-        (
-            weights.size("encoder.conv_in.weight", 1),
-            *weights.assume("size", options.size, (256, 256), "as in its configurations"),
-        ),
-        options,
-        widths=[weights.size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in levels],
-        blocks=len(weights.numbers(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")),
-        latents=weights.size("decoder.conv_in.weight", 1),
-        embedded=weights.size("post_quant_conv.weight", 1),
-        groups=weights.assume("groups", options.groups, 32, "as in its code"),
-        attend=[i for i in levels if weights.any(f"encoder.down.{i}.attn.")],
-        attend_middle=weights.any("encoder.mid.attn_1."),
-    )
-
-
-_RENAMED = (
-    ("conv_norm_out", "norm_out"),
-    ("conv_shortcut", "nin_shortcut"),
-    ("mid_block.resnets.0", "mid.block_1"),
-    ("mid_block.resnets.1", "mid.block_2"),
-    ("mid_block.attentions.0", "mid.attn_1"),
-    ("down_blocks", "down"),
-    ("up_blocks", "up"),
-    ("resnets", "block"),
-    ("attentions", "attn"),
-    ("downsamplers.0", "downsample"),
-    ("upsamplers.0", "upsample"),
-    ("group_norm", "norm"),
-    ("to_out.0", "proj_out"),
-    ("to_q", "q"),
-    ("to_k", "k"),
-    ("to_v", "v"),
-)
-
-
-def _compvis_name(name: str, levels: int) -> str:
-    """The name in CompVis of a parameter of diffusers; it numbers up-blocks from the top."""
-    for ours, theirs in _RENAMED:
-        name = name.replace(ours, theirs)
-    return re.sub(r"\.up\.(\d+)", lambda m: f".up.{levels - 1 - int(m[1])}", name)
+def _diffusers_name(name: str) -> str:
+    """The name in diffusers of a parameter of `autoencoder_kl`."""
+    part, rest = name.removeprefix("prior.").split(".net.", 1)
+    return rest if "quant_conv" in rest else f"{part}.{rest}"
 
 
 def to_diffusers(model: Model, source: Mapping[str, Any], out: Path) -> None:
@@ -302,14 +200,12 @@ def to_diffusers(model: Model, source: Mapping[str, Any], out: Path) -> None:
 
 def _config_of(options: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:
     """A config.json for a model that was not converted."""
-    levels, attend = range(len(options["widths"])), options["attend"]
-    down = ["AttnDownEncoderBlock2D" if i in attend else "DownEncoderBlock2D" for i in levels]
-    up = ["AttnUpDecoderBlock2D" if i in attend else "UpDecoderBlock2D" for i in levels]
+    attend = ["Attn" * (i in options["attend"]) for i in range(len(options["widths"]))]
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": list(options["widths"]),
-        "down_block_types": down,
+        "down_block_types": [f"{attn}DownEncoderBlock2D" for attn in attend],
         "in_channels": shape[0],
         "latent_channels": options["latents"],
         "layers_per_block": options["blocks"],
@@ -317,7 +213,37 @@ def _config_of(options: Mapping[str, Any], shape: Sequence[int]) -> dict[str, An
         "norm_num_groups": options["groups"],
         "out_channels": shape[0],
         "sample_size": max(shape[1:]),
-        "up_block_types": up[::-1],
+        "up_block_types": [f"{attn}UpDecoderBlock2D" for attn in attend[::-1]],
         "use_post_quant_conv": options["post_quant"],
         "use_quant_conv": options["quant"],
     }
+
+
+_LAYER = r"(norm[12]|conv[12]|conv_shortcut|nin_shortcut)\.(weight|bias)"
+DIFFUSERS = Family(
+    "diffusers AutoencoderKL, a folder with config.json",
+    (
+        r"(encoder|decoder)\.(conv_in|conv_norm_out|conv_out)\.(weight|bias)",
+        rf"(encoder|decoder)\.((down|up)_blocks\.\d+|mid_block)\.resnets\.\d+\.{_LAYER}",
+        r"(encoder|decoder)\.(down|up)_blocks\.\d+\.(down|up)samplers\.0\.conv\.(weight|bias)",
+        r"(encoder|decoder)\.((down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\."
+        r"(group_norm|to_[qkv]|to_out\.0|query|key|value|proj_attn)\.(weight|bias)",
+        r"(post_)?quant_conv\.(weight|bias)",
+    ),
+    from_diffusers,
+    ("size", "bits", "std"),
+)
+COMPVIS = Family(
+    "a KL autoencoder of CompVis/latent-diffusion, or inside Stable Diffusion",
+    (
+        r"(encoder|decoder)\.(conv_in|norm_out|conv_out)\.(weight|bias)",
+        rf"(encoder|decoder)\.((down|up)\.\d+\.block\.\d+|mid\.block_[12])\.{_LAYER}",
+        r"(encoder|decoder)\.(down|up)\.\d+\.(down|up)sample\.conv\.(weight|bias)",
+        r"(encoder|decoder)\.((down|up)\.\d+\.attn\.\d+|mid\.attn_1)\."
+        r"(norm|[qkv]|proj_out)\.(weight|bias)",
+        r"(post_)?quant_conv\.(weight|bias)",
+    ),
+    from_compvis,
+    ("size", "bits", "std", "groups"),
+    (r"loss\..*",),  # the perceptual network and the discriminator
+)

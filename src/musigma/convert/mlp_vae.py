@@ -6,33 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from musigma.convert.reading import ForeignError
-from musigma.convert.weights import Options, Weights, is_count
+from musigma.convert.weights import Family, Options, Tensors, Weights, is_count
 from musigma.model import Model
-from musigma.zoo import build
 
-__all__ = [
-    "BITS_BACK",
-    "PYTHAE",
-    "PYTORCH_EXAMPLES",
-    "from_bits_back",
-    "from_pythae",
-    "from_pytorch_examples",
-]
-
-PYTORCH_EXAMPLES = (r"fc(1|21|22|3|4)\.(weight|bias)",)
-BITS_BACK = (
-    *PYTORCH_EXAMPLES,
-    r"bn(1|21|22|3)\.(weight|bias|running_mean|running_var|num_batches_tracked)",
-    r"prior_mean|prior_std|n",
-)
-PYTHAE = (
-    r"encoder\.(layers\.0\.0|embedding|log_var)\.(weight|bias)",
-    r"decoder\.layers\.[01]\.0\.(weight|bias)",
-)
+__all__ = ["BITS_BACK", "PYTHAE", "PYTORCH_EXAMPLES"]
 
 
 def from_pytorch_examples(weights: Weights, options: Options) -> Model:
@@ -67,33 +45,34 @@ def _fc_vae(weights: Weights, options: Options, shape: tuple[int, int, int], sca
     """The layers fc1, fc21, fc22, fc3 and fc4, with batch norms if there are any."""
     hidden, latents = weights.size("fc1.weight", 0), weights.size("fc21.weight", 0)
     normed, pixels = weights.any("bn"), math.prod(shape)
-
-    def layer(name: str, norm: str, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-        w, b = weights.linear(name, inputs, outputs)
-        if not normed or not norm:
-            return w, b
-        weights.drop(f"{norm}.num_batches_tracked")
-        gain, shift, mean, var = (
-            weights.take(f"{norm}.{part}", outputs)
-            for part in ("weight", "bias", "running_mean", "running_var")
-        )
-        factor = gain / (var.clamp(min=0) + 1e-5).sqrt()
-        return w * factor.unsqueeze(1), (b - mean) * factor + shift
-
+    layers = {
+        "encoder.net.enter": ("1", pixels, hidden),
+        "encoder.net.mean": ("21", hidden, latents),
+        "encoder.net.scale": ("22", hidden, latents),
+        "decoder.net.enter": ("3", latents, hidden),
+        "decoder.net.leave": ("4", hidden, (2 if normed else 1) * pixels),
+    }
+    tensors: Tensors = {}
+    for layer, (number, inputs, outputs) in layers.items():
+        w, b = weights.linear(f"fc{number}", inputs, outputs)
+        if normed and number != "4":
+            norm = f"bn{number}"
+            weights.drop(f"{norm}.num_batches_tracked")
+            gain, shift, mean, var = (
+                weights.take(f"{norm}.{part}", outputs)
+                for part in ("weight", "bias", "running_mean", "running_var")
+            )
+            factor = gain / (var.clamp(min=0) + 1e-5).sqrt()
+            w, b = w * factor.unsqueeze(1), (b - mean) * factor + shift
+        tensors |= {f"{layer}.weight": w, f"{layer}.bias": b}
     if normed:
         _constants(weights)
     scale = options.format or scale
     weights.notes.append(f"format: fc22 is read as {scale} (--format for another)")
-    return _filled(
-        weights,
-        {
-            "encoder.net.enter": layer("fc1", "bn1", pixels, hidden),
-            "encoder.net.mean": layer("fc21", "bn21", hidden, latents),
-            "encoder.net.scale": layer("fc22", "bn22", hidden, latents),
-            "decoder.net.enter": layer("fc3", "bn3", latents, hidden),
-            "decoder.net.leave": layer("fc4", "", hidden, (2 if normed else 1) * pixels),
-        },
+    return weights.model(
+        "mlp_vae",
         shape,
+        tensors,
         bits=8 if normed else 1,
         hidden=hidden,
         latents=latents,
@@ -133,17 +112,20 @@ def from_pythae(weights: Weights, options: Options) -> Model:
             f"bits: its loss is 'bce', a likelihood of data of 1 bit; got {options.bits}"
         )
     d = math.prod(shape)
-
-    return _filled(
-        weights,
-        {
-            "encoder.net.enter": weights.linear("encoder.layers.0.0", d, 512),
-            "encoder.net.mean": weights.linear("encoder.embedding", 512, latents),
-            "encoder.net.scale": weights.linear("encoder.log_var", 512, latents),
-            "decoder.net.enter": weights.linear("decoder.layers.0.0", latents, 512),
-            "decoder.net.leave": weights.linear("decoder.layers.1.0", 512, d),
-        },
+    layers = {
+        "encoder.net.enter": ("encoder.layers.0.0", d, 512),
+        "encoder.net.mean": ("encoder.embedding", 512, latents),
+        "encoder.net.scale": ("encoder.log_var", 512, latents),
+        "decoder.net.enter": ("decoder.layers.0.0", latents, 512),
+        "decoder.net.leave": ("decoder.layers.1.0", 512, d),
+    }
+    tensors: Tensors = {}
+    for layer, theirs in layers.items():
+        tensors[f"{layer}.weight"], tensors[f"{layer}.bias"] = weights.linear(*theirs)
+    return weights.model(
+        "mlp_vae",
         shape,
+        tensors,
         bits=1 if binary else weights.assume("bits", options.bits, 8, "as of images in bytes"),
         hidden=512,
         latents=latents,
@@ -174,18 +156,31 @@ def _check_config(config: Mapping[str, Any], weights: Weights) -> None:
         raise ForeignError(f"{weights.path}: latent_dim in model_config.json is {latents!r}")
 
 
-def _filled(
-    weights: Weights,
-    layers: Mapping[str, tuple[Tensor, Tensor]],
-    shape: tuple[int, ...],
-    **options: Any,
-) -> Model:
-    weights.finish()
-    model = build("mlp_vae", shape, **options).double()
-    state = model.state_dict()
-    prefix = "" if "encoder.net.enter.weight" in state else "prior."  # below dequantisation
-    with torch.no_grad():
-        for name, (weight, bias) in layers.items():
-            state[f"{prefix}{name}.weight"].copy_(weight)
-            state[f"{prefix}{name}.bias"].copy_(bias)
-    return model
+_LAYERS = r"fc(1|21|22|3|4)\.(weight|bias)"
+BITS_BACK = Family(
+    "a torch VAE of bits-back/bits-back",
+    (
+        _LAYERS,
+        r"bn(1|21|22|3)\.(weight|bias|running_mean|running_var|num_batches_tracked)",
+        r"prior_mean|prior_std|n",
+    ),
+    from_bits_back,
+    ("format",),
+    format="log_std",
+)
+PYTORCH_EXAMPLES = Family(
+    "the VAE of pytorch/examples",
+    (_LAYERS,),
+    from_pytorch_examples,
+    ("format", "size"),
+    format="log_var",
+)
+PYTHAE = Family(
+    "a pythae VAE or BetaVAE folder",
+    (
+        r"encoder\.(layers\.0\.0|embedding|log_var)\.(weight|bias)",
+        r"decoder\.layers\.[01]\.0\.(weight|bias)",
+    ),
+    from_pythae,
+    ("bits",),
+)
