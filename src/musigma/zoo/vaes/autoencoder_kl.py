@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -67,8 +69,32 @@ def autoencoder_kl(
         raise ValueError("embedded: other channels than `latents` need quant and post_quant")
     if std <= 0:
         raise ValueError(f"std: expected a positive number; got {std}")
-    encoder = Encoder(channels, widths, blocks, latents, groups, attend, attend_middle)
-    decoder = Decoder(channels, widths, blocks, latents, groups, attend, attend_middle)
+    levels, small = range(len(widths)), widths[-1]
+
+    def stage(level: int, before: int, blocks: int, **resize: bool) -> Stage:
+        attentions = blocks if level in attend else 0
+        return Stage(before, widths[level], groups, blocks, attentions, **resize)
+
+    down = (stage(i, widths[max(i - 1, 0)], blocks, halve=i < levels[-1]) for i in levels)
+    encoder = Network(
+        conv_in=nn.Conv2d(channels, widths[0], 3, padding=1),
+        down_blocks=nn.Sequential(*down),
+        mid_block=Stage(small, small, groups, 2, int(attend_middle)),
+        conv_norm_out=norm(groups, small),
+        activation=nn.SiLU(),
+        conv_out=nn.Conv2d(small, 2 * latents, 3, padding=1),
+        quant_conv=nn.Identity(),
+    )
+    up = (stage(i, widths[min(i + 1, levels[-1])], blocks + 1, double=i > 0) for i in levels[::-1])
+    decoder = Network(
+        post_quant_conv=nn.Identity(),
+        conv_in=nn.Conv2d(latents, small, 3, padding=1),
+        mid_block=Stage(small, small, groups, 2, int(attend_middle)),
+        up_blocks=nn.Sequential(*up),
+        conv_norm_out=norm(groups, widths[0]),
+        activation=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[0], channels, 3, padding=1),
+    )
     if quant:
         encoder.quant_conv = nn.Conv2d(2 * latents, 2 * z, 1)
     if post_quant:
@@ -78,120 +104,57 @@ def autoencoder_kl(
     vae = VAE(GaussianHead(encoder, event_ndims=3, format=FORMAT), likelihood, prior)
     if bits is None:
         return vae
-    levels = 2**bits
-    return Chain([Dequantize(StandardUniform(shape), levels), Rescale(2 / levels, -1.0)], vae)
+    noise = Dequantize(StandardUniform(shape), 2**bits)
+    return Chain([noise, Rescale(2 / 2**bits, -1.0)], vae)
 
 
-class Encoder(nn.Module):
-    """Images to mean and log variance of the latents, as channels."""
+class Network(nn.Sequential):
+    """Named modules, one after the other, none of which takes a context."""
 
-    def __init__(
-        self,
-        channels: int,
-        widths: Sequence[int],
-        blocks: int,
-        latents: int,
-        groups: int,
-        attend: Sequence[int],
-        attend_middle: bool,
-    ):
-        super().__init__()
-        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down_blocks, before = nn.ModuleList(), widths[0]
-        for i, width in enumerate(widths):
-            stage = Stage(before, width, blocks, groups, i in attend)
-            if i < len(widths) - 1:
-                stage.downsamplers.append(Downsample(width))
-            self.down_blocks.append(stage)
-            before = width
-        self.mid_block = Middle(before, groups, attend_middle)
-        self.conv_norm_out = norm(groups, before)
-        self.conv_out = nn.Conv2d(before, 2 * latents, 3, padding=1)
-        self.quant_conv: nn.Module = nn.Identity()
+    def __init__(self, **modules: nn.Module):
+        super().__init__(OrderedDict(modules))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, 2 z, H / f, W / f)."""
-        h = self.conv_in(x)
-        for stage in self.down_blocks:
-            h = stage(h)
-        h = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
-        return self.quant_conv(h)
-
-
-class Decoder(nn.Module):
-    """Latents to images, the mirror image of `Encoder`."""
-
-    def __init__(
-        self,
-        channels: int,
-        widths: Sequence[int],
-        blocks: int,
-        latents: int,
-        groups: int,
-        attend: Sequence[int],
-        attend_middle: bool,
-    ):
-        super().__init__()
-        self.post_quant_conv: nn.Module = nn.Identity()
-        before = widths[-1]
-        self.conv_in = nn.Conv2d(latents, before, 3, padding=1)
-        self.mid_block = Middle(before, groups, attend_middle)
-        self.up_blocks = nn.ModuleList()
-        for i in reversed(range(len(widths))):
-            stage = Stage(before, widths[i], blocks + 1, groups, i in attend)
-            if i:
-                stage.upsamplers.append(Upsample(widths[i]))
-            self.up_blocks.append(stage)
-            before = widths[i]
-        self.conv_norm_out = norm(groups, before)
-        self.conv_out = nn.Conv2d(before, channels, 3, padding=1)
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, C, H, W)."""
-        h = self.mid_block(self.conv_in(self.post_quant_conv(z)))
-        for stage in self.up_blocks:
-            h = stage(h)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+    def forward(self, input: Tensor, context: Tensor | None = None) -> Tensor:
+        """The output of the last module."""
+        return super().forward(input)
 
 
 class Stage(nn.Module):
-    """Residual blocks, each optionally followed by attention, and a change of size."""
+    """Residual blocks, the first of which are followed by attention, and a change of size.
 
-    def __init__(self, inputs: int, width: int, blocks: int, groups: int, attend: bool):
+    The sides are halved by a convolution with padding at the bottom and the right only, and
+    doubled by repeating pixels before a convolution.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        groups: int,
+        blocks: int,
+        attentions: int,
+        *,
+        halve: bool = False,
+        double: bool = False,
+    ):
         super().__init__()
-        self.attentions = nn.ModuleList(
-            Attention(width, groups) for _ in range(blocks if attend else 0)
-        )
+        self.attentions = nn.ModuleList(Attention(width, groups) for _ in range(attentions))
         self.resnets = nn.ModuleList(
             Residual(width if i else inputs, width, groups) for i in range(blocks)
         )
-        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        self.downsamplers, self.upsamplers = nn.Sequential(), nn.Sequential()
+        if halve:
+            halved = nn.Conv2d(width, width, 3, stride=2)
+            self.downsamplers.append(Network(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=halved))
+        if double:
+            conv = nn.Conv2d(width, width, 3, padding=1)
+            self.upsamplers.append(Network(repeat=nn.Upsample(scale_factor=2.0), conv=conv))
 
     def forward(self, h: Tensor) -> Tensor:
         """The output."""
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(h)
-            if self.attentions:
-                h = self.attentions[i](h)
-        for resize in (*self.downsamplers, *self.upsamplers):
-            h = resize(h)
-        return h
-
-
-class Middle(nn.Module):
-    """Two residual blocks, with attention between them."""
-
-    def __init__(self, width: int, groups: int, attend: bool):
-        super().__init__()
-        self.attentions = nn.ModuleList([Attention(width, groups)] if attend else [])
-        self.resnets = nn.ModuleList(Residual(width, width, groups) for _ in range(2))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """The output."""
-        h = self.resnets[0](h)
-        for attention in self.attentions:
-            h = attention(h)
-        return self.resnets[1](h)
+        for resnet, attention in itertools.zip_longest(self.resnets, self.attentions):
+            h = resnet(h) if attention is None else attention(resnet(h))
+        return self.upsamplers(self.downsamplers(h))
 
 
 class Residual(nn.Module):
@@ -224,30 +187,6 @@ class Attention(nn.Module):
         h = self.group_norm(x).flatten(2).transpose(1, 2)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
-
-
-class Downsample(nn.Module):
-    """Halve the sides by a convolution with padding at the bottom and the right only."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The output."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double the sides by repeating pixels, then convolve."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The output."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def norm(groups: int, width: int) -> nn.GroupNorm:
