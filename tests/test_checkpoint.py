@@ -20,7 +20,7 @@ from musigma.layers import ActNorm
 from musigma.model import VAE, Chain, Prior
 from musigma.nets import MLP
 from musigma.zoo import architecture, build
-from musigma.zoo.flows.published_glow import to_format_1
+from musigma.zoo.flows.glow import to_format_1
 
 IMAGES = {
     "vae": {"net": "mlp", "width": 8, "latents": 3},

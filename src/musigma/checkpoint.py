@@ -21,7 +21,7 @@ from musigma import __version__
 from musigma.files import replacing, usual_rights
 from musigma.model import Model
 from musigma.zoo import ARCHITECTURES, build, spec_of
-from musigma.zoo.flows.published_glow import from_format_1
+from musigma.zoo.flows.glow import from_format_1
 
 __all__ = [
     "CheckpointError",

@@ -43,7 +43,7 @@ from musigma.coding.stack import CODER
 from musigma.context import Context, apply, chunks
 from musigma.files import replacing
 from musigma.model import Model
-from musigma.zoo.flows.published_glow import to_format_1
+from musigma.zoo.flows.glow import to_format_1
 
 __all__ = ["Archive", "Report", "compress", "decompress", "summary"]
 

@@ -198,5 +198,5 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-from musigma.zoo.flows import glow, maf, nsf, published_glow, realnvp  # noqa: E402, F401 (they register themselves)
+from musigma.zoo.flows import glow, realnvp, vectors  # noqa: E402, F401 (they register themselves)
 from musigma.zoo.vaes import autoencoder_kl, ladder, mlp_vae, vae  # noqa: E402, F401

@@ -1,30 +1,23 @@
-"""Glow: multi-scale flow of activation normalization, 1x1 convolutions and couplings."""
+"""Glow: multi-scale flow of activation normalization, 1x1 convolutions and couplings.
+
+`glow` has the options that are worth tuning; `published_glow`, which `musigma.convert` builds, has
+those of published code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
-from musigma.distributions import LearnedNormal, LogitNormalHead, StandardNormal, StandardUniform
+from musigma.distributions import LearnedNormal, LogitNormalHead, StandardNormal
 from musigma.gaussian import Format, GaussianHead
-from musigma.layers import (
-    ActNorm,
-    Additive,
-    Affine,
-    Coupling,
-    Dequantize,
-    InvertibleConv,
-    Logit,
-    Permutation,
-    Rescale,
-    Split,
-    Squeeze,
-)
-from musigma.model import Bijection, Chain, Layer, Prior
+from musigma.layers import ActNorm, Additive, Affine, Classifier, Coupling, Split, Squeeze
+from musigma.model import Chain, Layer, Prior
 from musigma.nets import CouplingNet, ResNet, ZeroConv2d
 from musigma.zoo import architecture, at_least
+from musigma.zoo.parts import data_layers, halvings, image_shape, mixing
 
 SPLIT = "interleaved log_std"
 """How a split prior reads the output of its network."""
@@ -69,9 +62,11 @@ def glow(
         context: Number of features of the context.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
-    map, layers = coupling_map(coupling, format), []
-    if bits is not None:
-        layers = dequantized(shape, bits, dequantize, alpha, -0.5, hidden, context)
+    map, noise = (
+        coupling_map(coupling, format),
+        dequantization(shape, bits, dequantize, hidden, context),
+    )
+    layers = data_layers(shape, bits, alpha, low=-0.5, noise=noise)
     scales, top = multiscale(
         shape,
         levels,
@@ -84,13 +79,92 @@ def glow(
     return Chain([*layers, *scales], Prior(prior))
 
 
+@architecture
+def published_glow(
+    shape: Sequence[int],
+    *,
+    bits: int | None = 8,
+    levels: int | None = None,
+    depth: int = 8,
+    hidden: int = 128,
+    coupling: Literal["affine", "additive"] = "affine",
+    format: str = "interleaved sigmoid+2",
+    split_format: str = "interleaved log_std",
+    permutation: Literal["conv", "lu", "shuffle", "reverse"] = "conv",
+    edge: bool = False,
+    learn_top: bool = True,
+    top_each: Literal["channel", "pixel"] = "channel",
+    dequantize: Literal["uniform", "learned"] = "uniform",
+    alpha: float | None = None,
+    low: float = -0.5,
+    conditioned: Literal["all", "top"] = "top",
+    classifier: Literal["none", "softmax", "sigmoid"] = "none",
+    classifier_weight: float = 1.0,
+    context: int = 0,
+) -> Chain:
+    """Glow with the options of the code of chaiyujin, rosinality and OpenAI.
+
+    Args:
+        shape: (C, H, W), with sides that can be halved `levels` times.
+        bits: As in `glow`.
+        levels: As in `glow`.
+        depth: As in `glow`.
+        hidden: As in `glow`.
+        coupling: As in `glow`.
+        format: As in `glow`.
+        split_format: How a split prior reads its network's output: "halves log_std" is the same
+            model under a permutation of the last layer's rows.
+        permutation: As in `glow`.
+        edge: Mark the border of the image in 3x3 convolutions of couplings and split priors (the
+            "edge bias" of OpenAI's code; padding with ones in rosinality's).
+        learn_top: As in `glow`.
+        top_each: Separate parameters of the top prior for each `channel`, or also each `pixel`.
+        dequantize: As in `glow`.
+        alpha: As in `glow`.
+        low: Lower end of the range of width 1 to which images are scaled if there is no logit.
+        conditioned: What the context conditions: couplings and `all` priors, or the `top` prior.
+        classifier: Also train the top latent of a conditional model to predict the class:
+            `softmax` for one label per example, `sigmoid` for several.
+        classifier_weight: Weight of the classifier's term, in nats for each nat of log p(x).
+        context: Number of features of the context.
+    """
+    at_least(1, levels=levels, depth=depth, hidden=hidden)
+    if conditioned not in ("all", "top"):
+        raise ValueError(f"conditioned: expected 'all' or 'top'; got {conditioned!r}")
+    if classifier != "none" and not context:
+        raise ValueError("classifier: needs a conditional model, with classes to predict")
+    inner = context if conditioned == "all" else 0
+    map, noise = (
+        coupling_map(coupling, format),
+        dequantization(shape, bits, dequantize, hidden, inner),
+    )
+    layers = data_layers(shape, bits, alpha, low=low, noise=noise)
+    scales, top = multiscale(
+        shape,
+        levels,
+        lambda c: steps(c, depth, hidden, map, permutation, inner, edge=edge),
+        lambda c: split(c, split_format, inner, edge=edge),
+    )
+    if classifier != "none":
+        weight = classifier_weight
+        scales.append(Classifier(top[0], context, labels=classifier, weight=weight))
+    prior = StandardNormal(top)
+    if learn_top or context:
+        bounds = Format.parse(split_format).bounds
+        prior = LearnedNormal(top, each=top_each, context=context, bounds=bounds)
+    return Chain([*layers, *scales], Prior(prior))
+
+
 def multiscale(
     shape: Sequence[int],
     levels: int | None,
     steps: Callable[[int], list[Layer]],
     split: Callable[[int], Layer],
+    before: Callable[[int], list[Layer]] = lambda channels: [],
 ) -> tuple[list[Layer], tuple[int, int, int]]:
     """For each scale a squeeze, ``steps(channels)``, and ``split(channels)`` but for the last.
+
+    ``before(channels)`` come before each squeeze.
 
     Returns:
         The layers, and the shape of their output.
@@ -102,6 +176,7 @@ def multiscale(
     channels, height, width = image_shape(shape)
     levels = halvings(height, width, levels)
     for level in range(levels):
+        layers += before(channels)
         channels, height, width = 4 * channels, height // 2, width // 2
         layers += [Squeeze(), *steps(channels)]
         if level < levels - 1:
@@ -142,61 +217,45 @@ def coupling_map(name: str, format: str) -> Affine | Additive:
     return Affine(read) if name == "affine" else Additive()
 
 
-def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Check that a shape is (C, H, W), and return it.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if len(shape) != 3:
-        raise ValueError(
-            f"shape: this architecture is for images (C, H, W); got {tuple(shape)} "
-            "(realnvp, maf, nsf and vae model vectors)"
-        )
-    return shape[0], shape[1], shape[2]
-
-
-def halvings(height: int, width: int, wanted: int | None) -> int:
-    """Number of halvings of both sides: as wanted; None: as many as possible, up to 3.
-
-    Raises:
-        ValueError: If the sides cannot be halved that often.
-    """
-    for n in [wanted] if wanted is not None else [3, 2, 1]:
-        if height % 2**n == 0 and width % 2**n == 0:
-            return n
-    raise ValueError(
-        f"levels: sides of {height}x{width} cannot be halved {wanted or 1} times; use fewer "
-        "levels, or resize the images (--size)"
-    )
-
-
-def mixing(kind: str, channels: int) -> Bijection:
-    """A bijection that mixes or reorders the channels, by name."""
-    if kind in ("conv", "lu"):
-        return InvertibleConv(channels, lu=kind == "lu")
-    if kind not in ("shuffle", "reverse"):
-        raise ValueError(f"permutation: expected conv, lu, shuffle or reverse; got {kind!r}")
-    return getattr(Permutation, kind)(channels)
-
-
-def dequantized(
-    shape: Sequence[int],
-    bits: int,
-    kind: str,
-    alpha: float | None,
-    low: float,
-    hidden: int,
-    context: int,
-) -> list[Layer]:
-    """Layers from integer levels to [low, low + 1], or by a logit if `alpha` is not None."""
+def dequantization(
+    shape: Sequence[int], bits: int | None, kind: str, hidden: int, context: int
+) -> nn.Module | None:
+    """The noise of dequantization: None for uniform noise."""
+    if bits is None:
+        return None
     if kind not in ("uniform", "learned"):
         raise ValueError(f"dequantize: expected uniform or learned; got {kind!r}")
-    levels = 2**bits
-    noise: nn.Module = StandardUniform(shape)
-    if kind == "learned":
-        net = ResNet(shape[0], 2 * shape[0], width=min(hidden, 32), context=context, zero=True)
-        noise = LogitNormalHead(GaussianHead(net, event_ndims=3), levels)
-    if alpha is None:
-        return [Dequantize(noise, levels), Rescale(1 / levels, low)]
-    return [Dequantize(noise, levels), Rescale(1 / levels), Logit(alpha)]
+    if kind == "uniform":
+        return None
+    net = ResNet(shape[0], 2 * shape[0], width=min(hidden, 32), context=context, zero=True)
+    return LogitNormalHead(GaussianHead(net, event_ndims=3), 2**bits)
+
+
+MOVED_OPTIONS = {
+    "split_format": "interleaved log_std",
+    "edge": False,
+    "top_each": "channel",
+    "low": -0.5,
+    "conditioned": "all",
+    "classifier": "none",
+    "classifier_weight": 1.0,
+}
+"""Options that `glow` had in format 1, with their defaults."""
+
+
+def from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the config of a `glow` of format 1 to one of `glow` or `published_glow`."""
+    options, moved = dict(config["options"]), MOVED_OPTIONS
+    if config["architecture"] != "glow" or not moved.keys() & options.keys():
+        return dict(config)
+    if any(options.get(name, default) != default for name, default in moved.items()):
+        return {**config, "architecture": "published_glow", "options": moved | options}
+    return {**config, "options": {n: v for n, v in options.items() if n not in moved}}
+
+
+def to_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `from_format_1`, to verify digests in files of format 1."""
+    if config.get("architecture") not in ("glow", "published_glow"):
+        return dict(config)
+    options = MOVED_OPTIONS | config["options"]
+    return {**config, "architecture": "glow", "options": options}

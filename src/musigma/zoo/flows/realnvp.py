@@ -6,25 +6,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from musigma.distributions import StandardNormal, StandardUniform
-from musigma.gaussian import Format, GaussianHead
-from musigma.layers import (
-    ActNorm,
-    Affine,
-    Checkerboard,
-    Coupling,
-    Dequantize,
-    Logit,
-    Permutation,
-    Rescale,
-    Split,
-    Squeeze,
-)
+from musigma.distributions import StandardNormal
+from musigma.gaussian import Format
+from musigma.layers import ActNorm, Affine, Checkerboard, Coupling, Permutation
 from musigma.model import Chain, Inverse, Layer, Prior
-from musigma.nets import MLP, ResNet, ZeroConv2d
+from musigma.nets import MLP, ResNet
 from musigma.zoo import architecture, at_least
-from musigma.zoo.flows.glow import halvings, image_shape
-from musigma.zoo.flows.maf import standardization
+from musigma.zoo.flows.glow import multiscale, split
+from musigma.zoo.parts import data_layers
 
 
 @architecture
@@ -60,9 +49,7 @@ def realnvp(
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
     at_least(0, blocks=blocks)
-    layers = standardization(shape, bits, standardize)
-    if bits is not None:
-        layers += [Dequantize(StandardUniform(shape), 2**bits), Rescale(2.0**-bits), Logit(alpha)]
+    layers = data_layers(shape, bits, alpha, standardize=standardize)
     if len(shape) == 1:
         if shape[0] < 2:
             raise ValueError("shape: a coupling needs vectors of at least 2 elements; got 1")
@@ -70,22 +57,20 @@ def realnvp(
             layers += step(shape[0], hidden, context, blocks=None)
         return Chain(layers, Prior(StandardNormal(shape)))
 
-    channels, height, width = image_shape(shape)
-    levels = halvings(height, width, levels)
-    for level in range(levels):
+    def before_squeeze(channels: int) -> list[Layer]:
         board = Checkerboard()
-        layers.append(board)
-        for _ in range(depth):
-            layers += step(2 * channels, hidden, context, blocks=blocks)
-        layers += [Inverse(board), Squeeze()]
-        channels, height, width = 4 * channels, height // 2, width // 2
-        for _ in range(depth):
-            layers += step(channels, hidden, context, blocks=blocks)
-        if level < levels - 1:
-            net = ZeroConv2d(channels // 2, channels, context=context)
-            layers.append(Split(GaussianHead(net, event_ndims=3)))
-            channels //= 2
-    return Chain(layers, Prior(StandardNormal((channels, height, width))))
+        return [board, *steps(2 * channels), Inverse(board)]
+
+    def steps(channels: int) -> list[Layer]:
+        return [
+            layer for _ in range(depth) for layer in step(channels, hidden, context, blocks=blocks)
+        ]
+
+    def split_of(channels: int) -> Layer:
+        return split(channels, "halves log_std", context)
+
+    scales, top = multiscale(shape, levels, steps, split_of, before_squeeze)
+    return Chain([*layers, *scales], Prior(StandardNormal(top)))
 
 
 def step(channels: int, hidden: int, context: int, *, blocks: int | None) -> list[Layer]:

@@ -15,7 +15,7 @@ from musigma.gaussian import Format, GaussianHead
 from musigma.layers import Dequantize, Rescale
 from musigma.model import VAE, Chain, Model, Prior
 from musigma.zoo import architecture, at_least
-from musigma.zoo.flows.glow import image_shape
+from musigma.zoo.parts import image_shape
 
 FORMAT = Format(scale="log_var", bounds=(-15.0, 10.0))
 """Halves; the second is a log variance, clamped to [-30, 20]."""

@@ -22,8 +22,8 @@ from musigma.nets import (
     join,
 )
 from musigma.zoo import architecture, at_least
-from musigma.zoo.flows.glow import image_shape
-from musigma.zoo.vaes.vae import chosen_likelihood, named_likelihood, quantized
+from musigma.zoo.parts import image_shape
+from musigma.zoo.vaes.vae import chosen_likelihood, named_likelihood, over_data
 
 
 @architecture
@@ -97,7 +97,7 @@ def ladder(
     if scale:
         bottom_up = Scaled(bottom_up, 2 if continuous else scale)
     model = Ladder(bottom_up, rungs, decoder, (width, *sizes[0]))
-    return quantized(model, shape, scale) if continuous and scale else model
+    return over_data(model, shape, bits, continuous)
 
 
 def _gaussian(inputs: int, latents: int, width: int, context: int, *, zero: bool = False):

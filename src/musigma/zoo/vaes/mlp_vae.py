@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from musigma.distributions import StandardNormal, data_of
 from musigma.gaussian import Format, GaussianHead
-from musigma.model import VAE, Chain, Model, Prior
+from musigma.model import VAE, Model, Prior
 from musigma.zoo import architecture, at_least
-from musigma.zoo.flows.maf import standardization
-from musigma.zoo.vaes.vae import chosen_likelihood, named_likelihood, quantized
+from musigma.zoo.vaes.vae import chosen_likelihood, named_likelihood, over_data
 
 
 @architecture
@@ -67,9 +66,7 @@ def mlp_vae(
 
     head = named_likelihood(name, shape, decoder, levels or 2, 5, std)
     model = VAE(encoder, head, Prior(StandardNormal((latents,))))
-    if layers := standardization(shape, bits, standardize):
-        return Chain(layers, model)
-    return quantized(model, shape, levels) if continuous and levels else model
+    return over_data(model, shape, bits, continuous, standardize)
 
 
 class TwoHeads(nn.Module):

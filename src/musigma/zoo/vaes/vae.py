@@ -9,13 +9,13 @@ from typing import Literal
 
 from torch import nn
 
-from musigma.distributions import LIKELIHOODS, StandardNormal, StandardUniform, data_of, likelihood
+from musigma.distributions import LIKELIHOODS, StandardNormal, data_of, likelihood
 from musigma.gaussian import Format, GaussianHead
-from musigma.layers import ActNorm, Affine, Coupling, Dequantize, InvertibleConv, Rescale
+from musigma.layers import ActNorm, Affine, Coupling, InvertibleConv
 from musigma.model import VAE, Chain, Model, Prior
 from musigma.nets import MLP, ConvDecoder, ConvEncoder, Scaled
 from musigma.zoo import architecture, at_least
-from musigma.zoo.flows.maf import standardization
+from musigma.zoo.parts import data_layers
 
 
 @architecture
@@ -76,9 +76,7 @@ def vae(
     )
     decoder = named_likelihood(name, shape, decode, levels or 2, components, std)
     model = VAE(encoder, decoder, _prior(prior, latents, prior_depth, context))
-    if layers := standardization(shape, bits, standardize):
-        return Chain(layers, model)
-    return quantized(model, shape, levels) if continuous and levels else model
+    return over_data(model, shape, bits, continuous, standardize)
 
 
 def chosen_likelihood(name: str, bits: int | None) -> str:
@@ -102,9 +100,16 @@ def named_likelihood(name, shape, net, levels, components, std) -> nn.Module:
     return likelihood(name, shape, net, levels=levels, components=components, std=std)
 
 
-def quantized(model: Model, shape: Sequence[int], levels: int) -> Chain:
-    """A model of values in [0, 1] as a model of integer levels, with dequantization."""
-    return Chain([Dequantize(StandardUniform(shape), levels), Rescale(1 / levels)], model)
+def over_data(
+    model: Model,
+    shape: Sequence[int],
+    bits: int | None,
+    continuous: bool,
+    standardize: bool = False,
+) -> Model:
+    """The model below standardization, or dequantization if its likelihood is a density."""
+    layers = data_layers(shape, bits, None, standardize=standardize)
+    return Chain(layers, model) if layers and (continuous or bits is None) else model
 
 
 def _prior(kind: str, latents: int, depth: int, context: int) -> Model:

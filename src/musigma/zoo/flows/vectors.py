@@ -1,0 +1,146 @@
+"""Flows of vectors: affine maps or splines of each feature, given other features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from musigma.distributions import StandardNormal
+from musigma.gaussian import Format
+from musigma.layers import MADE, ActNorm, Affine, Autoregressive, Conditioner, Coupling, Spline
+from musigma.model import Bijection, Chain, Layer, Prior
+from musigma.zoo import architecture, at_least
+from musigma.zoo.parts import data_layers, mixing
+
+
+@architecture
+def maf(
+    shape: Sequence[int],
+    *,
+    bits: int | None = None,
+    depth: int = 5,
+    hidden: int = 128,
+    hidden_layers: int = 2,
+    format: str = "halves softclip",
+    permutation: Literal["reverse", "lu", "conv", "shuffle"] = "reverse",
+    norm: bool = True,
+    standardize: bool = False,
+    alpha: float = 1e-5,
+    context: int = 0,
+) -> Chain:
+    """Masked autoregressive flow (Papamakarios, Pavlakou, Murray, 2017, arXiv:1705.07057).
+
+    Activation normalization replaces the paper's batch normalization, so no density depends on the
+    other examples of a batch. Densities take one pass; samples take one step per feature.
+
+    Args:
+        shape: (D,).
+        bits: Bits of each element; None for continuous data.
+        depth: Number of transforms.
+        hidden: Width of each hidden layer of the networks.
+        hidden_layers: Number of hidden layers.
+        format: How each transform reads its network's output, as `Format.parse` takes it.
+        permutation: Reordering of the features before each transform: a reversal, a fixed shuffle,
+            or an invertible matrix (plain or by its LU factors).
+        norm: Put an activation normalization before each transform.
+        standardize: Standardize continuous data in the first layer, by the mean and standard
+            deviation of the training data; the log-determinant counts.
+        alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
+        context: Number of features of the context; it conditions the transforms.
+    """
+    at_least(1, depth=depth, hidden=hidden)
+    at_least(0, hidden_layers=hidden_layers)
+    affine, widths = Affine(Format.parse(format)), [hidden] * hidden_layers
+    d, layers = vector_layers("maf", shape, bits, alpha, standardize)
+    for _ in range(depth):
+        layers += step(d, norm, permutation)
+        net = MADE(affine.owners(d), hidden=widths, context=context, zero=True)
+        layers.append(Autoregressive(net, map=affine))
+    return Chain(layers, Prior(StandardNormal(shape)))
+
+
+@architecture
+def nsf(
+    shape: Sequence[int],
+    *,
+    bits: int | None = None,
+    kind: Literal["coupling", "autoregressive"] = "coupling",
+    depth: int = 5,
+    hidden: int = 128,
+    hidden_layers: int = 2,
+    bins: int = 8,
+    bound: float = 5.0,
+    permutation: Literal["reverse", "lu", "conv", "shuffle"] = "lu",
+    norm: bool = True,
+    standardize: bool = False,
+    alpha: float = 1e-5,
+    context: int = 0,
+) -> Chain:
+    """Neural spline flow (Durkan, Bekasov, Murray, Papamakarios, 2019, arXiv:1906.04032).
+
+    Args:
+        shape: (D,); D of at least 2 for couplings.
+        bits: Bits of each element; None for continuous data.
+        kind: `coupling`: one half of the features transforms the other; both directions cost one
+            pass. `autoregressive`: all previous features transform each one; sampling takes one
+            step per feature.
+        depth: Number of transforms.
+        hidden: Width of each hidden layer of the networks.
+        hidden_layers: Number of hidden layers.
+        bins: Number of bins of each spline.
+        bound: Splines act on [-bound, bound]; outside they are the identity.
+        permutation: Reordering of the features before each transform: an invertible matrix (by
+            its LU factors, or plain), a fixed shuffle, or a reversal.
+        norm: Put an activation normalization before each transform.
+        standardize: Standardize continuous data in the first layer, by the mean and standard
+            deviation of the training data; the log-determinant counts.
+        alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
+        context: Number of features of the context; it conditions the transforms.
+    """
+    at_least(1, depth=depth, hidden=hidden)
+    at_least(0, hidden_layers=hidden_layers)
+    spline, widths = Spline(bins=bins, bound=bound), [hidden] * hidden_layers
+
+    def coupling(features: int) -> Bijection:
+        if features < 2:
+            raise ValueError(
+                "shape: a coupling needs vectors of at least 2 elements; got 1 "
+                "(kind autoregressive takes it)"
+            )
+        half = features // 2
+        outputs = spline.outputs * (features - half)
+        net = Conditioner(half, outputs, hidden=widths, context=context, zero=True)
+        return Coupling(net, map=spline)
+
+    def autoregressive(features: int) -> Bijection:
+        net = MADE(spline.owners(features), hidden=widths, context=context, zero=True)
+        return Autoregressive(net, map=spline)
+
+    kinds = {"coupling": coupling, "autoregressive": autoregressive}
+    if kind not in kinds:
+        raise ValueError(f"kind: expected 'coupling' or 'autoregressive'; got {kind!r}")
+    d, layers = vector_layers("nsf", shape, bits, alpha, standardize)
+    for _ in range(depth):
+        layers += [*step(d, norm, permutation), kinds[kind](d)]
+    return Chain(layers, Prior(StandardNormal(shape)))
+
+
+def vector_layers(
+    name: str, shape: Sequence[int], bits: int | None, alpha: float, standardize: bool
+) -> tuple[int, list[Layer]]:
+    """The number of features, and the layers next to the data.
+
+    Raises:
+        ValueError: For images.
+    """
+    if len(shape) != 1:
+        raise ValueError(
+            f"shape: {name} is for vectors (D,); got {tuple(shape)} (glow, realnvp, vae and "
+            "ladder model images)"
+        )
+    return shape[0], data_layers(shape, bits, alpha, standardize=standardize)
+
+
+def step(features: int, norm: bool, permutation: str) -> list[Layer]:
+    """Normalization, if wanted, and reordering, which come before each transform."""
+    return [*([ActNorm(features)] if norm else []), mixing(permutation, features)]

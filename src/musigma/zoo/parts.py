@@ -1,0 +1,77 @@
+"""What several architectures begin with, and the checks that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from musigma.distributions import StandardUniform
+from musigma.layers import Dequantize, InvertibleConv, Logit, Permutation, Rescale, Standardize
+from musigma.model import Bijection, Layer
+
+
+def data_layers(
+    shape: Sequence[int],
+    bits: int | None,
+    alpha: float | None,
+    *,
+    low: float = 0.0,
+    noise: nn.Module | None = None,
+    standardize: bool = False,
+) -> list[Layer]:
+    """The layers next to the data.
+
+    Integer levels are dequantized by `noise`, uniform by default, and mapped to the real line by
+    a logit with margin `alpha`, or to [low, low + 1] if it is None.
+
+    Raises:
+        ValueError: If images or data with bits are to be standardized.
+    """
+    if standardize and (len(shape) != 1 or bits is not None):
+        kind = "images" if len(shape) != 1 else f"{bits}-bit levels"
+        raise ValueError(f"standardize: expected continuous vectors (D,); got {kind}")
+    if bits is None:
+        return [Standardize(shape[0])] if standardize else []
+    dequantized = Dequantize(noise or StandardUniform(shape), 2**bits)
+    if alpha is None:
+        return [dequantized, Rescale(1 / 2**bits, low)]
+    return [dequantized, Rescale(1 / 2**bits), Logit(alpha)]
+
+
+def mixing(kind: str, channels: int) -> Bijection:
+    """A bijection that mixes or reorders the channels, by name."""
+    if kind in ("conv", "lu"):
+        return InvertibleConv(channels, lu=kind == "lu")
+    if kind not in ("shuffle", "reverse"):
+        raise ValueError(f"permutation: expected conv, lu, shuffle or reverse; got {kind!r}")
+    return getattr(Permutation, kind)(channels)
+
+
+def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Check that a shape is (C, H, W), and return it.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if len(shape) != 3:
+        raise ValueError(
+            f"shape: this architecture is for images (C, H, W); got {tuple(shape)} "
+            "(realnvp, maf, nsf and vae model vectors)"
+        )
+    return shape[0], shape[1], shape[2]
+
+
+def halvings(height: int, width: int, wanted: int | None) -> int:
+    """Number of halvings of both sides: as wanted; None: as many as possible, up to 3.
+
+    Raises:
+        ValueError: If the sides cannot be halved that often.
+    """
+    for n in [wanted] if wanted is not None else [3, 2, 1]:
+        if height % 2**n == 0 and width % 2**n == 0:
+            return n
+    raise ValueError(
+        f"levels: sides of {height}x{width} cannot be halved {wanted or 1} times; use fewer "
+        "levels, or resize the images (--size)"
+    )
