@@ -20,13 +20,22 @@ from musigma.zoo import build
 __all__ = ["COMPVIS", "DIFFUSERS", "to_diffusers"]
 
 DEFAULTS = {
-    "norm_num_groups": 32,
-    "sample_size": 32,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [64],
+    "down_block_types": ["DownEncoderBlock2D"],
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
     "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "up_block_types": ["UpDecoderBlock2D"],
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
 }
-"""What diffusers takes for entries that a config.json lacks, and that weights do not show."""
+"""What diffusers takes for entries that a config.json lacks."""
 
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 """What earlier versions of diffusers called the layers of attention."""
@@ -61,13 +70,6 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
         )
     config = DEFAULTS | file
 
-    def check(name: str, right: bool, expected: str) -> None:
-        if not right:
-            raise ForeignError(
-                f"{weights.path}: {name} in config.json: expected {expected}; got "
-                f"{str(config[name])[:80]}"
-            )
-
     def named(name: str) -> str:
         for new, old in OLD.items():
             if name not in weights and name.replace(new, old) in weights:
@@ -75,9 +77,12 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
         return name
 
     groups, side = config["norm_num_groups"], config["sample_size"]
-    check("norm_num_groups", is_count(groups), "a number from 1")
     sides = side if isinstance(side, list) else [side, side]
-    check("sample_size", len(sides) == 2 and all(map(is_count, sides)), "a number, or two")
+    if not (is_count(groups) and len(sides) == 2 and all(map(is_count, sides))):
+        raise ForeignError(
+            f"{weights.path}: norm_num_groups and sample_size in config.json: expected numbers "
+            f"from 1, two or one as a size; got {groups!r:.80} and {side!r:.80}"
+        )
     structure = _structure(weights, named) | {
         "groups": groups,
         "quant": weights.any("quant_conv."),
@@ -85,8 +90,11 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
     }
     channels = weights.size("encoder.conv_in.weight", 1)
     for name, wanted in _config_of(structure, (channels, *sides)).items():
-        same = repr(config.get(name, wanted)) == repr(wanted)
-        check(name, same or name == "sample_size", f"{wanted!r}, all that fits these weights")
+        if repr(config[name]) != repr(wanted) and name != "sample_size":
+            raise ForeignError(
+                f"{weights.path}: {name} in config.json is {config[name]!r:.80}, and not "
+                f"{wanted!r}, all that can be represented with these weights"
+            )
     return _built(weights, named, (channels, *(options.size or sides)), options, structure)
 
 
