@@ -22,7 +22,7 @@ from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
-from musigma.audit.sandbox import Sandbox, first
+from musigma.audit.sandbox import Sandbox, first, first_form
 from musigma.audit.vae import audit_vae
 from musigma.model import Model
 
@@ -70,25 +70,28 @@ def audit(
         >>> report.verdict, report.convention
         ('correct', 'log_var')
     """
-    if isinstance(obj, Mapping):
-        return _by_name(dict(obj), example)
-    obj, assumed = _made(obj)
+    assumed: list[str] = []
+    if not isinstance(obj, Mapping):
+        obj = _made(obj, assumed)
     if isinstance(obj, Mapping):
         return _by_name(dict(obj), example)
     if isinstance(obj, Model):
         report = audit_model(obj, example)
-    elif (match := _vae_parts(obj)) is not None:
-        assumed += match[1]
-        report = _audit_vae(obj, match[0], example, shape, assumed)
+    elif (parts := _vae_parts(obj)) is not None:
+        assumed += parts.pop("assumed")
+        if "encode" in parts:
+            examples = _examples(obj, example, shape)
+            parts["example"] = _accepted_batch(parts["encode"], examples, assumed)
+        report = audit_vae(**parts)
     elif isinstance(obj, Distribution):
         dims = obj.event_shape.numel()
         report = audit_density(lambda x: obj.log_prob(x.reshape(-1, *obj.event_shape)), dims)
     else:
+        run = _in_a_row(obj) if isinstance(obj, (list, tuple)) else obj
         x = None
-        if isinstance(obj, (list, tuple)) or callable(obj):
-            run = _in_a_row(obj)
+        if callable(run):
             x = _accepted_batch(run, _examples(obj, example, shape), assumed)
-        if x is None or not _is_flow(obj, x):
+        if x is None or not _is_flow(obj, run, x):
             raise AuditError(
                 f"{type(obj).__name__}: neither a VAE (methods such as encode, reparameterize "
                 "and kl_divergence), nor a flow (forward to z and a log-determinant, or an "
@@ -100,69 +103,78 @@ def audit(
     return replace(report, subject=subject, assumed=(*assumed, *report.assumed))
 
 
+def _by_name(parts: dict[str, Any], example: Tensor | None) -> AuditReport:
+    """The audit with the arguments in a mapping."""
+    if example is not None:
+        parts.setdefault("example", example)
+    for check in (audit_flow, audit_vae):
+        known = set(inspect.signature(check).parameters)
+        if set(parts) <= known and ({"forward", "sample", "kl", "encode"} & set(parts)):
+            return check(**parts)
+    raise AuditError(
+        f"{', '.join(parts) or 'nothing'}: expected arguments of audit_vae (encode, sample, kl, "
+        "…) or of audit_flow (forward, inverse, …)"
+    )
+
+
 # --- recognising objects ------------------------------------------------------------------------
 
 
-def _made(obj: Any) -> tuple[Any, list[str]]:
+def _made(obj: Any, assumed: list[str]) -> Any:
     """An instance of a class, or the result of a function without arguments."""
-    factory = inspect.isclass(obj) or (inspect.isroutine(obj) and not _required(obj))
-    if not factory:
-        return obj, []
+    needed = _required(obj)
+    if not inspect.isclass(obj) and (needed or not inspect.isroutine(obj)):
+        return obj
     name = getattr(obj, "__name__", "factory")
-    if needed := _required(obj):
+    if needed:
         raise AuditError(
             f"{name}: it needs {', '.join(needed)}; give an instance, or a function without "
             "arguments that makes one"
         )
+    assumed.append(f"{name}() was called to make the object")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
-            return obj(), [f"{name}() was called to make the object"]
+            return obj()
         except Exception as error:
             raise AuditError(f"{name}(): it raises {type(error).__name__}: {error}") from error
 
 
-def _parameters(fn: Any) -> list[inspect.Parameter]:
+def _required(fn: Any) -> list[str]:
+    """The names of the arguments that a callable needs."""
     if isinstance(fn, nn.Module):
         fn = getattr(fn, "call", fn.forward)  # Keras has call
     try:
-        signature = inspect.signature(fn)
+        parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):
         return []
     bare = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p for p in signature.parameters.values() if p.kind not in bare]
-
-
-def _required(fn: Any) -> list[str]:
-    return [p.name for p in _parameters(fn) if p.default is p.empty]
+    return [p.name for p in parameters if p.kind not in bare and p.default is p.empty]
 
 
 def _find(obj: Any, names: tuple[str, ...]) -> tuple[str, Any] | None:
     """A callable of an object, or of the module of its class, by one of its names."""
-    attributes = {name.lower(): name for name in dir(obj) if not name.startswith("__")}
+    own = {name.lower(): name for name in dir(obj) if not name.startswith("__")}
     for name in names:
-        match = getattr(obj, attributes[name], None) if name in attributes else None
+        match = getattr(obj, own[name], None) if name in own else None
         if callable(match):
-            return attributes[name], match
-    home = sys.modules.get(type(obj).__module__)
-    if home is None or type(obj).__module__.split(".")[0] in ("torch", "builtins", "musigma"):
+            return own[name], match
+    module = type(obj).__module__
+    if module.split(".")[0] in ("torch", "builtins", "musigma"):
         return None
-    there = {name.lower(): name for name in vars(home)}
-    for name in names:
-        match = getattr(home, there[name]) if name in there else None
-        if inspect.isfunction(match):
-            return there[name], match
-    return None
+    there = vars(sys.modules[module]) if module in sys.modules else {}
+    functions = {name.lower(): fn for name, fn in there.items() if inspect.isfunction(fn)}
+    return next(((functions[n].__name__, functions[n]) for n in names if n in functions), None)
 
 
-def _is_flow(obj: Any, x: Tensor) -> bool:
+def _is_flow(obj: Any, run: Callable[[Tensor], Any], x: Tensor) -> bool:
     """Whether it has an inverse, or returns as many numbers as x and a log-determinant."""
     layers = obj if isinstance(obj, (list, tuple)) else [obj]
-    if all(isinstance(t, Transform) or _inverts(t) for t in layers):
+    if all(isinstance(t, Transform) or _find(t, INVERSE) for t in layers):
         return True
     with Sandbox(obj) as sandbox, torch.no_grad():
         sandbox.use_dtype(torch.float32)
-        answer = sandbox.call("it", _in_a_row(obj), x.float())
+        answer = sandbox.call("it", run, x.float())
     if not isinstance(answer, (list, tuple)) or len(answer) != 2:
         return False
     z, log_det = answer
@@ -171,26 +183,19 @@ def _is_flow(obj: Any, x: Tensor) -> bool:
     return sum(sizes[:-1]) == x.numel() and sizes[-1] in (1, len(x), x.numel())
 
 
-def _in_a_row(obj: Any) -> Callable[[Tensor], Any]:
-    """One callable; for a sequence of layers, their composition."""
-    if not isinstance(obj, (list, tuple)):
-        return obj
+def _in_a_row(layers: Any) -> Callable[[Tensor], Any]:
+    """The composition of layers."""
 
     def run(x: Any) -> Any:
-        for layer in obj:
-            x = layer(x)
-            x = x[0] if isinstance(x, (list, tuple)) else x
+        for layer in layers:
+            x = first(layer(x))
         return x
 
     return run
 
 
-def _inverts(layer: Any) -> bool:
-    return any(callable(getattr(layer, name, None)) for name in INVERSE)
-
-
-def _vae_parts(obj: Any) -> tuple[dict[str, Any], list[str]] | None:
-    """The VAE callables of an object, and what was recognised as what; or None."""
+def _vae_parts(obj: Any) -> dict[str, Any] | None:
+    """The arguments of `audit_vae`, and what was "assumed"; None if it is no VAE."""
     if isinstance(obj, (Distribution, Transform, list, tuple)) or inspect.isroutine(obj):
         return None
     parts: dict[str, Any] = {}
@@ -212,32 +217,35 @@ def _vae_parts(obj: Any) -> tuple[dict[str, Any], list[str]] | None:
             f"the KL is how {match[0]} depends on mean and scale: its constant is unknown and "
             "assumed to be right"
         )
-    if "encode" not in parts and (match := _forward_encodes(obj)) is not None:
-        parts["encode"] = match
+    if "encode" not in parts and isinstance(obj, nn.Module) and len(_required(obj)) == 1:
+        parts["encode"] = _heads_of_forward(obj)
         assumed.append("forward returns (reconstruction, mean, scale)")
     whole = "sample" in parts and ("kl" in parts or "encode" in parts)
-    return (parts, assumed) if whole else None
+    return {**parts, "assumed": assumed} if whole else None
+
+
+def _heads_of_forward(obj: nn.Module) -> Callable[[Tensor], Any]:
+    def encode(x: Tensor) -> Any:
+        answer = obj(x)
+        if isinstance(answer, (tuple, list)) and len(answer) >= 3:
+            return answer[1], answer[2]
+        raise AuditError("forward: expected (reconstruction, mean, scale)")
+
+    return encode
 
 
 def _sampler(obj: Any) -> tuple[str, Callable[..., Any]] | None:
-    """What draws z from (mean, scale): a method, a function, or a layer."""
-    layers = {
-        name: m
-        for name, m in (obj.named_modules() if isinstance(obj, nn.Module) else ())
-        if m is not obj and re.search("sampl|reparam", type(m).__name__, re.IGNORECASE)
-    }
-    for name in SAMPLE:
-        match = _find(obj, (name,))
-        if match is None or (name == "sample" and len(_required(match[1])) != 2):
-            continue
-        if len(_required(match[1])) == 2:
-            return match[0], _mean_first(match[1])
-        if len(_required(match[1])) == 1:
-            return match[0], _of_a_list(match[1])
-    for name, layer in layers.items():
-        needed = _required(layer)
-        if len(needed) in (1, 2):
-            return name, layer if len(needed) == 2 else _of_a_list(layer)
+    """What draws z from (mean, scale), or from a list of both: a method, a function, a layer."""
+    modules = obj.named_modules() if isinstance(obj, nn.Module) else ()
+    kind = re.compile("sampl|reparam", re.IGNORECASE)
+    layers = [(name, m) for name, m in modules if m is not obj and kind.search(type(m).__name__)]
+    methods = [match for name in SAMPLE if (match := _find(obj, (name,))) is not None]
+    for name, fn in [*methods, *layers]:
+        needed = len(_required(fn))
+        if needed == 2:
+            return name, _mean_first(fn)
+        if needed == 1 and (name.lower() != "sample" or isinstance(fn, nn.Module)):
+            return name, lambda mean, second, fn=fn: fn([mean, second])
     return None
 
 
@@ -251,25 +259,18 @@ def _mean_first(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
-def _of_a_list(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer that takes one list of mean and scale."""
-    return lambda mean, second: fn([mean, second])
-
-
 def _kl_of(loss: Callable[..., Any]) -> Callable[..., Any] | None:
     """The part of ``loss(x_hat, x, mean, scale[, z])``, in any order, that depends on the two."""
     names = _required(loss)
     scales = [n for n in names if SCALE.search(n)]
     means = [n for n in names if MEAN.search(n) and n not in scales]
-    others = [n for n in names if n not in (*scales, *means)]
-    if len(scales) != 1 or len(means) != 1 or len(others) not in (2, 3):
+    if len(scales) != 1 or len(means) != 1 or len(names) not in (4, 5):
         return None
 
     def value(mean: Tensor, second: Tensor) -> Tensor:
-        fixed = mean.new_full((len(mean), 3), 0.5)
-        given = {means[0]: mean, scales[0]: second, **dict.fromkeys(others, fixed)}
-        answer = loss(*(given[n] for n in names))
-        answer = first(answer)
+        given = dict.fromkeys(names, mean.new_full((len(mean), 3), 0.5))
+        given |= {means[0]: mean, scales[0]: second}
+        answer = first(loss(*given.values()))
         return next(iter(answer.values())) if isinstance(answer, dict) else answer
 
     least: dict[tuple[int, ...], Tensor] = {}
@@ -286,122 +287,60 @@ def _kl_of(loss: Callable[..., Any]) -> Callable[..., Any] | None:
     return kl
 
 
-def _forward_encodes(obj: Any) -> Callable[[Tensor], Any] | None:
-    if not isinstance(obj, nn.Module) or len(_required(obj)) != 1:
-        return None
-
-    def encode(x: Tensor) -> Any:
-        answer = obj(x)
-        if isinstance(answer, (tuple, list)) and len(answer) >= 3:
-            return answer[1], answer[2]
-        raise AuditError("forward: expected (reconstruction, mean, scale)")
-
-    return encode
-
-
 # --- examples -----------------------------------------------------------------------------------
 
 
 def _examples(obj: Any, example: Tensor | None, shape: tuple[int, ...] | None) -> Iterator[Tensor]:
     """Batches that an object may take."""
-    generator = torch.Generator().manual_seed(0)
-
-    def batch(*event: int) -> Tensor:
-        return torch.rand(4, *event, generator=generator, dtype=torch.float64)
-
+    given = getattr(obj, "example", getattr(obj, "example_input", None))
     if example is not None:
         yield example
-        return
-    if shape is not None:
-        yield batch(*shape)
-        return
-    given = getattr(obj, "example", getattr(obj, "example_input", None))
-    if isinstance(given, Tensor):
+    elif shape is None and isinstance(given, Tensor):
         yield given
-        return
+    else:
+        generator = torch.Generator().manual_seed(0)
+        for event in [shape] if shape is not None else _events(obj):
+            yield torch.rand(4, *event, generator=generator, dtype=torch.float64)
+
+
+def _events(obj: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes that a network may take, by its first layer, to which couplings give half."""
     modules = obj.modules() if isinstance(obj, nn.Module) else ()
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     layer = next((m for m in modules if isinstance(m, kinds)), None)
-    for event in [*_events(layer), (6,), (4, 8, 8), (3, 8, 8), (12, 4, 4)]:
-        yield batch(*event)
-
-
-def _events(layer: nn.Module | None) -> Iterator[tuple[int, ...]]:
-    """Shapes that a network with this first layer may take; couplings give it half."""
     if isinstance(layer, nn.Linear):
         n = layer.in_features
-        yield (n,)
-        for channels in (1, 3):
-            side = math.isqrt(n // channels)
-            if channels * side * side == n and side > 3:
-                yield channels, side, side
-        yield (2 * n,)
-        yield (2 * n + 1,)
+        sides = [(channels, math.isqrt(n // channels)) for channels in (1, 3)]
+        images = [(c, side, side) for c, side in sides if c * side * side == n and side > 3]
+        yield from [(n,), *images, (2 * n,), (2 * n + 1,)]
     elif isinstance(layer, nn.Conv1d):
         yield layer.in_channels, 32
     elif isinstance(layer, nn.Conv2d):
         for channels in (layer.in_channels, 2 * layer.in_channels, layer.in_channels // 2):
             for side in (28, 32, 64, 16, 8) if channels else ():
                 yield channels, side, side
+    yield from [(6,), (4, 8, 8), (3, 8, 8), (12, 4, 4)]
 
 
-def _accepted_batch(obj: Any, candidates: Iterator[Tensor], assumed: list[str]) -> Tensor:
-    tried = []
-    with Sandbox(obj) as sandbox, torch.no_grad():
+def _accepted_batch(fn: Any, candidates: Iterator[Tensor], assumed: list[str]) -> Tensor:
+    """The first batch that a callable takes."""
+    with Sandbox(fn) as sandbox, torch.no_grad():
         sandbox.use_dtype(torch.float32)
-        for x in candidates:
+
+        def attempt(x: Tensor) -> None:
             undo = sandbox.snapshot()
             try:
-                sandbox.call("it", obj, x.float())
-            except (AuditError, TypeError) as error:
-                tried.append(f"{tuple(x.shape)}: {error}")
-                continue
+                sandbox.call("it", fn, x.float())
             finally:
                 undo()
-            assumed.append(f"an example has the shape {tuple(x.shape[1:])}")
-            return x
-    raise AuditError(
-        f"example: none of the shapes that were tried is taken ({tried[-1] if tried else 'none'});"
-        " give a batch as `example`, or the `shape` of one example; a function that makes a model "
-        "must take no arguments"
-    )
 
-
-def _audit_vae(
-    obj: Any,
-    parts: dict[str, Any],
-    example: Tensor | None,
-    shape: tuple[int, ...] | None,
-    assumed: list[str],
-) -> AuditReport:
-    encode = parts.pop("encode", None)
-    if encode is not None:
-        x = _accepted_batch(encode, _examples(obj, example, shape), assumed)
-        parts |= {"encode": _pair(encode, assumed), "example": x}
-    return audit_vae(**parts)
-
-
-def _pair(encode: Callable[..., Any], assumed: list[str]) -> Callable[[Tensor], Any]:
-    """An encoder's mean and scale, without what else it returns."""
-
-    def both(x: Tensor) -> Any:
-        answer = encode(x)
-        if isinstance(answer, (tuple, list)) and len(answer) > 2:
-            return answer[0], answer[1]  # a third is z
-        return answer
-
-    return both
-
-
-def _by_name(parts: dict[str, Any], example: Tensor | None) -> AuditReport:
-    """The audit with the arguments in a mapping."""
-    if example is not None:
-        parts.setdefault("example", example)
-    for check in (audit_flow, audit_vae):
-        known = set(inspect.signature(check).parameters)
-        if set(parts) <= known and ({"forward", "sample", "kl", "encode"} & set(parts)):
-            return check(**parts)
-    raise AuditError(
-        f"{', '.join(parts) or 'nothing'}: expected arguments of audit_vae (encode, sample, kl, "
-        "…) or of audit_flow (forward, inverse, …)"
-    )
+        try:
+            (x,), _ = first_form(((x,) for x in candidates), attempt)
+        except AuditError as error:
+            raise AuditError(
+                f"example: none of the shapes that were tried is taken ({error}); give a batch as "
+                "`example`, or the `shape` of one example; a function that makes a model must "
+                "take no arguments"
+            ) from error
+    assumed.append(f"an example has the shape {tuple(x.shape[1:])}")
+    return x

@@ -117,8 +117,9 @@ class Sandbox:
     def __enter__(self) -> Sandbox:
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(torch.random.fork_rng())
-        for restored in (_numpy_random, _python_random, _default_dtype):
-            self._stack.enter_context(restored())
+        self._stack.callback(np.random.set_state, np.random.get_state())
+        self._stack.callback(random.setstate, random.getstate())
+        self._stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         self._stack.callback(self.snapshot())
         self._modes = [(m, m.training) for root in self.modules for m in root.modules()]
         self.reseed()
@@ -285,40 +286,13 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@contextlib.contextmanager
-def _numpy_random() -> Iterator[None]:
-    state = np.random.get_state()
-    yield
-    np.random.set_state(state)
-
-
-@contextlib.contextmanager
-def _python_random() -> Iterator[None]:
-    state = random.getstate()
-    yield
-    random.setstate(state)
-
-
-@contextlib.contextmanager
-def _default_dtype() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _restorer(roots: Sequence[nn.Module], holders: Sequence[Any] = ()) -> Callable[[], None]:
     """A function that restores modules, and other objects with attributes."""
     modules = {id(m): m for root in roots for m in root.modules()}.values()
-    undo: list[Callable[[], None]] = []
-    for thing in [*holders, *modules]:
-        attributes = vars(thing)
-        undo.append(_content_restorer(attributes))
-        undo += [_content_restorer(value) for value in attributes.values()]
-    for module in modules:
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        undo += [_tensor_restorer(tensor) for tensor in tensors]
+    attributes = [vars(thing) for thing in [*holders, *modules]]
+    values = [value for each in attributes for value in each.values()]
+    tensors = [t for m in modules for t in [*m.parameters(False), *m.buffers(False)]]
+    undo = [_content_restorer(thing) for thing in [*attributes, *values, *tensors]]
 
     def restore() -> None:
         for step in undo:
@@ -330,30 +304,17 @@ def _restorer(roots: Sequence[nn.Module], holders: Sequence[Any] = ()) -> Callab
 def _content_restorer(thing: Any) -> Callable[[], None]:
     """A function that restores the content of an object that a call may change in place."""
     if isinstance(thing, Tensor):
-        tensor = thing.detach().clone()
-        return lambda: _put(thing.data, tensor)
+        return _tensor_restorer(thing)
     if isinstance(thing, np.ndarray):
-        array = thing.copy()
-        return lambda: thing.__setitem__(..., array)
-    if isinstance(thing, (dict, list, set)):
-        return _container_restorer(thing)
-    return _container_restorer(vars(thing)) if _plain_object(thing) else lambda: None
-
-
-def _container_restorer(container: Any) -> Callable[[], None]:
+        return functools.partial(np.copyto, thing, thing.copy())
+    container = vars(thing) if _plain_object(thing) else thing
+    if not isinstance(container, (dict, list, set)):
+        return lambda: None
     content = container.copy()
 
-    def entries() -> list[Any]:
-        pairs = isinstance(container, dict)
-        return [x for pair in container.items() for x in pair] if pairs else list(container)
-
-    before = entries()
-
     def restore() -> None:
-        now = entries()
-        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(content)
 
     return restore
 
@@ -366,20 +327,17 @@ def _plain_object(value: Any) -> bool:
 
 
 def _tensor_restorer(t: Tensor) -> Callable[[], None]:
-    data, gradient, requires_grad = t.data, t.grad, t.requires_grad
+    data, requires_grad, gradient = t.data, t.requires_grad, t.grad if t.is_leaf else None
     values = data.clone()
+    # Nothing can write to expanded tensors.
+    writable = not torch._debug_has_internal_overlap(data)  # pyright: ignore[reportPrivateImportUsage]
 
     def restore() -> None:
-        _put(data, values)
+        if writable:
+            data.copy_(values)
         t.data = data
-        t.grad = gradient
         if t.is_leaf:
+            t.grad = gradient
             t.requires_grad_(requires_grad)
 
     return restore
-
-
-def _put(tensor: Tensor, value: Tensor) -> None:
-    """Write values back, except to expanded tensors, which nothing can write to."""
-    if not torch._debug_has_internal_overlap(tensor):  # pyright: ignore[reportPrivateImportUsage]
-        tensor.copy_(value)
