@@ -22,7 +22,7 @@ from musigma.audit.vae_state import VAEAudit
 
 __all__ = ["check_kl_weight"]
 
-ELEMENTS = 1024  # the most that are called one by one
+ELEMENTS = 64  # that move at once
 
 
 def check_kl_weight(audit: VAEAudit) -> None:
@@ -91,45 +91,59 @@ class Reconstruction:
             return None
 
     def rho(self, halved: bool = False) -> float | None:
-        """R of one example over the sum of its single terms; None if it is unknown.
+        """R of one example over the sum of the terms of its elements; None if it is unknown.
+
+        Both change when some elements of x_hat move towards the data. If it takes no single
+        elements, they are compared with the usual errors.
 
         Args:
             halved: For half of the data's last axis.
         """
-        x, x_hat = self.x[:1], self.x_hat[:1]
+        x, hat = self.x[:1], self.x_hat[:1]
         if halved:
             if x.ndim < 2 or x.shape[-1] < 2:
                 return None
-            x, x_hat = (t[..., : t.shape[-1] // 2] for t in (x, x_hat))
-            if x.numel() != x_hat.numel():
+            x, hat = (t[..., : t.shape[-1] // 2] for t in (x, hat))
+            if x.numel() != hat.numel():
                 return None
-        hats = x_hat, _nearer(x, x_hat)
+        n = x.numel()
+        flat = [t.flatten() for t in (x, hat, _nearer(x, hat))]
+        at = torch.linspace(0, n - 1, min(n, 2 * ELEMENTS)).long()
+        groups = [at[i::2] for i in (0, 1) if len(at) > i]
+        pieces = [tuple(t[group] for t in flat) for group in groups]
         try:
-            if x.numel() > ELEMENTS:
-                raise AuditError("recon: too many elements")
-            a, b = (self._rho(x, hat) for hat in hats)
+            whole = self._total(x, hat)
+            moved = [flat[1].index_put((group,), flat[2][group]) for group in groups]
+            changes = [whole - self._total(x, m.reshape(hat.shape)) for m in moved]
         except AuditError:
-            return None if halved else self._rho_by_form(x, *hats)
-        # If the two differ, it is no sum over elements.
-        return a if a and b and abs(a - b) <= 1e-3 * abs(a) else None
-
-    def _rho(self, x: Tensor, x_hat: Tensor) -> float | None:
-        whole = self._total(x, x_hat)
-        one, its_one = (1,) * x.ndim, (1,) * x_hat.ndim
-        elements = zip(x.flatten(), x_hat.flatten(), strict=True)
-        pieces = sum(self._total(v.reshape(one), hat.reshape(its_one)) for v, hat in elements)
-        return whole / pieces if math.isfinite(pieces) and abs(pieces) >= 1e-12 else None
-
-    def _rho_by_form(self, x: Tensor, *hats: Tensor) -> float | None:
-        """Rho by comparison with squared and absolute error and cross-entropy."""
-        a, b = (self._total(x, hat) for hat in hats)
-        for first_hat, second_hat in zip(*(_errors(x, hat) for hat in hats), strict=False):
+            return None
+        try:
+            single = [self._of_elements(v, a) - self._of_elements(v, b) for v, a, b in pieces]
+            return _ratio(changes, single)
+        except AuditError:
+            pass
+        errors = [torch.tensor(_errors(v, a)) - torch.tensor(_errors(v, b)) for v, a, b in pieces]
+        for expected in torch.stack(errors, 1).tolist():
+            ratio = _ratio(changes, expected) or 0.0
             for scale in (1.0, 0.5):
-                for rho in (1.0, 1 / x.numel()):
-                    expected = rho * scale * (first_hat - second_hat)
-                    if expected and abs((a - b) / expected - 1) < 1e-5:
+                for rho in (1.0, 1 / n):
+                    if abs(ratio / (scale * rho) - 1) < 1e-3:
                         return rho
         return None
+
+    def _of_elements(self, x: Tensor, x_hat: Tensor) -> float:
+        """The sum of the terms of single elements."""
+        one, its_one = (1,) * self.x.ndim, (1,) * self.x_hat.ndim
+        pairs = zip(x, x_hat, strict=True)
+        return sum(self._total(v.reshape(one), hat.reshape(its_one)) for v, hat in pairs)
+
+
+def _ratio(changes: list[float], expected: list[float]) -> float | None:
+    """The ratio of changes to what is expected, if it is the same for all."""
+    if not all(math.isfinite(e) and abs(e) > 1e-12 for e in expected):
+        return None
+    ratios = [change / e for change, e in zip(changes, expected, strict=True)]
+    return ratios[0] if abs(ratios[0] - ratios[-1]) <= 1e-3 * abs(ratios[0]) else None
 
 
 def _nearer(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -137,15 +151,15 @@ def _nearer(x: Tensor, x_hat: Tensor) -> Tensor:
     return 0.75 * x_hat + 0.25 * x.reshape(x_hat.shape)
 
 
-def _errors(x: Tensor, x_hat: Tensor) -> list[float]:
-    """The usual reconstruction errors, as sums."""
-    x, y = x.flatten(), x_hat.flatten()
-    errors = [F.mse_loss(y, x, reduction="sum"), F.l1_loss(y, x, reduction="sum")]
-    if bool(((x >= 0) & (x <= 1)).all()):
-        errors.append(F.binary_cross_entropy_with_logits(y, x, reduction="sum"))
-        if bool(((y > 0) & (y < 1)).all()):
-            errors.append(F.binary_cross_entropy(y, x, reduction="sum"))
-    return [float(error) for error in errors]
+def _errors(x: Tensor, y: Tensor) -> list[float]:
+    """The usual reconstruction errors, as sums; NaN where they are not defined."""
+    errors = [
+        (y - x) ** 2,
+        (y - x).abs(),
+        F.binary_cross_entropy_with_logits(y, x, reduction="none"),
+        -torch.xlogy(x, y) - torch.xlogy(1 - x, 1 - y),
+    ]
+    return [float(error.sum()) for error in errors]
 
 
 def _reconstruction(audit: VAEAudit, x_hat: Tensor) -> Reconstruction | None:
