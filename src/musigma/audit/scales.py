@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["READINGS", "Curve", "Reading", "crossings", "interpolated", "name_curve"]
+__all__ = ["READINGS", "Curve", "Reading", "crossings", "name_curve"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -68,6 +69,7 @@ READINGS = {
 }
 
 Bounds = tuple[float | None, float | None]
+NONE: Bounds = (None, None)
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Curve:
     noise_scale: float = 1.0
     floor: float = 0.0
     floor_on: str = "std"
-    bounds: Bounds = (None, None)
-    raw_bounds: Bounds = (None, None)
+    bounds: Bounds = NONE
+    raw_bounds: Bounds = NONE
     more: dict[str, float] = field(default_factory=dict)
     error: float = math.inf
 
@@ -104,7 +106,7 @@ class Curve:
     @property
     def plain(self) -> bool:
         """Whether it has neither floor nor bounds."""
-        return self.floor == 0 and self.bounds == (None, None)
+        return self.floor == 0 and self.bounds == NONE
 
     def sigma(self, b: Tensor) -> Tensor:
         """The standard deviation at b."""
@@ -114,15 +116,15 @@ class Curve:
         low, high = self.bounds
         if low is not None:  # a bound may hold where the reading has no value
             value = value.nan_to_num(low)
-        return value if (low, high) == (None, None) else value.clamp(low, high)
+        return value if self.bounds == NONE else value.clamp(low, high)
 
     @property
     def text(self) -> str:
         """The name with all parameters, in words."""
         words = [self.name]
-        if self.raw_bounds != (None, None):
+        if self.raw_bounds != NONE:
             words.append("clamped to [{}, {}]".format(*_ends(self.raw_bounds, "-inf")))
-        elif self.bounds != (None, None):
+        elif self.bounds != NONE:
             words.append("std within [{}, {}]".format(*_ends(self.bounds, "0")))
         if self.floor:
             shown = self.floor**2 if self.floor_on == "variance" else self.floor
@@ -149,17 +151,6 @@ class Curve:
 def _ends(bounds: Bounds, lowest: str) -> list[str]:
     otherwise = (lowest, "inf")
     return [o if v is None else f"{v + 0.0:.4g}" for v, o in zip(bounds, otherwise, strict=True)]
-
-
-def interpolated(b: Tensor, sigma: Tensor) -> Function:
-    """A measured curve as a function, by linear interpolation; b is ascending."""
-
-    def curve(t: Tensor) -> Tensor:
-        i = torch.searchsorted(b, t.contiguous()).clamp(1, len(b) - 1)
-        share = (t - b[i - 1]) / (b[i] - b[i - 1])
-        return sigma[i - 1] + share * (sigma[i] - sigma[i - 1])
-
-    return curve
 
 
 def crossings(curve: Function, b: Tensor, level: float) -> list[float]:
@@ -215,7 +206,7 @@ def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 
         error = _relative_error(curve, b, sigma)
         if error <= 10 * tolerance:
             return replace(curve, error=error)
-    return Curve("unnamed", interpolated(b, sigma))
+    return Curve("unnamed", lambda t: torch.from_numpy(np.interp(t, b, sigma)))
 
 
 def _relative_error(curve: Curve, b: Tensor, sigma: Tensor) -> float:
@@ -276,65 +267,51 @@ def _only(found: list[float]) -> float | None:
 
 
 def _families(b: Tensor, sigma: Tensor) -> Iterator[Curve]:
-    """Curves g(a b + c) with the slope a and offset c that two points give.
+    """Curves k g(a b + c): softplus, exp, and sigmoids between the curve's ends.
 
-    They are k softplus, by its two asymptotes; exp; and sigma, log sigma or the variance as a
-    sigmoid or hyperbolic tangent between the curve's ends.
+    The inverse of k g makes a line of each, whose slope a and offset c two points give.
     """
     if bool((sigma <= 0).any()):
         return
-    log = sigma.log()
-    wide = bool(b[0] <= -20) and bool(b[-1] >= 20)
-    if wide:
-        a, c = _line(b, log, 0, 1)
-        slope = float((sigma[-1] - sigma[-2]) / (b[-1] - b[-2]))
-        if a > 0 and slope > 0:
-            k = slope / a
-            c -= math.log(k)
-            k = 1.0 if abs(k - 1) < 1e-6 else k
-            soft = _of_line(lambda t: F.softplus(t, threshold=40), a, c)
-            yield Curve("softplus", soft, k, more=_parameters("slope", a, c, 1e-6))
-    i, j = (int((b - x).abs().argmin()) for x in (-1, 1))
-    if i != j:
-        a, c = _line(b, log, i, j)
-        yield Curve(f"exp({a:.6g} b)", _of_line(torch.exp, a, 0.0), math.exp(c))
-    if not wide:
-        return
-    first, last = float(sigma[0]), float(sigma[-1])
-    ends = sigma.new_tensor([0.0 if first < 1e-8 * last else first, last])
-    i, j = (int((b - x).abs().argmin()) for x in (-0.5, 0.5))
-    for name, there, back in (
-        ("sigmoid", torch.clone, torch.clone),
-        ("log_std", torch.log, torch.exp),
-        ("sigmoid of variance", torch.square, torch.sqrt),
-    ):
-        low, high = there(ends).tolist()
-        if math.isfinite(low):
-            share = ((there(sigma) - low) / (high - low)).clamp(1e-12, 1 - 1e-12)
-            a, c = _line(b, torch.logit(share), i, j)
-            more = (
-                {"tanh slope": a / 2} | _parameters("", 1.0, c, 1e-5)
-                if name == "log_std"
-                else _parameters("slope", a, c, 1e-5)
-            )
-            between = _of_line(
-                lambda t, low=low, high=high, back=back: back(low + (high - low) * t.sigmoid()),
-                a, c,
-            )  # fmt: skip
-            yield Curve(name, between, bounds=(min(ends.tolist()), max(ends.tolist())), more=more)
+    families: list[tuple[str, Function, Function, float, Bounds]] = []
+    if bool(b[0] <= -20) and bool(b[-1] >= 20):
+        slope = float((sigma[-1] - sigma[-2]) / (b[-1] - b[-2]))  # k a, at the upper end
+        decay = float((sigma[1] / sigma[0]).log() / (b[1] - b[0]))  # a, at the lower end
+        if slope > 0 and decay > 0:
+            k = 1.0 if abs(slope / decay - 1) < 1e-6 else slope / decay
+            families.append(("softplus", lambda s: (s / k).expm1().log(), F.softplus, k, NONE))
+    families.append(("exp", torch.log, torch.exp, 1.0, NONE))
+    if bool(b[0] <= -20) and bool(b[-1] >= 20):
+        first, last = float(sigma[0]), float(sigma[-1])
+        ends = sigma.new_tensor([0.0 if first < 1e-8 * last else first, last])
+        bounds = float(ends.min()), float(ends.max())
+        for name, there, back in (
+            ("sigmoid", torch.clone, torch.clone),
+            ("log_std", torch.log, torch.exp),
+            ("sigmoid of variance", torch.square, torch.sqrt),
+        ):
+            low, high = there(ends).tolist()
+            if math.isfinite(low):
+                families.append((name, *_between(low, high, there, back), 1.0, bounds))
+    two = [int((b - x).abs().argmin()) for x in (-0.5, 0.5)]
+    for name, link, g, k, bounds in families:
+        (x0, x1), (y0, y1) = b[two].tolist(), link(sigma[two]).tolist()
+        a = (y1 - y0) / (x1 - x0)
+        c = y1 - a * x1
+        more = {"tanh slope": a / 2} if name == "log_std" else {"slope": a}
+        if name == "exp":
+            name, k, c, more = f"exp({a:.6g} b)", math.exp(c), 0.0, {}
+        more |= {"offset": c}
+        usual = {"slope": 1.0, "offset": 0.0}
+        more = {n: v for n, v in more.items() if n not in usual or abs(v - usual[n]) > 1e-5}
+        yield Curve(name, lambda t, g=g, a=a, c=c: g(a * t + c), k, bounds=bounds, more=more)
 
 
-def _line(x: Tensor, y: Tensor, i: int, j: int) -> tuple[float, float]:
-    """Slope and intercept of the line through two points."""
-    a = float((y[j] - y[i]) / (x[j] - x[i]))
-    return a, float(y[j]) - a * float(x[j])
-
-
-def _of_line(g: Function, a: float, c: float) -> Function:
-    return lambda t: g(a * t + c)
-
-
-def _parameters(name: str, slope: float, offset: float, tolerance: float) -> dict[str, float]:
-    """Slope and offset, where they are not 1 and 0."""
-    more = {name: slope} if abs(slope - 1) > tolerance else {}
-    return more | ({"offset": offset} if abs(offset) > 1e-6 else {})
+def _between(
+    low: float, high: float, there: Function, back: Function
+) -> tuple[Function, Function]:
+    """A sigmoid between two levels of a function of sigma, and before it the inverse."""
+    return (
+        lambda s: torch.logit(((there(s) - low) / (high - low)).clamp(1e-12, 1 - 1e-12)),
+        lambda t: back(low + (high - low) * t.sigmoid()),
+    )

@@ -12,12 +12,11 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor
+from torch.distributions import Cauchy, Exponential, Laplace
 
 __all__ = ["LEVEL", "correlated", "covariance_differs", "moments_differ", "noise_name", "quantile"]
 
 LEVEL = 1e-7  # probability of a false alarm, for one check
-
-Quantiles = Callable[[Tensor], Tensor]
 
 
 def quantile(comparisons: int = 1) -> float:
@@ -30,30 +29,23 @@ def quantile(comparisons: int = 1) -> float:
     return NormalDist().inv_cdf(1 - LEVEL / (2 * max(1, comparisons)))
 
 
-def _laplace(p: Tensor) -> Tensor:
-    return -(p - 0.5).sign() * torch.log1p(-2 * (p - 0.5).abs())
-
-
-def _truncated(limit: float) -> Quantiles:
-    low = NormalDist().cdf(-limit)
-    return lambda p: torch.special.ndtri(low + p * (1 - 2 * low))
-
-
 def _student4(p: Tensor) -> Tensor:  # closed form: Shaw, Sampling Student's t distribution (2006)
     alpha = (4 * p * (1 - p)).sqrt()
     q = torch.cos(torch.arccos(alpha.clamp(max=1)) / 3) / alpha
     return (p - 0.5).sign() * 2 * (q - 1).clamp(min=0).sqrt()
 
 
-_FAMILIES: dict[str, Quantiles] = {
+TAIL = NormalDist().cdf(-2.0)  # what a normal distribution that is truncated at 2 lacks
+
+QUANTILES: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": torch.special.ndtri,
-    "uniform": lambda p: p - 0.5,
-    "Laplace": _laplace,
+    "uniform": torch.clone,
+    "Laplace": Laplace(0.0, 1.0).icdf,
     "logistic": torch.logit,
-    "Cauchy": lambda p: torch.tan(math.pi * (p - 0.5)),
+    "Cauchy": Cauchy(0.0, 1.0).icdf,
     "Student-t": _student4,
-    "exponential": lambda p: -torch.log1p(-p),
-    "truncated normal": _truncated(2.0),
+    "exponential": Exponential(1.0).icdf,
+    "truncated normal": lambda p: torch.special.ndtri(TAIL + p * (1 - 2 * TAIL)),
 }
 
 
@@ -103,7 +95,7 @@ def noise_name(e: Tensor) -> tuple[str, dict[str, float]]:
     levels = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
     measured = e[(levels * n).long().clamp(max=n - 1)]
     off = {}
-    for name, family in _FAMILIES.items():
+    for name, family in QUANTILES.items():
         known = family(levels) - family(levels).mean()
         centered = measured - measured.mean()
         slope = (known * centered).sum() / known.square().sum()
