@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder
-from musigma.audit.sandbox import Sandbox, about_types
+from musigma.audit.sandbox import Sandbox, by_float_type
 from musigma.audit.statistics import covariance_differs
 
 __all__ = ["audit_aggregate"]
@@ -40,12 +40,7 @@ def audit_aggregate(
         >>> report.verdict, report.codes
         ('bug', ('aggregate_cov',))
     """
-    try:
-        claimed, z = _both(covariance, sample, torch.float64)
-    except AuditError as error:
-        if not about_types(error):
-            raise
-        claimed, z = _both(covariance, sample, torch.float32)
+    claimed, z = by_float_type(lambda dtype: _both(covariance, sample, dtype))
     z = z.flatten(1) if z.ndim > 1 else z[:, None]
     d = z.shape[1]
     if claimed.ndim == 1 and len(claimed) == d:
@@ -56,15 +51,14 @@ def audit_aggregate(
             f"{tuple(claimed.shape)}"
         )
     report = ReportBuilder("aggregate posterior")
-    if not bool(z.isfinite().all() and claimed.isfinite().all()):
+    if not (z.isfinite().all() and claimed.isfinite().all()):
         report.bug(
             "not_finite",
             "covariance or sample returns NaN or infinity",
             "find out which of the two does, and for which x",
         )
         return report.build()
-    half = len(z) // 2
-    excess = min(covariance_differs(part, claimed)[0] for part in (z[:half], z[half:]))
+    excess = min(covariance_differs(half, claimed)[0] for half in z.tensor_split(2))
     sampled = covariance_differs(z, claimed)[1]
     scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
     error = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max())

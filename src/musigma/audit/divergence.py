@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from musigma.audit.findings import AuditError
 from musigma.audit.sampler import Sampler
-from musigma.audit.sandbox import first
+from musigma.audit.sandbox import TooSlowError, first
 
 __all__ = ["Divergence", "Regression", "formula", "gaussian_kl", "regress"]
 
@@ -120,9 +121,14 @@ class Divergence:
         return sandbox.as_tensor("kl", value)
 
     def _total(self, row: tuple[Tensor, ...], rows: int, seed: int = 0) -> float:
-        """The sum of what it returns for identical rows."""
+        """The sum of what it returns for identical rows; NaN if it refuses a negative scale."""
         self.sampler.sandbox.reseed(seed)
-        return float(self._raw(*(t.expand(rows, -1) for t in row)).sum())
+        try:
+            return float(self._raw(*(t.expand(rows, -1) for t in row)).sum())
+        except AuditError as error:
+            if isinstance(error, TooSlowError) or (row[1] > 0).all():
+                raise
+            return math.nan
 
     def _kind(self, at: tuple[Tensor, Tensor, Tensor]) -> str:
         d = self.sampler.d
@@ -180,11 +186,12 @@ class Divergence:
         n = len(heads[0])
         rows = list(zip(*heads, strict=True))
         if self.kind in ("per example", "per dimension") and self.copies == 1 and n > 4:
-            value = self._raw(*heads).reshape(n, -1).sum(1)
-            some = [0, n // 2, n - 1]
-            single = torch.tensor([self._once(rows[i]) for i in some], dtype=torch.float64)
-            if torch.allclose(value[some], single, 1e-4, 1e-6, equal_nan=True):
-                return value
+            with suppress(AuditError):
+                value = self._raw(*heads).reshape(n, -1).sum(1)
+                some = [0, n // 2, n - 1]
+                single = torch.tensor([self._once(rows[i]) for i in some], dtype=torch.float64)
+                if torch.allclose(value[some], single, 1e-4, 1e-6, equal_nan=True):
+                    return value
         return torch.tensor([self._once(row) for row in rows], dtype=torch.float64)
 
     def growth(self, mean: Tensor, second: Tensor, z: Tensor) -> dict[int, float] | None:
@@ -254,7 +261,7 @@ def formula(f: Tensor, mean: Tensor, second: Tensor) -> str | None:
     """
     reach = float((f - f.mean()).abs().max())
     columns = {name: term(second) for name, term in _TERMS.items()}
-    finite = [name for name, column in columns.items() if bool(column.isfinite().all())]
+    finite = [name for name, column in columns.items() if column.isfinite().all()]
     for pair in itertools.combinations(finite, 2):
         names = ["m^2", "m", *pair, ""]
         given = [mean**2, mean, *(columns[name] for name in pair), torch.ones_like(mean)]
@@ -262,7 +269,7 @@ def formula(f: Tensor, mean: Tensor, second: Tensor) -> str | None:
         size = design.abs().amax(0).clamp(min=1e-300)
         solved = torch.linalg.lstsq(design / size, f[:, None], driver="gelsd", rcond=1e-12)
         weights = solved.solution[:, 0]
-        if float((design / size @ weights - f).abs().max()) > 1e-6 * reach:
+        if (design / size @ weights - f).abs().max() > 1e-6 * reach:
             continue
         terms = ""
         for name, c in zip(names, (weights / size).tolist(), strict=True):

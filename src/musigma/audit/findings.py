@@ -175,8 +175,9 @@ class AuditReport:
         lines = [f"{self.subject}: {self.verdict}", *(f"  {a}: {b}" for a, b in self._facts())]
         for finding in self.findings:
             lines += ["", f"{finding.severity} {finding.code}: {finding.message}"]
-            lines += [f"  {_words(finding.numbers)}"] if finding.numbers else []
-            lines += [f"  repair: {finding.repair}"] if finding.repair else []
+            numbers = [f"{name} {short(value)}" for name, value in finding.numbers.items()]
+            lines += [f"  {', '.join(numbers)}"] if numbers else []
+            lines += [f"  repair: {finding.repair}"]
         for title, what in self._lists():
             lines += ["", f"{title}:", *(f"  {line}" for line in what)]
         return "\n".join(lines)
@@ -193,24 +194,20 @@ class AuditReport:
         )
 
     def _facts(self) -> list[tuple[str, str]]:
-        facts = [
-            ("the sampler reads the second output as", self.convention),
-            ("the KL reads it as", self.read_as),
-            ("layout", self.layout),
-        ]
-        return [(name, value) for name, value in facts if value]
+        facts = {
+            "the sampler reads the second output as": self.convention,
+            "the KL reads it as": self.read_as,
+            "layout": self.layout,
+        }
+        return [(name, value) for name, value in facts.items() if value]
 
     def _lists(self) -> list[tuple[str, tuple[str, ...]]]:
-        lists = [
-            ("checked", self.checked),
-            ("could not be checked", self.unchecked),
-            ("assumed", self.assumed),
-        ]
-        return [(title, what) for title, what in lists if what]
-
-
-def _words(numbers: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {short(value)}" for name, value in numbers.items())
+        lists = {
+            "checked": self.checked,
+            "could not be checked": self.unchecked,
+            "assumed": self.assumed,
+        }
+        return [(title, what) for title, what in lists.items() if what]
 
 
 class ReportBuilder:
@@ -231,7 +228,11 @@ class ReportBuilder:
     def find(
         self, code: str, severity: Severity, message: str, repair: str, **numbers: Any
     ) -> None:
-        """Add a finding, unless there is one of its code that is no less severe."""
+        """Add a finding, unless there is one of its code that is no less severe.
+
+        Tensors among the numbers hold one each.
+        """
+        numbers = {n: v.item() if isinstance(v, Tensor) else v for n, v in numbers.items()}
         known = self.findings.get(code)
         if known is None or (known.severity == "warning" and severity == "bug"):
             self.findings[code] = Finding(code, severity, message, numbers, repair)

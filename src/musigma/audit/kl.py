@@ -78,9 +78,9 @@ def check_full_kl(audit: VAEAudit, q: FullPosterior) -> None:
         w = fit.worst
         audit.bug(
             "kl_mismatch", "the KL is no multiple of that of what is sampled: "
-            f"{float(f[w]):.5g} instead of {float(t[w]):.5g}",
+            f"{f[w]:.5g} instead of {t[w]:.5g}",
             "use torch.distributions.MultivariateNormal for both, with one scale_tril",
-            kl=float(f[w]), expected=float(t[w]), residual=fit.residual,
+            kl=f[w], expected=t[w], residual=fit.residual,
         )  # fmt: skip
         return
     audit.kl_fits, audit.read_as = True, "full covariance"
@@ -101,7 +101,7 @@ def check_kl(audit: VAEAudit, q: Posterior) -> None:
     d = c.divergence
     audit.details["kl_returns"] = d.kind
     usable = c.f.isfinite() & c.t.isfinite()
-    if not bool(usable.all()):
+    if not usable.all():
         _not_finite(audit, c, usable)
         if int(usable.sum()) < 12:
             audit.unchecked.append("the KL: it is finite at too few points")
@@ -184,7 +184,7 @@ def _comparison(audit: VAEAudit, q: Posterior, kl: Callable[..., Any]) -> Compar
     d = Divergence(kl, s, audit.kl_uses_sample, audit.rows, (mean[w], second[w], loc[w]))
     return Comparison(
         d, (means[None], base[None]), mean, second, loc, sigma,
-        _values(d, mean, second, loc, sigma), gaussian_kl(loc, sigma, audit.prior),
+        d.values(mean, second, loc, sigma), gaussian_kl(loc, sigma, audit.prior),
         torch.arange(len(mean)) < len(mean) - len(clamped[0]), len(one[0]),
     )  # fmt: skip
 
@@ -195,41 +195,28 @@ def _spread(values: Tensor, count: int) -> Tensor:
     return values[torch.linspace(0, len(values) - 1, count).round().long()]
 
 
-def _values(d: Divergence, *points: Tensor) -> Tensor:
-    """F at points; NaN at negative second outputs, if it raises there."""
-    try:
-        return d.values(*points)
-    except AuditError:
-        positive = points[1].amin(1) > 0
-        if bool(positive.all()) or not bool(positive.any()):
-            raise
-        f = torch.full((len(positive),), math.nan, dtype=torch.float64)
-        f[positive] = d.values(*(v[positive] for v in points))
-        return f
-
-
 def _not_finite(audit: VAEAudit, c: Comparison, usable: Tensor) -> None:
     """Report where the KL is not finite, but what is sampled is."""
     bad = ~c.f.isfinite() & c.t.isfinite()
-    if not bool(bad.any()):
+    if not bad.any():
         return
     negative = bool((c.second[bad].amin(1) < 0).all()) and bool((c.second[usable] >= 0).all())
     signed = audit.convention in ("signed std", "std", "abs of variance")
-    if not (negative and signed and bool(usable.any())):
+    if not (negative and signed and usable.any()):
         i = int(bad.int().argmax())
         audit.bug(
             "not_finite", "the KL is NaN or infinite where what is sampled is not",
             "check the logarithm and the exponential in the KL",
-            second=float(c.second[i][0]), share=float(bad.double().mean()),
+            second=c.second[i][0], share=bad.double().mean(),
         )  # fmt: skip
         return
     if audit.convention == "signed std":
         audit.convention = audit.details["convention"]["name"] = "std"
-    if audit.heads is not None and bool((audit.heads[1] < 0).any()):
+    if audit.heads is not None and (audit.heads[1] < 0).any():
         audit.bug(
             "not_finite", "the KL is not finite where the second output is negative, as the "
             "encoder's is", "let the encoder end in exp or softplus",
-            smallest_second=float(audit.heads[1].min()),
+            smallest_second=audit.heads[1].min(),
         )  # fmt: skip
     else:
         audit.assumed.append("the second output is positive: the KL is not finite below zero")
@@ -250,15 +237,15 @@ def _check_fit(audit: VAEAudit, q: Posterior, c: Comparison) -> bool:
         w = int(c.inside.nonzero()[worst])
         audit.warn(
             "kl_mismatch", "the KL is nearly that of what is sampled: "
-            f"{float(c.f[w]):.5g} instead of {float(c.t[w]):.5g}; only one of the two has a floor",
-            "compute sigma for sampler and KL in one place", kl=float(c.f[w]),
-            expected=float(c.t[w]), residual=residual,
+            f"{c.f[w]:.5g} instead of {c.t[w]:.5g}; only one of the two has a floor",
+            "compute sigma for sampler and KL in one place", kl=c.f[w],
+            expected=c.t[w], residual=residual,
         )  # fmt: skip
     off = ((c.f - slope * c.t - intercept) / (abs(slope) * (1 + c.t))).abs() * ~c.inside
-    if float(off.max()) > max(OFF, c.tight):
+    if off.max() > max(OFF, c.tight):
         audit.warn(
             "kl_mismatch", "where the sampler clamps the second output, the KL does not",
-            "clamp once, before both", residual=float(off.max()),
+            "clamp once, before both", residual=off.max(),
             raw_bounds=list(q.curve.raw_bounds),
         )  # fmt: skip
     if _of_other_noise(audit, q, c):
@@ -346,9 +333,9 @@ def _free_bits(audit: VAEAudit, c: Comparison) -> bool:
         return False
     audit.kl_fits, audit.read_as, audit.kl_slope = True, audit.convention, fit.slope
     audit.warn(
-        "kl_mismatch", f"the KL is raised to {float(f.min()):.5g} where it is smaller (free "
+        "kl_mismatch", f"the KL is raised to {f.min():.5g} where it is smaller (free "
         "bits), and right where it is larger", "report the true KL beside it",
-        held_at=float(f.min()),
+        held_at=f.min(),
     )  # fmt: skip
     return True
 
@@ -359,7 +346,7 @@ def _mismatch(audit: VAEAudit, q: Posterior, c: Comparison) -> None:
     tight, one = max(c.tight, 1e-4), slice(0, c.single)
     written, others = None, 0.0
     if not c.divergence.by_chance:
-        still = float(_values(c.divergence, *c.base, *q.at(*c.base))[0])
+        still = float(c.divergence.values(*c.base, *q.at(*c.base))[0])
         if math.isfinite(still):  # the share of the latents that do not move
             others = still * (1 - 1 / q.sampler.d)
         written = formula(c.f[one] - others, c.mean[one, 0], c.second[one, 0])
@@ -425,7 +412,7 @@ def _reading_of(audit: VAEAudit, c: Comparison, tight: float) -> tuple[str, Regr
     fits = []
     for name, reading in READINGS.items():
         s = reading.sigma(second.expand_as(mean))
-        if not bool((s.isfinite() & (s > 0)).all()):
+        if not (s.isfinite() & (s > 0)).all():
             continue
         if audit.kl_uses_sample:  # E log q of a Gaussian with the reading's sigma, not E log p
             cross = (sigma**2 + (loc - mean) ** 2) / (2 * s**2) + s.log() - 0.5
@@ -498,7 +485,7 @@ def _check_sign(audit: VAEAudit, c: Comparison) -> None:
         f"the KL is {smallest:.5g} {c.place(w)}; a KL is never negative",
         "negate it" if audit.kl_slope < 0 else
         "0.5 (m^2 + sigma^2 - 1) - log sigma: check the signs and the constant",
-        kl=smallest, mean=float(c.mean[w, 0]), second=float(c.second[w, 0]),
+        kl=smallest, mean=c.mean[w, 0], second=c.second[w, 0],
     )  # fmt: skip
 
 
@@ -509,7 +496,7 @@ def _check_minimum(audit: VAEAudit, q: Posterior, c: Comparison) -> None:
     mean, std = (float(t[0]) for t in audit.prior)
     usable = (q.b.abs() <= 16) & (q.sigma > 1e-4 * std) & (q.sigma < 1e4 * std)
     b, sigma = q.b[usable], q.sigma[usable]
-    if len(b) < 5 or float(sigma.min()) > std or float(sigma.max()) < std:
+    if len(b) < 5 or sigma.min() > std or sigma.max() < std:
         return
     found = crossings(q.curve.sigma, b, std)
     if not found:

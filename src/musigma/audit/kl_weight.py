@@ -231,11 +231,11 @@ def _combination(audit: VAEAudit, x: Tensor) -> tuple[float, float]:
     if spread < 1e-12:
         raise AuditError("it does not vary")
     size = design.abs().amax(0)
-    if bool((size > 0).all()) and bool(losses.isfinite().all()):
+    if (size > 0).all() and losses.isfinite().all():
         solved = torch.linalg.lstsq(design / size, losses[:, None], driver="gelsd").solution
         weights = solved[:, 0] / size
         tolerance = 1e-4 if audit.sandbox.dtype == torch.float64 else 1e-2
-        if float((design @ weights - losses).abs().max()) <= tolerance * spread:
+        if (design @ weights - losses).abs().max() <= tolerance * spread:
             return float(weights[0]), float(weights[1])
     raise AuditError("it has other terms, or other draws")
 

@@ -44,7 +44,7 @@ def name_scale(audit: VAEAudit, s: Sampler) -> Posterior | None:
         return None
     exact = s.mode != "moments"
     pooled = sigma.abs().mean(1) if exact else sigma.square().mean(1).sqrt()
-    if float(pooled.max()) < 1e-12:
+    if pooled.max() < 1e-12:
         audit.bug(
             "sample_scale", "z does not vary: its standard deviation is zero",
             "add sigma times standard normal noise to the mean", sigma=0.0,
@@ -53,13 +53,13 @@ def name_scale(audit: VAEAudit, s: Sampler) -> Posterior | None:
     error = max(1e-6, 5 * s.rounding) if exact else 6 / math.sqrt(2 * s.averaged(51) * s.d)
     off = (sigma.abs() - pooled[:, None]) / pooled[:, None].clamp(min=1e-300)
     q = Posterior(s, b, pooled, name_curve(b, pooled, error, s.scale_error))
-    if exact and float(off.abs().max()) > 100 * error:
+    if exact and off.abs().max() > 100 * error:
         q.even = False
         audit.details["sigma_by_latent"] = (1 + off).mean(0).tolist()
     curve, name = q.curve, q.curve.name
     if name == "signed std" and audit.heads is not None:
         second = audit.heads[1]
-        name = "std" if bool((second > 0).all()) and second.numel() >= 24 else name
+        name = "std" if (second > 0).all() and second.numel() >= 24 else name
     if name == "relu" and curve.floor:
         audit.details["dead_below_zero"] = True
     audit.convention, text = name, curve.text.replace(curve.name, name, 1)
@@ -70,7 +70,7 @@ def name_scale(audit: VAEAudit, s: Sampler) -> Posterior | None:
         "turns_noise": bool((sigma[b < 0] < 0).any() and (sigma[b > 0] > 0).any()),
     }
     audit.details["noise"] = {"source": s.stream or s.mode}
-    ends = f"from {float(b[0]):g} to {float(b[-1]):g}"
+    ends = f"from {b[0]:g} to {b[-1]:g}"
     audit.checked.append(
         f"sigma at {len(b)} values of the second output {ends}: {text}"
         + (f", to within {curve.error:.1e}" if curve.named else "")
@@ -114,7 +114,7 @@ def check_mean(audit: VAEAudit, q: Posterior) -> None:
         return
     std = float(prior_std.mean())
     usable = (q.b.abs() <= 6) & (q.sigma > 0.05 * std) & (q.sigma < 8 * std)
-    values = q.b[usable if bool(usable.any()) else q.b.abs() <= 2]
+    values = q.b[usable if usable.any() else q.b.abs() <= 2]
     generator = torch.Generator().manual_seed(5)
     second = values[torch.randint(len(values), (12, s.e), generator=generator)]
     m = torch.randn(12, s.d, generator=generator, dtype=torch.float64)
@@ -133,7 +133,7 @@ def check_mean(audit: VAEAudit, q: Posterior) -> None:
     }[s.mode]
     limit = (0.002 + chance) * sigma.abs() + max(1e-6, 50 * s.rounding) * (1 + mean.abs())
     excess = (loc - expected).abs() / limit
-    if bool((excess <= 1).all()):
+    if (excess <= 1).all():
         largest = float(((loc - expected).abs() / sigma.abs().clamp(min=1e-300)).max())
         audit.checked.append(f"the mean of z is the mean head, to {largest:.1e} sigma")
         return
@@ -141,10 +141,10 @@ def check_mean(audit: VAEAudit, q: Posterior) -> None:
     q.unbiased = False
     audit.bug(
         "sample_mean",
-        f"the mean of z is {float(loc[i, j]):.5g} where {source} says {float(expected[i, j]):.5g}",
+        f"the mean of z is {loc[i, j]:.5g} where {source} says {expected[i, j]:.5g}",
         "add the noise to the mean itself: z = mean + sigma * eps, with eps of mean zero",
-        mean_of_z=float(loc[i, j]), expected=float(expected[i, j]),
-        sigma=float(sigma[i, j]), limit=float(limit[i, j]),
+        mean_of_z=loc[i, j], expected=expected[i, j],
+        sigma=sigma[i, j], limit=limit[i, j],
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def check_noise(audit: VAEAudit, s: Sampler) -> None:
     e = s.reference_draw(s.many(), 77)
     e = (e - e.mean(0)) / e.std(0).clamp(min=1e-300) if len(e) > 500 else e
     if not s.is_matrix:
-        if len(e) > 3 and bool((e[:8] == e[0]).all()):
+        if len(e) > 3 and (e[:8] == e[0]).all():
             _shared(audit, "one draw of noise serves all examples", 1.0)
             return
         for lag in (1, len(e) // 2):
@@ -229,7 +229,7 @@ def full_posterior(audit: VAEAudit, s: Sampler, heads: Heads) -> FullPosterior:
         }
         forms = {f"Cholesky factor{words}": lower @ lower.mT for words, lower in factors.items()}
         for words, form in {**forms, "covariance": second}.items():
-            if float((form - covariance).abs().max()) < 0.05 * error + 1e-5:
+            if (form - covariance).abs().max() < 0.05 * error + 1e-5:
                 text = f"full covariance: the second output is the {words}"
     audit.details["convention"] = {
         "name": "full covariance", "text": text, "bounds": [None, None], "floor": 0.0,
@@ -264,7 +264,7 @@ def check_scale(audit: VAEAudit, q: Posterior) -> None:
     at = int((q.b - 1).abs().argmin())
     audit.find(
         "sample_scale", "bug" if has_kl else "warning", text, repair, noise_scale=k,
-        at=float(q.b[at]), sigma=float(q.sigma[at]),
+        at=q.b[at], sigma=q.sigma[at],
     )  # fmt: skip
 
 
@@ -281,7 +281,7 @@ def check_generation(audit: VAEAudit) -> None:
     n = 20_000 if d is None or d <= 64 else 2000
     audit.sandbox.reseed(11)
     z = audit.ask("generate", n).flatten(1)
-    if not bool(z.isfinite().all()):
+    if not z.isfinite().all():
         audit.bug("not_finite", "generate returns NaN or infinity",
                   "draw from the prior: mean + std * torch.randn")  # fmt: skip
         return
@@ -329,8 +329,8 @@ def check_heads(audit: VAEAudit, q: Posterior | FullPosterior | None) -> None:
     if pairs and all(m.shape == s.shape and m.numel() > 1 for m, s in pairs):
         m, s = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
         what = None
-        if float(m.std()) > 1e-12:
-            if bool(((m - s).abs() <= 1e-9 * (m.abs() + 1e-12)).all()):
+        if m.std() > 1e-12:
+            if ((m - s).abs() <= 1e-9 * (m.abs() + 1e-12)).all():
                 what = "mean and second output are the same numbers"
             elif _is_one_function(m, s, d):
                 what = "the second output is one monotone function of the mean"
@@ -346,7 +346,7 @@ def check_heads(audit: VAEAudit, q: Posterior | FullPosterior | None) -> None:
         heads = [[head.flatten(1)[:8] for head in pair] for pair in pairs[1:]]
         sigma = torch.cat([q.sampler.measure(0 * mean, second)[1].abs() for mean, second in heads])
         smallest = float(sigma.min())
-        if float(sigma.std()) > 1e-9 and smallest >= NARROW * float(audit.prior[1].min()):
+        if sigma.std() > 1e-9 and smallest >= NARROW * float(audit.prior[1].min()):
             audit.bug(
                 "sigma_range_restricted",
                 "the encoder's second output never gives a standard deviation below "
@@ -361,6 +361,6 @@ def _is_one_function(m: Tensor, s: Tensor, d: int) -> bool:
     order = m.argsort()
     steps = s[order].diff()
     distinct = m[order].diff() > 1e-9 * m.abs().max()
-    if d < 2 or int(distinct.sum()) < 60 or float(s.std()) < 1e-12:
+    if d < 2 or int(distinct.sum()) < 60 or s.std() < 1e-12:
         return False
     return bool((steps[distinct] > 0).all() or (steps[distinct] < 0).all())

@@ -127,7 +127,7 @@ class Sampler:
         """
         n = 2 * self.d + 8 if self.is_matrix else self.rows or 8
         one, again, other = (self.reference_draw(n, seed) for seed in (SEED, SEED, SEED + 1))
-        if not bool(one.isfinite().all()) or not torch.equal(one, again):
+        if not one.isfinite().all() or not torch.equal(one, again):
             return None
         if torch.equal(one, other):
             self.mode, self.still = "frozen", bool(one.std() < 1e-12)
@@ -144,7 +144,7 @@ class Sampler:
             each = big.std(0)  # each latent may have a factor of its own
             if float(each.max() / each.min().clamp(min=1e-300)) > 1 + 20 / math.sqrt(len(big)):
                 loc, scale, count = big.mean(0), each, len(big)
-        if float(scale.max()) < 1e-12:
+        if scale.max() < 1e-12:
             return None
         self.scale_error = 6 / math.sqrt(2 * count)
         return lambda n, seed: (self.reference_draw(n, seed) - loc) / scale

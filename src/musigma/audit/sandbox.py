@@ -17,7 +17,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,17 @@ from torch import Tensor, nn
 
 from musigma.audit.findings import AuditError
 
-__all__ = ["Sandbox", "TooSlowError", "about_types", "first", "first_form", "forward_hooks"]
+__all__ = [
+    "Sandbox",
+    "TooSlowError",
+    "about_types",
+    "by_float_type",
+    "first",
+    "first_form",
+    "forward_hooks",
+]
+
+T = TypeVar("T")
 
 SECONDS = 20.0  # limit of one call
 
@@ -89,6 +99,16 @@ def about_types(error: AuditError) -> bool:
     """Whether a callable refused its input because of the floating-point type."""
     words = ("dtype", "Float", "Double", "float64", "float32", "scalar type", "double")
     return any(word in str(error) for word in words)
+
+
+def by_float_type(attempt: Callable[[torch.dtype], T]) -> T:
+    """What an attempt in float64 returns; in float32, if a callable refuses float64."""
+    try:
+        return attempt(torch.float64)
+    except AuditError as error:
+        if not about_types(error):
+            raise
+    return attempt(torch.float32)
 
 
 class Sandbox:

@@ -192,7 +192,7 @@ def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 
         return Curve("unit variance", torch.ones_like, k, error=spread - 1)
     fits: list[Curve] = []
     for name, reading in READINGS.items():
-        if name == "unit variance" or (name == "signed std" and bool(b[0] >= 0 or b[-1] <= 0)):
+        if name == "unit variance" or (name == "signed std" and (b[0] >= 0 or b[-1] <= 0)):
             continue
         for curve in _fits(name, reading.sigma, b, sigma, tolerance):
             k = curve.noise_scale
@@ -220,22 +220,22 @@ def _fits(name: str, g: Function, b: Tensor, sigma: Tensor, tolerance: float) ->
     inside = torch.zeros(len(b), dtype=torch.bool)
     inside[ends[0] : len(b) - ends[1]] = True
     base = g(b)
-    if int(inside.sum()) < 3 or not bool(base[inside].isfinite().any()):
+    if int(inside.sum()) < 3 or not base[inside].isfinite().any():
         return
     base = base.nan_to_num(0.0)
-    floors = {"none": 0.0}
-    if not name.startswith("sigmoid") and float(base.min()) * 1e4 <= float(base.max()):
-        floors |= dict.fromkeys(("std", "variance"), float(sigma.min()))
-    for kind, f in floors.items():
+    floors, smallest = [("std", 0.0)], float(sigma.min())
+    if not name.startswith("sigmoid") and float(base.min()) * 1e4 <= base.max() and smallest > 0:
+        floors += [("std", smallest), ("variance", smallest)]
+    for kind, f in floors:
         usable = inside & (base > 0) & (sigma > 2 * f) & base.isfinite()
-        if not bool(usable.any()) or (kind != "none" and f <= 0):
+        if not usable.any():
             continue
         at = int(torch.where(usable, (b - 1).abs(), math.inf).argmin())
         there = float(sigma[at])
         k = (math.sqrt(there**2 - f**2) if kind == "variance" else there - f) / float(base[at])
         if k <= 0:
             continue
-        curve = Curve(name, g, k, f, "variance" if kind == "variance" else "std")
+        curve = Curve(name, g, k, f, kind)
         shape = curve.sigma(b).nan_to_num(0.0)
         levels = [  # of the plateaus that the reading itself does not have
             float(sigma[at])
@@ -245,13 +245,13 @@ def _fits(name: str, g: Function, b: Tensor, sigma: Tensor, tolerance: float) ->
         middle = float(sigma[inside].median())
         low = max((v for v in levels if v <= middle), default=None)
         high = min((v for v in levels if v > middle), default=None)
-        if kind != "none" and low is not None and low <= f * (1 + 1e-6 + 3 * tolerance):
+        if low is not None and low <= f * (1 + 1e-6 + 3 * tolerance):
             low = None  # the floor, not a bound
         bounded = replace(curve, bounds=(low, high))
         error = _relative_error(bounded, b, sigma)
         if error <= 3 * tolerance:
             raw = [None if v is None else _only(crossings(curve.sigma, b, v)) for v in (low, high)]
-            start, end = raw if float(shape[0]) <= float(shape[-1]) else reversed(raw)
+            start, end = raw if shape[0] <= shape[-1] else reversed(raw)
             yield replace(bounded, raw_bounds=(start, end), error=error)
 
 
@@ -271,17 +271,17 @@ def _families(b: Tensor, sigma: Tensor) -> Iterator[Curve]:
 
     The inverse of k g makes a line of each, whose slope a and offset c two points give.
     """
-    if bool((sigma <= 0).any()):
+    if (sigma <= 0).any():
         return
     families: list[tuple[str, Function, Function, float, Bounds]] = []
-    if bool(b[0] <= -20) and bool(b[-1] >= 20):
+    if (b[0] <= -20) and (b[-1] >= 20):
         slope = float((sigma[-1] - sigma[-2]) / (b[-1] - b[-2]))  # k a, at the upper end
         decay = float((sigma[1] / sigma[0]).log() / (b[1] - b[0]))  # a, at the lower end
         if slope > 0 and decay > 0:
             k = 1.0 if abs(slope / decay - 1) < 1e-6 else slope / decay
             families.append(("softplus", lambda s: (s / k).expm1().log(), F.softplus, k, NONE))
     families.append(("exp", torch.log, torch.exp, 1.0, NONE))
-    if bool(b[0] <= -20) and bool(b[-1] >= 20):
+    if (b[0] <= -20) and (b[-1] >= 20):
         first, last = float(sigma[0]), float(sigma[-1])
         ends = sigma.new_tensor([0.0 if first < 1e-8 * last else first, last])
         bounds = float(ends.min()), float(ends.max())

@@ -28,7 +28,7 @@ from musigma.audit.posterior import (
     name_scale,
 )
 from musigma.audit.sampler import Sampler, arguments, find_packing
-from musigma.audit.sandbox import Sandbox, TooSlowError, about_types, first_form
+from musigma.audit.sandbox import Sandbox, TooSlowError, by_float_type, first_form
 from musigma.audit.vae_state import FullPosterior, Posterior, VAEAudit
 
 __all__ = ["audit_vae"]
@@ -93,22 +93,18 @@ def audit_vae(
             raise AuditError(f"{name}: expected a callable; got {type(fn).__name__}")
     if encode is not None and example is None:
         raise AuditError("example: encode needs one; give a batch x")
-    dtype, gradients, first = torch.float64, False, None
-    for _ in range(3):
+
+    def attempt(dtype: torch.dtype, gradients: bool = False) -> AuditReport:
         with Sandbox(*functions.values()) as sandbox, torch.set_grad_enabled(gradients):
-            if dtype != torch.float64:
-                sandbox.use_dtype(dtype)
+            sandbox.use_dtype(dtype)
             try:
                 return _audit(VAEAudit(sandbox, functions, example, prior, kl_uses_sample))
             except AuditError as error:
-                first = first or error
-                if "does not require grad" in str(error) and not gradients:
-                    gradients = True
-                elif dtype == torch.float64 and about_types(error):
-                    dtype = torch.float32
-                else:
+                if gradients or "does not require grad" not in str(error):
                     raise
-    raise first or AuditError("audit_vae: it could not be called")
+        return attempt(dtype, gradients=True)
+
+    return by_float_type(attempt)
 
 
 def _audit(audit: VAEAudit) -> AuditReport:
@@ -161,12 +157,12 @@ def _find_heads(audit: VAEAudit) -> None:
         if kl is not None and arguments(kl) == (2 if audit.kl_uses_sample else 1):
             audit.functions["kl"] = packing.packed(kl)
     mean, second = audit.heads = audit.encoded()
-    if not bool(mean.isfinite().all() and second.isfinite().all()):
+    if not (mean.isfinite().all() and second.isfinite().all()):
         audit.bug(
             "not_finite",
             "encode returns NaN or infinity for the given example",
             "find the encoder's first layer that returns NaN",
-            finite_share=float(mean.isfinite().double().mean()),
+            finite_share=mean.isfinite().double().mean(),
         )
 
 
@@ -279,7 +275,7 @@ def _per_latent(t: Tensor, latent: tuple[int, ...]) -> Tensor:
 
 def _posterior(audit: VAEAudit, s: Sampler) -> Posterior | FullPosterior | None:
     """Measure and check what is sampled; None if nothing is known of it."""
-    if not bool(s.reference_draw(3, 0).isfinite().all()):
+    if not s.reference_draw(3, 0).isfinite().all():
         audit.bug(
             "not_finite",
             "sample returns NaN or infinity for a mean of 0 and a second output of 1",
@@ -315,7 +311,7 @@ def _mean_first(audit: VAEAudit, s: Sampler) -> Sampler:
     loc, _, misfit = s.measure(m, b)
     near = 1e-3 + 3 * s.scale_error
     at_b = float((loc - b).abs().max()) < near < float((loc - m).abs().max())
-    if not at_b or bool((misfit >= 1e-3).any()):
+    if not at_b or (misfit >= 1e-3).any():
         return s
     audit.swapped, audit.layout = True, "two tensors, scale first"
     for name in ("sample", "kl", "documented_mean"):

@@ -49,7 +49,7 @@ class VAEAudit(ReportBuilder):
         sandbox.device = self.example.device
         mean, std = (torch.as_tensor(value).detach().clone().double() for value in prior)
         self.prior = mean, std  # of flat latents (D,), once their number is known
-        if not bool((std > 0).all()):
+        if not (std > 0).all():
             raise AuditError(f"prior: expected a positive standard deviation; got {prior[1]}")
         self.kl_uses_sample = kl_uses_sample
         self.convention: str | None = None
