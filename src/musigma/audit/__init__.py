@@ -1,11 +1,11 @@
 """Audits of VAEs, flows and densities: what they compute, found by numbers."""
 
-from musigma.audit.aggregate import audit_aggregate
 from musigma.audit.density import audit_density
 from musigma.audit.dispatch import audit
 from musigma.audit.findings import CODES, AuditError, AuditReport, Finding
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
+from musigma.audit.posterior import audit_aggregate
 from musigma.audit.terms import audit_bits, audit_importance_bound, audit_log_prob_term
 from musigma.audit.vae import audit_vae
 

@@ -247,12 +247,7 @@ _TERMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def formula(f: Tensor, mean: Tensor, second: Tensor) -> str | None:
-    """F of one latent as a formula in m and b; None if it is no sum of known terms.
-
-    Args:
-        f: Values (P,).
-        mean: m (P,).
-        second: b (P,).
+    """F (P,) of one latent as a formula in m and b (P,); None if it is no sum of known terms.
 
     Example:
         >>> m, b = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).double()

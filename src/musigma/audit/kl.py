@@ -390,7 +390,8 @@ def _mismatch(audit: VAEAudit, q: Posterior, c: Comparison) -> None:
         numbers |= {"read_as": other, "slope": fit.slope, "intercept": fit.intercept}
     else:
         audit.read_as = "none"
-        if regress(c.f[c.inside], _reversed_kl(c, audit.prior)[c.inside]).residual < tight:
+        reversed_kl = gaussian_kl(*audit.prior, (c.loc, c.sigma))
+        if regress(c.f[c.inside], reversed_kl[c.inside]).residual < tight:
             text += ": it is the reversed KL, of the prior from the posterior"
         if other := _other_prior(c, c.f[one] - others, tight):
             audit.read_as = audit.convention
@@ -446,12 +447,6 @@ def _repair_of_readings(name: str, other: str, sampled: str) -> str:
     )
 
 
-def _reversed_kl(c: Comparison, prior: Heads) -> Tensor:
-    mean, std = prior
-    t = (c.sigma / std).log() + (std**2 + (c.loc - mean) ** 2) / (2 * c.sigma**2) - 0.5
-    return t.sum(-1)
-
-
 def _other_prior(c: Comparison, f: Tensor, tight: float) -> tuple[float, float] | None:
     """Mean and std of the normal distribution to which F of one latent is the KL."""
     one = slice(0, c.single)
@@ -503,26 +498,23 @@ def _check_minimum(audit: VAEAudit, q: Posterior, c: Comparison) -> None:
         return
     at_prior = found[-1]
 
-    def heads(values: Tensor, offsets: Tensor | float = 0.0) -> Heads:
+    def along(values: Tensor, offsets: Tensor | float = 0.0) -> Heads:
+        """F and sigma where one latent has these second outputs and means."""
         m = audit.prior[0].repeat(len(values), 1)
         v = torch.full((len(values), q.sampler.e), at_prior, dtype=torch.float64)
         m[:, 0] += offsets
         v[:, 0] = values
-        return m, v
-
-    def along(values: Tensor, offsets: Tensor | float = 0.0) -> Tensor:
-        at = heads(values, offsets)
-        return c.divergence.values(*at, *q.at(*at)).nan_to_num(math.inf)
+        loc, sigma = q.at(m, v)
+        return c.divergence.values(m, v, loc, sigma).nan_to_num(math.inf), sigma[:, 0]
 
     fine, best = b, at_prior
     for _ in range(5):
-        i = int(along(fine).argmin())
+        i = int(along(fine)[0].argmin())
         ends = fine[max(0, i - 1)], fine[min(len(fine) - 1, i + 1)]
         best = float(fine[i])
         fine = torch.linspace(float(ends[0]), float(ends[1]), 15, dtype=torch.float64)
-    pair = along(b.new_tensor([at_prior, best]))
-    gap = float(pair[0] - pair[1])
-    smallest_std = float(q.at(*heads(b.new_tensor([best])))[1][0, 0])
+    f, s = along(b.new_tensor([at_prior, best]))
+    gap, smallest_std = float(f[0] - f[1]), float(s[1])
     level = 1e-3
     if math.isfinite(audit.kl_slope):
         level *= min(1.0, max(abs(audit.kl_slope), 1e-6))
@@ -535,9 +527,9 @@ def _check_minimum(audit: VAEAudit, q: Posterior, c: Comparison) -> None:
         )  # fmt: skip
         return
     offsets = torch.linspace(-3, 3, 31, dtype=torch.float64) * std
-    values = along(torch.full_like(offsets, at_prior), offsets)
-    i = int(values.argmin())
-    if float(values[15] - values[i]) > level:
+    f, _ = along(torch.full_like(offsets, at_prior), offsets)
+    i = int(f.argmin())
+    if f[15] - f[i] > level:
         at = mean + float(offsets[i])
         audit.bug(
             "kl_min_off_prior", f"the KL is smallest at mean {at:.4g}; the prior's is {mean:.4g}",
@@ -554,12 +546,9 @@ def _check_growth(audit: VAEAudit, c: Comparison) -> None:
     audit.kl_halved = d.by_latents(*at) if growth is not None or d.copies == 1 else None
     if not growth:
         return
-    kinds = {"sum": lambda n: n, "mean": lambda n: 1}
-    fitting = (
-        kind for kind, expected in kinds.items()
-        if all(abs(ratio / expected(n) - 1) < 1e-3 for n, ratio in growth.items())
-    )  # fmt: skip
-    kind = audit.details["kl_over_batch"] = next(fitting, "neither")
+    sums = all(abs(ratio / n - 1) < 1e-3 for n, ratio in growth.items())
+    means = all(abs(ratio - 1) < 1e-3 for ratio in growth.values())
+    kind = audit.details["kl_over_batch"] = "sum" if sums else "mean" if means else "neither"
     if kind == "neither" and audit.kl_fits:
         audit.bug(
             "reduction_imbalance", f"for 8 identical examples the KL is {growth[8]:.4g} times "

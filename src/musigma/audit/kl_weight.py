@@ -94,10 +94,7 @@ class Reconstruction:
         """R of one example over the sum of the terms of its elements; None if it is unknown.
 
         Both change when some elements of x_hat move towards the data. If it takes no single
-        elements, they are compared with the usual errors.
-
-        Args:
-            halved: For half of the data's last axis.
+        elements, it is compared with the usual errors. `halved`: for half of the data's last axis.
         """
         x, hat = self.x[:1], self.x_hat[:1]
         if halved:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from musigma.audit.findings import AuditError
+from musigma.audit.findings import AuditError, AuditReport, ReportBuilder
 from musigma.audit.sampler import Sampler
-from musigma.audit.sandbox import first_form
+from musigma.audit.sandbox import Sandbox, by_float_type, first_form
 from musigma.audit.scales import name_curve
-from musigma.audit.statistics import correlated, moments_differ, noise_name
+from musigma.audit.statistics import correlated, covariance_differs, moments_differ, noise_name
 from musigma.audit.vae_state import FullPosterior, Heads, Posterior, VAEAudit
 
 __all__ = [
+    "audit_aggregate",
     "check_generation",
     "check_heads",
     "check_mean",
@@ -364,3 +367,79 @@ def _is_one_function(m: Tensor, s: Tensor, d: int) -> bool:
     if d < 2 or int(distinct.sum()) < 60 or s.std() < 1e-12:
         return False
     return bool((steps[distinct] > 0).all() or (steps[distinct] < 0).all())
+
+
+# --- the aggregate posterior ---------------------------------------------------------------------
+
+
+DRAWS = 40_000
+
+
+def audit_aggregate(
+    covariance: Tensor | Callable[[], Tensor], sample: Tensor | Callable[[int], Tensor]
+) -> AuditReport:
+    r"""Whether a claimed covariance of the aggregate posterior is that of its draws.
+
+    By the law of total variance, with encoder mean mu(x) and variance S(x),
+
+        Cov[z] = E[S(x)] + Cov[mu(x)].
+
+    Args:
+        covariance: The claimed matrix (D, D), or a callable that returns it.
+        sample: ``sample(n)``: draws of the aggregate posterior (n, D); or the draws themselves.
+
+    Raises:
+        AuditError: If shapes do not fit, or a callable raises.
+
+    Example:
+        >>> torch.manual_seed(0) and None
+        >>> report = audit_aggregate(torch.eye(2), lambda n: 2 * torch.randn(n, 2))
+        >>> report.verdict, report.codes
+        ('bug', ('aggregate_cov',))
+    """
+    claimed, z = by_float_type(lambda dtype: _both(covariance, sample, dtype))
+    z = z.flatten(1) if z.ndim > 1 else z[:, None]
+    d = z.shape[1]
+    if claimed.ndim == 1 and len(claimed) == d:
+        claimed = torch.diag(claimed)
+    if claimed.shape != (d, d):
+        raise AuditError(
+            f"covariance: expected shape ({d}, {d}), as sample returns {d} numbers a draw; got "
+            f"{tuple(claimed.shape)}"
+        )
+    report = ReportBuilder("aggregate posterior")
+    if not (z.isfinite().all() and claimed.isfinite().all()):
+        report.bug(
+            "not_finite",
+            "covariance or sample returns NaN or infinity",
+            "find out which of the two does, and for which x",
+        )
+        return report.build()
+    excess = min(covariance_differs(half, claimed)[0] for half in z.tensor_split(2))
+    sampled = covariance_differs(z, claimed)[1]
+    scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
+    error = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max())
+    report.checked.append(
+        f"covariance of {len(z)} draws: off by at most {error:.3g}, as a correlation"
+    )
+    if excess > 1:
+        report.bug(
+            "aggregate_cov",
+            f"the claimed covariance differs from that of {len(z)} draws by {error:.3g}, as a "
+            "correlation",
+            "the covariance of the aggregate is E[S(x)] + Cov[mean(x)]: add both parts",
+            sampled=sampled.tolist(),
+            claimed=claimed.tolist(),
+            off=error,
+            over_limit=excess,
+        )
+    return report.build()
+
+
+def _both(covariance: Any, sample: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The claimed covariance, and draws."""
+    with Sandbox(covariance, sample) as sandbox, torch.no_grad():
+        sandbox.use_dtype(dtype)
+        claimed = sandbox.call("covariance", covariance) if callable(covariance) else covariance
+        z = sandbox.call("sample", sample, DRAWS) if callable(sample) else sample
+        return sandbox.as_tensor("covariance", claimed), sandbox.as_tensor("sample", z)

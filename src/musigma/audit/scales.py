@@ -174,11 +174,8 @@ def crossings(curve: Function, b: Tensor, level: float) -> list[float]:
 def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 0.0) -> Curve:
     """The simplest reading of a measured curve within the tolerance, or one named "unnamed".
 
-    Args:
-        b: The points, ascending (n,).
-        sigma: The standard deviations, not negative (n,).
-        tolerance: Relative error of their ratios.
-        scale_error: Relative error that they share: that of the noise scale.
+    `b` (n,) is ascending, `sigma` (n,) not negative. `tolerance` is the relative error of ratios
+    of sigma, and `scale_error` that of its scale, which they share.
 
     Example:
         >>> b = torch.linspace(-60, 60, 121, dtype=torch.float64)

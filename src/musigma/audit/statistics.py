@@ -60,12 +60,7 @@ def noise_name(e: Tensor) -> tuple[str, dict[str, float]]:
     or their skewness or excess kurtosis exceeds 8 standard errors, sqrt(6 / n) and sqrt(24 / n).
     The bound is for a known mean and variance; estimated ones only bring F nearer to Phi.
 
-    Args:
-        e: The numbers (n,).
-
-    Returns:
-        "normal" or the family with the nearest quantiles, and the numbers: skewness, excess
-        kurtosis, distance of the distribution functions and its limit.
+    The result is "normal" or the family with the nearest quantiles, and the numbers.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)

@@ -33,6 +33,12 @@ from musigma.audit.vae_state import FullPosterior, Posterior, VAEAudit
 
 __all__ = ["audit_vae"]
 
+PARTS = {
+    "sample": "what is sampled",
+    "kl": "the KL",
+    "generate": "the prior of generation",
+    "recon": "the weight of the KL",
+}
 SIZES = (6, 2, 4, 8, 16, 20, 32, 10, 64, 3, 5, 128, 1)  # of a latent, where nothing gives it
 
 
@@ -108,29 +114,22 @@ def audit_vae(
 
 
 def _audit(audit: VAEAudit) -> AuditReport:
+    for name, what in PARTS.items():
+        if not audit.has(name):
+            audit.unchecked.append(f"{what}: there is no `{name}`")
     if audit.has("encode"):
         _find_heads(audit)
-    posterior = None
-    if audit.has("sample"):
-        posterior = _posterior(audit, _sampler(audit))
-    else:
-        audit.unchecked.append("what is sampled: there is no `sample`")
-    if not audit.has("kl"):
-        audit.unchecked.append("the KL: there is no `kl`")
-    elif isinstance(posterior, Posterior):
+    posterior = _posterior(audit, _sampler(audit)) if audit.has("sample") else None
+    if audit.has("kl") and isinstance(posterior, Posterior):
         check_kl(audit, posterior)
-    elif posterior is not None:
+    elif audit.has("kl") and posterior is not None:
         check_full_kl(audit, posterior)
-    elif audit.has("sample"):
+    elif audit.has("kl", "sample"):
         audit.unchecked.append("the KL: what is sampled is unknown")
     if isinstance(posterior, Posterior):
         check_scale(audit, posterior)
     if audit.has("generate"):
         check_generation(audit)
-    else:
-        audit.unchecked.append("the prior of generation: there is no `generate`")
-    if not audit.has("recon"):
-        audit.unchecked.append("the weight of the KL: there is no `recon`")
     if audit.has("encode"):
         check_kl_weight(audit)
         check_heads(audit, posterior)
