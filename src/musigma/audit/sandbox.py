@@ -141,7 +141,7 @@ class Sandbox:
         self._stack.callback(random.setstate, random.getstate())
         self._stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         self._stack.callback(self.snapshot())
-        self._modes = [(m, m.training) for root in self.modules for m in root.modules()]
+        self._modes = [(m, m.training) for m in self.layers()]
         self.reseed()
         for module in self.modules:
             module.eval()
@@ -158,14 +158,17 @@ class Sandbox:
         for module in self.modules:
             module.to(dtype)
         parameters = {id(p) for module in self.modules for p in module.parameters()}
-        for owner in [*(m for root in self.modules for m in root.modules()), *self.holders]:
+        for owner in [*self.layers(), *self.holders]:
             for name, value in list(vars(owner).items()):
-                if not isinstance(value, Tensor) or id(value) in parameters:
-                    continue
-                if value.is_floating_point() and value.is_leaf:
+                plain = isinstance(value, Tensor) and id(value) not in parameters
+                if plain and value.is_floating_point() and value.is_leaf:
                     wants = value.requires_grad
                     with contextlib.suppress(AttributeError):  # frozen dataclasses
                         setattr(owner, name, value.detach().to(dtype).requires_grad_(wants))
+
+    def layers(self) -> list[nn.Module]:
+        """Every module, with those inside it."""
+        return list({id(m): m for root in self.modules for m in root.modules()}.values())
 
     def restore_modes(self) -> None:
         """Put the modules back into the training or evaluation modes that they came in."""
@@ -174,7 +177,16 @@ class Sandbox:
 
     def snapshot(self) -> Callable[[], None]:
         """A function that restores everything to its present state, as often as it is called."""
-        return _restorer(self.modules, self.holders)
+        attributes = [vars(thing) for thing in [*self.holders, *self.layers()]]
+        values = [value for each in attributes for value in each.values()]
+        tensors = [t for m in self.layers() for t in [*m.parameters(False), *m.buffers(False)]]
+        undo = [_content_restorer(thing) for thing in [*attributes, *values, *tensors]]
+
+        def restore() -> None:
+            for step in undo:
+                step()
+
+        return restore
 
     def reseed(self, seed: int | None = None) -> None:
         """Seed the random numbers of torch, NumPy and Python."""
@@ -215,8 +227,6 @@ class Sandbox:
                 f"{name}: given {given}, it did not end within {self.seconds:g} s; make it faster "
                 "or give it smaller inputs"
             ) from None
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except Exception as error:
             words = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
             reason = f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
@@ -304,21 +314,6 @@ def _limited(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _restorer(roots: Sequence[nn.Module], holders: Sequence[Any] = ()) -> Callable[[], None]:
-    """A function that restores modules, and other objects with attributes."""
-    modules = {id(m): m for root in roots for m in root.modules()}.values()
-    attributes = [vars(thing) for thing in [*holders, *modules]]
-    values = [value for each in attributes for value in each.values()]
-    tensors = [t for m in modules for t in [*m.parameters(False), *m.buffers(False)]]
-    undo = [_content_restorer(thing) for thing in [*attributes, *values, *tensors]]
-
-    def restore() -> None:
-        for step in undo:
-            step()
-
-    return restore
 
 
 def _content_restorer(thing: Any) -> Callable[[], None]:

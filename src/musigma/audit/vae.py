@@ -184,9 +184,8 @@ def _enable_sampling(audit: VAEAudit, call: Callable[[], Any]) -> None:
     try:
         if draws():
             return
-        for root in audit.sandbox.modules:
-            for module in root.modules():
-                module.training |= not isinstance(module, unchanged)
+        for module in audit.sandbox.layers():
+            module.training |= not isinstance(module, unchanged)
         if draws():
             audit.assumed.append("it samples in training mode only, and was audited in that mode")
             return
