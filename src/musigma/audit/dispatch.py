@@ -6,6 +6,7 @@ The same obj has many names in different codebases. What is recognised is listed
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -87,8 +88,9 @@ def audit(
         dims = obj.event_shape.numel()
         report = audit_density(lambda x: obj.log_prob(x.reshape(-1, *obj.event_shape)), dims)
     else:
-        run = _in_a_row(obj) if isinstance(obj, (list, tuple)) else obj
-        x = None
+        x, run = None, obj
+        if isinstance(obj, (list, tuple)):
+            run = functools.partial(functools.reduce, lambda h, layer: first(layer(h)), obj)
         if callable(run):
             x = _accepted_batch(run, _examples(obj, example, shape), assumed)
         if x is None or not _is_flow(obj, run, x):
@@ -181,17 +183,6 @@ def _is_flow(obj: Any, run: Callable[[Tensor], Any], x: Tensor) -> bool:
     parts = z if isinstance(z, (list, tuple)) else [z]
     sizes = [p.numel() if isinstance(p, Tensor) else 0 for p in (*parts, log_det)]
     return sum(sizes[:-1]) == x.numel() and sizes[-1] in (1, len(x), x.numel())
-
-
-def _in_a_row(layers: Any) -> Callable[[Tensor], Any]:
-    """The composition of layers."""
-
-    def run(x: Any) -> Any:
-        for layer in layers:
-            x = first(layer(x))
-        return x
-
-    return run
 
 
 def _vae_parts(obj: Any) -> dict[str, Any] | None:

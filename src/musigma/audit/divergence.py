@@ -95,18 +95,22 @@ class Divergence:
         self.copies = 1  # identical rows in one call
         self.rounding = 1e-6
         try:
-            self._total(at, 1)
+            self._raw(*(t[None] for t in at))
         except AuditError:
             if example_rows in (None, 1):
                 raise
             self.copies = example_rows
-            self._total(at, example_rows)
+            self._raw(*(t.expand(example_rows, -1) for t in at))
         self.kind = self._kind(at)
         values = [self._once(at, seed) for seed in (1, 1, 2, 3)]
         spread = max(values) - min(values)
         self.by_chance = not uses_sample and spread > 1e-6 * (1 + max(map(abs, values)))
         self.error = 0.0  # standard error of a value, where chance is left in it
-        self._factor = self._chance_factor(at) if self.by_chance else 1.0
+        self._summed = 1  # rows that a call with many sums over
+        if self.by_chance:
+            fewer = self._total(at, CHANCE_ROWS // 16)
+            sums = self.kind != "scalar" or abs(self._many(at)[0]) > 4 * abs(fewer)
+            self._summed = CHANCE_ROWS if sums else 1
 
     def _raw(self, *heads: Tensor) -> Tensor:
         """What it returns for mean, second output and z, all of the latents or half of them."""
@@ -155,15 +159,6 @@ class Divergence:
     def _once(self, row: tuple[Tensor, ...], seed: int = 0) -> float:
         return self._total(row, self.copies, seed) / (1 if self.kind == "scalar" else self.copies)
 
-    def _chance_factor(self, at: tuple[Tensor, Tensor, Tensor]) -> float:
-        """The value of a call with many rows over that of the average row."""
-        if self.kind != "scalar":
-            return float(CHANCE_ROWS)
-        many = self._many(at)[0]
-        few = sum(self._once(at, seed) for seed in range(200)) / 200
-        ratio = abs(many / few) if few else 1.0
-        return float(CHANCE_ROWS) if ratio > math.sqrt(CHANCE_ROWS) else 1.0
-
     def _many(self, row: tuple[Tensor, ...]) -> tuple[float, float]:
         """The average of calls with many rows, and its standard error."""
         values = [self._total(row, CHANCE_ROWS, seed) for seed in range(CHANCE_SEEDS)]
@@ -173,8 +168,8 @@ class Divergence:
         """F at points (P,): heads mean (P, D) and second (P, E), sampled loc and sigma (P, D)."""
         if self.by_chance:
             fits = [self._many(row) for row in zip(mean, second, loc, strict=True)]
-            self.error = max(error for _, error in fits) * 3 / self._factor
-            return torch.tensor([value / self._factor for value, _ in fits], dtype=torch.float64)
+            self.error = max(error for _, error in fits) * 3 / self._summed
+            return torch.tensor([value / self._summed for value, _ in fits], dtype=torch.float64)
         if not self.uses_sample:
             return self.at_draws(mean, second, loc)
         nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
