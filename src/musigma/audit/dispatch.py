@@ -6,7 +6,6 @@ The same obj has many names in different codebases. What is recognised is listed
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import re
@@ -88,9 +87,13 @@ def audit(
         dims = obj.event_shape.numel()
         report = audit_density(lambda x: obj.log_prob(x.reshape(-1, *obj.event_shape)), dims)
     else:
-        x, run = None, obj
-        if isinstance(obj, (list, tuple)):
-            run = functools.partial(functools.reduce, lambda h, layer: first(layer(h)), obj)
+
+        def in_a_row(x: Any) -> Any:
+            for layer in obj:
+                x = first(layer(x))
+            return x
+
+        x, run = None, in_a_row if isinstance(obj, (list, tuple)) else obj
         if callable(run):
             x = _accepted_batch(run, _examples(obj, example, shape), assumed)
         if x is None or not _is_flow(obj, run, x):

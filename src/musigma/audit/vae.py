@@ -122,7 +122,7 @@ def _audit(audit: VAEAudit) -> AuditReport:
     posterior = _posterior(audit, _sampler(audit)) if audit.has("sample") else None
     if audit.has("kl") and isinstance(posterior, Posterior):
         check_kl(audit, posterior)
-    elif audit.has("kl") and posterior is not None:
+    elif audit.has("kl") and isinstance(posterior, FullPosterior):
         check_full_kl(audit, posterior)
     elif audit.has("kl", "sample"):
         audit.unchecked.append("the KL: what is sampled is unknown")
