@@ -273,22 +273,19 @@ def _check_balance(
 ) -> None:
     """Whether the weight of the KL stays the same when batch, latent or data change their size."""
     same_reduction = "reduce both over the batch alike: sum over an example, then take the mean"
-    kl_grows, recon_grows = audit.kl_growth, reconstruction.growth()
-    power = _power(kl_grows) - _power(recon_grows)
+    kl, recon = audit.kl_growth, reconstruction.growth()
+    power = _power(kl) - _power(recon)
     rho, size = reconstruction.rho(), len(audit.example)
-    alike = True
-    if kl_grows and recon_grows and not weights:
-        alike = all(abs(kl_grows[n] / recon_grows[n] - 1) <= 1e-3 for n in kl_grows)
-    if kl_grows and recon_grows and not alike:
+    if kl and recon and not weights and any(abs(kl[n] / recon[n] - 1) > 1e-3 for n in kl):
         here = audit.kl_slope / rho * size**power if rho else math.nan
         audit.find(  # a weight of 1 here: the code was written for batches of this size
             "reduction_imbalance",
             "warning" if abs(here - 1) < 1e-2 else "bug",
             "the weight of the KL changes with the batch: for 8 examples the KL is "
-            f"{kl_grows[8]:.4g} times that of one, the reconstruction {recon_grows[8]:.4g} times",
+            f"{kl[8]:.4g} times that of one, the reconstruction {recon[8]:.4g} times",
             same_reduction,
-            kl_growth=kl_grows[8],
-            recon_growth=recon_grows[8],
+            kl_growth=kl[8],
+            recon_growth=recon[8],
         )
         return
     if audit.details.get("kl_returns") == "per dimension" or reconstruction.kind == "per element":
