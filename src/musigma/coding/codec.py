@@ -43,19 +43,12 @@ TOO_MANY = "an image takes more bits to begin with than a file can hold: use sma
 
 @dataclass(frozen=True)
 class Coded:
-    """A chunk of images as bits.
+    """A chunk of images as bits."""
 
-    Attributes:
-        schedule: Sizes of the batches, in the order in which they were pushed.
-        listed: The exceptions of each batch; see `Rounding`.
-        seed: Number of 32-bit words of the hash that the stack began with.
-        words: The stack.
-    """
-
-    schedule: list[int]
-    listed: list[Exceptions]
-    seed: int
-    words: np.ndarray
+    schedule: list[int]  # sizes of the batches, in the order in which they were pushed
+    listed: list[Exceptions]  # of each batch; see `Rounding`
+    seed: int  # number of 32-bit words of the hash that the stack began with
+    words: np.ndarray  # the stack
 
     @property
     def bits(self) -> int:

@@ -55,21 +55,13 @@ COARSE = 2
 
 @dataclass(frozen=True)
 class Grids:
-    """The grids on which the variables of a model lie: values are k · 2^-g.
+    """The grids on which the variables of a model lie: values are k · 2^-g."""
 
-    Attributes:
-        modules: The number of each module of the model, by which it is identified in files.
-        scored: g of each variable that p scores, by its site.
-        drawn: g of each variable that q draws, by its site.
-        layers: g below and above each bijection.
-        latents: g of the draws whose grid was chosen from their standard deviation, in order.
-    """
-
-    modules: Mapping[nn.Module, int]
-    scored: dict[nn.Module, int] = field(default_factory=dict)
-    drawn: dict[nn.Module, int] = field(default_factory=dict)
-    layers: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)
-    latents: list[int] = field(default_factory=list)
+    modules: Mapping[nn.Module, int]  # their numbers, by which files identify them
+    scored: dict[nn.Module, int] = field(default_factory=dict)  # g of what p scores, by its site
+    drawn: dict[nn.Module, int] = field(default_factory=dict)  # g of what q draws, by its site
+    layers: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # g below and above
+    latents: list[int] = field(default_factory=list)  # g of draws of real numbers, in order
 
 
 def layer_rule(layer: Any) -> tuple[Any, Any, bool]:

@@ -70,29 +70,16 @@ MODEL_KINDS = (BITS_BACK, RECORDS)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Chunk:
-    """Some images of a file, which are decompressed without the others.
+    """Some images of a file, which are decompressed without the others."""
 
-    Attributes:
-        index: Its number among the chunks of the file.
-        first: Number of its first image.
-        count: Number of images, at least one.
-        kind: One of `KINDS`.
-        raw: Bytes of the images, decompressed, without `side`. Whoever decompresses must check it.
-        schedule: Sizes of the coded batches, each 1 to 256, in all `count`; empty if no model took
-            part.
-        exceptions: Array of dtype `EXCEPTION`, shape (E,); read-only from a reader.
-        side: What belongs to the images besides pixels; stored deflated.
-        payload: The images.
-    """
-
-    index: int
-    first: int
-    count: int
-    kind: int
-    raw: int
-    schedule: Sequence[int] = ()
+    index: int  # among the chunks of the file
+    first: int  # the number of its first image
+    count: int  # images, at least one
+    kind: int  # one of `KINDS`
+    raw: int  # bytes of the images, decompressed, without `side`; whoever decompresses checks it
+    schedule: Sequence[int] = ()  # sizes of the batches that the model coded, each 1 to 256
     exceptions: np.ndarray = field(default_factory=lambda: np.empty(0, EXCEPTION))
-    side: bytes = b""
+    side: bytes = b""  # what belongs to the images besides pixels; stored deflated
     payload: bytes = b""
 
 
