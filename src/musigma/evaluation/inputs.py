@@ -79,18 +79,15 @@ def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
     if available is None:
         known = ", ".join(repr(v.name) for v in data.variables) or "nothing"
         return f"{asked}, and {name} come with {known}; give it (--given, or Dataset.given)"
-    if variable.classes and available.names:
-        if not variable.names:
-            same = len(available.names) == variable.classes
-            return None if same else f"{asked}, and {name} have {len(available.names)}"
+    if variable.names and available.names:
         codes = np.unique(_column(data, variable.name))
         unknown = sorted(set(np.array(available.names)[codes]) - set(variable.names))
-        if unknown:
-            listed = ", ".join(unknown[:8])
-            more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-            known = ", ".join(variable.names[:12]) + (", ..." if variable.classes > 12 else "")
-            return f"{name} have classes unknown to the model: {listed}{more} (known: {known})"
-        return None
+        if not unknown:
+            return None
+        listed = ", ".join(unknown[:8])
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        known = ", ".join(variable.names[:12]) + (", ..." if variable.classes > 12 else "")
+        return f"{name} have classes unknown to the model: {listed}{more} (known: {known})"
     if (variable.classes, variable.shape) != (available.classes, available.shape):
         got = f"{available.classes} classes" if available.classes else f"shape {available.shape}"
         return f"{asked}, and in {name} it has {got}"

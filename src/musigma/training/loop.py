@@ -154,33 +154,31 @@ def fit(
     )
 
 
+@dataclass(eq=False)
 class _Run:
-    """A run in progress. Its methods are the parts of the loop."""
+    """A run in progress. Its methods are the parts of the loop; the fields are those of `fit`."""
 
-    def __init__(
-        self,
-        model: Model,
-        train: Dataset,
-        validation: Dataset,
-        config: TrainConfig,
-        out: Path,
-        objective: Objective | None,
-        extra: Mapping[str, Any] | None,
-        device: str | None,
-        watch: Watch | None,
-    ):
-        self.model, self.train, self.config, self.out = model, train, config, out
-        self.objective, self.extra = objective, extra
-        self.accelerator = hardware.accelerator(
-            config, out, cpu=uses_cpu(device), unused=objective is not None
-        )
+    model: Model
+    train: Dataset
+    validation: Dataset
+    config: TrainConfig
+    out: Path
+    objective: Objective | None
+    extra: Mapping[str, Any] | None
+    requested: str | None  # the device
+    watch: Watch | None
+
+    def __post_init__(self) -> None:
+        config, cpu, unused = self.config, uses_cpu(self.requested), self.objective is not None
+        self.accelerator = hardware.accelerator(config, self.out, cpu=cpu, unused=unused)
         self.processes = current_processes()
-        self.device = torch.device(device) if device else self.accelerator.device
-        self.validation = validation.subset(range(min(len(validation), config.evaluate_on)))
-        self.remarks = warning.start_warnings(config, len(train), len(validation))
+        self.device = torch.device(self.requested or self.accelerator.device)
+        n = len(self.validation)
+        self.remarks = warning.start_warnings(config, len(self.train), n)
+        self.validation = self.validation.subset(range(min(n, config.evaluate_on)))
         self.progress = Progress()
-        self.log = Log(out / "metrics.jsonl", watch, write=self.processes.is_main)
-        self.best = out / "model.safetensors"
+        self.log = Log(self.out / "metrics.jsonl", self.watch, write=self.processes.is_main)
+        self.best = self.out / "model.safetensors"
         self.batches: Any = None
 
     def close(self) -> None:

@@ -27,37 +27,24 @@ RENAMED = {"caution": "lr_scale", "fallen": "fallbacks", "alerts": "warnings"}  
 
 @dataclass
 class Progress:
-    """The progress of a run: all of its state but tensors.
+    """The progress of a run: all of its state but tensors."""
 
-    Attributes:
-        step: Number of steps done.
-        seconds: Seconds of training.
-        best: Lowest validation figure, in bits per dimension.
-        best_step: Step of that figure.
-        stale: Number of evaluations since that figure.
-        usual_norm: Running average of the gradient's norm.
-        usual_loss: Running average of the loss, and of its distance from that average.
-        skipped: Number of skipped steps.
-        failing: Number of steps skipped in a row, up to now.
-        setbacks: How often the run went back to its last saved state.
-        lr_scale: Factor of the learning rate; halved at each setback.
-        fallbacks: Runs of bijections that are no longer reversible, and why.
-        warnings: Conditions that were warned of and still hold, by name.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    best: float = float("inf")
-    best_step: int = 0
-    stale: int = 0
-    usual_norm: float = 0.0
+    step: int = 0  # steps done
+    seconds: float = 0.0  # of training
+    best: float = float("inf")  # lowest validation figure, in bits per dimension
+    best_step: int = 0  # step of that figure
+    stale: int = 0  # evaluations since that figure
+    usual_norm: float = 0.0  # running average of the gradient's norm
     usual_loss: list[float] = field(default_factory=list)
-    skipped: int = 0
-    failing: int = 0
-    setbacks: int = 0
-    lr_scale: float = 1.0
+    """Running average of the loss, and of its distance from that average."""
+    skipped: int = 0  # skipped steps
+    failing: int = 0  # steps skipped in a row, up to now
+    setbacks: int = 0  # how often the run went back to its last saved state
+    lr_scale: float = 1.0  # factor of the learning rate; halved at each setback
     fallbacks: dict[str, str] = field(default_factory=dict)
+    """Runs of bijections that are no longer reversible, and why."""
     warnings: dict[str, str] = field(default_factory=dict)
+    """Conditions that were warned of and still hold, by name."""
 
 
 def saved_state(out: Path) -> Path:
