@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,7 +80,7 @@ def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
         known = ", ".join(repr(v.name) for v in data.variables) or "nothing"
         return f"{asked}, and {name} come with {known}; give it (--given, or Dataset.given)"
     if variable.names and available.names:
-        codes = np.unique(_column(data, variable.name))
+        codes = np.unique(_stored(data, variable.name)[0])
         unknown = sorted(set(np.array(available.names)[codes]) - set(variable.names))
         if not unknown:
             return None
@@ -94,11 +94,11 @@ def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
     return None
 
 
-def _column(data: Dataset, name: str) -> np.ndarray:
-    """All rows of a variable: indices of classes, numbers, or images."""
+def _stored(data: Dataset, name: str) -> tuple[Any, Sequence[str]]:
+    """All rows of a variable: indices of classes, numbers, or images; and the names of classes."""
     if name == "label" and data.labels is not None:
-        return data.labels
-    return data.given[name].values  # pyright: ignore[reportReturnType]
+        return data.labels, data.label_names
+    return data.given[name].values, data.given[name].names
 
 
 @contextmanager
@@ -151,10 +151,8 @@ def column(variable: Variable, data: Dataset, indices: np.ndarray) -> np.ndarray
 
     Classes are matched by name if both the model and the data have names.
     """
-    values = np.asarray(_column(data, variable.name)[indices])
-    if not variable.classes:
-        return values
-    names = data.label_names if variable.name == "label" else data.given[variable.name].names
+    stored, names = _stored(data, variable.name)
+    values = np.asarray(stored[indices])
     if variable.names and names and tuple(names) != variable.names:
         where = {name: i for i, name in enumerate(variable.names)}
         values = np.array([where[names[i]] for i in values], np.int64)

@@ -152,10 +152,8 @@ def _check_value(
     if finite and not bool(value.isfinite().all()):
         bad = value[~value.isfinite()].flatten()[0].item()
         raise ValueError(f"{name}: returned {bad} for the first batch, which is not finite")
-    trained = [p for p in parameters if p.requires_grad]
-    gradients: tuple[Tensor | None, ...] = ()
-    if value.requires_grad and trained:
-        gradients = torch.autograd.grad(value.sum(), trained, allow_unused=True)
+    trained = [p for p in parameters if p.requires_grad] if value.requires_grad else []
+    gradients = torch.autograd.grad(value.sum(), trained, allow_unused=True) if trained else ()
     if all(g is None for g in gradients):
         raise ValueError(
             f"{name}: what it returned has no gradient for the parameters that it trains; do not "

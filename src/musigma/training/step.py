@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -221,17 +221,13 @@ class TrainingStep:
     def _weight_gradients(self) -> list[Tensor]:
         return [p.grad for p in self.weights if p.grad is not None]
 
-    @contextmanager
-    def _exchanging(self, now: bool) -> Iterator[None]:
-        """Whether a backward pass averages the gradients of all processes."""
+    def _exchanging(self, now: bool) -> AbstractContextManager[Any]:
+        """A context in which a backward pass averages the gradients of all processes, or not."""
         if self.sharded:
             self.forward.set_requires_gradient_sync(now)  # pyright: ignore
-            yield
-        elif now or self.trained is self.forward:
-            yield
-        else:
-            with self.accelerator.no_sync(self.trained):
-                yield
+        elif not now and self.trained is not self.forward:
+            return self.accelerator.no_sync(self.trained)
+        return nullcontext()
 
     # -- optimizers
 
