@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,7 +94,7 @@ def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
     return None
 
 
-def _stored(data: Dataset, name: str) -> tuple[Any, Sequence[str]]:
+def _stored(data: Dataset, name: str) -> tuple[Any, Any]:
     """All rows of a variable: indices of classes, numbers, or images; and the names of classes."""
     if name == "label" and data.labels is not None:
         return data.labels, data.label_names
