@@ -19,8 +19,8 @@ __all__ = [
     "Context",
     "apply",
     "check",
-    "chunks",
     "conditioned",
+    "in_parts",
     "join",
     "length",
     "lerp",
@@ -64,10 +64,11 @@ def repeat(context: Context, k: int) -> Context:
     return apply(lambda t: t.repeat_interleave(k, 0), context)
 
 
-def chunks(context: Context, size: int, n: int) -> Iterator[Context]:
-    """The rows of n examples, `size` at a time."""
-    for start in range(0, n, size):
-        yield rows(context, slice(start, start + size))
+def in_parts(x: Tensor, context: Context, size: int = 64) -> Iterator[tuple[Tensor, Any]]:
+    """A few examples at a time, with their context, to limit the memory of networks."""
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        yield x[part], rows(context, part)
 
 
 def lerp(a: Context, b: Context, t: float) -> Context:

@@ -505,14 +505,9 @@ class Chain(Model):
         x = self.floating(x)
         for layer in self.layers:
             layer.calibrate(x, context)
-            parts = _in_parts(x, context)
+            parts = contexts.in_parts(x, context)
             x = torch.cat([layer.infer(part, Trace(scoring=False), rows) for part, rows in parts])
         self.prior.calibrate(x, context)
-
-
-def _in_parts(x: Tensor, context: Context) -> Iterator[tuple[Tensor, Any]]:
-    """64 examples at a time, with their context, to limit the memory of networks."""
-    return zip(x.split(64), contexts.chunks(context, 64, len(x)), strict=True)
 
 
 class VAE(Model):
@@ -566,7 +561,7 @@ class VAE(Model):
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Any = None) -> None:
         """Calibrate the prior on draws from the posterior."""
-        parts = _in_parts(self.floating(x), context)
+        parts = contexts.in_parts(self.floating(x), context)
         z = torch.cat([conditioned(self.encoder, *part).sample() for part in parts])
         self.prior.calibrate(z, context)
 

@@ -40,7 +40,7 @@ from musigma.coding.errors import (
 from musigma.coding.numerics import Numerics
 from musigma.coding.reader import FAULT, Reader
 from musigma.coding.stack import CODER
-from musigma.context import Context, apply, chunks
+from musigma.context import Context, apply, in_parts
 from musigma.files import replacing
 from musigma.model import Model
 from musigma.zoo.flows.glow import to_format_1
@@ -346,7 +346,7 @@ def _as_bytes(model: Model) -> bytes:
 @torch.no_grad()
 def _ideal(model: Model, x: torch.Tensor, context: Context) -> tuple[float, float]:
     """-ELBO in bits/dim, and its standard error."""
-    parts = zip(x.split(64), chunks(context, 64, len(x)), strict=True)
+    parts = in_parts(x, context)
     bits = torch.cat([model.bits_per_dim(part, given).double() for part, given in parts])
     error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
     return bits.mean().item(), error
