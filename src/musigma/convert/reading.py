@@ -1,22 +1,29 @@
-"""Foreign files as named tensors, read without running anything in them."""
+"""Foreign files as named tensors, read without running anything in them.
+
+From a pickle, tensors, containers and dtypes are rebuilt; any other class or function becomes an
+`Inert` stand-in that keeps the state it is given. So a checkpoint of Lightning is read without
+Lightning, a pickled module yields its tensors without its class, and a pickle that calls
+``os.system`` calls nothing.
+"""
 
 from __future__ import annotations
 
 import json
 import pickle
 import tarfile
+import warnings
 import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from musigma.convert import pickles
-from musigma.convert.pickles import Inert
-
-__all__ = ["Contents", "ForeignError", "printable", "read", "read_json"]
+__all__ = ["Contents", "ForeignError", "Inert", "printable", "read", "read_json"]
 
 FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -31,6 +38,41 @@ FILES = (
     "model.npz",
 )
 """The files in which a folder may hold its weights; the first that exists is read."""
+
+DEPTH = 12
+"""How many containers deep tensors are looked for."""
+
+MODULE_TABLES = ("_parameters", "_buffers", "_modules")
+"""Where a pickled `nn.Module` keeps its tensors and its parts."""
+
+
+class Inert(dict):
+    """An object of a class that was not loaded: keeps its state and runs nothing.
+
+    Attributes:
+        kind: The dotted name of the class or function that the pickle asked for.
+        state: What the pickle would have restored, or None.
+    """
+
+    kind = ""
+    state: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        """Another stand-in."""
+        return Inert()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, item: Any) -> None:
+        """Forget an item of a list, or of a set."""
+
+    extend = add = append
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+    __eq__ = object.__eq__
 
 
 class ForeignError(ValueError):
@@ -106,7 +148,12 @@ def _tensors(path: Path, notes: list[str]) -> dict[str, Any]:
         parts = [_tensors(path.parent / name, notes) for name in shards]
         return {name: t for part in parts for name, t in part.items()}
     if path.suffix == ".safetensors":
-        return _safetensors(path)
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            if "musigma" in (file.metadata() or {}):
+                raise ForeignError(f"{path}: is a checkpoint of musigma's already")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             start = file.read(2)
@@ -136,26 +183,86 @@ def _tensors(path: Path, notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        if "musigma" in (file.metadata() or {}):
-            raise ForeignError(f"{path}: is a checkpoint of musigma's already")
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 def _pickled(path: Path, notes: list[str]) -> dict[str, Tensor | Inert]:
-    value, replaced = pickles.load(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
+                raise ValueError("a TorchScript archive, which is code; save its state_dict()")
+    stand_ins: dict[str, type[Inert]] = {}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            kind = f"{module}.{name}"
+            if kind in SAFE:
+                return SAFE[kind]
+            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+                return getattr(torch, name)
+            if kind not in stand_ins:
+                stand_ins[kind] = type(name, (Inert,), {"kind": kind})
+            return stand_ins[kind]
+
+    def load(file: Any, **options: Any) -> Any:
+        return Unpickler(file, **options).load()
+
+    module = SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=load)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
     if isinstance(value, Tensor):
         raise ForeignError(f"{path}: holds a single tensor, not a state dict")
-    if replaced:
-        more = f" and {len(replaced) - 3} more" if len(replaced) > 3 else ""
+    if stand_ins:
+        more = f" and {len(stand_ins) - 3} more" if len(stand_ins) > 3 else ""
         notes.append(
             f"pickle: read the tensors alone; classes that were not loaded: "
-            f"{printable(', '.join(replaced[:3]))}{more}"
+            f"{printable(', '.join(list(stand_ins)[:3]))}{more}"
         )
-    return pickles.named_tensors(value)
+    return dict(_walk(value, (), ()))
+
+
+def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    """A tensor, without the hooks and attributes that a pickle may bring."""
+    return torch.empty(0, dtype=storage.dtype).set_(storage.untyped(), offset, size, stride)
+
+
+SAFE: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": torch.Size,
+    "torch.storage.UntypedStorage": torch.UntypedStorage,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._tensor._rebuild_from_type_v2": lambda make, kind, arguments, *_: make(*arguments),
+}
+"""What a pickle may name and get."""
+
+
+def _walk(value: Any, at: tuple[str, ...], above: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """Every tensor inside an object, by its dotted path of keys, indices and attributes.
+
+    A tensor of a kind that was not rebuilt (sparse, quantised) is listed as its stand-in.
+    """
+    inert = isinstance(value, Inert)
+    unread = "torch._utils._rebuild", "torch._tensor._rebuild"
+    if isinstance(value, Tensor) or (inert and value.kind.startswith(unread)):
+        yield ".".join(at), value
+        return
+    if len(at) > DEPTH or id(value) in above:
+        return
+    inside: list[tuple[Any, Any]] = []
+    if isinstance(value, Mapping):
+        inside += value.items()
+    elif isinstance(value, (list, tuple)):
+        inside += enumerate(value)
+    if inert:
+        states = value.state if isinstance(value.state, tuple) else (value.state,)
+        inside += [
+            pair for state in states if isinstance(state, Mapping) for pair in state.items()
+        ]
+    for key, item in inside:
+        name = getattr(key, "kind", None) or str(key)  # the dotted name, of a class
+        step = () if inert and key in MODULE_TABLES else (name,)
+        yield from _walk(item, at + step, (*above, id(value)))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musigma.convert.pickles import Inert
-from musigma.convert.reading import Contents, ForeignError, printable
+from musigma.convert.reading import Contents, ForeignError, Inert, printable
 from musigma.convert.weights import Family, Weights, any_of
 
 __all__ = ["select"]
