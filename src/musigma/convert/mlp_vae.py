@@ -45,6 +45,7 @@ def _fc_vae(weights: Weights, options: Options, shape: tuple[int, int, int], sca
     """The layers fc1, fc21, fc22, fc3 and fc4, with batch norms if there are any."""
     hidden, latents = weights.size("fc1.weight", 0), weights.size("fc21.weight", 0)
     normed, pixels = weights.any("bn"), math.prod(shape)
+    weights.ignore([r"bn\d+\.num_batches_tracked"])
     layers = {
         "encoder.net.enter": ("1", pixels, hidden),
         "encoder.net.mean": ("21", hidden, latents),
@@ -57,7 +58,6 @@ def _fc_vae(weights: Weights, options: Options, shape: tuple[int, int, int], sca
         w, b = weights.linear(f"fc{number}", inputs, outputs)
         if normed and number != "4":
             norm = f"bn{number}"
-            weights.drop(f"{norm}.num_batches_tracked")
             gain, shift, mean, var = (
                 weights.take(f"{norm}.{part}", outputs)
                 for part in ("weight", "bias", "running_mean", "running_var")

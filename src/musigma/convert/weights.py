@@ -137,11 +137,7 @@ class Weights:
         return sorted({int(match[1]) for match in matches if match and len(match[1]) < 7})
 
     def size(self, name: str, axis: int) -> int:
-        """The length of an axis of a tensor.
-
-        Raises:
-            ForeignError: If there is no such tensor, no such axis, or nothing along it.
-        """
+        """The length of an axis of a tensor; a `ForeignError` if it has none."""
         shape = tuple(self.tensors[name].shape) if name in self else ()
         if not (-len(shape) <= axis < len(shape) and shape[axis]):
             got = f"has shape {shape}" if name in self else "is missing"
@@ -149,11 +145,7 @@ class Weights:
         return shape[axis]
 
     def take(self, name: str, *shape: int, integer: bool = False) -> Tensor:
-        """A tensor in float64, of a given shape; of integers where `integer` is true.
-
-        Raises:
-            ForeignError: If the file is too small for a tensor of that shape.
-        """
+        """A tensor in float64, of a given shape; of integers where `integer` is true."""
         if math.prod(shape) > self.elements:
             self.refuse(f"{name} should have shape {shape}, which is more than the file holds")
             self.finish()
@@ -179,20 +171,12 @@ class Weights:
         """Weight and bias of a linear layer."""
         return self.take(f"{name}.weight", outputs, inputs), self.take(f"{name}.bias", outputs)
 
-    def drop(self, *names: str) -> None:
-        """Leave constants of the original's code, which no model needs, out of the account."""
-        self.left.difference_update(names)
-
     def refuse(self, reason: str) -> None:
         """Note a difference, once."""
         self.problems[reason] = None
 
     def finish(self) -> None:
-        """Refuse the file if there are differences, or tensors that were not taken.
-
-        Raises:
-            ForeignError: With the first five differences.
-        """
+        """Raise a `ForeignError` of the first five differences, and of tensors that are left."""
         wrong = [*self.problems, *(f"{name} is not part of it" for name in sorted(self.left))]
         if wrong:
             more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
