@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (CycloptsError, *UserError, RuntimeError) as error:
         if "--debug" in words or not _is_explained(error):
             raise
-        print(f"{_prefix()}: {_message(error)}", file=sys.stderr)
+        text = str(error).rstrip()  # lists of faults in data keep their lines
+        text = text if isinstance(error, UserError) else " ".join(text.split())
+        print(f"{_prefix()}: {text}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
 
 
@@ -62,13 +64,6 @@ def _unknown_command(word: str) -> str:
     near = difflib.get_close_matches(word, [name for name in app if name[0] != "-"], 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown command {word!r}; {hint}`musigma --help` lists the commands"
-
-
-def _message(error: Exception) -> str:
-    """The message of an error on one line; lists of faults in data keep their lines."""
-    if isinstance(error, UserError):
-        return str(error).rstrip()
-    return " ".join(str(error).split())
 
 
 def _prefix() -> str:

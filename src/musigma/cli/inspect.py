@@ -21,7 +21,7 @@ from musigma.cli.options import (
     Run,
     app,
     at_least_one,
-    sides,
+    numbers,
 )
 from musigma.cli.outputs import check_out
 from musigma.cli.screen import Screen, figure_text
@@ -281,8 +281,10 @@ def audit(
             f"{', '.join(library.CODES)}"
         )
     if ":" in target and not Path(target).exists():
-        event = None if shape is None else sides(shape, "shape", "sizes, as 1x28x28")
-        report = library.audit(plugins.load(target, argument="target"), shape=event)
+        sizes = None
+        if shape is not None:
+            sizes = numbers(shape, "shape", "sizes, as 1x28x28", by="x", least=1)
+        report = library.audit(plugins.load(target, argument="target"), shape=sizes)
     else:
         report = _audit_run(target, source, options, common)
     if out is not None:

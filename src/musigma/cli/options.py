@@ -191,20 +191,15 @@ def numbers(
     return values
 
 
-def sides(text: str, option: str, expected: str) -> tuple[int, ...]:
-    """The numbers of 3x32x32."""
-    return numbers(text, option, expected, by="x", least=1)
-
-
 def image_size(size: str | None) -> int | tuple[int, int] | None:
     """The size that 32 or 48x64 stands for."""
     if size is None:
         return None
     expected = "a side, as 32, or height x width, as 48x64"
-    height, *width = sides(size, "size", expected)
-    if len(width) > 1:
+    sides = numbers(size, "size", expected, by="x", least=1)
+    if len(sides) > 2:
         raise ValueError(f"size: expected {expected}; got {size!r}")
-    return (height, width[0]) if width else height
+    return sides if len(sides) > 1 else sides[0]
 
 
 def temperatures(text: str) -> tuple[float, ...]:

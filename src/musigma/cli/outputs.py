@@ -113,11 +113,8 @@ def _npz(draft: Path, parts: Iterable[Columns], about: Mapping[str, Any]) -> Non
         archive = files.enter_context(zipfile.ZipFile(draft, "w"))
         for name, (file, first) in columns.items():
             row = first.itemsize * math.prod(first.shape[1:])
-            header = {
-                "descr": np.lib.format.dtype_to_descr(first.dtype),
-                "fortran_order": False,
-                "shape": (file.tell() // row, *first.shape[1:]),
-            }
+            header = np.lib.format.header_data_from_array_1_0(np.empty_like(first, order="C"))
+            header["shape"] = (file.tell() // row, *first.shape[1:])
             file.seek(0)
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
@@ -150,8 +147,7 @@ class Share:
     def rows(self) -> range:
         """The numbers of the rows."""
         batches = self.processes.share(math.ceil(self.n / self.batch_size))
-        start, stop = (min(i * self.batch_size, self.n) for i in (batches.start, batches.stop))
-        return range(start, stop)
+        return range(self.n)[batches.start * self.batch_size : batches.stop * self.batch_size]
 
     def path(self, out: Path) -> Path:
         """The file of this process; of a single process, the file itself."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from musigma.context import Context
     from musigma.data import Dataset
+    from musigma.processes import Processes
     from musigma.spec import Variable
 
 BLOCK = 64
@@ -253,7 +254,7 @@ def encode(on: RunOnData, *, out: Path, draw: bool = False, whiten: bool = False
 
     check_out(out, ".npz", ".parquet")
     trained = Trained(on.run, on.common)
-    found, share = _shared(trained, on.source, on.options)
+    found, share = _shared(trained, on.source, on.options, launched_processes())
     rows, out = share.rows, share.path(out)
     columns = _latent_arrays if out.suffix == ".npz" else _latent_columns
     empty, none = trained.nothing()
@@ -288,10 +289,12 @@ def encode(on: RunOnData, *, out: Path, draw: bool = False, whiten: bool = False
     )
 
 
-def _shared(trained: Trained, source: str, options: DataOptions) -> tuple[Dataset, Share]:
+def _shared(
+    trained: Trained, source: str, options: DataOptions, processes: Processes
+) -> tuple[Dataset, Share]:
     """Data, and the share of them that this process works on."""
     found = trained.data(source, options)
-    return found, Share(launched_processes(), len(found), options.batch_size)
+    return found, Share(processes, len(found), options.batch_size)
 
 
 def _unlabelled(trained: Trained) -> list[Variable]:
@@ -353,7 +356,8 @@ def score(on: RunOnData, *, out: Path, k: int = 1) -> None:
 
     check_out(out, ".csv", ".parquet")
     trained = Trained(on.run, on.common)
-    found, share = _shared(trained, on.source, on.options.everything())
+    options = on.options.everything()
+    found, share = _shared(trained, on.source, options, launched_processes())
     rows, out = share.rows, share.path(out)
     columns = _evaluated(evaluation.score, trained, found, share, k, "scoring")
     if not len(rows):  # more processes than batches: a table with columns and no rows
@@ -388,10 +392,11 @@ def evaluate(on: RunOnData, *, k: int = 1) -> None:
     from musigma import evaluation
     from musigma.training import join, leave
 
-    if launched_processes().count > 1:
-        join(on.common.device)
+    processes = launched_processes()
+    if processes.count > 1:
+        processes = join(on.common.device)
     trained = Trained(on.run, on.common)
-    found, share = _shared(trained, on.source, on.options)
+    found, share = _shared(trained, on.source, on.options, processes)
     figure = _evaluated(evaluation.evaluate, trained, found, share, k, "evaluating")
     leave()
     text = f"{figure_text(figure)}; {trained.part} of {on.source}"
