@@ -129,7 +129,7 @@ class Trained:
             self.screen.note(f"left out: {name} {reason}")
         for note in loaded.notes:
             self.screen.note(note)
-        found = loaded if label is None else self._labelled(loaded, label)
+        found = self._labelled(loaded, label)
         check(self.model, found)
         same = data.digest(loaded) == saved.get("digest")
         seen = same or (there is not None and Path(here).is_relative_to(there))
@@ -204,17 +204,17 @@ class Trained:
         n = len(next(iter(rows.values())))
         blank = np.zeros((1, *self.shape), np.float32 if self.bits is None else np.uint8)
         x = np.broadcast_to(blank, (n, *self.shape))
-        found = data.Dataset(x, name="--given", preprocess=self.preprocess)
-        found = dataclasses.replace(found, given=rows)
-        if label is not None:
-            found = self._labelled(found, label)
+        found = data.Dataset(x, name="--given", preprocess=self.preprocess, given=rows)
+        found = self._labelled(found, label)
         check(self.model, found)
         return batch(found, np.arange(n), self.model)[1]
 
-    def _labelled(self, found: Dataset, label: str) -> Dataset:
-        """Data whose examples are all of one class."""
+    def _labelled(self, found: Dataset, label: str | None) -> Dataset:
+        """Data whose examples are all of one class, if it is given."""
         import numpy as np
 
+        if label is None:
+            return found
         variable, number = self._class(label)
         names = variable.names or tuple(map(str, range(variable.classes)))
         labels = np.full(len(found), number, np.int64)

@@ -144,34 +144,33 @@ class Run:
         """The final figure; without one, the last on validation data.
 
         Returns:
-            `text` and `unit`; `kind`, what it is, in a word or two; `about`, the same in a
-            sentence; `bound`, as `musigma.evaluation.bound` names it; `n`, the number of examples.
+            `text` and `unit`; `n`, the number of examples; `step`, if it is not the final one;
+            `bound`, as `musigma.evaluation.bound` names it, with its `method` and `draws`.
         """
-        row, examples, note = self.evaluation, "held-out", ""
+        row, step = self.evaluation, None
         if not row:
             rows = [r for r in self.metrics if r.get("kind") == "evaluation"]
             if not rows:
                 return None
-            row, examples = rows[-1], "validation"
-            note = f", at step {row.get('step', 0):,}; there is no final evaluation yet"
-        bound, n, error = str(row.get("bound") or ""), row.get("n"), row.get("standard_error")
-        error = number(error)
+            row, step = rows[-1], rows[-1]["step"]
+        error = number(row.get("standard_error"))
         if not self.discrete:
             nats = number(row.get("standard_error_nats"))
             if nats is None and error is not None and self.shape:
                 nats = error / bits_per_dim(1.0, math.prod(self.shape))
             error = nats
-        value = number(row.get("bits_per_dim" if self.discrete else "nats"))
-        quantity = "−log₂ p(x) per dimension" if self.discrete else "−log p(x)"
-        kind, description = _described(bound, row.get("k"))
-        mean = f", mean of {n:,} {examples} examples" if n else ""
+        bound = str(row.get("bound") or "")
+        method, _, draws = bound.partition("-")
         return {
-            "text": figure_text(value, error),
+            "text": figure_text(
+                number(row.get("bits_per_dim" if self.discrete else "nats")), error
+            ),
             "unit": "bits/dim" if self.discrete else "nats per example",
-            "kind": kind if self.evaluation else f"{kind}, on validation data",
-            "about": f"{description} {quantity}{mean}{note}",
+            "n": row.get("n"),
+            "step": step,
             "bound": bound,
-            "n": n,
+            "method": method,
+            "draws": draws or row.get("k"),
         }
 
     @cached_property
@@ -284,15 +283,3 @@ def figure_text(value: float | None, error: float | None) -> str:
         return f"{value:,.4f}"
     digits = min(6, max(0, 1 - math.floor(math.log10(error))))
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
-
-
-def _described(bound: str, k: Any) -> tuple[str, str]:
-    """What a bound is, in a word or two, and as the start of a sentence."""
-    if bound == "exact":
-        return "exact", "Exact:"
-    if bound == "elbo":
-        return "upper bound", "Upper bound, by the one-draw ELBO, of"
-    name, _, draws = bound.partition("-")
-    if name == "iwae":
-        return "upper bound", f"Upper bound, importance-weighted with {draws or k} draws, of"
-    return bound or "unnamed bound", f"{bound.capitalize() or 'Unnamed bound'} of"
