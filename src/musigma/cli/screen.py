@@ -94,8 +94,8 @@ class Screen:
         def show(row: Mapping[str, Any]) -> None:
             nonlocal bits, speed
             if row["kind"] == "train":
-                weight = 1.0 if math.isnan(bits) else 0.05
-                bits = row["bits_per_dim"] * weight + (bits * (1 - weight) if weight < 1 else 0.0)
+                old, weight = (0.0, 1.0) if math.isnan(bits) else (bits, 0.05)
+                bits = old + weight * (row["bits_per_dim"] - old)
                 speed += weight * (row["examples_per_second"] - speed)
                 text = f"{bits:.3f} bits/dim  latents {sum(row['kl']):.1f} nats  "
                 text += f"{speed:,.0f} examples/s"
