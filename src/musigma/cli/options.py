@@ -196,10 +196,10 @@ def image_size(size: str | None) -> int | tuple[int, int] | None:
     if size is None:
         return None
     expected = "a side, as 32, or height x width, as 48x64"
-    sides = numbers(size, "size", expected, by="x", least=1)
-    if len(sides) > 2:
+    height, *width = numbers(size, "size", expected, by="x", least=1)
+    if len(width) > 1:
         raise ValueError(f"size: expected {expected}; got {size!r}")
-    return sides if len(sides) > 1 else sides[0]
+    return (height, width[0]) if width else height
 
 
 def temperatures(text: str) -> tuple[float, ...]:
