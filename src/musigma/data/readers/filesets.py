@@ -73,6 +73,7 @@ class Member(NamedTuple):
     name: str
     open: Callable[[], BinaryIO]
     place: Place | None = None
+    size: int = 0  # of a member of an archive, as it claims
     path: str = ""  # without the archive's name: its folders are parts and classes
 
 
@@ -116,12 +117,19 @@ class FileSet:
         for number, file in enumerate(self.files):
             path = self.root / file.name
             if not self.archives:
-                yield Member(file.name, partial(open, path, "rb"), Place(number), file.name)
+                yield Member(file.name, partial(open, path, "rb"), Place(number), path=file.name)
                 continue
             folder = parts.get(file.name) or file.name.rpartition("/")[0]
             members = _zip if file.name.lower().endswith(".zip") else _tar
             for member in members(path, number):
                 inner = member.name.removeprefix("./")
+                if any(part.startswith(".") and part != "." for part in inner.split("/")):
+                    continue  # hidden
+                if member.size > MAX_MEMBER:
+                    raise DataError(
+                        f"{path}: member {printable(member.name)} claims {member.size} bytes, "
+                        f"over the cap of {MAX_MEMBER}: unpack the archive and give the folder"
+                    )
                 yield member._replace(
                     name=f"{file.name}/{inner}" if len(self.files) > 1 else inner,
                     path=f"{folder}/{inner}" if folder else inner,
@@ -168,10 +176,6 @@ def suffix(name: str) -> str:
     return posixpath.splitext(name)[1].lower()
 
 
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") and part != "." for part in name.split("/"))
-
-
 class _StrictHeader(tarfile.TarInfo):
     """A header that raises an error when it is broken, instead of ending the archive."""
 
@@ -191,16 +195,15 @@ def _tar(path: Path, file: int) -> Iterator[Member]:
         plain = isinstance(archive.fileobj, io.BufferedReader)
         while (member := archive.next()) is not None:
             archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-            if not member.isfile() or _hidden(member.name):
+            if not member.isfile():
                 continue
-            _check_member(path, member.name, member.size)
             place: Place | None = None
             opener: Any = partial(archive.extractfile, member)
             if plain and not member.issparse():
                 place = Place(file, member.offset_data, member.size)
             else:
                 opener = partial(_copy, path, opener)
-            yield Member(member.name, opener, place)
+            yield Member(member.name, opener, place, member.size)
         if plain and any(map(any, iter(partial(archive.fileobj.read, 1 << 20), b""))):
             raise ValueError("more follows its end")
 
@@ -209,9 +212,8 @@ def _zip(path: Path, file: int) -> Iterator[Member]:
     """The members of a zip archive."""
     with damage(str(path)), zipfile.ZipFile(path) as archive, path.open("rb") as raw:
         for member in archive.infolist():
-            if member.is_dir() or _hidden(member.filename):
+            if member.is_dir():
                 continue
-            _check_member(path, member.filename, member.file_size)
             place = None
             if member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raw.seek(member.header_offset + 26)
@@ -221,17 +223,8 @@ def _zip(path: Path, file: int) -> Iterator[Member]:
                 )
                 deflated = member.compress_type == zipfile.ZIP_DEFLATED
                 place = Place(file, start, member.compress_size, deflated)
-            yield Member(
-                member.filename, partial(_copy, path, partial(archive.open, member)), place
-            )
-
-
-def _check_member(path: Path, name: str, size: int) -> None:
-    if size > MAX_MEMBER:
-        raise DataError(
-            f"{path}: member {printable(name)} claims {size} bytes, over the cap of {MAX_MEMBER}: "
-            "unpack the archive and give the folder"
-        )
+            opener = partial(_copy, path, partial(archive.open, member))
+            yield Member(member.filename, opener, place, member.file_size)
 
 
 def _copy(path: Path, opener: Callable[[], Any]) -> BinaryIO:

@@ -16,7 +16,7 @@ from musigma.data.errors import DataError, damage
 from musigma.data.raw import MAX_ARRAY, as_labels
 from musigma.data.readers.arrays import as_images
 
-IDX = re.compile(r"(.*?)[-_.]?(images|labels)[-.]idx\d[-.]ubyte(\.gz)?")
+IDX = re.compile(r"(.*?)[-_.]?(train|test|t10k)?[-_.]?(images|labels)[-.]idx\d[-.]ubyte(\.gz)?")
 CIFAR = re.compile(r"(data_batch_\d+|test_batch)(\.bin)?")
 CIFAR_PICKLED = (
     "numpy.core.multiarray._reconstruct",
@@ -32,14 +32,10 @@ def read_idx(files: dict[str, bytes], where: str) -> Dataset:
     sets = set()
     for name in sorted(files, key=lambda name: (name.endswith(".gz"), name)):
         folder, _, base = name.rpartition("/")
-        match = IDX.fullmatch(base)
-        assert match
-        known = re.fullmatch(r"(.*?)[-_.]?(train|test|t10k)?", match[1])
-        assert known
-        sets.add((folder, known[1]))
-        parts.setdefault(
-            ("train" if known[2] in (None, "train") else "test", match[2]), files[name]
-        )
+        ((prefix, part, kind, _),) = IDX.findall(base)
+        sets.add((folder, prefix))
+        part = "test" if part in ("test", "t10k") else "train"
+        parts.setdefault((part, kind), files[name])
     if len(sets) > 1:
         found = ", ".join("/".join(filter(None, pair)) or "./" for pair in sorted(sets))
         raise DataError(f"{where}: holds {len(sets)} IDX sets ({found}): give the folder of one")

@@ -54,23 +54,21 @@ class Parquet(Table):
                     kind = kind.value_type
                 if pa.types.is_string(kind) or pa.types.is_large_string(kind):
                     self.kinds.append("text")
-                elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
-                    self.kinds.append("number")
                 elif pa.types.is_null(kind):
                     self.kinds.append("empty")
                 else:
                     self.kinds.append("number")
-                    wrong[f"column {name!r}"] = f"is {kind}, not a number: convert or drop it"
+                    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+                        wrong[name] = f"is {kind}, not a number: convert or drop it"
         self.rows = sum(self.lengths)
         for j, kind in enumerate(self.kinds):
             if kind == "text" and all(map(is_number, self.cells(j, LOOKED_AT))):
                 self.kinds[j] = "number"  # written as text
-        used = request.columns
-        wrong = {k: v for k, v in wrong.items() if used is None or k[8:-1] in used}
-        if wrong:
-            name, reason = next(iter(wrong.items()))
+        used = self.names if request.columns is None else request.columns
+        wrong = {name: reason for name, reason in wrong.items() if name in used}
+        for name, reason in wrong.items():
             rest = f" (and {len(wrong) - 1} more columns)" if len(wrong) > 1 else ""
-            raise DataError(f"{paths[0]}: {name} {reason}{rest}")
+            raise DataError(f"{paths[0]}: column {name!r} {reason}{rest}")
 
     def _batches(self, columns: Sequence[str]) -> Iterator[Any]:
         """Some columns, in batches of rows that take some megabytes."""
