@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -55,12 +54,13 @@ def attach(
             all faults are named.
     """
     request = Request(f"given: {source}")
-    found = _read(source, columns, request, constant=allow_constant)
-    taken = sorted(set(found.variables) & {*dataset.given, *dataset.columns, "label"})
+    variables, names = _read(source, columns, request, constant=allow_constant)
+    taken = sorted(set(variables) & {*dataset.given, *dataset.columns, "label"})
     if taken:
         raise request.error(f"the names {named(taken, 20)} are taken: give others")
-    rows = _matched(found, dataset, request)
-    given = {name: value.subset(rows) for name, value in found.variables.items()}
+    n = len(next(iter(variables.values()), ()))
+    rows = _matched(n, names, dataset, request)
+    given = {name: value.subset(rows) for name, value in variables.items()}
     notes = (*dataset.notes, *request.notes)
     return replace(dataset, given={**dataset.given, **given}, notes=notes)
 
@@ -75,7 +75,7 @@ def given_rows(sources: Iterable[str | Path], variables: Sequence[Variable]) -> 
     for source in sources:
         request = Request(f"given: {source}")
         names = [v.name for v in variables]
-        known = _read(source, (), request, constant=True, wanted=names).variables
+        known, _ = _read(source, (), request, constant=True, wanted=names)
         if len(variables) == 1 and len(known) == 1:  # an array has no name to match
             known = {variables[0].name: next(iter(known.values()))}
         found |= {v.name: known[v.name] for v in variables if v.name in known}
@@ -94,13 +94,6 @@ def _classes(given: Given) -> Given:
     return Given.of_text([f"{value:g}" for value in given.values])
 
 
-class _Rows(NamedTuple):
-    """What a file holds: variables, and columns that may name the examples."""
-
-    variables: dict[str, Given]
-    names: dict[str, list[str]]
-
-
 def _read(
     source: str | Path,
     columns: Sequence[str],
@@ -108,7 +101,8 @@ def _read(
     *,
     constant: bool,
     wanted: Sequence[str] | None = None,
-) -> _Rows:
+) -> tuple[dict[str, Given], dict[str, list[str]]]:
+    """What a file holds: variables, and columns that may name the examples."""
     path, names, faults = Path(source).expanduser(), {}, {}
     ending = path.suffix.lower()
     given: dict[str, Given | np.ndarray] = {}
@@ -143,7 +137,7 @@ def _read(
                 faults[name] = f"is constant{which}, and tells nothing: drop it"
     if faults:
         raise request.error(f"cannot be used:\n{listing(faults)}")
-    return _Rows(variables, names)
+    return variables, names
 
 
 def _check_columns(columns: Sequence[str], known: Sequence[str], request: Request) -> None:
@@ -180,11 +174,13 @@ def _of_table(
     return variables, names
 
 
-def _matched(found: _Rows, dataset: Dataset, request: Request) -> np.ndarray:
+def _matched(
+    n: int, names: Mapping[str, list[str]], dataset: Dataset, request: Request
+) -> np.ndarray:
     """The row of each example."""
-    n, ids = len(next(iter(found.variables.values()), ())), dataset.ids or ()
+    ids = dataset.ids or ()
     nearest, missing = "", list(ids)
-    for column, cells in found.names.items() if ids else ():
+    for column, cells in names.items() if ids else ():
         for key in (_without_suffix, _base):
             rows = {key(cell): i for i, cell in enumerate(cells)}
             absent = [name for name in ids if key(name) not in rows]
