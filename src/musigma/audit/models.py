@@ -49,7 +49,6 @@ TOLERANCE = 1e-7  # relative errors of float64 in a whole model
 LOST = 2e-2  # error of a round trip in float32 from which it is reported
 STANDARD_ERRORS = 7.0
 ROWS = 3
-ENOUGH = 32  # examples, from which moments over the data are looked at
 ROUNDING = 1e3 * 2.2e-16  # a thousand roundings in float64, by the condition number
 
 
@@ -331,21 +330,18 @@ def _check_single_precision(
     error = distance(single.decode(single.encode(x.float(), context, mode=True), context), x)
     report.details["round_trip_float32"] = error
     if error > LOST:
-        conditions = {"?": math.nan} | report.details.get("conditions", {})
-        worst = max(conditions, key=lambda name: _or_zero(conditions[name]))
+        conditions = report.details.get("conditions", {})
+        known = {k: v for k, v in conditions.items() if math.isfinite(v)} or {"?": math.nan}
+        worst = max(known, key=known.__getitem__)
         report.warn(
             "ill_conditioned",
             f"decode(encode(x)) is off by {error:.2g} in float32; the largest condition number is "
-            f"{conditions[worst]:.2g}, of {worst}",
+            f"{known[worst]:.2g}, of {worst}",
             "decode in float64; train with a smaller --lr, or a format with narrower bounds",
             error=error,
         )
     else:
         report.checked.append(f"decode(encode(x)) in float32: off by {error:.1g}")
-
-
-def _or_zero(number: float) -> float:
-    return number if math.isfinite(number) else 0.0
 
 
 # --- the effect of training --------------------------------------------------------------------
@@ -372,23 +368,22 @@ def _check_training(report: ReportBuilder, model: Model, x: Tensor, context: Con
         if site not in latents or not isinstance(p, DiagonalGaussian):
             continue
         noise, q = p.whiten(trace.values[site]).flatten(1).double(), trace.qs.get(site)
+        if site in trace.paired and isinstance(q, DiagonalGaussian):
+            units = (DiagonalGaussian(dist.mean, dist.log_std, 0) for dist in (q, p))
+            nats = kl_divergence(*units).mean(0).flatten().double()
+            report.details.setdefault("nats", {})[names[site]] = nats[:256].tolist()
+            _check_nats(report, names[site], nats)
+        if len(noise) < 32:
+            continue
         if site not in trace.paired:
             _check_calibration(report, names[site], noise)
-            continue
-        if isinstance(q, DiagonalGaussian):
-            _check_nats(report, names[site], q, p)
-        if not p.batch_shape:
+        elif not p.batch_shape:
             _check_aggregate(report, names[site], noise)
     report.checked.append(f"the latents of {len(x)} examples")
 
 
-def _check_nats(
-    report: ReportBuilder, name: str, q: DiagonalGaussian, p: DiagonalGaussian
-) -> None:
+def _check_nats(report: ReportBuilder, name: str, nats: Tensor) -> None:
     """Whether a latent, and each of its units, carries anything on average over the data."""
-    units = (DiagonalGaussian(d.mean, d.log_std, 0) for d in (q, p))
-    nats = kl_divergence(*units).mean(0).flatten().double()
-    report.details.setdefault("nats", {})[name] = nats[:256].tolist()
     dead, total = int((nats < ACTIVE).sum()), float(nats.sum())
     if total < COLLAPSED:
         report.warn(
@@ -409,21 +404,19 @@ def _check_nats(
 
 def _check_aggregate(report: ReportBuilder, name: str, noise: Tensor) -> None:
     """The moments of the aggregate posterior, in units of the prior's."""
-    if len(noise) < ENOUGH:
-        return
     error = STANDARD_ERRORS / math.sqrt(len(noise))
     mean, var = noise.mean(0), noise.var(0)
     least, most = 0.5 * (1 - min(0.9, 1.5 * error)), 2 * (1 + 1.5 * error)
-    far = (mean.abs() > 0.5 + error) | (var > most) | (var < least)
-    if far.any():
+    far = int(((mean.abs() > 0.5 + error) | (var > most) | (var < least)).sum())
+    if far:
         report.warn(
             "aggregate_prior",
-            f"{int(far.sum())} of {len(mean)} units of {name} have another mean or variance over "
-            f"the data than under the prior: means up to {float(mean.abs().max()):.2g} of its "
-            f"standard deviations, variances from {float(var.min()):.2g} to "
-            f"{float(var.max()):.2g} of its own",
+            f"{far} of {len(mean)} units of {name} have another mean or variance over the data "
+            f"than under the prior: means up to {float(mean.abs().max()):.2g} of its standard "
+            f"deviations, variances from {float(var.min()):.2g} to {float(var.max()):.2g} of its "
+            "own",
             "samples from the prior will look unlike data: a learned prior, or a larger --beta",
-            units=int(far.sum()),
+            units=far,
             means=mean[:64].tolist(),
             variances=var[:64].tolist(),
         )
@@ -431,8 +424,6 @@ def _check_aggregate(report: ReportBuilder, name: str, noise: Tensor) -> None:
 
 def _check_calibration(report: ReportBuilder, name: str, noise: Tensor) -> None:
     """Whether the whitened latents of data have the moments of noise."""
-    if len(noise) < ENOUGH:
-        return
     means = noise.mean(1), noise.square().mean(1)  # of one example: independent of the others
     errors = [STANDARD_ERRORS * float(m.std()) / math.sqrt(len(noise)) for m in means]
     mean, scale = (float(m.mean()) for m in means)
