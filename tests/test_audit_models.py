@@ -169,6 +169,7 @@ def test_miscalibrated_latents_of_a_flow():
 
 
 def test_an_ill_conditioned_matrix():
+    torch.manual_seed(0)
     conv = InvertibleConv(4, lu=False)
     with torch.no_grad():
         turned = torch.linalg.qr(torch.randn(4, 4))[0]
