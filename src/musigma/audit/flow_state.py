@@ -18,7 +18,7 @@ from musigma.audit.flow_adapter import FlowAdapter, Image, log_det_of, map_tenso
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.volume import DENSE, Volume, by_differences, volume
 
-__all__ = ["Float32Only", "FlowAudit", "Measurement", "log_det_error"]
+__all__ = ["FlowAudit", "Measurement", "log_det_error"]
 
 SECONDS = 8.0  # of CPU time for all checks that can be left out
 ROWS = (5, 6, 7, 9, 11)  # batch sizes: the first that is no other axis's
@@ -28,10 +28,6 @@ FEW = (2, 3, 4, 5)  # the same, where there are many elements
 TOLERANCE, BUG = 3e-4, 1e-3
 TOLERANCE_32, BUG_32 = 2e-3, 2e-2  # the same in float32
 SAME = 1e-7  # largest difference between two calls on one input
-
-
-class Float32Only(Exception):
-    """The flow works in float32 only."""
 
 
 @dataclass
