@@ -66,9 +66,7 @@ def register_likelihood(name: str, *, data: Data) -> Callable[[B], B]:
 
 def _entry(name: str) -> Entry:
     if name not in LIKELIHOODS:
-        raise ValueError(
-            f"likelihood: expected one of {', '.join(sorted(LIKELIHOODS))}; got {name!r}"
-        )
+        raise ValueError(f"likelihood: expected one of {', '.join(LIKELIHOODS)}; got {name!r}")
     return LIKELIHOODS[name]
 
 
