@@ -50,7 +50,8 @@ class Glow(ABC):
     """How the rows of the last convolutions of couplings and of split priors are laid out."""
 
     logs_factor = 1
-    edge_is_input = padded_with_ones = may_lack_classifier = False
+    edge_is_input = padded_with_ones = False
+    always_learns_top = may_lack_classifier = False
     bits = 8, "the default of its training script"
     low = -0.5  # of the range of width 1 that images were brought to
 
@@ -167,9 +168,9 @@ class Glow(ABC):
 
     def _prior(self, c: int, size: Sequence[int]) -> Tensors:
         """Mean and log_std at the top; of zeros, only the bias and the edge bias count."""
-        if not self.weights.any(self.top):
+        if not (self.always_learns_top or self.weights.any(self.top)):
             return {}
-        inputs = c if self.padded_with_ones else 2 * c
+        inputs = c if self.always_learns_top else 2 * c
         conv = self._zeros(self.top, inputs, 2 * c)
         raw, gain = conv["conv.bias"].reshape(-1, 1, 1), (3 * conv["logs"]).exp()
         if "conv.edge" not in conv:
@@ -375,7 +376,8 @@ class Rosinality(Glow):
     first = "blocks.0.flows.0"
     nets = ".coupling.net.0", ".coupling.net.2", ".coupling.net.4"
     coupling, split = Format("halves", "scale-first"), Format("halves")
-    padded_with_ones, bits = True, (5, "the default of its training script")
+    padded_with_ones = always_learns_top = True
+    bits = 5, "the default of its training script"
     parts: ClassVar = {
         "norm bias": (".actnorm.loc", "1o11"),
         "norm scale": (".actnorm.scale", "1o11"),
@@ -394,7 +396,7 @@ class Rosinality(Glow):
 
     def _scales(self) -> list[list[str]]:
         blocks = self.weights.numbers(r"blocks\.(\d+)\..*")
-        self.top = f"blocks.{max(blocks, default=0)}.prior"  # always learned
+        self.top = f"blocks.{max(blocks, default=0)}.prior"
         flows = [self.weights.numbers(rf"blocks\.{b}\.flows\.(\d+)\..*") for b in blocks]
         return [[f"blocks.{b}.flows.{k}" for k in ks] for b, ks in zip(blocks, flows, strict=True)]
 

@@ -67,7 +67,7 @@ def select(
     averaged = {prefix for prefix in sets if _is_average(prefix, tensors)}
     raw: list[Tensors] = []
     for prefix in [prefix for prefix in sets if prefix not in averaged]:
-        if _copied(sets[prefix], raw):
+        if any(_equal(sets[prefix], other) for other in raw):  # a copy
             del sets[prefix]
         else:
             raw.append(sets[prefix])
@@ -174,15 +174,11 @@ def _is_average(prefix: str, tensors: Mapping[str, Any]) -> bool:
     )
 
 
-def _copied(tensors: Tensors, earlier: Iterable[Tensors]) -> bool:
-    """Whether the same tensors stand in one of the earlier sets."""
-
-    def same(a: Tensor | Inert, b: Tensor | Inert) -> bool:
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-
-    return any(
-        tensors.keys() == other.keys() and all(same(t, other[n]) for n, t in tensors.items())
-        for other in earlier
+def _equal(a: Tensors, b: Tensors) -> bool:
+    """Whether two sets hold the same tensors."""
+    return a.keys() == b.keys() and all(
+        isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y)
+        for x, y in ((a[name], b[name]) for name in a)
     )
 
 
