@@ -190,9 +190,8 @@ def _comparison(audit: VAEAudit, q: Posterior, kl: Callable[..., Any]) -> Compar
 
 
 def _spread(values: Tensor, count: int) -> Tensor:
-    if len(values) <= count:
-        return values
-    return values[torch.linspace(0, len(values) - 1, count).round().long()]
+    n = len(values)
+    return values[torch.linspace(0, n - 1, min(n, count)).round().long()]
 
 
 def _not_finite(audit: VAEAudit, c: Comparison, usable: Tensor) -> None:

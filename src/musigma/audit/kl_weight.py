@@ -98,12 +98,10 @@ class Reconstruction:
         """
         x, hat = self.x[:1], self.x_hat[:1]
         if halved:
-            if x.ndim < 2 or x.shape[-1] < 2:
-                return None
             x, hat = (t[..., : t.shape[-1] // 2] for t in (x, hat))
-            if x.numel() != hat.numel():
-                return None
         n = x.numel()
+        if n == 0 or n != hat.numel():
+            return None
         flat = [t.flatten() for t in (x, hat, _nearer(x, hat))]
         at = torch.linspace(0, n - 1, min(n, 2 * ELEMENTS)).long()
         groups = [at[i::2] for i in (0, 1) if len(at) > i]
@@ -136,11 +134,11 @@ class Reconstruction:
 
 
 def _ratio(changes: list[float], expected: list[float]) -> float | None:
-    """The ratio of changes to what is expected, if it is the same for all."""
+    """The ratio of changes to what is expected, if it is the same for all and not zero."""
     if not all(math.isfinite(e) and abs(e) > 1e-12 for e in expected):
         return None
     ratios = [change / e for change, e in zip(changes, expected, strict=True)]
-    return ratios[0] if abs(ratios[0] - ratios[-1]) <= 1e-3 * abs(ratios[0]) else None
+    return ratios[0] if abs(ratios[0] - ratios[-1]) < 1e-3 * abs(ratios[0]) else None
 
 
 def _nearer(x: Tensor, x_hat: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -397,7 +396,17 @@ def audit_aggregate(
         >>> report.verdict, report.codes
         ('bug', ('aggregate_cov',))
     """
-    claimed, z = by_float_type(lambda dtype: _both(covariance, sample, dtype))
+
+    def both(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        with Sandbox(covariance, sample) as sandbox, torch.no_grad():
+            sandbox.use_dtype(dtype)
+            claimed = (
+                sandbox.call("covariance", covariance) if callable(covariance) else covariance
+            )
+            z = sandbox.call("sample", sample, DRAWS) if callable(sample) else sample
+            return sandbox.as_tensor("covariance", claimed), sandbox.as_tensor("sample", z)
+
+    claimed, z = by_float_type(both)
     z = z.flatten(1) if z.ndim > 1 else z[:, None]
     d = z.shape[1]
     if claimed.ndim == 1 and len(claimed) == d:
@@ -434,12 +443,3 @@ def audit_aggregate(
             over_limit=excess,
         )
     return report.build()
-
-
-def _both(covariance: Any, sample: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The claimed covariance, and draws."""
-    with Sandbox(covariance, sample) as sandbox, torch.no_grad():
-        sandbox.use_dtype(dtype)
-        claimed = sandbox.call("covariance", covariance) if callable(covariance) else covariance
-        z = sandbox.call("sample", sample, DRAWS) if callable(sample) else sample
-        return sandbox.as_tensor("covariance", claimed), sandbox.as_tensor("sample", z)
