@@ -203,7 +203,7 @@ def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 
         error = _relative_error(curve, b, sigma)
         if error <= 10 * tolerance:
             return replace(curve, error=error)
-    return Curve("unnamed", lambda t: torch.from_numpy(np.interp(t, b, sigma)))
+    return Curve("unnamed", lambda t: torch.as_tensor(np.interp(t, b, sigma)))
 
 
 def _relative_error(curve: Curve, b: Tensor, sigma: Tensor) -> float:
