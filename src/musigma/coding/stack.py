@@ -91,19 +91,21 @@ class Stack:
             )
         if not ((values >= 0) & (values < sizes) & (sizes <= 1 << 24)).all():
             raise ValueError("values: expected 0 <= value < size <= 2^24")
+        values, sizes = values.astype(np.int32), sizes.astype(np.int32)
         zeros = _zeros(sizes)
         self._push(values & (zeros - 1), zeros)
         self._push(values // zeros, sizes // zeros)
 
     def _push(self, values: np.ndarray, sizes: np.ndarray) -> None:
         free = sizes > 1  # others cost nothing, and the coder does not accept them
-        self._encode(values[free], self._uniform, sizes[free].astype(np.int32))
+        self._encode(values[free], self._uniform, sizes[free])
 
     def pop(self, sizes: np.ndarray) -> np.ndarray:
         """Pop integers that are uniform below their sizes, int64, of the shape of `sizes`."""
         flat = _integers("sizes", sizes)
         if not ((flat >= 1) & (flat <= 1 << 24)).all():
             raise ValueError("sizes: expected 1 to 2^24")
+        flat = flat.astype(np.int32)
         zeros = _zeros(flat)
         upper = self._pop(flat // zeros)
         try:
@@ -115,7 +117,7 @@ class Stack:
 
     def _pop(self, sizes: np.ndarray) -> np.ndarray:
         free, values = sizes > 1, np.zeros(sizes.shape, np.int64)
-        values[free] = self._decode(self._uniform, sizes[free].astype(np.int32))
+        values[free] = self._decode(self._uniform, sizes[free])
         return values
 
     def push_bits(self, bits: np.ndarray, ones: np.ndarray) -> None:
@@ -133,7 +135,7 @@ class Stack:
     def _encode(self, symbols: np.ndarray, model: Any, parameters: np.ndarray) -> None:
         self._lowest = min(self._lowest, self.bits)
         if len(symbols):
-            self._coder.encode_reverse(symbols.astype(np.int32), model, parameters)
+            self._coder.encode_reverse(symbols.astype(np.int32, copy=False), model, parameters)
 
     def _decode(self, model: Any, parameters: np.ndarray) -> np.ndarray:
         if not len(parameters):
