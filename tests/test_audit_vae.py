@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from corpus_vae import AGGREGATES, ENTRIES, D, Net, half, kl_log_var, parts, sampler
+from corpus_vae import AGGREGATES, ENTRIES, D, Net, half, kl_log_var, kl_of, parts, sampler
 from musigma.audit import AuditError, audit_aggregate, audit_vae
 
 
@@ -209,3 +209,10 @@ def test_two_means_that_the_loss_compensates():
 
     assert audit_vae(**parts(net, recon=recon)).codes == ("reduction_imbalance",)
     assert audit_vae(**parts(net, recon=recon, loss=loss)).verdict == "correct"
+
+
+def test_a_sigma_without_a_name_and_a_kl_of_softplus():
+    kl = kl_of(F.softplus, (0.5, 2.0))
+    report = audit_vae(sample=sampler(lambda b: b.sin() + 2), kl=kl, prior=(0.5, 2.0))
+    assert report.convention == "unnamed"
+    assert report.codes == ("kl_mismatch", "kl_min_off_prior", "sample_scale")
