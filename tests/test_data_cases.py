@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import musigma
 from musigma import build
 from musigma.data import Dataset, describe, load, summary
 from musigma.data.readers.layout import layout
@@ -20,6 +21,7 @@ from musigma.evaluation import evaluate
 from musigma.layers import ActNorm, Standardize, standardizer
 from musigma.model import Chain, Prior
 from musigma.spec import Spec, Variable
+from musigma.testing import check_model, randomized
 from musigma.training import TrainConfig, fit
 from test_data import COLOR, GREY, fails, pack, save_csv, save_folder, save_image
 
@@ -616,3 +618,37 @@ def test_columns_are_matched_by_name(tmp_path):
     assert load(bare, columns=("a", "b"), allow_constant=True).x.tolist() == [[1, 2], [3, 5]]
     with fails("bare.csv: has 2 columns without names, and the model needs 3: a, b, c"):
         load(bare, columns=("a", "b", "c"))
+
+
+# Classes -----------------------------------------------------------------------------------------
+
+
+def test_a_class_is_chosen_by_name_and_its_samples_look_like_it(tmp_path):
+    brightness = {f"{c}": 18 * c for c in (2, 5, 7, 10, 12)}  # as text, 10 comes before 2
+    for name, level in brightness.items():
+        for i in range(1 if name == "7" else 25):
+            image = RNG.integers(level, level + 20, (1, 8, 8)).astype(np.uint8)
+            save_image(tmp_path / "photos" / name / f"{i}.png", image)
+    data = load(tmp_path / "photos", given=["label"])
+    assert data.label_names == ("10", "12", "2", "5", "7")
+    torch.manual_seed(0)
+    model = build("vae", data.spec(["label"]), net="mlp", width=64, latents=4, components=2)
+    config = TrainConfig(steps=300, batch_size=32, lr=0.01, evaluations=1)
+    fit(model, data.split("train"), data.split("validation"), config, tmp_path / "run")
+    model = musigma.load(tmp_path / "run" / "model.safetensors")
+    for name in ("10", "2", "12"):
+        context = torch.eye(5)[[data.label_names.index(name)] * 64]
+        samples = model.sample(64, context).double()
+        assert float(samples.mean()) == pytest.approx(brightness[name] + 9.5, abs=8)
+
+
+def test_the_prior_of_a_conditional_vae_depends_on_its_context():
+    options = {"bits": None, "latents": 3, "width": 8}
+    for kind, moves in {"auto": True, "conditional": True, "flow": True, "normal": False}.items():
+        model = randomized(build("vae", (5,), prior=kind, context=2, **options), scale=0.5)
+        prior = model.prior.as_distribution(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double())
+        scores = prior.log_prob(torch.ones(2, 3).double()).detach()
+        assert (abs(float(scores[0] - scores[1])) > 1e-3) == moves
+    check_model(build("vae", (5,), context=2, **options), (5,), context=2)
+    with pytest.raises(ValueError, match="prior: 'conditional' needs a context"):
+        build("vae", (5,), prior="conditional", **options)

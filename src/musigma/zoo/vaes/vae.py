@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from musigma.context import pooled
 from musigma.distributions import LIKELIHOODS, StandardNormal, data_of, likelihood
 from musigma.gaussian import Format, GaussianHead
 from musigma.layers import ActNorm, Affine, Coupling, InvertibleConv
@@ -28,7 +29,7 @@ def vae(
     width: int | None = None,
     blocks: int = 1,
     format: str = "halves log_std",
-    prior: Literal["normal", "flow"] = "normal",
+    prior: Literal["auto", "normal", "conditional", "flow"] = "auto",
     prior_depth: int = 4,
     likelihood: str = "auto",
     components: int = 5,
@@ -46,7 +47,11 @@ def vae(
         width: Width of the networks; None: 400 for `mlp`, 48 channels for `conv`.
         blocks: Hidden layers (`mlp`), or residual blocks at each size (`conv`).
         format: How the encoder's output is read as (mean, log_std), as `Format.parse` takes it.
-        prior: N(0, I), or a coupling `flow` over it that is trained with the model.
+        prior: `normal`: N(0, I); `conditional`: a Gaussian whose mean and scale a network
+            computes from the context (Sohn, Yan, Lee, "Learning Structured Output
+            Representation using Deep Conditional Generative Models", 2015); `flow`: a coupling
+            flow over N(0, I), trained with the model; `auto`: `conditional` with a context,
+            `normal` without.
         prior_depth: Number of couplings of the flow.
         likelihood: A name that `musigma.likelihood` takes; `auto` is `bernoulli` for
             1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise.
@@ -55,7 +60,7 @@ def vae(
             or pixel, at its optimum, or a number.
         standardize: Standardize continuous data in the first layer, by the mean and standard
             deviation of the training data; the log-determinant counts.
-        context: Number of features of the context; it conditions encoder, decoder and flow prior.
+        context: Number of features of the context; it conditions encoder, decoder and prior.
     """
     at_least(1, latents=latents, width=width, prior_depth=prior_depth, components=components)
     at_least(0, blocks=blocks)
@@ -112,11 +117,29 @@ def over_data(
     return Chain(layers, model) if layers and (continuous or bits is None) else model
 
 
+class _ContextNet(nn.Module):
+    """An MLP of the context (B, F), or of the mean over the positions of a map (B, F, H, W)."""
+
+    def __init__(self, features: int, outputs: int):
+        super().__init__()
+        self.net = MLP(features, outputs, hidden=(128,), zero=True)
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.net(pooled(context))
+
+
 def _prior(kind: str, latents: int, depth: int, context: int) -> Model:
+    if kind == "auto":
+        kind = "conditional" if context else "normal"
     if kind == "normal":
         return Prior(StandardNormal((latents,)))
+    if kind == "conditional":
+        if not context:
+            raise ValueError("prior: 'conditional' needs a context; use 'normal' or 'flow'")
+        return Prior(GaussianHead(_ContextNet(context, 2 * latents), event_ndims=1))
     if kind != "flow":
-        raise ValueError(f"prior: expected 'normal' or 'flow'; got {kind!r}")
+        kinds = "'auto', 'normal', 'conditional' or 'flow'"
+        raise ValueError(f"prior: expected {kinds}; got {kind!r}")
     layers = []
     half = latents // 2
     for _ in range(depth):
