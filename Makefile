@@ -14,16 +14,16 @@ demo: .venv/ready
 	@$(BIN)/musigma sample demo/glow --temperatures 0.6,0.8,1 --n 20 --out demo/temperatures.png
 	@$(BIN)/python examples/demo/page.py temperatures demo
 	@$(BIN)/python examples/demo/page.py table demo
-	$(BIN)/musigma train maf demo/tumours.csv --hidden 64 --depth 3 --ema 0.95 \
+	$(BIN)/musigma train maf demo/tumors.csv --hidden 64 --depth 3 --ema 0.95 \
 	    --optimizer adamw --weight-decay 0.1 --epochs 60 --evaluations 20 --patience 3 \
-	    --out demo/tumours --overwrite
-	@$(BIN)/musigma score demo/tumours demo/tumours.csv --out demo/scores.csv
+	    --out demo/tumors --overwrite
+	@$(BIN)/musigma score demo/tumors demo/tumors.csv --out demo/scores.csv
 	@$(BIN)/python examples/demo/page.py rows demo
 	@$(BIN)/python examples/demo/page.py audit demo
 	@$(BIN)/musigma compress demo/glow mnist-5k demo/digits.mus --split held-out --json \
 	    > demo/compress-glow.json
 	@$(BIN)/python examples/demo/page.py compression demo
-	@$(BIN)/musigma report demo/vae demo/glow demo/tumours --section demo/temperatures.json \
+	@$(BIN)/musigma report demo/vae demo/glow demo/tumors --section demo/temperatures.json \
 	    --section demo/rows.json --section demo/audit.json --section demo/compression.json \
 	    --title "musigma: demo" --out demo/index.html
 

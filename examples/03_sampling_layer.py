@@ -188,10 +188,10 @@ for m in (n // 16, n // 4, n):
 
 # -- 5. the aggregate posterior
 
-centre, cov = mean.double().mean(0), mean.double().T.cov(correction=0)
+center, cov = mean.double().mean(0), mean.double().T.cov(correction=0)
 cov += stds.double().square().mean(0).diag()
-moments = 0.5 * (cov.trace() + centre.square().sum() - z_dim - cov.logdet())
-spans = [f"{t.min():.2f} to {t.max():.2f}" for t in (centre, cov.diag(), cov - cov.diag().diag())]
+moments = 0.5 * (cov.trace() + center.square().sum() - z_dim - cov.logdet())
+spans = [f"{t.min():.2f} to {t.max():.2f}" for t in (center, cov.diag(), cov - cov.diag().diag())]
 print("\n5. The aggregate posterior q(z) against N(0, I)")
 print("  means {}; variances {}; covariances {}".format(*spans))
 print("  KL(q(z|x) || p) = I(x; z) + KL(q(z) || p), in nats:", end=" ")

@@ -34,7 +34,7 @@ def photograph(place, brightness, seed):
 
 
 def blobs(n, reach, seed):
-    """Images, positions (n, 2) in pixels right and down of the centre, and brightnesses (n,)."""
+    """Images, positions (n, 2) in pixels right and down of the center, and brightnesses (n,)."""
     draw = torch.rand(n, 3, generator=torch.Generator().manual_seed(seed))
     place, brightness = (2 * draw[:, :2] - 1) * torch.tensor(reach), 0.5 + 0.5 * draw[:, 2]
     return photograph(place, brightness, seed), place, brightness

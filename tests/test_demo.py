@@ -20,7 +20,7 @@ def test_the_odd_rows_are_those_with_the_most_nats(tmp_path):
     pytest.importorskip("sklearn")
     steps = runpy.run_path(str(PAGE))["STEPS"]
     steps["table"](tmp_path)
-    table = data.load(tmp_path / "tumours.csv")
+    table = data.load(tmp_path / "tumors.csv")
     assert (len(table), table.shape) == (569, (30,))
     nats = np.random.default_rng(0).normal(size=len(table))
     nats[[7, 500]] = 90, 80
@@ -28,9 +28,9 @@ def test_the_odd_rows_are_those_with_the_most_nats(tmp_path):
         writer = csv.writer(file)
         writer.writerow(["index", "nats"])
         writer.writerows(enumerate(nats.tolist()))
-    (tmp_path / "tumours").mkdir()
+    (tmp_path / "tumors").mkdir()
     figure = {"nats": -34.8, "standard_error_nats": 3.1, "n": 54}
-    (tmp_path / "tumours" / "evaluation.json").write_text(json.dumps(figure))
+    (tmp_path / "tumors" / "evaluation.json").write_text(json.dumps(figure))
     steps["rows"](tmp_path)
     section = report.page.Section.read(tmp_path / "rows.json")
     assert [row[:2] for row in section.tables[0].rows[:2]] == [["7", "90.0"], ["500", "80.0"]]

@@ -3,7 +3,7 @@
 python examples/demo/page.py STEP FOLDER
 
 Each step writes FOLDER/STEP.json, which `musigma report --section` takes, except for `table`,
-which writes FOLDER/tumours.csv.
+which writes FOLDER/tumors.csv.
 """
 
 import csv
@@ -35,11 +35,11 @@ def temperatures(folder: Path) -> None:
 
 
 def table(folder: Path) -> None:
-    """569 breast tumours by 30 measurements of their cells, from the installed scikit-learn."""
+    """569 breast tumors by 30 measurements of their cells, from the installed scikit-learn."""
     from sklearn.datasets import load_breast_cancer
 
     data = load_breast_cancer()
-    with (folder / "tumours.csv").open("w", newline="") as file:
+    with (folder / "tumors.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(data.feature_names)
         writer.writerows(data.data.tolist())
@@ -47,7 +47,7 @@ def table(folder: Path) -> None:
 
 def rows(folder: Path) -> None:
     """The rows of the table that the model finds least likely."""
-    with (folder / "tumours.csv").open() as file:
+    with (folder / "tumors.csv").open() as file:
         names, *text = csv.reader(file)
     values = np.array(text, float)
     with (folder / "scores.csv").open() as file:
@@ -58,14 +58,14 @@ def rows(folder: Path) -> None:
         far = np.argsort(-np.abs(z[i]))[:3]
         unusual = ", ".join(f"{names[j]} {values[i, j]:g} ({z[i, j]:+.1f} sd)" for j in far)
         odd.append([str(i), f"{nats[i]:.1f}", unusual])
-    figure = json.loads((folder / "tumours" / "evaluation.json").read_text())
-    gaussian = gaussian_nats(folder / "tumours.csv")
+    figure = json.loads((folder / "tumors" / "evaluation.json").read_text())
+    gaussian = gaussian_nats(folder / "tumors.csv")
     flow = figure["nats"], figure["standard_error_nats"]
     write(
         folder / "rows.json",
         "The odd rows of a table",
         [
-            f"A masked autoregressive flow of {len(values)} breast tumours, described by "
+            f"A masked autoregressive flow of {len(values)} breast tumors, described by "
             f"{len(names)} measurements of their cells. On the {figure['n']} held-out rows, "
             "−log p(x) is {:.1f} ± {:.1f} nats by the flow and {:.1f} ± {:.1f} nats by a ".format(
                 *flow, *gaussian
