@@ -32,9 +32,17 @@ def test_the_odd_rows_are_those_with_the_most_nats(tmp_path):
     figure = {"nats": -34.8, "standard_error_nats": 3.1, "n": 54}
     (tmp_path / "tumors" / "evaluation.json").write_text(json.dumps(figure))
     steps["rows"](tmp_path)
-    section = report.page.Section.read(tmp_path / "rows.json")
-    assert [row[:2] for row in section.tables[0].rows[:2]] == [["7", "90.0"], ["500", "80.0"]]
-    assert "-34.8 ± 3.1 nats by the flow" in section.text[0]
+    section = json.loads((tmp_path / "rows.json").read_text())
+    assert [row[:2] for row in section["tables"][0]["rows"][:2]] == [
+        ["7", "90.0"],
+        ["500", "80.0"],
+    ]
+    assert "-34.8 ± 3.1 nats by the flow" in section["text"][0]
+    (tmp_path / "tumours" / "config.json").write_text("{}")
+    page = report.write(
+        tmp_path / "page.html", [tmp_path / "tumours"], sections=[tmp_path / "rows.json"]
+    )
+    assert "<td>500</td><td>80.0</td>" in page.read_text()
 
 
 def test_the_reference_is_the_gaussian_of_the_training_rows(tmp_path):
