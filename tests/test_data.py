@@ -591,6 +591,12 @@ def test_parquet(tmp_path, monkeypatch):
     parquet.write_table(pa.table({"a": POINTS[:, 0], "b": [None, *range(11)]}), path)
     with fails(r"row 0 \(from 0\), column 'b' is nan"):
         load(path)
+    for cells, such in ((["1", None, "2"], "'1'"), ([None, "", None], "''")):
+        parquet.write_table(
+            pa.table({"a": POINTS[:, 0], "b": pa.array(cells * 4, "string")}), path
+        )
+        with fails(f"column 'b' holds text, such as {such}"):
+            load(path)
     path.write_bytes(b"PAR1 and no more")
     with fails("x.parquet: is damaged"):
         load(path)

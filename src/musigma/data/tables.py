@@ -36,7 +36,7 @@ COMMA_DECIMAL = re.compile(r"[+-]?(\d{1,3}(\.\d{3})+|\d*)(,\d+)?([eE][+-]?\d+)?"
 COMMA_GROUPS = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d*)(\.\d*)?([eE][+-]?\d+)?")
 WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")
 COARSE = 1e-3  # share of a column's range: float32 steps larger than this lose information
-NAMED = 1000  # cells that are named, of those that cannot be used
+NAMED = 1000  # cells of a row, or of a table on disk, that are named as unusable
 LARGEST = np.finfo(np.float32).max
 
 Kind = Literal["number", "text", "empty"]
@@ -315,8 +315,9 @@ def roles(table: Table, request: Request) -> Roles:
     faults = {}
     for j in found.data:
         if table.kinds[j] == "text":
-            cells = table.cells(j, LOOKED_AT)
-            cell = next(cell for cell in cells if not is_missing(cell) and not is_number(cell))
+            cells = [cell for cell in table.cells(j, LOOKED_AT) if not is_missing(cell)]
+            words = (cell for cell in cells if not is_number(cell))
+            cell = next(words, cells[0] if cells else "")
             faults[table.called(j)] = column_fault(names[j] if names else None, cell)
         elif names and not names[j]:
             faults[f"column {j + 1}"] = "has no name: name it, or drop it"
@@ -432,7 +433,7 @@ def assemble(table: Table, request: Request) -> Dataset:
         bad |= unusable
     faults = dict(table.ragged)
     for i in np.flatnonzero(bad).tolist():
-        if len(faults) >= NAMED:
+        if len(faults) >= NAMED and isinstance(x, np.memmap):
             break
         row = x[i]
         columns = np.flatnonzero(~np.isfinite(row))[:NAMED].tolist()
