@@ -477,6 +477,24 @@ def test_all_cells_that_are_no_numbers_are_named_or_left_out(tmp_path):
     assert len(data.skipped) == 6
 
 
+def test_points_among_decimal_commas_are_named_or_left_out(tmp_path):
+    lines = [f"{i},5;{i * i}" for i in range(9)]
+    (tmp_path / "x.csv").write_text("\n".join(["a;b", *lines, "9,5;2.25", "10,5;inf"]))
+    faults = "line 11, column 'b' is '2.25', not a number", "line 12, column 'b' is 'inf'"
+    with fails("2 of 11 rows cannot be used", *faults):
+        load(tmp_path / "x.csv")
+    data = load(tmp_path / "x.csv", skip_bad=True)
+    assert data.x.tolist() == [[i + 0.5, i * i] for i in range(9)]
+
+
+def test_every_row_that_is_left_out_is_named(tmp_path):
+    lines = [f"{i},{'x' if i % 2 else i * i}" for i in range(2400)]
+    (tmp_path / "x.csv").write_text("\n".join(["a,b", *lines]))
+    data = load(tmp_path / "x.csv", skip_bad=True)
+    assert len(data) == len(data.skipped) == 1200
+    assert "left out: 1200 that cannot be used" in summary(data)
+
+
 def test_images_that_are_not_finite_are_named_or_left_out(tmp_path):
     x = np.rint(255 * RNG.random((40, 1, 8, 8))) / 255
     x[3, 0, 1, 1] = np.nan

@@ -61,22 +61,17 @@ class Delimited(Table):
                 raise request.error("is empty: give a table of numbers")
             first = [printable(cell.strip()) for cell in first]
             self._parse(path, form, float, first)
-            gaps = np.flatnonzero(np.isnan(self.values[1:]).any(0))
-            texts = {j: [] for j, name in enumerate(first) if j in gaps or is_called_id(name)}
-            self.texts: dict[int, list[str]] = texts
-            for _, cells in _rows(path, form) if texts else ():
-                if len(cells) == len(first):
-                    for j, column in texts.items():
-                        column.append(cells[j])
+            self._keep_texts(path, form, first)
             commas = [
                 cell
-                for j, cells in texts.items()
+                for j, cells in self.texts.items()
                 for cell, value in zip(cells[1:], self.values[1:, j], strict=True)
                 if np.isnan(value) and "," in cell and _may_be_number(cell)
             ]
             convert, self.doubt = convention(commas) if commas else (None, "")
             if convert is not None:
                 self._parse(path, form, convert, first)
+                self._keep_texts(path, form, first)
                 how = "decimal commas" if convert is comma_decimal else "commas in numbers"
                 request.note(f"{how} are read as such: {commas[0]!r} is {convert(commas[0]):g}")
         numbers = (~np.isnan(self.values[0])).tolist()
@@ -84,7 +79,7 @@ class Delimited(Table):
             if all(numbers):
                 request.note(f"the first line, {','.join(first)}, is taken as names of columns")
             self.names, self.values, self.lines = tuple(first), self.values[1:], self.lines[1:]
-            self.texts = {j: cells[1:] for j, cells in texts.items()}
+            self.texts = {j: cells[1:] for j, cells in self.texts.items()}
         self.rows, width = self.values.shape
         self.kinds = [self._kind(j) for j in range(width)]
 
@@ -110,6 +105,17 @@ class Delimited(Table):
                 values.extend(map(number, cells))
             self.lines.append(line)
         self.values = np.array(values).reshape(-1, len(first))
+
+    def _keep_texts(self, path: Path, form: _Format, first: list[str]) -> None:
+        """Keep the text of columns that have cells which are no numbers, or may name rows."""
+        gaps = np.isnan(self.values[1:] if len(self.values) > 1 else self.values).any(0)
+        self.texts: dict[int, list[str]] = {
+            j: [] for j, name in enumerate(first) if gaps[j] or is_called_id(name)
+        }
+        for _, cells in _rows(path, form) if self.texts else ():
+            if len(cells) == len(first):
+                for j, column in self.texts.items():
+                    column.append(cells[j])
 
     def _kind(self, j: int) -> Kind:
         no_number = np.flatnonzero(np.isnan(self.values[:, j])).tolist()
