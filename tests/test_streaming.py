@@ -694,6 +694,34 @@ def test_shards_behind_a_url(tmp_path, afar, home):
         load("memory://bucket/set/s-{0..2}.tar")
 
 
+def test_shards_of_one_name_behind_a_url_are_refused(tmp_path, afar, home):
+    for i in range(2):
+        path = tar(tmp_path / f"{i}" / "s.tar", {f"{i}.png": png(GREY[i])})
+        afar.pipe(f"/bucket/{i}/s.tar", path.read_bytes())
+    with fails(
+        r"memory://bucket/\{0\.\.1\}/s.tar: several files are called s.tar: give a pattern"
+    ):
+        load("memory://bucket/{0..1}/s.tar")
+
+
+def test_what_has_been_fetched_is_noted_if_the_rest_fails(tmp_path, afar, monkeypatch, home):
+    for i in range(2):
+        afar.pipe(f"/bucket/set/{i}.png", png(GREY[i]))
+    whole, opened = type(afar).open, []
+
+    def fail_at_the_second(self, path, *args, **how):
+        opened.append(path)
+        if len(opened) == 2:
+            raise ConnectionError("no route")
+        return whole(self, path, *args, **how)
+
+    monkeypatch.setattr(type(afar), "open", fail_at_the_second)
+    with fails("cannot be read"):
+        load("memory://bucket/set")
+    assert len(load("memory://bucket/set")) == 2
+    assert [path[-5:] for path in opened] == ["0.png", "1.png", "1.png"]
+
+
 def test_a_page_behind_a_url_may_be_that_of_a_folder(tmp_path, monkeypatch):
     (tmp_path / "photos").write_text("<html>")
     monkeypatch.setattr(readers, "fetched", lambda url, request: str(tmp_path / "photos"))

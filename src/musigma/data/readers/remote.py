@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ VERSIONS = (  # the names by which file systems give the version of a file
     *("mtime", "Last-Modified", "LastModified", "last_modified", "updated", "modified", "created"),
 )
 BLOCK = 1 << 22
+NOTE_EVERY = 5  # seconds between notes of what has been fetched
 
 
 def is_url(source: object) -> TypeGuard[str]:
@@ -73,8 +75,13 @@ def fetched(url: str, request: Request) -> str:
             found = fs.find(folder, detail=True)
             paths = {posixpath.relpath(path, folder): path for path in sorted(found)}
         else:
-            found = {}
-            paths = {posixpath.basename(urlsplit(path).path) or "data": path for path in paths}
+            found, named = {}, [posixpath.basename(urlsplit(path).path) for path in paths]
+            if twice := sorted({name for name in named if named.count(name) > 1}):
+                raise request.error(
+                    f"several files are called {twice[0]}: give a pattern of files with names of "
+                    "their own, or their folder"
+                )
+            paths = {name or "data": path for name, path in zip(named, paths, strict=True)}
         wanted = {name: found.get(path, {}) for name, path in paths.items()}
         for name, info in wanted.items():
             if info.get("size") is None:  # web servers list names only
@@ -108,12 +115,20 @@ def _fetch(
         known = json.loads(notes.read_text(encoding="utf-8"))
     stale = [name for name in wanted if known.get(name) != _version(home / name, wanted[name])]
     done, total = 0, sum(wanted[name].get("size") or 0 for name in stale)
-    for name in stale:
-        for count in _copy(fs, paths[name], home / name, wanted[name].get("size"), request):
-            done += count
-            request.report(done >> 20, total >> 20)
-        known[name] = _version(home / name, wanted[name])
-        write_json(notes, known)
+    noted = time.monotonic()
+    try:
+        for name in stale:
+            for count in _copy(fs, paths[name], home / name, wanted[name].get("size"), request):
+                done += count
+                request.report(done >> 20, total >> 20)
+            known[name] = _version(home / name, wanted[name])
+            if time.monotonic() > noted + NOTE_EVERY:  # it lists all of what may be many files
+                write_json(notes, known)
+                noted = time.monotonic()
+    finally:
+        if stale and home.is_dir():
+            with suppress(OSError):  # they will be fetched again
+                write_json(notes, known)
     keep = {notes, *(home / name for name in wanted)}
     for path in home.rglob("*"):
         if path.is_file() and path not in keep:
