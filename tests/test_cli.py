@@ -18,8 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from musigma import checkpoint
-from musigma.cli import main
+from musigma import checkpoint, evaluation
+from musigma.cli import main, use
+from musigma.cli.options import RunOnData
 from musigma.data import load
 from musigma.objectives import OBJECTIVES
 from musigma.zoo import build
@@ -286,6 +287,13 @@ def test_decode_draws_the_latents_that_are_not_given(workdir, run):
     run("decode glow top.npz --temperature 0.5 --out d.png")
     run("decode glow top.npz")
     assert Path("decoded.png").is_file()
+
+
+def test_a_missing_pyarrow_is_named_before_anything_is_computed(workdir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr(evaluation, "score", None)
+    with pytest.raises(ValueError, match="needs pyarrow"):
+        use.score(RunOnData("vae", "photos"), out=Path("s.parquet"))
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])

@@ -37,6 +37,20 @@ def check_out(out: Path, *suffixes: str) -> None:
     if out.is_dir() or not out.parent.is_dir():
         reason = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise ValueError(f"out: {out} cannot be written: {reason}")
+    if out.suffix == ".parquet":
+        _pyarrow()
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            "out: writing .parquet needs pyarrow: pip install 'musigma[tables]', or name another "
+            "kind of file"
+        ) from None
+    return pyarrow
 
 
 def write_rows(out: Path, parts: Iterable[Columns], **about: Any) -> None:
@@ -67,17 +81,10 @@ def _csv(draft: Path, parts: Iterable[Columns], about: Mapping[str, Any]) -> Non
 
 
 def _parquet(draft: Path, parts: Iterable[Columns], about: Mapping[str, Any]) -> None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(
-            "out: writing .parquet needs pyarrow: pip install 'musigma[tables]', or name another "
-            "kind of file"
-        ) from None
+    pyarrow = _pyarrow()
     metadata = {name: json.dumps(value) for name, value in about.items()}
 
-    def groups() -> Iterator[pyarrow.Table]:
+    def groups() -> Iterator[Any]:
         tables, size = [], 0
         for columns in parts:
             arrays = {
