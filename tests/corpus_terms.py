@@ -184,7 +184,7 @@ class Broken(Histogram):
 bits("each", _bits_each)
 bits("mean", lambda x: _bits_each(x).mean())
 bits("number", lambda x: float(_bits_each(x).mean()))
-bits("grey", _bits_each, shape=(1, 6, 6))
+bits("gray", _bits_each, shape=(1, 6, 6))
 bits("five_bits", lambda x: torch.full((len(x),), math.log2(32)), levels=32)
 bits("integers", _categorical)
 bits("other_model", Histogram())

@@ -64,7 +64,7 @@ def test_a_forward_that_does_not_end_is_named(monkeypatch):
         (3, "expected a callable; got int"),
     ],
 )
-def test_objects_that_are_no_flows(forward, message):
+def test_objects_that_are_not_flows(forward, message):
     with pytest.raises(AuditError, match=message):
         audit_flow(forward, example=torch.randn(8, 4))
 

@@ -202,7 +202,7 @@ def test_a_wrong_closed_form(monkeypatch):
     assert "kl_mismatch" in audit_model(model).codes
 
 
-def test_objects_that_are_no_models():
+def test_objects_that_are_not_models():
     with pytest.raises(AuditError, match="expected a model of musigma"):
         audit_model(nn.Linear(2, 2))
     with pytest.raises(AuditError, match="it raises"):

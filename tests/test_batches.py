@@ -17,7 +17,7 @@ import pytest
 from musigma.data import Dataset, Preprocess, batch_indices, load
 from musigma.data.batches import stream
 from musigma.data.readers import LazyImages
-from test_data import GREY, fails, save_folder
+from test_data import GRAY, fails, save_folder
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def many(tmp_path):
     """Binarized at random, decoded when they are asked for, with labels."""
-    folder = save_folder(tmp_path / "images", np.concatenate([GREY, 255 - GREY]), "{k}/{i}.png")
+    folder = save_folder(tmp_path / "images", np.concatenate([GRAY, 255 - GRAY]), "{k}/{i}.png")
     return load(folder, preprocess=Preprocess(binarize="dynamic"), in_memory=False)
 
 
@@ -124,7 +124,7 @@ def test_workers_end_with_their_stream(many):
 
 
 @linux
-def test_a_worker_that_dies_is_told_of(many):
+def test_a_worker_that_dies_is_reported(many):
     before = children()
     batches = stream(many, 5, seed=3, workers=2)
     next(batches)
@@ -177,11 +177,11 @@ def test_workers_end_with_their_parent(many, sent):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_goes_wrong_in_a_worker_is_said(many, workers):
     (Path(many.name) / "a" / "4.png").unlink()
-    with fails("images: a/4.png is not what it was when this source was indexed"):
+    with fails("images: a/4.png has changed since this source was indexed"):
         list(stream(many, 5, seed=3, stop=4, workers=workers))
 
 
-def test_workers_can_be_started_anew(many, monkeypatch):
+def test_workers_can_be_spawned(many, monkeypatch):
     monkeypatch.setattr("musigma.data.batches.METHOD", "spawn")
     with contextlib.closing(stream(many, 5, seed=3, workers=1)) as batches:
         np.testing.assert_array_equal(next(batches)[0], expected(many, 5, 0)[0])
@@ -195,7 +195,7 @@ def test_streams_refuse(many, tmp_path, monkeypatch):
         stream(many, 3, seed=0, part=slice(0, 3, 2))
     with fails("images: holds no examples"):
         stream(many.subset([]), 3, seed=0)
-    np.save(tmp_path / "x.npy", GREY)
+    np.save(tmp_path / "x.npy", GRAY)
     monkeypatch.setattr("musigma.data.batches.METHOD", "spawn")
     with fails("workers: .* would get a copy of .*x.npy memory-mapped array"):
         next(stream(load(tmp_path / "x.npy"), 3, seed=0, workers=1))

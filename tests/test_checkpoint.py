@@ -418,7 +418,7 @@ def test_an_invalid_configuration_is_refused(file):
         header["config"]["options"]["breadth"] = 3
 
     forge(file, change)
-    refused(file, "builds no vae here: breadth: vae has no such option")
+    refused(file, "does not build a vae: breadth: vae has no such option")
 
 
 class Trap:

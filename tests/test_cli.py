@@ -41,7 +41,7 @@ def picture(path: Path, pixels: np.ndarray) -> None:
 
 
 def photos(folder: Path, n: int = 40, shape=(8, 8, 3)) -> Path:
-    """Two classes of noise, each around one colour."""
+    """Two classes of noise, each around one color."""
     draw = np.random.default_rng(0)
     for i in range(n):
         kind = ("cat", "dog")[i % 2]
@@ -264,7 +264,7 @@ def test_a_flow_decodes_its_latents_to_the_same_images(workdir, run, run_json):
         assert np.array_equal(z["labels"], load("photos").labels)
 
 
-def test_a_vae_encodes_to_posterior_means_and_decodes_to_centres(workdir, run):
+def test_a_vae_encodes_to_posterior_means_and_decodes_to_centers(workdir, run):
     run("encode vae photos --split all --out z.npz")
     run("decode vae z.npz --out x.npy")
     run("reconstruct vae photos --split all --n 40 --out again.npy")
@@ -339,7 +339,7 @@ def test_evaluate(workdir, run, run_json, arch):
 def test_other_data_are_evaluated_in_full(workdir, run_json):
     copy = Path(shutil.copytree("photos", "others"))
     n_held_out = len(load("photos").split("held-out"))
-    figure = run_json("evaluate vae others")  # the same data by another path are recognised
+    figure = run_json("evaluate vae others")  # the same data by another path are recognized
     assert (figure["n"], figure["split"]) == (n_held_out, "held-out")
     inside = run_json("evaluate vae photos/cat")  # a part of it: what was trained on is left out
     assert inside["split"] == "held-out"
@@ -515,10 +515,10 @@ def test_images_of_many_sizes_are_resized_to_one(workdir, run_json):
     assert run_json("evaluate wide mixed --split all --in-memory")["n"] == 20
 
 
-def test_grey_images_are_scored_by_a_model_of_colour_images(workdir, run_json, capsys):
-    photos(workdir / "grey", 20, (8, 8))
-    assert run_json("score glow grey --out s.csv")["n"] == 20
-    assert call("evaluate glow grey") == 0
+def test_gray_images_are_scored_by_a_model_of_color_images(workdir, run_json, capsys):
+    photos(workdir / "gray", 20, (8, 8))
+    assert run_json("score glow gray --out s.csv")["n"] == 20
+    assert call("evaluate glow gray") == 0
     assert "gray images are made RGB" in capsys.readouterr().err
 
 
@@ -781,16 +781,16 @@ def test_help_of_training_names_model_and_training_options(run, arch):
 def test_help_of_training_starts_with_the_most_used_options(run):
     found = panels(run("train glow --help"))
     assert list(found) == [
-        *("Arguments", "Most used", "Model", "Objective", "Budget and optimiser", "Data"),
+        *("Arguments", "Most used", "Model", "Objective", "Budget and optimizer", "Data"),
         *("Hardware", "Output", "Every command"),
     ]
     first = re.findall(r"--[\w-]+", found["Most used"])
     assert first == ["--minutes", "--size", "--given", "--out", "--device"]
     assert "--hidden" in found["Model"]
     assert "--beta" in found["Objective"]
-    assert "--lr" in found["Budget and optimiser"]
+    assert "--lr" in found["Budget and optimizer"]
     assert "--memory" in found["Hardware"]
-    assert "Random seed." in found["Budget and optimiser"]
+    assert "Random seed." in found["Budget and optimizer"]
 
 
 LIGHT = ["--help", "--version", "sampel", "sample --help", "sample --temprature 1", "inspect"]
@@ -862,7 +862,7 @@ def bad(home, tmp_path_factory):
         photos(Path("truncated"), 20)
         broken = Path("truncated/dog/07.png")
         broken.write_bytes(broken.read_bytes()[:-40])
-        photos(Path("grey"), 20, (8, 8))
+        photos(Path("gray"), 20, (8, 8))
         photos(Path("large"), 20, (16, 16, 3))
         photos(Path("odd"), 20, (9, 9, 3))
         shutil.copytree("photos/cat", "one-class")
@@ -964,7 +964,10 @@ MISTAKES = {
     "truncated checkpoint": ("sample truncated.safetensors", "cut short or damaged"),
     "changed byte": ("sample changed.safetensors", "changed or damaged"),
     "changed byte in a run": ("evaluate damaged photos", "changed or damaged"),
-    "run is there": ("train vae photos --out vae", "vae exists already; --resume vae, --overwr"),
+    "run is there": (
+        "train vae photos --out vae",
+        "vae already exists; pass --resume vae, --overwr",
+    ),
     "file is there": ("train vae photos --out file --overwrite", "file is not a run"),
     "no run to overwrite": (
         "train vae photos --out precious --overwrite",
@@ -992,7 +995,7 @@ MISTAKES = {
     "two budgets": ("train vae photos --steps 5 --minutes 1", "the budget is given as steps"),
     "no rate": ("train vae photos --lr 0", "lr: expected a positive"),
     "no bits": ("train vae photos --bits 9", "bits is 9: give a whole number from 1 to 8"),
-    "no size": ("train vae photos --size 0", "size: expected a side, as 32, or height x"),
+    "no size": ("train vae photos --size 0", "size: expected a side such as 32, or height x"),
     "bits and binarize": ("train vae photos --bits 5 --binarize threshold", "drop one of them"),
     "beta for a flow": ("train glow photos --beta 2", "a flow has none"),
     "free bits for a flow": ("train realnvp table.npy --free-bits 1", "a flow has none"),
@@ -1012,7 +1015,7 @@ MISTAKES = {
     "split": ("evaluate vae photos --split test", '"test" for --split'),
     "label": ("sample conditional --label 2", "label: expected 0 to 1, or one of cat, dog; got"),
     "label for none": ("sample glow --label 1", "not conditioned on classes"),
-    "hot": ("sample glow --temperature hot", "temperature: expected numbers from 0, as 0.7"),
+    "hot": ("sample glow --temperature hot", "temperature: expected numbers from 0, such as 0.7"),
     "temperature below": ("sample glow --temperature -1", "temperature: expected"),
     "temperature nan": ("sample glow --temperature nan", "temperature: expected numbers from 0"),
     "temperatures": ("sample glow --temperature 1,2,3", "or 2 numbers, one per latent; got 3"),
@@ -1154,7 +1157,7 @@ def test_auto_resume_names_every_option_that_differs_and_knows_defaults(workdir,
     words = f"train vae photos {TINY['vae']} {QUICK} --steps 3 --out run --auto-resume"
     run(words, "--blocks 2 --bits 4")
     assert call(words) == 2
-    assert "run began with blocks 2, not 1; bits 4, not 8; --over" in capsys.readouterr().err
+    assert "run began with blocks 2, not 1; bits 4, not 8; pass --over" in capsys.readouterr().err
     config = json.loads(Path("run/config.json").read_text())
     del config["model"]["options"]["prior_depth"]  # as if the option were new
     Path("run/config.json").write_text(json.dumps(config))

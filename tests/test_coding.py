@@ -151,7 +151,7 @@ def test_invalid_values_are_refused_and_the_stack_is_unchanged(what):
     assert content(s) == before
 
 
-def test_words_that_are_no_stack_are_refused():
+def test_words_that_are_not_a_stack_are_refused():
     with pytest.raises(ValueError, match="words: these are no stack"):
         Stack(np.array([1, 0], np.uint32))
     s = stack(9)

@@ -155,7 +155,7 @@ def likelihoods():
     yield FactorizedBernoulli(3 * torch.randn(2, 3, 4, 4))
 
 
-@pytest.mark.parametrize("dist", list(likelihoods()), ids=["rgb", "grey", "any", "bits"])
+@pytest.mark.parametrize("dist", list(likelihoods()), ids=["rgb", "gray", "any", "bits"])
 def test_a_likelihood_costs_its_log_mass(dist):
     for _ in range(5):
         x = dist.sample()

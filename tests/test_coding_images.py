@@ -29,7 +29,7 @@ def noise(seed, *shape):
 
 
 @pytest.fixture(scope="module")
-def grey():
+def gray():
     torch.manual_seed(0)
     return build("vae", (1, 4, 4), bits=8, net="mlp", width=8, latents=2)
 
@@ -64,7 +64,7 @@ def pixels(folder):
     return found
 
 
-def test_a_folder_comes_back_with_its_names_and_modes(grey, tmp_path):
+def test_a_folder_comes_back_with_its_names_and_modes(gray, tmp_path):
     source = tmp_path / "in"
     save_image(source / "a.png", noise(0, 4, 4))
     save_image(source / "cat" / "b.PNG", noise(1, 4, 4))
@@ -73,7 +73,7 @@ def test_a_folder_comes_back_with_its_names_and_modes(grey, tmp_path):
     save_image(source / "dog" / "e.pgm", noise(4, 4, 4), format="PPM")
     save_image(source / "dog" / "one.png", noise(5, 4, 4), mode="1")
     data = load(source)
-    assert through(grey, Examples(data, folder=source), tmp_path / "out") == 6
+    assert through(gray, Examples(data, folder=source), tmp_path / "out") == 6
     assert pixels(tmp_path / "out") == pixels(source)
     for path in source.rglob("*.*"):
         with Image.open(path) as a, Image.open(tmp_path / "out" / path.relative_to(source)) as b:
@@ -112,23 +112,23 @@ def test_levels_are_converted_back(black, tmp_path):
     assert found == {0, 255}
 
 
-def test_images_of_another_size_are_refused(grey, tmp_path):
+def test_images_of_another_size_are_refused(gray, tmp_path):
     save_image(tmp_path / "in" / "a.png", noise(0, 8, 8))
     data = load(tmp_path / "in", preprocess=Preprocess(size=4))
     with pytest.raises(ValueError, match="is 8 x 8, and the model sees 4 x 4"):
         Examples(data, folder=tmp_path / "in")
     examples = Examples(data, folder=tmp_path / "in", prepared=True)
-    assert through(grey, examples, tmp_path / "out") == 1
+    assert through(gray, examples, tmp_path / "out") == 1
 
 
-def test_resized_archives_and_converted_colors_are_refused(grey, color, tmp_path):
+def test_resized_archives_and_converted_colors_are_refused(gray, color, tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         save_image(tmp_path / "in" / "a.png", noise(0, 8, 8))
         archive.add(tmp_path / "in", "in")
     data = load(tmp_path / "x.tar", preprocess=Preprocess(size=4))
     with pytest.raises(ValueError, match="was resized to 4 x 4 pixels"):
         Examples(data)
-    assert through(grey, Examples(data, prepared=True), tmp_path / "out") == 1
+    assert through(gray, Examples(data, prepared=True), tmp_path / "out") == 1
     (tmp_path / "inks").mkdir()
     Image.fromarray(noise(1, 4, 4, 4), mode="CMYK").save(tmp_path / "inks" / "a.tif")
     data = load(tmp_path / "inks")
@@ -191,10 +191,10 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_names_write_nothing(grey, tmp_path, what):
+def test_hostile_names_write_nothing(gray, tmp_path, what):
     (tmp_path / "a").mkdir()
     with pytest.raises(DamagedFile, match="cannot be written"):
-        through(grey, Named(["fine.png", HOSTILE[what]]), tmp_path / "a" / "out")
+        through(gray, Named(["fine.png", HOSTILE[what]]), tmp_path / "a" / "out")
     assert not list((tmp_path / "a").iterdir())
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -209,12 +209,12 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_names_that_are_equal_on_some_systems(grey, tmp_path, pair):
+def test_names_that_are_equal_on_some_systems(gray, tmp_path, pair):
     with pytest.raises(DamagedFile, match=r"occurs twice|names a file as a folder"):
-        through(grey, Named(pair), tmp_path / "out")
+        through(gray, Named(pair), tmp_path / "out")
     for modes in (["L", "P"], ["L", 1], ["L", []]):
         with pytest.raises(DamagedFile, match=r"with name .* and mode .* cannot"):
-            through(grey, Named(["a.png", "b.png"], modes), tmp_path / "out")
+            through(gray, Named(["a.png", "b.png"], modes), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -422,14 +422,14 @@ def test_outputs_that_exist_or_cannot_be_created(shelf, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
 
 
-def test_a_folder_by_the_commands(tmp_path, capsys, color, grey):
+def test_a_folder_by_the_commands(tmp_path, capsys, color, gray):
     for i in range(6):
         save_image(tmp_path / "in" / f"{i}.png", noise(i, 4, 4, 3), mode="RGB")
     checkpoint.save(color, tmp_path / "color.safetensors")
-    checkpoint.save(grey, tmp_path / "grey.safetensors")
+    checkpoint.save(gray, tmp_path / "gray.safetensors")
     words = f"compress {tmp_path}/color.safetensors {tmp_path}/in {tmp_path}/x.mus --embed"
     assert call(words)[0] == 0
     assert call(f"decompress {tmp_path}/x.mus {tmp_path}/out --trust")[0] == 0
     assert pixels(tmp_path / "out") == pixels(tmp_path / "in")
-    code, _, err = call(words.replace("/color", "/grey"), capsys)
+    code, _, err = call(words.replace("/color", "/gray"), capsys)
     assert (code, "color" in err) == (2, True)

@@ -794,7 +794,7 @@ def test_files_that_claim_more_than_they_hold(tmp_path):
         convert(tmp_path / "twice.npz")
 
 
-def test_sources_that_are_no_models(tmp_path):
+def test_sources_that_are_not_models(tmp_path):
     import os
 
     os.mkfifo(tmp_path / "pipe.pt")
@@ -1023,7 +1023,7 @@ def test_conversion_into_a_run_folder(tmp_path, monkeypatch, capsys):
     main(["sample", "run", "--n", "2", "--out", "s.npy"])
     with pytest.raises(SystemExit):
         main(["convert", pickled, "run"])
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     main(["convert", pickled, "run", "--overwrite"])
 
 
@@ -1052,9 +1052,9 @@ def test_bad_arguments_of_the_command(tmp_path, capsys, monkeypatch):
     for words, reason in (
         (
             [glow, "x.safetensors", "--size", "eight"],
-            "size: expected a side, as 32, or height x width",
+            "size: expected a side such as 32, or height x width",
         ),
-        ([glow, "there.safetensors", "--size", "16x8"], "exists already"),
+        ([glow, "there.safetensors", "--size", "16x8"], "already exists"),
         ([glow, "x.pt", "--size", "16x8"], "expected a .safetensors file"),
         ([glow, "no/x.safetensors", "--size", "16x8"], "expected a .safetensors file"),
         ([glow, "x.safetensors", "--from", "zuko"], "from: expected one of"),
@@ -1102,4 +1102,4 @@ def test_a_converted_model_is_finetuned_stopped_and_resumed(tmp_path, capsys, mo
     assert next(musigma.load("parts/last.safetensors").parameters()).dtype == torch.float64
     with pytest.raises(SystemExit):
         main([*words, "--out", "whole"])
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err

@@ -35,7 +35,7 @@ from musigma.data import (
 from musigma.data.readers import published
 
 RNG = np.random.default_rng(7)
-GREY = RNG.integers(0, 256, (6, 1, 9, 7), dtype=np.uint8)
+GRAY = RNG.integers(0, 256, (6, 1, 9, 7), dtype=np.uint8)
 COLOR = RNG.integers(0, 256, (6, 3, 9, 7), dtype=np.uint8)
 POINTS = RNG.normal(size=(12, 3)).astype(np.float32)
 DYNAMIC = Preprocess(binarize="dynamic")
@@ -74,9 +74,9 @@ def idx_bytes(x: np.ndarray) -> bytes:
 
 
 def save_idx(folder: Path, *, gz: bool = True, train: int = 4, test: int = 2) -> Path:
-    """A made-up MNIST of the pixels of GREY."""
+    """A made-up MNIST of the pixels of GRAY."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part, x in (("train", GREY[:train, 0]), ("t10k", GREY[train : train + test, 0])):
+    for part, x in (("train", GRAY[:train, 0]), ("t10k", GRAY[train : train + test, 0])):
         y = np.arange(len(x), dtype=np.uint8)
         for kind, data in (("images-idx3", x), ("labels-idx1", y)):
             content = idx_bytes(data)
@@ -198,7 +198,7 @@ def test_a_batch_is_taken_in_parts(side, cuts, seed):
 
 
 def test_levels_that_were_reduced_before_are_noticed(tmp_path):
-    np.save(tmp_path / "x.npy", GREY // 128)
+    np.save(tmp_path / "x.npy", GRAY // 128)
     with fails("from 0 to 1 only.*multiply them by 255"):
         load(tmp_path / "x.npy", preprocess=Preprocess(binarize="threshold"))
     assert load(tmp_path / "x.npy").bits == 8
@@ -237,15 +237,15 @@ def test_dataset_validates():
 
 def test_subset_keeps_everything_together():
     data = Dataset(
-        GREY,
+        GRAY,
         labels=np.arange(6),
         label_names=tuple("uvwxyz"),
         ids=tuple("abcdef"),
         official_test=np.arange(6) > 3,
     )
     part = data.subset([5, 1, 3]).subset(np.array([True, False, True]))
-    np.testing.assert_array_equal(part.take([0, 1]), GREY[[5, 3]])
-    np.testing.assert_array_equal(part.x, GREY[[5, 3]])
+    np.testing.assert_array_equal(part.take([0, 1]), GRAY[[5, 3]])
+    np.testing.assert_array_equal(part.x, GRAY[[5, 3]])
     assert part.ids == ("f", "d")
     assert part.official_test is not None
     assert part.official_test.tolist() == [True, False]
@@ -269,13 +269,13 @@ def test_another_array_has_other_hashes():
 
 
 def test_official_test_part_is_what_is_held_out():
-    data = Dataset(GREY, official_test=np.array([0, 1, 0, 0, 1, 0], bool))
-    np.testing.assert_array_equal(data.split("held-out").x, GREY[[1, 4]])
+    data = Dataset(GRAY, official_test=np.array([0, 1, 0, 0, 1, 0], bool))
+    np.testing.assert_array_equal(data.split("held-out").x, GRAY[[1, 4]])
     train, validation = data.split("train"), data.split("validation")
     assert len(train)
     assert len(validation)
     rest = sorted(x.tobytes() for x in [*train.x, *validation.x])
-    assert rest == sorted(x.tobytes() for x in GREY[[0, 2, 3, 5]])
+    assert rest == sorted(x.tobytes() for x in GRAY[[0, 2, 3, 5]])
     assert data.split("all") is data
     again = data.split("train").split("train")  # nothing official is left to go by
     assert 0 < len(again) < len(train)
@@ -349,7 +349,7 @@ def test_batches_depend_on_seed_epoch_and_nothing_else():
 # Formats -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("x", [GREY, COLOR], ids=["grey", "color"])
+@pytest.mark.parametrize("x", [GRAY, COLOR], ids=["gray", "color"])
 def test_every_image_format_holds_the_same_pixels(tmp_path, x):
     folder = save_folder(tmp_path / "images", x)
     np.save(tmp_path / "x.npy", x)
@@ -385,11 +385,11 @@ def test_npy_stays_memory_mapped(tmp_path):
 
 
 def test_folder_layouts(tmp_path):
-    plain = load(save_folder(tmp_path / "plain", GREY))
+    plain = load(save_folder(tmp_path / "plain", GRAY))
     assert plain.labels is None
     assert plain.ids == tuple(f"{i}.png" for i in range(6))
 
-    root = save_folder(tmp_path / "classes", GREY, "{k}/{i}.png")
+    root = save_folder(tmp_path / "classes", GRAY, "{k}/{i}.png")
     (root / ".hidden").mkdir()
     (root / ".hidden" / "x.png").write_bytes(b"not read")
     (root / "a" / "notes.txt").write_text("not read")
@@ -397,15 +397,15 @@ def test_folder_layouts(tmp_path):
     assert data.label_names == ("a", "b")
     assert data.labels is not None
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    np.testing.assert_array_equal(data.x, GREY[[0, 2, 4, 1, 3, 5]])
+    np.testing.assert_array_equal(data.x, GRAY[[0, 2, 4, 1, 3, 5]])
 
     parts = tmp_path / "parts" / "set"
-    save_folder(parts / "train", GREY[:4], "{k}/{i}.png")
-    save_folder(parts / "test", GREY[4:], "{k}/{i}.png")
+    save_folder(parts / "train", GRAY[:4], "{k}/{i}.png")
+    save_folder(parts / "test", GRAY[4:], "{k}/{i}.png")
     for source in (parts.parent, pack(parts.parent, tmp_path / "parts.tar.gz")):
         data = load(source)
         assert data.label_names == ("a", "b")
-        np.testing.assert_array_equal(data.split("held-out").x, GREY[[4, 5]])
+        np.testing.assert_array_equal(data.split("held-out").x, GRAY[[4, 5]])
         assert data.split("held-out").ids == ("set/test/a/0.png", "set/test/b/1.png")
         assert data.official_validation is None
 
@@ -414,7 +414,7 @@ def test_folder_layouts(tmp_path):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_validation_part_is_for_that(tmp_path, monkeypatch, name, in_memory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    parts = {"train": GREY[:3], name: GREY[3:5], "test": GREY[5:]}
+    parts = {"train": GRAY[:3], name: GRAY[3:5], "test": GRAY[5:]}
     for part, x in parts.items():
         save_folder(tmp_path / "set" / part, x)
     data = load(tmp_path / "set", in_memory=in_memory)
@@ -424,22 +424,22 @@ def test_a_validation_part_is_for_that(tmp_path, monkeypatch, name, in_memory):
     assert all(len(data.split("train").split(part)) for part in split)
     shutil.rmtree(tmp_path / "set" / "test")
     data = load(tmp_path / "set", in_memory=in_memory)  # now it is all that is set aside
-    np.testing.assert_array_equal(data.split("held-out").x, GREY[3:5])
+    np.testing.assert_array_equal(data.split("held-out").x, GRAY[3:5])
     assert len(data.split("validation")) == 1
 
 
 def test_one_image_and_progress(tmp_path):
     calls = []
-    folder = save_folder(tmp_path / "images", GREY)
+    folder = save_folder(tmp_path / "images", GRAY)
     load(folder, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(i, 6) for i in range(1, 7)]
     assert load(folder / "3.png").ids == ("3.png",)
 
 
 def test_modes_are_brought_together(tmp_path):
-    save_image(tmp_path / "a" / "1.png", GREY[0])
+    save_image(tmp_path / "a" / "1.png", GRAY[0])
     save_image(tmp_path / "a" / "2.png", COLOR[0])
-    np.testing.assert_array_equal(load(tmp_path / "a").x, [np.repeat(GREY[0], 3, 0), COLOR[0]])
+    np.testing.assert_array_equal(load(tmp_path / "a").x, [np.repeat(GRAY[0], 3, 0), COLOR[0]])
 
     (tmp_path / "b").mkdir()
     color = Image.fromarray(np.moveaxis(COLOR[0], 0, -1))
@@ -451,38 +451,38 @@ def test_modes_are_brought_together(tmp_path):
     np.testing.assert_array_equal(data.x[0], COLOR[0])
     assert data.shape == (3, 9, 7)
 
-    upright = Image.fromarray(GREY[0, 0])
+    upright = Image.fromarray(GRAY[0, 0])
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     (tmp_path / "c").mkdir()
     upright.save(tmp_path / "c" / "1.png", exif=exif)
-    np.testing.assert_array_equal(load(tmp_path / "c").x[0, 0], np.rot90(GREY[0, 0], -1))
+    np.testing.assert_array_equal(load(tmp_path / "c").x[0, 0], np.rot90(GRAY[0, 0], -1))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_images_that_are_not_as_the_others_are_told_of(tmp_path, monkeypatch, in_memory):
+def test_images_that_differ_from_the_others_are_noted(tmp_path, monkeypatch, in_memory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = save_folder(tmp_path / "x", GREY[:3])
+    folder = save_folder(tmp_path / "x", GRAY[:3])
     assert load(folder, in_memory=in_memory).notes == ()
-    frames = [Image.fromarray(x[0]) for x in GREY]
+    frames = [Image.fromarray(x[0]) for x in GRAY]
     frames[0].save(folder / "7.gif", save_all=True, append_images=frames[1:])
     frames[0].save(folder / "8.gif")
     save_image(folder / "9.png", COLOR[0])
     for _ in range(2):  # and again when it is known already
-        grey, moving = load(folder, in_memory=in_memory).notes
-        assert "gray images are made RGB, as the others are: 3 of 6, such as 0.png" in grey
-        assert "several frames in an image the first is used: 1 of 6, such as 7.gif" in moving
+        gray, moving = load(folder, in_memory=in_memory).notes
+        assert "gray images are made RGB, as the others are: 3 of 6, such as 0.png" in gray
+        assert "only the first of several frames is used: 1 of 6, such as 7.gif" in moving
 
 
 @pytest.mark.parametrize("gz", [True, False])
 def test_idx_folder(tmp_path, gz):
     data = load(save_idx(tmp_path, gz=gz))
-    np.testing.assert_array_equal(data.x, GREY)
-    np.testing.assert_array_equal(data.split("held-out").x, GREY[4:])
+    np.testing.assert_array_equal(data.x, GRAY)
+    np.testing.assert_array_equal(data.split("held-out").x, GRAY[4:])
     assert data.labels is not None
     assert data.labels.tolist() == [0, 1, 2, 3, 0, 1]
     assert data.label_names == ("0", "1", "2", "3")
-    np.testing.assert_array_equal(load(pack(tmp_path, tmp_path / "idx.zip")).x, GREY)
+    np.testing.assert_array_equal(load(pack(tmp_path, tmp_path / "idx.zip")).x, GRAY)
 
 
 def save_cifar(folder: Path, binary: bool) -> np.ndarray:
@@ -673,7 +673,7 @@ def test_mnist_is_found(nowhere, monkeypatch, layout, gz):
     monkeypatch.setenv("MUSIGMA_DATA", str(nowhere / "own"))
     save_idx(nowhere / layout, gz=gz)
     data = load("mnist")
-    np.testing.assert_array_equal(data.x, GREY)
+    np.testing.assert_array_equal(data.x, GRAY)
     assert data.label_names == tuple("0123456789")
     assert data.name == "mnist"
     assert len(data.split("held-out")) == 2
@@ -720,7 +720,7 @@ def test_download_checks_sums_and_stays_silent(nowhere, monkeypatch, capfd):
         save_idx(Path(path))
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
-    np.testing.assert_array_equal(load("mnist").x, GREY)
+    np.testing.assert_array_equal(load("mnist").x, GRAY)
     assert len(asked) == 4
     assert all(re.fullmatch("md5:[0-9a-f]{32}", known) for _, known in asked)
     assert capfd.readouterr() == ("", "")
@@ -729,7 +729,7 @@ def test_download_checks_sums_and_stays_silent(nowhere, monkeypatch, capfd):
 def test_sets_with_the_same_file_names_are_told_apart(nowhere, monkeypatch):
     monkeypatch.setenv("MUSIGMA_DATA", str(save_idx(nowhere / "own")))
     known = published.PUBLISHED["fashion-mnist"]
-    changed = {**vars(known), "first": zlib.crc32(GREY[:1].tobytes())}
+    changed = {**vars(known), "first": zlib.crc32(GRAY[:1].tobytes())}
     monkeypatch.setitem(published.PUBLISHED, "fashion-mnist", published._Published(**changed))
     with fails("own: holds fashion-mnist, not mnist"):
         load("mnist")
@@ -758,9 +758,9 @@ def test_sources_that_are_not_understood(tmp_path):
 
 
 def test_images_of_different_sizes(tmp_path):
-    folder = save_folder(tmp_path / "images", GREY)
-    save_image(folder / "3.png", GREY[3, :, :5])
-    save_image(folder / "5.png", GREY[3, :, :4])
+    folder = save_folder(tmp_path / "images", GRAY)
+    save_image(folder / "3.png", GRAY[3, :, :5])
+    save_image(folder / "5.png", GRAY[3, :, :4])
     with fails(
         r"4 of 7 x 9 \(such as 0.png\), 1 of 7 x 5 \(such as 3.png\), 1 of 7 x 4 .*--size N"
     ):
@@ -770,20 +770,20 @@ def test_images_of_different_sizes(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_broken_images(tmp_path, packed):
-    folder = save_folder(tmp_path / "images", GREY)
+    folder = save_folder(tmp_path / "images", GRAY)
     whole = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(whole[:60])  # the header is left
     (folder / "4.png").write_bytes(b"nothing of the kind")
     source = pack(folder, tmp_path / "x.tar") if packed else folder
     with fails(
-        "2 of 6 images cannot be used; mend them, or pass --skip-bad",
+        "2 of 6 images cannot be used; repair them, or pass --skip-bad",
         "2.png is not a readable image .*truncated",
         "4.png is not a readable image .*of no known format.: repair or remove it",
     ):
         load(source)
     data = load(source, skip_bad=True)
     assert list(data.skipped) == ["2.png", "4.png"]
-    np.testing.assert_array_equal(data.x, GREY[[0, 1, 3, 5]])
+    np.testing.assert_array_equal(data.x, GRAY[[0, 1, 3, 5]])
     assert describe(data)["skipped"] == data.skipped
     (folder / "4.png").unlink()
     with fails("2.png is not a readable image"):
@@ -806,7 +806,7 @@ def test_images_no_model_knows(tmp_path, monkeypatch):
     Image.new("RGBA", (4, 4), (10, 20, 30, 128)).save(clear)
     with fails("no image can be used", "a.png has transparent pixels.*flatten"):
         load(clear.parent)
-    save_image(tmp_path / "big" / "a.png", GREY[0])
+    save_image(tmp_path / "big" / "a.png", GRAY[0])
     for limit in (50, 20):  # Pillow warns over the limit, and fails over twice the limit
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with fails("no image", "a.png is not a readable image .*decompression bomb"):
@@ -828,7 +828,7 @@ def test_broken_archives(tmp_path, monkeypatch):
 
 def test_broken_idx(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte"
-    whole = idx_bytes(GREY[:, 0])
+    whole = idx_bytes(GRAY[:, 0])
     huge = bytes([0, 0, 8, 3]) + b"\xff" * 12
     for content in (whole[:-1], whole + b"x", whole[:9], huge, gzip.compress(huge)):
         path.write_bytes(content)
@@ -857,10 +857,10 @@ def test_broken_idx(tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (GREY.astype(np.int16) * 2, "int16 values run from 0 to 5.*rescale to 0..255"),
-        (GREY.astype(np.float32) / 300, r"run from .* to 0\.8.*: of images, round.*; series"),
-        (GREY.astype(np.float32) - 300, "run from -.*rescale"),
-        (GREY.reshape(6, -1), r"uint8 of shape \(6, 63\): images are"),
+        (GRAY.astype(np.int16) * 2, "int16 values run from 0 to 5.*rescale to 0..255"),
+        (GRAY.astype(np.float32) / 300, r"run from .* to 0\.8.*: for images, round.*; series"),
+        (GRAY.astype(np.float32) - 300, "run from -.*rescale"),
+        (GRAY.reshape(6, -1), r"uint8 of shape \(6, 63\): images are"),
         (POINTS[0], r"shape \(3,\)"),
         (np.zeros((2, 9, 9, 9), np.uint8), "no axis of 1 to 4 channels"),
         (np.zeros((0, 3, 4, 4), np.uint8), "holds no examples"),
@@ -882,17 +882,17 @@ def test_arrays_that_cannot_be_used(tmp_path, array, message):
 
 def test_npz_that_cannot_be_used(tmp_path):
     path = tmp_path / "x.npz"
-    np.savez(path, x_train=GREY, x_test=GREY)
+    np.savez(path, x_train=GRAY, x_test=GRAY)
     with fails("holds the arrays x_test, x_train: keep one"):
         load(path)
-    np.savez(path, x=GREY, y=np.arange(5))
+    np.savez(path, x=GRAY, y=np.arange(5))
     with fails(r"x.npz: y: labels are int64 of shape \(5,\)"):
         load(path)
-    np.savez(path, x=np.repeat(GREY, 50, 0))
+    np.savez(path, x=np.repeat(GRAY, 50, 0))
     path.write_bytes(path.read_bytes()[:3000])
     with fails("x.npz: is damaged"):
         load(path)
-    np.savez_compressed(path, x=np.repeat(GREY, 50, 0))
+    np.savez_compressed(path, x=np.repeat(GRAY, 50, 0))
     content = bytearray(path.read_bytes())
     content[200:220] = bytes(20)
     path.write_bytes(content)
@@ -931,7 +931,7 @@ def test_tables_are_not_treated_as_images(tmp_path):
         load(path)
 
 
-def test_columns_of_which_float32_keeps_little_are_told_of(tmp_path):
+def test_columns_that_float32_rounds_coarsely_are_noted(tmp_path):
     seconds = 1.7e9 + np.arange(0.0, 86400.0, 600.0)
     np.save(tmp_path / "x.npy", np.stack([seconds, np.sin(seconds)], 1))
     (note,) = load(tmp_path / "x.npy").notes
@@ -947,7 +947,7 @@ def test_constant_columns_may_be_scored(tmp_path):
 
 def test_identity_and_description(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_folder(tmp_path / "digits", GREY, "{k}/{i}.png")
+    save_folder(tmp_path / "digits", GRAY, "{k}/{i}.png")
     assert identity("./digits") == identity(Path("digits")) == str(tmp_path.resolve() / "digits")
     data = load(Path("digits"), preprocess=Preprocess(bits=5))
     assert json.loads(json.dumps(describe(data))) == {

@@ -23,7 +23,7 @@ from musigma.model import Chain, Prior
 from musigma.spec import Spec, Variable
 from musigma.testing import check_model, randomized
 from musigma.training import TrainConfig, fit
-from test_data import COLOR, GREY, fails, pack, save_csv, save_folder, save_image
+from test_data import COLOR, GRAY, fails, pack, save_csv, save_folder, save_image
 
 RNG = np.random.default_rng(5)
 
@@ -302,8 +302,9 @@ def warnings_of(data: Dataset) -> str:
 def test_doubtful_labels_columns_and_levels_are_warned_of(tmp_path):
     x = RNG.normal(size=(60, 2))
     data = load(table_file(tmp_path, x, "u,v,label", range(60)))
-    assert "every example has a label of its own (60): they are hardly classes" in warnings_of(
-        data
+    assert (
+        "every example has a label of its own (60): these are probably not classes"
+        in warnings_of(data)
     )
     assert not warnings_of(load(table_file(tmp_path, x, "u,v,label", list("ab") * 30)))
     nearly = np.column_stack([x, np.where(np.arange(60) == 9, 6.0, 5.0)])
@@ -327,7 +328,7 @@ def test_doubtful_labels_columns_and_levels_are_warned_of(tmp_path):
 def test_rows_that_repeat_are_counted(tmp_path):
     x = np.repeat(RNG.normal(size=(20, 2)), 3, 0)
     lines = summary(load(table_file(tmp_path, x, "u,v")))
-    assert "40 examples repeat others; examples that are equal are in the same part" in lines
+    assert "40 examples are duplicates; equal examples are in the same part" in lines
 
 
 def test_a_description_counts_the_parts(tmp_path):
@@ -342,7 +343,7 @@ def test_a_description_counts_the_parts(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "Unnamed: 0", "id", "PassengerId", "row_number", "user_id"])
 @pytest.mark.parametrize("start", [0, 9007199254740993000])
-def test_columns_that_name_rows_are_no_data(tmp_path, name, start):
+def test_columns_that_name_rows_are_not_data(tmp_path, name, start):
     x = RNG.normal(size=(50, 2))
     rows = [[start + i, *map(repr, row)] for i, row in enumerate(x.tolist())]
     data = load(save_csv(tmp_path / "x.csv", [[name, "u", "v"], *rows]))
@@ -350,14 +351,14 @@ def test_columns_that_name_rows_are_no_data(tmp_path, name, start):
     np.testing.assert_array_equal(data.x, x.astype(np.float32))
     assert data.ids is not None
     assert data.ids[3] == str(start + 3)
-    assert "is different in every row: it names rows, and is no data" in data.notes[0]
+    assert "is different in every row: it names rows, and is not data" in data.notes[0]
 
 
 def test_other_whole_numbers_are_data(tmp_path):
     rows = [[i, i % 7, f"{x:.3f}"] for i, x in enumerate(RNG.normal(size=50))]
     data = load(save_csv(tmp_path / "x.csv", [["time", "id", "v"], *rows]))
     assert data.columns == ("time", "id", "v")
-    assert "column 'time' counts the rows: drop it, if it is no measurement" in data.notes[0]
+    assert "column 'time' counts the rows: drop it, unless it is a measurement" in data.notes[0]
 
 
 @pytest.mark.parametrize("header", ["0,1", "2019,2020", "2,1"])
@@ -371,7 +372,7 @@ def test_numbers_may_be_names_of_columns(tmp_path, header):
 
 
 @pytest.mark.parametrize(
-    ("header", "labelled"),
+    ("header", "labeled"),
     [
         ("label,u,v", True),
         ("u,class,v", True),
@@ -382,16 +383,16 @@ def test_numbers_may_be_names_of_columns(tmp_path, header):
         ("u,v,w", False),
     ],
 )
-def test_the_column_of_labels_is_found_by_its_name(tmp_path, header, labelled):
+def test_the_column_of_labels_is_found_by_its_name(tmp_path, header, labeled):
     names = header.split(",")
     at = next((i for i, name in enumerate(names) if name.lower() in LABEL_NAMES), 2)
     x = RNG.normal(size=(50, 3))
     x[:, at] = np.arange(50) % 3
     rows = [[repr(v) if j != at else str(int(v)) for j, v in enumerate(row)] for row in x.tolist()]
     data = load(save_csv(tmp_path / "x.csv", [names, *rows]))
-    assert (data.labels is not None) == labelled
-    assert len(data.columns) == 3 - labelled
-    assert labelled == any("taken as labels" in note for note in data.notes)
+    assert (data.labels is not None) == labeled
+    assert len(data.columns) == 3 - labeled
+    assert labeled == any("taken as labels" in note for note in data.notes)
     x[:, at] += 0.5  # fractions are data, whatever they are called
     assert load(save_csv(tmp_path / "x.csv", [names, *x.tolist()])).labels is None
 
@@ -458,7 +459,7 @@ def test_all_rows_that_are_not_finite_are_named_or_left_out(tmp_path, monkeypatc
             assert sum(len(data.split(p)) for p in ("train", "validation", "held-out")) == 197
 
 
-def test_all_cells_that_are_no_numbers_are_named_or_left_out(tmp_path):
+def test_all_cells_that_are_not_numbers_are_named_or_left_out(tmp_path):
     text = "a,b,label\n1.5,2,x\n,3,y\n4,five,x\n6,7\n8,2019-01-01,y\n9,10,\n11,12%,x\n13,14,y\n"
     (tmp_path / "x.csv").write_text(text)
     faults = [
@@ -469,7 +470,7 @@ def test_all_cells_that_are_no_numbers_are_named_or_left_out(tmp_path):
         "line 7, column 'label' is missing",
         "line 8, column 'b' is '12%', with a unit",
     ]
-    with fails("6 of 8 rows cannot be used; mend them, or pass --skip-bad", *faults):
+    with fails("6 of 8 rows cannot be used; repair them, or pass --skip-bad", *faults):
         load(tmp_path / "x.csv")
     data = load(tmp_path / "x.csv", skip_bad=True)
     assert data.x.tolist() == [[1.5, 2], [13, 14]]
@@ -524,12 +525,18 @@ def test_all_columns_of_text_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((4, 1, 8, 16, 16), np.uint8), r"shape \(4, 1, 8, 16, 16\), as volumes or films"),
-        (np.zeros((4, 8, 16, 16), np.uint8), r"of volumes, give the slices, x.reshape\(32, 1, 16"),
+        (
+            np.zeros((4, 1, 8, 16, 16), np.uint8),
+            r"shape \(4, 1, 8, 16, 16\), like volumes or videos",
+        ),
+        (
+            np.zeros((4, 8, 16, 16), np.uint8),
+            r"for volumes, give the slices, x.reshape\(32, 1, 16",
+        ),
         (np.cumsum(RNG.random((9, 50, 10)), 1) / 99, r"series .*are a table.*x.reshape\(len\(x\)"),
         (RNG.random((9, 16, 16)) * 1.02, r"overshoot 0..1, clip and round: .*x.clip\(0, 1\)"),
-        (RNG.random((9, 16, 16)), r"of images, round: np.rint\(255 \* x\)"),
-        (RNG.random((9, 16, 16)) * 254 + 0.5, r"of images, round: np.rint\(x\).astype\(np.uint8"),
+        (RNG.random((9, 16, 16)), r"for images, round: np.rint\(255 \* x\)"),
+        (RNG.random((9, 16, 16)) * 254 + 0.5, r"for images, round: np.rint\(x\).astype\(np.uint8"),
         (RNG.normal(size=50), r"a table of one column is x\[:, None\]"),
     ],
 )
@@ -565,7 +572,7 @@ def test_tables_are_read_however_they_are_written(tmp_path, how, header, end):
     data = load(tmp_path / "x.csv")
     np.testing.assert_array_equal(data.x, X.astype(np.float32))
     assert data.columns == (("Größe", "Länge") if header else ())
-    assert any("line 1 is left out, a comment" in note for note in data.notes)
+    assert any("line 1 is a comment, and is left out" in note for note in data.notes)
     assert ("commas" in how) == any("decimal commas" in note for note in data.notes)
     if header:
         assert (how == "latin-1") == any("read as Windows-1252" in note for note in data.notes)
@@ -603,18 +610,18 @@ def test_an_empty_column_at_the_end_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_grey_images_are_read_for_a_model_of_color(tmp_path, monkeypatch, in_memory):
+def test_gray_images_are_read_for_a_model_of_color(tmp_path, monkeypatch, in_memory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = save_folder(tmp_path / "grey", GREY)
-    np.save(tmp_path / "grey.npy", GREY)
-    for source in (folder, tmp_path / "grey.npy"):
+    folder = save_folder(tmp_path / "gray", GRAY)
+    np.save(tmp_path / "gray.npy", GRAY)
+    for source in (folder, tmp_path / "gray.npy"):
         data = load(source, channels=3, in_memory=in_memory)
-        np.testing.assert_array_equal(data.x, np.repeat(GREY, 3, 1))
+        np.testing.assert_array_equal(data.x, np.repeat(GRAY, 3, 1))
         assert data.split("train").shape == (3, 9, 7)
         assert "gray images are made RGB, as the model's are" in data.notes[-1]
-    mixed = save_folder(tmp_path / "mixed", GREY)
+    mixed = save_folder(tmp_path / "mixed", GRAY)
     save_image(mixed / "z.png", COLOR[0])  # as in training on a folder with both
-    np.testing.assert_array_equal(load(mixed).x[:6], np.repeat(GREY, 3, 1))
+    np.testing.assert_array_equal(load(mixed).x[:6], np.repeat(GRAY, 3, 1))
 
 
 def test_columns_are_matched_by_name(tmp_path):

@@ -584,7 +584,7 @@ def test_condition_numbers_come_from_the_layers():
 # -- data that do not fit
 
 
-GREY = np.zeros((4, 1, 8, 8), np.uint8)
+GRAY = np.zeros((4, 1, 8, 8), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -594,7 +594,7 @@ GREY = np.zeros((4, 1, 8, 8), np.uint8)
         (np.zeros((4, 2, 8, 8), np.uint8), 8, "for gray images, and these are 2-channel"),
         (np.zeros((4, 1, 16, 16), np.uint8), 8, "--size 8 resizes the images"),
         (np.zeros((4, 64), np.float32), None, r"shape \(1, 8, 8\), and these data have \(64,\)"),
-        (GREY, 5, "takes 8-bit levels, and these data hold 5-bit levels"),
+        (GRAY, 5, "takes 8-bit levels, and these data hold 5-bit levels"),
     ],
 )
 def test_data_of_another_kind_are_refused(models, array, bits, message):
@@ -611,7 +611,7 @@ def test_continuous_models_refuse_levels_and_discrete_models_continuous_values()
         check(build("vae", (3,), width=4), table)
     flow = build("realnvp", (1, 8, 8), bits=None, levels=1, depth=1, hidden=4)
     with pytest.raises(ValueError, match="takes continuous values, and these data hold 8-bit"):
-        check(flow, Dataset(GREY))
+        check(flow, Dataset(GRAY))
 
 
 @pytest.mark.parametrize("labels", [None, 3])
@@ -623,7 +623,7 @@ def test_a_conditional_model_requires_its_classes(models, labels):
         else "conditioned on 10 classes of 'label', and these data come with nothing"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        check(models("glow conditional"), Dataset(GREY, **has))
+        check(models("glow conditional"), Dataset(GRAY, **has))
 
 
 def test_a_model_without_a_spec_accepts_any_data():

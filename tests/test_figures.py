@@ -64,7 +64,7 @@ def test_levels_map_to_pixels():
 
 
 @pytest.mark.parametrize(("channels", "shown"), [(1, "LA"), (2, "LA"), (3, "RGBA"), (5, "RGBA")])
-def test_channels_map_to_grey_or_color(channels, shown):
+def test_channels_map_to_gray_or_color(channels, shown):
     x = np.zeros((2, channels, 4, 4))
     x[:, 0] = 255
     image = figures.grid(x)

@@ -1,4 +1,4 @@
-"""What is given with each example: validated, kept with its rows, part of the data's identity."""
+"""The context of each example: validated, kept with its rows, part of the data's identity."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from musigma.data import Dataset, Given, attach, describe, digest, given_rows, l
 from musigma.data.batches import stream
 from musigma.data.readers import LazyImages
 from musigma.spec import Spec, Variable
-from test_data import COLOR, GREY, fails, save_folder
+from test_data import COLOR, GRAY, fails, save_folder
 
 N = 12
 ROWS = np.arange(N)
@@ -76,11 +76,11 @@ def test_images_on_disk_can_be_given(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = load(save_folder(tmp_path / "masks", COLOR), in_memory=False).array
     assert isinstance(found, LazyImages)
-    data = Dataset(GREY, given={"mask": Given(found)})  # pyright: ignore
+    data = Dataset(GRAY, given={"mask": Given(found)})  # pyright: ignore
     part = data.subset([4, 1, 2]).subset([2, 0])
     np.testing.assert_array_equal(part.given["mask"].values[:], COLOR[[2, 4]], strict=True)
     np.testing.assert_array_equal(part.given["mask"].values, COLOR[[2, 4]])
-    here = Dataset(GREY, given={"mask": Given(COLOR)}).subset([2, 4])
+    here = Dataset(GRAY, given={"mask": Given(COLOR)}).subset([2, 4])
     assert digest(part) == digest(here)
 
 
@@ -116,10 +116,10 @@ def test_context_is_described():
             Variable("label", names=("even", "odd")),
         ),
     )
-    assert Dataset(GREY).spec() == Spec((1, 9, 7), 256)
+    assert Dataset(GRAY).spec() == Spec((1, 9, 7), 256)
     with fails("context: array has no depth, size: give label, row, pair, name, mask"):
         data.spec(["row", "depth", "size"])
-    with fails("array has no label: give none, it has no labels"):
+    with fails("array has no label: give none, since it has no labels"):
         Dataset(POINTS).spec(["label"])
 
 
@@ -129,7 +129,7 @@ def test_context_is_described():
         (ROWS, (), r"int64 of shape \(12,\): give float32"),
         (POINTS.astype(np.float64), (), r"float64 of shape \(12, 2\): give float32"),
         (POINTS[None], (), r"float32 of shape \(1, 12, 2\)"),
-        (GREY[:, 0], (), r"uint8 of shape \(6, 9, 7\)"),
+        (GRAY[:, 0], (), r"uint8 of shape \(6, 9, 7\)"),
         (POINTS[:, 0], ("a", "b"), "float32 of shape .* with 2 class names: give int64"),
         (ROWS, ("a", "b"), "run from 0 to 11, and there are 2 class names"),
         (ROWS - 1, tuple("abcdefghijkl"), "run from -1 to 10"),
@@ -145,7 +145,7 @@ def test_context_that_cannot_be_used(values, names, message):
 def test_context_has_a_row_for_each_example():
     with fails("given: 'row' has 12 rows for 6 examples"):
         Dataset(POINTS[:6], given={"row": Given(ROWS.astype(np.float32))})
-    with fails("given: 'label' names the labels already"):
+    with fails("given: 'label' already names the labels"):
         replace(conditioned(), given={"label": Given(POINTS)})
 
 
@@ -188,7 +188,7 @@ def test_parquet_columns_are_given(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["name", "path", "stem"])
 def test_rows_are_matched_with_images_by_name(tmp_path, form):
-    folder = save_folder(tmp_path / "images", GREY, "{k}/{i}.png")
+    folder = save_folder(tmp_path / "images", GRAY, "{k}/{i}.png")
     names = {"name": "{i}.png", "path": "{k}/{i}.png", "stem": "{i}"}[form]
     lines = [f"{names.format(i=i, k='ab'[i % 2])},{i * 1.5}" for i in (5, 2, 0, 4, 1, 3)]
     more = "9.png,7.0" if form != "stem" else "9,7.0"  # an example that is not there
@@ -200,7 +200,7 @@ def test_rows_are_matched_with_images_by_name(tmp_path, form):
 
 
 def test_rows_without_names_are_taken_in_order(tmp_path):
-    folder = save_folder(tmp_path / "images", GREY)
+    folder = save_folder(tmp_path / "images", GRAY)
     path = write(
         tmp_path / "age.csv", "age,sex\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(6))
     )
@@ -215,12 +215,12 @@ def test_rows_without_names_are_taken_in_order(tmp_path):
         load(folder, given=short)
     with fails("age.csv: has no size: give some of age, sex"):
         attach(load(folder), path, columns=["size"])
-    with fails("age.csv: the names age, sex are taken"):
+    with fails("age.csv: the names age, sex are already taken"):
         attach(data, path)
 
 
 def test_arrays_and_images_are_given(tmp_path):
-    folder = save_folder(tmp_path / "images", GREY, "{k}/{i}.png")
+    folder = save_folder(tmp_path / "images", GRAY, "{k}/{i}.png")
     masks = save_folder(tmp_path / "masks", COLOR[::-1], "{i}.png")
     np.save(tmp_path / "depth.npy", RANDOM[:6, :3])
     np.savez(tmp_path / "more.npz", age=np.arange(6), kind=np.array(list("xyxyzz")))
@@ -234,12 +234,12 @@ def test_arrays_and_images_are_given(tmp_path):
     ]
     order = [int(name[2]) for name in data.ids or ()]
     np.testing.assert_array_equal(data.given["masks"].values, COLOR[::-1][order])
-    with fails("given: 'nothing' is no file, and these are images"):
+    with fails("given: 'nothing' is not a file, and these are images"):
         load(folder, given="nothing")
 
 
 def test_all_faults_of_a_context_are_named(tmp_path):
-    folder = save_folder(tmp_path / "images", GREY)
+    folder = save_folder(tmp_path / "images", GRAY)
     text = "age,size,kind\n1,2,a\n,2,b\n3,2,a\n4,2,\n5,2,b\nx,2,a\n"
     with fails(
         "3 cells cannot be used",
@@ -250,7 +250,9 @@ def test_all_faults_of_a_context_are_named(tmp_path):
         load(folder, given=write(tmp_path / "bad.csv", text))
     text = "age,size,kind\n" + "".join(f"{i},2,a\n" for i in range(6))
     with fails(
-        "cannot be used", "size is constant, and tells nothing: drop it", "kind is constant"
+        "cannot be used",
+        "size is constant, so it carries no information: drop it",
+        "kind is constant",
     ):
         load(folder, given=write(tmp_path / "same.csv", text))
     lines = "".join(f"{i}.png,{i}\n" for i in range(5))

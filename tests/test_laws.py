@@ -338,7 +338,7 @@ HEADS = {
     "beta-binomial": lambda: pixels("beta-binomial", levels=16),
     "beta-binomial, 2 levels": lambda: pixels("beta-binomial", levels=2),
     "logistic mixture": lambda: pixels("logistic-mixture", levels=16, components=3, channels=3),
-    "logistic mixture, grey": lambda: pixels("logistic-mixture", components=4, channels=1),
+    "logistic mixture, gray": lambda: pixels("logistic-mixture", components=4, channels=1),
     "continuous bernoulli": lambda: pixels("continuous-bernoulli"),
     "gaussian pixels": lambda: pixels("gaussian"),
     "gaussian, per channel": lambda: pixels("gaussian", std="channel"),

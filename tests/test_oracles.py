@@ -523,7 +523,7 @@ def test_discrete_masses_sum_to_one():
             every(4, 2),
         ),
     ],
-    ids=["mixture", "mixture, grey", "bernoulli", "categorical"],
+    ids=["mixture", "mixture, gray", "bernoulli", "categorical"],
 )
 def test_draws_are_as_frequent_as_their_mass(dist_of, x):
     """Pearson's statistic over the levels with a large enough expected count; five sigma."""

@@ -520,7 +520,7 @@ def test_the_mlp_vae_has_the_loss_of_the_plain_loop(silent):
     model, plain = vaes.mlp_model(), vaes.mlp_plain_model()
     net, head = model.encoder.net, model.decoder.net
     copy_weights(plain, nn.Sequential(net.enter), [net.mean, net.scale], head)
-    assert_same_loss_and_gradients(model, plain, vaes.greys(16))
+    assert_same_loss_and_gradients(model, plain, vaes.grays(16))
 
 
 @pytest.mark.parametrize(("size", "pixels"), [(28, 0), (64, 3 * 64 * 64)])
@@ -566,7 +566,7 @@ def test_a_step_costs_no_more_than_the_plain_loop(ours, plain, monkeypatch):
     monkeypatch.setattr(vaes, "EXAMPLES", 128)
     a, b = counts(ours(), "step"), counts(plain(), "step")
     assert a["flops"] == b["flops"]
-    assert a["kernels"] <= 0.7 * b["kernels"]  # a fused optimiser, and likelihoods of logits
+    assert a["kernels"] <= 0.7 * b["kernels"]  # a fused optimizer, and likelihoods of logits
     assert a["saved_bytes"] <= 1.35 * b["saved_bytes"]
 
 

@@ -24,7 +24,7 @@ from musigma.data.readers import LazyImages
 from test_data import fails, pack, save_folder, save_image
 
 RNG = np.random.default_rng(11)
-GREY = RNG.integers(0, 256, (9, 1, 6, 8), dtype=np.uint8)
+GRAY = RNG.integers(0, 256, (9, 1, 6, 8), dtype=np.uint8)
 COLOR = RNG.integers(0, 256, (9, 3, 6, 8), dtype=np.uint8)
 PARTS = ("train", "validation", "held-out")
 
@@ -92,7 +92,7 @@ def count_decoded(monkeypatch) -> list[int]:
 def test_images_on_disk_are_those_in_memory(tmp_path, kind, size):
     folder = save_folder(tmp_path / "images" / "train", COLOR[:6], "{k}/{i}.png")
     save_folder(tmp_path / "images" / "test", COLOR[6:], "{k}/{i}.png")
-    save_image(folder / "b" / "grey.png", GREY[0])
+    save_image(folder / "b" / "gray.png", GRAY[0])
     folder, source = folder.parent, folder.parent
     if kind in ("tar", "zip"):
         source = pack(folder, tmp_path / f"x.{kind}")
@@ -126,9 +126,9 @@ def test_images_on_disk_are_those_in_memory(tmp_path, kind, size):
 def test_it_is_indexed_like_an_array(data):
     folder = Path(os.environ["XDG_CACHE_HOME"]).parent / "few"
     if not folder.exists():
-        save_folder(folder, GREY)
+        save_folder(folder, GRAY)
     images = load(folder, in_memory=False).array
-    n = len(GREY)
+    n = len(GRAY)
     key = data.draw(
         st.one_of(
             st.integers(-n, n - 1),
@@ -137,19 +137,19 @@ def test_it_is_indexed_like_an_array(data):
             st.lists(st.booleans(), min_size=n, max_size=n).map(lambda v: np.array(v, bool)),
         )
     )
-    np.testing.assert_array_equal(images[key], GREY[key], strict=True)
+    np.testing.assert_array_equal(images[key], GRAY[key], strict=True)
     for wrong in (n, -n - 1, np.array([0, n]), np.array([True]), 0.5, "a"):
         with pytest.raises(IndexError):
             images[wrong]
 
 
 def test_what_fits_is_read_into_memory(tmp_path, monkeypatch, home):
-    folder = save_folder(tmp_path / "images", GREY)
+    folder = save_folder(tmp_path / "images", GRAY)
     assert isinstance(load(folder).array, np.ndarray)
     assert not home.exists()  # and nothing is kept of it
     assert isinstance(load(folder, in_memory=False).array, LazyImages)
     assert isinstance(load(folder).array, np.ndarray)  # whether there is an index or not
-    for limit, kind in ((GREY.nbytes, np.ndarray), (GREY.nbytes - 1, LazyImages)):
+    for limit, kind in ((GRAY.nbytes, np.ndarray), (GRAY.nbytes - 1, LazyImages)):
         monkeypatch.setattr(raw, "memory_limit", lambda limit=limit: limit)
         assert isinstance(load(folder).array, kind)
 
@@ -167,7 +167,7 @@ def test_memory_is_shared_by_the_processes_of_a_machine(tmp_path, monkeypatch):
 
 
 def test_an_index_is_made_once_and_again_for_what_changed(tmp_path, monkeypatch):
-    folder = save_folder(tmp_path / "images", GREY)
+    folder = save_folder(tmp_path / "images", GRAY)
     seen = count_decoded(monkeypatch)
     calls = []
     load(folder, in_memory=False, progress=lambda *done: calls.append(done))
@@ -177,8 +177,8 @@ def test_an_index_is_made_once_and_again_for_what_changed(tmp_path, monkeypatch)
     for part in PARTS:  # nothing is decoded to split, or to know the data again
         digest(load(folder, in_memory=False).split(part))
     assert not seen
-    save_image(folder / "2.png", GREY[3])
-    save_image(folder / "new.png", GREY[4])
+    save_image(folder / "2.png", GRAY[3])
+    save_image(folder / "new.png", GRAY[4])
     (folder / "7.png").unlink()
     same(load(folder, in_memory=False), load(folder, in_memory=True))
     assert sorted(set(seen[:2])) == [2, 8]  # the two that are new
@@ -190,7 +190,7 @@ def test_an_index_is_made_once_and_again_for_what_changed(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("harm", ["empty", "truncated", "flipped", "foreign", "pickle", "text"])
 def test_an_index_is_not_believed(tmp_path, home, harm, monkeypatch):
-    folder, other = (save_folder(tmp_path / n, x) for n, x in (("x", GREY), ("y", GREY[::-1])))
+    folder, other = (save_folder(tmp_path / n, x) for n, x in (("x", GRAY), ("y", GRAY[::-1])))
     expected = load(folder, in_memory=True)
     load(folder, in_memory=False)
     (index,) = (home / "index").glob("*.npz")
@@ -202,12 +202,12 @@ def test_an_index_is_not_believed(tmp_path, home, harm, monkeypatch):
     elif harm == "pickle":
         np.savez(index, header=np.array([{}], object))
     else:
-        middle = whole.index(GREY_HASH := int(expected.content()[4]).to_bytes(8, "little"))
+        middle = whole.index(GRAY_HASH := int(expected.content()[4]).to_bytes(8, "little"))
         index.write_bytes(
             {
                 "empty": b"",
                 "truncated": whole[: len(whole) // 2],
-                "flipped": whole.replace(GREY_HASH, bytes(8)),
+                "flipped": whole.replace(GRAY_HASH, bytes(8)),
                 "text": b"PK" + b"x" * 400,
             }[harm]
         )
@@ -219,19 +219,19 @@ def test_an_index_is_not_believed(tmp_path, home, harm, monkeypatch):
 
 
 def test_files_that_changed_since_are_named(tmp_path):
-    folder = save_folder(tmp_path / "images", GREY)
+    folder = save_folder(tmp_path / "images", GRAY)
     data = load(folder, in_memory=False)
     (folder / "3.png").unlink()
-    save_image(folder / "5.png", GREY[5, :, :4])
+    save_image(folder / "5.png", GRAY[5, :, :4])
     data.take([0, 1, 2, 4])
     for row, name in ((3, "3.png"), (5, "5.png")):
-        with fails(f"images: {name} is not what it was .*run the command again"):
+        with fails(f"images: {name} has changed .*run the command again"):
             data.take([row])
-    archive = tar(tmp_path / "x.tar", {f"{i}.png": png(x) for i, x in enumerate(GREY)})
+    archive = tar(tmp_path / "x.tar", {f"{i}.png": png(x) for i, x in enumerate(GRAY)})
     data = load(archive, in_memory=False)
     with archive.open("ab") as file:
         file.write(b"more")
-    with fails("x.tar: 0.png is not what it was .*size or date"):
+    with fails("x.tar: 0.png has changed .*size or date"):
         data.take([0])
     with fails("x.tar: is damaged.*more follows its end"):
         load(archive, in_memory=False)
@@ -239,7 +239,7 @@ def test_files_that_changed_since_are_named(tmp_path):
 
 def test_what_was_found_out_is_kept_when_indexing_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("musigma.data.readers.image_sets.WORTH_STORING", 3)
-    folder = save_folder(tmp_path / "images", GREY)
+    folder = save_folder(tmp_path / "images", GRAY)
     whole = (folder / "6.png").read_bytes()
     (folder / "6.png").write_bytes(whole[:70])
     seen = count_decoded(monkeypatch)
@@ -253,7 +253,7 @@ def test_what_was_found_out_is_kept_when_indexing_fails(tmp_path, monkeypatch):
 
 def test_an_index_that_was_interrupted_is_continued(tmp_path, monkeypatch):
     monkeypatch.setattr("musigma.data.readers.image_sets.WORTH_STORING", 3)
-    folder = save_folder(tmp_path / "images", GREY)
+    folder = save_folder(tmp_path / "images", GRAY)
 
     def stop(done, total):
         if done == 6:
@@ -295,8 +295,8 @@ def test_names_of_all_kinds(tmp_path):
     folder = tmp_path / "images"
     names = ["a\nb.png", os.fsdecode(b"caf\xe9.png"), "ünï cödé.png", "it's {0..3}.png"]
     for i, name in enumerate(sorted(names)):
-        save_image(folder / "x" / name, GREY[i])
-        save_image(folder / os.fsdecode(b"\xff") / name, GREY[i + 4])
+        save_image(folder / "x" / name, GRAY[i])
+        save_image(folder / os.fsdecode(b"\xff") / name, GRAY[i + 4])
     (folder / "loop.png").symlink_to(folder)
     (folder / "x" / "self.png").symlink_to("self.png")
     with fails("x/self.png is not a readable image"):
@@ -309,11 +309,11 @@ def test_names_of_all_kinds(tmp_path):
     assert data.ids[:2] == ("x/a\\nb.png", "x/caf\\xe9.png")
     assert data.label_names == ("\\xff", "x")
     json.dumps(data.ids).encode()
-    np.testing.assert_array_equal(data.subset([0]).x, GREY[:1])
+    np.testing.assert_array_equal(data.subset([0]).x, GRAY[:1])
 
 
 def test_one_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
-    folder = save_folder(tmp_path / "images", GREY)
+    folder = save_folder(tmp_path / "images", GRAY)
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     data = load(folder, in_memory=False)
@@ -352,7 +352,7 @@ def test_labels_beside_images(tmp_path):
         for i in range(2):
             inner = {}
             for j in range(4):
-                inner[f"s{j}.png"] = png(GREY[4 * i + j])
+                inner[f"s{j}.png"] = png(GRAY[4 * i + j])
                 for suffix, text in files.items():
                     if text[4 * i + j]:
                         inner[f"s{j}.{suffix}"] = text[4 * i + j].encode()
@@ -397,7 +397,7 @@ def test_labels_beside_images(tmp_path):
 def test_labels_that_cannot_be_read(tmp_path, name, text, reason):
     good = {"json": b'{"cls": 1}', "cls": b"1"}[name]
     for broken in ((2, 3), range(4)):
-        inner = {f"{i}.png": png(GREY[i]) for i in range(4)}
+        inner = {f"{i}.png": png(GRAY[i]) for i in range(4)}
         inner |= {f"{i}.{name}": text if i in broken else good for i in range(4)}
         archive = tar(tmp_path / "x.tar", inner)
         first = min(broken)
@@ -413,12 +413,12 @@ def test_labels_that_cannot_be_read(tmp_path, name, text, reason):
 
 
 def test_shards_of_parts_and_classes(tmp_path):
-    for part, x in (("train", GREY[:4]), ("val", GREY[4:])):
+    for part, x in (("train", GRAY[:4]), ("val", GRAY[4:])):
         inner = {f"./{'ab'[i % 2]}/{i}.png": png(example) for i, example in enumerate(x)}
         tar(tmp_path / "set" / part / "00.tar", inner)
     data = load(tmp_path / "set", in_memory=False)
     assert data.label_names == ("a", "b")
-    np.testing.assert_array_equal(np.sort(data.split("held-out").x, 0), np.sort(GREY[4:], 0))
+    np.testing.assert_array_equal(np.sort(data.split("held-out").x, 0), np.sort(GRAY[4:], 0))
     with fails("9 of 10 files do not exist, such as .*01.tar: give a range"):
         load(tmp_path / "set" / "train" / "{00..09}.tar")
     with fails("matches 0 files"):
@@ -426,9 +426,9 @@ def test_shards_of_parts_and_classes(tmp_path):
 
 
 def test_compressed_shards_are_for_memory(tmp_path):
-    inner = {f"{i}.png": png(x) for i, x in enumerate(GREY)}
+    inner = {f"{i}.png": png(x) for i, x in enumerate(GRAY)}
     archive = tar(tmp_path / "x.tar.gz", inner, "gz")
-    np.testing.assert_array_equal(load(archive).x, GREY)
+    np.testing.assert_array_equal(load(archive).x, GRAY)
     with fails("x.tar.gz: decodes to 0.0 GiB.*lies in a compressed archive.*gunzip"):
         load(archive, in_memory=False)
     os.rename(archive, tmp_path / "y.tar")  # whatever it is called
@@ -470,7 +470,7 @@ def test_damage_in_the_middle_of_a_shard(tmp_path, in_memory, harm):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_damage_in_a_zip(tmp_path, in_memory):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for i, example in enumerate(GREY):
+        for i, example in enumerate(GRAY):
             archive.writestr(f"{i}.png", png(example))
     content = bytearray((tmp_path / "x.zip").read_bytes())
     content[content.index(b"4.png") + 30] ^= 255
@@ -521,9 +521,9 @@ def test_arrays_of_gigabytes_never_come_into_memory_as_a_whole(tmp_path):
 @pytest.mark.parametrize(
     ("array", "size"),
     [
-        (GREY.astype(np.int64), None),
-        (GREY[:, 0].astype(np.float64) / 255, None),
-        (GREY > 99, None),
+        (GRAY.astype(np.int64), None),
+        (GRAY[:, 0].astype(np.float64) / 255, None),
+        (GRAY > 99, None),
         (np.moveaxis(COLOR, 1, -1), 4),
         (COLOR.astype(np.float32), (3, 5)),
         (RNG.normal(size=(700, 5)), None),
@@ -680,7 +680,7 @@ def test_a_file_behind_a_url(tmp_path, afar, home):
 
 def test_shards_behind_a_url(tmp_path, afar, home):
     for i in range(3):
-        inner = {f"{'ab'[j % 2]}/{j}.png": png(GREY[3 * i + j]) for j in range(3)}
+        inner = {f"{'ab'[j % 2]}/{j}.png": png(GRAY[3 * i + j]) for j in range(3)}
         path = tar(tmp_path / "shards" / f"s-{i}.tar", inner)
         afar.pipe(f"/bucket/set/s-{i}.tar", path.read_bytes())
     afar.pipe("/bucket/set/.hidden", b"x")

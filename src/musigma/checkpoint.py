@@ -88,15 +88,15 @@ def save(model: Model, path: str | Path, *, extra: Mapping[str, Any] | None = No
 
 
 def require_config(model: Model) -> None:
-    """Refuse a model that no file could say how to build.
+    """Refuse a model that has no configuration, so that a file could not rebuild it.
 
     Raises:
         ValueError: If it was composed by hand.
     """
     if not model.config:
         raise ValueError(
-            "model: this one was composed by hand, so a file could not say how to build it; "
-            "make its builder an @musigma.architecture, or save model.state_dict() yourself"
+            "model: this one was composed by hand, so a checkpoint could not rebuild it; "
+            "decorate its builder with @musigma.architecture, or save model.state_dict() instead"
         )
 
 
@@ -160,7 +160,7 @@ def read(path: str | Path) -> tuple[Model, dict[str, Any]]:
         model = rebuild(config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: its configuration builds no {name} here: {error}"
+            f"{path}: its configuration does not build a {name}: {error}"
         ) from error
     if header["format"] == "musigma/1" and config["options"].get("context"):
         model.former_digest = digest(header["config"], tensors)

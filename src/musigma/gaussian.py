@@ -407,11 +407,11 @@ class Format:
 
 
 class EventDistribution(Distribution):
-    """The base class of the distributions of this library: of events, without checks of arguments.
+    """Base class of this library's distributions: over events, without argument validation.
 
     A subclass implements `log_prob` in nats per event, and `rsample` or `sample`. Draws take a
     `temperature`: a number, or one number for each entry of the first dimension. It shrinks a draw
-    towards the center of the distribution, which it reaches at temperature 0.
+    toward the center of the distribution, which it reaches at temperature 0.
 
     Attributes:
         element: The constraint that each element of an event meets.

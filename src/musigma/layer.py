@@ -1,4 +1,4 @@
-"""Layers: the parts of a chain, which state their terms to a `Trace` once per direction."""
+"""Layers: the parts of a chain, which report their terms to a `Trace` once per direction."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ class Bijection(Layer):
         return x, *self(x, context)
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """State the log-determinant."""
+        """Apply `forward`, and record the log-determinant."""
         return trace.bijection(self, x, context)
 
     def generate(self, z: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """State the log-determinant."""
+        """Apply `inverse`, and record the log-determinant."""
         return trace.bijection(self, z, context)
 
 

@@ -1,4 +1,4 @@
-"""Layers and models: each states its terms to a `Trace`, once per direction.
+"""Layers and models: each reports its terms to a `Trace`, once per direction.
 
 A `Layer` maps x to z; a `Bijection` is a layer that is an invertible function. A `Model` is a
 complete model of x, and inherits scoring, sampling, encoding, decoding, reconstruction and
@@ -71,11 +71,11 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
-        """Data to latents: state every term."""
+        """Map data to latents, and report every term to the trace."""
 
     @abstractmethod
     def generate(self, trace: Trace, context: Any = None) -> Tensor:
-        """Latents to data: state every term, and return x."""
+        """Map latents to data, report every term to the trace, and return x."""
 
     @abstractmethod
     def variables(self) -> Iterator[nn.Module]:
@@ -166,7 +166,7 @@ class Model(nn.Module, ABC):
         )
 
     def elbo(self, x: Tensor, context: Context = None) -> Tensor:
-        """A lower bound of log p(x) in nats, by one draw and closed-form KLs, shape (B,)."""
+        """A lower bound of log p(x) in nats, from one draw and closed-form KLs, shape (B,)."""
         return self(x, context).elbo
 
     def iwae(self, x: Tensor, k: int, context: Context = None, *, at_once: int = 256) -> Tensor:
@@ -418,7 +418,7 @@ class Prior(Model):
         return trace.p(self, self.head(context))
 
     def variables(self) -> Iterator[nn.Module]:
-        """Itself."""
+        """This module itself."""
         yield self
 
     latents = variables

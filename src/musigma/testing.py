@@ -162,7 +162,7 @@ def check_model(
 ) -> None:
     """Check all laws of a model.
 
-    They are duality (`infer` and `generate` state the same log w for the same values), exact
+    They are duality (`infer` and `generate` give the same log w for the same values), exact
     decoding of flows, temperature, partial decoding, batch independence, context, gradients, state
     and precision. The other arguments are those of `check_layer`.
 
@@ -404,7 +404,7 @@ def _state(module: nn.Module, answer: Callable[[Any], Tensor]) -> None:
         _say(answer(copy.deepcopy(module)) == truth, "state: a deepcopy differs")
         other = randomized(module, seed=1)
         other.load_state_dict(module.state_dict())
-        _say(answer(other) == truth, "state: a reloaded copy answers differently")
+        _say(answer(other) == truth, "state: a reloaded copy gives another result")
 
 
 def _purity(head: nn.Module, score: Callable[[nn.Module], Tensor]) -> None:

@@ -5,8 +5,8 @@ For an observation x, latents z, an inference distribution q and bijections f,
     log w(x, z) = Σ log p(site | above) - Σ log q(draw | below) + Σ log |det ∂f/∂x|
     E_q[log w] = ELBO ≤ log p(x),     E log (1/k) Σ w_i = IWAE_k ≤ log p(x)
 
-If nothing is drawn, log w = log p(x) exactly. Every part of a model states its terms of this sum
-once per direction, with two operations that mirror each other:
+If nothing is drawn, log w = log p(x) exactly. Every part of a model reports its terms of this
+sum once per direction, with two operations that mirror each other:
 
     infer:      p scores a known value      q draws           (data -> latents)
     generate:   p draws                     q scores          (latents -> data)
@@ -15,7 +15,7 @@ A `Trace` decides what "draw" and "score" mean. `Trace` itself serves training, 
 sampling, encoding, decoding and interpolation. A `Recorder` also keeps the distributions, for
 objectives and diagnostics. Other subclasses give the operations another meaning: in
 `musigma.coding.Coder` a draw pops bits from a stack, and a score pushes bits onto it. Therefore a
-model states its terms in an order that can be reversed: it scores a value generated from z before
+model reports its terms in an order that can be reversed: it scores a value generated from z before
 it scores z, and while generating it scores q in the reverse of the order of its draws.
 """
 
@@ -182,7 +182,7 @@ class Trace:
         return value
 
     def latent(self, site: Site, q: Distribution, p: Distribution) -> Tensor:
-        """Draw a latent from q while inferring, and state both of its terms.
+        """Draw a latent from q while inferring, and record both of its terms.
 
         Call this only if p is known before the draw (a prior that is a single distribution, a
         block of a top-down ladder); otherwise the closed-form KL would be biased. If torch has no
@@ -225,7 +225,7 @@ class Trace:
         return x
 
     def auxiliary(self, site: Site, term: Tensor) -> None:
-        """State a term (B,), in nats, that training maximizes but that is not part of log w."""
+        """Record a term (B,), in nats, that training maximizes but that is not part of log w."""
         if self.scoring:
             self._record(self.auxiliaries, site, term)
 
@@ -292,7 +292,7 @@ class Trace:
         return draw(shape, temperature=temperature)  # pyright: ignore[reportCallIssue]
 
     def _infer_draw(self, site: Site, q: Distribution) -> Tensor:
-        """A draw of q, whose gradient is reparameterized or named."""
+        """A draw from q, with a reparameterized gradient or a named estimator."""
         value = self._choose(site, q)
         if q.has_rsample or not self.scoring:
             return value
@@ -349,7 +349,7 @@ class Recorder(Trace):
     Attributes:
         qs: The distribution q at each site that has one.
         ps: The distribution p at each site.
-        paired: The sites whose q and p were stated together, by `latent`, in order.
+        paired: The sites whose q and p were given together, to `latent`, in order.
         values: The value at each site (of `Trace`); a single draw, also where the gradient is
             `enumerate` and the terms are expectations over all values.
         terms: The evidence of the pass, from `Model.forward`.

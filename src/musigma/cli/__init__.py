@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Whatever is computed, the library computes."""
+"""The command line: parses arguments, calls the library, and prints results."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ app.command(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. A mistake is a message on standard error, and exit code 2.
+    """Run the command line. An error is a message on standard error, and exit code 2.
 
-    The message is one line, and a further one for each of several faults in data. `decompress` has
+    The message has one line, and one more for each of several faults in data. `decompress` has
     further exit codes: see `musigma.coding.errors`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -60,14 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _unknown_command(word: str) -> str:
-    """What to say about a mistyped command; cyclopts would import all of them to say it."""
+    """The message for an unknown command; cyclopts would import every command for its own."""
     near = difflib.get_close_matches(word, [name for name in app if name[0] != "-"], 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown command {word!r}; {hint}`musigma --help` lists the commands"
 
 
 def _prefix() -> str:
-    """The name of the program; with several processes also which of them this is."""
+    """The name of the program, with the number of this process if there are several."""
     try:
         rank, count = rank_and_count()
     except ValueError:  # the error that is about to be printed

@@ -47,8 +47,8 @@ def compress(
         embed: Store the model in the file, so that it can be read without the run.
         numerics: `exact` files can be read on any machine. `pinned` is about twice as fast, but
             needs the same processor type and PyTorch version for reading.
-        chunk: Images per chunk: as many are lost by damage, and decoded for a single image. By
-            default 4096, or fewer if they take more than 16 MiB.
+        chunk: Images per chunk. Damage loses a whole chunk, and reading a single image decodes its
+            whole chunk. By default 4096, or fewer if they take more than 16 MiB.
         workers: Chunks that are processed at the same time. By default one per core.
         verify: Decode the file and compare it with the data before it replaces an old one.
     """
@@ -103,7 +103,10 @@ def _report_lines(report: dict[str, Any]) -> Iterator[str]:
     if report["side_bytes"]:
         yield f"names, modes, labels and context: {report['side_bytes']:,} bytes"
     if report["packed"]:
-        yield f"smaller by xz, or not representable by the model: {report['packed']:,} images"
+        yield (
+            "compressed with xz, because that is smaller or the model cannot represent them: "
+            f"{report['packed']:,} images"
+        )
     n = report["break_even"]
     pays = f"pays for itself from {n:,} images" if n else "never pays for itself"
     yield f"xz would take about {report['general_bytes']:,} bytes; the model {pays}"
@@ -125,9 +128,9 @@ def decompress(
 ) -> None:
     """Restore the data of a .mus file exactly.
 
-    Exit codes: 3 if the file is damaged, 4 if the model is a different one, 5 if this machine
-    computes other numbers than the one that wrote the file, 6 if the file exceeds a limit, 7 if it
-    has a later format.
+    Exit codes: 3 if the file is damaged, 4 if the model is a different one, 5 if the networks
+    compute different numbers on this machine, 6 if the file exceeds a limit, 7 if it has a newer
+    format.
 
     Args:
         file: The .mus file.

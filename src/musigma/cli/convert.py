@@ -34,14 +34,14 @@ def convert(
 ) -> None:
     """Import a checkpoint from another codebase, or export one.
 
-    Known are the Glows of chaiyujin, rosinality and OpenAI, the VAEs of bits-back, pythae and
+    It reads the Glows of chaiyujin, rosinality and OpenAI, the VAEs of bits-back, pythae and
     pytorch/examples, and the KL autoencoders of diffusers and CompVis. No file is ever run.
 
     Args:
-        source: A file or a folder; with `--to diffusers`, a run or checkpoint of musigma's.
+        source: A file or a folder; with `--to diffusers`, a run or checkpoint of musigma.
         out: The .safetensors file to write, or a folder for it; with `--to diffusers`, the folder.
         family: Codebase of the checkpoint: chaiyujin, rosinality, openai-glow, diffusers, compvis,
-            bits-back, pytorch-examples or pythae; by default recognised by the parameters' names.
+            bits-back, pytorch-examples or pythae; by default recognized by parameter names.
         to: Format to write.
         size: Side of the images, or HEIGHTxWIDTH, where the checkpoint does not say.
         bits: Bits of each element of the data, where its code leaves them open.
@@ -54,7 +54,7 @@ def convert(
         labels: Labels of a Glow's classifier, where the file does not say: softmax for one each,
             sigmoid for several.
         std: Standard deviation of p(x | z), where the original has no likelihood.
-        groups: Groups of the group normalisations, where the checkpoint does not say.
+        groups: Groups of the group normalizations, where the checkpoint does not say.
         dtype: Type of the weights; by default the source's, if it holds them without rounding.
         overwrite: Replace an existing file.
         common: Shared options.
@@ -67,7 +67,7 @@ def convert(
     screen, sides = Screen(common), image_size(size)
     taken = any(out.iterdir()) if out.is_dir() else out.exists()
     if taken and not overwrite:
-        raise ValueError(f"out: {out} exists already; --overwrite, or another name")
+        raise ValueError(f"out: {out} already exists; pass --overwrite or another name")
     options = foreign.Options(
         size=(sides, sides) if isinstance(sides, int) else sides,
         bits=bits,
@@ -126,5 +126,5 @@ def _orders(text: str | None) -> Any:
     if not isinstance(orders, list) or not all(
         isinstance(order, list) and all(isinstance(i, int) for i in order) for order in orders
     ):
-        raise ValueError(f"permutation: {text} holds no list of lists of numbers")
+        raise ValueError(f"permutation: {text} does not hold a list of lists of numbers")
     return orders

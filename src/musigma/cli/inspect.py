@@ -1,4 +1,4 @@
-"""What a model says about one example, what a run is, reports of runs, and audits."""
+"""Commands that inspect: one example under a model, a run, reports of runs, and audits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def inspect(
     options: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
-    """Show what the model says about one example: mean, std, variance and KL of every latent.
+    """Show the latents of one example: mean, std, variance and KL of each.
 
     For a .mus file, show what it contains, without decoding it.
 
@@ -125,7 +125,7 @@ def info(
     options: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
-    """Show what a run is: its model, its data and its figures.
+    """Show the model, the data and the figures of a run.
 
     Args:
         ledger: Also show the contribution of every term of every layer to the bits per dimension.
@@ -168,7 +168,7 @@ def info(
 
 
 def _kind(variable: Variable) -> str:
-    """What a variable of the context is."""
+    """A variable of the context, as text."""
     if variable.classes:
         return f"{variable.classes} classes"
     shape = "x".join(map(str, variable.shape))
@@ -206,7 +206,7 @@ def _account_lines(
     for name, share in shares.items():
         yield f"{share:>12.1%}  {name}"
     for name in (name for name, share in saturation.items() if share is None):
-        yield f"not examined: {name}, which states no emitters() that the pass ran"
+        yield f"not examined: {name}, which has no emitters() for a network that the pass ran"
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
@@ -234,8 +234,8 @@ def report(
         runs: Run folders.
         out: The .html file to write.
         title: Title of the page.
-        section: A .json file of a further section: an object with title, and text, tables and
-            pictures where there are any. May be given several times.
+        section: A .json file of a further section: an object with a title, and optionally text,
+            tables and pictures. May be given several times.
     """
     from musigma import report as page
 
@@ -256,16 +256,15 @@ def audit(
     options: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
-    """Run any VAE or flow and check its numbers: its convention, and whether its parts agree.
+    """Run any VAE or flow, and check that its parts agree on one convention.
 
     The exit code is 1 if a bug is found, and 0 otherwise.
 
     Args:
         target: PATH.py:NAME or module:NAME of a class, an instance, or a function that returns
             one; the file is executed. Or a run folder or checkpoint of this library.
-        source: Data to look at the latents of a run with. By default the data that it was trained
-            on.
-        shape: Shape of one example, as 1x28x28. By default shapes are tried until one fits.
+        source: Data for checking the latents of a run. By default the data that it was trained on.
+        shape: Shape of one example, such as 1x28x28. By default shapes are tried until one fits.
         allow: Code of a finding to accept. May be given several times.
         out: A .html, .json or .txt file to write the report to as well.
     """
@@ -283,7 +282,7 @@ def audit(
     if ":" in target and not Path(target).exists():
         sizes = None
         if shape is not None:
-            sizes = numbers(shape, "shape", "sizes, as 1x28x28", by="x", least=1)
+            sizes = numbers(shape, "shape", "sizes such as 1x28x28", by="x", least=1)
         report = library.audit(plugins.load(target, argument="target"), shape=sizes)
     else:
         report = _audit_run(target, source, options, common)

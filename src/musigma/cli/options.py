@@ -1,7 +1,7 @@
 """The application, and the options that several commands share.
 
-This module imports nothing heavy, and neither does any module that defines a command at its top:
-`musigma --help` must answer before PyTorch could be imported.
+Neither this module nor a module that defines a command imports a heavy library at its top, so
+`musigma --help` answers in less time than importing PyTorch takes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ TRAIN, USE, INSPECT, CONVERT, COMPRESS, AUDIT = _headings(
 
 # Headings of the options of a command
 ARGUMENTS, FIRST, OPTIONS, MODEL, OBJECTIVE, BUDGET, DATA, HARDWARE, OUTPUT, ALWAYS = _headings(
-    "Arguments, Most used, Options, Model, Objective, Budget and optimiser, Data, Hardware, "
+    "Arguments, Most used, Options, Model, Objective, Budget and optimizer, Data, Hardware, "
     "Output, Every command"
 )
 
 
 def _default(value: Any) -> Any:
-    """How help shows a default value; a flag that is off, or no value, is not worth showing."""
+    """A default value as help shows it; None if it is an absent value or a flag that is off."""
     return None if value is None or value is False or value == () else str(value)
 
 
@@ -115,12 +115,12 @@ class Reading:
 @Parameter(name="*", group=DATA)
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which data a trained model is given.
+    """The data that a trained model is applied to.
 
     Args:
-        given: What each example is given with, if the model is conditioned on it: `label`, a
-            column of the table or a pattern of columns ('x_*'), or a file or folder with a row or
-            image for each example. May be given several times. By default as in training.
+        given: Context of each example, if the model is conditioned on it: `label`, a column of
+            the table or a pattern of columns ('x_*'), or a file or folder with a row or image for
+            each example. May be given several times. By default as in training.
         split: Part of the data to use. By default the held-out part of the data that the model was
             trained on, and all of any other data.
         size: Resize images to this size first: 32, or 48x64 (height x width). By default the size
@@ -195,7 +195,7 @@ def image_size(size: str | None) -> int | tuple[int, int] | None:
     """The size that 32 or 48x64 stands for."""
     if size is None:
         return None
-    expected = "a side, as 32, or height x width, as 48x64"
+    expected = "a side such as 32, or height x width such as 48x64"
     height, *width = numbers(size, "size", expected, by="x", least=1)
     if len(width) > 1:
         raise ValueError(f"size: expected {expected}; got {size!r}")
@@ -204,10 +204,10 @@ def image_size(size: str | None) -> int | tuple[int, int] | None:
 
 def temperatures(text: str) -> tuple[float, ...]:
     """One number, or one for each latent: 0.7, or 0.7,0.8,1."""
-    return numbers(text, "temperature", "numbers from 0, as 0.7, or 0.7,0.8,1", kind=float)
+    return numbers(text, "temperature", "numbers from 0, such as 0.7 or 0.7,0.8,1", kind=float)
 
 
 def latent_numbers(text: str | None) -> list[int] | None:
     """The numbers of latents, top first: 0,1."""
-    expected = "numbers separated by commas, as 0,1"
+    expected = "numbers separated by commas, such as 0,1"
     return None if text is None else list(numbers(text, "levels", expected))

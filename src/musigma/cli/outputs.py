@@ -135,9 +135,9 @@ def _npz(draft: Path, parts: Iterable[Columns], about: Mapping[str, Any]) -> Non
 class Share:
     """The rows that one process works on, of n rows in whole batches.
 
-    Each process writes its rows into a file of its own, a shard; none waits for another. What is
-    drawn depends on the seed and the number of the batch alone, so the shards, one after the
-    other, are what a single process writes.
+    Each process writes its rows into a file of its own, a shard; none waits for another. Draws
+    depend only on the seed and the number of the batch, so the concatenated shards equal what a
+    single process writes.
 
     >>> from musigma.processes import Processes
     >>> [Share(Processes(rank, 3), 10, 4).rows for rank in range(3)]
@@ -168,7 +168,7 @@ class Share:
 
     @property
     def fields(self) -> dict[str, int]:
-        """What a JSON answer says about the share; nothing if it is everything."""
+        """The entries of a JSON answer about the share; none for a single process."""
         rank, count = self.processes.rank, self.processes.count
         return {} if count == 1 else {"process": rank, "processes": count}
 

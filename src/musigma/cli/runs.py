@@ -1,4 +1,4 @@
-"""Run folders: where a run goes, what may be replaced, and whether it is the same run again."""
+"""Run folders: where a run is written, what it may replace, and whether it can be resumed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 @Parameter(name="*", group=OUTPUT)
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """Where a run goes.
+    """The folder of a run.
 
     Args:
         out: Run folder to create. By default runs/ARCH-DATA.
         overwrite: Replace an existing run.
-        auto_resume: Continue the run if it exists already with the same options. A command that
-            was interrupted can then be repeated as it was, by a cluster or by `torchrun
-            --max-restarts`.
+        auto_resume: Continue the run if it already exists with the same options. A cluster or
+            `torchrun --max-restarts` can then repeat an interrupted command unchanged.
     """
 
     out: Annotated[Path | None, Parameter(group=FIRST)] = None
@@ -40,7 +39,7 @@ class RunFolder:
         """The folder of a run, and whether it holds a run to continue.
 
         Raises:
-            ValueError: If something is there that is not to be replaced, or is not a run.
+            ValueError: If the folder is not empty and must not be replaced, or is not a run.
         """
         from musigma.files import LOCK, is_draft
         from musigma.training import saved_state
@@ -58,15 +57,17 @@ class RunFolder:
         replace = self.overwrite or (self.auto_resume and is_run)
         if not (empty or replace):
             raise ValueError(
-                f"out: {out} exists already; --resume {out}, --overwrite, or another --out"
+                f"out: {out} already exists; pass --resume {out}, --overwrite or another --out"
             )
         if not (empty or is_run):
-            raise ValueError(f"out: {out} is not a run, and will not be replaced by one")
+            raise ValueError(
+                f"out: {out} is not a run, so it is not replaced; choose another --out"
+            )
         return out, False
 
 
 def data_name(source: str) -> str:
-    """What data are called in the name of a run folder.
+    """The name of the data in the name of a run folder.
 
     >>> data_name("photos.zip"), data_name("shards-{00..31}.tar"), data_name("https://host/x?k=1")
     ('photos', 'shards', 'x')
@@ -79,12 +80,12 @@ def data_name(source: str) -> str:
 
 
 def refuse_other_run(out: Path, saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with other options than it began with.
+    """Refuse to continue a run with options other than those that it began with.
 
     Args:
         out: The run folder.
         saved: What its config.json would hold now: `model`, `data` and `train`.
-        defaults: Options of the architecture, as they are in a run that does not have them yet.
+        defaults: Defaults of the architecture, for options that the saved run does not have yet.
 
     Raises:
         ValueError: Naming every option that differs.
@@ -94,7 +95,7 @@ def refuse_other_run(out: Path, saved: Mapping[str, Any], defaults: Mapping[str,
     if differing := [name for name in now if before.get(name) != now[name]]:
         what = "; ".join(f"{name} {before.get(name)}, not {now[name]}" for name in differing)
         raise ValueError(
-            f"auto_resume: {out} began with {what}; --overwrite it, or give another --out"
+            f"auto_resume: {out} began with {what}; pass --overwrite or another --out"
         )
 
 
@@ -114,7 +115,7 @@ def _options(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
 
 
 def decided_by_main(processes: Processes, decide: Callable[[], Any]) -> Any:
-    """What the main process decides, on all processes; if it raises, all raise."""
+    """The decision of the main process, on all processes; if it raises an error, all do."""
     answer: Any = None
     if processes.is_main:
         try:

@@ -1,4 +1,4 @@
-"""What a command prints: progress and notes on standard error, its answer on standard output."""
+"""Output of commands: progress and notes on standard error, the answer on standard output."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Threads:
         return number
 
     def adapt(self, step: int = 0) -> bool:
-        """Follow the load during training; returns False, as `stop` of `musigma.fit` continues."""
+        """Follow the load during training; returns False, so `musigma.fit` does not stop."""
         if not self.fixed and self._age() > WINDOW:
             import torch
 
@@ -80,7 +80,7 @@ class Threads:
         return False
 
     def _age(self) -> float:
-        """Seconds since the free cores were counted; 0 on a system that does not tell."""
+        """Seconds since the free cores were counted; 0 if the system does not report it."""
         return time.monotonic() - self.last[0] if self.last else 0.0
 
     def _free(self) -> int:

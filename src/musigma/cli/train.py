@@ -83,9 +83,9 @@ class TrainingData:
 
     Args:
         size: Resize images to this size: 32, or 48x64 (height x width).
-        given: What each example is given with, to condition the model on it: `label`, a column of
-            the table or a pattern of columns ('x_*'), or a file or folder with a row or image for
-            each example. May be given several times.
+        given: Context of each example, to condition the model on: `label`, a column of the table
+            or a pattern of columns ('x_*'), or a file or folder with a row or image for each
+            example. May be given several times.
         bits: Bits of each channel of an image, 1 to 8.
         binarize: Make images black and white: at a threshold, or by a new draw at each step.
         conditional: Short for `--given label`.
@@ -101,7 +101,7 @@ class TrainingData:
 
     @property
     def context(self) -> tuple[str, ...]:
-        """The items of `--given`, that of `--conditional` among them."""
+        """The items of `--given`, including the label for `--conditional`."""
         label = ("label",) if self.conditional and "label" not in self.given else ()
         return (*self.given, *label)
 
@@ -115,7 +115,7 @@ class TrainingData:
 def described_data(
     source: str, preprocess: data.Preprocess, reading: Reading, given: Sequence[str]
 ) -> dict[str, Any]:
-    """What config.json says about how data are read; paths are absolute."""
+    """The entries of config.json about how data are read; paths are absolute."""
     return {
         "source": data.identity(source),
         "preprocess": preprocess.to_json(),
@@ -154,7 +154,7 @@ def add_architecture(name: str) -> None:
     for p in options:
         if p.name in taken:
             raise ValueError(
-                f"{p.name}: an option of {name} that `musigma train` has already; rename it"
+                f"{p.name}: an option of {name} that `musigma train` already has; rename it"
             )
         if p.default is p.empty:
             raise ValueError(f"{p.name}: an option of {name} without a default; give it one")
@@ -175,7 +175,7 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def prepare_words(words: list[str]) -> list[str]:
-    """Make known what the words name before they are parsed: architectures and plugins.
+    """Register the architectures and plugins that the words name, before they are parsed.
 
     A FILE.py:NAME in place of an architecture becomes its name.
     """
@@ -227,7 +227,9 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
             config = None
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"resume: {folder} holds no readable config.json ({reason})") from error
+        raise ValueError(
+            f"resume: {folder} does not hold a readable config.json ({reason})"
+        ) from error
     if config is None or name not in ARCHITECTURES:
         kind, name = ("architecture", name) if config else ("objective", objective)
         raise ValueError(
@@ -271,8 +273,8 @@ def finetune(
     """Train a model further, on other data or with another objective, as a new run.
 
     Args:
-        given: What each example is given with, if the model is conditioned on it, as in `train`.
-            By default as in its own training.
+        given: Context of each example, if the model is conditioned on it, as in `train`. By
+            default as in its own training.
     """
     trained = Trained(start, common)
     processes, name = join(common.device), trained.model.config["architecture"]
@@ -328,9 +330,9 @@ def _begin(
     screen: Screen,
     kept: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the configuration of a new run, with `about` its data, and train it.
+    """Write the configuration of a new run, and train it.
 
-    Checkpoints will contain `kept`.
+    `about` describes the data; checkpoints will contain `kept`.
     """
     config = TrainConfig(**{**dataclasses.asdict(config), "seed": screen.common.seed})
     described = data.describe(found)
@@ -358,7 +360,7 @@ def _begin(
 
 
 def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool = False) -> None:
-    """Train in a folder that no other process trains into; then evaluate, and draw pictures."""
+    """Train in a folder reserved for this run, then evaluate and draw pictures."""
     processes = current_processes()
     with reserved(out, processes, empty=not resume):
         parameters = sum(p.numel() for p in model.parameters())
@@ -398,7 +400,7 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
 
 
 def _finish(out: Path, held_out: data.Dataset, screen: Screen, answer: dict[str, Any]) -> None:
-    """Evaluate a run on the held-out part, and draw samples, reconstructions and walks."""
+    """Evaluate a run on the held-out part, and draw its pictures."""
     processes, seed = current_processes(), screen.common.seed
     trained = Trained(str(out), screen.common)
     with screen.progress("evaluating") as progress:

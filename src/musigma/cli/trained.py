@@ -40,16 +40,16 @@ class Trained:
 
     Attributes:
         model: The model, on the device that was asked for, in evaluation mode.
-        extra: What else the checkpoint holds; `about_data` is what it says about the data that
-            the model was trained on.
-        spec: What the model is a model of, with `shape` and `bits` of an example; `is_image` if
-            it is an image, and not a vector; `levels` of each element in a picture.
+        extra: Other content of the checkpoint; `about_data` is the part about the data that the
+            model was trained on.
+        spec: The specification of the model, with `shape` and `bits` of an example; `is_image` if
+            an example is an image, not a vector; `levels` of each element in a picture.
         class_variable: The classes that `--label` chooses from, if the model is conditioned on
             any; `needs_given` if the context is more than the class.
         screen: Where the command prints.
         folder: The run folder; None for a checkpoint file.
         part: The part of the data that `data` returned last.
-        given: What those data were given with: items of `--given`.
+        given: The context of those data: items of `--given`.
 
     Raises:
         ValueError: If there is no such run, or the device or the plugin cannot be used.
@@ -93,7 +93,7 @@ class Trained:
         self.common, self.screen = common, Screen(common)
         torch.manual_seed(common.seed)
 
-    # --- what a model is given -----------------------------------------------------------------
+    # --- inputs of a model ---------------------------------------------------------------------
 
     @property
     def preprocess(self) -> Preprocess:
@@ -129,7 +129,7 @@ class Trained:
             self.screen.note(f"left out: {name} {reason}")
         for note in loaded.notes:
             self.screen.note(note)
-        found = self._labelled(loaded, label)
+        found = self._labeled(loaded, label)
         check(self.model, found)
         same = data.digest(loaded) == saved.get("digest")
         seen = same or (there is not None and Path(here).is_relative_to(there))
@@ -151,7 +151,7 @@ class Trained:
         return batch(found, np.arange(min(n, len(found))), self.model, seed=self.common.seed)
 
     def context(self, n: int, label: str | None = None, given: Sequence[str] = ()) -> Context:
-        """What to generate by: n rows of a class, or n for each row of the files in `given`.
+        """The context of generated examples: n rows of a class, or n for each row of `given`.
 
         Args:
             n: Number of rows, or of copies of each row.
@@ -170,7 +170,7 @@ class Trained:
         if self.needs_given:
             names = ", ".join(v.name for v in self.spec.context)
             raise ValueError(
-                f"given: the model is conditioned on {names}; give the rows to generate by "
+                f"given: the model is conditioned on {names}; give the rows to condition on "
                 "(--given FILE)"
             )
         return self.class_rows(n, label)
@@ -205,11 +205,11 @@ class Trained:
         blank = np.zeros((1, *self.shape), np.float32 if self.bits is None else np.uint8)
         x = np.broadcast_to(blank, (n, *self.shape))
         found = data.Dataset(x, name="--given", preprocess=self.preprocess, given=rows)
-        found = self._labelled(found, label)
+        found = self._labeled(found, label)
         check(self.model, found)
         return batch(found, np.arange(n), self.model)[1]
 
-    def _labelled(self, found: Dataset, label: str | None) -> Dataset:
+    def _labeled(self, found: Dataset, label: str | None) -> Dataset:
         """Data whose examples are all of one class, if it is given."""
         import numpy as np
 
@@ -225,7 +225,7 @@ class Trained:
         return named if len(self.spec.context) > 1 else next(iter(named.values()), None)
 
     def nothing(self) -> tuple[list[Tensor], Context]:
-        """The latents of no examples, top first, of shapes (0, *s), and their context."""
+        """Empty latents, top first, of shapes (0, *s), and their empty context."""
         import torch
 
         from musigma import context as contexts
@@ -238,7 +238,7 @@ class Trained:
             latents = self.model.encode(zeros(self.shape), context)
         return [z[:0] for z in latents], contexts.rows(context, slice(0))
 
-    # --- what a model returns ------------------------------------------------------------------
+    # --- outputs of a model --------------------------------------------------------------------
 
     def check_out(self, out: Path) -> None:
         """Refuse a file that `write` could not write, before anything is computed for it."""
@@ -269,7 +269,7 @@ class Trained:
         if bad := int((~np.isfinite(values.reshape(len(values), one)).all(1)).sum()):
             raise ValueError(
                 f"out: {bad} of {len(values)} examples are not finite, so nothing is written; a "
-                "lower --temperature (of edit: a smaller --strength) may help"
+                "lower --temperature (for edit, a smaller --strength) may help"
             )
         if self.bits is not None:
             values = values.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Use of a model: samples, latents, reconstructions, edits and mixtures of examples, figures."""
+"""Commands that use a model: samples, latents, reconstructions, edits, mixtures, figures."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def sample(
             several times, once for each file. The n samples of a row follow each other.
         temperature: Factor of the standard deviation of every draw; or one for each latent, top
             first: 0.7,0.8,1.
-        mode: Return the centre of p(x | latents) instead of a draw from it.
-        several: Show the centres of the same draws at several temperatures, a row for each:
+        mode: Return the center of p(x | latents) instead of a draw from it.
+        several: Show the centers of the same draws at several temperatures, a row for each:
             0,0.5,0.7,1. Replaces `--temperature`.
         out: A .png grid, or an .npy or .npz array; samples of a table also as .csv or .parquet.
             Each of several processes writes a shard.
@@ -182,7 +182,7 @@ def _read_latents(
             f"{path} has {got}"
         )
     if not len(z[0]) or any(a.dtype.kind not in "fiu" or not np.isfinite(a).all() for a in z):
-        raise ValueError(f"latents: expected finite numbers; {path} has none, or others")
+        raise ValueError(f"latents: expected finite numbers; {path} has none, or other values")
     tensors = [torch.from_numpy(a).to(trained.device, trained.dtype) for a in z]
     return tensors, _context_of(arrays, len(z[0]), path, trained, label), whitened
 
@@ -231,7 +231,7 @@ def _context_rows(rows: np.ndarray, variable: Variable, n: int, where: str) -> T
 
 
 def _array_name(variable: Variable) -> str:
-    """What the rows of a variable are called in a file of latents."""
+    """The name of the rows of a variable in a file of latents."""
     return "labels" if variable.name == "label" else f"given_{variable.name}"
 
 
@@ -245,7 +245,7 @@ def encode(on: RunOnData, *, out: Path, draw: bool = False, whiten: bool = False
     Args:
         out: An .npz file of arrays, or a .parquet table with a column for each element: z0_0,
             z0_1, ... Each of several processes writes a shard.
-        draw: Draw from the posterior instead of taking its centre.
+        draw: Draw from the posterior instead of taking its center.
         whiten: Write (z - mean) / std under the prior of each latent.
     """
     import torch
@@ -278,7 +278,7 @@ def encode(on: RunOnData, *, out: Path, draw: bool = False, whiten: bool = False
         write_rows(out, parts(share.progress(progress)), whitened=whiten)
     shapes = {f"z{i}": [len(rows), *z.shape[1:]] for i, z in enumerate(empty)}
     shapes |= {"labels": [len(rows)]} if found.labels is not None else {}
-    shapes |= {_array_name(v): [len(rows), *v.shape] for v in _unlabelled(trained)}
+    shapes |= {_array_name(v): [len(rows), *v.shape] for v in _unlabeled(trained)}
     trained.wrote(
         out,
         f"{count(len(empty), 'latent')} of {count(len(rows), 'example')} "
@@ -297,7 +297,7 @@ def _shared(
     return found, Share(processes, len(found), options.batch_size)
 
 
-def _unlabelled(trained: Trained) -> list[Variable]:
+def _unlabeled(trained: Trained) -> list[Variable]:
     """What the model is conditioned on besides `label`, which has an array of its own."""
     return [v for v in trained.spec.context if v.name != "label"]
 
@@ -309,7 +309,7 @@ def _latent_arrays(
     arrays = {f"z{i}": t.numpy(force=True) for i, t in enumerate(z)}
     if found.labels is not None:
         arrays["labels"] = found.labels[rows.start : rows.stop]
-    for v in _unlabelled(trained):
+    for v in _unlabeled(trained):
         given = context[v.name] if len(trained.spec.context) > 1 else context
         arrays[_array_name(v)] = given.numpy(force=True)
     return arrays
@@ -488,7 +488,7 @@ def direction(
     at_most: int = 10_000,
     out: Path,
 ) -> None:
-    """Find the direction in latent space that stands for a class of labelled data.
+    """Find the direction in latent space that represents a class of labeled data.
 
     All of the data are used unless --split says otherwise.
 
@@ -496,7 +496,7 @@ def direction(
         positive: Class that has the attribute, by name or number.
         negative: Class that lacks it. By default all other classes.
         method: Difference of the class means, or a linear probe (logistic regression).
-        levels: Latents to use, top first: 0,1. By default all of them.
+        levels: Latents to use, counted from 0 at the top: 0,1. By default all of them.
         at_most: Largest number of examples to encode.
         out: The .npz file to write.
     """
@@ -551,7 +551,7 @@ def edit(
     label: str | None = None,
     out: Path = Path("edited.png"),
 ) -> None:
-    """Give examples less and more of an attribute, a row for each example.
+    """Decrease and increase an attribute of examples; each row shows one example.
 
     All of the data may be edited unless --split says otherwise.
 

@@ -86,9 +86,9 @@ def watch(
 class LogReader:
     """Reads the new rows of a log of JSON lines at each call.
 
-    It first looks for the last line that it read. If that line is not where it was, the log was
-    rewound or replaced, and is read from its start. Damaged lines are skipped; a last line without
-    an end is read when it is complete.
+    It first looks for the last line that it read. If that line is no longer there, the log was
+    rewound or replaced, and is read from its start. Damaged lines are skipped; an
+    incomplete last line is read when it is complete.
     """
 
     def __init__(self, path: Path):
@@ -121,7 +121,7 @@ class LogReader:
 
 
 class Curve:
-    """A curve of any length in bounded memory: means of equally many neighboring points."""
+    """A curve of any length in bounded memory: means of equal numbers of adjacent points."""
 
     def __init__(self, size: int = 512):
         self.size, self.width = size, 1
@@ -145,7 +145,7 @@ class Curve:
 
 
 class History:
-    """What the rows of a log say about a run, in bounded memory."""
+    """A summary of the rows of a log, in bounded memory."""
 
     def __init__(self):
         self.rows = self.step = self.skipped = 0
@@ -192,7 +192,7 @@ class WatchedRun:
         self.log, self.history = LogReader(folder / "metrics.jsonl"), History()
 
     def read(self) -> bool:
-        """Read the next part of what is new; returns whether there may be more."""
+        """Read the next new rows; returns whether there may be more."""
         before = self.log.position
         restarted, rows = self.log.read()
         if restarted:
@@ -202,7 +202,7 @@ class WatchedRun:
         return restarted or self.log.position > before
 
     def summary(self) -> dict[str, Any]:
-        """What is known now; JSON-plain.
+        """The current state, as JSON values.
 
         Returns:
             `state`: "waiting" for a first row; "running"; "silent": rows are overdue; "stopped":

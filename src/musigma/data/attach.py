@@ -57,7 +57,7 @@ def attach(
     variables, names = _read(source, columns, request, constant=allow_constant)
     taken = sorted(set(variables) & {*dataset.given, *dataset.columns, "label"})
     if taken:
-        raise request.error(f"the names {named(taken, 20)} are taken: give others")
+        raise request.error(f"the names {named(taken, 20)} are already taken: choose others")
     n = len(next(iter(variables.values()), ()))
     rows = _matched(n, names, dataset, request)
     given = {name: value.subset(rows) for name, value in variables.items()}
@@ -66,7 +66,7 @@ def attach(
 
 
 def given_rows(sources: Iterable[str | Path], variables: Sequence[Variable]) -> dict[str, Given]:
-    """Rows of a context from files, to generate examples by; what else they hold is ignored.
+    """Rows of a context from files, for generating examples; other variables are ignored.
 
     Raises:
         DataError: If a variable is in no file, or the files differ in their numbers of rows.
@@ -134,7 +134,7 @@ def _read(
             same = np.flatnonzero((values == values[:1]).reshape(len(values), -1).all(0))
             if len(same):
                 which = f" in columns {named(list(map(str, same)))}" if values.ndim == 2 else ""
-                faults[name] = f"is constant{which}, and tells nothing: drop it"
+                faults[name] = f"is constant{which}, so it carries no information: drop it"
     if faults:
         raise request.error(f"cannot be used:\n{listing(faults)}")
     return variables, names

@@ -75,7 +75,7 @@ def stream(
         if value < least[name]:
             raise DataError(f"{name} is {value}: give a whole number from {least[name]}")
     if part.step not in (None, 1):
-        raise DataError(f"part is {part}: give a slice of neighbouring rows")
+        raise DataError(f"part is {part}: give a slice of adjacent rows")
     if not len(dataset):
         raise DataError(f"{dataset.name or 'dataset'}: holds no examples to take batches of")
     first, last, _ = part.indices(batch_size)

@@ -110,7 +110,7 @@ def store(path: Path, record: Record, request: Request) -> None:
         reason = first_line(error)
         request.notes.append(
             f"the cache {folder()} cannot be written ({reason}), so {request.where} will be "
-            "surveyed again next time: set XDG_CACHE_HOME to a folder of yours"
+            "surveyed again next time: set XDG_CACHE_HOME to a folder of your own"
         )
 
 
@@ -124,7 +124,7 @@ def flat(
 ) -> np.ndarray:
     """An array made of blocks of rows: in memory if it fits, else memory-mapped from the cache.
 
-    The cache knows it by the name of its source and its own; `about` is the version of the source.
+    In the cache, the names of its source and its own identify it; `about` is the source's version.
 
     Raises:
         DataError: If there is no room; nothing is left behind.
@@ -197,7 +197,7 @@ def derived(
 ) -> np.ndarray:
     """An array computed from another; it is written to the cache if both exceed memory.
 
-    `what` is computed, by which the cache knows it; `make` yields its rows, in blocks.
+    `what` names it, and identifies it in the cache; `make` yields its rows, in blocks.
     """
     if not isinstance(x, np.memmap):
         return flat("", {}, shape, dtype, make, replace(request, in_memory=True))
@@ -206,9 +206,9 @@ def derived(
 
 
 def facts(x: np.ndarray, request: Request) -> dict[str, np.ndarray]:
-    """What one pass finds: of tables the range of each column, and rows that are not finite.
+    """Facts that one pass finds: for tables, each column's range and the rows that are not finite.
 
-    Of files beyond memory it also finds the hashes of the examples, and all is cached.
+    For files larger than memory, also the hashes of the examples; the cache stores all of them.
     """
     on_disk = isinstance(x, np.memmap) and not request.fits(x.nbytes)
 

@@ -1,9 +1,9 @@
 """Data sets: `Dataset` gives the examples of a source as a model sees them.
 
-A data set keeps its examples as they were read: in memory, or on disk where they take too much of
-it, memory-mapped or decoded when they are indexed. `Dataset.take` preprocesses those that are
-asked for. The split into parts is a function of the content, and of the parts that the source
-itself defines.
+A data set keeps its examples as they were read: in memory, or on disk if they do not
+fit, where they are memory-mapped or decoded when they are indexed. `Dataset.take` preprocesses
+those that are asked for. The split into parts is a function of the content, and of the parts that
+the source itself defines.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Binarize = Literal["threshold", "dynamic"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How images are preprocessed; saved with a model, so that new data are treated alike.
+    """How images are preprocessed; saved with a model, to prepare new data in the same way.
 
     Args:
         size: Pixels to resize images to: a square, or (height, width). Images are scaled,
@@ -278,7 +278,7 @@ class Dataset:
                     f"given: {name!r} has {n} rows for {len(self)} examples: give one for each"
                 )
         if self.labels is not None and "label" in self.given:
-            raise DataError("given: 'label' names the labels already: give it another name")
+            raise DataError("given: 'label' already names the labels: choose another name")
 
     def __len__(self) -> int:
         return len(self.array if self.rows is None else self.rows)
@@ -316,7 +316,7 @@ class Dataset:
         if missing := [name for name in context if name not in known]:
             raise DataError(
                 f"context: {self.name or 'array'} has no {', '.join(missing)}: give "
-                f"{', '.join(known) or 'none, it has no labels and nothing else given'}"
+                f"{', '.join(known) or 'none, since it has no labels and no other context'}"
             )
         levels = None if self.bits is None else 2**self.bits
         return Spec(self.shape, levels, self.columns, tuple(known[name] for name in context))

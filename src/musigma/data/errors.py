@@ -91,7 +91,7 @@ def all_faults(faults: Mapping[str, str], what: str, total: int, bad: int | None
     >>> all_faults({"a.png": "is empty: remove it"}, "images", 9)
     'a.png is empty: remove it, or pass --skip-bad'
     >>> print(all_faults({"a.png": "is empty", "b.png": "is empty"}, "images", 9))
-    2 of 9 images cannot be used; mend them, or pass --skip-bad to leave them out:
+    2 of 9 images cannot be used; repair them, or pass --skip-bad to leave them out:
       a.png is empty
       b.png is empty
     """
@@ -99,8 +99,8 @@ def all_faults(faults: Mapping[str, str], what: str, total: int, bad: int | None
         ((name, reason),) = faults.items()
         return f"{name} {reason}, or pass --skip-bad"
     return (
-        f"{bad or len(faults)} of {total} {what} cannot be used; mend them, or pass --skip-bad to "
-        f"leave them out:\n{listing(faults)}"
+        f"{bad or len(faults)} of {total} {what} cannot be used; repair them, or pass --skip-bad "
+        f"to leave them out:\n{listing(faults)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What readers take, a request, and what they share: limits of memory, hashes, labels."""
+"""The `Request` that readers take, and what they share: memory limits, hashes, labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 @dataclass(frozen=True)
 class Request:
-    """How a source is to be read, and what the user should know about how it was."""
+    """How to read a source, and the notes for the user about how it was read."""
 
     where: str  # what messages call it
     size: tuple[int, int] | None = None  # height and width that images are resized to

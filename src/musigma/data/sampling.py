@@ -1,4 +1,4 @@
-"""Which examples are for what, which of them a step sees, and the noise of its binarization.
+"""The parts of a data set, the examples of each step, and the noise of its binarization.
 
 The split is a function of the content of the examples; batches and noise are functions of seed and
 step. There is no state to save and no global generator: a step of a resumed run sees what it would
@@ -83,9 +83,9 @@ def parts(
     official_validation: np.ndarray | None,
     fraction: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks of the examples to train on, to choose weights by, and to hold out.
+    """Masks of the training, validation and held-out examples.
 
-    What the source reserves is held out, or else a share by the hashes of the contents.
+    Parts that the source reserves are used; others are chosen by the hashes of the contents.
 
     >>> masks = parts(np.arange(4, dtype=np.uint64), np.array([0, 0, 0, 1], bool), None, 0.1)
     >>> [mask.tolist() for mask in masks]

@@ -1,4 +1,4 @@
-"""What a data set holds, and what is doubtful about it: as JSON, and as lines to read."""
+"""A description of a data set, and of likely mistakes in it, as JSON and as lines of text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def describe(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> di
 
 
 def summary(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> list[str]:
-    """Lines that say what is trained on: examples by class and part, and what was left out.
+    """Lines that describe the data: examples by class and part, and what was left out.
 
     Args:
         dataset: All of the data.
@@ -61,7 +61,7 @@ def summary(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> lis
     ...     print(line)
     x.npy: 20 rows of 1 column
     parts: 11 train, 3 validation, 6 held-out (by a hash of the content)
-    13 examples repeat others; examples that are equal are in the same part
+    13 examples are duplicates; equal examples are in the same part
     """
     if parts is None:
         parts = {name: dataset.split(name) for name in PARTS}  # pyright: ignore
@@ -73,7 +73,7 @@ def summary(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> lis
         lines.append(_classes(dataset, parts))
     if dataset.given:
         given = (f"{v.name} ({_variable(v)})" for v in dataset.variables if v.name != "label")
-        lines.append(f"given with each: {', '.join(given)}")
+        lines.append(f"context: {', '.join(given)}")
     if skipped := list(dataset.skipped.items()):
         lines.append(f"left out: {len(skipped)} that cannot be used")
         lines += [f"  {name} {reason}" for name, reason in skipped[:SHOWN]]
@@ -81,14 +81,12 @@ def summary(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> lis
     lines += dataset.notes
     repeated = len(dataset) - len(np.unique(dataset.content()))
     if repeated and dataset.official_test is None:
-        lines.append(
-            f"{repeated} examples repeat others; examples that are equal are in the same part"
-        )
+        lines.append(f"{repeated} examples are duplicates; equal examples are in the same part")
     return lines + [f"warning: {text}" for text in doubts(dataset, parts)]
 
 
 def doubts(dataset: Dataset, parts: Mapping[str, Dataset]) -> Iterator[str]:
-    """What may not be as it was meant."""
+    """Likely mistakes."""
     train = parts.get("train", dataset)
     yield from _doubtful_labels(dataset, train)
     yield from _doubtful_columns(train) if dataset.bits is None else _doubtful_levels(train)
@@ -119,7 +117,7 @@ def _origin(dataset: Dataset) -> str:
     ]
     if not official:
         return "by a hash of the content"
-    return f"{' and '.join(official)} as the source has it"
+    return f"{' and '.join(official)} as the source defines them"
 
 
 def _count(dataset: Dataset) -> dict[str, int] | None:
@@ -154,9 +152,9 @@ def _doubtful_labels(dataset: Dataset, train: Dataset) -> Iterator[str]:
         return
     n, classes = len(dataset), len(np.unique(dataset.labels))
     if n > 2 and classes == n:
-        yield f"every example has a label of its own ({n}): they are hardly classes"
+        yield f"every example has a label of its own ({n}): these are probably not classes"
     elif classes > n / 2 and n > 4:
-        yield f"there are {classes} classes of {n} examples: they are hardly classes"
+        yield f"there are {classes} classes of {n} examples: these are probably not classes"
     there = set(train.labels.tolist())
     without = [name for i, name in enumerate(dataset.label_names) if i not in there]
     if without and classes <= n / 2:
@@ -164,7 +162,7 @@ def _doubtful_labels(dataset: Dataset, train: Dataset) -> Iterator[str]:
 
 
 def _doubtful_columns(train: Dataset) -> Iterator[str]:
-    """Columns of which many values are equal: a continuous density of them has no bound."""
+    """Columns with many equal values, for which a continuous density is unbounded."""
     n, found = len(train), []
     rows = np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64)
     for j, column in enumerate(train.take(rows).T) if n >= 20 else ():
@@ -175,13 +173,13 @@ def _doubtful_columns(train: Dataset) -> Iterator[str]:
             found.append(f"{called(train.columns, j)} ({what})")
     if found:
         yield (
-            "columns with many equal values, of which a continuous density has no bound, so that "
+            "columns with many equal values, for which a continuous density is unbounded, so "
             f"nats mean little: {named(found)}"
         )
 
 
 def _doubtful_levels(train: Dataset) -> Iterator[str]:
-    """Levels that are those of fewer bits than they are read with; channels without content."""
+    """Levels of fewer bits than they are read with, and constant channels."""
     if not len(train):
         return
     rows = np.linspace(0, len(train) - 1, min(len(train), IMAGES)).astype(np.int64)

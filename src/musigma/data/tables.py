@@ -1,8 +1,8 @@
 """Tables: text as numbers, columns as data, labels or context, and what is made of them.
 
 A reader makes a `Table` of a file, and `assemble` makes a `Dataset` of it, so arrays, text and
-parquet are judged by the same rules. Nothing is decided in silence: whatever is not data is noted,
-and what cannot be used is refused by name.
+parquet are judged by the same rules. Every decision is reported: a note
+names whatever is not data, and an error names whatever cannot be used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ID_NAME = re.compile(
     r"|(file|image|img)[ _]?(names?)?|path|name"
 )
 CAMEL_ID = re.compile(r".*[a-z]I[dD]")
-LOOKED_AT = 100_000  # cells by which it is decided what a column of a large table is
+LOOKED_AT = 100_000  # cells that decide the kind of a column of a large table
 MISSING = frozenset(
     ["", "na", "n/a", "#n/a", "nan", "null", "none", "nil", "missing", "?", "-", "--", "."]
 )
@@ -120,7 +120,7 @@ def convention(cells: Sequence[str]) -> tuple[Convert | None, str]:
 
 
 def cell_fault(cell: str, doubt: str = "") -> str:
-    """Why a cell of a column of numbers is none, and what to do."""
+    """Why a cell of a column of numbers is not a number, and what to do."""
     if is_missing(cell):
         return "is missing: fill or drop it"
     if doubt and "," in cell:
@@ -151,7 +151,7 @@ def _kind_of_text(cell: str) -> str:
 
 
 def column_fault(name: str | None, cell: str) -> str:
-    """Why a column of text is no data, and what to do; `name` is None if columns have no names."""
+    """Why a text column is not data, and what to do; `name` is None if columns have no names."""
     text, such = cell.strip().lower(), repr(cell.strip()[:40])
     if name is None:
         return (
@@ -161,7 +161,9 @@ def column_fault(name: str | None, cell: str) -> str:
     if DATE.fullmatch(text):
         return f"holds dates or times, such as {such}: convert it to numbers, or drop it"
     if text in ("true", "false", "yes", "no"):
-        return f"holds {such} and its like: write 0 and 1, or give it as context (--given {name})"
+        return (
+            f"holds values such as {such}: write 0 and 1, or give it as context (--given {name})"
+        )
     return (
         f"holds text, such as {such}: name it 'label' if it is the class of each row, give it as "
         f"context (--given {name}), or drop it"
@@ -172,7 +174,7 @@ def column_fault(name: str | None, cell: str) -> str:
 
 
 class Words(NamedTuple):
-    """A column of words: those that are different, None if missing; and the word of each row."""
+    """A column of words: the distinct words, None if missing, and the index of each row's word."""
 
     different: list[Any]
     codes: np.ndarray
@@ -270,7 +272,7 @@ class Table(ABC):
 
 
 class Roles(NamedTuple):
-    """What each column of a table is: of x, of the context, the labels, or the names of rows."""
+    """The role of each column of a table: in x, in the context, labels, or names of rows."""
 
     data: list[int]
     given: list[int]
@@ -362,7 +364,7 @@ def _named_roles(
         request.note(f"column {names[label]!r} is taken as labels; rename it if it is data")
     ids = [j for j in left if names_rows(table, j)]
     for j in ids:
-        request.note(f"{called(j)} is different in every row: it names rows, and is no data")
+        request.note(f"{called(j)} is different in every row: it names rows, and is not data")
     left = [j for j in left if j not in ids]
     if data is not None and left:
         unknown = named([repr(names[j]) for j in left], 20)
@@ -504,10 +506,10 @@ def _varying(
     n: int,
     request: Request,
 ) -> list[int]:
-    """Which columns of x to keep: not those that repeat another, whose density is infinite.
+    """The columns of x to keep: not those that repeat another, whose density is infinite.
 
-    Constant columns are refused. Noted are columns of which float32 keeps little, and those that
-    only count the rows.
+    Constant columns are refused. Notes name columns for which float32 is too coarse, and columns
+    that only count the rows.
     """
     low, high = known["low"], known["high"]
 
@@ -546,6 +548,6 @@ def _varying(
     counting = (np.diff(start, axis=0) == 1).all(0) & (high - low == n - 1) & (n > 2)
     if counting.any():
         request.note(
-            f"{listed(which[counting])} counts the rows: drop it, if it is no measurement"
+            f"{listed(which[counting])} counts the rows: drop it, unless it is a measurement"
         )
     return which.tolist()

@@ -161,7 +161,7 @@ class OptimalGaussianHead(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the running log σ towards that of the batches scored since the last call."""
+        """Move the running log σ toward that of the batches scored since the last call."""
         log_std = self.log_std_of(self.error / self.batches)
         moved = torch.lerp(self.log_std, log_std, self.momentum)
         self.log_std.copy_(torch.where(log_std.isfinite(), moved, self.log_std))

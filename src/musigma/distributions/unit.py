@@ -167,7 +167,7 @@ class FactorizedContinuousBernoulli(EventDistribution):
         return torch.where(small, series, -1 / torch.expm1(-far) - 1 / far)
 
     def rsample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
-        """Draw by the quantile function; the distance from the mean is times `temperature`."""
+        """Draw by the quantile function; multiply the distance from the mean by `temperature`."""
         small, far = self._away_from_zero()
         u = torch.rand_like(self.logits.expand(*sample_shape, *self.logits.shape))
         negative = -far.abs()  # the quantile function is stable on this side; mirror the other

@@ -94,7 +94,7 @@ def evaluate(
     progress: Progress | None = None,
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """The mean figure of a data set and its parts; JSON-plain. The arguments are those of `score`.
+    """The mean figure of a data set and its parts, as JSON values; arguments as in `score`.
 
     Several processes each score their share; all return the figure of the whole, which is the
     same to the bit for any number of processes.

@@ -61,7 +61,7 @@ class Classifier(Layer):
         return (y * logits - F.softplus(logits)).sum(1)
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
-        """Return the input; state the term if there is a context."""
+        """Return the input; record the term if there is a context."""
         if context is not None:
             trace.auxiliary(self, self.weight * self.log_q(x, context))
         return x

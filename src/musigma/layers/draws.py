@@ -72,7 +72,7 @@ class Split(Layer):
         self.prior = prior
 
     def variables(self) -> Iterator[nn.Module]:
-        """Itself."""
+        """This layer itself."""
         yield self
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What several architectures begin with, and the checks that they share."""
+"""Layers and checks that several architectures share."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def halvings(height: int, width: int, wanted: int | None) -> int:
-    """Number of halvings of both sides: as wanted; None: as many as possible, up to 3.
+    """Number of times both sides are halved: `wanted`, or as often as possible, up to 3.
 
     Raises:
         ValueError: If the sides cannot be halved that often.

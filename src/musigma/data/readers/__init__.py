@@ -1,4 +1,4 @@
-"""Readers: from whatever holds the data to a `Dataset`.
+"""Readers: from a file, a folder, a URL or a name to a `Dataset`.
 
 Data that fit into memory are read into it; otherwise arrays are memory-mapped (`cache`), and
 images are decoded when they are indexed (`LazyImages`). Folders, archives and shards are all a
@@ -131,7 +131,7 @@ def _images(data: Dataset, request: Request) -> Dataset:
     """Images of the requested size, in color if that is requested."""
     if request.given:
         raise request.error(
-            f"given: {request.given[0]!r} is no file, and these are images, "
+            f"given: {request.given[0]!r} is not a file, and these are images, "
             "which have no columns: give 'label', or a file with a row for each image"
         )
     x, size = data.array, request.size

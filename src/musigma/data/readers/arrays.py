@@ -55,7 +55,7 @@ def _levels_or_table(x: np.ndarray, request: Request) -> Dataset:
         return _images(as_images(x, where), request)
     if x.ndim == 5:
         raise request.error(
-            f"has shape {shape}, as volumes or films do, and models take images: give "
+            f"has shape {shape}, like volumes or videos, but models take images: give "
             "slices, such as x.reshape(-1, C, H, W)"
         )
     if x.ndim == 1 and x.dtype.kind == "f":
@@ -99,7 +99,7 @@ def as_images(x: np.ndarray, where: str) -> np.ndarray:
     if min(x.shape[1], x.shape[3]) > 4:
         n, depth, *rest = x.shape
         raise DataError(
-            f"{where}: shape {x.shape} has no axis of 1 to 4 channels: reshape it; of volumes, "
+            f"{where}: shape {x.shape} has no axis of 1 to 4 channels: reshape it; for volumes, "
             f"give the slices, x.reshape({n * depth}, 1, {rest[0]}, {rest[1]})"
         )
     first, last = x.shape[1], x.shape[3]
@@ -156,14 +156,14 @@ def _advice(x: np.ndarray, low: float, high: float) -> str:
         return "rescale to 0..255, and store uint8"
     flat = "x.reshape(len(x), -1).astype(np.float32)"
     if low >= 0 and high <= 1:
-        images = "of images, round: np.rint(255 * x).astype(np.uint8)"
+        images = "for images, round: np.rint(255 * x).astype(np.uint8)"
     elif low >= -0.25 and high <= 1.25:
         images = (
-            "of images that overshoot 0..1, clip and round: np.rint(255 * x.clip(0, 1))"
+            "for images that overshoot 0..1, clip and round: np.rint(255 * x.clip(0, 1))"
             ".astype(np.uint8)"
         )
     elif low >= 0 and high <= 255:
-        images = "of images, round: np.rint(x).astype(np.uint8)"
+        images = "for images, round: np.rint(x).astype(np.uint8)"
     else:
-        images = "of images, rescale to 0..255, round, and store uint8"
+        images = "for images, rescale to 0..255, round, and store uint8"
     return f"{images}; series or other values are a table of continuous columns: {flat}"

@@ -45,7 +45,7 @@ class _Format(NamedTuple):
 
 
 class Delimited(Table):
-    """The table in a file, as numbers; NaN where a cell is missing or no number.
+    """The table in a file, as numbers; NaN where a cell is missing or not a number.
 
     Of columns that have such cells, or may name rows, the text is kept too.
 
@@ -184,7 +184,9 @@ def _format(path: Path, request: Request) -> _Format:
     with path.open(encoding=encoding, newline="") as file:
         for line in file:
             if line.startswith("#"):
-                request.note(f"line {skip + 1} is left out, a comment: {printable(line.strip())}")
+                request.note(
+                    f"line {skip + 1} is a comment, and is left out: {printable(line.strip())}"
+                )
             elif match := re.match(r"sep=(.)\s*$", line, re.IGNORECASE):
                 separator = match[1]  # as Excel writes it
             elif line.strip():

@@ -2,7 +2,7 @@
 
 Images are walked twice, first for their headers, so that sizes and modes are known before the
 first pixel is decoded. Labels come from the names of folders, or from files beside the images.
-All images that cannot be used are found before the first is complained of.
+All images that cannot be used are found before an error names them.
 
 Images that stay on disk have an *index*: for each its place, its header, its label, and a hash of
 its pixels. To build it every image is decoded once, so broken images are found before training
@@ -164,7 +164,7 @@ class _Survey:
     def read(self, path: Path) -> Dataset:
         """Decode into memory, or make the index at a path."""
         self._leave_out_others()
-        self._leave_out_unlabelled()
+        self._leave_out_unlabeled()
         if not self.images:
             raise self._nothing()
         shape = self._shape()
@@ -184,7 +184,7 @@ class _Survey:
         return _indexed(self.files, self.request, record)
 
     def _leave_out_others(self) -> None:
-        """Leave out files that are no examples: masks, and what lies beside the parts."""
+        """Leave out files that are not examples: masks, and files beside the parts."""
         names = sorted(self.paths)
         by_reason: dict[str, list[str]] = {}
         for i, reason in layout([self.paths[name] for name in names]).left_out.items():
@@ -198,10 +198,10 @@ class _Survey:
         if self.files.links:
             self.notes.append(f"links to folders are not followed: {named(self.files.links)}")
         if self.paths and self.others:
-            self.notes.append(f"files that are no images are left out: {counted(self.others)}")
+            self.notes.append(f"files that are not images are left out: {counted(self.others)}")
 
     def _nothing(self) -> DataError:
-        """The error that there is no image."""
+        """The error for a source without images."""
         advice = "give images, IDX files or CIFAR batches"
         if self.faults:
             return self.request.error(NO_IMAGE + listing(dict(self._faults())))
@@ -322,10 +322,10 @@ class _Survey:
             also = "\nbesides, " + all_faults(dict(self._faults()), "images", len(self.paths))
         raise self.request.error(
             f"images differ in size, width x height: {several}{more}: pass "
-            f"--size N to bring all to N x N{also}"
+            f"--size N to resize all to N x N{also}"
         )
 
-    def _leave_out_unlabelled(self) -> None:
+    def _leave_out_unlabeled(self) -> None:
         """Where files beside images hold labels, require one for each image."""
         for name in sorted(self.images):
             if reason := self.unreadable.get(_key(name)):
@@ -377,7 +377,7 @@ def _dataset(
     color, several = arrays["headers"][:, 2:].T.astype(bool)
     for which, what in (
         (~color & color.any(), "gray images are made RGB, as the others are"),
-        (several, "of several frames in an image the first is used"),
+        (several, "only the first of several frames is used"),
     ):
         if which.any():
             first = printable(names[int(which.argmax())])
@@ -395,7 +395,7 @@ def _dataset(
 
 
 def _key(name: str) -> str:
-    """What a file shares with those beside it: its folder, and its name up to the first dot."""
+    """The key that a file shares with its label: the folder, and the name up to the first dot."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.split(".")[0]
 

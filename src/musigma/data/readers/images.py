@@ -258,6 +258,6 @@ class LazyImages:
             name = printable(self.names[row])
             reason = first_line(error)
             raise DataError(
-                f"{self.where}: {name} is not what it was when this source was indexed "
+                f"{self.where}: {name} has changed since this source was indexed "
                 f"({reason}): run the command again, which rebuilds the index"
             ) from error

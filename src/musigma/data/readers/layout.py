@@ -1,4 +1,4 @@
-"""What the names of folders say: parts for training, validation and testing; classes; masks.
+"""The meaning of folder names: parts for training, validation and testing; classes; masks.
 
 The names of parts are recognized in their usual spellings. What lies beside folders `train` and
 `test` belongs to neither, and is left out, as are masks beside images; the request's notes say so.
@@ -91,12 +91,12 @@ def official_masks(parts: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | N
 
 
 class Layout(NamedTuple):
-    """What the folders of files say; "" for files that are left out."""
+    """The parts and classes of files by their folders; "" for files that are left out."""
 
     parts: np.ndarray | None  # of each file; None where there are no parts
     classes: np.ndarray | None  # of each file; None where there are no classes
     unclassed: int  # number of files in no class folder, where others are in one
-    left_out: Mapping[int, str]  # why files are no examples, by their indices
+    left_out: Mapping[int, str]  # why files are not examples, by their indices
 
 
 def layout(paths: Sequence[str]) -> Layout:

@@ -20,7 +20,7 @@ def read_parquet(paths: Sequence[Path], request: Request) -> Dataset:
     """Read a table; files named after parts (train-00000-of-00002.parquet) are those parts."""
     parts = parts_of_files([path.as_posix() for path in paths])
     if rest := [path.name for path in paths if parts and parts[path.as_posix()] is None]:
-        request.note(f"files that are of no part are left out: {named(rest)}")
+        request.note(f"files that belong to no part are left out: {named(rest)}")
         paths = [path for path in paths if parts[path.as_posix()]]
     return assemble(Parquet(paths, request), request)
 

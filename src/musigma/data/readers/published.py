@@ -1,4 +1,4 @@
-"""Data sets known by name: published ones, scikit-learn's digits, and toy points of a plane."""
+"""Data sets known by name: published ones, scikit-learn's digits, and toy data in the plane."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _mnist_5k(report: Progress) -> Dataset:
 
 
 def _points(name: str, report: Progress) -> Dataset:
-    """20,000 points of the plane, the same every time, within about [-4, 4]."""
+    """20,000 points in the plane, the same every time, within about [-4, 4]."""
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
     random = np.random.Generator(np.random.Philox(key=key))
     n, labels = 20_000, None

@@ -170,7 +170,7 @@ def _room(request: Request) -> Iterator[None]:
         raise request.error(
             f"cannot be stored in the cache {cache.folder()} "
             f"({first_line(error)}): make room there, or set XDG_CACHE_HOME to "
-            "a folder of yours on a larger disk"
+            "a folder of your own on a larger disk"
         ) from error
 
 
