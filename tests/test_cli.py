@@ -992,7 +992,10 @@ MISTAKES = {
     "no likelihood": ("train vae photos --likelihood logistc", "(?i)logist"),
     "no format": ("train vae photos --format sideways", "(?i)format"),
     "no steps": ("train vae photos --steps 0", "steps: expected 1 or more"),
-    "two budgets": ("train vae photos --steps 5 --minutes 1", "the budget is given as steps"),
+    "two budgets": (
+        "train vae photos --steps 5 --minutes 1",
+        "the budget is already given as steps",
+    ),
     "no rate": ("train vae photos --lr 0", "lr: expected a positive"),
     "no bits": ("train vae photos --bits 9", "bits is 9: give a whole number from 1 to 8"),
     "no size": ("train vae photos --size 0", "size: expected a side such as 32, or height x"),

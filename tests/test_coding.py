@@ -152,7 +152,7 @@ def test_invalid_values_are_refused_and_the_stack_is_unchanged(what):
 
 
 def test_words_that_are_not_a_stack_are_refused():
-    with pytest.raises(ValueError, match="words: these are no stack"):
+    with pytest.raises(ValueError, match="words: these are not a stack"):
         Stack(np.array([1, 0], np.uint32))
     s = stack(9)
     s.push(np.array([1]), np.array([3]))

@@ -506,7 +506,7 @@ class Forgetful(Halves):
 
 
 class Stranger(Halves):
-    """A site that is no part of the model."""
+    """A site that is not part of the model."""
 
     def infer(self, x, trace, context=None):
         trace.p(nn.Identity(), Slope(torch.zeros_like(x)), x)
@@ -524,7 +524,7 @@ class Constant(Halves):
     [
         (Disordered, "Disordered cannot be coded: in `generate`, the term p of Prior is out of"),
         (Forgetful, "Forgetful cannot be coded: in `generate`, the term q of Prior is missing"),
-        (Stranger, "Identity cannot be coded: it is no submodule of the model"),
+        (Stranger, "Identity cannot be coded: it is not a submodule of the model"),
         (Constant, "Prior cannot be coded: it is given a value that was computed neither"),
     ],
 )

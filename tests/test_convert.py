@@ -338,7 +338,7 @@ def test_prefixes_of_wrappers_are_taken_off(prefix, name, tmp_path):
     assert ("_orig_mod.' and 'module.' of wrappers" in notes) == (
         "_orig_mod" in prefix or "module" in prefix
     )
-    assert "left out tensors that are no part of the model: lr" in notes
+    assert "left out tensors that are not part of the model: lr" in notes
 
 
 def test_wrappers_inside_and_parts_saved_apart(tmp_path):
@@ -591,7 +591,7 @@ def test_options_that_diffusers_cannot_represent(tmp_path):
     glow = musigma.build("glow", (1, 4, 4), levels=1, depth=1, hidden=4)
     with pytest.raises(ValueError, match="is musigma's autoencoder_kl; got glow"):
         export(glow, {}, tmp_path / "glow", family="diffusers")
-    with pytest.raises(ValueError, match="to: the one format"):
+    with pytest.raises(ValueError, match="to: the only format"):
         export(plain, {}, tmp_path / "other", family="pythae")
 
 
@@ -787,7 +787,7 @@ def test_files_that_claim_more_than_they_hold(tmp_path):
     with pytest.raises(ForeignError, match="claims to hold far more"):
         convert(tmp_path / "zeros.npz")
     torch.save({"fc1.weight": torch.ones(3).to_sparse()}, tmp_path / "sparse.pt")
-    with pytest.raises(ForeignError, match=r"fc1\.weight is no plain tensor"):
+    with pytest.raises(ForeignError, match=r"fc1\.weight is not a plain tensor"):
         convert(tmp_path / "sparse.pt")
     np.savez(tmp_path / "twice.npz", **{"a": np.zeros(3), "a:0": np.ones(3)})
     with pytest.raises(ForeignError, match="two arrays of one name"):
@@ -884,7 +884,7 @@ def test_shards_and_half_precision_of_diffusers(tmp_path):
 
 def test_a_checkpoint_of_musigma_is_refused(tmp_path):
     musigma.save(musigma.build("mlp_vae", (4,), bits=None), tmp_path / "mine.safetensors")
-    with pytest.raises(ForeignError, match="is a checkpoint of musigma's already"):
+    with pytest.raises(ForeignError, match="is already a checkpoint of musigma"):
         convert(tmp_path / "mine.safetensors")
 
 
@@ -990,7 +990,7 @@ def test_a_config_of_diffusers_that_cannot_be_represented(key, value, tmp_path):
 def test_weights_of_an_unknown_kind(tmp_path):
     torch.save({f"layer{i}.weight": torch.rand(2, 2) for i in range(4)}, tmp_path / "mine.pt")
     with pytest.raises(
-        ForeignError, match=r"of no known kind; it holds 4 tensors, .* layer0.weight"
+        ForeignError, match=r"not a known kind of checkpoint; it holds 4 tensors, .* layer0.weight"
     ):
         convert(tmp_path / "mine.pt")
     with pytest.raises(ForeignError, match="missing"):
@@ -1012,7 +1012,7 @@ def test_weights_of_an_unknown_kind(tmp_path):
         convert(rosinality)
     with pytest.raises(ForeignError, match="size: 8x9 cannot be halved 3 times"):
         convert(rosinality, options=Options(size=(8, 9)))
-    with pytest.raises(ValueError, match="std: a checkpoint of rosinality leaves no such choice"):
+    with pytest.raises(ValueError, match="std: does not apply to a checkpoint of rosinality"):
         convert(rosinality, options=Options(size=(16, 8), std=0.3))
 
 

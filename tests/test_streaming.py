@@ -696,7 +696,7 @@ def test_shards_behind_a_url(tmp_path, afar, home):
 
 def test_shards_of_one_name_behind_a_url_are_refused(tmp_path, afar, home):
     for i in range(2):
-        path = tar(tmp_path / f"{i}" / "s.tar", {f"{i}.png": png(GREY[i])})
+        path = tar(tmp_path / f"{i}" / "s.tar", {f"{i}.png": png(GRAY[i])})
         afar.pipe(f"/bucket/{i}/s.tar", path.read_bytes())
     with fails(
         r"memory://bucket/\{0\.\.1\}/s.tar: several files are called s.tar: give a pattern"
@@ -706,7 +706,7 @@ def test_shards_of_one_name_behind_a_url_are_refused(tmp_path, afar, home):
 
 def test_what_has_been_fetched_is_noted_if_the_rest_fails(tmp_path, afar, monkeypatch, home):
     for i in range(2):
-        afar.pipe(f"/bucket/set/{i}.png", png(GREY[i]))
+        afar.pipe(f"/bucket/set/{i}.png", png(GRAY[i]))
     whole, opened = type(afar).open, []
 
     def fail_at_the_second(self, path, *args, **how):

@@ -150,7 +150,7 @@ def test_share_and_learning_rate_follow_the_budget():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 5, "epochs": 1}, "epochs: the budget is given as steps"),
+        ({"steps": 5, "epochs": 1}, "epochs: the budget is already given as steps"),
         ({"optimizer": "sgd"}, "optimizer: expected adam or adamw or adamax"),
         ({"schedule": "step"}, "schedule: expected cosine or constant"),
         ({"lr": 0}, "lr: expected a positive"),
@@ -432,7 +432,7 @@ def test_a_run_continues_without_a_tracker_that_fails(tmp_path, digits, monkeypa
 
     monkeypatch.setattr(TensorBoardTracker, "log", fail)
     assert train(digits, tmp_path, track=["tensorboard"]).steps == 24
-    expected = ["tensorboard failed, and is left out: no space left on device"]
+    expected = ["tensorboard failed, so it is no longer used: no space left on device"]
     assert warnings_in(tmp_path) == expected
 
 

@@ -1,8 +1,8 @@
-"""Lossless compression: files as small as the model says.
+"""Lossless compression at the rate of a model.
 
-`compress` and `decompress` serve most purposes. An `Archive` is an open file, to read one image of
-it, or what damage has left. `register` gives a coding rule to a layer, a map or a distribution of
-your own. `Coder` is the trace by which a model codes.
+`compress` and `decompress` serve most purposes. An `Archive` is an open file, for reading single
+images or damaged files. `register` gives a coding rule to a layer, a map or a distribution of
+your own. `Coder` is the trace that codes the data of a model.
 """
 
 from musigma.coding import laws

@@ -1,8 +1,8 @@
-"""Files of compressed images: data written at the rate of a model, and read again.
+"""Files of compressed images: written at the rate of a model, and read back.
 
-Chunks are packed in parallel, independently of each other. What is written is read again, decoded
-and compared before the file takes its place. A file that is opened for reading gives all images,
-one, or what damage has left.
+Chunks are packed in parallel, independently of each other. A new file is read back, decoded
+and compared before it replaces an old one. An open file yields all images, single images, or those
+that damage has left.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ GENERAL = 1 << 20
 FINEST = 32
 """Grids are no finer than 2^-32."""
 SEAL = 16
-"""Bytes of a `digest` that stand before images that a general codec packed."""
+"""Bytes of the `digest` in front of images that a general codec compressed."""
 T = TypeVar("T")
 R = TypeVar("R")
 Progress = Callable[[int, int, str], object]
@@ -72,14 +72,14 @@ class Report:
         dims: Elements of an image.
         raw_bytes: Bytes of the images without compression, at their number of bits.
         data_bytes: Bytes of the file without the model.
-        side_bytes: Those for names, modes, labels and context.
+        side_bytes: Bytes of names, modes, labels and context.
         model_bytes: Bytes of the model, in the file or beside it.
         net_bits_per_dim: Rate of the images that the model coded, without the bits that chunks
             begin with; NaN if there are none.
         bits_per_dim: Rate of `data_bytes` without `side_bytes`.
         ideal_bits_per_dim: -ELBO of a sample of the images, by fresh draws.
         ideal_error: Its standard error.
-        packed: Number of images that a general codec packed, because the model could not code
+        packed: Number of images that a general codec compressed, because the model could not code
             them, or not as well.
         general_bytes: Bytes of all images by xz, estimated from the first ones.
         break_even: Number of images from which the data and the model together are smaller than
@@ -139,10 +139,10 @@ def compress(
             arrays with a row for each example, or one array if there is one variable. Classes are
             indices or one-hot rows. A `Batch` carries its own.
         about: JSON values to keep with the file.
-        numerics: `exact`: any machine can read the file. `pinned`: faster, and only machines like
+        numerics: `exact`: any machine can read the file. `pinned`: faster, but only machines like
             this one can.
-        chunk: Number of images in a chunk, which is what damage loses, what is decoded for one
-            image, and what one core does; None: 4,096, or 16 MiB.
+        chunk: Number of images in a chunk. Damage loses a whole chunk, reading one image decodes
+            its chunk, and each core codes one chunk at a time. None: 4,096, or 16 MiB.
         embed: Whether the file holds the model, too.
         verify: Whether the file is decoded and compared before it takes its place.
         workers: Number of chunks to code at a time; None: one for each core.
@@ -150,7 +150,7 @@ def compress(
 
     Raises:
         ValueError: If the model cannot code such data, or constriction is not installed.
-        CodingError: If the model gives an image no finite density, or decoding fails.
+        CodingError: If an image has no finite density under the model, or decoding fails.
         OSError: If the file cannot be written. After any error, an old file is unchanged.
 
     Example:
@@ -168,7 +168,7 @@ def compress(
         check_levels(model, data)
         data = batches.with_context(model, data, given)
     elif given is not None:
-        raise ValueError("given: it goes with an array; a Batch carries its own (Batch.given)")
+        raise ValueError("given: applies to an array; a Batch carries its own (Batch.given)")
     if not len(data):
         raise ValueError("data: there are no images to compress")
     job = _Compression(model, data, numerics, chunk, workers, progress)
@@ -385,11 +385,11 @@ class Archive:
         about: The JSON values that were kept with the file.
 
     Raises:
-        DamagedFile: If it is no `.mus` file, or its header is damaged.
-        WrongModel: If the model is another one, or there is none.
-        NumericsDiffer: If this machine computes other numbers than the one that wrote the file.
-        UnknownVersion: If the file has a later format.
-        LimitExceeded: If the file asks for more than `limits` grant.
+        DamagedFile: If it is not a `.mus` file, or its header is damaged.
+        WrongModel: If the model is missing, or not the one that wrote the file.
+        NumericsDiffer: If the model computes different numbers on this machine.
+        UnknownVersion: If the file has a newer format.
+        LimitExceeded: If the file asks for more than `limits` allow.
     """
 
     def __init__(
@@ -415,7 +415,7 @@ class Archive:
             )
         if header["coder"] != CODER:
             raise UnknownVersion(
-                f"the file was coded by {header['coder']}, and this is {CODER}; install the "
+                f"the file was coded by {header['coder']}, but this is {CODER}; install the "
                 "musigma that wrote it"
             )
         here = arithmetic.machine() if header["numerics"] == "pinned" else {}
@@ -517,7 +517,7 @@ class Archive:
 
 
 def checked(header: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A header with everything that is needed.
+    """The header, if it has every entry that is needed.
 
     Raises:
         DamagedFile: If something is missing, or has another type.
@@ -546,7 +546,7 @@ def checked(header: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def summary(file: BinaryIO, limits: Limits | None = None) -> dict[str, Any]:
-    """What a `.mus` file says of itself, without its model: a plain dict.
+    """The description in a `.mus` file, read without its model: a plain dict.
 
     Raises:
         CodingError: As `Archive`, of the file.
@@ -576,8 +576,8 @@ def _embedded(reader: Reader, header: Mapping[str, Any], written: str, trust: bo
         raise WrongModel(f"the file holds no model; give the model it was written with, {written}")
     if not trust:
         raise CodingError(
-            "the file holds its model, and a model from a stranger may take all memory when it is "
-            "built; if you trust the file, say so (--trust, trust=True), or give the model"
+            "the file holds its model, and an untrusted model may use up all memory when it is "
+            "built; if you trust the file, pass --trust (trust=True), or give the model"
         )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

@@ -187,7 +187,7 @@ def bits_of(model: Model) -> int:
     """Bits of each element of a model's data; refuses a model that was composed by hand."""
     if not model.config or model.spec is None:
         raise ValueError(
-            "model: it was composed by hand, so a file could not name it; build it by an "
+            "model: it was composed by hand, so a file could not name it; build it with an "
             "architecture (@musigma.architecture)"
         )
     return int(_levels(model).max() - 1).bit_length()
@@ -211,7 +211,7 @@ def _levels(model: Model) -> np.ndarray:
 
 
 def check_levels(model: Model, x: np.ndarray) -> None:
-    """Refuse what are not levels of a model's data: another shape, type or range."""
+    """Refuse data that are not levels for the model: another shape, type or range."""
     shape, levels = spec_of(model).shape, _levels(model)
     if x.shape[1:] != shape or x.dtype.kind not in "iub":
         raise ValueError(

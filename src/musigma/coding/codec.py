@@ -1,7 +1,7 @@
 """Images to bits and back, one chunk at a time, by one model.
 
-A chunk is coded on a stack of its own, batch by batch. Bits-back coding needs bits to begin with:
-a hash of the content of the chunk. What remains on the stack after decoding therefore tells
+A chunk is coded on a stack of its own, batch by batch. Bits-back coding needs initial bits:
+a hash of the content of the chunk. The bits that remain on the stack after decoding therefore show
 whether every value is right. Only the first images pay for these bits, because batches begin with
 one image and grow with the stack.
 """
@@ -38,7 +38,7 @@ PROBE = 1 << 12
 """Words of the stack on which the first image of a chunk is tried first."""
 SEED = 1 << 22
 """Words that a stack begins with, at most."""
-TOO_MANY = "an image takes more bits to begin with than a file can hold: use smaller images"
+TOO_MANY = "an image needs more initial bits than a file can hold: use smaller images"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Codec:
         """Integer images (N, *shape) as bits; `salt` is all that belongs to them.
 
         Raises:
-            CodingError: If the model gives an image no finite density.
+            CodingError: If an image has no finite density under the model.
             OverflowError: If a value is too large for integers.
         """
         with self._at_work():
@@ -231,7 +231,7 @@ def _words(content: bytes, n: int) -> np.ndarray:
 
 
 def check(model: Model) -> None:
-    """Refuse a model that cannot code, before anything is read for it.
+    """Refuse a model that cannot code, before its data are read.
 
     Raises:
         ValueError: For continuous data; for a layer, a map or a distribution without a coding

@@ -1,7 +1,7 @@
 r"""The trace that codes: a draw pops bits off a stack, and a score pushes bits onto it.
 
-While inferring, q pops and p pushes; while generating, p pops and q pushes. The same lines of a
-model that state log w therefore code x, at a cost of
+While inferring, q pops and p pushes; while generating, p pops and q pushes. The same code of a
+model that computes log w therefore codes x, at a cost of
 
 .. math:: \text{bits} = -\log_2 w(x, z), \quad E[\text{bits}] = -\text{ELBO} / \ln 2
 
@@ -12,10 +12,10 @@ arXiv:1901.04866). Layers of latents are coded in the order of Kingma, Abbeel, H
 "HiLLoC", 2020, arXiv:1912.09953.
 
 Values are integers on grids, k · 2^-g. One pass of the model's own `infer`, on an example, finds
-these grids: whatever it draws, scores and transforms is met in its order, so no model and no layer
-needs a description of its own. A value lies on the grid of what it was computed from (the finest,
-of several); that this is true is checked whenever a value is coded. A pass of `generate` then
-tells whether it undoes those steps in reverse order.
+these grids: whatever it draws, scores and transforms is recorded in order, so no model and no
+layer needs a description of its own. A value lies on the grid of what it was computed from (the finest,
+if there are several); this is checked whenever a value is coded. A pass of `generate` then checks
+that it undoes those steps in reverse order.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def layer_rule(layer: Any) -> tuple[Any, Any, bool]:
 
 
 class Coder(Trace):
-    """One batch on its way onto a stack, or off it.
+    """A trace that moves one batch onto a stack, or off it.
 
     Args:
         stack: The bits.
@@ -140,7 +140,7 @@ class Coder(Trace):
         return x
 
     def auxiliary(self, site: nn.Module, term: Tensor) -> None:
-        """An auxiliary loss is no part of log w and costs no bits."""
+        """An auxiliary loss is not part of log w, and costs no bits."""
 
     def _integers(
         self, module: nn.Module, first: int = 0
@@ -215,7 +215,7 @@ def _from_deviation(dist: Distribution, least: int) -> int:
 
 
 class _Planner(Coder):
-    """Passes real numbers through a model, and writes down where they lie.
+    """Passes real numbers through a model, and records their grids.
 
     ``choose(dist, least)`` is the grid of a draw of real numbers.
     """
@@ -233,7 +233,7 @@ class _Planner(Coder):
             self.close()
 
     def generate(self, model: Model, context: Any) -> None:
-        """Latents to data, with the values that were met; refuses what was not, or out of turn."""
+        """Latents to data, with the values that were met; refuses others, and a wrong order."""
         self.generating, self.name = True, type(model).__name__
         model.generate(self, context)
         if self.steps:
@@ -249,7 +249,7 @@ class _Planner(Coder):
     def code(
         self, site: nn.Module, dist: Distribution, value: Tensor | None, *, drawn: bool
     ) -> Tensor:
-        """Write down the grid of a draw, or of a value."""
+        """Record the grid of a draw, or of a value."""
         step = "q" if drawn else "p"
         if self.generating:
             return self._undone(step, site)
@@ -271,7 +271,7 @@ class _Planner(Coder):
         return value
 
     def bijection(self, layer: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Write down the grids on both sides of a layer."""
+        """Record the grids on both sides of a layer."""
         if self.generating:
             return self._undone("bijection", layer)
         rule, inner, inverted = layer_rule(layer)
@@ -289,7 +289,7 @@ class _Planner(Coder):
     def _known(self, module: nn.Module) -> nn.Module:
         if module not in self.grids.modules:
             raise ValueError(
-                f"{type(module).__name__} cannot be coded: it is no submodule of the model"
+                f"{type(module).__name__} cannot be coded: it is not a submodule of the model"
             )
         return module
 
@@ -310,7 +310,7 @@ class _Planner(Coder):
     def _refuse(self, step: str, module: nn.Module, problem: str) -> None:
         raise ValueError(
             f"{self.name} cannot be coded: in `generate`, the term {step} of "
-            f"{type(module).__name__} {problem}; it must state the terms of `infer` in the "
+            f"{type(module).__name__} {problem}; it must report the terms of `infer` in the "
             "reverse order (musigma.testing.check_model)"
         )
 

@@ -187,7 +187,7 @@ def is_json(value: Any, levels: int) -> bool:
 
 
 class Writer:
-    """Writes a file from start to end, without seeking: a pipe will do.
+    """Writes a file from start to end, without seeking, so it can write to a pipe.
 
     A `with` block closes it at its end. After an exception it does not: the file then has no
     footer, and reads as a truncated one. The limits are those of whoever will read the file;

@@ -1,4 +1,4 @@
-"""Which law codes which distribution, with its parameters rounded to grids.
+"""The law that codes each distribution, with its parameters rounded to grids.
 
 The grids are so fine that rounding costs far less than a thousandth of the bits.
 """

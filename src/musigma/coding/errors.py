@@ -34,19 +34,19 @@ class WrongModel(CodingError):
 
 
 class NumericsDiffer(CodingError):
-    """The model computes other numbers here than where the file was written."""
+    """The model computes different numbers here than on the machine that wrote the file."""
 
     exit_code = 5
 
 
 class LimitExceeded(CodingError):
-    """A file asks for more than `Limits` grant."""
+    """A file asks for more than `Limits` allow."""
 
     exit_code = 6
 
 
 class UnknownVersion(CodingError):
-    """The file has a later format."""
+    """The file has a newer format."""
 
     exit_code = 7
 

@@ -1,8 +1,8 @@
 """Data sets as `compress` takes them, and decompressed images as files.
 
 A model may see less than the data hold: fewer levels, or another size. Data that the model's
-preprocessing would change are refused, because they would not come out as they went in, unless the
-preprocessed data are what is to be kept. Levels that stand for others (0 and 1 for 0 and 255) are
+preprocessing would change are refused, because they could not be restored exactly, unless the
+preprocessed data are to be kept. Levels that stand for others (0 and 1 for 0 and 255) are
 converted back.
 """
 
@@ -123,7 +123,7 @@ def _levels(data: Dataset) -> list[int]:
             if stands[level] not in (-1, byte):
                 raise ValueError(
                     f"data: {data.name} holds more than the model sees: levels {stands[level]} "
-                    f"and {byte} are the same to it and would not come out again; to keep what "
+                    f"and {byte} are the same to it and could not be restored; to keep what "
                     "the model sees, use --prepared"
                 )
             stands[level] = byte
@@ -167,7 +167,7 @@ def check_out(out: Path) -> str:
 
 
 def extract(batches: Iterable[tuple[int, Batch]], archive: Archive, out: Path) -> int:
-    """Write images as a folder of files, or as an array in a .npz or .npy file; whole, or not.
+    """Write images as files in a folder, or as one .npz or .npy file, completely or not at all.
 
     A .npz file holds the images as `x`, `labels`, and each other variable as `given_NAME`.
 

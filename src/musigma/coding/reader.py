@@ -185,7 +185,7 @@ def _scan(source: Source, position: int) -> tuple[list[Entry], list[tuple[int, .
     rows, tried = None, 0
     while (there := source.magic(position)) is not None:
         tried += 1
-        source.limits.hold("chunks", tried // 4, "file: a fourth of what seem to be chunks")
+        source.limits.hold("chunks", tried // 4, "file: a quarter of the apparent chunks")
         if entry := source.entry(there):
             found.append(entry)
             source.limits.hold("chunks", len(found), "file: chunks")
@@ -274,9 +274,9 @@ class Reader:
             lost, too.
 
     Raises:
-        DamagedFile: If it is no `.mus` file, or its header is damaged.
-        UnknownVersion: If it has a later format.
-        LimitExceeded: If it asks for more than `limits` grant.
+        DamagedFile: If it is not a `.mus` file, or its header is damaged.
+        UnknownVersion: If it has a newer format.
+        LimitExceeded: If it asks for more than `limits` allow.
 
     Example:
         >>> Reader(io.BytesIO(b"PK..."))
@@ -318,7 +318,7 @@ class Reader:
 
         Raises:
             DamagedFile: If it is not as it was written.
-            UnknownVersion: If its kind is one of a later format.
+            UnknownVersion: If its kind belongs to a newer format.
         """
         entry = self.entries[place]
         if self._source.entry(entry.offset) != entry:

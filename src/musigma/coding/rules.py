@@ -55,7 +55,7 @@ _RULES: dict[type, Any] = {}
 def register(kind: type) -> Callable[[R], R]:
     """Register how objects of a type are coded; a decorator of the rule.
 
-    A rule may stand in any file. There are three kinds:
+    A rule may be defined in any file. There are three kinds:
 
     - The rule of a `Bijection` is a subclass of `Rule`, which maps integers to integers exactly.
     - The rule of a map (the ``map`` of a `Coupling`, an `Autoregressive` or an `Elementwise`) is
@@ -427,7 +427,7 @@ class Increasing(Rule):
 @register(layers.Permutation)
 @register(layers.Squeeze)
 class Reordering(Rule):
-    """Elements change places."""
+    """A rule for layers that reorder elements."""
 
     def up(self, x: np.ndarray) -> np.ndarray:
         return self.layer(torch.from_numpy(x))[0].numpy()

@@ -26,7 +26,7 @@ ONE = 1 << 22
 
 
 class Exhausted(Exception):
-    """More was to be popped than the stack holds; it is unchanged."""
+    """A pop asked for more bits than the stack holds; the stack is unchanged."""
 
 
 class Stack:
@@ -52,7 +52,7 @@ class Stack:
                 np.ascontiguousarray(words, np.uint32), seal=foreign
             )
         except ValueError as error:
-            raise ValueError(f"words: these are no stack ({error})") from error
+            raise ValueError(f"words: these are not a stack ({error})") from error
         self._lowest = self.bits
 
     @property

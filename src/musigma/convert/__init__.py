@@ -1,10 +1,10 @@
-"""Other libraries' checkpoints as musigma models, proved against the originals' own code.
+"""Other libraries' checkpoints as musigma models, verified against the original code.
 
-`convert` reads a file or a folder, recognises it by the names of its parameters, and builds the
+`convert` reads a file or a folder, recognizes it by the names of its parameters, and builds the
 model that computes the same numbers; `export` writes one back where the other library can
-represent it. Nothing in a file is ever run. What a format cannot represent, and what a file lacks,
-is a `ForeignError` that names the parameter; what a file leaves open is asked for, or assumed and
-said.
+represent it. Nothing in a file is ever run. If a format cannot represent
+a model, or a file lacks something, a `ForeignError` names the parameter. Options that a file does
+not determine must be given, or have a default that a note names.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Converted(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """What was read, left out and assumed, in a line each."""
+        """Lines that say what was read, left out and assumed."""
         return self.about["foreign"]["notes"]
 
 
@@ -69,8 +69,8 @@ def convert(
 
     Args:
         source: A file, or a folder that one was saved into.
-        family: A key of `FAMILIES`; None: recognised by the names of the parameters.
-        options: What the file does not say; each family takes some of them.
+        family: A key of `FAMILIES`; None: recognized by the names of the parameters.
+        options: What the file does not determine; each family takes some of them.
         weights: `raw` or `averaged` where the file holds both, or the prefix of one of several
             sets of weights; None: the raw ones.
         dtype: Type of the result. None: that of the source if it holds every converted number
@@ -101,7 +101,7 @@ def convert(
     known = FAMILIES[name]
     for option in options.given():
         if option not in known.asks:
-            raise ValueError(f"{option}: a checkpoint of {name} leaves no such choice")
+            raise ValueError(f"{option}: does not apply to a checkpoint of {name}; leave it out")
     found.kind, found.nearest = f"{name} ({known.what})", near
     found.ignore(known.ignored)
     try:
@@ -134,8 +134,8 @@ def _family(
         some = printable(", ".join(list(found.tensors)[:5]))
         hint = f"; the nearest known format is {near}" if best else ""
         raise ForeignError(
-            f"{source}: of no known kind; it holds {len(found.tensors)} tensors, the first are "
-            f"{some}{hint}. Known are {', '.join(FAMILIES)} (--from forces one)"
+            f"{source}: not a known kind of checkpoint; it holds {len(found.tensors)} tensors, the "
+            f"first are {some}{hint}. Known kinds: {', '.join(FAMILIES)} (--from selects one)"
         )
     names = [name for name, share in shares.items() if share == best]
     fitting = [name for name in names if FAMILIES[name].format == options.format] or names
@@ -162,7 +162,7 @@ def export(model: Model, about: dict[str, Any], out: str | Path, *, family: str)
 
     Args:
         model: One that the family can represent; for `diffusers` an `autoencoder_kl`.
-        about: What `convert` said of it, or an empty dictionary.
+        about: The `about` that `convert` returned, or an empty dictionary.
         out: The folder to write.
         family: `diffusers`.
 
@@ -171,5 +171,5 @@ def export(model: Model, about: dict[str, Any], out: str | Path, *, family: str)
         OSError: If it cannot be written; what was there before stays.
     """
     if family != "diffusers":
-        raise ValueError(f"to: the one format that can be written is 'diffusers'; got {family!r}")
+        raise ValueError(f"to: the only format that can be written is 'diffusers'; got {family!r}")
     autoencoder_kl.to_diffusers(model, about.get("foreign", {}), Path(out))

@@ -35,7 +35,7 @@ DEFAULTS = {
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
-"""What diffusers takes for entries that a config.json lacks."""
+"""Defaults of diffusers for entries that a config.json lacks."""
 
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 """What earlier versions of diffusers called the layers of attention."""
@@ -92,8 +92,8 @@ def from_diffusers(weights: Weights, options: Options) -> Model:
     for name, wanted in _config_of(structure, (channels, *sides)).items():
         if repr(config[name]) != repr(wanted) and name != "sample_size":
             raise ForeignError(
-                f"{weights.path}: {name} in config.json is {config[name]!r:.80}, and not "
-                f"{wanted!r}, all that can be represented with these weights"
+                f"{weights.path}: {name} in config.json is {config[name]!r:.80}, but only "
+                f"{wanted!r} can be represented with these weights"
             )
     return _built(weights, named, (channels, *(options.size or sides)), options, structure)
 
@@ -143,7 +143,7 @@ def _built(
     structure: dict[str, Any],
 ) -> Model:
     """The zoo's model with these weights, built once all of them have the right shape."""
-    structure["bits"] = weights.assume("bits", options.bits, 8, "as of images in bytes")
+    structure["bits"] = weights.assume("bits", options.bits, 8, "as for images in bytes")
     structure["std"] = weights.assume("std", options.std, 0.1, "as it has no likelihood")
     try:
         with torch.device("meta"):  # sizes alone
@@ -175,7 +175,7 @@ def to_diffusers(model: Model, source: Mapping[str, Any], out: Path) -> None:
         out: The folder.
 
     Raises:
-        ValueError: If the model is no `autoencoder_kl`, or diffusers cannot represent an option.
+        ValueError: If it is not an `autoencoder_kl`, or diffusers cannot represent an option.
     """
     from safetensors.torch import save_file
 

@@ -25,13 +25,13 @@ OURS = Format("interleaved")
 
 
 class Glow(ABC):
-    """A checkpoint of a Glow, read layer by layer; a layer is its tensors by our names.
+    """A checkpoint of a Glow, read layer by layer; a layer is a mapping from our names to tensors.
 
     A subclass holds the names and layouts of a codebase, and code for what no table can say.
     """
 
     parts: ClassVar[Mapping[str, tuple[str, str]]]
-    """What each tensor of a layer is called, after the name of the layer, and what its axes are:
+    """The name of each tensor after that of its layer, and its axes:
     outputs, inputs, height, width, or 1."""
 
     first: str
@@ -140,7 +140,7 @@ class Glow(ABC):
         return factors | {"lower": lower, "upper": upper}
 
     def _check(self, at: str, mix: Tensors) -> None:
-        """Refuse a matrix that is not invertible, and a permutation that is none."""
+        """Refuse a matrix that is not invertible, and an order that is not a permutation."""
         if "weight" in mix:
             stretch = torch.linalg.svdvals(mix["weight"].nan_to_num())
             if not bool(stretch[-1] > 1e-12 * stretch[0]):
@@ -201,7 +201,7 @@ class Glow(ABC):
         height, width = self._sides(len(scales))
         shape = c // 4, height, width
 
-        layers: list[Tensors] = [{}, {}]  # dequantisation and the range
+        layers: list[Tensors] = [{}, {}]  # dequantization and the range
         for steps in scales:
             layers.append({})  # the squeeze
             for at in steps:
@@ -408,7 +408,7 @@ class Rosinality(Glow):
         if bool((scale == 0).any()):
             self.weights.refuse(f"{at}.actnorm.scale holds a zero, which has no inverse")
         if not bool(self.weights.take(f"{at}.actnorm.initialized", integer=True)):
-            self.weights.refuse(f"{at}.actnorm.initialized is 0: the model was never initialised")
+            self.weights.refuse(f"{at}.actnorm.initialized is 0: the model was never initialized")
         return {"bias": self._read("norm bias", at, o=c), "log_scale": scale.abs().log()}
 
     def _mix(self, at: str, c: int) -> Tensors:
@@ -470,7 +470,7 @@ class OpenAI(Glow):
         ordered = order.sort().values.tolist() == list(range(c))
         if not ordered or bool((order.argsort() != inverse).any()):
             self.weights.refuse(
-                f"{at}/shuffle/indices is no permutation, or not the inverse of indices_inverse"
+                f"{at}/shuffle/indices is not a permutation, or not the inverse of indices_inverse"
             )
         return {"order": order}
 

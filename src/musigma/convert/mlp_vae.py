@@ -126,7 +126,7 @@ def from_pythae(weights: Weights, options: Options) -> Model:
         "mlp_vae",
         shape,
         tensors,
-        bits=1 if binary else weights.assume("bits", options.bits, 8, "as of images in bytes"),
+        bits=1 if binary else weights.assume("bits", options.bits, 8, "as for images in bytes"),
         hidden=512,
         latents=latents,
         format="two-heads log_var bounds=none",

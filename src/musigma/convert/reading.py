@@ -40,7 +40,7 @@ FILES = (
 """The files in which a folder may hold its weights; the first that exists is read."""
 
 DEPTH = 12
-"""How many containers deep tensors are looked for."""
+"""Largest nesting of containers in which tensors are looked for."""
 
 MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 """Where a pickled `nn.Module` keeps its tensors and its parts."""
@@ -152,7 +152,7 @@ def _tensors(path: Path, notes: list[str]) -> dict[str, Any]:
 
         with safe_open(path, framework="pt") as file:
             if "musigma" in (file.metadata() or {}):
-                raise ForeignError(f"{path}: is a checkpoint of musigma's already")
+                raise ForeignError(f"{path}: is already a checkpoint of musigma")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
@@ -161,8 +161,8 @@ def _tensors(path: Path, notes: list[str]) -> dict[str, Any]:
             start not in (b"\x80\x02", b"\x80\x04") or tarfile.is_tarfile(path)
         ):
             raise ForeignError(
-                f"{path}: is no .safetensors, .npz or torch.save file; if it was one, it is cut "
-                "short or damaged, so copy it again"
+                f"{path}: is not a .safetensors, .npz or torch.save file; if it was one, it is "
+                "cut short or damaged, so copy it again"
             )
         return _pickled(path, notes)
     with zipfile.ZipFile(path) as archive:
@@ -234,13 +234,13 @@ SAFE: dict[str, Any] = {
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": lambda make, kind, arguments, *_: make(*arguments),
 }
-"""What a pickle may name and get."""
+"""What a pickle may name, and what it gets."""
 
 
 def _walk(value: Any, at: tuple[str, ...], above: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     """Every tensor inside an object, by its dotted path of keys, indices and attributes.
 
-    A tensor of a kind that was not rebuilt (sparse, quantised) is listed as its stand-in.
+    A tensor of a kind that was not rebuilt (sparse, quantized) is listed as its stand-in.
     """
     inert = isinstance(value, Inert)
     unread = "torch._utils._rebuild", "torch._tensor._rebuild"
@@ -278,7 +278,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     except (ValueError, RecursionError) as error:
-        raise ForeignError(f"{path}: is no JSON that can be read ({error})") from error
+        raise ForeignError(f"{path}: is not readable JSON ({error})") from error
     return value if isinstance(value, dict) else None
 
 

@@ -1,4 +1,4 @@
-"""Which of the tensors in a file are the model: prefixes of wrappers, averaged and raw weights.
+"""Selection of the model's tensors in a file: prefixes of wrappers, averaged and raw weights.
 
 A file may hold a state dict under any key, inside another module (`model.`, `vae.`), with the
 segments that `torch.compile` and `DataParallel` add, next to an optimizer or a diffusion model,
@@ -52,7 +52,7 @@ def select(
 
     Raises:
         ForeignError: If the file holds several sets of weights and none is named, or not the one
-            that is asked for, or a tensor that is sparse, quantised or larger than its storage.
+            that is asked for, or a tensor that is sparse, quantized or larger than its storage.
     """
     tensors, notes = _renamed(contents), contents.notes
     known = families if family is None else {family: families[family]}
@@ -62,7 +62,7 @@ def select(
     others = [n for n in tensors if n not in used and not n.startswith(tuple(lists))]
     if others:
         heads = {".".join(name.split(".")[:2]) for name in others}
-        notes.append(f"names: left out tensors that are no part of the model: {_listed(heads)}")
+        notes.append(f"names: left out tensors that are not part of the model: {_listed(heads)}")
     sets |= lists
     averaged = {prefix for prefix in sets if _is_average(prefix, tensors)}
     raw: list[Tensors] = []
@@ -77,13 +77,13 @@ def select(
         notes.append(f"weights: {_listed(missing)} have no average and are the raw ones")
         chosen = raw[0] | chosen
     if prefix:
-        notes.append(f"names: took those under {printable(prefix)!r}, without this prefix")
+        notes.append(f"names: used those under {printable(prefix)!r}, without this prefix")
     plain = {name: _plain(contents, name, t) for name, t in chosen.items()}
     return Weights(plain, contents.path, notes)
 
 
 def _renamed(contents: Contents) -> Tensors:
-    """All tensors, wrappers taken off and averages named like what they are averages of."""
+    """All tensors, without wrappers, and averages under the names of their raw weights."""
     renamed: Tensors = {}
     for name, tensor in contents.tensors.items():
         short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -96,7 +96,7 @@ def _renamed(contents: Contents) -> Tensors:
             )
         renamed[short] = tensor
     if any(part in WRAPPERS for name in contents.tensors for part in name.split(".")):
-        contents.notes.append("names: '_orig_mod.' and 'module.' of wrappers were taken off")
+        contents.notes.append("names: '_orig_mod.' and 'module.' of wrappers were removed")
     if not any("model_ema." in name for name in renamed):
         return renamed
     dotted = {}  # LitEma of CompVis names its averages without the dots
@@ -223,5 +223,5 @@ def _plain(contents: Contents, name: str, t: Tensor | Inert) -> Tensor:
         if whole and not (t.is_quantized or t.is_nested):
             return t
     raise ForeignError(
-        f"{contents.path}: {printable(name)} is no plain tensor with all of its elements"
+        f"{contents.path}: {printable(name)} is not a plain tensor with all of its elements"
     )

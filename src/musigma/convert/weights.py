@@ -1,4 +1,4 @@
-"""Taking tensors out of a foreign state dict one by one, with an account of every difference."""
+"""Taking tensors out of a foreign state dict one by one, with a list of every difference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What some checkpoints do not say about themselves.
+    """Properties of a model that some checkpoints do not determine.
 
     Args:
         size: (height, width) of the images.
@@ -37,7 +37,7 @@ class Options:
         permutation: Of a Glow without 1x1 convolutions: `reverse`, or the order of every step.
         labels: Of a Glow's classifier: `softmax` for one label each, `sigmoid` for several.
         std: Standard deviation of p(x | z), where the original has no likelihood.
-        groups: Groups of the group normalisations.
+        groups: Groups of the group normalizations.
 
     Raises:
         ValueError: For a value that is out of range.
@@ -76,7 +76,7 @@ class Weights:
 
     A tensor that is missing, of another shape or type, or not finite is noted, and zeros are
     returned in its place, so that `finish` names all differences at once. Converters call `finish`
-    before they build a model, so that no size in a file is believed that its tensors do not have.
+    before they build a model, so that a size in a file is used only if its tensors confirm it.
 
     Args:
         tensors: By name.
@@ -112,7 +112,7 @@ class Weights:
         return [name for name in self.tensors if not known.fullmatch(name)]
 
     def ignore(self, names: Iterable[str]) -> None:
-        """Leave names that match a regular expression out of the account."""
+        """Ignore names that match a regular expression."""
         known = any_of(names)
         self.left = {name for name in self.left if not known.fullmatch(name)}
 
@@ -191,7 +191,7 @@ class Weights:
     ) -> Model:
         """A model of the zoo in float64 with these tensors, once `finish` has passed.
 
-        Names leave out the `prior.` under which a model lies below its dequantisation. Parameters
+        Names omit the prefix `prior.` of a model below its dequantization. Parameters
         that are not named keep their first values.
         """
         self.finish()
@@ -223,7 +223,7 @@ class Family:
         names: Regular expressions of its parameters' names.
         build: Weights and options to the model in float64, once `Weights.finish` has passed.
         asks: The options that it understands.
-        ignored: Regular expressions of names that may stand beside them, and are not the model's.
+        ignored: Regular expressions of other names in the file, which are not part of the model.
         format: How its code reads the scale of q(z | x), where another family with the same names
             reads it differently.
     """

@@ -34,7 +34,7 @@ def check_run(
 ) -> None:
     """Check the arguments of `fit`, with a pass of a few examples through model and objective.
 
-    `optimizer` is called once, and what it returns is dropped.
+    `optimizer` is called once, and its result is discarded.
 
     Raises:
         ValueError: As in `fit`.
@@ -138,7 +138,7 @@ def _check_objective(
     if hasattr(objective, "critic_loss"):
         if not isinstance(objective, nn.Module) or not list(objective.parameters()):
             raise ValueError(
-                "objective: it defines critic_loss, and must be a module with parameters, which "
+                "objective: it defines critic_loss, so it must be a module with parameters, which "
                 "that loss trains"
             )
         loss = objective.critic_loss(record)  # pyright: ignore[reportCallIssue]
@@ -156,6 +156,6 @@ def _check_value(
     gradients = torch.autograd.grad(value.sum(), trained, allow_unused=True) if trained else ()
     if all(g is None for g in gradients):
         raise ValueError(
-            f"{name}: what it returned has no gradient for the parameters that it trains; do not "
+            f"{name}: its value has no gradient for the parameters that it trains; do not "
             "detach it or compute it under torch.no_grad"
         )

@@ -116,7 +116,7 @@ class TrainConfig:
     def _faults(self, budgets: list[str]) -> Iterator[str]:
         """Every fault of the options, as a sentence."""
         if len(budgets) > 1:
-            yield f"{budgets[1]}: the budget is given as {budgets[0]} already; keep one"
+            yield f"{budgets[1]}: the budget is already given as {budgets[0]}; keep one"
         types = get_type_hints(TrainConfig)
         for field in fields(self):
             if (allowed := get_args(types[field.name])) and isinstance(allowed[0], str):
@@ -145,7 +145,7 @@ class TrainConfig:
             for name in self._unused_options():
                 yield f"{name}: the objective {self._objective_name} has no such option"
         if self.accumulate > self.batch_size:
-            yield f"accumulate: a batch of {self.batch_size} has no {self.accumulate} parts"
+            yield f"accumulate: a batch of {self.batch_size} cannot have {self.accumulate} parts"
         if self.shard and self.memory == "reversible":
             yield "memory: reversible needs whole weights; with shard, use checkpoint"
         if self.memory_budget is not None:

@@ -37,7 +37,7 @@ __all__ = [
 
 
 def join(device: str | None = None) -> Processes:
-    """Meet the other processes that a launcher started, if any. `fit` calls this itself."""
+    """Join the other processes that a launcher started, if any. `fit` calls this itself."""
     from accelerate import PartialState
 
     _rendezvous_after_restart(uses_cpu(device))
@@ -46,7 +46,7 @@ def join(device: str | None = None) -> Processes:
 
 
 def _rendezvous_after_restart(cpu: bool) -> None:
-    """Meet in a fresh store after a launcher has restarted all workers.
+    """Use a fresh store after a launcher has restarted all workers.
 
     torchrun's own store still holds the addresses of dead workers, and a worker that reads them
     waits forever. On one node the store is prefixed with the number of the attempt. On several

@@ -85,7 +85,9 @@ class Log:
                 self.trackers.remove(tracker)
                 reason = str(error) or type(error).__name__
                 where = Progress(row["step"], row["seconds"])
-                self.message("warning", where, f"{tracker.name} failed, and is left out: {reason}")
+                self.message(
+                    "warning", where, f"{tracker.name} failed, so it is no longer used: {reason}"
+                )
 
     def examples_per_second(self) -> float:
         """The speed since the last call; `examples` counts what was processed."""

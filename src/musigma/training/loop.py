@@ -99,7 +99,7 @@ def fit(
     Args:
         model: Built by the zoo or another `architecture`. It is trained in place.
         train: Training data.
-        validation: Data on which the best weights are chosen.
+        validation: Data for choosing the best weights.
         config: Budget, optimizer, objective, and hardware options.
         out: Run folder; created if it does not exist.
         objective: A function of a `Recorder` to nats per example, shape (B,), whose mean is
@@ -107,8 +107,8 @@ def fit(
             those have an optimizer of their own, ``critic_optimizer()`` (by default Adam), and
             minimize ``critic_loss(recorder)``, nats per example or a scalar, if it has this method
             (a critic of an adversarial objective, say), or the objective itself. They are saved
-            and resumed with the run. With ``config.k`` draws, the recorder holds k rows in a row
-            for each example.
+            and resumed with the run. With ``config.k`` draws, the recorder holds k consecutive
+            rows for each example.
         optimizer: A function of the list of parameters to an optimizer; by default the one that
             `config` names. The schedule of `config` scales the learning rate it is made with.
         extra: JSON values for the header of the checkpoints.
@@ -284,7 +284,7 @@ class _Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the budget is spent, or the patience."""
+        """Whether the budget or the patience is used up."""
         return self.share >= 1 or self._is_out_of_patience
 
     @property
@@ -293,7 +293,7 @@ class _Run:
         return patience is not None and self.progress.stale >= patience
 
     def step(self) -> None:
-        """Compute the gradients of a batch, and take a step if they are sound."""
+        """Compute the gradients of a batch, and take a step unless they are bad."""
         progress, config = self.progress, self.config
         step = progress.step
         examples = tensors(self.model, self.train, *next(self.batches))
@@ -405,7 +405,7 @@ class _Run:
             self._examine(figure)
 
     def _examine(self, figure: Mapping[str, Any]) -> None:
-        """Warn of implausible figures and of problems in the model."""
+        """Warn about implausible figures and problems in the model."""
         progress, averaged = self.progress, self.average.model
         examples = batch(self.validation, np.arange(min(len(self.validation), 64)), averaged)
         warnings = warning.model_warnings(averaged, figure, *examples)
@@ -445,7 +445,7 @@ class _Run:
         self.log.message("warning", self.progress, message)
 
     def _warn_of(self, kinds: tuple[str, ...], warnings: Mapping[str, str]) -> None:
-        """Log those warnings that did not hold before; no others of these kinds hold now."""
+        """Log the warnings that are new; others of these kinds no longer hold."""
         known = self.progress.warnings
         others = {name: text for name, text in known.items() if name.split(" ")[0] not in kinds}
         self.progress.warnings = {**others, **warnings}

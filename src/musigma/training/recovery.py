@@ -107,7 +107,7 @@ def diagnose(
     """Why a step failed: the first tensor that is not finite, or the longest gradient.
 
     `model` has the gradients of the step, and `run` repeats its forward pass; it is None if every
-    loss was finite. Returns None if not this process but another one has the reason.
+    loss was finite. Returns None if the reason lies in another process.
     """
     output = _first_bad_output(model, run) if run else None
     for name, t in [*model.named_parameters(), *model.named_buffers()]:

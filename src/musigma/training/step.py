@@ -105,7 +105,7 @@ def made_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> o
     """The optimizer that a function makes.
 
     Raises:
-        ValueError: If it is none, needs a closure, or has a group without a learning rate.
+        ValueError: If it is no optimizer, needs a closure, or has a group without learning rate.
     """
     optimizer = make(list(parameters))
     name = type(optimizer).__name__

@@ -1,4 +1,4 @@
-"""Conditions that training warns of: spikes, collapse, saturation, implausible figures."""
+"""Conditions that training warns about: spikes, collapse, saturation, implausible figures."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def start_warnings(config: TrainConfig, train: int, validation: int) -> list[str
 
 
 def loss_spike(progress: Progress, loss: float) -> dict[str, str]:
-    """A warning if a loss is far above the usual one, which it then becomes part of."""
+    """A warning if a loss is far above the usual one, which is then updated with it."""
     warnings = {}
     usual, deviation = progress.usual_loss or (loss, abs(loss))
     if progress.step > 100 and loss > usual + SPIKE * deviation:
         warnings["spike"] = (
-            f"the loss is {loss:.4g} nats, and usually {usual:.4g} ± {deviation:.2g}"
+            f"the loss is {loss:.4g} nats; it is usually {usual:.4g} ± {deviation:.2g}"
         )
     weight = 0.02 if progress.step else 1.0
     change = min(loss, usual + SPIKE * deviation) - usual  # bounds the effect of one spike
