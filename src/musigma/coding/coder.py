@@ -13,9 +13,9 @@ arXiv:1901.04866). Layers of latents are coded in the order of Kingma, Abbeel, H
 
 Values are integers on grids, k · 2^-g. One pass of the model's own `infer`, on an example, finds
 these grids: whatever it draws, scores and transforms is recorded in order, so no model and no
-layer needs a description of its own. A value lies on the grid of what it was computed from (the finest,
-if there are several); this is checked whenever a value is coded. A pass of `generate` then checks
-that it undoes those steps in reverse order.
+layer needs a description of its own. A value lies on the grid of what it was computed from (the
+finest, if there are several); this is checked whenever a value is coded. A pass of `generate` then
+checks that it undoes those steps in reverse order.
 """
 
 from __future__ import annotations

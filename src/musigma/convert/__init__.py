@@ -134,8 +134,8 @@ def _family(
         some = printable(", ".join(list(found.tensors)[:5]))
         hint = f"; the nearest known format is {near}" if best else ""
         raise ForeignError(
-            f"{source}: not a known kind of checkpoint; it holds {len(found.tensors)} tensors, the "
-            f"first are {some}{hint}. Known kinds: {', '.join(FAMILIES)} (--from selects one)"
+            f"{source}: not a known kind of checkpoint; it holds {len(found.tensors)} tensors, "
+            f"the first are {some}{hint}. Known kinds: {', '.join(FAMILIES)} (--from selects one)"
         )
     names = [name for name, share in shares.items() if share == best]
     fitting = [name for name in names if FAMILIES[name].format == options.format] or names
