@@ -648,6 +648,24 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, home):
 # From afar -----------------------------------------------------------------------------------
 
 
+def test_a_table_is_mapped_before_another_process_replaces_it(tmp_path, monkeypatch, home):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {name: np.arange(9.0) ** power for power, name in enumerate("abc", 1)}
+    parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    locked = cache.locked
+
+    @contextlib.contextmanager
+    def then_another(path, **how):
+        with locked(path, **how) as held:
+            yield held
+        monkeypatch.setattr(cache, "locked", locked)
+        load(tmp_path / "x.parquet", columns=["b", "c"], in_memory=False)
+
+    monkeypatch.setattr(cache, "locked", then_another)
+    data = load(tmp_path / "x.parquet", columns=["a", "b"], in_memory=False)
+    np.testing.assert_array_equal(data.x, np.stack([columns["a"], columns["b"]], 1))
+
+
 @pytest.fixture
 def afar():
     """A file system in memory, empty."""

@@ -87,18 +87,22 @@ def cached(
 ) -> Record:
     """The record of a source in its present version `about`, from the cache or built.
 
-    A file `beside` it, which `build` makes too, must be there and have the stamp of the record.
+    A file `beside` it, which `build` makes too, must be there and have the stamp of the record. It
+    is mapped as the array "beside" while no other process may replace it.
     """
     about = json.loads(json.dumps(about))
     with locked(path.with_suffix(".lock")) as exclusive:
-        found = read(path)
-        if found is not None and found.about == about:  # noqa: SIM102
-            if not beside or (beside.is_file() and found.info["stamp"] == stamp(beside)):
-                return found
-        for left in path.parent.glob(f".{path.stem}.*") if exclusive else ():
-            left.unlink(missing_ok=True)  # drafts of processes that were killed
-        record = build()._replace(about=about)
-        store(path, record, request)
+        record = read(path)
+        current = record is not None and record.about == about
+        if current and beside:
+            current = beside.is_file() and record.info["stamp"] == stamp(beside)
+        if not current:
+            for left in path.parent.glob(f".{path.stem}.*") if exclusive else ():
+                left.unlink(missing_ok=True)  # drafts of processes that were killed
+            record = build()._replace(about=about)
+            store(path, record, request)
+        if beside:
+            record.arrays["beside"] = np.load(beside, mmap_mode="r", allow_pickle=False)
         return record
 
 
@@ -149,8 +153,8 @@ def flat(
 
     try:
         version = {**about, "shape": shape, "dtype": kind}
-        cached(path.with_suffix(".npz"), version, build, request, beside=path)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        record = cached(path.with_suffix(".npz"), version, build, request, beside=path)
+        return record.arrays["beside"]
     except OSError as error:
         raise request.error(
             f"needs {n_bytes / 2**30:.1f} GiB in the cache {folder()}, which "
