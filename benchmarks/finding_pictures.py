@@ -420,11 +420,11 @@ def not_injective(left, right):
 
 def ddi_wrong(left, right):
     x = 2 * torch.randn(6) + torch.linspace(0.4, 2.5, 6) * torch.randn(128, 6)
-    centred = x - x.mean(0)
+    centered = x - x.mean(0)
     for z, color, label, marker in (
         (x, GRAY, "first batch", "o"),
-        (centred / x.std(0), RIGHT, "/ std", "o"),
-        (centred / x.var(0), WRONG, "/ variance", "x"),
+        (centered / x.std(0), RIGHT, "/ std", "o"),
+        (centered / x.var(0), WRONG, "/ variance", "x"),
     ):
         dots(left, range(1, 7), z.mean(0), color, label, marker)
         dots(right, range(1, 7), z.std(0), color, label, marker)
@@ -568,7 +568,7 @@ def prior_term_sign(ax):
     names(ax, "z", "term to be raised (nats)")
 
 
-# --- what models were trained to -------------------------------------------------------------
+# --- after training --------------------------------------------------------------------------
 
 
 def linear_vae(latents: int, noise: float, steps: int = 400) -> list[Tensor]:
@@ -655,7 +655,7 @@ def dequantisation(ax):
     names(ax, "a, of y = a (x + u)", "bits/dim, 8 even levels")
 
 
-# --- what could not be looked at -------------------------------------------------------------
+# --- what could not be checked -------------------------------------------------------------
 
 
 def not_finite(ax):

@@ -12,7 +12,7 @@ FLOWS: dict = {}
 
 @dataclass
 class Case:
-    """What is handed to the audit, and the expected answer."""
+    """The arguments of the audit, and the expected result."""
 
     make: object
     verdict: str
@@ -56,7 +56,7 @@ def conv(i, o, zero=False, hidden=8):
 
 
 class Affine(nn.Module):
-    """Exp(s) x + b; variants differ in the line that the name speaks of."""
+    """Exp(s) x + b; variants differ in the line that the name describes."""
 
     def __init__(self, d=4, wrong=""):
         super().__init__()
@@ -187,7 +187,7 @@ class ActNorm(nn.Module):
             self.register_buffer("ready", torch.tensor(0))
 
     @torch.no_grad()
-    def initialise(self, x):
+    def initialize(self, x):
         mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True)
         self.b.copy_(-mean)
         std = var if self.wrong == "variance" else var.sqrt()
@@ -196,7 +196,7 @@ class ActNorm(nn.Module):
     def forward(self, x):
         ready = bool(self.ready) if self.buffered else self.done
         if not ready:
-            self.initialise(x)
+            self.initialize(x)
             self.done = True
             if self.buffered:
                 self.ready.fill_(1)
@@ -770,7 +770,7 @@ def residual_by_trace_estimate():
 
 
 @flow("warning", "stochastic")
-def dequantisation():
+def dequantization():
     return {
         "forward": lambda x: (
             (x + torch.rand_like(x)) / 8,
@@ -892,7 +892,7 @@ def sequence_of_layers():
 
 
 class Step(nn.Module):
-    """A normalisation and a coupling that starts at the same scale for all."""
+    """A normalization and a coupling that starts at the same scale for all."""
 
     def __init__(self):
         super().__init__()
@@ -926,12 +926,12 @@ class Gain(Affine):
 
 
 @flow()
-def normalisation_before_a_gain():
+def normalization_before_a_gain():
     return {"forward": nn.Sequential(ActNorm(4), Gain()), "example": 3 + 2 * images(4)}
 
 
 @flow("bug", "ddi_wrong")
-def wrong_normalisation_before_a_gain():
+def wrong_normalization_before_a_gain():
     return {
         "forward": nn.Sequential(ActNorm(4, "variance"), Gain()),
         "example": 3 + 2 * images(4),

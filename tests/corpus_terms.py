@@ -20,7 +20,7 @@ from musigma.audit import (
 
 @dataclass
 class Case:
-    """How the audit is called, and the expected answer."""
+    """The call of the audit, and the expected result."""
 
     call: Callable
     verdict: str
@@ -162,7 +162,7 @@ def _categorical(x):
 
 
 class Histogram(nn.Module):
-    """Levels with other probabilities than even ones: more bits, and rightly."""
+    """Levels with uneven probabilities, which correctly cost more bits."""
 
     def __init__(self):
         super().__init__()
@@ -174,7 +174,7 @@ class Histogram(nn.Module):
 
 
 class Broken(Histogram):
-    """The log-probabilities are not normalised."""
+    """The log-probabilities are not normalized."""
 
     def forward(self, x):
         nats = -(self.logits + 1.5)[x.long()].flatten(1).sum(1)

@@ -81,7 +81,7 @@ def by_example(mean, log_var):
 
 
 class Net(nn.Module):
-    """An MLP with two heads; both of them zero at first, as many begin."""
+    """An MLP with two heads; both are zero at first, as in many codebases."""
 
     def __init__(self, d=D, zero=False):
         super().__init__()
@@ -363,7 +363,7 @@ def packed_interleaved_scale_first():
 
 @entry("log_var", "log_var")
 def whole_vae():
-    # sums over everything, zero-initialised scale head, the loss of the textbook
+    # sums over everything, zero-initialized scale head, the loss of the textbook
     net = Net(zero=True)
 
     def loss(x):
@@ -502,7 +502,7 @@ def means_over_pixels_and_latents_of_fixed_size():
 
 @entry("log_var", "log_var")
 def optimal_sigma_reconstruction():
-    # the sum of log(mean squared error): no sum of elements, and right
+    # the sum of log(mean squared error): not a sum of elements, and right
     net = Net()
     return parts(
         net, recon=lambda x, y: 0.5 * x[0].numel() * ((x - y) ** 2).mean().log() * len(x),
@@ -879,14 +879,14 @@ def aggregate(name, code):
 
 
 def _mixture():
-    centres = torch.tensor([[1.0, 0.0, 0.5], [-1.0, 0.5, 0.0], [0.0, -0.5, -0.5]])
+    centers = torch.tensor([[1.0, 0.0, 0.5], [-1.0, 0.5, 0.0], [0.0, -0.5, -0.5]])
     within = torch.tensor([0.5, 1.0, 0.25])
 
     def sample(n):
         which = torch.randint(3, (n,))
-        return centres[which] + within.sqrt() * torch.randn(n, 3)
+        return centers[which] + within.sqrt() * torch.randn(n, 3)
 
-    between = (centres - centres.mean(0)).T @ (centres - centres.mean(0)) / 3
+    between = (centers - centers.mean(0)).T @ (centers - centers.mean(0)) / 3
     return torch.diag(within), between, sample
 
 

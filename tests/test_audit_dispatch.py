@@ -154,7 +154,7 @@ def test_models_of_a_file(file, name, verdict, convention, codes):
         ("Hidden", "Hidden: neither a VAE"),
     ],
 )
-def test_what_cannot_be_audited(file, target, message):
+def test_objects_that_cannot_be_audited(file, target, message):
     with pytest.raises(AuditError, match=message):
         audit(load(f"{file}:{target}"))
 
@@ -251,7 +251,7 @@ def test_the_command(file, tmp_path, capsys):
         ([f"{file}:VAE", "--shape", "3xq"], "shape: expected sizes"),
         ([f"{file}:VAE", "--allow", "nothing"], "allow: unknown code 'nothing'"),
         ([f"{file}:VAE", "--out", "a.pdf"], "out: expected a .html"),
-        ([f"{file}:VAE", "--shape", "3x5x5"], "none of the shapes that were tried is taken"),
+        ([f"{file}:VAE", "--shape", "3x5x5"], "no shape that was tried is accepted"),
         (["nowhere"], "RUN: there is no run folder"),
     ):
         with pytest.raises(SystemExit) as left:

@@ -76,7 +76,7 @@ def flow(*layers):
 
 
 class Wrong(ActNorm):
-    """An activation normalisation with a mistake."""
+    """An activation normalization with a mistake."""
 
     def __init__(self, mistake):
         super().__init__(4)

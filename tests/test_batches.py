@@ -1,4 +1,4 @@
-"""Batches in time: the same for any number of workers and parts; and nobody waits for the dead."""
+"""Batches in time: the same for any number of workers and parts; and no process waits for one that died."""
 
 import atexit
 import contextlib
@@ -66,7 +66,7 @@ def test_parts_are_the_batch_and_nothing_else_is_decoded(many, workers, ranks, m
         seen.clear()
 
 
-def test_streams_have_no_end_unless_told(many):
+def test_streams_do_not_end_by_default(many):
     with contextlib.closing(stream(many, 5, seed=3, start=10**12, workers=2)) as batches:
         for step in range(10**12, 10**12 + 9):
             np.testing.assert_array_equal(next(batches)[0], expected(many, 5, step)[0])
@@ -175,7 +175,7 @@ def test_workers_end_with_their_parent(many, sent):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_goes_wrong_in_a_worker_is_said(many, workers):
+def test_an_error_in_a_worker_is_reported(many, workers):
     (Path(many.name) / "a" / "4.png").unlink()
     with fails("images: a/4.png has changed since this source was indexed"):
         list(stream(many, 5, seed=3, stop=4, workers=workers))

@@ -207,7 +207,7 @@ def test_sample(workdir, run, run_json, arch):
     assert (workdir / "samples.png").is_file()
 
 
-def test_sampling_depends_on_the_seed_alone(workdir, run):
+def test_sampling_depends_only_on_the_seed(workdir, run):
     for name in "ab":
         run("sample glow --n 4 --out", f"{name}.npy")
         np.random.default_rng().normal()
@@ -807,7 +807,7 @@ def test_what_needs_no_model_does_not_import_torch(words):
 
 
 def panels(text: str) -> dict[str, str]:
-    """The headings of a help page with what stands under each, in their order."""
+    """The headings of a help page with the text under each, in order."""
     return dict(re.findall(r"╭─ ([^─]+) ─+╮\n(.*?)╰─", text, re.DOTALL))
 
 
@@ -849,7 +849,7 @@ def test_it_runs_as_a_program(workdir):
 
 @pytest.fixture(scope="module")
 def bad(home, tmp_path_factory):
-    """A folder with everything that can be wrong, and links to all that is in `home`."""
+    """A folder with every kind of fault, and links to all that is in `home`."""
     workdir = tmp_path_factory.mktemp("bad")
     for item in home.iterdir():
         (workdir / item.name).symlink_to(item)

@@ -1,4 +1,4 @@
-"""A context reaches the networks, or is refused by name; it is never ignored in silence."""
+"""A context reaches the networks, or is refused by name; it is never silently ignored."""
 
 import numpy as np
 import pytest

@@ -177,7 +177,7 @@ def test_the_loss_of_pythae_up_to_its_constant():
 
 @pytest.fixture
 def first_stage(tmp_path):
-    """The autoencoder as it lies in a checkpoint of a whole diffusion model."""
+    """The autoencoder as part of a checkpoint of a whole diffusion model."""
     file = torch.load(source(GOLDEN / "compvis" / "plain"), weights_only=True)
     state = {f"first_stage_model.{name}": t for name, t in file["state_dict"].items()}
     state |= {"betas": torch.rand(7), "model_ema.decay": torch.tensor(0.9)}
@@ -244,7 +244,7 @@ def test_parallel_wrappers_and_tensorflow_names(tmp_path):
 
 
 class ExamplesVAE(torch.nn.Module):
-    """The VAE of pytorch/examples, in our own words."""
+    """The VAE of pytorch/examples, rewritten for these tests."""
 
     def __init__(self, pixels=784, hidden=6, latents=3):
         super().__init__()
@@ -276,7 +276,7 @@ def examples_vae():
         (["--from", "pytorch-examples", "--format", "softplus"], "pytorch-examples", "softplus"),
     ],
 )
-def test_the_scale_of_shared_names_is_asked_for(
+def test_the_scale_of_shared_names_must_be_given(
     words, family, scale, examples_vae, tmp_path, capsys
 ):
     torch.save(examples_vae.state_dict(), tmp_path / "vae.pth")
@@ -297,7 +297,7 @@ def test_the_scale_of_shared_names_is_asked_for(
     assert off(model(x).kl.sum(1), examples_vae.kl(x, scale)) < NEAR
 
 
-def test_the_size_of_other_images_is_asked_for(tmp_path):
+def test_the_size_of_other_images_must_be_given(tmp_path):
     torch.save(ExamplesVAE(3 * 6 * 4).state_dict(), tmp_path / "vae.pth")
     with pytest.raises(ForeignError, match=r"fc1\.weight takes 72 numbers; give .*--size"):
         convert(tmp_path / "vae.pth", options=Options(format="log_var"))
@@ -328,7 +328,7 @@ def restated(state, change):
 @pytest.mark.parametrize(
     "name", ["bitsback/beta_binomial", "compvis/plain", "rosinality/affine_lu"]
 )
-def test_prefixes_of_wrappers_are_taken_off(prefix, name, tmp_path):
+def test_prefixes_of_wrappers_are_removed(prefix, name, tmp_path):
     folder = GOLDEN / name
     state = restated(state_of(folder), lambda name: prefix + name)
     torch.save({"epoch": 3, "state_dict": state, "lr": torch.tensor(0.1)}, tmp_path / "w.pt")
@@ -420,7 +420,7 @@ def test_averages_of_tensorflow_and_those_that_are_missing(tmp_path):
     same(convert(tmp_path / "both.npz", options=options).model, converted(folder)[0].model)
 
 
-def test_one_of_several_sets_of_weights_is_asked_for(examples_vae, tmp_path):
+def test_one_of_several_sets_of_weights_must_be_named(examples_vae, tmp_path):
     state, options = examples_vae.state_dict(), Options(format="log_var")
     other = {name: t + 1 for name, t in state.items()}
     torch.save({"student": state, "teacher": other, "copy": dict(state)}, tmp_path / "two.pt")
@@ -1070,7 +1070,7 @@ def test_bad_arguments_of_the_command(tmp_path, capsys, monkeypatch):
 
 
 def test_a_converted_model_is_finetuned_stopped_and_resumed(tmp_path, capsys, monkeypatch):
-    """In float64, on images in a folder, and to the same bytes as without the stop."""
+    """In float64, on images in a folder; ends in the same bytes as without the stop."""
     from PIL import Image
 
     import musigma.training

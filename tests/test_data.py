@@ -331,7 +331,7 @@ def test_batches_walk_through_permutations(n, size, seed):
     )
 
 
-def test_batches_depend_on_seed_epoch_and_nothing_else():
+def test_batches_depend_only_on_seed_and_epoch():
     def draw(step, seed=0):
         return batch_indices(1000, 1000, seed=seed, step=step)
 
@@ -726,7 +726,7 @@ def test_download_checks_sums_and_stays_silent(nowhere, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_sets_with_the_same_file_names_are_told_apart(nowhere, monkeypatch):
+def test_sets_with_the_same_file_names_are_distinguished(nowhere, monkeypatch):
     monkeypatch.setenv("MUSIGMA_DATA", str(save_idx(nowhere / "own")))
     known = published.PUBLISHED["fashion-mnist"]
     changed = {**vars(known), "first": zlib.crc32(GRAY[:1].tobytes())}
@@ -795,7 +795,7 @@ def test_broken_images(tmp_path, packed):
         load(folder, skip_bad=True)
 
 
-def test_images_no_model_knows(tmp_path, monkeypatch):
+def test_images_that_no_model_accepts(tmp_path, monkeypatch):
     deep = tmp_path / "deep" / "a.png"
     deep.parent.mkdir()
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 900).save(deep)

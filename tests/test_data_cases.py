@@ -1,4 +1,4 @@
-"""Inputs that people had trouble with elsewhere: each is read right, or refused with its cause."""
+"""Inputs that people had trouble with elsewhere: each is read correctly, or refused with the reason."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def everyday() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_other_units_change_the_nats_by_their_logarithms_alone(name, tmp_path):
+def test_other_units_change_the_nats_only_by_their_logarithms(name, tmp_path):
     x, std = everyday()
     nats = []
     for i, table in enumerate((x, (x - x.mean(0)) / std)):
@@ -299,7 +299,7 @@ def warnings_of(data: Dataset) -> str:
     return "\n".join(line for line in summary(data) if line.startswith("warning: "))
 
 
-def test_doubtful_labels_columns_and_levels_are_warned_of(tmp_path):
+def test_doubtful_labels_columns_and_levels_cause_warnings(tmp_path):
     x = RNG.normal(size=(60, 2))
     data = load(table_file(tmp_path, x, "u,v,label", range(60)))
     assert (

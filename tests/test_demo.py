@@ -1,4 +1,4 @@
-"""The sections of the page of `make demo` say what their files hold."""
+"""The sections of the page of `make demo` show the content of their files."""
 
 import csv
 import json

@@ -486,7 +486,7 @@ def test_saturation_examines_every_part_of_the_zoo(digits, name):
 
 
 class Halving(Bijection):
-    """A layer that holds a network and does not state its scales."""
+    """A layer that holds a network and has no `emitters`."""
 
     def __init__(self):
         super().__init__()
@@ -536,7 +536,7 @@ class Block(Layer):
 
 
 class Head(nn.Module):
-    """A prior that holds a network and does not state its scales."""
+    """A prior that holds a network and has no `emitters`."""
 
     def __init__(self):
         super().__init__()

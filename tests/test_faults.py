@@ -369,7 +369,7 @@ def test_each_warning_is_logged_once(tmp_path):
     assert "the matrix of layers.5 has condition number" in conditioning["message"]
 
 
-def test_a_figure_worse_than_one_without_a_model_is_warned_of():
+def test_a_figure_worse_than_one_without_a_model_causes_a_warning():
     levels = Dataset(np.zeros((40, 1, 8, 8), np.uint8))
     assert warning.references(levels, levels) == {"raw": 8.0}
     x = np.random.default_rng(0).normal(size=(5000, 3)) * [1, 10, 0.1]
@@ -401,7 +401,7 @@ def with_figures(monkeypatch, *figures):
     )
 
 
-def test_overfitting_is_warned_of_once(tmp_path, monkeypatch):
+def test_overfitting_causes_one_warning(tmp_path, monkeypatch):
     with_figures(monkeypatch, 5.0, 3.0, 3.5, 3.6, 3.7, 3.8)
     model = build("realnvp", (4,), bits=None, hidden=8)
     config = TrainConfig(steps=6, evaluations=6)

@@ -560,7 +560,7 @@ def test_discrete_draws_follow_the_mass_at_any_temperature(kind):
 
 
 def quadrature(n=4000):
-    """Midpoints of the unit interval, graded towards its ends, with their weights."""
+    """Midpoints of the unit interval, graded toward its ends, with their weights."""
     t = (torch.arange(n) + 0.5) / n
     return t**3 * (10 - 15 * t + 6 * t**2), 30 * (t * (1 - t)).square() / n
 

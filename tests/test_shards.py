@@ -1,4 +1,4 @@
-"""What several processes write: each a shard, and one after the other what one would write."""
+"""Files of several processes: each writes a shard; concatenated, they equal those of one process."""
 
 import csv
 import json
@@ -214,7 +214,7 @@ def test_a_killed_process_leaves_the_file_that_was_there(here):
 
 
 @pytest.mark.parametrize("suffix", ["npz", "parquet", "csv"])
-def test_a_file_that_cannot_be_finished_is_not_there(tmp_path, suffix):
+def test_a_file_that_cannot_be_finished_is_not_left_behind(tmp_path, suffix):
     out = tmp_path / f"a.{suffix}"
 
     def failing():
@@ -318,7 +318,7 @@ def test_shares_are_whole_batches_in_their_order(n, size, count):
     assert max(batches) - min(batches) <= 1
 
 
-def test_what_a_launcher_says(monkeypatch):
+def test_the_environment_of_a_launcher(monkeypatch):
     assert launched_processes() == Processes(0, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -346,7 +346,7 @@ def test_processes_take_a_gpu_each(monkeypatch):
 
 
 @pytest.mark.parametrize("words", ["sample run", "encode run written", "info run"])
-def test_only_the_main_process_speaks(here, monkeypatch, capfd, words):
+def test_only_the_main_process_prints(here, monkeypatch, capfd, words):
     out = {"sample": "--n 2 --out x.npy", "encode": "--out z.npz"}.get(words.split()[0], "")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
@@ -427,8 +427,8 @@ BATCH = {
 }
 
 
-def test_the_batch_script_has_the_run_saved_and_asks_to_be_queued_again(tmp_path):
-    """As SLURM runs it: the script is signalled, the tasks are not."""
+def test_the_batch_script_saves_the_run_and_requeues_itself(tmp_path):
+    """As SLURM runs it: the script gets the signal, the tasks do not."""
     script = next(block for block in blocks("bash") if "scontrol" in block)
     (tmp_path / "run.sh").write_text(script)
     for name, text in BATCH.items():
@@ -448,7 +448,7 @@ def test_the_batch_script_has_the_run_saved_and_asks_to_be_queued_again(tmp_path
     assert "--rdzv-endpoint node7:29500" in (tmp_path / "told").read_text()
 
 
-def test_the_manifest_is_one():
+def test_the_manifest_is_valid():
     yaml = pytest.importorskip("yaml")
     service, job = (document for block in blocks("yaml") for document in yaml.safe_load_all(block))
     pods = job["spec"]["template"]["spec"]

@@ -1,4 +1,4 @@
-"""Data beyond memory: the same examples as in memory, from disk, shards, tables and afar."""
+"""Data beyond memory: the same examples as in memory, from disk, shards, tables and URLs."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ def home(tmp_path, monkeypatch):
 
 
 def same(one: Dataset, two: Dataset) -> None:
-    """Whatever is asked of them, two data sets answer the same."""
+    """Two data sets give the same results for every query."""
     assert (one.shape, one.bits, one.ids, one.label_names) == (
         *(two.shape, two.bits, two.ids, two.label_names),
     )
@@ -189,7 +189,7 @@ def test_an_index_is_made_once_and_again_for_what_changed(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("harm", ["empty", "truncated", "flipped", "foreign", "pickle", "text"])
-def test_an_index_is_not_believed(tmp_path, home, harm, monkeypatch):
+def test_an_invalid_index_is_not_used(tmp_path, home, harm, monkeypatch):
     folder, other = (save_folder(tmp_path / n, x) for n, x in (("x", GRAY), ("y", GRAY[::-1])))
     expected = load(folder, in_memory=True)
     load(folder, in_memory=False)
@@ -237,7 +237,7 @@ def test_files_that_changed_since_are_named(tmp_path):
         load(archive, in_memory=False)
 
 
-def test_what_was_found_out_is_kept_when_indexing_fails(tmp_path, monkeypatch):
+def test_results_are_kept_when_indexing_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("musigma.data.readers.image_sets.WORTH_STORING", 3)
     folder = save_folder(tmp_path / "images", GRAY)
     whole = (folder / "6.png").read_bytes()
@@ -312,7 +312,7 @@ def test_names_of_all_kinds(tmp_path):
     np.testing.assert_array_equal(data.subset([0]).x, GRAY[:1])
 
 
-def test_one_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+def test_data_load_without_an_index_that_cannot_be_written(tmp_path, monkeypatch):
     folder = save_folder(tmp_path / "images", GRAY)
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -549,7 +549,7 @@ def test_arrays_on_disk_are_those_in_memory(tmp_path, home, array, size, monkeyp
     np.testing.assert_array_equal(changed.x, here.x[::-1])
 
 
-def test_a_flat_array_is_not_believed_when_it_changed(tmp_path, home):
+def test_a_flat_array_is_not_used_after_it_changed(tmp_path, home):
     x = RNG.normal(size=(60, 5))
     np.save(tmp_path / "x.npy", x)
     for harm in (lambda c: c[:-4], lambda c: c[:200] + bytes(40) + c[240:], lambda c: b""):

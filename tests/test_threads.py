@@ -1,4 +1,4 @@
-"""The number of threads that training uses, beside other work."""
+"""The number of threads that training uses on a busy machine."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Audits of VAEs, flows and densities: what they compute, found by numbers."""
+"""Audits of VAEs, flows and densities: what they compute, measured by calling them."""
 
 from musigma.audit.density import audit_density
 from musigma.audit.dispatch import audit

@@ -3,8 +3,8 @@ r"""The audit of a density: does it integrate to one?
 One and two dimensions use adaptive quadrature over the whole line: with :math:`x = \sinh t` an
 even grid in t reaches from 1e-9 to 1e9, and tails that fall like a power of x vanish. Peaks are
 found first, by climbing from the grid, so that narrow ones get their own points; cells are divided
-until the integral is stable, which resolves edges. Before another value than one is reported, a
-finer grid at other points must agree.
+until the integral is stable, which resolves edges. Before a value other than one is reported,
+a finer grid at other points must agree.
 
 More dimensions use importance weights: draws from mixtures of Student's t that are adapted to the
 modes give :math:`Z = E_q[p / q]` with its standard error. A Z above one is certain. A Z below one
@@ -81,7 +81,7 @@ def audit_density(log_prob: Any, dim: int) -> AuditReport:
                 "not_normalised",
                 f"it integrates to {value:.5g} ± {error:.1g}, by {how}, not to one"
                 + _constant(value, dim),
-                "add the missing logarithm: the normalising constant, or a log |det|",
+                "add the missing logarithm: the normalizing constant, or a log |det|",
                 integral=value,
                 error=error,
             )
@@ -432,12 +432,12 @@ class _Mixture:
         picks = x[random.choice(len(x), 1500, p=_weights(log_w)[0])]
         spread = picks.std(0) + 1e-9
         k = int(min(12, max(1, len(np.unique(picks, axis=0)) // (5 * dim))))
-        centres = picks[random.choice(len(picks), k, replace=False)]
+        centers = picks[random.choice(len(picks), k, replace=False)]
         groups = [picks]
         for _ in range(12):
-            owner, _ = vq(picks / spread, centres / spread)
+            owner, _ = vq(picks / spread, centers / spread)
             groups = [picks[owner == c] for c in range(k) if (owner == c).any()]
-            centres, k = np.stack([group.mean(0) for group in groups]), len(groups)
+            centers, k = np.stack([group.mean(0) for group in groups]), len(groups)
         whole = np.cov(picks.T).reshape(dim, dim)
         clusters = [(0.1, picks.mean(0), 1.5 * whole)]
         for group in groups:

@@ -1,7 +1,7 @@
 """Choosing the audit for an object, and finding the callables that it needs.
 
-The same obj has many names in different codebases. What is recognised is listed in
-`AuditReport.assumed`; where a guess would decide the verdict, an error says what to give instead.
+The same function has different names in different codebases. `AuditReport.assumed` lists
+what was recognized; if a guess would decide the verdict, an error says what to give instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["audit"]
 
 ENCODE = ("encode", "encoder", "inference", "recognition", "recognition_model")
 SAMPLE = (
-    "reparameterize", "reparametrize", "reparameterise", "reparametrise", "reparam",
+    "reparameterize", "reparametrize", "reparameterise", "reparametrize", "reparam",
     "reparameterization", "reparametrization", "sample_z", "sample_latent", "sampling", "sampler",
     "sample",
 )  # fmt: skip
@@ -56,10 +56,10 @@ def audit(
         shape: Shape of one example; by default tried by the first layer.
 
     Returns:
-        The report; `assumed` lists what was recognised as what.
+        The report; `assumed` lists what was recognized as what.
 
     Raises:
-        AuditError: If it is not recognised; the message says which callables to give.
+        AuditError: If it is not recognized; the message says which callables to give.
 
     Example:
         >>> def sample(mean, log_var):
@@ -122,7 +122,7 @@ def _by_name(parts: dict[str, Any], example: Tensor | None) -> AuditReport:
     )
 
 
-# --- recognising objects ------------------------------------------------------------------------
+# --- recognizing objects ------------------------------------------------------------------------
 
 
 def _made(obj: Any, assumed: list[str]) -> Any:
@@ -189,7 +189,7 @@ def _is_flow(obj: Any, run: Callable[[Tensor], Any], x: Tensor) -> bool:
 
 
 def _vae_parts(obj: Any) -> dict[str, Any] | None:
-    """The arguments of `audit_vae`, and what was "assumed"; None if it is no VAE."""
+    """The arguments of `audit_vae`, and what was "assumed"; None if it is not a VAE."""
     if isinstance(obj, (Distribution, Transform, list, tuple)) or inspect.isroutine(obj):
         return None
     parts: dict[str, Any] = {}
@@ -332,7 +332,7 @@ def _accepted_batch(fn: Any, candidates: Iterator[Tensor], assumed: list[str]) -
             (x,), _ = first_form(((x,) for x in candidates), attempt)
         except AuditError as error:
             raise AuditError(
-                f"example: none of the shapes that were tried is taken ({error}); give a batch as "
+                f"example: no shape that was tried is accepted ({error}); give a batch as "
                 "`example`, or the `shape` of one example; a function that makes a model must "
                 "take no arguments"
             ) from error

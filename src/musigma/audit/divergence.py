@@ -4,9 +4,10 @@ For a sampler with location mu and standard deviation sigma, and a prior N(mu_p,
 
     T(m, b) = sum log(sigma_p / sigma) + (sigma² + (mu - mu_p)²) / (2 sigma_p²) - 1/2.
 
-The code's value F is regressed on T over a grid of heads: F = slope T + intercept. If there is a
-residual, F is no multiple of T, and the regression is repeated for every other reading of the
-second tensor, to find the one that F was written for, and for single terms, to find the wrong one.
+The code's value F is regressed on T over a grid of head values: F = slope T + intercept. If there
+is a residual, F is not a multiple of T, and the regression is repeated for every other reading of
+the second tensor, to find the one that F was written for, and for single terms, to find the wrong
+one.
 A KL that takes draws is averaged over them by Gauss-Hermite quadrature, which leaves no
 randomness.
 """
@@ -242,7 +243,7 @@ _TERMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def formula(f: Tensor, mean: Tensor, second: Tensor) -> str | None:
-    """F (P,) of one latent as a formula in m and b (P,); None if it is no sum of known terms.
+    """F (P,) of one latent as a formula in m and b (P,); None if it is not a sum of known terms.
 
     Example:
         >>> m, b = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).double()

@@ -127,7 +127,7 @@ class AuditReport:
         findings: What is wrong, bugs first.
         checked: A line for each check, with its numbers.
         unchecked: What could not be checked, and why.
-        assumed: What was assumed of the object.
+        assumed: What was assumed about the object.
         details: Further numbers: bounds, floors, factors, conditions by layer.
 
     Raises:

@@ -1,7 +1,7 @@
 r"""The audit of a flow: is it a bijection, and is its log-determinant that of its Jacobian?
 
 A flow's density is :math:`p(x) = p_Z(f(x)) \, |\det \partial f / \partial x|`: f must be a
-function of one example, be invertible, and state the log-determinant that autograd finds. Each
+function of one example, be invertible, and return the log-determinant that autograd finds. Each
 of these is checked with the parameters as they are, and with random ones, because couplings that
 start at zero are the identity, where every sign is right.
 """
@@ -20,7 +20,7 @@ from musigma.audit.findings import AuditError, AuditReport, distance
 from musigma.audit.flow_adapter import log_det_of
 from musigma.audit.flow_parameters import (
     check_determinant_sign,
-    check_initialisation,
+    check_initialization,
     check_negative_determinants,
     check_random_parameters,
 )
@@ -42,7 +42,7 @@ def audit_flow(
 ) -> AuditReport:
     """Whether a flow is a bijection, and its log-determinant that of its Jacobian.
 
-    Nothing that is handed in is changed: parameters are moved and restored. Modules compute in
+    The arguments do not change: parameters are moved, and then restored. Modules compute in
     float64 if they can. A log-determinant is compared with autograd's Jacobian, layer by layer
     where there are many elements.
 
@@ -91,7 +91,7 @@ def _audit(audit: FlowAudit) -> AuditReport:
     if "not_finite" not in audit.findings:
         _check_purity(audit)
         if not audit.is_stochastic:
-            check_initialisation(audit)
+            check_initialization(audit)
             unperturbed = _check_unperturbed(audit)
             checks = [check_random_parameters, check_negative_determinants]
             checks += [check_determinant_sign, check_layers] if audit.square else []
@@ -126,7 +126,7 @@ def _call_first(audit: FlowAudit) -> None:
         sizes = f"z has {d} numbers for each example, and x {elements}"
         if not audit.flow.invertible:
             raise AuditError(
-                f"forward: {sizes}, so it is no bijection; return everything that is factored "
+                f"forward: {sizes}, so it is not a bijection; return everything that is factored "
                 "out, as a list of tensors"
             )
         audit.square = False
@@ -142,11 +142,11 @@ def _call_first(audit: FlowAudit) -> None:
             share=bad,
         )
     if image.raw is None:
-        audit.unchecked.append("log-determinant: forward states none")
+        audit.unchecked.append("log-determinant: forward returns none")
 
 
 def _check_purity(audit: FlowAudit) -> None:
-    """Whether the flow is deterministic and treats examples one by one, in the mode as given."""
+    """Whether the flow is deterministic and treats examples separately, in its present mode."""
     training = any(m.training for root in audit.sandbox.modules for m in root.modules())
     noise, log_det_noise, coupling = _impurity(audit)
     if training and (noise > SAME or coupling > audit.tolerance):
@@ -155,11 +155,11 @@ def _check_purity(audit: FlowAudit) -> None:
         given_noise, given_coupling = noise, coupling
         noise, log_det_noise, coupling = _impurity(audit)
         audit.was_training = True
-        audit.assumed.append("handed in in training mode; the other checks use evaluation mode")
+        audit.assumed.append("the flow is in training mode; the other checks use evaluation mode")
         if given_noise > SAME >= noise:
             audit.warn(
                 "stochastic",
-                "in training mode, in which it was handed in, two calls on one input differ by "
+                "in training mode, the present mode of the flow, two calls on one input differ by "
                 f"{given_noise:.2g}; in evaluation mode they do not",
                 "call .eval() before likelihoods are compared; without dropout in the networks of "
                 "a flow, its training density is that of evaluation too",
@@ -168,11 +168,11 @@ def _check_purity(audit: FlowAudit) -> None:
         if given_coupling > audit.tolerance >= max(coupling, given_noise):
             audit.warn(
                 "cross_sample",
-                "in training mode, in which it was handed in, an example's z changes by "
+                "in training mode, the present mode of the flow, an example's z changes by "
                 f"{given_coupling:.2g} with the other examples of its batch; in evaluation mode "
                 "it does not",
-                "batch statistics couple examples, so that the training's log p(x) is no density; "
-                "evaluate with .eval(), or use activation normalisation",
+                "batch statistics couple examples, so log p(x) in training mode is not a density; "
+                "evaluate with .eval(), or use activation normalization",
                 difference=given_coupling,
             )
     if noise > SAME:
@@ -243,7 +243,7 @@ def _check_surjection(audit: FlowAudit) -> None:
             audit.warn(
                 "stochastic",
                 f"{bug.message}; the inverse recovers x all the same: a surjection, or "
-                "dequantisation, whose bound needs the noise's log-density",
+                "dequantization, whose bound needs the noise's log-density",
                 "log p(x) >= log p(z) + log_det - log q(noise | x)",
                 **bug.numbers,
             )

@@ -226,7 +226,7 @@ class FlowAdapter:
         return first_form([(False,), (True,)], attempt)[1]
 
     def inverse(self, tree: Any, x: Tensor) -> tuple[Tensor, Any]:
-        """The inverse's x for latents, with the log-determinant that it states or None.
+        """The inverse's x for latents, with the log-determinant that it returns or None.
 
         Raises:
             AuditError: If it raises, or returns something other than an x of the given shape.
@@ -272,7 +272,7 @@ def _apply_transform(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _run_layers(calls: Sequence[Any], x: Any) -> tuple[Any, Any]:
-    """Layers in a row; the sum of their log-determinants, if each states one."""
+    """Layers in a row; the sum of their log-determinants, if each returns one."""
     total: Any = 0.0
     for call in calls:
         given = flatten(x)

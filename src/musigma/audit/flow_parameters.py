@@ -1,11 +1,11 @@
 """The flow under other parameters: those of its first batch, random ones, updated ones.
 
-If the answer to other data depends on which batch came first, the first call initialises. It is
+If the answer to other data depends on which batch came first, the first call initializes. It is
 then repeated on shifted, unevenly scaled data: a layer whose first output is a shift and a scale
-of each channel must have standardised it.
+of each channel must have standardized it.
 
 A fault under random parameters must appear again under a fifth of the perturbation; otherwise it
-is attributed to the parameters (a contraction that is none any more) and not to the code.
+is attributed to the parameters (a contraction that is no longer one) and not to the code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from musigma.audit.volume import by_autograd
 
 __all__ = [
     "check_determinant_sign",
-    "check_initialisation",
+    "check_initialization",
     "check_negative_determinants",
     "check_random_parameters",
 ]
@@ -40,14 +40,12 @@ Moments = tuple[Tensor, Tensor]
 # --- the first batch ---------------------------------------------------------------------------
 
 
-def check_initialisation(audit: FlowAudit) -> None:
-    """Whether the first call initialises anything, and if so correctly and for good."""
+def check_initialization(audit: FlowAudit) -> None:
+    """Whether the first call initializes anything, and if so, correctly and permanently."""
     if not audit.sandbox.modules and not audit.sandbox.holders:
         return
     if audit.was_training:
-        audit.unchecked.append(
-            "data-dependent initialisation: the flow was handed in in training mode"
-        )
+        audit.unchecked.append("data-dependent initialization: the flow is in training mode")
         return
     restore_after_first = audit.sandbox.snapshot()
     other = audit.draw_examples(len(audit.x), 4)
@@ -59,11 +57,11 @@ def check_initialisation(audit: FlowAudit) -> None:
         example_again = _z(audit, audit.x)
         changes = distance(second, other_first), distance(example_second, example_again)
         if max(changes) > 10 * audit.tolerance and not _has_running_statistics(audit):
-            audit.checked.append("the first call initialises from its batch")
-            _check_standardisation(audit)
+            audit.checked.append("the first call initializes from its batch")
+            _check_standardization(audit)
             _check_reload(audit)
     restore_after_first()
-    audit.flow.forward(audit.x)  # initialises, if nothing has
+    audit.flow.forward(audit.x)  # initializes, if nothing has
 
 
 def _z(audit: FlowAudit, x: Tensor) -> Tensor:
@@ -71,7 +69,7 @@ def _z(audit: FlowAudit, x: Tensor) -> Tensor:
 
 
 def _has_running_statistics(audit: FlowAudit) -> bool:
-    """Whether each call changes the answer of the next, which is no initialisation."""
+    """Whether each call changes the answer of the next, which is not initialization."""
     restore = audit.sandbox.snapshot()
     before = _z(audit, audit.x)
     for seed in range(3):
@@ -81,20 +79,20 @@ def _has_running_statistics(audit: FlowAudit) -> bool:
     return distance(before, after) > audit.tolerance
 
 
-def _check_standardisation(audit: FlowAudit) -> None:
+def _check_standardization(audit: FlowAudit) -> None:
     """Check the layers that are a shift and a scale of each channel, on uneven data.
 
     Once with the other parameters as they are and once at random: networks that start at zero
     hide faults, and a learned gain looks like one. A fault shows both times.
     """
-    unperturbed = _standardised(audit, 0.0)
-    perturbed = _standardised(audit, 0.3) if unperturbed else {}
+    unperturbed = _standardized(audit, 0.0)
+    perturbed = _standardized(audit, 0.3) if unperturbed else {}
     both = [name for name in unperturbed if name in perturbed]
     if not both:
-        audit.unchecked.append("what the data-dependent initialisation sets: no layer shows it")
+        audit.unchecked.append("data-dependent initialization: no layer shows what it sets")
         return
     audit.checked.append(
-        "data-dependent initialisation: each channel's mean and std after the first batch, on "
+        "data-dependent initialization: each channel's mean and std after the first batch, on "
         "shifted and unevenly scaled data"
     )
     for name in both:
@@ -121,7 +119,7 @@ def _error(mean: Tensor, std: Tensor) -> float:
     return max(float(mean.abs().max()), float((std - 1).abs().max()))
 
 
-def _standardised(audit: FlowAudit, noise: float) -> dict[str, Moments]:
+def _standardized(audit: FlowAudit, noise: float) -> dict[str, Moments]:
     """Mean and std by channel of every first output that shifts and scales its input."""
     channels, *sides = audit.example.shape[1:]
     n = max(16, 512 // math.prod(sides))
@@ -148,8 +146,8 @@ def _standardised(audit: FlowAudit, noise: float) -> dict[str, Moments]:
             continue
         if not z.isfinite().all():
             continue
-        initialised = [m for m in calls if not torch.equal(before[m], _numbers_of(m))]
-        pairs = [(names[m] or type(m).__name__, *calls[m]) for m in initialised]
+        initialized = [m for m in calls if not torch.equal(before[m], _numbers_of(m))]
+        pairs = [(names[m] or type(m).__name__, *calls[m]) for m in initialized]
         pairs = pairs or [("forward", x, z)]
         found = {name: moments for name, *pair in pairs if (moments := _moments(*pair))}
         if found:
@@ -205,13 +203,13 @@ def _check_reload(audit: FlowAudit) -> None:
     if difference > 10 * audit.tolerance:
         audit.bug(
             "ddi_reinit",
-            "saved after its first batch and loaded again, it initialises itself anew: the "
+            "saved after its first batch and loaded again, it initializes itself again: the "
             f"same input gives another z, by {difference:.2g}",
-            "make the flag a buffer: self.register_buffer('initialised', torch.tensor(False))",
+            "make the flag a buffer: self.register_buffer('initialized', torch.tensor(False))",
             difference=difference,
         )
     else:
-        audit.checked.append("the initialised state survives state_dict")
+        audit.checked.append("the initialized state survives state_dict")
 
 
 # --- random and updated parameters -------------------------------------------------------------

@@ -50,18 +50,18 @@ class Measurement:
 
     @property
     def nan_log_det(self) -> bool:
-        """Whether a log-determinant is stated that is not finite."""
+        """Whether a log-determinant is returned that is not finite."""
         return self.stated is not None and not bool(self.stated.isfinite().all())
 
 
 def log_det_error(stated: Tensor, truth: Tensor) -> float:
-    """The error of a log-determinant in nats; in per cent where it is large."""
+    """The error of a log-determinant in nats; in percent where it is large."""
     off = float(((stated - truth).abs() / (1 + 0.01 * truth.abs())).max())
     return off if math.isfinite(off) else math.inf
 
 
 class FlowAudit(ReportBuilder):
-    """The report of one flow while it is built, with the flow and the batch that it is run on."""
+    """The report of one flow under construction, with the flow and the batch that it runs on."""
 
     def __init__(self, sandbox: Sandbox, forward: Any, inverse: Any, example: Tensor, state: Any):
         super().__init__(name_of(forward))
@@ -80,7 +80,7 @@ class FlowAudit(ReportBuilder):
         if single:
             self.assumed.append("it computes in float32 only: tolerances are wider")
         self.noisy_log_det = False
-        self.was_training = False  # handed in so, and put into evaluation mode
+        self.was_training = False  # it was, and is now in evaluation mode
         self.seconds_per_call = 0.0
         self.perturbation = 0.0  # scale of the random parameters; zero until there are any
         self.is_stochastic = False
@@ -128,7 +128,7 @@ class FlowAudit(ReportBuilder):
         modes = {m: m.training for root in roots for m in root.modules()}
         for root in roots:
             root.train()
-        self.sandbox.randomise(std, seed)
+        self.sandbox.randomize(std, seed)
         for root in roots:
             root.train(modes[root])
         generator = torch.Generator().manual_seed(seed)
@@ -161,7 +161,7 @@ class FlowAudit(ReportBuilder):
         return measured
 
     def _measure_log_det(self, measured: Measurement) -> None:
-        """The stated log-determinant against the Jacobian's."""
+        """The returned log-determinant against the Jacobian's."""
         x, d = self.few, self.few[0].numel()
         if not self.square or (d > DENSE and self.seconds_per_call > 0.03):
             return  # `layerwise` looks at the layers
@@ -288,7 +288,7 @@ class FlowAudit(ReportBuilder):
         self.find(
             "logdet_mismatch",
             self.severity(error),
-            f"{what} states {float(stated[0]):.6g} nats, and log |det J| is "
+            f"{what} returns {float(stated[0]):.6g} nats, and log |det J| is "
             f"{float(truth[0]):.6g}{when}{hint}",
             repair,
             **numbers,
@@ -303,7 +303,7 @@ class FlowAudit(ReportBuilder):
             if measured.round_trip > self.bug_error:
                 repair = "invert forward's operations in reverse order, with the same constants"
             if not self.square:
-                repair = "return what is split off, and take it back: drawing it anew is sampling"
+                repair = "return what is split off, and take it back: drawing it again is sampling"
             self.find(
                 "inverse_mismatch",
                 self.severity(measured.round_trip),
@@ -326,7 +326,7 @@ class FlowAudit(ReportBuilder):
                 self.severity(measured.back_sum),
                 f"the log-determinants of both directions add up to {measured.back_sum:.3g}, not "
                 "zero",
-                "return minus what forward returns at the same x",
+                "return the negative of what forward returns at the same x",
                 difference=measured.back_sum,
             )
 
@@ -407,7 +407,7 @@ def _explain(stated: Tensor, truth: Tensor, x: Tensor) -> tuple[str, str]:
     if len(truth) > 1 and near(stated, truth.sum().expand_as(truth)):
         return ": it is summed over the batch", "sum over all axes but the first"
     if near(stated, torch.zeros_like(stated)):
-        return ": none is stated", "add the logarithms of the slopes of what forward does"
+        return ": it is always zero", "add the logarithms of the slopes of what forward does"
     factors = {"the number of elements": x[0].numel(), "two": 2}
     if x.ndim > 2:
         image = {"the number of pixels": x[0, 0].numel(), "the number of channels": x.shape[1]}

@@ -1,4 +1,4 @@
-"""The code's KL against the KL of what is sampled, by regression over a grid of heads."""
+"""The code's KL against the KL of what is sampled, by regression over a grid of head values."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check_full_kl(audit: VAEAudit, q: FullPosterior) -> None:
     if fit.residual > OFF + 20 * q.error:
         w = fit.worst
         audit.bug(
-            "kl_mismatch", "the KL is no multiple of that of what is sampled: "
+            "kl_mismatch", "the KL is not a multiple of the KL of what is sampled: "
             f"{f[w]:.5g} instead of {t[w]:.5g}",
             "use torch.distributions.MultivariateNormal for both, with one scale_tril",
             kl=f[w], expected=t[w], residual=fit.residual,
@@ -214,7 +214,7 @@ def _not_finite(audit: VAEAudit, c: Comparison, usable: Tensor) -> None:
     if audit.heads is not None and (audit.heads[1] < 0).any():
         audit.bug(
             "not_finite", "the KL is not finite where the second output is negative, as the "
-            "encoder's is", "let the encoder end in exp or softplus",
+            "encoder's output is", "make the encoder end in exp or softplus",
             smallest_second=audit.heads[1].min(),
         )  # fmt: skip
     else:
@@ -301,7 +301,7 @@ def _slope_and_intercept(audit: VAEAudit, fit: Regression, d: Divergence, tight:
         )  # fmt: skip
     elif abs(fit.slope - 1) > level:
         text = f"the KL is {fit.slope:.6g} times the KL"
-        repair = f"divide it by {fit.slope:.6g}, or say that this weight is meant"
+        repair = f"divide it by {fit.slope:.6g}, or document that this weight is intended"
         if latents > 1 and abs(fit.slope * latents - 1) < 1e-3:
             text += f": a mean over {latents} latents in place of the sum"
             repair = "sum over the latents"
@@ -340,7 +340,7 @@ def _free_bits(audit: VAEAudit, c: Comparison) -> bool:
 
 
 def _mismatch(audit: VAEAudit, q: Posterior, c: Comparison) -> None:
-    """Report which KL it is in place of that of what is sampled."""
+    """Report which KL it computes instead of the KL of what is sampled."""
     curve, name, k = q.curve, audit.convention or "", q.curve.noise_scale
     tight, one = max(c.tight, 1e-4), slice(0, c.single)
     written, others = None, 0.0

@@ -1,9 +1,9 @@
-r"""The terms of the loss against each other: the weight of the KL.
+r"""The weight of the KL in the loss, from the terms of the loss.
 
 A reconstruction term R is compared with the terms of single elements of the data: a sum gives
 rho = R / sum of single terms = 1, a mean over N elements 1 / N. The KL is compared with the true
 one: kappa = KL / T. The weight of the KL in the loss is kappa / rho. It may be any constant, but
-must not depend on the size of batch, latent or data.
+must not depend on the size of the batch, the latent or the data.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Reconstruction:
     def growth(self) -> dict[int, float] | None:
         """R of identical examples over that of one, by their number; None if it is unreduced.
 
-        It is the change of R when x_hat moves towards the data.
+        It is the change of R when x_hat moves toward the data.
         """
         if self.kind != "scalar":
             return None
@@ -93,7 +93,7 @@ class Reconstruction:
     def rho(self, halved: bool = False) -> float | None:
         """R of one example over the sum of the terms of its elements; None if it is unknown.
 
-        Both change when some elements of x_hat move towards the data. If it takes no single
+        Both change when some elements of x_hat move toward the data. If it takes no single
         elements, it is compared with the usual errors. `halved`: for half of the data's last axis.
         """
         x, hat = self.x[:1], self.x_hat[:1]
@@ -290,7 +290,7 @@ def _check_balance(
         audit.unchecked.append("the weight of the KL: a term is not reduced over an example")
         return
     if rho is None:
-        audit.unchecked.append("the weight of the KL: the reconstruction is no sum of elements")
+        audit.unchecked.append("the weight of the KL: the reconstruction is not a sum of elements")
         return
     betas = [
         audit.kl_slope / rho * size**power * b / a for size, (a, b) in weights.items() if a

@@ -210,7 +210,7 @@ def _name_wrong_inverse(audit: FlowAudit, seen: list[_Layer]) -> None:
 
 
 def _check_sum(audit: FlowAudit, seen: list[_Layer]) -> None:
-    """Whether the whole states the sum of its layers, where these alone change the volume."""
+    """Whether the whole flow returns the sum of its layers, if they alone change the volume."""
     image = audit.flow.forward(audit.few)
     if image.raw is None:
         return
@@ -220,21 +220,25 @@ def _check_sum(audit: FlowAudit, seen: list[_Layer]) -> None:
     names = [*(f"the input of {layer.name}" for layer in seen), "z"]
     for name, before, after in zip(names, outputs, inputs, strict=True):
         if not _reordered(before.reshape(rows, -1), after.reshape(rows, -1)):
-            audit.unchecked.append(f"the sum of log-determinants: {name} is no layer's output")
+            audit.unchecked.append(
+                f"the sum of log-determinants: {name} is not the output of a layer"
+            )
             return
     total = torch.stack([log_det_of(layer.log_det, rows)[0] for layer in seen]).sum(0)
     stated, _ = log_det_of(image.raw, rows)
     if log_det_error(stated, total) > audit.bug_error:
         audit.bug(
             "logdet_mismatch",
-            f"the whole states {float(stated[0]):.6g} nats, and its layers together "
+            f"the whole flow returns {float(stated[0]):.6g} nats, and its layers together "
             f"{float(total[0]):.6g}",
             "add up the log-determinants of all layers, each once",
             stated=stated[:4].tolist(),
             log_det=total[:4].tolist(),
         )
     elif not any("add up" in line for line in audit.checked):
-        audit.checked.append(f"the log-determinants of {len(seen)} layers add up to the whole's")
+        audit.checked.append(
+            f"the log-determinants of {len(seen)} layers add up to that of the whole flow"
+        )
 
 
 def _reordered(a: Tensor, b: Tensor) -> bool:

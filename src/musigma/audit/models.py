@@ -1,6 +1,6 @@
-r"""The audit of a model of this library: its laws, and what training has made of it.
+r"""The audit of a model of this library: its laws, and the effect of training.
 
-A model states every term of :math:`\log w` itself, so an audit can check each: the
+A model reports every term of :math:`\log w` itself, so an audit can check each: the
 log-determinant of each layer against autograd, each closed-form KL against draws, infer against
 generate, the preprocessing against :math:`\log_2` of the levels; with the parameters as they are,
 and with random ones. Given data, it reports latents that carry nothing, scales at their limits,
@@ -55,7 +55,7 @@ ROUNDING = 1e3 * 2.2e-16  # a thousand roundings in float64, by the condition nu
 def audit_model(
     model: Model, data: Tensor | Dataset | None = None, context: Context = None
 ) -> AuditReport:
-    """Whether a model obeys its laws, and, given data, what training has made of it.
+    """Whether a model obeys its laws, and, given data, the effect of training.
 
     The model is not changed: copies in float64 are checked.
 
@@ -174,14 +174,14 @@ def _check_laws(
     if distance(other, log_w) > 1e-6:
         report.bug(
             "inverse_logdet_mismatch",
-            f"infer states log w = {float(log_w[0]):.8g}, and generate {float(other[0]):.8g} for "
+            f"infer gives log w = {float(log_w[0]):.8g}, and generate {float(other[0]):.8g} for "
             f"the same values, {when}",
-            "what one direction draws the other must score",
+            "what one direction draws, the other must score",
             infer=log_w.tolist(),
             generate=other.tolist(),
         )
     else:
-        report.checked.append(f"infer and generate state the same log w, {when}")
+        report.checked.append(f"infer and generate give the same log w, {when}")
     for site in up.paired:
         _check_closed_form(report, names[site], up.qs[site], up.ps[site], when)
 
@@ -219,7 +219,7 @@ def _check_bijection(
             if wrong > TOLERANCE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
                 report.bug(
                     "logdet_mismatch",
-                    f"{label} states {float(log_det[0]):.8g} nats, and log |det J| is "
+                    f"{label} returns {float(log_det[0]):.8g} nats, and log |det J| is "
                     f"{float(truth[0]):.8g}, {when}",
                     repair,
                     layer=name,
@@ -292,11 +292,11 @@ def _check_preprocessing(report: ReportBuilder, model: Model, x: Tensor, context
     if bits is not None and levels != 2**bits:
         report.bug(
             "dequantisation",
-            f"data of {bits} bits are dequantised as {levels} levels",
+            f"data of {bits} bits are dequantized as {levels} levels",
             "Dequantize(noise, 2**bits)",
         )
     if not isinstance(dequantize.noise, StandardUniform):
-        report.checked.append(f"dequantisation: learned noise over {levels} levels")
+        report.checked.append(f"dequantization: learned noise over {levels} levels")
         return
     trace, width = Trace(), float(levels)
     y = torch.randint(0, levels, x.shape).double()
@@ -358,7 +358,7 @@ def _check_training(report: ReportBuilder, model: Model, x: Tensor, context: Con
             report.warn(
                 "saturated_units",
                 f"{share:.0%} of the scales of {name} are at their limit",
-                "a wider format, or a smaller --lr",
+                "use a wider format, or a smaller --lr",
                 share=share,
             )
     trace = Recorder(closed_form=True)
@@ -396,7 +396,7 @@ def _check_nats(report: ReportBuilder, name: str, nats: Tensor) -> None:
         report.warn(
             "dead_units",
             f"{dead} of {len(nats)} units of {name} carry less than {ACTIVE} nats",
-            "fewer latents, or --free-bits",
+            "use fewer latents, or --free-bits",
             dead=dead,
             units=len(nats),
         )
@@ -411,11 +411,11 @@ def _check_aggregate(report: ReportBuilder, name: str, noise: Tensor) -> None:
     if far:
         report.warn(
             "aggregate_prior",
-            f"{far} of {len(mean)} units of {name} have another mean or variance over the data "
-            f"than under the prior: means up to {float(mean.abs().max()):.2g} of its standard "
-            f"deviations, variances from {float(var.min()):.2g} to {float(var.max()):.2g} of its "
-            "own",
-            "samples from the prior will look unlike data: a learned prior, or a larger --beta",
+            f"{far} of {len(mean)} units of {name} have a different mean or variance over the "
+            f"data than under the prior: means up to {float(mean.abs().max()):.2g} of its "
+            f"standard deviations, variances from {float(var.min()):.2g} to "
+            f"{float(var.max()):.2g} of its own",
+            "samples from the prior will look unlike data: use a learned prior or a larger --beta",
             units=far,
             means=mean[:64].tolist(),
             variances=var[:64].tolist(),

@@ -189,7 +189,7 @@ def check_noise(audit: VAEAudit, s: Sampler) -> None:
             "noise_not_gaussian", "warning" if documented else "bug",
             f"the injected noise is not normal but {name}: excess kurtosis "
             f"{numbers['excess_kurtosis']:.3g}, skewness {numbers['skewness']:.3g}",
-            "draw it by torch.randn_like(mean)", family=name, **numbers,
+            "draw it with torch.randn_like(mean)", family=name, **numbers,
         )  # fmt: skip
     else:
         audit.checked.append(
@@ -213,7 +213,7 @@ def full_posterior(audit: VAEAudit, s: Sampler, heads: Heads) -> FullPosterior:
     """
     restore, pairs = audit.sandbox.snapshot(), [heads]
     for i in range(1, 1 + -(-32 // len(heads[0]))):
-        audit.sandbox.randomise(0.7, seed=i)
+        audit.sandbox.randomize(0.7, seed=i)
         with contextlib.suppress(AuditError):
             pairs.append(audit.encoded())
     restore()
@@ -307,12 +307,12 @@ def _is_finite(heads: Heads) -> bool:
 
 
 def check_heads(audit: VAEAudit, q: Posterior | FullPosterior | None) -> None:
-    """Whether the heads are two, and how far they reach, under random parameters."""
+    """Whether the two heads differ, and the range that they reach, under random parameters."""
     pairs = []
     d = audit.latents or 1
     for i in range(max(4, -(-40 // d))):
         if i:
-            audit.sandbox.randomise(0.3 if i == 1 else 5.0, seed=i)
+            audit.sandbox.randomize(0.3 if i == 1 else 5.0, seed=i)
         try:
             pair = audit.encoded()
         except AuditError:
@@ -353,7 +353,7 @@ def check_heads(audit: VAEAudit, q: Posterior | FullPosterior | None) -> None:
                 "sigma_range_restricted",
                 "the encoder's second output never gives a standard deviation below "
                 f"{smallest:.4g}, whatever its parameters are",
-                "end the scale's head in a linear layer, without a ReLU or softplus",
+                "make the last layer of the scale's head linear, without a ReLU or softplus",
                 smallest_sigma=smallest, compared=sigma.numel(),
             )  # fmt: skip
 

@@ -1,12 +1,13 @@
 r"""Measuring a sampler: z = loc(m, b) + sigma(m, b) e, and its noise e.
 
-At one seed a sampler draws the same noise whatever its arguments are. So its answers for different
-arguments are compared draw by draw, and only rounding limits the accuracy of loc and sigma:
+At one seed a sampler draws the same noise whatever its arguments are. Its results for different
+arguments are therefore compared draw by draw, and only rounding limits the accuracy of loc and
+sigma:
 
     sigma(b) / sigma(b0) = (z(b) - loc(b)) / (z(b0) - loc(b0))     for every draw.
 
-Mostly the noise itself is known too, as what torch or NumPy return for that seed, and nothing is
-statistical. Where a sampler draws from another source, its noise is measured once, from many
+Usually the noise itself is known too, because torch or NumPy return it for that seed; then nothing
+is statistical. Where a sampler draws from another source, its noise is measured once, from many
 draws; where it cannot be seeded, every number is an average.
 """
 
@@ -56,7 +57,7 @@ class Sampler:
         self.d, self.e = math.prod(self.latent), math.prod(self.second)
         self.is_matrix = self.e not in (1, self.d)
         self.reference = torch.ones(self.e) if reference is None else reference
-        self.scale_error = 0.0  # relative, common to every sigma, where noise is standardised
+        self.scale_error = 0.0  # relative, common to every sigma, where noise is standardized
         self.notes: dict[str, None] = {}
         self.mode: Literal["known", "relative", "frozen", "moments"] = "moments"
         self.still = False  # it draws nothing
@@ -112,7 +113,7 @@ class Sampler:
                 f"shape {tuple(m.shape)}; got {tuple(value.shape)}"
             )
         if not (torch.equal(inputs[0], m) and torch.equal(inputs[1], b)):
-            self._note("sample changes its arguments in place, for whatever uses them later")
+            self._note("sample changes its arguments in place, which affects later uses of them")
         return value.reshape(n, -1)
 
     def _note(self, text: str) -> None:
@@ -123,7 +124,7 @@ class Sampler:
     def _find_noise(self) -> Noise | None:
         """The noise e (n, D) of a call with n rows and a seed; None if it is unknown.
 
-        It is standardised unless it is that of torch or NumPy.
+        It is standardized unless it is that of torch or NumPy.
         """
         n = 2 * self.d + 8 if self.is_matrix else self.rows or 8
         one, again, other = (self.reference_draw(n, seed) for seed in (SEED, SEED, SEED + 1))
@@ -238,17 +239,17 @@ class Sampler:
                 return solved[:, -1], solved[:, :-1].transpose(1, 2), 0.0
         n = self.averaged(points)
         many = torch.stack([self.draw(mean, second, SEED + i) for i in range(n)])
-        centred = many - many.mean(0)
-        covariance = torch.einsum("npi,npj->pij", centred, centred) / (n - 1)
+        centered = many - many.mean(0)
+        covariance = torch.einsum("npi,npj->pij", centered, centered) / (n - 1)
         return many.mean(0), torch.linalg.cholesky(covariance), 1 / math.sqrt(n)
 
 
 def _line(e: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and intercept of z in e, by least squares along the first dimension."""
-    centre = e.mean(0)
-    spread = ((e - centre) ** 2).sum(0).clamp(min=1e-300)
-    slope = ((e - centre) * (z - z.mean(0))).sum(0) / spread
-    return slope, z.mean(0) - slope * centre
+    center = e.mean(0)
+    spread = ((e - center) ** 2).sum(0).clamp(min=1e-300)
+    slope = ((e - center) * (z - z.mean(0))).sum(0) / spread
+    return slope, z.mean(0) - slope * center
 
 
 def _affine(e: Tensor, z: Tensor) -> tuple[Tensor, float]:

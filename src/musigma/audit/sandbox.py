@@ -1,7 +1,7 @@
 """Calls of the code under audit: guarded, in float64, and without side effects on it.
 
-An audit calls code on inputs that its author never thought of. So every call has a name, a time
-limit and a check of what comes back. The modules that the callables use are in evaluation mode and
+An audit calls code on inputs that its author did not expect. Therefore every call has a name, a
+time limit and a check of its result. The modules that the callables use are in evaluation mode and
 float64 meanwhile, and restored to the bit afterwards: parameters, buffers, plain attributes,
 modes, gradients, and the random states.
 """
@@ -122,7 +122,7 @@ class Sandbox:
     Example:
         >>> layer = nn.Linear(3, 3)
         >>> with Sandbox(layer) as sandbox:
-        ...     sandbox.randomise()
+        ...     sandbox.randomize()
         ...     y = sandbox.call("layer", layer, torch.zeros(2, 3, dtype=sandbox.dtype))
         >>> y.dtype, layer.weight.dtype
         (torch.float64, torch.float32)
@@ -171,7 +171,7 @@ class Sandbox:
         return list({id(m): m for root in self.modules for m in root.modules()}.values())
 
     def restore_modes(self) -> None:
-        """Put the modules back into the training or evaluation modes that they came in."""
+        """Restore the original training or evaluation modes of the modules."""
         for module, mode in self._modes:
             module.training = mode
 
@@ -196,7 +196,7 @@ class Sandbox:
         random.seed(seed)
 
     @torch.no_grad()
-    def randomise(self, std: float = 0.3, seed: int = 1) -> None:
+    def randomize(self, std: float = 0.3, seed: int = 1) -> None:
         """Add Gaussian noise, scaled to the fan-in, to all trainable parameters."""
         generator = torch.Generator().manual_seed(seed)
         for p in self.trainable():

@@ -52,7 +52,7 @@ QUANTILES: dict[str, Callable[[Tensor], Tensor]] = {
 def noise_name(e: Tensor) -> tuple[str, dict[str, float]]:
     r"""The distribution of independent numbers: normal, or another family.
 
-    They are normal unless their standardised empirical distribution function F violates the bound
+    They are normal unless their standardized empirical distribution function F violates the bound
     of Dvoretzky, Kiefer and Wolfowitz, with Massart's constant,
 
         sup |F - Phi|  >  sqrt(log(2 / LEVEL) / (2 n)),
@@ -154,9 +154,9 @@ def covariance_differs(z: Tensor, claimed: Tensor, smallest: float = 0.02) -> tu
     `smallest`, as a correlation, do not matter.
     """
     n, d = z.shape
-    centred = z - z.mean(0)
-    sampled = centred.T @ centred / (n - 1)
-    fourth = (centred**2).T @ (centred**2) / n
+    centered = z - z.mean(0)
+    sampled = centered.T @ centered / (n - 1)
+    fourth = (centered**2).T @ (centered**2) / n
     error = ((fourth - sampled**2).clamp(min=0) / n).sqrt()
     scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
     limit = torch.maximum(1.3 * quantile(d * (d + 1) // 2) * error, smallest * scale)

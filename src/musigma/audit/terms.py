@@ -1,7 +1,7 @@
 r"""Audits of figures: bits per dimension, importance-weighted bounds, terms of a Gaussian.
 
-Each is a short formula that every codebase writes anew, and whose mistakes change a figure and
-break nothing. So each is evaluated where the answer is known.
+Each is a short formula that every codebase writes again, and whose mistakes change a figure
+without breaking anything. Each is therefore evaluated where the answer is known.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: floa
     if mean < truth - slack:
         report.bug(
             "bpd_below_entropy",
-            f"uniformly random images cost {mean:.6g} bits per dimension by this figure, and hold "
-            f"{truth:.6g}: no model can be better{_bits_hint(mean, truth)}",
+            f"uniformly random images cost {mean:.6g} bits per dimension by this figure, and "
+            f"contain {truth:.6g}: no model can be better{_bits_hint(mean, truth)}",
             "bits/dim = -(log p(y) + log |det|) / (D ln 2), with D log(levels) added for data "
             "that were divided by the levels, and D all elements of an image",
             **figures,
@@ -386,7 +386,7 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
         forms = list(product((torch.float64, torch.float32), (3, 1)))
         (dtype, count), _ = first_form(forms, attempt)
         fits = _term_fits(sandbox, term, count, dtype)
-        towards = _towards(sandbox, term, count, dtype)
+        toward = _toward(sandbox, term, count, dtype)
     if not fits:
         report.bug(
             "not_finite",
@@ -400,7 +400,7 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
     if fixed:
         report.assumed.append("term(z) is of one fixed Gaussian")
         if exact:  # its mean may not be zero
-            towards = math.copysign(1.0, best.slope)
+            toward = math.copysign(1.0, best.slope)
     report.details |= {"factor": sign * best.slope, "constant": best.intercept}
     if exact:
         report.checked.append(
@@ -409,18 +409,18 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
     else:
         report.bug(
             "prior_term_mismatch",
-            "under no reading it is a multiple of a Gaussian's log-density: "
+            "it is not a multiple of a Gaussian's log-density under any reading: "
             f"{best.residual:.0%} of its variation is unexplained"
             + ("" if fixed else f" by the best, {best.reading}"),
             "-0.5 log(2 pi) - log_std - 0.5 ((z - mean) / std)^2: check the parentheses",
             residual=best.residual,
         )
-    if towards * sign < 0:
+    if toward * sign < 0:
         report.bug(
             "prior_term_sign",
             f"as a {'log-density' if sign == 1 else 'loss'} it rewards distance from the mean",
             "negate it",
-            slope=towards,
+            slope=toward,
         )
     return report.build(read_as=best.reading if exact and not fixed else None)
 
@@ -486,7 +486,7 @@ def _regressed(reading: str, y: Tensor, x: list[tuple[Tensor, ...]]) -> _TermFit
     return one._replace(residual=max(one.residual, other))
 
 
-def _towards(sandbox: Sandbox, term: Callable[..., Any], count: int, dtype: torch.dtype) -> float:
+def _toward(sandbox: Sandbox, term: Callable[..., Any], count: int, dtype: torch.dtype) -> float:
     """1 if the term falls with the distance from the mean, -1 if it rises."""
     change = 0.0
     for seed in range(8):

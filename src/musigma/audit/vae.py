@@ -2,7 +2,7 @@ r"""The audit of a variational autoencoder, given as callables.
 
 It measures what the sampler computes, z = mean + sigma(second) e, by scanning the second tensor;
 whether the KL is that of the Gaussian so sampled, by regression; and whether prior, noise, heads
-and weights are consistent. It knows nothing of the model but what its callables return.
+and weights are consistent. It uses only what the callables return.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def _per_latent(t: Tensor, latent: tuple[int, ...]) -> Tensor:
 
 
 def _posterior(audit: VAEAudit, s: Sampler) -> Posterior | FullPosterior | None:
-    """Measure and check what is sampled; None if nothing is known of it."""
+    """Measure and check what is sampled; None if nothing is known about it."""
     if not s.reference_draw(3, 0).isfinite().all():
         audit.bug(
             "not_finite",

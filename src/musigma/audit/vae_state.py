@@ -1,4 +1,4 @@
-"""The state of one VAE audit: its callables, what is known of them, and the report."""
+"""The state of one VAE audit: its callables, what is known about them, and the report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Heads = tuple[Tensor, Tensor]
 
 
 class VAEAudit(ReportBuilder):
-    """The report of one VAE while it is built, with its callables and what is known of them.
+    """The report of one VAE under construction, with its callables and what is known about them.
 
     Once the order of arguments and the layout of a packed tensor are known, `functions` holds
     callables of (mean, second), whatever the given ones take.

@@ -1,6 +1,6 @@
 r"""The exact :math:`\log|\det J|` of a function, by autograd.
 
-With few elements the whole Jacobian is computed. With many elements it is recognised where it has
+With few elements the whole Jacobian is computed. With many elements it is recognized where it has
 one of these structures, which products with random vectors verify with probability one:
 
 - a permutation: the outputs are the inputs in another order;

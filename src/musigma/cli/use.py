@@ -553,7 +553,7 @@ def edit(
 ) -> None:
     """Decrease and increase an attribute of examples; each row shows one example.
 
-    All of the data may be edited unless --split says otherwise.
+    The examples are the first of all the data unless --split says otherwise.
 
     Args:
         direction: An .npz file that `musigma direction` wrote.
@@ -602,7 +602,7 @@ def mix(on: RunOnData, *, levels: str = "0", n: int = 6, out: Path = Path("mixed
     latents.
 
     Args:
-        levels: Latents from the top row, as numbers from 0, the topmost: 0,1.
+        levels: Latents from the top row, counted from 0 at the top: 0,1.
         n: Number of examples in the column and in the row.
         out: A .png grid; or the mixtures alone as an .npy or .npz array, those of a table also as
             .csv or .parquet.
