@@ -1,4 +1,4 @@
-"""Batches in time: the same for any number of workers and parts; and no process waits for one that died."""
+"""Batches in time: the same for any number of workers and parts; dead processes block nobody."""
 
 import atexit
 import contextlib

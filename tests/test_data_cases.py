@@ -1,4 +1,4 @@
-"""Inputs that people had trouble with elsewhere: each is read correctly, or refused with the reason."""
+"""Inputs that cause trouble elsewhere: each is read correctly or refused with a reason."""
 
 import json
 import re

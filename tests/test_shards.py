@@ -1,4 +1,4 @@
-"""Files of several processes: each writes a shard; concatenated, they equal those of one process."""
+"""Several processes write a shard each; concatenated, they are what one would write."""
 
 import csv
 import json
