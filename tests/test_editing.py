@@ -334,7 +334,11 @@ def test_classes_by_name(photos, tmp_path, monkeypatch, capsys):
         (["edit", "RUN", "DATA", "--direction", "x", "--strength", "a..b"], "strength: expected"),
         (
             ["edit", "RUN", "DATA", "--direction", "x", "--strength", "0..1:1"],
-            "strength: expected",
+            "strength: expected -2..2, -2..2:9 or -1,0,0.5; got '0..1:1'",
+        ),
+        (
+            ["edit", "RUN", "DATA", "--direction", "x", "--strength", "0..1:2.5"],
+            "strength: expected -2..2, -2..2:9 or -1,0,0.5; got '0..1:2.5'",
         ),
         (["edit", "RUN", "DATA", "--direction", "x", "--strength", "nan"], "strength: expected"),
         (["mix", "RUN", "DATA", "--levels", "0,1", "--split", "all"], "fewer than all 2"),

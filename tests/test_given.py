@@ -255,6 +255,9 @@ def test_all_faults_of_a_context_are_named(tmp_path):
         "kind is constant",
     ):
         load(folder, given=write(tmp_path / "same.csv", text))
+    text = "age,age\n" + "".join(f"{i},{9 - i}\n" for i in range(6))
+    with fails("given: .*twice.csv: several columns are called 'age': give each a name"):
+        load(folder, given=write(tmp_path / "twice.csv", text))
     lines = "".join(f"{i}.png,{i}\n" for i in range(5))
     with fails("the column 'file' names examples, and 1 of 6 are missing: 5.png"):
         load(folder, given=write(tmp_path / "lacking.csv", "file,age\n" + lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ from musigma.cli.options import (
     app,
     at_least_one,
     latent_numbers,
-    numbers,
     temperatures,
 )
 from musigma.cli.outputs import Columns, Share, check_out, write_rows
@@ -580,17 +580,19 @@ def edit(
 
 def _strengths(text: str) -> list[float]:
     """Steps along a direction: -2..2, -2..2:9 or -1,0,0.5."""
-    expected = "-2..2, -2..2:9 or -1,0,0.5"
-    how: Any = {"option": "strength", "expected": expected, "least": -math.inf}
+    values: list[float] = []
     span, _, steps = text.partition(":")
-    if ".." not in span:
-        return list(numbers(text, kind=float, **how))
-    ends = numbers(span, by="..", kind=float, **how)
-    width = ends[-1] - ends[0]
-    count = numbers(steps, **how)[0] if steps else max(2, round(min(abs(width), 1e9)) + 1)
-    if len(ends) != 2 or not (2 <= count <= 1000 and math.isfinite(width)):
-        raise ValueError(f"strength: expected {expected}; got {text!r}")
-    return [ends[0] + width * i / (count - 1) for i in range(count)]
+    with contextlib.suppress(ValueError, OverflowError):
+        if ".." in span:
+            low, high = map(float, span.split(".."))
+            count = int(steps) if steps else max(2, round(abs(high - low)) + 1)
+            if 2 <= count <= 1000:
+                values = [low + (high - low) * i / (count - 1) for i in range(count)]
+        else:
+            values = [float(word) for word in text.split(",")]
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError(f"strength: expected -2..2, -2..2:9 or -1,0,0.5; got {text!r}")
+    return values
 
 
 @app.command(group=USE)

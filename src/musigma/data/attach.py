@@ -13,7 +13,7 @@ from musigma.data.dataset import Dataset, Given
 from musigma.data.errors import DataError, damage, listing, named
 from musigma.data.raw import Request
 from musigma.data.readers import TABLES, is_url, load
-from musigma.data.tables import Table, Words, as_given, names_rows
+from musigma.data.tables import Table, Words, as_given, names_rows, refuse_twice
 from musigma.spec import Variable
 
 __all__ = ["attach", "given_rows", "is_source"]
@@ -157,6 +157,7 @@ def _of_table(
 ) -> tuple[dict[str, Given | np.ndarray], dict[str, list[str]]]:
     if not table.names:
         raise request.error("its columns have no names: add a first line of names")
+    refuse_twice(table.names, request)
     faults = dict(table.ragged)
     variables, names = {}, {}
     for j, name in enumerate(table.names):

@@ -293,10 +293,7 @@ def roles(table: Table, request: Request) -> Roles:
         unnamed = f"column {j + 1}, which has no name," if names else f"column {j + 1}"
         return table.called(j) if names and names[j] else unnamed
 
-    if twice := sorted({repr(name) for name in names if name and names.count(name) > 1}):
-        raise request.error(
-            f"several columns are called {named(twice)}: give each a name of its own"
-        )
+    refuse_twice(names, request)
     left = []
     for j, kind in enumerate(table.kinds):
         if kind == "empty" and not (names and names[j] in (wanted or ())):
@@ -331,6 +328,14 @@ def roles(table: Table, request: Request) -> Roles:
     if not found.data and not found.given:
         raise request.error("no column holds data: give a table of numbers")
     return found
+
+
+def refuse_twice(names: Sequence[str], request: Request) -> None:
+    """Refuse columns of one name."""
+    if twice := sorted({repr(name) for name in names if name and names.count(name) > 1}):
+        raise request.error(
+            f"several columns are called {named(twice)}: give each a name of its own"
+        )
 
 
 def _named_roles(
