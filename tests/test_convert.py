@@ -842,6 +842,21 @@ def test_parts_with_impossible_values(folder, name, change, tmp_path):
         convert(written(state, folder, tmp_path), options=options)
 
 
+def test_parts_of_a_glow_that_are_missing_whole(tmp_path):
+    folder = GOLDEN / "rosinality" / "affine_lu"
+    state, options = state_of(folder), options_for(folder, expected(folder))
+
+    def refusal(prefix):
+        left = {name: t for name, t in state.items() if not name.startswith(prefix)}
+        with pytest.raises(ForeignError) as error:
+            convert(written(left, folder, tmp_path), options=options)
+        return str(error.value)
+
+    assert "blocks.2.prior.conv.weight is missing" in refusal("blocks.2.prior.")
+    assert "the scales have [2, 0, 2] steps" in refusal("blocks.1.flows.")
+    assert "the scales have [2, 2, 1] steps" in refusal("blocks.2.flows.1.")
+
+
 def test_training_settings_in_the_parent_folder(tmp_path):
     folder = GOLDEN / "chaiyujin" / "y_multi"
     (tmp_path / "log" / "checkpoints").mkdir(parents=True)
@@ -1034,6 +1049,10 @@ def test_the_order_of_a_shuffle_must_be_given(tmp_path):
     shutil.copy(source(folder), tmp_path / "alone.pkg")  # without the settings beside it
     with pytest.raises(ForeignError, match="got None"):
         convert(tmp_path / "alone.pkg")
+    for unknown in (5, True, [3], {"order": 1}):
+        (tmp_path / "settings.json").write_text(json.dumps({"Glow": {"flow_permutation": unknown}}))
+        with pytest.raises(ForeignError, match="got None"):
+            convert(tmp_path / "alone.pkg")
     with pytest.raises(ForeignError, match="permutation: expected 4 orders"):
         convert(source(folder), options=Options(permutation=[[0, 1]]))
     orders = [expected(folder)[f"shuffle_{i}"].tolist() for i in range(4)]

@@ -192,6 +192,11 @@ class Glow(ABC):
     def build(self) -> Model:
         """The model in float64, once `Weights.finish` has passed."""
         weights, c, scales = self.weights, self.steps[self.first], self._scales()
+        depths = [len(steps) for steps in scales]
+        if len(set(depths)) != 1:
+            raise ForeignError(
+                f"{weights.path}: the scales have {depths} steps, where all need the same number"
+            )
         hidden = self._length("conv", self.first + self.nets[1], "o")
         rows = self._length("zeros", self.first + self.nets[2], "o")
         if rows not in (c, c // 2):
@@ -222,9 +227,6 @@ class Glow(ABC):
         if classes and (weights.any(classifier) or not self.may_lack_classifier):
             layers.append(under("linear", self._linear(classifier, c, classes)))
             about_labels = self._labels(shape)
-        depths = [len(steps) for steps in scales]
-        if len(set(depths)) != 1:
-            weights.refuse(f"the scales have {depths} steps, where all need the same number")
 
         tensors = under("prior.head", head)
         for i, layer in enumerate(layers):
@@ -314,7 +316,8 @@ class Chaiyujin(Glow):
     @cached_property
     def orders(self) -> dict[str, Sequence[int]]:
         """How each step orders its channels."""
-        orders = self.options.permutation or self._setting("Glow", "flow_permutation")
+        said = self._setting("Glow", "flow_permutation")
+        orders = self.options.permutation or (said if isinstance(said, str) else None)
         lengths = list(self.steps.values())
         if orders == "reverse":
             orders = [range(c)[::-1] for c in lengths]
