@@ -363,6 +363,13 @@ def test_limits(name, value):
         reader(WHOLE, depth=1)
 
 
+def test_the_limit_of_chunks_holds_for_a_damaged_file():
+    damaged = bytearray(WHOLE)
+    damaged[reader(WHOLE).entries[0].offset + 4] ^= 1
+    with pytest.raises(LimitExceeded, match="chunks="):
+        reader(bytes(damaged), chunks=len(PARTS) - 1)
+
+
 def test_exit_codes():
     classes = (CodingError, DamagedFile, WrongModel, NumericsDiffer, LimitExceeded, UnknownVersion)
     assert [c.exit_code for c in classes] == [2, 3, 4, 5, 6, 7]

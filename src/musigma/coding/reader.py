@@ -97,9 +97,12 @@ class Source:
             return None
         magic, chunks, images, *_ = mus.FOOT.unpack(self.at(offset, mus.FOOT.size))
         size = mus.FOOT.size + mus.ROW.size * chunks + mus.TAIL.size
-        wanted = magic == mus.FOOT_MAGIC and chunks <= self.limits.chunks
-        if not wanted or offset + size > self.size or not self.spend(size):
+        if magic != mus.FOOT_MAGIC or offset + size > self.size or not self.spend(size):
             return None
+        if offset + size == self.size:
+            self.limits.hold("chunks", chunks, "file: chunks")
+        elif chunks > self.limits.chunks:
+            return None  # chance, most likely
         data = self.at(offset, size)
         _, check, end = mus.TAIL.unpack(data[-mus.TAIL.size :])
         if end != mus.END_MAGIC or zlib.crc32(data[:-8], self.seed) != check:
