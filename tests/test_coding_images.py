@@ -112,6 +112,17 @@ def test_levels_are_converted_back(black, tmp_path):
     assert found == {0, 255}
 
 
+def test_any_slice_of_examples_is_that_of_the_whole(tmp_path):
+    for i in range(9):
+        save_image(tmp_path / f"{i}.png", noise(i, 4, 4))
+    data = load(tmp_path, preprocess=Preprocess(binarize="dynamic"))
+    examples = Examples(data, folder=tmp_path, prepared=True)
+    whole = examples[:]
+    for rows in (slice(3, 7), slice(-2, None), slice(4, 100)):
+        assert (examples[rows].levels == whole.levels[rows]).all()
+        assert examples[rows].about["names"] == whole.about["names"][rows]
+
+
 def test_images_of_another_size_are_refused(gray, tmp_path):
     save_image(tmp_path / "in" / "a.png", noise(0, 8, 8))
     data = load(tmp_path / "in", preprocess=Preprocess(size=4))

@@ -101,8 +101,9 @@ class Examples:
         return len(self.data)
 
     def __getitem__(self, rows: slice) -> Batch:
-        indices = np.arange(len(self))[rows]
-        x = self.data.take(indices, seed=self.seed, first=rows.start or 0)
+        start, stop, _ = rows.indices(len(self))
+        indices = np.arange(start, stop)
+        x = self.data.take(indices, seed=self.seed, first=start)
         about: dict[str, Sequence[Any]] = {}
         if self.names:
             about = {"modes": self.modes[rows], "names": self.names[rows]}
