@@ -1062,10 +1062,10 @@ MISTAKES = {
     "latents' labels": ("decode conditional labels.npz", "expected 3 labels from 0 to 1"),
     "latents' labels too few": ("decode conditional short.npz", "expected 3 labels from 0 to 1"),
     # resuming
-    "resume nothing": ("train --resume none", "none holds no readable config.json"),
+    "resume nothing": ("train --resume none", "none does not hold a readable config.json"),
     "resume without state": ("train --resume stateless", "stateless holds no state"),
-    "resume without config": ("train --resume configless", "configless holds no readable"),
-    "resume forged": ("train --resume forged", "forged holds no readable"),
+    "resume without config": ("train --resume configless", "configless does not hold a readable"),
+    "resume forged": ("train --resume forged", "forged does not hold a readable"),
 }
 
 

@@ -1050,7 +1050,9 @@ def test_the_order_of_a_shuffle_must_be_given(tmp_path):
     with pytest.raises(ForeignError, match="got None"):
         convert(tmp_path / "alone.pkg")
     for unknown in (5, True, [3], {"order": 1}):
-        (tmp_path / "settings.json").write_text(json.dumps({"Glow": {"flow_permutation": unknown}}))
+        (tmp_path / "settings.json").write_text(
+            json.dumps({"Glow": {"flow_permutation": unknown}})
+        )
         with pytest.raises(ForeignError, match="got None"):
             convert(tmp_path / "alone.pkg")
     with pytest.raises(ForeignError, match="permutation: expected 4 orders"):

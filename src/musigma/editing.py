@@ -213,7 +213,7 @@ def edit(
         context: One row per example, or None.
 
     Raises:
-        ValueError: If the latents of the model have other shapes than the direction.
+        ValueError: If the shapes of the model's latents differ from those of the direction.
     """
     z = model.encode(x, context, mode=True, whiten=True)
     wanted, got = [tuple(t.shape[1:]) for t in z], [tuple(t.shape) for t in step.latents]

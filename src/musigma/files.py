@@ -38,7 +38,7 @@ def locked(path: Path, *, busy: str | None = None) -> Iterator[bool]:
 
     Args:
         path: The lock file. It is created if needed, with its folder.
-        busy: What to say if another process holds the lock; by default wait for it.
+        busy: Error message if another process holds the lock; by default wait for it.
 
     Yields:
         True; False if nothing is locked, because the file cannot be created or the file system

@@ -229,7 +229,7 @@ def _heads_of_forward(obj: nn.Module) -> Callable[[Tensor], Any]:
 
 
 def _sampler(obj: Any) -> tuple[str, Callable[..., Any]] | None:
-    """What draws z from (mean, scale), or from a list of both: a method, a function, a layer."""
+    """The method, function or layer that draws z from (mean, scale), or from a list of both."""
     modules = obj.named_modules() if isinstance(obj, nn.Module) else ()
     kind = re.compile("sampl|reparam", re.IGNORECASE)
     layers = [(name, m) for name, m in modules if m is not obj and kind.search(type(m).__name__)]

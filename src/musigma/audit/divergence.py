@@ -114,7 +114,7 @@ class Divergence:
             self._summed = CHANCE_ROWS if sums else 1
 
     def _raw(self, *heads: Tensor) -> Tensor:
-        """What it returns for mean, second output and z, all of the latents or half of them."""
+        """Its result for mean, second output and z, for all of the latents or half of them."""
         sandbox, s, given = self.sampler.sandbox, self.sampler, []
         for t, shape in zip(heads, (s.latent, s.second, s.latent), strict=True):
             shape = (*shape[:-1], -1) if shape else ()
@@ -126,7 +126,7 @@ class Divergence:
         return sandbox.as_tensor("kl", value)
 
     def _total(self, row: tuple[Tensor, ...], rows: int, seed: int = 0) -> float:
-        """The sum of what it returns for identical rows; NaN if it refuses a negative scale."""
+        """The sum of its results for identical rows; NaN if it refuses a negative scale."""
         self.sampler.sandbox.reseed(seed)
         try:
             return float(self._raw(*(t.expand(rows, -1) for t in row)).sum())

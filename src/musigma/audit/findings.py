@@ -117,11 +117,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found.
+    """The result of an audit.
 
     Args:
-        subject: What was audited.
-        convention: What the sampler does with the second tensor: "log_std", "log_var", "std", …
+        subject: The name of the audited object.
+        convention: How the sampler reads the second tensor: "log_std", "log_var", "std", …
         read_as: How the KL reads it; None without a KL.
         layout: The layout of a packed tensor; None without one.
         findings: What is wrong, bugs first.
@@ -214,7 +214,7 @@ class ReportBuilder:
     """Collects findings and notes, from which `build` makes the report.
 
     Attributes:
-        subject: What is audited.
+        subject: The name of the audited object.
     """
 
     def __init__(self, subject: str):

@@ -273,7 +273,7 @@ def _report_raising_inverse(audit: FlowAudit, error: AuditError) -> None:
         audit.bug(
             "inverse_raises",
             str(error),
-            "the inverse must take what forward returned, in any state, as often as it is called",
+            "the inverse must accept the output of forward, in any state, on every call",
         )
     audit.flow.invertible = False
 

@@ -95,7 +95,7 @@ def log_det_of(raw: Any, rows: int) -> tuple[Tensor, str]:
 
 
 def read(value: Any, x: Tensor, name: str, notes: list[str] | None = None) -> Image:
-    """What a callable returned, as latents and log-determinant."""
+    """The result of a callable, as latents and log-determinant."""
     notes = [] if notes is None else notes
     if isinstance(value, Tensor):
         return Image(value, None)

@@ -281,7 +281,7 @@ def _is_stale(audit: FlowAudit, std: float) -> bool:
                 f"after an update of the parameters the inverse is off by {error:.3g}: it was "
                 "computed before the update and cached",
                 "compute the inverse from the parameters on each call, or drop the cache when "
-                "they change (their ._version tells)",
+                "they change (compare their ._version)",
                 error=error,
             )
             return True
@@ -344,7 +344,7 @@ def check_determinant_sign(audit: FlowAudit, _unperturbed: Measurement) -> None:
 
 
 def _determinant_signs(audit: FlowAudit, factors: tuple[float, ...]) -> tuple[int, int]:
-    """At how many points det J is surely positive, and negative."""
+    """The numbers of points at which det J is certainly positive, and negative."""
     example = audit.example
     spread = (example.std() if example.numel() > 1 else torch.tensor(1.0)).clamp(min=0.3)
     generator = torch.Generator().manual_seed(2)

@@ -51,7 +51,7 @@ class Comparison:
             setattr(self, name, getattr(self, name)[usable])
 
     def place(self, i: int) -> str:
-        """Where a point is, in words."""
+        """The position of a point, in words."""
         mean, second = float(self.mean[i, 0]), float(self.second[i, 0])
         return f"at mean {mean:.3g} and second output {second:.3g}"
 

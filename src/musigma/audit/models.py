@@ -61,7 +61,7 @@ def audit_model(
 
     Args:
         model: A model of this library.
-        data: What it was trained for: (B, *event), or a `Dataset`; None: the laws only.
+        data: Data as in its training: (B, *event), or a `Dataset`; None: only check the laws.
         context: One row for each example, if the model is conditional; a `Dataset` brings its own.
 
     Returns:

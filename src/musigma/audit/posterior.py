@@ -90,7 +90,7 @@ def name_scale(audit: VAEAudit, s: Sampler) -> Posterior | None:
 
 
 def _scan(s: Sampler, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Those b for which the sampler returns numbers, and sigma (n, D) there."""
+    """The values b for which the sampler returns numbers, and sigma (n, D) at each."""
 
     def attempt(part: Tensor) -> tuple[Tensor, Tensor]:
         second = part[:, None].expand(-1, s.e)
@@ -143,7 +143,7 @@ def check_mean(audit: VAEAudit, q: Posterior) -> None:
     q.unbiased = False
     audit.bug(
         "sample_mean",
-        f"the mean of z is {loc[i, j]:.5g} where {source} says {expected[i, j]:.5g}",
+        f"the mean of z is {loc[i, j]:.5g}, and {source} is {expected[i, j]:.5g}",
         "add the noise to the mean itself: z = mean + sigma * eps, with eps of mean zero",
         mean_of_z=loc[i, j], expected=expected[i, j],
         sigma=sigma[i, j], limit=limit[i, j],
@@ -256,7 +256,7 @@ def check_scale(audit: VAEAudit, q: Posterior) -> None:
     if not named and has_kl and math.isnan(audit.kl_slope):
         return
     if named:
-        text = f"the noise is {k:.5g} times what the reading {curve.name} says"
+        text = f"the noise is {k:.5g} times that of the reading {curve.name}"
         repair = f"draw eps with a standard deviation of 1, not {k:.4g}, or put {k:.4g} into sigma"
     else:
         text = (

@@ -102,7 +102,7 @@ def about_types(error: AuditError) -> bool:
 
 
 def by_float_type(attempt: Callable[[torch.dtype], T]) -> T:
-    """What an attempt in float64 returns; in float32, if a callable refuses float64."""
+    """The result of an attempt in float64, or in float32 if a callable refuses float64."""
     try:
         return attempt(torch.float64)
     except AuditError as error:
@@ -212,7 +212,7 @@ class Sandbox:
         return list({id(t): t for t in [*parameters, *leaves] if t.requires_grad}.values())
 
     def call(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
-        """What a callable returns.
+        """The result of a callable.
 
         Raises:
             AuditError: If it raises or exceeds the time limit; with its name and input shapes.
@@ -237,7 +237,7 @@ class Sandbox:
         return t.to(self.device, self.dtype)
 
     def as_tensor(self, name: str, value: Any) -> Tensor:
-        """What a callable returned as a tensor, detached, in float64 on the CPU.
+        """The result of a callable as a tensor, detached, in float64 on the CPU.
 
         Raises:
             AuditError: If it is neither a tensor, nor an array, nor a number.
@@ -249,7 +249,7 @@ class Sandbox:
         return value.detach().cpu().to(torch.float64)
 
     def ask(self, name: str, fn: Callable[..., Any], *args: Any) -> Tensor:
-        """What a callable returns, by `call` and `as_tensor`."""
+        """The result of a callable, by `call` and `as_tensor`."""
         return self.as_tensor(name, self.call(name, fn, *args))
 
     def ask_first(self, name: str, fn: Callable[..., Any], *args: Any) -> Tensor:

@@ -7,8 +7,8 @@ is a base curve g, and a measured curve is
 
 with a noise scale k, a floor f on the standard deviation or on the variance, and bounds. These are
 read off the curve: the bounds are the plateaus at its ends, the floor is its smallest value, and
-k is the ratio at one point between. So readings that differ by more than the error of the
-measurement are never confused.
+k is the ratio at one point between. Readings that differ by more than the error of the
+measurement are therefore never confused.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Reading(NamedTuple):
-    """What a number b may mean: its standard deviation, NaN where it has none.
+    """A meaning of a number b: its standard deviation, NaN where it has none.
 
-    `formula` is that function in words, `variance` and `log_variance` what a KL has for the two.
+    `formula` is that function in words; `variance` and `log_variance` are its terms in a KL.
     """
 
     sigma: Function

@@ -68,11 +68,11 @@ class VAEAudit(ReportBuilder):
         return all(name in self.functions for name in names)
 
     def call(self, name: str, *args: Any) -> Any:
-        """What a callable returns, as `Sandbox.call`."""
+        """The result of a callable, as `Sandbox.call`."""
         return self.sandbox.call(name, self.functions[name], *args)
 
     def ask(self, name: str, *args: Any) -> Tensor:
-        """What a callable returns as a tensor, as `Sandbox.ask_first`."""
+        """The result of a callable as a tensor, as `Sandbox.ask_first`."""
         return self.sandbox.ask_first(name, self.functions[name], *args)
 
     def encoded(self, x: Tensor | None = None) -> Heads:
@@ -120,10 +120,10 @@ class VAEAudit(ReportBuilder):
 
 @dataclass
 class Posterior:
-    """What is sampled, z = loc + sigma e: the sampler, and its sigma by the second output.
+    """The measured posterior, z = loc + sigma e: the sampler, and sigma by the second output.
 
-    `b` are second outputs (n,), ascending, and `sigma` is measured there; `even` says that all
-    latents have the same, `unbiased` that loc is the mean head.
+    `b` are second outputs (n,), ascending, and `sigma` is measured there; `even` is true if all
+    latents have the same, `unbiased` if loc is the mean head.
     """
 
     sampler: Sampler
@@ -144,7 +144,7 @@ class Posterior:
 
 @dataclass
 class FullPosterior:
-    """What is sampled where the second output is a matrix: z = loc + A e, at the heads (P, ...).
+    """The measured posterior if the second output is a matrix: z = loc + A e, at heads (P, ...).
 
     `factor` is A (P, D, D), and `error` the relative error of both.
     """

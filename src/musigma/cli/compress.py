@@ -43,7 +43,7 @@ def compress(
         out: The .mus file to write.
         prepared: Compress what the model sees (resized, binarized, fewer levels) instead of the
             original data. Without it, data that the model sees only in part are refused.
-        labels: Store the labels as well. What the model is conditioned on is always stored.
+        labels: Store the labels as well. The context of a conditional model is always stored.
         embed: Store the model in the file, so that it can be read without the run.
         numerics: `exact` files can be read on any machine. `pinned` is about twice as fast, but
             needs the same processor type and PyTorch version for reading.

@@ -84,7 +84,7 @@ def refuse_other_run(out: Path, saved: Mapping[str, Any], defaults: Mapping[str,
 
     Args:
         out: The run folder.
-        saved: What its config.json would hold now: `model`, `data` and `train`.
+        saved: The present options in the form of config.json: `model`, `data` and `train`.
         defaults: Defaults of the architecture, for options that the saved run does not have yet.
 
     Raises:
@@ -130,7 +130,7 @@ def decided_by_main(processes: Processes, decide: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def reserved(out: Path, processes: Processes, *, empty: bool) -> Iterator[None]:
-    """Keep a folder, which is created if needed, and emptied if asked, from other processes."""
+    """Reserve a folder for this process; create it if needed, and empty it if asked."""
     from musigma.files import LOCK, lock_run
 
     def enter() -> None:

@@ -41,7 +41,7 @@ def launched_processes() -> Processes:
 
 
 class Screen:
-    """Where a command prints: for people, or for a program with --json.
+    """The output of a command: text, or JSON with --json.
 
     Of several processes only the main one prints.
     """

@@ -46,7 +46,7 @@ class Trained:
             an example is an image, not a vector; `levels` of each element in a picture.
         class_variable: The classes that `--label` chooses from, if the model is conditioned on
             any; `needs_given` if the context is more than the class.
-        screen: Where the command prints.
+        screen: The output of the command.
         folder: The run folder; None for a checkpoint file.
         part: The part of the data that `data` returned last.
         given: The context of those data: items of `--given`.
@@ -103,7 +103,7 @@ class Trained:
         return data.Preprocess.from_json(self.about_data.get("preprocess", {}))
 
     def data(self, source: str, options: DataOptions, label: str | None = None) -> Dataset:
-        """Data prepared as in training, of the part asked for; all of class `label` if given."""
+        """Data prepared as in training, of the requested part; all of class `label` if given."""
         from musigma import data
         from musigma.data.attach import is_source
         from musigma.evaluation import check

@@ -298,7 +298,7 @@ def _shared(
 
 
 def _unlabeled(trained: Trained) -> list[Variable]:
-    """What the model is conditioned on besides `label`, which has an array of its own."""
+    """The variables of the context other than `label`, which has its own array."""
     return [v for v in trained.spec.context if v.name != "label"]
 
 

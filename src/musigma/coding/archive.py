@@ -127,7 +127,7 @@ def compress(
 
     .. math:: \text{bits} = \sum_i -\text{ELBO}(x_i) / \ln 2
 
-    plus, for each chunk, the bits that its first image begins with: 60 to 3,000 bytes.
+    plus, for each chunk, the initial bits of its first image: 60 to 3,000 bytes.
 
     Args:
         model: Built by an `architecture`, for integer levels. Each of its layers, maps and
@@ -144,7 +144,7 @@ def compress(
         chunk: Number of images in a chunk. Damage loses a whole chunk, reading one image decodes
             its chunk, and each core codes one chunk at a time. None: 4,096, or 16 MiB.
         embed: Whether the file holds the model, too.
-        verify: Whether the file is decoded and compared before it takes its place.
+        verify: Whether the file is decoded and compared before it replaces an old one.
         workers: Number of chunks to code at a time; None: one for each core.
         progress: Called with (images done, images, the rate so far as text).
 
@@ -316,7 +316,7 @@ class _Compression:
 
 
 def _bounds(sample: Batch, n: int, dims: int, chunk: int | None) -> list[int]:
-    """Where the chunks of n images begin, and where the last one ends."""
+    """The starts of the chunks of n images, and the end of the last one."""
     given_bytes = 2 * sum(a[0].nbytes for a in sample.given.values())
     largest = max(1, min(Limits().chunk_images, Limits().side // max(1, given_bytes)))
     most = chunk or max(1, min(CHUNK, CHUNK_BYTES // dims, largest))
@@ -374,7 +374,7 @@ class Archive:
     Args:
         file: Open for reading bytes, seekable.
         model: The model that it was written with; None: the model in the file.
-        limits: What the file may ask for.
+        limits: The limits that the file must respect.
         trust: Whether the model in the file may be built; a hostile file could name a model that
             takes all memory.
         workers: Number of chunks to decode at a time; None: one for each core.

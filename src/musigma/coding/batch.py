@@ -1,7 +1,7 @@
 """Batches of images with what belongs to them, as bytes and as the input of a model.
 
 The side of a chunk, which is what it holds besides pixels, is a JSON object: a list of one value
-for each image under each name. Where there are arrays, too, it is a byte 1, the length of the JSON
+for each image under each name. If there are also arrays, it is a byte 1, the length of the JSON
 (u32), the JSON object {"about": ..., "given": [[name, dtype, shape of a row], ...]}, and the bytes
 of each array: the first bytes of all numbers, then the second bytes, and so on.
 """
@@ -37,8 +37,8 @@ class Batch:
 
     Attributes:
         levels: Integers, shape (N, *shape), as the model takes them.
-        about: What else belongs to each image, by name, one JSON value for each: `names`, `modes`,
-            `labels`.
+        about: Other information about each image, by name, one JSON value for each: `names`,
+            `modes`, `labels`.
         given: The context of each image except its label, by name: indices of classes (N,),
             numbers (N, F) or images (N, C, H, W), in any type of `DTYPES`.
     """

@@ -71,7 +71,7 @@ class Coded:
 
     @classmethod
     def restored(cls, chunk: Chunk) -> Coded:
-        """What was `stored`."""
+        """Read what `stored` returned."""
         listed: list[Exceptions] = [{} for _ in chunk.schedule]
         for batch, place, index, up in chunk.exceptions.tolist():
             if batch >= len(listed):

@@ -233,7 +233,7 @@ class _Planner(Coder):
             self.close()
 
     def generate(self, model: Model, context: Any) -> None:
-        """Latents to data, with the values that were met; refuses others, and a wrong order."""
+        """Latents to data, with the recorded values; refuses others, and a wrong order."""
         self.generating, self.name = True, type(model).__name__
         model.generate(self, context)
         if self.steps:

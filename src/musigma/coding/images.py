@@ -42,7 +42,7 @@ class Examples:
 
     Args:
         data: The data set, with the preprocessing of the model.
-        context: What the model is conditioned on (`model.spec.context`); it is kept.
+        context: The variables of the model's context (`model.spec.context`); they are kept.
         folder: The folder of the files, for a data set of images; their names and modes are kept.
         labels: Whether labels are kept, even if the model is not conditioned on them.
         prepared: Whether to keep what the model sees; otherwise the data themselves are kept, and
@@ -50,7 +50,7 @@ class Examples:
         seed: Random seed of dynamic binarization.
 
     Attributes:
-        about: What the header of the file says of them.
+        about: The entries of the file's header about them.
 
     Raises:
         ValueError: If the model sees less than the data hold, if a part of its context is

@@ -3,9 +3,10 @@
 `exact` computes networks in float64. Their outputs differ by about 1e-14 between batch sizes,
 threads, kernels and machines. Rounded to a grid they agree exactly, unless a number lies so close
 to the middle between two points that the difference decides: the encoder lists these exceptions,
-one value in two million, and the decoder looks them up. So any machine can read the file. `pinned`
-computes in float32, about twice as fast, and lists nothing: the reader needs the same release of
-torch and the same kind of processor, and any other machine is refused before it decodes a pixel.
+one value in two million, and the decoder looks them up. Any machine can therefore read the file.
+`pinned` computes in float32, about twice as fast, and lists nothing: the reader needs the same
+release of torch and the same kind of processor, and any other machine is refused before it decodes
+a pixel.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class Source:
         return self.budget >= 0
 
     def magic(self, position: int) -> int | None:
-        """Where the next chunk or footer seems to begin, from a position on."""
+        """The next position, from a given one on, at which a chunk or footer seems to begin."""
         while position < self.size:
             base, data = self._window
             if base <= position < base + len(data):
@@ -142,8 +142,8 @@ class Source:
 def find(source: Source, begin: int) -> tuple[Sequence[Entry], int, Any, bool, bool]:
     """The chunks of a file, the first of which lies at `begin`: one after the other, or by a scan.
 
-    A damaged file yields every chunk whose header is whole and belongs to this file. What a whole
-    footer says still holds, even if the footer has moved.
+    A damaged file yields every chunk whose header is whole and belongs to this file. The
+    information in a whole footer is used even if the footer has moved.
 
     Returns:
         The attributes `entries`, `images`, `lost`, `rescanned` and `ended` of `Reader`.
@@ -261,7 +261,7 @@ class Reader:
 
     Args:
         file: Open for reading bytes, seekable; it stays open. One reader at a time may use it.
-        limits: What the file may ask for.
+        limits: The limits that the file must respect.
 
     Attributes:
         header: The JSON values that were written.
@@ -415,7 +415,7 @@ def _inflated(data: bytes, size: int) -> bytes | None:
 
 
 def _other(begin: bytes) -> str:
-    """What a file is that does not begin as a `.mus` file."""
+    """The kind of a file that does not begin as a `.mus` file."""
     if not begin:
         return "the file is empty; copy it again"
     if mus.MAGIC.startswith(begin):

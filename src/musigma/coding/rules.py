@@ -2,7 +2,7 @@ r"""Bijections as exact maps of integers, each at the cost of its log-determinan
 
 Values lie on a grid, x = k · 2^-g, and a layer must map integers k to integers without loss.
 Reordering does. Adding a rounded function of other elements does too, x2 + round(t(x1)), and with
-it every triangular matrix with a diagonal of ones. That leaves scaling. For y = x R / S with
+it every triangular matrix with a diagonal of ones. Only scaling remains. For y = x R / S with
 integers R and S,
 
 .. math:: z = R k + r, \quad r \sim U(0..R-1); \qquad k' = \lfloor z / S \rfloor, \quad
@@ -45,7 +45,7 @@ STEPS = 4096
 PARTS = 3
 """The elements of a batch are scaled in this many parts, to pop few bits at a time."""
 SHIFT = 12
-"""What networks add is an integer multiple of 2^-12, or of the grid if that is coarser."""
+"""Outputs of networks that are added are multiples of 2^-12, or of the grid if it is coarser."""
 
 
 R = TypeVar("R", bound=Callable[..., Any])
@@ -110,7 +110,7 @@ def rule_of(subject: object) -> Any:
 
 
 def _redefined(kind: type, base: type) -> list[str]:
-    """Attributes of a base class that classes between it and a subclass define anew."""
+    """Attributes of a base class that classes between it and a subclass redefine."""
     between = kind.__mro__[: kind.__mro__.index(base)]
     names = {name for cls in between for name in vars(cls) if hasattr(base, name)}
     harmless = {"extra_repr", "_abc_impl", "_is_protocol"}  # of which Python sets two itself
@@ -483,7 +483,7 @@ class ActNormRule(Rule):
         return shift, *ratio(fixed(log_scale, STEPS).reshape(shape))
 
     def parameters(self) -> tuple[Tensor, Tensor]:
-        """What is added to each channel, and the log of what then multiplies it."""
+        """The shift of each channel, and the log of the scale that then multiplies it."""
         return self.layer.bias, self.layer.log_scale
 
 

@@ -24,7 +24,7 @@ __all__ = ["FAMILIES", "Converted", "Family", "ForeignError", "Options", "conver
 
 
 class Converted(NamedTuple):
-    """What `convert` returns.
+    """The result of `convert`.
 
     Attributes:
         model: In evaluation mode, on the CPU.
@@ -80,7 +80,7 @@ def convert(
     Raises:
         ForeignError: If the file cannot be read, is of no known kind, fits two kinds that read
             the same parameters differently, holds several sets of weights of which none is named,
-            or holds other parameters than its kind has: the first five differences, and the
+            or its parameters differ from those of its kind: the first five differences, and the
             nearest known format.
         ValueError: For an unknown family, or an option that the family does not take.
 

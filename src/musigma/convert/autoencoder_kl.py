@@ -38,7 +38,7 @@ DEFAULTS = {
 """Defaults of diffusers for entries that a config.json lacks."""
 
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-"""What earlier versions of diffusers called the layers of attention."""
+"""Names of the attention layers in earlier versions of diffusers."""
 
 COMPVIS_NAMES = {
     "conv_norm_out": "norm_out",

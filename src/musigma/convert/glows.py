@@ -335,7 +335,7 @@ class Chaiyujin(Glow):
         return dict(zip(self.steps, orders, strict=True))
 
     def _labels(self, shape: Sequence[int]) -> dict[str, Any]:
-        """What the labels are, and the weight in nats for each nat of log p(x)."""
+        """The kind of the labels, and the weight in nats for each nat of log p(x)."""
         kinds = {"multi-classes": "sigmoid", "single-class": "softmax"}
         said = str(self._setting("Criterion", "y_condition"))
         labels = self.options.labels or kinds.get(said)

@@ -1,8 +1,8 @@
 """Foreign files as named tensors, read without running anything in them.
 
 From a pickle, tensors, containers and dtypes are rebuilt; any other class or function becomes an
-`Inert` stand-in that keeps the state it is given. So a checkpoint of Lightning is read without
-Lightning, a pickled module yields its tensors without its class, and a pickle that calls
+`Inert` stand-in that keeps the state it is given. A checkpoint of Lightning is therefore read
+without Lightning, a pickled module yields its tensors without its class, and a pickle that calls
 ``os.system`` calls nothing.
 """
 
@@ -43,7 +43,7 @@ DEPTH = 12
 """Largest nesting of containers in which tensors are looked for."""
 
 MODULE_TABLES = ("_parameters", "_buffers", "_modules")
-"""Where a pickled `nn.Module` keeps its tensors and its parts."""
+"""Attributes in which a pickled `nn.Module` keeps its tensors and submodules."""
 
 
 class Inert(dict):
@@ -86,7 +86,7 @@ class Contents:
     Attributes:
         path: The file.
         tensors: By name; an `Inert` stands for a tensor of a kind that is not read.
-        notes: What a user should know about how the file was read.
+        notes: Notes for the user about how the file was read.
     """
 
     path: Path

@@ -27,7 +27,7 @@ AVERAGED = {"ema", "swa", "avg", "average", "averaged", "averages", "polyak", "s
 """Words in the names of averaged weights."""
 
 BOOKKEEPING = {"n_averaged", "decay", "num_updates", "initted", "step"}
-"""What classes that average weights keep beside them."""
+"""Attributes of classes that average weights."""
 
 LEAST = 0.5
 """The least share of the names that must be a family's."""
@@ -44,7 +44,7 @@ def select(
     """The tensors of the model in a file, by the names that its own module gives them.
 
     Args:
-        contents: What the file holds.
+        contents: The contents of the file.
         families: The known kinds of checkpoints.
         family: The kind that it is; None for any.
         weights: `raw`, `averaged`, or the prefix of a set of weights; None for the raw ones where

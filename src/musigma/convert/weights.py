@@ -34,8 +34,8 @@ class Options:
         bits: Bits of each element of the data; None: the default of the original's code.
         format: How the scale of q(z | x) is read, in the words of `Format`: `log_var`, `log_std`,
             `softplus`, ...
-        permutation: Of a Glow without 1x1 convolutions: `reverse`, or the order of every step.
-        labels: Of a Glow's classifier: `softmax` for one label each, `sigmoid` for several.
+        permutation: For a Glow without 1x1 convolutions: `reverse`, or the order of every step.
+        labels: For a Glow's classifier: `softmax` for one label each, `sigmoid` for several.
         std: Standard deviation of p(x | z), where the original has no likelihood.
         groups: Groups of the group normalizations.
 
@@ -81,7 +81,7 @@ class Weights:
     Args:
         tensors: By name.
         path: The file, for messages.
-        notes: What a user should know: how the file was read, what was assumed.
+        notes: Notes for the user: how the file was read, and what was assumed.
 
     Attributes:
         kind: The family that the tensors are taken for.

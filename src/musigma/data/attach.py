@@ -102,7 +102,7 @@ def _read(
     constant: bool,
     wanted: Sequence[str] | None = None,
 ) -> tuple[dict[str, Given], dict[str, list[str]]]:
-    """What a file holds: variables, and columns that may name the examples."""
+    """The contents of a file: variables, and columns that may name the examples."""
     path, names, faults = Path(source).expanduser(), {}, {}
     ending = path.suffix.lower()
     given: dict[str, Given | np.ndarray] = {}

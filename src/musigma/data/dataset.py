@@ -220,7 +220,7 @@ class Dataset:
             It may be memory-mapped, or decode images when they are indexed; all subsets share it.
         rows: The rows of `array` that belong to this set, in its order; None: all.
         name: The source as it was given.
-        preprocess: What `take` does to images; `size` has been applied to `array` already.
+        preprocess: How `take` processes images; `size` has been applied to `array` already.
         labels: int64 (N,), indices into `label_names`.
         label_names: Names of the classes.
         ids: A name for each example, its file name for instance.
@@ -228,8 +228,8 @@ class Dataset:
         official_validation: True for examples that the source itself reserves for validation.
         columns: Names of the columns of a table.
         given: Further context of each example, by name: what a model can be conditioned on.
-        skipped: What could not be used and was left out, with the reasons, by name.
-        notes: What the user should know about how the data were read.
+        skipped: Reasons why examples were left out, by name.
+        notes: Notes for the user about how the data were read.
         hashes: Hashes of the rows of `array`, computed once and shared by all subsets.
 
     >>> data = Dataset(np.arange(12, dtype=np.float32).reshape(6, 2))
@@ -307,7 +307,7 @@ class Dataset:
         return Variable("label", names=self.label_names), *given
 
     def spec(self, context: Sequence[str] = ()) -> Spec:
-        """What a model of these data is built from, conditioned on the variables named.
+        """The `Spec` of a model of these data, conditioned on the named variables.
 
         Raises:
             DataError: If there is no such variable.
@@ -332,7 +332,7 @@ class Dataset:
         """The examples at `indices` as a model sees them: uint8 levels from 0, or float32.
 
         Dynamic binarization is a pure function of (seed, step, position); the positions count
-        from `first`. So a batch can be taken in parts:
+        from `first`, so a batch can be taken in parts:
 
         >>> levels = np.full((4, 1, 2, 2), 99, np.uint8)
         >>> data = Dataset(levels, preprocess=Preprocess(binarize="dynamic"))

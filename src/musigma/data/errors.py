@@ -64,7 +64,7 @@ def named(names: Sequence[str], most: int = 5) -> str:
 
 
 def called(columns: Sequence[str], column: int) -> str:
-    """What messages call a column: its name, or its number where columns have no names."""
+    """The name of a column in messages, or its number if columns have no names."""
     return f"column {columns[column]!r}" if columns else f"column {column} (from 0)"
 
 

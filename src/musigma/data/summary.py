@@ -14,8 +14,8 @@ from musigma.data.sampling import PARTS
 
 __all__ = ["describe", "summary"]
 
-SAMPLE = 10_000  # rows by which columns are judged
-IMAGES = 64  # images by which levels are judged
+SAMPLE = 10_000  # rows that are examined for doubtful columns
+IMAGES = 64  # images that are examined for doubtful levels
 CLASSES = 12  # classes that a summary counts one by one
 
 

@@ -1,7 +1,7 @@
 """Tables: text as numbers, columns as data, labels or context, and what is made of them.
 
 A reader makes a `Table` of a file, and `assemble` makes a `Dataset` of it, so arrays, text and
-parquet are judged by the same rules. Every decision is reported: a note
+parquet follow the same rules. Every decision is reported: a note
 names whatever is not data, and an error names whatever cannot be used.
 """
 
@@ -244,7 +244,7 @@ class Table(ABC):
         return values, ~(np.abs(values) <= LARGEST)
 
     def called(self, j: int) -> str:
-        """What messages call a column."""
+        """The name of a column in messages."""
         return called(self.names, j)
 
     def row_id(self, i: int) -> str:
@@ -252,7 +252,7 @@ class Table(ABC):
         return str(i)
 
     def row_called(self, i: int) -> str:
-        """What messages call a row."""
+        """The name of a row in messages."""
         return f"row {i} (from 0)"
 
     def reason(self, i: int, j: int, value: float | None) -> str:

@@ -182,7 +182,7 @@ def inspect(model: Model, x: Tensor, context: Context = None) -> dict[str, Any]:
         for independent elements with a closed form also `kl` of each, and whether it is `active`
         (above 0.01 nats). A latent of a flow has its `value`, its `nats`, and for a Gaussian prior
         `prior_mean`, `prior_log_std` and the whitened `noise`, as (mean, std, min, max) over the
-        elements. What a distribution does not define is left out.
+        elements. Moments that a distribution does not define are left out.
 
     Raises:
         ValueError: If x is not one example.

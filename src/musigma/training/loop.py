@@ -50,7 +50,7 @@ __all__ = ["Run", "fit"]
 
 @dataclass(frozen=True)
 class Run:
-    """What `fit` returns.
+    """The result of `fit`.
 
     Attributes:
         model: The averaged weights of the last step, in evaluation mode; the best ones if the run

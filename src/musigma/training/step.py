@@ -105,7 +105,7 @@ def made_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> o
     """The optimizer that a function makes.
 
     Raises:
-        ValueError: If it is no optimizer, needs a closure, or has a group without learning rate.
+        ValueError: If it is not an optimizer, needs a closure, or lacks a learning rate.
     """
     optimizer = make(list(parameters))
     name = type(optimizer).__name__

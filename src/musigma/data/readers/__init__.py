@@ -59,7 +59,7 @@ def load(
         source: A path, a URL or a name.
         preprocess: How images are preprocessed.
         given: Context to read along with the examples: `label` requires labels; names or patterns
-            of columns (`x_*`), which then are no part of x; or files with a row for each example
+            of columns (`x_*`), which are then not part of x; or files with a row for each example
             (`attach`).
         columns: The columns of a table that a model needs, in its order. Others are left out.
         channels: 3 makes gray images RGB.
@@ -164,7 +164,7 @@ def _check_levels(data: Dataset) -> None:
 
 
 def identity(source: str | Path) -> str:
-    """What identifies a source: its name, its URL without the query, or its resolved path.
+    """The identity of a source: its name, its URL without the query, or its resolved path.
 
     >>> identity("digits")
     'digits'

@@ -151,7 +151,7 @@ def _images(x: np.ndarray, request: Request) -> Dataset:
 
 
 def _advice(x: np.ndarray, low: float, high: float) -> str:
-    """What to do with arrays of more than two axes that hold no levels."""
+    """Advice for arrays with more than two axes that do not hold levels."""
     if x.dtype.kind in "iu":
         return "rescale to 0..255, and store uint8"
     flat = "x.reshape(len(x), -1).astype(np.float32)"

@@ -107,7 +107,7 @@ class Delimited(Table):
         self.values = np.array(values).reshape(-1, len(first))
 
     def _keep_texts(self, path: Path, form: _Format, first: list[str]) -> None:
-        """Keep the text of columns that have cells which are no numbers, or may name rows."""
+        """Keep the text of columns that have cells other than numbers, or may name rows."""
         gaps = np.isnan(self.values[1:] if len(self.values) > 1 else self.values).any(0)
         self.texts: dict[int, list[str]] = {
             j: [] for j, name in enumerate(first) if gaps[j] or is_called_id(name)

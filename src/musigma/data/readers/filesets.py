@@ -59,7 +59,7 @@ class File(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a member lies: the index of its file, its first byte, its length."""
+    """The location of a member: the index of its file, its first byte, its length."""
 
     file: int
     offset: int = -1  # -1: the whole file

@@ -285,7 +285,7 @@ class _Survey:
         return Record({}, found.info | info, found.arrays | arrays)
 
     def _about(self, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What `_dataset` needs to know besides the pixels."""
+        """The information that `_dataset` needs besides the pixels."""
         found = layout([self.paths[name] for name in names])
         labels, label_names = self._labels(names, found.classes)
         if found.unclassed:
@@ -326,7 +326,7 @@ class _Survey:
         )
 
     def _leave_out_unlabeled(self) -> None:
-        """Where files beside images hold labels, require one for each image."""
+        """If files beside images hold labels, require one for each image."""
         for name in sorted(self.images):
             if reason := self.unreadable.get(_key(name)):
                 self.leave_out(name, f"has a label that cannot be read ({reason}): repair it")

@@ -1,7 +1,7 @@
 """The meaning of folder names: parts for training, validation and testing; classes; masks.
 
-The names of parts are recognized in their usual spellings. What lies beside folders `train` and
-`test` belongs to neither, and is left out, as are masks beside images; the request's notes say so.
+The names of parts are recognized in their usual spellings. Files beside folders `train` and
+`test` belong to neither, and are left out, as are masks beside images; notes say so.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def _fetch(
 
 
 def _version(path: Path, info: dict[str, Any]) -> dict[str, Any]:
-    """What identifies the version of a file, there and here."""
+    """The identity of the version of a remote file and of its local copy."""
     version = next((str(info[key]) for key in VERSIONS if info.get(key)), None)
     here = path.stat().st_size if path.is_file() else None
     return {"size": info.get("size"), "version": version, "here": here}

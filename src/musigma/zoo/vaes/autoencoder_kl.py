@@ -66,7 +66,7 @@ def autoencoder_kl(
         raise ValueError(f"groups: {groups} does not divide all of the widths {list(widths)}")
     z = latents if embedded is None else embedded
     if z != latents and not (quant and post_quant):
-        raise ValueError("embedded: other channels than `latents` need quant and post_quant")
+        raise ValueError("embedded: a number other than `latents` needs quant and post_quant")
     if std <= 0:
         raise ValueError(f"std: expected a positive number; got {std}")
     levels, small = range(len(widths)), widths[-1]
