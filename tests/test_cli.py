@@ -609,7 +609,7 @@ def test_a_command_that_is_refused_replaces_no_run(workdir, capsys):
     for out in ("run --overwrite", "new"):
         assert call(f"train vae photos {TINY['vae']} --memory-budget 1KB --out {out}") == 2
         error = capsys.readouterr().err
-        assert re.search(r"memory_budget: weights and one example take [\d.]+KB, more", error)
+        assert re.search(r"memory_budget: weights and one example take [\d.]+MB, more", error)
     assert Path("run/model.safetensors").read_bytes() == first
     assert not Path("new").exists()
 
