@@ -3,6 +3,7 @@
 import copy
 import random
 import time
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from corpus_vae import AGGREGATES, ENTRIES, D, Net, half, kl_log_var, kl_of, parts, sampler
 from musigma.audit import AuditError, audit_aggregate, audit_vae
+from musigma.audit.sandbox import Sandbox
 
 
 def judge(name: str, seed: int) -> None:
@@ -111,6 +113,26 @@ def test_the_model_and_all_random_states_are_restored():
     assert rng[2] == random.getstate()
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
+
+
+class Fixed(dict):
+    """A dictionary that refuses to be changed."""
+
+    def clear(self):
+        raise TypeError("it is fixed")
+
+    update = clear
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, Counter])
+def test_containers_of_the_model_are_restored(kind):
+    net = Net()
+    net.memory, net.fixed = kind(a=1), Fixed(a=1)
+    with Sandbox(net):
+        net.memory["b"] = 2
+        net.body.register_forward_hook(lambda *_: None)
+    assert net.memory == net.fixed == {"a": 1}
+    assert not net.body._forward_hooks
 
 
 # --- bad input -----------------------------------------------------------------------------------

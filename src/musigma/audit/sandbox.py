@@ -322,16 +322,27 @@ def _content_restorer(thing: Any) -> Callable[[], None]:
         return _tensor_restorer(thing)
     if isinstance(thing, np.ndarray):
         return functools.partial(np.copyto, thing, thing.copy())
-    container = vars(thing) if _plain_object(thing) else thing
-    if not isinstance(container, (dict, list, set)):
-        return lambda: None
-    content = container.copy()
+    container = thing
+    if not isinstance(thing, (dict, list, set)):
+        if not _plain_object(thing):
+            return lambda: None
+        container = vars(thing)
+    content, before = container.copy(), _entries(container)
 
     def restore() -> None:
-        container.clear()
-        (container.extend if isinstance(container, list) else container.update)(content)
+        now = _entries(container)
+        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
 
     return restore
+
+
+def _entries(container: Any) -> list[Any]:
+    """The objects in a container: the keys and the values of a dictionary."""
+    if isinstance(container, dict):
+        return [*container.keys(), *container.values()]
+    return list(container)
 
 
 def _plain_object(value: Any) -> bool:
