@@ -59,6 +59,34 @@ MODELS = """
             mean, log_var = inputs
             return mean + (0.5 * log_var).exp() * torch.randn_like(mean)
 
+    class British(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter = nn.Linear(7, 4)
+
+        def encode(self, x):
+            return self.enter(x).chunk(2, 1)
+
+        def reparametrise(self, mu, logvar):
+            return mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+
+        def kl(self, mu, logvar):
+            return -0.5 * torch.sum(1 + logvar - mu**2 - logvar.exp())
+
+        def forward(self, x):
+            return x
+
+    class Plain(nn.Module):  # the function below is not its inverse
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(7, 7)
+
+        def forward(self, x):
+            return self.net(x)
+
+    def inverse(matrix):
+        return torch.linalg.inv(matrix)
+
     class WithLayer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -132,6 +160,7 @@ def file(tmp_path):
         ("Squared", "bug", "log_std", ("kl_mismatch",)),
         ("Turned", "correct", "log_var", ()),
         ("WithLayer", "correct", "log_var", ()),
+        ("British", "correct", "log_var", ()),
         ("Coupled", "correct", None, ()),
         ("Signed", "bug", None, ("logdet_mismatch",)),
     ],
@@ -152,6 +181,7 @@ def test_models_of_a_file(file, name, verdict, convention, codes):
         ("broken", r"broken\(\): it raises RuntimeError: no such luck"),
         ("nothing", "int: neither a VAE"),
         ("Hidden", "Hidden: neither a VAE"),
+        ("Plain", "Plain: neither a VAE"),
     ],
 )
 def test_objects_that_cannot_be_audited(file, target, message):

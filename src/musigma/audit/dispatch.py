@@ -30,7 +30,7 @@ __all__ = ["audit"]
 
 ENCODE = ("encode", "encoder", "inference", "recognition", "recognition_model")
 SAMPLE = (
-    "reparameterize", "reparametrize", "reparameterise", "reparametrize", "reparam",
+    "reparameterize", "reparametrize", "reparameterise", "reparametrise", "reparam",
     "reparameterization", "reparametrization", "sample_z", "sample_latent", "sampling", "sampler",
     "sample",
 )  # fmt: skip
@@ -175,7 +175,7 @@ def _find(obj: Any, names: tuple[str, ...]) -> tuple[str, Any] | None:
 def _is_flow(obj: Any, run: Callable[[Tensor], Any], x: Tensor) -> bool:
     """Whether it has an inverse, or returns as many numbers as x and a log-determinant."""
     layers = obj if isinstance(obj, (list, tuple)) else [obj]
-    if all(isinstance(t, Transform) or _find(t, INVERSE) for t in layers):
+    if all(isinstance(t, Transform) or _inverts(t) for t in layers):
         return True
     with Sandbox(obj) as sandbox, torch.no_grad():
         sandbox.use_dtype(torch.float32)
@@ -186,6 +186,10 @@ def _is_flow(obj: Any, run: Callable[[Tensor], Any], x: Tensor) -> bool:
     parts = z if isinstance(z, (list, tuple)) else [z]
     sizes = [p.numel() if isinstance(p, Tensor) else 0 for p in (*parts, log_det)]
     return sum(sizes[:-1]) == x.numel() and sizes[-1] in (1, len(x), x.numel())
+
+
+def _inverts(layer: Any) -> bool:
+    return any(callable(getattr(layer, name, None)) for name in INVERSE)
 
 
 def _vae_parts(obj: Any) -> dict[str, Any] | None:
