@@ -28,6 +28,16 @@ def test_half_of_the_corpus_is_correct():
     assert verdicts.count("correct") >= 0.45 * len(verdicts)
 
 
+def test_a_flow_that_asserts_float32():
+    def forward(x):
+        assert x.dtype == torch.float32
+        return 2 * x, torch.full((len(x),), 3 * 0.6931472)
+
+    report = audit_flow(forward, lambda z: z / 2, torch.randn(8, 3))
+    assert report.verdict == "correct"
+    assert "it computes in float32 only: tolerances are wider" in report.assumed
+
+
 # --- what cannot be looked at -------------------------------------------------------------------
 
 

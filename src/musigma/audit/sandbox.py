@@ -101,12 +101,14 @@ def about_types(error: AuditError) -> bool:
     return any(word in str(error) for word in words)
 
 
-def by_float_type(attempt: Callable[[torch.dtype], T]) -> T:
-    """The result of an attempt in float64, or in float32 if a callable refuses float64."""
+def by_float_type(
+    attempt: Callable[[torch.dtype], T], retries: Callable[[AuditError], bool] = about_types
+) -> T:
+    """What an attempt in float64 returns; in float32, after an error that it `retries`."""
     try:
         return attempt(torch.float64)
     except AuditError as error:
-        if not about_types(error):
+        if not retries(error):
             raise
     return attempt(torch.float32)
 
