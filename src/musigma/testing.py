@@ -284,10 +284,10 @@ def _decoding(model: Model, x: Tensor, context: Any) -> None:
         _near(decoded, x, 1e-9, "decode(encode(x))")
     site = next(iter(model.latents()))
     trace = Trace(generating=True, n=len(x), given={site: latents[0]})
-    partial = model.generate(trace, context)
+    decoded = model.generate(trace, context)
     _say(trace.values[site] == latents[0], "partial decoding changes a given latent")
     if model.exact:
-        again = model.encode(partial, context)[0]
+        again = model.encode(decoded, context)[0]
         _near(again, latents[0], 1e-9, "partial decoding, encoded again")
 
 

@@ -77,11 +77,14 @@ def check_full_kl(audit: VAEAudit, q: FullPosterior) -> None:
     if fit.residual > OFF + 20 * q.error:
         w = fit.worst
         audit.bug(
-            "kl_mismatch", "the KL is not a multiple of the KL of what is sampled: "
+            "kl_mismatch",
+            "the KL is not a multiple of the KL of what is sampled: "
             f"{f[w]:.5g} instead of {t[w]:.5g}",
             "use torch.distributions.MultivariateNormal for both, with one scale_tril",
-            kl=f[w], expected=t[w], residual=fit.residual,
-        )  # fmt: skip
+            kl=f[w],
+            expected=t[w],
+            residual=fit.residual,
+        )
         return
     audit.kl_fits, audit.read_as = True, "full covariance"
     _slope_and_intercept(audit, fit, d, 1e-4 + 10 * q.error)
@@ -92,9 +95,10 @@ def check_kl(audit: VAEAudit, q: Posterior) -> None:
     s, kl = q.sampler, audit.functions["kl"]
     if audit.swapped and not _is_square_of_mean(audit, q, kl):
         audit.bug(
-            "sample_mean", "sample takes its second argument as the mean, the KL its first",
+            "sample_mean",
+            "sample takes its second argument as the mean, the KL its first",
             "give sample its arguments in the order (mean, second)",
-        )  # fmt: skip
+        )
         audit.unchecked.append("the KL against what is sampled: the arguments are swapped")
         return
     c = _comparison(audit, q, kl)
@@ -183,10 +187,17 @@ def _comparison(audit: VAEAudit, q: Posterior, kl: Callable[..., Any]) -> Compar
     w = int(second.amin(1).argmax())
     d = Divergence(kl, s, audit.kl_uses_sample, audit.rows, (mean[w], second[w], loc[w]))
     return Comparison(
-        d, (means[None], base[None]), mean, second, loc, sigma,
-        d.values(mean, second, loc, sigma), gaussian_kl(loc, sigma, audit.prior),
-        torch.arange(len(mean)) < len(mean) - len(clamped[0]), len(one[0]),
-    )  # fmt: skip
+        d,
+        (means[None], base[None]),
+        mean,
+        second,
+        loc,
+        sigma,
+        d.values(mean, second, loc, sigma),
+        gaussian_kl(loc, sigma, audit.prior),
+        torch.arange(len(mean)) < len(mean) - len(clamped[0]),
+        len(one[0]),
+    )
 
 
 def _spread(values: Tensor, count: int) -> Tensor:
@@ -204,19 +215,22 @@ def _not_finite(audit: VAEAudit, c: Comparison, usable: Tensor) -> None:
     if not (negative and signed and usable.any()):
         i = int(bad.int().argmax())
         audit.bug(
-            "not_finite", "the KL is NaN or infinite where what is sampled is not",
+            "not_finite",
+            "the KL is NaN or infinite where what is sampled is not",
             "check the logarithm and the exponential in the KL",
-            second=c.second[i][0], share=bad.double().mean(),
-        )  # fmt: skip
+            second=c.second[i][0],
+            share=bad.double().mean(),
+        )
         return
     if audit.convention == "signed std":
         audit.convention = audit.details["convention"]["name"] = "std"
     if audit.heads is not None and (audit.heads[1] < 0).any():
         audit.bug(
-            "not_finite", "the KL is not finite where the second output is negative, as the "
-            "encoder's output is", "make the encoder end in exp or softplus",
+            "not_finite",
+            "the KL is not finite where the second output is negative, as the encoder's output is",
+            "make the encoder end in exp or softplus",
             smallest_second=audit.heads[1].min(),
-        )  # fmt: skip
+        )
     else:
         audit.assumed.append("the second output is positive: the KL is not finite below zero")
 
@@ -235,18 +249,23 @@ def _check_fit(audit: VAEAudit, q: Posterior, c: Comparison) -> bool:
     if residual > max(SEEN, c.tight):
         w = int(c.inside.nonzero()[worst])
         audit.warn(
-            "kl_mismatch", "the KL is nearly that of what is sampled: "
+            "kl_mismatch",
+            "the KL is nearly that of what is sampled: "
             f"{c.f[w]:.5g} instead of {c.t[w]:.5g}; only one of the two has a floor",
-            "compute sigma for sampler and KL in one place", kl=c.f[w],
-            expected=c.t[w], residual=residual,
-        )  # fmt: skip
+            "compute sigma for sampler and KL in one place",
+            kl=c.f[w],
+            expected=c.t[w],
+            residual=residual,
+        )
     off = ((c.f - slope * c.t - intercept) / (abs(slope) * (1 + c.t))).abs() * ~c.inside
     if off.max() > max(OFF, c.tight):
         audit.warn(
-            "kl_mismatch", "where the sampler clamps the second output, the KL does not",
-            "clamp once, before both", residual=off.max(),
+            "kl_mismatch",
+            "where the sampler clamps the second output, the KL does not",
+            "clamp once, before both",
+            residual=off.max(),
             raw_bounds=list(q.curve.raw_bounds),
-        )  # fmt: skip
+        )
     if _of_other_noise(audit, q, c):
         return True
     _slope_and_intercept(audit, c.fit, c.divergence, c.tight)
@@ -296,9 +315,11 @@ def _slope_and_intercept(audit: VAEAudit, fit: Regression, d: Divergence, tight:
     level, latents = max(1e-3, 3 * tight), d.sampler.d
     if fit.slope < 0:
         audit.bug(
-            "kl_scale", f"the KL has the wrong sign: it is {fit.slope:.4g} times the KL",
-            "negate it", slope=fit.slope,
-        )  # fmt: skip
+            "kl_scale",
+            f"the KL has the wrong sign: it is {fit.slope:.4g} times the KL",
+            "negate it",
+            slope=fit.slope,
+        )
     elif abs(fit.slope - 1) > level:
         text = f"the KL is {fit.slope:.6g} times the KL"
         repair = f"divide it by {fit.slope:.6g}, or document that this weight is intended"
@@ -310,11 +331,13 @@ def _slope_and_intercept(audit: VAEAudit, fit: Regression, d: Divergence, tight:
         audit.warn("kl_scale", text, repair, slope=fit.slope)
     if abs(fit.intercept) > level * max(abs(fit.slope), 1e-12) and not d.by_chance:
         audit.warn(
-            "kl_offset", f"the KL is too {'large' if fit.intercept > 0 else 'small'} by the "
+            "kl_offset",
+            f"the KL is too {'large' if fit.intercept > 0 else 'small'} by the "
             f"constant {abs(fit.intercept):.5g}: its gradients are right, its value is not",
             "put the constant back: 0.5 (m^2 + sigma^2 - 1) - log sigma, summed over the latents",
-            intercept=fit.intercept, per_latent=fit.intercept / latents,
-        )  # fmt: skip
+            intercept=fit.intercept,
+            per_latent=fit.intercept / latents,
+        )
 
 
 # --- a KL of something else ---------------------------------------------------------------------
@@ -332,10 +355,12 @@ def _free_bits(audit: VAEAudit, c: Comparison) -> bool:
         return False
     audit.kl_fits, audit.read_as, audit.kl_slope = True, audit.convention, fit.slope
     audit.warn(
-        "kl_mismatch", f"the KL is raised to {f.min():.5g} where it is smaller (free "
-        "bits), and right where it is larger", "report the true KL beside it",
+        "kl_mismatch",
+        f"the KL is raised to {f.min():.5g} where it is smaller (free "
+        "bits), and right where it is larger",
+        "report the true KL beside it",
         held_at=f.min(),
-    )  # fmt: skip
+    )
     return True
 
 
@@ -351,10 +376,14 @@ def _mismatch(audit: VAEAudit, q: Posterior, c: Comparison) -> None:
         written = formula(c.f[one] - others, c.mean[one, 0], c.second[one, 0])
     w = int((((c.f - c.t) / (1 + c.t)).abs() * c.inside)[one].argmax())
     numbers: dict[str, Any] = {
-        "mean": float(c.mean[w, 0]), "second": float(c.second[w, 0]),
-        "sampled_sigma": float(c.sigma[w, 0]), "kl": float(c.f[w]), "expected": float(c.t[w]),
-        "residual": c.fit.residual, "formula": written,
-    }  # fmt: skip
+        "mean": float(c.mean[w, 0]),
+        "second": float(c.second[w, 0]),
+        "sampled_sigma": float(c.sigma[w, 0]),
+        "kl": float(c.f[w]),
+        "expected": float(c.t[w]),
+        "residual": c.fit.residual,
+        "formula": written,
+    }
     plain = name in READINGS and k == 1 and not curve.floor and not curve.more
     sampled = READINGS[name].formula if plain else f"the sampler's sigma ({curve.text})"
     severity = "bug"
@@ -475,12 +504,16 @@ def _check_sign(audit: VAEAudit, c: Comparison) -> None:
         return
     harmless = audit.kl_fits and audit.kl_slope > 0
     audit.find(
-        "kl_negative", "warning" if harmless else "bug",
+        "kl_negative",
+        "warning" if harmless else "bug",
         f"the KL is {smallest:.5g} {c.place(w)}; a KL is never negative",
-        "negate it" if audit.kl_slope < 0 else
-        "0.5 (m^2 + sigma^2 - 1) - log sigma: check the signs and the constant",
-        kl=smallest, mean=c.mean[w, 0], second=c.second[w, 0],
-    )  # fmt: skip
+        "negate it"
+        if audit.kl_slope < 0
+        else "0.5 (m^2 + sigma^2 - 1) - log sigma: check the signs and the constant",
+        kl=smallest,
+        mean=c.mean[w, 0],
+        second=c.second[w, 0],
+    )
 
 
 def _check_minimum(audit: VAEAudit, q: Posterior, c: Comparison) -> None:
@@ -519,11 +552,15 @@ def _check_minimum(audit: VAEAudit, q: Posterior, c: Comparison) -> None:
         level *= min(1.0, max(abs(audit.kl_slope), 1e-6))
     if gap > level and abs(math.log(max(smallest_std, 1e-300) / std)) > 0.03:
         audit.bug(
-            "kl_min_off_prior", "the KL is smallest where the sampled standard deviation is "
+            "kl_min_off_prior",
+            "the KL is smallest where the sampled standard deviation is "
             f"{smallest_std:.4g}; the prior's is {std:.4g}",
             "0.5 (m^2 + s^2 - 1) - log s is smallest at s = 1: check each factor",
-            sigma_at_smallest=smallest_std, prior_std=std, second=best, gap=gap,
-        )  # fmt: skip
+            sigma_at_smallest=smallest_std,
+            prior_std=std,
+            second=best,
+            gap=gap,
+        )
         return
     offsets = torch.linspace(-3, 3, 31, dtype=torch.float64) * std
     f, _ = along(torch.full_like(offsets, at_prior), offsets)
@@ -531,10 +568,12 @@ def _check_minimum(audit: VAEAudit, q: Posterior, c: Comparison) -> None:
     if f[15] - f[i] > level:
         at = mean + float(offsets[i])
         audit.bug(
-            "kl_min_off_prior", f"the KL is smallest at mean {at:.4g}; the prior's is {mean:.4g}",
+            "kl_min_off_prior",
+            f"the KL is smallest at mean {at:.4g}; the prior's is {mean:.4g}",
             "take the prior's mean from the posterior's in the KL",
-            mean_at_smallest=at, prior_mean=mean,
-        )  # fmt: skip
+            mean_at_smallest=at,
+            prior_mean=mean,
+        )
 
 
 def _check_growth(audit: VAEAudit, c: Comparison) -> None:
@@ -550,8 +589,10 @@ def _check_growth(audit: VAEAudit, c: Comparison) -> None:
     kind = audit.details["kl_over_batch"] = "sum" if sums else "mean" if means else "neither"
     if kind == "neither" and audit.kl_fits:
         audit.bug(
-            "reduction_imbalance", f"for 8 identical examples the KL is {growth[8]:.4g} times "
+            "reduction_imbalance",
+            f"for 8 identical examples the KL is {growth[8]:.4g} times "
             "that of one: neither a sum (8) nor a mean (1)",
             "sum over the latents, and take the mean over the batch once",
-            growth=growth[8], examples=8,
-        )  # fmt: skip
+            growth=growth[8],
+            examples=8,
+        )

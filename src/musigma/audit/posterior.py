@@ -40,17 +40,20 @@ def name_scale(audit: VAEAudit, s: Sampler) -> Posterior | None:
     b, sigma = _scan(s, steps)
     if len(b) < 3:
         audit.bug(
-            "not_finite", "sample returns NaN or infinity for nearly every second output",
+            "not_finite",
+            "sample returns NaN or infinity for nearly every second output",
             "check what it does with the second tensor",
-        )  # fmt: skip
+        )
         return None
     exact = s.mode != "moments"
     pooled = sigma.abs().mean(1) if exact else sigma.square().mean(1).sqrt()
     if pooled.max() < 1e-12:
         audit.bug(
-            "sample_scale", "z does not vary: its standard deviation is zero",
-            "add sigma times standard normal noise to the mean", sigma=0.0,
-        )  # fmt: skip
+            "sample_scale",
+            "z does not vary: its standard deviation is zero",
+            "add sigma times standard normal noise to the mean",
+            sigma=0.0,
+        )
         return None
     error = max(1e-6, 5 * s.rounding) if exact else 6 / math.sqrt(2 * s.averaged(51) * s.d)
     off = (sigma.abs() - pooled[:, None]) / pooled[:, None].clamp(min=1e-300)
@@ -84,8 +87,9 @@ def name_scale(audit: VAEAudit, s: Sampler) -> Posterior | None:
             f"no second output {ends} gives a standard deviation below {smallest:.4g}: a "
             "posterior can hardly be narrower than the prior",
             "let sigma reach zero: drop what is added to it, or bounds its logarithm from below",
-            smallest_sigma=smallest, prior_std=std,
-        )  # fmt: skip
+            smallest_sigma=smallest,
+            prior_std=std,
+        )
     return q
 
 
@@ -145,18 +149,23 @@ def check_mean(audit: VAEAudit, q: Posterior) -> None:
         "sample_mean",
         f"the mean of z is {loc[i, j]:.5g}, and {source} is {expected[i, j]:.5g}",
         "add the noise to the mean itself: z = mean + sigma * eps, with eps of mean zero",
-        mean_of_z=loc[i, j], expected=expected[i, j],
-        sigma=sigma[i, j], limit=limit[i, j],
-    )  # fmt: skip
+        mean_of_z=loc[i, j],
+        expected=expected[i, j],
+        sigma=sigma[i, j],
+        limit=limit[i, j],
+    )
 
 
 def check_noise(audit: VAEAudit, s: Sampler) -> None:
     """Whether the noise is independent and standard normal."""
     if s.mode == "frozen":
         audit.bug(
-            "noise_shared", "every call of sample draws the same noise",
-            "seed once, outside sample", calls=2, different=0,
-        )  # fmt: skip
+            "noise_shared",
+            "every call of sample draws the same noise",
+            "seed once, outside sample",
+            calls=2,
+            different=0,
+        )
         return
     if s.stream.startswith("torch, one") and s.mode == "known":
         what = "dimensions" if "dimensions" in s.stream else "examples"
@@ -186,11 +195,14 @@ def check_noise(audit: VAEAudit, s: Sampler) -> None:
     audit.details["noise"] = {"source": s.stream or s.mode, "family": name, **numbers}
     if name != "normal":
         audit.find(
-            "noise_not_gaussian", "warning" if documented else "bug",
+            "noise_not_gaussian",
+            "warning" if documented else "bug",
             f"the injected noise is not normal but {name}: excess kurtosis "
             f"{numbers['excess_kurtosis']:.3g}, skewness {numbers['skewness']:.3g}",
-            "draw it with torch.randn_like(mean)", family=name, **numbers,
-        )  # fmt: skip
+            "draw it with torch.randn_like(mean)",
+            family=name,
+            **numbers,
+        )
     else:
         audit.checked.append(
             f"the noise is normal: distance {numbers['distance']:.1e} from Phi, limit "
@@ -200,10 +212,13 @@ def check_noise(audit: VAEAudit, s: Sampler) -> None:
 
 def _shared(audit: VAEAudit, what: str, r: float, limit: float = 0.0, harmless=False) -> None:
     audit.find(
-        "noise_shared", "warning" if harmless else "bug", what,
+        "noise_shared",
+        "warning" if harmless else "bug",
+        what,
         "draw noise of the mean's shape at every call: eps = torch.randn_like(mean)",
-        correlation=r, **({"limit": limit} if limit else {}),
-    )  # fmt: skip
+        correlation=r,
+        **({"limit": limit} if limit else {}),
+    )
 
 
 def full_posterior(audit: VAEAudit, s: Sampler, heads: Heads) -> FullPosterior:
@@ -234,15 +249,21 @@ def full_posterior(audit: VAEAudit, s: Sampler, heads: Heads) -> FullPosterior:
             if (form - covariance).abs().max() < 0.05 * error + 1e-5:
                 text = f"full covariance: the second output is the {words}"
     audit.details["convention"] = {
-        "name": "full covariance", "text": text, "bounds": [None, None], "floor": 0.0,
-        "noise_scale": 1.0, "largest_off_diagonal": float(off_diagonal.abs().max()),
-    }  # fmt: skip
+        "name": "full covariance",
+        "text": text,
+        "bounds": [None, None],
+        "floor": 0.0,
+        "noise_scale": 1.0,
+        "largest_off_diagonal": float(off_diagonal.abs().max()),
+    }
     off = float((loc - mean.flatten(1)).abs().max())
     if off > (0.002 + 6 * error) * float(covariance.max().sqrt()) + 1e-5:
         audit.bug(
-            "sample_mean", "the mean of z is not the mean head",
-            "add the noise to the mean itself", off=off,
-        )  # fmt: skip
+            "sample_mean",
+            "the mean of z is not the mean head",
+            "add the noise to the mean itself",
+            off=off,
+        )
     audit.checked.append("the covariance of z at the encoder's heads")
     return FullPosterior(s, (mean, second), loc, factor, error)
 
@@ -265,9 +286,14 @@ def check_scale(audit: VAEAudit, q: Posterior) -> None:
         repair = "make it exp(b/2), exp(b) or softplus(b), and say which"
     at = int((q.b - 1).abs().argmin())
     audit.find(
-        "sample_scale", "bug" if has_kl else "warning", text, repair, noise_scale=k,
-        at=q.b[at], sigma=q.sigma[at],
-    )  # fmt: skip
+        "sample_scale",
+        "bug" if has_kl else "warning",
+        text,
+        repair,
+        noise_scale=k,
+        at=q.b[at],
+        sigma=q.sigma[at],
+    )
 
 
 def check_generation(audit: VAEAudit) -> None:
@@ -284,8 +310,11 @@ def check_generation(audit: VAEAudit) -> None:
     audit.sandbox.reseed(11)
     z = audit.ask("generate", n).flatten(1)
     if not z.isfinite().all():
-        audit.bug("not_finite", "generate returns NaN or infinity",
-                  "draw from the prior: mean + std * torch.randn")  # fmt: skip
+        audit.bug(
+            "not_finite",
+            "generate returns NaN or infinity",
+            "draw from the prior: mean + std * torch.randn",
+        )
         return
     mean, std = (t.flatten().expand(z.shape[1]) for t in audit.prior)
     if off := moments_differ(z, mean, std):
@@ -293,8 +322,9 @@ def check_generation(audit: VAEAudit) -> None:
             "prior_mismatch",
             "generation draws z with mean {mean:.4g} and standard deviation {std:.4g}; the prior "
             "of the KL has {expected_mean:.4g} and {expected_std:.4g}".format(**off),
-            "draw z from the prior that the KL is taken to", **off,
-        )  # fmt: skip
+            "draw z from the prior that the KL is taken to",
+            **off,
+        )
     else:
         audit.checked.append(f"generation: mean and standard deviation of the prior, {n} draws")
 
@@ -338,9 +368,11 @@ def check_heads(audit: VAEAudit, q: Posterior | FullPosterior | None) -> None:
                 what = "the second output is one monotone function of the mean"
         if what:
             audit.bug(
-                "heads_tied", f"{what}, whatever the parameters are",
-                "give the scale a layer of its own", compared=m.numel(),
-            )  # fmt: skip
+                "heads_tied",
+                f"{what}, whatever the parameters are",
+                "give the scale a layer of its own",
+                compared=m.numel(),
+            )
     enough = len(pairs) >= 4 and (len(pairs) - 1) * d >= 36
     if not isinstance(q, Posterior) or not audit.sandbox.modules or not enough:
         return
@@ -354,8 +386,9 @@ def check_heads(audit: VAEAudit, q: Posterior | FullPosterior | None) -> None:
                 "the encoder's second output never gives a standard deviation below "
                 f"{smallest:.4g}, whatever its parameters are",
                 "make the last layer of the scale's head linear, without a ReLU or softplus",
-                smallest_sigma=smallest, compared=sigma.numel(),
-            )  # fmt: skip
+                smallest_sigma=smallest,
+                compared=sigma.numel(),
+            )
 
 
 def _is_one_function(m: Tensor, s: Tensor, d: int) -> bool:

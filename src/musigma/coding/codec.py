@@ -165,10 +165,8 @@ class Codec:
             with self._at_work():
                 stack = Stack(coded.words)
                 for n, listed in zip(coded.schedule[::-1], coded.listed[::-1], strict=True):
-                    coder, given = (
-                        self._coder(stack, n, listed),
-                        self._context(context, at - n, at),
-                    )
+                    coder = self._coder(stack, n, listed)
+                    given = self._context(context, at - n, at)
                     x[at - n : at] = self.model.generate(coder, given).reshape(n, *shape).numpy()
                     at -= n
                 left = stack.words(foreign=True)

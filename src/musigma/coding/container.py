@@ -251,10 +251,21 @@ class Writer:
         side = zlib.compress(chunk.side, 9) if chunk.side else b""
         front = bytes(size - 1 for size in chunk.schedule) + chunk.exceptions.tobytes() + side
         entry = Entry(
-            CHUNK_MAGIC, chunk.index, chunk.first, chunk.count, chunk.kind, len(chunk.schedule),
-            len(chunk.exceptions), len(side), len(chunk.side), chunk.raw, len(chunk.payload),
-            body_digest(front, chunk.payload), check=0, offset=self._written,
-        )  # fmt: skip
+            CHUNK_MAGIC,
+            chunk.index,
+            chunk.first,
+            chunk.count,
+            chunk.kind,
+            len(chunk.schedule),
+            len(chunk.exceptions),
+            len(side),
+            len(chunk.side),
+            chunk.raw,
+            len(chunk.payload),
+            body_digest(front, chunk.payload),
+            check=0,
+            offset=self._written,
+        )
         entry.hold(self._limits)
         self._limits.hold("chunks", len(self.entries) + 1, "file: chunks")
         self._limits.hold("total", self._raw + chunk.raw, "file: bytes, decompressed")

@@ -343,9 +343,16 @@ class Reader:
             raise DamagedFile(f"{entry}: its parts do not agree; {FAULT}")
         listed = np.frombuffer(front[entry.batches : len(front) - entry.side], mus.EXCEPTION)
         return Chunk(
-            index=entry.index, first=entry.first, count=entry.count, kind=entry.kind,
-            raw=entry.raw, schedule=schedule, exceptions=listed, side=side, payload=payload,
-        )  # fmt: skip
+            index=entry.index,
+            first=entry.first,
+            count=entry.count,
+            kind=entry.kind,
+            raw=entry.raw,
+            schedule=schedule,
+            exceptions=listed,
+            side=side,
+            payload=payload,
+        )
 
     def _start(self) -> bytes:
         """Read everything before the chunks, and return the JSON of the header."""

@@ -62,10 +62,8 @@ def glow(
         context: Number of features of the context.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
-    map, noise = (
-        coupling_map(coupling, format),
-        dequantization(shape, bits, dequantize, hidden, context),
-    )
+    map = coupling_map(coupling, format)
+    noise = dequantization(shape, bits, dequantize, hidden, context)
     layers = data_layers(shape, bits, alpha, low=-0.5, noise=noise)
     scales, top = multiscale(
         shape,
@@ -134,10 +132,8 @@ def published_glow(
     if classifier != "none" and not context:
         raise ValueError("classifier: needs a conditional model, with classes to predict")
     inner = context if conditioned == "all" else 0
-    map, noise = (
-        coupling_map(coupling, format),
-        dequantization(shape, bits, dequantize, hidden, inner),
-    )
+    map = coupling_map(coupling, format)
+    noise = dequantization(shape, bits, dequantize, hidden, inner)
     layers = data_layers(shape, bits, alpha, low=low, noise=noise)
     scales, top = multiscale(
         shape,
