@@ -38,9 +38,9 @@ def test_the_odd_rows_are_those_with_the_most_nats(tmp_path):
         ["500", "80.0"],
     ]
     assert "-34.8 ± 3.1 nats by the flow" in section["text"][0]
-    (tmp_path / "tumours" / "config.json").write_text("{}")
+    (tmp_path / "tumors" / "config.json").write_text("{}")
     page = report.write(
-        tmp_path / "page.html", [tmp_path / "tumours"], sections=[tmp_path / "rows.json"]
+        tmp_path / "page.html", [tmp_path / "tumors"], sections=[tmp_path / "rows.json"]
     )
     assert "<td>500</td><td>80.0</td>" in page.read_text()
 
