@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "examples" / "demo" / "page.py"
 
 
-def test_the_odd_rows_are_those_with_the_most_nats(tmp_path):
+def test_the_unusual_rows_are_those_with_the_most_nats(tmp_path):
     pytest.importorskip("sklearn")
     steps = runpy.run_path(str(PAGE))["STEPS"]
     steps["table"](tmp_path)

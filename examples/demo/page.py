@@ -63,14 +63,14 @@ def rows(folder: Path) -> None:
     flow = figure["nats"], figure["standard_error_nats"]
     write(
         folder / "rows.json",
-        "The odd rows of a table",
+        "Unusual rows of a table",
         [
             f"A masked autoregressive flow of {len(values)} breast tumors, described by "
             f"{len(names)} measurements of their cells. On the {figure['n']} held-out rows, "
             "−log p(x) is {:.1f} ± {:.1f} nats by the flow and {:.1f} ± {:.1f} nats by a ".format(
                 *flow, *gaussian
             )
-            + "Gaussian with full covariance; less is better.",
+            + "Gaussian with full covariance; lower is better.",
             "The rows that the flow finds least likely, and their measurements that are furthest "
             f"from the mean (the mean of all rows is {nats.mean():.1f} nats):",
         ],

@@ -42,7 +42,7 @@ def realnvp(
         hidden: Width of the coupling networks.
         blocks: Number of residual blocks in each coupling network, for images.
         standardize: Standardize continuous data in the first layer, by the mean and standard
-            deviation of the training data; the log-determinant counts.
+            deviation of the training data; its log-determinant is included.
         alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits (0.05 in
             the paper, with which training on black and white images is slower).
         context: Number of features of the context; it conditions couplings and split priors.

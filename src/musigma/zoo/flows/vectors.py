@@ -44,7 +44,7 @@ def maf(
             or an invertible matrix (plain or by its LU factors).
         norm: Put an activation normalization before each transform.
         standardize: Standardize continuous data in the first layer, by the mean and standard
-            deviation of the training data; the log-determinant counts.
+            deviation of the training data; its log-determinant is included.
         alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
         context: Number of features of the context; it conditions the transforms.
     """
@@ -93,7 +93,7 @@ def nsf(
             its LU factors, or plain), a fixed shuffle, or a reversal.
         norm: Put an activation normalization before each transform.
         standardize: Standardize continuous data in the first layer, by the mean and standard
-            deviation of the training data; the log-determinant counts.
+            deviation of the training data; its log-determinant is included.
         alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
         context: Number of features of the context; it conditions the transforms.
     """

@@ -45,7 +45,7 @@ def mlp_vae(
         std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
             or pixel, at its optimum, or a number.
         standardize: Standardize continuous data in the first layer, by the mean and standard
-            deviation of the training data; the log-determinant counts.
+            deviation of the training data; its log-determinant is included.
     """
     at_least(1, hidden=hidden, latents=latents)
     read = Format.parse(format)

@@ -59,7 +59,7 @@ def vae(
         std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
             or pixel, at its optimum, or a number.
         standardize: Standardize continuous data in the first layer, by the mean and standard
-            deviation of the training data; the log-determinant counts.
+            deviation of the training data; its log-determinant is included.
         context: Number of features of the context; it conditions encoder, decoder and prior.
     """
     at_least(1, latents=latents, width=width, prior_depth=prior_depth, components=components)
