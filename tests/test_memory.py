@@ -164,6 +164,16 @@ def test_a_reversible_glow_of_any_depth_keeps_less_than_4_mb():
         assert saved_bytes(lambda: model(x), list(model.parameters())) < 4e6  # noqa: B023
 
 
+def test_a_frozen_flow_is_reversible_for_the_gradient_of_its_context():
+    model = musigma.build("realnvp", (8,), depth=12, hidden=64, context=5).requires_grad_(False)
+    context, kept = torch.randn(64, 5, requires_grad=True), {}
+    for mode in ("store", "reversible"):
+        set_memory(model, mode)
+        x = torch.randn(64, 8)
+        kept[mode] = saved_bytes(lambda x=x: model(x, context), list(model.parameters()))
+    assert kept["reversible"] < 0.25 * kept["store"]
+
+
 def test_blocks_of_networks_are_recomputed():
     for name, shape in (("ladder", (1, 16, 16)), ("vae", (1, 16, 16))):
         torch.manual_seed(0)

@@ -144,11 +144,12 @@ class Runner:
     def _reversible(
         self, layers: Layers, x: Tensor, context: Tensor | None, start: int
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        first = 0
-        while first < len(layers) and not (x.requires_grad or _parameters(layers[: first + 1])):
-            first += 1  # nothing to keep: no gradient is needed
-        x, log_dets = _stored(layers[:first], x, context)
-        if layers := layers[first:]:
+        log_dets: list[Tensor] = []
+        while layers and not (x.requires_grad or _parameters(layers[:1])):
+            x, log_det = layers[0](x, context)  # nothing to keep: no gradient is needed
+            log_dets.append(log_det)
+            layers = layers[1:]
+        if layers:
             parameters = _parameters(layers)
             x, rest = _Reversible.apply(self, start, layers, context, x, *parameters)  # pyright: ignore[reportGeneralTypeIssues]
             log_dets += rest.unbind()
