@@ -158,7 +158,7 @@ def test_share_and_learning_rate_follow_the_budget():
         ({"batch_size": 0}, "batch_size: expected 1 or more"),
         ({"ema": 1.0}, "ema: expected"),
         ({"weight_decay": 0.1}, "weight_decay: only adamw has one"),
-        ({"accumulate": 99}, "accumulate: a batch of 64 has no 99 parts"),
+        ({"accumulate": 99}, "accumulate: a batch of 64 cannot have 99 parts"),
         ({"memory": "none"}, "memory: expected store or checkpoint or reversible"),
         ({"memory_budget": "much"}, "memory_budget: expected a size such as 4GB"),
         (
