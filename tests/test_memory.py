@@ -6,12 +6,14 @@ from torch import nn
 
 import musigma
 from musigma import memory
+from musigma.data import Dataset
 from musigma.distributions import StandardNormal
 from musigma.layers import ActNorm, Coupling, InvertibleConv, Permutation
 from musigma.memory import fallbacks, set_fallbacks, set_memory
 from musigma.model import VAE, Bijection, Chain, Prior
 from musigma.nets import MLP
 from musigma.testing import randomized
+from musigma.training import TrainConfig, check_run
 from musigma.training.hardware import saved_bytes
 
 MODELS = {
@@ -207,6 +209,14 @@ def test_modes_without_effect_are_refused():
         set_memory(vae, "none")
     set_memory(vae, "store")
     assert memory.fallbacks(VAE(vae.encoder, vae.decoder, vae.prior)) == {}
+
+
+def test_a_refused_run_leaves_no_mode_behind():
+    model, config = build_model("glow, plain")[0], TrainConfig(memory="reversible", steps=1)
+    train = Dataset(torch.zeros(8, 3, 8, 8).byte().numpy())
+    with pytest.raises(ValueError, match="optimizer: expected"):
+        check_run(model, train, config, optimizer=lambda parameters: None)
+    assert {m.runner.mode for m in model.modules() if hasattr(m, "runner")} == {"store"}
 
 
 @pytest.mark.parametrize("name", ["glow", "vae"])

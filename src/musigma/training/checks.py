@@ -52,6 +52,7 @@ def check_run(
             "objective, beta, kl_warmup and free_bits"
         )
     set_memory(model, config.memory)  # refuses a mode that does nothing
+    set_memory(model, "store")
     if (count := current_processes().count) > config.batch_size:
         raise ValueError(
             f"batch_size: {count} processes cannot share {config.batch_size} examples; give each "
@@ -64,7 +65,6 @@ def check_run(
             raise ValueError(f"track: {tracker} is not installed: pip install {tracker}")
     if optimizer is not None:
         made_optimizer(optimizer, model.parameters())
-    set_memory(model, "store")
     first = batch_indices(len(train), config.batch_size, seed=config.seed, step=0)
     with evaluating(model), torch.enable_grad(), torch.random.fork_rng():
         trace = Trace(closed_form=config.k == 1)
