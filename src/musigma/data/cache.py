@@ -93,10 +93,12 @@ def cached(
     about = json.loads(json.dumps(about))
     with locked(path.with_suffix(".lock")) as exclusive:
         record = read(path)
-        current = record is not None and record.about == about
-        if current and beside:
-            current = beside.is_file() and record.info["stamp"] == stamp(beside)
-        if not current:
+        if record and (
+            record.about != about
+            or (beside and not (beside.is_file() and record.info["stamp"] == stamp(beside)))
+        ):
+            record = None
+        if record is None:
             for left in path.parent.glob(f".{path.stem}.*") if exclusive else ():
                 left.unlink(missing_ok=True)  # drafts of processes that were killed
             record = build()._replace(about=about)

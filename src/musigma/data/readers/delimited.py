@@ -108,7 +108,8 @@ class Delimited(Table):
 
     def _keep_texts(self, path: Path, form: _Format, first: list[str]) -> None:
         """Keep the text of columns that have cells other than numbers, or may name rows."""
-        gaps = np.isnan(self.values[1:] if len(self.values) > 1 else self.values).any(0)
+        values = self.values[1:] if len(self.values) > 1 else self.values
+        gaps = np.atleast_1d(np.isnan(values).any(0))
         self.texts: dict[int, list[str]] = {
             j: [] for j, name in enumerate(first) if gaps[j] or is_called_id(name)
         }
