@@ -190,9 +190,11 @@ def number_of_parts(model: Model, train: Dataset, config: TrainConfig) -> int:
     each = 1.5 * saved / len(x)
     fitting = int((budget - state) // each) if budget > state else 0
     if fitting < 1:
+        unit, scale = ("GB", 1e9) if state + each >= 1e9 else ("MB", 1e6)
+        needed = math.ceil((state + each) / scale * 10) / 10
         hint = "" if config.memory != "store" else "; --memory checkpoint takes less"
         raise ValueError(
-            f"memory_budget: weights and one example take {math.ceil((state + each) / 1e5) / 10}MB"
-            f", more than {config.memory_budget}{hint}"
+            f"memory_budget: weights and one example take {needed}{unit}, more than "
+            f"{config.memory_budget}{hint}"
         )
     return math.ceil(share / min(fitting, share))
