@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/musigma train vae mnist-5k --conditional --binarize threshold --net mlp \
 	    --latents 10 --prior flow --minutes 0.5 --patience 3 --out demo/vae --overwrite
 	$(BIN)/musigma train glow mnist-5k --conditional --hidden 64 --depth 6 --batch-size 32 \
-	    --minutes 2.2 --patience 3 --out demo/glow --overwrite
+	    --minutes 2.1 --patience 3 --out demo/glow --overwrite
 	@$(BIN)/musigma sample demo/glow --temperatures 0.6,0.8,1 --n 20 --out demo/temperatures.png
 	@$(BIN)/python examples/demo/page.py temperatures demo
 	@$(BIN)/python examples/demo/page.py table demo

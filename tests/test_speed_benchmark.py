@@ -87,6 +87,7 @@ def test_every_contender_has_a_slice_in_every_round_in_random_order():
     orders = [tuple(t.name for t in heard[4 * i : 4 * i + 4]) for i in range(6)]
     assert all(sorted(order) == list("abcd") for order in orders)
     assert len(set(orders)) > 1
+    assert orders[1::2] == [order[::-1] for order in orders[::2]]  # no place in a round is favored
     assert [t.round for t in heard[::4]] == list(range(6))
     again: list = []
     list(turns(names, Clock(), rounds=6, seconds=6.0, before_turn=again.append))

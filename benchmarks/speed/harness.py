@@ -1,8 +1,9 @@
 """Contenders, workloads, and timing in turns.
 
 The speed of a shared machine drifts by more than the differences to be measured. Contenders
-therefore take turns: each round runs every contender for a slice of time, in random order, and
-results are ratios of times within the same round.
+therefore take turns: each round runs every contender for a slice of time, in random order, which
+the next round reverses (whoever runs later in a round is a few percent slower), and results are
+ratios of times within the same round.
 """
 
 from __future__ import annotations
@@ -272,7 +273,7 @@ def interleave(
     timings: dict[str, Timing] = {name: Timing() for name in order}
     start, planned = clock(), seconds * len(order)
     for index in range(rounds):
-        shuffle(order)
+        order.reverse() if index % 2 else shuffle(order)
         for name in list(order):
             began = clock()
             try:
