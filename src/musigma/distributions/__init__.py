@@ -5,6 +5,7 @@ or () if nothing is given. Distributions of levels are distributions of integers
 so they need no dequantization.
 """
 
+from musigma.distributions.cells import Binning
 from musigma.distributions.gaussian import LearnedNormal, OptimalGaussianHead, StandardNormal
 from musigma.distributions.levels import (
     DiscretizedLogisticMixture,
@@ -31,6 +32,7 @@ from musigma.distributions.unit import (
 
 __all__ = [
     "LIKELIHOODS",
+    "Binning",
     "DiscretizedLogisticMixture",
     "FactorizedBernoulli",
     "FactorizedBetaBinomial",

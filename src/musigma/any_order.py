@@ -1,0 +1,278 @@
+"""An exact density of rows of typed columns that can be asked in any order of the columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from musigma.distributions import Binning
+from musigma.model import Model
+from musigma.schema import Schema
+from musigma.trace import Trace
+
+__all__ = ["AnyOrder", "RowDistribution"]
+
+
+class AnyOrder(Model):
+    r"""An autoregressive density of rows, whose factors are known for every order of the columns.
+
+    .. math:: \log p_o(x) = \sum_k \log p(x_{o_k} | x_{o_1}, \dots, x_{o_{k-1}})
+
+    One network computes the distribution of each column given any subset of the others, which are
+    masked in its first layer (Uria, Murray, Larochelle, "A Deep and Tractable Density Estimator",
+    2014, arXiv:1310.1757). Each factor is a categorical distribution over the cells of the column
+    (`musigma.schema.Cells`), times the density inside the cell; a discrete column has
+    probabilities, so nats of rows of both kinds add.
+
+    In training mode the log density is an unbiased estimate of its average over all orders, from
+    one subset per row. In evaluation mode it is exact, for the order that `orders` holds; for
+    several orders it is that of their mixture, log (1/R) Σ p_o(x), which is itself normalized.
+
+    Every factor is (1 - s) softmax + s marginal: no training value has a probability of zero.
+    Values outside all cells (beyond the training range, or an unknown category) have a total
+    probability of 1 / (n + 2) at each end of each column, where n is the number of training rows:
+    the probability that a new value is larger than n exchangeable ones.
+
+    Args:
+        schema: The columns, measured on the training rows.
+        hidden: Width of the network.
+        blocks: Number of residual blocks, of two layers each.
+        embedding: Number of features of a cell in the input.
+        frequencies: Number of sines and cosines of the rank of a value in the input.
+        context: Number of features of the context.
+        smoothing: Weight s of the marginal distribution.
+
+    Attributes:
+        orders: The orders of columns whose mixture is scored; the first one is that of samples.
+
+    Example:
+        >>> import numpy as np
+        >>> from musigma.schema import Column
+        >>> rows = np.random.default_rng(0).normal(size=(500, 2)).round(1)
+        >>> schema = Schema([Column("a"), Column("b", step=0.1)]).measure(rows)
+        >>> model = AnyOrder(schema, hidden=16).eval()
+        >>> model.log_prob(torch.tensor(rows[:4])).shape, model.sample(3).shape
+        (torch.Size([4]), torch.Size([3, 2]))
+    """
+
+    exact = True
+    starts: Tensor
+    log_marginal: Tensor
+    log_outside: Tensor
+    log_inside: Tensor
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        hidden: int = 256,
+        blocks: int = 3,
+        embedding: int = 24,
+        frequencies: int = 8,
+        context: int = 0,
+        smoothing: float = 1e-3,
+    ):
+        super().__init__()
+        self.schema, self.binning, self.smoothing = schema, Binning(schema), smoothing
+        self.frequencies, d = frequencies, len(schema)
+        self.orders: list[list[int]] = [list(range(d))]
+        sizes = self.binning.sizes
+        inputs = embedding + 2 * frequencies + 2
+        self.embed = nn.Embedding(sum(sizes) + 3 * d, embedding)
+        self.seen = nn.Parameter(torch.randn(d, inputs, hidden) / math.sqrt(inputs))
+        self.unseen = nn.Parameter(torch.randn(d, hidden) / 2)
+        self.context = nn.Linear(context, hidden, bias=False) if context else None
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(hidden),
+                nn.Linear(hidden, hidden),
+                nn.GELU(),
+                nn.Linear(hidden, hidden),
+            )
+            for _ in range(blocks)
+        )
+        self.norm, self.head = nn.LayerNorm(hidden), nn.Linear(hidden, sum(sizes))
+        marginals = self.binning.marginals()
+        rows = torch.tensor([column.measured.rows for column in schema.columns])
+        outside = -(rows + 2).log()
+        for name, value in (
+            ("starts", torch.tensor([0, *sizes]).cumsum(0)[:-1]),
+            ("log_marginal", marginals),
+            ("log_outside", outside),
+            ("log_inside", torch.log1p(-2 * outside.exp())),
+        ):
+            self.register_buffer(name, value, persistent=False)
+        with torch.no_grad():
+            self.head.weight.zero_()
+            self.head.bias.copy_(marginals)
+
+    # -- the network
+
+    def features(self, x: Tensor, code: Tensor) -> Tensor:
+        """What the network is told of each value if it is seen, (B, D, F)."""
+        d = len(self.starts)
+        beyond = len(self.log_marginal) + 3 * torch.arange(d, device=x.device) - 1
+        cell = self.embed(torch.where(code >= 0, self.starts + code, beyond - code))
+        rank = self.binning.rank(x, code)[..., None].to(cell)
+        angle = rank * math.pi * 2 ** torch.arange(self.frequencies, device=x.device)
+        return torch.cat([cell, rank, angle.sin(), angle.cos(), torch.ones_like(rank)], -1)
+
+    def _given(self, context: Tensor | None) -> Tensor:
+        return self.unseen.new_zeros(1) if self.context is None else self.context(context)
+
+    def _trunk(self, h: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = h + block(h)
+        return self.norm(h)
+
+    def state(self, x: Tensor, seen: Tensor, context: Tensor | None = None) -> Tensor:
+        """The last hidden layer given the values that are seen, (B, H).
+
+        Args:
+            x: Rows (B, D); values that are not seen are ignored.
+            seen: Mask (B, D).
+            context: Context (B, F), if the model has one.
+        """
+        told = (self.features(x, self.binning.locate(x)) * seen[..., None]).flatten(1)
+        h = told @ self.seen.flatten(0, 1) + (~seen).to(told) @ self.unseen
+        return self._trunk(h + self._given(context))
+
+    def logits(self, state: Tensor, j: int) -> Tensor:
+        """Logits of the cells of column j, (B, cells), from a state."""
+        part = slice(int(self.starts[j]), int(self.starts[j]) + self.binning.sizes[j])
+        return F.linear(state, self.head.weight[part], self.head.bias[part]).float()
+
+    def log_cells(self, state: Tensor, j: int) -> Tensor:
+        """Log probabilities of the cells of column j given what is seen, (B, cells)."""
+        part = slice(int(self.starts[j]), int(self.starts[j]) + self.binning.sizes[j])
+        return self._smoothed(self.logits(state, j).log_softmax(1), self.log_marginal[part])
+
+    def _smoothed(self, log: Tensor, marginal: Tensor) -> Tensor:
+        return torch.logaddexp(
+            log + math.log1p(-self.smoothing), marginal + math.log(self.smoothing)
+        )
+
+    def _log_density(self, logits: Sequence[Tensor], x: Tensor, code: Tensor) -> Tensor:
+        """Log density of each value from the logits of its column, nats (B, D)."""
+        inside = code >= 0
+        at = torch.where(inside, code, 0)
+        chosen = [
+            part.gather(1, at[:, j, None])[:, 0] - part.logsumexp(1)
+            for j, part in enumerate(logits)
+        ]
+        log = self._smoothed(torch.stack(chosen, 1), self.log_marginal[self.starts + at])
+        log = torch.where(inside, log + self.log_inside, self.log_outside)
+        return log + self.binning.log_density(x, code)
+
+    # -- densities
+
+    def estimate(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """An unbiased estimate of the mean of log p over all orders, nats (B,)."""
+        n, d = x.shape
+        code = self.binning.locate(x)
+        count = torch.randint(0, d, (n, 1), device=x.device)
+        seen = torch.rand(n, d, device=x.device).argsort(1).argsort(1) < count
+        logits = self.head(self.state(x, seen, context)).float().split(self.binning.sizes, 1)
+        nats = self._log_density(logits, x, code)
+        return torch.where(seen, 0.0, nats).sum(1) * d / (d - count[:, 0])
+
+    def conditionals(
+        self, x: Tensor, order: Sequence[int], context: Tensor | None = None
+    ) -> Tensor:
+        """log p(x_j | the columns before j in an order), nats (B, D), in the order of columns."""
+        code = self.binning.locate(x)
+        before = list(order[:-1])
+        told = torch.einsum("bdf,dfh->bdh", self.features(x, code)[:, before], self.seen[before])
+        start = (self.unseen.sum(0) + self._given(context)).expand(len(x), -1)[:, None]
+        h = self._trunk(torch.cat([start, start + (told - self.unseen[before]).cumsum(1)], 1))
+        logits = {j: self.logits(h[:, k], j) for k, j in enumerate(order)}
+        return self._log_density([logits[j] for j in range(len(order))], x, code)
+
+    def log_prob_orders(
+        self, x: Tensor, orders: Sequence[Sequence[int]], context: Tensor | None = None
+    ) -> Tensor:
+        """log p(x) in each of several orders, nats (B, R)."""
+        return torch.stack([self.conditionals(x, o, context).sum(1) for o in orders], 1)
+
+    def fill(
+        self,
+        x: Tensor,
+        seen: Tensor,
+        order: Sequence[int],
+        context: Tensor | None = None,
+        *,
+        temperature: float | Tensor = 1.0,
+    ) -> Tensor:
+        """Draw the values that are not seen, one column after another, (B, D).
+
+        At temperature 0 each value is the middle of its most probable cell. Values outside all
+        cells are never drawn.
+        """
+        x, seen = x.clone(), seen.clone()
+        for j in order:
+            rows = (~seen[:, j]).nonzero()[:, 0]
+            if not len(rows):
+                continue
+            given = None if context is None else context[rows]
+            logits = self.logits(self.state(x[rows], seen[rows], given), j)
+            x[rows, j] = self.binning.draw(j, logits, temperature)
+            seen[:, j] = True
+        return x
+
+    # -- a model
+
+    def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
+        """Score x under p."""
+        trace.p(self, RowDistribution(self, context, len(x)), x)
+
+    def generate(self, trace: Trace, context: Any = None) -> Tensor:
+        """Draw x from p."""
+        n = trace.n if context is None else len(context)
+        if n is None:
+            raise ValueError("n: expected the number of rows to generate; got none")
+        return trace.p(self, RowDistribution(self, context, n))
+
+    def variables(self) -> Iterator[nn.Module]:
+        """This module itself."""
+        yield self
+
+    latents = variables
+
+
+class RowDistribution(Distribution):
+    """The distribution of n rows under an `AnyOrder` model."""
+
+    arg_constraints = {}  # noqa: RUF012 (as torch defines it)
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(self, model: AnyOrder, context: Tensor | None, n: int):
+        self.model, self.context = model, context
+        super().__init__(torch.Size([n]), torch.Size([len(model.schema)]), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats, shape (B,): an estimate if the model is in training mode."""
+        if self.model.training:
+            return self.model.estimate(value, self.context)
+        each = self.model.log_prob_orders(value, self.model.orders, self.context)
+        return each.logsumexp(1) - math.log(each.shape[1])
+
+    def sample(self, sample_shape: Any = (), *, temperature: float | Tensor = 1.0) -> Tensor:
+        """Draw rows, float64 (B, D), in the first of the model's orders."""
+        n, d = self.batch_shape[0], self.event_shape[0]
+        x = torch.zeros(n, d, dtype=torch.float64, device=self.model.starts.device)
+        order = self.model.orders[0]
+        return self.model.fill(
+            x, torch.zeros_like(x, dtype=torch.bool), order, self.context, temperature=temperature
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """The most probable value of each column, given those before it, (B, D)."""
+        return self.sample(temperature=0.0)

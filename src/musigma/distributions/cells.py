@@ -1,0 +1,170 @@
+"""Values of typed columns as cells, and the place of each value inside its cell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from musigma.schema import Column, Schema
+
+__all__ = ["Binning"]
+
+
+class Binning:
+    """The cells of all columns of a schema, for tensors of rows (B, D), float64.
+
+    The code of a value is the number of its cell; a missing value has the code after the last
+    cell. Codes of values outside all cells are `below` and `above`, and `absent` is that of a
+    missing value in a column that has none.
+
+    Args:
+        schema: A schema that has been measured.
+
+    Attributes:
+        sizes: Number of codes of each column: its cells, and one for missing.
+    """
+
+    below, above, absent = -1, -2, -3
+
+    def __init__(self, schema: Schema):
+        self.schema = schema
+        self.sizes = [len(c.measured) + c.missing for c in schema.columns]
+        self.tensors = self._tensors(schema.columns)
+        self._home: dict[torch.device, dict[str, Tensor]] = {}
+
+    @staticmethod
+    def _tensors(columns: Sequence[Column]) -> dict[str, Tensor]:
+        def padded(rows: list[Sequence[float]], value: float) -> Tensor:
+            width = max([1, *map(len, rows)])
+            full = torch.full((len(rows), width), value, dtype=torch.float64)
+            for row, values in zip(full, rows, strict=True):
+                row[: len(values)] = torch.as_tensor(values, dtype=torch.float64)
+            return full
+
+        cells = [c.measured for c in columns]
+        edges = padded([c.edges for c in cells], math.inf)
+        low = padded([c.edges[:-1] for c in cells], 0.0)
+        width = padded([torch.tensor(c.edges).double().diff().tolist() for c in cells], 0.0)
+        unit = torch.tensor([c.grid if c.is_discrete else 1.0 for c in columns]).double()
+        grid = torch.tensor([c.grid or 0.0 for c in columns]).double()
+        counts = [torch.tensor(c.counts).double() + 0.5 for c in cells]
+        mass = padded([(c / c.sum()).tolist() for c in counts], 0.0)
+        scale = torch.tensor([[c.left, c.right] for c in cells]).double()
+        return {
+            "edges": edges,
+            "low": low,
+            "width": width,
+            "log_width": torch.where(width > 0, width / unit[:, None], 1.0).log(),
+            "mass": mass,
+            "start": mass.cumsum(1) - mass,
+            "cells": torch.tensor([len(c) for c in cells]),
+            "missing": torch.tensor([c.missing for c in columns]),
+            "levels": torch.tensor([c.has_levels for c in columns]),
+            "grid": grid,
+            "discrete": torch.tensor([c.is_discrete for c in columns]),
+            "scale": scale,
+        }
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors on a device."""
+        if device not in self._home:
+            self._home[device] = {k: t.to(device) for k, t in self.tensors.items()}
+        return self._home[device]
+
+    def locate(self, x: Tensor) -> Tensor:
+        """The code of every value, int64 (B, D)."""
+        t = self.on(x.device)
+        columns = x.T.double().contiguous()
+        first = torch.searchsorted(t["edges"], columns)
+        after = torch.searchsorted(t["edges"], columns, right=True)
+        code = torch.where(after - first == 2, first, after - 1)
+        n = t["cells"][:, None]
+        code = torch.where(code >= n, self.above, code)  # also -1, which is `below`
+        missing = columns.isnan()
+        unknown = torch.where(t["missing"][:, None], n, self.absent)
+        return torch.where(missing, unknown.expand_as(code), code).T
+
+    def place(self, x: Tensor, code: Tensor) -> Tensor:
+        """The place of every value in its cell, from 0 to 1, float64 (B, D); 0.5 outside."""
+        t = self.on(x.device)
+        inside = (code >= 0) & (code < t["cells"])
+        at = torch.where(inside, code, 0).T
+        low, width = (t[k].gather(1, at).T for k in ("low", "width"))
+        place = (x.double() - low) / torch.where(width > 0, width, 1.0)
+        return torch.where(inside & (width > 0), place.clamp(0, 1), 0.5)
+
+    def rank(self, x: Tensor, code: Tensor) -> Tensor:
+        """The share of training rows below every value, from 0 to 1, float32 (B, D)."""
+        t = self.on(x.device)
+        inside = (code >= 0) & (code < t["cells"])
+        at = torch.where(inside, code, 0).T
+        start, mass = (t[k].gather(1, at).T for k in ("start", "mass"))
+        rank = start + self.place(x, code) * mass
+        return torch.where(inside, rank, torch.where(code == self.above, 1.0, 0.0)).float()
+
+    def log_density(self, x: Tensor, code: Tensor) -> Tensor:
+        """Log density of every value given its code, nats (B, D): a probability if discrete.
+
+        Inside a cell the density is uniform. Outside, it falls exponentially with the distance;
+        all levels that are unknown are one.
+        """
+        t = self.on(x.device)
+        inside = (code >= 0) & (code < t["cells"])
+        within = -t["log_width"].gather(1, torch.where(inside, code, 0).T).T
+        above, below = code == self.above, code == self.below
+        last = t["edges"].gather(1, t["cells"][:, None])[:, 0]
+        far = torch.where(above, x.double() - last, t["edges"][:, 0] - x.double())
+        scale = torch.where(above, t["scale"][:, 1], t["scale"][:, 0])
+        steps = (far / t["grid"].clamp(min=1e-300)).floor()
+        ratio = -t["grid"] / scale
+        geometric = steps * ratio + torch.log(-torch.expm1(ratio))
+        outside = torch.where(t["discrete"], geometric, -far / scale - scale.log())
+        outside = torch.where(t["levels"], 0.0, outside)
+        zero = torch.zeros_like(within)
+        return torch.where(inside, within, torch.where(above | below, outside, zero)).float()
+
+    def marginals(self) -> Tensor:
+        """Log shares of the training rows in each code, smoothed; columns one after another."""
+        parts = []
+        for column in self.schema.columns:
+            missing = [column.measured.missing] if column.missing else []
+            counts = torch.tensor([*column.measured.counts, *missing]) + 0.5
+            parts.append((counts / counts.sum()).log())
+        return torch.cat(parts)
+
+    def draw(self, j: int, logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        """Values of column j, float64 (B,), with cells drawn from logits (B, cells).
+
+        Args:
+            j: Number of the column.
+            logits: Logits of its codes.
+            temperature: Divides the logits; at 0 the middle of the most probable cell is taken.
+        """
+        if not isinstance(temperature, Tensor):
+            if temperature == 0:
+                code = logits.argmax(1)
+                return self.values(j, code, torch.full(code.shape, 0.5, device=code.device))
+            temperature = torch.full((1,), float(temperature), device=logits.device)
+        code = torch.multinomial((logits / temperature[:, None]).softmax(1), 1)[:, 0]
+        return self.values(j, code, torch.rand(code.shape, device=code.device))
+
+    def values(self, j: int, code: Tensor, place: Tensor) -> Tensor:
+        """The values of column j with these codes, at these places in their cells, float64 (B,).
+
+        They lie on the grid of the column, if it has one, and in the range of the training rows.
+        """
+        t, column = self.on(code.device), self.schema.columns[j]
+        at = code.clamp(0, len(column.measured) - 1)
+        low, width = t["low"][j][at], t["width"][j][at]
+        if grid := column.grid:
+            steps = (width / grid).round()
+            x = low + grid * ((place.double() * steps).floor().clamp(max=steps - 1) + 0.5)
+            x = (x / grid).round() * grid
+        else:
+            x = low + place.double() * width
+        if not column.has_levels:
+            x = x.clamp(column.low, column.high)
+        return torch.where(code < len(column.measured), x, math.nan)
