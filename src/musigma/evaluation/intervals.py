@@ -1,0 +1,114 @@
+"""Figures with intervals: shares, areas under ROC curves, and averages of rows.
+
+Every interval holds the true value in 95 % of samples, as the number of rows grows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["Interval", "Z", "area", "auc", "normal", "share"]
+
+Z = 1.959963984540054
+"""The normal quantile of 0.975."""
+
+
+class Interval(NamedTuple):
+    """A figure and the two ends of its interval.
+
+    >>> print(Interval(0.5, 0.4271, 0.5712))
+    0.500 (0.427 to 0.571)
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def share(count: float, total: int) -> Interval:
+    """A share of independent rows, with the score interval of a binomial proportion.
+
+    Args:
+        count: Rows that are counted; a fraction where ties are divided.
+        total: All rows, at least one.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+
+    Example:
+        >>> print(share(5, 100))
+        0.050 (0.022 to 0.112)
+    """
+    p, pseudo = float(count / total), Z**2 / total
+    middle = (p + pseudo / 2) / (1 + pseudo)
+    half = Z * np.sqrt(p * (1 - p) / total + pseudo / (4 * total)) / (1 + pseudo)
+    return Interval(p, float(max(0.0, middle - half)), float(min(1.0, middle + half)))
+
+
+def normal(value: float, variance: float, low: float = -np.inf, high: float = np.inf) -> Interval:
+    """A figure that is normally distributed, with its variance; the ends stay in a range."""
+    half = Z * np.sqrt(variance)
+    return Interval(float(value), float(max(low, value - half)), float(min(high, value + half)))
+
+
+def area(positive: np.ndarray, negative: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """The area under the ROC curve, and the part of every row in it.
+
+    Args:
+        positive: Scores (P,) of rows that should have the higher ones.
+        negative: Scores (N,) of the others.
+
+    Returns:
+        A = P(positive > negative) + P(equal) / 2; for every positive the share of negatives below
+        it (P,); for every negative the share of positives above it (N,); ties count one half.
+        Both have the mean A, and A has the variance var / P + var / N.
+
+    Raises:
+        ValueError: If there are no scores of one kind, or a score is not a number.
+
+    Source: DeLong, DeLong & Clarke-Pearson, "Comparing the areas under two or more correlated
+    receiver operating characteristic curves", 1988.
+    """
+    from scipy.stats import rankdata
+
+    for name, scores in (("positive", positive), ("negative", negative)):
+        if not len(scores) or np.isnan(scores).any():
+            raise ValueError(
+                f"{name}: expected at least one score, and numbers; got {len(scores)} scores, "
+                f"{int(np.isnan(scores).sum())} of them NaN"
+            )
+    p, n = len(positive), len(negative)
+    ranks = rankdata(np.concatenate([positive, negative]))
+    below = (ranks[:p] - rankdata(positive)) / n
+    above = 1 - (ranks[p:] - rankdata(negative)) / p
+    return float(below.mean()), below, above
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> Interval:
+    """The area under the ROC curve, with its interval.
+
+    The variance is DeLong's (see `area`). Where all positives are above all negatives, or below
+    them, it is 0; the interval is then that of a share of which all the rarer rows, or none, are
+    counted.
+
+    Args:
+        positive: Scores (P,) of rows that should have the higher ones.
+        negative: Scores (N,) of the others.
+
+    Raises:
+        ValueError: As `area`.
+
+    Example:
+        >>> print(auc(np.array([2.0, 3.0, 5.0, 6.0]), np.array([1.0, 2.0, 4.0, 0.0])))
+        0.844 (0.548 to 1.000)
+    """
+    value, below, above = area(positive, negative)
+    if value in (0.0, 1.0) or min(len(below), len(above)) < 2:
+        rarer = min(len(below), len(above))
+        return share(value * rarer, rarer)
+    variance = below.var(ddof=1) / len(below) + above.var(ddof=1) / len(above)
+    return normal(value, variance, 0.0, 1.0)
