@@ -20,7 +20,7 @@ RANKS = {
     "memory": 0,
     "processes": 0,
     "spec": 0,
-    "schema": 0,
+    "schema": -1,
     "tensors": 0,
     "context": 0,
     "nets": 1,

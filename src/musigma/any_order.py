@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
 
 from musigma.distributions import Binning
+from musigma.gaussian import EventDistribution
 from musigma.model import Model
 from musigma.schema import Schema
 from musigma.trace import Trace
@@ -45,6 +45,7 @@ class AnyOrder(Model):
         blocks: Number of residual blocks, of two layers each.
         embedding: Number of features of a cell in the input.
         frequencies: Number of sines and cosines of the rank of a value in the input.
+        subsets: Random subsets with which `estimate` sees each row.
         context: Number of features of the context.
         smoothing: Weight s of the marginal distribution.
 
@@ -75,12 +76,13 @@ class AnyOrder(Model):
         blocks: int = 3,
         embedding: int = 24,
         frequencies: int = 8,
+        subsets: int = 1,
         context: int = 0,
         smoothing: float = 1e-3,
     ):
         super().__init__()
         self.schema, self.binning, self.smoothing = schema, Binning(schema), smoothing
-        self.frequencies, d = frequencies, len(schema)
+        self.frequencies, self.subsets, d = frequencies, subsets, len(schema)
         self.orders: list[list[int]] = [list(range(d))]
         sizes = self.binning.sizes
         inputs = embedding + 2 * frequencies + 2
@@ -139,9 +141,12 @@ class AnyOrder(Model):
             seen: Mask (B, D).
             context: Context (B, F), if the model has one.
         """
-        told = (self.features(x, self.binning.locate(x)) * seen[..., None]).flatten(1)
+        return self._masked(self.features(x, self.binning.locate(x)), seen, self._given(context))
+
+    def _masked(self, features: Tensor, seen: Tensor, given: Tensor) -> Tensor:
+        told = (features * seen[..., None]).flatten(-2)
         h = told @ self.seen.flatten(0, 1) + (~seen).to(told) @ self.unseen
-        return self._trunk(h + self._given(context))
+        return self._trunk(h + given)
 
     def logits(self, state: Tensor, j: int) -> Tensor:
         """Logits of the cells of column j, (B, cells), from a state."""
@@ -163,8 +168,7 @@ class AnyOrder(Model):
         inside = code >= 0
         at = torch.where(inside, code, 0)
         chosen = [
-            part.gather(1, at[:, j, None])[:, 0] - part.logsumexp(1)
-            for j, part in enumerate(logits)
+            -F.cross_entropy(part, at[:, j], reduction="none") for j, part in enumerate(logits)
         ]
         log = self._smoothed(torch.stack(chosen, 1), self.log_marginal[self.starts + at])
         log = torch.where(inside, log + self.log_inside, self.log_outside)
@@ -173,14 +177,19 @@ class AnyOrder(Model):
     # -- densities
 
     def estimate(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """An unbiased estimate of the mean of log p over all orders, nats (B,)."""
-        n, d = x.shape
+        """An unbiased estimate of the mean of log p over all orders, nats (B,).
+
+        For a subset of t columns, drawn uniformly after t is, the conditionals of the others given
+        the subset add up, times D / (D - t); this is averaged over `subsets` draws.
+        """
+        (n, d), k = x.shape, self.subsets
         code = self.binning.locate(x)
-        count = torch.randint(0, d, (n, 1), device=x.device)
-        seen = torch.rand(n, d, device=x.device).argsort(1).argsort(1) < count
-        logits = self.head(self.state(x, seen, context)).float().split(self.binning.sizes, 1)
-        nats = self._log_density(logits, x, code)
-        return torch.where(seen, 0.0, nats).sum(1) * d / (d - count[:, 0])
+        count = torch.randint(0, d, (k, n, 1), device=x.device)
+        seen = torch.rand(k, n, d, device=x.device).argsort(2).argsort(2) < count
+        state = self._masked(self.features(x, code), seen, self._given(context))
+        logits = self.head(state.flatten(0, 1)).float().split(self.binning.sizes, 1)
+        nats = self._log_density(logits, x.repeat(k, 1), code.repeat(k, 1)).unflatten(0, (k, n))
+        return (torch.where(seen, 0.0, nats).sum(2) * d / (d - count[..., 0])).mean(0)
 
     def conditionals(
         self, x: Tensor, order: Sequence[int], context: Tensor | None = None
@@ -245,16 +254,14 @@ class AnyOrder(Model):
     latents = variables
 
 
-class RowDistribution(Distribution):
+class RowDistribution(EventDistribution):
     """The distribution of n rows under an `AnyOrder` model."""
 
-    arg_constraints = {}  # noqa: RUF012 (as torch defines it)
-    support = constraints.real_vector
     has_rsample = False
 
     def __init__(self, model: AnyOrder, context: Tensor | None, n: int):
         self.model, self.context = model, context
-        super().__init__(torch.Size([n]), torch.Size([len(model.schema)]), validate_args=False)
+        super().__init__([n], [len(model.schema)])
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, shape (B,): an estimate if the model is in training mode."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from musigma import __version__
 from musigma.files import replacing, usual_rights
 from musigma.model import Model
-from musigma.zoo import ARCHITECTURES, build, spec_of
+from musigma.zoo import ARCHITECTURES, SPECIFIED, build, spec_of
 from musigma.zoo.flows.glow import from_format_1
 
 __all__ = [
@@ -178,7 +178,7 @@ def rebuild(config: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -
     """
     config, _, _ = _from_1(dict(config), dict(extra or {}), {})
     spec = spec_of(config)
-    stored = spec if "context" in config or "columns" in config else config["shape"]
+    stored = spec if any(name in config for name in SPECIFIED) else config["shape"]
     return build(config["architecture"], stored, **config["options"])
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from musigma.schema import Schema
+
 __all__ = ["Spec", "Variable", "bits_per_dim"]
 
 Nats = TypeVar("Nats")
@@ -72,6 +74,7 @@ class Spec:
             element; None: real numbers.
         columns: Names of the elements of a vector, if it is a row of a table.
         context: What the model is conditioned on.
+        schema: The types of the columns of a table, and their cells; None for plain numbers.
 
     Raises:
         ValueError: If the number of levels or columns does not fit the shape.
@@ -88,10 +91,13 @@ class Spec:
     levels: int | tuple[int | None, ...] | None = None
     columns: tuple[str, ...] = ()
     context: tuple[Variable, ...] = ()
+    schema: Schema | None = None
 
     def __post_init__(self):
         set_ = object.__setattr__
         set_(self, "shape", tuple(self.shape))
+        if self.schema is not None:
+            set_(self, "columns", self.schema.names)
         set_(self, "columns", tuple(self.columns))
         set_(self, "context", tuple(self.context))
         if isinstance(self.levels, Sequence):
@@ -123,10 +129,15 @@ class Spec:
                 {k: list(v) if isinstance(v, tuple) else v for k, v in vars(variable).items()}
                 for variable in self.context
             ]
+        if self.schema is not None:
+            plain["schema"] = self.schema.to_json()
         return plain
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Spec:
         """Read what `to_json` wrote."""
         variables = tuple(Variable(**each) for each in plain.get("context", ()))
-        return cls(plain["shape"], plain.get("levels"), plain.get("columns", ()), variables)
+        schema = Schema.from_json(plain["schema"]) if plain.get("schema") else None
+        return cls(
+            plain["shape"], plain.get("levels"), plain.get("columns", ()), variables, schema
+        )

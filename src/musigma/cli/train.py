@@ -128,7 +128,7 @@ def described_data(
 
 PARTS: tuple[data.Part, ...] = ("train", "validation", "held-out")
 
-FROM_DATA = ("bits", "context", "standardize")
+FROM_DATA = ("bits", "context", "schema", "standardize")
 """Options of builders that follow from the data."""
 
 

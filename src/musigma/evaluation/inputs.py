@@ -138,7 +138,9 @@ def tensors(
     home = next(
         t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point()
     )
-    examples = channels_last(torch.from_numpy(x).to(home.device).to(home.dtype))
+    typed = model.spec is not None and model.spec.schema is not None  # rows keep their digits
+    examples = torch.from_numpy(x).to(home.device)
+    examples = examples.double() if typed else channels_last(examples.to(home.dtype))
     variables = model.spec.context if model.spec is not None else ()
     if not variables:
         return examples, None

@@ -33,6 +33,9 @@ ADDED_LATER = frozenset({"standardize"})
 """Options that are newer than the first files. `config` omits them at their defaults, so that the
 digest of a model, which identifies it in compressed files, does not change."""
 
+SPECIFIED = ("columns", "context", "schema")
+"""What a config takes from the `Spec` of the data."""
+
 M = TypeVar("M", bound=Model)
 
 
@@ -76,7 +79,8 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         chosen = {
             p.name: bound.arguments[p.name]
             for p in others
-            if p.name not in ADDED_LATER or bound.arguments[p.name] != p.default
+            if p.name != "schema"
+            and (p.name not in ADDED_LATER or bound.arguments[p.name] != p.default)
         }
         model.config = {
             "architecture": builder.__name__,
@@ -85,7 +89,7 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         }
         if spec is not None:
             plain = spec.to_json()
-            model.config |= {k: plain[k] for k in ("columns", "context") if k in plain}
+            model.config |= {k: plain[k] for k in SPECIFIED if k in plain}
         model.spec = spec_of(model.config)
         return model
 
@@ -144,6 +148,7 @@ def spec_of(config: Mapping[str, Any]) -> Spec:
             "levels": None if bits is None else 2**bits,
             "columns": config.get("columns", ()),
             "context": context,
+            "schema": config.get("schema"),
         }
     )
 
@@ -168,6 +173,11 @@ def _from_spec(
             f"{spec.levels}"
         )
     follow: dict[str, Any] = {"bits": spec.bits} if "bits" in known else {}
+    if spec.schema is not None:
+        if "schema" not in known:
+            takes = ", ".join(n for n, b in ARCHITECTURES.items() if "schema" in signature_of(b))
+            raise ValueError(f"schema: {builder.__name__} takes no typed columns; {takes} do")
+        follow["schema"] = spec.schema.to_json()
     embedding = None
     if spec.context:
         if "context" not in known:
@@ -192,11 +202,19 @@ def at_least(least: int, **options: int | None) -> None:
             raise ValueError(f"{name}: expected {least} or more; got {value}")
 
 
+def signature_of(builder: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a builder, by name."""
+    return inspect.signature(builder).parameters
+
+
 def _plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_plain, value.values()))
     if isinstance(value, (list, tuple)):
         return all(_plain(v) for v in value)
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+from musigma.zoo import tables  # noqa: E402, F401
 from musigma.zoo.flows import glow, realnvp, vectors  # noqa: E402, F401 (they register themselves)
 from musigma.zoo.vaes import autoencoder_kl, ladder, mlp_vae, vae  # noqa: E402, F401
