@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from random import Random
 from typing import Any
 
 import torch
@@ -16,7 +17,17 @@ from musigma.model import Model
 from musigma.schema import Schema
 from musigma.trace import Trace
 
-__all__ = ["AnyOrder", "RowDistribution"]
+__all__ = ["AnyOrder", "RowDistribution", "orders_of"]
+
+
+def orders_of(columns: int, n: int) -> list[list[int]]:
+    """Orders of columns: the natural one for n = 1, otherwise n that look random, always the same.
+
+    >>> orders_of(3, 1), orders_of(3, 2)
+    ([[0, 1, 2]], [[1, 2, 0], [2, 1, 0]])
+    """
+    natural = list(range(columns))
+    return [natural] if n == 1 else [Random(i).sample(natural, columns) for i in range(n)]
 
 
 class AnyOrder(Model):
@@ -83,7 +94,7 @@ class AnyOrder(Model):
         super().__init__()
         self.schema, self.binning, self.smoothing = schema, Binning(schema), smoothing
         self.frequencies, self.subsets, d = frequencies, subsets, len(schema)
-        self.orders: list[list[int]] = [list(range(d))]
+        self.orders: list[list[int]] = orders_of(d, 1)
         sizes = self.binning.sizes
         inputs = embedding + 2 * frequencies + 2
         self.embed = nn.Embedding(sum(sizes) + 3 * d, embedding)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from musigma.any_order import AnyOrder
+from musigma.any_order import AnyOrder, orders_of
 from musigma.schema import Schema
 from musigma.zoo import architecture, at_least
 
@@ -63,9 +61,5 @@ def table(
         context=context,
         smoothing=smoothing,
     )
-    if orders > 1:
-        generator = torch.Generator().manual_seed(0)
-        model.orders = [
-            torch.randperm(shape[0], generator=generator).tolist() for _ in range(orders)
-        ]
+    model.orders = orders_of(shape[0], orders)
     return model
