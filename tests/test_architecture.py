@@ -30,6 +30,7 @@ RANKS = {
     "model": 3,
     "conditional": 4,
     "any_order": 4,
+    "questions": 5,
     "objectives": 2,
     "layers": 4,
     "testing": 5,

@@ -20,6 +20,10 @@ from musigma.trace import Trace
 __all__ = ["AnyOrder", "RowDistribution", "orders_of"]
 
 
+BLOCK = 2560
+"""Number of conditionals that are computed at a time."""
+
+
 def orders_of(columns: int, n: int) -> list[list[int]]:
     """Orders of columns: the natural one for n = 1, otherwise n that look random, always the same.
 
@@ -28,6 +32,13 @@ def orders_of(columns: int, n: int) -> list[list[int]]:
     """
     natural = list(range(columns))
     return [natural] if n == 1 else [Random(i).sample(natural, columns) for i in range(n)]
+
+
+def blocks(x: Tensor, context: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Rows and their context, some at a time."""
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        yield x[part], None if context is None else context[part]
 
 
 class AnyOrder(Model):
@@ -127,12 +138,20 @@ class AnyOrder(Model):
 
     # -- the network
 
-    def features(self, x: Tensor, code: Tensor) -> Tensor:
-        """What the network is told of each value if it is seen, (B, D, F)."""
-        d = len(self.starts)
-        beyond = len(self.log_marginal) + 3 * torch.arange(d, device=x.device) - 1
-        cell = self.embed(torch.where(code >= 0, self.starts + code, beyond - code))
-        rank = self.binning.rank(x, code)[..., None].to(cell)
+    def features(self, x: Tensor, code: Tensor, j: int | None = None) -> Tensor:
+        """What the network is told of each value if it is seen, (B, D, F).
+
+        Args:
+            x: Rows (B, D), or the values (B, 1) of column j.
+            code: Their codes.
+            j: Number of the column, if there is only one.
+        """
+        which = slice(None) if j is None else slice(j, j + 1)
+        binning = self.binning if j is None else self.binning.column(j)
+        d = torch.arange(len(self.starts), device=x.device)[which]
+        beyond = len(self.log_marginal) + 3 * d - 1
+        cell = self.embed(torch.where(code >= 0, self.starts[which] + code, beyond - code))
+        rank = binning.rank(x, code)[..., None].to(cell)
         angle = rank * math.pi * 2 ** torch.arange(self.frequencies, device=x.device)
         return torch.cat([cell, rank, angle.sin(), angle.cos(), torch.ones_like(rank)], -1)
 
@@ -159,6 +178,28 @@ class AnyOrder(Model):
         h = told @ self.seen.flatten(0, 1) + (~seen).to(told) @ self.unseen
         return self._trunk(h + given)
 
+    def _start(self, context: Tensor | None) -> Tensor:
+        """The first layer if nothing is seen, (B, H); without a context (1, H)."""
+        return self.unseen.sum(0) + torch.atleast_2d(self._given(context))
+
+    def _parts(self, x: Tensor, j: int | None = None) -> Tensor:
+        """What each value changes in the first layer if it is seen, (D, B, H).
+
+        Args:
+            x: As in `features`.
+            j: As in `features`.
+        """
+        which = slice(None) if j is None else slice(j, j + 1)
+        code = (self.binning if j is None else self.binning.column(j)).locate(x)
+        told = torch.einsum("bdf,dfh->dbh", self.features(x, code, j), self.seen[which])
+        known = (code != self.binning.absent).T[..., None]
+        return (told - self.unseen[which, None]) * known
+
+    def others(self, x: Tensor, context: Tensor | None = None) -> list[Tensor]:
+        """For each column, the last hidden layer given all the other values of a row, (B, H)."""
+        parts = self._parts(x)
+        return list(self._trunk(self._start(context) + parts.sum(0) - parts))
+
     def logits(self, state: Tensor, j: int) -> Tensor:
         """Logits of the cells of column j, (B, cells), from a state."""
         part = slice(int(self.starts[j]), int(self.starts[j]) + self.binning.sizes[j])
@@ -179,11 +220,23 @@ class AnyOrder(Model):
         inside = code >= 0
         at = torch.where(inside, code, 0)
         chosen = [
-            -F.cross_entropy(part, at[:, j], reduction="none") for j, part in enumerate(logits)
+            -F.cross_entropy(part.expand(len(x), -1), at[:, j], reduction="none")
+            for j, part in enumerate(logits)
         ]
         log = self._smoothed(torch.stack(chosen, 1), self.log_marginal[self.starts + at])
         log = torch.where(inside, log + self.log_inside, self.log_outside)
-        return log + self.binning.log_density(x, code)
+        nats = log + self.binning.log_density(x, code)
+        return torch.where(code == self.binning.absent, 0.0, nats)
+
+    def log_values(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Log density of each value of rows x from the state of its column, nats (B, D).
+
+        Args:
+            states: For each column a state, (B, H), or (1, H) for all rows.
+            x: Rows (B, D).
+        """
+        logits = [self.logits(state, j) for j, state in enumerate(states)]
+        return self._log_density(logits, x, self.binning.locate(x))
 
     # -- densities
 
@@ -205,14 +258,19 @@ class AnyOrder(Model):
     def conditionals(
         self, x: Tensor, order: Sequence[int], context: Tensor | None = None
     ) -> Tensor:
-        """log p(x_j | the columns before j in an order), nats (B, D), in the order of columns."""
-        code = self.binning.locate(x)
-        before = list(order[:-1])
-        told = torch.einsum("bdf,dfh->bdh", self.features(x, code)[:, before], self.seen[before])
-        start = (self.unseen.sum(0) + self._given(context)).expand(len(x), -1)[:, None]
-        h = self._trunk(torch.cat([start, start + (told - self.unseen[before]).cumsum(1)], 1))
-        logits = {j: self.logits(h[:, k], j) for k, j in enumerate(order)}
-        return self._log_density([logits[j] for j in range(len(order))], x, code)
+        """log p(x_j | the columns before j in an order), nats (B, D), in the order of columns.
+
+        A missing value of a column that has no probability of missing values (`Column.missing`)
+        is integrated out: it is told to no other column, and its term is 0.
+        """
+        size = max(16, BLOCK // len(order))
+        if len(x) > size:  # blocks stay in the cache of a processor
+            parts = blocks(x, context, size)
+            return torch.cat([self.conditionals(rows, order, by) for rows, by in parts])
+        start = self._start(context)
+        before = start + self._parts(x)[list(order[:-1])].cumsum(0)
+        states = dict(zip(order, [self._trunk(start), *self._trunk(before)], strict=True))
+        return self.log_values([states[j] for j in range(len(order))], x)
 
     def log_prob_orders(
         self, x: Tensor, orders: Sequence[Sequence[int]], context: Tensor | None = None
@@ -235,14 +293,16 @@ class AnyOrder(Model):
         cells are never drawn.
         """
         x, seen = x.clone(), seen.clone()
+        first = self._start(context).repeat(len(x) if context is None else 1, 1)
+        for j in range(len(order)):
+            rows = seen[:, j].nonzero()[:, 0]
+            first[rows] += self._parts(x[rows, j, None], j)[0]
         for j in order:
             rows = (~seen[:, j]).nonzero()[:, 0]
-            if not len(rows):
-                continue
-            given = None if context is None else context[rows]
-            logits = self.logits(self.state(x[rows], seen[rows], given), j)
-            x[rows, j] = self.binning.draw(j, logits, temperature)
-            seen[:, j] = True
+            if len(rows):
+                logits = self.logits(self._trunk(first[rows]), j)
+                x[rows, j] = self.binning.draw(j, logits, temperature)
+                first[rows] += self._parts(x[rows, j, None], j)[0]
         return x
 
     # -- a model

@@ -34,6 +34,15 @@ class Binning:
         self.sizes = [len(c.measured) + c.missing for c in schema.columns]
         self.tensors = self._tensors(schema.columns)
         self._home: dict[torch.device, dict[str, Tensor]] = {}
+        self._columns: dict[int, Binning] = {}
+
+    def column(self, j: int) -> Binning:
+        """The cells of column j alone."""
+        if len(self.sizes) == 1:
+            return self
+        if j not in self._columns:
+            self._columns[j] = Binning(Schema(self.schema.columns[j : j + 1]))
+        return self._columns[j]
 
     @staticmethod
     def _tensors(columns: Sequence[Column]) -> dict[str, Tensor]:
