@@ -125,6 +125,21 @@ def test_missing_values_without_a_probability_are_summed_out():
     torch.testing.assert_close(anywhere, anywhere[:, :1].expand(-1, 3))
 
 
+@torch.no_grad()
+def test_training_integrates_missing_values_out_too():
+    model = discrete()
+    x = torch.tensor([[2.0, math.nan, 1.0, 0.0], [0.0, 1.0, 0.0, math.nan]], dtype=torch.float64)
+    orders = list(itertools.permutations(range(4)))
+    expected = questions.score(model, x, orders).mean
+    torch.manual_seed(0)
+    found = model.estimate(x.repeat(20_000, 1)).unflatten(0, (-1, 2)).numpy()
+    error = found.std(0) / math.sqrt(len(found))
+    assert (np.abs(found.mean(0) - expected) < 4 * error).all()
+    assert error.max() < 0.05
+    nothing = torch.full((1, 4), math.nan, dtype=torch.float64)
+    assert math.isfinite(float(model.estimate(nothing)))
+
+
 def test_rows_of_another_width_are_refused():
     with pytest.raises(ValueError, match=r"expected an array \(N, 4\).*got shape \(2, 3\)"):
         questions.score(discrete(), np.zeros((2, 3)))

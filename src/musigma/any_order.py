@@ -171,7 +171,9 @@ class AnyOrder(Model):
             seen: Mask (B, D).
             context: Context (B, F), if the model has one.
         """
-        return self._masked(self.features(x, self.binning.locate(x)), seen, self._given(context))
+        code = self.binning.locate(x)
+        known = seen & (code != self.binning.absent)
+        return self._masked(self.features(x, code), known, self._given(context))
 
     def _masked(self, features: Tensor, seen: Tensor, given: Tensor) -> Tensor:
         told = (features * seen[..., None]).flatten(-2)
@@ -243,17 +245,21 @@ class AnyOrder(Model):
     def estimate(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """An unbiased estimate of the mean of log p over all orders, nats (B,).
 
-        For a subset of t columns, drawn uniformly after t is, the conditionals of the others given
-        the subset add up, times D / (D - t); this is averaged over `subsets` draws.
+        For a subset of t of the D known values of a row, drawn uniformly after t is, the
+        conditionals of the others given the subset add up, times D / (D - t); this is averaged
+        over `subsets` draws. As in `conditionals`, some missing values are not known.
         """
-        (n, d), k = x.shape, self.subsets
+        n, k = len(x), self.subsets
         code = self.binning.locate(x)
-        count = torch.randint(0, d, (k, n, 1), device=x.device)
-        seen = torch.rand(k, n, d, device=x.device).argsort(2).argsort(2) < count
+        absent = code == self.binning.absent
+        d = (~absent).sum(1, keepdim=True).clamp(min=1)
+        count = (torch.rand(k, n, 1, device=x.device) * d).long().clamp(max=d - 1)
+        place = torch.rand(k, *x.shape, device=x.device).masked_fill(absent, 2)
+        seen = place.argsort(2).argsort(2) < count
         state = self._masked(self.features(x, code), seen, self._given(context))
         logits = self.head(state.flatten(0, 1)).float().split(self.binning.sizes, 1)
         nats = self._log_density(logits, x.repeat(k, 1), code.repeat(k, 1)).unflatten(0, (k, n))
-        return (torch.where(seen, 0.0, nats).sum(2) * d / (d - count[..., 0])).mean(0)
+        return (torch.where(seen, 0.0, nats).sum(2) * (d / (d - count))[..., 0]).mean(0)
 
     def conditionals(
         self, x: Tensor, order: Sequence[int], context: Tensor | None = None
