@@ -301,5 +301,5 @@ def test_without_a_schema_it_says_what_to_do():
     with pytest.raises(ValueError, match="read the data with a schema"):
         build("table", (3,))
     schema, _ = small_schema()
-    with pytest.raises(ValueError, match="takes no typed columns; .*table"):
+    with pytest.raises(ValueError, match=r"takes no typed columns; .*table"):
         build("realnvp", Spec((4,), schema=schema))

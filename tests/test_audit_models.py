@@ -13,6 +13,7 @@ from musigma.layers import ActNorm, Dequantize, InvertibleConv, Rescale
 from musigma.model import Bijection, Chain, Prior
 from musigma.spec import Spec, Variable
 from musigma.zoo import ARCHITECTURES, build
+from tests.test_any_order import small_schema
 
 SMALL = {
     "autoencoder_kl": [((3, 8, 8), {"widths": [8, 8], "groups": 4})],
@@ -31,6 +32,7 @@ SMALL = {
         ((4,), {"bits": None, "depth": 2, "hidden": 8}),
         ((1, 8, 8), {"depth": 1, "hidden": 8}),
     ],
+    "table": [(Spec((4,), schema=small_schema()[0]), {"hidden": 8})],
     "vae": [
         ((1, 8, 8), {"width": 8, "latents": 3, "components": 2}),
         ((6,), {"bits": None, "width": 8, "latents": 4, "prior": "flow"}),

@@ -27,7 +27,7 @@ from musigma.audit.volume import DENSE, volume
 from musigma.conditional import Conditional
 from musigma.context import Context
 from musigma.data import Dataset
-from musigma.distributions import StandardUniform
+from musigma.distributions import Binning, StandardUniform
 from musigma.evaluation import (
     ACTIVE,
     COLLAPSED,
@@ -123,6 +123,8 @@ def _examples(
     rows = contexts.length(context) or 8
     if spec is None:
         return model.sample(rows, context), context
+    if spec.schema is not None:
+        return Binning(spec.schema).random(rows), context
     if spec.levels is None:
         return torch.randn(rows, *spec.shape), context
     levels = torch.as_tensor(spec.levels).reshape(-1, *(1,) * (len(spec.shape) - 1))

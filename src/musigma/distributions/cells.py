@@ -144,6 +144,11 @@ class Binning:
             parts.append((counts / counts.sum()).log())
         return torch.cat(parts)
 
+    def random(self, n: int) -> Tensor:
+        """Rows without missing values, float64 (n, D), each cell equally probable: for checks."""
+        cells = [torch.zeros(n, len(c.measured)) for c in self.schema.columns]
+        return torch.stack([self.draw(j, logits) for j, logits in enumerate(cells)], 1)
+
     def draw(self, j: int, logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         """Values of column j, float64 (B,), with cells drawn from logits (B, cells).
 
