@@ -78,6 +78,7 @@ class Column:
         low: Smallest value seen; samples lie between `low` and `high`.
         high: Largest value seen.
         storage: How values are written: `int64`, `float64`, `string`, ... as Arrow names types.
+        format: How dates are written as text, for `datetime.strptime`: `%d.%m.%Y`.
         cells: The division of its values, once it has been measured on training rows.
 
     Raises:
@@ -93,6 +94,7 @@ class Column:
     low: float = -math.inf
     high: float = math.inf
     storage: str = "float64"
+    format: str | None = None
     cells: Cells | None = None
 
     def __post_init__(self):
@@ -140,6 +142,15 @@ class Column:
         if self.cells is None:
             raise ValueError(f"column {self.name!r}: it has no cells; use Schema.measure(rows)")
         return self.cells
+
+    def on_grid(self, values: np.ndarray) -> np.ndarray:
+        """The nearest values on the grid: those of 0.01 are the numbers that 2 decimals write."""
+        if self.step is None:
+            return values
+        scale = round(1 / self.step)
+        if not math.isclose(scale * self.step, 1):
+            return np.rint(values / self.step) * self.step
+        return np.rint(values * scale) / scale
 
     def measure(self, values: np.ndarray, most: int = 128) -> Column:
         """This column with cells for training values (N,), NaN where missing.

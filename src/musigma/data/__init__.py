@@ -1,6 +1,7 @@
 """Data sets: how they are read and split, and which examples a step sees."""
 
 from musigma.data.attach import attach, given_rows
+from musigma.data.columns import decode
 from musigma.data.dataset import Dataset, Given, Preprocess, digest
 from musigma.data.errors import DataError
 from musigma.data.raw import Progress
@@ -17,6 +18,7 @@ __all__ = [
     "Progress",
     "attach",
     "batch_indices",
+    "decode",
     "describe",
     "digest",
     "given_rows",

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from musigma.data.assembly import as_given, refuse_twice
 from musigma.data.dataset import Dataset, Given
 from musigma.data.errors import DataError, damage, listing, named
 from musigma.data.raw import Request
 from musigma.data.readers import TABLES, is_url, load
-from musigma.data.tables import Table, Words, as_given, names_rows, refuse_twice
+from musigma.data.tables import Table, Words, names_rows
 from musigma.spec import Variable
 
 __all__ = ["attach", "given_rows", "is_source"]

@@ -19,6 +19,7 @@ import numpy as np
 from musigma.data.errors import DataError, called, named, printable
 from musigma.data.raw import content_hashes
 from musigma.data.sampling import PARTS, Part, binarized, parts
+from musigma.schema import Schema
 from musigma.spec import Spec, Variable
 
 if TYPE_CHECKING:
@@ -216,8 +217,9 @@ class Dataset:
     """Examples of one shape, with labels, names and context.
 
     Args:
-        array: uint8 levels 0..255 of shape (N, C, H, W), or float32 (N, D), before preprocessing.
-            It may be memory-mapped, or decode images when they are indexed; all subsets share it.
+        array: uint8 levels 0..255 of shape (N, C, H, W), or float32 (N, D), before preprocessing;
+            with a schema, float64 (N, D). It may be memory-mapped, or decode images when they are
+            indexed; all subsets share it.
         rows: The rows of `array` that belong to this set, in its order; None: all.
         name: The source as it was given.
         preprocess: How `take` processes images; `size` has been applied to `array` already.
@@ -227,6 +229,7 @@ class Dataset:
         official_test: True for examples that the source itself reserves for testing.
         official_validation: True for examples that the source itself reserves for validation.
         columns: Names of the columns of a table.
+        schema: Their types, if they are typed (`musigma.schema`).
         given: Further context of each example, by name: what a model can be conditioned on.
         skipped: Reasons why examples were left out, by name.
         notes: Notes for the user about how the data were read.
@@ -248,6 +251,7 @@ class Dataset:
     official_test: np.ndarray | None = field(default=None, repr=False)
     official_validation: np.ndarray | None = field(default=None, repr=False)
     columns: tuple[str, ...] = ()
+    schema: Schema | None = None
     given: Mapping[str, Given] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -256,10 +260,17 @@ class Dataset:
     def __post_init__(self):
         if self.hashes is None or self.hashes.array is not self.array:
             object.__setattr__(self, "hashes", Hashes(self.array))
-        if (self.array.dtype, self.array.ndim) not in ((np.uint8, 4), (np.float32, 2)):
+        kind = self.array.dtype, self.array.ndim
+        if kind not in ((np.uint8, 4), (np.float32, 2)) and (
+            self.schema is None or kind != (np.float64, 2)
+        ):
             raise DataError(
                 f"array is {self.array.dtype} of shape {self.array.shape}: give uint8 "
-                "(N, C, H, W) or float32 (N, D)"
+                "(N, C, H, W), float32 (N, D), or float64 (N, D) with a schema"
+            )
+        if self.schema is not None and self.shape != (len(self.schema),):
+            raise DataError(
+                f"schema: expected one of {self.array.shape[-1]} columns; got {len(self.schema)}"
             )
         if self.bits is None and self.preprocess != UNTOUCHED:
             settings, usual = self.preprocess.to_json(), UNTOUCHED.to_json()
@@ -309,6 +320,8 @@ class Dataset:
     def spec(self, context: Sequence[str] = ()) -> Spec:
         """The `Spec` of a model of these data, conditioned on the named variables.
 
+        Its schema, if the columns are typed, is measured on the training part.
+
         Raises:
             DataError: If there is no such variable.
         """
@@ -319,7 +332,11 @@ class Dataset:
                 f"{', '.join(known) or 'none, since it has no labels and no other context'}"
             )
         levels = None if self.bits is None else 2**self.bits
-        return Spec(self.shape, levels, self.columns, tuple(known[name] for name in context))
+        schema = self.schema
+        if schema is not None:
+            schema = schema.measure(self.split("train").x)
+        variables = tuple(known[name] for name in context)
+        return Spec(self.shape, levels, self.columns, variables, schema)
 
     def take(
         self,
@@ -329,7 +346,7 @@ class Dataset:
         step: int = 0,
         first: int = 0,
     ) -> np.ndarray:
-        """The examples at `indices` as a model sees them: uint8 levels from 0, or float32.
+        """The examples at `indices` as a model sees them: uint8 levels from 0, or numbers.
 
         Dynamic binarization is a pure function of (seed, step, position); the positions count
         from `first`, so a batch can be taken in parts:

@@ -89,7 +89,8 @@ def doubts(dataset: Dataset, parts: Mapping[str, Dataset]) -> Iterator[str]:
     """Likely mistakes."""
     train = parts.get("train", dataset)
     yield from _doubtful_labels(dataset, train)
-    yield from _doubtful_columns(train) if dataset.bits is None else _doubtful_levels(train)
+    if dataset.schema is None:
+        yield from _doubtful_columns(train) if dataset.bits is None else _doubtful_levels(train)
     seen = np.unique(train.content())
     for name, part in parts.items() if dataset.official_test is not None else ():
         again = int(np.isin(part.content(), seen).sum())

@@ -8,18 +8,21 @@ images are decoded when they are indexed (`LazyImages`). Folders, archives and s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from musigma.data.assembly import assemble
 from musigma.data.cache import derived, facts
 from musigma.data.dataset import UNTOUCHED, Dataset, Hashes, Preprocess
 from musigma.data.errors import DataError, damage, first_line
 from musigma.data.raw import ARCHIVE, Progress, Request
-from musigma.data.readers.arrays import read_numpy
+from musigma.data.readers.arrays import of_array, read_numpy
+from musigma.data.readers.arrow import frame, read_arrow
 from musigma.data.readers.delimited import Delimited
 from musigma.data.readers.filesets import SHARD, FileSet, expanded, suffix
 from musigma.data.readers.idx_cifar import CIFAR, IDX, idx_images
@@ -28,17 +31,22 @@ from musigma.data.readers.images import LazyImages, pillow_kinds, resized
 from musigma.data.readers.parquet import Parquet, read_parquet
 from musigma.data.readers.published import BUILT_IN
 from musigma.data.readers.remote import fetched, is_url, plain
-from musigma.data.tables import Table, assemble
+from musigma.data.schemas import as_schema
+from musigma.data.tables import Table
+from musigma.schema import Schema
 
 __all__ = ["BUILT_IN", "LazyImages", "identity", "is_url", "load", "plain"]
 
 
 def load(
-    source: str | Path,
+    source: Any,
     *,
     preprocess: Preprocess = UNTOUCHED,
     given: str | Iterable[str] = (),
     columns: Sequence[str] | None = None,
+    schema: Schema | Mapping[str, Any] | str | Path | None = None,
+    unseen: Literal["refuse", "probability"] = "refuse",
+    missing: Literal["model", "ignore"] = "model",
     channels: int | None = None,
     skip_bad: bool = False,
     allow_constant: bool = False,
@@ -55,13 +63,24 @@ def load(
     `./mnist`. Published sets are looked for in `$MUSIGMA_DATA`, in `/usr/share/datasets` and in
     the user's cache, and otherwise downloaded into the cache.
 
+    Tables of pandas, polars, Arrow and whatever else hands out its columns in Arrow's format, and
+    arrays (N, D), are read from memory; several parquet files are one table.
+
     Args:
-        source: A path, a URL or a name.
+        source: A path, a URL or a name; several paths; a table, an array, or columns by name.
         preprocess: How images are preprocessed.
         given: Context to read along with the examples: `label` requires labels; names or patterns
             of columns (`x_*`), which are then not part of x; or files with a row for each example
             (`attach`).
         columns: The columns of a table that a model needs, in its order. Others are left out.
+        schema: Types of the columns of a table: "infer", the path of a schema file, or a `Schema`,
+            whose columns are found by their names. Rows are then float64, as `musigma.schema`
+            describes them, and a column called `label` is data unless it is `given`. None: all
+            columns are real numbers, float32.
+        unseen: What happens to a category that the schema does not have: it is refused, or it
+            becomes one unknown category, to which a model gives a probability.
+        missing: Whether missing values have a probability of their own, or are ignored: models
+            are conditioned on what is there, and leave out the rest.
         channels: 3 makes gray images RGB.
         skip_bad: Leave out images and rows that cannot be used; `Dataset.skipped` names them.
         allow_constant: Accept constant columns: harmless for scoring with a trained model, but
@@ -81,9 +100,12 @@ def load(
     """
     from musigma.data.attach import attach, is_source
 
-    if not str(source).strip():
+    in_files = isinstance(source, (str, Path))
+    if in_files and not str(source).strip():
         raise DataError(f"source is {str(source)!r}: give {UNDERSTOOD}")
-    name = plain(source) if is_url(source) else str(source)
+    name = plain(source) if in_files and is_url(source) else str(source)
+    if not in_files:
+        name = "table"
     wanted = [given] if isinstance(given, str) else list(given)
     files = [item for item in wanted if item != "label" and is_source(item)]
     request = Request(
@@ -92,13 +114,19 @@ def load(
         channels=channels,
         columns=None if columns is None else tuple(columns),
         given=tuple(item for item in wanted if item != "label" and item not in files),
+        schema=as_schema(schema),
+        label="label" in wanted,
+        unseen=unseen,
+        missing=missing,
         allow_constant=allow_constant,
         skip_bad=skip_bad,
         in_memory=in_memory,
         report=progress or (lambda done, total: None),
     )
     try:
-        if isinstance(source, str) and source in BUILT_IN:
+        if not in_files:
+            data = _read_memory(source, request)
+        elif isinstance(source, str) and source in BUILT_IN:
             data = BUILT_IN[source](request.report)
         else:
             path = fetched(source, request) if is_url(source) else source
@@ -125,6 +153,15 @@ def load(
     for file in files:
         data = attach(data, file, allow_constant=allow_constant)
     return data
+
+
+def _read_memory(source: Any, request: Request) -> Dataset:
+    """Arrays and frames; or several files."""
+    if isinstance(source, (list, tuple)) and source and isinstance(source[0], (str, Path)):
+        return _read_shards([Path(part).expanduser() for part in source], request)
+    if isinstance(source, np.ndarray) and not source.dtype.names:
+        return of_array(source, request)
+    return assemble(frame(source, request), request)
 
 
 def _images(data: Dataset, request: Request) -> Dataset:
@@ -243,6 +280,8 @@ TABLES: dict[str, Callable[[Path, Request], Table]] = {
     ".csv": Delimited,
     ".tsv": Delimited,
     ".parquet": lambda path, request: Parquet([path], request),
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
 }
 READERS: dict[str, Callable[[Path, Request], Dataset]] = {
     ".npy": read_numpy,
@@ -251,6 +290,7 @@ READERS: dict[str, Callable[[Path, Request], Dataset]] = {
 }
 UNDERSTOOD = (
     "a folder or archive (.tar, .tar.gz, .tar.xz, .zip) of images, IDX files or CIFAR batches; "
-    "shards, as a folder or shards-{0000..0099}.tar; a file .npy, .npz, .csv, .tsv, .parquet or "
+    "shards, as a folder or shards-{0000..0099}.tar; a file .npy, .npz, .csv, .tsv, .parquet, "
+    ".arrow, .feather or "
     f"IDX; a URL; or one of {', '.join(BUILT_IN)}"
 )

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from musigma.data.assembly import assemble
 from musigma.data.cache import blocks, derived, float32
 from musigma.data.dataset import Dataset
 from musigma.data.errors import DataError
 from musigma.data.raw import Request, as_labels
-from musigma.data.tables import Table, assemble, number_fault
+from musigma.data.tables import Table, number_fault
 
 
 def read_numpy(path: Path, request: Request) -> Dataset:
@@ -21,7 +22,7 @@ def read_numpy(path: Path, request: Request) -> Dataset:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     if not zipped:
-        return _levels_or_table(np.load(path, mmap_mode="r", allow_pickle=False), request)
+        return of_array(np.load(path, mmap_mode="r", allow_pickle=False), request)
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         keys = set(arrays.files)
         data = [key for key in ("x", "images", "data", "arr_0") if key in keys]
@@ -35,7 +36,7 @@ def read_numpy(path: Path, request: Request) -> Dataset:
                 "one named x, images or data, and at most one of labels named y or labels"
             )
         x = arrays[data[0]]
-        found = _levels_or_table(x, request)
+        found = of_array(x, request)
         if not labels:
             return found
         y, names = as_labels(arrays[labels[0]], len(x), f"{request.where}: {labels[0]}")
@@ -44,7 +45,7 @@ def read_numpy(path: Path, request: Request) -> Dataset:
         return replace(found, labels=y, label_names=names)
 
 
-def _levels_or_table(x: np.ndarray, request: Request) -> Dataset:
+def of_array(x: np.ndarray, request: Request) -> Dataset:
     """Images as uint8 (N, C, H, W), or a table."""
     where, shape = request.where, x.shape
     if x.size == 0:
@@ -62,7 +63,7 @@ def _levels_or_table(x: np.ndarray, request: Request) -> Dataset:
         raise request.error(
             f"has shape {shape}: a table of one column is x[:, None], and one example is x[None]"
         )
-    if x.ndim != 2 or x.dtype == np.uint8:
+    if x.ndim != 2 or (x.dtype == np.uint8 and request.schema is None):
         raise request.error(
             f"is {x.dtype} of shape {shape}: images are uint8 (N, C, H, W) or "
             "(N, H, W[, C]), tables are float (N, D): reshape it"
@@ -75,7 +76,8 @@ class _Rows(Table):
 
     def __init__(self, array: np.ndarray, request: Request):
         self.array, self.request = array, request
-        self.rows, self.kinds = len(array), ["number"] * array.shape[1]
+        self.rows, width = array.shape
+        self.kinds, self.storage = ["number"] * width, [array.dtype.name] * width
 
     def x(self, columns: Sequence[int]) -> np.ndarray:
         if self.array.dtype == np.float32:
@@ -83,6 +85,9 @@ class _Rows(Table):
         x = self.array
         make = partial(map, float32, blocks(x))
         return derived(x, "float32", x.shape, np.float32, make, self.request)
+
+    def numbers(self, j: int) -> np.ndarray:
+        return self.array[:, j].astype(np.float64)
 
     def reason(self, i: int, j: int, value: float | None) -> str:
         return number_fault(float(self.array[i, j]))

@@ -6,7 +6,7 @@ import codecs
 import csv
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -20,8 +20,8 @@ from musigma.data.tables import (
     COMMA_DECIMAL,
     COMMA_GROUPS,
     LABEL_NAMES,
+    Content,
     Convert,
-    Kind,
     Table,
     cell_fault,
     comma_decimal,
@@ -34,6 +34,7 @@ from musigma.data.tables import (
 
 SEPARATORS = ",;\t| "
 SAMPLE = 50  # lines from which the format is read
+PADDED = re.compile(r"^\s*0\d")  # digits that are not a number: 0123
 
 
 class _Format(NamedTuple):
@@ -60,6 +61,9 @@ class Delimited(Table):
             if first is None:
                 raise request.error("is empty: give a table of numbers")
             first = [printable(cell.strip()) for cell in first]
+            start = [cells for _, cells in islice(_rows(path, form), 1, SAMPLE)]
+            self.padded = _columns_with(PADDED, start)
+            self.points = _columns_with(re.compile(r"\."), start)
             self._parse(path, form, float, first)
             self._keep_texts(path, form, first)
             commas = [
@@ -82,6 +86,7 @@ class Delimited(Table):
             self.texts = {j: cells[1:] for j, cells in self.texts.items()}
         self.rows, width = self.values.shape
         self.kinds = [self._kind(j) for j in range(width)]
+        self.storage = [self._storage(j) for j in range(width)]
 
     def _parse(self, path: Path, form: _Format, convert: Convert, first: list[str]) -> None:
         """Read all numbers, the first line among them."""
@@ -111,19 +116,28 @@ class Delimited(Table):
         values = self.values[1:] if len(self.values) > 1 else self.values
         gaps = np.atleast_1d(np.isnan(values).any(0))
         self.texts: dict[int, list[str]] = {
-            j: [] for j, name in enumerate(first) if gaps[j] or is_called_id(name)
+            j: []
+            for j, name in enumerate(first)
+            if gaps[j] or j in self.padded or is_called_id(name)
         }
         for _, cells in _rows(path, form) if self.texts else ():
             if len(cells) == len(first):
                 for j, column in self.texts.items():
-                    column.append(cells[j])
+                    column.append(cells[j].strip())
 
-    def _kind(self, j: int) -> Kind:
+    def _kind(self, j: int) -> Content:
         no_number = np.flatnonzero(np.isnan(self.values[:, j])).tolist()
         cells = [self.texts[j][i] for i in no_number]
         text = sum(not _may_be_number(cell) for cell in cells)
         rest = self.rows - text - sum(map(is_missing, cells))
         return "text" if text > rest else "number" if rest or not self.rows else "empty"
+
+    def _storage(self, j: int) -> str:
+        if self.kinds[j] != "number" or j in self.padded:
+            return "string"
+        values = self.values[:, j]
+        whole = (np.isnan(values) | (values == np.rint(values))).all()
+        return "int64" if whole and j not in self.points else "float64"
 
     def x(self, columns: Sequence[int]) -> np.ndarray:
         return float32(self.values[:, columns])
@@ -132,8 +146,18 @@ class Delimited(Table):
         return self.values[:, j]
 
     def batches_of_words(self, j: int) -> Iterator[tuple[list[Any], np.ndarray]]:
-        cells = self.texts[j] if j in self.texts else [f"{v:.17g}" for v in self.values[:, j]]
-        yield cells, np.arange(len(cells))
+        if j in self.texts:
+            yield self.texts[j], np.arange(self.rows)
+        else:
+            yield from super().batches_of_words(j)
+
+    def not_numbers(self, j: int) -> Mapping[int, str]:
+        cells = self.texts.get(j, [])
+        return {
+            i: cell_fault(cells[i], self.doubt)
+            for i in np.flatnonzero(np.isnan(self.values[:, j])).tolist()
+            if not is_missing(cells[i])
+        }
 
     def called(self, j: int) -> str:
         return super().called(j) if self.names else f"column {j + 1}"
@@ -147,6 +171,11 @@ class Delimited(Table):
         if value is not None and not np.isnan(self.values[i, j]):
             return number_fault(self.values[i, j])
         return cell_fault(self.texts[j][i], self.doubt)
+
+
+def _columns_with(pattern: re.Pattern[str], rows: list[list[str]]) -> set[int]:
+    """The columns in which the pattern occurs."""
+    return {j for cells in rows for j, cell in enumerate(cells) if pattern.search(cell)}
 
 
 def _rows(path: Path, form: _Format) -> Iterator[tuple[int, list[str]]]:

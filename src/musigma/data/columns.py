@@ -1,0 +1,434 @@
+"""The columns of a table as a schema, and its rows as numbers and back.
+
+`infer` decides the kind of each column; `encode` makes rows of float64 of a table, as
+`musigma.schema` describes them, and `decode` makes an Arrow table of such rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from musigma.data import times
+from musigma.data.raw import Request, allocate
+from musigma.data.tables import Table, Words, is_number, names_rows, text_of
+from musigma.schema import Column, Schema
+
+BOOLEANS = [set(pair.split()) for pair in ("false true", "no yes", "f t", "n y", "off on", "0 1")]
+GRIDS = range(7)  # decimals after which a grid is no longer looked for
+PLAIN = 2  # decimals that are a grid even where most values differ
+EXACT = 2**53  # whole numbers from here on are not exact in float64
+NAMED = 1000  # cells of a column that are named as unusable
+FEW = 8  # levels that are shown
+
+NUMBERS = ("continuous", "count")
+TIMES = ("date", "datetime")
+
+
+# Kinds -------------------------------------------------------------------------------------------
+
+
+class _Unusable(Exception):
+    """A column that cannot be data."""
+
+
+class _LeftOut(Exception):
+    """A column that is not data: names of rows, or free text."""
+
+
+@dataclass
+class _Content:
+    """One column of a table, whose values are read once, when they are needed."""
+
+    table: Table
+    j: int
+
+    @property
+    def name(self) -> str:
+        """Its name; x0, x1, ... if columns have none."""
+        return names(self.table)[self.j]
+
+    @property
+    def storage(self) -> str:
+        """How its values are written."""
+        return self.table.storage[self.j]
+
+    @cached_property
+    def is_words(self) -> bool:
+        """Whether it holds words: text, truth values, or digits that are no numbers (007)."""
+        kind = self.table.kinds[self.j]
+        if kind == "number" and "string" in self.storage:
+            return any(text is not None and not _is_plain(text) for text in self.words.different)
+        return kind in ("text", "truth") or self.storage.startswith("dictionary")
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """Its values, NaN where missing."""
+        return self.table.numbers(self.j)
+
+    @cached_property
+    def finite(self) -> np.ndarray:
+        """The different values that are finite, in increasing order."""
+        return np.unique(self.numbers[np.isfinite(self.numbers)])
+
+    @cached_property
+    def words(self) -> Words:
+        """Its words as text, None where missing."""
+        found = self.table.words(self.j)
+        return Words(
+            [None if self.table.lacks(w) else text_of(w) for w in found.different], found.codes
+        )
+
+    @cached_property
+    def texts(self) -> dict[str, int]:
+        """The different words that are not missing, with the number of rows of each."""
+        counts = np.bincount(self.words.codes, minlength=len(self.words.different)).tolist()
+        found: dict[str, int] = {}
+        for text, count in zip(self.words.different, counts, strict=True):
+            if text is not None and count:
+                found[text] = found.get(text, 0) + count
+        return found
+
+    @property
+    def present(self) -> int:
+        """The number of rows in which it is not missing."""
+        if self.is_words:
+            return sum(self.texts.values())
+        return int((~np.isnan(self.numbers)).sum())
+
+    def kind(self, constant: bool) -> str:
+        """The kind of its values, as `docs/tables.md` describes.
+
+        Raises:
+            _LeftOut: If it names rows, or is free text.
+            _Unusable: If it is empty, of a type that no kind has, or constant.
+        """
+        table, j = self.table, self.j
+        content = table.kinds[j]
+        if content == "other":
+            raise _Unusable(f"is {self.storage}: convert or drop it")
+        if content == "empty" or not self.present:
+            raise _Unusable("is empty: drop it")
+        different = self.texts if self.is_words else self.finite
+        if len(different) == 1 and not constant:
+            (value,) = different
+            raise _Unusable(
+                f"is constant ({text_of(value) if self.is_words else f'{value:g}'}): drop it"
+            )
+        return self._kind_of_words() if self.is_words else self._kind_of_numbers()
+
+    def _kind_of_words(self) -> str:
+        texts, n = self.texts, self.present
+        if self.storage.startswith("dictionary"):
+            return "ordinal" if "ordered=1" in self.storage else "category"
+        if {text.lower() for text in texts} in BOOLEANS and len(texts) == 2:
+            return "boolean"
+        if self.storage == "bool":
+            return "boolean"
+        if found := times.format_of(list(texts)):
+            return found.kind
+        if names_rows(self.table, self.j):
+            raise _LeftOut("is different in every row: it names rows, and is not data")
+        if len(texts) > max(2, n / 2):
+            raise _LeftOut(
+                f"is left out as free text: {len(texts):,} different values in {n:,} rows"
+            )
+        return "category"
+
+    def _kind_of_numbers(self) -> str:
+        values = self.finite
+        if self.table.kinds[self.j] == "time":
+            return "date" if (values % times.DAY == 0).all() else "datetime"
+        if not _whole(values):
+            return "continuous"
+        if names_rows(self.table, self.j) and self.table.names:
+            raise _LeftOut("is different in every row: it names rows, and is not data")
+        if np.abs(values).max(initial=0) >= EXACT:
+            raise _Unusable(
+                "has whole numbers from 2^53 on, which float64 does not keep: drop it, or make it "
+                "text if it names something"
+            )
+        return "boolean" if set(values.tolist()) <= {0, 1} else "count"
+
+    def column(self, kind: str, **chosen: Any) -> Column:
+        """The column as one of a kind; `chosen` are fields that are known.
+
+        Raises:
+            _Unusable: If its values are not of that kind.
+        """
+        about: dict[str, Any] = {
+            "name": self.name,
+            "kind": kind,
+            "storage": plain_type(self.storage),
+        }
+        about["missing"] = self.present < self.table.rows
+        if kind in ("ordinal", "category", "boolean"):
+            if "levels" not in chosen:
+                about["levels"] = self._levels(kind)
+        elif kind in TIMES:
+            if self.is_words or "string" in self.storage:
+                about["format"] = chosen.get("format") or self._format()
+            if kind == "datetime":
+                about["step"] = self._clock(about.get("format"))
+        elif self.is_words:
+            text = next(t for t in self.texts if not is_number(t)) if self.texts else ""
+            raise _Unusable(f"holds text, such as {text!r}, and cannot be {kind}")
+        elif kind == "continuous":
+            about["step"] = _grid(self.finite, self.present, self.storage)
+        elif not _whole(self.finite):
+            raise _Unusable("holds fractions, and cannot be a count: make it continuous")
+        try:
+            return Column(**about | chosen)
+        except (TypeError, ValueError) as error:
+            raise _Unusable(str(error).partition(": ")[2] or str(error)) from None
+
+    def _levels(self, kind: str) -> list[str]:
+        texts = list(self.texts)
+        if self.storage.startswith("dictionary"):
+            declared = [text for text in self.words.different if text is not None]
+            return declared if "ordered=1" in self.storage else sorted(declared)
+        if all(map(is_number, texts)):
+            return sorted(texts, key=float)
+        return sorted(texts, key=lambda text: (text.lower(), text))
+
+    def _format(self) -> str:
+        try:
+            found = times.format_of(list(self.texts))
+        except ValueError as error:
+            raise _Unusable(str(error)) from None
+        if found is None:
+            raise _Unusable("holds text that is no date: write dates as 2026-12-31")
+        return found.format
+
+    def _clock(self, form: str | None) -> float | None:
+        seconds = self.finite if form is None else times.seconds(list(self.texts), form)
+        return next((s for s in (3600.0, 60.0, 1.0) if (seconds % s == 0).all()), None)
+
+
+def names(table: Table) -> tuple[str, ...]:
+    """The names of the columns; x0, x1, ... if there are none."""
+    return table.names or tuple(f"x{j}" for j in range(len(table.kinds)))
+
+
+def plain_type(storage: str) -> str:
+    """The name of an Arrow type as NumPy has it."""
+    names = {"double": "float64", "float": "float32", "halffloat": "float16"}
+    return names.get(storage, storage)
+
+
+def _whole(values: np.ndarray) -> bool:
+    return bool((values == np.rint(values)).all())
+
+
+def _is_plain(text: str) -> bool:
+    """Whether text is a number as this library would write it."""
+    return is_number(text) and text_of(float(text)) == text
+
+
+def _grid(different: np.ndarray, n: int, storage: str) -> float | None:
+    """The unit in the last place, if all values are multiples of it."""
+    dtype = np.float32 if plain_type(storage) == "float32" else np.float64
+    values = different.astype(dtype)
+    if not len(values):
+        return None
+    least = 4 * float(np.spacing(np.abs(values).max()))
+    for decimals in GRIDS:
+        scale = 10.0**decimals
+        if 1 / scale < least or (decimals > PLAIN and len(values) > n / 2):
+            return None
+        if ((np.rint(different * scale) / scale).astype(dtype) == values).all():
+            return float(f"1e-{decimals}")
+    return None
+
+
+# Inference ---------------------------------------------------------------------------------------
+
+
+def infer(
+    table: Table, request: Request, taken: Sequence[int] = ()
+) -> tuple[Schema, dict[str, str]]:
+    """The schema of a table, and the columns that cannot be used, with the reasons.
+
+    Args:
+        table: The table.
+        request: Takes a note of each column that is left out.
+        taken: Columns that are context or labels.
+    """
+    columns, faults = [], {}
+    for j, name in enumerate(names(table)):
+        if j in taken:
+            continue
+        if not name:
+            if not names_rows(table, j):
+                faults[f"column {j + 1}"] = "has no name: name it, or drop it"
+            continue
+        content = _Content(table, j)
+        try:
+            columns.append(content.column(content.kind(request.allow_constant)))
+        except _LeftOut as error:
+            request.note(f"{table.called(j)} {error}")
+        except (_Unusable, ValueError) as error:
+            faults[table.called(j)] = str(error)
+    if request.missing == "ignore":
+        columns = [replace(column, missing=False) for column in columns]
+    return Schema(tuple(columns)), faults
+
+
+def completed(
+    table: Table, drafts: Mapping[str, Mapping[str, Any]], request: Request
+) -> tuple[Schema, dict[str, str]]:
+    """The schema that a file states, with what it leaves open as it is in a table.
+
+    Args:
+        table: The table.
+        drafts: Some fields of each column, by its name.
+        request: Says whether missing values are modelled.
+    """
+    columns, faults, known = [], {}, names(table)
+    for name, draft in drafts.items():
+        if name not in known:
+            faults[f"column {name!r}"] = "is in the schema, and not in the data"
+            continue
+        content = _Content(table, known.index(name))
+        try:
+            kind = draft.get("kind") or content.kind(True)
+            column = content.column(kind, **{k: v for k, v in draft.items() if k != "kind"})
+            if request.missing == "ignore":
+                column = replace(column, missing=False)
+            columns.append(column)
+        except (_LeftOut, _Unusable, ValueError) as error:
+            faults[f"column {name!r}"] = str(error)
+    return Schema(tuple(columns)), faults
+
+
+# Rows --------------------------------------------------------------------------------------------
+
+
+def encode(
+    table: Table, schema: Schema, request: Request
+) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """Rows of a table as numbers, float64 (N, D); which of them cannot be used; and the faults.
+
+    Raises:
+        DataError: If the table has not all columns of the schema.
+    """
+    known = names(table)
+    if not table.names and len(known) == len(schema):
+        known = schema.names
+    x = allocate((table.rows, len(schema)), request.where, np.float64)
+    bad, faults = np.zeros(table.rows, bool), dict(table.ragged)
+    for k, column in enumerate(schema.columns):
+        content = _Content(table, known.index(column.name))
+        x[:, k], wrong = _encoded(content, column, request.unseen)
+        for i, reason in list(wrong.items()):
+            bad[i] = True
+            if len(faults) < NAMED:
+                faults[f"{table.row_called(i)}, column {column.name!r}"] = reason
+        request.report(k + 1, len(schema))
+    return x, bad, faults
+
+
+def _encoded(content: _Content, column: Column, unseen: str) -> tuple[np.ndarray, dict[int, str]]:
+    """A column as numbers, and the rows that cannot be used, with the reasons."""
+    if column.has_levels:
+        return _positions(content, column, unseen)
+    if column.kind in TIMES:
+        x, wrong = _instants(content, column)
+    elif content.table.kinds[content.j] in ("time", "other"):
+        return np.full(content.table.rows, np.nan), {0: f"is {content.storage}, not a number"}
+    else:
+        x, wrong = content.numbers + 0.0, dict(content.table.not_numbers(content.j))
+    for i in np.flatnonzero(np.isinf(x)).tolist():
+        wrong[i] = "is infinite: fill or drop it"
+    short = column.storage in ("float16", "float32")
+    if short:  # text may have been written of such numbers
+        x = x.astype(column.storage).astype(np.float64)
+    if column.step and column.kind != "datetime":
+        nearest = column.on_grid(x)
+        if short:
+            x = np.where(nearest.astype(column.storage) == x, nearest, x)
+        if column.is_discrete:
+            what = "a whole number" if column.step == 1 else f"a multiple of {column.step:g}"
+            off = np.isfinite(x) & (x != nearest)
+            for i in np.flatnonzero(off).tolist():
+                wrong.setdefault(i, f"is {x[i]:g}, not {what}: round it, or make it continuous")
+    return x, wrong
+
+
+def _positions(
+    content: _Content, column: Column, unseen: str
+) -> tuple[np.ndarray, dict[int, str]]:
+    """The positions of words among levels."""
+    words, table = content.table.words(content.j), content.table
+    place = {level: float(i) for i, level in enumerate(column.levels)}
+    alike = {_normal(level, column.kind): i for level, i in place.items()}
+    codes, unknown = np.full(len(words.different), np.nan), {}
+    for k, word in enumerate(words.different):
+        text = "" if word is None else text_of(word)
+        found = place.get(text, alike.get(_normal(text, column.kind)))
+        if found is not None and word is not None:
+            codes[k] = found
+        elif not table.lacks(word):
+            codes[k] = len(column.levels)
+            unknown[k] = text
+    x, wrong = codes[words.codes], {}
+    if unseen == "refuse" and unknown:
+        for i in np.flatnonzero(x == len(column.levels)).tolist():
+            text = unknown[int(words.codes[i])]
+            wrong[i] = f"is {text!r}, which is not among the levels of the schema"
+    return x, wrong
+
+
+def _normal(text: str, kind: str) -> str:
+    """What equal levels have in common when they are written in different ways."""
+    if is_number(text):
+        return text_of(float(text))
+    return text.lower() if kind == "boolean" else text
+
+
+def _instants(content: _Content, column: Column) -> tuple[np.ndarray, dict[int, str]]:
+    """Days or seconds since 1970."""
+    wrong: dict[int, str] = {}
+    if content.table.kinds[content.j] == "time":
+        x = content.numbers + 0.0
+    else:
+        words, form = content.words, column.format
+        texts = [text or "" for text in words.different]
+        if form is None:
+            found = times.format_of([text for text in texts if text])
+            form = found.format if found else "%Y-%m-%d"
+        x = times.seconds(texts, form)[words.codes]
+        missing = np.array([text is None for text in words.different], bool)[words.codes]
+        for i in np.flatnonzero(np.isnan(x) & ~missing).tolist():
+            wrong[i] = f"is {texts[words.codes[i]]!r}, not a date like {times.example(form)}"
+    if column.kind == "date":
+        for i in np.flatnonzero(np.isfinite(x) & (x % times.DAY != 0)).tolist():
+            wrong[i] = "has a time of day, and the column holds dates"
+        x = np.floor(x / times.DAY)
+    return x, wrong
+
+
+def decode(rows: np.ndarray, schema: Schema) -> Any:
+    """Rows of numbers as a `pyarrow.Table`, with names, types and missing values as they were.
+
+    Args:
+        rows: Float64 (N, D), as `encode` makes them; a category that is unknown becomes missing.
+        schema: The D columns.
+
+    Raises:
+        DataError: If pyarrow is not installed.
+
+    Example:
+        >>> age, sex = Column("age", "count", storage="int64"), Column("sex", "category", "fm")
+        >>> schema = Schema([age, sex])
+        >>> decode(np.array([[41, 0], [np.nan, 1]]), schema).to_pydict()
+        {'age': [41, None], 'sex': ['f', 'm']}
+    """
+    from musigma.data.readers.arrow import column_of, pyarrow
+
+    columns = {c.name: column_of(rows[:, j], c) for j, c in enumerate(schema.columns)}
+    return pyarrow("typed tables:").table(columns)

@@ -1,0 +1,113 @@
+"""Typed tables: what each column is taken for, and rows as numbers and back."""
+
+import datetime
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+import musigma
+from musigma.data import decode
+
+
+def people(n=200, seed=0):
+    """Columns of every kind, as an Arrow table."""
+    random = np.random.default_rng(seed)
+    day = np.datetime64("2026-01-01")
+    hours = random.integers(0, 10_000, n)
+    nothing = random.random(n) < 0.1
+    return pa.table(
+        {
+            "age": pa.array(random.integers(0, 90, n), pa.int16()),
+            "price": pa.array(random.normal(10, 3, n).round(2), mask=nothing),
+            "weight": pa.array(random.normal(size=n).astype("f4")),
+            "member": pa.array(random.random(n) < 0.5),
+            "paid": pa.array(random.choice(["yes", "no"], n)),
+            "city": pa.array(random.choice(["Oslo", "Rome", "Bonn"], n), mask=nothing),
+            "size": pa.DictionaryArray.from_arrays(
+                pa.array(random.integers(0, 3, n), pa.int8()), ["S", "M", "L"], ordered=True
+            ),
+            "birth": pa.array(day - random.integers(0, 9_000, n), pa.date32()),
+            "seen": pa.array(day.astype("M8[us]") + hours * 3_600_000_000),
+        }
+    )
+
+
+KINDS = [
+    "count",
+    "continuous",
+    "continuous",
+    "boolean",
+    "boolean",
+    "category",
+    "ordinal",
+    "date",
+    "datetime",
+]
+
+
+def test_every_kind_is_found_and_decoded_as_it_was():
+    table = people()
+    data = musigma.data.load(table, schema="infer")
+    assert [column.kind for column in data.schema.columns] == KINDS
+    assert data.array.dtype == np.float64
+    assert decode(data.x, data.schema).equals(table)
+    assert [c.missing for c in data.schema.columns] == [n in (1, 5) for n in range(len(KINDS))]
+    assert data.schema.columns[1].step == 0.01
+    assert data.schema.columns[8].step == 3600
+    assert np.isnan(data.x).any(0).tolist() == [n in (1, 5) for n in range(len(KINDS))]
+
+
+def test_the_spec_has_a_schema_measured_on_the_training_part():
+    data = musigma.data.load(people(), schema="infer")
+    spec = data.spec()
+    train = data.split("train")
+    for column, values in zip(spec.schema.columns, train.x.T, strict=True):
+        assert column.measured.rows == len(train)
+        assert column.measured.missing == np.isnan(values).sum()
+    assert musigma.Spec.from_json(spec.to_json()) == spec
+
+
+def test_files_and_frames_give_the_same_rows(tmp_path):
+    table = people()
+    data = musigma.data.load(table, schema="infer")
+    parquet.write_table(table.slice(0, 120), tmp_path / "a.parquet")
+    parquet.write_table(table.slice(120), tmp_path / "b.parquet")
+    with pa.ipc.new_file(str(tmp_path / "c.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    table.to_pandas().to_csv(tmp_path / "d.csv", index=False)
+    parts = [str(tmp_path / name) for name in ("a.parquet", "b.parquet")]
+    for source in (parts, tmp_path / "c.arrow", tmp_path / "d.csv", table.to_pandas()):
+        again = musigma.data.load(source, schema=data.schema)
+        np.testing.assert_allclose(again.x, data.x, rtol=1e-15)
+
+
+def test_columns_are_found_by_name_and_missing_ones_are_named():
+    table = people()
+    data = musigma.data.load(table, schema="infer")
+    order = table.column_names[::-1]
+    again = musigma.data.load(table.select(order), schema=data.schema)
+    np.testing.assert_array_equal(again.x, data.x)
+    with pytest.raises(musigma.data.DataError, match="no column 'age', 'city', which"):
+        musigma.data.load(table.drop_columns(["age", "city"]), schema=data.schema)
+
+
+def test_unknown_categories_are_refused_or_counted():
+    schema = musigma.data.load(people(), schema="infer").schema
+    table = people(20, seed=1).to_pandas()
+    table.loc[7, "city"] = "Lima"
+    with pytest.raises(musigma.data.DataError, match=r"row 7 .*column 'city' is 'Lima'"):
+        musigma.data.load(table, schema=schema)
+    x = musigma.data.load(table, schema=schema, unseen="probability").x
+    assert x[7, 5] == len(schema.columns[5].levels) == 3
+
+
+def test_dates_keep_their_format(tmp_path):
+    days = [datetime.date(2026, 1, 1) + datetime.timedelta(3 * i) for i in range(40)]
+    text = "\n".join(["day,x", *(f"{day:%d.%m.%Y},{day.day / 8}" for day in days)])
+    (tmp_path / "days.csv").write_text(text)
+    data = musigma.data.load(tmp_path / "days.csv", schema="infer")
+    assert data.schema.columns[0].kind == "date"
+    written = decode(data.x, data.schema).column("day").to_pylist()
+    assert written == [f"{day:%d.%m.%Y}" for day in days]
