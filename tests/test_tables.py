@@ -34,7 +34,8 @@ def people(n=200, seed=0):
     )
 
 
-KINDS = [
+KINDS = ["count", "continuous", "continuous", "boolean", "boolean", "category", "ordinal"]
+KINDS += ["date", "datetime"]
     "count",
     "continuous",
     "continuous",
