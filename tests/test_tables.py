@@ -36,16 +36,6 @@ def people(n=200, seed=0):
 
 KINDS = ["count", "continuous", "continuous", "boolean", "boolean", "category", "ordinal"]
 KINDS += ["date", "datetime"]
-    "count",
-    "continuous",
-    "continuous",
-    "boolean",
-    "boolean",
-    "category",
-    "ordinal",
-    "date",
-    "datetime",
-]
 
 
 def test_every_kind_is_found_and_decoded_as_it_was():
