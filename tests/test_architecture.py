@@ -31,6 +31,7 @@ RANKS = {
     "conditional": 4,
     "any_order": 4,
     "questions": 5,
+    "anomaly": 8,
     "objectives": 2,
     "layers": 4,
     "testing": 5,

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from musigma import checkpoint, evaluation
-from musigma.cli import main, use
+from musigma.cli import main, scores
 from musigma.cli.options import RunOnData
 from musigma.data import load
 from musigma.objectives import OBJECTIVES
@@ -293,7 +293,7 @@ def test_a_missing_pyarrow_is_named_before_anything_is_computed(workdir, monkeyp
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr(evaluation, "score", None)
     with pytest.raises(ValueError, match="needs pyarrow"):
-        use.score(RunOnData("vae", "photos"), out=Path("s.parquet"))
+        scores.score(RunOnData("vae", "photos"), out=Path("s.parquet"))
 
 
 @pytest.mark.parametrize("arch", ["vae", "glow"])

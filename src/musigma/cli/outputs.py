@@ -76,8 +76,15 @@ def _csv(draft: Path, parts: Iterable[Columns], about: Mapping[str, Any]) -> Non
         for i, columns in enumerate(parts):
             if i == 0:
                 writer.writerow(columns)
-            plain = (v if isinstance(v, (list, tuple)) else v.tolist() for v in columns.values())
-            writer.writerows(zip(*plain, strict=True))
+            writer.writerows(zip(*map(_plain, columns.values()), strict=True))
+
+
+def _plain(values: Any) -> list[Any] | tuple[Any, ...]:
+    """The cells of a column of a .csv file; booleans are true and false."""
+    if isinstance(values, (list, tuple)):
+        return values
+    cells = values.tolist()
+    return cells if values.dtype != bool else ["true" if cell else "false" for cell in cells]
 
 
 def _parquet(draft: Path, parts: Iterable[Columns], about: Mapping[str, Any]) -> None:

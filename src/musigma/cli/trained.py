@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ class Trained:
         screen: The output of the command.
         folder: The run folder; None for a checkpoint file.
         part: The part of the data that `data` returned last.
+        seen: Whether those data are what the model was trained on.
         given: The context of those data: items of `--given`.
 
     Raises:
@@ -68,6 +70,7 @@ class Trained:
         path = Path(run)
         self.folder, self.part = path if path.is_dir() else None, "all"
         self.given: tuple[str, ...] = ()
+        self.seen = False
         if self.folder and not (path / "model.safetensors").is_file():
             raise ValueError(
                 f"RUN: the folder {run} holds no model.safetensors; train a model into it first"
@@ -102,8 +105,22 @@ class Trained:
 
         return data.Preprocess.from_json(self.about_data.get("preprocess", {}))
 
-    def data(self, source: str, options: DataOptions, label: str | None = None) -> Dataset:
-        """Data prepared as in training, of the requested part; all of class `label` if given."""
+    def data(
+        self,
+        source: str,
+        options: DataOptions,
+        label: str | None = None,
+        column: str | None = None,
+    ) -> Dataset:
+        """Data prepared as in training, of the requested part.
+
+        Args:
+            source: A path, a URL or a name.
+            options: How to read them, and the part.
+            label: The class of all examples; by default as in the data.
+            column: A column of the table to read beside those of the model, as a variable of
+                `Dataset.given`.
+        """
         from musigma import data
         from musigma.data.attach import is_source
         from musigma.evaluation import check
@@ -120,8 +137,11 @@ class Trained:
             preprocess,
             options.reading,
             self.screen,
-            given=[item for item in self.given if item != "label" or label is None],
-            columns=self.spec.columns or None,
+            given=[
+                *(item for item in self.given if item != "label" or label is None),
+                *([] if column is None else [glob.escape(column)]),
+            ],
+            **self._columns(options),
             channels=3 if self.is_image and self.shape[0] == 3 else None,
             allow_constant=True,
         )
@@ -131,12 +151,21 @@ class Trained:
             self.screen.note(note)
         found = self._labeled(loaded, label)
         check(self.model, found)
+        if column is not None:  # it is no part of what a run recognizes its data by
+            given = {name: v for name, v in loaded.given.items() if name != column}
+            loaded = dataclasses.replace(loaded, given=given)
         same = data.digest(loaded) == saved.get("digest")
-        seen = same or (there is not None and Path(here).is_relative_to(there))
+        seen = self.seen = same or (there is not None and Path(here).is_relative_to(there))
         if here == there and not same and saved.get("digest"):
             self.screen.note(f"{source} has changed since this model was trained on it")
         self.part = options.split or ("held-out" if seen else "all")
         return found.split(self.part)
+
+    def _columns(self, options: DataOptions) -> dict[str, Any]:
+        """The columns of a table to read, with their types if the model has any."""
+        if self.spec.schema is None:
+            return {"columns": self.spec.columns or None}
+        return {"schema": self.spec.schema, "unseen": options.unseen}
 
     def examples(
         self, source: str, options: DataOptions, n: int, label: str | None = None

@@ -24,7 +24,7 @@ from musigma.cli.options import (
     temperatures,
 )
 from musigma.cli.outputs import Columns, Share, check_out, write_rows
-from musigma.cli.screen import count, figure_text, launched_processes
+from musigma.cli.screen import count, launched_processes
 from musigma.cli.trained import Trained, class_number
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def encode(on: RunOnData, *, out: Path, draw: bool = False, whiten: bool = False
 
     check_out(out, ".npz", ".parquet")
     trained = Trained(on.run, on.common)
-    found, share = _shared(trained, on.source, on.options, launched_processes())
+    found, share = shared(trained, on.source, on.options, launched_processes())
     rows, out = share.rows, share.path(out)
     columns = _latent_arrays if out.suffix == ".npz" else _latent_columns
     empty, none = trained.nothing()
@@ -289,7 +289,7 @@ def encode(on: RunOnData, *, out: Path, draw: bool = False, whiten: bool = False
     )
 
 
-def _shared(
+def shared(
     trained: Trained, source: str, options: DataOptions, processes: Processes
 ) -> tuple[Dataset, Share]:
     """Data, and the share of them that this process works on."""
@@ -319,14 +319,14 @@ def _latent_columns(
     trained: Trained, found: Dataset, rows: range, z: Sequence[Tensor], context: Any
 ) -> Columns:
     """Latents with a column for each element, for a table."""
-    columns = _example_columns(found, rows)
+    columns = example_columns(found, rows)
     for i, t in enumerate(z):
         flat = t.reshape(len(t), math.prod(t.shape[1:])).numpy(force=True)
         columns |= {f"z{i}_{j}": column for j, column in enumerate(flat.T)}
     return columns
 
 
-def _example_columns(found: Dataset, rows: range) -> Columns:
+def example_columns(found: Dataset, rows: range) -> Columns:
     """Columns that identify examples: their index, and id and label if there are any."""
     import numpy as np
 
@@ -337,93 +337,6 @@ def _example_columns(found: Dataset, rows: range) -> Columns:
         labels, names = found.labels[rows.start : rows.stop], found.label_names
         columns["label"] = [names[i] for i in labels] if names else labels
     return columns
-
-
-@app.command(group=USE)
-def score(on: RunOnData, *, out: Path, k: int = 1) -> None:
-    """Score every example in bits per dimension; outliers score highest.
-
-    With one draw per example (k = 1) a score depends a little on the batch that the example is in;
-    a larger k reduces this. All of the data are scored unless --split says otherwise.
-
-    Args:
-        out: A .csv or .parquet table. Each of several processes writes a shard.
-        k: Draws per example; more draws give a tighter bound.
-    """
-    import numpy as np
-
-    from musigma import evaluation
-
-    check_out(out, ".csv", ".parquet")
-    trained = Trained(on.run, on.common)
-    options = on.options.everything()
-    found, share = _shared(trained, on.source, options, launched_processes())
-    rows, out = share.rows, share.path(out)
-    columns = _evaluated(evaluation.score, trained, found, share, k, "scoring")
-    if not len(rows):  # more processes than batches: a table with columns and no rows
-        one = evaluation.score(trained.model, found.subset([0]), k=k)
-        columns = {name: values[:0] for name, values in one.items()}
-    write_rows(out, [_example_columns(found, rows) | columns])
-    bits = columns["bits_per_dim"] if len(rows) else [math.nan]
-    mean, highest, lowest = (float(f(bits)) for f in (np.mean, np.max, np.min))
-    bound = evaluation.bound(trained.model, k)
-    figures = f", {lowest:.4f} to {highest:.4f} bits/dim, mean {mean:.4f} ({bound})"
-    trained.wrote(
-        out,
-        f"{count(len(rows), 'score')}{figures if len(rows) else ''}{share}",
-        n=len(rows),
-        **share.fields,
-        bits_per_dim=mean,
-        highest=highest,
-        lowest=lowest,
-        bound=bound,
-    )
-
-
-@app.command(group=USE)
-def evaluate(on: RunOnData, *, k: int = 1) -> None:
-    """Compute the mean bits per dimension of data, with its standard error.
-
-    The answer says whether the figure is exact or an upper bound.
-
-    Args:
-        k: Draws per example; more draws give a tighter bound for models that are not exact.
-    """
-    from musigma import evaluation
-    from musigma.training import join, leave
-
-    processes = launched_processes()
-    if processes.count > 1:
-        processes = join(on.common.device)
-    trained = Trained(on.run, on.common)
-    found, share = _shared(trained, on.source, on.options, processes)
-    figure = _evaluated(evaluation.evaluate, trained, found, share, k, "evaluating")
-    leave()
-    text = f"{figure_text(figure)}; {trained.part} of {on.source}"
-    trained.screen.result(
-        {"run": on.run, "data": on.source, "split": trained.part, **figure}, text
-    )
-
-
-def _evaluated(
-    function: Callable[..., Any],
-    trained: Trained,
-    found: Dataset,
-    share: Share,
-    k: int,
-    title: str,
-) -> dict[str, Any]:
-    """A function of `musigma.evaluation` on a share of data."""
-    with trained.screen.progress(title) as progress:
-        return function(
-            trained.model,
-            found,
-            k=k,
-            batch_size=share.batch_size,
-            seed=trained.common.seed,
-            progress=share.progress(progress),
-            processes=share.processes,
-        )
 
 
 # --- pictures of examples ------------------------------------------------------------------------

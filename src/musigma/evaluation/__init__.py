@@ -8,7 +8,7 @@ from musigma.evaluation.diagnostics import (
     conditioning,
     saturation,
 )
-from musigma.evaluation.figures import bound, evaluate, inspect, ledger, score
+from musigma.evaluation.figures import bound, evaluate, inspect, ledger, mean, score
 from musigma.evaluation.inputs import (
     batch,
     batches,
@@ -34,6 +34,7 @@ __all__ = [
     "evaluating",
     "inspect",
     "ledger",
+    "mean",
     "noise",
     "saturation",
     "score",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from musigma.processes import SINGLE_PROCESS, Processes
 from musigma.spec import bits_per_dim
 from musigma.trace import Recorder, Trace
 
-__all__ = ["bound", "evaluate", "inspect", "ledger", "score"]
+__all__ = ["bound", "evaluate", "inspect", "ledger", "mean", "score"]
 
 
 def bound(model: Model, k: int = 1) -> str:
@@ -112,7 +113,18 @@ def evaluate(
         raise ValueError(f"data: {data.name or 'the set'} holds no examples to evaluate")
     options: dict[str, Any] = {"k": k, "batch_size": batch_size, "seed": seed}
     share = score(model, data, progress=progress, processes=processes, **options)
-    table, n = processes.concatenate(share), len(data)
+    return mean(model, processes.concatenate(share), k)
+
+
+def mean(model: Model, table: Mapping[str, np.ndarray], k: int = 1) -> dict[str, Any]:
+    """The mean figure of examples from their scores, as `evaluate` returns it.
+
+    Args:
+        model: The model that scored them.
+        table: What `score` returned, at least one row.
+        k: Draws per example.
+    """
+    n = len(table["nats"])
     means = {name: float(values.mean()) for name, values in table.items()}
 
     def error(name: str) -> float | None:

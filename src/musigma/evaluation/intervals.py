@@ -9,7 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Interval", "Z", "area", "auc", "normal", "share"]
+__all__ = [
+    "Interval",
+    "Z",
+    "area",
+    "auc",
+    "average_precision",
+    "exact_share",
+    "normal",
+    "share",
+]
 
 Z = 1.959963984540054
 """The normal quantile of 0.975."""
@@ -47,6 +56,22 @@ def share(count: float, total: int) -> Interval:
     middle = (p + pseudo / 2) / (1 + pseudo)
     half = Z * np.sqrt(p * (1 - p) / total + pseudo / (4 * total)) / (1 + pseudo)
     return Interval(p, float(max(0.0, middle - half)), float(min(1.0, middle + half)))
+
+
+def exact_share(count: int, total: int) -> Interval:
+    """A share of independent rows, with an interval that holds the true share at least as often.
+
+    Source: Clopper, Pearson, "The use of confidence or fiducial limits illustrated in the case of
+    the binomial", 1934.
+
+    Example:
+        >>> print(exact_share(5, 100))
+        0.050 (0.016 to 0.113)
+    """
+    from scipy.stats import binomtest
+
+    ends = binomtest(count, total).proportion_ci()
+    return Interval(count / total, float(ends.low), float(ends.high))
 
 
 def normal(value: float, variance: float, low: float = -np.inf, high: float = np.inf) -> Interval:
@@ -112,3 +137,41 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> Interval:
         return share(value * rarer, rarer)
     variance = below.var(ddof=1) / len(below) + above.var(ddof=1) / len(above)
     return normal(value, variance, 0.0, 1.0)
+
+
+def average_precision(
+    positive: np.ndarray, negative: np.ndarray, *, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    r"""Average precision, with a bootstrap interval.
+
+    .. math:: AP = \sum_t (R_t - R_{t-1}) P_t
+
+    over thresholds t, with recall R and precision P, as scikit-learn defines it. It depends on the
+    share of positives. The ends are percentiles over samples in which both kinds are drawn again,
+    each by itself.
+
+    Args:
+        positive: Scores (P,) of rows that should have the higher ones.
+        negative: Scores (N,) of the others.
+        resamples: Number of bootstrap samples.
+        seed: Random seed of the bootstrap.
+
+    Example:
+        >>> positive, negative = np.array([2.0, 3.0, 5.0, 6.0]), np.array([1.0, 2.0, 4.0, 0.0])
+        >>> print(average_precision(positive, negative))
+        0.854 (0.619 to 1.000)
+    """
+    values, at = np.unique(np.concatenate([positive, negative]), return_inverse=True)
+    kinds = np.split(at, [len(positive)])
+
+    def of(rows: list[np.ndarray]) -> float:
+        hits, misses = (np.bincount(r, minlength=len(values))[::-1].cumsum() for r in rows)
+        precision = hits / np.maximum(hits + misses, 1)
+        return float((np.diff(hits, prepend=0) * precision).sum() / hits[-1])
+
+    random = np.random.default_rng(seed)
+    draws = [
+        of([kind[random.integers(len(kind), size=len(kind))] for kind in kinds])
+        for _ in range(resamples)
+    ]
+    return Interval(of(kinds), *map(float, np.quantile(draws, [0.025, 0.975])))

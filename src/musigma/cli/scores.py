@@ -1,0 +1,330 @@
+"""Commands that compute figures: of every example, and of data as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from musigma.cli.calibration import (
+    RATES,
+    Calibration,
+    Labeled,
+    calibrates,
+    detection_lines,
+    drift_of,
+    false_positive_rates,
+)
+from musigma.cli.options import USE, DataOptions, RunOnData, app, at_least_one
+from musigma.cli.outputs import Columns, Share, check_out, write_rows
+from musigma.cli.screen import count, figure_text, launched_processes
+from musigma.cli.trained import Trained
+from musigma.cli.use import example_columns, shared
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from musigma.any_order import AnyOrder
+    from musigma.data import Dataset
+    from musigma.processes import Processes
+
+
+@app.command(group=USE)
+def score(
+    on: RunOnData,
+    *,
+    out: Path | None = None,
+    k: int = 1,
+    fpr: float | None = None,
+    calibrate: str | None = None,
+    explain: int = 0,
+    drift: bool = False,
+    orders: int | None = None,
+) -> None:
+    """Score every example in nats, -log p, and in bits per dimension; outliers score highest.
+
+    With one draw per example (k = 1) a score depends a little on the batch that the example is in;
+    a larger k reduces this. All of the data are scored unless --split says otherwise.
+
+    With --fpr or --calibrate, p_value says how many normal examples are as strange: it is the
+    share of calibration rows with at least that score. These are held-out rows of the training
+    data, or those of a file. p-values hold for examples that the model was not trained on.
+
+    Args:
+        out: A .csv or .parquet table. Each of several processes writes a shard. May be left out
+            with --drift.
+        k: Draws per example; more draws give a tighter bound.
+        fpr: Largest share of normal examples to flag: 0.01.
+        calibrate: Normal rows to calibrate on, which the model was not trained on. By default the
+            held-out part of the training data.
+        explain: Number of columns of a table that `because` names, the most surprising first; of
+            flagged rows alone, if --fpr is given.
+        drift: Test whether the data as a whole, and each column of a table, have the distribution
+            of the calibration rows.
+        orders: Number of orders of the columns whose mixture is scored, for a model that has many
+            (`table`). By default as in training.
+    """
+    from musigma import anomaly, evaluation
+
+    if out is not None:
+        check_out(out, ".csv", ".parquet")
+    elif not drift:
+        raise ValueError("out: expected a .csv or .parquet file to write (--out scores.csv)")
+    rates = () if fpr is None else false_positive_rates(str(fpr))
+    at_least_one(explain=explain or None)
+    processes = launched_processes()
+    if drift and processes.count > 1:
+        raise ValueError(
+            f"drift: it is a test of all examples together, and there are {processes.count} "
+            "processes; run it in one"
+        )
+    trained, options = Trained(on.run, on.common), on.options.everything()
+    _mix_orders(trained, orders)
+    reasons = None if not explain else _any_order("explain", trained)
+    by = None
+    if rates or calibrate is not None or drift:
+        by = Calibration.read(trained, calibrate, on.options, rates)
+    found, share = shared(trained, on.source, options, processes)
+    if by is not None and trained.seen:
+        if drift:
+            raise ValueError(f"drift: {on.source} is what the model was trained on; give new data")
+        trained.screen.note(
+            f"{on.source} is what the model was trained on; p-values of rows that it has seen are "
+            "larger than those of new rows"
+        )
+    if by is not None:
+        by = by.scored(trained, k, options.batch_size)
+    columns = _evaluated(evaluation.score, trained, found, share, k, "scoring")
+    if not len(share.rows):  # more processes than batches: a table with columns and no rows
+        one = evaluation.score(trained.model, found.subset([0]), k=k)
+        columns = {name: values[:0] for name, values in one.items()}
+    lines, answer = _summary(trained, columns, evaluation.bound(trained.model, k), share)
+    beside: Columns = {}
+    if by is not None:
+        beside["p_value"] = anomaly.p_values(columns["nats"], by.nats)
+        answer |= by.fields
+    if by is not None and fpr is not None:
+        beside["flag"] = beside["p_value"] <= fpr
+        more, flags = _flagged(beside["flag"], fpr, by)
+        lines, answer = lines + more, answer | flags
+    elif by is not None and not drift:
+        lines.append(f"p-values by {by}")
+    if reasons is not None:
+        beside["because"] = _because(trained, found, share, explain, beside.get("flag"))
+    if by is not None and drift:
+        answer["drift"], more = drift_of(trained, found, columns["nats"], by)
+        lines += more
+    if out is not None:
+        out = share.path(out)
+        lines[0], answer = f"{lines[0]}: {out}", {"out": str(out), **answer}
+        table = example_columns(found, share.rows)
+        for name, values in columns.items():
+            if trained.spec.schema is None or name == "nats":  # of typed columns, nats is all
+                table |= {name: values} | (beside if name == "nats" else {})
+        write_rows(out, [table])
+    trained.screen.result(answer, "\n".join(lines))
+
+
+def _summary(
+    trained: Trained, columns: Columns, bound: str, share: Share
+) -> tuple[list[str], dict[str, Any]]:
+    """Number, mean and extremes of scores, for people and as fields."""
+    import numpy as np
+
+    name, unit = "bits_per_dim", "bits/dim"
+    if trained.spec.schema is not None:
+        name, unit = "nats", "nats"
+    n, mean, highest, lowest, figures = len(columns[name]), None, None, None, ""
+    if n:
+        mean, highest, lowest = (float(f(columns[name])) for f in (np.mean, np.max, np.min))
+        figures = f", {lowest:.4f} to {highest:.4f} {unit}, mean {mean:.4f} ({bound})"
+    fields = {name: mean, "highest": highest, "lowest": lowest, "bound": bound}
+    return [f"{count(n, 'score')}{figures}{share}"], {"n": n, **share.fields, **fields}
+
+
+def _flagged(flag: np.ndarray, fpr: float, by: Calibration) -> tuple[list[str], dict[str, Any]]:
+    """Number of flags, their threshold and its uncertainty, for people and as fields."""
+    from musigma import anomaly
+
+    assert by.nats is not None
+    n, flagged, limit = len(flag), int(flag.sum()), anomaly.threshold(by.nats, fpr)
+    low, high = anomaly.rate_interval(len(by.nats), fpr)
+    lines = [
+        f"{flagged:,} of {count(n, 'example')} flagged{f' ({flagged / n:.2%})' * (n > 0)}: more "
+        f"than {limit:.4f} nats, p-value at most {fpr:g}",
+        f"by {by}; with a threshold from so many rows, {low:.2%} to {high:.2%} of normal examples "
+        "are flagged",
+    ]
+    fields = {"fpr": fpr, "threshold": limit, "flagged": flagged, "rate_interval": [low, high]}
+    return lines, fields
+
+
+def _any_order(option: str, trained: Trained) -> AnyOrder:
+    """The density of typed columns in a model, for an option that needs one."""
+    from musigma.any_order import AnyOrder
+
+    inner = getattr(trained.model, "model", trained.model)
+    if not isinstance(inner, AnyOrder):
+        raise ValueError(f"{option}: for models of `musigma train table` alone; leave it out")
+    return inner
+
+
+def _mix_orders(trained: Trained, orders: int | None) -> None:
+    """Score the mixture of so many orders of the columns."""
+    from musigma import questions
+
+    if orders is not None:
+        model = _any_order("orders", trained)
+        model.orders = questions.orders(model, orders)
+
+
+def _because(
+    trained: Trained, found: Dataset, share: Share, most: int, flag: np.ndarray | None
+) -> list[str]:
+    """Reasons of the rows of a share: of flagged rows if there are flags, otherwise of all."""
+    import numpy as np
+
+    from musigma import evaluation, questions
+
+    model, rows = _any_order("explain", trained), np.arange(share.rows.start, share.rows.stop)
+    embedded = getattr(trained.model, "embedded", lambda context: context)
+    asked = np.arange(len(rows)) if flag is None else np.flatnonzero(flag)
+    texts = [""] * len(rows)
+    if not len(asked):
+        return texts
+    reasons: list[list[str]] = []
+    for x, context in evaluation.batches(trained.model, found.subset(rows[asked])):
+        given = None if context is None else embedded(context)
+        reasons += questions.explain(model, x, most, given).because
+    for i, reason in zip(asked.tolist(), reasons, strict=True):
+        texts[i] = "; ".join(reason)
+    return texts
+
+
+# --- a figure of data ----------------------------------------------------------------------------
+
+
+@app.command(group=USE)
+def evaluate(
+    on: RunOnData,
+    *,
+    k: int = 1,
+    labels: str | None = None,
+    anomaly: tuple[str, ...] = (),
+    fpr: str | None = None,
+    calibrate: str | None = None,
+    orders: int | None = None,
+) -> None:
+    """Compute the mean bits per dimension of data, with its standard error.
+
+    The answer says whether the figure is exact or an upper bound. With --labels it also says how
+    well the scores tell anomalies from normal rows, with 95 % intervals: the area under the ROC
+    curve, average precision, and the shares of anomalies and of normal rows that are flagged at a
+    promised false-positive rate.
+
+    Args:
+        k: Draws per example; more draws give a tighter bound for models that are not exact.
+        labels: Which rows are anomalies: a column that is not one of the model's, `label`, or a
+            file with a row for each example.
+        anomaly: The label of anomalies. May be given several times. By default 1, true, yes,
+            anomaly or outlier, where there are two labels and one of them is that.
+        fpr: False-positive rates to promise: 0.01, or 0.01,0.001. By default those of 0.05, 0.01
+            and 0.001 that the calibration rows allow.
+        calibrate: Normal rows to calibrate on, which are not among the data and which the model
+            was not trained on. By default the held-out part of the training data: half of it, if
+            the other half is evaluated.
+        orders: Number of orders of the columns whose mixture is scored, for a model that has many
+            (`table`). By default as in training.
+    """
+    from musigma import evaluation
+    from musigma.training import join, leave
+
+    if labels is None:
+        given = {"anomaly": anomaly, "fpr": fpr, "calibrate": calibrate}
+        if unused := [name for name, value in given.items() if value]:
+            raise ValueError(f"{', '.join(unused)}: for labeled data alone; give --labels, too")
+    rates = None if fpr is None else false_positive_rates(fpr)
+    processes = launched_processes()
+    if processes.count > 1:
+        processes = join(on.common.device)
+    trained = Trained(on.run, on.common)
+    _mix_orders(trained, orders)
+    lines, more = [], {}
+    if labels is None:
+        found, share = shared(trained, on.source, on.options, processes)
+        figure = _evaluated(evaluation.evaluate, trained, found, share, k, "evaluating")
+    else:
+        labeled = Labeled.read(trained, on.source, on.options, labels, anomaly)
+        part = trained.part
+        half = trained.seen and part == "held-out" and calibrate is None
+        by = Calibration.read(trained, calibrate, on.options, rates or (), half)
+        trained.part = part
+        if half:
+            labeled = labeled.subset(~calibrates(labeled.rows))
+        figure, lines, more = _detected(trained, labeled, by, rates, k, on.options, processes)
+    leave()
+    trained.screen.result(
+        {"run": on.run, "data": on.source, "split": trained.part, **figure, **more},
+        "\n".join([f"{figure_text(figure)}; {trained.part} of {on.source}", *lines]),
+    )
+
+
+def _detected(
+    trained: Trained,
+    labeled: Labeled,
+    by: Calibration,
+    rates: tuple[float, ...] | None,
+    k: int,
+    options: DataOptions,
+    processes: Processes,
+) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """The figure of labeled rows, and how well scores tell anomalies from normal ones."""
+    from musigma import anomaly, evaluation
+
+    if rates is None:
+        for rate in RATES:
+            if reason := by.refusal(rate):
+                trained.screen.note(f"fpr: {reason}")
+        rates = tuple(rate for rate in RATES if not by.refusal(rate))
+    by = by.scored(trained, k, options.batch_size)
+    share = Share(processes, len(labeled.rows), options.batch_size)
+    part = _evaluated(evaluation.score, trained, labeled.rows, share, k, "scoring")
+    table = processes.concatenate(part)
+    found = anomaly.detection(
+        table["nats"],
+        labeled.anomaly,
+        calibration=by.nats,
+        rates=rates,
+        seed=trained.common.seed,
+    )
+    lines = detection_lines(found, labeled, by)
+    plain = {name: _plain(value) for name, value in found.items()}
+    plain["at"] = [{name: _plain(v) for name, v in at.items()} for at in found.get("at", ())]
+    fields = {**by.fields, "anomaly": labeled.what, "detection": plain}
+    return evaluation.mean(trained.model, table, k), lines, fields
+
+
+def _plain(value: Any) -> Any:
+    """An interval as a mapping with names; anything else as it is."""
+    return value._asdict() if hasattr(value, "_asdict") else value
+
+
+def _evaluated(
+    function: Callable[..., Any],
+    trained: Trained,
+    found: Dataset,
+    share: Share,
+    k: int,
+    title: str,
+) -> dict[str, Any]:
+    """A function of `musigma.evaluation` on a share of data."""
+    with trained.screen.progress(title) as progress:
+        return function(
+            trained.model,
+            found,
+            k=k,
+            batch_size=share.batch_size,
+            seed=trained.common.seed,
+            progress=share.progress(progress),
+            processes=share.processes,
+        )
