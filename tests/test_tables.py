@@ -1,6 +1,7 @@
 """Typed tables: what each column is taken for, and rows as numbers and back."""
 
 import datetime
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pytest
 from pyarrow import parquet
 
 import musigma
+from musigma.cli import main
 from musigma.data import decode
 
 
@@ -102,3 +104,84 @@ def test_dates_keep_their_format(tmp_path):
     assert data.schema.columns[0].kind == "date"
     written = decode(data.x, data.schema).column("day").to_pylist()
     assert written == [f"{day:%d.%m.%Y}" for day in days]
+
+
+# Schema files ------------------------------------------------------------------------------------
+
+
+def test_a_schema_file_gives_what_was_inferred(tmp_path, capsys):
+    table, path = people(), tmp_path / "people.parquet"
+    parquet.write_table(table, path)
+    main(["schema", str(path), "--out", str(tmp_path / "schema.toml")])
+    assert "9 columns" in capsys.readouterr().out
+    data = musigma.data.load(path, schema="infer")
+    assert musigma.data.load(path, schema=tmp_path / "schema.toml").schema == data.schema
+    assert "city: category" not in (tmp_path / "schema.toml").read_text()
+    main(["schema", str(path), "--json"])
+    columns = json.loads(capsys.readouterr().out)["columns"]
+    assert [c["kind"] for c in columns] == KINDS
+
+
+def test_a_schema_file_decides_kinds_and_order(tmp_path):
+    (tmp_path / "schema.toml").write_text(
+        """
+        [columns]
+        size = {kind = "ordinal", levels = ["S", "M", "L", "XL"]}
+        age = {kind = "category"}
+        price = {rounded = true, missing = false}
+        """
+    )
+    data = musigma.data.load(people(), schema=tmp_path / "schema.toml")
+    size, age, price = data.schema.columns
+    assert size.levels == ("S", "M", "L", "XL")
+    assert age.levels == tuple(sorted(age.levels, key=int))
+    assert (price.rounded, price.step, price.missing) == (True, 0.01, False)
+    assert "left out: weight, member" in data.notes[0]
+    table, same = decode(data.x, data.schema), people().select(["size", "age", "price"])
+    assert table.schema == same.schema
+    assert table.to_pydict() == same.to_pydict()
+
+
+def test_all_faults_of_a_schema_are_named_at_once(tmp_path):
+    path = tmp_path / "schema.toml"
+    path.write_text('[columns]\na = {kind = "float", step = 0}\nb = {levles = []}\nc = 3\n')
+    with pytest.raises(musigma.data.DataError) as error:
+        musigma.data.load(people(), schema=path)
+    for text in ("'a', kind", "'a', step", "'b', levles", "column 'c' is 3", "4 faults"):
+        assert text in str(error.value)
+    path.write_text(
+        """
+        [columns]
+        nobody = {}
+        city = {kind = "count"}
+        price = {step = 0.1}
+        birth = {kind = "continuous"}
+        seen = {kind = "date"}
+        weight = {kind = "count"}
+        age = {kind = "boolean"}
+        paid = {levels = ["yes"]}
+        """
+    )
+    with pytest.raises(musigma.data.DataError) as error:
+        musigma.data.load(people(), schema=path)
+    for name in ("nobody", "city", "price", "birth", "seen", "weight", "age"):
+        assert f"column '{name}' " in str(error.value)
+    assert "row 1 (from 0), column 'paid' is 'no'" in str(error.value)
+
+
+def test_the_metadata_of_sdv_is_a_schema(tmp_path):
+    columns = {
+        "age": {"sdtype": "numerical"},
+        "price": {"sdtype": "numerical", "computer_representation": "Float"},
+        "birth": {"sdtype": "datetime", "datetime_format": "%Y-%m-%d"},
+        "seen": {"sdtype": "datetime"},
+        "member": {"sdtype": "boolean"},
+        "city": {"sdtype": "categorical"},
+        "paid": {"sdtype": "id"},
+    }
+    plain = {"tables": {"people": {"columns": columns, "primary_key": "paid"}}}
+    (tmp_path / "metadata.json").write_text(json.dumps(plain))
+    data = musigma.data.load(people(), schema=tmp_path / "metadata.json")
+    kinds = [(c.name, c.kind) for c in data.schema.columns]
+    expected = ["count", "continuous", "date", "datetime", "boolean", "category"]
+    assert kinds == list(zip(columns, expected, strict=False))

@@ -21,6 +21,12 @@ Kind = Literal["continuous", "count", "ordinal", "category", "boolean", "date", 
 LEVELLED = ("ordinal", "category", "boolean")
 DISCRETE = ("count", "date", *LEVELLED)
 
+STORAGE = {
+    "continuous": "float64",
+    "count": "int64",
+    "date": "date32[day]",
+    "datetime": "timestamp[us]",
+}
 LEAST_SPIKE = 10  # rows that share a value of a continuous column before it is an atom
 SPIKE = 0.002  # and the share of all rows
 SHRINK = 0.25  # of the rows beyond it, the largest share in a cell of a tail
@@ -78,6 +84,7 @@ class Column:
         low: Smallest value seen; samples lie between `low` and `high`.
         high: Largest value seen.
         storage: How values are written: `int64`, `float64`, `string`, ... as Arrow names types.
+            By default as is usual for the kind.
         format: How dates are written as text, for `datetime.strptime`: `%d.%m.%Y`.
         cells: The division of its values, once it has been measured on training rows.
 
@@ -93,13 +100,14 @@ class Column:
     rounded: bool = False
     low: float = -math.inf
     high: float = math.inf
-    storage: str = "float64"
+    storage: str = ""
     format: str | None = None
     cells: Cells | None = None
 
     def __post_init__(self):
         set_ = object.__setattr__
         set_(self, "levels", tuple(self.levels))
+        set_(self, "storage", self.storage or STORAGE.get(self.kind, "string"))
         if isinstance(self.cells, Mapping):
             set_(self, "cells", Cells(**self.cells))
         if self.kind not in get_args(Kind):

@@ -15,16 +15,18 @@ from musigma.cli.options import (
     AUDIT,
     DATA,
     INSPECT,
+    OUTPUT,
     Argument,
     Common,
     DataOptions,
     Run,
+    Source,
     app,
     at_least_one,
     numbers,
 )
 from musigma.cli.outputs import check_out
-from musigma.cli.screen import Screen, figure_text
+from musigma.cli.screen import Screen, count, figure_text
 from musigma.cli.trained import Trained
 
 if TYPE_CHECKING:
@@ -113,6 +115,43 @@ def _inspection(report: dict[str, Any]) -> Iterator[str]:
 
 def _cells(i: int, columns: list[Any]) -> str:
     return f"{i:>6}{''.join(f'{column[i]:>10.4f}' for column in columns)}"
+
+
+@app.command(group=INSPECT)
+def schema(
+    source: Source,
+    *,
+    schema: Path | None = None,
+    out: Annotated[Path | None, Parameter(group=OUTPUT)] = None,
+    common: Common = Common(),
+) -> None:
+    """Show what each column of a table is taken for, as a schema file that can be edited.
+
+    `musigma train ... --schema schema.toml` reads it. Columns that cannot be used are left out of
+    it, and named in comments.
+
+    Args:
+        schema: What is known already: a schema file, or the metadata.json that SDV writes.
+        out: File to write, schema.toml for example. By default it is printed.
+    """
+    from musigma import data
+    from musigma.files import replacing
+
+    screen = Screen(common)
+    if out is not None:
+        check_out(out, ".toml")
+    with screen.progress("reading") as progress:
+        found = data.load(source, schema=schema or "infer", skip_bad=True, progress=progress)
+    if found.schema is None:
+        raise ValueError(f"data: {source} holds no table, and images have no columns")
+    text = data.toml(found)
+    answer = {"columns": data.describe(found)["schema"], "notes": list(found.notes)}
+    if out is None:
+        screen.result(answer, text.rstrip())
+        return
+    with replacing(out) as draft:
+        draft.write_text(text, encoding="utf-8")
+    screen.result({"out": str(out), **answer}, f"{count(len(found.schema), 'column')}: {out}")
 
 
 @app.command(group=INSPECT)

@@ -7,6 +7,7 @@ from musigma.data.errors import DataError
 from musigma.data.raw import Progress
 from musigma.data.readers import identity, load
 from musigma.data.sampling import Part, batch_indices
+from musigma.data.schemas import toml
 from musigma.data.summary import describe, summary
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "identity",
     "load",
     "summary",
+    "toml",
 ]

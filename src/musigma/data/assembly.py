@@ -276,6 +276,15 @@ def typed(table: Table, request: Request) -> Dataset:
         schema, faults = columns.infer(table, request, taken)
     else:
         schema, faults = columns.completed(table, request.schema or {}, request)
+    if request.skip_bad:
+        for name, reason in faults.items():
+            request.note(f"{name} {reason}; it is left out")
+        faults = {}
+    elsewhere = {*schema.names, *(names[j] for j in taken)}
+    rest = [j for j, name in enumerate(names) if name not in elsewhere]
+    ids = next((j for j in rest if table.names and names_rows(table, j)), None)
+    if request.schema != "infer" and (others := [names[j] for j in rest if j != ids]):
+        request.note(f"columns that the schema does not have are left out: {named(others, 20)}")
     x, bad, wrong = columns.encode(table, schema, request)
     beside, words = {j: table.column(j) for j in given}, None
     if label is not None:
@@ -288,7 +297,7 @@ def typed(table: Table, request: Request) -> Dataset:
             wrong.update([table.fault(i, j, value)])
     total = table.rows + len(table.ragged)
     if faults:
-        advice = "drop them, or give a schema without them (`musigma schema` writes one)"
+        advice = "drop or repair them, or pass --skip-bad to leave them out"
         every = {**faults, **wrong}
         raise request.error(
             f"{len(every)} columns or cells cannot be used; {advice}:\n{listing(every)}"
@@ -303,8 +312,6 @@ def typed(table: Table, request: Request) -> Dataset:
     if len(good) == 1 and not request.allow_constant:
         raise request.error("holds a single example: give more")
     labels, label_names = (None, ()) if words is None else _labels(words, good, request)
-    rest = [j for j, name in enumerate(names) if name not in schema.names and j not in taken]
-    ids = next((j for j in rest if table.names and names_rows(table, j)), None)
     test, validation = table.official(good)
     return Dataset(
         x,

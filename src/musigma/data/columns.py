@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,14 +23,20 @@ BOOLEANS = [set(pair.split()) for pair in ("false true", "no yes", "f t", "n y",
 GRIDS = range(7)  # decimals after which a grid is no longer looked for
 PLAIN = 2  # decimals that are a grid even where most values differ
 EXACT = 2**53  # whole numbers from here on are not exact in float64
-NAMED = 1000  # cells of a column that are named as unusable
-FEW = 8  # levels that are shown
+REASONS = 5  # different faults of the cells of a column that are named
 
 NUMBERS = ("continuous", "count")
 TIMES = ("date", "datetime")
 
 
 # Kinds -------------------------------------------------------------------------------------------
+
+
+class Draft(NamedTuple):
+    """What is known of a column before its data are seen: kinds it may have, and fields."""
+
+    kinds: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = {}
 
 
 class _Unusable(Exception):
@@ -167,24 +174,39 @@ class _Content:
         }
         about["missing"] = self.present < self.table.rows
         if kind in ("ordinal", "category", "boolean"):
-            if "levels" not in chosen:
-                about["levels"] = self._levels(kind)
+            about["levels"] = chosen.get("levels") or self._levels(kind)
+            if kind == "boolean" and len(about["levels"]) > 2:
+                raise _Unusable(f"has {len(about['levels'])} values, and cannot be boolean")
         elif kind in TIMES:
-            if self.is_words or "string" in self.storage:
-                about["format"] = chosen.get("format") or self._format()
-            if kind == "datetime":
-                about["step"] = self._clock(about.get("format"))
-        elif self.is_words:
-            text = next(t for t in self.texts if not is_number(t)) if self.texts else ""
-            raise _Unusable(f"holds text, such as {text!r}, and cannot be {kind}")
+            about |= self._time(kind, chosen.get("format"))
+        elif self.is_words or self.table.kinds[self.j] == "time":
+            what = "dates" if not self.is_words else f"text, such as {next(iter(self.texts))!r}"
+            raise _Unusable(f"holds {what}, and cannot be {kind}")
         elif kind == "continuous":
             about["step"] = _grid(self.finite, self.present, self.storage)
         elif not _whole(self.finite):
             raise _Unusable("holds fractions, and cannot be a count: make it continuous")
         try:
-            return Column(**about | chosen)
-        except (TypeError, ValueError) as error:
-            raise _Unusable(str(error).partition(": ")[2] or str(error)) from None
+            column = Column(**about | chosen)
+        except ValueError as error:
+            raise _Unusable(str(error).partition(": ")[2]) from None
+        if kind == "continuous" and "step" in chosen:
+            off = self.finite[self.finite != column.on_grid(self.finite)]
+            if len(off):
+                raise _Unusable(f"holds {off[0]:g}, which is no multiple of {column.step:g}")
+        return column
+
+    def as_drafted(self, draft: Draft) -> Column:
+        """The column as one of the first kind of a draft that fits.
+
+        Raises:
+            _LeftOut, _Unusable: If there is none.
+        """
+        *others, last = draft.kinds or (self.kind(constant=True),)
+        for kind in others:
+            with suppress(_Unusable):
+                return self.column(kind, **draft.fields)
+        return self.column(last, **draft.fields)
 
     def _levels(self, kind: str) -> list[str]:
         texts = list(self.texts)
@@ -195,18 +217,23 @@ class _Content:
             return sorted(texts, key=float)
         return sorted(texts, key=lambda text: (text.lower(), text))
 
-    def _format(self) -> str:
-        try:
-            found = times.format_of(list(self.texts))
-        except ValueError as error:
-            raise _Unusable(str(error)) from None
-        if found is None:
-            raise _Unusable("holds text that is no date: write dates as 2026-12-31")
-        return found.format
-
-    def _clock(self, form: str | None) -> float | None:
-        seconds = self.finite if form is None else times.seconds(list(self.texts), form)
-        return next((s for s in (3600.0, 60.0, 1.0) if (seconds % s == 0).all()), None)
+    def _time(self, kind: str, form: str | None) -> dict[str, Any]:
+        """The format and the step of dates, or of dates with times."""
+        if not self.is_words and self.table.kinds[self.j] != "time":
+            raise _Unusable(f"holds numbers, and cannot be a {kind}")
+        seconds = self.finite
+        if self.is_words:
+            try:
+                found = times.format_of(list(self.texts)) if form is None else None
+            except ValueError as error:
+                raise _Unusable(str(error)) from None
+            form = form or (found.format if found else times.ISO[0])
+            seconds = times.seconds(list(self.texts), form)
+            seconds = seconds[~np.isnan(seconds)]
+        if kind == "date" and (seconds % times.DAY != 0).any():
+            raise _Unusable("holds times of day, and cannot be a date: make it a datetime")
+        steps = (s for s in (3600.0, 60.0, 1.0) if (seconds % s == 0).all())
+        return {"format": form, "step": next(steps, None)}
 
 
 def names(table: Table) -> tuple[str, ...]:
@@ -279,13 +306,13 @@ def infer(
 
 
 def completed(
-    table: Table, drafts: Mapping[str, Mapping[str, Any]], request: Request
+    table: Table, drafts: Mapping[str, Draft], request: Request
 ) -> tuple[Schema, dict[str, str]]:
     """The schema that a file states, with what it leaves open as it is in a table.
 
     Args:
         table: The table.
-        drafts: Some fields of each column, by its name.
+        drafts: What is known of each column, by its name.
         request: Says whether missing values are modelled.
     """
     columns, faults, known = [], {}, names(table)
@@ -295,13 +322,11 @@ def completed(
             continue
         content = _Content(table, known.index(name))
         try:
-            kind = draft.get("kind") or content.kind(True)
-            column = content.column(kind, **{k: v for k, v in draft.items() if k != "kind"})
-            if request.missing == "ignore":
-                column = replace(column, missing=False)
-            columns.append(column)
+            column = content.as_drafted(draft)
         except (_LeftOut, _Unusable, ValueError) as error:
             faults[f"column {name!r}"] = str(error)
+            continue
+        columns.append(replace(column, missing=False) if request.missing == "ignore" else column)
     return Schema(tuple(columns)), faults
 
 
@@ -324,12 +349,29 @@ def encode(
     for k, column in enumerate(schema.columns):
         content = _Content(table, known.index(column.name))
         x[:, k], wrong = _encoded(content, column, request.unseen)
-        for i, reason in list(wrong.items()):
-            bad[i] = True
-            if len(faults) < NAMED:
-                faults[f"{table.row_called(i)}, column {column.name!r}"] = reason
+        bad[list(wrong)] = True
+        faults |= _named(wrong, table, column, request)
         request.report(k + 1, len(schema))
     return x, bad, faults
+
+
+def _named(
+    wrong: Mapping[int, str], table: Table, column: Column, request: Request
+) -> dict[str, str]:
+    """Faults of a column by the names of their rows: all of them, or one for each reason."""
+    name = f"column {column.name!r}"
+    if request.skip_bad:
+        return {f"{table.row_called(i)}, {name}": reason for i, reason in wrong.items()}
+    alike: dict[str, list[int]] = {}
+    for i in sorted(wrong):
+        alike.setdefault(wrong[i], []).append(i)
+    faults = {}
+    for reason, rows in list(alike.items())[:REASONS]:
+        more = f" ({len(rows):,} rows)" if len(rows) > 1 else ""
+        faults[f"{table.row_called(rows[0])}, {name}"] = reason + more
+    if rest := sum(map(len, list(alike.values())[REASONS:])):
+        faults[name] = f"has {rest:,} more such cells"
+    return faults
 
 
 def _encoded(content: _Content, column: Column, unseen: str) -> tuple[np.ndarray, dict[int, str]]:
@@ -400,7 +442,7 @@ def _instants(content: _Content, column: Column) -> tuple[np.ndarray, dict[int, 
         texts = [text or "" for text in words.different]
         if form is None:
             found = times.format_of([text for text in texts if text])
-            form = found.format if found else "%Y-%m-%d"
+            form = found.format if found else times.ISO[0]
         x = times.seconds(texts, form)[words.codes]
         missing = np.array([text is None for text in words.different], bool)[words.codes]
         for i in np.flatnonzero(np.isnan(x) & ~missing).tolist():
@@ -423,7 +465,7 @@ def decode(rows: np.ndarray, schema: Schema) -> Any:
         DataError: If pyarrow is not installed.
 
     Example:
-        >>> age, sex = Column("age", "count", storage="int64"), Column("sex", "category", "fm")
+        >>> age, sex = Column("age", "count"), Column("sex", "category", ("f", "m"))
         >>> schema = Schema([age, sex])
         >>> decode(np.array([[41, 0], [np.nan, 1]]), schema).to_pydict()
         {'age': [41, None], 'sex': ['f', 'm']}

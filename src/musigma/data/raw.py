@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from musigma.data.errors import DataError, all_faults
 from musigma.schema import Schema
+
+if TYPE_CHECKING:
+    from musigma.data.columns import Draft
 
 Progress = Callable[[int, int], None]
 MAX_ARRAY = 1 << 36  # bytes: a header that asks for more is refused
@@ -34,7 +37,7 @@ class Request:
     channels: int | None = None  # 3 makes gray images RGB
     columns: tuple[str, ...] | None = None  # those of a table that are wanted, in this order
     given: tuple[str, ...] = ()  # patterns of columns that are context, and no part of x
-    schema: Schema | Mapping[str, Any] | Literal["infer"] | None = None  # of a typed table
+    schema: Schema | Mapping[str, Draft] | Literal["infer"] | None = None  # of a typed table
     label: bool = False  # of a typed table, the column of labels is context, and no part of x
     unseen: Literal["refuse", "probability"] = "refuse"  # categories that the schema lacks
     missing: Literal["model", "ignore"] = "model"  # missing values, if the schema is inferred

@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 
 from musigma.data.dataset import Dataset
-from musigma.data.errors import SHOWN, called, named
+from musigma.data.errors import SHOWN, called, named, printable
 from musigma.data.sampling import PARTS
+from musigma.data.tables import text_of
+from musigma.data.times import DAY, ISO, written
+from musigma.schema import Column
 
-__all__ = ["describe", "summary"]
+__all__ = ["column_lines", "describe", "described", "summary"]
 
-SAMPLE = 10_000  # rows that are examined for doubtful columns
+SAMPLE = 10_000  # rows that are examined for doubtful columns, and for values that many share
+COLUMNS = 100  # typed columns that are described, one a line
+LEVELS = 6  # levels that are shown
+SPIKE = 0.05  # share of the rows that have a value that is shown
 IMAGES = 64  # images that are examined for doubtful levels
 CLASSES = 12  # classes that a summary counts one by one
 
@@ -33,6 +39,7 @@ def describe(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> di
         "preprocess": dataset.preprocess.to_json(),
         "labels": _count(dataset),
         "columns": list(dataset.columns),
+        "schema": None if dataset.schema is None else described(dataset),
         "given": {
             variable.name: {"shape": list(variable.shape), "names": list(variable.names)}
             for variable in dataset.variables
@@ -66,6 +73,10 @@ def summary(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> lis
     if parts is None:
         parts = {name: dataset.split(name) for name in PARTS}  # pyright: ignore
     lines = [_contents(dataset)]
+    if dataset.schema is not None:
+        known = column_lines(dataset)
+        lines += [f"  {line}" for line in known[:COLUMNS]]
+        lines += [f"  and {len(known) - COLUMNS} more columns"] if len(known) > COLUMNS else []
     if parts:
         sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
         lines.append(f"parts: {sizes} ({_origin(dataset)})")
@@ -83,6 +94,90 @@ def summary(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> lis
     if repeated and dataset.official_test is None:
         lines.append(f"{repeated} examples are duplicates; equal examples are in the same part")
     return lines + [f"warning: {text}" for text in doubts(dataset, parts)]
+
+
+def described(dataset: Dataset) -> list[dict[str, Any]]:
+    """What each typed column holds, as JSON can hold it.
+
+    >>> from musigma.schema import Schema
+    >>> rows = np.array([[0, 0.5], [0, 1.5], [1, np.nan], [1, 1.5]])
+    >>> schema = Schema([Column("paid", "boolean", ("no", "yes")), Column("x", step=0.5)])
+    >>> described(Dataset(rows, schema=schema))[1]["missing"]
+    0.25
+    """
+    assert dataset.schema is not None
+    n, rows = len(dataset), slice(None) if dataset.rows is None else dataset.rows
+    found = []
+    for j, column in enumerate(dataset.schema.columns):
+        values = np.asarray(dataset.array[rows, j])  # pyright: ignore
+        present = values[~np.isnan(values)]
+        about: dict[str, Any] = {"name": column.name, "kind": column.kind}
+        about["missing"] = 1 - len(present) / max(n, 1)
+        if column.has_levels:
+            about["levels"] = list(column.levels)
+        elif len(present):
+            about["low"], about["high"] = (
+                _value(x, column) for x in (present.min(), present.max())
+            )
+            some = present[np.linspace(0, len(present) - 1, min(len(present), SAMPLE)).astype(int)]
+            different, counts = np.unique(some, return_counts=True)
+            spikes = np.flatnonzero(counts >= max(SPIKE * len(some), 2))
+            spikes = spikes[np.argsort(-counts[spikes])][:3]
+            about["spikes"] = {
+                text_of(_value(float(different[i]), column)): float(counts[i] / len(some))
+                for i in spikes.tolist()
+            }
+        if column.kind == "continuous":
+            about["step"], about["rounded"] = column.step, column.rounded
+        found.append(about)
+    return found
+
+
+def _value(x: float, column: Column) -> float | str:
+    """A value as people write it."""
+    if column.kind not in ("date", "datetime"):
+        return float(x)
+    day = column.kind == "date"
+    form = column.format or (ISO[0] if day else "%Y-%m-%d %H:%M:%S")
+    return str(written(np.array([x * DAY if day else x]), form)[0])
+
+
+def column_lines(dataset: Dataset) -> list[str]:
+    """A line about each typed column: its name, its kind, and the values that it has.
+
+    >>> from musigma.schema import Schema
+    >>> rows = np.array([[0, 0.5], [0, 1.5], [1, np.nan], [1, 1.5]])
+    >>> schema = Schema([Column("paid", "boolean", ("no", "yes")), Column("x", step=0.5)])
+    >>> for line in column_lines(Dataset(rows, schema=schema)):
+    ...     print(line)
+    paid: boolean, no or yes
+    x: continuous, 0.5 to 1.5 in steps of 0.5, 25% missing; 67% are 1.5
+    """
+    return [_line(about) for about in described(dataset)]
+
+
+def _line(about: dict[str, Any]) -> str:
+    kind, levels, text = about["kind"], about.get("levels", []), ""
+    if kind == "boolean":
+        text = f", {' or '.join(levels)}"
+    elif "levels" in about:
+        order = " < " if kind == "ordinal" else ", "
+        more = f"{order}..." if len(levels) > LEVELS else ""
+        text = f", {len(levels):,} levels: {order.join(map(printable, levels[:LEVELS]))}{more}"
+    elif "low" in about:
+        low, high = (
+            x if isinstance(x, str) else f"{x:.7g}" for x in (about["low"], about["high"])
+        )
+        text = f", {low} to {high}"
+    if about.get("step"):
+        text += f" in steps of {about['step']:g}" + ", as probabilities" * about["rounded"]
+    if about["missing"]:
+        text += f", {100 * about['missing']:.2g}% missing"
+    if spikes := about.get("spikes"):
+        text += "; " + ", ".join(
+            f"{100 * share:.2g}% are {value}" for value, share in spikes.items()
+        )
+    return f"{about['name']}: {kind}{text}"
 
 
 def doubts(dataset: Dataset, parts: Mapping[str, Dataset]) -> Iterator[str]:

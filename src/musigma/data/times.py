@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-__all__ = ["DAY", "Format", "example", "format_of", "seconds", "written"]
+__all__ = ["DAY", "ISO", "Format", "example", "format_of", "seconds", "written"]
 
 DAY = 86_400
 EPOCH = datetime(1970, 1, 1)

@@ -83,6 +83,7 @@ def load(
             are conditioned on what is there, and leave out the rest.
         channels: 3 makes gray images RGB.
         skip_bad: Leave out images and rows that cannot be used; `Dataset.skipped` names them.
+            Columns that cannot be used are left out with a note, if a schema is inferred.
         allow_constant: Accept constant columns: harmless for scoring with a trained model, but
             not for training, where the density of such a column is infinite.
         in_memory: Whether to read examples into memory. By default they are read if they take at
