@@ -1,13 +1,21 @@
 """Promises about anomalies hold on exchangeable data, and figures agree with scikit-learn."""
 
+import contextlib
+import csv
 import itertools
+import json
 import math
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from musigma import anomaly
+from musigma import anomaly, checkpoint, evaluation
+from musigma.cli import main
+from musigma.data import load
 from musigma.evaluation.intervals import average_precision, exact_share
 from musigma.schema import Column, Schema
 
@@ -273,3 +281,237 @@ def test_labels_of_one_kind_are_refused():
         anomaly.detection([1.0, 2.0, 3.0], np.zeros(3, bool))
     with pytest.raises(ValueError, match=r"anomaly: expected bool of shape \(3,\); got int64"):
         anomaly.detection([1.0, 2.0, 3.0], np.array([0, 1, 1]))
+
+
+# -- commands
+
+
+def people(random: np.random.Generator, n: int, strange: float = 0.0, **labels: object) -> str:
+    """A table of two dependent columns, and whether each row is strange."""
+    odd = (random.uniform(size=n) < strange).astype(int)
+    height = random.normal(170, 9, n)
+    weight = height - 100 + random.normal(0, 5, n) + 60 * odd
+    lines = ["height,weight" + "".join(f",{name}" for name in labels)]
+    for a, b, i in zip(height, weight, odd, strict=True):
+        lines.append(f"{a:.6f},{b:.6f}" + "".join(f",{words[i]}" for words in labels.values()))
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A flow of a table, and a VAE of images, as their commands make them."""
+    home, random = tmp_path_factory.mktemp("home"), np.random.default_rng(0)
+    (home / "known.csv").write_text(people(random, 3000))
+    (home / "clean.csv").write_text(people(random, 1500))
+    (home / "new.csv").write_text(people(random, 700, 0.1))
+    (home / "labeled.csv").write_text(people(random, 700, 0.1, fraud=(0, 1), kind=("a", "b")))
+    levels = random.integers(0, 90, (400, 1, 4, 4)) + random.integers(0, 160, (400, 1, 1, 1))
+    np.savez(home / "images.npz", x=levels.astype(np.uint8), y=np.arange(400) % 2)
+    quick = "--evaluations 1 --evaluate-on 50 --batch-size 64 --out"
+    with inside(home):
+        call("train nsf known.csv --steps 60 --depth 2 --hidden 16 --lr 0.01", quick, "run")
+        call("train mlp_vae images.npz --steps 20 --hidden 8 --latents 2", quick, "vae")
+    return home
+
+
+@contextlib.contextmanager
+def inside(folder: Path):
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def here(home, tmp_path, monkeypatch):
+    """An empty working directory with the runs and the data in it."""
+    for path in home.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def call(*words: object) -> None:
+    main([word for some in words for word in str(some).split(" ")])
+
+
+@pytest.fixture
+def answer(capsys):
+    """A function that runs a command and returns its JSON."""
+
+    def run(*words: object):
+        capsys.readouterr()
+        call(*words, "--json")
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def cells(path: str) -> dict[str, list[str]]:
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def nats(run: str, source: str, part: str = "all") -> np.ndarray:
+    model = checkpoint.load(f"{run}/model.safetensors")
+    data = load(source, columns=model.spec.columns or None)
+    return evaluation.score(model, data.split(part))["nats"]
+
+
+@pytest.mark.parametrize(
+    ("run", "source", "origin"),
+    [("run", "new.csv", "known.csv"), ("vae", "images.npz", "images.npz")],
+)
+def test_score_flags_by_the_held_out_rows(here, answer, run, source, origin):
+    known = nats(run, origin, "held-out")
+    found = answer("score", run, source, "--fpr 0.05 --out s.csv")
+    table = cells("s.csv")
+    names = ["nats", "p_value", "flag"]
+    assert [name for name in table if name in names] == names
+    p = np.array(table["p_value"], float)
+    np.testing.assert_allclose(p, anomaly.p_values(np.array(table["nats"], float), known))
+    assert table["flag"] == ["true" if each <= 0.05 else "false" for each in p]
+    assert (found["flagged"], found["n"]) == (table["flag"].count("true"), len(p))
+    assert found["threshold"] == pytest.approx(anomaly.threshold(known, 0.05))
+    assert found["rate_interval"] == list(anomaly.rate_interval(len(known), 0.05))
+    assert found["calibration"]["n"] == len(known)
+    assert found["calibration"]["rows"] == f"held-out of {(here / origin).resolve()}"
+    if run == "run":
+        assert 0.08 < found["flagged"] / found["n"] < 0.2
+
+
+def test_flags_are_booleans_in_parquet_and_the_calibration_is_printed(here, capsys):
+    pa = pytest.importorskip("pyarrow.parquet")
+    call("score run new.csv --fpr 0.002 --calibrate clean.csv --out s.parquet")
+    table = pa.read_table("s.parquet")
+    assert str(table.schema.field("flag").type) == "bool"
+    p = anomaly.p_values(nats("run", "new.csv"), nats("run", "clean.csv"))
+    np.testing.assert_allclose(table["p_value"].to_numpy(), p)
+    text = capsys.readouterr().out
+    assert "by 1,500 calibration rows (all of clean.csv)" in text
+    assert f"{(p <= 0.002).sum()} of 700 examples flagged" in text
+    call("score run new.csv --calibrate clean.csv --out s.csv")
+    assert "flag" not in cells("s.csv")
+    assert "p_value" in cells("s.csv")
+
+
+def test_shards_have_the_p_values_of_the_whole(here, monkeypatch):
+    words = "score vae images.npz --fpr 0.1 --out s.csv"
+    call(words)
+    whole, parts = cells("s.csv"), []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        call(words)
+        parts.append(cells(f"s-{rank:05}-of-00003.csv"))
+    assert {name: [v for part in parts for v in part[name]] for name in whole} == whole
+    assert len(set(whole["p_value"])) > 20
+
+
+def test_drift_is_a_test_of_the_batch(here, answer, capsys):
+    found = answer("score run clean.csv --drift")
+    assert found["drift"]["p_value"] > 1e-3
+    assert (found["drift"]["drifted"], found["n"]) == ([], 1500)
+    lines = ["height,weight", *(f"{170 + i % 10},{70 + i % 10}" for i in range(200))]
+    Path("moved.csv").write_text("\n".join(lines))
+    found = answer("score run moved.csv --drift --out s.csv")
+    assert found["drift"]["p_value"] < 1e-6
+    assert set(found["drift"]["drifted"]) == {"height", "weight"}
+    assert len(found["drift"]["columns"]) == 2
+    capsys.readouterr()
+    call("score run moved.csv --drift")
+    assert "height: Kolmogorov-Smirnov" in capsys.readouterr().out
+    assert answer("score vae images.npz --split train --calibrate images.npz --fpr .1 --out s.csv")
+
+
+def test_evaluate_with_labels(here, answer, capsys):
+    metrics = pytest.importorskip("sklearn.metrics")
+    known = nats("run", "known.csv", "held-out")
+    found = answer("evaluate run labeled.csv --labels fraud --fpr 0.05,0.01")
+    table = load("labeled.csv", given=["fraud", "kind"])
+    label = table.given["fraud"].values.astype(bool)
+    scores = nats("run", "labeled.csv")
+    detection = found["detection"]
+    assert found["anomaly"] == "fraud = 1"
+    assert detection["auroc"]["value"] == pytest.approx(metrics.roc_auc_score(label, scores))
+    assert detection["average_precision"]["value"] == pytest.approx(
+        metrics.average_precision_score(label, scores)
+    )
+    assert [at["rate"] for at in detection["at"]] == [0.05, 0.01]
+    flag = anomaly.p_values(scores, known) <= 0.01
+    assert detection["at"][1]["recall"]["value"] == pytest.approx(flag[label].mean())
+    assert detection["at"][1]["flagged"]["value"] == pytest.approx(flag[~label].mean())
+    assert found["nats"] == pytest.approx(scores.mean())
+    Path("y.csv").write_text("odd\n" + "".join(f"{'xy'[i]}\n" for i in label.astype(int)))
+    for words in ("--labels kind --anomaly b", "--labels y.csv --anomaly y"):
+        again = answer(f"evaluate run labeled.csv {words} --fpr 0.05,0.01")["detection"]
+        assert again == detection
+    capsys.readouterr()
+    call("evaluate run labeled.csv --labels fraud")
+    out, err = capsys.readouterr()
+    assert f"anomalies: fraud = 1, {label.sum()} of 700 rows" in out
+    assert "at 1.00%" in out
+    assert "fpr: 0.001 cannot be promised" in err
+
+
+def test_rows_that_calibrate_are_not_evaluated(here, answer):
+    data = load("images.npz").split("held-out")
+    found = answer("evaluate vae images.npz --labels label --anomaly 1 --fpr 0.3")
+    n = found["detection"]["normal"] + found["detection"]["anomalies"]
+    assert n == found["n"]
+    assert n + found["calibration"]["n"] == len(data)
+    assert found["calibration"]["rows"].startswith("half of held-out of ")
+    assert min(n, found["calibration"]["n"]) > len(data) / 4
+
+
+FAULTS = {
+    "too few": (
+        "score run new.csv --fpr 0.001",
+        "0.001 cannot be promised by .* 999 or more rows",
+    ),
+    "rate": ("score run new.csv --fpr 1.5", "fpr: expected a rate between 0 and 1"),
+    "no file": ("score run new.csv --fpr 0.1 --calibrate none.csv", "calibrate: .*none.csv"),
+    "explain": ("score run new.csv --explain 2", "explain: for models of `musigma train table`"),
+    "orders": ("score run new.csv --orders 2", "orders: for models of `musigma train table`"),
+    "none": ("score run new.csv --explain -1", "explain: expected 1 or more"),
+    "seen": ("score run known.csv --drift", "drift: known.csv is what the model was trained on"),
+    "no labels": ("evaluate run new.csv --labels fraud", "fraud"),
+    "no label": ("evaluate run new.csv --labels label", "labels: new.csv has no labels"),
+    "column": (
+        "evaluate run new.csv --labels height",
+        "labels: 'height' is a column of the model",
+    ),
+    "which": ("evaluate run labeled.csv --labels kind", r"'a' \(\d+\), 'b' \(\d+\); say which"),
+    "unknown": ("evaluate run labeled.csv --labels kind --anomaly c", "anomaly: .* got 'c'"),
+    "alone": ("evaluate run labeled.csv --fpr 0.1", "fpr: for labeled data alone"),
+    "rates": ("evaluate run labeled.csv --labels fraud --fpr x", "fpr: expected rates such as"),
+    "few": ("evaluate run labeled.csv --labels fraud --fpr 0.001", "0.001 cannot be promised"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_is_wrong_is_said_and_nothing_is_written(here, capsys, name):
+    words, message = FAULTS[name]
+    out = "" if words.startswith("evaluate") or "--drift" in words else " --out s.csv"
+    before = set(here.iterdir())
+    with pytest.raises(SystemExit) as exit_:
+        call(words + out)
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert set(here.iterdir()) == before
+
+
+def test_a_run_whose_data_are_gone_names_the_option(here, capsys, monkeypatch):
+    (here / "other").mkdir()
+    (here / "other" / "gone.csv").write_text(people(np.random.default_rng(1), 200))
+    call("train nsf other/gone.csv --steps 2 --depth 1 --hidden 8 --evaluations 1 --out gone")
+    (here / "other" / "gone.csv").unlink()
+    with pytest.raises(SystemExit):
+        call("score gone new.csv --fpr 0.1 --out s.csv")
+    assert "give --calibrate FILE" in capsys.readouterr().err
+    call("score gone new.csv --fpr 0.1 --calibrate clean.csv --out s.csv")
