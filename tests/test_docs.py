@@ -37,10 +37,11 @@ def photos(tmp_path, monkeypatch):
 
 
 def run_commands(page: Path, folder: Path) -> list[str]:
-    """Run the commands of a page, unchanged except for the budget."""
+    """Run the commands of a page, unchanged except for the budget and the size of images."""
     commands = [line for block in blocks(page, "sh") for line in block.splitlines()]
     for command in commands:
-        words = re.sub(r"--minutes \d+", "--steps 4 --evaluations 1", command).split()
+        words = re.sub(r"--minutes \d+", "--steps 4 --evaluations 1", command)
+        words = words.replace("--size 32", "--size 16").split()
         assert words[0] == "musigma"
         main(words[1:])
         if "--out" in words:

@@ -170,7 +170,7 @@ LAYERS = {
         f"autoregressive {name}, {d}": lambda map=map, d=d: (
             masked(d, map, hidden=[9, 8]),
             (d,),
-            {"compiled": d == 5},
+            {"compiled": d == 2 and map is not MAPS["sinh"]},
         )
         for name, map in MAPS.items()
         for d in (1, 2, 5)
@@ -404,9 +404,19 @@ MODELS = {
         "vae", (1, 5, 5), 1, net="mlp", width=6, latents=3, format="cross log_var"
     ),
     "vae context": lambda: zoo("vae", (1, 8, 8), 1, context=3, latents=3, width=6),
-    "vae flow prior": lambda: zoo(
-        "vae", (1, 5, 5), 1, latents=4, width=6, prior="flow", prior_depth=2, compiled=True
-    ),
+    **{
+        f"vae flow prior, {depth}": lambda depth=depth: zoo(
+            "vae",
+            (1, 5, 5),
+            1,
+            latents=4,
+            width=6,
+            prior="flow",
+            prior_depth=depth,
+            compiled=depth == 1,
+        )
+        for depth in (1, 2)
+    },
     "vae flow prior, context": lambda: zoo(
         "vae", (1, 5, 5), 1, context=3, latents=5, width=6, prior="flow", prior_depth=1
     ),
@@ -420,20 +430,38 @@ MODELS = {
     "vae categorical": lambda: zoo(
         "vae", (1, 5, 5), 4, latents=3, width=6, likelihood="categorical"
     ),
-    "nsf coupling": lambda: zoo("nsf", (5,), None, depth=2, hidden=6, compiled=True),
+    **{
+        f"nsf coupling, {depth}": lambda depth=depth: zoo(
+            "nsf", (5,), None, depth=depth, hidden=6, compiled=depth == 1
+        )
+        for depth in (1, 2)
+    },
     "nsf coupling, bits, context": lambda: zoo("nsf", (3,), 3, depth=2, hidden=6, context=2),
     "nsf autoregressive": lambda: zoo(
         "nsf", (3,), None, kind="autoregressive", depth=2, hidden=6, permutation="reverse"
     ),
-    "maf": lambda: zoo("maf", (5,), None, depth=2, hidden=6, compiled=True),
+    **{
+        f"maf, {d}": lambda d=d: zoo("maf", (d,), None, depth=2, hidden=6, compiled=d == 2)
+        for d in (2, 5)
+    },
     "maf, bits, context": lambda: zoo("maf", (3,), 3, depth=2, hidden=6, context=2),
-    "ladder": lambda: zoo("ladder", (2, 15, 16), 4, latents=2, levels=3, **SMALL, compiled=True),
+    **{
+        f"ladder, {levels}": lambda levels=levels, shape=shape: zoo(
+            "ladder", shape, 4, latents=2, levels=levels, **SMALL, compiled=levels == 2
+        )
+        for levels, shape in ((2, (2, 7, 8)), (3, (2, 15, 16)))
+    },
     "ladder context": lambda: zoo("ladder", (1, 8, 8), 1, context=3, latents=2, levels=3, width=4),
     "ladder gaussian": lambda: zoo(
         "ladder", (1, 8, 8), 4, latents=2, levels=3, width=4, likelihood="gaussian", std="channel"
     ),
     "realnvp": lambda: zoo("realnvp", (1, 8, 8), 4, levels=2, depth=1, hidden=4),
-    "realnvp vectors": lambda: zoo("realnvp", (5,), None, depth=3, hidden=6, compiled=True),
+    **{
+        f"realnvp vectors, {depth}": lambda depth=depth: zoo(
+            "realnvp", (5,), None, depth=depth, hidden=6, compiled=depth == 1
+        )
+        for depth in (1, 3)
+    },
     "realnvp context": lambda: zoo("realnvp", (5,), None, context=2, depth=2, hidden=6),
     "mlp vae": lambda: zoo("mlp_vae", (1, 5, 5), 1, hidden=6, latents=3),
     "mlp vae, beta-binomial": lambda: zoo(
@@ -470,6 +498,7 @@ MODELS = {
     "glow of openai": lambda: zoo(
         "published_glow",
         (1, 8, 8),
+        levels=2,
         edge=True,
         top_each="pixel",
         split_format="halves log_std",

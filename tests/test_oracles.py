@@ -456,7 +456,8 @@ def test_a_beta_binomial_equals_scipys_and_sums_to_one(levels):
     grid = torch.arange(levels).double()
     for i in range(5):
         dist = FactorizedBetaBinomial(log_alpha[:, i : i + 1], log_beta[:, i : i + 1], levels)
-        ours = torch.stack([dist.log_prob(x.reshape(1, 1))[0] for x in grid])
+        each = [p[:, i : i + 1].expand(levels, 1) for p in (log_alpha, log_beta)]
+        ours = FactorizedBetaBinomial(*each, levels).log_prob(grid[:, None])
         a, b = float(log_alpha[0, i].exp()), float(log_beta[0, i].exp())
         theirs = scipy.stats.betabinom(levels - 1, a, b)
         assert (ours - torch.from_numpy(theirs.logpmf(grid.numpy()))).abs().max() < 1e-9

@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
 import torch
 
+from launched import LAUNCH
 from musigma import checkpoint
 from musigma.data import Dataset
 from musigma.evaluation import evaluate, score
@@ -86,10 +88,7 @@ def train_optimal(out, **config):
     return next(b for name, b in model.named_buffers() if name.endswith("log_std")).item()
 """
 
-EACH = (
-    SHARED
-    + """
-out = Path(sys.argv[1])
+PROCESS = """
 processes = join("cpu")
 figure = evaluate(vae(), digits, seed=3, processes=processes)
 run = train(out / "two")
@@ -124,7 +123,14 @@ if processes.is_main:
     (out / "log_stds.json").write_text(json.dumps(gathered))
 leave()
 """
-)
+
+EACH = f"""
+{SHARED}
+{LAUNCH}
+def each(out):
+{textwrap.indent(PROCESS, "    ")}
+launch(each, Path(sys.argv[1]))
+"""
 
 scope: dict = {}
 exec(SHARED, scope)  # the very same definitions
@@ -133,13 +139,8 @@ exec(SHARED, scope)  # the very same definitions
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("processes")
-    (out / "each.py").write_text(EACH)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, out / "each.py", out], capture_output=True, text=True, timeout=240, env=env
-    )
+    command, env = [sys.executable, "-c", EACH, out], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
     return out
 

@@ -113,16 +113,19 @@ def _renamed(contents: Contents) -> Tensors:
 
 def _sets(tensors: Tensors, families: Mapping[str, Family], least: float) -> dict[str, Tensors]:
     """The sets of weights by their prefixes: those of which a family knows most of the names."""
+    cuts = []  # every name as a prefix and the rest, and whether the rest is an average
+    for name in tensors:
+        parts = name.split(".")
+        for depth in range(min(DEPTH, len(parts))):
+            prefix, rest = "".join(f"{p}." for p in parts[:depth]), ".".join(parts[depth:])
+            cuts.append((prefix, rest, bool(_words(rest) & AVERAGED)))
     found: dict[str, int] = {}
     for family in families.values():
         known, ignored = any_of(family.names), any_of(family.ignored)
         counts, asked = Counter[str](), Counter[str]()
-        for name in tensors:
-            parts = name.split(".")
-            for depth in range(min(DEPTH, len(parts))):
-                prefix, rest = "".join(f"{p}." for p in parts[:depth]), ".".join(parts[depth:])
-                counts[prefix] += bool(known.fullmatch(rest))
-                asked[prefix] += not (ignored.fullmatch(rest) or _words(rest) & AVERAGED)
+        for prefix, rest, average in cuts:
+            counts[prefix] += bool(known.fullmatch(rest))
+            asked[prefix] += not (average or ignored.fullmatch(rest))
         for prefix, count in counts.items():
             if count and count >= least * asked[prefix]:
                 found[prefix] = max(count, found.get(prefix, 0))
