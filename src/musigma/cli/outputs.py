@@ -70,6 +70,22 @@ def write_rows(out: Path, parts: Iterable[Columns], **about: Any) -> None:
         {".csv": _csv, ".parquet": _parquet, ".npz": _npz}[out.suffix](draft, parts, about)
 
 
+def write_table(out: Path, table: Any) -> None:
+    """Write an Arrow table as a .csv or .parquet file that appears once it is complete."""
+    from musigma.files import replacing
+
+    if out.suffix == ".csv":
+        words = {True: "true", False: "false"}
+        columns = {name: table[name].to_pylist() for name in table.column_names}
+        for name, values in columns.items():
+            if str(table.schema.field(name).type) == "bool":
+                columns[name] = [words.get(value) for value in values]
+        write_rows(out, [columns])
+    else:
+        with replacing(out) as draft:
+            _pyarrow().parquet.write_table(table, draft)
+
+
 def _csv(draft: Path, parts: Iterable[Columns], about: Mapping[str, Any]) -> None:
     with draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -49,6 +49,7 @@ from musigma.files import write_json
 from musigma.objectives import OBJECTIVES
 from musigma.processes import current_processes
 from musigma.report import figures
+from musigma.schema import Schema
 from musigma.training import TrainConfig, check_run, fit, join, leave, saved_state
 from musigma.zoo import ARCHITECTURES, build
 
@@ -89,6 +90,11 @@ class TrainingData:
         bits: Bits of each channel of an image, 1 to 8.
         binarize: Make images black and white: at a threshold, or by a new draw at each step.
         conditional: Short for `--given label`.
+        schema: Types of the columns of a table: the path of a schema file, as `musigma schema`
+            writes it; `infer`: from the data; `none`: plain numbers. By default inferred if the
+            architecture takes types.
+        missing: Missing values of a typed table have a probability of their own (model), or are
+            left out of the density (ignore). A schema file says it by column.
         reading: How data are read.
     """
 
@@ -97,7 +103,19 @@ class TrainingData:
     bits: int = 8
     binarize: Literal["threshold", "dynamic"] | None = None
     conditional: bool = False
+    schema: str | None = None
+    missing: Literal["model", "ignore"] = "model"
     reading: Reading = Reading()
+
+    def typed(self, name: str, source: str) -> dict[str, Any]:
+        """How the columns of a table are typed, for an architecture."""
+        parameter = inspect.signature(ARCHITECTURES[name]).parameters.get("schema")
+        if self.schema not in (None, "none") and parameter is None:
+            raise ValueError(f"schema: {name} takes no types of columns; leave it out")
+        if parameter is None or self.schema == "none":
+            return {}
+        chosen = self.schema or ("infer" if parameter.default == () else None)
+        return {} if chosen is None else {"schema": chosen, "missing": self.missing}
 
     @property
     def context(self) -> tuple[str, ...]:
@@ -243,7 +261,9 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
     preprocess = data.Preprocess.from_json(about.get("preprocess", {}))
     reading = Reading(skip_bad=about.get("skip_bad", False), in_memory=about.get("in_memory"))
     given = tuple(about.get("given", ()))
-    found = read_data(source or about["source"], preprocess, reading, screen, given=given)
+    schema = saved["model"].get("schema")
+    typed = {} if schema is None else {"schema": Schema.from_json(schema)}
+    found = read_data(source or about["source"], preprocess, reading, screen, given=given, **typed)
     if len(found) != about["n"] or list(found.shape) != about["shape"]:
         raise ValueError(
             f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
@@ -312,9 +332,13 @@ def train(
         decided_by_main(processes, lambda: refuse_other_run(out, now, defaults))
         continue_run(out, common, source)
         return
-    found = read_data(source, reading.preprocess, reading.reading, screen, given=reading.context)
+    typed = reading.typed(name, source)
+    found = read_data(
+        source, reading.preprocess, reading.reading, screen, given=reading.context, **typed
+    )
     chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
-    if found.bits is None and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:
+    plain = found.bits is None and found.schema is None
+    if plain and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:
         options["standardize"] = True
     torch.manual_seed(common.seed)
     model = build(name, found.spec(chosen), **options)
@@ -419,10 +443,11 @@ def _finish(out: Path, held_out: data.Dataset, screen: Screen, answer: dict[str,
         screen.note(f"not all pictures could be drawn: {error}")
     how = "" if trained.model.is_flow else " --mode"
     how += " --given FILE" if trained.needs_given else ""
+    example = "samples.csv" if trained.spec.columns else "samples.png"
     screen.result(
         {**answer, "evaluation": figure, "pictures": pictures},
         f"{figure_text(figure)}\nrun: {out}\npictures: {', '.join(pictures) or 'none'}\n"
-        f"next: musigma sample {shlex.quote(str(out))} --n 64{how} --out samples.png",
+        f"next: musigma sample {shlex.quote(str(out))} --n 64{how} --out {example}",
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musigma.cli.options import Common, DataOptions, Reading, at_least_one, image_size
-from musigma.cli.outputs import check_out, write_rows
+from musigma.cli.outputs import check_out, write_rows, write_table
 from musigma.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -289,20 +289,25 @@ class Trained:
         """Examples as a picture, a table or an array, by the suffix of the file."""
         import numpy as np
 
+        from musigma.data.columns import decode
         from musigma.files import replacing
         from musigma.report import figures
 
         self.check_out(out)
         values = x.numpy(force=True)
-        one = math.prod(values.shape[1:])
-        if bad := int((~np.isfinite(values.reshape(len(values), one)).all(1)).sum()):
+        one, schema = math.prod(values.shape[1:]), self.spec.schema
+        flat = values.reshape(len(values), one)
+        good = np.isfinite(flat) if schema is None else ~np.isinf(flat)  # NaN is missing
+        if bad := int((~good.all(1)).sum()):
             raise ValueError(
                 f"out: {bad} of {len(values)} examples are not finite, so nothing is written; a "
                 "lower --temperature (for edit, a smaller --strength) may help"
             )
         if self.bits is not None:
             values = values.astype(np.uint8)
-        if out.suffix in TABLES:  # the columns are those of the table it was trained on
+        if out.suffix in TABLES and schema is not None:
+            write_table(out, decode(values, schema))
+        elif out.suffix in TABLES:  # the columns are those of the table it was trained on
             names = self.spec.columns or [f"x{i}" for i in range(self.shape[0])]
             write_rows(out, [dict(zip(names, values.T, strict=True))])
         elif out.suffix == ".png" and self.is_image:

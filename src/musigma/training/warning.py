@@ -122,7 +122,7 @@ def references(train: Dataset, validation: Dataset) -> dict[str, float]:
     """
     if train.bits is not None:
         return {"raw": float(train.bits)}
-    if getattr(train, "schema", None) is not None:
+    if train.schema is not None:
         return {}
     n = max(2, ELEMENTS // math.prod(train.shape))
     first, x = (
