@@ -33,6 +33,7 @@ class OneOrder:
         self.model = model
 
     def __call__(self, x, context=None):
+        """log p in the order of the table, nats (B,)."""
         return self.model.conditionals(x, range(x.shape[1]), context).sum(1)
 
 
