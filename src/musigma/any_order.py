@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -17,7 +17,7 @@ from musigma.model import Model
 from musigma.schema import Schema
 from musigma.trace import Trace
 
-__all__ = ["AnyOrder", "RowDistribution", "orders_of"]
+__all__ = ["AnyOrder", "Known", "RowDistribution", "orders_of"]
 
 
 BLOCK = 2560
@@ -158,7 +158,8 @@ class AnyOrder(Model):
     def _given(self, context: Tensor | None) -> Tensor:
         return self.unseen.new_zeros(1) if self.context is None else self.context(context)
 
-    def _trunk(self, h: Tensor) -> Tensor:
+    def trunk(self, h: Tensor) -> Tensor:
+        """The last hidden layer from the first one."""
         for block in self.blocks:
             h = h + block(h)
         return self.norm(h)
@@ -178,13 +179,13 @@ class AnyOrder(Model):
     def _masked(self, features: Tensor, seen: Tensor, given: Tensor) -> Tensor:
         told = (features * seen[..., None]).flatten(-2)
         h = told @ self.seen.flatten(0, 1) + (~seen).to(told) @ self.unseen
-        return self._trunk(h + given)
+        return self.trunk(h + given)
 
-    def _start(self, context: Tensor | None) -> Tensor:
+    def start(self, context: Tensor | None) -> Tensor:
         """The first layer if nothing is seen, (B, H); without a context (1, H)."""
         return self.unseen.sum(0) + torch.atleast_2d(self._given(context))
 
-    def _parts(self, x: Tensor, j: int | None = None) -> Tensor:
+    def parts(self, x: Tensor, j: int | None = None) -> Tensor:
         """What each value changes in the first layer if it is seen, (D, B, H).
 
         Args:
@@ -199,8 +200,8 @@ class AnyOrder(Model):
 
     def others(self, x: Tensor, context: Tensor | None = None) -> list[Tensor]:
         """For each column, the last hidden layer given all the other values of a row, (B, H)."""
-        parts = self._parts(x)
-        return list(self._trunk(self._start(context) + parts.sum(0) - parts))
+        parts = self.parts(x)
+        return list(self.trunk(self.start(context) + parts.sum(0) - parts))
 
     def logits(self, state: Tensor, j: int) -> Tensor:
         """Logits of the cells of column j, (B, cells), from a state."""
@@ -273,9 +274,9 @@ class AnyOrder(Model):
         if len(x) > size:  # blocks stay in the cache of a processor
             parts = blocks(x, context, size)
             return torch.cat([self.conditionals(rows, order, by) for rows, by in parts])
-        start = self._start(context)
-        before = start + self._parts(x)[list(order[:-1])].cumsum(0)
-        states = dict(zip(order, [self._trunk(start), *self._trunk(before)], strict=True))
+        start = self.start(context)
+        before = start + self.parts(x)[list(order[:-1])].cumsum(0)
+        states = dict(zip(order, [self.trunk(start), *self.trunk(before)], strict=True))
         return self.log_values([states[j] for j in range(len(order))], x)
 
     def log_prob_orders(
@@ -292,23 +293,35 @@ class AnyOrder(Model):
         context: Tensor | None = None,
         *,
         temperature: float | Tensor = 1.0,
+        missing: Collection[int] | None = None,
     ) -> Tensor:
         """Draw the values that are not seen, one column after another, (B, D).
 
         At temperature 0 each value is the middle of its most probable cell. Values outside all
         cells are never drawn.
+
+        Args:
+            x: Rows (B, D); values that are not seen are ignored.
+            seen: Mask (B, D).
+            order: The columns in the order in which they are drawn.
+            context: Context (B, F), if the model has one.
+            temperature: Divides the logits.
+            missing: Columns in which a missing value may be drawn; by default all in which values
+                may be missing.
         """
         x, seen = x.clone(), seen.clone()
-        first = self._start(context).repeat(len(x) if context is None else 1, 1)
+        known = Known(self, len(x), context)
         for j in range(len(order)):
             rows = seen[:, j].nonzero()[:, 0]
-            first[rows] += self._parts(x[rows, j, None], j)[0]
+            known.tell(j, x[rows, j], rows)
         for j in order:
             rows = (~seen[:, j]).nonzero()[:, 0]
             if len(rows):
-                logits = self.logits(self._trunk(first[rows]), j)
+                logits = self.logits(known.state(rows), j)
+                if missing is not None and j not in missing:
+                    logits = logits[:, : len(self.schema.columns[j].measured)]
                 x[rows, j] = self.binning.draw(j, logits, temperature)
-                first[rows] += self._parts(x[rows, j, None], j)[0]
+                known.tell(j, x[rows, j], rows)
         return x
 
     # -- a model
@@ -329,6 +342,28 @@ class AnyOrder(Model):
         yield self
 
     latents = variables
+
+
+class Known:
+    """Rows whose values are told to an `AnyOrder` model one column after another.
+
+    Args:
+        model: The model.
+        n: Number of rows.
+        context: Context (n, F), if the model has one.
+    """
+
+    def __init__(self, model: AnyOrder, n: int, context: Tensor | None = None):
+        self.model = model
+        self.first = model.start(context).expand(n, -1).clone()
+
+    def state(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The last hidden layer given what is known of some rows, (B, H)."""
+        return self.model.trunk(self.first[rows])
+
+    def tell(self, j: int, x: Tensor, rows: Tensor | slice = slice(None)) -> None:
+        """Tell the values (B,) of column j in some rows."""
+        self.first[rows] += self.model.parts(x[:, None], j)[0]
 
 
 class RowDistribution(EventDistribution):

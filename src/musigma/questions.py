@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from musigma.any_order import AnyOrder, blocks, orders_of
-from musigma.schema import Column
+from musigma.any_order import AnyOrder, Known, blocks, orders_of
+from musigma.conditions import Condition, written
+from musigma.distributions import multiples
 
-__all__ = ["Explanation", "Scores", "explain", "orders", "score", "surprise", "written"]
+__all__ = [
+    "Conditional",
+    "Explanation",
+    "Imputation",
+    "Scores",
+    "complete",
+    "explain",
+    "impute",
+    "log_prob_given",
+    "orders",
+    "sample_where",
+    "score",
+    "surprise",
+]
 
 EXPECTED = 0.9
 """Probability of the range of values that is expected."""
 BLOCK = 256
 """Rows that are explained at a time."""
+DRAWN = 4096
+"""Rows that are drawn at a time."""
+LEAST = 1000
+"""Least number of candidates, from which the probability of a condition is estimated."""
+ORDERS = 6
+"""Largest number of orders of the columns of a condition."""
+MOST = 20
+"""Largest number of candidates for each row that is wanted."""
 
 
 # --- scores ------------------------------------------------------------------------------------
@@ -243,22 +264,331 @@ def quantile(model: AnyOrder, j: int, p: Tensor, q: float) -> Tensor:
     return model.binning.values(j, code, place)
 
 
-def written(column: Column, value: float) -> str:
-    """A value of a column as text.
+# --- samples under conditions ------------------------------------------------------------------
 
-    >>> written(Column("day", "date"), 0.0), written(Column("carat", step=0.01), 0.3)
-    ('1970-01-01', '0.30')
+
+@dataclass(frozen=True)
+class Conditional:
+    """Rows that satisfy a condition.
+
+    Attributes:
+        rows: Rows, float64 (n, D).
+        probability: An estimate of the probability of the condition under the model.
+        standard_error: Of the estimate; 0 if it is exact.
+        effective: The number of independent rows that the rows are worth: n, unless they were
+            resampled by unequal weights.
+        how: How they were drawn, in words.
     """
-    if math.isnan(value):
-        return "missing"
-    if column.has_levels:
-        known = 0 <= value < len(column.levels)
-        return column.levels[int(value)] if known else "an unknown level"
-    if column.kind in ("date", "datetime"):
-        seconds = value * (86400 if column.kind == "date" else 1)
-        moment = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=seconds)
-        return moment.strftime("%Y-%m-%d" if column.kind == "date" else "%Y-%m-%dT%H:%M:%S")
-    if column.step:
-        digits = -int(Decimal(repr(column.step)).normalize().as_tuple().exponent)
-        return f"{value:.{max(0, digits)}f}"
-    return f"{value:.6g}"
+
+    rows: np.ndarray
+    probability: float
+    standard_error: float
+    effective: float
+    how: str
+
+
+@torch.no_grad()
+def sample_where(
+    model: AnyOrder, where: Condition | str, n: int, context: Tensor | None = None
+) -> Conditional:
+    r"""Draw rows that satisfy a condition, without rejection.
+
+    The columns of the condition come first in the order. The distribution of each over its cells
+    is cut to the allowed values A, and has the probability :math:`P(A_k | x_{<k})`. The product w
+    of these is the weight of a row; its mean is the probability of the condition. If the condition
+    has one column, w is the same for all rows. Otherwise the orders of its columns (up to six) are
+    mixed, and more rows are drawn than are wanted, until their effective sample size
+    :math:`(\sum w)^2 / \sum w^2` is n, or 20 n are drawn. The wanted ones are resampled from
+    them, and the other columns are drawn after that.
+
+    Args:
+        model: A model in evaluation mode.
+        where: The condition, or its text.
+        n: Number of rows.
+        context: Context (1, F), if the model has one.
+
+    Raises:
+        ValueError: If the condition cannot be read, or no value satisfies it.
+
+    Example:
+        >>> from musigma.schema import Column, Schema
+        >>> x = np.random.default_rng(0).normal(size=(1000, 2)).round(1)
+        >>> schema = Schema([Column("a", step=0.1), Column("b", step=0.1)]).measure(x)
+        >>> found = sample_where(AnyOrder(schema).eval(), "a > 1 and b > 1", 5)
+        >>> bool((found.rows > 1).all()), round(found.probability, 2)
+        (True, 0.02)
+    """
+    if n < 1:
+        raise ValueError(f"n: expected 1 or more rows; got {n}")
+    condition = Condition.parse(where, model.schema) if isinstance(where, str) else where
+    orders = _cut_orders([_Cut(model, condition, j) for j in condition.allowed])
+    even = len(orders) == 1  # all rows have the same weight
+    m = math.ceil((n if even else max(n, LEAST)) / len(orders))
+    drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in orders]
+    while True:
+        for order, parts in zip(orders, drawn, strict=True):
+            for start in range(0, m, DRAWN):
+                parts.append(_candidates(model, order, min(DRAWN, m - start), context))
+        log_w = torch.stack([torch.cat([log for _, log in parts]) for parts in drawn]).double()
+        w = (log_w - log_w.max()).exp()
+        effective = float(w.sum() ** 2 / w.square().sum())
+        if effective >= n * (1 - 1e-9) or w.numel() >= MOST * n:
+            break
+    error = (w.var(1).sum() / w.shape[1]).sqrt() / len(w) if not even else w.new_zeros(())
+    x = torch.cat([rows for parts in drawn for rows, _ in parts])
+    if not even:  # systematic resampling, in random order
+        at = (torch.arange(n, device=w.device) + torch.rand((), device=w.device)) * (w.sum() / n)
+        chosen = torch.searchsorted(w.flatten().cumsum(0), at).clamp(max=w.numel() - 1)
+        x = x[chosen[torch.randperm(n, device=w.device)]]
+    seen = torch.zeros(len(model.schema), dtype=torch.bool, device=x.device)
+    seen[list(condition.allowed)] = True
+    rest = [
+        model.fill(part, seen.expand_as(part), model.orders[0], given)
+        for part, given in blocks(x[:n], _repeated(context, n), DRAWN)
+    ]
+    names = ", ".join(cut.column.name for cut in orders[0])
+    how = f"{names} first, drawn from the allowed values; all rows have the same weight"
+    if not even:
+        how = (
+            f"{names} first, drawn from the allowed values in {len(orders)} "
+            f"order{'s' * (len(orders) > 1)}; {w.numel():,} candidates, resampled by P(allowed | "
+            f"columns before): effective sample size {effective:,.0f}"
+        )
+    scale = float(log_w.max().exp())
+    return Conditional(
+        torch.cat(rest).numpy(force=True),
+        scale * float(w.mean()),
+        scale * float(error),
+        min(float(n), effective),
+        how,
+    )
+
+
+class _Cut:
+    """The allowed values of one column of a condition."""
+
+    def __init__(self, model: AnyOrder, condition: Condition, j: int):
+        home, found = model.starts.device, condition.pieces(j)
+        self.model, self.j, self.column = model, j, model.schema.columns[j]
+        self.cell = torch.tensor(found.cell, device=home)
+        self.log_share = torch.tensor(found.share, device=home).log().float()
+        self.start, self.stop = (torch.tensor(t, device=home) for t in found[2:])
+
+    def draw(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """A draw from the allowed values in each state (B,), and their log probability."""
+        log = self.model.logits(state, self.j).log_softmax(1)[:, self.cell] + self.log_share
+        piece = torch.multinomial(log.softmax(1), 1)[:, 0]
+        start, stop = self.start[piece], self.stop[piece]
+        u = torch.rand(start.shape, dtype=torch.float64, device=start.device)
+        if grid := self.column.grid:
+            x = multiples(torch.minimum(start + (u * (stop - start + 1)).floor(), stop), grid)
+        else:
+            x = torch.minimum(start + u * (stop - start), stop)
+            x = x.clamp(self.column.low, self.column.high)
+        missing = self.cell[piece] == len(self.column.measured)
+        return torch.where(missing, math.nan, x), log.logsumexp(1)
+
+
+def _cut_orders(cuts: Sequence[_Cut]) -> list[list[_Cut]]:
+    """The orders in which the columns of a condition are drawn: all of them, or several."""
+    k = len(cuts)
+    few = math.factorial(k) <= ORDERS
+    chosen = itertools.permutations(range(k)) if few else orders_of(k, ORDERS)
+    return [[cuts[i] for i in order] for order in chosen]
+
+
+def _candidates(
+    model: AnyOrder, order: Sequence[_Cut], m: int, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Rows (m, D) with the columns of a condition alone, and their log weights (m,)."""
+    known = Known(model, m, context)
+    x = model.log_marginal.new_full((m, len(model.schema)), math.nan, dtype=torch.float64)
+    log_w = x.new_zeros(m)
+    for cut in order:
+        x[:, cut.j], log_p = cut.draw(known.state())
+        log_w += log_p
+        known.tell(cut.j, x[:, cut.j])
+    return x, log_w
+
+
+def _repeated(context: Tensor | None, n: int) -> Tensor | None:
+    return None if context is None else context.expand(n, -1)
+
+
+# --- missing values ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def complete(
+    model: AnyOrder,
+    rows: Any,
+    order: Sequence[int] | None = None,
+    context: Tensor | None = None,
+    *,
+    missing: Collection[int] = (),
+) -> np.ndarray:
+    """Draw every missing value of rows given the values that are known, float64 (N, D).
+
+    Args:
+        model: A model in evaluation mode.
+        rows: Rows (N, D); NaN where a value is missing.
+        order: The order in which columns are drawn; by default the first of the model.
+        context: Context (N, F), if the model has one.
+        missing: Columns in which a missing value may be drawn, as in the training rows.
+
+    Raises:
+        ValueError: If no value was present in training in a column that is to be drawn.
+    """
+    x = _rows(model, rows)
+    holes = x.isnan()
+    for j, column in enumerate(model.schema.columns):
+        if not len(column.measured) and j not in missing and holes[:, j].any():
+            raise ValueError(
+                f"column {column.name!r}: its values were all missing in training, so none can "
+                "be drawn; leave the column out"
+            )
+    filled, some = x.clone(), holes.any(1).nonzero()[:, 0]
+    for at in some.split(DRAWN):
+        given = None if context is None else context[at]
+        filled[at] = model.fill(
+            x[at], ~holes[at], order or model.orders[0], given, missing=missing
+        )
+    return filled.numpy(force=True)
+
+
+@dataclass(frozen=True)
+class Imputation:
+    """Draws of the missing values of rows.
+
+    Attributes:
+        model: The model that they were drawn from.
+        rows: The rows (N, D); NaN where a value is missing.
+        cells: The row and the column of each missing value, (M, 2).
+        draws: Draws of each missing value, (M, n).
+    """
+
+    model: AnyOrder
+    rows: np.ndarray
+    cells: np.ndarray
+    draws: np.ndarray
+
+    def filled(self, i: int) -> np.ndarray:
+        """The rows with draw i of each missing value (N, D)."""
+        return self._with(self.draws[:, i])
+
+    def center(self) -> np.ndarray:
+        """The rows with the mean of the draws of each missing value, or its most frequent level.
+
+        Means of whole numbers are fractions.
+        """
+        values = self.draws.mean(1)
+        for j in self._columns(levels=True):
+            at = self.cells[:, 1] == j
+            values[at] = self._modes(j)[0]
+        return self._with(values)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """What the draws say of each missing value.
+
+        Each entry has `row` and `column`; for a number its `mean`, `std` (in days for a date, in
+        seconds for a time) and the quantiles `q05`, `q50` and `q95`; for a level `mode`, the most
+        frequent one, and its `share` of the draws.
+        """
+        columns = self.model.schema.columns
+        found: list[dict[str, Any]] = [
+            {"row": i, "column": columns[j].name} for i, j in self.cells.tolist()
+        ]
+        for j in self._columns(levels=True):
+            at = np.flatnonzero(self.cells[:, 1] == j)
+            for i, mode, share in zip(at, *map(np.ndarray.tolist, self._modes(j)), strict=True):
+                found[i] |= {"mode": columns[j].levels[int(mode)], "share": share}
+        for j in self._columns(levels=False):
+            at, names = np.flatnonzero(self.cells[:, 1] == j), ("mean", "q05", "q50", "q95")
+            draws, time = self.draws[at], columns[j].kind in ("date", "datetime")
+            numbers = [draws.mean(1), *np.quantile(draws, [0.05, 0.5, 0.95], axis=1)]
+            for i, std, *values in zip(at, draws.std(1).tolist(), *numbers, strict=True):
+                shown = [written(columns[j], v) if time else float(v) for v in values]
+                found[i] |= {"std": std, **dict(zip(names, shown, strict=True))}
+        return found
+
+    def _columns(self, *, levels: bool) -> list[int]:
+        columns = self.model.schema.columns
+        return [j for j in np.unique(self.cells[:, 1]).tolist() if columns[j].has_levels == levels]
+
+    def _modes(self, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """The most frequent level of each missing value of a column, and its share."""
+        draws = self.draws[self.cells[:, 1] == j]
+        levels = np.arange(len(self.model.schema.columns[j].levels))
+        counts = np.stack([(draws == level).sum(1) for level in levels], 1)
+        return counts.argmax(1), counts.max(1) / draws.shape[1]
+
+    def _with(self, values: np.ndarray) -> np.ndarray:
+        rows = self.rows.copy()
+        rows[tuple(self.cells.T)] = values
+        return rows
+
+
+def impute(model: AnyOrder, rows: Any, n: int = 20, context: Tensor | None = None) -> Imputation:
+    """Draw every missing value of rows n times, given all the known values of its row.
+
+    The missing values of one row are drawn together, so each filled row is a draw as a whole.
+    The draws are shared among up to five orders of the columns, which mixes these.
+
+    Args:
+        model: A model in evaluation mode.
+        rows: Rows (N, D); NaN where a value is missing. It is drawn as a value, also in a column
+            whose missing values the model gives a probability: as if they were missing at random.
+        n: Number of draws.
+        context: Context (N, F), if the model has one.
+
+    Raises:
+        ValueError: As `complete`.
+
+    Example:
+        >>> from musigma.schema import Column, Schema
+        >>> x = np.random.default_rng(0).normal(size=(1000, 2)).round(1)
+        >>> schema = Schema([Column("a", step=0.1), Column("b", step=0.1)]).measure(x)
+        >>> found = impute(AnyOrder(schema).eval(), [[0.5, np.nan], [0.1, 0.2]], 100)
+        >>> found.cells.tolist(), found.draws.shape, abs(found.center()[0, 1]) < 0.4
+        ([[0, 1]], (1, 100), np.True_)
+    """
+    if n < 1:
+        raise ValueError(f"n: expected 1 or more draws; got {n}")
+    x = _rows(model, rows).numpy(force=True)
+    holes = np.isnan(x)
+    cells, chosen = np.argwhere(holes), orders(model, min(n, 5))
+    some = np.flatnonzero(holes.any(1))
+    draws, size = [np.empty((0, n))], max(1, DRAWN * len(chosen) // n)
+    for start in range(0, len(some), size):
+        at, each = some[start : start + size], []
+        for order in range(len(chosen)):
+            k = len(range(order, n, len(chosen)))
+            given = None if context is None else context[torch.from_numpy(at.repeat(k))]
+            filled = complete(model, x[at].repeat(k, 0), chosen[order], given)
+            each.append(filled.reshape(len(at), k, -1).swapaxes(1, 2)[holes[at]])
+        draws.append(np.concatenate(each, 1))
+    return Imputation(model, x, cells, np.concatenate(draws))
+
+
+@torch.no_grad()
+def log_prob_given(
+    model: AnyOrder, rows: Any, seen: Any, context: Tensor | None = None
+) -> np.ndarray:
+    """log p(x_j | the values that are seen) of each value that is not seen, nats (N, D).
+
+    It is exact for each value by itself; values that are seen have 0.
+
+    Args:
+        model: A model in evaluation mode.
+        rows: Rows (N, D).
+        seen: Mask (N, D).
+        context: Context (N, F), if the model has one.
+    """
+    x = _rows(model, rows)
+    mask = torch.as_tensor(seen, dtype=torch.bool, device=x.device)
+    nats = [x.new_zeros(0, x.shape[1])]
+    for at in torch.arange(len(x), device=x.device).split(DRAWN):
+        state = model.state(x[at], mask[at], None if context is None else context[at])
+        log = model.log_values([state] * x.shape[1], x[at])
+        nats.append(torch.where(mask[at], 0.0, log.double()))
+    return torch.cat(nats).numpy(force=True)

@@ -5,7 +5,7 @@ or () if nothing is given. Distributions of levels are distributions of integers
 so they need no dequantization.
 """
 
-from musigma.distributions.cells import Binning
+from musigma.distributions.cells import Binning, multiples
 from musigma.distributions.gaussian import LearnedNormal, OptimalGaussianHead, StandardNormal
 from musigma.distributions.levels import (
     DiscretizedLogisticMixture,
@@ -52,5 +52,6 @@ __all__ = [
     "UnitUniform",
     "data_of",
     "likelihood",
+    "multiples",
     "register_likelihood",
 ]

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from musigma.schema import Column, Schema
 
-__all__ = ["Binning"]
+__all__ = ["Binning", "multiples"]
+
+
+def multiples(steps: Tensor, grid: float) -> Tensor:
+    """Multiples of a grid; those of 0.01 are the numbers that two decimals write."""
+    scale = round(1 / grid)
+    return steps / scale if scale and math.isclose(scale * grid, 1) else steps * grid
 
 
 class Binning:
@@ -176,7 +182,7 @@ class Binning:
         if grid := column.grid:
             steps = (width / grid).round()
             x = low + grid * ((place.double() * steps).floor().clamp(max=steps - 1) + 0.5)
-            x = (x / grid).round() * grid
+            x = multiples((x / grid).round(), grid)
         else:
             x = low + place.double() * width
         if not column.has_levels:
