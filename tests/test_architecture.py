@@ -21,6 +21,7 @@ RANKS = {
     "processes": 0,
     "spec": 0,
     "schema": -1,
+    "conditions": 0,
     "tensors": 0,
     "context": 0,
     "nets": 1,
