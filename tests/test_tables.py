@@ -1,6 +1,7 @@
 """Typed tables: what each column is taken for, and rows as numbers and back."""
 
 import datetime
+import gzip
 import json
 
 import numpy as np
@@ -185,3 +186,39 @@ def test_the_metadata_of_sdv_is_a_schema(tmp_path):
     kinds = [(c.name, c.kind) for c in data.schema.columns]
     expected = ["count", "continuous", "date", "datetime", "boolean", "category"]
     assert kinds == list(zip(columns, expected, strict=False))
+
+
+# Data that packages ship -------------------------------------------------------------------------
+
+
+def test_tables_of_installed_packages(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    for package, file, head in [
+        ("river", "datasets/shuttle.csv.gz", "f1,f2,anomaly"),
+        ("ISLP", "data/Wage.csv", "wage,region,age"),
+    ]:
+        path = tmp_path / package / file
+        path.parent.mkdir(parents=True)
+        (tmp_path / package / "__init__.py").write_text("raise SystemError('it was imported')")
+        rows = random.integers(0, 50, (40, 3)) * ([1, 1, 0] if "river" in package else [1, 0, 1])
+        rows[3, 2] = 1
+        text = "\n".join([head, *(",".join(map(str, row)) for row in rows.tolist())])
+        path.write_bytes(gzip.compress(text.encode()) if file.endswith("gz") else text.encode())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = musigma.data.load("shuttle", schema="infer")
+    assert data.columns == ("f1", "f2")
+    assert (data.label_names, data.labels.tolist()) == (
+        ("normal", "anomaly"),
+        [0] * 3 + [1] + [0] * 36,
+    )
+    assert musigma.data.load("shuttle", schema="infer", given="anomaly").given["anomaly"]
+    assert musigma.data.load("shuttle").labels.sum() == 1
+    data = musigma.data.load("wage", schema="infer")
+    assert data.columns == ("wage", "age")
+    assert "'region' is constant" in data.notes[0]
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(musigma.data.DataError, match=r"pip install 'plotnine>=0.15'"):
+        musigma.data.load("diamonds", schema="infer")

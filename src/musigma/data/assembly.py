@@ -128,7 +128,7 @@ def _named_roles(
             )
         data = [names.index(name) for name in request.columns]
         left = [j for j in left if j not in data]
-    label = next((j for j in reversed(left) if _is_label(table, j)), None)
+    label = _label_of(table, left, request)
     if label is not None:
         left.remove(label)
         request.note(f"column {names[label]!r} is taken as labels; rename it if it is data")
@@ -140,6 +140,13 @@ def _named_roles(
         unknown = named([repr(names[j]) for j in left], 20)
         request.note(f"columns that the model does not know are left out: {unknown}")
     return Roles(left if data is None else data, given, label, ids[0] if ids else None)
+
+
+def _label_of(table: Table, columns: Sequence[int], request: Request) -> int | None:
+    """The one of some columns that is labels: by the name that is asked for, or a usual one."""
+    if request.label not in (None, "label"):
+        return next((j for j in columns if table.names[j] == request.label), None)
+    return next((j for j in reversed(columns) if _is_label(table, j)), None)
 
 
 def _is_label(table: Table, j: int) -> bool:
@@ -255,9 +262,8 @@ def typed(table: Table, request: Request) -> Dataset:
     names = columns.names(table)
     refuse_twice(names, request)
     given = _matching(names, request)
-    label = None
-    if request.label:
-        label = next((j for j in reversed(range(len(names))) if _is_label(table, j)), None)
+    rest = [j for j in range(len(names)) if j not in given]
+    label = _label_of(table, rest, request) if request.label else None
     taken = [*given, *([] if label is None else [label])]
     if isinstance(request.schema, Schema):
         schema, faults = request.schema, {}

@@ -38,7 +38,7 @@ class Request:
     columns: tuple[str, ...] | None = None  # those of a table that are wanted, in this order
     given: tuple[str, ...] = ()  # patterns of columns that are context, and no part of x
     schema: Schema | Mapping[str, Draft] | Literal["infer"] | None = None  # of a typed table
-    label: bool = False  # of a typed table, the column of labels is context, and no part of x
+    label: str | None = None  # a column of a typed table that is labels; "label": the usual names
     unseen: Literal["refuse", "probability"] = "refuse"  # categories that the schema lacks
     missing: Literal["model", "ignore"] = "model"  # missing values, if the schema is inferred
     report: Progress = lambda done, total: None

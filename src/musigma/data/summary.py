@@ -39,7 +39,6 @@ def describe(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> di
         "preprocess": dataset.preprocess.to_json(),
         "labels": _count(dataset),
         "columns": list(dataset.columns),
-        "schema": None if dataset.schema is None else described(dataset),
         "given": {
             variable.name: {"shape": list(variable.shape), "names": list(variable.names)}
             for variable in dataset.variables
@@ -48,6 +47,8 @@ def describe(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> di
         "skipped": dict(dataset.skipped),
         "notes": list(dataset.notes),
     }
+    if dataset.schema is not None:
+        description["schema"] = described(dataset)
     if parts is not None:
         description["parts"] = {
             name: {"n": len(part), "labels": _count(part)} for name, part in parts.items()
@@ -197,7 +198,8 @@ def _contents(dataset: Dataset) -> str:
     n, name = len(dataset), dataset.name or "data"
     if dataset.bits is None:
         width = dataset.shape[0]
-        columns = f": {named(dataset.columns, 20)}" if dataset.columns else ""
+        listed = dataset.columns and dataset.schema is None
+        columns = f": {named(dataset.columns, 20)}" if listed else ":" * bool(dataset.schema)
         return f"{name}: {n} rows of {width} column{'s' * (width > 1)}{columns}"
     size = " x ".join(map(str, dataset.shape))
     how = f", binarized ({dataset.preprocess.binarize})" if dataset.preprocess.binarize else ""

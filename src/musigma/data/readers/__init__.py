@@ -58,8 +58,9 @@ def load(
     It reads folders and archives (tar, zip) of images, MNIST's IDX files and CIFAR batches;
     `.npy`, `.npz`, `.csv`, `.tsv` and `.parquet`; folders of tar or parquet files, or a pattern of
     them (`shards-{0000..0099}.tar`); all of these by a URL that fsspec knows; and the names
-    `digits`, `mnist-5k`, `mnist`, `fashion-mnist`, `cifar10`, `two-moons`, `checkerboard` and
-    `eight-gaussians`. A name takes precedence over a file of the same name, which is written
+    `digits`, `mnist-5k`, `mnist`, `fashion-mnist`, `cifar10`, `two-moons`, `checkerboard`,
+    `eight-gaussians`, and of tables that other packages ship, `shuttle`, `diamonds`, `bikeshare`,
+    `wage` and `randhie`. A name takes precedence over a file of the same name, which is written
     `./mnist`. Published sets are looked for in `$MUSIGMA_DATA`, in `/usr/share/datasets` and in
     the user's cache, and otherwise downloaded into the cache.
 
@@ -116,7 +117,7 @@ def load(
         columns=None if columns is None else tuple(columns),
         given=tuple(item for item in wanted if item != "label" and item not in files),
         schema=as_schema(schema),
-        label="label" in wanted,
+        label="label" if "label" in wanted else None,
         unseen=unseen,
         missing=missing,
         allow_constant=allow_constant,
@@ -128,7 +129,7 @@ def load(
         if not in_files:
             data = _read_memory(source, request)
         elif isinstance(source, str) and source in BUILT_IN:
-            data = BUILT_IN[source](request.report)
+            data = BUILT_IN[source](request)
         else:
             path = fetched(source, request) if is_url(source) else source
             data = _read_path(Path(path).expanduser(), request)
@@ -230,6 +231,8 @@ def _read_path(path: Path, request: Request) -> Dataset:
     if ARCHIVE.fullmatch(name):
         return read_files(FileSet.of_files([path], archives=True), request)
     ending = path.suffix.lower()
+    if ending == ".gz" and Path(path.stem).suffix.lower() in (".csv", ".tsv"):
+        ending = Path(path.stem).suffix.lower()
     if ending in READERS:
         with damage(where):
             return READERS[ending](path, request)

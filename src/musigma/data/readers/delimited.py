@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -139,6 +140,15 @@ class Delimited(Table):
         whole = (np.isnan(values) | (values == np.rint(values))).all()
         return "int64" if whole and j not in self.points else "float64"
 
+    def drop(self, columns: Sequence[str]) -> None:
+        """Leave out columns, by their names."""
+        kept = [j for j, name in enumerate(self.names) if name not in columns]
+        self.values = self.values[:, kept]
+        self.texts = {kept.index(j): cells for j, cells in self.texts.items() if j in kept}
+        for name in ("kinds", "storage"):
+            setattr(self, name, [getattr(self, name)[j] for j in kept])
+        self.names = tuple(self.names[j] for j in kept)
+
     def x(self, columns: Sequence[int]) -> np.ndarray:
         return float32(self.values[:, columns])
 
@@ -173,6 +183,16 @@ class Delimited(Table):
         return cell_fault(self.texts[j][i], self.doubt)
 
 
+def _is_zipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _open(path: Path, encoding: str) -> IO[str]:
+    if _is_zipped(path):
+        return gzip.open(path, "rt", encoding=encoding, newline="")
+    return path.open(encoding=encoding, newline="")
+
+
 def _columns_with(pattern: re.Pattern[str], rows: list[list[str]]) -> set[int]:
     """The columns in which the pattern occurs."""
     return {j for cells in rows for j, cell in enumerate(cells) if pattern.search(cell)}
@@ -180,14 +200,14 @@ def _columns_with(pattern: re.Pattern[str], rows: list[list[str]]) -> set[int]:
 
 def _rows(path: Path, form: _Format) -> Iterator[tuple[int, list[str]]]:
     """The number of each line of the table, from 1, and its cells."""
-    with path.open(encoding=form.encoding, newline="") as file:
+    with _open(path, form.encoding) as file:
         for _ in range(form.skip):
             file.readline()
         for line, cells in _split(file, form.separator):
             yield line + form.skip, cells
 
 
-def _split(lines: Iterator[str] | TextIO, separator: str) -> Iterator[tuple[int, list[str]]]:
+def _split(lines: Iterator[str] | IO[str], separator: str) -> Iterator[tuple[int, list[str]]]:
     """The number of each line, from 1, and its cells; empty lines are left out."""
     if separator == " ":
         return ((i, cells) for i, line in enumerate(lines, 1) if (cells := line.split()))
@@ -197,7 +217,7 @@ def _split(lines: Iterator[str] | TextIO, separator: str) -> Iterator[tuple[int,
 
 def _format(path: Path, request: Request) -> _Format:
     """The format of a file; what is not obvious is noted."""
-    with path.open("rb") as file:
+    with gzip.open(path) if _is_zipped(path) else path.open("rb") as file:
         start = file.read(4)
         encoding = "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
         if not encoding:
@@ -211,7 +231,7 @@ def _format(path: Path, request: Request) -> _Format:
                 encoding = "cp1252"
                 request.note("it is not UTF-8, and is read as Windows-1252 (like Latin-1)")
     skip, separator = 0, ""
-    with path.open(encoding=encoding, newline="") as file:
+    with _open(path, encoding) as file:
         for line in file:
             if line.startswith("#"):
                 request.note(

