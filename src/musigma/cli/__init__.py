@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError
 
-from musigma.cli import compress, convert, inspect, scores, use, watch  # noqa: F401 (their commands)
+# their commands
+from musigma.cli import compare, compress, convert, inspect, scores, use, watch  # noqa: F401
 from musigma.cli.options import TRAIN, app
 from musigma.cli.screen import rank_and_count
 

@@ -39,12 +39,12 @@ class Interval(NamedTuple):
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def share(count: float, total: int) -> Interval:
+def share(count: float, total: float) -> Interval:
     """A share of independent rows, with the score interval of a binomial proportion.
 
     Args:
         count: Rows that are counted; a fraction where ties are divided.
-        total: All rows, at least one.
+        total: All rows; fewer of them, and in proportion of `count`, widen the interval.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
 
@@ -55,7 +55,8 @@ def share(count: float, total: int) -> Interval:
     p, pseudo = float(count / total), Z**2 / total
     middle = (p + pseudo / 2) / (1 + pseudo)
     half = Z * np.sqrt(p * (1 - p) / total + pseudo / (4 * total)) / (1 + pseudo)
-    return Interval(p, float(max(0.0, middle - half)), float(min(1.0, middle + half)))
+    low, high = float(middle - half), float(middle + half)
+    return Interval(p, low if count else 0.0, high if count < total else 1.0)
 
 
 def exact_share(count: int, total: int) -> Interval:

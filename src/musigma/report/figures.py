@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 
 from musigma.files import number, replacing
+from musigma.report.axes import DARK, LIGHT, PlotsMissing, frame, library, name_axes, plot, save
 
 __all__ = [
     "PlotsMissing",
@@ -30,10 +30,6 @@ CELL = 56
 """Pixels that the longer side of a cell is enlarged to, at least."""
 
 Panel = Literal["figure", "latents"]
-
-
-class PlotsMissing(ValueError):
-    """Matplotlib is not installed."""
 
 
 # --- grids of images -------------------------------------------------------------------------
@@ -182,25 +178,6 @@ def _sheet(lines: list[np.ndarray], band: int, columns: int, scale: int | None, 
 # --- plots -----------------------------------------------------------------------------------
 
 
-_COLORS = {
-    "paper": ("#ffffff", "none"),
-    "ink": ("#1f2328", "#e4e6ea"),
-    "muted": ("#656d76", "#98a0ab"),
-    "faint": ("#e6e8eb", "#2b3038"),
-    "data": ("#5b84b8", "#7fa9de"),
-    "accent": ("#c8502d", "#f08a64"),
-    "bad": ("#b3261e", "#ff8a80"),
-    "latents": (
-        ("#2b5c8a", "#2a8c82", "#8a9a2e", "#c98a1b", "#c8502d", "#8d4a8f"),
-        ("#7fb2e5", "#5cc4b8", "#b9c95c", "#e9b35a", "#f08a64", "#c98bcb"),
-    ),
-}
-LIGHT, DARK = (
-    SimpleNamespace(**{name: pair[dark] for name, pair in _COLORS.items()}) for dark in (0, 1)
-)
-"""Colors on light and on dark pages."""
-
-
 def curves(
     metrics: Sequence[Mapping[str, Any]],
     path: str | Path,
@@ -238,8 +215,8 @@ def curves(
     drawn = [p for p in panels if (costs.size if p == "latents" else figures)]
     if not drawn:
         raise ValueError("metrics: there are no rows to plot")
-    colors, ticker = DARK if dark else LIGHT, _matplotlib().ticker
-    figure, axes = _figure(len(drawn), colors, title)
+    colors, ticker = DARK if dark else LIGHT, library().ticker
+    figure, axes = plot(len(drawn), colors, title)
     for panel, ax in zip(drawn, axes, strict=True):
         if panel == "figure":
             _figure_panel(ax, rows, unit, colors)
@@ -248,10 +225,10 @@ def curves(
             _latents_panel(ax, steps, costs, colors)
             flow = all(not row.get("log_px") for row in rows["train"])
             name = "−log p of each latent, nats" if flow else "KL of each latent, nats"
-        _name_axes(ax, name, "training step", colors)
+        name_axes(ax, name, "training step", colors)
         ax.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 2k, 4k, ...
-    _save(figure, path)
+    save(figure, path)
 
 
 def comparison(
@@ -280,16 +257,16 @@ def comparison(
     if not tracks:
         raise ValueError("runs: there are no finite points to compare")
     colors = DARK if dark else LIGHT
-    figure, (ax,) = _figure(1, colors, title, width=6.4)
+    figure, (ax,) = plot(1, colors, title, width=6.4)
     ends = []
     for i, (name, track) in enumerate(tracks.items()):
         color, minutes, values = colors.latents[i % 6], track[:, 0] / 60, track[:, 1]
         ax.plot(minutes, values, "-o", color=color, lw=1.6, ms=3.5, mew=0)
         ends.append((minutes[-1], values[-1], f"{name}  {values[-1]:.3f}", color))
-    _frame(ax, [track[:, 1] for track in tracks.values()], ends)
+    frame(ax, [track[:, 1] for track in tracks.values()], ends)
     ax.set_xlim(left=0)
-    _name_axes(ax, "" if unit in (title or "") else unit, "minutes of training", colors)
-    _save(figure, path)
+    name_axes(ax, "" if unit in (title or "") else unit, "minutes of training", colors)
+    save(figure, path)
 
 
 def points(x: Any, path: str | Path, *, reference: Any = None) -> None:
@@ -314,7 +291,7 @@ def points(x: Any, path: str | Path, *, reference: Any = None) -> None:
     low, high = base.min(0), base.max(0)
     half = max(float((high - low).max()) * 0.56, 1e-6)
     middle = (low + high) / 2
-    figure, axes = _figure(len(sets), LIGHT, None, width=3.4, height=3.6)
+    figure, axes = plot(len(sets), LIGHT, None, width=3.4, height=3.6)
     for ax, (name, values, color) in zip(axes, sets, strict=True):
         inside = (np.abs(values - middle) <= half).all(1)  # NaN is not
         size = float(np.clip(2500 / max(len(values), 1), 2, 16))
@@ -324,9 +301,9 @@ def points(x: Any, path: str | Path, *, reference: Any = None) -> None:
         ax.set_aspect("equal")
         outside = len(values) - int(inside.sum())
         note = f", {outside:,} of them outside" if outside else ""
-        _name_axes(ax, f"{name}: {len(values):,} points{note}", "$x_1$", LIGHT)
+        name_axes(ax, f"{name}: {len(values):,} points{note}", "$x_1$", LIGHT)
         ax.set_ylabel("$x_2$", color=LIGHT.muted, rotation=0, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _figure_panel(ax: Any, rows: Mapping[str, list[Any]], unit: str, colors: Any) -> None:
@@ -350,7 +327,7 @@ def _figure_panel(ax: Any, rows: Mapping[str, list[Any]], unit: str, colors: Any
         last = f"{values[-1]:.3f}" if unit == "bits" else f"{values[-1]:.4g}"
         ends.append((steps[-1], values[-1], last, colors.accent))
         shown.append(values)
-    _frame(ax, shown, ends)
+    frame(ax, shown, ends)
     if at := [row["step"] for row in rows["skipped"]]:
         label = f"skipped steps: {len(at)}"
         axis = ax.get_xaxis_transform()
@@ -379,7 +356,7 @@ def _latents(training: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]
 
 def _latents_panel(ax: Any, steps: np.ndarray, costs: np.ndarray, colors: Any) -> None:
     """Plot the cost of each latent, top first."""
-    gradient = _matplotlib().colors.LinearSegmentedColormap.from_list(
+    gradient = library().colors.LinearSegmentedColormap.from_list(
         "latents", colors.latents, N=1024
     )
     count = costs.shape[1]
@@ -398,105 +375,7 @@ def _latents_panel(ax: Any, steps: np.ndarray, costs: np.ndarray, colors: Any) -
         if count <= 8 or i in (0, count - 1):
             name = f"z{i}" + (" top" if count > 1 and i == 0 else "")
             ends.append((at[-1], smooth[-1], f"{name}  {smooth[-1]:.3g}", color))
-    _frame(ax, shown, ends, near_zero=True)
-
-
-# --- pieces of plots ---------------------------------------------------------------------------
-
-
-def _matplotlib() -> Any:
-    """Matplotlib, with the modules that plots need."""
-    try:
-        import matplotlib.colors
-        import matplotlib.figure
-        import matplotlib.layout_engine
-        import matplotlib.ticker
-    except ImportError as error:
-        raise PlotsMissing("plots need matplotlib: pip install 'musigma[plots]'") from error
-    return matplotlib
-
-
-def _figure(
-    panels: int, colors: Any, title: str | None, width: float = 4.2, height: float = 2.75
-) -> tuple[Any, list[Any]]:
-    """A figure with panels side by side, in a plain style."""
-    matplotlib = _matplotlib()
-    figure = matplotlib.figure.Figure(
-        figsize=(width * panels, height + (0.3 if title else 0)),
-        dpi=200,
-        layout=matplotlib.layout_engine.ConstrainedLayoutEngine(
-            w_pad=0.1, h_pad=0.08, wspace=0.04
-        ),
-        facecolor=colors.paper,
-    )
-    if title:
-        figure.suptitle(title, x=0.02, ha="left", color=colors.ink, fontsize=11, parse_math=False)
-    axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
-    for ax in axes:
-        ax.set_facecolor("none")
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.spines["bottom"].set_color(colors.muted)
-        ax.tick_params(colors=colors.muted, labelsize=9, length=0, pad=5)
-        ax.tick_params(axis="x", length=3)
-        ax.grid(axis="y", color=colors.faint, lw=0.9)
-        ax.set_axisbelow(True)
-        ax.locator_params(nbins=5)
-        ax.margins(x=0.01)
-    return figure, axes
-
-
-def _name_axes(ax: Any, y: str, x: str, colors: Any) -> None:
-    """Name the y axis in the title, horizontally, and the x axis below."""
-    ax.set_title(y, loc="left", color=colors.ink, fontsize=10, pad=8)
-    ax.set_xlabel(x, color=colors.muted, fontsize=9)
-
-
-def _frame(
-    ax: Any, shown: list[np.ndarray], ends: list[tuple[float, float, str, Any]], near_zero=False
-) -> None:
-    """Set limits that hold the values shown, and label each line at its end.
-
-    Args:
-        ax: The axes.
-        shown: Values.
-        ends: x, y, text and color at the end of each line; overlapping texts are moved apart.
-        near_zero: Whether the axis begins at 0 if that is not far below the values.
-    """
-    values = np.concatenate(shown) if shown else np.zeros(1)
-    low, high = float(values.min()), float(values.max())
-    margin = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
-    low, high = low - margin, high + margin
-    low = 0.0 if near_zero and 0 < low < 0.5 * high else low
-    ax.set_ylim(low, high)
-    ends = sorted(ends, key=lambda end: end[1])
-    apart = np.arange(len(ends)) * 0.085 * (high - low)
-    heights = np.clip([y for _, y, _, _ in ends], low, high)
-    heights = np.maximum.accumulate(heights - apart) + apart
-    heights = np.minimum(heights, high - apart[::-1])
-    last = max((x for x, *_ in ends), default=0.0)
-    for (_, _, text, color), height in zip(ends, heights, strict=True):
-        ax.annotate(
-            text,
-            (last, height),
-            (7, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=color,
-            annotation_clip=False,
-            parse_math=False,
-        )
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    """Save a figure in the format of the suffix, without a date in the file."""
-    path = Path(path)
-    kind = path.suffix.lower().lstrip(".")
-    stamps = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    if kind not in stamps:
-        raise ValueError(f"path: expected a .png, .svg or .pdf file; got {path}")
-    with replacing(path) as draft:
-        figure.savefig(draft, format=kind, metadata=stamps[kind])
+    frame(ax, shown, ends, near_zero=True)
 
 
 # --- numbers -----------------------------------------------------------------------------------

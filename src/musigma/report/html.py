@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import shlex
-from typing import Any
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from musigma.files import number
 
-__all__ = ["render"]
+__all__ = ["Picture", "picture", "render", "themed"]
+
+
+class Picture(NamedTuple):
+    """An image as a data URL, for light and for dark pages."""
+
+    alt: str
+    light: str
+    dark: str | None
+    width: int
+    height: int
 
 
 def render(template: str, **values: Any) -> str:
@@ -59,3 +74,26 @@ def duration(seconds: float) -> str:
 def short(value: Any) -> str:
     """A number to six digits; anything else as text."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def picture(png: Path, alt: str, *, density: int, dark: Path | None = None) -> Picture:
+    """A PNG file with `density` pixels to one pixel of the page."""
+    content = png.read_bytes()
+    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 24:
+        raise ValueError(f"runs: {png} is not a PNG file")
+    width, height = struct.unpack(">II", content[16:24])
+    dark_url = None if dark is None else _url(dark.read_bytes())
+    return Picture(alt, _url(content), dark_url, round(width / density), round(height / density))
+
+
+def _url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def themed(draw: Callable[[Path, bool], None], alt: str) -> Picture:
+    """A picture that `draw` writes to a path twice: for light pages, and (True) for dark ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        light, dark = (Path(folder) / f"{name}.png" for name in ("light", "dark"))
+        draw(light, False)
+        draw(dark, True)
+        return picture(light, alt, density=2, dark=dark)

@@ -5,20 +5,18 @@ Further sections, which other commands and scripts wrote as JSON, may follow the
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import struct
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from musigma.files import number, replacing, row_of
 from musigma.report import figures
-from musigma.report.html import render
+from musigma.report.axes import PlotsMissing
+from musigma.report.html import Picture, picture, render, themed
 from musigma.spec import bits_per_dim
 
 __all__ = ["write"]
@@ -79,16 +77,6 @@ def write(
     return path
 
 
-class Picture(NamedTuple):
-    """An image as a data URL, for light and for dark pages."""
-
-    alt: str
-    light: str
-    dark: str | None
-    width: int
-    height: int
-
-
 def _section(path: Path) -> dict[str, Any]:
     """A section that is not a run."""
     if not path.is_file():
@@ -100,7 +88,7 @@ def _section(path: Path) -> dict[str, Any]:
             for table in value.get("tables", [])
         ]
         pictures = [
-            _picture(path.parent / name, str(alt), density=2)
+            picture(path.parent / name, str(alt), density=2)
             for name, alt in value.get("pictures", {}).items()
         ]
         text = list(value.get("text", []))
@@ -177,17 +165,17 @@ class Run:
     def curves(self) -> list[Picture] | str:
         """A picture of each panel; or why there are none."""
         unit, drawn = "bits" if self.discrete else "nats", []
-        with tempfile.TemporaryDirectory() as folder:
-            light, dark = (Path(folder) / f"{name}.png" for name in ("light", "dark"))
-            for panel, alt in PANELS.items():
-                try:
-                    figures.curves(self.metrics, light, unit=unit, panels=[panel])
-                    figures.curves(self.metrics, dark, unit=unit, panels=[panel], dark=True)
-                except figures.PlotsMissing as error:
-                    return f"No curves: {error}"
-                except ValueError:
-                    continue  # there are no such rows
-                drawn.append(_picture(light, alt, density=2, dark=dark))
+        for panel, alt in PANELS.items():
+
+            def draw(path: Path, dark: bool, panel: figures.Panel = panel) -> None:
+                figures.curves(self.metrics, path, unit=unit, panels=[panel], dark=dark)
+
+            try:
+                drawn.append(themed(draw, alt))
+            except PlotsMissing as error:
+                return f"No curves: {error}"
+            except ValueError:
+                continue  # there are no such rows
         return drawn
 
     @property
@@ -195,7 +183,7 @@ class Run:
         """Samples, reconstructions and interpolations, where they exist."""
         density = 2 if len(self.shape) == 1 else 1  # a plot, or an image
         files = {self.path / "samples" / f"{name}.png": alt for name, alt in PICTURES.items()}
-        return [_picture(f, alt, density=density) for f, alt in files.items() if f.is_file()]
+        return [picture(f, alt, density=density) for f, alt in files.items() if f.is_file()]
 
     @cached_property
     def ledger(self) -> dict[str, Any] | None:
@@ -246,20 +234,6 @@ def _json(path: Path, missing: Any) -> Any:
     if not isinstance(value, type(missing)):
         raise ValueError(f"runs: {path} holds no {'list' if missing == [] else 'object'}")
     return value
-
-
-def _picture(png: Path, alt: str, *, density: int, dark: Path | None = None) -> Picture:
-    """A PNG file with `density` pixels to one pixel of the page."""
-    content = png.read_bytes()
-    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 24:
-        raise ValueError(f"runs: {png} is not a PNG file")
-    width, height = struct.unpack(">II", content[16:24])
-    dark_url = None if dark is None else _url(dark.read_bytes())
-    return Picture(alt, _url(content), dark_url, round(width / density), round(height / density))
-
-
-def _url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def path_from_here(path: str) -> str:
