@@ -24,7 +24,6 @@ from musigma.cli.use import example_columns, shared
 if TYPE_CHECKING:
     import numpy as np
 
-    from musigma.any_order import AnyOrder
     from musigma.data import Dataset
     from musigma.processes import Processes
 
@@ -80,7 +79,7 @@ def score(
         )
     trained, options = Trained(on.run, on.common), on.options.everything()
     _mix_orders(trained, orders)
-    reasons = None if not explain else _any_order("explain", trained)
+    reasons = None if not explain else trained.any_order("explain")
     by = None
     if rates or calibrate is not None or drift:
         by = Calibration.read(trained, calibrate, on.options, rates)
@@ -159,22 +158,12 @@ def _flagged(flag: np.ndarray, fpr: float, by: Calibration) -> tuple[list[str], 
     return lines, fields
 
 
-def _any_order(option: str, trained: Trained) -> AnyOrder:
-    """The density of typed columns in a model, for an option that needs one."""
-    from musigma.any_order import AnyOrder
-
-    inner = getattr(trained.model, "model", trained.model)
-    if not isinstance(inner, AnyOrder):
-        raise ValueError(f"{option}: for models of `musigma train table` alone; leave it out")
-    return inner
-
-
 def _mix_orders(trained: Trained, orders: int | None) -> None:
     """Score the mixture of so many orders of the columns."""
     from musigma import questions
 
     if orders is not None:
-        model = _any_order("orders", trained)
+        model = trained.any_order("orders")
         model.orders = questions.orders(model, orders)
 
 
@@ -186,7 +175,7 @@ def _because(
 
     from musigma import evaluation, questions
 
-    model, rows = _any_order("explain", trained), np.arange(share.rows.start, share.rows.stop)
+    model, rows = trained.any_order("explain"), np.arange(share.rows.start, share.rows.stop)
     embedded = getattr(trained.model, "embedded", lambda context: context)
     asked = np.arange(len(rows)) if flag is None else np.flatnonzero(flag)
     texts = [""] * len(rows)

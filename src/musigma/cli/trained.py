@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from musigma.any_order import AnyOrder
     from musigma.context import Context
     from musigma.data import Dataset, Preprocess
     from musigma.spec import Variable
@@ -178,6 +179,15 @@ class Trained:
         at_least_one(n=n)
         found = self.data(source, options, label)
         return batch(found, np.arange(min(n, len(found))), self.model, seed=self.common.seed)
+
+    def any_order(self, option: str) -> AnyOrder:
+        """The density of typed columns in the model, for an option or a command that needs one."""
+        from musigma.any_order import AnyOrder
+
+        inner = getattr(self.model, "model", self.model)
+        if not isinstance(inner, AnyOrder):
+            raise ValueError(f"{option}: for models of `musigma train table` alone; leave it out")
+        return inner
 
     def context(self, n: int, label: str | None = None, given: Sequence[str] = ()) -> Context:
         """The context of generated examples: n rows of a class, or n for each row of `given`.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from musigma.cli import tables
 from musigma.cli.options import (
     USE,
     Argument,
@@ -50,6 +51,7 @@ def sample(
     n: int = 64,
     label: str | None = None,
     given: tuple[str, ...] = (),
+    where: str | None = None,
     temperature: str = "1",
     mode: bool = False,
     several: Annotated[str | None, Parameter(name="--temperatures")] = None,
@@ -64,7 +66,11 @@ def sample(
             all classes in turn.
         given: File with the rows to draw for, if the model is conditioned on more than classes: a
             table with a column for each variable, an array, or a folder of images. May be given
-            several times, once for each file. The n samples of a row follow each other.
+            several times, once for each file. The n samples of a row follow each other. For a
+            model of typed columns that is conditioned on nothing: rows to complete, a table in
+            which columns, and cells, are missing.
+        where: Condition that all samples satisfy, for a model of typed columns (`table`):
+            'country == "FR" and 18 <= age < 65'. See `docs/tables.md`.
         temperature: Factor of the standard deviation of every draw; or one for each latent, top
             first: 0.7,0.8,1.
         mode: Return the center of p(x | latents) instead of a draw from it.
@@ -82,10 +88,24 @@ def sample(
     at_least_one(n=n)
     scale, processes = temperatures(temperature), launched_processes()
     trained = Trained(run, common)
-    out = out or Path(
-        "samples.png" if trained.is_image and processes.count == 1 else "samples.npy"
-    )
+    usual = "samples.png" if trained.is_image and processes.count == 1 else "samples.npy"
+    out = out or Path("samples.csv" if trained.spec.schema is not None else usual)
     trained.check_out(out)
+    completes = bool(given) and trained.spec.schema is not None and not trained.spec.context
+    if where is not None or completes:
+        option = "given" if where is None else "where"
+        if temperature != "1" or mode or several is not None or processes.count > 1:
+            raise ValueError(
+                f"{option}: it draws from the model as it is, in one process; leave out --mode "
+                "and --temperature"
+            )
+        if where is not None and given:
+            raise ValueError("where: give --where or --given, not both")
+        if where is not None:
+            tables.sample_where(trained, where, n, label, out)
+        else:
+            tables.sample_given(trained, given, n, out)
+        return
     if processes.count > 1 and (out.suffix == ".png" or several is not None):
         raise ValueError(
             f"out: {processes.count} processes write arrays in shards; name an .npy or .npz file, "

@@ -268,7 +268,9 @@ def typed(table: Table, request: Request) -> Dataset:
     if isinstance(request.schema, Schema):
         schema, faults = request.schema, {}
         lacking = [name for name in schema.names if name not in names]
-        if table.names and lacking:
+        if request.partial and lacking and len(lacking) < len(schema):
+            request.note(f"has no column {named([repr(n) for n in lacking], 20)}")
+        elif table.names and lacking:
             raise request.error(
                 f"has no column {named([repr(n) for n in lacking], 20)}, which the model needs: "
                 f"its columns are {named(names, 20)}"

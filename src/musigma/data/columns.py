@@ -347,6 +347,9 @@ def encode(
     x = allocate((table.rows, len(schema)), request.where, np.float64)
     bad, faults = np.zeros(table.rows, bool), dict(table.ragged)
     for k, column in enumerate(schema.columns):
+        if request.partial and column.name not in known:
+            x[:, k] = np.nan
+            continue
         content = _Content(table, known.index(column.name))
         x[:, k], wrong = _encoded(content, column, request.unseen)
         bad[list(wrong)] = True

@@ -41,6 +41,7 @@ class Request:
     label: str | None = None  # a column of a typed table that is labels; "label": the usual names
     unseen: Literal["refuse", "probability"] = "refuse"  # categories that the schema lacks
     missing: Literal["model", "ignore"] = "model"  # missing values, if the schema is inferred
+    partial: bool = False  # columns of a schema that a table lacks are missing in all rows
     report: Progress = lambda done, total: None
     notes: list[str] = field(default_factory=list)
 

@@ -47,6 +47,7 @@ def load(
     schema: Schema | Mapping[str, Any] | str | Path | None = None,
     unseen: Literal["refuse", "probability"] = "refuse",
     missing: Literal["model", "ignore"] = "model",
+    partial: bool = False,
     channels: int | None = None,
     skip_bad: bool = False,
     allow_constant: bool = False,
@@ -82,6 +83,7 @@ def load(
             becomes one unknown category, to which a model gives a probability.
         missing: Whether missing values have a probability of their own, or are ignored: models
             are conditioned on what is there, and leave out the rest.
+        partial: Whether a table may lack columns of a `Schema`; they are then missing in all rows.
         channels: 3 makes gray images RGB.
         skip_bad: Leave out images and rows that cannot be used; `Dataset.skipped` names them.
             Columns that cannot be used are left out with a note, if a schema is inferred.
@@ -120,6 +122,7 @@ def load(
         label="label" if "label" in wanted else None,
         unseen=unseen,
         missing=missing,
+        partial=partial,
         allow_constant=allow_constant,
         skip_bad=skip_bad,
         in_memory=in_memory,

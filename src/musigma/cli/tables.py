@@ -1,0 +1,172 @@
+"""Commands that ask a density of typed columns: samples under a condition, missing values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from musigma.cli.options import (
+    USE,
+    Argument,
+    Common,
+    Reading,
+    Run,
+    app,
+    at_least_one,
+)
+from musigma.cli.outputs import check_out, write_rows, write_table
+from musigma.cli.screen import count
+from musigma.cli.trained import TABLES, Trained, read_data
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from musigma.any_order import AnyOrder
+
+SUMMARY = ("row", "column", "mean", "std", "q05", "q50", "q95", "mode", "share")
+
+
+def sample_where(trained: Trained, where: str, n: int, label: str | None, out: Path) -> None:
+    """Write n rows that satisfy a condition."""
+    import torch
+
+    from musigma import questions
+    from musigma.conditional import Conditional
+
+    model, context = trained.any_order("where"), None
+    if trained.spec.context:
+        if label is None or trained.needs_given:
+            raise ValueError(
+                "where: the model is conditioned on "
+                f"{', '.join(v.name for v in trained.spec.context)}; choose one class (--label)"
+            )
+        assert isinstance(trained.model, Conditional)  # it embeds the context
+        context = trained.model.embedded(trained.context(1, label))
+    found = questions.sample_where(model, where, n, context)
+    trained.write(torch.from_numpy(found.rows), out)
+    error = f" ± {found.standard_error:.2g}" if found.standard_error else ""
+    trained.wrote(
+        out,
+        f"{count(n, 'sample')}; P(where) = {found.probability:.4g}{error}; {found.how}",
+        n=n,
+        where=where,
+        probability=found.probability,
+        standard_error=found.standard_error,
+        effective=found.effective,
+        how=found.how,
+    )
+
+
+def sample_given(trained: Trained, given: tuple[str, ...], n: int, out: Path) -> None:
+    """Write n completions of every row of a table, which follow each other."""
+    import numpy as np
+    import torch
+
+    from musigma import questions
+
+    if len(given) != 1:
+        raise ValueError(f"given: expected one table of rows to complete; got {len(given)}")
+    (source,) = given
+    model, rows = _unconditional(trained, "given"), _partial(trained, source, Reading())
+    absent = np.flatnonzero(np.isnan(rows).all(0)).tolist()
+    filled = questions.complete(model, rows.repeat(n, 0), missing=absent)
+    trained.write(torch.from_numpy(filled), out)
+    drawn = int(np.isnan(rows).sum())
+    what = f"{count(len(filled), 'sample')}, {n} for each of {count(len(rows), 'row')} of {source}"
+    trained.wrote(out, what, n=len(filled), rows=len(rows), drawn=drawn)
+
+
+@app.command(group=USE)
+def impute(
+    run: Run,
+    source: Annotated[str, Argument],
+    *,
+    n: int = 1,
+    out: Path,
+    summary: Path | None = None,
+    reading: Reading = Reading(),
+    common: Common = Common(),
+) -> None:
+    """Draw the missing values of a table, given all the values that each row has.
+
+    Each filled table is a draw as a whole, and n of them show how certain the values are: compute
+    what you want to know from each of them, and look at the spread (multiple imputation). Columns
+    of the model that the table lacks are drawn too.
+
+    Args:
+        source: The table.
+        n: Number of filled tables. With more than one, they follow each other in the file, and the
+            columns `draw` and `row` come first.
+        out: A .csv or .parquet table.
+        summary: A .csv table with a row for each missing value: the mean, the standard deviation
+            and the 5, 50 and 95 % quantiles of its draws; or the most frequent level and its
+            share. Needs several draws.
+        reading: How the table is read.
+    """
+    import numpy as np
+
+    from musigma import questions
+    from musigma.data.columns import decode
+
+    at_least_one(n=n)
+    check_out(out, *TABLES)
+    if summary is not None:
+        check_out(summary, ".csv")
+        if n == 1:
+            raise ValueError("summary: it needs several draws (--n 20)")
+    trained = Trained(run, common)
+    model = _unconditional(trained, "impute")
+    if n > 1 and (taken := {"draw", "row"} & set(model.schema.names)):
+        raise ValueError(
+            f"n: the table has a column {sorted(taken)[0]!r}, which is the name of a column that "
+            "tells draws apart; rename it, or draw once (--n 1)"
+        )
+    rows = _partial(trained, source, reading)
+    found = questions.impute(model, rows, n)
+    table = decode(np.concatenate([found.filled(i) for i in range(n)]), model.schema)
+    if n > 1:
+        table = table.add_column(0, "row", [np.tile(np.arange(len(rows)), n)])
+        table = table.add_column(0, "draw", [np.repeat(np.arange(n), len(rows))])
+    if summary is not None:
+        cells = found.summary()
+        write_rows(summary, [{name: [cell.get(name) for cell in cells] for name in SUMMARY}])
+    write_table(out, table)
+    counts = np.isnan(rows).sum(0)
+    columns = {name: int(k) for name, k in zip(model.schema.names, counts, strict=True) if k}
+    what = (
+        f"{count(int(counts.sum()), 'missing value')} in {count(len(columns), 'column')} of "
+        f"{count(len(rows), 'row')}, {count(n, 'draw')}"
+    )
+    answer: dict[str, Any] = {"rows": len(rows), "draws": n, "missing": columns}
+    trained.wrote(out, what, **answer, **({} if summary is None else {"summary": str(summary)}))
+
+
+def _unconditional(trained: Trained, what: str) -> AnyOrder:
+    model = trained.any_order(what)
+    if trained.spec.context:
+        names = ", ".join(v.name for v in trained.spec.context)
+        raise ValueError(
+            f"{what}: the model is conditioned on {names}, and rows are completed by models of "
+            "all columns; train one without --given and --conditional"
+        )
+    return model
+
+
+def _partial(trained: Trained, source: str, reading: Reading) -> np.ndarray:
+    """Rows of a table that may lack values and columns."""
+    import numpy as np
+
+    found = read_data(
+        source,
+        trained.preprocess,
+        reading,
+        trained.screen,
+        schema=trained.spec.schema,
+        partial=True,
+        allow_constant=True,
+    )
+    for name, reason in found.skipped.items():
+        trained.screen.note(f"left out: {name} {reason}")
+    for note in found.notes:
+        trained.screen.note(note)
+    return np.asarray(found.array)

@@ -1,0 +1,192 @@
+"""The commands that ask a density of typed columns."""
+
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import torch
+
+from musigma import build, checkpoint, questions
+from musigma.cli import main
+from musigma.data import load
+
+TABLE = "age,country,joined,height,vip\n"
+
+
+def people(n: int) -> str:
+    """A table of five types of columns, with missing heights."""
+    rng = np.random.default_rng(0)
+    lines = [TABLE]
+    for i in range(n):
+        height = "" if i % 6 == 0 else f"{rng.normal(170, 9):.4f}"
+        joined = np.datetime64("2020-01-01") + int(rng.integers(0, 900))
+        country, vip = ("FR", "DE", "US")[rng.integers(3)], ("no", "yes")[rng.integers(2)]
+        lines.append(f"{rng.integers(17, 90)},{country},{joined},{height},{vip}\n")
+    return "".join(lines)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model of typed columns with random weights, and one of plain numbers."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "people.csv").write_text(people(500))
+    data = load(home / "people.csv", schema="infer")
+    generator = torch.Generator().manual_seed(0)
+    for name, model in (
+        ("run", build("table", data.spec(), hidden=16, blocks=1)),
+        ("flow", build("nsf", (2,), bits=None, hidden=8, depth=1)),
+    ):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        (home / name).mkdir()
+        checkpoint.save(model, home / name / "model.safetensors")
+    return home
+
+
+@pytest.fixture
+def call(home, tmp_path, monkeypatch, capsys):
+    """A function that runs a command beside the runs, and returns its JSON."""
+    for path in home.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str):
+        capsys.readouterr()
+        main([*words, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_sample_where(call):
+    where = 'country in ("FR", "US") and 30 <= age < 40 and vip and joined < "2021-01-01"'
+    found = call("sample", "run", "--where", where, "--n", "40", "--out", "x.parquet")
+    table = pa.parquet.read_table("x.parquet")
+    assert table.column_names == TABLE.strip().split(",")
+    assert table.num_rows == found["n"] == 40
+    assert table.schema.field("age").type == pa.int64()
+    rows = table.to_pylist()
+    assert {row["country"] for row in rows} == {"FR", "US"}
+    assert all(30 <= row["age"] < 40 and row["vip"] in ("yes", True) for row in rows)
+    assert all(str(row["joined"]) < "2021-01-01" for row in rows)
+    assert 0 < found["probability"] < 0.1
+    assert 0 < found["standard_error"] < found["probability"] / 5
+    assert 20 < found["effective"] <= 40
+    assert "drawn from the allowed values" in found["how"]
+    again = call("sample", "run", "--where", where, "--n", "40", "--out", "y.parquet")
+    assert pa.parquet.read_table("y.parquet") == table
+    assert again["probability"] == found["probability"]
+
+
+def test_what_is_said_of_samples(call, capsys):
+    main(["sample", "run", "--where", "height is missing", "--out", "x.csv", "--n", "7"])
+    out = capsys.readouterr().out
+    assert out.startswith("7 samples; P(where) = 0.")
+    assert "all rows have the same weight: x.csv" in out
+    assert load("x.csv", schema=checkpoint.load("run/model.safetensors").spec.schema).array.shape
+
+
+def test_given_rows_are_completed(call):
+    with open("given.csv", "w") as file:
+        file.write("vip,id,age\nyes,a1,20\nno,b1,\n,c1,50\n")
+    found = call("sample", "run", "--given", "given.csv", "--n", "30", "--out", "x.csv")
+    assert (found["n"], found["rows"]) == (90, 3)
+    with open("x.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 90
+    assert all(row["vip"] == "yes" and row["age"] == "20" for row in rows[:30])
+    assert all(row["vip"] == "no" and 17 <= int(row["age"]) < 90 for row in rows[30:60])
+    assert {row["vip"] for row in rows[60:]} == {"yes", "no"}
+    assert {row["country"] for row in rows} == {"FR", "DE", "US"}
+    assert 0 < sum(row["height"] == "" for row in rows) < 90  # missing as often as in training
+
+
+def test_impute_writes_draws_that_keep_what_is_known(call):
+    found = call(
+        *("impute", "run", "people.csv", "--n", "20", "--out", "filled.parquet"),
+        *("--summary", "summary.csv"),
+    )
+    assert found["missing"] == {"height": 84}
+    assert (found["rows"], found["draws"]) == (500, 20)
+    table = pa.parquet.read_table("filled.parquet")
+    assert table.column_names == ["draw", "row", *TABLE.strip().split(",")]
+    assert table.num_rows == 20 * 500
+    known = pa.csv.read_csv("people.csv")
+    drawn = np.array(table["height"].to_numpy()).reshape(20, 500)
+    given = known["height"].to_numpy(zero_copy_only=False).astype(float)
+    assert np.isfinite(drawn).all()
+    holes = np.isnan(given)
+    np.testing.assert_array_equal(drawn[:, ~holes], np.tile(given[~holes], (20, 1)))
+    assert drawn[:, holes].std(0).min() > 0
+    assert table["country"].to_pylist() == known["country"].to_pylist() * 20
+    assert table["row"].to_pylist() == list(range(500)) * 20
+    with open("summary.csv", newline="") as file:
+        summary = list(csv.DictReader(file))
+    assert [int(cell["row"]) for cell in summary] == np.flatnonzero(holes).tolist()
+    means = [float(cell["mean"]) for cell in summary]
+    np.testing.assert_allclose(means, drawn[:, holes].mean(0))
+    np.testing.assert_allclose(
+        [float(cell["q95"]) for cell in summary], np.quantile(drawn[:, holes], 0.95, axis=0)
+    )
+
+
+def test_impute_once_writes_the_table_alone(call):
+    with open("holes.csv", "w") as file:
+        file.write("age,country,vip\n20,,yes\n,FR,no\n")
+    found = call("impute", "run", "holes.csv", "--out", "filled.csv")
+    assert found["missing"] == {"age": 1, "country": 1, "joined": 2, "height": 2}
+    with open("filled.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [list(row) for row in rows] == [TABLE.strip().split(",")] * 2
+    assert all(all(row.values()) for row in rows)
+    assert (rows[0]["age"], rows[0]["vip"], rows[1]["country"]) == ("20", "yes", "FR")
+
+
+FAULTS = {
+    "unknown": ("sample run --where cuntry=='FR' --out x.csv", "no column 'cuntry'; did you mean"),
+    "no mass": ("sample run --where age>200 --out x.csv", "training value satisfies .* 17 to 89"),
+    "temperature": ("sample run --where vip --temperature 0.5", "where: it draws from the model"),
+    "both": ("sample run --where vip --given people.csv", "give --where or --given, not both"),
+    "two files": ("sample run --given a.csv --given b.csv", "expected one table .* got 2"),
+    "other model": (
+        "sample flow --where vip --out x.csv",
+        "where: for models of `musigma train t",
+    ),
+    "other model 2": ("impute flow people.csv --out x.csv", "impute: for models of `musigma"),
+    "no rows": ("impute run people.csv --n 0 --out x.csv", "n: expected 1 or more; got 0"),
+    "kind": ("impute run people.csv --out x.npy", r"out: expected a .csv or .parquet file"),
+    "summary": ("impute run people.csv --out x.csv --summary s.csv", "summary: it needs several"),
+    "no file": ("impute run none.csv --out x.csv", "none.csv"),
+    "level": ("impute run bad.csv --out x.csv", "is 'XX', which is not among the levels"),
+    "others": ("impute run other.csv --out x.csv", "has no column .*which the model needs"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_explained_and_nothing_is_written(call, capsys, tmp_path, name):
+    (tmp_path / "bad.csv").write_text("age,country\n20,XX\n30,FR\n")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n3,4\n")
+    before = set(tmp_path.iterdir())
+    command, reason = FAULTS[name]
+    with pytest.raises(SystemExit) as caught:
+        main(command.split())
+    assert caught.value.code == 2
+    assert re.search(reason, capsys.readouterr().err)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_the_library_and_the_commands_agree(call):
+    model = checkpoint.load("run/model.safetensors")
+    found = call("sample", "run", "--where", "age > 60", "--out", "x.csv")
+    assert found["probability"] == pytest.approx(
+        questions.sample_where(model, "age > 60", 2).probability
+    )
+    assert found["standard_error"] == 0
+    assert not math.isnan(found["effective"])
