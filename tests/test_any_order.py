@@ -302,4 +302,4 @@ def test_without_a_schema_it_says_what_to_do():
         build("table", (3,))
     schema, _ = small_schema()
     with pytest.raises(ValueError, match=r"takes no typed columns; .*table"):
-        build("realnvp", Spec((4,), schema=schema))
+        build("glow", Spec((4,), schema=schema))

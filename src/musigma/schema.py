@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-__all__ = ["Cells", "Column", "Kind", "Schema"]
+__all__ = ["Cells", "Column", "Kind", "Schema", "fraction"]
 
 Kind = Literal["continuous", "count", "ordinal", "category", "boolean", "date", "datetime"]
 
@@ -66,6 +67,14 @@ class Cells:
     def rows(self) -> float:
         """Number of training rows."""
         return sum(self.counts) + self.missing
+
+
+def fraction(grid: float) -> tuple[float, float]:
+    """A grid as a quotient of whole numbers, if they are short: 0.01 is 1 / 100."""
+    exact = Fraction(repr(float(grid)))
+    if max(exact.numerator, exact.denominator) < 2**40:
+        return float(exact.numerator), float(exact.denominator)
+    return float(grid), 1.0
 
 
 @dataclass(frozen=True)
@@ -155,23 +164,21 @@ class Column:
         """The nearest values on the grid: those of 0.01 are the numbers that 2 decimals write."""
         if self.step is None:
             return values
-        scale = round(1 / self.step)
-        if not math.isclose(scale * self.step, 1):
-            return np.rint(values / self.step) * self.step
-        return np.rint(values * scale) / scale
+        numerator, denominator = fraction(self.step)
+        return np.rint(values / self.step) * numerator / denominator
 
-    def measure(self, values: np.ndarray, most: int = 128) -> Column:
+    def measure(self, values: np.ndarray, most: int = 128, *, atoms: bool = True) -> Column:
         """This column with cells for training values (N,), NaN where missing.
 
         Most intervals hold equal shares of the rows; towards both ends the shares shrink, so that
-        the tails are resolved.
+        the tails are resolved. Values that many rows share are atoms, unless `atoms` is false.
         """
         present = np.sort(values[~np.isnan(values)])
         if self.has_levels:
             counts = np.bincount(present.astype(np.int64), minlength=len(self.levels))
             edges = np.arange(len(self.levels) + 1) - 0.5
         else:
-            edges, counts = _intervals(present, self.step, most)
+            edges, counts = _intervals(present, self.step, most, atoms)
         left = right = 1.0
         if len(edges) > 1:
             k, least = len(present) // 100, self.step or 1e-3 * (edges[-1] - edges[0]) or 1.0
@@ -197,7 +204,7 @@ class Column:
 
 
 def _intervals(
-    present: np.ndarray, step: float | None, most: int
+    present: np.ndarray, step: float | None, most: int, atoms: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Edges and counts of the cells of values in increasing order.
 
@@ -208,7 +215,7 @@ def _intervals(
     if not len(values):
         return np.empty(0), np.empty(0)
     atom = np.zeros(len(values), bool)
-    if step is None:
+    if step is None and atoms:
         atom = times >= max(LEAST_SPIKE, SPIKE * len(present))
     starts = _starts(times, atom, most)
     first, last = values[starts], values[np.append(starts[1:], len(values)) - 1]
@@ -218,11 +225,15 @@ def _intervals(
     low, high = first - half, last + half
     gap = low[1:] - high[:-1]
     beside = np.maximum((high - low)[1:], (high - low)[:-1])
-    closed = (gap <= beside) if step else ~(single[1:] & single[:-1])
+    closed = (gap <= beside + 1e-6 * step) if step else ~(single[1:] & single[:-1])
     share = np.where(single[1:], gap, np.where(single[:-1], 0, gap / 2))
     if step:
         share = np.floor(share / step + 1e-6) * step
     middle = high[:-1] + share
+    if not step:  # as exactly as the numbers are, so that no value is on the wrong side
+        half_way = last[:-1] / 2 + first[1:] / 2
+        half_way = np.where(half_way > last[:-1], half_way, first[1:])
+        middle = np.where(single[1:] | single[:-1], middle, half_way)
     high[:-1], low[1:] = np.where(closed, middle, high[:-1]), np.where(closed, middle, low[1:])
     open_ = np.append(~closed, False)
     edges = np.append(
@@ -291,9 +302,11 @@ class Schema:
             raise ValueError(f"column: expected one of {', '.join(self.names)}; got {name!r}")
         return self.names.index(name)
 
-    def measure(self, rows: np.ndarray, most: int = 128) -> Schema:
+    def measure(self, rows: np.ndarray, most: int = 128, *, atoms: bool = True) -> Schema:
         """The schema with cells for training rows, float64 (N, D)."""
-        return Schema(tuple(c.measure(rows[:, j], most) for j, c in enumerate(self.columns)))
+        return Schema(
+            tuple(c.measure(rows[:, j], most, atoms=atoms) for j, c in enumerate(self.columns))
+        )
 
     def to_json(self) -> list[dict[str, Any]]:
         """A list of plain dicts."""

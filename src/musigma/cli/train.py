@@ -146,14 +146,18 @@ def described_data(
 
 PARTS: tuple[data.Part, ...] = ("train", "validation", "held-out")
 
-FROM_DATA = ("bits", "context", "schema", "standardize")
+FROM_DATA = ("bits", "context", "schema")
 """Options of builders that follow from the data."""
 
 
 def builder_options(name: str) -> list[inspect.Parameter]:
     """The options of an architecture that a user can choose."""
     _, *options = inspect.signature(ARCHITECTURES[name]).parameters.values()
-    return [p for p in options if p.name not in FROM_DATA]
+    return [
+        p.replace(default=True) if p.name == "standardize" else p  # wherever it can be
+        for p in options
+        if p.name not in FROM_DATA
+    ]
 
 
 def add_architecture(name: str) -> None:
@@ -177,6 +181,8 @@ def add_architecture(name: str) -> None:
         if p.default is p.empty:
             raise ValueError(f"{p.name}: an option of {name} without a default; give it one")
         negative = f"--no-{p.name.replace('_', '-')}" if p.default is True else None
+        if p.name == "standardize":
+            negative = ()  # vectors always are
         option = Parameter(help=help_of.get(p.name, ""), group=MODEL, negative=negative)
         chosen.append(p.replace(annotation=Annotated[types.get(p.name, str), option]))
 
@@ -339,7 +345,7 @@ def train(
     chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
     plain = found.bits is None and found.schema is None
     if plain and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:
-        options["standardize"] = True
+        options.setdefault("standardize", True)
     torch.manual_seed(common.seed)
     model = build(name, found.spec(chosen), **options)
     _begin(model, found, about, config, out, screen)

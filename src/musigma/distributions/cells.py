@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from musigma.schema import Column, Schema
+from musigma.schema import Column, Schema, fraction
 
-__all__ = ["Binning", "multiples"]
+__all__ = ["Binning", "Tables", "multiples"]
 
 
 def multiples(steps: Tensor, grid: float) -> Tensor:
     """Multiples of a grid; those of 0.01 are the numbers that two decimals write."""
-    scale = round(1 / grid)
-    return steps / scale if scale and math.isclose(scale * grid, 1) else steps * grid
+    numerator, denominator = fraction(grid)
+    return steps * numerator / denominator
+
+
+class Tables(dict[str, Tensor]):
+    """Tensors by name, with copies on other devices.
+
+    They are no buffers of a module, so a module that is converted to another type keeps them.
+    """
+
+    def __init__(self, **tensors: Tensor):
+        super().__init__(**tensors)
+        self._home: dict[torch.device, dict[str, Tensor]] = {}
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors on a device."""
+        if device not in self._home:
+            self._home[device] = {k: t.to(device) for k, t in self.items()}
+        return self._home[device]
 
 
 class Binning:
@@ -39,7 +57,6 @@ class Binning:
         self.schema = schema
         self.sizes = [len(c.measured) + c.missing for c in schema.columns]
         self.tensors = self._tensors(schema.columns)
-        self._home: dict[torch.device, dict[str, Tensor]] = {}
         self._columns: dict[int, Binning] = {}
 
     def column(self, j: int) -> Binning:
@@ -51,7 +68,7 @@ class Binning:
         return self._columns[j]
 
     @staticmethod
-    def _tensors(columns: Sequence[Column]) -> dict[str, Tensor]:
+    def _tensors(columns: Sequence[Column]) -> Tables:
         def padded(rows: list[Sequence[float]], value: float) -> Tensor:
             width = max([1, *map(len, rows)])
             full = torch.full((len(rows), width), value, dtype=torch.float64)
@@ -59,35 +76,37 @@ class Binning:
                 row[: len(values)] = torch.as_tensor(values, dtype=torch.float64)
             return full
 
+        real = partial(torch.tensor, dtype=torch.float64)
         cells = [c.measured for c in columns]
         edges = padded([c.edges for c in cells], math.inf)
         low = padded([c.edges[:-1] for c in cells], 0.0)
-        width = padded([torch.tensor(c.edges).double().diff().tolist() for c in cells], 0.0)
-        unit = torch.tensor([c.grid if c.is_discrete else 1.0 for c in columns]).double()
-        grid = torch.tensor([c.grid or 0.0 for c in columns]).double()
-        counts = [torch.tensor(c.counts).double() + 0.5 for c in cells]
+        width = padded([real(c.edges).diff().tolist() for c in cells], 0.0)
+        unit = real([c.grid if c.is_discrete else 1.0 for c in columns])
+        grid = real([c.grid or 0.0 for c in columns])
+        counts = [real(c.counts) + 0.5 for c in cells]
         mass = padded([(c / c.sum()).tolist() for c in counts], 0.0)
-        scale = torch.tensor([[c.left, c.right] for c in cells]).double()
-        return {
-            "edges": edges,
-            "low": low,
-            "width": width,
-            "log_width": torch.where(width > 0, width / unit[:, None], 1.0).log(),
-            "mass": mass,
-            "start": mass.cumsum(1) - mass,
-            "cells": torch.tensor([len(c) for c in cells]),
-            "missing": torch.tensor([c.missing for c in columns]),
-            "levels": torch.tensor([c.has_levels for c in columns]),
-            "grid": grid,
-            "discrete": torch.tensor([c.is_discrete for c in columns]),
-            "scale": scale,
-        }
+        scale = real([[c.left, c.right] for c in cells])
+        exact = real([fraction(c.grid or 1.0) for c in columns])
+        return Tables(
+            edges=edges,
+            low=low,
+            width=width,
+            log_width=torch.where(width > 0, width / unit[:, None], 1.0).log(),
+            mass=mass,
+            start=mass.cumsum(1) - mass,
+            cells=torch.tensor([len(c) for c in cells]),
+            missing=torch.tensor([c.missing for c in columns]),
+            levels=torch.tensor([c.has_levels for c in columns]),
+            grid=grid,
+            numerator=exact[:, 0],
+            denominator=exact[:, 1],
+            discrete=torch.tensor([c.is_discrete for c in columns]),
+            scale=scale,
+        )
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
         """The tensors on a device."""
-        if device not in self._home:
-            self._home[device] = {k: t.to(device) for k, t in self.tensors.items()}
-        return self._home[device]
+        return self.tensors.on(device)
 
     def locate(self, x: Tensor) -> Tensor:
         """The code of every value, int64 (B, D)."""
@@ -101,6 +120,12 @@ class Binning:
         missing = columns.isnan()
         unknown = torch.where(t["missing"][:, None], n, self.absent)
         return torch.where(missing, unknown.expand_as(code), code).T
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """Rows (B, D) with every value on the grid of its column, as `Column.on_grid`."""
+        t = self.on(x.device)
+        gridded, k = t["grid"] > 0, (x / t["grid"]).round()
+        return torch.where(gridded, k * t["numerator"] / t["denominator"], x)
 
     def place(self, x: Tensor, code: Tensor) -> Tensor:
         """The place of every value in its cell, from 0 to 1, float64 (B, D); 0.5 outside."""

@@ -6,6 +6,7 @@ from musigma.layers.fixed import Checkerboard, Logit, Permutation, Rescale, Sque
 from musigma.layers.linear import ActNorm, InvertibleConv
 from musigma.layers.mapped import Autoregressive, AutoregressiveNet, Coupling, Elementwise
 from musigma.layers.maps import Additive, Affine, Map, Spline
+from musigma.layers.marginals import Marginals
 from musigma.layers.standardize import Standardize, standardizer
 from musigma.nets import MADE, Conditioner
 
@@ -25,6 +26,7 @@ __all__ = [
     "InvertibleConv",
     "Logit",
     "Map",
+    "Marginals",
     "Permutation",
     "Rescale",
     "Spline",

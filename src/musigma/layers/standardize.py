@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from musigma.layer import Bijection
+from musigma.layers.marginals import Marginals, Rows
 from musigma.tensors import at_least_float32, moments
 
 __all__ = ["Standardize", "standardizer"]
@@ -67,6 +68,10 @@ class Standardize(Bijection):
         self.std.copy_(std)
         self.calibrated.fill_(True)
 
+    def measure(self, data: Rows) -> None:
+        """Set μ and σ to those of all rows of a `Dataset`."""
+        self.set(*data.moments())
+
     def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set μ and σ from a batch, once; σ is 1 for a feature that is constant in it."""
         if bool(self.calibrated):
@@ -91,12 +96,12 @@ class Standardize(Bijection):
         return str(len(self.mean))
 
 
-def standardizer(model: nn.Module) -> Standardize | None:
-    """The `Standardize` layer that the data of a model pass first; None if it has none."""
+def standardizer(model: nn.Module) -> Standardize | Marginals | None:
+    """The layer that the data of a model pass first, if it is measured on them; None otherwise."""
     first: object = model
-    while not isinstance(first, Standardize):
+    while first is not None:
+        if isinstance(first, Standardize) or (isinstance(first, Marginals) and not first.typed):
+            return first
         layers = getattr(first, "layers", None)
         first = layers[0] if layers else getattr(first, "model", None)  # of a `Conditional`
-        if first is None:
-            return None
-    return first
+    return None

@@ -249,7 +249,7 @@ class _Run:
         first = batch_indices(n, min(512, n), seed=self.config.seed, step=0)
         units = standardizer(self.model)
         if units is not None and not bool(units.calibrated):
-            units.set(*self.train.moments())
+            units.measure(self.train)
         self.model.calibrate(*batch(self.train, first, self.model, seed=self.config.seed))
 
     def _continue(self) -> None:

@@ -22,6 +22,7 @@ import torch
 from musigma.conditional import Conditional
 from musigma.model import Model
 from musigma.nets.embed import Embedding
+from musigma.schema import Schema
 from musigma.spec import Spec, Variable
 
 __all__ = ["ARCHITECTURES", "architecture", "build", "spec_of"]
@@ -67,6 +68,9 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
     def build(shape: Sequence[int] | Spec, **options: Any) -> M:
         _check_options(builder, [p.name for p in others], options)
         spec, embedding = shape if isinstance(shape, Spec) else None, None
+        if spec is None and options.get("schema"):
+            columns = Schema.from_json(options.pop("schema"))
+            spec = Spec(tuple(shape), schema=columns)  # pyright: ignore[reportArgumentType]
         if spec is not None:
             options, embedding = _from_spec(builder, signature.parameters, spec, options)
             shape = spec.shape

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from musigma.distributions import StandardUniform
-from musigma.layers import Dequantize, InvertibleConv, Logit, Permutation, Rescale, Standardize
+from musigma.layers import (
+    Dequantize,
+    InvertibleConv,
+    Logit,
+    Marginals,
+    Permutation,
+    Rescale,
+    Standardize,
+)
 from musigma.model import Bijection, Layer
+from musigma.schema import Schema
 
 
 def data_layers(
@@ -18,19 +28,31 @@ def data_layers(
     *,
     low: float = 0.0,
     noise: nn.Module | None = None,
-    standardize: bool = False,
+    standardize: str | bool = False,
+    schema: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Layer]:
     """The layers next to the data.
 
     Integer levels are dequantized by `noise`, uniform by default, and mapped to the real line by
-    a logit with margin `alpha`, or to [low, low + 1] if it is None.
+    a logit with margin `alpha`, or to [low, low + 1] if it is None. Columns of a schema are mapped
+    by their distribution functions, whether or not they are to be standardized.
 
     Raises:
-        ValueError: If images or data with bits are to be standardized.
+        ValueError: If images or data with bits are to be standardized or have a schema, or the
+            schema has another number of columns.
     """
-    if standardize and (len(shape) != 1 or bits is not None):
+    option = "standardize" if schema is None else "schema"
+    if (standardize or schema is not None) and (len(shape) != 1 or bits is not None):
         kind = "images" if len(shape) != 1 else f"{bits}-bit levels"
-        raise ValueError(f"standardize: expected continuous vectors (D,); got {kind}")
+        raise ValueError(f"{option}: expected continuous vectors (D,); got {kind}")
+    if standardize not in (False, True, "quantile"):
+        raise ValueError(f"standardize: expected True, False or 'quantile'; got {standardize!r}")
+    if schema is not None:
+        if len(schema) != shape[0]:
+            raise ValueError(f"schema: expected {shape[0]} columns; got {len(schema)}")
+        return [Marginals(Schema.from_json(schema))]
+    if standardize == "quantile":
+        return [Marginals(shape[0])]
     if bits is None:
         return [Standardize(shape[0])] if standardize else []
     dequantized = Dequantize(noise or StandardUniform(shape), 2**bits)

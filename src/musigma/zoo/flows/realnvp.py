@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
@@ -25,7 +26,8 @@ def realnvp(
     depth: int = 4,
     hidden: int = 32,
     blocks: int = 1,
-    standardize: bool = False,
+    standardize: Literal["quantile"] | bool = False,
+    schema: Sequence[Mapping[str, Any]] | None = None,
     alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -41,15 +43,19 @@ def realnvp(
         depth: Number of couplings of each kind at each scale; for vectors, of all couplings.
         hidden: Width of the coupling networks.
         blocks: Number of residual blocks in each coupling network, for images.
-        standardize: Standardize continuous data in the first layer, by the mean and standard
-            deviation of the training data; its log-determinant is included.
+        standardize: Standardize continuous data in the first layer: by the mean and the standard
+            deviation of each feature of the training data, or by its distribution function
+            (`quantile`), after which each is about normal. The log-determinant is included.
+        schema: The columns of a table, measured on the training rows, for rows of any types: the
+            first layer maps each by its distribution function to a variable that is about normal
+            (`Marginals`).
         alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits (0.05 in
             the paper, with which training on black and white images is slower).
         context: Number of features of the context; it conditions couplings and split priors.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
     at_least(0, blocks=blocks)
-    layers = data_layers(shape, bits, alpha, standardize=standardize)
+    layers = data_layers(shape, bits, alpha, standardize=standardize, schema=schema)
     if len(shape) == 1:
         if shape[0] < 2:
             raise ValueError("shape: a coupling needs vectors of at least 2 elements; got 1")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from musigma.distributions import StandardNormal
 from musigma.gaussian import Format
@@ -24,7 +24,8 @@ def maf(
     format: str = "halves softclip",
     permutation: Literal["reverse", "lu", "conv", "shuffle"] = "reverse",
     norm: bool = True,
-    standardize: bool = False,
+    standardize: Literal["quantile"] | bool = False,
+    schema: Sequence[Mapping[str, Any]] | None = None,
     alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -43,15 +44,19 @@ def maf(
         permutation: Reordering of the features before each transform: a reversal, a fixed shuffle,
             or an invertible matrix (plain or by its LU factors).
         norm: Put an activation normalization before each transform.
-        standardize: Standardize continuous data in the first layer, by the mean and standard
-            deviation of the training data; its log-determinant is included.
+        standardize: Standardize continuous data in the first layer: by the mean and the standard
+            deviation of each feature of the training data, or by its distribution function
+            (`quantile`), after which each is about normal. The log-determinant is included.
+        schema: The columns of a table, measured on the training rows, for rows of any types: the
+            first layer maps each by its distribution function to a variable that is about normal
+            (`Marginals`).
         alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
         context: Number of features of the context; it conditions the transforms.
     """
     at_least(1, depth=depth, hidden=hidden)
     at_least(0, hidden_layers=hidden_layers)
     affine, widths = Affine(Format.parse(format)), [hidden] * hidden_layers
-    d, layers = vector_layers("maf", shape, bits, alpha, standardize)
+    d, layers = vector_layers("maf", shape, bits, alpha, standardize, schema)
     for _ in range(depth):
         layers += step(d, norm, permutation)
         net = MADE(affine.owners(d), hidden=widths, context=context, zero=True)
@@ -72,7 +77,8 @@ def nsf(
     bound: float = 5.0,
     permutation: Literal["reverse", "lu", "conv", "shuffle"] = "lu",
     norm: bool = True,
-    standardize: bool = False,
+    standardize: Literal["quantile"] | bool = False,
+    schema: Sequence[Mapping[str, Any]] | None = None,
     alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -92,8 +98,12 @@ def nsf(
         permutation: Reordering of the features before each transform: an invertible matrix (by
             its LU factors, or plain), a fixed shuffle, or a reversal.
         norm: Put an activation normalization before each transform.
-        standardize: Standardize continuous data in the first layer, by the mean and standard
-            deviation of the training data; its log-determinant is included.
+        standardize: Standardize continuous data in the first layer: by the mean and the standard
+            deviation of each feature of the training data, or by its distribution function
+            (`quantile`), after which each is about normal. The log-determinant is included.
+        schema: The columns of a table, measured on the training rows, for rows of any types: the
+            first layer maps each by its distribution function to a variable that is about normal
+            (`Marginals`).
         alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
         context: Number of features of the context; it conditions the transforms.
     """
@@ -119,14 +129,19 @@ def nsf(
     kinds = {"coupling": coupling, "autoregressive": autoregressive}
     if kind not in kinds:
         raise ValueError(f"kind: expected 'coupling' or 'autoregressive'; got {kind!r}")
-    d, layers = vector_layers("nsf", shape, bits, alpha, standardize)
+    d, layers = vector_layers("nsf", shape, bits, alpha, standardize, schema)
     for _ in range(depth):
         layers += [*step(d, norm, permutation), kinds[kind](d)]
     return Chain(layers, Prior(StandardNormal(shape)))
 
 
 def vector_layers(
-    name: str, shape: Sequence[int], bits: int | None, alpha: float, standardize: bool
+    name: str,
+    shape: Sequence[int],
+    bits: int | None,
+    alpha: float,
+    standardize: str | bool,
+    schema: Sequence[Mapping[str, Any]] | None,
 ) -> tuple[int, list[Layer]]:
     """The number of features, and the layers next to the data.
 
@@ -138,7 +153,7 @@ def vector_layers(
             f"shape: {name} is for vectors (D,); got {tuple(shape)} (glow, realnvp, vae and "
             "ladder model images)"
         )
-    return shape[0], data_layers(shape, bits, alpha, standardize=standardize)
+    return shape[0], data_layers(shape, bits, alpha, standardize=standardize, schema=schema)
 
 
 def step(features: int, norm: bool, permutation: str) -> list[Layer]:

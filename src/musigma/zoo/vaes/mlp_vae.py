@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -25,7 +26,8 @@ def mlp_vae(
     squash: bool = False,
     likelihood: str = "auto",
     std: str | float = 1.0,
-    standardize: bool = False,
+    standardize: Literal["quantile"] | bool = False,
+    schema: Sequence[Mapping[str, Any]] | None = None,
 ) -> Model:
     """The VAE of common examples: one ReLU layer in each network, and two linear heads.
 
@@ -44,8 +46,12 @@ def mlp_vae(
             1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise.
         std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
             or pixel, at its optimum, or a number.
-        standardize: Standardize continuous data in the first layer, by the mean and standard
-            deviation of the training data; its log-determinant is included.
+        standardize: Standardize continuous data in the first layer: by the mean and the standard
+            deviation of each feature of the training data, or by its distribution function
+            (`quantile`), after which each is about normal. The log-determinant is included.
+        schema: The columns of a table, measured on the training rows, for rows of any types: the
+            first layer maps each by its distribution function to a variable that is about normal
+            (`Marginals`).
     """
     at_least(1, hidden=hidden, latents=latents)
     read = Format.parse(format)
@@ -66,7 +72,7 @@ def mlp_vae(
 
     head = named_likelihood(name, shape, decoder, levels or 2, 5, std)
     model = VAE(encoder, head, Prior(StandardNormal((latents,))))
-    return over_data(model, shape, bits, continuous, standardize)
+    return over_data(model, shape, bits, continuous, standardize, schema)
 
 
 class TwoHeads(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -34,7 +34,8 @@ def vae(
     likelihood: str = "auto",
     components: int = 5,
     std: str | float = "emitted",
-    standardize: bool = False,
+    standardize: Literal["quantile"] | bool = False,
+    schema: Sequence[Mapping[str, Any]] | None = None,
     context: int = 0,
 ) -> Model:
     """A variational autoencoder (Kingma & Welling, 2014, arXiv:1312.6114).
@@ -58,8 +59,12 @@ def vae(
         components: Number of components of a `logistic-mixture`.
         std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
             or pixel, at its optimum, or a number.
-        standardize: Standardize continuous data in the first layer, by the mean and standard
-            deviation of the training data; its log-determinant is included.
+        standardize: Standardize continuous data in the first layer: by the mean and the standard
+            deviation of each feature of the training data, or by its distribution function
+            (`quantile`), after which each is about normal. The log-determinant is included.
+        schema: The columns of a table, measured on the training rows, for rows of any types: the
+            first layer maps each by its distribution function to a variable that is about normal
+            (`Marginals`).
         context: Number of features of the context; it conditions encoder, decoder and prior.
     """
     at_least(1, latents=latents, width=width, prior_depth=prior_depth, components=components)
@@ -81,7 +86,7 @@ def vae(
     )
     decoder = named_likelihood(name, shape, decode, levels or 2, components, std)
     model = VAE(encoder, decoder, _prior(prior, latents, prior_depth, context))
-    return over_data(model, shape, bits, continuous, standardize)
+    return over_data(model, shape, bits, continuous, standardize, schema)
 
 
 def chosen_likelihood(name: str, bits: int | None) -> str:
@@ -110,10 +115,11 @@ def over_data(
     shape: Sequence[int],
     bits: int | None,
     continuous: bool,
-    standardize: bool = False,
+    standardize: str | bool = False,
+    schema: Sequence[Mapping[str, Any]] | None = None,
 ) -> Model:
     """The model below standardization, or dequantization if its likelihood is a density."""
-    layers = data_layers(shape, bits, None, standardize=standardize)
+    layers = data_layers(shape, bits, None, standardize=standardize, schema=schema)
     return Chain(layers, model) if layers and (continuous or bits is None) else model
 
 
