@@ -27,6 +27,7 @@ from musigma.layers import (
     InvertibleConv,
     Logit,
     Map,
+    Marginals,
     Permutation,
     Rescale,
     Spline,
@@ -36,6 +37,7 @@ from musigma.layers import (
 )
 from musigma.model import VAE, Bijection, Chain, Inverse, Layer, Prior
 from musigma.nets import MLP, ConvEncoder, CouplingNet, ResNet, ZeroConv2d
+from musigma.schema import Column, Schema
 from musigma.spec import Spec, Variable
 from musigma.testing import check_head, check_layer, check_model
 from musigma.zoo import build
@@ -64,6 +66,25 @@ def standardized(features):
     layer = Standardize(features)
     layer.set(3 * torch.randn(features), torch.randn(features).exp())
     return layer
+
+
+def typed(real=False):
+    """A layer of measured columns (only real numbers, if wanted), and rows in float64."""
+    rows = torch.randn(200, 4)
+    columns = [Column("a"), Column("b"), Column("c"), Column("d")]
+    if not real:
+        rows[:, 1] = rows[:, 1].clamp(min=0)  # with an atom
+        rows[:, 2] = rows[:, 2].abs().floor()
+        rows[:, 3] = (4 * rows[:, 3]).round() / 4
+        columns[2:] = Column("c", "count"), Column("d", step=0.25)
+    schema = Schema(columns).measure(rows.double().numpy(), 16)
+    return Marginals(schema), (4,), {"x": rows[:4], "compiled": not real}
+
+
+def quantiles():
+    layer = Marginals(3)
+    layer.calibrate(torch.randn(100, 3) ** 3)
+    return layer, (3,), {}
 
 
 class Sinh(Map):
@@ -140,6 +161,9 @@ LAYERS = {
     "rescale": lambda: (Rescale(1 / 256, -0.5), IMAGE, {}),
     "rescale, negative": lambda: (Rescale(-3.0, 2.0), VECTOR, {}),
     "standardize": lambda: (standardized(5), VECTOR, {"compiled": True}),
+    "marginals": typed,
+    "marginals, real": lambda: typed(real=True),
+    "marginals, no schema": quantiles,
     "logit": lambda: (Logit(0.05), IMAGE, {"x": torch.rand(4, *IMAGE)}),
     "logit, narrow": lambda: (Logit(1e-5), VECTOR, {"x": torch.rand(4, *VECTOR)}),
     "inverse of squeeze": lambda: (Inverse(Squeeze()), (8, 2, 1), {}),
@@ -398,6 +422,7 @@ MODELS = {
             "realnvp": {"depth": 2, "hidden": 8},
         }.items()
     },
+    "nsf quantile": lambda: zoo("nsf", (3,), None, standardize="quantile", depth=1, hidden=8),
     "vae conv": lambda: zoo("vae", (3, 9, 10), 4, net="conv", latents=3, **SMALL),
     "vae binary": lambda: zoo("vae", (1, 8, 8), 1, latents=3, width=6),
     "vae cross log_var": lambda: zoo(
