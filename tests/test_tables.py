@@ -1,12 +1,15 @@
 """Typed tables: what each column is taken for, and rows as numbers and back."""
 
 import datetime
+import decimal
 import gzip
 import json
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 import musigma
@@ -105,6 +108,228 @@ def test_dates_keep_their_format(tmp_path):
     assert data.schema.columns[0].kind == "date"
     written = decode(data.x, data.schema).column("day").to_pylist()
     assert written == [f"{day:%d.%m.%Y}" for day in days]
+
+
+WHOLE = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+TYPES = [*WHOLE, "float", "double", "grid", "short", "decimal", "bool", "string", "large_string"]
+TYPES += ["string_view", "dictionary", "ordered", "numbers", "date32", "date64", "zone"]
+TYPES += ["time s", "time ms", "time us", "time ns"]
+INSTANTS = st.datetimes(datetime.datetime(1900, 1, 1), datetime.datetime(2200, 1, 1))
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=5)
+
+
+@st.composite
+def arrow_columns(draw, n):
+    """A column of any Arrow type that has a kind, with missing values."""
+    kind = draw(st.sampled_from(TYPES))
+    many = dict(min_size=n, max_size=n)
+
+    def some(values):
+        return draw(st.lists(st.none() | values, **many))
+
+    if kind in WHOLE:
+        bits, low = int(kind.strip("uint")), 0 if kind[0] == "u" else -1
+        most = 2 ** min(bits - 1, 53) - 1
+        return pa.array(some(st.integers(low * most, most)), kind)
+    if kind in ("float", "double"):
+        width = 32 if kind == "float" else 64
+        values = st.floats(allow_nan=False, allow_infinity=False, width=width)
+        return pa.array(some(values), pa.float32() if kind == "float" else pa.float64())
+    if kind in ("grid", "short"):
+        values = st.integers(-9999, 9999).map(lambda i: i / 100)
+        return pa.array(some(values), pa.float32() if kind == "short" else pa.float64())
+    if kind == "decimal":
+        values = st.integers(-99999, 99999).map(lambda i: decimal.Decimal(i) / 100)
+        return pa.array(some(values), pa.decimal128(9, 2))
+    if kind == "bool":
+        return pa.array(some(st.booleans()), pa.bool_())
+    if kind == "numbers":
+        return pa.array(some(st.integers(-50, 50).map(str)), pa.string())
+    if kind == "date32":
+        return pa.array(some(INSTANTS.map(datetime.datetime.date)), pa.date32())
+    if kind == "date64":
+        return pa.array(some(INSTANTS.map(datetime.datetime.date)), pa.date64())
+    if kind == "zone":
+        return pa.array(some(INSTANTS), pa.timestamp("us", "Europe/Rome"))
+    if kind.startswith("time "):
+        unit = kind.split()[1]
+        values = (
+            INSTANTS if unit in ("us", "ns") else INSTANTS.map(lambda t: t.replace(microsecond=0))
+        )
+        return pa.array(some(values), pa.timestamp(unit))
+    words = draw(st.lists(WORDS, min_size=1, max_size=6, unique=True))
+    found = some(st.sampled_from(words))
+    if kind in ("dictionary", "ordered"):
+        codes = [None if word is None else words.index(word) for word in found]
+        return pa.DictionaryArray.from_arrays(
+            pa.array(codes, pa.int16()), pa.array(words), ordered=kind == "ordered"
+        )
+    return pa.array(found, pa.string()).cast(kind)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_arrow_table_is_decoded_as_it_was(draw):
+    n = draw.draw(st.integers(2, 12))
+    columns = draw.draw(st.lists(arrow_columns(n), min_size=1, max_size=4))
+    table = pa.table({f"c{j}": column for j, column in enumerate(columns)})
+    usable = [name for name in table.column_names if table[name].null_count < n]
+    table = table.append_column("always", pa.array([False, *[True] * (n - 1)]))
+    usable.append("always")
+    data = musigma.data.load(table.select(usable), schema="infer", allow_constant=True)
+    kept = table.select(data.columns)
+    again = decode(data.x, data.schema)
+    assert again.schema.types == kept.schema.types
+    assert again.to_pydict() == kept.to_pydict()
+    noted = {name for name in usable if any(repr(name) in note for note in data.notes)}
+    assert {*data.columns} == {*usable} - noted
+
+
+def test_polars_frames():
+    polars = pytest.importorskip("polars")
+    sizes = polars.Enum(["S", "M", "L"])
+    frame = polars.from_arrow(people()).with_columns(polars.col("size").cast(str).cast(sizes))
+    data = musigma.data.load(frame, schema="infer")
+    assert [column.kind for column in data.schema.columns] == KINDS
+    again = polars.from_arrow(decode(data.x, data.schema))
+    assert again.cast({"size": sizes}).equals(frame)
+    assert again.drop("size").schema == frame.drop("size").schema
+
+
+def test_pandas_frames_with_an_index_and_numbers_as_names():
+    frame = people().to_pandas().rename(columns={"age": 3}).set_index("city")
+    data = musigma.data.load(frame, schema="infer")
+    assert data.columns == ("3", "price", "weight", "member", "paid", "size", "birth", "seen")
+    frame["mixed"] = ["a", 1] * 100
+    with pytest.raises(musigma.data.DataError, match="'mixed'"):
+        musigma.data.load(frame, schema="infer")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int16, np.uint8])
+def test_arrays_have_numbered_columns(dtype, tmp_path):
+    x = np.random.default_rng(0).normal(30, 9, (50, 3)).astype(dtype)
+    data = musigma.data.load(x, schema="infer")
+    assert data.columns == ("x0", "x1", "x2")
+    np.testing.assert_array_equal(data.x, x)
+    assert decode(data.x, data.schema).column(0).to_numpy().dtype == dtype
+    np.testing.assert_array_equal(musigma.data.load(x[:1], schema=data.schema).x, x[:1])
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", fmt="%.17g")
+    np.testing.assert_array_equal(musigma.data.load(tmp_path / "x.csv", schema=data.schema).x, x)
+    with pytest.raises(musigma.data.DataError, match="2 columns without names"):
+        musigma.data.load(x[:, :2], schema=data.schema)
+
+
+# Text --------------------------------------------------------------------------------------------
+
+
+def load_text(text, path, encoding="utf-8", **how):
+    path.write_bytes(text.encode(encoding))
+    return musigma.data.load(path, **{"schema": "infer", **how})
+
+
+ROWS = [(f"Köln {i % 5}", i / 4, "" if i % 7 == 0 else i % 31, f"c{i:03}") for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("ending", "separator", "encoding", "decimal"),
+    [
+        (".csv", ",", "utf-8", "."),
+        (".csv", ";", "cp1252", ","),
+        (".tsv", "\t", "utf-16", "."),
+        (".csv", "|", "utf-8-sig", "."),
+    ],
+)
+def test_dialects_of_text(ending, separator, encoding, decimal, tmp_path):
+    lines = [("town", "w", "k", "code"), *ROWS]
+    text = "\n".join(separator.join(map(str, line)) for line in lines)
+    text = text if decimal == "." else text.replace(".", ",")
+    data = load_text(text, tmp_path / f"t{ending}", encoding)
+    town, w, k = data.schema.columns
+    assert town.levels == tuple(f"Köln {i}" for i in range(5))
+    assert (w.kind, w.step, k.kind, k.missing) == ("continuous", 0.01, "count", True)
+    assert "'code' is different in every row" in data.notes[-1]
+    assert data.ids[3] == "c003"
+    np.testing.assert_array_equal(data.x[:, 1], [row[1] for row in ROWS])
+    out = decode(data.x, data.schema).to_pydict()
+    assert out["town"] == [row[0] for row in ROWS]
+    assert out["k"] == [None if row[2] == "" else row[2] for row in ROWS]
+
+
+def test_digits_that_are_no_numbers_stay_as_they_are(tmp_path):
+    text = "\n".join(["zip,x", *(f"{i % 9:05},{i / 4}" for i in range(90))])
+    data = load_text(text, tmp_path / "t.csv")
+    assert data.schema.columns[0].levels[2] == "00002"
+
+
+def test_all_faults_of_a_table_are_named_at_once(tmp_path):
+    lines = ["id,one,none,a,b,when,note,,huge"]
+    for i in range(40):
+        when = f"2026-01-{i % 28 + 1:02}"
+        lines.append(f"{i},7,,{i / 7:.3f},{i % 3},{when},text {i // 2},{i % 2},{2**60 + 3 * i}")
+    lines[5] = lines[5].replace("0.571", "inf")
+    lines[9] = lines[9].replace("1.143", "oops")
+    lines[12] += ",one more"
+    with pytest.raises(musigma.data.DataError) as error:
+        load_text("\n".join(lines), tmp_path / "t.csv")
+    for text in (
+        *("line 13 has 10 cells", "column 'one' is constant (7)", "column 'none' is empty"),
+        *(
+            "line 6, column 'a' is infinite",
+            "line 10, column 'a' is 'oops'",
+            "column 8 has no name",
+        ),
+        *("column 'huge' has whole numbers from 2^53", "7 columns or cells"),
+    ):
+        assert text in str(error.value), error.value
+    data = load_text("\n".join(lines), tmp_path / "t.csv", skip_bad=True)
+    assert data.columns == ("a", "b", "when")
+    assert (len(data), len(data.skipped)) == (37, 3)
+    notes = "\n".join(data.notes)
+    for name in ("'id'", "'one'", "'none'", "'note' is left out as free text", "'huge'"):
+        assert name in notes
+
+
+def test_other_faults(tmp_path):
+    for text, reason in [
+        ("a,b\n1,2\n", "a single example"),
+        ("a,b\n", "holds no examples"),
+        ("a,a\n1,2\n3,4\n", "several columns are called 'a'"),
+        ("a,b\n01/02/2026,2\n03/04/2026,3\n04/04/2026,3\n", "two ways"),
+    ]:
+        with pytest.raises(musigma.data.DataError, match=reason):
+            load_text(text, tmp_path / "t.csv")
+
+
+def test_ten_thousand_categories_and_columns():
+    random = np.random.default_rng(0)
+    words = np.array([f"word {i}" for i in range(10_000)])
+    table = pa.table({"w": random.permutation(np.tile(words, 3)), "x": random.normal(size=30_000)})
+    data = musigma.data.load(table, schema="infer")
+    assert len(data.schema.columns[0].levels) == 10_000
+    assert decode(data.x, data.schema).equals(table)
+    wide = musigma.data.load(random.normal(size=(20, 10_000)), schema="infer")
+    lines = musigma.data.summary(wide)
+    assert (len(wide.schema), len(lines)) == (10_000, 103)
+
+
+def test_labels_are_data_unless_they_are_given(tmp_path):
+    text = "\n".join(["x,label,z", *(f"{i / 8},{'ab'[i % 2]},{i % 6}" for i in range(40))])
+    data = load_text(text, tmp_path / "t.csv")
+    assert data.columns == ("x", "label", "z")
+    assert data.labels is None
+    data = load_text(text, tmp_path / "t.csv", given="label")
+    assert (data.columns, data.label_names) == (("x", "z"), ("a", "b"))
+    data = load_text(text, tmp_path / "t.csv", given=["label", "z"])
+    assert data.spec(["label", "z"]).schema.names == ("x",)
+
+
+def test_missing_values_are_modeled_or_ignored():
+    modeled, ignored = (
+        musigma.data.load(people(), schema="infer", missing=how) for how in ("model", "ignore")
+    )
+    assert [c.missing for c in modeled.schema.columns] == [j in (1, 5) for j in range(9)]
+    assert not any(c.missing for c in ignored.schema.columns)
+    np.testing.assert_array_equal(modeled.x, ignored.x)
 
 
 # Schema files ------------------------------------------------------------------------------------

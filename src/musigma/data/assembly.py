@@ -7,6 +7,7 @@ an error names whatever cannot be used.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def roles(table: Table, request: Request) -> Roles:
 
 def refuse_twice(names: Sequence[str], request: Request) -> None:
     """Refuse columns of one name."""
-    if twice := sorted({repr(name) for name in names if name and names.count(name) > 1}):
+    if twice := sorted(repr(name) for name, n in Counter(names).items() if name and n > 1):
         raise request.error(
             f"several columns are called {named(twice)}: give each a name of its own"
         )
@@ -261,6 +262,10 @@ def typed(table: Table, request: Request) -> Dataset:
     """
     names = columns.names(table)
     refuse_twice(names, request)
+    total = table.rows + len(table.ragged)
+    enough = 1 if request.allow_constant or isinstance(request.schema, Schema) else 2
+    if total < enough:
+        raise request.error(f"holds {'a single example' if total else 'no examples'}: give more")
     given = _matching(names, request)
     rest = [j for j in range(len(names)) if j not in given]
     label = _label_of(table, rest, request) if request.label else None
@@ -303,7 +308,6 @@ def typed(table: Table, request: Request) -> Dataset:
         for i in np.flatnonzero(unusable)[:NAMED].tolist():
             value = None if isinstance(cells, Words) else float(cells[i])
             wrong.update([table.fault(i, j, value)])
-    total = table.rows + len(table.ragged)
     if faults:
         advice = "drop or repair them, or pass --skip-bad to leave them out"
         every = {**faults, **wrong}
@@ -317,8 +321,6 @@ def typed(table: Table, request: Request) -> Dataset:
     if len(good) < total:
         request.note(f"{total - len(good)} of {total} rows are left out: they cannot be used")
         x = x[good]
-    if len(good) == 1 and not request.allow_constant:
-        raise request.error("holds a single example: give more")
     labels, label_names = (None, ()) if words is None else _labels(words, good, request)
     test, validation = table.official(good)
     return Dataset(

@@ -53,11 +53,7 @@ class _Content:
 
     table: Table
     j: int
-
-    @property
-    def name(self) -> str:
-        """Its name; x0, x1, ... if columns have none."""
-        return names(self.table)[self.j]
+    name: str = ""
 
     @property
     def storage(self) -> str:
@@ -120,13 +116,13 @@ class _Content:
             raise _Unusable(f"is {self.storage}: convert or drop it")
         if content == "empty" or not self.present:
             raise _Unusable("is empty: drop it")
+        found = self._kind_of_words() if self.is_words else self._kind_of_numbers()
         different = self.texts if self.is_words else self.finite
         if len(different) == 1 and not constant:
             (value,) = different
-            raise _Unusable(
-                f"is constant ({text_of(value) if self.is_words else f'{value:g}'}): drop it"
-            )
-        return self._kind_of_words() if self.is_words else self._kind_of_numbers()
+            value = value if isinstance(value, str) else f"{value:g}"
+            raise _Unusable(f"is constant ({value}): drop it")
+        return found
 
     def _kind_of_words(self) -> str:
         texts, n = self.texts, self.present
@@ -138,7 +134,7 @@ class _Content:
             return "boolean"
         if found := times.format_of(list(texts)):
             return found.kind
-        if names_rows(self.table, self.j):
+        if len(texts) == self.table.rows > 1:
             raise _LeftOut("is different in every row: it names rows, and is not data")
         if len(texts) > max(2, n / 2):
             raise _LeftOut(
@@ -150,11 +146,12 @@ class _Content:
         values = self.finite
         if self.table.kinds[self.j] == "time":
             return "date" if (values % times.DAY == 0).all() else "datetime"
-        if not _whole(values):
+        large = np.abs(values).max(initial=0) >= EXACT
+        if not _whole(values) or (large and "float" in plain_type(self.storage)):
             return "continuous"
-        if names_rows(self.table, self.j) and self.table.names:
+        if self.table.names and names_rows(self.table, self.j):
             raise _LeftOut("is different in every row: it names rows, and is not data")
-        if np.abs(values).max(initial=0) >= EXACT:
+        if large:
             raise _Unusable(
                 "has whole numbers from 2^53 on, which float64 does not keep: drop it, or make it "
                 "text if it names something"
@@ -262,10 +259,11 @@ def _grid(different: np.ndarray, n: int, storage: str) -> float | None:
     values = different.astype(dtype)
     if not len(values):
         return None
-    least = 4 * float(np.spacing(np.abs(values).max()))
+    with np.errstate(all="ignore"):  # at the end of the range
+        least = 4 * float(np.spacing(np.abs(values).max()))
     for decimals in GRIDS:
         scale = 10.0**decimals
-        if 1 / scale < least or (decimals > PLAIN and len(values) > n / 2):
+        if not 1 / scale >= least or (decimals > PLAIN and len(values) > n / 2):
             return None
         if ((np.rint(different * scale) / scale).astype(dtype) == values).all():
             return float(f"1e-{decimals}")
@@ -293,7 +291,7 @@ def infer(
             if not names_rows(table, j):
                 faults[f"column {j + 1}"] = "has no name: name it, or drop it"
             continue
-        content = _Content(table, j)
+        content = _Content(table, j, name)
         try:
             columns.append(content.column(content.kind(request.allow_constant)))
         except _LeftOut as error:
@@ -315,12 +313,13 @@ def completed(
         drafts: What is known of each column, by its name.
         request: Says whether missing values are modelled.
     """
-    columns, faults, known = [], {}, names(table)
+    columns, faults = [], {}
+    known = {name: j for j, name in enumerate(names(table))}
     for name, draft in drafts.items():
         if name not in known:
             faults[f"column {name!r}"] = "is in the schema, and not in the data"
             continue
-        content = _Content(table, known.index(name))
+        content = _Content(table, known[name], name)
         try:
             column = content.as_drafted(draft)
         except (_LeftOut, _Unusable, ValueError) as error:
@@ -341,16 +340,17 @@ def encode(
     Raises:
         DataError: If the table has not all columns of the schema.
     """
-    known = names(table)
-    if not table.names and len(known) == len(schema):
-        known = schema.names
+    order = names(table)
+    if not table.names and len(order) == len(schema):
+        order = schema.names
+    known = {name: j for j, name in enumerate(order)}
     x = allocate((table.rows, len(schema)), request.where, np.float64)
     bad, faults = np.zeros(table.rows, bool), dict(table.ragged)
     for k, column in enumerate(schema.columns):
         if request.partial and column.name not in known:
             x[:, k] = np.nan
             continue
-        content = _Content(table, known.index(column.name))
+        content = _Content(table, known[column.name])
         x[:, k], wrong = _encoded(content, column, request.unseen)
         bad[list(wrong)] = True
         faults |= _named(wrong, table, column, request)

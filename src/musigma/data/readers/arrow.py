@@ -216,7 +216,9 @@ def column_of(x: np.ndarray, column: Column) -> Any:
     if column.format:
         return pa.array(written(x, column.format), kind)
     if column.kind in ("date", "datetime"):
-        ticks = np.rint(np.where(missing, 0, x) * 1e6).astype(np.int64)
+        seconds = np.where(missing, 0, x)
+        whole = np.floor(seconds)
+        ticks = whole.astype(np.int64) * 10**6 + np.rint((seconds - whole) * 1e6).astype(np.int64)
         return pa.array(ticks, pa.timestamp("us"), mask=missing).cast(kind, safe=False)
     if pa.types.is_integer(kind):
         whole = np.rint(np.where(missing, 0, x)).astype(np.int64)
