@@ -631,3 +631,51 @@ def test_a_column_without_values_cannot_be_drawn():
     assert np.isnan(questions.complete(model, rows[:2], missing=[1])[:, 1]).all()
     with pytest.raises(ValueError, match="n: expected 1 or more draws; got 0"):
         questions.impute(model, rows, 0)
+
+
+# --- one column --------------------------------------------------------------------------------
+
+
+def test_the_distribution_of_one_column_against_exact_sums():
+    model, x = discrete(), everything()
+    p = np.exp(questions.score(model, x, [[3, 2, 0, 1]]).mean)
+    p /= p.sum()
+    alone = questions.marginal(model, "size")
+    exact = [p[(x[:, 3] == k).numpy()].sum() for k in range(3)]
+    np.testing.assert_allclose(alone.probabilities, exact, atol=1e-5)
+    assert alone.missing == pytest.approx(p[x[:, 3].isnan().numpy()].sum(), abs=1e-5)
+    assert alone.probability('size in ("S", "L")') == pytest.approx(exact[0] + exact[2], abs=1e-5)
+    assert alone.probability("size is missing") == pytest.approx(alone.missing)
+    some = (x[:, 3].isnan() & (x[:, 2] == 1)).numpy()
+    found = questions.marginal(model, "n", {"size": None, "flag": True})
+    exact = [p[some & (x[:, 0] == k).numpy()].sum() for k in range(5)]
+    np.testing.assert_allclose(found.probabilities, np.array(exact) / p[some].sum(), atol=1e-5)
+    below = np.cumsum(found.probabilities)
+    assert found.quantile(below[1] + 1e-6) == 2
+    assert found.quantile(below[1] - 1e-6) == 1
+
+
+def test_quantiles_and_probabilities_of_a_number_agree():
+    model, _ = mixed()
+    found = questions.marginal(model, "x", {"color": "red", "day": "2019-06-01", "price": 10.5})
+    for q in (0.05, 0.3, 0.77):
+        p = found.probability(f"x <= {found.quantile(q)!r}")
+        assert p == pytest.approx(q * (1 - found.missing), abs=1e-3)
+    drawn = questions.sample_where(
+        model,
+        'color == "red" and day == "2019-06-01" and price == 10.5 and x is not missing',
+        3000,
+    ).rows[:, 0]
+    assert abs((drawn < found.quantile(0.3)).mean() - 0.3) < 0.05
+
+
+def test_a_distribution_that_cannot_be_asked_for():
+    model = discrete()
+    with pytest.raises(ValueError, match="'color' has no level \"grene\"; did you mean 'green'"):
+        questions.marginal(model, "n", {"color": "grene"})
+    with pytest.raises(ValueError, match="given: 'n' is the column that is asked for"):
+        questions.marginal(model, "n", {"n": 1})
+    with pytest.raises(ValueError, match="expected one of n, color"):
+        questions.marginal(model, "m")
+    with pytest.raises(ValueError, match="quantile: 'color' is a category"):
+        questions.marginal(model, "color").quantile(0.5)

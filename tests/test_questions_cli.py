@@ -190,3 +190,16 @@ def test_the_library_and_the_commands_agree(call):
     )
     assert found["standard_error"] == 0
     assert not math.isnan(found["effective"])
+
+
+def test_training_draws_columns_and_pairs(call):
+    pytest.importorskip("matplotlib")
+    words = "train table people.csv --steps 4 --hidden 8 --evaluations 1 --batch-size 16 --out new"
+    found = call(*words.split())
+    names = [f"new/samples/{name}.png" for name in ("marginals", "associations")]
+    assert found["pictures"] == names
+    call("report", "new", "--out", "report.html")
+    with open("report.html") as file:
+        page = file.read()
+    assert "Columns: shares of held-out rows" in page
+    assert "Associations of pairs of columns" in page

@@ -15,7 +15,7 @@ import numpy as np
 
 from musigma.schema import Column, Schema
 
-__all__ = ["Condition", "Pieces", "Values", "written"]
+__all__ = ["Condition", "Pieces", "Values", "as_number", "written"]
 
 LONGEST = 100_000  # characters of a condition
 DEEPEST = 50  # parentheses and `not` inside each other
@@ -491,6 +491,31 @@ def _divided(column: Column, value: _Literal) -> tuple[Values, Values, Values]:
         Values(((low, high),)),
         Values(((math.nextafter(high, math.inf), math.inf),)),
     )
+
+
+def as_number(column: Column, value: str | float | bool | None) -> float:
+    """A value of a column as it stands in the rows.
+
+    Args:
+        column: The column.
+        value: A number; a level; a date or time as ISO text; None if it is missing.
+
+    Raises:
+        ValueError: If it does not fit the column.
+
+    >>> as_number(Column("sex", "category", ("f", "m")), "m"), as_number(Column("n", "count"), 3)
+    (1.0, 3.0)
+    """
+    if value is None:
+        return math.nan
+    kind = "number"
+    if isinstance(value, (str, bool)):
+        kind = "text" if isinstance(value, str) else "truth"
+    text = value if isinstance(value, str) else f"{value}".lower()
+    try:
+        return _number(column, _Literal(text, kind))
+    except ValueError as error:
+        raise ValueError(f"column {column.name!r} {error}") from None
 
 
 def _number(column: Column, value: _Literal) -> float:

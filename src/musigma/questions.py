@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from musigma.any_order import AnyOrder, Known, blocks, orders_of
-from musigma.conditions import Condition, written
-from musigma.distributions import multiples
+from musigma.conditions import Condition, as_number, written
+from musigma.distributions import Binning, multiples
+from musigma.schema import Column, Schema
 
 __all__ = [
     "Conditional",
     "Explanation",
     "Imputation",
+    "Marginal",
     "Scores",
     "complete",
     "explain",
     "impute",
     "log_prob_given",
+    "marginal",
     "orders",
     "sample_where",
     "score",
@@ -241,27 +244,22 @@ def _expected(model: AnyOrder, state: Tensor, j: int) -> list[str]:
             for row, w in zip(names, wanted.tolist(), strict=True)
         ]
     else:
-        low, high = (quantile(model, j, p, q) for q in ((1 - EXPECTED) / 2, (1 + EXPECTED) / 2))
+        low, high = (
+            _quantile(model.binning, j, p, q) for q in ((1 - EXPECTED) / 2, (1 + EXPECTED) / 2)
+        )
         ends = zip(low.tolist(), high.tolist(), strict=True)
         pairs = [(written(column, a), written(column, b)) for a, b in ends]
         texts = [a if a == b else f"{a} to {b}" for a, b in pairs]
     return ["missing" if m else t for t, m in zip(texts, missing.tolist(), strict=True)]
 
 
-def quantile(model: AnyOrder, j: int, p: Tensor, q: float) -> Tensor:
-    """The quantile of column j with probabilities of its cells, (B,).
-
-    Args:
-        model: The model.
-        j: Number of a column that is not of levels.
-        p: Probabilities (B, cells), float64.
-        q: From 0 to 1.
-    """
+def _quantile(binning: Binning, j: int, p: Tensor, q: float) -> Tensor:
+    """The quantile of column j with probabilities of its cells (B, C), float64 (B,)."""
     below = p.cumsum(1)
     code = (below < q).sum(1).clamp(max=p.shape[1] - 1)
     mass, after = (t.gather(1, code[:, None])[:, 0] for t in (p, below))
     place = ((q - after) / mass.clamp(min=1e-300) + 1).clamp(0, 1)
-    return model.binning.values(j, code, place)
+    return binning.values(j, code, place)
 
 
 # --- samples under conditions ------------------------------------------------------------------
@@ -592,3 +590,78 @@ def log_prob_given(
         log = model.log_values([state] * x.shape[1], x[at])
         nats.append(torch.where(mask[at], 0.0, log.double()))
     return torch.cat(nats).numpy(force=True)
+
+
+# --- one column --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Marginal:
+    """The distribution of one column under a model, given values of others or none.
+
+    Attributes:
+        column: The column; its cells have the edges.
+        probabilities: Of its cells, which for a column of levels are the levels, (C,).
+        missing: Probability of a missing value.
+    """
+
+    column: Column
+    probabilities: np.ndarray
+    missing: float
+
+    def probability(self, where: str) -> float:
+        """The probability of a condition on this column, such as ``18 <= age < 65``."""
+        condition = Condition.parse(where, Schema((self.column,)))
+        found = condition.pieces(0)
+        return float((np.append(self.probabilities, self.missing)[found.cell] * found.share).sum())
+
+    def quantile(self, q: float) -> float:
+        """The value that a share q of the values that are not missing lie below.
+
+        Raises:
+            ValueError: For a category, which has no order.
+        """
+        if self.column.kind == "category":
+            raise ValueError(f"quantile: {self.column.name!r} is a category, which has no order")
+        p = torch.from_numpy(self.probabilities / self.probabilities.sum())[None]
+        return float(_quantile(Binning(Schema((self.column,))), 0, p, q))
+
+
+@torch.no_grad()
+def marginal(
+    model: AnyOrder,
+    column: str,
+    given: Mapping[str, str | float | bool | None] | None = None,
+    context: Tensor | None = None,
+) -> Marginal:
+    """The exact distribution of a column given values of any others, from one pass.
+
+    Args:
+        model: A model in evaluation mode.
+        column: Name of the column.
+        given: Values by the names of their columns: numbers, levels, dates as ISO text, None for
+            a missing value. By default there are none.
+        context: Context (1, F), if the model has one.
+
+    Raises:
+        ValueError: If there is no such column, or a value does not fit its column.
+
+    Example:
+        >>> from musigma.schema import Column, Schema
+        >>> x = np.random.default_rng(0).normal(size=(1000, 2)).round(1)
+        >>> schema = Schema([Column("a", step=0.1), Column("b", step=0.1)]).measure(x)
+        >>> found = marginal(AnyOrder(schema).eval(), "b", {"a": 0.5})
+        >>> abs(found.quantile(0.5)) < 0.1, round(found.probability("b > 1"), 1)
+        (True, 0.1)
+    """
+    schema, known = model.schema, Known(model, 1, context)
+    j, c = schema.index(column), schema.columns[schema.index(column)]
+    for name, value in (given or {}).items():
+        i = schema.index(name)
+        if i == j:
+            raise ValueError(f"given: {name!r} is the column that is asked for; leave it out")
+        number = as_number(schema.columns[i], value)
+        known.tell(i, torch.tensor([number], dtype=torch.float64, device=model.starts.device))
+    p = model.log_cells(known.state(), j)[0].double().exp().numpy(force=True)
+    n = len(c.measured)
+    return Marginal(c, p[:n], float(p[n:].sum()))

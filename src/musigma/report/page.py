@@ -25,6 +25,8 @@ PICTURES = {
     "samples": "Samples: new examples drawn from the model",
     "reconstructions": "Reconstructions: originals above, decoded from their latents below",
     "interpolations": "Interpolations: from one example to another through latent space",
+    "marginals": "Columns: shares of held-out rows (blue) and of samples (red)",
+    "associations": "Associations of pairs of columns: of held-out rows, and of samples",
 }
 PANELS: dict[figures.Panel, str] = {
     "figure": "Training and validation figures over training steps",
