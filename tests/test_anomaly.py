@@ -177,7 +177,7 @@ def moved(name: str, x: np.ndarray) -> np.ndarray:
     j, x = SCHEMA.index(name), x.copy()
     some = np.arange(len(x)) % 3 == 0
     new = {"height": x[:, j] * 2, "count": x[:, j] + 2, "color": np.where(some, 1, x[:, j])}
-    new |= {"rare": np.where(some, 60, x[:, j]), "weight": np.where(some, np.nan, x[:, j])}
+    new |= {"rare": np.where(some, 9, x[:, j]), "weight": np.where(some, np.nan, x[:, j])}
     x[:, j] = new[name]
     return x
 
@@ -189,6 +189,19 @@ def test_the_column_that_drifts_is_named(name):
     assert {t["column"] for t in found if t["adjusted"] < 1e-4} == {name}
     assert found[0]["column"] == name
     assert all(set(t) == {"column", "test", "statistic", "p_value", "adjusted"} for t in found)
+
+
+def test_levels_that_the_schema_lacks_are_a_drift():
+    random = np.random.default_rng(12)
+    batch, reference = rows(random, 300), rows(random, 900)
+    batch[:9, 2] = 3
+    found = anomaly.column_drift(batch, reference, SCHEMA)
+    unseen = next(t for t in found if t["test"] == "unseen")
+    assert (unseen["column"], unseen["statistic"]) == ("color", 0.03)
+    assert unseen["p_value"] == pytest.approx(math.comb(300, 9) / math.comb(1200, 9), rel=1e-9), (
+        "of all ways to place nine rows among 1,200"
+    )
+    assert unseen["adjusted"] < 0.01
 
 
 def test_scores_that_are_too_ordinary_have_drifted_too():
@@ -297,6 +310,18 @@ def people(random: np.random.Generator, n: int, strange: float = 0.0, **labels: 
     return "\n".join(lines) + "\n"
 
 
+def shop(random: np.random.Generator, n: int, tenth: str | None = None) -> str:
+    """A table of a count, a category, and a number that may be missing; every tenth row is odd."""
+    lines = ["age,country,spend"]
+    for i in range(n):
+        age, country = random.integers(18, 90), ("FR", "DE")[random.integers(2)]
+        spend = "" if random.uniform() < 0.1 else f"{random.lognormal(3 + age / 50, 0.3):.2f}"
+        if tenth is not None and i % 10 == 3:
+            country, spend = tenth, "999.99"
+        lines.append(f"{age},{country},{spend}")
+    return "\n".join(lines) + "\n"
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A flow of a table, and a VAE of images, as their commands make them."""
@@ -310,6 +335,10 @@ def home(tmp_path_factory):
     quick = "--evaluations 1 --evaluate-on 50 --batch-size 64 --out"
     with inside(home):
         call("train nsf known.csv --steps 60 --depth 2 --hidden 16 --lr 0.01", quick, "run")
+        (home / "shop.csv").write_text(shop(random, 900))
+        (home / "orders.csv").write_text(shop(random, 300, "FR"))
+        (home / "abroad.csv").write_text(shop(random, 120, "XX"))
+        call("train table shop.csv --steps 40 --hidden 16 --blocks 1 --lr 0.01", quick, "table")
         call("train mlp_vae images.npz --steps 20 --hidden 8 --latents 2", quick, "vae")
     return home
 
@@ -467,6 +496,44 @@ def test_rows_that_calibrate_are_not_evaluated(here, answer):
     assert n + found["calibration"]["n"] == len(data)
     assert found["calibration"]["rows"].startswith("half of held-out of ")
     assert min(n, found["calibration"]["n"]) > len(data) / 4
+
+
+def test_a_table_says_why(here, answer, capsys):
+    found = answer("score table orders.csv --fpr 0.05 --explain 2 --out s.csv")
+    table = cells("s.csv")
+    assert list(table) == ["index", "nats", "p_value", "flag", "because"]
+    assert [bool(text) for text in table["because"]] == [f == "true" for f in table["flag"]]
+    odd = [i % 10 == 3 for i in range(300)]
+    assert all(table["flag"][i] == "true" for i in range(300) if odd[i])
+    assert all("spend = 999.99 (expected" in table["because"][i] for i in range(300) if odd[i])
+    assert max(text.count(";") for text in table["because"]) == 1
+    assert {"nats", "highest", "lowest"} < set(found)
+    assert "bits_per_dim" not in found
+    call("score table orders.csv --explain 1 --out s.csv")
+    assert "p_value" not in cells("s.csv")
+    assert sum(map(bool, cells("s.csv")["because"])) > 200, "most rows are, in something, unusual"
+    one = np.array(cells("s.csv")["nats"], float)
+    call("score table orders.csv --orders 3 --out s.csv")
+    assert 0.001 < np.abs(np.array(cells("s.csv")["nats"], float) - one).max() < 5
+
+
+def test_categories_that_training_lacked(here, answer, capsys):
+    call("score table abroad.csv --fpr 0.02 --explain 3 --out s.csv")
+    table = cells("s.csv")
+    assert table["flag"].count("true") < 20
+    for i in range(3, 120, 10):
+        assert table["flag"][i] == "true"
+        assert "country = an unknown level (expected" in table["because"][i]
+    found = answer("score table abroad.csv --drift")["drift"]
+    assert set(found["drifted"]) >= {"country"}
+    assert {t["test"] for t in found["columns"] if t["column"] == "country"} == {
+        "unseen",
+        "chi-squared",
+    }
+    with pytest.raises(SystemExit):
+        call("score table abroad.csv --unseen refuse --out t.csv")
+    assert "column 'country' is 'XX'" in capsys.readouterr().err
+    assert not Path("t.csv").exists()
 
 
 FAULTS = {

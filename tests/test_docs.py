@@ -73,6 +73,27 @@ def test_every_command_of_the_tour(photos, capsys):
     assert table[0].startswith("index,id,label,bits_per_dim,nats")
 
 
+def test_every_command_of_the_page_on_anomalies(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for name, n in (("payments", 1200), ("new", 200), ("labeled", 200)):
+        lines = ["country,amount" + ",is_fraud" * (name == "labeled")]
+        for i in range(n):
+            odd = name != "payments" and i % 9 == 0
+            amount = 9999 if odd else random.lognormal(3, 1)
+            lines.append(f"{'FD'[i % 2]},{amount:.2f}" + f",{int(odd)}" * (name == "labeled"))
+        Path(f"{name}.csv").write_text("\n".join(lines))
+    (block,) = blocks(ROOT / "docs" / "anomalies.md", "sh")
+    for command in block.splitlines():
+        words = command.replace("--minutes 5", "--steps 20 --evaluations 1 --hidden 16").split()
+        main(words[1:])
+    out = capsys.readouterr().out
+    assert len(Path("scores.csv").read_text().splitlines()) == 201
+    assert "amount = 9999.00 (expected" in Path("scores.csv").read_text()
+    assert "drift: p = " in out
+    assert re.search(r"AUROC .*; anomalies: is_fraud = 1, 23 of 200 rows", out)
+
+
 def test_every_command_of_the_page_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)

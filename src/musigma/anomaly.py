@@ -197,9 +197,10 @@ def column_drift(
 
     Numbers are compared by Kolmogorov and Smirnov's test; levels, and numbers of at most 20
     different values, by a chi-squared test of homogeneity, in which classes with fewer than 5
-    expected rows are merged; the shares of missing values by Fisher's exact test. The p-values of
-    all tests are adjusted by Holm's method: if nothing has drifted, the probability that any
-    adjusted p-value is at most a is at most a, however the columns depend on each other.
+    expected rows are merged; the shares of missing values, and those of levels that the schema
+    lacks, by Fisher's exact test. The p-values of all tests are adjusted by Holm's method: if
+    nothing has drifted, the probability that any adjusted p-value is at most a is at most a,
+    however the columns depend on each other.
 
     Args:
         rows: The batch, float64 (B, D), NaN where a value is missing.
@@ -226,21 +227,25 @@ def column_drift(
     tests: list[dict[str, Any]] = []
 
     def add(column: str, test: str, result: tuple[float, float]) -> None:
-        tests.append({"column": column, "test": test, "statistic": result[0]})
-        tests[-1]["p_value"] = result[1]
+        tests.append(
+            {"column": column, "test": test, "statistic": result[0], "p_value": result[1]}
+        )
 
     for j, name in enumerate(names):
-        missing = [np.isnan(values[:, j]) for values in (rows, reference)]
-        present = [v[~m, j] for v, m in zip((rows, reference), missing, strict=True)]
-        if any(m.any() for m in missing):
-            table = np.array([[m.sum(), (~m).sum()] for m in missing])
-            shares = table[:, 0] / table.sum(1)
-            p = float(stats.fisher_exact(table).pvalue)  # pyright: ignore
-            add(name, "missing", (float(shares[0] - shares[1]), p))
+        column = schema.columns[j] if schema and schema.columns[j].has_levels else None
+        both = [values[:, j] for values in (rows, reference)]
+        unknown = math.nan if column is None else len(column.levels)
+        for test, special in (
+            ("missing", [np.isnan(x) for x in both]),
+            ("unseen", [x == unknown for x in both]),
+        ):
+            if any(which.any() for which in special):
+                add(name, test, _shares(*special))
+        present = [x[~np.isnan(x)] for x in both]
         if not all(map(len, present)):
             continue
         values, codes = np.unique(np.concatenate(present), return_inverse=True)
-        if (schema and schema.columns[j].has_levels) or len(values) <= FEW:
+        if column is not None or len(values) <= FEW:
             parts = np.split(codes, [len(present[0])])
             counts = np.stack([np.bincount(part, minlength=len(values)) for part in parts])
             add(name, "chi-squared", _homogeneity(counts))
@@ -269,6 +274,12 @@ def _kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     method = "exact" if len(a) * len(b) <= 10**6 else "asymp"
     result: Any = stats.ks_2samp(a, b, method=method)
     return float(result.statistic), float(result.pvalue)
+
+
+def _shares(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Difference of the shares of two masks, and the p-value of Fisher's exact test."""
+    table = [[int(mask.sum()), int((~mask).sum())] for mask in (a, b)]
+    return float(a.mean() - b.mean()), float(stats.fisher_exact(table).pvalue)  # pyright: ignore
 
 
 def _homogeneity(counts: np.ndarray) -> tuple[float, float]:

@@ -295,7 +295,7 @@ def drift_of(
     scores, tests = anomaly.score_drift(nats, calibration.nats), []
     if not trained.is_image:
         names = trained.spec.columns or [f"x{j}" for j in range(trained.shape[0])]
-        columns = getattr(trained.spec, "schema", None) or names
+        columns = trained.spec.schema or names
         tests = anomaly.column_drift(found.x, calibration.rows.x, columns)
     parts = {"scores": scores["p_value"]}
     if tests:
