@@ -3,9 +3,10 @@
     python benchmarks/anomalies.py --minutes 5
 
 The data are those that river ships (`musigma.data.load("shuttle")`). Half of the normal rows train
-the detectors, less a tenth that calibrates all of them; the other half and all anomalies are
-scored. PyOD's detectors are run if it is installed. All rows are scored in one call: ECOD ranks a
-row among those that it is given, so p-values are wrong if the calibration rows are ranked alone.
+the detectors, three tenths calibrate all of them, and two tenths are scored with all anomalies.
+PyOD's detectors are run if it is installed. Rows and calibration rows are scored in one call: ECOD
+ranks a row among those that it is given, so p-values are wrong if the calibration rows are ranked
+alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,19 +24,20 @@ import torch
 from musigma import Dataset, TrainConfig, anomaly, build, data, fit, questions
 
 RATES = (0.05, 0.01, 0.001)
+VALIDATION = 1000
+"""Rows that choose the best weights, of those to learn from."""
 Score = Callable[[np.ndarray], np.ndarray]
 Fit = Callable[[np.ndarray], Score]
 
 
-def parts(source: str, seed: int) -> tuple[Dataset, np.ndarray, np.ndarray]:
-    """Normal rows to learn from; rows to score, and whether each is an anomaly."""
-    found = data.load(source, schema="infer", given=["anomaly"])
-    strange = np.asarray(found.given["anomaly"].values) == 1
-    found = replace(found, given={})
+def parts(seed: int) -> tuple[Dataset, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows to learn from, rows that calibrate, rows to score, and which of these are anomalies."""
+    found = data.load("shuttle", schema="infer")
+    strange = np.asarray(found.labels) == found.label_names.index("anomaly")
     normal = np.random.default_rng(seed).permutation(np.flatnonzero(~strange))
-    learn, rest = np.array_split(normal, 2)
+    learn, known, rest = np.split(normal, [len(normal) // 2, len(normal) * 4 // 5])
     scored = np.concatenate([rest, np.flatnonzero(strange)])
-    return found.subset(np.sort(learn)), found.subset(scored).x, strange[scored]
+    return found.subset(learn), found.subset(known).x, found.subset(scored).x, strange[scored]
 
 
 def table(learn: Dataset, options: argparse.Namespace) -> dict[str, Score]:
@@ -51,8 +52,9 @@ def table(learn: Dataset, options: argparse.Namespace) -> dict[str, Score]:
         seed=options.seed,
         evaluations=10,
     )
+    validation = np.arange(len(learn)) < VALIDATION
     with TemporaryDirectory() as folder:
-        fit(model, learn.split("train"), learn.split("validation"), config, folder)
+        fit(model, learn.subset(~validation), learn.subset(validation), config, folder)
     model.eval()
     return {
         "musigma table, 1 order": lambda x: -questions.score(model, x).mixture,
@@ -90,7 +92,6 @@ def of_pyod(seed: int) -> dict[str, Fit]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="shuttle", help="a table with a column anomaly")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--steps", type=int, help="in place of minutes")
     parser.add_argument("--hidden", type=int, default=256)
@@ -100,8 +101,8 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="musigma alone")
     parser.add_argument("--out", type=Path, help="a .json file")
     options = parser.parse_args()
-    learn, rows, strange = parts(options.data, options.seed)
-    known, trained = learn.split("held-out").x, learn.split("train").x
+    learn, known, rows, strange = parts(options.seed)
+    trained = learn.x
     both = np.concatenate([rows, known])
     mean, std = trained.mean(0), trained.std(0) + 1e-9
     print(
