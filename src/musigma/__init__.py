@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Model,
         Prior,
     )
+    from musigma.scorer import Scorer
     from musigma.spec import Spec, Variable
     from musigma.trace import Evidence, Recorder, Trace
     from musigma.training import TrainConfig, TrainingError, fit
@@ -49,6 +50,7 @@ _EXPORTS = {
     "evaluation": "evaluate inspect ledger saturation score",
     "gaussian": "DiagonalGaussian Format GaussianHead",
     "model": "VAE Bijection Chain Inverse Ladder LadderBlock Layer Model Prior",
+    "scorer": "Scorer",
     "spec": "Spec Variable",
     "trace": "Evidence Recorder Trace",
     "training": "TrainConfig TrainingError fit",
@@ -77,6 +79,7 @@ __all__ = [
     "Preprocess",
     "Prior",
     "Recorder",
+    "Scorer",
     "Spec",
     "StandardNormal",
     "StandardUniform",
