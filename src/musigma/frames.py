@@ -28,23 +28,24 @@ def kind_of(table: Any) -> Kind | None:
     return (library, b"") if library == "polars" and hasattr(table, "columns") else None
 
 
-def as_kind(table: Any, kind: Kind, index: Any = None) -> Any:
+def as_kind(table: Any, kind: Kind, like: Any = None) -> Any:
     """An Arrow table as a table of a kind.
 
     Args:
         table: A `pyarrow.Table`.
         kind: What `kind_of` returned.
-        index: The index of a frame of pandas; by default that of a new one.
+        like: A frame of pandas, whose index it gets if it is one too; anything else is ignored.
 
     >>> import pandas as pd, pyarrow as pa
-    >>> kind = kind_of(pd.DataFrame({"a": pd.array([1, None], "Int64")}))
-    >>> as_kind(pa.table({"a": [None, 2]}), kind, index=["x", "y"]).a.dtype
-    Int64Dtype()
+    >>> frame = pd.DataFrame({"a": pd.array([1, None], "Int64")}, index=["x", "y"])
+    >>> as_kind(pa.table({"a": [3, None]}), kind_of(frame), frame).loc["x"].a
+    np.int64(3)
     """
     library, metadata = kind
     if library == "pandas":
         frame = table.replace_schema_metadata({b"pandas": metadata}).to_pandas()
-        return frame if index is None else frame.set_axis(index, axis=0)
+        same = type(like) is type(frame)
+        return frame.set_axis(like.index, axis=0) if same else frame
     if library == "polars":
         import polars
 
@@ -69,7 +70,7 @@ def replaced(table: Any, name: str, where: Any, values: Any) -> Any:
     kind = kind_of(table)
     assert kind is not None
     if kind[0] == "pandas":
-        new = as_kind(pa.table({name: values}), kind, table.index)[name]
+        new = as_kind(pa.table({name: values}), kind, table)[name]
         return table.assign(**{name: table[name].where(~where, new)})
     if kind[0] == "polars":
         import polars

@@ -199,7 +199,7 @@ class Scorer:
             columns["p_value"] = pa.array(p, pa.float64())
             if self.fpr is not None:
                 columns["flag"] = pa.array(p <= self.fpr, pa.bool_())
-        return as_kind(pa.table(columns), kind, getattr(batch, "index", None))
+        return as_kind(pa.table(columns), kind, batch)
 
     def _kept(self, batch: Any) -> dict[str, Any]:
         """The columns to keep."""

@@ -225,7 +225,7 @@ class Estimator(BaseEstimator, ABC):
 
     # -- rows out
 
-    def _table(self, rows: np.ndarray, index: Any = None) -> Any:
+    def _table(self, rows: np.ndarray, like: Any = None) -> Any:
         """Rows as a table like the one of `fit`, or as an array if there was none."""
         schema = self.schema_
         if self.kind_ is None and not any(c.has_levels for c in schema.columns):
@@ -233,7 +233,7 @@ class Estimator(BaseEstimator, ABC):
         table = columns.decode(rows, schema)
         if self.kind_ is None:
             return np.stack([c.to_numpy().astype(np.float64) for c in table.columns], 1)
-        return as_kind(table, self.kind_, index)
+        return as_kind(table, self.kind_, like)
 
     @torch.no_grad()
     def _sample(self, n: int, random_state: Any, draw: Callable[[int], Any]) -> np.ndarray:
@@ -322,8 +322,9 @@ class _Density(Estimator):
     def _check(self, model: Model) -> None:
         if not model.exact:
             raise ValueError(
-                "architecture: expected one with an exact density, such as table, nsf or maf; "
-                f"{self.architecture} has bounds of it"
+                "architecture: expected one with an exact density, such as table; "
+                f"{self.architecture} has a bound of it for these columns (flows are exact if all "
+                "are continuous and no value is missing or in many rows)"
             )
 
     def score_samples(self, X: Any) -> np.ndarray:
@@ -504,7 +505,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimato
         home = next(self.model_.parameters())
         with torch.no_grad(), evaluation.evaluating(self.model_):
             parts = [
-                self.model_.decode([torch.from_numpy(z[at : at + BLOCK]).to(home)])
+                self.model_.decode([torch.tensor(z[at : at + BLOCK]).to(home)])
                 for at in range(0, len(z), BLOCK)
             ]
         return self._table(torch.cat(parts).double().numpy(force=True), X)
