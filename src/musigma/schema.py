@@ -249,7 +249,7 @@ def _starts(times: np.ndarray, atom: np.ndarray, most: int) -> np.ndarray:
     """The first value of each cell: equal shares of the rows, smaller ones in the tails."""
     if len(times) <= most:
         return np.arange(len(times))
-    total, below = times.sum(), np.cumsum(times) - times
+    total, below = times.sum(), (np.cumsum(times) - times).astype(np.float64)
     alone = np.flatnonzero(atom)
     starts, at = [], 0
     while at < len(times):

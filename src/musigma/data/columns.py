@@ -16,6 +16,7 @@ import numpy as np
 
 from musigma.data import times
 from musigma.data.raw import Request, allocate
+from musigma.data.sampling import different
 from musigma.data.tables import Table, Words, is_number, names_rows, text_of
 from musigma.schema import Column, Schema
 
@@ -76,7 +77,7 @@ class _Content:
     @cached_property
     def finite(self) -> np.ndarray:
         """The different values that are finite, in increasing order."""
-        return np.unique(self.numbers[np.isfinite(self.numbers)])
+        return different(self.numbers[np.isfinite(self.numbers)])
 
     @cached_property
     def words(self) -> Words:

@@ -10,7 +10,7 @@ import numpy as np
 
 from musigma.data.dataset import Dataset
 from musigma.data.errors import SHOWN, called, named, printable
-from musigma.data.sampling import PARTS
+from musigma.data.sampling import PARTS, different
 from musigma.data.tables import text_of
 from musigma.data.times import DAY, ISO, written
 from musigma.schema import Column
@@ -91,7 +91,7 @@ def summary(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> lis
         lines += [f"  {name} {reason}" for name, reason in skipped[:SHOWN]]
         lines += [f"  and {len(skipped) - SHOWN} more"] if len(skipped) > SHOWN else []
     lines += dataset.notes
-    repeated = len(dataset) - len(np.unique(dataset.content()))
+    repeated = len(dataset) - len(different(dataset.content()))
     if repeated and dataset.official_test is None:
         lines.append(f"{repeated} examples are duplicates; equal examples are in the same part")
     return lines + [f"warning: {text}" for text in doubts(dataset, parts)]
@@ -187,7 +187,7 @@ def doubts(dataset: Dataset, parts: Mapping[str, Dataset]) -> Iterator[str]:
     yield from _doubtful_labels(dataset, train)
     if dataset.schema is None:
         yield from _doubtful_columns(train) if dataset.bits is None else _doubtful_levels(train)
-    seen = np.unique(train.content())
+    seen = different(train.content())
     for name, part in parts.items() if dataset.official_test is not None else ():
         again = int(np.isin(part.content(), seen).sum())
         if again and name != "train":
