@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import musigma
 from musigma.cli import app, main
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +110,17 @@ def test_every_command_of_the_page_on_the_command_line(tmp_path, monkeypatch, ca
         main(words[1:])
     samples = Path("samples.csv").read_text().splitlines()
     assert (samples[0], len(samples)) == ("height,weight", 201)
+
+
+def test_every_command_of_the_page_on_tables(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    page = ROOT / "docs" / "tables.md"
+    exec(blocks(page, "python")[0], names)
+    names["people"].to_csv("people.csv", index=False)
+    run_commands(page, tmp_path)
+    lines = "\n".join(musigma.data.summary(musigma.data.load("people.csv", schema="infer"))[:7])
+    assert lines in page.read_text(encoding="utf-8")
 
 
 def test_the_page_on_the_command_line_lists_all_commands():
