@@ -70,7 +70,7 @@ def sample(
             model of typed columns that is conditioned on nothing: rows to complete, a table in
             which columns, and cells, are missing.
         where: Condition that all samples satisfy, for a model of typed columns (`table`):
-            'country == "FR" and 18 <= age < 65'. See `docs/tables.md`.
+            'country == "FR" and 18 <= age < 65'. See `docs/questions.md`.
         temperature: Factor of the standard deviation of every draw; or one for each latent, top
             first: 0.7,0.8,1.
         mode: Return the center of p(x | latents) instead of a draw from it.
