@@ -586,7 +586,7 @@ def test_parquet(tmp_path, monkeypatch):
         load(path).x, np.stack([POINTS[:, 0], np.arange(12)], 1, dtype=np.float32)
     )
     parquet.write_table(pa.table({"a": POINTS[:, 0], "b": ["red"] * 12}), path)
-    with fails("column 'b' holds text, such as 'red': name it 'label' if"):
+    with fails("column 'b' holds text, such as 'red': read columns with their types"):
         load(path)
     parquet.write_table(pa.table({"a": POINTS[:, 0], "b": [None, *range(11)]}), path)
     with fails(r"row 0 \(from 0\), column 'b' is nan"):

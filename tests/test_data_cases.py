@@ -513,8 +513,8 @@ def test_all_columns_of_text_are_named(tmp_path):
     path = save_csv(tmp_path / "x.csv", [["day", "hue", "v"], *rows])
     with fails(
         "2 columns cannot be used",
-        "column 'day' holds dates or times, such as '2019-06-01': convert it",
-        "column 'hue' holds text, such as 'red': name it 'label' .*--given hue",
+        "column 'day' holds dates or times, such as '2019-06-01': read .* convert it",
+        "column 'hue' holds text, such as 'red': read .* name it 'label' .*--given hue",
     ):
         load(path)
 

@@ -255,6 +255,17 @@ def test_dialects_of_text(ending, separator, encoding, decimal, tmp_path):
     assert out["k"] == [None if row[2] == "" else row[2] for row in ROWS]
 
 
+def test_words_that_stand_for_missing_values_are_noted(tmp_path):
+    text = "\n".join(
+        ["x,w", *(f"{i / 4 if i % 5 else 'NA'},{('none', 'a', 'b')[i % 3]}" for i in range(60))]
+    )
+    data = load_text(text, tmp_path / "t.csv")
+    assert data.notes[0].endswith("read as missing values: 'none' (20 cells), 'NA' (12 cells)")
+    assert data.schema.columns[1].levels == ("a", "b")
+    data = load_text(text, tmp_path / "t.csv", schema={"w": {"levels": ["a", "b", "none"]}})
+    assert data.x[:3, 0].tolist() == [2, 0, 1]
+
+
 def test_digits_that_are_no_numbers_stay_as_they_are(tmp_path):
     text = "\n".join(["zip,x", *(f"{i % 9:05},{i / 4}" for i in range(90))])
     data = load_text(text, tmp_path / "t.csv")

@@ -75,12 +75,11 @@ def write_table(out: Path, table: Any) -> None:
     from musigma.files import replacing
 
     if out.suffix == ".csv":
-        words = {True: "true", False: "false"}
-        columns = {name: table[name].to_pylist() for name in table.column_names}
+        columns = dict(zip(table.column_names, table.columns, strict=True))
         for name, values in columns.items():
-            if str(table.schema.field(name).type) == "bool":
-                columns[name] = [words.get(value) for value in values]
-        write_rows(out, [columns])
+            if str(values.type) in ("bool", "float", "halffloat"):  # true; 0.1, in its few digits
+                columns[name] = values.cast("string")
+        write_rows(out, [{name: values.to_pylist() for name, values in columns.items()}])
     else:
         with replacing(out) as draft:
             _pyarrow().parquet.write_table(table, draft)

@@ -298,6 +298,9 @@ def typed(table: Table, request: Request) -> Dataset:
     ids = next((j for j in rest if table.names and names_rows(table, j)), None)
     if request.schema != "infer" and (others := [names[j] for j in rest if j != ids]):
         request.note(f"columns that the schema does not have are left out: {named(others, 20)}")
+    if markers := table.markers():
+        listed = [f"{word!r} ({n:,} cells)" for word, n in markers.most_common()]
+        request.note(f"read as missing values: {named(listed)}")
     x, bad, wrong = columns.encode(table, schema, request)
     beside, words = {j: table.column(j) for j in given}, None
     if label is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from musigma.data import times
 from musigma.data.raw import Request, allocate
 from musigma.data.sampling import different
-from musigma.data.tables import Table, Words, is_number, names_rows, text_of
+from musigma.data.tables import PADDED, Table, Words, is_number, names_rows, text_of
 from musigma.schema import Column, Schema
 
 BOOLEANS = [set(pair.split()) for pair in ("false true", "no yes", "f t", "n y", "off on", "0 1")]
@@ -66,7 +66,7 @@ class _Content:
         """Whether it holds words: text, truth values, or digits that are no numbers (007)."""
         kind = self.table.kinds[self.j]
         if kind == "number" and "string" in self.storage:
-            return any(text is not None and not _is_plain(text) for text in self.words.different)
+            return any(PADDED.match(text) for text in self.words.different if text is not None)
         return kind in ("text", "truth") or self.storage.startswith("dictionary")
 
     @cached_property
@@ -247,11 +247,6 @@ def plain_type(storage: str) -> str:
 
 def _whole(values: np.ndarray) -> bool:
     return bool((values == np.rint(values)).all())
-
-
-def _is_plain(text: str) -> bool:
-    """Whether text is a number as this library would write it."""
-    return is_number(text) and text_of(float(text)) == text
 
 
 def _grid(different: np.ndarray, n: int, storage: str) -> float | None:

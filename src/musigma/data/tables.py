@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ ID_NAME = re.compile(
     r"|(file|image|img)[ _]?(names?)?|path|name"
 )
 CAMEL_ID = re.compile(r".*[a-z]I[dD]")
+TYPED = "read columns with their types (--schema infer)"
 LOOKED_AT = 100_000  # cells that decide the kind of a column of a large table
 MISSING = frozenset(
     ["", "na", "n/a", "#n/a", "nan", "null", "none", "nil", "missing", "?", "-", "--", "."]
@@ -25,6 +27,7 @@ MISSING = frozenset(
 DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?|\d{1,2}:\d{2}(:\d{2})?.*")
 COMMA_DECIMAL = re.compile(r"[+-]?(\d{1,3}(\.\d{3})+|\d*)(,\d+)?([eE][+-]?\d+)?")
 COMMA_GROUPS = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d*)(\.\d*)?([eE][+-]?\d+)?")
+PADDED = re.compile(r"\s*[+-]?0\d")  # digits that are not a number: 007
 WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")
 LARGEST = np.finfo(np.float32).max
 
@@ -159,14 +162,15 @@ def column_fault(name: str | None, cell: str) -> str:
             "'label' if it is the class of each row"
         )
     if DATE.fullmatch(text):
-        return f"holds dates or times, such as {such}: convert it to numbers, or drop it"
+        return f"holds dates or times, such as {such}: {TYPED}, convert it to numbers, or drop it"
     if text in ("true", "false", "yes", "no"):
         return (
-            f"holds values such as {such}: write 0 and 1, or give it as context (--given {name})"
+            f"holds values such as {such}: {TYPED}, write 0 and 1, or give it as context "
+            f"(--given {name})"
         )
     return (
-        f"holds text, such as {such}: name it 'label' if it is the class of each row, give it as "
-        f"context (--given {name}), or drop it"
+        f"holds text, such as {such}: {TYPED}, name it 'label' if it is the class of each row, "
+        f"give it as context (--given {name}), or drop it"
     )
 
 
@@ -217,6 +221,10 @@ class Table(ABC):
     def not_numbers(self, j: int) -> Mapping[int, str]:
         """The rows whose cells are neither numbers nor missing, with the reasons."""
         return {}
+
+    def markers(self) -> Counter[str]:
+        """The words that stand for missing values, apart from the empty one."""
+        return Counter()
 
     def lacks(self, word: Any) -> bool:
         """Whether a word stands for a missing value."""

@@ -7,6 +7,7 @@ import csv
 import gzip
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from musigma.data.tables import (
     COMMA_DECIMAL,
     COMMA_GROUPS,
     LABEL_NAMES,
+    PADDED,
     Content,
     Convert,
     Table,
@@ -35,7 +37,6 @@ from musigma.data.tables import (
 
 SEPARATORS = ",;\t| "
 SAMPLE = 50  # lines from which the format is read
-PADDED = re.compile(r"^\s*0\d")  # digits that are not a number: 0123
 
 
 class _Format(NamedTuple):
@@ -64,7 +65,7 @@ class Delimited(Table):
             first = [printable(cell.strip()) for cell in first]
             start = [cells for _, cells in islice(_rows(path, form), 1, SAMPLE)]
             self.padded = _columns_with(PADDED, start)
-            self.points = _columns_with(re.compile(r"\."), start)
+            self.points = _columns_with(re.compile(r".*\."), start)
             self._parse(path, form, float, first)
             self._keep_texts(path, form, first)
             commas = [
@@ -140,6 +141,10 @@ class Delimited(Table):
         whole = (np.isnan(values) | (values == np.rint(values))).all()
         return "int64" if whole and j not in self.points else "float64"
 
+    def markers(self) -> Counter[str]:
+        found = Counter(cell for cells in self.texts.values() for cell in cells)
+        return Counter({cell: n for cell, n in found.items() if cell and is_missing(cell)})
+
     def drop(self, columns: Sequence[str]) -> None:
         """Leave out columns, by their names."""
         kept = [j for j, name in enumerate(self.names) if name not in columns]
@@ -195,7 +200,7 @@ def _open(path: Path, encoding: str) -> IO[str]:
 
 def _columns_with(pattern: re.Pattern[str], rows: list[list[str]]) -> set[int]:
     """The columns in which the pattern occurs."""
-    return {j for cells in rows for j, cell in enumerate(cells) if pattern.search(cell)}
+    return {j for cells in rows for j, cell in enumerate(cells) if pattern.match(cell)}
 
 
 def _rows(path: Path, form: _Format) -> Iterator[tuple[int, list[str]]]:
