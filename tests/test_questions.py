@@ -149,6 +149,26 @@ def test_rows_of_another_width_are_refused():
         questions.score(discrete(), np.zeros((2, 3)))
 
 
+def test_samples_are_those_of_the_mixture_of_orders():
+    model, x = discrete(), everything()
+    model.orders = [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]]
+    torch.manual_seed(0)
+    drawn = model.sample(9000).numpy()
+    assert fits(frequencies(drawn, x.numpy()), np.exp(questions.score(model, x).mixture), 9000)
+
+
+@torch.no_grad()
+def test_each_row_has_its_own_temperature():
+    model = discrete()
+    model.orders = [[0, 1, 2, 3], [3, 2, 1, 0]]
+    x = everything()[::7]
+    seen = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    cold = torch.full((len(x),), 1e-3)
+    np.testing.assert_array_equal(
+        model.fill(x, seen, temperature=cold), model.fill(x, seen, temperature=0.0)
+    )
+
+
 # --- reasons -----------------------------------------------------------------------------------
 
 

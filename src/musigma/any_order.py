@@ -72,7 +72,7 @@ class AnyOrder(Model):
         smoothing: Weight s of the marginal distribution.
 
     Attributes:
-        orders: The orders of columns whose mixture is scored; the first one is that of samples.
+        orders: The orders of columns whose mixture is scored and sampled.
 
     Example:
         >>> import numpy as np
@@ -289,7 +289,7 @@ class AnyOrder(Model):
         self,
         x: Tensor,
         seen: Tensor,
-        order: Sequence[int],
+        order: Sequence[int] | None = None,
         context: Tensor | None = None,
         *,
         temperature: float | Tensor = 1.0,
@@ -303,13 +303,26 @@ class AnyOrder(Model):
         Args:
             x: Rows (B, D); values that are not seen are ignored.
             seen: Mask (B, D).
-            order: The columns in the order in which they are drawn.
+            order: The columns in the order in which they are drawn; by default one row after
+                another takes the next of the model's `orders`.
             context: Context (B, F), if the model has one.
-            temperature: Divides the logits.
+            temperature: Divides the logits; a number, or one for each row (B,).
             missing: Columns in which a missing value may be drawn; by default all in which values
                 may be missing.
         """
-        x, seen = x.clone(), seen.clone()
+        x = x.clone()
+
+        def heat(rows: Tensor | slice) -> float | Tensor:
+            if isinstance(temperature, Tensor):
+                return temperature.expand(len(x))[rows]
+            return temperature
+
+        if order is None:
+            for i, one in enumerate(self.orders):
+                rows = slice(i, None, len(self.orders))
+                by, t = None if context is None else context[rows], heat(rows)
+                x[rows] = self.fill(x[rows], seen[rows], one, by, temperature=t, missing=missing)
+            return x
         known = Known(self, len(x), context)
         for j in range(len(order)):
             rows = seen[:, j].nonzero()[:, 0]
@@ -320,7 +333,7 @@ class AnyOrder(Model):
                 logits = self.logits(known.state(rows), j)
                 if missing is not None and j not in missing:
                     logits = logits[:, : len(self.schema.columns[j].measured)]
-                x[rows, j] = self.binning.draw(j, logits, temperature)
+                x[rows, j] = self.binning.draw(j, logits, heat(rows))
                 known.tell(j, x[rows, j], rows)
         return x
 
@@ -383,13 +396,11 @@ class RowDistribution(EventDistribution):
         return each.logsumexp(1) - math.log(each.shape[1])
 
     def sample(self, sample_shape: Any = (), *, temperature: float | Tensor = 1.0) -> Tensor:
-        """Draw rows, float64 (B, D), in the first of the model's orders."""
+        """Draw rows, float64 (B, D), one after another in the next of the model's orders."""
         n, d = self.batch_shape[0], self.event_shape[0]
         x = torch.zeros(n, d, dtype=torch.float64, device=self.model.starts.device)
-        order = self.model.orders[0]
-        return self.model.fill(
-            x, torch.zeros_like(x, dtype=torch.bool), order, self.context, temperature=temperature
-        )
+        seen = torch.zeros_like(x, dtype=torch.bool)
+        return self.model.fill(x, seen, context=self.context, temperature=temperature)
 
     @property
     def mean(self) -> Tensor:

@@ -341,7 +341,7 @@ def sample_where(
     seen = torch.zeros(len(model.schema), dtype=torch.bool, device=x.device)
     seen[list(condition.allowed)] = True
     rest = [
-        model.fill(part, seen.expand_as(part), model.orders[0], given)
+        model.fill(part, seen.expand_as(part), context=given)
         for part, given in blocks(x[:n], _repeated(context, n), DRAWN)
     ]
     names = ", ".join(cut.column.name for cut in orders[0])
@@ -430,7 +430,8 @@ def complete(
     Args:
         model: A model in evaluation mode.
         rows: Rows (N, D); NaN where a value is missing.
-        order: The order in which columns are drawn; by default the first of the model.
+        order: The order in which columns are drawn; by default one row after another takes the
+            next of the model's orders.
         context: Context (N, F), if the model has one.
         missing: Columns in which a missing value may be drawn, as in the training rows.
 
@@ -448,9 +449,7 @@ def complete(
     filled, some = x.clone(), holes.any(1).nonzero()[:, 0]
     for at in some.split(DRAWN):
         given = None if context is None else context[at]
-        filled[at] = model.fill(
-            x[at], ~holes[at], order or model.orders[0], given, missing=missing
-        )
+        filled[at] = model.fill(x[at], ~holes[at], order, given, missing=missing)
     return filled.numpy(force=True)
 
 

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from musigma.processes import Processes
     from musigma.spec import Variable
 
-BLOCK = 64
-"""Number of samples that are drawn together."""
+BLOCK, ROWS = 64, 4096
+"""Number of samples that are drawn together: of examples, and of rows of typed columns."""
 
 
 # --- examples from the model ---------------------------------------------------------------------
@@ -121,13 +121,14 @@ def sample(
         what = f"{count(n, 'sample')} at {count(len(values), 'temperature')}"
         trained.wrote(out, what, n=n, temperatures=list(values))
         return
-    share = Share(processes, n, BLOCK)
+    size = BLOCK if trained.spec.schema is None else ROWS
+    share = Share(processes, n, size)
     rows, out = share.rows, share.path(out)
     parts = [torch.empty(0, *trained.shape, dtype=trained.dtype)]
     with trained.screen.progress("sampling") as progress:
-        for start in rows[::BLOCK]:
-            block = slice(start, min(start + BLOCK, rows.stop))
-            noise(common.seed, start // BLOCK)
+        for start in rows[::size]:
+            block = slice(start, min(start + size, rows.stop))
+            noise(common.seed, start // size)
             by, drawn = contexts.rows(context, block), block.stop - start
             x = trained.model.sample(drawn, by, temperature=_scale(scale), mode=mode)
             parts.append(x.cpu())
