@@ -488,7 +488,21 @@ def test_evaluate_with_labels(here, answer, capsys):
     assert "fpr: 0.001 cannot be promised" in err
 
 
-def test_rows_that_calibrate_are_not_evaluated(here, answer):
+def test_labels_in_a_typed_table(here, answer):
+    lines = Path("orders.csv").read_text().splitlines()
+    label = [i % 10 == 3 for i in range(300)]
+    lines = [f"{line},{mark}" for line, mark in zip(lines, ["label", *label], strict=True)]
+    Path("label.csv").write_text("\n".join(lines))
+    Path("fraud.csv").write_text("\n".join(lines).replace("label", "fraud"))
+    found = answer("evaluate table label.csv --labels label --fpr 0.05 --orders 2")
+    assert found["anomaly"] == "label = True"
+    assert (found["detection"]["normal"], found["detection"]["anomalies"]) == (270, 30)
+    assert found["detection"]["auroc"]["value"] > 0.95
+    again = answer("evaluate table fraud.csv --labels fraud --fpr 0.05 --orders 2")
+    assert again["detection"] == found["detection"]
+
+
+def test_rows_that_calibrate_are_not_evaluated(here, answer, capsys):
     data = load("images.npz").split("held-out")
     found = answer("evaluate vae images.npz --labels label --anomaly 1 --fpr 0.3")
     n = found["detection"]["normal"] + found["detection"]["anomalies"]
@@ -496,6 +510,8 @@ def test_rows_that_calibrate_are_not_evaluated(here, answer):
     assert n + found["calibration"]["n"] == len(data)
     assert found["calibration"]["rows"].startswith("half of held-out of ")
     assert min(n, found["calibration"]["n"]) > len(data) / 4
+    call("evaluate vae images.npz --labels label --anomaly 1 --fpr 0.3")
+    assert "calibration rows are anomalies, so fewer rows are flagged" in capsys.readouterr().err
 
 
 def test_a_table_says_why(here, answer, capsys):

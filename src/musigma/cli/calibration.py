@@ -190,7 +190,9 @@ class Labeled:
         beside = is_source(labels)
         everything = dataclasses.replace(options, split="all")
         column = None if beside or labels == "label" else labels
-        found = trained.data(source, everything, column=column)
+        typed = trained.spec.schema is not None  # whose labels are read where they are wanted
+        wanted = "label" if typed and labels == "label" else column
+        found = trained.data(source, everything, column=wanted)
         if beside:
             known = set(found.given)
             found = attach(found, labels, allow_constant=True)

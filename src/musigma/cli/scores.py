@@ -249,7 +249,13 @@ def evaluate(
         by = Calibration.read(trained, calibrate, on.options, rates or (), half)
         trained.part = part
         if half:
-            labeled = labeled.subset(~calibrates(labeled.rows))
+            others = calibrates(labeled.rows)
+            if strange := int(labeled.anomaly[others].sum()):
+                trained.screen.note(
+                    f"{strange:,} of {count(int(others.sum()), 'calibration row')} are anomalies, "
+                    "so fewer rows are flagged than was promised"
+                )
+            labeled = labeled.subset(~others)
         figure, lines, more = _detected(trained, labeled, by, rates, k, on.options, processes)
     leave()
     trained.screen.result(

@@ -119,8 +119,8 @@ class Trained:
             source: A path, a URL or a name.
             options: How to read them, and the part.
             label: The class of all examples; by default as in the data.
-            column: A column of the table to read beside those of the model, as a variable of
-                `Dataset.given`.
+            column: A column of the table to read beside those of the model: `label`, or another
+                one, as a variable of `Dataset.given`.
         """
         from musigma import data
         from musigma.data.attach import is_source
@@ -152,12 +152,14 @@ class Trained:
             self.screen.note(note)
         found = self._labeled(loaded, label)
         check(self.model, found)
-        if column is not None:  # it is no part of what a run recognizes its data by
+        plain = loaded
+        if column is not None and column not in self.given:  # the run may know its data without
             given = {name: v for name, v in loaded.given.items() if name != column}
-            loaded = dataclasses.replace(loaded, given=given)
-        same = data.digest(loaded) == saved.get("digest")
+            labels = None if column == "label" else loaded.labels
+            plain = dataclasses.replace(loaded, given=given, labels=labels)
+        same = saved.get("digest") in (data.digest(loaded), data.digest(plain))
         seen = self.seen = same or (there is not None and Path(here).is_relative_to(there))
-        if here == there and not same and saved.get("digest"):
+        if here == there and not same and saved.get("digest") and column is None:
             self.screen.note(f"{source} has changed since this model was trained on it")
         self.part = options.split or ("held-out" if seen else "all")
         return found.split(self.part)
