@@ -221,6 +221,18 @@ def test_the_wrong_value_is_named():
         assert text.startswith(f"{name} = 30.00 (expected -1.")
 
 
+def test_values_that_training_never_saw_are_named():
+    model, rows = mixed()
+    strange = rows[1:4].copy()
+    strange[0, 3], strange[1, 2], strange[2, 0] = 3, 1e6, math.nan
+    found = questions.explain(model, strange, 1)
+    assert found.columns[:2] == [[3], [2]]
+    assert found.because[0][0].startswith("color = an unknown level (expected ")
+    assert found.because[1][0].startswith("price = 1000000.0 (expected ")
+    assert np.isfinite(found.surprise).all()
+    assert found.surprise[:2].max(1).min() > 3
+
+
 def test_values_are_written_in_words():
     assert written(Column("c", "category", LEVELS), 1) == "green"
     assert written(Column("c", "category", LEVELS), 3) == "an unknown level"
@@ -343,6 +355,14 @@ def test_a_condition_is_refused_with_the_reason(text, reason):
     with pytest.raises(ValueError, match=r"^where:") as caught:
         Condition.parse(text, MEASURED)
     assert any(part in str(caught.value) for part in reason.split("|"))
+
+
+def test_names_of_columns_are_any_text():
+    names = ["a`b", "in", "true", "1", "zip code", "größe", "x.y"]
+    schema = Schema([Column(name) for name in names])
+    quoted = ["`a``b`", "`in`", "`true`", "`1`", "`zip code`", "größe", "x.y"]
+    text = " and ".join(f"{name} > {i}" for i, name in enumerate(quoted))
+    assert list(Condition.parse(text, schema).allowed) == list(range(len(names)))
 
 
 def test_all_faults_of_a_condition_are_named():

@@ -14,6 +14,7 @@ import torch
 
 from musigma import build, checkpoint, questions
 from musigma.cli import main
+from musigma.conditions import Condition
 from musigma.data import load
 
 TABLE = "age,country,joined,height,vip\n"
@@ -38,7 +39,12 @@ def home(tmp_path_factory):
     (home / "people.csv").write_text(people(500))
     data = load(home / "people.csv", schema="infer")
     generator = torch.Generator().manual_seed(0)
+    (home / "classes.csv").write_text(
+        "a,b,label\n" + "".join(f"{i % 7},{'xyz'[i % 3]},{'pq'[i % 2]}\n" for i in range(60))
+    )
+    classes = load(home / "classes.csv", schema="infer", given=["label"])
     for name, model in (
+        ("classes", build("table", classes.spec(["label"]), hidden=16, blocks=1)),
         ("run", build("table", data.spec(), hidden=16, blocks=1)),
         ("flow", build("nsf", (2,), bits=None, hidden=8, depth=1)),
     ):
@@ -86,11 +92,24 @@ def test_sample_where(call):
 
 
 def test_what_is_said_of_samples(call, capsys):
-    main(["sample", "run", "--where", "height is missing", "--out", "x.csv", "--n", "7"])
+    where = "height > 170.25 and height < 170.75"
+    main(["sample", "run", "--where", where, "--out", "x.csv", "--n", "70"])
     out = capsys.readouterr().out
-    assert out.startswith("7 samples; P(where) = 0.")
+    assert out.startswith("70 samples; P(where) = 0.")
     assert "all rows have the same weight: x.csv" in out
-    assert load("x.csv", schema=checkpoint.load("run/model.safetensors").spec.schema).array.shape
+    schema = checkpoint.load("run/model.safetensors").spec.schema
+    assert Condition.parse(where, schema).holds(load("x.csv", schema=schema).array).all()
+
+
+def test_a_class_is_chosen_beside_a_condition(call):
+    found = [
+        call("sample", "classes", "--where", "a > 2", "--label", label, "--out", "x.csv")
+        for label in "pqp"
+    ]
+    assert found[0]["probability"] != found[1]["probability"]
+    assert found[0]["probability"] == found[2]["probability"]
+    with open("x.csv", newline="") as file:
+        assert all(int(row["a"]) > 2 and row["b"] in "xyz" for row in csv.DictReader(file))
 
 
 def test_given_rows_are_completed(call):
@@ -160,6 +179,8 @@ FAULTS = {
         "where: for models of `musigma train t",
     ),
     "other model 2": ("impute flow people.csv --out x.csv", "impute: for models of `musigma"),
+    "no class": ("sample classes --where a>2 --out x.csv", r"where: .*label; choose one class"),
+    "conditional": ("impute classes classes.csv --out x.csv", "impute: .* conditioned on label"),
     "no rows": ("impute run people.csv --n 0 --out x.csv", "n: expected 1 or more; got 0"),
     "kind": ("impute run people.csv --out x.npy", r"out: expected a .csv or .parquet file"),
     "summary": ("impute run people.csv --out x.csv --summary s.csv", "summary: it needs several"),

@@ -25,7 +25,7 @@ KEYWORDS = ("and", "or", "not", "in", "is", "between", "missing", "null", "true"
 TOKEN = re.compile(
     r"""\s*(?:
     (?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
-    |`(?P<quoted>[^`]+)`
+    |`(?P<quoted>(?:[^`]|``)+)`
     |(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.]))
     |(?P<word>[^\W\d][\w.]*)
     |(?P<sign>==|!=|<=|>=|[<>()\[\],=&|~!])
@@ -443,6 +443,7 @@ class _Parser:
         if kind not in ("word", "quoted") or (kind == "word" and name.lower() in KEYWORDS):
             raise self._wrong(start, "needs the name of a column")
         self.at += 1
+        name = name.replace("``", "`") if kind == "quoted" else name
         if name in self.schema.names:
             return self.schema.index(name)
         near = _near(name, self.schema.names)

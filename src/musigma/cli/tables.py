@@ -40,8 +40,9 @@ def sample_where(trained: Trained, where: str, n: int, label: str | None, out: P
                 "where: the model is conditioned on "
                 f"{', '.join(v.name for v in trained.spec.context)}; choose one class (--label)"
             )
-        assert isinstance(trained.model, Conditional)  # it embeds the context
-        context = trained.model.embedded(trained.context(1, label))
+        context = trained.class_rows(1, label)
+        if isinstance(trained.model, Conditional):
+            context = trained.model.embedded(context)
     found = questions.sample_where(model, where, n, context)
     trained.write(torch.from_numpy(found.rows), out)
     error = f" ± {found.standard_error:.2g}" if found.standard_error else ""
