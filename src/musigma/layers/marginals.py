@@ -71,8 +71,9 @@ class Marginals(Layer):
     (`Column.missing`) is integrated out: any point of the unit interval stands for it.
 
     `generate` inverts `infer` up to the rounding of y: what has a probability is restored exactly
-    if its interval is wider than that. Samples lie in the range of the training rows, on the grid
-    of their columns, and contain no unknown levels. Numbers are float64 inside.
+    if its interval is wider than that. Samples of rows with a schema lie in the range of the
+    training rows, on the grid of their columns, and contain no unknown levels. Numbers are float64
+    inside.
 
     Args:
         columns: The columns, measured on the training rows; rows are float64 (B, D), as
@@ -146,7 +147,7 @@ class Marginals(Layer):
             assert self.tables is not None
             trace.q(self, self.noise(z), self.tables.down(z.double())[1].to(z))
         encoded = bool(trace.given) and self not in trace.below
-        if self.tables is None or trace.scoring or encoded:
+        if self.tables is None or not self.typed or trace.scoring or encoded:
             return x
         return self.tables.seen(x)
 
