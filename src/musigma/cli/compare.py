@@ -8,6 +8,7 @@ from typing import Annotated
 from musigma.cli.options import INSPECT, Argument, Common, app, at_least_one
 from musigma.cli.outputs import check_out
 from musigma.cli.screen import Screen
+from musigma.cli.threads import Threads
 
 
 @app.command(group=INSPECT)
@@ -38,9 +39,11 @@ def compare(
     from musigma import comparison
     from musigma.files import replacing
 
+    threads = Threads()
     at_least_one(rows=rows)
     if html is not None:
         check_out(html, ".html")
+    threads.choose()
     screen = Screen(common)
     with screen.progress("comparing") as progress:
         result = comparison.compare(

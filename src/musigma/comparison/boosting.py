@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from musigma.data.errors import missing
 from musigma.schema import Column, Schema
 
-__all__ = ["classifier", "features", "regressor", "sample"]
+__all__ = ["classifier", "features", "merged", "regressor", "sample", "threads"]
 
 MOST_LEVELS = 250
 """Levels of a category that trees see; further ones are one level to them."""
@@ -64,6 +66,24 @@ def classifier(schema: Schema, seed: int) -> Any:
 def regressor(schema: Schema, seed: int) -> Any:
     """A gradient boosting regression on rows with these columns, unfitted."""
     return _sklearn().HistGradientBoostingRegressor(**_options(schema, seed))
+
+
+@contextmanager
+def threads() -> Iterator[None]:
+    """Let trees use as many threads as torch does.
+
+    Their threads wait for each other, spinning: with more of them than free cores, a fit takes
+    many times as long.
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:  # it comes with scikit-learn
+        yield
+        return
+    import torch
+
+    with threadpool_limits(torch.get_num_threads(), user_api="openmp"):
+        yield
 
 
 def _options(schema: Schema, seed: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from musigma.comparison.boosting import classifier, features, sample
+from musigma.comparison.boosting import classifier, features, sample, threads
 from musigma.evaluation.intervals import Interval, area, normal, share
 from musigma.schema import Schema
 
@@ -42,6 +42,7 @@ class TwoSamples:
     columns: dict[str, float]
 
 
+@threads()
 def c2st(
     first: np.ndarray,
     second: np.ndarray,

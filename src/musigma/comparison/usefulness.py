@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from musigma.comparison.boosting import classifier, features, merged, regressor, sample
+from musigma.comparison.boosting import classifier, features, merged, regressor, sample, threads
 from musigma.comparison.two_samples import LEAST, check_rows
 from musigma.evaluation.intervals import Interval, area, normal
 from musigma.schema import Schema
@@ -46,6 +46,7 @@ Terms = tuple[str, float, np.ndarray]
 """A measure, its value, and the deviation from it that every test row accounts for."""
 
 
+@threads()
 def usefulness(
     synthetic: np.ndarray,
     train: np.ndarray,
