@@ -4,6 +4,8 @@ import datetime
 import decimal
 import gzip
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -112,7 +114,17 @@ def test_dates_keep_their_format(tmp_path):
 
 WHOLE = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 TYPES = [*WHOLE, "float", "double", "grid", "short", "decimal", "bool", "string", "large_string"]
-TYPES += ["string_view", "dictionary", "ordered", "numbers", "date32", "date64", "zone"]
+TYPES += [
+    "string_view",
+    "date text",
+    "time text",
+    "dictionary",
+    "ordered",
+    "numbers",
+    "date32",
+    "date64",
+    "zone",
+]
 TYPES += ["time s", "time ms", "time us", "time ns"]
 INSTANTS = st.datetimes(datetime.datetime(1900, 1, 1), datetime.datetime(2200, 1, 1))
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=5)
@@ -149,6 +161,9 @@ def arrow_columns(draw, n):
         return pa.array(some(INSTANTS.map(datetime.datetime.date)), pa.date32())
     if kind == "date64":
         return pa.array(some(INSTANTS.map(datetime.datetime.date)), pa.date64())
+    if kind.endswith("text"):
+        form = "%d.%m.%Y" if kind == "date text" else "%Y-%m-%dT%H:%M:%S.%fZ"
+        return pa.array(some(INSTANTS.map(lambda t: t.strftime(form))), pa.string())
     if kind == "zone":
         return pa.array(some(INSTANTS), pa.timestamp("us", "Europe/Rome"))
     if kind.startswith("time "):
@@ -311,6 +326,26 @@ def test_other_faults(tmp_path):
             load_text(text, tmp_path / "t.csv")
 
 
+def test_sources_that_are_no_tables():
+    frame = people(30).to_pandas()
+    for source in (frame["age"], [[1.5, 2]], None):
+        with pytest.raises(
+            musigma.data.DataError, match=f"source is of type {type(source).__name__}"
+        ):
+            musigma.data.load(source, schema="infer")
+    with pytest.raises(musigma.data.DataError, match="several columns are called 'age'"):
+        musigma.data.load(frame.rename(columns={"city": "age"}), schema="infer")
+    with pytest.raises(musigma.data.DataError, match="columns of one length"):
+        musigma.data.load({"a": [1, 2, 3], "b": [1, 2]}, schema="infer")
+    spans = frame.assign(span=frame["seen"] - frame["seen"].min(), list=[[1]] * 30)
+    with pytest.raises(musigma.data.DataError) as error:
+        musigma.data.load(spans, schema="infer")
+    assert "'span' is duration" in str(error.value)
+    assert "'list' is list<" in str(error.value)
+    records = frame[["age", "price"]].to_records(index=False)
+    assert musigma.data.load(np.asarray(records), schema="infer").columns == ("age", "price")
+
+
 def test_ten_thousand_categories_and_columns():
     random = np.random.default_rng(0)
     words = np.array([f"word {i}" for i in range(10_000)])
@@ -341,6 +376,27 @@ def test_missing_values_are_modeled_or_ignored():
     assert [c.missing for c in modeled.schema.columns] == [j in (1, 5) for j in range(9)]
     assert not any(c.missing for c in ignored.schema.columns)
     np.testing.assert_array_equal(modeled.x, ignored.x)
+
+
+@pytest.mark.slow
+def test_a_million_rows_take_less_than_two_gigabytes(tmp_path):
+    random, n = np.random.default_rng(0), 1_000_000
+    words = np.array([f"word {i}" for i in range(10_000)])
+    columns = {f"x{j}": random.normal(size=n) for j in range(20)}
+    columns |= {f"k{j}": random.integers(0, 5000, n) for j in range(6)}
+    columns |= {f"w{j}": words[random.integers(0, 10 ** (j + 1), n)] for j in range(4)}
+    parquet.write_table(pa.table(columns), tmp_path / "big.parquet")
+    code = """
+import resource, sys
+import musigma
+data = musigma.data.load(sys.argv[1], schema="infer")
+assert data.spec().schema.columns[0].measured.rows > 800_000
+print(data.shape, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "big.parquet")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.startswith("(30,)")
+    assert float(out.split()[-1]) < 1.2, "GiB"
 
 
 # Schema files ------------------------------------------------------------------------------------

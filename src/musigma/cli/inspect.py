@@ -144,7 +144,7 @@ def schema(
         found = data.load(source, schema=schema or "infer", skip_bad=True, progress=progress)
     if found.schema is None:
         raise ValueError(f"data: {source} holds no table, and images have no columns")
-    text = data.toml(found)
+    text = data.schema_toml(found)
     answer = {"columns": data.describe(found)["schema"], "notes": list(found.notes)}
     if out is None:
         screen.result(answer, text.rstrip())

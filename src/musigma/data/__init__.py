@@ -7,7 +7,7 @@ from musigma.data.errors import DataError
 from musigma.data.raw import Progress
 from musigma.data.readers import identity, load
 from musigma.data.sampling import Part, batch_indices
-from musigma.data.schemas import toml
+from musigma.data.schemas import schema_toml
 from musigma.data.summary import describe, summary
 
 __all__ = [
@@ -25,6 +25,6 @@ __all__ = [
     "given_rows",
     "identity",
     "load",
+    "schema_toml",
     "summary",
-    "toml",
 ]

@@ -17,7 +17,7 @@ import numpy as np
 from musigma.data import columns
 from musigma.data.cache import blocks, facts
 from musigma.data.dataset import Dataset, Given, Hashes
-from musigma.data.errors import listing, named, printable
+from musigma.data.errors import all_faults, listing, named, printable
 from musigma.data.raw import Request, as_labels
 from musigma.data.tables import (
     LABEL_NAMES,
@@ -312,10 +312,12 @@ def typed(table: Table, request: Request) -> Dataset:
             value = None if isinstance(cells, Words) else float(cells[i])
             wrong.update([table.fault(i, j, value)])
     if faults:
-        advice = "drop or repair them, or pass --skip-bad to leave them out"
         every = {**faults, **wrong}
+        if len(every) == 1:
+            raise request.error(all_faults(every, "columns", len(names)))
         raise request.error(
-            f"{len(every)} columns or cells cannot be used; {advice}:\n{listing(every)}"
+            f"{len(every)} columns or cells cannot be used; drop or repair them, or pass "
+            f"--skip-bad to leave them out:\n{listing(every)}"
         )
     good = np.flatnonzero(~bad)
     request.refuse(wrong, "rows", total, total - len(good))

@@ -219,8 +219,9 @@ class _Content:
         """The format and the step of dates, or of dates with times."""
         if not self.is_words and self.table.kinds[self.j] != "time":
             raise _Unusable(f"holds numbers, and cannot be a {kind}")
-        seconds = self.finite
-        if self.is_words:
+        if not self.is_words:
+            seconds = self.finite
+        else:
             try:
                 found = times.format_of(list(self.texts)) if form is None else None
             except ValueError as error:

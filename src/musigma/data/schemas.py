@@ -16,7 +16,7 @@ from musigma.data.summary import column_lines
 from musigma.data.tables import text_of
 from musigma.schema import Kind, Schema
 
-__all__ = ["as_schema", "toml"]
+__all__ = ["as_schema", "schema_toml"]
 
 KEYS = {
     "kind": (str, f"one of {', '.join(get_args(Kind))}"),
@@ -141,7 +141,7 @@ def _of_sdv(plain: Any, where: str) -> dict[str, Draft]:
     return drafts
 
 
-def toml(dataset: Dataset) -> str:
+def schema_toml(dataset: Dataset) -> str:
     """The schema of a data set as the text of a `schema.toml`, with comments.
 
     What was left out follows as comments.

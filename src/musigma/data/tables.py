@@ -290,7 +290,7 @@ class Table(ABC):
 def names_rows(table: Table, j: int) -> bool:
     """Whether a column names the rows: all its cells differ, and it is text, or called an id."""
     kind, called = table.kinds[j], is_called_id(table.names[j])
-    if kind == "empty" or (kind == "number" and not called):
+    if kind in ("empty", "other") or (kind == "number" and not called):
         return False
     texts = table.cells(j, LOOKED_AT)
     whole = kind == "text" or all(map(WHOLE.fullmatch, texts))

@@ -164,7 +164,7 @@ def _read_memory(source: Any, request: Request) -> Dataset:
     """Arrays and frames; or several files."""
     if isinstance(source, (list, tuple)) and source and isinstance(source[0], (str, Path)):
         return _read_shards([Path(part).expanduser() for part in source], request)
-    if isinstance(source, np.ndarray) and not source.dtype.names:
+    if isinstance(source, np.ndarray) and source.dtype.kind not in "OVSU":
         return of_array(source, request)
     return assemble(frame(source, request), request)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from musigma.data.assembly import refuse_twice
 from musigma.data.cache import float32
-from musigma.data.errors import damage, first_line, missing
+from musigma.data.errors import DataError, damage, first_line, listing, missing
 from musigma.data.raw import Request, allocate
 from musigma.data.tables import LOOKED_AT, Content, Table, is_number, text_of
 from musigma.data.times import DAY, written
@@ -40,6 +41,7 @@ class Arrow(Table):
         types = pyarrow(request.where).types
         self.request, self.rows = request, rows
         self.names = tuple(n for n in schema.names if not n.startswith("__index_level_"))
+        refuse_twice(self.names, request)
         self.kinds, self.storage = [], []
         for name in self.names:
             kind = schema.field(name).type
@@ -156,26 +158,41 @@ def read_arrow(path: Path, request: Request) -> Frame:
 
 
 def frame(source: Any, request: Request) -> Frame:
-    """A frame of pandas, polars or another library, columns by name, or an Arrow table.
+    """A frame of pandas, polars or another library, an Arrow table, or columns by name.
 
     Raises:
-        DataError: If it has no columns of Arrow types; those of pandas that mix types are named.
+        DataError: If it is none of these, or columns have no type, which are all named.
     """
     pa = pyarrow("frames:")
+    columns: list[tuple[str, Any]] = []
     if hasattr(source, "columns") and hasattr(source, "iloc"):  # pandas, whose index has no place
-        source = {str(name): source.iloc[:, j] for j, name in enumerate(source.columns)}
-    if isinstance(source, Mapping):
-        columns, faults = {}, {}
-        for name, values in source.items():
-            try:
-                columns[name] = pa.array(values, from_pandas=True)
-            except (pa.ArrowException, TypeError, ValueError) as error:
-                faults[name] = first_line(error)
-        if faults:
-            raise request.error(f"{len(faults)} columns cannot be read: {faults}")
-        return Frame(pa.table(columns), request)
-    with damage(request.where):
-        return Frame(pa.table(source), request)
+        columns = [(str(name), source.iloc[:, j]) for j, name in enumerate(source.columns)]
+    elif isinstance(source, Mapping):
+        columns = [(str(name), values) for name, values in source.items()]
+    elif isinstance(source, np.ndarray):
+        names = source.dtype.names or ()
+        columns = [(name, source[name]) for name in names]
+        columns = columns or [(f"x{j}", values.tolist()) for j, values in enumerate(source.T)]
+    if not columns:
+        try:
+            return Frame(pa.table(source), request)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise DataError(
+                f"source is of type {type(source).__name__}: give a path, a table of named "
+                "columns, or an array (N, D)"
+            ) from error
+    arrays, faults = [], {}
+    for name, values in columns:
+        try:
+            arrays.append(pa.array(values, from_pandas=True))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            faults[f"column {name!r}"] = f"has values of several types ({first_line(error)})"
+    if faults:
+        raise request.error(f"{len(faults)} columns cannot be read:\n{listing(faults)}")
+    try:
+        return Frame(pa.table(arrays, [name for name, _ in columns]), request)
+    except pa.ArrowInvalid as error:
+        raise request.error(f"{first_line(error)}: give columns of one length") from error
 
 
 def type_of(storage: str) -> Any:
