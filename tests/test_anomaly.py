@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from musigma import anomaly, checkpoint, evaluation
+from musigma import anomaly, checkpoint, evaluation, questions
 from musigma.cli import main
 from musigma.data import load
 from musigma.evaluation.intervals import average_precision, exact_share
@@ -529,8 +529,16 @@ def test_a_table_says_why(here, answer, capsys):
     assert "p_value" not in cells("s.csv")
     assert sum(map(bool, cells("s.csv")["because"])) > 200, "most rows are, in something, unusual"
     one = np.array(cells("s.csv")["nats"], float)
-    call("score table orders.csv --orders 3 --out s.csv")
-    assert 0.001 < np.abs(np.array(cells("s.csv")["nats"], float) - one).max() < 5
+    found = answer("score table orders.csv --orders 3 --out s.csv")
+    model = checkpoint.load("table/model.safetensors").eval()
+    data = load("orders.csv", schema=model.spec.schema)
+    expected = questions.score(model, data.x, questions.orders(model, 3))
+    table = {name: np.array(cells("s.csv")[name], float) for name in ("nats", "spread")}
+    np.testing.assert_allclose(table["nats"], -expected.mixture, rtol=1e-5)
+    np.testing.assert_allclose(table["spread"], expected.spread, atol=1e-4)
+    assert found["spread"] == pytest.approx(expected.spread.mean(), rel=1e-3)
+    assert 0.001 < np.abs(table["nats"] - one).max() < 5
+    assert answer("evaluate table orders.csv --orders 3")["nats"] == pytest.approx(found["nats"])
 
 
 def test_categories_that_training_lacked(here, answer, capsys):

@@ -118,7 +118,7 @@ def score(
         lines[0], answer = f"{lines[0]}: {out}", {"out": str(out), **answer}
         table = example_columns(found, share.rows)
         for name, values in columns.items():
-            if trained.spec.schema is None or name == "nats":  # of typed columns, nats is all
+            if trained.spec.schema is None or name in ("nats", "spread"):  # not those terms
                 table |= {name: values} | (beside if name == "nats" else {})
         write_rows(out, [table])
     trained.screen.result(answer, "\n".join(lines))
@@ -138,6 +138,9 @@ def _summary(
         mean, highest, lowest = (float(f(columns[name])) for f in (np.mean, np.max, np.min))
         figures = f", {lowest:.4f} to {highest:.4f} {unit}, mean {mean:.4f} ({bound})"
     fields = {name: mean, "highest": highest, "lowest": lowest, "bound": bound}
+    if "spread" in columns:
+        fields["spread"] = float(np.mean(columns["spread"])) if n else None
+        figures += f", differing by {fields['spread']:.4f} between orders" if n else ""
     return [f"{count(n, 'score')}{figures}{share}"], {"n": n, **share.fields, **fields}
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
+from musigma.any_order import AnyOrder
+from musigma.conditional import Conditional
 from musigma.context import Context
 from musigma.data import Dataset
 from musigma.evaluation.diagnostics import ACTIVE
@@ -55,7 +57,9 @@ def score(
 
     Returns:
         Columns of length N: `bits_per_dim` and `nats` (-log p or its upper bound); and, from one
-        draw, `log_px`, `rate`, and `kl_0`, `kl_1`, ... of each latent, top first, in nats.
+        draw, `log_px`, `rate`, and `kl_0`, `kl_1`, ... of each latent, top first, in nats. For a
+        mixture of several orders of the columns also `spread`, the standard deviation of the nats
+        of one order.
 
     Raises:
         ValueError: If the data do not fit the model, or k is below 1.
@@ -69,20 +73,37 @@ def score(
     )
     with torch.no_grad(), evaluating(model):
         for x, context in shared:
-            trace = Trace(closed_form=not model.exact)
-            evidence = model(x, context, trace=trace)
-            if k > 1 and not model.exact:
-                nats = -model.iwae(x, k, context)
-            else:  # in float64, so that the rows of the ledger add up to it
-                nats = sum(nats.cpu().double() for _, _, nats in trace.entries())
-            row = {"nats": nats, "log_px": evidence.log_px, "rate": evidence.rate}
-            row |= {f"kl_{i}": column for i, column in enumerate(evidence.kl.unbind(1))}
+            row = _in_orders(model, x, context) or _of_trace(model, x, context, k)
             for name, value in row.items():
                 columns.setdefault(name, []).append(torch.as_tensor(value).cpu().double())
     table = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
     if not table:
         return {}  # more processes than batches
     return {"bits_per_dim": bits_per_dim(table["nats"], math.prod(data.shape)), **table}
+
+
+def _of_trace(model: Model, x: Tensor, context: Context, k: int) -> dict[str, Any]:
+    """The figures of some examples from the terms of one pass."""
+    trace = Trace(closed_form=not model.exact)
+    evidence = model(x, context, trace=trace)
+    if k > 1 and not model.exact:
+        nats = -model.iwae(x, k, context)
+    else:  # in float64, so that the rows of the ledger add up to it
+        nats = sum(nats.cpu().double() for _, _, nats in trace.entries())
+    row = {"nats": nats, "log_px": evidence.log_px, "rate": evidence.rate}
+    return row | {f"kl_{i}": column for i, column in enumerate(evidence.kl.unbind(1))}
+
+
+def _in_orders(model: Model, x: Tensor, context: Context) -> dict[str, Any]:
+    """The figures of rows from a mixture of several orders of the columns; none for one order."""
+    inner, given = model, context
+    if isinstance(model, Conditional):
+        inner, given = model.model, model.embedded(context)
+    if not isinstance(inner, AnyOrder) or len(inner.orders) < 2:
+        return {}
+    each = inner.log_prob_orders(x, inner.orders, given)  # pyright: ignore[reportArgumentType]
+    nats = math.log(each.shape[1]) - each.logsumexp(1)
+    return {"nats": nats, "spread": each.std(1), "log_px": 0 * nats, "rate": nats, "kl_0": nats}
 
 
 def evaluate(
