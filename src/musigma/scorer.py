@@ -7,6 +7,7 @@ any other (docs/engines.md).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,12 @@ class Scorer:
         """Rows of a file or of an Arrow table, as the model takes them."""
         spec = self.model.spec
         assert spec is not None  # every model in a checkpoint has one
-        if spec.schema is not None:
-            return data.load(source, schema=spec.schema, allow_constant=True)
-        return data.load(source, columns=spec.columns or None, allow_constant=True)
+        given = [variable.name for variable in spec.context]
+        if spec.schema is None:
+            how: dict[str, Any] = {"columns": spec.columns or None}
+        else:
+            how = {"schema": spec.schema, "unseen": "probability"}
+        return data.load(source, given=given, allow_constant=True, **how)
 
     # -- batches
 
@@ -189,9 +193,8 @@ class Scorer:
             )
         if isinstance(batch, pa.RecordBatch):
             scores = self(pa.Table.from_batches([batch]))
-            return pa.RecordBatch.from_arrays(
-                [pa.concat_arrays(column.chunks) for column in scores.columns], scores.schema
-            )
+            whole = [column.combine_chunks() for column in scores.columns]
+            return pa.RecordBatch.from_arrays(whole, schema=scores.schema)
         columns = self._kept(batch)
         columns["nats"] = pa.array(self._nats(batch), pa.float64())
         if self.calibration is not None:
@@ -203,16 +206,13 @@ class Scorer:
 
     def _kept(self, batch: Any) -> dict[str, Any]:
         """The columns to keep."""
-        import pyarrow as pa
-
         names = list(getattr(batch, "column_names", None) or batch.columns)
         if missing := [name for name in self.keep if name not in names]:
             raise ValueError(
                 f"keep: expected columns of the batch, {', '.join(map(str, names))}; got "
                 f"{', '.join(missing)}"
             )
-        kept = {name: batch[name] for name in self.keep}
-        return {n: c if isinstance(c, pa.ChunkedArray) else pa.array(c) for n, c in kept.items()}
+        return {name: _arrow(batch[name]) for name in self.keep}
 
     def _nats(self, batch: Any) -> np.ndarray:
         """Scores of a batch, in blocks."""
@@ -235,23 +235,35 @@ class Scorer:
         """The scores of a stream of Arrow batches, as a stream, a `pyarrow.RecordBatchReader`.
 
         Args:
-            source: A `pyarrow.RecordBatchReader`, or whatever has one: a relation of DuckDB, a
-                dataset of Arrow.
+            source: Record batches, one after another; or what hands them out as Arrow does, such
+                as a relation of DuckDB or a dataset of Arrow.
+
+        Raises:
+            ValueError: If there is no batch, so that its columns are unknown.
         """
         import pyarrow as pa
 
-        stream = source if isinstance(source, pa.RecordBatchReader) else _stream(source)
-        schema = self(stream.schema.empty_table()).schema
-        return pa.RecordBatchReader.from_batches(schema, self.batches(stream))
+        if hasattr(source, "scanner"):
+            source = source.scanner().to_reader()
+        elif hasattr(source, "__arrow_c_stream__"):
+            source = pa.RecordBatchReader.from_stream(source)
+        stream = iter(source)
+        first = next(stream, None)
+        columns = getattr(source, "schema", None) or getattr(first, "schema", None)
+        if columns is None:
+            raise ValueError("source: expected batches; got none")
+        schema = self(columns.empty_table()).schema
+        rest = stream if first is None else itertools.chain([first], stream)
+        return pa.RecordBatchReader.from_batches(schema, self.batches(rest))
 
 
-def _stream(source: Any) -> Any:
-    """The batches of a source of Arrow data."""
+def _arrow(column: Any) -> Any:
+    """A column of a table of any kind as an Arrow array."""
     import pyarrow as pa
 
-    if hasattr(source, "scanner"):
-        return source.scanner().to_reader()
-    return pa.RecordBatchReader.from_stream(source)
+    if isinstance(column, (pa.Array, pa.ChunkedArray)):
+        return column
+    return column.to_arrow() if hasattr(column, "to_arrow") else pa.array(column)
 
 
 @functools.lru_cache(maxsize=4)
