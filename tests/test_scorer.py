@@ -259,8 +259,10 @@ def test_duckdb_scores_queries(scorer):
     duckdb = pytest.importorskip("duckdb", reason="needs pip install duckdb")
     frame = people(500, seed=2)
     connection = duckdb.connect()
-    connection.register("people", frame)
-    scores = scorer.reader(connection.cursor().sql("from people where paid"))  # noqa: F841
+    cursor = connection.cursor()
+    cursor.register("everyone", frame)
+    scores = scorer.reader(cursor.sql("from everyone where paid"))
+    connection.register("scores", scores)
     flagged = connection.sql("select key from scores where flag").fetchall()
     paid = scorer(frame[frame.paid])
     assert sorted(key for (key,) in flagged) == sorted(paid.key[paid.flag])
