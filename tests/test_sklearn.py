@@ -344,6 +344,13 @@ def test_tables_of_other_libraries_come_back_as_such(library):
     )
 
 
+def test_columns_that_are_left_out_are_noted(synthesizer, capsys):
+    (note,) = [row["message"] for row in synthesizer.history_ if row["kind"] == "note"]
+    assert "'key'" in note
+    Synthesizer(**TINY, verbose=1).fit(people(100))
+    assert f"Synthesizer: note: {note}" in capsys.readouterr().err
+
+
 def test_a_schema_that_is_given_is_used():
     x = np.random.default_rng(0).integers(0, 3, size=(200, 2)).astype(float)
     schema = Schema([Column("a", "count"), Column("b", "category", ("0", "1", "2"))])

@@ -85,14 +85,16 @@ class Estimator(BaseEstimator, ABC):
         validation_fraction: Share of the rows that chooses the best weights.
         random_state: Seed of weights, batches and the choice of rows, as in scikit-learn.
         device: Name of a torch device; by default the best one available.
-        verbose: 0: silent; 1: a line on stderr for each evaluation and warning; 2: also for
+        verbose: 0: silent; 1: a line on stderr for each note, evaluation and warning; 2: also for
             training steps.
-        watch: Called with every row of the log of training, as in `musigma.fit`.
+        watch: Called with each of these, and with every row of the log of training, as in
+            `musigma.fit`.
 
     Attributes:
         model_: The trained `musigma.Model`: the weights that were best on validation rows.
         schema_: The types of the columns, and their cells.
-        history_: The evaluations on validation rows and the warnings of training, a dict for each.
+        history_: A dict for each note about the table (columns that are left out, say), each
+            evaluation on validation rows, and each warning of training.
         n_features_in_: Number of columns.
         feature_names_in_: Their names, if they are all text.
     """
@@ -156,7 +158,6 @@ class Estimator(BaseEstimator, ABC):
         name, options = self._architecture()
         assert train.schema is not None  # `_read` has read the rows with one
         spec = Spec(train.shape, schema=train.schema.measure(train.x))
-        self.history_: list[dict[str, Any]] = []
         with (
             torch.random.fork_rng(devices=[]),
             tempfile.TemporaryDirectory(prefix="musigma-") as folder,
@@ -181,8 +182,8 @@ class Estimator(BaseEstimator, ABC):
             self.history_.append(dict(row))
         if self.verbose > (row["kind"] == "train"):
             text = row.get("message") or f"{row['nats']:.4f} nats per row"
-            where = f"step {row['step']}, {row['seconds']:.0f} s"
-            sys.stderr.write(f"{type(self).__name__}: {row['kind']}, {where}: {text}\n")
+            where = f", step {row['step']}, {row['seconds']:.0f} s" if "step" in row else ""
+            sys.stderr.write(f"{type(self).__name__}: {row['kind']}{where}: {text}\n")
         if self.watch:
             self.watch(row)
 
@@ -208,20 +209,23 @@ class Estimator(BaseEstimator, ABC):
             how = {"dtype": np.float64, "ensure_all_finite": finite, "ensure_min_samples": least}
             rows: Any = validate_data(self, X, reset=reset, **how)
         if reset:
-            self.kind_ = kind
-        if not kind and schema == "infer":
-            names = getattr(self, "feature_names_in_", [f"x{j}" for j in range(rows.shape[1])])
-            missing = (np.isnan(rows).any(0) & (self.missing == "model")).tolist()
-            schema = Schema(tuple(map(_number, names, missing)))
-        if not kind and not any(c.has_levels for c in schema.columns):
+            self.kind_, self.history_ = kind, []
+        if not kind and self.schema == "infer":
+            if reset:
+                names = getattr(self, "feature_names_in_", [f"x{j}" for j in range(rows.shape[1])])
+                missing = (np.isnan(rows).any(0) & (self.missing == "model")).tolist()
+                schema = Schema(tuple(map(_number, names, missing)))
             return Dataset(rows, columns=schema.names, schema=schema)
-        return data.load(
+        found = data.load(
             rows,
             schema=schema,
             missing=self.missing,
             unseen="probability",
             allow_constant=not reset,
         )
+        for note in found.notes if reset else ():
+            self._log({"kind": "note", "message": note})
+        return found
 
     # -- rows out
 
@@ -242,8 +246,8 @@ class Estimator(BaseEstimator, ABC):
             raise ValueError(f"n_samples: expected 0 or more; got {n}")
         parts = [np.empty((0, self.model_.spec.dims))]
         with self._seeded(random_state):
-            for start in range(0, n, BLOCK):
-                parts.append(draw(min(BLOCK, n - start)).double().numpy(force=True))
+            for start in range(0, n, questions.DRAWN):
+                parts.append(draw(min(questions.DRAWN, n - start)).double().numpy(force=True))
         return np.concatenate(parts)
 
     @contextlib.contextmanager
@@ -621,6 +625,7 @@ class Synthesizer(Estimator):
             where: A condition that all rows satisfy, drawn without rejection: text, as
                 `musigma.conditions.Condition` takes it (``"country == 'FR' and age >= 65"``), or
                 values by column: one, a list of them, or None for a missing value.
+                `musigma.questions.sample_where`, with `model_`, also returns its probability.
             random_state: Seed.
 
         Raises:
