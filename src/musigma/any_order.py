@@ -66,7 +66,10 @@ class AnyOrder(Model):
         hidden: Width of the network.
         blocks: Number of residual blocks, of two layers each.
         embedding: Number of features of a cell in the input.
-        frequencies: Number of sines and cosines of the rank of a value in the input.
+        frequencies: Number of sines and cosines of the rank of a value in the input, each of
+            twice the frequency and half the size of the one before.
+        cosines: Number of cosines over the rank that the logits of a column of numbers consist of
+            (`Binning.basis`).
         subsets: Random subsets with which `estimate` sees each row.
         context: Number of features of the context.
         smoothing: Weight s of the marginal distribution.
@@ -98,6 +101,7 @@ class AnyOrder(Model):
         blocks: int = 3,
         embedding: int = 24,
         frequencies: int = 8,
+        cosines: int = 32,
         subsets: int = 1,
         context: int = 0,
         smoothing: float = 1e-3,
@@ -107,7 +111,7 @@ class AnyOrder(Model):
         self.frequencies, self.subsets, d = frequencies, subsets, len(schema)
         self.orders: list[list[int]] = orders_of(d, 1)
         sizes = self.binning.sizes
-        inputs = embedding + 2 * frequencies + 2
+        inputs = embedding + 2 * frequencies + 3
         self.embed = nn.Embedding(sum(sizes) + 3 * d, embedding)
         self.seen = nn.Parameter(torch.randn(d, inputs, hidden) / math.sqrt(inputs))
         self.unseen = nn.Parameter(torch.randn(d, hidden) / 2)
@@ -121,7 +125,15 @@ class AnyOrder(Model):
             )
             for _ in range(blocks)
         )
-        self.norm, self.head = nn.LayerNorm(hidden), nn.Linear(hidden, sum(sizes))
+        bases = [self.binning.basis(j, cosines) for j in range(d)]
+        self.outputs = [
+            size if basis is None else len(basis) for size, basis in zip(sizes, bases, strict=True)
+        ]
+        self.norm = nn.LayerNorm(hidden)
+        self.head = nn.Linear(hidden, sum(self.outputs), bias=False)
+        self.bias = nn.Parameter(torch.zeros(sum(sizes)))
+        for j, basis in enumerate(bases):
+            self.register_buffer(f"basis_{j}", basis, persistent=False)
         marginals = self.binning.marginals()
         rows = torch.tensor([column.measured.rows for column in schema.columns])
         outside = -(rows + 2).log()
@@ -134,7 +146,8 @@ class AnyOrder(Model):
             self.register_buffer(name, value, persistent=False)
         with torch.no_grad():
             self.head.weight.zero_()
-            self.head.bias.copy_(marginals)
+            self.bias.copy_(marginals)
+            self.embed.weight[: sum(sizes)][self.binning.ordinary()] = 0
 
     # -- the network
 
@@ -152,8 +165,10 @@ class AnyOrder(Model):
         beyond = len(self.log_marginal) + 3 * d - 1
         cell = self.embed(torch.where(code >= 0, self.starts[which] + code, beyond - code))
         rank = binning.rank(x, code)[..., None].to(cell)
-        angle = rank * math.pi * 2 ** torch.arange(self.frequencies, device=x.device)
-        return torch.cat([cell, rank, angle.sin(), angle.cos(), torch.ones_like(rank)], -1)
+        double = 2.0 ** torch.arange(self.frequencies, device=x.device)
+        waves = torch.cat([(math.pi * rank * double).sin(), (math.pi * rank * double).cos()], -1)
+        waves = waves / double.repeat(2)
+        return torch.cat([cell, rank, binning.quantile(rank), waves, torch.ones_like(rank)], -1)
 
     def _given(self, context: Tensor | None) -> Tensor:
         return self.unseen.new_zeros(1) if self.context is None else self.context(context)
@@ -205,8 +220,15 @@ class AnyOrder(Model):
 
     def logits(self, state: Tensor, j: int) -> Tensor:
         """Logits of the cells of column j, (B, cells), from a state."""
-        part = slice(int(self.starts[j]), int(self.starts[j]) + self.binning.sizes[j])
-        return F.linear(state, self.head.weight[part], self.head.bias[part]).float()
+        start = sum(self.outputs[:j])
+        part = F.linear(state, self.head.weight[start : start + self.outputs[j]])
+        return self._over_cells(part, j)
+
+    def _over_cells(self, outputs: Tensor, j: int) -> Tensor:
+        """Logits of the cells of column j from the outputs of the network for it."""
+        basis: Tensor | None = getattr(self, f"basis_{j}")
+        bias = self.bias[int(self.starts[j]) :][: self.binning.sizes[j]]
+        return (outputs if basis is None else outputs @ basis.to(outputs)).float() + bias
 
     def log_cells(self, state: Tensor, j: int) -> Tensor:
         """Log probabilities of the cells of column j given what is seen, (B, cells)."""
@@ -258,7 +280,8 @@ class AnyOrder(Model):
         place = torch.rand(k, *x.shape, device=x.device).masked_fill(absent, 2)
         seen = place.argsort(2).argsort(2) < count
         state = self._masked(self.features(x, code), seen, self._given(context))
-        logits = self.head(state.flatten(0, 1)).float().split(self.binning.sizes, 1)
+        outputs = self.head(state.flatten(0, 1)).split(self.outputs, 1)
+        logits = [self._over_cells(part, j) for j, part in enumerate(outputs)]
         nats = self._log_density(logits, x.repeat(k, 1), code.repeat(k, 1)).unflatten(0, (k, n))
         return (torch.where(seen, 0.0, nats).sum(2) * (d / (d - count))[..., 0]).mean(0)
 

@@ -167,12 +167,22 @@ class Column:
         numerator, denominator = fraction(self.step)
         return np.rint(values / self.step) * numerator / denominator
 
-    def measure(self, values: np.ndarray, most: int = 128, *, atoms: bool = True) -> Column:
+    def measure(
+        self, values: np.ndarray, most: int | None = None, *, atoms: bool = True
+    ) -> Column:
         """This column with cells for training values (N,), NaN where missing.
 
         Most intervals hold equal shares of the rows; towards both ends the shares shrink, so that
         the tails are resolved. Values that many rows share are atoms, unless `atoms` is false.
+
+        Args:
+            values: The training values.
+            most: About the largest number of intervals; by default the square root of the number
+                of rows, from 16 to 128.
+            atoms: Whether a value that many rows share is an atom.
         """
+        if most is None:
+            most = min(128, max(16, math.isqrt(len(values))))
         present = np.sort(values[~np.isnan(values)])
         if self.has_levels:
             counts = np.bincount(present.astype(np.int64), minlength=len(self.levels))
@@ -302,7 +312,7 @@ class Schema:
             raise ValueError(f"column: expected one of {', '.join(self.names)}; got {name!r}")
         return self.names.index(name)
 
-    def measure(self, rows: np.ndarray, most: int = 128, *, atoms: bool = True) -> Schema:
+    def measure(self, rows: np.ndarray, most: int | None = None, *, atoms: bool = True) -> Schema:
         """The schema with cells for training rows, float64 (N, D)."""
         return Schema(
             tuple(c.measure(rows[:, j], most, atoms=atoms) for j, c in enumerate(self.columns))

@@ -14,6 +14,10 @@ from musigma.schema import Column, Schema, fraction
 __all__ = ["Binning", "Tables", "multiples"]
 
 
+FARTHEST = 1e-3
+"""Share of the rows at each end of a column that have the same normal quantile."""
+
+
 def multiples(steps: Tensor, grid: float) -> Tensor:
     """Multiples of a grid; those of 0.01 are the numbers that two decimals write."""
     numerator, denominator = fraction(grid)
@@ -145,6 +149,11 @@ class Binning:
         rank = start + self.place(x, code) * mass
         return torch.where(inside, rank, torch.where(code == self.above, 1.0, 0.0)).float()
 
+    @staticmethod
+    def quantile(rank: Tensor) -> Tensor:
+        """The normal quantile of a rank, bounded at both ends."""
+        return torch.special.ndtri(rank.clamp(FARTHEST, 1 - FARTHEST))
+
     def log_density(self, x: Tensor, code: Tensor) -> Tensor:
         """Log density of every value given its code, nats (B, D): a probability if discrete.
 
@@ -165,6 +174,38 @@ class Binning:
         outside = torch.where(t["levels"], 0.0, outside)
         zero = torch.zeros_like(within)
         return torch.where(inside, within, torch.where(above | below, outside, zero)).float()
+
+    def basis(self, j: int, cosines: int) -> Tensor | None:
+        """Functions of the codes of column j that a smooth distribution is made of, (R, codes).
+
+        With u the share of training rows below the middle of a cell and z its normal quantile,
+        they are z, (z² - 1) / √2, and √2 cos(π k u) / k for k = 1, ..., `cosines`: a conditional
+        that is normal in z takes two of them, and finer detail has to be learned against 1 / k.
+        Atoms and missing have a function of their own. It is None for a column of levels, each of
+        which has one.
+        """
+        t, column, size = self.tensors, self.schema.columns[j], self.sizes[j]
+        if column.has_levels:
+            return None
+        n = len(column.measured)
+        wide = torch.zeros(size, dtype=torch.bool)
+        wide[:n] = t["width"][j, :n] > 0
+        u = (t["start"][j, :n] + t["mass"][j, :n] / 2)[wide[:n]]
+        z = self.quantile(u)
+        k = torch.arange(1, min(cosines, len(u)) + 1, dtype=torch.float64)[:, None]
+        waves = math.sqrt(2) * torch.cos(math.pi * k * u) / k
+        smooth = torch.zeros(len(k) + 2, size, dtype=torch.float64)
+        smooth[:, wide] = torch.cat([z[None], (z * z - 1)[None] / math.sqrt(2), waves])
+        return torch.cat([smooth, torch.eye(size, dtype=torch.float64)[~wide]]).float()
+
+    def ordinary(self) -> Tensor:
+        """Which codes are intervals of numbers, bool (codes,); columns one after another."""
+        parts = []
+        for j, (column, size) in enumerate(zip(self.schema.columns, self.sizes, strict=True)):
+            part, n = torch.zeros(size, dtype=torch.bool), len(column.measured)
+            part[:n] = (self.tensors["width"][j, :n] > 0) & (not column.has_levels)
+            parts.append(part)
+        return torch.cat(parts)
 
     def marginals(self) -> Tensor:
         """Log shares of the training rows in each code, smoothed; columns one after another."""

@@ -19,6 +19,7 @@ def table(
     blocks: int = 3,
     embedding: int = 24,
     frequencies: int = 8,
+    cosines: int = 32,
     subsets: int = 4,
     orders: int = 1,
     smoothing: float = 1e-3,
@@ -36,6 +37,7 @@ def table(
         blocks: Number of residual blocks, of two layers each.
         embedding: Number of features of a cell in the input.
         frequencies: Number of sines and cosines of the rank of a value in the input.
+        cosines: Number of cosines over the rank that the logits of a column of numbers consist of.
         subsets: Random subsets of the columns that each row of a training batch is seen with.
         orders: Number of orders of the columns whose mixture is scored: 1 is the order of the
             table; more are random orders.
@@ -43,7 +45,7 @@ def table(
         context: Number of features of the context.
     """
     at_least(1, hidden=hidden, embedding=embedding, subsets=subsets, orders=orders)
-    at_least(0, blocks=blocks, frequencies=frequencies)
+    at_least(0, blocks=blocks, frequencies=frequencies, cosines=cosines)
     if not 0 < smoothing < 1:
         raise ValueError(f"smoothing: expected a number between 0 and 1; got {smoothing}")
     if len(schema) != shape[0] or len(shape) != 1:
@@ -57,6 +59,7 @@ def table(
         blocks=blocks,
         embedding=embedding,
         frequencies=frequencies,
+        cosines=cosines,
         subsets=subsets,
         context=context,
         smoothing=smoothing,
