@@ -342,6 +342,7 @@ def test_the_commands_of_the_page(tables, capsys):
     assert found["rows"] == {"real": 240, "synthetic": 200}
     assert found["privacy"]["membership"] is None
     assert found["c2st"]["baseline"]["rows"] == 120
+    assert len(found["privacy"]["distance_percentiles"]["synthetic"]) == 101
     assert set(found["c2st"]["auc"]) == {"value", "low", "high"}
     assert [one["column"] for one in found["marginals"]] == ["a", "b", "c", "when"]
     scored = [(one["column"], one["measure"]) for one in found["usefulness"]["scores"]]
@@ -390,7 +391,7 @@ def test_every_column_is_a_target_and_copies_show():
     [
         (["short.csv", "short.csv"], "real: expected at least 200 rows; got 150.*\n.*synthetic"),
         (["held-out.csv", "synthetic.parquet", "--target", "z"], "target: expected one of a, b"),
-        (["held-out.csv", "lacks.csv"], "has no column 'a', 'b'"),
+        (["held-out.csv", "lacks.csv"], "has no column 'a', 'b', which the schema has"),
         (["held-out.csv", "text.csv"], "column 'c'.*none"),
         (["held-out.csv", "synthetic.parquet", "--html", "report.pdf"], "expected a .html file"),
         (["held-out.csv", "synthetic.parquet", "--rows", "0"], "rows: expected 1 or more"),

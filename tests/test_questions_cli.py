@@ -186,7 +186,7 @@ FAULTS = {
     "summary": ("impute run people.csv --out x.csv --summary s.csv", "summary: it needs several"),
     "no file": ("impute run none.csv --out x.csv", "none.csv"),
     "level": ("impute run bad.csv --out x.csv", "is 'XX', which is not among the levels"),
-    "others": ("impute run other.csv --out x.csv", "has no column .*which the model needs"),
+    "others": ("impute run other.csv --out x.csv", "has no column .*which the schema has"),
 }
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from musigma.comparison.marginals import Marginal, Pairs
 from musigma.comparison.privacy import Privacy
 from musigma.comparison.two_samples import TwoSamples
@@ -16,6 +18,10 @@ __all__ = ["Comparison"]
 
 PICTURED = 24
 """Columns whose marginals are drawn, those with the largest distances."""
+
+
+MOST_LINES = 40
+"""Lines of a table in text; a page and plain data have all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +88,12 @@ class Comparison:
                 "synthetic": pairs.synthetic.tolist(),
             },
             "privacy": _plain(privacy)
-            | {"distances": {name: d.tolist() for name, d in privacy.distances.items()}},
+            | {
+                "distance_percentiles": {
+                    name: np.percentile(d, range(101)).tolist()
+                    for name, d in privacy.distances.items()
+                }
+            },
         }
 
     def __str__(self) -> str:
@@ -160,6 +171,7 @@ class Comparison:
                     path,
                     title="AUC; 0.5: they cannot be told apart",
                     reference=0.5,
+                    limits=(0.45, 1.0),
                     dark=dark,
                 )
             },
@@ -318,7 +330,9 @@ def _levels(levels: dict[str, int]) -> str:
 def _aligned(tables: list[Any]) -> Iterator[str]:
     """Tables as lines of text in columns."""
     for head, rows in tables:
-        cells = [head, *rows]
+        cells = [head, *rows[:MOST_LINES]]
         widths = [max(len(row[j]) for row in cells) for j in range(len(head))]
         for row in cells:
             yield "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        if len(rows) > MOST_LINES:
+            yield f"  and {len(rows) - MOST_LINES} more"

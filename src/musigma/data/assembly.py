@@ -277,7 +277,7 @@ def typed(table: Table, request: Request) -> Dataset:
             request.note(f"has no column {named([repr(n) for n in lacking], 20)}")
         elif table.names and lacking:
             raise request.error(
-                f"has no column {named([repr(n) for n in lacking], 20)}, which the model needs: "
+                f"has no column {named([repr(n) for n in lacking], 20)}, which the schema has: "
                 f"its columns are {named(names, 20)}"
             )
         if not table.names and len(names) != len(schema):

@@ -22,6 +22,7 @@ def intervals(
     *,
     title: str,
     reference: float | None = None,
+    limits: tuple[float, float] | None = None,
     dark: bool = False,
 ) -> None:
     """Plot figures with their intervals, one below another.
@@ -31,6 +32,7 @@ def intervals(
         path: A .png, .svg or .pdf file.
         title: What the figures are.
         reference: Where a line is drawn.
+        limits: Values that the axis shows at least.
         dark: As in `musigma.report.figures.curves`.
     """
     colors = DARK if dark else LIGHT
@@ -40,6 +42,9 @@ def intervals(
         ax.plot([value], [i], "o", color=colors.accent, ms=6)
     if reference is not None:
         ax.axvline(reference, color=colors.muted, lw=1, ls=(0, (4, 3)))
+    if limits is not None:
+        (low, high), (least, most) = ax.get_xlim(), limits
+        ax.set_xlim(min(low, least), max(high, most))
     name_axes(ax, title, "", colors)
     ax.set_yticks(range(len(rows)), list(rows), color=colors.ink, parse_math=False)
     ax.set_ylim(len(rows) - 0.5, -0.5)
