@@ -92,6 +92,21 @@ def test_columns_are_found_by_name_and_missing_ones_are_named():
         musigma.data.load(table.drop_columns(["age", "city"]), schema=data.schema)
 
 
+def test_columns_of_another_type_are_refused_when_a_model_is_used():
+    table = people()
+    schema = musigma.data.load(table, schema="infer").schema
+    other = table.set_column(0, "age", table["seen"]).set_column(1, "price", table["paid"])
+    with pytest.raises(musigma.data.DataError, match="column 'price' holds text among numbers"):
+        musigma.data.load(other, schema=schema)
+    with pytest.raises(
+        musigma.data.DataError, match=r"'age' is timestamp.*no number \(200 rows\)"
+    ):
+        musigma.data.load(other.set_column(1, "price", table["price"]), schema=schema)
+    shouted = table.set_column(4, "paid", pa.array(["YES", "No"] * 100))
+    x = musigma.data.load(shouted, schema=schema).x
+    assert x[:, 4].tolist() == [1, 0] * 100
+
+
 def test_unknown_categories_are_refused_or_counted():
     schema = musigma.data.load(people(), schema="infer").schema
     table = people(20, seed=1).to_pandas()
@@ -365,6 +380,8 @@ def test_labels_are_data_unless_they_are_given(tmp_path):
     assert data.labels is None
     data = load_text(text, tmp_path / "t.csv", given="label")
     assert (data.columns, data.label_names) == (("x", "z"), ("a", "b"))
+    with pytest.raises(musigma.data.DataError, match="it has no labels"):
+        musigma.data.load(data.x, schema="infer", given="label")
     data = load_text(text, tmp_path / "t.csv", given=["label", "z"])
     assert data.spec(["label", "z"]).schema.names == ("x",)
 
@@ -452,12 +469,13 @@ def test_all_faults_of_a_schema_are_named_at_once(tmp_path):
         seen = {kind = "date"}
         weight = {kind = "count"}
         age = {kind = "boolean"}
+        member = {step = 1}
         paid = {levels = ["yes"]}
         """
     )
     with pytest.raises(musigma.data.DataError) as error:
         musigma.data.load(people(), schema=path)
-    for name in ("nobody", "city", "price", "birth", "seen", "weight", "age"):
+    for name in ("nobody", "city", "price", "birth", "seen", "weight", "age", "member"):
         assert f"column '{name}' " in str(error.value)
     assert "row 1 (from 0), column 'paid' is 'no'" in str(error.value)
 
@@ -476,6 +494,7 @@ def test_the_metadata_of_sdv_is_a_schema(tmp_path):
     (tmp_path / "metadata.json").write_text(json.dumps(plain))
     data = musigma.data.load(people(), schema=tmp_path / "metadata.json")
     kinds = [(c.name, c.kind) for c in data.schema.columns]
+    assert decode(data.x, data.schema).column("birth").type == pa.date32()
     expected = ["count", "continuous", "date", "datetime", "boolean", "category"]
     assert kinds == list(zip(columns, expected, strict=False))
 

@@ -145,6 +145,8 @@ def _named_roles(
 
 def _label_of(table: Table, columns: Sequence[int], request: Request) -> int | None:
     """The one of some columns that is labels: by the name that is asked for, or a usual one."""
+    if not table.names:
+        return None
     if request.label not in (None, "label"):
         return next((j for j in columns if table.names[j] == request.label), None)
     return next((j for j in reversed(columns) if _is_label(table, j)), None)

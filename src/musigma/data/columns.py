@@ -18,7 +18,7 @@ from musigma.data import times
 from musigma.data.raw import Request, allocate
 from musigma.data.sampling import different
 from musigma.data.tables import PADDED, Table, Words, is_number, names_rows, text_of
-from musigma.schema import Column, Schema
+from musigma.schema import LEVELLED, Column, Schema
 
 BOOLEANS = [set(pair.split()) for pair in ("false true", "no yes", "f t", "n y", "off on", "0 1")]
 GRIDS = range(7)  # decimals after which a grid is no longer looked for
@@ -26,8 +26,13 @@ PLAIN = 2  # decimals that are a grid even where most values differ
 EXACT = 2**53  # whole numbers from here on are not exact in float64
 REASONS = 5  # different faults of the cells of a column that are named
 
-NUMBERS = ("continuous", "count")
 TIMES = ("date", "datetime")
+FIELDS = {  # what may be said of columns of some kinds only
+    "levels": LEVELLED,
+    "step": ("continuous",),
+    "rounded": ("continuous",),
+    "format": TIMES,
+}
 
 
 # Kinds -------------------------------------------------------------------------------------------
@@ -118,9 +123,9 @@ class _Content:
         if content == "empty" or not self.present:
             raise _Unusable("is empty: drop it")
         found = self._kind_of_words() if self.is_words else self._kind_of_numbers()
-        different = self.texts if self.is_words else self.finite
-        if len(different) == 1 and not constant:
-            (value,) = different
+        values = self.texts if self.is_words else self.finite
+        if len(values) == 1 and not constant:
+            (value,) = values
             value = value if isinstance(value, str) else f"{value:g}"
             raise _Unusable(f"is constant ({value}): drop it")
         return found
@@ -165,18 +170,17 @@ class _Content:
         Raises:
             _Unusable: If its values are not of that kind.
         """
-        about: dict[str, Any] = {
-            "name": self.name,
-            "kind": kind,
-            "storage": plain_type(self.storage),
-        }
-        about["missing"] = self.present < self.table.rows
-        if kind in ("ordinal", "category", "boolean"):
-            about["levels"] = chosen.get("levels") or self._levels(kind)
+        for key in FIELDS.keys() & chosen.keys():
+            if kind not in FIELDS[key]:
+                raise _Unusable(f"is {kind}, and {key} is for {' and '.join(FIELDS[key])} columns")
+        about: dict[str, Any] = {"name": self.name, "kind": kind}
+        about |= {"storage": plain_type(self.storage), "missing": self.present < self.table.rows}
+        if kind in LEVELLED:
+            about["levels"] = chosen.get("levels") or self._levels()
             if kind == "boolean" and len(about["levels"]) > 2:
                 raise _Unusable(f"has {len(about['levels'])} values, and cannot be boolean")
         elif kind in TIMES:
-            about |= self._time(kind, chosen.get("format"))
+            about |= self._time(kind, chosen.pop("format", None))
         elif self.is_words or self.table.kinds[self.j] == "time":
             what = "dates" if not self.is_words else f"text, such as {next(iter(self.texts))!r}"
             raise _Unusable(f"holds {what}, and cannot be {kind}")
@@ -206,11 +210,12 @@ class _Content:
                 return self.column(kind, **draft.fields)
         return self.column(last, **draft.fields)
 
-    def _levels(self, kind: str) -> list[str]:
+    def _levels(self) -> list[str]:
         texts = list(self.texts)
-        if self.storage.startswith("dictionary"):
-            declared = [text for text in self.words.different if text is not None]
-            return declared if "ordered=1" in self.storage else sorted(declared)
+        if self.storage.startswith("dictionary"):  # some may occur in no row
+            texts = [text for text in self.words.different if text is not None]
+            if "ordered=1" in self.storage:
+                return texts
         if all(map(is_number, texts)):
             return sorted(texts, key=float)
         return sorted(texts, key=lambda text: (text.lower(), text))
@@ -220,7 +225,7 @@ class _Content:
         if not self.is_words and self.table.kinds[self.j] != "time":
             raise _Unusable(f"holds numbers, and cannot be a {kind}")
         if not self.is_words:
-            seconds = self.finite
+            seconds, form = self.finite, None
         else:
             try:
                 found = times.format_of(list(self.texts)) if form is None else None
@@ -308,7 +313,7 @@ def completed(
     Args:
         table: The table.
         drafts: What is known of each column, by its name.
-        request: Says whether missing values are modelled.
+        request: Says whether missing values are modeled.
     """
     columns, faults = [], {}
     known = {name: j for j, name in enumerate(names(table))}
@@ -381,7 +386,10 @@ def _encoded(content: _Content, column: Column, unseen: str) -> tuple[np.ndarray
     if column.kind in TIMES:
         x, wrong = _instants(content, column)
     elif content.table.kinds[content.j] in ("time", "other"):
-        return np.full(content.table.rows, np.nan), {0: f"is {content.storage}, not a number"}
+        rows = content.table.rows
+        return np.full(rows, np.nan), dict.fromkeys(
+            range(rows), f"is {content.storage}, no number"
+        )
     else:
         x, wrong = content.numbers + 0.0, dict(content.table.not_numbers(content.j))
     for i in np.flatnonzero(np.isinf(x)).tolist():
