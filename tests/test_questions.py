@@ -1,6 +1,7 @@
 """What is asked of a density of rows, against exact sums over small tables."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -355,6 +356,15 @@ def test_a_condition_is_refused_with_the_reason(text, reason):
     with pytest.raises(ValueError, match=r"^where:") as caught:
         Condition.parse(text, MEASURED)
     assert any(part in str(caught.value) for part in reason.split("|"))
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1))
+def test_levels_are_any_text(level):
+    for text in (level, level + "\n\t"):
+        schema = Schema([Column("c", "category", ("other", text))])
+        quoted = json.dumps(text, ensure_ascii=False)
+        found = Condition.parse(f"c == {quoted}", schema)
+        assert found.holds(np.array([[0.0], [1.0]])).tolist() == [False, True]
 
 
 def test_names_of_columns_are_any_text():

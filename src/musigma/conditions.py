@@ -32,6 +32,7 @@ TOKEN = re.compile(
     |(?P<end>$))""",
     re.VERBOSE,
 )
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 HINTS = {"=": "==", "&": "and", "&&": "and", "|": "or", "||": "or", "~": "not", "!": "not"}
 
 
@@ -415,7 +416,7 @@ class _Parser:
         """The next value, if there is one."""
         kind, text, _ = self.token
         if kind == "text":
-            text = re.sub(r"\\(.)", r"\1", text[1:-1])
+            text = re.sub(r"\\(.)", lambda m: ESCAPES.get(m[1], m[1]), text[1:-1])
         elif kind == "word" and text.lower() in ("true", "false"):
             kind, text = "truth", text.lower()
         elif kind != "number":
