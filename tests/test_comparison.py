@@ -386,6 +386,26 @@ def test_every_column_is_a_target_and_copies_show():
     assert "copies of rows of the other" in str(again)
 
 
+def test_columns_that_are_constant_or_missing_are_no_obstacle():
+    random = np.random.default_rng(20)
+    kinds = {"a": "continuous", "k": "continuous", "n": "count", "b": "category"}
+    schema = Schema(
+        tuple(
+            Column(name, kind, levels=("u", "v") if name == "b" else (), missing=True)
+            for name, kind in kinds.items()
+        )
+    )
+    real = np.full((200, 4), np.nan)
+    real[:, 0], real[:, 1], real[:, 3] = random.normal(size=200), 1, random.random(200) > 0.5
+    synthetic = np.full((100, 4), np.nan)
+    synthetic[:, 1], synthetic[:, 2] = 1, random.integers(0, 9, 100)
+    found = compare_rows(real, synthetic, schema)
+    assert found.c2st.auc.value == 1
+    assert list(found.skipped) == ["a", "k", "n", "b"]
+    assert [one.distance for one in found.marginals] == [1, 0, 1, 1]
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

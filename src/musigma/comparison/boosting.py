@@ -23,19 +23,30 @@ def sample(rows: np.ndarray, most: int, random: np.random.Generator) -> np.ndarr
 
 
 def features(schema: Schema, *tables: np.ndarray) -> list[np.ndarray]:
-    """Tables as trees take them: rare levels of a category with very many are merged.
+    """Tables as trees take them, without NaN.
+
+    Missing numbers become one below all others, missing levels one more level. Rare levels of a
+    category with very many are merged.
 
     Args:
         schema: The columns.
         *tables: Rows (N, D) of each table; all are counted together.
     """
-    tables_ = [table.copy() for table in tables]
+    found = [table.copy() for table in tables]
     for j, column in enumerate(schema.columns):
-        if column.kind != "category" or len(column.levels) < MOST_LEVELS:
-            continue
-        for table, codes in zip(tables_, merged(column, MOST_LEVELS, *tables, at=j), strict=True):
-            table[:, j] = codes
-    return tables_
+        if column.kind == "category" and len(column.levels) >= MOST_LEVELS:
+            for table, codes in zip(
+                found, merged(column, MOST_LEVELS, *tables, at=j), strict=True
+            ):
+                table[:, j] = codes
+        known = np.concatenate([table[:, j] for table in found])
+        known = known[~np.isnan(known)]
+        instead = known.min(initial=0) - 1
+        if column.kind == "category":
+            instead = known.max(initial=0) + 1
+        for table in found:
+            table[np.isnan(table[:, j]), j] = instead
+    return found
 
 
 def merged(column: Column, most: int, *tables: np.ndarray, at: int) -> list[np.ndarray]:

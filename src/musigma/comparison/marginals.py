@@ -27,7 +27,8 @@ class Marginal:
         column: Its name.
         kind: Its kind.
         distance: Kolmogorov-Smirnov distance of numbers, total variation of levels: the largest
-            difference of the probabilities of a range, or of a set of levels. From 0 to 1.
+            difference of the probabilities of a range, or of a set of levels, from 0 to 1; 1 if
+            all values of one table are missing.
         chance: The distance that is expected of two samples of one distribution of these sizes.
         missing_real: Share of real rows in which it is missing.
         missing_synthetic: Share of synthetic rows.
@@ -80,7 +81,8 @@ def marginal(
     known = real if reference is None else np.concatenate([real, reference])
     known = known[~np.isnan(known)]
     a, b = real[~np.isnan(real)], synthetic[~np.isnan(synthetic)]
-    distance = chance = outside = off_grid = 0.0
+    distance = float(bool(len(a)) != bool(len(b)))  # 1 if it is missing in all rows of one only
+    chance = outside = off_grid = 0.0
     invented: dict[str, int] = {}
     lost: dict[str, int] = {}
     bins: tuple[tuple, tuple, tuple] = ((), (), ())
@@ -266,12 +268,12 @@ def associations(rows: np.ndarray, schema: Schema) -> np.ndarray:
             a, b = ready[:, i], ready[:, j]
             if not (whole[i] and whole[j]):
                 both = ~np.isnan(a) & ~np.isnan(b)
+                if both.sum() < 3:
+                    continue
                 a, b = (
                     v[both] if is_nominal else _ranks(v[both])
                     for v, is_nominal in ((a, nominal[i]), (b, nominal[j]))
                 )
-            if len(a) < 3:
-                continue
             if nominal[i] and nominal[j]:
                 value = _cramer(a, b)
             elif nominal[i] or nominal[j]:

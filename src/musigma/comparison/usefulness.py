@@ -82,8 +82,8 @@ def usefulness(
         `R2` of numbers; `accuracy` and `AUC` of levels.
 
     Raises:
-        ValueError: If there is no such column; if fewer than 100 rows of a table have a value of
-            the target, or all values of the test rows are equal.
+        ValueError: If there is no such column, or no other one; if fewer than 100 rows of a table
+            have a value of the target, or all values of the test rows are equal.
         DataError: If scikit-learn is not installed.
 
     Source: Esteban, Hyland & Rätsch, "Real-valued (medical) time series generation with recurrent
@@ -102,6 +102,8 @@ def usefulness(
     """
     j, random = schema.index(*chosen(schema, target, 1)), np.random.default_rng(seed)
     check_rows(schema, synthetic=synthetic, train=train, test=test)
+    if len(schema) == 1:
+        raise ValueError(f"target: {target!r} is the only column; nothing predicts it")
     tables = {"synthetic": synthetic, "train": train, "test": test}
     tables = {name: rows[~np.isnan(rows[:, j])] for name, rows in tables.items()}
     for name, rows in tables.items():
