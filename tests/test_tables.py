@@ -82,6 +82,25 @@ def test_files_and_frames_give_the_same_rows(tmp_path):
         np.testing.assert_allclose(again.x, data.x, rtol=1e-15)
 
 
+def test_files_of_a_table_may_have_other_types(tmp_path):
+    parts = [
+        {"a": [1, 2], "b": [1, 2], "c": ["u", "v"]},
+        {"a": [0.5, 1], "b": ["x", "y"], "c": ["u", "u"]},
+    ]
+    paths = [tmp_path / f"{i}.parquet" for i in range(2)]
+    for path, part in zip(paths, parts, strict=True):
+        parquet.write_table(pa.table({name: 4 * values for name, values in part.items()}), path)
+    data = musigma.data.load(paths, schema="infer")
+    a, b, _ = data.schema.columns
+    assert (a.kind, a.storage, b.kind, b.levels) == (
+        "continuous",
+        "float64",
+        "category",
+        tuple("12xy"),
+    )
+    assert decode(data.x, data.schema)["b"].to_pylist() == 4 * ["1", "2"] + 4 * ["x", "y"]
+
+
 def test_columns_are_found_by_name_and_missing_ones_are_named():
     table = people()
     data = musigma.data.load(table, schema="infer")

@@ -30,7 +30,7 @@ class Parquet(Arrow):
     """The .parquet files of a table, read in batches of rows."""
 
     def __init__(self, paths: Sequence[Path], request: Request):
-        pyarrow(f"{request.where}: reading .parquet")
+        pa = pyarrow(f"{request.where}: reading .parquet")
         from pyarrow.parquet import ParquetFile
 
         self.paths, self._open = paths, ParquetFile
@@ -40,13 +40,14 @@ class Parquet(Arrow):
             with damage(str(path)), ParquetFile(path) as file:
                 schemas.append(file.schema_arrow)
                 self.lengths.append(file.metadata.num_rows)
-            names = [each.names for each in (schemas[0], schemas[-1])]
-            if names[0] != names[1]:
+            if schemas[-1].names != schemas[0].names:
                 raise DataError(
-                    f"{path}: has the columns {named(names[1], 20)}, and {paths[0].name} has "
-                    f"{named(names[0], 20)}: make them equal"
+                    f"{path}: has the columns {named(schemas[-1].names, 20)}, and {paths[0].name} "
+                    f"has {named(schemas[0].names, 20)}: make them equal"
                 )
-        super().__init__(schemas[0], sum(self.lengths), request)
+        types = (_common(pa, kinds) for kinds in zip(*(s.types for s in schemas), strict=True))
+        schema = pa.schema(list(zip(schemas[0].names, types, strict=True)))
+        super().__init__(schema, sum(self.lengths), request)
 
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
         step, done = max(1, (1 << 21) // max(1, len(columns))), 0
@@ -75,3 +76,12 @@ class Parquet(Arrow):
             return None, None
         names = np.array([parts[path.as_posix()] or "" for path in self.paths])
         return official_masks(np.repeat(names, self.lengths)[rows])
+
+
+def _common(pa: Any, types: Sequence[Any]) -> Any:
+    """The type of a column that has several in different files: text if nothing else fits."""
+    parts = [pa.schema([("", kind)]) for kind in dict.fromkeys(types)]
+    try:
+        return pa.unify_schemas(parts, promote_options="permissive").types[0]
+    except pa.ArrowException:
+        return pa.string()
