@@ -179,10 +179,10 @@ def explain(
 
     Example:
         >>> from musigma.schema import Column, Schema
-        >>> x = np.random.default_rng(0).normal(size=(1000, 2)).round(1)
-        >>> schema = Schema([Column("a", step=0.1), Column("b", step=0.1)]).measure(x)
+        >>> x = np.random.default_rng(0).normal(size=(1000, 2)).round()
+        >>> schema = Schema([Column("a", "count"), Column("b", "count")]).measure(x)
         >>> explain(AnyOrder(schema).eval(), [[0.0, 9.0]], 1).because
-        [['b = 9.0 (expected -1.7 to 1.6)']]
+        [['b = 9 (expected -2 to 2)']]
     """
     x, d = _rows(model, rows), len(model.schema)
     excess, columns, because = [np.empty((0, d))], [], []
