@@ -175,12 +175,13 @@ class Binning:
         zero = torch.zeros_like(within)
         return torch.where(inside, within, torch.where(above | below, outside, zero)).float()
 
-    def basis(self, j: int, cosines: int) -> Tensor | None:
+    def basis(self, j: int, cosines: int, smoothness: float = 1.0) -> Tensor | None:
         """Functions of the codes of column j that a smooth distribution is made of, (R, codes).
 
         With u the share of training rows below the middle of a cell and z its normal quantile,
-        they are z, (z² - 1) / √2, and √2 cos(π k u) / k for k = 1, ..., `cosines`: a conditional
-        that is normal in z takes two of them, and finer detail has to be learned against 1 / k.
+        they are z, (z² - 1) / √2, and √2 cos(π k u) / k^s for k = 1, ..., `cosines`, where s is
+        the smoothness: a conditional that is normal in z takes two of them, and finer detail has
+        to be learned against small factors.
         Atoms and missing have a function of their own. It is None for a column of levels, each of
         which has one.
         """
@@ -193,7 +194,7 @@ class Binning:
         u = (t["start"][j, :n] + t["mass"][j, :n] / 2)[wide[:n]]
         z = self.quantile(u)
         k = torch.arange(1, min(cosines, len(u)) + 1, dtype=torch.float64)[:, None]
-        waves = math.sqrt(2) * torch.cos(math.pi * k * u) / k
+        waves = math.sqrt(2) * torch.cos(math.pi * k * u) / k**smoothness
         smooth = torch.zeros(len(k) + 2, size, dtype=torch.float64)
         smooth[:, wide] = torch.cat([z[None], (z * z - 1)[None] / math.sqrt(2), waves])
         return torch.cat([smooth, torch.eye(size, dtype=torch.float64)[~wide]]).float()

@@ -19,7 +19,8 @@ def table(
     blocks: int = 3,
     embedding: int = 24,
     frequencies: int = 8,
-    cosines: int = 32,
+    cosines: int = 48,
+    smoothness: float | None = None,
     subsets: int = 4,
     orders: int = 1,
     smoothing: float = 1e-3,
@@ -38,6 +39,8 @@ def table(
         embedding: Number of features of a cell in the input.
         frequencies: Number of sines and cosines of the rank of a value in the input.
         cosines: Number of cosines over the rank that the logits of a column of numbers consist of.
+        smoothness: How much slower fine detail is learned, from 0 to 1; by default from the number
+            of training rows.
         subsets: Random subsets of the columns that each row of a training batch is seen with.
         orders: Number of orders of the columns whose mixture is scored: 1 is the order of the
             table; more are random orders.
@@ -60,6 +63,7 @@ def table(
         embedding=embedding,
         frequencies=frequencies,
         cosines=cosines,
+        smoothness=smoothness,
         subsets=subsets,
         context=context,
         smoothing=smoothing,
