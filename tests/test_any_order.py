@@ -115,8 +115,8 @@ def test_probabilities_sum_to_one_in_every_order(order):
     model = randomized(AnyOrder(schema, hidden=32, blocks=2))
     rows = all_rows(schema)
     inside = model.log_prob_orders(rows, [order])[:, 0].double().logsumexp(0).exp()
-    outside = 2 / (300 + 2)  # beyond both ends of each column
-    assert inside.item() == pytest.approx((1 - outside) ** 4, abs=1e-5)
+    outside = 1 / (300 + 2)  # at both ends of the count, and of unknown levels
+    assert inside.item() == pytest.approx((1 - outside) ** 3 * (1 - 2 * outside), abs=1e-5)
 
 
 def test_values_outside_have_the_probability_that_is_stated():
@@ -131,6 +131,47 @@ def test_values_outside_have_the_probability_that_is_stated():
     assert model.conditionals(unknown, range(4))[0, 0].exp().item() == pytest.approx(1 / 302)
     total = model.conditionals(far, range(4))[:, 2].double().exp().sum().item()
     assert total == pytest.approx(1 / 302, rel=1e-4)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_all_rows_have_a_probability_of_one(missing):
+    """Also in a column of levels, with unknown ones, and in one without a training value."""
+    rows = np.stack([np.arange(40) % 3, np.full(40, np.nan)], 1)
+    columns = Column("kind", "category", ("a", "b", "c")), Column("n", "count", missing=missing)
+    model = randomized(AnyOrder(Schema(columns).measure(rows), hidden=16))
+    numbers = [*range(-60, 60), *([math.nan] if missing else [])]
+    every = torch.tensor(list(itertools.product(range(4), numbers)), dtype=torch.float64)
+    total = model.log_prob_orders(every, [[0, 1], [1, 0]]).double().exp().sum(0)
+    assert total.tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert model.estimate(torch.tensor(rows)).isfinite().all()
+    assert model.sample(5)[:, 1].isnan().all()
+
+
+def test_a_temperature_may_be_zero_in_some_rows():
+    schema, _ = mixed_schema()
+    model = randomized(AnyOrder(schema, hidden=16))
+    heat = torch.tensor([0.0, 1.0]).repeat(50)
+    x = model.fill(
+        torch.zeros(100, 4).double(), torch.zeros(100, 4).bool(), range(4), temperature=heat
+    )
+    assert len(x[::2].unique(dim=0)) == 1
+    assert len(x[1::2].unique(dim=0)) == 50
+
+
+def test_the_largest_value_is_in_the_last_cell_however_large_it_is():
+    x = np.append(np.random.default_rng(0).normal(size=400) * 1e-6, [-1e14, 1e14])[:, None]
+    binning = Binning(Schema([Column("a")]).measure(x))
+    assert binning.locate(torch.tensor(x)).min() == 0
+
+
+def test_a_frequent_value_on_a_grid_has_a_cell_of_its_own():
+    rng = np.random.default_rng(0)
+    x = np.where(rng.random(20_000) < 0.3, 2.0, np.exp(rng.normal(size=20_000)).round(2))
+    column = Column("carat", step=0.01).measure(x)
+    binning = Binning(Schema([column]))
+    code = int(binning.locate(torch.tensor([[2.0]], dtype=torch.float64)))
+    assert column.cells.counts[code] == (x == 2.0).sum()
+    assert len(column.cells) < 160
 
 
 def test_the_density_of_a_continuous_column_integrates_to_one():

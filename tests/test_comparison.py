@@ -21,7 +21,7 @@ from musigma.comparison import (
     usefulness,
 )
 from musigma.comparison.privacy import Space
-from musigma.comparison.usefulness import heavy_tailed
+from musigma.comparison.usefulness import figures, heavy_tailed
 from musigma.data import DataError
 from musigma.schema import Column, Schema
 
@@ -129,6 +129,19 @@ def test_the_interval_of_r2_agrees_with_the_bootstrap():
     assert found.real.value == pytest.approx(1 - (errors**2).mean() / truth.var(), abs=0.02)
     ends = np.quantile(values, [0.025, 0.975])
     assert found.real.high - found.real.low == pytest.approx(np.diff(ends)[0], rel=0.15)
+
+
+def test_the_interval_of_the_auc_of_classes_agrees_with_the_bootstrap():
+    """Also where classes are told apart unequally well, so that their frequencies matter."""
+    random = np.random.default_rng(6)
+    truth = random.choice(3, 600, p=[0.45, 0.45, 0.1])
+    scores = random.normal(size=(600, 3)) + np.diag([4.0, 0.2, 1.0])[truth]
+    _, (_, _, terms) = figures(scores, truth)
+    values = []
+    for at in random.integers(0, 600, (400, 600)):
+        values.append(figures(scores[at], truth[at])[1][1])
+    assert terms.mean() == pytest.approx(0, abs=1e-12)
+    assert np.sqrt(terms.var() / 600) == pytest.approx(np.std(values), rel=0.1)
 
 
 def test_numbers_are_logged_only_if_that_helps():

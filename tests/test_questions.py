@@ -97,7 +97,7 @@ def test_a_density_sums_to_one_in_every_order(seed):
     model = discrete()
     order = torch.randperm(4, generator=torch.Generator().manual_seed(seed)).tolist()
     total = questions.score(model, everything(), [order]).mixture
-    outside = math.prod(1 - 2 / 402 if j < 4 else 1 for j in range(4))
+    outside = (1 - 2 / 402) * (1 - 1 / 402) ** 3  # numbers have two ends, unknown levels one
     assert np.exp(total).sum() == pytest.approx(outside, abs=2e-3)
 
 
@@ -123,7 +123,7 @@ def test_missing_values_without_a_probability_are_summed_out():
     all_colors[:, 1] = torch.arange(3)
     for order in ([0, 2, 3, 1], [3, 0, 2, 1]):  # the color is last, so its sum is exact
         expected = model.log_prob_orders(all_colors, [order]).logsumexp(0)
-        inside = math.log(1 - 2 / 402)
+        inside = math.log(1 - 1 / 402)
         found = model.log_prob_orders(row, [order])
         torch.testing.assert_close(found, expected[None] - inside, atol=1e-4, rtol=0)
     anywhere = model.log_prob_orders(row, [[1, 0, 2, 3], [0, 2, 1, 3], [0, 2, 3, 1]])
@@ -178,7 +178,7 @@ def test_surprise_is_minus_the_log_of_exact_conditionals():
     found = questions.surprise(model, x)
     p = np.exp(-found).reshape(5, 3, 2, 4, 4)
     for j in range(4):  # each conditional sums to one over its own column
-        np.testing.assert_allclose(p[..., j].sum(j), 1 - 2 / 402, atol=2e-3)
+        np.testing.assert_allclose(p[..., j].sum(j), 1 - (1 + (j == 0)) / 402, atol=1e-4)
 
 
 @torch.no_grad()
@@ -703,6 +703,15 @@ def test_the_distribution_of_one_column_against_exact_sums():
     below = np.cumsum(found.probabilities)
     assert found.quantile(below[1] + 1e-6) == 2
     assert found.quantile(below[1] - 1e-6) == 1
+
+
+def test_a_rare_condition_has_its_probability_under_the_scored_density():
+    model = discrete(smoothing=0.01)
+    model.bias.data[4] = -20.0
+    found = questions.sample_where(model, "n == 4", 10)
+    exact = questions.marginal(model, "n").probability("n == 4")
+    assert found.probability == pytest.approx(exact, rel=1e-5)
+    assert exact == pytest.approx(0.01 * (model.log_marginal[4].exp().item()), rel=1e-3)
 
 
 def test_quantiles_and_probabilities_of_a_number_agree():

@@ -131,7 +131,7 @@ def test_probabilities_of_discrete_rows_add_up_to_the_share_that_is_not_kept_for
     grid = pd.MultiIndex.from_product([list("wxyz"), [False, True], ["no", "perhaps", "yes"]])
     rows = grid.to_frame(index=False, name=list("abc"))
     n = density.schema_.columns[0].measured.rows
-    assert np.exp(density.score_samples(rows)).sum() == pytest.approx((1 - 2 / (n + 2)) ** 3)
+    assert np.exp(density.score_samples(rows)).sum() == pytest.approx((1 - 1 / (n + 2)) ** 3)
     strange = rows.assign(a="never seen")
     assert (density.score_samples(strange) < density.score_samples(rows).min()).all()
 
@@ -425,6 +425,16 @@ def test_missing_values_are_drawn_given_the_others():
     draws = np.stack([rows[::2, 0] for rows in imputer.sample(holes, 8, random_state=0)])
     assert exact < draws.std(0).mean() < 0.9 * x[:, 0].std()
     assert draws.ravel().std() > filled[::2, 0].std()
+
+
+def test_means_of_draws_are_on_the_grid_of_a_column_of_an_array():
+    random = np.random.default_rng(0)
+    x = np.stack([random.poisson(4, 300), random.normal(size=300)], 1).astype(float)
+    x[::4, 0] = np.nan
+    schema = Schema((Column("n", "count", missing=True), Column("x")))
+    filled = Imputer(schema=schema, **SMALL).fit(x).transform(x)
+    assert np.array_equal(filled[:, 0], np.rint(filled[:, 0]))
+    assert np.array_equal(filled[:, 1], x[:, 1])
 
 
 def test_an_imputed_frame_keeps_everything_that_is_there():

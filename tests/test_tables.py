@@ -46,6 +46,13 @@ KINDS = ["count", "continuous", "continuous", "boolean", "boolean", "category", 
 KINDS += ["date", "datetime"]
 
 
+def test_rows_with_missing_values_of_any_sign_are_equal():
+    values, nan = np.arange(40) / 8, float("nan")
+    values[::3] = np.where(np.arange(14) // 2 % 2, nan, np.copysign(nan, -1))
+    data = musigma.data.load(pa.table({"a": values, "b": np.arange(40) % 2 / 2}), schema="infer")
+    assert len(np.unique(data.content()[np.isnan(data.x[:, 0])])) == 2
+
+
 def test_every_kind_is_found_and_decoded_as_it_was():
     table = people()
     data = musigma.data.load(table, schema="infer")

@@ -57,9 +57,9 @@ class AnyOrder(Model):
     several orders it is that of their mixture, log (1/R) Σ p_o(x), which is itself normalized.
 
     Every factor is (1 - s) softmax + s marginal: no training value has a probability of zero.
-    Values outside all cells (beyond the training range, or an unknown category) have a total
-    probability of 1 / (n + 2) at each end of each column, where n is the number of training rows:
-    the probability that a new value is larger than n exchangeable ones.
+    Values outside all cells have a total probability of 1 / (n + 2) at each end of a column, and
+    so have all unknown levels, where n is the number of training rows: the probability that a new
+    value is larger than n exchangeable ones.
 
     Args:
         schema: The columns, measured on the training rows.
@@ -143,12 +143,14 @@ class AnyOrder(Model):
         for j, basis in enumerate(bases):
             self.register_buffer(f"basis_{j}", basis, persistent=False)
         marginals = self.binning.marginals()
-        outside = -(rows + 2).log()
+        ends = torch.tensor([1.0 if column.has_levels else 2.0 for column in schema.columns])
+        empty = [not len(c.measured) and not c.missing for c in schema.columns]
+        outside = -torch.where(torch.tensor(empty), ends, rows + 2).log()
         for name, value in (
             ("starts", torch.tensor([0, *sizes]).cumsum(0)[:-1]),
             ("log_marginal", marginals),
             ("log_outside", outside),
-            ("log_inside", torch.log1p(-2 * outside.exp())),
+            ("log_inside", torch.log1p(-ends * outside.exp())),
         ):
             self.register_buffer(name, value, persistent=False)
         with torch.no_grad():

@@ -149,8 +149,12 @@ def surprise(model: AnyOrder, rows: Any, context: Tensor | None = None) -> np.nd
     It depends on the units of the columns, as any density does; that of `explain` does not.
     """
     x = _rows(model, rows)
-    nats = [model.log_values(model.others(x, c), x) for x, c in blocks(x, context, BLOCK)]
-    return -torch.cat([torch.zeros(0, len(model.schema)), *nats]).double().numpy(force=True)
+    parts = blocks(x, context, BLOCK)
+    nats = [
+        x.new_zeros(0, x.shape[1]),
+        *(model.log_values(model.others(y, c), y) for y, c in parts),
+    ]
+    return -torch.cat(nats).double().numpy(force=True)
 
 
 @torch.no_grad()
@@ -234,6 +238,8 @@ def _expected(model: AnyOrder, state: Tensor, j: int) -> list[str]:
     column, p = model.schema.columns[j], model.log_cells(state, j).exp().double()
     n = len(column.measured)
     missing = p[:, n:].sum(1) > 0.5
+    if not n:
+        return ["missing"] * len(p)
     p = p[:, :n] / p[:, :n].sum(1, keepdim=True)
     if column.has_levels:
         some, order = p.sort(1, descending=True)
@@ -374,7 +380,7 @@ class _Cut:
 
     def draw(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """A draw from the allowed values in each state (B,), and their log probability."""
-        log = self.model.logits(state, self.j).log_softmax(1)[:, self.cell] + self.log_share
+        log = self.model.log_cells(state, self.j)[:, self.cell] + self.log_share
         piece = torch.multinomial(log.softmax(1), 1)[:, 0]
         start, stop = self.start[piece], self.stop[piece]
         u = torch.rand(start.shape, dtype=torch.float64, device=start.device)
@@ -618,10 +624,12 @@ class Marginal:
         """The value that a share q of the values that are not missing lie below.
 
         Raises:
-            ValueError: For a category, which has no order.
+            ValueError: For a category, which has no order; or if no value was present in training.
         """
         if self.column.kind == "category":
             raise ValueError(f"quantile: {self.column.name!r} is a category, which has no order")
+        if not len(self.probabilities):
+            raise ValueError(f"quantile: {self.column.name!r} was missing in all training rows")
         p = torch.from_numpy(self.probabilities / self.probabilities.sum())[None]
         return float(_quantile(Binning(Schema((self.column,))), 0, p, q))
 

@@ -43,7 +43,8 @@ class Cells:
     last edge are outside.
 
     Attributes:
-        edges: In increasing order; one more than there are cells.
+        edges: In increasing order; one more than there are cells, of which there are none if all
+            values are missing.
         counts: Training rows in each cell.
         missing: Training rows in which the value is missing.
         left: Typical distance, beyond the first edge, of values outside.
@@ -173,13 +174,14 @@ class Column:
         """This column with cells for training values (N,), NaN where missing.
 
         Most intervals hold equal shares of the rows; towards both ends the shares shrink, so that
-        the tails are resolved. Values that many rows share are atoms, unless `atoms` is false.
+        the tails are resolved. Values that many rows share are atoms, or on a grid have a cell of
+        their own, unless `atoms` is false.
 
         Args:
             values: The training values.
             most: About the largest number of intervals; by default the square root of the number
                 of rows, from 16 to 128.
-            atoms: Whether a value that many rows share is an atom.
+            atoms: Whether a value that many rows share is apart from others.
         """
         if most is None:
             most = min(128, max(16, math.isqrt(len(values))))
@@ -223,16 +225,18 @@ def _intervals(
     """
     values, times = np.unique(present, return_counts=True)
     if not len(values):
-        return np.empty(0), np.empty(0)
-    atom = np.zeros(len(values), bool)
-    if step is None and atoms:
-        atom = times >= max(LEAST_SPIKE, SPIKE * len(present))
-    starts = _starts(times, atom, most)
+        return np.array([-(step or 0) / 2]), np.empty(0)
+    least = len(present) / most if step else max(LEAST_SPIKE, SPIKE * len(present))
+    alone = (times >= least) & atoms
+    atom = alone & (step is None)
+    starts = _starts(times, alone, most)
     first, last = values[starts], values[np.append(starts[1:], len(values)) - 1]
     single = atom[starts]
     usual = np.median(np.diff(values)) if len(values) > 1 else abs(values[0]) * 1e-6 or 1e-6
     half = np.where(single, 0, (step or usual) / 2)
     low, high = first - half, last + half
+    if not single[-1]:  # the largest value is below the last edge, however large it is
+        high[-1] = max(high[-1], np.nextafter(last[-1], np.inf))
     gap = low[1:] - high[:-1]
     beside = np.maximum((high - low)[1:], (high - low)[:-1])
     closed = (gap <= beside + 1e-6 * step) if step else ~(single[1:] & single[:-1])
@@ -255,22 +259,25 @@ def _intervals(
     return edges, counts
 
 
-def _starts(times: np.ndarray, atom: np.ndarray, most: int) -> np.ndarray:
-    """The first value of each cell: equal shares of the rows, smaller ones in the tails."""
+def _starts(times: np.ndarray, alone: np.ndarray, most: int) -> np.ndarray:
+    """The first value of each cell: equal shares of the rows, smaller ones in the tails.
+
+    A value that is alone is a cell.
+    """
     if len(times) <= most:
         return np.arange(len(times))
     total, below = times.sum(), (np.cumsum(times) - times).astype(np.float64)
-    alone = np.flatnonzero(atom)
+    apart = np.flatnonzero(alone)
     starts, at = [], 0
     while at < len(times):
         starts.append(at)
         tail = min(below[at], total - below[at])
         wanted = max(FEWEST, min(total / most, SHRINK * tail))
         end = max(at + 1, int(np.searchsorted(below, below[at] + wanted)))
-        if atom[at]:
+        if alone[at]:
             end = at + 1
-        elif (i := np.searchsorted(alone, at)) < len(alone):
-            end = min(end, int(alone[i]))
+        elif (i := np.searchsorted(apart, at)) < len(apart):
+            end = min(end, int(apart[i]))
         at = end
     return np.array(starts)
 

@@ -581,6 +581,9 @@ class Imputer(OneToOneFeatureMixin, TransformerMixin, Estimator):
     def _filled(self, X: Any, draws: questions.Imputation, rows: np.ndarray) -> Any:
         """X with the values of rows where it has none, and nothing else changed."""
         if self.kind_ is None:
+            at, schema = tuple(draws.cells.T), self.schema_
+            whole = [c.on_grid(v) for c, v in zip(schema.columns, rows.T, strict=True)]
+            rows[at] = np.stack(whole, 1)[at]
             return self._table(rows)
         values, cells = columns.decode(rows, self.schema_), draws.cells
         for j in np.unique(cells[:, 1]).tolist():

@@ -117,7 +117,7 @@ def usefulness(
     drawn.append(sample(tables["test"], most, random))
     column = schema.columns[j]
     if column.has_levels:
-        targets, measures = merged(column, MOST_CLASSES, *drawn[::-1], at=j)[::-1], _classify
+        targets, measures = merged(column, MOST_CLASSES, *drawn, at=j), _classify
     else:
         is_log = heavy_tailed(tables["train"][:, j])
         least = tables["train"][:, j].min()
@@ -185,15 +185,20 @@ def _classify(
     else:
         fitted = classifier(schema, seed).fit(x, y)
         probability[:, fitted.classes_.astype(int)] = fitted.predict_proba(test)
+    return figures(probability, truth)
+
+
+def figures(probability: np.ndarray, truth: np.ndarray) -> list[Terms]:
+    """Accuracy, and the AUC of each class against all others, of probabilities (N, classes)."""
     right = (probability.argmax(1) == truth).astype(float)
-    value, terms = 0.0, np.zeros(len(test))
+    value, terms = 0.0, np.zeros(len(truth))
     for k in np.unique(truth).astype(int):
         is_k = truth == k
         part, (one, below, above) = is_k.mean(), area(probability[is_k, k], probability[~is_k, k])
         value += part * one
-        terms[is_k] += below - one
+        terms[is_k] += below  # and every row is a part of the frequencies of the classes
         terms[~is_k] += (above - one) * part / (1 - part)
-    return [("accuracy", right.mean(), right - right.mean()), ("AUC", value, terms)]
+    return [("accuracy", right.mean(), right - right.mean()), ("AUC", value, terms - value)]
 
 
 def chosen(schema: Schema, wanted: str | Sequence[str] | None, most: int) -> list[str]:

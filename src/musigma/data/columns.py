@@ -354,6 +354,7 @@ def encode(
             continue
         content = _Content(table, known[column.name])
         x[:, k], wrong = _encoded(content, column, request.unseen)
+        x[np.isnan(x[:, k]), k] = np.nan  # NaN have signs, and equal rows have equal bytes
         bad[list(wrong)] = True
         faults |= _named(wrong, table, column, request)
         request.report(k + 1, len(schema))

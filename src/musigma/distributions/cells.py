@@ -52,14 +52,15 @@ class Binning:
         schema: A schema that has been measured.
 
     Attributes:
-        sizes: Number of codes of each column: its cells, and one for missing.
+        sizes: Number of codes of each column: its cells, and one for missing; this one alone if
+            all values were missing in training.
     """
 
     below, above, absent = -1, -2, -3
 
     def __init__(self, schema: Schema):
         self.schema = schema
-        self.sizes = [len(c.measured) + c.missing for c in schema.columns]
+        self.sizes = [len(c.measured) + c.missing or 1 for c in schema.columns]
         self.tensors = self._tensors(schema.columns)
         self._columns: dict[int, Binning] = {}
 
@@ -212,8 +213,9 @@ class Binning:
         """Log shares of the training rows in each code, smoothed; columns one after another."""
         parts = []
         for column in self.schema.columns:
-            missing = [column.measured.missing] if column.missing else []
-            counts = torch.tensor([*column.measured.counts, *missing]) + 0.5
+            cells = column.measured
+            missing = [cells.missing] if column.missing or not len(cells) else []
+            counts = torch.tensor([*cells.counts, *missing]) + 0.5
             parts.append((counts / counts.sum()).log())
         return torch.cat(parts)
 
@@ -230,13 +232,15 @@ class Binning:
             logits: Logits of its codes.
             temperature: Divides the logits; at 0 the middle of the most probable cell is taken.
         """
-        if not isinstance(temperature, Tensor):
-            if temperature == 0:
-                code = logits.argmax(1)
-                return self.values(j, code, torch.full(code.shape, 0.5, device=code.device))
-            temperature = torch.full((1,), float(temperature), device=logits.device)
-        code = torch.multinomial((logits / temperature[:, None]).softmax(1), 1)[:, 0]
-        return self.values(j, code, torch.rand(code.shape, device=code.device))
+        best = logits.argmax(1)
+        heat = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
+        cold = (heat == 0).expand(len(logits))
+        if cold.all():
+            return self.values(j, best, torch.full(best.shape, 0.5, device=best.device))
+        heat = torch.where(cold, 1.0, heat)
+        code = torch.multinomial((logits / heat[:, None]).softmax(1), 1)[:, 0]
+        place = torch.rand(code.shape, device=code.device)
+        return self.values(j, torch.where(cold, best, code), torch.where(cold, 0.5, place))
 
     def values(self, j: int, code: Tensor, place: Tensor) -> Tensor:
         """The values of column j with these codes, at these places in their cells, float64 (B,).

@@ -266,7 +266,7 @@ class _Slots:
         n, top = t["cells"][:, None], self.tensors["low"].shape[1] - 1
         slot = torch.where(code < n, code + 1, top - 2)
         slot = torch.where(code == Binning.absent, top, slot)
-        unknown = (code == Binning.below) & (t["levels"][:, None] | ((n == 0) & (x > 0)))
+        unknown = (code == Binning.below) & t["levels"][:, None]
         return torch.where((code == Binning.above) | unknown, top - 1, slot)
 
     def down(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,7 +316,7 @@ def _table(column: Column, most: int) -> dict[str, Tensor]:
     mass of exp(-decay i), up to a factor.
     """
     c, n, grid = column.measured, len(column.measured), column.grid
-    edges = torch.tensor(c.edges or (0.0,), dtype=torch.float64)
+    edges = torch.tensor(c.edges, dtype=torch.float64)
     width = edges.diff()
     wide, cells = width > 0, slice(1, 1 + n)
     low, size, steps, decay, unit, mass, middle = torch.ones(7, most + 4, dtype=torch.float64)
