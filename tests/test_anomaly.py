@@ -571,7 +571,7 @@ FAULTS = {
     "orders": ("score run new.csv --orders 2", "orders: for models of `musigma train table`"),
     "none": ("score run new.csv --explain -1", "explain: expected 1 or more"),
     "seen": ("score run known.csv --drift", "drift: known.csv is what the model was trained on"),
-    "no labels": ("evaluate run new.csv --labels fraud", "fraud"),
+    "no labels": ("evaluate run new.csv --labels fraud", "new.csv: no column matches 'fraud'"),
     "no label": ("evaluate run new.csv --labels label", "labels: new.csv has no labels"),
     "column": (
         "evaluate run new.csv --labels height",

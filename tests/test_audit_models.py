@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -210,3 +211,13 @@ def test_objects_that_are_not_models():
     with pytest.raises(AuditError, match="it raises"):
         audit_model(flow(ActNorm(4)), torch.randn(8, 5))
     assert isinstance(StandardNormal((4,))(), DiagonalGaussian)
+
+
+@pytest.mark.parametrize("name", ["table", "nsf", "vae"])
+def test_rows_with_missing_values(name):
+    schema, rows = small_schema()
+    model = build(name, Spec((4,), schema=schema))
+    first = rows[np.isnan(rows).any(1).argsort()[::-1]]
+    for x in (first, np.where(np.arange(4) == 3, np.nan, first)):  # a probability, and none
+        report = audit_model(model, torch.tensor(x[:40]))
+        assert not [f for f in report.findings if f.severity == "bug"], report

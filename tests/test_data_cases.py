@@ -500,7 +500,7 @@ def test_images_that_are_not_finite_are_named_or_left_out(tmp_path):
     x = np.rint(255 * RNG.random((40, 1, 8, 8))) / 255
     x[3, 0, 1, 1] = np.nan
     np.savez(tmp_path / "x.npz", x=x, y=np.arange(40) % 3)
-    with fails(r"image 3 \(from 0\) has values that are not finite: .*, or pass --skip-bad"):
+    with fails(r"image 3 \(from 0\) has values that are not finite: .*; or pass --skip-bad"):
         load(tmp_path / "x.npz")
     data = load(tmp_path / "x.npz", skip_bad=True)
     assert data.labels is not None

@@ -167,7 +167,7 @@ def test_columns_of_the_table_are_given(tmp_path):
     np.testing.assert_array_equal(data.given["x_2"].values, np.arange(12.0) ** 2)
     assert data.given["sex"].names == ("f", "m")
     assert data.given["sex"].values.tolist() == [0, 1] * 6
-    with fails(r"x.csv: given: no column matches 'y_\*': give one of age, x_1, sex"):
+    with fails(r"x.csv: no column matches 'y_\*': give one of age, x_1, sex"):
         load(path, given="y_*")
     with fails("x.csv: given: it has no labels"):
         load(path, given=["label", "sex"])

@@ -627,7 +627,7 @@ def test_tables_that_cannot_be_used(tmp_path, home, change, message):
     assert load(constant, in_memory=False, allow_constant=True).shape == (3,)
     save_parquet(tmp_path / "l.parquet", first | {"label": [None, *"ab" * 7]})
     with fails(
-        r"row 0 \(from 0\), column 'label' is missing: fill or drop it, or pass --skip-bad"
+        r"row 0 \(from 0\), column 'label' is missing: fill or drop it; or pass --skip-bad"
     ):
         load(tmp_path / "l.parquet")
 

@@ -151,6 +151,15 @@ def test_dates_keep_their_format(tmp_path):
     assert data.schema.columns[0].kind == "date"
     written = decode(data.x, data.schema).column("day").to_pylist()
     assert written == [f"{day:%d.%m.%Y}" for day in days]
+    again = {"day": ["04.01.2026 00:00:00", "2026"], "x": [0.5, 1]}
+    with pytest.raises(musigma.data.DataError, match="'2026', not a date like 31"):
+        musigma.data.load(again, schema=data.schema)
+    again["day"][1] = "07.01.2026"
+    later = musigma.data.load(again, schema=data.schema)
+    assert (later.x[:, 0] == np.asarray(data.x)[1:3, 0]).all()
+    again["day"][0] = "04.01.2026 10:00:00"
+    with pytest.raises(musigma.data.DataError, match="has a time of day"):
+        musigma.data.load(again, schema=data.schema)
 
 
 WHOLE = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from musigma.processes import Processes
+    from musigma.schema import Schema
 
 ROW_GROUP = 2**26
 """Bytes of a .parquet file that are held in memory before they are written."""
@@ -70,15 +71,21 @@ def write_rows(out: Path, parts: Iterable[Columns], **about: Any) -> None:
         {".csv": _csv, ".parquet": _parquet, ".npz": _npz}[out.suffix](draft, parts, about)
 
 
-def write_table(out: Path, table: Any) -> None:
-    """Write an Arrow table as a .csv or .parquet file that appears once it is complete."""
+def write_table(out: Path, table: Any, schema: Schema) -> None:
+    """Write an Arrow table as a .csv or .parquet file that appears once it is complete.
+
+    Text shows no time of day in a column of dates, whatever its type of Arrow.
+    """
     from musigma.files import replacing
 
     if out.suffix == ".csv":
         columns = dict(zip(table.column_names, table.columns, strict=True))
+        dates = {column.name for column in schema.columns if column.kind == "date"}
         for name, values in columns.items():
             if str(values.type) in ("bool", "float", "halffloat"):  # true; 0.1, in its few digits
                 columns[name] = values.cast("string")
+            elif name in dates and getattr(values.type, "tz", "") is None:
+                columns[name] = values.cast("date32")
         write_rows(out, [{name: values.to_pylist() for name, values in columns.items()}])
     else:
         with replacing(out) as draft:

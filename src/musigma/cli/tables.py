@@ -131,7 +131,7 @@ def impute(
     if summary is not None:
         cells = found.summary()
         write_rows(summary, [{name: [cell.get(name) for cell in cells] for name in SUMMARY}])
-    write_table(out, table)
+    write_table(out, table, model.schema)
     counts = np.isnan(rows).sum(0)
     columns = {name: int(k) for name, k in zip(model.schema.names, counts, strict=True) if k}
     what = (

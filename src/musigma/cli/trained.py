@@ -191,6 +191,16 @@ class Trained:
             raise ValueError(f"{option}: for models of `musigma train table` alone; leave it out")
         return inner
 
+    def check_latents(self, command: str) -> None:
+        """Refuse a command about latents if the model has none."""
+        from musigma.any_order import AnyOrder
+
+        if isinstance(getattr(self.model, "model", self.model), AnyOrder):
+            raise ValueError(
+                f"{command}: a `table` model has no latents; train a flow or a VAE of the same "
+                "columns (musigma train nsf DATA --schema infer)"
+            )
+
     def context(self, n: int, label: str | None = None, given: Sequence[str] = ()) -> Context:
         """The context of generated examples: n rows of a class, or n for each row of `given`.
 
@@ -271,12 +281,13 @@ class Trained:
 
         from musigma import context as contexts
 
-        def zeros(shape: tuple[int, ...]) -> Tensor:
-            return torch.zeros(1, *shape, dtype=self.dtype, device=self.device)
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.zeros(1, *shape, dtype=dtype, device=self.device)
 
         context = self.as_context({v.name: zeros(v.shape) for v in self.spec.context})
         with torch.no_grad():
-            latents = self.model.encode(zeros(self.shape), context)
+            x = zeros(self.shape, self.dtype if self.spec.schema is None else torch.float64)
+            latents = self.model.encode(x, context)
         return [z[:0] for z in latents], contexts.rows(context, slice(0))
 
     # --- outputs of a model --------------------------------------------------------------------
@@ -318,7 +329,7 @@ class Trained:
         if self.bits is not None:
             values = values.astype(np.uint8)
         if out.suffix in TABLES and schema is not None:
-            write_table(out, decode(values, schema))
+            write_table(out, decode(values, schema), schema)
         elif out.suffix in TABLES:  # the columns are those of the table it was trained on
             names = self.spec.columns or [f"x{i}" for i in range(self.shape[0])]
             write_rows(out, [dict(zip(names, values.T, strict=True))])

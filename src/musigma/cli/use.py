@@ -167,6 +167,7 @@ def decode(
 
     scale = temperatures(temperature)
     trained = Trained(run, common)
+    trained.check_latents("decode")
     out = out or Path("decoded.png" if trained.is_image else "decoded.npy")
     trained.check_out(out)
     z, context, whitened = _read_latents(latents, trained, label)
@@ -196,7 +197,8 @@ def _read_latents(
         raise ValueError(
             f"latents: {path} is not an .npz file of z0, z1, ... ({reason})"
         ) from error
-    wanted, got = [tuple(t.shape[1:]) for t in trained.nothing()[0]], [a.shape for a in z]
+    empty, got = trained.nothing()[0], [a.shape for a in z]
+    wanted = [tuple(t.shape[1:]) for t in empty]
     if not z or [s[1:] for s in got] != wanted[: len(z)] or len({s[:1] for s in got}) > 1:
         raise ValueError(
             f"latents: expected z0, z1, ... of shapes (n, *s) for s in {wanted}, top first; "
@@ -204,7 +206,7 @@ def _read_latents(
         )
     if not len(z[0]) or any(a.dtype.kind not in "fiu" or not np.isfinite(a).all() for a in z):
         raise ValueError(f"latents: expected finite numbers; {path} has none, or other values")
-    tensors = [torch.from_numpy(a).to(trained.device, trained.dtype) for a in z]
+    tensors = [torch.from_numpy(a).to(t) for a, t in zip(z, empty, strict=False)]
     return tensors, _context_of(arrays, len(z[0]), path, trained, label), whitened
 
 
@@ -275,6 +277,7 @@ def encode(on: RunOnData, *, out: Path, draw: bool = False, whiten: bool = False
 
     check_out(out, ".npz", ".parquet")
     trained = Trained(on.run, on.common)
+    trained.check_latents("encode")
     found, share = shared(trained, on.source, on.options, launched_processes())
     rows, out = share.rows, share.path(out)
     columns = _latent_arrays if out.suffix == ".npz" else _latent_columns
@@ -373,12 +376,15 @@ def reconstruct(on: RunOnData, *, n: int = 16, out: Path = Path("reconstructions
             also as .csv or .parquet.
     """
     trained = Trained(on.run, on.common)
+    trained.check_latents("reconstruct")
     trained.check_out(out)
     x, context = trained.examples(on.source, on.options, n)
     again = trained.reconstruct(x, context, out)
-    error = float((again - x).abs().mean())
-    what = f"{count(len(x), 'reconstruction')}, mean absolute error {error:.4g}"
-    trained.wrote(out, what, n=len(x), mean_absolute_error=error)
+    what, answer = count(len(x), "reconstruction"), {}
+    if trained.spec.schema is None:  # columns of a table have units of their own
+        answer["mean_absolute_error"] = error = float((again - x).abs().mean())
+        what += f", mean absolute error {error:.4g}"
+    trained.wrote(out, what, n=len(x), **answer)
 
 
 @app.command(group=USE)
@@ -401,6 +407,7 @@ def interpolate(
     if pairs < 1 or steps < 2:
         raise ValueError(f"pairs, steps: expected at least 1 and 2; got {pairs} and {steps}")
     trained = Trained(on.run, on.common)
+    trained.check_latents("interpolate")
     trained.check_out(out)
     x, context = trained.examples(on.source, on.options, 2 * pairs)
     if len(x) < 2:
@@ -441,6 +448,7 @@ def direction(
     at_least_one(at_most=at_most)
     check_out(out, ".npz")
     trained, chosen = Trained(on.run, on.common), latent_numbers(levels)
+    trained.check_latents("direction")
     editing.checked_levels(trained.model, chosen)
     found = trained.data(on.source, on.options.everything())
     if found.labels is None:
@@ -504,6 +512,7 @@ def edit(
     if not direction.is_file():
         raise ValueError(f"direction: there is no file {direction}")
     trained = Trained(on.run, on.common)
+    trained.check_latents("edit")
     trained.check_out(out)
     step = editing.Direction.load(direction)
     x, context = trained.examples(on.source, on.options.everything(), n, label)

@@ -201,7 +201,10 @@ def spec_of(model: Model) -> Spec:
 
 def _levels(model: Model) -> np.ndarray:
     """Number of levels of every element, or of each."""
-    levels = np.array(spec_of(model).levels)
+    spec = spec_of(model)
+    if spec.schema is not None:
+        raise ValueError("model: files hold integer levels, and its data are typed columns")
+    levels = np.array(spec.levels)
     if levels.dtype == object:  # some are None
         raise ValueError(
             "model: its data are continuous, which no file holds exactly at its rate; train a "

@@ -113,7 +113,7 @@ def _named_roles(
         matched = [j for j in left if fnmatchcase(names[j], pattern)]
         if not matched and not any(fnmatchcase(names[j], pattern) for j in given):
             raise request.error(
-                f"given: no column matches {pattern!r}: give one of "
+                f"no column matches {pattern!r}: give one of "
                 f"{named([name for name in names if name], 20)}"
             )
         given += matched
@@ -351,7 +351,7 @@ def _matching(names: Sequence[str], request: Request) -> list[int]:
         matched = [j for j, name in enumerate(names) if fnmatchcase(name, pattern)]
         if not matched:
             raise request.error(
-                f"given: no column matches {pattern!r}: give one of "
+                f"no column matches {pattern!r}: give one of "
                 f"{named([name for name in names if name], 20)}"
             )
         given += [j for j in matched if j not in given]

@@ -452,7 +452,10 @@ def _instants(content: _Content, column: Column) -> tuple[np.ndarray, dict[int, 
         if form is None:
             found = times.format_of([text for text in texts if text])
             form = found.format if found else times.ISO[0]
-        x = times.seconds(texts, form)[words.codes]
+        x = times.seconds(texts, form)
+        if column.kind == "date" and "%H" not in form:  # dates as libraries write their times
+            x = np.where(np.isnan(x), times.seconds(texts, f"{form} %H:%M:%S"), x)
+        x = x[words.codes]
         missing = np.array([text is None for text in words.different], bool)[words.codes]
         for i in np.flatnonzero(np.isnan(x) & ~missing).tolist():
             wrong[i] = f"is {texts[words.codes[i]]!r}, not a date like {times.example(form)}"

@@ -89,7 +89,7 @@ def all_faults(faults: Mapping[str, str], what: str, total: int, bad: int | None
     """One fault in a sentence, or many in a list.
 
     >>> all_faults({"a.png": "is empty: remove it"}, "images", 9)
-    'a.png is empty: remove it, or pass --skip-bad'
+    'a.png is empty: remove it; or pass --skip-bad to leave it out'
     >>> print(all_faults({"a.png": "is empty", "b.png": "is empty"}, "images", 9))
     2 of 9 images cannot be used; repair them, or pass --skip-bad to leave them out:
       a.png is empty
@@ -97,7 +97,7 @@ def all_faults(faults: Mapping[str, str], what: str, total: int, bad: int | None
     """
     if len(faults) == 1:
         ((name, reason),) = faults.items()
-        return f"{name} {reason}, or pass --skip-bad"
+        return f"{name} {reason}; or pass --skip-bad to leave it out"
     return (
         f"{bad or len(faults)} of {total} {what} cannot be used; repair them, or pass --skip-bad "
         f"to leave them out:\n{listing(faults)}"
