@@ -191,6 +191,20 @@ def test_the_column_that_drifts_is_named(name):
     assert all(set(t) == {"column", "test", "statistic", "p_value", "adjusted"} for t in found)
 
 
+def test_a_category_of_rare_levels_drifts_too():
+    """Of 60 levels, 80 rows hold each less than twice; a batch of one level is no such draw."""
+    random = np.random.default_rng(2)
+    schema = Schema([Column("city", "category", tuple(map(str, range(60))))])
+    reference = random.integers(0, 60, (3000, 1)).astype(float)
+    (found,) = anomaly.column_drift(np.zeros((80, 1)), reference, schema)
+    assert found["p_value"] < 1e-3
+    p = [
+        anomaly.column_drift(random.integers(0, 60, (80, 1)) + 0.0, reference, schema)
+        for _ in range(30)
+    ]
+    assert sum(tests[0]["p_value"] < 0.05 for tests in p) <= 5
+
+
 def test_levels_that_the_schema_lacks_are_a_drift():
     random = np.random.default_rng(12)
     batch, reference = rows(random, 300), rows(random, 900)

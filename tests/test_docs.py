@@ -1,6 +1,7 @@
 """Commands and Python blocks of the README and the documentation run without errors."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def run_commands(page: Path, folder: Path) -> list[str]:
     commands = [line for block in blocks(page, "sh") for line in block.splitlines()]
     for command in commands:
         words = re.sub(r"--minutes \d+", "--steps 4 --evaluations 1", command)
-        words = words.replace("--size 32", "--size 16").split()
+        words = shlex.split(words.replace("--size 32", "--size 16"))
         assert words[0] == "musigma"
         main(words[1:])
         if "--out" in words:

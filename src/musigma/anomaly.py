@@ -41,7 +41,9 @@ __all__ = [
 ]
 
 FEW = 20  # distinct values of a numeric column up to which it is compared value by value
-EXPECTED = 5.0  # rows of either sample in a class of a chi-squared test; rarer classes are merged
+EXPECTED = 5.0  # rows of either sample in a class, below which it is rare
+LEAST_PERMUTED, MOST_PERMUTED, CELLS = 199, 9_999, 5_000_000  # permutations; counts in all of them
+BLOCK = 2**20  # counts that are held at once
 
 
 # --- conformal p-values --------------------------------------------------------------------------
@@ -196,10 +198,10 @@ def column_drift(
     """Test column by column whether a batch has the distribution of reference rows.
 
     Numbers are compared by Kolmogorov and Smirnov's test; levels, and numbers of at most 20
-    different values, by a chi-squared test of homogeneity, in which classes with fewer than 5
-    expected rows are merged; the shares of missing values, and those of levels that the schema
-    lacks, by Fisher's exact test. The p-values of all tests are adjusted by Holm's method: if
-    nothing has drifted, the probability that any adjusted p-value is at most a is at most a,
+    different values, by a chi-squared test of homogeneity, with random permutations if fewer than
+    5 rows are expected of a class; the shares of missing values, and those of levels that the
+    schema lacks, by Fisher's exact test. The p-values of all tests are adjusted by Holm's method:
+    if nothing has drifted, the probability that any adjusted p-value is at most a is at most a,
     however the columns depend on each other.
 
     Args:
@@ -283,18 +285,49 @@ def _shares(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def _homogeneity(counts: np.ndarray) -> tuple[float, float]:
-    """Statistic and p-value of a test that two rows of counts, (2, classes), have one law."""
+    """Statistic and p-value of a test that two rows of counts, (2, classes), have one law.
+
+    If there are rare classes, it is the smaller p-value of two tests, doubled: that in which they
+    are one class, and that of the same statistic of all classes under random permutations.
+    """
     expected = counts.sum(0) * counts.sum(1).min() / counts.sum()
     rare = expected < EXPECTED
+    merged = counts
     if rare.any():
-        merged = counts[:, rare].sum(1, keepdims=True)
-        counts = np.concatenate([counts[:, ~rare], merged], 1)
-    if counts.shape[1] < 2:
-        return 0.0, 1.0
+        merged = np.concatenate([counts[:, ~rare], counts[:, rare].sum(1, keepdims=True)], 1)
+    found = _chi_squared(merged) if merged.shape[1] > 1 else (0.0, 1.0)
+    if merged.shape[1] == counts.shape[1]:
+        return found
+    statistic, p = _permuted(counts)
+    return (found[0] if found[1] < p else statistic), min(1.0, 2 * min(found[1], p))
+
+
+def _chi_squared(counts: np.ndarray) -> tuple[float, float]:
+    """Statistic and p-value of the chi-squared test; of Fisher's for few rows of two classes."""
     result: Any = stats.chi2_contingency(counts, correction=False)
     if counts.shape[1] == 2 and result.expected_freq.min() < EXPECTED:
         return float(result.statistic), float(stats.fisher_exact(counts).pvalue)  # pyright: ignore
     return float(result.statistic), float(result.pvalue)
+
+
+def _permuted(counts: np.ndarray) -> tuple[float, float]:
+    """The chi-squared statistic, and its p-value among random permutations of the rows."""
+    classes, sizes = counts.sum(0), counts.sum(1)
+    few, total = int(sizes.min()), int(sizes.sum())
+    part, random = counts[sizes.argmin()], np.random.default_rng(0)
+
+    def statistic(part: np.ndarray) -> np.ndarray:
+        square = (part.astype(np.float64) ** 2 / classes).sum(-1)
+        return total * (total * square / few - few) / (total - few)
+
+    left, as_large = max(LEAST_PERMUTED, min(MOST_PERMUTED, CELLS // len(classes))), 1
+    n, observed = left, float(statistic(part))
+    while left:
+        k = max(1, min(left, BLOCK // len(classes)))
+        drawn = random.multivariate_hypergeometric(classes, few, size=k, method="marginals")
+        as_large += int((statistic(drawn) >= observed * (1 - 1e-9)).sum())
+        left -= k
+    return observed, as_large / (n + 1)
 
 
 # --- figures on labeled rows ---------------------------------------------------------------------

@@ -329,8 +329,8 @@ class AnyOrder(Model):
     ) -> Tensor:
         """Draw the values that are not seen, one column after another, (B, D).
 
-        At temperature 0 each value is the middle of its most probable cell. Values outside all
-        cells are never drawn.
+        At temperature 0 each value is the middle of its most probable cell. Cells are drawn
+        without the smoothing of the density, and values outside all cells never.
 
         Args:
             x: Rows (B, D); values that are not seen are ignored.
