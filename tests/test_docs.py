@@ -31,7 +31,7 @@ def photos(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = random.integers(0, 256, (40 + i % 3, 50, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:02}.{'png' if i % 3 else 'jpg'}")
-    rows = random.normal(size=(40, 3))
+    rows = random.normal(size=(1500, 3))
     text = "\n".join(",".join(f"{value:.6f}" for value in row) for row in rows)
     (tmp_path / "table.csv").write_text(f"height,width,weight\n{text}\n")
     monkeypatch.chdir(tmp_path)

@@ -168,6 +168,21 @@ def test_impute_once_writes_the_table_alone(call):
     assert (rows[0]["age"], rows[0]["vip"], rows[1]["country"]) == ("20", "yes", "FR")
 
 
+def test_impute_keeps_the_names_of_rows(call):
+    with open("named.csv", "w") as file:
+        file.write("id,age,country,vip\np7,20,,yes\np9,,FR,no\n")
+    with open("bad.csv", "w") as file:
+        file.write("age,country,vip\n20,,yes\nold,FR,no\n30,FR,no\n")
+    for n, source, names in (
+        (1, ["named.csv"], ["p7", "p9"]),
+        (2, ["named.csv"], ["p7", "p9"] * 2),
+        (1, ["bad.csv", "--skip-bad"], ["line 2", "line 4"]),
+    ):
+        call("impute", "run", *source, "--n", str(n), "--out", "filled.csv")
+        with open("filled.csv", newline="") as file:
+            assert [row["id"] for row in csv.DictReader(file)] == names
+
+
 FAULTS = {
     "unknown": ("sample run --where cuntry=='FR' --out x.csv", "no column 'cuntry'; did you mean"),
     "no mass": ("sample run --where age>200 --out x.csv", "training value satisfies .* 17 to 89"),

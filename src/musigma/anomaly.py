@@ -30,6 +30,7 @@ from musigma.evaluation.intervals import auc, average_precision, exact_share
 from musigma.schema import Schema
 
 __all__ = [
+    "calibration_rows",
     "column_drift",
     "detection",
     "holm",
@@ -40,6 +41,7 @@ __all__ = [
     "threshold",
 ]
 
+ENOUGH, ABOVE = 10_000, 200  # calibration rows that suffice, if so many are above each threshold
 FEW = 20  # distinct values of a numeric column up to which it is compared value by value
 EXPECTED = 5.0  # rows of either sample in a class, below which it is rare
 LEAST_PERMUTED, MOST_PERMUTED, CELLS = 199, 9_999, 5_000_000  # permutations; counts in all of them
@@ -96,6 +98,23 @@ def threshold(calibration: Any, rate: float) -> float:
     """
     known = np.sort(_scores(calibration, "calibration", least=1))
     return float(known[-_rank(len(known), rate)])
+
+
+def calibration_rows(content: np.ndarray, rates: Sequence[float] = ()) -> np.ndarray:
+    """Indices of the rows to calibrate on, in increasing order: all, or as many as suffice.
+
+    These are 10,000 rows, or 200 above each threshold, with the smallest hashes.
+
+    Args:
+        content: Hashes of the contents of the rows (n,), as `musigma.data.Dataset.content`.
+        rates: The rates to promise.
+
+    Example:
+        >>> len(calibration_rows(np.arange(20_001))), len(calibration_rows(np.arange(99)))
+        (10000, 99)
+    """
+    most = int(max([ENOUGH, *(ABOVE / rate for rate in rates)]))
+    return np.sort(np.argsort(content, kind="stable")[:most])
 
 
 def smallest_rate(n: int) -> float:

@@ -26,8 +26,6 @@ BLOCK = 256
 """Rows that a model processes together."""
 MULTIPLE = 32
 """Rows are processed in multiples of this number."""
-ENOUGH, ABOVE = 10_000, 200
-"""Of more held-out rows the rest is not used, if so many of them are above the threshold."""
 
 
 def nats(model: Model, rows: Dataset) -> np.ndarray:
@@ -156,8 +154,8 @@ class Scorer:
                     "normal rows that it was not trained on"
                 )
             rows = rows.split("held-out")
-        most = int(max(ENOUGH, ABOVE / (self.fpr or 1)))
-        return rows.subset(np.sort(np.argsort(rows.content(), kind="stable")[:most]))
+        rates = [] if self.fpr is None else [self.fpr]
+        return rows.subset(anomaly.calibration_rows(rows.content(), rates))
 
     def _rows(self, source: Any) -> Dataset:
         """Rows of a file or of an Arrow table, as the model takes them."""

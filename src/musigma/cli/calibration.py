@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 RATES = (0.05, 0.01, 0.001)
 """False-positive rates that are evaluated if none is given, as far as they can be promised."""
-ENOUGH, ABOVE = 10_000, 200
-"""More calibration rows are not scored, if at least so many are above each threshold."""
 USUAL = ("1", "true", "yes", "anomaly", "outlier")
 """The one of two labels that is the anomaly if none is given."""
 LEVEL = 0.05
@@ -76,6 +74,8 @@ class Calibration:
         """
         import numpy as np
 
+        from musigma import anomaly
+
         origin = source or trained.about_data.get("source")
         if origin is None:
             raise ValueError(
@@ -90,9 +90,8 @@ class Calibration:
         what = f"{trained.part} of {origin}"
         if half:
             found, what = found.subset(calibrates(found)), f"half of {what}"
-        most = int(max([ENOUGH, *(ABOVE / rate for rate in rates)]))
-        if len(found) > most:  # those of the smallest hashes, in the order of the data
-            kept = np.sort(np.argsort(found.content(), kind="stable")[:most])
+        kept = anomaly.calibration_rows(found.content(), rates)
+        if len(kept) < len(found):
             what = f"{len(kept):,} of {len(found):,}, {what}"
             found = found.subset(kept)
         calibration = cls(found, what)

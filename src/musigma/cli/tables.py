@@ -19,9 +19,8 @@ from musigma.cli.screen import count
 from musigma.cli.trained import TABLES, Trained, read_data
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from musigma.any_order import AnyOrder
+    from musigma.data import Dataset
 
 SUMMARY = ("row", "column", "mean", "std", "q05", "q50", "q95", "mode", "share")
 
@@ -68,7 +67,8 @@ def sample_given(trained: Trained, given: tuple[str, ...], n: int, out: Path) ->
     if len(given) != 1:
         raise ValueError(f"given: expected one table of rows to complete; got {len(given)}")
     (source,) = given
-    model, rows = _unconditional(trained, "given"), _partial(trained, source, Reading())
+    model = _unconditional(trained, "given")
+    rows = np.asarray(_partial(trained, source, Reading()).array)
     absent = np.flatnonzero(np.isnan(rows).all(0)).tolist()
     filled = questions.complete(model, rows.repeat(n, 0), missing=absent)
     trained.write(torch.from_numpy(filled), out)
@@ -92,7 +92,8 @@ def impute(
 
     Each filled table is a draw as a whole, and n of them show how certain the values are: compute
     what you want to know from each of them, and look at the spread (multiple imputation). Columns
-    of the model that the table lacks are drawn too.
+    of the model that the table lacks are drawn too. The column `id` has the names of the rows, if
+    the table has them, or their places in it, if some were left out.
 
     Args:
         source: The table.
@@ -122,9 +123,12 @@ def impute(
             f"n: the table has a column {sorted(taken)[0]!r}, which is the name of a column that "
             "tells draws apart; rename it, or draw once (--n 1)"
         )
-    rows = _partial(trained, source, reading)
+    data = _partial(trained, source, reading)
+    rows = np.asarray(data.array)
     found = questions.impute(model, rows, n)
     table = decode(np.concatenate([found.filled(i) for i in range(n)]), model.schema)
+    if data.ids and "id" not in model.schema.names:
+        table = table.add_column(0, "id", [list(data.ids) * n])
     if n > 1:
         table = table.add_column(0, "row", [np.tile(np.arange(len(rows)), n)])
         table = table.add_column(0, "draw", [np.repeat(np.arange(n), len(rows))])
@@ -153,10 +157,8 @@ def _unconditional(trained: Trained, what: str) -> AnyOrder:
     return model
 
 
-def _partial(trained: Trained, source: str, reading: Reading) -> np.ndarray:
+def _partial(trained: Trained, source: str, reading: Reading) -> Dataset:
     """Rows of a table that may lack values and columns."""
-    import numpy as np
-
     found = read_data(
         source,
         trained.preprocess,
@@ -170,4 +172,4 @@ def _partial(trained: Trained, source: str, reading: Reading) -> np.ndarray:
         trained.screen.note(f"left out: {name} {reason}")
     for note in found.notes:
         trained.screen.note(note)
-    return np.asarray(found.array)
+    return found
