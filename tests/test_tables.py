@@ -370,6 +370,7 @@ def test_other_faults(tmp_path):
         ("a,b\n1,2\n", "a single example"),
         ("a,b\n", "holds no examples"),
         ("a,a\n1,2\n3,4\n", "several columns are called 'a'"),
+        ('a,b\n"1,234",2\n"5,678",3\n', "column 'a' is '1,234', and '1,234' may be 1234 or 1.234"),
         ("a,b\n01/02/2026,2\n03/04/2026,3\n04/04/2026,3\n", "two ways"),
     ]:
         with pytest.raises(musigma.data.DataError, match=reason):
@@ -494,6 +495,13 @@ def test_all_faults_of_a_schema_are_named_at_once(tmp_path):
         musigma.data.load(people(), schema=path)
     for text in ("'a', kind", "'a', step", "'b', levles", "column 'c' is 3", "4 faults"):
         assert text in str(error.value)
+    for text, message in (
+        ("", "lists no columns"),
+        ('day = {format = "iso"}', "1 fault:\n.*'day', format is 'iso': expected a format such"),
+    ):
+        path.write_text(f"[columns]\n{text}\n")
+        with pytest.raises(musigma.data.DataError, match=message):
+            musigma.data.load(people(), schema=path)
     path.write_text(
         """
         [columns]

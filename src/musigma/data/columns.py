@@ -121,7 +121,8 @@ class _Content:
         if content == "other":
             raise _Unusable(f"is {self.storage}: convert or drop it")
         if content == "empty" or not self.present:
-            raise _Unusable("is empty: drop it")
+            faults = {} if self.is_words else table.not_numbers(j)
+            raise _Unusable(next(iter(faults.values()), "is empty: drop it"))
         found = self._kind_of_words() if self.is_words else self._kind_of_numbers()
         values = self.texts if self.is_words else self.finite
         if len(values) == 1 and not constant:

@@ -101,10 +101,14 @@ def _drafts(columns: Mapping[str, Any], where: str) -> dict[str, Draft]:
                 not fits
                 or (key == "kind" and value not in get_args(Kind))
                 or (key == "step" and value <= 0)
+                or (key == "format" and "%" not in str(value))
             ):
                 faults[f"column {name!r}, {key}"] = f"is {value!r}: expected {expected}"
     if faults:
-        raise DataError(f"{where}: {len(faults)} faults:\n{listing(faults)}")
+        what = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
+        raise DataError(f"{where}: {what}:\n{listing(faults)}")
+    if not columns:
+        raise DataError(f"{where}: lists no columns; give one at least: age = {{}}")
     return {name: _draft(draft) for name, draft in columns.items()}
 
 

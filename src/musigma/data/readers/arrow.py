@@ -186,9 +186,9 @@ def frame(source: Any, request: Request) -> Frame:
         try:
             arrays.append(pa.array(values, from_pandas=True))
         except (pa.ArrowException, TypeError, ValueError) as error:
-            faults[f"column {name!r}"] = f"has values of several types ({first_line(error)})"
+            faults[f"column {name!r}"] = f"cannot be read as one type ({first_line(error)})"
     if faults:
-        raise request.error(f"{len(faults)} columns cannot be read:\n{listing(faults)}")
+        raise request.error(f"columns cannot be read:\n{listing(faults)}")
     try:
         return Frame(pa.table(arrays, [name for name, _ in columns]), request)
     except pa.ArrowInvalid as error:
