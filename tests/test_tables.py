@@ -576,3 +576,20 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(musigma.data.DataError, match=r"pip install 'plotnine>=0.15'"):
         musigma.data.load("diamonds", schema="infer")
+
+
+def test_unknown_levels_are_counted_in_a_note():
+    rows = {"city": ["Oslo", "Rome"] * 20, "age": list(range(20, 60))}
+    schema = musigma.data.load(rows, schema="infer").schema
+    later = {"city": ["Kyiv", "Rome", "Lima"], "age": [30, 31, 32]}
+    data = musigma.data.load(later, schema=schema, unseen="probability")
+    assert any("'city': 2 of 3 values are not in the schema" in note for note in data.notes)
+    assert data.array[:, 0].tolist() == [2, 1, 2]
+
+
+def test_whole_numbers_that_are_not_exact_are_refused_in_later_data():
+    schema = musigma.data.load(
+        {"n": list(range(40)), "x": np.linspace(0, 1, 40)}, schema="infer"
+    ).schema
+    with pytest.raises(musigma.data.DataError, match=r"whole numbers from 2\^53 are not exact"):
+        musigma.data.load({"n": [1, 2**53 + 1], "x": [0.1, 0.2]}, schema=schema)

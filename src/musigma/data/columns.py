@@ -355,6 +355,11 @@ def encode(
             continue
         content = _Content(table, known[column.name])
         x[:, k], wrong = _encoded(content, column, request.unseen)
+        if column.has_levels and (n := int((x[:, k] == len(column.levels)).sum())):
+            request.note(
+                f"column {column.name!r}: {n:,} of {len(x):,} values are not in the schema, and "
+                "have the probability of unknown levels"
+            )
         x[np.isnan(x[:, k]), k] = np.nan  # NaN have signs, and equal rows have equal bytes
         bad[list(wrong)] = True
         faults |= _named(wrong, table, column, request)
@@ -408,6 +413,10 @@ def _encoded(content: _Content, column: Column, unseen: str) -> tuple[np.ndarray
             off = np.isfinite(x) & (x != nearest)
             for i in np.flatnonzero(off).tolist():
                 wrong.setdefault(i, f"is {x[i]:g}, not {what}: round it, or make it continuous")
+            for i in np.flatnonzero(np.abs(x) >= EXACT).tolist():
+                wrong.setdefault(
+                    i, f"is {x[i]:g}; whole numbers from 2^53 on are not exact: drop it"
+                )
     return x, wrong
 
 
