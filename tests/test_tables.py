@@ -591,5 +591,5 @@ def test_whole_numbers_that_are_not_exact_are_refused_in_later_data():
     schema = musigma.data.load(
         {"n": list(range(40)), "x": np.linspace(0, 1, 40)}, schema="infer"
     ).schema
-    with pytest.raises(musigma.data.DataError, match=r"whole numbers from 2\^53 are not exact"):
+    with pytest.raises(musigma.data.DataError, match=r"whole numbers from 2\^53 on are not exact"):
         musigma.data.load({"n": [1, 2**53 + 1], "x": [0.1, 0.2]}, schema=schema)
