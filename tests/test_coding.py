@@ -637,7 +637,11 @@ def test_layers_are_invertible_and_close_to_the_real_ones(name, data):
             there, _ = layer.inverse(torch.from_numpy(y * 2.0**-above))
             assert (np.abs(there.numpy() - whole * 2.0**-FINE) <= 2**-5 + 1e-3).all()
         else:
-            assert (off <= bound * (1 + np.abs(floats.numpy()))).all()
+            close = off <= bound * (1 + np.abs(floats.numpy()))
+            if name == "logit" and not isinstance(layer, Inverse):  # its slope is up to 1e5
+                there, _ = layer.inverse(torch.from_numpy(y * 2.0**-above))
+                close |= np.abs(there.numpy() - whole * 2.0**-FINE) <= 1e-3
+            assert close.all()
         assert (down(y) == whole).all()
     assert content(s) == before
 
