@@ -132,7 +132,7 @@ def test_the_interval_of_r2_agrees_with_the_bootstrap():
 
 
 def test_the_interval_of_the_auc_of_classes_agrees_with_the_bootstrap():
-    """Also where classes are told apart unequally well, so that their frequencies matter."""
+    """Also where some classes are recognized better than others, so their frequencies matter."""
     random = np.random.default_rng(6)
     truth = random.choice(3, 600, p=[0.45, 0.45, 0.1])
     scores = random.normal(size=(600, 3)) + np.diag([4.0, 0.2, 1.0])[truth]

@@ -161,7 +161,7 @@ class AnyOrder(Model):
     # -- the network
 
     def features(self, x: Tensor, code: Tensor, j: int | None = None) -> Tensor:
-        """What the network is told of each value if it is seen, (B, D, F).
+        """The input of the network for each value that is seen, (B, D, F).
 
         Args:
             x: Rows (B, D), or the values (B, 1) of column j.
@@ -201,8 +201,8 @@ class AnyOrder(Model):
         return self._masked(self.features(x, code), known, self._given(context))
 
     def _masked(self, features: Tensor, seen: Tensor, given: Tensor) -> Tensor:
-        told = (features * seen[..., None]).flatten(-2)
-        h = told @ self.seen.flatten(0, 1) + (~seen).to(told) @ self.unseen
+        inputs = (features * seen[..., None]).flatten(-2)
+        h = inputs @ self.seen.flatten(0, 1) + (~seen).to(inputs) @ self.unseen
         return self.trunk(h + given)
 
     def start(self, context: Tensor | None) -> Tensor:
@@ -218,9 +218,9 @@ class AnyOrder(Model):
         """
         which = slice(None) if j is None else slice(j, j + 1)
         code = (self.binning if j is None else self.binning.column(j)).locate(x)
-        told = torch.einsum("bdf,dfh->dbh", self.features(x, code, j), self.seen[which])
+        first = torch.einsum("bdf,dfh->dbh", self.features(x, code, j), self.seen[which])
         known = (code != self.binning.absent).T[..., None]
-        return (told - self.unseen[which, None]) * known
+        return (first - self.unseen[which, None]) * known
 
     def others(self, x: Tensor, context: Tensor | None = None) -> list[Tensor]:
         """For each column, the last hidden layer given all the other values of a row, (B, H)."""
@@ -300,7 +300,7 @@ class AnyOrder(Model):
         """log p(x_j | the columns before j in an order), nats (B, D), in the order of columns.
 
         A missing value of a column that has no probability of missing values (`Column.missing`)
-        is integrated out: it is told to no other column, and its term is 0.
+        is integrated out: no other column is conditioned on it, and its term is 0.
         """
         size = max(16, BLOCK // len(order))
         if len(x) > size:  # blocks stay in the cache of a processor
@@ -358,7 +358,7 @@ class AnyOrder(Model):
         known = Known(self, len(x), context)
         for j in range(len(order)):
             rows = seen[:, j].nonzero()[:, 0]
-            known.tell(j, x[rows, j], rows)
+            known.see(j, x[rows, j], rows)
         for j in order:
             rows = (~seen[:, j]).nonzero()[:, 0]
             if len(rows):
@@ -366,7 +366,7 @@ class AnyOrder(Model):
                 if missing is not None and j not in missing:
                     logits = logits[:, : len(self.schema.columns[j].measured)]
                 x[rows, j] = self.binning.draw(j, logits, heat(rows))
-                known.tell(j, x[rows, j], rows)
+                known.see(j, x[rows, j], rows)
         return x
 
     # -- a model
@@ -390,7 +390,7 @@ class AnyOrder(Model):
 
 
 class Known:
-    """Rows whose values are told to an `AnyOrder` model one column after another.
+    """What an `AnyOrder` model has seen of some rows, one column after another.
 
     Args:
         model: The model.
@@ -403,11 +403,11 @@ class Known:
         self.first = model.start(context).expand(n, -1).clone()
 
     def state(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """The last hidden layer given what is known of some rows, (B, H)."""
+        """The last hidden layer given what has been seen of some rows, (B, H)."""
         return self.model.trunk(self.first[rows])
 
-    def tell(self, j: int, x: Tensor, rows: Tensor | slice = slice(None)) -> None:
-        """Tell the values (B,) of column j in some rows."""
+    def see(self, j: int, x: Tensor, rows: Tensor | slice = slice(None)) -> None:
+        """Condition some rows on their values (B,) of column j."""
         self.first[rows] += self.model.parts(x[:, None], j)[0]
 
 

@@ -209,7 +209,7 @@ def explain(
 
 
 def _entropies(model: AnyOrder, states: Sequence[Tensor], x: Tensor) -> Tensor:
-    """What is expected of -log p(x_j | x_-j), nats (B, D); 0 for a value that is not told."""
+    """What is expected of -log p(x_j | x_-j), nats (B, D); 0 for one that is integrated out."""
     binning, each = model.binning, []
     code, t = binning.locate(x), binning.on(x.device)
     for j, state in enumerate(states):
@@ -411,7 +411,7 @@ def _candidates(
     for cut in order:
         x[:, cut.j], log_p = cut.draw(known.state())
         log_w += log_p
-        known.tell(cut.j, x[:, cut.j])
+        known.see(cut.j, x[:, cut.j])
     return x, log_w
 
 
@@ -668,7 +668,7 @@ def marginal(
         if i == j:
             raise ValueError(f"given: {name!r} is the column that is asked for; leave it out")
         number = as_number(schema.columns[i], value)
-        known.tell(i, torch.tensor([number], dtype=torch.float64, device=model.starts.device))
+        known.see(i, torch.tensor([number], dtype=torch.float64, device=model.starts.device))
     p = model.log_cells(known.state(), j)[0].double().exp().numpy(force=True)
     n = len(c.measured)
     return Marginal(c, p[:n], float(p[n:].sum()))

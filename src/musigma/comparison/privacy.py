@@ -30,8 +30,8 @@ class Privacy:
         closer: P(a synthetic row is closer to its nearest training row than a held-out row is).
         percentiles: Share of the synthetic rows that are closer than the 1st and the 5th
             percentile of the held-out rows; 0.01 and 0.05 if nothing leaks.
-        membership: AUC with which training rows are told from held-out rows by their distance to
-            the nearest synthetic row; None if it cannot be told.
+        membership: AUC of the distance to the nearest synthetic row as a score that separates
+            training rows from held-out rows; None if there is no such test.
         why: Why there is no membership test.
         distances: Distances of synthetic rows and of held-out rows, in increasing order.
         rows: Numbers of rows: `synthetic`, `held-out` and `training`.

@@ -15,7 +15,7 @@ from musigma.schema import Schema
 __all__ = ["Usefulness", "usefulness"]
 
 MOST_CLASSES = 10
-"""Levels of a target that are told apart; all further ones are one class."""
+"""Levels of a target that are classes of their own; all others together are one more."""
 
 
 @dataclass(frozen=True)

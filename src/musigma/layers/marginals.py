@@ -24,7 +24,7 @@ CELLS = 128
 MOST = CELLS + 160
 """Cells that such a column has at most: each tail has log(n / 256) / log(1.25) of them."""
 FARTHEST = 1e15
-"""Distances beyond the last edge, in units of the scale of the tail, that are told apart."""
+"""Distance beyond the last edge, in units of the scale of the tail, at which values are cut."""
 EDGE = 1e-7
 """Noise keeps this distance from the ends of its interval, so that rounding leaves it inside."""
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
