@@ -31,6 +31,7 @@ RANKS = {
     "layer": 2,
     "model": 3,
     "conditional": 4,
+    "ladder": 4,
     "any_order": 4,
     "questions": 5,
     "anomaly": 8,

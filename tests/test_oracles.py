@@ -31,6 +31,7 @@ from musigma.distributions import (
     register_likelihood,
 )
 from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
+from musigma.ladder import Ladder, LadderBlock
 from musigma.layers import (
     ActNorm,
     Dequantize,
@@ -39,7 +40,7 @@ from musigma.layers import (
     Rescale,
     Split,
 )
-from musigma.model import VAE, Chain, Ladder, LadderBlock, Prior
+from musigma.model import VAE, Chain, Prior
 from musigma.spec import Spec, Variable
 from musigma.testing import randomized
 from musigma.trace import Evidence, Trace

@@ -25,17 +25,8 @@ if TYPE_CHECKING:
     )
     from musigma.evaluation import evaluate, inspect, ledger, saturation, score
     from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
-    from musigma.model import (
-        VAE,
-        Bijection,
-        Chain,
-        Inverse,
-        Ladder,
-        LadderBlock,
-        Layer,
-        Model,
-        Prior,
-    )
+    from musigma.ladder import Ladder, LadderBlock
+    from musigma.model import VAE, Bijection, Chain, Inverse, Layer, Model, Prior
     from musigma.scorer import Scorer
     from musigma.spec import Spec, Variable
     from musigma.trace import Evidence, Recorder, Trace
@@ -49,7 +40,8 @@ _EXPORTS = {
     "distributions": "OptimalGaussianHead StandardNormal StandardUniform likelihood",
     "evaluation": "evaluate inspect ledger saturation score",
     "gaussian": "DiagonalGaussian Format GaussianHead",
-    "model": "VAE Bijection Chain Inverse Ladder LadderBlock Layer Model Prior",
+    "ladder": "Ladder LadderBlock",
+    "model": "VAE Bijection Chain Inverse Layer Model Prior",
     "scorer": "Scorer",
     "spec": "Spec Variable",
     "trace": "Evidence Recorder Trace",

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from musigma.context import Context
 from musigma.model import Model
@@ -48,6 +47,10 @@ class Conditional(Model):
             raise ValueError("context: this model is conditional, and needs one row per example")
         return self.embedding(context)
 
+    def given(self, context: Context) -> tuple[Model, Context]:
+        """The inner model, and the output of the embedding."""
+        return self.model.given(self.embedded(context))
+
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """Infer by the inner model."""
         self.model.infer(x, trace, self.embedded(context))
@@ -70,14 +73,6 @@ class Conditional(Model):
         if inner is self.model:
             return self
         return Conditional(inner, self.embedding).train(self.training)
-
-    def as_distribution(self, context: Any = None) -> Distribution:
-        """The inner model, given this context, as a torch distribution.
-
-        Raises:
-            TypeError: If the model is not `exact`.
-        """
-        return self.model.as_distribution(self.embedded(context))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Any = None) -> None:

@@ -2,8 +2,8 @@
 
 A `Layer` maps x to z; a `Bijection` is a layer that is an invertible function. A `Model` is a
 complete model of x, and inherits scoring, sampling, encoding, decoding, reconstruction and
-interpolation. There are four models: `Prior`, `Chain` (flows), `VAE` and `Ladder`. The prior of
-a chain or a VAE is itself a model, so models nest to any depth.
+interpolation. There are four models: `Prior`, `Chain` (flows), `VAE`, and `musigma.ladder.Ladder`.
+The prior of a chain or a VAE is itself a model, so models nest to any depth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from musigma import context as contexts
 from musigma.context import Context, conditioned
@@ -33,8 +32,6 @@ __all__ = [
     "Bijection",
     "Chain",
     "Inverse",
-    "Ladder",
-    "LadderBlock",
     "Layer",
     "Model",
     "Prior",
@@ -198,12 +195,20 @@ class Model(nn.Module, ABC):
         Raises:
             TypeError: If this model is not `exact`, so it has only bounds of log p(x).
         """
+        self.require_exact("log_prob")
+        return self(x, context, closed_form=False).elbo
+
+    def require_exact(self, name: str) -> None:
+        """Refuse a method or an option of a name for a model that is not `exact`.
+
+        Raises:
+            TypeError: If it is not.
+        """
         if not self.exact:
             raise TypeError(
-                f"log_prob: this {type(self).__name__} draws noise or latents in inference, so it "
+                f"{name}: this {type(self).__name__} draws noise or latents in inference, so it "
                 "has no exact log p(x); use elbo(x), or iwae(x, k) for a tighter bound"
             )
-        return self(x, context, closed_form=False).elbo
 
     def bits_per_dim(self, x: Tensor, context: Context = None, *, k: int = 1) -> Tensor:
         """-log p(x) / (D ln 2), or an upper bound of it if the model is not exact, shape (B,).
@@ -241,6 +246,33 @@ class Model(nn.Module, ABC):
             generating=True, n=n, scoring=False, temperature=self._temperatures(temperature, mode)
         )
         return self.generate(trace, context)
+
+    @torch.no_grad()
+    def sample_and_log_prob(self, n: int, context: Context = None) -> tuple[Tensor, Tensor]:
+        """Draw n examples, and score them in the same pass: x (n, *event), and log p(x) (n,).
+
+        Args:
+            n: Number of examples.
+            context: As in `sample`.
+
+        Raises:
+            TypeError: As `log_prob`.
+
+        Example:
+            >>> import musigma
+            >>> model = musigma.testing.randomized(musigma.build("nsf", (3,), depth=2))
+            >>> x, log_prob = model.sample_and_log_prob(4)
+            >>> torch.allclose(log_prob, model.log_prob(x))
+            True
+        """
+        return self.rsample_and_log_prob(n, context)
+
+    def rsample_and_log_prob(self, n: int, context: Context = None) -> tuple[Tensor, Tensor]:
+        """As `sample_and_log_prob`, with gradients where the draws are reparameterized."""
+        self.require_exact("sample_and_log_prob")
+        contexts.check(self.spec, context, n)
+        trace = Trace(generating=True, n=n)
+        return self.generate(trace, context), trace.evidence(self.latents()).elbo
 
     def encode(
         self,
@@ -348,15 +380,24 @@ class Model(nn.Module, ABC):
             frames.append(self.decode(latents, contexts.lerp(context, context1, t), whiten=True))
         return torch.stack(frames, 1)
 
-    def as_distribution(self, context: Any = None) -> Distribution:
+    def given(self, context: Context) -> tuple[Model, Context]:
+        """A model and a context that are equivalent to this model given this context.
+
+        All that depends on the context alone is computed, once for each row. To draw k examples
+        for each row, or to score k, repeat the rows of the result instead of those of the context.
+        """
+        return self, context
+
+    def as_distribution(self, context: Context = None) -> ModelDistribution:
         """This model as a `torch.distributions.Distribution`.
+
+        Whatever depends on the context alone is computed once for each of its rows.
 
         Raises:
             TypeError: If the model is not `exact`.
         """
-        if not self.exact:
-            self.log_prob(torch.empty(0))
-        return ModelDistribution(self, context)
+        self.require_exact("as_distribution")
+        return ModelDistribution(*self.given(context), spec=self.spec)
 
     # -- conversions
 
@@ -393,7 +434,7 @@ class Model(nn.Module, ABC):
         return by_site | dict.fromkeys(observed, 0.0) if mode else by_site
 
 
-# --- the four models ---------------------------------------------------------------------------
+# --- models ------------------------------------------------------------------------------------
 
 
 class Prior(Model):
@@ -564,95 +605,3 @@ class VAE(Model):
         parts = contexts.in_parts(self.floating(x), context)
         z = torch.cat([conditioned(self.encoder, *part).sample() for part in parts])
         self.prior.calibrate(z, context)
-
-
-class LadderBlock(nn.Module):
-    """One latent of a `Ladder`: its prior, its posterior, and its effect on the state.
-
-    Each network may take the context as an additional last argument.
-
-    Args:
-        prior: A head: maps the state (B, C, H, W) to p(z | state).
-        posterior: A head: maps the state and the bottom-up features, concatenated on axis 1, to
-            q(z | state, x).
-        merge: ``merge(state, z)`` is the state of the next block.
-    """
-
-    def __init__(self, prior: nn.Module, posterior: nn.Module, merge: nn.Module):
-        super().__init__()
-        self.prior, self.posterior, self.merge = prior, posterior, merge
-
-
-class Ladder(Model):
-    r"""A top-down hierarchical VAE: every posterior sees the data and the state from above.
-
-    .. math:: p(x, z) = p(x | h_L) \prod_l p(z_l | h_{l-1}), \quad h_l = merge(h_{l-1}, z_l)
-
-    with q(z_l | h_{l-1}, x). Prior and posterior share their state, so the KL of two Gaussians has
-    a closed form (Sønderby et al., "Ladder Variational Autoencoders", 2016, arXiv:1602.02282;
-    Child, "Very Deep VAEs", 2021, arXiv:2011.10650).
-
-    Args:
-        bottom_up: Maps x to a sequence of features, one for each block, top first.
-        blocks: The latents, top first.
-        decoder: A head: maps the last state to the distribution of x.
-        state: The shape (C, H, W) of the first state, which is a learned constant.
-
-    Raises:
-        ValueError: If a block is used twice.
-    """
-
-    blocks: Any  # a ModuleList of blocks
-
-    def __init__(
-        self,
-        bottom_up: nn.Module,
-        blocks: Iterable[LadderBlock],
-        decoder: nn.Module,
-        state: Sequence[int],
-    ):
-        super().__init__()
-        self.bottom_up, self.blocks, self.decoder = bottom_up, nn.ModuleList(blocks), decoder
-        self.top = nn.Parameter(torch.zeros(1, *state))
-        refuse_twins(self.blocks)
-
-    def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
-        """From the top: z ~ q(z | state, x), paired with p(z | state); finally p(x | state)."""
-        state = self._start(len(x))
-        bottom_up = conditioned(self.bottom_up, x, context)
-        for block, features in zip(self.blocks, bottom_up, strict=True):
-            q = conditioned(block.posterior, torch.cat([state, features], 1), context)
-            z = trace.latent(block, q, conditioned(block.prior, state, context))
-            state = conditioned(block.merge, state, z, context)
-        trace.p(self, conditioned(self.decoder, state, context), x)
-
-    def generate(self, trace: Trace, context: Any = None) -> Tensor:
-        """From the top: z ~ p(z | state); finally x ~ p(x | state)."""
-        n = trace.n if context is None else contexts.length(context)
-        if n is None:
-            raise ValueError("n: expected the number of examples to generate; got none")
-        state = self._start(n)
-        drawn = []
-        for block in self.blocks:
-            z = trace.p(block, conditioned(block.prior, state, context))
-            drawn.append((block, state, z))
-            state = conditioned(block.merge, state, z, context)
-        x = trace.p(self, conditioned(self.decoder, state, context))
-        if trace.scoring:
-            pairs = zip(drawn, conditioned(self.bottom_up, x, context), strict=True)
-            for (block, state, z), features in reversed(list(pairs)):
-                posterior = conditioned(block.posterior, torch.cat([state, features], 1), context)
-                trace.q(block, posterior, z)
-        return x
-
-    def _start(self, n: int) -> Tensor:
-        return self.top.expand(n, *self.top.shape[1:])
-
-    def variables(self) -> Iterator[nn.Module]:
-        """The blocks from the top, then the observation."""
-        yield from self.blocks
-        yield self
-
-    def latents(self) -> Iterator[nn.Module]:
-        """The blocks from the top."""
-        yield from self.blocks

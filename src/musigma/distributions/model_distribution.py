@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from musigma import context as contexts
 from musigma.context import Context
 from musigma.gaussian import EventDistribution, Shape
+from musigma.spec import Spec
+from musigma.trace import Recorder
 
 __all__ = ["ModelDistribution"]
 
@@ -17,21 +21,46 @@ __all__ = ["ModelDistribution"]
 class ModelDistribution(EventDistribution):
     """An exact model as a distribution, with batch shape (), or (B,) for a context of B rows.
 
+    `Model.as_distribution` makes it. Draws of flows are reparameterized: `rsample` and
+    `rsample_and_log_prob` carry gradients to the parameters and to the context.
+
     Args:
         model: The model.
         context: One row for each distribution of the batch, or None.
+        spec: States the shape and the support of events; by default that of the model.
+
+    Example:
+        >>> import musigma
+        >>> model = musigma.testing.randomized(musigma.build("nsf", (2,), depth=1, context=3))
+        >>> posterior = model.as_distribution(torch.randn(5, 3).double())
+        >>> x, log_prob = posterior.sample_and_log_prob((100,))
+        >>> x.shape, log_prob.shape
+        (torch.Size([100, 5, 2]), torch.Size([100, 5]))
     """
 
-    def __init__(self, model: Any, context: Context):
-        self.model, self.context = model, context
+    def __init__(self, model: Any, context: Context, spec: Spec | None = None):
+        self.model, self.context, self.spec = model, context, spec or model.spec
         rows = contexts.length(context)
-        if model.spec is not None:
-            event = model.spec.shape
+        if self.spec is not None:
+            event = self.spec.shape
         else:
             with torch.random.fork_rng():
                 event = model.sample(rows or 1, context).shape[1:]
-        batch = () if rows is None else (rows,)
-        super().__init__(batch, event)
+        super().__init__(() if rows is None else (rows,), event)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support that the spec states; otherwise all real vectors."""
+        declared = getattr(self.spec, "support", None)
+        return super().support if declared is None else declared.constraint()
+
+    @cached_property
+    def has_rsample(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether every variable of the model has reparameterized draws."""
+        record = Recorder(generating=True, n=1, scoring=False)
+        with torch.random.fork_rng(), torch.no_grad():
+            self.model.generate(record, contexts.rows(self.context, slice(1)))
+        return all(p.has_rsample for p in record.ps.values())
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats: ``value.shape`` without the event dimensions, broadcast."""
@@ -48,6 +77,36 @@ class ModelDistribution(EventDistribution):
         context = self._contexts(shape)
         drawn = self.model.sample(shape.numel(), context, temperature=temperature)
         return drawn.reshape(*shape, *self.event_shape)
+
+    def sample_and_log_prob(self, sample_shape: Shape = ()) -> tuple[Tensor, Tensor]:
+        """Draws, and their log density in nats, in one pass; without gradients."""
+        with torch.no_grad():
+            return self.rsample_and_log_prob(sample_shape)
+
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        """Draw differentiably.
+
+        Raises:
+            NotImplementedError: If not `has_rsample`.
+        """
+        if not self.has_rsample:
+            raise NotImplementedError(
+                "rsample: a variable of this model has no reparameterized draws; use sample"
+            )
+        return self.rsample_and_log_prob(sample_shape)[0]
+
+    def rsample_and_log_prob(self, sample_shape: Shape = ()) -> tuple[Tensor, Tensor]:
+        """As `sample_and_log_prob`, with gradients where draws are reparameterized."""
+        shape = torch.Size((*sample_shape, *self.batch_shape))
+        x, log_prob = self.model.rsample_and_log_prob(shape.numel(), self._contexts(shape))
+        return x.reshape(*shape, *self.event_shape), log_prob.reshape(shape)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> ModelDistribution:
+        """The same distributions with another batch shape, to which the present one broadcasts."""
+        new = object.__new__(type(self))
+        new.__dict__.update(vars(self))
+        EventDistribution.__init__(new, batch_shape, self.event_shape)
+        return new
 
     def _contexts(self, batch: torch.Size) -> Context:
         """One row of context for each of a batch of values."""

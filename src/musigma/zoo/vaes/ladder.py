@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from musigma.distributions import data_of
 from musigma.gaussian import Format, GaussianHead
-from musigma.model import Ladder, LadderBlock, Model
+from musigma.ladder import Ladder, LadderBlock
+from musigma.model import Model
 from musigma.nets import (
     ConvEncoder,
     ResBlock,
