@@ -2,4 +2,4 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("pyod") else ["src/musigma/pyod.py"]
+collect_ignore = [f"src/musigma/{name}.py" for name in ("pyod", "sbi") if find_spec(name) is None]

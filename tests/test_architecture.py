@@ -53,6 +53,7 @@ RANKS = {
     "scorer": 9,
     "cli": 10,
     "sklearn": 10,
+    "sbi": 10,
     "pyod": 11,
     "__init__": 10,
     "__main__": 11,
@@ -75,10 +76,12 @@ OWNERS = {
     "pyarrow": {"cli", "data", "frames", "scorer"},
     "fsspec": {"data"},
     "filelock": {"files"},
+    "sbi": {"sbi"},
+    "xarray": {"cli"},
 }
 
 # Modules that serve one library, so nothing is gained if they import it later.
-FRONTS = {"cli", "pyod", "sklearn"}
+FRONTS = {"cli", "pyod", "sbi", "sklearn"}
 
 
 def room(path: Path) -> str:
