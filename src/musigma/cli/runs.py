@@ -109,6 +109,7 @@ def _options(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         **{name: model["options"].get(name, value) for name, value in defaults.items()},
         **data["preprocess"],
         "skip_bad": data["skip_bad"],
+        "of": data.get("of", []),
         "given": data.get("given", labels),
         **saved["train"],
     }

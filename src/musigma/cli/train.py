@@ -88,6 +88,8 @@ class TrainingData:
 
     Args:
         size: Resize images to this size: 32, or 48x64 (height x width).
+        of: Columns of the table to model: a name or a pattern ('theta_*'). May be given several
+            times. Others are left out, unless they are given. By default all that are not given.
         given: Context of each example, to condition the model on: `label`, a column of the table
             or a pattern of columns ('x_*'), or a file or folder with a row or image for each
             example. May be given several times.
@@ -103,6 +105,7 @@ class TrainingData:
     """
 
     size: Annotated[str | None, Parameter(group=FIRST)] = None
+    of: Annotated[tuple[str, ...], Parameter(group=FIRST)] = ()
     given: Annotated[tuple[str, ...], Parameter(group=FIRST)] = ()
     bits: int = 8
     binarize: Literal["threshold", "dynamic"] | None = None
@@ -135,7 +138,11 @@ class TrainingData:
 
 
 def described_data(
-    source: str, preprocess: data.Preprocess, reading: Reading, given: Sequence[str]
+    source: str,
+    preprocess: data.Preprocess,
+    reading: Reading,
+    given: Sequence[str],
+    of: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The entries of config.json about how data are read; paths are absolute."""
     return {
@@ -145,6 +152,7 @@ def described_data(
         "given": [
             data.identity(item) if item != "label" and is_source(item) else item for item in given
         ],
+        **({"of": list(of)} if of else {}),
     }
 
 
@@ -270,10 +278,10 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
     screen = Screen(common)
     preprocess = data.Preprocess.from_json(about.get("preprocess", {}))
     reading = Reading(skip_bad=about.get("skip_bad", False), in_memory=about.get("in_memory"))
-    given = tuple(about.get("given", ()))
+    chosen = {"given": tuple(about.get("given", ())), "of": tuple(about.get("of", ()))}
     schema = saved["model"].get("schema")
     typed = {} if schema is None else {"schema": Schema.from_json(schema)}
-    found = read_data(source or about["source"], preprocess, reading, screen, given=given, **typed)
+    found = read_data(source or about["source"], preprocess, reading, screen, **chosen, **typed)
     if len(found) != about["n"] or list(found.shape) != about["shape"]:
         raise ValueError(
             f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
@@ -311,7 +319,8 @@ def finetune(
     out, _ = decided_by_main(processes, lambda: folder.choose(name, source))
     options = DataOptions(split="all", reading=reading, given=given)
     found = trained.data(source, options)
-    about = described_data(source, trained.preprocess, reading, trained.given)
+    of = trained.about_data.get("of", ())
+    about = described_data(source, trained.preprocess, reading, trained.given, of)
     kept = {name: trained.extra[name] for name in ("foreign",) if name in trained.extra}
     _begin(trained.model, found, about, config, out, Screen(common), kept)
 
@@ -331,7 +340,9 @@ def train(
     processes = join(common.device)
     screen = Screen(common)
     out, there = decided_by_main(processes, lambda: folder.choose(name, source))
-    about = described_data(source, reading.preprocess, reading.reading, reading.context)
+    about = described_data(
+        source, reading.preprocess, reading.reading, reading.context, reading.of
+    )
     if there:
         defaults = {p.name: p.default for p in builder_options(name)}
         now = {
@@ -343,9 +354,8 @@ def train(
         continue_run(out, common, source)
         return
     typed = reading.typed(name, source)
-    found = read_data(
-        source, reading.preprocess, reading.reading, screen, given=reading.context, **typed
-    )
+    chosen = {"given": reading.context, "of": reading.of}
+    found = read_data(source, reading.preprocess, reading.reading, screen, **chosen, **typed)
     chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
     plain = found.bits is None and found.schema is None
     if plain and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:

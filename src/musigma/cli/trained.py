@@ -139,7 +139,7 @@ class Trained:
             options.reading,
             self.screen,
             given=[
-                *(item for item in self.given if item != "label" or label is None),
+                *(item for item in self._named(self.given) if item != "label" or label is None),
                 *([] if column is None else [glob.escape(column)]),
             ],
             **self._columns(options),
@@ -164,11 +164,30 @@ class Trained:
         self.part = options.split or ("held-out" if seen else "all")
         return found.split(self.part)
 
+    def _named(self, given: Sequence[str]) -> tuple[str, ...]:
+        """Items of `--given`, with the columns of the model's context in place of patterns.
+
+        Other data may have more columns that match. They are kept if files are given, too, whose
+        variables the model also has.
+        """
+        from musigma.data.attach import is_source
+        from musigma.data.pairs import matching
+
+        patterns = [item for item in given if item != "label"]
+        names = [v.name for v in self.spec.context if v.name != "label"]
+        if any(is_source(item) for item in patterns) or not patterns:
+            return tuple(given)
+        known = {names[j] for pattern in patterns for j in matching(names, pattern)}
+        if known != set(names):  # as they are given now, which another check compares
+            return tuple(given)
+        return (*(["label"] if "label" in given else []), *names)
+
     def _columns(self, options: DataOptions) -> dict[str, Any]:
         """The columns of a table to read, with their types if the model has any."""
+        how = {"columns": self.spec.columns or None, "of": self.about_data.get("of", ())}
         if self.spec.schema is None:
-            return {"columns": self.spec.columns or None}
-        return {"schema": self.spec.schema, "unseen": options.unseen}
+            return how
+        return {**how, "schema": self.spec.schema, "unseen": options.unseen}
 
     def examples(
         self, source: str, options: DataOptions, n: int, label: str | None = None

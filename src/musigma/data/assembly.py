@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from musigma.data import columns
 from musigma.data.cache import blocks, facts
 from musigma.data.dataset import Dataset, Given, Hashes
 from musigma.data.errors import all_faults, listing, named, printable
+from musigma.data.pairs import chosen, note_left_out
 from musigma.data.raw import Request, as_labels
 from musigma.data.tables import (
     LABEL_NAMES,
@@ -60,15 +60,15 @@ def roles(table: Table, request: Request) -> Roles:
     refuse_twice(names, request)
     left = []
     for j, kind in enumerate(table.kinds):
-        if kind == "empty" and not (names and names[j] in (wanted or ())):
+        if kind == "empty" and not request.of and not (names and names[j] in (wanted or ())):
             request.note(f"{called(j)} is empty, and is left out")
         else:
             left.append(j)
     found = _named_roles(table, left, called, request) if names else Roles(left, [])
-    if not names and request.given:
+    if not names and ((request.of and wanted is None) or request.given):
         raise request.error(
-            "given: its columns have no names: add a first line of names, or give a "
-            "file of context"
+            f"{'of' if request.of else 'given'}: its columns have no names: add a first line of "
+            "names, or give a file of context"
         )
     if wanted is not None and len(wanted) != len(found.data):
         raise request.error(
@@ -76,8 +76,15 @@ def roles(table: Table, request: Request) -> Roles:
             f"{len(wanted)}: {named(wanted, 20)}"
         )
     faults = {}
+    for j in found.given:
+        if table.kinds[j] == "other":
+            faults[table.called(j)] = f"is {table.storage[j]}: convert or drop it"
+        elif table.kinds[j] == "empty":
+            faults[table.called(j)] = "is empty: fill or drop it"
     for j in found.data:
-        if table.kinds[j] in ("truth", "time", "other"):
+        if table.kinds[j] == "empty" and request.of:
+            faults[table.called(j)] = "is empty: fill or drop it"
+        elif table.kinds[j] in ("truth", "time", "other"):
             faults[table.called(j)] = f"is {table.storage[j]}, not a number: convert or drop it"
         elif table.kinds[j] == "text":
             cells = [cell for cell in table.cells(j, LOOKED_AT) if not is_missing(cell)]
@@ -108,16 +115,9 @@ def _named_roles(
     table: Table, left: list[int], called: Callable[[int], str], request: Request
 ) -> Roles:
     """The roles of columns that have names."""
-    names, given = table.names, []
-    for pattern in request.given:
-        matched = [j for j in left if fnmatchcase(names[j], pattern)]
-        if not matched and not any(fnmatchcase(names[j], pattern) for j in given):
-            raise request.error(
-                f"no column matches {pattern!r}: give one of "
-                f"{named([name for name in names if name], 20)}"
-            )
-        given += matched
-        left = [j for j in left if j not in matched]
+    names = table.names
+    of, given = chosen(names, left, request)
+    left = [j for j in left if j not in given]
     data = None
     if request.columns is not None:
         missing = set(request.columns) - {names[j] for j in left}
@@ -128,12 +128,17 @@ def _named_roles(
                 f"columns are {named(names, 20)}"
             )
         data = [names.index(name) for name in request.columns]
-        left = [j for j in left if j not in data]
-    label = _label_of(table, left, request)
+    elif request.of:
+        data = of
+    left = [j for j in left if data is None or j not in data]
+    label = _label_of(table, left, request) if request.label or not request.of else None
     if label is not None:
         left.remove(label)
         request.note(f"column {names[label]!r} is taken as labels; rename it if it is data")
     ids = [j for j in left if names_rows(table, j)]
+    if request.of:
+        note_left_out([names[j] for j in left], request)
+        return Roles(data or [], given, label, ids[0] if ids else None)
     for j in ids:
         request.note(f"{called(j)} is different in every row: it names rows, and is not data")
     left = [j for j in left if j not in ids]
@@ -268,8 +273,8 @@ def typed(table: Table, request: Request) -> Dataset:
     enough = 1 if request.allow_constant or isinstance(request.schema, Schema) else 2
     if total < enough:
         raise request.error(f"holds {'a single example' if total else 'no examples'}: give more")
-    given = _matching(names, request)
-    rest = [j for j in range(len(names)) if j not in given]
+    of, given = chosen(names, range(len(names)), request)
+    rest = [j for j in range(len(names)) if j not in (*of, *given)]
     label = _label_of(table, rest, request) if request.label else None
     taken = [*given, *([] if label is None else [label])]
     if isinstance(request.schema, Schema):
@@ -288,9 +293,13 @@ def typed(table: Table, request: Request) -> Dataset:
                 f"{named(schema.names, 20)}"
             )
     elif request.schema == "infer":
-        schema, faults = columns.infer(table, request, taken)
+        free = [j for j in range(len(names)) if j not in taken]
+        schema, faults = columns.infer(table, request, of or free)
     else:
-        schema, faults = columns.completed(table, request.schema or {}, request)
+        drafts = request.schema or {}
+        if of:
+            drafts = {names[j]: drafts.get(names[j], columns.Draft()) for j in of}
+        schema, faults = columns.completed(table, drafts, request)
     if request.skip_bad:
         for name, reason in faults.items():
             request.note(f"{name} {reason}; it is left out")
@@ -298,7 +307,9 @@ def typed(table: Table, request: Request) -> Dataset:
     elsewhere = {*schema.names, *(names[j] for j in taken)}
     rest = [j for j, name in enumerate(names) if name not in elsewhere]
     ids = next((j for j in rest if table.names and names_rows(table, j)), None)
-    if request.schema != "infer" and (others := [names[j] for j in rest if j != ids]):
+    if request.of:
+        note_left_out([names[j] for j in rest], request)
+    elif request.schema != "infer" and (others := [names[j] for j in rest if j != ids]):
         request.note(f"columns that the schema does not have are left out: {named(others, 20)}")
     if markers := table.markers():
         listed = [f"{word!r} ({n:,} cells)" for word, n in markers.most_common()]
@@ -342,20 +353,6 @@ def typed(table: Table, request: Request) -> Dataset:
         given={names[j]: as_given(beside[j][0], good) for j in given},
         skipped=wrong,
     )
-
-
-def _matching(names: Sequence[str], request: Request) -> list[int]:
-    """The columns that patterns of the context match."""
-    given: list[int] = []
-    for pattern in request.given:
-        matched = [j for j, name in enumerate(names) if fnmatchcase(name, pattern)]
-        if not matched:
-            raise request.error(
-                f"no column matches {pattern!r}: give one of "
-                f"{named([name for name in names if name], 20)}"
-            )
-        given += [j for j in matched if j not in given]
-    return given
 
 
 def _labels(

@@ -276,21 +276,17 @@ def _grid(different: np.ndarray, n: int, storage: str) -> float | None:
 # Inference ---------------------------------------------------------------------------------------
 
 
-def infer(
-    table: Table, request: Request, taken: Sequence[int] = ()
-) -> tuple[Schema, dict[str, str]]:
-    """The schema of a table, and the columns that cannot be used, with the reasons.
+def infer(table: Table, request: Request, which: Sequence[int]) -> tuple[Schema, dict[str, str]]:
+    """The schema of some columns, and those that cannot be used, with the reasons.
 
     Args:
         table: The table.
-        request: Takes a note of each column that is left out.
-        taken: Columns that are context or labels.
+        request: Takes a note of each column that is left out, unless all are asked for by name.
+        which: The columns, in the order of the schema.
     """
     columns, faults = [], {}
-    for j, name in enumerate(names(table)):
-        if j in taken:
-            continue
-        if not name:
+    for j in which:
+        if not (name := names(table)[j]):
             if not names_rows(table, j):
                 faults[f"column {j + 1}"] = "has no name: name it, or drop it"
             continue
@@ -298,7 +294,10 @@ def infer(
         try:
             columns.append(content.column(content.kind(request.allow_constant)))
         except _LeftOut as error:
-            request.note(f"{table.called(j)} {error}")
+            if request.of:
+                faults[table.called(j)] = str(error)
+            else:
+                request.note(f"{table.called(j)} {error}")
         except (_Unusable, ValueError) as error:
             faults[table.called(j)] = str(error)
     if request.missing == "ignore":

@@ -36,6 +36,9 @@ class Request:
     in_memory: bool | None = None  # None: arrays that fit
     channels: int | None = None  # 3 makes gray images RGB
     columns: tuple[str, ...] | None = None  # those of a table that are wanted, in this order
+    of: tuple[
+        str, ...
+    ] = ()  # patterns of columns that are data; others are neither data nor labels
     given: tuple[str, ...] = ()  # patterns of columns that are context, and no part of x
     schema: Schema | Mapping[str, Draft] | Literal["infer"] | None = None  # of a typed table
     label: str | None = None  # a column of a typed table that is labels; "label": the usual names

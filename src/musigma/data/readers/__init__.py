@@ -20,6 +20,7 @@ from musigma.data.assembly import assemble
 from musigma.data.cache import derived, facts
 from musigma.data.dataset import UNTOUCHED, Dataset, Hashes, Preprocess
 from musigma.data.errors import DataError, damage, first_line
+from musigma.data.pairs import matching
 from musigma.data.raw import ARCHIVE, Progress, Request
 from musigma.data.readers.arrays import of_array, read_numpy
 from musigma.data.readers.arrow import frame, read_arrow
@@ -42,6 +43,7 @@ def load(
     source: Any,
     *,
     preprocess: Preprocess = UNTOUCHED,
+    of: str | Iterable[str] = (),
     given: str | Iterable[str] = (),
     columns: Sequence[str] | None = None,
     schema: Schema | Mapping[str, Any] | str | Path | None = None,
@@ -71,10 +73,14 @@ def load(
     Args:
         source: A path, a URL or a name; several paths; a table, an array, or columns by name.
         preprocess: How images are preprocessed.
+        of: Names or patterns of the columns of a table that are examples (`theta_*`), in the order
+            of the patterns. Others are left out, with a note, unless they are given. By default
+            all columns that are not given.
         given: Context to read along with the examples: `label` requires labels; names or patterns
             of columns (`x_*`), which are then not part of x; or files with a row for each example
             (`attach`).
-        columns: The columns of a table that a model needs, in its order. Others are left out.
+        columns: The columns of a table that a model needs, in its order. Others are left out. They
+            replace `of`, with which no column is taken as labels unless they are given.
         schema: Types of the columns of a table: "infer", the path of a schema file, or a `Schema`,
             whose columns are found by their names. Rows are then float64, as `musigma.schema`
             describes them, and a column called `label` is data unless it is `given`. None: all
@@ -117,6 +123,7 @@ def load(
         size=preprocess.pixels,
         channels=channels,
         columns=None if columns is None else tuple(columns),
+        of=(of,) if isinstance(of, str) else tuple(of),
         given=tuple(item for item in wanted if item != "label" and item not in files),
         schema=as_schema(schema),
         label="label" if "label" in wanted else None,
@@ -144,6 +151,8 @@ def load(
         data = _images(data, request)
     elif request.given and not data.given:
         raise request.error("given: its columns have no names: give a file of context")
+    elif columns is None and request.of and not _are_chosen(data.columns, request):
+        raise request.error("of: its columns cannot be chosen: give a table of named columns")
     if in_memory and isinstance(data.array, np.memmap):
         data = replace(data, array=np.array(data.array))
     notes = tuple(dict.fromkeys(request.notes))
@@ -171,6 +180,11 @@ def _read_memory(source: Any, request: Request) -> Dataset:
 
 def _images(data: Dataset, request: Request) -> Dataset:
     """Images of the requested size, in color if that is requested."""
+    if request.of:
+        raise request.error(
+            f"of: {request.of[0]!r} names columns, and these are images, which have none: leave "
+            "it out"
+        )
     if request.given:
         raise request.error(
             f"given: {request.given[0]!r} is not a file, and these are images, "
@@ -189,6 +203,12 @@ def _images(data: Dataset, request: Request) -> Dataset:
         x = replace(x, shape=shape) if lazy else np.broadcast_to(x, shape)
         data = replace(data, array=x)
     return data
+
+
+def _are_chosen(names: Sequence[str], request: Request) -> bool:
+    """Whether columns are those that are asked for, which points without a table ignore."""
+    asked = {j for pattern in request.of for j in matching(names, pattern)}
+    return len(asked) == len(names) > 0
 
 
 def _check_levels(data: Dataset) -> None:
