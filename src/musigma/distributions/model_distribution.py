@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import sys
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class ModelDistribution(EventDistribution):
     """An exact model as a distribution, with batch shape (), or (B,) for a context of B rows.
 
     `Model.as_distribution` makes it. Draws of flows are reparameterized: `rsample` and
-    `rsample_and_log_prob` carry gradients to the parameters and to the context.
+    `rsample_and_log_prob` carry gradients to the parameters and to the context. Once Pyro is
+    imported, it is a distribution of Pyro too: ``pyro.sample("theta", model.as_distribution(x))``.
 
     Args:
         model: The model.
@@ -37,6 +39,11 @@ class ModelDistribution(EventDistribution):
         >>> x.shape, log_prob.shape
         (torch.Size([100, 5, 2]), torch.Size([100, 5]))
     """
+
+    def __new__(cls, *_: Any, **__: Any) -> ModelDistribution:
+        """Adds the methods that Pyro expects, once Pyro is imported."""
+        pyro = sys.modules.get("pyro.distributions.torch_distribution")
+        return object.__new__(cls if pyro is None else _with(cls, pyro.TorchDistributionMixin))
 
     def __init__(self, model: Any, context: Context, spec: Spec | None = None):
         self.model, self.context, self.spec = model, context, spec or model.spec
@@ -113,3 +120,11 @@ class ModelDistribution(EventDistribution):
         return contexts.apply(
             lambda t: t.expand(*batch, *t.shape[1:]).flatten(0, len(batch) - 1), self.context
         )
+
+
+@cache
+def _with(cls: type, mixin: type) -> type:
+    """A class of distributions that has the methods of a mixin too."""
+    if issubclass(cls, mixin):
+        return cls
+    return type(cls.__name__, (cls, mixin), {"__module__": cls.__module__})
