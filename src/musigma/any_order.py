@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from musigma.distributions import Binning
 from musigma.gaussian import EventDistribution
 from musigma.model import Model
+from musigma.nets.vectors import residual_branch
 from musigma.schema import Schema
 from musigma.trace import Trace
 
@@ -120,15 +121,7 @@ class AnyOrder(Model):
         self.seen = nn.Parameter(torch.randn(d, inputs, hidden) / math.sqrt(inputs))
         self.unseen = nn.Parameter(torch.randn(d, hidden) / 2)
         self.context = nn.Linear(context, hidden, bias=False) if context else None
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(hidden),
-                nn.Linear(hidden, hidden),
-                nn.GELU(),
-                nn.Linear(hidden, hidden),
-            )
-            for _ in range(blocks)
-        )
+        self.blocks = nn.ModuleList(residual_branch(hidden) for _ in range(blocks))
         rows = torch.tensor([column.measured.rows for column in schema.columns])
         if smoothness is None:
             smoothness = min(1.0, max(0.25, 1 - 0.375 * math.log10(max(rows.tolist()) / 500)))

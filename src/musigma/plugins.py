@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from musigma.nets import EMBEDDINGS, embedding
 from musigma.objectives import OBJECTIVES
 from musigma.zoo import ARCHITECTURES, architecture
 
@@ -59,24 +61,28 @@ def load(target: str, *, argument: str = "plugin") -> Any:
 
 
 def register(target: str) -> str:
-    """Register the builder that FILE.py:NAME refers to as an architecture; returns its name.
+    """Register what FILE.py:NAME refers to, an architecture or an embedding; returns its name.
 
+    It is an embedding if its first parameter is called `variables`, and otherwise a builder.
     An objective that the file registers (`musigma.objectives.objective`) needs nothing further.
 
     Raises:
-        PluginError: As `load`, or if NAME is an architecture already or not a builder.
+        PluginError: As `load`, or if NAME is an architecture already or not a function.
     """
     place, _, name = target.rpartition(":")
     key, objective = (str(Path(place).resolve()), name), name.replace("_", "-")
-    if key in _REGISTERED and (name in ARCHITECTURES or objective in OBJECTIVES):
+    if key in _REGISTERED and (
+        name in ARCHITECTURES or objective in OBJECTIVES or name in EMBEDDINGS
+    ):
         return name  # this process has executed the file already
     value: Any = load(target)
     if not callable(value):
         raise PluginError(f"plugin: expected a function; {name!r} of {place} is {value!r}")
-    if value not in (OBJECTIVES.get(objective), ARCHITECTURES.get(name)):
+    if value not in (OBJECTIVES.get(objective), ARCHITECTURES.get(name), EMBEDDINGS.get(name)):
         if name in ARCHITECTURES:
             raise PluginError(f"plugin: the zoo has a {name!r} already; rename the function")
-        architecture(value)  # pyright: ignore[reportArgumentType]
+        is_embedding = next(iter(inspect.signature(value).parameters), "") == "variables"
+        (embedding if is_embedding else architecture)(value)  # pyright: ignore[reportArgumentType]
     _REGISTERED.add(key)
     return name
 

@@ -51,7 +51,7 @@ from musigma.processes import current_processes
 from musigma.report import figures
 from musigma.schema import Schema
 from musigma.training import TrainConfig, check_run, fit, join, leave, saved_state
-from musigma.zoo import ARCHITECTURES, build
+from musigma.zoo import ARCHITECTURES, Conditioning, build
 
 ROWS_DRAWN, COLUMNS_DRAWN = 2000, 24  # of a table, in pictures
 
@@ -175,8 +175,9 @@ def builder_options(name: str) -> list[inspect.Parameter]:
 def add_architecture(name: str) -> None:
     """Make ``musigma train NAME`` from the signature of the builder."""
     builder, options = inspect.unwrap(ARCHITECTURES[name]), builder_options(name)
-    types, doc = get_type_hints(builder), parse(builder.__doc__ or "")
-    help_of = {p.arg_name: p.description or "" for p in doc.params}
+    doc, added = parse(builder.__doc__ or ""), parse(Conditioning.__doc__ or "")
+    types = get_type_hints(Conditioning) | get_type_hints(builder)
+    help_of = {p.arg_name: p.description or "" for p in (*added.params, *doc.params)}
     taken = {
         f.name
         for kind in (TrainConfig, TrainingData, RunFolder, Common)
@@ -213,11 +214,15 @@ KEYWORD = inspect.Parameter.KEYWORD_ONLY
 def prepare_words(words: list[str]) -> list[str]:
     """Register the architectures and plugins that the words name, before they are parsed.
 
-    A FILE.py:NAME in place of an architecture becomes its name.
+    A FILE.py:NAME in place of an architecture or an embedding becomes its name.
     """
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for i, (word, after) in enumerate(zip(words, [*words[1:], ""], strict=True), 1):
         if word == "--plugin":
             plugins.register(after)
+        if word == "--embed" and ".py:" in after:
+            target, *options = after.split()
+            replaced = " ".join([plugins.register(target), *options])
+            words = [*words[:i], replaced, *words[i + 1 :]]
     if words[0] != "train":
         return words
     if len(words) > 1 and ".py:" in words[1]:

@@ -18,25 +18,35 @@ from musigma.nets.conv import (
     edge_bias,
     halved,
 )
-from musigma.nets.embed import Embedding
-from musigma.nets.vectors import MADE, MLP, Conditioner, Scaled
+from musigma.nets.embed import EMBEDDINGS, Embedding, embedding, embedding_of
+from musigma.nets.sequences import DeepSet, SequenceTransformer, SeriesNet
+from musigma.nets.summary import Summary
+from musigma.nets.vectors import MADE, MLP, Conditioner, ResidualMLP, Scaled
 
 __all__ = [
+    "EMBEDDINGS",
     "MADE",
     "MLP",
     "Conditioner",
     "ConvDecoder",
     "ConvEncoder",
     "CouplingNet",
+    "DeepSet",
     "EdgeConv2d",
     "Embedding",
     "ResBlock",
     "ResNet",
+    "ResidualMLP",
     "Scaled",
+    "SequenceTransformer",
+    "SeriesNet",
+    "Summary",
     "ToPixels",
     "Upsample",
     "ZeroConv2d",
     "edge_bias",
+    "embedding",
+    "embedding_of",
     "halved",
     "join",
 ]

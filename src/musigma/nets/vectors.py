@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from musigma.context import join
 
-__all__ = ["MADE", "MLP", "Conditioner", "Scaled"]
+__all__ = ["MADE", "MLP", "Conditioner", "ResidualMLP", "Scaled", "residual_branch"]
 
 
 class Scaled(nn.Module):
@@ -83,6 +83,47 @@ class MLP(nn.Module):
         """The output."""
         h = self.layers(join(x.flatten(1), context, self.context))
         return h.reshape(len(x), *self.outputs)
+
+
+def residual_branch(width: int, hidden: int | None = None) -> nn.Sequential:
+    """What a residual block adds to its input: normalization and two layers.
+
+    Args:
+        width: Features in and out.
+        hidden: Features between; None: `width`.
+    """
+    hidden = hidden or width
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
+    )
+
+
+class ResidualMLP(nn.Module):
+    """A residual multilayer perceptron (B, inputs) to (B, outputs).
+
+    Args:
+        inputs: Features in.
+        outputs: Features out.
+        width: Features between.
+        blocks: Number of residual blocks, of two layers each.
+
+    Example:
+        >>> ResidualMLP(3, 8)(torch.randn(5, 3)).shape
+        torch.Size([5, 8])
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, width: int = 64, blocks: int = 2):
+        super().__init__()
+        self.enter = nn.Linear(inputs, width)
+        self.blocks = nn.ModuleList(residual_branch(width) for _ in range(blocks))
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        h = self.enter(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.leave(h)
 
 
 class _Stack(nn.Module):

@@ -15,17 +15,18 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
 
 from musigma.conditional import Conditional
 from musigma.model import Model
-from musigma.nets.embed import Embedding
+from musigma.nets import embedding_of
 from musigma.schema import Schema
 from musigma.spec import Spec, Variable
 
-__all__ = ["ARCHITECTURES", "architecture", "build", "spec_of"]
+__all__ = ["ARCHITECTURES", "Conditioning", "architecture", "build", "spec_of"]
 
 ARCHITECTURES: dict[str, Callable[..., Model]] = {}
 """All registered builders, by name."""
@@ -38,6 +39,36 @@ SPECIFIED = ("columns", "context", "schema")
 """What a config takes from the `Spec` of the data."""
 
 M = TypeVar("M", bound=Model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """Options of every architecture that takes a context, beside those of its builder.
+
+    `Model.config` holds them only if they are not at their defaults.
+
+    Args:
+        embed: How the context is embedded: `none`, as it is; `mlp`; `set`: sequences of any number
+            of elements in any order; `conv`: series and images; `transformer`: sequences; or
+            FILE.py:NAME. Options of the embedding may follow: 'set width=128 blocks=2'.
+    """
+
+    embed: str = "none"
+
+    @property
+    def embeds(self) -> bool:
+        """Whether even a context that needs no embedding has one."""
+        return self.embed != Conditioning.embed
+
+    @classmethod
+    def parameters(cls, known: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
+        """The options as parameters, for a builder with the parameters `known`."""
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return [
+            inspect.Parameter(f.name, kind, default=f.default, annotation=f.type)
+            for f in fields(cls)
+            if "context" in known and f.name not in known
+        ]
 
 
 def architecture(builder: Callable[..., M]) -> Callable[..., M]:
@@ -63,16 +94,18 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
             f"builder: {builder.__name__} must have the form (shape, *, option=default, ...), "
             f"with keyword-only options; got {signature}"
         )
+    added = Conditioning.parameters(signature.parameters)
 
     @functools.wraps(builder)
     def build(shape: Sequence[int] | Spec, **options: Any) -> M:
-        _check_options(builder, [p.name for p in others], options)
+        _check_options(builder, [p.name for p in (*others, *added)], options)
+        asked = {p.name: options.pop(p.name) for p in added if p.name in options}
+        how = Conditioning(**asked)
         spec, embedding = shape if isinstance(shape, Spec) else None, None
-        if spec is None and options.get("schema"):
-            columns = Schema.from_json(options.pop("schema"))
-            spec = Spec(tuple(shape), schema=columns)  # pyright: ignore[reportArgumentType]
+        if spec is None:
+            spec = _implied(tuple(shape), how, options, signature.parameters)  # pyright: ignore
         if spec is not None:
-            options, embedding = _from_spec(builder, signature.parameters, spec, options)
+            options, embedding = _from_spec(builder, signature.parameters, spec, how, options)
             shape = spec.shape
         bound = signature.bind(tuple(shape), **options)  # pyright: ignore[reportArgumentType]
         bound.apply_defaults()
@@ -86,6 +119,9 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
             if p.name != "schema"
             and (p.name not in ADDED_LATER or bound.arguments[p.name] != p.default)
         }
+        chosen |= {
+            name: value for name, value in asked.items() if value != getattr(Conditioning, name)
+        }
         model.config = {
             "architecture": builder.__name__,
             "shape": list(bound.arguments[first.name]),
@@ -97,6 +133,7 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         model.spec = spec_of(model.config)
         return model
 
+    build.__signature__ = signature.replace(parameters=[first, *others, *added])  # pyright: ignore
     built_in = [b.__name__ for b in ARCHITECTURES.values() if b.__module__.startswith(__name__)]
     if builder.__name__ in built_in and not builder.__module__.startswith(__name__):
         raise ValueError(f"builder: the zoo has a {builder.__name__!r} already; rename this one")
@@ -111,8 +148,8 @@ def build(name: str, shape: Sequence[int] | Spec, **options: Any) -> Model:
         name: A key of `ARCHITECTURES`.
         shape: Event shape, (C, H, W) or (D,); or a `Spec`, which also sets `bits` and the context.
             Unless the context consists of the classes of one variable, it passes through an
-            `Embedding`, whose parameters are part of the model (`Conditional`).
-        **options: Options of the builder.
+            embedding, whose parameters are part of the model (`Conditional`).
+        **options: Options of the builder, and those of `Conditioning` if it takes a context.
 
     Raises:
         ValueError: If an architecture or option is unknown (the message suggests the nearest one),
@@ -167,9 +204,33 @@ def _check_options(builder: Callable[..., Any], known: list[str], options: dict[
             raise ValueError(f"{name}: expected a number, a string or a list; got {value!r}")
 
 
+def _implied(
+    shape: tuple[int, ...],
+    how: Conditioning,
+    options: dict[str, Any],
+    known: Mapping[str, inspect.Parameter],
+) -> Spec | None:
+    """The spec of data of which only the shape is given, if options ask for one.
+
+    It takes the place of the options `schema` and, if the context is to be embedded, `context`.
+    """
+    schema = Schema.from_json(options.pop("schema")) if options.get("schema") else None
+    if schema is None and not how.embeds:
+        return None
+    features = options.pop("context", 0) if how.embeds else 0
+    context = (Variable("context", (features,)),) if features else ()
+    bits = options.get("bits", known["bits"].default) if "bits" in known else None
+    levels = None if bits is None or schema is not None else 2**bits
+    return Spec(shape, levels, context=context, schema=schema)
+
+
 def _from_spec(
-    builder: Callable[..., Any], known: Mapping[str, Any], spec: Spec, options: dict[str, Any]
-) -> tuple[dict[str, Any], Embedding | None]:
+    builder: Callable[..., Any],
+    known: Mapping[str, Any],
+    spec: Spec,
+    how: Conditioning,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], torch.nn.Module | None]:
     """Options that follow from a spec, and the embedding of its context, if it needs one."""
     if spec.levels is not None and spec.bits is None:
         raise ValueError(
@@ -186,8 +247,14 @@ def _from_spec(
     if spec.context:
         if "context" not in known:
             raise ValueError(f"context: {builder.__name__} takes no context")
-        embedding = None if direct(spec.context) else Embedding(spec.context)
+        if how.embeds or not direct(spec.context):
+            embedding = embedding_of(how.embed, spec.context)
         follow["context"] = embedding.features if embedding else spec.context[0].shape[0]
+    elif how.embeds:
+        raise ValueError(
+            f"embed: {how.embed!r} has no context to embed; give one (--given, or a Spec with a "
+            "context)"
+        )
     for name, value in follow.items():
         if options.get(name, value) != value:
             raise ValueError(f"{name}: expected {value}, as in the spec; got {options[name]}")
@@ -196,7 +263,9 @@ def _from_spec(
 
 def direct(variables: Sequence[Variable]) -> bool:
     """Whether a context needs no embedding: the classes of one variable, or a plain vector."""
-    return len(variables) == 1 and (bool(variables[0].classes) or variables[0].name == "context")
+    only = variables[0]
+    plain = only.name == "context" and len(only.shape) != 2
+    return len(variables) == 1 and (bool(only.classes) or plain)
 
 
 def at_least(least: int, **options: int | None) -> None:
