@@ -22,6 +22,7 @@ RANKS = {
     "processes": 0,
     "spec": 0,
     "schema": -1,
+    "support": -1,
     "conditions": 0,
     "tensors": 0,
     "context": 0,

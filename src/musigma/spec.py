@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from musigma.schema import Schema
+from musigma.support import Support
 
 __all__ = ["Spec", "Variable", "bits_per_dim"]
 
@@ -75,9 +76,11 @@ class Spec:
         columns: Names of the elements of a vector, if it is a row of a table.
         context: What the model is conditioned on.
         schema: The types of the columns of a table, and their cells; None for plain numbers.
+        support: The set in which vectors of real numbers lie; None: all of space.
 
     Raises:
-        ValueError: If the number of levels or columns does not fit the shape.
+        ValueError: If the number of levels, of columns or of elements of the support does not fit
+            the shape.
 
     Example:
         >>> spec = Spec((3, 32, 32), levels=256, context=(Variable("label", classes=10),))
@@ -92,6 +95,7 @@ class Spec:
     columns: tuple[str, ...] = ()
     context: tuple[Variable, ...] = ()
     schema: Schema | None = None
+    support: Support | None = None
 
     def __post_init__(self):
         set_ = object.__setattr__
@@ -106,6 +110,10 @@ class Spec:
                 raise ValueError(f"levels: expected one number, or {self.dims}; got {self.levels}")
         if self.columns and (len(self.shape) != 1 or len(self.columns) != self.dims):
             raise ValueError(f"columns: shape {self.shape} does not have {len(self.columns)}")
+        if self.support is not None and self.shape != (len(self.support),):
+            raise ValueError(
+                f"support: it has {len(self.support)} elements, which shape {self.shape} has not"
+            )
 
     @property
     def dims(self) -> int:
@@ -131,6 +139,8 @@ class Spec:
             ]
         if self.schema is not None:
             plain["schema"] = self.schema.to_json()
+        if self.support is not None:
+            plain["support"] = self.support.to_json()
         return plain
 
     @classmethod
@@ -138,6 +148,6 @@ class Spec:
         """Read what `to_json` wrote."""
         variables = tuple(Variable(**each) for each in plain.get("context", ()))
         schema = Schema.from_json(plain["schema"]) if plain.get("schema") else None
-        return cls(
-            plain["shape"], plain.get("levels"), plain.get("columns", ()), variables, schema
-        )
+        support = Support.from_json(plain["support"]) if plain.get("support") else None
+        columns = plain.get("columns", ())
+        return cls(plain["shape"], plain.get("levels"), columns, variables, schema, support)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ __all__ = [
     "channels_last",
     "gumbel_like",
     "moments",
+    "normal_quantile",
     "per_example",
     "slerp",
     "sum_event",
@@ -65,3 +68,17 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     straight = torch.lerp(unit_a, unit_b, t)
     direction = torch.where(sine > 1e-4, turned, straight)
     return (direction * torch.lerp(length_a, length_b, t)).view_as(a)
+
+
+def normal_quantile(log_p: Tensor) -> Tensor:
+    """The quantile of the standard normal distribution at exp(log_p), at most one half.
+
+    Where exp underflows, by Newton's method from the leading terms of its asymptotic expansion.
+    """
+    near = torch.special.ndtri(log_p.clamp(min=-690.0).exp())
+    log_p = log_p.clamp(-1e300, -100.0)
+    y = -(-2 * log_p - (-4 * math.pi * log_p).log()).sqrt()
+    for _ in range(3):
+        mills = torch.special.erfcx(-y / math.sqrt(2)) * math.sqrt(math.pi / 2)
+        y = y - (torch.special.log_ndtr(y) - log_p) * mills
+    return torch.where(log_p < -300, y, near)

@@ -111,6 +111,7 @@ def _options(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         "skip_bad": data["skip_bad"],
         "of": data.get("of", []),
         "given": data.get("given", labels),
+        "bounds": data.get("bounds"),
         **saved["train"],
     }
 

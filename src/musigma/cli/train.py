@@ -96,6 +96,9 @@ class TrainingData:
         bits: Bits of each channel of an image, 1 to 8.
         binarize: Make images black and white: at a threshold, or by a new draw at each step.
         conditional: Short for `--given label`.
+        bounds: A file that says where the columns of a table lie (prior.toml): a table [bounds] of
+            name = [low, high], and lists of names `positive`, `simplex` and `ordered`. The model
+            has no density outside. Rows outside are refused.
         schema: Types of the columns of a table: the path of a schema file, as `musigma schema`
             writes it; `infer`: from the data; `none`: plain numbers. By default inferred if the
             architecture takes types.
@@ -110,6 +113,7 @@ class TrainingData:
     bits: int = 8
     binarize: Literal["threshold", "dynamic"] | None = None
     conditional: bool = False
+    bounds: Annotated[Path | None, Parameter(group=FIRST)] = None
     schema: str | None = None
     missing: Literal["model", "ignore"] = "model"
     reading: Reading = Reading()
@@ -158,7 +162,7 @@ def described_data(
 
 PARTS: tuple[data.Part, ...] = ("train", "validation", "held-out")
 
-FROM_DATA = ("bits", "context", "schema")
+FROM_DATA = ("bits", "context", "schema", "support")
 """Options of builders that follow from the data."""
 
 
@@ -348,6 +352,8 @@ def train(
     about = described_data(
         source, reading.preprocess, reading.reading, reading.context, reading.of
     )
+    if reading.bounds is not None:
+        about["bounds"] = data.read_bounds(reading.bounds)
     if there:
         defaults = {p.name: p.default for p in builder_options(name)}
         now = {
@@ -359,7 +365,7 @@ def train(
         continue_run(out, common, source)
         return
     typed = reading.typed(name, source)
-    chosen = {"given": reading.context, "of": reading.of}
+    chosen = {"given": reading.context, "of": reading.of, "bounds": reading.bounds}
     found = read_data(source, reading.preprocess, reading.reading, screen, **chosen, **typed)
     chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
     plain = found.bits is None and found.schema is None

@@ -1,6 +1,7 @@
 """Data sets: how they are read and split, and which examples a step sees."""
 
 from musigma.data.attach import attach, given_rows
+from musigma.data.bounds import as_support, read_bounds
 from musigma.data.columns import decode
 from musigma.data.dataset import Dataset, Given, Preprocess, digest
 from musigma.data.errors import DataError
@@ -17,6 +18,7 @@ __all__ = [
     "Part",
     "Preprocess",
     "Progress",
+    "as_support",
     "attach",
     "batch_indices",
     "decode",
@@ -25,6 +27,7 @@ __all__ = [
     "given_rows",
     "identity",
     "load",
+    "read_bounds",
     "schema_toml",
     "summary",
 ]

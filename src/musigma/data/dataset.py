@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 import numpy as np
 
-from musigma.data.errors import DataError, called, named, printable
+from musigma.data.errors import DataError, called, listing, named, printable
 from musigma.data.raw import content_hashes
 from musigma.data.sampling import PARTS, Part, binarized, parts
 from musigma.schema import Schema
 from musigma.spec import Spec, Variable
+from musigma.support import Support
 
 if TYPE_CHECKING:
     from musigma.data.readers import LazyImages
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["Dataset", "Given", "Hashes", "Part", "Preprocess", "digest"]
 
 Binarize = Literal["threshold", "dynamic"]
+
+BLOCK = 1 << 16
+"""Rows that are compared with a support at once."""
+NAMED = 3
+"""Rows that are named in each column that has some outside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +236,7 @@ class Dataset:
         official_validation: True for examples that the source itself reserves for validation.
         columns: Names of the columns of a table.
         schema: Their types, if they are typed (`musigma.schema`).
+        support: The set in which all rows lie, if it is known (`within`).
         given: Further context of each example, by name: what a model can be conditioned on.
         skipped: Reasons why examples were left out, by name.
         notes: Notes for the user about how the data were read.
@@ -252,6 +259,7 @@ class Dataset:
     official_validation: np.ndarray | None = field(default=None, repr=False)
     columns: tuple[str, ...] = ()
     schema: Schema | None = None
+    support: Support | None = None
     given: Mapping[str, Given] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -336,7 +344,7 @@ class Dataset:
         if schema is not None:
             schema = schema.measure(self.split("train").x)
         variables = tuple(known[name] for name in context)
-        return Spec(self.shape, levels, self.columns, variables, schema)
+        return Spec(self.shape, levels, self.columns, variables, schema, self.support)
 
     def take(
         self,
@@ -364,8 +372,13 @@ class Dataset:
             return binarized(x, seed, step, first * prod(self.shape))
         return x if self.bits in (None, 8) else x >> np.uint8(8 - self.bits)
 
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+    def moments(
+        self, of: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of every column over these rows, float64 (D,) each.
+
+        Args:
+            of: A function of rows (n, D) to rows (n, D') whose moments are wanted instead.
 
         Raises:
             DataError: If these are images, or a column is constant: its density is infinite.
@@ -374,14 +387,17 @@ class Dataset:
             raise DataError(f"{self.name or 'array'}: holds images, which have no columns")
         n, step = max(1, len(self)), max(1, (1 << 22) // prod(self.shape))
 
-        def total(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        def total(term: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
             parts = np.split(np.arange(len(self)), range(step, len(self), step))
-            sums = (of(self.take(rows).astype(np.float64)).sum(0) for rows in parts)
-            return sum(sums, np.zeros(self.shape))
+            rows = (self.take(part) for part in parts)
+            return sum(
+                (term((x if of is None else of(x)).astype(np.float64)).sum(0) for x in rows),
+                np.zeros(self.shape if of is None else ()),
+            )
 
         mean = total(lambda x: x) / n
         std = np.sqrt(total(lambda x: (x - mean) ** 2) / n)
-        if len(constant := np.flatnonzero(std == 0)):
+        if of is None and len(constant := np.flatnonzero(std == 0)):
             names = named([called(self.columns, j) for j in constant.tolist()])
             verb = "are" if len(constant) > 1 else "is"
             raise DataError(
@@ -389,6 +405,41 @@ class Dataset:
                 "train on, where the density is infinite: drop it, or give more data"
             )
         return mean, std
+
+    def within(self, support: Support) -> Dataset:
+        """These rows, once it is known that all of them lie in a support.
+
+        Raises:
+            DataError: If these are images or typed columns, or rows lie outside; for each column
+                it names how many, and the first of them.
+        """
+        where = self.name or "array"
+        if self.array.dtype != np.float32 or len(support) != self.shape[0]:
+            raise DataError(
+                f"bounds: they are of {len(support)} columns of real numbers, and {where} holds "
+                f"{self.array.dtype} of shape {self.shape}"
+            )
+        known: dict[int, list[str]] = {}
+        counts, bad = np.zeros(len(support), np.int64), 0
+        for start in range(0, len(self), BLOCK):
+            x = self.take(np.arange(start, min(start + BLOCK, len(self)))).astype(np.float64)
+            outside = ~support.inside(x)
+            counts, bad = counts + outside.sum(0), bad + int(outside.any(1).sum())
+            for j in np.flatnonzero(outside.any(0)).tolist():
+                for i in np.flatnonzero(outside[:, j])[:NAMED].tolist():
+                    at = f"row {start + i} (from 0)" if self.ids is None else self.ids[start + i]
+                    known.setdefault(j, []).append(f"{at}: {np.float32(x[i, j])}")
+        if bad:
+            faults = {
+                called(self.columns, j): f"is outside in {counts[j]:,} rows, where it is expected "
+                f"to be {support.expected(j, self.columns)}: {named(known[j], NAMED)}"
+                for j in known
+            }
+            raise DataError(
+                f"{where}: {bad:,} of {len(self):,} rows are outside their bounds; correct the "
+                f"bounds, or drop these rows:\n{listing(faults)}"
+            )
+        return replace(self, support=support)
 
     def subset(self, which: Sequence[int] | np.ndarray) -> Dataset:
         """The examples of a mask or of indices, in that order; no example is copied."""

@@ -16,7 +16,7 @@ from musigma.data.summary import column_lines
 from musigma.data.tables import text_of
 from musigma.schema import Kind, Schema
 
-__all__ = ["as_schema", "schema_toml"]
+__all__ = ["as_schema", "parsed_toml", "schema_toml"]
 
 KEYS = {
     "kind": (str, f"one of {', '.join(get_args(Kind))}"),
@@ -63,7 +63,7 @@ def as_schema(
         raise DataError(f'{where}: give a .toml file (`musigma schema` writes one), or "infer"')
     try:
         text = path.read_text(encoding="utf-8-sig")
-        plain = json.loads(text) if path.suffix.lower() == ".json" else _parsed(text)
+        plain = json.loads(text) if path.suffix.lower() == ".json" else parsed_toml(text)
     except OSError as error:
         raise DataError(f"{where}: {first_line(error)}") from error
     except ValueError as error:
@@ -77,7 +77,8 @@ def as_schema(
     return _drafts(plain["columns"], where)
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def parsed_toml(text: str) -> dict[str, Any]:
+    """The content of a TOML file."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:

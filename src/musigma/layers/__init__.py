@@ -8,6 +8,7 @@ from musigma.layers.mapped import Autoregressive, AutoregressiveNet, Coupling, E
 from musigma.layers.maps import Additive, Affine, Map, Spline
 from musigma.layers.marginals import Marginals
 from musigma.layers.standardize import Standardize, standardizer
+from musigma.layers.support import Unconstrain
 from musigma.nets import MADE, Conditioner
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "Split",
     "Squeeze",
     "Standardize",
+    "Unconstrain",
     "standardizer",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from musigma.distributions import Binning, StandardUniform
 from musigma.distributions.cells import Tables
 from musigma.layer import Layer
 from musigma.schema import Cells, Column, Schema
+from musigma.tensors import normal_quantile
 from musigma.trace import Trace
 
 __all__ = ["Marginals"]
@@ -41,8 +42,10 @@ class Rows(Protocol):
         """The rows at these indices, (N, D)."""
         ...
 
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of every feature, (D,) each."""
+    def moments(
+        self, of: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of every feature, or of a function of rows, (D,) each."""
         ...
 
 
@@ -225,7 +228,7 @@ class _Slots:
         mass = t["mass"]
         before = F.pad(mass.cumsum(1)[:, :-2], (1, 1))
         after = F.pad(mass.flip(1)[:, 1:].cumsum(1)[:, :-1], (2, 0)).flip(1)
-        cut = _sign(before < 0.5) * _quantile(torch.minimum(before, after + mass).log())
+        cut = _sign(before < 0.5) * normal_quantile(torch.minimum(before, after + mass).log())
         share = torch.where(t["noisy"], -torch.expm1(-t["decay"]), t["decay"])
         share = torch.where(t["tail"], share, 1 / t["steps"])
         self.tensors = Tables(
@@ -257,7 +260,7 @@ class _Slots:
         nearest = torch.minimum(before, after).clamp(min=1e-300)  # for the gradient in tails
         log_p = torch.where(of["tail"], far, nearest.log())
         lower = torch.where(of["tail"], of.below, before < after)
-        y = _sign(lower) * _quantile(log_p)
+        y = _sign(lower) * normal_quantile(log_p)
         return y.T, of.log_det(i, gap, y)
 
     def _slot(self, code: Tensor, x: Tensor) -> Tensor:
@@ -369,17 +372,3 @@ def _seen(column: Column) -> tuple[float, float]:
 
 def _sign(positive: Tensor) -> Tensor:
     return torch.where(positive, 1.0, -1.0)
-
-
-def _quantile(log_p: Tensor) -> Tensor:
-    """The quantile of the standard normal distribution at exp(log_p), at most one half.
-
-    Where exp underflows, by Newton's method from the leading terms of its asymptotic expansion.
-    """
-    near = torch.special.ndtri(log_p.clamp(min=-690.0).exp())
-    log_p = log_p.clamp(-1e300, -100.0)
-    y = -(-2 * log_p - (-4 * math.pi * log_p).log()).sqrt()
-    for _ in range(3):
-        mills = torch.special.erfcx(-y / math.sqrt(2)) * math.sqrt(math.pi / 2)
-        y = y - (torch.special.log_ndtr(y) - log_p) * mills
-    return torch.where(log_p < -300, y, near)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from musigma.layer import Bijection
 from musigma.layers.marginals import Marginals, Rows
+from musigma.layers.support import Unconstrain
 from musigma.tensors import at_least_float32, moments
 
 __all__ = ["Standardize", "standardizer"]
@@ -96,11 +97,13 @@ class Standardize(Bijection):
         return str(len(self.mean))
 
 
-def standardizer(model: nn.Module) -> Standardize | Marginals | None:
+def standardizer(model: nn.Module) -> Standardize | Marginals | Unconstrain | None:
     """The layer that the data of a model pass first, if it is measured on them; None otherwise."""
     first: object = model
     while first is not None:
-        if isinstance(first, Standardize) or (isinstance(first, Marginals) and not first.typed):
+        if isinstance(first, (Standardize, Unconstrain)):
+            return first
+        if isinstance(first, Marginals) and not first.typed:
             return first
         layers = getattr(first, "layers", None)
         first = layers[0] if layers else getattr(first, "model", None)  # of a `Conditional`

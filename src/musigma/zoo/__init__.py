@@ -15,7 +15,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from musigma.model import Model
 from musigma.nets import embedding_of
 from musigma.schema import Schema
 from musigma.spec import Spec, Variable
+from musigma.support import Support
 
 __all__ = ["ARCHITECTURES", "Conditioning", "architecture", "build", "spec_of"]
 
@@ -35,8 +36,11 @@ ADDED_LATER = frozenset({"standardize"})
 """Options that are newer than the first files. `config` omits them at their defaults, so that the
 digest of a model, which identifies it in compressed files, does not change."""
 
-SPECIFIED = ("columns", "context", "schema")
+SPECIFIED = ("columns", "context", "schema", "support")
 """What a config takes from the `Spec` of the data."""
+
+WITH_DATA: Mapping[str, Any] = {"schema": Schema, "support": Support}
+"""Options that are parts of a `Spec`."""
 
 M = TypeVar("M", bound=Model)
 
@@ -104,6 +108,8 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         spec, embedding = shape if isinstance(shape, Spec) else None, None
         if spec is None:
             spec = _implied(tuple(shape), how, options, signature.parameters)  # pyright: ignore
+        elif given := _with_data(options, spec):
+            spec = replace(spec, **given)
         if spec is not None:
             options, embedding = _from_spec(builder, signature.parameters, spec, how, options)
             shape = spec.shape
@@ -116,7 +122,7 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         chosen = {
             p.name: bound.arguments[p.name]
             for p in others
-            if p.name != "schema"
+            if p.name not in WITH_DATA
             and (p.name not in ADDED_LATER or bound.arguments[p.name] != p.default)
         }
         chosen |= {
@@ -190,6 +196,7 @@ def spec_of(config: Mapping[str, Any]) -> Spec:
             "columns": config.get("columns", ()),
             "context": context,
             "schema": config.get("schema"),
+            "support": config.get("support"),
         }
     )
 
@@ -212,16 +219,26 @@ def _implied(
 ) -> Spec | None:
     """The spec of data of which only the shape is given, if options ask for one.
 
-    It takes the place of the options `schema` and, if the context is to be embedded, `context`.
+    It takes the place of the options `schema`, `support` and, if the context is to be embedded,
+    `context`.
     """
-    schema = Schema.from_json(options.pop("schema")) if options.get("schema") else None
-    if schema is None and not how.embeds:
+    given = _with_data(options)
+    if not given and not how.embeds:
         return None
     features = options.pop("context", 0) if how.embeds else 0
     context = (Variable("context", (features,)),) if features else ()
     bits = options.get("bits", known["bits"].default) if "bits" in known else None
-    levels = None if bits is None or schema is not None else 2**bits
-    return Spec(shape, levels, context=context, schema=schema)
+    levels = None if bits is None or "schema" in given else 2**bits
+    return Spec(shape, levels, context=context, **given)
+
+
+def _with_data(options: dict[str, Any], spec: Spec | None = None) -> dict[str, Any]:
+    """Take options that are parts of a spec, unless it has them, and read them."""
+    return {
+        name: kind.from_json(options.pop(name))
+        for name, kind in WITH_DATA.items()
+        if options.get(name) and getattr(spec, name, None) is None
+    }
 
 
 def _from_spec(
@@ -243,6 +260,11 @@ def _from_spec(
             takes = ", ".join(n for n, b in ARCHITECTURES.items() if "schema" in signature_of(b))
             raise ValueError(f"schema: {builder.__name__} takes no typed columns; {takes} do")
         follow["schema"] = spec.schema.to_json()
+    if spec.support is not None:
+        if "support" not in known:
+            takes = ", ".join(n for n, b in ARCHITECTURES.items() if "support" in signature_of(b))
+            raise ValueError(f"support: {builder.__name__} takes no bounds; {takes} do")
+        follow["support"] = spec.support.to_json()
     embedding = None
     if spec.context:
         if "context" not in known:

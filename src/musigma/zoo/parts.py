@@ -16,9 +16,11 @@ from musigma.layers import (
     Permutation,
     Rescale,
     Standardize,
+    Unconstrain,
 )
 from musigma.model import Bijection, Layer
 from musigma.schema import Schema
+from musigma.support import Support
 
 
 def data_layers(
@@ -30,23 +32,35 @@ def data_layers(
     noise: nn.Module | None = None,
     standardize: str | bool = False,
     schema: Sequence[Mapping[str, Any]] | None = None,
+    support: Mapping[str, Any] | None = None,
 ) -> list[Layer]:
     """The layers next to the data.
 
     Integer levels are dequantized by `noise`, uniform by default, and mapped to the real line by
     a logit with margin `alpha`, or to [low, low + 1] if it is None. Columns of a schema are mapped
-    by their distribution functions, whether or not they are to be standardized.
+    by their distribution functions, and vectors in a support to all of space, whether or not they
+    are to be standardized.
 
     Raises:
-        ValueError: If images or data with bits are to be standardized or have a schema, or the
-            schema has another number of columns.
+        ValueError: If images or data with bits are to be standardized, or have a schema or a
+            support; if one of these has another number of columns; or if two exclude each other.
     """
     option = "standardize" if schema is None else "schema"
-    if (standardize or schema is not None) and (len(shape) != 1 or bits is not None):
+    option = option if support is None else "support"
+    special = standardize or schema is not None or support is not None
+    if special and (len(shape) != 1 or bits is not None):
         kind = "images" if len(shape) != 1 else f"{bits}-bit levels"
         raise ValueError(f"{option}: expected continuous vectors (D,); got {kind}")
     if standardize not in (False, True, "quantile"):
         raise ValueError(f"standardize: expected True, False or 'quantile'; got {standardize!r}")
+    if support is not None:
+        if schema is not None or standardize == "quantile":
+            other = "typed columns" if schema is not None else "standardize='quantile'"
+            raise ValueError(f"support: it does not go with {other}; leave one of them out")
+        within = Support.from_json(support)
+        if len(within) != shape[0]:
+            raise ValueError(f"support: expected {shape[0]} elements; got {len(within)}")
+        return [Unconstrain(within)]
     if schema is not None:
         if len(schema) != shape[0]:
             raise ValueError(f"schema: expected {shape[0]} columns; got {len(schema)}")
@@ -59,6 +73,11 @@ def data_layers(
     if alpha is None:
         return [dequantized, Rescale(1 / 2**bits, low)]
     return [dequantized, Rescale(1 / 2**bits), Logit(alpha)]
+
+
+def free_shape(shape: Sequence[int], support: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """The shape of what `data_layers` return: a simplex has one element less."""
+    return tuple(shape) if support is None else (Support.from_json(support).freedom,)
 
 
 def mixing(kind: str, channels: int) -> Bijection:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from musigma.data.assembly import assemble
+from musigma.data.bounds import as_support
 from musigma.data.cache import derived, facts
 from musigma.data.dataset import UNTOUCHED, Dataset, Hashes, Preprocess
 from musigma.data.errors import DataError, damage, first_line
@@ -35,6 +36,7 @@ from musigma.data.readers.remote import fetched, is_url, plain
 from musigma.data.schemas import as_schema
 from musigma.data.tables import Table
 from musigma.schema import Schema
+from musigma.support import Support
 
 __all__ = ["BUILT_IN", "LazyImages", "identity", "is_url", "load", "plain"]
 
@@ -50,6 +52,7 @@ def load(
     unseen: Literal["refuse", "probability"] = "refuse",
     missing: Literal["model", "ignore"] = "model",
     partial: bool = False,
+    bounds: Support | Mapping[str, Any] | str | Path | None = None,
     channels: int | None = None,
     skip_bad: bool = False,
     allow_constant: bool = False,
@@ -90,6 +93,8 @@ def load(
         missing: Whether missing values have a probability of their own, or are ignored: models
             are conditioned on what is there, and leave out the rest.
         partial: Whether a table may lack columns of a `Schema`; they are then missing in all rows.
+        bounds: The set in which rows of real numbers lie: a `Support`, the path of a file of
+            bounds, or a dict like one (`Support.parse`). Rows outside are refused.
         channels: 3 makes gray images RGB.
         skip_bad: Leave out images and rows that cannot be used; `Dataset.skipped` names them.
             Columns that cannot be used are left out with a note, if a schema is inferred.
@@ -166,7 +171,7 @@ def load(
         )
     for file in files:
         data = attach(data, file, allow_constant=allow_constant)
-    return data
+    return data if bounds is None else data.within(as_support(bounds, data.columns))
 
 
 def _read_memory(source: Any, request: Request) -> Dataset:

@@ -14,7 +14,7 @@ from musigma.model import Chain, Inverse, Layer, Prior
 from musigma.nets import MLP, ResNet
 from musigma.zoo import architecture, at_least
 from musigma.zoo.flows.glow import multiscale, split
-from musigma.zoo.parts import data_layers
+from musigma.zoo.parts import data_layers, free_shape
 
 
 @architecture
@@ -28,6 +28,7 @@ def realnvp(
     blocks: int = 1,
     standardize: Literal["quantile"] | bool = False,
     schema: Sequence[Mapping[str, Any]] | None = None,
+    support: Mapping[str, Any] | None = None,
     alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -49,19 +50,24 @@ def realnvp(
         schema: The columns of a table, measured on the training rows, for rows of any types: the
             first layer maps each by its distribution function to a variable that is about normal
             (`Marginals`).
+        support: The set in which rows lie, as `Support.to_json` makes it: the first layer maps it
+            to all of space, and standardizes the result (`Unconstrain`), so that no density and no
+            sample is outside.
         alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits (0.05 in
             the paper, with which training on black and white images is slower).
         context: Number of features of the context; it conditions couplings and split priors.
     """
     at_least(1, levels=levels, depth=depth, hidden=hidden)
     at_least(0, blocks=blocks)
-    layers = data_layers(shape, bits, alpha, standardize=standardize, schema=schema)
+    how: Any = {"standardize": standardize, "schema": schema, "support": support}
+    layers = data_layers(shape, bits, alpha, **how)
     if len(shape) == 1:
-        if shape[0] < 2:
-            raise ValueError("shape: a coupling needs vectors of at least 2 elements; got 1")
+        (d,) = free_shape(shape, support)
+        if d < 2:
+            raise ValueError(f"shape: a coupling needs vectors of at least 2 elements; got {d}")
         for _ in range(depth):
-            layers += step(shape[0], hidden, context, blocks=None)
-        return Chain(layers, Prior(StandardNormal(shape)))
+            layers += step(d, hidden, context, blocks=None)
+        return Chain(layers, Prior(StandardNormal((d,))))
 
     def before_squeeze(channels: int) -> list[Layer]:
         board = Checkerboard()

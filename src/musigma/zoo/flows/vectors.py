@@ -10,7 +10,7 @@ from musigma.gaussian import Format
 from musigma.layers import MADE, ActNorm, Affine, Autoregressive, Conditioner, Coupling, Spline
 from musigma.model import Bijection, Chain, Layer, Prior
 from musigma.zoo import architecture, at_least
-from musigma.zoo.parts import data_layers, mixing
+from musigma.zoo.parts import data_layers, free_shape, mixing
 
 
 @architecture
@@ -26,6 +26,7 @@ def maf(
     norm: bool = True,
     standardize: Literal["quantile"] | bool = False,
     schema: Sequence[Mapping[str, Any]] | None = None,
+    support: Mapping[str, Any] | None = None,
     alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -50,18 +51,21 @@ def maf(
         schema: The columns of a table, measured on the training rows, for rows of any types: the
             first layer maps each by its distribution function to a variable that is about normal
             (`Marginals`).
+        support: The set in which rows lie, as `Support.to_json` makes it: the first layer maps it
+            to all of space, and standardizes the result (`Unconstrain`), so that no density and no
+            sample is outside.
         alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
         context: Number of features of the context; it conditions the transforms.
     """
     at_least(1, depth=depth, hidden=hidden)
     at_least(0, hidden_layers=hidden_layers)
     affine, widths = Affine(Format.parse(format)), [hidden] * hidden_layers
-    d, layers = vector_layers("maf", shape, bits, alpha, standardize, schema)
+    d, layers = vector_layers("maf", shape, bits, alpha, standardize, schema, support)
     for _ in range(depth):
         layers += step(d, norm, permutation)
         net = MADE(affine.owners(d), hidden=widths, context=context, zero=True)
         layers.append(Autoregressive(net, map=affine))
-    return Chain(layers, Prior(StandardNormal(shape)))
+    return Chain(layers, Prior(StandardNormal((d,))))
 
 
 @architecture
@@ -79,6 +83,7 @@ def nsf(
     norm: bool = True,
     standardize: Literal["quantile"] | bool = False,
     schema: Sequence[Mapping[str, Any]] | None = None,
+    support: Mapping[str, Any] | None = None,
     alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -104,6 +109,9 @@ def nsf(
         schema: The columns of a table, measured on the training rows, for rows of any types: the
             first layer maps each by its distribution function to a variable that is about normal
             (`Marginals`).
+        support: The set in which rows lie, as `Support.to_json` makes it: the first layer maps it
+            to all of space, and standardizes the result (`Unconstrain`), so that no density and no
+            sample is outside.
         alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
         context: Number of features of the context; it conditions the transforms.
     """
@@ -129,10 +137,10 @@ def nsf(
     kinds = {"coupling": coupling, "autoregressive": autoregressive}
     if kind not in kinds:
         raise ValueError(f"kind: expected 'coupling' or 'autoregressive'; got {kind!r}")
-    d, layers = vector_layers("nsf", shape, bits, alpha, standardize, schema)
+    d, layers = vector_layers("nsf", shape, bits, alpha, standardize, schema, support)
     for _ in range(depth):
         layers += [*step(d, norm, permutation), kinds[kind](d)]
-    return Chain(layers, Prior(StandardNormal(shape)))
+    return Chain(layers, Prior(StandardNormal((d,))))
 
 
 def vector_layers(
@@ -142,8 +150,9 @@ def vector_layers(
     alpha: float,
     standardize: str | bool,
     schema: Sequence[Mapping[str, Any]] | None,
+    support: Mapping[str, Any] | None = None,
 ) -> tuple[int, list[Layer]]:
-    """The number of features, and the layers next to the data.
+    """The number of features behind the layers next to the data, and these layers.
 
     Raises:
         ValueError: For images.
@@ -153,7 +162,9 @@ def vector_layers(
             f"shape: {name} is for vectors (D,); got {tuple(shape)} (glow, realnvp, vae and "
             "ladder model images)"
         )
-    return shape[0], data_layers(shape, bits, alpha, standardize=standardize, schema=schema)
+    how: Any = {"standardize": standardize, "schema": schema, "support": support}
+    layers = data_layers(shape, bits, alpha, **how)
+    return free_shape(shape, support)[0], layers
 
 
 def step(features: int, norm: bool, permutation: str) -> list[Layer]:

@@ -12,6 +12,7 @@ from musigma.distributions import StandardNormal, data_of
 from musigma.gaussian import Format, GaussianHead
 from musigma.model import VAE, Model, Prior
 from musigma.zoo import architecture, at_least
+from musigma.zoo.parts import free_shape
 from musigma.zoo.vaes.vae import chosen_likelihood, named_likelihood, over_data
 
 
@@ -28,6 +29,7 @@ def mlp_vae(
     std: str | float = 1.0,
     standardize: Literal["quantile"] | bool = False,
     schema: Sequence[Mapping[str, Any]] | None = None,
+    support: Mapping[str, Any] | None = None,
 ) -> Model:
     """The VAE of common examples: one ReLU layer in each network, and two linear heads.
 
@@ -52,6 +54,9 @@ def mlp_vae(
         schema: The columns of a table, measured on the training rows, for rows of any types: the
             first layer maps each by its distribution function to a variable that is about normal
             (`Marginals`).
+        support: The set in which rows lie, as `Support.to_json` makes it: the first layer maps it
+            to all of space, and standardizes the result (`Unconstrain`), so that no density and no
+            sample is outside.
     """
     at_least(1, hidden=hidden, latents=latents)
     read = Format.parse(format)
@@ -63,16 +68,17 @@ def mlp_vae(
     levels = None if bits is None else 2**bits
     continuous = data_of(name) != "levels"
     top = 1 if continuous or levels is None else levels - 1
+    free = free_shape(shape, support)
     encoder = GaussianHead(
-        TwoHeads(math.prod(shape), hidden, latents, top), event_ndims=1, format=read
+        TwoHeads(math.prod(free), hidden, latents, top), event_ndims=1, format=read
     )
 
     def decoder(channels: int) -> nn.Module:
-        return ToImage(latents, hidden, (channels, *shape[1:]), squash)
+        return ToImage(latents, hidden, (channels, *free[1:]), squash)
 
-    head = named_likelihood(name, shape, decoder, levels or 2, 5, std)
+    head = named_likelihood(name, free, decoder, levels or 2, 5, std)
     model = VAE(encoder, head, Prior(StandardNormal((latents,))))
-    return over_data(model, shape, bits, continuous, standardize, schema)
+    return over_data(model, shape, bits, continuous, standardize, schema, support)
 
 
 class TwoHeads(nn.Module):

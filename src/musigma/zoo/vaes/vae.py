@@ -16,7 +16,7 @@ from musigma.layers import ActNorm, Affine, Coupling, InvertibleConv
 from musigma.model import VAE, Chain, Model, Prior
 from musigma.nets import MLP, ConvDecoder, ConvEncoder, Scaled
 from musigma.zoo import architecture, at_least
-from musigma.zoo.parts import data_layers
+from musigma.zoo.parts import data_layers, free_shape
 
 
 @architecture
@@ -36,6 +36,7 @@ def vae(
     std: str | float = "emitted",
     standardize: Literal["quantile"] | bool = False,
     schema: Sequence[Mapping[str, Any]] | None = None,
+    support: Mapping[str, Any] | None = None,
     context: int = 0,
 ) -> Model:
     """A variational autoencoder (Kingma & Welling, 2014, arXiv:1312.6114).
@@ -65,6 +66,9 @@ def vae(
         schema: The columns of a table, measured on the training rows, for rows of any types: the
             first layer maps each by its distribution function to a variable that is about normal
             (`Marginals`).
+        support: The set in which rows lie, as `Support.to_json` makes it: the first layer maps it
+            to all of space, and standardizes the result (`Unconstrain`), so that no density and no
+            sample is outside.
         context: Number of features of the context; it conditions encoder, decoder and prior.
     """
     at_least(1, latents=latents, width=width, prior_depth=prior_depth, components=components)
@@ -79,14 +83,15 @@ def vae(
         net = "conv" if len(shape) == 3 and min(shape[1:]) >= 8 else "mlp"
     if net == "conv" and len(shape) != 3:
         raise ValueError(f"net: 'conv' is for images (C, H, W); got shape {tuple(shape)}")
-    encode, decode = (_conv if net == "conv" else _mlp)(shape, latents, width, blocks, context)
+    free = free_shape(shape, support)
+    encode, decode = (_conv if net == "conv" else _mlp)(free, latents, width, blocks, context)
     read = Format.parse(format)
     encoder = GaussianHead(
         encode if levels is None else Scaled(encode, scaled), event_ndims=1, format=read
     )
-    decoder = named_likelihood(name, shape, decode, levels or 2, components, std)
+    decoder = named_likelihood(name, free, decode, levels or 2, components, std)
     model = VAE(encoder, decoder, _prior(prior, latents, prior_depth, context))
-    return over_data(model, shape, bits, continuous, standardize, schema)
+    return over_data(model, shape, bits, continuous, standardize, schema, support)
 
 
 def chosen_likelihood(name: str, bits: int | None) -> str:
@@ -117,9 +122,11 @@ def over_data(
     continuous: bool,
     standardize: str | bool = False,
     schema: Sequence[Mapping[str, Any]] | None = None,
+    support: Mapping[str, Any] | None = None,
 ) -> Model:
     """The model below standardization, or dequantization if its likelihood is a density."""
-    layers = data_layers(shape, bits, None, standardize=standardize, schema=schema)
+    how: Any = {"standardize": standardize, "schema": schema, "support": support}
+    layers = data_layers(shape, bits, None, **how)
     return Chain(layers, model) if layers and (continuous or bits is None) else model
 
 
