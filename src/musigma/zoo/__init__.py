@@ -228,7 +228,7 @@ def _implied(
     features = options.pop("context", 0) if how.embeds else 0
     context = (Variable("context", (features,)),) if features else ()
     bits = options.get("bits", known["bits"].default) if "bits" in known else None
-    levels = None if bits is None or "schema" in given else 2**bits
+    levels = None if bits is None or given else 2**bits
     return Spec(shape, levels, context=context, **given)
 
 
