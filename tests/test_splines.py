@@ -279,11 +279,23 @@ def test_inputs_other_than_vectors_are_refused():
     for name in ("maf", "nsf"):
         with pytest.raises(ValueError, match=rf"shape: {name} is for vectors .*glow"):
             build(name, (3, 8, 8))
-    with pytest.raises(ValueError, match="a coupling needs vectors of at least 2"):
-        build("nsf", (1,))
-    assert build("nsf", (1,), kind="autoregressive").log_prob(torch.randn(4, 1)).shape == (4,)
     with pytest.raises(ValueError, match=r"for vectors \(B, 3\); got \(2, 4\)"):
         masked(3, "affine")(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("context", [0, 4])
+@pytest.mark.parametrize("kind", ["coupling", "autoregressive"])
+def test_a_density_of_one_feature(kind, context):
+    model = randomized(build("nsf", (1,), kind=kind, depth=3, context=context)).double()
+    given = torch.randn(5, context).double() if context else None
+    x = torch.randn(5, 1).double()
+    torch.testing.assert_close(model.decode(model.encode(x, given), given), x)
+    grid = torch.linspace(-40, 40, 40_001).double()[:, None]
+    rows = given[:1].expand(len(grid), -1) if context else None
+    total = torch.trapezoid(model.log_prob(grid, rows).exp(), grid[:, 0])
+    assert abs(total - 1) < 1e-4
+    if context:
+        assert (model.log_prob(x, given) - model.log_prob(x, given.flip(0))).abs().max() > 1e-3
 
 
 def test_a_network_whose_outputs_are_in_another_order_is_refused():

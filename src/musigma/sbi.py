@@ -87,7 +87,7 @@ class Estimator(ConditionalDensityEstimator):
     @property
     def model(self) -> Model:
         """The model."""
-        return self.net
+        return self.net  # pyright: ignore[reportReturnType]
 
     @property
     def embedding_net(self) -> nn.Module | None:
@@ -217,8 +217,6 @@ def estimator(
         takes = signature_of(ARCHITECTURES[name])
         if "standardize" in takes:
             chosen.setdefault("standardize", True)
-        if "kind" in takes and events.shape[1:] == (1,):
-            chosen.setdefault("kind", "autoregressive")  # one element has no halves to couple
         if embed != "none":
             chosen["embed"] = embed
         if ensemble != 1:

@@ -52,10 +52,13 @@ class Screen:
         self.common, self.main = common, rank_and_count()[0] == 0
         quiet = common.json or not self.main
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.noted: set[str] = set()
 
     def note(self, text: str) -> None:
-        """Print a line for people."""
-        self.console.print(text, markup=False)
+        """Print a line for people, once."""
+        if text not in self.noted:
+            self.noted.add(text)
+            self.console.print(text, markup=False)
 
     def result(self, value: dict[str, Any], text: str = "") -> None:
         """Print the command's answer: as JSON if asked for, otherwise as text."""

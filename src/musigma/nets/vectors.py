@@ -150,10 +150,12 @@ class _Stack(nn.Module):
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """The weight of every layer, zero where masked, and its bias as a column."""
-        weights = [
+        without = len(self.biases) - len(self.weights)  # the first layer has no inputs
+        weights = [self.get_buffer("mask0")] if without else []
+        weights += [
             w * self.get_buffer(f"mask{i}") if i in self.masked else w
-            for i, w in enumerate(self.weights)
-        ] or [self.get_buffer("mask0")]
+            for i, w in enumerate(self.weights, without)
+        ]
         return [(w, b[:, None]) for w, b in zip(weights, self.biases, strict=True)]
 
     def forward(self, h: Tensor) -> Tensor:

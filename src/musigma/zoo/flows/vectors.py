@@ -90,11 +90,11 @@ def nsf(
     """Neural spline flow (Durkan, Bekasov, Murray, Papamakarios, 2019, arXiv:1906.04032).
 
     Args:
-        shape: (D,); D of at least 2 for couplings.
+        shape: (D,).
         bits: Bits of each element; None for continuous data.
-        kind: `coupling`: one half of the features transforms the other; both directions cost one
-            pass. `autoregressive`: all previous features transform each one; sampling takes one
-            step per feature.
+        kind: `coupling`: one half of the features, and the context, transforms the other; both
+            directions cost one pass. `autoregressive`: all previous features transform each one;
+            sampling takes one step per feature.
         depth: Number of transforms.
         hidden: Width of each hidden layer of the networks.
         hidden_layers: Number of hidden layers.
@@ -120,11 +120,6 @@ def nsf(
     spline, widths = Spline(bins=bins, bound=bound), [hidden] * hidden_layers
 
     def coupling(features: int) -> Bijection:
-        if features < 2:
-            raise ValueError(
-                "shape: a coupling needs vectors of at least 2 elements; got 1 "
-                "(kind autoregressive takes it)"
-            )
         half = features // 2
         outputs = spline.outputs * (features - half)
         net = Conditioner(half, outputs, hidden=widths, context=context, zero=True)
