@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 ROW_GROUP = 2**26
 """Bytes of a .parquet file that are held in memory before they are written."""
 
+DIMENSIONS = ("chain", "draw", "observation")
+"""Of draws in a .nc file."""
+
 Columns = dict[str, Any]
 """Columns of some rows by name: arrays, or lists of texts."""
 
@@ -40,6 +43,8 @@ def check_out(out: Path, *suffixes: str) -> None:
         raise ValueError(f"out: {out} cannot be written: {reason}")
     if out.suffix == ".parquet":
         _pyarrow()
+    if out.suffix == ".nc":
+        _xarray()
 
 
 def _pyarrow() -> Any:
@@ -52,6 +57,76 @@ def _pyarrow() -> Any:
             "kind of file"
         ) from None
     return pyarrow
+
+
+def _xarray() -> Any:
+    try:
+        import h5netcdf  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import xarray  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            "out: writing .nc needs xarray and h5netcdf: pip install 'musigma[arviz]', or name "
+            "another kind of file"
+        ) from None
+    return xarray
+
+
+def check_draws(names: Iterable[str]) -> None:
+    """Refuse names of columns that a .nc file cannot have.
+
+    Raises:
+        ValueError: Naming all of them.
+    """
+    if wrong := [name for name in names if name in DIMENSIONS or "/" in name or not name.strip()]:
+        raise ValueError(
+            f"out: variables of a .nc file cannot be called {', '.join(map(repr, wrong))}: rename "
+            "these columns, or name another kind of file"
+        )
+
+
+def write_draws(
+    out: Path, draws: np.ndarray, names: Iterable[str], given: Columns, **about: Any
+) -> None:
+    r"""Write draws as InferenceData of ArviZ, a .nc file that appears once it is complete.
+
+    The group `posterior` has one chain, and a variable of each column, (chain, draw, observation).
+    The group `observed_data` has what was given, (observation, ...). A single observation has no
+    such dimension.
+
+    Args:
+        draws: n draws for each of O observations, (O, n, \*event).
+        names: The columns of a vector; without any, all elements are the variable `x`.
+        given: What each draw was given, by name: arrays of O rows.
+        about: Attributes of both groups and of the file.
+    """
+    from musigma.files import replacing
+
+    xarray, names = _xarray(), list(names)
+    several = [] if len(draws) == 1 else ["observation"]
+
+    def variable(values: np.ndarray, name: str, dims: list[str]) -> tuple[list[str], np.ndarray]:
+        values = values if several else values.squeeze(dims.index("observation"))
+        dims = [dim for dim in dims if dim != "observation" or several]
+        return [*dims, *(f"{name}_dim_{i}" for i in range(values.ndim - len(dims)))], values
+
+    dims: list[str] = list(DIMENSIONS)
+    every = draws.swapaxes(0, 1)[None]
+    columns = {name: every[..., j] for j, name in enumerate(names)} or {"x": every}
+    groups = {
+        "posterior": {name: variable(values, name, dims) for name, values in columns.items()},
+        "observed_data": {
+            name: variable(values, name, ["observation"]) for name, values in given.items()
+        },
+    }
+    sizes = dict(zip(dims, every.shape, strict=False))
+    with replacing(out) as draft:
+        xarray.Dataset(attrs=about).to_netcdf(draft, engine="h5netcdf", mode="w")
+        for group, variables in groups.items():
+            used = {dim for value in variables.values() for dim in value[0]}
+            coordinates = {dim: range(sizes[dim]) for dim in dims if dim in used}
+            data = xarray.Dataset(variables, coordinates, attrs=about)
+            if variables:
+                data.to_netcdf(draft, engine="h5netcdf", mode="a", group=group)
 
 
 def write_rows(out: Path, parts: Iterable[Columns], **about: Any) -> None:

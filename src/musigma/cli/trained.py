@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musigma.cli.options import Common, DataOptions, Reading, at_least_one, image_size
-from musigma.cli.outputs import check_out, write_rows, write_table
+from musigma.cli.outputs import check_draws, check_out, write_draws, write_rows, write_table
 from musigma.cli.screen import Screen
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -311,9 +312,14 @@ class Trained:
 
     # --- outputs of a model --------------------------------------------------------------------
 
-    def check_out(self, out: Path) -> None:
-        """Refuse a file that `write` could not write, before anything is computed for it."""
-        check_out(out, ".png", ".npy", ".npz", *(() if self.is_image else TABLES))
+    def check_out(self, out: Path, *more: str) -> None:
+        """Refuse a file that `write` could not write, before anything is computed for it.
+
+        Args:
+            out: The file.
+            more: Other kinds of files that a command writes.
+        """
+        check_out(out, ".png", ".npy", ".npz", *(() if self.is_image else TABLES), *more)
         if out.suffix == ".png" and not self.is_image and self.shape != (2,):
             raise ValueError(
                 f"out: examples of shape {self.shape} are not pictures; name a .csv, .parquet, "
@@ -336,17 +342,7 @@ class Trained:
         from musigma.report import figures
 
         self.check_out(out)
-        values = x.numpy(force=True)
-        one, schema = math.prod(values.shape[1:]), self.spec.schema
-        flat = values.reshape(len(values), one)
-        good = np.isfinite(flat) if schema is None else ~np.isinf(flat)  # NaN is missing
-        if bad := int((~good.all(1)).sum()):
-            raise ValueError(
-                f"out: {bad} of {len(values)} examples are not finite, so nothing is written; a "
-                "lower --temperature (for edit, a smaller --strength) may help"
-            )
-        if self.bits is not None:
-            values = values.astype(np.uint8)
+        values, schema = self._written(x), self.spec.schema
         if out.suffix in TABLES and schema is not None:
             write_table(out, decode(values, schema), schema)
         elif out.suffix in TABLES:  # the columns are those of the table it was trained on
@@ -362,6 +358,76 @@ class Trained:
                     np.save(file, values)
                 else:
                     np.savez_compressed(file, x=values)
+
+    def _written(self, x: Tensor) -> np.ndarray:
+        """Examples as they are written.
+
+        Raises:
+            ValueError: If some are not finite.
+        """
+        import numpy as np
+
+        values = x.numpy(force=True)
+        flat = values.reshape(len(values), math.prod(values.shape[1:]))
+        typed = self.spec.schema is not None  # NaN is missing
+        good = ~np.isinf(flat) if typed else np.isfinite(flat)
+        if bad := int((~good.all(1)).sum()):
+            raise ValueError(
+                f"out: {bad} of {len(values)} examples are not finite, so nothing is written; a "
+                "lower --temperature (for edit, a smaller --strength) may help"
+            )
+        return values if self.bits is None else values.astype(np.uint8)
+
+    def check_draws(self, given: Sequence[str], label: str | None) -> None:
+        """Refuse draws that a .nc file of ArviZ cannot hold, before any is made."""
+        if self.spec.schema is not None:
+            raise ValueError("out: write typed columns as a .csv or .parquet file")
+        if self.class_variable is not None and label is None and not given:
+            raise ValueError(
+                "out: a .nc file holds the draws of one class: choose it (--label), give rows "
+                "(--given), or name another kind of file"
+            )
+        check_draws([*self.spec.columns, *(v.name for v in self.spec.context)])
+
+    def write_draws(
+        self, x: Tensor, context: Context, observations: int, out: Path, **about: Any
+    ) -> None:
+        """The draws for each observation, one after another, as a .nc file of ArviZ.
+
+        Args:
+            x: All draws, those of one observation after another.
+            context: The context of each.
+            observations: Number of observations.
+            out: The file.
+            about: Attributes of the file, beside the model's.
+        """
+        import numpy as np
+        from torch import Tensor
+
+        from musigma import __version__
+        from musigma.coding.archive import model_digest
+
+        values = self._written(x)
+        n = len(values) // observations
+        given = {}
+        for v in self.spec.context:
+            t: Any = context if isinstance(context, Tensor) else (context or {})[v.name]
+            rows = t[::n].numpy(force=True)
+            if v.classes:
+                rows = np.array(v.names or range(v.classes))[rows.argmax(1)]
+            given[v.name] = rows[:, 0] if v.shape == (1,) else rows
+        write_draws(
+            out,
+            values.reshape(observations, n, *values.shape[1:]),
+            self.spec.columns,
+            given,
+            inference_library="musigma",
+            inference_library_version=__version__,
+            architecture=self.model.config["architecture"],
+            model_digest=model_digest(self.model),
+            seed=self.common.seed,
+            **about,
+        )
 
     def reconstruct(self, x: Tensor, context: Context, out: Path) -> Tensor:
         """Write reconstructions, in a picture below their originals; returns them."""

@@ -77,7 +77,8 @@ def sample(
         several: Show the centers of the same draws at several temperatures, a row for each:
             0,0.5,0.7,1. Replaces `--temperature`.
         out: A .png grid, or an .npy or .npz array; samples of a table also as .csv or .parquet.
-            Each of several processes writes a shard.
+            Each of several processes writes a shard. A .nc file is InferenceData of ArviZ, with
+            the rows that are given as observed data.
     """
     import torch
 
@@ -90,7 +91,9 @@ def sample(
     trained = Trained(run, common)
     usual = "samples.png" if trained.is_image and processes.count == 1 else "samples.npy"
     out = out or Path("samples.csv" if trained.spec.schema is not None else usual)
-    trained.check_out(out)
+    trained.check_out(out, ".nc")
+    if out.suffix == ".nc":
+        trained.check_draws(given, label)
     completes = bool(given) and trained.spec.schema is not None and not trained.spec.context
     if where is not None or completes:
         option = "given" if where is None else "where"
@@ -106,12 +109,15 @@ def sample(
         else:
             tables.sample_given(trained, given, n, out)
         return
-    if processes.count > 1 and (out.suffix == ".png" or several is not None):
+    whole = out.suffix in (".png", ".nc") or several is not None
+    if processes.count > 1 and whole:
         raise ValueError(
             f"out: {processes.count} processes write arrays in shards; name an .npy or .npz file, "
-            "or draw the picture in one process"
+            "or use one process"
         )
-    context = trained.context(n, label, given)
+    if out.suffix == ".nc" and several is not None:
+        raise ValueError("out: a .nc file holds draws at one temperature; name another kind")
+    context, each = trained.context(n, label, given), n
     n = n if context is None else contexts.length(context) or n
     if several is not None:
         if temperature != "1":
@@ -133,7 +139,10 @@ def sample(
             x = trained.model.sample(drawn, by, temperature=_scale(scale), mode=mode)
             parts.append(x.cpu())
             progress(block.stop - rows.start, len(rows))
-    trained.write(torch.cat(parts), out)
+    if out.suffix == ".nc":
+        trained.write_draws(torch.cat(parts), context, n // each, out, temperature=temperature)
+    else:
+        trained.write(torch.cat(parts), out)
     what = f"{count(len(rows), 'sample')}{share}"
     trained.wrote(out, what, n=len(rows), temperature=temperature, **share.fields)
 
