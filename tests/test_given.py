@@ -4,11 +4,12 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musigma.data import Dataset, Given, attach, describe, digest, given_rows, load
+from musigma.data import Dataset, Given, attach, describe, digest, given_rows, load, summary
 from musigma.data.batches import stream
 from musigma.data.readers import LazyImages
 from musigma.spec import Spec, Variable
@@ -281,3 +282,13 @@ def test_rows_to_generate_by(tmp_path):
     longer = write(tmp_path / "long.csv", "age\n1\n2\n3\n")
     with fails("the numbers of rows differ, 3 of age, 2 of kind"):
         given_rows([path, longer], variables)
+
+
+def test_the_summary_names_the_context_by_kind_and_the_support(tmp_path):
+    random = np.random.default_rng(3)
+    frame = pd.DataFrame(random.uniform(size=(60, 5)), columns=["a", "b", "x_0", "x_1", "x_2"])
+    frame["kind"] = random.choice(["u", "v"], 60)
+    data = load(frame, of=["a", "b"], given=["x_*", "kind"], bounds={"bounds": {"a": [0, 2]}})
+    lines = summary(data)
+    assert "support: a in [0, 2]" in lines
+    assert "context: x_0, x_1, x_2 (number); kind (classes u, v)" in lines

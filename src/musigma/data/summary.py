@@ -83,9 +83,19 @@ def summary(dataset: Dataset, parts: Mapping[str, Dataset] | None = None) -> lis
         lines.append(f"parts: {sizes} ({_origin(dataset)})")
     if dataset.labels is not None:
         lines.append(_classes(dataset, parts))
+    if (support := dataset.support) is not None:
+        within = (
+            f"{name} {expected}"
+            for j, name in enumerate(dataset.columns)
+            if (expected := support.expected(j, dataset.columns)) != "any number"
+        )
+        lines.append(f"support: {'; '.join(within)}")
     if dataset.given:
-        given = (f"{v.name} ({_variable(v)})" for v in dataset.variables if v.name != "label")
-        lines.append(f"context: {', '.join(given)}")
+        kinds: dict[str, list[str]] = {}
+        for variable in dataset.variables:
+            if variable.name != "label":
+                kinds.setdefault(_variable(variable), []).append(variable.name)
+        lines.append(f"context: {'; '.join(f'{named(v, 20)} ({k})' for k, v in kinds.items())}")
     if skipped := list(dataset.skipped.items()):
         lines.append(f"left out: {len(skipped)} that cannot be used")
         lines += [f"  {name} {reason}" for name, reason in skipped[:SHOWN]]
@@ -242,7 +252,7 @@ def _variable(variable: Any) -> str:
         return f"classes {named(variable.names)}"
     if variable.levels:
         return f"images {' x '.join(map(str, variable.shape))}"
-    return "a number" if variable.shape == (1,) else f"{variable.shape[0]} numbers"
+    return "number" if variable.shape == (1,) else f"{variable.shape[0]} numbers"
 
 
 def _doubtful_labels(dataset: Dataset, train: Dataset) -> Iterator[str]:
