@@ -489,13 +489,16 @@ def test_rows_outside_are_refused_by_column_and_row():
     with pytest.raises(DataError) as error:
         load(bad, given="x", bounds=BOUNDS)
     text = str(error.value)
-    assert "6 of 300 rows are outside their bounds" in text
-    assert "column 'theta' is outside in 4 rows" in text
-    assert "in [-1, 2.5]: row 7 (from 0): -1.25, row 20 (from 0): 3.0" in text
-    assert "column 'q' is outside in 1 row" in text
-    assert "the sum of p, q, r to be 1: row 3 (from 0)" in text
-    assert "column 't2' is outside in 1 row" in text
-    assert "at least t1: row 9 (from 0)" in text
+    assert "6 of 300 rows are outside the bounds" in text
+    assert (
+        "column 'theta' is to be in [-1, 2.5]; row 7 (from 0): -1.25, row 20 (from 0): 3.0, "
+        "row 21 (from 0): 3.0 and 1 more" in text
+    )
+    assert "column 'q' is to be at least 0, and the sum of p, q, r 1; row 3 (from 0)" in text
+    assert "column 't2' is to be in [0, 10] and at least t1; row 9 (from 0)" in text
+    some = Dataset(np.stack(list(bad.values()), 1)).subset([5, 7])
+    with pytest.raises(DataError, match=r"1 of 2 rows .*\n  column 0 .*; row 7 \(from 0\): -1.25"):
+        some.within(Support([-1, *[None] * 6], [None] * 7))
 
 
 def test_bounds_of_other_data():
@@ -520,14 +523,16 @@ def test_training_measures_the_map_and_stays_inside(tmp_path):
     torch.testing.assert_close(x[:, 1:4].sum(1), torch.ones(1000))
 
 
+def lines(columns):
+    """A table as the text of a .csv file."""
+    rows = zip(*columns.values(), strict=True)
+    return "\n".join([",".join(columns), *(",".join(map(str, r)) for r in rows), ""])
+
+
 def test_on_the_command_line(tmp_path, capsys):
     rows, prior, run = tmp_path / "sims.csv", tmp_path / "prior.toml", tmp_path / "run"
     columns = table()
-    text = [
-        ",".join(columns),
-        *(",".join(map(repr, map(float, r))) for r in zip(*columns.values(), strict=True)),
-    ]
-    rows.write_text("\n".join(text) + "\n")
+    rows.write_text(lines(columns))
     prior.write_text(
         'simplex = [["p", "q", "r"]]\nordered = [["t1", "t2"]]\n'
         "[bounds]\ntheta = [-1, 2.5]\nt1 = [0, 10]\nt2 = [0, 10]\n"
@@ -544,5 +549,13 @@ def test_on_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
-    assert "column 'theta' is outside in" in capsys.readouterr().err
+    assert "column 'theta' is to be in [0, 2.5]" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+    columns["theta"][4] = 3.0
+    rows.write_text(lines(columns))
+    main(["score", str(run), str(rows), "--out", str(tmp_path / "scores.csv"), "--json"])
+    assert json.loads(capsys.readouterr().out)["outside"] == 1
+    scores = np.genfromtxt(tmp_path / "scores.csv", delimiter=",", names=True)["nats"]
+    assert np.flatnonzero(np.isinf(scores)).tolist() == [4]
+    main(["evaluate", str(run), str(rows), "--split", "all"])
+    assert "1 of 300 rows are outside the bounds of the model" in capsys.readouterr().err

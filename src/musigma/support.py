@@ -170,7 +170,7 @@ class Support:
         low, high = self.low[j], self.high[j]
         for group in self.simplex:
             if j in group:
-                return f"at least 0, and the sum of {', '.join(map(name, group))} to be 1"
+                return f"at least 0, and the sum of {', '.join(map(name, group))} 1"
         texts = []
         if math.isfinite(low) and math.isfinite(high):
             texts.append(f"in [{low:g}, {high:g}]")

@@ -141,6 +141,8 @@ def _summary(
     if "spread" in columns:
         fields["spread"] = float(np.mean(columns["spread"])) if n else None
         figures += f", differing by {fields['spread']:.4f} between orders" if n else ""
+    if trained.spec.support is not None:
+        fields["outside"] = trained.outside
     return [f"{count(n, 'score')}{figures}{share}"], {"n": n, **share.fields, **fields}
 
 

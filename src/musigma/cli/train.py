@@ -389,6 +389,8 @@ def _begin(
 
     `about` describes the data; checkpoints will contain `kept`.
     """
+    if model.spec.support is not None:
+        found = found.within(model.spec.support)
     config = TrainConfig(**{**dataclasses.asdict(config), "seed": screen.common.seed})
     described = data.describe(found)
     saved = {

@@ -52,6 +52,7 @@ class Trained:
         screen: The output of the command.
         folder: The run folder; None for a checkpoint file.
         part: The part of the data that `data` returned last.
+        outside: Number of rows of those data that are outside the support of the model.
         seen: Whether those data are what the model was trained on.
         given: The context of those data: items of `--given`.
 
@@ -72,7 +73,7 @@ class Trained:
         path = Path(run)
         self.folder, self.part = path if path.is_dir() else None, "all"
         self.given: tuple[str, ...] = ()
-        self.seen = False
+        self.seen, self.outside = False, 0
         if self.folder and not (path / "model.safetensors").is_file():
             raise ValueError(
                 f"RUN: the folder {run} holds no model.safetensors; train a model into it first"
@@ -153,6 +154,7 @@ class Trained:
             self.screen.note(note)
         found = self._labeled(loaded, label)
         check(self.model, found)
+        self._note_outside(found)
         plain = loaded
         if column is not None and column not in self.given:  # the run may know its data without
             given = {name: v for name, v in loaded.given.items() if name != column}
@@ -182,6 +184,19 @@ class Trained:
         if known != set(names):  # as they are given now, which another check compares
             return tuple(given)
         return (*(["label"] if "label" in given else []), *names)
+
+    def _note_outside(self, found: Dataset) -> None:
+        """Say which rows are outside the support, where a model has no density."""
+        if self.spec.support is None:
+            return
+        self.outside, faults = found.outside(self.spec.support)
+        if bad := self.outside:
+            from musigma.data.errors import listing
+
+            self.screen.note(
+                f"{bad:,} of {len(found):,} rows are outside the bounds of the model, where the "
+                f"log density is -inf:\n{listing(faults)}"
+            )
 
     def _columns(self, options: DataOptions) -> dict[str, Any]:
         """The columns of a table to read, with their types if the model has any."""

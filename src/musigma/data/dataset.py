@@ -406,40 +406,55 @@ class Dataset:
             )
         return mean, std
 
+    def outside(self, support: Support) -> tuple[int, dict[str, str]]:
+        """The number of rows outside a support; and by column, what is expected and what is there.
+
+        Raises:
+            DataError: If these are no vectors of real numbers of its size.
+        """
+        if self.array.dtype != np.float32 or self.shape != (len(support),):
+            raise DataError(
+                f"bounds: they are of {len(support)} columns of real numbers, and "
+                f"{self.name or 'array'} holds {self.array.dtype} of shape {self.shape}"
+            )
+        first: dict[int, list[str]] = {}
+        counts, bad = np.zeros(len(support), np.int64), 0
+        for start in range(0, len(self), BLOCK):
+            x = self.take(np.arange(start, min(start + BLOCK, len(self))))
+            out = ~support.inside(x.astype(np.float64))
+            counts, bad = counts + out.sum(0), bad + int(out.any(1).sum())
+            for j in np.flatnonzero(out.any(0)).tolist():
+                seen = first.setdefault(j, [])
+                rows = np.flatnonzero(out[:, j])[: NAMED - len(seen)].tolist()
+                seen += [f"{self._row(start + i)}: {x[i, j]}" for i in rows]
+        faults = {}
+        for j, seen in sorted(first.items()):
+            more = f" and {counts[j] - NAMED:,} more" if counts[j] > NAMED else ""
+            faults[called(self.columns, j)] = (
+                f"is to be {support.expected(j, self.columns)}; {', '.join(seen)}{more}"
+            )
+        return bad, faults
+
     def within(self, support: Support) -> Dataset:
         """These rows, once it is known that all of them lie in a support.
 
         Raises:
-            DataError: If these are images or typed columns, or rows lie outside; for each column
-                it names how many, and the first of them.
+            DataError: If some lie outside, naming columns, numbers of rows and the first of them;
+                or these are no vectors of real numbers of its size.
         """
-        where = self.name or "array"
-        if self.array.dtype != np.float32 or len(support) != self.shape[0]:
-            raise DataError(
-                f"bounds: they are of {len(support)} columns of real numbers, and {where} holds "
-                f"{self.array.dtype} of shape {self.shape}"
-            )
-        known: dict[int, list[str]] = {}
-        counts, bad = np.zeros(len(support), np.int64), 0
-        for start in range(0, len(self), BLOCK):
-            x = self.take(np.arange(start, min(start + BLOCK, len(self)))).astype(np.float64)
-            outside = ~support.inside(x)
-            counts, bad = counts + outside.sum(0), bad + int(outside.any(1).sum())
-            for j in np.flatnonzero(outside.any(0)).tolist():
-                for i in np.flatnonzero(outside[:, j])[:NAMED].tolist():
-                    at = f"row {start + i} (from 0)" if self.ids is None else self.ids[start + i]
-                    known.setdefault(j, []).append(f"{at}: {np.float32(x[i, j])}")
+        bad, faults = self.outside(support)
         if bad:
-            faults = {
-                called(self.columns, j): f"is outside in {counts[j]:,} rows, where it is expected "
-                f"to be {support.expected(j, self.columns)}: {named(known[j], NAMED)}"
-                for j in known
-            }
             raise DataError(
-                f"{where}: {bad:,} of {len(self):,} rows are outside their bounds; correct the "
-                f"bounds, or drop these rows:\n{listing(faults)}"
+                f"{self.name or 'array'}: {bad:,} of {len(self):,} rows are outside the bounds; "
+                f"correct the bounds, or drop these rows:\n{listing(faults)}"
             )
         return replace(self, support=support)
+
+    def _row(self, i: int) -> str:
+        """The name of a row in messages."""
+        if self.ids is not None:
+            return f"row {self.ids[i]!r}"
+        return f"row {i if self.rows is None else self.rows[i]} (from 0)"
 
     def subset(self, which: Sequence[int] | np.ndarray) -> Dataset:
         """The examples of a mask or of indices, in that order; no example is copied."""

@@ -22,7 +22,7 @@ from musigma.training import hardware
 from musigma.training.config import TrainConfig
 from musigma.training.step import MakeOptimizer, Objective, ObjectivePass, made_optimizer
 
-__all__ = ["check_run"]
+__all__ = ["check_run", "check_support"]
 
 
 def check_run(
@@ -41,6 +41,7 @@ def check_run(
     """
     require_config(model)
     check(model, train)
+    check_support(model, train)
     if config.weights_rate and model.is_flow:
         raise ValueError(
             "beta: beta, kl_warmup and free_bits weight the latents against a likelihood, and a "
@@ -90,6 +91,17 @@ def check_run(
     if config.memory_budget is not None:
         set_memory(model, config.memory)
         hardware.number_of_parts(model, train, config)
+
+
+def check_support(model: Model, data: Dataset) -> None:
+    """Refuse data outside the support of a model.
+
+    Raises:
+        ValueError: Naming columns and rows.
+    """
+    support = None if model.spec is None else model.spec.support
+    if support is not None and data.support != support:
+        data.within(support)
 
 
 def _ignored(model: Model, x: Tensor, context: Context) -> list[str]:

@@ -31,7 +31,7 @@ from musigma.memory import fallbacks, set_fallbacks, set_memory
 from musigma.model import Model
 from musigma.processes import current_processes
 from musigma.training import hardware, recovery, warning
-from musigma.training.checks import check_run
+from musigma.training.checks import check_run, check_support
 from musigma.training.config import TrainConfig
 from musigma.training.hardware import join, uses_cpu
 from musigma.training.log import Log, Watch, evidence_row, profiling
@@ -126,6 +126,7 @@ def fit(
     """
     join(device)
     check_run(model, train, config, objective)
+    check_support(model, validation)
     run = _Run(model, train, validation, config, Path(out), objective, extra, device, watch)
     with contextlib.closing(run), _interrupts() as interrupted:
         run.start(resume, optimizer)
