@@ -129,7 +129,7 @@ def test_context_is_described():
     [
         (ROWS, (), r"int64 of shape \(12,\): give float32"),
         (POINTS.astype(np.float64), (), r"float64 of shape \(12, 2\): give float32"),
-        (POINTS[None], (), r"float32 of shape \(1, 12, 2\)"),
+        (POINTS[None, None], (), r"float32 of shape \(1, 1, 12, 2\)"),
         (GRAY[:, 0], (), r"uint8 of shape \(6, 9, 7\)"),
         (POINTS[:, 0], ("a", "b"), "float32 of shape .* with 2 class names: give int64"),
         (ROWS, ("a", "b"), "run from 0 to 11, and there are 2 class names"),

@@ -37,7 +37,8 @@ class Variable:
 
     Args:
         name: Its name, for example that of a column. `label` is the class of each example.
-        shape: Shape of one row of the model's input: (F,) for F numbers, (C, H, W) for an image.
+        shape: Shape of one row of the model's input: (F,) for F numbers, (M, F) for a sequence of
+            up to M rows of F numbers (rows of NaN follow its last row), (C, H, W) for an image.
             A variable of n classes has shape (n,): its rows are one-hot.
         classes: Number of classes; 0 for numbers and images.
         names: Names of the classes, if known.

@@ -17,16 +17,19 @@ from musigma.data import columns
 from musigma.data.cache import blocks, facts
 from musigma.data.dataset import Dataset, Given, Hashes
 from musigma.data.errors import all_faults, listing, named, printable
-from musigma.data.pairs import chosen, note_left_out
+from musigma.data.pairs import chosen, leave_out, note_left_out, unusable_cells, varying
 from musigma.data.raw import Request, as_labels
+from musigma.data.sequences import trimmed
 from musigma.data.tables import (
     LABEL_NAMES,
     LOOKED_AT,
     Table,
     Words,
+    as_lists,
     column_fault,
     is_missing,
     is_number,
+    list_fault,
     names_rows,
 )
 from musigma.schema import Schema
@@ -79,11 +82,17 @@ def roles(table: Table, request: Request) -> Roles:
     for j in found.given:
         if table.kinds[j] == "other":
             faults[table.called(j)] = f"is {table.storage[j]}: convert or drop it"
+        elif (lists := as_lists(table, j)) is not None:
+            faults[table.called(j)] = list_fault(lists)
         elif table.kinds[j] == "empty":
             faults[table.called(j)] = "is empty: fill or drop it"
     for j in found.data:
         if table.kinds[j] == "empty" and request.of:
             faults[table.called(j)] = "is empty: fill or drop it"
+        elif table.kinds[j] == "list":
+            faults[table.called(j)] = (
+                f"is {table.storage[j]}: give lists as context (--given {names[j]}), or drop it"
+            )
         elif table.kinds[j] in ("truth", "time", "other"):
             faults[table.called(j)] = f"is {table.storage[j]}, not a number: convert or drop it"
         elif table.kinds[j] == "text":
@@ -213,22 +222,22 @@ def assemble(table: Table, request: Request) -> Dataset:
     bad[known["bad"]] = True
     for _, unusable in beside.values():
         bad |= unusable
-    faults = dict(table.ragged)
-    for i in np.flatnonzero(bad).tolist():
-        if len(faults) >= NAMED and isinstance(x, np.memmap):
-            break
-        row = x[i]
-        cells = np.flatnonzero(~np.isfinite(row))[:NAMED].tolist()
-        wrong: dict[int, float | None] = {found.data[k]: float(row[k]) for k in cells}
-        for j, (cells, unusable) in beside.items():
-            if unusable[i]:
-                wrong[j] = None if isinstance(cells, Words) else float(cells[i])
-        faults.update(table.fault(i, j, wrong[j]) for j in sorted(wrong))
     good, total = np.flatnonzero(~bad), table.rows + len(table.ragged)
-    request.refuse(faults, "rows", total, total - len(good))
+    if request.of or found.given:  # simulations, many of which may have failed
+        faults = {}
+        leave_out(
+            dict(table.ragged) | _by_column(table, x, found, known["bad"], beside),
+            total - len(good),
+            total,
+            request,
+        )
+    else:
+        faults = dict(table.ragged) | _by_cell(table, x, found, bad, beside)
+        request.refuse(faults, "rows", total, total - len(good))
+        if len(good) < total:
+            request.note(f"{total - len(good)} of {total} rows are left out: they cannot be used")
     rows = None
     if len(good) < total:
-        request.note(f"{total - len(good)} of {total} rows are left out: they cannot be used")
         if not len(good):
             raise request.error("no row can be used: fill the cells, or drop columns")
         if isinstance(x, np.memmap):
@@ -241,6 +250,8 @@ def assemble(table: Table, request: Request) -> Dataset:
         kept = _varying(table, x, found.data, known, len(good), request)
         if len(kept) < x.shape[1]:
             x = np.ascontiguousarray(x[:, kept])
+    given = {table.names[j]: as_given(beside[j][0], good) for j in found.given}
+    given = _kept(given, request)
     labels, label_names = (None, ()) if words is None else _labels(words, good, request)
     ids = None
     if not isinstance(x, np.memmap) or found.ids is None:
@@ -255,10 +266,70 @@ def assemble(table: Table, request: Request) -> Dataset:
         official_test=test,
         official_validation=validation,
         columns=tuple(names[k] for k in kept) if names else (),
-        given={table.names[j]: as_given(beside[j][0], good) for j in found.given},
+        given=given,
         skipped=faults,
         hashes=Hashes(x, known.get("hashes")),
     )
+
+
+Beside = Mapping[int, tuple[np.ndarray | Words, np.ndarray]]
+"""Columns beside the data by their numbers: cells, and a mask of those that cannot be used."""
+
+
+def _by_cell(
+    table: Table, x: np.ndarray, found: Roles, bad: np.ndarray, beside: Beside
+) -> dict[str, str]:
+    """The cells that cannot be used, with the reason of each."""
+    faults: dict[str, str] = {}
+    for i in np.flatnonzero(bad).tolist():
+        if len(faults) >= NAMED and isinstance(x, np.memmap):
+            break
+        row = x[i]
+        cells = np.flatnonzero(~np.isfinite(row))[:NAMED].tolist()
+        wrong: dict[int, float | None] = {found.data[k]: float(row[k]) for k in cells}
+        for j, (cells, unusable) in beside.items():
+            if unusable[i]:
+                wrong[j] = None if isinstance(cells, Words) else float(cells[i])
+        faults.update(table.fault(i, j, wrong[j]) for j in sorted(wrong))
+    return faults
+
+
+def _by_column(
+    table: Table, x: np.ndarray, found: Roles, bad: np.ndarray, beside: Beside
+) -> dict[str, str]:
+    """The columns with cells that cannot be used, with their numbers; `bad` are rows of x."""
+    some, wrong = x[bad], {}
+    for k, j in enumerate(found.data):
+        if len(which := np.flatnonzero(~np.isfinite(some[:, k]))):
+            wrong[j] = unusable_cells(table, j, bad[which], some[which, k])
+    return _named(table, wrong) | _context_faults(table, beside)
+
+
+def _context_faults(table: Table, beside: Beside) -> dict[str, str]:
+    """The columns beside the data with cells that cannot be used, with their numbers."""
+    wrong = {}
+    for j, (cells, unusable) in beside.items():
+        if len(rows := np.flatnonzero(unusable)):
+            values = None if isinstance(cells, Words) else cells[rows]
+            wrong[j] = unusable_cells(table, j, rows, values)
+    return _named(table, wrong)
+
+
+def _named(table: Table, faults: Mapping[int, str]) -> dict[str, str]:
+    return {table.called(j): faults[j] for j in sorted(faults)}
+
+
+def _kept(given: Mapping[str, Given], request: Request) -> dict[str, Given]:
+    """The context without variables that are constant."""
+    left, faults = varying(given, request)
+    if faults:
+        one = " ".join(next(iter(faults.items())))
+        raise request.error(
+            one if len(faults) == 1 else f"context cannot be used:\n{listing(faults)}"
+        )
+    if given and not left:
+        raise request.error("given: all of the context is constant: give other columns")
+    return left
 
 
 def typed(table: Table, request: Request) -> Dataset:
@@ -319,11 +390,9 @@ def typed(table: Table, request: Request) -> Dataset:
     if label is not None:
         words = table.words(label)
         beside[label] = words, words.missing()
-    for j, (cells, unusable) in beside.items():
+    wrong |= _context_faults(table, beside)
+    for _, unusable in beside.values():
         bad |= unusable
-        for i in np.flatnonzero(unusable)[:NAMED].tolist():
-            value = None if isinstance(cells, Words) else float(cells[i])
-            wrong.update([table.fault(i, j, value)])
     if faults:
         every = {**faults, **wrong}
         if len(every) == 1:
@@ -333,11 +402,15 @@ def typed(table: Table, request: Request) -> Dataset:
             f"--skip-bad to leave them out:\n{listing(every)}"
         )
     good = np.flatnonzero(~bad)
+    if beside:
+        leave_out(wrong, total - len(good), total, request)
+        wrong = {}
     request.refuse(wrong, "rows", total, total - len(good))
     if not len(schema) and not beside:
         raise request.error("no column holds data: give a table of numbers or of categories")
     if len(good) < total:
-        request.note(f"{total - len(good)} of {total} rows are left out: they cannot be used")
+        if not beside:
+            request.note(f"{total - len(good)} of {total} rows are left out: they cannot be used")
         x = x[good]
     labels, label_names = (None, ()) if words is None else _labels(words, good, request)
     test, validation = table.official(good)
@@ -350,7 +423,7 @@ def typed(table: Table, request: Request) -> Dataset:
         official_validation=validation,
         schema=schema,
         columns=schema.names,
-        given={names[j]: as_given(beside[j][0], good) for j in given},
+        given=_kept({names[j]: as_given(beside[j][0], good) for j in given}, request),
         skipped=wrong,
     )
 
@@ -380,7 +453,8 @@ def as_given(cells: np.ndarray | Words, rows: np.ndarray) -> Given:
     if isinstance(cells, Words):
         words = cells.of(rows)
         return Given.of_text(words.different).subset(words.codes)
-    return Given(cells[rows].astype(np.float32))
+    values = cells[rows].astype(np.float32)
+    return Given(values if values.ndim < 3 else trimmed(values))
 
 
 def _varying(

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from musigma.data.assembly import as_given, refuse_twice
+from musigma.data.cache import float32
 from musigma.data.dataset import Dataset, Given
 from musigma.data.errors import DataError, damage, listing, named
+from musigma.data.pairs import unusable_cells, varying
 from musigma.data.raw import Request
-from musigma.data.readers import TABLES, is_url, load
-from musigma.data.tables import Table, Words, names_rows
+from musigma.data.readers import TABLES, LazyImages, is_url, load
+from musigma.data.sequences import unusable
+from musigma.data.tables import Table, Words, as_lists, list_fault, names_rows
 from musigma.spec import Variable
 
 __all__ = ["attach", "given_rows", "is_source"]
@@ -35,32 +38,39 @@ def attach(
     *,
     columns: Sequence[str] = (),
     allow_constant: bool = False,
+    skip_bad: bool = False,
 ) -> Dataset:
     """A data set with further context, from a file with a row for each example.
 
-    Each column of a table is a variable: text becomes classes, numbers stay numbers. An array
-    (.npy) or a folder of images is one variable with the name of the file; an .npz has an array
-    for each variable. If a column of the table, or the names of the images, contain the name of
-    every example (its file name, with or without folders and suffix), rows are matched by it.
-    Otherwise the counts must be equal, and rows are taken in order; a note says so.
+    Each column of a table is a variable: text becomes classes, numbers stay numbers, and lists of
+    numbers are sequences. An array (.npy) or a folder of images is one variable with the name of
+    the file; an .npz has an array for each variable. Arrays of floats (N, M, F) are sequences. If
+    a column of the table, or the names of the images, contain the name of every example (its file
+    name, with or without folders and suffix), rows are matched by it. Otherwise the counts must
+    be equal, and rows are taken in order; a note says so.
 
     Args:
         dataset: The data.
         source: A .csv, .tsv, .parquet, .npy or .npz file, or a folder of images.
         columns: The variables to take; by default all.
         allow_constant: Accept constant variables, which a trained model can be given.
+        skip_bad: Leave out constant variables, and examples whose rows cannot be used.
 
     Raises:
         DataError: If examples have no row, values are missing or constant, or names are taken;
             all faults are named.
     """
-    request = Request(f"given: {source}")
-    variables, names = _read(source, columns, request, constant=allow_constant)
+    request = Request(f"given: {source}", allow_constant=allow_constant, skip_bad=skip_bad)
+    variables, names, usable = _read(source, columns, request)
     taken = sorted(set(variables) & {*dataset.given, *dataset.columns, "label"})
     if taken:
         raise request.error(f"the names {named(taken, 20)} are already taken: choose others")
-    n = len(next(iter(variables.values()), ()))
-    rows = _matched(n, names, dataset, request)
+    rows = _matched(len(usable), names, dataset, request)
+    if len(bad := np.flatnonzero(~usable[rows])):
+        request.note(f"{len(bad):,} of {len(rows):,} examples left out: their rows cannot be used")
+        kept = np.flatnonzero(usable[rows])
+        dataset, rows = dataset.subset(kept), rows[kept]
+    rows = (np.cumsum(usable) - 1)[rows]
     given = {name: value.subset(rows) for name, value in variables.items()}
     notes = (*dataset.notes, *request.notes)
     return replace(dataset, given={**dataset.given, **given}, notes=notes)
@@ -72,11 +82,23 @@ def given_rows(sources: Iterable[str | Path], variables: Sequence[Variable]) -> 
     Raises:
         DataError: If a variable is in no file, or the files differ in their numbers of rows.
     """
+    return observations(sources, variables)[0]
+
+
+def observations(
+    sources: Iterable[str | Path], variables: Sequence[Variable]
+) -> tuple[dict[str, Given], tuple[str, ...] | None]:
+    """Rows of a context from files, as `given_rows` returns them, and their names, if any.
+
+    The names are those in the first column that names the rows of a table (`id`, for instance).
+    """
     found: dict[str, Given] = {}
+    ids: tuple[str, ...] | None = None
     for source in sources:
-        request = Request(f"given: {source}")
-        names = [v.name for v in variables]
-        known, _ = _read(source, (), request, constant=True, wanted=names)
+        request = Request(f"given: {source}", allow_constant=True)
+        wanted = [v.name for v in variables]
+        known, names, _ = _read(source, (), request, wanted=wanted)
+        ids = ids or next((tuple(cells) for name, cells in names.items() if name), None)
         if len(variables) == 1 and len(known) == 1:  # an array has no name to match
             known = {variables[0].name: next(iter(known.values()))}
         found |= {v.name: known[v.name] for v in variables if v.name in known}
@@ -85,7 +107,8 @@ def given_rows(sources: Iterable[str | Path], variables: Sequence[Variable]) -> 
     if len({len(value) for value in found.values()}) > 1:
         counts = ", ".join(f"{len(value)} of {name}" for name, value in found.items())
         raise DataError(f"given: the numbers of rows differ, {counts}: make them equal")
-    return {v.name: _classes(found[v.name]) if v.classes else found[v.name] for v in variables}
+    rows = {v.name: _classes(found[v.name]) if v.classes else found[v.name] for v in variables}
+    return rows, ids
 
 
 def _classes(given: Given) -> Given:
@@ -100,13 +123,15 @@ def _read(
     columns: Sequence[str],
     request: Request,
     *,
-    constant: bool,
     wanted: Sequence[str] | None = None,
-) -> tuple[dict[str, Given], dict[str, list[str]]]:
-    """The contents of a file: variables, and columns that may name the examples."""
+) -> tuple[dict[str, Given], dict[str, list[str]], np.ndarray]:
+    """The contents of a file: variables, columns that may name the examples, and usable rows.
+
+    The variables have the usable rows alone; the last result is a mask of them.
+    """
     path, names, faults = Path(source).expanduser(), {}, {}
     ending = path.suffix.lower()
-    given: dict[str, Given | np.ndarray] = {}
+    given: dict[str, Cells] = {}
     with damage(request.where):
         if ending in TABLES:
             table = TABLES[ending](path, request)
@@ -115,30 +140,64 @@ def _read(
         elif ending == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 _check_columns(columns, arrays.files, request)
-                given = {name: arrays[name] for name in columns or arrays.files}
-        elif ending == ".npy" and np.load(path, mmap_mode="r").ndim < 3:
-            given = {path.stem: np.load(path, allow_pickle=False)}
+                given = {name: _of_array(arrays[name]) for name in columns or arrays.files}
+        elif ending == ".npy" and not _are_images(np.load(path, mmap_mode="r")):
+            given = {path.stem: _of_array(np.load(path, allow_pickle=False))}
         else:
             images = load(path)
             request.notes.extend(images.notes)
-            given = {path.stem: images.array}  # pyright: ignore[reportAssignmentType]
+            given = {path.stem: images.array}
             names = {"": list(images.ids or ())}
+    counts = {name: len(c.codes if isinstance(c, Words) else c) for name, c in given.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{n} of {name}" for name, n in counts.items())
+        raise request.error(f"the numbers of rows differ, {listed}: make them equal")
+    usable = np.ones(next(iter(counts.values()), 0), bool)
+    for cells in given.values() if request.skip_bad else ():
+        usable &= ~_unusable(cells)
     variables = {}
-    for name, content in given.items():
+    for name, cells in given.items():
         try:
-            variables[name] = content if isinstance(content, Given) else _of_array(content)
+            variables[name] = _given(cells, usable)
         except DataError as error:
             faults[name] = str(error)
-            continue
-        values = variables[name].values
-        if not constant and values.dtype != np.uint8 and len(values) > 1:
-            same = np.flatnonzero((values == values[:1]).reshape(len(values), -1).all(0))
-            if len(same):
-                which = f" in columns {named(list(map(str, same)))}" if values.ndim == 2 else ""
-                faults[name] = f"is constant{which}, so it carries no information: drop it"
-    if faults:
+    variables, constant = varying(variables, request)
+    if faults := faults | constant:
         raise request.error(f"cannot be used:\n{listing(faults)}")
-    return variables, names
+    return variables, names, usable
+
+
+Cells = np.ndarray | LazyImages | Words
+"""The rows of a variable: numbers, sequences, images or words."""
+
+
+def _unusable(cells: Cells) -> np.ndarray:
+    """A mask of the rows that cannot be used."""
+    if isinstance(cells, Words):
+        return cells.missing()
+    return np.zeros(len(cells), bool) if cells.dtype == np.uint8 else unusable(np.asarray(cells))
+
+
+def _given(cells: Cells, usable: np.ndarray) -> Given:
+    """The usable rows of a variable."""
+    if isinstance(cells, Words) or cells.dtype != np.uint8:
+        return as_given(cells, np.flatnonzero(usable))  # pyright: ignore[reportArgumentType]
+    images = Given(cells)  # pyright: ignore[reportArgumentType]
+    return images if usable.all() else images.subset(np.flatnonzero(usable))
+
+
+def _of_array(array: np.ndarray) -> Cells:
+    """An array as numbers, sequences, images or words."""
+    if array.dtype.kind in "US":
+        names, codes = np.unique(array.astype("U"), return_inverse=True)
+        return Words(names.tolist(), codes)
+    images = array.dtype == np.uint8 and array.ndim > 2
+    return array if images else float32(array)
+
+
+def _are_images(array: np.ndarray) -> bool:
+    """Whether an array holds images, rather than numbers or sequences of numbers."""
+    return array.ndim > 3 or (array.ndim == 3 and array.dtype.kind != "f")
 
 
 def _check_columns(columns: Sequence[str], known: Sequence[str], request: Request) -> None:
@@ -146,32 +205,32 @@ def _check_columns(columns: Sequence[str], known: Sequence[str], request: Reques
         raise request.error(f"has no {named(missing, 20)}: give some of {named(known, 20)}")
 
 
-def _of_array(array: np.ndarray) -> Given:
-    if array.dtype.kind in "US":
-        return Given.of_text(array.astype("U"))
-    images = array.dtype == np.uint8 and array.ndim == 4
-    return Given(array if images else array.astype(np.float32))
-
-
 def _of_table(
     table: Table, columns: Sequence[str], request: Request
-) -> tuple[dict[str, Given | np.ndarray], dict[str, list[str]]]:
+) -> tuple[dict[str, Cells], dict[str, list[str]]]:
     if not table.names:
         raise request.error("its columns have no names: add a first line of names")
     refuse_twice(table.names, request)
     faults = dict(table.ragged)
-    variables, names = {}, {}
+    variables: dict[str, Cells] = {}
+    names = {}
     for j, name in enumerate(table.names):
         if name not in columns and names_rows(table, j):
             names[name] = table.cells(j)
         elif name in columns or not columns:
+            if (lists := as_lists(table, j)) is not None:
+                faults[table.called(j)] = list_fault(lists)
+                continue
             cells, wrong = table.column(j)
-            for i in np.flatnonzero(wrong).tolist():
+            variables[name] = cells if isinstance(cells, Words) else float32(cells)
+            rows = np.flatnonzero(wrong)
+            if len(rows) and table.kinds[j] == "list":
+                faults[table.called(j)] = unusable_cells(table, j, rows, cells[rows])
+                continue
+            for i in rows.tolist() if not request.skip_bad else ():
                 value = None if isinstance(cells, Words) else float(cells[i])
                 faults.update([table.fault(i, j, value)])
-            if not wrong.any():
-                variables[name] = as_given(cells, np.arange(table.rows))
-    if faults:
+    if faults and not request.skip_bad:
         raise request.error(f"{len(faults)} cells cannot be used; fill them:\n{listing(faults)}")
     return variables, names
 

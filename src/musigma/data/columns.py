@@ -118,6 +118,8 @@ class _Content:
         """
         table, j = self.table, self.j
         content = table.kinds[j]
+        if content == "list":
+            raise _Unusable(f"is {self.storage}: give lists as context (--given), or drop it")
         if content == "other":
             raise _Unusable(f"is {self.storage}: convert or drop it")
         if content == "empty" or not self.present:
@@ -391,7 +393,7 @@ def _encoded(content: _Content, column: Column, unseen: str) -> tuple[np.ndarray
         return _positions(content, column, unseen)
     if column.kind in TIMES:
         x, wrong = _instants(content, column)
-    elif content.table.kinds[content.j] in ("time", "other"):
+    elif content.table.kinds[content.j] in ("time", "list", "other"):
         rows = content.table.rows
         return np.full(rows, np.nan), dict.fromkeys(
             range(rows), f"is {content.storage}, no number"

@@ -19,6 +19,7 @@ import numpy as np
 from musigma.data.errors import DataError, called, listing, named, printable
 from musigma.data.raw import content_hashes
 from musigma.data.sampling import PARTS, Part, binarized, parts
+from musigma.data.sequences import unusable
 from musigma.schema import Schema
 from musigma.spec import Spec, Variable
 from musigma.support import Support
@@ -116,8 +117,10 @@ class Given:
     """A context variable of a data set: one row for each example.
 
     Args:
-        values: int64 (N,), indices into `names`; float32 (N,) or (N, F), finite; or uint8 levels
-            0..255 of shape (N, C, H, W), which may be decoded when they are indexed.
+        values: int64 (N,), indices into `names`; float32 (N,) or (N, F), finite; float32
+            (N, M, F), sequences of up to M rows of F numbers, where rows of NaN follow the last
+            row of each; or uint8 levels 0..255 of shape (N, C, H, W), which may be decoded when
+            they are indexed.
         names: Names of the classes; empty for numbers and images.
 
     Raises:
@@ -145,18 +148,16 @@ class Given:
                     f"values run from {low} to {high}, and there are {len(self.names)} class "
                     "names: give indices into the names, from 0"
                 )
-        elif kind not in ((np.float32, 1), (np.float32, 2), (np.uint8, 4)):
+        elif kind not in (*((np.float32, axes) for axes in (1, 2, 3)), (np.uint8, 4)):
             raise DataError(
-                f"values are {values.dtype} of shape {values.shape}: give float32 (N,) or (N, F), "
-                "uint8 (N, C, H, W), or int64 (N,) with the names of the classes"
+                f"values are {values.dtype} of shape {values.shape}: give float32 (N,), (N, F) "
+                "or (N, M, F), uint8 (N, C, H, W), or int64 (N,) with the names of the classes"
             )
-        elif values.dtype == np.float32 and len(values):
-            bad = ~np.isfinite(np.asarray(values).reshape(len(values), -1)).all(1)
-            if not bad.any():
-                return
+        elif values.dtype == np.float32 and (bad := unusable(values)).any():
+            what = "" if values.ndim < 3 else ", or sequences have no row,"
             raise DataError(
-                f"values are not finite in {bad.sum()} rows, the first of them {bad.argmax()} "
-                "(from 0): drop or fill these rows"
+                f"values are not finite{what} in {bad.sum()} rows, the first of them "
+                f"{bad.argmax()} (from 0): drop or fill these rows"
             )
 
     @classmethod
@@ -186,6 +187,8 @@ class Given:
         values = self.values
         if values.dtype == np.uint8:
             values = content_hashes((values[i] for i in range(len(values))), len(values))
+        elif values.ndim == 3:  # NaN have signs
+            values = np.where(np.isnan(values), np.float32(np.nan), values)
         little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
         return "\0".join([*self.names, ""]).encode() + little.tobytes()
 

@@ -252,6 +252,9 @@ def _variable(variable: Any) -> str:
         return f"classes {named(variable.names)}"
     if variable.levels:
         return f"images {' x '.join(map(str, variable.shape))}"
+    if len(variable.shape) == 2:
+        most, features = variable.shape
+        return f"up to {most} rows of {'one number' if features == 1 else f'{features} numbers'}"
     return "number" if variable.shape == (1,) else f"{variable.shape[0]} numbers"
 
 

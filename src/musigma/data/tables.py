@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from musigma.data.errors import called
+from musigma.data.sequences import unusable
 
 LABEL_NAMES = ("label", "class", "target", "y")
 ID_NAME = re.compile(
@@ -29,9 +30,10 @@ COMMA_DECIMAL = re.compile(r"[+-]?(\d{1,3}(\.\d{3})+|\d*)(,\d+)?([eE][+-]?\d+)?"
 COMMA_GROUPS = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d*)(\.\d*)?([eE][+-]?\d+)?")
 PADDED = re.compile(r"\s*[+-]?0\d")  # digits that are not a number: 007
 WHOLE = re.compile(r"\s*[+-]?\d+(\.0*)?\s*")
+LIST = re.compile(r"\s*[\[(]\s*[-+.\d].*[\])]\s*", re.DOTALL)
 LARGEST = np.finfo(np.float32).max
 
-Content = Literal["number", "text", "truth", "time", "empty", "other"]
+Content = Literal["number", "text", "truth", "time", "list", "empty", "other"]
 Convert = Callable[[str], float]
 
 
@@ -153,9 +155,19 @@ def _kind_of_text(cell: str) -> str:
     return "not a number"
 
 
+def list_fault(cell: str) -> str:
+    """Why a column of text that looks like lists is not data, and what to do."""
+    return (
+        f"holds text that looks like lists, such as {cell.strip()[:40]!r}: text tables have none, "
+        "so write a .parquet file with a column of lists, or an array (N, M, F) as .npy"
+    )
+
+
 def column_fault(name: str | None, cell: str) -> str:
     """Why a text column is not data, and what to do; `name` is None if columns have no names."""
     text, such = cell.strip().lower(), repr(cell.strip()[:40])
+    if LIST.fullmatch(cell):
+        return list_fault(cell)
     if name is None:
         return (
             f"holds text, such as {such}, and has no name: add a first line of names, and call it "
@@ -218,6 +230,10 @@ class Table(ABC):
         """A column, float64 (rows,): NaN if there is no number; times in seconds since 1970."""
         raise NotImplementedError
 
+    def sequences(self, j: int) -> np.ndarray:
+        """A column of lists of numbers, float32 (rows, M, F); see `musigma.data.sequences`."""
+        raise NotImplementedError
+
     def not_numbers(self, j: int) -> Mapping[int, str]:
         """The rows whose cells are neither numbers nor missing, with the reasons."""
         return {}
@@ -259,6 +275,9 @@ class Table(ABC):
         if self.kinds[j] == "text":
             words = self.words(j)
             return words, words.missing()
+        if self.kinds[j] == "list":
+            lists = self.sequences(j)
+            return lists, unusable(lists)
         values = self.numbers(j)
         return values, ~(np.abs(values) <= LARGEST)
 
@@ -287,10 +306,18 @@ class Table(ABC):
         return None, None
 
 
+def as_lists(table: Table, j: int) -> str | None:
+    """A cell of a column of text whose first cells look like lists; None for other columns."""
+    if table.kinds[j] != "text":
+        return None
+    cells = [cell for cell in table.cells(j, 100)[:100] if not is_missing(cell)]
+    return cells[0] if cells and all(map(LIST.fullmatch, cells)) else None
+
+
 def names_rows(table: Table, j: int) -> bool:
     """Whether a column names the rows: all its cells differ, and it is text, or called an id."""
     kind, called = table.kinds[j], is_called_id(table.names[j])
-    if kind in ("empty", "other") or (kind == "number" and not called):
+    if kind in ("empty", "other", "list") or (kind == "number" and not called):
         return False
     texts = table.cells(j, LOOKED_AT)
     whole = kind == "text" or all(map(WHOLE.fullmatch, texts))

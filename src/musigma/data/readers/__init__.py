@@ -170,7 +170,7 @@ def load(
             "a column of a table 'label'"
         )
     for file in files:
-        data = attach(data, file, allow_constant=allow_constant)
+        data = attach(data, file, allow_constant=allow_constant, skip_bad=skip_bad)
     return data if bounds is None else data.within(as_support(bounds, data.columns))
 
 

@@ -13,6 +13,7 @@ from musigma.data.assembly import refuse_twice
 from musigma.data.cache import float32
 from musigma.data.errors import DataError, damage, first_line, listing, missing
 from musigma.data.raw import Request, allocate
+from musigma.data.sequences import joined
 from musigma.data.tables import LOOKED_AT, Content, Table, is_number, text_of
 from musigma.data.times import DAY, written
 from musigma.schema import Column
@@ -83,6 +84,18 @@ class Arrow(Table):
     def numbers(self, j: int) -> np.ndarray:
         return np.concatenate([*self.blocks([self.names[j]]), np.empty((0, 1))])[:, 0]
 
+    def sequences(self, j: int) -> np.ndarray:
+        parts = [_rows(batch.column(0)) for batch in self.batches([self.names[j]])]
+        counts = np.concatenate([np.empty(0, np.int64), *(counts for counts, _ in parts)])
+        widths = {flat.shape[1] for _, flat in parts if len(flat)}
+        if len(widths) > 1 or 0 in widths:
+            raise self.request.error(
+                f"column {self.names[j]!r} has lists in which rows differ in their numbers of "
+                "features: make them equal"
+            )
+        flat = [flat for _, flat in parts if len(flat)] or [np.empty((0, 1))]
+        return joined(counts, np.concatenate(flat))
+
     def batches_of_words(self, j: int) -> Iterator[tuple[list[Any], np.ndarray]]:
         for batch in self.batches([self.names[j]]):
             column = batch.column(0).dictionary_encode()
@@ -105,7 +118,37 @@ def _content(types: Any, kind: Any) -> Content:
         return "number"
     if types.is_date(kind) or types.is_timestamp(kind):
         return "time"
-    return "truth" if types.is_boolean(kind) else "other"
+    if types.is_boolean(kind):
+        return "truth"
+    for _ in range(2):  # lists of numbers, or of rows of numbers
+        kind = kind.value_type if _is_list(types, kind) else kind
+    return "list" if types.is_integer(kind) or types.is_floating(kind) else "other"
+
+
+def _is_list(types: Any, kind: Any) -> bool:
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _rows(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The number of rows of each list (N,), 0 if it is missing; and all rows, float64 (R, F).
+
+    F is 0 if the rows differ in their numbers of features.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as compute
+
+    def opened(lists: Any) -> tuple[np.ndarray, Any]:
+        counts = compute.call_function("list_value_length", [lists]).fill_null(0)
+        return counts.to_numpy().astype(np.int64), lists.flatten()
+
+    counts, values = opened(column)
+    width = 1
+    if _is_list(pa.types, values.type):
+        widths, values = opened(values)
+        width = int(widths[0]) if len(widths) and (widths == widths[0]).all() else 0
+    if not width:
+        return counts, np.empty((int(counts.sum()), 0))
+    return counts, _numbers(values).reshape(-1, width)
 
 
 def _numbers(column: Any) -> np.ndarray:
