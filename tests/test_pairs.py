@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from musigma import checkpoint
+from musigma import build, checkpoint
 from musigma.cli import main
-from musigma.data import load
+from musigma.data import Dataset, Given, attach, digest, given_rows, load
+from musigma.evaluation import batch, check
+from musigma.spec import Spec, Variable
 from test_data import GRAY, fails, save_folder
 
 N = 60
@@ -234,3 +237,292 @@ def test_a_choice_of_columns_is_kept(tmp_path, monkeypatch, run, refused):
     message = refused(f"train maf sims.csv --of x_* --of w --given x_0 {QUICK} --out other")
     assert "no column matches 'w'" in message
     assert "'x_0' is both modeled (of) and given" in message
+
+
+# What a simulator may do wrong ------------------------------------------------------------------
+
+
+def faulty() -> dict[str, np.ndarray]:
+    """Simulations of which six of sixty failed in several ways."""
+    columns = simulations()
+    columns["x_0"][[3, 7, 8]] = np.nan
+    columns["x_1"][7] = np.inf
+    columns["x_1"][20] = 1e39  # too large for float32
+    columns["theta_1"][[41, 42]] = -np.inf
+    return columns
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_failed_simulations_are_counted_by_column(tmp_path, suffix):
+    path = write(tmp_path / f"sims.{suffix}", faulty())
+    first = {i: f"line {i + 2}" if suffix == "csv" else f"row {i} .from 0." for i in range(N)}
+    with fails(
+        "6 of 60 rows cannot be used; repair them, or pass --skip-bad to leave them out:",
+        f"column 'theta_1' is infinite or too large in 2 rows, the first of them {first[41]}",
+        f"column 'x_0' is NaN or missing in 3 rows, the first of them {first[3]}",
+        f"column 'x_1' is infinite or too large in 2 rows, the first of them {first[7]}",
+    ):
+        load(path, of="theta_*", given="x_*")
+    data = load(path, of="theta_*", given="x_*", skip_bad=True)
+    kept = np.delete(np.arange(N), [3, 7, 8, 20, 41, 42])
+    for j in range(3):
+        values = faulty()[f"theta_{j}"][kept].astype(np.float32)
+        np.testing.assert_array_equal(data.x[:, j], values)
+    np.testing.assert_array_equal(data.given["x_1"].values, faulty()["x_1"][kept].astype("f"))
+    assert data.ids == tuple(str(100 + i) for i in kept)
+    assert re.search("6 of 60 rows left out: column 'theta_1' is infinite.* in 2", data.notes[-1])
+    one = {"theta_0": faulty()["theta_0"], "x_1": faulty()["x_1"]}
+    with fails("2 of 60 rows cannot be used", "column 'x_1' is infinite or too large in 2 rows"):
+        load(write(path, one), of="theta_*", given="x_*")
+
+
+def test_typed_simulations_that_failed_are_counted_too(tmp_path):
+    path = write(tmp_path / "sims.csv", faulty())
+    how = {"of": "theta_*", "given": "x_*", "schema": "infer"}
+    with fails("6 of 60 rows", "line 43, column 'theta_1' is infinite", "'x_0' is NaN", "'x_1'"):
+        load(path, **how)
+    data = load(path, skip_bad=True, **how)
+    assert len(data) == len(data.given["x_0"]) == 54
+
+
+def test_no_row_is_left(tmp_path):
+    columns = simulations() | {"x_0": np.full(N, np.inf)}
+    with fails("no row can be used:", "column 'x_0' is infinite or too large in 60 rows"):
+        load(write(tmp_path / "sims.csv", columns), of="theta_*", given="x_*", skip_bad=True)
+
+
+@pytest.mark.parametrize("schema", [None, "infer"])
+def test_constant_context_is_named(tmp_path, schema):
+    columns = simulations() | {"x_2": np.full(N, 1.5), "x_3": np.array(["on"] * N)}
+    path = write(tmp_path / "sims.csv", columns)
+    how = {"of": "theta_*", "given": "x_*", "schema": schema}
+    with fails("context cannot be used:", "x_2 is constant", "x_3 is constant.*pass --skip-bad"):
+        load(path, **how)
+    data = load(path, skip_bad=True, **how)
+    assert list(data.given) == ["x_0", "x_1"]
+    assert sum("x_2 is constant" in note and "left out" in note for note in data.notes) == 1
+    assert list(load(path, allow_constant=True, **how).given) == ["x_0", "x_1", "x_2", "x_3"]
+    with fails("all of the context is constant"):
+        load(path, of="theta_*", given=["x_2", "x_3"], skip_bad=True)
+
+
+def test_rows_of_a_file_that_failed_are_left_out_with_their_examples(tmp_path):
+    theta = {name: v for name, v in simulations().items() if name.startswith("theta")}
+    path, x = write(tmp_path / "theta.csv", theta), np.random.normal(size=(N, 4))
+    x[[5, 30], 1] = np.nan
+    x[:, 2] = 7
+    np.save(tmp_path / "x.npy", x)
+    with fails("cannot be used", "values are not finite in 2 rows, the first of them 5"):
+        load(path, given=str(tmp_path / "x.npy"))
+    data = load(path, given=str(tmp_path / "x.npy"), skip_bad=True)
+    kept = np.delete(np.arange(N), [5, 30])
+    np.testing.assert_array_equal(data.given["x"].values, x[kept].astype("f"))
+    np.testing.assert_array_equal(data.x[:, 0], theta["theta_0"][kept].astype("f"))
+    notes = " ".join(data.notes)
+    assert "2 of 60 examples left out: their rows cannot be used" in notes
+    assert "is constant in columns 2, so it carries no information there" in notes
+    table = {"id": np.arange(N), "x_0": x[:, 1], "x_1": x[:, 3]}
+    data = attach(load(path), write(tmp_path / "x.csv", table), skip_bad=True)
+    np.testing.assert_array_equal(data.given["x_1"].values, x[kept, 3].astype("f"))
+    np.savez(tmp_path / "two.npz", a=np.zeros((3, 1)), b=np.zeros((4, 1)))
+    with fails("the numbers of rows differ, 3 of a, 4 of b: make them equal"):
+        attach(load(path), tmp_path / "two.npz")
+
+
+def test_the_command_line_says_what_failed(tmp_path, monkeypatch, run, said, refused):
+    monkeypatch.chdir(tmp_path)
+    write("sims.csv", faulty() | {"x_2": np.full(N, 1.5)})
+    words = f"train nsf sims.csv --of theta_* --given x_* --depth 1 --hidden 8 {QUICK} --out run"
+    message = refused(words)
+    assert "6 of 60 rows cannot be used" in message
+    assert "--skip-bad" in message
+    assert "6 of 60 rows left out" in said(f"{words} --skip-bad")
+    spec = checkpoint.load("run/model.safetensors").spec
+    assert [v.name for v in spec.context] == ["x_0", "x_1"]
+    assert run("evaluate run sims.csv --skip-bad")["split"] == "held-out"
+    run("train --resume run --device cpu")
+    few = {name: values[:19] for name, values in simulations().items()}
+    write("few.csv", few)
+    few = words.replace("sims", "few").replace("run", "other")
+    assert "few.csv holds 19 rows, which are too few" in refused(few)
+
+
+# Context of another kind ------------------------------------------------------------------------
+
+
+def test_context_of_another_kind_is_refused_by_name():
+    variables = (Variable("x"), Variable("y", (3,)), Variable("kind", names=("a", "b")))
+    model = build("maf", Spec((2,), context=variables), depth=1, hidden=8)
+    one_hot = torch.eye(2)[[0, 1, 1]]
+    good = {"x": torch.randn(3, 1), "y": torch.randn(3, 3), "kind": one_hot}
+    theta = torch.randn(3, 2)
+    expected = model.log_prob(theta, good)
+    torch.testing.assert_close(model.log_prob(theta, good | {"kind": one_hot.long()}), expected)
+    hot = torch.nn.functional.one_hot(torch.tensor([0, 1, 2]), 3)
+    with pytest.raises(ValueError, match=r"'y' is real: expected floats, not classes; got int64"):
+        model.log_prob(theta, good | {"y": hot})
+    with pytest.raises(
+        ValueError, match=r"'x' is real.*got bool of shape .3, 1.; 'kind' has class"
+    ):
+        model.sample(3, good | {"x": torch.ones(3, 1, dtype=torch.bool), "kind": torch.arange(3)})
+    with pytest.raises(ValueError, match=r"'kind' has classes: expected one-hot rows .n, 2.; got"):
+        model.encode(theta, good | {"kind": torch.randn(3, 1)})
+
+
+def test_files_of_another_kind_are_refused_by_name(tmp_path, monkeypatch, run, refused):
+    monkeypatch.chdir(tmp_path)
+    write("sims.csv", simulations())
+    words = "train maf sims.csv --of theta_* --given x_* --given setting --depth 1 --hidden 8"
+    run(f"{words} {QUICK} --out run")
+    good = {"x_0": [0.1], "x_1": [0.2], "setting": ["low"]}
+    for name, change, message in [
+        ("codes", {"setting": [1]}, "classes of 'setting' unknown to the model: 1 (known: high"),
+        ("hot", {"x_1": ["low"]}, "conditioned on 'x_1', shape (1,) per example, and in --given"),
+    ]:
+        write(f"{name}.csv", good | change)
+        answer = " ".join(refused(f"sample run --given {name}.csv --out draws.csv").split())
+        assert message in answer
+
+
+# Sequences --------------------------------------------------------------------------------------
+
+
+def series(n: int = 30, features: int = 2) -> list[np.ndarray]:
+    random = np.random.default_rng(3)
+    return [random.normal(size=(1 + i % 5, features)).astype(np.float32) for i in range(n)]
+
+
+def padded(rows: list[np.ndarray]) -> np.ndarray:
+    most = max(map(len, rows))
+    gaps = [np.full((most - len(row), row.shape[1]), np.nan, np.float32) for row in rows]
+    return np.stack([np.concatenate(pair) for pair in zip(rows, gaps, strict=True)])
+
+
+def columns_of_lists() -> dict:
+    pa = pytest.importorskip("pyarrow")
+    rows = series()
+    single = [row[:, 0].tolist() for row in rows]
+    pairs = [row.tolist() for row in rows]
+    theta = np.random.default_rng(1).normal(size=(2, len(rows)))
+    return {
+        "a": theta[0],
+        "b": theta[1],
+        "single": pa.array(single, pa.list_(pa.float64())),
+        "large": pa.array(single, pa.large_list(pa.float32())),
+        "rows": pa.array(pairs, pa.list_(pa.list_(pa.float64()))),
+        "fixed": pa.array(pairs, pa.list_(pa.list_(pa.float32(), 2))),
+        "three": pa.array([[i, i + 1, 2 * i] for i in range(len(rows))], pa.list_(pa.int64(), 3)),
+    }
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_columns_of_lists_are_sequences(tmp_path, suffix):
+    pa = pytest.importorskip("pyarrow")
+    table, path = pa.table(columns_of_lists()), tmp_path / f"sims.{suffix}"
+    if suffix == "parquet":
+        write(path, columns_of_lists())
+    else:
+        pytest.importorskip("pyarrow.feather").write_feather(table, path)
+    for source in (path, table):
+        data = load(source, of=["a", "b"], given=["single", "large", "rows", "fixed", "three"])
+        assert {v.name: v.shape for v in data.variables} == {
+            "single": (5, 1),
+            "large": (5, 1),
+            "rows": (5, 2),
+            "fixed": (5, 2),
+            "three": (3, 1),
+        }
+        expected = padded(series())
+        for name in ("rows", "fixed"):
+            np.testing.assert_array_equal(data.given[name].values, expected)
+        for name in ("single", "large"):
+            np.testing.assert_array_equal(data.given[name].values, expected[..., :1])
+        assert data.given["three"].values[4, :, 0].tolist() == [4, 5, 8]
+    assert Spec.from_json(json.loads(json.dumps(data.spec(["rows"]).to_json()))).context == (
+        Variable("rows", (5, 2)),
+    )
+
+
+def test_sequences_are_carried_with_their_examples(tmp_path):
+    data = load(write(tmp_path / "s.parquet", columns_of_lists()), of="[ab]", given="rows")
+    part = data.split("train")
+    where = [int(np.flatnonzero((data.x == row).all(1))[0]) for row in part.x]
+    np.testing.assert_array_equal(part.given["rows"].values, padded(series())[where])
+    values = np.array(data.given["rows"].values)
+    other = values.copy()
+    other[0, :2] = 3.0
+    signed = np.where(np.isnan(values), -np.float32(np.nan), values)
+    digests = [digest(Dataset(data.x, given={"rows": Given(v)})) for v in (values, signed, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_batch_has_sequences_of_the_length_of_training(tmp_path):
+    class Mean(torch.nn.Module):
+        def forward(self, context):
+            return context.nanmean(1)
+
+    from musigma import Conditional
+
+    inner = build("maf", (2,), bits=None, depth=1, hidden=8, context=2)
+    model = Conditional(inner, Mean())
+    model.spec = Spec((2,), context=(Variable("rows", (5, 2)),))
+    theta = np.random.normal(size=(4, 2)).astype(np.float32)
+    for most in (3, 8):
+        rows = padded(series(4))[:, :3]
+        rows = np.concatenate([rows, np.full((4, most - 3, 2), np.nan, np.float32)], 1)
+        if most == 8:
+            rows[2] = 1.0
+        data = Dataset(theta, given={"rows": Given(rows)})
+        check(model, data)
+        x, context = batch(data, np.array([2, 0]), model)
+        assert context.shape == (2, max(5, most), 2)
+        np.testing.assert_array_equal(context[:, :most].numpy(), rows[[2, 0]])
+        assert context[:, most:].isnan().all()
+        assert model.log_prob(x, context).isfinite().all()
+    with pytest.raises(ValueError, match=r"conditioned on 'rows', shape .5, 2. .* shape .5, 1."):
+        check(model, Dataset(theta, given={"rows": Given(padded(series(5, 1))[:4])}))
+
+
+def test_faults_of_sequences_are_named(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    columns = columns_of_lists()
+    rows = [row.tolist() for row in series()]
+    rows[3], rows[4], rows[9] = None, [], [[1.0, float("nan")], [2.0, 3.0]]
+    rows[11] = [[float("inf"), 0.0]]
+    path = write(tmp_path / "s.parquet", columns | {"rows": pa.array(rows)})
+    with fails("4 of 30 rows", "'rows' is missing or empty in 2 rows and not finite .*in 2 rows"):
+        load(path, of=["a", "b"], given="rows")
+    data = load(path, of=["a", "b"], given="rows", skip_bad=True)
+    kept = np.delete(np.arange(30), [3, 4, 9, 11])
+    np.testing.assert_array_equal(data.given["rows"].values, padded(series())[kept])
+    rows[3] = [[1.0, 2.0, 3.0]]
+    with fails("column 'rows' has lists in which rows differ in their numbers of features"):
+        load(write(path, columns | {"rows": pa.array(rows)}), of="[ab]", given="rows")
+    with fails("2 columns cannot be used", "give lists as context .--given single", "'large'"):
+        load(path, of=["a", "single", "large"])
+    with fails("column 'single' is list<.*double>: give lists as context"):
+        load(path, of=["a", "single"], schema="infer")
+    text = {"a": np.arange(9.0) ** 2, "x": np.array([f"[{i}, 2, 3]" for i in range(9)])}
+    csv_file = write(tmp_path / "s.csv", text)
+    for how in ({"given": "x"}, {"of": ["a", "x"]}):
+        with fails("column 'x' holds text that looks like lists, such as '.0, 2, 3.': .*parquet"):
+            load(csv_file, **how)
+    with fails("cannot be used", "'x' holds text that looks like lists"):
+        attach(Dataset(np.random.normal(size=(9, 1)).astype("f")), csv_file, columns=["x"])
+
+
+def test_arrays_of_three_axes_are_sequences(tmp_path):
+    values = padded(series())
+    np.save(tmp_path / "x.npy", values.astype(np.float64))
+    np.savez(tmp_path / "x.npz", x=values, more=np.arange(30.0))
+    theta = Dataset(np.random.normal(size=(30, 2)).astype(np.float32))
+    for name in ("x.npy", "x.npz"):
+        data = attach(theta, tmp_path / name)
+        np.testing.assert_array_equal(data.given["x"].values, values)
+        found = given_rows([tmp_path / name], [Variable("x", (7, 2))])
+        np.testing.assert_array_equal(found["x"].values, values)
+    values[2, 0, 1] = np.nan
+    np.save(tmp_path / "x.npy", values)
+    with fails("cannot be used", "x values are not finite, or sequences have no row, in 1 rows"):
+        attach(theta, tmp_path / "x.npy")
+    assert len(attach(theta, tmp_path / "x.npy", skip_bad=True)) == 29

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -77,10 +77,12 @@ def lerp(a: Context, b: Context, t: float) -> Context:
 
 
 def check(spec: Any, context: Context, n: int | None = None) -> None:
-    """Refuse a context that a model of this spec would ignore, or one without n rows.
+    """Refuse a context that a model of this spec would ignore or misread, or one without n rows.
 
     Raises:
-        ValueError: If the spec has no context, or the number of rows is not n.
+        ValueError: If the spec has no context; a variable of real numbers is given as integers
+            (codes of classes, for instance), or one of classes as codes, both by name; or the
+            number of rows is not n.
     """
     if context is None:
         return
@@ -90,8 +92,31 @@ def check(spec: Any, context: Context, n: int | None = None) -> None:
             "given; leave it out, or build a model for it (build(..., context=features), or a "
             "Spec with a context)"
         )
+    if spec is not None and (wrong := list(_misread(spec.context, context))):
+        raise ValueError(f"context: {'; '.join(wrong)}")
     if n is not None and length(context) != n:
         raise ValueError(f"context: expected {n} rows, one for each sample; got {length(context)}")
+
+
+def _misread(variables: Sequence[Any], context: Context) -> Iterator[str]:
+    """Faults of variables that are given in the form of another kind."""
+    if isinstance(context, Tensor):
+        if len(variables) != 1:
+            return  # which the embedding refuses
+        context = {variables[0].name: context}
+    for variable in variables:
+        t = (context or {}).get(variable.name)
+        if t is None or variable.name == "context":  # a vector of which nothing else is known
+            continue
+        got = f"got {str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}"
+        one_hot = t.ndim == 2 and t.shape[1] == variable.classes
+        if variable.classes and not one_hot:
+            yield (
+                f"{variable.name!r} has classes: expected one-hot rows (n, {variable.classes}); "
+                f"{got} (torch.nn.functional.one_hot makes them of codes)"
+            )
+        elif not variable.classes and variable.levels is None and not t.is_floating_point():
+            yield f"{variable.name!r} is real: expected floats, not classes; {got}"
 
 
 def conditioned(net: nn.Module, *given: Any) -> Any:

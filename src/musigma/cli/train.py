@@ -160,6 +160,9 @@ def described_data(
     }
 
 
+FEWEST = 20
+"""The fewest pairs of a row and its context that a model is trained on."""
+
 PARTS: tuple[data.Part, ...] = ("train", "validation", "held-out")
 
 FROM_DATA = ("bits", "context", "schema", "support")
@@ -328,6 +331,7 @@ def finetune(
     out, _ = decided_by_main(processes, lambda: folder.choose(name, source))
     options = DataOptions(split="all", reading=reading, given=given)
     found = trained.data(source, options)
+    _enough(found, source)
     of = trained.about_data.get("of", ())
     about = described_data(source, trained.preprocess, reading, trained.given, of)
     kept = {name: trained.extra[name] for name in ("foreign",) if name in trained.extra}
@@ -367,6 +371,7 @@ def train(
     typed = reading.typed(name, source)
     chosen = {"given": reading.context, "of": reading.of, "bounds": reading.bounds}
     found = read_data(source, reading.preprocess, reading.reading, screen, **chosen, **typed)
+    _enough(found, source)
     chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
     plain = found.bits is None and found.schema is None
     if plain and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:
@@ -374,6 +379,15 @@ def train(
     torch.manual_seed(common.seed)
     model = build(name, found.spec(chosen), **options)
     _begin(model, found, about, config, out, screen)
+
+
+def _enough(found: data.Dataset, source: str) -> None:
+    """Refuse pairs of which too few would be left to train on, and to choose weights by."""
+    if found.bits is None and found.given and len(found) < FEWEST:
+        raise ValueError(
+            f"data: {source} holds {len(found)} rows, which are too few to train on some and "
+            f"validate on others; give {FEWEST} or more"
+        )
 
 
 def _begin(

@@ -254,7 +254,8 @@ def _context_rows(rows: np.ndarray, variable: Variable, n: int, where: str) -> T
                 "them, or choose a class (--label)"
             )
         rows = np.eye(variable.classes)[rows]
-    if rows.shape != (n, *variable.shape) or not np.isfinite(rows).all():
+    finite = ~np.isinf(rows) if len(variable.shape) == 2 else np.isfinite(rows)  # NaN is padding
+    if rows.shape != (n, *variable.shape) or not finite.all():
         raise ValueError(
             f"latents: {where}: expected finite numbers of shape {(n, *variable.shape)}; got "
             f"shape {rows.shape}"

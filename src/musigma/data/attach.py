@@ -224,7 +224,7 @@ def _of_table(
             cells, wrong = table.column(j)
             variables[name] = cells if isinstance(cells, Words) else float32(cells)
             rows = np.flatnonzero(wrong)
-            if len(rows) and table.kinds[j] == "list":
+            if len(rows) and not isinstance(cells, Words) and cells.ndim == 3:
                 faults[table.called(j)] = unusable_cells(table, j, rows, cells[rows])
                 continue
             for i in rows.tolist() if not request.skip_bad else ():

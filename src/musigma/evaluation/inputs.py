@@ -87,8 +87,13 @@ def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
         listed = ", ".join(unknown[:8])
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
         known = ", ".join(variable.names[:12]) + (", ..." if variable.classes > 12 else "")
-        return f"{name} have classes unknown to the model: {listed}{more} (known: {known})"
-    if (variable.classes, variable.shape) != (available.classes, available.shape):
+        whose = f"classes of {variable.name!r}" if variable.name != "label" else "classes"
+        return f"{name} have {whose} unknown to the model: {listed}{more} (known: {known})"
+    if len(variable.shape) == len(available.shape) == 2:  # sequences of any number of rows
+        fits = variable.shape[1] == available.shape[1]
+    else:
+        fits = (variable.classes, variable.shape) == (available.classes, available.shape)
+    if not fits:
         got = f"{available.classes} classes" if available.classes else f"shape {available.shape}"
         return f"{asked}, and in {name} it has {got}"
     return None
@@ -163,6 +168,9 @@ def column(variable: Variable, data: Dataset, indices: np.ndarray) -> np.ndarray
 
 def _rows(variable: Variable, data: Dataset, indices: np.ndarray, home: Tensor) -> Tensor:
     values = torch.from_numpy(column(variable, data, indices))
+    if len(variable.shape) == 2:  # rows of NaN follow those of a sequence
+        missing = max(0, variable.shape[0] - values.shape[1])
+        return nn.functional.pad(values, (0, 0, 0, missing), value=torch.nan).to(home)
     if not variable.classes:
         return values.to(home).reshape(len(values), *variable.shape)
     return nn.functional.one_hot(values, variable.classes).to(home)
