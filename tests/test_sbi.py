@@ -1,22 +1,31 @@
 """Models inside sbi: its protocol, NPE and NLE, and out again."""
 
 import importlib
+import math
 import sys
 
 import pytest
 import torch
+import torch.distributions as td
 from torch import nn
 
 import musigma
 from musigma import Spec, Variable, testing
+from musigma.support import Support
 
 pytest.importorskip("sbi", reason="sbi is not installed: pip install 'musigma[sbi]'")
 
 from sbi.inference import NLE, NPE, DirectPosterior
 from sbi.neural_nets import posterior_nn
-from sbi.utils import BoxUniform
+from sbi.utils import (
+    BoxUniform,
+    MultipleIndependent,
+    RestrictedPrior,
+    get_density_thresholder,
+    process_prior,
+)
 
-from musigma.sbi import Estimator, estimator
+from musigma.sbi import Estimator, estimator, support_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Maximum number of epochs"),
@@ -53,8 +62,7 @@ def trained(trainer, **how):
 def ours():
     torch.manual_seed(0)
     net = estimator("nsf", **SMALL)(*simulations())
-    testing.randomized(net.model)
-    return net.eval()
+    return Estimator(testing.randomized(net.model).float())
 
 
 @pytest.fixture
@@ -194,12 +202,138 @@ def test_conditions_of_any_shape_pass_a_network_of_the_user():
         estimator("nsf", embedding_net=nn.Identity())(theta, x)
 
 
+# --- the support of the prior --------------------------------------------------------------------
+
+ONE, INF = torch.ones(1), math.inf
+SMALLEST = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(
+    ("prior", "expected"),
+    [
+        (PRIOR, Support((-1, 10), (1, 30))),
+        (td.Independent(td.Uniform(torch.zeros(3), 2.0), 1), Support((0,) * 3, (2,) * 3)),
+        (td.Independent(td.Beta(torch.ones(2), ONE), 1), Support((0, 0), (1, 1))),
+        (td.Gamma(ONE, ONE), Support((0,), (INF,))),
+        (td.LogNormal(ONE, ONE), Support((SMALLEST,), (INF,))),
+        (td.Dirichlet(torch.ones(3)), Support((0,) * 3, (1,) * 3, simplex=((0, 1, 2),))),
+        (td.MultivariateNormal(torch.zeros(2), torch.eye(2)), None),
+        (td.Normal(torch.zeros(2), ONE), None),
+        (
+            td.MixtureSameFamily(
+                td.Categorical(torch.ones(2)), td.Independent(td.Gamma(torch.ones(2, 3), 1.0), 1)
+            ),
+            Support((0,) * 3, (INF,) * 3),
+        ),
+        (
+            MultipleIndependent(
+                [td.Gamma(ONE, ONE), PRIOR, td.MultivariateNormal(torch.zeros(2), torch.eye(2))]
+            ),
+            Support((0, -1, 10, -INF, -INF), (INF, 1, 30, INF, INF)),
+        ),
+        (
+            [td.Uniform(ONE, 2 * ONE), td.Dirichlet(torch.ones(2))],
+            Support((1, 0, 0), (2, 1, 1), simplex=((1, 2),)),
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_support_of_priors(prior, expected):
+    assert support_of(prior) == expected
+
+
+@pytest.mark.filterwarnings("ignore:Prior is lacking")
+def test_bounds_of_any_prior_with_log_prob_and_sample():
+    class Halves:
+        def sample(self, shape=()):
+            return torch.rand(*shape, 2) / 2
+
+        def log_prob(self, theta):
+            inside = ((theta >= 0) & (theta <= 0.5)).all(-1)
+            return torch.where(inside, 2 * math.log(2), -INF)
+
+    bounds = {"lower_bound": torch.zeros(2), "upper_bound": torch.ones(2) / 2}
+    prior, _, _ = process_prior(Halves(), custom_prior_wrapper_kwargs=bounds)
+    assert support_of(prior) == Support((0, 0), (0.5, 0.5))
+    with pytest.raises(ValueError, match="Halves states none"):
+        support_of(Halves())
+
+
+def test_supports_without_a_bijection_are_refused():
+    with pytest.raises(ValueError, match="no bijection is known"):
+        support_of(td.Poisson(ONE))
+
+
+@pytest.mark.parametrize("how", [{}, {"embedding_net": nn.Linear(3, 4)}], ids=["plain", "net"])
+def test_no_posterior_leaks_out_of_its_prior(how):
+    torch.manual_seed(0)
+    prior = MultipleIndependent([td.Gamma(2 * ONE, ONE), td.Uniform(10 * ONE, 30 * ONE)])
+    prior, *_ = process_prior(prior)
+    make = estimator("nsf", support="prior", prior=prior, **SMALL, **how)
+    theta = prior.sample((300,))
+    x = torch.cat([theta, theta[:, :1]], 1) + torch.randn(300, 3)
+    trainer = NPE(prior, density_estimator=make, show_progress_bars=False)
+    net = trainer.append_simulations(theta, x).train(max_num_epochs=3)
+    posterior = trainer.build_posterior(net).set_default_x(torch.tensor([[0.0, 30.0, 0.0]]))
+    assert posterior.leakage_correction(posterior.default_x, show_progress_bars=False) == 1
+    # the network itself, far from what it has seen: no draw is outside
+    draws = net.sample((2000,), torch.tensor([[-50.0, 100.0, 9.0], [50.0, -60.0, 0.0]]))
+    assert prior.support.check(draws.flatten(0, 1)).all()
+    inside = posterior.log_prob(draws[:50, 0])
+    assert inside.isfinite().all()
+    assert torch.equal(inside, net.log_prob(draws[:50, :1], posterior.default_x)[:, 0])
+    outside = net.log_prob(torch.tensor([[[1.0, 31.0]], [[-1.0, 20.0]]]), posterior.default_x)
+    assert (outside == -INF).all()
+
+
+def test_the_density_integrates_to_one_on_the_box():
+    make = estimator("nsf", support=Support((-1, 10), (1, 30)), **SMALL)
+    net = make(*simulations())
+    net = Estimator(testing.randomized(net.model))
+    n = 300
+    axes = [
+        (torch.arange(n) + 0.5) / n * (high - low) + low
+        for low, high in ((-1.0, 1.0), (10.0, 30.0))
+    ]
+    grid = torch.cartesian_prod(*axes).double()
+    with torch.no_grad():
+        log_prob = net.log_prob(grid[:, None], simulations(1)[1].double())
+    assert log_prob.exp().mean() * 40 == pytest.approx(1, abs=1e-3)
+
+
+def test_simulations_outside_the_support_are_refused():
+    theta, x = simulations()
+    theta[[4, 7], 1] = torch.tensor([31.0, 9.0])
+    make = estimator("nsf", support="prior", prior=PRIOR)
+    with pytest.raises(ValueError, match=r"2 of 300 .* element 1 is 31, expected in \[10, 30\]"):
+        make(theta, x)
+    with pytest.raises(ValueError, match=r"theta has shape \(1,\), and the support 2"):
+        make(theta[:, :1], x)
+
+
+def test_rounds_of_truncated_proposals():
+    """A second round, from the part of the prior where the posterior has its mass."""
+    torch.manual_seed(0)
+    make = estimator("nsf", support="prior", prior=PRIOR, **SMALL)
+    trainer = NPE(PRIOR, density_estimator=make, show_progress_bars=False)
+    net = trained(trainer)
+    _, x = simulations(1, seed=1)
+    posterior = trainer.build_posterior(net).set_default_x(x)
+    accept = get_density_thresholder(posterior, quantile=1e-2, num_samples_to_estimate_support=500)
+    proposal = RestrictedPrior(PRIOR, accept, sample_with="rejection")
+    theta = proposal.sample((100,), show_progress_bars=False)
+    assert accept(theta).all()
+    trainer.append_simulations(theta, theta @ torch.ones(2, 3), proposal=proposal)
+    again = trainer.train(max_num_epochs=1, force_first_round_loss=True)
+    assert PRIOR.support.check(again.sample((500,), x)[:, 0]).all()
+
+
 # --- into sbi, and out of it ---------------------------------------------------------------------
 
 
 def test_what_sbi_trained_is_saved_loaded_and_used_again(tmp_path):
     torch.manual_seed(0)
-    make = estimator("nsf", **SMALL)
+    make = estimator("nsf", support="prior", prior=PRIOR, **SMALL)
     net = trained(NPE(PRIOR, density_estimator=make, show_progress_bars=False))
     musigma.save(net.model, tmp_path / "nsf.safetensors")
     model = musigma.load(tmp_path / "nsf.safetensors")
@@ -215,7 +349,7 @@ def test_a_context_of_several_columns_is_one_condition():
     spec = Spec((2,), context=(Variable("a"), Variable("b", (2,))))
     model = testing.randomized(musigma.build("nsf", spec, depth=1))
     net = Estimator(model)
-    theta, x = torch.randn(6, 2), torch.randn(6, 3)
+    theta, x = torch.randn(6, 2).double(), torch.randn(6, 3).double()
     assert net.condition_shape == (3,)
     expected = model.log_prob(theta, {"a": x[:, :1], "b": x[:, 1:]})
     torch.testing.assert_close(net.log_prob(theta, x)[0], expected)
@@ -235,6 +369,10 @@ def test_one_parameter():
     [
         ({"name": "nsff"}, "did you mean 'nsf'"),
         ({"name": "nsf", "of": "y"}, "of: expected 'theta'"),
+        ({"name": "nsf", "support": "prior"}, "needs the prior"),
+        ({"name": "nsf", "support": "box"}, "support: expected"),
+        ({"name": "nsf", "prior": PRIOR}, 'set support="prior"'),
+        ({"name": "nsf", "of": "x", "support": "prior", "prior": PRIOR}, "the density is that"),
         ({"name": "nsf", "embed": "mlp", "embedding_net": nn.Identity()}, "embedding_net: it"),
     ],
 )

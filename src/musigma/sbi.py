@@ -9,11 +9,15 @@ workflows", 2025, arXiv:2411.17337.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import singledispatch
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from musigma.conditional import Conditional
 from musigma.context import Context
@@ -21,6 +25,7 @@ from musigma.data import Dataset
 from musigma.layers.standardize import standardizer
 from musigma.model import Model
 from musigma.spec import Spec, Variable
+from musigma.support import Support
 from musigma.tensors import moments
 from musigma.zoo import ARCHITECTURES, build, signature_of
 
@@ -31,7 +36,7 @@ try:
 except ImportError as error:
     raise ImportError("musigma.sbi needs sbi 0.27 or newer: pip install 'musigma[sbi]'") from error
 
-__all__ = ["Estimator", "estimator"]
+__all__ = ["Estimator", "estimator", "support_of"]
 
 CALIBRATION = 10_000
 """Most simulations that layers are calibrated on; theta is standardized by all of them."""
@@ -170,6 +175,8 @@ def estimator(
     name: str,
     *,
     of: Literal["theta", "x"] = "theta",
+    support: Support | Literal["prior"] | None = None,
+    prior: Any = None,
     embed: str = "none",
     embedding_net: nn.Module | None = None,
     ensemble: int = 1,
@@ -177,11 +184,17 @@ def estimator(
 ) -> Callable[[Tensor, Tensor], Estimator]:
     r"""A builder of density estimators, for the argument `density_estimator` of sbi's trainers.
 
-    Both sides are standardized inside the model, whose density counts the log-determinant.
+    Both sides are standardized inside the model, whose density counts the log-determinant. All
+    that is needed later is in the model, so `musigma.save` stores it.
 
     Args:
         name: An architecture of vectors with an exact density: `nsf` or `maf`, or one of your own.
         of: What the density describes: `theta` given x for `NPE`, or `x` given theta for `NLE`.
+        support: Where the density has its mass, all of it: "prior" for where the prior has its
+            own, a `Support`, or None for all of space. With the support of the prior no draw is
+            rejected, and the correction for leakage of `DirectPosterior` is 1.
+        prior: The prior, if its support is to be taken: as sbi takes it, or what
+            `sbi.utils.process_prior` returned.
         embed: Embedding of the condition, by its name in `build`; it is saved with the model.
         embedding_net: A network of your own in place of `embed`: it maps standardized conditions
             (B, \*condition_shape) to features (B, F). No file can rebuild it: save
@@ -194,20 +207,38 @@ def estimator(
 
     Raises:
         ValueError: If an argument is unknown or does not fit. Options are checked when the
-            estimator is built, at the start of training.
+            estimator is built, at the start of training; so is whether all simulations lie in the
+            support.
 
     Example:
-        >>> make = estimator("nsf", depth=1, hidden=8)
-        >>> net = make(torch.randn(100, 2), torch.randn(100, 5))
-        >>> net.input_shape, net.condition_shape, net.model.config["architecture"]
-        (torch.Size([2]), torch.Size([5]), 'nsf')
+        >>> from sbi.utils import BoxUniform
+        >>> prior = BoxUniform(torch.zeros(2), torch.ones(2))
+        >>> make = estimator("nsf", support="prior", prior=prior, depth=1, hidden=8)
 
-        With sbi's trainer: ``NPE(prior, density_estimator=make)``.
+        For a trainer of sbi: ``NPE(prior, density_estimator=make)``. It calls
+
+        >>> theta = prior.sample((100,))
+        >>> net = make(theta, theta + torch.randn(100, 2))
+        >>> bool(prior.support.check(net.sample((100,), 9 * torch.ones(1, 2))).all())
+        True
     """
     if name not in ARCHITECTURES:
         build(name, (1,))  # raises the error that suggests a name
     if of not in ("theta", "x"):
         raise ValueError(f"of: expected 'theta' (NPE) or 'x' (NLE); got {of!r}")
+    if support == "prior":
+        if of == "x":
+            raise ValueError(
+                "support: the prior is that of theta, and the density is that of x; give the "
+                "Support of x, or leave it out"
+            )
+        if prior is None:
+            raise ValueError('support: "prior" needs the prior (prior=...)')
+        support = support_of(prior)
+    elif support is not None and not isinstance(support, Support):
+        raise ValueError(f'support: expected "prior", a Support or None; got {support!r}')
+    elif prior is not None:
+        raise ValueError('prior: only its support is used; set support="prior", or leave it out')
     if embed != "none" and embedding_net is not None:
         raise ValueError("embedding_net: it replaces embed; leave one of them out")
 
@@ -215,13 +246,16 @@ def estimator(
         given, data = ("x", x) if of == "theta" else ("theta", theta)
         events, chosen = theta if of == "theta" else x, dict(options)
         takes = signature_of(ARCHITECTURES[name])
-        if "standardize" in takes:
+        if support is not None:
+            _check_inside(of, events, support)
+        elif "standardize" in takes:
             chosen.setdefault("standardize", True)
         if embed != "none":
             chosen["embed"] = embed
         if ensemble != 1:
             chosen["ensemble"] = ensemble
-        spec = Spec(events.shape[1:], context=(Variable(given, data.shape[1:]),))
+        context = (Variable(given, data.shape[1:]),)
+        spec = Spec(events.shape[1:], context=context, support=support)
         if embedding_net is None:
             model = build(name, spec, **chosen)
         else:
@@ -233,6 +267,138 @@ def estimator(
         return Estimator(model)
 
     return make
+
+
+def support_of(prior: Any) -> Support | None:
+    """The support of a prior, exactly; None if that is all of space.
+
+    Args:
+        prior: A distribution with a `support` of torch: a box, half-lines, a simplex, or products
+            of them, for example sbi's `BoxUniform` and `MultipleIndependent`; or a sequence of
+            independent ones.
+
+    Raises:
+        ValueError: If it states no support, or another one.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> support_of([torch.distributions.Gamma(one, one), torch.distributions.Beta(one, one)])
+        Support(low=(0.0, 0.0), high=(inf, 1.0), simplex=(), ordered=())
+    """
+    found = []
+    for each in prior if isinstance(prior, Sequence) else [prior]:
+        try:
+            constraint = each.support
+        except (AttributeError, NotImplementedError):
+            constraint = None
+        if constraint is None:
+            raise ValueError(
+                f"support: {type(each).__name__} states none; give the Support (support=...)"
+            )
+        found.append(_bounds(constraint, math.prod((*each.batch_shape, *each.event_shape))))
+    support = _product(found)
+    return None if support == _box(-math.inf, math.inf, len(support)) else support
+
+
+def _product(supports: Sequence[Support]) -> Support:
+    """Supports side by side."""
+    starts = np.cumsum([0, *map(len, supports)]).tolist()
+    groups = {
+        rule: tuple(
+            tuple(start + j for j in group)
+            for start, support in zip(starts, supports, strict=False)
+            for group in getattr(support, rule)
+        )
+        for rule in ("simplex", "ordered")
+    }
+    low = tuple(value for support in supports for value in support.low)
+    high = tuple(value for support in supports for value in support.high)
+    return Support(low, high, **groups)
+
+
+def _box(low: Any, high: Any, size: int) -> Support:
+    """A product of intervals, from bounds that are broadcast to so many elements."""
+    both = (torch.as_tensor(bound).flatten().expand(size).tolist() for bound in (low, high))
+    return Support(*map(tuple, both))
+
+
+def _next(bound: Any, toward: float) -> Tensor:
+    """The float32 after a bound that is excluded."""
+    return torch.nextafter(torch.as_tensor(bound, dtype=torch.float32), torch.tensor(toward))
+
+
+@singledispatch
+def _bounds(constraint: Any, size: int) -> Support:
+    """The support of so many elements that a constraint of torch describes."""
+    declared = getattr(constraint, "support", None)  # of the distribution of a model
+    if isinstance(declared, Support):
+        return declared
+    if (base := getattr(constraint, "base_constraint", None)) is not None:
+        return _bounds(base, size)  # of independent elements, or of a mixture
+    raise ValueError(
+        f"support: no bijection is known for {constraint}; give the Support (support=...), or "
+        "leave it out"
+    )
+
+
+@_bounds.register(type(constraints.real))
+def _(constraint: Any, size: int) -> Support:
+    return _box(-math.inf, math.inf, size)
+
+
+@_bounds.register(constraints.interval)
+@_bounds.register(constraints.half_open_interval)
+def _(constraint: Any, size: int) -> Support:
+    return _box(constraint.lower_bound, constraint.upper_bound, size)
+
+
+@_bounds.register(constraints.greater_than_eq)
+def _(constraint: Any, size: int) -> Support:
+    return _box(constraint.lower_bound, math.inf, size)
+
+
+@_bounds.register(constraints.greater_than)
+def _(constraint: Any, size: int) -> Support:
+    return _box(_next(constraint.lower_bound, math.inf), math.inf, size)
+
+
+@_bounds.register(constraints.less_than)
+def _(constraint: Any, size: int) -> Support:
+    return _box(-math.inf, _next(constraint.upper_bound, -math.inf), size)
+
+
+@_bounds.register(type(constraints.simplex))
+def _(constraint: Any, size: int) -> Support:
+    return Support((0.0,) * size, (1.0,) * size, simplex=(tuple(range(size)),))
+
+
+@_bounds.register(constraints.cat)
+def _(constraint: Any, size: int) -> Support:
+    parts = zip(constraint.cseq, constraint.lengths, strict=True)
+    return _product([_bounds(part, length) for part, length in parts])
+
+
+@_bounds.register(constraints.stack)
+def _(constraint: Any, size: int) -> Support:
+    each = size // len(constraint.cseq)
+    return _product([_bounds(part, each) for part in constraint.cseq])
+
+
+def _check_inside(of: str, events: Tensor, support: Support) -> None:
+    """Refuse simulations outside the support, where their density is zero."""
+    if events.ndim != 2 or events.shape[1] != len(support):
+        raise ValueError(
+            f"support: {of} has shape {tuple(events.shape[1:])}, and the support "
+            f"{len(support)} elements"
+        )
+    inside = support.inside(events.double().numpy(force=True))
+    if not inside.all():
+        row, j = np.argwhere(~inside)[0].tolist()
+        raise ValueError(
+            f"{of}: {int((~inside).any(1).sum())} of {len(events)} simulations lie outside the "
+            f"support; in the first of them element {j} is {float(events[row, j]):g}, expected "
+            f"{support.expected(j)}"
+        )
 
 
 class _Standardized(nn.Module):
@@ -267,7 +433,9 @@ def _embedded(
             f"embedding_net: expected features (B, F); got shape {tuple(features.shape)} for "
             f"conditions {tuple(data[:2].shape)}"
         )
-    inner = build(name, spec.shape, context=features.shape[1], **options)
+    inner = build(
+        name, Spec(spec.shape, support=spec.support), context=features.shape[1], **options
+    )
     model = Conditional(inner, embedding)
     model.spec = spec
     return model
