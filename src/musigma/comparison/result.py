@@ -13,15 +13,12 @@ from musigma.comparison.privacy import Privacy
 from musigma.comparison.two_samples import TwoSamples
 from musigma.comparison.usefulness import Usefulness
 from musigma.evaluation.intervals import Interval
+from musigma.report.sections import Section, as_page, as_text
 
 __all__ = ["Comparison"]
 
 PICTURED = 24
 """Columns whose marginals are drawn, those with the largest distances."""
-
-
-MOST_LINES = 40
-"""Lines of a table in text; a page and plain data have all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,36 +94,18 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        return "\n".join(
-            line
-            for title, lines, tables, _ in self._sections()
-            for line in ("", title, *(f"  {text}" for text in lines), *_aligned(tables))
-        ).lstrip("\n")
+        return as_text(self._sections())
 
     def to_html(self) -> str:
         """One page with the figures and pictures; without matplotlib, it has no pictures."""
-        from musigma.report.axes import PlotsMissing
-        from musigma.report.html import Picture, render, themed
-
-        sections = []
-        for title, text, tables, drawn in self._sections():
-            pictures: list[Picture] = []
-            try:
-                pictures = [themed(draw, alt) for alt, draw in drawn.items()]
-            except PlotsMissing as error:
-                text = [*text, f"No pictures: {error}"]
-            plain = [{"head": head, "rows": rows} for head, rows in tables]
-            sections.append({"title": title, "text": text, "tables": plain, "pictures": pictures})
-        return render(
-            "sections.html.jinja",
-            title=f"{self.names['synthetic']} beside {self.names['real']}",
-            sections=sections,
+        return as_page(
+            f"{self.names['synthetic']} beside {self.names['real']}",
+            self._sections(),
             footer="Intervals hold the true value in 95 % of samples. Chance: the value that two "
             "samples of the same distribution have on average.",
         )
 
-    def _sections(self) -> Iterator[tuple[str, list[str], list[Any], dict[str, Any]]]:
-        """Title, paragraphs, tables, and pictures as functions of a path and darkness."""
+    def _sections(self) -> Iterator[Section]:
         yield self._about()
         yield self._told_apart()
         yield self._useful()
@@ -134,16 +113,16 @@ class Comparison:
         yield self._pairs()
         yield self._private()
 
-    def _about(self):
+    def _about(self) -> Section:
         rows = [
             f"{name}: {self.rows[name]:,} rows of {source}" for name, source in self.names.items()
         ]
         kinds = ", ".join(f"{name} ({kind})" for name, kind in self.columns.items())
         text = [*rows, f"{len(self.columns)} columns: {kinds}; seed {self.seed}"]
         differences = [f"Differs: {each}" for each in self.differences]
-        return "Tables", [*text, *differences, *self.notes], [], {}
+        return Section("Tables", [*text, *differences, *self.notes])
 
-    def _told_apart(self):
+    def _told_apart(self) -> Section:
         from musigma.report import tables
 
         test, base = self.c2st, self.baseline
@@ -161,7 +140,7 @@ class Comparison:
             )
         shares = [[name, f"{fall:.3f}"] for name, fall in test.columns.items()][:10]
         head = ["column", "part in the AUC (its fall if the column is shuffled)"]
-        return (
+        return Section(
             "Can they be told apart?",
             text,
             [(head, shares)] if shares else [],
@@ -177,7 +156,7 @@ class Comparison:
             },
         )
 
-    def _useful(self):
+    def _useful(self) -> Section:
         from musigma.report import tables
 
         rows = [
@@ -201,14 +180,14 @@ class Comparison:
                 tables.intervals(bars, path, title="higher is better", dark=dark)
             )
         }
-        return (
+        return Section(
             "Are they as useful?",
             text,
             [(head, _texts(rows))] if rows else [],
             draw if bars else {},
         )
 
-    def _columns(self):
+    def _columns(self) -> Section:
         from musigma.report import tables
 
         order = sorted(self.marginals, key=lambda one: -one.distance)
@@ -234,14 +213,14 @@ class Comparison:
         caption = "Real rows filled, synthetic rows as lines or on the right"
         if len(order) > PICTURED:
             caption += f"; the {PICTURED} columns with the largest distances"
-        return (
+        return Section(
             "Columns",
             text,
             [(head, rows)],
             {caption: lambda path, dark: tables.marginals(order[:PICTURED], path, dark=dark)},
         )
 
-    def _pairs(self):
+    def _pairs(self) -> Section:
         from musigma.report import tables
 
         pairs = self.pairs
@@ -266,9 +245,9 @@ class Comparison:
             )
         }
         table = [(["pair", "real", "synthetic", "difference"], rows)] if rows else []
-        return "Pairs of columns", text, table, draw if rows else {}
+        return Section("Pairs of columns", text, table, draw if rows else {})
 
-    def _private(self):
+    def _private(self) -> Section:
         from musigma.report import tables
 
         p = self.privacy
@@ -290,7 +269,7 @@ class Comparison:
         ]
         if p.why:
             text.append(f"No membership test: {p.why}.")
-        return (
+        return Section(
             "Are they private?",
             text,
             [(["figure", "value", "if nothing leaks"], _texts(rows))],
@@ -325,14 +304,3 @@ def _texts(rows: list[list[Any]]) -> list[list[str]]:
 def _levels(levels: dict[str, int]) -> str:
     names = [f"{name} ({count:,})" for name, count in list(levels.items())[:3]]
     return ", ".join(names) + (f" and {len(levels) - 3} more" if len(levels) > 3 else "")
-
-
-def _aligned(tables: list[Any]) -> Iterator[str]:
-    """Tables as lines of text in columns."""
-    for head, rows in tables:
-        cells = [head, *rows[:MOST_LINES]]
-        widths = [max(len(row[j]) for row in cells) for j in range(len(head))]
-        for row in cells:
-            yield "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-        if len(rows) > MOST_LINES:
-            yield f"  and {len(rows) - MOST_LINES} more"
