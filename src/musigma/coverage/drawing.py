@@ -26,7 +26,7 @@ MOST_DRAWS, LEAST_DRAWS, ALL_DRAWS = 1_000, 200, 2_000_000
 def chosen_draws(pairs: int) -> int:
     """The number of draws for each of so many pairs: 1,000, or fewer for more than 2,000 pairs.
 
-    Ranks are uniform for any number of draws; more of them resolve smaller deviations in the tails.
+    Ranks are uniform for any number of draws; more of them show smaller deviations in the tails.
 
     >>> chosen_draws(500), chosen_draws(5000), chosen_draws(100_000)
     (1000, 400, 200)
@@ -80,7 +80,7 @@ def model_pairs(model: Model, data: Dataset, *, seed: int = 0) -> Pairs:
         for theta, context in batches(model, data, batch_size=1024, seed=seed):
             found["theta"].append(theta.numpy(force=True))
             found["x"].append(_flat(context))
-            found["first"].append(model.sample(len(theta), context).numpy(force=True))
+            found["first"].append(_finite(model, model.sample(len(theta), context)))
             if model.exact:
                 found["log_q"].append(model.log_prob(theta, context).numpy(force=True))
     joined: dict[str, Any] = {k: np.concatenate(v) if v else None for k, v in found.items()}
@@ -107,9 +107,18 @@ def _draws(model: Model, n: int, context: Any, draws: int) -> Part:
     """Draws for each of n rows of a context, and their densities."""
     if not model.exact:
         drawn = model.sample(n * draws, contexts.repeat(context, draws))
-        return drawn.reshape(n, draws, -1).numpy(force=True), None
+        return _finite(model, drawn.reshape(n, draws, -1)), None
     drawn, log_q = model.as_distribution(context).sample_and_log_prob((draws,))  # pyright: ignore
-    return drawn.transpose(0, 1).numpy(force=True), log_q.T.numpy(force=True)
+    return _finite(model, drawn.transpose(0, 1)), log_q.T.numpy(force=True)
+
+
+def _finite(model: Model, draws: torch.Tensor) -> np.ndarray:
+    """Draws as an array. NaN is a missing value where columns are typed, otherwise an error."""
+    typed = model.spec is not None and model.spec.schema is not None
+    wrong = (draws.isinf() if typed else ~draws.isfinite()).any(-1)
+    if bad := int(wrong.sum()):
+        raise ValueError(f"draws: {bad:,} of {wrong.numel():,} draws of the model are not finite")
+    return draws.numpy(force=True)
 
 
 def _flat(context: Any) -> np.ndarray:

@@ -27,10 +27,13 @@ LEVEL = 0.05
 LEVELS = (0.5, 0.8, 0.95)
 """Levels of the regions whose coverage is stated."""
 
+PERCENTS = f"{', '.join(f'{100 * level:g}' for level in LEVELS[:-1])} and {100 * LEVELS[-1]:g}"
+"""The same as text."""
+
 CLEAR, LIKELY = 3.0, 2.0
 """Standard errors from which a deviation is named as a shift, and as a wrong width."""
 
-TITLES = {
+TITLES: dict[Kind, str] = {
     "region": "highest-density regions",
     "random": "TARP, references at random",
     "near": "TARP, references by similar observations",
@@ -101,15 +104,12 @@ class Judgment:
 
 def tests(ranks: Ranks) -> tuple[Test, ...]:
     """All tests of some ranks, with adjusted p-values: the parameters, then the joint ones."""
-    quantities: list[tuple[str, Kind, np.ndarray]] = [
-        (name, "parameter", u) for name, u in zip(ranks.names, ranks.parameters.T, strict=True)
-    ]
-    if ranks.region is not None:
-        quantities.append((TITLES["region"], "region", ranks.region))
-    quantities += [
-        (TITLES["random"], "random", ranks.random),
-        (TITLES["near"], "near", ranks.near),
-    ]
+    quantities: list[tuple[str, Kind, np.ndarray]] = []
+    for name, u in zip(ranks.names, ranks.parameters.T, strict=True):
+        quantities.append((name, "parameter", u))
+    for kind, name in TITLES.items():
+        if (u := getattr(ranks, kind)) is not None:
+            quantities.append((name, kind, u))
     p = [p_value(u) for _, _, u in quantities]
     return tuple(
         _test(name, kind, u, *ps)
@@ -172,8 +172,8 @@ def _named(ranks: Ranks, wrong: Sequence[Test]) -> tuple[Verdict, list[str]]:
         elif narrow:
             widths.add(test.spread > 0)
             reasons.append(
-                f"{test.name}: too {_width(test)}; its central {_percents()} % intervals hold "
-                f"{_shares(test)}"
+                f"{test.name}: too {_width(test)}; its central intervals of {PERCENTS} % "
+                f"hold {', '.join(map(str, test.coverage))}"
             )
         else:
             reasons.append(f"{test.name}: its distribution has another shape than the posterior's")
@@ -207,11 +207,3 @@ def _named(ranks: Ranks, wrong: Sequence[Test]) -> tuple[Verdict, list[str]]:
 
 def _width(test: Test) -> str:
     return "narrow" if test.spread > 0 else "wide"
-
-
-def _percents() -> str:
-    return "/".join(f"{100 * level:g}" for level in LEVELS)
-
-
-def _shares(test: Test) -> str:
-    return ", ".join(f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in test.coverage)

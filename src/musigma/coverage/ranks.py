@@ -1,14 +1,14 @@
 r"""Ranks of true parameters among posterior draws: what all tests of calibration are made of.
 
-For a pair (theta, x) and draws theta_1 ... theta_L from q(. | x), each test quantity f gives a rank
+For a pair (theta, x) and draws theta_1 ... theta_L from q(. | x), a test quantity f gives the rank
 
 .. math:: u = \frac{\#\{l : f(\theta_l, x) < f(\theta, x)\} + V\,(T + 1)}{L + 1}
 
 with the number T of ties and V uniform on (0, 1). If q is the posterior, theta and its draws are
 exchangeable, so u is uniform on (0, 1) exactly, and those of different pairs are independent.
 
-Sources: Talts, Betancourt, Simpson, Vehtari, Gelman, "Validating Bayesian inference algorithms with
-simulation-based calibration", 2018, arXiv:1804.06788; Modrák, Moon, Kim, Bürkner, Huurre,
+Sources: Talts, Betancourt, Simpson, Vehtari, Gelman, "Validating Bayesian inference algorithms
+with simulation-based calibration", 2018, arXiv:1804.06788; Modrák, Moon, Kim, Bürkner, Huurre,
 Faltejsková, Gelman, Vehtari, "Simulation-based calibration checking for Bayesian computation: the
 choice of test quantities shapes sensitivity", 2023, arXiv:2211.02383.
 """
@@ -69,7 +69,7 @@ class Ranks:
 
     @property
     def error(self) -> np.ndarray:
-        """(theta - mean) / standard deviation of the draws (N, D); 0 for a draw that is constant."""
+        """(theta - mean) / standard deviation of the draws (N, D); 0 where draws are constant."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.nan_to_num((self.theta - self.mean) / self.std, posinf=0.0, neginf=0.0)
 
@@ -79,8 +79,8 @@ def rank(draws: np.ndarray, true: np.ndarray, random: np.random.Generator) -> np
 
     Example:
         >>> drawn = np.array([[1.0, 2.0, 3.0, 4.0]])
-        >>> 0.4 < rank(drawn, np.array([2.5]), np.random.default_rng(0))[0] < 0.6
-        True
+        >>> rank(drawn, np.array([2.5]), np.random.default_rng(0)).round(2)
+        array([0.53])
     """
     true = np.expand_dims(true, 1)
     below, ties = (draws < true).sum(1), (draws == true).sum(1)
@@ -159,8 +159,8 @@ def ranks(
         >>> x = random.normal(size=(200, 1))
         >>> draws = x[:, None] + random.normal(size=(200, 102, 1))  # one more is the truth
         >>> found = ranks(Pairs(draws[:, 0], x, draws[:, 1]), [(draws[:, 2:], None)])
-        >>> found.draws, found.parameters.shape, 0.4 < found.parameters.mean() < 0.6
-        (100, (200, 1), True)
+        >>> found.draws, found.parameters.shape, round(float(found.parameters.mean()), 1)
+        (100, (200, 1), 0.5)
     """
     theta, density, n = pairs.theta, pairs.log_q, len(pairs)
     random = np.random.default_rng(seed)
@@ -178,15 +178,15 @@ def ranks(
         if bad := int(np.isinf(drawn).any(2).sum()):
             raise ValueError(f"parts: {bad} draws {where} are infinite")
         count = drawn.shape[1]
-        lowest = [np.where(np.isnan(v), -np.inf, v) for v in (drawn, true)]
-        found["parameters"].append(rank(*lowest, random))
+        found["parameters"].append(rank(_lowest(drawn), _lowest(true), random))
         if density is not None:
             each = _floats(drawn_q, drawn.shape[:2], "parts: log q")
             if bad := int(np.isnan(each).sum()):
                 raise ValueError(f"parts: the densities of {bad} draws {where} are NaN")
             found["region"].append(rank(-each, -density[rows], random))
         for name in ("random", "near"):
-            found[name].append(rank(*distances(rows, drawn, name), random))
+            drawn_away, away = distances(rows, drawn, name)
+            found[name].append(rank(drawn_away, away, random))
         known = np.where(np.isnan(drawn), distances.mean, drawn)
         found["mean"].append(known.mean(1, dtype=np.float64))
         found["std"].append(known.std(1, dtype=np.float64))
@@ -199,6 +199,11 @@ def ranks(
 
 
 _PARTS = ("parameters", "region", "random", "near", "mean", "std")
+
+
+def _lowest(values: np.ndarray) -> np.ndarray:
+    """Values with missing ones below all others."""
+    return np.where(np.isnan(values), -np.inf, values)
 
 
 def _floats(values: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
@@ -235,9 +240,7 @@ class _Distances:
     def _standard(self, values: np.ndarray) -> np.ndarray:
         return (np.where(np.isnan(values), self.mean, values) - self.mean) / self.std
 
-    def __call__(
-        self, rows: slice, draws: np.ndarray, kind: str
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, rows: slice, draws: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """Squared distances of draws (B, L) and of theta (B,)."""
         to = self.references[kind][rows]
         away = self._standard(draws) - to[:, None]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from musigma.coverage.judging import LEVELS, Judgment, Test, judge, tests
+from musigma.coverage.judging import LEVELS, PERCENTS, Judgment, Test, judge, tests
 from musigma.coverage.ranks import Ranks
 from musigma.coverage.uniformity import GRID, band
 from musigma.evaluation.intervals import Interval, normal
@@ -115,6 +115,15 @@ class Coverage:
             for i in order
         ]
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """The ranks of every pair, as columns of a table with its row."""
+        r = self.ranks
+        found = {"row": np.arange(len(r)) if self.rows is None else self.rows}
+        found |= {f"rank_{name}": u for name, u in zip(r.names, r.parameters.T, strict=True)}
+        found |= {} if r.region is None else {"region": r.region}
+        found |= {"tarp_random": r.random, "tarp_near": r.near}
+        return found | ({} if r.log_q is None else {"log_q": r.log_q})
+
     def to_dict(self) -> dict[str, Any]:
         """All numbers as plain data, for JSON; an interval is an object of value, low and high."""
         judgment, (low, high) = self.judgment, band(len(self.ranks))
@@ -169,8 +178,8 @@ class Coverage:
         region = next((test for test in self.tests if test.kind == "region"), None)
         if region is not None:
             lines.append(
-                f"Highest-density regions of {_percents()} % hold "
-                f"{', '.join(map(_interval, region.coverage))} of the true parameters."
+                f"Highest-density regions of {PERCENTS} % hold "
+                f"{', '.join(map(str, region.coverage))} of the true parameters."
             )
         needed = judgment.pairs_for(DEVIATION, n)
         lines.append(
@@ -184,7 +193,7 @@ class Coverage:
             )
         lines.append(self._width())
         if self.log_q is not None:
-            lines.append(f"Mean log q(theta | x): {_interval(self.log_q)} nats.")
+            lines.append(f"Mean log q(theta | x): {self.log_q} nats.")
         lines.append(
             f"{n:,} pairs{f' of {self.source}' if self.source else ''}, {self.ranks.draws:,} "
             f"draws for each; seed {self.seed}."
@@ -216,13 +225,13 @@ class Coverage:
         joint = [test for test in self.tests if test.kind != "parameter"]
         head = ["regions", *(f"{level:.0%}" for level in LEVELS), "largest deviation", "p"]
         rows = [
-            [t.name, *map(_interval, t.coverage), f"{t.deviation:+.3f}", f"{t.adjusted:.2g}"]
+            [t.name, *map(str, t.coverage), f"{t.deviation:+.3f}", f"{t.adjusted:.2g}"]
             for t in joint
         ]
         text = [
-            "The share of the true parameters that lie in regions of each level. TARP: regions are "
-            "balls around a reference, in standardized parameters; references are draws for other "
-            "observations, or the true parameters of a similar observation."
+            "The share of the true parameters that lie in regions of each level. TARP: regions "
+            "are balls around a reference, in standardized parameters; references are draws for "
+            "other observations, or the true parameters of a similar observation."
         ]
         curves = {test.name: test.curve for test in joint}
         ends = band(len(self.ranks))
@@ -240,7 +249,7 @@ class Coverage:
         rows = [
             [
                 t.name,
-                *map(_interval, t.coverage),
+                *map(str, t.coverage),
                 f"{-means[t.name]:+.2f}",
                 f"{self.contraction[t.name]:.2g}",
                 f"{t.adjusted:.2g}",
@@ -249,8 +258,8 @@ class Coverage:
         ]
         text = [
             "The share of the true values that lie in the central interval of each level. Bias: "
-            "mean of the draws minus the truth, in standard deviations of the draws. Width: median "
-            "standard deviation of the draws, divided by that of the true values."
+            "mean of the draws minus the truth, in standard deviations of the draws. Width: "
+            "median standard deviation of the draws, divided by that of the true values."
         ]
         shown = sorted(alone, key=lambda test: test.p_value)[:PICTURED]
         curves = {t.name: t.curve for t in alone if t in shown}
@@ -291,11 +300,3 @@ def _plain(test: Test) -> dict[str, Any]:
     """A test as plain data."""
     levels = {f"{level:g}": c._asdict() for level, c in zip(LEVELS, test.coverage, strict=True)}
     return vars(test) | {"curve": test.curve.tolist(), "coverage": levels, "found": test.found}
-
-
-def _interval(figure: Interval) -> str:
-    return f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
-
-
-def _percents() -> str:
-    return ", ".join(f"{100 * level:g}" for level in LEVELS[:-1]) + f" and {100 * LEVELS[-1]:g}"

@@ -69,10 +69,11 @@ def exact_share(count: int, total: int) -> Interval:
         >>> print(exact_share(5, 100))
         0.050 (0.016 to 0.113)
     """
-    from scipy.stats import binomtest
+    from scipy.special import betaincinv
 
-    ends = binomtest(count, total).proportion_ci()
-    return Interval(count / total, float(ends.low), float(ends.high))
+    low = float(betaincinv(count, total - count + 1, 0.025)) if count else 0.0
+    high = float(betaincinv(count + 1, total - count, 0.975)) if count < total else 1.0
+    return Interval(count / total, low, high)
 
 
 def normal(value: float, variance: float, low: float = -np.inf, high: float = np.inf) -> Interval:

@@ -38,7 +38,8 @@ class Section(NamedTuple):
 def as_text(sections: Iterable[Section]) -> str:
     """Sections as text, without pictures; of a long table, its first rows.
 
-    >>> print(as_text([Section("Shares", ["Of all rows."], [(["name", "share"], [["a", "1 %"]])])]))
+    >>> table = ["name", "share"], [["a", "1 %"]]
+    >>> print(as_text([Section("Shares", ["Of all rows."], [table])]))
     Shares
       Of all rows.
       name  share
