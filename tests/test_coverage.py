@@ -118,7 +118,7 @@ def quantities(found):
 def test_p_values_of_uniform_numbers_are_uniform():
     random = np.random.default_rng(0)
     for n in (20, 237):
-        p = np.array([p_value(random.uniform(size=n)) for _ in range(600)])
+        p = np.array([p_value(random.uniform(size=n)) for _ in range(400)])
         for level in (0.01, 0.05, 0.2, 0.5):
             assert stats.binomtest(int((p <= level).sum()), len(p), level).pvalue > 1e-3, (
                 n,
@@ -152,16 +152,16 @@ def test_the_test_and_the_band_agree():
 def test_power_and_the_detectable_deviation_are_those_of_simulations():
     random, n = np.random.default_rng(3), 200
     told, found = power(n, GRID**1.2), 0
-    for _ in range(800):
+    for _ in range(300):
         found += p_value(random.uniform(size=n) ** (1 / 1.2)) <= 0.05
-    assert stats.binomtest(int(found), 800, told).pvalue > 1e-3
+    assert stats.binomtest(int(found), 300, told).pvalue > 1e-3
     least = detectable(n, 0.01)
     widths = np.linspace(0.3, 1, 2000)[:, None]
     narrow = 2 * stats.norm.cdf(widths * stats.norm.ppf((1 + GRID) / 2)) - 1
     which = np.abs((GRID - narrow).max(1) - least).argmin()
-    z = widths[which] ** -1 * np.abs(random.normal(size=(800, n)))
+    z = widths[which] ** -1 * np.abs(random.normal(size=(300, n)))
     hits = sum(p_value(2 * stats.norm.cdf(row) - 1) <= 0.01 for row in z)
-    assert stats.binomtest(hits, 800, 0.8).pvalue > 1e-3
+    assert stats.binomtest(hits, 300, 0.8).pvalue > 1e-3
     assert detectable(4 * n, 0.01) == pytest.approx(least / 2, rel=0.05)
 
 
