@@ -10,6 +10,7 @@ from torch.distributions import biject_to
 
 from musigma import checkpoint
 from musigma.cli import main
+from musigma.coding.coder import find_grids
 from musigma.data import DataError, Dataset, as_support, load
 from musigma.layers import Standardize, Unconstrain, standardizer
 from musigma.spec import Spec
@@ -319,8 +320,10 @@ def test_it_replaces_standardization():
         build("nsf", Spec((3,), levels=256, support=SUPPORTS["box"]))
     with pytest.raises(ValueError, match=r"support: glow takes no bounds; .*nsf.* do"):
         build("glow", Spec((3,), support=SUPPORTS["box"]))
+    pair = Spec((2,), support=Support([None] * 2, [None] * 2, simplex=[(0, 1)]))
+    assert build("nsf", pair, depth=1).sample(3).sum(1).tolist() == [1.0] * 3
     with pytest.raises(ValueError, match="at least 2 elements; got 1"):
-        build("nsf", Spec((2,), support=Support([None] * 2, [None] * 2, simplex=[(0, 1)])))
+        build("realnvp", pair)
 
 
 def test_models_without_a_support_are_as_before():
@@ -494,7 +497,10 @@ def test_rows_outside_are_refused_by_column_and_row():
         "column 'theta' is to be in [-1, 2.5]; row 7 (from 0): -1.25, row 20 (from 0): 3.0, "
         "row 21 (from 0): 3.0 and 1 more" in text
     )
-    assert "column 'q' is to be at least 0, and the sum of p, q, r 1; row 3 (from 0)" in text
+    sums = (
+        "column 'p' is to be at least 0, and the sum of p, q, r 1; row 3 (from 0): the sum is 1.2"
+    )
+    assert sums in text
     assert "column 't2' is to be in [0, 10] and at least t1; row 9 (from 0)" in text
     some = Dataset(np.stack(list(bad.values()), 1)).subset([5, 7])
     with pytest.raises(DataError, match=r"1 of 2 rows .*\n  column 0 .*; row 7 \(from 0\): -1.25"):
@@ -527,6 +533,22 @@ def lines(columns):
     """A table as the text of a .csv file."""
     rows = zip(*columns.values(), strict=True)
     return "\n".join([",".join(columns), *(",".join(map(str, r)) for r in rows), ""])
+
+
+def test_training_refuses_rows_outside_a_given_support(tmp_path):
+    rows = torch.rand(60, 2).numpy()
+    model = build("nsf", (2,), support=Support([0, 0], [1, 1]).to_json(), depth=1, hidden=8)
+    rows[7, 1] = 1.25
+    for train, validation in ((rows, rows[:5]), (rows[:5], rows)):
+        with pytest.raises(DataError, match=r"1 of 60 rows .*\n.* column 1 .*row 7 .*: 1.25"):
+            fit(model, Dataset(train), Dataset(validation), TrainConfig(steps=1), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_coding_refuses_it_by_name():
+    model = build("nsf", (2,), support=Support([0, 0], [1, 1]).to_json(), depth=1, hidden=8)
+    with pytest.raises(ValueError, match="Unconstrain has no coding rule"):
+        find_grids(model, torch.rand(3, 2), None, [])
 
 
 def test_on_the_command_line(tmp_path, capsys):

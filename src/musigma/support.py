@@ -145,7 +145,7 @@ class Support:
         """Whether each element of rows (N, D) is where it may be, given the others, bool (N, D).
 
         A bound rounded to float32 counts as the bound. If a simplex does not sum to 1 within the
-        rounding of float32, none of its elements is inside.
+        rounding of float32, its first element is not inside.
 
         Args:
             x: float64, a NumPy array or a tensor.
@@ -157,8 +157,7 @@ class Support:
             for before, after in pairwise(group):
                 good[:, after] &= x[:, after] >= x[:, before]
         for group in self.simplex:
-            members = list(group)
-            good[:, members] &= (abs(x[:, members].sum(1) - 1) <= tolerance(len(group)))[:, None]
+            good[:, group[0]] &= abs(x[:, list(group)].sum(1) - 1) <= tolerance(len(group))
         return good
 
     def expected(self, j: int, columns: Sequence[str] = ()) -> str:
@@ -182,6 +181,14 @@ class Support:
             if j in group[1:]:
                 texts.append(f"at least {name(group[group.index(j) - 1])}")
         return " and ".join(texts) or "any number"
+
+    def found(self, row: np.ndarray, j: int) -> str:
+        """What there is in place of what is `expected`: the element, or the sum of its simplex."""
+        for group in self.simplex:
+            total = float(row[list(group)].sum(dtype=np.float64))
+            if j == group[0] and row[j] >= 0 and abs(total - 1) > tolerance(len(group)):
+                return f"the sum is {total:.9g}"
+        return str(row[j])
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict that `from_json` reads back, without empty fields."""

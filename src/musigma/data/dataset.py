@@ -429,7 +429,7 @@ class Dataset:
             for j in np.flatnonzero(out.any(0)).tolist():
                 seen = first.setdefault(j, [])
                 rows = np.flatnonzero(out[:, j])[: NAMED - len(seen)].tolist()
-                seen += [f"{self._row(start + i)}: {x[i, j]}" for i in rows]
+                seen += [f"{self._row(start + i)}: {support.found(x[i], j)}" for i in rows]
         faults = {}
         for j, seen in sorted(first.items()):
             more = f" and {counts[j] - NAMED:,} more" if counts[j] > NAMED else ""

@@ -16,13 +16,12 @@ from torch.distributions.transforms import Transform
 
 from musigma.distributions.cells import Tables
 from musigma.layer import Bijection
-from musigma.layers.marginals import Rows
+from musigma.layers.marginals import LOG_SQRT_2PI, Rows
 from musigma.support import Part, Support, constraint_type
 from musigma.tensors import at_least_float32, moments, normal_quantile
 
 __all__ = ["Unconstrain"]
 
-LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 EDGE = {torch.float32: 2.0**-32, torch.float64: 2.0**-53}
 """Distance from a border, as a share of the whole, at which values on it are taken to lie; or
 half the spacing of the numbers there, if that is more."""
