@@ -573,6 +573,13 @@ def test_on_the_command_line(tmp_path, capsys):
     assert stop.value.code == 2
     assert "column 'theta' is to be in [0, 2.5]" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+    for other, expected in (
+        (["glow"], "bounds: glow takes none"),
+        (["nsf", "--schema", "infer"], "bounds: they are for plain numbers"),
+    ):
+        with pytest.raises(SystemExit):
+            main([words[0], *other, *words[2:]])
+        assert expected in capsys.readouterr().err
     columns["theta"][4] = 3.0
     rows.write_text(lines(columns))
     main(["score", str(run), str(rows), "--out", str(tmp_path / "scores.csv"), "--json"])

@@ -120,7 +120,12 @@ class TrainingData:
 
     def typed(self, name: str, source: str) -> dict[str, Any]:
         """How the columns of a table are typed, for an architecture."""
-        parameter = inspect.signature(ARCHITECTURES[name]).parameters.get("schema")
+        parameters = inspect.signature(ARCHITECTURES[name]).parameters
+        parameter = parameters.get("schema")
+        if self.bounds is not None and "support" not in parameters:
+            raise ValueError(f"bounds: {name} takes none; leave them out, or train nsf or maf")
+        if self.bounds is not None and self.schema not in (None, "none"):
+            raise ValueError("bounds: they are for plain numbers; leave --bounds or --schema out")
         if self.schema not in (None, "none") and parameter is None:
             raise ValueError(f"schema: {name} takes no types of columns; leave it out")
         if parameter is None or self.schema == "none":
