@@ -16,6 +16,7 @@ from musigma.cli import app, main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OTHERS = ROOT / "docs" / "other-libraries.md"  # in its own test
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -136,7 +137,29 @@ def test_the_makefile_has_the_two_commands_that_the_readme_names():
     assert targets == re.findall(r"^    make (\w+)", text, re.MULTILINE) == ["demo", "test"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.filterwarnings("ignore")  # of these libraries
+def test_the_page_on_other_libraries(tmp_path, monkeypatch, capsys):
+    for library in ("arviz", "bilby", "corner", "pyro", "sbi"):
+        pytest.importorskip(library, reason="pip install 'musigma[dev]'")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {"__name__": "docs"}
+    text = OTHERS.read_text(encoding="utf-8")
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL):
+        if language == "python":
+            exec(compile(block, str(OTHERS), "exec"), names)
+            continue
+        for command in block.splitlines():
+            words = re.sub(r"--minutes \d+", "--steps 60 --evaluations 1", command)
+            main(shlex.split(words)[1:])
+    out = capsys.readouterr().out
+    assert re.search(r"^mass +\d", out, re.MULTILINE)  # the summary of ArviZ
+    assert names["share"] > 0.01
+    assert abs(names["result"].posterior.mass.median() - 6) < 1
+    assert Path("corner.png").stat().st_size > 1000 < Path("bilby.png").stat().st_size
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != OTHERS], ids=lambda p: p.name)
 def test_python_in_the_documents(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from torch.distributions import MultivariateNormal, Normal
 
 import musigma
 from musigma import Spec, Variable, testing
+from musigma.support import Support
 
 
 def conditional(shape=(2,), features=3, **options):
@@ -98,22 +99,29 @@ def test_an_amortized_guide_learns_the_posterior(pyro):
     assert abs(svi.evaluate_loss(x) / len(x) + evidence) < 0.15
 
 
-def test_a_model_as_prior_under_nuts(pyro):
-    torch.manual_seed(0)
-    prior = testing.randomized(musigma.build("nsf", (2,), depth=1, hidden=8)).float()
+def test_a_model_with_borders_as_prior_under_nuts(pyro):
+    spec = Spec((2,), support=Support((0, -1), (1, math.inf)))
+    prior = testing.randomized(musigma.build("nsf", spec, depth=1, hidden=8)).float()
 
     def model():
         theta = pyro.sample("theta", prior.as_distribution())
         pyro.sample("x", pyro.distributions.Normal(theta.sum(-1), 0.3), obs=torch.tensor(1.0))
 
-    _, potential, _, _ = pyro.infer.mcmc.util.initialize_model(model)
-    theta = torch.randn(2)
+    _, potential, transforms, _ = pyro.infer.mcmc.util.initialize_model(model)
+    z = torch.randn(2)
+    theta = transforms["theta"].inv(z)
+    assert 0 < theta[0] < 1
+    assert theta[1] > -1
+    # in all of space, the density has the log-determinant of the bijection
     expected = prior.log_prob(theta[None])[0] + Normal(theta.sum(), 0.3).log_prob(torch.ones(()))
-    torch.testing.assert_close(-potential({"theta": theta}), expected)
+    expected -= transforms["theta"].log_abs_det_jacobian(theta, z)
+    torch.testing.assert_close(-potential({"theta": z}), expected)
     kernel = pyro.infer.NUTS(model, max_tree_depth=3)
-    chain = pyro.infer.MCMC(kernel, num_samples=8, warmup_steps=8, disable_progbar=True)
+    chain = pyro.infer.MCMC(kernel, num_samples=6, warmup_steps=6, disable_progbar=True)
     chain.run()
-    assert chain.get_samples()["theta"].shape == (8, 2)
+    drawn = chain.get_samples()["theta"]
+    assert drawn.shape == (6, 2)
+    assert prior.as_distribution().support.check(drawn).all()
 
 
 # --- zuko ----------------------------------------------------------------------------------------
