@@ -148,7 +148,7 @@ def test_samples_are_drawn_for_each_row_of_a_file(workdir, run):
     write_table("observed.csv", [one, other, one])
     words = "sample moved.safetensors --given observed.csv"
     assert run(f"{words} --n 2 --temperature 0 --out a.csv")["n"] == 6
-    assert list(read_table("a.csv")[0]) == ["y1", "y2"]
+    assert list(read_table("a.csv")[0]) == ["observation", "y1", "y2"]
     y = [float(row["y1"]) for row in read_table("a.csv")]
     assert y == pytest.approx([y[0]] * 2 + [y[2]] * 2 + [y[0]] * 2, rel=1e-3)
     assert abs(y[0] - y[2]) > 1e-2 * abs(y[0])

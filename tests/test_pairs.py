@@ -11,7 +11,7 @@ import torch
 
 from musigma import build, checkpoint
 from musigma.cli import main
-from musigma.data import Dataset, Given, attach, digest, given_rows, load
+from musigma.data import Dataset, Given, attach, digest, given_rows, load, outside, ranges
 from musigma.evaluation import batch, check
 from musigma.spec import Spec, Variable
 from test_data import GRAY, fails, save_folder
@@ -526,3 +526,146 @@ def test_arrays_of_three_axes_are_sequences(tmp_path):
     with fails("cannot be used", "x values are not finite, or sequences have no row, in 1 rows"):
         attach(theta, tmp_path / "x.npy")
     assert len(attach(theta, tmp_path / "x.npy", skip_bad=True)) == 29
+
+
+# The range of training, and draws ---------------------------------------------------------------
+
+
+def test_values_far_outside_the_range_of_training_are_named():
+    random = np.random.default_rng(0)
+    data = Dataset(
+        random.normal(size=(50, 2)).astype("f"),
+        given={
+            "x": Given(random.uniform(0, 10, 50).astype("f")),
+            "v": Given(random.normal(size=(50, 3)).astype("f")),
+            "s": Given(padded(series(50))),
+            "kind": Given(np.arange(50) % 2, ("a", "b")),
+        },
+    )
+    known = json.loads(json.dumps(ranges(data)))
+    assert list(known) == ["x", "v", "s"]
+    values = {"x": data.given["x"].values, "s": np.concatenate(series(50))}
+    for name, v in values.items():
+        for key, f in {"low": np.min, "high": np.max, "mean": np.mean, "std": np.std}.items():
+            np.testing.assert_allclose(np.ravel(known[name][key]), np.ravel(f(v, 0)), rtol=1e-5)
+    assert known["s"]["rows"] == [1, 5]
+    assert outside(known, data.given) == []
+    std, high = known["x"]["std"][0], known["x"]["high"][0]
+    near = np.array([high + 0.9 * std, 5], "f")
+    assert outside(known, {"x": Given(near)}) == []
+    far = np.zeros((1, 3), "f")
+    far[0, 2] = known["v"]["low"][2] - 20 * known["v"]["std"][2]
+    long = np.zeros((1, 12, 2), "f")
+    given = {"x": Given(np.array([high + 3 * std, 5], "f")), "v": Given(far), "s": Given(long)}
+    first, second, third = outside(known, given)
+    assert re.match(r"v\[2\] = -[\d.]+ lies 20.0 standard deviations outside the training", first)
+    assert re.match(r"x = [\d.]+ lies 3.0 .* range \[[\d.e-]+, [\d.]+\] \(1 of 2 rows\)", second)
+    assert third == "s has 12 rows, more than the 5 of training"
+
+
+@pytest.fixture(scope="module")
+def posterior(tmp_path_factory):
+    """A trained model of theta given x, whose parameters were moved so that x matters."""
+    folder = tmp_path_factory.mktemp("posterior")
+    path = write(folder / "sims.csv", simulations())
+    words = f"train maf {path} --of theta_* --given x_* --depth 2 --hidden 8 {QUICK}"
+    assert call(f"{words} --out {folder / 'run'}") == 0
+    model, extra = checkpoint.read(folder / "run/model.safetensors")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    checkpoint.save(model, folder / "model.safetensors", extra=extra)
+    return folder
+
+
+def test_draws_of_several_observations_follow_each_other(posterior, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    observed = {"x_1": [0.5, -0.5, 0.5], "x_0": [0.1, 0.2, 0.1]}
+    write("observed.csv", observed)
+    words = f"sample {posterior / 'model.safetensors'} --given observed.csv"
+    assert run(f"{words} --n 5 --out draws.csv")["n"] == 15
+    rows = read("draws.csv")
+    assert list(rows[0]) == ["observation", "theta_0", "theta_1", "theta_2"]
+    assert [int(row["observation"]) for row in rows] == [i for i in range(3) for _ in range(5)]
+    run(f"{words} --n 3000 --temperature 0 --out mode.npz")
+    with np.load("mode.npz") as file:
+        x, which = file["x"], file["observation"]
+    assert x.shape == (9000, 3)
+    assert (which == np.repeat(np.arange(3), 3000)).all()
+    model = checkpoint.load(posterior / "model.safetensors")
+    context = {name: torch.tensor(v)[:, None] for name, v in observed.items()}
+    expected = model.sample(3, context, temperature=0.0).numpy()
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    np.testing.assert_allclose(x, expected.repeat(3000, 0), atol=1e-5)
+    write("named.csv", {"id": ["a", "c", "b"], **observed})
+    run(f"sample {posterior / 'run'} --given named.csv --n 2 --out named.csv.parquet")
+    pq = pytest.importorskip("pyarrow.parquet")
+    assert pq.read_table("named.csv.parquet")["observation"].to_pylist() == list("aaccbb")
+
+
+def test_draws_of_one_observation_embed_it_once(posterior, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    from musigma.nets.embed import Embedding
+
+    seen, forward = [], Embedding.forward
+
+    def counted(self, context):
+        out = forward(self, context)
+        seen.append(len(out))
+        return out
+
+    monkeypatch.setattr(Embedding, "forward", counted)
+    write("observed.csv", {"x_0": [0.1], "x_1": [0.2]})
+    run(f"sample {posterior / 'run'} --given observed.csv --n 10000 --out draws.csv")
+    rows = read("draws.csv")
+    assert list(rows[0]) == ["theta_0", "theta_1", "theta_2"]
+    assert len({row["theta_0"] for row in rows}) > 9900
+    assert sum(seen) <= 10
+    again = Path("draws.csv").read_text()
+    run(f"sample {posterior / 'run'} --given observed.csv --n 10000 --out draws.csv")
+    assert Path("draws.csv").read_text() == again
+
+
+def test_an_observation_far_outside_is_warned_of(posterior, tmp_path, monkeypatch, run, said):
+    monkeypatch.chdir(tmp_path)
+    write("far.csv", {"x_0": [41.2], "x_1": [0.2]})
+    words = f"sample {posterior / 'run'} --given far.csv --n 2 --out draws.csv"
+    assert re.search(
+        r"extrapolation: x_0 = 41.2 lies [\d.]+ standard dev.* range \[-", said(words)
+    )
+    assert len(run(words)["extrapolation"]) == 1
+    write("near.csv", {"x_0": [0.1], "x_1": [0.2]})
+    near = words.replace("far", "near")
+    assert "extrapolation" not in said(near)
+    assert "extrapolation" not in run(near)
+    pairs = simulations(20, seed=1)
+    write("near.csv", pairs)
+    assert "extrapolation" not in run(f"score {posterior / 'run'} near.csv --out s.csv")
+    pairs["x_1"][4] = -100
+    write("far.csv", pairs)
+    for words in (
+        f"score {posterior / 'run'} far.csv --out s.csv",
+        f"evaluate {posterior / 'run'} far.csv",
+    ):
+        assert "(1 of 20 rows)" in run(words)["extrapolation"][0]
+
+
+def test_pairs_are_scored_in_nats(posterior, tmp_path, monkeypatch, run, said):
+    monkeypatch.chdir(tmp_path)
+    pairs = simulations(20, seed=1)
+    write("pairs.csv", pairs)
+    words = f"score {posterior / 'model.safetensors'} pairs.csv --out s.csv"
+    answer = run(words)
+    scores = np.array([float(row["log_prob"]) for row in read("s.csv")])
+    model = checkpoint.load(posterior / "model.safetensors")
+    theta = torch.tensor(np.stack([pairs[f"theta_{j}"] for j in range(3)], 1)).float()
+    context = {f"x_{j}": torch.tensor(pairs[f"x_{j}"]).float()[:, None] for j in range(2)}
+    np.testing.assert_allclose(scores, model.log_prob(theta, context).detach(), rtol=1e-4)
+    assert answer["nats"] == pytest.approx(-scores.mean(), rel=1e-5)
+    assert f"nats, mean {-scores.mean():.4f} (exact)" in said(words)
+    figure = run(f"evaluate {posterior / 'model.safetensors'} pairs.csv")
+    error = scores.std(ddof=1) / np.sqrt(20)
+    assert figure["standard_error_nats"] == pytest.approx(error, rel=1e-4)
+    text = said(f"evaluate {posterior / 'model.safetensors'} pairs.csv")
+    assert f"{-scores.mean():.4f} ± {error:.4f} nats per example, " in text

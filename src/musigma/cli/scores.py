@@ -42,6 +42,8 @@ def score(
 ) -> None:
     """Score every example in nats, -log p, and in bits per dimension; outliers score highest.
 
+    For an exact density of vectors given a context, the column log_prob has log p(x | context).
+
     With one draw per example (k = 1) a score depends a little on the batch that the example is in;
     a larger k reduces this. All of the data are scored unless --split says otherwise.
 
@@ -117,6 +119,8 @@ def score(
         out = share.path(out)
         lines[0], answer = f"{lines[0]}: {out}", {"out": str(out), **answer}
         table = example_columns(found, share.rows)
+        if trained.of_pairs and trained.model.exact:
+            table["log_prob"] = -columns["nats"]
         for name, values in columns.items():
             if trained.spec.schema is None or name in ("nats", "spread"):  # not those terms
                 table |= {name: values} | (beside if name == "nats" else {})
@@ -138,11 +142,17 @@ def _summary(
         mean, highest, lowest = (float(f(columns[name])) for f in (np.mean, np.max, np.min))
         figures = f", {lowest:.4f} to {highest:.4f} {unit}, mean {mean:.4f} ({bound})"
     fields = {name: mean, "highest": highest, "lowest": lowest, "bound": bound}
+    if trained.of_pairs and n:
+        nats = columns["nats"]
+        low, high = float(nats.min()), float(nats.max())
+        fields["nats"] = mean = float(nats.mean())
+        figures = f", {low:.4f} to {high:.4f} nats, mean {mean:.4f} ({bound})"
     if "spread" in columns:
         fields["spread"] = float(np.mean(columns["spread"])) if n else None
         figures += f", differing by {fields['spread']:.4f} between orders" if n else ""
     if trained.spec.support is not None:
         fields["outside"] = trained.outside
+    fields |= trained.warnings
     return [f"{count(n, 'score')}{figures}{share}"], {"n": n, **share.fields, **fields}
 
 
@@ -264,8 +274,20 @@ def evaluate(
         figure, lines, more = _detected(trained, labeled, by, rates, k, on.options, processes)
     leave()
     trained.screen.result(
-        {"run": on.run, "data": on.source, "split": trained.part, **figure, **more},
-        "\n".join([f"{figure_text(figure)}; {trained.part} of {on.source}", *lines]),
+        {
+            "run": on.run,
+            "data": on.source,
+            "split": trained.part,
+            **figure,
+            **more,
+            **trained.warnings,
+        },
+        "\n".join(
+            [
+                f"{figure_text(figure, trained.of_pairs)}; {trained.part} of {on.source}",
+                *lines,
+            ]
+        ),
     )
 
 

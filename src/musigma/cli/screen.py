@@ -115,14 +115,17 @@ class Screen:
             yield show
 
 
-def figure_text(figure: dict[str, Any]) -> str:
+def figure_text(figure: dict[str, Any], nats_first: bool = False) -> str:
     """A figure with its standard error, its bound and its number of examples, on one line."""
     bound = figure["bound"] if figure["bound"] == "exact" else f"upper bound, {figure['bound']}"
-    error = "" if figure["standard_error"] is None else f" ± {figure['standard_error']:.4f}"
     bits, nats = (math.nan if figure[n] is None else figure[n] for n in ("bits_per_dim", "nats"))
-    return (
-        f"{bits:.4f}{error} bits/dim, {nats:.2f} nats per example ({bound}; n = {figure['n']:,})"
-    )
+    error = figure["standard_error_nats" if nats_first else "standard_error"]
+    error = "" if error is None else f" ± {error:.4f}"
+    if nats_first:
+        text = f"{nats:.4f}{error} nats per example, {bits:.4f} bits/dim"
+    else:
+        text = f"{bits:.4f}{error} bits/dim, {nats:.2f} nats per example"
+    return f"{text} ({bound}; n = {figure['n']:,})"
 
 
 def count(n: int, what: str) -> str:

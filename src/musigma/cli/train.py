@@ -421,6 +421,7 @@ def _begin(
             "label_names": list(found.label_names),
             "digest": data.digest(found),
             **{part: len(found.split(part)) for part in PARTS},
+            **({"ranges": data.ranges(found.split("train"))} if found.given else {}),
         },
         "train": dataclasses.asdict(config),
         "kept": dict(kept or {}),
@@ -498,7 +499,8 @@ def _finish(out: Path, held_out: data.Dataset, screen: Screen, answer: dict[str,
     example = "samples.csv" if trained.spec.columns else "samples.png"
     screen.result(
         {**answer, "evaluation": figure, "pictures": pictures},
-        f"{figure_text(figure)}\nrun: {out}\npictures: {', '.join(pictures) or 'none'}\n"
+        f"{figure_text(figure, trained.of_pairs)}\nrun: {out}\n"
+        f"pictures: {', '.join(pictures) or 'none'}\n"
         f"next: musigma sample {shlex.quote(str(out))} --n 64{how} --out {example}",
     )
 

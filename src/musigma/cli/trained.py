@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from musigma.spec import Variable
 
 TABLES = (".csv", ".parquet")
+FARTHEST = 10  # variables outside their training range that are named
 
 
 def read_data(
@@ -53,6 +54,7 @@ class Trained:
         folder: The run folder; None for a checkpoint file.
         part: The part of the data that `data` returned last.
         outside: Number of rows of those data that are outside the support of the model.
+        extrapolation: Lines about context that is far outside the range of the training data.
         seen: Whether those data are what the model was trained on.
         given: The context of those data: items of `--given`.
 
@@ -74,6 +76,7 @@ class Trained:
         self.folder, self.part = path if path.is_dir() else None, "all"
         self.given: tuple[str, ...] = ()
         self.seen, self.outside = False, 0
+        self.extrapolation: list[str] = []
         if self.folder and not (path / "model.safetensors").is_file():
             raise ValueError(
                 f"RUN: the folder {run} holds no model.safetensors; train a model into it first"
@@ -98,6 +101,11 @@ class Trained:
         self.needs_given = any(v is not self.class_variable for v in spec.context)
         self.common, self.screen = common, Screen(common)
         torch.manual_seed(common.seed)
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether the model is a density of vectors given a context, whose unit is the nat."""
+        return self.bits is None and not self.is_image and bool(self.spec.context)
 
     # --- inputs of a model ---------------------------------------------------------------------
 
@@ -162,6 +170,8 @@ class Trained:
             plain = dataclasses.replace(loaded, given=given, labels=labels)
         same = saved.get("digest") in (data.digest(loaded), data.digest(plain))
         seen = self.seen = same or (there is not None and Path(here).is_relative_to(there))
+        if not seen:
+            self._note_extrapolation(found)
         if here == there and not same and saved.get("digest") and column is None:
             self.screen.note(f"{source} has changed since this model was trained on it")
         self.part = options.split or ("held-out" if seen else "all")
@@ -197,6 +207,25 @@ class Trained:
                 f"{bad:,} of {len(found):,} rows are outside the bounds of the model, where the "
                 f"log density is -inf:\n{listing(faults)}"
             )
+
+    def _note_extrapolation(self, found: Dataset) -> None:
+        """Warn of context that is far outside the range of the training data."""
+        from musigma import data
+
+        known = self.about_data.get("ranges") or {}
+        if lines := data.outside(known, found.given):
+            self.extrapolation = lines
+            more = f"\n  and {len(lines) - FARTHEST} more variables" * (len(lines) > FARTHEST)
+            listed = "".join(f"\n  {line}" for line in lines[:FARTHEST])
+            self.screen.note(
+                "warning: the context is far from what the model was trained on, so its answers "
+                f"there are extrapolation:{listed}{more}"
+            )
+
+    @property
+    def warnings(self) -> dict[str, list[str]]:
+        """The entry of a JSON answer about context outside the training range, if there is any."""
+        return {"extrapolation": self.extrapolation} if self.extrapolation else {}
 
     def _columns(self, options: DataOptions) -> dict[str, Any]:
         """The columns of a table to read, with their types if the model has any."""
@@ -250,7 +279,7 @@ class Trained:
         from musigma import context as contexts
 
         if given:
-            return contexts.repeat(self._rows(given, label), n)
+            return contexts.repeat(self.observations(given, label)[0], n)
         if not self.spec.context and label is None:
             return None
         if self.needs_given:
@@ -276,24 +305,35 @@ class Trained:
         known = variable.names, variable.classes
         return variable, None if label is None else class_number(label, *known)
 
-    def _rows(self, given: Sequence[str], label: str | None) -> Context:
-        """The context in files, as the model takes it."""
+    def observations(
+        self, given: Sequence[str], label: str | None = None
+    ) -> tuple[Context, tuple[str, ...] | None]:
+        """The context in files, one row for each observation, and their names, if there are any.
+
+        Warns of rows that are far outside the range of the training data.
+
+        Args:
+            given: Files with a row for each observation.
+            label: The class of all of them, if it is in no file.
+        """
         import numpy as np
 
         from musigma import data
+        from musigma.data.attach import observations
         from musigma.evaluation import batch, check
 
         if not self.spec.context:
             raise ValueError("given: the model is not conditioned on anything; leave it out")
         wanted = [v for v in self.spec.context if v.name != "label" or label is None]
-        rows = data.given_rows(given, wanted)
+        rows, names = observations(given, wanted)
         n = len(next(iter(rows.values())))
         blank = np.zeros((1, *self.shape), np.float32 if self.bits is None else np.uint8)
         x = np.broadcast_to(blank, (n, *self.shape))
         found = data.Dataset(x, name="--given", preprocess=self.preprocess, given=rows)
         found = self._labeled(found, label)
         check(self.model, found)
-        return batch(found, np.arange(n), self.model)[1]
+        self._note_extrapolation(found)
+        return batch(found, np.arange(n), self.model)[1], names
 
     def _labeled(self, found: Dataset, label: str | None) -> Dataset:
         """Data whose examples are all of one class, if it is given."""
@@ -348,8 +388,22 @@ class Trained:
         else:
             self.write(rows, out)
 
-    def write(self, x: Tensor, out: Path, columns: int | None = None) -> None:
-        """Examples as a picture, a table or an array, by the suffix of the file."""
+    def write(
+        self,
+        x: Tensor,
+        out: Path,
+        columns: int | None = None,
+        beside: dict[str, Any] | None = None,
+    ) -> None:
+        """Examples as a picture, a table or an array, by the suffix of the file.
+
+        Args:
+            x: The examples.
+            out: The file.
+            columns: Columns of a picture.
+            beside: First columns of a table, and further arrays of an .npz file, with a row for
+                each example.
+        """
         import numpy as np
 
         from musigma.data.columns import decode
@@ -359,10 +413,13 @@ class Trained:
         self.check_out(out)
         values, schema = self._written(x), self.spec.schema
         if out.suffix in TABLES and schema is not None:
-            write_table(out, decode(values, schema), schema)
+            table = decode(values, schema)
+            for name, rows in reversed(list((beside or {}).items())):
+                table = table.add_column(0, name, [rows])
+            write_table(out, table, schema)
         elif out.suffix in TABLES:  # the columns are those of the table it was trained on
             names = self.spec.columns or [f"x{i}" for i in range(self.shape[0])]
-            write_rows(out, [dict(zip(names, values.T, strict=True))])
+            write_rows(out, [{**(beside or {}), **dict(zip(names, values.T, strict=True))}])
         elif out.suffix == ".png" and self.is_image:
             figures.grid(values, out, levels=self.levels, columns=columns)
         elif out.suffix == ".png":
@@ -372,7 +429,7 @@ class Trained:
                 if out.suffix == ".npy":
                     np.save(file, values)
                 else:
-                    np.savez_compressed(file, x=values)
+                    np.savez_compressed(file, x=values, **(beside or {}))
 
     def _written(self, x: Tensor) -> np.ndarray:
         """Examples as they are written.
@@ -405,13 +462,13 @@ class Trained:
         check_draws([*self.spec.columns, *(v.name for v in self.spec.context)])
 
     def write_draws(
-        self, x: Tensor, context: Context, observations: int, out: Path, **about: Any
+        self, x: Tensor, observed: Context, observations: int, out: Path, **about: Any
     ) -> None:
         """The draws for each observation, one after another, as a .nc file of ArviZ.
 
         Args:
             x: All draws, those of one observation after another.
-            context: The context of each.
+            observed: The context of each observation.
             observations: Number of observations.
             out: The file.
             about: Attributes of the file, beside the model's.
@@ -426,8 +483,8 @@ class Trained:
         n = len(values) // observations
         given = {}
         for v in self.spec.context:
-            t: Any = context if isinstance(context, Tensor) else (context or {})[v.name]
-            rows = t[::n].numpy(force=True)
+            t: Any = observed if isinstance(observed, Tensor) else (observed or {})[v.name]
+            rows = t.numpy(force=True)
             if v.classes:
                 rows = np.array(v.names or range(v.classes))[rows.argmax(1)]
             given[v.name] = rows[:, 0] if v.shape == (1,) else rows
@@ -476,7 +533,7 @@ class Trained:
 
     def wrote(self, out: Path, what: str, **answer: Any) -> None:
         """Print the answer of a command that wrote a file."""
-        self.screen.result({"out": str(out), **answer}, f"{what}: {out}")
+        self.screen.result({"out": str(out), **answer, **self.warnings}, f"{what}: {out}")
 
 
 def class_number(label: str, names: Sequence[str], classes: int) -> int:

@@ -66,9 +66,11 @@ def sample(
             all classes in turn.
         given: File with the rows to draw for, if the model is conditioned on more than classes: a
             table with a column for each variable, an array, or a folder of images. May be given
-            several times, once for each file. The n samples of a row follow each other. For a
-            model of typed columns that is conditioned on nothing: rows to complete, a table in
-            which columns, and cells, are missing.
+            several times, once for each file. The n samples of a row follow each other; if there
+            are several rows, the first column of a table, `observation`, has their numbers, or
+            their names if a column such as `id` has them. For a model of typed columns that is
+            conditioned on nothing: rows to complete, a table in which columns, and cells, are
+            missing.
         where: Condition that all samples satisfy, for a model of typed columns (`table`):
             'country == "FR" and 18 <= age < 65'. See `docs/questions.md`.
         temperature: Factor of the standard deviation of every draw; or one for each latent, top
@@ -117,17 +119,27 @@ def sample(
         )
     if out.suffix == ".nc" and several is not None:
         raise ValueError("out: a .nc file holds draws at one temperature; name another kind")
-    context, each = trained.context(n, label, given), n
-    n = n if context is None else contexts.length(context) or n
+    names, each = None, n if given else 1
+    if given:
+        observed, names = trained.observations(given, label)
+    else:
+        observed = trained.context(n, label)
+    observations = contexts.length(observed) or 1 if given else 1
+    n = n * observations
     if several is not None:
         if temperature != "1":
             raise ValueError("temperature: --temperatures replaces it; leave one of them out")
         values = temperatures(several)
+        context = contexts.repeat(observed, each)
         trained.write_rows(editing.temperatures(trained.model, n, values, context), out)
         what = f"{count(n, 'sample')} at {count(len(values), 'temperature')}"
         trained.wrote(out, what, n=n, temperatures=list(values))
         return
-    size = BLOCK if trained.spec.schema is None else ROWS
+    beside = _observation_of(trained, names, observations, each, out)
+    at_once = bool(given) and _draws_at_once(trained, scale, mode)
+    size = BLOCK if trained.spec.schema is None and not at_once else ROWS
+    if at_once and each < size:
+        size -= size % each  # whole observations
     share = Share(processes, n, size)
     rows, out = share.rows, share.path(out)
     parts = [torch.empty(0, *trained.shape, dtype=trained.dtype)]
@@ -135,16 +147,62 @@ def sample(
         for start in rows[::size]:
             block = slice(start, min(start + size, rows.stop))
             noise(common.seed, start // size)
-            by, drawn = contexts.rows(context, block), block.stop - start
-            x = trained.model.sample(drawn, by, temperature=_scale(scale), mode=mode)
+            which = torch.arange(block.start, block.stop, device=trained.device) // each
+            if at_once:
+                x = _drawn(trained.model, observed, which, scale[0])
+            else:
+                by = contexts.rows(observed, which)
+                x = trained.model.sample(len(which), by, temperature=_scale(scale), mode=mode)
             parts.append(x.cpu())
             progress(block.stop - rows.start, len(rows))
     if out.suffix == ".nc":
-        trained.write_draws(torch.cat(parts), context, n // each, out, temperature=temperature)
+        if not given:
+            observed = contexts.rows(observed, slice(1))
+        trained.write_draws(torch.cat(parts), observed, observations, out, temperature=temperature)
     else:
-        trained.write(torch.cat(parts), out)
+        beside = {name: values[rows.start : rows.stop] for name, values in beside.items()}
+        trained.write(torch.cat(parts), out, beside=beside)
     what = f"{count(len(rows), 'sample')}{share}"
     trained.wrote(out, what, n=len(rows), temperature=temperature, **share.fields)
+
+
+def _observation_of(
+    trained: Trained, names: Sequence[str] | None, observations: int, each: int, out: Path
+) -> dict[str, Any]:
+    """The column that tells draws of several observations apart: their names, or numbers."""
+    import numpy as np
+
+    if observations == 1 or out.suffix not in (".csv", ".parquet", ".npz"):
+        return {}
+    if "observation" in trained.spec.columns:
+        raise ValueError(
+            "given: the model has a column 'observation', which is the name of the column that "
+            "tells draws of several rows apart; give one row at a time, or write an .npy file"
+        )
+    values = np.arange(observations) if names is None else np.array(names)
+    repeated = values.repeat(each)
+    return {
+        "observation": repeated if names is None or out.suffix == ".npz" else repeated.tolist()
+    }
+
+
+def _draws_at_once(trained: Trained, scale: tuple[float, ...], mode: bool) -> bool:
+    """Whether the draws of one observation can share one pass of its embedding."""
+    return trained.model.exact and not trained.is_image and len(scale) == 1 and not mode
+
+
+def _drawn(model: Any, observed: Context, which: Tensor, temperature: float) -> Tensor:
+    """A draw for each of some observations, whose numbers do not decrease."""
+    import torch
+
+    from musigma import context as contexts
+
+    first, counts = int(which[0]), torch.bincount(which - which[0])
+    rows = contexts.rows(observed, slice(first, first + len(counts)))
+    most = int(counts.max())
+    x = model.as_distribution(rows).sample((most,), temperature=temperature)
+    kept = torch.arange(most, device=which.device) < counts[:, None]
+    return x.transpose(0, 1)[kept]
 
 
 def _scale(values: tuple[float, ...]) -> float | tuple[float, ...]:

@@ -5,6 +5,7 @@ from musigma.data.bounds import as_support, read_bounds
 from musigma.data.columns import decode
 from musigma.data.dataset import Dataset, Given, Preprocess, digest
 from musigma.data.errors import DataError
+from musigma.data.ranges import outside, ranges
 from musigma.data.raw import Progress
 from musigma.data.readers import identity, load
 from musigma.data.sampling import Part, batch_indices
@@ -27,6 +28,8 @@ __all__ = [
     "given_rows",
     "identity",
     "load",
+    "outside",
+    "ranges",
     "read_bounds",
     "schema_toml",
     "summary",
