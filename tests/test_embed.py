@@ -195,8 +195,7 @@ def test_an_element_that_is_nan_in_part_is_not_padding():
 def test_a_set_is_the_statistics_that_it_documents():
     net = DeepSet(2, width=4, blocks=0).double()
     x, mask = torch.randn(1, 6, 2).double(), torch.tensor([[True, True, False, True, False, True]])
-    h = net.norm(net.enter(x[mask]))
-    expected = torch.cat([h.mean(0), h.amax(0), torch.tensor([math.log(5)])])
+    expected = torch.cat([net.enter(x[mask]).mean(0), torch.tensor([math.log(5)])])
     torch.testing.assert_close(net(x, mask)[0], expected)
 
 
@@ -206,13 +205,13 @@ def test_a_set_is_the_statistics_that_it_documents():
         (
             "none",
             (AGE, EVENTS),
-            r"none takes numbers, .*'events' of shape \(9, 2\) is a sequence;",
+            r"none takes numbers, classes and images; got 'events' of shape \(9, 2\); set",
         ),
-        ("mlp", (EVENTS,), "is a sequence; set, conv and transformer take sequences"),
-        ("set", (PHOTO, AGE), r"set needs a sequence or numbers, and .*'photo' \(image\), 'age'"),
-        ("transformer", (SEX,), "transformer needs a sequence or numbers, .*; use mlp"),
-        ("conv", (SEX,), "conv needs a sequence or numbers or image"),
-        ("mlp", (Variable("volume", (1, 2, 3, 4)),), "'volume' of shape .* is an array"),
+        ("mlp", (EVENTS,), r"set, conv and transformer take sequences \(--embed set\)"),
+        ("set", (PHOTO, AGE), r"set needs sequences or numbers, and .*'photo' \(images\), 'age'"),
+        ("transformer", (SEX,), "transformer needs sequences or numbers, .*; use mlp"),
+        ("conv", (SEX,), "conv needs sequences or numbers or images"),
+        ("mlp", (Variable("volume", (1, 2, 3, 4)),), "got 'volume' of shape .*; leave it out, or"),
         ("sett", (EVENTS,), "did you mean 'set'.* known are none, mlp, set, conv, transformer"),
         ("set widht=3", (EVENTS,), "set takes features=32 width=64 blocks=1; got 'widht=3'"),
         ("set width=big", (EVENTS,), "got 'width=big'"),
@@ -434,6 +433,52 @@ def test_an_embedding_from_a_file(tmp_path, monkeypatch, capsys, registry):
     assert call(f"{words.replace('run', 'other')} --embed sett") == 2
     assert "did you mean 'set'" in capsys.readouterr().err
     assert not Path("other").exists()
+
+
+def test_lists_in_a_file_of_parquet_are_sets(tmp_path, monkeypatch, capsys, registry):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(0)
+
+    def write(name, n, low, high):
+        theta = rng.normal(size=(n, 2))
+        x = [rng.normal(t, size=(rng.integers(low, high + 1), 2)).tolist() for t in theta]
+        columns = {"theta_0": theta[:, 0], "theta_1": theta[:, 1], "x": x}
+        pq.write_table(pa.table(columns), name)
+
+    def call(words):
+        capsys.readouterr()
+        main([*shlex.split(words), "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    monkeypatch.chdir(tmp_path)
+    write("sims.parquet", 300, 1, 6)
+    write("observed.parquet", 3, 9, 12)  # more than in training
+    words = "train nsf sims.parquet --of theta_* --given x --steps 3 --depth 1 --hidden 8"
+    words += " --batch-size 32 --evaluations 1 --device cpu"
+    call(f"{words} --out run --embed 'set width=16'")
+    model = checkpoint.load("run/model.safetensors")
+    assert model.spec.context == (Variable("x", (6, 2)),)
+    assert bool(model.embedding.elements[0].calibrated)
+    call("sample run --given observed.parquet --n 2 --out draws.csv")
+    assert len(Path("draws.csv").read_text().splitlines()) == 7
+    call("score run observed.parquet --out scores.csv")
+    assert len(Path("scores.csv").read_text().splitlines()) == 4
+    call(f"{words} --out other --embed conv")
+    for wrong, message in [
+        (f"{words} --out none", "set, conv and transformer take sequences"),
+        (
+            "score other observed.parquet --out s.csv",
+            "elements of 2 numbers per row, and not up to 6",
+        ),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(shlex.split(wrong))
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not Path("none").exists()
+    assert not Path("s.csv").exists()
 
 
 # --- what is learned -----------------------------------------------------------------------------

@@ -149,10 +149,10 @@ def _alike(value: Any, default: Any) -> bool:
 
 
 def kind_of(variable: Variable) -> str:
-    """What a variable consists of: classes, numbers, a sequence or an image."""
+    """What the rows of a variable are: classes, numbers, sequences, images or other arrays."""
     if variable.classes:
         return "classes"
-    return {1: "numbers", 2: "sequence", 3: "image"}.get(len(variable.shape), "array")
+    return {1: "numbers", 2: "sequences", 3: "images"}.get(len(variable.shape), "arrays")
 
 
 def refuse(kind: str, variables: Sequence[Variable], takes: Sequence[str]) -> None:
@@ -163,13 +163,12 @@ def refuse(kind: str, variables: Sequence[Variable], takes: Sequence[str]) -> No
     wrong = [v for v in variables if kind_of(v) not in takes]
     if not wrong:
         return
-    named = ", ".join(f"{v.name!r} of shape {v.shape} is {kind_of(v)}" for v in wrong)
-    for noun in ("a sequence", "an image", "an array"):
-        named = named.replace(f" is {noun.split()[1]}", f" is {noun}")
-    hint = ""
-    if all(kind_of(v) == "sequence" for v in wrong):
-        hint = "; set, conv and transformer take sequences (--embed set)"
-    raise ValueError(f"embed: {kind} takes {', '.join(takes)}, and {named}{hint}")
+    named = ", ".join(f"{v.name!r} of shape {v.shape}" for v in wrong)
+    hint = "leave it out, or write an embedding that takes it"
+    if all(kind_of(v) == "sequences" for v in wrong):
+        hint = "set, conv and transformer take sequences (--embed set)"
+    *first, last = takes
+    raise ValueError(f"embed: {kind} takes {', '.join(first)} and {last}; got {named}; {hint}")
 
 
 def named_parts(
@@ -240,7 +239,7 @@ class Embedding(nn.Module):
 
     def __init__(self, variables: Sequence[Variable], *, width: int = 32):
         super().__init__()
-        refuse("none", variables, ("numbers", "classes", "image"))
+        refuse("none", variables, ("numbers", "classes", "images"))
         self.variables = tuple(variables)
         self.images = nn.ModuleDict()
         self.features = 0

@@ -20,10 +20,10 @@ __all__ = ["DeepSet", "SequenceTransformer", "SeriesNet"]
 class DeepSet(nn.Module):
     r"""An invariant function of any number of exchangeable elements.
 
-    .. math:: \left[\frac{1}{n} \sum_i \phi(x_i), \max_i \phi(x_i), \log(1 + n)\right]
+    .. math:: \left[\frac{1}{n} \sum_i \phi(x_i), \log(1 + n)\right]
 
     φ is a residual network. (Zaheer et al., "Deep Sets", 2017, arXiv:1703.06114.) For no
-    elements, the mean and the maximum are 0.
+    elements, the mean is 0.
 
     Args:
         channels: F.
@@ -41,19 +41,14 @@ class DeepSet(nn.Module):
         super().__init__()
         self.enter = nn.Linear(channels, width)
         self.blocks = nn.ModuleList(residual_branch(width) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width)
-        self.features = 2 * width + 1
+        self.features = width + 1
 
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:
         """The vector, (B, features)."""
         h = self.enter(values)
         for block in self.blocks:
             h = h + block(h)
-        h, inside = self.norm(h), mask[..., None]
-        low = F.pad(h.masked_fill(~inside, -math.inf), (0, 0, 0, 1), value=-math.inf)
-        highest = low.amax(1)  # of one element at least
-        highest = torch.where(mask.any(1, keepdim=True), highest, 0)
-        return torch.cat([mean_of(h, mask), highest, log_count(h, mask)], 1)
+        return torch.cat([mean_of(h, mask), log_count(h, mask)], 1)
 
 
 class SeriesNet(nn.Module):

@@ -96,9 +96,9 @@ class Summary(nn.Module):
         super().__init__()
         self.variables, self.features, self.longer = tuple(variables), features, longer
         kinds = [kind_of(variable) for variable in self.variables]
-        self.groups = [[i] for i, kind in enumerate(kinds) if kind == "sequence"]
+        self.groups = [[i] for i, kind in enumerate(kinds) if kind == "sequences"]
         columns = [i for i, kind in enumerate(kinds) if kind == "numbers"]
-        from_columns = network is not None and not {"sequence", "image"} & {*kinds}
+        from_columns = network is not None and not {"sequences", "images"} & {*kinds}
         if from_columns and columns:
             self.groups = [columns]
         used = {i for group in self.groups for i in group}
@@ -161,7 +161,7 @@ def mlp(
         width: Width of the perceptron.
         blocks: Number of residual blocks.
     """
-    refuse("mlp", variables, ("numbers", "classes", "image"))
+    refuse("mlp", variables, ("numbers", "classes", "images"))
     return Summary(variables, features=features, width=width, blocks=blocks)
 
 
@@ -180,7 +180,7 @@ def set(
         width: Width of the networks.
         blocks: Number of residual blocks for each element.
     """
-    _some_sequence("set", variables, ("sequence", "numbers"))
+    _some_sequence("set", variables, ("sequences", "numbers"))
 
     def network(length: int, channels: int) -> DeepSet:
         return DeepSet(channels, width=width, blocks=blocks)
@@ -209,7 +209,7 @@ def conv(
         kernel: Size of the 1-D convolutions, odd.
         blocks: Number of residual blocks of each stage, at each of which a series is halved.
     """
-    _some_sequence("conv", variables, ("sequence", "numbers", "image"))
+    _some_sequence("conv", variables, ("sequences", "numbers", "images"))
     if kernel % 2 == 0:
         raise ValueError(f"embed: conv takes an odd kernel; got {kernel}")
 
@@ -239,7 +239,7 @@ def transformer(
         heads: Number of heads of the attention.
         blocks: Number of layers.
     """
-    _some_sequence("transformer", variables, ("sequence", "numbers"))
+    _some_sequence("transformer", variables, ("sequences", "numbers"))
 
     def network(length: int, channels: int) -> SequenceTransformer:
         return SequenceTransformer(length, channels, width=width, heads=heads, blocks=blocks)
@@ -250,10 +250,10 @@ def transformer(
 def _some_sequence(kind: str, variables: Sequence[Variable], takes: Sequence[str]) -> None:
     """Raise a ValueError if no variable is of a kind that an embedding is made for."""
     kinds = {kind_of(variable) for variable in variables}
-    if "image" in kinds and "sequence" not in kinds:  # numbers beside images are no sequence
+    if "images" in kinds and "sequences" not in kinds:  # numbers beside images are no sequence
         kinds -= {"numbers"}
     if not kinds & {*takes}:
         named = ", ".join(f"{v.name!r} ({kind_of(v)})" for v in variables)
         raise ValueError(
-            f"embed: {kind} needs a {' or '.join(takes)}, and the context is {named}; use mlp"
+            f"embed: {kind} needs {' or '.join(takes)}, and the context is {named}; use mlp"
         )

@@ -101,6 +101,8 @@ def residual_branch(width: int, hidden: int | None = None) -> nn.Sequential:
 class ResidualMLP(nn.Module):
     """A residual multilayer perceptron (B, inputs) to (B, outputs).
 
+    A linear path leads from its input to its output; only the branches normalize.
+
     Args:
         inputs: Features in.
         outputs: Features out.
@@ -116,7 +118,7 @@ class ResidualMLP(nn.Module):
         super().__init__()
         self.enter = nn.Linear(inputs, width)
         self.blocks = nn.ModuleList(residual_branch(width) for _ in range(blocks))
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+        self.leave = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output."""
