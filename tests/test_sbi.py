@@ -191,6 +191,27 @@ def test_a_network_of_the_user():
         musigma.save(net.model, "nowhere.safetensors")
 
 
+@pytest.mark.parametrize("embed", ["mlp", "set"])
+def test_an_embedding_is_trained_and_saved_with_the_model(embed, tmp_path):
+    torch.manual_seed(0)
+    theta, x = simulations(120)
+    if embed == "set":  # 10 exchangeable observations of 3 elements
+        x = x[:, None] + torch.randn(120, 10, 3)
+    options = {**SMALL, "support": "prior", "prior": PRIOR, "embed": embed}
+    trainer = NPE(PRIOR, density_estimator=estimator("nsf", **options), show_progress_bars=False)
+    net = trainer.append_simulations(theta, x).train(max_num_epochs=2, training_batch_size=40)
+    assert net.condition_shape == x.shape[1:]
+    draws = net.sample((50,), x[:4])
+    assert PRIOR.support.check(draws).all()
+    musigma.save(net.model, tmp_path / "model.safetensors")
+    again = Estimator(musigma.load(tmp_path / "model.safetensors"))
+    assert torch.equal(again.log_prob(draws, x[:4]), net.log_prob(draws, x[:4]))
+    if embed == "set":
+        torch.testing.assert_close(
+            net.log_prob(draws, x[:4].flip(1)), net.log_prob(draws, x[:4]), rtol=1e-4, atol=1e-4
+        )
+
+
 def test_conditions_of_any_shape_pass_a_network_of_the_user():
     theta, _ = simulations(50)
     x = torch.randn(50, 4, 6) * 100
