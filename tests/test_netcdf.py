@@ -104,6 +104,15 @@ def test_several_observations_have_a_dimension(run, arviz):
     assert list(arviz.summary(data, kind="stats").index)[:2] == ["mass[0]", "mass[1]"]
 
 
+def test_observations_keep_their_names(run, arviz):
+    saved(Spec((2,), columns=("mass", "spin"), context=(Variable("a"), Variable("b"))))
+    Path("observed.csv").write_text("id,b,a\nGW15,1,2\nGW17,3,4\n")
+    run("sample model.safetensors --given observed.csv --n 9 --out draws.nc")
+    data = arviz.from_netcdf("draws.nc")
+    assert data.observed_data.a.sel(observation="GW17") == 4
+    assert data.posterior.mass.sel(observation="GW15").shape == (1, 9)
+
+
 def test_without_names_all_elements_are_one_variable(run, arviz):
     saved(Spec((3,), context=(Variable("label", names=("a", "b")),)))
     run("sample model.safetensors --label b --n 5 --out draws.nc")

@@ -85,7 +85,12 @@ def check_draws(names: Iterable[str]) -> None:
 
 
 def write_draws(
-    out: Path, draws: np.ndarray, names: Iterable[str], given: Columns, **about: Any
+    out: Path,
+    draws: np.ndarray,
+    names: Iterable[str],
+    given: Columns,
+    observations: Iterable[str] | None = None,
+    **about: Any,
 ) -> None:
     r"""Write draws as InferenceData of ArviZ, a .nc file that appears once it is complete.
 
@@ -97,6 +102,7 @@ def write_draws(
         draws: n draws for each of O observations, (O, n, \*event).
         names: The columns of a vector; without any, all elements are the variable `x`.
         given: What each draw was given, by name: arrays of O rows.
+        observations: Their names; by default their numbers, from 0.
         about: Attributes of both groups and of the file.
     """
     from musigma.files import replacing
@@ -118,12 +124,14 @@ def write_draws(
             name: variable(values, name, ["observation"]) for name, values in given.items()
         },
     }
-    sizes = dict(zip(dims, every.shape, strict=False))
+    places: dict[str, Any] = {dim: range(n) for dim, n in zip(dims, every.shape, strict=False)}
+    if observations is not None:
+        places["observation"] = list(observations)
     with replacing(out) as draft:
         xarray.Dataset(attrs=about).to_netcdf(draft, engine="h5netcdf", mode="w")
         for group, variables in groups.items():
             used = {dim for value in variables.values() for dim in value[0]}
-            coordinates = {dim: range(sizes[dim]) for dim in dims if dim in used}
+            coordinates = {dim: places[dim] for dim in dims if dim in used}
             data = xarray.Dataset(variables, coordinates, attrs=about)
             if variables:
                 data.to_netcdf(draft, engine="h5netcdf", mode="a", group=group)

@@ -462,7 +462,13 @@ class Trained:
         check_draws([*self.spec.columns, *(v.name for v in self.spec.context)])
 
     def write_draws(
-        self, x: Tensor, observed: Context, observations: int, out: Path, **about: Any
+        self,
+        x: Tensor,
+        observed: Context,
+        observations: int,
+        names: Sequence[str] | None,
+        out: Path,
+        **about: Any,
     ) -> None:
         """The draws for each observation, one after another, as a .nc file of ArviZ.
 
@@ -470,6 +476,7 @@ class Trained:
             x: All draws, those of one observation after another.
             observed: The context of each observation.
             observations: Number of observations.
+            names: Their names, if they have any.
             out: The file.
             about: Attributes of the file, beside the model's.
         """
@@ -493,6 +500,7 @@ class Trained:
             values.reshape(observations, n, *values.shape[1:]),
             self.spec.columns,
             given,
+            names,
             inference_library="musigma",
             inference_library_version=__version__,
             architecture=self.model.config["architecture"],

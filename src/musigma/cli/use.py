@@ -158,7 +158,8 @@ def sample(
     if out.suffix == ".nc":
         if not given:
             observed = contexts.rows(observed, slice(1))
-        trained.write_draws(torch.cat(parts), observed, observations, out, temperature=temperature)
+        drawn = torch.cat(parts)
+        trained.write_draws(drawn, observed, observations, names, out, temperature=temperature)
     else:
         beside = {name: values[rows.start : rows.stop] for name, values in beside.items()}
         trained.write(torch.cat(parts), out, beside=beside)
