@@ -32,6 +32,7 @@ RANKS = {
     "layer": 2,
     "model": 3,
     "conditional": 4,
+    "ensemble": 4,
     "ladder": 4,
     "any_order": 4,
     "questions": 5,

@@ -92,6 +92,10 @@ class AnyOrder(Model):
     """
 
     exact = True
+    no_latents = (
+        "a `table` model has no latents; train a flow or a VAE of the same columns (musigma train "
+        "nsf DATA --schema infer)"
+    )
     starts: Tensor
     log_marginal: Tensor
     log_outside: Tensor
@@ -309,6 +313,10 @@ class AnyOrder(Model):
     ) -> Tensor:
         """log p(x) in each of several orders, nats (B, R)."""
         return torch.stack([self.conditionals(x, o, context).sum(1) for o in orders], 1)
+
+    def log_prob_each(self, x: Tensor, context: Tensor | None = None) -> Tensor | None:
+        """log p(x) in each of the model's orders, nats (B, R); None for a single one."""
+        return self.log_prob_orders(x, self.orders, context) if len(self.orders) > 1 else None
 
     def fill(
         self,

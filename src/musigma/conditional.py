@@ -51,6 +51,15 @@ class Conditional(Model):
         """The inner model, and the output of the embedding."""
         return self.model.given(self.embedded(context))
 
+    def log_prob_each(self, x: Tensor, context: Context = None) -> Tensor | None:
+        """That of the inner model."""
+        return self.model.log_prob_each(x, self.embedded(context))
+
+    @property
+    def no_latents(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of the inner model."""
+        return self.model.no_latents
+
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """Infer by the inner model."""
         self.model.infer(x, trace, self.embedded(context))

@@ -57,12 +57,14 @@ class Model(nn.Module, ABC):
         former_digest: The digest that `.mus` files of an earlier version hold for this model, if
             it was loaded from a checkpoint of that version.
         exact: Whether log w is log p(x): true for flows without dequantization.
+        no_latents: Why this model has no latents to encode; empty if it has.
     """
 
     config: Mapping[str, Any] = {}
     spec: Spec | None = None
     former_digest: str | None = None
     exact: bool = False
+    no_latents: str = ""
 
     # -- what a model implements
 
@@ -197,6 +199,13 @@ class Model(nn.Module, ABC):
         """
         self.require_exact("log_prob")
         return self(x, context, closed_form=False).elbo
+
+    def log_prob_each(self, x: Tensor, context: Context = None) -> Tensor | None:
+        """log p(x) under each of the densities that this model mixes in equal parts, nats (B, R).
+
+        None if this model is no such mixture.
+        """
+        return None
 
     def require_exact(self, name: str) -> None:
         """Refuse a method or an option of a name for a model that is not `exact`.

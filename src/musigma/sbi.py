@@ -22,7 +22,7 @@ from torch.distributions import constraints
 from musigma.conditional import Conditional
 from musigma.context import Context
 from musigma.data import Dataset
-from musigma.layers.standardize import standardizer
+from musigma.layers.standardize import standardizers
 from musigma.model import Model
 from musigma.spec import Spec, Variable
 from musigma.support import Support
@@ -260,8 +260,7 @@ def estimator(
             model = build(name, spec, **chosen)
         else:
             model = _embedded(name, spec, embedding_net, data, chosen)
-        first = standardizer(model)
-        if first is not None:
+        for first in standardizers(model):
             first.measure(Dataset(events.numpy(force=True)))
         model.calibrate(events[:CALIBRATION], data[:CALIBRATION])
         return Estimator(model)

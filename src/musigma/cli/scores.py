@@ -149,7 +149,7 @@ def _summary(
         figures = f", {low:.4f} to {high:.4f} nats, mean {mean:.4f} ({bound})"
     if "spread" in columns:
         fields["spread"] = float(np.mean(columns["spread"])) if n else None
-        figures += f", differing by {fields['spread']:.4f} between orders" if n else ""
+        figures += f", differing by {fields['spread']:.4f} {trained.mixed}" if n else ""
     if trained.spec.support is not None:
         fields["outside"] = trained.outside
     fields |= trained.warnings

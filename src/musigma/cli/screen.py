@@ -125,6 +125,10 @@ def figure_text(figure: dict[str, Any], nats_first: bool = False) -> str:
         text = f"{nats:.4f}{error} nats per example, {bits:.4f} bits/dim"
     else:
         text = f"{bits:.4f}{error} bits/dim, {nats:.2f} nats per example"
+    if figure.get("spread") is not None:
+        error = figure["standard_error_spread"]
+        error = "" if error is None else f" ± {error:.4f}"
+        text += f", differing by {figure['spread']:.4f}{error} nats within the mixture"
     return f"{text} ({bound}; n = {figure['n']:,})"
 
 

@@ -255,15 +255,15 @@ class Trained:
             raise ValueError(f"{option}: for models of `musigma train table` alone; leave it out")
         return inner
 
+    @property
+    def mixed(self) -> str:
+        """What scores differ between, if the model is a mixture."""
+        return "between members" if hasattr(self.model, "members") else "between orders"
+
     def check_latents(self, command: str) -> None:
         """Refuse a command about latents if the model has none."""
-        from musigma.any_order import AnyOrder
-
-        if isinstance(getattr(self.model, "model", self.model), AnyOrder):
-            raise ValueError(
-                f"{command}: a `table` model has no latents; train a flow or a VAE of the same "
-                "columns (musigma train nsf DATA --schema infer)"
-            )
+        if reason := self.model.no_latents:
+            raise ValueError(f"{command}: {reason}")
 
     def context(self, n: int, label: str | None = None, given: Sequence[str] = ()) -> Context:
         """The context of generated examples: n rows of a class, or n for each row of `given`.
@@ -539,9 +539,10 @@ class Trained:
         self.write_rows(rows, out)
         return len(rows)
 
-    def wrote(self, out: Path, what: str, **answer: Any) -> None:
-        """Print the answer of a command that wrote a file."""
-        self.screen.result({"out": str(out), **answer, **self.warnings}, f"{what}: {out}")
+    def wrote(self, out: Path, what: str, *, after: str = "", **answer: Any) -> None:
+        """Print the answer of a command that wrote a file, and lines after it."""
+        answer = {"out": str(out), **answer, **self.warnings}
+        self.screen.result(answer, f"{what}: {out}{after}")
 
 
 def class_number(label: str, names: Sequence[str], classes: int) -> int:

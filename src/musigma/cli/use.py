@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from musigma.cli import tables
+from musigma.cli.members import Differences
 from musigma.cli.options import (
     USE,
     Argument,
@@ -143,6 +144,7 @@ def sample(
     share = Share(processes, n, size)
     rows, out = share.rows, share.path(out)
     parts = [torch.empty(0, *trained.shape, dtype=trained.dtype)]
+    members = Differences(trained.model, wanted=temperature == "1" and not mode)
     with trained.screen.progress("sampling") as progress:
         for start in rows[::size]:
             block = slice(start, min(start + size, rows.stop))
@@ -154,6 +156,7 @@ def sample(
                 by = contexts.rows(observed, which)
                 x = trained.model.sample(len(which), by, temperature=_scale(scale), mode=mode)
             parts.append(x.cpu())
+            members.add(x, by)
             progress(block.stop - rows.start, len(rows))
     if out.suffix == ".nc":
         if not given:
@@ -164,7 +167,8 @@ def sample(
         beside = {name: values[rows.start : rows.stop] for name, values in beside.items()}
         trained.write(torch.cat(parts), out, beside=beside)
     what = f"{count(len(rows), 'sample')}{share}"
-    trained.wrote(out, what, n=len(rows), temperature=temperature, **share.fields)
+    answer = {"n": len(rows), "temperature": temperature, **share.fields, **members.fields}
+    trained.wrote(out, what, after=members.line, **answer)
 
 
 def _observation_of(

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
-from musigma.any_order import AnyOrder
-from musigma.conditional import Conditional
 from musigma.context import Context
 from musigma.data import Dataset
 from musigma.evaluation.diagnostics import ACTIVE
@@ -58,8 +56,8 @@ def score(
     Returns:
         Columns of length N: `bits_per_dim` and `nats` (-log p or its upper bound); and, from one
         draw, `log_px`, `rate`, and `kl_0`, `kl_1`, ... of each latent, top first, in nats. For a
-        mixture of several orders of the columns also `spread`, the standard deviation of the nats
-        of one order.
+        mixture, of the members of an ensemble or of several orders of the columns, also `spread`,
+        the standard deviation of the nats of one of them.
 
     Raises:
         ValueError: If the data do not fit the model, or k is below 1.
@@ -73,7 +71,7 @@ def score(
     )
     with torch.no_grad(), evaluating(model):
         for x, context in shared:
-            row = _in_orders(model, x, context) or _of_trace(model, x, context, k)
+            row = _of_mixture(model, x, context) or _of_trace(model, x, context, k)
             for name, value in row.items():
                 columns.setdefault(name, []).append(torch.as_tensor(value).cpu().double())
     table = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
@@ -94,14 +92,11 @@ def _of_trace(model: Model, x: Tensor, context: Context, k: int) -> dict[str, An
     return row | {f"kl_{i}": column for i, column in enumerate(evidence.kl.unbind(1))}
 
 
-def _in_orders(model: Model, x: Tensor, context: Context) -> dict[str, Any]:
-    """The figures of rows from a mixture of several orders of the columns; none for one order."""
-    inner, given = model, context
-    if isinstance(model, Conditional):
-        inner, given = model.model, model.embedded(context)
-    if not isinstance(inner, AnyOrder) or len(inner.orders) < 2:
+def _of_mixture(model: Model, x: Tensor, context: Context) -> dict[str, Any]:
+    """The figures of some examples under a mixture; none if the model is a single density."""
+    each = model.log_prob_each(x, context)
+    if each is None:
         return {}
-    each = inner.log_prob_orders(x, inner.orders, given)  # pyright: ignore[reportArgumentType]
     nats = math.log(each.shape[1]) - each.logsumexp(1)
     return {"nats": nats, "spread": each.std(1), "log_px": 0 * nats, "rate": nats, "kl_0": nats}
 
@@ -125,7 +120,8 @@ def evaluate(
         `bits_per_dim` with its `standard_error`; `nats` per example with `standard_error_nats`;
         `bound`: "exact" (-log p itself), "elbo" or "iwae-K" (upper bounds of it); `n`; `log_px`,
         `rate` and `kl` (per latent, top first) in nats; `non_finite`: the number of examples
-        without a finite figure, which are included in all means.
+        without a finite figure, which are included in all means; for a mixture `spread`, with its
+        `standard_error_spread`.
 
     Raises:
         ValueError: If there are no examples, the data do not fit the model, or k is below 1.
@@ -152,7 +148,7 @@ def mean(model: Model, table: Mapping[str, np.ndarray], k: int = 1) -> dict[str,
         with np.errstate(invalid="ignore"):  # it is NaN where a value is infinite
             return float(table[name].std(ddof=1) / math.sqrt(n)) if n > 1 else None
 
-    return {
+    figure = {
         "bits_per_dim": means["bits_per_dim"],
         "standard_error": error("bits_per_dim"),
         "nats": means["nats"],
@@ -164,6 +160,9 @@ def mean(model: Model, table: Mapping[str, np.ndarray], k: int = 1) -> dict[str,
         "kl": [mean for name, mean in means.items() if name.startswith("kl_")],
         "non_finite": int((~np.isfinite(table["nats"])).sum()),
     }
+    if "spread" in table:
+        figure |= {"spread": means["spread"], "standard_error_spread": error("spread")}
+    return figure
 
 
 @torch.no_grad()

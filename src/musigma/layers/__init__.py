@@ -7,7 +7,7 @@ from musigma.layers.linear import ActNorm, InvertibleConv
 from musigma.layers.mapped import Autoregressive, AutoregressiveNet, Coupling, Elementwise
 from musigma.layers.maps import Additive, Affine, Map, Spline
 from musigma.layers.marginals import Marginals
-from musigma.layers.standardize import Standardize, standardizer
+from musigma.layers.standardize import Standardize, standardizer, standardizers
 from musigma.layers.support import Unconstrain
 from musigma.nets import MADE, Conditioner
 
@@ -36,4 +36,5 @@ __all__ = [
     "Standardize",
     "Unconstrain",
     "standardizer",
+    "standardizers",
 ]

@@ -12,7 +12,7 @@ from musigma.layers.marginals import Marginals, Rows
 from musigma.layers.support import Unconstrain
 from musigma.tensors import at_least_float32, moments
 
-__all__ = ["Standardize", "standardizer"]
+__all__ = ["Standardize", "standardizer", "standardizers"]
 
 
 class Standardize(Bijection):
@@ -108,3 +108,9 @@ def standardizer(model: nn.Module) -> Standardize | Marginals | Unconstrain | No
         layers = getattr(first, "layers", None)
         first = layers[0] if layers else getattr(first, "model", None)  # of a `Conditional`
     return None
+
+
+def standardizers(model: nn.Module) -> list[Standardize | Marginals | Unconstrain]:
+    """The `standardizer` of a model, or of every member of an ensemble."""
+    found = [standardizer(member) for member in getattr(model, "members", [model])]
+    return [layer for layer in found if layer is not None]

@@ -13,7 +13,7 @@ from musigma.checkpoint import require_config
 from musigma.context import Context
 from musigma.data import Dataset, batch_indices
 from musigma.evaluation import batch, check, evaluating
-from musigma.layers import standardizer
+from musigma.layers import standardizers
 from musigma.memory import set_memory
 from musigma.model import Model
 from musigma.processes import current_processes
@@ -59,7 +59,7 @@ def check_run(
             f"batch_size: {count} processes cannot share {config.batch_size} examples; give each "
             "at least one"
         )
-    if standardizer(model) is not None:
+    if standardizers(model):
         train.moments()  # refuses columns that are constant here
     for tracker in config.track:
         if importlib.util.find_spec(tracker) is None:

@@ -26,7 +26,7 @@ from musigma.data import Dataset, batch_indices
 from musigma.data.batches import stream
 from musigma.evaluation import batch, evaluate, tensors
 from musigma.files import is_draft
-from musigma.layers import standardizer
+from musigma.layers import standardizers
 from musigma.memory import fallbacks, set_fallbacks, set_memory
 from musigma.model import Model
 from musigma.processes import current_processes
@@ -248,9 +248,9 @@ class _Run:
         torch.manual_seed(self.config.seed)
         n = len(self.train)
         first = batch_indices(n, min(512, n), seed=self.config.seed, step=0)
-        units = standardizer(self.model)
-        if units is not None and not bool(units.calibrated):
-            units.measure(self.train)
+        for units in standardizers(self.model):
+            if not bool(units.calibrated):
+                units.measure(self.train)
         self.model.calibrate(*batch(self.train, first, self.model, seed=self.config.seed))
 
     def _continue(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from musigma.conditional import Conditional
+from musigma.ensemble import Ensemble
 from musigma.model import Model
 from musigma.nets import embedding_of
 from musigma.schema import Schema
@@ -47,7 +48,7 @@ M = TypeVar("M", bound=Model)
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Options of every architecture that takes a context, beside those of its builder.
+    """Options of every architecture beside those of its builder.
 
     `Model.config` holds them only if they are not at their defaults.
 
@@ -55,9 +56,13 @@ class Conditioning:
         embed: How the context is embedded: `none`, as it is; `mlp`; `set`: sequences of any number
             of elements in any order; `conv`: series and images; `transformer`: sequences; or
             FILE.py:NAME. Options of the embedding may follow: 'set width=128 blocks=2'.
+        ensemble: Number of models that are trained together from different initial weights, each
+            with an embedding of its own. Their equal mixture is the model, and how much they
+            differ is reported (`Ensemble`).
     """
 
     embed: str = "none"
+    ensemble: int = 1
 
     @property
     def embeds(self) -> bool:
@@ -71,7 +76,7 @@ class Conditioning:
         return [
             inspect.Parameter(f.name, kind, default=f.default, annotation=f.type)
             for f in fields(cls)
-            if "context" in known and f.name not in known
+            if f.name not in known and ("context" in known or f.name != "embed")
         ]
 
 
@@ -105,6 +110,8 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
         _check_options(builder, [p.name for p in (*others, *added)], options)
         asked = {p.name: options.pop(p.name) for p in added if p.name in options}
         how = Conditioning(**asked)
+        if how.ensemble != 1:
+            return _ensemble(build, shape, how.ensemble, options | asked)
         spec, embedding = shape if isinstance(shape, Spec) else None, None
         if spec is None:
             spec = _implied(tuple(shape), how, options, signature.parameters)  # pyright: ignore
@@ -147,6 +154,19 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
     return build
 
 
+def _ensemble(
+    build: Callable[..., Any], shape: Sequence[int] | Spec, size: int, options: Mapping[str, Any]
+) -> Any:
+    """An ensemble of models that a builder makes, each with a configuration of its own."""
+    at_least(1, ensemble=size)
+    members = [build(shape, **{**options, "ensemble": 1}) for _ in range(size)]
+    model = Ensemble(members)
+    config = members[0].config
+    model.config = {**config, "options": {**config["options"], "ensemble": size}}
+    model.spec = members[0].spec
+    return model
+
+
 def build(name: str, shape: Sequence[int] | Spec, **options: Any) -> Model:
     """Build a model of an architecture for data of a given shape.
 
@@ -155,7 +175,7 @@ def build(name: str, shape: Sequence[int] | Spec, **options: Any) -> Model:
         shape: Event shape, (C, H, W) or (D,); or a `Spec`, which also sets `bits` and the context.
             Unless the context consists of the classes of one variable, it passes through an
             embedding, whose parameters are part of the model (`Conditional`).
-        **options: Options of the builder, and those of `Conditioning` if it takes a context.
+        **options: Options of the builder, and those of `Conditioning`.
 
     Raises:
         ValueError: If an architecture or option is unknown (the message suggests the nearest one),
