@@ -33,6 +33,7 @@ RANKS = {
     "model": 3,
     "conditional": 4,
     "ensemble": 4,
+    "posterior": 5,
     "ladder": 4,
     "any_order": 4,
     "questions": 5,

@@ -282,7 +282,7 @@ def test_the_command_line_trains_and_uses_an_ensemble(tmp_path, capsys):
     assert "between members" in capsys.readouterr().out
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["model"]["options"]["ensemble"] == 2
-    assert answer("inspect", run)
+    assert answer("inspect", run, sims)
     with pytest.raises(SystemExit) as stop:
         main(["encode", run, sims, "--out", str(tmp_path / "z.npz"), "--device", "cpu"])
     assert stop.value.code == 2

@@ -89,7 +89,8 @@ class Ensemble(Model):
     def each(self, context: Context) -> Iterator[tuple[Model, Context]]:
         """Every member, with its context."""
         for m, member in enumerate(self.members):
-            yield member, contexts.rows(context, (slice(None), m)) if self.separate else context
+            own = contexts.apply(lambda t, m=m: t[:, m], context) if self.separate else context
+            yield member, own
 
     def given(self, context: Context) -> tuple[Model, Context]:
         """The ensemble of `given` of all members; embedded contexts get an axis of members."""
@@ -192,7 +193,9 @@ class Mixture(EventDistribution):
             if torch.is_grad_enabled() and self.has_rsample:
                 drawn.append(member.rsample_and_log_prob(k, rows)[0])
             else:
-                t = temperature[order[part]] if _varies(temperature) else temperature
+                t = temperature
+                if isinstance(t, Tensor) and t.ndim:
+                    t = t[order[part]]
                 drawn.append(member.sample(k, rows, temperature=t))
         return torch.cat(drawn)[order.argsort()]
 
@@ -200,7 +203,3 @@ class Mixture(EventDistribution):
     def mean(self) -> Tensor:
         """Raises a ValueError: a draw at temperature 0 is a center, which a mixture lacks."""
         raise ValueError("temperature: an ensemble has no center; take one above 0")
-
-
-def _varies(temperature: float | Tensor) -> bool:
-    return isinstance(temperature, Tensor) and temperature.ndim > 0
