@@ -314,7 +314,7 @@ class AnyOrder(Model):
         """log p(x) in each of several orders, nats (B, R)."""
         return torch.stack([self.conditionals(x, o, context).sum(1) for o in orders], 1)
 
-    def log_prob_each(self, x: Tensor, context: Tensor | None = None) -> Tensor | None:
+    def log_prob_each(self, x: Tensor, context: Any = None) -> Tensor | None:
         """log p(x) in each of the model's orders, nats (B, R); None for a single one."""
         return self.log_prob_orders(x, self.orders, context) if len(self.orders) > 1 else None
 

@@ -18,21 +18,28 @@ class Differences:
     """The disagreement of the members of a model over draws from it; nothing if it has none.
 
     Args:
-        model: Any model.
-        wanted: Whether the draws are those of the model as it is.
+        model: Any model, or None.
+        observed: Its context: a row for each observation, or None.
     """
 
-    def __init__(self, model: Any, wanted: bool = True):
-        self.model = model if wanted and hasattr(model, "disagreement") else None
+    def __init__(self, model: Any, observed: Context):
+        self.model, self.observed = model, observed
         self.parts: list[Tensor] = []
+        self.given: Any = None
 
-    def add(self, x: Tensor, context: Context) -> None:
-        """Count draws."""
+    def add(self, x: Tensor, which: Tensor) -> None:
+        """Count draws (n, D) for observations of these numbers (n,)."""
         import torch
 
-        if self.model is not None:
-            with torch.no_grad():
-                self.parts.append(self.model.disagreement(x, context).information.cpu())
+        from musigma import context as contexts
+
+        if not hasattr(self.model, "disagreement"):
+            return
+        with torch.no_grad():
+            self.given = self.given or self.model.given(self.observed)
+            model, rows = self.given
+            found = model.disagreement(x, contexts.rows(rows, which))
+        self.parts.append(found.information.cpu())
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -43,7 +50,7 @@ class Differences:
             return {}
         nats = torch.cat(self.parts).double()
         error = float(nats.std() / math.sqrt(len(nats))) if len(nats) > 1 else None
-        most = math.log(len(self.model))  # pyright: ignore[reportArgumentType]
+        most = math.log(len(self.model))
         return {
             "disagreement": {"nats": float(nats.mean()), "standard_error": error, "most": most}
         }

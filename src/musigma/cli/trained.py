@@ -539,10 +539,9 @@ class Trained:
         self.write_rows(rows, out)
         return len(rows)
 
-    def wrote(self, out: Path, what: str, *, after: str = "", **answer: Any) -> None:
-        """Print the answer of a command that wrote a file, and lines after it."""
-        answer = {"out": str(out), **answer, **self.warnings}
-        self.screen.result(answer, f"{what}: {out}{after}")
+    def wrote(self, out: Path, what: str, **answer: Any) -> None:
+        """Print the answer of a command that wrote a file."""
+        self.screen.result({"out": str(out), **answer, **self.warnings}, f"{what}: {out}")
 
 
 def class_number(label: str, names: Sequence[str], classes: int) -> int:

@@ -144,7 +144,8 @@ def sample(
     share = Share(processes, n, size)
     rows, out = share.rows, share.path(out)
     parts = [torch.empty(0, *trained.shape, dtype=trained.dtype)]
-    members = Differences(trained.model, wanted=temperature == "1" and not mode)
+    as_it_is = temperature == "1" and not mode
+    members = Differences(trained.model if as_it_is else None, observed)
     with trained.screen.progress("sampling") as progress:
         for start in rows[::size]:
             block = slice(start, min(start + size, rows.stop))
@@ -156,7 +157,7 @@ def sample(
                 by = contexts.rows(observed, which)
                 x = trained.model.sample(len(which), by, temperature=_scale(scale), mode=mode)
             parts.append(x.cpu())
-            members.add(x, by)
+            members.add(x, which)
             progress(block.stop - rows.start, len(rows))
     if out.suffix == ".nc":
         if not given:
@@ -167,8 +168,9 @@ def sample(
         beside = {name: values[rows.start : rows.stop] for name, values in beside.items()}
         trained.write(torch.cat(parts), out, beside=beside)
     what = f"{count(len(rows), 'sample')}{share}"
-    answer = {"n": len(rows), "temperature": temperature, **share.fields, **members.fields}
-    trained.wrote(out, what, after=members.line, **answer)
+    answer = {"out": str(out), "n": len(rows), "temperature": temperature, **share.fields}
+    answer |= {**members.fields, **trained.warnings}
+    trained.screen.result(answer, f"{what}: {out}{members.line}")
 
 
 def _observation_of(
