@@ -226,8 +226,6 @@ def truncated(
 
     Example:
         >>> import musigma
-        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
-        <torch._C.Generator object at ...>
         >>> box = Support([-20, -20], [20, 20])
         >>> model = musigma.build("maf", (2,), depth=1, hidden=8, context=3)
         >>> found = truncated(model, torch.randn(1, 3), box, 100, epsilon=0.01)
