@@ -669,3 +669,58 @@ def test_pairs_are_scored_in_nats(posterior, tmp_path, monkeypatch, run, said):
     assert figure["standard_error_nats"] == pytest.approx(error, rel=1e-4)
     text = said(f"evaluate {posterior / 'model.safetensors'} pairs.csv")
     assert f"{-scores.mean():.4f} ± {error:.4f} nats per example, " in text
+
+
+# Arrays by name ---------------------------------------------------------------------------------
+
+
+def test_arrays_of_pairs_are_read_by_name(tmp_path):
+    random = np.random.default_rng(0)
+    theta, x = random.normal(size=(30, 2)), random.normal(size=(30, 4))
+    arrays = {"x": x, "theta": theta, "s": padded(series()), "w": theta[:, 0] + 1}
+    arrays |= {"kind": np.array(["a", "b", "b"] * 10), "other": x}
+    np.savez(tmp_path / "sims.npz", **arrays)
+    sources = [tmp_path / "sims.npz", arrays, arrays | {"theta": torch.from_numpy(theta)}]
+    for source in sources:
+        data = load(source, of=["theta", "w"], given=["s", "x", "kind"])
+        assert data.columns == ("theta_0", "theta_1", "w")
+        expected = np.column_stack([theta, theta[:, 0] + 1]).astype("f")
+        np.testing.assert_array_equal(data.x, expected)
+        assert [(v.name, v.shape) for v in data.variables] == [
+            ("s", (5, 2)),
+            ("x", (4,)),
+            ("kind", (2,)),
+        ]
+        np.testing.assert_array_equal(data.given["x"].values, x.astype("f"))
+        np.testing.assert_array_equal(data.given["s"].values, padded(series()))
+        again = load(source, columns=["theta_1", "w", "theta_0"], of="theta", given="x")
+        np.testing.assert_array_equal(again.x, expected[:, [1, 2, 0]])
+    theta[3, 1], x[8, 2] = np.nan, np.inf
+    with fails(
+        "2 of 30 rows cannot be used",
+        "column 'theta_1' is NaN or missing in 1 row, row 3 .from 0.",
+        "column 'x' is not finite at a place in 1 row, row 8 .from 0.",
+    ):
+        load({"x": x, "theta": theta}, of="theta", given="x")
+    assert len(load({"x": x, "theta": theta}, of="theta", given="x", skip_bad=True)) == 28
+    with fails("no column matches 'phi': give one of x, theta"):
+        load({"x": x, "theta": theta}, of="phi")
+    with fails("the numbers of rows differ, 30 of x, 9 of theta"):
+        load({"x": x, "theta": theta[:9]}, of="theta", given="x")
+    with fails("column 's' is float32 of shape .30, 5, 2.: give lists as context"):
+        load(arrays, of="s")
+
+
+def test_a_run_of_arrays_is_used_on_other_arrays(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for name, n in (("sims", 60), ("test", 9)):
+        theta, x = random.normal(size=(n, 2)), random.normal(size=(n, 3))
+        np.savez(f"{name}.npz", theta=theta, x=x)
+    words = f"train maf sims.npz --of theta --given x --depth 1 --hidden 8 {QUICK} --out run"
+    run(words)
+    assert run("evaluate run test.npz")["n"] == 9
+    assert run("evaluate run sims.npz")["split"] == "held-out"
+    np.save("x.npy", random.normal(size=(2, 3)))
+    assert run("sample run --given x.npy --n 3 --out draws.csv")["n"] == 6
+    assert list(read("draws.csv")[0]) == ["observation", "theta_0", "theta_1"]

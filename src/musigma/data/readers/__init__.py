@@ -23,7 +23,7 @@ from musigma.data.dataset import UNTOUCHED, Dataset, Hashes, Preprocess
 from musigma.data.errors import DataError, damage, first_line
 from musigma.data.pairs import matching
 from musigma.data.raw import ARCHIVE, Progress, Request
-from musigma.data.readers.arrays import of_array, read_numpy
+from musigma.data.readers.arrays import of_array, read_named, read_numpy
 from musigma.data.readers.arrow import frame, read_arrow
 from musigma.data.readers.delimited import Delimited
 from musigma.data.readers.filesets import SHARD, FileSet, expanded, suffix
@@ -71,7 +71,10 @@ def load(
     the user's cache, and otherwise downloaded into the cache.
 
     Tables of pandas, polars, Arrow and whatever else hands out its columns in Arrow's format, and
-    arrays (N, D), are read from memory; several parquet files are one table.
+    arrays (N, D), are read from memory; several parquet files are one table. With `of`, an .npz
+    file or a mapping may hold arrays of pairs: ``load({"theta": theta, "x": x}, of="theta",
+    given="x")`` has the columns theta_0, theta_1, ... and the variable x, a vector (N, F) or
+    sequences (N, M, F).
 
     Args:
         source: A path, a URL or a name; several paths; a table, an array, or columns by name.
@@ -156,7 +159,7 @@ def load(
         data = _images(data, request)
     elif request.given and not data.given:
         raise request.error("given: its columns have no names: give a file of context")
-    elif columns is None and request.of and not _are_chosen(data.columns, request):
+    elif name in BUILT_IN and columns is None and not _are_chosen(data.columns, request):
         raise request.error("of: its columns cannot be chosen: give a table of named columns")
     if in_memory and isinstance(data.array, np.memmap):
         data = replace(data, array=np.array(data.array))
@@ -180,6 +183,10 @@ def _read_memory(source: Any, request: Request) -> Dataset:
         return _read_shards([Path(part).expanduser() for part in source], request)
     if isinstance(source, np.ndarray) and source.dtype.kind not in "OVSU":
         return of_array(source, request)
+    if request.of and isinstance(source, Mapping):
+        arrays = {str(name): values for name, values in source.items()}
+        if any(getattr(values, "ndim", 1) > 1 for values in arrays.values()):
+            return read_named({name: np.asarray(v) for name, v in arrays.items()}, request)
     return assemble(frame(source, request), request)
 
 
@@ -211,9 +218,9 @@ def _images(data: Dataset, request: Request) -> Dataset:
 
 
 def _are_chosen(names: Sequence[str], request: Request) -> bool:
-    """Whether columns are those that are asked for, which points without a table ignore."""
+    """Whether columns are those that are asked for, which sets of points ignore."""
     asked = {j for pattern in request.of for j in matching(names, pattern)}
-    return len(asked) == len(names) > 0
+    return not request.of or len(asked) == len(names) > 0
 
 
 def _check_levels(data: Dataset) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,9 @@ from musigma.data.assembly import assemble
 from musigma.data.cache import blocks, derived, float32
 from musigma.data.dataset import Dataset
 from musigma.data.errors import DataError
+from musigma.data.pairs import matching
 from musigma.data.raw import Request, as_labels
-from musigma.data.tables import Table, number_fault
+from musigma.data.tables import Content, Table, number_fault
 
 
 def read_numpy(path: Path, request: Request) -> Dataset:
@@ -24,6 +26,8 @@ def read_numpy(path: Path, request: Request) -> Dataset:
     if not zipped:
         return of_array(np.load(path, mmap_mode="r", allow_pickle=False), request)
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        if request.of:
+            return read_named({name: arrays[name] for name in arrays.files}, request)
         keys = set(arrays.files)
         data = [key for key in ("x", "images", "data", "arr_0") if key in keys]
         labels = [key for key in ("y", "labels") if key in keys]
@@ -43,6 +47,68 @@ def read_numpy(path: Path, request: Request) -> Dataset:
         if found.ids is not None:  # some examples were left out
             y = y[[int(name) for name in found.ids]]
         return replace(found, labels=y, label_names=names)
+
+
+def read_named(arrays: Mapping[str, np.ndarray], request: Request) -> Dataset:
+    """Arrays by name, of which some are modeled and others are given.
+
+    The columns of a modeled array (N, D) are called theta_0, theta_1, ... if it is called theta.
+    Given arrays are (N,), (N, F), or sequences (N, M, F).
+
+    Raises:
+        DataError: If the arrays differ in their numbers of rows.
+    """
+    counts = {name: a.shape[0] if a.ndim else 0 for name, a in arrays.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{n} of {name}" for name, n in counts.items())
+        raise request.error(f"the numbers of rows differ, {listed}: make them equal")
+    names, columns, of = list(arrays), dict[str, np.ndarray](), []
+    modeled: dict[str, list[str]] = {}
+    for name in (names[j] for pattern in request.of for j in matching(names, pattern)):
+        if arrays[name].ndim == 2:
+            modeled[name] = [f"{name}_{j}" for j in range(arrays[name].shape[1])]
+    for name, array in arrays.items():
+        columns |= (
+            dict(zip(modeled[name], array.T, strict=True)) if name in modeled else {name: array}
+        )
+    for pattern in request.of:
+        found = [names[j] for j in matching(names, pattern)]
+        of += [part for name in found for part in modeled.get(name, [name])] or [pattern]
+    return assemble(_Named(columns), replace(request, of=tuple(dict.fromkeys(of))))
+
+
+class _Named(Table):
+    """Arrays by name as the columns of a table; those of several axes are lists."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self.names, self.arrays = tuple(arrays), list(arrays.values())
+        self.rows = len(self.arrays[0]) if arrays else 0
+        self.kinds = [self._kind(array) for array in self.arrays]
+        self.storage = [
+            array.dtype.name if array.ndim == 1 else f"{array.dtype} of shape {array.shape}"
+            for array in self.arrays
+        ]
+
+    @staticmethod
+    def _kind(array: np.ndarray) -> Content:
+        if array.dtype.kind in "US":
+            return "text" if array.ndim == 1 else "other"
+        if array.dtype.kind not in "buif" or array.ndim not in (1, 2, 3):
+            return "other"
+        return "number" if array.ndim == 1 else "list"
+
+    def x(self, columns: Sequence[int]) -> np.ndarray:
+        return np.stack([float32(self.arrays[j]) for j in columns], 1)
+
+    def numbers(self, j: int) -> np.ndarray:
+        return self.arrays[j].astype(np.float64)
+
+    def sequences(self, j: int) -> np.ndarray:
+        return float32(self.arrays[j])
+
+    def batches_of_words(self, j: int) -> Iterator[tuple[list[Any], np.ndarray]]:
+        words, codes = np.unique(self.arrays[j], return_inverse=True)
+        yield words.tolist(), codes
 
 
 def of_array(x: np.ndarray, request: Request) -> Dataset:
