@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import musigma
-from musigma import Spec, Variable, build, checkpoint
+from musigma import Dataset, Spec, TrainConfig, Variable, build, checkpoint, fit
 from musigma.cli import main
 from musigma.conditional import Conditional
+from musigma.data import Given
 from musigma.nets import EMBEDDINGS, DeepSet, Embedding, embedding, embedding_of
 
 NAN = math.nan
@@ -433,6 +434,21 @@ def test_an_embedding_from_a_file(tmp_path, monkeypatch, capsys, registry):
     assert call(f"{words.replace('run', 'other')} --embed sett") == 2
     assert "did you mean 'set'" in capsys.readouterr().err
     assert not Path("other").exists()
+
+
+def test_training_standardizes_by_all_rows(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.standard_cauchy((3000, 4, 1)).astype(np.float32)
+    x[::3, 2:] = NAN
+    theta = rng.normal(size=(3000, 2)).astype(np.float32)
+    data = Dataset(theta, given={"x": Given(x)})
+    model = build("nsf", data.spec(["x"]), embed="set width=4", depth=1, hidden=4)
+    config = TrainConfig(steps=1, batch_size=8, evaluations=1, evaluate_on=8)
+    fit(model, data, data.subset(range(50)), config, tmp_path)
+    found = musigma.load(tmp_path / "last.safetensors").embedding.elements[0]
+    flat = x.astype(np.float64).ravel()
+    np.testing.assert_allclose([found.mean], [[np.nanmean(flat)]], rtol=1e-5)
+    np.testing.assert_allclose([found.std], [[np.nanstd(flat)]], rtol=1e-5)
 
 
 def test_lists_in_a_file_of_parquet_are_sets(tmp_path, monkeypatch, capsys, registry):

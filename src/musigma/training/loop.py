@@ -29,6 +29,7 @@ from musigma.files import is_draft
 from musigma.layers import standardizers
 from musigma.memory import fallbacks, set_fallbacks, set_memory
 from musigma.model import Model
+from musigma.nets import Summary
 from musigma.processes import current_processes
 from musigma.training import hardware, recovery, warning
 from musigma.training.checks import check_run, check_support
@@ -251,7 +252,20 @@ class _Run:
         for units in standardizers(self.model):
             if not bool(units.calibrated):
                 units.measure(self.train)
+        self._measure_context()
         self.model.calibrate(*batch(self.train, first, self.model, seed=self.config.seed))
+
+    def _measure_context(self) -> None:
+        """Standardize a context that is summarized by all rows, or by as many as fit in memory."""
+        summaries = [part for part in self.model.modules() if isinstance(part, Summary)]
+        if not summaries:
+            return
+        n, variables = len(self.train), summaries[0].variables
+        size = math.prod(self.train.shape) + sum(math.prod(v.shape) for v in variables)
+        rows = batch_indices(n, min(n, max(512, (1 << 24) // size)), seed=self.config.seed, step=0)
+        _, context = batch(self.train, rows, self.model, seed=self.config.seed)
+        for summary in summaries:
+            summary.calibrate(context)
 
     def _continue(self) -> None:
         """Deliver batches, and write the log, from the present step on."""
