@@ -3,6 +3,7 @@
 The posterior of a Gaussian parameter with a Gaussian likelihood is known in closed form.
 """
 
+import functools
 import itertools
 import math
 
@@ -13,7 +14,7 @@ from scipy import stats
 
 from musigma import Spec, StandardNormal, Variable, coverage
 from musigma.conditional import Conditional
-from musigma.coverage import Coverage, Pairs, model_ranks, ranks
+from musigma.coverage import Coverage, Pairs, local_test, model_ranks, ranks
 from musigma.coverage.drawing import chosen_draws, draw_parts, model_pairs
 from musigma.coverage.ranks import rank
 from musigma.coverage.uniformity import GRID, band, curve, detectable, p_value, power
@@ -333,7 +334,7 @@ def test_too_few_pairs_cannot_tell():
 
 
 def test_many_pairs_find_what_does_not_matter_and_say_so():
-    found = Coverage(Conjugate().ranks(10_000, 40, width=0.96))
+    found = Coverage(Conjugate().ranks(8_000, 30, width=0.96))
     assert found.judgment.verdict == "overconfident"
     assert found.judgment.slight
     assert str(found).startswith("Slightly overconfident")
@@ -392,13 +393,16 @@ def test_a_model_is_checked(width, word):
         posterior(truth, width),
         dataset(truth, 600),
         draws=100,
+        local=0,
         progress=lambda done, total: steps.append((done, total)),
     )
     assert found.judgment.verdict == word
     assert steps[-1] == (600, 600)
-    again = coverage.check(posterior(truth, width), dataset(truth, 600), draws=100)
+    again = coverage.check(posterior(truth, width), dataset(truth, 600), draws=100, local=0)
     assert again.to_dict() == found.to_dict()
-    other = coverage.check(posterior(truth, width), dataset(truth, 600), draws=100, seed=1)
+    other = coverage.check(
+        posterior(truth, width), dataset(truth, 600), draws=100, local=0, seed=1
+    )
     assert other.ranks.parameters.tolist() != found.ranks.parameters.tolist()
 
 
@@ -427,7 +431,7 @@ def test_a_model_without_an_exact_density_is_ranked_without_regions():
 
     data = dataset(Conjugate(), 60)
     model = musigma.build("vae", data.spec(["x"]), net="mlp", width=8, latents=2)
-    found = coverage.check(musigma.testing.randomized(model).float(), data, draws=40)
+    found = coverage.check(musigma.testing.randomized(model).float(), data, draws=40, local=0)
     assert found.ranks.region is None
     assert "no exact density" in str(found)
 
@@ -442,14 +446,14 @@ def test_one_embedding_serves_all_draws_of_an_observation():
 
     model = Conditional(posterior(truth), Counting())
     model.spec = model.model.spec
-    found = coverage.check(model, dataset(truth, 100), draws=50)
+    found = coverage.check(model, dataset(truth, 100), draws=50, local=0)
     assert found.judgment.reasons == ()
     assert sum(rows) <= 4 * 100
 
 
 def test_more_pairs_than_wanted_are_chosen_at_random():
     truth = Conjugate()
-    found = coverage.check(posterior(truth), dataset(truth, 200), draws=30, pairs=50)
+    found = coverage.check(posterior(truth), dataset(truth, 200), draws=30, pairs=50, local=0)
     assert len(found.ranks) == 50
     assert "50 of 200" in str(found)
     rows = found.columns()["row"]
@@ -509,3 +513,82 @@ def test_the_page_has_pictures_and_every_figure():
         assert test.name in page
         assert str(test.coverage[2]) in page
         assert test.coverage[2] == exact_share(round(test.coverage[2].value * 300), 300)
+
+
+# -- local tests
+
+
+def local(truth: Conjugate, seed: int, *, n=400, shift=0.0, **how):
+    """A local test at four observations, with draws that are off by `shift`."""
+    theta, x = truth.pairs(n, seed)
+    at = truth.pairs(4, seed + 1000)[1]
+    random = np.random.default_rng(seed + 2000)
+
+    def drawn(x, count):
+        z = random.normal(size=(len(x), count, D)) @ np.linalg.cholesky(truth.cov).T
+        return (x @ truth.gain.T + shift * truth.std)[:, None] + z
+
+    pairs = Pairs(theta, x, drawn(x, 1)[:, 0])
+    return at, local_test(pairs, at, drawn(at, 200), seed=seed, **how)
+
+
+def test_local_p_values_of_an_exact_posterior_are_at_least_uniform():
+    found = [local(Conjugate(), seed, n=100, permutations=19)[1] for seed in range(25)]
+    for level in (0.05, 0.25, 0.5):
+        first = sum(result.p_values[0] <= level for result in found)
+        assert stats.binom.sf(first - 1, 25, level) > 1e-3
+        anywhere = sum(result.adjusted.min() <= level for result in found)
+        assert stats.binom.sf(anywhere - 1, 25, level) > 1e-3
+        assert stats.binom.cdf(anywhere, 25, level) > 1e-3, "not always one"
+
+
+@functools.cache
+def local_pair():
+    """Local tests of a posterior that is wrong everywhere, and of the exact one."""
+    how = {"n": 400, "permutations": 99}
+    return local(Conjugate(), 0, shift=0.8, **how)[1], local(Conjugate(), 0, **how)[1]
+
+
+def test_a_posterior_that_is_wrong_everywhere_is_found_at_every_observation():
+    found, none = local_pair()
+    assert (found.p_values == 1 / 100).all()
+    assert (found.adjusted >= found.p_values).all()
+    assert len(found.found) == 4
+    assert found.labels == ("0", "1", "2", "3")
+    assert none.found == []
+
+
+def test_observations_outside_of_the_pairs_are_counted():
+    theta, x = Conjugate().pairs(100, 0)
+    at = np.stack([x[3], x[3]])
+    at[1, :2] += 1e3
+    found = local_test(Pairs(theta, x, theta), at, np.stack([theta, theta]), permutations=19)
+    assert found.outside.tolist() == [0, 2]
+    text = str(Coverage(Conjugate().ranks(100, 50), local=found))
+    assert "Observation 1 lies outside the range of the pairs in 2 of its values" in text
+    with pytest.raises(ValueError, match="x, draws: expected"):
+        local_test(Pairs(theta, x, theta), at[:, :2], np.stack([theta, theta]))
+
+
+def test_what_local_tests_find_is_in_the_verdict():
+    wrong, right = local_pair()
+    ranks = Conjugate().ranks(500, 50)
+    assert Coverage(ranks, local=right).judgment.verdict == "calibrated"
+    found = Coverage(ranks, local=wrong)
+    assert found.judgment.verdict == "miscalibrated"
+    assert "at 4 of 4 observations: 0, 1, 2, 3" in found.judgment.reasons[0]
+    assert found.to_dict()["local"]["adjusted"] == wrong.adjusted.tolist()
+    assert "Single observations" in str(found)
+
+
+def test_a_model_is_checked_at_given_observations():
+    truth = Conjugate()
+    data = dataset(truth, 60)
+    at = torch.from_numpy(data.given["x"].values[:2]).double()
+    found = coverage.check(posterior(truth), data, draws=50, at=at).local
+    assert found is not None
+    assert found.labels == ("0", "1")
+    chosen = coverage.check(posterior(truth), data, draws=50, local=3).local
+    assert chosen is not None
+    assert all(label.startswith("row ") for label in chosen.labels)
+    assert coverage.check(posterior(truth), data, draws=50, local=0).local is None

@@ -30,6 +30,8 @@ def calibrate(
     draws: int | None = None,
     pairs: int = 10_000,
     tolerance: float = 0.1,
+    local: int = 8,
+    at: tuple[str, ...] = (),
     out: Path | None = None,
     ranks: Path | None = None,
     options: DataOptions = DataOptions(),
@@ -47,13 +49,17 @@ def calibrate(
         pairs: Largest number of pairs; of more, so many are chosen at random.
         tolerance: Smallest deviation of coverage that matters. If the pairs are too few to find
             it, the verdict is "cannot tell".
+        local: Number of pairs, chosen at random, at whose observations a classifier tries to tell
+            draws from true parameters. 0: none.
+        at: File with observations to test in this way instead, as `sample --given` takes it. May
+            be given several times, once for each file.
         out: The .html file to write a page with pictures to.
         ranks: The .csv or .parquet file to write the ranks of every pair to.
     """
     from musigma import coverage
     from musigma.files import replacing
 
-    at_least_one(draws=draws, pairs=pairs)
+    at_least_one(draws=draws, pairs=pairs, local=local or None)
     if out is not None:
         check_out(out, ".html")
     if ranks is not None:
@@ -72,6 +78,7 @@ def calibrate(
             f"split: the model was trained on {source}, so its draws look better there than they "
             "are; leave out --split, to use the held-out part, or give other pairs"
         )
+    observed = trained.context(1, None, at) if at else None
     with trained.screen.progress("drawing") as progress:
         found = coverage.check(
             trained.model,
@@ -79,6 +86,8 @@ def calibrate(
             draws=draws,
             pairs=pairs,
             tolerance=tolerance,
+            local=local,
+            at=observed,
             seed=common.seed,
             source=f"{trained.part} of {source}",
             progress=progress,

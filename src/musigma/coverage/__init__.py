@@ -3,7 +3,19 @@
 from musigma.coverage.check import check
 from musigma.coverage.drawing import model_ranks
 from musigma.coverage.judging import Judgment, Test
+from musigma.coverage.local import Local, local_test
 from musigma.coverage.ranks import Pairs, Ranks, ranks
 from musigma.coverage.result import Coverage
 
-__all__ = ["Coverage", "Judgment", "Pairs", "Ranks", "Test", "check", "model_ranks", "ranks"]
+__all__ = [
+    "Coverage",
+    "Judgment",
+    "Local",
+    "Pairs",
+    "Ranks",
+    "Test",
+    "check",
+    "local_test",
+    "model_ranks",
+    "ranks",
+]

@@ -6,15 +6,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from musigma.coverage.drawing import model_ranks
+from musigma.context import Context
+from musigma.coverage.drawing import chosen_draws, draws_at, model_ranks
+from musigma.coverage.local import Local, local_test
+from musigma.coverage.ranks import Pairs
 from musigma.coverage.result import LEAST, Coverage
 from musigma.data import Dataset
+from musigma.evaluation import batch
 from musigma.model import Model
 
 __all__ = ["MOST_PAIRS", "check"]
 
-MOST_PAIRS = 10_000
-"""Pairs that are used unless another number is given."""
+MOST_PAIRS, OBSERVATIONS = 10_000, 8
+"""Pairs that are used, and observations that are tested, unless other numbers are given."""
 
 
 def check(
@@ -24,6 +28,8 @@ def check(
     draws: int | None = None,
     pairs: int = MOST_PAIRS,
     tolerance: float = 0.1,
+    local: int = OBSERVATIONS,
+    at: Context = None,
     seed: int = 0,
     source: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -34,7 +40,8 @@ def check(
     (simulation-based calibration), the coverage of highest-density regions, which is the rank of
     log q (Hermans, Delaunoy, Rozet, Wehenkel, Begy, Louppe, "A trust crisis in simulation-based
     inference? Your posterior approximations can be unfaithful", 2022, arXiv:2110.06581), and of
-    regions around references (TARP). `print` shows the result, `to_html` makes a page, `to_dict`
+    regions around references (TARP). In addition, local tests at some observations, together at a
+    level of 1 % (`local_test`). `print` shows the result, `to_html` makes a page, `to_dict`
     plain data.
 
     Args:
@@ -45,6 +52,8 @@ def check(
         draws: Number of draws for each pair. By default 1,000; fewer for more than 2,000 pairs.
         pairs: Largest number of pairs; of more, so many are chosen at random.
         tolerance: The smallest deviation of coverage that matters.
+        local: Number of pairs, chosen at random, at whose observations draws are tested locally.
+        at: Observations at which draws are tested instead, as the model takes them.
         seed: Random seed.
         source: What the pairs are called in the result.
         progress: Called with the number of pairs that are done, and their number.
@@ -59,7 +68,7 @@ def check(
         >>> x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
         >>> data = musigma.Dataset(x[:, :2], given={"x": Given(x[:, 2:])})
         >>> model = musigma.build("nsf", data.spec(["x"]), depth=1)
-        >>> print(check(model, data, draws=50).judgment.verdict)
+        >>> print(check(model, data, draws=50, local=0).judgment.verdict)
         cannot tell
     """
     if pairs < LEAST or (draws is not None and draws < LEAST):
@@ -75,8 +84,31 @@ def check(
             f"data: expected {LEAST} pairs or more, and some hundred to find a deviation of "
             f"coverage of 0.1; got {len(data)}"
         )
-    _, found = model_ranks(model, data, draws=draws, seed=seed, progress=progress)
+    known, found = model_ranks(model, data, draws=draws, seed=seed, progress=progress)
     if found.region is None:
         notes.append("The model has no exact density, so there are no highest-density regions.")
     rows = np.arange(len(data)) if data.rows is None else np.asarray(data.rows)
-    return Coverage(found, source, tolerance, seed, rows, tuple(notes))
+    tests = _locally(model, data, known, rows, local, at, draws, seed)
+    return Coverage(found, source, tolerance, seed, rows, tuple(notes), tests)
+
+
+def _locally(
+    model: Model,
+    data: Dataset,
+    pairs: Pairs,
+    rows: np.ndarray,
+    local: int,
+    at: Context,
+    draws: int | None,
+    seed: int,
+) -> Local | None:
+    """The local tests that are asked for."""
+    labels: tuple[str, ...] = ()
+    if at is None:
+        if local < 1:
+            return None
+        chosen = np.random.default_rng(seed).permutation(len(data))[:local]
+        labels = tuple(f"row {row:,}" for row in rows[chosen])
+        at = batch(data, chosen, model)[1]
+    x, drawn = draws_at(model, at, draws or chosen_draws(1), seed=seed)
+    return local_test(pairs, x, drawn, labels=labels, seed=seed)

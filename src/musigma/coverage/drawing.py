@@ -14,7 +14,7 @@ from musigma.data import Dataset
 from musigma.evaluation import batches, check, evaluating, noise
 from musigma.model import Model
 
-__all__ = ["chosen_draws", "draw_parts", "model_pairs", "model_ranks"]
+__all__ = ["chosen_draws", "draw_parts", "draws_at", "model_pairs", "model_ranks"]
 
 ROWS = 2**15
 """Draws that are made at once."""
@@ -101,6 +101,25 @@ def draw_parts(model: Model, data: Dataset, draws: int, *, seed: int = 0) -> Ite
         for i, (theta, context) in enumerate(batches(model, data, batch_size=size, seed=seed)):
             noise(seed + 1, i)  # other draws than those of `model_pairs`
             yield _draws(model, len(theta), context, draws)
+
+
+def draws_at(
+    model: Model, context: Any, draws: int, *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Observations (O, F) as numbers, and draws (O, L, D) of a model at each of them.
+
+    Args:
+        model: The model.
+        context: The observations, as the model takes them.
+        draws: L.
+        seed: Random seed.
+    """
+    found = []
+    with evaluating(model), torch.no_grad():
+        for i in range(contexts.length(context) or 0):
+            noise(seed + 2, i)
+            found.append(_draws(model, 1, contexts.rows(context, slice(i, i + 1)), draws)[0])
+    return _flat(context), np.concatenate(found)
 
 
 def _draws(model: Model, n: int, context: Any, draws: int) -> Part:

@@ -9,8 +9,10 @@ from typing import Literal
 import numpy as np
 
 from musigma.anomaly import holm
+from musigma.coverage.local import Local
 from musigma.coverage.ranks import Ranks
 from musigma.coverage.uniformity import GRID, band, curve, detectable, p_value
+from musigma.data.errors import named
 from musigma.evaluation.intervals import Interval, exact_share, normal
 
 __all__ = ["LEVEL", "LEVELS", "Judgment", "Kind", "Test", "Verdict", "judge"]
@@ -137,18 +139,33 @@ def _test(name: str, kind: Kind, u: np.ndarray, p: float, adjusted: float) -> Te
     )
 
 
-def judge(ranks: Ranks, found: Sequence[Test], tolerance: float) -> Judgment:
-    """The verdict of tests of some ranks."""
+def judge(
+    ranks: Ranks, found: Sequence[Test], tolerance: float, local: Local | None = None
+) -> Judgment:
+    """The verdict of tests of some ranks, and of local tests."""
     n = len(ranks)
     least = detectable(n, LEVEL / len(found))
     wrong = [test for test in found if test.found]
+    there = () if local is None else _local_reasons(local)
+    if there and not wrong:
+        return Judgment("miscalibrated", False, there, least, tolerance)
     if not wrong:
         verdict: Verdict = "calibrated" if least <= tolerance else "cannot tell"
         return Judgment(verdict, False, (), least, tolerance)
     half = float((band(n)[1] - GRID).max())
     slight = all(abs(test.deviation) + half <= tolerance for test in wrong)
     verdict, reasons = _named(ranks, wrong)
-    return Judgment(verdict, slight, tuple(reasons), least, tolerance)
+    return Judgment(verdict, slight, (*reasons, *there), least, tolerance)
+
+
+def _local_reasons(local: Local) -> tuple[str, ...]:
+    """What local tests found, in a sentence."""
+    if not local.found:
+        return ()
+    return (
+        f"a classifier tells draws from true parameters at {len(local.found)} of "
+        f"{len(local.labels)} observations: {named(local.found)}",
+    )
 
 
 def _named(ranks: Ranks, wrong: Sequence[Test]) -> tuple[Verdict, list[str]]:

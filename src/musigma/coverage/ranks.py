@@ -248,25 +248,25 @@ class _Distances:
 
 
 class Features:
-    """Observations as a few standardized numbers; those with many are projected at random.
+    """Rows as a few standardized numbers; those with many are projected at random.
 
     Args:
-        x: Observations (N, F) that the scale is taken from; values that are not finite count as
-            missing.
+        x: Rows (N, F) that the scale is taken from; values that are not finite count as missing.
         random: Generator of the projection.
+        most: Largest number of values that is not projected.
     """
 
-    def __init__(self, x: np.ndarray, random: np.random.Generator):
+    def __init__(self, x: np.ndarray, random: np.random.Generator, most: int = MOST_FEATURES):
         known = np.where(np.isfinite(x), x, 0.0)
         std = known.std(0)
         self.mean, self.std = known.mean(0), np.where(std > 0, std, 1.0)
         self.matrix = None
-        if x.shape[1] > MOST_FEATURES:
+        if x.shape[1] > most:
             scale = x.shape[1] ** -0.5
-            self.matrix = random.normal(scale=scale, size=(x.shape[1], MOST_FEATURES))
+            self.matrix = random.normal(scale=scale, size=(x.shape[1], most))
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """The numbers (N, at most 64)."""
+        """The numbers (N, F), or (N, most)."""
         standard = np.where(np.isfinite(x), x - self.mean, 0.0) / self.std
         return standard if self.matrix is None else standard @ self.matrix
 

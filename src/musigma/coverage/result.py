@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from musigma.coverage.judging import LEVELS, PERCENTS, Judgment, Test, judge, tests
+from musigma.coverage.local import LOCAL_LEVEL, Local
 from musigma.coverage.ranks import Ranks
 from musigma.coverage.uniformity import GRID, band
 from musigma.evaluation.intervals import Interval, normal
@@ -39,6 +40,7 @@ class Coverage:
         seed: Random seed of draws, ties and references.
         rows: Number of each pair in its source; by default 0, 1, ...
         notes: Further sentences.
+        local: Local tests, if there are any.
 
     Raises:
         ValueError: If there are fewer than 20 pairs, or tolerance is not between 0 and 1.
@@ -59,7 +61,8 @@ class Coverage:
     tolerance: float = 0.1
     seed: int = 0
     rows: np.ndarray | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    local: Local | None = None
 
     def __post_init__(self):
         if not 0 < self.tolerance < 1:
@@ -78,7 +81,7 @@ class Coverage:
     @cached_property
     def judgment(self) -> Judgment:
         """The verdict."""
-        return judge(self.ranks, self.tests, self.tolerance)
+        return judge(self.ranks, self.tests, self.tolerance, self.local)
 
     @cached_property
     def contraction(self) -> dict[str, float]:
@@ -144,6 +147,7 @@ class Coverage:
             "levels": GRID.tolist(),
             "band": {"low": low.tolist(), "high": high.tolist()},
             "worst": self.worst(),
+            "local": None if self.local is None else _arrays(self.local),
             "notes": list(self.notes),
         }
 
@@ -166,6 +170,8 @@ class Coverage:
         yield self._verdict()
         yield self._regions()
         yield self._parameters()
+        if self.local is not None:
+            yield self._local(self.local)
         yield self._pairs()
 
     def _verdict(self) -> Section:
@@ -277,6 +283,28 @@ class Coverage:
         }
         return Section("Each parameter", text, [(head, rows)], draw)
 
+    def _local(self, local: Local) -> Section:
+        text = [
+            "Can a classifier tell draws from true parameters, at one observation? It was trained "
+            f"on {local.pairs:,} pairs, and is compared with {local.permutations} that were "
+            "trained on pairs whose truth and draw are exchanged at random. Statistic: mean "
+            f"square of its probability minus 1/2. Found: p, adjusted for {len(local.labels)} "
+            f"observations, of at most {LOCAL_LEVEL:g}."
+        ]
+        for label, outside in zip(local.labels, local.outside.tolist(), strict=True):
+            if outside:
+                text.append(
+                    f"Observation {label} lies outside the range of the pairs in {outside:,} of "
+                    "its values, where the classifier has seen nothing."
+                )
+        columns = (local.labels, local.statistic, local.chance, local.p_values, local.adjusted)
+        rows = [
+            [label, f"{t:.2g}", f"{chance:.2g}", f"{p:.2g}", f"{adjusted:.2g}"]
+            for label, t, chance, p, adjusted in zip(*columns, strict=True)
+        ]
+        head = ["observation", "statistic", "by chance", "p alone", "p"]
+        return Section("Single observations", text, [(head, rows)])
+
     def _pairs(self) -> Section:
         rows = [
             [
@@ -296,7 +324,13 @@ class Coverage:
         return Section("Pairs", text, [(head, rows)])
 
 
+def _arrays(value: Any) -> dict[str, Any]:
+    """Fields of a result, with arrays as lists."""
+    fields = vars(value).items()
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields}
+
+
 def _plain(test: Test) -> dict[str, Any]:
     """A test as plain data."""
     levels = {f"{level:g}": c._asdict() for level, c in zip(LEVELS, test.coverage, strict=True)}
-    return vars(test) | {"curve": test.curve.tolist(), "coverage": levels, "found": test.found}
+    return _arrays(test) | {"coverage": levels, "found": test.found}
