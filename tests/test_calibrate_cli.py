@@ -61,7 +61,7 @@ def here(tmp_path_factory):
     quick = "--batch-size 100 --evaluations 1 --evaluate-on 20 --device cpu --json"
     small = f"--depth 2 --hidden 16 {quick}"
     assert (
-        call(f"train nsf sims.csv --given x_* --out run --standardize --steps 80 {small}")[0] == 0
+        call(f"train nsf sims.csv --given x_* --out run --standardize --lr 1e-2 --steps 150 {small}")[0] == 0
     )
     assert call(f"train nsf sims.csv --out plain {small} --steps 2")[0] == 0
     yield folder
