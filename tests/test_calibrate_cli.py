@@ -60,9 +60,8 @@ def here(tmp_path_factory):
     table(folder / "test.csv", 300, 1)
     quick = "--batch-size 100 --evaluations 1 --evaluate-on 20 --device cpu --json"
     small = f"--depth 2 --hidden 16 {quick}"
-    assert (
-        call(f"train nsf sims.csv --given x_* --out run --standardize --lr 1e-2 --steps 150 {small}")[0] == 0
-    )
+    fast = "--standardize --lr 1e-2 --steps 150"
+    assert call(f"train nsf sims.csv --given x_* --out run {fast} {small}")[0] == 0
     assert call(f"train nsf sims.csv --out plain {small} --steps 2")[0] == 0
     yield folder
     os.chdir(before)
