@@ -101,18 +101,19 @@ def refuse_other_run(out: Path, saved: Mapping[str, Any], defaults: Mapping[str,
 
 def _options(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a run by their names on the command line."""
-    model, data = saved["model"], saved["data"]
+    model, data, asked = saved["model"], saved["data"], saved.get("asked", {})
+    options, training = asked.get("options", model["options"]), asked.get("train", saved["train"])
     labels = ["label"] if model["options"].get("context") else []  # of runs before --given
     return {
         "ARCH": model["architecture"],
         "DATA": data["source"],
-        **{name: model["options"].get(name, value) for name, value in defaults.items()},
+        **{name: options.get(name, value) for name, value in defaults.items()},
         **data["preprocess"],
         "skip_bad": data["skip_bad"],
         "of": data.get("of", []),
         "given": data.get("given", labels),
         "bounds": data.get("bounds"),
-        **saved["train"],
+        **training,
     }
 
 

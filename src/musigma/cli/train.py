@@ -50,8 +50,18 @@ from musigma.objectives import OBJECTIVES
 from musigma.processes import current_processes
 from musigma.report import figures
 from musigma.schema import Schema
-from musigma.training import TrainConfig, check_run, fit, join, leave, saved_state
-from musigma.zoo import ARCHITECTURES, Conditioning, build
+from musigma.spec import Spec
+from musigma.training import (
+    TrainConfig,
+    check_run,
+    conditional_config,
+    fit,
+    given_options,
+    join,
+    leave,
+    saved_state,
+)
+from musigma.zoo import ARCHITECTURES, Conditioning, build, given_numbers
 
 ROWS_DRAWN, COLUMNS_DRAWN = 2000, 24  # of a table, in pictures
 
@@ -382,8 +392,29 @@ def train(
     if plain and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:
         options.setdefault("standardize", True)
     torch.manual_seed(common.seed)
-    model = build(name, found.spec(chosen), **options)
-    _begin(model, found, about, config, out, screen)
+    spec = found.spec(chosen)
+    model = build(name, spec, **options)
+    asked = {"options": options, "train": dataclasses.asdict(config)}
+    if given_numbers(spec):
+        config = _conditional(config, spec, len(found.split("train")), screen)
+    _begin(model, found, about, config, out, screen, asked=asked)
+
+
+def _conditional(config: TrainConfig, spec: Spec, examples: int, screen: Screen) -> TrainConfig:
+    """The options that are not given, as they suit vectors given numbers; says which."""
+    features = sum(v.shape[-1 if len(v.shape) == 2 else 0] for v in spec.context if not v.classes)
+    given = given_options(config)
+    config = conditional_config(examples, features, **given)
+    budget = next(n for n in ("steps", "epochs", "minutes") if getattr(config, n) is not None)
+    screen.note(
+        f"at most {getattr(config, budget):,} {budget}; ends when the validation figure has not "
+        f"improved for {config.patience} of {config.evaluations} evaluations"
+    )
+    chosen = {n: getattr(config, n) for n in ("batch_size", "lr", "weight_decay", "ema")}
+    words = [f"--{n.replace('_', '-')} {v:g}" for n, v in chosen.items() if n not in given]
+    if words:
+        screen.note(f"for vectors given numbers: {' '.join(words)} (--optimizer adamw)")
+    return config
 
 
 def _enough(found: data.Dataset, source: str) -> None:
@@ -403,10 +434,12 @@ def _begin(
     out: Path,
     screen: Screen,
     kept: Mapping[str, Any] | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the configuration of a new run, and train it.
 
-    `about` describes the data; checkpoints will contain `kept`.
+    `about` describes the data; checkpoints will contain `kept`. `asked` are the options as they
+    were given, where others follow from the data.
     """
     if model.spec.support is not None:
         found = found.within(model.spec.support)
@@ -425,6 +458,7 @@ def _begin(
         },
         "train": dataclasses.asdict(config),
         "kept": dict(kept or {}),
+        **({"asked": asked} if asked else {}),
         "versions": {
             "musigma": __version__,
             "torch": torch.__version__,

@@ -62,7 +62,7 @@ class Classifiers:
         rows: Tensor | None = None,
         epochs: int = 100,
         batch_size: int = 200,
-        lr: float = 1e-2,
+        lr: float = 5e-3,
     ) -> None:
         """Train all networks.
 
@@ -184,7 +184,7 @@ def vector_c2st(
     second: Tensor,
     *,
     folds: int = 5,
-    epochs: int = 100,
+    epochs: int = 200,
     seed: int = 0,
 ) -> Tensor:
     """Classifier two-sample test of vectors: can a small network tell two samples apart?

@@ -19,6 +19,7 @@ from musigma.nets.conv import (
     halved,
 )
 from musigma.nets.embed import EMBEDDINGS, Embedding, embedding, embedding_of
+from musigma.nets.quantiles import NormalScores, Quantiles
 from musigma.nets.sequences import DeepSet, SequenceTransformer, SeriesNet
 from musigma.nets.summary import Summary
 from musigma.nets.vectors import MADE, MLP, Conditioner, ResidualMLP, Scaled
@@ -34,6 +35,8 @@ __all__ = [
     "DeepSet",
     "EdgeConv2d",
     "Embedding",
+    "NormalScores",
+    "Quantiles",
     "ResBlock",
     "ResNet",
     "ResidualMLP",

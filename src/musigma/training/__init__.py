@@ -1,7 +1,7 @@
 """Training: one loop for any model, any objective, any number of processes."""
 
 from musigma.training.checks import check_run
-from musigma.training.config import TrainConfig
+from musigma.training.config import TrainConfig, conditional_config, given_options
 from musigma.training.hardware import join, leave
 from musigma.training.loop import Run, fit
 from musigma.training.recovery import TrainingError
@@ -13,7 +13,9 @@ __all__ = [
     "TrainConfig",
     "TrainingError",
     "check_run",
+    "conditional_config",
     "fit",
+    "given_options",
     "join",
     "leave",
     "saved_state",

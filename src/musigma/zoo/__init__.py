@@ -24,6 +24,7 @@ from musigma.conditional import Conditional
 from musigma.ensemble import Ensemble
 from musigma.model import Model
 from musigma.nets import embedding_of
+from musigma.nets.embed import kind_of
 from musigma.schema import Schema
 from musigma.spec import Spec, Variable
 from musigma.support import Support
@@ -44,6 +45,13 @@ WITH_DATA: Mapping[str, Any] = {"schema": Schema, "support": Support}
 """Options that are parts of a `Spec`."""
 
 M = TypeVar("M", bound=Model)
+
+
+WITH_NUMBERS: Mapping[str, Mapping[str, Any]] = {
+    "nsf": {"kind": "autoregressive", "permutation": "reverse", "embed": "quantile"}
+}
+"""Defaults of an architecture for vectors of real numbers, given numbers (`given_numbers`). They
+hold together, unless the first of them is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +116,8 @@ def architecture(builder: Callable[..., M]) -> Callable[..., M]:
     @functools.wraps(builder)
     def build(shape: Sequence[int] | Spec, **options: Any) -> M:
         _check_options(builder, [p.name for p in (*others, *added)], options)
+        if isinstance(shape, Spec) and given_numbers(shape):
+            options = with_numbers(builder.__name__, shape, options)
         asked = {p.name: options.pop(p.name) for p in added if p.name in options}
         how = Conditioning(**asked)
         if how.ensemble != 1:
@@ -301,6 +311,20 @@ def _from_spec(
         if options.get(name, value) != value:
             raise ValueError(f"{name}: expected {value}, as in the spec; got {options[name]}")
     return options | follow, embedding
+
+
+def given_numbers(spec: Spec) -> bool:
+    """Whether a spec is of vectors of real numbers, given anything but classes."""
+    real = len(spec.shape) == 1 and spec.levels is None and spec.schema is None
+    return real and any(not v.classes for v in spec.context) and not direct(spec.context)
+
+
+def with_numbers(name: str, spec: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an architecture, and its `WITH_NUMBERS` for those that are not given."""
+    defaults = dict(WITH_NUMBERS.get(name, {}))
+    if any(kind_of(v) not in ("numbers", "classes") for v in spec.context):
+        defaults.pop("embed", None)
+    return dict(options) if options.keys() & [*defaults][:1] else defaults | dict(options)
 
 
 def direct(variables: Sequence[Variable]) -> bool:
