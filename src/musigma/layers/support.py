@@ -61,7 +61,8 @@ class Unconstrain(Bijection):
 
     Args:
         support: Where rows lie, D elements.
-        map: Of bounded parts: `probit` or `logit`.
+        map: Of bounded parts: `probit` or `logit`. With the probit, models of posteriors that pile
+            up at borders were closer to the truth (`benchmarks/borders.py`).
 
     Raises:
         ValueError: For another map.
