@@ -111,8 +111,10 @@ def _convolutions(width: int, kernel: int) -> nn.Sequential:
 class SequenceTransformer(nn.Module):
     """A transformer encoder of sequences of up to a given length.
 
-    Elements are tokens with learned positions, beside one token of its own that the network adds.
-    The vector is this token, the mean of the others, and log(1 + n).
+    The tokens are a convolution over each element and its neighbors, with learned positions,
+    beside one token that the network adds. (Without the convolution, a network learned nothing of
+    the correlation of neighbors in 500 steps.) The vector is this token, the mean of the others,
+    and log(1 + n).
 
     Args:
         length: Length of the longest sequence.
@@ -132,13 +134,13 @@ class SequenceTransformer(nn.Module):
     """
 
     def __init__(
-        self, length: int, channels: int, *, width: int = 64, heads: int = 4, blocks: int = 2
+        self, length: int, channels: int, *, width: int = 32, heads: int = 4, blocks: int = 2
     ):
         super().__init__()
         if width % heads:
             raise ValueError(f"heads: expected a divisor of the width {width}; got {heads}")
         self.heads = heads
-        self.enter = nn.Linear(channels, width)
+        self.enter = nn.Conv1d(channels, width, 3, padding=1)
         self.positions = nn.Parameter(_waves(length + 1, width))
         self.attention = nn.ModuleList(_Attention(width, heads) for _ in range(blocks))
         self.blocks = nn.ModuleList(residual_branch(width, 2 * width) for _ in range(blocks))
@@ -147,7 +149,7 @@ class SequenceTransformer(nn.Module):
 
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:
         """The vector, (B, features)."""
-        h = F.pad(self.enter(values), (0, 0, 1, 0)) + self.positions[: values.shape[1] + 1]
+        h = self.enter(F.pad(values.mT, (1, 0))).mT + self.positions[: values.shape[1] + 1]
         inside = F.pad(mask, (1, 0), value=True)[:, None, None]
         for attention, block in zip(self.attention, self.blocks, strict=True):
             h = h + attention(h, inside)

@@ -224,7 +224,7 @@ def transformer(
     variables: Sequence[Variable],
     *,
     features: int = 32,
-    width: int = 64,
+    width: int = 32,
     heads: int = 4,
     blocks: int = 2,
 ) -> Summary:
@@ -244,7 +244,7 @@ def transformer(
     def network(length: int, channels: int) -> SequenceTransformer:
         return SequenceTransformer(length, channels, width=width, heads=heads, blocks=blocks)
 
-    return Summary(variables, network, features=features, width=width, each=True)
+    return Summary(variables, network, features=features, each=True)
 
 
 def _some_sequence(kind: str, variables: Sequence[Variable], takes: Sequence[str]) -> None:
