@@ -212,6 +212,23 @@ def test_an_embedding_is_trained_and_saved_with_the_model(embed, tmp_path):
         )
 
 
+def test_an_ensemble_trains_its_members_and_answers_as_their_mixture(tmp_path):
+    torch.manual_seed(0)
+    options = {**SMALL, "support": "prior", "prior": PRIOR, "ensemble": 3}
+    trainer = NPE(PRIOR, density_estimator=estimator("nsf", **options), show_progress_bars=False)
+    net = trained(trainer)
+    theta, x = simulations(20, seed=1)
+    each = torch.stack([m.log_prob(theta, x) for m in net.model.members], 1)
+    mixture = each.logsumexp(1) - math.log(3)
+    torch.testing.assert_close(net.eval().log_prob(theta, x)[0], mixture)
+    torch.testing.assert_close(net.train().loss(theta, x), -each.mean(1))
+    posterior = trainer.build_posterior(net).set_default_x(x[:1])
+    assert posterior.leakage_correction(x[:1], show_progress_bars=False) == 1
+    musigma.save(net.model, tmp_path / "model.safetensors")
+    again = Estimator(musigma.load(tmp_path / "model.safetensors"))
+    torch.testing.assert_close(again.log_prob(theta, x)[0], mixture)
+
+
 def test_conditions_of_any_shape_pass_a_network_of_the_user():
     theta, _ = simulations(50)
     x = torch.randn(50, 4, 6) * 100
@@ -308,6 +325,7 @@ def test_no_posterior_leaks_out_of_its_prior(how):
 
 
 def test_the_density_integrates_to_one_on_the_box():
+    torch.manual_seed(0)
     make = estimator("nsf", support=Support((-1, 10), (1, 30)), **SMALL)
     net = make(*simulations())
     net = Estimator(testing.randomized(net.model))
