@@ -185,6 +185,7 @@ def test_a_network_of_the_user():
     net = trained(trainer)
     assert not torch.equal(before, embedding[0].weight)
     assert net.condition_shape == (3,)
+    assert net.model.model.config["options"]["kind"] == "autoregressive"  # as without a network
     _, x = simulations(5, seed=1)
     assert net.embedding_net(x).shape == (5, 4)
     with pytest.raises(ValueError, match="composed by hand"):

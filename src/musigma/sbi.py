@@ -27,7 +27,7 @@ from musigma.model import Model
 from musigma.spec import Spec, Variable
 from musigma.support import Support
 from musigma.tensors import moments
-from musigma.zoo import ARCHITECTURES, build, signature_of
+from musigma.zoo import ARCHITECTURES, build, signature_of, with_numbers
 
 try:
     from sbi.neural_nets.estimators.base import (  # pyright: ignore[reportMissingImports]
@@ -177,7 +177,7 @@ def estimator(
     of: Literal["theta", "x"] = "theta",
     support: Support | Literal["prior"] | None = None,
     prior: Any = None,
-    embed: str = "none",
+    embed: str | None = None,
     embedding_net: nn.Module | None = None,
     ensemble: int = 1,
     **options: Any,
@@ -195,7 +195,8 @@ def estimator(
             rejected, and the correction for leakage of `DirectPosterior` is 1.
         prior: The prior, if its support is to be taken: as sbi takes it, or what
             `sbi.utils.process_prior` returned.
-        embed: Embedding of the condition, by its name in `build`; it is saved with the model.
+        embed: Embedding of the condition, as `build` takes it; it is saved with the model. None:
+            the default of the architecture.
         embedding_net: A network of your own in place of `embed`: it maps standardized conditions
             (B, \*condition_shape) to features (B, F). No file can rebuild it: save
             ``estimator.model.state_dict()``.
@@ -239,7 +240,7 @@ def estimator(
         raise ValueError(f'support: expected "prior", a Support or None; got {support!r}')
     elif prior is not None:
         raise ValueError('prior: only its support is used; set support="prior", or leave it out')
-    if embed != "none" and embedding_net is not None:
+    if embed is not None and embedding_net is not None:
         raise ValueError("embedding_net: it replaces embed; leave one of them out")
 
     def make(theta: Tensor, x: Tensor) -> Estimator:
@@ -250,7 +251,7 @@ def estimator(
             _check_inside(of, events, support)
         elif "standardize" in takes:
             chosen.setdefault("standardize", True)
-        if embed != "none":
+        if embed is not None:
             chosen["embed"] = embed
         if ensemble != 1:
             chosen["ensemble"] = ensemble
@@ -432,9 +433,9 @@ def _embedded(
             f"embedding_net: expected features (B, F); got shape {tuple(features.shape)} for "
             f"conditions {tuple(data[:2].shape)}"
         )
-    inner = build(
-        name, Spec(spec.shape, support=spec.support), context=features.shape[1], **options
-    )
+    usual = {k: v for k, v in with_numbers(name, spec, options).items() if k != "embed"}
+    bare = Spec(spec.shape, support=spec.support)
+    inner = build(name, bare, context=features.shape[1], **usual)
     model = Conditional(inner, embedding)
     model.spec = spec
     return model
