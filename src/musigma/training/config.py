@@ -252,12 +252,12 @@ def conditional_config(examples: int, features: int, **options: Any) -> TrainCon
     Example:
         >>> config = conditional_config(10_000, 8)
         >>> config.steps, config.batch_size, config.weight_decay
-        (3162, 200, 0.16)
+        (4309, 200, 0.16)
         >>> conditional_config(10_000, 8, minutes=5).patience
-        8
+        6
     """
     chosen: dict[str, Any] = {
-        "steps": round(1000 * math.sqrt(examples / 1000)),
+        "steps": round(2000 * (examples / 1000) ** (1 / 3)),
         "batch_size": 50 if examples < 3000 else 200,
         "optimizer": "adamw",
         "lr": 2e-3,
@@ -265,7 +265,7 @@ def conditional_config(examples: int, features: int, **options: Any) -> TrainCon
         "warmup": 50,
         "ema": 0.99,
         "evaluations": 40,
-        "patience": 8,
+        "patience": 6,
     }
     if {"epochs", "minutes"} & options.keys():
         del chosen["steps"]
