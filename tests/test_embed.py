@@ -555,3 +555,74 @@ def test_a_set_learns_the_posterior_of_a_mean_for_any_number_of_observations():
     after = divergence(model, gaussian_means(500, 10, seed=2)[1])
     assert before > 0.5
     assert after < 0.04
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["maf", "nsf"])
+def test_a_set_learns_the_posterior_of_a_mean_at_the_default_sizes(name):
+    torch.manual_seed(0)
+    theta, x = gaussian_means(20_000, 20, seed=1)
+    spec = Spec((2,), context=(Variable("x", tuple(x.shape[1:])),))
+    model = build(name, spec, embed="set", standardize=True)
+    trained(model, theta, x, 1000, lr=2e-3)
+    assert divergence(model, gaussian_means(1000, 20, seed=2)[1]) < 0.03
+
+
+def autoregressions(n, length, seed):
+    """φ ~ U(-0.95, 0.95), and x_t = φ x_{t-1} + N(0, 1)."""
+    rng = np.random.default_rng(seed)
+    phi = rng.uniform(-0.95, 0.95, (n, 1))
+    x = rng.normal(size=(n, length))
+    for t in range(1, length):
+        x[:, t] += phi[:, 0] * x[:, t - 1]
+    return torch.from_numpy(phi.astype(np.float32)), torch.from_numpy(x.astype(np.float32))
+
+
+@torch.no_grad()
+def divergence_of_phi(model, x, context, draws=20):
+    """KL(truth, model) in nats; given x, φ is normal within its bounds."""
+    before, after = x[:, :-1].double(), x[:, 1:].double()
+    precision = (before**2).sum(1)
+    free = torch.distributions.Normal((before * after).sum(1) / precision, precision.rsqrt())
+    low, high = (free.cdf(torch.tensor(end, dtype=torch.float64)) for end in (-0.95, 0.95))
+    torch.manual_seed(5)
+    phi = free.icdf(low + torch.rand(draws, len(x), dtype=torch.float64) * (high - low))
+    phi = phi.clamp(-0.95, 0.95)
+    nats = [
+        free.log_prob(one) - (high - low).log() - model.log_prob(one[:, None].float(), context)
+        for one in phi
+    ]
+    return float(torch.stack(nats).mean())
+
+
+@pytest.mark.slow
+def test_a_series_tells_its_coefficient_to_convolutions_and_transformers():
+    """And, after as many steps, not to a network of all numbers."""
+    length, found = 50, {}
+    variables = tuple(Variable(f"x_{i}") for i in range(length))
+
+    def columns(x):
+        return dict(zip((v.name for v in variables), x[:, None].unbind(2), strict=True))
+
+    class OfColumns(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            spec = Spec((1,), context=variables)
+            self.model = build("maf", spec, embed=kind, standardize=True, hidden=64, depth=3)
+
+        def log_prob(self, phi, x):
+            return self.model.log_prob(phi, columns(x))
+
+        def calibrate(self, phi, x):
+            self.model.calibrate(phi, columns(x))
+
+    phi, x = autoregressions(20_000, length, seed=1)
+    test = autoregressions(1000, length, seed=2)[1]
+    for kind in ("none", "mlp", "conv", "transformer"):
+        torch.manual_seed(0)
+        model = trained(OfColumns(kind), phi, x, 500, lr=3e-3)
+        found[kind] = divergence_of_phi(model, test, test)
+    assert found["none"] > 0.12
+    assert found["mlp"] > 0.12
+    assert found["conv"] < 0.08
+    assert found["transformer"] < 0.1
