@@ -406,6 +406,7 @@ class Model(nn.Module, ABC):
             TypeError: If the model is not `exact`.
         """
         self.require_exact("as_distribution")
+        contexts.check(self.spec, context)
         return ModelDistribution(*self.given(context), spec=self.spec)
 
     # -- conversions

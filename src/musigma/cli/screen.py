@@ -87,7 +87,7 @@ class Screen:
             )
 
     @contextmanager
-    def dashboard(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    def dashboard(self, nats_first: bool = False) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """Shows the rows of metrics that `fit` reports: a function of a row."""
         from rich.progress import BarColumn, TimeRemainingColumn
 
@@ -107,7 +107,7 @@ class Screen:
                 self.note(f"step {row['step']:,} skipped: {row['reason']}")
             else:
                 figure = row["kind"] == "evaluation"
-                text = figure_text(dict(row)) if figure else row["message"]
+                text = figure_text(dict(row), nats_first) if figure else row["message"]
                 self.note(f"step {row['step']:,}: {text}")
 
         with self.bar(*columns, TimeRemainingColumn()) as bar:

@@ -42,7 +42,7 @@ from musigma.cli.options import (
 from musigma.cli.runs import RunFolder, decided_by_main, refuse_other_run, reserved
 from musigma.cli.screen import Screen, figure_text
 from musigma.cli.threads import Threads
-from musigma.cli.trained import Trained, device_named, read_data
+from musigma.cli.trained import Trained, device_named, of_pairs, read_data
 from musigma.data.attach import is_source
 from musigma.evaluation import batch, evaluate, ledger
 from musigma.files import write_json
@@ -481,7 +481,7 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
         screen.note(f"{saved['model']['architecture']} with {parameters:,} parameters")
         if processes.is_main:
             write_json(out / "config.json", saved)
-        with screen.dashboard() as watch:
+        with screen.dashboard(of_pairs(model.spec)) as watch:
             done = fit(
                 model,
                 parts["train"],

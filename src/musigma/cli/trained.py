@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from musigma.any_order import AnyOrder
     from musigma.context import Context
     from musigma.data import Dataset, Preprocess
-    from musigma.spec import Variable
+    from musigma.spec import Spec, Variable
 
 TABLES = (".csv", ".parquet")
 FARTHEST = 10  # variables outside their training range that are named
@@ -37,6 +37,11 @@ def read_data(
     how |= dataclasses.asdict(reading)
     with screen.progress("reading") as progress:
         return data.load(source, preprocess=preprocess, progress=progress, **how)
+
+
+def of_pairs(spec: Spec) -> bool:
+    """Whether a model is a density of vectors given a context, whose unit is the nat."""
+    return spec.bits is None and len(spec.shape) == 1 and bool(spec.context)
 
 
 class Trained:
@@ -105,7 +110,7 @@ class Trained:
     @property
     def of_pairs(self) -> bool:
         """Whether the model is a density of vectors given a context, whose unit is the nat."""
-        return self.bits is None and not self.is_image and bool(self.spec.context)
+        return of_pairs(self.spec)
 
     # --- inputs of a model ---------------------------------------------------------------------
 

@@ -231,7 +231,8 @@ def _of_table(
                 value = None if isinstance(cells, Words) else float(cells[i])
                 faults.update([table.fault(i, j, value)])
     if faults and not request.skip_bad:
-        raise request.error(f"{len(faults)} cells cannot be used; fill them:\n{listing(faults)}")
+        what = "1 cell or column" if len(faults) == 1 else f"{len(faults)} cells"
+        raise request.error(f"{what} cannot be used; fill them:\n{listing(faults)}")
     return variables, names
 
 

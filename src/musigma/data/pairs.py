@@ -96,7 +96,7 @@ def unusable_cells(table: Table, j: int, rows: np.ndarray, values: np.ndarray | 
         empty = np.isnan(values).reshape(len(values), -1).all(1)
         infinite = np.isinf(values).reshape(len(values), -1).any(1)
         counts["missing or empty"] = int(empty.sum())
-        counts["not finite at a place"] = int((infinite | ~empty).sum())
+        counts["not finite somewhere"] = int((infinite | ~empty).sum())
     else:
         text = np.isin(rows, list(table.not_numbers(j)))
         counts["NaN or missing"] = int((np.isnan(values) & ~text).sum())
