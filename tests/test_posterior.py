@@ -1,12 +1,19 @@
 """Draws with their density, modes and truncated proposals of conditional densities."""
 
+import json
+import math
+
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
 import musigma
 from musigma import Spec, Variable, build
+from musigma.cli import main
 from musigma.model import Chain, Prior
+from musigma.posterior import mode, truncated
 from musigma.testing import randomized
 
 X = Variable("x", (3,))
@@ -132,3 +139,184 @@ def test_draws_of_a_flow_of_known_layers_have_the_density_of_their_gaussian():
     x, log_prob = model.sample_and_log_prob(50)
     truth = torch.distributions.Independent(torch.distributions.Normal(mean, std), 1)
     torch.testing.assert_close(log_prob, truth.log_prob(x))
+
+
+# --- modes and truncated proposals ------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """theta | x = matrix (W x + b + e), e with standard deviations of its own: a Gaussian."""
+
+    def __init__(self, d, features):
+        super().__init__()
+        conv = randomized(musigma.layers.InvertibleConv(d, lu=False)).float()
+        net = nn.Linear(features, d)
+        head = musigma.GaussianHead(net, event_ndims=1, log_std=0.3 * torch.randn(d))
+        self.model = Chain([conv], Prior(head)).float()
+        self.model.spec = Spec((d,), context=(Variable("x", (features,)),))
+        self.net, self.log_std = net, head.log_std
+        self.inverse = torch.linalg.inv(conv.matrix()).detach().float()
+
+    def mean(self, x):
+        return (self.net(x) @ self.inverse.T).detach()
+
+    def covariance(self):
+        return (self.inverse * (2 * self.log_std).exp()) @ self.inverse.T.detach()
+
+
+def test_the_mode_of_a_gaussian_is_its_mean():
+    truth = Linear(3, 2)
+    x = torch.randn(4, 2)
+    found = mode(truth.model, x, restarts=8, n=200)
+    std = truth.covariance().diagonal().sqrt()
+    assert ((found.theta - truth.mean(x)).abs() < 0.01 * std).all()
+    assert (found.agree == 8).all()
+    assert found.restarts == 8
+    exact = torch.distributions.MultivariateNormal(truth.mean(x), truth.covariance().detach())
+    torch.testing.assert_close(found.log_prob, exact.log_prob(truth.mean(x)), rtol=0, atol=1e-3)
+    torch.testing.assert_close(truth.model.log_prob(found.theta, x), found.log_prob)
+
+
+def test_the_mode_of_a_mixture_is_the_higher_one():
+    members = []
+    for mean, std in (([2.0, 1.0], [0.4, 0.4]), ([-2.0, 0.0], [0.35, 0.35])):
+        layer = musigma.layers.Standardize(2)
+        layer.set(torch.tensor(mean), torch.tensor(std))
+        members.append(Chain([layer], Prior(musigma.StandardNormal((2,)))))
+    found = mode(musigma.ensemble.Ensemble(members).eval(), restarts=16, n=32)
+    torch.testing.assert_close(found.theta, torch.tensor([[-2.0, 0.0]]), rtol=0, atol=0.02)
+    assert 0 < int(found.agree) < 16  # others ended at the lower mode
+
+
+def test_the_mode_within_a_support_maximizes_the_density_of_theta():
+    box = musigma.support.Support([0.0, -1.0], [2.0, 1.0])
+    spec = Spec((2,), context=(Variable("x", (2,)),), support=box)
+    model = randomized(build("maf", spec, depth=1, hidden=6)).float().eval()
+    x = torch.randn(2, 2)
+    found = mode(model, x, restarts=10, n=400)
+    assert box.inside(found.theta.numpy()).all()
+    side = [torch.linspace(low, high, 301)[1:-1] for low, high in ((0, 2), (-1, 1))]
+    grid = torch.cartesian_prod(*side)
+    for i in range(2):
+        with torch.no_grad():
+            density = model.log_prob(grid, x[i : i + 1].expand(len(grid), -1))
+        assert found.log_prob[i] > density.max() - 1e-3
+
+
+def test_no_mode_is_worse_than_the_best_draw():
+    model = randomized(build("nsf", (3,), depth=2, hidden=6, context=2)).float()
+    x = torch.randn(3, 2)
+    values = []
+    for steps in (0, 30):
+        torch.manual_seed(5)
+        values.append(mode(model, x, restarts=7, n=100, steps=steps).log_prob)
+    torch.manual_seed(5)
+    drawn = model.sample_and_log_prob(300, x.repeat_interleave(100, 0))[1].view(3, 100)
+    assert (values[0] >= drawn.max(1).values).all()
+    assert (values[1] > values[0]).all()
+
+
+@pytest.mark.parametrize("prior", ["wide", "narrow", "function"])
+def test_a_truncated_proposal_is_uniform_where_the_posterior_is(prior):
+    truth, epsilon = Linear(2, 3), 0.02
+    x = torch.randn(1, 3)
+    mean, covariance = truth.mean(x)[0], truth.covariance().detach()
+    radius = -2 * math.log(epsilon)  # the squared Mahalanobis distance of the border
+    reach = (radius * covariance.diagonal()).sqrt() * {"wide": 40, "narrow": 1.5, "function": 1.5}[
+        prior
+    ]
+    low, high = mean - reach, mean + reach
+    box = musigma.support.Support(low.tolist(), high.tolist())
+    source = box if prior != "function" else lambda n: low + (high - low) * torch.rand(n, 2)
+    found = truncated(truth.model, x, source, 2000, epsilon=epsilon)
+    assert found.candidates == ("posterior" if prior == "wide" else "prior")
+    assert (truth.model.log_prob(found.theta, x.expand(2000, -1)) > found.threshold - 1e-5).all()
+    white = torch.linalg.solve(torch.linalg.cholesky(covariance), (found.theta - mean).T)
+    share = white.square().sum(0) / radius
+    assert scipy.stats.kstest(share.numpy() / share.max().item(), "uniform").pvalue > 1e-3
+    angle = torch.atan2(*white) / (2 * math.pi) + 0.5
+    assert scipy.stats.kstest(angle.numpy(), "uniform").pvalue > 1e-3
+    area = math.pi * radius * float(covariance.det().sqrt())
+    assert found.share == pytest.approx(area / float((high - low).prod()), rel=0.25)
+
+
+def test_proposals_that_cannot_be_drawn_say_why():
+    truth = Linear(2, 3)
+    x = torch.randn(1, 3)
+    far = musigma.support.Support([1e3, 1e3], [1e3 + 1, 1e3 + 1])
+    with pytest.raises(ValueError, match=r"n: expected 10 draws, but of 3,000 candidates"):
+        truncated(truth.model, x, far, 10, epsilon=0.1, most=3000)
+    with pytest.raises(ValueError, match=r"elements \[1\] have no bounds"):
+        truncated(truth.model, x, musigma.support.Support([0, 0], [1, None]), 10)
+    with pytest.raises(ValueError, match="one observation, one row; got 4"):
+        truncated(truth.model, torch.randn(4, 3), far, 10)
+    with pytest.raises(ValueError, match="at least as many draws as restarts"):
+        mode(truth.model, x, restarts=20, n=10)
+    vae = build("vae", (3,), bits=None, latents=2, width=4)
+    for call in (lambda: mode(vae), lambda: truncated(vae, None, far, 10)):
+        with pytest.raises(TypeError, match="no exact log p"):
+            call()
+
+
+# --- rounds of simulations ----------------------------------------------------------------------
+
+
+def test_rounds_of_truncated_proposals(tmp_path, capsys):
+    """Two rounds about one observation: the second has its simulations where they matter."""
+    rng, noise = np.random.default_rng(0), 0.2
+
+    def simulate(theta):
+        return theta + noise * rng.normal(size=theta.shape)
+
+    def table(name, theta, x):
+        rows, header = np.concatenate([theta, x], 1), "theta_0,theta_1,x_0,x_1"
+        np.savetxt(tmp_path / name, rows, delimiter=",", header=header, comments="")
+        return str(tmp_path / name)
+
+    def run(*words):
+        main([*words, "--device", "cpu", "--json"])
+        captured = capsys.readouterr()
+        return json.loads(captured.out), captured.err
+
+    (tmp_path / "prior.toml").write_text("[bounds]\ntheta_0 = [-5, 5]\ntheta_1 = [-5, 5]\n")
+    (tmp_path / "seen.csv").write_text("x_0,x_1\n1.5,-2\n")
+    (tmp_path / "other.csv").write_text("x_0,x_1\n1.5,-2\n0,0\n")
+    seen, folder = str(tmp_path / "seen.csv"), str(tmp_path / "run")
+    theta = rng.uniform(-5, 5, size=(400, 2))
+    first = table("first.csv", theta, x := simulate(theta))
+    columns = ["--of", "theta_*", "--given", "x_*", "--bounds", str(tmp_path / "prior.toml")]
+    how = [*columns, *"--depth 2 --hidden 16 --steps 150 --evaluations 3".split()]
+    about = ["--given", seen, "--n", "300", "--epsilon", "0.01"]
+    run("train", "nsf", first, *how, "--out", folder)
+    out = str(tmp_path / "theta.csv")
+    answer, _ = run("propose", folder, *about, "--out", out)
+    proposed = np.genfromtxt(out, delimiter=",", names=True)
+    assert proposed.dtype.names == ("theta_0", "theta_1")
+    proposed = np.stack([proposed[name] for name in proposed.dtype.names], 1)
+    assert len(proposed) == 300
+    assert (np.abs(proposed) <= 5).all()
+    assert answer["share_of_prior"] < 0.6
+    assert (np.abs(proposed - [1.5, -2]).mean(0) < np.abs(theta - [1.5, -2]).mean(0)).all()
+
+    theta, x = np.concatenate([theta, proposed]), np.concatenate([x, simulate(proposed)])
+    both, second = table("both.csv", theta, x), str(tmp_path / "second")
+    run("train", "nsf", both, *how, "--observed", seen, "--out", second)
+    found, told = run("map", second, "--given", seen, "--n", "200")
+    assert "not valid" not in told
+    (row,) = found["modes"]
+    assert abs(row["theta_0"] - 1.5) < 3 * noise
+    assert abs(row["theta_1"] + 2) < 3 * noise
+    assert 1 <= row["agree"] <= found["restarts"] == 20
+    modes = str(tmp_path / "modes.csv")
+    other = ["map", second, "--given", str(tmp_path / "other.csv"), "--n", "50", "--steps", "20"]
+    found, told = run(*other, "--out", modes)
+    assert "1 of 2 given here are others" in told
+    assert found["other_observations"] == 1
+    lines = (tmp_path / "modes.csv").read_text().splitlines()
+    assert lines[0] == "observation,theta_0,theta_1,log_prob,agree"
+    assert len(lines) == 3
+    prior = table("prior.csv", rng.uniform(-5, 5, size=(50, 2)), np.zeros((50, 2)))
+    with pytest.raises(SystemExit) as stop:
+        main(["propose", second, "--given", seen, "--prior", prior, "--out", out])
+    assert stop.value.code == 2
+    assert "of 50 candidates from the prior only" in capsys.readouterr().err

@@ -147,6 +147,12 @@ class Ensemble(Model):
 
     # -- what an ensemble lacks
 
+    def _temperatures(self, temperature: Any, mode: bool) -> Any:
+        found = super()._temperatures(temperature, mode)
+        if any(not isinstance(t, Tensor) and t == 0.0 for t in found.values()):
+            raise ValueError("temperature: an ensemble has no center; take one above 0")
+        return found
+
     def encode(self, *_: Any, **__: Any) -> Any:
         """Raises a TypeError: there are no latents."""
         raise TypeError(f"encode: {self.no_latents} (model.members[0])")
@@ -198,8 +204,3 @@ class Mixture(EventDistribution):
                     t = t[order[part]]
                 drawn.append(member.sample(k, rows, temperature=t))
         return torch.cat(drawn)[order.argsort()]
-
-    @property
-    def mean(self) -> Tensor:
-        """Raises a ValueError: a draw at temperature 0 is a center, which a mixture lacks."""
-        raise ValueError("temperature: an ensemble has no center; take one above 0")

@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError
 
 # their commands
-from musigma.cli import calibrate, compare, compress, convert, inspect, scores, use, watch  # noqa: F401
+from musigma.cli import (  # noqa: F401
+    calibrate,
+    compare,
+    compress,
+    convert,
+    inspect,
+    posteriors,
+    scores,
+    use,
+    watch,
+)
 from musigma.cli.options import TRAIN, app
 from musigma.cli.screen import rank_and_count
 

@@ -109,6 +109,8 @@ class TrainingData:
         bounds: A file that says where the columns of a table lie (prior.toml): a table [bounds] of
             name = [low, high], and lists of names `positive`, `simplex` and `ordered`. The model
             has no density outside. Rows outside are refused.
+        observed: A file with the one observation that the simulations were proposed for (musigma
+            propose). The run answers for it alone, and commands warn of others.
         schema: Types of the columns of a table: the path of a schema file, as `musigma schema`
             writes it; `infer`: from the data; `none`: plain numbers. By default inferred if the
             architecture takes types.
@@ -124,6 +126,7 @@ class TrainingData:
     binarize: Literal["threshold", "dynamic"] | None = None
     conditional: bool = False
     bounds: Annotated[Path | None, Parameter(group=FIRST)] = None
+    observed: Path | None = None
     schema: str | None = None
     missing: Literal["model", "ignore"] = "model"
     reading: Reading = Reading()
@@ -330,6 +333,7 @@ def finetune(
     source: Source,
     *,
     given: Annotated[tuple[str, ...], Parameter(group=DATA)] = (),
+    observed: Annotated[Path | None, Parameter(group=DATA)] = None,
     reading: Reading = Reading(),
     folder: RunFolder = RunFolder(),
     config: TrainOptions = TrainConfig(),
@@ -340,6 +344,7 @@ def finetune(
     Args:
         given: Context of each example, if the model is conditioned on it, as in `train`. By
             default as in its own training.
+        observed: The one observation that the simulations were proposed for, as in `train`.
     """
     trained = Trained(start, common)
     processes, name = join(common.device), trained.model.config["architecture"]
@@ -349,6 +354,7 @@ def finetune(
     _enough(found, source)
     of = trained.about_data.get("of", ())
     about = described_data(source, trained.preprocess, reading, trained.given, of)
+    about |= _observed(observed, trained.model)
     kept = {name: trained.extra[name] for name in ("foreign",) if name in trained.extra}
     _begin(trained.model, found, about, config, out, Screen(common), kept)
 
@@ -394,6 +400,7 @@ def train(
     torch.manual_seed(common.seed)
     spec = found.spec(chosen)
     model = build(name, spec, **options)
+    about |= _observed(reading.observed, model)
     asked = {"options": options, "train": dataclasses.asdict(config)}
     if given_numbers(spec):
         config = _conditional(config, spec, len(found.split("train")), screen)
@@ -415,6 +422,18 @@ def _conditional(config: TrainConfig, spec: Spec, examples: int, screen: Screen)
     if words:
         screen.note(f"for vectors given numbers: {' '.join(words)} (--optimizer adamw)")
     return config
+
+
+def _observed(source: Path | None, model: Any) -> dict[str, str]:
+    """The entry of config.json about the observation that simulations were proposed for."""
+    if source is None:
+        return {}
+    if not model.spec.context:
+        raise ValueError("observed: the model is conditioned on nothing; leave it out")
+    found = data.fingerprints(data.given_rows([source], model.spec.context))
+    if len(found) != 1:
+        raise ValueError(f"observed: expected one observation; {source} has {len(found)} rows")
+    return {"observed": found[0]}
 
 
 def _enough(found: data.Dataset, source: str) -> None:

@@ -82,6 +82,7 @@ class Trained:
         self.given: tuple[str, ...] = ()
         self.seen, self.outside = False, 0
         self.extrapolation: list[str] = []
+        self.others = 0
         if self.folder and not (path / "model.safetensors").is_file():
             raise ValueError(
                 f"RUN: the folder {run} holds no model.safetensors; train a model into it first"
@@ -227,10 +228,24 @@ class Trained:
                 f"there are extrapolation:{listed}{more}"
             )
 
+    def _note_others(self, found: Dataset) -> None:
+        """Warn of observations other than the one that the model was trained for."""
+        from musigma import data
+
+        wanted = self.about_data.get("observed")
+        self.others = sum(wanted not in (None, one) for one in data.fingerprints(found.given))
+        if self.others:
+            self.screen.note(
+                "warning: the model was trained for one observation, on simulations that were "
+                f"proposed for it (--observed); {self.others:,} of {len(found):,} given here are "
+                "others, for which its answers are not valid"
+            )
+
     @property
-    def warnings(self) -> dict[str, list[str]]:
-        """The entry of a JSON answer about context outside the training range, if there is any."""
-        return {"extrapolation": self.extrapolation} if self.extrapolation else {}
+    def warnings(self) -> dict[str, Any]:
+        """Entries of a JSON answer about context that the model was not trained for, if any."""
+        found = {"extrapolation": self.extrapolation, "other_observations": self.others}
+        return {name: value for name, value in found.items() if value}
 
     def _columns(self, options: DataOptions) -> dict[str, Any]:
         """The columns of a table to read, with their types if the model has any."""
@@ -338,6 +353,7 @@ class Trained:
         found = self._labeled(found, label)
         check(self.model, found)
         self._note_extrapolation(found)
+        self._note_others(found)
         return batch(found, np.arange(n), self.model)[1], names
 
     def _labeled(self, found: Dataset, label: str | None) -> Dataset:

@@ -5,7 +5,7 @@ from musigma.data.bounds import as_support, read_bounds
 from musigma.data.columns import decode
 from musigma.data.dataset import Dataset, Given, Preprocess, digest
 from musigma.data.errors import DataError
-from musigma.data.ranges import outside, ranges
+from musigma.data.ranges import fingerprints, outside, ranges
 from musigma.data.raw import Progress
 from musigma.data.readers import identity, load
 from musigma.data.sampling import Part, batch_indices
@@ -25,6 +25,7 @@ __all__ = [
     "decode",
     "describe",
     "digest",
+    "fingerprints",
     "given_rows",
     "identity",
     "load",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from musigma.data.dataset import Dataset, Given
 from musigma.data.sequences import lengths
 
-__all__ = ["outside", "ranges"]
+__all__ = ["fingerprints", "outside", "ranges"]
 
 FAR = 1.0  # standard deviations beyond the training range, from which on values are reported
 
@@ -89,3 +90,23 @@ def _features(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values)
     flat = values.reshape(-1, values.shape[-1] if values.ndim > 1 else 1)
     return flat[~np.isnan(flat).all(1)] if values.ndim == 3 else flat
+
+
+def fingerprints(given: Mapping[str, Given]) -> list[str]:
+    """A digest of each row of a context, by which an observation is recognized.
+
+    >>> a, b = fingerprints({"x": Given(np.array([1, 2], "f"))})
+    >>> [b] == fingerprints({"x": Given(np.array([2], "f"))}), a == b
+    (True, False)
+    """
+    found = []
+    for i in range(len(next(iter(given.values()), ()))):
+        state = hashlib.blake2b(digest_size=16)
+        for name in sorted(given):
+            value = np.asarray(given[name].values[i])
+            if value.ndim == 2 and value.dtype == np.float32:  # a sequence, perhaps padded
+                value = value[~np.isnan(value).all(1)]
+            text = given[name].names[int(value)].encode() if given[name].names else b""
+            state.update(f"{name}\0".encode() + (text or value.tobytes()) + b"\0")
+        found.append(state.hexdigest())
+    return found
