@@ -17,6 +17,7 @@ from musigma.posterior import mode, truncated
 from musigma.testing import randomized
 
 X = Variable("x", (3,))
+QUICK = ["--depth", "2", "--hidden", "16", "--steps", "150", "--evaluations", "3"]
 
 
 @pytest.fixture(autouse=True)
@@ -285,7 +286,7 @@ def test_rounds_of_truncated_proposals(tmp_path, capsys):
     theta = rng.uniform(-5, 5, size=(400, 2))
     first = table("first.csv", theta, x := simulate(theta))
     columns = ["--of", "theta_*", "--given", "x_*", "--bounds", str(tmp_path / "prior.toml")]
-    how = [*columns, *"--depth 2 --hidden 16 --steps 150 --evaluations 3".split()]
+    how = [*columns, *QUICK]
     about = ["--given", seen, "--n", "300", "--epsilon", "0.01"]
     run("train", "nsf", first, *how, "--out", folder)
     out = str(tmp_path / "theta.csv")

@@ -112,5 +112,8 @@ def standardizer(model: nn.Module) -> Standardize | Marginals | Unconstrain | No
 
 def standardizers(model: nn.Module) -> list[Standardize | Marginals | Unconstrain]:
     """The `standardizer` of a model, or of every member of an ensemble."""
-    found = [standardizer(member) for member in getattr(model, "members", [model])]
+    inner: Any = model
+    while not hasattr(inner, "members") and isinstance(inner, nn.Module):
+        inner = getattr(inner, "model", None)  # of a `Conditional`
+    found = [standardizer(member) for member in getattr(inner, "members", [model])]
     return [layer for layer in found if layer is not None]
