@@ -43,6 +43,15 @@ def test_models_of_format_1_are_saved_in_the_present_format(name, tmp_path):
     assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
 
 
+def test_a_posterior_that_sbi_trained():
+    model = checkpoint.load(GOLDEN.parent / "sbi" / "npe.safetensors")
+    stored = np.load(GOLDEN.parent / "sbi" / "npe.npz")
+    theta, x, log_prob = (torch.from_numpy(stored[name]) for name in ("theta", "x", "log_prob"))
+    torch.testing.assert_close(model.log_prob(theta, x), log_prob, rtol=1e-4, atol=1e-3)
+    given = model.as_distribution(x)
+    assert given.support.check(given.sample((50,))).all()
+
+
 # -- a run folder that the command line of format 1 wrote: 3 steps of a VAE on `digits`
 
 
