@@ -245,13 +245,13 @@ def test_wide_observations_are_projected():
 
 def test_the_verdict_of_an_exact_posterior_errs_in_one_case_of_twenty():
     truth, wrong, hold = Conjugate(), 0, np.zeros((3, 2))
-    for seed in range(80):
+    for seed in range(60):
         found = Coverage(truth.ranks(150, 40, seed), tolerance=0.3)
         wrong += found.judgment.verdict != "calibrated"
         region = next(test for test in found.tests if test.kind == "region")
         for k, level in enumerate((0.5, 0.8, 0.95)):
             hold[k] += region.coverage[k].low <= level <= region.coverage[k].high, 1
-    assert stats.binom.sf(wrong - 1, 80, 0.05) > 1e-3
+    assert stats.binom.sf(wrong - 1, 60, 0.05) > 1e-3
     assert (stats.binom.cdf(hold[:, 0], hold[:, 1], 0.95) > 1e-3).all()
 
 
@@ -298,7 +298,7 @@ def test_a_wrong_dependence_is_found_although_every_parameter_is_right():
         assert not any(test.found for test in alone)
         assert joint[0].found
         assert joint[0].p_value < 1e-6
-        assert "no parameter by itself deviates" in " ".join(found.judgment.reasons)
+        assert "no parameter is found to deviate by itself" in " ".join(found.judgment.reasons)
         assert found.judgment.verdict == "underconfident", "the density of draws is too low"
 
 
@@ -338,6 +338,21 @@ def test_many_pairs_find_what_does_not_matter_and_say_so():
     assert found.judgment.verdict == "overconfident"
     assert found.judgment.slight
     assert str(found).startswith("Slightly overconfident")
+
+
+def test_missing_and_constant_parameters_are_ranked():
+    random = np.random.default_rng(0)
+    values = random.normal(size=(60, 42, 3))
+    values[:, :, 0] = np.nan
+    values[:, :, 1] = 2.0
+    found = Coverage(
+        ranks(
+            Pairs(values[:, 0], random.normal(size=(60, 2)), values[:, 1]), [(values[:, 2:], None)]
+        )
+    )
+    assert not any(test.found for test in found.tests)
+    assert np.isnan(list(found.contraction.values())[:2]).all()
+    assert "nan" not in str(found).split("Each parameter")[0]
 
 
 def test_without_densities_there_are_no_regions():
@@ -533,13 +548,13 @@ def local(truth: Conjugate, seed: int, *, n=400, shift=0.0, **how):
 
 
 def test_local_p_values_of_an_exact_posterior_are_at_least_uniform():
-    found = [local(Conjugate(), seed, n=100, permutations=19)[1] for seed in range(25)]
+    found = [local(Conjugate(), seed, n=100, permutations=19)[1] for seed in range(16)]
     for level in (0.05, 0.25, 0.5):
         first = sum(result.p_values[0] <= level for result in found)
-        assert stats.binom.sf(first - 1, 25, level) > 1e-3
+        assert stats.binom.sf(first - 1, 16, level) > 1e-3
         anywhere = sum(result.adjusted.min() <= level for result in found)
-        assert stats.binom.sf(anywhere - 1, 25, level) > 1e-3
-        assert stats.binom.cdf(anywhere, 25, level) > 1e-3, "not always one"
+        assert stats.binom.sf(anywhere - 1, 16, level) > 1e-3
+        assert stats.binom.cdf(anywhere, 16, level) > 1e-3, "not always one"
 
 
 @functools.cache
@@ -560,6 +575,7 @@ def test_a_posterior_that_is_wrong_everywhere_is_found_at_every_observation():
 
 def test_observations_outside_of_the_pairs_are_counted():
     theta, x = Conjugate().pairs(100, 0)
+    x[:, 4] = np.nan  # padding that every sequence has
     at = np.stack([x[3], x[3]])
     at[1, :2] += 1e3
     found = local_test(Pairs(theta, x, theta), at, np.stack([theta, theta]), permutations=19)

@@ -213,80 +213,11 @@ def _named(ranks: Ranks, wrong: Sequence[Test]) -> tuple[Verdict, list[str]]:
         )
     elif joint and not alone:
         reasons.append(
-            "no parameter by itself deviates, so how they depend on each other, or on the "
-            "observation, is wrong"
+            "no parameter is found to deviate by itself: how they depend on each other may be "
+            "wrong, or each by a little"
         )
     if biased:
         return "biased", reasons
     if widths == {True}:
         return "overconfident", reasons
     return ("underconfident" if widths == {False} else "miscalibrated"), reasons
-
-
-def _p(test: Test) -> str:
-    return f"(p = {test.adjusted:.2g})"
-
-
-def _local_reasons(local: Local) -> tuple[str, ...]:
-    """What local tests found, in a sentence."""
-    if not local.found:
-        return ()
-    return (
-        f"a classifier tells draws from true parameters at {len(local.found)} of "
-        f"{len(local.labels)} observations: {named(local.found)}",
-    )
-
-
-def _named(ranks: Ranks, wrong: Sequence[Test]) -> tuple[Verdict, list[str]]:
-    """The word for deviations, and a sentence for each of them."""
-    reasons: list[str] = []
-    biased, widths = False, set()
-    errors = dict(zip(ranks.names, ranks.error.T, strict=True))
-    alone = [test for test in wrong if test.kind == "parameter"]
-    joint = {test.kind: test for test in wrong if test.kind != "parameter"}
-    for test in alone:
-        if abs(test.shift) >= max(CLEAR, abs(test.spread)):
-            biased = True
-            error = errors[test.name]
-            size = normal(float(np.abs(error.mean())), error.var() / len(error))
-            side = "below" if test.shift > 0 else "above"
-            found = (
-                f"draws lie {size.value:.2f} ({size.low:.2f} to {size.high:.2f}) of their "
-                f"standard deviation {side} the truth"
-            )
-        elif abs(test.spread) >= LIKELY:
-            widths.add(test.spread > 0)
-            shares = ", ".join(map(str, test.coverage))
-            width = "narrow" if test.spread > 0 else "wide"
-            found = f"too {width}; its central intervals of {PERCENTS} % hold {shares}"
-        else:
-            found = "its distribution has another shape than the posterior's"
-        reasons.append(f"{test.name}: {found} {_p(test)}")
-    if (region := joint.get("region")) is not None:
-        found = "have another shape than the posterior's"
-        if abs(region.spread) >= LIKELY:
-            widths.add(region.spread > 0)
-            found = f"are too {'small' if region.spread > 0 else 'large'}"
-        reasons.append(f"regions of highest density {found} {_p(region)}")
-    if set(joint) == {"near"} and not alone:
-        near = joint["near"]
-        closer = near.shift < 0
-        found = ": true parameters lie closer to those of similar observations than draws do"
-        reasons.append(
-            "coverage is right on average over observations, but not given the observation"
-            f"{found if closer else ''} {_p(near)}"
-        )
-    elif joint and not alone:
-        reasons.append(
-            "no parameter by itself deviates, so how they depend on each other, or on the "
-            "observation, is wrong"
-        )
-    if biased:
-        return "biased", reasons
-    if widths == {True}:
-        return "overconfident", reasons
-    return ("underconfident" if widths == {False} else "miscalibrated"), reasons
-
-
-def _width(test: Test) -> str:
-    return "narrow" if test.spread > 0 else "wide"

@@ -86,7 +86,7 @@ class Coverage:
     @cached_property
     def contraction(self) -> dict[str, float]:
         """Median standard deviation of draws, divided by that of the parameter over all pairs."""
-        std = np.nanstd(self.ranks.theta, 0)
+        std = np.ma.masked_invalid(self.ranks.theta).std(0).filled(0)
         ratio = np.median(self.ranks.std, 0) / np.where(std > 0, std, np.nan)
         return dict(zip(self.ranks.names, ratio.tolist(), strict=True))
 
