@@ -111,7 +111,7 @@ def test_every_command_of_the_page_on_the_command_line(tmp_path, monkeypatch, ca
         words = command.replace("--minutes 1", "--steps 2 --evaluations 1").split()
         main(words[1:])
     samples = Path("samples.csv").read_text().splitlines()
-    assert (samples[0], len(samples)) == ("height,weight", 201)
+    assert (samples[0], len(samples)) == ("observation,height,weight", 201)
 
 
 def test_every_command_of_the_page_on_tables(tmp_path, monkeypatch):
