@@ -40,37 +40,24 @@ PRIORS: dict[str, Any] = {
 }
 TASKS = {
     "interval": (["probit", "logit", "spline", "none"], [("uniform", 0.03), ("uniform", 0.3)]),
-    "half-line": (["log", "softplus", "odds"], [("exponential", 0.3), ("lognormal", 0.3)]),
+    "half-line": (["probit", "logit", "softplus"], [("exponential", 0.3), ("lognormal", 0.3)]),
 }
 
 
-class HalfLine(Bijection):
-    """Maps of x > 0: log x; the inverse of softplus; and the probit of x / (s + x), s fixed.
+class Softplus(Bijection):
+    """The inverse of softplus on x > 0, standardized on the data."""
 
-    Standardized on the data, as `Unconstrain` does.
-    """
-
-    def __init__(self, kind: str, x: Tensor):
+    def __init__(self, x: Tensor):
         super().__init__()
-        self.kind = kind
         self.scale, self.mean, self.std = x.log().mean(0).exp(), torch.zeros(D), torch.ones(D)
         self.mean, self.std = (t.float() for t in moments(self(x)[0]))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(y, log_det)``."""
-        x = x.double()
-        if self.kind == "log":
-            y, log_det = x.log(), -x.log()
-        elif self.kind == "softplus":
-            rest = torch.log(-torch.expm1(-x / self.scale))
-            y, log_det = x / self.scale + rest, -rest - self.scale.log()
-        else:
-            p, q = x / (self.scale + x), self.scale / (self.scale + x)
-            y = torch.special.ndtri(torch.minimum(p, q))
-            y = torch.where(p < q, y, -y)
-            log_det = (p * q / x).log() + y.square() / 2 + 0.5 * math.log(2 * math.pi)
-        y, log_det = (y - self.mean) / self.std, (log_det - self.std.log()).sum(1)
-        return y.float(), log_det.float()
+        x = x.double() / self.scale
+        rest = torch.log(-torch.expm1(-x))
+        log_det = -(rest + self.scale.log() + self.std.log()).sum(1)
+        return ((x + rest - self.mean) / self.std).float(), log_det.float()
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Only densities are compared."""
@@ -101,17 +88,18 @@ class IntervalSplines(nn.Module):
         return total
 
 
-def model_of(kind: str, theta: Tensor) -> nn.Module:
+def model_of(kind: str, theta: Tensor, bounded: bool) -> nn.Module:
     """A flow behind a map."""
     if kind == "spline":
         return IntervalSplines()
-    flow = build("nsf", (D,), depth=DEPTH, hidden=HIDDEN, context=D, standardize=kind == "none")
+    how: dict[str, Any] = {"kind": "coupling", "depth": DEPTH, "hidden": HIDDEN, "context": D}
+    flow = build("nsf", (D,), standardize=kind == "none", **how)
     if kind == "none":
         return flow
-    if kind in ("probit", "logit"):
-        first: Bijection = Unconstrain(Support([0] * D, [1] * D), map=kind)  # pyright: ignore
-    else:
-        first = HalfLine(kind, theta)
+    first: Bijection = Softplus(theta)
+    if kind != "softplus":
+        first = Unconstrain(Support([0] * D, [1 if bounded else None] * D), map=kind)  # pyright: ignore
+        first.calibrate(theta)
     return Chain([first, *flow.layers], flow.prior)  # pyright: ignore
 
 
@@ -149,7 +137,7 @@ def result(kind: str, prior: str, sigma: float, seed: int) -> dict[str, float | 
     rows = torch.from_numpy(theta).float(), torch.from_numpy((x - units[0]) / units[1]).float()
     test_theta, test_x = simulate(prior, sigma, TEST, 1000)
     started = time.process_time()
-    model = model_of(kind, rows[0])
+    model = model_of(kind, rows[0], prior == "uniform")
     model.calibrate(*(t[:512] for t in rows))  # pyright: ignore
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)

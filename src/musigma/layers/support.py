@@ -43,9 +43,10 @@ class Unconstrain(Bijection):
     :math:`v_i = x_i / (x_i + \dots + x_K)` has :math:`F_i(v) = 1 - (1 - v)^{K - i}` under the
     uniform distribution. Its density is one of the first K - 1 elements (with respect to their
     Lebesgue measure), where the uniform distribution has the density (K - 1)!. An ordered vector
-    of K elements between two bounds has K + 1 gaps, which are a simplex. With one bound or none,
-    the gaps are mapped by the logarithm, as is an element of a half-line. Other elements are left
-    as they are.
+    of K elements between two bounds has K + 1 gaps, which are a simplex. An element x > a of a
+    half-line goes through the share (x - a) / (x - a + s), where s is the geometric mean of x - a
+    over all training rows; with the logit this is the logarithm of (x - a) / s. So do the gaps of
+    an ordered vector with one bound or none. Other elements are left as they are.
 
     Then each variable is shifted and scaled, by its mean and standard deviation over all training
     rows (buffers, as in `Standardize`; until they are measured, by 0 and 1).
@@ -61,7 +62,7 @@ class Unconstrain(Bijection):
 
     Args:
         support: Where rows lie, D elements.
-        map: Of bounded parts: `probit` or `logit`. With the probit, models of posteriors that pile
+        map: `probit` or `logit`. With the probit, models of posteriors that pile
             up at borders were closer to the truth (`benchmarks/borders.py`).
 
     Raises:
@@ -70,7 +71,7 @@ class Unconstrain(Bijection):
     Example:
         >>> layer = Unconstrain(Support([0, 0], [1, None]))
         >>> layer(torch.tensor([[0.75, 1.0], [2.0, 1.0]]))[1]
-        tensor([1.1464,   -inf])
+        tensor([0.6791,   -inf])
     """
 
     scale: Tensor
@@ -194,7 +195,8 @@ class _Block(ABC):
         outputs: Positions of their variables.
     """
 
-    def __init__(self, parts: list[tuple[Part, int]]):
+    def __init__(self, parts: list[tuple[Part, int]], map: str):
+        self.probit = map == "probit"
         self.k, self.freedom = len(parts[0][0].elements), parts[0][0].freedom
         self.inputs = [j for part, _ in parts for j in part.elements]
         self.outputs = [first + i for part, first in parts for i in range(part.freedom)]
@@ -227,6 +229,37 @@ class _Block(ABC):
         """The gaps that have a scale (B, G K); 1 for other elements."""
         return torch.ones(len(x), len(self.inputs), dtype=x.dtype)
 
+    # -- the distribution of y
+
+    def log_base(self, y: Tensor) -> Tensor:
+        """Log density of y for uniform rows."""
+        if self.probit:
+            return -y.square() / 2 - LOG_SQRT_2PI
+        return -y.abs() - 2 * F.softplus(-y.abs())
+
+    def quantile(self, p: Tensor, q: Tensor) -> Tensor:
+        """The quantile at p = 1 - q."""
+        if not self.probit:
+            return p.log() - q.log()
+        y = torch.special.ndtri(torch.minimum(p, q))
+        return torch.where(p < q, y, -y)
+
+    def of_logs(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """The quantile at p = 1 - q, from their logarithms."""
+        if not self.probit:
+            return log_p - log_q
+        y = normal_quantile(torch.minimum(log_p, log_q))
+        return torch.where(log_p < log_q, y, -y)
+
+    def both(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The mass below y and above it."""
+        mass = torch.special.ndtr if self.probit else torch.sigmoid
+        return mass(y), mass(-y)
+
+    def log_above(self, y: Tensor) -> Tensor:
+        """The log of the mass above y."""
+        return torch.special.log_ndtr(-y) if self.probit else -F.softplus(y)
+
 
 class _Lines(_Block):
     """Elements without bounds."""
@@ -244,8 +277,8 @@ class _Gaps(_Block):
     Where there is only an upper bound, all signs and the order are reversed.
     """
 
-    def __init__(self, parts: list[tuple[Part, int]]):
-        super().__init__(parts)
+    def __init__(self, parts: list[tuple[Part, int]], map: str):
+        super().__init__(parts, map)
         first = parts[0][0]
         self.falling = math.isinf(first.low) and math.isfinite(first.high)
         self.free = int(math.isinf(first.low) and math.isinf(first.high))
@@ -282,29 +315,36 @@ class _Gaps(_Block):
             first = torch.maximum(least[:, :1], t["spacing"][:, None] / 2)
             least = torch.cat([first, least[:, 1:]], 1)
         logs = torch.maximum(gaps, least).log()
-        if not self.free:
-            return (logs - scale.log()).flatten(1), -logs.sum((1, 2))
-        y = torch.cat([gaps[..., :1], (logs - scale.log())[..., 1:]], -1)
-        return y.flatten(1), -logs[..., 1:].sum((1, 2))
+        z = logs - scale.log()
+        y = self.of_logs(-F.softplus(-z), -F.softplus(z))
+        log_det = self.slope(y, z) - logs
+        if self.free:
+            y = torch.cat([gaps[..., :1], y[..., 1:]], -1)
+        return y.flatten(1), log_det[..., self.free :].sum((1, 2))
 
     def down(self, y, t, scale):
         y, scale = self.take(y, t["outputs"]), self.scales(scale, t)
-        logs = y.clamp(max=FAR) + scale.log()
+        z = self.log_above(-y) - self.log_above(y)
+        logs = z.clamp(max=FAR) + scale.log()
+        log_det = (self.slope(y, z) - logs)[..., self.free :].sum((1, 2))
         if self.free:
-            gaps = torch.cat([y[..., :1], logs[..., 1:].exp()], -1)
-            x, log_det = gaps.cumsum(-1), -logs[..., 1:].sum((1, 2))
+            x = torch.cat([y[..., :1], logs[..., 1:].exp()], -1).cumsum(-1)
         else:
-            x, log_det = logs.exp().cumsum(-1), -logs.sum((1, 2))
+            x = logs.exp().cumsum(-1)
             x = (t["border"][:, None] - x).flip(-1) if self.falling else t["border"][:, None] + x
         return x.flatten(1), log_det
+
+    def slope(self, y: Tensor, z: Tensor) -> Tensor:
+        """log dy/dz, where y and the logistic variable z have the same mass below them."""
+        return -F.softplus(z) - F.softplus(-z) - self.log_base(y)
 
 
 class _Shares(_Block):
     """Intervals, ordered vectors in them, and simplices: M shares of a whole, which sum to 1."""
 
     def __init__(self, parts: list[tuple[Part, int]], map: str):
-        super().__init__(parts)
-        self.simplex, self.probit = parts[0][0].simplex, map == "probit"
+        super().__init__(parts, map)
+        self.simplex = parts[0][0].simplex
         m = self.freedom
         low, high = self.tables["low"], self.tables["high"]
         width = torch.ones_like(low) if self.simplex else high - low
@@ -338,7 +378,8 @@ class _Shares(_Block):
             rest = shares.flip(-1).cumsum(-1).flip(-1)
             v, left = shares[..., :-1] / rest[..., :-1], rest[..., 1:] / rest[..., :-1]
             log_left = torch.where(v < 0.5, torch.log1p(-v.clamp(max=0.5)), left.log())
-            y = self.of_logs(t["powers"] * log_left)
+            log_q = t["powers"] * log_left
+            y = self.of_logs((-torch.expm1(log_q)).log(), log_q)
         y = y.flatten(1)
         return y, t["log_density"] - self.log_base(y).sum(1)
 
@@ -360,38 +401,6 @@ class _Shares(_Block):
             x = x.cummax(-1).values
         return x.flatten(1), log_det
 
-    # -- the distribution of y
-
-    def log_base(self, y: Tensor) -> Tensor:
-        """Log density of y for uniform rows."""
-        if self.probit:
-            return -y.square() / 2 - LOG_SQRT_2PI
-        return -y.abs() - 2 * F.softplus(-y.abs())
-
-    def quantile(self, p: Tensor, q: Tensor) -> Tensor:
-        """The quantile at p = 1 - q."""
-        if not self.probit:
-            return p.log() - q.log()
-        y = torch.special.ndtri(torch.minimum(p, q))
-        return torch.where(p < q, y, -y)
-
-    def of_logs(self, log_q: Tensor) -> Tensor:
-        """The quantile at 1 - q."""
-        log_p = (-torch.expm1(log_q)).log()
-        if not self.probit:
-            return log_p - log_q
-        y = normal_quantile(torch.minimum(log_p, log_q))
-        return torch.where(log_p < log_q, y, -y)
-
-    def both(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The mass below y and above it."""
-        mass = torch.special.ndtr if self.probit else torch.sigmoid
-        return mass(y), mass(-y)
-
-    def log_above(self, y: Tensor) -> Tensor:
-        """The log of the mass above y."""
-        return torch.special.log_ndtr(-y) if self.probit else -F.softplus(y)
-
 
 def _blocks(support: Support, map: str) -> list[_Block]:
     """The parts of a support by kind."""
@@ -409,7 +418,7 @@ def _block(kind: tuple[Any, ...], parts: list[tuple[Part, int]], map: str) -> _B
     k, simplex, below, above = kind
     if simplex or (below and above):
         return _Shares(parts, map)
-    return _Gaps(parts) if k > 1 or below or above else _Lines(parts)
+    return _Gaps(parts, map) if k > 1 or below or above else _Lines(parts, map)
 
 
 # --- for torch.distributions -------------------------------------------------------------------
