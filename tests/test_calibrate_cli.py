@@ -70,7 +70,7 @@ def here(tmp_path_factory):
 def test_pairs_of_another_file(here):
     found = answer("run test.csv --draws 200 --local 2 --out page.html --ranks ranks.csv")
     assert found["verdict"] in WORDS
-    assert (found["pairs"], found["draws"], found["source"]) == (300, 200, "all of test.csv")
+    assert (found["pairs"], found["draws"], found["source"]) == (300, 200, "test.csv")
     assert [test["name"] for test in found["tests"][:2]] == ["theta_0", "theta_1"]
     assert [test["kind"] for test in found["tests"][2:]] == ["region", "random", "near"]
     assert all(0 < test["p_value"] <= test["adjusted"] <= 1 for test in found["tests"])

@@ -89,7 +89,7 @@ def calibrate(
             local=local,
             at=observed,
             seed=common.seed,
-            source=f"{trained.part} of {source}",
+            source=source if trained.part == "all" else f"the {trained.part} part of {source}",
             progress=progress,
         )
     answer, text, wrote = found.to_dict(), str(found), {}

@@ -288,8 +288,8 @@ class Coverage:
             "Can a classifier tell draws from true parameters, at one observation? It was trained "
             f"on {local.pairs:,} pairs, and is compared with {local.permutations} that were "
             "trained on pairs whose truth and draw are exchanged at random. Statistic: mean "
-            f"square of its probability minus 1/2. Found: p, adjusted for {len(local.labels)} "
-            f"observations, of at most {LOCAL_LEVEL:g}."
+            f"square of its probability minus 1/2. Found: p of at most {LOCAL_LEVEL:g}, adjusted "
+            "for the number of observations."
         ]
         for label, outside in zip(local.labels, local.outside.tolist(), strict=True):
             if outside:
