@@ -381,6 +381,7 @@ def test_a_separate_process_answers_as_this_process_does():
         child.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
 def test_another_commit_runs_from_its_own_folder(tmp_path):
     commit = command.extract("HEAD", tmp_path)
@@ -395,6 +396,7 @@ def test_another_commit_runs_from_its_own_folder(tmp_path):
     assert set(record["operations"]["sample"]["times"]) == set(names[:2])
 
 
+@pytest.mark.slow
 def test_contenders_in_processes_of_their_own_run_in_several(monkeypatch):
     restarted = []
     monkeypatch.setattr(Subprocess, "restart", lambda child: restarted.append(child.contender))
@@ -408,6 +410,7 @@ def test_contenders_in_processes_of_their_own_run_in_several(monkeypatch):
     assert sorted(restarted) == ["musigma", "musigma@abc"]  # before the third of four rounds
 
 
+@pytest.mark.slow
 def test_a_contender_continues_in_a_new_process():
     child = Subprocess("maf-8", WORKLOADS["maf-8"].contenders[0], ALONE)
     try:
@@ -445,6 +448,7 @@ def test_a_separate_process_reports_an_unavailable_contender(monkeypatch):
         Subprocess("glow-128", clone, ALONE)
 
 
+@pytest.mark.slow
 def test_keras_builds_a_model_of_the_same_size():
     workload = WORKLOADS["conv-vae-28"]
     keras = next(c for c in workload.contenders if c.name == "keras (torch)")
