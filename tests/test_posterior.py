@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import musigma
 from musigma import Spec, Variable, build
@@ -322,3 +323,27 @@ def test_rounds_of_truncated_proposals(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "1 of 2 given here are others" in captured.err + captured.out
     assert captured.out.count(" of 20") == 2
+
+
+@pytest.mark.parametrize("kind", ["coupling", "autoregressive"])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_one_row_of_context_for_many_examples_is_multiplied_once(kind, layers):
+    options = {"kind": kind, "hidden": 9, "hidden_layers": layers, "depth": 2, "context": 4}
+    model = randomized(build("nsf", (3,), **options)).double()
+    x, row = torch.randn(7, 3).double(), torch.randn(1, 4).double().requires_grad_()
+    many, one = row.repeat(7, 1), row.expand(7, 4)
+    gradients = []
+    for context in (many, one):
+        z, log_prob = model.encode(x, context)[0], model.log_prob(x, context)
+        back = model.decode([z], context)
+        torch.testing.assert_close(back, x)
+        total = log_prob.sum() + back.sin().sum()
+        gradients.append(torch.autograd.grad(total, [row, *model.parameters()]))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    with FlopCounterMode(display=False) as counted:
+        model.log_prob(x, one.detach())
+    fewer = counted.get_total_flops()
+    with FlopCounterMode(display=False) as counted:
+        model.log_prob(x, many.detach())
+    assert fewer < counted.get_total_flops()

@@ -24,6 +24,7 @@ __all__ = [
     "join",
     "length",
     "lerp",
+    "one_row",
     "pooled",
     "repeat",
     "rows",
@@ -69,6 +70,16 @@ def in_parts(x: Tensor, context: Context, size: int = 64) -> Iterator[tuple[Tens
     for start in range(0, len(x), size):
         part = slice(start, start + size)
         yield x[part], rows(context, part)
+
+
+def one_row(context: Tensor | None) -> Tensor | None:
+    """The first row of a vector context (1, F) that `torch.Tensor.expand` repeats; None otherwise.
+
+    What depends on the context alone is then computed once.
+    """
+    if context is None or context.ndim != 2 or len(context) < 2 or context.stride(0):
+        return None
+    return context[:1]
 
 
 def lerp(a: Context, b: Context, t: float) -> Context:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musigma.context import join
+from musigma.context import join, one_row
 
 __all__ = ["MADE", "MLP", "Conditioner", "ResidualMLP", "Scaled", "residual_branch"]
 
@@ -160,12 +160,25 @@ class _Stack(nn.Module):
         ]
         return [(w, b[:, None]) for w, b in zip(weights, self.biases, strict=True)]
 
-    def forward(self, h: Tensor) -> Tensor:
-        """The output (outputs, B), for h (inputs, B)."""
-        *layers, (weight, bias) = self.layers()
+    def forward(self, x: Tensor, context: Tensor | None, features: int) -> Tensor:
+        """The output (B, outputs), for x (B, inputs) and a context of some features, joined."""
+        layers = self.layers()
+        row = one_row(context) if features else None
+        if row is None:
+            h = join(x, context, features).t()
+        else:
+            h = x.t()
+            layers[0] = _given(*layers[0], join(x[:1, :0], row, features))
+        *layers, (weight, bias) = layers
         for w, b in layers:
             h = F.relu(torch.addmm(b, w, h), inplace=True)
-        return torch.addmm(bias, weight, h)
+        return torch.addmm(bias, weight, h).t()
+
+
+def _given(weight: Tensor, bias: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight and the bias of a layer for the inputs that come before a context (B, F)."""
+    inputs = weight.shape[1] - context.shape[1]
+    return weight[:, :inputs], torch.addmm(bias, weight[:, inputs:], context.t())
 
 
 class Conditioner(nn.Module):
@@ -199,7 +212,7 @@ class Conditioner(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The output."""
-        return self.stack(join(x, context, self.context).t()).t()
+        return self.stack(x, context, self.context)
 
 
 class MADE(nn.Module):
@@ -258,7 +271,7 @@ class MADE(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The outputs (B, len(owners)), for x (B, D)."""
-        return self.stack(join(x[:, :-1], context, self.context).t()).t()
+        return self.stack(x[:, :-1], context, self.context)
 
     def unroll(
         self, fill: Callable[[int, Tensor], Tensor], like: Tensor, context: Tensor | None = None
@@ -271,9 +284,9 @@ class MADE(nn.Module):
         layers = self.stack.layers()
         weight, bias = layers[-1]
         layers[-1] = weight.index_select(0, self.order), bias.index_select(0, self.order)
-        weight, bias = layers[0]
-        given = join(like[:, :0], context, self.context).t()
-        layers[0] = weight, torch.addmm(bias, weight[:, self.features - 1 :], given)
+        row = one_row(context) if self.context else None
+        context, n = (context, len(like)) if row is None else (row, 1)
+        layers[0] = _given(*layers[0], join(like[:n, :0], context, self.context))
         known = [_room(width, like) for width in self.widths]
         for i, rows in enumerate(self.plan):
             h = known[0]
