@@ -39,6 +39,8 @@ __all__ = [
 
 Temperature = float | Tensor | Sequence[float | Tensor]
 
+AT_ONCE = 8192
+"""Vectors that are scored together without gradients; more would not stay in the caches."""
 MOST_ENUMERATED = 4096
 """Largest number of combinations of values that `gradient="enumerate"` evaluates."""
 
@@ -198,6 +200,9 @@ class Model(nn.Module, ABC):
             TypeError: If this model is not `exact`, so it has only bounds of log p(x).
         """
         self.require_exact("log_prob")
+        if x.ndim == 2 and len(x) > AT_ONCE and not torch.is_grad_enabled():
+            parts = contexts.in_parts(x, context, AT_ONCE)
+            return torch.cat([self.log_prob(*part) for part in parts])
         return self(x, context, closed_form=False).elbo
 
     def log_prob_each(self, x: Tensor, context: Context = None) -> Tensor | None:

@@ -289,13 +289,19 @@ class MADE(nn.Module):
         layers[0] = _given(*layers[0], join(like[:n, :0], context, self.context))
         known = [_room(width, like) for width in self.widths]
         for i, rows in enumerate(self.plan):
+            n = len(like) if i else n  # what depends on one row of context alone is one column
             h = known[0]
             for j, first, last, below in rows:
                 weight, bias = layers[j]
-                h = torch.addmm(bias[first:last], weight[first:last, :below], known[j][:below])
-                if j < len(layers) - 1:
-                    known[j + 1] = _put(known[j + 1], first, F.relu(h, inplace=True))
-            known[0] = _put(known[0], i, fill(i, h.t()).t())
+                here = known[j + 1][first:last] if j < len(layers) - 1 else None
+                out = here if n > 1 and not torch.is_grad_enabled() else None
+                inputs = known[j][:below, :n]
+                h = torch.addmm(bias[first:last], weight[first:last, :below], inputs, out=out)
+                if here is not None:
+                    h = F.relu(h, inplace=True)
+                if here is not out:
+                    known[j + 1] = _put(known[j + 1], first, h.expand(-1, len(like)))
+            known[0] = _put(known[0], i, fill(i, h.expand(-1, len(like)).t()).t())
 
 
 def _rows(layers: Sequence[Sequence[int]], degree: int) -> list[tuple[int, int, int, int]]:
