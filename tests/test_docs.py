@@ -35,6 +35,14 @@ def photos(tmp_path, monkeypatch):
     rows = random.normal(size=(1500, 3))
     text = "\n".join(",".join(f"{value:.6f}" for value in row) for row in rows)
     (tmp_path / "table.csv").write_text(f"height,width,weight\n{text}\n")
+    theta = random.uniform(0, 1, (1500, 2))
+    pairs = np.concatenate([theta, theta + 0.1 * random.normal(size=(1500, 2))], 1)
+    for name, n, columns in ("sims", 1500, slice(0, 4)), ("observed", 1, slice(2, 4)):
+        head = ",".join(["theta_a", "theta_b", "x_a", "x_b"][columns])
+        np.savetxt(
+            tmp_path / f"{name}.csv", pairs[:n, columns], "%.6f", ",", header=head, comments=""
+        )
+    (tmp_path / "prior.toml").write_text("[bounds]\ntheta_a = [0, 1]\ntheta_b = [0, 1]\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -56,12 +64,12 @@ def test_every_command_of_the_readme(photos, capsys):
     mine = next(b for b in blocks(ROOT / "README.md", "python") if b.startswith("# mine.py"))
     (photos / "mine.py").write_text(mine)
     commands = run_commands(ROOT / "README.md", photos)
-    assert len(commands) == 12
+    assert len(commands) == 16
     out = capsys.readouterr().out
     # each door ends in a figure with its error
-    figures = re.findall(r"^-?[\d.]+ ± [\d.]+ bits/dim.*; held-out", out, re.MULTILINE)
+    figures = re.findall(r"^-?[\d.]+ ± [\d.]+ (?:bits|nats).*; held-out", out, re.MULTILINE)
     doors = [c for c in commands if c.startswith("musigma evaluate")]
-    assert len(figures) == len(doors) == 3
+    assert len(figures) == len(doors) == 4
     assert commands[3::4] == doors
     assert (photos / "new-rows.csv").read_text().startswith("height,width,weight\n")
 
@@ -123,6 +131,25 @@ def test_every_command_of_the_page_on_tables(tmp_path, monkeypatch):
     run_commands(page, tmp_path)
     lines = "\n".join(musigma.data.summary(musigma.data.load("people.csv", schema="infer"))[:7])
     assert lines in page.read_text(encoding="utf-8")
+
+
+def test_the_page_on_simulators_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    page = (ROOT / "docs" / "simulators.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for language, block in re.findall(r"```(python|sh)\n(.*?)```", page, re.DOTALL):
+        if language == "python":
+            exec(compile(block, "simulators.md", "exec"), names)
+            continue
+        for command in block.splitlines():
+            quick = "--steps 30 --evaluations 2 --hidden 16"
+            quick = re.sub(r"--minutes \d", quick, command)
+            quick = quick.replace(" --out calibration.html", " --pairs 100 --out calibration.html")
+            main(shlex.split(quick)[1:])
+    assert len(names["pd"].read_parquet("draws.parquet")) == 10_000
+    assert "Highest-density regions of 50, 80 and 95 % hold" in capsys.readouterr().out
+    assert Path("calibration.html").stat().st_size > 10_000
 
 
 def test_the_page_on_the_command_line_lists_all_commands():

@@ -125,7 +125,7 @@ def propose(
     answer = {"n": n, "epsilon": epsilon, "log_density_above": found.threshold}
     answer |= {"share_of_prior": found.share, "acceptance": found.acceptance}
     answer |= {"candidates": found.candidates}
-    what = f"{count(n, 'parameter value')} from {found.share:.3g} of the prior's mass"
+    what = f"{count(n, 'draw')} from the prior, within a region of {found.share:.3g} of its mass"
     trained.wrote(out, what, **answer)
 
 

@@ -413,10 +413,13 @@ def _conditional(config: TrainConfig, spec: Spec, examples: int, screen: Screen)
     given = given_options(config)
     config = conditional_config(examples, features, **given)
     budget = next(n for n in ("steps", "epochs", "minutes") if getattr(config, n) is not None)
-    screen.note(
-        f"at most {getattr(config, budget):,} {budget}; ends when the validation figure has not "
-        f"improved for {config.patience} of {config.evaluations} evaluations"
-    )
+    text = f"at most {getattr(config, budget):,} {budget}"
+    if config.patience is not None and config.patience < config.evaluations:
+        text += (
+            "; ends when the validation figure has not improved for "
+            f"{config.patience} of {config.evaluations} evaluations"
+        )
+    screen.note(text)
     chosen = {n: getattr(config, n) for n in ("batch_size", "lr", "weight_decay", "ema")}
     words = [f"--{n.replace('_', '-')} {v:g}" for n, v in chosen.items() if n not in given]
     if words:

@@ -239,10 +239,10 @@ def given_options(config: TrainConfig) -> dict[str, Any]:
 def conditional_config(examples: int, features: int, **options: Any) -> TrainConfig:
     """How to train the density of a vector of numbers, given others.
 
-    Such data are few, and more features of the context make it easier to learn the examples by
-    heart. Weight decay is therefore strong, in proportion to the features per example. The figure
-    of the validation data ends training early; the budget is only its limit. It was chosen for
-    eight simulators at 1,000 and 10,000 simulations (`docs/figures.md`).
+    Simulations are few, and the more features the context has, the easier it is to memorize
+    them. Weight decay is therefore strong, and proportional to the number of features per example.
+    Training stops early by the figure of the validation data; the budget is a cap. The numbers
+    were chosen on eight simulators at 1,000 and 10,000 simulations (`docs/figures.md`).
 
     Args:
         examples: Number of training examples.
