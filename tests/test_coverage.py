@@ -586,6 +586,31 @@ def test_observations_outside_of_the_pairs_are_counted():
         local_test(Pairs(theta, x, theta), at[:, :2], np.stack([theta, theta]))
 
 
+def test_a_local_test_treats_parameters_and_draws_alike(monkeypatch):
+    """What classifiers see is the same after an exchange, so the null hypothesis is exact."""
+    seen = []
+
+    class Stub:
+        def __init__(self, networks, *_, **__):
+            self.networks = networks
+
+        def fit(self, rows, *_, **__):
+            seen.append(rows)
+
+        def probabilities(self, rows):
+            return 0.5 + torch.arange(self.networks, 0, -1)[:, None].sqrt().expand(-1, len(rows))
+
+    monkeypatch.setattr("musigma.coverage.local.Classifiers", Stub)
+    random = np.random.default_rng(0)
+    theta, first = random.normal(size=(50, 2)) * 7 + 3, random.normal(size=(50, 2))
+    x = random.normal(size=(50, 1))
+    for pair in (theta, first), (first, theta):
+        found = local_test(Pairs(pair[0], x, pair[1]), x[:1], theta[None], permutations=19)
+    a, b = (rows.numpy() for rows in seen)
+    np.testing.assert_allclose(a, np.roll(b, 50, 0), rtol=1e-5)
+    assert found.p_values[0] == found.adjusted[0] == 0.05
+
+
 def test_what_local_tests_find_is_in_the_verdict():
     wrong, right = local_pair()
     ranks = Conjugate().ranks(500, 50)

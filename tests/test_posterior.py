@@ -347,3 +347,19 @@ def test_one_row_of_context_for_many_examples_is_multiplied_once(kind, layers):
     with FlopCounterMode(display=False) as counted:
         model.log_prob(x, many.detach())
     assert fewer < counted.get_total_flops()
+
+
+def test_an_ensemble_in_training_mode_is_asked_for_its_mixture():
+    model = musigma.testing.randomized(
+        musigma.build("maf", (2,), depth=1, hidden=8, context=3, ensemble=3)
+    ).float()
+    x, box = torch.randn(1, 3), musigma.support.Support([-9, -9], [9, 9])
+    found = []
+    for training in (False, True):
+        model.train(training)
+        torch.manual_seed(2)
+        proposal = truncated(model, x, box, 200, epsilon=0.05)
+        best = mode(model, x, restarts=2, n=50, steps=5)
+        assert all(member.training == training for member in model.members)
+        found.append((proposal.threshold, proposal.theta.sum(), best.log_prob[0]))
+    assert torch.equal(*map(torch.tensor, found))

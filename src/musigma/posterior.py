@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -83,15 +84,27 @@ def mode(
             f"n: expected at least as many draws as restarts, at least one; got {n} draws, "
             f"{restarts} restarts and {steps} steps"
         )
-    inner, rows = model.given(context)
-    count = contexts.length(rows) or 1
-    size = max(1, AT_ONCE // n)
-    parts = [
-        _modes(inner, contexts.rows(rows, slice(at, at + size)), restarts, n, steps)
-        for at in range(0, count, size)
-    ]
+    with _evaluation(model):
+        inner, rows = model.given(context)
+        count = contexts.length(rows) or 1
+        size = max(1, AT_ONCE // n)
+        parts = [
+            _modes(inner, contexts.rows(rows, slice(at, at + size)), restarts, n, steps)
+            for at in range(0, count, size)
+        ]
     theta, log_prob, agree = map(torch.cat, zip(*parts, strict=True))
     return Mode(theta, log_prob, agree, restarts)
+
+
+@contextmanager
+def _evaluation(model: Model) -> Iterator[None]:
+    """Evaluation mode, in which the density of an ensemble is that of its draws."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def _modes(
@@ -239,29 +252,30 @@ def truncated(
         )
     if not 0 < epsilon < 1 or n < 1:
         raise ValueError(f"epsilon, n: expected 0 < epsilon < 1 and n > 0; got {epsilon}, {n}")
-    dist = model.as_distribution(context)
-    size = math.ceil(FEWEST / epsilon)
-    drawn = torch.cat([q for _, q in _draws(dist, size)])
-    threshold = float(drawn.kthvalue(min(size, max(1, round(size * epsilon)))).values)
-    uniform = _Uniform(prior, drawn) if isinstance(prior, Support) else None
-    draw = uniform or prior
-    by_posterior = uniform is not None and threshold + uniform.log_volume > 0
-    theta: list[Tensor] = []
-    tried = accepted = 0
-    while accepted < n and tried < most:
-        size = min(AT_ONCE, most - tried, max(1024, 2 * n))
-        if uniform is not None and by_posterior:
-            x, q = next(_draws(dist, size))
-            chosen = (q > threshold) & (torch.rand_like(q).log() < threshold - q)
-            chosen &= uniform.inside(x)
-        else:
-            x = draw(size).to(drawn)  # pyright: ignore[reportCallIssue]
-            if not len(x):
-                break
-            with torch.no_grad():
-                chosen = dist.log_prob(x[:, None])[:, 0] > threshold
-        theta.append(x[chosen])
-        tried, accepted = tried + len(x), accepted + int(chosen.sum())
+    with _evaluation(model):
+        dist = model.as_distribution(context)
+        size = math.ceil(FEWEST / epsilon)
+        drawn = torch.cat([q for _, q in _draws(dist, size)])
+        threshold = float(drawn.kthvalue(min(size, max(1, round(size * epsilon)))).values)
+        uniform = _Uniform(prior, drawn) if isinstance(prior, Support) else None
+        draw = uniform or prior
+        by_posterior = uniform is not None and threshold + uniform.log_volume > 0
+        theta: list[Tensor] = []
+        tried = accepted = 0
+        while accepted < n and tried < most:
+            size = min(AT_ONCE, most - tried, max(1024, 2 * n))
+            if uniform is not None and by_posterior:
+                x, q = next(_draws(dist, size))
+                chosen = (q > threshold) & (torch.rand_like(q).log() < threshold - q)
+                chosen &= uniform.inside(x)
+            else:
+                x = draw(size).to(drawn)  # pyright: ignore[reportCallIssue]
+                if not len(x):
+                    break
+                with torch.no_grad():
+                    chosen = dist.log_prob(x[:, None])[:, 0] > threshold
+            theta.append(x[chosen])
+            tried, accepted = tried + len(x), accepted + int(chosen.sum())
     rate = accepted / max(1, tried)
     if accepted < n:
         raise ValueError(

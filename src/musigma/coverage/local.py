@@ -106,7 +106,8 @@ def local_test(
     random = np.random.default_rng(seed)
     chosen = random.permutation(len(pairs))[:MOST_PAIRS]
     n, networks = len(chosen), permutations + 1
-    features, scale = Features(pairs.x, random), Features(pairs.first, random, most=d)
+    features = Features(pairs.x, random)
+    scale = Features(np.concatenate([pairs.theta, pairs.first]), random, most=d)
     known = features(pairs.x[chosen])
     both = [np.hstack([scale(t[chosen]), known]) for t in (pairs.theta, pairs.first)]
     exchanged = random.uniform(size=(networks, n)) < 0.5
@@ -120,7 +121,7 @@ def local_test(
         given = np.hstack([scale(draws[i]), np.tile(row, (draws.shape[1], 1))])
         p = nets.probabilities(torch.from_numpy(given).float())
         found[:, i] = (p - 0.5).square().mean(1).numpy()
-    ratio = found / found[1:].mean(0)
+    ratio = found / found.mean(0)  # of all networks, which are exchangeable
     low, high = np.fmin.reduce(pairs.x), np.fmax.reduce(pairs.x)  # NaN is missing
     return Local(
         labels or tuple(map(str, range(count))),
