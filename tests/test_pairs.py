@@ -740,3 +740,33 @@ def test_a_run_of_arrays_is_used_on_other_arrays(tmp_path, monkeypatch, run):
     np.save("x.npy", random.normal(size=(2, 3)))
     assert run("sample run --given x.npy --n 3 --out draws.csv")["n"] == 6
     assert list(read("draws.csv")[0]) == ["observation", "theta_0", "theta_1"]
+
+
+def put(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_files_of_observations_are_refused_with_their_faults(tmp_path):
+    numbers = [Variable("x_0", (1,)), Variable("x_1", (1,))]
+    both = put(tmp_path, "both.csv", "x_0,x_1\n1,2\n")
+    other = put(tmp_path, "other.csv", "x_1,x_0\n3,4\n")
+    empty = put(tmp_path, "empty.csv", "x_0,x_1\n")
+    np.save(tmp_path / "array.npy", np.ones((1, 2)))
+    with fails("other.csv: x_0, x_1 are also in a file"):
+        given_rows([both, other], numbers)
+    with fails("empty.csv: has no rows of x_0, x_1: give one"):
+        given_rows([empty], numbers)
+    with fails("no.csv: there is no such file"):
+        given_rows([tmp_path / "no.csv"], numbers)
+    array = tmp_path / "array.npy"
+    with fails("array.npy has no names of columns: write a .csv"):
+        given_rows([array], numbers)
+
+
+def test_text_where_a_model_takes_numbers_is_shown(tmp_path):
+    rows = given_rows([put(tmp_path, "text.csv", "x_0\nabc\n")], [Variable("x_0", (1,))])
+    spec = Spec((2,), context=(Variable("x_0", (1,)),))
+    text = Dataset(np.zeros((1, 2), np.float32), given=rows)
+    with pytest.raises(ValueError, match=r"in these data it has text \('abc'\): give numbers"):
+        check(build("maf", spec), text)

@@ -107,8 +107,9 @@ class TrainingData:
         binarize: Make images black and white: at a threshold, or by a new draw at each step.
         conditional: Short for `--given label`.
         bounds: A file that says where the columns of a table lie (prior.toml): a table [bounds] of
-            name = [low, high], and lists of names `positive`, `simplex` and `ordered`. The model
-            has no density outside. Rows outside are refused.
+            name = [low, high]; before it, positive = ["a", "b"], and lists of groups, simplex =
+            [["a", "b", "c"]] and ordered = [["d", "e"]]. The model has no density outside. Rows
+            outside are refused.
         observed: A file with the one observation that the simulations were proposed for (musigma
             propose). The run answers for it alone, and commands warn of others.
         schema: Types of the columns of a table: the path of a schema file, as `musigma schema`

@@ -80,7 +80,8 @@ def given_rows(sources: Iterable[str | Path], variables: Sequence[Variable]) -> 
     """Rows of a context from files, for generating examples; other variables are ignored.
 
     Raises:
-        DataError: If a variable is in no file, or the files differ in their numbers of rows.
+        DataError: If a variable is in no file or in several, a file is not there or has no rows,
+            or the files differ in their numbers of rows.
     """
     return observations(sources, variables)[0]
 
@@ -94,16 +95,29 @@ def observations(
     """
     found: dict[str, Given] = {}
     ids: tuple[str, ...] | None = None
+    wanted = [v.name for v in variables]
+    arrays: list[str] = []
     for source in sources:
         request = Request(f"given: {source}", allow_constant=True)
-        wanted = [v.name for v in variables]
         known, names, _ = _read(source, (), request, wanted=wanted)
         ids = ids or next((tuple(cells) for name, cells in names.items() if name), None)
         if len(variables) == 1 and len(known) == 1:  # an array has no name to match
             known = {variables[0].name: next(iter(known.values()))}
-        found |= {v.name: known[v.name] for v in variables if v.name in known}
-    if missing := [v.name for v in variables if v.name not in found]:
-        raise DataError(f"given: no file holds {named(missing, 20)}: give a column of that name")
+        if empty := [name for name in wanted if name in known and not len(known[name])]:
+            raise request.error(f"has no rows of {named(empty, 20)}: give one or more")
+        if twice := [name for name in wanted if name in known and name in found]:
+            raise request.error(
+                f"{named(twice, 20)} are also in a file before it: give one of them"
+            )
+        if Path(source).suffix.lower() == ".npy" and not set(known) & set(wanted):
+            arrays.append(str(source))
+        found |= {name: known[name] for name in wanted if name in known}
+    if missing := [name for name in wanted if name not in found]:
+        hint = f" ({named(arrays)} has no names of columns: write a .csv or .parquet)"
+        raise DataError(
+            f"given: no file holds {named(missing, 20)}: give a column of that name"
+            f"{hint if arrays else ''}"
+        )
     if len({len(value) for value in found.values()}) > 1:
         counts = ", ".join(f"{len(value)} of {name}" for name, value in found.items())
         raise DataError(f"given: the numbers of rows differ, {counts}: make them equal")
@@ -132,6 +146,8 @@ def _read(
     path, names, faults = Path(source).expanduser(), {}, {}
     ending = path.suffix.lower()
     given: dict[str, Cells] = {}
+    if ending in (*TABLES, ".npy", ".npz") and not is_url(str(source)) and not path.exists():
+        raise request.error("there is no such file")
     with damage(request.where):
         if ending in TABLES:
             table = TABLES[ending](path, request)

@@ -95,6 +95,8 @@ def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
         fits = (variable.classes, variable.shape) == (available.classes, available.shape)
     if not fits:
         got = f"{available.classes} classes" if available.classes else f"shape {available.shape}"
+        if available.names and not variable.classes:
+            got = f"text ({', '.join(map(repr, available.names[:3]))}): give numbers"
         return f"{asked}, and in {name} it has {got}"
     return None
 
