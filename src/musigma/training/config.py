@@ -261,7 +261,7 @@ def conditional_config(examples: int, features: int, **options: Any) -> TrainCon
         "batch_size": 50 if examples < 3000 else 200,
         "optimizer": "adamw",
         "lr": 2e-3,
-        "weight_decay": min(200 * features / examples, 4.0),
+        "weight_decay": min(200 * features / examples, 2.5),
         "warmup": 50,
         "ema": 0.99,
         "evaluations": 40,
