@@ -89,7 +89,7 @@ def test_a_constant_column_and_values_outside_are_finite():
 def test_weight_decay_falls_with_the_number_of_examples():
     assert conditional_config(1000, 8).weight_decay == pytest.approx(1.6)
     assert conditional_config(10_000, 8).weight_decay == pytest.approx(0.16)
-    assert conditional_config(100, 100).weight_decay == 4.0
+    assert conditional_config(100, 100).weight_decay == 2.5
     assert conditional_config(1000, 8, optimizer="adam").weight_decay == 0
     assert conditional_config(1000, 8, weight_decay=0.0).weight_decay == 0
     timed = conditional_config(1000, 8, minutes=2.0, lr=1e-3)
