@@ -218,3 +218,11 @@ def test_terms_that_are_not_one_number_per_example_are_refused():
     )
     with pytest.raises(ValueError, match=r"VAE: expected a term of shape \(B,\).* got \(2, 2\)"):
         model(torch.randn(2, 2))
+
+
+def test_a_context_of_arrays_or_of_another_kind_is_refused_by_name():
+    model = build("maf", Spec((2,), context=(Variable("x_0"),)))
+    with pytest.raises(ValueError, match=r"'x_0': expected a tensor \(.*\); got ndarray"):
+        model.log_prob(torch.randn(1, 2), {"x_0": np.ones((1, 1), np.float32)})  # pyright: ignore
+    with pytest.raises(ValueError, match=r"expected a tensor, or a mapping .*; got list"):
+        model.sample(1, context=[1.0])  # pyright: ignore

@@ -280,8 +280,9 @@ def test_rows_to_generate_by(tmp_path):
     with fails("no file holds size: give a column of that name"):
         given_rows([path], [Variable("size")])
     longer = write(tmp_path / "long.csv", "age\n1\n2\n3\n")
+    kinds = write(tmp_path / "kinds.csv", "kind\na\nb\n")
     with fails("the numbers of rows differ, 3 of age, 2 of kind"):
-        given_rows([path, longer], variables)
+        given_rows([longer, kinds], variables)
 
 
 def test_the_summary_names_the_context_by_kind_and_the_support(tmp_path):

@@ -91,12 +91,21 @@ def check(spec: Any, context: Context, n: int | None = None) -> None:
     """Refuse a context that a model of this spec would ignore or misread, or one without n rows.
 
     Raises:
-        ValueError: If the spec has no context; a variable of real numbers is given as integers
-            (codes of classes, for instance), or one of classes as codes, both by name; or the
-            number of rows is not n.
+        ValueError: If the context is no tensor and no mapping from names to tensors; the spec has
+            no context; a variable of real numbers is given as integers (codes of classes, for
+            instance), or one of classes as codes, both by name; or the number of rows is not n.
     """
     if context is None:
         return
+    if not isinstance(context, Tensor | Mapping):
+        raise ValueError(
+            "context: expected a tensor, or a mapping from names to tensors with n rows each; "
+            f"got {type(context).__name__}"
+        )
+    tensors = {} if isinstance(context, Tensor) else context
+    if other := [name for name, t in tensors.items() if not isinstance(t, Tensor)]:
+        got = type(tensors[other[0]]).__name__
+        raise ValueError(f"context: {other[0]!r}: expected a tensor (torch.as_tensor); got {got}")
     if spec is not None and not spec.context:
         raise ValueError(
             "context: this model is not conditioned on anything, so it would ignore the one "
