@@ -10,8 +10,9 @@ Every cell (task, simulations, method, seed) trains one model by the method's de
 JSON file. It holds the seconds of training (of the wall clock, and of the processor), the mean
 log density of 20,000 further pairs, and for each observation the C2ST of 10,000 draws against
 sbibm's reference posterior: the accuracy of networks that tell them apart
-(`musigma.comparison.vector_c2st`), for which 0.5 is perfect. Methods that begin with `sbi-` need
-sbi; the published column is its NPE in sbibm's paper, the mean of ten observations.
+(`musigma.comparison.vector_c2st`), for which 0.5 is perfect. `musigma-5` is a mixture of five
+models. Methods that begin with `sbi-` need sbi. The published column is its NPE in sbibm's paper,
+the mean of ten observations.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -78,14 +80,16 @@ def support_of(task: Task) -> Support | None:
     return Support((task.low,) * task.parameters, (task.high,) * task.parameters)
 
 
-def musigma(task: Task, theta: np.ndarray, x: np.ndarray, seed: int) -> Posterior:
+def musigma(
+    task: Task, theta: np.ndarray, x: np.ndarray, seed: int, ensemble: int = 1
+) -> Posterior:
     """`nsf` with the default options and training of conditional densities."""
     array, support = theta.astype(np.float32), support_of(task)
     data = Dataset(array, given={"x": Given(x.astype(np.float32))}, support=support)
     held = int(HELD * len(data))
     spec = Spec(data.shape, context=(Variable("x", x.shape[1:]),), support=support)
     torch.manual_seed(seed)
-    model = build("nsf", spec, standardize=support is None)
+    model = build("nsf", spec, standardize=support is None, ensemble=ensemble)
     train, validation = data.subset(range(held, len(data))), data.subset(range(held))
     config = conditional_config(len(train), x.shape[1], seed=seed)
     with tempfile.TemporaryDirectory() as out:
@@ -98,7 +102,7 @@ def musigma(task: Task, theta: np.ndarray, x: np.ndarray, seed: int) -> Posterio
 
 def torch_prior(task: Task) -> torch.distributions.Distribution:
     """The prior as sbi takes it: its support is what matters, for draws outside are rejected."""
-    low, high = (torch.full((task.parameters,), value) for value in (task.low, task.high))
+    low, high = (torch.full((task.parameters,), float(v)) for v in (task.low, task.high))
     rows = torch.from_numpy(task.pairs(10_000, 0)[0]).float()
     if task.low == -math.inf:
         return torch.distributions.MultivariateNormal(rows.mean(0), rows.T.cov())
@@ -119,7 +123,7 @@ def npe(estimator: str) -> Callable[[Task, np.ndarray, np.ndarray, int], Posteri
         from sbi.inference import NPE  # pyright: ignore[reportMissingImports]
 
         torch.manual_seed(seed)
-        inference = NPE(torch_prior(task), density_estimator=estimator)
+        inference = NPE(torch_prior(task), density_estimator=estimator, show_progress_bars=False)
         rows = (torch.from_numpy(t).float() for t in (theta, x))
         density = inference.append_simulations(*rows).train()
         posterior = inference.build_posterior()
@@ -133,6 +137,7 @@ def npe(estimator: str) -> Callable[[Task, np.ndarray, np.ndarray, int], Posteri
 
 METHODS: dict[str, Callable[[Task, np.ndarray, np.ndarray, int], Posterior]] = {
     "musigma": musigma,
+    "musigma-5": partial(musigma, ensemble=5),
     **{f"sbi-{name}": npe(name) for name in ("nsf", "maf", "zuko_nsf")},
 }
 
