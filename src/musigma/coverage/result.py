@@ -161,7 +161,8 @@ class Coverage:
             self._sections(),
             footer="Intervals hold the true value in 95 % of samples. Bands hold the whole curve "
             "of calibrated draws in 95 % of samples. p-values are adjusted for the number of "
-            "tests: calibrated draws are called something else in 5 % of samples.",
+            "tests: calibrated draws are called something else in 5 % of samples, and local tests "
+            "find a difference in 1 % of them.",
         )
 
     # -- sections
