@@ -226,3 +226,10 @@ def test_a_context_of_arrays_or_of_another_kind_is_refused_by_name():
         model.log_prob(torch.randn(1, 2), {"x_0": np.ones((1, 1), np.float32)})  # pyright: ignore
     with pytest.raises(ValueError, match=r"expected a tensor, or a mapping .*; got list"):
         model.sample(1, context=[1.0])  # pyright: ignore
+
+
+def test_rows_of_a_context_that_differ_in_number_are_counted():
+    model = build("maf", Spec((2,), context=(Variable("x_0"), Variable("x_1"))))
+    context = {"x_0": torch.randn(3, 1), "x_1": torch.randn(1, 1)}
+    with pytest.raises(ValueError, match="rows differ, 3 of x_0, 1 of x_1: make them equal"):
+        model.log_prob(torch.randn(3, 2), context)

@@ -114,6 +114,10 @@ def check(spec: Any, context: Context, n: int | None = None) -> None:
         )
     if spec is not None and (wrong := list(_misread(spec.context, context))):
         raise ValueError(f"context: {'; '.join(wrong)}")
+    counts = {name: len(t) for name, t in tensors.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{rows} of {name}" for name, rows in counts.items())
+        raise ValueError(f"context: the numbers of rows differ, {listed}: make them equal")
     if n is not None and length(context) != n:
         raise ValueError(f"context: expected {n} rows, one for each sample; got {length(context)}")
 
