@@ -626,3 +626,9 @@ def test_a_series_tells_its_coefficient_to_convolutions_and_transformers():
     assert found["mlp"] > 0.12
     assert found["conv"] < 0.08
     assert found["transformer"] < 0.1
+
+
+def test_the_help_names_every_embedding(capsys):
+    main(["train", "nsf", "--help"])
+    text = capsys.readouterr().out.split("--embed")[1].split("--ensemble")[0]
+    assert all(kind in text for kind in ("none", "quantile", "mlp", "set", "conv", "transformer"))

@@ -61,9 +61,11 @@ class Conditioning:
     `Model.config` holds them only if they are not at their defaults.
 
     Args:
-        embed: How the context is embedded: `none`, as it is; `mlp`; `set`: sequences of any number
-            of elements in any order; `conv`: series and images; `transformer`: sequences; or
-            FILE.py:NAME. Options of the embedding may follow: 'set width=128 blocks=2'.
+        embed: How the context is embedded: `none`, as it is; `quantile`: numbers, and their ranks
+            in training, by a small perceptron (the default of nsf given numbers, whose kind is
+            then autoregressive); `mlp`; `set`: sequences of any number of elements in any order;
+            `conv`: series and images; `transformer`: sequences; or FILE.py:NAME. Options of the
+            embedding may follow: 'set width=128 blocks=2'.
         ensemble: Number of models that are trained together from different initial weights, each
             with an embedding of its own. Their equal mixture is the model, and how much they
             differ is reported (`Ensemble`).
