@@ -785,7 +785,9 @@ def test_help_of_training_starts_with_the_most_used_options(run):
         *("Hardware", "Output", "Every command"),
     ]
     first = re.findall(r"--[\w-]+", found["Most used"])
-    assert first == ["--minutes", "--size", "--given", "--out", "--device"]
+    assert first == [
+        *("--minutes", "--size", "--of", "--given", "--bounds", "--out", "--device"),
+    ]
     assert "--hidden" in found["Model"]
     assert "--beta" in found["Objective"]
     assert "--lr" in found["Budget and optimizer"]
