@@ -785,9 +785,7 @@ def test_help_of_training_starts_with_the_most_used_options(run):
         *("Hardware", "Output", "Every command"),
     ]
     first = re.findall(r"--[\w-]+", found["Most used"])
-    assert first == [
-        *("--minutes", "--size", "--of", "--given", "--bounds", "--out", "--device"),
-    ]
+    assert first == ["--minutes", "--size", "--of", "--given", "--out", "--device"]
     assert "--hidden" in found["Model"]
     assert "--beta" in found["Objective"]
     assert "--lr" in found["Budget and optimizer"]
@@ -1028,7 +1026,7 @@ MISTAKES = {
     # outputs
     "folder of out": ("sample glow --out none/a.png", "there is no folder none"),
     "folder as out": ("sample glow --out empty.png/..", "out: "),
-    "suffix": ("sample glow --out a.gif", r"expected a \.png, \.npy or \.npz file; got a\.gif"),
+    "suffix": ("sample glow --out a.gif", r"expected a .* or \.nc file; got a\.gif"),
     "suffix of rows": ("reconstruct vae photos --out a.jpg", r"expected a \.png"),
     "suffix of latents": ("encode vae photos --out z.npy", r"expected a \.npz or \.parquet file"),
     "suffix of scores": ("score vae photos --out s.xlsx", r"expected a \.csv or \.parquet file"),

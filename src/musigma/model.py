@@ -125,7 +125,7 @@ class Model(nn.Module, ABC):
             ValueError: If a draw carries no gradient to the encoder and names no estimator, or if
                 there are too many values to enumerate.
         """
-        contexts.check(self.spec, context)
+        contexts.check(self.spec, context, len(x))
         trace = trace if trace is not None else Trace(closed_form=closed_form)
         self.infer(self.floating(x), trace, context)
         evidence = trace.evidence(self.latents())

@@ -126,7 +126,7 @@ class TrainingData:
     bits: int = 8
     binarize: Literal["threshold", "dynamic"] | None = None
     conditional: bool = False
-    bounds: Annotated[Path | None, Parameter(group=FIRST)] = None
+    bounds: Path | None = None
     observed: Path | None = None
     schema: str | None = None
     missing: Literal["model", "ignore"] = "model"
