@@ -227,11 +227,23 @@ def skewed_kl(q, p):
     raise NotImplementedError("skewed_kl is not finished")
 
 
+class Nested(Independent):
+    def __init__(self, base):
+        super().__init__(base, 1)
+
+
+@torch.distributions.register_kl(Nested, Nested)
+def nested_kl(p, q):
+    return torch.distributions.kl_divergence(p.base_dist, q.base_dist).sum(-1)
+
+
 def test_only_a_missing_kl_is_estimated():
     """An error in a KL that a user registered is raised, also as a NotImplementedError."""
     normal, student = Normal(torch.zeros(3), 1.0), StudentT(4 * torch.ones(3))
     for q, p in ((student, normal), (Independent(student, 1), Independent(normal, 1))):
         assert Trace._closed_kl(q, p) is None
+    nested = Nested(student)  # a registered KL that needs one which is missing, as Pyro's do
+    assert Trace._closed_kl(nested, nested) is None
     skewed = Skewed(torch.zeros(3), 1.0)
     with pytest.raises(NotImplementedError, match="skewed_kl is not finished"):
         Trace(closed_form=True).latent(nn.Identity(), skewed, skewed)

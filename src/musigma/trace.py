@@ -319,9 +319,11 @@ class Trace:
     def _closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
         try:
             return kl_divergence(q, p)
-        except NotImplementedError:
-            rule = kl._dispatch_kl(type(q), type(p))
-            if rule is NotImplemented or rule.__module__ == kl.__name__:
+        except NotImplementedError as error:
+            at = error.__traceback__
+            while at is not None and at.tb_next is not None:
+                at = at.tb_next
+            if at is not None and at.tb_frame.f_globals.get("__name__") == kl.__name__:
                 return None  # torch knows no closed form for this pair, or for what it contains
             raise
 
