@@ -121,10 +121,26 @@ def test_the_command_says_what_it_chose(pairs, tmp_path, capsys):
     text = capsys.readouterr()
     words = " ".join((text.out + text.err).split())
     assert "at most 30 steps; ends when the validation figure has not improved" in words
-    assert re.search(r"given numbers: --batch-size 50 --weight-decay 2.\d+ --ema 0.99", words)
+    assert re.search(
+        r"given numbers: --kind autoregressive --permutation reverse --embed quantile "
+        r"--batch-size 50 --optimizer adamw --weight-decay 2.\d+ --ema 0.99",
+        words,
+    )
     saved = json.loads((out / "config.json").read_text())
     assert saved["train"]["optimizer"] == "adamw"
     assert saved["train"]["lr"] == 0.01
     assert saved["model"]["options"]["kind"] == "autoregressive"
     assert saved["asked"]["train"]["batch_size"] == TrainConfig().batch_size
     main([*command, "--device", "cpu", "--auto-resume"])  # the same options continue the run
+
+
+def test_an_option_that_is_given_its_usual_value_is_kept(pairs, tmp_path, capsys):
+    out, usual = tmp_path / "run", TrainConfig()
+    command = ["train", "nsf", pairs, "--of", "a", "--of", "b", "--given", "x_*"]
+    command += ["--out", str(out), "--depth", "1", "--hidden", "16", "--steps", "4"]
+    command += [f"--batch-size={usual.batch_size}", "--optimizer", usual.optimizer]
+    main([*command, "--device", "cpu"])
+    saved = json.loads((out / "config.json").read_text())["train"]
+    assert (saved["batch_size"], saved["optimizer"]) == (usual.batch_size, usual.optimizer)
+    assert (saved["weight_decay"], saved["ema"]) == (0, 0.99)
+    capsys.readouterr()

@@ -61,7 +61,7 @@ from musigma.training import (
     leave,
     saved_state,
 )
-from musigma.zoo import ARCHITECTURES, Conditioning, build, given_numbers
+from musigma.zoo import ARCHITECTURES, Conditioning, build, given_numbers, with_numbers
 
 ROWS_DRAWN, COLUMNS_DRAWN = 2000, 24  # of a table, in pictures
 
@@ -237,11 +237,17 @@ def add_architecture(name: str) -> None:
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
+NAMED: set[str] = set()
+"""Names of the options on the command line, also of those that are given their defaults."""
+
+
 def prepare_words(words: list[str]) -> list[str]:
     """Register the architectures and plugins that the words name, before they are parsed.
 
     A FILE.py:NAME in place of an architecture or an embedding becomes its name.
     """
+    NAMED.clear()
+    NAMED.update(w[2:].partition("=")[0].replace("-", "_") for w in words if w[:2] == "--")
     for i, (word, after) in enumerate(zip(words, [*words[1:], ""], strict=True), 1):
         if word == "--plugin":
             plugins.register(after)
@@ -404,14 +410,21 @@ def train(
     about |= _observed(reading.observed, model)
     asked = {"options": options, "train": dataclasses.asdict(config)}
     if given_numbers(spec):
-        config = _conditional(config, spec, len(found.split("train")), screen)
+        filled = {k: v for k, v in with_numbers(name, spec, options).items() if k not in options}
+        config = _conditional(config, spec, len(found.split("train")), filled, screen)
     _begin(model, found, about, config, out, screen, asked=asked)
 
 
-def _conditional(config: TrainConfig, spec: Spec, examples: int, screen: Screen) -> TrainConfig:
-    """The options that are not given, as they suit vectors given numbers; says which."""
+def _conditional(
+    config: TrainConfig, spec: Spec, examples: int, model: Mapping[str, Any], screen: Screen
+) -> TrainConfig:
+    """The options of training that are not given, as they suit vectors given numbers.
+
+    Prints them, and those of the model.
+    """
     features = sum(v.shape[-1 if len(v.shape) == 2 else 0] for v in spec.context if not v.classes)
-    given = given_options(config)
+    given = {n: v for n, v in dataclasses.asdict(config).items() if n in NAMED}
+    given |= given_options(config)
     config = conditional_config(examples, features, **given)
     budget = next(n for n in ("steps", "epochs", "minutes") if getattr(config, n) is not None)
     text = f"at most {getattr(config, budget):,} {budget}"
@@ -421,10 +434,14 @@ def _conditional(config: TrainConfig, spec: Spec, examples: int, screen: Screen)
             f"{config.patience} of {config.evaluations} evaluations"
         )
     screen.note(text)
-    chosen = {n: getattr(config, n) for n in ("batch_size", "lr", "weight_decay", "ema")}
-    words = [f"--{n.replace('_', '-')} {v:g}" for n, v in chosen.items() if n not in given]
+    training = ("batch_size", "optimizer", "lr", "weight_decay", "ema")
+    chosen = {**model, **{n: getattr(config, n) for n in training if n not in given}}
+    words = [
+        f"--{n.replace('_', '-')} {v if isinstance(v, str) else f'{v:g}'}"
+        for n, v in chosen.items()
+    ]
     if words:
-        screen.note(f"for vectors given numbers: {' '.join(words)} (--optimizer adamw)")
+        screen.note(f"for vectors given numbers: {' '.join(words)}")
     return config
 
 
