@@ -37,7 +37,7 @@ def test_held_out_rows_do_not_train_their_network():
     torch.manual_seed(2)
     x, labels = torch.randn(2, 200, 2), torch.randint(0, 2, (2, 200))
     found = held_out(x, labels, epochs=60, batch_size=50)
-    right = ((found > 0.5) == labels).double().mean()  # noise, which networks can learn by heart
+    right = ((found > 0.5) == labels).double().mean()  # noise, which networks can memorize
     assert abs(right - 0.5) < 4 * math.sqrt(0.25 / 400)
 
 

@@ -544,3 +544,57 @@ def test_models_are_compressed_with_registered_rules(name, data, tmp_path, monke
     again = coding.decompress(tmp_path / "images.mus", model=model)
     assert (again.levels == images).all()
     assert report.images == 20
+
+
+class Center(Bijection):
+    """y = x - the mean of all training rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("calibrated", torch.tensor(False))
+
+    def measure(self, data):
+        self.mean.copy_(torch.as_tensor(data.moments()[0]))
+        self.calibrated.fill_(True)
+
+    def forward(self, x, context=None):
+        return x - self.mean, x.new_zeros(len(x))
+
+    def inverse(self, y, context=None):
+        return y + self.mean, y.new_zeros(len(y))
+
+
+class Mean(torch.nn.Module):
+    """A context, and how many rows it was calibrated on."""
+
+    features, calibrates_on_all, rows = 1, True, 0
+
+    def calibrate(self, context):
+        self.rows = max(self.rows, len(context))
+
+    def forward(self, context):
+        return context
+
+
+@architecture
+def open_centered(shape, *, context: int = 0):
+    coupling = Coupling(MLP(1, 4, hidden=[8], context=context))
+    return Chain([Center(), coupling], Prior(StandardNormal(shape)))
+
+
+@musigma.nets.embedding
+def open_mean(variables):
+    return Mean()
+
+
+def test_a_first_layer_and_an_embedding_of_the_user_see_all_training_rows(tmp_path):
+    random = np.random.default_rng(0)
+    x, given = random.normal(3, 2, (700, 3)).astype("f"), random.normal(size=(700, 1)).astype("f")
+    data = musigma.Dataset(x, given={"a": musigma.data.Given(given)})
+    model = musigma.build("open_centered", data.spec(["a"]), embed="open_mean")
+    config = musigma.TrainConfig(steps=1, evaluations=1)
+    musigma.fit(model, data, data.subset(range(20)), config, tmp_path / "run")
+    mean = model.model.layers[0].mean
+    torch.testing.assert_close(mean, torch.from_numpy(x.mean(0)), rtol=1e-5, atol=1e-5)
+    assert model.embedding.rows == 700

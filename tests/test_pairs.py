@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from musigma import build, checkpoint
-from musigma.cli import main
 from musigma.data import Dataset, Given, attach, digest, given_rows, load, outside, ranges
 from musigma.evaluation import batch, check
 from musigma.spec import Spec, Variable
+from test_cli_given import call
 from test_data import GRAY, fails, save_folder
 
 N = 60
@@ -54,15 +54,6 @@ def write(path: str | Path, columns: dict) -> str:
 def read(path: str | Path) -> list[dict]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def call(words: str) -> int:
-    """Run the command line in this process; its exit code."""
-    try:
-        main(words.split())
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -323,7 +323,7 @@ class _Uniform:
 
     @property
     def log_volume(self) -> float:
-        """Of the support, from the density at the middle."""
+        """Log volume of the support, nats: minus the log density of a uniform row."""
         u = torch.zeros(1, self.support.freedom, dtype=torch.float64, device=self.like.device)
         return float(self.layer.inverse(u)[1]) + 0.5 * u.shape[1] * math.log(2 * math.pi)
 

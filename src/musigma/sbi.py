@@ -417,7 +417,7 @@ class _Standardized(nn.Module):
         self.register_buffer("std", std.to(data.dtype))
 
     def forward(self, condition: Tensor) -> Tensor:
-        """Of the same shape."""
+        """Standardized conditions, of the shape of `condition`."""
         return (condition - self.mean) / self.std
 
 

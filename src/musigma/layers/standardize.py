@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from musigma.layer import Bijection
-from musigma.layers.marginals import Marginals, Rows
-from musigma.layers.support import Unconstrain
+from musigma.layers.marginals import Rows
 from musigma.tensors import at_least_float32, moments
 
 __all__ = ["Standardize", "standardizer", "standardizers"]
@@ -97,20 +96,31 @@ class Standardize(Bijection):
         return str(len(self.mean))
 
 
-def standardizer(model: nn.Module) -> Standardize | Marginals | Unconstrain | None:
+class Measured(Protocol):
+    """A first layer that is measured on all training rows: any that has these two members."""
+
+    @property
+    def calibrated(self) -> Any:
+        """Whether it has been measured."""
+        ...
+
+    def measure(self, data: Rows) -> None:
+        """Measure it on all rows of a `Dataset`."""
+        ...
+
+
+def standardizer(model: nn.Module) -> Measured | None:
     """The layer that the data of a model pass first, if it is measured on them; None otherwise."""
-    first: object = model
+    first: Any = model
     while first is not None:
-        if isinstance(first, (Standardize, Unconstrain)):
-            return first
-        if isinstance(first, Marginals) and not first.typed:
-            return first
+        if hasattr(first, "measure"):
+            return None if getattr(first, "typed", False) else first  # a schema is measured
         layers = getattr(first, "layers", None)
         first = layers[0] if layers else getattr(first, "model", None)  # of a `Conditional`
     return None
 
 
-def standardizers(model: nn.Module) -> list[Standardize | Marginals | Unconstrain]:
+def standardizers(model: nn.Module) -> list[Measured]:
     """The `standardizer` of a model, or of every member of an ensemble."""
     inner: Any = model
     while not hasattr(inner, "members") and isinstance(inner, nn.Module):

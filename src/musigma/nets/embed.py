@@ -2,8 +2,9 @@
 
 An embedding is a function ``(variables, *, option=default, ...)`` that returns a module with the
 number of its `features`, whose ``forward(context)`` gives a vector (B, features). If it has
-``calibrate(context)``, it is called once, with rows of the training data. `embedding` registers
-one, and `embedding_of` builds it from a text such as ``"set width=128"``.
+``calibrate(context)``, it is called once, with 512 rows of the training data, or with all that fit
+in memory if its attribute `calibrates_on_all` is true. `embedding` registers one, and
+`embedding_of` builds it from a text such as ``"set width=128"``.
 
 A sequence is a variable of shape (M, F): up to M elements of F numbers. A row that has fewer ends
 with elements that are NaN, which no embedding depends on.

@@ -82,6 +82,8 @@ class Summary(nn.Module):
         torch.Size([4, 32])
     """
 
+    calibrates_on_all = True
+
     def __init__(
         self,
         variables: Sequence[Variable],

@@ -39,9 +39,9 @@ def as_text(sections: Iterable[Section]) -> str:
     """Sections as text, without pictures; of a long table, its first rows.
 
     >>> table = ["name", "share"], [["a", "1 %"]]
-    >>> print(as_text([Section("Shares", ["Of all rows."], [table])]))
+    >>> print(as_text([Section("Shares", ["Shares of all rows."], [table])]))
     Shares
-      Of all rows.
+      Shares of all rows.
       name  share
       a     1 %
     """

@@ -29,7 +29,6 @@ from musigma.files import is_draft
 from musigma.layers import standardizers
 from musigma.memory import fallbacks, set_fallbacks, set_memory
 from musigma.model import Model
-from musigma.nets import Summary
 from musigma.processes import current_processes
 from musigma.training import hardware, recovery, warning
 from musigma.training.checks import check_run, check_support
@@ -257,10 +256,12 @@ class _Run:
 
     def _measure_context(self) -> None:
         """Standardize a context that is summarized by all rows, or by as many as fit in memory."""
-        summaries = [part for part in self.model.modules() if isinstance(part, Summary)]
+        parts = self.model.modules()
+        summaries: list[Any] = [p for p in parts if getattr(p, "calibrates_on_all", False)]
         if not summaries:
             return
-        n, variables = len(self.train), summaries[0].variables
+        n, spec = len(self.train), self.model.spec
+        variables = () if spec is None else spec.context
         size = math.prod(self.train.shape) + sum(math.prod(v.shape) for v in variables)
         rows = batch_indices(n, min(n, max(512, (1 << 24) // size)), seed=self.config.seed, step=0)
         _, context = batch(self.train, rows, self.model, seed=self.config.seed)
