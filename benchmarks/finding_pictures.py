@@ -681,7 +681,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     with matplotlib.rc_context(STYLE):
         for code in chosen:
-            about = {"Title": CODES[code], "Date": None, "Creator": None}
+            about = {"Title": CODES[code].title, "Date": None, "Creator": None}
             render(code).savefig(TO / f"{code}.svg", metadata=about)
 
 

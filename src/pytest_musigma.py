@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def assert_audited():
-    """`musigma.audit.assert_audited`: fails, with the report, where an audit finds a bug."""
+    """`musigma.audit.assert_audited`: fails where an audit finds a bug or is incomplete."""
     from musigma.audit import assert_audited
 
     return assert_audited

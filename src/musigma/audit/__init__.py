@@ -1,8 +1,9 @@
 """Audits of VAEs, flows and densities: what they compute, measured by calling them."""
 
+from musigma.audit.codes import CODES, check_codes
 from musigma.audit.density import audit_density
 from musigma.audit.dispatch import audit
-from musigma.audit.findings import CODES, AuditError, AuditReport, Finding
+from musigma.audit.findings import AuditError, AuditReport, Finding
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
 from musigma.audit.posterior import audit_aggregate
@@ -28,28 +29,33 @@ __all__ = [
 
 
 def assert_audited(obj: object, *, allow: tuple[str, ...] = (), **how: object) -> AuditReport:
-    """Fail, with the report, if an audit finds a bug: for tests of your own models.
+    """Fail, with the report, if an audit finds a bug or is incomplete: for tests of your models.
 
     Args:
         obj: As for `audit`; or None, and callables by the names of `audit_vae`.
-        allow: Codes of findings that are intended.
+        allow: Codes of findings that are intended; and "incomplete" to accept that an essential
+            part, such as the KL, is not examined.
         how: `example` and `shape`, as for `audit`, or the callables.
 
     Returns:
         The report.
 
     Raises:
-        AssertionError: If there is a finding of severity "bug" that is not allowed.
+        AssertionError: If the verdict without what is allowed is "bug" or "incomplete".
         AuditError: As `audit`.
+        ValueError: If `allow` has an unknown code.
 
     Example:
         >>> import torch
-        >>> sample = lambda mean, s: mean + s.exp() * torch.randn_like(mean)
-        >>> assert_audited(None, sample=sample).codes
+        >>> def sample(mean, log_var):
+        ...     return mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+        >>> def kl(mean, log_var):
+        ...     return 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum()
+        >>> assert_audited(None, sample=sample, kl=kl).codes
         ()
     """
+    check_codes(allow)
     report = audit(how if obj is None else obj, **({} if obj is None else how))  # pyright: ignore
-    bad = [f for f in report.findings if f.severity == "bug" and f.code not in allow]
-    if bad:
+    if report.judge(allow) in ("bug", "incomplete"):
         raise AssertionError(f"{report}")
     return report

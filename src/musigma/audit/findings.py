@@ -1,23 +1,23 @@
-"""Findings, each with a code, and the report that holds them.
+"""Findings, and the report that holds them.
 
-``docs/findings`` has a page for every code.
+A finding has a code of `musigma.audit.codes`, from which its message and its repair are filled in.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
+from musigma.audit.codes import CODES
 from musigma.files import finite
 from musigma.report.html import render, short
 
 __all__ = [
-    "CODES",
     "AuditError",
     "AuditReport",
     "Finding",
@@ -28,59 +28,7 @@ __all__ = [
 ]
 
 Severity = Literal["bug", "warning"]
-Verdict = Literal["correct", "warning", "bug"]
-
-CODES = {
-    # what is sampled
-    "sample_mean": "the mean of z is not the encoder's mean",
-    "sample_scale": "the standard deviation of z is not a known function of the second output",
-    "noise_not_gaussian": "the injected noise is not standard normal",
-    "noise_shared": "dimensions, examples or calls share one draw of noise",
-    "heads_tied": "mean and scale come from the same numbers",
-    "sigma_range_restricted": "standard deviations below 0.9 cannot be reached",
-    # the KL
-    "kl_mismatch": "the KL is not the KL of what is sampled",
-    "kl_offset": "the KL is right up to an additive constant",
-    "kl_scale": "the KL is right up to a constant factor",
-    "kl_negative": "the KL is below zero",
-    "kl_min_off_prior": "the KL is smallest where the posterior is not the prior",
-    "prior_mismatch": "generation and KL use different priors",
-    "reduction_imbalance": "the weight of the KL depends on batch, latent or data size",
-    # bijections
-    "inverse_mismatch": "the inverse does not recover the input of forward",
-    "inverse_raises": "the inverse raises an error",
-    "stochastic": "two calls on the same input differ",
-    "stale_inverse": "the inverse uses old parameters after an update",
-    "logdet_mismatch": "the log-determinant is not log |det J|",
-    "logdet_shape": "the log-determinant is not one number per example",
-    "logdet_nan": "the log-determinant is not a number where the layer is invertible",
-    "inverse_logdet_sign": "the inverse returns the log-determinant with the wrong sign",
-    "inverse_logdet_mismatch": "the inverse's log-determinant is wrong",
-    "cross_sample": "an example's output depends on the others in its batch",
-    "not_injective": "the determinant changes sign, so this is not a bijection",
-    "ddi_wrong": "data-dependent initialization does not standardize its output",
-    "ddi_reinit": "a reloaded layer initializes itself again",
-    # densities and figures
-    "not_normalised": "the density does not integrate to one",
-    "bpd_below_entropy": "the reported bits are below the entropy of the data",
-    "bpd_wrong": "the bits per dimension of the uniform model are wrong",
-    "bpd_batch": "bits per dimension depend on the batch size",
-    "iw_gradient": "the gradient is not that of the importance-weighted bound",
-    "iw_value": "the value is not that of the importance-weighted bound",
-    "prior_term_mismatch": "the term is not a multiple of a Gaussian's log-density",
-    "prior_term_sign": "the term rewards distance from the mean",
-    "aggregate_cov": "the claimed covariance is not that of the draws",
-    # after training
-    "posterior_collapse": "a latent carries no information",
-    "dead_units": "some units of a latent carry no information",
-    "saturated_units": "scales are at the limit of their format",
-    "aggregate_prior": "the aggregate posterior is not the prior",
-    "ill_conditioned": "inverting a layer loses digits",
-    "miscalibrated": "whitened latents of the data are not standard normal",
-    "dequantisation": "dequantization and scaling are accounted for incorrectly",
-    # what could not be checked
-    "not_finite": "a callable returns NaN or infinity",
-}
+Verdict = Literal["correct", "warning", "incomplete", "bug"]
 
 
 class AuditError(ValueError):
@@ -92,11 +40,12 @@ class Finding:
     """One fault, or one thing to check.
 
     Args:
-        code: One of `CODES`.
+        code: One of `musigma.audit.CODES`.
         severity: "bug": a figure or a sample is wrong; "warning": it may be intended.
         message: What is wrong.
         numbers: The numbers that show it.
         repair: What to do.
+        where: The line of the audited code as "path/model.py:41"; "" if it is not known.
 
     Raises:
         ValueError: If the code is unknown, or there is no repair.
@@ -107,12 +56,24 @@ class Finding:
     message: str
     numbers: Mapping[str, Any] = field(default_factory=dict)
     repair: str = ""
+    where: str = ""
 
     def __post_init__(self):
         if self.code not in CODES:
             raise ValueError(f"code: {self.code!r} is none of musigma.audit.CODES")
         if not self.repair:
             raise ValueError(f"repair: a finding of {self.code} needs one")
+
+    @property
+    def title(self) -> str:
+        """What the code means."""
+        return CODES[self.code].title
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """The numbers as text, without words that the message has already."""
+        said = {n for n, v in self.numbers.items() if isinstance(v, str) and v in self.message}
+        return {n: short(v) for n, v in self.numbers.items() if n not in said}
 
 
 @dataclass(frozen=True)
@@ -127,11 +88,19 @@ class AuditReport:
         findings: What is wrong, bugs first.
         checked: A line for each check, with its numbers.
         unchecked: What could not be checked, and why.
+        missing: Essential parts that were not examined, such as the KL of a VAE or the
+            log-determinant of a flow, each with the reason.
         assumed: What was assumed about the object.
         details: Further numbers: bounds, floors, factors, conditions by layer.
 
     Raises:
-        AuditError: If there is no finding and nothing was checked, so that there is no verdict.
+        AuditError: If there is no finding, nothing was checked and nothing is missing, so that
+            there is no verdict.
+
+    Example:
+        >>> report = AuditReport("VAE", checked=("z",), missing=("the KL: no loss was given",))
+        >>> report.verdict, report.judge(allow=("incomplete",))
+        ('incomplete', 'correct')
     """
 
     subject: str
@@ -141,21 +110,38 @@ class AuditReport:
     findings: tuple[Finding, ...] = ()
     checked: tuple[str, ...] = ()
     unchecked: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         order = sorted(self.findings, key=lambda finding: finding.severity != "bug")
         object.__setattr__(self, "findings", tuple(order))
-        if not self.findings and not self.checked:
+        if not (self.findings or self.checked or self.missing):
             reasons = "; ".join(self.unchecked) or "there was nothing to check"
             raise AuditError(f"{self.subject}: nothing could be checked: {reasons}")
 
     @property
     def verdict(self) -> Verdict:
-        """A "bug" if anything is one; a "warning" if there is a finding; else "correct"."""
-        severities = {finding.severity for finding in self.findings}
-        return "bug" if "bug" in severities else "warning" if severities else "correct"
+        """A "bug" if a finding is one; else "incomplete" if an essential part is missing.
+
+        Else a "warning" if there is a finding, and "correct" if there is none.
+        """
+        return self.judge()
+
+    def judge(self, allow: Iterable[str] = ()) -> Verdict:
+        """The verdict without the findings that are intended.
+
+        Args:
+            allow: Their codes; and "incomplete" to accept that essential parts are missing.
+        """
+        allow = set(allow)
+        left = {finding.severity for finding in self.findings if finding.code not in allow}
+        if "bug" in left:
+            return "bug"
+        if self.missing and "incomplete" not in allow:
+            return "incomplete"
+        return "warning" if left else "correct"
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -175,9 +161,10 @@ class AuditReport:
         lines = [f"{self.subject}: {self.verdict}", *(f"  {a}: {b}" for a, b in self._facts())]
         for finding in self.findings:
             lines += ["", f"{finding.severity} {finding.code}: {finding.message}"]
-            numbers = [f"{name} {short(value)}" for name, value in finding.numbers.items()]
+            numbers = [f"{name} {value}" for name, value in finding.figures.items()]
             lines += [f"  {', '.join(numbers)}"] if numbers else []
             lines += [f"  repair: {finding.repair}"]
+            lines += [f"  where: {finding.where}"] if finding.where else []
         for title, what in self._lists():
             lines += ["", f"{title}:", *(f"  {line}" for line in what)]
         return "\n".join(lines)
@@ -188,7 +175,6 @@ class AuditReport:
             "audit.html.jinja",
             title=f"Audit of {self.subject}",
             report=self,
-            codes=CODES,
             facts=self._facts(),
             lists=self._lists(),
         )
@@ -203,6 +189,7 @@ class AuditReport:
 
     def _lists(self) -> list[tuple[str, tuple[str, ...]]]:
         lists = {
+            "missing, so the verdict is open": self.missing,
             "checked": self.checked,
             "could not be checked": self.unchecked,
             "assumed": self.assumed,
@@ -215,6 +202,7 @@ class ReportBuilder:
 
     Attributes:
         subject: The name of the audited object.
+        missing: Essential parts that were not examined, each with the reason.
     """
 
     def __init__(self, subject: str):
@@ -222,28 +210,65 @@ class ReportBuilder:
         self.findings: dict[str, Finding] = {}
         self.checked: list[str] = []
         self.unchecked: list[str] = []
+        self.missing: list[str] = []
         self.assumed: list[str] = []
         self.details: dict[str, Any] = {}
 
     def find(
-        self, code: str, severity: Severity, message: str, repair: str, **numbers: Any
+        self,
+        code: str,
+        severity: Severity,
+        variant: str = "",
+        repair: str | None = None,
+        /,
+        *,
+        where: str = "",
+        **numbers: Any,
     ) -> None:
-        """Add a finding, unless there is one of its code that is no less severe.
+        """Add a finding, unless there is one of its code and line that is no less severe.
 
-        Tensors among the numbers hold one each.
+        Args:
+            code: One of `musigma.audit.CODES`.
+            severity: "bug" or "warning".
+            variant: Which of the messages of the code.
+            repair: If given, `variant` is the message itself.
+            where: The line of the audited code as "path/model.py:41".
+            **numbers: The fields of the message, and further numbers. A tensor holds one.
         """
         numbers = {n: v.item() if isinstance(v, Tensor) else v for n, v in numbers.items()}
-        known = self.findings.get(code)
+        message = variant
+        if repair is None:
+            message, repair = (t.format(**numbers) for t in CODES[code].variants[variant])
+        key = f"{code} {where}".rstrip()
+        known = self.findings.get(key)
         if known is None or (known.severity == "warning" and severity == "bug"):
-            self.findings[code] = Finding(code, severity, message, numbers, repair)
+            self.findings[key] = Finding(code, severity, message, numbers, repair, where)
 
-    def bug(self, code: str, message: str, repair: str, **numbers: Any) -> None:
+    def bug(
+        self,
+        code: str,
+        variant: str = "",
+        repair: str | None = None,
+        /,
+        *,
+        where: str = "",
+        **numbers: Any,
+    ) -> None:
         """Add a finding of severity "bug"."""
-        self.find(code, "bug", message, repair, **numbers)
+        self.find(code, "bug", variant, repair, where=where, **numbers)
 
-    def warn(self, code: str, message: str, repair: str, **numbers: Any) -> None:
+    def warn(
+        self,
+        code: str,
+        variant: str = "",
+        repair: str | None = None,
+        /,
+        *,
+        where: str = "",
+        **numbers: Any,
+    ) -> None:
         """Add a finding of severity "warning"."""
-        self.find(code, "warning", message, repair, **numbers)
+        self.find(code, "warning", variant, repair, where=where, **numbers)
 
     def build(self, **more: Any) -> AuditReport:
         """The report of everything that was collected."""
@@ -252,6 +277,7 @@ class ReportBuilder:
             findings=tuple(self.findings.values()),
             checked=tuple(self.checked),
             unchecked=tuple(self.unchecked),
+            missing=tuple(dict.fromkeys(self.missing)),
             assumed=tuple(dict.fromkeys(self.assumed)),
             details=self.details,
             **more,

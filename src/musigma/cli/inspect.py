@@ -297,27 +297,25 @@ def audit(
 ) -> None:
     """Run any VAE or flow, and check that its parts agree on one convention.
 
-    The exit code is 1 if a bug is found, and 0 otherwise.
+    The exit code is 0 if the verdict is correct or warning, 1 if there is a bug, 2 if the target
+    cannot be audited, and 3 if the audit is incomplete.
 
     Args:
         target: PATH.py:NAME or module:NAME of a class, an instance, or a function that returns
             one; the file is executed. Or a run folder or checkpoint of this library.
         source: Data for checking the latents of a run. By default the data that it was trained on.
         shape: Shape of one example, such as 1x28x28. By default shapes are tried until one fits.
-        allow: Code of a finding to accept. May be given several times.
+        allow: Code of a finding to accept, or incomplete. May be given several times.
         out: A .html, .json or .txt file to write the report to as well.
     """
     from musigma import audit as library
     from musigma import plugins
+    from musigma.audit.codes import check_codes
     from musigma.files import replacing
 
     if out is not None:
         check_out(out, ".html", ".json", ".txt")
-    if unknown := [code for code in allow if code not in library.CODES]:
-        raise ValueError(
-            f"allow: unknown code {', '.join(map(repr, unknown))}; the codes are "
-            f"{', '.join(library.CODES)}"
-        )
+    check_codes(allow)
     if ":" in target and not Path(target).exists():
         sizes = None
         if shape is not None:
@@ -330,8 +328,8 @@ def audit(
         with replacing(out) as draft:
             draft.write_text(forms[out.suffix]() + "\n", encoding="utf-8")
     Screen(common).result(report.to_dict(), str(report))
-    if any(f.severity == "bug" and f.code not in allow for f in report.findings):
-        sys.exit(1)
+    if code := {"bug": 1, "incomplete": 3}.get(report.judge(allow)):
+        sys.exit(code)
 
 
 def _audit_run(target: str, source: str | None, options: DataOptions, common: Common) -> Any:

@@ -1,0 +1,161 @@
+"""The table of findings: for each code its title, and its messages with their repairs.
+
+``docs/findings`` has a page for every code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = ["CODES", "Code", "Message", "check_codes"]
+
+
+class Message(NamedTuple):
+    """What is wrong and what to do, as templates of `str.format` over a finding's numbers."""
+
+    text: str
+    repair: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kind of finding.
+
+    Args:
+        title: What it means, as in the index of ``docs/findings``.
+        variants: Its messages by name; "" is the usual one.
+    """
+
+    title: str
+    variants: Mapping[str, Message] = field(default_factory=dict)
+
+
+CODES: dict[str, Code] = {
+    # what is sampled
+    "sample_mean": Code("the mean of z is not the encoder's mean"),
+    "sample_scale": Code(
+        "the standard deviation of z is not a known function of the second output"
+    ),
+    "noise_not_gaussian": Code("the injected noise is not standard normal"),
+    "noise_shared": Code("dimensions, examples or calls share one draw of noise"),
+    "heads_tied": Code("mean and scale come from the same numbers"),
+    "sigma_range_restricted": Code("standard deviations below 0.9 cannot be reached"),
+    "no_gradient": Code(
+        "the loss depends on the posterior, but sends it no gradient",
+        {
+            "": Message(
+                "the loss depends on the {head} of z, but its gradient does not reach it",
+                "draw with rsample(), or as mean + std * torch.randn_like(std); between the "
+                "encoder and z, remove sample(), torch.normal(), detach() and no_grad()",
+            ),
+        },
+    ),
+    "inplace": Code(
+        "a callable changes its arguments in place",
+        {
+            "": Message(
+                "{name} changes its argument {argument} in place",
+                "compute a new tensor, as in mean + std * eps: no add_(), no += and no out=",
+            ),
+        },
+    ),
+    # the KL
+    "kl_mismatch": Code("the KL is not the KL of what is sampled"),
+    "kl_offset": Code("the KL is right up to an additive constant"),
+    "kl_scale": Code("the KL is right up to a constant factor"),
+    "kl_negative": Code("the KL is below zero"),
+    "kl_min_off_prior": Code("the KL is smallest where the posterior is not the prior"),
+    "kl_constant": Code(
+        "the KL is a constant, whatever the posterior is",
+        {
+            "": Message(
+                "the KL is {value:.5g} whatever the posterior is, so nothing draws the posterior "
+                "to the prior",
+                "remove the clamp of the KL, or give it bounds that the KL can be between",
+            ),
+        },
+    ),
+    "kl_capacity": Code(
+        "the loss draws the KL to a target above zero",
+        {
+            "": Message(
+                "the loss contains |KL - {capacity:.5g}|: it is smallest where the KL is "
+                "{capacity:.5g}, not where it is zero",
+                "if the capacity is intended, report the bound with the KL itself",
+            ),
+        },
+    ),
+    "free_bits": Code(
+        "the KL is raised to a least value where it is smaller",
+        {
+            "": Message(
+                "the KL is raised to {held_at:.5g} where it is smaller (free bits), and right "
+                "where it is larger",
+                "if the free bits are intended, report the bound with the KL itself",
+            ),
+        },
+    ),
+    "prior_mismatch": Code("generation and KL use different priors"),
+    "reduction_imbalance": Code("the weight of the KL depends on batch, latent or data size"),
+    # bijections
+    "inverse_mismatch": Code("the inverse does not recover the input of forward"),
+    "inverse_raises": Code("the inverse raises an error"),
+    "stochastic": Code("two calls on the same input differ"),
+    "stale_inverse": Code("the inverse uses old parameters after an update"),
+    "logdet_mismatch": Code("the log-determinant is not log |det J|"),
+    "logdet_shape": Code("the log-determinant is not one number per example"),
+    "logdet_nan": Code("the log-determinant is not a number where the layer is invertible"),
+    "inverse_logdet_sign": Code("the inverse returns the log-determinant with the wrong sign"),
+    "inverse_logdet_mismatch": Code("the inverse's log-determinant is wrong"),
+    "cross_sample": Code("an example's output depends on the others in its batch"),
+    "not_injective": Code("the determinant changes sign, so this is not a bijection"),
+    "ddi_wrong": Code("data-dependent initialization does not standardize its output"),
+    "ddi_reinit": Code("a reloaded layer initializes itself again"),
+    # densities and figures
+    "not_normalised": Code("the density does not integrate to one"),
+    "bpd_below_entropy": Code("the reported bits are below the entropy of the data"),
+    "bpd_wrong": Code("the bits per dimension of the uniform model are wrong"),
+    "bpd_batch": Code("bits per dimension depend on the batch size"),
+    "iw_gradient": Code("the gradient is not that of the importance-weighted bound"),
+    "iw_value": Code("the value is not that of the importance-weighted bound"),
+    "prior_term_mismatch": Code("the term is not a multiple of a Gaussian's log-density"),
+    "prior_term_sign": Code("the term rewards distance from the mean"),
+    "aggregate_cov": Code("the claimed covariance is not that of the draws"),
+    # after training
+    "posterior_collapse": Code("a latent carries no information"),
+    "dead_units": Code("some units of a latent carry no information"),
+    "saturated_units": Code("scales are at the limit of their format"),
+    "aggregate_prior": Code("the aggregate posterior is not the prior"),
+    "ill_conditioned": Code("inverting a layer loses digits"),
+    "miscalibrated": Code("whitened latents of the data are not standard normal"),
+    "dequantisation": Code("dequantization and scaling are accounted for incorrectly"),
+    # what could not be checked
+    "not_finite": Code("a callable returns NaN or infinity"),
+    "host_random": Code(
+        "random numbers come from outside of torch",
+        {
+            "": Message(
+                "two runs with the same seed of torch differ: random numbers come from {source}",
+                "draw with torch: torch.randn_like, torch.rand, torch.randint",
+            ),
+        },
+    ),
+}
+
+
+def check_codes(allow: Iterable[str]) -> None:
+    """Refuse a name that is neither a code nor "incomplete".
+
+    Raises:
+        ValueError: If there is one.
+
+    Example:
+        >>> check_codes(["kl_scale", "incomplete"])
+    """
+    if unknown := [code for code in allow if code not in CODES and code != "incomplete"]:
+        raise ValueError(
+            f"allow: unknown code {', '.join(map(repr, unknown))}; the codes are incomplete, "
+            f"{', '.join(CODES)}"
+        )
