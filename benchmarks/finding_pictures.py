@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -179,6 +180,32 @@ def sigma_range_restricted(ax):
 # --- the KL ----------------------------------------------------------------------------------
 
 
+def no_gradient(ax):
+    paths = []
+    for stops in (False, True):
+        mean = torch.tensor(-2.0, requires_grad=True)
+        path = []
+        for _ in range(60):
+            path.append(mean.item())
+            z = mean + 0.3 * torch.randn(16)
+            loss = ((z.detach() if stops else z) - 1).square().mean() + 0 * mean
+            (step,) = torch.autograd.grad(loss, mean)
+            mean = (mean - 0.05 * step).detach().requires_grad_()
+        paths.append(path)
+    both(ax, torch.arange(60), *paths, "mean + σ e", "its draw, detached")
+    guide(ax, 1)
+    names(ax, "steps", "mean m of the encoder")
+
+
+def inplace(ax):
+    std = torch.linspace(0.2, 2, 40)
+    eps, kept = torch.randn(40), std.clone()
+    dots(ax, kept, std, RIGHT, "std * e")
+    std.mul_(eps)
+    dots(ax, kept, std, WRONG, "std.mul_(e)", "x")
+    names(ax, "std of the encoder", "std that the KL reads")
+
+
 def kl_mismatch(ax):
     b, mean = torch.linspace(-3, 1.4, 161), torch.tensor(0.0)
     line(ax, b, normal_kl(mean, b.exp()), RIGHT, "what is sampled, σ = exp(b)")
@@ -238,6 +265,27 @@ def kl_min_off_prior(ax):
         ax.plot(s[at], value[at], "o", color=color, ms=5)
         note(ax, s[at], value[at] + above, f"σ = {s[at]:.2f}", color, ha="center")
     names(ax, "σ of the posterior", "KL of a latent (nats)", ylim=(-0.5, 2.5))
+
+
+def kl_constant(ax):
+    mean = torch.linspace(-3, 3, 161)
+    true = normal_kl(mean, torch.tensor(1.0))
+    both(ax, mean, true, true.clamp(0, 0), "KL", "KL, clamped to [0, 0]")
+    names(ax, "mean of the posterior", "KL of a latent (nats)")
+
+
+def kl_capacity(ax):
+    mean = torch.linspace(-3, 3, 161)
+    true = normal_kl(mean, torch.tensor(1.0))
+    both(ax, mean, true, (true - 2).abs(), "KL", "|KL - 2|")
+    names(ax, "mean of the posterior", "term of the loss (nats)")
+
+
+def free_bits(ax):
+    mean = torch.linspace(-3, 3, 161)
+    true = normal_kl(mean, torch.tensor(1.0))
+    both(ax, mean, true, true.clamp(min=1), "KL", "max(KL, 1)")
+    names(ax, "mean of the posterior", "term of the loss (nats)")
 
 
 def prior_mismatch(ax):
@@ -668,6 +716,19 @@ def not_finite(ax):
     ax.axvspan(sizes[finite.isfinite()].max(), 1500, color=WRONG, alpha=0.1, lw=0)
     note(ax, 1120, 150, "infinite", WRONG, ha="center")
     names(ax, "size of the figures n (nats)", "-log mean exp(-n) (nats)")
+
+
+def host_random(left, right):
+    host = np.random.default_rng(0)
+    draws = [], []
+    for _ in range(2):
+        torch.manual_seed(1)
+        draws[0].append(torch.randn(60))
+        draws[1].append(torch.from_numpy(host.standard_normal(60)))
+    dots(left, *draws[0], RIGHT, "torch.randn")
+    dots(right, *draws[1], WRONG, "numpy.random")
+    for ax in (left, right):
+        names(ax, "e of the first run", "e of the second run, same seed")
 
 
 PICTURES: dict[str, Callable[..., None]] = {code: globals()[code] for code in CODES}
