@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ from musigma.nets import EMBEDDINGS, embedding
 from musigma.objectives import OBJECTIVES
 from musigma.zoo import ARCHITECTURES, architecture
 
-__all__ = ["PluginError", "load", "register"]
+__all__ = ["PluginError", "load", "load_all", "register"]
 
 
 class PluginError(ValueError):
@@ -32,6 +33,24 @@ def load(target: str, *, argument: str = "plugin") -> Any:
     Raises:
         PluginError: If the file, the module or the name does not exist, or the file fails.
     """
+    return load_all({argument: target})[argument]
+
+
+def load_all(targets: Mapping[str, str]) -> dict[str, Any]:
+    """Load several objects as `load` does; a file that several of them name is executed once.
+
+    Args:
+        targets: What each refers to, by what error messages call it.
+
+    Raises:
+        PluginError: As `load`.
+    """
+    modules: dict[str, ModuleType] = {}
+    return {argument: _load(target, argument, modules) for argument, target in targets.items()}
+
+
+def _load(target: str, argument: str, modules: dict[str, ModuleType]) -> Any:
+    """One object; `modules` holds those that are loaded, by their places."""
     place, _, name = target.rpartition(":")
     if not place or not name:
         raise PluginError(f"{argument}: expected FILE.py:NAME or module:NAME; got {target!r}")
@@ -39,18 +58,20 @@ def load(target: str, *, argument: str = "plugin") -> Any:
         raise PluginError(
             f"{argument}: expected FILE.py:NAME of a file that exists; there is no {place}"
         )
-    try:
-        module = _imported(place)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise PluginError(f"{argument}: {place} fails: {reason}") from error
-    value: Any = module
+    key = str(Path(place).resolve())
+    if key not in modules:
+        try:
+            modules[key] = _imported(place)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise PluginError(f"{argument}: {place} fails: {reason}") from error
+    value: Any = modules[key]
     for part in name.split("."):
         if not hasattr(value, part):
             known = [
                 n
-                for n, v in vars(module).items()
-                if n[0] != "_" and getattr(v, "__module__", None) == module.__name__
+                for n, v in vars(modules[key]).items()
+                if n[0] != "_" and getattr(v, "__module__", None) == modules[key].__name__
             ]
             raise PluginError(
                 f"{argument}: {place} defines no {name!r}; it has "

@@ -11,6 +11,7 @@ from cyclopts import CycloptsError
 
 # their commands
 from musigma.cli import (  # noqa: F401
+    audit,
     calibrate,
     compare,
     compress,

@@ -1,9 +1,8 @@
-"""Commands that inspect: one example under a model, a run, reports of runs, and audits."""
+"""Commands that inspect: one example under a model, a run, and reports of runs."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,6 @@ from cyclopts import Parameter
 
 from musigma.cli.options import (
     ARGUMENTS,
-    AUDIT,
     DATA,
     INSPECT,
     OUTPUT,
@@ -23,7 +21,6 @@ from musigma.cli.options import (
     Source,
     app,
     at_least_one,
-    numbers,
 )
 from musigma.cli.outputs import check_out
 from musigma.cli.screen import Screen, count, figure_text
@@ -282,67 +279,3 @@ def report(
     page.write(out, runs, title=title, sections=section)
     answer = {"out": str(out), "runs": [str(run) for run in runs]}
     Screen(common).result(answer, f"report: {out.resolve()}")
-
-
-@app.command(group=AUDIT)
-def audit(
-    target: Annotated[str, Argument],
-    source: Annotated[str | None, Parameter(name="data", group=ARGUMENTS)] = None,
-    *,
-    shape: str | None = None,
-    allow: tuple[str, ...] = (),
-    out: Path | None = None,
-    options: DataOptions = DataOptions(),
-    common: Common = Common(),
-) -> None:
-    """Run any VAE or flow, and check that its parts agree on one convention.
-
-    The exit code is 0 if the verdict is correct or warning, 1 if there is a bug, 2 if the target
-    cannot be audited, and 3 if the audit is incomplete.
-
-    Args:
-        target: PATH.py:NAME or module:NAME of a class, an instance, or a function that returns
-            one; the file is executed. Or a run folder or checkpoint of this library.
-        source: Data for checking the latents of a run. By default the data that it was trained on.
-        shape: Shape of one example, such as 1x28x28. By default shapes are tried until one fits.
-        allow: Code of a finding to accept, or incomplete. May be given several times.
-        out: A .html, .json or .txt file to write the report to as well.
-    """
-    from musigma import audit as library
-    from musigma import plugins
-    from musigma.audit.codes import check_codes
-    from musigma.files import replacing
-
-    if out is not None:
-        check_out(out, ".html", ".json", ".txt")
-    check_codes(allow)
-    if ":" in target and not Path(target).exists():
-        sizes = None
-        if shape is not None:
-            sizes = numbers(shape, "shape", "sizes such as 1x28x28", by="x", least=1)
-        report = library.audit(plugins.load(target, argument="target"), shape=sizes)
-    else:
-        report = _audit_run(target, source, options, common)
-    if out is not None:
-        forms = {".html": report.to_html, ".json": report.to_json, ".txt": report.__str__}
-        with replacing(out) as draft:
-            draft.write_text(forms[out.suffix]() + "\n", encoding="utf-8")
-    Screen(common).result(report.to_dict(), str(report))
-    if code := {"bug": 1, "incomplete": 3}.get(report.judge(allow)):
-        sys.exit(code)
-
-
-def _audit_run(target: str, source: str | None, options: DataOptions, common: Common) -> Any:
-    """The audit of a run, with its training data if they can still be read."""
-    from musigma.audit import audit_model
-
-    trained = Trained(target, common)
-    if source:
-        return audit_model(trained.model, trained.data(source, options))
-    found = None
-    if source := trained.about_data.get("source"):
-        try:
-            found = trained.data(source, options)
-        except (ValueError, OSError) as error:
-            trained.screen.note(f"audited without data: {error}")
-    return audit_model(trained.model, found)

@@ -33,14 +33,14 @@ Columns = dict[str, Any]
 Progress = Callable[..., None]
 
 
-def check_out(out: Path, *suffixes: str) -> None:
+def check_out(out: Path, *suffixes: str, name: str = "out") -> None:
     """Refuse a file of another kind, or in a folder that does not exist."""
     if out.suffix not in suffixes:
         kinds = ", ".join(suffixes[:-1]) + " or " * (len(suffixes) > 1) + suffixes[-1]
-        raise ValueError(f"out: expected a {kinds} file; got {out}")
+        raise ValueError(f"{name}: expected a {kinds} file; got {out}")
     if out.is_dir() or not out.parent.is_dir():
         reason = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-        raise ValueError(f"out: {out} cannot be written: {reason}")
+        raise ValueError(f"{name}: {out} cannot be written: {reason}")
     if out.suffix == ".parquet":
         _pyarrow()
     if out.suffix == ".nc":

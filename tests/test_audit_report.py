@@ -1,0 +1,297 @@
+"""Reports of audits: verdicts, messages by code, exit codes, SARIF, the fixture and the server."""
+
+import json
+import re
+import string
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from musigma.audit import CODES, AuditError, AuditReport, Finding, audit
+from musigma.audit.findings import ReportBuilder
+from musigma.audit.sarif import to_sarif
+from musigma.cli import main
+
+BUG = Finding("kl_mismatch", "bug", "wrong", repair="mend", where="m.py:7")
+WARNING = Finding("kl_scale", "warning", "twice", {"slope": 2.0}, "halve")
+NO_KL = "the KL: only the decoder depends on the heads of z (net/model.py:41)"
+
+
+@pytest.mark.parametrize(
+    ("findings", "missing", "allow", "verdict"),
+    [
+        ((), (), (), "correct"),
+        ((WARNING,), (), (), "warning"),
+        ((WARNING,), (), ("kl_scale",), "correct"),
+        ((WARNING,), (NO_KL,), (), "incomplete"),
+        ((WARNING,), (NO_KL,), ("incomplete",), "warning"),
+        ((BUG, WARNING), (NO_KL,), (), "bug"),
+        ((BUG,), (NO_KL,), ("kl_mismatch",), "incomplete"),
+        ((BUG,), (NO_KL,), ("kl_mismatch", "incomplete"), "correct"),
+    ],
+)
+def test_verdicts(findings, missing, allow, verdict):
+    report = AuditReport("it", findings=findings, checked=("z",), missing=missing)
+    assert report.judge(allow) == verdict
+    assert allow or report.verdict == verdict
+    assert report.to_dict()["verdict"] == report.verdict
+
+
+def test_what_is_missing_is_in_every_form():
+    report = AuditReport("it", missing=(NO_KL,))
+    assert report.verdict == "incomplete"
+    assert str(report).startswith("it: incomplete\n")
+    for text in (str(report), report.to_json(), report.to_html()):
+        assert NO_KL in text
+    with pytest.raises(AuditError, match="it: nothing could be checked: there was nothing"):
+        AuditReport("it")
+
+
+def test_the_builder_fills_in_the_messages_of_the_table():
+    builder = ReportBuilder("it")
+    builder.bug("kl_constant", value=torch.tensor(0.25, dtype=torch.float64), where="a.py:3")
+    (finding,) = builder.build().findings
+    assert finding.message.startswith("the KL is 0.25 whatever the posterior is")
+    assert (finding.numbers, finding.where) == ({"value": 0.25}, "a.py:3")
+    assert "where: a.py:3" in str(builder.build())
+    assert "a.py:3" in builder.build().to_html()
+
+
+def test_the_builder_keeps_the_worst_finding_of_a_code_and_line():
+    builder = ReportBuilder("it")
+    builder.warn("free_bits", held_at=0.5)
+    builder.bug("free_bits", held_at=1.5)
+    builder.warn("free_bits", held_at=2.5)
+    builder.warn("free_bits", held_at=2.5, where="a.py:3")
+    builder.missing += [NO_KL, NO_KL]
+    report = builder.build()
+    assert [f.numbers["held_at"] for f in report.findings] == [1.5, 2.5]
+    assert report.missing == (NO_KL,)
+
+
+def test_words_of_a_message_are_not_repeated_among_its_numbers():
+    builder = ReportBuilder("it")
+    builder.bug("no_gradient", head="mean", layer="enc.out", depth=3)
+    (finding,) = builder.build().findings
+    assert finding.figures == {"layer": "enc.out", "depth": "3"}
+    assert finding.numbers["head"] == "mean"
+
+
+def test_every_message_is_a_template_over_names():
+    """No field is positional, and every repair is one clause: the printers add the full stop."""
+    for code, row in CODES.items():
+        for name, message in row.variants.items():
+            for text in message:
+                fields = [f for _, f, _, _ in string.Formatter().parse(text) if f is not None]
+                assert all(re.fullmatch(r"[a-z_]\w*", f) for f in fields), (code, name, fields)
+                assert text
+                assert not text.endswith("."), (code, name)
+
+
+# --- SARIF --------------------------------------------------------------------------------------
+
+
+def run_of(report: AuditReport, **how) -> dict:
+    """The one run of a log, after the checks that the schema of SARIF 2.1.0 makes of it."""
+    log = json.loads(json.dumps(to_sarif(report, **how), allow_nan=False))
+    assert set(log) == {"$schema", "version", "runs"}
+    assert log["version"] == "2.1.0"
+    (run,) = log["runs"]
+    rules = run["tool"]["driver"]["rules"]
+    assert len({rule["id"] for rule in rules}) == len(rules)
+    for rule in rules:
+        assert rule["shortDescription"]["text"]
+        assert rule["fullDescription"]["text"].endswith(".")
+        assert "docs/" in rule["help"]["text"]
+    for result in run["results"]:
+        assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
+        assert result["level"] in ("none", "note", "warning", "error")
+        assert result["message"]["text"]
+        for location in result.get("locations", []):
+            physical = location["physicalLocation"]
+            assert physical["region"]["startLine"] >= 1
+            assert "\\" not in physical["artifactLocation"]["uri"]
+    return run
+
+
+def lines_of(run: dict) -> list[tuple[str, str, str]]:
+    """(code, level, line) of each result."""
+    rows = []
+    for result in run["results"]:
+        where = ""
+        for location in result.get("locations", []):
+            physical = location["physicalLocation"]
+            where = f"{physical['artifactLocation']['uri']}:{physical['region']['startLine']}"
+        rows.append((result["ruleId"], result["level"], where))
+    return rows
+
+
+def test_sarif_has_a_result_for_each_finding_and_for_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = Finding("kl_scale", "warning", "a", {"x": float("nan")}, "b", f"{tmp_path}/a b.py:3")
+    report = AuditReport("it", findings=(WARNING, BUG, own), missing=(NO_KL, "the prior"))
+    run = run_of(report, where="top.py:12", allow=("kl_mismatch",))
+    assert lines_of(run) == [
+        ("kl_mismatch", "error", "m.py:7"),
+        ("kl_scale", "warning", "top.py:12"),
+        ("kl_scale", "warning", "a%20b.py:3"),
+        ("incomplete", "note", "net/model.py:41"),
+        ("incomplete", "note", "top.py:12"),
+    ]
+    assert len(run["tool"]["driver"]["rules"]) == 3
+    first, second, third, *_ = run["results"]
+    assert "Repair: mend." in first["message"]["text"]
+    assert first["suppressions"][0]["kind"] == "external"
+    assert "suppressions" not in second
+    assert second["properties"]["numbers"] == {"slope": 2.0}
+    assert third["properties"]["numbers"] == {"x": None}
+
+
+def test_sarif_of_files_elsewhere_and_of_nothing(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    far = Finding("kl_scale", "warning", "a", {}, "b", f"{tmp_path}/far.py:3")
+    run = run_of(AuditReport("it", findings=(far, BUG)), where="")
+    assert lines_of(run)[1][2] == f"{(tmp_path / 'far.py').resolve().as_uri()}:3"
+    assert run_of(AuditReport("it", findings=(WARNING,)))["results"][0].get("locations") is None
+    assert run_of(AuditReport("it", checked=("z",)))["results"] == []
+
+
+def test_sarif_describes_every_code():
+    found = [Finding(code, "bug", "m", repair="r") for code in CODES]
+    rules = run_of(AuditReport("it", findings=tuple(found)))["tool"]["driver"]["rules"]
+    assert {rule["id"]: rule["shortDescription"]["text"] for rule in rules} == {
+        code: row.title for code, row in CODES.items()
+    }
+
+
+# --- the command --------------------------------------------------------------------------------
+
+MODEL = """
+import torch
+from torch import nn
+
+print("a script that prints")
+
+
+class VAE(nn.Module):
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 8), nn.Linear(4, 6)
+        self.factor = factor
+
+    def encode(self, x):
+        return self.encoder(x).chunk(2, -1)
+
+    def reparameterize(self, mean, log_var):
+        return mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+
+    def kl(self, mean, log_var):
+        return -0.5 * (1 + log_var - mean**2 - (self.factor * log_var).exp()).sum()
+
+
+class Wrong(VAE):
+    def __init__(self):
+        super().__init__(3.0)
+
+
+def batch():
+    return torch.rand(8, 6)
+
+
+small = torch.rand(8, 5)
+"""
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A file of models, in the working directory; it prints when it is executed."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.py").write_text(MODEL)
+    return "model.py"
+
+
+def exit_code(*words: str) -> int:
+    """The exit code of `musigma audit`."""
+    with pytest.raises(SystemExit) as left:
+        sys.exit(main(["audit", *words]))
+    return left.value.code or 0
+
+
+def test_a_bug_exits_with_1_and_its_line_is_in_the_sarif(model, capsys):
+    assert exit_code("model.py:Wrong", "--example", "model.py:batch", "--sarif", "a.sarif") == 1
+    log = json.loads(Path("a.sarif").read_text())
+    line = MODEL.splitlines().index("class Wrong(VAE):") + 1
+    assert lines_of(log["runs"][0])[0] == ("kl_mismatch", "error", f"model.py:{line}")
+    assert exit_code("model.py:VAE", "--sarif", "b.sarif") == 0
+    assert json.loads(Path("b.sarif").read_text())["runs"][0]["results"] == []
+
+
+def test_what_the_audited_code_prints_does_not_mix_with_the_report(model, capsys):
+    assert exit_code("model.py:VAE", "--example", "model.py:batch", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["verdict"] == "correct"
+    assert err.count("a script that prints") == 1  # a file of both is executed once
+
+
+def test_an_incomplete_audit_exits_with_3(model, monkeypatch, capsys):
+    module = sys.modules["musigma.audit"]
+    monkeypatch.setattr(module, "audit", lambda *_, **__: AuditReport("it", missing=(NO_KL,)))
+    assert exit_code("model.py:VAE") == 3
+    assert NO_KL in capsys.readouterr().out
+    assert exit_code("model.py:VAE", "--allow", "incomplete") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.py:VAE", "--example", "model.py:none"], "example: model.py defines no 'none'"),
+        (["model.py:VAE", "--example", "model.py:small"], "example: "),
+        (["model.py:VAE", "--sarif", "a.xml"], "sarif: expected a .sarif or .json file"),
+        (["model.py:VAE", "--sarif", "no/a.sarif"], "sarif: no/a.sarif cannot be written"),
+        (["model.py:VAE", "--allow", "kl"], "allow: unknown code 'kl'; the codes are incomplete"),
+        (["ends.py:VAE"], "target: the code ends the program with exit code 0"),
+        (["breaks.py:make"], "target: the audit stops with KeyError: 'x'"),
+        (["nowhere", "--example", "model.py:batch"], "example: a run is audited with data"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_audited_exits_with_2(model, monkeypatch, capsys, words, message):
+    Path("ends.py").write_text("import sys\nsys.exit(0)\n")
+    Path("breaks.py").write_text("def make(): pass\n")
+    if words == ["breaks.py:make"]:
+
+        def breaks(*_, **__):
+            raise KeyError("x")
+
+        monkeypatch.setattr(sys.modules["musigma.audit"], "audit", breaks)
+    assert exit_code(*words) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+# --- the fixture --------------------------------------------------------------------------------
+
+
+def sampled(mean, log_var):
+    return mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+
+
+def divergence(mean, log_var):
+    return 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum()
+
+
+def test_the_fixture_refuses_unknown_codes(assert_audited):
+    parts = {"sample": sampled, "kl": divergence}
+    assert assert_audited(parts).verdict == "correct"
+    with pytest.raises(ValueError, match="allow: unknown code 'kl'; the codes are incomplete, "):
+        assert_audited(parts, allow=("kl",))
+
+
+def test_the_fixture_fails_on_an_incomplete_audit(assert_audited, monkeypatch):
+    module = sys.modules["musigma.audit"]
+    monkeypatch.setattr(module, "audit", lambda *_, **__: AuditReport("it", missing=(NO_KL,)))
+    with pytest.raises(AssertionError, match="it: incomplete"):
+        assert_audited({"sample": sampled})
+    assert assert_audited({"sample": sampled}, allow=("incomplete",)).missing == (NO_KL,)
+    assert audit({"sample": sampled, "kl": divergence}).verdict == "correct"
