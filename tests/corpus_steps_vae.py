@@ -1,0 +1,472 @@
+"""VAEs of one latent: scales, layouts, ways to compute the KL, reconstructions, weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import (
+    Categorical,
+    Independent,
+    LowRankMultivariateNormal,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
+
+from corpus_steps_base import B, Built, D, Encoder, H, L, data, decoder, entry, mlp, vae
+
+
+def bce(logits, x):
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+
+
+def sse(y, x):
+    return F.mse_loss(y, x, reduction="sum")
+
+
+def of_std(std):
+    """A draw and a KL of one standard deviation."""
+    return (
+        lambda mu, b: mu + std(b) * torch.randn_like(mu),
+        lambda mu, b: (0.5 * (mu**2 + std(b) ** 2 - 1) - std(b).log()).sum(),
+    )
+
+
+# --- right: scales -------------------------------------------------------------------------------
+
+
+@entry("correct", convention="log_var")
+def log_var():
+    return vae(
+        lambda mu, b: mu + torch.exp(0.5 * b) * torch.randn_like(mu),  # draw
+        lambda mu, b: -0.5 * torch.sum(1 + b - mu.pow(2) - b.exp()),  # kl
+        bce,
+    )
+
+
+@entry("correct", convention="log_std")
+def log_std():
+    return vae(
+        lambda mu, b: mu + torch.randn_like(mu) * b.exp(),  # draw
+        lambda mu, b: torch.sum(0.5 * (mu**2 + torch.exp(2 * b)) - b - 0.5),  # kl
+        bce,
+    )
+
+
+@entry("correct", convention="softplus")
+def softplus_with_a_floor():
+    return vae(*of_std(lambda b: F.softplus(b) + 1e-4), sse)
+
+
+@entry("correct", convention="sigmoid")
+def sigmoid():
+    return vae(*of_std(lambda b: 0.1 + 1.9 * torch.sigmoid(b)), sse)
+
+
+@entry("correct")
+def squareplus():
+    return vae(*of_std(lambda b: 0.5 * (b + (b * b + 4).sqrt())), bce)
+
+
+@entry("correct", convention="log_precision")
+def log_precision():
+    return vae(
+        lambda mu, b: mu + torch.rsqrt(b.exp()) * torch.randn_like(mu),  # draw
+        lambda mu, b: 0.5 * (mu.square() + (-b).exp() - 1 + b).sum(),  # kl
+        bce,
+    )
+
+
+@entry("correct")
+def precision_by_softplus():
+    return vae(
+        lambda mu, b: mu + F.softplus(b).rsqrt() * torch.randn_like(mu),  # draw
+        lambda mu, b: 0.5 * (mu**2 + 1 / F.softplus(b) - 1 + F.softplus(b).log()).sum(),  # kl
+        bce,
+    )
+
+
+@entry("correct", convention="elu+1")
+def elu_plus_one():
+    return vae(*of_std(lambda b: F.elu(b) + 1 + 1e-6), bce)
+
+
+@entry("correct", convention="softplus of variance")
+def variance_by_softplus():
+    return vae(
+        lambda mu, b: mu + F.softplus(b).sqrt() * torch.randn_like(mu),  # draw
+        lambda mu, b: 0.5 * (mu**2 + F.softplus(b) - 1 - F.softplus(b).log()).sum(),  # kl
+        bce,
+    )
+
+
+@entry("correct", convention="log_var")
+def log_var_clamped_for_both():
+    return vae(
+        lambda mu, b: mu + (0.5 * b.clamp(-6, 2)).exp() * torch.randn_like(mu),  # draw
+        lambda mu, b: -0.5 * (1 + b.clamp(-6, 2) - mu**2 - b.clamp(-6, 2).exp()).sum(),  # kl
+        bce,
+    )
+
+
+@entry("correct")
+def log_var_bounded_by_tanh():
+    return vae(
+        lambda mu, b: mu + (2 * (b / 4).tanh()).exp() * torch.randn_like(mu),  # draw
+        lambda mu, b: -0.5 * (1 + 4 * (b / 4).tanh() - mu**2 - (4 * (b / 4).tanh()).exp()).sum(),
+        bce,
+    )
+
+
+# --- right: ways to draw and to score ------------------------------------------------------------
+
+
+@entry("correct")
+def distributions():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        q = Normal(mu, b.exp())  # draw
+        p = Normal(torch.zeros_like(mu), torch.ones_like(mu))
+        z = q.rsample()
+        likelihood = Independent(torch.distributions.Bernoulli(logits=decode(z)), 1)
+        x_bin = (x > 0.5).float()
+        return (kl_divergence(q, p).sum(1) - likelihood.log_prob(x_bin)).mean()  # kl
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct")
+def kl_by_one_draw():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        q, p = Normal(mu, F.softplus(b) + 1e-3), Normal(0.0, 1.0)
+        z = q.rsample()
+        kl = q.log_prob(z) - p.log_prob(z)  # kl
+        return sse(decode(z), x) + kl.sum()
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct")
+def kl_by_one_draw_written_out():
+    encode, decode, x = Encoder(), decoder(), data()
+    half_log_2pi = 0.5 * math.log(2 * math.pi)
+
+    def step():
+        mu, log_var = encode(x)
+        eps = torch.randn(mu.shape)
+        z = mu + (log_var / 2).exp() * eps  # draw
+        log_q = -0.5 * eps**2 - log_var / 2 - half_log_2pi  # kl
+        log_p = -0.5 * z**2 - half_log_2pi  # kl
+        elbo = -bce(decode(z), x) + (log_p - log_q).sum()
+        return -elbo / B
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct")
+def importance_weights():
+    encode, decode, x = Encoder(), decoder(), data()
+    draws = 4
+
+    def step():
+        mu, log_var = encode(x)
+        q = Normal(mu, (0.5 * log_var).exp())  # draw
+        z = q.rsample((draws,))
+        log_p = Normal(0.0, 1.0).log_prob(z).sum(-1)  # kl
+        log_q = q.log_prob(z).sum(-1)  # kl
+        target = x.expand(draws, B, D)
+        log_x = -F.binary_cross_entropy_with_logits(decode(z), target, reduction="none").sum(-1)
+        log_w = log_x + log_p - log_q  # kl
+        return -(torch.logsumexp(log_w, 0) - math.log(draws)).mean()
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct")
+def several_draws():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        q = Independent(Normal(mu, b.exp()), 1)  # draw
+        z = q.rsample((3,))
+        recon = (decode(z) - x).square().sum(-1).mean(0)
+        prior = Independent(Normal(torch.zeros(L), torch.ones(L)), 1)
+        return (recon + kl_divergence(q, prior)).mean()  # kl
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct")
+def several_draws_on_a_second_axis():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, log_var = encode(x)
+        eps = torch.randn(B, 4, L)
+        z = mu.unsqueeze(1) + (0.5 * log_var).exp().unsqueeze(1) * eps  # draw
+        recon = bce(decode(z.flatten(0, 1)), x.repeat_interleave(4, 0)) / 4
+        kl = -0.5 * (1 + log_var - mu**2 - log_var.exp()).sum()  # kl
+        return (recon + kl) / B
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct|incomplete")
+def antithetic_draws():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, log_var = encode(x)
+        noise = (0.5 * log_var).exp() * torch.randn_like(mu)  # draw
+        recon = 0.5 * (bce(decode(mu + noise), x) + bce(decode(mu - noise), x))
+        return recon - 0.5 * (1 + log_var - mu**2 - log_var.exp()).sum()  # kl
+
+    return Built(step, (encode, decode, x))
+
+
+def matrix(raw):
+    """A lower triangle with a positive diagonal, of L (L + 1) / 2 numbers."""
+    rows, columns = torch.tril_indices(L, L)
+    tril = raw.new_zeros(*raw.shape[:-1], L, L)
+    tril[..., rows, columns] = 0.5 * raw
+    diagonal = F.softplus(tril.diagonal(dim1=-2, dim2=-1)) + 0.01
+    return tril.tril(-1) + torch.diag_embed(diagonal)
+
+
+class Full(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.decode = mlp(D, H), decoder()
+        self.mu, self.raw = nn.Linear(H, L), nn.Linear(H, L * (L + 1) // 2)
+
+    def forward(self, x):
+        h = self.body(x).tanh()
+        return self.mu(h), matrix(self.raw(h))
+
+
+@entry("correct")
+def full_covariance():
+    net, x = Full(), data()
+
+    def step():
+        mu, tril = net(x)
+        q = MultivariateNormal(mu, scale_tril=tril)
+        p = MultivariateNormal(torch.zeros(L), torch.eye(L))
+        return (sse(net.decode(q.rsample()), x) + kl_divergence(q, p).sum()) / B  # kl
+
+    return Built(step, (net, x))
+
+
+@entry("correct")
+def full_covariance_written_out():
+    net, x = Full(), data()
+
+    def step():
+        mu, tril = net(x)
+        z = mu + (tril @ torch.randn(B, L, 1)).squeeze(-1)
+        trace = tril.square().sum((1, 2))  # kl
+        logdet = 2 * tril.diagonal(dim1=1, dim2=2).log().sum(1)  # kl
+        kl = 0.5 * (trace + mu.square().sum(1) - L - logdet)  # kl
+        return bce(net.decode(z), x) / B + kl.mean()
+
+    return Built(step, (net, x))
+
+
+@entry("correct|incomplete")
+def low_rank_covariance():
+    encode, decode, x = Encoder(), decoder(), data()
+    factor = mlp(D, L * 2)
+
+    def step():
+        mu, b = encode(x)
+        q = LowRankMultivariateNormal(mu, 0.5 * factor(x).reshape(B, L, 2), b.exp())
+        p = MultivariateNormal(torch.zeros(L), torch.eye(L))
+        return (bce(decode(q.rsample()), x) + kl_divergence(q, p).sum()) / B  # kl
+
+    return Built(step, (encode, decode, factor, x))
+
+
+# --- right: priors -------------------------------------------------------------------------------
+
+
+@entry("correct")
+def learned_prior():
+    encode, decode, x = Encoder(), decoder(), data()
+    prior = nn.ParameterDict({"mean": 0.3 * torch.randn(L), "log_std": 0.3 * torch.randn(L)})
+
+    def step():
+        mu, log_std = encode(x)
+        z = mu + log_std.exp() * torch.randn_like(mu)  # draw
+        m, s = prior["mean"], prior["log_std"]
+        kl = s - log_std + ((2 * log_std).exp() + (mu - m) ** 2) / (2 * (2 * s).exp()) - 0.5  # kl
+        return bce(decode(z), x) / B + kl.sum(1).mean()
+
+    return Built(step, (encode, decode, prior, x))
+
+
+@entry("correct")
+def prior_given_a_label():
+    x, y = data(), F.one_hot(torch.arange(B) % 4, 4).float()
+    encode, decode, prior = Encoder(D + 4), decoder(latents=L + 4), nn.Linear(4, 2 * L)
+
+    def step():
+        mu, b = encode(torch.cat([x, y], 1))
+        m, s = prior(y).chunk(2, 1)
+        q, p = Normal(mu, (0.5 * b).exp()), Normal(m, (0.5 * s).exp())  # draw
+        kl = kl_divergence(q, p).sum(1)  # kl
+        recon = F.mse_loss(decode(torch.cat([q.rsample(), y], 1)), x, reduction="none").sum(1)
+        return (recon + kl).mean()
+
+    return Built(step, (encode, decode, prior, x, y))
+
+
+@entry("correct|warning")
+def prior_of_another_width():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        q, p = Normal(mu, b.exp()), Normal(0.0, 2.0)
+        return bce(decode(q.rsample()), x) + kl_divergence(q, p).sum()  # kl
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct|incomplete")
+def mixture_prior():
+    encode, decode, x = Encoder(), decoder(), data()
+    prior = nn.ParameterDict(
+        {"w": torch.randn(3), "mean": torch.randn(3, L), "log_std": 0.2 * torch.randn(3, L)}
+    )
+
+    def step():
+        mu, b = encode(x)
+        q = Independent(Normal(mu, (b / 2).exp()), 1)
+        parts = Independent(Normal(prior["mean"], prior["log_std"].exp()), 1)
+        p = MixtureSameFamily(Categorical(logits=prior["w"]), parts)
+        z = q.rsample()
+        kl = q.log_prob(z) - p.log_prob(z)  # kl
+        return (bce(decode(z), x) + kl.sum()) / B
+
+    return Built(step, (encode, decode, prior, x))
+
+
+def vamp(offset):
+    encode, decode, x = Encoder(), decoder(), data()
+    pseudo = nn.Parameter(torch.rand(4, D))
+
+    def log_normal(z, mu, log_var):
+        return -0.5 * (math.log(2 * math.pi) + log_var + (z - mu) ** 2 / log_var.exp()).sum(-1)
+
+    def step():
+        mu, log_var = encode(x)
+        z = mu + (0.5 * log_var).exp() * torch.randn_like(mu)  # draw
+        m, s = encode(pseudo)
+        log_p = torch.logsumexp(log_normal(z.unsqueeze(1), m, s), 1) - offset  # kl
+        kl = log_normal(z, mu, log_var) - log_p  # kl
+        return (bce(decode(z), x) + kl.sum()) / B
+
+    return Built(step, (encode, decode, pseudo, x))
+
+
+@entry("correct|incomplete")
+def vamp_prior():
+    return vamp(math.log(4))
+
+
+# --- weights: constant ones are warnings ---------------------------------------------------------
+
+
+def weighted(recon, kl_weight):
+    def kl(mu, b):
+        return kl_weight(-0.5 * (1 + b - mu**2 - b.exp()))
+
+    return vae(lambda mu, b: mu + (0.5 * b).exp() * torch.randn_like(mu), kl, recon)
+
+
+@entry("warning", "reduction_imbalance|kl_scale", beta=(4.0,))
+def beta_of_four():
+    return weighted(bce, lambda kl: 4 * kl.sum())
+
+
+@entry("warning", "reduction_imbalance|kl_scale", beta=(0.3,))
+def annealing():
+    epoch = 3
+    return weighted(bce, lambda kl: min(1.0, epoch / 10) * kl.sum())
+
+
+@entry("warning", "reduction_imbalance", beta=(D / L,))
+def two_means():
+    return weighted(lambda y, x: bce(y, x) / x.numel(), lambda kl: kl.mean())
+
+
+@entry("warning", "reduction_imbalance", beta=(D, D / 2))
+def mean_of_pixels_beside_sum_of_latents():
+    return weighted(F.mse_loss, lambda kl: kl.sum(1).mean())
+
+
+@entry("warning", "reduction_imbalance", beta=(1 / L, 0.5 / L))
+def sum_of_pixels_beside_mean_of_latents():
+    return weighted(lambda y, x: sse(y, x) / len(x), lambda kl: kl.mean())
+
+
+@entry("warning", "reduction_imbalance|kl_scale", beta=(2.0,))
+def half_forgotten_in_the_kl():
+    return weighted(bce, lambda kl: 2 * kl.sum())
+
+
+@entry("warning", "free_bits")
+def free_bits():
+    return weighted(bce, lambda kl: kl.clamp(min=0.2).sum())
+
+
+@entry("warning", "free_bits")
+def free_bits_of_the_batch():
+    return weighted(bce, lambda kl: torch.maximum(kl.mean(0), torch.tensor(0.25)).sum() * B)
+
+
+@entry("warning", "kl_capacity")
+def capacity():
+    return weighted(bce, lambda kl: (kl.sum(1).mean() - 3.0).abs() * B)
+
+
+@entry("warning", "kl_offset")
+def constant_dropped():
+    return vae(
+        lambda mu, b: mu + (0.5 * b).exp() * torch.randn_like(mu),
+        lambda mu, b: 0.5 * (mu**2 + b.exp() - b).sum(),
+        bce,
+    )
+
+
+# --- weights: those that move with the batch are bugs --------------------------------------------
+
+
+@entry("bug", "reduction_imbalance")
+def mean_of_all_beside_sum_over_the_batch():
+    return weighted(F.mse_loss, lambda kl: kl.sum())
+
+
+@entry("bug", "reduction_imbalance")
+def sum_over_the_batch_beside_mean_of_latents():
+    return weighted(bce, lambda kl: kl.mean())
+
+
+@entry("bug", "reduction_imbalance")
+def divided_by_the_batch_twice():
+    return weighted(lambda y, x: bce(y, x) / len(x), lambda kl: kl.sum(1).mean() / len(kl))
+
+
+@entry("bug", "reduction_imbalance")
+def summed_over_the_wrong_axis():
+    return weighted(lambda y, x: bce(y, x) / len(x), lambda kl: kl.sum(0).mean())

@@ -1,0 +1,171 @@
+"""`audit_step` on the corpus of steps: verdicts, and no side effects."""
+
+import importlib.util
+import inspect
+import random
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from corpus_steps import ENTRIES, PARTS
+from musigma.audit import AuditError
+
+try:
+    from musigma.audit import audit_step
+except ImportError:
+    audit_step = None
+
+needs_audit = pytest.mark.skipif(audit_step is None, reason="audit_step is not there yet")
+
+
+def build(name, seed):
+    """The step of an entry, at random parameters."""
+    needs = ENTRIES[name].needs
+    if needs and importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    built = ENTRIES[name].build()
+    if needs == "keras" and __import__("keras").backend.backend() != "torch":
+        pytest.skip("Keras runs on another backend than torch")
+    return built
+
+
+def judge(name, seed, run=None):
+    """Audit the step of an entry, and compare the report with what is true of it."""
+    expected, built = ENTRIES[name], build(name, seed)
+    verdict, told, report = audited(run or (lambda: audit_step(built.step)))
+    assert verdict in expected.verdicts, told
+    if expected.says:
+        assert re.search(expected.says, told), told
+    if verdict in ("bug", "warning"):
+        for codes in expected.codes:
+            assert set(codes.split("|")) & set(report.codes), told
+    if expected.convention and verdict != "incomplete":
+        assert report.convention == expected.convention, told
+    if expected.beta and verdict != "incomplete":
+        numbers = [v for f in report.findings for v in f.numbers.values()]
+        near = [v for v in numbers if isinstance(v, int | float) for w in expected.beta
+                if abs(v / w - 1) < 0.02]  # fmt: skip
+        assert near, f"none of the weights {expected.beta}\n{told}"
+
+
+def audited(run):
+    """The verdict, what was said, and the report if there is one."""
+    try:
+        report = run()
+    except AuditError as error:
+        return "refused", str(error), None
+    assert all(finding.repair and finding.message for finding in report.findings)
+    report.to_json()
+    return report.verdict, str(report), report
+
+
+# --- the corpus itself ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_step_runs_as_its_entry_says(name):
+    built = build(name, 0)
+    if ENTRIES[name].verdicts[0] in ("bug", "warning", "correct"):
+        loss = built.step()
+        assert loss is not None
+        for value in tensors(loss):
+            assert value.isfinite().all()
+
+
+def tensors(loss):
+    """The tensors of whatever a step returns."""
+    if isinstance(loss, torch.Tensor):
+        return [loss]
+    if isinstance(loss, Mapping):
+        return [t for v in loss.values() for t in tensors(v)]
+    if isinstance(loss, tuple | list):
+        return [t for v in loss for t in tensors(v)]
+    return (
+        [t for v in vars(loss).values() for t in tensors(v)] if hasattr(loss, "__dict__") else []
+    )
+
+
+def test_the_corpus_is_large_and_half_of_it_is_right():
+    right = [name for name, entry in ENTRIES.items() if entry.verdicts[0] == "correct"]
+    assert len(ENTRIES) >= 200
+    assert 0.35 < len(right) / len(ENTRIES) < 0.6
+    lines = {part.__name__: len(inspect.getsourcelines(part)[0]) for part in PARTS}
+    assert max(lines.values()) <= 700, lines
+
+
+# --- verdicts ------------------------------------------------------------------------------------
+
+
+@needs_audit
+@pytest.mark.parametrize("name", ENTRIES)
+def test_verdict(name):
+    judge(name, 0)
+
+
+@needs_audit
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 20))
+@pytest.mark.parametrize("name", ENTRIES)
+def test_verdict_at_twenty_seeds(name, seed):
+    judge(name, seed)
+
+
+# --- what it leaves behind -----------------------------------------------------------------------
+
+
+def contents(thing, seen=None):
+    """Everything in an object that an audit could change, as values that compare by ``==``."""
+    seen = {} if seen is None else seen
+    if id(thing) in seen:
+        return "seen before"
+    if isinstance(thing, torch.Tensor):
+        seen[id(thing)] = thing
+        own = (str(thing.dtype), tuple(thing.shape), thing.data_ptr(), thing.requires_grad)
+        values = thing.detach().reshape(-1).view(torch.uint8).tolist() if thing.numel() else []
+        return own, values, contents(thing.grad, seen) if thing.is_leaf else None
+    if isinstance(thing, torch.Generator):
+        return thing.get_state().tolist()
+    if isinstance(thing, np.random.Generator):
+        return str(thing.bit_generator.state)
+    if isinstance(thing, torch.optim.Optimizer):
+        return contents([thing.state_dict(), thing.param_groups], seen)
+    if isinstance(thing, Mapping):
+        seen[id(thing)] = thing
+        return [(str(k), contents(v, seen)) for k, v in thing.items()]
+    if isinstance(thing, list | tuple | set):
+        seen[id(thing)] = thing
+        return [contents(v, seen) for v in thing]
+    if isinstance(thing, nn.Module) or type(thing).__module__.startswith("corpus_"):
+        seen[id(thing)] = thing
+        return contents(vars(thing), seen) if hasattr(thing, "__dict__") else None
+    return thing if isinstance(thing, int | float | str | type(None)) else f"{id(thing)}"
+
+
+def world():
+    return (
+        torch.get_rng_state().tolist(),
+        str(np.random.get_state()),
+        random.getstate(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.backends.mkldnn.enabled,
+        torch.get_num_threads(),
+    )
+
+
+@needs_audit
+@pytest.mark.parametrize("name", ENTRIES)
+def test_everything_is_as_it_was_to_the_bit(name):
+    built = build(name, 0)
+    before, around = contents(built.objects), world()
+    audited(lambda: audit_step(built.step))
+    assert contents(built.objects) == before
+    assert world() == around
