@@ -82,6 +82,7 @@ OWNERS = {
     "filelock": {"files"},
     "sbi": {"sbi"},
     "xarray": {"cli"},
+    "mcp": {"cli"},
 }
 
 # Modules that serve one library, so nothing is gained if they import it later.

@@ -1,5 +1,6 @@
 """Reports of audits: verdicts, messages by code, exit codes, SARIF, the fixture and the server."""
 
+import asyncio
 import json
 import re
 import string
@@ -295,3 +296,92 @@ def test_the_fixture_fails_on_an_incomplete_audit(assert_audited, monkeypatch):
         assert_audited({"sample": sampled})
     assert assert_audited({"sample": sampled}, allow=("incomplete",)).missing == (NO_KL,)
     assert audit({"sample": sampled, "kl": divergence}).verdict == "correct"
+
+
+# --- the server ---------------------------------------------------------------------------------
+
+LOUD = (
+    MODEL
+    + """
+import os
+
+os.write(1, b"straight to standard output" + bytes([10]))
+assert os.read(0, 1) == b"", "it reads what the client says"
+"""
+)
+
+
+def asked(transport, *arguments: dict) -> list:
+    """What the tool answers to a client, in one session."""
+    client = pytest.importorskip("mcp.client", reason="pip install 'musigma[mcp]'")
+
+    async def session():
+        async with client.Client(transport) as opened:
+            assert [tool.name for tool in (await opened.list_tools()).tools] == ["audit"]
+            return [await opened.call_tool("audit", each) for each in arguments]
+
+    return asyncio.run(session())
+
+
+def test_the_server_audits_over_standard_input_and_output(model, request):
+    """In a file that writes to both, and whose session goes on after each refusal."""
+    stdio = pytest.importorskip("mcp.client.stdio", reason="pip install 'musigma[mcp]'")
+    Path("loud.py").write_text(LOUD)
+    Path("dies.py").write_text("import os\nos._exit(0)\n")
+    source = str(request.config.rootpath / "src")
+    how = stdio.StdioServerParameters(
+        command=sys.executable,
+        args=["-m", "musigma", "mcp"],
+        env={"PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+    )
+    wrong, dead, right = asked(
+        stdio.stdio_client(how),
+        {"target": "loud.py:Wrong", "example": "loud.py:batch"},
+        {"target": "dies.py:VAE"},
+        {"target": "loud.py:VAE", "shape": "6"},
+    )
+    assert wrong.structured_content["verdict"] == "bug"
+    assert "bug kl_mismatch: " in wrong.content[0].text
+    assert (dead.is_error, dead.structured_content) == (True, None)
+    assert dead.content[0].text == "the audit ended with exit code 0"
+    assert right.structured_content["verdict"] == "correct"
+    assert not right.is_error
+
+
+def test_the_server_refuses_in_words(model):
+    from musigma.cli.server import server
+
+    unknown, option = asked(server(), {"target": "model.py:Vae"}, {"target": "--version"})
+    assert "model.py defines no 'Vae'; it has VAE, Wrong, batch" in unknown.content[0].text
+    assert "--version" in option.content[0].text
+    assert unknown.is_error
+    assert option.is_error
+
+
+def test_a_changed_file_is_read_anew(model):
+    from musigma.cli.server import server
+
+    Path("parts.py").write_text(MODEL)
+    Path("whole.py").write_text("from parts import VAE\n")
+    made, how = server(), {"target": "whole.py:VAE", "shape": "6"}
+    assert asked(made, how)[0].structured_content["verdict"] == "correct"
+    Path("parts.py").write_text(MODEL.replace("factor=1.0", "factor=3.0"))
+    assert asked(made, how)[0].structured_content["verdict"] == "bug"
+
+
+def test_an_audit_without_end_is_stopped(model, monkeypatch):
+    from musigma.cli import server
+
+    monkeypatch.setattr(server, "MINUTES", 0.05)
+    Path("waits.py").write_text("import time\ntime.sleep(600)\n")
+    (answer,) = asked(server.server(), {"target": "waits.py:VAE"})
+    assert answer.is_error
+    assert answer.content[0].text == "the audit did not end within 0.05 minutes"
+
+
+def test_without_the_package_the_server_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mcp.server", None)
+    with pytest.raises(SystemExit) as left:
+        main(["mcp"])
+    assert left.value.code == 2
+    assert "pip install 'musigma[mcp]'" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from musigma.cli import (  # noqa: F401
     use,
     watch,
 )
-from musigma.cli.options import TRAIN, app
+from musigma.cli.options import AUDIT, TRAIN, app
 from musigma.cli.screen import rank_and_count
 
 UserError = (ValueError, TypeError, OSError)
@@ -39,6 +39,12 @@ app.command(
     name="finetune",
     group=TRAIN,
     help="Train a model further, on other data or with another objective, as a new run.",
+)
+app.command(
+    "musigma.cli.server:mcp",
+    name="mcp",
+    group=AUDIT,
+    help="Serve the audit to coding assistants, by the Model Context Protocol.",
 )
 
 
