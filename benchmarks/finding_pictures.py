@@ -509,6 +509,19 @@ def ddi_reinit(ax):
 # --- densities and figures -------------------------------------------------------------------
 
 
+def log_prob_shape(ax):
+    sizes = [2, 4, 8, 16, 32, 64]
+    x = torch.randn(64, 2)
+    base, log_det = log_normal(2 * x).sum(1, keepdim=True), 2 * math.log(2.0) + 0.5 * x[:, 0]
+    right = [float((base[:n, 0] + log_det[:n])[0]) for n in sizes]
+    wrong = [(base[:n] + log_det[:n])[0] for n in sizes]
+    for n, row in zip(sizes, wrong, strict=True):
+        dots(ax, [n] * n, row, WRONG, "(N, 1) + (N,)" if n == 2 else "", "x")
+    dots(ax, sizes, right, RIGHT, "(N,) + (N,)")
+    ax.set_xscale("log", base=2)
+    names(ax, "points N", "log p of the first point")
+
+
 def not_normalised(ax):
     radius = torch.linspace(0, 5, 201)
     square = -0.5 * radius**2

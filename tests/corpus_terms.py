@@ -29,6 +29,7 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+HALF = 0.5 * math.log(2 * math.pi)
 
 
 def case(audit, name, make, verdict="correct", codes=(), expected=None, **arguments):
@@ -41,9 +42,9 @@ def case(audit, name, make, verdict="correct", codes=(), expected=None, **argume
 # --- densities ----------------------------------------------------------------------------------
 
 
-def density(name, make, dim, wrong=False):
-    codes = ("not_normalised",) if wrong else ()
-    verdict = "bug" if wrong else "correct"
+def density(name, make, dim, wrong=False, verdict="correct", codes=()):
+    if wrong:
+        verdict, codes = "bug", ("not_normalised",)
     case(audit_density, f"density_{name}", make, verdict, codes, dim=dim)
 
 
@@ -107,6 +108,104 @@ density(
     6,
     wrong=True,
 )
+
+# of single points, or not
+density("rows_keepdim_1d", lambda: lambda x: D.Normal(0.0, 1.0).log_prob(x), 1)
+density("rows_last_axis_1d", lambda: lambda x: -0.5 * (x**2).sum(-1) - HALF, 1)
+density("rows_squeezed", lambda: lambda x: normal(3).log_prob(x).squeeze(), 3)
+density("rows_batch_norm_in_eval", lambda: _normalized(nn.BatchNorm1d(2)), 2)
+density("rows_event_dim_1", lambda: _transformed(1), 2)
+density("rows_elementwise_transform", lambda: _transformed(0, summed=False), 2)
+density("rows_one_at_a_time", lambda: _loop, 1)
+SHAPE, ROWS = ("log_prob_shape",), ("cross_sample",)
+density("rows_event_dim_0", lambda: _transformed(0), 2, verdict="bug", codes=ROWS)
+density("rows_constant_log_det_summed", lambda: _scaled_by_all, 2, verdict="bug", codes=ROWS)
+density("rows_batch_statistics", lambda: _normalized(_standardized), 2, verdict="bug", codes=ROWS)
+density("rows_softmax_over_batch", lambda: _softmax_over_rows, 2, verdict="bug", codes=ROWS)
+density("rows_pairs", lambda: _keepdim(pairs=True), 2, verdict="bug", codes=SHAPE)
+density("rows_wrong_axis", lambda: lambda x: each(2).log_prob(x).sum(0), 2, False, "bug", SHAPE)
+density("rows_raise", lambda: _transformed(0, independent=False), 2, verdict="bug", codes=SHAPE)
+density("rows_column", lambda: _keepdim(), 2, verdict="warning", codes=SHAPE)
+density("rows_each_dimension", lambda: each(3), 3, verdict="warning", codes=SHAPE)
+density("rows_sum", lambda: lambda x: normal(2).log_prob(x).sum(), 2, False, "warning", SHAPE)
+density("rows_mean", lambda: lambda x: normal(1).log_prob(x).mean(), 1, False, "warning", SHAPE)
+density(
+    "rows_random",
+    lambda: lambda x: normal(2).log_prob(x) + 0.1 * torch.randn(len(x)),
+    2,
+    verdict="incomplete",
+    codes=("stochastic",),
+)
+
+
+def each(d):
+    return D.Normal(torch.zeros(d), torch.ones(d))
+
+
+class Squashed(D.Transform):
+    """z + 0.5 tanh(z), with a log-determinant of each row or of each element."""
+
+    bijective = True
+    sign = 1
+
+    def __init__(self, event_dim, summed):
+        super().__init__()
+        real = D.constraints.real
+        self.domain = self.codomain = D.constraints.independent(real, 1) if event_dim else real
+        self.summed = summed
+
+    def _call(self, z):
+        return z + 0.5 * z.tanh()
+
+    def _inverse(self, y):
+        z = y.clone()
+        for _ in range(60):
+            z = z - (z + 0.5 * z.tanh() - y) / (1 + 0.5 * (1 - z.tanh() ** 2))
+        return z
+
+    def log_abs_det_jacobian(self, z, y):
+        each = torch.log1p(0.5 * (1 - z.tanh() ** 2))
+        return each.sum(1) if self.summed else each
+
+
+def _transformed(event_dim, summed=True, independent=True):
+    return D.TransformedDistribution(
+        normal(2) if independent else each(2), [Squashed(event_dim, summed)]
+    )
+
+
+def _standardized(x):
+    return x - x.mean(0)
+
+
+def _normalized(layer):
+    if isinstance(layer, nn.Module):
+        layer.running_var.fill_(1 - layer.eps)
+        layer.running_mean.uniform_()
+    return lambda x: normal(2).log_prob(layer(x))
+
+
+def _loop(x):
+    return torch.stack([normal(1, 0.5).log_prob(row) for row in x])
+
+
+def _scaled_by_all(x):
+    log_det = math.log(2.0) * torch.ones(len(x), 2)
+    return normal(2).log_prob(2 * x) + log_det.sum()
+
+
+def _softmax_over_rows(x):
+    weights = x.square().sum(1).neg().softmax(0)
+    return normal(2).log_prob(x) - weights.log()
+
+
+def _keepdim(pairs=False):
+    def log_prob(x):
+        log_p = each(2).log_prob(2 * x).sum(1, keepdim=True)
+        log_det = 2 * math.log(2.0) * torch.ones(len(x))
+        return log_p + (log_det if pairs else log_det[:, None])
+
+    return log_prob
 
 
 def _numpy_normal(x):
@@ -287,7 +386,6 @@ def term(name, function, sign=1, verdict="correct", codes=(), **expected):
     )
 
 
-HALF = 0.5 * math.log(2 * math.pi)
 term("torch", lambda z: D.Normal(0.0, 1.0).log_prob(z))
 term("sum", lambda z: (-0.5 * z**2 - HALF).sum(1))
 term("mean", lambda z: (-0.5 * z**2).mean())

@@ -102,19 +102,92 @@ CODES: dict[str, Code] = {
     # bijections
     "inverse_mismatch": Code("the inverse does not recover the input of forward"),
     "inverse_raises": Code("the inverse raises an error"),
-    "stochastic": Code("two calls on the same input differ"),
+    "stochastic": Code(
+        "two calls on the same input differ",
+        {
+            "log_prob": Message(
+                "log_prob of the same points is {value:.6g} in one call and {again:.6g} in the "
+                "next, so figures differ from run to run",
+                "use no random numbers in log_prob, or report the mean of many calls",
+            ),
+        },
+    ),
     "stale_inverse": Code("the inverse uses old parameters after an update"),
     "logdet_mismatch": Code("the log-determinant is not log |det J|"),
     "logdet_shape": Code("the log-determinant is not one number per example"),
     "logdet_nan": Code("the log-determinant is not a number where the layer is invertible"),
     "inverse_logdet_sign": Code("the inverse returns the log-determinant with the wrong sign"),
     "inverse_logdet_mismatch": Code("the inverse's log-determinant is wrong"),
-    "cross_sample": Code("an example's output depends on the others in its batch"),
+    "cross_sample": Code(
+        "an example's output depends on the others in its batch",
+        {
+            "log_prob": Message(
+                "log_prob of one point is {alone:.6g} by itself, {batch:.6g} in a batch of {n} "
+                "points, and {among:.6g} among other points: there is no density of one point",
+                "use no statistics of the batch, and sum over the dimensions of a point only",
+            ),
+            "term": Message(
+                "log_prob of one point is {alone:.6g} by itself and {batch:.6g} in a batch of {n} "
+                "points: all points share a term that is summed or averaged over the batch",
+                "sum over the dimensions of a point only: a log-determinant is one number per "
+                "point, (B,); of a torch Transform that returns (B,), domain and codomain are "
+                "constraints.independent(constraints.real, 1)",
+            ),
+        },
+    ),
     "not_injective": Code("the determinant changes sign, so this is not a bijection"),
     "ddi_wrong": Code("data-dependent initialization does not standardize its output"),
     "ddi_reinit": Code("a reloaded layer initializes itself again"),
     # densities and figures
-    "not_normalised": Code("the density does not integrate to one"),
+    "log_prob_shape": Code(
+        "log_prob does not return one number per point",
+        {
+            "": Message(
+                "log_prob of {n} points has the shape {shape}, not ({n},): which number belongs "
+                "to which point is open",
+                "sum over the dimensions of a point, and over nothing else",
+            ),
+            "column": Message(
+                "log_prob of {n} points has the shape ({n}, 1): added to a log-determinant of "
+                "shape ({n},), it becomes ({n}, {n})",
+                "return ({n},): sum without keepdim, or squeeze(1)",
+            ),
+            "each_dimension": Message(
+                "log_prob of {n} points has the shape {shape}, one number per dimension: its mean "
+                "is {dim} times too small, and added to a log-determinant ({n}, 1) it counts that "
+                "{dim} times",
+                "sum over the dimensions: log_prob(x).sum(1), or torch.distributions.Independent",
+            ),
+            "pairs": Message(
+                "log_prob of {n} points has the shape {shape}: terms of shape ({n}, 1) and ({n},) "
+                "were added, so each point gets the terms of all",
+                "give all terms the shape ({n},): sum without keepdim",
+            ),
+            "total": Message(
+                "log_prob of {n} points is one number, their {how}: points cannot be told apart, "
+                "and a term ({n},) that is added to it gets the {how} of all points",
+                "sum over the dimensions of a point, and average over points in the loss",
+            ),
+            "other_total": Message(
+                "log_prob of {n} points is one number, {total:.6g}, which is neither the sum nor "
+                "the mean of their own",
+                "sum over the dimensions of a point, and average over points in the loss",
+            ),
+            "raises": Message(
+                "log_prob takes one point and raises for {n} of them: {error}",
+                "sum every term over the dimensions of a point, so that all have the shape (B,)",
+            ),
+        },
+    ),
+    "not_normalised": Code(
+        "the density does not integrate to one",
+        {
+            "": Message(
+                "it integrates to {integral:.5g} ± {error:.1g}, by {how}, not to one{factor}",
+                "add the missing logarithm: the normalizing constant, or a log |det|",
+            ),
+        },
+    ),
     "bpd_below_entropy": Code("the reported bits are below the entropy of the data"),
     "bpd_wrong": Code("the bits per dimension of the uniform model are wrong"),
     "bpd_batch": Code("bits per dimension depend on the batch size"),
@@ -132,7 +205,15 @@ CODES: dict[str, Code] = {
     "miscalibrated": Code("whitened latents of the data are not standard normal"),
     "dequantisation": Code("dequantization and scaling are accounted for incorrectly"),
     # what could not be checked
-    "not_finite": Code("a callable returns NaN or infinity"),
+    "not_finite": Code(
+        "a callable returns NaN or infinity",
+        {
+            "density": Message(
+                "log_prob is NaN at points between others that have mass",
+                "keep arguments of logarithms above zero, and those of inverses in their range",
+            ),
+        },
+    ),
     "host_random": Code(
         "random numbers come from outside of torch",
         {

@@ -1,4 +1,7 @@
-r"""The audit of a density: does it integrate to one?
+r"""The audit of a density: is it of single points, and does it integrate to one?
+
+First `log_prob` must give each point a number that does not depend on the other points of the
+batch: otherwise there is no density to integrate.
 
 One and two dimensions use adaptive quadrature over the whole line: with :math:`x = \sinh t` an
 even grid in t reaches from 1e-9 to 1e9, and tails that fall like a power of x vanish. Peaks are
@@ -17,16 +20,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
-from musigma.audit.sandbox import Sandbox, first_form
+from musigma.audit.sandbox import Sandbox, TooSlowError, first_form
 
 __all__ = ["audit_density"]
+
+Shape = tuple[int, ...]
 
 SECONDS = 8.0  # of CPU time
 OFF = 5e-3  # smallest distance from one that is a finding
@@ -37,7 +45,7 @@ FREEDOM = 5.0  # degrees of freedom of the Student's t that points are drawn fro
 
 
 def audit_density(log_prob: Any, dim: int) -> AuditReport:
-    """Whether exp(log_prob) integrates to one.
+    """Whether exp(log_prob) is a density: of each point by itself, with an integral of one.
 
     Args:
         log_prob: x (N, dim) to nats (N,); or a distribution or model with such a method. Points
@@ -55,6 +63,8 @@ def audit_density(log_prob: Any, dim: int) -> AuditReport:
         'correct'
         >>> audit_density(lambda x: -0.5 * (x**2).sum(1), 2).codes
         ('not_normalised',)
+        >>> audit_density(lambda x: -0.5 * (x**2).sum(1) + x.sum(), 2).codes
+        ('cross_sample',)
     """
     if dim < 1:
         raise AuditError(f"dim: expected 1 or more; got {dim}")
@@ -64,33 +74,26 @@ def audit_density(log_prob: Any, dim: int) -> AuditReport:
     report = ReportBuilder(name_of(log_prob))
     with Sandbox(log_prob) as sandbox, np.errstate(invalid="ignore", over="ignore"):
         density = _Density(sandbox, call, dim, report)
+        if density.is_of_points:
+            density.check_rows()
+        if not density.is_of_points:
+            report.missing.append("the integral: log_prob is not a function of one point")
+            return report.build()
         measure, how = (
             (_quadrature, "quadrature") if dim <= 2 else (_weighted, "importance weights")
         )
         value, error, sure = measure(density)
     report.details |= {"integral": value, "error": error, "evaluations": density.count}
+    off = abs(value - 1) > max(OFF, STANDARD_ERRORS * error)
     if density.nan_inside:
-        report.bug(
-            "not_finite",
-            "log_prob is NaN at points between others that have mass",
-            "keep arguments of logarithms above zero, and arguments of inverses in their range",
-        )
-    elif abs(value - 1) > max(OFF, STANDARD_ERRORS * error):
-        if sure:
-            report.bug(
-                "not_normalised",
-                f"it integrates to {value:.5g} ± {error:.1g}, by {how}, not to one"
-                + _constant(value, dim),
-                "add the missing logarithm: the normalizing constant, or a log |det|",
-                integral=value,
-                error=error,
-            )
-        else:
-            report.unchecked.append(
-                f"the integral: {value:.4g}, but there may be more mass elsewhere"
-            )
+        report.bug("not_finite", "density")
+    elif off and sure:
+        factor = _constant(value, dim)
+        report.bug("not_normalised", integral=value, error=error, how=how, factor=factor)
+    elif off:
+        report.missing.append(f"the integral: {value:.4g}, but there may be more mass elsewhere")
     elif not sure:
-        report.unchecked.append(f"the integral: {value:.4g} ± {error:.1g} is not accurate enough")
+        report.missing.append(f"the integral: {value:.4g} ± {error:.1g} is not accurate enough")
     else:
         report.checked.append(f"the integral, by {how}: {value:.6g} ± {error:.1g}")
     return report.build()
@@ -122,37 +125,132 @@ class _Density:
         self.sandbox, self.call, self.dim, self.report = sandbox, call, dim, report
         self.count, self.nan_inside, self.began, self.raises = 0, False, time.process_time(), 0
         self.flat = False  # whether points are (N,)
+        self.one_by_one = False  # whether a batch of points gives one number
+        self.is_of_points = True  # so that there is a density to integrate
         self.inside = 0.0  # a coordinate of a point that it takes
         self.box: tuple[np.ndarray, np.ndarray] | None = None  # it raises outside, once it has
         self._find_form()
 
     def _find_form(self) -> None:
         """Find the type and the shape of points that it takes, and a point."""
+        n = 11 if self.dim == 7 else 7  # no other size of a shape
 
-        def attempt(dtype: torch.dtype, place: float, flat: bool) -> None:
+        def attempt(dtype: torch.dtype, place: float, flat: bool, n: int = n) -> Shape:
             self.sandbox.use_dtype(dtype)
             self.flat = flat
-            self._log_prob(np.full((7, self.dim), place))
+            return tuple(self._value(np.full((n, self.dim), place)).shape)
+
+        def regular(*form: Any) -> Shape:
+            if (shape := attempt(*form)) == (n,):
+                return shape
+            raise AuditError(f"log_prob: of {n} points, expected ({n},); got {shape}")
 
         shapes = (False, True) if self.dim == 1 else (False,)
-        forms = product((torch.float64, torch.float32), PLACES, shapes)
-        (dtype, self.inside, _), _ = first_form(forms, attempt)
+        forms = list(product((torch.float64, torch.float32), PLACES, shapes))
+        try:
+            form, _ = first_form(forms, regular)
+        except TooSlowError:
+            raise
+        except AuditError:
+            form = self._irregular_form(forms, attempt, n)
+        dtype, self.inside, self.flat = form
+        self.sandbox.use_dtype(dtype)
         if self.flat:
             self.report.assumed.append("log_prob takes points as (N,)")
         if dtype == torch.float32:
             self.report.assumed.append("it computes in float32 only")
 
-    def _log_prob(self, x: np.ndarray) -> np.ndarray:
+    def _irregular_form(self, forms: list[Any], attempt: Callable[..., Shape], n: int) -> Any:
+        """The form of a function whose shape is not (n,), or that takes single points only."""
+        try:
+            form, shape = first_form(forms, attempt)
+        except AuditError as error:
+            with suppress(AuditError):
+                form, _ = first_form(forms, partial(attempt, n=1))
+                self._refuse("log_prob_shape", "raises", n=n, error=str(error.__cause__))
+                return form
+            raise
+        said = {"shape": str(shape), "n": n, "dim": self.dim}
+        if shape == (n, 1):
+            self.report.warn("log_prob_shape", "column", **said)
+        elif shape == (n, self.dim):
+            self.report.warn("log_prob_shape", "each_dimension", **said)
+        elif math.prod(shape) == 1:
+            self.one_by_one = True
+        elif shape[0] == n or shape == (self.dim,):
+            self._refuse("log_prob_shape", "pairs" if shape == (n, n) else "", **said)
+        else:
+            raise AuditError(f"log_prob: of {n} points, expected ({n},); got {shape}")
+        return form
+
+    def _value(self, x: np.ndarray, each: bool = False) -> Tensor:
+        """What log_prob returns for points (N, dim): for all, or for each by itself."""
         points = torch.from_numpy(np.ascontiguousarray(x)).to(self.sandbox.dtype)
+        points = points[:, 0] if self.flat else points
+        call, points = (torch.vmap(self.call), points[:, None]) if each else (self.call, points)
         with torch.no_grad():
-            given = points[:, 0] if self.flat else points
-            value = self.sandbox.ask("log_prob", self.call, given)
-        if value.numel() != len(x):
+            return self.sandbox.ask("log_prob", call, points)
+
+    def _log_prob(self, x: np.ndarray) -> np.ndarray:
+        """One number for each of some points (N, dim)."""
+        value = self._value(x, self.one_by_one and len(x) > 1)
+        if value.numel() not in (len(x), x.size):
             raise AuditError(
-                f"log_prob: given {tuple(given.shape)}, expected ({len(x)},); got "
-                f"{tuple(value.shape)}"
+                f"log_prob: given {x.shape}, expected ({len(x)},); got {tuple(value.shape)}"
             )
-        return value.reshape(-1).numpy()
+        return value.reshape(len(x), -1).sum(1).numpy()
+
+    def check_rows(self) -> None:
+        """Whether the value of a point depends on the other points of its batch."""
+        random = np.random.default_rng(0)
+        noise = random.standard_normal((4, 12, self.dim))
+        drawn = self.inside + np.array([0.0, 0.1, 1.0, 10.0])[:, None, None] * noise
+        points = [x for x in drawn.reshape(-1, 1, self.dim) if np.isfinite(self(x)).all()]
+        if not points or (points[0] == points[-1]).all():
+            self.report.missing.append("whether points depend on each other: too few have mass")
+            return
+        places = random.choice(len(points), 8, replace=len(points) < 8)
+        chosen = np.concatenate([points[place] for place in places])
+        rows, others = chosen[:4], chosen[4:]
+        alone = np.concatenate([self._seeded(row[None]) for row in rows])
+        limit = (1e-8 if self.sandbox.dtype == torch.float64 else 1e-3) * (1 + np.abs(alone).max())
+        if self.one_by_one:
+            self._check_total(float(self._value(rows).sum()), alone, limit)
+            return
+        batch, again = self._seeded(rows), self._log_prob(rows)
+        if stochastic := bool(np.abs(again - batch).max() > limit):
+            self.report.warn("stochastic", "log_prob", value=batch[0], again=again[0])
+            self.is_of_points = False
+        replaced = [np.where(np.eye(4, dtype=bool)[i, :, None], rows, others) for i in range(4)]
+        among = np.array([self._seeded(x)[i] for i, x in enumerate(replaced)])
+        if np.abs(among - batch).max() > limit or (
+            not stochastic and np.abs(alone - batch).max() > limit
+        ):
+            moved = (self._seeded(np.concatenate([rows[:3], others[:1]])) - batch)[:3]
+            i = int(alone.argmax())
+            numbers = {"alone": alone[i], "batch": batch[i], "among": among[i], "n": len(rows)}
+            shared = "term" if np.ptp(moved) <= limit else "log_prob"
+            self._refuse("cross_sample", shared, **numbers)
+        else:
+            self.report.checked.append("the log-density of a point is the same in every batch")
+
+    def _check_total(self, total: float, alone: np.ndarray, limit: float) -> None:
+        """Whether one number for a batch is the sum or the mean of those of its points."""
+        for how, value in (("sum", alone.sum()), ("mean", alone.mean())):
+            if abs(total - value) <= limit:
+                self.report.warn("log_prob_shape", "total", n=len(alone), how=how)
+                break
+        else:
+            self._refuse("log_prob_shape", "other_total", n=len(alone), total=total)
+
+    def _refuse(self, code: str, variant: str, **numbers: Any) -> None:
+        self.report.bug(code, variant, **numbers)
+        self.is_of_points = False
+
+    def _seeded(self, x: np.ndarray) -> np.ndarray:
+        """The log-densities of points with the same draws at each call."""
+        self.sandbox.reseed()
+        return self._log_prob(x)
 
     def _find_box(self) -> None:
         """Find how far along each axis it can be called."""
