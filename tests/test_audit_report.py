@@ -43,7 +43,7 @@ def test_verdicts(findings, missing, allow, verdict):
 def test_what_is_missing_is_in_every_form():
     report = AuditReport("it", missing=(NO_KL,))
     assert report.verdict == "incomplete"
-    assert str(report).startswith("it: incomplete\n")
+    assert str(report) == f"it: incomplete\n  not examined: {NO_KL}"
     for text in (str(report), report.to_json(), report.to_html()):
         assert NO_KL in text
     with pytest.raises(AuditError, match="it: nothing could be checked: there was nothing"):

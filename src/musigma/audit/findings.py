@@ -185,11 +185,11 @@ class AuditReport:
             "the KL reads it as": self.read_as,
             "layout": self.layout,
         }
-        return [(name, value) for name, value in facts.items() if value]
+        known = [(name, value) for name, value in facts.items() if value]
+        return known + [("not examined", part) for part in self.missing]
 
     def _lists(self) -> list[tuple[str, tuple[str, ...]]]:
         lists = {
-            "missing, so the verdict is open": self.missing,
             "checked": self.checked,
             "could not be checked": self.unchecked,
             "assumed": self.assumed,
