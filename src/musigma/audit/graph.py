@@ -1,0 +1,287 @@
+"""A recorded step as a graph of tensor operations, and its replay with changed values.
+
+`musigma.audit.record` makes the graph. Its values are in single assignment: an operation that
+writes in place makes a new value. Values that no operation of the step made are leaves:
+parameters, buffers, data, constants and random draws. A replay computes in float64, whatever
+the types of the step, from the values that are replaced to those that are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Flag, auto
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["LOW_PRECISION", "Graph", "Kind", "Node", "Origin", "Ref", "Value"]
+
+LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+
+Kind = Literal["", "parameter", "buffer", "data", "constant", "gaussian", "mask", "random", "opaque"]
+
+
+class Origin(Flag):
+    """What a value was computed from."""
+
+    NOTHING = 0
+    PARAMETERS = auto()
+    DATA = auto()
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor argument of an operation: the number of a value."""
+
+    id: int
+
+
+@dataclass
+class Node:
+    """An operation.
+
+    Args:
+        fn: The operation.
+        flat: Its arguments, flattened; tensors are references.
+        spec: The structure of the arguments; None if `flat` holds them as they are.
+        name: The name of the operation.
+        outs: The numbers of its results.
+        writes: Positions of arguments that it writes to.
+        pointwise: Each entry of the result depends on the same entry of the arguments.
+        view: It only moves, copies or selects entries.
+        grads: For each reference, whether its tensor required a gradient.
+        tracked: Whether gradients were enabled.
+        where: The user's line, as "path:line".
+    """
+
+    fn: Callable[..., Any]
+    flat: list[Any]
+    spec: Any
+    name: str
+    outs: list[int] = field(default_factory=list)
+    writes: tuple[int, ...] = ()
+    pointwise: bool = False
+    view: bool = False
+    grads: tuple[bool, ...] = ()
+    tracked: bool = True
+    where: str = ""
+
+    @property
+    def ins(self) -> list[int]:
+        """The numbers of its tensor arguments."""
+        return [a.id for a in self.flat if isinstance(a, Ref)]
+
+    def run(self, value: Callable[[Any], Any]) -> list[Tensor]:
+        """Its results, with arguments from a function of an entry of `flat`."""
+        flat = [value(a) for a in self.flat]
+        if self.spec is None:
+            out = self.fn(*flat)
+        else:
+            args, kwargs = tree_unflatten(flat, self.spec)
+            if self.writes:
+                args = [
+                    a.clone() if i in self.writes and isinstance(a, Tensor) else a
+                    for i, a in enumerate(args)
+                ]
+            if kwargs.get("device") is not None:
+                kwargs = kwargs | {"device": "cpu"}
+            out = self.fn(*args, **kwargs)
+        return [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+
+
+@dataclass
+class Value:
+    """A tensor at one moment of the step.
+
+    Args:
+        id: Its number.
+        shape: Its shape.
+        floating: Whether it holds floating-point numbers.
+        origin: What it was computed from.
+        draws: The numbers of the random draws that it depends on, as a bit mask.
+        node: The operation that made it; None for a leaf.
+        kind: Of a leaf.
+        leaf: The content of a leaf, as it was when it was first used.
+        source: The user's tensor of a leaf.
+        users: The operations that use it.
+    """
+
+    id: int
+    shape: tuple[int, ...]
+    floating: bool
+    origin: Origin = Origin.NOTHING
+    draws: int = 0
+    node: Node | None = None
+    kind: Kind = ""
+    leaf: Tensor | None = None
+    source: Tensor | None = None
+    users: list[Node] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+    def depends_on(self, draw: int) -> bool:
+        """Whether it depends on the draw with a number."""
+        return bool(self.draws >> draw & 1)
+
+
+class Graph:
+    """A recorded step.
+
+    Attributes:
+        values: All values; a value's number is its place.
+        nodes: All operations, in order.
+        result: What the step returned.
+        notes: What could not be recorded.
+
+    Example:
+        >>> from musigma.audit.record import record
+        >>> w = torch.nn.Parameter(torch.ones(3))
+        >>> graph = record(lambda: (w * torch.randn(3)).sum())
+        >>> (draw,) = graph.draws("gaussian")
+        >>> loss = graph.returned(graph.result)
+        >>> float(graph.run({draw.id: torch.ones(3, dtype=torch.float64)}, [loss])[loss])
+        3.0
+    """
+
+    def __init__(self, values: list[Value], nodes: list[Node], result: Any, notes: list[str]):
+        self.values, self.nodes, self.result, self.notes = values, nodes, result, notes
+        self.backward_calls: list[int] = []  # values on which the step called backward()
+        self.returned: Callable[[Tensor], int | None] = lambda t: None
+        self._base: dict[int, Tensor] = {}
+        self._plans: dict[Any, list[Node]] = {}
+        self._order = {id(node): i for i, node in enumerate(nodes)}
+
+    def __getitem__(self, i: int) -> Value:
+        return self.values[i]
+
+    def draws(self, *kinds: Kind) -> list[Value]:
+        """The random draws of some kinds, in order."""
+        return [v for v in self.values if v.kind in (kinds or ("gaussian", "mask", "random"))]
+
+    def where(self, i: int) -> str:
+        """The line that made a value, or that first used it."""
+        v = self.values[i]
+        node = v.node or (v.users[0] if v.users else None)
+        return node.where if node is not None else ""
+
+    # --- reachability -------------------------------------------------------------------------
+
+    def upstream(self, ids: Iterable[int], stop: Collection[int] = ()) -> set[int]:
+        """Some values and all that they were computed from; not beyond those in `stop`."""
+        seen: set[int] = set()
+        todo = list(ids)
+        while todo:
+            i = todo.pop()
+            if i in seen:
+                continue
+            seen.add(i)
+            node = self.values[i].node
+            if node is not None and i not in stop:
+                todo += node.ins
+        return seen
+
+    def downstream(self, ids: Iterable[int], stop: Collection[int] = ()) -> set[int]:
+        """Some values and all that were computed from them; not beyond those in `stop`."""
+        seen: set[int] = set()
+        todo = list(ids)
+        while todo:
+            i = todo.pop()
+            if i in seen:
+                continue
+            seen.add(i)
+            if i not in stop:
+                todo += [o for n in self.values[i].users for o in n.outs]
+        return seen
+
+    def connected(self, ids: Iterable[int]) -> set[int]:
+        """Some values and all that autograd would give a gradient of them to."""
+        seen: set[int] = set()
+        todo = list(ids)
+        while todo:
+            i = todo.pop()
+            if i in seen:
+                continue
+            seen.add(i)
+            node = self.values[i].node
+            if node is None:
+                continue
+            grads = node.grads if node.tracked and node.grads else (True,) * len(node.ins)
+            todo += [j for j, needs in zip(node.ins, grads, strict=False) if needs]
+        return seen
+
+    # --- replay -------------------------------------------------------------------------------
+
+    def get(self, i: int) -> Tensor:
+        """A value as it was in the step, in float64."""
+        if i not in self._base:
+            v = self.values[i]
+            if v.node is None:
+                self._base[i] = _double(v.leaf)
+            else:
+                self._base.update(self._replay({}, self._plan_base(i)))
+        return self._base[i]
+
+    def run(self, over: Mapping[int, Tensor], wants: Sequence[int]) -> dict[int, Tensor]:
+        """The values `wants` if those in `over` were others; differentiable in them."""
+        key = (frozenset(over), tuple(wants))
+        if key not in self._plans:
+            self._plans[key] = self._plan(over, wants)
+        env = self._replay(over, self._plans[key])
+        return {i: env[i] if i in env else self.get(i) for i in wants}
+
+    def value(self, over: Mapping[int, Tensor], want: int) -> Tensor:
+        """As `run`, of one value and without gradients."""
+        with torch.no_grad():
+            return self.run(over, [want])[want]
+
+    def _plan(self, over: Mapping[int, Tensor], wants: Sequence[int]) -> list[Node]:
+        touched = self.downstream(over)
+        need: dict[int, Node] = {}
+        todo = [i for i in wants if i not in over]
+        while todo:
+            i = todo.pop()
+            node = self.values[i].node
+            if i in over or i not in touched or node is None or id(node) in need:
+                continue
+            need[id(node)] = node
+            todo += node.ins
+        return sorted(need.values(), key=lambda n: self._order[id(n)])
+
+    def _plan_base(self, want: int) -> list[Node]:
+        need: dict[int, Node] = {}
+        todo = [want]
+        while todo:
+            i = todo.pop()
+            node = self.values[i].node
+            if node is None or i in self._base or id(node) in need:
+                continue
+            need[id(node)] = node
+            todo += node.ins
+        return sorted(need.values(), key=lambda n: self._order[id(n)])
+
+    def _replay(self, over: Mapping[int, Tensor], plan: list[Node]) -> dict[int, Tensor]:
+        env = dict(over)
+
+        def value(a: Any) -> Any:
+            if isinstance(a, Ref):
+                return env[a.id] if a.id in env else self.get(a.id)
+            return torch.float64 if isinstance(a, torch.dtype) and a in LOW_PRECISION else a
+
+        for node in plan:
+            for i, t in zip(node.outs, node.run(value), strict=False):
+                if i not in over:
+                    env[i] = t
+        return env
+
+
+def _double(t: Tensor | None) -> Tensor:
+    if t is None:
+        raise ValueError("a leaf without content")
+    return t.double() if t.dtype in LOW_PRECISION else t

@@ -1,0 +1,242 @@
+"""Latents of a recorded step: where Gaussian noise enters as mean + sigma * noise.
+
+A draw is followed along the values that are affine in it to the first in which something that
+depends on parameters has been added: z. Its heads are the values, made by layers, that z is
+computed from by pointwise operations: what the encoder emits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from musigma.audit.graph import Graph, Node, Origin, Value
+
+__all__ = ["Latent", "find_latents", "holds", "meetings"]
+
+PRODUCTS = {
+    "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "_sparse_mm", "addbmm",
+    "linear", "matmul", "einsum", "_trilinear", "addr", "ger", "outer", "vdot",
+}  # fmt: skip
+SELECTIONS = {"index", "index_select", "gather", "embedding"}
+REDUCTIONS = {"sum", "mean", "logsumexp", "amax", "amin", "prod", "var", "std", "norm",
+              "linalg_vector_norm", "var_mean", "cumsum", "_softmax", "_log_softmax"}  # fmt: skip
+
+
+@dataclass
+class Latent:
+    """A latent of a step.
+
+    Args:
+        draws: The numbers of its Gaussian draws.
+        z: The number of mean + sigma * noise.
+        heads: The numbers of the values that mean and sigma are computed from, pointwise.
+        diagonal: Each entry of z has an entry of the noise of its own.
+        where: The user's line that makes z.
+    """
+
+    draws: tuple[int, ...]
+    z: int
+    heads: tuple[int, ...]
+    diagonal: bool
+    where: str
+
+    def at(self, graph: Graph, over: Mapping[int, Tensor], noise: float | Tensor) -> Tensor:
+        """The value of z for some noise; differentiable in the values replaced."""
+        e = {d: torch.zeros_like(graph.get(d)) + noise for d in self.draws}
+        return graph.run({**over, **e}, [self.z])[self.z]
+
+    def moments(self, graph: Graph, over: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and sigma of z, if it is diagonal, with some values replaced."""
+        mean = self.at(graph, over, 0.0)
+        return mean, self.at(graph, over, 1.0) - mean
+
+
+def find_latents(graph: Graph, loss: int) -> list[Latent]:
+    """The latents that a loss depends on, in the order of their draws."""
+    live = graph.upstream([loss])
+    latents: list[Latent] = []
+    for draw in graph.draws("gaussian"):
+        if draw.id in live and (latent := _latent(graph, draw, live, latents)) is not None:
+            latents.append(latent)
+    return _merged(graph, latents)
+
+
+def _latent(graph: Graph, draw: Value, live: set[int], known: list[Latent]) -> Latent | None:
+    """The latent of a draw; None if its noise is no part of mean + sigma * noise."""
+    zero = torch.zeros_like(graph.get(draw.id))
+    generator = torch.Generator().manual_seed(3)
+    unit = torch.randn(zero.shape, generator=generator, dtype=zero.dtype)
+    todo, seen = [draw.id], set()
+    while todo:
+        i = todo.pop(0)
+        for node in graph[i].users:
+            if id(node) in seen or not live.intersection(node.outs) or _weighs(graph, node, i):
+                continue
+            seen.add(id(node))
+            for o in live.intersection(node.outs):
+                if not graph[o].floating or node.name in REDUCTIONS:
+                    continue
+                at = [graph.value({draw.id: e}, o) for e in (zero, unit, 2 * unit)]
+                if not _affine(*at):
+                    continue
+                if float(at[0].abs().max()) == 0:
+                    todo.append(o)
+                elif _adds_parameters(graph, node, draw.id):
+                    return _at_site(graph, draw, o, unit, known)
+    return None
+
+
+def _weighs(graph: Graph, node: Node, i: int) -> bool:
+    """Whether a layer's weights multiply a value: then it is an input, and not noise."""
+    if node.name not in PRODUCTS:
+        return False
+    others = [j for j in node.ins if j != i]
+    return any(not graph[j].origin & Origin.DATA and _is_weight(graph, j) for j in others)
+
+
+def _is_weight(graph: Graph, i: int) -> bool:
+    """Whether a value is a parameter, or a view of one."""
+    v = graph[i]
+    while v.node is not None and v.node.view and v.node.ins:
+        v = graph[v.node.ins[0]]
+    return v.kind == "parameter"
+
+
+def _affine(zero: Tensor, one: Tensor, two: Tensor) -> bool:
+    """Whether a value depends on noise, and is affine in it."""
+    if not all(t.isfinite().all() for t in (zero, one, two)):
+        return False
+    bent = float((two - 2 * one + zero).abs().max())
+    moved = float((one - zero).abs().max())
+    return bent <= 1e-9 * (1 + float(one.abs().max())) and moved > 1e-12 * (
+        1 + float(zero.abs().max())
+    )
+
+
+def _adds_parameters(graph: Graph, node: Node, draw: int) -> bool:
+    return any(
+        graph[i].origin & Origin.PARAMETERS and not graph[i].depends_on(draw) for i in node.ins
+    )
+
+
+def _at_site(graph: Graph, draw: Value, z: int, unit: Tensor, known: list[Latent]) -> Latent | None:
+    domain = graph.upstream([z])
+    sides = [
+        i
+        for node in graph.nodes
+        if domain.intersection(node.outs) and any(graph[o].depends_on(draw.id) for o in node.outs)
+        for i in node.ins
+        if not graph[i].depends_on(draw.id)
+    ]
+    heads = _frontier(graph, sides, {latent.z for latent in known})
+    if not heads:
+        return None
+    diagonal = graph[z].numel == unit.numel()
+    if diagonal:
+        half = torch.rand(unit.shape, generator=torch.Generator().manual_seed(5)) < 0.5
+        base = graph.value({draw.id: torch.zeros_like(unit)}, z)
+        moved = (graph.value({draw.id: unit * half}, z) - base).reshape(-1) != 0
+        count = int(moved.sum())
+        full = (graph.value({draw.id: unit}, z) - base).reshape(-1) != 0
+        diagonal = count == int(half.sum()) or count < 0.8 * int(full.sum())
+    return Latent((draw.id,), z, tuple(heads), diagonal, graph.where(z))
+
+
+def _frontier(graph: Graph, ids: Collection[int], stops: Collection[int]) -> list[int]:
+    """The values made by layers, or the parameters, that some values are pointwise made of."""
+    found, seen = [], set()
+    todo = list(dict.fromkeys(ids))
+    while todo:
+        i = todo.pop(0)
+        if i in seen:
+            continue
+        seen.add(i)
+        v = graph[i]
+        if not v.origin & Origin.PARAMETERS or not v.floating:
+            continue
+        if i in stops or v.node is None or not (v.node.pointwise or v.node.view):
+            found.append(i)
+        else:
+            todo += v.node.ins
+    return found
+
+
+def _merged(graph: Graph, latents: list[Latent]) -> list[Latent]:
+    """Draws of which one z is the sum, as in a low-rank covariance, become one latent."""
+    merged: list[Latent] = []
+    for latent in latents:
+        part = next(
+            (
+                m
+                for m in merged
+                if m.z != latent.z
+                and graph[latent.z].depends_on(m.draws[0])
+                and set(m.heads) <= set(latent.heads)
+            ),
+            None,
+        )
+        if part is None:
+            merged.append(latent)
+            continue
+        merged[merged.index(part)] = Latent(
+            (*part.draws, *latent.draws), latent.z, latent.heads, False, latent.where
+        )
+    return merged
+
+
+# --- where the decoder begins -------------------------------------------------------------------
+
+
+def holds(graph: Graph, latent: Latent) -> dict[int, Tensor]:
+    """The results, as they were, of layers and selections that z or the heads are given to.
+
+    With these held, a loss depends on the heads by its KL alone.
+    """
+    after_z = graph.downstream([latent.z])
+    after = graph.downstream([latent.z, *latent.heads])
+    before = graph.upstream([latent.z])
+    held: dict[int, Tensor] = {}
+    for node in graph.nodes:
+        if not after.intersection(node.outs) or before.intersection(node.outs):
+            continue
+        given = [i for i in node.ins if i in after]
+        if given and _begins_decoder(graph, node, after_z):
+            held |= {o: graph.get(o) for o in node.outs if graph[o].floating}
+    return held
+
+
+def _begins_decoder(graph: Graph, node: Node, after_z: set[int]) -> bool:
+    if node.name in SELECTIONS:
+        return node.ins[0] in after_z and len(node.ins) > 1 and node.name != "embedding"
+    if node.pointwise or node.view or node.name in REDUCTIONS:
+        return False
+    weights = any(
+        graph[i].origin == Origin.PARAMETERS and not graph[i].draws and graph[i].numel > 1
+        for i in node.ins
+    )
+    data = any(
+        graph[i].origin == Origin.DATA and not graph[i].draws and graph[i].numel > 1
+        for i in node.ins
+    )
+    pairs = sum(i in after_z for i in node.ins) == 2
+    return weights or (node.name in PRODUCTS and (data or pairs))
+
+
+def meetings(graph: Graph, latents: list[Latent], loss: int) -> list[tuple[Node, int, int]]:
+    """Where what is decoded meets data: operations, with the decoded value and the data's."""
+    after = graph.downstream([i for latent in latents for i in (latent.z, *latent.heads)])
+    live = graph.upstream([loss])
+    found = []
+    for node in graph.nodes:
+        if not live.intersection(node.outs):
+            continue
+        raw = [i for i in node.ins if i not in after and graph[i].origin & Origin.DATA]
+        raw = [i for i in raw if graph[i].numel > 1]
+        decoded = [i for i in node.ins if i in after]
+        if raw and decoded and node.name not in (*SELECTIONS, *PRODUCTS):
+            found.append((node, decoded[0], raw[0]))
+    return found

@@ -1,0 +1,713 @@
+r"""The divergence in a loss: how it depends on the Gaussian that a step draws its latent from.
+
+The heads of one latent are moved at random, with the decoder held. Then the gradient of the loss
+in them is compared with those of the moments of z = mean + sigma * noise, both by autograd on the
+replayed graph:
+
+.. math::
+    F = \sum_i A_i \tfrac12 \mu_i^2 + B_i \mu_i + C_i \tfrac12 \sigma_i^2 + D_i \log \sigma_i,
+
+which is a KL divergence to N(-B / A, -D / C), of weight -D, if and only if A = C > 0 > D. A KL by
+draws is averaged over noise first, exactly, as it is of second degree in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from scipy.linalg import hadamard
+from torch import Tensor
+
+from musigma.audit.graph import Graph, Node, Origin
+from musigma.audit.latents import Latent, holds, meetings
+from musigma.audit.scales import READINGS, Curve, name_curve
+
+__all__ = ["Divergence", "Fit", "Prober", "data_terms", "find_divergence", "sampled_scale", "terms"]
+
+EXACT = 1e-6  # relative error of gradients up to which two formulas are one
+NEAR = 1e-3  # up to which they differ by a floor or an offset
+TRIALS = 7
+MOST_COLUMNS = 64  # of a covariance
+
+Over = Mapping[int, Tensor]
+
+
+@dataclass
+class Fit:
+    """The coefficients of a loss by entries of the heads that move means, and that move scales.
+
+    `mean` holds A and B (2, m), `scale` C and D (2, s). `residual` is relative to the largest
+    gradient, `size` that gradient; `copies` counts the draws of each mean.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    residual: float
+    size: float
+    copies: float = 1.0
+
+    @property
+    def weight(self) -> float:
+        """The weight of log sigma, per latent of one example."""
+        return -self.copies * float(self.scale[1].median()) if self.scale.numel() else math.nan
+
+    @property
+    def is_kl(self) -> bool:
+        """Whether it is a KL divergence to Gaussians."""
+        if self.residual > NEAR or not self.mean.numel() or not self.scale.numel():
+            return False
+        a, c, d = self.mean[0], self.scale[0], -self.scale[1]
+        if not (min(float(a.min()), float(c.min()), float(d.min())) > 0):
+            return False
+        if len(a) == len(c) and not _same(a.sort().values, c.sort().values):
+            return False
+        return _same(a.min(), c.min()) and _same(a.max(), c.max())
+
+    @property
+    def prior(self) -> tuple[Tensor, Tensor]:
+        """Means, and standard deviations, of the prior, by entry."""
+        return -self.mean[1] / self.mean[0], (-self.scale[1] / self.scale[0]).clamp(min=0).sqrt()
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether the prior is N(0, 1)."""
+        mean, std = self.prior
+        return bool((mean.abs() < NEAR).all() and ((std - 1).abs() < NEAR).all())
+
+
+@dataclass
+class Divergence:
+    """What the loss has of a latent's divergence.
+
+    Args:
+        kind: "kl"; "function of the kl" (`form` says which); "constant": the loss does not depend
+            on the heads, though a term of it was computed from them; "absent"; "other prior": the
+            entropy of q is right, and the prior is no Gaussian; "wrong"; "unknown".
+        fit: The coefficients.
+        form: Of a function of the KL: "capacity", "free bits", "other".
+        weight: Of the KL in the loss, per latent of one example; NaN if it is not known.
+        by_draws: It is estimated from z.
+        read_as: How the KL reads the second head; None if it reads what is sampled, or unknown.
+        importance: It is in the log weights of an importance-weighted bound.
+        held: The values that were held to see it.
+        where: The line of its operation that is nearest to the heads.
+    """
+
+    kind: str
+    fit: Fit | None = None
+    form: str = ""
+    weight: float = math.nan
+    by_draws: bool = False
+    read_as: str | None = None
+    importance: bool = False
+    muted: bool = False
+    held: dict[int, Tensor] = field(default_factory=dict)
+    heads: tuple[int, ...] = ()
+    where: str = ""
+
+
+# --- moving the heads ---------------------------------------------------------------------------
+
+
+def _moments(graph: Graph, latent: Latent, over: Over) -> list[Tensor] | None:
+    """The sums of mean^2 / 2, mean, sigma^2 / 2 and log sigma; of matrices, in their terms."""
+    if latent.diagonal:
+        mean, sigma = latent.moments(graph, over)
+        scale = 0.5 * (sigma**2).sum(), sigma.abs().log().sum()
+    else:
+        mean = latent.at(graph, over, 0.0)
+        factor = _factor(graph, latent, over, mean)
+        if factor is None:
+            return None
+        covariance = factor @ factor.mT
+        scale = 0.5 * (factor**2).sum(), 0.5 * torch.linalg.slogdet(covariance)[1].sum()
+    return [0.5 * (mean**2).sum(), mean.sum(), *scale]
+
+
+def _factor(graph: Graph, latent: Latent, over: Over, mean: Tensor) -> Tensor | None:
+    """L (..., D, K) of z = mean + L e; None if rows of z share noise."""
+    columns = []
+    for d in latent.draws:
+        e = torch.zeros_like(graph.get(d))
+        if e.shape[:-1].numel() != mean.shape[:-1].numel() or e.shape[-1] > MOST_COLUMNS:
+            return None
+        for k in range(e.shape[-1]):
+            unit = e.clone()
+            unit[..., k] = 1
+            noise = {i: unit if i == d else torch.zeros_like(graph.get(i)) for i in latent.draws}
+            z = graph.run({**over, **noise}, [latent.z])[latent.z]
+            columns.append((z - mean).reshape(-1, mean.shape[-1]))
+    return torch.stack(columns, -1)
+
+
+def _patterns(graph: Graph, latent: Latent) -> list[dict[int, Tensor]]:
+    """Noise of which mean and covariance over the patterns are exactly those of N(0, 1)."""
+    noise = {d: torch.ones_like(graph.get(d)) for d in latent.draws}
+    if latent.diagonal:
+        return [noise, {d: -e for d, e in noise.items()}]
+    widths = [graph[d].shape[-1] for d in latent.draws]
+    n = 2 ** math.ceil(math.log2(sum(widths) + 1))
+    signs = torch.as_tensor(hadamard(n), dtype=torch.float64)[:, 1 : 1 + sum(widths)]
+    rows = signs.split(widths, 1)
+    return [
+        {d: noise[d] * row[k] for d, row in zip(latent.draws, rows, strict=True)} for k in range(n)
+    ]
+
+
+@dataclass
+class Probes:
+    """Gradients (T, n) at T random places: of the loss, and (4, T, n) of the moments of z."""
+
+    loss: Tensor
+    moments: Tensor
+    heads: Tensor
+    values: list[float]
+
+    @property
+    def moving(self) -> tuple[Tensor, Tensor]:
+        """The entries of the heads that move means, and those that move scales."""
+        return (self.moments[1].abs() > 1e-14).any(0), (self.moments[3].abs() > 1e-14).any(0)
+
+    @property
+    def moved(self) -> Tensor:
+        """The entries that move either."""
+        return self.moving[0] | self.moving[1]
+
+
+class Prober:
+    """Moves the heads of a latent at random, and gives gradients in them.
+
+    Args:
+        graph: The recorded step.
+        latent: The latent.
+        heads: The heads that are moved; by default all.
+    """
+
+    def __init__(self, graph: Graph, latent: Latent, heads: Sequence[int] = ()):
+        self.graph, self.latent = graph, latent
+        self.heads = tuple(heads) or latent.heads
+        self.places: list[dict[int, Tensor]] = []
+        self.moments: list[Tensor] = []
+        generator = torch.Generator().manual_seed(11)
+        for size in (0.5, 1.0, 1.5, 2.0, 1.0, 1.5, 2.0, *(0.7,) * 12):
+            if len(self.places) == TRIALS:
+                break
+            place = self._place(size, generator, relative=False)
+            gradients = self._moments(place)
+            if gradients is None:
+                place = self._place(0.5, generator, relative=True)
+                gradients = self._moments(place)
+            if gradients is not None:
+                self.places.append(place)
+                self.moments.append(gradients)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the moments could be measured."""
+        return len(self.places) == TRIALS
+
+    def _place(self, size: float, generator: torch.Generator, relative: bool) -> dict[int, Tensor]:
+        place = {}
+        for i in self.heads:
+            base = self.graph.get(i)
+            u = 2 * torch.rand(base.shape, generator=generator, dtype=torch.float64) - 1
+            moved = base * (size * u).exp() if relative else base + size * u
+            place[i] = moved.detach().contiguous().requires_grad_()
+        return place
+
+    def _moments(self, place: dict[int, Tensor]) -> Tensor | None:
+        values = _moments(self.graph, self.latent, place)
+        if values is None or not all(v.isfinite() for v in values):
+            return None
+        if self.latent.diagonal:
+            with torch.no_grad():
+                sigma = self.latent.moments(self.graph, place)[1]
+                base = self.latent.moments(self.graph, {})[1]
+            if not (sigma.sign() == base.sign()).all():
+                return None
+        rows = torch.stack([_gradient(v, place) for v in values])
+        return rows if rows.isfinite().all() else None
+
+    def measure(self, target: int, held: Over, by_draws: bool) -> Probes | None:
+        """The gradients of a value, summed, with some values held; None if they are not finite."""
+        patterns = _patterns(self.graph, self.latent) if by_draws else [{}]
+        rows, values = [], []
+        for place in self.places:
+            row, value = torch.tensor(0.0), 0.0
+            for noise in patterns:
+                over = {**held, **noise, **place}
+                f = self.graph.run(over, [target])[target].double().sum()
+                row = row + _gradient(f, place) / len(patterns)
+                value += float(f.detach()) / len(patterns)
+            rows.append(row)
+            values.append(value)
+        loss = torch.stack(rows)
+        if not loss.isfinite().all():
+            return None
+        flat = [torch.cat([t.detach().reshape(-1) for t in p.values()]) for p in self.places]
+        return Probes(loss, torch.stack(self.moments, 1), torch.stack(flat), values)
+
+
+def _gradient(value: Tensor, place: Over) -> Tensor:
+    """The gradient in all heads, as one row."""
+    leaves = list(place.values())
+    if not value.requires_grad:
+        return torch.zeros(sum(t.numel() for t in leaves), dtype=torch.float64)
+    found = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
+    parts = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
+    return torch.cat([p.reshape(-1).double() for p in parts])
+
+
+# --- reading the gradients ----------------------------------------------------------------------
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float = NEAR) -> bool:
+    return bool(((a - b).abs() <= tolerance * (a.abs() + b.abs())).all())
+
+
+def fit_moments(p: Probes, copies: float = 1.0) -> Fit:
+    """The coefficients of a loss by entry of the heads."""
+    means, scales = p.moving
+    size, worst = float(p.loss.abs().max()), 0.0
+    parts: dict[str, list[Tensor]] = {"mean": [], "scale": []}
+    for at, rows in (
+        (means & ~scales, {"mean": (0, 1)}),
+        (scales & ~means, {"scale": (2, 3)}),
+        (means & scales, {"mean": (0, 1), "scale": (2, 3)}),
+    ):
+        columns = [k for pair in rows.values() for k in pair]
+        found, error = _solve(p.moments[columns][:, :, at], p.loss[:, at])
+        for n, name in enumerate(rows):
+            parts[name].append(found[2 * n : 2 * n + 2])
+        worst = max(worst, error)
+    others = p.loss[:, ~(means | scales)].abs()
+    worst = max(worst, float(others.max()) if others.numel() else 0.0)
+    mean, scale = (torch.cat(parts[name], 1) for name in ("mean", "scale"))
+    return Fit(mean, scale, worst / max(size, 1e-300), size, copies)
+
+
+def _solve(rows: Tensor, y: Tensor) -> tuple[Tensor, float]:
+    """Coefficients (k, n) of rows (k, T, n) in y (T, n) by entry, and the largest residual."""
+    if y.shape[1] == 0:
+        return rows.new_zeros(len(rows), 0), 0.0
+    a = rows.permute(2, 1, 0)
+    size = a.abs().amax(1, keepdim=True).clamp(min=1e-300)
+    found = torch.linalg.lstsq(a / size, y.T[..., None], driver="gelsd").solution
+    error = float((a / size @ found - y.T[..., None]).abs().max())
+    return (found / size.mT)[..., 0].T, error
+
+
+@dataclass
+class _Case:
+    """One way of looking at a divergence: heads that are moved, values that are held, a target."""
+
+    prober: Prober
+    target: int
+    held: dict[int, Tensor]
+    importance: bool = False
+    muted: bool = False
+
+    def __post_init__(self) -> None:
+        graph, latent = self.prober.graph, self.prober.latent
+        self.by_draws = self.target in graph.downstream(latent.draws, stop=self.held)
+        self.probes = self.prober.measure(self.target, self.held, self.by_draws)
+        if self.probes is not None:
+            means = int(self.probes.moving[0].sum())
+            copies = graph[latent.z].numel / max(1, means)
+            self.fit = fit_moments(self.probes, copies if copies >= 1 else 1.0)
+
+    @property
+    def flat(self) -> bool:
+        """Whether the target does not depend on the heads."""
+        if self.probes is None:
+            return False
+        return self.fit.size <= 1e-9 * (1 + max(abs(v) for v in self.probes.values))
+
+    def found(self, kind: str, **more: object) -> Divergence:
+        """The divergence seen from here."""
+        graph = self.prober.graph
+        sign = -1.0 if self.importance else 1.0
+        weight = sign * self.fit.weight if self.probes is not None else math.nan
+        answer = Divergence(
+            kind, self.fit if self.probes is not None else None, weight=weight,
+            by_draws=self.by_draws, importance=self.importance, muted=self.muted,
+            held=self.held, heads=self.prober.heads, where=self.where,
+        )  # fmt: skip
+        return replace(answer, **more) if more else answer  # pyright: ignore
+
+    @property
+    def where(self) -> str:
+        """The line of the first operation on the heads that is no part of z."""
+        graph, latent = self.prober.graph, self.prober.latent
+        before = graph.upstream([latent.z])
+        live = graph.upstream([self.target], stop=self.held)
+        after = graph.downstream([*self.prober.heads, latent.z], stop=self.held)
+        for node in graph.nodes:
+            if not before.intersection(node.outs) and live.intersection(node.outs):
+                if after.intersection(node.ins) and not set(node.outs) <= set(self.held):
+                    return node.where
+        return ""
+
+
+def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> Divergence:
+    """The divergence of a latent in a loss, as the first way of looking at it that explains it."""
+    whole = Prober(graph, latent)
+    decoder = holds(graph, latent)
+    data = {t: graph.get(t) for t in data_terms(graph, latents, loss)}
+    views = [decoder, decoder | data]
+    if whole.usable:
+        cases: list[_Case] = []
+        for held in views:
+            case = _Case(whole, loss, held)
+            cases.append(case)
+            if case.probes is not None and case.fit.is_kl:
+                return case.found("kl")
+        for target in _log_weights(graph, latent, loss):
+            case = _Case(whole, target, decoder, importance=True)
+            negative = case.probes is not None and replace(
+                case.fit, mean=-case.fit.mean, scale=-case.fit.scale
+            )
+            if negative and negative.is_kl:
+                return case.found("kl", fit=negative, weight=negative.weight)
+        for case in cases:
+            if (target := _muted(case)) is not None:
+                case = _Case(whole, target, case.held, muted=True)
+                if case.probes is not None and case.fit.is_kl:
+                    return case.found("kl", weight=0.0)
+        for case in cases:
+            if (form := _function_of_kl(case)) is not None:
+                return case.found("function of the kl", form=form[0], weight=form[1])
+    pairs = _pairs(graph, latent) if len(latent.heads) > 1 else []
+    for heads in pairs:
+        prober = Prober(graph, latent, heads)
+        for held in views if prober.usable else []:
+            case = _Case(prober, loss, held)
+            if case.probes is not None and case.fit.is_kl:
+                return case.found("kl")
+    if not whole.usable:
+        return Divergence("unknown", form="its heads could not be moved", held=decoder)
+    for case in cases:
+        if case.by_draws and (answer := _other_prior(case)) is not None:
+            return answer
+    case = cases[-1]
+    if case.probes is None:
+        return case.found("unknown", form="the loss is not finite where the heads are moved")
+    if case.flat and cases[0].probes is not None and not cases[0].flat:
+        case = cases[0]
+    if case.flat:
+        return case.found("constant" if _clamped(case) else "absent")
+    if (reading := _reading(case)) is not None:
+        return case.found("wrong", read_as=reading)
+    if not _additive(case):
+        return case.found("unknown", form="no function of the entries of mean and sigma by themselves")
+    f = case.fit
+    if f.residual <= NEAR and f.mean.numel() and f.scale.numel():
+        a, c, d = (float(t.median()) for t in (f.mean[0], f.scale[0], f.scale[1]))
+        if a < 0 and c < 0 and d > 0 and abs(a - c) <= NEAR * abs(a):
+            return case.found("negative")
+    return case.found("wrong")
+
+
+# --- where to look ------------------------------------------------------------------------------
+
+LINEAR = {"add", "add_", "sub", "sub_", "rsub", "neg", "neg_", "sum", "mean", "_to_copy", "stack",
+          "cat", "view", "_unsafe_view", "squeeze", "unsqueeze", "expand", "select", "t",
+          "transpose", "permute", "clone", "lift_fresh", "copy_"}  # fmt: skip
+SCALED = {"mul", "mul_", "div", "div_"}
+
+
+def terms(graph: Graph, loss: int) -> list[int]:
+    """The values that a loss is a linear combination of."""
+    found, seen = [], set()
+    todo = [loss]
+    while todo:
+        i = todo.pop()
+        if i in seen:
+            continue
+        seen.add(i)
+        node = graph[i].node
+        inputs = [j for j in node.ins if graph[j].floating] if node is not None else []
+        if node is not None and node.name in LINEAR:
+            todo += inputs
+        elif node is not None and node.name in SCALED:
+            moving = [j for j in inputs if graph[j].origin or graph[j].draws]
+            scaled = len(moving) == 1 and (node.name[:3] != "div" or moving[0] == inputs[0])
+            todo += moving if scaled else []
+            found += [] if scaled else [i]
+        else:
+            found.append(i)
+    return found
+
+
+def data_terms(graph: Graph, latents: list[Latent], loss: int) -> list[int]:
+    """The terms of a loss in which data take part that do not come by the latents."""
+    stop = {i for latent in latents for i in (latent.z, *latent.heads)}
+    stop |= {latent.z for latent in latents}
+    return [
+        t
+        for t in terms(graph, loss)
+        if t not in stop
+        and any(
+            graph[i].kind in ("data", "random") and graph[i].node is None
+            for i in graph.upstream([t], stop=stop)
+        )
+    ]
+
+
+def _log_weights(graph: Graph, latent: Latent, loss: int) -> list[int]:
+    """Values of which a log-sum-exp or a softmax is taken on the way to the loss."""
+    way = graph.downstream([latent.z, *latent.heads]) & graph.upstream([loss])
+    found = []
+    for node in graph.nodes:
+        if not way.intersection(node.outs):
+            continue
+        if node.name in ("logsumexp", "_softmax", "_log_softmax") and node.ins[0] in way:
+            found.append(node.ins[0])
+        elif node.name == "exp" and node.ins[0] in way and _summed_then_logged(graph, node):
+            found.append(node.ins[0])
+    return [i for i in dict.fromkeys(found) if i not in latent.heads]
+
+
+def _summed_then_logged(graph: Graph, node: Node) -> bool:
+    todo, steps = list(node.outs), 0
+    while todo and steps < 12:
+        i, steps = todo.pop(0), steps + 1
+        for user in graph[i].users:
+            if user.name in ("log", "log_"):
+                return True
+            if user.name in ("sum", "mean", "div", "view", "squeeze", "mul", "add"):
+                todo += user.outs
+    return False
+
+
+def _muted(case: _Case) -> int | None:
+    """A value that depends on the heads and that a zero is multiplied with."""
+    graph = case.prober.graph
+    if not case.flat:
+        return None
+    live = graph.upstream([case.target], stop=case.held)
+    after = graph.downstream([*case.prober.heads, case.prober.latent.z], stop=case.held)
+    for node in reversed(graph.nodes):
+        if node.name not in SCALED or not (live & after).intersection(node.outs):
+            continue
+        moving = [i for i in node.ins if i in after]
+        rest = [a for a in node.flat if isinstance(a, (int, float))]
+        rest += [float(graph.get(i).abs().max()) for i in node.ins if i not in after]
+        if len(moving) == 1 and any(abs(x) < 1e-12 for x in rest):
+            return moving[0]
+    return None
+
+
+def _pairs(graph: Graph, latent: Latent) -> list[tuple[int, ...]]:
+    """Pairs of a head that moves the mean and one that moves sigma; and single heads."""
+    movers: tuple[list[int], list[int]] = ([], [])
+    for i in latent.heads:
+        prober = Prober(graph, latent, (i,))
+        if not prober.usable:
+            continue
+        rows = torch.stack(prober.moments, 1)
+        for kind, row in zip(movers, (rows[1], rows[3]), strict=True):
+            if (row.abs() > 1e-14).any():
+                kind.append(i)
+    if len(movers[0]) * len(movers[1]) > 36:
+        return []
+    found = dict.fromkeys((m,) if m == s else (m, s) for m, s in itertools.product(*movers))
+    return [pair for pair in found if set(pair) != set(latent.heads)]
+
+
+# --- what else it may be ------------------------------------------------------------------------
+
+
+def _function_of_kl(case: _Case) -> tuple[str, float] | None:
+    """The form, and the weight, if the loss is a function of the KL to N(0, 1)."""
+    p = case.probes
+    if p is None or case.flat:
+        return None
+    kl = p.moments[0] + p.moments[2] - p.moments[3]
+    there = kl.abs() > 1e-3 * kl.abs().max()
+    away = p.loss[:, ~p.moved].abs()
+    if away.numel() and float(away.max()) > EXACT * case.fit.size:
+        return None
+    ratio = torch.where(there, p.loss / torch.where(there, kl, 1.0), math.nan)
+    known = ratio[there]
+    largest = float(known.abs().max())
+    near = 1e-4 * largest
+    reached = (ratio.abs() > near) & there
+    if not all(bool(reached[:, moving].any()) for moving in p.moving):
+        return None
+    steady = all(float(r[t].max() - r[t].min()) <= near for r, t in zip(ratio, there, strict=True))
+    levels = (known.abs() - largest).abs() <= near
+    copies = case.fit.copies
+    mixed = bool((known > 0).any())
+    if bool(levels.all()) and bool((known < 0).any()) and (mixed or _passes(case, "abs")):
+        return "capacity", largest * copies
+    if bool((levels | (known.abs() <= near)).all()) and bool((known >= -near).all()):
+        return "free bits", largest * copies
+    if steady and bool((known >= -near).all()):
+        return "other", math.nan
+    if steady and bool((known.sign() != known.sign()[0]).any()):
+        return "capacity" if _passes(case, "abs", "pow", "mul") else "other", math.nan
+    return None
+
+
+def _passes(case: _Case, *names: str) -> bool:
+    """Whether the heads reach the target by an operation of one of these names."""
+    graph = case.prober.graph
+    live = graph.upstream([case.target], stop=case.held)
+    after = graph.downstream([*case.prober.heads, case.prober.latent.z], stop=case.held)
+    way = live & after
+    return any(n.name in names and way.intersection(n.outs) for n in graph.nodes)
+
+
+def _clamped(case: _Case) -> bool:
+    clamps = ("clamp", "clamp_", "clamp_min", "clamp_max", "minimum", "maximum", "min", "max",
+              "threshold", "relu", "where", "hardtanh", "floor", "round", "sign")  # fmt: skip
+    return _passes(case, *clamps)
+
+
+def _other_prior(case: _Case) -> Divergence | None:
+    """A KL by draws to a prior that is not Gaussian: log q is right, the rest a function of z."""
+    graph, latent = case.prober.graph, case.prober.latent
+    if not latent.diagonal:
+        return None
+    rows, features = [], []
+    generator = torch.Generator().manual_seed(13)
+    for place in case.prober.places:
+        noise = torch.randn(
+            graph[latent.draws[0]].shape, generator=generator, dtype=torch.float64
+        )
+        with torch.no_grad():
+            z = latent.at(graph, place, noise)
+        f = graph.run({**case.held, **place, latent.z: z}, [case.target])[case.target].sum()
+        rows.append(_gradient(f, place))
+        mean, sigma = latent.moments(graph, place)
+        square, log = 0.5 * ((z - mean) / sigma) ** 2, sigma.abs().log()
+        features.append(torch.stack([_gradient(t.sum(), place) for t in (square, log)]))
+    y, x = torch.stack(rows), torch.stack(features, 1)
+    size = float(y.abs().max())
+    found, error = _solve(x, y)
+    moved = (x.abs() > 1e-14).any(0).any(0)
+    if size == 0 or not y.isfinite().all() or error > NEAR * size or not moved.any():
+        return None
+    square, log = found[0], found[1]
+    scales = (x[1].abs() > 1e-14).any(0)
+    weight = -log[scales].median()
+    if float(weight) <= 0 or not _same(-log[scales], weight):
+        return None
+    drawn = _same(-square[moved], weight)
+    if not drawn and float(square[moved].abs().max()) > NEAR * float(weight):
+        return None
+    return case.found("other prior", weight=float(weight) * case.fit.copies)
+
+
+def _reading(case: _Case) -> str | None:
+    """The reading of the second head of which the loss is the KL."""
+    p = case.probes
+    if p is None or not p.moving[1].any():
+        return None
+    means, scales = p.moving
+    means, scales = means & ~scales, scales & ~means
+    a = _solve(p.moments[:2][:, :, means], p.loss[:, means])
+    if not means.any() or a[1] > NEAR * case.fit.size:
+        return None
+    weight = float(a[0][0].median())
+    if weight <= 0 or not _same(a[0][0], a[0][0].median()):
+        return None
+    for name, reading in READINGS.items():
+        b = p.heads[:, scales].clone().requires_grad_()
+        s = reading.sigma(b)
+        if name == "unit variance" or not s.isfinite().all() or not (s > 0).all():
+            continue
+        rows = torch.stack(
+            [torch.autograd.grad(t.sum(), b, retain_graph=True)[0] for t in (0.5 * s**2, s.log())]
+        )
+        found, error = _solve(rows, p.loss[:, scales])
+        fits = error <= NEAR * case.fit.size and _same(found[0], torch.tensor(weight))
+        if fits and _same(-found[1], torch.tensor(weight)):
+            return name
+    return None
+
+
+def _additive(case: _Case) -> bool:
+    """Whether the gradient in the heads of an entry does not depend on those of others."""
+    prober, p = case.prober, case.probes
+    if p is None:
+        return False
+    place = {i: t.detach().clone() for i, t in prober.places[0].items()}
+    other = prober.places[1]
+    generator = torch.Generator().manual_seed(17)
+    kept = []
+    with torch.no_grad():
+        base = prober.latent.at(prober.graph, place, 1.0)
+    for i, t in place.items():
+        keep = torch.rand(t.shape, generator=generator) < 0.5
+        place[i] = torch.where(keep, t, other[i].detach()).requires_grad_()
+        kept.append(keep.reshape(-1))
+    with torch.no_grad():
+        same = prober.latent.at(prober.graph, place, 1.0) == base
+    if not same.any():
+        return False
+    moved = Prober.__new__(Prober)
+    moved.graph, moved.latent, moved.heads = prober.graph, prober.latent, prober.heads
+    moved.places = [place]
+    moments = prober._moments(place)
+    if moments is None:
+        return False
+    moved.moments = [moments]
+    now = moved.measure(case.target, case.held, case.by_draws)
+    if now is None:
+        return False
+    untouched = torch.cat(kept) & ((moments[1::2] - p.moments[1::2, 0]).abs().amax(0) < 1e-9)
+    untouched &= (moments[0::2] - p.moments[0::2, 0]).abs().amax(0) < 1e-9
+    if not untouched.any():
+        return False
+    change = (now.loss[0] - p.loss[0])[untouched].abs().max()
+    return float(change) <= 1e-6 * case.fit.size
+
+
+# --- what is sampled ----------------------------------------------------------------------------
+
+
+def _slope(graph: Graph, latent: Latent, over: Over) -> Tensor:
+    """Sigma, as the derivative of z in its noise: exact beside a large mean."""
+    (draw,) = latent.draws
+    e = torch.zeros_like(graph.get(draw)).requires_grad_()
+    z = graph.run({**over, draw: e}, [latent.z])[latent.z]
+    return torch.autograd.grad(z.sum(), e)[0]
+
+
+def sampled_scale(graph: Graph, latent: Latent, heads: Sequence[int] = ()) -> Curve | None:
+    """The name of sigma as a function of the head that moves it; None if no one head does."""
+    if not latent.diagonal:
+        return None
+    prober = Prober(graph, latent, heads)
+    if not prober.usable:
+        return None
+    moments = torch.stack(prober.moments, 1)
+    scales = (moments[3].abs() > 1e-14).any(0) & ~(moments[1].abs() > 1e-14).any(0)
+    if not scales.any():
+        return None
+    b = torch.linspace(-60, 60, 121, dtype=torch.float64)
+    sizes = [graph[i].numel for i in prober.heads]
+    masks = scales.split(sizes)
+    sigma, base = [], graph.value({}, latent.z)
+    reference = prober.places[0]
+    entry = None
+    for x in b:
+        over = {
+            i: torch.where(mask.view(graph[i].shape), x, reference[i].detach())
+            for i, mask in zip(prober.heads, masks, strict=True)
+        }
+        sigma.append(_slope(graph, latent, over).reshape(-1))
+    rows = torch.stack(sigma)
+    if not rows.isfinite().any() or base is None:
+        return None
+    spread = (rows.amax(0) - rows.amin(0)).nan_to_num(0.0)
+    entry = int(spread.argmax())
+    column = rows[:, entry].abs()
+    usable = column.isfinite()
+    return name_curve(b[usable], column[usable], 1e-6)
