@@ -165,6 +165,22 @@ class Graph:
         """The random draws of some kinds, in order."""
         return [v for v in self.values if v.kind in (kinds or ("gaussian", "mask", "random"))]
 
+    def add(self, fn: Callable[..., Tensor], ids: Sequence[int], name: str) -> Value:
+        """A value that the step did not compute itself: of values that it did."""
+        node = Node(fn, [Ref(i) for i in ids], None, name)
+        inputs = [self.values[i] for i in ids]
+        made = Value(len(self.values), (), True, node=node)
+        for v in inputs:
+            made.origin |= v.origin
+            made.draws |= v.draws
+            v.users.append(node)
+        node.outs = [made.id]
+        node.grads = (True,) * len(ids)
+        self.values.append(made)
+        self._order[id(node)] = len(self.nodes)
+        self.nodes.append(node)
+        return made
+
     def where(self, i: int) -> str:
         """The line that made a value, or that first used it."""
         v = self.values[i]

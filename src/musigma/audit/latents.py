@@ -36,6 +36,9 @@ class Latent:
         heads: The numbers of the values that mean and sigma are computed from, pointwise.
         diagonal: Each entry of z has an entry of the noise of its own.
         where: The user's line that makes z.
+        shared: Several entries of z have one entry of the noise.
+        noise_shape: The shape of the noise.
+        uniform: The noise is drawn by a uniform distribution.
     """
 
     draws: tuple[int, ...]
@@ -43,6 +46,9 @@ class Latent:
     heads: tuple[int, ...]
     diagonal: bool
     where: str
+    shared: bool = False
+    noise_shape: tuple[int, ...] = ()
+    uniform: bool = False
 
     def at(self, graph: Graph, over: Mapping[int, Tensor], noise: float | Tensor) -> Tensor:
         """The value of z for some noise; differentiable in the values replaced."""
@@ -59,8 +65,8 @@ def find_latents(graph: Graph, loss: int) -> list[Latent]:
     """The latents that a loss depends on, in the order of their draws."""
     live = graph.upstream([loss])
     latents: list[Latent] = []
-    for draw in graph.draws("gaussian"):
-        if draw.id in live and (latent := _latent(graph, draw, live, latents)) is not None:
+    for draw in graph.draws("gaussian", "random"):
+        if draw.id in live and draw.floating and (latent := _latent(graph, draw, live, latents)) is not None:
             latents.append(latent)
     return _merged(graph, latents)
 
@@ -135,15 +141,22 @@ def _at_site(graph: Graph, draw: Value, z: int, unit: Tensor, known: list[Latent
     heads = _frontier(graph, sides, {latent.z for latent in known})
     if not heads:
         return None
-    diagonal = graph[z].numel == unit.numel()
-    if diagonal:
+    zero = torch.zeros_like(unit)
+    base = graph.value({draw.id: zero}, z)
+    full = graph.value({draw.id: unit}, z) - base
+    shared = diagonal = False
+    if graph[z].numel == unit.numel():
         half = torch.rand(unit.shape, generator=torch.Generator().manual_seed(5)) < 0.5
-        base = graph.value({draw.id: torch.zeros_like(unit)}, z)
-        moved = (graph.value({draw.id: unit * half}, z) - base).reshape(-1) != 0
-        count = int(moved.sum())
-        full = (graph.value({draw.id: unit}, z) - base).reshape(-1) != 0
-        diagonal = count == int(half.sum()) or count < 0.8 * int(full.sum())
-    return Latent((draw.id,), z, tuple(heads), diagonal, graph.where(z))
+        moved = graph.value({draw.id: unit * half}, z) - base
+        same = ((moved - full).abs() <= 1e-12) | (moved.abs() <= 1e-12)
+        diagonal = bool(same.all())
+    elif graph[z].numel > unit.numel():
+        ratio = full / (graph.value({draw.id: torch.ones_like(unit)}, z) - base)
+        shared = bool(torch.isin(ratio.mul(1e9).round(), unit.mul(1e9).round()).all())
+    return Latent(
+        (draw.id,), z, tuple(heads), diagonal or shared, graph.where(z), shared,
+        tuple(unit.shape), draw.kind == "random",
+    )  # fmt: skip
 
 
 def _frontier(graph: Graph, ids: Collection[int], stops: Collection[int]) -> list[int]:

@@ -120,6 +120,7 @@ class Sandbox:
         objects: Callables, modules, or objects that hold them; None are left out.
         seed: Random seed.
         seconds: Limit of one call; by default 20.
+        as_is: The modules keep their modes and types.
 
     Example:
         >>> layer = nn.Linear(3, 3)
@@ -130,9 +131,12 @@ class Sandbox:
         (torch.float64, torch.float32)
     """
 
-    def __init__(self, *objects: Any, seed: int = 0, seconds: float | None = None):
+    def __init__(
+        self, *objects: Any, seed: int = 0, seconds: float | None = None, as_is: bool = False
+    ):
         self.modules, self.holders = _find([o for o in objects if o is not None])
         self.seed, self.seconds = seed, SECONDS if seconds is None else seconds
+        self.as_is = as_is
         self.dtype = torch.float64
         self.device = torch.device("cpu")
 
@@ -145,9 +149,10 @@ class Sandbox:
         self._stack.callback(self.snapshot())
         self._modes = [(m, m.training) for m in self.layers()]
         self.reseed()
-        for module in self.modules:
-            module.eval()
-        self.use_dtype(torch.float64)
+        if not self.as_is:
+            for module in self.modules:
+                module.eval()
+            self.use_dtype(torch.float64)
         return self
 
     def __exit__(self, *error: object) -> None:

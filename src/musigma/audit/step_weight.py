@@ -1,0 +1,136 @@
+"""The weight of a KL divergence in a loss, relative to that of the reconstruction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from musigma.audit.graph import Graph, Origin
+from musigma.audit.latents import Latent, meetings
+
+__all__ = ["Beta", "effective_beta"]
+
+
+@dataclass(frozen=True)
+class Beta:
+    """The weight of the KL of one latent, relative to that of one number of the data.
+
+    Args:
+        value: The effective beta: 1 for a bound on the likelihood.
+        against: The kind of likelihood.
+        explained: What it is made of, such as " = 20 / 4: pixels / latents"; "" if unknown.
+        negated: Both weights are negative: the loss is a bound to be maximized.
+    """
+
+    value: float
+    against: str
+    explained: str
+    negated: bool
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the loss is a bound; a squared error may stand for a variance of 1 or 1/2."""
+        return any(abs(self.value - b) <= 1e-3 * b for b in (1.0, 0.5, 2.0))
+
+
+def effective_beta(
+    graph: Graph, latents: list[Latent], latent: Latent, loss: int, weight: float
+) -> Beta | None:
+    """The effective beta, or None if the reconstruction is no known likelihood."""
+    for node, decoded, raw in meetings(graph, latents, loss):
+        k = _weight_of(graph, latents, loss, decoded, raw)
+        if k is None:
+            continue
+        value, against = k
+        beta = weight / value
+        rows = graph[raw].shape[0] if graph[raw].shape else 1
+        numbers = {
+            "numbers in an example": graph[raw].numel // max(1, rows),
+            "latents": graph[latent.z].numel // max(1, rows),
+            "examples": rows,
+        }
+        return Beta(abs(beta), against, _explain(abs(beta), numbers), weight < 0 and value < 0)
+    return None
+
+
+def _explain(beta: float, numbers: dict[str, int]) -> str:
+    x, z, b = numbers.values()
+    forms = {
+        f" = {x}, the numbers in one example": x,
+        f" = {x} / {z}: numbers in one example / latents": x / max(z, 1),
+        f" = 1 / {z}: one / latents": 1 / max(z, 1),
+        f" = {x} * {b}: numbers in one example * examples in the batch": x * b,
+        f" = {b}: examples in the batch": b,
+        f" = 1 / {b}: one / examples in the batch": 1 / max(b, 1),
+    }
+    for text, value in forms.items():
+        if value != 1 and abs(beta - value) <= 1e-4 * value:
+            return text
+    return ""
+
+
+def _weight_of(
+    graph: Graph, latents: list[Latent], loss: int, decoded: int, raw: int
+) -> tuple[float, str] | None:
+    """The weight of the likelihood of a number of the data, and the kind of likelihood.
+
+    Found by moving a few numbers of the data where they meet what is decoded: a squared error
+    bends by twice its weight; a Bernoulli likelihood is straight in them.
+    """
+    x, y = graph.get(raw), graph.get(decoded)
+    if not x.is_floating_point() or x.numel() != y.numel():
+        return None
+    held = {i: graph.get(i) for latent in latents for i in (*latent.heads, latent.z)}
+    held[decoded] = y
+    found = []
+    generator = torch.Generator().manual_seed(19)
+    for k in torch.randperm(x.numel(), generator=generator)[:3].tolist():
+        at = {}
+        for v in (0.0, 0.5, 1.0):
+            moved = x.clone().reshape(-1)
+            moved[k] = v
+            at[v] = moved.reshape(x.shape)
+        values = [float(graph.value({**held, raw: t}, loss)) for t in at.values()]
+        if not all(math.isfinite(v) for v in values):
+            return None
+        bend = (values[2] - 2 * values[1] + values[0]) / 0.25
+        slope = abs(values[2] - values[0])
+        if abs(bend) > 1e-9 * (1e-12 + slope) and abs(bend) > 1e-12:
+            found.append((bend / 2, "a squared error"))
+            continue
+        k_bernoulli = _bernoulli(graph, held, loss, decoded, raw, k, at)
+        if k_bernoulli is None:
+            return None
+        found.append((k_bernoulli, "a Bernoulli likelihood"))
+    values = [v for v, _ in found]
+    if not values or values[0] == 0 or max(values) - min(values) > 1e-4 * abs(values[0]):
+        return None
+    return values[0], found[0][1]
+
+
+def _bernoulli(
+    graph: Graph, held: dict[int, Tensor], loss: int, decoded: int, raw: int, k: int,
+    at: dict[float, Tensor],
+) -> float | None:  # fmt: skip
+    """The weight of -x log p - (1 - x) log(1 - p), from its slopes in p, or in its logit."""
+    slopes = []
+    for v in (0.0, 1.0):
+        y = held[decoded].clone().requires_grad_()
+        value = graph.run({**held, raw: at[v], decoded: y}, [loss])[loss]
+        if not value.requires_grad:
+            return None
+        slopes.append(float(torch.autograd.grad(value, y)[0].reshape(-1)[k]))
+    zero, one = slopes  # k p and -k (1 - p) in the logit; k / (1 - p) and -k / p in p
+    y = float(held[decoded].reshape(-1)[k])
+    if zero * one >= 0:
+        return None
+    p = 1 / (1 + math.exp(-y))
+    logit, direct = zero - one, 1 / (1 / zero - 1 / one)
+    if abs(zero / logit - p) < 1e-3:
+        return logit
+    if 0 < y < 1 and abs(zero * (1 - y) / direct - 1) < 1e-2:
+        return direct
+    return None
