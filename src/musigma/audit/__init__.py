@@ -7,6 +7,7 @@ from musigma.audit.findings import AuditError, AuditReport, Finding
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
 from musigma.audit.posterior import audit_aggregate
+from musigma.audit.step import audit_step
 from musigma.audit.terms import audit_bits, audit_importance_bound, audit_log_prob_term
 from musigma.audit.vae import audit_vae
 
@@ -24,6 +25,7 @@ __all__ = [
     "audit_importance_bound",
     "audit_log_prob_term",
     "audit_model",
+    "audit_step",
     "audit_vae",
 ]
 

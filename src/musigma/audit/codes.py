@@ -38,13 +38,42 @@ CODES: dict[str, Code] = {
     "sample_scale": Code(
         "the standard deviation of z is not a known function of the second output"
     ),
-    "noise_not_gaussian": Code("the injected noise is not standard normal"),
-    "noise_shared": Code("dimensions, examples or calls share one draw of noise"),
-    "heads_tied": Code("mean and scale come from the same numbers"),
+    "noise_not_gaussian": Code(
+        "the injected noise is not standard normal",
+        {
+            "step": Message(
+                "the noise of z is uniform, and its KL is that of a Gaussian",
+                "draw the noise with torch.randn_like",
+            ),
+        },
+    ),
+    "noise_shared": Code(
+        "dimensions, examples or calls share one draw of noise",
+        {
+            "step": Message(
+                "noise of shape {noise} is used for z of shape {shape}: entries of z share it",
+                "draw noise of the shape of z: torch.randn_like(mean)",
+            ),
+        },
+    ),
+    "heads_tied": Code(
+        "mean and scale come from the same numbers",
+        {
+            "step": Message(
+                "mean and sigma of z are computed from the same numbers",
+                "give each head a layer of its own, or one half of a layer's output",
+            ),
+        },
+    ),
     "sigma_range_restricted": Code("standard deviations below 0.9 cannot be reached"),
     "no_gradient": Code(
         "the loss depends on the posterior, but sends it no gradient",
         {
+            "kl": Message(
+                "the KL depends on the posterior, but sends it no gradient: it is computed under "
+                "no_grad() or from detached tensors",
+                "compute the KL from the encoder's outputs themselves",
+            ),
             "": Message(
                 "the loss depends on the {head} of z, but its gradient does not reach it",
                 "draw with rsample(), or as mean + std * torch.randn_like(std); between the "
@@ -62,14 +91,55 @@ CODES: dict[str, Code] = {
         },
     ),
     # the KL
-    "kl_mismatch": Code("the KL is not the KL of what is sampled"),
+    "kl_mismatch": Code(
+        "the KL is not the KL of what is sampled",
+        {
+            "step reading": Message(
+                "z is drawn with the second output as {sampled}, and the KL reads it as {read}",
+                "use the same reading in both: one function that makes the standard deviation "
+                "from the output",
+            ),
+            "step coefficients": Message(
+                "the divergence in the loss is {a:.4g} mean^2/2 + {c:.4g} sigma^2/2 + {d:.4g} "
+                "log sigma, of the sigma that z is drawn with; a KL has the coefficients w, w, -w",
+                "write 0.5 * (mean^2 + sigma^2 - log sigma^2 - 1), with the sigma that z is "
+                "drawn with, times one weight",
+            ),
+            "step factor": Message(
+                "the divergence in the loss is the KL to N(0, {std:.4g}^2), a prior of variance "
+                "{variance:.4g}: one of its terms has a factor 2 or 1/2 too many",
+                "write 0.5 * (mean^2 + sigma^2 - log sigma^2 - 1), with the factor before the "
+                "bracket",
+            ),
+            "step": Message(
+                "the term of the loss that depends on mean and sigma of z is no KL divergence of "
+                "what is sampled: its gradients differ by {residual:.2g} of the largest",
+                "write 0.5 * (mean^2 + sigma^2 - log sigma^2 - 1), with the sigma that z is "
+                "drawn with; or use torch.distributions.kl_divergence",
+            ),
+        },
+    ),
     "kl_offset": Code("the KL is right up to an additive constant"),
     "kl_scale": Code("the KL is right up to a constant factor"),
-    "kl_negative": Code("the KL is below zero"),
+    "kl_negative": Code(
+        "the KL is below zero",
+        {
+            "step": Message(
+                "the loss contains the KL with the weight {weight:.4g}: training draws the "
+                "posterior away from the prior",
+                "add the KL to the negative log-likelihood: loss = reconstruction + kl",
+            ),
+        },
+    ),
     "kl_min_off_prior": Code("the KL is smallest where the posterior is not the prior"),
     "kl_constant": Code(
         "the KL is a constant, whatever the posterior is",
         {
+            "step": Message(
+                "a term of the loss is computed from the posterior, but is constant whatever the "
+                "posterior is, so nothing draws the posterior to the prior",
+                "remove the clamp of the KL, or give it bounds that the KL can be between",
+            ),
             "": Message(
                 "the KL is {value:.5g} whatever the posterior is, so nothing draws the posterior "
                 "to the prior",
@@ -80,6 +150,15 @@ CODES: dict[str, Code] = {
     "kl_capacity": Code(
         "the loss draws the KL to a target above zero",
         {
+            "step": Message(
+                "the loss contains |KL - C|: it is smallest where the KL is C, not where it is "
+                "zero",
+                "if the capacity C is intended, report the bound with the KL itself",
+            ),
+            "function": Message(
+                "the loss contains a function of the KL that is not a multiple of it",
+                "if it is intended, report the bound with the KL itself",
+            ),
             "": Message(
                 "the loss contains |KL - {capacity:.5g}|: it is smallest where the KL is "
                 "{capacity:.5g}, not where it is zero",
@@ -90,6 +169,10 @@ CODES: dict[str, Code] = {
     "free_bits": Code(
         "the KL is raised to a least value where it is smaller",
         {
+            "step": Message(
+                "the KL counts only where it is above a least value (free bits)",
+                "if the free bits are intended, report the bound with the KL itself",
+            ),
             "": Message(
                 "the KL is raised to {held_at:.5g} where it is smaller (free bits), and right "
                 "where it is larger",
@@ -98,7 +181,26 @@ CODES: dict[str, Code] = {
         },
     ),
     "prior_mismatch": Code("generation and KL use different priors"),
-    "reduction_imbalance": Code("the weight of the KL depends on batch, latent or data size"),
+    "reduction_imbalance": Code(
+        "the weight of the KL depends on batch, latent or data size",
+        {
+            "step": Message(
+                "the KL has the effective weight beta = {beta:.4g}{explained} beside {against}",
+                "if this beta is not intended, sum both over the numbers of one example, and "
+                "average both over the batch",
+            ),
+            "muted": Message(
+                "the KL is multiplied with 0 in this step, so nothing draws the posterior to the "
+                "prior",
+                "if the weight is raised during training (annealing), audit a later step as well",
+            ),
+            "batch": Message(
+                "the effective weight of the KL is beta = {beta:.4g} with {n} examples and "
+                "{half:.4g} with {m}: it depends on the batch size",
+                "reduce the KL and the reconstruction over the batch in the same way",
+            ),
+        },
+    ),
     # bijections
     "inverse_mismatch": Code("the inverse does not recover the input of forward"),
     "inverse_raises": Code("the inverse raises an error"),
@@ -208,6 +310,10 @@ CODES: dict[str, Code] = {
     "not_finite": Code(
         "a callable returns NaN or infinity",
         {
+            "step": Message(
+                "the loss is not a finite number; the first such value is made in {line}",
+                "find out which argument of that operation is out of its range",
+            ),
             "density": Message(
                 "log_prob is NaN at points between others that have mass",
                 "keep arguments of logarithms above zero, and those of inverses in their range",

@@ -22,7 +22,9 @@ __all__ = ["LOW_PRECISION", "Graph", "Kind", "Node", "Origin", "Ref", "Value"]
 
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
-Kind = Literal["", "parameter", "buffer", "data", "constant", "gaussian", "mask", "random", "opaque"]
+Kind = Literal[
+    "", "parameter", "buffer", "data", "constant", "gaussian", "mask", "random", "opaque"
+]
 
 
 class Origin(Flag):

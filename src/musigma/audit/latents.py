@@ -66,7 +66,11 @@ def find_latents(graph: Graph, loss: int) -> list[Latent]:
     live = graph.upstream([loss])
     latents: list[Latent] = []
     for draw in graph.draws("gaussian", "random"):
-        if draw.id in live and draw.floating and (latent := _latent(graph, draw, live, latents)) is not None:
+        if (
+            draw.id in live
+            and draw.floating
+            and (latent := _latent(graph, draw, live, latents)) is not None
+        ):
             latents.append(latent)
     return _merged(graph, latents)
 
@@ -129,7 +133,9 @@ def _adds_parameters(graph: Graph, node: Node, draw: int) -> bool:
     )
 
 
-def _at_site(graph: Graph, draw: Value, z: int, unit: Tensor, known: list[Latent]) -> Latent | None:
+def _at_site(
+    graph: Graph, draw: Value, z: int, unit: Tensor, known: list[Latent]
+) -> Latent | None:
     domain = graph.upstream([z])
     sides = [
         i

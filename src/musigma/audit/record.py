@@ -41,9 +41,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 LIBRARIES = (os.path.dirname(os.path.abspath(torch.__file__)), HERE)
 
 
-def record(
-    step: Callable[[], Any], *, seed: int = 0, sandbox: Sandbox | None = None
-) -> Graph:
+def record(step: Callable[[], Any], *, seed: int = 0, sandbox: Sandbox | None = None) -> Graph:
     """Run a step once, and record it.
 
     Args:
@@ -83,9 +81,7 @@ def _readable() -> Iterator[None]:
     """Run fused and compiled operations by their parts."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-        )
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
@@ -239,7 +235,7 @@ class _Recorder(TorchDispatchMode):
         ):
             yield
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
         flat, spec = tree_flatten((args, kwargs))
@@ -319,7 +315,10 @@ class _Recorder(TorchDispatchMode):
         v = self._draw(noise if math.prod(noise.shape) else t, "gaussian")
         tensors = [a for a in (mean, std) if isinstance(a, Tensor)]
         if tensors or (mean, std) != (0, 1):
-            flat = [Ref(v.id), *(self._ref(a) if isinstance(a, Tensor) else a for a in (mean, std))]
+            flat = [
+                Ref(v.id),
+                *(self._ref(a) if isinstance(a, Tensor) else a for a in (mean, std)),
+            ]
             grads = (False,) * (1 + len(tensors))  # torch.normal has no gradient in its arguments
             v = self._add(_affine, flat, [t], "normal", pointwise=True, grads=grads)[0]
         self._written(t, v) if in_place else self._bind(t, v)

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
-from musigma.audit.graph import Graph, Origin, Value
+from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import Latent, find_latents
 from musigma.audit.record import record
 from musigma.audit.sandbox import Sandbox
-from musigma.audit.step_kl import Divergence, Prober, data_terms, find_divergence, sampled_scale, terms
+from musigma.audit.step_kl import (
+    Divergence,
+    Prober,
+    data_terms,
+    find_divergence,
+    sampled_scale,
+    terms,
+)
 from musigma.audit.step_weight import effective_beta
 
 __all__ = ["audit_step"]
@@ -282,9 +289,9 @@ def _usable(audit: StepAudit, graph: Graph, loss: int) -> bool:
 def _first_not_finite(graph: Graph, loss: int) -> str:
     live = graph.upstream([loss])
     for v in graph.values:
-        if v.id in live and v.node is not None and v.floating:
-            if not graph.get(v.id).isfinite().all():
-                return v.node.where
+        made = v.id in live and v.node is not None and v.floating
+        if made and not graph.get(v.id).isfinite().all():
+            return graph.where(v.id)
     return graph.where(loss)
 
 
@@ -317,15 +324,17 @@ def _compare_runs(audit: StepAudit, a: Graph, loss: int, b: Graph, again: int) -
                 )
                 return
     for v, w in zip(a.values, b.values, strict=True):
-        if v.node is None and v.id in live and v.kind in ("data", "constant", "opaque"):
-            if v.leaf is not None and w.leaf is not None and not torch.equal(v.leaf, w.leaf):
-                where = a.where(v.id)
-                audit.missing.append(
-                    "a tensor that no operation of torch made differs between two runs"
-                    f"{_at(where)}: random numbers of NumPy or Python; draw noise with torch"
-                )
-                audit.warn("host_random", where=where, source=_short(where))
-                return
+        outside = v.node is None and v.id in live and v.kind in ("data", "constant", "opaque")
+        if not outside or v.leaf is None or w.leaf is None:
+            continue
+        if not torch.equal(v.leaf, w.leaf):
+            where = a.where(v.id)
+            audit.missing.append(
+                "a tensor that no operation of torch made differs between two runs"
+                f"{_at(where)}: random numbers of NumPy or Python; draw noise with torch"
+            )
+            audit.warn("host_random", where=where, source=_short(where))
+            return
     audit.missing.append("the step as one graph: a replay differs from a second run")
 
 
@@ -535,9 +544,7 @@ def _tied(graph: Graph, latent: Latent) -> bool:
     return bool(scales.any()) and bool((means & scales)[scales].all())
 
 
-def _gradient(
-    audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence
-) -> None:
+def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence) -> None:
     """Whether the gradients of the decoder and of the KL reach the heads."""
     graph = audit.graph
     everything = graph.connected([audit.loss])

@@ -15,18 +15,26 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from scipy.linalg import hadamard
 from torch import Tensor
 
-from musigma.audit.graph import Graph, Node, Origin
-from musigma.audit.latents import Latent, holds, meetings
+from musigma.audit.graph import Graph, Node
+from musigma.audit.latents import Latent, holds
 from musigma.audit.scales import READINGS, Curve, name_curve
 
-__all__ = ["Divergence", "Fit", "Prober", "data_terms", "find_divergence", "sampled_scale", "terms"]
+__all__ = [
+    "Divergence",
+    "Fit",
+    "Prober",
+    "data_terms",
+    "find_divergence",
+    "sampled_scale",
+    "terms",
+]
 
 EXACT = 1e-6  # relative error of gradients up to which two formulas are one
 NEAR = 1e-3  # up to which they differ by a floor or an offset
@@ -329,7 +337,6 @@ class _Case:
 
     def found(self, kind: str, **more: object) -> Divergence:
         """The divergence seen from here."""
-        graph = self.prober.graph
         sign = -1.0 if self.importance else 1.0
         weight = sign * self.fit.weight if self.probes is not None else math.nan
         answer = Divergence(
@@ -347,9 +354,10 @@ class _Case:
         live = graph.upstream([self.target], stop=self.held)
         after = graph.downstream([*self.prober.heads, latent.z], stop=self.held)
         for node in graph.nodes:
-            if not before.intersection(node.outs) and live.intersection(node.outs):
-                if after.intersection(node.ins) and not set(node.outs) <= set(self.held):
-                    return node.where
+            outs = set(node.outs)
+            own = live & outs and not before & outs and not outs <= set(self.held)
+            if own and after.intersection(node.ins):
+                return node.where
         return ""
 
 
@@ -359,8 +367,8 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
     decoder = holds(graph, latent)
     data = {t: graph.get(t) for t in data_terms(graph, latents, loss)}
     views = [decoder, decoder | data]
+    cases: list[_Case] = []
     if whole.usable:
-        cases: list[_Case] = []
         for held in views:
             case = _Case(whole, loss, held)
             cases.append(case)
@@ -403,7 +411,9 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
     if (reading := _reading(case)) is not None:
         return case.found("wrong", read_as=reading)
     if not _additive(case):
-        return case.found("unknown", form="no function of the entries of mean and sigma by themselves")
+        return case.found(
+            "unknown", form="no function of the entries of mean and sigma by themselves"
+        )
     f = case.fit
     if f.residual <= NEAR and f.mean.numel() and f.scale.numel():
         a, c, d = (float(t.median()) for t in (f.mean[0], f.scale[0], f.scale[1]))
@@ -465,10 +475,11 @@ def _log_weights(graph: Graph, latent: Latent, loss: int) -> list[int]:
     for node in graph.nodes:
         if not way.intersection(node.outs):
             continue
-        if node.name in ("logsumexp", "_softmax", "_log_softmax") and node.ins[0] in way:
-            found.append(node.ins[0])
-        elif node.name == "exp" and node.ins[0] in way and _summed_then_logged(graph, node):
-            found.append(node.ins[0])
+        given = node.ins[0] if node.ins else -1
+        weights = node.name in ("logsumexp", "_softmax", "_log_softmax")
+        weights = weights or (node.name == "exp" and _summed_then_logged(graph, node))
+        if weights and given in way:
+            found.append(given)
     return [i for i in dict.fromkeys(found) if i not in latent.heads]
 
 
@@ -577,9 +588,7 @@ def _other_prior(case: _Case) -> Divergence | None:
     rows, features = [], []
     generator = torch.Generator().manual_seed(13)
     for place in case.prober.places:
-        noise = torch.randn(
-            graph[latent.draws[0]].shape, generator=generator, dtype=torch.float64
-        )
+        noise = torch.randn(graph[latent.draws[0]].shape, generator=generator, dtype=torch.float64)
         with torch.no_grad():
             z = latent.at(graph, place, noise)
         f = graph.run({**case.held, **place, latent.z: z}, [case.target])[case.target].sum()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from musigma.audit.graph import Graph, Origin
+from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent, meetings
 
 __all__ = ["Beta", "effective_beta"]
@@ -40,7 +40,7 @@ def effective_beta(
     graph: Graph, latents: list[Latent], latent: Latent, loss: int, weight: float
 ) -> Beta | None:
     """The effective beta, or None if the reconstruction is no known likelihood."""
-    for node, decoded, raw in meetings(graph, latents, loss):
+    for _, decoded, raw in meetings(graph, latents, loss):
         k = _weight_of(graph, latents, loss, decoded, raw)
         if k is None:
             continue
