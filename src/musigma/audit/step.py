@@ -15,11 +15,11 @@ from torch import Tensor
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
 from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import Latent, find_latents
+from musigma.audit.probes import Prober
 from musigma.audit.record import record
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.step_kl import (
     Divergence,
-    Prober,
     data_terms,
     find_divergence,
     sampled_scale,

@@ -1,0 +1,170 @@
+"""Moving the heads of a latent: gradients of a loss beside those of the moments of what is sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.linalg import hadamard
+from torch import Tensor
+
+from musigma.audit.graph import Graph
+from musigma.audit.latents import Latent
+
+__all__ = ["Over", "Prober", "Probes", "gradient"]
+
+TRIALS = 7
+MOST_COLUMNS = 64  # of a covariance
+
+Over = Mapping[int, Tensor]
+
+
+def _moments(graph: Graph, latent: Latent, over: Over) -> list[Tensor] | None:
+    """The sums of mean^2 / 2, mean, sigma^2 / 2 and log sigma; of matrices, in their terms."""
+    if latent.diagonal:
+        mean, sigma = latent.moments(graph, over)
+        scale = 0.5 * (sigma**2).sum(), sigma.abs().log().sum()
+    else:
+        mean = latent.at(graph, over, 0.0)
+        factor = _factor(graph, latent, over, mean)
+        if factor is None:
+            return None
+        covariance = factor @ factor.mT
+        scale = 0.5 * (factor**2).sum(), 0.5 * torch.linalg.slogdet(covariance)[1].sum()
+    return [0.5 * (mean**2).sum(), mean.sum(), *scale]
+
+
+def _factor(graph: Graph, latent: Latent, over: Over, mean: Tensor) -> Tensor | None:
+    """L (..., D, K) of z = mean + L e; None if rows of z share noise."""
+    columns = []
+    for d in latent.draws:
+        e = torch.zeros_like(graph.get(d))
+        if e.shape[:-1].numel() != mean.shape[:-1].numel() or e.shape[-1] > MOST_COLUMNS:
+            return None
+        for k in range(e.shape[-1]):
+            unit = e.clone()
+            unit[..., k] = 1
+            noise = {i: unit if i == d else torch.zeros_like(graph.get(i)) for i in latent.draws}
+            z = graph.run({**over, **noise}, [latent.z])[latent.z]
+            columns.append((z - mean).reshape(-1, mean.shape[-1]))
+    return torch.stack(columns, -1)
+
+
+def _patterns(graph: Graph, latent: Latent) -> list[dict[int, Tensor]]:
+    """Noise of which mean and covariance over the patterns are exactly those of N(0, 1)."""
+    noise = {d: torch.ones_like(graph.get(d)) for d in latent.draws}
+    if latent.diagonal:
+        return [noise, {d: -e for d, e in noise.items()}]
+    widths = [graph[d].shape[-1] for d in latent.draws]
+    n = 2 ** math.ceil(math.log2(sum(widths) + 1))
+    signs = torch.as_tensor(hadamard(n), dtype=torch.float64)[:, 1 : 1 + sum(widths)]
+    rows = signs.split(widths, 1)
+    return [
+        {d: noise[d] * row[k] for d, row in zip(latent.draws, rows, strict=True)} for k in range(n)
+    ]
+
+
+@dataclass
+class Probes:
+    """Gradients (T, n) at T random places: of the loss, and (4, T, n) of the moments of z."""
+
+    loss: Tensor
+    moments: Tensor
+    heads: Tensor
+    values: list[float]
+
+    @property
+    def moving(self) -> tuple[Tensor, Tensor]:
+        """The entries of the heads that move means, and those that move scales."""
+        return (self.moments[1].abs() > 1e-14).any(0), (self.moments[3].abs() > 1e-14).any(0)
+
+    @property
+    def moved(self) -> Tensor:
+        """The entries that move either."""
+        return self.moving[0] | self.moving[1]
+
+
+class Prober:
+    """Moves the heads of a latent at random, and gives gradients in them.
+
+    Args:
+        graph: The recorded step.
+        latent: The latent.
+        heads: The heads that are moved; by default all.
+    """
+
+    def __init__(self, graph: Graph, latent: Latent, heads: Sequence[int] = ()):
+        self.graph, self.latent = graph, latent
+        self.heads = tuple(heads) or latent.heads
+        self.places: list[dict[int, Tensor]] = []
+        self.moments: list[Tensor] = []
+        generator = torch.Generator().manual_seed(11)
+        for size in (0.5, 1.0, 1.5, 2.0, 1.0, 1.5, 2.0, *(0.7,) * 12):
+            if len(self.places) == TRIALS:
+                break
+            place = self._place(size, generator, relative=False)
+            gradients = self._moments(place)
+            if gradients is None:
+                place = self._place(0.5, generator, relative=True)
+                gradients = self._moments(place)
+            if gradients is not None:
+                self.places.append(place)
+                self.moments.append(gradients)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the moments could be measured."""
+        return len(self.places) == TRIALS
+
+    def _place(self, size: float, generator: torch.Generator, relative: bool) -> dict[int, Tensor]:
+        place = {}
+        for i in self.heads:
+            base = self.graph.get(i)
+            u = 2 * torch.rand(base.shape, generator=generator, dtype=torch.float64) - 1
+            moved = base * (size * u).exp() if relative else base + size * u
+            place[i] = moved.detach().contiguous().requires_grad_()
+        return place
+
+    def _moments(self, place: dict[int, Tensor]) -> Tensor | None:
+        values = _moments(self.graph, self.latent, place)
+        if values is None or not all(v.isfinite() for v in values):
+            return None
+        if self.latent.diagonal:
+            with torch.no_grad():
+                sigma = self.latent.moments(self.graph, place)[1]
+                base = self.latent.moments(self.graph, {})[1]
+            if not (sigma.sign() == base.sign()).all():
+                return None
+        rows = torch.stack([gradient(v, place) for v in values])
+        return rows if rows.isfinite().all() else None
+
+    def measure(self, target: int, held: Over, by_draws: bool) -> Probes | None:
+        """The gradients of a value, summed, with some values held; None if they are not finite."""
+        patterns = _patterns(self.graph, self.latent) if by_draws else [{}]
+        rows, values = [], []
+        for place in self.places:
+            row, value = torch.tensor(0.0), 0.0
+            for noise in patterns:
+                over = {**held, **noise, **place}
+                f = self.graph.run(over, [target])[target].double().sum()
+                row = row + gradient(f, place) / len(patterns)
+                value += float(f.detach()) / len(patterns)
+            rows.append(row)
+            values.append(value)
+        loss = torch.stack(rows)
+        if not loss.isfinite().all():
+            return None
+        flat = [torch.cat([t.detach().reshape(-1) for t in p.values()]) for p in self.places]
+        return Probes(loss, torch.stack(self.moments, 1), torch.stack(flat), values)
+
+
+def gradient(value: Tensor, place: Over) -> Tensor:
+    """The gradient in all heads, as one row."""
+    leaves = list(place.values())
+    if not value.requires_grad:
+        return torch.zeros(sum(t.numel() for t in leaves), dtype=torch.float64)
+    found = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
+    parts = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
+    return torch.cat([p.reshape(-1).double() for p in parts])
