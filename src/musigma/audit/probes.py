@@ -1,4 +1,4 @@
-"""Moving the heads of a latent: gradients of a loss beside those of the moments of what is sampled."""
+"""Moving the heads of a latent: gradients of a loss beside those of what is sampled."""
 
 from __future__ import annotations
 
