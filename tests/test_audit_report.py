@@ -66,6 +66,7 @@ def test_the_builder_keeps_the_worst_finding_of_a_code_and_line():
     builder.bug("free_bits", held_at=1.5)
     builder.warn("free_bits", held_at=2.5)
     builder.warn("free_bits", held_at=2.5, where="a.py:3")
+    builder.warn("free_bits", held_at=3.5, where=str(Path.cwd() / "a.py:3"))
     builder.missing += [NO_KL, NO_KL]
     report = builder.build()
     assert [f.numbers["held_at"] for f in report.findings] == [1.5, 2.5]
@@ -148,6 +149,14 @@ def test_sarif_has_a_result_for_each_finding_and_for_what_is_missing(tmp_path, m
     assert "suppressions" not in second
     assert second["properties"]["numbers"] == {"slope": 2.0}
     assert third["properties"]["numbers"] == {"x": None}
+
+
+def test_sarif_finds_the_folder_of_a_line_without_one():
+    report = AuditReport("it", missing=("the KL: only the decoder sees the heads (top.py:4)",))
+    assert lines_of(run_of(report, where="net/top.py:12")) == [
+        ("incomplete", "note", "net/top.py:4")
+    ]
+    assert lines_of(run_of(report, where="net/other.py:1"))[0][2] == "top.py:4"
 
 
 def test_sarif_of_files_elsewhere_and_of_nothing(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -232,13 +233,15 @@ class ReportBuilder:
             severity: "bug" or "warning".
             variant: Which of the messages of the code.
             repair: If given, `variant` is the message itself.
-            where: The line of the audited code as "path/model.py:41".
+            where: The line of the audited code as "path/model.py:41"; a path below the working
+                directory becomes relative to it.
             **numbers: The fields of the message, and further numbers. A tensor holds one.
         """
         numbers = {n: v.item() if isinstance(v, Tensor) else v for n, v in numbers.items()}
         message = variant
         if repair is None:
             message, repair = (t.format(**numbers) for t in CODES[code].variants[variant])
+        where = where.removeprefix(f"{os.getcwd()}{os.sep}")
         key = f"{code} {where}".rstrip()
         known = self.findings.get(key)
         if known is None or (known.severity == "warning" and severity == "bug"):

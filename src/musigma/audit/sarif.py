@@ -54,7 +54,7 @@ def to_sarif(report: AuditReport, *, where: str = "", allow: Iterable[str] = ())
             "level": LEVELS[severity],
             "message": {"text": f"{report.subject}: {text}"},
         }
-        own = finding.where if finding else _line_in(text)
+        own = finding.where if finding else _line_in(text, where)
         if location := _location(own or where):
             result["locations"] = [location]
         if finding and finding.numbers:
@@ -82,10 +82,12 @@ def _rule(code: str) -> dict[str, Any]:
     }
 
 
-def _line_in(text: str) -> str:
-    """The line of code that a text names."""
-    found = re.search(r"[^\s()]+\.py:\d+", text)
-    return found[0] if found else ""
+def _line_in(text: str, where: str) -> str:
+    """The line of code that a text names, perhaps without the folder, which `where` has."""
+    found, near = re.search(r"([^\s()]+\.py):(\d+)", text), where.rpartition(":")[0]
+    if found is None:
+        return ""
+    return f"{near}:{found[2]}" if Path(near).name == found[1] else found[0]
 
 
 def _location(where: str) -> dict[str, Any] | None:
