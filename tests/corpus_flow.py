@@ -95,7 +95,7 @@ def affine_case(wrong, verdict="correct", *codes):
 
 
 affine_case("")
-affine_case("column")
+affine_case("column", "warning", "logdet_shape")
 affine_case("elements", "warning", "logdet_shape")
 affine_case("number", "warning", "logdet_shape")
 affine_case("sign", "bug", "logdet_mismatch")
@@ -978,6 +978,397 @@ def glow_keeps_the_last():
         "inverse": lambda z: layer(z, reverse=True)[0],
         "example": images(4),
     }
+
+
+# --- log-determinants that are added to an argument ---------------------------------------------
+
+
+class Threaded(nn.Module):
+    """A coupling that is called as ``layer(z, ldj, reverse=False)``."""
+
+    def __init__(self, wrong=""):
+        super().__init__()
+        self.net, self.wrong = mlp(2, 4), wrong
+
+    def forward(self, z, ldj, reverse=False):
+        a, b = z.chunk(2, 1)
+        t, s = self.net(a).chunk(2, 1)
+        s = s.tanh()
+        if reverse:
+            return torch.cat([a, b * (-s).exp() - t], 1), ldj - s.sum(1)
+        own = s.sum(1, keepdim=self.wrong == "column")
+        return torch.cat([a, (b + t) * s.exp()], 1), own if self.wrong == "forgets" else ldj + own
+
+
+class Defaulting(Threaded):
+    def forward(self, z, ldj=0.0, reverse=False):
+        return super().forward(z, ldj, reverse)
+
+
+def threaded_case(name, kind, wrong="", verdict="correct", *codes):
+    FLOWS[name] = Case(lambda: {"forward": kind(wrong), "example": vectors()}, verdict, codes)
+
+
+threaded_case("threaded", Threaded)
+threaded_case("threaded_with_a_default", Defaulting)
+threaded_case("threaded_forgets_what_came", Threaded, "forgets", "bug", "logdet_mismatch")
+threaded_case("threaded_forgets_the_default", Defaulting, "forgets", "bug", "logdet_mismatch")
+threaded_case("threaded_adds_a_column", Threaded, "column", "bug", "logdet_shape")
+
+
+class ThreadedChain(nn.Module):
+    """Layers that thread, inside a flow that does not."""
+
+    def __init__(self, wrong=""):
+        super().__init__()
+        self.layers = nn.ModuleList([Threaded(), Threaded(wrong)])
+
+    def forward(self, x):
+        ldj = torch.zeros(len(x))
+        for layer in self.layers:
+            x, ldj = layer(x.flip(1), ldj)
+        return x, ldj
+
+    def inverse(self, z):
+        for layer in list(self.layers)[::-1]:
+            z = layer(z, torch.zeros(len(z)), reverse=True)[0].flip(1)
+        return z
+
+
+@flow()
+def chain_of_threaded_layers():
+    return {"forward": ThreadedChain(), "example": vectors()}
+
+
+@flow()
+def sequence_of_threaded_layers():
+    return {"forward": nn.Sequential(Threaded(), Defaulting(), Affine()), "example": vectors()}
+
+
+@flow()
+def transforms_in_a_sequence():
+    from torch.distributions import AffineTransform, SigmoidTransform
+
+    layers = [AffineTransform(0.1, torch.tensor([2.0, 0.5, 1.0, 1.5])), SigmoidTransform()]
+    return {"forward": layers, "example": vectors()}
+
+
+@flow("bug", "logdet_mismatch")
+def chain_of_threaded_layers_one_forgets():
+    return {"forward": ThreadedChain("forgets"), "example": vectors()}
+
+
+@flow("bug", "logdet_shape")
+def a_column_and_a_row_in_a_sequence():
+    return {"forward": nn.Sequential(Affine(wrong="column"), Affine()), "example": vectors()}
+
+
+@flow()
+def a_number_and_a_row_in_a_sequence():
+    return {"forward": nn.Sequential(Affine(wrong="number"), Affine()), "example": vectors()}
+
+
+# --- inverses that are almost right -------------------------------------------------------------
+
+
+class Logit(nn.Module):
+    """Data squeezed into (alpha / 2, 1 - alpha / 2), then the logit."""
+
+    def __init__(self, alpha, undone):
+        super().__init__()
+        self.alpha, self.undone = alpha, undone
+
+    def forward(self, x):
+        u = self.alpha / 2 + (1 - self.alpha) * x
+        slope = math.log(1 - self.alpha) - u.log() - (1 - u).log()
+        return u.logit(), slope.flatten(1).sum(1)
+
+    def inverse(self, z):
+        u = z.sigmoid()
+        return (u - self.alpha / 2) / (1 - self.alpha) if self.undone else u
+
+
+@flow()
+def logit_of_a_small_alpha():
+    return {"forward": Logit(1e-5, True), "example": torch.rand(8, 3, 4, 4)}
+
+
+@flow("warning", "inverse_mismatch")
+def logit_that_forgets_a_small_alpha():
+    return {"forward": Logit(1e-5, False), "example": torch.rand(8, 3, 4, 4)}
+
+
+@flow("bug", "inverse_mismatch")
+def logit_that_forgets_its_alpha():
+    return {"forward": Logit(0.05, False), "example": torch.rand(8, 3, 4, 4)}
+
+
+class Scaled(nn.Module):
+    """Division by a stored standard deviation with an eps."""
+
+    def __init__(self, eps):
+        super().__init__()
+        self.register_buffer("var", torch.rand(4) + 0.5)
+        self.eps = eps
+
+    def forward(self, x):
+        log_std = 0.5 * (self.var + 1e-6).log()
+        return x * (-log_std).exp(), -log_std.sum().expand(len(x))
+
+    def inverse(self, z):
+        return z * (self.var + self.eps).sqrt()
+
+
+@flow()
+def batch_norm_inverse_with_eps():
+    return {"forward": Scaled(1e-6), "example": vectors()}
+
+
+@flow("warning", "inverse_mismatch")
+def batch_norm_inverse_without_eps():
+    return {"forward": Scaled(0.0), "example": vectors()}
+
+
+class Newton(nn.Module):
+    """X + 0.5 tanh(x), inverted by a few steps of Newton's method."""
+
+    def forward(self, x):
+        return x + 0.5 * x.tanh(), (1.5 - 0.5 * x.tanh() ** 2).log().sum(1)
+
+    def inverse(self, z):
+        x = z
+        for _ in range(14):  # to about 1e-6
+            x = x - 0.6 * (x + 0.5 * x.tanh() - z) / (1.5 - 0.5 * x.tanh() ** 2)
+        return x
+
+
+@flow()
+def newton_steps():
+    return {"forward": Newton(), "example": vectors()}
+
+
+class Rotation(nn.Module):
+    """An orthogonal matrix, made and stored in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("w", torch.linalg.qr(torch.randn(6, 6))[0])
+
+    def forward(self, x):
+        return x @ self.w, torch.zeros(len(x))
+
+    def inverse(self, z):
+        return z @ self.w.T
+
+
+class Contraction(nn.Module):
+    """X + 0.5 tanh(x W), inverted by 20 fixed-point iterations."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(3) + 0.1 * torch.randn(3, 3))
+
+    def g(self, x):
+        return 0.4 * (x @ (self.w / torch.linalg.matrix_norm(self.w, 2))).tanh()
+
+    def forward(self, x):
+        w = self.w / torch.linalg.matrix_norm(self.w, 2)
+        slope = 0.4 * (1 - (x @ w).tanh() ** 2)
+        return x + self.g(x), torch.linalg.slogdet(torch.eye(3) + slope[:, :, None] * w.T)[1]
+
+    def inverse(self, z):
+        x = z
+        for _ in range(20):
+            x = z - self.g(x)
+        return x
+
+
+@flow()
+def fixed_point_iterations():
+    return {"forward": Contraction(), "example": vectors(3)}
+
+
+@flow()
+def rotation_stored_in_float32():
+    return {"forward": Rotation(), "example": vectors(6)}
+
+
+@flow()
+def computed_in_float32():
+    return {
+        "forward": lambda x: (x.float().sinh().double(), x.float().cosh().log().sum(1).double()),
+        "inverse": lambda z: z.float().asinh().double(),
+        "example": vectors(),
+    }
+
+
+# --- noise inside -------------------------------------------------------------------------------
+
+
+class Dequantize(nn.Module):
+    """Integers to reals, by noise and a logit; flooring on the way back."""
+
+    def __init__(self, wrong=""):
+        super().__init__()
+        self.logit, self.wrong = Logit(1e-5, wrong != "alpha"), wrong
+
+    def forward(self, x):
+        z, ldj = self.logit((x + torch.rand_like(x)) / 256)
+        return z, ldj - (0 if self.wrong == "bins" else x[0].numel() * math.log(256))
+
+    def inverse(self, z):
+        return (256 * self.logit.inverse(z)).floor().clamp(0, 255)
+
+
+def pixels():
+    return torch.randint(0, 256, (8, 3, 4, 4)).float()
+
+
+@flow("warning", "stochastic")
+def dequantization_with_a_logit():
+    return {"forward": Dequantize(), "example": pixels()}
+
+
+@flow("warning", "stochastic")
+def dequantization_of_other_data():
+    return {"forward": Dequantize(), "example": 255 * torch.rand(8, 3, 4, 4)}
+
+
+@flow("warning", "stochastic")
+def dequantization_without_an_inverse():
+    return {"forward": Dequantize().forward, "inverse": None, "example": pixels()}
+
+
+@flow("warning", "stochastic", "inverse_mismatch")
+def dequantization_that_forgets_a_small_alpha():
+    return {"forward": Dequantize("alpha"), "example": pixels()}
+
+
+@flow("bug", "stochastic", "logdet_mismatch")
+def dequantization_without_the_bins():
+    return {"forward": Dequantize("bins"), "example": pixels()}
+
+
+@flow("bug", "stochastic")
+def noise_on_integers():
+    return {
+        "forward": lambda x: (x + 0.1 * torch.randn_like(x), torch.zeros(len(x))),
+        "example": torch.randint(0, 8, (8, 4)).float(),
+    }
+
+
+# --- constraints of planar flows ----------------------------------------------------------------
+
+
+class Constrained(Planar):
+    """A planar flow whose u is moved along w by a factor over |w|^power."""
+
+    def __init__(self, power, small=False):
+        super().__init__(2)
+        self.power = power
+        if small:
+            self.w.data, self.u.data = self.w.data.tanh() / 2, self.u.data.tanh() / 2
+
+    def forward(self, x):
+        w, wu = self.w, self.w.dot(self.u)
+        u = self.u + (F.softplus(wu) - 1 - wu) * w / w.norm() ** self.power
+        h = torch.tanh(x @ w + self.b)
+        return x + torch.outer(h, u), (1 + (1 - h**2) * w.dot(u)).abs().log()
+
+
+class OnlyIf(Constrained):
+    def forward(self, x):
+        if self.w.dot(self.u) >= -1:
+            return Planar.forward(self, x)
+        return super().forward(x)
+
+
+for power, verdict, codes in ((2, "correct", ()), (1, "bug", ("not_injective",))):
+    for kind in (Constrained, OnlyIf):
+        FLOWS[f"planar_{kind.__name__.lower()}_{power}"] = Case(
+            lambda kind=kind, power=power: {"forward": kind(power, True), "example": vectors(2)},
+            verdict,
+            codes,
+        )
+
+
+@flow()
+def leaky_relu_of_a_learned_slope():
+    p = nn.ParameterList([nn.Parameter(torch.randn(3))])
+
+    def forward(x):
+        slope = torch.where(x < 0, F.softplus(p[0]), 1.0)
+        return x * slope, slope.log().sum(1)
+
+    return {"forward": forward, "state": p, "example": vectors(3)}
+
+
+@flow("bug", "not_injective")
+def leaky_relu_of_any_slope():
+    p = nn.ParameterList([nn.Parameter(torch.full((3,), 0.25))])
+
+    def forward(x):
+        slope = torch.where(x < 0, p[0], 1.0)
+        return x * slope, slope.abs().log().sum(1)
+
+    return {"forward": forward, "state": p, "example": vectors(3)}
+
+
+@flow()
+def radial():
+    p = nn.ParameterList([nn.Parameter(torch.randn(n)) for n in (3, 1, 1)])
+
+    def forward(x):
+        alpha = F.softplus(p[1])
+        beta = F.softplus(p[2]) - alpha
+        d = x - p[0]
+        r = d.norm(dim=1, keepdim=True)
+        h = 1 / (alpha + r)
+        slope = 2 * (1 + beta * h).log() + (1 + beta * h - beta * r * h**2).log()
+        return x + beta * h * d, slope[:, 0]
+
+    return {"forward": forward, "state": p, "example": vectors(3)}
+
+
+# --- the input is changed -----------------------------------------------------------------------
+
+
+@flow("warning", "inplace")
+def forward_changes_x():
+    def forward(x):
+        x *= 2
+        return x + 1, torch.full((len(x),), 4 * math.log(2))
+
+    return {"forward": forward, "inverse": lambda z: (z - 1) / 2, "example": vectors()}
+
+
+@flow("warning", "inplace")
+def inverse_changes_z():
+    return {
+        "forward": lambda x: (2 * x, torch.full((len(x),), 4 * math.log(2))),
+        "inverse": lambda z: z.div_(2),
+        "example": vectors(),
+    }
+
+
+@flow()
+def changes_what_it_made():
+    def forward(x):
+        z = x.clone()
+        z[:, 1:] *= 2
+        return z, torch.full((len(x),), 3 * math.log(2))
+
+    def inverse(z):
+        x = z.clone()
+        x[:, 1:] /= 2
+        return x
+
+    return {"forward": forward, "inverse": inverse, "example": vectors()}
+
+
+@flow("incomplete")
+def no_log_determinant():
+    return {"forward": lambda x: 2 * x, "inverse": lambda z: z / 2, "example": vectors()}
 
 
 # --- reports in public that were wrong: all of these are right ----------------------------------

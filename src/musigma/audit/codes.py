@@ -32,6 +32,9 @@ class Code:
     variants: Mapping[str, Message] = field(default_factory=dict)
 
 
+_LOG_DET = "{what} returns {stated[0]:.6g} nats, and log |det J| is {log_det[0]:.6g} {when}"
+_PER_EXAMPLE = "return (B,), by a sum over all axes but the first: log_det.flatten(1).sum(1)"
+
 CODES: dict[str, Code] = {
     # what is sampled
     "sample_mean": Code("the mean of z is not the encoder's mean"),
@@ -87,6 +90,11 @@ CODES: dict[str, Code] = {
             "": Message(
                 "{name} changes its argument {argument} in place",
                 "compute a new tensor, as in mean + std * eps: no add_(), no += and no out=",
+            ),
+            "flow": Message(
+                "{name} changes its argument {argument} in place",
+                "compute a new tensor: no add_(), no +=, no x[:, i] = ..., and no inplace=True on "
+                "a view of {argument}",
             ),
         },
     ),
@@ -202,27 +210,201 @@ CODES: dict[str, Code] = {
         },
     ),
     # bijections
-    "inverse_mismatch": Code("the inverse does not recover the input of forward"),
-    "inverse_raises": Code("the inverse raises an error"),
+    "inverse_mismatch": Code(
+        "the inverse does not recover the input of forward",
+        {
+            "": Message(
+                "inverse(forward(x)) differs from x by {error:.3g} {when}",
+                "invert forward's operations in reverse order, with the same constants",
+            ),
+            "layer": Message(
+                "inverse(forward(x)) differs from x by {error:.3g} {when}; {layer} does not "
+                "invert itself",
+                "invert that layer's operations in reverse order, with the same constants",
+            ),
+            "small": Message(
+                "inverse(forward(x)) differs from x by {error:.2g} {when}, more than rounding "
+                "explains, and the inverse does not iterate",
+                "one direction adds, clamps or scales by a small constant (an eps, an alpha) that "
+                "the other does not undo",
+            ),
+            "iteration": Message(
+                "inverse(forward(x)) differs from x by {error:.2g} {when}: the inverse iterates, "
+                "and stops early",
+                "take more steps, or a smaller tolerance",
+            ),
+            "split": Message(
+                "inverse(forward(x)) differs from x by {error:.3g} {when}",
+                "return what is split off, and take it back: drawing it again is sampling",
+            ),
+            "shape": Message("{reason}", "return x, in the shape that it had"),
+            "grid": Message(
+                "the inverse removes the noise of forward, but returns another value than x in "
+                "{share:.2%} of the elements",
+                "one direction adds, clamps or scales by a constant (an alpha) that the other "
+                "does not undo",
+            ),
+        },
+    ),
+    "inverse_raises": Code(
+        "the inverse raises an error",
+        {
+            "": Message(
+                "{reason}",
+                "the inverse must accept the output of forward, in any state, on every call",
+            ),
+        },
+    ),
     "stochastic": Code(
         "two calls on the same input differ",
         {
+            "bijection": Message(
+                "two calls on the same input differ by {difference:.2g}",
+                "a bijection draws nothing: move the noise out of it, or count its log-density",
+            ),
+            "training": Message(
+                "in training mode, the present mode of the flow, two calls on one input differ by "
+                "{difference:.2g}; in evaluation mode they do not",
+                "call .eval() before likelihoods are compared; without dropout in the networks of "
+                "a flow, its training density is that of evaluation too",
+            ),
+            "dequantization": Message(
+                "two calls on the same input differ by {difference:.2g}, and x can be recovered "
+                "from each: dequantization, or another surjection, which draws by design",
+                "log p(x) >= log p(z) + log_det - log q(noise | x): report it as a bound",
+            ),
             "log_prob": Message(
                 "log_prob of the same points is {value:.6g} in one call and {again:.6g} in the "
                 "next, so figures differ from run to run",
                 "use no random numbers in log_prob, or report the mean of many calls",
             ),
+            "estimate": Message(
+                "the log-determinant is an estimate with a standard deviation of {std:.2g} nats",
+                "average several draws when likelihoods are reported",
+            ),
         },
     ),
-    "stale_inverse": Code("the inverse uses old parameters after an update"),
-    "logdet_mismatch": Code("the log-determinant is not log |det J|"),
-    "logdet_shape": Code("the log-determinant is not one number per example"),
-    "logdet_nan": Code("the log-determinant is not a number where the layer is invertible"),
-    "inverse_logdet_sign": Code("the inverse returns the log-determinant with the wrong sign"),
-    "inverse_logdet_mismatch": Code("the inverse's log-determinant is wrong"),
+    "stale_inverse": Code(
+        "the inverse uses old parameters after an update",
+        {
+            "": Message(
+                "after an update of the parameters the inverse is off by {error:.3g}: it was "
+                "computed before the update and cached",
+                "compute the inverse from the parameters on each call, or drop the cache when "
+                "they change (compare their ._version)",
+            ),
+        },
+    ),
+    "logdet_mismatch": Code(
+        "the log-determinant is not log |det J|",
+        {
+            "": Message(
+                _LOG_DET,
+                "sum the logarithms of the absolute slopes of this forward over all elements",
+            ),
+            "sign": Message(f"{_LOG_DET}: it has the wrong sign", "negate it"),
+            "batch": Message(
+                f"{_LOG_DET}: it is summed over the batch", "sum over all axes but the first"
+            ),
+            "zero": Message(
+                f"{_LOG_DET}: it is always zero",
+                "add the logarithms of the slopes of what forward does",
+            ),
+            "missing factor": Message(
+                f"{_LOG_DET}: a factor of {{factor:g}} ({{meaning}}) is missing",
+                "multiply it by {factor:g}",
+            ),
+            "extra factor": Message(
+                f"{_LOG_DET}: a factor of {{factor:g}} ({{meaning}}) is too much",
+                "divide it by {factor:g}",
+            ),
+            "accumulated": Message(
+                "forward does not add its log-determinant to the one that it is given as "
+                "{argument}",
+                "return {argument} + log_det, both of shape (B,)",
+            ),
+            "layers": Message(
+                "the whole flow returns {stated[0]:.6g} nats, and its layers together "
+                "{log_det[0]:.6g}",
+                "add up the log-determinants of all layers, each once",
+            ),
+            "estimate": Message(
+                "the estimate is {stated[0]:.4g} nats on average, and log |det J| is "
+                "{log_det[0]:.4g}",
+                "the estimator is biased: use more terms, or an unbiased number of them",
+            ),
+        },
+    ),
+    "logdet_shape": Code(
+        "the log-determinant is not one number per example",
+        {
+            "elements": Message(
+                "the log-determinant has several numbers for each example; their sum is right",
+                _PER_EXAMPLE,
+            ),
+            "column": Message(
+                "the log-determinant has the shape (B, 1), which is right only where all that it "
+                "is added to has it too: with (B,) it makes (B, B)",
+                _PER_EXAMPLE,
+            ),
+            "number": Message(
+                "the log-determinant is one number for the whole batch; it is right for each "
+                "example",
+                "expand it to one number per example: log_det.expand(len(x))",
+            ),
+            "outer": Message(
+                "the log-determinant has the shape (B, B): (B,) and (B, 1) were added",
+                _PER_EXAMPLE,
+            ),
+            "reduced": Message(
+                "the log-determinant is one number: the {reduction} over the batch", _PER_EXAMPLE
+            ),
+            "other": Message(
+                "the log-determinant has a shape that does not fit the batch",
+                "return one number per example, shape (B,)",
+            ),
+        },
+    ),
+    "logdet_nan": Code(
+        "the log-determinant is not a number where the layer is invertible",
+        {
+            "": Message(
+                "the log-determinant is NaN or infinite {when}, where z is finite",
+                "take log |det|: torch.linalg.slogdet(W)[1], and abs() before log",
+            ),
+            "negative": Message(
+                "the log-determinant is NaN or infinite where a matrix is invertible and has a "
+                "negative determinant",
+                "take log |det W|: torch.linalg.slogdet(W)[1], not logdet(W) or log(det(W))",
+            ),
+        },
+    ),
+    "inverse_logdet_sign": Code(
+        "the inverse returns the log-determinant with the wrong sign",
+        {
+            "": Message(
+                "the inverse returns the log-determinant of forward, with the same sign",
+                "return the negative: log |det dx/dz| = -log |det dz/dx|",
+            ),
+        },
+    ),
+    "inverse_logdet_mismatch": Code(
+        "the inverse's log-determinant is wrong",
+        {
+            "": Message(
+                "the log-determinants of both directions add up to {difference:.3g}, not zero",
+                "return the negative of what forward returns at the same x",
+            ),
+        },
+    ),
     "cross_sample": Code(
         "an example's output depends on the others in its batch",
         {
+            "bijection": Message(
+                "an example's z changes by {difference:.2g} when the others of its batch are "
+                "replaced",
+                "compute statistics over the axes of one example, or use stored ones",
+            ),
             "log_prob": Message(
                 "log_prob of one point is {alone:.6g} by itself, {batch:.6g} in a batch of {n} "
                 "points, and {among:.6g} among other points: there is no density of one point",
@@ -235,11 +417,46 @@ CODES: dict[str, Code] = {
                 "point, (B,); of a torch Transform that returns (B,), domain and codomain are "
                 "constraints.independent(constraints.real, 1)",
             ),
+            "training": Message(
+                "in training mode, the present mode of the flow, an example's z changes by "
+                "{difference:.2g} with the other examples of its batch; in evaluation mode it "
+                "does not",
+                "batch statistics couple examples, so log p(x) in training mode is not a density; "
+                "evaluate with .eval(), or use activation normalization",
+            ),
         },
     ),
-    "not_injective": Code("the determinant changes sign, so this is not a bijection"),
-    "ddi_wrong": Code("data-dependent initialization does not standardize its output"),
-    "ddi_reinit": Code("a reloaded layer initializes itself again"),
+    "not_injective": Code(
+        "the determinant changes sign, so this is not a bijection",
+        {
+            "": Message(
+                "det J is positive at {positive} points and negative at {negative}{parameters}",
+                "constrain the parameters so that f stays monotone (planar flow: w'u >= -1, by "
+                "u + (softplus(w'u) - 1 - w'u) w / |w|^2)",
+            ),
+        },
+    ),
+    "ddi_wrong": Code(
+        "data-dependent initialization does not standardize its output",
+        {
+            "": Message(
+                "after its first batch, {layer} has channel means up to {mean:.3g} from zero and "
+                "standard deviations from {least:.3g} to {largest:.3g}",
+                "set the shift to -mean and the scale to 1 / std of the batch, over all axes but "
+                "the channels, in the order in which forward applies them",
+            ),
+        },
+    ),
+    "ddi_reinit": Code(
+        "a reloaded layer initializes itself again",
+        {
+            "": Message(
+                "saved after its first batch and loaded again, it initializes itself again: the "
+                "same input gives another z, by {difference:.2g}",
+                "make the flag a buffer: self.register_buffer('initialized', torch.tensor(False))",
+            ),
+        },
+    ),
     # densities and figures
     "log_prob_shape": Code(
         "log_prob does not return one number per point",
@@ -303,7 +520,16 @@ CODES: dict[str, Code] = {
     "dead_units": Code("some units of a latent carry no information"),
     "saturated_units": Code("scales are at the limit of their format"),
     "aggregate_prior": Code("the aggregate posterior is not the prior"),
-    "ill_conditioned": Code("inverting a layer loses digits"),
+    "ill_conditioned": Code(
+        "inverting a layer loses digits",
+        {
+            "round_trip": Message(
+                "a round trip is off by {error:.2g} in float32, and right in float64; the largest "
+                "condition number is {condition:.2g}, of {layer}",
+                "decode in float64, or bound the scales and the matrices' singular values",
+            ),
+        },
+    ),
     "miscalibrated": Code("whitened latents of the data are not standard normal"),
     "dequantisation": Code("dequantization and scaling are accounted for incorrectly"),
     # what could not be checked
@@ -317,6 +543,10 @@ CODES: dict[str, Code] = {
             "density": Message(
                 "log_prob is NaN at points between others that have mass",
                 "keep arguments of logarithms above zero, and those of inverses in their range",
+            ),
+            "latents": Message(
+                "{share:.0%} of the numbers of z are NaN or infinite at the example",
+                "find the first layer whose output is not finite, at an input of this range",
             ),
         },
     ),

@@ -16,23 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musigma.audit.bijection import log_det_of
 from musigma.audit.findings import AuditError, AuditReport, distance
-from musigma.audit.flow_adapter import log_det_of
+from musigma.audit.flow_faults import report, report_raising_inverse
+from musigma.audit.flow_layers import check_layers
+from musigma.audit.flow_measurement import BUG_32, SAME, TOLERANCE_32, FlowAudit, Measurement
 from musigma.audit.flow_parameters import (
     check_determinant_sign,
     check_initialization,
     check_negative_determinants,
     check_random_parameters,
 )
-from musigma.audit.flow_state import (
-    BUG_32,
-    SAME,
-    TOLERANCE_32,
-    FlowAudit,
-    Measurement,
-)
-from musigma.audit.layerwise import check_layers
-from musigma.audit.sandbox import Sandbox, TooSlowError, about_types, by_float_type
+from musigma.audit.sandbox import Sandbox, about_types, by_float_type
 
 __all__ = ["audit_flow"]
 
@@ -48,15 +43,16 @@ def audit_flow(
 
     Args:
         forward: ``x -> (z, log_det)``: a function, a module, a `torch.distributions.Transform`, or
-            a sequence of layers that each are one of these. log_det in nats: (B,), (B, 1), one
-            number for all, or one for each element.
+            a sequence of layers that each are one of these. log_det in nats, (B,); it may be added
+            to an argument, as in ``forward(x, ldj, reverse=False)``.
         inverse: ``z -> x`` or ``z -> (x, log_det)``; None: looked for on `forward`.
         example: A batch (B, ...) of data for the flow.
         state: The modules whose parameters are moved, and which are saved and loaded; None: those
             that the callables use.
 
     Returns:
-        The report; `details` has condition numbers and errors.
+        The report; `details` has condition numbers and errors. It is incomplete if the
+        log-determinant could not be compared.
 
     Raises:
         AuditError: If there is no example, or forward raises, does not end, or returns something
@@ -89,18 +85,18 @@ def audit_flow(
 
 def _audit(audit: FlowAudit) -> AuditReport:
     _call_first(audit)
-    if "not_finite" not in audit.findings:
-        _check_purity(audit)
-        if not audit.is_stochastic:
-            check_initialization(audit)
-            unperturbed = _check_unperturbed(audit)
-            checks = [check_random_parameters, check_negative_determinants]
-            checks += [check_determinant_sign, check_layers] if audit.square else []
-            for check in [*checks, _check_single_precision]:
-                check(audit, unperturbed)
-                audit.restore()
-        elif audit.flow.invertible:
-            _check_surjection(audit)
+    if "not_finite" not in audit.findings and _check_purity(audit):
+        check_initialization(audit)
+        unperturbed = _check_unperturbed(audit)
+        checks = [_check_accumulation, check_random_parameters, check_negative_determinants]
+        checks += [check_determinant_sign, check_layers] if audit.square else []
+        for check in [*checks, _check_single_precision]:
+            check(audit, unperturbed)
+            audit.restore()
+    for name, argument in audit.flow.changed.items():
+        audit.warn("inplace", "flow", name=name, argument=argument)
+    if not audit.compared and not any(code.startswith("logdet") for code in audit.findings):
+        audit.missing.append("the log-determinant: " + (audit.why_not or "it was not compared"))
     audit.assumed += audit.flow.notes
     return audit.build()
 
@@ -123,6 +119,8 @@ def _call_first(audit: FlowAudit) -> None:
             audit.tolerance, audit.bug_error = TOLERANCE_32, BUG_32
             audit.assumed.append("log-determinants come in float32: tolerances are wider")
     d, elements = image.flat.shape[1], audit.x[0].numel()
+    if image.raw is None:
+        audit.why_not = "forward returns none"
     if d != elements:
         sizes = f"z has {d} numbers for each example, and x {elements}"
         if not audit.flow.invertible:
@@ -131,24 +129,23 @@ def _call_first(audit: FlowAudit) -> None:
                 "out, as a list of tensors"
             )
         audit.square = False
-        audit.unchecked.append(
-            f"log-determinant: {sizes}; return what is factored out as well, as a list of tensors"
-        )
+        audit.why_not = f"{sizes}; return what is factored out as well, as a list of tensors"
     bad = float((~image.flat.isfinite()).double().mean())
     if bad:
-        audit.bug(
-            "not_finite",
-            f"{bad:.0%} of the numbers of z are NaN or infinite at the example",
-            "find the first layer whose output is not finite, at an input of this range",
-            share=bad,
-        )
-    if image.raw is None:
-        audit.unchecked.append("log-determinant: forward returns none")
+        audit.bug("not_finite", "latents", share=bad)
+    if not audit.flow.invertible:
+        audit.unchecked.append("the inverse: there is none")
 
 
-def _check_purity(audit: FlowAudit) -> None:
-    """Whether the flow is deterministic and treats examples separately, in its present mode."""
-    training = any(m.training for root in audit.sandbox.modules for m in root.modules())
+# --- a function of one example ------------------------------------------------------------------
+
+
+def _check_purity(audit: FlowAudit) -> bool:
+    """Whether the flow is deterministic, or draws what its inverse removes.
+
+    Also whether it treats examples separately; both in its present mode.
+    """
+    training = any(m.training for m in audit.sandbox.layers())
     noise, log_det_noise, coupling = _impurity(audit)
     if training and (noise > SAME or coupling > audit.tolerance):
         for root in audit.sandbox.modules:
@@ -158,44 +155,25 @@ def _check_purity(audit: FlowAudit) -> None:
         audit.was_training = True
         audit.assumed.append("the flow is in training mode; the other checks use evaluation mode")
         if given_noise > SAME >= noise:
-            audit.warn(
-                "stochastic",
-                "in training mode, the present mode of the flow, two calls on one input differ by "
-                f"{given_noise:.2g}; in evaluation mode they do not",
-                "call .eval() before likelihoods are compared; without dropout in the networks of "
-                "a flow, its training density is that of evaluation too",
-                difference=given_noise,
-            )
+            audit.warn("stochastic", "training", difference=given_noise)
         if given_coupling > audit.tolerance >= max(coupling, given_noise):
-            audit.warn(
-                "cross_sample",
-                "in training mode, the present mode of the flow, an example's z changes by "
-                f"{given_coupling:.2g} with the other examples of its batch; in evaluation mode "
-                "it does not",
-                "batch statistics couple examples, so log p(x) in training mode is not a density; "
-                "evaluate with .eval(), or use activation normalization",
-                difference=given_coupling,
-            )
+            audit.warn("cross_sample", "training", difference=given_coupling)
     if noise > SAME:
-        audit.is_stochastic = True
-        audit.bug(
-            "stochastic",
-            f"two calls on the same input differ by {noise:.2g}",
-            "a bijection draws nothing: move the noise out of it, or count its log-density",
-            difference=noise,
-        )
-        return
-    audit.checked.append("two calls on the same input agree")
+        if not _removes_noise(audit, noise):
+            audit.bug("stochastic", "bijection", difference=noise)
+            audit.why_not = "forward draws noise"
+            return False
+        audit.flow.fixed_draws = True
+        audit.assumed.append("forward draws the same noise on each call of the other checks")
+        _, log_det_noise, coupling = _impurity(audit)
+    else:
+        audit.checked.append("two calls on the same input agree")
     audit.noisy_log_det = log_det_noise > SAME
     if coupling > audit.tolerance:
-        audit.bug(
-            "cross_sample",
-            f"an example's z changes by {coupling:.2g} when the others of its batch are replaced",
-            "compute statistics over the axes of one example, or use stored ones",
-            difference=coupling,
-        )
+        audit.bug("cross_sample", "bijection", difference=coupling)
     else:
         audit.checked.append("no example's output depends on the others in its batch")
+    return True
 
 
 def _impurity(audit: FlowAudit) -> tuple[float, ...]:
@@ -234,49 +212,68 @@ def _differences(audit: FlowAudit) -> tuple[float, ...]:
     )
 
 
-def _check_surjection(audit: FlowAudit) -> None:
-    """Whether the inverse of a stochastic forward recovers x all the same."""
+def _removes_noise(audit: FlowAudit, noise: float) -> bool:
+    """Whether x can be recovered from what a stochastic forward returns: dequantization."""
+    n = 50 if audit.seconds_per_call < 0.01 else 5
+    share = 1.0
     with suppress(AuditError):
-        image = audit.flow.forward(audit.x)
-        back, _ = audit.flow.inverse(image.tree, audit.x)
-        if distance(back, audit.x) <= audit.tolerance:
-            bug = audit.findings.pop("stochastic")
-            audit.warn(
-                "stochastic",
-                f"{bug.message}; the inverse recovers x all the same: a surjection, or "
-                "dequantization, whose bound needs the noise's log-density",
-                "log p(x) >= log p(z) + log_det - log q(noise | x)",
-                **bug.numbers,
+        if audit.flow.invertible:
+            x, again = audit.x, [_returned(audit, audit.x) for _ in range(2)]
+            if distance(again[0], x) > audit.tolerance:
+                x = again[0]  # the given x was not among the values that the inverse returns
+            wrong = [(_returned(audit, x) - x).abs() > audit.tolerance for _ in range(n)]
+            share = float(torch.stack(wrong).double().mean())
+        elif (audit.example == audit.example.round()).all():
+            low, high = audit.example.min(), audit.example.max()
+            x = audit.x.floor().clamp(low, (high - 1).clamp(min=low))
+            z, above = (
+                torch.stack([audit.flow.forward(v).flat for _ in range(n)]) for v in (x, x + 1)
             )
-    audit.unchecked.append("the log-determinant of a stochastic forward")
+            filled = (z.amax(0) - z.amin(0)) / (above.mean(0) - z.mean(0))
+            share = float(((z.amax(0) > above.amin(0)) | (filled < 0.8)).double().mean())
+    if share > 0.05:
+        return False
+    audit.warn("stochastic", "dequantization", difference=noise)
+    if share > 1e-4:
+        audit.warn("inverse_mismatch", "grid", share=share)
+    elif audit.flow.invertible:
+        audit.checked.append(f"the inverse removes the noise of forward, in {n} draws")
+    audit.flow.invertible = False  # flooring is no inverse where x is not on the grid
+    return True
+
+
+def _returned(audit: FlowAudit, x: Tensor) -> Tensor:
+    return audit.flow.inverse(audit.flow.forward(x).tree, x)[0]
+
+
+# --- both directions ----------------------------------------------------------------------------
 
 
 def _check_unperturbed(audit: FlowAudit) -> Measurement:
     audit.restore = audit.sandbox.snapshot()
     measured = audit.measure()
     if measured.inverse_error is not None:
-        _report_raising_inverse(audit, measured.inverse_error)
-    audit.report_errors(measured, "with its own parameters")
+        report_raising_inverse(audit, measured.inverse_error)
+    report(audit, measured, "with its own parameters")
     if measured.volume is not None and measured.volume.condition.isfinite().all():
         audit.details["condition"] = float(measured.volume.condition.max())
     return measured
 
 
-def _report_raising_inverse(audit: FlowAudit, error: AuditError) -> None:
-    cause, double = error.__cause__, audit.sandbox.dtype == torch.float64
-    if isinstance(error, TooSlowError) or (double and cause is not None and about_types(error)):
-        raise error
-    if isinstance(cause, NotImplementedError):
-        audit.unchecked.append("inverse: it is not implemented")
-    elif cause is None:
-        audit.bug("inverse_mismatch", str(error), "return x, in the shape that it had")
-    else:
-        audit.bug(
-            "inverse_raises",
-            str(error),
-            "the inverse must accept the output of forward, in any state, on every call",
-        )
-    audit.flow.invertible = False
+def _check_accumulation(audit: FlowAudit, unperturbed: Measurement) -> None:
+    """Whether a forward that takes a log-determinant adds to it."""
+    raw = audit.flow.forward(audit.x).raw
+    if audit.flow.adds_to is None or not isinstance(raw, Tensor) or unperturbed.nan_log_det:
+        return
+    shape = raw.shape if raw.ndim else (len(audit.x),)
+    before = torch.arange(1.0, 1.0 + math.prod(shape)).reshape(shape)
+    with suppress(AuditError):
+        after = audit.flow.forward(audit.x, total=before).raw
+        after = torch.as_tensor(torch.nan if after is None else after).detach()
+        if after.shape == before.shape and distance(after - before, raw.expand(shape)) < 1e-6:
+            audit.checked.append(f"the log-determinant is added to {audit.flow.adds_to}")
+        else:
+            audit.bug("logdet_mismatch", "accumulated", argument=audit.flow.adds_to)
 
 
 def _check_single_precision(audit: FlowAudit, _unperturbed: Measurement) -> None:
@@ -287,8 +284,7 @@ def _check_single_precision(audit: FlowAudit, _unperturbed: Measurement) -> None
     x = audit.few.float()
     audit.sandbox.use_dtype(torch.float32)
     with suppress(AuditError):
-        image = audit.flow.forward(x)
-        back, _ = audit.flow.inverse(image.tree, x)
+        back = _returned(audit, x)
         error = distance(back, x) if back.isfinite().all() else math.inf
         audit.details["round_trip_float32"] = error
         if error > BUG_32:
@@ -297,9 +293,8 @@ def _check_single_precision(audit: FlowAudit, _unperturbed: Measurement) -> None
             worst = max(conditions, key=conditions.__getitem__)
             audit.warn(
                 "ill_conditioned",
-                f"a round trip is off by {error:.2g} in float32, and right in float64; the "
-                f"largest condition number is {conditions[worst]:.2g}, of {worst}",
-                "decode in float64, or bound the scales and the matrices' singular values",
+                "round_trip",
                 error=error,
+                layer=worst,
                 condition=conditions[worst],
             )

@@ -3,13 +3,14 @@
 Codebases write a bijection in many ways: a module with `inverse` or `reverse`, a keyword that
 inverts `forward`, a pair of functions, a `torch.distributions.Transform`, a list of layers; with
 latents as one tensor or as one for each scale; with a log-determinant that comes second, first, or
-is accumulated from an argument. `FlowAdapter` gives them one interface.
+is added to an argument. `FlowAdapter` gives them one interface.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,19 +24,23 @@ from musigma.audit.sandbox import Sandbox, first_form
 from musigma.model import Bijection, Chain
 
 __all__ = [
-    "FlowAdapter", "Image", "detached", "flatten", "inverse_of", "log_det_of", "map_tensors",
-    "read",
+    "FLAGS", "FlowAdapter", "Image", "detached", "flatten", "inverse_of", "log_det_of",
+    "map_tensors", "read", "total_of",
 ]  # fmt: skip
 
 INVERSES = ("inverse", "reverse", "backward", "invert", "inv", "inverse_transform", "_inverse")
 FLAGS = ("reverse", "rev", "inverse", "invert", "inv")  # keywords that invert forward
-TOTALS = ("logdet", "log_det", "ldj", "sldj", "logdets", "log_dets", "objective", "log_det_jac")
 MODES = {"direct": "inverse", "forward": "inverse", "encode": "decode"}
+TOTAL = re.compile(r"log_?(abs_?)?det|ldj|ladj|objective")  # an accumulated log-determinant
 
 
-def flatten(tree: Any) -> Tensor:
-    """All numbers of each example, of all tensors of a structure: (B, D)."""
-    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in _leaves(tree)], 1)
+def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
+    """A structure of tuples, lists and dictionaries with a function of each of its tensors."""
+    if isinstance(tree, Tensor):
+        return fn(tree)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tensors(fn, part) for part in tree)
+    return {k: map_tensors(fn, v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _leaves(tree: Any) -> list[Tensor]:
@@ -48,13 +53,9 @@ def _numbers(tree: Any) -> int:
     return sum(leaf.numel() for leaf in _leaves(tree))
 
 
-def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
-    """A structure of tuples, lists and dictionaries with a function of each of its tensors."""
-    if isinstance(tree, Tensor):
-        return fn(tree)
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(map_tensors(fn, part) for part in tree)
-    return {k: map_tensors(fn, v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+def flatten(tree: Any) -> Tensor:
+    """All numbers of each example, of all tensors of a structure: (B, D)."""
+    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in _leaves(tree)], 1)
 
 
 def detached(tree: Any) -> Any:
@@ -78,18 +79,20 @@ def log_det_of(raw: Any, rows: int) -> tuple[Tensor, str]:
     """A log-determinant as numbers (B,), and what it was.
 
     Returns:
-        The numbers in float64, and "example": one each; "number": a tensor of one for all;
-        "literal": a Python number; "elements": many for each example, here summed; "other":
-        anything else, here summed for all.
+        The numbers in float64, and "example": (B,); "column": (B, 1); "number": a tensor of one
+        for all; "literal": a Python number; "outer": (B, B), of which the diagonal is taken;
+        "elements": many for each example, here summed; "other": anything else, here summed.
     """
     value = torch.as_tensor(raw).detach().double()
     if not isinstance(raw, Tensor):
         return value.expand(rows), "literal"
-    if value.ndim and value.shape[0] == rows and value.numel() == rows:
-        return value.reshape(rows), "example"
+    if value.ndim and len(value) == value.numel() == rows:
+        return value.reshape(rows), "example" if value.ndim == 1 else "column"
     if value.numel() == 1:
         return value.reshape(1).expand(rows), "number"
-    if value.ndim > 1 and value.shape[0] == rows:
+    if value.shape == (rows, rows):
+        return value.diagonal(), "outer"
+    if value.ndim > 1 and len(value) == rows:
         return value.reshape(rows, -1).sum(1), "elements"
     return value.sum().expand(rows), "other"
 
@@ -152,17 +155,25 @@ def inverse_of(owner: Any) -> Callable[..., Any] | None:
     return None
 
 
-def _with_total(call: Any) -> Any:
-    """A callable; one that must be given a log-determinant to add to is given zero."""
-    parameters = _parameters(call)
-    for name in TOTALS:
-        if name in parameters and parameters[name].default in (None, inspect.Parameter.empty):
-            return lambda x: call(x, **{name: torch.zeros(len(x))})
-    return call
+def total_of(call: Any) -> tuple[str, bool] | None:
+    """The argument to which a callable adds its log-determinant, and whether it must be given."""
+    for name, parameter in list(_parameters(call).items())[1:]:
+        default = parameter.default
+        needed = default is None or default is inspect.Parameter.empty
+        starts = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if TOTAL.search(name.lower()) and (needed or starts):
+            return name, needed
+    return None
 
 
 class FlowAdapter:
     """A flow of any codebase; without an `inverse`, it is looked for on `forward`.
+
+    Attributes:
+        notes: What was assumed about the callables.
+        adds_to: The argument to which forward adds its log-determinant; None if there is none.
+        fixed_draws: Whether forward draws the same random numbers on each call.
+        changed: The callables that changed their argument in place: "forward", "inverse".
 
     Raises:
         AuditError: If `forward` is not callable.
@@ -170,8 +181,7 @@ class FlowAdapter:
 
     def __init__(self, sandbox: Sandbox, forward: Any, inverse: Any = None):
         self.sandbox, self.notes, self.takes_list = sandbox, [], False
-        # a log-determinant for each element is this kind's convention
-        self.elementwise = isinstance(forward, Transform)
+        self.fixed_draws, self.changed = False, dict[str, str]()
         if isinstance(forward, Chain):
             if not all(isinstance(layer, Bijection) for layer in forward.layers):
                 raise AuditError(
@@ -182,8 +192,9 @@ class FlowAdapter:
         if type(forward) is nn.Sequential or isinstance(forward, (nn.ModuleList, list, tuple)):
             backs = [inverse_of(layer) for layer in reversed(list(forward))]
             if inverse is None and None not in backs:
-                inverse = functools.partial(_run_layers, backs)
-            forward = functools.partial(_run_layers, [_call_of(layer) for layer in forward])
+                inverse = functools.partial(_run_layers, [_started(back) for back in backs])
+            calls = [_started(_call_of(layer)) for layer in forward]
+            forward = functools.partial(_run_layers, calls)
         elif not callable(forward):
             raise AuditError(f"forward: expected a callable; got {type(forward).__name__}")
         elif inverse is None:
@@ -192,25 +203,35 @@ class FlowAdapter:
                 owner = forward.__self__
             if isinstance(owner, (nn.Module, Transform)) or owner is not forward:
                 inverse = inverse_of(owner)
-            if inverse is not None and not self.elementwise:
+            if inverse is not None and not isinstance(forward, Transform):
                 self.notes.append(f"the inverse is {_name(inverse)}")
             flags = inverse.keywords if isinstance(inverse, functools.partial) else {}
             if False in flags.values():  # forward was the inverted direction
                 forward = inverse
                 inverse = functools.partial(owner, **dict.fromkeys(flags, True))
-        self._forward = _with_total(_call_of(forward))
+        self._forward = _call_of(forward)
+        self.adds_to = (total_of(self._forward) or (None,))[0]
+        self._start = _started(self._forward)
         self.invertible = inverse is not None
-        self._inverse = _with_total(_call_of(inverse))
+        self._inverse = _started(inverse)
 
-    def forward(self, x: Tensor, notes: list[str] | None = None) -> Image:
-        """The flow's output for a copy of x.
+    def forward(
+        self, x: Tensor, notes: list[str] | None = None, total: Tensor | None = None
+    ) -> Image:
+        """The flow's output for a copy of x; its log-determinant is added to `total`.
 
         Raises:
             AuditError: If it raises, or returns something other than (z, log_det).
         """
-        given = [x.clone()] if self.takes_list else x.clone()
-        image = read(self.sandbox.call("forward", self._forward, given), x, "forward", notes)
-        return _check_rows(image, x, "forward")
+        if self.fixed_draws:
+            self.sandbox.reseed()
+        call, copy = self._start, x.clone()
+        if total is not None and self.adds_to:
+            call = functools.partial(self._forward, **{self.adds_to: total})
+        value = self.sandbox.call("forward", call, [copy] if self.takes_list else copy)
+        if not torch.equal(copy, x):
+            self.changed["forward"] = "x"
+        return _check_rows(read(value, x, "forward", notes), x, "forward")
 
     def first_call(self, x: Tensor) -> Image:
         """The first output; finds out whether the flow takes x as a tensor or in a list.
@@ -233,6 +254,8 @@ class FlowAdapter:
         """
         z = detached(tree)  # a copy, so that caches keyed by the tensor do not help
         image = read(self.sandbox.call("inverse", self._inverse, z), x, "inverse")
+        if not torch.allclose(flatten(z), flatten(tree), 0.0, 0.0, equal_nan=True):
+            self.changed["inverse"] = "z"
         flat = _check_rows(image, x, "inverse").flat
         if flat.numel() != x.numel():
             raise AuditError(
@@ -261,28 +284,35 @@ def _name(call: Any) -> str:
     return getattr(call, "__name__", type(call).__name__)
 
 
+def _started(call: Any) -> Any:
+    """A callable of x alone: one that must be given a log-determinant is given zeros."""
+    name, needed = total_of(call) or ("", False)
+    return (lambda x: call(x, **{name: torch.zeros(len(x))})) if needed else call
+
+
 def _call_of(layer: Any) -> Callable[..., Any]:
     is_transform = isinstance(layer, Transform)
     return functools.partial(_apply_transform, layer) if is_transform else layer
 
 
 def _apply_transform(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the sum of the log-determinant, which has an entry for each event."""
     y = transform(x)
-    return y, transform.log_abs_det_jacobian(x, y)
+    log_det = transform.log_abs_det_jacobian(x, y)
+    return y, log_det.flatten(1).sum(1) if log_det.ndim > 1 else log_det
 
 
 def _run_layers(calls: Sequence[Any], x: Any) -> tuple[Any, Any]:
     """Layers in a row; the sum of their log-determinants, if each returns one."""
     total: Any = 0.0
     for call in calls:
-        given = flatten(x)
-        image = read(call(x), given, "a layer")
+        image = read(call(x), flatten(x), "a layer")
         x = image.tree
         if image.raw is None or total is None:
             total = None
             continue
-        value = torch.as_tensor(image.raw)
-        if value.ndim > 1 and len(value) == len(given):
-            value = value.flatten(1).sum(1)
-        total = total + value
+        try:
+            total = total + image.raw
+        except RuntimeError:  # shapes that cannot be added are judged as no shape of a batch
+            total = torch.cat([total.flatten(), image.raw.flatten()])
     return x, total

@@ -6,16 +6,16 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from musigma.audit.bijection import FLAGS, Image, inverse_of, log_det_of, read, total_of
 from musigma.audit.findings import AuditError, distance
-from musigma.audit.flow_adapter import Image, inverse_of, log_det_of, read
-from musigma.audit.flow_state import FlowAudit, Measurement, log_det_error
+from musigma.audit.flow_faults import log_det_fault
+from musigma.audit.flow_measurement import FlowAudit, Measurement, log_det_error
 from musigma.audit.sandbox import first, forward_hooks
 from musigma.audit.volume import DENSE, volume
 
@@ -31,7 +31,7 @@ def check_layers(audit: FlowAudit, unperturbed: Measurement) -> None:
         return
     whole = unperturbed.volume is not None
     conditions: dict[str, float] = {}
-    compared, unclear = 0, []
+    compared, unclear, adds_up = 0, [], False
     for std in dict.fromkeys([audit.perturbation, *[0.0] * (not audit.slow)]):
         audit.reset(std)
         try:
@@ -52,17 +52,16 @@ def check_layers(audit: FlowAudit, unperturbed: Measurement) -> None:
             if std == 0.0 and condition > 0:
                 conditions[layer.name] = condition
         if not whole and not audit.noisy_log_det:
-            _check_sum(audit, seen)
+            adds_up |= _check_sum(audit, seen)
         _name_wrong_inverse(audit, seen)
     if compared:
         audit.checked.append(f"{compared} log-determinants, layer by layer")
+        audit.compared |= adds_up and not unclear
     if conditions:
         audit.details["conditions"] = conditions
-    elif unperturbed.stated is not None and not compared:
-        unclear.append("the whole")
     if unclear and not whole:
         names = ", ".join(dict.fromkeys(unclear))[:200]
-        audit.unchecked.append(f"log-determinant, because of the many elements, of: {names}")
+        audit.why_not = f"there are many elements, and no known structure in {names}"
 
 
 class _Layer:
@@ -80,20 +79,26 @@ class _Layer:
         """Whether an argument is a log-determinant that was accumulated before the layer."""
         return isinstance(value, Tensor) and value.shape in ((), (len(self.x),))
 
-    def run(self, x: Tensor) -> Image:
-        """The layer's (z, log_det)."""
+    def call(self, x: Tensor, **flags: Any) -> Image:
+        """The layer's (z, log_det); with a flag that inverts it, its (x, log_det)."""
         rest = [torch.zeros_like(a) if self.is_total(a) else a for a in self.args]
         named = {k: torch.zeros_like(a) if self.is_total(a) else a for k, a in self.kwargs.items()}
-        call = partial(self.module, **named)
+        call = partial(self.module, **named | flags)
         return read(self.audit.sandbox.call(self.name, call, x, *rest), x, self.name)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.run(x).flat
+        return self.call(x).flat
 
     @property
-    def back(self) -> Callable[..., Any] | None:
-        """The layer's inverse, if it takes z only."""
-        return None if self.args or self.kwargs else inverse_of(self.module)
+    def back(self) -> Callable[[Tensor], Any] | None:
+        """The layer's inverse, if it is called with nothing but z and what was accumulated."""
+        inverse = inverse_of(self.module)
+        values = [*self.args, *(v for k, v in self.kwargs.items() if k not in FLAGS)]
+        if inverse is None or not all(map(self.is_total, values)):
+            return None
+        if isinstance(inverse, partial) and total_of(self.module):
+            return lambda z: self.call(z, **inverse.keywords).tree
+        return inverse if not values else None
 
 
 def _layers(audit: FlowAudit) -> list[_Layer]:
@@ -132,24 +137,26 @@ def _check_layer(layer: _Layer, std: float) -> float | None:
     audit = layer.audit
     for x, dense in _parts(layer):
         with suppress(*FAILURES):
-            known, raw = volume(layer, x, dense), layer.run(x.clone()).raw
+            known, raw = volume(layer, x, dense), layer.call(x.clone()).raw
             if known is None:
                 continue
             if raw is None or not known.log_det.isfinite().all():
                 return None
             stated, kind = log_det_of(raw, len(x))
             error = log_det_error(stated, known.log_det)
-            if error > audit.bug_error and kind in ("example", "number"):
+            if error > audit.bug_error and kind in ("example", "column", "number"):
                 if x.shape[1:] != layer.x.shape[1:]:
                     continue
                 whole = audit.findings.get("logdet_mismatch")
                 known_already = whole is not None and "layer" in whole.numbers
                 if not (known_already or audit.noisy_log_det or "logdet_shape" in audit.findings):
                     audit.findings.pop("logdet_mismatch", None)
-                    when = f" with random parameters (moved by {std:g})" if std else ""
-                    audit.report_log_det(
-                        layer.name, x, stated, known.log_det, error, when, layer=layer.name
+                    when = f"with random parameters (moved by {std:g})"
+                    when = when if std else "with its own parameters"
+                    code, severity, variant, numbers = log_det_fault(
+                        layer.name, x, stated, known.log_det, "bug", when
                     )
+                    audit.find(code, severity, variant, layer=layer.name, **numbers)
             condition = float(known.condition.max())
             return condition if math.isfinite(condition) else 0.0
     return None
@@ -193,52 +200,44 @@ def _has_time(layer: _Layer, x: Tensor) -> bool:
 def _name_wrong_inverse(audit: FlowAudit, seen: list[_Layer]) -> None:
     """Name the layer whose own round trip fails, where the whole flow's fails."""
     whole = audit.findings.get("inverse_mismatch")
-    if whole is None or "layer" in whole.numbers:
+    if whole is None or "error" not in whole.numbers or "layer" in whole.numbers:
         return
-    for layer in seen:
-        if layer.back is None:
+    for layer in seen if whole.severity == "bug" else ():
+        back = layer.back
+        if back is None:
             continue
         with suppress(AuditError, RuntimeError):
-            back = first(audit.sandbox.call(layer.name, layer.back, layer.z.clone()))
-            if distance(back.reshape(layer.x.shape), layer.x) > audit.bug_error:
-                audit.findings["inverse_mismatch"] = replace(
-                    whole,
-                    message=f"{whole.message}; {layer.name} does not invert itself",
-                    numbers={**whole.numbers, "layer": layer.name},
-                )
+            x = first(audit.sandbox.call(layer.name, back, layer.z.clone()))
+            if distance(x.reshape(layer.x.shape), layer.x) > audit.bug_error:
+                del audit.findings["inverse_mismatch"]
+                audit.bug("inverse_mismatch", "layer", **whole.numbers, layer=layer.name)
                 return
 
 
-def _check_sum(audit: FlowAudit, seen: list[_Layer]) -> None:
-    """Whether the whole flow returns the sum of its layers, if they alone change the volume."""
+def _check_sum(audit: FlowAudit, seen: list[_Layer]) -> bool:
+    """Whether the whole flow returns the sum of its layers; False if more changes the volume."""
     image = audit.flow.forward(audit.few)
     if image.raw is None:
-        return
+        return False
     rows = len(audit.few)
     outputs = [audit.few, *(layer.z for layer in seen)]
     inputs = [*(layer.x for layer in seen), image.flat.detach()]
     names = [*(f"the input of {layer.name}" for layer in seen), "z"]
     for name, before, after in zip(names, outputs, inputs, strict=True):
         if not _reordered(before.reshape(rows, -1), after.reshape(rows, -1)):
-            audit.unchecked.append(
-                f"the sum of log-determinants: {name} is not the output of a layer"
-            )
-            return
+            audit.why_not = f"there are many elements, and {name} is not the output of a layer"
+            return False
     total = torch.stack([log_det_of(layer.log_det, rows)[0] for layer in seen]).sum(0)
     stated, _ = log_det_of(image.raw, rows)
     if log_det_error(stated, total) > audit.bug_error:
         audit.bug(
-            "logdet_mismatch",
-            f"the whole flow returns {float(stated[0]):.6g} nats, and its layers together "
-            f"{float(total[0]):.6g}",
-            "add up the log-determinants of all layers, each once",
-            stated=stated[:4].tolist(),
-            log_det=total[:4].tolist(),
+            "logdet_mismatch", "layers", stated=stated[:4].tolist(), log_det=total[:4].tolist()
         )
     elif not any("add up" in line for line in audit.checked):
         audit.checked.append(
             f"the log-determinants of {len(seen)} layers add up to that of the whole flow"
         )
+    return True
 
 
 def _reordered(a: Tensor, b: Tensor) -> bool:
