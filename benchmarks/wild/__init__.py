@@ -1,0 +1,1 @@
+"""Training steps of released libraries, to be audited; see docs/wild.md."""
