@@ -57,7 +57,11 @@ def scalars(result: Any) -> list[torch.Tensor]:
         return [t for v in result.values() for t in scalars(v)]
     if isinstance(result, (tuple, list)):
         return [t for v in result for t in scalars(v)]
-    return [t for v in vars(result).values() for t in scalars(v)] if hasattr(result, "__dict__") else []
+    return (
+        [t for v in vars(result).values() for t in scalars(v)]
+        if hasattr(result, "__dict__")
+        else []
+    )
 
 
 def run(step: Callable[[], Any]) -> dict[str, Any]:
@@ -66,7 +70,11 @@ def run(step: Callable[[], Any]) -> dict[str, Any]:
     values = [t for t in scalars(step()) if t.requires_grad]
     if values:
         sum(v.sum() for v in values).backward()
-    return {"verdict": "ran", "codes": [], "text": f"{[round(float(v.detach().mean()), 4) for v in values]}"}
+    return {
+        "verdict": "ran",
+        "codes": [],
+        "text": f"{[round(float(v.detach().mean()), 4) for v in values]}",
+    }
 
 
 def audited(step: Callable[[], Any]) -> dict[str, Any]:
@@ -134,11 +142,10 @@ def main() -> None:
         args.json.write_text(json.dumps(rows, indent=1))
     if args.markdown:
         lines = ["| library | step | verdict | codes |", "|---|---|---|---|"]
-        lines += [
-            f"| {r['library']} {r['version']} | {r['step']} | {r['verdict']} | {' '.join(r['codes'])} |"
-            for r in rows
-            if r["verdict"] != "skipped"
-        ]
+        for r in rows:
+            if r["verdict"] != "skipped":
+                name, codes = f"{r['library']} {r['version']}", " ".join(r["codes"])
+                lines.append(f"| {name} | {r['step']} | {r['verdict']} | {codes} |")
         args.markdown.write_text("\n".join(lines) + "\n")
 
 
