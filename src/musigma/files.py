@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "lock_run",
     "locked",
     "number",
+    "parsed_toml",
     "replacing",
     "row_of",
     "sync",
@@ -161,6 +163,15 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file by `replacing`; see `finite`."""
     with replacing(path) as draft:
         draft.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+
+
+def parsed_toml(text: str) -> dict[str, Any]:
+    """The content of a TOML file."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]
+    return tomllib.loads(text)
 
 
 def number(value: Any) -> float | None:

@@ -20,7 +20,7 @@ SCHEMA = (
 )
 LEVELS = {"bug": "error", "warning": "warning", "incomplete": "note"}
 FIELD = re.compile(r"{(\w+)[^}]*}")
-INCOMPLETE = Code("an essential part was not examined")
+INCOMPLETE = Code("an essential part was not examined", {})
 
 
 def to_sarif(report: AuditReport, *, where: str = "", allow: Iterable[str] = ()) -> dict[str, Any]:

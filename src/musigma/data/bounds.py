@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from musigma.data.errors import DataError, first_line
-from musigma.data.schemas import parsed_toml
+from musigma.files import parsed_toml
 from musigma.support import Support
 
 __all__ = ["as_support", "read_bounds"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,9 +13,10 @@ from musigma.data.dataset import Dataset
 from musigma.data.errors import DataError, first_line, listing
 from musigma.data.summary import column_lines
 from musigma.data.tables import text_of
+from musigma.files import parsed_toml
 from musigma.schema import Kind, Schema
 
-__all__ = ["as_schema", "parsed_toml", "schema_toml"]
+__all__ = ["as_schema", "schema_toml"]
 
 KEYS = {
     "kind": (str, f"one of {', '.join(get_args(Kind))}"),
@@ -75,15 +75,6 @@ def as_schema(
             f"{where}: expected one table, [columns]; got {', '.join(plain) or 'none'}"
         )
     return _drafts(plain["columns"], where)
-
-
-def parsed_toml(text: str) -> dict[str, Any]:
-    """The content of a TOML file."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]
-    return tomllib.loads(text)
 
 
 def _drafts(columns: Mapping[str, Any], where: str) -> dict[str, Draft]:
