@@ -87,7 +87,8 @@ def test_every_message_is_a_template_over_names():
         for name, message in row.variants.items():
             for text in message:
                 fields = [f for _, f, _, _ in string.Formatter().parse(text) if f is not None]
-                assert all(re.fullmatch(r"[a-z_]\w*(\[\d+\])?", f) for f in fields), (code, name, fields)
+                named = [re.fullmatch(r"[a-z_]\w*(\[\d+\])?", f) for f in fields]
+                assert all(named), (code, name, fields)
                 assert text
                 assert not text.endswith("."), (code, name)
 
