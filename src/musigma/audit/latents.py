@@ -81,10 +81,14 @@ def _latent(graph: Graph, draw: Value, live: set[int], known: list[Latent]) -> L
     generator = torch.Generator().manual_seed(3)
     unit = torch.randn(zero.shape, generator=generator, dtype=zero.dtype)
     todo, seen = [draw.id], set()
+    unshifted: int | None = None  # sigma * noise, given to a layer without a mean
     while todo:
         i = todo.pop(0)
         for node in graph[i].users:
-            if id(node) in seen or not live.intersection(node.outs) or _weighs(graph, node, i):
+            if id(node) in seen or not live.intersection(node.outs):
+                continue
+            if _weighs(graph, node, i):
+                unshifted = i if graph[i].origin & Origin.PARAMETERS else unshifted
                 continue
             seen.add(id(node))
             for o in live.intersection(node.outs):
@@ -93,11 +97,15 @@ def _latent(graph: Graph, draw: Value, live: set[int], known: list[Latent]) -> L
                 at = [graph.value({draw.id: e}, o) for e in (zero, unit, 2 * unit)]
                 if not _affine(*at):
                     continue
-                if float(at[0].abs().max()) == 0:
+                sides = [k for k in node.ins if not graph[k].depends_on(draw.id)]
+                origin = Origin.NOTHING
+                for k in sides:
+                    origin |= graph[k].origin
+                if float(at[0].abs().max()) == 0 or not origin:
                     todo.append(o)
-                elif _adds_parameters(graph, node, draw.id):
+                elif origin & Origin.PARAMETERS:
                     return _at_site(graph, draw, o, unit, known)
-    return None
+    return None if unshifted is None else _at_site(graph, draw, unshifted, unit, known)
 
 
 def _weighs(graph: Graph, node: Node, i: int) -> bool:
@@ -127,12 +135,6 @@ def _affine(zero: Tensor, one: Tensor, two: Tensor) -> bool:
     )
 
 
-def _adds_parameters(graph: Graph, node: Node, draw: int) -> bool:
-    return any(
-        graph[i].origin & Origin.PARAMETERS and not graph[i].depends_on(draw) for i in node.ins
-    )
-
-
 def _at_site(
     graph: Graph, draw: Value, z: int, unit: Tensor, known: list[Latent]
 ) -> Latent | None:
@@ -145,7 +147,7 @@ def _at_site(
         if not graph[i].depends_on(draw.id)
     ]
     heads = _frontier(graph, sides, {latent.z for latent in known})
-    if not heads:
+    if not heads or set(heads) <= {latent.z for latent in known}:
         return None
     zero = torch.zeros_like(unit)
     base = graph.value({draw.id: zero}, z)
@@ -177,11 +179,27 @@ def _frontier(graph: Graph, ids: Collection[int], stops: Collection[int]) -> lis
         v = graph[i]
         if not v.origin & Origin.PARAMETERS or not v.floating:
             continue
-        if i in stops or v.node is None or not (v.node.pointwise or v.node.view):
+        if (
+            i in stops
+            or v.node is None
+            or not (v.node.pointwise or v.node.view)
+            or _adds_bias(graph, v.node)
+        ):
             found.append(i)
         else:
             todo += v.node.ins
     return found
+
+
+def _adds_bias(graph: Graph, node: Node) -> bool:
+    """Whether an operation adds a parameter to the output of a layer."""
+    if node.name.rstrip("_") != "add" or len(node.ins) != 2:
+        return False
+    origins = [graph[i].origin for i in node.ins]
+    return (
+        Origin.PARAMETERS in origins and Origin.PARAMETERS | Origin.DATA in origins
+        and graph[node.ins[origins.index(Origin.PARAMETERS)]].kind == "parameter"
+    )  # fmt: skip
 
 
 def _merged(graph: Graph, latents: list[Latent]) -> list[Latent]:

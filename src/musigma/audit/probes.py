@@ -118,6 +118,29 @@ class Prober:
         """Whether the moments could be measured."""
         return len(self.places) == TRIALS
 
+    @property
+    def movers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The heads that move means, and those that move scales."""
+        rows = torch.stack(self.moments, 1)
+        sizes = [self.graph[i].numel for i in self.heads]
+        found = []
+        for k in (1, 3):
+            parts = (rows[k].abs() > 1e-14).any(0).split(sizes)
+            found.append(tuple(i for i, p in zip(self.heads, parts, strict=True) if p.any()))
+        return found[0], found[1]
+
+    def latents(self) -> Tensor:
+        """For each entry of the heads, the entry of z whose mean or scale it moves; else -1."""
+        place = self.places[0]
+        mean, sigma = self.latent.moments(self.graph, place)
+        order = torch.arange(1, mean.numel() + 1, dtype=torch.float64).reshape(mean.shape)
+        found = torch.full((self.moments[0].shape[1],), -1.0, dtype=torch.float64)
+        for t in (mean, sigma.abs().log()):
+            plain, ordered = (gradient(v.sum(), place) for v in (t, order * t))
+            moved = plain.abs() > 1e-14
+            found = torch.where(moved, ordered / torch.where(moved, plain, 1.0) - 1, found)
+        return found
+
     def _place(self, size: float, generator: torch.Generator, relative: bool) -> dict[int, Tensor]:
         place = {}
         for i in self.heads:
@@ -140,11 +163,18 @@ class Prober:
         rows = torch.stack([gradient(v, place) for v in values])
         return rows if rows.isfinite().all() else None
 
-    def measure(self, target: int, held: Over, by_draws: bool) -> Probes | None:
+    def measure(
+        self,
+        target: int,
+        held: Over,
+        by_draws: bool,
+        places: Sequence[dict[int, Tensor]] | None = None,
+    ) -> Probes | None:
         """The gradients of a value, summed, with some values held; None if they are not finite."""
+        places = self.places if places is None else places
         patterns = _patterns(self.graph, self.latent) if by_draws else [{}]
         rows, values = [], []
-        for place in self.places:
+        for place in places:
             row, value = torch.tensor(0.0), 0.0
             for noise in patterns:
                 over = {**held, **noise, **place}
@@ -156,7 +186,7 @@ class Prober:
         loss = torch.stack(rows)
         if not loss.isfinite().all():
             return None
-        flat = [torch.cat([t.detach().reshape(-1) for t in p.values()]) for p in self.places]
+        flat = [torch.cat([t.detach().reshape(-1) for t in p.values()]) for p in places]
         return Probes(loss, torch.stack(self.moments, 1), torch.stack(flat), values)
 
 

@@ -30,7 +30,7 @@ VIEWS = {
     "constant_pad_nd", "lift_fresh", "contiguous", "index_put", "slice_scatter", "select_scatter",
     "as_strided_scatter", "fill", "unsafe_split", "split", "split_with_sizes", "unbind", "chunk",
     "roll", "flip", "masked_fill", "tril", "triu", "index", "index_select", "gather",
-    "repeat_interleave", "_reshape_copy", "view_copy",
+    "repeat_interleave", "_reshape_copy", "view_copy", "squeeze", "unsqueeze", "t", "transpose",
 }  # fmt: skip
 FACTORIES = {
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full",
@@ -271,7 +271,7 @@ class _Recorder(TorchDispatchMode):
             func, refs, outs, name, spec,
             writes=writes,
             pointwise=torch.Tag.pointwise in func.tags,
-            view=aliases or name in VIEWS,
+            view=aliases or name.rstrip("_") in VIEWS,
             grads=tuple(t.requires_grad for t in tensors),
             tracked=torch.is_grad_enabled(),
         )  # fmt: skip

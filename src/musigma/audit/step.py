@@ -14,7 +14,7 @@ from torch import Tensor
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
 from musigma.audit.graph import Graph, Origin
-from musigma.audit.latents import Latent, find_latents
+from musigma.audit.latents import Latent, find_latents, meetings
 from musigma.audit.probes import Prober
 from musigma.audit.record import record
 from musigma.audit.sandbox import Sandbox
@@ -25,7 +25,7 @@ from musigma.audit.step_kl import (
     sampled_scale,
     terms,
 )
-from musigma.audit.step_weight import effective_beta
+from musigma.audit.step_weight import effective_beta, root_of
 
 __all__ = ["audit_step"]
 
@@ -74,12 +74,13 @@ def audit_step(step: Callable[[], Any], *, example: Any = None) -> AuditReport:
         if not _usable(audit, first, loss):
             return audit.build()
         second = _recorded(audit, sandbox, step, seed=1, quiet=True)
-    if second is None or (again := _find_loss(StepAudit(""), second)) is None:
-        audit.missing.append("a second run of the step: it failed, or returned no loss")
-    else:
-        _compare_runs(audit, first, loss, second, again)
-    audit.graph, audit.loss = first, loss
-    audit.judge()
+        if second is None or (again := _find_loss(StepAudit(""), second)) is None:
+            audit.missing.append("a second run of the step: it failed, or returned no loss")
+        else:
+            _compare_runs(audit, first, loss, second, again)
+        audit.graph, audit.loss = first, loss
+        audit.rerun = lambda: _recorded(audit, sandbox, step, seed=0, quiet=True)
+        audit.judge()
     return audit.build()
 
 
@@ -100,6 +101,8 @@ class StepAudit(ReportBuilder):
         super().__init__(subject)
         self.convention: str | None = None
         self.read_as: str | None = None
+        self.differentiable = True
+        self.rerun: Callable[[], Graph | None] | None = None
 
     def build(self, **more: Any) -> AuditReport:
         """The report, with the convention."""
@@ -200,6 +203,7 @@ def _find_loss(audit: StepAudit, graph: Graph) -> int | None:
             )
         return _sum(graph, called)
     entries = list(_leaves(graph.result))
+    audit.differentiable = any(t.requires_grad for _, t in entries if isinstance(t, Tensor))
     found = [(name, graph.returned(t)) for name, t in entries if isinstance(t, Tensor)]
     known = [(name, i) for name, i in found if i is not None and graph[i].floating]
     scalars = [(n, i) for n, i in known if graph[i].numel == 1 and graph[i].origin]
@@ -225,7 +229,8 @@ def _find_loss(audit: StepAudit, graph: Graph) -> int | None:
     if scalars:
         return _scalar(graph, scalars[0])
     vectors = [i for _, i in known if graph[i].origin & Origin.PARAMETERS]
-    if len(vectors) == 1 and len(known) == 1 and vectors:
+    column = [i for i in vectors if graph[i].numel == (graph[i].shape or (0,))[0]]
+    if len(column) == 1 and len(known) == 1:
         shape = tuple(graph[vectors[0]].shape)
         audit.assumed.append(f"the step returns a loss of shape {shape}: its mean is audited")
         return graph.add(lambda t: t.double().mean(), vectors, "mean").id
@@ -271,12 +276,7 @@ def _usable(audit: StepAudit, graph: Graph, loss: int) -> bool:
                   line=_short(where))  # fmt: skip
         audit.missing.append(f"the loss: it is {float(value)}{_at(where)}")
         return False
-    if not any(
-        needs
-        for node in graph.nodes
-        if node.tracked and set(node.outs) & graph.upstream([loss])
-        for needs in node.grads
-    ):
+    if not audit.differentiable:
         audit.missing.append(
             "the gradient: nothing in the loss requires one; the step runs under no_grad(), or "
             "on detached tensors"
@@ -297,6 +297,7 @@ def _first_not_finite(graph: Graph, loss: int) -> str:
 
 def _compare_runs(audit: StepAudit, a: Graph, loss: int, b: Graph, again: int) -> None:
     """Note if a second run, under another seed, is not the first with other draws."""
+    live = a.upstream([loss])
     names = [[n.name for n in g.nodes] for g in (a, b)]
     if names[0] != names[1]:
         i = next((k for k, (x, y) in enumerate(zip(*names, strict=False)) if x != y), -1)
@@ -309,10 +310,16 @@ def _compare_runs(audit: StepAudit, a: Graph, loss: int, b: Graph, again: int) -
     if any(b[i].kind != a[i].kind or b[i].shape != a[i].shape for i in draws):
         audit.missing.append("the step as one graph: its draws differ in shape between two runs")
         return
+    fixed = [i for i, t in draws.items() if i in live and t.numel() > 1]
+    fixed = [i for i in fixed if torch.equal(a.get(i), draws[i])]
+    if fixed:
+        audit.missing.append(
+            f"the noise: a draw{_at(a.where(fixed[0]))} is the same in two runs under different "
+            "seeds; draw it without a fixed seed"
+        )
     value, other = a.value(draws, loss), b.get(again)
     if float((value - other).abs()) <= 1e-9 * (1 + float(other.abs())):
         return
-    live = a.upstream([loss])
     for node, twin in zip(a.nodes, b.nodes, strict=True):
         if not live.intersection(node.outs):
             continue
@@ -424,9 +431,10 @@ def _kl(
 
 def _weigh(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence) -> None:
     """Compare the weight of the KL with that of the reconstruction."""
-    if d.importance:
-        return
-    beta = effective_beta(audit.graph, latents, latent, audit.loss, d.weight)
+    graph = audit.graph
+    if d.importance or all(graph[i].kind == "parameter" for i in latent.heads):
+        return  # a bound of another form; weights of a Bayesian network
+    beta = effective_beta(graph, latents, latent, audit.loss, d.weight)
     if beta is None:
         audit.unchecked.append(
             f"the weight of the KL{_at(d.where)}: the reconstruction is no known likelihood; the "
@@ -434,11 +442,58 @@ def _weigh(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergenc
         )
         return
     audit.details.setdefault("beta", beta.value)
+    if (
+        not beta.is_one
+        and not audit.missing
+        and (half := _half_batch(audit, latent, latents)) is not None
+    ):
+        n, m, other = half
+        if abs(other - beta.value) > 0.01 * beta.value:
+            audit.bug("reduction_imbalance", "batch", where=d.where, beta=beta.value, n=n, m=m,
+                      half=other)  # fmt: skip
+            return
     if beta.is_one:
         audit.checked.append(f"the KL has the weight {beta.value:.4g} beside {beta.against}")
     else:
         audit.warn("reduction_imbalance", "step", where=d.where, beta=beta.value,
                    against=beta.against, explained=beta.explained)  # fmt: skip
+
+
+def _half_batch(
+    audit: StepAudit, latent: Latent, latents: list[Latent]
+) -> tuple[int, int, float] | None:
+    """The examples of the step, half of them, and the effective beta of a run with these.
+
+    None if the step does not run with half a batch.
+    """
+    graph = audit.graph
+    met = meetings(graph, latents, audit.loss)
+    shape = graph[root_of(graph, met[0][2])].shape if met else ()
+    rows = shape[0] if shape else 0
+    tensors = [
+        v.source
+        for v in graph.values
+        if v.kind == "data" and v.source is not None and v.shape[:1] == (rows,)
+    ]
+    if rows < 2 or not tensors or audit.rerun is None:
+        return None
+    whole = [(t, t.data) for t in tensors]
+    try:
+        for t in tensors:
+            t.data = t.data[: rows // 2]
+        again = audit.rerun()
+    finally:
+        for t, data in whole:
+            t.data = data
+    if again is None or (loss := _find_loss(StepAudit(""), again)) is None:
+        return None
+    others = find_latents(again, loss)
+    place = latents.index(latent)
+    if len(others) != len(latents):
+        return None
+    d = find_divergence(again, others[place], others, loss)
+    beta = effective_beta(again, others, others[place], loss, d.weight)
+    return None if beta is None else (rows, rows // 2, beta.value)
 
 
 def _function(
@@ -546,21 +601,26 @@ def _tied(graph: Graph, latent: Latent) -> bool:
 
 def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence) -> None:
     """Whether the gradients of the decoder and of the KL reach the heads."""
-    graph = audit.graph
-    everything = graph.connected([audit.loss])
-    if latent.z not in everything and graph[audit.loss].depends_on(latent.draws[0]):
-        reached = graph.upstream([audit.loss], stop=[])
-        if latent.z in reached and not _draws_nothing(graph, latent, audit.loss):
-            audit.bug("no_gradient", where=latent.where, head="mean and sigma")
+    graph, loss = audit.graph, audit.loss
+    if not audit.differentiable:
         return
-    heads = d.heads or latent.heads
-    own = [t for t in terms(graph, audit.loss) if t in graph.downstream([latent.z, *heads])]
-    own = [t for t in own if t not in set(data_terms(graph, latents, audit.loss))]
+    prober = Prober(graph, latent)
+    if not prober.usable:
+        return
+    heads = dict(zip(("mean", "standard deviation"), prober.movers, strict=True))
+    everything = graph.connected([loss])
+    data = set(data_terms(graph, latents, loss))
+    by_z = graph.connected([latent.z]) if latent.z in everything else set()
+    by_score = by_z | graph.connected(everything.intersection(data))
+    lost = [name for name, ids in heads.items() if ids and not by_score.intersection(ids)]
+    used = graph.downstream([latent.z]) & graph.upstream([loss])
+    if lost and len(used) > 1:
+        audit.bug("no_gradient", where=latent.where, head=" and the ".join(lost))
+    after = graph.downstream([latent.z, *latent.heads], stop=d.held)
+    own = [t for t in terms(graph, loss) if t in after and t not in d.held]
     if own and d.kind in ("kl", "function of the kl", "other prior"):
-        reached = graph.connected(own)
-        if not reached.intersection((*heads, latent.z)):
-            audit.bug("no_gradient", "kl", where=d.where)
-
-
-def _draws_nothing(graph: Graph, latent: Latent, loss: int) -> bool:
-    return not graph.downstream([latent.z]) & graph.upstream([loss]) - {latent.z}
+        reached = graph.connected(everything.intersection(own))
+        reached |= by_z if latent.z in reached else set()
+        lost = [name for name, ids in heads.items() if ids and not reached.intersection(ids)]
+        if lost:
+            audit.bug("no_gradient", "kl", where=d.where, head=" and the ".join(lost))

@@ -11,7 +11,10 @@ from torch import Tensor
 from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent, meetings
 
-__all__ = ["Beta", "effective_beta"]
+__all__ = ["Beta", "effective_beta", "root_of"]
+
+SQUARED = "a squared error, as of a Gaussian with variance 1"
+BERNOULLI = "a Bernoulli likelihood"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Beta:
     @property
     def is_one(self) -> bool:
         """Whether the loss is a bound; a squared error may stand for a variance of 1 or 1/2."""
-        return any(abs(self.value - b) <= 1e-3 * b for b in (1.0, 0.5, 2.0))
+        bounds = (1.0, 0.5) if self.against == SQUARED else (1.0,)
+        return any(abs(self.value - b) <= 1e-3 * b for b in bounds)
 
 
 def effective_beta(
@@ -45,15 +49,28 @@ def effective_beta(
         if k is None:
             continue
         value, against = k
+        root = root_of(graph, raw)
+        value *= graph[decoded].numel / max(1, graph[root].numel)
         beta = weight / value
-        rows = graph[raw].shape[0] if graph[raw].shape else 1
+        rows = graph[root].shape[0] if graph[root].shape else 1
         numbers = {
-            "numbers in an example": graph[raw].numel // max(1, rows),
+            "numbers in an example": graph[root].numel // max(1, rows),
             "latents": graph[latent.z].numel // max(1, rows),
             "examples": rows,
         }
         return Beta(abs(beta), against, _explain(abs(beta), numbers), weight < 0 and value < 0)
     return None
+
+
+def root_of(graph: Graph, raw: int) -> int:
+    """The data that a value repeats, expands or reshapes."""
+    node = graph[raw].node
+    while node is not None and node.view and len(set(node.ins)) == 1:
+        if graph[node.ins[0]].numel > graph[raw].numel:
+            break
+        raw = node.ins[0]
+        node = graph[raw].node
+    return raw
 
 
 def _explain(beta: float, numbers: dict[str, int]) -> str:
@@ -99,14 +116,16 @@ def _weight_of(
         bend = (values[2] - 2 * values[1] + values[0]) / 0.25
         slope = abs(values[2] - values[0])
         if abs(bend) > 1e-9 * (1e-12 + slope) and abs(bend) > 1e-12:
-            found.append((bend / 2, "a squared error"))
+            found.append((bend, SQUARED))
             continue
         k_bernoulli = _bernoulli(graph, held, loss, decoded, raw, k, at)
         if k_bernoulli is None:
             return None
-        found.append((k_bernoulli, "a Bernoulli likelihood"))
+        found.append((k_bernoulli, BERNOULLI))
     values = [v for v, _ in found]
     if not values or values[0] == 0 or max(values) - min(values) > 1e-4 * abs(values[0]):
+        return None
+    if _scale_is_learned(graph, held, loss, raw):
         return None
     return values[0], found[0][1]
 
@@ -134,3 +153,22 @@ def _bernoulli(
     if 0 < y < 1 and abs(zero * (1 - y) / direct - 1) < 1e-2:
         return direct
     return None
+
+
+def _scale_is_learned(graph: Graph, held: dict[int, Tensor], loss: int, raw: int) -> bool:
+    """Whether parameters other than the decoder's change the weight of the likelihood."""
+    above = graph.upstream([loss], stop={*held, raw})
+    free = [i for i in above if graph[i].kind == "parameter" and i not in held]
+    if not free:
+        return False
+    x = graph.get(raw)
+
+    def bend(over: dict[int, Tensor]) -> float:
+        at = [{**held, **over, raw: x + v} for v in (-0.5, 0.0, 0.5)]
+        a, b, c = (float(graph.value(o, loss)) for o in at)
+        return a - 2 * b + c
+
+    generator = torch.Generator().manual_seed(23)
+    moved = {i: graph.get(i) + 0.3 * torch.rand(graph[i].shape, generator=generator) for i in free}
+    before, after = bend({}), bend(moved)
+    return abs(after - before) > 1e-6 * (abs(before) + 1e-12)
