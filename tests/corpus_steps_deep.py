@@ -252,7 +252,8 @@ class Autoregressive(nn.Module):
         shift = F.linear(z, self.shift.weight * self.mask, self.shift.bias)
         gate = torch.sigmoid(F.linear(z, self.gate.weight * self.mask, self.gate.bias + 1))
         z = gate * z + (1 - gate) * shift
-        return z.flip(-1), gate.log().sum(-1)  # logdet
+        logdet = gate.log().sum(-1)  # logdet
+        return z.flip(-1), logdet
 
 
 def flow_posterior(flows, kl):
@@ -364,7 +365,8 @@ class Coupling(nn.Module):
         a, b = x[..., : self.half], x[..., self.half :]
         s, t = self.net(a).chunk(2, -1)
         s = self.bound * torch.tanh(s / self.bound)
-        return torch.cat([b * s.exp() + t, a], -1), s.sum(-1)  # logdet
+        logdet = s.sum(-1)  # logdet
+        return torch.cat([b * s.exp() + t, a], -1), logdet
 
 
 def flow_prior(sign):

@@ -62,7 +62,7 @@ def real_nvp_summed_over_the_batch():
     return couplings(reduce=torch.sum)
 
 
-@entry("correct")
+@entry("correct|warning")
 def real_nvp_without_the_constant_of_the_prior():
     return couplings(lambda z, logdet: logdet - 0.5 * z.square().sum(1))  # logdet
 
@@ -73,7 +73,7 @@ def real_nvp_by_distributions():
     return couplings(lambda z, logdet: prior.log_prob(z) + logdet)  # logdet
 
 
-@entry("correct")
+@entry("correct|incomplete|warning")  # the prior is logistic
 def nice():
     """Additive couplings, and a scale for each dimension at the end."""
     nets, x = nn.ModuleList([mlp(D // 2, D // 2) for _ in range(3)]), torch.rand(B, D)
@@ -123,7 +123,8 @@ class Masked(nn.Module):
         h = torch.tanh(F.linear(x, self.first.weight * self.into, self.first.bias))
         heads = F.linear(h, self.second.weight * self.out, self.second.bias)
         shift, log_scale = heads.chunk(2, -1)
-        return ((x - shift) * (-log_scale).exp()).flip(-1), -log_scale.sum(-1)  # logdet
+        logdet = -log_scale.sum(-1)  # logdet
+        return ((x - shift) * (-log_scale).exp()).flip(-1), logdet
 
 
 @entry("correct")
@@ -174,7 +175,8 @@ class ImageCoupling(nn.Module):
         a, b = x.chunk(2, 1)
         shift, scale = self.net(a).chunk(2, 1)
         scale = torch.sigmoid(scale + 2)
-        return torch.cat([a, (b + shift) * scale], 1), scale.log().flatten(1).sum(1)  # logdet
+        logdet = scale.log().flatten(1).sum(1)  # logdet
+        return torch.cat([a, (b + shift) * scale], 1), logdet
 
 
 def glow(pixels=True):
@@ -222,7 +224,8 @@ def conditional_flow():
         def forward(self, x):
             a, b = x.chunk(2, -1)
             s, t = self.net(torch.cat([a, y], -1)).chunk(2, -1)
-            return torch.cat([b * s.tanh().exp() + t, a], -1), s.tanh().sum(-1)  # logdet
+            logdet = s.tanh().sum(-1)  # logdet
+            return torch.cat([b * s.tanh().exp() + t, a], -1), logdet
 
     built = density([Given(), Given()])
     return Built(built.step, (*built.objects, y))
@@ -364,12 +367,12 @@ def logdet_missing():
     return couplings(lambda z, logdet: standard(z))
 
 
-@entry("bug", "logdet_mismatch")
+@entry("bug|warning")  # or a prior of another width, up to a constant
 def logdet_averaged_over_dimensions():
     return couplings(lambda z, logdet: standard(z) + logdet / D)
 
 
-@entry("bug", "logdet_mismatch")
+@entry("bug|warning")
 def prior_averaged_over_dimensions():
     return couplings(lambda z, logdet: standard(z) / D + logdet)
 

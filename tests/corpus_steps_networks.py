@@ -180,7 +180,8 @@ def scripted():
 
     def forward(x):
         mu, log_var = fast(x)
-        return mu, log_var, decode(mu + (0.5 * log_var).exp() * torch.randn_like(mu))  # draw
+        z = mu + (0.5 * log_var).exp() * torch.randn_like(mu)  # draw
+        return mu, log_var, decode(z)
 
     return inline(forward, encode, decode)
 
@@ -220,7 +221,8 @@ def own_function():
 
     def forward(x):
         mu, log_var = encode(x)
-        return mu, log_var, decode(mu + Exp.apply(0.5 * log_var) * torch.randn_like(mu))  # draw
+        z = mu + Exp.apply(0.5 * log_var) * torch.randn_like(mu)  # draw
+        return mu, log_var, decode(z)
 
     return inline(forward, encode, decode)
 
@@ -233,7 +235,8 @@ def generator_of_its_own():
     def forward(x):
         mu, log_var = encode(x)
         eps = torch.randn(mu.shape, generator=generator)
-        return mu, log_var, decode(mu + (0.5 * log_var).exp() * eps)  # draw
+        z = mu + (0.5 * log_var).exp() * eps  # draw
+        return mu, log_var, decode(z)
 
     return inline(forward, encode, decode, generator)
 
@@ -379,7 +382,8 @@ def bayes_by_backprop():
     def weights(p):
         std = F.softplus(p["rho"])
         kl = 0.5 * (p["mu"] ** 2 + std**2 - 1) - std.log()  # kl
-        return p["mu"] + std * torch.randn_like(std), kl.sum()  # draw
+        w = p["mu"] + std * torch.randn_like(std)  # draw
+        return w, kl.sum()
 
     def step():  # 10 batches an epoch
         (a, kl_a), (b, kl_b) = weights(w), weights(out)

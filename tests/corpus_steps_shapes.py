@@ -28,6 +28,9 @@ MISTAKES = {
 }
 
 
+SHAPES: list[str] = []  # the names of the right ones
+
+
 def right(mu, b):
     return -0.5 * (1 + b - mu**2 - b.exp())
 
@@ -45,6 +48,7 @@ def shape(mistake, *, verdict="correct", convention="log_var", needs=None, lenie
 
         good.__name__, bad.__name__ = build.__name__, f"{build.__name__}_wrong"
         also = "|incomplete" if lenient else ""
+        SHAPES.append(build.__name__)
         entry(verdict + also, convention=convention, needs=needs)(good)
         entry("bug" + also, code, needs=needs)(bad)
         return build

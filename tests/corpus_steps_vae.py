@@ -131,7 +131,7 @@ def distributions():
 
     def step():
         mu, b = encode(x)
-        q = Normal(mu, b.exp())  # draw
+        q = Normal(mu, b.exp())
         p = Normal(torch.zeros_like(mu), torch.ones_like(mu))
         z = q.rsample()
         likelihood = Independent(torch.distributions.Bernoulli(logits=decode(z)), 1)
@@ -179,7 +179,7 @@ def importance_weights():
 
     def step():
         mu, log_var = encode(x)
-        q = Normal(mu, (0.5 * log_var).exp())  # draw
+        q = Normal(mu, (0.5 * log_var).exp())
         z = q.rsample((draws,))
         log_p = Normal(0.0, 1.0).log_prob(z).sum(-1)  # kl
         log_q = q.log_prob(z).sum(-1)  # kl
@@ -197,7 +197,7 @@ def several_draws():
 
     def step():
         mu, b = encode(x)
-        q = Independent(Normal(mu, b.exp()), 1)  # draw
+        q = Independent(Normal(mu, b.exp()), 1)
         z = q.rsample((3,))
         recon = (decode(z) - x).square().sum(-1).mean(0)
         prior = Independent(Normal(torch.zeros(L), torch.ones(L)), 1)
@@ -322,7 +322,7 @@ def prior_given_a_label():
     def step():
         mu, b = encode(torch.cat([x, y], 1))
         m, s = prior(y).chunk(2, 1)
-        q, p = Normal(mu, (0.5 * b).exp()), Normal(m, (0.5 * s).exp())  # draw
+        q, p = Normal(mu, (0.5 * b).exp()), Normal(m, (0.5 * s).exp())
         kl = kl_divergence(q, p).sum(1)  # kl
         recon = F.mse_loss(decode(torch.cat([q.rsample(), y], 1)), x, reduction="none").sum(1)
         return (recon + kl).mean()

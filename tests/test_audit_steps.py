@@ -12,12 +12,19 @@ import torch
 from torch import nn
 
 from corpus_steps import ENTRIES, PARTS
-from musigma.audit import AuditError
+from corpus_steps_shapes import SHAPES
+from musigma.audit import AuditError, audit
+from mutations import mutants
 
 try:
     from musigma.audit import audit_step
 except ImportError:
     audit_step = None
+
+try:
+    from musigma.audit.targets import find_step
+except ImportError:
+    find_step = None
 
 needs_audit = pytest.mark.skipif(audit_step is None, reason="audit_step is not there yet")
 
@@ -36,10 +43,10 @@ def build(name, seed):
     return built
 
 
-def judge(name, seed, run=None):
+def judge(name, seed, run=lambda built: audit_step(built.step)):
     """Audit the step of an entry, and compare the report with what is true of it."""
     expected, built = ENTRIES[name], build(name, seed)
-    verdict, told, report = audited(run or (lambda: audit_step(built.step)))
+    verdict, told, report = audited(lambda: run(built))
     assert verdict in expected.verdicts, told
     if expected.says:
         assert re.search(expected.says, told), told
@@ -115,6 +122,50 @@ def test_verdict(name):
 @pytest.mark.parametrize("name", ENTRIES)
 def test_verdict_at_twenty_seeds(name, seed):
     judge(name, seed)
+
+
+@pytest.mark.skipif(find_step is None, reason="audit(object, batch) is not there yet")
+@pytest.mark.parametrize("name", [n for n in ENTRIES if n.removesuffix("_wrong") in SHAPES])
+def test_the_step_of_an_object_is_found(name):
+    if build(name, 0).target is None:
+        pytest.skip("the step belongs to no object")
+    judge(name, 0, lambda built: audit(built.target, built.batch))
+
+
+# --- mutants -------------------------------------------------------------------------------------
+
+
+def mutable(names):
+    """Right steps without machinery that sees the source."""
+    for part in PARTS:
+        for name in names:
+            entry = ENTRIES[name]
+            own = entry.build.__module__ == part.__name__ and name not in ("scripted",)
+            if own and "correct" in entry.verdicts[0] and "compiled" not in name:
+                yield pytest.param(part, name, id=name)
+
+
+def no_mutant_is_correct(part, name):
+    build(name, 0)
+    missed = []
+    for what, built in mutants(part, name, ENTRIES[name]):
+        verdict, told, _ = audited(lambda built=built: audit_step(built.step))
+        if verdict == "correct":
+            missed.append(f"{what}\n{told}")
+    assert not missed, "\n\n".join(missed)
+
+
+@needs_audit
+@pytest.mark.parametrize(("part", "name"), list(mutable(["log_var", "planar_flow_posterior"])))
+def test_no_mutant_is_correct(part, name):
+    no_mutant_is_correct(part, name)
+
+
+@needs_audit
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "name"), list(mutable(ENTRIES)))
+def test_no_mutant_of_any_right_step_is_correct(part, name):
+    no_mutant_is_correct(part, name)
 
 
 # --- what it leaves behind -----------------------------------------------------------------------
