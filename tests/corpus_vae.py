@@ -555,7 +555,7 @@ def constant_too_large():
     return {"sample": sampler(half), "kl": lambda m, b: 0.5 * (m**2 + b.exp() - b - 2).sum()}
 
 
-@entry("log_std", None, "sample_scale", verdict="warning")
+@entry("log_std", None, "sample_scale", verdict="incomplete")
 def small_noise():
     return {"sample": sampler(lambda b: 0.1 * b.exp())}
 
@@ -565,7 +565,7 @@ def clamped_narrowly_in_the_sampler_only():
     return {"sample": sampler(lambda b: half(b.clamp(-4, 2))), "kl": kl_log_var}
 
 
-@entry("log_var", "log_var", "kl_mismatch", verdict="warning")
+@entry("log_var", "log_var", "free_bits", verdict="warning")
 def free_bits():
     return {
         "sample": sampler(half),
@@ -843,7 +843,7 @@ def batch_counts_in_one_term():
     )  # fmt: skip
 
 
-@entry("log_var", "log_var", "kl_scale", "reduction_imbalance")
+@entry("log_var", "log_var", "kl_scale", "reduction_imbalance", verdict="warning")
 def mean_of_latents_and_sum_of_pixels():
     net = Net()
     return parts(

@@ -189,9 +189,13 @@ def test_a_callable_that_does_not_end_is_named(monkeypatch):
 
 def test_unchecked_parts_are_listed():
     report = audit_vae(sample=sampler(half))
-    assert report.verdict == "correct"
+    assert report.verdict == "incomplete"
+    assert report.missing == ("the KL: there is no `kl`",)
     told = " ".join(report.unchecked)
-    assert all(word in told for word in ("`kl`", "`recon`", "`generate`"))
+    assert all(word in told for word in ("`recon`", "`generate`"))
+    net = Net()
+    heads_only = audit_vae(**parts(net, "encode", "kl"))
+    assert heads_only.missing == ("what is sampled: there is no `sample`",)
     packed = audit_vae(
         encode=lambda x: x.repeat(1, 2), sample=sampler(half), example=torch.rand(4, D)
     )
@@ -209,8 +213,9 @@ def test_the_weight_in_the_loss_of_a_beta_vae():
         return net.recon(x, net.decode(net.sample(*heads))) + 4 * net.kl(*heads)
 
     report = audit_vae(**parts(net, recon=net.recon, loss=loss))
-    assert report.verdict == "correct"
+    assert (report.verdict, report.codes) == ("warning", ("reduction_imbalance",))
     assert report.details["loss"]["beta"] == pytest.approx(4)
+    assert "the weight of the KL is 4," in report.findings[0].message
     wrong = audit_vae(
         **parts(net, recon=net.recon, loss=lambda x: net.recon(
             x, net.decode(net.sample(*net.encode(x)))) - net.kl(*net.encode(x)))

@@ -1,20 +1,17 @@
-r"""The KL that a code computes, by regression on the KL of what is sampled.
+r"""The KL of what is sampled, and the KL that a code computes, at the same points.
 
-For a sampler with location mu and standard deviation sigma, and a prior N(mu_p, sigma_p²),
+For a sampler z = loc + scale e with normal noise e, and a prior with density p,
 
-    T(m, b) = sum log(sigma_p / sigma) + (sigma² + (mu - mu_p)²) / (2 sigma_p²) - 1/2.
+    T(m, b) = E_e[log q(z) - log p(z)],    log q(z) = log N(e; 0, 1) - log |scale|,
 
-The code's value F is regressed on T over a grid of head values: F = slope T + intercept. If there
-is a residual, F is not a multiple of T, and the regression is repeated for every other reading of
-the second tensor, to find the one that F was written for, and for single terms, to find the wrong
-one.
-A KL that takes draws is averaged over them by Gauss-Hermite quadrature, which leaves no
-randomness.
+where a flow behind z is a part of p. The mean is over points e with exactly the mean and variance
+of normal noise, so that T is exact for normal priors; for others they are many.
+The code's value F is regressed on T: F = slope T + intercept. A KL that takes draws is averaged
+over the same points.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,24 +19,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from musigma.audit.findings import AuditError
-from musigma.audit.sampler import Sampler
 from musigma.audit.sandbox import TooSlowError, first
+from musigma.audit.vae_state import LOG_2PI, FullPosterior, Heads, Points, Posterior, VAEAudit
 
-__all__ = ["Divergence", "Regression", "formula", "gaussian_kl", "regress"]
+__all__ = ["LOG_2PI", "OFF", "Comparison", "Regression", "gaussian_kl", "noise_points", "regress"]
 
-NODES = 10
+OFF = 0.02  # residual of the KL, relative to 1 + T, from which it is a bug
 CHANCE_ROWS, CHANCE_SEEDS = 2048, 6
-
-
-def gaussian_kl(loc: Tensor, sigma: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
-    """T of the module's docstring, in nats: loc and sigma (P, D), prior a pair of (D,)."""
-    mean, std = prior
-    kl = (std / sigma.abs()).log() + (sigma**2 + (loc - mean) ** 2) / (2 * std**2) - 0.5
-    return kl.sum(-1)
 
 
 class Regression(NamedTuple):
@@ -74,60 +63,96 @@ def regress(f: Tensor, t: Tensor) -> Regression:
     return Regression(slope, intercept, float(off[worst]), worst)
 
 
-class Divergence:
+def noise_points(d: int, n: int, seed: int = 0) -> Tensor:
+    """Points e (n, D), n even, with mean 0 and variance 1; uncorrelated if n is at least 2 D.
+
+    Example:
+        >>> e = noise_points(2, 8)
+        >>> torch.allclose(e.T @ e / 8, torch.eye(2, dtype=torch.float64))
+        True
+    """
+    sobol = torch.quasirandom.SobolEngine(d, scramble=True, seed=seed)
+    half = torch.special.ndtri(sobol.draw(n // 2, dtype=torch.float64).clamp(1e-9, 1 - 1e-9))
+    if d <= n // 2:
+        half = torch.linalg.qr(half)[0] * (n // 2) ** 0.5
+    half = half / (half**2).mean(0).sqrt()
+    return torch.cat([half, -half])
+
+
+def gaussian_kl(q: Heads, mean: Tensor, std: Tensor) -> Tensor:
+    """The KL in nats of a normal q, a mean and a std, to N(mean, std²), summed over latents."""
+    loc, sigma = q
+    kl = (std / sigma).log() + (sigma**2 + (loc - mean) ** 2) / (2 * std**2) - 0.5
+    return kl.sum(-1)
+
+
+class CodeKL:
     """A code's KL as a function of flat heads and z, with one number for each row.
 
-    `at` is a mean, second output and z (D,), at which it can be called.
+    `at` is a mean, second output and z (D,), at which it can be called. `by_chance` is true if it
+    draws itself, `alone` is false if the rows of a batch change each other's values.
 
     Raises:
         AuditError: If it raises for every input, or returns something other than a scalar, one
             number per example or one per dimension.
     """
 
-    def __init__(
-        self,
-        kl: Callable[..., Any],
-        sampler: Sampler,
-        uses_sample: bool,
-        example_rows: int | None,
-        at: tuple[Tensor, Tensor, Tensor],
-    ):
-        self.kl, self.sampler, self.uses_sample = kl, sampler, uses_sample
-        self.copies = 1  # identical rows in one call
-        self.rounding = 1e-6
+    def __init__(self, audit: VAEAudit, q: Posterior | FullPosterior, at: tuple[Tensor, ...]):
+        self.kl, self.sandbox, self.sampler = audit.functions["kl"], audit.sandbox, q.sampler
+        self.prior, self.given = audit.prior, audit.kl_arguments
+        self.copies, self.rounding, self.alone = 1, 1e-6, True
+        self.undo: Callable[[], None] | None = None  # for a KL that keeps a count, say
         try:
             self._raw(*(t[None] for t in at))
         except AuditError:
-            if example_rows in (None, 1):
+            if audit.rows in (None, 1):
                 raise
-            self.copies = example_rows
-            self._raw(*(t.expand(example_rows, -1) for t in at))
+            self.copies = audit.rows or 1  # identical rows in one call
+            self._raw(*(t.expand(self.copies, -1) for t in at))
         self.kind = self._kind(at)
-        values = [self._once(at, seed) for seed in (1, 1, 2, 3)]
+        self.undo = self.sandbox.snapshot()
+        one, again = self._once(at, 1), self._once(at, 1)
+        self.by_chance = one != again
+        if one == again and self._drifts(at):
+            audit.assumed.append("the KL counts its calls; its state was restored before each")
+        else:
+            self.undo = None
+        values = [one, again, self._once(at, 2), self._once(at, 3)]
         spread = max(values) - min(values)
-        self.by_chance = not uses_sample and spread > 1e-6 * (1 + max(map(abs, values)))
-        self.error = 0.0  # standard error of a value, where chance is left in it
-        self._summed = 1  # rows that a call with many sums over
+        self.by_chance = self.given == 2 and spread > 1e-6 * (1 + max(map(abs, values)))
+        self.error, self._summed = 0.0, 1  # standard error; rows that a call with many sums over
         if self.by_chance:
             fewer = self._total(at, CHANCE_ROWS // 16)
             sums = self.kind != "scalar" or abs(self._many(at)[0]) > 4 * abs(fewer)
             self._summed = CHANCE_ROWS if sums else 1
 
+    def _drifts(self, at: tuple[Tensor, ...]) -> bool:
+        """Whether its value changes from call to call if its state is not restored."""
+        undo, self.undo = self.undo, None
+        values = {self._once(at, 1) for _ in range(3)}
+        self.undo = undo
+        return len(values) > 1
+
     def _raw(self, *heads: Tensor) -> Tensor:
-        """Its result for mean, second output and z, for all of the latents or half of them."""
-        sandbox, s, given = self.sampler.sandbox, self.sampler, []
-        for t, shape in zip(heads, (s.latent, s.second, s.latent), strict=True):
-            shape = (*shape[:-1], -1) if shape else ()
-            given.append(sandbox.to_input(t).reshape(len(t), *shape).clone())
-        value = first(sandbox.call("kl", self.kl, *given[: 2 + self.uses_sample]))
+        """Its result for mean, second output and z."""
+        s, n = self.sampler, len(heads[0])
+        if self.undo:
+            self.undo()
+        more = list(self.prior.pushed(heads[2])) if self.given == 5 else []
+        shapes = (s.latent, s.second, s.latent, s.latent, ())
+        given = [
+            self.sandbox.to_input(t).reshape(n, *shape).clone()
+            for t, shape in zip([*heads, *more], shapes[: 3 + len(more)], strict=True)
+        ]
+        value = first(self.sandbox.call("kl", self.kl, *given[: self.given]))
         single = (torch.float32, np.float32)
-        if getattr(value, "dtype", None) in single or sandbox.dtype == torch.float32:
+        if getattr(value, "dtype", None) in single or self.sandbox.dtype == torch.float32:
             self.rounding = 1e-4
-        return sandbox.as_tensor("kl", value)
+        return self.sandbox.as_tensor("kl", value)
 
     def _total(self, row: tuple[Tensor, ...], rows: int, seed: int = 0) -> float:
         """The sum of its results for identical rows; NaN if it refuses a negative scale."""
-        self.sampler.sandbox.reseed(seed)
+        self.sandbox.reseed(seed)
         try:
             return float(self._raw(*(t.expand(rows, -1) for t in row)).sum())
         except AuditError as error:
@@ -135,21 +160,18 @@ class Divergence:
                 raise
             return math.nan
 
-    def _kind(self, at: tuple[Tensor, Tensor, Tensor]) -> str:
+    def _kind(self, at: tuple[Tensor, ...]) -> str:
         d = self.sampler.d
         n = self.copies if self.copies > 1 else (5 if d != 5 else 7)
         try:
             value = self._raw(*(t.expand(n, -1) for t in at))
         except AuditError:
             return "scalar of one example"
-        if value.numel() == 1:
-            return "scalar"
+        sizes = {1: "scalar", d: "per dimension, reduced over the batch", n * d: "per dimension"}
         if value.numel() == n and n in value.shape:
             return "per example"
-        if value.numel() == n * d:
-            return "per dimension"
-        if value.numel() == d:
-            return "per dimension, reduced over the batch"
+        if value.numel() in sizes:
+            return sizes[value.numel()]
         if value.ndim and value.shape[0] == n and d % (value.numel() // n) == 0:
             return "per group of dimensions"
         raise AuditError(
@@ -165,17 +187,15 @@ class Divergence:
         values = [self._total(row, CHANCE_ROWS, seed) for seed in range(CHANCE_SEEDS)]
         return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(CHANCE_SEEDS))
 
-    def values(self, mean: Tensor, second: Tensor, loc: Tensor, sigma: Tensor) -> Tensor:
-        """F at points (P,): heads mean (P, D) and second (P, E), sampled loc and sigma (P, D)."""
+    def values(self, at: Points, e: Tensor) -> Tensor:
+        """F at points (P,), averaged over draws with noise e (N, D) if it takes z."""
         if self.by_chance:
-            fits = [self._many(row) for row in zip(mean, second, loc, strict=True)]
+            fits = [self._many(row) for row in zip(at.mean, at.second, at.loc, strict=True)]
             self.error = max(error for _, error in fits) * 3 / self._summed
             return torch.tensor([value / self._summed for value, _ in fits], dtype=torch.float64)
-        if not self.uses_sample:
-            return self.at_draws(mean, second, loc)
-        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
-        values = [self.at_draws(mean, second, loc + sigma * float(node)) for node in nodes]
-        return torch.from_numpy(weights / weights.sum()) @ torch.stack(values)
+        if self.given == 2:
+            return self.at_draws(at.mean, at.second, at.loc)
+        return torch.stack([self.at_draws(at.mean, at.second, z) for z in at.draws(e)]).mean(0)
 
     def at_draws(self, *heads: Tensor) -> Tensor:
         """F of each row of mean, second and z, by one call if that gives the same as many."""
@@ -188,6 +208,7 @@ class Divergence:
                 single = torch.tensor([self._once(rows[i]) for i in some], dtype=torch.float64)
                 if torch.allclose(value[some], single, 1e-4, 1e-6, equal_nan=True):
                     return value
+                self.alone = False
         return torch.tensor([self._once(row) for row in rows], dtype=torch.float64)
 
     def growth(self, mean: Tensor, second: Tensor, z: Tensor) -> dict[int, float] | None:
@@ -206,66 +227,62 @@ class Divergence:
         one = step(1)
         return {n: step(n) / one for n in (2, 4, 8)} if one else None
 
-    def by_latents(self, mean: Tensor, second: Tensor, z: Tensor) -> float | None:
-        """F of half of the latents over that of all; None if it is unknown.
 
-        A sum gives one half, a mean 1.
-        """
-        s = self.sampler
-        if not s.latent or s.latent[-1] % 2 or s.second != s.latent or self.copies > 1:
-            return None
+class Comparison:
+    """The code's KL F and that of what is sampled, T, at some points.
 
-        def total(d: int, shift: float) -> float:
-            row = (mean + shift, second, z + shift)
-            return self._total(tuple(t[:1].expand(d) for t in row), 1)
-
-        try:
-            half, whole = (total(d, 1.0) - total(d, 0.0) for d in (s.d // 2, s.d))
-        except AuditError:
-            return None
-        return half / whole if whole else None
-
-
-_TERMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "exp(b)": torch.exp,
-    "exp(2b)": lambda b: (2 * b).exp(),
-    "exp(b/2)": lambda b: (b / 2).exp(),
-    "b^2": lambda b: b**2,
-    "exp(-b)": lambda b: (-b).exp(),
-    "exp(4b)": lambda b: (4 * b).exp(),
-    "b^4": lambda b: b**4,
-    "softplus(b)^2": lambda b: F.softplus(b) ** 2,
-    "softplus(b)": F.softplus,
-    "b": lambda b: b,
-    "log|b|": lambda b: b.abs().log(),
-    "log softplus(b)": lambda b: F.softplus(b).log(),
-}
-
-
-def formula(f: Tensor, mean: Tensor, second: Tensor) -> str | None:
-    """F (P,) of one latent as a formula in m and b (P,); None if it is not a sum of known terms.
-
-    Example:
-        >>> m, b = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).double()
-        >>> formula(0.5 * (m**2 + b.exp() - b - 1), m, b)
-        '0.5 m^2 + 0.5 exp(b) - 0.5 b - 0.5'
+    `e` are the points of the noise, and residuals below `tight` rounding or chance.
     """
-    reach = float((f - f.mean()).abs().max())
-    columns = {name: term(second) for name, term in _TERMS.items()}
-    finite = [name for name, column in columns.items() if column.isfinite().all()]
-    for pair in itertools.combinations(finite, 2):
-        names = ["m^2", "m", *pair, ""]
-        given = [mean**2, mean, *(columns[name] for name in pair), torch.ones_like(mean)]
-        design = torch.stack(given, 1)
-        size = design.abs().amax(0).clamp(min=1e-300)
-        solved = torch.linalg.lstsq(design / size, f[:, None], driver="gelsd", rcond=1e-12)
-        weights = solved.solution[:, 0]
-        if (design / size @ weights - f).abs().max() > 1e-6 * reach:
-            continue
-        terms = ""
-        for name, c in zip(names, (weights / size).tolist(), strict=True):
-            if abs(c) >= 1e-6:
-                number = "" if abs(abs(c) - 1) < 1e-6 and name else f"{abs(c):.4g}"
-                terms += f" {'-' if c < 0 else '+'} " + " ".join(filter(None, (number, name)))
-        return terms.strip().removeprefix("+ ")
-    return None
+
+    f: Tensor
+    t: Tensor
+
+    def __init__(self, audit: VAEAudit, q: Posterior | FullPosterior):
+        self.at, self.prior, d = q.points(audit.prior), audit.prior, q.sampler.d
+        w = int(self.at.second.amin(1).argmax())
+        self.code = CodeKL(audit, q, (self.at.mean[w], self.at.second[w], self.at.loc[w]))
+        self.error = 0.0
+        exact = self.prior.normal or self.code.given > 2
+        few = (8, 64)[not self.prior.normal] if self.at.scale.ndim == 2 else 2 * d
+        many = min(4096, 40_000_000 // (len(self.at.loc) * d) // 2 * 2)
+        self.e = noise_points(d, few if exact else many)
+        self.f, self.t = self.code.values(self.at, self.e), self.true()
+        if not exact:
+            other = self.true(e=noise_points(d, many, seed=1))
+            self.error = 4 * float(
+                ((other - self.t) / (1 + self.t.abs())).nan_to_num(0).abs().max()
+            )
+        self.fit = Regression(math.nan, math.nan, math.inf, 0)
+
+    def true(self, at: Points | None = None, e: Tensor | None = None) -> Tensor:
+        """T (P,), by default at the points of the comparison."""
+        at, e = self.at if at is None else at, self.e if e is None else e
+        return (at.log_q(e) - self.prior.log_prob(at.draws(e))).mean(0)
+
+    def keep(self, usable: Tensor) -> None:
+        """Drop the other points."""
+        self.at, self.f, self.t = self.at[usable], self.f[usable], self.t[usable]
+
+    def measure(self, audit: VAEAudit, q: Posterior | FullPosterior) -> None:
+        """Regress F on T."""
+        f, t, s = self.f[self.at.inside], self.t[self.at.inside], q.sampler
+        self.fit, copies = regress(f, t), self.code.copies
+        if copies > 1 and abs(self.fit.slope / copies - 1) < 1e-3:
+            self.f = self.f / copies
+            self.fit = regress(f / copies, t)
+        slope = audit.kl_slope = self.fit.slope
+        rounding = max(1e-5, 50 * self.code.rounding, 200 * s.rounding, 1.5 * s.scale_error)
+        loose = 0.05 * (s.mode == "moments" and q.curve is not None and not q.curve.named)
+        slack = 8 * self.code.error / max(abs(slope), 1e-300) + 20 * q.error
+        self.tight = rounding + loose + slack + self.error
+
+    @property
+    def fits(self) -> bool:
+        """Whether F is a multiple of T, plus a constant."""
+        return self.fit.residual <= max(OFF, self.tight) and self.fit.slope != 0
+
+    def numbers(self, i: int) -> dict[str, Any]:
+        """Both values at a point, and its position."""
+        position = {"mean": self.at.mean[i, 0], "second": self.at.second[i, 0]}
+        values = {**position, "kl": self.f[i], "expected": self.t[i]}
+        return {name: float(value) for name, value in values.items()}

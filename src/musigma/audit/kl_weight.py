@@ -2,8 +2,8 @@ r"""The weight of the KL in the loss, from the terms of the loss.
 
 A reconstruction term R is compared with the terms of single elements of the data: a sum gives
 rho = R / sum of single terms = 1, a mean over N elements 1 / N. The KL is compared with the true
-one: kappa = KL / T. The weight of the KL in the loss is kappa / rho. It may be any constant, but
-must not depend on the size of the batch, the latent or the data.
+one: kappa = KL / T. The weight of the KL in the loss is kappa / rho: the beta of a beta-VAE. It
+may be any constant, but must not depend on the size of the batch.
 """
 
 from __future__ import annotations
@@ -27,22 +27,14 @@ ELEMENTS = 64  # that move at once
 
 def check_kl_weight(audit: VAEAudit) -> None:
     """The weight of the KL against the reconstruction, in the terms and in the loss."""
-    reconstruction = None
-    if audit.has("recon"):
-        reconstruction = _reconstruction(audit, _x_hat(audit))
-        if reconstruction is None:
-            return
-        if not reconstruction.finite:
-            audit.bug(
-                "not_finite",
-                "recon returns NaN or infinity",
-                "check what it takes the logarithm of",
-            )
-            return
+    reconstruction = _reconstruction(audit) if audit.has("recon") else None
+    if reconstruction is not None and not reconstruction.finite:
+        audit.bug("not_finite", "recon")
+        return
     weights = _loss_weights(audit) if audit.has("loss") else {}
     if reconstruction is not None and audit.has("kl") and audit.kl_fits:
         _check_balance(audit, reconstruction, weights)
-    elif audit.has("recon"):
+    elif reconstruction is not None:
         audit.unchecked.append("the weight of the KL: the KL itself is wrong or unknown")
 
 
@@ -59,9 +51,8 @@ class Reconstruction:
     def __init__(self, sandbox: Sandbox, recon: Callable[..., Any], x: Tensor, x_hat: Tensor):
         self.sandbox, self.recon = sandbox, recon
         self.x, self.x_hat = x, x_hat
-        n = len(x)
         value = self._raw(x, x_hat)
-        per_example = value.shape[:1] == (n,) and value.numel() == n
+        per_example = value.shape[:1] == (len(x),) and value.numel() == len(x)
         scalar = value.numel() == 1
         self.kind = "scalar" if scalar else "per example" if per_example else "per element"
         self.finite = bool(value.isfinite().all())
@@ -90,16 +81,13 @@ class Reconstruction:
         except (AuditError, ZeroDivisionError):
             return None
 
-    def rho(self, halved: bool = False) -> float | None:
+    def rho(self) -> float | None:
         """R of one example over the sum of the terms of its elements; None if it is unknown.
 
         Both change when some elements of x_hat move toward the data. If it takes no single
-        elements, it is compared with the usual errors. `halved`: for half of the data's last axis.
+        elements, it is compared with the usual errors.
         """
-        x, hat = self.x[:1], self.x_hat[:1]
-        if halved:
-            x, hat = (t[..., : t.shape[-1] // 2] for t in (x, hat))
-        n = x.numel()
+        x, hat, n = self.x[:1], self.x_hat[:1], self.x[:1].numel()
         if n == 0 or n != hat.numel():
             return None
         flat = [t.flatten() for t in (x, hat, _nearer(x, hat))]
@@ -120,10 +108,9 @@ class Reconstruction:
         errors = [torch.tensor(_errors(v, a)) - torch.tensor(_errors(v, b)) for v, a, b in pieces]
         for expected in torch.stack(errors, 1).tolist():
             ratio = _ratio(changes, expected) or 0.0
-            for scale in (1.0, 0.5):
-                for rho in (1.0, 1 / n):
-                    if abs(ratio / (scale * rho) - 1) < 1e-3:
-                        return rho
+            for rho in (1.0, 0.5, 1 / n, 0.5 / n):
+                if abs(ratio / rho - 1) < 1e-3:
+                    return 1.0 if rho >= 0.5 else 1 / n
         return None
 
     def _of_elements(self, x: Tensor, x_hat: Tensor) -> float:
@@ -148,18 +135,14 @@ def _nearer(x: Tensor, x_hat: Tensor) -> Tensor:
 
 def _errors(x: Tensor, y: Tensor) -> list[float]:
     """The usual reconstruction errors, as sums; NaN where they are not defined."""
-    errors = [
-        (y - x) ** 2,
-        (y - x).abs(),
-        F.binary_cross_entropy_with_logits(y, x, reduction="none"),
-        -torch.xlogy(x, y) - torch.xlogy(1 - x, 1 - y),
-    ]
-    return [float(error.sum()) for error in errors]
+    logits = F.binary_cross_entropy_with_logits(y, x, reduction="none")
+    entropy = -torch.xlogy(x, y) - torch.xlogy(1 - x, 1 - y)
+    return [float(error.sum()) for error in ((y - x) ** 2, (y - x).abs(), logits, entropy)]
 
 
-def _reconstruction(audit: VAEAudit, x_hat: Tensor) -> Reconstruction | None:
+def _reconstruction(audit: VAEAudit) -> Reconstruction | None:
     """The term at an x_hat in a shape that it takes; None if there is none, without `decode`."""
-    x, recon = audit.example, audit.functions["recon"]
+    x, recon, x_hat = audit.example, audit.functions["recon"], _x_hat(audit)
     shapes = dict.fromkeys((x_hat.shape, x.shape, x_hat.flatten(1).shape))
     forms = [(x_hat.reshape(shape),) for shape in shapes if math.prod(shape) == x_hat.numel()]
     try:
@@ -196,8 +179,8 @@ def _x_hat(audit: VAEAudit) -> Tensor:
 def _loss_weights(audit: VAEAudit) -> dict[int, tuple[float, float]]:
     """a and b of loss = a recon + b KL, by the size of a batch: that of the example and twice."""
     needed = ("sample", "kl", "recon", "decode")
-    if missing := [name for name in needed if not audit.has(name)]:
-        audit.unchecked.append(f"the loss: without {', '.join(missing)}")
+    if lacking := [name for name in needed if not audit.has(name)]:
+        audit.unchecked.append(f"the loss: without {', '.join(lacking)}")
         return {}
     weights = {}
     for batch in (audit.example, torch.cat([audit.example, audit.example])):
@@ -209,23 +192,32 @@ def _loss_weights(audit: VAEAudit) -> dict[int, tuple[float, float]]:
         audit.details["loss"] = {"recon_weight": a, "kl_weight": b, "beta": b / a if a else None}
         audit.checked.append(f"loss = {a:.5g} recon + {b:.5g} KL")
         if a and b / a < 0 and audit.kl_slope > 0:
-            audit.bug(
-                "kl_scale",
-                f"the loss rewards the KL: its weight is {b / a:.4g}",
-                "add the KL to the reconstruction error",
-                beta=b / a,
-            )
+            audit.bug("kl_scale", "rewarded", beta=b / a)
     return weights
 
 
 def _combination(audit: VAEAudit, x: Tensor) -> tuple[float, float]:
-    """a and b of loss = a recon + b KL, with the same noise in both, over several batches."""
-    terms = torch.tensor([_terms(audit, x, seed) for seed in range(8)], dtype=torch.float64)
+    """a and b of loss = a recon + b KL, with the same noise in both, over several batches.
+
+    If only a KL of the tensors that sample changed in place explains the loss, this is a bug.
+    """
+    try:
+        return _solve(audit, x, False)
+    except AuditError:
+        if not any(name == "sample" for name, _ in audit.sandbox.changed):
+            raise
+        weights = _solve(audit, x, True)
+        audit.bug("inplace", "kl", name="sample", argument="mean or second")
+        return weights
+
+
+def _solve(audit: VAEAudit, x: Tensor, shared: bool) -> tuple[float, float]:
+    rows = [_terms(audit, x, seed, shared) for seed in range(8)]
+    terms = torch.tensor(rows, dtype=torch.float64)
     losses, design = terms[:, 0], terms[:, 1:]
-    spread = float(losses.std())
+    spread, size = float(losses.std()), design.abs().amax(0)
     if spread < 1e-12:
         raise AuditError("it does not vary")
-    size = design.abs().amax(0)
     if (size > 0).all() and losses.isfinite().all():
         solved = torch.linalg.lstsq(design / size, losses[:, None], driver="gelsd").solution
         weights = solved[:, 0] / size
@@ -235,8 +227,11 @@ def _combination(audit: VAEAudit, x: Tensor) -> tuple[float, float]:
     raise AuditError("it has other terms, or other draws")
 
 
-def _terms(audit: VAEAudit, x: Tensor, seed: int) -> list[float]:
-    """Loss, reconstruction and KL of a batch drawn from x."""
+def _terms(audit: VAEAudit, x: Tensor, seed: int, shared: bool) -> list[float]:
+    """Loss, reconstruction and KL of a batch drawn from x.
+
+    If `shared`, sample and KL are given the same tensors, so that changes in place are seen.
+    """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     batch = x[order.to(x.device)]
     if len(x) > 2 and seed % 2:
@@ -247,9 +242,10 @@ def _terms(audit: VAEAudit, x: Tensor, seed: int) -> list[float]:
         loss = loss.get("loss", next(iter(loss.values())))
     audit.sandbox.reseed(seed)
     heads = [audit.sandbox.to_input(head) for head in audit.encoded(batch)]
-    z = first(audit.call("sample", *(head.clone() for head in heads)))
-    kl = audit.call("kl", *heads, *([z] if audit.kl_uses_sample else []))
-    x_hat = first(audit.call("decode", z))
+    z = first(audit.call("sample", *(head if shared else head.clone() for head in heads)))
+    more = (z, *audit.call("flow", z)[:2]) if audit.has("flow") else (z,)
+    kl = audit.call("kl", *heads, *more[: audit.kl_arguments - 2])
+    x_hat = first(audit.call("decode", more[1] if len(more) > 1 else z))
     forms = [(x_hat,)]
     if x_hat.numel() == batch.numel():
         forms.append((x_hat.reshape(batch.shape),))
@@ -269,22 +265,19 @@ def _power(growth: dict[int, float] | None) -> float:
 def _check_balance(
     audit: VAEAudit, reconstruction: Reconstruction, weights: dict[int, tuple[float, float]]
 ) -> None:
-    """Whether the weight of the KL stays the same when batch, latent or data change their size."""
-    same_reduction = "reduce both over the batch alike: sum over an example, then take the mean"
+    """Whether the weight of the KL is constant when the batch changes its size, and is 1."""
+    if audit.coupled:
+        audit.unchecked.append("the weight of the KL: the rows of the example are not independent")
+        return
     kl, recon = audit.kl_growth, reconstruction.growth()
     power = _power(kl) - _power(recon)
     rho, size = reconstruction.rho(), len(audit.example)
     if kl and recon and not weights and any(abs(kl[n] / recon[n] - 1) > 1e-3 for n in kl):
         here = audit.kl_slope / rho * size**power if rho else math.nan
-        audit.find(  # a weight of 1 here: the code was written for batches of this size
-            "reduction_imbalance",
-            "warning" if abs(here - 1) < 1e-2 else "bug",
-            "the weight of the KL changes with the batch: for 8 examples the KL is "
-            f"{kl[8]:.4g} times that of one, the reconstruction {recon[8]:.4g} times",
-            same_reduction,
-            kl_growth=kl[8],
-            recon_growth=recon[8],
-        )
+        # A weight of 1 here: the code was written for batches of this size.
+        severity = "warning" if abs(here - 1) < 1e-2 else "bug"
+        growths: dict[str, Any] = {"kl_growth": kl[8], "recon_growth": recon[8]}
+        audit.find("reduction_imbalance", severity, "batch", **growths)
         return
     if audit.details.get("kl_returns") == "per dimension" or reconstruction.kind == "per element":
         audit.unchecked.append("the weight of the KL: a term is not reduced over an example")
@@ -297,41 +290,18 @@ def _check_balance(
     ] or [audit.kl_slope / rho]
     beta = audit.details["beta"] = betas[0]
     if abs(betas[-1] / beta - 1) > 1e-2:
-        audit.bug(
-            "reduction_imbalance",
-            f"the weight of the KL in the loss changes with the batch: {beta:.5g} for "
-            f"{next(iter(weights))} examples, {betas[-1]:.5g} for {list(weights)[-1]}",
-            same_reduction,
-            beta=beta,
-            beta_of_twice_the_batch=betas[-1],
-        )
-        return
-    if abs(beta - 1) < 1e-2:
+        examples = next(iter(weights))
+        audit.bug("reduction_imbalance", "loss", beta=beta, other=betas[-1], examples=examples)
+    elif abs(beta - 1) < 1e-2:
         audit.findings.pop("kl_scale", None)  # the reduction explains it
         audit.checked.append("the weight of the KL is 1, over whole examples")
-        return
-    n, d = math.prod(audit.example.shape[1:]), audit.latents or 1
-    half, kl_half = reconstruction.rho(halved=True), audit.kl_halved
-    data_mean = abs(rho * n - 1) < 1e-3 if half is None else abs(half / rho - 1) > 1e-2
-    latent_mean = (
-        abs(audit.kl_slope * d - 1) < 1e-3 if kl_half is None else abs(kl_half - 1) < 1e-2
-    )
-    means = {}
-    if data_mean and (half is not None or n > 1):
-        means["data"] = f"the reconstruction is a mean over {n} elements"
-    if latent_mean and d > 1:
-        means["latent"] = f"the KL is a mean over {d} latents"
-    if means:
-        audit.bug(
-            "reduction_imbalance",
-            f"the weight of the KL is {beta:.5g} here and changes with the size of the "
-            f"{' and the '.join(means)}: {' and '.join(means.values())}",
-            "sum both over all of an example, and take the mean over the batch only",
-            beta=beta,
-            rho=rho,
-            kl_slope=audit.kl_slope,
-            elements=n,
-            latents=d,
-        )
-    else:
-        audit.checked.append(f"the weight of the KL is {beta:.5g}, whatever the sizes")
+    elif beta > 0:
+        n, d = math.prod(audit.example.shape[1:]), audit.latents or 1
+        reasons = []
+        if n > 1 and abs(rho * n - 1) < 1e-3:
+            reasons.append(f": the reconstruction is a mean over {n} elements")
+        if d > 1 and abs(audit.kl_slope * d - 1) < 1e-3:
+            reasons.append(f": the KL is a mean over {d} latents")
+        why = " and".join(reasons).replace(" and:", " and")
+        numbers: dict[str, Any] = {"beta": beta, "rho": rho, "kl_slope": audit.kl_slope}
+        audit.warn("reduction_imbalance", **numbers, why=why, elements=n, latents=d)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +16,16 @@ from musigma.audit.sampler import Sampler
 from musigma.audit.sandbox import Sandbox, by_float_type, first_form
 from musigma.audit.scales import name_curve
 from musigma.audit.statistics import correlated, covariance_differs, moments_differ, noise_name
-from musigma.audit.vae_state import FullPosterior, Heads, Posterior, VAEAudit
+from musigma.audit.vae_state import FullPosterior, Heads, Posterior, Prior, VAEAudit
 
 __all__ = [
     "audit_aggregate",
     "check_generation",
     "check_heads",
-    "check_mean",
     "check_noise",
     "check_scale",
     "full_posterior",
-    "name_scale",
+    "measured_posterior",
 ]
 
 NARROW = 0.9  # a smallest sigma above this share of the prior's is a bug
@@ -34,26 +34,17 @@ _STEPS = [0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 9.5, 12, 14
           32, 40, 50, 60]  # fmt: skip
 
 
-def name_scale(audit: VAEAudit, s: Sampler) -> Posterior | None:
+def measured_posterior(audit: VAEAudit, s: Sampler) -> Posterior | None:
     """Measure sigma, and name it as a function of the second tensor; None if there is none."""
     steps = torch.tensor([*(-x for x in reversed(_STEPS)), 0.0, *_STEPS], dtype=torch.float64)
     b, sigma = _scan(s, steps)
     if len(b) < 3:
-        audit.bug(
-            "not_finite",
-            "sample returns NaN or infinity for nearly every second output",
-            "check what it does with the second tensor",
-        )
+        audit.bug("not_finite", "sample_nearly")
         return None
     exact = s.mode != "moments"
     pooled = sigma.abs().mean(1) if exact else sigma.square().mean(1).sqrt()
     if pooled.max() < 1e-12:
-        audit.bug(
-            "sample_scale",
-            "z does not vary: its standard deviation is zero",
-            "add sigma times standard normal noise to the mean",
-            sigma=0.0,
-        )
+        audit.bug("sample_scale", "still", sigma=0.0)
         return None
     error = max(1e-6, 5 * s.rounding) if exact else 6 / math.sqrt(2 * s.averaged(51) * s.d)
     off = (sigma.abs() - pooled[:, None]) / pooled[:, None].clamp(min=1e-300)
@@ -68,28 +59,19 @@ def name_scale(audit: VAEAudit, s: Sampler) -> Posterior | None:
     if name == "relu" and curve.floor:
         audit.details["dead_below_zero"] = True
     audit.convention, text = name, curve.text.replace(curve.name, name, 1)
-    audit.details["convention"] = {
-        **curve.to_dict(),
-        "name": name,
-        "text": text,
-        "turns_noise": bool((sigma[b < 0] < 0).any() and (sigma[b > 0] > 0).any()),
-    }
+    turns = bool((sigma[b < 0] < 0).any() and (sigma[b > 0] > 0).any())
+    named = {"name": name, "text": text, "turns_noise": turns}
+    audit.details["convention"] = curve.to_dict() | named
     audit.details["noise"] = {"source": s.stream or s.mode}
     ends = f"from {b[0]:g} to {b[-1]:g}"
     audit.checked.append(
         f"sigma at {len(b)} values of the second output {ends}: {text}"
         + (f", to within {curve.error:.1e}" if curve.named else "")
     )
-    smallest, std = float(pooled.min()), float(audit.prior[1].min())
+    smallest, std = float(pooled.min()), float(audit.prior.std.min())
     if smallest >= NARROW * std and name != "unit variance":
-        audit.bug(
-            "sigma_range_restricted",
-            f"no second output {ends} gives a standard deviation below {smallest:.4g}: a "
-            "posterior can hardly be narrower than the prior",
-            "let sigma reach zero: drop what is added to it, or bounds its logarithm from below",
-            smallest_sigma=smallest,
-            prior_std=std,
-        )
+        audit.bug("sigma_range_restricted", ends=ends, smallest_sigma=smallest, prior_std=std)
+    _check_mean(audit, q)
     return q
 
 
@@ -112,19 +94,19 @@ def _scan(s: Sampler, b: Tensor) -> tuple[Tensor, Tensor]:
     return first_form(((part,) for part in parts), attempt)[1]
 
 
-def check_mean(audit: VAEAudit, q: Posterior) -> None:
+def _check_mean(audit: VAEAudit, q: Posterior) -> None:
     """E[z] against the mean head, at random heads within the range that the sampler takes."""
-    s, (prior_mean, prior_std) = q.sampler, audit.prior
+    s, prior = q.sampler, audit.prior
     if s.mode == "frozen":
         audit.unchecked.append("the mean of z: the noise is the same at every call")
         return
-    std = float(prior_std.mean())
+    std = float(prior.std.mean())
     usable = (q.b.abs() <= 6) & (q.sigma > 0.05 * std) & (q.sigma < 8 * std)
     values = q.b[usable if usable.any() else q.b.abs() <= 2]
     generator = torch.Generator().manual_seed(5)
     second = values[torch.randint(len(values), (12, s.e), generator=generator)]
     m = torch.randn(12, s.d, generator=generator, dtype=torch.float64)
-    mean = prior_mean + 1.5 * prior_std * m
+    mean = prior.mean + 1.5 * prior.std * m
     loc, sigma, _ = s.measure(mean, second)
     expected, source = mean, "the mean head"
     if audit.has("documented_mean"):
@@ -141,35 +123,22 @@ def check_mean(audit: VAEAudit, q: Posterior) -> None:
     excess = (loc - expected).abs() / limit
     if (excess <= 1).all():
         largest = float(((loc - expected).abs() / sigma.abs().clamp(min=1e-300)).max())
-        audit.checked.append(f"the mean of z is the mean head, to {largest:.1e} sigma")
+        audit.checked.append(f"the mean of z is {source}, to {largest:.1e} sigma")
         return
-    i, j = divmod(int(excess.nan_to_num(1e9).argmax()), s.d)
+    at = divmod(int(excess.nan_to_num(1e9).argmax()), s.d)
     q.unbiased = False
-    audit.bug(
-        "sample_mean",
-        f"the mean of z is {loc[i, j]:.5g}, and {source} is {expected[i, j]:.5g}",
-        "add the noise to the mean itself: z = mean + sigma * eps, with eps of mean zero",
-        mean_of_z=loc[i, j],
-        expected=expected[i, j],
-        sigma=sigma[i, j],
-        limit=limit[i, j],
-    )
+    numbers: dict[str, Any] = {"mean_of_z": loc[at], "expected": expected[at], "sigma": sigma[at]}
+    audit.bug("sample_mean", source=source, **numbers, limit=limit[at])
 
 
 def check_noise(audit: VAEAudit, s: Sampler) -> None:
     """Whether the noise is independent and standard normal."""
     if s.mode == "frozen":
-        audit.bug(
-            "noise_shared",
-            "every call of sample draws the same noise",
-            "seed once, outside sample",
-            calls=2,
-            different=0,
-        )
+        audit.bug("noise_shared", "calls", calls=2, different=0)
         return
-    if s.stream.startswith("torch, one") and s.mode == "known":
+    if s.mode == "known" and s.stream.startswith("torch, one"):
         what = "dimensions" if "dimensions" in s.stream else "examples"
-        _shared(audit, f"one draw of noise serves all {what}", 1.0)
+        audit.bug("noise_shared", what=what, correlation=1.0)
         return
     if s.mode == "known":
         audit.checked.append(f"the noise is standard normal and independent: {s.stream}")
@@ -178,47 +147,32 @@ def check_noise(audit: VAEAudit, s: Sampler) -> None:
     e = (e - e.mean(0)) / e.std(0).clamp(min=1e-300) if len(e) > 500 else e
     if not s.is_matrix:
         if len(e) > 3 and (e[:8] == e[0]).all():
-            _shared(audit, "one draw of noise serves all examples", 1.0)
+            audit.bug("noise_shared", what="examples", correlation=1.0)
             return
         for lag in (1, len(e) // 2):
             r, limit = correlated(torch.stack([e[:-lag].flatten(), e[lag:].flatten()], 1))
             if abs(r) > limit:
-                what = f"the noise of examples {lag} apart has correlation {r:.3g}"
-                _shared(audit, what, r, limit, harmless=r < 0)
+                severity, what = "warning" if r < 0 else "bug", f"examples {lag} apart"
+                audit.find(
+                    "noise_shared", severity, "correlated", what=what, correlation=r, limit=limit
+                )
                 break
         r, limit = correlated(e)
         if abs(r) > limit:
-            _shared(audit, f"the noise of two dimensions has correlation {r:.3g}", r, limit)
+            what = "two dimensions"
+            audit.bug("noise_shared", "correlated", what=what, correlation=r, limit=limit)
             e = e[:, :1]
     documented = audit.has("documented_mean") and not audit.findings  # E[z] is as documented
     name, numbers = noise_name(e[: max(1, 200_000 // e.shape[1])])
     audit.details["noise"] = {"source": s.stream or s.mode, "family": name, **numbers}
     if name != "normal":
-        audit.find(
-            "noise_not_gaussian",
-            "warning" if documented else "bug",
-            f"the injected noise is not normal but {name}: excess kurtosis "
-            f"{numbers['excess_kurtosis']:.3g}, skewness {numbers['skewness']:.3g}",
-            "draw it with torch.randn_like(mean)",
-            family=name,
-            **numbers,
-        )
+        severity = "warning" if documented else "bug"
+        audit.find("noise_not_gaussian", severity, family=name, **numbers)
     else:
         audit.checked.append(
             f"the noise is normal: distance {numbers['distance']:.1e} from Phi, limit "
             f"{numbers['limit']:.1e}"
         )
-
-
-def _shared(audit: VAEAudit, what: str, r: float, limit: float = 0.0, harmless=False) -> None:
-    audit.find(
-        "noise_shared",
-        "warning" if harmless else "bug",
-        what,
-        "draw noise of the mean's shape at every call: eps = torch.randn_like(mean)",
-        correlation=r,
-        **({"limit": limit} if limit else {}),
-    )
 
 
 def full_posterior(audit: VAEAudit, s: Sampler, heads: Heads) -> FullPosterior:
@@ -238,13 +192,11 @@ def full_posterior(audit: VAEAudit, s: Sampler, heads: Heads) -> FullPosterior:
     off_diagonal = covariance - torch.diag_embed(covariance.diagonal(dim1=1, dim2=2))
     text = audit.convention = "full covariance"
     if s.second == (s.d, s.d):
-        diagonal = second.diagonal(dim1=1, dim2=2)
-        factors = {
-            "": second.tril(),
-            ", its diagonal by exp": second.tril(-1) + torch.diag_embed(diagonal.exp()),
-            ", its diagonal by softplus": second.tril(-1) + torch.diag_embed(softplus(diagonal)),
-        }
-        forms = {f"Cholesky factor{words}": lower @ lower.mT for words, lower in factors.items()}
+        below, diagonal = second.tril(-1), second.diagonal(dim1=1, dim2=2)
+        factors = {"": diagonal, ", its diagonal by exp": diagonal.exp(),
+                   ", its diagonal by softplus": softplus(diagonal)}  # fmt: skip
+        lower = {words: below + torch.diag_embed(values) for words, values in factors.items()}
+        forms = {f"Cholesky factor{words}": t @ t.mT for words, t in lower.items()}
         for words, form in {**forms, "covariance": second}.items():
             if (form - covariance).abs().max() < 0.05 * error + 1e-5:
                 text = f"full covariance: the second output is the {words}"
@@ -256,44 +208,28 @@ def full_posterior(audit: VAEAudit, s: Sampler, heads: Heads) -> FullPosterior:
         "noise_scale": 1.0,
         "largest_off_diagonal": float(off_diagonal.abs().max()),
     }
-    off = float((loc - mean.flatten(1)).abs().max())
-    if off > (0.002 + 6 * error) * float(covariance.max().sqrt()) + 1e-5:
-        audit.bug(
-            "sample_mean",
-            "the mean of z is not the mean head",
-            "add the noise to the mean itself",
-            off=off,
-        )
+    off = (loc - mean.flatten(1)).abs()
+    if off.max() > (0.002 + 6 * error) * float(covariance.max().sqrt()) + 1e-5:
+        audit.bug("sample_mean", "full", off=off.max())
     audit.checked.append("the covariance of z at the encoder's heads")
     return FullPosterior(s, (mean, second), loc, factor, error)
 
 
-def check_scale(audit: VAEAudit, q: Posterior) -> None:
+def check_scale(audit: VAEAudit, q: Posterior | FullPosterior) -> None:
     """Report a sigma that follows no reading, unless the KL has the same."""
+    if q.curve is None:
+        return
     curve, has_kl = q.curve, audit.has("kl")
     k, named = curve.noise_scale, curve.named and not curve.name.startswith("exp(")
     if (named and abs(k - 1) <= 0.03) or (has_kl and audit.kl_fits):
         return
     if not named and has_kl and math.isnan(audit.kl_slope):
         return
-    if named:
-        text = f"the noise is {k:.5g} times that of the reading {curve.name}"
-        repair = f"draw eps with a standard deviation of 1, not {k:.4g}, or put {k:.4g} into sigma"
-    else:
-        text = (
-            f"the standard deviation of z follows no reading of the second output ({curve.text})"
-        )
-        repair = "make it exp(b/2), exp(b) or softplus(b), and say which"
     at = int((q.b - 1).abs().argmin())
-    audit.find(
-        "sample_scale",
-        "bug" if has_kl else "warning",
-        text,
-        repair,
-        noise_scale=k,
-        at=q.b[at],
-        sigma=q.sigma[at],
-    )
+    numbers: dict[str, Any] = {"noise_scale": k, "at": q.b[at], "sigma": q.sigma[at]}
+    variant = "factor" if named else ""
+    words = {"reading": curve.name, "curve": curve.text}
+    audit.find("sample_scale", "bug" if has_kl else "warning", variant, **words, **numbers)
 
 
 def check_generation(audit: VAEAudit) -> None:
@@ -306,25 +242,16 @@ def check_generation(audit: VAEAudit) -> None:
             "draws of the latent"
         )
         return
+    prior = Prior(audit.given_prior, few.shape[1:], audit.sandbox)
     n = 20_000 if d is None or d <= 64 else 2000
     audit.sandbox.reseed(11)
     z = audit.ask("generate", n).flatten(1)
     if not z.isfinite().all():
-        audit.bug(
-            "not_finite",
-            "generate returns NaN or infinity",
-            "draw from the prior: mean + std * torch.randn",
-        )
-        return
-    mean, std = (t.flatten().expand(z.shape[1]) for t in audit.prior)
-    if off := moments_differ(z, mean, std):
-        audit.bug(
-            "prior_mismatch",
-            "generation draws z with mean {mean:.4g} and standard deviation {std:.4g}; the prior "
-            "of the KL has {expected_mean:.4g} and {expected_std:.4g}".format(**off),
-            "draw z from the prior that the KL is taken to",
-            **off,
-        )
+        audit.bug("not_finite", "generate")
+    elif not prior.known:
+        audit.unchecked.append("the prior of generation: the moments of `prior` are not known")
+    elif off := moments_differ(z, prior.mean, prior.std):
+        audit.bug("prior_mismatch", **off)
     else:
         audit.checked.append(f"generation: mean and standard deviation of the prior, {n} draws")
 
@@ -338,7 +265,7 @@ def _is_finite(heads: Heads) -> bool:
 
 def check_heads(audit: VAEAudit, q: Posterior | FullPosterior | None) -> None:
     """Whether the two heads differ, and the range that they reach, under random parameters."""
-    pairs = []
+    pairs: list[Heads] = []
     d = audit.latents or 1
     for i in range(max(4, -(-40 // d))):
         if i:
@@ -356,39 +283,23 @@ def check_heads(audit: VAEAudit, q: Posterior | FullPosterior | None) -> None:
         audit.checked.append(f"the heads under {len(pairs) - 1} sets of random parameters")
     else:
         audit.unchecked.append("the heads under random parameters: no module was found")
-    if isinstance(q, Posterior) and q.curve.name == "unit variance":
+    if q is not None and q.curve is not None and q.curve.name == "unit variance":
         return
     if pairs and all(m.shape == s.shape and m.numel() > 1 for m, s in pairs):
         m, s = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
-        what = None
-        if m.std() > 1e-12:
-            if ((m - s).abs() <= 1e-9 * (m.abs() + 1e-12)).all():
-                what = "mean and second output are the same numbers"
-            elif _is_one_function(m, s, d):
-                what = "the second output is one monotone function of the mean"
-        if what:
-            audit.bug(
-                "heads_tied",
-                f"{what}, whatever the parameters are",
-                "give the scale a layer of its own",
-                compared=m.numel(),
-            )
+        same = bool(((m - s).abs() <= 1e-9 * (m.abs() + 1e-12)).all())
+        if m.std() > 1e-12 and (same or _is_one_function(m, s, d)):
+            audit.bug("heads_tied", "same" if same else "", compared=m.numel())
     enough = len(pairs) >= 4 and (len(pairs) - 1) * d >= 36
-    if not isinstance(q, Posterior) or not audit.sandbox.modules or not enough:
+    if q is None or q.curve is None or not audit.sandbox.modules or not enough:
         return
     with contextlib.suppress(AuditError):
         heads = [[head.flatten(1)[:8] for head in pair] for pair in pairs[1:]]
         sigma = torch.cat([q.sampler.measure(0 * mean, second)[1].abs() for mean, second in heads])
         smallest = float(sigma.min())
-        if sigma.std() > 1e-9 and smallest >= NARROW * float(audit.prior[1].min()):
-            audit.bug(
-                "sigma_range_restricted",
-                "the encoder's second output never gives a standard deviation below "
-                f"{smallest:.4g}, whatever its parameters are",
-                "make the last layer of the scale's head linear, without a ReLU or softplus",
-                smallest_sigma=smallest,
-                compared=sigma.numel(),
-            )
+        if sigma.std() > 1e-9 and smallest >= NARROW * float(audit.prior.std.min()):
+            n = sigma.numel()
+            audit.bug("sigma_range_restricted", "encoder", smallest_sigma=smallest, compared=n)
 
 
 def _is_one_function(m: Tensor, s: Tensor, d: int) -> bool:
@@ -430,16 +341,18 @@ def audit_aggregate(
         ('bug', ('aggregate_cov',))
     """
 
-    def both(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def called(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         with Sandbox(covariance, sample) as sandbox, torch.no_grad():
             sandbox.use_dtype(dtype)
-            claimed = (
-                sandbox.call("covariance", covariance) if callable(covariance) else covariance
-            )
-            z = sandbox.call("sample", sample, DRAWS) if callable(sample) else sample
-            return sandbox.as_tensor("covariance", claimed), sandbox.as_tensor("sample", z)
+            given = (("covariance", covariance, ()), ("sample", sample, (DRAWS,)))
+            values = [
+                (name, sandbox.call(name, t, *args) if callable(t) else t)
+                for name, t, args in given
+            ]
+            claimed, z = (sandbox.as_tensor(name, value) for name, value in values)
+            return claimed, z
 
-    claimed, z = by_float_type(both)
+    claimed, z = by_float_type(called)
     z = z.flatten(1) if z.ndim > 1 else z[:, None]
     d = z.shape[1]
     if claimed.ndim == 1 and len(claimed) == d:
@@ -451,28 +364,14 @@ def audit_aggregate(
         )
     report = ReportBuilder("aggregate posterior")
     if not (z.isfinite().all() and claimed.isfinite().all()):
-        report.bug(
-            "not_finite",
-            "covariance or sample returns NaN or infinity",
-            "find out which of the two does, and for which x",
-        )
+        report.bug("not_finite", "aggregate")
         return report.build()
     excess = min(covariance_differs(half, claimed)[0] for half in z.tensor_split(2))
     sampled = covariance_differs(z, claimed)[1]
     scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
-    error = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max())
-    report.checked.append(
-        f"covariance of {len(z)} draws: off by at most {error:.3g}, as a correlation"
-    )
+    off, n = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max()), len(z)
+    report.checked.append(f"covariance of {n} draws: off by at most {off:.3g}, as a correlation")
     if excess > 1:
-        report.bug(
-            "aggregate_cov",
-            f"the claimed covariance differs from that of {len(z)} draws by {error:.3g}, as a "
-            "correlation",
-            "the covariance of the aggregate is E[S(x)] + Cov[mean(x)]: add both parts",
-            sampled=sampled.tolist(),
-            claimed=claimed.tolist(),
-            off=error,
-            over_limit=excess,
-        )
+        both: Any = {"sampled": sampled.tolist(), "claimed": claimed.tolist()}
+        report.bug("aggregate_cov", draws=n, off=off, over_limit=excess, **both)
     return report.build()

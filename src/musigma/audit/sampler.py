@@ -13,7 +13,6 @@ draws; where it cannot be seeded, every number is an average.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -25,7 +24,7 @@ from torch import Tensor
 from musigma.audit.findings import AuditError
 from musigma.audit.sandbox import Sandbox, first_form
 
-__all__ = ["Packing", "Sampler", "arguments", "find_packing"]
+__all__ = ["Packing", "Sampler", "find_packing"]
 
 REPEATS = 6  # draws at each point, where the noise is known
 MANY = 6000  # draws where it is not
@@ -95,8 +94,7 @@ class Sampler:
         n = len(mean)
         m = self.sandbox.to_input(mean).reshape(n, *self.latent)
         b = self.sandbox.to_input(second).reshape(n, *self.second)
-        inputs = m.clone(), b.clone()
-        z = self.sandbox.call("sample", self.sample, *inputs)
+        z = self.sandbox.call("sample", self.sample, m.clone(), b.clone())
         if isinstance(z, (tuple, list)):
             z = next((t for t in z if getattr(t, "shape", None) == m.shape), z[0] if z else z)
         value, dtype = self.sandbox.as_tensor("sample", z), getattr(z, "dtype", None)
@@ -112,8 +110,6 @@ class Sampler:
                 f"sample: given mean {tuple(m.shape)} and second {tuple(b.shape)}, expected z of "
                 f"shape {tuple(m.shape)}; got {tuple(value.shape)}"
             )
-        if not (torch.equal(inputs[0], m) and torch.equal(inputs[1], b)):
-            self._note("sample changes its arguments in place, which affects later uses of them")
         return value.reshape(n, -1)
 
     def _note(self, text: str) -> None:
@@ -363,13 +359,3 @@ def _layouts(shape: tuple[int, ...]) -> Iterator[tuple[str, Tensor, Tensor]]:
                 name = "per feature"
             yield f"{name}, mean first", a.flatten(), b.flatten()
             yield f"{name}, scale first", b.flatten(), a.flatten()
-
-
-def arguments(fn: Any) -> int | None:
-    """The number of positional arguments that a callable needs; None if unknown."""
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import random
 import re
 import signal
@@ -29,6 +30,7 @@ __all__ = [
     "Sandbox",
     "TooSlowError",
     "about_types",
+    "arguments",
     "by_float_type",
     "first",
     "first_form",
@@ -95,6 +97,16 @@ def first(value: Any) -> Any:
     return value[0] if isinstance(value, (tuple, list)) and value else value
 
 
+def arguments(fn: Any) -> int | None:
+    """The number of positional arguments that a callable needs; None if unknown."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+
+
 def about_types(error: AuditError) -> bool:
     """Whether a callable refused its input because of the floating-point type."""
     words = ("dtype", "Float", "Double", "float64", "float32", "scalar type", "double")
@@ -139,6 +151,7 @@ class Sandbox:
         self.as_is = as_is
         self.dtype = torch.float64
         self.device = torch.device("cpu")
+        self.changed: set[tuple[str, int]] = set()  # arguments that calls changed in place
 
     def __enter__(self) -> Sandbox:
         self._stack = contextlib.ExitStack()
@@ -225,10 +238,15 @@ class Sandbox:
             AuditError: If it raises or exceeds the time limit; with its name and input shapes.
         """
         given = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in args)
+        versions = [a._version if isinstance(a, Tensor) else 0 for a in args]
         try:
             with _limited(self.seconds), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return fn(*args)
+                answer = fn(*args)
+            for i, (a, version) in enumerate(zip(args, versions, strict=True)):
+                if isinstance(a, Tensor) and a._version != version:
+                    self.changed.add((name, i))
+            return answer
         except _TooSlow:
             raise TooSlowError(
                 f"{name}: given {given}, it did not end within {self.seconds:g} s; make it faster "

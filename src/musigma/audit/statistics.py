@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ QUANTILES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def noise_name(e: Tensor) -> tuple[str, dict[str, float]]:
+def noise_name(e: Tensor) -> tuple[str, dict[str, Any]]:
     r"""The distribution of independent numbers: normal, or another family.
 
     They are normal unless their standardized empirical distribution function F violates the bound
@@ -123,7 +124,7 @@ def correlated(e: Tensor, smallest: float = 0.1) -> tuple[float, float]:
 
 def moments_differ(
     z: Tensor, mean: Tensor, std: Tensor, smallest: float = 0.02
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     """The figures of draws (n, D) with an unexpected mean or std (D,); None if there are none.
 
     `smallest` is the smallest difference that matters, in units of `std`.

@@ -8,7 +8,6 @@ and weights are consistent. It uses only what the callables return.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,26 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from musigma.audit.findings import AuditError, AuditReport
-from musigma.audit.kl import check_full_kl, check_kl
+from musigma.audit.kl import check_kl
 from musigma.audit.kl_weight import check_kl_weight
 from musigma.audit.posterior import (
     check_generation,
     check_heads,
-    check_mean,
     check_noise,
     check_scale,
     full_posterior,
-    name_scale,
+    measured_posterior,
 )
-from musigma.audit.sampler import Sampler, arguments, find_packing
-from musigma.audit.sandbox import Sandbox, TooSlowError, by_float_type, first_form
-from musigma.audit.vae_state import FullPosterior, Posterior, VAEAudit
+from musigma.audit.sampler import Sampler, find_packing
+from musigma.audit.sandbox import Sandbox, TooSlowError, arguments, by_float_type, first_form
+from musigma.audit.vae_state import FullPosterior, Posterior, Prior, VAEAudit
 
 __all__ = ["audit_vae"]
 
+ESSENTIAL = {"sample": "what is sampled", "kl": "the KL"}
 PARTS = {
-    "sample": "what is sampled",
-    "kl": "the KL",
     "generate": "the prior of generation",
     "recon": "the weight of the KL",
 }
@@ -50,7 +47,8 @@ def audit_vae(
     decode: Callable[..., Any] | None = None,
     generate: Callable[..., Any] | None = None,
     example: Tensor | None = None,
-    prior: tuple[float | Tensor, float | Tensor] = (0.0, 1.0),
+    prior: tuple[float | Tensor, float | Tensor] | Callable[..., Any] | Any = None,
+    flow: Callable[..., Any] | None = None,
     kl_uses_sample: bool = False,
     documented_mean: Callable[..., Any] | None = None,
     loss: Callable[..., Any] | None = None,
@@ -63,13 +61,18 @@ def audit_vae(
     Args:
         encode: ``encode(x) -> (mean, second)``, or one packed tensor.
         sample: ``sample(mean, second) -> z``, or ``sample(packed) -> z``.
-        kl: ``kl(mean, second[, z])``: a scalar, one number per example or one per dimension.
+        kl: ``kl(mean, second[, z])``: a scalar, one number per example or one per dimension. With
+            a flow, it takes z from `sample`, and may take z_K and log_det as well. Without `kl`
+            the verdict is at best "incomplete".
         recon: ``recon(x, x_hat)``, the reconstruction term of the loss.
         decode: ``decode(z) -> x_hat``.
         generate: ``generate(n) -> z``, draws of the prior.
         example: A batch x; without `encode`, its shape is tried as that of a latent.
-        prior: Mean and standard deviation that KL and generation should use.
-        kl_uses_sample: Whether the KL takes z as well.
+        prior: What KL and generation should use: a mean and a standard deviation, a distribution
+            of torch, or a callable ``log_prob(z)`` that returns (B,); by default N(0, 1).
+        flow: ``flow(z) -> (z_K, log_det)``, which transforms what is sampled; the prior is that
+            of z_K, and log_det is (B,).
+        kl_uses_sample: Whether the KL takes z as well; with a flow it does.
         documented_mean: ``documented_mean(mean, second)``, the documented E[z]; by default the
             mean.
         loss: ``loss(x)``, the whole loss.
@@ -88,7 +91,7 @@ def audit_vae(
     """
     functions = {
         "encode": encode, "sample": sample, "kl": kl, "recon": recon, "decode": decode,
-        "generate": generate, "documented_mean": documented_mean, "loss": loss,
+        "generate": generate, "flow": flow, "documented_mean": documented_mean, "loss": loss,
     }  # fmt: skip
     if sample is None and kl is None and encode is None:
         raise AuditError(
@@ -101,7 +104,7 @@ def audit_vae(
         raise AuditError("example: encode needs one; give a batch x")
 
     def attempt(dtype: torch.dtype, gradients: bool = False) -> AuditReport:
-        with Sandbox(*functions.values()) as sandbox, torch.set_grad_enabled(gradients):
+        with Sandbox(*functions.values(), prior) as sandbox, torch.set_grad_enabled(gradients):
             sandbox.use_dtype(dtype)
             try:
                 return _audit(VAEAudit(sandbox, functions, example, prior, kl_uses_sample))
@@ -114,20 +117,18 @@ def audit_vae(
 
 
 def _audit(audit: VAEAudit) -> AuditReport:
-    for name, what in PARTS.items():
-        if not audit.has(name):
-            audit.unchecked.append(f"{what}: there is no `{name}`")
+    for parts, notes in ((ESSENTIAL, audit.missing), (PARTS, audit.unchecked)):
+        notes += [f"{what}: there is no `{name}`" for name, what in parts.items()
+                  if not audit.has(name)]  # fmt: skip
     if audit.has("encode"):
         _find_heads(audit)
     posterior = _posterior(audit, _sampler(audit)) if audit.has("sample") else None
-    if audit.has("kl") and isinstance(posterior, Posterior):
-        check_kl(audit, posterior)
-    elif audit.has("kl") and isinstance(posterior, FullPosterior):
-        check_full_kl(audit, posterior)
-    elif audit.has("kl", "sample"):
-        audit.unchecked.append("the KL: what is sampled is unknown")
-    if isinstance(posterior, Posterior):
+    if posterior is not None:
+        if audit.has("kl"):
+            check_kl(audit, posterior)
         check_scale(audit, posterior)
+    elif audit.has("kl", "sample"):
+        audit.missing.append("the KL: what is sampled is unknown")
     if audit.has("generate"):
         check_generation(audit)
     if audit.has("encode"):
@@ -157,12 +158,17 @@ def _find_heads(audit: VAEAudit) -> None:
             audit.functions["kl"] = packing.packed(kl)
     mean, second = audit.heads = audit.encoded()
     if not (mean.isfinite().all() and second.isfinite().all()):
-        audit.bug(
-            "not_finite",
-            "encode returns NaN or infinity for the given example",
-            "find the encoder's first layer that returns NaN",
-            finite_share=mean.isfinite().double().mean(),
-        )
+        audit.bug("not_finite", "encode", finite_share=mean.isfinite().double().mean())
+    elif len(mean) > 1 and audit.example.is_floating_point():
+        others = audit.example.clone()
+        others[1:] += 0.25
+        moved = audit.encoded(others)[0][0]
+        audit.coupled = float((moved - mean[0]).abs().max()) > 1e-3 * float(mean.std())
+        if audit.coupled:
+            audit.assumed.append(
+                "the rows of the example are parts of one example, as the nodes of a graph: the "
+                "encoder's answer for one depends on the others"
+            )
 
 
 def _alone(value: Any) -> Any:
@@ -212,7 +218,7 @@ def _latent_shapes(audit: VAEAudit) -> list[tuple[int, ...]]:
         one = audit.sandbox.to_input(torch.ones(3, *shape))
         count = 0
         for name, n in (("decode", 1), ("kl", 3 if audit.kl_uses_sample else 2)):
-            if audit.has(name):
+            if audit.has(name) and (name != "kl" or not audit.has("flow")):
                 try:
                     audit.sandbox.reseed(1)
                     audit.call(name, *(one.clone() for _ in range(n)))
@@ -249,53 +255,25 @@ def _sampler(audit: VAEAudit) -> Sampler:
     if audit.heads is None:
         audit.assumed.append(f"a latent of shape {s.latent}")
     audit.assumed += s.notes
-    given = audit.prior
-    try:
-        mean, std = (_per_latent(t, s.latent) for t in given)
-    except RuntimeError:
-        raise AuditError(
-            f"prior: expected numbers or tensors of shape {s.latent}; got "
-            f"{[tuple(t.shape) for t in given]}"
-        ) from None
-    audit.prior = mean, std
+    audit.prior = Prior(audit.given_prior, s.latent, audit.sandbox)
+    audit.prior.flow = audit.functions.get("flow")
     return s
-
-
-def _per_latent(t: Tensor, latent: tuple[int, ...]) -> Tensor:
-    """A prior's mean or standard deviation for each flat latent."""
-    d = math.prod(latent)
-    if t.numel() == d:
-        return t.reshape(d)
-    while t.ndim > len(latent) and len(t) == 1:
-        t = t[0]
-    return t.expand(latent).reshape(d)
 
 
 def _posterior(audit: VAEAudit, s: Sampler) -> Posterior | FullPosterior | None:
     """Measure and check what is sampled; None if nothing is known about it."""
     if not s.reference_draw(3, 0).isfinite().all():
-        audit.bug(
-            "not_finite",
-            "sample returns NaN or infinity for a mean of 0 and a second output of 1",
-            "check what it does with the second tensor",
-        )
+        audit.bug("not_finite", "sample")
         return None
     if s.still:
-        audit.bug(
-            "sample_scale",
-            "sample draws nothing: z is the mean whatever the second output is",
-            "add sigma times standard normal noise to the mean",
-            sigma=0.0,
-        )
+        audit.bug("sample_scale", "no_noise", sigma=0.0)
         audit.convention = "no noise"
         return None
     if s.is_matrix and audit.heads is not None:
         posterior = full_posterior(audit, s, audit.heads)
     else:
         s = _mean_first(audit, s)
-        posterior = name_scale(audit, s)
-        if posterior is not None:
-            check_mean(audit, posterior)
+        posterior = measured_posterior(audit, s)
     check_noise(audit, s)
     return posterior
 
