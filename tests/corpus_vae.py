@@ -867,6 +867,376 @@ def nan_in_the_sampler():
     return {"sample": lambda m, b: m + torch.log(-b.abs()) * torch.randn_like(m), "kl": kl_log_var}
 
 
+# --- priors, flows, changes in place, bounds of the KL -------------------------------------------
+
+
+def two_bumps(z):
+    """The log-density of an equal mixture of N(-2, 1) and N(2, 0.25), for each latent."""
+    far = torch.stack([Normal(-2.0, 1.0).log_prob(z), Normal(2.0, 0.5).log_prob(z)])
+    return (far.logsumexp(0) - math.log(2)).sum(-1)
+
+
+def kl_to(log_prob, sigma=half):
+    return lambda m, b, z: Normal(m, sigma(b)).log_prob(z).sum(1) - log_prob(z)
+
+
+def standard(z):
+    return Normal(0.0, 1.0).log_prob(z).sum(-1)
+
+
+def drawn(kl, sigma=half, **more):
+    """A sampler of log variances, and a KL that takes its draws."""
+    return {"sample": sampler(sigma), "kl": kl, "kl_uses_sample": True, **more}
+
+
+@entry("log_var", "log_var")
+def prior_as_a_distribution():
+    mean, std = torch.linspace(-1, 1, D), torch.linspace(0.5, 2, D)
+    return {
+        "sample": sampler(half),
+        "kl": kl_of(half, (mean, std)),
+        "prior": Independent(Normal(mean, std), 1),
+        "generate": lambda n: mean + std * torch.randn(n, D),
+    }
+
+
+@entry("log_var", "log_var")
+def prior_as_a_correlated_distribution():
+    factor = torch.eye(D) + torch.ones(D, D).tril(-1) / 4
+    prior = MultivariateNormal(torch.zeros(D), scale_tril=factor)
+
+    def kl(m, b):
+        return kl_divergence(MultivariateNormal(m, scale_tril=torch.diag_embed(half(b))), prior)
+
+    return {"sample": sampler(half), "kl": kl, "prior": prior,
+            "generate": lambda n: prior.sample((n,))}  # fmt: skip
+
+
+@entry("log_var", "log_var")
+def prior_as_a_log_density():
+    return drawn(kl_to(two_bumps), prior=two_bumps)
+
+
+@entry("log_std", "log_std")
+def prior_as_a_log_density_and_kl_that_draws_itself():
+    def kl(m, b):
+        q = Normal(m, b.exp())
+        z = q.rsample()
+        return q.log_prob(z).sum(1) - two_bumps(z)
+
+    return {"sample": sampler(torch.exp), "kl": kl, "prior": two_bumps}
+
+
+@entry("log_var", "log_var")
+def laplace_prior_in_closed_form():
+    def kl(m, b):
+        s = half(b)
+        absolute = s * math.sqrt(2 / math.pi) * (-0.5 * (m / s) ** 2).exp() + m * torch.erf(
+            m / (s * math.sqrt(2))
+        )
+        return (absolute + math.log(2) - 0.5 * math.log(2 * math.pi) - 0.5 - s.log()).sum(1)
+
+    return {"sample": sampler(half), "kl": kl, "prior": Laplace(torch.zeros(D), torch.ones(D))}
+
+
+@entry("log_var", "log_var", verdict="incomplete")
+def prior_not_given():
+    return drawn(kl_to(two_bumps))
+
+
+@entry("log_var", "log_var", verdict="incomplete")
+def normal_prior_not_given():
+    return {"sample": sampler(half), "kl": kl_of(half, (0.5, 2.0))}
+
+
+@entry("log_var", "log_var", "prior_mismatch", "kl_mismatch", "kl_min_off_prior")
+def normal_prior_confirmed_by_nothing():
+    return {"sample": sampler(half), "kl": kl_log_var, "prior": Normal(0.0, 2.0),
+            "generate": lambda n: torch.randn(n, D)}  # fmt: skip
+
+
+@entry("log_var", "log_var")
+def prior_of_the_kl_is_that_of_generation():
+    mean, std = torch.linspace(-1, 1, D), torch.linspace(0.5, 2, D)
+    return {"sample": sampler(half), "kl": kl_of(half, (mean, std)),
+            "generate": lambda n: mean + std * torch.randn(n, D)}  # fmt: skip
+
+
+@entry("log_var", "log_var", "prior_mismatch")
+def kl_to_another_prior_than_generation():
+    return {"sample": sampler(half), "kl": kl_of(half, (0.0, 2.0)),
+            "generate": lambda n: torch.randn(n, D)}  # fmt: skip
+
+
+@entry("log_var", "log_var", "kl_mismatch")
+def closed_form_in_place_of_the_mixture():
+    return {"sample": sampler(half), "kl": kl_log_var, "prior": two_bumps}
+
+
+@entry("log_var", "log_var", "kl_mismatch")
+def draws_from_another_density():
+    return drawn(kl_to(standard), prior=two_bumps)
+
+
+@entry("log_std", "log_var", "kl_mismatch")
+def mixture_and_kl_of_log_var():
+    return drawn(kl_to(two_bumps), sigma=torch.exp, prior=two_bumps)
+
+
+@entry("precision", "precision")
+def precision():
+    return pair(torch.rsqrt)
+
+
+@entry("precision", "variance", "kl_mismatch")
+def precision_and_kl_of_variance():
+    return {"sample": sampler(torch.rsqrt), "kl": kl_of(torch.sqrt)}
+
+
+@entry("log_precision", "log_precision")
+def log_precision_of_draws():
+    return drawn(kl_to(standard, lambda b: half(-b)), sigma=lambda b: half(-b))
+
+
+@entry("log_var", "softplus", "kl_mismatch", "kl_min_off_prior")
+def kl_of_softplus():
+    return {"sample": sampler(half), "kl": kl_of(F.softplus)}
+
+
+class Planar(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.u = nn.Parameter(torch.linspace(0.2, 1, D)), nn.Parameter(torch.ones(D) / 2)
+
+    def forward(self, z):
+        a = torch.tanh(z @ self.w + 0.3)[:, None]
+        return z + self.u * a, torch.log1p((1 - a**2) @ (self.w @ self.u).view(1, 1)).squeeze(1)
+
+
+def behind(flow, value, **more):
+    """A posterior with a flow, and a KL of mean, log variance, z, z_K and log_det."""
+
+    def kl(m, b, z):
+        return value(Normal(m, half(b)).log_prob(z).sum(1), z, *flow(z))
+
+    return drawn(kl, flow=flow, **more)
+
+
+@entry("log_var", "log_var")
+def flow_behind_the_posterior():
+    return behind(Planar(), lambda log_q, z, end, log_det: log_q - log_det - standard(end))
+
+
+@entry("log_var", "log_var")
+def flow_and_kl_given_its_answers():
+    def kl(m, b, z, end, log_det):
+        return (Normal(m, half(b)).log_prob(z).sum(1) - log_det - standard(end)).mean()
+
+    return {"sample": sampler(half), "kl": kl, "flow": Planar()}
+
+
+@entry("log_var", "log_var")
+def flow_to_a_mixture():
+    return behind(
+        Planar(), lambda log_q, z, end, log_det: log_q - log_det - two_bumps(end),
+        prior=two_bumps,
+    )  # fmt: skip
+
+
+@entry("log_var", "log_var", verdict="incomplete")
+def flow_not_given():
+    given = flow_behind_the_posterior()
+    return {name: value for name, value in given.items() if name != "flow"}
+
+
+@entry("log_var", "log_var", "kl_mismatch")
+def flow_without_its_log_det():
+    return behind(Planar(), lambda log_q, z, end, log_det: log_q - standard(end))
+
+
+@entry("log_var", "log_var", "kl_mismatch", "kl_negative")
+def flow_with_the_prior_of_its_input():
+    return behind(Planar(), lambda log_q, z, end, log_det: log_q - log_det - standard(z))
+
+
+@entry("log_var", "log_var", "kl_mismatch")
+def flow_with_the_wrong_sign_of_log_det():
+    return behind(Planar(), lambda log_q, z, end, log_det: log_q + log_det - standard(end))
+
+
+@entry("log_var", "log_var", "cross_sample")
+def log_det_of_all_examples():
+    return behind(Planar(), lambda log_q, z, end, log_det: log_q - log_det.sum() - standard(end))
+
+
+@entry("log_var", "log_var", "cross_sample")
+def log_det_of_all_examples_in_a_mean():
+    def value(log_q, z, end, log_det):
+        return (log_q - log_det.sum() - standard(end)).mean()
+
+    return behind(Planar(), value)
+
+
+@entry("log_var", "log_var", "cross_sample")
+def flow_that_sums_over_the_batch():
+    planar = Planar()
+
+    def flow(z):
+        end, log_det = planar(z)
+        return end, log_det.sum()
+
+    return behind(flow, lambda log_q, z, end, log_det: log_q - log_det - standard(end))
+
+
+@entry("log_var", None, "logdet_mismatch")
+def flow_with_a_wrong_log_det():
+    planar = Planar()
+
+    def flow(z):
+        end, log_det = planar(z)
+        return end, 2 * log_det
+
+    return behind(flow, lambda log_q, z, end, log_det: log_q - log_det - standard(end))
+
+
+@entry("log_var", "log_var", "inplace", verdict="warning")
+def standard_deviation_in_place():
+    def sample(mean, log_var):
+        return mean + log_var.mul_(0.5).exp_() * torch.randn_like(mean)
+
+    return {"sample": sample, "kl": kl_log_var}
+
+
+@entry("log_var", "log_var")
+def in_place_on_tensors_of_its_own():
+    def sample(mean, log_var):
+        std = (0.5 * log_var).exp_()
+        return torch.randn_like(mean).mul_(std).add_(mean)
+
+    return {"sample": sample, "kl": kl_log_var}
+
+
+def with_loss(net):
+    def loss(x):
+        mean, log_var = net.encode(x)
+        x_hat = net.decode(net.sample(mean, log_var))
+        return net.recon(x, x_hat) + net.kl(mean, log_var)
+
+    return parts(net, recon=net.recon, loss=loss)
+
+
+@entry("log_var", "log_var", "inplace")
+def kl_of_what_the_sampler_changed():
+    class Changed(Net):
+        def sample(self, mean, log_var):
+            return mean + log_var.mul_(0.5).exp_() * torch.randn_like(mean)
+
+    return with_loss(Changed())
+
+
+@entry("log_var", "log_var", "inplace", verdict="warning")
+def changed_after_the_kl():
+    class Changed(Net):
+        def sample(self, mean, log_var):
+            return mean.add_((0.5 * log_var).exp() * torch.randn_like(mean))
+
+    net = Changed()
+
+    def loss(x):
+        mean, log_var = net.encode(x)
+        kl = net.kl(mean, log_var)
+        return net.recon(x, net.decode(net.sample(mean, log_var))) + kl
+
+    return parts(net, recon=net.recon, loss=loss)
+
+
+@entry("log_var", None, "kl_constant")
+def clamped_to_a_constant():
+    return {"sample": sampler(half), "kl": lambda m, b: kl_log_var(m, b).clamp(10.0, 1.0)}
+
+
+@entry("log_var", None, "kl_constant")
+def mean_of_no_heads():
+    return {"sample": sampler(half), "kl": lambda m, b: 0.5 + 0 * m.detach().sum()}
+
+
+@entry("log_var", "log_var", "kl_constant", verdict="warning")
+def never_above_eight_nats():
+    return {"sample": sampler(half), "kl": lambda m, b: by_example(m, b).clamp(max=8.0)}
+
+
+@entry("log_var", "log_var")
+def clamped_at_zero():
+    return {"sample": sampler(half), "kl": lambda m, b: by_example(m, b).clamp(min=0.0)}
+
+
+@entry("log_var", "log_var", "free_bits", verdict="warning")
+def free_bits_of_all_latents():
+    return {"sample": sampler(half), "kl": lambda m, b: by_example(m, b).clamp(min=2.0).mean()}
+
+
+@entry("log_var", "log_var", "kl_capacity", verdict="warning")
+def capacity():
+    return {"sample": sampler(half), "kl": lambda m, b: 10 * (by_example(m, b).mean() - 4).abs()}
+
+
+@entry("log_var", "log_var", "kl_capacity", verdict="warning")
+def capacity_above_every_point():
+    return {"sample": sampler(half), "kl": lambda m, b: (kl_log_var(m, b) - 500).abs()}
+
+
+@entry("log_var", "none", "kl_mismatch", "kl_min_off_prior")
+def absolute_value_of_each_latent():
+    return {"sample": sampler(half), "kl": lambda m, b: (
+        0.5 * (m**2 + b.exp() - 1 - b) - 1.5).abs().sum(1)}  # fmt: skip
+
+
+@entry("log_var", "log_var", "kl_scale", "reduction_imbalance", verdict="warning")
+def means_of_everything():
+    return parts(Net(), "encode", "sample", "decode", kl=lambda m, b: kl_log_var(m, b) / m.numel(),
+                 recon=lambda x, y: F.mse_loss(y, x))  # fmt: skip
+
+
+@entry("log_var", "log_var", "kl_scale", "reduction_imbalance", verdict="warning")
+def beta_beside_a_sum():
+    net = Net()
+    return parts(
+        net, "encode", "sample", "decode", kl=lambda m, b: 4 * by_example(m, b).mean(),
+        recon=lambda x, y: F.mse_loss(y, x, reduction="none").sum(1).mean(),
+    )  # fmt: skip
+
+
+@entry("log_var", "log_var", "kl_scale", verdict="warning")
+def count_in_the_kl():
+    class Counted(Net):
+        calls = 0
+
+        def kl(self, mean, log_var):
+            self.calls += 1
+            return min(1.0, self.calls / 10_000) * kl_log_var(mean, log_var)
+
+    return parts(Counted())
+
+
+class Graph(Net):
+    """Rows are the nodes of one graph, and the KL is Kipf's: a mean over nodes, over nodes."""
+
+    def encode(self, x):
+        near = (x + x.roll(1, 0) + x.roll(-1, 0)) / 3
+        return super().encode(near)
+
+    def kl(self, mean, log_std):
+        return by_example(mean, 2 * log_std).mean() / len(mean)
+
+    def sample(self, mean, log_std):
+        return mean + log_std.exp() * torch.randn_like(mean)
+
+
+@entry("log_std", "log_std", "reduction_imbalance", verdict="warning")
+def nodes_of_a_graph():
+    return parts(Graph(), "encode", "sample", "kl")
+
+
 # --- the aggregate posterior ---------------------------------------------------------------------
 
 

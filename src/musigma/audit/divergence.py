@@ -23,7 +23,7 @@ from torch import Tensor
 
 from musigma.audit.findings import AuditError
 from musigma.audit.sandbox import TooSlowError, first
-from musigma.audit.vae_state import LOG_2PI, FullPosterior, Heads, Points, Posterior, VAEAudit
+from musigma.audit.vae_state import LOG_2PI, FullPosterior, Points, Posterior, Prior, VAEAudit
 
 __all__ = ["LOG_2PI", "OFF", "Comparison", "Regression", "gaussian_kl", "noise_points", "regress"]
 
@@ -79,7 +79,7 @@ def noise_points(d: int, n: int, seed: int = 0) -> Tensor:
     return torch.cat([half, -half])
 
 
-def gaussian_kl(q: Heads, mean: Tensor, std: Tensor) -> Tensor:
+def gaussian_kl(q: tuple[Tensor, Tensor], mean: Tensor, std: Tensor) -> Tensor:
     """The KL in nats of a normal q, a mean and a std, to N(mean, std²), summed over latents."""
     loc, sigma = q
     kl = (std / sigma).log() + (sigma**2 + (loc - mean) ** 2) / (2 * std**2) - 0.5
@@ -243,7 +243,7 @@ class Comparison:
         self.code = CodeKL(audit, q, (self.at.mean[w], self.at.second[w], self.at.loc[w]))
         self.error = 0.0
         exact = self.prior.normal or self.code.given > 2
-        few = (8, 64)[not self.prior.normal] if self.at.scale.ndim == 2 else 2 * d
+        few = (8, 16)[not self.prior.normal] if self.at.scale.ndim == 2 else 2 * d
         many = min(4096, 40_000_000 // (len(self.at.loc) * d) // 2 * 2)
         self.e = noise_points(d, few if exact else many)
         self.f, self.t = self.code.values(self.at, self.e), self.true()
@@ -254,10 +254,12 @@ class Comparison:
             )
         self.fit = Regression(math.nan, math.nan, math.inf, 0)
 
-    def true(self, at: Points | None = None, e: Tensor | None = None) -> Tensor:
+    def true(
+        self, at: Points | None = None, e: Tensor | None = None, prior: Prior | None = None
+    ) -> Tensor:
         """T (P,), by default at the points of the comparison."""
         at, e = self.at if at is None else at, self.e if e is None else e
-        return (at.log_q(e) - self.prior.log_prob(at.draws(e))).mean(0)
+        return (at.log_q(e) - (prior or self.prior).log_prob(at.draws(e))).mean(0)
 
     def keep(self, usable: Tensor) -> None:
         """Drop the other points."""

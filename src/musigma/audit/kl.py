@@ -21,7 +21,7 @@ from musigma.audit.divergence import LOG_2PI, OFF, Comparison, Regression, gauss
 from musigma.audit.findings import AuditError
 from musigma.audit.sandbox import first
 from musigma.audit.scales import READINGS, Reading, crossings
-from musigma.audit.vae_state import FullPosterior, Heads, Points, Posterior, VAEAudit
+from musigma.audit.vae_state import FullPosterior, Heads, Posterior, Prior, VAEAudit
 
 __all__ = ["check_kl"]
 
@@ -66,7 +66,7 @@ def check_kl(audit: VAEAudit, q: Posterior | FullPosterior) -> None:
     meant = not (c.fits and c.fit.slope > 0) and _function_of_kl(audit, q, c)
     if c.fits and not meant:
         other_noise = _check_fit(audit, q, c)
-    elif not (meant or _of_unknown_prior(audit, c)):
+    elif not (meant or _of_other_prior(audit, q, c)):
         _mismatch(audit, q, c)
     if not other_noise:
         _check_sign(audit, c)
@@ -225,12 +225,12 @@ def _function_of_kl(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison
 
 def _capacity(q: Posterior | FullPosterior, c: Comparison) -> tuple[str, dict[str, Any]] | None:
     """The target C and the slope of F = slope |T - C|, with C in the range of T or above it."""
-    top = c.t >= c.t.median()
-    upper = regress(c.f[top], c.t[top])
-    for slope, target in (
-        (upper.slope, -upper.intercept / (upper.slope or 1.0)),
-        (-c.fit.slope, -c.fit.intercept / (c.fit.slope or 1.0)),
-    ):
+    candidates = [(-c.fit.slope, -c.fit.intercept / (c.fit.slope or 1.0))]
+    for share in (0.5, 0.2, 0.1):
+        top = c.t >= c.t.quantile(1 - share)
+        upper = regress(c.f[top], c.t[top])
+        candidates.append((upper.slope, -upper.intercept / (upper.slope or 1.0)))
+    for slope, target in candidates:
         if not (slope > 0 and target > max(0.01, float(c.t.min()))):
             continue
         off = (c.f / slope - (c.t - target).abs()) / (1 + c.t)
@@ -247,8 +247,7 @@ def _beyond(q: Posterior | FullPosterior, c: Comparison, slope: float, target: f
         return False
     far = c.at[torch.arange(len(c.t)) == int(c.at.inside.int().argmax())]
     mean = far.mean + c.prior.std * (6 + 2 * (target / far.mean.shape[1]) ** 0.5)
-    loc, scale = q.at(mean, far.second)
-    far = replace(far, mean=mean, loc=loc, scale=scale)
+    far = q.points_at(mean, far.second)
     t, f = float(c.true(far)[0]), float(c.code.values(far, c.e)[0])
     return t > target and abs(f / slope - (t - target)) < 0.01 * t
 
@@ -269,36 +268,72 @@ def _bounded(c: Comparison) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def _of_unknown_prior(audit: VAEAudit, c: Comparison) -> bool:
+def _of_other_prior(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison) -> bool:
+    """Report a KL that is right for another prior; without a given one, this may be meant."""
+    given = audit.given_prior is not None or audit.prior.flow is not None
+    w = int(((c.f - c.t).abs() / (1 + c.t) * c.at.inside).argmax())
+    numbers: dict[str, Any] = {"residual": c.fit.residual, **c.numbers(w)}
+    if prior := _prior_of_kl(audit, q, c):
+        mean, std = float(prior.mean[0]), float(prior.std[0])
+        if given:
+            numbers |= {"prior_mean_of_kl": mean, "prior_std_of_kl": std}
+            audit.bug("kl_mismatch", "prior", **numbers)
+        else:
+            audit.prior = prior
+            what = f"that to N({mean:.4g}, {std:.4g}^2)" if prior.even else "that to normal priors"
+            audit.assumed.append(f"the prior is that of the KL, which is {what}")
+            if not audit.has("generate"):
+                audit.missing.append(
+                    f"the prior: the KL is {what}, not to N(0, 1); if this is meant, give `prior`"
+                )
+    elif _of_unknown_density(c):
+        if given:
+            audit.bug("kl_mismatch", "other_density", **numbers)
+        else:
+            audit.missing.append(
+                "the prior: the KL is right for some density of z, but not for N(0, 1); give it "
+                "as `prior`, and a flow of the posterior as `flow`"
+            )
+    else:
+        return False
+    audit.read_as, audit.kl_fits, audit.kl_slope = audit.convention, not given, 1.0
+    return True
+
+
+def _prior_of_kl(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison) -> Prior | None:
+    """The normal prior to which F is the KL, from the curvature of F in each mean."""
+    d = q.sampler.d
+    if q.curve is None or c.at.base is None or c.code.by_chance or not q.unbiased or d > 256:
+        return None
+    step = torch.diag(c.prior.std)
+    mean = c.at.base[0] + torch.cat([0 * step[:1], step, -step])
+    at = q.points_at(mean, c.at.base[1].expand(len(mean), -1))
+    center, up, down = c.code.values(at, c.e).split([1, d, d])
+    curvature = (up + down - 2 * center) / c.prior.std**2
+    if not (curvature > 0).all():
+        return None
+    there = c.at.base[0][0] - (up - down) / 2 / c.prior.std / curvature
+    moments = (there * 1e9).round() / 1e9, curvature.rsqrt()
+    prior = Prior(moments, q.sampler.latent, audit.sandbox)
+    fit = regress(c.f[c.at.inside], c.true(prior=prior)[c.at.inside])
+    exact = abs(fit.slope - 1) < 1e-3 and abs(fit.intercept) < 1e-2
+    return prior if exact and fit.residual < max(c.tight, 1e-4) else None
+
+
+def _of_unknown_density(c: Comparison) -> bool:
     """Whether a KL of draws is log q(z) less a function of z: right for a prior yet to be given.
 
     It then depends on the heads, at the same z, only by log q.
     """
-    if c.code.given == 2 or c.code.by_chance or c.at.scale.ndim > 2:
+    if c.code.given == 2 or c.at.scale.ndim > 2:
         return False
     at = c.at[c.at.inside]
-    z = at.draws(c.e[:1])[0]
-    there = replace(at, mean=at.mean.flip(0), second=at.second.flip(0), loc=at.loc.flip(0),
-                    scale=at.scale.flip(0))  # fmt: skip
-    rest = []
-    for heads in (at, there):
-        e = (z - heads.loc) / heads.scale
-        log_q = -(0.5 * e**2 + heads.scale.log()).sum(1)
-        rest.append(c.code.at_draws(heads.mean, heads.second, z) - log_q)
+    z, rest = at.draws(c.e[:1])[0], []
+    for here in (at, at[torch.arange(len(z)).flip(0)]):
+        log_q = -(0.5 * ((z - here.loc) / here.scale) ** 2 + here.scale.log()).sum(1)
+        rest.append(c.code.at_draws(here.mean, here.second, z) - log_q)
     off = (rest[0] - rest[1]).abs() / (1 + rest[0].abs() + rest[1].abs())
-    if off.max() > max(c.tight, 1e-5):
-        return False
-    if audit.given_prior is not None or audit.prior.flow:
-        w = int(((c.f - c.t).abs() / (1 + c.t) * c.at.inside).argmax())
-        audit.bug("kl_mismatch", "other_density", residual=c.fit.residual, **c.numbers(w))
-    else:
-        audit.missing.append(
-            "the prior: the KL is right for some density of z, which is not that of N(0, 1); "
-            "give it as `prior`, and a flow of the posterior as `flow`"
-        )
-    audit.read_as = audit.convention
-    audit.kl_fits, audit.kl_slope = audit.given_prior is None and not audit.prior.flow, 1.0
-    return True
+    return bool(off.max() <= max(c.tight, 1e-5))
 
 
 def _mismatch(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison) -> None:
@@ -312,8 +347,7 @@ def _mismatch(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison) -> N
     curve, name, k = q.curve, audit.convention or "", q.curve.noise_scale
     written, others = None, 0.0
     if not c.code.by_chance:
-        base = Points(*c.at.base, *q.at(*c.at.base), torch.ones(1, dtype=torch.bool))
-        still = float(c.code.values(base, c.e)[0])
+        still = float(c.code.values(q.points_at(*c.at.base), c.e)[0])
         if math.isfinite(still):  # the share of the latents that do not move
             others = still * (1 - 1 / q.sampler.d)
         written = formula(c.f[one] - others, c.at.mean[one, 0], c.at.second[one, 0])
@@ -359,11 +393,6 @@ def _mismatch(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison) -> N
         if regress(c.f[c.at.inside], reverse[c.at.inside]).residual < tight:
             audit.bug("kl_mismatch", "reversed", **numbers)
             return
-    if other := _other_prior(c, c.f[one] - others, tight):
-        audit.read_as = audit.convention
-        numbers |= {"prior_mean_of_kl": other[0], "prior_std_of_kl": other[1]}
-        audit.bug("kl_mismatch", "prior", **numbers)
-        return
     audit.bug("kl_mismatch", **numbers)
 
 
@@ -389,24 +418,6 @@ def _reading_of(audit: VAEAudit, c: Comparison, tight: float) -> tuple[str, Regr
         if fit.residual <= tight and not lacks_a_term:
             fits.append((name, fit))
     return min(fits, key=lambda e: (abs(e[1].slope - 1) > 1e-3, e[1].residual), default=None)
-
-
-def _other_prior(c: Comparison, f: Tensor, tight: float) -> tuple[float, float] | None:
-    """Mean and std of the normal distribution to which F of one latent is the KL."""
-    one = slice(0, c.at.single)
-    mean, second = c.at.mean[one, 0], c.at.second[one, 0]
-    same = second == second[0]
-    if int(same.sum()) < 3:
-        return None
-    design = torch.stack([mean**2, mean, torch.ones_like(mean)], 1)[same]
-    a, b, _ = torch.linalg.lstsq(design, f[same, None]).solution[:, 0].tolist()
-    if a <= 0:
-        return None
-    center, std = round(-b / (2 * a), 9) + 0.0, 1 / math.sqrt(2 * a)
-    q = c.at.loc[one, :1], c.at.scale[one, :1]
-    fit = regress(f, gaussian_kl(q, f.new_tensor([center]), f.new_tensor([std])))
-    exact = fit.residual < tight and abs(fit.slope - 1) < 1e-3 and abs(fit.intercept) < 1e-2
-    return (center, std) if exact else None
 
 
 _TERMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -463,6 +474,8 @@ def _check_sign(audit: VAEAudit, c: Comparison) -> None:
     if float(c.f[w]) >= -max(1e-6, c.tight) * (1 + float(c.f.abs().median())):
         return
     harmless = audit.kl_fits and audit.kl_slope > 0
+    if harmless and c.code.given > 2 and not (c.prior.normal and c.fits):
+        return  # an average of few draws
     variant = "sign" if audit.kl_slope < 0 else ""
     audit.find("kl_negative", "warning" if harmless else "bug", variant, **c.numbers(w))
 
@@ -485,7 +498,7 @@ def _check_minimum(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison)
         v = torch.full((len(values), q.sampler.e), found[-1], dtype=torch.float64)
         m[:, 0] += offsets
         v[:, 0] = values
-        at = Points(m, v, *q.at(m, v), torch.ones(len(m), dtype=torch.bool))
+        at = q.points_at(m, v)
         return c.code.values(at, c.e).nan_to_num(math.inf), at.scale[:, 0]
 
     near = torch.linspace(found[-1] - 3, found[-1] + 3, 121, dtype=torch.float64)

@@ -242,7 +242,7 @@ def check_generation(audit: VAEAudit) -> None:
             "draws of the latent"
         )
         return
-    prior = Prior(audit.given_prior, few.shape[1:], audit.sandbox)
+    prior = audit.prior if d else Prior(audit.given_prior, few.shape[1:], audit.sandbox)
     n = 20_000 if d is None or d <= 64 else 2000
     audit.sandbox.reseed(11)
     z = audit.ask("generate", n).flatten(1)

@@ -255,8 +255,8 @@ def _sampler(audit: VAEAudit) -> Sampler:
     if audit.heads is None:
         audit.assumed.append(f"a latent of shape {s.latent}")
     audit.assumed += s.notes
-    audit.prior = Prior(audit.given_prior, s.latent, audit.sandbox)
-    audit.prior.flow = audit.functions.get("flow")
+    flow = audit.functions.get("flow")
+    audit.prior = Prior(audit.given_prior, s.latent, audit.sandbox, flow)
     return s
 
 

@@ -137,6 +137,7 @@ class Prior:
             None for N(0, 1).
         latent: Shape of one z.
         sandbox: For the calls.
+        flow: z -> (z_K, log_det).
 
     Attributes:
         mean: Its mean (D,), or zeros where it is not known.
@@ -148,9 +149,14 @@ class Prior:
         AuditError: If it is none of these, or its standard deviation is not positive.
     """
 
-    def __init__(self, given: Any, latent: Sequence[int], sandbox: Sandbox):
-        self.latent, self.sandbox = tuple(latent), sandbox
-        self.flow: Callable[[Tensor], Heads] | None = None
+    def __init__(
+        self,
+        given: Any,
+        latent: Sequence[int],
+        sandbox: Sandbox,
+        flow: Callable[[Tensor], Heads] | None = None,
+    ):
+        self.latent, self.sandbox, self.flow = tuple(latent), sandbox, None
         moments: Any = (0.0, 1.0) if given is None else given
         self.normal = isinstance(moments, (tuple, list)) and len(moments) == 2
         self._density: Any = getattr(moments, "log_prob", moments)
@@ -178,6 +184,7 @@ class Prior:
             self._density = Normal(mean, std).log_prob
         else:
             self._recognize()
+        self.flow, self.normal = flow, self.normal and flow is None
 
     def _per_latent(self, moment: Any) -> Tensor:
         """A mean or a standard deviation for each flat latent."""
@@ -207,6 +214,11 @@ class Prior:
         self.normal = bool(off.std() < 1e-4 * (1 + d))
         if self.normal:
             self.mean, self.std, self.known = mean, std, True
+
+    @property
+    def even(self) -> bool:
+        """Whether all latents have the same mean and standard deviation."""
+        return all(bool((t - t[0]).abs().max() < 1e-6) for t in (self.mean, self.std))
 
     def pushed(self, z: Tensor) -> Heads:
         """z_K and the log-determinants (n,) of the flow at z (n, D)."""
@@ -262,7 +274,8 @@ class Points:
 
     def __getitem__(self, where: Tensor) -> Points:
         chosen = {f.name: getattr(self, f.name)[where] for f in fields(self)[:5]}
-        return replace(self, **chosen, single=int(where[: self.single].sum()))
+        kept = where[: self.single].sum() if where.dtype == torch.bool else 0
+        return replace(self, **chosen, single=int(kept))
 
     def draws(self, e: Tensor) -> Tensor:
         """z (N, P, D) for noise e (N, D)."""
@@ -303,6 +316,10 @@ class Posterior:
             return mean, self.curve.sigma(second).abs().expand_as(mean)
         loc, sigma, _ = self.sampler.measure(mean, second)
         return loc, self.curve.sigma(second).abs().expand_as(mean) if known else sigma.abs()
+
+    def points_at(self, mean: Tensor, second: Tensor) -> Points:
+        """What is sampled at heads (P, ...)."""
+        return Points(mean, second, *self.at(mean, second), torch.ones(len(mean)).bool())
 
     def points(self, prior: Prior) -> Points:
         """Points with one latent moved at a time, and with all at random."""
