@@ -2,12 +2,12 @@
 
 from musigma.audit.codes import CODES, check_codes
 from musigma.audit.density import audit_density
-from musigma.audit.dispatch import audit
 from musigma.audit.findings import AuditError, AuditReport, Finding
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
 from musigma.audit.posterior import audit_aggregate
 from musigma.audit.step import audit_step
+from musigma.audit.targets import FoundStep, NoStepError, audit, find_step
 from musigma.audit.terms import audit_bits, audit_importance_bound, audit_log_prob_term
 from musigma.audit.vae import audit_vae
 
@@ -16,6 +16,8 @@ __all__ = [
     "AuditError",
     "AuditReport",
     "Finding",
+    "FoundStep",
+    "NoStepError",
     "assert_audited",
     "audit",
     "audit_aggregate",
@@ -27,6 +29,7 @@ __all__ = [
     "audit_model",
     "audit_step",
     "audit_vae",
+    "find_step",
 ]
 
 

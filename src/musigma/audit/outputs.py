@@ -1,0 +1,219 @@
+"""Losses that take what `forward` returns: where they are, and which argument takes which output.
+
+Names decide: those of the parameters, and those in the return statement of `forward`. Where names
+say nothing, the order does.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from musigma.audit.batches import (
+    constant,
+    input_of,
+    is_input,
+    is_target,
+    keywords_of,
+    named_parts,
+    required,
+    signature_of,
+)
+from musigma.audit.callables import neighbours
+from musigma.audit.training_loop import leaves
+
+__all__ = ["LOSS", "TERM", "Picks", "is_answer", "loss_functions", "matches", "named_outputs"]
+
+LOSS = re.compile(r"loss|elbo|criterion|objective", re.IGNORECASE)
+TERM = re.compile(
+    r"kl|rec|bce|mse|mmd|adv|disc|perc|gan|valid|test|eval|track|metric|weight|hist|name",
+    re.IGNORECASE,
+)
+ROLES = {
+    "reconstruction": r"rec|hat$|^out|pred|decod|^x_$|tilde|logits|^xr|^gen",
+    "scale": r"log|sig|std|var|scale|lv$|ls$",
+    "mean": r"mean|mu|loc|^m$",
+    "z": r"^z|latent|^code|sample",
+}
+
+
+class Picks(NamedTuple):
+    """Which output, or which part of the batch, each argument of a function takes.
+
+    `of(value, batch)` makes the arguments of what forward returned.
+    """
+
+    text: str
+    of: Callable[[Any, Any], tuple[list[Any], dict[str, Any]]]
+
+
+def loss_functions(obj: Any) -> Iterator[tuple[str, Any]]:
+    """Methods, functions and modules beside the class of an object that are named as losses."""
+    there = neighbours(obj)
+    functions = {n: f for n, f in there.items() if inspect.isfunction(f)}
+    methods = {n: getattr(obj, n, None) for n in dir(obj) if n[:2] != "__" and LOSS.search(n)}
+    for name, fn in {**functions, **methods}.items():
+        if LOSS.search(name) and not TERM.search(name) and callable(fn):
+            is_torchs = type(fn).__module__.startswith("torch.")
+            if (required(fn) != [] and not is_torchs) or (
+                inspect.isroutine(fn) and signature_of(fn)
+            ):
+                yield name, fn
+    for name, kind in there.items():
+        is_loss = inspect.isclass(kind) and issubclass(kind, nn.Module) and LOSS.search(name)
+        if is_loss and not required(kind) and not kind.__module__.startswith("torch."):
+            yield name, kind()
+
+
+def named_outputs(value: Any, fn: Any, alone: str) -> dict[str, Tensor]:
+    """The tensors that a function returned, by the names in its return statement.
+
+    Args:
+        value: What it returned.
+        fn: The function, or the module whose forward it is.
+        alone: The name of a single tensor.
+    """
+    found = leaves(value)
+    if list(found) == [""]:
+        return {alone: found[""]}
+    if not all(name.isdigit() for name in found):
+        return found
+    told = _returned(fn)
+    told = told if len(told) == len(found) else [""] * len(found)
+    unique = {name for name in told if told.count(name) == 1}
+    names = [n if n in unique and n else f"output {i}" for i, n in enumerate(told, 1)]
+    return dict(zip(names, found.values(), strict=True))
+
+
+def _returned(fn: Any) -> list[str]:
+    """The names in the last return statement of a function; "" for other expressions."""
+    fn = getattr(fn, "call", fn.forward) if isinstance(fn, nn.Module) else fn
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
+    except (OSError, TypeError, SyntaxError, IndentationError):
+        return []
+    returns = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return)]
+    tuples = [value.elts for value in returns if isinstance(value, (ast.Tuple, ast.List))]
+
+    def name(node: ast.expr) -> str:
+        match node:
+            case ast.Name(id=word) | ast.Attribute(attr=word):
+                return word
+            case ast.Call(func=ast.Attribute(attr=word) | ast.Name(id=word)):
+                return word if _role(word) == "reconstruction" else ""
+        return ""
+
+    return [name(node) for node in tuples[-1]] if tuples else []
+
+
+def _role(name: str) -> str:
+    return next((r for r, words in ROLES.items() if re.search(words, name, re.I)), "")
+
+
+def is_answer(name: str) -> bool:
+    """Whether an output may be a reconstruction, by its name."""
+    return _role(name) in ("", "reconstruction")
+
+
+def matches(fn: Any, outputs: Mapping[str, Tensor], batch: Any) -> Iterator[Picks]:
+    """The ways to give outputs, and parts of the batch, to a function; the likeliest first.
+
+    Args:
+        fn: The function; its parameters' names decide.
+        outputs: What forward returned, by `named_outputs`.
+        batch: The batch.
+    """
+    order, parts = list(outputs), named_parts(batch)
+    fixed: dict[str, float] = dict.fromkeys(keywords_of(fn), 1.0)
+    for name in [*required(fn), *fixed]:
+        value = constant(name, batch)
+        if value is not None and name not in outputs and name not in parts:
+            fixed[name] = value
+    open_ = [name for name in required(fn) if name not in fixed]
+    constants = [f"{name}={value:g}" for name, value in fixed.items()]
+
+    def made(sources: list[tuple[str, str]]) -> Picks:
+        """Sources are (parameter, output's name or "the data" or ...)."""
+
+        def of(value: Any, batch: Any) -> tuple[list[Any], dict[str, Any]]:
+            found = dict(zip(order, leaves(value).values(), strict=True))
+            known = {"the data": input_of(batch), "the outputs": value, "the batch": batch}
+            known = named_parts(batch) | known | found
+            return [known[at] for _, at in sources], dict(fixed)
+
+        return Picks(", ".join([*(f"{p}={at}" if p else at for p, at in sources), *constants]), of)
+
+    if not open_:
+        spread = any(p.kind is p.VAR_POSITIONAL for p in signature_of(fn))
+        yield made([("", name) for name in order] if spread else [])
+        return
+    if (named := _by_name(open_, outputs, batch)) is not None:
+        yield made(named)
+    if len(open_) == len(order) > 1:
+        yield made(list(zip(open_, order, strict=True)))
+    if 2 < len(open_) <= len(order) + 1 and named is None:
+        first = ["the data", order[0]] if is_input(open_[0]) else [order[0], "the data"]
+        yield made(list(zip(open_, [*first, *order[1:]], strict=False)))
+    if len(open_) <= 2:
+        at = ["the outputs"]
+        if len(open_) == 2:
+            x = "the batch" if open_[0] == "batch" or open_[1] == "batch" else "the data"
+            at = [x, "the outputs"] if is_input(open_[0]) else ["the outputs", x]
+        yield made(list(zip(open_, at, strict=True)))
+
+
+def _is_edges(name: str, part: Any) -> bool:
+    pairs = isinstance(part, Tensor) and not part.is_floating_point() and part.ndim == 2
+    return "edge" in name or (pairs and len(part) == 2)
+
+
+def _by_name(
+    names: list[str], outputs: Mapping[str, Tensor], batch: Any
+) -> list[tuple[str, str]] | None:
+    """Which output each parameter takes, by their names; None if one is left."""
+    parts, x = named_parts(batch), input_of(batch)
+    left, taken = dict(outputs), dict[str, str]()
+
+    def take(name: str, at: str) -> None:
+        taken[name] = at
+        left.pop(at, None)
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.lower())
+
+    for name in names:
+        if (at := next((o for o in left if plain(o) == plain(name)), None)) is not None:
+            take(name, at)
+    for name in names:
+        if name not in taken and (role := _role(name)) and not is_input(name):
+            at = next((o for o in left if _role(o) == role and o not in parts), None)
+            if at is not None:
+                take(name, at)
+    for name in names:
+        if name in taken:
+            continue
+        edges = next((p for p, t in parts.items() if "edge" in name and _is_edges(p, t)), None)
+        if name in parts and not isinstance(batch, Tensor):
+            take(name, name)
+        elif edges is not None:
+            take(name, edges)
+        elif is_input(name) or (is_target(name) and not any(map(is_input, names))):
+            take(name, "the data")
+        elif is_target(name) and len(parts) > 1:
+            take(name, list(parts)[1])
+    for name in names:
+        if name not in taken and _role(name) == "reconstruction":
+            same = [o for o, t in left.items() if isinstance(x, Tensor) and t.numel() == x.numel()]
+            if not (same or left):
+                return None
+            take(name, (same or list(left))[0])
+    open_ = [name for name in names if name not in taken]
+    if open_ and len(open_) == len(left):
+        taken |= dict(zip(open_, left, strict=True))
+    return [(name, taken[name]) for name in names] if set(names) == set(taken) else None
