@@ -386,6 +386,10 @@ def term(name, function, sign=1, verdict="correct", codes=(), **expected):
     )
 
 
+def wrong_term(name, function, sign=1, codes=("prior_term_mismatch",)):
+    term(name, function, sign, "bug", codes)
+
+
 term("torch", lambda z: D.Normal(0.0, 1.0).log_prob(z))
 term("sum", lambda z: (-0.5 * z**2 - HALF).sum(1))
 term("mean", lambda z: (-0.5 * z**2).mean())
@@ -438,6 +442,110 @@ term(
     ("prior_term_mismatch",),
 )
 
+
+# readings of the second parameter
+term("softplus", lambda w, m, r: D.Normal(m, F.softplus(r)).log_prob(w).sum(), read_as="softplus")
+term("log1p_exp", lambda w, m, r: _bayes(w, m, torch.log1p(r.exp())), read_as="softplus")
+term("floor", lambda w, m, r: _bayes(w, m, F.softplus(r) + 1e-3))
+term("small_number", lambda w, m, r: _bayes(w, m, r.exp(), 1e-6), read_as="log_std")
+term("clamped", lambda x, m, v: _bayes(x, m, (v.clamp(-4, 3) / 2).exp()), read_as="log_var")
+term("elu", lambda w, m, r: _bayes(w, m, F.elu(r) + 1), read_as="elu+1")
+term("precision", lambda x, m, p: D.Normal(m, p.rsqrt()).log_prob(x).sum(), read_as="precision")
+term("scaled", lambda w, m, r: _bayes(w, m, 0.1 * r.exp()), read_as="log_std")
+term("weighted", lambda w, m, r: 0.1 * _bayes(w, m, F.softplus(r)), read_as="softplus")
+term("batch_mean", lambda x, m, v: D.Normal(m, v.exp()).log_prob(x).sum(1).mean())
+term("one_sigma", lambda x, m, s: D.Normal(m, 0.5).log_prob(x).sum())
+term("torch_loss", lambda x, m, v: F.gaussian_nll_loss(m, x, v), -1, read_as="variance")
+term("order", lambda mu, log_var, x: _bayes(x, mu, (log_var / 2).exp()), read_as="log_var")
+
+
+def gaussian_nll(x, mu, log_var):  # the sign is in the name
+    return (0.5 * log_var + 0.5 * (x - mu) ** 2 / log_var.exp()).sum()
+
+
+def log_prob(mu, rho, w):
+    return _bayes(w, mu, F.softplus(rho))
+
+
+term("sign_by_name", gaussian_nll, None, read_as="log_var")
+term("order_by_name", log_prob, None, read_as="softplus")
+
+# other densities, as priors of weights are
+term("laplace_with_constant", lambda w: D.Laplace(0.0, 0.3).log_prob(w).sum())
+term("student", lambda w: D.StudentT(3.0).log_prob(w))
+term("laplace_posterior", lambda w, m, s: D.Laplace(m, s).log_prob(w).sum())
+term("bayes_by_backprop", lambda w: _mixture_prior(w, 0.5, 1.0, math.exp(-6)).sum())
+term("bayes_by_backprop_mean", lambda w: _mixture_prior(w, 0.25, 1.0, 0.1))
+term(
+    "torch_mixture",
+    lambda w: D.MixtureSameFamily(
+        D.Categorical(torch.tensor([0.3, 0.7])),
+        D.Normal(torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 1.5])),
+    ).log_prob(w),
+)
+
+
+def _bayes(w, mu, sigma, small=0.0):
+    return (-HALF - (sigma + small).log() - 0.5 * ((w - mu) / sigma) ** 2).sum()
+
+
+def _mixture_prior(w, share, wide, narrow, weights=True):
+    parts = [D.Normal(0.0, s).log_prob(w).exp() for s in (wide, narrow)]
+    shares = (share, 1 - share) if weights else (1.0, 1.0)
+    return (shares[0] * parts[0] + shares[1] * parts[1]).log()
+
+
+class Weights:
+    """The posterior of a layer's weights, as in many copies of Bayes by Backprop."""
+
+    def __init__(self, wrong=False):
+        self.mu = torch.randn(2, 3).requires_grad_()
+        self.rho = torch.randn(2, 3).requires_grad_()
+        self.wrong = wrong
+
+    def log_prob(self, w):
+        sigma = torch.log1p(self.rho.exp())
+        entropy = -sigma if self.wrong else -sigma.log()
+        return (-HALF + entropy - (w - self.mu) ** 2 / (2 * sigma**2)).sum()
+
+
+case(
+    audit_log_prob_term,
+    "term_of_a_layer",
+    lambda: Weights().log_prob,
+    example=torch.zeros(2, 3),
+)
+case(
+    audit_log_prob_term,
+    "term_of_a_layer_without_log",
+    lambda: Weights(wrong=True).log_prob,
+    "bug",
+    ("prior_term_mismatch",),
+    example=torch.zeros(2, 3),
+)
+
+# mistakes of each
+wrong_term("log_var_not_halved", lambda x, m, v: (-v - 0.5 * (x - m) ** 2 / v.exp()).sum())
+wrong_term("variance_not_squared", lambda x, m, s: (-s.log() - 0.5 * (x - m) ** 2 / s).sum())
+wrong_term("squared_twice", lambda x, m, v: (-v / 2 - 0.5 * (x - m) ** 2 / v.exp() ** 2).sum())
+wrong_term("log_of_rho", lambda w, m, r: (-r - 0.5 * ((w - m) / F.softplus(r)) ** 2).sum())
+wrong_term("std_without_log", lambda w, m, s: (-s - 0.5 * ((w - m) / s) ** 2).sum())
+wrong_term("plus_log", lambda x, m, s: (s - 0.5 * (x - m) ** 2 * (-2 * s).exp()).sum())
+wrong_term("mean_and_sum", lambda x, m, s: -s.mean() - 0.5 * (((x - m) / s.exp()) ** 2).sum())
+wrong_term(
+    "mean_over_batch_only",
+    lambda x, m, s: -s.sum(1).mean() - 0.5 * (((x - m) / s.exp()) ** 2).sum(),
+)
+wrong_term("log_of_sum", lambda x, m, s: -s.exp().sum().log() - 0.5 * ((x - m) / s.exp()).norm())
+wrong_term("mean_added", lambda x, m, s: D.Normal(-m, s.exp()).log_prob(x).sum())
+wrong_term("mean_and_scale_exchanged", lambda x, m, s: D.Normal(s, m.exp()).log_prob(x).sum())
+wrong_term("nll_without_log", lambda x, m, v: F.mse_loss(x, m) / v.exp(), -1)
+wrong_term("mixture_without_shares", lambda w: _mixture_prior(w, 0.5, 1.0, 0.1, False).sum())
+wrong_term(
+    "mixture_without_constants",
+    lambda w: (0.5 * (-0.5 * w**2).exp() + 0.5 * (-0.5 * (w / 0.1) ** 2).exp()).log().sum(),
+)
+wrong_term("student_without_constant", lambda w: -2 * torch.log1p(w**2 / 3).sum())
 
 # --- reports in public that were wrong: all of these are right ----------------------------------
 

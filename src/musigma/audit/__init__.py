@@ -2,13 +2,14 @@
 
 from musigma.audit.codes import CODES, check_codes
 from musigma.audit.density import audit_density
+from musigma.audit.figures import audit_bits, audit_importance_bound
 from musigma.audit.findings import AuditError, AuditReport, Finding
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
 from musigma.audit.posterior import audit_aggregate
 from musigma.audit.step import audit_step
 from musigma.audit.targets import FoundStep, NoStepError, audit, find_step
-from musigma.audit.terms import audit_bits, audit_importance_bound, audit_log_prob_term
+from musigma.audit.terms import audit_log_prob_term
 from musigma.audit.vae import audit_vae
 
 __all__ = [

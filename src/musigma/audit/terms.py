@@ -1,363 +1,95 @@
-r"""Audits of figures: bits per dimension, importance-weighted bounds, terms of a Gaussian.
+r"""The audit of a term: is it the log-density of a Gaussian, or of another distribution?
 
-Each is a short formula that every codebase writes again, and whose mistakes change a figure
-without breaking anything. Each is therefore evaluated where the answer is known.
+Terms are written again in every codebase, with another reading of the second parameter each:
+priors and posteriors of weights, likelihoods with a learned variance, log-densities of latents.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Normal
 
+from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
 from musigma.audit.sandbox import Sandbox, first_form
-from musigma.audit.scales import READINGS
+from musigma.audit.scales import Curve, name_curve
 
-__all__ = ["audit_bits", "audit_importance_bound", "audit_log_prob_term"]
+__all__ = ["audit_log_prob_term", "is_log_prob_term"]
 
-EXACT = 1e-5  # relative, in float64: above rounding, below any mistake of a formula
-STANDARD_ERRORS = 7.0  # exceeded by chance with probability below 1e-11
+SHARE = 0.01  # of a term's variation: above what a 1e-6 in a logarithm does, below any mistake
+
+MEAN = re.compile(r"mean|mu|loc|^m$", re.IGNORECASE)
+SCALE = re.compile(r"log|sig|std|var|scale|rho|^sd$|^s$|lv$|ls$", re.IGNORECASE)
+NAME = re.compile(
+    r"log_?(p|q|prob|pdf|density|norm\w*|gauss\w*)(_|$)|nll|term|prior|post|likelihood",
+    re.IGNORECASE,
+)
+LOSS = re.compile(r"nll|neg|loss|minus", re.IGNORECASE)
 
 
-# --- bits per dimension ------------------------------------------------------------------------
+def is_log_prob_term(fn: Any) -> bool:
+    """Whether a function is one for `audit_log_prob_term`, by its name and its arguments' names.
+
+    The arguments are a tensor, a mean and a scale in any order, or a tensor only.
+
+    Example:
+        >>> def log_posterior(w, mu, rho): ...
+        >>> def reparameterize(eps, mu, rho): ...
+        >>> is_log_prob_term(log_posterior), is_log_prob_term(reparameterize)
+        (True, False)
+    """
+    names = _argument_names(fn)
+    arguments = len(names) == 1 or (len(names) == 3 and _order(names) is not None)
+    return arguments and NAME.search(getattr(fn, "__name__", "")) is not None
 
 
-def audit_bits(
-    bits: Callable[[Tensor], Any], levels: int = 256, shape: Sequence[int] = (3, 32, 32)
+def _argument_names(fn: Any) -> list[str]:
+    """The names of the arguments that a callable needs; none if they are unknown."""
+    try:
+        parameters = inspect.signature(getattr(fn, "forward", fn)).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    bare = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.kind not in bare and p.default is p.empty]
+
+
+def _order(names: list[str]) -> tuple[int, int, int] | None:
+    """The places of (z, mean, scale) among three names; None if they do not tell."""
+    means = [i for i, name in enumerate(names) if MEAN.search(name) and not SCALE.search(name)]
+    scales = [i for i, name in enumerate(names) if SCALE.search(name)]
+    if len(names) != 3 or len(means) != 1 or len(scales) != 1:
+        return None
+    return 3 - means[0] - scales[0], means[0], scales[0]
+
+
+def audit_log_prob_term(
+    term: Callable[..., Any], sign: Literal[1, -1] | None = None, example: Any = None
 ) -> AuditReport:
-    r"""Whether a figure called bits per dimension is one.
-
-    Images whose elements are drawn uniformly from L levels hold :math:`\log_2 L` bits per element.
-    That is their cost under the uniform model; under any other model they cost more on average
-    (Gibbs' inequality). The model is the uniform one if all images have the same figure.
-
-    Args:
-        bits: Images (B, \*shape), of integers from 0 to levels - 1, to bits per dimension, (B,) or
-            their mean. The integers come as floats, or as int64 or uint8 if floats are refused.
-        levels: L.
-        shape: Shape of an image.
-
-    Returns:
-        The report.
-
-    Raises:
-        AuditError: If `bits` takes none of these types, or returns something else.
-
-    Example:
-        >>> def bits(x):  # of the uniform density on [0, 1), of x / 256 with its noise
-        ...     nats = torch.zeros(len(x)) - x[0].numel() * math.log(256)
-        ...     return -nats / (x[0].numel() * math.log(2))
-        >>> audit_bits(bits, 256, (1, 8, 8)).verdict
-        'correct'
-        >>> audit_bits(lambda x: 0 * bits(x), 256, (1, 8, 8)).codes
-        ('bpd_below_entropy',)
-    """
-    if levels < 2:
-        raise AuditError(f"levels: expected 2 or more; got {levels}")
-    report = ReportBuilder(name_of(bits))
-    with Sandbox(bits) as sandbox:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, levels, (24, *shape), generator=generator)
-        ask = _bits_form(sandbox, bits, images, report)
-        single = torch.tensor([float(ask(image[None]).mean()) for image in images])
-        again = torch.tensor([float(ask(images[:1]).mean()) for _ in range(12)])
-        report.details |= {"bits_per_dim": float(single.mean()), "entropy": math.log2(levels)}
-        if not single.isfinite().all():
-            report.bug(
-                "not_finite",
-                "the bits of some uniformly random images are NaN or infinite",
-                "give every level a probability above zero",
-            )
-            return report.build()
-        _check_bits(report, single, float(again.std()), math.log2(levels))
-        _check_batch(report, ask, images, again)
-    return report.build()
-
-
-def _bits_form(
-    sandbox: Sandbox, bits: Callable[[Tensor], Any], images: Tensor, report: ReportBuilder
-) -> Callable[[Tensor], Tensor]:
-    """`bits` as a function of integers, in the first type for which it is finite."""
-
-    def ask(x: Tensor, dtype: torch.dtype) -> Tensor:
-        value = sandbox.ask("bits", bits, x.to(dtype))
-        if value.numel() not in (1, len(x)):
-            raise AuditError(
-                f"bits: given {tuple(x.shape)}, expected ({len(x)},) or one number; got "
-                f"{tuple(value.shape)}"
-            )
-        return value.reshape(-1)
-
-    def attempt(dtype: torch.dtype, finite: bool) -> None:
-        sandbox.use_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
-        if finite > bool(ask(images[:2], dtype).isfinite().all()):
-            raise AuditError("bits: they are not finite")
-
-    integers = (torch.int64, torch.uint8) if images.max() < 256 else (torch.int64,)
-    forms = [(dtype, True) for dtype in (torch.float64, torch.float32, *integers)]
-    (dtype, _), _ = first_form([*forms, (torch.float32, False)], attempt)
-    name = str(dtype).removeprefix("torch.")
-    report.assumed.append(f"images are given as {name} from 0 to levels - 1")
-    return lambda x: ask(x, dtype)
-
-
-def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: float) -> None:
-    mean, spread = float(single.mean()), float(single.std())
-    error = spread / math.sqrt(len(single))
-    uniform = spread < 1e-4 * max(1.0, abs(truth)) and noise < 1e-4
-    # the error of 24 draws is Student's t; without any, only rounding is left
-    slack = 2e-4 * truth if uniform else 1e-3 * truth + STANDARD_ERRORS * 1.6 * error
-    figures = {"bits_per_dim": mean, "entropy": truth}
-    if mean < truth - slack:
-        report.bug(
-            "bpd_below_entropy",
-            f"uniformly random images cost {mean:.6g} bits per dimension by this figure, and "
-            f"contain {truth:.6g}: no model can be better{_bits_hint(mean, truth)}",
-            "bits/dim = -(log p(y) + log |det|) / (D ln 2), with D log(levels) added for data "
-            "that were divided by the levels, and D all elements of an image",
-            **figures,
-        )
-    elif uniform and mean > truth + slack:
-        report.bug(
-            "bpd_wrong",
-            f"all images have the same figure, {mean:.6g} bits per dimension, and that of the "
-            f"uniform model is {truth:.6g}{_bits_hint(mean, truth)}",
-            "divide nats by (D ln 2), with D all elements of an image, and count log(levels) once",
-            **figures,
-        )
-    elif uniform:
-        report.checked.append(f"uniform images under the uniform model: {mean:.6g} bits")
-    else:
-        report.assumed.append("the model is not the uniform one: its figures differ by image")
-        report.checked.append(
-            f"uniformly random images cost {mean:.6g} bits, not less than {truth:.6g}"
-        )
-        report.unchecked.append(
-            "whether a figure above the entropy is right: pass the uniform model in place of the "
-            "network"
-        )
-
-
-def _bits_hint(mean: float, truth: float) -> str:
-    factors = {
-        "ln 2 (nats, not bits)": math.log(2),
-        "1 / ln 2": 1 / math.log(2),
-        "the number of channels": 3.0,
-        "the sign": -1.0,
-    }
-    for what, factor in factors.items():
-        if math.isclose(mean, truth * factor, rel_tol=2e-3):
-            return f"; they differ by {what}"
-    if abs(mean) < 1e-3:
-        return "; log2(levels), for the scaling by the levels, is missing"
-    return ""
-
-
-def _check_batch(
-    report: ReportBuilder, ask: Callable[[Tensor], Tensor], images: Tensor, again: Tensor
-) -> None:
-    """One image against eight copies of it."""
-    several = torch.stack([ask(images[:1].repeat_interleave(8, 0)).mean() for _ in range(12)])
-    alone, of_eight = float(again.mean()), float(several.mean())
-    # the error of a mean of 12 by Student's t with 11 degrees of freedom, at 1e-7
-    error = 11.0 * math.hypot(float(again.std()), float(several.std())) / math.sqrt(12)
-    if abs(of_eight - alone) > error + 1e-4 * (1 + abs(alone)):
-        ratio = of_eight / alone if alone else math.nan
-        report.bug(
-            "bpd_batch",
-            f"an image costs {alone:.6g} bits per dimension by itself, and {of_eight:.6g} in a "
-            f"batch of eight copies (a factor of {ratio:.3g})",
-            "sum over the elements of an image, and average over images, nothing else",
-            alone=alone,
-            of_eight=of_eight,
-        )
-    else:
-        report.checked.append("an image costs the same by itself and in a batch of eight copies")
-
-
-# --- importance-weighted bounds ----------------------------------------------------------------
-
-
-def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> AuditReport:
-    r"""Whether a loss is the importance-weighted bound, by its value and by its gradient.
-
-    .. math:: L = -\log \frac1K \sum_k e^{-n_k}, \quad
-              \frac{\partial L}{\partial n_k} = \frac{e^{-n_k}}{\sum_j e^{-n_j}}
-
-    for the negative log weights n (each -log w, the negative ELBO of one draw). A loss with this
-    gradient and another value trains like the bound, but must not be reported as one.
-
-    Args:
-        loss_from_neg_elbos: n of shape (B, K), or (K, B), in nats, to the loss: a number, the sum
-            or the mean over the batch, or one number per example. Both shapes are tried.
-
-    Returns:
-        The report; `layout` is "(B, K)" or "(K, B)".
-
-    Raises:
-        AuditError: If it takes neither, or returns something else.
-
-    Example:
-        >>> bound = lambda n: -(torch.logsumexp(-n, 1) - math.log(n.shape[1])).mean()
-        >>> audit_importance_bound(bound).layout
-        '(B, K)'
-        >>> audit_importance_bound(lambda n: n.mean()).codes
-        ('iw_gradient', 'iw_value')
-    """
-    report = ReportBuilder(name_of(loss_from_neg_elbos))
-    generator = torch.Generator().manual_seed(0)
-    n = 3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 4.0
-    with Sandbox(loss_from_neg_elbos) as sandbox:
-
-        def attempt(dtype: torch.dtype) -> list[_Fit]:
-            sandbox.use_dtype(dtype)
-            layouts = [("(B, K)",), ("(K, B)",)]
-            fit = partial(_bound_fits, sandbox, loss_from_neg_elbos, n.to(dtype))
-            (taken,), fits = first_form(layouts, fit)
-            with suppress(AuditError):
-                fits += fit("(K, B)") if taken == "(B, K)" else []
-            return fits
-
-        _, fits = first_form([(torch.float64,), (torch.float32,)], attempt)
-        best = min(fits, key=lambda fit: fit.rank)
-        report.assumed.append(f"the layout is {best.layout}, with {best.way} over the batch")
-        _check_bound(report, best)
-        if best.has_value:
-            _check_range(report, sandbox, loss_from_neg_elbos, best)
-    return report.build(layout=best.layout)
-
-
-class _Fit:
-    """The errors of a loss as the importance-weighted bound, in one layout and one reduction.
-
-    `value` has one number for each example or for all, `slope` (B, K) is its gradient: NaN if
-    there is none; both are `share` times those of the sum over the batch.
-    """
-
-    def __init__(
-        self, layout: str, way: str, share: float, n: Tensor, value: Tensor, slope: Tensor
-    ):
-        self.layout, self.way, self.dtype = layout, way, n.dtype
-        weights = share * torch.softmax(-n.double(), 1)
-        bound = math.log(n.shape[1]) - torch.logsumexp(-n.double(), 1)
-        bound = bound if len(value) == len(n) else share * bound.sum()[None]
-        self.given, self.expected = float(value.sum()), float(bound.sum())
-        self.off_each = (self.given - self.expected) / (share * len(n))
-        self.off_value = float((value - bound).abs().max() / (1 + bound.abs().max()))
-        self.off_slope = float((slope - weights).norm() / weights.norm())
-        self.factor = float((slope * weights).sum() / weights.square().sum())
-        off_multiple = float((slope - self.factor * weights).norm() / weights.norm())
-        tolerance = 1e-6 if n.dtype == torch.float64 else 1e-4
-        self.has_value, self.has_slope = self.off_value <= tolerance, self.off_slope <= tolerance
-        self.has_multiple = off_multiple <= tolerance and self.factor > 0
-        self.negative = float((slope < 0).double().mean())  # share of slopes below zero
-        errors = self.off_value + (0.0 if math.isnan(self.off_slope) else self.off_slope)
-        self.rank = (-self.has_value - self.has_slope, -self.has_multiple, errors)
-
-
-def _bound_fits(
-    sandbox: Sandbox, loss: Callable[[Tensor], Any], n: Tensor, layout: str
-) -> list[_Fit]:
-    """A loss in one layout, as the sum and as the mean over the batch."""
-    name, b = "loss_from_neg_elbos", len(n)
-    given = n.detach().clone().requires_grad_()
-    value = sandbox.call(name, loss, given if layout == "(B, K)" else given.T)
-    if not isinstance(value, Tensor):
-        value = sandbox.as_tensor(name, value)
-    if value.numel() not in (1, b):
-        raise AuditError(f"{name}: expected a number, or ({b},); got {tuple(value.shape)}")
-    slope = None
-    if value.requires_grad:
-        (slope,) = torch.autograd.grad(value.sum(), given, allow_unused=True)
-    slope = torch.full_like(n, torch.nan) if slope is None else slope
-    value, slope = value.detach().double().reshape(-1), slope.double()
-    ways = {"one number each": 1.0} if len(value) == b else {"the mean": 1 / b, "the sum": 1.0}
-    return [_Fit(layout, way, share, n, value, slope) for way, share in ways.items()]
-
-
-def _check_bound(report: ReportBuilder, fit: _Fit) -> None:
-    if math.isnan(fit.off_slope):
-        report.unchecked.append("the gradient: the loss has none")
-    elif fit.has_slope:
-        report.checked.append(f"gradient against the softmax weights: off by {fit.off_slope:.1g}")
-    elif fit.has_multiple:
-        report.warn(
-            "iw_gradient",
-            f"the gradient is {fit.factor:.4g} times that of the bound",
-            "sum over the draws, average over the batch",
-            factor=fit.factor,
-        )
-    else:
-        wrong = ", and partly has the wrong sign: some draws are made worse"
-        report.bug(
-            "iw_gradient",
-            f"the gradient is {fit.off_slope:.2g} of its length from that of the bound"
-            + wrong * (fit.negative > 0.3),
-            "loss = -(torch.logsumexp(-n, k) - log K), over the axis of the draws; detach weights "
-            "that are computed separately",
-            distance=fit.off_slope,
-        )
-    if fit.has_value:
-        report.checked.append(f"value against -log mean exp(-n): off by {fit.off_value:.1g}")
-        return
-    constant = ""
-    for what, size in (("log K", math.log(7)), ("-log K", -math.log(7))):
-        if math.isclose(fit.off_each, size, abs_tol=1e-4):
-            constant = f"; it differs by the constant {what}"
-    trains = "; the gradient is the bound's: it trains, but must not be reported"
-    report.find(
-        "iw_value",
-        "warning" if fit.has_slope or fit.has_multiple else "bug",
-        f"the value is {fit.given:.5g}, and the bound {fit.expected:.5g}{constant}"
-        + trains * fit.has_slope,
-        "report -(torch.logsumexp(-n, k) - log K)",
-        value=fit.given,
-        bound=fit.expected,
-    )
-
-
-def _check_range(
-    report: ReportBuilder, sandbox: Sandbox, loss: Callable[[Tensor], Any], fit: _Fit
-) -> None:
-    """Whether the loss is finite at the nats of images, where exp(-n) underflows."""
-    generator = torch.Generator().manual_seed(1)
-    n = (3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 1500.0).to(fit.dtype)
-    with suppress(AuditError):
-        value = sandbox.call("loss_from_neg_elbos", loss, n if fit.layout == "(B, K)" else n.T)
-        if torch.as_tensor(value).isfinite().all():
-            report.checked.append("finite at 1500 nats")
-        else:
-            report.warn(
-                "not_finite",
-                "at 1500 nats, which images have, the loss is not finite",
-                "torch.logsumexp in place of log(mean(exp()))",
-            )
-
-
-# --- terms of a Gaussian -----------------------------------------------------------------------
-
-
-def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> AuditReport:
     r"""Whether a term is the log-density of a Gaussian, up to a factor and a constant.
 
     .. math:: \log N(z; \mu, \sigma) = -\tfrac12 \log 2\pi - \log\sigma
               - \frac{(z - \mu)^2}{2 \sigma^2}
 
-    The term is regressed on it over random arguments; the second parameter is tried as the log
-    std, the log variance, the std and the variance.
+    A term in z is a parabola; its curvature gives :math:`\sigma`, and its peak must be
+    :math:`-\log\sigma` plus a constant. So no reading of the second parameter is assumed. A term
+    in z that is no parabola is right if its exponential integrates to one, as of a mixture.
 
     Args:
-        term: ``term(z)`` of a fixed Gaussian, or ``term(z, mean, second)``, for tensors (B, D); it
-            returns a number, or numbers that are summed.
-        sign: 1 if it is a log-density, -1 if it is a loss.
+        term: ``term(z)`` of a fixed density, or ``term(z, mean, second)``, for tensors (B, D); it
+            returns a number, or numbers that are summed. Arguments whose names tell may have
+            another order: ``term(mu, log_var, x)``.
+        sign: 1 if it is a log-density, -1 if it is a loss; by default as its name says.
+        example: Arguments of the term, or z, for their shape; by default several are tried.
 
     Returns:
         The report; `read_as` is how the second parameter is read, `details` has the factor and
@@ -373,125 +105,270 @@ def audit_log_prob_term(term: Callable[..., Any], sign: Literal[1, -1] = 1) -> A
         'log_var'
         >>> audit_log_prob_term(term, sign=-1).codes
         ('prior_term_sign',)
+        >>> def misses_log(w, mu, rho):
+        ...     sigma = torch.log1p(rho.exp())
+        ...     return (-sigma - (w - mu) ** 2 / (2 * sigma**2)).sum()
+        >>> audit_log_prob_term(misses_log).codes
+        ('prior_term_mismatch',)
     """
+    name = getattr(term, "__name__", "")
+    sign = sign if sign is not None else -1 if LOSS.search(name) else 1
     if sign not in (1, -1):
         raise AuditError(f"sign: expected 1 for a log-density, or -1 for a loss; got {sign!r}")
     report = ReportBuilder(name_of(term))
+    order = _order(_argument_names(term))
+    shapes = [(1, 1), (1, 4), (3, 4)]
+    if example is not None:
+        z = example if isinstance(example, Tensor) else example[order[0] if order else 0]
+        shapes = [tuple(z.shape)]
     with Sandbox(term) as sandbox:
 
-        def attempt(dtype: torch.dtype, count: int) -> None:
+        def attempt(dtype: torch.dtype, count: int) -> _Element:
             sandbox.use_dtype(dtype)
-            sandbox.ask("term", term, *_inputs(1, count, dtype, 0))
+            element = _Element(sandbox, term, count, order, shapes[0])
+            element(*(0.3, -0.4, 0.8)[:count])
+            return element
 
-        forms = list(product((torch.float64, torch.float32), (3, 1)))
-        (dtype, count), _ = first_form(forms, attempt)
-        fits = _term_fits(sandbox, term, count, dtype)
-        toward = _toward(sandbox, term, count, dtype)
-    if not fits:
+        forms = product((torch.float64, torch.float32), (3, 1))
+        (_, count), first = first_form(list(forms), attempt)
+        reach = 6.0 if sandbox.dtype == torch.float64 else 2.0
+        b = torch.linspace(-reach, reach, 34).double() if count == 3 else torch.zeros(1)
+        fit = _fit(first, b)
+        if fit is None:
+            report.bug("not_finite", "term")
+            return report.build()
+        if fit.flip * sign < 0:
+            report.bug("prior_term_sign", what="log-density" if sign == 1 else "loss")
+        report.details |= {"factor": sign * fit.flip * fit.factor, "constant": fit.constant}
+        read_as = None
+        if not fit.is_parabola:
+            _check_integral(report, fit.flip, first, b)
+        elif count == 1:
+            report.assumed.append("term(z) is of one fixed Gaussian")
+            report.checked.append(
+                f"a parabola in z around {float(fit.center[0]):.5g}; exp of it integrates to "
+                f"{math.exp(min(fit.constant, 700.0)):.5g}"
+            )
+            _check_parameters(report, sandbox, first)
+        elif fit.center.abs().max() > 1e3 * fit.tolerance:
+            report.bug("prior_term_mismatch", "center", off=float(fit.center.abs().max()))
+        else:
+            read_as = _check_scale(report, fit)
+            for shape in shapes[1:]:
+                _check_shape(report, fit, _Element(sandbox, term, count, order, shape))
+    return report.build(read_as=read_as)
+
+
+class _Element:
+    """A term as a function of one element of its arguments; the other elements stay fixed."""
+
+    OFFSETS = torch.tensor([-3.0, -1.5, -0.4, 0.0, 0.4, 1.5, 3.0], dtype=torch.float64)
+
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        term: Callable[..., Any],
+        count: int,
+        order: tuple[int, int, int] | None,
+        shape: tuple[int, ...],
+    ):
+        self.sandbox, self.term, self.shape = sandbox, term, shape
+        self.order = order if order and count == 3 else tuple(range(count))
+        generator = torch.Generator().manual_seed(0)
+        fixed = 0.3 + torch.rand(count, *shape, generator=generator, dtype=torch.float64)
+        self.fixed = fixed.to(sandbox.dtype)
+        self.exact = 1e-6 if sandbox.dtype == torch.float64 else 2e-3
+        self.at = tuple(n - 1 for n in shape)
+
+    def __call__(self, *values: float) -> float:
+        """The sum of the term's numbers with z, mean and second at one place."""
+        given = self.fixed.clone()
+        for tensor, value in zip(given, values, strict=True):
+            tensor[self.at] = value
+        arguments = [given[self.order.index(i)] for i in range(len(given))]
+        value = self.sandbox.ask("term", self.term, *arguments)
+        if value.numel() > given[0].numel():
+            raise AuditError(
+                f"term: given {self.shape}, expected a number or {given[0].numel()} of them; got "
+                f"{tuple(value.shape)}"
+            )
+        return float(value.sum())
+
+    def values(self, *rest: float) -> Tensor:
+        """Around the mean, at `OFFSETS`; NaN where the term raises or is not finite."""
+        around = rest[0] if rest else 0.0
+        try:
+            y = [self(around + t, *rest) for t in self.OFFSETS.tolist()]
+        except AuditError as error:
+            if error.__cause__ is None:
+                raise
+            y = [math.nan] * len(self.OFFSETS)
+        return torch.tensor(y, dtype=torch.float64)
+
+
+class _Fit(NamedTuple):
+    """A term as parabolas in z, one for each b that was given as its second parameter.
+
+    The peaks of a Gaussian's are -log sigma, and the curvatures -1 / (2 sigma^2): `factor` is the
+    slope of peaks over 0.5 log(-2 curvature), and `sigma` what the curvatures alone say.
+    """
+
+    b: Tensor
+    flip: int  # 1 of a log-density, -1 of a loss
+    is_parabola: bool
+    center: Tensor  # of each, less the mean that was given
+    sigma: Tensor
+    peak: Tensor
+    factor: float
+    constant: float
+    unexplained: float  # share of the variation of the peaks
+    tolerance: float
+
+
+def _fit(element: _Element, b: Tensor) -> _Fit | None:
+    """Of a term with second parameters b (n,), n = 1 without any; None if it is never finite."""
+    means = 1.3 * torch.sin(2.0 * torch.arange(len(b)))
+    given = list(zip(means.tolist(), b.tolist(), strict=True)) if len(b) > 1 else [()]
+    y = torch.stack([element.values(*rest) for rest in given])
+    finite = y.isfinite().all(1)
+    if not finite.any():
+        return None
+    b, y, t = b[finite], y[finite], element.OFFSETS
+    design = torch.stack([torch.ones_like(t), t, t**2], 1)
+    tolerance = 1e-6 if element.sandbox.dtype == torch.float64 else 2e-3
+    coefficients = torch.linalg.lstsq(design, y.T).solution
+    height = (y - y.mean(1, keepdim=True)).abs().amax(1) + 1e-9 * tolerance
+    rough = (y.T - design @ coefficients).abs().amax(0) / height
+    c0, c1, c2 = coefficients
+    flip = 1 if float(c2.sign().sum()) <= 0 else -1
+    peaks, log_precision = flip * (c0 - c1**2 / (4 * c2)), 0.5 * (2 * c2.abs()).log()
+    factor, unexplained = _slope(log_precision, peaks, tolerance)
+    of_gaussian = log_precision.mean() - 0.5 * math.log(2 * math.pi * max(factor, 1e-9))
+    return _Fit(
+        b=b,
+        flip=flip,
+        is_parabola=bool((rough < 10 * tolerance).all() and (flip * c2 < -1e-9 * height).all()),
+        center=-c1 / (2 * c2),
+        sigma=(-log_precision).exp(),
+        peak=peaks,
+        factor=factor,
+        constant=float(peaks.mean() - factor * of_gaussian),
+        unexplained=unexplained,
+        tolerance=10 * tolerance,
+    )
+
+
+def _slope(x: Tensor, y: Tensor, tolerance: float) -> tuple[float, float]:
+    """The slope of y over x, 1 if x is constant; the share of y's variation that is not in it."""
+    x, y = x - x.mean(), y - y.mean()
+    slope = float((x * y).sum() / x.square().sum()) if float(x.norm()) > tolerance else 1.0
+    return slope, float((y - slope * x).norm() / (y.norm() + 0.01))
+
+
+def _check_scale(report: ReportBuilder, fit: _Fit) -> str | None:
+    """Whether peaks and curvatures have the same sigma; how it is read."""
+    if fit.unexplained > SHARE:
+        shapes = {"-sigma": -fit.sigma, "-sigma^2": -(fit.sigma**2), "1 / sigma": 1 / fit.sigma}
+        hints = [
+            f", but changes like {what}" for what, t in shapes.items() if _linear(fit.peak, t)
+        ]
+        hint = hints[0] if hints else ""
+        report.bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=hint)
+        return None
+    scale = math.sqrt(max(fit.factor, 0.0))
+    plain, whole = (name_curve(fit.b, fit.sigma * k, fit.tolerance) for k in (1.0, scale))
+    weighted = abs(fit.factor - 1) > SHARE
+    if fit.factor < SHARE or (weighted and _is_usual(plain) and not _is_usual(whole)):
         report.bug(
-            "not_finite",
-            "the term is NaN or infinite for ordinary arguments",
-            "log sigma must be finite at every output of the network",
+            "prior_term_mismatch", "factor", factor=round(fit.factor, 6) + 0.0, sigma=plain.text
         )
-        return report.build()
-    best = min(fits, key=lambda fit: fit.residual)
-    exact = best.residual <= (EXACT if dtype == torch.float64 else 1e-3)
-    fixed = best.reading == "one"
-    if fixed:
-        report.assumed.append("term(z) is of one fixed Gaussian")
-        if exact:  # its mean may not be zero
-            toward = math.copysign(1.0, best.slope)
-    report.details |= {"factor": sign * best.slope, "constant": best.intercept}
-    if exact:
-        report.checked.append(
-            f"a multiple of log N: factor {best.slope:.6g}, residual {best.residual:.1g}"
+    elif weighted and not whole.named:
+        report.missing.append(
+            f"the factor of log sigma: it is {fit.factor:.5g} times that of a Gaussian, whose "
+            "sigma is an unknown function of the second parameter"
         )
     else:
-        report.bug(
-            "prior_term_mismatch",
-            "it is not a multiple of a Gaussian's log-density under any reading: "
-            f"{best.residual:.0%} of its variation is unexplained"
-            + ("" if fixed else f" by the best, {best.reading}"),
-            "-0.5 log(2 pi) - log_std - 0.5 ((z - mean) / std)^2: check the parentheses",
-            residual=best.residual,
+        report.checked.append(
+            f"a multiple of log N: factor {fit.factor:.6g}, sigma is {whole.text}, "
+            f"off by {fit.unexplained:.1g}"
         )
-    if toward * sign < 0:
-        report.bug(
-            "prior_term_sign",
-            f"as a {'log-density' if sign == 1 else 'loss'} it rewards distance from the mean",
-            "negate it",
-            slope=toward,
+        return whole.name if whole.named else None
+    return None
+
+
+def _is_usual(curve: Curve) -> bool:
+    """Whether it is a known reading without a factor."""
+    return curve.named and abs(curve.noise_scale - 1) < 1e-4
+
+
+def _linear(y: Tensor, x: Tensor) -> bool:
+    """Whether y is a linear function of x."""
+    return abs(float(torch.corrcoef(torch.stack([y, x]))[0, 1])) > 1 - 1e-9
+
+
+def _check_shape(report: ReportBuilder, fit: _Fit, element: _Element) -> None:
+    """Whether both parts of the term are summed, or averaged, in the same way over a batch."""
+    try:
+        other = _fit(element, fit.b[::4])
+    except AuditError as error:
+        report.unchecked.append(f"tensors of shape {element.shape}: {error}")
+        return
+    rows, columns = element.shape
+    known = (1.0, 1 / rows, 1 / columns, 1 / (rows * columns))
+    if other is None or not other.is_parabola or len(other.b) != len(fit.b[::4]):
+        report.bug("prior_term_mismatch", "shape", shape=str(element.shape), factor=math.nan)
+        return
+    share, ratio = other.factor / fit.factor, other.sigma / fit.sigma[::4]
+    same = (ratio * math.sqrt(abs(share)) - 1).abs().max() < 10 * fit.tolerance
+    if not same or not any(math.isclose(share, k, rel_tol=1e-3) for k in known):
+        report.bug("prior_term_mismatch", "shape", shape=str(element.shape), factor=share)
+    elif abs(share - 1) > 1e-3:
+        report.assumed.append(
+            f"of tensors {element.shape}, averages are meant: factor {share:.4g}"
         )
-    return report.build(read_as=best.reading if exact and not fixed else None)
 
 
-def _inputs(d: int, count: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    z, mean = 1.5 * torch.randn(2, 1, d, generator=generator, dtype=torch.float64)
-    second = 0.3 + torch.rand(1, d, generator=generator, dtype=torch.float64)
-    return [t.to(dtype) for t in (z, mean, second)][:count]
+def _check_integral(report: ReportBuilder, flip: int, element: _Element, b: Tensor) -> None:
+    """Whether exp of a term that is no parabola integrates to one over z."""
+    ends = [()] if len(b) == 1 else [(-0.7, 0.5), (0.4, 1.0), (1.3, 2.0)]
+    values = []
+    for rest in ends:
+        with suppress(AuditError):
+            whole = audit_density(partial(_signed, element.term, element.order, flip, rest), 1)
+            values.append(whole.details.get("integral", math.nan))
+    integral = max(values, key=lambda value: abs(value - 1), default=math.nan)
+    if len(values) == len(ends) and abs(integral - 1) < 5e-3:
+        report.checked.append(f"not a Gaussian's, but exp of it integrates to {integral:.6g}")
+    else:
+        report.bug("prior_term_mismatch", integral=integral)
 
 
-class _TermFit(NamedTuple):
-    reading: str
-    slope: float
-    intercept: float
-    residual: float  # the share of the variation that is unexplained
+def _signed(
+    term: Callable[..., Any], order: tuple[int, ...], sign: int, rest: Sequence[float], z: Tensor
+) -> Any:
+    given = [z, *(torch.full_like(z, value) for value in rest)]
+    return sign * term(*(given[order.index(i)] for i in range(len(given))))
 
 
-def _term_fits(
-    sandbox: Sandbox, term: Callable[..., Any], count: int, dtype: torch.dtype
-) -> list[_TermFit]:
-    """A regression for each reading, over rows of one and of four dimensions."""
-    rows, values = [], []
-    for seed in range(48):
-        d = 1 if seed < 32 else 4
-        given = _inputs(d, count, dtype, 100 + seed)
-        value = sandbox.ask("term", term, *(t.clone() for t in given))
-        if value.numel() > d:
-            raise AuditError(
-                f"term: given (1, {d}), expected a number or {d} of them; got {tuple(value.shape)}"
-            )
-        rows.append([t.double() for t in given])
-        values.append(value.sum())
-    y = torch.stack(values)
-    if not y.isfinite().all():
-        return []
-    if count == 1:  # any Gaussian is a multiple of z squared, plus a multiple of z
-        return [_regressed("one", y, [(-0.5 * z.square().sum(), z.sum()) for (z,) in rows])]
-    fits = []
-    for name in ("log_std", "log_var", "std", "variance"):
-        log_p = [Normal(m, READINGS[name].sigma(s)).log_prob(z).sum() for z, m, s in rows]
-        fits.append(_regressed(name, y, [(x,) for x in log_p]))
-    return fits
-
-
-def _regressed(reading: str, y: Tensor, x: list[tuple[Tensor, ...]]) -> _TermFit:
-    """The regression of values on columns, by 32 rows of one dimension and 16 of four.
-
-    Both must have one slope, up to a mean over the dimensions in place of a sum.
-    """
-    design = torch.tensor([(*row, 1.0) for row in x], dtype=torch.float64)
-    fits = []
-    for part in (slice(32), slice(32, None)):
-        solution = torch.linalg.lstsq(design[part], y[part, None]).solution[:, 0]
-        variation = (y[part] - y[part].mean()).norm()
-        left = float((y[part] - design[part] @ solution).norm() / variation)
-        residual = left if variation > 0 else math.inf
-        fits.append(_TermFit(reading, float(solution[0]), float(solution[-1]), residual))
-    one, four = fits
-    factor = four.slope / one.slope if one.slope else math.nan
-    consistent = any(math.isclose(factor, known, rel_tol=1e-3) for known in (1.0, 0.25))
-    other = 1.0 if four.residual < 1e-3 and not consistent else four.residual
-    return one._replace(residual=max(one.residual, other))
-
-
-def _toward(sandbox: Sandbox, term: Callable[..., Any], count: int, dtype: torch.dtype) -> float:
-    """1 if the term falls with the distance from the mean, -1 if it rises."""
-    change = 0.0
-    for seed in range(8):
-        z, *rest = _inputs(1, count, dtype, 500 + seed)
-        mean = rest[0] if rest else torch.zeros_like(z)
-        for distance, weight in ((0.2, 1), (-0.2, 1), (3.0, -1), (-3.0, -1)):
-            change += weight * float(sandbox.ask("term", term, mean + distance, *rest).sum())
-    return math.copysign(1.0, change)
+def _check_parameters(report: ReportBuilder, sandbox: Sandbox, element: _Element) -> None:
+    """Whether a fixed Gaussian stays normalized when its own parameters move."""
+    shapes = {tuple(t.shape) for t in sandbox.trainable() if t.numel() > 1} or {(1, 1)}
+    if not sandbox.trainable() or len(shapes) > 1 or math.prod(shape := shapes.pop()) > 64:
+        return
+    element, rows = _Element(sandbox, element.term, 1, None, shape), []
+    for seed in range(6):
+        sandbox.randomize(0.5, seed)
+        centers, log_precision, flip = torch.empty(shape, dtype=sandbox.dtype), 0.0, 1
+        for element.at in np.ndindex(*shape):
+            if (fit := _fit(element, torch.zeros(1))) is None or not fit.is_parabola:
+                return
+            centers[element.at], flip = fit.center[0], fit.flip
+            log_precision -= float(fit.sigma.log())
+        peak = sandbox.ask("term", element.term, centers).sum()
+        rows.append((flip * float(peak), log_precision))
+    peaks, log_precisions = torch.tensor(rows, dtype=torch.float64).T
+    factor, left = _slope(log_precisions, peaks, 1e-5)
+    if left > SHARE:
+        report.bug("prior_term_mismatch", "parameters", share=left)
+    else:
+        report.checked.append(f"its own parameters: factor {factor:.5g}, off by {left:.1g}")
