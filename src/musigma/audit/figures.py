@@ -67,11 +67,7 @@ def audit_bits(
         again = torch.tensor([float(ask(images[:1]).mean()) for _ in range(12)])
         report.details |= {"bits_per_dim": float(single.mean()), "entropy": math.log2(levels)}
         if not single.isfinite().all():
-            report.bug(
-                "not_finite",
-                "the bits of some uniformly random images are NaN or infinite",
-                "give every level a probability above zero",
-            )
+            report.bug("not_finite", "bits")
             return report.build()
         _check_bits(report, single, float(again.std()), math.log2(levels))
         _check_batch(report, ask, images, again)
@@ -107,28 +103,15 @@ def _bits_form(
 
 def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: float) -> None:
     mean, spread = float(single.mean()), float(single.std())
-    error = spread / math.sqrt(len(single))
     uniform = spread < 1e-4 * max(1.0, abs(truth)) and noise < 1e-4
     # the error of 24 draws is Student's t; without any, only rounding is left
-    slack = 2e-4 * truth if uniform else 1e-3 * truth + STANDARD_ERRORS * 1.6 * error
-    figures = {"bits_per_dim": mean, "entropy": truth}
+    error = STANDARD_ERRORS * 1.6 * spread / math.sqrt(len(single))
+    slack = 2e-4 * truth if uniform else 1e-3 * truth + error
+    figures = {"bits_per_dim": mean, "entropy": truth, "hint": _bits_hint(mean, truth)}
     if mean < truth - slack:
-        report.bug(
-            "bpd_below_entropy",
-            f"uniformly random images cost {mean:.6g} bits per dimension by this figure, and "
-            f"contain {truth:.6g}: no model can be better{_bits_hint(mean, truth)}",
-            "bits/dim = -(log p(y) + log |det|) / (D ln 2), with D log(levels) added for data "
-            "that were divided by the levels, and D all elements of an image",
-            **figures,
-        )
+        report.bug("bpd_below_entropy", **figures)
     elif uniform and mean > truth + slack:
-        report.bug(
-            "bpd_wrong",
-            f"all images have the same figure, {mean:.6g} bits per dimension, and that of the "
-            f"uniform model is {truth:.6g}{_bits_hint(mean, truth)}",
-            "divide nats by (D ln 2), with D all elements of an image, and count log(levels) once",
-            **figures,
-        )
+        report.bug("bpd_wrong", **figures)
     elif uniform:
         report.checked.append(f"uniform images under the uniform model: {mean:.6g} bits")
     else:
@@ -152,9 +135,7 @@ def _bits_hint(mean: float, truth: float) -> str:
     for what, factor in factors.items():
         if math.isclose(mean, truth * factor, rel_tol=2e-3):
             return f"; they differ by {what}"
-    if abs(mean) < 1e-3:
-        return "; log2(levels), for the scaling by the levels, is missing"
-    return ""
+    return "; log2(levels), for the scaling by the levels, is missing" * (abs(mean) < 1e-3)
 
 
 def _check_batch(
@@ -167,14 +148,7 @@ def _check_batch(
     error = 11.0 * math.hypot(float(again.std()), float(several.std())) / math.sqrt(12)
     if abs(of_eight - alone) > error + 1e-4 * (1 + abs(alone)):
         ratio = of_eight / alone if alone else math.nan
-        report.bug(
-            "bpd_batch",
-            f"an image costs {alone:.6g} bits per dimension by itself, and {of_eight:.6g} in a "
-            f"batch of eight copies (a factor of {ratio:.3g})",
-            "sum over the elements of an image, and average over images, nothing else",
-            alone=alone,
-            of_eight=of_eight,
-        )
+        report.bug("bpd_batch", alone=alone, of_eight=of_eight, ratio=ratio)
     else:
         report.checked.append("an image costs the same by itself and in a batch of eight copies")
 
@@ -285,38 +259,28 @@ def _check_bound(report: ReportBuilder, fit: _Fit) -> None:
     elif fit.has_slope:
         report.checked.append(f"gradient against the softmax weights: off by {fit.off_slope:.1g}")
     elif fit.has_multiple:
-        report.warn(
-            "iw_gradient",
-            f"the gradient is {fit.factor:.4g} times that of the bound",
-            "sum over the draws, average over the batch",
-            factor=fit.factor,
-        )
+        report.warn("iw_gradient", "factor", factor=fit.factor)
     else:
         wrong = ", and partly has the wrong sign: some draws are made worse"
-        report.bug(
-            "iw_gradient",
-            f"the gradient is {fit.off_slope:.2g} of its length from that of the bound"
-            + wrong * (fit.negative > 0.3),
-            "loss = -(torch.logsumexp(-n, k) - log K), over the axis of the draws; detach weights "
-            "that are computed separately",
-            distance=fit.off_slope,
-        )
+        signs = wrong * (fit.negative > 0.3)
+        report.bug("iw_gradient", distance=fit.off_slope, signs=signs)
     if fit.has_value:
         report.checked.append(f"value against -log mean exp(-n): off by {fit.off_value:.1g}")
         return
-    constant = ""
-    for what, size in (("log K", math.log(7)), ("-log K", -math.log(7))):
-        if math.isclose(fit.off_each, size, abs_tol=1e-4):
-            constant = f"; it differs by the constant {what}"
-    trains = "; the gradient is the bound's: it trains, but must not be reported"
+    constants = {"log K": math.log(7), "-log K": -math.log(7)}
+    hints = [
+        f"; it differs by the constant {what}"
+        for what, size in constants.items()
+        if math.isclose(fit.off_each, size, abs_tol=1e-4)
+    ]
+    if fit.has_slope:
+        hints.append("; the gradient is the bound's: it trains, but must not be reported")
     report.find(
         "iw_value",
         "warning" if fit.has_slope or fit.has_multiple else "bug",
-        f"the value is {fit.given:.5g}, and the bound {fit.expected:.5g}{constant}"
-        + trains * fit.has_slope,
-        "report -(torch.logsumexp(-n, k) - log K)",
         value=fit.given,
         bound=fit.expected,
+        hint="".join(hints),
     )
 
 
@@ -331,8 +295,4 @@ def _check_range(
         if torch.as_tensor(value).isfinite().all():
             report.checked.append("finite at 1500 nats")
         else:
-            report.warn(
-                "not_finite",
-                "at 1500 nats, which images have, the loss is not finite",
-                "torch.logsumexp in place of log(mean(exp()))",
-            )
+            report.warn("not_finite", "bound")
