@@ -313,7 +313,7 @@ def features_compared():
     return Built(step, (encode, decode, features, x))
 
 
-@entry("correct|incomplete", convention="log_var")
+@entry("correct|incomplete")
 def product_of_experts():
     x, y = data(), data(B, 7)
     first, second, decode_x, decode_y = Encoder(), Encoder(7), decoder(), decoder(7)

@@ -487,6 +487,8 @@ def keras_model(kl):
     model, x = VAE(), data()
     model.compile("adam")
     model(x)
+    for layer in model.modules():  # Keras makes them on the first call
+        list(layer.parameters())
 
     def step():
         return model.compute_loss(x, x, model(x, training=True))

@@ -81,7 +81,7 @@ def changes(node: ast.AST, parents: dict, kind: str) -> Iterator[tuple[str, ast.
         if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Pow):
             yield f"{ast.unparse(parent)} to the power 1", ast.Constant(1)
         elif isinstance(parent, ast.BinOp | ast.UnaryOp):
-            yield f"{text} doubled in {ast.unparse(parent)}", ast.Constant(2 * node.value)
+            yield f"{text} tripled in {ast.unparse(parent)}", ast.Constant(3 * node.value)
     if isinstance(node, ast.Call):
         name = ast.unparse(node.func)
         if isinstance(node.func, ast.Attribute):
