@@ -3,12 +3,14 @@
 import asyncio
 import json
 import re
+import shlex
 import string
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from musigma.audit import CODES, AuditError, AuditReport, Finding, audit
 from musigma.audit.findings import ReportBuilder
@@ -260,6 +262,7 @@ def test_an_incomplete_audit_exits_with_3(model, monkeypatch, capsys):
     [
         (["model.py:VAE", "--example", "model.py:none"], "example: model.py defines no 'none'"),
         (["model.py:VAE", "--example", "model.py:small"], "example: "),
+        (["model.py:VAE", "--example", "breaks.py:take"], "breaks.py:take cannot be called: Typ"),
         (["model.py:VAE", "--sarif", "a.xml"], "sarif: expected a .sarif or .json file"),
         (["model.py:VAE", "--sarif", "no/a.sarif"], "sarif: no/a.sarif cannot be written"),
         (["model.py:VAE", "--allow", "kl"], "allow: unknown code 'kl'; the codes are incomplete"),
@@ -270,7 +273,7 @@ def test_an_incomplete_audit_exits_with_3(model, monkeypatch, capsys):
 )  # fmt: skip
 def test_what_cannot_be_audited_exits_with_2(model, monkeypatch, capsys, words, message):
     Path("ends.py").write_text("import sys\nsys.exit(0)\n")
-    Path("breaks.py").write_text("def make(): pass\n")
+    Path("breaks.py").write_text("def make(): pass\n\ndef take(x): pass\n")
     if words == ["breaks.py:make"]:
 
         def breaks(*_, **__):
@@ -279,6 +282,36 @@ def test_what_cannot_be_audited_exits_with_2(model, monkeypatch, capsys, words, 
         monkeypatch.setattr(sys.modules["musigma.audit"], "audit", breaks)
     assert exit_code(*words) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def blocks_of(page: str, *languages: str) -> list[str]:
+    """The code blocks of a page in one of the languages."""
+    return re.findall(rf"```(?:{'|'.join(languages)})\n(.*?)```", page, re.DOTALL)
+
+
+def test_the_commands_of_the_page(request, tmp_path, monkeypatch, capsys):
+    """Also those of the action and the hook; all are about the file that the page shows."""
+    yaml = pytest.importorskip("yaml")
+    monkeypatch.chdir(tmp_path)
+    page = (request.config.rootpath / "docs" / "audit.md").read_text(encoding="utf-8")
+    Path("train.py").write_text(blocks_of(page, "python")[0])
+    action, hook = map(yaml.safe_load, blocks_of(page, "yaml"))
+    (step,) = (s["run"] for s in action["jobs"]["audit"]["steps"] if "--sarif" in s.get("run", ""))
+    upload = next(s for s in action["jobs"]["audit"]["steps"] if "upload" in s.get("uses", ""))
+    commands = [line for block in blocks_of(page, "bash") for line in block.splitlines()]
+    commands += [step, hook["repos"][0]["hooks"][0]["entry"]]
+    for command in commands:
+        name, verb, *words = shlex.split(command)
+        assert (name, verb) == ("musigma", "audit")
+        assert exit_code(*words) == (0 if "--allow" in words else 1), command
+        assert "kl_mismatch" in capsys.readouterr().out
+    assert len(commands) == 5
+    assert "kl_mismatch" in Path("report.html").read_text()
+    log = json.loads(Path(upload["with"]["sarif_file"]).read_text())
+    (found,) = lines_of(log["runs"][0])
+    lines = Path("train.py").read_text().splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if "kl = " in text)
+    assert found == ("kl_mismatch", "error", f"train.py:{line}")
 
 
 # --- the fixture --------------------------------------------------------------------------------
@@ -306,6 +339,23 @@ def test_the_fixture_fails_on_an_incomplete_audit(assert_audited, monkeypatch):
         assert_audited({"sample": sampled})
     assert assert_audited({"sample": sampled}, allow=("incomplete",)).missing == (NO_KL,)
     assert audit({"sample": sampled, "kl": divergence}).verdict == "correct"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_fixture_audits_a_step(assert_audited, right):
+    encoder, decoder, x = nn.Linear(8, 6), nn.Linear(3, 8), torch.randn(16, 8)
+
+    def step():
+        mean, log_var = encoder(x).chunk(2, 1)
+        z = mean + (log_var / 2 if right else log_var).exp() * torch.randn_like(mean)
+        kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var)
+        return ((decoder(z) - x).square().sum(1) / 2 + kl.sum(1)).mean()
+
+    if right:
+        assert assert_audited(step).verdict == "correct"
+        return
+    with pytest.raises(AssertionError, match=r"bug kl_mismatch: .*\n(.*\n)*  where: .*\.py:\d+"):
+        assert_audited(step)
 
 
 # --- the server ---------------------------------------------------------------------------------

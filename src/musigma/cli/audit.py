@@ -120,7 +120,11 @@ def _audit_object(target: str, example: str | None, shape: str | None) -> tuple[
     loaded = plugins.load_all(named)
     batch, obj = loaded.get("example"), loaded["target"]
     if inspect.isroutine(batch):
-        batch = batch()
+        try:
+            batch = batch()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"example: {example} cannot be called: {reason}") from error
     return audit(obj, example=batch, shape=sizes), _line_of(obj, target.rpartition(":")[0])
 
 
