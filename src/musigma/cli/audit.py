@@ -44,15 +44,16 @@ def audit(
     options: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
-    """Run any VAE or flow, and check that its parts agree on one convention.
+    """Run a VAE, a flow or a training step, and check what it computes.
 
     The exit code is 0 if the verdict is correct or warning, 1 if there is a bug, 2 if the target
     cannot be audited, and 3 if the audit is incomplete. What the audited code prints goes to
     standard error.
 
     Args:
-        target: PATH.py:NAME or module:NAME of a class, an instance, or a function; the file is
-            executed. Or a run folder or checkpoint of this library.
+        target: PATH.py:NAME or module:NAME of a class, an instance, or a function that returns a
+            loss or makes a model; the file is executed. Or a run folder or checkpoint of this
+            library.
         source: Data for checking the latents of a run. By default the data that it was trained on.
         example: PATH.py:NAME of a batch, as the model takes it in training: a tensor, a tuple, a
             dict; or of a function that returns one.
