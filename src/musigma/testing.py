@@ -15,7 +15,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,15 @@ from musigma.gaussian import DiagonalGaussian
 from musigma.model import Bijection, Chain, Layer, Model, Prior
 from musigma.trace import Evidence, Trace
 
-__all__ = ["check_head", "check_layer", "check_model", "randomized"]
+__all__ = [
+    "BothWays",
+    "both_ways_of_layer",
+    "both_ways_of_model",
+    "check_head",
+    "check_layer",
+    "check_model",
+    "randomized",
+]
 
 BATCH = 4
 T = TypeVar("T")
@@ -227,14 +235,37 @@ def _single(module: Any, x: Tensor, context: Context) -> tuple[Any, Tensor, Cont
     return copy.deepcopy(module).float(), x.float(), contexts.apply(Tensor.float, context)
 
 
+class BothWays(NamedTuple):
+    """Data that come back, and the nats (B,) of the same values by each direction."""
+
+    again: Tensor
+    forward: Tensor
+    backward: Tensor
+
+
+def both_ways_of_layer(layer: Bijection, x: Tensor, context: Any = None) -> BothWays:
+    """The inverse of forward, and the log-determinants of forward's map: both are to be equal."""
+    y, forward = layer(x, context)
+    again, backward = layer.inverse(y, context)
+    return BothWays(again, forward, -backward)
+
+
+def both_ways_of_model(model: Model, x: Tensor, context: Any = None) -> BothWays:
+    """Data by `generate` from the values of `infer`, and log w of either."""
+    up = Trace()
+    model.infer(x, up, context)
+    down = Trace(generating=True, n=len(x), given=up.values)
+    again = model.generate(down, context)
+    return BothWays(again, *(t.evidence(model.latents()).elbo for t in (up, down)))
+
+
 def _inverse(layer: Bijection, x: Tensor, context: Any, tolerance: float) -> None:
     with torch.no_grad():
-        y, forward = layer(x, context)
-        again, backward = layer.inverse(y, context)
+        again, forward, backward = both_ways_of_layer(layer, x, context)
     shapes = [tuple(log_det.shape) for log_det in (forward, backward)]
     _say(shapes == [(len(x),)] * 2, f"log_det has shape {shapes}, not ({len(x)},) both ways")
     _near(again, x, tolerance, f"inverse of forward, {x.dtype}")
-    _near(-backward, forward, tolerance, f"log-determinants cancel, {x.dtype}")
+    _near(backward, forward, tolerance, f"log-determinants cancel, {x.dtype}")
 
 
 def _jacobian(layer: Bijection, x: Tensor, context: Any) -> None:
@@ -261,14 +292,10 @@ def _trained_for(evidence: Evidence) -> Tensor:
 
 def _duality(model: Model, x: Tensor, context: Any) -> None:
     torch.manual_seed(0)
-    up = Trace()
-    model.infer(x, up, context)
-    down = Trace(generating=True, n=len(x), given=up.values)
-    again = model.generate(down, context)
+    again, log_w, other = both_ways_of_model(model, x, context)
     _near(again, x, 1e-9, "generate returns the data that infer saw")
-    log_w, again = (t.evidence(model.latents()).elbo for t in (up, down))
     _say(log_w.shape == (len(x),), f"log w has shape {tuple(log_w.shape)}, not ({len(x)},)")
-    _near(again, log_w, 1e-9, "duality: log w of infer and of generate")
+    _near(other, log_w, 1e-9, "duality: log w of infer and of generate")
     if model.exact:
         down = Trace(generating=True, n=len(x))
         log_p = model.log_prob(model.generate(down, context), context)

@@ -40,7 +40,7 @@ from musigma.evaluation import (
 from musigma.gaussian import DiagonalGaussian
 from musigma.layers import Dequantize, Rescale
 from musigma.model import Bijection, Chain, Layer, Model
-from musigma.testing import randomized
+from musigma.testing import both_ways_of_layer, both_ways_of_model, randomized
 from musigma.trace import Recorder, Trace
 
 __all__ = ["audit_model"]
@@ -159,40 +159,26 @@ def _check_laws(
     with forward_hooks({m for m in model.modules() if isinstance(m, Bijection)}, hook):
         model.infer(x, Trace(scoring=False), context)
     for layer, (h, row) in seen.items():
-        _check_bijection(report, names[layer], layer, (h, row), when)
+        _check_bijection(report, names[layer], layer, h, row, when)
     if seen:
         report.checked.append(f"{len(seen)} layers, inverses and log-determinants, {when}")
     up = Recorder()
     model.infer(x, up, context)
     log_w = up.evidence(model.latents()).elbo
     if not log_w.isfinite().all():
-        report.bug(
-            "not_finite",
-            f"log w is {float(log_w[~log_w.isfinite()][0])} {when}",
-            "musigma info RUN --ledger shows the term that is not finite",
-        )
+        worst = float(log_w[~log_w.isfinite()][0])
+        report.bug("not_finite", "model", value=worst, when=when)
         return
-    down = Trace(generating=True, n=len(x), given=up.values)
-    error = _row_distance(model.generate(down, context), x)
+    again, forward, backward = both_ways_of_model(model, x, context)
+    error = _row_distance(again, x)
     if error > 1e-5:
-        report.bug(
-            "inverse_mismatch",
-            f"generate, given all values of infer, differs from x by {error:.2g} {when}",
-            "every layer's generate must mirror its infer; musigma.testing.check_layer finds the "
-            "layer that does not",
-            error=error,
-        )
+        report.bug("inverse_mismatch", "model", error=error, when=when)
         return
-    other = down.evidence(model.latents()).elbo
-    if distance(other, log_w) > 1e-6:
+    if distance(backward, forward) > 1e-6:
         report.bug(
-            "inverse_logdet_mismatch",
-            f"infer gives log w = {float(log_w[0]):.8g}, and generate {float(other[0]):.8g} for "
-            f"the same values, {when}",
-            "what one direction draws, the other must score",
-            infer=log_w.tolist(),
-            generate=other.tolist(),
-        )
+            "inverse_logdet_mismatch", "model",
+            when=when, infer=float(forward[0]), generate=float(backward[0]),
+        )  # fmt: skip
     else:
         report.checked.append(f"infer and generate give the same log w, {when}")
     for site in up.paired:
@@ -209,63 +195,46 @@ def _check_bijection(
     report: ReportBuilder,
     name: str,
     layer: Bijection,
-    given: tuple[Tensor, Tensor | None],
+    x: Tensor,
+    context: Tensor | None,
     when: str,
 ) -> None:
-    x, context = given
-    label = f"{name} ({type(layer).__name__})"
-    repair = "musigma.testing.check_layer checks a layer alone"
+    said: dict[str, Any] = {
+        "what": f"{name} ({type(layer).__name__})",
+        "layer": name,
+        "when": when,
+    }
     z, log_det = layer(x, context)
     if not (z.isfinite().all() and log_det.isfinite().all()):
-        report.bug(
-            "logdet_nan" if z.isfinite().all() else "not_finite",
-            f"{label} returns values that are not finite, {when}",
-            "go back to the last good checkpoint, and continue with smaller steps",
-            layer=name,
-        )
+        report.bug("logdet_nan" if z.isfinite().all() else "not_finite", "model layer", **said)
         return
-    back, other = layer.inverse(z, context)
-    condition, error = math.nan, _row_distance(back, x)
+    again, _, backward = both_ways_of_layer(layer, x, context)
+    condition, error = math.nan, _row_distance(again, x)
     rows = slice(0, len(x) if x[0].numel() <= DENSE else 1)
     row = None if context is None else context[rows]
     with torch.enable_grad(), suppress(RuntimeError):
         known = volume(lambda t: layer(t, row)[0].flatten(1), x[rows])
         if known is None:
-            report.unchecked.append(f"the log-determinant of {label}: {x[0].numel()} elements")
+            what = f"{said['what']}: {x[0].numel()} elements"
+            report.unchecked.append(f"the log-determinant of {what}")
         else:
             condition, truth = float(known.condition.max()), known.log_det
             wrong = float(((log_det[rows] - truth).abs() / (1 + truth.abs())).max())
             if wrong > TOLERANCE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
-                report.bug(
-                    "logdet_mismatch",
-                    f"{label} returns {float(log_det[0]):.8g} nats, and log |det J| is "
-                    f"{float(truth[0]):.8g}, {when}",
-                    repair,
-                    layer=name,
-                    error=wrong,
-                )
+                stated, true = log_det[:1].tolist(), truth[:1].tolist()
+                report.bug("logdet_mismatch", "model", **said, stated=stated, log_det=true)
     if "own" in when:
         report.details.setdefault("conditions", {})[name] = condition
         report.details.setdefault("round_trips", {})[name] = error
     rounding = ROUNDING * (condition if math.isfinite(condition) else 1e6)
     if error > rounding + TOLERANCE:
-        report.find(
-            "inverse_mismatch",
-            "bug" if error > 1e-3 else "warning",
-            f"{label}: the inverse of forward differs from x by {error:.2g}, {when}",
-            repair,
-            layer=name,
-            error=error,
-        )
-    elif distance(-other, log_det) > 1e-6 + rounding:
-        same = distance(other, log_det) < 1e-6
-        report.bug(
-            "inverse_logdet_sign" if same else "inverse_logdet_mismatch",
-            f"{label}: the log-determinants of both directions do not cancel, {when}",
-            "return the log |det| of each direction's own map",
-            layer=name,
-            both=[float(log_det[0]), float(other[0])],
-        )
+        severity = "bug" if error > 1e-3 else "warning"
+        report.find("inverse_mismatch", severity, "model layer", **said, error=error)
+    elif distance(backward, log_det) > 1e-6 + rounding:
+        same = distance(-backward, log_det) < 1e-6
+        code = "inverse_logdet_sign" if same else "inverse_logdet_mismatch"
+        said["both"] = [float(log_det[0]), -float(backward[0])]
+        report.bug(code, "model layer", **said)
 
 
 def _check_closed_form(
@@ -281,20 +250,11 @@ def _check_closed_form(
     limit = 1.3 * STANDARD_ERRORS * error + 1e-9 * (1 + closed.abs())
     if ((mean - closed).abs() > limit).any():
         report.bug(
-            "kl_mismatch",
-            f"the KL of {name} is {float(closed[0]):.6g} nats by its formula, and "
-            f"{float(mean[0]):.6g} ± {float(error[0]):.2g} over draws, {when}",
-            "register the right KL for this pair of families",
-            formula=closed.tolist(),
-            draws=mean.tolist(),
-        )
+            "kl_mismatch", "model",
+            name=name, when=when, formula=closed[0], draws=mean[0], error=error[0],
+        )  # fmt: skip
     if (closed < -1e-9).any():
-        report.bug(
-            "kl_negative",
-            f"the KL of {name} is below zero, {when}",
-            "a KL is never negative: check the signs and the terms of its formula",
-            least=float(closed.min()),
-        )
+        report.bug("kl_negative", "model", name=name, when=when, least=closed.min())
     report.checked.append(f"the KL of {name} against {len(terms)} draws, {when}")
 
 
@@ -309,11 +269,7 @@ def _check_preprocessing(report: ReportBuilder, model: Model, x: Tensor, context
         return
     bits, levels = model.config.get("options", {}).get("bits"), dequantize.levels
     if bits is not None and levels != 2**bits:
-        report.bug(
-            "dequantisation",
-            f"data of {bits} bits are dequantized as {levels} levels",
-            "Dequantize(noise, 2**bits)",
-        )
+        report.bug("dequantisation", "levels", bits=bits, levels=levels)
     if not isinstance(dequantize.noise, StandardUniform):
         report.checked.append(f"dequantization: learned noise over {levels} levels")
         return
@@ -327,13 +283,7 @@ def _check_preprocessing(report: ReportBuilder, model: Model, x: Tensor, context
     nats = nats - sum(trace.log_det.values()) + sum(trace.log_q.values())
     figure = float(bits_per_dim(torch.as_tensor(nats), x[0].numel()).max())
     if abs(figure - math.log2(levels)) > 1e-6:
-        report.bug(
-            "dequantisation",
-            f"uniform images cost {figure:.6g} bits per dimension under the uniform model, and "
-            f"hold {math.log2(levels):.6g}",
-            "count the log-determinant of every preprocessing layer",
-            bits_per_dim=figure,
-        )
+        report.bug("dequantisation", bits_per_dim=figure, entropy=math.log2(levels))
     else:
         report.checked.append(f"uniform images under the uniform model: {figure:.6g} bits/dim")
 
@@ -353,13 +303,7 @@ def _check_single_precision(
         conditions = report.details.get("conditions", {})
         known = {k: v for k, v in conditions.items() if math.isfinite(v)} or {"?": math.nan}
         worst = max(known, key=known.__getitem__)
-        report.warn(
-            "ill_conditioned",
-            f"decode(encode(x)) is off by {error:.2g} in float32; the largest condition number is "
-            f"{known[worst]:.2g}, of {worst}",
-            "decode in float64; train with a smaller --lr, or a format with narrower bounds",
-            error=error,
-        )
+        report.warn("ill_conditioned", error=error, condition=known[worst], layer=worst)
     else:
         report.checked.append(f"decode(encode(x)) in float32: off by {error:.1g}")
 
@@ -375,12 +319,7 @@ def _check_training(report: ReportBuilder, model: Model, x: Tensor, context: Con
                 f"the scales of {name}: it has no emitters() that the pass ran"
             )
         elif share > SATURATED:
-            report.warn(
-                "saturated_units",
-                f"{share:.0%} of the scales of {name} are at their limit",
-                "use a wider format, or a smaller --lr",
-                share=share,
-            )
+            report.warn("saturated_units", name=name, share=share)
     trace = Recorder(closed_form=True)
     model.infer(model.floating(x), trace, context)
     latents = set(model.latents())
@@ -406,20 +345,9 @@ def _check_nats(report: ReportBuilder, name: str, nats: Tensor) -> None:
     """Whether a latent, and each of its units, carries anything on average over the data."""
     dead, total = int((nats < ACTIVE).sum()), float(nats.sum())
     if total < COLLAPSED:
-        report.warn(
-            "posterior_collapse",
-            f"the latent of {name} carries {total:.3g} nats: its posterior is its prior",
-            "--free-bits or --kl-warmup keep latents in use",
-            nats=total,
-        )
+        report.warn("posterior_collapse", name=name, nats=total)
     elif dead:
-        report.warn(
-            "dead_units",
-            f"{dead} of {len(nats)} units of {name} carry less than {ACTIVE} nats",
-            "use fewer latents, or --free-bits",
-            dead=dead,
-            units=len(nats),
-        )
+        report.warn("dead_units", name=name, dead=dead, units=len(nats), active=ACTIVE)
 
 
 def _check_aggregate(report: ReportBuilder, name: str, noise: Tensor) -> None:
@@ -431,15 +359,9 @@ def _check_aggregate(report: ReportBuilder, name: str, noise: Tensor) -> None:
     if far:
         report.warn(
             "aggregate_prior",
-            f"{far} of {len(mean)} units of {name} have a different mean or variance over the "
-            f"data than under the prior: means up to {float(mean.abs().max()):.2g} of its "
-            f"standard deviations, variances from {float(var.min()):.2g} to "
-            f"{float(var.max()):.2g} of its own",
-            "samples from the prior will look unlike data: use a learned prior or a larger --beta",
-            units=far,
-            means=mean[:64].tolist(),
-            variances=var[:64].tolist(),
-        )
+            name=name, far=far, units=len(mean), mean=mean.abs().max(), least=var.min(),
+            most=var.max(),
+        )  # fmt: skip
 
 
 def _check_calibration(report: ReportBuilder, name: str, noise: Tensor) -> None:
@@ -448,11 +370,4 @@ def _check_calibration(report: ReportBuilder, name: str, noise: Tensor) -> None:
     errors = [STANDARD_ERRORS * float(m.std()) / math.sqrt(len(noise)) for m in means]
     mean, scale = (float(m.mean()) for m in means)
     if abs(mean) > 0.25 + errors[0] or abs(scale - 1) > 0.25 + errors[1]:
-        report.warn(
-            "miscalibrated",
-            f"whitened latents of {name} have mean {mean:.3g} and mean square {scale:.3g} over "
-            "the data, where noise has 0 and 1",
-            "train longer; data unlike the training data look like this as well",
-            mean=mean,
-            mean_square=scale,
-        )
+        report.warn("miscalibrated", name=name, mean=mean, mean_square=scale)
