@@ -114,6 +114,32 @@ CASES = {
             return value(vae, batch)
         """,
     ),
+    "a training loop over a loader": (
+        "train",
+        """
+        class Encoder(nn.Linear):
+            def __init__(self):
+                super().__init__(2, 2)
+        class Model(Parts):
+            pass
+        def train(model, device, train_loader, optimizer, epoch):
+            model.train()
+            total = 0
+            for i, (data, _) in enumerate(train_loader):
+                optimizer.zero_grad()
+                loss = value(model, data.to(device))
+                loss.backward()
+                total += loss.item()
+                optimizer.step()
+            return total / len(train_loader.dataset)
+        target = train
+        def by_hand(target, batch):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = Model()
+            return value(model, batch)
+        """,
+    ),
     "partial": (
         "partial",
         """
@@ -249,6 +275,16 @@ CASES = {
         batch = SimpleNamespace(x=batch, edge_index=torch.tensor([[0, 1, 2], [1, 2, 4]]))
         def by_hand(model, graph):
             return value(model, graph.x + graph.x[graph.edge_index[1]].mean(0))
+        """,
+    ),
+    "a dict whose keys are read": (
+        "VAE.loss",
+        """
+        class VAE(Parts):
+            def loss(self, inputs):
+                assert inputs["label"].dtype == torch.long
+                return value(self, inputs["data"])
+        target = VAE()
         """,
     ),
     "elbo that is maximized": (
@@ -452,6 +488,47 @@ CASES = {
             def loss_fn(self, x, outputs):
                 error = ((outputs["x_hat"] - x) ** 2).sum(1).mean()
                 return error + nats(outputs["m"], outputs["s"]).mean()
+        target = VAE()
+        """,
+    ),
+    "a loss of what forward has stored": (
+        "VAE.forward and loss",
+        """
+        class VAE(Parts):
+            def forward(self, x):
+                self.x, (self.m, self.s) = x, self.heads(x)
+                self.answer = self.leave(self.draw(self.m, self.s))
+                return self.answer
+            def loss(self):
+                error = ((self.answer - self.x) ** 2).sum(1).mean()
+                return error + nats(self.m, self.s).mean()
+        target = VAE()
+        """,
+    ),
+    "loss_function(y, x, ...) with labels in the batch": (
+        "VAE.forward and loss_func",
+        """
+        class VAE(Parts):
+            def forward(self, x):
+                z_mu, z_logvar = self.heads(x)
+                return self.leave(self.draw(z_mu, z_logvar)), z_mu, z_logvar
+        def loss_func(y, x, z_mu, z_logvar):
+            return ((y - x) ** 2).sum(1).mean() + nats(z_mu, z_logvar).mean()
+        target, batch = VAE(), (batch, torch.ones(5, 1))
+        def by_hand(model, batch):
+            return value(model, batch[0])
+        """,
+    ),
+    "heads that are returned as calls": (
+        "VAE.forward and loss_function",
+        """
+        class VAE(Parts):
+            def forward(self, x):
+                h = self.enter(x).tanh()
+                z = self.draw(self.mu(h), self.lv(h))
+                return self.lv(h), self.mu(h), self.leave(z)
+        def loss_function(mu, logvar, x, x_hat):
+            return ((x_hat - x) ** 2).sum(1).mean() + nats(mu, logvar).mean()
         target = VAE()
         """,
     ),

@@ -4,6 +4,7 @@ import ast
 import json
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -481,6 +482,118 @@ def test_targets_that_cannot_be_loaded(tmp_path):
         with pytest.raises(PluginError, match=message):
             load(target, argument="target")
     assert load("torch.nn:ReLU") is nn.ReLU
+
+
+STEP = """
+    class VAE(Parts):
+        def reparameterize(self, mu, logvar):
+            return mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+
+        def kl(self, mu, logvar):
+            return nats(mu, logvar).sum()
+
+        def loss(self, x):
+            mu, logvar = self.heads(x)
+            error = ((self.leave(self.reparameterize(mu, logvar)) - x) ** 2).sum()
+            return 0.5 * error + self.divergence(mu, logvar)
+
+        def divergence(self, mu, logvar):
+            return self.kl(mu, logvar)
+
+    class Own(VAE):
+        def divergence(self, mu, logvar):
+            return nats(mu, logvar).sum()
+
+    class Minus(VAE):
+        def divergence(self, mu, logvar):
+            return -self.kl(mu, logvar)
+
+    class Wide(VAE):
+        def sample_prior(self, n):
+            return 3 * torch.randn(n, 3)
+
+    class Left(VAE):
+        loss = kl = None
+        def forward(self, x):
+            mu, logvar = self.heads(x)
+            self.kl_loss = 0.01 * nats(mu, logvar)
+            return self.leave(self.reparameterize(mu, logvar))
+
+    class Turned(Left):
+        def forward(self, x):
+            mu, logvar = self.heads(x)
+            self.kl_loss = -nats(mu, logvar)
+            return self.leave(self.reparameterize(mu, logvar))
+
+    def make_step():
+        model = VAE()
+        def step():
+            return model.loss(batch)
+        return step
+
+    def log_posterior(w, mu, rho):
+        s = F.softplus(rho)
+        return (-0.5 * math.log(2 * math.pi) - s - (w - mu) ** 2 / (2 * s**2)).sum()
+
+    class Density(nn.Module):
+        def __init__(self, volume=1.0):
+            super().__init__()
+            self.scale, self.volume = nn.Parameter(torch.tensor([0.2, -0.1])), volume
+
+        def log_prob(self, x):
+            z = x.double() * self.scale.exp()
+            log_z = -0.5 * (z**2 + math.log(2 * math.pi)).sum(1)
+            return log_z + self.volume * self.scale.sum()
+
+    class Leaky(Density):
+        def __init__(self):
+            super().__init__(-1.0)
+"""
+
+
+@pytest.fixture
+def steps(tmp_path):
+    return executed(STEP, tmp_path)
+
+
+def test_an_audit_of_a_step(steps):
+    report = audit(steps.VAE, steps.batch)
+    assert (report.verdict, report.convention, report.subject) == ("correct", "log_var", "VAE")
+    assert "the step is VAE.loss" in report.assumed
+    assert audit(steps.make_step).verdict == "correct"
+    assert audit(steps.make_step()).subject.endswith("step")
+    assert audit(steps.Minus, steps.batch).verdict == "bug"
+
+
+def test_what_a_step_does_not_show(steps):
+    report = audit(steps.Wide, steps.batch)
+    assert report.codes == ("prior_mismatch",)
+    assert any(line.startswith("KL(in closed form)") for line in report.checked)
+
+
+def test_a_kl_that_is_missing_in_a_step_is_that_of_the_method_that_it_calls(steps, monkeypatch):
+    targets = sys.modules["musigma.audit.targets"]
+    blind = AuditReport("step", checked=("z",), missing=("the KL: not seen",))
+    monkeypatch.setattr(targets, "audit_step", lambda *_, **__: blind)
+    assert audit(steps.VAE, steps.batch).verdict == "correct"
+    for kind in (steps.Own, steps.Minus):
+        assert audit(kind, steps.batch).missing == blind.missing
+    several = replace(blind, missing=("the KL of z1: not seen", "the KL of z2: not seen"))
+    monkeypatch.setattr(targets, "audit_step", lambda *_, **__: several)
+    assert audit(steps.VAE, steps.batch).missing == several.missing
+
+
+def test_the_weight_of_a_kl_that_is_left_in_a_module_is_not_judged(steps):
+    for kind in (steps.Left, steps.Turned):
+        report = audit(kind, steps.batch)
+        assert (report.verdict, report.convention, report.codes) == ("correct", "log_var", ())
+        assert any(line.startswith("weight and sign of the KL") for line in report.unchecked)
+
+
+def test_terms_and_densities(steps):
+    assert audit(steps.log_posterior).codes == ("prior_term_mismatch",)
+    assert audit(steps.Density, torch.randn(6, 2)).verdict == "correct"
+    assert audit(steps.Leaky, torch.randn(6, 2)).verdict == "bug"
 
 
 def test_models_distributions_and_mappings():

@@ -35,6 +35,8 @@ POSITION = re.compile(
 COUNT = re.compile(
     r"(.*_)?(epochs?|steps?|iters?|iteration|it|num_samples|n_samples|k|n_batches)", re.IGNORECASE
 )
+LOOP = re.compile(r"opt(im)?(izer)?|(lr_)?scheduler|writer|logger", re.IGNORECASE)
+LOADER = re.compile(r"(\w+_)?(data_?)?(loader|iterator)", re.IGNORECASE)
 SIZE = re.compile(r"batch_?size|bs|bsz|n_?batch", re.IGNORECASE)
 WEIGHT = re.compile(
     r".*(beta|weight|gamma|alpha|lambda|lambd|anneal|coeff?|temperature).*|M_N|lam|tau|kl_?w",
@@ -168,10 +170,12 @@ def required(fn: Any) -> list[str]:
 
 def keywords_of(fn: Any) -> list[str]:
     """The keywords that a function reads from its ``**kwargs`` without a default."""
-    kinds = {p.kind: p.name for p in signature_of(fn)}
-    bag = kinds.get(inspect.Parameter.VAR_KEYWORD)
-    if bag is None:
-        return []
+    bags = [p.name for p in signature_of(fn) if p.kind is p.VAR_KEYWORD]
+    return _keys_read(fn, bags[0]) if bags else []
+
+
+def _keys_read(fn: Any, parameter: str) -> list[str]:
+    """The keys of a parameter that a function reads without a default, by its source."""
     fn = fn.forward if isinstance(fn, nn.Module) else fn
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
@@ -180,19 +184,41 @@ def keywords_of(fn: Any) -> list[str]:
     read: dict[str, None] = {}
     for node in ast.walk(tree):
         match node:
-            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key))) if (
-                name == bag
-            ):
-                read[key] = None
-            case ast.Call(
-                func=ast.Attribute(value=ast.Name(id=name), attr="pop"),
-                args=[ast.Constant(value=str(key))],
-            ) if name == bag:
+            case (
+                ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key)))
+                | ast.Call(
+                    func=ast.Attribute(value=ast.Name(id=name), attr="pop"),
+                    args=[ast.Constant(value=str(key))],
+                )
+            ) if name == parameter:
                 read[key] = None
     return list(read)
 
 
-def constant(name: str, batch: Any) -> float | None:
+class Stub(int):
+    """Stands for an optimizer, a trainer or a logger: the number 1, and so is all that it has."""
+
+    def __getattr__(self, name: str) -> Stub:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **how: Any) -> Stub:
+        return self
+
+    def __getitem__(self, key: Any) -> Stub:
+        return self
+
+
+class _Loader(list[Any]):
+    """A data loader of one batch."""
+
+    @property
+    def dataset(self) -> _Loader:
+        return self
+
+
+def constant(name: str, batch: Any) -> Any:
     """What stands for an argument that is no part of a batch: a position, a count, a weight."""
     if SIZE.fullmatch(name) and isinstance(x := input_of(batch), Tensor) and x.ndim:
         return len(x)
@@ -200,6 +226,10 @@ def constant(name: str, batch: Any) -> float | None:
         return 0
     if COUNT.fullmatch(name):
         return 1
+    if name == "device":
+        return torch.device("cpu")
+    if LOOP.fullmatch(name):
+        return Stub(1)
     return 1.0 if WEIGHT.fullmatch(name) else None
 
 
@@ -225,7 +255,7 @@ def arguments(fn: Any, batch: Any, given: Mapping[str, Any] | None = None) -> It
         value = constant(name, batch)
         if name not in fixed and name not in parts and (value is not None or name in keywords):
             fixed[name] = 1.0 if value is None else value
-            notes.append(f"{name} is {fixed[name]:g}")
+            notes.append(f"{name} is {fixed[name]}")
     open_ = [name for name in needed if name not in fixed]
 
     def way(picks: Mapping[str, Callable[[Any], Any]], *more: str) -> Arguments:
@@ -268,11 +298,15 @@ def arguments(fn: Any, batch: Any, given: Mapping[str, Any] | None = None) -> It
             order.reverse()
         for note, pick in order:
             yield way({name: pick}, *[note] * bool(note))
+        if LOADER.fullmatch(name):
+            yield way({name: lambda batch: _Loader([batch])}, f"{name} has one batch")
+            if whole:
+                note = f"{name} has one batch (x, y) with labels y of zeros"
+                yield way({name: lambda x: _Loader([_labelled(x)])}, note)
+        if whole and (keys := _keys_read(fn, name)):
+            yield way({name: lambda x: _filled(keys, x)}, f"{name} is a dict of {', '.join(keys)}")
         if whole and WHOLE.fullmatch(name):
-            yield way(
-                {name: lambda x: (x, torch.zeros(len(x), dtype=torch.long))},
-                f"{name} is (x, y) with labels y of zeros",
-            )
+            yield way({name: _labelled}, f"{name} is (x, y) with labels y of zeros")
             yield way({name: lambda x: [x]}, f"{name} is a list of one tensor")
     elif open_ and all(is_input(n) or is_target(n) for n in open_) and is_input(open_[0]):
         copies = ", ".join(open_[1:])
@@ -283,3 +317,13 @@ def arguments(fn: Any, batch: Any, given: Mapping[str, Any] | None = None) -> It
         if whole and optional and is_input(optional[0]):
             yield way({optional[0]: lambda batch: batch})
         yield way({})
+
+
+def _labelled(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x, torch.zeros(len(x), dtype=torch.long)
+
+
+def _filled(keys: list[str], x: Tensor) -> dict[str, Tensor]:
+    """A dict of these keys: the data, and labels of zeros."""
+    data = [key for key in keys if is_input(key)] or keys[:1]
+    return {key: x if key in data else _labelled(x)[1] for key in keys}

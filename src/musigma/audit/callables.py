@@ -6,6 +6,7 @@ noted, so that a report can say it.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
@@ -24,7 +25,7 @@ from musigma.audit.flow import audit_flow
 from musigma.audit.sandbox import Sandbox, first_form
 from musigma.audit.vae import audit_vae
 
-__all__ = ["KL", "audit_callables", "find", "inverts", "neighbours", "vae_parts"]
+__all__ = ["KL", "audit_callables", "find", "inverts", "member", "neighbours", "vae_parts"]
 
 ENCODE = ("encode", "encoder", "inference", "recognition", "recognition_model")
 SAMPLE = (
@@ -52,11 +53,18 @@ def neighbours(obj: Any) -> dict[str, Any]:
     return names
 
 
+def member(obj: Any, name: str) -> Any:
+    """An attribute; None if there is none, or if a property raises."""
+    with contextlib.suppress(Exception):
+        return getattr(obj, name)
+    return None
+
+
 def find(obj: Any, names: tuple[str, ...]) -> tuple[str, Any] | None:
     """A callable of an object, or a function beside its class, by one of its names."""
     own = {name.lower(): name for name in dir(obj) if not name.startswith("__")}
     for name in names:
-        match = getattr(obj, own[name], None) if name in own else None
+        match = member(obj, own[name]) if name in own else None
         if callable(match):
             return own[name], match
     there = neighbours(obj).items()

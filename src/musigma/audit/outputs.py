@@ -25,8 +25,8 @@ from musigma.audit.batches import (
     required,
     signature_of,
 )
-from musigma.audit.callables import neighbours
-from musigma.audit.training_loop import leaves
+from musigma.audit.callables import member, neighbours
+from musigma.audit.training_loop import leaves, of_users
 
 __all__ = ["LOSS", "TERM", "Picks", "is_answer", "loss_functions", "matches", "named_outputs"]
 
@@ -43,6 +43,9 @@ ROLES = {
 }
 
 
+UNNAMED = "output {}"
+
+
 class Picks(NamedTuple):
     """Which output, or which part of the batch, each argument of a function takes.
 
@@ -56,19 +59,21 @@ class Picks(NamedTuple):
 def loss_functions(obj: Any) -> Iterator[tuple[str, Any]]:
     """Methods, functions and modules beside the class of an object that are named as losses."""
     there = neighbours(obj)
-    functions = {n: f for n, f in there.items() if inspect.isfunction(f)}
-    methods = {n: getattr(obj, n, None) for n in dir(obj) if n[:2] != "__" and LOSS.search(n)}
-    for name, fn in {**functions, **methods}.items():
-        if LOSS.search(name) and not TERM.search(name) and callable(fn):
-            is_torchs = type(fn).__module__.startswith("torch.")
-            if (required(fn) != [] and not is_torchs) or (
-                inspect.isroutine(fn) and signature_of(fn)
-            ):
-                yield name, fn
-    for name, kind in there.items():
-        is_loss = inspect.isclass(kind) and issubclass(kind, nn.Module) and LOSS.search(name)
-        if is_loss and not required(kind) and not kind.__module__.startswith("torch."):
-            yield name, kind()
+    for name in dir(obj):
+        fn = member(obj, name) if _is_loss_name(name) else None
+        if callable(fn) and not type(fn).__module__.startswith("torch."):
+            yield name, fn
+    for name, thing in there.items():
+        if _is_loss_name(name) and inspect.isfunction(thing) and signature_of(thing):
+            yield name, thing
+        own = isinstance(thing, type) and issubclass(thing, nn.Module) and of_users(thing)
+        if own and LOSS.search(name) and not required(thing):
+            yield name, thing()
+
+
+def _is_loss_name(name: str) -> bool:
+    is_loss = LOSS.search(name) is not None and TERM.search(name) is None
+    return is_loss and not name.startswith("__")
 
 
 def named_outputs(value: Any, fn: Any, alone: str) -> dict[str, Tensor]:
@@ -87,7 +92,7 @@ def named_outputs(value: Any, fn: Any, alone: str) -> dict[str, Tensor]:
     told = _returned(fn)
     told = told if len(told) == len(found) else [""] * len(found)
     unique = {name for name in told if told.count(name) == 1}
-    names = [n if n in unique and n else f"output {i}" for i, n in enumerate(told, 1)]
+    names = [n if n in unique and n else UNNAMED.format(i) for i, n in enumerate(told, 1)]
     return dict(zip(names, found.values(), strict=True))
 
 
@@ -105,14 +110,16 @@ def _returned(fn: Any) -> list[str]:
         match node:
             case ast.Name(id=word) | ast.Attribute(attr=word):
                 return word
-            case ast.Call(func=ast.Attribute(attr=word) | ast.Name(id=word)):
-                return word if _role(word) == "reconstruction" else ""
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=word)):
+                return word if _role(word) else ""
         return ""
 
     return [name(node) for node in tuples[-1]] if tuples else []
 
 
 def _role(name: str) -> str:
+    if re.fullmatch(UNNAMED.format(r"\d+"), name):
+        return ""
     return next((r for r, words in ROLES.items() if re.search(words, name, re.I)), "")
 
 
@@ -157,7 +164,7 @@ def matches(fn: Any, outputs: Mapping[str, Tensor], batch: Any) -> Iterator[Pick
         yield made(named)
     if len(open_) == len(order) > 1:
         yield made(list(zip(open_, order, strict=True)))
-    if 2 < len(open_) <= len(order) + 1 and named is None:
+    if len(open_) == len(order) + 1 > 2 and named is None:
         first = ["the data", order[0]] if is_input(open_[0]) else [order[0], "the data"]
         yield made(list(zip(open_, [*first, *order[1:]], strict=False)))
     if len(open_) <= 2:
@@ -195,6 +202,11 @@ def _by_name(
             at = next((o for o in left if _role(o) == role and o not in parts), None)
             if at is not None:
                 take(name, at)
+    same = [o for o, t in left.items() if isinstance(x, Tensor) and t.numel() == x.numel()]
+    answers = [name for name in names if _role(name) == "reconstruction"]
+    answers = answers or [name for name in names if is_target(name) and any(map(is_input, names))]
+    if len(answers) == 1 and answers[0] not in taken and (same or left):
+        take(answers[0], (same or list(left))[0])
     for name in names:
         if name in taken:
             continue
@@ -207,12 +219,6 @@ def _by_name(
             take(name, "the data")
         elif is_target(name) and len(parts) > 1:
             take(name, list(parts)[1])
-    for name in names:
-        if name not in taken and _role(name) == "reconstruction":
-            same = [o for o, t in left.items() if isinstance(x, Tensor) and t.numel() == x.numel()]
-            if not (same or left):
-                return None
-            take(name, (same or list(left))[0])
     open_ = [name for name in names if name not in taken]
     if open_ and len(open_) == len(left):
         taken |= dict(zip(open_, left, strict=True))

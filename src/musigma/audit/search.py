@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from musigma.audit.batches import arguments, fresh, input_of, required, signature_of, with_input
-from musigma.audit.callables import KL, find, inverts
+from musigma.audit.callables import KL, find, inverts, member
 from musigma.audit.findings import AuditError, name_of
 from musigma.audit.outputs import (
     LOSS,
-    TERM,
     Picks,
     is_answer,
     loss_functions,
@@ -225,7 +224,7 @@ class Search:
             if callable(obj):
                 yield from self.of_forward(batch)
         yield from self.of_density(batch)
-        if callable(encode := getattr(obj, "encode", None)):
+        if callable(encode := member(obj, "encode")):
             for way in arguments(encode, batch):
                 first = Way(f"{self.kind}.encode", _called(encode, way), way.notes)
                 value = self.run(first, batch)
@@ -245,14 +244,27 @@ class Search:
 
     def of_methods(self, batch: Any) -> Iterator[Way]:
         """Methods that are named as steps or losses, and take a batch."""
-        own = [n for n in dir(self.obj) if n[:2] != "__" and LOSS.search(n) and not TERM.search(n)]
-        for name in dict.fromkeys([*STEPS, *own]):
-            fn = getattr(self.obj, name, None)
-            if inspect.isroutine(fn) and not accepts_nothing(fn):
-                for way in arguments(fn, batch):
-                    yield self.oriented(
-                        Way(f"{self.kind}.{name}", _called(fn, way), way.notes), batch
-                    )
+        others = [name for name, fn in loss_functions(self.obj) if member(self.obj, name) == fn]
+        for name in dict.fromkeys([*STEPS, *others]):
+            fn = member(self.obj, name)
+            if not inspect.isroutine(fn) or accepts_nothing(fn):
+                continue
+            for arg in arguments(fn, batch):
+                way = Way(f"{self.kind}.{name}", _called(fn, arg), arg.notes)
+                if name in STEPS or self.reaches_forward(way, batch):
+                    yield self.oriented(way, batch)
+
+    def reaches_forward(self, way: Way, batch: Any) -> bool:
+        """Whether a loss depends on all parameters that what forward returns depends on."""
+
+        def reach(value: Any) -> set[int]:
+            return self.reached(leaves(value).values())
+
+        own = self.run(way, batch, look=reach)
+        for arg in arguments(self.obj, batch) if own and callable(self.obj) else ():
+            forward = Way("forward", _called(self.obj, arg))
+            return own >= (self.run(forward, batch, look=reach) or set())
+        return bool(own)
 
     def oriented(self, way: Way, batch: Any) -> Way:
         """A way; minus it if it is named as a bound, and falls where parameters are random."""
@@ -285,7 +297,7 @@ class Search:
     def of_density(self, batch: Any) -> Iterator[Way]:
         """Minus the mean of a log-density."""
         for name in DENSITIES:
-            fn = getattr(self.obj, name, None)
+            fn = member(self.obj, name)
             for way in arguments(fn, batch) if inspect.isroutine(fn) else ():
                 call = _called(fn, way)
                 note = f"the loss is minus the mean of {name}"
@@ -406,7 +418,7 @@ def wrapper(search: Search) -> str:
     elif not search.is_function:
         needed = ", ".join(f"{name}=..." for name in required(type(obj)))
         setup.insert(0, f"model = {kind}({needed})")
-    methods = [name for name in STEPS if inspect.isroutine(getattr(obj, name, None))]
+    methods = [name for name in STEPS if inspect.isroutine(member(obj, name))]
     beside = list(loss_functions(obj))
     names = [re.sub(r"\W", "_", name) for name in search.outputs]
     names[:1] = [re.sub("output_1", "recon", name) for name in names[:1]]
@@ -508,16 +520,16 @@ def _log_density(call: Callable[[Any], Any]) -> Callable[[Any], Tensor]:
 
 
 def _model_beside(fn: Any) -> nn.Module | None:
-    """A module in the globals of a function, or one that a class there makes."""
+    """A module in the globals of a function, or the largest that a class there makes."""
     there = list(getattr(fn, "__globals__", {}).values())
-    for thing in there:
-        if isinstance(thing, nn.Module):
-            return thing
     own = [c for c in there if inspect.isclass(c) and c.__module__ == fn.__module__]
     kinds = [c for c in own if issubclass(c, nn.Module) and not required(c)]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return kinds[-1]() if kinds else None
+    modules = [thing for thing in there if isinstance(thing, nn.Module)]
+    if not modules:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            modules = [kind() for kind in kinds]
+    return max(modules, key=lambda m: len(list(m.modules())), default=None)
 
 
 def _is_keras(obj: Any) -> bool:

@@ -8,19 +8,21 @@ noted. Where nothing returns a loss, the error ends with a few lines of code tha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from musigma.audit.batches import examples, required
-from musigma.audit.callables import KL, audit_callables, find, inverts, vae_parts
+from musigma.audit.batches import examples, input_of, required
+from musigma.audit.callables import KL, audit_callables, find, inverts, member, vae_parts
 from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport, name_of
 from musigma.audit.flow import audit_flow
@@ -28,11 +30,14 @@ from musigma.audit.models import audit_model
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.search import Search, Users, accepts_nothing, is_loss, wrapper
 from musigma.audit.step import audit_step
+from musigma.audit.terms import audit_log_prob_term, is_log_prob_term
 from musigma.audit.training_loop import leaves, losses, replaced, run_step
 from musigma.audit.vae import audit_vae
 from musigma.model import Model
 
 __all__ = ["FoundStep", "NoStepError", "audit", "find_step", "make"]
+
+DIMENSIONS = 8  # of a density that is integrated
 
 
 class NoStepError(AuditError):
@@ -199,10 +204,26 @@ def audit(obj: Any, example: Any = None, *, shape: tuple[int, ...] | None = None
     elif isinstance(obj, Distribution):
         dims = obj.event_shape.numel()
         report = audit_density(lambda x: obj.log_prob(x.reshape(-1, *obj.event_shape)), dims)
+    elif (term := _term_in(obj)) is not None:
+        report = audit_log_prob_term(term, example=example)
     else:
         report = _audited(obj, example, shape, assumed)
     subject = report.subject if isinstance(obj, Model) else name_of(obj)
     return replace(report, subject=subject, assumed=(*assumed, *report.assumed))
+
+
+def _term_in(obj: Any) -> Callable[..., Any] | None:
+    """A Gaussian log-density of (z, mean, scale), or of all numbers of a tensor together."""
+    has_forward = callable(obj) and getattr(type(obj), "forward", None) is not nn.Module.forward
+    fn = obj if inspect.isroutine(obj) else None if has_forward else member(obj, "log_prob")
+    if fn is None or not is_log_prob_term(fn) or "nll" in name_of(fn):
+        return None
+    if len(required(fn)) > 1:
+        return fn
+    with Sandbox(fn, as_is=True) as sandbox, contextlib.suppress(AuditError):
+        value = sandbox.call(name_of(fn), fn, torch.ones(5, 3))
+        return fn if isinstance(value, Tensor) and value.numel() == 1 else None
+    return None
 
 
 def _audited(
@@ -215,6 +236,8 @@ def _audited(
     except NoStepError as error:
         step, refused = None, error
     if step is None or step.users == "map":
+        if (density := _density(obj, example, shape)) is not None:
+            return density
         try:
             return audit_callables(obj, example, shape)
         except AuditError as error:
@@ -256,9 +279,31 @@ def _with_callables(
         if "generate" in parts:
             more = audit_vae(sample=parts["sample"], generate=parts["generate"])
             return _joined(report, more, examined=False)
-    elif inverts(obj):
-        return _joined(report, audit_callables(obj, example, shape), examined=False)
+        return report
+    if report.missing and (density := _density(obj, example, shape)) is not None:
+        report = _joined(report, density, examined=not density.missing)
+    if inverts(obj):
+        report = _joined(report, audit_callables(obj, example, shape), examined=False)
     return report
+
+
+def _density(obj: Any, example: Any, shape: tuple[int, ...] | None) -> AuditReport | None:
+    """Whether `log_prob` is a density, if it has few dimensions and takes x alone."""
+    size = tuple(shape or getattr(input_of(example), "shape", ())[1:])
+    if not size or (dims := math.prod(size)) > DIMENSIONS:
+        return None
+    log_prob = member(obj, "log_prob")
+    if log_prob is None and isinstance(obj, nn.Module) and accepts_nothing(obj.forward):
+        with Sandbox(obj, as_is=True) as sandbox:
+            if not isinstance(sandbox.call("forward", obj), Distribution):
+                return None
+
+        def log_prob(x: Tensor) -> Tensor:
+            return obj().log_prob(x)
+
+    if not callable(log_prob) or len(required(log_prob)) != 1:
+        return None
+    return audit_density(lambda x: log_prob(x.reshape(-1, *size)), dims)
 
 
 def _adds(step: FoundStep, obj: Any, name: str, fn: Callable[..., Any]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from musigma.audit.batches import fresh, named_parts
+from musigma.audit.batches import Stub, fresh, named_parts
 
 __all__ = ["STUBBED", "leaves", "losses", "of_users", "replaced", "run_step"]
 
@@ -96,6 +96,8 @@ def _backward() -> Iterator[list[Tensor]]:
     @functools.wraps(original)
     def backward(self: Tensor, *args: Any, **how: Any) -> None:
         found.append(self)
+        if len(args) < 2:  # the graph is read afterwards
+            how["retain_graph"] = True
         original(self, *args, **how)
 
     with replaced(Tensor, "backward", backward):
@@ -124,21 +126,6 @@ def _optimizers_at_rest() -> Iterator[None]:
         yield
 
 
-class _Stub(int):
-    """Stands for a trainer, a logger or an epoch: the number 1, and so is all that it has."""
-
-    def __getattr__(self, name: str) -> _Stub:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args: Any, **how: Any) -> _Stub:
-        return self
-
-    def __getitem__(self, key: Any) -> _Stub:
-        return self
-
-
 @contextlib.contextmanager
 def _training_loop(obj: Any) -> Iterator[None]:
     """An object with stubs of what its training loop gives; None is left alone."""
@@ -147,7 +134,7 @@ def _training_loop(obj: Any) -> Iterator[None]:
         return
     kind = type(obj)
     own = {n for cls in kind.__mro__ if of_users(cls) for n in vars(cls)} | set(vars(obj))
-    stubs: dict[str, Any] = dict.fromkeys((name for name in LOOP if name not in own), _Stub(1))
+    stubs: dict[str, Any] = dict.fromkeys((name for name in LOOP if name not in own), Stub(1))
     if "manual_backward" in stubs:
         stubs["manual_backward"] = lambda self, loss, *args, **how: loss.backward(*args, **how)
     if "device" in stubs:
