@@ -249,6 +249,18 @@ def test_what_the_audited_code_prints_does_not_mix_with_the_report(model, capsys
     assert err.count("a script that prints") == 1  # a file of both is executed once
 
 
+def test_functions_may_import_from_the_folder_of_their_file(model, tmp_path, monkeypatch):
+    """When they are called; the console script does not look in the working directory."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    late = "def sample(mean, log_var):\n    from model import VAE\n    "
+    late += "return VAE().reparameterize(mean, log_var)\n\n\nmodel = {'sample': sample}\n"
+    (tmp_path / "late.py").write_text(late)
+    before = list(sys.path)
+    assert exit_code("../late.py:model", "--allow", "incomplete") == 0
+    assert sys.path == before
+
+
 def test_an_incomplete_audit_exits_with_3(model, monkeypatch, capsys):
     module = sys.modules["musigma.audit"]
     monkeypatch.setattr(module, "audit", lambda *_, **__: AuditReport("it", missing=(NO_KL,)))

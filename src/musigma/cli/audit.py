@@ -117,16 +117,29 @@ def _audit_object(target: str, example: str | None, shape: str | None) -> tuple[
     sizes = None
     if shape is not None:
         sizes = numbers(shape, "shape", "sizes such as 1x28x28", by="x", least=1)
+    place = target.rpartition(":")[0]
     named = {"target": target} if example is None else {"target": target, "example": example}
-    loaded = plugins.load_all(named)
-    batch, obj = loaded.get("example"), loaded["target"]
-    if inspect.isroutine(batch):
-        try:
-            batch = batch()
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"example: {example} cannot be called: {reason}") from error
-    return audit(obj, example=batch, shape=sizes), _line_of(obj, target.rpartition(":")[0])
+    with _imports_from(Path(place).resolve().parent if place.endswith(".py") else Path.cwd()):
+        loaded = plugins.load_all(named)
+        batch, obj = loaded.get("example"), loaded["target"]
+        if inspect.isroutine(batch):
+            try:
+                batch = batch()
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise ValueError(f"example: {example} cannot be called: {reason}") from error
+        return audit(obj, example=batch, shape=sizes), _line_of(obj, place)
+
+
+@contextmanager
+def _imports_from(folder: Path) -> Iterator[None]:
+    """While functions of a file may import modules from its folder, in which they were written."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(str(folder))
 
 
 def _line_of(obj: Any, place: str) -> str:
