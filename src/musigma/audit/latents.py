@@ -15,7 +15,7 @@ from torch import Tensor
 
 from musigma.audit.graph import Graph, Node, Origin, Value
 
-__all__ = ["Latent", "find_latents", "holds", "meetings"]
+__all__ = ["Latent", "find_latents", "frontier", "holds", "meetings"]
 
 PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "_sparse_mm", "addbmm",
@@ -146,7 +146,7 @@ def _at_site(
         for i in node.ins
         if not graph[i].depends_on(draw.id)
     ]
-    heads = _frontier(graph, sides, {latent.z for latent in known})
+    heads = frontier(graph, sides, {latent.z for latent in known})
     if not heads or set(heads) <= {latent.z for latent in known}:
         return None
     zero = torch.zeros_like(unit)
@@ -167,7 +167,7 @@ def _at_site(
     )  # fmt: skip
 
 
-def _frontier(graph: Graph, ids: Collection[int], stops: Collection[int]) -> list[int]:
+def frontier(graph: Graph, ids: Collection[int], stops: Collection[int] = ()) -> list[int]:
     """The values made by layers, or the parameters, that some values are pointwise made of."""
     found, seen = [], set()
     todo = list(dict.fromkeys(ids))

@@ -36,19 +36,32 @@ def _moments(graph: Graph, latent: Latent, over: Over) -> list[Tensor] | None:
     return [0.5 * (mean**2).sum(), mean.sum(), *scale]
 
 
+def _common(z: tuple[int, ...], noise: tuple[int, ...]) -> int:
+    """The number of leading dimensions by which z and its noise are batches."""
+    most = min(len(z), len(noise)) - 1
+    return next((k for k in range(most) if z[k] != noise[k]), most)
+
+
 def _factor(graph: Graph, latent: Latent, over: Over, mean: Tensor) -> Tensor | None:
     """L (..., D, K) of z = mean + L e; None if rows of z share noise."""
     columns = []
     for d in latent.draws:
         e = torch.zeros_like(graph.get(d))
-        if e.shape[:-1].numel() != mean.shape[:-1].numel() or e.shape[-1] > MOST_COLUMNS:
+        lead = _common(tuple(mean.shape), tuple(e.shape))
+        width = e.shape[lead:].numel()
+        if lead == 0 or width > MOST_COLUMNS:
             return None
-        for k in range(e.shape[-1]):
-            unit = e.clone()
+        for k in range(width):
+            unit = e.clone().flatten(lead)
             unit[..., k] = 1
-            noise = {i: unit if i == d else torch.zeros_like(graph.get(i)) for i in latent.draws}
+            noise = {
+                i: unit.view(e.shape) if i == d else torch.zeros_like(graph.get(i))
+                for i in latent.draws
+            }
             z = graph.run({**over, **noise}, [latent.z])[latent.z]
-            columns.append((z - mean).reshape(-1, mean.shape[-1]))
+            columns.append((z - mean).reshape(mean.shape[:lead].numel(), -1))
+    if len({c.shape for c in columns}) > 1:
+        return None
     return torch.stack(columns, -1)
 
 
@@ -57,12 +70,18 @@ def _patterns(graph: Graph, latent: Latent) -> list[dict[int, Tensor]]:
     noise = {d: torch.ones_like(graph.get(d)) for d in latent.draws}
     if latent.diagonal:
         return [noise, {d: -e for d, e in noise.items()}]
-    widths = [graph[d].shape[-1] for d in latent.draws]
+    leads = [_common(graph[latent.z].shape, graph[d].shape) for d in latent.draws]
+    events = [graph[d].shape[k:] for d, k in zip(latent.draws, leads, strict=True)]
+    widths = [math.prod(event) for event in events]
     n = 2 ** math.ceil(math.log2(sum(widths) + 1))
     signs = torch.as_tensor(hadamard(n), dtype=torch.float64)[:, 1 : 1 + sum(widths)]
     rows = signs.split(widths, 1)
     return [
-        {d: noise[d] * row[k] for d, row in zip(latent.draws, rows, strict=True)} for k in range(n)
+        {
+            d: noise[d] * row[k].view(event)
+            for d, row, event in zip(latent.draws, rows, events, strict=True)
+        }
+        for k in range(n)
     ]
 
 
@@ -78,7 +97,8 @@ class Probes:
     @property
     def moving(self) -> tuple[Tensor, Tensor]:
         """The entries of the heads that move means, and those that move scales."""
-        return (self.moments[1].abs() > 1e-14).any(0), (self.moments[3].abs() > 1e-14).any(0)
+        moves = (self.moments.abs() > 1e-14).any(1)
+        return moves[1], moves[2] | moves[3]
 
     @property
     def moved(self) -> Tensor:
@@ -93,10 +113,13 @@ class Prober:
         graph: The recorded step.
         latent: The latent.
         heads: The heads that are moved; by default all.
+        fixed: Further values that are replaced.
     """
 
-    def __init__(self, graph: Graph, latent: Latent, heads: Sequence[int] = ()):
-        self.graph, self.latent = graph, latent
+    def __init__(
+        self, graph: Graph, latent: Latent, heads: Sequence[int] = (), fixed: Over | None = None
+    ):
+        self.graph, self.latent, self.fixed = graph, latent, dict(fixed or {})
         self.heads = tuple(heads) or latent.heads
         self.places: list[dict[int, Tensor]] = []
         self.moments: list[Tensor] = []
@@ -121,18 +144,18 @@ class Prober:
     @property
     def movers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The heads that move means, and those that move scales."""
-        rows = torch.stack(self.moments, 1)
+        moves = (torch.stack(self.moments, 1).abs() > 1e-14).any(1)
         sizes = [self.graph[i].numel for i in self.heads]
         found = []
-        for k in (1, 3):
-            parts = (rows[k].abs() > 1e-14).any(0).split(sizes)
+        for row in (moves[1], moves[2] | moves[3]):
+            parts = row.split(sizes)
             found.append(tuple(i for i, p in zip(self.heads, parts, strict=True) if p.any()))
         return found[0], found[1]
 
     def latents(self) -> Tensor:
         """For each entry of the heads, the entry of z whose mean or scale it moves; else -1."""
         place = self.places[0]
-        mean, sigma = self.latent.moments(self.graph, place)
+        mean, sigma = self.latent.moments(self.graph, {**self.fixed, **place})
         order = torch.arange(1, mean.numel() + 1, dtype=torch.float64).reshape(mean.shape)
         found = torch.full((self.moments[0].shape[1],), -1.0, dtype=torch.float64)
         for t in (mean, sigma.abs().log()):
@@ -151,12 +174,12 @@ class Prober:
         return place
 
     def _moments(self, place: dict[int, Tensor]) -> Tensor | None:
-        values = _moments(self.graph, self.latent, place)
+        values = _moments(self.graph, self.latent, {**self.fixed, **place})
         if values is None or not all(v.isfinite() for v in values):
             return None
         if self.latent.diagonal:
             with torch.no_grad():
-                sigma = self.latent.moments(self.graph, place)[1]
+                sigma = self.latent.moments(self.graph, {**self.fixed, **place})[1]
                 base = self.latent.moments(self.graph, {})[1]
             if not (sigma.sign() == base.sign()).all():
                 return None
@@ -177,7 +200,7 @@ class Prober:
         for place in places:
             row, value = torch.tensor(0.0), 0.0
             for noise in patterns:
-                over = {**held, **noise, **place}
+                over = {**held, **self.fixed, **noise, **place}
                 f = self.graph.run(over, [target])[target].double().sum()
                 row = row + gradient(f, place) / len(patterns)
                 value += float(f.detach()) / len(patterns)

@@ -551,7 +551,7 @@ def _wrong(
         audit.bug("kl_mismatch", "step reading", where=d.where, sampled=name or "unnamed",
                   read=d.read_as)  # fmt: skip
     elif fit is not None and fit.residual < 1e-3 and fit.mean.numel() and fit.scale.numel():
-        a, c, e = (float(t.median()) for t in (fit.mean[0], fit.scale[0], fit.scale[1]))
+        a, c, e = (float(t.nanmedian()) for t in (fit.mean[0], fit.scale[0], fit.scale[1]))
         audit.bug("kl_mismatch", "step coefficients", where=d.where, a=a, c=c, d=e)
     else:
         off = fit.residual if fit is not None else math.nan

@@ -57,7 +57,7 @@ class Fit:
     @property
     def weight(self) -> float:
         """The weight of log sigma, per latent of one example."""
-        return -self.copies * float(self.scale[1].median()) if self.scale.numel() else math.nan
+        return -self.copies * float(self.scale[1].nanmedian()) if self.scale.numel() else math.nan
 
     @property
     def is_kl(self) -> bool:
@@ -65,7 +65,8 @@ class Fit:
         if self.residual > NEAR or not self.mean.numel() or not self.scale.numel():
             return False
         a, c, d = self.mean[0], self.scale[0], -self.scale[1]
-        if not (min(float(a.min()), float(c.min()), float(d.min())) > 0):
+        d = d[d.isfinite()]
+        if not d.numel() or not (min(float(a.min()), float(c.min()), float(d.min())) > 0):
             return False
         if len(a) == len(c) and not _same(a.sort().values, c.sort().values):
             return False
@@ -74,7 +75,8 @@ class Fit:
     @property
     def prior(self) -> tuple[Tensor, Tensor]:
         """Means, and standard deviations, of the prior, by entry."""
-        return -self.mean[1] / self.mean[0], (-self.scale[1] / self.scale[0]).clamp(min=0).sqrt()
+        known = self.scale[:, self.scale[1].isfinite()]
+        return -self.mean[1] / self.mean[0], (-known[1] / known[0]).clamp(min=0).sqrt()
 
     @property
     def is_standard(self) -> bool:
@@ -139,6 +141,10 @@ def fit_moments(p: Probes, copies: float = 1.0) -> Fit:
     others = p.loss[:, ~(means | scales)].abs()
     worst = max(worst, float(others.max()) if others.numel() else 0.0)
     mean, scale = (torch.cat(parts[name], 1) for name in ("mean", "scale"))
+    order = [torch.cat([torch.arange(len(means))[at] for at in rows]) for rows in (
+        (means & ~scales, means & scales), (scales & ~means, means & scales))]  # fmt: skip
+    lone = (p.moments[3].abs() <= 1e-14).all(0)[order[1]]  # no part in log sigma
+    scale = torch.stack([scale[0], torch.where(lone, math.nan, scale[1])])
     return Fit(mean, scale, worst / max(size, 1e-300), size, copies)
 
 
@@ -260,7 +266,7 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
         )
     f = case.fit
     if f.residual <= NEAR and f.mean.numel() and f.scale.numel():
-        a, c, d = (float(t.median()) for t in (f.mean[0], f.scale[0], f.scale[1]))
+        a, c, d = (float(t.nanmedian()) for t in (f.mean[0], f.scale[0], f.scale[1]))
         if a < 0 and c < 0 and d > 0 and abs(a - c) <= NEAR * abs(a):
             return case.found("negative")
     return case.found("wrong")
@@ -395,7 +401,8 @@ def _function_of_kl(case: _Case) -> tuple[str, float] | None:
     mixed = bool((known > 0).any())
     if bool(levels.all()) and bool((known < 0).any()) and (mixed or _passes(case, "abs")):
         return "capacity", largest * copies
-    if bool((levels | (known.abs() <= near)).all()) and bool((known >= -near).all()):
+    diagonal = case.prober.latent.diagonal
+    if diagonal and bool((levels | (known.abs() <= near)).all()) and bool((known >= -near).all()):
         return "free bits", largest * copies
     if steady and bool((known >= -near).all()):
         return "other", math.nan

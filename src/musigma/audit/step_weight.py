@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from musigma.audit.graph import Graph
-from musigma.audit.latents import Latent, meetings
+from musigma.audit.latents import Latent, frontier, meetings
 
 __all__ = ["Beta", "effective_beta", "root_of"]
 
@@ -44,21 +44,20 @@ def effective_beta(
     graph: Graph, latents: list[Latent], latent: Latent, loss: int, weight: float
 ) -> Beta | None:
     """The effective beta, or None if the reconstruction is no known likelihood."""
-    for _, decoded, raw in meetings(graph, latents, loss):
-        k = _weight_of(graph, latents, loss, decoded, raw)
+    met = meetings(graph, latents, loss)
+    roots = [root_of(graph, raw) for _, _, raw in met]
+    for root in dict.fromkeys(roots):
+        if not graph[root].floating:
+            continue
+        decoded = [d for (_, d, _), r in zip(met, roots, strict=True) if r == root]
+        k = _weight_of(graph, latents, loss, frontier(graph, decoded), root)
         if k is None:
             continue
         value, against = k
-        root = root_of(graph, raw)
-        value *= graph[decoded].numel / max(1, graph[root].numel)
-        beta = weight / value
         rows = graph[root].shape[0] if graph[root].shape else 1
-        numbers = {
-            "numbers in an example": graph[root].numel // max(1, rows),
-            "latents": graph[latent.z].numel // max(1, rows),
-            "examples": rows,
-        }
-        return Beta(abs(beta), against, _explain(abs(beta), numbers), weight < 0 and value < 0)
+        x, z = (graph[i].numel // max(1, rows) for i in (root, latent.z))
+        beta = weight / value
+        return Beta(abs(beta), against, _explain(abs(beta), x, z, rows), weight < 0 and value < 0)
     return None
 
 
@@ -73,8 +72,7 @@ def root_of(graph: Graph, raw: int) -> int:
     return raw
 
 
-def _explain(beta: float, numbers: dict[str, int]) -> str:
-    x, z, b = numbers.values()
+def _explain(beta: float, x: int, z: int, b: int) -> str:
     forms = {
         f" = {x}, the numbers in one example": x,
         f" = {x} / {z}: numbers in one example / latents": x / max(z, 1),
@@ -84,75 +82,76 @@ def _explain(beta: float, numbers: dict[str, int]) -> str:
         f" = 1 / {b}: one / examples in the batch": 1 / max(b, 1),
     }
     for text, value in forms.items():
-        if value != 1 and abs(beta - value) <= 1e-4 * value:
-            return text
+        for factor, words in ((1.0, ""), (0.5, ", and 1/2")):
+            if value != 1 and abs(beta - factor * value) <= 1e-4 * value:
+                return text + words
     return ""
 
 
 def _weight_of(
-    graph: Graph, latents: list[Latent], loss: int, decoded: int, raw: int
+    graph: Graph, latents: list[Latent], loss: int, decoded: list[int], root: int
 ) -> tuple[float, str] | None:
     """The weight of the likelihood of a number of the data, and the kind of likelihood.
 
-    Found by moving a few numbers of the data where they meet what is decoded: a squared error
-    bends by twice its weight; a Bernoulli likelihood is straight in them.
+    Found by moving a few numbers of the data, with what is decoded held: a squared error bends
+    by twice its weight; a Bernoulli likelihood is straight in them.
     """
-    x, y = graph.get(raw), graph.get(decoded)
-    if not x.is_floating_point() or x.numel() != y.numel():
-        return None
+    x = graph.get(root)
     held = {i: graph.get(i) for latent in latents for i in (*latent.heads, latent.z)}
-    held[decoded] = y
+    held |= {i: graph.get(i) for i in decoded}
+    if root not in graph.upstream([loss], stop=held):
+        return None
     found = []
     generator = torch.Generator().manual_seed(19)
     for k in torch.randperm(x.numel(), generator=generator)[:3].tolist():
-        at = {}
+        at = []
         for v in (0.0, 0.5, 1.0):
             moved = x.clone().reshape(-1)
             moved[k] = v
-            at[v] = moved.reshape(x.shape)
-        values = [float(graph.value({**held, raw: t}, loss)) for t in at.values()]
-        if not all(math.isfinite(v) for v in values):
+            at.append(moved.reshape(x.shape))
+        a, b, c = (float(graph.value({**held, root: t}, loss)) for t in at)
+        if not math.isfinite(a + b + c):
             return None
-        bend = (values[2] - 2 * values[1] + values[0]) / 0.25
-        slope = abs(values[2] - values[0])
-        if abs(bend) > 1e-9 * (1e-12 + slope) and abs(bend) > 1e-12:
+        bend = 4 * (c - 2 * b + a)
+        if abs(bend) > 1e-9 * abs(c - a) and abs(bend) > 1e-12:
             found.append((bend, SQUARED))
-            continue
-        k_bernoulli = _bernoulli(graph, held, loss, decoded, raw, k, at)
-        if k_bernoulli is None:
+        elif (weight := _bernoulli(graph, held, loss, decoded, root, at[0], at[2])) is not None:
+            found.append((weight, BERNOULLI))
+        else:
             return None
-        found.append((k_bernoulli, BERNOULLI))
-    values = [v for v, _ in found]
-    if not values or values[0] == 0 or max(values) - min(values) > 1e-4 * abs(values[0]):
+    weights = [v for v, _ in found]
+    if weights[0] == 0 or max(weights) - min(weights) > 1e-4 * abs(weights[0]):
         return None
-    if _scale_is_learned(graph, held, loss, raw):
-        return None
-    return values[0], found[0][1]
+    return None if _scale_is_learned(graph, held, loss, root) else found[0]
 
 
 def _bernoulli(
-    graph: Graph, held: dict[int, Tensor], loss: int, decoded: int, raw: int, k: int,
-    at: dict[float, Tensor],
+    graph: Graph, held: dict[int, Tensor], loss: int, decoded: list[int], root: int,
+    zero: Tensor, one: Tensor,
 ) -> float | None:  # fmt: skip
-    """The weight of -x log p - (1 - x) log(1 - p), from its slopes in p, or in its logit."""
+    """The weight of -x log p - (1 - x) log(1 - p), by its slopes where one x is 0 and 1."""
     slopes = []
-    for v in (0.0, 1.0):
-        y = held[decoded].clone().requires_grad_()
-        value = graph.run({**held, raw: at[v], decoded: y}, [loss])[loss]
+    for x in (zero, one):
+        y = {i: held[i].clone().requires_grad_() for i in decoded}
+        value = graph.run({**held, **y, root: x}, [loss])[loss]
         if not value.requires_grad:
             return None
-        slopes.append(float(torch.autograd.grad(value, y)[0].reshape(-1)[k]))
-    zero, one = slopes  # k p and -k (1 - p) in the logit; k / (1 - p) and -k / p in p
-    y = float(held[decoded].reshape(-1)[k])
-    if zero * one >= 0:
-        return None
-    p = 1 / (1 + math.exp(-y))
-    logit, direct = zero - one, 1 / (1 / zero - 1 / one)
-    if abs(zero / logit - p) < 1e-3:
-        return logit
-    if 0 < y < 1 and abs(zero * (1 - y) / direct - 1) < 1e-2:
-        return direct
+        found = torch.autograd.grad(value, list(y.values()), allow_unused=True)
+        parts = [torch.zeros_like(t) if g is None else g
+                 for g, t in zip(found, y.values(), strict=True)]  # fmt: skip
+        slopes.append(torch.cat([g.reshape(-1) for g in parts]))
+    change = slopes[0] - slopes[1]  # k of its logits; k / (p (1 - p)) of its probabilities
+    at = change.abs() > 1e-12 * float(change.abs().max())
+    p = torch.cat([held[i].reshape(-1) for i in decoded])[at]
+    if _close(slopes[0][at] / change[at], p.sigmoid()):
+        return float(change[at].sum())
+    if bool(((p > 0) & (p < 1)).all()) and _close(slopes[0][at] / change[at], p):
+        return float((change[at] * p * (1 - p)).sum())
     return None
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() < 1e-3).all())
 
 
 def _scale_is_learned(graph: Graph, held: dict[int, Tensor], loss: int, raw: int) -> bool:
