@@ -161,10 +161,22 @@ def _at_site(
     elif graph[z].numel > unit.numel():
         ratio = full / (graph.value({draw.id: torch.ones_like(unit)}, z) - base)
         shared = bool(torch.isin(ratio.mul(1e9).round(), unit.mul(1e9).round()).all())
+        if shared and not _scales_by(graph, heads, z, draw.id):
+            return None
     return Latent(
         (draw.id,), z, tuple(heads), diagonal or shared, graph.where(z), shared,
         tuple(unit.shape), draw.kind == "random",
     )  # fmt: skip
+
+
+def _scales_by(graph: Graph, heads: list[int], z: int, draw: int) -> bool:
+    """Whether sigma depends on the heads: else it may be a distance between draws."""
+    moved = {i: graph.get(i) * 1.1 + 0.1 for i in heads}
+    slopes = []
+    for over in ({}, moved):
+        at = [graph.value({**over, draw: torch.full_like(graph.get(draw), e)}, z) for e in (0, 1)]
+        slopes.append(at[1] - at[0])
+    return not torch.allclose(*slopes)
 
 
 def frontier(graph: Graph, ids: Collection[int], stops: Collection[int] = ()) -> list[int]:

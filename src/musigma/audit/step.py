@@ -25,6 +25,7 @@ from musigma.audit.step_kl import (
     sampled_scale,
     terms,
 )
+from musigma.audit.step_prior import kl_offset, prior_error
 from musigma.audit.step_weight import effective_beta, root_of
 
 __all__ = ["audit_step"]
@@ -422,7 +423,21 @@ def _kl(
                     return
         else:
             prior = "a Gaussian whose mean and scale vary: a learned or conditional prior"
-    audit.checked.append(f"KL({how}) of what is sampled to {prior}{_at(d.where)}{bound}")
+    if not fit.is_standard:
+        error = prior_error(audit.graph, latent, audit.loss, d)
+        if error is not None and error > 1e-3:
+            audit.missing.append(
+                f"the prior of the KL{_at(d.where)}: when its own mean and scale are moved, the "
+                f"loss is off by {error:.2g} of the change of a KL: log p is forgotten, say, or "
+                "the prior is a mixture"
+            )
+            return
+        if error is not None:
+            prior += ", in which the loss is that KL as well"
+    audit.checked.append(f"KL ({how}) of what is sampled to {prior}{_at(d.where)}{bound}")
+    offset = kl_offset(audit.graph, latent, audit.loss, d)
+    if offset is not None and abs(offset) > 1e-3:
+        audit.warn("kl_offset", "step", where=d.where, offset=offset)
     if d.muted:
         audit.warn("reduction_imbalance", "muted", where=d.where, beta=0.0)
         return
@@ -617,7 +632,8 @@ def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Diverg
     if lost and len(used) > 1:
         audit.bug("no_gradient", where=latent.where, head=" and the ".join(lost))
     after = graph.downstream([latent.z, *latent.heads], stop=d.held)
-    own = [t for t in terms(graph, loss) if t in after and t not in d.held]
+    own = terms(graph, loss, {latent.z, *latent.heads})
+    own = [t for t in own if t in after and t not in d.held]
     if own and d.kind in ("kl", "function of the kl", "other prior"):
         reached = graph.connected(everything.intersection(own))
         reached |= by_z if latent.z in reached else set()

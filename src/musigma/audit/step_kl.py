@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -280,8 +280,8 @@ LINEAR = {"add", "add_", "sub", "sub_", "rsub", "neg", "neg_", "sum", "mean", "_
 SCALED = {"mul", "mul_", "div", "div_"}
 
 
-def terms(graph: Graph, loss: int) -> list[int]:
-    """The values that a loss is a linear combination of."""
+def terms(graph: Graph, loss: int, stop: Collection[int] = ()) -> list[int]:
+    """The values that a loss is a linear combination of, none beyond those in `stop`."""
     found, seen = [], set()
     todo = [loss]
     while todo:
@@ -289,7 +289,7 @@ def terms(graph: Graph, loss: int) -> list[int]:
         if i in seen:
             continue
         seen.add(i)
-        node = graph[i].node
+        node = graph[i].node if i not in stop else None
         inputs = [j for j in node.ins if graph[j].floating] if node is not None else []
         if node is not None and node.name in LINEAR:
             todo += inputs
@@ -306,10 +306,9 @@ def terms(graph: Graph, loss: int) -> list[int]:
 def data_terms(graph: Graph, latents: list[Latent], loss: int) -> list[int]:
     """The terms of a loss in which data take part that do not come by the latents."""
     stop = {i for latent in latents for i in (latent.z, *latent.heads)}
-    stop |= {latent.z for latent in latents}
     return [
         t
-        for t in terms(graph, loss)
+        for t in terms(graph, loss, stop)
         if t not in stop
         and any(
             graph[i].kind in ("data", "random") and graph[i].node is None
