@@ -18,6 +18,11 @@ from musigma.audit.latents import Latent, find_latents, meetings
 from musigma.audit.probes import Prober
 from musigma.audit.record import record
 from musigma.audit.sandbox import Sandbox
+from musigma.audit.step_flow import (
+    has_layers_before_its_prior,
+    judge_flow,
+    judge_posterior_flow,
+)
 from musigma.audit.step_kl import (
     Divergence,
     data_terms,
@@ -114,8 +119,6 @@ class StepAudit(ReportBuilder):
         graph, loss = self.graph, self.loss
         latents = find_latents(graph, loss)
         if not latents:
-            from musigma.audit.step_flow import judge_flow
-
             if not judge_flow(self):
                 self.missing.append(_no_latent(graph, loss))
             return
@@ -407,6 +410,14 @@ def _kl(
         audit.bug("noise_not_gaussian", "step", where=latent.where)
         return
     audit.read_as = audit.read_as or name
+    if has_layers_before_its_prior(audit.graph, latent, latents, audit.loss, d):
+        if not judge_posterior_flow(audit, latent, latents, d):
+            audit.missing.append(
+                f"the prior of z{_at(latent.where)}: the loss depends on z by layers, but not by "
+                "what is compared with data; this is not the log-determinant of a flow that is "
+                "understood"
+            )
+        return
     how = "by draws" if d.by_draws else "in closed form"
     bound = ", in the log weights of an importance-weighted bound" if d.importance else ""
     means, stds = fit.prior
@@ -439,7 +450,7 @@ def _kl(
     if offset is not None and abs(offset) > 1e-3:
         audit.warn("kl_offset", "step", where=d.where, offset=offset)
     if d.muted:
-        audit.warn("reduction_imbalance", "muted", where=d.where, beta=0.0)
+        audit.warn("reduction_imbalance", "step muted", where=d.where, beta=0.0)
         return
     _weigh(audit, latent, latents, d)
 
@@ -464,8 +475,8 @@ def _weigh(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergenc
     ):
         n, m, other = half
         if abs(other - beta.value) > 0.01 * beta.value:
-            audit.bug("reduction_imbalance", "batch", where=d.where, beta=beta.value, n=n, m=m,
-                      half=other)  # fmt: skip
+            audit.bug("reduction_imbalance", "step batch", where=d.where, beta=beta.value,
+                      n=n, m=m, half=other)  # fmt: skip
             return
     if beta.is_one:
         audit.checked.append(f"the KL has the weight {beta.value:.4g} beside {beta.against}")
@@ -542,8 +553,6 @@ def _absent(
 def _other_prior(
     audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence, name: str | None
 ) -> None:
-    from musigma.audit.step_flow import judge_posterior_flow
-
     audit.read_as = audit.read_as or name
     audit.checked.append(f"log q(z) in the loss is that of what is sampled{_at(d.where)}")
     if judge_posterior_flow(audit, latent, latents, d):
@@ -556,8 +565,6 @@ def _other_prior(
 def _wrong(
     audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence, name: str | None
 ) -> None:
-    from musigma.audit.step_flow import judge_posterior_flow
-
     if judge_posterior_flow(audit, latent, latents, d):
         return
     audit.read_as = d.read_as
@@ -588,8 +595,6 @@ def _negative(
 def _unknown(
     audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence, name: str | None
 ) -> None:
-    from musigma.audit.step_flow import judge_posterior_flow
-
     if judge_posterior_flow(audit, latent, latents, d):
         return
     audit.missing.append(f"the KL of z{_at(latent.where)}: {d.form}")

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from musigma.audit.graph import Graph, Node, Origin
-from musigma.audit.latents import Latent
-from musigma.audit.probes import Over
-from musigma.audit.step_kl import Divergence
+from musigma.audit.latents import Latent, holds
+from musigma.audit.probes import Over, Prober
+from musigma.audit.step_kl import Divergence, data_terms, entropy, fit_moments, terms
 
 if TYPE_CHECKING:
     from musigma.audit.step import StepAudit
 
-__all__ = ["judge_flow", "judge_posterior_flow"]
+__all__ = ["has_layers_before_its_prior", "judge_flow", "judge_posterior_flow"]
 
 MOST_DIMENSIONS = 1024
 EXACT = 1e-5
@@ -35,7 +35,8 @@ class Change:
     """A map from x to parts of v in a loss.
 
     `rest` (N,) is the loss with v held and `log_det` (N,) that of the map, at N places, both less
-    their first. `curvature` and `slope` are those of the loss in v, by entry, at v = 0.
+    their first; x is `places` (N + 1) there. `curvature` and `slope` are those of the loss in v,
+    by entry, at v = 0.
     """
 
     x: int
@@ -45,6 +46,7 @@ class Change:
     curvature: Tensor
     slope: Tensor
     quadratic: bool
+    places: tuple[Tensor, ...] = ()
 
     @property
     def factor(self) -> float | None:
@@ -66,23 +68,37 @@ class Change:
 def judge_flow(audit: StepAudit) -> bool:
     """Examine a step without latents as the likelihood of a flow; False if it is none."""
     graph, loss = audit.graph, audit.loss
-    found: list[Change] = []
+    wrong: list[Change] = []
     for x in _inputs(graph, loss):
-        for parts in _outputs(graph, loss, x):
+        for parts, squared in _outputs(graph, loss, x):
             change = _change(graph, loss, x, parts, {}, parameters=True)
             if change is None:
                 continue
-            found.append(change)
             factor = change.factor
             if factor is not None and factor < 0:
                 return _report(audit, change, factor)
-    squares = [c for c in found if c.quadratic and float(c.curvature.min()) > 0]
-    for change in squares:
-        if float(change.log_det.abs().max()) < 1e-7:
-            continue
-        _mismatch(audit, change)
-        return True
+            if squared and change.quadratic and float(change.curvature.min()) > 0:
+                wrong.append(change)
+    for change in wrong:
+        if float(change.log_det.abs().max()) > 1e-7 and _is_only(graph, loss, change.x):
+            _mismatch(audit, change)
+            return True
     return False
+
+
+def _is_only(graph: Graph, loss: int, x: int) -> bool:
+    """Whether a loss is of the data x alone, and compares nothing with data or noise."""
+    live = graph.upstream([loss])
+    own = graph.upstream([x])
+    after = graph.downstream([x])
+    if any(graph[i].kind in ("data", "gaussian") and i not in own for i in live):
+        return False
+    nodes = [n for n in graph.nodes if live.intersection(n.outs)]
+    losses = ("mse_loss", "l1_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+              "nll_loss_forward", "smooth_l1_loss", "huber_loss")  # fmt: skip
+    return not any(
+        n.name in losses or (_is_square(n) and _is_residual(graph, n.ins[0], after)) for n in nodes
+    )
 
 
 def _report(audit: StepAudit, change: Change, factor: float) -> bool:
@@ -90,6 +106,10 @@ def _report(audit: StepAudit, change: Change, factor: float) -> bool:
     where = graph.where(change.parts[0])
     at = f" ({where.rsplit('/', 1)[-1]})" if where else ""
     weight = -factor
+    if _is_detached(graph, audit.loss, change):
+        audit.bug("no_gradient", "log_det", where=where)
+    if _folds(graph, change):
+        audit.bug("not_injective", "step", where=where)
     audit.checked.append(
         f"log-determinant{at}: that of autograd's Jacobian of the recorded step, at {MOVES} places"
     )
@@ -103,7 +123,7 @@ def _report(audit: StepAudit, change: Change, factor: float) -> bool:
         audit.bug("logdet_mismatch", "step prior", where=where, curvature=float(a.min()))
     elif not bool(((a / weight - 1).abs() < 1e-3).all()):
         if float(a.max() - a.min()) > 1e-4 * float(a.max()):
-            audit.checked.append(f"density of z{at}: a Gaussian whose scale varies")
+            _learned_prior(audit, change, weight, at)
         elif _scaled_prior(graph, audit.loss, change, weight):
             std = math.sqrt(weight / float(a.mean()))
             audit.checked.append(f"density of z{at}: N(0, {std:.4g}^2)")
@@ -113,6 +133,60 @@ def _report(audit: StepAudit, change: Change, factor: float) -> bool:
     else:
         audit.checked.append(f"density of z{at}: N(0, 1)")
     return True
+
+
+def _is_detached(graph: Graph, loss: int, change: Change) -> bool:
+    """Whether a term of the log-determinant sends no gradient to the parameters."""
+    reached = graph.connected([loss])
+    after = graph.downstream([change.x], stop=change.parts) - set(change.parts)
+    own = [t for t in terms(graph, loss, change.parts) if t in after and t not in change.parts]
+    own = [t for t in own if graph[t].origin & Origin.PARAMETERS]
+    leaves = {v.id for v in graph.values if v.kind == "parameter"}
+    return any(t not in reached or not graph.connected([t]) & leaves for t in own)
+
+
+def _folds(graph: Graph, change: Change) -> bool:
+    """Whether the sign of the Jacobian's determinant differs between places."""
+    base = graph.get(change.x)
+    generator = torch.Generator().manual_seed(37)
+    signs: set[float] = set()
+    for size in (0.0, 1.0, 2.0, 4.0):
+        noise = torch.randn(base.shape, generator=generator, dtype=torch.float64)
+        over = {change.x: base + size * float(base.std()) * noise}
+        jacobian = _jacobian(graph, change.x, change.parts, over, _rows(base))
+        if jacobian is not None:
+            signs |= set(torch.linalg.slogdet(jacobian)[0].tolist())
+    return {1.0, -1.0} <= signs
+
+
+def _learned_prior(audit: StepAudit, change: Change, weight: float, at: str) -> None:
+    """Compare the loss with a Gaussian log-density while the prior's parameters are moved."""
+    graph, loss = audit.graph, audit.loss
+    above = graph.upstream(change.parts)
+    own = [i for i in graph.upstream([loss]) if graph[i].kind == "parameter" and i not in above]
+    generator = torch.Generator().manual_seed(41)
+    moved = {
+        i: graph.get(i) + 0.2 * torch.rand(graph[i].shape, generator=generator).double()
+        for i in own
+    }
+    v = {i: graph.get(i) for i in change.parts}
+    flat = torch.cat([t.reshape(-1) for t in v.values()])
+    values, densities = [], []
+    for over in ({}, moved):
+        curvature, slope, _ = _in_v(graph, loss, change.x, v, over)
+        if curvature is None or slope is None or not bool((curvature > 0).all()):
+            return
+        mean, std = -slope / curvature, (weight / curvature).sqrt()
+        densities.append((std.log() + 0.5 * ((flat - mean) / std) ** 2).sum() * weight)
+        values.append(graph.value({**over, **v, change.x: graph.get(change.x)}, loss).sum())
+    off = abs(float(values[1] - values[0] - densities[1] + densities[0]))
+    if off > 1e-3 * abs(float(densities[1] - densities[0])) + 1e-9:
+        audit.missing.append(
+            f"the prior of z{at}: when its own mean and scale are moved, the loss is off by "
+            f"{off:.3g} of the change of a Gaussian log-density: log sigma is missing, say"
+        )
+    else:
+        audit.checked.append(f"density of z{at}: a Gaussian with learned mean or scale")
 
 
 def _scaled_prior(graph: Graph, loss: int, change: Change, weight: float) -> bool:
@@ -170,8 +244,8 @@ def _inputs(graph: Graph, loss: int) -> list[int]:
     return found
 
 
-def _outputs(graph: Graph, loss: int, x: int) -> list[tuple[int, ...]]:
-    """Values that may be what x is mapped to: squared ones first, then all of the size of x."""
+def _outputs(graph: Graph, loss: int, x: int) -> list[tuple[tuple[int, ...], bool]]:
+    """Values that x may be mapped to: squared ones first, then others of the size of x."""
     after = graph.downstream([x]) & graph.upstream([loss])
     numel = graph[x].numel
     squared: list[int] = []
@@ -191,7 +265,7 @@ def _outputs(graph: Graph, loss: int, x: int) -> list[tuple[int, ...]]:
         if v.id in after and v.numel == numel and v.floating and v.origin & Origin.PARAMETERS
         and v.node is not None and not v.node.view and (v.id,) not in found
     ]  # fmt: skip
-    return found + [(i,) for i in rest[:6]]
+    return [(parts, True) for parts in found] + [((i,), False) for i in rest[:6]]
 
 
 def _is_square(node: Node) -> bool:
@@ -273,54 +347,140 @@ def _change(
     rest_, log_det_ = torch.stack(rest), torch.stack(log_det)
     if not (rest_.isfinite().all() and log_det_.isfinite().all()):
         return None
+    curvature, slope, quadratic = _in_v(graph, loss, x, v, held)
+    if curvature is None or slope is None:
+        return None
+    return Change(x, tuple(parts), rest_[1:] - rest_[0], log_det_[1:] - log_det_[0], curvature,
+                  slope, quadratic, tuple(p.get(x, base) for p in places))  # fmt: skip
+
+
+def _in_v(
+    graph: Graph, loss: int, x: int, v: Over, over: Over
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Curvature and slope of a loss in v at zero, with x held; and whether it is quadratic."""
     slopes = []
     for size in (0.0, 1.0, 2.0):
         at = {i: (size * torch.ones_like(t)).requires_grad_() for i, t in v.items()}
-        value = graph.run({**held, **at, x: base}, [loss])[loss].sum()
+        value = graph.run({**over, **at, x: graph.get(x)}, [loss])[loss].sum()
         if not value.requires_grad:
-            return None
+            return None, None, False
         found = torch.autograd.grad(value, list(at.values()), allow_unused=True)
-        slopes.append(torch.cat([torch.zeros_like(t).reshape(-1) if g is None else g.reshape(-1)
-                                 for g, t in zip(found, at.values(), strict=True)]))  # fmt: skip
+        parts = [torch.zeros_like(t) if g is None else g
+                 for g, t in zip(found, at.values(), strict=True)]  # fmt: skip
+        slopes.append(torch.cat([g.reshape(-1) for g in parts]))
     curvature = slopes[1] - slopes[0]
     bent = (slopes[2] - slopes[1] - curvature).abs().max()
-    quadratic = bool(bent <= 1e-6 * (curvature.abs().max() + 1e-300))
-    return Change(x, tuple(parts), rest_[1:] - rest_[0], log_det_[1:] - log_det_[0], curvature,
-                  slopes[0], quadratic)  # fmt: skip
+    return curvature, slopes[0], bool(bent <= 1e-6 * (curvature.abs().max() + 1e-300))
 
 
 def _log_det(graph: Graph, x: int, parts: Sequence[int], over: Over, rows: int) -> Tensor | None:
     """log |det dv/dx| by example (rows,); None if the Jacobian is not square or is singular."""
+    jacobian = _jacobian(graph, x, parts, over, rows)
+    if jacobian is None:
+        return None
+    sign, volume = torch.linalg.slogdet(jacobian)
+    return volume if bool((sign != 0).all()) and bool(volume.isfinite().all()) else None
+
+
+def _jacobian(graph: Graph, x: int, parts: Sequence[int], over: Over, rows: int) -> Tensor | None:
+    """dv/dx by example (rows, D, D); None if it is not square."""
     with torch.enable_grad():
         leaf = over.get(x, graph.get(x)).detach().clone().requires_grad_()
         found = graph.run({**over, x: leaf}, list(parts))
         v = torch.cat([found[i].reshape(rows, -1) for i in parts], 1)
-        if not v.requires_grad or v.shape[1] != leaf.numel() // rows:
+        n = v.shape[1]
+        if not v.requires_grad or n != leaf.numel() // rows:
             return None
-        lines = []
         try:
-            eye = torch.eye(v.shape[1], dtype=v.dtype)[:, None, :].expand(-1, rows, -1)
-            for chunk in eye.split(64):
-                (j,) = torch.autograd.grad(
-                    v, leaf, chunk, retain_graph=True, is_grads_batched=True
-                )
-                lines.append(j.reshape(len(chunk), rows, -1))
-            jacobian = torch.cat(lines)
+            eye = torch.eye(n, dtype=v.dtype)[:, None, :].expand(-1, rows, -1)
+            lines = [
+                torch.autograd.grad(v, leaf, chunk, retain_graph=True, is_grads_batched=True)[0]
+                for chunk in eye.split(64)
+            ]
+            jacobian = torch.cat([t.reshape(-1, rows, n) for t in lines])
         except RuntimeError:  # an operation without a rule for vmap
             lines = [
-                torch.autograd.grad(v[:, k].sum(), leaf, retain_graph=True)[0].reshape(rows, -1)
-                for k in range(v.shape[1])
+                torch.autograd.grad(v[:, k].sum(), leaf, retain_graph=True)[0].reshape(rows, n)
+                for k in range(n)
             ]
             jacobian = torch.stack(lines)
-    sign, volume = torch.linalg.slogdet(jacobian.transpose(0, 1))
-    return volume if bool((sign != 0).all()) and bool(volume.isfinite().all()) else None
+    return jacobian.transpose(0, 1)
 
 
 # --- a flow on the draw of a latent -------------------------------------------------------------
+
+
+def has_layers_before_its_prior(
+    graph: Graph, latent: Latent, latents: list[Latent], loss: int, d: Divergence
+) -> bool:
+    """Whether z reaches the loss by layers, but not by what is compared with data.
+
+    So it is with a flow on the posterior, or in the prior. Steps with further latents that are
+    computed from z are not looked at.
+    """
+    after = graph.downstream([latent.z])
+    if any(i in after for other in latents if other is not latent for i in other.heads):
+        return False
+    held = _held(graph, latent, latents, loss)
+    prober = Prober(graph, latent, d.heads)
+    if not prober.usable or d.fit is None:
+        return False
+    probes = prober.measure(loss, held, by_draws=True)
+    if probes is None:
+        return False
+    fit = fit_moments(probes, d.fit.copies)
+    same = fit.is_kl and torch.allclose(fit.scale, d.fit.scale, rtol=1e-3, equal_nan=True)
+    return not same and fit.size > 0
+
+
+def _held(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> dict[int, Tensor]:
+    """The terms with data, and the layers whose results go straight into such a term."""
+    data = data_terms(graph, latents, loss)
+    decoder = holds(graph, latent)
+    above = graph.upstream(data, stop=decoder)
+    return {i: graph.get(i) for i in (*data, *(i for i in decoder if i in above))}
 
 
 def judge_posterior_flow(
     audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence
 ) -> bool:
     """Examine a flow between the draw of a latent and its prior; False if there is none."""
+    graph, loss = audit.graph, audit.loss
+    prober = Prober(graph, latent)
+    if not latent.diagonal or not prober.usable:
+        return False
+    held = _held(graph, latent, latents, loss)
+    log_q = entropy(prober, loss, held)
+    if log_q is None:
+        return False
+    weight, drawn = log_q
+    heads = {i: graph.get(i) for i in latent.heads}
+    mean, sigma = latent.moments(graph, {})
+    wrong: list[Change] = []
+    for parts, squared in _outputs(graph, loss, latent.z):
+        change = _change(graph, loss, latent.z, parts, {**held, **heads}, parameters=False)
+        if change is None or float(change.log_det.abs().max()) < 1e-9:
+            continue
+        if drawn:
+            log_density = [
+                -0.5 * (((z - mean) / sigma) ** 2).sum().detach() for z in change.places
+            ]
+            moved = torch.stack(log_density)
+            change = replace(change, rest=change.rest - weight * (moved[1:] - moved[0]))
+        factor = change.factor
+        gaussian = change.quadratic and bool(((change.curvature / weight - 1).abs() < 1e-3).all())
+        if factor is not None and abs(factor / weight + 1) < 1e-3 and gaussian:
+            where = graph.where(parts[0])
+            audit.checked.append(
+                "the log-determinant of the flow on z is that of autograd's Jacobian, and its "
+                f"prior is N(0, 1) ({where.rsplit('/', 1)[-1]})"
+            )
+            if _is_detached(graph, loss, change):
+                audit.bug("no_gradient", "log_det", where=where)
+            return True
+        if squared and gaussian:
+            wrong.append(change)
+    for change in wrong:
+        _mismatch(audit, change)
+        return True
     return False

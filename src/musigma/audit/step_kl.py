@@ -427,16 +427,27 @@ def _clamped(case: _Case) -> bool:
 
 def _other_prior(case: _Case) -> Divergence | None:
     """A KL by draws to a prior that is not Gaussian: log q is right, the rest a function of z."""
-    graph, latent = case.prober.graph, case.prober.latent
+    found = entropy(case.prober, case.target, case.held)
+    if found is None:
+        return None
+    return case.found("other prior", weight=found[0] * case.fit.copies)
+
+
+def entropy(prober: Prober, target: int, held: Over) -> tuple[float, bool] | None:
+    """The weight of log q(z) in a loss, with z held; and whether it is log q of the draw.
+
+    None if the loss depends on the heads otherwise than by log q(z), or by the entropy of q.
+    """
+    graph, latent = prober.graph, prober.latent
     if not latent.diagonal:
         return None
     rows, features = [], []
     generator = torch.Generator().manual_seed(13)
-    for place in case.prober.places:
+    for place in prober.places:
         noise = torch.randn(graph[latent.draws[0]].shape, generator=generator, dtype=torch.float64)
         with torch.no_grad():
             z = latent.at(graph, place, noise)
-        f = graph.run({**case.held, **place, latent.z: z}, [case.target])[case.target].sum()
+        f = graph.run({**held, **place, latent.z: z}, [target])[target].sum()
         rows.append(gradient(f, place))
         mean, sigma = latent.moments(graph, place)
         square, log = 0.5 * ((z - mean) / sigma) ** 2, sigma.abs().log()
@@ -448,14 +459,12 @@ def _other_prior(case: _Case) -> Divergence | None:
     if size == 0 or not y.isfinite().all() or error > NEAR * size or not moved.any():
         return None
     square, log = found[0], found[1]
-    scales = (x[1].abs() > 1e-14).any(0)
-    weight = -log[scales].median()
-    if float(weight) <= 0 or not _same(-log[scales], weight):
+    weight = -log[(x[1].abs() > 1e-14).any(0)].median()
+    if float(weight) <= 0 or not _same(-log[(x[1].abs() > 1e-14).any(0)], weight):
         return None
-    drawn = _same(-square[moved], weight)
-    if not drawn and float(square[moved].abs().max()) > NEAR * float(weight):
-        return None
-    return case.found("other prior", weight=float(weight) * case.fit.copies)
+    if _same(-square[moved], weight):
+        return float(weight), True
+    return (float(weight), False) if float(square[moved].abs().max()) <= NEAR * weight else None
 
 
 def _reading(case: _Case) -> str | None:
