@@ -155,6 +155,7 @@ class Graph:
     def __init__(self, values: list[Value], nodes: list[Node], result: Any, notes: list[str]):
         self.values, self.nodes, self.result, self.notes = values, nodes, result, notes
         self.backward_calls: list[int] = []  # values on which the step called backward()
+        self.hosts: tuple[str, ...] = ()  # whose random numbers the step used besides torch's
         self.returned: Callable[[Tensor], int | None] = lambda t: None
         self._base: dict[int, Tensor] = {}
         self._plans: dict[Any, list[Node]] = {}
@@ -218,8 +219,11 @@ class Graph:
                 todo += [o for n in self.values[i].users for o in n.outs]
         return seen
 
-    def connected(self, ids: Iterable[int]) -> set[int]:
-        """Some values and all that autograd would give a gradient of them to."""
+    def connected(self, ids: Iterable[int], stop: Collection[int] = ()) -> set[int]:
+        """Some values and all that autograd would give a gradient of them to.
+
+        Not beyond those in `stop`.
+        """
         seen: set[int] = set()
         todo = list(ids)
         while todo:
@@ -228,7 +232,7 @@ class Graph:
                 continue
             seen.add(i)
             node = self.values[i].node
-            if node is None:
+            if node is None or i in stop:
                 continue
             grads = node.grads if node.tracked and node.grads else (True,) * len(node.ins)
             todo += [j for j, needs in zip(node.ins, grads, strict=False) if needs]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from musigma.audit.graph import Graph, Node, Origin, Value
 
-__all__ = ["Latent", "find_latents", "frontier", "holds", "meetings"]
+__all__ = ["Latent", "find_latents", "frontier", "holds", "meetings", "stray_draws"]
 
 PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "_sparse_mm", "addbmm",
@@ -73,6 +73,27 @@ def find_latents(graph: Graph, loss: int) -> list[Latent]:
         ):
             latents.append(latent)
     return _merged(graph, latents)
+
+
+def stray_draws(graph: Graph, loss: int, latents: list[Latent]) -> list[int]:
+    """Gaussian draws that parameters scale, but that are in no latent."""
+    live = graph.upstream([loss])
+    known = {d for latent in latents for d in latent.draws}
+    inside = graph.upstream([latent.z for latent in latents])
+    found = []
+    for draw in graph.draws("gaussian"):
+        if draw.id not in live or draw.id in known or draw.id in inside:
+            continue
+        scaled = [
+            o
+            for node in draw.users
+            if not _weighs(graph, node, draw.id) and node.name.rstrip("_") in ("mul", *PRODUCTS)
+            for o in live.intersection(node.outs)
+            if graph[o].origin & Origin.PARAMETERS
+        ]
+        if scaled:
+            found.append(draw.id)
+    return found
 
 
 def _latent(graph: Graph, draw: Value, live: set[int], known: list[Latent]) -> Latent | None:

@@ -112,7 +112,8 @@ class Prober:
     Args:
         graph: The recorded step.
         latent: The latent.
-        heads: The heads that are moved; by default all.
+        heads: The heads that are moved; by default all. One place is near zero, where heads
+            usually give N(0, 1), and one far out.
         fixed: Further values that are replaced.
     """
 
@@ -121,10 +122,12 @@ class Prober:
     ):
         self.graph, self.latent, self.fixed = graph, latent, dict(fixed or {})
         self.heads = tuple(heads) or latent.heads
+        above = graph.upstream([latent.z], stop=self.heads) & graph.downstream(self.heads)
+        self.fixed |= {i: graph.get(i) for i in above if not graph[i].floating}  # branches
         self.places: list[dict[int, Tensor]] = []
         self.moments: list[Tensor] = []
         generator = torch.Generator().manual_seed(11)
-        for size in (0.5, 1.0, 1.5, 2.0, 1.0, 1.5, 2.0, *(0.7,) * 12):
+        for size in (0.5, 1.0, 1.5, 2.0, -0.1, 1.5, 3.0, *(0.7,) * 12):
             if len(self.places) == TRIALS:
                 break
             place = self._place(size, generator, relative=False)
@@ -169,7 +172,7 @@ class Prober:
         for i in self.heads:
             base = self.graph.get(i)
             u = 2 * torch.rand(base.shape, generator=generator, dtype=torch.float64) - 1
-            moved = base * (size * u).exp() if relative else base + size * u
+            moved = base * (size * u).exp() if relative else (base if size > 0 else 0.0) + size * u
             place[i] = moved.detach().contiguous().requires_grad_()
         return place
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,16 +66,22 @@ def record(step: Callable[[], Any], *, seed: int = 0, sandbox: Sandbox | None = 
     modules = sandbox.layers() if sandbox is not None else []
     recorder = _Recorder([b for m in modules for b in m.buffers(recurse=False)])
     if sandbox is not None:
-        sandbox.reseed(seed)
-    else:
-        torch.manual_seed(seed)
+        sandbox.reseed(0)
+    torch.manual_seed(seed)
+    before = _host_states()
     with _readable(), recorder.following_backward(), torch.enable_grad(), recorder:
         result = step()
     recorder.restore()
     graph = Graph(recorder.values, recorder.nodes, result, recorder.notes)
     graph.backward_calls = recorder.backward_calls
     graph.returned = recorder.lookup
+    graph.hosts = tuple(name for name, state in _host_states().items() if state != before[name])
     return graph
+
+
+def _host_states() -> dict[str, object]:
+    """The states of random generators besides torch's."""
+    return {"NumPy": str(np.random.get_state()), "Python": random.getstate()}
 
 
 @contextlib.contextmanager

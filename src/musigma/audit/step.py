@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
-from musigma.audit.graph import Graph, Origin
-from musigma.audit.latents import Latent, find_latents, meetings
-from musigma.audit.probes import Prober
-from musigma.audit.record import record
+from musigma.audit.graph import Graph
+from musigma.audit.latents import Latent, find_latents, meetings, stray_draws
+from musigma.audit.probes import Prober, gradient
+from musigma.audit.runs import Run, Runner, at, short_place
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.step_flow import (
     has_layers_before_its_prior,
     judge_flow,
     judge_posterior_flow,
+    layers_before_prior,
 )
 from musigma.audit.step_kl import (
     Divergence,
@@ -74,19 +72,10 @@ def audit_step(step: Callable[[], Any], *, example: Any = None) -> AuditReport:
         raise AuditError(f"step: expected a callable without arguments; got {type(step).__name__}")
     audit = StepAudit(name_of(step))
     with Sandbox(step, seconds=SECONDS, as_is=True) as sandbox:
-        first = _recorded(audit, sandbox, step, seed=0)
-        if first is None or (loss := _find_loss(audit, first)) is None:
-            return audit.build()
-        if not _usable(audit, first, loss):
-            return audit.build()
-        second = _recorded(audit, sandbox, step, seed=1, quiet=True)
-        if second is None or (again := _find_loss(StepAudit(""), second)) is None:
-            audit.missing.append("a second run of the step: it failed, or returned no loss")
-        else:
-            _compare_runs(audit, first, loss, second, again)
-        audit.graph, audit.loss = first, loss
-        audit.rerun = lambda: _recorded(audit, sandbox, step, seed=0, quiet=True)
-        audit.judge()
+        audit.runner = Runner(audit, sandbox, step)
+        run = audit.runner.first()
+        if run is not None:
+            audit.judge(run)
     return audit.build()
 
 
@@ -96,28 +85,36 @@ class StepAudit(ReportBuilder):
     Attributes:
         graph: The recorded step.
         loss: The number of the loss.
+        runner: Runs the step again.
+        differentiable: Whether what the step returned requires a gradient.
         convention: The reading of the second output by the sampler.
         read_as: The reading of it by the KL.
     """
 
     graph: Graph
     loss: int
+    runner: Runner
+    differentiable: bool
 
     def __init__(self, subject: str):
         super().__init__(subject)
         self.convention: str | None = None
         self.read_as: str | None = None
-        self.differentiable = True
-        self.rerun: Callable[[], Graph | None] | None = None
 
     def build(self, **more: Any) -> AuditReport:
         """The report, with the convention."""
         return super().build(convention=self.convention, read_as=self.read_as, **more)
 
-    def judge(self) -> None:
+    def judge(self, run: Run) -> None:
         """Examine all latents; of a step without any, the flow."""
-        graph, loss = self.graph, self.loss
+        self.graph, self.loss, self.differentiable = run.graph, run.loss, run.differentiable
+        graph, loss = run.graph, run.loss
         latents = find_latents(graph, loss)
+        for draw in stray_draws(graph, loss, latents):
+            self.missing.append(
+                f"a draw{at(graph.where(draw))}: it is scaled by what depends on parameters, but "
+                "is no part of mean + sigma * noise"
+            )
         if not latents:
             if not judge_flow(self):
                 self.missing.append(_no_latent(graph, loss))
@@ -131,222 +128,8 @@ class StepAudit(ReportBuilder):
         for where, count in seen.items():
             if count > PER_LINE:
                 self.unchecked.append(
-                    f"{count - PER_LINE} further draws of {_short(where)}: as the first {PER_LINE}"
+                    f"{count - PER_LINE} further draws of {short_place(where)}, as the first ones"
                 )
-
-
-# --- running the step ---------------------------------------------------------------------------
-
-
-def _recorded(
-    audit: StepAudit, sandbox: Sandbox, step: Callable[[], Any], seed: int, quiet: bool = False
-) -> Graph | None:
-    """One recorded run; None, and a line in `missing`, if it fails."""
-    undo = sandbox.snapshot()
-    try:
-        return sandbox.call("step", lambda: record(step, seed=seed, sandbox=sandbox))
-    except AuditError as error:
-        if not quiet:
-            audit.missing.append(f"the loss: {error}{_raised_at(error)}")
-        return None
-    finally:
-        undo()
-
-
-def _raised_at(error: BaseException) -> str:
-    """The user's line that raised the cause of an error, in words."""
-    cause, place = error.__cause__, ""
-    trace = cause.__traceback__ if cause is not None else None
-    here = os.path.dirname(os.path.abspath(__file__))
-    while trace is not None:
-        path = trace.tb_frame.f_code.co_filename
-        if not path.startswith((here, os.path.dirname(torch.__file__))):
-            place = f" ({_short(f'{path}:{trace.tb_lineno}')})"
-        trace = trace.tb_next
-    return place
-
-
-def _short(where: str) -> str:
-    return where.rsplit(os.sep, 1)[-1] if where else "an unknown line"
-
-
-def _at(where: str) -> str:
-    return f" ({_short(where)})" if where else ""
-
-
-# --- the loss -----------------------------------------------------------------------------------
-
-
-def _leaves(result: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The entries of what a step returns, with their names."""
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        result = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
-    if isinstance(result, tuple) and hasattr(result, "_fields"):
-        result = dict(zip(result._fields, result, strict=True))  # pyright: ignore
-    if isinstance(result, Mapping):
-        for key, value in result.items():
-            yield from _leaves(value, str(key))
-    elif isinstance(result, (list, tuple)):
-        for value in result:
-            yield from _leaves(value, name)
-    elif isinstance(result, Tensor) or not hasattr(result, "__dict__"):
-        yield name, result
-    else:
-        for key, value in vars(result).items():
-            if isinstance(value, Tensor):
-                yield key, value
-
-
-def _find_loss(audit: StepAudit, graph: Graph) -> int | None:
-    """The number of the loss; None, and a line in `missing`, if there is none."""
-    if graph.backward_calls:
-        called = list(dict.fromkeys(graph.backward_calls))
-        if len(called) > 1:
-            audit.assumed.append(
-                f"the step calls backward() on {len(called)} losses: their sum is audited"
-            )
-        return _sum(graph, called)
-    entries = list(_leaves(graph.result))
-    audit.differentiable = any(t.requires_grad for _, t in entries if isinstance(t, Tensor))
-    found = [(name, graph.returned(t)) for name, t in entries if isinstance(t, Tensor)]
-    known = [(name, i) for name, i in found if i is not None and graph[i].floating]
-    scalars = [(n, i) for n, i in known if graph[i].numel == 1 and graph[i].origin]
-    names = {name.lower(): i for name, i in scalars}
-    for key in LOSS_KEYS:
-        if key in names:
-            return _scalar(graph, names[key])
-    scalars = list({i: n for n, i in scalars})
-    if len(scalars) > 1:
-        above = {i: len(graph.upstream([i]).intersection(scalars)) - 1 for i in scalars}
-        top = max(scalars, key=lambda i: above[i])
-        if above[top]:
-            audit.assumed.append(
-                f"of {len(scalars)} scalars that the step returns, the loss is the one that is "
-                "computed from the others"
-            )
-            return _scalar(graph, top)
-        audit.assumed.append(
-            f"the step returns {len(scalars)} scalars, and none is computed from the others: "
-            "their sum is audited; return what you call backward() on"
-        )
-        return _sum(graph, scalars)
-    if scalars:
-        return _scalar(graph, scalars[0])
-    vectors = [i for _, i in known if graph[i].origin & Origin.PARAMETERS]
-    column = [i for i in vectors if graph[i].numel == (graph[i].shape or (0,))[0]]
-    if len(column) == 1 and len(known) == 1:
-        shape = tuple(graph[vectors[0]].shape)
-        audit.assumed.append(f"the step returns a loss of shape {shape}: its mean is audited")
-        return graph.add(lambda t: t.double().mean(), vectors, "mean").id
-    audit.missing.append(f"the loss: {_no_loss(graph, entries)}")
-    return None
-
-
-def _no_loss(graph: Graph, entries: list[tuple[str, Any]]) -> str:
-    numbers = [v for _, v in entries if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    if numbers:
-        return (
-            "the step returns a Python number, as .item() makes it; return the tensor on which "
-            "you call backward()"
-        )
-    tensors = [v for _, v in entries if isinstance(v, Tensor)]
-    if not tensors:
-        kind = type(graph.result).__name__
-        return f"the step returns {kind}; return the tensor on which you call backward()"
-    shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
-    if any(t.numel() == 1 for t in tensors):
-        return "the scalar that the step returns does not depend on any parameter"
-    return f"the step returns tensors of shapes {shapes}, and no scalar"
-
-
-def _sum(graph: Graph, ids: list[int]) -> int:
-    if len(ids) == 1:
-        return _scalar(graph, ids[0])
-    return graph.add(lambda *ts: sum(t.double().sum() for t in ts), ids, "add").id  # pyright: ignore
-
-
-def _scalar(graph: Graph, i: int) -> int:
-    return i if graph[i].numel == 1 else graph.add(lambda t: t.double().sum(), [i], "sum").id
-
-
-def _usable(audit: StepAudit, graph: Graph, loss: int) -> bool:
-    """Whether the loss is finite, is computed from parameters, and is replayed correctly."""
-    value = graph.get(loss)
-    if not graph[loss].origin & Origin.PARAMETERS:
-        audit.missing.append("the loss: it does not depend on any parameter")
-        return False
-    if not value.isfinite().all():
-        audit.bug("not_finite", "step", where=(where := _first_not_finite(graph, loss)),
-                  line=_short(where))  # fmt: skip
-        audit.missing.append(f"the loss: it is {float(value)}{_at(where)}")
-        return False
-    if not audit.differentiable:
-        audit.missing.append(
-            "the gradient: nothing in the loss requires one; the step runs under no_grad(), or "
-            "on detached tensors"
-        )
-    for note in dict.fromkeys(graph.notes):
-        audit.missing.append(note)
-    return True
-
-
-def _first_not_finite(graph: Graph, loss: int) -> str:
-    live = graph.upstream([loss])
-    for v in graph.values:
-        made = v.id in live and v.node is not None and v.floating
-        if made and not graph.get(v.id).isfinite().all():
-            return graph.where(v.id)
-    return graph.where(loss)
-
-
-def _compare_runs(audit: StepAudit, a: Graph, loss: int, b: Graph, again: int) -> None:
-    """Note if a second run, under another seed, is not the first with other draws."""
-    live = a.upstream([loss])
-    names = [[n.name for n in g.nodes] for g in (a, b)]
-    if names[0] != names[1]:
-        i = next((k for k, (x, y) in enumerate(zip(*names, strict=False)) if x != y), -1)
-        audit.missing.append(
-            "the step as one graph: its operations differ between two runs, from "
-            f"{_short(a.nodes[i].where)} on: it branches on its draws; it was audited as it ran"
-        )
-        return
-    draws = {v.id: b.get(b[v.id].id) for v in a.draws() if v.floating}
-    if any(b[i].kind != a[i].kind or b[i].shape != a[i].shape for i in draws):
-        audit.missing.append("the step as one graph: its draws differ in shape between two runs")
-        return
-    fixed = [i for i, t in draws.items() if i in live and t.numel() > 1]
-    fixed = [i for i in fixed if torch.equal(a.get(i), draws[i])]
-    if fixed:
-        audit.missing.append(
-            f"the noise: a draw{_at(a.where(fixed[0]))} is the same in two runs under different "
-            "seeds; draw it without a fixed seed"
-        )
-    value, other = a.value(draws, loss), b.get(again)
-    if float((value - other).abs()) <= 1e-9 * (1 + float(other.abs())):
-        return
-    for node, twin in zip(a.nodes, b.nodes, strict=True):
-        if not live.intersection(node.outs):
-            continue
-        for x, y in zip(node.flat, twin.flat, strict=True):
-            if isinstance(x, float) and isinstance(y, float) and x != y:
-                audit.missing.append(
-                    f"a number that is computed outside torch, or by .item(), is {x:.6g} in one "
-                    f"run and {y:.6g} in the next{_at(node.where)}; its gradient is lost"
-                )
-                return
-    for v, w in zip(a.values, b.values, strict=True):
-        outside = v.node is None and v.id in live and v.kind in ("data", "constant", "opaque")
-        if not outside or v.leaf is None or w.leaf is None:
-            continue
-        if not torch.equal(v.leaf, w.leaf):
-            where = a.where(v.id)
-            audit.missing.append(
-                "a tensor that no operation of torch made differs between two runs"
-                f"{_at(where)}: random numbers of NumPy or Python; draw noise with torch"
-            )
-            audit.warn("host_random", where=where, source=_short(where))
-            return
-    audit.missing.append("the step as one graph: a replay differs from a second run")
 
 
 # --- latents ------------------------------------------------------------------------------------
@@ -360,7 +143,7 @@ def _no_latent(graph: Graph, loss: int) -> str:
             "the KL: the loss depends on no random draw, and is not the likelihood of a flow: an "
             "autoencoder, or a VAE in evaluation mode"
         )
-    lines = ", ".join(dict.fromkeys(_short(graph.where(v.id)) for v in draws[:3]))
+    lines = ", ".join(dict.fromkeys(short_place(graph.where(v.id)) for v in draws[:3]))
     return (
         f"the KL: no draw of the step ({lines}) is Gaussian noise in mean + sigma * noise, with "
         "a mean that depends on parameters"
@@ -374,13 +157,13 @@ def _judge_latent(audit: StepAudit, latent: Latent, latents: list[Latent]) -> No
     curve = sampled_scale(graph, latent, found.heads) or sampled_scale(graph, latent)
     name = curve.name if curve is not None and curve.named else None
     audit.convention = audit.convention or name
-    at = _at(latent.where)
+    place = at(latent.where)
     shape = graph[latent.z].shape
     text = curve.text if curve is not None and curve.named else "a function without a name"
     audit.checked.append(
-        f"z of shape {tuple(shape)}{at}: mean + sigma * noise, with sigma = {text}"
+        f"z of shape {tuple(shape)}{place}: mean + sigma * noise, with sigma = {text}"
         if latent.diagonal
-        else f"z of shape {tuple(shape)}{at}: mean + L noise, with a full or low-rank covariance"
+        else f"z of shape {tuple(shape)}{place}: mean + L noise, a full or low-rank covariance"
     )
     if latent.shared:
         audit.bug("noise_shared", "step", where=latent.where, noise=tuple(latent.noise_shape),
@@ -413,7 +196,7 @@ def _kl(
     if has_layers_before_its_prior(audit.graph, latent, latents, audit.loss, d):
         if not judge_posterior_flow(audit, latent, latents, d):
             audit.missing.append(
-                f"the prior of z{_at(latent.where)}: the loss depends on z by layers, but not by "
+                f"the prior of z{at(latent.where)}: the loss depends on z by layers, but not by "
                 "what is compared with data; this is not the log-determinant of a flow that is "
                 "understood"
             )
@@ -438,14 +221,14 @@ def _kl(
         error = prior_error(audit.graph, latent, audit.loss, d)
         if error is not None and error > 1e-3:
             audit.missing.append(
-                f"the prior of the KL{_at(d.where)}: when its own mean and scale are moved, the "
+                f"the prior of the KL{at(d.where)}: when its own mean and scale are moved, the "
                 f"loss is off by {error:.2g} of the change of a KL: log p is forgotten, say, or "
                 "the prior is a mixture"
             )
             return
         if error is not None:
             prior += ", in which the loss is that KL as well"
-    audit.checked.append(f"KL ({how}) of what is sampled to {prior}{_at(d.where)}{bound}")
+    audit.checked.append(f"KL ({how}) of what is sampled to {prior}{at(d.where)}{bound}")
     offset = kl_offset(audit.graph, latent, audit.loss, d)
     if offset is not None and abs(offset) > 1e-3:
         audit.warn("kl_offset", "step", where=d.where, offset=offset)
@@ -463,7 +246,7 @@ def _weigh(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergenc
     beta = effective_beta(graph, latents, latent, audit.loss, d.weight)
     if beta is None:
         audit.unchecked.append(
-            f"the weight of the KL{_at(d.where)}: the reconstruction is no known likelihood; the "
+            f"the weight of the KL{at(d.where)}: the reconstruction is no known likelihood; the "
             f"KL of one latent has the weight {d.weight:.4g}"
         )
         return
@@ -479,10 +262,10 @@ def _weigh(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergenc
                       n=n, m=m, half=other)  # fmt: skip
             return
     if beta.is_one:
-        audit.checked.append(f"the KL has the weight {beta.value:.4g} beside {beta.against}")
+        audit.checked.append(f"the KL has the weight {beta.text}")
     else:
         audit.warn("reduction_imbalance", "step", where=d.where, beta=beta.value,
-                   against=beta.against, explained=beta.explained)  # fmt: skip
+                   text=beta.text, explained=beta.explained)  # fmt: skip
 
 
 def _half_batch(
@@ -501,24 +284,24 @@ def _half_batch(
         for v in graph.values
         if v.kind == "data" and v.source is not None and v.shape[:1] == (rows,)
     ]
-    if rows < 2 or not tensors or audit.rerun is None:
+    if rows < 2 or not tensors:
         return None
     whole = [(t, t.data) for t in tensors]
     try:
         for t in tensors:
             t.data = t.data[: rows // 2]
-        again = audit.rerun()
+        again = audit.runner.again()
     finally:
         for t, data in whole:
             t.data = data
-    if again is None or (loss := _find_loss(StepAudit(""), again)) is None:
+    if again is None:
         return None
-    others = find_latents(again, loss)
+    others = find_latents(again.graph, again.loss)
     place = latents.index(latent)
     if len(others) != len(latents):
         return None
-    d = find_divergence(again, others[place], others, loss)
-    beta = effective_beta(again, others, others[place], loss, d.weight)
+    d = find_divergence(again.graph, others[place], others, again.loss)
+    beta = effective_beta(again.graph, others, others[place], again.loss, d.weight)
     return None if beta is None else (rows, rows // 2, beta.value)
 
 
@@ -528,11 +311,13 @@ def _function(
     audit.read_as = audit.read_as or name
     if d.form == "capacity":
         audit.warn("kl_capacity", "step", where=d.where)
+    elif d.form == "capped":
+        audit.bug("kl_constant", "step above", where=d.where)
     elif d.form == "free bits":
         audit.warn("free_bits", "step", where=d.where)
     else:
         audit.warn("kl_capacity", "function", where=d.where)
-    audit.checked.append(f"the loss depends on the posterior by its KL to N(0, 1){_at(d.where)}")
+    audit.checked.append(f"the loss depends on the posterior by its KL to N(0, 1){at(d.where)}")
 
 
 def _constant(
@@ -545,7 +330,7 @@ def _absent(
     audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence, name: str | None
 ) -> None:
     audit.missing.append(
-        f"the KL: the loss depends on mean and sigma of z{_at(latent.where)} only by what is "
+        f"the KL: the loss depends on mean and sigma of z{at(latent.where)} only by what is "
         "decoded from z"
     )
 
@@ -554,8 +339,14 @@ def _other_prior(
     audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence, name: str | None
 ) -> None:
     audit.read_as = audit.read_as or name
-    audit.checked.append(f"log q(z) in the loss is that of what is sampled{_at(d.where)}")
+    audit.checked.append(f"log q(z) in the loss is that of what is sampled{at(d.where)}")
     if judge_posterior_flow(audit, latent, latents, d):
+        return
+    if layers_before_prior(audit.graph, latent, latents, audit.loss):
+        audit.missing.append(
+            f"the prior of z{at(latent.where)}: the loss depends on z by layers, but not by what "
+            "is compared with data; this is not the log-determinant of a flow that is understood"
+        )
         return
     audit.unchecked.append(
         "the prior: a function of z that is not Gaussian; whether it is normalized is not checked"
@@ -569,7 +360,11 @@ def _wrong(
         return
     audit.read_as = d.read_as
     fit = d.fit
-    if d.read_as is not None:
+    if d.read_as is not None and d.read_as == name:
+        curve = sampled_scale(audit.graph, latent)
+        audit.bug("kl_mismatch", "step noise", where=d.where, read=d.read_as,
+                  sampled=curve.text if curve is not None else "another function")  # fmt: skip
+    elif d.read_as is not None:
         audit.bug("kl_mismatch", "step reading", where=d.where, sampled=name or "unnamed",
                   read=d.read_as)  # fmt: skip
     elif fit is not None and fit.residual < 1e-3 and fit.mean.numel() and fit.scale.numel():
@@ -586,7 +381,7 @@ def _negative(
     beta = effective_beta(audit.graph, latents, latent, audit.loss, d.weight)
     if beta is not None and beta.negated:
         audit.assumed.append("the step returns a bound to be maximized: its negative is audited")
-        audit.checked.append(f"KL of what is sampled to N(0, 1){_at(d.where)}")
+        audit.checked.append(f"KL of what is sampled to N(0, 1){at(d.where)}")
         audit.read_as = audit.read_as or name
         return
     audit.bug("kl_negative", "step", where=d.where, weight=d.weight)
@@ -597,7 +392,7 @@ def _unknown(
 ) -> None:
     if judge_posterior_flow(audit, latent, latents, d):
         return
-    audit.missing.append(f"the KL of z{_at(latent.where)}: {d.form}")
+    audit.missing.append(f"the KL of z{at(latent.where)}: {d.form}")
 
 
 def _tied(graph: Graph, latent: Latent) -> bool:
@@ -609,14 +404,20 @@ def _tied(graph: Graph, latent: Latent) -> bool:
         for k, a in enumerate(flat)
         for b in flat[:k]
     )
-    if same or not latent.diagonal:
-        return same
     prober = Prober(graph, latent)
-    if not prober.usable or len(latent.heads) > 1:
-        return False
-    moments = torch.stack(prober.moments, 1)
-    means, scales = ((moments[k].abs() > 1e-14).any(0) for k in (1, 3))
-    return bool(scales.any()) and bool((means & scales)[scales].all())
+    if same or not latent.diagonal or not prober.usable:
+        return same
+    place = prober.places[0]
+    mean, sigma = (t.reshape(-1) for t in latent.moments(graph, {**prober.fixed, **place}))
+    chosen = torch.randperm(mean.numel(), generator=torch.Generator().manual_seed(43))[:6]
+    for k in chosen.tolist():
+        rows = [gradient(t[k], place) for t in (mean, sigma.abs().log())]
+        sizes = [row.norm() for row in rows]
+        if min(sizes) < 1e-12 or float(abs(rows[0] @ rows[1])) < 0.999999 * float(
+            sizes[0] * sizes[1]
+        ):
+            return False
+    return True
 
 
 def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence) -> None:
@@ -638,9 +439,10 @@ def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Diverg
         audit.bug("no_gradient", where=latent.where, head=" and the ".join(lost))
     after = graph.downstream([latent.z, *latent.heads], stop=d.held)
     own = terms(graph, loss, {latent.z, *latent.heads})
+    joined = graph.connected([loss], stop=own)
     own = [t for t in own if t in after and t not in d.held]
     if own and d.kind in ("kl", "function of the kl", "other prior"):
-        reached = graph.connected(everything.intersection(own))
+        reached = graph.connected(joined.intersection(own))
         reached |= by_z if latent.z in reached else set()
         lost = [name for name, ids in heads.items() if ids and not reached.intersection(ids)]
         if lost:

@@ -23,7 +23,12 @@ from musigma.audit.step_kl import Divergence, data_terms, entropy, fit_moments, 
 if TYPE_CHECKING:
     from musigma.audit.step import StepAudit
 
-__all__ = ["has_layers_before_its_prior", "judge_flow", "judge_posterior_flow"]
+__all__ = [
+    "has_layers_before_its_prior",
+    "judge_flow",
+    "judge_posterior_flow",
+    "layers_before_prior",
+]
 
 MOST_DIMENSIONS = 1024
 EXACT = 1e-5
@@ -72,7 +77,7 @@ def judge_flow(audit: StepAudit) -> bool:
     for x in _inputs(graph, loss):
         for parts, squared in _outputs(graph, loss, x):
             change = _change(graph, loss, x, parts, {}, parameters=True)
-            if change is None:
+            if change is None or float(change.curvature.abs().max()) == 0:
                 continue
             factor = change.factor
             if factor is not None and factor < 0:
@@ -137,9 +142,10 @@ def _report(audit: StepAudit, change: Change, factor: float) -> bool:
 
 def _is_detached(graph: Graph, loss: int, change: Change) -> bool:
     """Whether a term of the log-determinant sends no gradient to the parameters."""
-    reached = graph.connected([loss])
     after = graph.downstream([change.x], stop=change.parts) - set(change.parts)
-    own = [t for t in terms(graph, loss, change.parts) if t in after and t not in change.parts]
+    own = terms(graph, loss, change.parts)
+    reached = graph.connected([loss], stop=own)
+    own = [t for t in own if t in after and t not in change.parts]
     own = [t for t in own if graph[t].origin & Origin.PARAMETERS]
     leaves = {v.id for v in graph.values if v.kind == "parameter"}
     return any(t not in reached or not graph.connected([t]) & leaves for t in own)
@@ -196,7 +202,8 @@ def _scaled_prior(graph: Graph, loss: int, change: Change, weight: float) -> boo
         x = graph.get(change.x)
         at_zero = float(graph.value(zeros, loss)) / weight
         rows = _rows(x)
-        log_det = float(_log_det(graph, change.x, change.parts, {}, rows).sum())
+        volume = _log_det(graph, change.x, change.parts, {}, rows)
+    log_det = 0.0 if volume is None else float(volume.sum())
     n = sum(graph[i].numel for i in change.parts)
     log_std = 0.5 * math.log(weight / float(change.curvature.mean()))
     left = (at_zero + log_det) / n
@@ -328,25 +335,26 @@ def _change(
         return torch.randn(t.shape, generator=generator, dtype=torch.float64)
 
     v = {i: graph.get(i) for i in parts}
-    spread = 0.3 * float(base.std()) if base.numel() > 1 and float(base.std()) > 0 else 0.3
-    places: list[dict[int, Tensor]] = [{}]
-    for k in range(MOVES):
-        place = {x: base + spread * noise(base)}
-        if k % 2:
-            place |= {i: graph.get(i) * (1 + 0.1 * noise(graph.get(i))) for i in free}
-        places.append(place)
-    rest, log_det = [], []
-    for place in places:
-        over = {**held, **place}
-        value = graph.value({**over, **v}, loss).sum()
-        volume = _log_det(graph, x, parts, over, rows)
-        if volume is None:
-            return None
-        rest.append(value)
-        log_det.append(volume.sum())
-    rest_, log_det_ = torch.stack(rest), torch.stack(log_det)
-    if not (rest_.isfinite().all() and log_det_.isfinite().all()):
+    size = float(base.std()) if base.numel() > 1 and float(base.std()) > 0 else 1.0
+    for spread in (0.3 * size, 0.01 * size, 1e-4 * size):
+        places: list[dict[int, Tensor]] = [{}]
+        for k in range(MOVES):
+            place = {x: base + spread * noise(base)}
+            if k % 2:
+                place |= {i: graph.get(i) * (1 + 0.1 * noise(graph.get(i))) for i in free}
+            places.append(place)
+        rest, log_det = [], []
+        for place in places:
+            over = {**held, **place}
+            volume = _log_det(graph, x, parts, over, rows)
+            if volume is not None:
+                rest.append(graph.value({**over, **v}, loss).sum())
+                log_det.append(volume.sum())
+        if len(rest) == len(places) and torch.stack(rest).isfinite().all():
+            break
+    else:
         return None
+    rest_, log_det_ = torch.stack(rest), torch.stack(log_det)
     curvature, slope, quadratic = _in_v(graph, loss, x, v, held)
     if curvature is None or slope is None:
         return None
@@ -415,11 +423,10 @@ def has_layers_before_its_prior(
 ) -> bool:
     """Whether z reaches the loss by layers, but not by what is compared with data.
 
-    So it is with a flow on the posterior, or in the prior. Steps with further latents that are
-    computed from z are not looked at.
+    So it is with a flow on the posterior, or in the prior. Steps with several latents are not
+    looked at.
     """
-    after = graph.downstream([latent.z])
-    if any(i in after for other in latents if other is not latent for i in other.heads):
+    if len(latents) > 1:
         return False
     held = _held(graph, latent, latents, loss)
     prober = Prober(graph, latent, d.heads)
@@ -431,6 +438,20 @@ def has_layers_before_its_prior(
     fit = fit_moments(probes, d.fit.copies)
     same = fit.is_kl and torch.allclose(fit.scale, d.fit.scale, rtol=1e-3, equal_nan=True)
     return not same and fit.size > 0
+
+
+def layers_before_prior(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> bool:
+    """Whether layers get z whose results reach the loss, but are not compared with data."""
+    held = _held(graph, latent, latents, loss)
+    layers = {i: graph.get(i).double() for i in holds(graph, latent) if i not in held}
+    if len(latents) > 1 or not layers:
+        return False
+    leaves = {i: t.clone().requires_grad_() for i, t in layers.items()}
+    value = graph.run({**held, **leaves}, [loss])[loss].sum()
+    if not value.requires_grad:
+        return False
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return any(g is not None and bool((g != 0).any()) for g in found)
 
 
 def _held(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> dict[int, Tensor]:
@@ -452,7 +473,7 @@ def judge_posterior_flow(
     held = _held(graph, latent, latents, loss)
     log_q = entropy(prober, loss, held)
     if log_q is None:
-        return False
+        return _is_prior_at_start(audit, latent, held, d)
     weight, drawn = log_q
     heads = {i: graph.get(i) for i in latent.heads}
     mean, sigma = latent.moments(graph, {})
@@ -477,10 +498,28 @@ def judge_posterior_flow(
             )
             if _is_detached(graph, loss, change):
                 audit.bug("no_gradient", "log_det", where=where)
+            if _folds(graph, change):
+                audit.bug("not_injective", "step", where=where)
             return True
         if squared and gaussian:
             wrong.append(change)
     for change in wrong:
         _mismatch(audit, change)
         return True
+    return False
+
+
+def _is_prior_at_start(
+    audit: StepAudit, latent: Latent, held: dict[int, Tensor], d: Divergence
+) -> bool:
+    """Report a closed KL of z to N(0, 1) beside the log-determinant of a flow on z."""
+    graph, loss = audit.graph, audit.loss
+    if d.fit is None or d.by_draws or d.kind != "kl":
+        return False
+    heads = {i: graph.get(i) for i in latent.heads}
+    for parts, _ in _outputs(graph, loss, latent.z):
+        change = _change(graph, loss, latent.z, parts, {**held, **heads}, parameters=False)
+        if change is not None and change.factor is not None and change.factor < 0:
+            audit.bug("kl_mismatch", "step flow", where=graph.where(parts[0]))
+            return True
     return False

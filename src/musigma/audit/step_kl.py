@@ -65,7 +65,9 @@ class Fit:
         if self.residual > NEAR or not self.mean.numel() or not self.scale.numel():
             return False
         a, c, d = self.mean[0], self.scale[0], -self.scale[1]
-        d = d[d.isfinite()]
+        a, d = (t[t.isfinite()] for t in (a, d))
+        if not a.numel():  # it says nothing of the means
+            a = c
         if not d.numel() or not (min(float(a.min()), float(c.min()), float(d.min())) > 0):
             return False
         if len(a) == len(c) and not _same(a.sort().values, c.sort().values):
@@ -76,13 +78,16 @@ class Fit:
     def prior(self) -> tuple[Tensor, Tensor]:
         """Means, and standard deviations, of the prior, by entry."""
         known = self.scale[:, self.scale[1].isfinite()]
-        return -self.mean[1] / self.mean[0], (-known[1] / known[0]).clamp(min=0).sqrt()
+        means = self.mean[:, self.mean[0].isfinite()]
+        return -means[1] / means[0], (-known[1] / known[0]).clamp(min=0).sqrt()
 
     @property
     def is_standard(self) -> bool:
         """Whether the prior is N(0, 1)."""
         mean, std = self.prior
-        return bool((mean.abs() < NEAR).all() and ((std - 1).abs() < NEAR).all())
+        return bool(std.numel()) and bool(
+            (mean.abs() < NEAR).all() and ((std - 1).abs() < NEAR).all()
+        )
 
 
 @dataclass
@@ -141,10 +146,13 @@ def fit_moments(p: Probes, copies: float = 1.0) -> Fit:
     others = p.loss[:, ~(means | scales)].abs()
     worst = max(worst, float(others.max()) if others.numel() else 0.0)
     mean, scale = (torch.cat(parts[name], 1) for name in ("mean", "scale"))
+    fixed = (p.moments[0].abs() <= 1e-12).all(0)  # means whose squares have a constant sum
     order = [torch.cat([torch.arange(len(means))[at] for at in rows]) for rows in (
         (means & ~scales, means & scales), (scales & ~means, means & scales))]  # fmt: skip
-    lone = (p.moments[3].abs() <= 1e-14).all(0)[order[1]]  # no part in log sigma
+    none = 1e-11 * float(p.moments[3].abs().max())
+    lone = (p.moments[3].abs() <= none).all(0)[order[1]]  # no part in log sigma
     scale = torch.stack([scale[0], torch.where(lone, math.nan, scale[1])])
+    mean = torch.stack([torch.where(fixed[order[0]], math.nan, mean[0]), mean[1]])
     return Fit(mean, scale, worst / max(size, 1e-300), size, copies)
 
 
@@ -389,8 +397,12 @@ def _function_of_kl(case: _Case) -> tuple[str, float] | None:
         return None
     ratio = torch.where(there, p.loss / torch.where(there, kl, 1.0), math.nan)
     known = ratio[there]
+    if not known.numel():
+        return None
     largest = float(known.abs().max())
     near = 1e-4 * largest
+    if float((p.loss.abs() - largest * kl.abs()).max()) > NEAR * case.fit.size:
+        return None  # it moves where the KL does not
     reached = (ratio.abs() > near) & there
     if not all(bool(reached[:, moving].any()) for moving in p.moving):
         return None
@@ -401,7 +413,17 @@ def _function_of_kl(case: _Case) -> tuple[str, float] | None:
     if bool(levels.all()) and bool((known < 0).any()) and (mixed or _passes(case, "abs")):
         return "capacity", largest * copies
     diagonal = case.prober.latent.diagonal
-    if diagonal and bool((levels | (known.abs() <= near)).all()) and bool((known >= -near).all()):
+    zeros = (known.abs() <= near) & (kl[there].abs() > 0)
+    if (
+        diagonal
+        and bool(zeros.any())
+        and bool((levels | zeros).all())
+        and bool((known >= -near).all())
+    ):
+        size = kl[there].abs()
+        if float(size[zeros].mean()) > float(size[~zeros].mean()):
+            return "capped", largest * copies
+    if diagonal and two_levels:
         return "free bits", largest * copies
     if steady and bool((known >= -near).all()):
         return "other", math.nan
@@ -444,7 +466,7 @@ def entropy(prober: Prober, target: int, held: Over) -> tuple[float, bool] | Non
     rows, features = [], []
     generator = torch.Generator().manual_seed(13)
     for place in prober.places:
-        noise = torch.randn(graph[latent.draws[0]].shape, generator=generator, dtype=torch.float64)
+        noise = 2 * torch.rand(graph[latent.draws[0]].shape, generator=generator).double() - 1
         with torch.no_grad():
             z = latent.at(graph, place, noise)
         f = graph.run({**held, **place, latent.z: z}, [target])[target].sum()

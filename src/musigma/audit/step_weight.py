@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from musigma.audit.latents import Latent, frontier, meetings
 
 __all__ = ["Beta", "effective_beta", "root_of"]
 
-SQUARED = "a squared error, as of a Gaussian with variance 1"
+SQUARED = "a Gaussian likelihood with variance 1"
 BERNOULLI = "a Bernoulli likelihood"
 
 
@@ -32,6 +31,12 @@ class Beta:
     against: str
     explained: str
     negated: bool
+
+    @property
+    def text(self) -> str:
+        """The weight in words."""
+        plain = f" ({2 * self.value:.4g} beside the plain squared error)"
+        return f"{self.value:.4g} beside {self.against}{plain if self.against == SQUARED else ''}"
 
     @property
     def is_one(self) -> bool:
@@ -105,17 +110,20 @@ def _weight_of(
     generator = torch.Generator().manual_seed(19)
     for k in torch.randperm(x.numel(), generator=generator)[:3].tolist():
         at = []
-        for v in (0.0, 0.5, 1.0):
+        for v in (0.0, 1 / 3, 2 / 3, 1.0):
             moved = x.clone().reshape(-1)
             moved[k] = v
             at.append(moved.reshape(x.shape))
-        a, b, c = (float(graph.value({**held, root: t}, loss)) for t in at)
-        if not math.isfinite(a + b + c):
+        f = torch.stack([graph.value({**held, root: t}, loss).double().sum() for t in at])
+        if not f.isfinite().all():
             return None
-        bend = 4 * (c - 2 * b + a)
-        if abs(bend) > 1e-9 * abs(c - a) and abs(bend) > 1e-12:
+        bends = f.diff(n=2)
+        bend, change = 9 * float(bends[0]), float(f[3] - f[0])
+        if abs(bend) > 1e-6 * abs(change) and abs(bend) > 1e-12:
+            if abs(9 * float(bends[1]) - bend) > 1e-4 * abs(bend):
+                return None
             found.append((bend, SQUARED))
-        elif (weight := _bernoulli(graph, held, loss, decoded, root, at[0], at[2])) is not None:
+        elif (weight := _bernoulli(graph, held, loss, decoded, root, at[0], at[3])) is not None:
             found.append((weight, BERNOULLI))
         else:
             return None

@@ -1,0 +1,297 @@
+"""Running a step for an audit: a recorded run, its loss, and a second run to compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musigma.audit.findings import AuditError, ReportBuilder
+from musigma.audit.graph import Graph, Origin
+from musigma.audit.record import record
+from musigma.audit.sandbox import Sandbox
+
+__all__ = ["Run", "Runner", "at", "short_place"]
+
+LOSS_KEYS = ("loss", "total_loss", "loss_total", "nelbo", "neg_elbo", "elbo")
+
+
+@dataclasses.dataclass
+class Run:
+    """A recorded run of a step.
+
+    Args:
+        graph: The recorded step.
+        loss: The number of its loss.
+        differentiable: Whether what the step returned requires a gradient.
+    """
+
+    graph: Graph
+    loss: int
+    differentiable: bool = True
+
+
+class Runner:
+    """Runs a step, and says in a report what stops it.
+
+    Args:
+        audit: The report.
+        sandbox: Restores the modules of the step.
+        step: The step.
+    """
+
+    def __init__(self, audit: ReportBuilder, sandbox: Sandbox, step: Callable[[], Any]):
+        self.audit, self.sandbox, self.step = audit, sandbox, step
+
+    def first(self) -> Run | None:
+        """The first run; None, and a line in `missing`, if it has no loss that can be examined."""
+        run = self._run(self.audit, 0)
+        if run is None or not _usable(self.audit, run):
+            return None
+        second = self._run(ReportBuilder(""), 1)
+        if second is None:
+            self.audit.missing.append("a second run of the step: it fails, or returns no loss")
+        else:
+            self._compare(run, second)
+        return run
+
+    def again(self) -> Run | None:
+        """A run with the seed of the first, for a step whose data were changed."""
+        return self._run(ReportBuilder(""), 0)
+
+    def _run(self, audit: ReportBuilder, seed: int, times: int = 1) -> Run | None:
+        """A recorded run: the last of several, with what the step changes restored after it."""
+        undo = self.sandbox.snapshot()
+        try:
+            for _ in range(times - 1):
+                self.sandbox.call("step", self.step)
+            graph = self.sandbox.call(
+                "step", lambda: record(self.step, seed=seed, sandbox=self.sandbox)
+            )
+        except AuditError as error:
+            audit.missing.append(f"the loss: {error}{_raised_at(error)}")
+            return None
+        finally:
+            undo()
+        if graph.hosts:
+            audit.unchecked.append(
+                f"random numbers of {' and '.join(graph.hosts)}: they are constants to the audit"
+            )
+        return _find_loss(audit, graph)
+
+    def _compare(self, a: Run, b: Run) -> None:
+        """Note if the second run, under another seed, is not the first with other draws."""
+        fixed = _fixed_draws(a.graph, b.graph)
+        if fixed:  # a generator of the step's own, which was restored between the runs
+            later = self._run(ReportBuilder(""), 1, times=2)
+            fixed = [] if later is None else _fixed_draws(a.graph, later.graph)
+        if fixed:
+            self.audit.missing.append(
+                f"the noise: a draw{at(a.graph.where(fixed[0]))} is the same in two runs under "
+                "different seeds; draw it without a fixed seed"
+            )
+        _compare_runs(self.audit, a, b)
+
+
+def _raised_at(error: BaseException) -> str:
+    """The user's line that raised the cause of an error, in words."""
+    cause, place = error.__cause__, ""
+    trace = cause.__traceback__ if cause is not None else None
+    here = os.path.dirname(os.path.abspath(__file__))
+    while trace is not None:
+        path = trace.tb_frame.f_code.co_filename
+        if not path.startswith((here, os.path.dirname(torch.__file__))):
+            place = f" ({short_place(f'{path}:{trace.tb_lineno}')})"
+        trace = trace.tb_next
+    return place
+
+
+def short_place(where: str) -> str:
+    """A line of code, without its folder."""
+    return where.rsplit(os.sep, 1)[-1] if where else "an unknown line"
+
+
+def at(where: str) -> str:
+    """A line of code, in brackets; nothing if it is not known."""
+    return f" ({short_place(where)})" if where else ""
+
+
+def _leaves(result: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of what a step returns, with their names."""
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        result = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    if isinstance(result, tuple) and hasattr(result, "_fields"):
+        result = dict(zip(result._fields, result, strict=True))  # pyright: ignore
+    if isinstance(result, Mapping):
+        for key, value in result.items():
+            yield from _leaves(value, str(key))
+    elif isinstance(result, (list, tuple)):
+        for value in result:
+            yield from _leaves(value, name)
+    elif isinstance(result, Tensor) or not hasattr(result, "__dict__"):
+        yield name, result
+    else:
+        for key, value in vars(result).items():
+            if isinstance(value, Tensor):
+                yield key, value
+
+
+def _find_loss(audit: ReportBuilder, graph: Graph) -> Run | None:
+    """The run with its loss; None, and a line in `missing`, if there is none."""
+    if graph.backward_calls:
+        called = list(dict.fromkeys(graph.backward_calls))
+        if len(called) > 1:
+            audit.assumed.append(
+                f"the step calls backward() on {len(called)} losses: their sum is audited"
+            )
+        return Run(graph, _sum(graph, called))
+    entries = list(_leaves(graph.result))
+    needs = any(t.requires_grad for _, t in entries if isinstance(t, Tensor))
+    found = [(name, graph.returned(t)) for name, t in entries if isinstance(t, Tensor)]
+    known = [(name, i) for name, i in found if i is not None and graph[i].floating]
+    scalars = [(n, i) for n, i in known if graph[i].numel == 1 and graph[i].origin]
+    names = {name.lower(): i for name, i in scalars}
+    for key in LOSS_KEYS:
+        if key in names:
+            return Run(graph, _scalar(graph, names[key]), needs)
+    scalars = list({i: n for n, i in scalars})
+    if len(scalars) > 1:
+        above = {i: len(graph.upstream([i]).intersection(scalars)) - 1 for i in scalars}
+        top = max(scalars, key=lambda i: above[i])
+        if above[top]:
+            audit.assumed.append(
+                f"of {len(scalars)} scalars that the step returns, the loss is the one that is "
+                "computed from the others"
+            )
+            return Run(graph, _scalar(graph, top), needs)
+        audit.assumed.append(
+            f"the step returns {len(scalars)} scalars, and none is computed from the others: "
+            "their sum is audited; return what you call backward() on"
+        )
+        return Run(graph, _sum(graph, scalars), needs)
+    if scalars:
+        return Run(graph, _scalar(graph, scalars[0]), needs)
+    vectors = [i for _, i in known if graph[i].origin & Origin.PARAMETERS]
+    column = [i for i in vectors if graph[i].numel == (graph[i].shape or (0,))[0]]
+    if len(column) == 1 and len(known) == 1:
+        shape = tuple(graph[column[0]].shape)
+        audit.assumed.append(f"the step returns a loss of shape {shape}: its mean is audited")
+        return Run(graph, graph.add(lambda t: t.double().mean(), column, "mean").id, needs)
+    audit.missing.append(f"the loss: {_no_loss(graph, entries)}")
+    return None
+
+
+def _no_loss(graph: Graph, entries: list[tuple[str, Any]]) -> str:
+    numbers = [v for _, v in entries if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if numbers:
+        return (
+            "the step returns a Python number, as .item() makes it; return the tensor on which "
+            "you call backward()"
+        )
+    tensors = [v for _, v in entries if isinstance(v, Tensor)]
+    if not tensors:
+        kind = type(graph.result).__name__
+        return f"the step returns {kind}; return the tensor on which you call backward()"
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
+    if any(t.numel() == 1 for t in tensors):
+        return "the scalar that the step returns does not depend on any parameter"
+    return f"the step returns tensors of shapes {shapes}, and no scalar"
+
+
+def _sum(graph: Graph, ids: list[int]) -> int:
+    if len(ids) == 1:
+        return _scalar(graph, ids[0])
+    return graph.add(lambda *ts: sum(t.double().sum() for t in ts), ids, "add").id  # pyright: ignore
+
+
+def _scalar(graph: Graph, i: int) -> int:
+    return i if graph[i].numel == 1 else graph.add(lambda t: t.double().sum(), [i], "sum").id
+
+
+def _usable(audit: ReportBuilder, run: Run) -> bool:
+    """Whether the loss is finite, is computed from parameters, and is replayed correctly."""
+    graph, loss = run.graph, run.loss
+    value = graph.get(loss)
+    if not graph[loss].origin & Origin.PARAMETERS:
+        audit.missing.append("the loss: it does not depend on any parameter")
+        return False
+    if not value.isfinite().all():
+        audit.bug("not_finite", "step", where=(where := _first_not_finite(graph, loss)),
+                  line=short_place(where))  # fmt: skip
+        audit.missing.append(f"the loss: it is {float(value)}{at(where)}")
+        return False
+    if not run.differentiable:
+        audit.missing.append(
+            "the gradient: nothing in the loss requires one; the step runs under no_grad(), or "
+            "on detached tensors"
+        )
+    for note in dict.fromkeys(graph.notes):
+        audit.missing.append(note)
+    return True
+
+
+def _first_not_finite(graph: Graph, loss: int) -> str:
+    live = graph.upstream([loss])
+    for v in graph.values:
+        made = v.id in live and v.node is not None and v.floating
+        if made and not graph.get(v.id).isfinite().all():
+            return graph.where(v.id)
+    return graph.where(loss)
+
+
+def _fixed_draws(a: Graph, b: Graph) -> list[int]:
+    """The draws that are the same in two runs."""
+    live = a.upstream(range(len(a.values)))
+    return [
+        v.id
+        for v in a.draws("gaussian", "random")
+        if v.id in live and v.numel > 1 and v.floating and torch.equal(a.get(v.id), b.get(v.id))
+    ]
+
+
+def _compare_runs(audit: ReportBuilder, first: Run, second: Run) -> None:
+    """Note if a second run, under another seed, is not the first with other draws."""
+    a, loss, b, again = first.graph, first.loss, second.graph, second.loss
+    live = a.upstream([loss])
+    names = [[n.name for n in g.nodes] for g in (a, b)]
+    if names[0] != names[1]:
+        i = next((k for k, (x, y) in enumerate(zip(*names, strict=False)) if x != y), -1)
+        audit.missing.append(
+            "the step as one graph: it branches on its draws, as its operations differ between "
+            f"two runs{at(a.nodes[i].where)}; it was audited as it ran"
+        )
+        return
+    draws = {v.id: b.get(v.id) for v in a.draws()}
+    if any(b[i].kind != a[i].kind or b[i].shape != a[i].shape for i in draws):
+        audit.missing.append("the step as one graph: its draws differ in shape between two runs")
+        return
+    value, other = a.value(draws, loss), b.get(again)
+    if float((value - other).abs()) <= 1e-9 * (1 + float(other.abs())):
+        return
+    for node, twin in zip(a.nodes, b.nodes, strict=True):
+        if not live.intersection(node.outs):
+            continue
+        for x, y in zip(node.flat, twin.flat, strict=True):
+            if isinstance(x, float) and isinstance(y, float) and x != y:
+                audit.missing.append(
+                    f"a number that is computed outside torch, or by .item(), is {x:.6g} in one "
+                    f"run and {y:.6g} in the next{at(node.where)}; its gradient is lost"
+                )
+                return
+    for v, w in zip(a.values, b.values, strict=True):
+        outside = v.node is None and v.id in live and v.kind in ("data", "constant", "opaque")
+        if not outside or v.leaf is None or w.leaf is None:
+            continue
+        if not torch.equal(v.leaf, w.leaf):
+            where = a.where(v.id)
+            audit.missing.append(
+                "a tensor that no operation of torch made differs between two runs"
+                f"{at(where)}: random numbers of NumPy or Python; draw noise with torch"
+            )
+            audit.warn("host_random", where=where, source=short_place(where))
+            return
+    audit.missing.append("the step as one graph: a replay differs from a second run")
