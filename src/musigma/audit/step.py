@@ -17,6 +17,7 @@ from musigma.audit.runs import Run, Runner, at, short_place
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.step_flow import (
     has_layers_before_its_prior,
+    judge_dequantization,
     judge_flow,
     judge_posterior_flow,
     layers_before_prior,
@@ -29,7 +30,7 @@ from musigma.audit.step_kl import (
     terms,
 )
 from musigma.audit.step_prior import kl_offset, prior_error
-from musigma.audit.step_weight import effective_beta, root_of
+from musigma.audit.step_weight import effective_beta, mixed_examples, root_of
 
 __all__ = ["audit_step"]
 
@@ -109,6 +110,7 @@ class StepAudit(ReportBuilder):
         """Examine all latents; of a step without any, the flow."""
         self.graph, self.loss, self.differentiable = run.graph, run.loss, run.differentiable
         graph, loss = run.graph, run.loss
+        judge_dequantization(self)
         latents = find_latents(graph, loss)
         for draw in stray_draws(graph, loss, latents):
             self.missing.append(
@@ -202,6 +204,10 @@ def _kl(
             )
         return
     how = "by draws" if d.by_draws else "in closed form"
+    if d.importance and (fault := mixed_examples(audit.graph, latents, audit.loss)) is not None:
+        audit.missing.append(
+            f"the importance weights{at(fault)}: their log-sum-exp is over the examples as well"
+        )
     bound = ", in the log weights of an importance-weighted bound" if d.importance else ""
     means, stds = fit.prior
     prior = "N(0, 1)"

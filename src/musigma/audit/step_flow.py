@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "has_layers_before_its_prior",
+    "judge_dequantization",
     "judge_flow",
     "judge_posterior_flow",
     "layers_before_prior",
@@ -137,7 +138,29 @@ def _report(audit: StepAudit, change: Change, factor: float) -> bool:
                       ratio=weight / float(a.mean()))  # fmt: skip
     else:
         audit.checked.append(f"density of z{at}: N(0, 1)")
+        _constant(audit, change, weight, where)
     return True
+
+
+def _constant(audit: StepAudit, change: Change, weight: float, where: str) -> None:
+    """Compare the value of the loss with that of the likelihood of data with noise added."""
+    graph = audit.graph
+    noisy = any(v.kind == "random" and v.floating for v in graph.values)
+    if not noisy or change.x not in graph.downstream([v.id for v in graph.draws("random")]):
+        return
+    first = min(
+        (i for i in _inputs(graph, audit.loss) if graph[i].numel == graph[change.x].numel),
+        default=change.x,
+    )
+    volume = _log_det(graph, first, change.parts, {}, _rows(graph.get(first)))
+    if volume is None:
+        return
+    n = sum(graph[i].numel for i in change.parts)
+    square = sum(float((graph.get(i) ** 2).sum()) for i in change.parts) / 2
+    left = (float(graph.get(audit.loss)) / weight - square + float(volume.sum())) / n
+    if min(abs(left), abs(left - 0.5 * math.log(2 * math.pi))) > 1e-4:
+        audit.warn("dequantisation", "step constant", where=where, offset=left
+                   - 0.5 * math.log(2 * math.pi))  # fmt: skip
 
 
 def _is_detached(graph: Graph, loss: int, change: Change) -> bool:
@@ -224,6 +247,32 @@ def _mismatch(audit: StepAudit, change: Change) -> None:
     off = (change.rest / weight + change.log_det).abs().max()
     audit.bug("logdet_mismatch", "step", where=where, error=float(off),
               change=float(change.log_det.abs().max()))  # fmt: skip
+
+
+def judge_dequantization(audit: StepAudit) -> None:
+    """Compare uniform noise that is added to whole numbers, or to multiples, with their spacing."""
+    graph = audit.graph
+    live = graph.upstream([audit.loss])
+    for draw in graph.draws("random"):
+        if draw.id not in live or not draw.floating or not float(graph.get(draw.id).min()) >= 0:
+            continue
+        zero = torch.zeros_like(graph.get(draw.id))
+        for i in sorted(graph.downstream([draw.id]) & live):
+            v = graph[i]
+            if v.origin != Origin.DATA or v.numel != draw.numel:
+                continue
+            values, moved = (graph.value({draw.id: e}, i) for e in (zero, zero + 1))
+            levels = values.unique()
+            spacing = float(levels.diff().min()) if 2 <= len(levels) <= 1024 else 0.0
+            steps = levels.diff() / max(spacing, 1e-300)
+            slope = float((moved - values).mean())
+            if spacing and bool(((steps - steps.round()).abs() < 1e-4).all()):
+                if abs(slope / spacing - 1) > 1e-3 and len(levels) > 2:
+                    audit.bug("dequantisation", "step", where=graph.where(i), width=slope,
+                              spacing=spacing)  # fmt: skip
+                else:
+                    audit.checked.append("dequantization: noise as wide as the levels of the data")
+            break
 
 
 # --- candidates ---------------------------------------------------------------------------------

@@ -413,13 +413,9 @@ def _function_of_kl(case: _Case) -> tuple[str, float] | None:
     if bool(levels.all()) and bool((known < 0).any()) and (mixed or _passes(case, "abs")):
         return "capacity", largest * copies
     diagonal = case.prober.latent.diagonal
-    zeros = (known.abs() <= near) & (kl[there].abs() > 0)
-    if (
-        diagonal
-        and bool(zeros.any())
-        and bool((levels | zeros).all())
-        and bool((known >= -near).all())
-    ):
+    zeros = known.abs() <= near
+    two_levels = bool((levels | zeros).all()) and bool((known >= -near).all())
+    if diagonal and two_levels and bool(zeros.any()):
         size = kl[there].abs()
         if float(size[zeros].mean()) > float(size[~zeros].mean()):
             return "capped", largest * copies

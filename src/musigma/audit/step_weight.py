@@ -10,7 +10,7 @@ from torch import Tensor
 from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent, frontier, meetings
 
-__all__ = ["Beta", "effective_beta", "root_of"]
+__all__ = ["Beta", "effective_beta", "mixed_examples", "root_of"]
 
 SQUARED = "a Gaussian likelihood with variance 1"
 BERNOULLI = "a Bernoulli likelihood"
@@ -179,3 +179,18 @@ def _scale_is_learned(graph: Graph, held: dict[int, Tensor], loss: int, raw: int
     moved = {i: graph.get(i) + 0.3 * torch.rand(graph[i].shape, generator=generator) for i in free}
     before, after = bend({}), bend(moved)
     return abs(after - before) > 1e-6 * (abs(before) + 1e-12)
+
+
+def mixed_examples(graph: Graph, latents: list[Latent], loss: int) -> str | None:
+    """The line of a log-sum-exp over the examples of a batch; None if there is none."""
+    met = meetings(graph, latents, loss)
+    shapes = [graph[root_of(graph, raw)].shape for _, _, raw in met]
+    rows = shapes[0][0] if shapes and shapes[0] else 1
+    live = graph.upstream([loss])
+    for node in graph.nodes:
+        if node.name == "logsumexp" and live.intersection(node.outs):
+            (out, *_), (given, *_) = node.outs, node.ins
+            mixes = graph[out].numel % rows and graph[given].numel % rows == 0
+            if mixes:
+                return node.where
+    return None
