@@ -250,7 +250,7 @@ def _mismatch(audit: StepAudit, change: Change) -> None:
 
 
 def judge_dequantization(audit: StepAudit) -> None:
-    """Compare uniform noise that is added to whole numbers, or to multiples, with their spacing."""
+    """Compare uniform noise that is added to data with the spacing of their levels."""
     graph = audit.graph
     live = graph.upstream([audit.loss])
     for draw in graph.draws("random"):
