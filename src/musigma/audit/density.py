@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -100,15 +100,8 @@ def audit_density(log_prob: Any, dim: int) -> AuditReport:
 
 
 def _constant(value: float, dim: int) -> str:
-    known = {
-        "sqrt(2 pi)": math.sqrt(2 * math.pi),
-        "2 pi": 2 * math.pi,
-        "two": 2.0,
-        "sqrt(2)": math.sqrt(2),
-        "sqrt(pi)": math.sqrt(math.pi),
-        "pi": math.pi,
-        "e": math.e,
-    }
+    sizes = {"2 pi": 2 * math.pi, "2": 2.0, "pi": math.pi, "e": math.e}
+    known = {f"sqrt({n})": math.sqrt(v) for n, v in sizes.items() if n != "e"} | sizes
     for (name, size), power in product(known.items(), {1, dim}):
         for word, factor in (("", size**power), ("1 / ", size**-power)):
             if math.isclose(value, factor, rel_tol=2e-3):
@@ -132,56 +125,50 @@ class _Density:
         self._find_form()
 
     def _find_form(self) -> None:
-        """Find the type and the shape of points that it takes, and a point."""
+        """Find the type and the shape of points that it takes, a point, and what it returns."""
         n = 11 if self.dim == 7 else 7  # no other size of a shape
 
-        def attempt(dtype: torch.dtype, place: float, flat: bool, n: int = n) -> Shape:
+        def attempt(
+            rows: int, regular: bool, dtype: torch.dtype, place: float, flat: bool
+        ) -> Shape:
             self.sandbox.use_dtype(dtype)
             self.flat = flat
-            return tuple(self._value(np.full((n, self.dim), place)).shape)
-
-        def regular(*form: Any) -> Shape:
-            if (shape := attempt(*form)) == (n,):
-                return shape
-            raise AuditError(f"log_prob: of {n} points, expected ({n},); got {shape}")
+            shape = tuple(self._value(np.full((rows, self.dim), place)).shape)
+            if regular and shape != (n,):
+                raise AuditError(f"log_prob: of {n} points, expected ({n},); got {shape}")
+            return shape
 
         shapes = (False, True) if self.dim == 1 else (False,)
-        forms = list(product((torch.float64, torch.float32), PLACES, shapes))
-        try:
-            form, _ = first_form(forms, regular)
-        except TooSlowError:
-            raise
-        except AuditError:
-            form = self._irregular_form(forms, attempt, n)
-        dtype, self.inside, self.flat = form
+        forms, reasons = list(product((torch.float64, torch.float32), PLACES, shapes)), []
+        for rows, regular in ((n, True), (n, False), (1, False)):
+            try:
+                (dtype, self.inside, self.flat), shape = first_form(
+                    forms, partial(attempt, rows, regular)
+                )
+                break
+            except TooSlowError:
+                raise
+            except AuditError as reason:
+                reasons.append(reason)
+        else:
+            raise reasons[1]
         self.sandbox.use_dtype(dtype)
         if self.flat:
             self.report.assumed.append("log_prob takes points as (N,)")
         if dtype == torch.float32:
             self.report.assumed.append("it computes in float32 only")
-
-    def _irregular_form(self, forms: list[Any], attempt: Callable[..., Shape], n: int) -> Any:
-        """The form of a function whose shape is not (n,), or that takes single points only."""
-        try:
-            form, shape = first_form(forms, attempt)
-        except AuditError as error:
-            with suppress(AuditError):
-                form, _ = first_form(forms, partial(attempt, n=1))
-                self._refuse("log_prob_shape", "raises", n=n, error=str(error.__cause__))
-                return form
-            raise
         said = {"shape": str(shape), "n": n, "dim": self.dim}
-        if shape == (n, 1):
-            self.report.warn("log_prob_shape", "column", **said)
-        elif shape == (n, self.dim):
-            self.report.warn("log_prob_shape", "each_dimension", **said)
+        if rows == 1:
+            self._refuse("log_prob_shape", "raises", n=n, error=str(reasons[1].__cause__))
         elif math.prod(shape) == 1:
             self.one_by_one = True
-        elif shape[0] == n or shape == (self.dim,):
+        elif shape in ((n, 1), (n, self.dim)):
+            column = "column" if shape == (n, 1) else "each_dimension"
+            self.report.warn("log_prob_shape", column, **said)
+        elif shape != (n,) and (shape[0] == n or shape == (self.dim,)):
             self._refuse("log_prob_shape", "pairs" if shape == (n, n) else "", **said)
-        else:
-            raise AuditError(f"log_prob: of {n} points, expected ({n},); got {shape}")
-        return form
+        elif shape != (n,):
+            raise reasons[0]
 
     def _value(self, x: np.ndarray, each: bool = False) -> Tensor:
         """What log_prob returns for points (N, dim): for all, or for each by itself."""
@@ -202,46 +189,39 @@ class _Density:
 
     def check_rows(self) -> None:
         """Whether the value of a point depends on the other points of its batch."""
-        random = np.random.default_rng(0)
-        noise = random.standard_normal((4, 12, self.dim))
-        drawn = self.inside + np.array([0.0, 0.1, 1.0, 10.0])[:, None, None] * noise
+        random, report = np.random.default_rng(0), self.report
+        drawn = np.array([0.0, 0.1, 1.0, 10.0])[:, None, None, None]
+        drawn = self.inside + drawn * random.standard_normal((4, 12, 1, self.dim))
         points = [x for x in drawn.reshape(-1, 1, self.dim) if np.isfinite(self(x)).all()]
         if not points or (points[0] == points[-1]).all():
-            self.report.missing.append("whether points depend on each other: too few have mass")
+            report.missing.append("whether points depend on each other: too few have mass")
             return
         places = random.choice(len(points), 8, replace=len(points) < 8)
-        chosen = np.concatenate([points[place] for place in places])
-        rows, others = chosen[:4], chosen[4:]
+        rows, others = np.split(np.concatenate([points[place] for place in places]), 2)
         alone = np.concatenate([self._seeded(row[None]) for row in rows])
         limit = (1e-8 if self.sandbox.dtype == torch.float64 else 1e-3) * (1 + np.abs(alone).max())
         if self.one_by_one:
-            self._check_total(float(self._value(rows).sum()), alone, limit)
+            total, own = float(self._value(rows).sum()), {"sum": alone.sum(), "mean": alone.mean()}
+            how = [name for name, value in own.items() if abs(total - value) <= limit]
+            if how:
+                report.warn("log_prob_shape", "total", n=len(alone), how=how[0])
+            else:
+                self._refuse("log_prob_shape", "other_total", n=len(alone), total=total)
             return
         batch, again = self._seeded(rows), self._log_prob(rows)
         if stochastic := bool(np.abs(again - batch).max() > limit):
-            self.report.warn("stochastic", "log_prob", value=batch[0], again=again[0])
+            report.warn("stochastic", "log_prob", value=batch[0], again=again[0])
             self.is_of_points = False
-        replaced = [np.where(np.eye(4, dtype=bool)[i, :, None], rows, others) for i in range(4)]
+        replaced = [np.where(np.arange(4)[:, None] == i, rows, others) for i in range(4)]
         among = np.array([self._seeded(x)[i] for i, x in enumerate(replaced)])
-        if np.abs(among - batch).max() > limit or (
-            not stochastic and np.abs(alone - batch).max() > limit
-        ):
+        sizes = np.abs(alone - batch).max() > limit and not stochastic
+        if sizes or np.abs(among - batch).max() > limit:
             moved = (self._seeded(np.concatenate([rows[:3], others[:1]])) - batch)[:3]
-            i = int(alone.argmax())
+            variant, i = "term" if np.ptp(moved) <= limit else "log_prob", int(alone.argmax())
             numbers = {"alone": alone[i], "batch": batch[i], "among": among[i], "n": len(rows)}
-            shared = "term" if np.ptp(moved) <= limit else "log_prob"
-            self._refuse("cross_sample", shared, **numbers)
+            self._refuse("cross_sample", variant, **numbers)
         else:
-            self.report.checked.append("the log-density of a point is the same in every batch")
-
-    def _check_total(self, total: float, alone: np.ndarray, limit: float) -> None:
-        """Whether one number for a batch is the sum or the mean of those of its points."""
-        for how, value in (("sum", alone.sum()), ("mean", alone.mean())):
-            if abs(total - value) <= limit:
-                self.report.warn("log_prob_shape", "total", n=len(alone), how=how)
-                break
-        else:
-            self._refuse("log_prob_shape", "other_total", n=len(alone), total=total)
+            report.checked.append("the log-density of a point is the same in every batch")
 
     def _refuse(self, code: str, variant: str, **numbers: Any) -> None:
         self.report.bug(code, variant, **numbers)
@@ -252,29 +232,26 @@ class _Density:
         self.sandbox.reseed()
         return self._log_prob(x)
 
+    def _tried(self, x: np.ndarray) -> np.ndarray | None:
+        """As `_log_prob`; None where it raises."""
+        try:
+            return self._log_prob(x)
+        except AuditError as error:
+            if error.__cause__ is None:
+                raise
+            return None
+
     def _find_box(self) -> None:
         """Find how far along each axis it can be called."""
-
-        def accepts(axis: int, shift: float) -> bool:
-            x = np.full((1, self.dim), self.inside)
-            x[0, axis] += shift
-            try:
-                self._log_prob(x)
-            except AuditError as error:
-                if error.__cause__ is None:
-                    raise
-                return False
-            return True
-
         low, high = np.full(self.dim, -np.inf), np.full(self.dim, np.inf)
         for axis, (sign, ends) in product(range(self.dim), ((-1.0, low), (1.0, high))):
-            near, far = 0.0, 1e9
-            if accepts(axis, sign * far):
-                continue
+            near, far, x = 0.0, 2e9, np.full((1, self.dim), self.inside)
             for _ in range(100):
                 middle = (near + far) / 2
-                near, far = (middle, far) if accepts(axis, sign * middle) else (near, middle)
-            ends[axis] = self.inside + sign * near
+                x[0, axis] = self.inside + sign * middle
+                near, far = (middle, far) if self._tried(x) is not None else (near, middle)
+            if far < 2e9:
+                ends[axis] = self.inside + sign * near
         self.box = low, high
         self.report.assumed.append("there is no mass where log_prob raises")
 
@@ -303,11 +280,7 @@ class _Density:
                 if within.any():
                     value[within] = self._ask(x[within])
                 return value
-        try:
-            value = self._log_prob(x)
-        except AuditError as error:
-            if error.__cause__ is None:
-                raise
+        if (value := self._tried(x)) is None:
             if self.box is None:
                 self._find_box()
                 return self._ask(x)
@@ -524,18 +497,18 @@ class _Mixture:
     """A mixture of Student's t around clusters of weighted points."""
 
     def __init__(self, x: np.ndarray, log_w: np.ndarray, random: np.random.Generator):
-        from scipy.cluster.vq import vq
+        from scipy.cluster.vq import kmeans2
 
         dim = x.shape[1]
         picks = x[random.choice(len(x), 1500, p=_weights(log_w)[0])]
         spread = picks.std(0) + 1e-9
         k = int(min(12, max(1, len(np.unique(picks, axis=0)) // (5 * dim))))
         centers = picks[random.choice(len(picks), k, replace=False)]
-        groups = [picks]
-        for _ in range(12):
-            owner, _ = vq(picks / spread, centers / spread)
-            groups = [picks[owner == c] for c in range(k) if (owner == c).any()]
-            centers, k = np.stack([group.mean(0) for group in groups]), len(groups)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of empty clusters
+            _, owner = kmeans2(picks / spread, centers / spread, 12, minit="matrix")
+        groups = [picks[owner == c] for c in np.unique(owner)]
+        k = len(groups)
         whole = np.cov(picks.T).reshape(dim, dim)
         clusters = [(0.1, picks.mean(0), 1.5 * whole)]
         for group in groups:
