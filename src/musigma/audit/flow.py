@@ -20,7 +20,7 @@ from musigma.audit.bijection import log_det_of
 from musigma.audit.findings import AuditError, AuditReport, distance
 from musigma.audit.flow_faults import report, report_raising_inverse
 from musigma.audit.flow_layers import check_layers
-from musigma.audit.flow_measurement import BUG_32, SAME, TOLERANCE_32, FlowAudit, Measurement
+from musigma.audit.flow_measurement import FlowAudit, Measurement
 from musigma.audit.flow_parameters import (
     check_determinant_sign,
     check_initialization,
@@ -30,6 +30,8 @@ from musigma.audit.flow_parameters import (
 from musigma.audit.sandbox import Sandbox, about_types, by_float_type
 
 __all__ = ["audit_flow"]
+
+SAME = 1e-7  # largest difference between two calls on one input
 
 
 def audit_flow(
@@ -116,11 +118,10 @@ def _call_first(audit: FlowAudit) -> None:
         if image.flat.dtype == torch.float32:
             raise AuditError("forward: given float64, it returns float32")
         if isinstance(image.raw, Tensor) and image.raw.dtype == torch.float32:
-            audit.tolerance, audit.bug_error = TOLERANCE_32, BUG_32
+            audit.single = True
             audit.assumed.append("log-determinants come in float32: tolerances are wider")
     d, elements = image.flat.shape[1], audit.x[0].numel()
-    if image.raw is None:
-        audit.why_not = "forward returns none"
+    audit.why_not = "forward returns none" if image.raw is None else ""
     if d != elements:
         sizes = f"z has {d} numbers for each example, and x {elements}"
         if not audit.flow.invertible:
@@ -141,10 +142,7 @@ def _call_first(audit: FlowAudit) -> None:
 
 
 def _check_purity(audit: FlowAudit) -> bool:
-    """Whether the flow is deterministic, or draws what its inverse removes.
-
-    Also whether it treats examples separately; both in its present mode.
-    """
+    """Whether the flow treats examples separately, and draws nothing, or what can be removed."""
     training = any(m.training for m in audit.sandbox.layers())
     noise, log_det_noise, coupling = _impurity(audit)
     if training and (noise > SAME or coupling > audit.tolerance):
@@ -196,54 +194,48 @@ def _impurity(audit: FlowAudit) -> tuple[float, ...]:
 
 def _differences(audit: FlowAudit) -> tuple[float, ...]:
     """How far z and the log-determinant differ between calls, and z among other examples."""
-    began, n = time.process_time(), 2 if audit.slow else 3
+    began, n, rows = time.process_time(), 2 if audit.slow else 3, len(audit.x)
     images = [audit.flow.forward(audit.x) for _ in range(n)]
     seconds = (time.process_time() - began) / n  # the first call warms up
     audit.seconds_per_call = min(audit.seconds_per_call, seconds)
-    stated = [
-        log_det_of(0.0 if image.raw is None else image.raw, len(audit.x))[0] for image in images
-    ]
-    others = audit.draw_examples(len(audit.x), 9)
+    stated = [log_det_of(0.0 if i.raw is None else i.raw, rows)[0] for i in images]
+    others = audit.draw_examples(rows, 9)
     others[0] = audit.x[0]
     return (
         max(distance(images[0].flat, other.flat) for other in images[1:]),
         max(distance(stated[0], other) for other in stated[1:]),
-        distance(audit.flow.forward(others).flat[:1], images[0].flat[:1]),
+        distance(audit.flow.latents(others)[:1], images[0].flat[:1]),
     )
 
 
 def _removes_noise(audit: FlowAudit, noise: float) -> bool:
-    """Whether x can be recovered from what a stochastic forward returns: dequantization."""
-    n = 50 if audit.seconds_per_call < 0.01 else 5
-    share = 1.0
+    """Whether x can be recovered from what a stochastic forward returns: dequantization.
+
+    Its inverse floors; or else, neighboring integers have images that fill disjoint intervals.
+    """
+    n, wrong = 50 if audit.seconds_per_call < 0.01 else 5, 1.0
     with suppress(AuditError):
+        x = audit.x
         if audit.flow.invertible:
-            x, again = audit.x, [_returned(audit, audit.x) for _ in range(2)]
-            if distance(again[0], x) > audit.tolerance:
-                x = again[0]  # the given x was not among the values that the inverse returns
-            wrong = [(_returned(audit, x) - x).abs() > audit.tolerance for _ in range(n)]
-            share = float(torch.stack(wrong).double().mean())
+            back = audit.flow.round_trip(x)
+            if distance(back, x) > audit.tolerance:
+                x = back  # the given x was not among the values that the inverse returns
+            off = torch.stack([audit.flow.round_trip(x) - x for _ in range(n)])
+            wrong = float((off.abs() > audit.tolerance).double().mean())
         elif (audit.example == audit.example.round()).all():
-            low, high = audit.example.min(), audit.example.max()
-            x = audit.x.floor().clamp(low, (high - 1).clamp(min=low))
-            z, above = (
-                torch.stack([audit.flow.forward(v).flat for _ in range(n)]) for v in (x, x + 1)
-            )
+            x = x.floor().clamp(max=audit.example.max() - 1)
+            z, above = (torch.stack([audit.flow.latents(v) for _ in range(n)]) for v in (x, x + 1))
             filled = (z.amax(0) - z.amin(0)) / (above.mean(0) - z.mean(0))
-            share = float(((z.amax(0) > above.amin(0)) | (filled < 0.8)).double().mean())
-    if share > 0.05:
+            wrong = float(((z.amax(0) > above.amin(0)) | (filled < 0.8)).double().mean())
+    if wrong > 0.05:
         return False
     audit.warn("stochastic", "dequantization", difference=noise)
-    if share > 1e-4:
-        audit.warn("inverse_mismatch", "grid", share=share)
+    if wrong > 1e-4:
+        audit.warn("inverse_mismatch", "grid", share=wrong)
     elif audit.flow.invertible:
         audit.checked.append(f"the inverse removes the noise of forward, in {n} draws")
-    audit.flow.invertible = False  # flooring is no inverse where x is not on the grid
+    audit.flow.invertible = False  # off the grid, flooring is no inverse
     return True
-
-
-def _returned(audit: FlowAudit, x: Tensor) -> Tensor:
-    return audit.flow.inverse(audit.flow.forward(x).tree, x)[0]
 
 
 # --- both directions ----------------------------------------------------------------------------
@@ -265,12 +257,12 @@ def _check_accumulation(audit: FlowAudit, unperturbed: Measurement) -> None:
     raw = audit.flow.forward(audit.x).raw
     if audit.flow.adds_to is None or not isinstance(raw, Tensor) or unperturbed.nan_log_det:
         return
-    shape = raw.shape if raw.ndim else (len(audit.x),)
-    before = torch.arange(1.0, 1.0 + math.prod(shape)).reshape(shape)
+    before = torch.arange(1.0, 1.0 + math.prod(raw.shape or audit.x.shape[:1]))
+    before = before.reshape(raw.shape or audit.x.shape[:1])
     with suppress(AuditError):
         after = audit.flow.forward(audit.x, total=before).raw
-        after = torch.as_tensor(torch.nan if after is None else after).detach()
-        if after.shape == before.shape and distance(after - before, raw.expand(shape)) < 1e-6:
+        fits = isinstance(after, Tensor) and after.shape == before.shape
+        if fits and distance(after - before, raw.expand_as(before)) < 1e-6:
             audit.checked.append(f"the log-determinant is added to {audit.flow.adds_to}")
         else:
             audit.bug("logdet_mismatch", "accumulated", argument=audit.flow.adds_to)
@@ -284,17 +276,14 @@ def _check_single_precision(audit: FlowAudit, _unperturbed: Measurement) -> None
     x = audit.few.float()
     audit.sandbox.use_dtype(torch.float32)
     with suppress(AuditError):
-        back = _returned(audit, x)
+        back = audit.flow.round_trip(x)
         error = distance(back, x) if back.isfinite().all() else math.inf
         audit.details["round_trip_float32"] = error
-        if error > BUG_32:
+        if error > 0.02:
             whole = {"the flow": audit.details.get("condition", math.nan)}
-            conditions = audit.details.get("conditions", whole)
-            worst = max(conditions, key=conditions.__getitem__)
+            worst, condition = max(
+                audit.details.get("conditions", whole).items(), key=lambda item: item[1]
+            )
             audit.warn(
-                "ill_conditioned",
-                "round_trip",
-                error=error,
-                layer=worst,
-                condition=conditions[worst],
+                "ill_conditioned", "round_trip", error=error, layer=worst, condition=condition
             )

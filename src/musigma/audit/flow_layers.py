@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musigma.audit.bijection import FLAGS, Image, inverse_of, log_det_of, read, total_of
+from musigma.audit.bijection import FLAGS, Image, inverse_of, log_det_of, read
 from musigma.audit.findings import AuditError, distance
 from musigma.audit.flow_faults import log_det_fault
 from musigma.audit.flow_measurement import FlowAudit, Measurement, log_det_error
+from musigma.audit.jacobian import DENSE, volume
 from musigma.audit.sandbox import first, forward_hooks
-from musigma.audit.volume import DENSE, volume
 
 __all__ = ["check_layers"]
 
@@ -89,16 +89,19 @@ class _Layer:
     def __call__(self, x: Tensor) -> Tensor:
         return self.call(x).flat
 
-    @property
-    def back(self) -> Callable[[Tensor], Any] | None:
-        """The layer's inverse, if it is called with nothing but z and what was accumulated."""
+    def round_trip_error(self) -> float:
+        """How far its inverse is from x; zero if it takes more than z and what was accumulated."""
         inverse = inverse_of(self.module)
         values = [*self.args, *(v for k, v in self.kwargs.items() if k not in FLAGS)]
         if inverse is None or not all(map(self.is_total, values)):
-            return None
-        if isinstance(inverse, partial) and total_of(self.module):
-            return lambda z: self.call(z, **inverse.keywords).tree
-        return inverse if not values else None
+            return 0.0
+        if isinstance(inverse, partial) and inverse.func is self.module:
+            back = self.call(self.z.clone(), **inverse.keywords).tree
+        elif values:
+            return 0.0
+        else:
+            back = first(self.audit.sandbox.call(self.name, inverse, self.z.clone()))
+        return distance(back.reshape(self.x.shape), self.x)
 
 
 def _layers(audit: FlowAudit) -> list[_Layer]:
@@ -151,11 +154,10 @@ def _check_layer(layer: _Layer, std: float) -> float | None:
                 known_already = whole is not None and "layer" in whole.numbers
                 if not (known_already or audit.noisy_log_det or "logdet_shape" in audit.findings):
                     audit.findings.pop("logdet_mismatch", None)
+                    fault = log_det_fault(layer.name, x, stated, known.log_det, "bug")
+                    code, severity, variant, numbers = fault
                     when = f"with random parameters (moved by {std:g})"
-                    when = when if std else "with its own parameters"
-                    code, severity, variant, numbers = log_det_fault(
-                        layer.name, x, stated, known.log_det, "bug", when
-                    )
+                    numbers |= {"when": when if std else "with its own parameters"}
                     audit.find(code, severity, variant, layer=layer.name, **numbers)
             condition = float(known.condition.max())
             return condition if math.isfinite(condition) else 0.0
@@ -200,15 +202,11 @@ def _has_time(layer: _Layer, x: Tensor) -> bool:
 def _name_wrong_inverse(audit: FlowAudit, seen: list[_Layer]) -> None:
     """Name the layer whose own round trip fails, where the whole flow's fails."""
     whole = audit.findings.get("inverse_mismatch")
-    if whole is None or "error" not in whole.numbers or "layer" in whole.numbers:
+    if whole is None or whole.severity != "bug" or "layer" in whole.numbers:
         return
-    for layer in seen if whole.severity == "bug" else ():
-        back = layer.back
-        if back is None:
-            continue
+    for layer in seen:
         with suppress(AuditError, RuntimeError):
-            x = first(audit.sandbox.call(layer.name, back, layer.z.clone()))
-            if distance(x.reshape(layer.x.shape), layer.x) > audit.bug_error:
+            if layer.round_trip_error() > audit.bug_error and "error" in whole.numbers:
                 del audit.findings["inverse_mismatch"]
                 audit.bug("inverse_mismatch", "layer", **whole.numbers, layer=layer.name)
                 return

@@ -14,28 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from musigma.audit.bijection import FlowAdapter, Image, log_det_of, map_tensors
+from musigma.audit.bijection import FlowAdapter, Image, log_det_of
 from musigma.audit.findings import AuditError, ReportBuilder, distance, name_of
+from musigma.audit.jacobian import DENSE, Volume, by_differences, volume
 from musigma.audit.sandbox import Sandbox
-from musigma.audit.volume import DENSE, Volume, by_differences, volume
 
-__all__ = [
-    "BUG", "BUG_32", "EXACT", "ITERATES", "ROUNDED", "SAME", "SINGLE", "TOLERANCE",
-    "TOLERANCE_32", "FlowAudit", "Measurement", "log_det_error",
-]  # fmt: skip
+__all__ = ["EXACT", "FlowAudit", "Measurement", "log_det_error"]
 
 SECONDS = 8.0  # of CPU time for all checks that can be left out
 ROWS = (5, 6, 7, 9, 11)  # batch sizes: the first that is no other axis's
 FEW = (2, 3, 4, 5)  # the same, where there are many elements
-# Errors up to the first are correct, and from the second on a bug. Iterative inverses (fixed
-# points, bisection, ODEs) stop at about 1e-5; mistakes are a thousand times larger.
-TOLERANCE, BUG = 3e-4, 1e-3
-TOLERANCE_32, BUG_32 = 2e-3, 2e-2  # the same in float32
-EXACT = 1e-8  # the largest error of an inverse that computes a formula in float64
-SAME = 1e-7  # largest difference between two calls on one input
-# Why the inverse of right code is not exact.
-ITERATES = "the inverse iterates"
+EXACT = 1e-8  # the largest error of a formula's inverse in float64
+# Why right code is not exact.
+ITERATES = "it iterates"
 SINGLE = "it computes in single precision"
 ROUNDED = "stored constants are rounded to single precision"
 
@@ -53,6 +46,7 @@ class Measurement:
     why: str = ""
     inverse_error: AuditError | None = None
     log_det: float = math.nan
+    iterates: bool = False
     stated: Tensor | None = None
     truth: Tensor | None = None
     back_sum: float = math.nan
@@ -87,9 +81,8 @@ class FlowAudit(ReportBuilder):
         self.restore_first: Callable[[], None] = sandbox.snapshot()
         self.restore: Callable[[], None] = self.restore_first
         self.began = time.process_time()
-        single = sandbox.dtype == torch.float32
-        self.tolerance, self.bug_error = (TOLERANCE_32, BUG_32) if single else (TOLERANCE, BUG)
-        if single:
+        self.single = sandbox.dtype == torch.float32  # log-determinants have 32 bits
+        if self.single:
             self.assumed.append("it computes in float32 only: tolerances are wider")
         self.noisy_log_det = False
         self.was_training = False  # it was, and is now in evaluation mode
@@ -98,6 +91,16 @@ class FlowAudit(ReportBuilder):
         self.square = True  # z has as many numbers as x
         self.compared = False  # the log-determinant, with the Jacobian's
         self.why_not = ""  # why it was not compared
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error of a log-determinant that is right."""
+        return 2e-3 if self.single else 3e-4
+
+    @property
+    def bug_error(self) -> float:
+        """The smallest error of a log-determinant that is a bug."""
+        return 2e-2 if self.single else 1e-3
 
     @property
     def slow(self) -> bool:
@@ -132,17 +135,30 @@ class FlowAudit(ReportBuilder):
         return torch.cat([have, mixed])[:n] if keep else mixed
 
     @torch.no_grad()
-    def perturb(self, std: float, seed: int = 1) -> None:
-        """Move the parameters by noise, in training mode, as a training step does.
+    def reset(self, std: float = 0.0, seed: int = 1) -> None:
+        """Restore the parameters, and move them by noise, as a training step does.
 
-        Running means and variances, which start at zero and one, move as well.
+        Running means and variances, which start at zero and one, move as well. Parameters of
+        modules with backward hooks, which may keep them in their range, do not.
         """
-        modes = {m: m.training for m in self.sandbox.layers()}
-        for module in self.sandbox.modules:
-            module.train()
+        self.restore()
+        self.perturb(std, seed)
+
+    @torch.no_grad()
+    def perturb(self, std: float, seed: int = 1) -> None:
+        """As `reset`, from the present parameters."""
+        if not std:
+            return
+        modes = {module: module.training for module in self.sandbox.layers()}
+        hooked = [m for m in modes if m._backward_hooks]  # pyright: ignore[reportPrivateUsage]
+        kept = [(p, p.clone()) for m in hooked for p in m.parameters(recurse=False)]
+        for root in self.sandbox.modules:
+            root.train()
         self.sandbox.randomize(std, seed)
-        for module in self.sandbox.modules:
-            module.train(modes[module])
+        for p, value in kept:
+            p.copy_(value)
+        for root in self.sandbox.modules:
+            root.train(modes[root])
         generator = torch.Generator().manual_seed(seed)
         for module, mode in modes.items():
             module.training = mode
@@ -151,15 +167,7 @@ class FlowAudit(ReportBuilder):
                     noise = std * torch.randn(buffer.shape, generator=generator).to(buffer)
                     buffer.add_(noise) if name == "running_mean" else buffer.mul_(noise.exp())
 
-    def reset(self, std: float = 0.0, seed: int = 1) -> None:
-        """Restore the parameters, and move them if the scale is not zero."""
-        self.restore()
-        if std:
-            self.perturb(std, seed)
-
-    def flat(self, x: Tensor) -> Tensor:
-        """The latents (B, D): the function that `volume` takes."""
-        return self.flow.forward(x).flat
+    # -- one pass
 
     def measure(self) -> Measurement:
         """Errors of one pass of a few examples in both directions; none if z is not finite."""
@@ -174,32 +182,34 @@ class FlowAudit(ReportBuilder):
 
     def _measure_log_det(self, measured: Measurement) -> None:
         """The returned log-determinant against the Jacobian's."""
-        x, d = self.few, self.few[0].numel()
+        x, d, stated = self.few, self.few[0].numel(), measured.stated
         if not self.square or (d > DENSE and self.seconds_per_call > 0.03):
             return  # `flow_layers` looks at the layers
         try:
-            measured.volume = volume(self.flat, x)
+            known = volume(self.flow.latents, x)
         except (RuntimeError, AuditError):
-            measured.volume = by_differences(self.flat, x) if d <= 64 else None
-        stated = measured.stated
-        if measured.volume is None or stated is None or measured.nan_log_det:
+            known = by_differences(self.flow.latents, x) if d <= 64 else None
+        measured.volume = known
+        if known is None or stated is None or measured.nan_log_det:
             return
-        measured.truth = measured.volume.log_det
-        if not measured.truth.isfinite().all():
+        measured.truth = known.log_det
+        if not known.log_det.isfinite().all():
             return
 
         def error(truth: Tensor) -> float:
-            if measured.kind == "other":
-                return float((stated - truth.sum()).abs().max())
-            return log_det_error(stated, truth)
+            other = measured.kind == "other"
+            return distance(stated, truth.sum()) if other else log_det_error(stated, truth)
 
-        measured.log_det = error(measured.truth)
-        if measured.log_det > self.tolerance and d <= 128 and self.sandbox.dtype == torch.float64:
+        measured.log_det = error(known.log_det)
+        if measured.log_det <= self.tolerance:
+            return
+        if d <= 128 and self.sandbox.dtype == torch.float64:
             with suppress(AuditError, RuntimeError):  # autograd may have been cut off somewhere
-                other = by_differences(self.flat, x).log_det
-                if distance(other, measured.truth) > 1e-4:
+                other = by_differences(self.flow.latents, x).log_det
+                if distance(other, known.log_det) > 1e-4:
                     measured.truth, measured.volume = other, None
                     measured.log_det = 0.0 if error(other) < 1e-5 else error(other)
+        measured.iterates = self._operations(self.flow.latents, x).most_uses >= 8
 
     def _measure_inverse(self, measured: Measurement, image: Image) -> None:
         """The inverse, called twice after forward was called with other data; and its log-det."""
@@ -218,8 +228,8 @@ class FlowAudit(ReportBuilder):
                 more = self.draw_examples(40, 13)
                 many = self.flow.forward(more)
                 if many.flat.isfinite().all():
-                    back_again, _ = self.flow.inverse(many.tree, more)
-                    self._measure_round_trip(measured, many, back_again, more)
+                    again, _ = self.flow.inverse(many.tree, more)
+                    self._measure_round_trip(measured, many, again, more)
         if raw is None or measured.stated is None or measured.nan_log_det:
             return
         inverse, _ = log_det_of(raw, len(x))
@@ -251,60 +261,68 @@ class FlowAudit(ReportBuilder):
             return t.detach() * (1 + step * noise) + step * noise
 
         with suppress(AuditError):
-            near, _ = self.flow.inverse(map_tensors(moved, image.tree), x)
+            near, _ = self.flow.inverse(tree_map_only(Tensor, moved, image.tree), x)
             if near.isfinite().all():
                 return 0.1 * distance(near, back)
         return 0.0
 
     def _explain(self, image: Image, error: float, x: Tensor) -> str:
         """Why an inverse that is right may have an error; "" if nothing explains it."""
-        ahead, behind = (_Operations(self.sandbox.trainable()) for _ in range(2))
-        with suppress(AuditError):
-            with ahead:
-                self.flow.forward(x)
-            with behind:
-                self.flow.inverse(image.tree, x)
+        ahead = self._operations(self.flow.forward, x)
+        behind = self._operations(self.flow.inverse, image.tree, x)
         if self.sandbox.dtype == torch.float32 or ahead.single or behind.single:
             return SINGLE
-        uses = max([*ahead.uses.values(), *behind.uses.values(), 0])
-        if uses >= 8 or behind.count > 4 * ahead.count + 20:
+        converges = behind.reads > ahead.reads and behind.most_uses > ahead.most_uses
+        many = max(ahead.most_uses, behind.most_uses) >= 8 or behind.count > 4 * ahead.count + 20
+        if converges or many:
             return ITERATES
-        restore, explained = self.sandbox.snapshot(), 0.0
+        restore, errors = self.sandbox.snapshot(), []
         with suppress(AuditError):
-            errors = []
             for _ in range(2):
-                errors.append(self.flow.inverse(self.flow.forward(x).tree, x)[0] - x)
+                errors.append(self.flow.round_trip(x) - x)
                 self._round_constants()
-            explained = 10 * distance(*errors)
         restore()
-        return ROUNDED if error < explained else ""
+        return ROUNDED if len(errors) == 2 and error < 10 * distance(*errors) else ""
+
+    def _operations(self, call: Callable[..., Any], *args: Any) -> _Operations:
+        with _Operations(self.sandbox.trainable()) as operations, suppress(AuditError):
+            call(*args)
+        return operations
 
     @torch.no_grad()
     def _round_constants(self) -> None:
-        """Move every stored tensor but the parameters as rounding to float32 does."""
-        generator = torch.Generator().manual_seed(0)
-        tensors = [b for m in self.sandbox.layers() for b in m.buffers(recurse=False)]
-        owners = [*self.sandbox.layers(), *self.sandbox.holders]
-        tensors += [t for owner in owners for t in vars(owner).values() if isinstance(t, Tensor)]
+        """Move every stored tensor that is not trained as rounding to float32 does."""
+        layers, generator = self.sandbox.layers(), torch.Generator().manual_seed(0)
+        tensors = [t for m in layers for t in (*m.buffers(False), *m.parameters(False))]
+        tensors += [t for owner in (*layers, *self.sandbox.holders) for t in vars(owner).values()]
         for t in tensors:
-            if t.is_floating_point() and not t.requires_grad:
+            if isinstance(t, Tensor) and t.is_floating_point() and not t.requires_grad:
                 eps = torch.finfo(torch.float32).eps
                 t.mul_(1 + eps * torch.randn(t.shape, generator=generator).to(t))
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations, how many use each parameter, and whether any has less than 64 bits."""
+    """Counts the operations of a call: all, those that read a number, those of each parameter.
+
+    `single` is whether any of them has 32 bits or less.
+    """
 
     def __init__(self, parameters: list[Tensor]):
         super().__init__()
-        self.count, self.single = 0, False
+        self.count, self.reads, self.single = 0, 0, False
         self.uses = Counter[int]()
         self.ids = {id(p) for p in parameters}
+
+    @property
+    def most_uses(self) -> int:
+        """How many operations use the parameter that is used most."""
+        return max(self.uses.values(), default=0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.count += 1
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
         self.uses.update(id(a) for a in args if id(a) in self.ids)
-        tensors = [t for t in (*args, out) if isinstance(t, Tensor)]
-        self.single |= any(t.dtype in (torch.float32, torch.float16) for t in tensors)
+        short = (torch.float32, torch.float16, torch.bfloat16)
+        self.single |= any(isinstance(t, Tensor) and t.dtype in short for t in (*args, out))
         return out

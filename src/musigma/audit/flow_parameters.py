@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musigma.audit.bijection import detached, flatten, log_det_of
+from musigma.audit.bijection import log_det_of
 from musigma.audit.findings import AuditError, distance
 from musigma.audit.flow_faults import report
 from musigma.audit.flow_measurement import EXACT, FlowAudit, Measurement
+from musigma.audit.jacobian import by_autograd
 from musigma.audit.sandbox import first, forward_hooks
-from musigma.audit.volume import by_autograd
 
 __all__ = [
     "check_determinant_sign",
@@ -32,8 +32,8 @@ __all__ = [
     "check_random_parameters",
 ]
 
-DRAWS = 300  # of parameters, to look for one under which det J changes its sign
 SCALES = (0.3, 0.1, 0.03)  # of random parameters: the largest under which z is finite
+DRAWS = 300  # of parameters, to look for one under which det J changes its sign
 
 Moments = tuple[Tensor, Tensor]
 
@@ -43,30 +43,28 @@ Moments = tuple[Tensor, Tensor]
 
 def check_initialization(audit: FlowAudit) -> None:
     """Whether the first call initializes anything, and if so, correctly and permanently."""
-    if not audit.sandbox.modules and not audit.sandbox.holders:
-        return
     if audit.was_training:
         audit.unchecked.append("data-dependent initialization: the flow is in training mode")
-        return
-    restore_after_first = audit.sandbox.snapshot()
-    other = audit.draw_examples(len(audit.x), 4)
-    second = _z(audit, other)
-    audit.restore_first()
-    with suppress(AuditError):
-        other_first, example_second = _z(audit, other), _z(audit, audit.x)
+    elif audit.sandbox.modules or audit.sandbox.holders:
+        restore_after_first = audit.sandbox.snapshot()
+        other = audit.draw_examples(len(audit.x), 4)
+        second = _z(audit, other)
+        audit.restore_first()
+        with suppress(AuditError):
+            other_first, example_second = _z(audit, other), _z(audit, audit.x)
+            restore_after_first()
+            example_again = _z(audit, audit.x)
+            change = max(distance(second, other_first), distance(example_second, example_again))
+            if change > 10 * audit.tolerance and not _has_running_statistics(audit):
+                audit.checked.append("the first call initializes from its batch")
+                _check_standardization(audit)
+                _check_reload(audit)
         restore_after_first()
-        example_again = _z(audit, audit.x)
-        changes = distance(second, other_first), distance(example_second, example_again)
-        if max(changes) > 10 * audit.tolerance and not _has_running_statistics(audit):
-            audit.checked.append("the first call initializes from its batch")
-            _check_standardization(audit)
-            _check_reload(audit)
-    restore_after_first()
-    audit.flow.forward(audit.x)  # initializes, if nothing has
+        audit.flow.forward(audit.x)  # initializes, if nothing has
 
 
 def _z(audit: FlowAudit, x: Tensor) -> Tensor:
-    return audit.flow.forward(x).flat.detach()
+    return audit.flow.latents(x).detach()
 
 
 def _has_running_statistics(audit: FlowAudit) -> bool:
@@ -97,7 +95,8 @@ def _check_standardization(audit: FlowAudit) -> None:
         "shifted and unevenly scaled data"
     )
     for name in both:
-        if min(_error(*unperturbed[name]), _error(*perturbed[name])) < 0.05:
+        runs = (unperturbed[name], perturbed[name])
+        if min(float(torch.cat([mean, std - 1]).abs().max()) for mean, std in runs) < 0.05:
             continue
         mean, std = unperturbed[name]
         common = float(std.median())  # some layers scale all channels to another constant
@@ -115,10 +114,6 @@ def _check_standardization(audit: FlowAudit) -> None:
         )
 
 
-def _error(mean: Tensor, std: Tensor) -> float:
-    return max(float(mean.abs().max()), float((std - 1).abs().max()))
-
-
 def _standardized(audit: FlowAudit, noise: float) -> dict[str, Moments]:
     """Mean and std by channel of every first output that shifts and scales its input."""
     channels, *sides = audit.example.shape[1:]
@@ -129,8 +124,7 @@ def _standardized(audit: FlowAudit, noise: float) -> dict[str, Moments]:
     names = {m: k for root in audit.sandbox.modules for k, m in root.named_modules()}
     for x in (uneven.to(audit.example), audit.draw_examples(n, 5)):
         audit.restore_first()
-        if noise:
-            audit.perturb(noise)
+        audit.perturb(noise)
         calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def hook(module: nn.Module, args: tuple, out: Any, calls: dict = calls) -> None:
@@ -144,14 +138,13 @@ def _standardized(audit: FlowAudit, noise: float) -> dict[str, Moments]:
                 z = _z(audit, x)
         except AuditError:
             continue
-        if not z.isfinite().all():
-            continue
-        initialized = [m for m in calls if not torch.equal(before[m], _numbers_of(m))]
-        pairs = [(names[m] or type(m).__name__, *calls[m]) for m in initialized]
-        pairs = pairs or [("forward", x, z)]
-        found = {name: moments for name, *pair in pairs if (moments := _moments(*pair))}
-        if found:
-            return found
+        if z.isfinite().all():
+            initialized = [m for m in calls if not torch.equal(before[m], _numbers_of(m))]
+            pairs = [(names[m] or type(m).__name__, *calls[m]) for m in initialized]
+            pairs = pairs or [("forward", x, z)]
+            found = {name: moments for name, *pair in pairs if (moments := _moments(*pair))}
+            if found:
+                return found
     return {}
 
 
@@ -174,9 +167,8 @@ def _moments(x: Tensor, z: Tensor) -> Moments | None:
     left = (out - slope[:, None] * centered).abs().amax()
     if not left <= 1e-4 * out.abs().amax().clamp(min=1e-12):  # NaN where a channel is constant
         return None
-    if (slope - 1).abs().max() < 1e-6 and (z.mean(1) - x.mean(1)).abs().max() < 1e-6:
-        return None  # this call did not set it
-    return z.mean(1), z.std(1, correction=0)
+    unchanged = (slope - 1).abs().max() < 1e-6 and (z.mean(1) - x.mean(1)).abs().max() < 1e-6
+    return None if unchanged else (z.mean(1), z.std(1, correction=0))
 
 
 def _check_reload(audit: FlowAudit) -> None:
@@ -255,20 +247,20 @@ def _is_stale(audit: FlowAudit, std: float) -> bool:
     x = audit.few
     with suppress(AuditError):
         audit.restore()
-        z = detached(audit.flow.forward(x).tree)
-        early, _ = audit.flow.inverse(z, x)
+        old = audit.flow.forward(x)
+        early, _ = audit.flow.inverse(old.tree, x)
         audit.perturb(std)
-        image = audit.flow.forward(x)
-        if distance(image.flat, flatten(z)) < 1e-4:
+        new = audit.flow.forward(x)
+        if distance(new.flat, old.flat) < 1e-4:
             return False
-        late, _ = audit.flow.inverse(image.tree, x)
+        late, _ = audit.flow.inverse(new.tree, x)
         error = distance(late, x)
         if error <= 1e-3:
             audit.checked.append("the inverse follows an update of the parameters")
             return False
-        late_old, _ = audit.flow.inverse(z, x)
+        late_old, _ = audit.flow.inverse(old.tree, x)
         audit.reset(std)
-        fresh, _ = audit.flow.inverse(audit.flow.forward(x).tree, x)
+        fresh = audit.flow.round_trip(x)
         if distance(fresh, x) <= 1e-3 or distance(late_old, early) == 0.0:
             audit.bug("stale_inverse", error=error)
             return True
@@ -295,69 +287,6 @@ def check_negative_determinants(audit: FlowAudit, _unperturbed: Measurement) -> 
                 audit.bug("logdet_nan", "negative")
 
 
-def check_determinant_sign(audit: FlowAudit, _unperturbed: Measurement) -> None:
-    """Whether det J has one sign, over wide ranges of points and parameters.
-
-    Parameters move far only if all are vectors: networks may be bijections by a bound on their
-    matrices that an optimizer keeps.
-    """
-    if audit.x[0].numel() > 16:
-        audit.unchecked.append("the sign of det J at many points: there are too many elements")
-        return
-    if "cross_sample" in audit.findings or audit.noisy_log_det:
-        return
-    parameters = audit.sandbox.trainable()
-    buffers = [name for root in audit.sandbox.modules for name, _ in root.named_buffers()]
-    spectral = ("u", "v", "_u", "_v", "weight_u", "weight_v")  # buffers of spectral norms
-    free = parameters and not any(name.rsplit(".", 1)[-1] in spectral for name in buffers)
-    draws = DRAWS if free and all(p.squeeze().ndim <= 1 for p in parameters) else 0
-    for draw in range(1 + draws):
-        audit.restore()
-        if draw:
-            _scatter(parameters, draw)
-        if audit.time_left() < 0:
-            break
-        try:
-            positive, negative = _determinant_signs(audit, 200 if draw else 1500, draw)
-        except (AuditError, RuntimeError):
-            if draw:
-                continue
-            return
-        if positive and negative:
-            where = ", with parameters that training may reach" if draw else ""
-            audit.bug("not_injective", positive=positive, negative=negative, parameters=where)
-            return
-    over = f", and under {draws} draws of the parameters" if draws else ""
-    audit.checked.append(f"det J has the same sign at all points tried{over}")
-
-
-@torch.no_grad()
-def _scatter(parameters: list[Tensor], seed: int) -> None:
-    """Shrink every parameter and add noise, each on a scale of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in parameters:
-        keep, size = torch.rand(2, generator=generator).tolist()
-        noise = torch.randn(p.shape, generator=generator).to(p)
-        p.mul_(keep).add_(noise, alpha=10 ** (2 * size - 1))
-
-
-def _determinant_signs(audit: FlowAudit, n: int, seed: int) -> tuple[int, int]:
-    """The numbers of points at which det J is certainly positive, and negative."""
-    example, generator = audit.example, torch.Generator().manual_seed(seed)
-    shape = (n if audit.seconds_per_call < 0.01 else n // 5, *example.shape[1:])
-    if ((example >= 0) & (example <= 1)).all():
-        x = torch.rand(shape, generator=generator).to(audit.x)
-    else:
-        spread = (example.std() if example.numel() > 1 else torch.tensor(1.0)).clamp(min=0.3)
-        factor = 8 ** torch.rand(shape[0], generator=generator)
-        noise = torch.randn(shape, generator=generator)
-        x = example.mean(0) + spread * (factor * noise.movedim(0, -1)).movedim(-1, 0).to(example)
-    log_det, sign, condition = by_autograd(audit.flat, x)
-    sure = log_det.isfinite() & (condition < 1e9)
-    sure &= log_det > log_det[sure].median() + math.log(0.01) if sure.any() else sure
-    return int((sign[sure] > 0).sum()), int((sign[sure] < 0).sum())
-
-
 def _is_matrix(p: Tensor) -> bool:
     """Whether a parameter is a square matrix, and not triangular."""
     if p.ndim < 2 or p.shape[1] < 2 or p.numel() != len(p) ** 2 or len(p) != p.shape[1]:
@@ -381,3 +310,79 @@ def _make_determinant_negative(p: Tensor) -> None:
     if inverse[at] != 0:
         matrix[at] -= 2 / inverse[at]
         p.copy_(matrix.reshape(p.shape).to(p))
+
+
+def check_determinant_sign(audit: FlowAudit, _unperturbed: Measurement) -> None:
+    """Whether det J has one sign, over wide ranges of points and parameters.
+
+    Parameters move far only if all are vectors: networks may be bijections by a bound on their
+    matrices that an optimizer keeps.
+    """
+    if audit.x[0].numel() > 16:
+        audit.unchecked.append("the sign of det J at many points: there are too many elements")
+        return
+    if "cross_sample" in audit.findings or audit.noisy_log_det:
+        return
+    parameters = audit.sandbox.trainable()
+    vectors = all(p.squeeze().ndim <= 1 for p in parameters)
+    draws = DRAWS if parameters and vectors and not _is_normalized(audit) else 0
+    n, done = 1500 if audit.seconds_per_call < 0.01 else 300, 0
+    for draw in range(1 + draws):
+        audit.restore()
+        if audit.time_left() < 0:
+            break
+        if draw:
+            _scatter(parameters, draw)
+        with suppress(AuditError, RuntimeError):
+            signs = _determinant_signs(audit, 200 if draw else n, draw)
+            positive, negative = (int((signs == sign).sum()) for sign in (1, -1))
+            if positive and negative:
+                where = ", with parameters that training may reach" if draw else ""
+                audit.bug("not_injective", positive=positive, negative=negative, parameters=where)
+                return
+            done += 1
+    if done:
+        times = f", under {done} draws of the parameters" if draws else ""
+        audit.checked.append(f"det J has the same sign at all points tried{times}")
+
+
+def _is_normalized(audit: FlowAudit) -> bool:
+    """Whether a module keeps the vectors of a spectral norm."""
+    names = {k.rsplit(".", 1)[-1] for m in audit.sandbox.modules for k, _ in m.named_buffers()}
+    return bool(names & {"u", "v", "_u", "_v", "weight_u", "weight_v"})
+
+
+@torch.no_grad()
+def _scatter(parameters: list[Tensor], seed: int) -> None:
+    """Shrink every parameter and add noise, each on a scale of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        keep, size = torch.rand(2, generator=generator).tolist()
+        noise = torch.randn(p.shape, generator=generator).to(p)
+        p.mul_(keep).add_(noise, alpha=10 ** (2 * size - 1))
+
+
+def _determinant_signs(audit: FlowAudit, n: int, seed: int) -> Tensor:
+    """The signs of det J where they are certain, up to eight standard deviations away.
+
+    Points that are outside of the range of the example count if the inverse recovers them: others
+    may be outside of the domain of the flow.
+    """
+    example, generator = audit.example, torch.Generator().manual_seed(seed)
+    spread = (example.std() if example.numel() > 1 else torch.tensor(1.0)).clamp(min=0.3)
+    factor = 8 ** torch.rand(n, *(1,) * (example.ndim - 1), generator=generator)
+    noise = torch.randn(n, *example.shape[1:], generator=generator)
+    x = example.mean(0) + spread * (factor * noise).to(example)
+    low, high = example.amin(0), example.amax(0)
+    if (low >= 0).all():
+        x = x.abs() if (high > 1).any() else torch.rand(x.shape, generator=generator).to(x)
+    if audit.flow.invertible:
+        back = audit.flow.round_trip(x)
+        off = ((back - x).abs() / (1 + x.abs())).flatten(1).amax(1)
+        within = ((low <= x) & (x <= high)).flatten(1).all(1)
+        x = x[(off < 1e-3) | within]
+    log_det, sign, condition = by_autograd(audit.flow.latents, x)
+    sure = log_det.isfinite() & (condition < 1e9)
+    if sure.any():
+        sure &= log_det > log_det[sure].median() + math.log(0.01)
+    return sign[sure]

@@ -22,8 +22,8 @@ from torch.distributions import Distribution, kl_divergence
 
 from musigma import context as contexts
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, distance, name_of
+from musigma.audit.jacobian import DENSE, volume
 from musigma.audit.sandbox import forward_hooks
-from musigma.audit.volume import DENSE, volume
 from musigma.conditional import Conditional
 from musigma.context import Context
 from musigma.data import Dataset

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Volume", "by_autograd", "by_differences", "volume"]
+__all__ = ["DENSE", "Volume", "by_autograd", "by_differences", "volume"]
 
 DENSE = 256  # elements up to which the whole Jacobian is computed
 Function = Callable[[Tensor], Tensor]  # x (B, ...) to z (B, D), differentiable
@@ -30,57 +30,6 @@ class Volume(NamedTuple):
     log_det: Tensor
     sign: Tensor
     condition: Tensor
-
-
-def jacobian(function: Function, x: Tensor) -> Tensor:
-    """The Jacobians of independent examples, (B, D, D), by D backward passes.
-
-    Raises:
-        RuntimeError: If the output does not depend on x in autograd's graph.
-    """
-    x = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        z = function(x)
-    d = z.shape[1]
-    picks = torch.eye(d, dtype=z.dtype)[:, None].expand(d, *z.shape)
-    parts = picks.split(max(1, 2_000_000 // z.numel()))
-    return torch.cat([_products(z, x, part) for part in parts]).transpose(0, 1).double()
-
-
-def _products(z: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
-    """Several vᵀ J, (n, B, D)."""
-    gradient = partial(torch.autograd.grad, z, x, retain_graph=True)
-    try:
-        (g,) = gradient(vectors, is_grads_batched=True)
-    except RuntimeError:  # operations that cannot be batched go one by one
-        g = torch.stack([gradient(v)[0] for v in vectors])
-    return g.reshape(len(vectors), len(x), -1).detach()
-
-
-def by_autograd(function: Function, x: Tensor) -> Volume:
-    """As `volume`, by the whole Jacobian."""
-    return _of(jacobian(function, x))
-
-
-def by_differences(function: Function, x: Tensor) -> Volume:
-    """As `volume`, by central differences: where autograd's graph is broken."""
-    flat = x.detach().flatten(1)
-    columns = []
-    for i in range(flat.shape[1]):
-        step = torch.zeros_like(flat)
-        step[:, i] = 1e-5 * (1 + flat[:, i].abs())
-        ahead, behind = (function(moved.reshape(x.shape)) for moved in (flat + step, flat - step))
-        columns.append((ahead - behind).detach() / (2 * step[:, i : i + 1]))
-    return _of(torch.stack(columns, 2).double())
-
-
-def _of(whole: Tensor) -> Volume:
-    """Of Jacobians (B, D, D)."""
-    if not whole.isfinite().all():
-        nan = torch.full((len(whole),), torch.nan, dtype=torch.float64)
-        return Volume(nan, nan, nan)
-    sign, log_det = torch.linalg.slogdet(whole)
-    return Volume(log_det, sign, _condition(whole))
 
 
 def volume(function: Function, x: Tensor, dense: int = DENSE) -> Volume | None:
@@ -104,9 +53,51 @@ def volume(function: Function, x: Tensor, dense: int = DENSE) -> Volume | None:
     return _coupling(z, leaf) or _pixelwise(z, leaf)
 
 
-def _condition(whole: Tensor) -> Tensor:
+def by_autograd(function: Function, x: Tensor) -> Volume:
+    """As `volume`, by the whole Jacobian: D backward passes.
+
+    Raises:
+        RuntimeError: If the output does not depend on x in autograd's graph.
+    """
+    x = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        z = function(x)
+    d = z.shape[1]
+    picks = torch.eye(d, dtype=z.dtype)[:, None].expand(d, *z.shape)
+    parts = picks.split(max(1, 2_000_000 // z.numel()))
+    return _of(torch.cat([_products(z, x, part) for part in parts]).transpose(0, 1))
+
+
+def by_differences(function: Function, x: Tensor) -> Volume:
+    """As `volume`, by central differences: where autograd's graph is broken."""
+    flat = x.detach().flatten(1)
+    columns = []
+    for i in range(flat.shape[1]):
+        step = torch.zeros_like(flat)
+        step[:, i] = 1e-5 * (1 + flat[:, i].abs())
+        ahead, behind = (function(moved.reshape(x.shape)) for moved in (flat + step, flat - step))
+        columns.append((ahead - behind).detach() / (2 * step[:, i : i + 1]))
+    return _of(torch.stack(columns, 2))
+
+
+def _products(z: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+    """Several vᵀ J, (n, B, D)."""
+    gradient = partial(torch.autograd.grad, z, x, retain_graph=True)
+    try:
+        (g,) = gradient(vectors, is_grads_batched=True)
+    except RuntimeError:  # operations that cannot be batched go one by one
+        g = torch.stack([gradient(v)[0] for v in vectors])
+    return g.reshape(len(vectors), len(x), -1).detach().double()
+
+
+def _of(whole: Tensor) -> Volume:
+    """Of Jacobians (B, D, D)."""
+    finite = whole.isfinite().flatten(1).all(1)
+    whole = torch.where(finite[:, None, None], whole.double(), torch.eye(whole.shape[1]).double())
+    sign, log_det = torch.linalg.slogdet(whole)
     values = torch.linalg.svdvals(whole)
-    return values[:, 0] / values[:, -1].clamp(min=1e-300)
+    condition = values[:, 0] / values[:, -1].clamp(min=1e-300)
+    return Volume(*(torch.where(finite, t, torch.nan) for t in (log_det, sign, condition)))
 
 
 def _random(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -135,11 +126,10 @@ def _coupling(z: Tensor, x: Tensor) -> Volume | None:
     zero = torch.zeros(b, dtype=torch.float64)
     if n == 0:
         return Volume(zero, zero, zero + 1)
-    first, second, third = (_random((n,), seed).to(z) for seed in (1, 2, 3))
+    first, second, third = (_random((n,), seed) for seed in (1, 2, 3))
     vectors = torch.zeros(3, b, len(kept), dtype=z.dtype)
-    vectors[:, :, ~kept] = torch.stack([first, first * second, third])[:, None]
-    products = _products(z, x, vectors)[:, :, moved].double()
-    first, second, third = first.double(), second.double(), third.double()
+    vectors[:, :, ~kept] = torch.stack([first, first * second, third])[:, None].to(z)
+    products = _products(z, x, vectors)[:, :, moved]
     if (products[0] == 0).any() or not products.isfinite().all():
         return None
     owner = _nearest(second, (products[1] / products[0])[0])  # the output that an input moves
@@ -156,15 +146,15 @@ def _pixelwise(z: Tensor, x: Tensor) -> Volume | None:
         return None
     b, c, *_ = x.shape
     pixels = x[0, 0].numel()
-    probe = _random((c, pixels), 5).to(z)
-    picks = torch.eye(c, dtype=z.dtype)[:, :, None].expand(c, c, pixels)
+    probe = _random((c, pixels), 5)
+    picks = torch.eye(c, dtype=torch.float64)[:, :, None].expand(c, c, pixels)
     vectors = torch.cat([picks, probe[None]])[:, None].expand(c + 1, b, c, pixels)
-    products = _products(z, x, vectors.reshape(c + 1, *z.shape)).reshape(c + 1, b, c, pixels)
-    blocks, probed = products[:-1].double(), products[-1].double()
-    expected = torch.einsum("op,obip->bip", probe.double(), blocks)
+    products = _products(z, x, vectors.reshape(c + 1, *z.shape).to(z))
+    *blocks, probed = products.reshape(c + 1, b, c, pixels)
+    blocks = torch.stack(blocks)
+    expected = torch.einsum("op,obip->bip", probe, blocks)
     if not torch.allclose(probed, expected, rtol=1e-4, atol=1e-9):
         return None
-    blocks = blocks.permute(1, 3, 0, 2)
-    sign, log_det = torch.linalg.slogdet(blocks)
-    condition = _condition(blocks.reshape(-1, c, c)).reshape(b, -1).amax(1)
-    return Volume(log_det.sum(1), sign.prod(1), condition)
+    each = _of(blocks.permute(1, 3, 0, 2).reshape(-1, c, c))
+    log_det, sign, condition = (part.reshape(b, -1) for part in each)
+    return Volume(log_det.sum(1), sign.prod(1), condition.amax(1))
