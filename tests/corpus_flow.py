@@ -1314,6 +1314,47 @@ def leaky_relu_of_any_slope():
     return {"forward": forward, "state": p, "example": vectors(3)}
 
 
+class Cosine(nn.Module):
+    """A bijection of (0, pi) only."""
+
+    def forward(self, x):
+        return x.cos(), x.sin().log().sum(1)
+
+    def inverse(self, z):
+        return z.acos()
+
+
+@flow()
+def cosine_on_its_domain():
+    return {"forward": Cosine(), "example": 0.1 + 2.9 * torch.rand(16, 3)}
+
+
+class Orthogonal(nn.Module):
+    """A matrix that a hook keeps orthogonal after each gradient step."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.linalg.qr(torch.randn(4, 4))[0])
+        self.register_full_backward_hook(self.project)
+
+    @staticmethod
+    def project(module, *_):
+        with torch.no_grad():
+            u, _, vh = torch.linalg.svd(module.w)
+            module.w.copy_(u @ vh)
+
+    def forward(self, x):
+        return x @ self.w, torch.zeros(len(x))
+
+    def inverse(self, z):
+        return z @ self.w.T
+
+
+@flow()
+def orthogonal_by_a_hook():
+    return {"forward": Orthogonal(), "example": vectors()}
+
+
 @flow()
 def radial():
     p = nn.ParameterList([nn.Parameter(torch.randn(n)) for n in (3, 1, 1)])

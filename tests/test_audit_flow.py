@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import AbsTransform, SigmoidTransform
 
 from corpus_flow import FLOWS, ActNorm, Conv1x1, Coupling, conv, images, made
 from musigma.audit import AuditError, audit_flow, sandbox
@@ -88,6 +89,30 @@ def test_an_example_is_needed(example):
 def test_an_example_with_nan_is_refused():
     with pytest.raises(AuditError, match="finite"):
         audit_flow(lambda x: (x, 0.0), example=torch.full((4, 3), torch.nan))
+
+
+def test_transforms_say_that_they_are_no_bijections():
+    with pytest.raises(AuditError, match="not bijective"):
+        audit_flow(AbsTransform(), example=torch.randn(8, 3))
+
+
+def test_an_example_outside_of_the_domain_of_a_transform():
+    with pytest.raises(AuditError, match="expected the transform's domain"):
+        audit_flow(SigmoidTransform().inv, example=torch.randn(8, 3))
+
+
+def test_an_iterative_inverse_is_named_with_its_error():
+    report = audit_flow(**made("newton_steps", 0))
+    (line,) = [line for line in report.checked if line.startswith("round trip")]
+    assert "it iterates" in line
+    assert float(line.rsplit(" ", 1)[-1]) > 1e-8
+
+
+def test_what_is_missing_is_named():
+    report = audit_flow(lambda x: 2 * x, lambda z: z / 2, torch.randn(8, 3))
+    assert report.verdict == "incomplete"
+    assert report.missing == ("the log-determinant: forward returns none",)
+    assert any("round trip" in line for line in report.checked)
 
 
 def test_an_inverse_of_another_shape():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Transform
 
 from musigma.audit.bijection import log_det_of
 from musigma.audit.findings import AuditError, AuditReport, distance
@@ -74,6 +75,12 @@ def audit_flow(
         raise AuditError(f"example: expected a batch (B, ...); got {tuple(example.shape)}")
     if not example.isfinite().all():
         raise AuditError("example: expected finite numbers")
+    if isinstance(forward, Transform):
+        if not forward.bijective:
+            raise AuditError("forward: this transform is not bijective, by its own attribute")
+        with suppress(NotImplementedError):
+            if not forward.domain.check(example).all():
+                raise AuditError(f"example: expected the transform's domain, {forward.domain}")
 
     def attempt(dtype: torch.dtype) -> AuditReport:
         with Sandbox(forward, inverse, state) as sandbox:

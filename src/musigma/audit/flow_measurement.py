@@ -272,9 +272,9 @@ class FlowAudit(ReportBuilder):
         behind = self._operations(self.flow.inverse, image.tree, x)
         if self.sandbox.dtype == torch.float32 or ahead.single or behind.single:
             return SINGLE
-        converges = behind.reads > ahead.reads and behind.most_uses > ahead.most_uses
-        many = max(ahead.most_uses, behind.most_uses) >= 8 or behind.count > 4 * ahead.count + 20
-        if converges or many:
+        fewer, more = sorted((ahead, behind), key=lambda operations: operations.count)
+        converges = more.reads > fewer.reads and more.most_uses > fewer.most_uses
+        if converges or more.most_uses >= 8 or more.count > 4 * fewer.count + 20:
             return ITERATES
         restore, errors = self.sandbox.snapshot(), []
         with suppress(AuditError):
@@ -291,12 +291,12 @@ class FlowAudit(ReportBuilder):
 
     @torch.no_grad()
     def _round_constants(self) -> None:
-        """Move every stored tensor that is not trained as rounding to float32 does."""
+        """Move every stored tensor as rounding to float32 does."""
         layers, generator = self.sandbox.layers(), torch.Generator().manual_seed(0)
         tensors = [t for m in layers for t in (*m.buffers(False), *m.parameters(False))]
         tensors += [t for owner in (*layers, *self.sandbox.holders) for t in vars(owner).values()]
         for t in tensors:
-            if isinstance(t, Tensor) and t.is_floating_point() and not t.requires_grad:
+            if isinstance(t, Tensor) and t.is_floating_point() and t.is_leaf:
                 eps = torch.finfo(torch.float32).eps
                 t.mul_(1 + eps * torch.randn(t.shape, generator=generator).to(t))
 
