@@ -29,7 +29,10 @@ def check_kl_weight(audit: VAEAudit) -> None:
     """The weight of the KL against the reconstruction, in the terms and in the loss."""
     reconstruction = _reconstruction(audit) if audit.has("recon") else None
     if reconstruction is not None and not reconstruction.finite:
-        audit.bug("not_finite", "recon")
+        if audit.has("decode"):
+            audit.bug("not_finite", "recon")
+        else:
+            audit.unchecked.append("recon: it is not finite at the input that was tried")
         return
     weights = _loss_weights(audit) if audit.has("loss") else {}
     if reconstruction is not None and audit.has("kl") and audit.kl_fits:
@@ -68,7 +71,7 @@ class Reconstruction:
 
         It is the change of R when x_hat moves toward the data.
         """
-        if self.kind != "scalar":
+        if self.kind != "scalar" or self.x.numel() != self.x_hat.numel():
             return None
 
         def step(n: int) -> float:
@@ -161,12 +164,12 @@ def _x_hat(audit: VAEAudit) -> Tensor:
     sandbox, x = audit.sandbox, audit.example
     if audit.has("decode"):
         x_hat = sandbox.to_input(audit.ask("decode", sandbox.to_input(audit.encoded()[0])))
-        if x_hat.numel() == x.numel():
-            return x_hat
-        audit.unchecked.append(
-            f"decode's answer: shape {tuple(x_hat.shape)}, not that of the example, "
-            f"{tuple(x.shape)}"
-        )
+        if x_hat.numel() != x.numel():
+            audit.unchecked.append(
+                f"decode's answer: shape {tuple(x_hat.shape)}, not that of the example, "
+                f"{tuple(x.shape)}"
+            )
+        return x_hat
     generator = torch.Generator().manual_seed(2)
     u = sandbox.to_input(torch.rand(x.shape, generator=generator, dtype=torch.float64))
     low, high = float(x.min()), float(x.max())

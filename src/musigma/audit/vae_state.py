@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.distributions import Normal
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder
 from musigma.audit.sampler import Sampler
-from musigma.audit.sandbox import Sandbox, arguments
+from musigma.audit.sandbox import Sandbox, TooSlowError, arguments
 from musigma.audit.scales import Curve
 
 __all__ = ["FullPosterior", "Points", "Posterior", "Prior", "VAEAudit"]
@@ -77,6 +77,26 @@ class VAEAudit(ReportBuilder):
     def encoded(self, x: Tensor | None = None) -> Heads:
         """Both heads (B, ...) for a batch, by default the example; mean first."""
         return self.heads_of(self.call("encode", (self.example if x is None else x).clone()))
+
+    def random_heads(self, scales: Iterable[float]) -> list[Heads]:
+        """The heads of the example under random parameters, by the scales of their changes.
+
+        It ends where they are not finite; the parameters are restored.
+        """
+        restore, found = self.sandbox.snapshot(), []
+        try:
+            for i, scale in enumerate(scales, 1):
+                self.sandbox.randomize(scale, seed=i)
+                heads = self.encoded()
+                if not all(bool(head.isfinite().all()) for head in heads):
+                    break
+                found.append(heads)
+        except TooSlowError:
+            raise
+        except AuditError:
+            pass
+        restore()
+        return found
 
     def heads_of(self, value: Any) -> Heads:
         """Both heads in what `encode` returns."""
