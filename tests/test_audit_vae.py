@@ -3,7 +3,7 @@
 import copy
 import random
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 
 import numpy as np
 import pytest
@@ -133,6 +133,35 @@ def test_containers_of_the_model_are_restored(kind):
         net.body.register_forward_hook(lambda *_: None)
     assert net.memory == net.fixed == {"a": 1}
     assert not net.body._forward_hooks
+
+
+def test_what_a_step_changes_is_restored():
+    net = Net()
+    net.more, net.optimizer = [torch.nn.Linear(2, 2)], torch.optim.Adam(net.parameters())
+    net.recent, net.generator = deque([1], maxlen=3), torch.Generator().manual_seed(3)
+    closure = {"calls": [0]}
+
+    def step():
+        net.more[0].weight.data += 1
+        loss = net.kl(*net.encode(torch.rand(3, 8)))
+        net.optimizer.zero_grad()
+        loss.backward()
+        net.optimizer.step()
+        net.recent.append(loss.item())
+        torch.rand(3, generator=net.generator)
+        closure["calls"].append(1)
+
+    step()
+    before = copy.deepcopy((net.optimizer.state_dict(), net.state_dict(), closure))
+    weight, drawn = net.more[0].weight.clone(), net.generator.get_state()
+    recent = net.recent.copy()
+    with Sandbox(step, as_is=True) as sandbox:
+        sandbox.call("step", step)
+    after = (net.optimizer.state_dict(), net.state_dict(), closure)
+    assert str(after) == str(before)
+    assert torch.equal(net.more[0].weight, weight)
+    assert torch.equal(net.generator.get_state(), drawn)
+    assert net.recent == recent
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -110,13 +110,13 @@ class CodeKL:
             self.copies = audit.rows or 1  # identical rows in one call
             self._raw(*(t.expand(self.copies, -1) for t in at))
         self.kind = self._kind(at)
-        self.undo = self.sandbox.snapshot()
         one, again = self._once(at, 1), self._once(at, 1)
-        self.by_chance = one != again
-        if one == again and self._drifts(at):
-            audit.assumed.append("the KL counts its calls; its state was restored before each")
-        else:
-            self.undo = None
+        if one != again:
+            self.undo = self.sandbox.snapshot()
+            if (one := self._once(at, 1)) == (again := self._once(at, 1)):
+                audit.assumed.append("the KL counts its calls; its state was restored before each")
+            else:
+                self.undo = None
         values = [one, again, self._once(at, 2), self._once(at, 3)]
         spread = max(values) - min(values)
         self.by_chance = self.given == 2 and spread > 1e-6 * (1 + max(map(abs, values)))
@@ -125,13 +125,6 @@ class CodeKL:
             fewer = self._total(at, CHANCE_ROWS // 16)
             sums = self.kind != "scalar" or abs(self._many(at)[0]) > 4 * abs(fewer)
             self._summed = CHANCE_ROWS if sums else 1
-
-    def _drifts(self, at: tuple[Tensor, ...]) -> bool:
-        """Whether its value changes from call to call if its state is not restored."""
-        undo, self.undo = self.undo, None
-        values = {self._once(at, 1) for _ in range(3)}
-        self.undo = undo
-        return len(values) > 1
 
     def _raw(self, *heads: Tensor) -> Tensor:
         """Its result for mean, second output and z."""

@@ -290,6 +290,7 @@ def _of_other_prior(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison
         if given:
             audit.bug("kl_mismatch", "other_density", **numbers)
         else:
+            audit.prior_known = False
             audit.missing.append(
                 "the prior: the KL is right for some density of z, but not for N(0, 1); give it "
                 "as `prior`, and a flow of the posterior as `flow`"

@@ -281,9 +281,8 @@ def check_heads(audit: VAEAudit, q: Posterior | FullPosterior | None) -> None:
         sigma = torch.cat([q.sampler.measure(0 * mean, second)[1].abs() for mean, second in heads])
         smallest = float(sigma.min())
         if sigma.std() > 1e-9 and smallest >= NARROW * float(audit.prior.std.min()):
-            severity = "warning" if audit.has("flow") else "bug"
             numbers: dict[str, Any] = {"smallest_sigma": smallest, "compared": sigma.numel()}
-            audit.find("sigma_range_restricted", severity, "encoder", **numbers)
+            audit.bug("sigma_range_restricted", "encoder", **numbers)
 
 
 def _is_one_function(m: Tensor, s: Tensor, d: int) -> bool:

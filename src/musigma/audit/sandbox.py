@@ -14,9 +14,11 @@ import inspect
 import random
 import re
 import signal
+import sys
 import threading
 import types
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -40,30 +42,28 @@ __all__ = [
 T = TypeVar("T")
 
 SECONDS = 20.0  # limit of one call
+DEPTH, MANY = 8, 20_000  # limits of the search for what a call may change
+ATOMS = (int, float, complex, str, bytes, type, types.ModuleType, type(None))
+CONTAINERS = (dict, list, set, deque)
 
 
-def _find(objects: Sequence[Any]) -> tuple[list[nn.Module], list[Any]]:
-    """The modules that callables use (in closures, arguments, globals), and plain objects."""
-    modules: dict[int, nn.Module] = {}
-    holders: dict[int, Any] = {}
-    seen: set[int] = set()
+def _reachable(objects: Sequence[Any]) -> list[Any]:
+    """What a call of objects may use or change: modules, plain objects, containers and tensors.
+
+    It is found in closures, arguments, globals of the same module, attributes and containers.
+    """
+    found: dict[int, Any] = {}
 
     def visit(thing: Any, depth: int) -> None:
-        if id(thing) in seen or depth > 6:
+        if isinstance(thing, ATOMS) or id(thing) in found or depth > DEPTH or len(found) > MANY:
             return
-        seen.add(id(thing))
-        if isinstance(thing, nn.Module):
-            modules[id(thing)] = thing
-            return
-        if _plain_object(thing):
-            holders[id(thing)] = thing
-        for part in _parts(thing)[:100]:
+        found[id(thing)] = thing
+        for part in _parts(thing):
             visit(part, depth + 1)
 
     for thing in objects:
         visit(thing, 0)
-    inner = {id(m) for root in modules.values() for m in root.modules() if m is not root}
-    return [module for key, module in modules.items() if key not in inner], list(holders.values())
+    return list(found.values())
 
 
 def _parts(thing: Any) -> list[Any]:
@@ -85,10 +85,10 @@ def _parts(thing: Any) -> list[Any]:
             ):
                 parts.append(value)
         return parts
-    if isinstance(thing, (list, tuple, set)):
-        return list(thing)
-    if isinstance(thing, dict):
-        return list(thing.values())
+    if isinstance(thing, nn.Module):
+        return [*thing.modules(), *(v for m in thing.modules() for v in vars(m).values())]
+    if isinstance(thing, (*CONTAINERS, tuple)):
+        return list(thing.values() if isinstance(thing, dict) else thing)
     return list(vars(thing).values()) if _plain_object(thing) else []
 
 
@@ -146,7 +146,12 @@ class Sandbox:
     def __init__(
         self, *objects: Any, seed: int = 0, seconds: float | None = None, as_is: bool = False
     ):
-        self.modules, self.holders = _find([o for o in objects if o is not None])
+        self._objects = objects
+        found = _reachable(objects)
+        modules = [thing for thing in found if isinstance(thing, nn.Module)]
+        inner = {id(m) for root in modules for m in root.modules() if m is not root}
+        self.modules = [module for module in modules if id(module) not in inner]
+        self.holders = [thing for thing in found if _plain_object(thing)]
         self.seed, self.seconds = seed, SECONDS if seconds is None else seconds
         self.as_is = as_is
         self.dtype = torch.float64
@@ -160,6 +165,8 @@ class Sandbox:
         self._stack.callback(random.setstate, random.getstate())
         self._stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         self._stack.callback(self.snapshot())
+        for thing in _reachable(self._objects):
+            self._stack.callback(_random_state_restorer(thing))
         self._modes = [(m, m.training) for m in self.layers()]
         self.reseed()
         if not self.as_is:
@@ -197,10 +204,7 @@ class Sandbox:
 
     def snapshot(self) -> Callable[[], None]:
         """A function that restores everything to its present state, as often as it is called."""
-        attributes = [vars(thing) for thing in [*self.holders, *self.layers()]]
-        values = [value for each in attributes for value in each.values()]
-        tensors = [t for m in self.layers() for t in [*m.parameters(False), *m.buffers(False)]]
-        undo = [_content_restorer(thing) for thing in [*attributes, *values, *tensors]]
+        undo = [_content_restorer(thing) for thing in _reachable(self._objects)]
 
         def restore() -> None:
             for step in undo:
@@ -347,9 +351,9 @@ def _content_restorer(thing: Any) -> Callable[[], None]:
         return _tensor_restorer(thing)
     if isinstance(thing, np.ndarray):
         return functools.partial(np.copyto, thing, thing.copy())
-    container = thing
-    if not isinstance(thing, (dict, list, set)):
-        if not _plain_object(thing):
+    container: Any = thing
+    if not isinstance(thing, CONTAINERS):
+        if not (isinstance(thing, nn.Module) or _plain_object(thing)):
             return lambda: None
         container = vars(thing)
     content, before = container.copy(), _entries(container)
@@ -358,9 +362,21 @@ def _content_restorer(thing: Any) -> Callable[[], None]:
         now = _entries(container)
         if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
             container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+            add = container.extend if hasattr(container, "extend") else container.update
+            add(content)
 
     return restore
+
+
+def _random_state_restorer(thing: Any) -> Callable[[], object]:
+    """A function that restores the state of a random number generator."""
+    if isinstance(thing, (torch.Generator, np.random.RandomState)):
+        return functools.partial(thing.set_state, thing.get_state())
+    if isinstance(thing, random.Random):
+        return functools.partial(thing.setstate, thing.getstate())
+    if isinstance(thing, np.random.Generator):
+        return functools.partial(setattr, thing.bit_generator, "state", thing.bit_generator.state)
+    return lambda: None
 
 
 def _entries(container: Any) -> list[Any]:
@@ -371,10 +387,17 @@ def _entries(container: Any) -> list[Any]:
 
 
 def _plain_object(value: Any) -> bool:
-    """Whether an object has attributes that a call may change: a cache, say."""
-    others = (type, types.ModuleType, nn.Module, Tensor, types.BuiltinFunctionType)
+    """Whether an object has attributes that a call may change: a cache, say.
+
+    Objects of the standard library, such as locks and loggers, are left alone.
+    """
+    others = (*ATOMS, *CONTAINERS, nn.Module, Tensor, types.BuiltinFunctionType)
     functions = (types.FunctionType, types.MethodType, functools.partial)
-    return hasattr(value, "__dict__") and not isinstance(value, (*others, *functions))
+    home = type(value).__module__.partition(".")[0]
+    foreign = home in sys.stdlib_module_names and home not in ("types", "argparse", "collections")
+    return (
+        hasattr(value, "__dict__") and not foreign and not isinstance(value, (*others, *functions))
+    )
 
 
 def _tensor_restorer(t: Tensor) -> Callable[[], None]:

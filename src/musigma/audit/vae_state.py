@@ -49,6 +49,7 @@ class VAEAudit(ReportBuilder):
         sandbox.device = self.example.device
         self.given_prior, self.kl_uses_sample = prior, kl_uses_sample
         self.prior: Prior  # once the shape of the latents is known
+        self.prior_known = "flow" not in self.functions  # its width where z is sampled
         self.convention: str | None = None
         self.read_as: str | None = None
         self.layout: str | None = None
@@ -139,6 +140,9 @@ class VAEAudit(ReportBuilder):
         """The report, with the convention."""
         if self.sandbox.dtype != torch.float64:
             self.assumed.append("float32 throughout, as it does not compute in float64")
+        narrow = self.findings.get("sigma_range_restricted")
+        if narrow and not self.prior_known:
+            self.findings[narrow.code] = replace(narrow, severity="warning")
         for name, i in sorted(self.sandbox.changed):
             if i < len(ARGUMENTS.get(name, ())):
                 self.warn("inplace", name=name, argument=ARGUMENTS[name][i])
