@@ -264,13 +264,13 @@ def kl_left_in_an_attribute(kl):
 @shape("log_std")
 def one_loss_for_each_example(kl):
     class Model(Net):
-        def forward(self, x):
+        def loss(self, x):
             y, mu, log_var = self.run(x)
             nll = F.binary_cross_entropy_with_logits(y, x, reduction="none").sum(-1)
             return nll + self.kl_of(mu, log_var).sum(-1)
 
     model, x = Model(kl), data()
-    return Built(lambda: model(x), (model, x), model, x)
+    return Built(lambda: model.loss(x), (model, x), model, x)
 
 
 @shape("no_log")
