@@ -1,5 +1,6 @@
 """Reports of audits: verdicts, messages by code, exit codes, SARIF, the fixture and the server."""
 
+import ast
 import asyncio
 import json
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import musigma.audit
 from musigma.audit import CODES, AuditError, AuditReport, Finding, audit
 from musigma.audit.findings import ReportBuilder
 from musigma.audit.sarif import to_sarif
@@ -93,6 +95,30 @@ def test_every_message_is_a_template_over_names():
                 assert all(named), (code, name, fields)
                 assert text
                 assert not text.endswith("."), (code, name)
+
+
+def test_messages_that_checks_name_are_in_the_table_and_each_is_named():
+    said, words = set(), set()
+    for path in Path(musigma.audit.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = list(ast.walk(tree))
+        texts = {n.value for n in nodes if isinstance(n, ast.Constant)}
+        words |= {(code, v) for code in texts & set(CODES) for v in texts if isinstance(v, str)}
+        for node in nodes:
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            verb, given = node.func.attr, node.args
+            if verb in ("bug", "warn", "find") and given:
+                code, *variant = [given[0], *given[2 if verb == "find" else 1 :]]
+                names = [a.value for a in (code, *variant) if isinstance(a, ast.Constant)]
+                if len(names) == 1 + len(variant):
+                    said.add((names[0], (*names[1:], "")[0]))
+    table = {(code, variant) for code, row in CODES.items() for variant in row.variants}
+    assert said <= table, said - table
+    named = {(code, variant) for code, variant in table if variant} - words
+    assert not named, f"nothing says {named}"
+    assert all(row.variants for row in CODES.values())
+    assert len(said) > 80
 
 
 # --- SARIF --------------------------------------------------------------------------------------

@@ -220,7 +220,6 @@ class ReportBuilder:
         code: str,
         severity: Severity,
         variant: str = "",
-        repair: str | None = None,
         /,
         *,
         where: str = "",
@@ -232,46 +231,28 @@ class ReportBuilder:
             code: One of `musigma.audit.CODES`.
             severity: "bug" or "warning".
             variant: Which of the messages of the code.
-            repair: If given, `variant` is the message itself.
             where: The line of the audited code as "path/model.py:41"; a path below the working
                 directory becomes relative to it.
             **numbers: The fields of the message, and further numbers. A tensor holds one.
+
+        Raises:
+            KeyError: If there is no such code or message, or a field of the message is missing.
         """
         numbers = {n: v.item() if isinstance(v, Tensor) else v for n, v in numbers.items()}
-        message = variant
-        if repair is None:
-            message, repair = (t.format(**numbers) for t in CODES[code].variants[variant])
+        text, repair = (t.format(**numbers) for t in CODES[code].variants[variant])
         where = where.removeprefix(f"{os.getcwd()}{os.sep}")
         key = f"{code} {where}".rstrip()
         known = self.findings.get(key)
         if known is None or (known.severity == "warning" and severity == "bug"):
-            self.findings[key] = Finding(code, severity, message, numbers, repair, where)
+            self.findings[key] = Finding(code, severity, text, numbers, repair, where)
 
-    def bug(
-        self,
-        code: str,
-        variant: str = "",
-        repair: str | None = None,
-        /,
-        *,
-        where: str = "",
-        **numbers: Any,
-    ) -> None:
+    def bug(self, code: str, variant: str = "", /, *, where: str = "", **numbers: Any) -> None:
         """Add a finding of severity "bug"."""
-        self.find(code, "bug", variant, repair, where=where, **numbers)
+        self.find(code, "bug", variant, where=where, **numbers)
 
-    def warn(
-        self,
-        code: str,
-        variant: str = "",
-        repair: str | None = None,
-        /,
-        *,
-        where: str = "",
-        **numbers: Any,
-    ) -> None:
+    def warn(self, code: str, variant: str = "", /, *, where: str = "", **numbers: Any) -> None:
         """Add a finding of severity "warning"."""
-        self.find(code, "warning", variant, repair, where=where, **numbers)
+        self.find(code, "warning", variant, where=where, **numbers)
 
     def build(self, **more: Any) -> AuditReport:
         """The report of everything that was collected."""
