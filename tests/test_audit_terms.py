@@ -16,6 +16,7 @@ from musigma.audit import (
     audit_log_prob_term,
     sandbox,
 )
+from musigma.audit.terms import is_log_prob_term
 
 SEEDS = [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 20))]
 
@@ -30,6 +31,33 @@ def test_corpus(name, seed):
     assert report.checked or report.findings, said
     for field, value in expected.expected.items():
         assert getattr(report, field) == value
+
+
+TERMS = [
+    ("fixed", "w", "mu", "rho"),
+    ("log_normal_diag", "x", "mean", "log_var"),
+    ("gaussian_nll", "mu", "log_var", "x"),
+    ("log_prior", "w"),
+    ("log_variational_posterior", "w", "mu", "rho"),
+    ("normal_logpdf", "sample", "mean", "logvar"),
+]
+NO_TERMS = [
+    ("reparameterize", "mu", "log_var"),
+    ("reparam", "eps", "mu", "log_var"),
+    ("loss_function", "recon_x", "mu", "logvar"),
+    ("kl_divergence", "z", "mu", "std"),
+    ("forward", "x"),
+    ("compute", "x", "mu", "logvar"),
+    ("log_normal", "mu", "sigma"),
+]
+
+
+@pytest.mark.parametrize("words", TERMS + NO_TERMS, ids=" ".join)
+def test_terms_are_recognized_by_their_names(words):
+    name, *arguments = words
+    scope = {}
+    exec(f"def {name}({', '.join(arguments)}): ...", scope)
+    assert is_log_prob_term(scope[name]) == (words in TERMS)
 
 
 def raises(*arguments):

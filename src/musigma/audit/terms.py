@@ -6,7 +6,6 @@ priors and posteriors of weights, likelihoods with a learned variance, log-densi
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from musigma.audit.batches import required
 from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
 from musigma.audit.sandbox import Sandbox, first_form
@@ -30,9 +30,10 @@ SHARE = 0.01  # of a term's variation: above what a 1e-6 in a logarithm does, be
 
 MEAN = re.compile(r"mean|mu|loc|^m$", re.IGNORECASE)
 SCALE = re.compile(r"log|sig|std|var|scale|rho|^sd$|^s$|lv$|ls$", re.IGNORECASE)
-NAME = re.compile(
-    r"log_?(p|q|prob|pdf|density|norm\w*|gauss\w*)(_|$)|nll|term|prior|post|likelihood",
-    re.IGNORECASE,
+DRAWN = re.compile(r"^(w|z|theta|weights?|samples?|value)$", re.IGNORECASE)
+TERM = re.compile(r"log_?(p|q|prob|pdf|dens|norm|gauss)|nll|prior|post|likelihood", re.IGNORECASE)
+OTHER = re.compile(
+    r"sampl|param|draw|kl|div|elbo|encod|decod|forward|step|train|fit", re.IGNORECASE
 )
 LOSS = re.compile(r"nll|neg|loss|minus", re.IGNORECASE)
 
@@ -40,27 +41,20 @@ LOSS = re.compile(r"nll|neg|loss|minus", re.IGNORECASE)
 def is_log_prob_term(fn: Any) -> bool:
     """Whether a function is one for `audit_log_prob_term`, by its name and its arguments' names.
 
-    The arguments are a tensor, a mean and a scale in any order, or a tensor only.
+    The arguments are a tensor, a mean and a scale in any order; or a tensor only, if the name of
+    the function says that it returns a log-density. Names that say nothing are terms of weights.
 
     Example:
         >>> def log_posterior(w, mu, rho): ...
-        >>> def reparameterize(eps, mu, rho): ...
+        >>> def reparameterize(mu, rho, eps): ...
         >>> is_log_prob_term(log_posterior), is_log_prob_term(reparameterize)
         (True, False)
     """
-    names = _argument_names(fn)
-    arguments = len(names) == 1 or (len(names) == 3 and _order(names) is not None)
-    return arguments and NAME.search(getattr(fn, "__name__", "")) is not None
-
-
-def _argument_names(fn: Any) -> list[str]:
-    """The names of the arguments that a callable needs; none if they are unknown."""
-    try:
-        parameters = inspect.signature(getattr(fn, "forward", fn)).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    bare = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.kind not in bare and p.default is p.empty]
+    names, name = required(fn), getattr(fn, "__name__", "")
+    if TERM.search(name):
+        return len(names) == 1 or _order(names) is not None
+    order = None if OTHER.search(name) else _order(names)
+    return order is not None and DRAWN.search(names[order[0]]) is not None
 
 
 def _order(names: list[str]) -> tuple[int, int, int] | None:
@@ -116,7 +110,7 @@ def audit_log_prob_term(
     if sign not in (1, -1):
         raise AuditError(f"sign: expected 1 for a log-density, or -1 for a loss; got {sign!r}")
     report = ReportBuilder(name_of(term))
-    order = _order(_argument_names(term))
+    order = _order(required(term))
     shapes = [(1, 1), (1, 4), (3, 4)]
     if example is not None:
         z = example if isinstance(example, Tensor) else example[order[0] if order else 0]
