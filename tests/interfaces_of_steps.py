@@ -379,6 +379,26 @@ CASES = {
             return value(model, batch[0] + 1)
         """,
     ),
+    "forward returns a loss for each example": (
+        "VAE.forward",
+        """
+        class VAE(Parts):
+            def forward(self, x):
+                m, s = self.heads(x)
+                return ((self.leave(self.draw(m, s)) - x) ** 2).sum(1) + nats(m, s)
+        target = VAE()
+        """,
+    ),
+    "forward returns a bound for each example": (
+        "VAE.forward",
+        """
+        class VAE(Parts):
+            def forward(self, x):
+                m, s = self.heads(x)
+                return -((self.leave(self.draw(m, s)) - x) ** 2).sum(1) - nats(m, s)
+        target = VAE()
+        """,
+    ),
     "forward returns a dict": (
         "VAE.forward",
         """
@@ -431,6 +451,20 @@ CASES = {
         def loss_function(recon_x, x, mu, logvar):
             return ((recon_x - x.view(-1, 12)) ** 2).sum(1).mean() + nats(mu, logvar).mean()
         target = VAE()
+        """,
+    ),
+    "data that have to be flattened": (
+        "VAE.forward and loss_function",
+        """
+        class VAE(Parts):
+            def forward(self, x):
+                mu, logvar = self.heads(x.flatten(1))
+                return self.leave(self.draw(mu, logvar)), mu, logvar
+        def loss_function(recon_x, x, mu, logvar):
+            return F.mse_loss(recon_x, x, reduction="sum") / 5 + nats(mu, logvar).mean()
+        target, batch = VAE(), batch.reshape(5, 3, 2, 2)
+        def by_hand(model, batch):
+            return value(model, batch.flatten(1))
         """,
     ),
     "outputs and parameters in different orders": (

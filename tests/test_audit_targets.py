@@ -568,7 +568,7 @@ def test_an_audit_of_a_step(steps):
 def test_what_a_step_does_not_show(steps):
     report = audit(steps.Wide, steps.batch)
     assert report.codes == ("prior_mismatch",)
-    assert any(line.startswith("KL(in closed form)") for line in report.checked)
+    assert any("in closed form" in line for line in report.checked)
 
 
 def test_a_kl_that_is_missing_in_a_step_is_that_of_the_method_that_it_calls(steps, monkeypatch):

@@ -312,6 +312,12 @@ def arguments(fn: Any, batch: Any, given: Mapping[str, Any] | None = None) -> It
         copies = ", ".join(open_[1:])
         yield way(dict.fromkeys(open_, input_of), f"the data stand for {copies} too")
     elif not open_ and any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        if "edge_index" in parts:
+            names = (_input_key(batch) or "x", "edge_index")
+            yield Arguments(
+                lambda batch: ([named_parts(batch)[name] for name in names], dict(fixed)),
+                (*notes, f"of the batch, {' and '.join(names)} are given"),
+            )
         yield Arguments(lambda batch: ([batch], dict(fixed)), tuple(notes))
     elif not open_:
         if whole and optional and is_input(optional[0]):

@@ -38,7 +38,8 @@ STEPS = (
     "training_step", "train_step", "_train_step", "compute_loss", "get_loss", "calculate_loss",
     "calc_loss", "loss", "loss_function", "loss_fn", "vae_loss", "total_loss", "elbo_loss",
     "neg_elbo", "negative_elbo", "nelbo", "nll", "nll_loss", "neg_log_likelihood", "forward_kld",
-    "step", "_step", "shared_step", "_shared_step", "train_batch", "elbo", "free_energy",
+    "step", "_step", "shared_step", "_shared_step", "train_batch", "training_forward", "elbo",
+    "free_energy",
 )  # fmt: skip
 DENSITIES = ("log_prob", "log_density", "log_likelihood", "logp")
 RECONSTRUCTION = (
@@ -131,7 +132,7 @@ class Search:
         self._stack.close()
 
     def prepared(self, batch: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
-        """The batch as it is, and with its data in the type of the parameters."""
+        """The batch as it is; with its data in the type of the parameters; and flattened."""
         yield batch, ()
         x = input_of(batch)
         wanted = next((p.dtype for p in self.sandbox.trainable() if p.is_floating_point()), None)
@@ -140,6 +141,8 @@ class Search:
             note = f"the data are converted from {x.dtype} to {wanted}"
             note += ", and divided by 255" * (divisor > 1)
             yield with_input(batch, lambda x: x.to(wanted) / divisor), (note,)
+        if isinstance(x, Tensor) and x.ndim > 2:
+            yield with_input(batch, lambda x: x.flatten(1)), ("the data are flattened",)
 
     def look(self, batch: Any) -> tuple[Way, Callable[[], Any]] | None:
         """The first way that returns a loss, also as a function without arguments."""
@@ -266,10 +269,10 @@ class Search:
             return own >= (self.run(forward, batch, look=reach) or set())
         return bool(own)
 
-    def oriented(self, way: Way, batch: Any) -> Way:
-        """A way; minus it if it is named as a bound, and falls where parameters are random."""
+    def oriented(self, way: Way, batch: Any, unsure: bool = False) -> Way:
+        """A way; minus it if it may be a bound and falls where parameters are random."""
         name = way.name.rpartition(".")[2]
-        if MINIMIZED.search(name) or not MAXIMIZED.search(name):
+        if MINIMIZED.search(name) or not (unsure or MAXIMIZED.search(name)):
             return way
 
         def total(value: Any) -> float:
@@ -331,7 +334,8 @@ class Search:
                 notes = (*arg.notes, NORMAL)
                 yield Way(way.name, _log_density(way.call), notes, users="map")
                 continue
-            yield way
+            rows = isinstance(value, Tensor) and value.shape == input_of(batch).shape[:1]
+            yield self.oriented(way._replace(is_loss=True), batch, True) if rows else way
             for name, fn in loss_functions(self.obj):
                 for picks in matches(fn, outputs, batch):
                     yield self.sum_of(way, [(name, fn, picks)])

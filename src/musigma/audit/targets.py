@@ -239,11 +239,16 @@ def _audited(
         if (density := _density(obj, example, shape)) is not None:
             return density
         try:
-            return audit_callables(obj, example, shape)
+            report = audit_callables(obj, example, shape)
         except AuditError as error:
             if refused is None:
                 raise
             raise NoStepError(f"{refused.reason}\n  {error}", refused.wrapper) from error
+        if report.missing and refused is not None:
+            tried = "; ".join(line.strip() for line in refused.reason.splitlines()[1:])
+            line = f"the step: nothing was found that returns a loss; {tried}"
+            report = replace(report, unchecked=(*report.unchecked, line))
+        return report
     report = audit_step(step.call, example=example)
     assumed += [f"the step is {step.name}", *step.assumed]
     if step.users == "terms":
@@ -275,7 +280,8 @@ def _with_callables(
     if parts is not None:
         if report.missing and "kl" in parts and kl is not None and _adds(step, obj, *kl):
             more = audit_callables(obj, example, shape)
-            return _joined(report, more, examined=len(report.missing) == 1 and not more.missing)
+            only = len(report.missing) == 1 and report.missing[0].startswith("the KL")
+            return _joined(report, more, examined=only and not more.missing)
         if "generate" in parts:
             more = audit_vae(sample=parts["sample"], generate=parts["generate"])
             return _joined(report, more, examined=False)
