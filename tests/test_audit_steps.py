@@ -1,5 +1,6 @@
 """`audit_step` on the corpus of steps: verdicts, and no side effects."""
 
+import functools
 import importlib.util
 import inspect
 import random
@@ -43,10 +44,59 @@ def build(name, seed):
     return built
 
 
-def judge(name, seed, run=lambda built: audit_step(built.step)):
-    """Audit the step of an entry, and compare the report with what is true of it."""
-    expected, built = ENTRIES[name], build(name, seed)
-    verdict, told, report = audited(lambda: run(built))
+def contents(thing, seen=None):
+    """Everything in an object that an audit could change, as values that compare by ``==``."""
+    seen = {} if seen is None else seen
+    if id(thing) in seen:
+        return "seen before"
+    if isinstance(thing, torch.Tensor):
+        seen[id(thing)] = thing
+        own = (str(thing.dtype), tuple(thing.shape), thing.data_ptr(), thing.requires_grad)
+        values = thing.detach().reshape(-1).view(torch.uint8).tolist() if thing.numel() else []
+        return own, values, contents(thing.grad, seen) if thing.is_leaf else None
+    if isinstance(thing, torch.Generator):
+        return thing.get_state().tolist()
+    if isinstance(thing, np.random.Generator):
+        return str(thing.bit_generator.state)
+    if isinstance(thing, torch.optim.Optimizer):
+        return contents([thing.state_dict(), thing.param_groups], seen)
+    if isinstance(thing, Mapping):
+        seen[id(thing)] = thing
+        return [(str(k), contents(v, seen)) for k, v in thing.items()]
+    if isinstance(thing, list | tuple | set):
+        seen[id(thing)] = thing
+        return [contents(v, seen) for v in thing]
+    if isinstance(thing, nn.Module) or type(thing).__module__.startswith("corpus_"):
+        seen[id(thing)] = thing
+        return contents(vars(thing), seen) if hasattr(thing, "__dict__") else None
+    return thing if isinstance(thing, int | float | str | type(None)) else f"{id(thing)}"
+
+
+def world():
+    return (
+        torch.get_rng_state().tolist(),
+        str(np.random.get_state()),
+        random.getstate(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.backends.mkldnn.enabled,
+        torch.get_num_threads(),
+    )
+
+
+@functools.lru_cache(1)  # two tests of an entry share its audit
+def examined(name, seed):
+    """The audit of the step of an entry, and whether everything is as it was afterwards."""
+    built = build(name, seed)
+    before, around = contents(built.objects), world()
+    outcome = audited(lambda: audit_step(built.step))
+    return outcome, contents(built.objects) == before, world() == around
+
+
+def judge(name, outcome):
+    """Compare a report with what is true of the step of an entry."""
+    expected, (verdict, told, report) = ENTRIES[name], outcome
     assert verdict in expected.verdicts, told
     if expected.says:
         assert re.search(expected.says, told), told
@@ -111,9 +161,17 @@ def test_the_corpus_is_large_and_half_of_it_is_right():
 
 
 @needs_audit
-@pytest.mark.parametrize("name", ENTRIES)
-def test_verdict(name):
-    judge(name, 0)
+@pytest.mark.parametrize("name", ENTRIES, scope="module")
+class TestSeedZero:
+    """Both tests of an entry run after each other."""
+
+    def test_verdict(self, name):
+        judge(name, examined(name, 0)[0])
+
+    def test_everything_is_as_it_was_to_the_bit(self, name):
+        _, objects, surroundings = examined(name, 0)
+        assert objects
+        assert surroundings
 
 
 @needs_audit
@@ -121,15 +179,16 @@ def test_verdict(name):
 @pytest.mark.parametrize("seed", range(1, 20))
 @pytest.mark.parametrize("name", ENTRIES)
 def test_verdict_at_twenty_seeds(name, seed):
-    judge(name, seed)
+    judge(name, examined(name, seed)[0])
 
 
 @pytest.mark.skipif(find_step is None, reason="audit(object, batch) is not there yet")
 @pytest.mark.parametrize("name", [n for n in ENTRIES if n.removesuffix("_wrong") in SHAPES])
 def test_the_step_of_an_object_is_found(name):
-    if build(name, 0).target is None:
+    built = build(name, 0)
+    if built.target is None:
         pytest.skip("the step belongs to no object")
-    judge(name, 0, lambda built: audit(built.target, built.batch))
+    judge(name, audited(lambda: audit(built.target, built.batch)))
 
 
 # --- mutants -------------------------------------------------------------------------------------
@@ -169,57 +228,3 @@ def test_no_mutant_is_correct(part, name):
 @pytest.mark.parametrize(("part", "name"), list(mutable(ENTRIES)))
 def test_no_mutant_of_any_right_step_is_correct(part, name):
     no_mutant_is_correct(part, name)
-
-
-# --- what it leaves behind -----------------------------------------------------------------------
-
-
-def contents(thing, seen=None):
-    """Everything in an object that an audit could change, as values that compare by ``==``."""
-    seen = {} if seen is None else seen
-    if id(thing) in seen:
-        return "seen before"
-    if isinstance(thing, torch.Tensor):
-        seen[id(thing)] = thing
-        own = (str(thing.dtype), tuple(thing.shape), thing.data_ptr(), thing.requires_grad)
-        values = thing.detach().reshape(-1).view(torch.uint8).tolist() if thing.numel() else []
-        return own, values, contents(thing.grad, seen) if thing.is_leaf else None
-    if isinstance(thing, torch.Generator):
-        return thing.get_state().tolist()
-    if isinstance(thing, np.random.Generator):
-        return str(thing.bit_generator.state)
-    if isinstance(thing, torch.optim.Optimizer):
-        return contents([thing.state_dict(), thing.param_groups], seen)
-    if isinstance(thing, Mapping):
-        seen[id(thing)] = thing
-        return [(str(k), contents(v, seen)) for k, v in thing.items()]
-    if isinstance(thing, list | tuple | set):
-        seen[id(thing)] = thing
-        return [contents(v, seen) for v in thing]
-    if isinstance(thing, nn.Module) or type(thing).__module__.startswith("corpus_"):
-        seen[id(thing)] = thing
-        return contents(vars(thing), seen) if hasattr(thing, "__dict__") else None
-    return thing if isinstance(thing, int | float | str | type(None)) else f"{id(thing)}"
-
-
-def world():
-    return (
-        torch.get_rng_state().tolist(),
-        str(np.random.get_state()),
-        random.getstate(),
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-        torch.is_anomaly_enabled(),
-        torch.backends.mkldnn.enabled,
-        torch.get_num_threads(),
-    )
-
-
-@needs_audit
-@pytest.mark.parametrize("name", ENTRIES)
-def test_everything_is_as_it_was_to_the_bit(name):
-    built = build(name, 0)
-    before, around = contents(built.objects), world()
-    audited(lambda: audit_step(built.step))
-    assert contents(built.objects) == before
-    assert world() == around
