@@ -29,8 +29,8 @@ EXPECTED = {
     "info_vae": "incomplete",
     "svae": "incomplete",  # von Mises-Fisher
     "poincare_vae": "incomplete",  # wrapped normal
-    "msssim_vae": "warning reduction_imbalance",
-    "vae_gan": "incomplete",
+    "msssim_vae": "correct",
+    "vae_gan": "correct",
     "adversarial_ae": "incomplete",  # no KL by design
     "wae_mmd": "incomplete",
     "vq_vae": "incomplete",
