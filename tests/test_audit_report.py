@@ -102,8 +102,7 @@ def test_messages_that_checks_name_are_in_the_table_and_each_is_named():
     for path in Path(musigma.audit.__file__).parent.glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         nodes = list(ast.walk(tree))
-        texts = {n.value for n in nodes if isinstance(n, ast.Constant)}
-        words |= {(code, v) for code in texts & set(CODES) for v in texts if isinstance(v, str)}
+        words |= {n.value for n in nodes if isinstance(n, ast.Constant)}
         for node in nodes:
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
@@ -115,8 +114,7 @@ def test_messages_that_checks_name_are_in_the_table_and_each_is_named():
                     said.add((names[0], (*names[1:], "")[0]))
     table = {(code, variant) for code, row in CODES.items() for variant in row.variants}
     assert said <= table, said - table
-    named = {(code, variant) for code, variant in table if variant} - words
-    assert not named, f"nothing says {named}"
+    assert not [(code, variant) for code, variant in table if not {code, variant} <= words]
     assert all(row.variants for row in CODES.values())
     assert len(said) > 80
 
