@@ -2,14 +2,17 @@
 
 import ast
 import json
+import re
 import sys
 import textwrap
-from dataclasses import replace
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 from torch.distributions import Exponential, Independent, Normal
+from torch.utils.data import DataLoader, TensorDataset
 
 import musigma
 from interfaces_of_steps import CASES, HEAD
@@ -328,6 +331,64 @@ def test_functions_that_are_no_step():
     ):
         with pytest.raises(AuditError, match=message):
             find_step(function)
+
+
+Named = namedtuple("Named", "image label")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+X = torch.rand(5, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        X.numpy(),
+        X.double(),
+        X.half(),
+        X.clone().requires_grad_(),
+        Named(X, torch.zeros(5)),
+        OrderedDict(x=X),
+        UserDict(x=X),
+        Frozen(X, torch.zeros(5)),
+        DataLoader(TensorDataset(X, torch.zeros(5)), batch_size=5),
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_kinds_of_batches(batch, steps):
+    report = audit(steps.VAE, batch)
+    assert (report.verdict, report.convention) == ("correct", "log_var")
+
+
+def test_batches_that_are_none(steps):
+    for batch, message in (
+        (X[:0], "expected some numbers; got the shape (0, 12)"),
+        (X / 0, "expected finite numbers"),
+    ):
+        with pytest.raises(AuditError, match=re.escape(message)):
+            audit(steps.VAE, batch)
+    for batch in ("text", [], {"a": 1}, iter([X]), X[:, :3]):
+        report = audit(steps.VAE, batch)  # its callables take no batch; its loss refuses this one
+        assert report.verdict == "incomplete"
+        assert report.missing[0].startswith("the step: VAE.loss raises ")
+
+
+def test_modules_without_parameters_yet():
+    class Bare(nn.Module):
+        def __init__(self):
+            pass
+
+    for model, message in (
+        (nn.LazyLinear(3), "has lazy layers without parameters; call it on a batch"),
+        (Bare, r"its __init__ does not call super\(\)"),
+    ):
+        with pytest.raises(AuditError, match=message):
+            audit(model, X)
 
 
 # --- libraries ----------------------------------------------------------------------------------

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import inspect
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from musigma.audit.findings import AuditError
 from musigma.audit.sandbox import Sandbox
 
 __all__ = [
     "Arguments", "arguments", "constant", "examples", "fresh", "input_of", "is_input",
-    "is_target", "keywords_of", "named_parts", "required", "signature_of", "with_input",
+    "is_target", "keywords_of", "member", "named_parts", "required", "signature_of", "with_input",
 ]  # fmt: skip
 
 INPUT = re.compile(
@@ -47,16 +52,30 @@ WEIGHT = re.compile(
 # --- batches ------------------------------------------------------------------------------------
 
 
-def fresh(batch: Any) -> Any:
-    """A copy of a batch: tensors, tuples, dicts, and objects that hold them."""
+def fresh(batch: Any, depth: int = 5) -> Any:
+    """A copy of a batch, in which tensors are copied, and arrays become tensors."""
     if isinstance(batch, Tensor):
         return batch.detach().clone()
-    if isinstance(batch, Mapping) and type(batch) is dict:
-        return {key: fresh(value) for key, value in batch.items()}
-    if type(batch) in (list, tuple):
-        copies = [fresh(value) for value in batch]
-        return copies if type(batch) is list else tuple(copies)
-    return copy.deepcopy(batch)
+    if isinstance(batch, np.ndarray):
+        return torch.from_numpy(batch.copy()) if batch.dtype.kind in "biufc" else batch.copy()
+    if not depth or isinstance(batch, (type, types.ModuleType, nn.Module)) or callable(batch):
+        return batch
+    if isinstance(batch, (list, tuple)):
+        parts = [fresh(part, depth - 1) for part in batch]
+        if hasattr(batch, "_fields"):
+            return type(batch)(*parts)
+        return tuple(parts) if isinstance(batch, tuple) else parts
+    if isinstance(batch, MutableMapping):
+        twin = copy.copy(batch)
+        for key, part in batch.items():
+            twin[key] = fresh(part, depth - 1)
+        return twin
+    if hasattr(batch, "__dict__"):
+        twin = copy.copy(batch)
+        for name, part in vars(batch).items():
+            object.__setattr__(twin, name, fresh(part, depth - 1))
+        return twin
+    return batch
 
 
 def named_parts(value: Any) -> dict[str, Any]:
@@ -118,16 +137,29 @@ def with_input(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def examples(obj: Any, example: Any, shape: tuple[int, ...] | None) -> Iterator[Any]:
-    """The batch that is given; else batches that an object may take."""
-    given = getattr(obj, "example", getattr(obj, "example_input", None))
+    """A copy of the batch that is given; else batches that an object may take.
+
+    Raises:
+        AuditError: If the batch is empty, or has numbers that are not finite.
+    """
+    given = member(obj, "example")
+    if example is None and shape is None and isinstance(given, Tensor):
+        example = given
     if example is not None:
-        yield example
-    elif shape is None and isinstance(given, Tensor):
-        yield given
-    else:
-        generator = torch.Generator().manual_seed(0)
-        for event in [shape] if shape is not None else _events(obj):
-            yield torch.rand(4, *event, generator=generator, dtype=torch.float64).float()
+        if isinstance(example, DataLoader):
+            example = next(iter(example))
+        batch = fresh(example)
+        x = input_of(batch)
+        if isinstance(x, Tensor) and not x.numel():
+            raise AuditError(f"example: expected some numbers; got the shape {tuple(x.shape)}")
+        dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+        if dense and not x.isfinite().all():
+            raise AuditError("example: expected finite numbers; there are NaN or infinite ones")
+        yield batch
+        return
+    generator = torch.Generator().manual_seed(0)
+    for event in [shape] if shape is not None else _events(obj):
+        yield torch.rand(4, *event, generator=generator)
 
 
 def _events(obj: Any) -> Iterator[tuple[int, ...]]:
@@ -147,6 +179,13 @@ def _events(obj: Any) -> Iterator[tuple[int, ...]]:
             for side in (28, 32, 64, 16, 8) if channels else ():
                 yield channels, side, side
     yield from [(6,), (4, 8, 8), (3, 8, 8), (12, 4, 4)]
+
+
+def member(obj: Any, name: str) -> Any:
+    """An attribute; None if there is none, or if a property raises."""
+    with contextlib.suppress(Exception):
+        return getattr(obj, name)
+    return None
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -263,7 +302,7 @@ def arguments(fn: Any, batch: Any, given: Mapping[str, Any] | None = None) -> It
             values = fixed | {name: pick(batch) for name, pick in picks.items()}
             args: list[Any] = []
             for p in parameters:
-                if p.name not in values or p.kind is not p.POSITIONAL_OR_KEYWORD:
+                if p.name not in values or p.kind is p.KEYWORD_ONLY:
                     break
                 args.append(values.pop(p.name))
             return args, values

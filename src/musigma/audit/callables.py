@@ -6,7 +6,6 @@ noted, so that a report can say it.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
 import sys
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-from musigma.audit.batches import examples, input_of, required
+from musigma.audit.batches import examples, input_of, member, required
 from musigma.audit.bijection import FlowAdapter
 from musigma.audit.findings import AuditError, AuditReport
 from musigma.audit.flow import audit_flow
 from musigma.audit.sandbox import Sandbox, first_form
 from musigma.audit.vae import audit_vae
 
-__all__ = ["KL", "audit_callables", "find", "inverts", "member", "neighbours", "vae_parts"]
+__all__ = ["KL", "audit_callables", "find", "inverts", "neighbours", "vae_parts"]
 
 ENCODE = ("encode", "encoder", "inference", "recognition", "recognition_model")
 SAMPLE = (
@@ -53,13 +52,6 @@ def neighbours(obj: Any) -> dict[str, Any]:
     return names
 
 
-def member(obj: Any, name: str) -> Any:
-    """An attribute; None if there is none, or if a property raises."""
-    with contextlib.suppress(Exception):
-        return getattr(obj, name)
-    return None
-
-
 def find(obj: Any, names: tuple[str, ...]) -> tuple[str, Any] | None:
     """A callable of an object, or a function beside its class, by one of its names."""
     own = {name.lower(): name for name in dir(obj) if not name.startswith("__")}
@@ -79,7 +71,6 @@ def audit_callables(obj: Any, example: Any, shape: tuple[int, ...] | None) -> Au
         AuditError: If it has neither, or a callable fails.
     """
     assumed: list[str] = []
-    example = None if example is None else input_of(example)
     if (parts := vae_parts(obj)) is not None:
         assumed += parts.pop("assumed")
         if "encode" in parts:
@@ -108,7 +99,9 @@ def _accepted(
     with Sandbox(obj) as sandbox, torch.no_grad():
         sandbox.use_dtype(torch.float32)
 
-        def attempt(x: Tensor) -> None:
+        def attempt(x: Any) -> None:
+            if not isinstance(x, Tensor):
+                raise AuditError(f"expected a tensor; got {type(x).__name__}")
             undo = sandbox.snapshot()
             try:
                 if encode is not None:
@@ -119,7 +112,8 @@ def _accepted(
                 undo()
 
         try:
-            (x,), _ = first_form(((x,) for x in examples(obj, example, shape)), attempt)
+            batches = ((input_of(x),) for x in examples(obj, example, shape))
+            (x,), _ = first_form(batches, attempt)
         except AuditError as error:
             if example is not None:
                 raise AuditError(f"example: it is not accepted ({error})") from error

@@ -21,11 +21,12 @@ from musigma.audit.batches import (
     is_input,
     is_target,
     keywords_of,
+    member,
     named_parts,
     required,
     signature_of,
 )
-from musigma.audit.callables import member, neighbours
+from musigma.audit.callables import neighbours
 from musigma.audit.training_loop import leaves, of_users
 
 __all__ = ["LOSS", "TERM", "Picks", "is_answer", "loss_functions", "matches", "named_outputs"]

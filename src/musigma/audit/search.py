@@ -16,8 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from musigma.audit.batches import arguments, fresh, input_of, required, signature_of, with_input
-from musigma.audit.callables import KL, find, inverts, member
+from musigma.audit.batches import (
+    arguments,
+    fresh,
+    input_of,
+    member,
+    required,
+    signature_of,
+    with_input,
+)
+from musigma.audit.callables import KL, find, inverts
 from musigma.audit.findings import AuditError, name_of
 from musigma.audit.outputs import (
     LOSS,
@@ -112,8 +120,8 @@ class Search:
     """
 
     def __init__(self, obj: Any):
-        self.obj, self.kind = obj, name_of(obj)
         self.is_function = inspect.isroutine(obj) or isinstance(obj, functools.partial)
+        self.obj, self.kind = obj, name_of(obj if self.is_function else type(obj))
         first = next(iter(required(obj)), "") if self.is_function else ""
         self.model = _model_beside(obj) if MODEL.fullmatch(first) else None
         self.sandbox = Sandbox(obj, self.model, as_is=True)
@@ -173,7 +181,7 @@ class Search:
         self.sandbox.reseed()
         try:
             return look(self.sandbox.call(way.name, self.step(way, batch, in_loop)))
-        except AuditError as error:
+        except (AuditError, SystemExit) as error:
             told = error.__cause__ or error
             words = " ".join(str(told).split())[:200]
             self.reasons.setdefault(way.name, f"raises {type(told).__name__}: {words}")
@@ -202,17 +210,15 @@ class Search:
         total = sum((t.sum() for t in tensors if t.requires_grad), torch.zeros(()))
         if not isinstance(total, Tensor) or not total.requires_grad:
             return set()
-        parameters = self.sandbox.trainable()
+        if not (parameters := self.sandbox.trainable()):
+            return {-1}  # they are out of sight
         grads = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
         return {i for i, grad in enumerate(grads) if grad is not None}
 
     def passed_over(self, way: Way) -> list[str]:
         """Notes on training steps that were tried before the way that was taken."""
-        return [
-            f"{name} was not used: it {reason}"
-            for name, reason in self.reasons.items()
-            if name != way.name and name.rpartition(".")[2] in STEPS[:3]
-        ]
+        others = self.failed(lambda name: name in STEPS[:3] and name != _last(way.name))
+        return [f"it was not used: {line}" for line in others]
 
     def ways(self, batch: Any) -> Iterator[Way]:
         """Ways to get a loss from a batch, the likeliest first."""
@@ -409,8 +415,22 @@ class Search:
         what = "it is neither a flow, nor a density, nor a VAE with a sampler and a KL"
         if self.is_function:
             what += "; a function that makes a model must take no arguments"
-        tried = [f"\n  {name} {reason}" for name, reason in list(self.reasons.items())[:8]]
+        tried = [f"\n  {line}" for line in self.failed(lambda name: True)[:8]]
         return f"{self.kind}: nothing in it returns a loss, and {what}{''.join(tried)}"
+
+    def failed(self, which: Callable[[str], Any]) -> list[str]:
+        """What was tried and why it is no step, by its last name."""
+        reasons = self.reasons.items()
+        return [f"{name} {reason}" for name, reason in reasons if which(_last(name))]
+
+    def failed_losses(self) -> list[str]:
+        """The methods of the object that are named as losses, and why they are no step."""
+        own = {name for name in dir(self.obj) if name in STEPS or LOSS.search(name)}
+        return self.failed(own.__contains__)
+
+
+def _last(name: str) -> str:
+    return re.split(r"[. ]", name)[-1]
 
 
 def wrapper(search: Search) -> str:

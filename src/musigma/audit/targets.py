@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from musigma.audit.batches import examples, input_of, required
-from musigma.audit.callables import KL, audit_callables, find, inverts, member, vae_parts
+from musigma.audit.batches import examples, input_of, member, required
+from musigma.audit.callables import KL, audit_callables, find, inverts, vae_parts
 from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport, name_of
 from musigma.audit.flow import audit_flow
@@ -46,10 +47,11 @@ class NoStepError(AuditError):
     Args:
         reason: What was tried, and why it returns none.
         wrapper: The code.
+        losses: What is named as a loss, and why it is no step.
     """
 
-    def __init__(self, reason: str, wrapper: str):
-        self.reason, self.wrapper = reason, wrapper
+    def __init__(self, reason: str, wrapper: str, losses: list[str]):
+        self.reason, self.wrapper, self.losses = reason, wrapper, losses
         super().__init__(f"{reason}\nWrite the step, and audit it:\n\n{wrapper}")
 
 
@@ -116,7 +118,7 @@ def _step_of(
                 if example is None:
                     assumed.append(f"a batch of shape {tuple(batch.shape)} was drawn")
                 return FoundStep(call, [*assumed, *note, *way.notes], way.name, way.users)
-    raise NoStepError(search.refusal(), wrapper(search))
+    raise NoStepError(search.refusal(), wrapper(search), search.failed_losses())
 
 
 def make(obj: Any, assumed: list[str]) -> Any:
@@ -127,6 +129,8 @@ def make(obj: Any, assumed: list[str]) -> Any:
     Raises:
         AuditError: If it fails, or returns neither a loss nor anything that may have one.
     """
+    if isinstance(obj, nn.Module):
+        return _checked(obj)
     if not inspect.isclass(obj) and not _takes_nothing(obj):
         return obj
     name = name_of(obj)
@@ -144,6 +148,8 @@ def make(obj: Any, assumed: list[str]) -> Any:
             raise AuditError(f"{name}(): it raises {type(error).__name__}: {error}") from error
         finally:
             undo()
+    if isinstance(made, nn.Module):
+        made = _checked(made)
     if not inspect.isclass(obj):
         if is_loss(made):
             assumed.append(f"{name}() is the step")
@@ -158,6 +164,24 @@ def make(obj: Any, assumed: list[str]) -> Any:
         f"{name}() was called to make the {'step' if _takes_nothing(made) else 'object'}"
     )
     return make(made, assumed) if _takes_nothing(made) else made
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    """A module that has its parameters; of one that is parallel, the module inside.
+
+    Raises:
+        AuditError: If it has layers whose parameters do not exist yet.
+    """
+    if "_modules" not in vars(model):
+        raise AuditError(f"{type(model).__name__}: its __init__ does not call super().__init__()")
+    lazy = (UninitializedParameter, UninitializedBuffer)
+    if any(isinstance(t, lazy) for t in (*model.parameters(), *model.buffers())):
+        raise AuditError(
+            f"{type(model).__name__}: it has lazy layers without parameters; call it on a batch "
+            "before the audit"
+        )
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, parallel) else model
 
 
 def _takes_nothing(obj: Any) -> bool:
@@ -243,12 +267,11 @@ def _audited(
         except AuditError as error:
             if refused is None:
                 raise
-            raise NoStepError(f"{refused.reason}\n  {error}", refused.wrapper) from error
-        if report.missing and refused is not None:
-            tried = "; ".join(line.strip() for line in refused.reason.splitlines()[1:])
-            line = f"the step: nothing was found that returns a loss; {tried}"
-            report = replace(report, unchecked=(*report.unchecked, line))
-        return report
+            reason = f"{refused.reason}\n  {error}"
+            raise NoStepError(reason, refused.wrapper, refused.losses) from error
+        losses = [] if refused is None else refused.losses  # what trains is not examined
+        missing = tuple(f"the step: {line}" for line in losses)
+        return replace(report, missing=(*report.missing, *missing))
     report = audit_step(step.call, example=example)
     assumed += [f"the step is {step.name}", *step.assumed]
     if step.users == "terms":
