@@ -81,11 +81,7 @@ def log_det_of(raw: Any, rows: int) -> tuple[Tensor, str]:
 
 
 def read(value: Any, x: Tensor, name: str, notes: list[str] | None = None) -> Image:
-    """The result of a callable of x, as latents and log-determinant.
-
-    Raises:
-        AuditError: If it is neither, or has another number of examples.
-    """
+    """The result of a callable of x, as latents and log-determinant."""
     notes = [] if notes is None else notes
     if isinstance(value, dict):
         dets = [key for key in value if LOG_DET.search(str(key).lower())]
@@ -187,14 +183,13 @@ def _run_layers(calls: Sequence[Any], x: Any) -> tuple[Any, Any]:
 class FlowAdapter:
     """A flow of any codebase; without an `inverse`, it is looked for on `forward`.
 
+    What cannot be called, or returns something else than is expected, raises an `AuditError`.
+
     Attributes:
         notes: What was assumed about the callables.
         adds_to: The argument to which forward adds its log-determinant; None if there is none.
         fixed_draws: Whether forward draws the same random numbers on each call.
         changed: The argument that a callable changed in place, by the callable's name.
-
-    Raises:
-        AuditError: If `forward` is not callable.
     """
 
     def __init__(self, sandbox: Sandbox, forward: Any, inverse: Any = None):
@@ -240,11 +235,7 @@ class FlowAdapter:
     def forward(
         self, x: Tensor, notes: list[str] | None = None, total: Tensor | None = None
     ) -> Image:
-        """The flow's output for a copy of x; its log-determinant is added to `total`.
-
-        Raises:
-            AuditError: If it raises, or returns something other than (z, log_det).
-        """
+        """The flow's output for a copy of x; its log-determinant is added to `total`."""
         if self.fixed_draws:
             self.sandbox.reseed()
         call, copy = self._forward, x.clone()
@@ -260,11 +251,7 @@ class FlowAdapter:
         return self.forward(x).flat
 
     def first_call(self, x: Tensor) -> Image:
-        """The first output; finds out whether the flow takes x as a tensor or in a list.
-
-        Raises:
-            AuditError: If it takes neither.
-        """
+        """The first output; finds out whether the flow takes x as a tensor or in a list."""
 
         def attempt(takes_list: bool) -> Image:
             self.takes_list = takes_list
@@ -273,11 +260,7 @@ class FlowAdapter:
         return first_form([(False,), (True,)], attempt)[1]
 
     def inverse(self, tree: Any, x: Tensor) -> tuple[Tensor, Any]:
-        """The inverse's x for latents, with the log-determinant that it returns or None.
-
-        Raises:
-            AuditError: If it raises, or returns something other than an x of the given shape.
-        """
+        """The inverse's x for latents, with the log-determinant that it returns or None."""
         z = tree_map_only(
             Tensor, lambda t: t.detach().clone(), tree
         )  # so that caches by identity fail
@@ -293,9 +276,5 @@ class FlowAdapter:
         return image.flat.detach().reshape(x.shape), None if passed else image.raw
 
     def round_trip(self, x: Tensor) -> Tensor:
-        """What the inverse returns for the latents of x.
-
-        Raises:
-            AuditError: As `forward` and `inverse`.
-        """
+        """What the inverse returns for the latents of x."""
         return self.inverse(self.forward(x).tree, x)[0]

@@ -21,7 +21,7 @@ from musigma.audit.bijection import log_det_of
 from musigma.audit.findings import AuditError, AuditReport, distance
 from musigma.audit.flow_faults import report, report_raising_inverse
 from musigma.audit.flow_layers import check_layers
-from musigma.audit.flow_measurement import FlowAudit, Measurement
+from musigma.audit.flow_measurement import LIMITS_32, FlowAudit, Measurement
 from musigma.audit.flow_parameters import (
     check_determinant_sign,
     check_initialization,
@@ -125,7 +125,7 @@ def _call_first(audit: FlowAudit) -> None:
         if image.flat.dtype == torch.float32:
             raise AuditError("forward: given float64, it returns float32")
         if isinstance(image.raw, Tensor) and image.raw.dtype == torch.float32:
-            audit.single = True
+            audit.tolerance, audit.bug_error = LIMITS_32
             audit.assumed.append("log-determinants come in float32: tolerances are wider")
     d, elements = image.flat.shape[1], audit.x[0].numel()
     audit.why_not = "forward returns none" if image.raw is None else ""
@@ -182,25 +182,22 @@ def _check_purity(audit: FlowAudit) -> bool:
 
 
 def _impurity(audit: FlowAudit) -> tuple[float, ...]:
-    """`_differences`, the larger of each under these and under random parameters."""
-    differences = _differences(audit)
-    if not audit.sandbox.trainable() or audit.slow:
-        return differences
-    restore = audit.sandbox.snapshot()
-    audit.perturb(0.1)
-    try:
-        pairs = zip(differences, _differences(audit), strict=True)
-        return tuple(max(a, b) if math.isfinite(b) else a for a, b in pairs)
-    except AuditError as error:
-        if error.__cause__ is None:
-            raise
-        return differences
-    finally:
+    """How far z and the log-determinant differ between calls, and z among other examples.
+
+    The larger difference under these and under random parameters.
+    """
+    largest = _differences(audit)
+    if audit.sandbox.trainable() and not audit.slow:
+        restore = audit.sandbox.snapshot()
+        audit.perturb(0.1)
+        with suppress(AuditError):
+            pairs = zip(largest, _differences(audit), strict=True)
+            largest = tuple(max(a, b) if math.isfinite(b) else a for a, b in pairs)
         restore()
+    return largest
 
 
 def _differences(audit: FlowAudit) -> tuple[float, ...]:
-    """How far z and the log-determinant differ between calls, and z among other examples."""
     began, n, rows = time.process_time(), 2 if audit.slow else 3, len(audit.x)
     images = [audit.flow.forward(audit.x) for _ in range(n)]
     seconds = (time.process_time() - began) / n  # the first call warms up
@@ -253,7 +250,7 @@ def _check_unperturbed(audit: FlowAudit) -> Measurement:
     measured = audit.measure()
     if measured.inverse_error is not None:
         report_raising_inverse(audit, measured.inverse_error)
-    report(audit, measured, "with its own parameters")
+    report(audit, measured, audit.when(0.0))
     if measured.volume is not None and measured.volume.condition.isfinite().all():
         audit.details["condition"] = float(measured.volume.condition.max())
     return measured
@@ -264,8 +261,7 @@ def _check_accumulation(audit: FlowAudit, unperturbed: Measurement) -> None:
     raw = audit.flow.forward(audit.x).raw
     if audit.flow.adds_to is None or not isinstance(raw, Tensor) or unperturbed.nan_log_det:
         return
-    before = torch.arange(1.0, 1.0 + math.prod(raw.shape or audit.x.shape[:1]))
-    before = before.reshape(raw.shape or audit.x.shape[:1])
+    before = torch.randn(raw.shape or audit.x.shape[:1])
     with suppress(AuditError):
         after = audit.flow.forward(audit.x, total=before).raw
         fits = isinstance(after, Tensor) and after.shape == before.shape

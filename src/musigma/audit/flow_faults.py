@@ -114,7 +114,7 @@ def _shape_faults(m: Measurement, tolerance: float, bug: float) -> Iterator[Faul
         if near and m.kind != "outer":
             yield "logdet_shape", "bug", "reduced", {"reduction": reduction, **numbers}
             return
-    if m.kind != "number":
+    if m.kind in ("outer", "other"):
         yield "logdet_shape", "bug", m.kind, numbers
 
 

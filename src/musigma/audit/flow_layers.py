@@ -7,17 +7,18 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from musigma.audit.bijection import FLAGS, Image, inverse_of, log_det_of, read
+from musigma.audit.bijection import FLAGS, FlowAdapter, inverse_of, log_det_of
 from musigma.audit.findings import AuditError, distance
 from musigma.audit.flow_faults import log_det_fault
 from musigma.audit.flow_measurement import FlowAudit, Measurement, log_det_error
 from musigma.audit.jacobian import DENSE, volume
-from musigma.audit.sandbox import first, forward_hooks
+from musigma.audit.sandbox import forward_hooks
 
 __all__ = ["check_layers"]
 
@@ -25,31 +26,34 @@ MOST = 4096  # elements up to which the whole Jacobian is computed if there is t
 FAILURES = (RuntimeError, AuditError, ValueError, IndexError)
 
 
+class Layer(NamedTuple):
+    """A layer, and a call of it inside a flow: its input x (B, ...), its output z."""
+
+    name: str
+    flow: FlowAdapter
+    x: Tensor
+    z: Tensor
+    log_det: Tensor  # of the layer alone
+
+
 def check_layers(audit: FlowAudit, unperturbed: Measurement) -> None:
     """Compare every layer's log-determinant with its Jacobian's."""
-    if not audit.sandbox.modules:
-        return
     whole = unperturbed.volume is not None
     conditions: dict[str, float] = {}
     compared, unclear, adds_up = 0, [], False
     for std in dict.fromkeys([audit.perturbation, *[0.0] * (not audit.slow)]):
         audit.reset(std)
-        try:
+        seen: list[Layer] = []
+        with suppress(AuditError):
             seen = _layers(audit)
-        except AuditError:
-            continue
         if not seen or (len(seen) == 1 and whole):
             break
         for layer in seen:
-            if audit.time_left() < 0:
-                unclear.append("layers beyond the time limit")
-                break
-            condition = _check_layer(layer, std)
+            condition = _check_layer(audit, layer, std) if audit.time_left() > 0 else None
+            compared += condition is not None
             if condition is None:
                 unclear.append(layer.name)
-                continue
-            compared += 1
-            if std == 0.0 and condition > 0:
+            elif std == 0.0 and condition > 0:
                 conditions[layer.name] = condition
         if not whole and not audit.noisy_log_det:
             adds_up |= _check_sum(audit, seen)
@@ -61,86 +65,60 @@ def check_layers(audit: FlowAudit, unperturbed: Measurement) -> None:
         audit.details["conditions"] = conditions
     if unclear and not whole:
         names = ", ".join(dict.fromkeys(unclear))[:200]
-        audit.why_not = f"there are many elements, and no known structure in {names}"
+        audit.why_not = f"there are many elements, and no known structure or no time in {names}"
 
 
-class _Layer:
-    """A call of a layer inside a flow: its input x (B, ...), its output z, its log-determinant.
-
-    It is called as a function of x to z (B, D), without what was accumulated before it.
-    """
-
-    def __init__(self, audit: FlowAudit, name: str, module: nn.Module, args: tuple, kwargs: dict):
-        self.audit, self.name, self.module = audit, f"{name} ({type(module).__name__})", module
-        self.x, self.args, self.kwargs = args[0].detach(), args[1:], kwargs
-        self.z, self.log_det = self.x, torch.zeros(())
-
-    def is_total(self, value: Any) -> bool:
-        """Whether an argument is a log-determinant that was accumulated before the layer."""
-        return isinstance(value, Tensor) and value.shape in ((), (len(self.x),))
-
-    def call(self, x: Tensor, **flags: Any) -> Image:
-        """The layer's (z, log_det); with a flag that inverts it, its (x, log_det)."""
-        rest = [torch.zeros_like(a) if self.is_total(a) else a for a in self.args]
-        named = {k: torch.zeros_like(a) if self.is_total(a) else a for k, a in self.kwargs.items()}
-        call = partial(self.module, **named | flags)
-        return read(self.audit.sandbox.call(self.name, call, x, *rest), x, self.name)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.call(x).flat
-
-    def round_trip_error(self) -> float:
-        """How far its inverse is from x; zero if it takes more than z and what was accumulated."""
-        inverse = inverse_of(self.module)
-        values = [*self.args, *(v for k, v in self.kwargs.items() if k not in FLAGS)]
-        if inverse is None or not all(map(self.is_total, values)):
-            return 0.0
-        if isinstance(inverse, partial) and inverse.func is self.module:
-            back = self.call(self.z.clone(), **inverse.keywords).tree
-        elif values:
-            return 0.0
-        else:
-            back = first(self.audit.sandbox.call(self.name, inverse, self.z.clone()))
-        return distance(back.reshape(self.x.shape), self.x)
-
-
-def _layers(audit: FlowAudit) -> list[_Layer]:
+def _layers(audit: FlowAudit) -> list[Layer]:
     """The innermost layers that return (z, log_det) in a call of the flow, in their order."""
-    seen: list[_Layer] = []
+    seen: list[tuple[nn.Module, Layer]] = []
     names = {m: name for root in audit.sandbox.modules for name, m in root.named_modules()}
+    rows = len(audit.few)
+
+    def is_total(value: Any) -> bool:  # accumulated before the layer
+        return isinstance(value, Tensor) and value.shape in ((), (rows,))
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         pair = isinstance(out, (tuple, list)) and len(out) == 2
         if not pair or not args or not all(isinstance(t, Tensor) for t in (args[0], *out)):
             return
-        given, (z, raw) = args[0], out
-        if len(given) != len(audit.few) or z.numel() != given.numel():
-            return
-        if raw.numel() not in (1, len(given)) or (raw.shape == z.shape and len(given) > 1):
+        x, (z, raw) = args[0].detach(), out
+        if len(x) != rows or z.numel() != x.numel() or raw.numel() not in (1, rows):
             return
         inside = set(module.modules())
-        if any(layer.module in inside and layer.module is not module for layer in seen):
+        if raw.shape == z.shape or any(m in inside and m is not module for m, _ in seen):
             return  # its parts were seen
-        layer = _Layer(audit, names.get(module) or "flow", module, args, kwargs)
-        before = [a.detach() for a in (*args[1:], *kwargs.values()) if layer.is_total(a)]
-        layer.z, layer.log_det = z.detach(), raw.detach() - (before[0] if before else 0.0)
-        seen.append(layer)
+        rest, named = tree_map_only(
+            Tensor, lambda t: torch.zeros_like(t) if is_total(t) else t, (args[1:], kwargs)
+        )
+        inverse = inverse_of(module)
+        if isinstance(inverse, partial) and inverse.func is module:
+            inverse = partial(_call, module, rest, named | inverse.keywords)
+        if not all(map(is_total, [*args[1:], *(v for k, v in named.items() if k not in FLAGS)])):
+            inverse = None
+        flow = FlowAdapter(audit.sandbox, partial(_call, module, rest, named), inverse)
+        before = [t.detach() for t in tree_leaves((args[1:], kwargs)) if is_total(t)]
+        log_det = raw.detach() - (before[0] if before else 0.0)
+        name = f"{names.get(module) or 'flow'} ({type(module).__name__})"
+        seen.append((module, Layer(name, flow, x, z.detach(), log_det)))
 
     with forward_hooks(names, hook, with_kwargs=True):
         audit.flow.forward(audit.few)
-    return seen
+    return [layer for _, layer in seen]
 
 
-def _check_layer(layer: _Layer, std: float) -> float | None:
+def _call(module: nn.Module, rest: tuple, named: dict, x: Tensor) -> Any:
+    return module(x, *rest, **named)
+
+
+def _check_layer(audit: FlowAudit, layer: Layer, std: float) -> float | None:
     """The condition number of a layer; None if its log-determinant cannot be compared.
 
     By its structure, else by a corner of an image; where the corner differs, or there is none, by
     the whole Jacobian of one example.
     """
-    audit = layer.audit
-    for x, dense in _parts(layer):
+    for x, dense in _parts(audit, layer):
         with suppress(*FAILURES):
-            known, raw = volume(layer, x, dense), layer.call(x.clone()).raw
+            known, raw = volume(layer.flow.latents, x, dense), layer.flow.forward(x).raw
             if known is None:
                 continue
             if raw is None or not known.log_det.isfinite().all():
@@ -156,88 +134,68 @@ def _check_layer(layer: _Layer, std: float) -> float | None:
                     audit.findings.pop("logdet_mismatch", None)
                     fault = log_det_fault(layer.name, x, stated, known.log_det, "bug")
                     code, severity, variant, numbers = fault
-                    when = f"with random parameters (moved by {std:g})"
-                    numbers |= {"when": when if std else "with its own parameters"}
-                    audit.find(code, severity, variant, layer=layer.name, **numbers)
+                    numbers |= {"when": audit.when(std), "layer": layer.name}
+                    audit.find(code, severity, variant, **numbers)
             condition = float(known.condition.max())
             return condition if math.isfinite(condition) else 0.0
     return None
 
 
-def _parts(layer: _Layer) -> Iterator[tuple[Tensor, int]]:
+def _parts(audit: FlowAudit, layer: Layer) -> Iterator[tuple[Tensor, int]]:
     """Inputs of a layer to compare it at, and the elements up to which J is wholly computed."""
     x = layer.x
     yield (x if x[0].numel() <= DENSE else x[:1]), DENSE
-    corner = _corner(layer)
-    if corner is not None:
-        yield corner, DENSE
-    if _has_time(layer, x[:1]):
-        yield x[:1], MOST
-
-
-def _corner(layer: _Layer) -> Tensor | None:
-    """A corner of an image that the layer takes as well."""
-    x = layer.x[:1]
+    x = x[:1]
     for side in (4, 2) if x.ndim == 4 else ():
         if x.shape[1] * side * side <= 256 and min(x.shape[2:]) > side:
-            part = x[:, :, :side, :side].contiguous()
+            corner = x[:, :, :side, :side].contiguous()
             with suppress(Exception):  # whatever a layer raises at a size it was not made for
-                if layer(part).shape == (1, part[0].numel()):
-                    return part
-    return None
+                if layer.flow.latents(corner).numel() == corner.numel():
+                    yield corner, DENSE
+                    break
+    if x.numel() <= MOST and audit.time_left() > 4 and "logdet_mismatch" not in audit.findings:
+        began, seconds = time.process_time(), math.inf
+        with suppress(*FAILURES), torch.enable_grad():
+            layer.flow.latents(x.clone().requires_grad_()).sum().backward()
+            seconds = time.process_time() - began
+        if seconds * x.numel() < audit.time_left():
+            yield x, MOST
 
 
-def _has_time(layer: _Layer, x: Tensor) -> bool:
-    """Whether there is time for the whole Jacobian of one example, if a fault is not known yet."""
-    audit = layer.audit
-    if x.numel() > MOST or audit.time_left() < 4 or "logdet_mismatch" in audit.findings:
-        return False
-    began = time.process_time()
-    with suppress(*FAILURES), torch.enable_grad():
-        layer(x.clone().requires_grad_()).sum().backward()
-        return (time.process_time() - began) * x.numel() < audit.time_left()
-    return False
-
-
-def _name_wrong_inverse(audit: FlowAudit, seen: list[_Layer]) -> None:
+def _name_wrong_inverse(audit: FlowAudit, seen: list[Layer]) -> None:
     """Name the layer whose own round trip fails, where the whole flow's fails."""
     whole = audit.findings.get("inverse_mismatch")
-    if whole is None or whole.severity != "bug" or "layer" in whole.numbers:
+    if whole is None or whole.severity != "bug" or "error" not in whole.numbers:
         return
-    for layer in seen:
-        with suppress(AuditError, RuntimeError):
-            if layer.round_trip_error() > audit.bug_error and "error" in whole.numbers:
+    for layer in seen if "layer" not in whole.numbers else ():
+        with suppress(*FAILURES):
+            x = layer.flow.inverse(layer.z, layer.x)[0] if layer.flow.invertible else layer.x
+            if distance(x, layer.x) > audit.bug_error:
                 del audit.findings["inverse_mismatch"]
                 audit.bug("inverse_mismatch", "layer", **whole.numbers, layer=layer.name)
                 return
 
 
-def _check_sum(audit: FlowAudit, seen: list[_Layer]) -> bool:
+def _check_sum(audit: FlowAudit, seen: list[Layer]) -> bool:
     """Whether the whole flow returns the sum of its layers; False if more changes the volume."""
-    image = audit.flow.forward(audit.few)
+    image, rows = audit.flow.forward(audit.few), len(audit.few)
     if image.raw is None:
         return False
-    rows = len(audit.few)
     outputs = [audit.few, *(layer.z for layer in seen)]
     inputs = [*(layer.x for layer in seen), image.flat.detach()]
     names = [*(f"the input of {layer.name}" for layer in seen), "z"]
-    for name, before, after in zip(names, outputs, inputs, strict=True):
-        if not _reordered(before.reshape(rows, -1), after.reshape(rows, -1)):
+    for name, *pair in zip(names, outputs, inputs, strict=True):
+        before, after = (t.reshape(rows, -1).sort(1).values for t in pair)
+        if before.shape != after.shape or not (before == after).all():
             audit.why_not = f"there are many elements, and {name} is not the output of a layer"
             return False
     total = torch.stack([log_det_of(layer.log_det, rows)[0] for layer in seen]).sum(0)
     stated, _ = log_det_of(image.raw, rows)
     if log_det_error(stated, total) > audit.bug_error:
-        audit.bug(
-            "logdet_mismatch", "layers", stated=stated[:4].tolist(), log_det=total[:4].tolist()
-        )
+        stated, total = stated[:4].tolist(), total[:4].tolist()
+        audit.bug("logdet_mismatch", "layers", stated=stated, log_det=total)
     elif not any("add up" in line for line in audit.checked):
         audit.checked.append(
             f"the log-determinants of {len(seen)} layers add up to that of the whole flow"
         )
     return True
-
-
-def _reordered(a: Tensor, b: Tensor) -> bool:
-    """Whether two batches hold the same numbers, example by example."""
-    return a.shape == b.shape and bool((a.sort(1).values == b.sort(1).values).all())

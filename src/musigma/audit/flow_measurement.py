@@ -21,12 +21,14 @@ from musigma.audit.findings import AuditError, ReportBuilder, distance, name_of
 from musigma.audit.jacobian import DENSE, Volume, by_differences, volume
 from musigma.audit.sandbox import Sandbox
 
-__all__ = ["EXACT", "FlowAudit", "Measurement", "log_det_error"]
+__all__ = ["EXACT", "LIMITS_32", "FlowAudit", "Measurement", "log_det_error"]
 
 SECONDS = 8.0  # of CPU time for all checks that can be left out
 ROWS = (5, 6, 7, 9, 11)  # batch sizes: the first that is no other axis's
 FEW = (2, 3, 4, 5)  # the same, where there are many elements
 EXACT = 1e-8  # the largest error of a formula's inverse in float64
+# The error of a log-determinant from which on there is a finding, and from which on it is a bug.
+LIMITS, LIMITS_32 = (3e-4, 1e-3), (2e-3, 2e-2)
 # Why right code is not exact.
 ITERATES = "it iterates"
 SINGLE = "it computes in single precision"
@@ -81,8 +83,9 @@ class FlowAudit(ReportBuilder):
         self.restore_first: Callable[[], None] = sandbox.snapshot()
         self.restore: Callable[[], None] = self.restore_first
         self.began = time.process_time()
-        self.single = sandbox.dtype == torch.float32  # log-determinants have 32 bits
-        if self.single:
+        self.tolerance, self.bug_error = LIMITS
+        if sandbox.dtype == torch.float32:
+            self.tolerance, self.bug_error = LIMITS_32
             self.assumed.append("it computes in float32 only: tolerances are wider")
         self.noisy_log_det = False
         self.was_training = False  # it was, and is now in evaluation mode
@@ -92,15 +95,9 @@ class FlowAudit(ReportBuilder):
         self.compared = False  # the log-determinant, with the Jacobian's
         self.why_not = ""  # why it was not compared
 
-    @property
-    def tolerance(self) -> float:
-        """The largest error of a log-determinant that is right."""
-        return 2e-3 if self.single else 3e-4
-
-    @property
-    def bug_error(self) -> float:
-        """The smallest error of a log-determinant that is a bug."""
-        return 2e-2 if self.single else 1e-3
+    def when(self, std: float) -> str:
+        """The parameters, in the words of a message."""
+        return f"with random parameters (moved by {std:g})" if std else "with its own parameters"
 
     @property
     def slow(self) -> bool:
@@ -134,19 +131,18 @@ class FlowAudit(ReportBuilder):
         mixed = torch.lerp(first, second, 0.2 + 0.6 * share)
         return torch.cat([have, mixed])[:n] if keep else mixed
 
-    @torch.no_grad()
     def reset(self, std: float = 0.0, seed: int = 1) -> None:
-        """Restore the parameters, and move them by noise, as a training step does.
-
-        Running means and variances, which start at zero and one, move as well. Parameters of
-        modules with backward hooks, which may keep them in their range, do not.
-        """
+        """Restore the parameters, and `perturb` them."""
         self.restore()
         self.perturb(std, seed)
 
     @torch.no_grad()
     def perturb(self, std: float, seed: int = 1) -> None:
-        """As `reset`, from the present parameters."""
+        """Move the parameters by noise, in training mode, as a training step does.
+
+        Running means and variances, which start at zero and one, move as well. Parameters of
+        modules with backward hooks, which may keep them in their range, do not.
+        """
         if not std:
             return
         modes = {module: module.training for module in self.sandbox.layers()}
@@ -223,16 +219,16 @@ class FlowAudit(ReportBuilder):
             measured.inverse_error = error
             return
         self._measure_round_trip(measured, image, back, x)
-        if self.seconds_per_call < 0.01 and len(x) < 40:
+        if self.seconds_per_call < 0.01:
             with suppress(AuditError):  # it may take no other batch size
-                more = self.draw_examples(40, 13)
-                many = self.flow.forward(more)
-                if many.flat.isfinite().all():
-                    again, _ = self.flow.inverse(many.tree, more)
-                    self._measure_round_trip(measured, many, again, more)
+                x = self.draw_examples(40, 13)
+                image = self.flow.forward(x)
+                if image.flat.isfinite().all():
+                    back, _ = self.flow.inverse(image.tree, x)
+                    self._measure_round_trip(measured, image, back, x)
         if raw is None or measured.stated is None or measured.nan_log_det:
             return
-        inverse, _ = log_det_of(raw, len(x))
+        inverse, _ = log_det_of(raw, len(self.few))
         expected = [measured.stated]
         if measured.truth is not None and measured.kind != "other":
             expected.append(measured.truth)

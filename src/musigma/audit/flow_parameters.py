@@ -230,7 +230,7 @@ def check_random_parameters(audit: FlowAudit, unperturbed: Measurement) -> None:
     stale = audit.flow.invertible and _is_stale(audit, std)
     if stale and measured.round_trip > audit.tolerance >= unperturbed.round_trip:
         measured.round_trip = measured.back_sum = math.nan
-    report(audit, measured, f"with random parameters (moved by {std:g})")
+    report(audit, measured, audit.when(std))
 
 
 def _is_finite(audit: FlowAudit, std: float) -> bool:
@@ -272,11 +272,9 @@ def _is_stale(audit: FlowAudit, std: float) -> bool:
 
 def check_negative_determinants(audit: FlowAudit, _unperturbed: Measurement) -> None:
     """Whether the log-determinant is finite where a matrix has a negative determinant."""
-    matrices = [p for p in audit.sandbox.trainable() if _is_matrix(p)]
-    if not matrices or "logdet_nan" in audit.findings:
+    matrices = [_make_negative(p) for p in audit.sandbox.trainable() if p.ndim > 1]
+    if not any(matrices) or "logdet_nan" in audit.findings:
         return
-    for p in matrices:
-        _make_determinant_negative(p)
     with suppress(AuditError):
         image = audit.flow.forward(audit.x)
         if image.raw is not None and image.flat.isfinite().all():
@@ -287,29 +285,21 @@ def check_negative_determinants(audit: FlowAudit, _unperturbed: Measurement) -> 
                 audit.bug("logdet_nan", "negative")
 
 
-def _is_matrix(p: Tensor) -> bool:
-    """Whether a parameter is a square matrix, and not triangular."""
-    if p.ndim < 2 or p.shape[1] < 2 or p.numel() != len(p) ** 2 or len(p) != p.shape[1]:
-        return False
-    matrix = p.detach().reshape(len(p), -1)
-    return bool(matrix.tril(-1).any() and matrix.triu(1).any())
-
-
 @torch.no_grad()
-def _make_determinant_negative(p: Tensor) -> None:
-    """Flip the sign of a matrix's determinant by one off-diagonal entry.
+def _make_negative(p: Tensor) -> bool:
+    """Make the determinant of a square matrix negative; False if it is triangular or no matrix.
 
-    det(W + c e_i e_j') = det W (1 + c V_ji), with V the inverse of W: -det W at c = -2 / V_ji.
+    One off-diagonal entry changes: det(W + c e_i e_j') = det W (1 + c V_ji), V the inverse of W.
     """
-    matrix = p.detach().reshape(len(p), -1).double().clone()
-    if torch.linalg.det(matrix) < 0:
-        return
-    inverse = torch.linalg.pinv(matrix).T.clone()
-    inverse.fill_diagonal_(0.0)
-    at = divmod(int(inverse.abs().argmax()), len(p))
-    if inverse[at] != 0:
-        matrix[at] -= 2 / inverse[at]
-        p.copy_(matrix.reshape(p.shape).to(p))
+    w = p.detach().double().flatten(1).clone()
+    if w.shape != (len(p), len(p)) or not (w.tril(-1).any() and w.triu(1).any()):
+        return False
+    v = torch.linalg.pinv(w).T.fill_diagonal_(0.0)
+    at = divmod(int(v.abs().argmax()), len(p))
+    if torch.linalg.det(w) > 0 and v[at] != 0:
+        w[at] -= 2 / v[at]
+        p.copy_(w.reshape(p.shape))
+    return True
 
 
 def check_determinant_sign(audit: FlowAudit, _unperturbed: Measurement) -> None:
