@@ -406,7 +406,11 @@ def _function_of_kl(case: _Case) -> tuple[str, float] | None:
     reached = (ratio.abs() > near) & there
     if not all(bool(reached[:, moving].any()) for moving in p.moving):
         return None
-    steady = all(float(r[t].max() - r[t].min()) <= near for r, t in zip(ratio, there, strict=True))
+    steady = all(
+        float(r[t].max() - r[t].min()) <= near
+        for r, t in zip(ratio, there, strict=True)
+        if t.any()
+    )
     levels = (known.abs() - largest).abs() <= near
     copies = case.fit.copies
     mixed = bool((known > 0).any())
