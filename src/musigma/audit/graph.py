@@ -77,9 +77,16 @@ class Node:
         """The numbers of its tensor arguments."""
         return [a.id for a in self.flat if isinstance(a, Ref)]
 
-    def run(self, value: Callable[[Any], Any]) -> list[Tensor]:
-        """Its results, with arguments from a function of an entry of `flat`."""
+    def run(self, value: Callable[[Any], Any], stops: bool = False) -> list[Tensor]:
+        """Its results, with arguments from a function of an entry of `flat`.
+
+        With `stops`, the tensors that required no gradient in the step get none.
+        """
         flat = [value(a) for a in self.flat]
+        if stops and self.tracked and self.grads:
+            refs = [k for k, a in enumerate(self.flat) if isinstance(a, Ref)]
+            for k, needs in zip(refs, self.grads, strict=False):
+                flat[k] = flat[k] if needs else flat[k].detach()
         if self.spec is None:
             out = self.fn(*flat)
         else:
@@ -250,12 +257,17 @@ class Graph:
                 self._base.update(self._replay({}, self._plan_base(i)))
         return self._base[i]
 
-    def run(self, over: Mapping[int, Tensor], wants: Sequence[int]) -> dict[int, Tensor]:
-        """The values `wants` if those in `over` were others; differentiable in them."""
+    def run(
+        self, over: Mapping[int, Tensor], wants: Sequence[int], stops: bool = False
+    ) -> dict[int, Tensor]:
+        """The values `wants` if those in `over` were others; differentiable in them.
+
+        With `stops`, gradients stop where they did in the step.
+        """
         key = (frozenset(over), tuple(wants))
         if key not in self._plans:
             self._plans[key] = self._plan(over, wants)
-        env = self._replay(over, self._plans[key])
+        env = self._replay(over, self._plans[key], stops)
         return {i: env[i] if i in env else self.get(i) for i in wants}
 
     def value(self, over: Mapping[int, Tensor], want: int) -> Tensor:
@@ -288,7 +300,9 @@ class Graph:
             todo += node.ins
         return sorted(need.values(), key=lambda n: self._order[id(n)])
 
-    def _replay(self, over: Mapping[int, Tensor], plan: list[Node]) -> dict[int, Tensor]:
+    def _replay(
+        self, over: Mapping[int, Tensor], plan: list[Node], stops: bool = False
+    ) -> dict[int, Tensor]:
         env = dict(over)
 
         def value(a: Any) -> Any:
@@ -297,7 +311,7 @@ class Graph:
             return torch.float64 if isinstance(a, torch.dtype) and a in LOW_PRECISION else a
 
         for node in plan:
-            for i, t in zip(node.outs, node.run(value), strict=False):
+            for i, t in zip(node.outs, node.run(value, stops), strict=False):
                 if i not in over:
                     env[i] = t
         return env

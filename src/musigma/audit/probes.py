@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,6 +154,17 @@ class Prober:
             parts = row.split(sizes)
             found.append(tuple(i for i, p in zip(self.heads, parts, strict=True) if p.any()))
         return found[0], found[1]
+
+    def stopped(self, target: int, held: Over, value: Callable[[Tensor], Tensor]) -> Tensor:
+        """The entries of the heads in which the step stops a part of a value's gradient."""
+        place = self.places[0]
+        found = []
+        for stops in (False, True):
+            over = {**held, **self.fixed, **place}
+            t = self.graph.run(over, [target], stops)[target]
+            found.append(gradient(value(t.double()), place))
+        size = float(found[0].abs().max())
+        return (found[1] - found[0]).abs() > 1e-3 * found[0].abs() + 1e-9 * size
 
     def latents(self) -> Tensor:
         """For each entry of the heads, the entry of z whose mean or scale it moves; else -1."""

@@ -109,8 +109,8 @@ class _Recorder(TorchDispatchMode):
         self.backward_calls: list[int] = []
         self._at: dict[Any, int] = {}  # the value in some memory
         self._on: dict[Any, dict[Any, None]] = {}  # the views of a storage
-        self._alive: list[Tensor] = []  # so that no memory is used twice
-        self._buffers = {_key(b)[0] for b in buffers}
+        self._alive: list[Any] = []  # so that no memory is used twice
+        self._buffers = {key[0] for b in buffers if (key := _key(b))}
 
     # --- values -------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ class _Recorder(TorchDispatchMode):
     def _bind(self, t: Tensor, v: Value) -> None:
         key = _key(t)
         self._at[key] = v.id
-        self._alive.append(t)
+        self._alive += [t, t.untyped_storage()] if len(key) > 1 else [t]
         self._on.setdefault(key[0], {})[key] = None
 
     def _leaf(self, t: Tensor, kind: Kind, origin: Origin = Origin.NOTHING, **how: Any) -> Value:
@@ -261,6 +261,9 @@ class _Recorder(TorchDispatchMode):
             return out
         if not outs:
             self._opaque_writes(writes, args)
+            return out
+        if name == "set_":  # the tensor gets other memory
+            self._bind(outs[0], self._outside(outs[0]))
             return out
         in_place = writes == (0,) and name.endswith("_")
         idle_dropout = name == "native_dropout" and args[2] is False

@@ -126,7 +126,14 @@ class StepAudit(ReportBuilder):
             seen[latent.where] += 1
             if seen[latent.where] > PER_LINE:
                 continue
-            _judge_latent(self, latent, latents)
+            try:
+                _judge_latent(self, latent, latents)
+            except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError,
+                    ValueError) as error:  # fmt: skip
+                self.missing.append(
+                    f"the KL of z{at(latent.where)}: its replay raises {type(error).__name__}: "
+                    f"{str(error)[:200]}"
+                )
         for where, count in seen.items():
             if count > PER_LINE:
                 self.unchecked.append(
@@ -255,6 +262,9 @@ def _weigh(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergenc
             f"the weight of the KL{at(d.where)}: the reconstruction is no known likelihood; the "
             f"KL of one latent has the weight {d.weight:.4g}"
         )
+        return
+    if beta.opposed:
+        audit.bug("kl_negative", "step reconstruction", where=d.where)
         return
     audit.details.setdefault("beta", beta.value)
     if (
@@ -434,22 +444,30 @@ def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Diverg
     prober = Prober(graph, latent)
     if not prober.usable:
         return
-    heads = dict(zip(("mean", "standard deviation"), prober.movers, strict=True))
-    everything = graph.connected([loss])
-    data = set(data_terms(graph, latents, loss))
-    by_z = graph.connected([latent.z]) if latent.z in everything else set()
-    by_score = by_z | graph.connected(everything.intersection(data))
-    lost = [name for name, ids in heads.items() if ids and not by_score.intersection(ids)]
-    used = graph.downstream([latent.z]) & graph.upstream([loss])
-    if lost and len(used) > 1:
+    names = ("mean", "standard deviation")
+    moves = (torch.stack(prober.moments, 1).abs() > 1e-14).any(1)
+    entries = dict(zip(names, (moves[1], moves[2] | moves[3]), strict=True))
+    order = torch.linspace(0.5, 1.5, graph[latent.z].numel, dtype=torch.float64)
+    stopped = prober.stopped(latent.z, {}, lambda z: (order * z.reshape(-1)).sum())
+    data = graph.connected([loss])
+    by_score = graph.connected(
+        data.intersection(data_terms(graph, latents, loss)), stop=[latent.z]
+    )
+    used = len(graph.downstream([latent.z]) & graph.upstream([loss])) > 1
+    if latent.z not in data:
+        stopped |= True
+    lost = [name for name, at in entries.items() if (at & stopped).any()]
+    if lost and used and not by_score.intersection(latent.heads):
         audit.bug("no_gradient", where=latent.where, head=" and the ".join(lost))
-    after = graph.downstream([latent.z, *latent.heads], stop=d.held)
-    own = terms(graph, loss, {latent.z, *latent.heads})
-    joined = graph.connected([loss], stop=own)
-    own = [t for t in own if t in after and t not in d.held]
-    if own and d.kind in ("kl", "function of the kl", "other prior"):
-        reached = graph.connected(joined.intersection(own))
-        reached |= by_z if latent.z in reached else set()
-        lost = [name for name, ids in heads.items() if ids and not reached.intersection(ids)]
+    elif latent.z in data and d.kind in ("kl", "function of the kl") and not d.by_draws:
+        stopped = prober.stopped(loss, d.held, torch.sum)
+        lost = [name for name, at in entries.items() if (at & stopped).any()]
         if lost:
             audit.bug("no_gradient", "kl", where=d.where, head=" and the ".join(lost))
+    elif d.kind in ("kl", "function of the kl", "other prior"):
+        after = graph.downstream([latent.z, *latent.heads], stop=d.held)
+        own = terms(graph, loss, {latent.z, *latent.heads})
+        joined = graph.connected([loss], stop=own)
+        own = [t for t in own if t in after and t not in d.held]
+        if own and not joined.intersection(own):
+            audit.bug("no_gradient", "kl", where=d.where, head="mean and the standard deviation")

@@ -522,11 +522,10 @@ def _additive(case: _Case) -> bool:
     prober, p = case.prober, case.probes
     if p is None or not prober.latent.diagonal:
         return False
-    entries = prober.latents()
-    chosen = torch.rand(
-        int(entries.max()) + 1, generator=torch.Generator().manual_seed(17)
-    ) < 0.5  # fmt: skip
-    kept = chosen[entries.round().long().clamp(min=0)] & (entries >= 0)
+    entries = prober.latents().round().long()
+    size = prober.graph[prober.latent.z].numel
+    chosen = torch.rand(size, generator=torch.Generator().manual_seed(17)) < 0.5
+    kept = chosen[entries.clamp(0, size - 1)] & (entries >= 0) & (entries < size)
     if not kept.any() or kept.all():
         return False
     sizes = [t.numel() for t in prober.places[0].values()]

@@ -25,12 +25,14 @@ class Beta:
         against: The kind of likelihood.
         explained: What it is made of, such as " = 20 / 4: pixels / latents"; "" if unknown.
         negated: Both weights are negative: the loss is a bound to be maximized.
+        opposed: One of them is negative.
     """
 
     value: float
     against: str
     explained: str
     negated: bool
+    opposed: bool = False
 
     @property
     def text(self) -> str:
@@ -62,7 +64,8 @@ def effective_beta(
         rows = graph[root].shape[0] if graph[root].shape else 1
         x, z = (graph[i].numel // max(1, rows) for i in (root, latent.z))
         beta = weight / value
-        return Beta(abs(beta), against, _explain(abs(beta), x, z, rows), weight < 0 and value < 0)
+        explained = _explain(abs(beta), x, z, rows)
+        return Beta(abs(beta), against, explained, weight < 0 and value < 0, beta < 0)
     return None
 
 
