@@ -8,7 +8,7 @@ computed from by pointwise operations: what the encoder emits.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Latent:
         shared: Several entries of z have one entry of the noise.
         noise_shape: The shape of the noise.
         uniform: The noise is drawn by a uniform distribution.
+        siblings: Further draws from the same heads, each with its z.
     """
 
     draws: tuple[int, ...]
@@ -49,6 +50,7 @@ class Latent:
     shared: bool = False
     noise_shape: tuple[int, ...] = ()
     uniform: bool = False
+    siblings: tuple[tuple[int, int], ...] = ()
 
     def at(self, graph: Graph, over: Mapping[int, Tensor], noise: float | Tensor) -> Tensor:
         """The value of z for some noise; differentiable in the values replaced."""
@@ -72,13 +74,14 @@ def find_latents(graph: Graph, loss: int) -> list[Latent]:
             and (latent := _latent(graph, draw, live, latents)) is not None
         ):
             latents.append(latent)
-    return _merged(graph, latents)
+    return _families(_merged(graph, latents))
 
 
 def stray_draws(graph: Graph, loss: int, latents: list[Latent]) -> list[int]:
     """Gaussian draws that parameters scale, but that are in no latent."""
     live = graph.upstream([loss])
     known = {d for latent in latents for d in latent.draws}
+    known |= {d for latent in latents for d, _ in latent.siblings}
     inside = graph.upstream([latent.z for latent in latents])
     found = []
     for draw in graph.draws("gaussian"):
@@ -258,6 +261,20 @@ def _merged(graph: Graph, latents: list[Latent]) -> list[Latent]:
     return merged
 
 
+def _families(latents: list[Latent]) -> list[Latent]:
+    """Latents drawn from the same heads become one, with siblings."""
+    found: list[Latent] = []
+    for latent in latents:
+        same = next((k for k, f in enumerate(found) if f.heads == latent.heads), None)
+        if same is None or not latent.diagonal:
+            found.append(latent)
+        else:
+            first = found[same]
+            siblings = (*first.siblings, (latent.draws[0], latent.z))
+            found[same] = replace(first, siblings=siblings)
+    return found
+
+
 # --- where the decoder begins -------------------------------------------------------------------
 
 
@@ -266,9 +283,10 @@ def holds(graph: Graph, latent: Latent) -> dict[int, Tensor]:
 
     With these held, a loss depends on the heads by its KL alone.
     """
-    after_z = graph.downstream([latent.z])
-    after = graph.downstream([latent.z, *latent.heads])
-    before = graph.upstream([latent.z])
+    zs = [latent.z, *(z for _, z in latent.siblings)]
+    after_z = graph.downstream(zs)
+    after = graph.downstream([*zs, *latent.heads])
+    before = graph.upstream(zs)
     held: dict[int, Tensor] = {}
     for node in graph.nodes:
         if not after.intersection(node.outs) or before.intersection(node.outs):
@@ -298,7 +316,8 @@ def _begins_decoder(graph: Graph, node: Node, after_z: set[int]) -> bool:
 
 def meetings(graph: Graph, latents: list[Latent], loss: int) -> list[tuple[Node, int, int]]:
     """Where what is decoded meets data: operations, with the decoded value and the data's."""
-    after = graph.downstream([i for latent in latents for i in (latent.z, *latent.heads)])
+    own = {i for latent in latents for i in (latent.z, *latent.heads)}
+    after = graph.downstream(own)
     live = graph.upstream([loss])
     found = []
     for node in graph.nodes:
@@ -307,6 +326,9 @@ def meetings(graph: Graph, latents: list[Latent], loss: int) -> list[tuple[Node,
         raw = [i for i in node.ins if i not in after and graph[i].origin & Origin.DATA]
         raw = [i for i in raw if graph[i].numel > 1]
         decoded = [i for i in node.ins if i in after]
+        fronts = frontier(graph, decoded, own)
+        if raw and decoded and own.intersection(fronts):
+            continue  # a prior that depends on data
         if raw and decoded and node.name not in (*SELECTIONS, *PRODUCTS):
             found.append((node, decoded[0], raw[0]))
     return found

@@ -69,6 +69,7 @@ def _patterns(graph: Graph, latent: Latent) -> list[dict[int, Tensor]]:
     """Noise of which mean and covariance over the patterns are exactly those of N(0, 1)."""
     noise = {d: torch.ones_like(graph.get(d)) for d in latent.draws}
     if latent.diagonal:
+        noise |= {d: torch.ones_like(graph.get(d)) for d, _ in latent.siblings}
         return [noise, {d: -e for d, e in noise.items()}]
     leads = [_common(graph[latent.z].shape, graph[d].shape) for d in latent.draws]
     events = [graph[d].shape[k:] for d, k in zip(latent.draws, leads, strict=True)]

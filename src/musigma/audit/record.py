@@ -110,7 +110,7 @@ class _Recorder(TorchDispatchMode):
         self._at: dict[Any, int] = {}  # the value in some memory
         self._on: dict[Any, dict[Any, None]] = {}  # the views of a storage
         self._alive: list[Any] = []  # so that no memory is used twice
-        self._buffers = {key[0] for b in buffers if (key := _key(b))}
+        self._buffers = {_key(b)[0] for b in buffers}
 
     # --- values -------------------------------------------------------------------------------
 
@@ -360,7 +360,7 @@ def _line() -> str:
 # --- memory -------------------------------------------------------------------------------------
 
 
-def _key(t: Tensor) -> tuple[Any, ...]:
+def _key(t: Tensor) -> Any:
     """Where a tensor's content is in memory, and how it is read."""
     if t.layout != torch.strided:
         return (id(t),)

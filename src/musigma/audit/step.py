@@ -222,7 +222,7 @@ def _kl(
         steady = float(means.max() - means.min()) < 1e-6 and float(stds.max() - stds.min()) < 1e-6
         if steady:
             prior = f"N({float(means[0]):.4g}, {float(stds[0]):.4g}^2)"
-            if abs(float(means[0])) < 1e-6 and not d.by_draws:
+            if abs(float(means[0])) < 1e-6:
                 ratio = float(stds[0]) ** 2
                 if min(abs(ratio - r) for r in (2.0, 0.5)) < 1e-6:
                     audit.bug("kl_mismatch", "step factor", where=d.where, std=float(stds[0]),

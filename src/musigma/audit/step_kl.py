@@ -65,7 +65,9 @@ class Fit:
         if self.residual > NEAR or not self.mean.numel() or not self.scale.numel():
             return False
         a, c, d = self.mean[0], self.scale[0], -self.scale[1]
-        a, d = (t[t.isfinite()] for t in (a, d))
+        a, c, d = (
+            t[t.isfinite() & (t.abs() > 1e-9 * t.nan_to_num().abs().max())] for t in (a, c, d)
+        )
         if not a.numel():  # it says nothing of the means
             a = c
         if not d.numel() or not (min(float(a.min()), float(c.min()), float(d.min())) > 0):
@@ -77,8 +79,8 @@ class Fit:
     @property
     def prior(self) -> tuple[Tensor, Tensor]:
         """Means, and standard deviations, of the prior, by entry."""
-        known = self.scale[:, self.scale[1].isfinite()]
-        means = self.mean[:, self.mean[0].isfinite()]
+        known = self.scale[:, -self.scale[1] > 1e-9 * (-self.scale[1]).nan_to_num().max()]
+        means = self.mean[:, self.mean[0] > 1e-9 * self.mean[0].nan_to_num().max()]
         return -means[1] / means[0], (-known[1] / known[0]).clamp(min=0).sqrt()
 
     @property
@@ -88,6 +90,11 @@ class Fit:
         return bool(std.numel()) and bool(
             (mean.abs() < NEAR).all() and ((std - 1).abs() < NEAR).all()
         )
+
+
+def _known(t: Tensor) -> Tensor:
+    """The coefficients that were found and are not zero, as of masked entries."""
+    return t[t.isfinite() & (t.abs() > 1e-9 * t.nan_to_num().abs().amax().clamp(min=1e-300))]
 
 
 @dataclass
@@ -224,7 +231,7 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
     whole = Prober(graph, latent)
     decoder = holds(graph, latent)
     data = {t: graph.get(t) for t in data_terms(graph, latents, loss)}
-    views = [decoder, decoder | data]
+    views = [decoder, decoder | data, decoder | data | _mixed(graph, latent, latents)]
     cases: list[_Case] = []
     if whole.usable:
         for held in views:
@@ -247,6 +254,8 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
         for case in cases:
             if (form := _function_of_kl(case)) is not None:
                 return case.found("function of the kl", form=form[0], weight=form[1])
+            if (gated := _gated(case)) is not None:
+                return case.found("function of the kl", form="free bits", fit=gated)
     pairs = _pairs(graph, latent) if len(latent.heads) > 1 else []
     for heads in pairs:
         prober = Prober(graph, latent, heads)
@@ -278,6 +287,19 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
         if a < 0 and c < 0 and d > 0 and abs(a - c) <= NEAR * abs(a):
             return case.found("negative")
     return case.found("wrong")
+
+
+def _mixed(graph: Graph, latent: Latent, latents: list[Latent]) -> dict[int, Tensor]:
+    """Values of z together with what is decoded from another latent, entry by entry."""
+    after = graph.downstream([latent.z])
+    others = graph.downstream([o.z for o in latents if o is not latent]) - after
+    return {
+        o: graph.get(o)
+        for n in graph.nodes
+        if n.pointwise and after.intersection(n.ins) and others.intersection(n.ins)
+        for o in n.outs
+        if graph[o].floating
+    }
 
 
 # --- where to look ------------------------------------------------------------------------------
@@ -432,6 +454,18 @@ def _function_of_kl(case: _Case) -> tuple[str, float] | None:
     return None
 
 
+def _gated(case: _Case) -> Fit | None:
+    """The coefficients where the loss moves, if it is a KL there and constant elsewhere."""
+    p = case.probes
+    if p is None or case.flat or not case.prober.latent.diagonal:
+        return None
+    moves = p.loss.abs() > 1e-12 * case.fit.size
+    if bool(moves[:, p.moved].all()) or not bool((moves.sum(0) >= 4)[p.moved].all()):
+        return None
+    found = fit_moments(replace(p, moments=p.moments * moves), case.fit.copies)
+    return found if found.is_kl else None
+
+
 def _passes(case: _Case, *names: str) -> bool:
     """Whether the heads reach the target by an operation of one of these names."""
     graph = case.prober.graph
@@ -465,28 +499,35 @@ def entropy(prober: Prober, target: int, held: Over) -> tuple[float, bool] | Non
         return None
     rows, features = [], []
     generator = torch.Generator().manual_seed(13)
+    draws = {latent.z: latent.draws[0], **{z: d for d, z in latent.siblings}}
+    number = len(draws)
     for place in prober.places:
-        noise = 2 * torch.rand(graph[latent.draws[0]].shape, generator=generator).double() - 1
-        with torch.no_grad():
-            z = latent.at(graph, place, noise)
-        f = graph.run({**held, **place, latent.z: z}, [target])[target].sum()
+        over = {**prober.fixed, **place}
+        fixed = {}
+        for z, draw in draws.items():
+            noise = 2 * torch.rand(graph[draw].shape, generator=generator).double() - 1
+            fixed[z] = graph.value({**over, draw: noise}, z)
+        f = graph.run({**held, **over, **fixed}, [target])[target].sum()
         rows.append(gradient(f, place))
-        mean, sigma = latent.moments(graph, place)
-        square, log = 0.5 * ((z - mean) / sigma) ** 2, sigma.abs().log()
-        features.append(torch.stack([gradient(t.sum(), place) for t in (square, log)]))
+        mean, sigma = latent.moments(graph, over)
+        square = sum((0.5 * ((z - mean) / sigma) ** 2).sum() for z in fixed.values())
+        log = number * sigma.abs().log().sum()
+        features.append(torch.stack([gradient(t, place) for t in (square, log)]))  # pyright: ignore
     y, x = torch.stack(rows), torch.stack(features, 1)
     size = float(y.abs().max())
     found, error = _solve(x, y)
     moved = (x.abs() > 1e-14).any(0).any(0)
     if size == 0 or not y.isfinite().all() or error > NEAR * size or not moved.any():
         return None
-    square, log = found[0], found[1]
-    weight = -log[(x[1].abs() > 1e-14).any(0)].median()
-    if float(weight) <= 0 or not _same(-log[(x[1].abs() > 1e-14).any(0)], weight):
+    scales = (x[1].abs() > 1e-14).any(0)
+    square, weights = -found[0], -found[1][scales]
+    weight = float(weights.median()) * number
+    if not bool((weights > 0).all()):
         return None
-    if _same(-square[moved], weight):
-        return float(weight), True
-    return (float(weight), False) if float(square[moved].abs().max()) <= NEAR * weight else None
+    if _same(square[scales], weights) and bool((square[moved] > 0).all()):
+        return weight, True
+    level = NEAR * float(weights.max())
+    return (weight, False) if float(square[moved].abs().max()) <= level else None
 
 
 def _reading(case: _Case) -> str | None:

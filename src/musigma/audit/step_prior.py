@@ -8,7 +8,7 @@ from torch import Tensor
 from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import REDUCTIONS, Latent, frontier
 from musigma.audit.probes import Over, Prober, Probes
-from musigma.audit.step_kl import LINEAR, Divergence, Fit, fit_moments, terms
+from musigma.audit.step_kl import LINEAR, Divergence, Fit, data_terms, fit_moments, terms
 
 __all__ = ["kl_offset", "prior_error"]
 
@@ -63,6 +63,7 @@ def _prior_heads(graph: Graph, latent: Latent, loss: int, d: Divergence) -> list
     own = {latent.z, *latent.heads}
     region, todo = set(own), list(own)
     sides: list[int] = []
+    met: list[int] = []
     after = graph.downstream(own, stop=d.held) - set(d.held)
     while todo:
         i = todo.pop()
@@ -70,12 +71,26 @@ def _prior_heads(graph: Graph, latent: Latent, loss: int, d: Divergence) -> list
             outs = [o for o in node.outs if o in live and o not in d.held]
             if not outs or not (node.pointwise or node.view) or node.name in REDUCTIONS:
                 continue
-            sides += [k for k in node.ins if k not in after]
+            beside = [k for k in node.ins if k not in after]
+            sides += beside
+            met += outs if beside else []
             todo += [o for o in outs if o not in region]
             region.update(outs)
     sides = [i for i in dict.fromkeys(sides) if graph[i].origin & Origin.PARAMETERS]
-    found = frontier(graph, sides, stops=own | set(d.held))
-    return [i for i in found if i not in own]
+    found = [i for i in frontier(graph, sides, stops=own | set(d.held)) if i not in own]
+    return [i for i in found if _meets(graph, d, i, met)]
+
+
+def _meets(graph: Graph, d: Divergence, i: int, met: list[int]) -> bool:
+    """Whether a value moves an entry of some values that the heads of q move as well."""
+    moved = {h: graph.get(h) + 0.37 for h in d.heads}
+    for o in met:
+        base = graph.get(o)
+        by_heads, by_it = (graph.value({**d.held, **over}, o) != base
+                           for over in (moved, {i: graph.get(i) + 0.37}))  # fmt: skip
+        if bool((by_heads & by_it).any()):
+            return True
+    return False
 
 
 def _divergences(prober: Prober, probes: Probes, fit: Fit) -> Tensor | None:
@@ -107,7 +122,7 @@ def kl_offset(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float |
     if d.fit is None or not latent.diagonal or d.by_draws or not d.fit.is_standard:
         return None
     after = graph.downstream([latent.z, *d.heads], stop=d.held)
-    parts = _subtotals(graph, loss, after, d)
+    parts = _subtotals(graph, latent, loss, after, d)
     if not parts:
         return None
     leaves = {i: graph.get(i).double().clone().requires_grad_() for i in parts}
@@ -130,15 +145,20 @@ def kl_offset(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float |
     return (got - weight * float(kl.sum())) / weight
 
 
-def _subtotals(graph: Graph, loss: int, after: set[int], d: Divergence) -> list[int]:
+def _subtotals(
+    graph: Graph, latent: Latent, loss: int, after: set[int], d: Divergence
+) -> list[int]:
     """The largest sums in a loss whose terms all depend on the heads, with the decoder held."""
     found: list[int] = []
     todo = [loss]
     stop = {*d.heads, *d.held}
+    data = set(data_terms(graph, [latent], loss))
     while todo:
         i = todo.pop()
         parts = [t for t in terms(graph, i, stop) if graph[t].origin or graph[t].draws]
         own = [t for t in parts if t in after and t not in d.held]
+        if data.intersection(own):
+            return []
         if not own:
             continue
         node = graph[i].node
