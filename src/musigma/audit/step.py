@@ -20,16 +20,16 @@ from musigma.audit.step_flow import (
     judge_dequantization,
     judge_flow,
     judge_posterior_flow,
-    layers_before_prior,
 )
 from musigma.audit.step_kl import (
     Divergence,
     data_terms,
+    entropy,
     find_divergence,
     sampled_scale,
     terms,
 )
-from musigma.audit.step_prior import kl_offset, prior_error
+from musigma.audit.step_prior import kl_offset, log_normalizer, prior_error
 from musigma.audit.step_weight import effective_beta, mixed_examples, root_of
 
 __all__ = ["audit_step"]
@@ -242,6 +242,8 @@ def _kl(
         if error is not None:
             prior += ", in which the loss is that KL as well"
     audit.checked.append(f"KL ({how}) of what is sampled to {prior}{at(d.where)}{bound}")
+    if d.by_draws and not d.importance:
+        _normalized(audit, latent, d)
     offset = kl_offset(audit.graph, latent, audit.loss, d)
     if offset is not None and abs(offset) > 1e-3:
         audit.warn("kl_offset", "step", where=d.where, offset=offset)
@@ -358,15 +360,29 @@ def _other_prior(
     audit.checked.append(f"log q(z) in the loss is that of what is sampled{at(d.where)}")
     if judge_posterior_flow(audit, latent, latents, d):
         return
-    if layers_before_prior(audit.graph, latent, latents, audit.loss):
+    if not _normalized(audit, latent, d):
         audit.missing.append(
-            f"the prior of z{at(latent.where)}: the loss depends on z by layers, but not by what "
-            "is compared with data; this is not the log-determinant of a flow that is understood"
+            f"the prior of z{at(latent.where)}: a function of z that is neither Gaussian, nor a "
+            "product over latents, nor a mixture that is understood"
         )
-        return
-    audit.unchecked.append(
-        "the prior: a function of z that is not Gaussian; whether it is normalized is not checked"
-    )
+
+
+def _normalized(audit: StepAudit, latent: Latent, d: Divergence) -> bool:
+    """Examine the prior of a KL by draws; False if that cannot be done."""
+    graph, loss = audit.graph, audit.loss
+    log_q = entropy(Prober(graph, latent), loss, d.held)
+    if log_q is None:
+        return False
+    found = log_normalizer(graph, latent, loss, d, log_q[1])
+    if found is None:
+        return False
+    if math.isinf(found):
+        audit.bug("kl_mismatch", "step improper", where=d.where)
+    elif abs(found) > 1e-3:
+        audit.warn("kl_offset", "step prior", where=d.where, offset=found)
+    else:
+        audit.checked.append(f"the prior of z{at(latent.where)} integrates to one")
+    return True
 
 
 def _wrong(

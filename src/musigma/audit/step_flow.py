@@ -259,7 +259,7 @@ def judge_dequantization(audit: StepAudit) -> None:
         zero = torch.zeros_like(graph.get(draw.id))
         for i in sorted(graph.downstream([draw.id]) & live):
             v = graph[i]
-            if v.origin != Origin.DATA or v.numel != draw.numel:
+            if v.origin != Origin.DATA or v.numel != draw.numel or not v.floating:
                 continue
             values, moved = (graph.value({draw.id: e}, i) for e in (zero, zero + 1))
             levels = values.unique()

@@ -65,12 +65,15 @@ class Fit:
         if self.residual > NEAR or not self.mean.numel() or not self.scale.numel():
             return False
         a, c, d = self.mean[0], self.scale[0], -self.scale[1]
-        a, c, d = (
-            t[t.isfinite() & (t.abs() > 1e-9 * t.nan_to_num().abs().max())] for t in (a, c, d)
-        )
-        if not a.numel():  # it says nothing of the means
+        masked = (c.abs() <= _zero(c)) & (d.abs() <= _zero(d))
+        if not bool(a.isfinite().any()):  # it says nothing of the means
             a = c
-        if not d.numel() or not (min(float(a.min()), float(c.min()), float(d.min())) > 0):
+        elif bool(masked.any()):
+            a = a[~(a.abs() <= _zero(a))]
+        a, c, d = a[a.isfinite()], c[~masked], d[~masked & d.isfinite()]
+        if not (a.numel() and d.numel()) or not (
+            min(float(a.min()), float(c.min()), float(d.min())) > 0
+        ):
             return False
         if len(a) == len(c) and not _same(a.sort().values, c.sort().values):
             return False
@@ -92,9 +95,9 @@ class Fit:
         )
 
 
-def _known(t: Tensor) -> Tensor:
-    """The coefficients that were found and are not zero, as of masked entries."""
-    return t[t.isfinite() & (t.abs() > 1e-9 * t.nan_to_num().abs().amax().clamp(min=1e-300))]
+def _zero(t: Tensor) -> Tensor:
+    """What counts as zero among some coefficients."""
+    return 1e-9 * t.nan_to_num().abs().amax().clamp(min=1e-300) if t.numel() else t.new_zeros(())
 
 
 @dataclass

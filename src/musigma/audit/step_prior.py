@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from musigma.audit.latents import REDUCTIONS, Latent, frontier
 from musigma.audit.probes import Over, Prober, Probes
 from musigma.audit.step_kl import LINEAR, Divergence, Fit, data_terms, fit_moments, terms
 
-__all__ = ["kl_offset", "prior_error"]
+__all__ = ["kl_offset", "log_normalizer", "prior_error"]
 
 
 def prior_error(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float | None:
@@ -122,7 +125,7 @@ def kl_offset(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float |
     if d.fit is None or not latent.diagonal or d.by_draws or not d.fit.is_standard:
         return None
     after = graph.downstream([latent.z, *d.heads], stop=d.held)
-    parts = _subtotals(graph, latent, loss, after, d)
+    parts = _subtotals(graph, latent, loss, after, d.held)
     if not parts:
         return None
     leaves = {i: graph.get(i).double().clone().requires_grad_() for i in parts}
@@ -145,18 +148,16 @@ def kl_offset(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float |
     return (got - weight * float(kl.sum())) / weight
 
 
-def _subtotals(
-    graph: Graph, latent: Latent, loss: int, after: set[int], d: Divergence
-) -> list[int]:
+def _subtotals(graph: Graph, latent: Latent, loss: int, after: set[int], held: Over) -> list[int]:
     """The largest sums in a loss whose terms all depend on the heads, with the decoder held."""
     found: list[int] = []
     todo = [loss]
-    stop = {*d.heads, *d.held}
+    stop = {*latent.heads, latent.z, *held}
     data = set(data_terms(graph, [latent], loss))
     while todo:
         i = todo.pop()
         parts = [t for t in terms(graph, i, stop) if graph[t].origin or graph[t].draws]
-        own = [t for t in parts if t in after and t not in d.held]
+        own = [t for t in parts if t in after and t not in held]
         if data.intersection(own):
             return []
         if not own:
@@ -169,3 +170,164 @@ def _subtotals(
         else:
             return []
     return list(dict.fromkeys(found))
+
+
+def log_normalizer(
+    graph: Graph, latent: Latent, loss: int, d: Divergence, drawn: bool
+) -> float | None:
+    r"""The logarithm of the integral of the prior in a KL by draws: by latent, or by example.
+
+    With the heads held, the loss is :math:`w (\log q(z) - \log p(z))`. If the prior is a product
+    over latents, the slopes of :math:`\log p` along a grid give its shape, and the value of the
+    loss its height; if it is a log-sum-exp of Gaussians, their slopes and values do.
+
+    Returns:
+        Zero for a density; infinity if it does not fall off; None if it is not known: a prior
+        with heads of its own, or that stands in a sum with other terms.
+    """
+    if d.fit is None or latent.siblings or _prior_heads(graph, latent, loss, d):
+        return None
+    kl = _Held.of(graph, latent, loss, d, drawn)
+    if kl is None:
+        return None
+    if kl.is_product():
+        return _by_grid(kl)
+    return _by_components(kl)
+
+
+@dataclass
+class _Held:
+    """A KL by draws as a function of z alone, with the heads held.
+
+    `parts` are values of which the loss contains the sum, with `slopes`.
+    """
+
+    graph: Graph
+    latent: Latent
+    over: dict[int, Tensor]
+    parts: list[int]
+    slopes: tuple[Tensor, ...]
+    weight: float
+    drawn: bool
+
+    @classmethod
+    def of(
+        cls, graph: Graph, latent: Latent, loss: int, d: Divergence, drawn: bool
+    ) -> _Held | None:
+        """From the loss; None if the KL cannot be told from its other terms."""
+        own = [latent.z, *latent.heads, *latent.draws]
+        parts = _subtotals(graph, latent, loss, graph.downstream(own, stop=d.held), d.held)
+        if not parts or d.fit is None:
+            return None
+        leaves = {i: graph.get(i).double().clone().requires_grad_() for i in parts}
+        value = graph.run({**d.held, **leaves}, [loss])[loss].sum()
+        if not value.requires_grad:
+            return None
+        slopes = torch.autograd.grad(value, list(leaves.values()))
+        over = {**d.held, **{i: graph.get(i) for i in latent.heads}}
+        return cls(graph, latent, over, parts, slopes, d.weight / d.fit.copies, drawn)
+
+    def total(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """w (log q - log p), summed."""
+        e = {} if noise is None else {i: noise for i in self.latent.draws}
+        now = self.graph.run({**self.over, **e, self.latent.z: z}, self.parts)
+        rows = [(s * now[i]).sum() for s, i in zip(self.slopes, self.parts, strict=True)]
+        return torch.stack(rows).sum()
+
+    def log_q(self, z: Tensor) -> float:
+        """The sum of log q(z), in the form that the loss has it in."""
+        mean, sigma = (t.detach() for t in self.latent.moments(self.graph, {}))
+        e = self.graph.get(self.latent.draws[0])
+        if self.drawn:
+            square = ((z - mean) / sigma) ** 2
+        elif float((self.total(z, 0 * e) - self.total(z)).abs().detach()) > 1e-9:
+            square = e**2
+        else:
+            square = torch.ones_like(mean)
+        return float((-0.5 * square - sigma.abs().log() - 0.5 * math.log(2 * math.pi)).sum())
+
+    def log_p(self, z: Tensor) -> float:
+        """The sum of log p(z)."""
+        return self.log_q(z) - float(self.total(z).detach()) / self.weight
+
+    def slope(self, z: Tensor) -> Tensor:
+        """The slope of log p by latent."""
+        mean, sigma = (t.detach() for t in self.latent.moments(self.graph, {}))
+        z = z.clone().requires_grad_()
+        f = self.total(z)
+        g = torch.autograd.grad(f, z)[0] if f.requires_grad else torch.zeros_like(z)
+        of_q = (z.detach() - mean) / sigma**2 if self.drawn else 0.0
+        return -g / self.weight - of_q
+
+    def is_product(self) -> bool:
+        """Whether log p is a sum over latents."""
+        generator = torch.Generator().manual_seed(47)
+        shape = self.graph[self.latent.z].shape
+        z = torch.randn(shape, generator=generator).double()
+        kept = torch.rand(shape, generator=generator) < 0.5
+        at = self.slope(z)
+        change = (at - self.slope(torch.where(kept, z, z + 0.7)))[kept].abs()
+        return not kept.any() or float(change.max()) <= 1e-6 * float(at.abs().max() + 1e-12)
+
+
+def _by_grid(kl: _Held) -> float | None:
+    like = torch.zeros_like(kl.graph.get(kl.latent.z))
+    grid = torch.linspace(-30, 30, 1201, dtype=torch.float64)
+    slopes = torch.stack([kl.slope(like + x).reshape(-1) for x in grid])
+    shape = torch.cumulative_trapezoid(slopes, grid, dim=0)
+    shape = torch.cat([torch.zeros_like(shape[:1]), shape])
+    if not shape.isfinite().all():
+        return None
+    ends = torch.maximum(shape[0], shape[-1]) - shape.max(0).values
+    if bool((ends > -5).any()):
+        return math.inf
+    integrals = torch.logsumexp(shape, 0) + math.log(float(grid[1] - grid[0]))
+    heights = integrals - shape[len(grid) // 2]
+    return (kl.log_p(like) + float(heights.sum())) / like.numel()
+
+
+def _by_components(kl: _Held) -> float | None:
+    """By the Gaussians that a log-sum-exp of the step is taken of, for each example."""
+    graph, z = kl.graph, kl.latent.z
+    after = graph.downstream([z])
+    rows = graph[z].shape[0]
+    for node in graph.nodes:
+        if node.name != "logsumexp" or node.ins[0] not in after:
+            continue
+        shape = graph[node.ins[0]].shape
+        axes = node.flat[1:-1] if isinstance(node.flat[-1], bool) else node.flat[1:]
+        axis = axes[0] if axes and isinstance(axes[0], int) else -1
+        axis %= len(shape)
+        if len(shape) != 2 or shape[1 - axis] != rows or shape[axis] > 512:
+            continue
+        weights = _component_weights(graph, z, node.ins[0], axis, rows)
+        if weights is None:
+            continue
+        base = graph.get(z)
+        (out,) = node.outs
+        told = float(graph.value({z: base}, out).sum())
+        each = torch.logsumexp(weights, 0) + (kl.log_p(base) - told) / rows
+        return float(each[each.abs().argmax()])
+    return None
+
+
+def _component_weights(graph: Graph, z: int, given: int, axis: int, rows: int) -> Tensor | None:
+    """The log weights (K, rows) of Gaussian components; None if they are not Gaussian."""
+
+    def components(t: Tensor) -> tuple[Tensor, Tensor]:
+        """Their values (K, rows), and slopes (K, rows, n)."""
+        t = t.clone().requires_grad_()
+        values = graph.run({z: t}, [given])[given].movedim(axis, 0)
+        slopes = [torch.autograd.grad(v.sum(), t, retain_graph=True)[0] for v in values]
+        return values.detach(), torch.stack(slopes).reshape(len(values), rows, -1)
+
+    zero = torch.zeros_like(graph.get(z))
+    value, start = components(zero)
+    ends = [components(zero + e)[1] for e in (1.0, 2.0)]
+    curvature = ends[0] - start
+    bent = (ends[1] - ends[0] - curvature).abs().max()
+    if bent > 1e-6 * curvature.abs().max() or not bool((curvature < 0).all()):
+        return None
+    variance, mean = -1 / curvature, -start / curvature
+    height = -0.5 * (mean**2 / variance + variance.log() + math.log(2 * math.pi))
+    return value - height.sum(-1)
