@@ -71,8 +71,14 @@ def noise_points(d: int, n: int, seed: int = 0) -> Tensor:
         >>> torch.allclose(e.T @ e / 8, torch.eye(2, dtype=torch.float64))
         True
     """
-    sobol = torch.quasirandom.SobolEngine(d, scramble=True, seed=seed)
-    half = torch.special.ndtri(sobol.draw(n // 2, dtype=torch.float64).clamp(1e-9, 1 - 1e-9))
+    if d <= 1000:
+        u = torch.quasirandom.SobolEngine(d, scramble=True, seed=seed).draw(
+            n // 2, dtype=torch.float64
+        )
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.rand(n // 2, d, generator=generator, dtype=torch.float64)
+    half = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))
     if d <= n // 2:
         half = torch.linalg.qr(half)[0] * (n // 2) ** 0.5
     half = half / (half**2).mean(0).sqrt()
@@ -236,8 +242,8 @@ class Comparison:
         self.code = CodeKL(audit, q, (self.at.mean[w], self.at.second[w], self.at.loc[w]))
         self.error = 0.0
         exact = self.prior.normal or self.code.given > 2
-        few = (8, 16)[not self.prior.normal] if self.at.scale.ndim == 2 else 2 * d
-        many = min(4096, 40_000_000 // (len(self.at.loc) * d) // 2 * 2)
+        few = 2 * d if self.at.scale.ndim > 2 else 2 if d > 1000 else 16 - 8 * self.prior.normal
+        many = max(2, min(4096, 40_000_000 // (len(self.at.loc) * d) // 2 * 2))
         self.e = noise_points(d, few if exact else many)
         self.f, self.t = self.code.values(self.at, self.e), self.true()
         if not exact:

@@ -21,7 +21,7 @@ from musigma.audit.divergence import LOG_2PI, OFF, Comparison, Regression, gauss
 from musigma.audit.findings import AuditError
 from musigma.audit.sandbox import first
 from musigma.audit.scales import READINGS, Reading, crossings
-from musigma.audit.vae_state import FullPosterior, Heads, Posterior, Prior, VAEAudit
+from musigma.audit.vae_state import FullPosterior, Heads, Posterior, Prior, VAEAudit, exchanged
 
 __all__ = ["check_kl"]
 
@@ -77,17 +77,17 @@ def check_kl(audit: VAEAudit, q: Posterior | FullPosterior) -> None:
 
 def _fits_unswapped(audit: VAEAudit, q: Posterior | FullPosterior) -> bool:
     """Whether the KL is right if it takes the mean first, unlike the sampler."""
-    exchanged = audit.functions["kl"]
-    audit.functions["kl"] = lambda mean, second, *more: exchanged(second, mean, *more)
+    kl = audit.functions["kl"]
+    audit.functions["kl"] = exchanged(kl)
     try:
         c = Comparison(audit, q)
         c.keep(c.f.isfinite() & c.t.isfinite())
         c.measure(audit, q)
+        return c.fits
     except AuditError:
         return False
     finally:
-        audit.functions["kl"] = exchanged
-    return c.fits
+        audit.functions["kl"] = kl
 
 
 def _check_flow(audit: VAEAudit, flow: Callable[..., Any]) -> bool:

@@ -26,8 +26,8 @@ from musigma.audit.posterior import (
     measured_posterior,
 )
 from musigma.audit.sampler import Sampler, find_packing
-from musigma.audit.sandbox import Sandbox, TooSlowError, arguments, by_float_type, first_form
-from musigma.audit.vae_state import FullPosterior, Posterior, Prior, VAEAudit
+from musigma.audit.sandbox import Sandbox, arguments, by_float_type, first_form, refusals_ignored
+from musigma.audit.vae_state import FullPosterior, Posterior, Prior, VAEAudit, exchanged
 
 __all__ = ["audit_vae"]
 
@@ -159,16 +159,23 @@ def _find_heads(audit: VAEAudit) -> None:
     mean, second = audit.heads = audit.encoded()
     if not (mean.isfinite().all() and second.isfinite().all()):
         audit.bug("not_finite", "encode", finite_share=mean.isfinite().double().mean())
-    elif len(mean) > 1 and audit.example.is_floating_point():
-        others = audit.example.clone()
-        others[1:] += 0.25
-        moved = audit.encoded(others)[0][0]
-        audit.coupled = float((moved - mean[0]).abs().max()) > 1e-3 * float(mean.std())
-        if audit.coupled:
-            audit.assumed.append(
-                "the rows of the example are parts of one example, as the nodes of a graph: the "
-                "encoder's answer for one depends on the others"
-            )
+    elif _is_coupled(audit):
+        audit.coupled = True
+        audit.assumed.append(
+            "the rows of the example are parts of one example, as the nodes of a graph: the "
+            "encoder's answer for one depends on the others"
+        )
+
+
+def _is_coupled(audit: VAEAudit) -> bool:
+    """Whether the head of the first row changes where all other rows are that row as well."""
+    alike = audit.example[:1].expand_as(audit.example)
+    answers = []
+    for x in (audit.example, audit.example, alike):
+        audit.sandbox.reseed()
+        answers.append(audit.encoded(x)[0])
+    one, again, other = (mean[0] for mean in answers)
+    return torch.equal(one, again) and bool((one - other).abs().max() > 1e-3 * answers[0].std())
 
 
 def _alone(value: Any) -> Any:
@@ -187,7 +194,7 @@ def _enable_sampling(audit: VAEAudit, call: Callable[[], Any]) -> None:
             answers.append(audit.sandbox.ask_first("sample", call))
         return not torch.equal(*answers)
 
-    try:
+    with refusals_ignored():  # of this trial input
         if draws():
             return
         for module in audit.sandbox.layers():
@@ -197,10 +204,6 @@ def _enable_sampling(audit: VAEAudit, call: Callable[[], Any]) -> None:
             return
         for root in audit.sandbox.modules:
             root.eval()
-    except TooSlowError:
-        raise
-    except AuditError:
-        pass  # it does not take this trial input
 
 
 def _latent_shapes(audit: VAEAudit) -> list[tuple[int, ...]]:
@@ -213,22 +216,20 @@ def _latent_shapes(audit: VAEAudit) -> list[tuple[int, ...]]:
             z = audit.ask("generate", 3)
             if z.ndim > 1 and len(z) == 3:
                 shapes.insert(0, tuple(z.shape[1:]))
+    inputs = {"decode": 1, "kl": 0 if audit.has("flow") else 2 + audit.kl_uses_sample}
 
-    def refusals(shape: tuple[int, ...]) -> int:
+    def accepted(shape: tuple[int, ...]) -> int:
         one = audit.sandbox.to_input(torch.ones(3, *shape))
         count = 0
-        for name, n in (("decode", 1), ("kl", 3 if audit.kl_uses_sample else 2)):
-            if audit.has(name) and (name != "kl" or not audit.has("flow")):
-                try:
+        for name, n in inputs.items():
+            if audit.has(name) and n:
+                with refusals_ignored():
                     audit.sandbox.reseed(1)
                     audit.call(name, *(one.clone() for _ in range(n)))
-                except TooSlowError:
-                    raise
-                except AuditError:
                     count += 1
         return count
 
-    return sorted(dict.fromkeys(shapes), key=refusals)
+    return sorted(dict.fromkeys(shapes), key=accepted, reverse=True)
 
 
 def _sampler(audit: VAEAudit) -> Sampler:
@@ -290,15 +291,10 @@ def _mean_first(audit: VAEAudit, s: Sampler) -> Sampler:
     if not at_b or (misfit >= 1e-3).any():
         return s
     audit.swapped, audit.layout = True, "two tensors, scale first"
-    for name in ("sample", "kl", "documented_mean"):
-        if audit.has(name):
-            audit.functions[name] = _exchanged(audit.functions[name])
+    for name in audit.functions.keys() & {"sample", "kl", "documented_mean"}:
+        audit.functions[name] = exchanged(audit.functions[name])
     if audit.heads is not None:
         encode = audit.functions["encode"]
         audit.functions["encode"] = lambda x: audit.heads_of(encode(x))[::-1]
         audit.heads = audit.heads[1], audit.heads[0]
     return Sampler(audit.sandbox, audit.functions["sample"], s.second, s.latent, s.rows)
-
-
-def _exchanged(fn: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda mean, second, *more: fn(second, mean, *more)

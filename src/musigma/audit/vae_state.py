@@ -13,14 +13,19 @@ from torch.distributions import Normal
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder
 from musigma.audit.sampler import Sampler
-from musigma.audit.sandbox import Sandbox, TooSlowError, arguments
+from musigma.audit.sandbox import Sandbox, arguments, refusals_ignored
 from musigma.audit.scales import Curve
 
-__all__ = ["FullPosterior", "Points", "Posterior", "Prior", "VAEAudit"]
+__all__ = ["FullPosterior", "Points", "Posterior", "Prior", "VAEAudit", "exchanged"]
 
 Heads = tuple[Tensor, Tensor]
 ARGUMENTS = {"sample": ("mean", "second"), "kl": ("mean", "second", "z"), "decode": ("z",),
              "encode": ("x",), "recon": ("x", "x_hat")}  # fmt: skip
+
+
+def exchanged(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A callable of (second, mean, …) as one of (mean, second, …)."""
+    return lambda mean, second, *more: fn(second, mean, *more)
 
 
 class VAEAudit(ReportBuilder):
@@ -85,17 +90,13 @@ class VAEAudit(ReportBuilder):
         It ends where they are not finite; the parameters are restored.
         """
         restore, found = self.sandbox.snapshot(), []
-        try:
+        with refusals_ignored():
             for i, scale in enumerate(scales, 1):
                 self.sandbox.randomize(scale, seed=i)
                 heads = self.encoded()
                 if not all(bool(head.isfinite().all()) for head in heads):
                     break
                 found.append(heads)
-        except TooSlowError:
-            raise
-        except AuditError:
-            pass
         restore()
         return found
 
