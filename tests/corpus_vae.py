@@ -1064,6 +1064,11 @@ def flow_with_the_wrong_sign_of_log_det():
     return behind(Planar(), lambda log_q, z, end, log_det: log_q + log_det - standard(end))
 
 
+@entry("log_var", "log_var")
+def each_example_over_the_batch():
+    return {"sample": sampler(half), "kl": lambda m, b: by_example(m, b) / len(m)}
+
+
 @entry("log_var", "log_var", "cross_sample")
 def log_det_of_all_examples():
     return behind(Planar(), lambda log_q, z, end, log_det: log_q - log_det.sum() - standard(end))

@@ -207,7 +207,9 @@ class CodeKL:
                 single = torch.tensor([self._once(rows[i]) for i in some], dtype=torch.float64)
                 if torch.allclose(value[some], single, 1e-4, 1e-6, equal_nan=True):
                     return value
-                self.alone = False
+                ratio = (value[some] * single).sum() / single.square().sum()  # as of a mean
+                same = torch.allclose(value[some], ratio * single, 1e-2, 1e-2, equal_nan=True)
+                self.alone = self.alone and same
         return torch.tensor([self._once(row) for row in rows], dtype=torch.float64)
 
     def growth(self, mean: Tensor, second: Tensor, z: Tensor) -> dict[int, float] | None:

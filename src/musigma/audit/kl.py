@@ -97,7 +97,7 @@ def _check_flow(audit: VAEAudit, flow: Callable[..., Any]) -> bool:
     together, single = prior.pushed(z), [prior.pushed(row[None]) for row in z]
     ends, log_dets = (torch.cat(parts) for parts in zip(*single, strict=True))
     pairs = zip(together, (ends, log_dets), strict=True)
-    if not all(torch.allclose(*pair, 1e-4, 1e-6) for pair in pairs):
+    if not all(torch.allclose(*pair, 1e-3, 1e-3) for pair in pairs):
         audit.bug("cross_sample", "flow")
 
         def by_row(z: Tensor) -> Heads:
@@ -116,7 +116,7 @@ def _check_flow(audit: VAEAudit, flow: Callable[..., Any]) -> bool:
     true = torch.linalg.slogdet(torch.stack([j.reshape(d, d).double() for j in found]))[1]
     off = (true - log_dets).abs() / (1 + true.abs())
     w = int(off.argmax())
-    if off[w] > 1e-3:
+    if off[w] > (1e-3 if audit.sandbox.dtype == torch.float64 else 1e-2):
         audit.bug("logdet_mismatch", "posterior_flow", log_det=log_dets[w], expected=true[w])
         return False
     audit.checked.append(f"the log-determinant of the flow, against autograd: {float(off[w]):.1e}")
