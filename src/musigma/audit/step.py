@@ -30,7 +30,12 @@ from musigma.audit.step_kl import (
     terms,
 )
 from musigma.audit.step_prior import kl_offset, log_normalizer, prior_error
-from musigma.audit.step_weight import effective_beta, mixed_examples, root_of
+from musigma.audit.step_weight import (
+    effective_beta,
+    mixed_examples,
+    reconstruction_slope,
+    root_of,
+)
 
 __all__ = ["audit_step"]
 
@@ -230,8 +235,8 @@ def _kl(
                     return
         else:
             prior = "a Gaussian whose mean and scale vary: a learned or conditional prior"
+    error = prior_error(audit.graph, latent, audit.loss, d)
     if not fit.is_standard:
-        error = prior_error(audit.graph, latent, audit.loss, d)
         if error is not None and error > 1e-3:
             audit.missing.append(
                 f"the prior of the KL{at(d.where)}: when its own mean and scale are moved, the "
@@ -242,7 +247,7 @@ def _kl(
         if error is not None:
             prior += ", in which the loss is that KL as well"
     audit.checked.append(f"KL ({how}) of what is sampled to {prior}{at(d.where)}{bound}")
-    if d.by_draws and not d.importance:
+    if d.by_draws and not d.importance and error is None:
         _normalized(audit, latent, d)
     offset = kl_offset(audit.graph, latent, audit.loss, d)
     if offset is not None and abs(offset) > 1e-3:
@@ -259,26 +264,22 @@ def _weigh(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergenc
     if d.importance or all(graph[i].kind == "parameter" for i in latent.heads):
         return  # a bound of another form; weights of a Bayesian network
     beta = effective_beta(graph, latents, latent, audit.loss, d.weight)
+    if beta is not None and beta.opposed:
+        audit.bug("kl_negative", "step reconstruction", where=d.where)
+        return
+    if (beta is None or not beta.is_one) and not audit.missing:
+        half = _half_batch(audit, latent, latents, d.weight)
+        if half is not None and abs(half[2] - 1) > 0.01:
+            n, m, times = half
+            audit.bug("reduction_imbalance", "step batch", where=d.where, n=n, m=m, times=times)
+            return
     if beta is None:
         audit.unchecked.append(
             f"the weight of the KL{at(d.where)}: the reconstruction is no known likelihood; the "
             f"KL of one latent has the weight {d.weight:.4g}"
         )
         return
-    if beta.opposed:
-        audit.bug("kl_negative", "step reconstruction", where=d.where)
-        return
     audit.details.setdefault("beta", beta.value)
-    if (
-        not beta.is_one
-        and not audit.missing
-        and (half := _half_batch(audit, latent, latents)) is not None
-    ):
-        n, m, other = half
-        if abs(other - beta.value) > 0.01 * beta.value:
-            audit.bug("reduction_imbalance", "step batch", where=d.where, beta=beta.value,
-                      n=n, m=m, half=other)  # fmt: skip
-            return
     if beta.is_one:
         audit.checked.append(f"the KL has the weight {beta.text}")
     else:
@@ -287,9 +288,9 @@ def _weigh(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergenc
 
 
 def _half_batch(
-    audit: StepAudit, latent: Latent, latents: list[Latent]
+    audit: StepAudit, latent: Latent, latents: list[Latent], weight: float
 ) -> tuple[int, int, float] | None:
-    """The examples of the step, half of them, and the effective beta of a run with these.
+    """The examples of the step, half of them, and what their beta is multiplied with.
 
     None if the step does not run with half a batch.
     """
@@ -302,7 +303,8 @@ def _half_batch(
         for v in graph.values
         if v.kind == "data" and v.source is not None and v.shape[:1] == (rows,)
     ]
-    if rows < 2 or not tensors:
+    before = reconstruction_slope(graph, latents, audit.loss)
+    if rows < 2 or not tensors or not before or any(t.requires_grad for t in tensors):
         return None
     whole = [(t, t.data) for t in tensors]
     try:
@@ -319,8 +321,10 @@ def _half_batch(
     if len(others) != len(latents):
         return None
     d = find_divergence(again.graph, others[place], others, again.loss)
-    beta = effective_beta(again.graph, others, others[place], again.loss, d.weight)
-    return None if beta is None else (rows, rows // 2, beta.value)
+    after = reconstruction_slope(again.graph, others, again.loss)
+    if not after or d.kind != "kl":
+        return None
+    return rows, rows // 2, (d.weight / weight) / (after / before)
 
 
 def _function(

@@ -65,6 +65,11 @@ class Change:
         return factor if off <= EXACT * max(abs(factor) * size, 1e-300) else None
 
     @property
+    def keeps_volume(self) -> bool:
+        """Whether the log-determinant is zero, and none is in the loss."""
+        return float(self.log_det.abs().max()) < 1e-9 and self.is_absent
+
+    @property
     def is_absent(self) -> bool:
         """Whether the loss does not change at all while v is held."""
         size = float(self.curvature.abs().max()) * (1 + float(self.log_det.abs().max()))
@@ -86,6 +91,8 @@ def judge_flow(audit: StepAudit) -> bool:
             if squared and change.quadratic and float(change.curvature.min()) > 0:
                 wrong.append(change)
     for change in wrong:
+        if change.keeps_volume and _is_only(graph, loss, change.x):
+            return _report(audit, change, -float(change.curvature.mean()))
         if float(change.log_det.abs().max()) > 1e-7 and _is_only(graph, loss, change.x):
             _mismatch(audit, change)
             return True
@@ -385,6 +392,7 @@ def _moved(
     above = graph.upstream(parts, stop=[x])
     if x not in above:
         return None
+    held = {**held, **_batch_statistics(graph, x, above, rows)}
     free = [i for i in above if graph[i].kind == "parameter"] if parameters else []
     free = [i for i in free if i not in held]
     generator = torch.Generator().manual_seed(31)
@@ -399,7 +407,7 @@ def _moved(
         for k in range(MOVES):
             place = {x: base + spread * noise(base)}
             if k % 2:
-                place |= {i: graph.get(i) * (1 + 0.1 * noise(graph.get(i))) for i in free}
+                place |= {i: graph.get(i) + 0.05 * noise(graph.get(i)) for i in free}
             places.append(place)
         rest, log_det = [], []
         for place in places:
@@ -418,6 +426,20 @@ def _moved(
         return None
     return Change(x, tuple(parts), rest_[1:] - rest_[0], log_det_[1:] - log_det_[0], curvature,
                   slope, quadratic, tuple(p.get(x, base) for p in places))  # fmt: skip
+
+
+def _batch_statistics(graph: Graph, x: int, above: set[int], rows: int) -> dict[int, Tensor]:
+    """Means and variances over the batch, as they were: constants to a change of variables."""
+    after = graph.downstream([x])
+    found = {}
+    for node in graph.nodes:
+        if node.name not in ("mean", "var", "std", "sum", "var_mean", "std_mean"):
+            continue
+        for o in node.outs:
+            shape = graph[o].shape
+            if o in above and o in after and rows > 1 and shape[:1] != (rows,):
+                found[o] = graph.get(o)
+    return found
 
 
 def _in_v(

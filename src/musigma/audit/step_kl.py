@@ -234,7 +234,9 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
     whole = Prober(graph, latent)
     decoder = holds(graph, latent)
     data = {t: graph.get(t) for t in data_terms(graph, latents, loss)}
-    views = [decoder, decoder | data, decoder | data | _mixed(graph, latent, latents)]
+    mixed = _mixed(graph, latent, latents)
+    views = [decoder, decoder | mixed, decoder | data, decoder | data | mixed]
+    views = [v for k, v in enumerate(views) if v.keys() not in [w.keys() for w in views[:k]]]
     cases: list[_Case] = []
     if whole.usable:
         for held in views:

@@ -182,10 +182,10 @@ def log_normalizer(
     loss its height; if it is a log-sum-exp of Gaussians, their slopes and values do.
 
     Returns:
-        Zero for a density; infinity if it does not fall off; None if it is not known: a prior
-        with heads of its own, or that stands in a sum with other terms.
+        Zero for a density; infinity if it does not fall off; None if it is not known, as of a
+        prior that stands in a sum with other terms.
     """
-    if d.fit is None or latent.siblings or _prior_heads(graph, latent, loss, d):
+    if d.fit is None or (latent.siblings and not drawn):
         return None
     kl = _Held.of(graph, latent, loss, d, drawn)
     if kl is None:
@@ -215,7 +215,8 @@ class _Held:
         cls, graph: Graph, latent: Latent, loss: int, d: Divergence, drawn: bool
     ) -> _Held | None:
         """From the loss; None if the KL cannot be told from its other terms."""
-        own = [latent.z, *latent.heads, *latent.draws]
+        own = [latent.z, *latent.heads, *latent.draws, *_prior_heads(graph, latent, loss, d)]
+        own += [i for pair in latent.siblings for i in pair]
         parts = _subtotals(graph, latent, loss, graph.downstream(own, stop=d.held), d.held)
         if not parts or d.fit is None:
             return None
@@ -230,7 +231,8 @@ class _Held:
     def total(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """w (log q - log p), summed."""
         e = {} if noise is None else {i: noise for i in self.latent.draws}
-        now = self.graph.run({**self.over, **e, self.latent.z: z}, self.parts)
+        zs = dict.fromkeys((self.latent.z, *(i for _, i in self.latent.siblings)), z)
+        now = self.graph.run({**self.over, **e, **zs}, self.parts)
         rows = [(s * now[i]).sum() for s, i in zip(self.slopes, self.parts, strict=True)]
         return torch.stack(rows).sum()
 

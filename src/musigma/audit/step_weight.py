@@ -10,7 +10,7 @@ from torch import Tensor
 from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent, frontier, meetings
 
-__all__ = ["Beta", "effective_beta", "mixed_examples", "root_of"]
+__all__ = ["Beta", "effective_beta", "mixed_examples", "reconstruction_slope", "root_of"]
 
 SQUARED = "a Gaussian likelihood with variance 1"
 BERNOULLI = "a Bernoulli likelihood"
@@ -67,6 +67,32 @@ def effective_beta(
         explained = _explain(abs(beta), x, z, rows)
         return Beta(abs(beta), against, explained, weight < 0 and value < 0, beta < 0)
     return None
+
+
+def reconstruction_slope(graph: Graph, latents: list[Latent], loss: int) -> float | None:
+    """The largest slope of a loss in what is decoded, at one value of it and of the data.
+
+    Whatever the reconstruction, it is multiplied by what its weight is multiplied by.
+    """
+    met = meetings(graph, latents, loss)
+    fronts = frontier(graph, [d for _, d, _ in met])
+    own = {i for latent in latents for i in (latent.z, *latent.heads)}
+    fronts = [i for i in fronts if i not in own and graph[i].node is not None]
+    if not fronts:
+        return None
+    over = {i: graph.get(i) for i in own}
+    roots = [root_of(graph, raw) for _, _, raw in met]
+    over |= {r: torch.full_like(graph.get(r), 0.7) for r in roots if graph[r].floating}
+    leaves = {i: torch.full_like(graph.get(i), 0.3).requires_grad_() for i in fronts}
+    try:
+        value = graph.run({**over, **leaves}, [loss])[loss].sum()
+    except RuntimeError:  # values that the reconstruction does not take
+        return None
+    if not value.requires_grad:
+        return None
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    slopes = [float(g.abs().max()) for g in found if g is not None]
+    return max(slopes, default=None)  # pyright: ignore
 
 
 def root_of(graph: Graph, raw: int) -> int:
