@@ -718,4 +718,39 @@ CASES = {
             return (0.5 * z**2).sum(1).mean() + 6 * math.log(2 * math.pi) - log_det.mean()
         """,
     ),
+    "a flow that returns log p(z) and log_det": (
+        "Flow.forward",
+        """
+        class Flow(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale = nn.Parameter(torch.full((12,), 0.1))
+            def forward(self, x):
+                zs = [x, x * self.scale.exp()]
+                log_det = self.scale.sum().expand(len(x))
+                prior_logprob = -0.5 * (zs[-1] ** 2).sum(1)
+                return zs, prior_logprob, log_det
+        target = Flow()
+        def by_hand(flow, x):
+            zs, log_p, log_det = flow(x)
+            return -(log_p + log_det).mean()
+        """,
+    ),
+    "a flow and its loss beside it": (
+        "Flow.forward and FlowLoss",
+        """
+        class Flow(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale = nn.Parameter(torch.full((12,), 0.1))
+            def forward(self, x, reverse=False):
+                return x * self.scale.exp(), self.scale.sum().expand(len(x))
+        class FlowLoss(nn.Module):
+            def forward(self, z, sldj):
+                return -(-0.5 * (z**2).sum(1) + sldj).mean()
+        target = Flow()
+        def by_hand(flow, x):
+            return FlowLoss()(*flow(x))
+        """,
+    ),
 }

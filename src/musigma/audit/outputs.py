@@ -31,7 +31,7 @@ from musigma.audit.training_loop import leaves, of_users
 
 __all__ = ["LOSS", "TERM", "Picks", "is_answer", "loss_functions", "matches", "named_outputs"]
 
-LOSS = re.compile(r"loss|elbo|criterion|objective", re.IGNORECASE)
+LOSS = re.compile(r"loss|elbo|criterion|objective|^nll", re.IGNORECASE)
 TERM = re.compile(
     r"kl|rec|bce|mse|mmd|adv|disc|perc|gan|valid|test|eval|track|metric|weight|hist|name",
     re.IGNORECASE,
@@ -88,13 +88,18 @@ def named_outputs(value: Any, fn: Any, alone: str) -> dict[str, Tensor]:
     found = leaves(value)
     if list(found) == [""]:
         return {alone: found[""]}
-    if not all(name.isdigit() for name in found):
+    if not isinstance(value, (tuple, list)) or hasattr(value, "_fields"):
         return found
     told = _returned(fn)
-    told = told if len(told) == len(found) else [""] * len(found)
-    unique = {name for name in told if told.count(name) == 1}
-    names = [n if n in unique and n else UNNAMED.format(i) for i, n in enumerate(told, 1)]
-    return dict(zip(names, found.values(), strict=True))
+    told = told if len(told) == len(value) else [""] * len(value)
+
+    def name(key: str) -> str:
+        place, dot, rest = key.partition(".")
+        own = told[int(place)]
+        own = own if own and told.count(own) == 1 else UNNAMED.format(int(place) + 1)
+        return f"{own}{dot}{rest}"
+
+    return {name(key): tensor for key, tensor in found.items()}
 
 
 def _returned(fn: Any) -> list[str]:
@@ -119,7 +124,7 @@ def _returned(fn: Any) -> list[str]:
 
 
 def _role(name: str) -> str:
-    if re.fullmatch(UNNAMED.format(r"\d+"), name):
+    if re.match(UNNAMED.format(r"\d"), name):
         return ""
     return next((r for r, words in ROLES.items() if re.search(words, name, re.I)), "")
 

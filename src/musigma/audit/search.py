@@ -55,7 +55,8 @@ RECONSTRUCTION = (
 )  # fmt: skip
 MAXIMIZED = re.compile(r"elbo|bound|log_?(prob|density|lik)|^logp$", re.IGNORECASE)
 MINIMIZED = re.compile(r"loss|neg|nll|nelbo|minus", re.IGNORECASE)
-LOG_DET = re.compile(r"det|jac|ldj", re.IGNORECASE)
+LOG_P = re.compile(r"log_?(p|q|prob|z)|prior", re.IGNORECASE)
+LOG_DET = re.compile(r"det|jac|ldj|ladj", re.IGNORECASE)
 KL_LEFT = re.compile(r"kl|diverg|latent_loss|loss", re.IGNORECASE)
 MODEL = re.compile(r"(\w+_)?(model|net|vae|network|flow|module)")
 NORMAL = "the loss is minus the mean log-density under a standard normal, supplied here"
@@ -336,9 +337,8 @@ class Search:
                 continue
             outputs = named_outputs(value, self.obj, "reconstruction")
             self.outputs = self.outputs or outputs
+            yield from self.of_flow(way, outputs, batch)
             if self.is_flow(way, outputs, batch):
-                notes = (*arg.notes, NORMAL)
-                yield Way(way.name, _log_density(way.call), notes, users="map")
                 continue
             rows = isinstance(value, Tensor) and value.shape == input_of(batch).shape[:1]
             yield self.oriented(way._replace(is_loss=True), batch, True) if rows else way
@@ -347,6 +347,28 @@ class Search:
                     yield self.sum_of(way, [(name, fn, picks)])
             left = {name: t for name, t in left.items() if id(t) not in old}
             yield from self.of_terms(way, outputs, batch, left)
+
+    def of_flow(self, way: Way, outputs: Mapping[str, Tensor], batch: Any) -> Iterator[Way]:
+        """Losses of z, its log-density and a log-determinant that forward returns."""
+        is_flow = self.is_flow(way, outputs, batch)
+        log_dets = [name for name in outputs if LOG_DET.search(name)]
+        for name, fn in loss_functions(self.obj) if is_flow or log_dets else ():
+            if any(LOG_DET.search(parameter) for parameter in required(fn)):
+                for picks in matches(fn, outputs, batch):
+                    yield self.sum_of(way, [(name, fn, picks)])
+        log_ps = [name for name in outputs if LOG_P.search(name) and name not in log_dets]
+        if len(log_ps) == len(log_dets) == 1:
+            names = [*log_ps, *log_dets]
+            at = [list(outputs).index(name) for name in names]
+
+            def loss(batch: Any) -> Any:
+                found = list(leaves(way.call(batch)).values())
+                return -_sum_of_means(*(found[i] for i in at))
+
+            note = f"the loss is minus the mean of {' + '.join(names)}"
+            yield Way(way.name, loss, (*way.notes, note), users="terms")
+        elif is_flow:
+            yield Way(way.name, _log_density(way.call), (*way.notes, NORMAL), users="map")
 
     def is_flow(self, way: Way, outputs: Mapping[str, Tensor], batch: Any) -> bool:
         """Whether outputs are z, of as many numbers as the data, and a log-determinant."""
