@@ -504,7 +504,10 @@ def _check_minimum(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison)
 
     near = torch.linspace(found[-1] - 3, found[-1] + 3, 121, dtype=torch.float64)
     near = near[(near >= b[0]) & (near <= b[-1])]
-    f, s = along(torch.cat([b.new_tensor(found[-1:]), b, near]))
+    tried = torch.cat([b.new_tensor(found[-1:]), b, near])
+    least = tried[along(tried)[0].argmin()]
+    around = torch.linspace(-0.05, 0.05, 101, dtype=torch.float64)
+    f, s = along(torch.cat([tried[:1], (least + around).clamp(b[0], b[-1])]))
     i = int(f.argmin())
     level = 1e-3
     if math.isfinite(audit.kl_slope):
