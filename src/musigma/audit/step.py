@@ -11,15 +11,15 @@ import torch
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
 from musigma.audit.graph import Graph
-from musigma.audit.latents import Latent, find_latents, meetings, stray_draws
+from musigma.audit.latents import Latent, find_latents, holds, meetings, stray_draws
 from musigma.audit.probes import Prober, gradient
 from musigma.audit.runs import Run, Runner, at, short_place
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.step_flow import (
-    has_layers_before_its_prior,
     judge_dequantization,
     judge_flow,
     judge_posterior_flow,
+    layers_before_prior,
 )
 from musigma.audit.step_kl import (
     Divergence,
@@ -42,6 +42,14 @@ __all__ = ["audit_step"]
 LOSS_KEYS = ("loss", "total_loss", "loss_total", "nelbo", "neg_elbo", "elbo")
 PER_LINE = 4  # latents of one line of code that are examined
 SECONDS = 300.0
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError)  # fmt: skip
+
+
+def _failed(what: str, error: Exception) -> str:
+    return (
+        f"{what}: its replay raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    )
 
 
 def audit_step(step: Callable[[], Any], *, example: Any = None) -> AuditReport:
@@ -79,9 +87,12 @@ def audit_step(step: Callable[[], Any], *, example: Any = None) -> AuditReport:
     audit = StepAudit(name_of(step))
     with Sandbox(step, seconds=SECONDS, as_is=True) as sandbox:
         audit.runner = Runner(audit, sandbox, step)
-        run = audit.runner.first()
-        if run is not None:
-            audit.judge(run)
+        try:
+            run = audit.runner.first()
+            if run is not None:
+                audit.judge(run)
+        except FAILURES as error:
+            audit.missing.append(_failed("the step", error))
     return audit.build()
 
 
@@ -133,12 +144,8 @@ class StepAudit(ReportBuilder):
                 continue
             try:
                 _judge_latent(self, latent, latents)
-            except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError,
-                    ValueError) as error:  # fmt: skip
-                self.missing.append(
-                    f"the KL of z{at(latent.where)}: its replay raises {type(error).__name__}: "
-                    f"{str(error)[:200]}"
-                )
+            except FAILURES as error:
+                self.missing.append(_failed(f"the KL of z{at(latent.where)}", error))
         for where, count in seen.items():
             if count > PER_LINE:
                 self.unchecked.append(
@@ -207,7 +214,7 @@ def _kl(
         audit.bug("noise_not_gaussian", "step", where=latent.where)
         return
     audit.read_as = audit.read_as or name
-    if has_layers_before_its_prior(audit.graph, latent, latents, audit.loss, d):
+    if layers_before_prior(audit.graph, latent, latents, audit.loss):
         if not judge_posterior_flow(audit, latent, latents, d):
             audit.missing.append(
                 f"the prior of z{at(latent.where)}: the loss depends on z by layers, but not by "
@@ -224,7 +231,11 @@ def _kl(
     means, stds = fit.prior
     prior = "N(0, 1)"
     if not fit.is_standard:
-        steady = float(means.max() - means.min()) < 1e-6 and float(stds.max() - stds.min()) < 1e-6
+        steady = (
+            bool(means.numel())
+            and float(means.max() - means.min()) < 1e-6
+            and float(stds.max() - stds.min()) < 1e-6
+        )
         if steady:
             prior = f"N({float(means[0]):.4g}, {float(stds[0]):.4g}^2)"
             if abs(float(means[0])) < 1e-6:
@@ -248,7 +259,7 @@ def _kl(
             prior += ", in which the loss is that KL as well"
     audit.checked.append(f"KL ({how}) of what is sampled to {prior}{at(d.where)}{bound}")
     if d.by_draws and not d.importance and error is None:
-        _normalized(audit, latent, d)
+        _normalized(audit, latent, d, gaussian=True)
     offset = kl_offset(audit.graph, latent, audit.loss, d)
     if offset is not None and abs(offset) > 1e-3:
         audit.warn("kl_offset", "step", where=d.where, offset=offset)
@@ -263,6 +274,8 @@ def _weigh(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergenc
     graph = audit.graph
     if d.importance or all(graph[i].kind == "parameter" for i in latent.heads):
         return  # a bound of another form; weights of a Bayesian network
+    if latent.z not in graph.connected([audit.loss]):
+        return  # no reconstruction, but its score
     beta = effective_beta(graph, latents, latent, audit.loss, d.weight)
     if beta is not None and beta.opposed:
         audit.bug("kl_negative", "step reconstruction", where=d.where)
@@ -371,7 +384,7 @@ def _other_prior(
         )
 
 
-def _normalized(audit: StepAudit, latent: Latent, d: Divergence) -> bool:
+def _normalized(audit: StepAudit, latent: Latent, d: Divergence, gaussian: bool = False) -> bool:
     """Examine the prior of a KL by draws; False if that cannot be done."""
     graph, loss = audit.graph, audit.loss
     log_q = entropy(Prober(graph, latent), loss, d.held)
@@ -379,6 +392,8 @@ def _normalized(audit: StepAudit, latent: Latent, d: Divergence) -> bool:
         return False
     found = log_normalizer(graph, latent, loss, d, log_q[1])
     if found is None:
+        return False
+    if math.isinf(found) and gaussian:
         return False
     if math.isinf(found):
         audit.bug("kl_mismatch", "step improper", where=d.where)
@@ -470,9 +485,9 @@ def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Diverg
     order = torch.linspace(0.5, 1.5, graph[latent.z].numel, dtype=torch.float64)
     stopped = prober.stopped(latent.z, {}, lambda z: (order * z.reshape(-1)).sum())
     data = graph.connected([loss])
-    by_score = graph.connected(
-        data.intersection(data_terms(graph, latents, loss)), stop=[latent.z]
-    )
+    decoded = graph.downstream(holds(graph, latent))
+    scored = data.intersection(data_terms(graph, latents, loss)).intersection(decoded)
+    by_score = graph.connected(scored, stop=[latent.z])
     used = len(graph.downstream([latent.z]) & graph.upstream([loss])) > 1
     if latent.z not in data:
         stopped |= True

@@ -18,13 +18,12 @@ from torch import Tensor
 from musigma.audit.graph import Graph, Node, Origin
 from musigma.audit.latents import Latent, holds
 from musigma.audit.probes import Over, Prober
-from musigma.audit.step_kl import Divergence, data_terms, entropy, fit_moments, terms
+from musigma.audit.step_kl import Divergence, data_terms, entropy, terms
 
 if TYPE_CHECKING:
     from musigma.audit.step import StepAudit
 
 __all__ = [
-    "has_layers_before_its_prior",
     "judge_dequantization",
     "judge_flow",
     "judge_posterior_flow",
@@ -498,10 +497,8 @@ def _jacobian(graph: Graph, x: int, parts: Sequence[int], over: Over, rows: int)
 # --- a flow on the draw of a latent -------------------------------------------------------------
 
 
-def has_layers_before_its_prior(
-    graph: Graph, latent: Latent, latents: list[Latent], loss: int, d: Divergence
-) -> bool:
-    """Whether z reaches the loss by layers, but not by what is compared with data.
+def layers_before_prior(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> bool:
+    """Whether layers get z whose results reach the loss, but are not compared with data.
 
     So it is with a flow on the posterior, or in the prior. Steps with several latents are not
     looked at.
@@ -509,29 +506,14 @@ def has_layers_before_its_prior(
     if len(latents) > 1:
         return False
     held = _held(graph, latent, latents, loss)
-    prober = Prober(graph, latent, d.heads)
-    if not prober.usable or d.fit is None:
-        return False
-    probes = prober.measure(loss, held, by_draws=True)
-    if probes is None:
-        return False
-    fit = fit_moments(probes, d.fit.copies)
-    same = fit.is_kl and torch.allclose(fit.scale, d.fit.scale, rtol=1e-3, equal_nan=True)
-    return not same and fit.size > 0
-
-
-def layers_before_prior(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> bool:
-    """Whether layers get z whose results reach the loss, but are not compared with data."""
-    held = _held(graph, latent, latents, loss)
-    layers = {i: graph.get(i).double() for i in holds(graph, latent) if i not in held}
-    if len(latents) > 1 or not layers:
-        return False
-    leaves = {i: t.clone().requires_grad_() for i, t in layers.items()}
-    value = graph.run({**held, **leaves}, [loss])[loss].sum()
-    if not value.requires_grad:
-        return False
-    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return any(g is not None and bool((g != 0).any()) for g in found)
+    slopes = []
+    for over in (held, held | holds(graph, latent)):
+        heads = {i: graph.get(i) for i in latent.heads}
+        z = graph.get(latent.z).clone().requires_grad_()
+        value = graph.run({**over, **heads, latent.z: z}, [loss])[loss].sum()
+        (slope,) = torch.autograd.grad(value, z) if value.requires_grad else (0 * z.detach(),)
+        slopes.append(slope)
+    return not torch.allclose(*slopes, rtol=1e-6, atol=1e-9)
 
 
 def _held(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> dict[int, Tensor]:

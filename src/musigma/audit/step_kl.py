@@ -531,7 +531,7 @@ def entropy(prober: Prober, target: int, held: Over) -> tuple[float, bool] | Non
         return None
     if _same(square[scales], weights) and bool((square[moved] > 0).all()):
         return weight, True
-    level = NEAR * float(weights.max())
+    level = EXACT * float(weights.max())
     return (weight, False) if float(square[moved].abs().max()) <= level else None
 
 
