@@ -167,6 +167,13 @@ def test_what_a_step_changes_is_restored():
 # --- bad input -----------------------------------------------------------------------------------
 
 
+FLOW = {
+    "sample": sampler(half),
+    "kl": lambda mean, b, z: kl_log_var(mean, b),
+    "flow": lambda z: (z, torch.zeros(len(z))),
+}
+
+
 def broken(*_):
     raise ZeroDivisionError("on purpose")
 
@@ -198,6 +205,11 @@ def test_a_callable_that_raises_is_named(name):
         ({"sample": sampler(half), "prior": (0.0, -1.0)}, r"prior: expected a positive"),
         ({"sample": sampler(half), "prior": (torch.zeros(5), 1.0)}, r"prior: expected numbers"),
         ({"encode": lambda x: x, "sample": sampler(half)}, r"example: encode needs one"),
+        ({"sample": sampler(half), "prior": "normal"}, r"prior: expected \(mean, std\), a dist"),
+        ({"sample": sampler(half), "prior": torch.sum}, r"prior: .*one log-density for each"),
+        ({**FLOW, "flow": torch.exp}, r"flow: expected \(z_K, log_det\); got Tensor"),
+        ({**FLOW, "flow": lambda z: (z, z[0, :4])}, r"flow: .*log_det \(6,\); got .*\(4,\)"),
+        ({**FLOW, "kl": kl_log_var}, r"kl: with `flow`, .* it takes 2 arguments"),
     ],
 )
 def test_wrong_shapes_and_arguments_are_named(given, message):
