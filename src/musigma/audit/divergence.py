@@ -25,7 +25,7 @@ from musigma.audit.findings import AuditError
 from musigma.audit.sandbox import TooSlowError, first
 from musigma.audit.vae_state import LOG_2PI, FullPosterior, Points, Posterior, Prior, VAEAudit
 
-__all__ = ["LOG_2PI", "OFF", "Comparison", "Regression", "gaussian_kl", "noise_points", "regress"]
+__all__ = ["LOG_2PI", "OFF", "Comparison", "Regression", "noise_points", "regress"]
 
 OFF = 0.02  # residual of the KL, relative to 1 + T, from which it is a bug
 CHANCE_ROWS, CHANCE_SEEDS = 2048, 6
@@ -83,13 +83,6 @@ def noise_points(d: int, n: int, seed: int = 0) -> Tensor:
         half = torch.linalg.qr(half)[0] * (n // 2) ** 0.5
     half = half / (half**2).mean(0).sqrt()
     return torch.cat([half, -half])
-
-
-def gaussian_kl(q: tuple[Tensor, Tensor], mean: Tensor, std: Tensor) -> Tensor:
-    """The KL in nats of a normal q, a mean and a std, to N(mean, std²), summed over latents."""
-    loc, sigma = q
-    kl = (std / sigma).log() + (sigma**2 + (loc - mean) ** 2) / (2 * std**2) - 0.5
-    return kl.sum(-1)
 
 
 class CodeKL:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
-from musigma.audit.divergence import LOG_2PI, OFF, Comparison, Regression, gaussian_kl, regress
+from musigma.audit.divergence import LOG_2PI, OFF, Comparison, Regression, regress
 from musigma.audit.findings import AuditError
 from musigma.audit.sandbox import first
 from musigma.audit.scales import READINGS, Reading, crossings
@@ -390,7 +391,8 @@ def _mismatch(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison) -> N
     audit.read_as = "none"
     numbers["written"] = f"; for one latent the code computes {written}" if written else ""
     if audit.prior.normal:
-        reverse = gaussian_kl((audit.prior.mean, audit.prior.std), c.at.loc, c.at.scale)
+        there, prior = Normal(c.at.loc, c.at.scale), Normal(audit.prior.mean, audit.prior.std)
+        reverse = kl_divergence(prior, there).sum(-1)
         if regress(c.f[c.at.inside], reverse[c.at.inside]).residual < tight:
             audit.bug("kl_mismatch", "reversed", **numbers)
             return
@@ -412,7 +414,7 @@ def _reading_of(audit: VAEAudit, c: Comparison, tight: float) -> tuple[str, Regr
             t = c.true(read)
         else:
             z = at.draws(c.e)
-            log_q = torch.distributions.Normal(at.mean, s).log_prob(z).sum(-1)
+            log_q = Normal(at.mean, s).log_prob(z).sum(-1)
             t = (log_q - audit.prior.log_prob(z)).mean(0)
         fit = regress(c.f[c.at.inside], t)
         lacks_a_term = name == "unit variance" and abs(fit.intercept) > 1e-3

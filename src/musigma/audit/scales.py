@@ -171,11 +171,21 @@ def crossings(curve: Function, b: Tensor, level: float) -> list[float]:
     return found
 
 
-def name_curve(b: Tensor, sigma: Tensor, tolerance: float, scale_error: float = 0.0) -> Curve:
-    """The simplest reading of a measured curve within the tolerance, or one named "unnamed".
+def name_curve(
+    b: Tensor, sigma: Tensor, tolerance: float = 1e-6, scale_error: float = 0.0
+) -> Curve:
+    """Name a measured curve sigma(b).
 
-    `b` (n,) is ascending, `sigma` (n,) not negative. `tolerance` is the relative error of ratios
-    of sigma, and `scale_error` that of its scale, which they share.
+    Args:
+        b: Numbers (n,) in ascending order that a network may emit: best from -60 to 60, and dense
+            around 0.
+        sigma: The standard deviation (n,) at each, not negative.
+        tolerance: Relative error of ratios of sigma.
+        scale_error: Relative error of the scale that all of sigma share.
+
+    Returns:
+        The curve of the simplest reading within the tolerance; one named "unnamed", which
+        interpolates, if there is none.
 
     Example:
         >>> b = torch.linspace(-60, 60, 121, dtype=torch.float64)
