@@ -191,6 +191,29 @@ class Graph:
         self.nodes.append(node)
         return made
 
+    def restrict_data(self, examples: Sequence[Tensor]) -> None:
+        """Make those data constants that are no example's content, if any data are."""
+        shown = [t.detach().cpu() for t in examples]
+
+        def is_shown(v: Value) -> bool:
+            return v.leaf is not None and any(
+                v.numel == t.numel() and torch.equal(v.leaf.reshape(-1).to(t.dtype), t.reshape(-1))
+                for t in shown
+            )
+
+        data = [v for v in self.values if v.kind == "data"]
+        if not any(is_shown(v) and v.floating for v in data):
+            return
+        for v in data:
+            if not is_shown(v):
+                v.kind, v.origin = "constant", Origin.NOTHING
+        for node in self.nodes:
+            origin = Origin.NOTHING
+            for i in node.ins:
+                origin |= self.values[i].origin
+            for i in node.outs:
+                self.values[i].origin = origin
+
     def where(self, i: int) -> str:
         """The line that made a value, or that first used it."""
         v = self.values[i]

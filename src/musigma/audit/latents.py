@@ -299,7 +299,8 @@ def holds(graph: Graph, latent: Latent) -> dict[int, Tensor]:
 
 def _begins_decoder(graph: Graph, node: Node, after_z: set[int]) -> bool:
     if node.name in SELECTIONS:
-        return node.ins[0] in after_z and len(node.ins) > 1 and node.name != "embedding"
+        selects = [i for i in node.ins[1:] if graph[i].kind != "constant"]
+        return node.ins[0] in after_z and bool(selects) and node.name != "embedding"
     if node.pointwise or node.view or node.name in REDUCTIONS:
         return False
     weights = any(

@@ -72,6 +72,7 @@ def record(step: Callable[[], Any], *, seed: int = 0, sandbox: Sandbox | None = 
     with _readable(), recorder.following_backward(), torch.enable_grad(), recorder:
         result = step()
     recorder.restore()
+    recorder.mark_regions()
     graph = Graph(recorder.values, recorder.nodes, result, recorder.notes)
     graph.backward_calls = recorder.backward_calls
     graph.returned = recorder.lookup
@@ -154,7 +155,7 @@ class _Recorder(TorchDispatchMode):
             return self._leaf(t, "parameter", Origin.PARAMETERS, source=t)
         if _key(t)[0] in self._buffers:
             return self._leaf(t, "buffer", source=t)
-        if t.numel() <= 1:
+        if t.numel() <= 1 or _is_permutation(t):
             return self._leaf(t, "constant", source=t)
         return self._leaf(t, "data", Origin.DATA, source=t)
 
@@ -216,6 +217,22 @@ class _Recorder(TorchDispatchMode):
                     ):
                         continue
                     v.source.detach().copy_(before)
+
+    def mark_regions(self) -> None:
+        """Mark operations inside custom gradients, whose tensors require none though they get one.
+
+        Their results are used as tensors that require a gradient: scripted code and
+        `torch.autograd.Function` run their operations apart from autograd.
+        """
+        needed: set[int] = set()
+        for node in reversed(self.nodes):
+            refs = node.ins
+            inside = node.tracked and node.grads and not any(node.grads) and node.name != "normal"
+            if inside and needed.intersection(node.outs):
+                node.tracked = False
+            grads = node.grads if node.tracked and node.grads else (True,) * len(refs)
+            if node.grads or not node.tracked:
+                needed |= {i for i, needs in zip(refs, grads, strict=False) if needs}
 
     # --- operations -----------------------------------------------------------------------------
 
@@ -367,6 +384,14 @@ def _key(t: Tensor) -> Any:
         return (id(t),)
     storage = t.untyped_storage()._cdata
     return (storage, t.storage_offset(), tuple(t.shape), t.stride(), t.dtype)
+
+
+def _is_permutation(t: Tensor) -> bool:
+    if t.ndim != 1 or t.is_floating_point() or t.dtype == torch.bool:
+        return False
+    return torch.equal(
+        t.detach().sort().values, torch.arange(len(t), dtype=t.dtype, device=t.device)
+    )
 
 
 def _whole(key: Any, like: Tensor) -> bool:

@@ -33,7 +33,7 @@ from musigma.audit.step_prior import kl_offset, log_normalizer, prior_error
 from musigma.audit.step_weight import (
     effective_beta,
     mixed_examples,
-    reconstruction_slope,
+    reconstruction_slopes,
     root_of,
 )
 
@@ -86,7 +86,7 @@ def audit_step(step: Callable[[], Any], *, example: Any = None) -> AuditReport:
         raise AuditError(f"step: expected a callable without arguments; got {type(step).__name__}")
     audit = StepAudit(name_of(step))
     with Sandbox(step, seconds=SECONDS, as_is=True) as sandbox:
-        audit.runner = Runner(audit, sandbox, step)
+        audit.runner = Runner(audit, sandbox, step, example)
         try:
             run = audit.runner.first()
             if run is not None:
@@ -316,8 +316,8 @@ def _half_batch(
         for v in graph.values
         if v.kind == "data" and v.source is not None and v.shape[:1] == (rows,)
     ]
-    before = reconstruction_slope(graph, latents, audit.loss)
-    if rows < 2 or not tensors or not before or any(t.requires_grad for t in tensors):
+    before = reconstruction_slopes(graph, latents, audit.loss)
+    if rows < 2 or not tensors or not all(before) or any(t.requires_grad for t in tensors):
         return None
     whole = [(t, t.data) for t in tensors]
     try:
@@ -334,10 +334,13 @@ def _half_batch(
     if len(others) != len(latents):
         return None
     d = find_divergence(again.graph, others[place], others, again.loss)
-    after = reconstruction_slope(again.graph, others, again.loss)
-    if not after or d.kind != "kl":
+    after = reconstruction_slopes(again.graph, others, again.loss)
+    if len(after) != len(before) or not before or not all(after) or d.kind != "kl":
         return None
-    return rows, rows // 2, (d.weight / weight) / (after / before)
+    times = [(d.weight / weight) / (b / a) for a, b in zip(before, after, strict=True)]
+    if max(times) > 1.01 * min(times):
+        return None  # several terms, reduced in different ways
+    return rows, rows // 2, times[0]
 
 
 def _function(

@@ -11,7 +11,7 @@ from torch import Tensor
 from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import REDUCTIONS, Latent, frontier
 from musigma.audit.probes import Over, Prober, Probes
-from musigma.audit.step_kl import LINEAR, Divergence, Fit, data_terms, fit_moments, terms
+from musigma.audit.step_kl import LINEAR, Divergence, Fit, fit_moments, terms
 
 __all__ = ["kl_offset", "log_normalizer", "prior_error"]
 
@@ -153,13 +153,13 @@ def _subtotals(graph: Graph, latent: Latent, loss: int, after: set[int], held: O
     found: list[int] = []
     todo = [loss]
     stop = {*latent.heads, latent.z, *held}
-    data = set(data_terms(graph, [latent], loss))
+    mixed = {i for i in held if i in graph.downstream([latent.z])}
     while todo:
         i = todo.pop()
         parts = [t for t in terms(graph, i, stop) if graph[t].origin or graph[t].draws]
         own = [t for t in parts if t in after and t not in held]
-        if data.intersection(own):
-            return []
+        if any(mixed.intersection(graph.upstream([t], stop=stop)) for t in own):
+            return []  # a product with what is decoded
         if not own:
             continue
         node = graph[i].node

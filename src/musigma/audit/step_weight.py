@@ -10,7 +10,7 @@ from torch import Tensor
 from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent, frontier, meetings
 
-__all__ = ["Beta", "effective_beta", "mixed_examples", "reconstruction_slope", "root_of"]
+__all__ = ["Beta", "effective_beta", "mixed_examples", "reconstruction_slopes", "root_of"]
 
 SQUARED = "a Gaussian likelihood with variance 1"
 BERNOULLI = "a Bernoulli likelihood"
@@ -69,8 +69,8 @@ def effective_beta(
     return None
 
 
-def reconstruction_slope(graph: Graph, latents: list[Latent], loss: int) -> float | None:
-    """The largest slope of a loss in what is decoded, at one value of it and of the data.
+def reconstruction_slopes(graph: Graph, latents: list[Latent], loss: int) -> list[float]:
+    """The largest slopes of a loss in what is decoded, at one value of it and of the data.
 
     Whatever the reconstruction, it is multiplied by what its weight is multiplied by.
     """
@@ -79,7 +79,7 @@ def reconstruction_slope(graph: Graph, latents: list[Latent], loss: int) -> floa
     own = {i for latent in latents for i in (latent.z, *latent.heads)}
     fronts = [i for i in fronts if i not in own and graph[i].node is not None]
     if not fronts:
-        return None
+        return []
     over = {i: graph.get(i) for i in own}
     roots = [root_of(graph, raw) for _, _, raw in met]
     over |= {r: torch.full_like(graph.get(r), 0.7) for r in roots if graph[r].floating}
@@ -87,12 +87,11 @@ def reconstruction_slope(graph: Graph, latents: list[Latent], loss: int) -> floa
     try:
         value = graph.run({**over, **leaves}, [loss])[loss].sum()
     except RuntimeError:  # values that the reconstruction does not take
-        return None
+        return []
     if not value.requires_grad:
-        return None
+        return []
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    slopes = [float(g.abs().max()) for g in found if g is not None]
-    return max(slopes, default=None)  # pyright: ignore
+    return [0.0 if g is None else float(g.abs().max()) for g in found]
 
 
 def root_of(graph: Graph, raw: int) -> int:
