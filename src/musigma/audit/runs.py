@@ -298,6 +298,6 @@ def _compare_runs(audit: ReportBuilder, first: Run, second: Run) -> None:
                 "a tensor that no operation of torch made differs between two runs"
                 f"{at(where)}: random numbers of NumPy or Python; draw noise with torch"
             )
-            audit.warn("host_random", where=where, source=short_place(where))
+            audit.warn("host_random", "line", where=where, line=short_place(where))
             return
     audit.missing.append("the step as one graph: a replay differs from a second run")

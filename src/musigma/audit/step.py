@@ -136,6 +136,8 @@ class StepAudit(ReportBuilder):
         if not latents:
             if not judge_flow(self):
                 self.missing.append(_no_latent(graph, loss))
+                if graph.hosts:
+                    self.warn("host_random", source=" and ".join(graph.hosts))
             return
         seen: Counter[str] = Counter()
         for latent in latents:
