@@ -15,7 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributions import Independent, Laplace, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import (
+    Independent,
+    Laplace,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+    kl_divergence,
+)
 
 D = 6
 
@@ -910,6 +917,31 @@ def prior_as_a_correlated_distribution():
 
     return {"sample": sampler(half), "kl": kl, "prior": prior,
             "generate": lambda n: prior.sample((n,))}  # fmt: skip
+
+
+class Bumps(nn.Module):
+    """A learned prior, whose attribute `mean` is not that of z."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.log_std = nn.Parameter(torch.randn(4, D)), nn.Parameter(torch.zeros(4, D))
+
+    def log_prob(self, z):
+        far = Normal(self.mean, self.log_std.exp()).log_prob(z[:, None]).sum(-1)
+        return far.logsumexp(1) - math.log(4)
+
+
+@entry("log_var", "log_var")
+def prior_as_a_module():
+    prior = Bumps()
+    return drawn(kl_to(prior.log_prob), prior=prior)
+
+
+@entry("log_var", "log_var")
+def prior_with_heavy_tails():
+    prior = StudentT(3.0, torch.zeros(D))
+    return drawn(kl_to(lambda z: prior.log_prob(z).sum(1)), prior=prior,
+                 generate=lambda n: prior.sample((n,)))  # fmt: skip
 
 
 @entry("log_var", "log_var")

@@ -134,7 +134,8 @@ def moments_differ(
     off = (z.mean(0) - mean) / std
     ratio = z.std(0) / std
     wrong_mean = off.abs() > max(smallest, errors / math.sqrt(n))
-    wrong_std = (ratio - 1).abs() > max(smallest, errors / math.sqrt(2 * n))
+    kurtosis = (((z - z.mean(0)) / z.std(0)) ** 4).mean(0).clamp(min=3)  # 3 of normal draws
+    wrong_std = (ratio - 1).abs() > (errors * ((kurtosis - 1) / (4 * n)).sqrt()).clamp(smallest)
     if not (wrong_mean | wrong_std).any():
         return None
     i = int((off.abs() + (ratio - 1).abs()).argmax())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import Distribution, Normal
 
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder
 from musigma.audit.sampler import Sampler
@@ -60,9 +61,7 @@ class VAEAudit(ReportBuilder):
         self.layout: str | None = None
         self.heads: Heads | None = None  # of the example
         self.latents: int | None = None  # numbers in one z
-        self.coupled = (
-            False  # the rows of the example are parts of one, such as the nodes of a graph
-        )
+        self.coupled = False  # the rows of the example are parts of one: nodes of a graph, say
         self.swapped = False  # the first argument of the given sample is the scale
         self.kl_fits = False  # the KL is a multiple of that of what is sampled, plus a constant
         self.kl_slope = math.nan
@@ -191,7 +190,10 @@ class Prior:
                     "prior: expected (mean, std), a distribution or a callable log_prob(z); got "
                     f"{type(given).__name__}"
                 )
-            moments = getattr(moments, "mean", math.nan), getattr(moments, "stddev", math.nan)
+            moments = math.nan, math.nan
+            if isinstance(given, Distribution):
+                with contextlib.suppress(NotImplementedError):
+                    moments = given.mean, given.stddev
         try:
             self.mean, self.std = (self._per_latent(t) for t in moments)
         except (RuntimeError, TypeError, ValueError):
