@@ -1222,6 +1222,16 @@ def capacity_above_every_point():
     return {"sample": sampler(half), "kl": lambda m, b: (kl_log_var(m, b) - 500).abs()}
 
 
+@entry("log_var", "log_var", "kl_capacity", verdict="warning")
+def squared_capacity():
+    return {"sample": sampler(half), "kl": lambda m, b: 10 * (by_example(m, b).mean() - 4) ** 2}
+
+
+@entry("log_var", "log_var", "kl_scale", verdict="incomplete")
+def weight_and_prior_not_given():
+    return {"sample": sampler(half), "kl": lambda m, b: 4 * kl_of(half, (0.5, 2.0))(m, b)}
+
+
 @entry("log_var", "none", "kl_mismatch", "kl_min_off_prior")
 def absolute_value_of_each_latent():
     return {"sample": sampler(half), "kl": lambda m, b: (

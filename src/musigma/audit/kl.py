@@ -64,6 +64,8 @@ def check_kl(audit: VAEAudit, q: Posterior | FullPosterior) -> None:
     if not c.code.alone:
         audit.bug("cross_sample", "kl")
     other_noise = False
+    if not c.fits and audit.given_prior is None and audit.prior.flow is None:
+        _assume_prior(audit, q, c)
     meant = not (c.fits and c.fit.slope > 0) and _function_of_kl(audit, q, c)
     if c.fits and not meant:
         other_noise = _check_fit(audit, q, c)
@@ -220,7 +222,8 @@ def _function_of_kl(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison
         return False
     code, numbers = found
     audit.kl_fits, audit.read_as, audit.kl_slope = True, audit.convention, numbers["slope"]
-    audit.warn(code, "capped" if code == "kl_constant" else "", **numbers)
+    variant = {"kl_constant": "capped", "kl_capacity": numbers.pop("variant", "")}.get(code, "")
+    audit.warn(code, variant, **numbers)
     return True
 
 
@@ -239,6 +242,12 @@ def _capacity(q: Posterior | FullPosterior, c: Comparison) -> tuple[str, dict[st
             continue
         if (c.t > target).any() or _beyond(q, c, slope, target):
             return "kl_capacity", {"capacity": target, "slope": slope}
+    design = torch.stack([c.t**2, c.t, torch.ones_like(c.t)], 1) / (1 + c.t[:, None]) ** 2
+    target_f = c.f / (1 + c.t) ** 2
+    a, b, k = torch.linalg.lstsq(design, target_f[:, None], driver="gelsd").solution[:, 0].tolist()
+    off = (design @ design.new_tensor([a, b, k]) - target_f).abs().max()
+    if a > 0 and b < -0.02 * a and off < 1e-6 * a and abs(k - b * b / (4 * a)) < 1e-3 * (1 + k):
+        return "kl_capacity", {"capacity": -b / (2 * a), "slope": a, "variant": "squared"}
     return None
 
 
@@ -270,55 +279,65 @@ def _bounded(c: Comparison) -> tuple[str, dict[str, Any]] | None:
 
 
 def _of_other_prior(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison) -> bool:
-    """Report a KL that is right for another prior; without a given one, this may be meant."""
-    given = audit.given_prior is not None or audit.prior.flow is not None
+    """Report a KL that is right for another prior than the given one, or one that is not given."""
     w = int(((c.f - c.t).abs() / (1 + c.t) * c.at.inside).argmax())
     numbers: dict[str, Any] = {"residual": c.fit.residual, **c.numbers(w)}
+    given = audit.given_prior is not None or audit.prior.flow is not None
     if prior := _prior_of_kl(audit, q, c):
-        mean, std = float(prior.mean[0]), float(prior.std[0])
-        if given:
-            numbers |= {"prior_mean_of_kl": mean, "prior_std_of_kl": std}
-            audit.bug("kl_mismatch", "prior", **numbers)
-        else:
-            audit.prior = prior
-            what = f"that to N({mean:.4g}, {std:.4g}^2)" if prior.even else "that to normal priors"
-            audit.assumed.append(f"the prior is that of the KL, which is {what}")
-            if not audit.has("generate"):
-                audit.missing.append(
-                    f"the prior: the KL is {what}, not to N(0, 1); if this is meant, give `prior`"
-                )
-    elif _of_unknown_density(c):
-        if given:
-            audit.bug("kl_mismatch", "other_density", **numbers)
-        else:
-            audit.prior_known = False
-            audit.missing.append(
-                "the prior: the KL is right for some density of z, but not for N(0, 1); give it "
-                "as `prior`, and a flow of the posterior as `flow`"
-            )
-    else:
+        numbers |= {"prior_mean_of_kl": prior.mean[0], "prior_std_of_kl": prior.std[0]}
+        audit.bug("kl_mismatch", "prior", **numbers)
+    elif not _of_unknown_density(c):
         return False
+    elif given:
+        audit.bug("kl_mismatch", "other_density", **numbers)
+    else:
+        audit.prior_known = False
+        audit.missing.append(
+            "the prior: the KL is right for some density of z, but not for N(0, 1); give it as "
+            "`prior`, and a flow of the posterior as `flow`"
+        )
     audit.read_as, audit.kl_fits, audit.kl_slope = audit.convention, not given, 1.0
     return True
 
 
+def _assume_prior(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison) -> None:
+    """Where no prior was given, take that of the KL, to be compared with that of generation."""
+    if prior := _prior_of_kl(audit, q, c):
+        audit.prior = c.prior = prior
+        c.t = c.true()
+        c.measure(audit, q)
+        mean, std = float(prior.mean[0]), float(prior.std[0])
+        what = f"N({mean:.4g}, {std:.4g}^2)" if prior.even else "normal, with moments by latent"
+        audit.assumed.append(f"the prior is that of the KL: {what}")
+        if not audit.has("generate"):
+            audit.missing.append(
+                f"the prior: that of the KL is {what}, not N(0, 1); if it is meant, give `prior`"
+            )
+
+
 def _prior_of_kl(audit: VAEAudit, q: Posterior | FullPosterior, c: Comparison) -> Prior | None:
-    """The normal prior to which F is the KL, from the curvature of F in each mean."""
+    """The normal prior to which F is a multiple of the KL, from the curvature of F in each mean.
+
+    The multiple is the coefficient of -log sigma in F where one latent moves.
+    """
     d = q.sampler.d
     if q.curve is None or c.at.base is None or c.code.by_chance or not q.unbiased or d > 256:
         return None
+    m, s, f = c.at.loc[: c.at.single, 0], c.at.scale[: c.at.single, 0], c.f[: c.at.single]
+    design = torch.stack([-s.log(), s**2, m**2, m, torch.ones_like(m)], 1)
+    slope = torch.linalg.lstsq(design, f[:, None], driver="gelsd").solution[0]
     step = torch.diag(c.prior.std)
     mean = c.at.base[0] + torch.cat([0 * step[:1], step, -step])
     at = q.points_at(mean, c.at.base[1].expand(len(mean), -1))
     center, up, down = c.code.values(at, c.e).split([1, d, d])
-    curvature = (up + down - 2 * center) / c.prior.std**2
-    if not (curvature > 0).all():
+    curvature = (up + down - 2 * center) / c.prior.std**2 / slope
+    if not (slope > 0 and (curvature > 0).all()):
         return None
-    there = c.at.base[0][0] - (up - down) / 2 / c.prior.std / curvature
+    there = c.at.base[0][0] - (up - down) / 2 / c.prior.std / curvature / slope
     moments = (there * 1e9).round() / 1e9, curvature.rsqrt()
     prior = Prior(moments, q.sampler.latent, audit.sandbox)
     fit = regress(c.f[c.at.inside], c.true(prior=prior)[c.at.inside])
-    exact = abs(fit.slope - 1) < 1e-3 and abs(fit.intercept) < 1e-2
+    exact = abs(fit.slope / slope - 1) < 1e-3 and abs(fit.intercept / slope) < 1e-2
     return prior if exact and fit.residual < max(c.tight, 1e-4) else None
 
 
