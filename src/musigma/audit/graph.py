@@ -96,6 +96,8 @@ class Node:
                     a.clone() if i in self.writes and isinstance(a, Tensor) else a
                     for i, a in enumerate(args)
                 ]
+            if isinstance(written := kwargs.get("out"), Tensor):
+                kwargs = kwargs | {"out": written.clone()}
             if kwargs.get("device") is not None:
                 kwargs = kwargs | {"device": "cpu"}
             out = self.fn(*args, **kwargs)

@@ -118,7 +118,10 @@ def _latent(graph: Graph, draw: Value, live: set[int], known: list[Latent]) -> L
             for o in live.intersection(node.outs):
                 if not graph[o].floating or node.name in REDUCTIONS:
                     continue
-                at = [graph.value({draw.id: e}, o) for e in (zero, unit, 2 * unit)]
+                try:
+                    at = [graph.value({draw.id: e}, o) for e in (zero, unit, 2 * unit)]
+                except RuntimeError:  # it does not take other noise
+                    continue
                 if not _affine(*at):
                     continue
                 sides = [k for k in node.ins if not graph[k].depends_on(draw.id)]

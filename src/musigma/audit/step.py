@@ -17,6 +17,7 @@ from musigma.audit.runs import Run, Runner, at, short_place
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.step_flow import (
     judge_dequantization,
+    judge_dequantized_flow,
     judge_flow,
     judge_posterior_flow,
     layers_before_prior,
@@ -380,7 +381,7 @@ def _other_prior(
 ) -> None:
     audit.read_as = audit.read_as or name
     audit.checked.append(f"log q(z) in the loss is that of what is sampled{at(d.where)}")
-    if judge_posterior_flow(audit, latent, latents, d):
+    if judge_posterior_flow(audit, latent, latents, d) or judge_dequantized_flow(audit, latent, d):
         return
     if not _normalized(audit, latent, d):
         audit.missing.append(
@@ -453,16 +454,13 @@ def _unknown(
 
 def _tied(graph: Graph, latent: Latent) -> bool:
     """Whether the heads of mean and sigma hold the same numbers."""
-    heads = [graph.get(i) for i in latent.heads]
-    flat = [h.reshape(-1) for h in heads]
-    same = any(
-        a.numel() == b.numel() and a.numel() > 1 and torch.equal(a, b) and bool((a != a[0]).any())
-        for k, a in enumerate(flat)
-        for b in flat[:k]
-    )
     prober = Prober(graph, latent)
-    if same or not latent.diagonal or not prober.usable:
-        return same
+    if not latent.diagonal or not prober.usable:
+        return False
+    movers = prober.movers
+    if all(len(ids) == 1 for ids in movers) and movers[0] != movers[1]:
+        a, b = (graph.get(ids[0]).reshape(-1) for ids in movers)
+        return a.numel() == b.numel() > 1 and torch.equal(a, b) and bool((a != a[0]).any())
     place = prober.places[0]
     mean, sigma = (t.reshape(-1) for t in latent.moments(graph, {**prober.fixed, **place}))
     chosen = torch.randperm(mean.numel(), generator=torch.Generator().manual_seed(43))[:6]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "judge_dequantization",
+    "judge_dequantized_flow",
     "judge_flow",
     "judge_posterior_flow",
     "layers_before_prior",
@@ -321,13 +322,27 @@ def _outputs(graph: Graph, loss: int, x: int) -> list[tuple[tuple[int, ...], boo
     smaller = [i for i in squared if graph[i].numel < numel]
     if smaller and sum(graph[i].numel for i in smaller) == numel:
         found.append(tuple(smaller))
+    if found:
+        return [(parts, True) for parts in found]
     rest = [
         v.id
         for v in reversed(graph.values)
         if v.id in after and v.numel == numel and v.floating and v.origin & Origin.PARAMETERS
-        and v.node is not None and not v.node.view and (v.id,) not in found
+        and v.node is not None and not v.node.view and _is_last(graph, v.id)
     ]  # fmt: skip
-    return [(parts, True) for parts in found] + [((i,), False) for i in rest[:6]]
+    return [((i,), False) for i in rest[:6]]
+
+
+def _is_last(graph: Graph, i: int) -> bool:
+    """Whether no operation of the size of a value takes parameters after it."""
+    after = graph.downstream([i]) - {i}
+    size = graph[i].numel
+    return not any(
+        graph[k].origin & Origin.PARAMETERS and k not in after and k != i
+        for n in graph.nodes
+        if any(o in after and graph[o].numel >= size for o in n.outs)
+        for k in n.ins
+    )
 
 
 def _is_square(node: Node) -> bool:
@@ -565,6 +580,36 @@ def judge_posterior_flow(
             return True
         if squared and gaussian:
             wrong.append(change)
+    for change in wrong:
+        _mismatch(audit, change)
+        return True
+    return False
+
+
+def judge_dequantized_flow(audit: StepAudit, latent: Latent, d: Divergence) -> bool:
+    """Examine a flow of data to which a latent is added; False if there is none.
+
+    With the sum as the flow's input, log q of the latent is a constant; the log-determinant must
+    have its weight.
+    """
+    graph, loss = audit.graph, audit.loss
+    weight = d.weight / d.fit.copies if d.fit is not None else math.nan
+    after = graph.downstream([latent.z]) & graph.upstream([loss])
+    wrong: list[Change] = []
+    for v in graph.values:
+        if v.id not in after or v.node is None or v.numel != graph[latent.z].numel:
+            continue
+        if not any(graph[i].origin == Origin.DATA and graph[i].numel > 1 for i in v.node.ins):
+            continue
+        for parts, squared in _outputs(graph, loss, v.id):
+            change = _change(graph, loss, v.id, parts, {}, parameters=True)
+            if change is None or float(change.log_det.abs().max()) < 1e-9:
+                continue
+            factor = change.factor
+            if factor is not None and abs(factor / weight + 1) < 1e-3:
+                return _report(audit, change, factor)
+            if squared and change.quadratic and float(change.curvature.min()) > 0:
+                wrong.append(change)
     for change in wrong:
         _mismatch(audit, change)
         return True

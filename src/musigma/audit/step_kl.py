@@ -282,6 +282,8 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
         return case.found("constant" if _clamped(case) else "absent")
     if (reading := _reading(case)) is not None:
         return case.found("wrong", read_as=reading)
+    if any(set(o.heads) & set(latent.heads) for o in latents if o is not latent):
+        return case.found("unknown", form="its heads are those of another latent as well")
     if not _additive(case):
         return case.found(
             "unknown", form="no function of the entries of mean and sigma by themselves"
@@ -510,7 +512,7 @@ def entropy(prober: Prober, target: int, held: Over) -> tuple[float, bool] | Non
         over = {**prober.fixed, **place}
         fixed = {}
         for z, draw in draws.items():
-            noise = 2 * torch.rand(graph[draw].shape, generator=generator).double() - 1
+            noise = torch.rand(graph[draw].shape, generator=generator).double() - 0.5
             fixed[z] = graph.value({**over, draw: noise}, z)
         f = graph.run({**held, **over, **fixed}, [target])[target].sum()
         rows.append(gradient(f, place))
