@@ -214,6 +214,28 @@ def test_the_step_of_each_interface(case, tmp_path):
         torch.testing.assert_close(value.mean() if loss is None else loss, expected)
 
 
+def test_a_deep_model_and_its_gradients_are_as_before():
+    class Deep(nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            self.inner = Deep(depth - 1) if depth else nn.Linear(3, 3)
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def elbo(self, x):
+            return -self(x).square().mean()
+
+        def forward(self, x):
+            return self.inner(x) * self.scale
+
+    model, x = Deep(12), torch.rand(5, 3)
+    model.elbo(x).backward()
+    before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()}
+    assert find_step(model, x).name == "Deep.elbo"
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0])
+        assert torch.equal(p.grad, before[name][1])
+
+
 def test_notes_of_a_step(tmp_path):
     for case, note in {
         "conditional loss": "beta is 1",

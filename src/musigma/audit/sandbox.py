@@ -54,16 +54,19 @@ def _reachable(objects: Sequence[Any]) -> list[Any]:
     It is found in closures, arguments, globals of the same module, attributes and containers.
     """
     found: dict[int, Any] = {}
-
-    def visit(thing: Any, depth: int) -> None:
-        if isinstance(thing, ATOMS) or id(thing) in found or depth > DEPTH or len(found) > MANY:
-            return
+    todo = deque((thing, 0) for thing in objects)
+    while todo and len(found) < MANY:  # the nearest first
+        thing, depth = todo.popleft()
+        if isinstance(thing, ATOMS) or id(thing) in found:
+            continue
         found[id(thing)] = thing
-        for part in _parts(thing):
-            visit(part, depth + 1)
-
-    for thing in objects:
-        visit(thing, 0)
+        if depth < DEPTH:
+            todo.extend((part, depth + 1) for part in _parts(thing))
+    for root in [thing for thing in found.values() if isinstance(thing, nn.Module)]:
+        for m in root.modules():
+            state = (m, m._parameters, m._buffers, m._modules)
+            tensors = (*m._parameters.values(), *m._buffers.values())
+            found |= {id(thing): thing for thing in (*state, *tensors) if thing is not None}
     return list(found.values())
 
 
@@ -414,7 +417,7 @@ def _plain_object(value: Any) -> bool:
 
 def _tensor_restorer(t: Tensor) -> Callable[[], None]:
     data, requires_grad, gradient = t.data, t.requires_grad, t.grad if t.is_leaf else None
-    values = data.clone()
+    values, slope = data.clone(), None if gradient is None else gradient.clone()
     # Nothing can write to expanded tensors.
     writable = not torch._debug_has_internal_overlap(data)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -424,6 +427,8 @@ def _tensor_restorer(t: Tensor) -> Callable[[], None]:
         t.data = data
         if t.is_leaf:
             t.grad = gradient
+            if gradient is not None and slope is not None:
+                gradient.data.copy_(slope)
             t.requires_grad_(requires_grad)
 
     return restore

@@ -121,8 +121,9 @@ class Search:
     """
 
     def __init__(self, obj: Any):
+        kind: str = type(obj).__name__
         self.is_function = inspect.isroutine(obj) or isinstance(obj, functools.partial)
-        self.obj, self.kind = obj, name_of(obj if self.is_function else type(obj))
+        self.obj, self.kind = obj, name_of(obj) if self.is_function else kind
         first = next(iter(required(obj)), "") if self.is_function else ""
         self.model = _model_beside(obj) if MODEL.fullmatch(first) else None
         self.sandbox = Sandbox(obj, self.model, as_is=True)
@@ -286,12 +287,15 @@ class Search:
             found = losses(value) or leaves(value)
             return float(next(iter(found.values())).detach().mean()) if found else 0.0
 
+        falls = not unsure
         before = self.run(way, batch, look=total)
-        if before is None:
-            return way
-        self.sandbox.randomize(3.0)
-        after = self.run(way, batch, look=total)
-        if after is None or not after < before:
+        for std in (3.0, 1.0, 0.3) if before is not None else ():
+            self.sandbox.randomize(std)
+            after = self.run(way, batch, look=total)
+            if after is not None and math.isfinite(after):
+                falls = after < before
+                break
+        if before is None or not falls:
             return way
 
         def minus(batch: Any) -> Any:
