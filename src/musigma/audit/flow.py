@@ -215,7 +215,7 @@ def _differences(audit: FlowAudit) -> tuple[float, ...]:
 def _removes_noise(audit: FlowAudit, noise: float) -> bool:
     """Whether x can be recovered from what a stochastic forward returns: dequantization.
 
-    Its inverse floors; or else, neighboring integers have images that fill disjoint intervals.
+    Its inverse floors; or else, neighboring levels have images that fill disjoint intervals.
     """
     n, wrong = 50 if audit.seconds_per_call < 0.01 else 5, 1.0
     with suppress(AuditError):
@@ -226,9 +226,10 @@ def _removes_noise(audit: FlowAudit, noise: float) -> bool:
                 x = back  # the given x was not among the values that the inverse returns
             off = torch.stack([audit.flow.round_trip(x) - x for _ in range(n)])
             wrong = float((off.abs() > audit.tolerance).double().mean())
-        elif (audit.example == audit.example.round()).all():
-            x = x.floor().clamp(max=audit.example.max() - 1)
-            z, above = (torch.stack([audit.flow.latents(v) for _ in range(n)]) for v in (x, x + 1))
+        elif (step := _step(audit.example)) > 0:
+            x = audit.example[: len(x)].clamp(max=audit.example.max() - step)
+            pair = (x, x + step)
+            z, above = (torch.stack([audit.flow.latents(v) for _ in range(n)]) for v in pair)
             filled = (z.amax(0) - z.amin(0)) / (above.mean(0) - z.mean(0))
             wrong = float(((z.amax(0) > above.amin(0)) | (filled < 0.8)).double().mean())
     if wrong > 0.05:
@@ -240,6 +241,14 @@ def _removes_noise(audit: FlowAudit, noise: float) -> bool:
         audit.checked.append(f"the inverse removes the noise of forward, in {n} draws")
     audit.flow.invertible = False  # off the grid, flooring is no inverse
     return True
+
+
+def _step(x: Tensor) -> float:
+    """The distance of the levels of quantized data; zero if they are not quantized."""
+    levels = x.unique()
+    steps = levels.diff() / levels.diff().min() if len(levels) > 1 else levels
+    quantized = len(levels) > 1 and distance(steps, steps.round()) < 0.02
+    return float(levels.diff().min()) if quantized else 0.0
 
 
 # --- both directions ----------------------------------------------------------------------------

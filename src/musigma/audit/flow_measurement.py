@@ -190,6 +190,7 @@ class FlowAudit(ReportBuilder):
             return
         measured.truth = known.log_det
         if not known.log_det.isfinite().all():
+            self.why_not = "J is singular or not finite at the example"
             return
 
         def error(truth: Tensor) -> float:
