@@ -53,6 +53,7 @@ DENSITIES = ("log_prob", "log_density", "log_likelihood", "logp")
 RECONSTRUCTION = (
     "recon_loss", "reconstruction_loss", "rec_loss", "reconst_loss", "reconstruction_error",
 )  # fmt: skip
+SECONDS = 60.0  # limit of one call
 MAXIMIZED = re.compile(r"elbo|bound|log_?(prob|density|lik)|^logp$", re.IGNORECASE)
 MINIMIZED = re.compile(r"loss|neg|nll|nelbo|minus", re.IGNORECASE)
 LOG_P = re.compile(r"log_?(p|q|prob|z)|prior", re.IGNORECASE)
@@ -126,7 +127,7 @@ class Search:
         self.obj, self.kind = obj, name_of(obj) if self.is_function else kind
         first = next(iter(required(obj)), "") if self.is_function else ""
         self.model = _model_beside(obj) if MODEL.fullmatch(first) else None
-        self.sandbox = Sandbox(obj, self.model, as_is=True)
+        self.sandbox = Sandbox(obj, self.model, seconds=SECONDS, as_is=True)
         self.reasons: dict[str, str] = {}
         self.outputs: dict[str, Tensor] = {}
         self.encoded: Any = None
