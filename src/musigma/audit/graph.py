@@ -193,23 +193,25 @@ class Graph:
         self.nodes.append(node)
         return made
 
-    def restrict_data(self, examples: Sequence[Tensor]) -> None:
-        """Make those data constants that are no example's content, if any data are."""
-        shown = [t.detach().cpu() for t in examples]
+    def demote_constants(self) -> None:
+        """Make those data constants that are one number, an identity, or masks of parameters."""
 
-        def is_shown(v: Value) -> bool:
-            return v.leaf is not None and any(
-                v.numel == t.numel() and torch.equal(v.leaf.reshape(-1).to(t.dtype), t.reshape(-1))
-                for t in shown
-            )
+        def is_constant(v: Value) -> bool:
+            t = v.leaf
+            if t is None or t.layout != torch.strided or t.is_complex():
+                return False
+            if bool((t == t.reshape(-1)[0]).all()):
+                return True
+            if t.ndim == 2 and torch.equal(t, torch.eye(*t.shape, dtype=t.dtype)):
+                return True
+            masks = [n.name == "mul" and len(n.ins) == 2 for n in v.users]
+            others = [self.values[i].origin for n in v.users for i in n.ins if i != v.id]
+            return all(masks) and bool(others) and all(o == Origin.PARAMETERS for o in others)
 
-        data = [v for v in self.values if v.kind == "data"]
-        if not any(is_shown(v) and v.floating for v in data):
-            return
-        for v in data:
-            if not is_shown(v):
-                v.kind, v.origin = "constant", Origin.NOTHING
-        for node in self.nodes:
+        found = [v for v in self.values if v.kind == "data" and is_constant(v)]
+        for v in found:
+            v.kind, v.origin = "constant", Origin.NOTHING
+        for node in self.nodes if found else ():
             origin = Origin.NOTHING
             for i in node.ins:
                 origin |= self.values[i].origin

@@ -165,6 +165,10 @@ class Prober:
             t = self.graph.run(over, [target], stops)[target]
             found.append(gradient(value(t.double()), place))
         size = float(found[0].abs().max())
+        moved = found[0].abs() > 1e-9 * size
+        ratio = (found[1] / torch.where(moved, found[0], 1.0))[moved]
+        if moved.any() and float(ratio.min()) > 0 and float(ratio.max() - ratio.min()) < 1e-3:
+            return torch.zeros_like(moved)  # a gradient of another size, as in KL balancing
         return (found[1] - found[0]).abs() > 1e-3 * found[0].abs() + 1e-9 * size
 
     def latents(self) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from musigma.audit.findings import AuditError, ReportBuilder
 from musigma.audit.graph import Graph, Origin
@@ -43,14 +42,10 @@ class Runner:
         audit: The report.
         sandbox: Restores the modules of the step.
         step: The step.
-        example: The batch that it uses; all other tensors are constants then.
     """
 
-    def __init__(
-        self, audit: ReportBuilder, sandbox: Sandbox, step: Callable[[], Any], example: Any = None
-    ):
+    def __init__(self, audit: ReportBuilder, sandbox: Sandbox, step: Callable[[], Any]):
         self.audit, self.sandbox, self.step = audit, sandbox, step
-        self.examples = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
 
     def first(self) -> Run | None:
         """The first run; None, and a line in `missing`, if it has no loss that can be examined."""
@@ -82,7 +77,7 @@ class Runner:
             return None
         finally:
             undo()
-        graph.restrict_data(self.examples)
+        graph.demote_constants()
         if graph.hosts:
             audit.unchecked.append(
                 f"random numbers of {' and '.join(graph.hosts)}: they are constants to the audit"

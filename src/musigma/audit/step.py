@@ -87,7 +87,7 @@ def audit_step(step: Callable[[], Any], *, example: Any = None) -> AuditReport:
         raise AuditError(f"step: expected a callable without arguments; got {type(step).__name__}")
     audit = StepAudit(name_of(step))
     with Sandbox(step, seconds=SECONDS, as_is=True) as sandbox:
-        audit.runner = Runner(audit, sandbox, step, example)
+        audit.runner = Runner(audit, sandbox, step)
         try:
             run = audit.runner.first()
             if run is not None:

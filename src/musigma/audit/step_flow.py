@@ -189,7 +189,10 @@ def _folds(graph: Graph, change: Change) -> bool:
     for size in (0.0, 1.0, 2.0, 4.0):
         noise = torch.randn(base.shape, generator=generator, dtype=torch.float64)
         over = {change.x: base + size * float(base.std()) * noise}
-        jacobian = _jacobian(graph, change.x, change.parts, over, _rows(base))
+        try:
+            jacobian = _jacobian(graph, change.x, change.parts, over, _rows(base))
+        except RuntimeError:  # it does not take data so far out
+            continue
         if jacobian is not None:
             signs |= set(torch.linalg.slogdet(jacobian)[0].tolist())
     return {1.0, -1.0} <= signs
@@ -407,8 +410,8 @@ def _moved(
     if x not in above:
         return None
     held = {**held, **_batch_statistics(graph, x, above, rows)}
-    free = [i for i in above if graph[i].kind == "parameter"] if parameters else []
-    free = [i for i in free if i not in held]
+    leaves = [graph[i] for i in above if graph[i].kind == "parameter" and i not in held]
+    free = [v.id for v in leaves if parameters and v.source is not None and v.source.requires_grad]
     generator = torch.Generator().manual_seed(31)
 
     def noise(t: Tensor) -> Tensor:

@@ -238,19 +238,25 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
     views = [decoder, decoder | mixed, decoder | data, decoder | data | mixed]
     views = [v for k, v in enumerate(views) if v.keys() not in [w.keys() for w in views[:k]]]
     cases: list[_Case] = []
+    after = _after(graph, latent, decoder)
+    weights = [i for i in _log_weights(graph, latent, loss) if i in after]
     if whole.usable:
         for held in views:
             case = _Case(whole, loss, held)
             cases.append(case)
             if case.probes is not None and case.fit.is_kl:
+                if weights:
+                    break
                 return case.found("kl")
-        for target in _log_weights(graph, latent, loss):
+        for target in weights or _log_weights(graph, latent, loss):
             case = _Case(whole, target, decoder, importance=True)
             negative = case.probes is not None and replace(
                 case.fit, mean=-case.fit.mean, scale=-case.fit.scale
             )
             if negative and negative.is_kl:
                 return case.found("kl", fit=negative, weight=negative.weight)
+        if weights:
+            return cases[0].found("unknown", form="it stands in weights of the draws")
         for case in cases:
             if (target := _muted(case)) is not None:
                 case = _Case(whole, target, case.held, muted=True)
@@ -284,6 +290,10 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
         return case.found("wrong", read_as=reading)
     if any(set(o.heads) & set(latent.heads) for o in latents if o is not latent):
         return case.found("unknown", form="its heads are those of another latent as well")
+    if graph.upstream(data).intersection(mixed):
+        return case.found("unknown", form="it is decoded together with another latent")
+    if case.by_draws and _clamped(case):
+        return case.found("unknown", form="a part of it is clamped")
     if not _additive(case):
         return case.found(
             "unknown", form="no function of the entries of mean and sigma by themselves"
@@ -307,6 +317,11 @@ def _mixed(graph: Graph, latent: Latent, latents: list[Latent]) -> dict[int, Ten
         for o in n.outs
         if graph[o].floating
     }
+
+
+def _after(graph: Graph, latent: Latent, held: Over) -> set[int]:
+    """What depends on the latent, not by its decoder."""
+    return graph.downstream([latent.z, *latent.heads], stop=held) - set(held)
 
 
 # --- where to look ------------------------------------------------------------------------------
