@@ -33,7 +33,8 @@ SCALE = re.compile(r"log|sig|std|var|scale|rho|^sd$|^s$|lv$|ls$", re.IGNORECASE)
 DRAWN = re.compile(r"^(w|z|theta|weights?|samples?|value)$", re.IGNORECASE)
 TERM = re.compile(r"log_?(p|q|prob|pdf|dens|norm|gauss)|nll|prior|post|likelihood", re.IGNORECASE)
 OTHER = re.compile(
-    r"sampl|param|draw|kl|div|elbo|encod|decod|forward|step|train|fit", re.IGNORECASE
+    r"sampl|param|draw|kl|div|elbo|bound|loss|objective|criterion|cod|forward|step|train|flow|vae",
+    re.IGNORECASE,
 )
 LOSS = re.compile(r"nll|neg|loss|minus", re.IGNORECASE)
 
