@@ -43,7 +43,7 @@ from musigma.model import Bijection, Chain, Layer, Model
 from musigma.testing import both_ways_of_layer, both_ways_of_model, randomized
 from musigma.trace import Recorder, Trace
 
-__all__ = ["audit_model"]
+__all__ = ["audit_model", "examples_of"]
 
 TOLERANCE = 1e-7  # relative errors of float64 in a whole model
 LOST = 2e-2  # error of a round trip in float32 from which it is reported
@@ -80,7 +80,7 @@ def audit_model(
     report = ReportBuilder(str(model.config.get("architecture", name_of(model))))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        x, context = _examples(model, data, context)
+        x, context = examples_of(model, data, context)
         few, row = _scored(model, x[:ROWS]), contexts.rows(context, slice(ROWS))
         for exact, when in (
             (copy.deepcopy(model).double().eval(), "with its own parameters"),
@@ -103,9 +103,10 @@ def audit_model(
     return report.build()
 
 
-def _examples(
-    model: Model, data: Tensor | Dataset | None, context: Context
+def examples_of(
+    model: Model, data: Tensor | Dataset | None = None, context: Context = None
 ) -> tuple[Tensor, Context]:
+    """Data for a model with their context: up to 512 that are given, or eight that it takes."""
     if isinstance(data, Dataset):
         return batch(data, np.arange(min(len(data), 512)), model)
     if data is not None:
