@@ -140,7 +140,15 @@ class Source:
                 yield f"line {node.lineno}: sample", self.entries(node, "attr", "sample")
             if node.lineno not in self.lines:
                 continue
+            scored = {
+                n.id
+                for n in nodes
+                if isinstance(n, ast.Name) and self.lines.get(n.lineno, "draw") != "draw"
+            }
             for what, new in list(changes(node, self.parents, self.lines[node.lineno])):
+                dropped = what.split(" without ")[-1]
+                if dropped in HEADS and dropped not in scored:
+                    continue  # a posterior of mean zero, rightly scored
                 text = f"line {node.lineno}: {what}"
                 self.put(node, new)
                 try:
