@@ -156,14 +156,27 @@ class Prober:
             found.append(tuple(i for i, p in zip(self.heads, parts, strict=True) if p.any()))
         return found[0], found[1]
 
-    def stopped(self, target: int, held: Over, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """The entries of the heads in which the step stops a part of a value's gradient."""
+    def stopped(
+        self,
+        target: int,
+        held: Over,
+        value: Callable[[Tensor], Tensor],
+        by_draws: bool = False,
+    ) -> Tensor:
+        """The entries of the heads in which the step stops a part of a value's gradient.
+
+        By draws, the gradient is averaged: log q may be taken of stopped parameters.
+        """
         place = self.places[0]
+        patterns = _patterns(self.graph, self.latent) if by_draws else [{}]
         found = []
         for stops in (False, True):
-            over = {**held, **self.fixed, **place}
-            t = self.graph.run(over, [target], stops)[target]
-            found.append(gradient(value(t.double()), place))
+            rows = []
+            for noise in patterns:
+                over = {**held, **self.fixed, **noise, **place}
+                t = self.graph.run(over, [target], stops)[target]
+                rows.append(gradient(value(t.double()), place))
+            found.append(torch.stack(rows).mean(0))
         size = float(found[0].abs().max())
         moved = found[0].abs() > 1e-9 * size
         ratio = (found[1] / torch.where(moved, found[0], 1.0))[moved]

@@ -53,7 +53,7 @@ def _failed(what: str, error: Exception) -> str:
     )
 
 
-def audit_step(step: Callable[[], Any], *, example: Any = None) -> AuditReport:
+def audit_step(step: Callable[[], Any]) -> AuditReport:
     """Audit a training step: one run of it is recorded, and its parts are replayed.
 
     What is found: where Gaussian noise enters, how the encoder's second output becomes the
@@ -63,7 +63,6 @@ def audit_step(step: Callable[[], Any], *, example: Any = None) -> AuditReport:
     Args:
         step: A callable without arguments that returns a loss: a tensor, or a tuple, a
             dictionary or a dataclass with one. It may call backward() and an optimizer.
-        example: The batch that the step uses, by which data are told from constants.
 
     Returns:
         The report. Its verdict is "incomplete" if the KL, or the log-determinant, was not found.
@@ -233,6 +232,7 @@ def _kl(
     bound = ", in the log weights of an importance-weighted bound" if d.importance else ""
     means, stds = fit.prior
     prior = "N(0, 1)"
+    offset = kl_offset(audit.graph, latent, audit.loss, d)
     if not fit.is_standard:
         steady = (
             bool(means.numel())
@@ -241,12 +241,11 @@ def _kl(
         )
         if steady:
             prior = f"N({float(means[0]):.4g}, {float(stds[0]):.4g}^2)"
-            if abs(float(means[0])) < 1e-6:
-                ratio = float(stds[0]) ** 2
-                if min(abs(ratio - r) for r in (2.0, 0.5)) < 1e-6:
-                    audit.bug("kl_mismatch", "step factor", where=d.where, std=float(stds[0]),
-                              variance=ratio)  # fmt: skip
-                    return
+            slip = min(abs(float(stds[0]) ** 2 - r) for r in (2.0, 0.5)) < 1e-6
+            if slip and abs(float(means[0])) < 1e-6 and (offset is None or abs(offset) > 1e-3):
+                audit.bug("kl_mismatch", "step factor", where=d.where, std=float(stds[0]),
+                          variance=float(stds[0]) ** 2)  # fmt: skip
+                return
         else:
             prior = "a Gaussian whose mean and scale vary: a learned or conditional prior"
     error = prior_error(audit.graph, latent, audit.loss, d)
@@ -263,7 +262,6 @@ def _kl(
     audit.checked.append(f"KL ({how}) of what is sampled to {prior}{at(d.where)}{bound}")
     if d.by_draws and not d.importance and error is None:
         _normalized(audit, latent, d, gaussian=True)
-    offset = kl_offset(audit.graph, latent, audit.loss, d)
     if offset is not None and abs(offset) > 1e-3:
         audit.warn("kl_offset", "step", where=d.where, offset=offset)
     if d.muted:
@@ -490,6 +488,7 @@ def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Diverg
     data = graph.connected([loss])
     decoded = graph.downstream(holds(graph, latent))
     scored = data.intersection(data_terms(graph, latents, loss)).intersection(decoded)
+    scored = {t for t in scored if not graph.connected([t]).intersection(holds(graph, latent))}
     by_score = graph.connected(scored, stop=[latent.z])
     used = len(graph.downstream([latent.z]) & graph.upstream([loss])) > 1
     if latent.z not in data:
@@ -497,8 +496,8 @@ def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Diverg
     lost = [name for name, at in entries.items() if (at & stopped).any()]
     if lost and used and not by_score.intersection(latent.heads):
         audit.bug("no_gradient", where=latent.where, head=" and the ".join(lost))
-    elif latent.z in data and d.kind in ("kl", "function of the kl") and not d.by_draws:
-        stopped = prober.stopped(loss, d.held, torch.sum)
+    elif latent.z in data and d.kind in ("kl", "function of the kl") and not d.importance:
+        stopped = prober.stopped(loss, d.held, torch.sum, d.by_draws)
         lost = [name for name, at in entries.items() if (at & stopped).any()]
         if lost:
             audit.bug("no_gradient", "kl", where=d.where, head=" and the ".join(lost))

@@ -121,8 +121,16 @@ def _divergences(prober: Prober, probes: Probes, fit: Fit) -> Tensor | None:
 
 
 def kl_offset(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float | None:
-    """What is left of the KL where q is the prior N(0, 1), in nats; None if it is not known."""
-    if d.fit is None or not latent.diagonal or d.by_draws or not d.fit.is_standard:
+    """What is left of the KL where q is the prior, in nats; None if it is not known.
+
+    The prior is the one normal distribution of all latents that the coefficients are of.
+    """
+    if d.fit is None or not latent.diagonal or d.by_draws:
+        return None
+    centre, width = d.fit.prior
+    if not (centre.numel() and width.numel()):
+        return None
+    if any(float(t.max() - t.min()) > 1e-6 for t in (centre, width)):
         return None
     after = graph.downstream([latent.z, *d.heads], stop=d.held)
     parts = _subtotals(graph, latent, loss, after, d.held)
@@ -144,7 +152,8 @@ def kl_offset(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float |
     weight = -float(d.fit.scale[1].nanmedian())
     if float((-d.fit.scale[1] - weight).abs().max()) > 1e-6 * weight:
         return None
-    kl = 0.5 * (mean**2 + sigma**2 - 1) - sigma.abs().log()
+    c, p = centre[0], width[0]
+    kl = 0.5 * ((mean - c) ** 2 + sigma**2) / p**2 - 0.5 - (sigma.abs() / p).log()
     return (got - weight * float(kl.sum())) / weight
 
 

@@ -272,7 +272,7 @@ def _audited(
         losses = [] if refused is None else refused.losses  # what trains is not examined
         missing = tuple(f"the step: {line}" for line in losses)
         return replace(report, missing=(*report.missing, *missing))
-    report = audit_step(step.call, example=example)
+    report = audit_step(step.call)
     assumed += [f"the step is {step.name}", *step.assumed]
     if step.users == "terms":
         report = _without_weight(report)
