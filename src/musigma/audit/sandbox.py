@@ -260,7 +260,7 @@ class Sandbox:
                 f"{name}: given {given}, it did not end within {self.seconds:g} s; make it faster "
                 "or give it smaller inputs"
             ) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             words = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
             reason = f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
             raise AuditError(f"{name}: given {given}, it raises {reason}") from error
