@@ -72,8 +72,9 @@ class Finding:
 
     @property
     def figures(self) -> dict[str, str]:
-        """The numbers as text, without words that the message has already."""
-        said = {n for n, v in self.numbers.items() if isinstance(v, str) and v in self.message}
+        """The numbers as text, without words that the message or the repair has already."""
+        text = f"{self.message} {self.repair}"
+        said = {n for n, v in self.numbers.items() if isinstance(v, str) and v in text}
         return {n: short(v) for n, v in self.numbers.items() if n not in said}
 
 
