@@ -60,6 +60,12 @@ def test_terms_are_recognized_by_their_names(words):
     assert is_log_prob_term(scope[name]) == (words in TERMS)
 
 
+def test_a_term_of_weights_is_no_density_of_rows():
+    weights = D.Normal(torch.randn(4, 5), 1.0)
+    with pytest.raises(AuditError, match="must match the size"):
+        audit_density(lambda w: weights.log_prob(w).sum(), 5)
+
+
 def raises(*arguments):
     raise KeyError("no such prior")
 

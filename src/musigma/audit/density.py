@@ -141,7 +141,7 @@ class _Density:
             self.sandbox.use_dtype(dtype)
             self.flat = flat
             shape = tuple(self._value(place + spread * noise[:rows]).shape)
-            if regular and shape != (n,):
+            if (regular and shape != (n,)) or (rows == 1 and not shape):
                 raise AuditError(f"log_prob: of {n} points, expected ({n},); got {shape}")
             return shape
 
