@@ -317,6 +317,8 @@ def _half_batch(
         for v in graph.values
         if v.kind == "data" and v.source is not None and v.shape[:1] == (rows,)
     ]
+    if any(t.layout != torch.strided for t in tensors):
+        return None
     before = reconstruction_slopes(graph, latents, audit.loss)
     if rows < 2 or not tensors or not all(before) or any(t.requires_grad for t in tensors):
         return None

@@ -385,14 +385,19 @@ def _log_weights(graph: Graph, latent: Latent, loss: int) -> list[int]:
 
 
 def _summed_then_logged(graph: Graph, node: Node) -> bool:
-    todo, steps = list(node.outs), 0
-    while todo and steps < 12:
-        i, steps = todo.pop(0), steps + 1
+    """Whether exponentials are summed, and then a logarithm is taken."""
+    todo = [(o, False) for o in node.outs]
+    for _ in range(16):
+        if not todo:
+            return False
+        i, summed = todo.pop(0)
         for user in graph[i].users:
-            if user.name in ("log", "log_"):
+            if user.name.rstrip("_") == "log" and summed:
                 return True
-            if user.name in ("sum", "mean", "div", "view", "squeeze", "mul", "add"):
-                todo += user.outs
+            if user.name in ("sum", "mean") or (
+                summed and user.name in ("div", "view", "squeeze", "mul", "add")
+            ):
+                todo += [(o, True) for o in user.outs]
     return False
 
 
