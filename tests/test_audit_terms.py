@@ -62,7 +62,7 @@ def test_terms_are_recognized_by_their_names(words):
 
 def test_a_term_of_weights_is_no_density_of_rows():
     weights = D.Normal(torch.randn(4, 5), 1.0)
-    with pytest.raises(AuditError, match="log_prob: given .*not broadcastable"):
+    with pytest.raises(AuditError, match="not broadcastable"):
         audit_density(lambda w: weights.log_prob(w).sum(), 5)
 
 
