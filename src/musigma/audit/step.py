@@ -343,6 +343,9 @@ def _half_batch(
     times = [(d.weight / weight) / (b / a) for a, b in zip(before, after, strict=True)]
     if max(times) > 1.01 * min(times):
         return None  # several terms, reduced in different ways
+    powers = [(rows // 2 / rows) ** k for k in (-2, -1, 1, 2)]
+    if min(abs(times[0] / p - 1) for p in (1.0, *powers)) > 0.01:
+        return None  # not by the number of examples
     return rows, rows // 2, times[0]
 
 

@@ -186,9 +186,11 @@ def _folds(graph: Graph, change: Change) -> bool:
     base = graph.get(change.x)
     generator = torch.Generator().manual_seed(37)
     signs: set[float] = set()
+    above = graph.upstream(change.parts, stop=[change.x])
+    still = _batch_statistics(graph, change.x, above, _rows(base))
     for size in (0.0, 1.0, 2.0, 4.0):
         noise = torch.randn(base.shape, generator=generator, dtype=torch.float64)
-        over = {change.x: base + size * float(base.std()) * noise}
+        over = {**still, change.x: base + size * float(base.std()) * noise}
         try:
             jacobian = _jacobian(graph, change.x, change.parts, over, _rows(base))
         except RuntimeError:  # it does not take data so far out

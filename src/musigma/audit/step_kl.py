@@ -288,7 +288,10 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
         return case.found("constant" if _clamped(case) else "absent")
     if (reading := _reading(case)) is not None:
         return case.found("wrong", read_as=reading)
-    if any(set(o.heads) & set(latent.heads) for o in latents if o is not latent):
+    above, below = graph.upstream(latent.heads), graph.downstream(latent.heads)
+    beside = [o for o in latents if o is not latent and o.z not in graph.downstream([latent.z])]
+    beside = [o for o in beside if latent.z not in graph.downstream([o.z])]
+    if any({*above, *below}.intersection(o.heads) for o in beside):
         return case.found("unknown", form="its heads are those of another latent as well")
     if graph.upstream(data).intersection(mixed):
         return case.found("unknown", form="it is decoded together with another latent")
