@@ -506,7 +506,7 @@ def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Diverg
         lost = [name for name, at in entries.items() if (at & stopped).any()]
         if lost:
             audit.bug("no_gradient", "kl", where=d.where, head=" and the ".join(lost))
-    elif d.kind in ("kl", "function of the kl", "other prior"):
+    elif d.importance or d.kind == "other prior":
         after = graph.downstream([latent.z, *latent.heads], stop=d.held)
         own = terms(graph, loss, {latent.z, *latent.heads})
         joined = graph.connected([loss], stop=own)
