@@ -504,8 +504,13 @@ def _gradient(audit: StepAudit, latent: Latent, latents: list[Latent], d: Diverg
     elif latent.z in data and d.kind in ("kl", "function of the kl") and not d.importance:
         stopped = prober.stopped(loss, d.held, torch.sum, d.by_draws)
         lost = [name for name, at in entries.items() if (at & stopped).any()]
-        if lost:
+        if lost and len(latents) == 1:
             audit.bug("no_gradient", "kl", where=d.where, head=" and the ".join(lost))
+        elif lost:
+            audit.missing.append(
+                f"the gradient of the KL{at(d.where)}: it does not reach the "
+                f"{' and the '.join(lost)} of z; a stop that is meant, or a fault"
+            )
     elif d.importance or d.kind == "other prior":
         after = graph.downstream([latent.z, *latent.heads], stop=d.held)
         own = terms(graph, loss, {latent.z, *latent.heads})

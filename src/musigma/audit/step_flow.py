@@ -462,7 +462,7 @@ def _batch_statistics(graph: Graph, x: int, above: set[int], rows: int) -> dict[
             continue
         for o in node.outs:
             shape = graph[o].shape
-            if o in above and o in after and rows > 1 and shape[:1] != (rows,):
+            if o in above and o in after and rows > 1 and rows not in shape:
                 found[o] = graph.get(o)
     return found
 
