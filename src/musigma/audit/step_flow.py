@@ -365,9 +365,10 @@ def _is_square(node: Node) -> bool:
 
 def _unscaled(graph: Graph, i: int, after: set[int]) -> int:
     """A value before it is shifted and scaled by what does not depend on x."""
+    linear = ("sub", "add", "div", "mul", "linalg_solve_triangular", "mm", "bmm")
     while True:
         node = graph[i].node
-        if node is None or node.name not in ("sub", "add", "div", "mul"):
+        if node is None or not (node.name in linear or node.view):
             return i
         moving = [k for k in node.ins if k in after]
         rest = [k for k in node.ins if k not in after]
@@ -375,6 +376,8 @@ def _unscaled(graph: Graph, i: int, after: set[int]) -> int:
             return i
         if any(graph[k].origin & Origin.DATA or graph[k].draws for k in rest):
             return i
+        if node.name in ("mm", "bmm") and any(graph[k].origin for k in rest):
+            return i  # a layer of the map
         i = moving[0]
 
 
