@@ -262,12 +262,21 @@ def _kl(
     audit.checked.append(f"KL ({how}) of what is sampled to {prior}{at(d.where)}{bound}")
     if d.by_draws and not d.importance and error is None:
         _normalized(audit, latent, d, gaussian=True)
-    if offset is not None and abs(offset) > 1e-3:
+    way = _way(audit.graph, latent, d, audit.loss)
+    if offset is not None and abs(offset) > 1e-3 and "abs" in way:
+        audit.warn("kl_capacity", "step", where=d.where)
+    elif offset is not None and abs(offset) > 1e-3:
         audit.warn("kl_offset", "step", where=d.where, offset=offset)
     if d.muted:
         audit.warn("reduction_imbalance", "step muted", where=d.where, beta=0.0)
         return
     _weigh(audit, latent, latents, d)
+
+
+def _way(graph: Graph, latent: Latent, d: Divergence, loss: int) -> set[str]:
+    """The names of the operations between the heads and the loss, but by the decoder."""
+    way = graph.downstream([latent.z, *d.heads], stop=d.held) & graph.upstream([loss], stop=d.held)
+    return {n.name for n in graph.nodes if way.intersection(n.outs)}
 
 
 def _weigh(audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence) -> None:

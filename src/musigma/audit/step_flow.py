@@ -88,7 +88,8 @@ def judge_flow(audit: StepAudit) -> bool:
             factor = change.factor
             if factor is not None and factor < 0:
                 return _report(audit, change, factor)
-            if squared and change.quadratic and float(change.curvature.min()) > 0:
+            convex = change.quadratic and float(change.curvature.min()) > 0
+            if squared and convex and len(parts) == 1 and _is_apart(graph, loss, change):
                 wrong.append(change)
     for change in wrong:
         if change.keeps_volume and _is_only(graph, loss, change.x):
@@ -97,6 +98,15 @@ def judge_flow(audit: StepAudit) -> bool:
             _mismatch(audit, change)
             return True
     return False
+
+
+def _is_apart(graph: Graph, loss: int, change: Change) -> bool:
+    """Whether the density of v does not depend on x but by v."""
+    v = {i: graph.get(i) for i in change.parts}
+    moved = {change.x: change.places[1]}
+    found = [_in_v(graph, loss, change.x, v, over)[:2] for over in ({}, moved)]
+    pairs = zip(*found, strict=True)
+    return all(a is not None and b is not None and torch.allclose(a, b) for a, b in pairs)
 
 
 def _is_only(graph: Graph, loss: int, x: int) -> bool:
@@ -477,7 +487,7 @@ def _in_v(
     slopes = []
     for size in (0.0, 1.0, 2.0):
         at = {i: (size * torch.ones_like(t)).requires_grad_() for i, t in v.items()}
-        value = graph.run({**over, **at, x: graph.get(x)}, [loss])[loss].sum()
+        value = graph.run({x: graph.get(x), **over, **at}, [loss])[loss].sum()
         if not value.requires_grad:
             return None, None, False
         found = torch.autograd.grad(value, list(at.values()), allow_unused=True)
@@ -622,7 +632,8 @@ def judge_dequantized_flow(audit: StepAudit, latent: Latent, d: Divergence) -> b
             factor = change.factor
             if factor is not None and abs(factor / weight + 1) < 1e-3:
                 return _report(audit, change, factor)
-            if squared and change.quadratic and float(change.curvature.min()) > 0:
+            convex = change.quadratic and float(change.curvature.min()) > 0
+            if squared and convex and len(parts) == 1 and _is_apart(graph, loss, change):
                 wrong.append(change)
     for change in wrong:
         _mismatch(audit, change)
