@@ -20,7 +20,8 @@ from tests.test_audit_models import SMALL
 MODELS = [(name, shape, options) for name in SMALL for shape, options in SMALL[name]]
 NAMES = [f"{name}-{i}" for i, (name, _, _) in enumerate(MODELS)]
 INTENDED = {"autoencoder_kl": ("reduction_imbalance",)}  # its KL has a small weight by design
-NEITHER = ("table",)  # a product of conditionals: no latent and no log-determinant
+NEITHER = ("table", "published_glow")
+"""A product of conditionals; and a classifier that reads the latents before they are whitened."""
 
 
 def step_of(name, shape, options, change=None, **config):
@@ -36,9 +37,9 @@ def step_of(name, shape, options, change=None, **config):
 
 @pytest.mark.parametrize(("name", "shape", "options"), MODELS, ids=NAMES)
 def test_the_training_step_of_every_architecture_is_right(name, shape, options):
-    step, x = step_of(name, shape, options)
+    step, _ = step_of(name, shape, options)
     state = torch.random.get_rng_state()
-    report = audit_step(step, example=x)
+    report = audit_step(step)
     assert torch.equal(state, torch.random.get_rng_state())
     assert not [f for f in report.findings if f.code not in INTENDED.get(name, ())], report
     if name in NEITHER:
@@ -63,8 +64,8 @@ def halve_log_det(model):
 @pytest.mark.parametrize("name", ["realnvp", "maf", "nsf", "glow"])
 def test_a_log_determinant_that_is_halved_is_found(name):
     shape, options = next((s, o) for s, o in SMALL[name] if o.get("bits") is None)
-    step, x = step_of(name, shape, options | {"bits": None}, change=halve_log_det)
-    report = audit_step(step, example=x)
+    step, _ = step_of(name, shape, options | {"bits": None}, change=halve_log_det)
+    report = audit_step(step)
     assert report.codes == ("logdet_mismatch",), report
 
 
@@ -80,8 +81,8 @@ VAE = ("mlp_vae", (1, 4, 4), {"hidden": 8, "latents": 3, "bits": 1})
     ],
 )
 def test_objectives_are_named(config, codes):
-    step, x = step_of(*VAE, **config)
-    report = audit_step(step, example=x)
+    step, _ = step_of(*VAE, **config)
+    report = audit_step(step)
     assert report.codes == codes, report
     assert report.verdict == ("warning" if codes else "correct"), report
     if "beta" in config:
@@ -91,7 +92,7 @@ def test_objectives_are_named(config, codes):
 def test_a_posterior_that_gets_no_gradient_is_found(monkeypatch):
     right = DiagonalGaussian.rsample
     monkeypatch.setattr(DiagonalGaussian, "rsample", lambda *a, **k: right(*a, **k).detach())
-    step, x = step_of(*VAE)
-    report = audit_step(step, example=x)
+    step, _ = step_of(*VAE)
+    report = audit_step(step)
     assert report.verdict == "bug", report
     assert "no_gradient" in report.codes

@@ -1209,3 +1209,10 @@ def test_units_do_not_matter_to_training(workdir, run_json):
         answer = run_json(f"train vae {name}.npy --net mlp --steps 5 --out {name}", QUICK)
         nats.append(answer["evaluation"]["nats"])
     assert nats[1] - nats[0] == pytest.approx(2 * 100 * np.log(2), abs=5)  # other splits
+
+
+def test_commands_work_where_pydantic_is_loaded(run):
+    pytest.importorskip("pydantic")
+    assert "USAGE" in run("--help").upper()
+    code = call("train", "vae", "nothing-here")
+    assert code == 2

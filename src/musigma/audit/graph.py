@@ -157,7 +157,7 @@ class Graph:
         >>> graph = record(lambda: (w * torch.randn(3)).sum())
         >>> (draw,) = graph.draws("gaussian")
         >>> loss = graph.returned(graph.result)
-        >>> float(graph.run({draw.id: torch.ones(3, dtype=torch.float64)}, [loss])[loss])
+        >>> graph.run({draw.id: torch.ones(3, dtype=torch.float64)}, [loss])[loss].item()
         3.0
     """
 

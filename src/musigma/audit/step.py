@@ -15,13 +15,7 @@ from musigma.audit.latents import Latent, find_latents, holds, meetings, stray_d
 from musigma.audit.probes import Prober, gradient
 from musigma.audit.runs import Run, Runner, at, short_place
 from musigma.audit.sandbox import Sandbox
-from musigma.audit.step_flow import (
-    judge_dequantization,
-    judge_dequantized_flow,
-    judge_flow,
-    judge_posterior_flow,
-    layers_before_prior,
-)
+from musigma.audit.step_flow import judge_dequantization, judge_flow
 from musigma.audit.step_kl import (
     Divergence,
     data_terms,
@@ -29,6 +23,11 @@ from musigma.audit.step_kl import (
     find_divergence,
     sampled_scale,
     terms,
+)
+from musigma.audit.step_posterior_flow import (
+    judge_dequantized_flow,
+    judge_posterior_flow,
+    layers_before_prior,
 )
 from musigma.audit.step_prior import kl_offset, log_normalizer, prior_error
 from musigma.audit.step_weight import (

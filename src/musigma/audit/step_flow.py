@@ -1,6 +1,6 @@
-"""Flows in a recorded step: as a likelihood of data, and on the draw of a latent.
+"""Flows in a recorded step, as a likelihood of data.
 
-In both, a value x is mapped to v, and the loss contains w (-log p(v) - log |det dv/dx|). With v
+A value x is mapped to v, and the loss contains w (-log p(v) - log |det dv/dx|). With v
 held, moving x and the parameters of the map leaves -w log |det dv/dx| alone, which is compared
 with autograd's Jacobian of the recorded graph. With x held, moving v shows p.
 """
@@ -8,27 +8,31 @@ with autograd's Jacobian of the recorded graph. With x held, moving v shows p.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from musigma.audit.graph import Graph, Node, Origin
-from musigma.audit.latents import Latent, holds
-from musigma.audit.probes import Over, Prober
-from musigma.audit.step_kl import Divergence, data_terms, entropy, terms
+from musigma.audit.latents import frontier
+from musigma.audit.probes import Over
+from musigma.audit.step_kl import terms
 
 if TYPE_CHECKING:
     from musigma.audit.step import StepAudit
 
 __all__ = [
+    "Change",
+    "change_of",
+    "changes",
     "judge_dequantization",
-    "judge_dequantized_flow",
     "judge_flow",
-    "judge_posterior_flow",
-    "layers_before_prior",
+    "mismatch",
+    "outputs",
+    "report_flow",
+    "report_stops_and_folds",
 ]
 
 MOST_DIMENSIONS = 1024
@@ -42,7 +46,7 @@ class Change:
 
     `rest` (N,) is the loss with v held and `log_det` (N,) that of the map, at N places, both less
     their first; x is `places` (N + 1) there. `curvature` and `slope` are those of the loss in v,
-    by entry, at v = 0.
+    by entry, at v = 0. `heads` give the prior of parts.
     """
 
     x: int
@@ -53,6 +57,7 @@ class Change:
     slope: Tensor
     quadratic: bool
     places: tuple[Tensor, ...] = ()
+    heads: tuple[int, ...] = ()
 
     @property
     def factor(self) -> float | None:
@@ -81,23 +86,33 @@ def judge_flow(audit: StepAudit) -> bool:
     graph, loss = audit.graph, audit.loss
     wrong: list[Change] = []
     for x in _inputs(graph, loss):
-        for parts, squared in _outputs(graph, loss, x):
-            change = _change(graph, loss, x, parts, {}, parameters=True)
-            if change is None or float(change.curvature.abs().max()) == 0:
-                continue
+        for change, judged in changes(graph, loss, x):
             factor = change.factor
+            if float(change.curvature.abs().max()) == 0:
+                continue
             if factor is not None and factor < 0:
-                return _report(audit, change, factor)
-            convex = change.quadratic and float(change.curvature.min()) > 0
-            if squared and convex and len(parts) == 1 and _is_apart(graph, loss, change):
-                wrong.append(change)
+                return report_flow(audit, change, factor)
+            wrong += [change] if judged else []
     for change in wrong:
         if change.keeps_volume and _is_only(graph, loss, change.x):
-            return _report(audit, change, -float(change.curvature.mean()))
+            return report_flow(audit, change, -float(change.curvature.mean()))
         if float(change.log_det.abs().max()) > 1e-7 and _is_only(graph, loss, change.x):
-            _mismatch(audit, change)
+            mismatch(audit, change)
             return True
     return False
+
+
+def changes(graph: Graph, loss: int, x: int) -> Iterator[tuple[Change, bool]]:
+    """What x may be mapped to, and whether it must be z: a Gaussian's, given x by v alone."""
+    for parts, squared, heads in outputs(graph, loss, x):
+        still = {i: graph.get(i) for i in heads}
+        change = change_of(graph, loss, x, parts, still, parameters=True)
+        if change is None:
+            continue
+        change = replace(change, heads=heads)
+        convex = change.quadratic and float(change.curvature.min()) > 0
+        judged = squared and convex and (bool(heads) or _is_apart(graph, loss, change))
+        yield change, judged
 
 
 def _is_apart(graph: Graph, loss: int, change: Change) -> bool:
@@ -124,15 +139,13 @@ def _is_only(graph: Graph, loss: int, x: int) -> bool:
     )
 
 
-def _report(audit: StepAudit, change: Change, factor: float) -> bool:
+def report_flow(audit: StepAudit, change: Change, factor: float) -> bool:
+    """Report a right log-determinant, and the density of v; always True."""
     graph = audit.graph
     where = graph.where(change.parts[0])
     at = f" ({where.rsplit('/', 1)[-1]})" if where else ""
     weight = -factor
-    if _is_detached(graph, audit.loss, change):
-        audit.bug("no_gradient", "log_det", where=where)
-    if _folds(graph, change):
-        audit.bug("not_injective", "step", where=where)
+    report_stops_and_folds(audit, change)
     audit.checked.append(
         f"log-determinant{at}: that of autograd's Jacobian of the recorded step, at {MOVES} places"
     )
@@ -180,6 +193,15 @@ def _constant(audit: StepAudit, change: Change, weight: float, where: str) -> No
                    - 0.5 * math.log(2 * math.pi))  # fmt: skip
 
 
+def report_stops_and_folds(audit: StepAudit, change: Change) -> None:
+    """Report a log-determinant without a gradient, and a map that folds."""
+    where = audit.graph.where(change.parts[0])
+    if _is_detached(audit.graph, audit.loss, change):
+        audit.bug("no_gradient", "log_det", where=where)
+    if _folds(audit.graph, change):
+        audit.bug("not_injective", "step", where=where)
+
+
 def _is_detached(graph: Graph, loss: int, change: Change) -> bool:
     """Whether a term of the log-determinant sends no gradient to the parameters."""
     after = graph.downstream([change.x], stop=change.parts) - set(change.parts)
@@ -221,6 +243,7 @@ def _learned_prior(audit: StepAudit, change: Change, weight: float, at: str) -> 
     graph, loss = audit.graph, audit.loss
     above = graph.upstream(change.parts)
     own = [i for i in graph.upstream([loss]) if graph[i].kind == "parameter" and i not in above]
+    own = [*change.heads] or own
     generator = torch.Generator().manual_seed(41)
     moved = {
         i: graph.get(i) + 0.2 * torch.rand(graph[i].shape, generator=generator).double()
@@ -261,7 +284,8 @@ def _scaled_prior(graph: Graph, loss: int, change: Change, weight: float) -> boo
     return any(abs(left - log_std - c) < 1e-4 for c in (0.0, 0.5 * math.log(2 * math.pi)))
 
 
-def _mismatch(audit: StepAudit, change: Change) -> None:
+def mismatch(audit: StepAudit, change: Change) -> None:
+    """Report what is wrong with a log-determinant."""
     graph = audit.graph
     where = graph.where(change.parts[0])
     if change.is_absent:
@@ -328,30 +352,67 @@ def _inputs(graph: Graph, loss: int) -> list[int]:
     return found
 
 
-def _outputs(graph: Graph, loss: int, x: int) -> list[tuple[tuple[int, ...], bool]]:
+class Output(NamedTuple):
+    """What x may be mapped to.
+
+    Args:
+        parts: The values.
+        squared: They are squared, as by a Gaussian.
+        heads: What layers give the prior of a part: its mean and scale, given another part.
+    """
+
+    parts: tuple[int, ...]
+    squared: bool
+    heads: tuple[int, ...] = ()
+
+
+def outputs(graph: Graph, loss: int, x: int) -> list[Output]:
     """Values that x may be mapped to: squared ones first, then others of the size of x."""
     after = graph.downstream([x]) & graph.upstream([loss])
     numel = graph[x].numel
-    squared: list[int] = []
+    squared: dict[int, list[int]] = {}
     for node in graph.nodes:
         if _is_square(node) and node.ins[0] in after and node.ins[0] != x:
             i = _unscaled(graph, node.ins[0], after)
-            if not _is_residual(graph, i, after):
-                squared.append(i)
-    squared = list(dict.fromkeys(reversed(squared)))
-    found: list[tuple[int, ...]] = [(i,) for i in squared if graph[i].numel == numel]
-    smaller = [i for i in squared if graph[i].numel < numel]
+            if _is_residual(graph, i, after):
+                continue
+            z, heads = _conditional(graph, i, after)
+            squared[z] = heads
+    last = list(reversed(squared))
+    found = [Output((i,), True, tuple(squared[i])) for i in last if graph[i].numel == numel]
+    smaller = [i for i in last if graph[i].numel < numel]
     if smaller and sum(graph[i].numel for i in smaller) == numel:
-        found.append(tuple(smaller))
+        heads = dict.fromkeys(h for i in smaller for h in squared[i])
+        found.append(Output(tuple(smaller), True, tuple(heads)))
     if found:
-        return [(parts, True) for parts in found]
+        return found
     rest = [
         v.id
         for v in reversed(graph.values)
         if v.id in after and v.numel == numel and v.floating and v.origin & Origin.PARAMETERS
         and v.node is not None and not v.node.view and _is_last(graph, v.id)
     ]  # fmt: skip
-    return [((i,), False) for i in rest[:6]]
+    return [Output((i,), False) for i in rest[:6]]
+
+
+def _conditional(graph: Graph, i: int, after: set[int]) -> tuple[int, list[int]]:
+    """The value z of z - mean, and the heads of a mean and a scale that depend on x as well."""
+    node = graph[i].node
+    if node is None or node.name not in ("sub", "sub_"):
+        return i, []
+    moving = [k for k in node.ins if k in after and graph[k].numel == graph[i].numel]
+    if len(moving) != 2:
+        return i, []
+    z, mean = moving
+    own = graph.downstream([i])
+    sides = [mean]
+    todo = [i]
+    while todo:
+        for user in graph[todo.pop()].users:
+            if user.pointwise and all(graph[o].numel == graph[i].numel for o in user.outs):
+                sides += [k for k in user.ins if k in after and k not in own]
+                todo += user.outs
+    return z, [k for k in frontier(graph, sides) if k in after]
 
 
 def _is_last(graph: Graph, i: int) -> bool:
@@ -410,7 +471,7 @@ def _rows(t: Tensor) -> int:
     return t.shape[0] if t.ndim > 1 else 1
 
 
-def _change(
+def change_of(
     graph: Graph, loss: int, x: int, parts: Sequence[int], held: Over, parameters: bool
 ) -> Change | None:
     """Move x, and the map's parameters, with v held; and v with x held. None if they cannot."""
@@ -531,127 +592,3 @@ def _jacobian(graph: Graph, x: int, parts: Sequence[int], over: Over, rows: int)
             ]
             jacobian = torch.stack(lines)
     return jacobian.transpose(0, 1)
-
-
-# --- a flow on the draw of a latent -------------------------------------------------------------
-
-
-def layers_before_prior(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> bool:
-    """Whether layers get z whose results reach the loss, but are not compared with data.
-
-    So it is with a flow on the posterior, or in the prior. Steps with several latents are not
-    looked at.
-    """
-    if len(latents) > 1:
-        return False
-    held = _held(graph, latent, latents, loss)
-    slopes = []
-    for over in (held, held | holds(graph, latent)):
-        heads = {i: graph.get(i) for i in latent.heads}
-        z = graph.get(latent.z).clone().requires_grad_()
-        value = graph.run({**over, **heads, latent.z: z}, [loss])[loss].sum()
-        (slope,) = torch.autograd.grad(value, z) if value.requires_grad else (0 * z.detach(),)
-        slopes.append(slope)
-    return not torch.allclose(*slopes, rtol=1e-6, atol=1e-9)
-
-
-def _held(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> dict[int, Tensor]:
-    """The terms with data, and the layers whose results go straight into such a term."""
-    data = data_terms(graph, latents, loss)
-    decoder = holds(graph, latent)
-    above = graph.upstream(data, stop=decoder)
-    return {i: graph.get(i) for i in (*data, *(i for i in decoder if i in above))}
-
-
-def judge_posterior_flow(
-    audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence
-) -> bool:
-    """Examine a flow between the draw of a latent and its prior; False if there is none."""
-    graph, loss = audit.graph, audit.loss
-    prober = Prober(graph, latent)
-    if not latent.diagonal or not prober.usable:
-        return False
-    held = _held(graph, latent, latents, loss)
-    log_q = entropy(prober, loss, held)
-    if log_q is None:
-        return _is_prior_at_start(audit, latent, held, d)
-    weight, drawn = log_q
-    heads = {i: graph.get(i) for i in latent.heads}
-    mean, sigma = latent.moments(graph, {})
-    wrong: list[Change] = []
-    for parts, squared in _outputs(graph, loss, latent.z):
-        change = _change(graph, loss, latent.z, parts, {**held, **heads}, parameters=False)
-        if change is None or float(change.log_det.abs().max()) < 1e-9:
-            continue
-        if drawn:
-            log_density = [
-                -0.5 * (((z - mean) / sigma) ** 2).sum().detach() for z in change.places
-            ]
-            moved = torch.stack(log_density)
-            change = replace(change, rest=change.rest - weight * (moved[1:] - moved[0]))
-        factor = change.factor
-        gaussian = change.quadratic and bool(((change.curvature / weight - 1).abs() < 1e-3).all())
-        if factor is not None and abs(factor / weight + 1) < 1e-3 and gaussian:
-            where = graph.where(parts[0])
-            audit.checked.append(
-                "the log-determinant of the flow on z is that of autograd's Jacobian, and its "
-                f"prior is N(0, 1) ({where.rsplit('/', 1)[-1]})"
-            )
-            if _is_detached(graph, loss, change):
-                audit.bug("no_gradient", "log_det", where=where)
-            if _folds(graph, change):
-                audit.bug("not_injective", "step", where=where)
-            return True
-        if squared and gaussian:
-            wrong.append(change)
-    for change in wrong:
-        _mismatch(audit, change)
-        return True
-    return False
-
-
-def judge_dequantized_flow(audit: StepAudit, latent: Latent, d: Divergence) -> bool:
-    """Examine a flow of data to which a latent is added; False if there is none.
-
-    With the sum as the flow's input, log q of the latent is a constant; the log-determinant must
-    have its weight.
-    """
-    graph, loss = audit.graph, audit.loss
-    weight = d.weight / d.fit.copies if d.fit is not None else math.nan
-    after = graph.downstream([latent.z]) & graph.upstream([loss])
-    wrong: list[Change] = []
-    for v in graph.values:
-        if v.id not in after or v.node is None or v.numel != graph[latent.z].numel:
-            continue
-        if not any(graph[i].origin == Origin.DATA and graph[i].numel > 1 for i in v.node.ins):
-            continue
-        for parts, squared in _outputs(graph, loss, v.id):
-            change = _change(graph, loss, v.id, parts, {}, parameters=True)
-            if change is None or float(change.log_det.abs().max()) < 1e-9:
-                continue
-            factor = change.factor
-            if factor is not None and abs(factor / weight + 1) < 1e-3:
-                return _report(audit, change, factor)
-            convex = change.quadratic and float(change.curvature.min()) > 0
-            if squared and convex and len(parts) == 1 and _is_apart(graph, loss, change):
-                wrong.append(change)
-    for change in wrong:
-        _mismatch(audit, change)
-        return True
-    return False
-
-
-def _is_prior_at_start(
-    audit: StepAudit, latent: Latent, held: dict[int, Tensor], d: Divergence
-) -> bool:
-    """Report a closed KL of z to N(0, 1) beside the log-determinant of a flow on z."""
-    graph, loss = audit.graph, audit.loss
-    if d.fit is None or d.by_draws or d.kind != "kl":
-        return False
-    heads = {i: graph.get(i) for i in latent.heads}
-    for parts, _ in _outputs(graph, loss, latent.z):
-        change = _change(graph, loss, latent.z, parts, {**held, **heads}, parameters=False)
-        if change is not None and change.factor is not None and change.factor < 0:
-            audit.bug("kl_mismatch", "step flow", where=graph.where(parts[0]))
-            return True
-    return False

@@ -96,7 +96,7 @@ def find_step(obj: Any, example: Any = None, *, shape: tuple[int, ...] | None = 
 
     Example:
         >>> weight = torch.ones(3, requires_grad=True)
-        >>> float(find_step(lambda: (weight**2).sum()).call())
+        >>> find_step(lambda: (weight**2).sum()).call().item()
         3.0
     """
     assumed: list[str] = []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cyclopts import CycloptsError
 
@@ -48,6 +49,17 @@ app.command(
 )
 
 
+@contextlib.contextmanager
+def _without_pydantic() -> Iterator[None]:
+    """Hide pydantic while arguments are read: Cyclopts would check our dataclasses by it."""
+    hidden = sys.modules.pop("pydantic", None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules["pydantic"] = hidden
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. An error is a message on standard error, and exit code 2.
 
@@ -62,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             words = prepare_words(words)
         elif words and not words[0].startswith("-") and words[0] not in app:
             raise ValueError(_unknown_command(words[0]))
-        app(words, exit_on_error=False, print_error=False, result_action="return_value")
+        with _without_pydantic():
+            command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+        command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
