@@ -1211,8 +1211,7 @@ def test_units_do_not_matter_to_training(workdir, run_json):
     assert nats[1] - nats[0] == pytest.approx(2 * 100 * np.log(2), abs=5)  # other splits
 
 
-def test_commands_work_where_pydantic_is_loaded(run):
+def test_arguments_are_read_where_pydantic_is_loaded(capsys):
     pytest.importorskip("pydantic")
-    assert "USAGE" in run("--help").upper()
-    code = call("train", "vae", "nothing-here")
-    assert code == 2
+    assert call("train", "vae", "nothing-here") == 2
+    assert "no such file" in capsys.readouterr().err
