@@ -190,7 +190,7 @@ def _judge_latent(audit: StepAudit, latent: Latent, latents: list[Latent]) -> No
     if latent.shared:
         audit.bug("noise_shared", "step", where=latent.where, noise=tuple(latent.noise_shape),
                   shape=tuple(shape))  # fmt: skip
-    if _tied(graph, latent):
+    if found.kind == "kl" and _tied(graph, latent):
         audit.bug("heads_tied", "step", where=latent.where)
     {
         "kl": _kl,
@@ -328,7 +328,7 @@ def _half_batch(
     if any(t.layout != torch.strided for t in tensors):
         return None
     before = reconstruction_slopes(graph, latents, audit.loss)
-    if rows < 2 or not tensors or not all(before) or any(t.requires_grad for t in tensors):
+    if rows < 2 or not tensors or not any(before) or any(t.requires_grad for t in tensors):
         return None
     whole = [(t, t.data) for t in tensors]
     try:
@@ -346,10 +346,11 @@ def _half_batch(
         return None
     d = find_divergence(again.graph, others[place], others, again.loss)
     after = reconstruction_slopes(again.graph, others, again.loss)
-    if len(after) != len(before) or not before or not all(after) or d.kind != "kl":
+    if len(after) != len(before) or d.kind != "kl":
         return None
-    times = [(d.weight / weight) / (b / a) for a, b in zip(before, after, strict=True)]
-    if max(times) > 1.01 * min(times):
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if a and b]
+    times = [(d.weight / weight) / (b / a) for a, b in pairs]
+    if not times or max(times) > 1.01 * min(times):
         return None  # several terms, reduced in different ways
     powers = [(rows // 2 / rows) ** k for k in (-2, -1, 1, 2)]
     if min(abs(times[0] / p - 1) for p in (1.0, *powers)) > 0.01:

@@ -293,6 +293,9 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
     beside = [o for o in beside if latent.z not in graph.downstream([o.z])]
     if any({*above, *below}.intersection(o.heads) for o in beside):
         return case.found("unknown", form="its heads are those of another latent as well")
+    means, scales = case.probes.moving if case.probes is not None else (torch.zeros(0),) * 2
+    if not latent.uniform and bool((means.bool() & scales.bool()).any()):
+        return case.found("unknown", form="one head moves both its mean and its sigma")
     if graph.upstream(data).intersection(mixed):
         return case.found("unknown", form="it is decoded together with another latent")
     if case.by_draws and _clamped(case):
