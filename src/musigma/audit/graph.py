@@ -281,7 +281,7 @@ class Graph:
             if v.node is None:
                 self._base[i] = _double(v.leaf)
             else:
-                self._base.update(self._replay({}, self._plan_base(i)))
+                self._base.update(self._replay({}, self._plan([i], self._base.__contains__)))
         return self._base[i]
 
     def run(
@@ -293,7 +293,8 @@ class Graph:
         """
         key = (frozenset(over), tuple(wants))
         if key not in self._plans:
-            self._plans[key] = self._plan(over, wants)
+            touched = self.downstream(over)
+            self._plans[key] = self._plan(wants, lambda i: i in over or i not in touched)
         env = self._replay(over, self._plans[key], stops)
         return {i: env[i] if i in env else self.get(i) for i in wants}
 
@@ -302,26 +303,14 @@ class Graph:
         with torch.no_grad():
             return self.run(over, [want])[want]
 
-    def _plan(self, over: Mapping[int, Tensor], wants: Sequence[int]) -> list[Node]:
-        touched = self.downstream(over)
+    def _plan(self, wants: Iterable[int], known: Callable[[int], bool]) -> list[Node]:
+        """The operations, in order, that give some values from those that are known."""
         need: dict[int, Node] = {}
-        todo = [i for i in wants if i not in over]
+        todo = list(wants)
         while todo:
             i = todo.pop()
             node = self.values[i].node
-            if i in over or i not in touched or node is None or id(node) in need:
-                continue
-            need[id(node)] = node
-            todo += node.ins
-        return sorted(need.values(), key=lambda n: self._order[id(n)])
-
-    def _plan_base(self, want: int) -> list[Node]:
-        need: dict[int, Node] = {}
-        todo = [want]
-        while todo:
-            i = todo.pop()
-            node = self.values[i].node
-            if node is None or i in self._base or id(node) in need:
+            if node is None or known(i) or id(node) in need:
                 continue
             need[id(node)] = node
             todo += node.ins

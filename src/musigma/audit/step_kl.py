@@ -29,9 +29,10 @@ from musigma.audit.scales import READINGS, Curve, name_curve
 __all__ = [
     "Divergence",
     "Fit",
-    "Prober",
     "data_terms",
+    "entropy",
     "find_divergence",
+    "fit_moments",
     "sampled_scale",
     "terms",
 ]

@@ -221,7 +221,7 @@ class _Fit(NamedTuple):
 
 
 def _fit(element: _Element, b: Tensor) -> _Fit | None:
-    """Of a term with second parameters b (n,), n = 1 without any; None if it is never finite."""
+    """The fit of a term at second parameters b (n,), n = 1 if it takes none, or None."""
     means = 1.3 * torch.sin(2.0 * torch.arange(len(b)))
     given = list(zip(means.tolist(), b.tolist(), strict=True)) if len(b) > 1 else [()]
     y = torch.stack([element.values(*rest) for rest in given])
