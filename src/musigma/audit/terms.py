@@ -14,7 +14,6 @@ from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,47 +109,40 @@ def audit_log_prob_term(
     sign = sign if sign is not None else -1 if LOSS.search(name) else 1
     if sign not in (1, -1):
         raise AuditError(f"sign: expected 1 for a log-density, or -1 for a loss; got {sign!r}")
-    report = ReportBuilder(name_of(term))
-    order = _order(required(term))
-    shapes = [(1, 1), (1, 4), (3, 4)]
+    report, order = ReportBuilder(name_of(term)), _order(required(term))
+    shapes: list[tuple[int, ...]] = [(3, 4), (1, 4), (1, 1)]
     if example is not None:
         z = example if isinstance(example, Tensor) else example[order[0] if order else 0]
         shapes = [tuple(z.shape)]
     with Sandbox(term) as sandbox:
 
-        def attempt(dtype: torch.dtype, count: int) -> _Element:
+        def attempt(dtype: torch.dtype, count: int, shape: tuple[int, ...]) -> _Element:
             sandbox.use_dtype(dtype)
-            element = _Element(sandbox, term, count, order, shapes[0])
+            element = _Element(sandbox, term, order if count == 3 else None, count, shape)
             element(*(0.3, -0.4, 0.8)[:count])
             return element
 
-        forms = product((torch.float64, torch.float32), (3, 1))
-        (_, count), first = first_form(list(forms), attempt)
+        forms = product((torch.float64, torch.float32), (3, 1), shapes)
+        (_, count, _), element = first_form(list(forms), attempt)
         reach = 6.0 if sandbox.dtype == torch.float64 else 2.0
         b = torch.linspace(-reach, reach, 34).double() if count == 3 else torch.zeros(1)
-        fit = _fit(first, b)
+        fit, read_as = _fit(element, b), None
         if fit is None:
             report.bug("not_finite", "term")
             return report.build()
         if fit.flip * sign < 0:
             report.bug("prior_term_sign", what="log-density" if sign == 1 else "loss")
         report.details |= {"factor": sign * fit.flip * fit.factor, "constant": fit.constant}
-        read_as = None
         if not fit.is_parabola:
-            _check_integral(report, fit.flip, first, b)
+            _check_integral(report, fit.flip, element)
         elif count == 1:
             report.assumed.append("term(z) is of one fixed Gaussian")
-            report.checked.append(
-                f"a parabola in z around {float(fit.center[0]):.5g}; exp of it integrates to "
-                f"{math.exp(min(fit.constant, 700.0)):.5g}"
-            )
-            _check_parameters(report, sandbox, first)
+            report.checked.append(f"a parabola in z around {float(fit.center[0]):.5g}")
+            _check_parameters(report, element, fit.flip)
         elif fit.center.abs().max() > 1e3 * fit.tolerance:
             report.bug("prior_term_mismatch", "center", off=float(fit.center.abs().max()))
         else:
             read_as = _check_scale(report, fit)
-            for shape in shapes[1:]:
-                _check_shape(report, fit, _Element(sandbox, term, count, order, shape))
     return report.build(read_as=read_as)
 
 
@@ -163,37 +155,39 @@ class _Element:
         self,
         sandbox: Sandbox,
         term: Callable[..., Any],
-        count: int,
         order: tuple[int, int, int] | None,
+        count: int,
         shape: tuple[int, ...],
     ):
-        self.sandbox, self.term, self.shape = sandbox, term, shape
-        self.order = order if order and count == 3 else tuple(range(count))
+        self.sandbox, self.term, self.count = sandbox, term, count
+        self.order = order or tuple(range(count))
         generator = torch.Generator().manual_seed(0)
         fixed = 0.3 + torch.rand(count, *shape, generator=generator, dtype=torch.float64)
         self.fixed = fixed.to(sandbox.dtype)
-        self.exact = 1e-6 if sandbox.dtype == torch.float64 else 2e-3
-        self.at = tuple(n - 1 for n in shape)
+
+    def of(self, z: Tensor, *rest: Tensor) -> Any:
+        """What the term returns for z, mean and second, in its own order."""
+        given = (z, *rest)
+        return self.term(*(given[self.order.index(i)] for i in range(len(given))))
 
     def __call__(self, *values: float) -> float:
         """The sum of the term's numbers with z, mean and second at one place."""
         given = self.fixed.clone()
         for tensor, value in zip(given, values, strict=True):
-            tensor[self.at] = value
-        arguments = [given[self.order.index(i)] for i in range(len(given))]
-        value = self.sandbox.ask("term", self.term, *arguments)
-        if value.numel() > given[0].numel():
+            tensor.view(-1)[-1] = value
+        value = self.sandbox.ask("term", self.of, *given)
+        if value.numel() > (n := given[0].numel()):
             raise AuditError(
-                f"term: given {self.shape}, expected a number or {given[0].numel()} of them; got "
+                f"term: given {tuple(given[0].shape)}, expected a number or {n} of them; got "
                 f"{tuple(value.shape)}"
             )
         return float(value.sum())
 
-    def values(self, *rest: float) -> Tensor:
-        """Around the mean, at `OFFSETS`; NaN where the term raises or is not finite."""
-        around = rest[0] if rest else 0.0
+    def around(self, *rest: float) -> Tensor:
+        """Its values at `OFFSETS` from the mean; NaN where the term raises or is not finite."""
+        center = rest[0] if rest else 0.0
         try:
-            y = [self(around + t, *rest) for t in self.OFFSETS.tolist()]
+            y = [self(center + t, *rest) for t in self.OFFSETS.tolist()]
         except AuditError as error:
             if error.__cause__ is None:
                 raise
@@ -221,10 +215,10 @@ class _Fit(NamedTuple):
 
 
 def _fit(element: _Element, b: Tensor) -> _Fit | None:
-    """The fit of a term at second parameters b (n,), n = 1 if it takes none, or None."""
+    """The fit of a term at second parameters b (n,), n = 1 if it takes none; None without any."""
     means = 1.3 * torch.sin(2.0 * torch.arange(len(b)))
-    given = list(zip(means.tolist(), b.tolist(), strict=True)) if len(b) > 1 else [()]
-    y = torch.stack([element.values(*rest) for rest in given])
+    given = zip(means.tolist(), b.tolist(), strict=True) if element.count == 3 else [()]
+    y = torch.stack([element.around(*rest) for rest in given])
     finite = y.isfinite().all(1)
     if not finite.any():
         return None
@@ -264,10 +258,8 @@ def _check_scale(report: ReportBuilder, fit: _Fit) -> str | None:
     """Whether peaks and curvatures have the same sigma; how it is read."""
     if fit.unexplained > SHARE:
         shapes = {"-sigma": -fit.sigma, "-sigma^2": -(fit.sigma**2), "1 / sigma": 1 / fit.sigma}
-        hints = [
-            f", but changes like {what}" for what, t in shapes.items() if _linear(fit.peak, t)
-        ]
-        hint = hints[0] if hints else ""
+        like = [f", but changes like {w}" for w, t in shapes.items() if _linear(fit.peak, t)]
+        hint = (*like, "")[0]
         report.bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=hint)
         return None
     scale = math.sqrt(max(fit.factor, 0.0))
@@ -301,35 +293,17 @@ def _linear(y: Tensor, x: Tensor) -> bool:
     return abs(float(torch.corrcoef(torch.stack([y, x]))[0, 1])) > 1 - 1e-9
 
 
-def _check_shape(report: ReportBuilder, fit: _Fit, element: _Element) -> None:
-    """Whether both parts of the term are summed, or averaged, in the same way over a batch."""
-    try:
-        other = _fit(element, fit.b[::4])
-    except AuditError as error:
-        report.unchecked.append(f"tensors of shape {element.shape}: {error}")
-        return
-    rows, columns = element.shape
-    known = (1.0, 1 / rows, 1 / columns, 1 / (rows * columns))
-    if other is None or not other.is_parabola or len(other.b) != len(fit.b[::4]):
-        report.bug("prior_term_mismatch", "shape", shape=str(element.shape), factor=math.nan)
-        return
-    share, ratio = other.factor / fit.factor, other.sigma / fit.sigma[::4]
-    same = (ratio * math.sqrt(abs(share)) - 1).abs().max() < 10 * fit.tolerance
-    if not same or not any(math.isclose(share, k, rel_tol=1e-3) for k in known):
-        report.bug("prior_term_mismatch", "shape", shape=str(element.shape), factor=share)
-    elif abs(share - 1) > 1e-3:
-        report.assumed.append(
-            f"of tensors {element.shape}, averages are meant: factor {share:.4g}"
-        )
-
-
-def _check_integral(report: ReportBuilder, flip: int, element: _Element, b: Tensor) -> None:
+def _check_integral(report: ReportBuilder, flip: int, element: _Element) -> None:
     """Whether exp of a term that is no parabola integrates to one over z."""
-    ends = [()] if len(b) == 1 else [(-0.7, 0.5), (0.4, 1.0), (1.3, 2.0)]
+
+    def signed(z: Tensor, rest: Sequence[float]) -> Any:
+        return flip * element.of(z, *(torch.full_like(z, value) for value in rest))
+
+    ends = [()] if element.count == 1 else [(-0.7, 0.5), (0.4, 1.0), (1.3, 2.0)]
     values = []
     for rest in ends:
         with suppress(AuditError):
-            whole = audit_density(partial(_signed, element.term, element.order, flip, rest), 1)
+            whole = audit_density(partial(signed, rest=rest), 1)
             values.append(whole.details.get("integral", math.nan))
     integral = max(values, key=lambda value: abs(value - 1), default=math.nan)
     if len(values) == len(ends) and abs(integral - 1) < 5e-3:
@@ -338,29 +312,32 @@ def _check_integral(report: ReportBuilder, flip: int, element: _Element, b: Tens
         report.bug("prior_term_mismatch", integral=integral)
 
 
-def _signed(
-    term: Callable[..., Any], order: tuple[int, ...], sign: int, rest: Sequence[float], z: Tensor
-) -> Any:
-    given = [z, *(torch.full_like(z, value) for value in rest)]
-    return sign * term(*(given[order.index(i)] for i in range(len(given))))
+def _check_parameters(report: ReportBuilder, element: _Element, flip: int) -> None:
+    """Whether a fixed Gaussian stays normalized when its own parameters move.
 
-
-def _check_parameters(report: ReportBuilder, sandbox: Sandbox, element: _Element) -> None:
-    """Whether a fixed Gaussian stays normalized when its own parameters move."""
+    Its slope in z is linear, which gives each element's curvature and center.
+    """
+    sandbox, rows = element.sandbox, []
     shapes = {tuple(t.shape) for t in sandbox.trainable() if t.numel() > 1} or {(1, 1)}
-    if not sandbox.trainable() or len(shapes) > 1 or math.prod(shape := shapes.pop()) > 64:
+    if not sandbox.trainable() or len(shapes) > 1:
         return
-    element, rows = _Element(sandbox, element.term, 1, None, shape), []
+    shape, generator = shapes.pop(), torch.Generator().manual_seed(0)
+    at = torch.stack(
+        [torch.zeros(shape), torch.ones(shape), torch.rand(shape, generator=generator)]
+    )
     for seed in range(6):
         sandbox.randomize(0.5, seed)
-        centers, log_precision, flip = torch.empty(shape, dtype=sandbox.dtype), 0.0, 1
-        for element.at in np.ndindex(*shape):
-            if (fit := _fit(element, torch.zeros(1))) is None or not fit.is_parabola:
-                return
-            centers[element.at], flip = fit.center[0], fit.flip
-            log_precision -= float(fit.sigma.log())
-        peak = sandbox.ask("term", element.term, centers).sum()
-        rows.append((flip * float(peak), log_precision))
+        slopes = []
+        for z in at:
+            z.requires_grad_()
+            value = sandbox.call("term", element.term, z)
+            slopes.append(flip * torch.autograd.grad(value.sum(), z)[0])
+        curvature = slopes[0] - slopes[1]
+        linear = torch.allclose(slopes[2], slopes[0] - curvature * at[2], 1e-3, 1e-3)
+        if not linear or (curvature <= 0).any():
+            return
+        peak = sandbox.ask("term", element.term, slopes[0] / curvature).sum()
+        rows.append((flip * float(peak), 0.5 * float(curvature.log().sum())))
     peaks, log_precisions = torch.tensor(rows, dtype=torch.float64).T
     factor, left = _slope(log_precisions, peaks, 1e-5)
     if left > SHARE:
