@@ -1,10 +1,10 @@
 r"""The audit of a model of this library: its laws, and the effect of training.
 
 A model reports every term of :math:`\log w` itself, so an audit can check each: the
-log-determinant of each layer against autograd, each closed-form KL against draws, infer against
-generate, the preprocessing against :math:`\log_2` of the levels; with the parameters as they are,
-and with random ones. Given data, it reports latents that carry nothing, scales at their limits,
-and an aggregate posterior that is not the prior.
+log-determinant of each layer against autograd, each closed-form KL against draws, and infer
+against generate; with the parameters as they are, and with random ones. Given data, it reports
+latents that carry nothing, scales at their limits, and an aggregate posterior that is not the
+prior.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import suppress
-from itertools import takewhile
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,24 +22,16 @@ from torch.distributions import Distribution, kl_divergence
 from musigma import context as contexts
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, distance, name_of
 from musigma.audit.jacobian import DENSE, volume
-from musigma.audit.sandbox import forward_hooks
+from musigma.audit.sandbox import Sandbox, forward_hooks
 from musigma.conditional import Conditional
 from musigma.context import Context
 from musigma.data import Dataset
-from musigma.distributions import Binning, StandardUniform
-from musigma.evaluation import (
-    ACTIVE,
-    COLLAPSED,
-    SATURATED,
-    batch,
-    bits_per_dim,
-    evaluating,
-    saturation,
-)
+from musigma.distributions import Binning
+from musigma.evaluation import ACTIVE, COLLAPSED, SATURATED, batch, evaluating, saturation
 from musigma.gaussian import DiagonalGaussian
-from musigma.layers import Dequantize, Rescale
-from musigma.model import Bijection, Chain, Layer, Model
-from musigma.testing import both_ways_of_layer, both_ways_of_model, randomized
+from musigma.layers import Dequantize
+from musigma.model import Bijection, Model
+from musigma.testing import BothWays, both_ways_of_layer, both_ways_of_model, randomized
 from musigma.trace import Recorder, Trace
 
 __all__ = ["audit_model", "examples_of"]
@@ -49,6 +40,7 @@ TOLERANCE = 1e-7  # relative errors of float64 in a whole model
 LOST = 2e-2  # error of a round trip in float32 from which it is reported
 STANDARD_ERRORS = 7.0
 ROWS = 3
+SECONDS = 600.0  # of the checks with one set of parameters
 ROUNDING = 1e3 * 2.2e-16  # a thousand roundings in float64, by the condition number
 
 
@@ -78,22 +70,17 @@ def audit_model(
     if not isinstance(model, Model):
         raise AuditError(f"model: expected a model of musigma; got {type(model).__name__}")
     report = ReportBuilder(str(model.config.get("architecture", name_of(model))))
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
+    with Sandbox(model, seconds=SECONDS, as_is=True) as sandbox, torch.no_grad():
         x, context = examples_of(model, data, context)
         few, row = _scored(model, x[:ROWS]), contexts.rows(context, slice(ROWS))
-        for exact, when in (
+        exact = contexts.apply(Tensor.double, row)
+        for candidate, when in (
             (copy.deepcopy(model).double().eval(), "with its own parameters"),
             (randomized(model, scale=0.25), "with random parameters"),
         ):
-            try:
-                _check_laws(report, exact, few, contexts.apply(Tensor.double, row), when)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                text = (str(error).splitlines() or ["-"])[0]
-                raise AuditError(
-                    f"model: given {tuple(few.shape)}, it raises {type(error).__name__}: {text}"
-                ) from error
-        _check_preprocessing(report, model, few, row)
+            laws = _Laws(report, candidate, exact, when)
+            sandbox.call("model", laws.check, few)
+        _check_levels(report, model)
         _check_single_precision(report, model, few, row)
         if data is None:
             report.unchecked.append("the effect of training: no data were given")
@@ -146,44 +133,95 @@ def _scored(model: Model, x: Tensor) -> Tensor:
 # --- laws --------------------------------------------------------------------------------------
 
 
-def _check_laws(
-    report: ReportBuilder, model: Model, x: Tensor, context: Context, when: str
-) -> None:
-    x = model.floating(x.double())
-    names = model.site_names()
-    seen: dict[Any, tuple[Tensor, Tensor | None]] = {}
+class _Laws:
+    """The laws of a model in float64 with one set of parameters."""
 
-    def hook(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        h, *rest = args
-        seen.setdefault(layer, (h.detach(), rest[0] if rest else None))
+    def __init__(self, report: ReportBuilder, model: Model, context: Context, when: str):
+        self.report, self.model, self.context, self.when = report, model, context, when
 
-    with forward_hooks({m for m in model.modules() if isinstance(m, Bijection)}, hook):
-        model.infer(x, Trace(scoring=False), context)
-    for layer, (h, row) in seen.items():
-        _check_bijection(report, names[layer], layer, h, row, when)
-    if seen:
-        report.checked.append(f"{len(seen)} layers, inverses and log-determinants, {when}")
-    up = Recorder()
-    model.infer(x, up, context)
-    log_w = up.evidence(model.latents()).elbo
-    if not log_w.isfinite().all():
-        worst = float(log_w[~log_w.isfinite()][0])
-        report.bug("not_finite", "model", value=worst, when=when)
-        return
-    again, forward, backward = both_ways_of_model(model, x, context)
-    error = _row_distance(again, x)
-    if error > 1e-5:
-        report.bug("inverse_mismatch", "model", error=error, when=when)
-        return
-    if distance(backward, forward) > 1e-6:
-        report.bug(
-            "inverse_logdet_mismatch", "model",
-            when=when, infer=float(forward[0]), generate=float(backward[0]),
-        )  # fmt: skip
-    else:
-        report.checked.append(f"infer and generate give the same log w, {when}")
-    for site in up.paired:
-        _check_closed_form(report, names[site], up.qs[site], up.ps[site], when)
+    def check(self, x: Tensor) -> None:
+        """Check every layer at its own input, then the whole model, then each KL."""
+        model, report = self.model, self.report
+        x, names = model.floating(x.double()), model.site_names()
+        seen: dict[Any, tuple[Tensor, Tensor | None]] = {}
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            seen.setdefault(layer, (args[0].detach(), args[1] if len(args) > 1 else None))
+
+        with forward_hooks({m for m in model.modules() if isinstance(m, Bijection)}, hook):
+            model.infer(x, Trace(scoring=False), self.context)
+        for layer, (h, row) in seen.items():
+            self.check_layer(names[layer], layer, h, row)
+        up = Recorder()
+        model.infer(x, up, self.context)
+        ways = both_ways_of_model(model, x, self.context)
+        if self.agree("the model", ways, x, 1e-5, 1e-6):
+            report.checked.append(
+                f"{len(seen)} layers, and infer and generate of the model, {self.when}"
+            )
+            for site in up.paired:
+                self.check_kl(names[site], up.qs[site], up.ps[site])
+
+    def agree(self, what: str, ways: BothWays, x: Tensor, error: float, nats: float) -> bool:
+        """Whether the data come back up to an error, and both directions give the same nats."""
+        said: dict[str, Any] = {"what": what, "when": self.when}
+        infinite = ways.forward[~ways.forward.isfinite()]
+        off = _row_distance(ways.again, x)
+        if len(infinite):
+            self.report.bug("not_finite", "model", value=infinite[0], **said)
+        elif off > error:
+            severity = "bug" if off > 1e-3 or what == "the model" else "warning"
+            self.report.find("inverse_mismatch", severity, "model", error=off, **said)
+        elif distance(ways.backward, ways.forward) > nats:
+            said |= {"forward": ways.forward[0], "backward": ways.backward[0]}
+            self.report.bug("inverse_logdet_mismatch", "model", **said)
+        else:
+            return True
+        return False
+
+    def check_layer(self, name: str, layer: Bijection, x: Tensor, context: Tensor | None) -> None:
+        """Check the log-determinant of a layer by autograd, and its inverse."""
+        report, what = self.report, f"{name} ({type(layer).__name__})"
+        ways, condition = both_ways_of_layer(layer, x, context), math.nan
+        rows = slice(0, len(x) if x[0].numel() <= DENSE else 1)
+        row = None if context is None else context[rows]
+        with torch.enable_grad(), suppress(RuntimeError):
+            known = volume(lambda t: layer(t, row)[0].flatten(1), x[rows])
+            if known is None:
+                report.unchecked.append(f"the log-determinant of {what}: {x[0].numel()} elements")
+            else:
+                condition, stated = float(known.condition.max()), ways.forward[rows]
+                wrong = float(((stated - known.log_det) / (1 + known.log_det.abs())).abs().max())
+                if wrong > TOLERANCE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
+                    nats = [t[:1].tolist() for t in (stated, known.log_det)]
+                    report.bug(
+                        "logdet_mismatch",
+                        what=what,
+                        when=self.when,
+                        stated=nats[0],
+                        log_det=nats[1],
+                    )
+        if "own" in self.when:
+            report.details.setdefault("conditions", {})[name] = condition
+            report.details.setdefault("round_trips", {})[name] = _row_distance(ways.again, x)
+        rounding = ROUNDING * (condition if math.isfinite(condition) else 1e6)
+        self.agree(what, ways, x, rounding + TOLERANCE, rounding + 1e-6)
+
+    def check_kl(self, name: str, q: Distribution, p: Distribution) -> None:
+        """Check a closed-form KL against the mean of log q - log p over draws."""
+        closed, draws = kl_divergence(q, p), []
+        for _ in range(40):
+            z = q.sample(torch.Size([100]))
+            draws.append(q.log_prob(z) - p.log_prob(z))
+        terms = torch.cat(draws)
+        mean, error = terms.mean(0), terms.std(0) / math.sqrt(len(terms))
+        limit = 1.3 * STANDARD_ERRORS * error + 1e-9 * (1 + closed.abs())
+        if ((mean - closed).abs() > limit).any() or (closed < -1e-9).any():
+            self.report.bug(
+                "kl_mismatch", "model",
+                name=name, when=self.when, formula=closed[0], draws=mean[0], error=error[0],
+            )  # fmt: skip
+        self.report.checked.append(f"the KL of {name} against {len(terms)} draws, {self.when}")
 
 
 def _row_distance(again: Tensor, x: Tensor) -> float:
@@ -192,101 +230,12 @@ def _row_distance(again: Tensor, x: Tensor) -> float:
     return distance(again.nan_to_num(), x.nan_to_num()) if same else math.inf
 
 
-def _check_bijection(
-    report: ReportBuilder,
-    name: str,
-    layer: Bijection,
-    x: Tensor,
-    context: Tensor | None,
-    when: str,
-) -> None:
-    said: dict[str, Any] = {
-        "what": f"{name} ({type(layer).__name__})",
-        "layer": name,
-        "when": when,
-    }
-    z, log_det = layer(x, context)
-    if not (z.isfinite().all() and log_det.isfinite().all()):
-        report.bug("logdet_nan" if z.isfinite().all() else "not_finite", "model layer", **said)
-        return
-    again, _, backward = both_ways_of_layer(layer, x, context)
-    condition, error = math.nan, _row_distance(again, x)
-    rows = slice(0, len(x) if x[0].numel() <= DENSE else 1)
-    row = None if context is None else context[rows]
-    with torch.enable_grad(), suppress(RuntimeError):
-        known = volume(lambda t: layer(t, row)[0].flatten(1), x[rows])
-        if known is None:
-            what = f"{said['what']}: {x[0].numel()} elements"
-            report.unchecked.append(f"the log-determinant of {what}")
-        else:
-            condition, truth = float(known.condition.max()), known.log_det
-            wrong = float(((log_det[rows] - truth).abs() / (1 + truth.abs())).max())
-            if wrong > TOLERANCE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
-                stated, true = log_det[:1].tolist(), truth[:1].tolist()
-                report.bug("logdet_mismatch", "model", **said, stated=stated, log_det=true)
-    if "own" in when:
-        report.details.setdefault("conditions", {})[name] = condition
-        report.details.setdefault("round_trips", {})[name] = error
-    rounding = ROUNDING * (condition if math.isfinite(condition) else 1e6)
-    if error > rounding + TOLERANCE:
-        severity = "bug" if error > 1e-3 else "warning"
-        report.find("inverse_mismatch", severity, "model layer", **said, error=error)
-    elif distance(backward, log_det) > 1e-6 + rounding:
-        same = distance(-backward, log_det) < 1e-6
-        code = "inverse_logdet_sign" if same else "inverse_logdet_mismatch"
-        said["both"] = [float(log_det[0]), -float(backward[0])]
-        report.bug(code, "model layer", **said)
-
-
-def _check_closed_form(
-    report: ReportBuilder, name: str, q: Distribution, p: Distribution, when: str
-) -> None:
-    """A closed-form KL against the mean of log q - log p over draws."""
-    closed, draws = kl_divergence(q, p), []
-    for _ in range(40):
-        z = q.sample(torch.Size([100]))
-        draws.append(q.log_prob(z) - p.log_prob(z))
-    terms = torch.cat(draws)
-    mean, error = terms.mean(0), terms.std(0) / math.sqrt(len(terms))
-    limit = 1.3 * STANDARD_ERRORS * error + 1e-9 * (1 + closed.abs())
-    if ((mean - closed).abs() > limit).any():
-        report.bug(
-            "kl_mismatch", "model",
-            name=name, when=when, formula=closed[0], draws=mean[0], error=error[0],
-        )  # fmt: skip
-    if (closed < -1e-9).any():
-        report.bug("kl_negative", "model", name=name, when=when, least=closed.min())
-    report.checked.append(f"the KL of {name} against {len(terms)} draws, {when}")
-
-
-def _check_preprocessing(report: ReportBuilder, model: Model, x: Tensor, context: Context) -> None:
-    """Whether uniform images cost log2 of the levels under the uniform model."""
-    if isinstance(model, Conditional):
-        model = model.model
-    layers = model.layers if isinstance(model, Chain) else []
-    leading = list(takewhile(lambda layer: cast(Layer, layer).is_preprocessing, layers))
-    dequantize = next((layer for layer in leading if isinstance(layer, Dequantize)), None)
-    if dequantize is None:
-        return
-    bits, levels = model.config.get("options", {}).get("bits"), dequantize.levels
-    if bits is not None and levels != 2**bits:
-        report.bug("dequantisation", "levels", bits=bits, levels=levels)
-    if not isinstance(dequantize.noise, StandardUniform):
-        report.checked.append(f"dequantization: learned noise over {levels} levels")
-        return
-    trace, width = Trace(), float(levels)
-    y = torch.randint(0, levels, x.shape).double()
-    for layer in copy.deepcopy(nn.ModuleList(leading)).double():
-        y = cast(Layer, layer).infer(y, trace)
-        if isinstance(layer, Rescale):
-            width *= abs(layer.scale)
-    nats = x[0].numel() * math.log(width)  # of the uniform density on the rescaled levels
-    nats = nats - sum(trace.log_det.values()) + sum(trace.log_q.values())
-    figure = float(bits_per_dim(torch.as_tensor(nats), x[0].numel()).max())
-    if abs(figure - math.log2(levels)) > 1e-6:
-        report.bug("dequantisation", bits_per_dim=figure, entropy=math.log2(levels))
-    else:
-        report.checked.append(f"uniform images under the uniform model: {figure:.6g} bits/dim")
+def _check_levels(report: ReportBuilder, model: Model) -> None:
+    """Whether data are dequantized with as many levels as they have."""
+    bits = model.config.get("options", {}).get("bits")
+    for layer in model.modules():
+        if bits is not None and isinstance(layer, Dequantize) and layer.levels != 2**bits:
+            report.bug("dequantisation", "levels", bits=bits, levels=layer.levels)
 
 
 def _check_single_precision(
@@ -323,22 +272,20 @@ def _check_training(report: ReportBuilder, model: Model, x: Tensor, context: Con
             report.warn("saturated_units", name=name, share=share)
     trace = Recorder(closed_form=True)
     model.infer(model.floating(x), trace, context)
-    latents = set(model.latents())
-    for site, p in trace.ps.items():
-        if site not in latents or not isinstance(p, DiagonalGaussian):
+    for site in model.latents():
+        p, q, name = trace.ps.get(site), trace.qs.get(site), names[site]
+        if not isinstance(p, DiagonalGaussian):
             continue
-        noise, q = p.whiten(trace.values[site]).flatten(1).double(), trace.qs.get(site)
         if site in trace.paired and isinstance(q, DiagonalGaussian):
             units = (DiagonalGaussian(dist.mean, dist.log_std, 0) for dist in (q, p))
             nats = kl_divergence(*units).mean(0).flatten().double()
-            report.details.setdefault("nats", {})[names[site]] = nats[:256].tolist()
-            _check_nats(report, names[site], nats)
-        if len(noise) < 32:
-            continue
-        if site not in trace.paired:
-            _check_calibration(report, names[site], noise)
-        elif not p.batch_shape:
-            _check_aggregate(report, names[site], noise)
+            report.details.setdefault("nats", {})[name] = nats[:256].tolist()
+            _check_nats(report, name, nats)
+        noise = p.whiten(trace.values[site]).flatten(1).double()
+        if len(noise) >= 32 and site not in trace.paired:
+            _check_calibration(report, name, noise)
+        elif len(noise) >= 32 and not p.batch_shape:
+            _check_aggregate(report, name, noise)
     report.checked.append(f"the latents of {len(x)} examples")
 
 
