@@ -7,10 +7,9 @@ without breaking anything. Each is therefore evaluated where the answer is known
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,14 @@ from musigma.audit.sandbox import Sandbox, first_form
 __all__ = ["audit_bits", "audit_importance_bound"]
 
 STANDARD_ERRORS = 7.0  # exceeded by chance with probability below 1e-11
+MISTAKES = {
+    "ln 2 (nats, not bits)": math.log(2),
+    "1 / ln 2": 1 / math.log(2),
+    "the number of channels": 3.0,
+    "the sign": -1.0,
+}
+NAME = "loss_from_neg_elbos"
+LAYOUTS = ("(B, K)", "(K, B)")
 
 
 # --- bits per dimension ------------------------------------------------------------------------
@@ -58,19 +65,28 @@ def audit_bits(
     """
     if levels < 2:
         raise AuditError(f"levels: expected 2 or more; got {levels}")
-    report = ReportBuilder(name_of(bits))
+    report, truth = ReportBuilder(name_of(bits)), math.log2(levels)
     with Sandbox(bits) as sandbox:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, levels, (24, *shape), generator=generator)
         ask = _bits_form(sandbox, bits, images, report)
         single = torch.tensor([float(ask(image[None]).mean()) for image in images])
-        again = torch.tensor([float(ask(images[:1]).mean()) for _ in range(12)])
-        report.details |= {"bits_per_dim": float(single.mean()), "entropy": math.log2(levels)}
-        if not single.isfinite().all():
-            report.bug("not_finite", "bits")
-            return report.build()
-        _check_bits(report, single, float(again.std()), math.log2(levels))
-        _check_batch(report, ask, images, again)
+        eight = images[:1].repeat_interleave(8, 0)
+        again, of_eight = (
+            torch.tensor([float(ask(x).mean()) for _ in range(12)]) for x in (images[:1], eight)
+        )
+    report.details |= {"bits_per_dim": float(single.mean()), "entropy": truth}
+    if not single.isfinite().all():
+        report.bug("not_finite", "bits")
+        return report.build()
+    _check_bits(report, single, float(again.std()), truth)
+    alone, batch = float(again.mean()), float(of_eight.mean())
+    # the error of a mean of 12 by Student's t with 11 degrees of freedom, at 1e-7
+    error = 11.0 * math.hypot(float(again.std()), float(of_eight.std())) / math.sqrt(12)
+    if abs(batch - alone) > error + 1e-4 * (1 + abs(alone)):
+        report.bug("bpd_batch", alone=alone, of_eight=batch)
+    else:
+        report.checked.append("an image costs the same by itself and in a batch of eight copies")
     return report.build()
 
 
@@ -90,24 +106,26 @@ def _bits_form(
 
     def attempt(dtype: torch.dtype, finite: bool) -> None:
         sandbox.use_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
-        if finite > bool(ask(images[:2], dtype).isfinite().all()):
+        if finite and not ask(images[:2], dtype).isfinite().all():
             raise AuditError("bits: they are not finite")
 
     integers = (torch.int64, torch.uint8) if images.max() < 256 else (torch.int64,)
     forms = [(dtype, True) for dtype in (torch.float64, torch.float32, *integers)]
     (dtype, _), _ = first_form([*forms, (torch.float32, False)], attempt)
-    name = str(dtype).removeprefix("torch.")
-    report.assumed.append(f"images are given as {name} from 0 to levels - 1")
+    report.assumed.append(f"images are given as {dtype} from 0 to levels - 1")
     return lambda x: ask(x, dtype)
 
 
 def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: float) -> None:
+    """Compare the figures of 24 images with the entropy."""
     mean, spread = float(single.mean()), float(single.std())
     uniform = spread < 1e-4 * max(1.0, abs(truth)) and noise < 1e-4
     # the error of 24 draws is Student's t; without any, only rounding is left
     error = STANDARD_ERRORS * 1.6 * spread / math.sqrt(len(single))
     slack = 2e-4 * truth if uniform else 1e-3 * truth + error
-    figures = {"bits_per_dim": mean, "entropy": truth, "hint": _bits_hint(mean, truth)}
+    like = [w for w, k in MISTAKES.items() if math.isclose(mean, truth * k, rel_tol=2e-3)]
+    hint = f"; they differ by {like[0]}" if like else ""
+    figures = {"bits_per_dim": mean, "entropy": truth, "hint": hint}
     if mean < truth - slack:
         report.bug("bpd_below_entropy", **figures)
     elif uniform and mean > truth + slack:
@@ -116,41 +134,11 @@ def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: floa
         report.checked.append(f"uniform images under the uniform model: {mean:.6g} bits")
     else:
         report.assumed.append("the model is not the uniform one: its figures differ by image")
-        report.checked.append(
-            f"uniformly random images cost {mean:.6g} bits, not less than {truth:.6g}"
-        )
+        report.checked.append(f"random images cost {mean:.6g} bits, not less than {truth:.6g}")
         report.unchecked.append(
             "whether a figure above the entropy is right: pass the uniform model in place of the "
             "network"
         )
-
-
-def _bits_hint(mean: float, truth: float) -> str:
-    factors = {
-        "ln 2 (nats, not bits)": math.log(2),
-        "1 / ln 2": 1 / math.log(2),
-        "the number of channels": 3.0,
-        "the sign": -1.0,
-    }
-    for what, factor in factors.items():
-        if math.isclose(mean, truth * factor, rel_tol=2e-3):
-            return f"; they differ by {what}"
-    return "; log2(levels), for the scaling by the levels, is missing" * (abs(mean) < 1e-3)
-
-
-def _check_batch(
-    report: ReportBuilder, ask: Callable[[Tensor], Tensor], images: Tensor, again: Tensor
-) -> None:
-    """One image against eight copies of it."""
-    several = torch.stack([ask(images[:1].repeat_interleave(8, 0)).mean() for _ in range(12)])
-    alone, of_eight = float(again.mean()), float(several.mean())
-    # the error of a mean of 12 by Student's t with 11 degrees of freedom, at 1e-7
-    error = 11.0 * math.hypot(float(again.std()), float(several.std())) / math.sqrt(12)
-    if abs(of_eight - alone) > error + 1e-4 * (1 + abs(alone)):
-        ratio = of_eight / alone if alone else math.nan
-        report.bug("bpd_batch", alone=alone, of_eight=of_eight, ratio=ratio)
-    else:
-        report.checked.append("an image costs the same by itself and in a batch of eight copies")
 
 
 # --- importance-weighted bounds ----------------------------------------------------------------
@@ -182,117 +170,97 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
         >>> audit_importance_bound(lambda n: n.mean()).codes
         ('iw_gradient', 'iw_value')
     """
-    report = ReportBuilder(name_of(loss_from_neg_elbos))
+    report, loss = ReportBuilder(name_of(loss_from_neg_elbos)), loss_from_neg_elbos
     generator = torch.Generator().manual_seed(0)
     n = 3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 4.0
-    with Sandbox(loss_from_neg_elbos) as sandbox:
+    with Sandbox(loss) as sandbox:
 
-        def attempt(dtype: torch.dtype) -> list[_Fit]:
+        def attempt(dtype: torch.dtype, layouts: tuple[str, ...]) -> list[_Fit]:
             sandbox.use_dtype(dtype)
-            layouts = [("(B, K)",), ("(K, B)",)]
-            fit = partial(_bound_fits, sandbox, loss_from_neg_elbos, n.to(dtype))
-            (taken,), fits = first_form(layouts, fit)
-            with suppress(AuditError):
-                fits += fit("(K, B)") if taken == "(B, K)" else []
-            return fits
+            return [fit for layout in layouts for fit in _fits(sandbox, loss, n.to(dtype), layout)]
 
-        _, fits = first_form([(torch.float64,), (torch.float32,)], attempt)
-        best = min(fits, key=lambda fit: fit.rank)
+        types = (torch.float64, torch.float32)
+        forms = product(types, (LAYOUTS, LAYOUTS[:1], LAYOUTS[1:]))
+        (dtype, _), fits = first_form(forms, attempt)
+        best = min(fits, key=lambda fit: fit.off_value + fit.off_slope + fit.off_multiple)
         report.assumed.append(f"the layout is {best.layout}, with {best.way} over the batch")
-        _check_bound(report, best)
-        if best.has_value:
-            _check_range(report, sandbox, loss_from_neg_elbos, best)
+        _check_bound(report, best, 1e-6 if dtype == torch.float64 else 1e-4)
+        far = (n + 1500.0).to(dtype)  # the nats of images, where exp(-n) underflows
+        value = sandbox.ask(NAME, loss, far if best.layout == "(B, K)" else far.T)
+        if not value.isfinite().all():
+            report.warn("not_finite", "bound")
     return report.build(layout=best.layout)
 
 
-class _Fit:
-    """The errors of a loss as the importance-weighted bound, in one layout and one reduction.
+class _Fit(NamedTuple):
+    """A loss and its gradient beside the bound's, in one layout and one reduction."""
 
-    `value` has one number for each example or for all, `slope` (B, K) is its gradient: NaN if
-    there is none; both are `share` times those of the sum over the batch.
-    """
+    layout: str
+    way: str
+    value: Tensor
+    bound: Tensor
+    slope: Tensor | None  # (B, K)
+    weights: Tensor  # of the bound: its gradient
 
-    def __init__(
-        self, layout: str, way: str, share: float, n: Tensor, value: Tensor, slope: Tensor
-    ):
-        self.layout, self.way, self.dtype = layout, way, n.dtype
-        weights = share * torch.softmax(-n.double(), 1)
-        bound = math.log(n.shape[1]) - torch.logsumexp(-n.double(), 1)
-        bound = bound if len(value) == len(n) else share * bound.sum()[None]
-        self.given, self.expected = float(value.sum()), float(bound.sum())
-        self.off_each = (self.given - self.expected) / (share * len(n))
-        self.off_value = float((value - bound).abs().max() / (1 + bound.abs().max()))
-        self.off_slope = float((slope - weights).norm() / weights.norm())
-        self.factor = float((slope * weights).sum() / weights.square().sum())
-        off_multiple = float((slope - self.factor * weights).norm() / weights.norm())
-        tolerance = 1e-6 if n.dtype == torch.float64 else 1e-4
-        self.has_value, self.has_slope = self.off_value <= tolerance, self.off_slope <= tolerance
-        self.has_multiple = off_multiple <= tolerance and self.factor > 0
-        self.negative = float((slope < 0).double().mean())  # share of slopes below zero
-        errors = self.off_value + (0.0 if math.isnan(self.off_slope) else self.off_slope)
-        self.rank = (-self.has_value - self.has_slope, -self.has_multiple, errors)
+    @property
+    def off_value(self) -> float:
+        return float((self.value - self.bound).norm() / (1 + self.bound.norm()))
+
+    @property
+    def off_slope(self) -> float:
+        slope = 0 * self.weights if self.slope is None else self.slope
+        return float((slope - self.weights).norm() / self.weights.norm())
+
+    @property
+    def factor(self) -> float:
+        """The multiple of the bound's gradient that is nearest to the loss's."""
+        slope = 0 * self.weights if self.slope is None else self.slope
+        return float((slope * self.weights).sum() / self.weights.square().sum())
+
+    @property
+    def off_multiple(self) -> float:
+        return self._replace(weights=self.factor * self.weights).off_slope if self.factor else 1.0
 
 
-def _bound_fits(
+def _fits(
     sandbox: Sandbox, loss: Callable[[Tensor], Any], n: Tensor, layout: str
-) -> list[_Fit]:
-    """A loss in one layout, as the sum and as the mean over the batch."""
-    name, b = "loss_from_neg_elbos", len(n)
-    given = n.detach().clone().requires_grad_()
-    value = sandbox.call(name, loss, given if layout == "(B, K)" else given.T)
-    if not isinstance(value, Tensor):
-        value = sandbox.as_tensor(name, value)
-    if value.numel() not in (1, b):
-        raise AuditError(f"{name}: expected a number, or ({b},); got {tuple(value.shape)}")
-    slope = None
-    if value.requires_grad:
+) -> Iterator[_Fit]:
+    """A loss in one layout, as the sum and as the mean over the batch, or as one number each."""
+    given = n.clone().requires_grad_()
+    value = sandbox.call(NAME, loss, given if layout == "(B, K)" else given.T)
+    flat, slope, (b, k) = sandbox.as_tensor(NAME, value).reshape(-1), None, n.shape
+    if len(flat) not in (1, b):
+        raise AuditError(f"{NAME}: expected a number, or ({b},); got {tuple(value.shape)}")
+    if isinstance(value, Tensor) and value.requires_grad:
         (slope,) = torch.autograd.grad(value.sum(), given, allow_unused=True)
-    slope = torch.full_like(n, torch.nan) if slope is None else slope
-    value, slope = value.detach().double().reshape(-1), slope.double()
-    ways = {"one number each": 1.0} if len(value) == b else {"the mean": 1 / b, "the sum": 1.0}
-    return [_Fit(layout, way, share, n, value, slope) for way, share in ways.items()]
+    n = n.double()
+    each, weights = math.log(k) - torch.logsumexp(-n, 1), torch.softmax(-n, 1)
+    ways = {"the mean": 1 / b, "the sum": 1.0} if len(flat) == 1 else {"one number each": 1.0}
+    for way, share in ways.items():
+        bound = share * each.sum()[None] if len(flat) == 1 else each
+        yield _Fit(layout, way, flat, bound, slope, share * weights)
 
 
-def _check_bound(report: ReportBuilder, fit: _Fit) -> None:
-    if math.isnan(fit.off_slope):
+def _check_bound(report: ReportBuilder, fit: _Fit, tolerance: float) -> None:
+    """Compare the gradient and the value with those of the bound."""
+    trains = fit.off_slope <= tolerance
+    multiple = fit.off_multiple <= tolerance and fit.factor > 0
+    if fit.slope is None:
         report.unchecked.append("the gradient: the loss has none")
-    elif fit.has_slope:
+    elif trains:
         report.checked.append(f"gradient against the softmax weights: off by {fit.off_slope:.1g}")
-    elif fit.has_multiple:
+    elif multiple:
         report.warn("iw_gradient", "factor", factor=fit.factor)
     else:
-        wrong = ", and partly has the wrong sign: some draws are made worse"
-        signs = wrong * (fit.negative > 0.3)
-        report.bug("iw_gradient", distance=fit.off_slope, signs=signs)
-    if fit.has_value:
+        report.bug("iw_gradient", distance=fit.off_slope, share=(fit.slope < 0).double().mean())
+    if fit.off_value <= tolerance:
         report.checked.append(f"value against -log mean exp(-n): off by {fit.off_value:.1g}")
         return
-    constants = {"log K": math.log(7), "-log K": -math.log(7)}
-    hints = [
-        f"; it differs by the constant {what}"
-        for what, size in constants.items()
-        if math.isclose(fit.off_each, size, abs_tol=1e-4)
-    ]
-    if fit.has_slope:
-        hints.append("; the gradient is the bound's: it trains, but must not be reported")
-    report.find(
-        "iw_value",
-        "warning" if fit.has_slope or fit.has_multiple else "bug",
-        value=fit.given,
-        bound=fit.expected,
-        hint="".join(hints),
+    difference = fit.value.sum() - fit.bound.sum()
+    each = float(difference / fit.weights.sum())  # the weights of an example add up to one
+    hint = "; it differs by the constant log K" * math.isclose(
+        abs(each), math.log(7), abs_tol=1e-4
     )
-
-
-def _check_range(
-    report: ReportBuilder, sandbox: Sandbox, loss: Callable[[Tensor], Any], fit: _Fit
-) -> None:
-    """Whether the loss is finite at the nats of images, where exp(-n) underflows."""
-    generator = torch.Generator().manual_seed(1)
-    n = (3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 1500.0).to(fit.dtype)
-    with suppress(AuditError):
-        value = sandbox.call("loss_from_neg_elbos", loss, n if fit.layout == "(B, K)" else n.T)
-        if torch.as_tensor(value).isfinite().all():
-            report.checked.append("finite at 1500 nats")
-        else:
-            report.warn("not_finite", "bound")
+    hint += "; the gradient is the bound's: it trains, but must not be reported" * trains
+    severity = "warning" if multiple else "bug"
+    report.find("iw_value", severity, value=fit.value.sum(), bound=fit.bound.sum(), hint=hint)
