@@ -1,9 +1,8 @@
 """Audits of VAEs, flows and densities: what they compute, measured by calling them."""
 
-from musigma.audit.codes import CODES, check_codes
 from musigma.audit.density import audit_density
 from musigma.audit.figures import audit_bits, audit_importance_bound
-from musigma.audit.findings import AuditError, AuditReport, Finding
+from musigma.audit.findings import CODES, AuditError, AuditReport, Finding, check_codes
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
 from musigma.audit.posterior import audit_aggregate

@@ -90,7 +90,8 @@ def audit_density(log_prob: Any, dim: int) -> AuditReport:
     report.details |= {"integral": value, "error": error, "evaluations": density.count}
     off = abs(value - 1) > max(OFF, STANDARD_ERRORS * error)
     if off and is_sure and density.has_nan:
-        report.bug("not_finite", "density", integral=value)
+        at = f"at some points; over the others, its density integrates to {value:.5g}"
+        report.bug("not_finite", what="log_prob", at=at)
     elif off and is_sure:
         report.bug("not_normalised", integral=value, error=error, how=how)
     elif off:
@@ -110,7 +111,6 @@ class _Density:
     ):
         self.sandbox, self.call, self.dim, self.report = sandbox, call, dim, report
         self.count, self.has_nan, self.began, self.raises = 0, False, time.process_time(), 0
-        self.flat = False  # whether points are (N,)
         self.one_by_one = False  # whether a batch of points gives one number
         self.is_of_points = True  # so that there is a density to integrate
         self.inside = 0.0  # a coordinate of a point that it takes
@@ -123,35 +123,32 @@ class _Density:
         noise = np.random.default_rng(0).standard_normal((n, self.dim))
 
         def attempt(
-            rows: int, regular: bool, dtype: torch.dtype, spread: float, place: float, flat: bool
+            rows: int, regular: bool, dtype: torch.dtype, spread: float, place: float
         ) -> tuple[int, tuple[int, ...]]:
             self.sandbox.use_dtype(dtype)
-            self.flat, self.inside = flat, place
+            self.inside = place
             shape = tuple(self.value(place + spread * noise[:rows]).shape)
             if (regular and shape != (n,)) or (rows == 1 and not shape):
                 raise AuditError(f"log_prob: of {n} points, expected ({n},); got {shape}")
             return rows, shape
 
         # first noise: layers that initialize themselves start from it
-        types, flats = (torch.float64, torch.float32), (False, True)[: 1 + (self.dim == 1)]
-        points = list(product(types, (1.0, 0.0), PLACES, flats))
+        points = list(product((torch.float64, torch.float32), (1.0, 0.0), PLACES))
         forms = [(*how, *p) for how in ((n, True), (n, False), (1, False)) for p in points]
         rows, shape = first_form(forms, attempt, blame=len(points))[1]
-        if self.flat:
-            self.report.assumed.append("log_prob takes points as (N,)")
         if self.sandbox.dtype == torch.float32:
             self.report.assumed.append("it computes in float32 only")
-        said = {"shape": str(shape), "n": n, "dim": self.dim}
+        said = {"shape": str(shape), "n": n}
         self.one_by_one = rows == n and math.prod(shape) == 1
         if rows == 1:
             self.refuse("log_prob_shape", "raises", n=n)
-        elif shape in ((n, 1), (n, self.dim)):
-            column = "column" if shape == (n, 1) else "each_dimension"
-            self.report.warn("log_prob_shape", column, **said)
-        elif shape != (n,) and not self.one_by_one:
+        elif shape in ((n,), (n, 1), (n, self.dim)):
+            if shape != (n,) and self.dim > 1:
+                self.report.warn("log_prob_shape", "each", **said)
+        elif not self.one_by_one:
             if shape[0] != n and shape != (self.dim,):
                 raise AuditError(f"log_prob: of {n} points, expected ({n},); got {shape}")
-            self.refuse("log_prob_shape", "pairs" if shape == (n, n) else "", **said)
+            self.refuse("log_prob_shape", "", **said)
 
     def refuse(self, code: str, variant: str, **numbers: Any) -> None:
         """Report that there is no density of one point."""
@@ -161,7 +158,6 @@ class _Density:
     def value(self, x: np.ndarray, each: bool = False) -> Tensor:
         """What log_prob returns for points (N, dim): for all, or for each by itself."""
         points = torch.from_numpy(np.ascontiguousarray(x)).to(self.sandbox.dtype)
-        points = points[:, 0] if self.flat else points
         call, points = (torch.vmap(self.call), points[:, None]) if each else (self.call, points)
         with torch.no_grad():
             return self.sandbox.ask("log_prob", call, points)
@@ -250,11 +246,11 @@ def _depends_on_rows_only(density: _Density, report: ReportBuilder) -> bool:
     if density.one_by_one:
         total, own = float(density.value(rows).sum()), {"sum": alone.sum(), "mean": alone.mean()}
         how = [name for name, value in own.items() if abs(total - value) <= limit]
-        if how:
-            report.warn("log_prob_shape", "total", n=len(alone), how=how[0])
-        else:
-            density.refuse("log_prob_shape", "other_total", n=len(alone), total=total)
-        return density.is_of_points
+        if not how:
+            density.refuse("log_prob_shape", "total", n=len(alone), how="neither sum nor mean")
+            return False
+        report.warn("log_prob_shape", "total", n=len(alone), how=f"the {how[0]}")
+        return True
     batch, again = seeded(rows), density.of_rows(rows)
     if stochastic := bool(np.abs(again - batch).max() > limit):
         report.warn("stochastic", "log_prob", value=batch[0], again=again[0])

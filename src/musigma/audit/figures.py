@@ -77,7 +77,7 @@ def audit_bits(
         )
     report.details |= {"bits_per_dim": float(single.mean()), "entropy": truth}
     if not single.isfinite().all():
-        report.bug("not_finite", "bits")
+        report.bug("not_finite", what="the figure", at="for some uniformly random images")
         return report.build()
     _check_bits(report, single, float(again.std()), truth)
     alone, batch = float(again.mean()), float(of_eight.mean())

@@ -1,6 +1,6 @@
-"""Findings, and the report that holds them.
+"""Findings, the report that holds them, and the codes that they have.
 
-A finding has a code of `musigma.audit.codes`, from which its message and its repair are filled in.
+``codes.toml`` has each code's title, messages and repairs, and ``docs/findings`` a page about it.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from importlib import resources
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from musigma.audit.codes import CODES
-from musigma.files import finite
+from musigma.files import finite, parsed_toml
 from musigma.report.html import render, short
 
 __all__ = [
+    "CODES",
     "AuditError",
     "AuditReport",
+    "Code",
     "Finding",
     "ReportBuilder",
     "Severity",
+    "check_codes",
     "distance",
     "name_of",
 ]
@@ -34,6 +37,45 @@ Verdict = Literal["correct", "warning", "incomplete", "bug"]
 
 class AuditError(ValueError):
     """An object cannot be audited: which callable, what it did, and what was expected."""
+
+
+class Message(NamedTuple):
+    """What is wrong and what to do, as templates of `str.format` over a finding's numbers."""
+
+    text: str
+    repair: str
+
+
+class Code(NamedTuple):
+    """One kind of finding: what it means, and its messages by name; "" is the usual one."""
+
+    title: str
+    variants: Mapping[str, Message]
+
+
+CODES: dict[str, Code] = {
+    code: Code(row.pop("title"), {name: Message(**message) for name, message in row.items()})
+    for code, row in parsed_toml(
+        (resources.files("musigma.audit") / "codes.toml").read_text("utf-8")
+    ).items()
+}
+"""Every code, in the order of the index in ``docs/findings``."""
+
+
+def check_codes(allow: Iterable[str]) -> None:
+    """Refuse a name that is neither a code nor "incomplete".
+
+    Raises:
+        ValueError: If there is one.
+
+    Example:
+        >>> check_codes(["kl_scale", "incomplete"])
+    """
+    if unknown := [code for code in allow if code not in CODES and code != "incomplete"]:
+        raise ValueError(
+            f"allow: unknown code {', '.join(map(repr, unknown))}; the codes are incomplete, "
+            f"{', '.join(CODES)}"
+        )
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,9 @@ class _Laws:
         infinite = ways.forward[~ways.forward.isfinite()]
         off = _row_distance(ways.again, x)
         if len(infinite):
-            self.report.bug("not_finite", "model", value=infinite[0], **said)
+            self.report.bug(
+                "not_finite", what=f"log w or a log-determinant of {what}", at=self.when
+            )
         elif off > error:
             severity = "bug" if off > 1e-3 or what == "the model" else "warning"
             self.report.find("inverse_mismatch", severity, "model", error=off, **said)

@@ -9,8 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from musigma import __version__
-from musigma.audit.codes import CODES, Code
-from musigma.audit.findings import AuditReport
+from musigma.audit.findings import CODES, AuditReport, Code
 from musigma.files import finite
 
 __all__ = ["to_sarif"]

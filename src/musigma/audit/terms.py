@@ -128,7 +128,7 @@ def audit_log_prob_term(
         b = torch.linspace(-reach, reach, 34).double() if count == 3 else torch.zeros(1)
         fit, read_as = _fit(element, b), None
         if fit is None:
-            report.bug("not_finite", "term")
+            report.bug("not_finite", what="the term", at="for ordinary arguments")
             return report.build()
         if fit.flip * sign < 0:
             report.bug("prior_term_sign", what="log-density" if sign == 1 else "loss")
@@ -341,6 +341,7 @@ def _check_parameters(report: ReportBuilder, element: _Element, flip: int) -> No
     peaks, log_precisions = torch.tensor(rows, dtype=torch.float64).T
     factor, left = _slope(log_precisions, peaks, 1e-5)
     if left > SHARE:
-        report.bug("prior_term_mismatch", "parameters", share=left)
+        hint = " when its own parameters move"
+        report.bug("prior_term_mismatch", "entropy", share=left, hint=hint)
     else:
         report.checked.append(f"its own parameters: factor {factor:.5g}, off by {left:.1g}")

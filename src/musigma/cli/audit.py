@@ -62,7 +62,7 @@ def audit(
         out: A .html, .json or .txt file to write the report to as well.
         sarif: A .sarif file to write the findings to, for code scanning.
     """
-    from musigma.audit.codes import check_codes
+    from musigma.audit.findings import check_codes
     from musigma.audit.sarif import to_sarif
     from musigma.files import replacing, write_json
 
