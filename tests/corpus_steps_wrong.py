@@ -447,34 +447,38 @@ def weight_of_zero():
     return vae(half, lambda mu, b: 0.0 * kl_log_var(mu, b), bce)
 
 
-@entry("bug|warning|incomplete")
+def learned_prior(kl):
+    encode, decode, x = Encoder(), decoder(), data()
+    prior = nn.ParameterDict({"mean": torch.randn(L), "log_std": 0.7 * torch.randn(L)})
+
+    def step():
+        mu, s = encode(x)
+        z = mu + s.exp() * torch.randn_like(mu)
+        return (bce(decode(z), x) + kl(s, mu - prior["mean"], prior["log_std"]).sum()) / B
+
+    return Built(step, (encode, decode, prior, x))
+
+
+@entry("bug", "kl_mismatch")
 def width_of_the_learned_prior_forgotten():
-    encode, decode, x = Encoder(), decoder(), data()
-    prior = nn.ParameterDict({"mean": torch.randn(L), "log_std": 0.7 * torch.randn(L)})
-
-    def step():
-        mu, s = encode(x)
-        z = mu + s.exp() * torch.randn_like(mu)
-        m, p = prior["mean"], prior["log_std"]
-        kl = p - s + 0.5 * ((2 * s).exp() + (mu - m) ** 2) - 0.5  # no / var_p
-        return (bce(decode(z), x) + kl.sum()) / B
-
-    return Built(step, (encode, decode, prior, x))
+    return learned_prior(lambda s, d, p: p - s + 0.5 * ((2 * s).exp() + d**2) - 0.5)
 
 
-@entry("bug|warning|incomplete")
+@entry("bug", "kl_mismatch")
 def log_width_of_the_learned_prior_forgotten():
-    encode, decode, x = Encoder(), decoder(), data()
-    prior = nn.ParameterDict({"mean": torch.randn(L), "log_std": 0.7 * torch.randn(L)})
+    return learned_prior(lambda s, d, p: -s + 0.5 * ((2 * s).exp() + d**2) / (2 * p).exp() - 0.5)
 
-    def step():
-        mu, s = encode(x)
-        z = mu + s.exp() * torch.randn_like(mu)
-        m, p = prior["mean"], prior["log_std"]
-        kl = -s + 0.5 * ((2 * s).exp() + (mu - m) ** 2) / (2 * p).exp() - 0.5
-        return (bce(decode(z), x) + kl.sum()) / B
 
-    return Built(step, (encode, decode, prior, x))
+@entry("bug", "kl_mismatch")
+def logarithm_to_a_learned_prior_doubled():
+    return learned_prior(
+        lambda s, d, p: 2 * (p - s) + 0.5 * ((2 * s).exp() + d**2) / (2 * p).exp() - 0.5
+    )
+
+
+@entry("warning", "kl_offset")
+def half_forgotten_in_the_kl_to_a_learned_prior():
+    return learned_prior(lambda s, d, p: p - s + 0.5 * ((2 * s).exp() + d**2) / (2 * p).exp())
 
 
 @entry("warning|incomplete|bug")

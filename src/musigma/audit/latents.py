@@ -302,7 +302,11 @@ def holds(graph: Graph, latent: Latent) -> dict[int, Tensor]:
 
 def _begins_decoder(graph: Graph, node: Node, after_z: set[int]) -> bool:
     if node.name in SELECTIONS:
-        selects = [i for i in node.ins[1:] if graph[i].kind != "constant"]
+        selects = [
+            i
+            for i in node.ins[1:]
+            if graph[i].kind != "constant" and graph.get(i).dtype != torch.bool  # no padding
+        ]
         return node.ins[0] in after_z and bool(selects) and node.name != "embedding"
     if node.pointwise or node.view or node.name in REDUCTIONS:
         return False

@@ -41,6 +41,7 @@ __all__ = ["audit_step"]
 
 PER_LINE = 32  # latents of one line of code that are examined
 SECONDS = 300.0
+SLIPS = tuple(0.5 - 0.5 * math.log(d) - 0.5 / d for d in (0.5, 2.0))  # log sigma times d
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
             ValueError)  # fmt: skip
 
@@ -247,17 +248,22 @@ def _kl(
                 return
         else:
             prior = "a Gaussian whose mean and scale vary: a learned or conditional prior"
+            if offset is not None and min(abs(offset - slip) for slip in SLIPS) < 1e-5:
+                audit.bug("kl_mismatch", "step logarithm", where=d.where)
+                return
     error = prior_error(audit.graph, latent, audit.loss, d)
-    if not fit.is_standard:
-        if error is not None and error > 1e-3:
+    if not fit.is_standard and error is not None:
+        if error.size > 1e-3 and error.of_width:
+            audit.bug("kl_mismatch", "step width", where=d.where)
+            return
+        if error.size > 1e-3:
             audit.missing.append(
                 f"the prior of the KL{at(d.where)}: when its own mean and scale are moved, the "
-                f"loss is off by {error:.2g} of the change of a KL: log p is forgotten, say, or "
-                "the prior is a mixture"
+                f"loss is off by {error.size:.2g} of the change of a KL: the prior may be a "
+                "mixture, or be used elsewhere too"
             )
             return
-        if error is not None:
-            prior += ", in which the loss is that KL as well"
+        prior += ", in which the loss is that KL as well"
     audit.checked.append(f"KL ({how}) of what is sampled to {prior}{at(d.where)}{bound}")
     if d.by_draws and not d.importance and error is None:
         _normalized(audit, latent, d, gaussian=True)

@@ -58,7 +58,9 @@ class Fit:
     @property
     def weight(self) -> float:
         """The weight of log sigma, per latent of one example."""
-        return -self.copies * float(self.scale[1].nanmedian()) if self.scale.numel() else math.nan
+        weights = -self.scale[1]
+        counted = weights[weights.abs() > _zero(weights)]  # a padding is not
+        return self.copies * float(counted.nanmedian()) if counted.numel() else math.nan
 
     @property
     def is_kl(self) -> bool:

@@ -10,13 +10,27 @@ from torch import Tensor
 
 from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import REDUCTIONS, Latent, frontier
-from musigma.audit.probes import Over, Prober, Probes
-from musigma.audit.step_kl import LINEAR, Divergence, Fit, fit_moments, terms
+from musigma.audit.probes import Over, Prober, gradient
+from musigma.audit.scales import READINGS
+from musigma.audit.step_kl import LINEAR, Divergence, fit_moments, terms
 
 __all__ = ["kl_offset", "log_normalizer", "prior_error"]
 
 
-def prior_error(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float | None:
+@dataclass(frozen=True)
+class PriorError:
+    """How a loss differs from a KL when the heads of its prior are moved.
+
+    Args:
+        size: Relative to the change of the loss.
+        of_width: The difference is the weighted sum of the log widths of the prior, or half of it.
+    """
+
+    size: float
+    of_width: bool
+
+
+def prior_error(graph: Graph, latent: Latent, loss: int, d: Divergence) -> PriorError | None:
     r"""How far the loss is from a KL to the prior when the heads of the prior are moved.
 
     The loss as a function of the heads of q has shown the prior's mean c and scale p. With other
@@ -24,46 +38,152 @@ def prior_error(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float
     KL(q | N(c', p')) - KL(q | N(c, p)): a loss without log p, say, does not.
 
     Returns:
-        The error relative to the change; None if the prior has no heads, or if more than the
-        prior changes.
+        None if the prior has no heads, or if more than the prior changes.
     """
-    if d.fit is None or not latent.diagonal:
+    heads, found = _to_priors(graph, latent, loss, d, 2)
+    if len(found) < 3:
         return None
+    first, *moved = found
+    losses = torch.stack([kl.losses - first.losses for kl in moved])
+    expected = torch.stack([kl.values - first.values for kl in moved])
+    off = losses - expected
+    size = float(expected.abs().max() + losses.abs().max())
+    changes = torch.tensor([kl.log_widths - first.log_widths for kl in moved])[:, None]
+    of_width = any(
+        bool((off.abs() - k * changes.abs()).abs().max() < 1e-4 * size) for k in (0.5, 1.0)
+    )
+    if float(changes.abs().max()) < 1e-6 * float(first.weights.sum()):
+        of_width = _has_bare_logarithms(graph, loss, d, heads, found)
+    return PriorError(float(off.abs().max()) / size if size > 1e-9 else 0.0, of_width)
+
+
+def _has_bare_logarithms(
+    graph: Graph, loss: int, d: Divergence, heads: list[dict[int, Tensor]], found: list[_ToPrior]
+) -> bool:
+    """Whether the loss has log widths of a prior, by entries of its heads that do nothing else.
+
+    The slopes in such entries do not depend on the heads of q.
+    """
+    rows = []
+    for fixed, kl in zip(heads, found, strict=True):
+        leaves = {i: t.clone().requires_grad_() for i, t in fixed.items()}
+        runs = [graph.run({**d.held, **p, **leaves}, [loss])[loss].sum() for p in kl.places[:2]]
+        slopes = torch.stack([gradient(f, leaves) for f in runs])
+        rows.append((torch.cat([t.reshape(-1) for t in fixed.values()]), slopes))
+    slopes = torch.stack([s for _, s in rows], 1)
+    least = 1e-6 * slopes.abs().max()
+    alone = ((slopes[0] - slopes[1]).abs() < least).all(0) & (slopes[0].abs() > least).all(0)
+    expected = float(found[0].weights.sum())
+    for reading in READINGS.values():
+        sums = []
+        for b, (slope, _) in rows:
+            b = b[alone].requires_grad_()
+            of_log = gradient(reading.sigma(b).log().sum(), {0: b})
+            sums.append(float((slope[alone] / of_log).sum()))
+        if any(all(abs(t / expected - k) < 1e-3 for t in sums) for k in (0.5, 1.0)):
+            return True
+    return False
+
+
+def _to_priors(
+    graph: Graph, latent: Latent, loss: int, d: Divergence, times: int
+) -> tuple[list[dict[int, Tensor]], list[_ToPrior]]:
+    """The heads of the prior as they were, and moved a few times; and what is seen then.
+
+    Nothing is seen if the prior has no heads, or if more than the prior changes.
+    """
     own = _prior_heads(graph, latent, loss, d)
-    if not own:
-        return None
+    heads = [{i: graph.get(i) for i in own}]
     generator = torch.Generator().manual_seed(29)
-    moved = {
-        i: graph.get(i) + 0.6 * torch.rand(graph[i].shape, generator=generator).double()
-        for i in own
-    }
-    found = []
-    for fixed in ({i: graph.get(i) for i in own}, moved):
+    for _ in range(times if own else 0):
+        noise = {i: torch.rand(graph[i].shape, generator=generator).double() for i in own}
+        heads.append({i: graph.get(i) + 0.6 * u for i, u in noise.items()})
+    found: list[_ToPrior] = []
+    for fixed in heads:
         prober = Prober(graph, latent, d.heads, fixed)
-        probes = prober.measure(loss, d.held, d.by_draws) if prober.usable else None
-        if probes is None:
+        kl = _ToPrior.of(prober, loss, d) if latent.diagonal and prober.usable else None
+        if kl is None or not torch.allclose((found or [kl])[0].weights, kl.weights, rtol=1e-4):
+            return heads, []
+        found.append(kl)
+    return heads, found
+
+
+def _readings(heads: list[dict[int, Tensor]], i: int, kl: _ToPrior) -> list[Tensor]:
+    """The changes of the weighted sum of the log widths, if a head is read as a width."""
+    weight = float(kl.weights.sum()) / heads[0][i].numel()
+    found = []
+    for reading in READINGS.values():
+        sums = [float(reading.sigma(each[i]).log().sum()) for each in heads]
+        found.append(weight * torch.tensor([s - sums[0] for s in sums[1:]]))
+    return found
+
+
+@dataclass
+class _ToPrior:
+    """The losses (T,) at T places of the heads of q, and the KL to the prior that is seen there.
+
+    `places` hold all heads; `weights` (n,) are those of the latents, `log_widths` is their
+    weighted sum of log p.
+    """
+
+    places: list[dict[int, Tensor]]
+    losses: Tensor
+    values: Tensor
+    weights: Tensor
+    log_widths: float
+
+    @classmethod
+    def of(cls, prober: Prober, loss: int, d: Divergence) -> _ToPrior | None:
+        """From the gradients of a loss; None if it is no KL."""
+        probes = prober.measure(loss, d.held, d.by_draws)
+        fit = fit_moments(probes, d.fit.copies) if probes is not None and d.fit else None
+        if probes is None or fit is None or not fit.is_kl:
             return None
-        fit = fit_moments(probes, d.fit.copies)
-        if not fit.is_kl:
+        means, scales = probes.moving
+        entries = prober.latents().round().long()
+        n, both = prober.graph[prober.latent.z].numel, means & scales
+        rows = [
+            _by_latent(coefficients, torch.cat([entries[own & ~both], entries[both]]), n)
+            for coefficients, own in ((fit.mean, means), (fit.scale, scales))
+        ]
+        if rows[0] is None or rows[1] is None:
             return None
-        found.append((prober, probes, fit))
-    weights = [-fit.scale[1] for _, _, fit in found]
-    if not torch.allclose(weights[0], weights[1], rtol=1e-4):
+        (a, b), (c, d_) = rows[0], rows[1]
+        weights = torch.where(-d_ > 1e-9 * -d_.min(), -d_, 0.0)
+        there = weights > 0
+        centre = torch.where(there, -b / a, 0.0)
+        width = torch.where(there, (-d_ / c).sqrt(), 1.0)
+        values = []
+        for place in prober.places:
+            with torch.no_grad():
+                mean, sigma = prober.latent.moments(prober.graph, {**prober.fixed, **place})
+            mean, sigma = mean.reshape(-1), sigma.abs().reshape(-1)
+            square = (sigma**2 + (mean - centre) ** 2) / (2 * width**2)
+            values.append((weights * (square + (width / sigma).log() - 0.5)).sum())
+        return cls(
+            [{**prober.fixed, **{i: t.detach() for i, t in p.items()}} for p in prober.places],
+            torch.tensor(probes.values), torch.stack(values), weights,
+            float((weights * width.log()).sum()),
+        )  # fmt: skip
+
+
+def _by_latent(coefficients: Tensor, entries: Tensor, n: int) -> Tensor | None:
+    """Coefficients by latent, from those by entry of the heads; None if they do not agree."""
+    if len(entries.unique()) != n:
         return None
-    values = [_divergences(*each) for each in found]
-    if values[0] is None or values[1] is None:
-        return None
-    losses = [torch.tensor(probes.values) for _, probes, _ in found]
-    expected = values[1] - values[0]
-    error = (losses[1] - losses[0] - expected).abs().max()
-    size = expected.abs().max() + (losses[1] - losses[0]).abs().max()
-    return float(error / size) if float(size) > 1e-9 else 0.0
+    found = coefficients.new_zeros(len(coefficients), n)
+    found[:, entries] = coefficients
+    return found if torch.allclose(found[:, entries], coefficients, rtol=1e-3) else None
 
 
 def _prior_heads(graph: Graph, latent: Latent, loss: int, d: Divergence) -> list[int]:
-    """The values by layers, or parameters, that meet the heads of q entry by entry."""
+    """The values by layers, or parameters, that meet the heads of q entry by entry.
+
+    Not those that the heads of q are computed from: they belong to the latents before it.
+    """
     live = graph.upstream([loss], stop=d.held)
-    own = {latent.z, *latent.heads}
+    own = {latent.z, *d.heads}
+    before = own | graph.upstream(d.heads)
     region, todo = set(own), list(own)
     sides: list[int] = []
     met: list[int] = []
@@ -80,7 +200,7 @@ def _prior_heads(graph: Graph, latent: Latent, loss: int, d: Divergence) -> list
             todo += [o for o in outs if o not in region]
             region.update(outs)
     sides = [i for i in dict.fromkeys(sides) if graph[i].origin & Origin.PARAMETERS]
-    found = [i for i in frontier(graph, sides, stops=own | set(d.held)) if i not in own]
+    found = [i for i in frontier(graph, sides, stops=own | set(d.held)) if i not in before]
     return [i for i in found if _meets(graph, d, i, met)]
 
 
@@ -96,46 +216,17 @@ def _meets(graph: Graph, d: Divergence, i: int, met: list[int]) -> bool:
     return False
 
 
-def _divergences(prober: Prober, probes: Probes, fit: Fit) -> Tensor | None:
-    """The weighted KL at each place, by the prior that the fit has found."""
-    entries = prober.latents().round().long()
-    means, scales = probes.moving
-    order = [entries[means & ~scales], entries[scales & ~means]]
-    if (means & scales).any() or not all(len(o) for o in order):
-        return None
-    c, p = fit.prior
-    values = []
-    for place in prober.places:
-        over: Over = {**prober.fixed, **place}
-        with torch.no_grad():
-            mean, sigma = prober.latent.moments(prober.graph, over)
-        mean, sigma = mean.reshape(-1), sigma.abs().reshape(-1)
-        n = mean.numel()
-        centre, width, weight = mean.new_zeros(n), mean.new_ones(n), mean.new_zeros(n)
-        if max(len(o) for o in order) != n or len(order[0]) != len(order[1]):
-            return None
-        centre[order[0]], width[order[1]], weight[order[1]] = c, p, -fit.scale[1]
-        square = (sigma**2 + (mean - centre) ** 2) / (2 * width**2)
-        values.append((weight * (square + (width / sigma).log() - 0.5)).sum())
-    return torch.stack(values)
-
-
 def kl_offset(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float | None:
-    """What is left of the KL where q is the prior, in nats; None if it is not known.
-
-    The prior is the one normal distribution of all latents that the coefficients are of.
-    """
-    if d.fit is None or not latent.diagonal or d.by_draws:
+    """What is left of the KL where q is the prior, in nats by latent; None if it is not known."""
+    if d.fit is None or d.by_draws:
         return None
-    centre, width = d.fit.prior
-    if not (centre.numel() and width.numel()):
-        return None
-    if any(float(t.max() - t.min()) > 1e-6 for t in (centre, width)):
-        return None
-    after = graph.downstream([latent.z, *d.heads], stop=d.held)
+    heads, found = _to_priors(graph, latent, loss, d, 1)
+    after = graph.downstream([latent.z, *d.heads, *heads[0]], stop=d.held)
     parts = _subtotals(graph, latent, loss, after, d.held)
-    if not parts:
-        return None
+    others = graph.upstream(parts, stop={latent.z, *d.heads, *heads[0], *d.held})
+    others -= {latent.z, *d.heads, *heads[0]}
+    if not found or not parts or any(graph[i].kind == "parameter" for i in others):
+        return None  # or there is more in it, such as the KL of another latent
     leaves = {i: graph.get(i).double().clone().requires_grad_() for i in parts}
     value = graph.run({**d.held, **leaves}, [loss])[loss]
     if not value.requires_grad:
@@ -143,18 +234,12 @@ def kl_offset(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float |
     slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     if any(s is None for s in slopes):
         return None
-    prober = Prober(graph, latent, d.heads)
-    place = prober.places[0]
-    now = graph.run({**d.held, **{i: t.detach() for i, t in place.items()}}, parts)
-    got = sum(float((s * now[i]).sum()) for s, i in zip(slopes, parts, strict=True))
-    with torch.no_grad():
-        mean, sigma = latent.moments(graph, place)
-    weight = -float(d.fit.scale[1].nanmedian())
-    if float((-d.fit.scale[1] - weight).abs().max()) > 1e-6 * weight:
-        return None
-    c, p = centre[0], width[0]
-    kl = 0.5 * ((mean - c) ** 2 + sigma**2) / p**2 - 0.5 - (sigma.abs() / p).log()
-    return (got - weight * float(kl.sum())) / weight
+    offsets = []
+    for kl in found:
+        now = graph.run({**d.held, **kl.places[0]}, parts)
+        got = sum(float((s * now[i]).sum()) for s, i in zip(slopes, parts, strict=True))
+        offsets.append((got - float(kl.values[0])) / float(kl.weights.sum()))
+    return offsets[0] if max(offsets) - min(offsets) < 1e-4 else None
 
 
 def _subtotals(graph: Graph, latent: Latent, loss: int, after: set[int], held: Over) -> list[int]:
