@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -35,6 +35,7 @@ OTHER = re.compile(
     r"sampl|param|draw|kl|div|elbo|bound|loss|objective|criterion|cod|forward|step|train|flow|vae",
     re.IGNORECASE,
 )
+LIKE = {"-sigma": torch.neg, "-sigma^2": lambda s: -(s**2), "1 / sigma": torch.reciprocal}
 LOSS = re.compile(r"nll|neg|loss|minus", re.IGNORECASE)
 
 
@@ -110,46 +111,47 @@ def audit_log_prob_term(
     if sign not in (1, -1):
         raise AuditError(f"sign: expected 1 for a log-density, or -1 for a loss; got {sign!r}")
     report, order = ReportBuilder(name_of(term)), _order(required(term))
-    shapes: list[tuple[int, ...]] = [(3, 4), (1, 4), (1, 1)]
-    if example is not None:
-        z = example if isinstance(example, Tensor) else example[order[0] if order else 0]
-        shapes = [tuple(z.shape)]
     with Sandbox(term) as sandbox:
+        shapes = [(2, 17), *dict.fromkeys(tuple(t.shape) for t in sandbox.trainable()), (1, 1)]
+        if example is not None:
+            z = example if isinstance(example, Tensor) else example[order[0] if order else 0]
+            shapes = [tuple(z.shape)]
 
-        def attempt(dtype: torch.dtype, count: int, shape: tuple[int, ...]) -> _Element:
+        def attempt(
+            dtype: torch.dtype, count: int, least: float, shape: tuple[int, ...]
+        ) -> tuple[_Term, _Fit | None]:
             sandbox.use_dtype(dtype)
-            element = _Element(sandbox, term, order if count == 3 else None, count, shape)
-            element(*(0.3, -0.4, 0.8)[:count])
-            return element
+            called = _Term(sandbox, term, order if count == 3 else None, count)
+            return called, _fit(called, shape, least)
 
-        forms = product((torch.float64, torch.float32), (3, 1), shapes)
-        (_, count, _), element = first_form(list(forms), attempt)
-        reach = 6.0 if sandbox.dtype == torch.float64 else 2.0
-        b = torch.linspace(-reach, reach, 34).double() if count == 3 else torch.zeros(1)
-        fit, read_as = _fit(element, b), None
+        types = (torch.float64, torch.float32)
+        _, (called, fit) = first_form(product(types, (3, 1), (-6.0, 0.1), shapes), attempt)
         if fit is None:
             report.bug("not_finite", what="the term", at="for ordinary arguments")
             return report.build()
         if fit.flip * sign < 0:
             report.bug("prior_term_sign", what="log-density" if sign == 1 else "loss")
         report.details |= {"factor": sign * fit.flip * fit.factor, "constant": fit.constant}
+        read_as = None
         if not fit.is_parabola:
-            _check_integral(report, fit.flip, element)
-        elif count == 1:
+            _check_integral(report, fit.flip, called)
+        elif not fit.is_diagonal and called.count == 3:
+            report.missing.append("the term: its elements depend on each other")
+        elif called.count == 1:
             report.assumed.append("term(z) is of one fixed Gaussian")
             report.checked.append(f"a parabola in z around {float(fit.center[0]):.5g}")
-            _check_parameters(report, element, fit.flip)
-        elif fit.center.abs().max() > 1e3 * fit.tolerance:
+            if fit.is_diagonal and fit.unexplained > SHARE:
+                hint = " when its own parameters move"
+                report.bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=hint)
+        elif fit.center.abs().max() > 1e4 * called.tolerance:
             report.bug("prior_term_mismatch", "center", off=float(fit.center.abs().max()))
         else:
-            read_as = _check_scale(report, fit)
+            read_as = _check_scale(report, fit, 10 * called.tolerance)
     return report.build(read_as=read_as)
 
 
-class _Element:
-    """A term as a function of one element of its arguments; the other elements stay fixed."""
-
-    OFFSETS = torch.tensor([-3.0, -1.5, -0.4, 0.0, 0.4, 1.5, 3.0], dtype=torch.float64)
+class _Term:
+    """A term as a function of (z, mean, second), or of z only."""
 
     def __init__(
         self,
@@ -157,113 +159,123 @@ class _Element:
         term: Callable[..., Any],
         order: tuple[int, int, int] | None,
         count: int,
-        shape: tuple[int, ...],
     ):
         self.sandbox, self.term, self.count = sandbox, term, count
         self.order = order or tuple(range(count))
-        generator = torch.Generator().manual_seed(0)
-        fixed = 0.3 + torch.rand(count, *shape, generator=generator, dtype=torch.float64)
-        self.fixed = fixed.to(sandbox.dtype)
+        self.tolerance = 1e-6 if sandbox.dtype == torch.float64 else 2e-3
 
-    def of(self, z: Tensor, *rest: Tensor) -> Any:
-        """What the term returns for z, mean and second, in its own order."""
-        given = (z, *rest)
+    def __call__(self, *given: Tensor) -> Any:
         return self.term(*(given[self.order.index(i)] for i in range(len(given))))
 
-    def __call__(self, *values: float) -> float:
-        """The sum of the term's numbers with z, mean and second at one place."""
-        given = self.fixed.clone()
-        for tensor, value in zip(given, values, strict=True):
-            tensor.view(-1)[-1] = value
-        value = self.sandbox.ask("term", self.of, *given)
-        if value.numel() > (n := given[0].numel()):
+    def slope(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of its numbers, its gradient in z, and z, as parts of one graph."""
+        z, *rest = given
+        z = z.detach().requires_grad_()
+        value = self.sandbox.call("term", self, z, *rest)
+        if self.sandbox.as_tensor("term", value).numel() > z.numel():
             raise AuditError(
-                f"term: given {tuple(given[0].shape)}, expected a number or {n} of them; got "
+                f"term: given {tuple(z.shape)}, expected a number or {z.numel()} of them; got "
                 f"{tuple(value.shape)}"
             )
-        return float(value.sum())
+        if not (isinstance(value, Tensor) and value.requires_grad):
+            raise AuditError("term: its value has no gradient in z")
+        return value.sum(), _gradient(value, z), z
 
-    def around(self, *rest: float) -> Tensor:
-        """Its values at `OFFSETS` from the mean; NaN where the term raises or is not finite."""
-        center = rest[0] if rest else 0.0
-        try:
-            y = [self(center + t, *rest) for t in self.OFFSETS.tolist()]
-        except AuditError as error:
-            if error.__cause__ is None:
-                raise
-            y = [math.nan] * len(self.OFFSETS)
-        return torch.tensor(y, dtype=torch.float64)
+
+def _gradient(value: Tensor, *of: Tensor) -> Tensor:
+    """The gradient of a sum in a tensor, or in several as one row; zero where there is none."""
+    slopes: Any = [torch.zeros_like(t) for t in of]
+    if value.requires_grad:
+        slopes = torch.autograd.grad(value.sum(), of, create_graph=True, materialize_grads=True)
+    return slopes[0] if len(of) == 1 else torch.cat([slope.flatten() for slope in slopes])
 
 
 class _Fit(NamedTuple):
-    """A term as parabolas in z, one for each b that was given as its second parameter.
+    """A term as parabolas in z: of each element, with b as its second parameter.
 
-    The peaks of a Gaussian's are -log sigma, and the curvatures -1 / (2 sigma^2): `factor` is the
-    slope of peaks over 0.5 log(-2 curvature), and `sigma` what the curvatures alone say.
+    The peaks of a Gaussian's are -log sigma, and its curvatures -1 / sigma^2. So where parameters
+    move, the peaks move like log(-curvature) / 2, times the factor of the term.
     """
 
-    b: Tensor
     flip: int  # 1 of a log-density, -1 of a loss
     is_parabola: bool
-    center: Tensor  # of each, less the mean that was given
-    sigma: Tensor
-    peak: Tensor
+    is_diagonal: bool  # no element depends on another
+    b: Tensor  # ascending
+    sigma: Tensor  # what the curvatures alone say, at each b
+    center: Tensor  # less the mean that was given
     factor: float
     constant: float
-    unexplained: float  # share of the variation of the peaks
-    tolerance: float
+    unexplained: float  # share of the slopes of the peaks
+    like: str  # what the peaks move like instead
 
 
-def _fit(element: _Element, b: Tensor) -> _Fit | None:
-    """The fit of a term at second parameters b (n,), n = 1 if it takes none; None without any."""
-    means = 1.3 * torch.sin(2.0 * torch.arange(len(b)))
-    given = zip(means.tolist(), b.tolist(), strict=True) if element.count == 3 else [()]
-    y = torch.stack([element.around(*rest) for rest in given])
-    finite = y.isfinite().all(1)
-    if not finite.any():
+def _fit(term: _Term, shape: tuple[int, ...], least: float) -> _Fit | None:
+    """The fit of a term at second parameters from a least one to 6, or at its own parameters."""
+    n, own = math.prod(shape), term.sandbox.trainable() if term.count == 1 else []
+    count = 6 if own else -(-34 // n) if term.count == 3 else 1
+    generator = torch.Generator().manual_seed(0)
+    elements, moves, values = [], [], []
+    for i in range(count):
+        if own:
+            term.sandbox.randomize(0.5, i)
+        b = torch.linspace(least, 6.0, n * count)[i::count].reshape(shape).requires_grad_()
+        mean, v = 0.3 + torch.rand(2, *shape, generator=generator)
+        mean = mean * (term.count == 3)
+        rest, moved = ([], own) if term.count == 1 else ([mean, b], [b])
+        _, g, z = term.slope(mean, *rest)
+        low, near, far = (term.slope(mean + k * v, *rest)[1] / 3.5 for k in (-3, 0.5, 4))
+        curvature, along = _gradient(g, z), _gradient(g * v, z)
+        center, sigma = (z - g / curvature).detach(), curvature.abs().rsqrt()
+        peak, log_precision = term.slope(center, *rest)[0], -sigma.log()
+        rows = [b, sigma, center - mean, curvature * v, along, near - low, far - near, far]
+        table = torch.stack([t.detach().flatten() for t in rows])
+        usable = table[5:].isfinite().all(0)
+        elements.append(table[:, usable].double())
+        if moved:
+            functions = [peak, log_precision, *(like(sigma) for like in LIKE.values())]
+            slopes = torch.stack([_gradient(f, *moved).detach().flatten() for f in functions])
+            moves.append(slopes[:, usable] if term.count == 3 else slopes)
+        values.append((float(peak.detach()) / n, float(log_precision.detach().mean())))
+    b, sigma, center, alone, along, first, second, far = torch.cat(elements, 1)
+    if not len(b):
         return None
-    b, y, t = b[finite], y[finite], element.OFFSETS
-    design = torch.stack([torch.ones_like(t), t, t**2], 1)
-    tolerance = 1e-6 if element.sandbox.dtype == torch.float64 else 2e-3
-    coefficients = torch.linalg.lstsq(design, y.T).solution
-    height = (y - y.mean(1, keepdim=True)).abs().amax(1) + 1e-9 * tolerance
-    rough = (y.T - design @ coefficients).abs().amax(0) / height
-    c0, c1, c2 = coefficients
-    flip = 1 if float(c2.sign().sum()) <= 0 else -1
-    peaks, log_precision = flip * (c0 - c1**2 / (4 * c2)), 0.5 * (2 * c2.abs()).log()
-    factor, unexplained = _slope(log_precision, peaks, tolerance)
-    of_gaussian = log_precision.mean() - 0.5 * math.log(2 * math.pi * max(factor, 1e-9))
+    flip = 1 if float(far.sign().sum()) <= 0 else -1  # it falls far from the mean
+    peak, entropy, *others = torch.cat(moves, 1).double() if moves else torch.zeros(2, 1).double()
+    peak = flip * peak
+    factor = float((peak @ entropy) / (entropy @ entropy)) if entropy.norm() > 1e-9 else 1.0
+    like = [f", but like {w}" for w, t in zip(LIKE, others, strict=False) if _parallel(peak, t)]
+    of_one = 0.5 * math.log(2 * math.pi * max(factor, 1e-9))
+    order = b.argsort()
+
+    def same(x: Tensor, y: Tensor) -> bool:
+        return bool(((x - y).abs() <= 10 * term.tolerance * y.abs()).all())
+
     return _Fit(
-        b=b,
         flip=flip,
-        is_parabola=bool((rough < 10 * tolerance).all() and (flip * c2 < -1e-9 * height).all()),
-        center=-c1 / (2 * c2),
-        sigma=(-log_precision).exp(),
-        peak=peaks,
+        is_parabola=same(first, along) and same(second, along) and bool((flip * along < 0).all()),
+        is_diagonal=same(alone, along),
+        b=b[order],
+        sigma=sigma[order],
+        center=center,
         factor=factor,
-        constant=float(peaks.mean() - factor * of_gaussian),
-        unexplained=unexplained,
-        tolerance=10 * tolerance,
+        constant=sum(flip * y - factor * (x - of_one) for y, x in values) / len(values),
+        unexplained=float((peak - factor * entropy).norm() / (peak.norm() + 1e-6)),
+        like=(*like, "")[0],
     )
 
 
-def _slope(x: Tensor, y: Tensor, tolerance: float) -> tuple[float, float]:
-    """The slope of y over x, 1 if x is constant; the share of y's variation that is not in it."""
-    x, y = x - x.mean(), y - y.mean()
-    slope = float((x * y).sum() / x.square().sum()) if float(x.norm()) > tolerance else 1.0
-    return slope, float((y - slope * x).norm() / (y.norm() + 0.01))
+def _parallel(a: Tensor, b: Tensor) -> bool:
+    """Whether one is a positive multiple of the other."""
+    return float(torch.cosine_similarity(a, b, 0)) > 1 - 1e-6
 
 
-def _check_scale(report: ReportBuilder, fit: _Fit) -> str | None:
+def _check_scale(report: ReportBuilder, fit: _Fit, tolerance: float) -> str | None:
     """Whether peaks and curvatures have the same sigma; how it is read."""
     if fit.unexplained > SHARE:
-        shapes = {"-sigma": -fit.sigma, "-sigma^2": -(fit.sigma**2), "1 / sigma": 1 / fit.sigma}
-        like = [f", but changes like {w}" for w, t in shapes.items() if _linear(fit.peak, t)]
-        hint = (*like, "")[0]
-        report.bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=hint)
+        report.bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=fit.like)
         return None
     scale = math.sqrt(max(fit.factor, 0.0))
-    plain, whole = (name_curve(fit.b, fit.sigma * k, fit.tolerance) for k in (1.0, scale))
+    plain, whole = (name_curve(fit.b, fit.sigma * k, tolerance) for k in (1.0, scale))
     weighted = abs(fit.factor - 1) > SHARE
     if fit.factor < SHARE or (weighted and _is_usual(plain) and not _is_usual(whole)):
         report.bug(
@@ -288,18 +300,13 @@ def _is_usual(curve: Curve) -> bool:
     return curve.named and abs(curve.noise_scale - 1) < 1e-4
 
 
-def _linear(y: Tensor, x: Tensor) -> bool:
-    """Whether y is a linear function of x."""
-    return abs(float(torch.corrcoef(torch.stack([y, x]))[0, 1])) > 1 - 1e-9
-
-
-def _check_integral(report: ReportBuilder, flip: int, element: _Element) -> None:
+def _check_integral(report: ReportBuilder, flip: int, term: _Term) -> None:
     """Whether exp of a term that is no parabola integrates to one over z."""
 
-    def signed(z: Tensor, rest: Sequence[float]) -> Any:
-        return flip * element.of(z, *(torch.full_like(z, value) for value in rest))
+    def signed(z: Tensor, rest: tuple[float, ...]) -> Any:
+        return flip * term(z, *(torch.full_like(z, value) for value in rest))
 
-    ends = [()] if element.count == 1 else [(-0.7, 0.5), (0.4, 1.0), (1.3, 2.0)]
+    ends = [()] if term.count == 1 else [(-0.7, 0.5), (0.4, 1.0), (1.3, 2.0)]
     values = []
     for rest in ends:
         with suppress(AuditError):
@@ -310,38 +317,3 @@ def _check_integral(report: ReportBuilder, flip: int, element: _Element) -> None
         report.checked.append(f"not a Gaussian's, but exp of it integrates to {integral:.6g}")
     else:
         report.bug("prior_term_mismatch", integral=integral)
-
-
-def _check_parameters(report: ReportBuilder, element: _Element, flip: int) -> None:
-    """Whether a fixed Gaussian stays normalized when its own parameters move.
-
-    Its slope in z is linear, which gives each element's curvature and center.
-    """
-    sandbox, rows = element.sandbox, []
-    shapes = {tuple(t.shape) for t in sandbox.trainable() if t.numel() > 1} or {(1, 1)}
-    if not sandbox.trainable() or len(shapes) > 1:
-        return
-    shape, generator = shapes.pop(), torch.Generator().manual_seed(0)
-    at = torch.stack(
-        [torch.zeros(shape), torch.ones(shape), torch.rand(shape, generator=generator)]
-    )
-    for seed in range(6):
-        sandbox.randomize(0.5, seed)
-        slopes = []
-        for z in at:
-            z.requires_grad_()
-            value = sandbox.call("term", element.term, z)
-            slopes.append(flip * torch.autograd.grad(value.sum(), z)[0])
-        curvature = slopes[0] - slopes[1]
-        linear = torch.allclose(slopes[2], slopes[0] - curvature * at[2], 1e-3, 1e-3)
-        if not linear or (curvature <= 0).any():
-            return
-        peak = sandbox.ask("term", element.term, slopes[0] / curvature).sum()
-        rows.append((flip * float(peak), 0.5 * float(curvature.log().sum())))
-    peaks, log_precisions = torch.tensor(rows, dtype=torch.float64).T
-    factor, left = _slope(log_precisions, peaks, 1e-5)
-    if left > SHARE:
-        hint = " when its own parameters move"
-        report.bug("prior_term_mismatch", "entropy", share=left, hint=hint)
-    else:
-        report.checked.append(f"its own parameters: factor {factor:.5g}, off by {left:.1g}")
