@@ -5,7 +5,7 @@ from musigma.audit.figures import audit_bits, audit_importance_bound
 from musigma.audit.findings import CODES, AuditError, AuditReport, Finding, check_codes
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
-from musigma.audit.posterior import audit_aggregate
+from musigma.audit.moments import audit_aggregate
 from musigma.audit.step import audit_step
 from musigma.audit.targets import FoundStep, NoStepError, audit, find_step
 from musigma.audit.terms import audit_log_prob_term

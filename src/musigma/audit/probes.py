@@ -13,7 +13,7 @@ from torch import Tensor
 from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent
 
-__all__ = ["Over", "Prober", "Probes", "gradient"]
+__all__ = ["Over", "Prober", "Probes", "gradient", "packing"]
 
 TRIALS = 7
 MOST_COLUMNS = 64  # of a covariance
@@ -253,3 +253,27 @@ def gradient(value: Tensor, place: Over) -> Tensor:
     found = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
     parts = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
     return torch.cat([p.reshape(-1).double() for p in parts])
+
+
+def packing(graph: Graph, latent: Latent) -> str | None:
+    """The layout of an output that holds means and scales, such as "halves, mean first"."""
+    prober = Prober(graph, latent)
+    if len(latent.heads) > 1 or not latent.diagonal or not prober.usable:
+        return None
+    moves = (torch.stack(prober.moments, 1).abs() > 1e-14).any(1)
+    shape = graph[latent.heads[0]].shape
+    if len(shape) < 2 or bool((moves[1] == moves[2:].any(0)).any()):
+        return None
+    means = moves[1].reshape(shape[0], *shape[1:])[0]
+    for dim, size in enumerate(means.shape):
+        along = means.movedim(dim, 0).reshape(size, -1)
+        first = along[:, 0]
+        if size % 2 or not (along == first[:, None]).all():
+            continue
+        order = "mean first" if first[0] else "scale first"
+        where = f" of dimension {dim + 1}" if dim else ""
+        if (first[: size // 2] == first[0]).all() and (first[size // 2 :] != first[0]).all():
+            return f"halves{where}, {order}"
+        if (first[::2] == first[0]).all() and (first[1::2] != first[0]).all():
+            return f"interleaved{where}, {order}"
+    return None

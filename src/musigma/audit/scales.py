@@ -119,6 +119,17 @@ class Curve:
         return value if self.bounds == NONE else value.clamp(low, high)
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether it is a plain reading but for a floor or bounds."""
+        return not self.plain and self.noise_scale == 1 and not self.more
+
+    @property
+    def smallest(self) -> float:
+        """The smallest standard deviation at any b from -60 to 60."""
+        b = torch.linspace(-60, 60, 241, dtype=torch.float64)
+        return float(self.sigma(b).nan_to_num(0.0).min())
+
+    @property
     def text(self) -> str:
         """The name with all parameters, in words."""
         words = [self.name]

@@ -12,9 +12,10 @@ import torch
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
 from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent, find_latents, holds, meetings, stray_draws
-from musigma.audit.probes import Prober, gradient
+from musigma.audit.probes import Prober, gradient, packing
 from musigma.audit.runs import Run, Runner, at, short_place
 from musigma.audit.sandbox import Sandbox
+from musigma.audit.scales import READINGS
 from musigma.audit.step_flow import judge_dequantization, judge_flow
 from musigma.audit.step_kl import (
     Divergence,
@@ -37,11 +38,12 @@ from musigma.audit.step_weight import (
     root_of,
 )
 
-__all__ = ["audit_step"]
+__all__ = ["StepAudit", "audit_step", "examine"]
 
 PER_LINE = 32  # latents of one line of code that are examined
 SECONDS = 300.0
 SLIPS = tuple(0.5 - 0.5 * math.log(d) - 0.5 / d for d in (0.5, 2.0))  # log sigma times d
+NARROW = 0.9  # a smallest sigma above this is a bug, beside a prior of standard deviation 1
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
             ValueError)  # fmt: skip
 
@@ -83,16 +85,21 @@ def audit_step(step: Callable[[], Any]) -> AuditReport:
     """
     if not callable(step):
         raise AuditError(f"step: expected a callable without arguments; got {type(step).__name__}")
-    audit = StepAudit(name_of(step))
     with Sandbox(step, seconds=SECONDS, as_is=True) as sandbox:
-        audit.runner = Runner(audit, sandbox, step)
-        try:
-            run = audit.runner.first()
-            if run is not None:
-                audit.judge(run)
-        except FAILURES as error:
-            audit.missing.append(_failed("the step", error))
-    return audit.build()
+        return examine(step, sandbox, name_of(step)).build()
+
+
+def examine(step: Callable[[], Any], sandbox: Sandbox, subject: str) -> StepAudit:
+    """The audit of a step, before its report is built; the sandbox restores what it uses."""
+    audit = StepAudit(subject)
+    audit.runner = Runner(audit, sandbox, step)
+    try:
+        run = audit.runner.first()
+        if run is not None:
+            audit.judge(run)
+    except FAILURES as error:
+        audit.missing.append(_failed("the step", error))
+    return audit
 
 
 class StepAudit(ReportBuilder):
@@ -105,6 +112,7 @@ class StepAudit(ReportBuilder):
         differentiable: Whether what the step returned requires a gradient.
         convention: The reading of the second output by the sampler.
         read_as: The reading of it by the KL.
+        layout: The layout of a packed output.
     """
 
     graph: Graph
@@ -116,10 +124,13 @@ class StepAudit(ReportBuilder):
         super().__init__(subject)
         self.convention: str | None = None
         self.read_as: str | None = None
+        self.layout: str | None = None
 
     def build(self, **more: Any) -> AuditReport:
         """The report, with the convention."""
-        return super().build(convention=self.convention, read_as=self.read_as, **more)
+        return super().build(
+            convention=self.convention, read_as=self.read_as, layout=self.layout, **more
+        )
 
     def judge(self, run: Run) -> None:
         """Examine all latents; of a step without any, the flow."""
@@ -179,7 +190,12 @@ def _judge_latent(audit: StepAudit, latent: Latent, latents: list[Latent]) -> No
     found = find_divergence(graph, latent, latents, loss)
     curve = sampled_scale(graph, latent, found.heads) or sampled_scale(graph, latent)
     name = curve.name if curve is not None and curve.named else None
+    if curve is not None:
+        audit.details.setdefault("convention", curve.to_dict())
+    if not latent.diagonal:
+        name = "full covariance"
     audit.convention = audit.convention or name
+    audit.layout = audit.layout or packing(graph, latent)
     place = at(latent.where)
     shape = graph[latent.z].shape
     text = curve.text if curve is not None and curve.named else "a function without a name"
@@ -191,6 +207,8 @@ def _judge_latent(audit: StepAudit, latent: Latent, latents: list[Latent]) -> No
     if latent.shared:
         audit.bug("noise_shared", "step", where=latent.where, noise=tuple(latent.noise_shape),
                   shape=tuple(shape))  # fmt: skip
+    if curve is not None and curve.name != "unit variance" and curve.smallest >= NARROW:
+        audit.bug("sigma_range_restricted", where=latent.where, smallest=curve.smallest)
     if found.kind == "kl" and _tied(graph, latent):
         audit.bug("heads_tied", "step", where=latent.where)
     {
@@ -435,19 +453,32 @@ def _wrong(
         return
     audit.read_as = d.read_as
     fit = d.fit
-    if d.read_as is not None and d.read_as == name:
-        curve = sampled_scale(audit.graph, latent)
+    curve = sampled_scale(audit.graph, latent)
+    if d.read_as is not None and d.read_as == name and curve is not None and curve.is_bounded:
+        audit.warn("kl_mismatch", "bounds", where=d.where, curve=curve.text)
+    elif d.read_as is not None and d.read_as == name:
         audit.bug("kl_mismatch", "step noise", where=d.where, read=d.read_as,
                   sampled=curve.text if curve is not None else "another function")  # fmt: skip
     elif d.read_as is not None:
-        audit.bug("kl_mismatch", "step reading", where=d.where, sampled=name or "unnamed",
-                  read=d.read_as)  # fmt: skip
+        _report_readings(audit, d, name or "unnamed")
     elif fit is not None and fit.residual < 1e-3 and fit.mean.numel() and fit.scale.numel():
         a, c, e = (float(t.nanmedian()) for t in (fit.mean[0], fit.scale[0], fit.scale[1]))
         audit.bug("kl_mismatch", "step coefficients", where=d.where, a=a, c=c, d=e)
     else:
         off = fit.residual if fit is not None else math.nan
         audit.bug("kl_mismatch", "step", where=d.where, residual=off)
+
+
+def _report_readings(audit: StepAudit, d: Divergence, sampled: str) -> None:
+    """Report a KL that reads the second output otherwise than the sampler does."""
+    a, b = READINGS.get(sampled), READINGS.get(d.read_as or "")
+    if a is None or b is None or not (a.variance and b.variance):
+        audit.bug("kl_mismatch", "step reading", where=d.where, sampled=sampled, read=d.read_as)
+        return
+    words = {f"sampler_{key}": value for key, value in a._asdict().items() if key != "sigma"}
+    words |= {f"kl_{key}": value for key, value in b._asdict().items() if key != "sigma"}
+    words |= {"read_as": d.read_as}
+    audit.bug("kl_mismatch", "step variance", where=d.where, **words)
 
 
 def _negative(

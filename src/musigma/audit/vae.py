@@ -1,42 +1,38 @@
-r"""The audit of a variational autoencoder, given as callables.
+r"""The audit of a variational autoencoder that is given as callables.
 
-It measures what the sampler computes, z = mean + sigma(second) e, by scanning the second tensor;
-whether the KL is that of the Gaussian so sampled, by regression; and whether prior, noise, heads
-and weights are consistent. It uses only what the callables return.
+The callables are put together to a training step, z = sample(encode(x)), loss = reconstruction +
+KL, which `audit_step` examines. What no step shows is compared besides: the prior of the KL with
+the given one and with that of generation.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from musigma.audit.findings import AuditError, AuditReport
-from musigma.audit.kl import check_kl
-from musigma.audit.kl_weight import check_kl_weight
-from musigma.audit.posterior import (
-    check_generation,
-    check_heads,
-    check_noise,
-    check_scale,
-    full_posterior,
-    measured_posterior,
-)
-from musigma.audit.sampler import Sampler, find_packing
-from musigma.audit.sandbox import Sandbox, arguments, by_float_type, first_form, refusals_ignored
-from musigma.audit.vae_state import FullPosterior, Posterior, Prior, VAEAudit, exchanged
+from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, distance
+from musigma.audit.latents import find_latents
+from musigma.audit.moments import moments_differ
+from musigma.audit.probes import Prober
+from musigma.audit.runs import Runner
+from musigma.audit.sandbox import Sandbox
+from musigma.audit.step import StepAudit, examine
+from musigma.audit.step_kl import Fit, entropy, fit_moments
+from musigma.audit.vae_step import Moments, Parts, Prior
 
 __all__ = ["audit_vae"]
 
-ESSENTIAL = {"sample": "what is sampled", "kl": "the KL"}
-PARTS = {
-    "generate": "the prior of generation",
-    "recon": "the weight of the KL",
-}
-SIZES = (6, 2, 4, 8, 16, 20, 32, 10, 64, 3, 5, 128, 1)  # of a latent, where nothing gives it
+ARGUMENTS = {"sample": ("mean", "second"), "kl": ("mean", "second", "z"), "decode": ("z",),
+             "encode": ("x",), "recon": ("x", "x_hat")}  # fmt: skip
+DRAWS = 20_000  # of generation
+LARGEST = 64  # numbers in a latent, up to which matrices are compared
 
 
 def audit_vae(
@@ -55,8 +51,7 @@ def audit_vae(
 ) -> AuditReport:
     r"""Whether a VAE's KL is the KL of what it samples, and its other parts are consistent.
 
-    Checks run in float64 where the model allows it, each with a false-alarm probability below
-    1e-6. The model is restored to the bit.
+    The model is restored to the bit.
 
     Args:
         encode: ``encode(x) -> (mean, second)``, or one packed tensor.
@@ -69,13 +64,12 @@ def audit_vae(
         generate: ``generate(n) -> z``, draws of the prior.
         example: A batch x; without `encode`, its shape is tried as that of a latent.
         prior: What KL and generation should use: a mean and a standard deviation, a distribution
-            of torch, or a callable ``log_prob(z)`` that returns (B,); by default N(0, 1).
+            of torch, or a callable ``log_prob(z)`` that returns (B,); by default that of the KL.
         flow: ``flow(z) -> (z_K, log_det)``, which transforms what is sampled; the prior is that
             of z_K, and log_det is (B,).
         kl_uses_sample: Whether the KL takes z as well; with a flow it does.
-        documented_mean: ``documented_mean(mean, second)``, the documented E[z]; by default the
-            mean.
-        loss: ``loss(x)``, the whole loss.
+        documented_mean: ``documented_mean(mean, second)``, the documented E[z].
+        loss: ``loss(x)``, the whole loss; it is then examined in place of its terms.
 
     Raises:
         AuditError: If a callable raises, does not end, or returns something unexpected.
@@ -102,199 +96,265 @@ def audit_vae(
             raise AuditError(f"{name}: expected a callable; got {type(fn).__name__}")
     if encode is not None and example is None:
         raise AuditError("example: encode needs one; give a batch x")
-
-    def attempt(dtype: torch.dtype, gradients: bool = False) -> AuditReport:
-        with Sandbox(*functions.values(), prior) as sandbox, torch.set_grad_enabled(gradients):
-            sandbox.use_dtype(dtype)
-            try:
-                return _audit(VAEAudit(sandbox, functions, example, prior, kl_uses_sample))
-            except AuditError as error:
-                if gradients or "does not require grad" not in str(error):
-                    raise
-        return attempt(dtype, gradients=True)
-
-    return by_float_type(attempt)
+    given = {name: fn for name, fn in functions.items() if fn is not None}
+    with Sandbox(*given.values(), prior, as_is=True) as sandbox, torch.enable_grad():
+        sandbox.restore_modes()
+        return _audit(Parts(sandbox, given, example, prior, kl_uses_sample))
 
 
-def _audit(audit: VAEAudit) -> AuditReport:
-    for parts, notes in ((ESSENTIAL, audit.missing), (PARTS, audit.unchecked)):
-        notes += [f"{what}: there is no `{name}`" for name, what in parts.items()
-                  if not audit.has(name)]  # fmt: skip
-    if audit.has("encode"):
-        _find_heads(audit)
-    posterior = _posterior(audit, _sampler(audit)) if audit.has("sample") else None
-    if posterior is not None:
-        if audit.has("kl"):
-            check_kl(audit, posterior)
-        check_scale(audit, posterior)
-    elif audit.has("kl", "sample"):
-        audit.missing.append("the KL: what is sampled is unknown")
-    if audit.has("generate"):
-        check_generation(audit)
-    if audit.has("encode"):
-        check_kl_weight(audit)
-        check_heads(audit, posterior)
+def _audit(parts: Parts) -> AuditReport:
+    if not parts.has("sample"):
+        report = ReportBuilder("VAE")
+        report.missing.append("what is sampled: there is no `sample`")
+        return report.build()
+    noisy = _enable_sampling(parts)
+    audit = _examine(parts)
+    if not noisy:
+        _report_fixed_noise(audit, parts)
+    if parts.has("kl"):
+        prior = _check_prior(audit, parts)
+        _check_batch(audit, parts)
+    else:
+        audit.missing[:] = ["the KL: there is no `kl`"]
+        prior = (parts.prior or Prior(None, parts.latent)).moments
+    if parts.has("documented_mean"):
+        _check_mean(audit, parts)
+    if parts.has("generate"):
+        _check_generation(audit, parts, prior)
+    else:
+        audit.unchecked.append("the prior of generation: there is no `generate`")
+    for name, i in sorted(parts.sandbox.changed):
+        if i < len(ARGUMENTS.get(name, ())):
+            audit.warn("inplace", name=name, argument=ARGUMENTS[name][i])
+    audit.assumed += parts.notes
     return audit.build()
 
 
-def _find_heads(audit: VAEAudit) -> None:
-    """The encoder's heads for the example; finds out the layout of a packed tensor."""
-    audit.layout = "two tensors, mean first"
-    value = _alone(audit.call("encode", audit.example.clone()))
-    sample = audit.functions.get("sample")
-    if isinstance(value, Tensor) and (sample is None or arguments(sample) != 1):
-        audit.layout = "packed; sample takes two tensors, so what splits it is unknown"
-        audit.unchecked.append(f"layout: {audit.layout}")
-    elif isinstance(value, Tensor) and sample is not None:
-        packed = audit.sandbox.as_tensor("encode", value)
-        _enable_sampling(audit, lambda: sample(audit.sandbox.to_input(packed)))
-        packing = find_packing(audit.sandbox, sample, packed)
-        audit.layout = packing.name
-        audit.checked.append(f"layout: {packing.name}, by moving one number at a time")
-        encode, kl = audit.functions["encode"], audit.functions.get("kl")
-        audit.functions["encode"] = lambda x: packing.unpack(_alone(encode(x)))
-        audit.functions["sample"] = packing.packed(sample)
-        if kl is not None and arguments(kl) == (2 if audit.kl_uses_sample else 1):
-            audit.functions["kl"] = packing.packed(kl)
-    mean, second = audit.heads = audit.encoded()
-    if not (mean.isfinite().all() and second.isfinite().all()):
-        audit.bug("not_finite", "encode", finite_share=mean.isfinite().double().mean())
-    elif _is_coupled(audit):
-        audit.coupled = True
-        audit.assumed.append(
-            "the rows of the example are parts of one example, as the nodes of a graph: the "
-            "encoder's answer for one depends on the others"
-        )
+def _examine(parts: Parts) -> StepAudit:
+    """The audit of the loss; where it is not enough, of a step that is made of its terms."""
+    failed = []
+    if parts.has("loss"):
+        audit = examine(parts.loss, parts.sandbox, "VAE")
+        if not audit.missing:
+            return audit
+        failed = [f"the loss: {line}" for line in audit.missing]
+    audit = examine(parts.step, parts.sandbox, "VAE")
+    audit.missing += failed
+    with torch.no_grad():
+        z = parts.z(parts.heads())
+        recon, given = parts.answer(z)
+        alike = not parts.has("kl") or (given and (
+            parts.divergence(parts.heads(), z).ndim == 0) == (recon.ndim == 0))  # fmt: skip
+    if not given:
+        audit.unchecked.append("the weight of the KL: there is no `recon`")
+    elif not alike:
+        audit.unchecked.append("the weight of the KL: one term is not reduced over the batch")
+        _drop(audit, "reduction_imbalance")
+    if parts.has("kl") and parts.power not in (0.0, 1.0, None) and not given:
+        growth = 8.0**parts.power
+        audit.warn("reduction_imbalance", "growth", growth=growth, examples=8)
+    return audit
 
 
-def _is_coupled(audit: VAEAudit) -> bool:
-    """Whether the head of the first row changes where all other rows are that row as well."""
-    alike = audit.example[:1].expand_as(audit.example)
-    answers = []
-    for x in (audit.example, audit.example, alike):
-        audit.sandbox.reseed()
-        answers.append(audit.encoded(x)[0])
-    one, again, other = (mean[0] for mean in answers)
-    return torch.equal(one, again) and bool((one - other).abs().max() > 1e-3 * answers[0].std())
+def _drop(audit: StepAudit, code: str) -> None:
+    """Remove the findings of a code."""
+    for key in [key for key, finding in audit.findings.items() if finding.code == code]:
+        del audit.findings[key]
 
 
-def _alone(value: Any) -> Any:
-    """The only entry of a tuple or a list; anything else as it is."""
-    return value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
-
-
-def _enable_sampling(audit: VAEAudit, call: Callable[[], Any]) -> None:
-    """Put a sampler that draws in training mode only into that mode, but not norms and dropout."""
+def _enable_sampling(parts: Parts) -> bool:
+    """Whether the sampler draws; one that does so in training mode only is put into that mode."""
     unchanged = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
     def draws() -> bool:
         answers = []
         for seed in (1, 2):
-            audit.sandbox.reseed(seed)
-            answers.append(audit.sandbox.ask_first("sample", call))
+            parts.sandbox.reseed(seed)
+            with torch.no_grad():
+                answers.append(parts.z(parts.heads()))
         return not torch.equal(*answers)
 
-    with refusals_ignored():  # of this trial input
-        if draws():
-            return
-        for module in audit.sandbox.layers():
-            module.training |= not isinstance(module, unchanged)
-        if draws():
-            audit.assumed.append("it samples in training mode only, and was audited in that mode")
-            return
-        for root in audit.sandbox.modules:
-            root.eval()
+    if draws():
+        return True
+    layers = [m for m in parts.sandbox.layers() if not isinstance(m, unchanged)]
+    modes = [m.training for m in layers]
+    for module in layers:
+        module.training = True
+    if draws():
+        parts.notes.append("it samples in training mode only, and is audited in that mode")
+        return True
+    for module, mode in zip(layers, modes, strict=True):
+        module.training = mode
+    return False
 
 
-def _latent_shapes(audit: VAEAudit) -> list[tuple[int, ...]]:
-    """Shapes that a latent may have, likely ones first, where there is no encoder."""
-    shapes = [tuple(audit.example.shape[1:])] if audit.has_example else []
-    shapes += [(n,) for n in SIZES] + [(4, 2, 3)]
-    if audit.has("generate"):
-        with contextlib.suppress(AuditError):
-            audit.sandbox.reseed(1)
-            z = audit.ask("generate", 3)
-            if z.ndim > 1 and len(z) == 3:
-                shapes.insert(0, tuple(z.shape[1:]))
-    inputs = {"decode": 1, "kl": 0 if audit.has("flow") else 2 + audit.kl_uses_sample}
-
-    def accepted(shape: tuple[int, ...]) -> int:
-        one = audit.sandbox.to_input(torch.ones(3, *shape))
-        count = 0
-        for name, n in inputs.items():
-            if audit.has(name) and n:
-                with refusals_ignored():
-                    audit.sandbox.reseed(1)
-                    audit.call(name, *(one.clone() for _ in range(n)))
-                    count += 1
-        return count
-
-    return sorted(dict.fromkeys(shapes), key=accepted, reverse=True)
-
-
-def _sampler(audit: VAEAudit) -> Sampler:
-    """The sampler, by the shape of the latent, the noise, and the order of its arguments."""
-    sample = audit.functions["sample"]
-    reference = None
-    if audit.heads is None:
-        shapes = [(shape, shape) for shape in _latent_shapes(audit)]
-    else:
-        mean, second = audit.heads
-        shapes = [(tuple(mean.shape[1:]), tuple(second.shape[1:]))]
-        if second[0].numel() not in (1, mean[0].numel()):
-            reference = second[0].flatten()
-
-    def attempt(latent: tuple[int, ...], second: tuple[int, ...]) -> Sampler:
-        mean = audit.sandbox.to_input(torch.zeros(audit.rows or 3, *latent))
-        b = torch.ones(second) if reference is None else reference.reshape(second)
-        b = audit.sandbox.to_input(b).expand(len(mean), *second)
-        _enable_sampling(audit, lambda: sample(mean.clone(), b.clone()))
-        return Sampler(audit.sandbox, sample, latent, second, audit.rows, reference)
-
-    s = first_form(shapes, attempt)[1]
-    audit.latents = s.d
-    if audit.heads is None:
-        audit.assumed.append(f"a latent of shape {s.latent}")
-    audit.assumed += s.notes
-    flow = audit.functions.get("flow")
-    audit.prior = Prior(audit.given_prior, s.latent, audit.sandbox, flow)
-    return s
-
-
-def _posterior(audit: VAEAudit, s: Sampler) -> Posterior | FullPosterior | None:
-    """Measure and check what is sampled; None if nothing is known about it."""
-    if not s.reference_draw(3, 0).isfinite().all():
-        audit.bug("not_finite", "sample")
-        return None
-    if s.still:
+def _report_fixed_noise(audit: StepAudit, parts: Parts) -> None:
+    """The bug of a sampler that returns the same at every call: no noise, or always the same."""
+    with torch.no_grad():
+        alike = tuple(t.detach()[:1].expand_as(t) for t in parts.heads())
+        z = parts.z(alike)
+    if (z == z[:1]).all():
         audit.bug("sample_scale", "no_noise", sigma=0.0)
-        audit.convention = "no noise"
-        return None
-    if s.is_matrix and audit.heads is not None:
-        posterior = full_posterior(audit, s, audit.heads)
     else:
-        s = _mean_first(audit, s)
-        posterior = measured_posterior(audit, s)
-    check_noise(audit, s)
-    return posterior
+        audit.bug("noise_shared", "calls", calls=2, different=0)
 
 
-def _mean_first(audit: VAEAudit, s: Sampler) -> Sampler:
-    """The sampler with the mean first; if its first argument is the scale, all are exchanged."""
-    if s.e != s.d or s.mode == "moments":
-        return s
-    m = torch.linspace(0.3, 0.9, 5)[:, None].expand(5, s.d).contiguous()
-    b = torch.linspace(0.8, 1.4, 5).flip(0)[:, None].expand(5, s.d).contiguous()
-    loc, _, misfit = s.measure(m, b)
-    near = 1e-3 + 3 * s.scale_error
-    at_b = float((loc - b).abs().max()) < near < float((loc - m).abs().max())
-    if not at_b or (misfit >= 1e-3).any():
-        return s
-    audit.swapped, audit.layout = True, "two tensors, scale first"
-    for name in audit.functions.keys() & {"sample", "kl", "documented_mean"}:
-        audit.functions[name] = exchanged(audit.functions[name])
-    if audit.heads is not None:
-        encode = audit.functions["encode"]
-        audit.functions["encode"] = lambda x: audit.heads_of(encode(x))[::-1]
-        audit.heads = audit.heads[1], audit.heads[0]
-    return Sampler(audit.sandbox, audit.functions["sample"], s.second, s.latent, s.rows)
+# --- the prior ----------------------------------------------------------------------------------
+
+
+def _check_prior(audit: StepAudit, parts: Parts) -> Moments | None:
+    """Compare the KL with that to the given prior; the moments of its prior, if they are known."""
+    fit, weight = _measure(parts)
+    if fit is not None and fit.size == 0:
+        audit.bug("kl_constant")
+        return None
+    if parts.prior is None:
+        return _moments(fit, parts) if fit is not None and fit.is_kl else None
+    prior, d = parts.prior, math.prod(parts.latent)
+    if not _check_flow(audit, parts):
+        return prior.moments
+    by_draws = parts.kl_uses_sample or parts.has("flow")
+    full = not (by_draws or prior.is_product)
+    if full and (d > LARGEST or not _is_quadratic(prior, parts.latent)):
+        if fit is not None and fit.is_kl:  # to a Gaussian, which the given prior is not
+            audit.bug("kl_mismatch", "prior")
+            return prior.moments
+        _drop(audit, "kl_mismatch")
+        audit.missing.append("the prior of the KL: a closed form to this prior is not compared")
+        return prior.moments
+    of_one = len(parts.target) ** ((1.0 if parts.power is None else parts.power) - 1)
+    fit, _ = _measure(parts, of_one if math.isnan(weight) else weight, full)
+    if fit is not None and fit.is_kl and fit.is_standard:
+        audit.read_as = audit.convention
+        audit.checked.append("the KL is that to the given prior")
+        about = ("the KL of z", "the prior of")
+        audit.missing[:] = [line for line in audit.missing if not line.startswith(about)]
+        _drop(audit, "kl_mismatch")
+    elif not any(key.startswith("kl_mismatch") for key in audit.findings):
+        audit.bug("kl_mismatch", "prior")
+    return prior.moments
+
+
+def _measure(parts: Parts, weight: float = 0.0, full: bool = False) -> tuple[Fit | None, float]:
+    """The coefficients of the KL alone, and its weight; NaN where it is not known.
+
+    With a weight, the given prior is replaced by N(0, 1). `full`: averages are exact for terms in
+    which the latents are multiplied with each other.
+    """
+    nothing = None, math.nan
+    step = functools.partial(parts.kl_to_normal, weight)
+    run = Runner(ReportBuilder("VAE"), parts.sandbox, step).again()
+    latents = find_latents(run.graph, run.loss) if run is not None else []
+    if run is None or len(latents) != 1:
+        return nothing
+    latent = replace(latents[0], diagonal=False) if full else latents[0]
+    prober = Prober(run.graph, latent)
+    probes = prober.measure(run.loss, {}, by_draws=True) if prober.usable else None
+    if probes is None:
+        return nothing
+    copies = run.graph[latent.z].numel / max(1, int(probes.moving[0].sum()))
+    fit = fit_moments(probes, max(copies, 1.0))
+    log_q = None if fit.is_kl else entropy(prober, run.loss, {})
+    return fit, fit.weight if log_q is None and fit.is_kl else log_q[0] if log_q else math.nan
+
+
+def _moments(fit: Fit, parts: Parts) -> Moments | None:
+    """The moments of a Gaussian prior, if it is the same for all examples."""
+    d, found = math.prod(parts.latent), []
+    for t in fit.prior:
+        rows = t.reshape(-1, d) if t.numel() % d == 0 else t[:, None]
+        if not t.numel() or not (rows - rows[:1]).abs().max() < 1e-4:
+            return None
+        found.append(rows[0].expand(d))
+    return found
+
+
+def _is_quadratic(prior: Prior, latent: tuple[int, ...]) -> bool:
+    """Whether a log-density is of second degree, by its third differences."""
+    generator = torch.Generator().manual_seed(4)
+    z, step = torch.randn(2, 16, *latent, generator=generator, dtype=torch.float64)
+    with torch.no_grad(), contextlib.suppress(RuntimeError):
+        a, b, c, d = (prior.log_prob(z + k * step) for k in range(4))
+        return bool((d - 3 * c + 3 * b - a).abs().max() < 1e-4 * d.abs().max())
+    return False
+
+
+def _check_flow(audit: StepAudit, parts: Parts) -> bool:
+    """Whether the flow's log-determinants are those of autograd's Jacobian."""
+    d = math.prod(parts.latent)
+    if not parts.has("flow") or d > LARGEST:
+        return True
+    z = torch.randn(4, *parts.latent, generator=torch.Generator().manual_seed(6))
+    stated = parts.pushed(z)[1].detach().expand(4)
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda row: parts.pushed(row)[0], row[None])
+        for row in z
+    ]
+    true = torch.linalg.slogdet(torch.stack([j.reshape(d, d) for j in jacobians]).double())[1]
+    off = (true - stated).abs() / (1 + true.abs())
+    w = int(off.argmax())
+    if off[w] > 1e-3:
+        audit.bug("logdet_mismatch", "posterior_flow", log_det=stated[w], expected=true[w])
+        return False
+    audit.checked.append(f"the log-determinant of the flow, against autograd: {float(off[w]):.1e}")
+    return True
+
+
+# --- other checks -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _check_batch(audit: StepAudit, parts: Parts) -> None:
+    """Whether the KL of an example depends on the others in its batch."""
+    heads = parts.heads()
+    z = parts.z(heads)
+    parts.sandbox.reseed()
+    kl = parts.divergence(heads, z)
+    if kl.ndim == 0 or len(kl) != len(z) or len(z) < 3:
+        return
+
+    def others(t: Tensor) -> Tensor:
+        return torch.cat([t[:1], t[1:2].expand_as(t[1:])])
+
+    parts.sandbox.reseed()
+    again = parts.divergence(tuple(others(t) for t in heads), others(z))
+    if distance(again[:1], kl[:1]) > 1e-4:
+        audit.bug("cross_sample", "kl")
+
+
+@torch.no_grad()
+def _check_mean(audit: StepAudit, parts: Parts) -> None:
+    """E[z] of many draws against the documented mean."""
+    heads = parts.heads()
+    z = torch.stack([parts.z(heads) for _ in range(1000)]).double()
+    expected = parts.call("documented_mean", *heads).reshape(z.shape[1:])
+    off = (z.mean(0) - expected).abs() / (z.std(0) / math.sqrt(len(z))).clamp(min=1e-9)
+    if off.max() > 7:
+        at = off.flatten().argmax()
+        mean, documented = z.mean(0).flatten()[at], expected.flatten()[at]
+        audit.bug("sample_mean", mean_of_z=mean, expected=documented)
+    else:
+        audit.checked.append(f"the mean of z is the documented one, over {len(z)} draws")
+
+
+def _check_generation(audit: StepAudit, parts: Parts, moments: Moments | None) -> None:
+    """The moments of ``generate(n)`` against those of the prior."""
+    few = parts.call("generate", 8)
+    if not isinstance(few, Tensor) or few.ndim < 2 or few[0].numel() != math.prod(parts.latent):
+        shape = tuple(getattr(few, "shape", ()))
+        audit.unchecked.append(
+            f"the prior of generation: generate(8) returns shape {shape}, not draws of the latent"
+        )
+        return
+    if moments is None:
+        audit.unchecked.append("the prior of generation: the moments of the prior are not known")
+        return
+    n = DRAWS if few[0].numel() <= 64 else DRAWS // 10
+    parts.sandbox.reseed(11)
+    z = parts.call("generate", n).detach().flatten(1).double()
+    if not z.isfinite().all():
+        audit.bug("not_finite", "generate")
+    elif off := moments_differ(z, moments[0].double(), moments[1].double()):
+        audit.bug("prior_mismatch", **off)
+    else:
+        audit.checked.append(f"generation: mean and standard deviation of the prior, {n} draws")
