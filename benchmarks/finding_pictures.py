@@ -1,7 +1,7 @@
 """A picture for each code of `musigma audit`: what is right beside what is wrong, computed.
 
     python benchmarks/finding_pictures.py           # all, into docs/figures/findings/CODE.svg
-    python benchmarks/finding_pictures.py kl_scale  # only this one
+    python benchmarks/finding_pictures.py kl_offset  # only this one
 
 Each function below is named after a code and draws into as many panels as it has arguments. It
 computes what it shows from a minimal wrong implementation and from the right one, always in the
@@ -231,21 +231,6 @@ def kl_offset(ax):
     names(ax, "KL of six latents (nats)", "the code's KL (nats)")
 
 
-def kl_scale(ax):
-    mean, b = heads()
-    each = normal_kl(mean, (b / 2).exp())
-    true = each.sum(1)
-    for code, color, label, marker in (
-        (true, RIGHT, "sum", "o"),
-        (2 * true, WRONG, "no 1/2", "x"),
-        (each.mean(1), WRONG, "mean of latents", "o"),
-    ):
-        slope = (true @ code / (true @ true)).item()
-        dots(ax, true, code, color, f"{label}: slope {slope:.2f}", marker)
-        ax.plot([0, true.max()], [0, slope * true.max()], color=color, lw=0.8)
-    names(ax, "KL of six latents (nats)", "the code's KL (nats)")
-
-
 def kl_negative(ax):
     b = torch.linspace(-4, 2, 161)
     true = 0.5 * (b.exp() - 1 - b)
@@ -254,17 +239,6 @@ def kl_negative(ax):
     ax.axhspan(-4, 0, color=WRONG, alpha=0.1, lw=0)
     note(ax, -1, -3.7, "no KL is here")
     names(ax, "log variance b", "KL of a latent (nats)", ylim=(-4, 3))
-
-
-def kl_min_off_prior(ax):
-    s = torch.linspace(0.15, 2, 1851)
-    right, wrong = 0.5 * (s**2 - 1) - s.log(), s**2 - s.log() - 0.5
-    both(ax, s, right, wrong, "(σ² - 1) / 2 - log σ", "σ² - log σ - 1/2")
-    for value, color, above in ((right, RIGHT, -0.25), (wrong, WRONG, 0.12)):
-        at = value.argmin()
-        ax.plot(s[at], value[at], "o", color=color, ms=5)
-        note(ax, s[at], value[at] + above, f"σ = {s[at]:.2f}", color, ha="center")
-    names(ax, "σ of the posterior", "KL of a latent (nats)", ylim=(-0.5, 2.5))
 
 
 def kl_constant(ax):

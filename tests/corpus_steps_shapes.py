@@ -37,7 +37,7 @@ def right(mu, b):
 
 def shape(mistake, *, verdict="correct", convention="log_var", needs=None, lenient=False):
     """Register the builder with the right KL and with a mistake."""
-    code = "no_gradient" if mistake == "detached" else "kl_mismatch|kl_scale|kl_negative"
+    code = "no_gradient" if mistake == "detached" else "kl_mismatch|kl_negative"
 
     def register(build):
         def good():

@@ -394,12 +394,12 @@ def weighted(recon, kl_weight):
     return vae(lambda mu, b: mu + (0.5 * b).exp() * torch.randn_like(mu), kl, recon)
 
 
-@entry("warning", "reduction_imbalance|kl_scale", beta=(4.0,))
+@entry("warning", "reduction_imbalance", beta=(4.0,))
 def beta_of_four():
     return weighted(bce, lambda kl: 4 * kl.sum())
 
 
-@entry("warning", "reduction_imbalance|kl_scale", beta=(0.3,))
+@entry("warning", "reduction_imbalance", beta=(0.3,))
 def annealing():
     epoch = 3
     return weighted(bce, lambda kl: min(1.0, epoch / 10) * kl.sum())
@@ -420,7 +420,7 @@ def sum_of_pixels_beside_mean_of_latents():
     return weighted(lambda y, x: sse(y, x) / len(x), lambda kl: kl.mean())
 
 
-@entry("warning", "reduction_imbalance|kl_scale", beta=(2.0,))
+@entry("warning", "reduction_imbalance", beta=(2.0,))
 def half_forgotten_in_the_kl():
     return weighted(bce, lambda kl: 2 * kl.sum())
 

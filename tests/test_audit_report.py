@@ -20,7 +20,7 @@ from musigma.audit.sarif import to_sarif
 from musigma.cli import main
 
 BUG = Finding("kl_mismatch", "bug", "wrong", repair="mend", where="m.py:7")
-WARNING = Finding("kl_scale", "warning", "twice", {"slope": 2.0}, "halve")
+WARNING = Finding("kl_offset", "warning", "twice", {"slope": 2.0}, "halve")
 NO_KL = "the KL: only the decoder depends on the heads of z (net/model.py:41)"
 
 
@@ -29,7 +29,7 @@ NO_KL = "the KL: only the decoder depends on the heads of z (net/model.py:41)"
     [
         ((), (), (), "correct"),
         ((WARNING,), (), (), "warning"),
-        ((WARNING,), (), ("kl_scale",), "correct"),
+        ((WARNING,), (), ("kl_offset",), "correct"),
         ((WARNING,), (NO_KL,), (), "incomplete"),
         ((WARNING,), (NO_KL,), ("incomplete",), "warning"),
         ((BUG, WARNING), (NO_KL,), (), "bug"),
@@ -56,21 +56,21 @@ def test_what_is_missing_is_in_every_form():
 
 def test_the_builder_fills_in_the_messages_of_the_table():
     builder = ReportBuilder("it")
-    builder.bug("kl_constant", value=torch.tensor(0.25, dtype=torch.float64), where="a.py:3")
+    builder.bug("kl_negative", "step", weight=torch.tensor(-0.25).double(), where="a.py:3")
     (finding,) = builder.build().findings
-    assert finding.message.startswith("the KL is 0.25 whatever the posterior is")
-    assert (finding.numbers, finding.where) == ({"value": 0.25}, "a.py:3")
+    assert finding.message.startswith("the loss contains the KL with the weight -0.25:")
+    assert (finding.numbers, finding.where) == ({"weight": -0.25}, "a.py:3")
     assert "where: a.py:3" in str(builder.build())
     assert "a.py:3" in builder.build().to_html()
 
 
 def test_the_builder_keeps_the_worst_finding_of_a_code_and_line():
     builder = ReportBuilder("it")
-    builder.warn("free_bits", held_at=0.5)
-    builder.bug("free_bits", held_at=1.5)
-    builder.warn("free_bits", held_at=2.5)
-    builder.warn("free_bits", held_at=2.5, where="a.py:3")
-    builder.warn("free_bits", held_at=3.5, where=str(Path.cwd() / "a.py:3"))
+    builder.warn("free_bits", "step", held_at=0.5)
+    builder.bug("free_bits", "step", held_at=1.5)
+    builder.warn("free_bits", "step", held_at=2.5)
+    builder.warn("free_bits", "step", held_at=2.5, where="a.py:3")
+    builder.warn("free_bits", "step", held_at=3.5, where=str(Path.cwd() / "a.py:3"))
     builder.missing += [NO_KL, NO_KL]
     report = builder.build()
     assert [f.numbers["held_at"] for f in report.findings] == [1.5, 2.5]
@@ -159,13 +159,13 @@ def lines_of(run: dict) -> list[tuple[str, str, str]]:
 
 def test_sarif_has_a_result_for_each_finding_and_for_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    own = Finding("kl_scale", "warning", "a", {"x": float("nan")}, "b", f"{tmp_path}/a b.py:3")
+    own = Finding("kl_offset", "warning", "a", {"x": float("nan")}, "b", f"{tmp_path}/a b.py:3")
     report = AuditReport("it", findings=(WARNING, BUG, own), missing=(NO_KL, "the prior"))
     run = run_of(report, where="top.py:12", allow=("kl_mismatch",))
     assert lines_of(run) == [
         ("kl_mismatch", "error", "m.py:7"),
-        ("kl_scale", "warning", "top.py:12"),
-        ("kl_scale", "warning", "a%20b.py:3"),
+        ("kl_offset", "warning", "top.py:12"),
+        ("kl_offset", "warning", "a%20b.py:3"),
         ("incomplete", "note", "net/model.py:41"),
         ("incomplete", "note", "top.py:12"),
     ]
@@ -189,7 +189,7 @@ def test_sarif_finds_the_folder_of_a_line_without_one():
 def test_sarif_of_files_elsewhere_and_of_nothing(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    far = Finding("kl_scale", "warning", "a", {}, "b", f"{tmp_path}/far.py:3")
+    far = Finding("kl_offset", "warning", "a", {}, "b", f"{tmp_path}/far.py:3")
     run = run_of(AuditReport("it", findings=(far, BUG)), where="")
     assert lines_of(run)[1][2] == f"{(tmp_path / 'far.py').resolve().as_uri()}:3"
     assert run_of(AuditReport("it", findings=(WARNING,)))["results"][0].get("locations") is None
@@ -260,7 +260,7 @@ def exit_code(*words: str) -> int:
 def test_a_bug_exits_with_1_and_its_line_is_in_the_sarif(model, capsys):
     assert exit_code("model.py:Wrong", "--example", "model.py:batch", "--sarif", "a.sarif") == 1
     log = json.loads(Path("a.sarif").read_text())
-    line = MODEL.splitlines().index("class Wrong(VAE):") + 1
+    line = next(i for i, text in enumerate(MODEL.splitlines(), 1) if "-0.5 * (1 + log_var" in text)
     assert lines_of(log["runs"][0])[0] == ("kl_mismatch", "error", f"model.py:{line}")
     assert exit_code("model.py:VAE", "--sarif", "b.sarif") == 0
     assert json.loads(Path("b.sarif").read_text())["runs"][0]["results"] == []

@@ -721,15 +721,15 @@ def test_a_report_as_text_json_and_page():
     assert "<script" not in page
     assert "kl_mismatch" in page
     assert "log_std" in str(report)
-    odd = Finding("kl_scale", "warning", "<b>&", {"x": float("nan")}, "none")
+    odd = Finding("kl_offset", "warning", "<b>&", {"x": float("nan")}, "none")
     report = AuditReport("<i>", findings=(odd, Finding("kl_negative", "bug", "m", repair="r")))
-    assert (report.verdict, report.codes) == ("bug", ("kl_negative", "kl_scale"))
+    assert (report.verdict, report.codes) == ("bug", ("kl_negative", "kl_offset"))
     assert json.loads(report.to_json())["findings"][1]["numbers"]["x"] is None
     assert "<i>" not in report.to_html()
     with pytest.raises(ValueError, match=r"none of musigma\.audit\.CODES"):
         Finding("kl", "bug", "m", repair="r")
-    with pytest.raises(ValueError, match="repair: a finding of kl_scale needs one"):
-        Finding("kl_scale", "bug", "m")
+    with pytest.raises(ValueError, match="repair: a finding of kl_offset needs one"):
+        Finding("kl_offset", "bug", "m")
 
 
 def test_each_code_has_a_page_a_picture_and_a_line_in_the_index(request):

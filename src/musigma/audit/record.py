@@ -367,7 +367,7 @@ def _unrecorded() -> Iterator[None]:
 def _line() -> str:
     """The line of the user's code that runs now; of a library's, if there is none."""
     frame, fallback = sys._getframe(2), ""
-    while frame is not None:
+    while frame is not None and frame.f_code is not record.__code__:
         path = frame.f_code.co_filename
         if not path.startswith(LIBRARIES) and not path.startswith("<"):
             place = f"{path}:{frame.f_lineno}"

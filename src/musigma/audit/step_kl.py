@@ -227,7 +227,7 @@ class _Case:
         for node in graph.nodes:
             outs = set(node.outs)
             own = live & outs and not before & outs and not outs <= set(self.held)
-            if own and after.intersection(node.ins):
+            if own and node.where and after.intersection(node.ins):
                 return node.where
         return ""
 
