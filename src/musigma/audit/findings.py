@@ -69,7 +69,7 @@ def check_codes(allow: Iterable[str]) -> None:
         ValueError: If there is one.
 
     Example:
-        >>> check_codes(["kl_scale", "incomplete"])
+        >>> check_codes(["kl_offset", "incomplete"])
     """
     if unknown := [code for code in allow if code not in CODES and code != "incomplete"]:
         raise ValueError(

@@ -264,7 +264,7 @@ def packing(graph: Graph, latent: Latent) -> str | None:
     shape = graph[latent.heads[0]].shape
     if len(shape) < 2 or bool((moves[1] == moves[2:].any(0)).any()):
         return None
-    means = moves[1].reshape(shape[0], *shape[1:])[0]
+    (means, *_) = moves[1].view(shape)
     for dim, size in enumerate(means.shape):
         along = means.movedim(dim, 0).reshape(size, -1)
         first = along[:, 0]
