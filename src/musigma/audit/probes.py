@@ -258,13 +258,13 @@ def gradient(value: Tensor, place: Over) -> Tensor:
 def packing(graph: Graph, latent: Latent) -> str | None:
     """The layout of an output that holds means and scales, such as "halves, mean first"."""
     prober = Prober(graph, latent)
-    if len(latent.heads) > 1 or not latent.diagonal or not prober.usable:
+    if len(latent.heads) != 1 or not latent.diagonal or not prober.usable:
         return None
     moves = (torch.stack(prober.moments, 1).abs() > 1e-14).any(1)
     shape = graph[latent.heads[0]].shape
     if len(shape) < 2 or bool((moves[1] == moves[2:].any(0)).any()):
         return None
-    (means, *_) = moves[1].view(shape)
+    means = moves[1].view(shape)[0]
     for dim, size in enumerate(means.shape):
         along = means.movedim(dim, 0).reshape(size, -1)
         first = along[:, 0]
