@@ -252,11 +252,11 @@ class ReportBuilder:
     def __init__(self, subject: str):
         self.subject = subject
         self.findings: dict[str, Finding] = {}
+        self.details: dict[str, Any] = {}
         self.checked: list[str] = []
         self.unchecked: list[str] = []
         self.missing: list[str] = []
         self.assumed: list[str] = []
-        self.details: dict[str, Any] = {}
 
     def find(
         self,
@@ -299,16 +299,10 @@ class ReportBuilder:
 
     def build(self, **more: Any) -> AuditReport:
         """The report of everything that was collected."""
-        return AuditReport(
-            subject=self.subject,
-            findings=tuple(self.findings.values()),
-            checked=tuple(self.checked),
-            unchecked=tuple(self.unchecked),
-            missing=tuple(dict.fromkeys(self.missing)),
-            assumed=tuple(dict.fromkeys(self.assumed)),
-            details=self.details,
-            **more,
-        )
+        names = ("checked", "unchecked", "missing", "assumed")
+        lines = {name: tuple(dict.fromkeys(getattr(self, name))) for name in names}
+        found = tuple(self.findings.values())
+        return AuditReport(self.subject, findings=found, details=self.details, **lines, **more)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -93,7 +93,7 @@ def audit_model(
 def examples_of(
     model: Model, data: Tensor | Dataset | None = None, context: Context = None
 ) -> tuple[Tensor, Context]:
-    """Data for a model with their context: up to 512 that are given, or eight that it takes."""
+    """Data for a model with their context: up to 512 that are given, or eight that it draws."""
     if isinstance(data, Dataset):
         return batch(data, np.arange(min(len(data), 512)), model)
     if data is not None:
@@ -108,15 +108,7 @@ def examples_of(
                 value = nn.functional.one_hot(classes, variable.classes)
             given[variable.name] = model.floating(value)
         context = given if isinstance(model, Conditional) else next(iter(given.values()))
-    rows = contexts.length(context) or 8
-    if spec is None:
-        return model.sample(rows, context), context
-    if spec.schema is not None:
-        return Binning(spec.schema).random(rows), context
-    if spec.levels is None:
-        return torch.randn(rows, *spec.shape), context
-    levels = torch.as_tensor(spec.levels).reshape(-1, *(1,) * (len(spec.shape) - 1))
-    return model.floating((torch.rand(rows, *spec.shape) * levels).floor()), context
+    return model.sample(contexts.length(context) or 8, context), context
 
 
 def _scored(model: Model, x: Tensor) -> Tensor:
@@ -247,17 +239,18 @@ def _check_single_precision(
     if not model.is_flow:
         return
     single = copy.deepcopy(model).float().eval()
-    context = contexts.apply(Tensor.float, context)
-    latents = single.encode(x.float(), context, mode=True)
-    error = _row_distance(single.decode(latents, context), x)
+    ways = both_ways_of_model(single, x.float(), contexts.apply(Tensor.float, context))
+    error = _row_distance(ways.again, x)
     report.details["round_trip_float32"] = error
     if error > LOST:
         conditions = report.details.get("conditions", {})
         known = {k: v for k, v in conditions.items() if math.isfinite(v)} or {"?": math.nan}
         worst = max(known, key=known.__getitem__)
-        report.warn("ill_conditioned", error=error, condition=known[worst], layer=worst)
+        report.warn(
+            "ill_conditioned", "round_trip", error=error, condition=known[worst], layer=worst
+        )
     else:
-        report.checked.append(f"decode(encode(x)) in float32: off by {error:.1g}")
+        report.checked.append(f"the round trip of x in float32: off by {error:.1g}")
 
 
 # --- the effect of training --------------------------------------------------------------------
