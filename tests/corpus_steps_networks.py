@@ -391,3 +391,31 @@ def bayes_by_backprop():
         return nll + (kl_a + kl_b) / 10
 
     return Built(step, (w, out, x, y))
+
+
+# --- graphs --------------------------------------------------------------------------------------
+
+
+def edges_of_a_graph(weight):
+    """Probabilities of the edges, and of as many pairs that are drawn."""
+    encode, x, edges = Encoder(), data(), torch.randint(0, B, (2, 20))
+
+    def step():
+        mu, b = encode(x)
+        z = mu + (0.5 * b).exp() * torch.randn_like(mu)
+        drawn = torch.randint(0, B, edges.shape)
+        p, q = ((z[i] * z[j]).sum(1).sigmoid() for i, j in (edges, drawn))
+        nll = -torch.log(p + 1e-15).sum() - torch.log(1 - q + 1e-15).sum()
+        return nll + weight * 0.5 * (mu**2 + b.exp() - 1 - b).sum()
+
+    return Built(step, (encode, x, edges))
+
+
+@entry("correct")
+def edges_that_are_drawn():
+    return edges_of_a_graph(1.0)
+
+
+@entry("warning", "reduction_imbalance", beta=(0.05,))
+def edges_that_are_drawn_beside_a_small_kl():
+    return edges_of_a_graph(0.05)

@@ -366,3 +366,17 @@ def kl_is_not_there():
 def linear_regression():
     net, x = nn.Linear(D, 1), data()
     return Built(lambda: net(x).square().mean(), (net, x))
+
+
+@entry("incomplete|correct")
+def draw_by_an_inverse_distribution():
+    """As the cosine of a von Mises-Fisher draw in three dimensions."""
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        k = F.softplus(encode(x)[1]) + 1
+        u = torch.rand_like(k)
+        z = 1 + torch.log(u + (1 - u) * torch.exp(-2 * k)) / k
+        return bce(decode(z), x) + (k / k.tanh() - 1 + torch.log(k / k.sinh())).sum()
+
+    return Built(step, (encode, decode, x))

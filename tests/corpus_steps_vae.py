@@ -122,6 +122,28 @@ def log_var_bounded_by_tanh():
     )
 
 
+def encoder_called_twice(scale):
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        recon = bce(decode(mu + (scale * b).exp() * torch.randn_like(mu)), x)
+        mu, b = encode(x)
+        return recon - 0.5 * (1 + b - mu**2 - b.exp()).sum()
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct", convention="log_var")
+def one_pass_for_z_and_one_for_the_kl():
+    return encoder_called_twice(0.5)
+
+
+@entry("bug", "kl_mismatch", convention="log_std")
+def one_pass_for_z_and_one_for_the_kl_wrong():
+    return encoder_called_twice(1.0)
+
+
 # --- right: ways to draw and to score ------------------------------------------------------------
 
 

@@ -193,6 +193,24 @@ class Graph:
         self.nodes.append(node)
         return made
 
+    def merge_repeated(self) -> None:
+        """Let operations that are repeated on the same values be one: an encoder called twice."""
+        first: dict[Any, Node] = {}
+        same: dict[int, int] = {}
+        for node in self.nodes:
+            node.flat = [Ref(same.get(a.id, a.id)) if isinstance(a, Ref) else a for a in node.flat]
+            arguments = tuple((type(a), a) for a in node.flat)
+            twin = first.setdefault((node.fn, arguments, repr(node.spec), node.grads), node)
+            same |= dict(zip(node.outs, twin.outs, strict=True)) if twin is not node else {}
+        lookup, self.nodes = self.returned, list(first.values())
+        self.returned = lambda t: None if (i := lookup(t)) is None else same.get(i, i)
+        self.backward_calls = [same.get(i, i) for i in self.backward_calls]
+        for v in self.values:
+            v.users = []
+        for node in self.nodes:
+            for i in node.ins:
+                self.values[i].users.append(node)
+
     def demote_constants(self) -> None:
         """Make those data constants that are one number, an identity, or masks of parameters."""
 

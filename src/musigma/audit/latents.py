@@ -68,11 +68,11 @@ def find_latents(graph: Graph, loss: int) -> list[Latent]:
     live = graph.upstream([loss])
     latents: list[Latent] = []
     for draw in graph.draws("gaussian", "random"):
-        if (
-            draw.id in live
-            and draw.floating
-            and (latent := _latent(graph, draw, live, latents)) is not None
-        ):
+        latent = _latent(graph, draw, live, latents) if draw.id in live and draw.floating else None
+        if latent is None:
+            continue
+        beside = draw.id in graph.upstream([loss], stop=[latent.z])
+        if not (latent.uniform and beside):  # a distribution function that is inverted
             latents.append(latent)
     return _families(_merged(graph, latents))
 

@@ -77,6 +77,7 @@ def record(step: Callable[[], Any], *, seed: int = 0, sandbox: Sandbox | None = 
     graph = Graph(recorder.values, recorder.nodes, result, recorder.notes)
     graph.backward_calls = recorder.backward_calls
     graph.returned = recorder.lookup
+    graph.merge_repeated()
     graph.hosts = tuple(name for name, state in _host_states().items() if state != before[name])
     return graph
 

@@ -14,6 +14,7 @@ __all__ = ["Beta", "effective_beta", "mixed_examples", "reconstruction_slopes", 
 
 SQUARED = "a Gaussian likelihood with variance 1"
 BERNOULLI = "a Bernoulli likelihood"
+EVENTS = "the logarithms of the probabilities of events"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def effective_beta(
 ) -> Beta | None:
     """The effective beta, or None if the reconstruction is no known likelihood."""
     met = meetings(graph, latents, loss)
+    if not met and (k := _of_events(graph, latents, loss)) is not None:
+        return Beta(abs(weight / k), EVENTS, "", False)
     roots = [root_of(graph, raw) for _, _, raw in met]
     for root in dict.fromkeys(roots):
         if not graph[root].floating:
@@ -158,7 +161,8 @@ def _weight_of(
     weights = [v for v, _ in found]
     if weights[0] == 0 or max(weights) - min(weights) > 1e-4 * abs(weights[0]):
         return None
-    return None if _scale_is_learned(graph, held, loss, root) else found[0]
+    squared = found[0][1] == SQUARED
+    return None if squared and _scale_is_learned(graph, held, loss, root) else found[0]
 
 
 def _bernoulli(
@@ -184,6 +188,35 @@ def _bernoulli(
     if bool(((p > 0) & (p < 1)).all()) and _close(slopes[0][at] / change[at], p):
         return float((change[at] * p * (1 - p)).sum())
     return None
+
+
+def _of_events(graph: Graph, latents: list[Latent], loss: int) -> float | None:
+    """The weight of -log p and -log(1 - p) of events, such as edges that are drawn.
+
+    Their slopes in the logit of p are w (p - 1) and w p.
+    """
+    own = {i for latent in latents for i in (latent.z, *latent.heads)}
+    decoded = graph.downstream([latent.z for latent in latents]) & graph.upstream([loss]) - own
+    weights = []
+    for node in graph.nodes:
+        if node.name not in ("sigmoid", "log_sigmoid_forward", "softplus"):
+            continue
+        if not decoded.issuperset((node.ins[0], node.outs[0])):
+            continue
+        slopes = []
+        for at in (-1.0, 0.5, 1.0):
+            logit = torch.full_like(graph.get(node.ins[0]), at).requires_grad_()
+            value = graph.run({node.ins[0]: logit}, [loss])[loss].sum()
+            slopes.append(torch.autograd.grad(value, logit)[0])
+        p = torch.tensor((-1.0, 0.5, 1.0)).sigmoid().double()
+        w = (slopes[2] - slopes[0]) / (p[2] - p[0])
+        happened = p[2] - slopes[2] / w
+        exact = (slopes[1] - w * (p[1] - happened)).abs() <= 1e-6 * w.abs()
+        if not bool((exact & (torch.minimum(happened, 1 - happened).abs() < 1e-6)).all()):
+            return None
+        weights.append(w.reshape(-1))
+    w = torch.cat(weights) if weights else torch.zeros(1)
+    return float(w[0]) if bool((w > 0).all() and (w - w[0]).abs().max() < 1e-4 * w[0]) else None
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
