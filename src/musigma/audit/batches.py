@@ -1,4 +1,9 @@
-"""Batches: copies of them, their parts, and the arguments of functions that are made of them."""
+"""Batches, and how functions are called with them.
+
+`bindings` gives the parts of a batch, or what a function returned for it, to the parameters of
+another function. Names decide: `meaning` says what they mean. Where they say nothing, the order
+does. A `Bound` is a function with a source for each argument, which says what was assumed.
+"""
 
 from __future__ import annotations
 
@@ -10,72 +15,80 @@ import inspect
 import math
 import re
 import textwrap
-import types
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
-from musigma.audit.findings import AuditError
+from musigma.audit.findings import AuditError, name_of
 from musigma.audit.sandbox import Sandbox
 
 __all__ = [
-    "Arguments", "arguments", "constant", "examples", "fresh", "input_of", "is_input",
-    "is_target", "keywords_of", "member", "named_parts", "required", "signature_of", "with_input",
+    "THE_OUTPUTS", "Bound", "Stub", "bindings", "examples", "forms", "fresh", "input_of", "leaves",
+    "losses", "meaning", "member", "named_outputs", "required", "signature_of",
 ]  # fmt: skip
 
-INPUT = re.compile(
-    r"x|xs|x_?(true|in|orig|real|data|input)|(true|orig|real)_x|inputs?|data|images?|imgs?|batch|"
-    r"samples?|features?|obs|original|real|pixel_values|seq|sequences?|minibatch|x_?batch",
-    re.IGNORECASE,
-)
-WHOLE = re.compile(r"(mini_?)?batch|data|inputs?|samples?|item|xy|graph|example", re.IGNORECASE)
-TARGET = re.compile(r"y|y_?true|targets?|x_?target|labels?|gt|tgt", re.IGNORECASE)
-POSITION = re.compile(
-    r"i|idx|index|((batch|data|optimizer|dataloader|loader)_?)(i|idx|index|nb|id)", re.IGNORECASE
-)
-COUNT = re.compile(
-    r"(.*_)?(epochs?|steps?|iters?|iteration|it|num_samples|n_samples|k|n_batches)", re.IGNORECASE
-)
-LOOP = re.compile(r"opt(im)?(izer)?|(lr_)?scheduler|writer|logger", re.IGNORECASE)
-LOADER = re.compile(r"(\w+_)?(data_?)?(loader|iterator)", re.IGNORECASE)
-SIZE = re.compile(r"batch_?size|bs|bsz|n_?batch", re.IGNORECASE)
-WEIGHT = re.compile(
-    r".*(beta|weight|gamma|alpha|lambda|lambd|anneal|coeff?|temperature).*|M_N|lam|tau|kl_?w",
-    re.IGNORECASE,
-)
+MEANINGS = {
+    name: re.compile(pattern, re.IGNORECASE)
+    for name, pattern in {
+        "position": r"i|idx|index|(batch|data|optimizer|dataloader|loader)_?(i|idx|index|nb|id)",
+        "size": r"batch_?size|bs|bsz|n_?batch",
+        "device": r"device",
+        "loop": r"opt(im)?(izer)?|(lr_)?scheduler|writer|logger",
+        "loader": r"(\w+_)?(data_?)?(loader|iterator)",
+        "repeats": r"(\w+_)?(epochs?|steps?|iter(ation)?s?|n_batches)|it",
+        "draws": r"(\w+_)?(n(um)?_samples|k)",
+        "model": r"(\w+_)?(model|net|vae|network|flow|module)",
+        "batch": r"(mini_?)?batch|data|inputs?|samples?|item|xy|graph|example",
+        "data": r"xs?|x_?(true|in|orig|real|data|input|batch)|(true|orig|real)_x|images?|imgs?|"
+        r"features?|obs|original|real|pixel_values|seq|sequences?",
+        "target": r"y|y_?true|targets?|x_?target|labels?|gt|tgt",
+        "reconstruction": r".*(rec|pred|decod|tilde|logits).*|.*hat|out(?!put \d).*|x_|xr.*|gen.*",
+        "log_det": r".*(det|jac|ldj|ladj).*",
+        "log_p": r".*(log_?(p|q|prob|z)|prior).*",
+        "weight": r".*(beta|weight|gamma|alpha|lambda?|anneal|coeff?|temperature).*|M_N|tau|kl_?w",
+        "scale": r".*(log|sig|std|var|scale).*|.*(lv|ls)",
+        "mean": r".*(mean|mu|loc).*|m",
+        "z": r"z.*|.*latent.*|code.*|.*sample.*",
+    }.items()
+}
+ROLES = ("reconstruction", "log_det", "log_p", "scale", "mean", "z")  # of what a network returns
+THE_BATCH, THE_DATA, THE_OUTPUTS = "the batch", "the data", "the outputs"
+THE_LOADER = "a loader of one batch"
 
 
-# --- batches ------------------------------------------------------------------------------------
+def meaning(name: str) -> str:
+    """What the name of an argument, of an output or of a part of a batch means; "" if nothing.
+
+    Example:
+        >>> [meaning(name) for name in ("batch_idx", "log_var", "x_hat", "foo")]
+        ['position', 'scale', 'reconstruction', '']
+    """
+    return next((what for what, names in MEANINGS.items() if names.fullmatch(name)), "")
 
 
-def fresh(batch: Any, depth: int = 5) -> Any:
-    """A copy of a batch, in which tensors are copied, and arrays become tensors."""
-    if isinstance(batch, Tensor):
-        return batch.detach().clone()
-    if isinstance(batch, np.ndarray):
-        return torch.from_numpy(batch.copy()) if batch.dtype.kind in "biufc" else batch.copy()
-    if not depth or isinstance(batch, (type, types.ModuleType, nn.Module)) or callable(batch):
-        return batch
-    if isinstance(batch, (list, tuple)):
-        parts = [fresh(part, depth - 1) for part in batch]
-        if hasattr(batch, "_fields"):
-            return type(batch)(*parts)
-        return tuple(parts) if isinstance(batch, tuple) else parts
-    if isinstance(batch, MutableMapping):
-        twin = copy.copy(batch)
-        for key, part in batch.items():
-            twin[key] = fresh(part, depth - 1)
-        return twin
-    if hasattr(batch, "__dict__"):
-        twin = copy.copy(batch)
-        for name, part in vars(batch).items():
-            object.__setattr__(twin, name, fresh(part, depth - 1))
-        return twin
+def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a batch with other tensors; models and functions in it are not copied.
+
+    Example:
+        >>> mapped({"x": torch.ones(2), "name": "a"}, torch.neg)
+        {'x': tensor([-1., -1.]), 'name': 'a'}
+    """
+    kept = [part for part in (batch, *named_parts(batch).values()) if callable(part)]
+    copied = {id(t): change(t) for t in leaves(batch, depth=5).values()}
+    with contextlib.suppress(Exception):  # there are objects that cannot be copied
+        return copy.deepcopy(batch, {id(part): part for part in kept} | copied)
     return batch
+
+
+def fresh(batch: Any) -> Any:
+    """A copy of a batch that a function may change."""
+    return mapped(batch, lambda t: t.detach().clone())
 
 
 def named_parts(value: Any) -> dict[str, Any]:
@@ -94,46 +107,63 @@ def named_parts(value: Any) -> dict[str, Any]:
     return {str(key): part for key, part in named.items() if not str(key).startswith("_")}
 
 
-def is_input(name: str) -> bool:
-    """Whether a parameter or a part of this name is the data."""
-    return INPUT.fullmatch(name) is not None
-
-
-def is_target(name: str) -> bool:
-    """Whether a parameter of this name is what the data are compared with."""
-    return TARGET.fullmatch(name) is not None
-
-
-def _input_key(batch: Any) -> str | None:
-    """The name of the part of a batch that is the data; None if the batch is one tensor."""
-    if isinstance(batch, Tensor):
-        return None
-    tensors = {k: v for k, v in named_parts(batch).items() if isinstance(v, Tensor)}
-    named = [key for key in tensors if is_input(key)]
-    return next(iter([*named, *tensors]), None)
-
-
 def input_of(batch: Any) -> Any:
     """The data of a batch: the tensor itself, the part with such a name, or the first tensor."""
-    key = _input_key(batch)
-    return batch if key is None else named_parts(batch)[key]
+    tensors = {k: t for k, t in named_parts(batch).items() if isinstance(t, Tensor)}
+    named = [t for name, t in tensors.items() if _is_data(name)]
+    return next(iter([*named, *tensors.values()]), batch)
 
 
-def with_input(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a batch with other data; its other parts stay."""
-    batch, key = fresh(batch), _input_key(batch)
-    if key is None:
-        return change(batch) if isinstance(batch, Tensor) else batch
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return batch._replace(**{key: change(getattr(batch, key))})  # pyright: ignore
-    if isinstance(batch, (tuple, list)):
-        at = int(key)
-        return type(batch)([*batch[:at], change(batch[at]), *batch[at + 1 :]])
-    if isinstance(batch, Mapping):
-        batch[key] = change(batch[key])  # pyright: ignore[reportIndexIssue]
-    else:
-        setattr(batch, key, change(getattr(batch, key)))
-    return batch
+def leaves(value: Any, depth: int = 2) -> dict[str, Tensor]:
+    """The tensors in what was returned, by their names or positions; "" if it is one.
+
+    Example:
+        >>> leaves({"loss": torch.zeros(()), "parts": (torch.ones(2), 3)})
+        {'loss': tensor(0.), 'parts.0': tensor([1., 1.])}
+    """
+    if isinstance(value, Tensor):
+        return {"": value}
+    found: dict[str, Tensor] = {}
+    if depth and not isinstance(value, (nn.Module, Distribution, str, bytes)):
+        for name, part in named_parts(value).items():
+            for inner, leaf in leaves(part, depth - 1).items():
+                found[f"{name}.{inner}".rstrip(".")] = leaf
+    return found
+
+
+def losses(value: Any) -> dict[str, Tensor]:
+    """The single numbers in what was returned that require a gradient."""
+    return {n: t for n, t in leaves(value).items() if t.requires_grad and t.numel() == 1}
+
+
+def member(obj: Any, name: str) -> Any:
+    """An attribute; None if there is none, or if a property raises."""
+    with contextlib.suppress(Exception):
+        return getattr(obj, name)
+    return None
+
+
+def forms(batch: Any, dtype: torch.dtype | None) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """A batch as it is; then other forms that a function may take, with notes that say so.
+
+    Its data are of a type, or flattened; a tensor is made a pair, or a dict, with labels.
+    """
+    yield batch, ()
+    x = input_of(batch)
+    if not isinstance(x, Tensor):
+        return
+    if dtype not in (None, x.dtype):
+        divisor = 255 if x.dtype == torch.uint8 else 1
+        note = f"the data are converted from {x.dtype} to {dtype}"
+        note += ", and divided by 255" * (divisor > 1)
+        yield mapped(batch, lambda t: t.to(dtype) / divisor if t is x else t), (note,)
+    if x.ndim > 2:
+        note = "the data are flattened"
+        yield mapped(batch, lambda t: t.flatten(1) if t is x else t), (note,)
+    if isinstance(batch, Tensor) and x.ndim:
+        labels = torch.zeros(len(x), dtype=torch.long)
+        yield (x, labels), ("the batch is (x, y) with labels y of zeros",)
+        yield Filled(x=x, y=labels), ("the batch is a dict of the data and of labels of zeros",)
 
 
 def examples(obj: Any, example: Any, shape: tuple[int, ...] | None) -> Iterator[Any]:
@@ -145,28 +175,26 @@ def examples(obj: Any, example: Any, shape: tuple[int, ...] | None) -> Iterator[
     given = member(obj, "example")
     if example is None and shape is None and isinstance(given, Tensor):
         example = given
-    if example is not None:
-        if isinstance(example, DataLoader):
-            example = next(iter(example))
-        batch = fresh(example)
-        x = input_of(batch)
-        if isinstance(x, Tensor) and not x.numel():
-            raise AuditError(f"example: expected some numbers; got the shape {tuple(x.shape)}")
-        dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
-        if dense and not x.isfinite().all():
-            raise AuditError("example: expected finite numbers; there are NaN or infinite ones")
-        yield batch
+    if example is None:
+        generator = torch.Generator().manual_seed(0)
+        for event in [shape] if shape is not None else _events(obj):
+            yield torch.rand(4, *event, generator=generator)
         return
-    generator = torch.Generator().manual_seed(0)
-    for event in [shape] if shape is not None else _events(obj):
-        yield torch.rand(4, *event, generator=generator)
+    batch = next(iter(example)) if isinstance(example, DataLoader) else example
+    batch = fresh(tree_map_only(np.ndarray, torch.from_numpy, batch))
+    x = input_of(batch)
+    if isinstance(x, Tensor) and not x.numel():
+        raise AuditError(f"example: expected some numbers; got the shape {tuple(x.shape)}")
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    if dense and not x.isfinite().all():
+        raise AuditError("example: expected finite numbers; there are NaN or infinite ones")
+    yield batch
 
 
 def _events(obj: Any) -> Iterator[tuple[int, ...]]:
     """Shapes that a network may take, by its first layer, to which couplings give half."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
-    modules = Sandbox(obj).layers()
-    layer = next((m for m in modules if isinstance(m, kinds)), None)
+    layer = next((m for m in Sandbox(obj).layers() if isinstance(m, kinds)), None)
     if isinstance(layer, nn.Linear):
         n = layer.in_features
         sides = [(channels, math.isqrt(n // channels)) for channels in (1, 3)]
@@ -181,47 +209,260 @@ def _events(obj: Any) -> Iterator[tuple[int, ...]]:
     yield from [(6,), (4, 8, 8), (3, 8, 8), (12, 4, 4)]
 
 
-def member(obj: Any, name: str) -> Any:
-    """An attribute; None if there is none, or if a property raises."""
-    with contextlib.suppress(Exception):
-        return getattr(obj, name)
-    return None
-
-
 # --- arguments ----------------------------------------------------------------------------------
 
 
-def signature_of(fn: Any) -> list[inspect.Parameter]:
+def signature_of(fn: Any) -> inspect.Signature:
     """The parameters of a callable; of a module, those of its forward (in Keras: its call)."""
-    if isinstance(fn, nn.Module):
-        fn = getattr(fn, "call", fn.forward)
+    fn = getattr(fn, "call", fn.forward) if isinstance(fn, nn.Module) else fn
     try:
-        return list(inspect.signature(fn).parameters.values())
+        return inspect.signature(fn)
     except (TypeError, ValueError):
-        return []
+        return inspect.Signature()
 
 
 def required(fn: Any) -> list[str]:
     """The names of the arguments that a callable needs."""
     bare = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in signature_of(fn) if p.kind not in bare and p.default is p.empty]
+    parameters = signature_of(fn).parameters.values()
+    return [p.name for p in parameters if p.kind not in bare and p.default is p.empty]
 
 
-def keywords_of(fn: Any) -> list[str]:
-    """The keywords that a function reads from its ``**kwargs`` without a default."""
-    bags = [p.name for p in signature_of(fn) if p.kind is p.VAR_KEYWORD]
-    return _keys_read(fn, bags[0]) if bags else []
+class Stub(int):
+    """Stands for an optimizer, a trainer or a logger: the number 1, and so is all that it has."""
+
+    def __getattr__(self, name: str) -> Stub:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **how: Any) -> Stub:
+        """What a method of a logger returns."""
+        return self
+
+    def __getitem__(self, key: Any) -> Stub:
+        return self
+
+
+class Filled(dict[str, Tensor]):
+    """A batch as a dict, in which each other name is that of the data, or of the labels."""
+
+    def __missing__(self, name: str) -> Tensor:
+        return self["y" if meaning(name) == "target" else "x"]
+
+
+class Loader(list[Any]):
+    """A data loader of one batch."""
+
+    @property
+    def dataset(self) -> Loader:
+        return self
+
+
+class Bound(NamedTuple):
+    """A function whose arguments are taken from a batch, and from what was returned for it.
+
+    Args:
+        fn: The function.
+        keys: The names of what its arguments take; several for ``*args``.
+        fixed: The arguments that are constants; a dict for ``**kwargs``.
+
+    Example:
+        >>> bound = next(bindings(lambda x, beta: beta * x.sum(), torch.ones(3)))
+        >>> bound.text, bound(torch.ones(3)).item()
+        ('x=the data, beta=1', 3.0)
+    """
+
+    fn: Callable[..., Any]
+    keys: Mapping[str, str | tuple[str, ...]]
+    fixed: Mapping[str, Any]
+
+    def __call__(self, batch: Any, shown: Mapping[str, Any] | None = None) -> Any:
+        """What the function returns for a batch, and for what was returned for that, by names."""
+        known = {**named_parts(batch), THE_DATA: input_of(batch), THE_BATCH: batch}
+        known |= {THE_LOADER: Loader([batch]), **(shown or {})}
+        given = {
+            name: known[key] if isinstance(key, str) else [known[each] for each in key]
+            for name, key in self.keys.items()
+        }
+        bound = inspect.BoundArguments(signature_of(self.fn), given | self.fixed)  # pyright: ignore
+        return self.fn(*bound.args, **bound.kwargs)
+
+    @property
+    def text(self) -> str:
+        """What is taken for what."""
+        words: list[str] = []
+        for name in signature_of(self.fn).parameters:
+            match self.keys.get(name, self.fixed.get(name)):
+                case tuple(keys):
+                    words += keys
+                case dict(more):
+                    words += [f"{key}={value}" for key, value in more.items()]
+                case None:
+                    pass
+                case value:
+                    is_model = isinstance(value, nn.Module)
+                    words.append(f"{name}={name_of(value) + '()' if is_model else value}")
+        return ", ".join(words)
+
+    def is_plain(self, batch: Any) -> bool:
+        """Whether nothing is assumed: arguments are the batch, or its parts of the same names."""
+        whole = (THE_BATCH, THE_DATA) if isinstance(batch, Tensor) else (THE_BATCH,)
+        return not self.fixed and all(key in (name, *whole) for name, key in self.keys.items())
+
+
+def bindings(
+    fn: Any,
+    batch: Any,
+    outputs: Mapping[str, Tensor] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Iterator[Bound]:
+    """The ways to call a function, the likeliest first.
+
+    Args:
+        fn: A function, a method or a module.
+        batch: The batch; only its form is used.
+        outputs: What was returned for the batch, by `named_outputs`, if the function takes that.
+        given: Arguments that are known already, by their names.
+    """
+    parameters = signature_of(fn).parameters.values()
+    parts = {} if isinstance(batch, Tensor) else named_parts(batch)
+    fixed = {**_constants(fn, batch, {*parts, *(outputs or ())}), **(given or {})}
+    needed = [name for name in required(fn) if name not in fixed]
+    optional = [p.name for p in parameters if p.default is not p.empty and p.name not in fixed]
+    spread = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    in_order = tuple(parts if outputs is None else outputs)
+
+    def bound(names: Iterable[str], keys: Iterable[str | tuple[str, ...]]) -> Bound:
+        taken = dict(zip(names, keys, strict=False))
+        rest = {name: value for name, value in fixed.items() if name not in taken}
+        return Bound(fn, taken, rest)
+
+    if not needed and outputs is None:
+        named = [name for name in optional if name in parts]
+        needed = named or [name for name in optional[:1] if _is_data(name)]
+    if not needed:
+        if spread and (outputs is not None or isinstance(batch, (tuple, list))):
+            yield bound([spread], [in_order])
+        yield bound([spread], [(THE_BATCH,)]) if spread and outputs is None else bound([], [])
+        return
+    if (named := _by_name(needed, outputs, batch)) is not None:
+        more = [name for name in optional if name in parts and name not in named]
+        yield bound([*named, *more], [*named.values(), *more])
+    x = THE_BATCH if "batch" in needed else THE_DATA
+    is_first = _is_data(needed[0])
+    if outputs is not None:
+        if len(needed) == len(in_order) > 1:
+            yield bound(needed, in_order)
+        if len(needed) == len(in_order) + 1 > 2 and named is None:
+            yield bound(
+                needed, [*[x] * is_first, in_order[0], *[x] * (not is_first), *in_order[1:]]
+            )
+        if len(needed) <= 2:
+            keys = [THE_OUTPUTS, x][: len(needed)]
+            yield bound(needed, reversed(keys) if is_first else keys)
+        return
+    if len(needed) == 1:
+        yield bound(needed, [THE_BATCH])
+        yield bound(needed, [THE_DATA])
+    if isinstance(batch, (tuple, list)):
+        more = [name for name in optional if meaning(name) == "target" or "edge" in name]
+        if len(needed) <= len(batch) and min(len(batch), len(needed) + len(more)) > 1:
+            yield bound([*needed, *more], in_order)
+        every = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if len(required(fn)) <= len(batch) <= len(every):
+            yield bound(every, in_order)
+
+
+def _constants(fn: Any, batch: Any, known: set[str]) -> dict[str, Any]:
+    """What stands for arguments that are no part of a batch: a position, a count, a weight."""
+    x = input_of(batch)
+    values = dict.fromkeys(("repeats", "draws", "weight", "loop"), Stub(1))
+    values |= {"position": 0, "device": torch.device("cpu")}
+    values |= {"size": len(x)} if isinstance(x, Tensor) and x.ndim else {}
+    found = dict[str, Any]()
+    for p in signature_of(fn).parameters.values():
+        what = meaning(p.name)
+        if p.kind is p.VAR_KEYWORD:
+            if keys := _keys_read(fn, p.name):
+                found[p.name] = {key: values.get(meaning(key), Stub(1)) for key in keys}
+        elif (
+            what in values and p.name not in known and (p.default is p.empty or what == "repeats")
+        ):
+            found[p.name] = values[what]
+    return found
+
+
+def _by_name(
+    names: list[str], outputs: Mapping[str, Tensor] | None, batch: Any
+) -> dict[str, str] | None:
+    """What each argument takes, by their names; None if one is left."""
+    parts = {} if isinstance(batch, Tensor) else named_parts(batch)
+    left, taken, data = list(outputs or ()), dict[str, str](), any(map(_is_data, names))
+
+    def take(choose: Callable[[str], Iterable[str]]) -> None:
+        for name in names:
+            if name not in taken and (at := next(iter(choose(name)), None)) is not None:
+                taken[name] = at
+                left[:] = [output for output in left if output != at]
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.lower())
+
+    def of_batch(name: str) -> Iterator[str]:
+        what = meaning(name)
+        if name in parts:
+            yield name
+        if "edge" in name:
+            yield from (part for part, value in parts.items() if _is_edges(part, value))
+        if what == "loader" or (what == "batch" and outputs is None):
+            yield THE_LOADER if what == "loader" else THE_BATCH
+        if _is_data(name) or (what == "target" and not data):
+            yield THE_DATA
+        if what == "target":
+            yield from list(parts)[1:2]
+
+    take(lambda name: [at for at in left if plain(at) == plain(name)])
+    take(lambda name: [
+        at for at in left if meaning(name) == meaning(at) in ROLES and at not in parts
+    ])  # fmt: skip
+    answers = [name for name in names if meaning(name) == "reconstruction"]
+    answers = answers or [name for name in names if meaning(name) == "target" and data]
+    if len(answers) == 1:
+        size = getattr(input_of(batch), "numel", int)()
+        same = [at for at in left if (outputs or {})[at].numel() == size]
+        take(lambda name: (same or left) if name in answers else ())
+    take(of_batch)
+    if outputs and len(names) - len(taken) == len(left):
+        take(lambda name: left)
+    return {name: taken[name] for name in names} if len(taken) == len(names) else None
+
+
+def _is_data(name: str) -> bool:
+    return meaning(name) in ("data", "batch")
+
+
+def _is_edges(name: str, part: Any) -> bool:
+    pairs = isinstance(part, Tensor) and not part.is_floating_point() and part.ndim == 2
+    return "edge" in name or (pairs and len(part) == 2)
+
+
+# --- names in source code -----------------------------------------------------------------------
+
+
+def _tree_of(fn: Any) -> list[ast.AST]:
+    """The syntax tree of a function or a module's forward, flat; empty if there is no source."""
+    fn = getattr(fn, "call", fn.forward) if isinstance(fn, nn.Module) else fn
+    try:
+        return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(fn)))))
+    except (OSError, TypeError, SyntaxError):
+        return []
 
 
 def _keys_read(fn: Any, parameter: str) -> list[str]:
-    """The keys of a parameter that a function reads without a default, by its source."""
-    fn = fn.forward if isinstance(fn, nn.Module) else fn
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
-    except (OSError, TypeError, SyntaxError):
-        return []
+    """The keys of a parameter that a function reads without a default."""
     read: dict[str, None] = {}
-    for node in ast.walk(tree):
+    for node in _tree_of(fn):
         match node:
             case (
                 ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key)))
@@ -234,141 +475,38 @@ def _keys_read(fn: Any, parameter: str) -> list[str]:
     return list(read)
 
 
-class Stub(int):
-    """Stands for an optimizer, a trainer or a logger: the number 1, and so is all that it has."""
-
-    def __getattr__(self, name: str) -> Stub:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args: Any, **how: Any) -> Stub:
-        return self
-
-    def __getitem__(self, key: Any) -> Stub:
-        return self
-
-
-class _Loader(list[Any]):
-    """A data loader of one batch."""
-
-    @property
-    def dataset(self) -> _Loader:
-        return self
-
-
-def constant(name: str, batch: Any) -> Any:
-    """What stands for an argument that is no part of a batch: a position, a count, a weight."""
-    if SIZE.fullmatch(name) and isinstance(x := input_of(batch), Tensor) and x.ndim:
-        return len(x)
-    if POSITION.fullmatch(name):
-        return 0
-    if COUNT.fullmatch(name):
-        return 1
-    if name == "device":
-        return torch.device("cpu")
-    if LOOP.fullmatch(name):
-        return Stub(1)
-    return 1.0 if WEIGHT.fullmatch(name) else None
-
-
-class Arguments(NamedTuple):
-    """One way to call a function with a batch: `of` makes its arguments, `notes` say how."""
-
-    of: Callable[[Any], tuple[list[Any], dict[str, Any]]]
-    notes: tuple[str, ...] = ()
-
-
-def arguments(fn: Any, batch: Any, given: Mapping[str, Any] | None = None) -> Iterator[Arguments]:
-    """The ways to call a function with a batch, the likeliest first.
+def named_outputs(value: Any, fn: Any, alone: str) -> dict[str, Tensor]:
+    """The tensors that a function returned, by the names in its return statement.
 
     Args:
-        fn: A function, a method or a module.
-        batch: The batch; only its form is used.
-        given: Arguments that are known already, by their names.
+        value: What it returned.
+        fn: The function, or the module whose forward it is.
+        alone: The name of a single tensor.
     """
-    parameters, parts, needed = signature_of(fn), named_parts(batch), required(fn)
-    fixed, notes = dict(given or {}), []
-    keywords = keywords_of(fn)
-    for name in [*needed, *keywords]:
-        value = constant(name, batch)
-        if name not in fixed and name not in parts and (value is not None or name in keywords):
-            fixed[name] = 1.0 if value is None else value
-            notes.append(f"{name} is {fixed[name]}")
-    open_ = [name for name in needed if name not in fixed]
+    found = leaves(value)
+    if list(found) == [""]:
+        return {alone: found[""]}
+    if not isinstance(value, (tuple, list)) or hasattr(value, "_fields"):
+        return found
+    returned = [node.value for node in _tree_of(fn) if isinstance(node, ast.Return)]
+    tuples = [node.elts for node in returned if isinstance(node, (ast.Tuple, ast.List))]
+    told = [_name_in(node) for node in tuples[-1]] if tuples else []
+    told = told if len(told) == len(value) else [""] * len(value)
 
-    def way(picks: Mapping[str, Callable[[Any], Any]], *more: str) -> Arguments:
-        def of(batch: Any) -> tuple[list[Any], dict[str, Any]]:
-            values = fixed | {name: pick(batch) for name, pick in picks.items()}
-            args: list[Any] = []
-            for p in parameters:
-                if p.name not in values or p.kind is p.KEYWORD_ONLY:
-                    break
-                args.append(values.pop(p.name))
-            return args, values
+    def name(key: str) -> str:
+        place, dot, rest = key.partition(".")
+        own = told[int(place)]
+        own = own if own and told.count(own) == 1 else f"output {int(place) + 1}"
+        return f"{own}{dot}{rest}"
 
-        return Arguments(of, (*notes, *more))
-
-    def part(key: str) -> Callable[[Any], Any]:
-        return lambda batch: named_parts(batch)[key]
-
-    whole = isinstance(batch, Tensor)
-    optional = [p.name for p in parameters if p.default is not p.empty and p.name not in fixed]
-    if not whole and parts and set(open_) <= set(parts):  # by name
-        extra = [name for name in optional if name in parts]
-        if open_ or extra:
-            yield way({name: part(name) for name in [*open_, *extra]})
-    positional = [*open_, *(n for n in optional if is_target(n) or "edge" in n)]
-    if not whole and len(parts) > 1 and isinstance(batch, (tuple, list)):
-        if any(p.kind is p.VAR_POSITIONAL for p in parameters) and not open_:
-            yield Arguments(lambda batch: (list(batch), dict(fixed)), tuple(notes))
-        if len(open_) > 1 or len(positional) > 1:
-            keys = list(zip(positional, parts, strict=False))
-            if len(keys) >= len(open_):
-                yield way({name: part(key) for name, key in keys})
-    if len(open_) == 1:
-        (name,) = open_
-        forms = {
-            "": lambda batch: batch,
-            f"of the batch, {name} is {_input_key(batch) or 'all'}": input_of,
-        }
-        order = list(forms.items())[: 1 if whole else 2]
-        if not WHOLE.fullmatch(name) and isinstance(batch, (tuple, list)):
-            order.reverse()
-        for note, pick in order:
-            yield way({name: pick}, *[note] * bool(note))
-        if LOADER.fullmatch(name):
-            yield way({name: lambda batch: _Loader([batch])}, f"{name} has one batch")
-            if whole:
-                note = f"{name} has one batch (x, y) with labels y of zeros"
-                yield way({name: lambda x: _Loader([_labelled(x)])}, note)
-        if whole and (keys := _keys_read(fn, name)):
-            yield way({name: lambda x: _filled(keys, x)}, f"{name} is a dict of {', '.join(keys)}")
-        if whole and WHOLE.fullmatch(name):
-            yield way({name: _labelled}, f"{name} is (x, y) with labels y of zeros")
-            yield way({name: lambda x: [x]}, f"{name} is a list of one tensor")
-    elif open_ and all(is_input(n) or is_target(n) for n in open_) and is_input(open_[0]):
-        copies = ", ".join(open_[1:])
-        yield way(dict.fromkeys(open_, input_of), f"the data stand for {copies} too")
-    elif not open_ and any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        if "edge_index" in parts:
-            names = (_input_key(batch) or "x", "edge_index")
-            yield Arguments(
-                lambda batch: ([named_parts(batch)[name] for name in names], dict(fixed)),
-                (*notes, f"of the batch, {' and '.join(names)} are given"),
-            )
-        yield Arguments(lambda batch: ([batch], dict(fixed)), tuple(notes))
-    elif not open_:
-        if whole and optional and is_input(optional[0]):
-            yield way({optional[0]: lambda batch: batch})
-        yield way({})
+    return {name(key): tensor for key, tensor in found.items()}
 
 
-def _labelled(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x, torch.zeros(len(x), dtype=torch.long)
-
-
-def _filled(keys: list[str], x: Tensor) -> dict[str, Tensor]:
-    """A dict of these keys: the data, and labels of zeros."""
-    data = [key for key in keys if is_input(key)] or keys[:1]
-    return {key: x if key in data else _labelled(x)[1] for key in keys}
+def _name_in(node: ast.expr) -> str:
+    """The name of what is returned: of a variable, or of a method that says what it makes."""
+    match node:
+        case ast.Name(id=word) | ast.Attribute(attr=word):
+            return word
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=word)):
+            return word if meaning(word) in ROLES else ""
+    return ""

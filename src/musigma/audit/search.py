@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -17,51 +17,65 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from musigma.audit.batches import (
-    arguments,
+    THE_OUTPUTS,
+    Bound,
+    bindings,
+    forms,
     fresh,
     input_of,
+    leaves,
+    losses,
+    meaning,
     member,
+    named_outputs,
     required,
     signature_of,
-    with_input,
 )
-from musigma.audit.callables import KL, find, inverts
 from musigma.audit.findings import AuditError, name_of
-from musigma.audit.outputs import (
-    LOSS,
-    Picks,
-    is_answer,
-    loss_functions,
-    matches,
-    named_outputs,
-)
 from musigma.audit.sandbox import Sandbox
-from musigma.audit.training_loop import STUBBED, leaves, losses, of_users, run_step
+from musigma.audit.training_loop import STUBBED, of_users, run_step
 
-__all__ = ["Search", "Users", "Way", "accepts_nothing", "is_loss", "wrapper"]
+__all__ = [
+    "Search", "Users", "accepts_nothing", "functions", "is_loss", "is_routine",
+    "methods", "model_beside",
+]  # fmt: skip
 
 Users = Literal["loss", "terms", "map"]
 
-STEPS = (
-    "training_step", "train_step", "_train_step", "compute_loss", "get_loss", "calculate_loss",
-    "calc_loss", "loss", "loss_function", "loss_fn", "vae_loss", "total_loss", "elbo_loss",
-    "neg_elbo", "negative_elbo", "nelbo", "nll", "nll_loss", "neg_log_likelihood", "forward_kld",
-    "step", "_step", "shared_step", "_shared_step", "train_batch", "training_forward", "elbo",
-    "free_energy",
-)  # fmt: skip
-DENSITIES = ("log_prob", "log_density", "log_likelihood", "logp")
-RECONSTRUCTION = (
-    "recon_loss", "reconstruction_loss", "rec_loss", "reconst_loss", "reconstruction_error",
-)  # fmt: skip
-SECONDS = 60.0  # limit of one call
-MAXIMIZED = re.compile(r"elbo|bound|log_?(prob|density|lik)|^logp$", re.IGNORECASE)
-MINIMIZED = re.compile(r"loss|neg|nll|nelbo|minus", re.IGNORECASE)
-LOG_P = re.compile(r"log_?(p|q|prob|z)|prior", re.IGNORECASE)
-LOG_DET = re.compile(r"det|jac|ldj|ladj", re.IGNORECASE)
+FUNCTIONS = {
+    name: re.compile(pattern, re.IGNORECASE)
+    for name, pattern in {
+        "training": r"_?train(ing)?_step",
+        "loss": r"((compute|get|calc(ulate)?|vae|total|elbo|nll)_)?(loss|objective)|"
+        r"loss_(function|fn)|neg(ative)?_(elbo|log_likelihood)|nelbo|nll|forward_kld",
+        "step": r"_?(shared_)?step|train_batch|training_forward",
+        "bound": r"elbo|free_energy",
+        "any loss": r"(?!__|.*(kl|rec|bce|mse|mmd|adv|disc|perc|gan|valid|test|eval|track|metric|"
+        r"weight|hist|name))(.*(loss|elbo|criterion|objective).*|nll.*)",
+        "density": r"log_?(prob|density|likelihood)s?|logp",
+        "reconstruction": r"rec(on|onst|onstruction)?_(loss|error)",
+        "kl": r"(compute_)?kl_?(d|div|divergence|loss|term)?(_loss)?|latent_loss|loss_kld?",
+        "sample": r"reparam(etri[sz])?(e|ation)?|reparameteri[sz](e|ation)|sample(r|_z|_latent)?|"
+        r"sampling",
+        "generate": r"sample_prior(_z)?|prior_sample|generate_z",
+        "inverse": r"inverse|reverse|invert|inverse_transform|inv",
+    }.items()
+}
+STEPS = ("training", "loss", "step", "bound")  # what they return is a loss
+MAXIMIZED = re.compile(
+    r"(?!.*(loss|neg|nll|nelbo|minus)).*(elbo|bound|log_?(prob|dens|lik)).*|logp"
+)
 KL_LEFT = re.compile(r"kl|diverg|latent_loss|loss", re.IGNORECASE)
-MODEL = re.compile(r"(\w+_)?(model|net|vae|network|flow|module)")
 NORMAL = "the loss is minus the mean log-density under a standard normal, supplied here"
 SQUARED = "the reconstruction is supplied here: squared errors, summed over each example"
+
+
+# --- functions of an object ---------------------------------------------------------------------
+
+
+def is_routine(obj: Any) -> bool:
+    """Whether it is a function or a method, maybe with some arguments."""
+    return inspect.isroutine(obj) or isinstance(obj, functools.partial)
 
 
 def accepts_nothing(fn: Any) -> bool:
@@ -70,7 +84,33 @@ def accepts_nothing(fn: Any) -> bool:
         inspect.signature(fn).bind()
     except (TypeError, ValueError):
         return False
-    return not any(p.kind is p.VAR_POSITIONAL for p in signature_of(fn))
+    return not any(p.kind is p.VAR_POSITIONAL for p in signature_of(fn).parameters.values())
+
+
+def methods(obj: Any, what: str) -> Iterator[tuple[str, Any]]:
+    """The callables of an object that `FUNCTIONS` names so."""
+    for name in filter(FUNCTIONS[what].fullmatch, dir(obj)):
+        fn = member(obj, name)
+        if callable(fn) and not type(fn).__module__.startswith("torch."):
+            yield name, fn
+
+
+def functions(obj: Any, what: str) -> Iterator[tuple[str, Any]]:
+    """As `methods`; then functions, and modules of a loss, beside the class of an object."""
+    yield from methods(obj, what)
+    beside: dict[str, Any] = {}
+    for cls in reversed(type(obj).__mro__):
+        home = cls.__module__
+        if home.split(".")[0] not in ("torch", "builtins", "musigma", "keras", "abc", "typing"):
+            beside |= vars(sys.modules[home]) if home in sys.modules else {}
+    for name, thing in beside.items():
+        if not FUNCTIONS[what].fullmatch(name):
+            continue
+        if inspect.isfunction(thing) and signature_of(thing).parameters:
+            yield name, thing
+        is_module = inspect.isclass(thing) and issubclass(thing, nn.Module) and of_users(thing)
+        if is_module and what == "any loss" and not required(thing):
+            yield name, thing()
 
 
 def is_loss(value: Any) -> bool:
@@ -82,300 +122,282 @@ def is_loss(value: Any) -> bool:
 # --- looking ------------------------------------------------------------------------------------
 
 
-class Way(NamedTuple):
-    """A way to get a loss from a batch.
+class Candidate(NamedTuple):
+    """What may return a loss for a batch.
 
-    `is_loss`: its name says that what it returns is a loss; otherwise, a number among its outputs
-    must depend on all parameters that the other outputs depend on. `users`: as in `FoundStep`.
+    `is_step`: its name says that what it returns is a loss; otherwise, a number that it returns
+    must depend on all parameters that its other outputs, and those of forward, depend on.
+    `users`: as in `FoundStep`.
     """
 
     name: str
     call: Callable[[Any], Any]
     notes: tuple[str, ...] = ()
-    is_loss: bool = True
+    is_step: bool = True
     users: Users = "loss"
+    in_loop: bool = False
+
+    def then(
+        self, change: Callable[[Any, Any], Any], *notes: str, to: str = "", users: Users = "loss"
+    ) -> Candidate:
+        """A function of the batch and of what this returns."""
+
+        def call(batch: Any) -> Any:
+            before = fresh(batch)
+            return change(before, self.call(batch))
+
+        return Candidate(self.name + to, call, (*self.notes, *notes), users=users)
 
 
-def _called(fn: Any, way: Any) -> Callable[[Any], Any]:
-    """A function of a batch, by one of the ways to make arguments of it."""
+class Term(NamedTuple):
+    """A term of a loss: a function of the batch, and of what forward returned for it."""
 
-    def call(batch: Any) -> Any:
-        args, named = way.of(batch)
-        return fn(*args, **named)
-
-    return call
-
-
-_Term = tuple[str, Callable[..., Any], Picks]
-"""A term of a loss: its name, its function, and the arguments."""
+    text: str
+    call: Callable[[Any, Any], Any]
 
 
 class Search:
     """The search for the step of one object, which is restored after each call.
 
-    Example:
-        >>> layer = nn.Linear(3, 2)
-        >>> with Search(lambda x: layer(x).square().sum()) as search:
-        ...     way, step = search.look(torch.ones(4, 3))
-        >>> step().requires_grad
-        True
+    Args:
+        obj: The object.
+        sandbox: Restores it.
+        model: What a function takes as its first argument.
     """
 
-    def __init__(self, obj: Any):
-        kind: str = type(obj).__name__
-        self.is_function = inspect.isroutine(obj) or isinstance(obj, functools.partial)
-        self.obj, self.kind = obj, name_of(obj) if self.is_function else kind
-        first = next(iter(required(obj)), "") if self.is_function else ""
-        self.model = _model_beside(obj) if MODEL.fullmatch(first) else None
-        self.sandbox = Sandbox(obj, self.model, seconds=SECONDS, as_is=True)
-        self.reasons: dict[str, str] = {}
+    def __init__(self, obj: Any, sandbox: Sandbox, model: nn.Module | None = None):
+        self.obj, self.sandbox, self.model = obj, sandbox, model
+        self.kind = name_of(obj) if is_routine(obj) else type(obj).__name__
+        self.undo = sandbox.snapshot()
+        self.is_given, self.reasons = True, dict[str, str]()
         self.outputs: dict[str, Tensor] = {}
         self.encoded: Any = None
 
-    def __enter__(self) -> Search:
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(self.sandbox)
-        self._stack.enter_context(torch.enable_grad())
-        self._undo = self.sandbox.snapshot()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def prepared(self, batch: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
-        """The batch as it is; with its data in the type of the parameters; and flattened."""
-        yield batch, ()
-        x = input_of(batch)
-        wanted = next((p.dtype for p in self.sandbox.trainable() if p.is_floating_point()), None)
-        if isinstance(x, Tensor) and wanted not in (None, x.dtype):
-            divisor = 255 if x.dtype == torch.uint8 else 1
-            note = f"the data are converted from {x.dtype} to {wanted}"
-            note += ", and divided by 255" * (divisor > 1)
-            yield with_input(batch, lambda x: x.to(wanted) / divisor), (note,)
-        if isinstance(x, Tensor) and x.ndim > 2:
-            yield with_input(batch, lambda x: x.flatten(1)), ("the data are flattened",)
-
-    def look(self, batch: Any) -> tuple[Way, Callable[[], Any]] | None:
-        """The first way that returns a loss, also as a function without arguments."""
+    def look(self, batch: Any) -> tuple[Candidate, Callable[[], Any]] | None:
+        """The first candidate that returns a loss, also as a function without arguments."""
         has_loop = of_users(type(self.obj)) and hasattr(self.obj, "__dict__")
-        for way in self.ways(batch):
-            for in_loop in (False, True) if has_loop and way.is_loss else (False,):
-                value = self.run(way, batch, in_loop)
-                if value is not None and self.whole(value, way):
-                    notes = (*way.notes, *[STUBBED] * in_loop, *self.passed_over(way))
-                    return way._replace(notes=notes), self.step(way, batch, in_loop)
-                if value is not None:
-                    break
+        types = (p.dtype for p in self.sandbox.trainable() if p.is_floating_point())
+        for prepared, note in forms(batch, next(types, None)):
+            self.is_given = not note
+            for found in self.candidates(prepared):
+                value = self.run(found, prepared)
+                if value is None and found.is_step and has_loop:
+                    found = found._replace(in_loop=True, notes=(*found.notes, STUBBED))
+                    value = self.run(found, prepared)
+                if value is not None and self.is_whole(value, found):
+                    found = self.oriented(found, prepared, value)
+                    notes = [*note, *found.notes, *self.passed_over(found)]
+                    return found._replace(notes=tuple(notes)), self.step(found, prepared)
         return None
 
-    def step(self, way: Way, batch: Any, in_loop: bool) -> Callable[[], Any]:
-        """A way, for copies of one batch."""
-        owner = self.obj if self.model is None else self.model
-        return functools.partial(run_step, way.call, batch, owner=owner, in_loop=in_loop)
+    def step(self, of: Candidate, batch: Any) -> Callable[[], Any]:
+        """A candidate, for copies of one batch."""
+        owner = self.obj if of.in_loop else None
+        return functools.partial(run_step, of.call, batch, in_loop_of=owner)
 
     def run(
         self,
-        way: Way,
+        of: Candidate,
         batch: Any,
-        in_loop: bool = False,
         look: Callable[[Any], Any] = lambda value: value,
+        seed: int = 0,
     ) -> Any:
-        """What `look` finds in what a way returns; None if it raises, with the reason noted."""
-        self.sandbox.reseed()
+        """What `look` finds in what a candidate returns; None if it raises, which is noted."""
+        self.sandbox.reseed(seed)
         try:
-            return look(self.sandbox.call(way.name, self.step(way, batch, in_loop)))
+            return look(self.sandbox.call(of.name, self.step(of, batch)))
         except (AuditError, SystemExit) as error:
             told = error.__cause__ or error
             words = " ".join(str(told).split())[:200]
-            self.reasons.setdefault(way.name, f"raises {type(told).__name__}: {words}")
+            self.note(of, f"raises {type(told).__name__}: {words}")
             return None
         finally:
-            self._undo()
+            self.undo()
 
-    def whole(self, value: Any, way: Way) -> bool:
-        """Whether what a way returned is a loss; otherwise, the reason is noted."""
+    def is_whole(self, value: Any, of: Candidate) -> bool:
+        """Whether what a candidate returned is a loss; otherwise, the reason is noted."""
         numbers, tensors = losses(value), leaves(value)
-        if way.is_loss and is_loss(value):
-            return True
-        if not numbers:
-            what = ", ".join(str(tuple(t.shape)) for t in tensors.values())
-            graded = any(t.requires_grad for t in tensors.values())
-            why = "none is one number" if graded else "nothing requires a gradient"
-            what = f"tensors {what}, of which {why}" if what else type(value).__name__
-            self.reasons.setdefault(way.name, f"returns {what}")
-            return False
-        others = [t for name, t in tensors.items() if name not in numbers and t.requires_grad]
-        named = any("loss" in name.lower() for name in numbers)
-        return named or self.reached(numbers.values()) >= self.reached(others)
+        if is_loss(value):
+            if of.is_step or any("loss" in name.lower() for name in numbers):
+                return True
+            others = [t for name, t in tensors.items() if name not in numbers]
+            return not numbers or self.reached(numbers.values()) >= self.reached(others)
+        what = ", ".join(str(tuple(t.shape)) for t in tensors.values())
+        graded = any(t.requires_grad for t in tensors.values())
+        why = "none is one number" if graded else "nothing requires a gradient"
+        what = f"tensors {what}, of which {why}" if what else type(value).__name__
+        self.note(of, f"returns {what}")
+        return False
 
-    def reached(self, tensors: Any) -> set[int]:
+    def note(self, of: Candidate, reason: str) -> None:
+        """Why a candidate is no step, for the batch as the user gives it."""
+        if self.is_given:
+            self.reasons.setdefault(of.name, reason)
+
+    def reached(self, tensors: Iterable[Tensor]) -> set[int]:
         """The parameters that tensors depend on."""
         total = sum((t.sum() for t in tensors if t.requires_grad), torch.zeros(()))
-        if not isinstance(total, Tensor) or not total.requires_grad:
+        if not total.requires_grad:
             return set()
         if not (parameters := self.sandbox.trainable()):
             return {-1}  # they are out of sight
         grads = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
         return {i for i, grad in enumerate(grads) if grad is not None}
 
-    def passed_over(self, way: Way) -> list[str]:
-        """Notes on training steps that were tried before the way that was taken."""
-        others = self.failed(lambda name: name in STEPS[:3] and name != _last(way.name))
-        return [f"it was not used: {line}" for line in others]
-
-    def ways(self, batch: Any) -> Iterator[Way]:
-        """Ways to get a loss from a batch, the likeliest first."""
-        obj = self.obj
-        if self.is_function:
-            yield from self.of_function(batch)
-            return
-        if not isinstance(obj, Distribution):
-            yield from (
-                _keras_ways(obj, self.kind, batch) if _is_keras(obj) else self.of_methods(batch)
-            )
-            if callable(obj):
-                yield from self.of_forward(batch)
-        yield from self.of_density(batch)
-        if callable(encode := member(obj, "encode")):
-            for way in arguments(encode, batch):
-                first = Way(f"{self.kind}.encode", _called(encode, way), way.notes)
-                value = self.run(first, batch)
-                if value is not None:
-                    self.encoded = value
-                    yield from self.of_terms(first, named_outputs(value, encode, "z"), batch, {})
-
-    def of_function(self, batch: Any) -> Iterator[Way]:
-        """A function of a batch, or of a model and a batch."""
-        notes, given = (), {}
-        if self.model is not None:
-            first = required(self.obj)[0]
-            notes, given = (f"{first} is {name_of(self.model)}()",), {first: self.model}
-        is_loss = bool(LOSS.search(self.kind) or "step" in self.kind.lower())
-        for way in arguments(self.obj, batch, given):
-            yield Way(self.kind, _called(self.obj, way), (*notes, *way.notes), is_loss)
-
-    def of_methods(self, batch: Any) -> Iterator[Way]:
-        """Methods that are named as steps or losses, and take a batch."""
-        others = [name for name, fn in loss_functions(self.obj) if member(self.obj, name) == fn]
-        for name in dict.fromkeys([*STEPS, *others]):
-            fn = member(self.obj, name)
-            if not inspect.isroutine(fn) or accepts_nothing(fn):
-                continue
-            for arg in arguments(fn, batch):
-                way = Way(f"{self.kind}.{name}", _called(fn, arg), arg.notes)
-                if name in STEPS or self.reaches_forward(way, batch):
-                    yield self.oriented(way, batch)
-
-    def reaches_forward(self, way: Way, batch: Any) -> bool:
-        """Whether a loss depends on all parameters that what forward returns depends on."""
-
-        def reach(value: Any) -> set[int]:
-            return self.reached(leaves(value).values())
-
-        own = self.run(way, batch, look=reach)
-        for arg in arguments(self.obj, batch) if own and callable(self.obj) else ():
-            forward = Way("forward", _called(self.obj, arg))
-            return own >= (self.run(forward, batch, look=reach) or set())
-        return bool(own)
-
-    def oriented(self, way: Way, batch: Any, unsure: bool = False) -> Way:
-        """A way; minus it if it may be a bound and falls where parameters are random."""
-        name = way.name.rpartition(".")[2]
-        if MINIMIZED.search(name) or not (unsure or MAXIMIZED.search(name)):
-            return way
+    def oriented(self, found: Candidate, batch: Any, value: Any) -> Candidate:
+        """A candidate; minus it if it may be a bound and falls where parameters are random."""
+        name = found.name.rpartition(".")[2]
+        named, rows = MAXIMIZED.fullmatch(name.lower()), not losses(value)
+        if not isinstance(found.call, Bound) or not (named or (rows and name == "forward")):
+            return found
 
         def total(value: Any) -> float:
-            found = losses(value) or leaves(value)
-            return float(next(iter(found.values())).detach().mean()) if found else 0.0
+            tensors = losses(value) or leaves(value)
+            return float(next(iter(tensors.values())).detach().mean())
 
-        falls = not unsure
-        before = self.run(way, batch, look=total)
-        for std in (3.0, 1.0, 0.3) if before is not None else ():
+        before, falls = total(value), bool(named)
+        for std in (3.0, 1.0, 0.3):
             self.sandbox.randomize(std)
-            after = self.run(way, batch, look=total)
+            after = self.run(found, batch, look=total)
             if after is not None and math.isfinite(after):
                 falls = after < before
                 break
-        if before is None or not falls:
-            return way
 
-        def minus(batch: Any) -> Any:
-            value = way.call(batch)
-            if isinstance(value, Tensor):
-                return -value
-            return {name or "value": -t for name, t in leaves(value).items()}
+        def minus(_batch: Any, value: Any) -> Any:
+            tensors = {key or name: -t for key, t in leaves(value).items()}
+            return tensors if len(tensors) > 1 else next(iter(tensors.values()))
 
-        return way._replace(
-            call=minus, notes=(*way.notes, f"{name} is maximized: the loss is minus it")
-        )
+        note = f"{name} is maximized: the loss is minus it"
+        return found.then(minus, note)._replace(in_loop=found.in_loop) if falls else found
 
-    def of_density(self, batch: Any) -> Iterator[Way]:
+    # --- candidates -----------------------------------------------------------------------------
+
+    def called(
+        self, fn: Any, batch: Any, name: str = "", is_step: bool = True, given: Any = None
+    ) -> Iterator[Candidate]:
+        """A function of a batch, by each way to call it."""
+        for bound in bindings(fn, batch, given=given):
+            note = () if bound.is_plain(batch) else (f"{name or self.kind}({bound.text})",)
+            full = f"{self.kind}.{name}" if name else self.kind
+            yield Candidate(full, bound, note, is_step)
+
+    def candidates(self, batch: Any) -> Iterator[Candidate]:
+        """What may return a loss for a batch, the likeliest first."""
+        obj, model = self.obj, self.model
+        if is_routine(obj):
+            named = re.search("loss|elbo|step", self.kind, re.IGNORECASE) is not None
+            given = {} if model is None else {required(obj)[0]: model}
+            yield from self.called(obj, batch, is_step=named, given=given)
+            return
+        if not isinstance(obj, Distribution):
+            yield from self.of_methods(batch)
+            yield from self.of_keras(batch)
+            if callable(obj):
+                yield from self.of_outputs("forward", obj, batch)
+        yield from self.of_density(batch)
+        if callable(encode := member(obj, "encode")):
+            yield from self.of_outputs("encode", encode, batch)
+
+    def of_methods(self, batch: Any) -> Iterator[Candidate]:
+        """The user's methods that are named as steps or losses, or that call backward."""
+        own = {
+            name: fn
+            for name in dir(self.obj)
+            if _is_own(fn := member(self.obj, name), name, self.obj)
+        }
+        steps = [name for what in STEPS for name in own if _is(name, what)]
+        steps += [name for name, fn in own.items() if _calls_backward(fn)]
+        for name in dict.fromkeys(steps):
+            yield from self.called(own[name], batch, name)
+
+    def of_density(self, batch: Any) -> Iterator[Candidate]:
         """Minus the mean of a log-density."""
-        for name in DENSITIES:
-            fn = member(self.obj, name)
-            for way in arguments(fn, batch) if inspect.isroutine(fn) else ():
-                call = _called(fn, way)
-                note = f"the loss is minus the mean of {name}"
+        for name, fn in methods(self.obj, "density"):
+            note = f"the loss is minus the mean of {name}"
+            for found in self.called(fn, batch, name):
+                yield found.then(lambda _, log_p: -log_p.mean(), note)
 
-                def minus(batch: Any, call: Callable[[Any], Any] = call) -> Tensor:
-                    return -call(batch).mean()
+    def of_keras(self, batch: Any) -> Iterator[Candidate]:
+        """The losses of `compile` and `add_loss` of Keras 3."""
+        model = self.obj
+        if not any(cls.__module__.startswith("keras.") for cls in type(model).__mro__):
+            return
+        answer = Candidate(self.kind, lambda batch: model(input_of(batch), training=True))
 
-                yield Way(f"{self.kind}.{name}", minus, (*way.notes, note))
+        def compiled(batch: Any, y: Any) -> Any:
+            x = input_of(batch)
+            return model.compute_loss(x=x, y=x, y_pred=y, training=True)
 
-    def of_forward(self, batch: Any) -> Iterator[Way]:
-        """forward, alone or with functions that take what it returns."""
-        for arg in arguments(self.obj, batch):
-            way = Way(f"{self.kind}.forward", _called(self.obj, arg), arg.notes, is_loss=False)
-            old = {id(t) for t in _left(self.sandbox.modules).values()}
-            seen = self.run(way, batch, look=lambda v: (v, _left(self.sandbox.modules)))
-            if seen is None:
+        def added(batch: Any, y: Any) -> Any:
+            return _squared_error(batch, next(iter(leaves(y).values()))) + sum(model.losses)
+
+        if getattr(model, "loss", None):
+            yield answer.then(compiled, "the data are their own target", to=".compute_loss")
+        note = "the loss is that of add_loss, which is not weighted here"
+        yield answer.then(added, SQUARED, note, to=".losses", users="terms")
+
+    def of_outputs(self, name: str, fn: Any, batch: Any) -> Iterator[Candidate]:
+        """forward or encode, alone or with functions that take what it returns."""
+        for found in self.called(fn, batch, name, is_step=False):
+            seen = self.seen(found, fn, "reconstruction" if name == "forward" else "z")
+            shown = self.run(seen, batch)
+            if shown is None:
                 continue
-            value, left = seen
+            value = shown.pop(THE_OUTPUTS)
             if isinstance(value, Distribution):
-                yield way._replace(
-                    call=lambda batch, call=way.call: (
-                        -call(batch).log_prob(input_of(batch)).mean()
-                    ),
-                    notes=(*arg.notes, "the loss is minus the mean log_prob of what it returns"),
-                    is_loss=True,
-                )
-                continue
-            outputs = named_outputs(value, self.obj, "reconstruction")
-            self.outputs = self.outputs or outputs
-            yield from self.of_flow(way, outputs, batch)
-            if self.is_flow(way, outputs, batch):
-                continue
-            rows = isinstance(value, Tensor) and value.shape == input_of(batch).shape[:1]
-            yield self.oriented(way._replace(is_loss=True), batch, True) if rows else way
-            for name, fn in loss_functions(self.obj):
-                for picks in matches(fn, outputs, batch):
-                    yield self.sum_of(way, [(name, fn, picks)])
-            left = {name: t for name, t in left.items() if id(t) not in old}
-            yield from self.of_terms(way, outputs, batch, left)
+                note = "the loss is minus the mean log_prob of what it returns"
+                yield found.then(lambda batch, q: -q.log_prob(input_of(batch)).mean(), note)
+            elif name == "encode":
+                self.encoded = value
+                yield from self.of_terms(seen, shown, batch)
+            else:
+                self.outputs = self.outputs or shown
+                is_flow = self.is_flow(found, shown, batch)
+                yield from self.of_flow(seen, shown, batch, is_flow)
+                if not is_flow:
+                    yield found
+                    for term in self.terms("any loss", shown, batch):
+                        yield _sum_of(seen, term)
+                    yield from self.of_terms(seen, shown, batch)
 
-    def of_flow(self, way: Way, outputs: Mapping[str, Tensor], batch: Any) -> Iterator[Way]:
+    def seen(self, found: Candidate, fn: Any, alone: str) -> Candidate:
+        """What a function returns, by its names, and the KLs that it leaves in modules."""
+        modules = self.sandbox.modules
+
+        def call(batch: Any) -> dict[str, Any]:
+            before = _left(modules)
+            value = found.call(batch)
+            shown = named_outputs(value, fn, alone)
+            old = {id(t) for t in (*before.values(), *shown.values())}
+            left = {name: t for name, t in _left(modules).items() if id(t) not in old}
+            return {**shown, **left, THE_OUTPUTS: value}
+
+        return found._replace(call=call)
+
+    def terms(self, what: str, outputs: Mapping[str, Tensor], batch: Any) -> Iterator[Term]:
+        """The functions of a kind, by each way to give outputs to them."""
+        for name, fn in functions(self.obj, what):
+            for bound in bindings(fn, batch, outputs):
+                yield Term(f"{name}({bound.text})" if bound.text else name, bound)
+
+    def of_flow(
+        self, seen: Candidate, outputs: Mapping[str, Tensor], batch: Any, is_flow: bool
+    ) -> Iterator[Candidate]:
         """Losses of z, its log-density and a log-determinant that forward returns."""
-        is_flow = self.is_flow(way, outputs, batch)
-        log_dets = [name for name in outputs if LOG_DET.search(name)]
-        for name, fn in loss_functions(self.obj) if is_flow or log_dets else ():
-            if any(LOG_DET.search(parameter) for parameter in required(fn)):
-                for picks in matches(fn, outputs, batch):
-                    yield self.sum_of(way, [(name, fn, picks)])
-        log_ps = [name for name in outputs if LOG_P.search(name) and name not in log_dets]
-        if len(log_ps) == len(log_dets) == 1:
-            names = [*log_ps, *log_dets]
-            at = [list(outputs).index(name) for name in names]
+        log_dets, log_ps = ([n for n in outputs if meaning(n) == m] for m in ("log_det", "log_p"))
+        for term in self.terms("any loss", outputs, batch) if is_flow or log_dets else ():
+            bound = term.call
+            if isinstance(bound, Bound) and "log_det" in map(meaning, bound.keys):
+                yield _sum_of(seen, term)
+        if is_flow:
+            yield from self.of_density(batch)
+            yield seen.then(_log_density, NORMAL, users="map")
+        elif len(log_ps) == len(log_dets) == 1:
+            both = _total_of(*log_ps, *log_dets)
+            note = f"the loss is minus the mean of {both.text}"
+            yield seen.then(lambda *shown: -both.call(*shown), note, users="terms")
 
-            def loss(batch: Any) -> Any:
-                found = list(leaves(way.call(batch)).values())
-                return -_sum_of_means(*(found[i] for i in at))
-
-            note = f"the loss is minus the mean of {' + '.join(names)}"
-            yield Way(way.name, loss, (*way.notes, note), users="terms")
-        elif is_flow:
-            yield Way(way.name, _log_density(way.call), (*way.notes, NORMAL), users="map")
-
-    def is_flow(self, way: Way, outputs: Mapping[str, Tensor], batch: Any) -> bool:
+    def is_flow(self, found: Candidate, outputs: Mapping[str, Tensor], batch: Any) -> bool:
         """Whether outputs are z, of as many numbers as the data, and a log-determinant."""
         x, tensors = input_of(batch), list(outputs.values())
         if len(tensors) < 2 or not isinstance(x, Tensor):
@@ -383,123 +405,91 @@ class Search:
         sizes = [t.numel() for t in tensors]
         if sum(sizes[:-1]) != x.numel() or sizes[-1] not in (1, len(x), x.numel()):
             return False
-        if inverts(self.obj) or LOG_DET.search(list(outputs)[-1]):
+        if any(methods(self.obj, "inverse")) or meaning(list(outputs)[-1]) == "log_det":
             return True
-        if sizes[-1] != len(x):
-            return False
-        seed = Way(way.name, lambda batch: (torch.manual_seed(1), way.call(batch))[1])
-        again = self.run(seed, batch, look=lambda value: next(iter(leaves(value).values())))
-        return again is not None and torch.equal(again, tensors[0])
-
-    # --- losses in parts ------------------------------------------------------------------------
+        again = self.run(found, batch, lambda value: next(iter(leaves(value).values())), seed=1)
+        return sizes[-1] == len(x) and again is not None and torch.equal(again, tensors[0])
 
     def of_terms(
-        self, way: Way, outputs: Mapping[str, Tensor], batch: Any, left: Mapping[str, Tensor]
-    ) -> Iterator[Way]:
-        """A reconstruction, and a KL that a function returns or that a call leaves somewhere."""
-        kls: list[_Term] = []
-        if left:
-            kls.append((" + ".join(left), _sum_of_means, _left_in(self.sandbox.modules, left)))
-            if self.reached(left.values()) >= self.reached(outputs.values()):
-                yield self.sum_of(way, kls)
-                return
+        self, seen: Candidate, outputs: Mapping[str, Tensor], batch: Any
+    ) -> Iterator[Candidate]:
+        """A reconstruction, and a KL that is returned, left in a module, or that of a function."""
         graded = {name: t for name, t in outputs.items() if t.requires_grad}
-        names = [n for n, t in graded.items() if KL_LEFT.search(n) or t.numel() == 1]
-        if not names and len(outputs) == 2:
-            names = [n for n, t in graded.items() if t.ndim == 1]
-        if names and len(names) < len(outputs):
-            kls.append((" + ".join(names), _sum_of_means, _take(outputs, names)))
-        if (match := find(self.obj, KL)) is not None:
-            kls += [(*match, picks) for picks in matches(match[1], outputs, batch)]
-        reconstructions: list[_Term] = []
-        if (match := find(self.obj, RECONSTRUCTION)) is not None:
-            reconstructions += [(*match, picks) for picks in matches(match[1], outputs, batch)]
-        size = getattr(input_of(batch), "numel", lambda: 0)()
-        if same := [n for n, t in graded.items() if t.numel() == size and is_answer(n)]:
-            reconstructions.append((SQUARED, _squared_error, _take(outputs, same[:1], data=True)))
-        for reconstruction, kl in product(reconstructions, kls):
-            yield self.sum_of(way, [reconstruction, kl])
+        kls = [n for n, t in graded.items() if KL_LEFT.search(n) or t.numel() == 1]
+        if not kls and len(outputs) == 2:
+            kls = [n for n, t in graded.items() if t.ndim == 1]
+        left = [name for name in kls if "." in name]
+        whole = self.reached(outputs[name] for name in left)
+        if left and whole >= self.reached(outputs.values()):
+            yield _sum_of(seen, _total_of(*left))
+            return
+        named = [_total_of(*kls)] if 0 < len(kls) < len(outputs) else []
+        size = getattr(input_of(batch), "numel", int)()
+        errors = list(self.terms("reconstruction", outputs, batch))
+        same = [name for name, t in graded.items() if t.numel() == size]
+        same = [name for name in same if meaning(name) not in ("scale", "mean", "z")]
+        if same:
+            errors.append(Term(SQUARED, lambda b, shown: _squared_error(b, shown[same[0]])))
+        for error, kl in product(errors, [*named, *self.terms("kl", outputs, batch)]):
+            yield _sum_of(seen, error, kl)
 
-    def sum_of(self, way: Way, terms: list[_Term]) -> Way:
-        """A way that gives what another returns to functions, and adds what they return."""
-
-        def run(batch: Any) -> Any:
-            before, value = fresh(batch), way.call(batch)
-            found = []
-            for _, fn, picks in terms:
-                args, named = picks.of(value, before)
-                found.append(fn(*args, **named))
-            return found[0] if len(found) == 1 else _sum_of_means(*found)
-
-        notes = [f"{name}({picks.text})" if picks.text else name for name, _, picks in terms]
-        if len(terms) > 1:
-            notes.append("the sum of both is supplied here, so that the KL's weight is not judged")
-        users: Users = "loss" if len(terms) == 1 else "terms"
-        return Way(f"{way.name} and {terms[-1][0]}", run, (*way.notes, *notes), users=users)
-
-    def refusal(self) -> str:
-        """Why nothing was found."""
-        what = "it is neither a flow, nor a density, nor a VAE with a sampler and a KL"
-        if self.is_function:
-            what += "; a function that makes a model must take no arguments"
-        tried = [f"\n  {line}" for line in self.failed(lambda name: True)[:8]]
-        return f"{self.kind}: nothing in it returns a loss, and {what}{''.join(tried)}"
+    # --- what was not found ---------------------------------------------------------------------
 
     def failed(self, which: Callable[[str], Any]) -> list[str]:
         """What was tried and why it is no step, by its last name."""
         reasons = self.reasons.items()
-        return [f"{name} {reason}" for name, reason in reasons if which(_last(name))]
+        return [f"{name} {why}" for name, why in reasons if which(re.split(r"[. ]", name)[-1])]
+
+    def passed_over(self, found: Candidate) -> list[str]:
+        """Notes on training steps that were tried before what was found."""
+        others = self.failed(lambda n: _is(n, "training") and not found.name.endswith(f".{n}"))
+        return [f"it was not used: {line}" for line in others]
 
     def failed_losses(self) -> list[str]:
         """The methods of the object that are named as losses, and why they are no step."""
-        own = {name for name in dir(self.obj) if name in STEPS or LOSS.search(name)}
-        return self.failed(own.__contains__)
+        return self.failed(lambda n: hasattr(self.obj, n) and _is(n, *STEPS, "any loss"))
 
+    def refusal(self) -> str:
+        """Why nothing was found."""
+        what = "it is neither a flow, nor a density, nor a VAE with a sampler and a KL"
+        if is_routine(self.obj):
+            what += "; a function that makes a model must take no arguments"
+        tried = [f"\n  {line}" for line in self.failed(bool)[:8]]
+        return f"{self.kind}: nothing in it returns a loss, and {what}{''.join(tried)}"
 
-def _last(name: str) -> str:
-    return re.split(r"[. ]", name)[-1]
-
-
-def wrapper(search: Search) -> str:
-    """A step factory for the object of a search, filled in with the names that were seen."""
-    obj, kind = search.obj, search.kind
-    setup = ["batch = ...  # as your data loader gives it"]
-    if type(obj).__module__ == "builtins" and not search.is_function:
-        setup.insert(0, "model = ...")
-    elif not search.is_function:
-        needed = ", ".join(f"{name}=..." for name in required(type(obj)))
-        setup.insert(0, f"model = {kind}({needed})")
-    methods = [name for name in STEPS if inspect.isroutine(member(obj, name))]
-    beside = list(loss_functions(obj))
-    names = [re.sub(r"\W", "_", name) for name in search.outputs]
-    names[:1] = [re.sub("output_1", "recon", name) for name in names[:1]]
-    if search.is_function:
-        body = [f"return {kind}({', '.join(required(obj))})  # one number"]
-    elif hasattr(search.encoded, "latent_dist"):
-        body = [
-            "posterior = model.encode(batch).latent_dist",
-            "recon = model.decode(posterior.sample()).sample",
-            "return ((recon - batch) ** 2).sum() + posterior.kl().sum()",
-        ]
-    elif methods:
-        given = ", ".join(required(getattr(obj, methods[0]))) or "batch"
-        body = [f"return model.{methods[0]}({given})  # one number that requires a gradient"]
-    elif names and beside:
-        name, fn = beside[0]
-        owner = "" if inspect.isfunction(fn) else "model."
-        body = [f"{', '.join(names)} = model(batch)",
-                f"return {owner}{name}({', '.join(required(fn))})"]  # fmt: skip
-    elif names:
-        body = [
-            f"{', '.join(names)} = model(batch)",
-            f"kl = ...  # of {', '.join(names[1:]) or 'mean and scale of z'}, summed",
-            f"return (({names[0]} - batch) ** 2).sum() + kl",
-        ]
-    else:
-        body = ["outputs = model(batch)", "return ...  # the loss, one number"]
-    lines = [*setup, "", "def step():", *(f"    {line}" for line in body), "", "return step"]
-    code = "\n".join(f"    {line}".rstrip() for line in lines)
-    return f"def make_step():\n{code}\n\nmusigma audit {_file_of(obj)}:make_step"
+    def wrapper(self) -> str:
+        """A step factory for the object, filled in with the names that were seen."""
+        obj, kind = self.obj, self.kind
+        makes = f"model = {kind}({', '.join(f'{name}=...' for name in required(type(obj)))})"
+        named = [(n, fn) for what in STEPS for n, fn in methods(obj, what) if is_routine(fn)]
+        beside = list(functions(obj, "any loss"))
+        names = [re.sub(r"\W", "_", name) for name in self.outputs]
+        names[:1] = [re.sub("output_1", "recon", name) for name in names[:1]]
+        call = f"{', '.join(names)} = model(batch)"
+        if is_routine(obj):
+            body = [f"return {kind}({', '.join(required(obj))})  # one number"]
+        elif hasattr(self.encoded, "latent_dist"):
+            body = [
+                "posterior = model.encode(batch).latent_dist",
+                "recon = model.decode(posterior.sample()).sample",
+                "return ((recon - batch) ** 2).sum() + posterior.kl().sum()",
+            ]
+        elif named:
+            given = ", ".join(required(named[0][1])) or "batch"
+            body = [f"return model.{named[0][0]}({given})  # one number that requires a gradient"]
+        elif names and beside:
+            name, fn = beside[0]
+            owner = "" if inspect.isfunction(fn) else "model."
+            body = [call, f"return {owner}{name}({', '.join(required(fn))})"]
+        elif names:
+            kl = f"kl = ...  # of {', '.join(names[1:]) or 'mean and scale of z'}, summed"
+            body = [call, kl, f"return (({names[0]} - batch) ** 2).sum() + kl"]
+        else:
+            body = ["outputs = model(batch)", "return ...  # the loss, one number"]
+        lines = [*[makes] * (not is_routine(obj)), "batch = ...  # as your data loader gives it"]
+        lines += ["", "def step():", *(f"    {line}" for line in body), "", "return step"]
+        code = "\n".join(f"    {line}".rstrip() for line in lines)
+        return f"def make_step():\n{code}\n\nmusigma audit {_file_of(obj)}:make_step"
 
 
 def _file_of(obj: Any) -> str:
@@ -512,10 +502,63 @@ def _file_of(obj: Any) -> str:
     return Path(path).name if is_own else "model.py"
 
 
-def _sum_of_means(*values: Any) -> Any:
+def _is(name: str, *kinds: str) -> bool:
+    return any(FUNCTIONS[kind].fullmatch(name) for kind in kinds)
+
+
+def _is_own(fn: Any, name: str, obj: Any) -> bool:
+    """Whether it is a method of the user's that takes arguments."""
+    if not inspect.isroutine(fn) or accepts_nothing(fn):
+        return False
+    owners = [cls for cls in type(obj).__mro__ if name in vars(cls)]
+    return not owners or of_users(owners[0])
+
+
+def _calls_backward(fn: Any) -> bool:
+    code = getattr(inspect.unwrap(fn), "__code__", None)
+    return code is not None and "backward" in code.co_names
+
+
+def model_beside(fn: Any) -> nn.Module | None:
+    """The model that a function takes: one in its globals, or the largest that is made there."""
+    if not is_routine(fn) or meaning(next(iter(required(fn)), "")) != "model":
+        return None
+    there = list(getattr(fn, "__globals__", {}).values())
+    own = [c for c in there if inspect.isclass(c) and c.__module__ == fn.__module__]
+    modules = [thing for thing in there if isinstance(thing, nn.Module)]
+    if not modules:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            modules = [c() for c in own if issubclass(c, nn.Module) and not required(c)]
+    return max(modules, key=lambda m: len(list(m.modules())), default=None)
+
+
+# --- losses in parts ----------------------------------------------------------------------------
+
+
+def _sum_of(found: Candidate, *terms: Term) -> Candidate:
+    """A candidate that gives what another returns to functions, and adds what they return."""
+
+    def total(batch: Any, value: Any) -> Any:
+        values = [term.call(batch, value) for term in terms]
+        return values[0] if len(values) == 1 else _total(values)
+
+    notes, is_whole = [term.text for term in terms], len(terms) == 1
+    if not is_whole:
+        notes.append("the sum of both is supplied here, so that the KL's weight is not judged")
+    name = terms[-1].text.partition("(")[0]
+    return found.then(total, *notes, to=f" and {name}", users="loss" if is_whole else "terms")
+
+
+def _total(values: Iterable[Any]) -> Any:
     """The sum of terms; of each, the mean over examples of the sum over the rest."""
     tensors = [next(iter(leaves(value).values())) for value in values]
     return sum(t.flatten(1).sum(1).mean() if t.ndim > 1 else t.mean() for t in tensors)
+
+
+def _total_of(*names: str) -> Term:
+    """The sum of some of what was returned."""
+    return Term(" + ".join(names), lambda _, shown: _total(shown[name] for name in names))
 
 
 def _left(modules: Iterable[nn.Module]) -> dict[str, Tensor]:
@@ -529,93 +572,14 @@ def _left(modules: Iterable[nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def _left_in(modules: list[nn.Module], wanted: Iterable[str]) -> Picks:
-    """What modules are left with, as arguments."""
-    names = list(wanted)
-
-    def of(value: Any, batch: Any) -> tuple[list[Any], dict[str, Any]]:
-        found = _left(modules)
-        return [found[name] for name in names], {}
-
-    return Picks("", of)
-
-
-def _take(outputs: Iterable[str], names: Iterable[str], data: bool = False) -> Picks:
-    """Some of the outputs as arguments, and the data after them."""
-    order = list(outputs)
-    at = [order.index(name) for name in names]
-
-    def of(value: Any, batch: Any) -> tuple[list[Any], dict[str, Any]]:
-        found = list(leaves(value).values())
-        return [*(found[i] for i in at), *[input_of(batch)] * data], {}
-
-    return Picks("", of)
-
-
-def _squared_error(answer: Tensor, x: Tensor) -> Tensor:
+def _squared_error(batch: Any, answer: Tensor) -> Tensor:
+    x = input_of(batch)
     return (answer.reshape(x.shape) - x).square().flatten(1).sum(1).mean()
 
 
-def _log_density(call: Callable[[Any], Any]) -> Callable[[Any], Tensor]:
-    """Minus the mean log-density under a standard normal of what forward maps to (z, log_det)."""
-
-    def loss(batch: Any) -> Tensor:
-        *z, log_det = leaves(call(batch)).values()
-        flat = torch.cat([part.flatten(1) for part in z], 1)
-        if log_det.ndim > 1:
-            log_det = log_det.flatten(1).sum(1)
-        log_z = -0.5 * (flat.square() + math.log(2 * math.pi)).sum(1)
-        return -(log_z + log_det).mean()
-
-    return loss
-
-
-def _model_beside(fn: Any) -> nn.Module | None:
-    """A module in the globals of a function, or the largest that a class there makes."""
-    there = list(getattr(fn, "__globals__", {}).values())
-    own = [c for c in there if inspect.isclass(c) and c.__module__ == fn.__module__]
-    kinds = [c for c in own if issubclass(c, nn.Module) and not required(c)]
-    modules = [thing for thing in there if isinstance(thing, nn.Module)]
-    if not modules:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            modules = [kind() for kind in kinds]
-    return max(modules, key=lambda m: len(list(m.modules())), default=None)
-
-
-def _is_keras(obj: Any) -> bool:
-    is_keras = any(cls.__module__.startswith("keras.") for cls in type(obj).__mro__)
-    return is_keras and hasattr(obj, "compute_loss")
-
-
-def _keras_ways(model: Any, kind: str, batch: Any) -> Iterator[Way]:
-    """Keras 3: a train_step of one's own, or the losses of `compile` and `add_loss`."""
-    x = input_of(batch)
-    if any("train_step" in vars(cls) and of_users(cls) for cls in type(model).__mro__):
-        for note, form in {
-            "": lambda batch: batch,
-            "train_step is given (x,)": lambda batch: (input_of(batch),),
-            "train_step is given (x, x)": lambda batch: (input_of(batch),) * 2,
-        }.items():
-
-            def step(batch: Any, form: Callable[[Any], Any] = form) -> Any:
-                return model.train_step(form(batch))
-
-            yield Way(f"{kind}.train_step", step, (note,) if note else ())
-
-    def answer(batch: Any) -> Any:
-        return model(input_of(batch), training=True)
-
-    def compiled(batch: Any) -> Any:
-        x = input_of(batch)
-        return model.compute_loss(x=x, y=x, y_pred=answer(batch), training=True)
-
-    def added(batch: Any) -> Any:
-        error = _squared_error(next(iter(leaves(answer(batch)).values())), input_of(batch))
-        return error + sum(model.losses)
-
-    if getattr(model, "loss", None):
-        yield Way(f"{kind}.compute_loss", compiled, ("the data are their own target",))
-    if isinstance(x, Tensor):
-        note = "the loss is that of add_loss, which is not weighted here"
-        yield Way(f"{kind}.losses", added, (SQUARED, note), users="terms")
+def _log_density(_batch: Any, shown: Mapping[str, Any]) -> Tensor:
+    """Minus the mean log-density under a standard normal of (z, log_det)."""
+    *z, log_det = leaves(shown[THE_OUTPUTS]).values()
+    flat = torch.cat([part.flatten(1) for part in z], 1)
+    log_z = -0.5 * (flat.square() + math.log(2 * math.pi)).sum(1)
+    return -(log_z + (log_det.flatten(1).sum(1) if log_det.ndim > 1 else log_det)).mean()

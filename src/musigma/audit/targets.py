@@ -12,33 +12,43 @@ import contextlib
 import functools
 import inspect
 import math
-import sys
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from musigma.audit.batches import examples, input_of, member, required
-from musigma.audit.callables import KL, audit_callables, find, inverts, vae_parts
+from musigma.audit.batches import bindings, examples, input_of, member, required
+from musigma.audit.bijection import FlowAdapter
 from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport, name_of
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
-from musigma.audit.sandbox import Sandbox
-from musigma.audit.search import Search, Users, accepts_nothing, is_loss, wrapper
+from musigma.audit.sandbox import Sandbox, TooSlowError
+from musigma.audit.search import (
+    Search,
+    Users,
+    accepts_nothing,
+    functions,
+    is_loss,
+    is_routine,
+    methods,
+    model_beside,
+)
 from musigma.audit.step import audit_step
 from musigma.audit.terms import audit_log_prob_term, is_log_prob_term
-from musigma.audit.training_loop import leaves, losses, replaced, run_step
+from musigma.audit.training_loop import run_step
 from musigma.audit.vae import audit_vae
 from musigma.model import Model
 
 __all__ = ["FoundStep", "NoStepError", "audit", "find_step", "make"]
 
 DIMENSIONS = 8  # of a density that is integrated
+SECONDS = 60.0  # limit of one call of what may be a step
 
 
 class NoStepError(AuditError):
@@ -109,16 +119,17 @@ def _step_of(
     """The step of an object that is made."""
     if _takes_nothing(obj):
         return FoundStep(functools.partial(run_step, obj), assumed, name_of(obj))
-    with Search(obj) as search:
+    model = model_beside(obj)
+    with Sandbox(obj, model, seconds=SECONDS, as_is=True) as sandbox, torch.enable_grad():
+        search = Search(obj, sandbox, model)
         for batch in examples(obj, example, shape):
-            for prepared, note in search.prepared(batch):
-                if (found := search.look(prepared)) is None:
-                    continue
-                way, call = found
+            if (found := search.look(batch)) is not None:
+                candidate, call = found
                 if example is None:
                     assumed.append(f"a batch of shape {tuple(batch.shape)} was drawn")
-                return FoundStep(call, [*assumed, *note, *way.notes], way.name, way.users)
-    raise NoStepError(search.refusal(), wrapper(search), search.failed_losses())
+                assumed += candidate.notes
+                return FoundStep(call, assumed, candidate.name, candidate.users)
+    raise NoStepError(search.refusal(), search.wrapper(), search.failed_losses())
 
 
 def make(obj: Any, assumed: list[str]) -> Any:
@@ -129,17 +140,15 @@ def make(obj: Any, assumed: list[str]) -> Any:
     Raises:
         AuditError: If it fails, or returns neither a loss nor anything that may have one.
     """
-    if isinstance(obj, nn.Module):
+    is_class, name = inspect.isclass(obj), name_of(obj)
+    if not is_class and not _takes_nothing(obj):
         return _checked(obj)
-    if not inspect.isclass(obj) and not _takes_nothing(obj):
-        return obj
-    name = name_of(obj)
     if needed := required(obj):
         raise AuditError(
             f"{name}: it needs {', '.join(needed)}; give an instance, or a function without "
             "arguments that makes one"
         )
-    undo = (lambda: None) if inspect.isclass(obj) else Sandbox(obj).snapshot()
+    undo = (lambda: None) if is_class else Sandbox(obj).snapshot()
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         try:
@@ -148,37 +157,35 @@ def make(obj: Any, assumed: list[str]) -> Any:
             raise AuditError(f"{name}(): it raises {type(error).__name__}: {error}") from error
         finally:
             undo()
-    if isinstance(made, nn.Module):
-        made = _checked(made)
-    if not inspect.isclass(obj):
-        if is_loss(made):
-            assumed.append(f"{name}() is the step")
-            return obj
-        if made is None or isinstance(made, (Tensor, int, float, str)):
-            what = "a tensor" if isinstance(made, Tensor) else repr(made)
-            raise AuditError(
-                f"{name}(): it returns {what} that requires no gradient; expected a loss, or a "
-                "model or a step that it makes"
-            )
-    assumed.append(
-        f"{name}() was called to make the {'step' if _takes_nothing(made) else 'object'}"
-    )
-    return make(made, assumed) if _takes_nothing(made) else made
+    if not is_class and is_loss(made):
+        assumed.append(f"{name}() is the step")
+        return obj
+    if made is None or isinstance(made, (Tensor, int, float, str)):
+        what = "a tensor" if isinstance(made, Tensor) else repr(made)
+        raise AuditError(
+            f"{name}(): it returns {what} that requires no gradient; expected a loss, or a "
+            "model or a step that it makes"
+        )
+    is_step = _takes_nothing(made)
+    assumed.append(f"{name}() was called to make the {'step' if is_step else 'object'}")
+    return make(made, assumed) if is_step else _checked(made)
 
 
-def _checked(model: nn.Module) -> nn.Module:
-    """A module that has its parameters; of one that is parallel, the module inside.
+def _checked(model: Any) -> Any:
+    """An object; of a module that is parallel, the module inside.
 
     Raises:
-        AuditError: If it has layers whose parameters do not exist yet.
+        AuditError: If it is a module whose parameters do not exist yet.
     """
+    if not isinstance(model, nn.Module):
+        return model
+    name = type(model).__name__
     if "_modules" not in vars(model):
-        raise AuditError(f"{type(model).__name__}: its __init__ does not call super().__init__()")
+        raise AuditError(f"{name}: its __init__ does not call super().__init__()")
     lazy = (UninitializedParameter, UninitializedBuffer)
     if any(isinstance(t, lazy) for t in (*model.parameters(), *model.buffers())):
         raise AuditError(
-            f"{type(model).__name__}: it has lazy layers without parameters; call it on a batch "
-            "before the audit"
+            f"{name}: it has lazy layers without parameters; call it on a batch before the audit"
         )
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     return model.module if isinstance(model, parallel) else model
@@ -186,8 +193,7 @@ def _checked(model: nn.Module) -> nn.Module:
 
 def _takes_nothing(obj: Any) -> bool:
     """Whether it is a function that can be called without arguments."""
-    is_function = inspect.isroutine(obj) or isinstance(obj, functools.partial)
-    return is_function and not required(obj) and accepts_nothing(obj)
+    return is_routine(obj) and not required(obj) and accepts_nothing(obj)
 
 
 # --- auditing -----------------------------------------------------------------------------------
@@ -254,33 +260,37 @@ def _audited(
     obj: Any, example: Any, shape: tuple[int, ...] | None, assumed: list[str]
 ) -> AuditReport:
     """The audit of the step, and of what no step shows; without a step, of the callables."""
-    refused = None
     try:
-        step = _step_of(obj, example, shape, [])
+        step, refused = _step_of(obj, example, shape, []), None
     except NoStepError as error:
         step, refused = None, error
     if step is None or step.users == "map":
-        if (density := _density(obj, example, shape)) is not None:
-            return density
         try:
-            report = audit_callables(obj, example, shape)
+            report = _density(obj, example, shape) or _vae(obj, "kl") or _flow(obj, example, shape)
         except AuditError as error:
             if refused is None:
                 raise
             reason = f"{refused.reason}\n  {error}"
             raise NoStepError(reason, refused.wrapper, refused.losses) from error
-        losses = [] if refused is None else refused.losses  # what trains is not examined
-        missing = tuple(f"the step: {line}" for line in losses)
+        missing = [f"the step: {line}" for line in (refused.losses if refused else ())]
         return replace(report, missing=(*report.missing, *missing))
     report = audit_step(step.call)
     assumed += [f"the step is {step.name}", *step.assumed]
     if step.users == "terms":
         report = _without_weight(report)
     try:
-        return _with_callables(report, obj, step, example, shape)
+        if _sampler(obj) is not None:
+            more = _vae(obj, "generate")
+            return report if more is None else _joined(report, more)
+        if report.missing and (density := _density(obj, example, shape)) is not None:
+            report = _joined(report, density)
+            report = report if density.missing else replace(report, missing=())
+        if any(methods(obj, "inverse")):
+            report = _joined(report, _flow(obj, example, shape))
     except AuditError as error:
         unchecked = (*report.unchecked, f"callables of {name_of(obj)}: {error}")
         return replace(report, unchecked=unchecked)
+    return report
 
 
 def _without_weight(report: AuditReport) -> AuditReport:
@@ -295,25 +305,20 @@ def _without_weight(report: AuditReport) -> AuditReport:
     )
 
 
-def _with_callables(
-    report: AuditReport, obj: Any, step: FoundStep, example: Any, shape: tuple[int, ...] | None
-) -> AuditReport:
-    """A report of a step, with what callables show and no step does."""
-    parts, kl = vae_parts(obj), find(obj, KL)
-    if parts is not None:
-        if report.missing and "kl" in parts and kl is not None and _adds(step, obj, *kl):
-            more = audit_callables(obj, example, shape)
-            only = len(report.missing) == 1 and report.missing[0].startswith("the KL")
-            return _joined(report, more, examined=only and not more.missing)
-        if "generate" in parts:
-            more = audit_vae(sample=parts["sample"], generate=parts["generate"])
-            return _joined(report, more, examined=False)
-        return report
-    if report.missing and (density := _density(obj, example, shape)) is not None:
-        report = _joined(report, density, examined=not density.missing)
-    if inverts(obj):
-        report = _joined(report, audit_callables(obj, example, shape), examined=False)
-    return report
+def _joined(report: AuditReport, more: AuditReport) -> AuditReport:
+    """The report of a step with that of callables; what both find is said once."""
+    absent = [line for line in more.unchecked if "there is no `" not in line]
+    return replace(
+        report,
+        convention=report.convention or more.convention,
+        read_as=report.read_as or more.read_as,
+        layout=report.layout or more.layout,
+        findings=(*report.findings, *(f for f in more.findings if f.code not in report.codes)),
+        checked=(*report.checked, *more.checked),
+        unchecked=(*report.unchecked, *absent),
+        assumed=(*report.assumed, *more.assumed),
+        details={**more.details, **report.details},
+    )
 
 
 def _density(obj: Any, example: Any, shape: tuple[int, ...] | None) -> AuditReport | None:
@@ -335,43 +340,86 @@ def _density(obj: Any, example: Any, shape: tuple[int, ...] | None) -> AuditRepo
     return audit_density(lambda x: log_prob(x.reshape(-1, *size)), dims)
 
 
-def _adds(step: FoundStep, obj: Any, name: str, fn: Callable[..., Any]) -> bool:
-    """Whether a step calls a function, and its loss grows with what the function returns."""
-    returned: list[Tensor] = []
-
-    def spy(*args: Any, **how: Any) -> Any:
-        value = fn(*args, **how)
-        returned.extend(t for t in leaves(value).values() if t.requires_grad)
-        return value
-
-    owner = obj if hasattr(obj, name) else sys.modules[fn.__module__]
-    with Sandbox(obj, as_is=True), torch.enable_grad(), replaced(owner, name, spy):
-        value = step.call()
-    total = sum(t.sum() for t in (losses(value) or leaves(value)).values())
-    if not returned or not isinstance(total, Tensor):
-        return False
-    grads = torch.autograd.grad(total, returned, allow_unused=True)
-    return all(grad is not None and bool((grad > 0).all()) for grad in grads)
+def _vae(obj: Any, what: str) -> AuditReport | None:
+    """The audit of what draws z in an object, with its KL, or with what generates z."""
+    sampler, takes = _sampler(obj), (2, 3) if what == "kl" else (1,)
+    fns = [(name, fn) for name, fn in functions(obj, what) if len(required(fn)) in takes]
+    if sampler is None or not fns:
+        return None
+    (draws, sample), (name, fn) = sampler, fns[0]
+    if what == "generate":
+        report = audit_vae(sample=sample, generate=fn)
+    else:
+        report = audit_vae(
+            sample=sample, kl=_mean_first(fn), kl_uses_sample=len(required(fn)) == 3
+        )
+    assumed = (f"{draws} draws z", f"{name} is the KL" if what == "kl" else f"{name} generates z")
+    return replace(report, assumed=(*assumed, *report.assumed))
 
 
-def _joined(report: AuditReport, more: AuditReport, examined: bool) -> AuditReport:
-    """The report of a step with that of callables; what both find is said once.
+def _sampler(obj: Any) -> tuple[str, Callable[..., Any]] | None:
+    """The method, function or layer that draws z from (mean, scale), or from a list of both."""
+    if isinstance(obj, (Distribution, Transform, list, tuple)) or is_routine(obj):
+        return None
+    modules = obj.named_modules() if isinstance(obj, nn.Module) else ()
+    kind = re.compile("sampl|reparam", re.IGNORECASE)
+    layers = [(name, m) for name, m in modules if m is not obj and kind.search(type(m).__name__)]
+    for name, fn in [*functions(obj, "sample"), *layers]:
+        needed = len(required(fn))
+        if needed == 2:
+            return name, _mean_first(fn)
+        if needed == 1 and (name.lower() != "sample" or isinstance(fn, nn.Module)):
+            return name, lambda mean, second, fn=fn: fn([mean, second])
+    return None
 
-    `examined`: the callables are what was missing in the step.
-    """
-    absent = [line for line in more.unchecked if "there is no `" not in line]
-    return replace(
-        report,
-        convention=report.convention or more.convention,
-        read_as=report.read_as or more.read_as,
-        layout=report.layout or more.layout,
-        findings=(*report.findings, *(f for f in more.findings if f.code not in report.codes)),
-        checked=(*report.checked, *more.checked),
-        unchecked=(*report.unchecked, *absent),
-        missing=() if examined else report.missing,
-        assumed=(*report.assumed, *more.assumed),
-        details={**more.details, **report.details},
-    )
+
+def _mean_first(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of mean and scale, and maybe of z after them, in any order, as one in this."""
+    count = len(required(fn))
+    names = ("z", "mean", "scale")[3 - count :]
+    bound = next(bindings(fn, None, dict.fromkeys(names, torch.zeros(1))))
+    if count == 2:
+        return lambda mean, second: bound(None, {"mean": mean, "scale": second})
+    return lambda mean, second, z: bound(None, {"mean": mean, "scale": second, "z": z})
+
+
+def _flow(obj: Any, example: Any, shape: tuple[int, ...] | None) -> AuditReport:
+    """The audit of a flow, on the first batch that it maps."""
+    if not (callable(obj) or isinstance(obj, (list, tuple))):
+        raise AuditError(f"{type(obj).__name__}: it cannot be called")
+    errors: list[AuditError] = []
+    for x in map(input_of, examples(obj, example, shape)):
+        try:
+            if not isinstance(x, Tensor):
+                raise AuditError(f"expected a tensor; got {type(x).__name__}")
+            _check_flow(obj, x.float())
+        except TooSlowError:
+            raise
+        except AuditError as error:
+            errors.append(error)
+            continue
+        report = audit_flow(obj, None, x)
+        assumed = f"an example has the shape {tuple(x.shape[1:])}"
+        return replace(report, assumed=(assumed, *report.assumed))
+    if example is not None:
+        raise AuditError(f"example: it is not accepted ({errors[0]})") from errors[0]
+    raise AuditError(
+        f"example: no shape that was tried is accepted ({errors[0]}); give a batch as `example`, "
+        "or the `shape` of one example; a function that makes a model must take no arguments"
+    ) from errors[0]
+
+
+def _check_flow(obj: Any, x: Tensor) -> None:
+    """Raise unless there is an inverse, or forward returns z and a log-determinant alone."""
+    with Sandbox(obj) as sandbox, torch.no_grad():
+        sandbox.use_dtype(torch.float32)
+        flow = FlowAdapter(sandbox, obj)
+        image = flow.first_call(x)
+    raw = torch.as_tensor(() if image.raw is None else image.raw)
+    is_pair = not any("values" in note for note in flow.notes)
+    fits = image.flat.numel() == x.numel() and raw.numel() in (1, len(x), x.numel())
+    if not flow.invertible and not (is_pair and fits):
+        raise AuditError("forward: it returns no log-determinant, and there is no inverse")
 
 
 def _by_name(parts: dict[str, Any], example: Any) -> AuditReport:
