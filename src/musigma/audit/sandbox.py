@@ -37,7 +37,6 @@ __all__ = [
     "first",
     "first_form",
     "forward_hooks",
-    "refusals_ignored",
 ]
 
 T = TypeVar("T")
@@ -159,7 +158,6 @@ class Sandbox:
         self.seed, self.seconds = seed, SECONDS if seconds is None else seconds
         self.as_is = as_is
         self.dtype = torch.float64
-        self.device = torch.device("cpu")
         self.changed: set[tuple[str, int]] = set()  # arguments that calls changed in place
 
     def __enter__(self) -> Sandbox:
@@ -183,19 +181,12 @@ class Sandbox:
         self._stack.close()
 
     def use_dtype(self, dtype: torch.dtype) -> None:
-        """Make the modules compute in a type, and new tensors be of it."""
+        """Make the modules, and all that the callables hold, compute in a type."""
         self.dtype = dtype
         torch.set_default_dtype(dtype)
-        for module in self.modules:
-            module.to(dtype)
-        parameters = {id(p) for module in self.modules for p in module.parameters()}
-        for owner in [*self.layers(), *self.holders]:
-            for name, value in list(vars(owner).items()):
-                plain = isinstance(value, Tensor) and id(value) not in parameters
-                if plain and value.is_floating_point() and value.is_leaf:
-                    wants = value.requires_grad
-                    with contextlib.suppress(AttributeError):  # frozen dataclasses
-                        setattr(owner, name, value.detach().to(dtype).requires_grad_(wants))
+        for t in _reachable(self._objects):
+            if isinstance(t, Tensor) and t.is_floating_point() and t.is_leaf:
+                t.data = t.data.to(dtype)
 
     def layers(self) -> list[nn.Module]:
         """Every module, with those inside it."""
@@ -265,10 +256,6 @@ class Sandbox:
             reason = f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
             raise AuditError(f"{name}: given {given}, it raises {reason}") from error
 
-    def to_input(self, t: Tensor) -> Tensor:
-        """A tensor in the type and on the device of the model."""
-        return t.to(self.device, self.dtype)
-
     def as_tensor(self, name: str, value: Any) -> Tensor:
         """The result of a callable as a tensor, detached, in float64 on the CPU.
 
@@ -284,10 +271,6 @@ class Sandbox:
     def ask(self, name: str, fn: Callable[..., Any], *args: Any) -> Tensor:
         """The result of a callable, by `call` and `as_tensor`."""
         return self.as_tensor(name, self.call(name, fn, *args))
-
-    def ask_first(self, name: str, fn: Callable[..., Any], *args: Any) -> Tensor:
-        """As `ask`; of a tuple or a list, the first entry."""
-        return self.as_tensor(name, first(self.call(name, fn, *args)))
 
 
 def first_form(
@@ -308,17 +291,6 @@ def first_form(
             reasons.append(error)
     told = [error for error in reasons[blame:] if "argument" not in str(error.__cause__)]
     raise (told or reasons[-1:] or [AuditError("nothing was tried")])[0]
-
-
-@contextlib.contextmanager
-def refusals_ignored() -> Iterator[None]:
-    """Go on behind the block where a callable refuses its input, but not where it is too slow."""
-    try:
-        yield
-    except TooSlowError:
-        raise
-    except AuditError:
-        pass
 
 
 @contextlib.contextmanager
