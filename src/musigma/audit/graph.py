@@ -77,6 +77,13 @@ class Node:
         """The numbers of its tensor arguments."""
         return [a.id for a in self.flat if isinstance(a, Ref)]
 
+    @property
+    def moved(self) -> list[int]:
+        """The tensor arguments that autograd gives a gradient to."""
+        if not (self.tracked and self.grads):
+            return self.ins
+        return [i for i, needs in zip(self.ins, self.grads, strict=False) if needs]
+
     def run(self, value: Callable[[Any], Any], stops: bool = False) -> list[Tensor]:
         """Its results, with arguments from a function of an entry of `flat`.
 
@@ -149,7 +156,9 @@ class Graph:
         values: All values; a value's number is its place.
         nodes: All operations, in order.
         result: What the step returned.
-        notes: What could not be recorded.
+        returned: The number of a tensor's value; None if the step did not compute it.
+        backward_calls: The numbers of the values on which the step called backward().
+        hosts: Whose random numbers the step used besides torch's.
 
     Example:
         >>> from musigma.audit.record import record
@@ -161,14 +170,15 @@ class Graph:
         3.0
     """
 
-    def __init__(self, values: list[Value], nodes: list[Node], result: Any, notes: list[str]):
-        self.values, self.nodes, self.result, self.notes = values, nodes, result, notes
-        self.backward_calls: list[int] = []  # values on which the step called backward()
-        self.hosts: tuple[str, ...] = ()  # whose random numbers the step used besides torch's
+    def __init__(self) -> None:
+        self.values: list[Value] = []
+        self.nodes: list[Node] = []
+        self.result: Any = None
         self.returned: Callable[[Tensor], int | None] = lambda t: None
+        self.backward_calls: list[int] = []
+        self.hosts: tuple[str, ...] = ()
         self._base: dict[int, Tensor] = {}
         self._plans: dict[Any, list[Node]] = {}
-        self._order = {id(node): i for i, node in enumerate(nodes)}
 
     def __getitem__(self, i: int) -> Value:
         return self.values[i]
@@ -177,21 +187,35 @@ class Graph:
         """The random draws of some kinds, in order."""
         return [v for v in self.values if v.kind in (kinds or ("gaussian", "mask", "random"))]
 
-    def add(self, fn: Callable[..., Tensor], ids: Sequence[int], name: str) -> Value:
-        """A value that the step did not compute itself: of values that it did."""
-        node = Node(fn, [Ref(i) for i in ids], None, name)
-        inputs = [self.values[i] for i in ids]
-        made = Value(len(self.values), (), True, node=node)
-        for v in inputs:
-            made.origin |= v.origin
-            made.draws |= v.draws
-            v.users.append(node)
-        node.outs = [made.id]
-        node.grads = (True,) * len(ids)
-        self.values.append(made)
-        self._order[id(node)] = len(self.nodes)
+    # --- making it ----------------------------------------------------------------------------
+
+    def leaf(self, t: Tensor, **how: Any) -> Value:
+        """A new value that no operation made, with the content of a tensor."""
+        leaf = t.detach().clone().cpu()
+        v = Value(len(self.values), tuple(t.shape), t.is_floating_point(), leaf=leaf, **how)
+        self.values.append(v)
+        return v
+
+    def add(self, node: Node, like: Sequence[Tensor]) -> list[Value]:
+        """The results of a new operation, of the shapes and types of some tensors."""
+        origin, draws = Origin.NOTHING, 0
+        for i in node.ins:
+            origin |= self[i].origin
+            draws |= self[i].draws
+            self[i].users.append(node)
+        start = len(self.values)
+        self.values += [
+            Value(start + k, tuple(t.shape), t.is_floating_point(), origin, draws, node)
+            for k, t in enumerate(like)
+        ]
+        node.outs = list(range(start, len(self.values)))
         self.nodes.append(node)
-        return made
+        return self.values[start:]
+
+    def derive(self, fn: Callable[..., Tensor], ids: Sequence[int], name: str) -> int:
+        """The number of a scalar that the step did not compute itself, of values that it did."""
+        node = Node(fn, [Ref(i) for i in ids], None, name, grads=(True,) * len(ids))
+        return self.add(node, [torch.zeros(())])[0].id
 
     def merge_repeated(self) -> None:
         """Let operations that are repeated on the same values be one: an encoder called twice."""
@@ -246,49 +270,18 @@ class Graph:
 
     def upstream(self, ids: Iterable[int], stop: Collection[int] = ()) -> set[int]:
         """Some values and all that they were computed from; not beyond those in `stop`."""
-        seen: set[int] = set()
-        todo = list(ids)
-        while todo:
-            i = todo.pop()
-            if i in seen:
-                continue
-            seen.add(i)
-            node = self.values[i].node
-            if node is not None and i not in stop:
-                todo += node.ins
-        return seen
+        return _reach(ids, stop, lambda i: node.ins if (node := self[i].node) else ())
 
     def downstream(self, ids: Iterable[int], stop: Collection[int] = ()) -> set[int]:
         """Some values and all that were computed from them; not beyond those in `stop`."""
-        seen: set[int] = set()
-        todo = list(ids)
-        while todo:
-            i = todo.pop()
-            if i in seen:
-                continue
-            seen.add(i)
-            if i not in stop:
-                todo += [o for n in self.values[i].users for o in n.outs]
-        return seen
+        return _reach(ids, stop, lambda i: [o for n in self[i].users for o in n.outs])
 
     def connected(self, ids: Iterable[int], stop: Collection[int] = ()) -> set[int]:
         """Some values and all that autograd would give a gradient of them to.
 
         Not beyond those in `stop`.
         """
-        seen: set[int] = set()
-        todo = list(ids)
-        while todo:
-            i = todo.pop()
-            if i in seen:
-                continue
-            seen.add(i)
-            node = self.values[i].node
-            if node is None or i in stop:
-                continue
-            grads = node.grads if node.tracked and node.grads else (True,) * len(node.ins)
-            todo += [j for j, needs in zip(node.ins, grads, strict=False) if needs]
-        return seen
+        return _reach(ids, stop, lambda i: node.moved if (node := self[i].node) else ())
 
     # --- replay -------------------------------------------------------------------------------
 
@@ -332,7 +325,7 @@ class Graph:
                 continue
             need[id(node)] = node
             todo += node.ins
-        return sorted(need.values(), key=lambda n: self._order[id(n)])
+        return sorted(need.values(), key=lambda n: n.outs[0])
 
     def _replay(
         self, over: Mapping[int, Tensor], plan: list[Node], stops: bool = False
@@ -349,6 +342,20 @@ class Graph:
                 if i not in over:
                     env[i] = t
         return env
+
+
+def _reach(
+    ids: Iterable[int], stop: Collection[int], following: Callable[[int], Iterable[int]]
+) -> set[int]:
+    """Some values and all that follow them, not beyond those in `stop`."""
+    seen: set[int] = set()
+    todo = list(ids)
+    while todo:
+        i = todo.pop()
+        if i not in seen:
+            seen.add(i)
+            todo += following(i) if i not in stop else ()
+    return seen
 
 
 def _double(t: Tensor | None) -> Tensor:

@@ -74,9 +74,8 @@ def record(step: Callable[[], Any], *, seed: int = 0, sandbox: Sandbox | None = 
         result = step()
     recorder.restore()
     recorder.mark_regions()
-    graph = Graph(recorder.values, recorder.nodes, result, recorder.notes)
-    graph.backward_calls = recorder.backward_calls
-    graph.returned = recorder.lookup
+    graph = recorder.graph
+    graph.result, graph.returned = result, recorder.lookup
     graph.merge_repeated()
     graph.hosts = tuple(name for name, state in _host_states().items() if state != before[name])
     return graph
@@ -109,10 +108,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, buffers: list[Tensor]):
         super().__init__()
-        self.values: list[Value] = []
-        self.nodes: list[Node] = []
-        self.notes: list[str] = []
-        self.backward_calls: list[int] = []
+        self.graph = Graph()
         self._at: dict[Any, int] = {}  # the value in some memory
         self._on: dict[Any, dict[Any, None]] = {}  # the views of a storage
         self._alive: list[Any] = []  # so that no memory is used twice
@@ -124,22 +120,14 @@ class _Recorder(TorchDispatchMode):
         """The number of a tensor's value; None if it was not seen."""
         return self._at.get(_key(t))
 
-    def _new(self, t: Tensor, **how: Any) -> Value:
-        v = Value(len(self.values), tuple(t.shape), t.is_floating_point(), **how)
-        self.values.append(v)
-        return v
-
     def _bind(self, t: Tensor, v: Value) -> None:
         key = _key(t)
         self._at[key] = v.id
         self._alive += [t, t.untyped_storage()] if len(key) > 1 else [t]
         self._on.setdefault(key[0], {})[key] = None
 
-    def _leaf(self, t: Tensor, kind: Kind, origin: Origin = Origin.NOTHING, **how: Any) -> Value:
-        return self._new(t, kind=kind, origin=origin, leaf=t.detach().clone().cpu(), **how)
-
     def _draw(self, t: Tensor, kind: Kind) -> Value:
-        v = self._leaf(t, kind)
+        v = self.graph.leaf(t, kind=kind)
         v.draws = 1 << v.id
         return v
 
@@ -155,29 +143,20 @@ class _Recorder(TorchDispatchMode):
         return Ref(self._at[key])
 
     def _outside(self, t: Tensor) -> Value:
+        kind, origin = "data", Origin.DATA
         if isinstance(t, torch.nn.Parameter) or (t.requires_grad and t.is_leaf):
-            return self._leaf(t, "parameter", Origin.PARAMETERS, source=t)
-        if _key(t)[0] in self._buffers:
-            return self._leaf(t, "buffer", source=t)
-        if t.numel() <= 1 or _is_permutation(t):
-            return self._leaf(t, "constant", source=t)
-        return self._leaf(t, "data", Origin.DATA, source=t)
+            kind, origin = "parameter", Origin.PARAMETERS
+        elif _key(t)[0] in self._buffers:
+            kind, origin = "buffer", Origin.NOTHING
+        elif t.numel() <= 1 or _is_permutation(t):
+            kind, origin = "constant", Origin.NOTHING
+        return self.graph.leaf(t, kind=kind, origin=origin, source=t)
 
     def _add(
         self, fn: Any, flat: list[Any], outs: list[Tensor], name: str, spec: Any = None, **how: Any
     ) -> list[Value]:
         """The results of a new operation."""
-        node = Node(fn, flat, spec, name, where=_line(), **how)
-        inputs = [self.values[i] for i in node.ins]
-        origin, draws = Origin.NOTHING, 0
-        for v in inputs:
-            origin |= v.origin
-            draws |= v.draws
-            v.users.append(node)
-        made = [self._new(t, node=node, origin=origin, draws=draws) for t in outs]
-        node.outs = [v.id for v in made]
-        self.nodes.append(node)
-        return made
+        return self.graph.add(Node(fn, flat, spec, name, where=_line(), **how), outs)
 
     # --- memory that is shared ------------------------------------------------------------------
 
@@ -197,7 +176,9 @@ class _Recorder(TorchDispatchMode):
         if base is None:
             for k in others:  # each as its memory is now
                 now = torch.as_strided(t.detach(), k[2], k[3], k[1])
-                self._at[k] = self._leaf(now, "opaque", v.origin, draws=v.draws).id
+                self._at[k] = self.graph.leaf(
+                    now, kind="opaque", origin=v.origin, draws=v.draws
+                ).id
             return
         if base != key:
             flat = [Ref(self._at[base]), Ref(v.id), key[2], key[3], key[1]]
@@ -210,17 +191,13 @@ class _Recorder(TorchDispatchMode):
     def restore(self) -> None:
         """Restore the content of tensors that the step changed in place."""
         with torch.no_grad():
-            for v in self.values:
+            for v in self.graph.values:
                 if v.source is None or v.leaf is None or v.source.layout != torch.strided:
                     continue
-                before = v.leaf.to(v.source.device)
-                if not torch.equal(v.source.detach(), before):
-                    same = before.isnan() if before.is_floating_point() else None
-                    if same is not None and torch.equal(
-                        v.source.detach().nan_to_num(0.5), before.nan_to_num(0.5)
-                    ):
-                        continue
-                    v.source.detach().copy_(before)
+                now, before = v.source.detach(), v.leaf.to(v.source.device)
+                changed = (now != before) & ((now == now) | (before == before))  # NaN stays NaN
+                if changed.any():
+                    now.copy_(before)
 
     def mark_regions(self) -> None:
         """Mark operations inside custom gradients, whose tensors require none though they get one.
@@ -229,14 +206,12 @@ class _Recorder(TorchDispatchMode):
         `torch.autograd.Function` run their operations apart from autograd.
         """
         needed: set[int] = set()
-        for node in reversed(self.nodes):
-            refs = node.ins
+        for node in reversed(self.graph.nodes):
             inside = node.tracked and node.grads and not any(node.grads) and node.name != "normal"
             if inside and needed.intersection(node.outs):
                 node.tracked = False
-            grads = node.grads if node.tracked and node.grads else (True,) * len(refs)
             if node.grads or not node.tracked:
-                needed |= {i for i, needs in zip(refs, grads, strict=False) if needs}
+                needed |= set(node.moved)
 
     # --- operations -----------------------------------------------------------------------------
 
@@ -248,7 +223,7 @@ class _Recorder(TorchDispatchMode):
         def note(tensors: Any) -> None:
             for t in [tensors] if isinstance(tensors, Tensor) else tensors:
                 if (i := self.lookup(t)) is not None:
-                    self.backward_calls.append(i)
+                    self.graph.backward_calls.append(i)
 
         def of_tensor(t: Tensor, *args: Any, **kwargs: Any) -> None:
             note(t)
@@ -294,7 +269,7 @@ class _Recorder(TorchDispatchMode):
             return out
         if name in FACTORIES:  # of the tensor arguments, only the shape counts
             for t in outs:
-                v = self._leaf(t, "constant")
+                v = self.graph.leaf(t, kind="constant")
                 self._written(t, v) if in_place else self._bind(t, v)
             return out
         aliases = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
@@ -319,8 +294,8 @@ class _Recorder(TorchDispatchMode):
         written = [args[i] for i in writes if i < len(args)]
         for t in [t for t in tree_flatten(written)[0] if isinstance(t, Tensor)]:
             if all(t is not other for other in but):
-                origin = self.values[self._at[_key(t)]].origin
-                self._written(t, self._leaf(t, "opaque", origin))
+                origin = self.graph[self._at[_key(t)]].origin
+                self._written(t, self.graph.leaf(t, kind="opaque", origin=origin))
 
     def _random(
         self, func: Any, name: str, refs: Any, args: Any, kwargs: Any, outs: Any, in_place: bool

@@ -149,39 +149,37 @@ def _find_loss(audit: ReportBuilder, graph: Graph) -> Run | None:
             audit.assumed.append(
                 f"the step calls backward() on {len(called)} losses: their sum is audited"
             )
-        return Run(graph, _sum(graph, called))
+        return Run(graph, _scalar(graph, *called))
     entries = list(_leaves(graph.result))
-    needs = any(t.requires_grad for _, t in entries if isinstance(t, Tensor))
-    found = [(name, graph.returned(t)) for name, t in entries if isinstance(t, Tensor)]
-    known = [(name, i) for name, i in found if i is not None and graph[i].floating]
-    scalars = [(n, i) for n, i in known if graph[i].numel == 1 and graph[i].origin]
-    names = {name.lower(): i for name, i in scalars}
+    tensors = [(name.lower(), t) for name, t in entries if isinstance(t, Tensor)]
+    needs = any(t.requires_grad for _, t in tensors)
+    known = [(n, i) for n, t in tensors if (i := graph.returned(t)) is not None]
+    known = [(n, i) for n, i in known if graph[i].floating]
+    names = {n: i for n, i in known if graph[i].numel == 1 and graph[i].origin}
     for key in LOSS_KEYS:
         if key in names:
-            return Run(graph, _scalar(graph, names[key]), needs)
-    scalars = list({i: n for n, i in scalars})
+            return Run(graph, names[key], needs)
+    scalars = list(dict.fromkeys(i for _, i in known if graph[i].numel == 1 and graph[i].origin))
+    above = {i: len(graph.upstream([i]).intersection(scalars)) for i in scalars}
+    if len(scalars) > 1 and max(above.values()) > 1:
+        audit.assumed.append(
+            f"of {len(scalars)} scalars that the step returns, the loss is the one that is "
+            "computed from the others"
+        )
+        return Run(graph, max(scalars, key=lambda i: above[i]), needs)
     if len(scalars) > 1:
-        above = {i: len(graph.upstream([i]).intersection(scalars)) - 1 for i in scalars}
-        top = max(scalars, key=lambda i: above[i])
-        if above[top]:
-            audit.assumed.append(
-                f"of {len(scalars)} scalars that the step returns, the loss is the one that is "
-                "computed from the others"
-            )
-            return Run(graph, _scalar(graph, top), needs)
         audit.assumed.append(
             f"the step returns {len(scalars)} scalars, and none is computed from the others: "
             "their sum is audited; return what you call backward() on"
         )
-        return Run(graph, _sum(graph, scalars), needs)
     if scalars:
-        return Run(graph, _scalar(graph, scalars[0]), needs)
+        return Run(graph, _scalar(graph, *scalars), needs)
     vectors = [i for _, i in known if graph[i].origin & Origin.PARAMETERS]
     column = [i for i in vectors if graph[i].numel == (graph[i].shape or (0,))[0]]
     if len(column) == 1 and len(known) == 1:
         shape = tuple(graph[column[0]].shape)
         audit.assumed.append(f"the step returns a loss of shape {shape}: its mean is audited")
-        return Run(graph, graph.add(lambda t: t.double().mean(), column, "mean").id, needs)
+        return Run(graph, graph.derive(lambda t: t.double().mean(), column, "mean"), needs)
     audit.missing.append(f"the loss: {_no_loss(graph, entries)}")
     return None
 
@@ -203,14 +201,11 @@ def _no_loss(graph: Graph, entries: list[tuple[str, Any]]) -> str:
     return f"the step returns tensors of shapes {shapes}, and no scalar"
 
 
-def _sum(graph: Graph, ids: list[int]) -> int:
-    if len(ids) == 1:
-        return _scalar(graph, ids[0])
-    return graph.add(lambda *ts: sum(t.double().sum() for t in ts), ids, "add").id  # pyright: ignore
-
-
-def _scalar(graph: Graph, i: int) -> int:
-    return i if graph[i].numel == 1 else graph.add(lambda t: t.double().sum(), [i], "sum").id
+def _scalar(graph: Graph, *ids: int) -> int:
+    """The number of the sum of all entries of some values."""
+    if len(ids) == 1 and graph[ids[0]].numel == 1:
+        return ids[0]
+    return graph.derive(lambda *ts: sum(t.double().sum() for t in ts), ids, "add")  # pyright: ignore
 
 
 def _usable(audit: ReportBuilder, run: Run) -> bool:
@@ -230,18 +225,12 @@ def _usable(audit: ReportBuilder, run: Run) -> bool:
             "the gradient: nothing in the loss requires one; the step runs under no_grad(), or "
             "on detached tensors"
         )
-    for note in dict.fromkeys(graph.notes):
-        audit.missing.append(note)
     return True
 
 
 def _first_not_finite(graph: Graph, loss: int) -> str:
-    live = graph.upstream([loss])
-    for v in graph.values:
-        made = v.id in live and v.node is not None and v.floating
-        if made and not graph.get(v.id).isfinite().all():
-            return graph.where(v.id)
-    return graph.where(loss)
+    made = [i for i in sorted(graph.upstream([loss])) if graph[i].node and graph[i].floating]
+    return graph.where(next((i for i in made if not graph.get(i).isfinite().all()), loss))
 
 
 def _fixed_draws(a: Graph, b: Graph) -> list[int]:
