@@ -256,11 +256,10 @@ def _depends_on_rows_only(density: _Density, report: ReportBuilder) -> bool:
     replaced = [np.where(np.arange(4)[:, None] == i, rows, others) for i in range(4)]
     among = np.array([seeded(x)[i] for i, x in enumerate(replaced)])
     off = np.abs([among - batch, (alone - batch) * (not stochastic)]).max(0)
-    moved = (seeded(np.concatenate([rows[:3], others[:1]])) - batch)[:3]
-    shared, i = bool(np.ptp(moved) <= limit), int(alone.argmax())
-    if (off > (limit if shared else np.maximum(limit, SOLVED * (1 + np.abs(batch))))).any():
+    if (off > np.maximum(limit, SOLVED * (1 + np.abs(batch)))).any():
+        i = int(off.argmax())
         numbers = {"alone": alone[i], "batch": batch[i], "among": among[i], "n": len(rows)}
-        density.refuse("cross_sample", "term" if shared else "log_prob", **numbers)
+        density.refuse("cross_sample", "log_prob", **numbers)
         return False
     report.checked.append("the log-density of a point is the same in every batch")
     if off.max() > limit:

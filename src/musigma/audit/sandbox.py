@@ -133,7 +133,6 @@ class Sandbox:
 
     Args:
         objects: Callables, modules, or objects that hold them; None are left out.
-        seed: Random seed.
         seconds: Limit of one call; by default 20.
         as_is: The modules keep their modes and types.
 
@@ -146,17 +145,14 @@ class Sandbox:
         (torch.float64, torch.float32)
     """
 
-    def __init__(
-        self, *objects: Any, seed: int = 0, seconds: float | None = None, as_is: bool = False
-    ):
+    def __init__(self, *objects: Any, seconds: float | None = None, as_is: bool = False):
         self._objects = objects
         found = _reachable(objects)
         modules = [thing for thing in found if isinstance(thing, nn.Module)]
         inner = {id(m) for root in modules for m in root.modules() if m is not root}
         self.modules = [module for module in modules if id(module) not in inner]
         self.holders = [thing for thing in found if _plain_object(thing)]
-        self.seed, self.seconds = seed, SECONDS if seconds is None else seconds
-        self.as_is = as_is
+        self.seconds, self.as_is = SECONDS if seconds is None else seconds, as_is
         self.dtype = torch.float64
         self.changed: set[tuple[str, int]] = set()  # arguments that calls changed in place
 
@@ -207,9 +203,8 @@ class Sandbox:
 
         return restore
 
-    def reseed(self, seed: int | None = None) -> None:
+    def reseed(self, seed: int = 0) -> None:
         """Seed the random numbers of torch, NumPy and Python."""
-        seed = self.seed if seed is None else seed
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
@@ -274,12 +269,11 @@ class Sandbox:
 
 
 def first_form(
-    forms: Iterable[tuple[Any, ...]], attempt: Callable[..., Any], *, blame: int = 0
+    forms: Iterable[tuple[Any, ...]], attempt: Callable[..., Any]
 ) -> tuple[tuple[Any, ...], Any]:
     """The first arguments for which an attempt raises no `AuditError`, and what it returned.
 
-    If it raises for all, so does this: the first error, from that of form number `blame` on, that
-    is not about the number of arguments.
+    If it raises for all, so does this: the first error that is not about the number of arguments.
     """
     reasons: list[AuditError] = []
     for form in forms:
@@ -289,7 +283,7 @@ def first_form(
             raise
         except AuditError as error:
             reasons.append(error)
-    told = [error for error in reasons[blame:] if "argument" not in str(error.__cause__)]
+    told = [error for error in reasons if "argument" not in str(error.__cause__)]
     raise (told or reasons[-1:] or [AuditError("nothing was tried")])[0]
 
 
