@@ -220,6 +220,48 @@ CASES = {
         target = VAE()
         """,
     ),
+    "a method of any name that calls backward on several losses": (
+        "Agent.update",
+        """
+        class Buffer:
+            def __init__(self, x):
+                self.rows = x.numpy()
+            def draw(self, size):
+                return torch.from_numpy(self.rows[:size])
+        class Agent:
+            def __init__(self):
+                self.vae, self.critic = Parts(), nn.Linear(12, 1)
+                self.optimizers = [torch.optim.Adam(m.parameters()) for m in vars(self).values()]
+            def losses(self, x):
+                return value(self.vae, x), self.critic(x).square().mean()
+            def update(self, buffer, iterations, size=100, verbose=True):
+                for _ in range(iterations):
+                    for loss, optimizer in zip(self.losses(buffer.draw(size)), self.optimizers):
+                        optimizer.zero_grad()
+                        loss.backward()
+                        optimizer.step()
+        target, batch = Agent(), (Buffer(batch), 1, 4)
+        def by_hand(agent, batch):
+            return agent.losses(batch[0].draw(batch[2]))[0]
+        """,
+    ),
+    "a step that minimizes with a closure": (
+        "VAE.train_step",
+        """
+        class VAE(Parts):
+            def __init__(self):
+                super().__init__()
+                self.optimizer = torch.optim.LBFGS(self.parameters())
+            def train_step(self, x):
+                def closure():
+                    self.optimizer.zero_grad()
+                    loss = value(self, x)
+                    loss.backward()
+                    return loss
+                return self.optimizer.step(closure).item()
+        target = VAE()
+        """,
+    ),
     "trainer that is no module": (
         "Trainer.compute_loss",
         """
@@ -650,6 +692,26 @@ CASES = {
             mu, logvar = model.heads(x)
             y = model.leave(model.draw(mu, logvar))
             return 3 * ((y - x) ** 2).sum(1).mean() + nats(mu, logvar).mean()
+        """,
+    ),
+    "encode, recon_loss and kl_loss of a graph in one object": (
+        "VGAE.encode and kl_loss",
+        """
+        class VGAE(Parts):
+            def encode(self, *args, **kwargs):
+                x, edge_index = args
+                self.m, self.s = self.heads(x + x[edge_index[1]].mean(0))
+                return self.draw(self.m, self.s)
+            def recon_loss(self, z, pos_edge_index):
+                a, b = pos_edge_index
+                return -F.logsigmoid((z[a] * z[b]).sum(1)).mean()
+            def kl_loss(self):
+                return nats(self.m, self.s).mean()
+        target = VGAE()
+        batch = SimpleNamespace(x=batch, edge_index=torch.tensor([[0, 1, 2], [1, 2, 4]]))
+        def by_hand(model, graph):
+            z = model.encode(graph.x, graph.edge_index)
+            return model.recon_loss(z, graph.edge_index) + model.kl_loss()
         """,
     ),
     "encode, recon_loss and kl_loss of graphs": (

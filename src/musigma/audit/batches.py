@@ -293,16 +293,12 @@ class Bound(NamedTuple):
         """What is taken for what."""
         words: list[str] = []
         for name in signature_of(self.fn).parameters:
-            match self.keys.get(name, self.fixed.get(name)):
-                case tuple(keys):
-                    words += keys
-                case dict(more):
-                    words += [f"{key}={value}" for key, value in more.items()]
-                case None:
-                    pass
-                case value:
-                    is_model = isinstance(value, nn.Module)
-                    words.append(f"{name}={name_of(value) + '()' if is_model else value}")
+            value = self.keys.get(name, self.fixed.get(name))
+            if isinstance(value, dict):
+                words += [f"{key}={each}" for key, each in value.items()]
+            elif value is not None:
+                value = f"{name_of(value)}()" if isinstance(value, nn.Module) else value
+                words += value if isinstance(value, tuple) else [f"{name}={value}"]
         return ", ".join(words)
 
     def is_plain(self, batch: Any) -> bool:
@@ -342,7 +338,9 @@ def bindings(
         named = [name for name in optional if name in parts]
         needed = named or [name for name in optional[:1] if _is_data(name)]
     if not needed:
-        if spread and (outputs is not None or isinstance(batch, (tuple, list))):
+        if not isinstance(batch, (tuple, list)) and outputs is None:  # a graph, say
+            in_order = tuple(name for name in parts if _is_data(name) or name == "edge_index")
+        if spread and in_order:
             yield bound([spread], [in_order])
         yield bound([spread], [(THE_BATCH,)]) if spread and outputs is None else bound([], [])
         return
@@ -428,10 +426,10 @@ def _by_name(
     ])  # fmt: skip
     answers = [name for name in names if meaning(name) == "reconstruction"]
     answers = answers or [name for name in names if meaning(name) == "target" and data]
-    if len(answers) == 1:
-        size = getattr(input_of(batch), "numel", int)()
-        same = [at for at in left if (outputs or {})[at].numel() == size]
-        take(lambda name: (same or left) if name in answers else ())
+    size = getattr(input_of(batch), "numel", int)()
+    take(lambda name: [
+        at for at in left if name in answers and (outputs or {})[at].numel() == size
+    ])  # fmt: skip
     take(of_batch)
     if outputs and len(names) - len(taken) == len(left):
         take(lambda name: left)

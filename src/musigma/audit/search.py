@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -32,7 +33,7 @@ from musigma.audit.batches import (
     signature_of,
 )
 from musigma.audit.findings import AuditError, name_of
-from musigma.audit.sandbox import Sandbox
+from musigma.audit.sandbox import Sandbox, TooSlowError
 from musigma.audit.training_loop import STUBBED, of_users, run_step
 
 __all__ = [
@@ -146,7 +147,8 @@ class Candidate(NamedTuple):
             before = fresh(batch)
             return change(before, self.call(batch))
 
-        return Candidate(self.name + to, call, (*self.notes, *notes), users=users)
+        notes = (*self.notes, *notes)
+        return Candidate(self.name + to, call, notes, users=users, in_loop=self.in_loop)
 
 
 class Term(NamedTuple):
@@ -169,7 +171,7 @@ class Search:
         self.obj, self.sandbox, self.model = obj, sandbox, model
         self.kind = name_of(obj) if is_routine(obj) else type(obj).__name__
         self.undo = sandbox.snapshot()
-        self.is_given, self.reasons = True, dict[str, str]()
+        self.is_given, self.reasons, self.slow = True, dict[str, str](), set[str]()
         self.outputs: dict[str, Tensor] = {}
         self.encoded: Any = None
 
@@ -180,6 +182,8 @@ class Search:
         for prepared, note in forms(batch, next(types, None)):
             self.is_given = not note
             for found in self.candidates(prepared):
+                if found.name in self.slow:
+                    continue
                 value = self.run(found, prepared)
                 if value is None and found.is_step and has_loop:
                     found = found._replace(in_loop=True, notes=(*found.notes, STUBBED))
@@ -195,18 +199,13 @@ class Search:
         owner = self.obj if of.in_loop else None
         return functools.partial(run_step, of.call, batch, in_loop_of=owner)
 
-    def run(
-        self,
-        of: Candidate,
-        batch: Any,
-        look: Callable[[Any], Any] = lambda value: value,
-        seed: int = 0,
-    ) -> Any:
-        """What `look` finds in what a candidate returns; None if it raises, which is noted."""
+    def run(self, of: Candidate, batch: Any, seed: int = 0) -> Any:
+        """What a candidate returns; None if it raises, which is noted."""
         self.sandbox.reseed(seed)
         try:
-            return look(self.sandbox.call(of.name, self.step(of, batch)))
+            return self.sandbox.call(of.name, self.step(of, batch))
         except (AuditError, SystemExit) as error:
+            self.slow |= {of.name} if isinstance(error, TooSlowError) else set()
             told = error.__cause__ or error
             words = " ".join(str(told).split())[:200]
             self.note(of, f"raises {type(told).__name__}: {words}")
@@ -247,28 +246,28 @@ class Search:
     def oriented(self, found: Candidate, batch: Any, value: Any) -> Candidate:
         """A candidate; minus it if it may be a bound and falls where parameters are random."""
         name = found.name.rpartition(".")[2]
-        named, rows = MAXIMIZED.fullmatch(name.lower()), not losses(value)
-        if not isinstance(found.call, Bound) or not (named or (rows and name == "forward")):
+        is_bound = MAXIMIZED.fullmatch(name.lower()) is not None
+        unsure = not found.is_step and not losses(value)
+        if not isinstance(found.call, Bound) or not (is_bound or unsure):
             return found
 
         def total(value: Any) -> float:
             tensors = losses(value) or leaves(value)
-            return float(next(iter(tensors.values())).detach().mean())
+            return float(next(iter(tensors.values()), torch.tensor(math.nan)).detach().mean())
 
-        before, falls = total(value), bool(named)
-        for std in (3.0, 1.0, 0.3):
+        def changed(std: float) -> float:
             self.sandbox.randomize(std)
-            after = self.run(found, batch, look=total)
-            if after is not None and math.isfinite(after):
-                falls = after < before
-                break
+            return total(self.run(found, batch)) - total(value)
+
+        changes = filter(math.isfinite, map(changed, (3.0, 1.0, 0.3)))
+        change = next(changes, -1.0 if is_bound else 0.0)
 
         def minus(_batch: Any, value: Any) -> Any:
             tensors = {key or name: -t for key, t in leaves(value).items()}
             return tensors if len(tensors) > 1 else next(iter(tensors.values()))
 
         note = f"{name} is maximized: the loss is minus it"
-        return found.then(minus, note)._replace(in_loop=found.in_loop) if falls else found
+        return found.then(minus, note) if change < 0 else found
 
     # --- candidates -----------------------------------------------------------------------------
 
@@ -300,15 +299,14 @@ class Search:
 
     def of_methods(self, batch: Any) -> Iterator[Candidate]:
         """The user's methods that are named as steps or losses, or that call backward."""
-        own = {
-            name: fn
-            for name in dir(self.obj)
-            if _is_own(fn := member(self.obj, name), name, self.obj)
-        }
-        steps = [name for what in STEPS for name in own if _is(name, what)]
-        steps += [name for name, fn in own.items() if _calls_backward(fn)]
-        for name in dict.fromkeys(steps):
-            yield from self.called(own[name], batch, name)
+        names = [name for what in STEPS for name, _ in methods(self.obj, what)]
+        names += [name for name in dir(self.obj) if _calls_backward(member(self.obj, name))]
+        for name in dict.fromkeys(names):
+            fn = member(self.obj, name)
+            owners = [cls for cls in type(self.obj).__mro__ if name in vars(cls)]
+            is_own = inspect.isroutine(fn) and (not owners or of_users(owners[0]))
+            if is_own and not accepts_nothing(fn):
+                yield from self.called(fn, batch, name)
 
     def of_density(self, batch: Any) -> Iterator[Candidate]:
         """Minus the mean of a log-density."""
@@ -407,8 +405,8 @@ class Search:
             return False
         if any(methods(self.obj, "inverse")) or meaning(list(outputs)[-1]) == "log_det":
             return True
-        again = self.run(found, batch, lambda value: next(iter(leaves(value).values())), seed=1)
-        return sizes[-1] == len(x) and again is not None and torch.equal(again, tensors[0])
+        again = list(leaves(self.run(found, batch, seed=1)).values())
+        return sizes[-1] == len(x) and bool(again) and torch.equal(again[0], tensors[0])
 
     def of_terms(
         self, seen: Candidate, outputs: Mapping[str, Tensor], batch: Any
@@ -462,21 +460,21 @@ class Search:
         obj, kind = self.obj, self.kind
         makes = f"model = {kind}({', '.join(f'{name}=...' for name in required(type(obj)))})"
         named = [(n, fn) for what in STEPS for n, fn in methods(obj, what) if is_routine(fn)]
+        steps = [(kind, obj)] if is_routine(obj) else [(f"model.{n}", fn) for n, fn in named]
         beside = list(functions(obj, "any loss"))
         names = [re.sub(r"\W", "_", name) for name in self.outputs]
         names[:1] = [re.sub("output_1", "recon", name) for name in names[:1]]
         call = f"{', '.join(names)} = model(batch)"
-        if is_routine(obj):
-            body = [f"return {kind}({', '.join(required(obj))})  # one number"]
-        elif hasattr(self.encoded, "latent_dist"):
+        if hasattr(self.encoded, "latent_dist"):
             body = [
                 "posterior = model.encode(batch).latent_dist",
                 "recon = model.decode(posterior.sample()).sample",
                 "return ((recon - batch) ** 2).sum() + posterior.kl().sum()",
             ]
-        elif named:
-            given = ", ".join(required(named[0][1])) or "batch"
-            body = [f"return model.{named[0][0]}({given})  # one number that requires a gradient"]
+        elif steps:
+            name, fn = steps[0]
+            given = ", ".join(required(fn)) or "batch"
+            body = [f"return {name}({given})  # one number that requires a gradient"]
         elif names and beside:
             name, fn = beside[0]
             owner = "" if inspect.isfunction(fn) else "model."
@@ -494,24 +492,14 @@ class Search:
 
 def _file_of(obj: Any) -> str:
     """The name of the file that defines an object, if it is not a library's."""
-    try:
-        path = inspect.getsourcefile(obj if inspect.isroutine(obj) else type(obj)) or ""
-    except TypeError:
-        path = ""
-    is_own = path and "site-packages" not in path and of_users(type(obj))
-    return Path(path).name if is_own else "model.py"
+    path = None
+    with contextlib.suppress(TypeError):
+        path = inspect.getsourcefile(obj if inspect.isroutine(obj) else type(obj))
+    return "model.py" if not path or "site-packages" in path else Path(path).name
 
 
 def _is(name: str, *kinds: str) -> bool:
     return any(FUNCTIONS[kind].fullmatch(name) for kind in kinds)
-
-
-def _is_own(fn: Any, name: str, obj: Any) -> bool:
-    """Whether it is a method of the user's that takes arguments."""
-    if not inspect.isroutine(fn) or accepts_nothing(fn):
-        return False
-    owners = [cls for cls in type(obj).__mro__ if name in vars(cls)]
-    return not owners or of_users(owners[0])
 
 
 def _calls_backward(fn: Any) -> bool:
