@@ -30,7 +30,7 @@ from torch import Tensor
 from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
 from musigma.audit.sandbox import Sandbox, TooSlowError, first_form
 
-__all__ = ["audit_density"]
+__all__ = ["audit_density", "integral"]
 
 SECONDS = 8.0  # of CPU time
 OFF = 5e-3  # smallest distance from one that is a finding
@@ -341,9 +341,25 @@ def _refined(density: _Density, t: np.ndarray) -> tuple[float, float]:
 # --- more dimensions ---------------------------------------------------------------------------
 
 
-def _weighted(density: _Density) -> _Integral:
+class _Function(NamedTuple):
+    """A log-density of points (N, dim) that returns one number for each."""
+
+    log_p: Callable[[Tensor], Tensor]
+    dim: int
+    late: bool = False
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.log_p(torch.from_numpy(x)).nan_to_num(-math.inf).numpy()
+
+
+def integral(log_p: Callable[[Tensor], Tensor], dim: int) -> _Integral:
+    """The integral of a density of points (N, dim), by fewer draws than an audit of it takes."""
+    return _weighted(_Function(log_p, dim), draws=12_000)
+
+
+def _weighted(density: _Density | _Function, draws: int = 60_000) -> _Integral:
     """The integral by importance weights, its error, and whether two searches are sure of it."""
-    runs = [_search(density, np.random.default_rng(seed)) for seed in (0, 1)]
+    runs = [_search(density, np.random.default_rng(seed), draws) for seed in (0, 1)]
     best = max(runs, key=lambda run: (run.is_sure, -run.error))
     if best.value == 0:
         raise AuditError("log_prob: no mass was found")
@@ -355,14 +371,14 @@ def _weighted(density: _Density) -> _Integral:
     return best._replace(is_sure=agree and unimodal)
 
 
-def _is_unimodal(density: _Density, points: np.ndarray) -> bool:
+def _is_unimodal(density: _Density | _Function, points: np.ndarray) -> bool:
     """Whether the density never falls far on a line between two draws."""
     a, b = np.split(points, 2)
     between = [density((1 - share) * a + share * b) for share in (0.25, 0.5, 0.75)]
     return bool((np.min(between, 0) >= np.minimum(density(a), density(b)) - 2.0).all())
 
 
-def _search(density: _Density, random: np.random.Generator) -> _Integral:
+def _search(density: _Density | _Function, random: np.random.Generator, draws: int) -> _Integral:
     """Annealed importance sampling: mixtures approach the density from wide starts, in steps."""
     dim, count, n = density.dim, 0, 6000
     centers = [np.full(dim, 0.5), *np.zeros((7, dim))]
@@ -372,18 +388,18 @@ def _search(density: _Density, random: np.random.Generator) -> _Integral:
         log_w = density(x) - mixture.log_density(x)
         if not np.isfinite(log_w).any():
             return _Integral(0.0, 0.0, False)
-        if n == 60_000:
+        if n == draws:
             break
         powers = 0.5 ** np.arange(0, 20, 0.5)  # the largest at which many draws count
         power = next((k for k in powers if _weights(k * log_w)[1] > 1500), powers[-1])
         mixture, count = _fitted(x, power * log_w, random), count + (power == 1)
-        n = 60_000 if count == 5 or density.late else 6000
+        n = draws if count == 5 or density.late else 6000
     ratios = np.exp(np.minimum(log_w, 600))
     weights, effective = _weights(log_w)
     return _Integral(
         value=float(ratios.mean()),
         error=float(ratios.std()) / math.sqrt(n),
-        is_sure=effective > 3000 and weights.max() < 0.005,
+        is_sure=effective > draws / 20 and weights.max() < 0.005,
         points=x[random.choice(n, 600, p=weights)],
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent
 
-__all__ = ["Over", "Prober", "Probes", "gradient", "packing"]
+__all__ = ["Over", "Prober", "Probes", "gradient", "packing", "patterns"]
 
 TRIALS = 7
 MOST_COLUMNS = 64  # of a covariance
@@ -65,7 +65,7 @@ def _factor(graph: Graph, latent: Latent, over: Over, mean: Tensor) -> Tensor | 
     return torch.stack(columns, -1)
 
 
-def _patterns(graph: Graph, latent: Latent) -> list[dict[int, Tensor]]:
+def patterns(graph: Graph, latent: Latent) -> list[dict[int, Tensor]]:
     """Noise of which mean and covariance over the patterns are exactly those of N(0, 1)."""
     noise = {d: torch.ones_like(graph.get(d)) for d in latent.draws}
     if latent.diagonal:
@@ -168,11 +168,11 @@ class Prober:
         By draws, the gradient is averaged: log q may be taken of stopped parameters.
         """
         place = self.places[0]
-        patterns = _patterns(self.graph, self.latent) if by_draws else [{}]
+        noises = patterns(self.graph, self.latent) if by_draws else [{}]
         found = []
         for stops in (False, True):
             rows = []
-            for noise in patterns:
+            for noise in noises:
                 over = {**held, **self.fixed, **noise, **place}
                 t = self.graph.run(over, [target], stops)[target]
                 rows.append(gradient(value(t.double()), place))
@@ -195,6 +195,21 @@ class Prober:
             moved = plain.abs() > 1e-14
             found = torch.where(moved, ordered / torch.where(moved, plain, 1.0) - 1, found)
         return found
+
+    def by_latent(self, values: Tensor) -> Tensor:
+        """For each entry of z, the value of the entry of the heads that moves its scale."""
+        place = self.places[0]
+        log_sigma = self.latent.moments(self.graph, {**self.fixed, **place})[1].abs().log()
+        v = torch.ones_like(log_sigma).requires_grad_()
+        slopes = torch.autograd.grad(
+            (v * log_sigma).sum(), list(place.values()), create_graph=True, allow_unused=True
+        )
+        flat = [torch.zeros_like(t) if g is None else g
+                for g, t in zip(slopes, place.values(), strict=True)]  # fmt: skip
+        row = torch.cat([g.reshape(-1) for g in flat])
+        found = [torch.autograd.grad((row * t).sum(), v, retain_graph=True)[0]
+                 for t in (values, torch.ones_like(values))]  # fmt: skip
+        return found[0] / found[1]
 
     def _place(self, size: float, generator: torch.Generator, relative: bool) -> dict[int, Tensor]:
         place = {}
@@ -227,15 +242,15 @@ class Prober:
     ) -> Probes | None:
         """The gradients of a value, summed, with some values held; None if they are not finite."""
         places = self.places if places is None else places
-        patterns = _patterns(self.graph, self.latent) if by_draws else [{}]
+        noises = patterns(self.graph, self.latent) if by_draws else [{}]
         rows, values = [], []
         for place in places:
             row, value = torch.tensor(0.0), 0.0
-            for noise in patterns:
+            for noise in noises:
                 over = {**held, **self.fixed, **noise, **place}
                 f = self.graph.run(over, [target])[target].double().sum()
-                row = row + gradient(f, place) / len(patterns)
-                value += float(f.detach()) / len(patterns)
+                row = row + gradient(f, place) / len(noises)
+                value += float(f.detach()) / len(noises)
             rows.append(row)
             values.append(value)
         loss = torch.stack(rows)

@@ -275,9 +275,10 @@ class _Recorder(TorchDispatchMode):
         aliases = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
         if "batch_norm" in name:
             writes = (*writes, 3, 4)  # running statistics, whether the schema says so or not
+        apart = _out_of_place(func) if in_place else None
         made = self._add(
-            func, refs, outs, name, spec,
-            writes=writes,
+            apart or func, refs, outs, name, spec,
+            writes=() if apart else writes,
             pointwise=torch.Tag.pointwise in func.tags,
             view=aliases or name.rstrip("_") in VIEWS,
             grads=tuple(t.requires_grad for t in tensors),
@@ -340,6 +341,14 @@ def _unrecorded() -> Iterator[None]:
         yield
 
 
+def _out_of_place(func: Any) -> Any:
+    """The operation that does not write, of one that writes to its first argument; or None."""
+    name = func._schema.name.split("::")[1].rstrip("_")
+    if name == "copy":
+        return _copied
+    return getattr(getattr(torch.ops.aten, name, None), func._overloadname, None)
+
+
 def _line() -> str:
     """The line of the user's code that runs now; of a library's, if there is none."""
     frame, fallback = sys._getframe(2), ""
@@ -388,6 +397,10 @@ def _like(t: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 # --- operations of the graph that are not torch's -----------------------------------------------
+
+
+def _copied(base: Tensor, new: Tensor, *_: Any) -> Tensor:
+    return new.to(base.dtype).expand(base.shape)
 
 
 def _affine(noise: Tensor, mean: Any, std: Any) -> Tensor:

@@ -13,26 +13,31 @@ draws is averaged over noise first, exactly, as it is of second degree in it.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from musigma.audit.graph import Graph, Node
-from musigma.audit.latents import Latent, holds
+from musigma.audit.latents import Latent
 from musigma.audit.probes import Over, Prober, Probes, gradient
 from musigma.audit.scales import READINGS, Curve, name_curve
 
 __all__ = [
-    "Divergence",
+    "EXACT",
+    "NEAR",
     "Fit",
+    "LogQ",
+    "View",
     "data_terms",
-    "entropy",
-    "find_divergence",
     "fit_moments",
+    "inner_values",
+    "is_linear",
+    "log_weights",
     "sampled_scale",
     "terms",
 ]
@@ -54,6 +59,16 @@ class Fit:
     residual: float
     size: float
     copies: float = 1.0
+
+    def __neg__(self) -> Fit:
+        """The coefficients of the negative."""
+        return replace(self, mean=-self.mean, scale=-self.scale)
+
+    @property
+    def typical(self) -> tuple[float, float, float]:
+        """Median A, C and D."""
+        a, c, d = (float(t.nanmedian()) for t in (self.mean[0], self.scale[0], self.scale[1]))
+        return a, c, d
 
     @property
     def weight(self) -> float:
@@ -103,37 +118,6 @@ def _zero(t: Tensor) -> Tensor:
     return 1e-9 * t.nan_to_num().abs().amax().clamp(min=1e-300) if t.numel() else t.new_zeros(())
 
 
-@dataclass
-class Divergence:
-    """What the loss has of a latent's divergence.
-
-    Args:
-        kind: "kl"; "function of the kl" (`form` says which); "constant": the loss does not depend
-            on the heads, though a term of it was computed from them; "absent"; "other prior": the
-            entropy of q is right, and the prior is no Gaussian; "wrong"; "unknown".
-        fit: The coefficients.
-        form: Of a function of the KL: "capacity", "free bits", "other".
-        weight: Of the KL in the loss, per latent of one example; NaN if it is not known.
-        by_draws: It is estimated from z.
-        read_as: How the KL reads the second head; None if it reads what is sampled, or unknown.
-        importance: It is in the log weights of an importance-weighted bound.
-        held: The values that were held to see it.
-        where: The line of its operation that is nearest to the heads.
-    """
-
-    kind: str
-    fit: Fit | None = None
-    form: str = ""
-    weight: float = math.nan
-    by_draws: bool = False
-    read_as: str | None = None
-    importance: bool = False
-    muted: bool = False
-    held: dict[int, Tensor] = field(default_factory=dict)
-    heads: tuple[int, ...] = ()
-    where: str = ""
-
-
 # --- reading the gradients ----------------------------------------------------------------------
 
 
@@ -180,157 +164,191 @@ def _solve(rows: Tensor, y: Tensor) -> tuple[Tensor, float]:
     return (found / size.mT)[..., 0].T, error
 
 
+UNKNOWN = Fit(torch.zeros(2, 0), torch.zeros(2, 0), math.inf, math.nan)
+
+
+class LogQ(NamedTuple):
+    """The log-density of the posterior in a loss.
+
+    `weight` is that of one latent, and `each` has the shape of z. If not `drawn`, it is the mean
+    of log q over draws.
+    """
+
+    weight: float
+    drawn: bool
+    each: Tensor
+
+
 @dataclass
-class _Case:
-    """One way of looking at a divergence: heads that are moved, values that are held, a target."""
+class View:
+    """A value as a function of the heads of a latent, with other values held.
+
+    Args:
+        prober: Moves the heads.
+        target: The value, such as the loss.
+        held: The values that are held, such as the results of the decoder's first layers.
+        sign: -1 for a value that contains the negative of a KL, such as a log weight.
+    """
 
     prober: Prober
     target: int
     held: dict[int, Tensor]
-    importance: bool = False
-    muted: bool = False
+    sign: float = 1.0
 
-    def __post_init__(self) -> None:
-        graph, latent = self.prober.graph, self.prober.latent
-        self.by_draws = self.target in graph.downstream(latent.draws, stop=self.held)
-        self.probes = self.prober.measure(self.target, self.held, self.by_draws)
-        if self.probes is not None:
-            means = int(self.probes.moving[0].sum())
-            copies = graph[latent.z].numel / max(1, means)
-            self.fit = fit_moments(self.probes, copies if copies >= 1 else 1.0)
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The heads that are moved."""
+        return self.prober.heads
+
+    @cached_property
+    def by_draws(self) -> bool:
+        """Whether it depends on the noise as well."""
+        draws = self.prober.latent.draws
+        return self.target in self.prober.graph.downstream(draws, stop=self.held)
+
+    @cached_property
+    def probes(self) -> Probes | None:
+        """Its gradients in the heads; None if they are not finite."""
+        if not self.prober.usable:
+            return None
+        return self.prober.measure(self.target, self.held, self.by_draws)
+
+    @cached_property
+    def fit(self) -> Fit:
+        """Its coefficients."""
+        if self.probes is None:
+            return UNKNOWN
+        means = int(self.probes.moving[0].sum())
+        copies = self.prober.graph[self.prober.latent.z].numel / max(1, means)
+        fit = fit_moments(self.probes, copies if copies >= 1 else 1.0)
+        return fit if self.sign > 0 else -fit
 
     @property
     def flat(self) -> bool:
-        """Whether the target does not depend on the heads."""
+        """Whether it does not depend on the heads."""
         if self.probes is None:
             return False
         return self.fit.size <= 1e-9 * (1 + max(abs(v) for v in self.probes.values))
 
-    def found(self, kind: str, **more: object) -> Divergence:
-        """The divergence seen from here."""
-        sign = -1.0 if self.importance else 1.0
-        weight = sign * self.fit.weight if self.probes is not None else math.nan
-        answer = Divergence(
-            kind, self.fit if self.probes is not None else None, weight=weight,
-            by_draws=self.by_draws, importance=self.importance, muted=self.muted,
-            held=self.held, heads=self.prober.heads, where=self.where,
-        )  # fmt: skip
-        return replace(answer, **more) if more else answer  # pyright: ignore
+    @cached_property
+    def way(self) -> set[int]:
+        """The values between the heads, or z, and the target."""
+        graph, latent = self.prober.graph, self.prober.latent
+        after = graph.downstream([*self.heads, latent.z], stop=self.held)
+        return after & graph.upstream([self.target], stop=self.held)
+
+    def passes(self, *names: str) -> bool:
+        """Whether there is an operation of one of these names on the way."""
+        nodes = self.prober.graph.nodes
+        return any(n.name.rstrip("_") in names and self.way.intersection(n.outs) for n in nodes)
+
+    @property
+    def clamped(self) -> bool:
+        """Whether the way goes through a clamp."""
+        return self.passes("clamp", "clamp_min", "clamp_max", "minimum", "maximum", "min", "max",
+                           "threshold", "relu", "where", "hardtanh", "floor", "round",
+                           "sign")  # fmt: skip
 
     @property
     def where(self) -> str:
         """The line of the first operation on the heads that is no part of z."""
         graph, latent = self.prober.graph, self.prober.latent
-        before = graph.upstream([latent.z])
-        live = graph.upstream([self.target], stop=self.held)
-        after = graph.downstream([*self.prober.heads, latent.z], stop=self.held)
+        own = self.way - graph.upstream([latent.z]) - set(self.held)
+        from_heads = self.way | {latent.z}
         for node in graph.nodes:
-            outs = set(node.outs)
-            own = live & outs and not before & outs and not outs <= set(self.held)
-            if own and node.where and after.intersection(node.ins):
+            if node.where and own.intersection(node.outs) and from_heads.intersection(node.ins):
                 return node.where
         return ""
 
+    @cached_property
+    def log_q(self) -> LogQ | None:
+        """What it has of log q(z), with z held.
 
-def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> Divergence:
-    """The divergence of a latent in a loss, as the first way of looking at it that explains it."""
-    whole = Prober(graph, latent)
-    decoder = holds(graph, latent)
-    data = {t: graph.get(t) for t in data_terms(graph, latents, loss)}
-    mixed = _mixed(graph, latent, latents)
-    views = [decoder, decoder | mixed, decoder | data, decoder | data | mixed]
-    views = [v for k, v in enumerate(views) if v.keys() not in [w.keys() for w in views[:k]]]
-    cases: list[_Case] = []
-    after = _after(graph, latent, decoder)
-    weights = [i for i in _log_weights(graph, latent, loss) if i in after]
-    if whole.usable:
-        for held in views:
-            case = _Case(whole, loss, held)
-            cases.append(case)
-            if case.probes is not None and case.fit.is_kl:
-                if weights:
-                    break
-                return case.found("kl")
-        for target in weights or _log_weights(graph, latent, loss):
-            case = _Case(whole, target, decoder, importance=True)
-            negative = case.probes is not None and replace(
-                case.fit, mean=-case.fit.mean, scale=-case.fit.scale
-            )
-            if negative and negative.is_kl:
-                return case.found("kl", fit=negative, weight=negative.weight)
-        if weights:
-            return cases[0].found("unknown", form="it stands in weights of the draws")
-        for case in cases:
-            if (target := _muted(case)) is not None:
-                case = _Case(whole, target, case.held, muted=True)
-                if case.probes is not None and case.fit.is_kl:
-                    return case.found("kl", weight=0.0)
-        for case in cases:
-            if (form := _function_of_kl(case)) is not None:
-                return case.found("function of the kl", form=form[0], weight=form[1])
-            if (gated := _gated(case)) is not None:
-                return case.found("function of the kl", form="free bits", fit=gated)
-    pairs = _pairs(graph, latent) if len(latent.heads) > 1 else []
-    for heads in pairs:
-        prober = Prober(graph, latent, heads)
-        for held in views if prober.usable else []:
-            case = _Case(prober, loss, held)
-            if case.probes is not None and case.fit.is_kl:
-                return case.found("kl")
-    if not whole.usable:
-        return Divergence("unknown", form="its heads could not be moved", held=decoder)
-    for case in cases:
-        if case.by_draws and (answer := _other_prior(case)) is not None:
-            return answer
-    case = cases[-1]
-    if case.probes is None:
-        return case.found("unknown", form="the loss is not finite where the heads are moved")
-    if case.flat and cases[0].probes is not None and not cases[0].flat:
-        case = cases[0]
-    if case.flat:
-        return case.found("constant" if _clamped(case) else "absent")
-    if (reading := _reading(case)) is not None:
-        return case.found("wrong", read_as=reading)
-    above, below = graph.upstream(latent.heads), graph.downstream(latent.heads)
-    beside = [o for o in latents if o is not latent and o.z not in graph.downstream([latent.z])]
-    beside = [o for o in beside if latent.z not in graph.downstream([o.z])]
-    if any({*above, *below}.intersection(o.heads) for o in beside):
-        return case.found("unknown", form="its heads are those of another latent as well")
-    means, scales = case.probes.moving if case.probes is not None else (torch.zeros(0),) * 2
-    if not latent.uniform and bool((means.bool() & scales.bool()).any()):
-        return case.found("unknown", form="one head moves both its mean and its sigma")
-    if graph.upstream(data).intersection(mixed):
-        return case.found("unknown", form="it is decoded together with another latent")
-    if case.by_draws and _clamped(case):
-        return case.found("unknown", form="a part of it is clamped")
-    if not _additive(case):
-        return case.found(
-            "unknown", form="no function of the entries of mean and sigma by themselves"
-        )
-    f = case.fit
-    if f.residual <= NEAR and f.mean.numel() and f.scale.numel():
-        a, c, d = (float(t.nanmedian()) for t in (f.mean[0], f.scale[0], f.scale[1]))
-        if a < 0 and c < 0 and d > 0 and abs(a - c) <= NEAR * abs(a):
-            return case.found("negative")
-    return case.found("wrong")
+        None if it depends on the heads otherwise than by log q(z), or by the entropy of q.
+        """
+        prober, graph, latent = self.prober, self.prober.graph, self.prober.latent
+        if not latent.diagonal or not prober.usable:
+            return None
+        rows, features = [], []
+        generator = torch.Generator().manual_seed(13)
+        draws = {latent.z: latent.draws[0], **{z: d for d, z in latent.siblings}}
+        for place in prober.places:
+            over = {**prober.fixed, **place}
+            fixed = {}
+            for z, draw in draws.items():
+                noise = torch.rand(graph[draw].shape, generator=generator).double() - 0.5
+                fixed[z] = graph.value({**over, draw: noise}, z)
+            f = self.sign * graph.run({**self.held, **over, **fixed}, [self.target])[self.target]
+            rows.append(gradient(f.sum(), place))
+            mean, sigma = latent.moments(graph, over)
+            squares = [(0.5 * ((z - mean) / sigma) ** 2).sum() for z in fixed.values()]
+            pair = torch.stack(squares).sum(), len(draws) * sigma.abs().log().sum()
+            features.append(torch.stack([gradient(t, place) for t in pair]))
+        y, x = torch.stack(rows), torch.stack(features, 1)
+        size = float(y.abs().max())
+        found, error = _solve(x, y)
+        moved = (x.abs() > 1e-14).any(0).any(0)
+        if size == 0 or not y.isfinite().all() or error > NEAR * size or not moved.any():
+            return None
+        scales = (x[1].abs() > 1e-14).any(0)
+        square, weights = -found[0], -found[1][scales]
+        if not bool((weights > 0).all()):
+            return None
+        drawn = _same(square[scales], weights) and bool((square[moved] > 0).all())
+        if not drawn and float(square[moved].abs().max()) > EXACT * float(weights.max()):
+            return None
+        each = prober.by_latent(torch.where(scales, -found[1], 0.0))
+        return LogQ(float(weights.median()) * len(draws), drawn, each * len(draws))
 
+    def reading(self) -> str | None:
+        """The reading of the second head of which it is the KL."""
+        p = self.probes
+        if p is None or not p.moving[1].any():
+            return None
+        means, scales = p.moving
+        means, scales = means & ~scales, scales & ~means
+        near, loss = NEAR * self.fit.size, self.sign * p.loss
+        squares, error = _solve(p.moments[:2][:, :, means], loss[:, means])
+        if not means.any() or error > near:
+            return None
+        weight = float(squares[0].median())
+        if weight <= 0 or not _same(squares[0], squares[0].median()):
+            return None
+        for name, reading in READINGS.items():
+            b = p.heads[:, scales].clone().requires_grad_()
+            s = reading.sigma(b)
+            if name == "unit variance" or not s.isfinite().all() or not (s > 0).all():
+                continue
+            parts = (0.5 * s**2, s.log())
+            rows = [torch.autograd.grad(t.sum(), b, retain_graph=True)[0] for t in parts]
+            found, error = _solve(torch.stack(rows), loss[:, scales])
+            fits = error <= near and _same(found[0], torch.tensor(weight))
+            if fits and _same(-found[1], torch.tensor(weight)):
+                return name
+        return None
 
-def _mixed(graph: Graph, latent: Latent, latents: list[Latent]) -> dict[int, Tensor]:
-    """Values of z together with what is decoded from another latent, entry by entry."""
-    after = graph.downstream([latent.z])
-    others = graph.downstream([o.z for o in latents if o is not latent]) - after
-    return {
-        o: graph.get(o)
-        for n in graph.nodes
-        if n.pointwise and after.intersection(n.ins) and others.intersection(n.ins)
-        for o in n.outs
-        if graph[o].floating
-    }
-
-
-def _after(graph: Graph, latent: Latent, held: Over) -> set[int]:
-    """What depends on the latent, not by its decoder."""
-    return graph.downstream([latent.z, *latent.heads], stop=held) - set(held)
+    @property
+    def additive(self) -> bool:
+        """Whether the gradient in the heads of one latent does not depend on those of others."""
+        prober, p = self.prober, self.probes
+        if p is None or not prober.latent.diagonal:
+            return False
+        entries = prober.latents().round().long()
+        size = prober.graph[prober.latent.z].numel
+        chosen = torch.rand(size, generator=torch.Generator().manual_seed(17)) < 0.5
+        kept = chosen[entries.clamp(0, size - 1)] & (entries >= 0) & (entries < size)
+        if not kept.any() or kept.all():
+            return False
+        sizes = [t.numel() for t in prober.places[0].values()]
+        place = {
+            i: torch.where(keep.view(t.shape), t, prober.places[1][i]).detach().requires_grad_()
+            for (i, t), keep in zip(prober.places[0].items(), kept.split(sizes), strict=True)
+        }
+        now = prober.measure(self.target, self.held, self.by_draws, [place])
+        if now is None:
+            return False
+        change = (now.loss[0] - p.loss[0])[kept].abs().max()
+        return float(change) <= EXACT * self.fit.size
 
 
 # --- where to look ------------------------------------------------------------------------------
@@ -378,243 +396,60 @@ def data_terms(graph: Graph, latents: list[Latent], loss: int) -> list[int]:
     ]
 
 
-def _log_weights(graph: Graph, latent: Latent, loss: int) -> list[int]:
-    """Values of which a log-sum-exp or a softmax is taken on the way to the loss."""
-    way = graph.downstream([latent.z, *latent.heads]) & graph.upstream([loss])
-    found = []
-    for node in graph.nodes:
-        if not way.intersection(node.outs):
-            continue
-        given = node.ins[0] if node.ins else -1
-        weights = node.name in ("logsumexp", "_softmax", "_log_softmax")
-        weights = weights or (node.name == "exp" and _summed_then_logged(graph, node))
-        if weights and given in way:
-            found.append(given)
-    return [i for i in dict.fromkeys(found) if i not in latent.heads]
+def log_weights(graph: Graph, latent: Latent, loss: int, decoder: Over) -> list[int]:
+    """The log weights of an importance-weighted bound.
 
-
-def _summed_then_logged(graph: Graph, node: Node) -> bool:
-    """Whether exponentials are summed, and then a logarithm is taken."""
-    todo = [(o, False) for o in node.outs]
-    for _ in range(16):
-        if not todo:
-            return False
-        i, summed = todo.pop(0)
-        for user in graph[i].users:
-            if user.name.rstrip("_") == "log" and summed:
-                return True
-            if user.name in ("sum", "mean") or (
-                summed and user.name in ("div", "view", "squeeze", "mul", "add")
-            ):
-                todo += [(o, True) for o in user.outs]
-    return False
-
-
-def _muted(case: _Case) -> int | None:
-    """A value that depends on the heads and that a zero is multiplied with."""
-    graph = case.prober.graph
-    if not case.flat:
-        return None
-    live = graph.upstream([case.target], stop=case.held)
-    after = graph.downstream([*case.prober.heads, case.prober.latent.z], stop=case.held)
-    for node in reversed(graph.nodes):
-        if node.name not in SCALED or not (live & after).intersection(node.outs):
-            continue
-        moving = [i for i in node.ins if i in after]
-        rest = [a for a in node.flat if isinstance(a, (int, float))]
-        rest += [float(graph.get(i).abs().max()) for i in node.ins if i not in after]
-        if len(moving) == 1 and any(abs(x) < 1e-12 for x in rest):
-            return moving[0]
-    return None
-
-
-def _pairs(graph: Graph, latent: Latent) -> list[tuple[int, ...]]:
-    """Pairs of a head that moves the mean and one that moves sigma; and single heads."""
-    prober = Prober(graph, latent)
-    if not prober.usable:
-        return []
-    movers = prober.movers
-    if len(movers[0]) * len(movers[1]) > 36:
-        return []
-    found = dict.fromkeys((m,) if m == s else (m, s) for m, s in itertools.product(*movers))
-    return [pair for pair in found if set(pair) != set(latent.heads)]
-
-
-# --- what else it may be ------------------------------------------------------------------------
-
-
-def _function_of_kl(case: _Case) -> tuple[str, float] | None:
-    """The form, and the weight, if the loss is a function of the KL to N(0, 1)."""
-    p = case.probes
-    if p is None or case.flat:
-        return None
-    kl = p.moments[0] + p.moments[2] - p.moments[3]
-    there = kl.abs() > 1e-3 * kl.abs().max()
-    away = p.loss[:, ~p.moved].abs()
-    if away.numel() and float(away.max()) > EXACT * case.fit.size:
-        return None
-    ratio = torch.where(there, p.loss / torch.where(there, kl, 1.0), math.nan)
-    known = ratio[there]
-    if not known.numel():
-        return None
-    largest = float(known.abs().max())
-    near = 1e-4 * largest
-    if float((p.loss.abs() - largest * kl.abs()).max()) > NEAR * case.fit.size:
-        return None  # it moves where the KL does not
-    reached = (ratio.abs() > near) & there
-    if not all(bool(reached[:, moving].any()) for moving in p.moving):
-        return None
-    steady = all(
-        float(r[t].max() - r[t].min()) <= near
-        for r, t in zip(ratio, there, strict=True)
-        if t.any()
-    )
-    levels = (known.abs() - largest).abs() <= near
-    copies = case.fit.copies
-    mixed = bool((known > 0).any())
-    if bool(levels.all()) and bool((known < 0).any()) and (mixed or _passes(case, "abs")):
-        return "capacity", largest * copies
-    diagonal = case.prober.latent.diagonal
-    zeros = known.abs() <= near
-    two_levels = bool((levels | zeros).all()) and bool((known >= -near).all())
-    if diagonal and two_levels and bool(zeros.any()):
-        size = kl[there].abs()
-        if float(size[zeros].mean()) > float(size[~zeros].mean()):
-            return "capped", largest * copies
-    if diagonal and two_levels:
-        return "free bits", largest * copies
-    if steady and bool((known >= -near).all()):
-        return "other", math.nan
-    if steady and bool((known.sign() != known.sign()[0]).any()):
-        return "capacity" if _passes(case, "abs", "pow", "mul") else "other", math.nan
-    return None
-
-
-def _gated(case: _Case) -> Fit | None:
-    """The coefficients where the loss moves, if it is a KL there and constant elsewhere."""
-    p = case.probes
-    if p is None or case.flat or not case.prober.latent.diagonal:
-        return None
-    moves = p.loss.abs() > 1e-12 * case.fit.size
-    if bool(moves[:, p.moved].all()) or not bool((moves.sum(0) >= 4)[p.moved].all()):
-        return None
-    found = fit_moments(replace(p, moments=p.moments * moves), case.fit.copies)
-    return found if found.is_kl else None
-
-
-def _passes(case: _Case, *names: str) -> bool:
-    """Whether the heads reach the target by an operation of one of these names."""
-    graph = case.prober.graph
-    live = graph.upstream([case.target], stop=case.held)
-    after = graph.downstream([*case.prober.heads, case.prober.latent.z], stop=case.held)
-    way = live & after
-    return any(n.name in names and way.intersection(n.outs) for n in graph.nodes)
-
-
-def _clamped(case: _Case) -> bool:
-    clamps = ("clamp", "clamp_", "clamp_min", "clamp_max", "minimum", "maximum", "min", "max",
-              "threshold", "relu", "where", "hardtanh", "floor", "round", "sign")  # fmt: skip
-    return _passes(case, *clamps)
-
-
-def _other_prior(case: _Case) -> Divergence | None:
-    """A KL by draws to a prior that is not Gaussian: log q is right, the rest a function of z."""
-    found = entropy(case.prober, case.target, case.held)
-    if found is None:
-        return None
-    return case.found("other prior", weight=found[0] * case.fit.copies)
-
-
-def entropy(prober: Prober, target: int, held: Over) -> tuple[float, bool] | None:
-    """The weight of log q(z) in a loss, with z held; and whether it is log q of the draw.
-
-    None if the loss depends on the heads otherwise than by log q(z), or by the entropy of q.
+    They are what is exponentiated, or given to a softmax, and depends both on what is decoded and
+    on the latent otherwise.
     """
-    graph, latent = prober.graph, prober.latent
-    if not latent.diagonal:
-        return None
-    rows, features = [], []
-    generator = torch.Generator().manual_seed(13)
-    draws = {latent.z: latent.draws[0], **{z: d for d, z in latent.siblings}}
-    number = len(draws)
-    for place in prober.places:
-        over = {**prober.fixed, **place}
-        fixed = {}
-        for z, draw in draws.items():
-            noise = torch.rand(graph[draw].shape, generator=generator).double() - 0.5
-            fixed[z] = graph.value({**over, draw: noise}, z)
-        f = graph.run({**held, **over, **fixed}, [target])[target].sum()
-        rows.append(gradient(f, place))
-        mean, sigma = latent.moments(graph, over)
-        square = sum((0.5 * ((z - mean) / sigma) ** 2).sum() for z in fixed.values())
-        log = number * sigma.abs().log().sum()
-        features.append(torch.stack([gradient(t, place) for t in (square, log)]))  # pyright: ignore
-    y, x = torch.stack(rows), torch.stack(features, 1)
-    size = float(y.abs().max())
-    found, error = _solve(x, y)
-    moved = (x.abs() > 1e-14).any(0).any(0)
-    if size == 0 or not y.isfinite().all() or error > NEAR * size or not moved.any():
-        return None
-    scales = (x[1].abs() > 1e-14).any(0)
-    square, weights = -found[0], -found[1][scales]
-    weight = float(weights.median()) * number
-    if not bool((weights > 0).all()):
-        return None
-    if _same(square[scales], weights) and bool((square[moved] > 0).all()):
-        return weight, True
-    level = EXACT * float(weights.max())
-    return (weight, False) if float(square[moved].abs().max()) <= level else None
-
-
-def _reading(case: _Case) -> str | None:
-    """The reading of the second head of which the loss is the KL."""
-    p = case.probes
-    if p is None or not p.moving[1].any():
-        return None
-    means, scales = p.moving
-    means, scales = means & ~scales, scales & ~means
-    a = _solve(p.moments[:2][:, :, means], p.loss[:, means])
-    if not means.any() or a[1] > NEAR * case.fit.size:
-        return None
-    weight = float(a[0][0].median())
-    if weight <= 0 or not _same(a[0][0], a[0][0].median()):
-        return None
-    for name, reading in READINGS.items():
-        b = p.heads[:, scales].clone().requires_grad_()
-        s = reading.sigma(b)
-        if name == "unit variance" or not s.isfinite().all() or not (s > 0).all():
+    after = graph.downstream([latent.z, *latent.heads], stop=decoder) - set(decoder)
+    both = after & graph.downstream(decoder) & graph.upstream([loss])
+    found: list[int] = []
+    for node in graph.nodes:
+        if node.name not in ("logsumexp", "_softmax", "_log_softmax", "exp", "exp_"):
             continue
-        rows = torch.stack(
-            [torch.autograd.grad(t.sum(), b, retain_graph=True)[0] for t in (0.5 * s**2, s.log())]
+        given, cut = node.ins[0], graph[node.ins[0]].node
+        if cut is not None and cut.name == "sub" and given in both:  # the largest is subtracted
+            whole, *largest = cut.ins
+            alone = graph.upstream(largest, stop=[whole]) & (after | graph.downstream(decoder))
+            given = whole if alone <= {whole, *largest} else given
+        found += [given] if given in both and both.intersection(node.outs) else []
+    heads, held = ({i: graph.get(i) + 0.3 for i in ids} for ids in (latent.heads, decoder))
+
+    def is_weight(i: int) -> bool:
+        by_heads, by_decoder = (
+            graph.value({**decoder, **over}, i) != graph.get(i) for over in (heads, held)
         )
-        found, error = _solve(rows, p.loss[:, scales])
-        fits = error <= NEAR * case.fit.size and _same(found[0], torch.tensor(weight))
-        if fits and _same(-found[1], torch.tensor(weight)):
-            return name
-    return None
+        return bool((by_heads & by_decoder).any())
+
+    return [i for i in dict.fromkeys(found) if i not in latent.heads and is_weight(i)]
 
 
-def _additive(case: _Case) -> bool:
-    """Whether the gradient in the heads of one latent does not depend on those of others."""
-    prober, p = case.prober, case.probes
-    if p is None or not prober.latent.diagonal:
-        return False
-    entries = prober.latents().round().long()
-    size = prober.graph[prober.latent.z].numel
-    chosen = torch.rand(size, generator=torch.Generator().manual_seed(17)) < 0.5
-    kept = chosen[entries.clamp(0, size - 1)] & (entries >= 0) & (entries < size)
-    if not kept.any() or kept.all():
-        return False
-    sizes = [t.numel() for t in prober.places[0].values()]
-    place = {
-        i: torch.where(keep.view(t.shape), t, prober.places[1][i]).detach().requires_grad_()
-        for (i, t), keep in zip(prober.places[0].items(), kept.split(sizes), strict=True)
-    }
-    now = prober.measure(case.target, case.held, case.by_draws, [place])
-    if now is None:
-        return False
-    change = (now.loss[0] - p.loss[0])[kept].abs().max()
-    return float(change) <= EXACT * case.fit.size
+def inner_values(view: View, most: int = 12) -> list[int]:
+    """The values between the heads and the target of which it is no linear function.
+
+    The last are first.
+    """
+    graph = view.prober.graph
+    inside = view.way - graph.upstream([view.prober.latent.z]) - set(view.held)
+    found: list[int] = []
+    for node in reversed(graph.nodes):
+        moving = [i for i in dict.fromkeys(node.ins) if i in inside and graph[i].floating]
+        if inside.intersection(node.outs) and moving and not is_linear(graph, node, moving):
+            found += moving
+    return list(dict.fromkeys(found))[:most]
+
+
+def is_linear(graph: Graph, node: Node, moving: list[int]) -> bool:
+    """Whether the result of an operation is affine in some arguments, and depends on them."""
+    base = {i: graph.get(i) for i in moving}
+    out = next(o for o in node.outs if graph[o].floating)
+    zero, one, two, minus = (
+        graph.value({i: k * t for i, t in base.items()}, out) for k in (0.0, 1.0, 2.0, -1.0)
+    )
+    size = 1e-9 * (one.abs() + zero.abs())
+    straight = (two - 2 * one + zero).abs() <= size, (minus + one - 2 * zero).abs() <= size
+    return bool(straight[0].all() and straight[1].all()) and not torch.equal(one, zero)
 
 
 # --- what is sampled ----------------------------------------------------------------------------

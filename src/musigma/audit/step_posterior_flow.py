@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from musigma.audit.step_flow import (
     report_flow,
     report_stops_and_folds,
 )
-from musigma.audit.step_kl import Divergence, data_terms, entropy
+from musigma.audit.step_kl import View, data_terms
 
 if TYPE_CHECKING:
     from musigma.audit.step import StepAudit
@@ -57,7 +56,7 @@ def _held(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> dic
 
 
 def judge_posterior_flow(
-    audit: StepAudit, latent: Latent, latents: list[Latent], d: Divergence
+    audit: StepAudit, latent: Latent, latents: list[Latent], view: View
 ) -> bool:
     """Examine a flow between the draw of a latent and its prior; False if there is none."""
     graph, loss = audit.graph, audit.loss
@@ -65,10 +64,10 @@ def judge_posterior_flow(
     if not latent.diagonal or not prober.usable:
         return False
     held = _held(graph, latent, latents, loss)
-    log_q = entropy(prober, loss, held)
+    log_q = View(prober, loss, held).log_q
     if log_q is None:
-        return _is_prior_at_start(audit, latent, held, d)
-    weight, drawn = log_q
+        return _is_prior_at_start(audit, latent, held, view)
+    weight, drawn = log_q.weight, log_q.drawn
     heads = {i: graph.get(i) for i in latent.heads}
     mean, sigma = latent.moments(graph, {})
     wrong: list[Change] = []
@@ -100,14 +99,13 @@ def judge_posterior_flow(
     return False
 
 
-def judge_dequantized_flow(audit: StepAudit, latent: Latent, d: Divergence) -> bool:
+def judge_dequantized_flow(audit: StepAudit, latent: Latent, weight: float) -> bool:
     """Examine a flow of data to which a latent is added; False if there is none.
 
     With the sum as the flow's input, log q of the latent is a constant; the log-determinant must
     have its weight.
     """
     graph, loss = audit.graph, audit.loss
-    weight = d.weight / d.fit.copies if d.fit is not None else math.nan
     after = graph.downstream([latent.z]) & graph.upstream([loss])
     wrong: list[Change] = []
     for v in graph.values:
@@ -129,11 +127,11 @@ def judge_dequantized_flow(audit: StepAudit, latent: Latent, d: Divergence) -> b
 
 
 def _is_prior_at_start(
-    audit: StepAudit, latent: Latent, held: dict[int, Tensor], d: Divergence
+    audit: StepAudit, latent: Latent, held: dict[int, Tensor], view: View
 ) -> bool:
     """Report a closed KL of z to N(0, 1) beside the log-determinant of a flow on z."""
     graph, loss = audit.graph, audit.loss
-    if d.fit is None or d.by_draws or d.kind != "kl":
+    if view.by_draws or not view.fit.is_kl:
         return False
     heads = {i: graph.get(i) for i in latent.heads}
     for parts, *_ in outputs(graph, loss, latent.z):

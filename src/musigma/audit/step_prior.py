@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from musigma.audit.density import integral
 from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import REDUCTIONS, Latent, frontier
-from musigma.audit.probes import Over, Prober, gradient
+from musigma.audit.probes import Over, Prober, gradient, patterns
 from musigma.audit.scales import READINGS
-from musigma.audit.step_kl import LINEAR, Divergence, fit_moments, terms
+from musigma.audit.step_kl import NEAR, View, fit_moments, is_linear
 
 __all__ = ["kl_offset", "log_normalizer", "prior_error"]
+
+MOST_DIMENSIONS = 32  # of an integral
+MOST_EXAMPLES = 8  # of which each has a prior of its own
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class PriorError:
     of_width: bool
 
 
-def prior_error(graph: Graph, latent: Latent, loss: int, d: Divergence) -> PriorError | None:
+def prior_error(graph: Graph, latent: Latent, loss: int, d: View) -> PriorError | None:
     r"""How far the loss is from a KL to the prior when the heads of the prior are moved.
 
     The loss as a function of the heads of q has shown the prior's mean c and scale p. With other
@@ -58,7 +64,7 @@ def prior_error(graph: Graph, latent: Latent, loss: int, d: Divergence) -> Prior
 
 
 def _has_bare_logarithms(
-    graph: Graph, loss: int, d: Divergence, heads: list[dict[int, Tensor]], found: list[_ToPrior]
+    graph: Graph, loss: int, d: View, heads: list[dict[int, Tensor]], found: list[_ToPrior]
 ) -> bool:
     """Whether the loss has log widths of a prior, by entries of its heads that do nothing else.
 
@@ -86,7 +92,7 @@ def _has_bare_logarithms(
 
 
 def _to_priors(
-    graph: Graph, latent: Latent, loss: int, d: Divergence, times: int
+    graph: Graph, latent: Latent, loss: int, d: View, times: int
 ) -> tuple[list[dict[int, Tensor]], list[_ToPrior]]:
     """The heads of the prior as they were, and moved a few times; and what is seen then.
 
@@ -108,16 +114,6 @@ def _to_priors(
     return heads, found
 
 
-def _readings(heads: list[dict[int, Tensor]], i: int, kl: _ToPrior) -> list[Tensor]:
-    """The changes of the weighted sum of the log widths, if a head is read as a width."""
-    weight = float(kl.weights.sum()) / heads[0][i].numel()
-    found = []
-    for reading in READINGS.values():
-        sums = [float(reading.sigma(each[i]).log().sum()) for each in heads]
-        found.append(weight * torch.tensor([s - sums[0] for s in sums[1:]]))
-    return found
-
-
 @dataclass
 class _ToPrior:
     """The losses (T,) at T places of the heads of q, and the KL to the prior that is seen there.
@@ -133,10 +129,10 @@ class _ToPrior:
     log_widths: float
 
     @classmethod
-    def of(cls, prober: Prober, loss: int, d: Divergence) -> _ToPrior | None:
+    def of(cls, prober: Prober, loss: int, d: View) -> _ToPrior | None:
         """From the gradients of a loss; None if it is no KL."""
         probes = prober.measure(loss, d.held, d.by_draws)
-        fit = fit_moments(probes, d.fit.copies) if probes is not None and d.fit else None
+        fit = fit_moments(probes, d.fit.copies) if probes is not None else None
         if probes is None or fit is None or not fit.is_kl:
             return None
         means, scales = probes.moving
@@ -176,7 +172,7 @@ def _by_latent(coefficients: Tensor, entries: Tensor, n: int) -> Tensor | None:
     return found if torch.allclose(found[:, entries], coefficients, rtol=1e-3) else None
 
 
-def _prior_heads(graph: Graph, latent: Latent, loss: int, d: Divergence) -> list[int]:
+def _prior_heads(graph: Graph, latent: Latent, loss: int, d: View) -> list[int]:
     """The values by layers, or parameters, that meet the heads of q entry by entry.
 
     Not those that the heads of q are computed from: they belong to the latents before it.
@@ -204,7 +200,7 @@ def _prior_heads(graph: Graph, latent: Latent, loss: int, d: Divergence) -> list
     return [i for i in found if _meets(graph, d, i, met)]
 
 
-def _meets(graph: Graph, d: Divergence, i: int, met: list[int]) -> bool:
+def _meets(graph: Graph, d: View, i: int, met: list[int]) -> bool:
     """Whether a value moves an entry of some values that the heads of q move as well."""
     moved = {h: graph.get(h) + 0.37 for h in d.heads}
     for o in met:
@@ -216,221 +212,231 @@ def _meets(graph: Graph, d: Divergence, i: int, met: list[int]) -> bool:
     return False
 
 
-def kl_offset(graph: Graph, latent: Latent, loss: int, d: Divergence) -> float | None:
-    """What is left of the KL where q is the prior, in nats by latent; None if it is not known."""
-    if d.fit is None or d.by_draws:
-        return None
-    heads, found = _to_priors(graph, latent, loss, d, 1)
-    after = graph.downstream([latent.z, *d.heads, *heads[0]], stop=d.held)
-    parts = _subtotals(graph, latent, loss, after, d.held)
-    others = graph.upstream(parts, stop={latent.z, *d.heads, *heads[0], *d.held})
-    others -= {latent.z, *d.heads, *heads[0]}
-    if not found or not parts or any(graph[i].kind == "parameter" for i in others):
-        return None  # or there is more in it, such as the KL of another latent
-    leaves = {i: graph.get(i).double().clone().requires_grad_() for i in parts}
-    value = graph.run({**d.held, **leaves}, [loss])[loss]
-    if not value.requires_grad:
-        return None
-    slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    if any(s is None for s in slopes):
-        return None
-    offsets = []
-    for kl in found:
-        now = graph.run({**d.held, **kl.places[0]}, parts)
-        got = sum(float((s * now[i]).sum()) for s, i in zip(slopes, parts, strict=True))
-        offsets.append((got - float(kl.values[0])) / float(kl.weights.sum()))
-    return offsets[0] if max(offsets) - min(offsets) < 1e-4 else None
-
-
-def _subtotals(graph: Graph, latent: Latent, loss: int, after: set[int], held: Over) -> list[int]:
-    """The largest sums in a loss whose terms all depend on the heads, with the decoder held."""
-    found: list[int] = []
-    todo = [loss]
-    stop = {*latent.heads, latent.z, *held}
-    mixed = {i for i in held if i in graph.downstream([latent.z])}
-    while todo:
-        i = todo.pop()
-        parts = [t for t in terms(graph, i, stop) if graph[t].origin or graph[t].draws]
-        own = [t for t in parts if t in after and t not in held]
-        if any(mixed.intersection(graph.upstream([t], stop=stop)) for t in own):
-            return []  # a product with what is decoded
-        if not own:
-            continue
-        node = graph[i].node
-        if len(own) == len(parts):
-            found.append(i)
-        elif node is not None and (node.name in LINEAR or node.name in ("mul", "div")):
-            todo += [j for j in node.ins if graph[j].floating]
-        else:
-            return []
-    return list(dict.fromkeys(found))
-
-
-def log_normalizer(
-    graph: Graph, latent: Latent, loss: int, d: Divergence, drawn: bool
-) -> float | None:
-    r"""The logarithm of the integral of the prior in a KL by draws: by latent, or by example.
-
-    With the heads held, the loss is :math:`w (\log q(z) - \log p(z))`. If the prior is a product
-    over latents, the slopes of :math:`\log p` along a grid give its shape, and the value of the
-    loss its height; if it is a log-sum-exp of Gaussians, their slopes and values do.
-
-    Returns:
-        Zero for a density; infinity if it does not fall off; None if it is not known, as of a
-        prior that stands in a sum with other terms.
-    """
-    if d.fit is None or (latent.siblings and not drawn):
-        return None
-    kl = _Held.of(graph, latent, loss, d, drawn)
-    if kl is None:
-        return None
-    if kl.is_product():
-        return _by_grid(kl)
-    return _by_components(kl)
+# --- the value of a KL --------------------------------------------------------------------------
 
 
 @dataclass
-class _Held:
-    """A KL by draws as a function of z alone, with the heads held.
+class _Own:
+    """The terms that a value has of a KL, whatever else is added to it.
 
-    `parts` are values of which the loss contains the sum, with `slopes`.
+    `parts` are values of which it contains the sum, with `slopes`.
     """
 
-    graph: Graph
-    latent: Latent
-    over: dict[int, Tensor]
+    view: View
     parts: list[int]
     slopes: tuple[Tensor, ...]
-    weight: float
-    drawn: bool
 
     @classmethod
-    def of(
-        cls, graph: Graph, latent: Latent, loss: int, d: Divergence, drawn: bool
-    ) -> _Held | None:
-        """From the loss; None if the KL cannot be told from its other terms."""
-        own = [latent.z, *latent.heads, *latent.draws, *_prior_heads(graph, latent, loss, d)]
-        own += [i for pair in latent.siblings for i in pair]
-        parts = _subtotals(graph, latent, loss, graph.downstream(own, stop=d.held), d.held)
-        if not parts or d.fit is None:
-            return None
-        leaves = {i: graph.get(i).double().clone().requires_grad_() for i in parts}
-        value = graph.run({**d.held, **leaves}, [loss])[loss].sum()
-        if not value.requires_grad:
-            return None
-        slopes = torch.autograd.grad(value, list(leaves.values()))
-        over = {**d.held, **{i: graph.get(i) for i in latent.heads}}
-        return cls(graph, latent, over, parts, slopes, d.weight / d.fit.copies, drawn)
+    def of(cls, view: View, own: list[int]) -> _Own | None:
+        """The largest sums whose terms all depend on `own`; None if they cannot be told apart."""
+        graph = view.prober.graph
+        after = graph.downstream(own, stop=view.held) - set(view.held)
+        decoded = graph.downstream([view.prober.latent.z]).intersection(view.held)
+        found: list[int] = []
 
-    def total(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
-        """w (log q - log p), summed."""
-        e = {} if noise is None else {i: noise for i in self.latent.draws}
-        zs = dict.fromkeys((self.latent.z, *(i for _, i in self.latent.siblings)), z)
-        now = self.graph.run({**self.over, **e, **zs}, self.parts)
+        def is_whole(i: int) -> bool:
+            """Whether all terms of a value are of the KL; if not, those that are, are found."""
+            if i not in after:
+                return not (graph[i].origin or graph[i].draws)
+            node = graph[i].node
+            terms = [j for j in node.ins if graph[j].floating] if node is not None else []
+            terms = [j for j in dict.fromkeys(terms) if graph[j].origin or graph[j].draws]
+            if i in own or node is None or not is_linear(graph, node, terms):
+                return True
+            whole = {j: is_whole(j) for j in terms}
+            if not all(whole.values()):
+                found.extend(j for j in terms if j in after and whole[j])
+            return all(whole.values())
+
+        if is_whole(view.target):
+            found = [view.target]
+        if not found or decoded.intersection(graph.upstream(found, stop=view.held)):
+            return None  # there is none, or it is a product with what is decoded
+        leaves = {i: graph.get(i).double().clone().requires_grad_() for i in found}
+        value = graph.run({**view.held, **leaves}, [view.target])[view.target].sum()
+        slopes = torch.autograd.grad(view.sign * value, list(leaves.values()), allow_unused=True)
+        used = {i: s for i, s in zip(found, slopes, strict=True) if s is not None}
+        return cls(view, list(used), tuple(used.values()))
+
+    def beside(self, known: set[int]) -> set[int]:
+        """What else they are computed from."""
+        stop = known | set(self.view.held)
+        return self.view.prober.graph.upstream(self.parts, stop=stop) - known
+
+    def value(self, over: Over) -> Tensor:
+        """Their sum, with some values replaced."""
+        now = self.view.prober.graph.run({**self.view.held, **over}, self.parts)
         rows = [(s * now[i]).sum() for s, i in zip(self.slopes, self.parts, strict=True)]
         return torch.stack(rows).sum()
 
-    def log_q(self, z: Tensor) -> float:
-        """The sum of log q(z), in the form that the loss has it in."""
-        mean, sigma = (t.detach() for t in self.latent.moments(self.graph, {}))
-        e = self.graph.get(self.latent.draws[0])
-        if self.drawn:
-            square = ((z - mean) / sigma) ** 2
-        elif float((self.total(z, 0 * e) - self.total(z)).abs().detach()) > 1e-9:
-            square = e**2
-        else:
-            square = torch.ones_like(mean)
-        return float((-0.5 * square - sigma.abs().log() - 0.5 * math.log(2 * math.pi)).sum())
 
-    def log_p(self, z: Tensor) -> float:
-        """The sum of log p(z)."""
-        return self.log_q(z) - float(self.total(z).detach()) / self.weight
-
-    def slope(self, z: Tensor) -> Tensor:
-        """The slope of log p by latent."""
-        mean, sigma = (t.detach() for t in self.latent.moments(self.graph, {}))
-        z = z.clone().requires_grad_()
-        f = self.total(z)
-        g = torch.autograd.grad(f, z)[0] if f.requires_grad else torch.zeros_like(z)
-        of_q = (z.detach() - mean) / sigma**2 if self.drawn else 0.0
-        return -g / self.weight - of_q
-
-    def is_product(self) -> bool:
-        """Whether log p is a sum over latents."""
-        generator = torch.Generator().manual_seed(47)
-        shape = self.graph[self.latent.z].shape
-        z = torch.randn(shape, generator=generator).double()
-        kept = torch.rand(shape, generator=generator) < 0.5
-        at = self.slope(z)
-        change = (at - self.slope(torch.where(kept, z, z + 0.7)))[kept].abs()
-        return not kept.any() or float(change.max()) <= 1e-6 * float(at.abs().max() + 1e-12)
-
-
-def _by_grid(kl: _Held) -> float | None:
-    like = torch.zeros_like(kl.graph.get(kl.latent.z))
-    t = torch.linspace(-10, 10, 1201, dtype=torch.float64)
-    grid = 30 * t.sinh() / math.sinh(10)  # dense at zero
-    slopes = torch.stack([kl.slope(like + x).reshape(-1) for x in grid])
-    if not slopes.isfinite().all():
+def kl_offset(graph: Graph, latent: Latent, view: View) -> float | None:
+    """What is left of the KL where q is the prior, in nats by latent; None if it is not known."""
+    heads, found = _to_priors(graph, latent, view.target, view, 1)
+    known = {latent.z, *view.heads, *heads[0]}
+    own = _Own.of(view, list(known))
+    if own is None or any(graph[i].kind == "parameter" for i in own.beside(known)):
+        return None  # or there is more in it, such as the KL of another latent
+    noises = patterns(graph, latent) if view.by_draws else [{}]
+    offsets = []
+    for kl in found:
+        got = [float(own.value({**kl.places[0], **noise}).detach()) for noise in noises]
+        offsets.append((sum(got) / len(got) - float(kl.values[0])) / float(kl.weights.sum()))
+    if not offsets or max(offsets) - min(offsets) > 1e-4:
         return None
-    heights = []
-    for step in (1, 2):
-        x, y = grid[::step], slopes[::step]
-        shape = torch.cumulative_trapezoid(y, x, dim=0)
-        shape = torch.cat([torch.zeros_like(shape[:1]), shape])
-        ends = torch.maximum(shape[0], shape[-1]) - shape.max(0).values
-        if bool((ends > -5).any()):
-            return math.inf
-        widths = torch.cat([x.diff(), x.new_zeros(1)]) + torch.cat([x.new_zeros(1), x.diff()])
-        integrals = torch.logsumexp(shape + (0.5 * widths).log()[:, None], 0)
-        heights.append(integrals - shape[len(x) // 2])
-    if float((heights[0] - heights[1]).abs().max()) > 2e-3:
-        return None  # too narrow for the grid
-    return (kl.log_p(like) + float(heights[0].sum())) / like.numel()
+    return offsets[0]
 
 
-def _by_components(kl: _Held) -> float | None:
-    """By the Gaussians that a log-sum-exp of the step is taken of, for each example."""
-    graph, z = kl.graph, kl.latent.z
-    after = graph.downstream([z])
-    rows = graph[z].shape[0]
-    for node in graph.nodes:
-        if node.name != "logsumexp" or node.ins[0] not in after:
-            continue
-        shape = graph[node.ins[0]].shape
-        axes = node.flat[1:-1] if isinstance(node.flat[-1], bool) else node.flat[1:]
-        axis = axes[0] if axes and isinstance(axes[0], int) else -1
-        axis %= len(shape)
-        if len(shape) != 2 or shape[1 - axis] != rows or shape[axis] > 512:
-            continue
-        weights = _component_weights(graph, z, node.ins[0], axis, rows)
-        if weights is None:
-            continue
-        base = graph.get(z)
-        (out,) = node.outs
-        told = float(graph.value({z: base}, out).sum())
-        each = torch.logsumexp(weights, 0) + (kl.log_p(base) - told) / rows
-        return float(each[each.abs().argmax()])
+# --- the integral of a prior --------------------------------------------------------------------
+
+
+@dataclass
+class _Prior:
+    r"""The prior in a KL by draws, :math:`w (\log q(z) - \log p(z))`, as a function of z alone.
+
+    The heads of q are held. Those of the prior are moved, as they may be where a fault is hidden.
+    """
+
+    own: _Own
+    over: dict[int, Tensor]
+    weight: Tensor  # of each latent of each example
+    drawn: bool
+
+    @property
+    def latent(self) -> Latent:
+        """The latent."""
+        return self.own.view.prober.latent
+
+    def log_p(self, z: Tensor) -> Tensor:
+        """The weighted sum of log p(z)."""
+        latent = self.latent
+        zs = dict.fromkeys((latent.z, *(i for _, i in latent.siblings)), z)
+        mean, sigma = self._moments
+        square = ((z - mean) / sigma) ** 2 if self.drawn else self._square_of_noise
+        log_q = -0.5 * square - sigma.abs().log() - 0.5 * math.log(2 * math.pi)
+        return (self.weight * log_q).sum() - self.own.value({**self.over, **zs})
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        mean, sigma = self.latent.moments(self.own.view.prober.graph, {})
+        return mean.detach(), sigma.detach()
+
+    @cached_property
+    def _square_of_noise(self) -> Tensor:
+        """The square of the noise, if log q is written with it; else its mean."""
+        graph, latent = self.own.view.prober.graph, self.latent
+        z = {latent.z: graph.get(latent.z)}
+        none = {i: torch.zeros_like(graph.get(i)) for i in latent.draws}
+        a, b = (float(self.own.value({**self.over, **z, **e}).detach()) for e in ({}, none))
+        e = graph.get(latent.draws[0])
+        return e**2 if abs(a - b) > 1e-9 else torch.ones_like(e)
+
+    def slopes(self, zs: Tensor) -> Tensor:
+        """The slopes of log p by latent, at some z's."""
+        return _each(torch.func.grad(self.log_p), zs) / self.weight
+
+    def is_of_parts(self, axes: int) -> bool:
+        """Whether log p is a sum over the first axes of z."""
+        shape = self.weight.shape
+        kept = (torch.arange(math.prod(shape[:axes])) % 2 == 0).view(shape[:axes])
+        kept = kept.view(*shape[:axes], *(1,) * (len(shape) - axes)).expand(shape)
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(47)).double()
+        both = self.slopes(torch.stack([z, torch.where(kept, z, z + 0.7)]))
+        change = (both[1] - both[0])[kept].abs().max()
+        return float(change) <= 1e-6 * float(both.abs().max() + 1e-12)
+
+    def by_latent(self) -> float | None:
+        """The logarithm of the integral, by the slopes along a grid."""
+        size = self.weight.numel()
+        some = torch.randperm(size, generator=torch.Generator().manual_seed(3))[:64]
+        grid = 1e-3 * torch.linspace(-17, 17, 2401, dtype=torch.float64).sinh()  # dense at zero
+        zero = torch.zeros_like(self.weight)
+        steps = [self.slopes(torch.stack([zero + x for x in part])) for part in grid.split(64)]
+        slopes = torch.cat([s.reshape(len(s), size)[:, some] for s in steps])
+        finite = slopes.isfinite().all(1)
+        finite = (finite & finite.flip(0))[len(grid) // 2 :].double().cumprod(0)
+        reach = int(finite.sum() - 1) // 2 * 2  # beyond, exp(log p) is zero to the computer
+        if reach < 100:
+            return None
+        inside = slice(len(grid) // 2 - reach, len(grid) // 2 + reach + 1)
+        grid, slopes = grid[inside], slopes[inside]
+        heights = []
+        for step in (1, 2):
+            x, y = grid[::step], slopes[::step]
+            shape = torch.cumulative_trapezoid(y, x, dim=0)
+            shape = torch.cat([torch.zeros_like(shape[:1]), shape])
+            ends = torch.maximum(shape[0], shape[-1]) - shape.max(0).values
+            if bool((ends > -5).any()):
+                return math.inf if reach > 1000 else None
+            widths = torch.cat([x.diff(), x.new_zeros(1)]) + torch.cat([x.new_zeros(1), x.diff()])
+            integrals = torch.logsumexp(shape + (0.5 * widths).log()[:, None], 0)
+            heights.append(integrals - shape[len(x) // 2])
+        if float((heights[0] - heights[1]).abs().max()) > 2e-3:
+            return None  # too narrow for the grid
+        if size > len(some) and float(heights[0].max() - heights[0].min()) > 1e-6:
+            return None
+        mean = (self.weight.view(-1)[some] * heights[0]).sum() / self.weight.view(-1)[some].sum()
+        return float(self.log_p(zero) / self.weight.sum() + mean)
+
+    def by_example(self, axes: int) -> float | None:
+        """The logarithm of the integral over one example, by importance weights."""
+        shape = self.weight.shape
+        rows, dim = math.prod(shape[:axes]), math.prod(shape[axes:])
+        zero = torch.zeros(rows, dim, dtype=torch.float64)
+        weights = self.weight.reshape(rows, dim)
+        base = self.log_p(zero.view(shape))
+        probe = torch.randn(dim, generator=torch.Generator().manual_seed(5)).double()
+
+        def of_row(r: int, points: Tensor) -> Tensor:
+            """log p of one example, relative to that at zero."""
+            at = (torch.arange(rows) == r).double()[:, None]
+            return _each(lambda a: self.log_p((at * a).view(shape)) - base, points) / weights[r, 0]
+
+        change = torch.cat([of_row(r, probe[None]) for r in range(min(rows, MOST_EXAMPLES + 1))])
+        alike = float((change - change[0]).abs().max()) <= 1e-6 * float(change.abs().max())
+        if dim > MOST_DIMENSIONS or (not alike and rows > MOST_EXAMPLES):
+            return None
+        logs, total = [], 0.0
+        for r in range(1 if alike else rows):
+            value, error, sure, _ = integral(partial(of_row, r), dim)
+            if not sure or error > 0.02 * value:
+                return None
+            logs.append(float(weights[r, 0]) * math.log(value))
+            total += float(weights[r, 0])
+        return float(base) / float(weights[:, 0].sum()) + sum(logs) / total
+
+
+def _each(fn: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """A function of one point, at each of several."""
+    try:
+        return torch.vmap(fn, chunk_size=1024)(points).detach()
+    except (RuntimeError, NotImplementedError):  # an operation that vmap does not know
+        return torch.stack([fn(p).detach() for p in points])
+
+
+def log_normalizer(graph: Graph, latent: Latent, view: View) -> tuple[float, float] | None:
+    """The logarithm of the integral of the prior in a KL by draws, and its accuracy.
+
+    It is that of one latent if the prior is a product over latents, else that of one example.
+    Zero for a density; infinity if it does not fall off; None if it is not known, as of a prior
+    that stands in a sum with other terms.
+    """
+    log_q = view.log_q
+    if log_q is None or (latent.siblings and not log_q.drawn):
+        return None
+    heads = _prior_heads(graph, latent, view.target, view)
+    own = [latent.z, *latent.heads, *latent.draws, *heads]
+    own += [i for pair in latent.siblings for i in pair]
+    terms = _Own.of(view, own)
+    if terms is None:
+        return None
+    random = torch.Generator().manual_seed(29)
+    moved = {i: graph.get(i) + 0.6 * torch.rand(graph[i].shape, generator=random) for i in heads}
+    over = moved | {i: graph.get(i) for i in latent.heads}
+    prior = _Prior(terms, over, log_q.each, log_q.drawn)
+    for axes in range(log_q.each.ndim, 0, -1):
+        if prior.is_of_parts(axes):
+            whole = axes == log_q.each.ndim
+            found = prior.by_latent() if whole else prior.by_example(axes)
+            return None if found is None else (found, NEAR if whole else 0.05)
     return None
-
-
-def _component_weights(graph: Graph, z: int, given: int, axis: int, rows: int) -> Tensor | None:
-    """The log weights (K, rows) of Gaussian components; None if they are not Gaussian."""
-
-    def components(t: Tensor) -> tuple[Tensor, Tensor]:
-        """Their values (K, rows), and slopes (K, rows, n)."""
-        t = t.clone().requires_grad_()
-        values = graph.run({z: t}, [given])[given].movedim(axis, 0)
-        slopes = [torch.autograd.grad(v.sum(), t, retain_graph=True)[0] for v in values]
-        return values.detach(), torch.stack(slopes).reshape(len(values), rows, -1)
-
-    zero = torch.zeros_like(graph.get(z))
-    value, start = components(zero)
-    ends = [components(zero + e)[1] for e in (1.0, 2.0)]
-    curvature = ends[0] - start
-    bent = (ends[1] - ends[0] - curvature).abs().max()
-    if bent > 1e-6 * curvature.abs().max() or not bool((curvature < 0).all()):
-        return None
-    variance, mean = -1 / curvature, -start / curvature
-    height = -0.5 * (mean**2 / variance + variance.log() + math.log(2 * math.pi))
-    return value - height.sum(-1)

@@ -24,7 +24,7 @@ from musigma.audit.probes import Prober
 from musigma.audit.runs import Runner
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.step import StepAudit, examine
-from musigma.audit.step_kl import Fit, entropy, fit_moments
+from musigma.audit.step_kl import Fit, View, fit_moments
 from musigma.audit.vae_step import Moments, Parts, Prior
 
 __all__ = ["audit_vae"]
@@ -254,7 +254,7 @@ def _measure(parts: Parts, weight: float = 0.0, full: bool = False) -> tuple[Fit
         return nothing
     copies = run.graph[latent.z].numel / max(1, int(probes.moving[0].sum()))
     fit = fit_moments(probes, max(copies, 1.0))
-    log_q = None if fit.is_kl else entropy(prober, run.loss, {})
+    log_q = None if fit.is_kl else View(prober, run.loss, {}).log_q
     return fit, fit.weight if log_q is None and fit.is_kl else log_q[0] if log_q else math.nan
 
 
