@@ -183,9 +183,7 @@ def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: i
         return next(filter(None, (attempt(search) for attempt in ATTEMPTS)))
     target = weights[0]
     if len(weights) > 1:
-        target = graph.add(
-            lambda *parts: torch.stack([p.sum() for p in parts]), weights, "stack"
-        ).id
+        target = graph.derive(lambda *t: torch.stack([p.sum() for p in t]).sum(), weights, "sum")
     rest = View(search.prober, loss, search.decoder | {i: graph.get(i) for i in weights})
     if not (rest.flat or rest.fit.is_kl):
         return Unknown(rest, why="it stands in weights of the draws, and in other terms")
