@@ -180,9 +180,13 @@ class Sandbox:
         """Make the modules, and all that the callables hold, compute in a type."""
         self.dtype = dtype
         torch.set_default_dtype(dtype)
-        for t in _reachable(self._objects):
-            if isinstance(t, Tensor) and t.is_floating_point() and t.is_leaf:
+        for t in self.leaves():
+            if t.is_floating_point():
                 t.data = t.data.to(dtype)
+
+    def leaves(self) -> list[Tensor]:
+        """Every tensor that a call can reach and that is not computed from others."""
+        return [t for t in _reachable(self._objects) if isinstance(t, Tensor) and t.is_leaf]
 
     def layers(self) -> list[nn.Module]:
         """Every module, with those inside it."""
@@ -220,10 +224,7 @@ class Sandbox:
 
     def trainable(self) -> list[Tensor]:
         """Every parameter that requires a gradient; others may have to stay fixed."""
-        parameters = [p for module in self.modules for p in module.parameters()]
-        attributes = [t for holder in self.holders for t in vars(holder).values()]
-        leaves = [t for t in attributes if isinstance(t, Tensor) and t.is_leaf]
-        return list({id(t): t for t in [*parameters, *leaves] if t.requires_grad}.values())
+        return [t for t in self.leaves() if t.requires_grad]
 
     def call(self, name: str, fn: Callable[..., Any], *args: Any) -> Any:
         """The result of a callable.
