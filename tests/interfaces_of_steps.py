@@ -780,6 +780,25 @@ CASES = {
             return (0.5 * z**2).sum(1).mean() + 6 * math.log(2 * math.pi) - log_det.mean()
         """,
     ),
+    "a flow that returns (z, log_det), and its log-density": (
+        "Flow.log_probs",
+        """
+        class Flow(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale = nn.Parameter(torch.full((12,), 0.1))
+            def forward(self, inputs, mode="direct", logdets=None):
+                sign = 1 if mode == "direct" else -1
+                log_det = self.scale.sum() * torch.ones(len(inputs), 1)
+                return inputs * (sign * self.scale).exp(), sign * log_det
+            def log_probs(self, inputs):
+                z, log_det = self(inputs)
+                return (-0.5 * (z**2 + math.log(2 * math.pi))).sum(1, keepdim=True) + log_det
+        target = Flow()
+        def by_hand(flow, x):
+            return -flow.log_probs(x).mean()
+        """,
+    ),
     "a flow that returns log p(z) and log_det": (
         "Flow.forward",
         """

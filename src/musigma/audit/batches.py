@@ -172,9 +172,6 @@ def examples(obj: Any, example: Any, shape: tuple[int, ...] | None) -> Iterator[
     Raises:
         AuditError: If the batch is empty, or has numbers that are not finite.
     """
-    given = member(obj, "example")
-    if example is None and shape is None and isinstance(given, Tensor):
-        example = given
     if example is None:
         generator = torch.Generator().manual_seed(0)
         for event in [shape] if shape is not None else _events(obj):
@@ -298,6 +295,7 @@ class Bound(NamedTuple):
                 words += [f"{key}={each}" for key, each in value.items()]
             elif value is not None:
                 value = f"{name_of(value)}()" if isinstance(value, nn.Module) else value
+                value = f"batch[{value}]" if isinstance(value, str) and value.isdigit() else value
                 words += value if isinstance(value, tuple) else [f"{name}={value}"]
         return ", ".join(words)
 

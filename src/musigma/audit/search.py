@@ -348,15 +348,15 @@ class Search:
             elif name == "encode":
                 self.encoded = value
                 yield from self.of_terms(seen, shown, batch)
+            elif self.is_flow(found, shown, batch):
+                self.outputs = self.outputs or shown
+                yield from self.of_flow(seen, shown, batch)
             else:
                 self.outputs = self.outputs or shown
-                is_flow = self.is_flow(found, shown, batch)
-                yield from self.of_flow(seen, shown, batch, is_flow)
-                if not is_flow:
-                    yield found
-                    for term in self.terms("any loss", shown, batch):
-                        yield _sum_of(seen, term)
-                    yield from self.of_terms(seen, shown, batch)
+                yield found
+                for term in self.terms("any loss", shown, batch):
+                    yield _sum_of(seen, term)
+                yield from self.of_terms(seen, shown, batch)
 
     def seen(self, found: Candidate, fn: Any, alone: str) -> Candidate:
         """What a function returns, by its names, and the KLs that it leaves in modules."""
@@ -379,21 +379,14 @@ class Search:
                 yield Term(f"{name}({bound.text})" if bound.text else name, bound)
 
     def of_flow(
-        self, seen: Candidate, outputs: Mapping[str, Tensor], batch: Any, is_flow: bool
+        self, seen: Candidate, outputs: Mapping[str, Tensor], batch: Any
     ) -> Iterator[Candidate]:
-        """Losses of z, its log-density and a log-determinant that forward returns."""
-        log_dets, log_ps = ([n for n in outputs if meaning(n) == m] for m in ("log_det", "log_p"))
-        for term in self.terms("any loss", outputs, batch) if is_flow or log_dets else ():
-            bound = term.call
-            if isinstance(bound, Bound) and "log_det" in map(meaning, bound.keys):
+        """Losses of z and a log-determinant, and a log-density beside forward."""
+        for term in self.terms("any loss", outputs, batch):
+            if isinstance(term.call, Bound) and "log_det" in map(meaning, term.call.keys):
                 yield _sum_of(seen, term)
-        if is_flow:
-            yield from self.of_density(batch)
-            yield seen.then(_log_density, NORMAL, users="map")
-        elif len(log_ps) == len(log_dets) == 1:
-            both = _total_of(*log_ps, *log_dets)
-            note = f"the loss is minus the mean of {both.text}"
-            yield seen.then(lambda *shown: -both.call(*shown), note, users="terms")
+        yield from self.of_density(batch)
+        yield seen.then(_log_density, NORMAL, users="map")
 
     def is_flow(self, found: Candidate, outputs: Mapping[str, Tensor], batch: Any) -> bool:
         """Whether outputs are z, of as many numbers as the data, and a log-determinant."""
@@ -411,7 +404,15 @@ class Search:
     def of_terms(
         self, seen: Candidate, outputs: Mapping[str, Tensor], batch: Any
     ) -> Iterator[Candidate]:
-        """A reconstruction, and a KL that is returned, left in a module, or that of a function."""
+        """A reconstruction and a KL: what is returned, left in a module, or that of a function.
+
+        Of a flow, log p(z) and a log-determinant.
+        """
+        terms = [[n for n in outputs if meaning(n) == role] for role in ("log_p", "log_det")]
+        if all(len(names) == 1 for names in terms):
+            both = _total_of(*terms[0], *terms[1])
+            note = f"the loss is minus the mean of {both.text}"
+            yield seen.then(lambda *shown: -both.call(*shown), note, users="terms")
         graded = {name: t for name, t in outputs.items() if t.requires_grad}
         kls = [n for n, t in graded.items() if KL_LEFT.search(n) or t.numel() == 1]
         if not kls and len(outputs) == 2:
@@ -503,7 +504,7 @@ def _is(name: str, *kinds: str) -> bool:
 
 
 def _calls_backward(fn: Any) -> bool:
-    code = getattr(inspect.unwrap(fn), "__code__", None)
+    code = getattr(inspect.unwrap(fn), "__code__", None) if inspect.isroutine(fn) else None
     return code is not None and "backward" in code.co_names
 
 

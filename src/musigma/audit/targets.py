@@ -279,9 +279,11 @@ def _audited(
     if step.users == "terms":
         report = _without_weight(report)
     try:
-        if _sampler(obj) is not None:
-            more = _vae(obj, "generate")
-            return report if more is None else _joined(report, more)
+        if (more := _vae(obj, "generate")) is not None:
+            return _joined(report, more)
+        has_kl = any(functions(obj, "kl")) or member(obj, "encode") is not None
+        if has_kl and _sampler(obj) is not None:
+            return report
         if report.missing and (density := _density(obj, example, shape)) is not None:
             report = _joined(report, density)
             report = report if density.missing else replace(report, missing=())
@@ -327,14 +329,6 @@ def _density(obj: Any, example: Any, shape: tuple[int, ...] | None) -> AuditRepo
     if not size or (dims := math.prod(size)) > DIMENSIONS:
         return None
     log_prob = member(obj, "log_prob")
-    if log_prob is None and isinstance(obj, nn.Module) and accepts_nothing(obj.forward):
-        with Sandbox(obj, as_is=True) as sandbox:
-            if not isinstance(sandbox.call("forward", obj), Distribution):
-                return None
-
-        def log_prob(x: Tensor) -> Tensor:
-            return obj().log_prob(x)
-
     if not callable(log_prob) or len(required(log_prob)) != 1:
         return None
     return audit_density(lambda x: log_prob(x.reshape(-1, *size)), dims)
@@ -350,9 +344,8 @@ def _vae(obj: Any, what: str) -> AuditReport | None:
     if what == "generate":
         report = audit_vae(sample=sample, generate=fn)
     else:
-        report = audit_vae(
-            sample=sample, kl=_mean_first(fn), kl_uses_sample=len(required(fn)) == 3
-        )
+        takes_z = len(required(fn)) == 3
+        report = audit_vae(sample=sample, kl=_mean_first(fn), kl_uses_sample=takes_z)
     assumed = (f"{draws} draws z", f"{name} is the KL" if what == "kl" else f"{name} generates z")
     return replace(report, assumed=(*assumed, *report.assumed))
 
