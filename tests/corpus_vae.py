@@ -808,12 +808,14 @@ def one_head_through_softplus():
     return parts(Tied(), "encode") | {k: v for k, v in pair(lambda s: s).items() if k != "prior"}
 
 
-@entry("log_var", "log_var", "sigma_range_restricted", text="clamped to [0, inf]")
+@entry(
+    "log_var", "log_var", "sigma_range_restricted", verdict="warning", text="clamped to [0, inf]"
+)
 def rectified_in_the_sampler():
     return pair(lambda b: half(b.relu()))
 
 
-@entry("log_var", "log_var", "sigma_range_restricted")
+@entry("log_var", "log_var", "sigma_range_restricted", verdict="warning")
 def rectified_in_the_encoder():
     class Rectified(Net):
         def encode(self, x):
@@ -823,7 +825,9 @@ def rectified_in_the_encoder():
     return parts(Rectified())
 
 
-@entry("softplus", "softplus", "sigma_range_restricted", text="floor 1 on the std")
+@entry(
+    "softplus", "softplus", "sigma_range_restricted", verdict="warning", text="floor 1 on the std"
+)
 def one_plus_softplus():
     return pair(lambda b: 1 + F.softplus(b))
 

@@ -286,4 +286,4 @@ def test_a_sigma_without_a_name_and_a_kl_of_softplus():
     kl = kl_of(F.softplus, (0.5, 2.0))
     report = audit_vae(sample=sampler(lambda b: b.sin() + 2), kl=kl, prior=(0.5, 2.0))
     assert report.details["convention"]["name"] == "unnamed"
-    assert report.codes == ("sigma_range_restricted", "kl_mismatch")
+    assert report.codes == ("kl_mismatch", "sigma_range_restricted")

@@ -73,7 +73,7 @@ def judge_latent(audit: StepAudit, latent: Latent, latents: list[Latent]) -> Non
         audit.bug("noise_shared", "step", where=latent.where, noise=tuple(latent.noise_shape),
                   shape=tuple(shape))  # fmt: skip
     if curve is not None and curve.name != "unit variance" and curve.smallest >= NARROW:
-        audit.bug("sigma_range_restricted", where=latent.where, smallest=curve.smallest)
+        audit.warn("sigma_range_restricted", where=latent.where, smallest=curve.smallest)
     subject = Subject(audit, latent, latents, find_divergence, name)
     divergence.report(subject)
     if audit.differentiable:
