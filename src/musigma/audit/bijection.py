@@ -21,10 +21,10 @@ from torch.distributions import Transform
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from musigma.audit.findings import AuditError
-from musigma.audit.sandbox import Sandbox, first_form
+from musigma.audit.sandbox import Sandbox, first_form, forward_hooks
 from musigma.model import Bijection, Chain
 
-__all__ = ["FLAGS", "FlowAdapter", "Image", "flatten", "inverse_of", "log_det_of", "read"]
+__all__ = ["FlowAdapter", "Image", "Layer", "called_layers", "per_example"]
 
 INVERSES = ("inverse", "reverse", "backward", "invert", "inv", "inverse_transform", "_inverse")
 FLAGS = ("reverse", "rev", "inverse", "invert", "inv")  # keywords that invert forward
@@ -58,31 +58,23 @@ class Image(NamedTuple):
         return flatten(self.tree)
 
 
-def log_det_of(raw: Any, rows: int) -> tuple[Tensor, str]:
-    """A log-determinant as numbers (B,), and what it was.
+def per_example(raw: Any, rows: int) -> Tensor | None:
+    """A log-determinant in float64 as one number per example, (B,).
 
-    Returns:
-        The numbers in float64, and "example": (B,); "column": (B, 1); "number": a tensor of one
-        for all; "literal": a Python number; "outer": (B, B), of which the diagonal is taken;
-        "elements": many for each example, here summed; "other": anything else, here summed.
+    One number holds for all examples, and several of an example are added. None: there is no
+    log-determinant, or its shape, such as (B, B), does not fit the batch.
     """
+    if raw is None:
+        return None
     value = torch.as_tensor(raw).detach().double()
-    if not isinstance(raw, Tensor):
-        return value.expand(rows), "literal"
-    if value.ndim and len(value) == value.numel() == rows:
-        return value.reshape(rows), "example" if value.ndim == 1 else "column"
     if value.numel() == 1:
-        return value.reshape(1).expand(rows), "number"
-    if value.shape == (rows, rows):
-        return value.diagonal(), "outer"
-    if value.ndim > 1 and len(value) == rows:
-        return value.reshape(rows, -1).sum(1), "elements"
-    return value.sum().expand(rows), "other"
+        return value.reshape(1).expand(rows)
+    fits = value.ndim > 0 and len(value) == rows and value.shape != (rows, rows)
+    return value.reshape(rows, -1).sum(1) if fits else None
 
 
-def read(value: Any, x: Tensor, name: str, notes: list[str] | None = None) -> Image:
+def _read(value: Any, x: Tensor, name: str, notes: list[str]) -> Image:
     """The result of a callable of x, as latents and log-determinant."""
-    notes = [] if notes is None else notes
     if isinstance(value, dict):
         dets = [key for key in value if LOG_DET.search(str(key).lower())]
         value = (*(v for key, v in value.items() if key not in dets), *(value[k] for k in dets))
@@ -171,11 +163,10 @@ def _run_layers(calls: Sequence[Any], x: Any) -> tuple[Any, Any]:
     """Layers in a row; the sum of their log-determinants, if each returns one."""
     total: Any = 0.0
     for call in calls:
-        image: Any = read(call(x), flatten(x), "a layer")
-        x, raw = image
+        x, raw = _read(call(x), flatten(x), "a layer", [])
         try:
             total = None if raw is None or total is None else total + raw
-        except RuntimeError:  # shapes that cannot be added are judged as no shape of a batch
+        except RuntimeError:  # shapes that cannot be added fit no batch
             total = torch.cat([torch.as_tensor(t).flatten() for t in (total, raw)])
     return x, total
 
@@ -188,6 +179,7 @@ class FlowAdapter:
     Attributes:
         notes: What was assumed about the callables.
         adds_to: The argument to which forward adds its log-determinant; None if there is none.
+        invertible: Whether there is an inverse.
         fixed_draws: Whether forward draws the same random numbers on each call.
         changed: The argument that a callable changed in place, by the callable's name.
     """
@@ -232,6 +224,15 @@ class FlowAdapter:
             return inverse, partial(owner, **dict.fromkeys(flags, True))
         return forward, inverse
 
+    def first_call(self, x: Tensor) -> Image:
+        """The first output; finds out whether the flow takes x as a tensor or in a list."""
+
+        def attempt(takes_list: bool) -> Image:
+            self.takes_list = takes_list
+            return self.forward(x, self.notes)
+
+        return first_form([(False,), (True,)], attempt)[1]
+
     def forward(
         self, x: Tensor, notes: list[str] | None = None, total: Tensor | None = None
     ) -> Image:
@@ -244,27 +245,18 @@ class FlowAdapter:
         value = self.sandbox.call("forward", call, [copy] if self.takes_list else copy)
         if not torch.equal(copy, x):
             self.changed["forward"] = "x"
-        return read(value, x, "forward", notes)
+        return _read(value, x, "forward", [] if notes is None else notes)
 
     def latents(self, x: Tensor) -> Tensor:
         """The latents (B, D) for x."""
         return self.forward(x).flat
 
-    def first_call(self, x: Tensor) -> Image:
-        """The first output; finds out whether the flow takes x as a tensor or in a list."""
-
-        def attempt(takes_list: bool) -> Image:
-            self.takes_list = takes_list
-            return self.forward(x, self.notes)
-
-        return first_form([(False,), (True,)], attempt)[1]
-
-    def inverse(self, tree: Any, x: Tensor) -> tuple[Tensor, Any]:
+    def inverse(self, tree: Any, x: Tensor) -> Image:
         """The inverse's x for latents, with the log-determinant that it returns or None."""
         z = tree_map_only(
             Tensor, lambda t: t.detach().clone(), tree
         )  # so that caches by identity fail
-        image = read(self.sandbox.call("inverse", self._inverse, z), x, "inverse")
+        back, raw = image = _read(self.sandbox.call("inverse", self._inverse, z), x, "inverse", [])
         if not torch.allclose(flatten(z), flatten(tree), 0.0, 0.0, equal_nan=True):
             self.changed["inverse"] = "z"
         if image.flat.numel() != x.numel():
@@ -272,9 +264,56 @@ class FlowAdapter:
                 f"inverse: given what forward returned for {tuple(x.shape)}, it returns "
                 f"{tuple(image.flat.shape)} numbers"
             )
-        passed = image.raw is None or not torch.as_tensor(image.raw).any()  # a zero that was given
-        return image.flat.detach().reshape(x.shape), None if passed else image.raw
+        passed = raw is None or not torch.as_tensor(raw).any()  # a zero that was given
+        return Image(flatten(back).detach().reshape(x.shape), None if passed else raw)
 
     def round_trip(self, x: Tensor) -> Tensor:
         """What the inverse returns for the latents of x."""
-        return self.inverse(self.forward(x).tree, x)[0]
+        return self.inverse(self.forward(x).tree, x).tree
+
+
+class Layer(NamedTuple):
+    """A layer, as a flow, and a call of it inside a flow."""
+
+    name: str
+    flow: FlowAdapter
+    x: Tensor  # (B, ...)
+    z: Tensor
+
+
+def called_layers(flow: FlowAdapter, x: Tensor) -> list[Layer]:
+    """The innermost modules that return (z, log_det) in a call of a flow, in their order."""
+    seen: list[tuple[nn.Module, Layer]] = []
+    names = {m: name for root in flow.sandbox.modules for name, m in root.named_modules()}
+
+    def is_total(value: Any) -> bool:  # accumulated before the layer
+        return isinstance(value, Tensor) and value.shape in ((), (len(x),))
+
+    def without_total(value: Any) -> Any:
+        return torch.zeros_like(value) if is_total(value) else value
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        pair = isinstance(out, (tuple, list)) and len(out) == 2
+        if not pair or not args or not all(isinstance(t, Tensor) for t in (args[0], *out)):
+            return
+        first, (z, raw), inside = args[0].detach(), out, set(module.modules())
+        fits = len(first) == len(x) and z.numel() == first.numel()
+        if not fits or raw.numel() not in (1, len(x)) or inside & {m for m, _ in seen} - {module}:
+            return  # it is no layer, or its parts were seen
+        rest, named = tree_map_only(Tensor, without_total, (args[1:], kwargs))
+
+        def call(of: Any, x: Tensor, **flags: Any) -> Any:
+            return of(x, *rest, **(named | flags))
+
+        inverse = inverse_of(module)
+        if isinstance(inverse, partial) and inverse.func is module:
+            inverse = partial(call, module, **inverse.keywords)
+        elif not all(is_total(t) for t in (*args[1:], *kwargs.values())):
+            inverse = None  # it may need what else the layer was given
+        layer = FlowAdapter(flow.sandbox, partial(call, module), inverse)
+        name = f"{names.get(module) or 'flow'} ({type(module).__name__})"
+        seen.append((module, Layer(name, layer, first, z.detach())))
+
+    with forward_hooks(names, hook, with_kwargs=True):
+        flow.forward(x)
+    return [layer for _, layer in seen]

@@ -12,13 +12,15 @@ one of these structures, which products with random vectors verify with probabil
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["DENSE", "Volume", "by_autograd", "by_differences", "volume"]
+from musigma.testing import jacobian, vector_products
+
+__all__ = ["DENSE", "Volume", "by_differences", "volume"]
 
 DENSE = 256  # elements up to which the whole Jacobian is computed
 Function = Callable[[Tensor], Tensor]  # x (B, ...) to z (B, D), differentiable
@@ -32,40 +34,32 @@ class Volume(NamedTuple):
     condition: Tensor
 
 
-def volume(function: Function, x: Tensor, dense: int = DENSE) -> Volume | None:
+def volume(function: Function, x: Tensor, seconds: float = 0.0) -> Volume | None:
     """The log-determinant of a function's Jacobian at each x, in nats.
 
-    The whole Jacobian is computed up to `dense` elements. None: there are more, and no known
-    structure. No example may depend on another.
+    None if there are more than `DENSE` elements, no known structure, and the whole Jacobian would
+    take more CPU time than `seconds`. No example may depend on another.
+
+    Raises:
+        RuntimeError: If the output does not depend on x in autograd's graph.
 
     Example:
         >>> x = torch.randn(2, 3, dtype=torch.float64)
         >>> volume(lambda x: 2 * x, x).log_det
         tensor([2.0794, 2.0794], dtype=torch.float64)
     """
-    if x[0].numel() <= dense:
-        return by_autograd(function, x)
+    if x[0].numel() <= DENSE:
+        return _of(jacobian(function, x))
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
         z = function(leaf)
     if not z.isfinite().all():
         return None
-    return _coupling(z, leaf) or _pixelwise(z, leaf)
-
-
-def by_autograd(function: Function, x: Tensor) -> Volume:
-    """As `volume`, by the whole Jacobian: D backward passes.
-
-    Raises:
-        RuntimeError: If the output does not depend on x in autograd's graph.
-    """
-    x = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        z = function(x)
-    d = z.shape[1]
-    picks = torch.eye(d, dtype=z.dtype)[:, None].expand(d, *z.shape)
-    parts = picks.split(max(1, 2_000_000 // z.numel()))
-    return _of(torch.cat([_products(z, x, part) for part in parts]).transpose(0, 1))
+    found = _coupling(z, leaf) or _pixelwise(z, leaf)
+    if found is None and seconds > 0:
+        with suppress(TimeoutError):
+            return _of(jacobian(function, x, seconds=seconds))
+    return found
 
 
 def by_differences(function: Function, x: Tensor) -> Volume:
@@ -80,16 +74,6 @@ def by_differences(function: Function, x: Tensor) -> Volume:
     return _of(torch.stack(columns, 2))
 
 
-def _products(z: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
-    """Several vᵀ J, (n, B, D)."""
-    gradient = partial(torch.autograd.grad, z, x, retain_graph=True)
-    try:
-        (g,) = gradient(vectors, is_grads_batched=True)
-    except RuntimeError:  # operations that cannot be batched go one by one
-        g = torch.stack([gradient(v)[0] for v in vectors])
-    return g.reshape(len(vectors), len(x), -1).detach().double()
-
-
 def _of(whole: Tensor) -> Volume:
     """Of Jacobians (B, D, D)."""
     finite = whole.isfinite().flatten(1).all(1)
@@ -98,6 +82,10 @@ def _of(whole: Tensor) -> Volume:
     values = torch.linalg.svdvals(whole)
     condition = values[:, 0] / values[:, -1].clamp(min=1e-300)
     return Volume(*(torch.where(finite, t, torch.nan) for t in (log_det, sign, condition)))
+
+
+def _products(z: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+    return vector_products(z, x, vectors.to(z)).double()
 
 
 def _random(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -127,8 +115,8 @@ def _coupling(z: Tensor, x: Tensor) -> Volume | None:
     if n == 0:
         return Volume(zero, zero, zero + 1)
     first, second, third = (_random((n,), seed) for seed in (1, 2, 3))
-    vectors = torch.zeros(3, b, len(kept), dtype=z.dtype)
-    vectors[:, :, ~kept] = torch.stack([first, first * second, third])[:, None].to(z)
+    vectors = torch.zeros(3, b, len(kept), dtype=torch.float64)
+    vectors[:, :, ~kept] = torch.stack([first, first * second, third])[:, None]
     products = _products(z, x, vectors)[:, :, moved]
     if (products[0] == 0).any() or not products.isfinite().all():
         return None
@@ -149,7 +137,7 @@ def _pixelwise(z: Tensor, x: Tensor) -> Volume | None:
     probe = _random((c, pixels), 5)
     picks = torch.eye(c, dtype=torch.float64)[:, :, None].expand(c, c, pixels)
     vectors = torch.cat([picks, probe[None]])[:, None].expand(c + 1, b, c, pixels)
-    products = _products(z, x, vectors.reshape(c + 1, *z.shape).to(z))
+    products = _products(z, x, vectors.reshape(c + 1, *z.shape))
     *blocks, probed = products.reshape(c + 1, b, c, pixels)
     blocks = torch.stack(blocks)
     expected = torch.einsum("op,obip->bip", probe, blocks)
