@@ -38,6 +38,7 @@ __all__ = [
     "check_model",
     "jacobian",
     "randomized",
+    "vector_products",
 ]
 
 BATCH = 4

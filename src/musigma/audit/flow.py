@@ -310,11 +310,9 @@ def _impurity(audit: _FlowAudit) -> dict[str, float]:
 
     The larger differences under these and under random parameters, as zeros hide them.
     """
-    impure = {"stochastic": 0.0, "cross_sample": 0.0}
-    limits, restore = (
-        {"stochastic": SAME, "cross_sample": audit.tolerance},
-        audit.sandbox.snapshot(),
-    )
+    limits = {"stochastic": SAME, "cross_sample": audit.tolerance}
+    impure, restore = dict.fromkeys(limits, 0.0), audit.sandbox.snapshot()
+    audit.estimated = False
     for std in (0.0, 0.1):
         with suppress(AuditError):
             audit.perturb(std)
