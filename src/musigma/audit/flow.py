@@ -29,7 +29,15 @@ from musigma.audit.findings import (
     distance,
     name_of,
 )
-from musigma.audit.flow_measurement import LOG_DET, SINGLE, Fault, Measurement, judge, measure
+from musigma.audit.flow_measurement import (
+    LOG_DET,
+    SINGLE,
+    Fault,
+    Measurement,
+    faults_of,
+    judge,
+    measure,
+)
 from musigma.audit.jacobian import Volume, volume
 from musigma.audit.sandbox import (
     Sandbox,
@@ -190,16 +198,16 @@ class _FlowAudit(ReportBuilder):
     def judge(self, found: Measurement) -> list[Fault | str]:
         """The faults, each of the first layer that has it, and lines of what is right."""
         results = list(judge(found, estimated=self.estimated))
-        wrong = {r.code: i for i, r in enumerate(results) if isinstance(r, Fault)}
-        unnamed = {"logdet_mismatch", "inverse_mismatch"} & wrong.keys()
+        unnamed = {"logdet_mismatch", "inverse_mismatch"} & faults_of(results).keys()
         for layer in called_layers(self.flow, self.x) if unnamed else ():
             layer.flow.invertible &= "inverse_mismatch" in unnamed
             with suppress(AuditError):
-                for fault in judge(measure(layer.flow, layer.x), layer.name):
-                    if isinstance(fault, Fault) and fault.code in unnamed:
-                        unnamed.remove(fault.code)
+                found = measure(layer.flow, layer.x)
+                for code, fault in faults_of(judge(found, layer.name)).items():
+                    if code in unnamed and fault.severity == "bug":
+                        unnamed.remove(code)
                         fault.numbers["layer"] = layer.name
-                        results[wrong[fault.code]] = fault
+                        results = [fault if r[0] == code else r for r in results]
         return results
 
     @torch.no_grad()
@@ -505,7 +513,7 @@ def _check_random_parameters(audit: _FlowAudit, own: Measurement) -> None:
     if found.failure is not None:
         audit.unchecked.append(f"inverse under random parameters: {found.failure}")
     results = audit.judge(found)
-    faults = {result.code: result for result in results if isinstance(result, Fault)}
+    faults = faults_of(results)
     faults.pop("logdet_nan", None)  # a parameter may be out of its range; checked separately
     new = faults.keys() - audit.findings.keys()
     if "inverse_mismatch" in new and own.back is not None:
@@ -514,7 +522,7 @@ def _check_random_parameters(audit: _FlowAudit, own: Measurement) -> None:
             audit.bug("stale_inverse", error=faults.pop("inverse_mismatch").numbers["error"])
             faults.pop("inverse_logdet_mismatch", None)
     if faults and (small := _updated(audit, std / 5)) is not None:
-        again = [r.code for r in judge(small, estimated=audit.estimated) if isinstance(r, Fault)]
+        again = faults_of(judge(small, estimated=audit.estimated))
         faults = {code: fault for code, fault in faults.items() if code in again}
     audit.report([r for r in results if isinstance(r, str) or r in faults.values()], std)
 

@@ -7,7 +7,7 @@ the Jacobian, the inverse's output with the batch, and the log-determinants of b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from musigma.audit.bijection import FlowAdapter, Image, per_example
 from musigma.audit.findings import AuditError, Severity, distance
 from musigma.audit.jacobian import DENSE, Volume, by_differences, volume
 
-__all__ = ["LOG_DET", "SINGLE", "Fault", "Measurement", "judge", "log_det_error", "measure"]
+__all__ = ["LOG_DET", "SINGLE", "Fault", "Measurement", "faults_of", "judge", "measure"]
 
 # The errors from which on there is a warning, and from which on it is a bug. A formula's inverse
 # is exact in float64, so a small error is that of a constant that one direction lacks.
@@ -135,6 +135,11 @@ def judge(
             yield from _judge_inverse_log_det(found, found.back)
 
 
+def faults_of(results: Iterable[Fault | str]) -> dict[str, Fault]:
+    """The faults among what `judge` yields, by code."""
+    return {result.code: result for result in results if isinstance(result, Fault)}
+
+
 def _severity(error: float, limits: tuple[float, float], x: Tensor) -> Severity | None:
     least, bug = limits if x.dtype == torch.float64 else SINGLE
     return "bug" if error > bug else "warning" if error > least else None
@@ -203,9 +208,7 @@ def _is_rounding(found: Measurement, error: float) -> bool:
     as little, relative to itself, and rounding has another error.
     """
     sandbox, generator = found.flow.sandbox, torch.Generator().manual_seed(0)
-    owners, undo = [*sandbox.layers(), *sandbox.holders], sandbox.snapshot()
-    stored = [t for owner in owners for t in vars(owner).values()]
-    stored += [t for m in sandbox.layers() for t in (*m.buffers(False), *m.parameters(False))]
+    undo = sandbox.snapshot()
 
     def nudged(t: Tensor) -> Tensor:
         noise = torch.randn(t.shape, generator=generator).to(t)
@@ -217,9 +220,8 @@ def _is_rounding(found: Measurement, error: float) -> bool:
             sandbox.reseed()
             errors.append(found.flow.round_trip(x) - x)
             x = nudged(x)
-            for t in stored:
-                if isinstance(t, Tensor) and t.is_floating_point() and t.is_leaf:
-                    t.copy_(nudged(t))
+            for t in filter(torch.is_floating_point, sandbox.leaves()):
+                t.data = nudged(t.data)
     undo()
     return len(errors) == 2 and error < 10 * distance(*errors)
 
