@@ -2,6 +2,7 @@
 
 import corpus_steps_deep
 import corpus_steps_flow
+import corpus_steps_maps
 import corpus_steps_networks
 import corpus_steps_refused
 import corpus_steps_shapes
@@ -16,6 +17,7 @@ PARTS = (
     corpus_steps_shapes,
     corpus_steps_deep,
     corpus_steps_flow,
+    corpus_steps_maps,
     corpus_steps_refused,
 )
 

@@ -246,6 +246,8 @@ class Graph:
                 return True
             if t.ndim == 2 and torch.equal(t, torch.eye(*t.shape, dtype=t.dtype)):
                 return True
+            if not bool(((t == 0) | (t == t.max())).all()):
+                return False
             masks = [n.name == "mul" and len(n.ins) == 2 for n in v.users]
             others = [self.values[i].origin for n in v.users for i in n.ins if i != v.id]
             return all(masks) and bool(others) and all(o == Origin.PARAMETERS for o in others)
@@ -340,7 +342,7 @@ class Graph:
         for node in plan:
             for i, t in zip(node.outs, node.run(value, stops), strict=False):
                 if i not in over:
-                    env[i] = t
+                    env[i] = _double(t)
         return env
 
 

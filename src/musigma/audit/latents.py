@@ -15,7 +15,15 @@ from torch import Tensor
 
 from musigma.audit.graph import Graph, Node, Origin, Value
 
-__all__ = ["Latent", "find_latents", "frontier", "holds", "meetings", "stray_draws"]
+__all__ = [
+    "Latent",
+    "find_latents",
+    "frontier",
+    "holds",
+    "meetings",
+    "stray_draws",
+    "trace_noise",
+]
 
 PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "_sparse_mm", "addbmm",
@@ -65,7 +73,7 @@ class Latent:
 
 def find_latents(graph: Graph, loss: int) -> list[Latent]:
     """The latents that a loss depends on, in the order of their draws."""
-    live = graph.upstream([loss])
+    live = graph.upstream([loss]) - graph.upstream(trace_noise(graph, loss))
     latents: list[Latent] = []
     for draw in graph.draws("gaussian", "random"):
         latent = _latent(graph, draw, live, latents) if draw.id in live and draw.floating else None
@@ -82,7 +90,7 @@ def stray_draws(graph: Graph, loss: int, latents: list[Latent]) -> list[int]:
     live = graph.upstream([loss])
     known = {d for latent in latents for d in latent.draws}
     known |= {d for latent in latents for d, _ in latent.siblings}
-    inside = graph.upstream([latent.z for latent in latents])
+    inside = graph.upstream([*(latent.z for latent in latents), *trace_noise(graph, loss)])
     found = []
     for draw in graph.draws("gaussian"):
         if draw.id not in live or draw.id in known or draw.id in inside:
@@ -96,6 +104,29 @@ def stray_draws(graph: Graph, loss: int, latents: list[Latent]) -> list[int]:
         ]
         if scaled:
             found.append(draw.id)
+    return found
+
+
+def trace_noise(graph: Graph, loss: int) -> list[int]:
+    """Noise of which a loss is a quadratic form, as of an estimated trace, and not of a draw."""
+    live, found = graph.upstream([loss]), []
+    for v in graph.values:
+        met = any(graph[o].origin for n in v.users for o in n.outs)
+        if not (v.draws and not v.origin and v.floating and v.id in live and met):
+            continue
+
+        def change(k: float, v: Value = v) -> float:
+            noise = {v.id: k * graph.get(v.id)}, {v.id: 0 * graph.get(v.id)}
+            return float((graph.value(noise[0], loss) - graph.value(noise[1], loss)).sum())
+
+        try:
+            once = change(1)
+            exact = 1e-9 * abs(once) + 1e-15 * float(graph.get(loss).abs().sum())
+            even = abs(once) > 4 * exact and abs(change(-1) - once) < exact
+            if even and abs(change(2) - 4 * once) < 4 * exact:
+                found.append(v.id)
+        except RuntimeError:  # it does not take other noise
+            continue
     return found
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from musigma.audit.change_of_variables import Change, Output, measure, outputs
 from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import Latent, holds
 from musigma.audit.probes import Prober
-from musigma.audit.step_flow import (
-    Change,
-    change_of,
-    changes,
-    mismatch,
-    outputs,
-    report_flow,
-    report_stops_and_folds,
-)
+from musigma.audit.step_flow import changes, explain
 from musigma.audit.step_kl import View, data_terms
 
 if TYPE_CHECKING:
@@ -36,15 +30,18 @@ def layers_before_prior(graph: Graph, latent: Latent, latents: list[Latent], los
     """
     if len(latents) > 1:
         return False
-    held = _held(graph, latent, latents, loss)
+    held, layers = _held(graph, latent, latents, loss), holds(graph, latent)
     slopes = []
-    for over in (held, held | holds(graph, latent)):
+    for over in (held, held | layers):
         heads = {i: graph.get(i) for i in latent.heads}
         z = graph.get(latent.z).clone().requires_grad_()
         value = graph.run({**over, **heads, latent.z: z}, [loss])[loss].sum()
         (slope,) = torch.autograd.grad(value, z) if value.requires_grad else (0 * z.detach(),)
         slopes.append(slope)
-    return not torch.allclose(*slopes, rtol=1e-6, atol=1e-9)
+    return not torch.allclose(*slopes, rtol=1e-6, atol=1e-9) or any(
+        change.is_gaussian and graph.upstream(change.parts, stop=[latent.z]).intersection(layers)
+        for change in _maps(graph, latent, loss)
+    )
 
 
 def _held(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> dict[int, Tensor]:
@@ -55,48 +52,52 @@ def _held(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> dic
     return {i: graph.get(i) for i in (*data, *(i for i in decoder if i in above))}
 
 
+def _outside(graph: Graph, latent: Latent, output: Output) -> dict[int, Tensor]:
+    """The layers that z or the heads are given to, but those of a map that begins at z."""
+    above = graph.upstream(output.parts, stop=[latent.z])
+    weights = {i for i in above if graph[i].kind == "parameter"}
+    after = graph.downstream([latent.z])
+    found = {}
+    for i, t in holds(graph, latent).items():
+        node = graph[i].node
+        if node is None or node.view:
+            continue
+        beside = graph.upstream([k for k in node.ins if k not in after])
+        if i not in after or (i not in above and not weights & beside):
+            found[i] = t
+    return found
+
+
 def judge_posterior_flow(
     audit: StepAudit, latent: Latent, latents: list[Latent], view: View
 ) -> bool:
     """Examine a flow between the draw of a latent and its prior; False if there is none."""
-    graph, loss = audit.graph, audit.loss
-    prober = Prober(graph, latent)
-    if not latent.diagonal or not prober.usable:
+    if len(latents) > 1:
         return False
-    held = _held(graph, latent, latents, loss)
-    log_q = View(prober, loss, held).log_q
-    if log_q is None:
-        return _is_prior_at_start(audit, latent, held, view)
-    weight, drawn = log_q.weight, log_q.drawn
+    maps = list(_maps(audit.graph, latent, audit.loss))
+    return explain(audit, maps) or (not maps and _is_prior_at_start(audit, latent, view))
+
+
+def _maps(graph: Graph, latent: Latent, loss: int) -> Iterator[Change]:
+    """What z may be mapped to, in a loss that has log q(z), whose change is taken off."""
+    found = [output for output in outputs(graph, loss, latent.z) if output.squared]
+    if not found or not latent.diagonal or not (prober := Prober(graph, latent)).usable:
+        return
     heads = {i: graph.get(i) for i in latent.heads}
     mean, sigma = latent.moments(graph, {})
-    wrong: list[Change] = []
-    for parts, squared, _ in outputs(graph, loss, latent.z):
-        change = change_of(graph, loss, latent.z, parts, {**held, **heads}, parameters=False)
-        if change is None or float(change.log_det.abs().max()) < 1e-9:
+    for output in found:
+        held = _outside(graph, latent, output)
+        log_q = View(prober, loss, held).log_q
+        if log_q is None:
             continue
-        if drawn:
-            log_density = [
-                -0.5 * (((z - mean) / sigma) ** 2).sum().detach() for z in change.places
-            ]
-            moved = torch.stack(log_density)
-            change = replace(change, rest=change.rest - weight * (moved[1:] - moved[0]))
-        factor = change.factor
-        gaussian = change.quadratic and bool(((change.curvature / weight - 1).abs() < 1e-3).all())
-        if factor is not None and abs(factor / weight + 1) < 1e-3 and gaussian:
-            where = graph.where(parts[0])
-            audit.checked.append(
-                "the log-determinant of the flow on z is that of autograd's Jacobian, and its "
-                f"prior is N(0, 1) ({where.rsplit('/', 1)[-1]})"
-            )
-            report_stops_and_folds(audit, change)
-            return True
-        if squared and gaussian:
-            wrong.append(change)
-    for change in wrong:
-        mismatch(audit, change)
-        return True
-    return False
+        change = measure(graph, loss, latent.z, output, {**held, **heads}, parameters=False)
+        if change is None or not change.quadratic:
+            continue
+        if log_q.drawn:
+            moved = torch.stack([-0.5 * (((z - mean) / sigma) ** 2).sum() for z in change.places])
+            rest = change.rest - log_q.weight * (moved[1:] - moved[0]).detach()
+            change = replace(change, rest=rest)
+        yield replace(change, weight=log_q.weight)
 
 
 def judge_dequantized_flow(audit: StepAudit, latent: Latent, weight: float) -> bool:
@@ -107,36 +108,26 @@ def judge_dequantized_flow(audit: StepAudit, latent: Latent, weight: float) -> b
     """
     graph, loss = audit.graph, audit.loss
     after = graph.downstream([latent.z]) & graph.upstream([loss])
-    wrong: list[Change] = []
-    for v in graph.values:
-        if v.id not in after or v.node is None or v.numel != graph[latent.z].numel:
-            continue
-        if not any(graph[i].origin == Origin.DATA and graph[i].numel > 1 for i in v.node.ins):
-            continue
-        for change, judged in changes(graph, loss, v.id):
-            factor = change.factor
-            if float(change.log_det.abs().max()) < 1e-9:
-                continue
-            if factor is not None and abs(factor / weight + 1) < 1e-3:
-                return report_flow(audit, change, factor)
-            wrong += [change] if judged else []
-    for change in wrong:
-        mismatch(audit, change)
-        return True
-    return False
+    sums = [
+        v.id
+        for v in graph.values
+        if v.id in after and v.node is not None and v.numel == graph[latent.z].numel
+        and any(graph[i].origin == Origin.DATA and graph[i].numel > 1 for i in v.node.ins)
+    ]  # fmt: skip
+    found = (replace(c, weight=weight) for x in sums for c in changes(graph, loss, x))
+    return explain(audit, (c for c in found if c.moves_volume))
 
 
-def _is_prior_at_start(
-    audit: StepAudit, latent: Latent, held: dict[int, Tensor], view: View
-) -> bool:
+def _is_prior_at_start(audit: StepAudit, latent: Latent, view: View) -> bool:
     """Report a closed KL of z to N(0, 1) beside the log-determinant of a flow on z."""
     graph, loss = audit.graph, audit.loss
     if view.by_draws or not view.fit.is_kl:
         return False
     heads = {i: graph.get(i) for i in latent.heads}
-    for parts, *_ in outputs(graph, loss, latent.z):
-        change = change_of(graph, loss, latent.z, parts, {**held, **heads}, parameters=False)
+    for output in outputs(graph, loss, latent.z):
+        held = {**_outside(graph, latent, output), **heads}
+        change = measure(graph, loss, latent.z, output, held, parameters=False)
         if change is not None and change.factor is not None and change.factor < 0:
-            audit.bug("kl_mismatch", "step flow", where=graph.where(parts[0]))
+            audit.bug("kl_mismatch", "step flow", where=change.where)
             return True
     return False
