@@ -91,7 +91,8 @@ def audit_log_prob_term(
         the constant.
 
     Raises:
-        AuditError: If it takes neither one nor three tensors, or `sign` is another.
+        AuditError: If it takes neither one nor three tensors, has no gradient in z, or `sign` is
+            another.
 
     Example:
         >>> def term(z, mean, log_var):
@@ -139,7 +140,7 @@ def audit_log_prob_term(
             report.missing.append("the term: its elements depend on each other")
         elif called.count == 1:
             report.assumed.append("term(z) is of one fixed Gaussian")
-            report.checked.append(f"a parabola in z around {float(fit.center[0]):.5g}")
+            report.checked.append("a parabola in z")
             if fit.is_diagonal and fit.unexplained > SHARE:
                 hint = " when its own parameters move"
                 report.bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=hint)
@@ -227,16 +228,16 @@ def _fit(term: _Term, shape: tuple[int, ...], least: float) -> _Fit | None:
         curvature, along = _gradient(g, z), _gradient(g * v, z)
         center, sigma = (z - g / curvature).detach(), curvature.abs().rsqrt()
         peak, log_precision = term.slope(center, *rest)[0], -sigma.log()
-        rows = [b, sigma, center - mean, curvature * v, along, near - low, far - near, far]
+        rows = [near - low, far - near, far, b, sigma, center - mean, curvature * v, along]
         table = torch.stack([t.detach().flatten() for t in rows])
-        usable = table[5:].isfinite().all(0)
+        usable = table[:3].isfinite().all(0)
         elements.append(table[:, usable].double())
         if moved:
             functions = [peak, log_precision, *(like(sigma) for like in LIKE.values())]
             slopes = torch.stack([_gradient(f, *moved).detach().flatten() for f in functions])
             moves.append(slopes[:, usable] if term.count == 3 else slopes)
         values.append((float(peak.detach()) / n, float(log_precision.detach().mean())))
-    b, sigma, center, alone, along, first, second, far = torch.cat(elements, 1)
+    first, second, far, b, sigma, center, alone, along = torch.cat(elements, 1)
     if not len(b):
         return None
     flip = 1 if float(far.sign().sum()) <= 0 else -1  # it falls far from the mean
