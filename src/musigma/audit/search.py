@@ -56,6 +56,7 @@ FUNCTIONS = {
         "density": r"log_?(prob|density|likelihood)s?|logp",
         "reconstruction": r"rec(on|onst|onstruction)?_(loss|error)",
         "kl": r"(compute_)?kl_?(d|div|divergence|loss|term)?(_loss)?|latent_loss|loss_kld?",
+        "encode": r"encoder?|inference|recognition(_model)?",
         "sample": r"reparam(etri[sz])?(e|ation)?|reparameteri[sz](e|ation)|sample(r|_z|_latent)?|"
         r"sampling",
         "generate": r"sample_prior(_z)?|prior_sample|generate_z",
@@ -127,7 +128,7 @@ class Candidate(NamedTuple):
     """What may return a loss for a batch.
 
     `is_step`: its name says that what it returns is a loss; otherwise, a number that it returns
-    must depend on all parameters that its other outputs, and those of forward, depend on.
+    must depend on all parameters that its other outputs depend on.
     `users`: as in `FoundStep`.
     """
 
@@ -472,7 +473,7 @@ class Search:
                 "recon = model.decode(posterior.sample()).sample",
                 "return ((recon - batch) ** 2).sum() + posterior.kl().sum()",
             ]
-        elif steps:
+        elif steps and not (names and len(required(steps[0][1])) > 2):
             name, fn = steps[0]
             given = ", ".join(required(fn)) or "batch"
             body = [f"return {name}({given})  # one number that requires a gradient"]

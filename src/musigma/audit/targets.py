@@ -266,7 +266,8 @@ def _audited(
         step, refused = None, error
     if step is None or step.users == "map":
         try:
-            report = _density(obj, example, shape) or _vae(obj, "kl") or _flow(obj, example, shape)
+            report = _density(obj, example, shape) or _vae(obj, "kl", example, shape)
+            report = report or _flow(obj, example, shape)
         except AuditError as error:
             if refused is None:
                 raise
@@ -281,7 +282,7 @@ def _audited(
     try:
         if (more := _vae(obj, "generate")) is not None:
             return _joined(report, more)
-        has_kl = any(functions(obj, "kl")) or member(obj, "encode") is not None
+        has_kl = any(functions(obj, "kl")) or any(functions(obj, "encode"))
         if has_kl and _sampler(obj) is not None:
             return report
         if report.missing and (density := _density(obj, example, shape)) is not None:
@@ -334,19 +335,26 @@ def _density(obj: Any, example: Any, shape: tuple[int, ...] | None) -> AuditRepo
     return audit_density(lambda x: log_prob(x.reshape(-1, *size)), dims)
 
 
-def _vae(obj: Any, what: str) -> AuditReport | None:
+def _vae(
+    obj: Any, what: str, example: Any = None, shape: tuple[int, ...] | None = None
+) -> AuditReport | None:
     """The audit of what draws z in an object, with its KL, or with what generates z."""
     sampler, takes = _sampler(obj), (2, 3) if what == "kl" else (1,)
     fns = [(name, fn) for name, fn in functions(obj, what) if len(required(fn)) in takes]
     if sampler is None or not fns:
         return None
     (draws, sample), (name, fn) = sampler, fns[0]
-    if what == "generate":
-        report = audit_vae(sample=sample, generate=fn)
-    else:
-        takes_z = len(required(fn)) == 3
-        report = audit_vae(sample=sample, kl=_mean_first(fn), kl_uses_sample=takes_z)
-    assumed = (f"{draws} draws z", f"{name} is the KL" if what == "kl" else f"{name} generates z")
+    assumed = [f"{draws} draws z", f"{name} is the KL" if what == "kl" else f"{name} generates z"]
+    parts: dict[str, Any] = {"generate": fn}
+    if what == "kl":
+        parts = {"kl": _mean_first(fn), "kl_uses_sample": len(required(fn)) == 3}
+        encoders = [pair for pair in functions(obj, "encode") if len(required(pair[1])) == 1]
+        if encoders:
+            name, encode = encoders[0]
+            x = _accepted(obj, example, shape, lambda sandbox, x: sandbox.call(name, encode, x))
+            parts |= {"encode": encode, "example": x}
+            assumed.append(f"{name} is the encoder")
+    report = audit_vae(sample=sample, **parts)
     return replace(report, assumed=(*assumed, *report.assumed))
 
 
@@ -380,39 +388,48 @@ def _flow(obj: Any, example: Any, shape: tuple[int, ...] | None) -> AuditReport:
     """The audit of a flow, on the first batch that it maps."""
     if not (callable(obj) or isinstance(obj, (list, tuple))):
         raise AuditError(f"{type(obj).__name__}: it cannot be called")
+    x = _accepted(obj, example, shape, lambda sandbox, x: _maps(FlowAdapter(sandbox, obj), x))
+    report = audit_flow(obj, None, x)
+    assumed = f"an example has the shape {tuple(x.shape[1:])}"
+    return replace(report, assumed=(assumed, *report.assumed))
+
+
+def _maps(flow: FlowAdapter, x: Tensor) -> None:
+    """Raise unless there is an inverse, or forward returns z and a log-determinant alone."""
+    image = flow.first_call(x)
+    raw = torch.as_tensor(() if image.raw is None else image.raw)
+    is_pair = not any("values" in note for note in flow.notes)
+    fits = image.flat.numel() == x.numel() and raw.numel() in (1, len(x), x.numel())
+    if not flow.invertible and not (is_pair and fits):
+        raise AuditError("forward: it returns no log-determinant, and there is no inverse")
+
+
+def _accepted(
+    obj: Any,
+    example: Any,
+    shape: tuple[int, ...] | None,
+    attempt: Callable[[Sandbox, Tensor], Any],
+) -> Tensor:
+    """The first batch with which an attempt does not fail."""
     errors: list[AuditError] = []
     for x in map(input_of, examples(obj, example, shape)):
         try:
             if not isinstance(x, Tensor):
                 raise AuditError(f"expected a tensor; got {type(x).__name__}")
-            _check_flow(obj, x.float())
+            with Sandbox(obj) as sandbox, torch.no_grad():
+                sandbox.use_dtype(torch.float32)
+                attempt(sandbox, x.float())
+            return x
         except TooSlowError:
             raise
         except AuditError as error:
             errors.append(error)
-            continue
-        report = audit_flow(obj, None, x)
-        assumed = f"an example has the shape {tuple(x.shape[1:])}"
-        return replace(report, assumed=(assumed, *report.assumed))
     if example is not None:
         raise AuditError(f"example: it is not accepted ({errors[0]})") from errors[0]
     raise AuditError(
         f"example: no shape that was tried is accepted ({errors[0]}); give a batch as `example`, "
         "or the `shape` of one example; a function that makes a model must take no arguments"
     ) from errors[0]
-
-
-def _check_flow(obj: Any, x: Tensor) -> None:
-    """Raise unless there is an inverse, or forward returns z and a log-determinant alone."""
-    with Sandbox(obj) as sandbox, torch.no_grad():
-        sandbox.use_dtype(torch.float32)
-        flow = FlowAdapter(sandbox, obj)
-        image = flow.first_call(x)
-    raw = torch.as_tensor(() if image.raw is None else image.raw)
-    is_pair = not any("values" in note for note in flow.notes)
-    fits = image.flat.numel() == x.numel() and raw.numel() in (1, len(x), x.numel())
-    if not flow.invertible and not (is_pair and fits):
-        raise AuditError("forward: it returns no log-determinant, and there is no inverse")
 
 
 def _by_name(parts: dict[str, Any], example: Any) -> AuditReport:
