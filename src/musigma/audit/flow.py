@@ -160,11 +160,8 @@ class _FlowAudit(ReportBuilder):
         return self.build()
 
     def measure(self) -> Measurement:
-        """Run the batch through the flow and back; of many elements, layer by layer."""
-        found = measure(self.flow, self.x)
-        if found.known is None and found.stated is not None and found.is_square:
-            known = self._volume_of_layers() or self._volume(self.flow, self.x)
-            found = found._replace(known=known)
+        """Run the batch through the flow and back."""
+        found = measure(self.flow, self.x, self._volume_of_layers)
         pair, draws = found.pair, self.flow.fixed_draws
         if draws and pair and found.error > self.tolerance and (pair[0] - pair[1]).std() > 1e-6:
             self.why_not = "it is not log |det J| at given noise; it may count its density"
@@ -173,27 +170,29 @@ class _FlowAudit(ReportBuilder):
         return found
 
     def _volume(self, flow: FlowAdapter, x: Tensor) -> Volume | None:
-        with suppress(RuntimeError, AuditError):
-            return volume(flow.latents, x[:1], (self.end - time.process_time()) / 2)
-        return None
+        return volume(flow.latents, x, (self.end - time.process_time()) / 2)
 
-    def _volume_of_layers(self) -> Volume | None:
-        """The volume of a flow of layers that are called in a row, by the volumes of each."""
-        layers, volumes = called_layers(self.flow, self.x), list[Volume]()
+    def _volume_of_layers(self, flow: FlowAdapter, x: Tensor) -> Volume | None:
+        """The volume of layers that are called in a row; of other flows, that of the whole."""
+        layers, volumes = called_layers(flow, x), list[Volume]()
         inside = [t for layer in layers for t in (layer.x, layer.z)]
-        passed = [self.x, *inside, self.flow.latents(self.x)]
-        passed = [t[:1].flatten().sort().values for t in passed]
+        passed = [t.flatten().sort().values for t in (x, *inside, flow.latents(x))]
         if not layers or not all(map(torch.equal, passed[::2], passed[1::2])):
             self.why_not = "there are many elements, and not only layers change them"
-            return None
+            return self._volume(flow, x)
         for layer in layers:
             if (known := self._volume(layer.flow, layer.x)) is None:
                 self.why_not = f"there are many elements, and no known structure in {layer.name}"
-                return None
+                return self._volume(flow, x)
             volumes.append(known)
-            self.details.setdefault("conditions", {})[layer.name] = float(known.condition)
+            self.note_condition(layer.name, known)
         log_det = torch.stack([v.log_det for v in volumes]).sum(0)
         return Volume(log_det, log_det * math.nan, log_det * math.nan)
+
+    def note_condition(self, name: str, known: Volume) -> None:
+        """Keep the first condition number of a layer: that with its own parameters."""
+        condition = float(known.condition.nan_to_num(nan=0.0).max())
+        self.details.setdefault("conditions", {}).setdefault(name, condition)
 
     def judge(self, found: Measurement) -> list[Fault | str]:
         """The faults, each of the first layer that has it, and lines of what is right."""
@@ -202,7 +201,7 @@ class _FlowAudit(ReportBuilder):
         for layer in called_layers(self.flow, self.x) if unnamed else ():
             layer.flow.invertible &= "inverse_mismatch" in unnamed
             with suppress(AuditError):
-                found = measure(layer.flow, layer.x)
+                found = measure(layer.flow, layer.x, self._volume)
                 for code, fault in faults_of(judge(found, layer.name)).items():
                     if code in unnamed and fault.severity == "bug":
                         unnamed.remove(code)
@@ -324,13 +323,19 @@ def _impurity(audit: _FlowAudit) -> dict[str, float]:
     for std in (0.0, 0.1):
         with suppress(AuditError):
             audit.perturb(std)
-            images = [audit.flow.forward(audit.x) for _ in range(3)]
-            z = images[0].flat
-            among = audit.flow.latents(torch.cat([audit.x[:1], audit.others[1:]]))[:1]
-            calls = max(distance(image.flat, z) for image in images)
-            for code, off in {"stochastic": calls, "cross_sample": distance(among, z[:1])}.items():
-                impure[code] = max(impure[code], off if limits[code] < off < math.inf else 0.0)
-            stated = [per_example(image.raw, len(z)) for image in images]
+            zs, stated = [], []
+            for _ in range(3):
+                image = audit.flow.forward(audit.x)
+                zs.append(image.flat.detach())
+                stated.append(per_example(image.raw, len(audit.x)))
+            among = audit.flow.latents(torch.cat([audit.x[:1], audit.others[1:]]))
+            off = {
+                "stochastic": max(distance(z, zs[0]) for z in zs),
+                "cross_sample": distance(among[:1], zs[0][:1]),
+            }
+            for code, limit in limits.items():
+                if limit < off[code] < math.inf:
+                    impure[code] = max(impure[code], off[code])
             given = [t for t in stated if t is not None]
             audit.estimated |= any(SAME < distance(t, given[0]) < math.inf for t in given)
     restore()
@@ -451,34 +456,29 @@ def _check_reload(audit: _FlowAudit) -> None:
 
 
 def _check_own_parameters(audit: _FlowAudit) -> Measurement:
+    """Measure with the parameters as they are.
+
+    Raises:
+        AuditError: If the inverse is slow, or refuses float64.
+    """
     own = audit.measure()
-    if own.failure is not None:
-        _report_failure(audit, own.failure)
+    if (error := own.failure) is not None:
+        cause, double = error.__cause__, audit.sandbox.dtype == torch.float64
+        if isinstance(error, TooSlowError) or (double and cause and about_types(error)):
+            raise error
+        if isinstance(cause, NotImplementedError):
+            audit.unchecked.append("the inverse: it is not implemented")
+        elif cause is None:
+            audit.bug("inverse_mismatch", "shape", reason=str(error))
+        else:
+            audit.bug("inverse_raises", reason=str(error))
+        audit.flow.invertible = False
     if own.known is not None:
-        conditions = {"the flow": float(own.known.condition.max())}
-        audit.details.setdefault("conditions", conditions)
+        audit.note_condition("the flow", own.known)
         if not own.known.log_det.isfinite().all():
             audit.why_not = "J is singular or not finite at the example"
     audit.report(audit.judge(own), 0.0)
     return own
-
-
-def _report_failure(audit: _FlowAudit, error: AuditError) -> None:
-    """Add a finding for an inverse that raises, unless another float type may do.
-
-    Raises:
-        AuditError: If it is slow, or about types.
-    """
-    cause, double = error.__cause__, audit.sandbox.dtype == torch.float64
-    if isinstance(error, TooSlowError) or (double and cause is not None and about_types(error)):
-        raise error
-    if isinstance(cause, NotImplementedError):
-        audit.unchecked.append("the inverse: it is not implemented")
-    elif cause is None:
-        audit.bug("inverse_mismatch", "shape", reason=str(error))
-    else:
-        audit.bug("inverse_raises", reason=str(error))
-    audit.flow.invertible = False
 
 
 def _check_accumulation(audit: _FlowAudit, own: Measurement) -> None:
@@ -534,9 +534,8 @@ def _updated(audit: _FlowAudit, std: float) -> Measurement | None:
         if audit.flow.invertible:
             audit.flow.round_trip(audit.x)  # what is cached now is out of date then
         audit.perturb(std)
-        found = audit.measure()
-        z = found.image.flat
-        return found if z.isfinite().all() and z.abs().max() < 1e6 else None
+        z = audit.flow.latents(audit.x)
+        return audit.measure() if z.isfinite().all() and z.abs().max() < 1e6 else None
     return None
 
 

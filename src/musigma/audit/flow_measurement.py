@@ -7,7 +7,7 @@ the Jacobian, the inverse's output with the batch, and the log-determinants of b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ __all__ = ["LOG_DET", "SINGLE", "Fault", "Measurement", "faults_of", "judge", "m
 # The errors from which on there is a warning, and from which on it is a bug. A formula's inverse
 # is exact in float64, so a small error is that of a constant that one direction lacks.
 ROUND_TRIP, LOG_DET, SINGLE = (1e-8, 1e-3), (3e-4, 1e-3), (2e-3, 2e-2)  # SINGLE: in float32
+VolumeOf = Callable[[FlowAdapter, Tensor], Volume | None]
 DIFFERENCES = 128  # elements up to which a Jacobian is also computed by differences
 
 
@@ -80,26 +81,31 @@ def log_det_error(stated: Tensor, truth: Tensor) -> float:
     return float(((stated - truth).abs() / (1 + 0.01 * truth.abs())).max())
 
 
-def measure(flow: FlowAdapter, x: Tensor, seconds: float = 0.0) -> Measurement:
-    """Run a batch through a flow and back; the limit in seconds is that of `volume`.
+def measure(flow: FlowAdapter, x: Tensor, large: VolumeOf) -> Measurement:
+    """Run a batch through a flow and back.
 
     The inverse is called twice, after forward was called with the examples in another order, so
     that values cached by forward do not help.
+
+    Args:
+        flow: The flow.
+        x: The batch (B, ...).
+        large: What gives the volume at the first example where there are many elements.
     """
     image = flow.forward(x)
     found = Measurement(flow, x, image)
     if not image.flat.isfinite().all():
         return found
     found = found._replace(stated=per_example(image.raw, len(x)))
-    if found.is_square:
+    if found.is_square and found.stated is not None:
         d = x[0].numel()
-        rows = x if d <= DENSE else x[:1]
         with suppress(RuntimeError, AuditError):
-            found = found._replace(known=volume(flow.latents, rows, seconds))
+            known = volume(flow.latents, x) if d <= DENSE else large(flow, x[:1])
+            found = found._replace(known=known)
         unsure = found.known is None or (found.pair is not None and found.error > LOG_DET[0])
         if unsure and d <= DIFFERENCES and x.dtype == torch.float64:
             with suppress(RuntimeError, AuditError):  # autograd may have been cut off somewhere
-                other = found._replace(known=by_differences(flow.latents, rows))
+                other = found._replace(known=by_differences(flow.latents, x))
                 found = min(found, other, key=lambda one: one.error)
     if flow.invertible:
         with suppress(AuditError):
