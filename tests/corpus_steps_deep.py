@@ -369,6 +369,32 @@ def autoregressive_flow_posterior_with_a_mean_of_the_logdet():
     return flow_posterior([Ungated(), Autoregressive()], flow_kl)
 
 
+class FromIdentity(Autoregressive):
+    """Starts as the identity, so that its log-determinant is zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        for p in self.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, z):
+        log_scale = F.linear(z, self.gate.weight * self.mask, self.gate.bias).tanh()
+        shift = F.linear(z, self.shift.weight * self.mask, self.shift.bias)
+        return (z * log_scale.exp() + shift).flip(-1), log_scale.sum(-1)  # logdet
+
+
+@entry("correct")
+def flow_posterior_that_starts_as_the_identity():
+    return flow_posterior([FromIdentity(), FromIdentity()], flow_kl)
+
+
+@entry("bug")
+def flow_posterior_that_starts_as_the_identity_without_its_logdet():
+    return flow_posterior(
+        [FromIdentity(), FromIdentity()], lambda q, z0, zk, ld: q - log_prior(zk)
+    )
+
+
 # --- flows as the prior --------------------------------------------------------------------------
 
 
