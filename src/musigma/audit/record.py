@@ -346,7 +346,13 @@ def _out_of_place(func: Any) -> Any:
     name = func._schema.name.split("::")[1].rstrip("_")
     if name == "copy":
         return _copied
-    return getattr(getattr(torch.ops.aten, name, None), func._overloadname, None)
+    packet = getattr(torch.ops.aten, name, None)
+    types = [str(a.type) for a in func._schema.arguments]
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)
+        if [str(a.type) for a in found._schema.arguments] == types:
+            return found
+    return None
 
 
 def _line() -> str:
