@@ -435,7 +435,8 @@ def inner_values(view: View, most: int = 12) -> list[int]:
     found: list[int] = []
     for node in reversed(graph.nodes):
         moving = [i for i in dict.fromkeys(node.ins) if i in inside and graph[i].floating]
-        if inside.intersection(node.outs) and moving and not is_linear(graph, node, moving):
+        outs = [o for o in node.outs if o in inside and graph[o].floating]
+        if outs and moving and not is_linear(graph, node, moving):
             found += moving
     return list(dict.fromkeys(found))[:most]
 
