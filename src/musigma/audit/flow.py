@@ -631,6 +631,8 @@ def _determinants(audit: _FlowAudit, n: int, generator: torch.Generator) -> tupl
         off = (audit.flow.round_trip(x) - x).abs() / (1 + x.abs())
         within = (low <= x) & (x <= high)
         x = x[(off < 1e-3).flatten(1).all(1) | within.flatten(1).all(1)]
+    if not len(x):
+        raise AuditError("no point is recovered by the inverse")
     known = volume(audit.flow.latents, x)
     assert known is not None
     sure = known.log_det.isfinite() & (known.condition < 1e9)
