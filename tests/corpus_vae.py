@@ -955,7 +955,7 @@ def prior_as_a_log_density():
     return drawn(kl_to(two_bumps), prior=two_bumps)
 
 
-@entry("log_std", verdict="incomplete")
+@entry("log_std", "log_std", verdict="incomplete")
 def prior_as_a_log_density_and_kl_that_draws_itself():
     def kl(m, b):
         q = Normal(m, b.exp())

@@ -321,12 +321,15 @@ def holds(graph: Graph, latent: Latent) -> dict[int, Tensor]:
     after_z = graph.downstream(zs)
     after = graph.downstream([*zs, *latent.heads])
     before = graph.upstream(zs)
+    of_network = all(graph[i].kind == "parameter" for i in latent.heads)
     held: dict[int, Tensor] = {}
     for node in graph.nodes:
         if not after.intersection(node.outs) or before.intersection(node.outs):
             continue
         given = [i for i in node.ins if i in after]
-        if given and _begins_decoder(graph, node, after_z):
+        uses = of_network and node.name in PRODUCTS
+        uses = uses and any(graph[i].origin & Origin.DATA for i in node.ins)
+        if given and (uses or _begins_decoder(graph, node, after_z)):
             held |= {o: graph.get(o) for o in node.outs if graph[o].floating}
     return held
 

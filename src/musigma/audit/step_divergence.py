@@ -326,7 +326,7 @@ class Unknown(Divergence):
 
 def _steady(means: Tensor, stds: Tensor) -> bool:
     """Whether all entries have one prior."""
-    return bool(means.numel()) and all(float(t.max() - t.min()) < 1e-6 for t in (means, stds))
+    return all(t.numel() and float(t.max() - t.min()) < 1e-6 for t in (means, stds))
 
 
 def _name_of_prior(means: Tensor, stds: Tensor) -> str:

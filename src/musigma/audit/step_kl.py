@@ -73,16 +73,18 @@ class Fit:
     @property
     def weight(self) -> float:
         """The weight of log sigma, per latent of one example."""
-        weights = -self.scale[1]
+        weights = -self.scale[1] if self.scale.numel() else self.mean[0]
         counted = weights[weights.abs() > _zero(weights)]  # a padding is not
         return self.copies * float(counted.nanmedian()) if counted.numel() else math.nan
 
     @property
     def is_kl(self) -> bool:
         """Whether it is a KL divergence to Gaussians."""
-        if self.residual > NEAR or not self.mean.numel() or not self.scale.numel():
+        if self.residual > NEAR or not self.mean.numel():
             return False
         a, c, d = self.mean[0], self.scale[0], -self.scale[1]
+        if not self.scale.numel():  # sigma is a constant
+            return bool((a > 0).all()) and _same(a, a[0])
         masked = (c.abs() <= _zero(c)) & (d.abs() <= _zero(d))
         if not bool(a.isfinite().any()):  # it says nothing of the means
             a = c
@@ -100,17 +102,16 @@ class Fit:
     @property
     def prior(self) -> tuple[Tensor, Tensor]:
         """Means, and standard deviations, of the prior, by entry."""
-        known = self.scale[:, -self.scale[1] > 1e-9 * (-self.scale[1]).nan_to_num().max()]
-        means = self.mean[:, self.mean[0] > 1e-9 * self.mean[0].nan_to_num().max()]
+        known = self.scale[:, -self.scale[1] > _zero(self.scale[1])]
+        means = self.mean[:, self.mean[0] > _zero(self.mean[0])]
         return -means[1] / means[0], (-known[1] / known[0]).clamp(min=0).sqrt()
 
     @property
     def is_standard(self) -> bool:
         """Whether the prior is N(0, 1)."""
         mean, std = self.prior
-        return bool(std.numel()) and bool(
-            (mean.abs() < NEAR).all() and ((std - 1).abs() < NEAR).all()
-        )
+        known = std.numel() or not self.scale.numel()
+        return bool(known) and bool((mean.abs() < NEAR).all() and ((std - 1).abs() < NEAR).all())
 
 
 def _zero(t: Tensor) -> Tensor:
@@ -203,7 +204,8 @@ class View:
     @cached_property
     def by_draws(self) -> bool:
         """Whether it depends on the noise as well."""
-        draws = self.prober.latent.draws
+        latent = self.prober.latent
+        draws = [*latent.draws, *(d for d, _ in latent.siblings)]
         return self.target in self.prober.graph.downstream(draws, stop=self.held)
 
     @cached_property
@@ -271,7 +273,9 @@ class View:
             return None
         rows, features = [], []
         generator = torch.Generator().manual_seed(13)
+        live = graph.upstream([self.target], stop=self.held)
         draws = {latent.z: latent.draws[0], **{z: d for d, z in latent.siblings}}
+        draws = {z: d for z, d in draws.items() if z in live} or draws  # those that are scored
         for place in prober.places:
             over = {**prober.fixed, **place}
             fixed = {}

@@ -300,13 +300,14 @@ def _not_judged(search: Search) -> Divergence | None:
         and latent.z not in graph.downstream([o.z])
     ]
     means, scales = view.probes.moving if view.probes is not None else (torch.zeros(0) > 0,) * 2
+    exact = view.fit.residual <= NEAR
     reasons: dict[str, Callable[[], bool]] = {
         "its heads are those of another latent as well":
             lambda: any({*above, *below}.intersection(o.heads) for o in beside),
         "one head moves both its mean and its sigma":
             lambda: not latent.uniform and bool((means & scales).any()),
         "it is decoded together with another latent":
-            lambda: bool(graph.upstream(search.data).intersection(search.mixed)),
+            lambda: not exact and bool(graph.upstream(search.data).intersection(search.mixed)),
         "a part of it is clamped": lambda: view.by_draws and view.clamped,
         "no function of the entries of mean and sigma by themselves": lambda: not view.additive,
     }  # fmt: skip
