@@ -410,6 +410,25 @@ def constants_that_the_first_run_computes():
     return Built(step, (encode, decode, x))
 
 
+@entry("correct|warning")
+def bayes_by_backprop_with_a_mixture_of_scales():
+    x, y = torch.randn(B, 4), torch.randn(B, 1)
+    layers = [nn.ParameterDict({"mu": torch.randn(n, m), "rho": torch.randn(n, m) - 3})
+              for n, m in ((5, 4), (6, 5), (1, 6))]  # fmt: skip
+
+    def step():
+        h, kl = x, 0.0
+        for p in layers:
+            q = Normal(p["mu"], F.softplus(p["rho"]))
+            w = q.rsample()
+            narrow, wide = (Normal(0.0, s).log_prob(w).exp() for s in (0.05, 1.0))
+            kl = kl + (q.log_prob(w) - (0.25 * narrow + 0.75 * wide).log()).sum()
+            h = (h @ w.T).tanh()
+        return 0.5 * (h - y).square().sum() + kl / 10
+
+    return Built(step, (layers, x, y))
+
+
 # --- graphs --------------------------------------------------------------------------------------
 
 

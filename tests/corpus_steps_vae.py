@@ -214,6 +214,23 @@ def importance_weights():
 
 
 @entry("correct")
+def importance_weights_less_the_largest():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        q = Normal(mu, b.exp())
+        z = q.rsample((4,))
+        target = x.expand(4, B, D)
+        log_x = -F.binary_cross_entropy_with_logits(decode(z), target, reduction="none").sum(-1)
+        log_w = log_x + (Normal(0.0, 1.0).log_prob(z) - q.log_prob(z)).sum(-1)
+        largest = log_w.max(0, keepdim=True).values
+        return -((log_w - largest).exp().mean(0).log() + largest).mean()
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct")
 def several_draws():
     encode, decode, x = Encoder(), decoder(), data()
 
@@ -364,7 +381,7 @@ def prior_of_another_width():
     return Built(step, (encode, decode, x))
 
 
-@entry("correct|incomplete")
+@entry("correct")
 def mixture_prior():
     encode, decode, x = Encoder(), decoder(), data()
     prior = nn.ParameterDict(
@@ -401,9 +418,39 @@ def vamp(offset):
     return Built(step, (encode, decode, pseudo, x))
 
 
-@entry("correct|incomplete")
+@entry("correct")
 def vamp_prior():
     return vamp(math.log(4))
+
+
+@entry("correct")
+def mixture_prior_of_each_latent_and_a_weight_of_each_example():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        q = Normal(mu, (b / 2).exp())
+        z = q.rsample()
+        parts = [Normal(0.0, 1.0).log_prob(z), Normal(1.0, 0.3).log_prob(z)]
+        log_p = torch.logsumexp(torch.stack(parts), 0) - math.log(2)
+        kl = (q.log_prob(z) - log_p).sum(1)
+        return (bce(decode(z), x) + (x.sum(1) * kl).sum()) / B
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("warning", "free_bits")
+def free_bits_of_draws():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        q = Normal(mu, (b / 2).exp())
+        z = q.rsample()
+        kl = (q.log_prob(z) - Normal(0.0, 1.0).log_prob(z)).sum(1)
+        return (bce(decode(z), x) + kl.clamp(min=0.5).sum()) / B
+
+    return Built(step, (encode, decode, x))
 
 
 # --- weights: constant ones are warnings ---------------------------------------------------------

@@ -486,6 +486,24 @@ def vamp_prior_of_weights_that_sum_to_four():
     return vamp(0.0)
 
 
+@entry("bug", "kl_mismatch")
+def log_var_divided_by_the_variance_too():
+    encode, decode, x = Encoder(), decoder(), data()
+    pseudo = nn.Parameter(torch.rand(4, D))
+
+    def log_normal(z, mu, log_var):
+        return (-0.5 * (log_var + (z - mu) ** 2) / log_var.exp()).sum(-1)
+
+    def step():
+        mu, log_var = encode(x)
+        z = half(mu, log_var)
+        m, s = encode(pseudo)
+        log_p = torch.logsumexp(log_normal(z.unsqueeze(1), m, s) - math.log(4), 1)
+        return (bce(decode(z), x) + (log_normal(z, mu, log_var) - log_p).sum()) / B
+
+    return Built(step, (encode, decode, pseudo, x))
+
+
 # --- importance weights --------------------------------------------------------------------------
 
 
@@ -517,6 +535,15 @@ def importance_weights_with_the_wrong_sign():
     return importance(
         lambda log_x, log_p, log_q: -torch.logsumexp(log_x - log_p + log_q, 0).mean()
     )
+
+
+@entry("bug", "kl_negative")
+def softmax_of_the_loss_in_place_of_its_negative():
+    def combine(log_x, log_p, log_q):
+        loss = log_q - log_p - log_x
+        return (loss.softmax(0) * loss).sum(0).mean()
+
+    return importance(combine)
 
 
 @entry("bug|incomplete|warning")

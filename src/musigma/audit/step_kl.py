@@ -304,6 +304,17 @@ class View:
         each = prober.by_latent(torch.where(scales, -found[1], 0.0))
         return LogQ(float(weights.median()) * len(draws), drawn, each * len(draws))
 
+    @property
+    def misscored(self) -> bool:
+        """Whether z is scored by some density of each latent, which is not that of its draw."""
+        latent = self.prober.latent
+        zs = {i: self.prober.graph.get(i) for i in (latent.z, *(z for _, z in latent.siblings))}
+        scored = replace(self, held={**self.held, **zs})
+        mixture = scored.passes("logsumexp", "_softmax", "_log_softmax")
+        if not self.by_draws or self.log_q is not None or mixture:
+            return False
+        return scored.additive and not scored.flat and not scored.fit.is_kl
+
     def reading(self) -> str | None:
         """The reading of the second head of which it is the KL."""
         p = self.probes
