@@ -491,22 +491,16 @@ def sampled_scale(graph: Graph, latent: Latent, heads: Sequence[int] = ()) -> Cu
     if not scales.any():
         return None
     b = torch.linspace(-60, 60, 121, dtype=torch.float64)
-    sizes = [graph[i].numel for i in prober.heads]
-    masks = scales.split(sizes)
-    sigma, base = [], graph.value({}, latent.z)
-    reference = prober.places[0]
-    entry = None
+    masks = scales.split([graph[i].numel for i in prober.heads])
+    rows = []
     for x in b:
         over = {
-            i: torch.where(mask.view(graph[i].shape), x, reference[i].detach())
+            i: torch.where(mask.view(graph[i].shape), x, prober.places[0][i].detach())
             for i, mask in zip(prober.heads, masks, strict=True)
         }
-        sigma.append(_slope(graph, latent, over).reshape(-1))
-    rows = torch.stack(sigma)
-    if not rows.isfinite().any() or base is None:
-        return None
-    spread = (rows.amax(0) - rows.amin(0)).nan_to_num(0.0)
-    entry = int(spread.argmax())
-    column = rows[:, entry].abs()
+        rows.append(_slope(graph, latent, over).reshape(-1))
+    sigma = torch.stack(rows)
+    spread = (sigma.amax(0) - sigma.amin(0)).nan_to_num(0.0)
+    column = sigma[:, int(spread.argmax())].abs()
     usable = column.isfinite()
-    return name_curve(b[usable], column[usable], 1e-6)
+    return name_curve(b[usable], column[usable], 1e-6) if usable.any() else None
