@@ -814,6 +814,15 @@ def one_dimension():
 
 
 @flow()
+def one_number():
+    return {
+        "forward": lambda x: (x.sinh(), x.cosh().log()),
+        "inverse": torch.asinh,
+        "example": torch.randn(16),
+    }
+
+
+@flow()
 def cubic_with_a_bisection():
     def inverse(z):
         low, high = -10 - z.abs(), 10 + z.abs()

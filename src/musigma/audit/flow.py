@@ -372,7 +372,8 @@ def _check_initialization(audit: _FlowAudit) -> None:
     and unevenly scaled, if the flow takes such data.
     """
     if audit.was_training or audit.x.ndim < 2:
-        audit.unchecked.append("data-dependent initialization: the flow is in training mode")
+        why = "the flow is in training mode" if audit.was_training else "there are no channels"
+        audit.unchecked.append(f"data-dependent initialization: {why}")
         return
     channels, *sides = audit.x.shape[1:]
     scale, shift = torch.logspace(-0.7, 0.7, channels), torch.linspace(2.0, -3.0, channels)
@@ -585,7 +586,7 @@ def _check_determinant_sign(audit: _FlowAudit, own: Measurement) -> None:
     matrices that an optimizer keeps.
     """
     if audit.x[0].numel() > 16 or not own.is_square or audit.estimated:
-        audit.unchecked.append("the sign of det J at many points: it is not computed there")
+        audit.unchecked.append("the sign of det J at many points: too costly, or not defined")
         return
     parameters, generator = audit.sandbox.trainable(), torch.Generator().manual_seed(0)
     names = {k.rsplit(".", 1)[-1] for m in audit.sandbox.modules for k, _ in m.named_buffers()}
@@ -630,7 +631,7 @@ def _determinants(audit: _FlowAudit, n: int, generator: torch.Generator) -> tupl
     if audit.flow.invertible:
         off = (audit.flow.round_trip(x) - x).abs() / (1 + x.abs())
         within = (low <= x) & (x <= high)
-        x = x[(off < 1e-3).flatten(1).all(1) | within.flatten(1).all(1)]
+        x = x[(off < 1e-3).reshape(n, -1).all(1) | within.reshape(n, -1).all(1)]
     if not len(x):
         raise AuditError("no point is recovered by the inverse")
     known = volume(audit.flow.latents, x)

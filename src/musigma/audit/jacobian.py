@@ -64,7 +64,7 @@ def volume(function: Function, x: Tensor, seconds: float = 0.0) -> Volume | None
 
 def by_differences(function: Function, x: Tensor) -> Volume:
     """As `volume`, by central differences: where autograd's graph is broken."""
-    flat = x.detach().flatten(1)
+    flat = x.detach().reshape(len(x), -1)
     columns = []
     for i in range(flat.shape[1]):
         step = torch.zeros_like(flat)
