@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,13 +18,17 @@ from musigma.audit.graph import Graph, Node, Origin
 from musigma.audit.latents import frontier, trace_noise
 from musigma.audit.probes import Over
 from musigma.audit.step_kl import terms
+from musigma.testing import jacobian
 
 __all__ = ["MOVES", "Change", "Output", "is_residual", "measure", "outputs", "squared"]
 
 MOST_DIMENSIONS = 1024
+SECONDS = 60.0  # for one Jacobian
 EXACT = 1e-3
 MOVES = 5
 STATISTICS = ("mean", "var", "std", "sum", "var_mean", "std_mean")
+SIZES = ("abs", "pow", "square", "mul", "linalg_vector_norm", "norm")
+FAILURES = (RuntimeError, TimeoutError)  # of an operation that does not take other values
 
 
 class Output(NamedTuple):
@@ -43,7 +46,7 @@ class Output(NamedTuple):
 
 
 @dataclass
-class Change:
+class Map:
     """A map from x to v in a loss.
 
     Args:
@@ -53,14 +56,6 @@ class Change:
         output: The parts of v.
         held: Values that stay as they were.
         rows: The number of examples, if the map takes them one by one; else one.
-        rest: The loss with v held, at N other places less that at the step's own.
-        log_det: The log-determinant of the map, likewise.
-        places: x (N + 1) there.
-        mapped: The entries of v that depend on x; the others are masked.
-        curvature: That of the loss by entry of v, at v = 0.
-        slope: That of the loss by entry of v, at v = 0.
-        quadratic: Whether the loss is quadratic in v.
-        weight: That of log p(v) in the loss, if it is known beforehand.
     """
 
     graph: Graph
@@ -69,14 +64,6 @@ class Change:
     output: Output
     held: Over
     rows: int
-    rest: Tensor
-    log_det: Tensor
-    places: tuple[Tensor, ...]
-    mapped: Tensor
-    curvature: Tensor
-    slope: Tensor
-    quadratic: bool
-    weight: float | None = None
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -93,6 +80,87 @@ class Change:
         """The line that makes v."""
         return self.graph.where(self.parts[0])
 
+    def of(self, over: Over) -> Tensor:
+        """v by example (rows, D), with some values replaced."""
+        found = self.graph.run({**self.held, **over}, self.parts)
+        return torch.cat([found[i].reshape(self.rows, -1) for i in self.parts], 1)
+
+    def jacobian(self, over: Over, start: int | None = None) -> Tensor:
+        """dv/dx by example (rows, D, D); from `start`, if not from x."""
+        i = self.x if start is None else start
+        at = over.get(i, self.graph.get(i))
+        return jacobian(lambda t: self.of({**over, i: t}), at, seconds=SECONDS)
+
+    def log_det(self, over: Over, start: int | None = None) -> tuple[Tensor, Tensor]:
+        """Sign and log |det dv/dx| by example, without rows and columns of zeros: of a mask."""
+        matrices = self.jacobian(over, start)
+        rows, columns = (matrices != 0).any(2), (matrices != 0).any(1)
+        if bool(rows.all()) or bool((rows.sum(1) != columns.sum(1)).any()):
+            return torch.linalg.slogdet(matrices)
+        kept = [m[r][:, c] for m, r, c in zip(matrices, rows, columns, strict=True)]
+        signs, volumes = zip(*(torch.linalg.slogdet(m) for m in kept), strict=True)
+        return torch.stack(signs), torch.stack(volumes)
+
+    def in_v(self, over: Over) -> tuple[Tensor, Tensor, bool]:
+        """Curvature and slope of the loss in v at v = 0, with x held; whether it is quadratic."""
+        slopes = []
+        over = {self.x: self.graph.get(self.x), **self.held, **over}
+        for size in (0.0, 1.0, 2.0):
+            at = {i: torch.full_like(t, size).requires_grad_() for i, t in self.v.items()}
+            value = self.graph.run({**over, **at}, [self.loss])[self.loss].sum()
+            found = torch.autograd.grad(value, list(at.values()), materialize_grads=True)
+            slopes.append(torch.cat([g.reshape(-1) for g in found]))
+        curvature = slopes[1] - slopes[0]
+        bent = (slopes[2] - slopes[1] - curvature).abs().max()
+        return curvature, slopes[0], bool(bent <= 1e-6 * (curvature.abs().max() + 1e-300))
+
+    def folds(self) -> bool:
+        """Whether the sign of the Jacobian's determinant differs between places."""
+        base = self.graph.get(self.x)
+        generator = torch.Generator().manual_seed(37)
+        found = []
+        for size in (0.0, 1.0, 2.0, 4.0):
+            noise = torch.randn(base.shape, generator=generator, dtype=torch.float64)
+            try:
+                found.append(self.log_det({self.x: base + size * float(base.std()) * noise}))
+            except FAILURES:  # so far out
+                continue
+        if not found:
+            return False
+        sign, volume = (torch.cat(t) for t in zip(*found, strict=True))
+        clear = volume > volume.median() - 4  # else its sign may be rounding
+        return bool((sign[clear] > 0).any()) and bool((sign[clear] < 0).any())
+
+    def _couples_examples(self) -> bool:
+        """Whether v of the first example depends on x of others."""
+        with torch.enable_grad():
+            x = self.graph.get(self.x).clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.of({self.x: x})[0].sum(), x)
+        return bool(slope[1:].any())
+
+
+@dataclass
+class Change(Map):
+    """A map that was moved, and what that does to a loss.
+
+    Args:
+        rest: The loss with v held, at other places less that at the step's own.
+        volume: The log-determinant of the map, likewise.
+        places: x as it was, and at the other places.
+        mapped: The entries of v that depend on x; the others are masked.
+        curvature: That of the loss by entry of v.
+        quadratic: Whether the loss is quadratic in v.
+        weight: That of log p(v) in the loss, if it is known beforehand.
+    """
+
+    rest: Tensor
+    volume: Tensor
+    places: list[Tensor]
+    mapped: Tensor
+    curvature: Tensor
+    quadratic: bool
+    weight: float | None = None
+
     @property
     def factor(self) -> float | None:
         """What the log-determinant is multiplied with in the loss; None if it is not in it."""
@@ -102,44 +170,33 @@ class Change:
     @property
     def fit(self) -> tuple[float, float]:
         """The best factor of the log-determinant in the loss, and the relative error of it."""
-        return _fit(self.rest, self.log_det)
+        return _fit(self.rest, self.volume)
 
     @property
     def is_right_in_x(self) -> bool:
         """Whether the log-determinant is in the loss as long as no parameter is moved."""
-        factor, error = _fit(self.rest[::2], self.log_det[::2])
+        factor, error = _fit(self.rest[::2], self.volume[::2])
         return factor < 0 and error <= EXACT
 
     @property
     def moves_volume(self) -> bool:
         """Whether the log-determinant is no constant."""
-        return float(self.log_det.abs().max()) > 1e-7
+        return float(self.volume.abs().max()) > 1e-7
 
     @property
     def is_absent(self) -> bool:
         """Whether the loss does not change at all while v is held."""
-        size = float(self.curvature.abs().max()) * (1 + float(self.log_det.abs().max()))
+        size = float(self.curvature.abs().max()) * (1 + float(self.volume.abs().max()))
         return float(self.rest.abs().max()) <= 1e-9 * max(size, 1e-300)
 
     @property
     def is_gaussian(self) -> bool:
         """Whether v is squared, as by a Gaussian whose parameters depend on x by v alone."""
-        convex = self.quadratic and float(self.curvature.min()) > 0
-        return self.output.squared and convex and (bool(self.output.heads) or self._is_apart())
-
-    def _is_apart(self) -> bool:
-        found = [self.in_v(over)[:2] for over in ({}, {self.x: self.places[1]})]
+        convex = self.output.squared and self.quadratic and float(self.curvature.min()) > 0
+        if not convex or self.output.heads:
+            return convex
+        found = [self.in_v(over)[:2] for over in ({}, {self.x: self.places[-1]})]
         return all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
-
-    def in_v(self, over: Over) -> tuple[Tensor, Tensor, bool]:
-        """Curvature and slope of the loss in v at v = 0, with x held; whether it is quadratic."""
-        found = _in_v(self.graph, self.loss, self.x, self.parts, {**self.held, **over})
-        return found[0][self.mapped], found[1][self.mapped], found[2]
-
-    def volume(self, over: Over, start: int | None = None) -> Tensor | None:
-        """log |det dv/dx| by example; None if it is singular. From `start`, if not from x."""
-        start = self.x if start is None else start
-        return _volume(self.graph, start, self.parts, {**self.held, **over}, self.rows)
 
     def limit(self) -> float | None:
         """As `factor`, near the identity, of the solver of a differential equation.
@@ -157,35 +214,13 @@ class Change:
                 return factor
         return None
 
-    def folds(self) -> bool:
-        """Whether the sign of the Jacobian's determinant differs between places."""
-        graph, base = self.graph, self.graph.get(self.x)
-        generator = torch.Generator().manual_seed(37)
-        signs, volumes = [], []
-        for size in (0.0, 1.0, 2.0, 4.0):
-            noise = torch.randn(base.shape, generator=generator, dtype=torch.float64)
-            over = {**self.held, self.x: base + size * float(base.std()) * noise}
-            try:
-                found = _jacobian(graph, self.x, self.parts, over, self.rows)
-            except RuntimeError:  # it does not take data so far out
-                continue
-            if found is not None:
-                sign, volume = _slogdet(found)
-                signs.append(sign)
-                volumes.append(volume)
-        if not signs:
-            return False
-        sign, volume = torch.cat(signs), torch.cat(volumes)
-        clear = volume > volume.median() - 4  # else its sign may be rounding
-        return bool((sign[clear] > 0).any()) and bool((sign[clear] < 0).any())
 
-
-def _fit(rest: Tensor, log_det: Tensor) -> tuple[float, float]:
-    size = float(log_det.abs().max())
+def _fit(rest: Tensor, volume: Tensor) -> tuple[float, float]:
+    size = float(volume.abs().max())
     if size < 1e-9:
         return 0.0, math.inf
-    factor = float(rest @ log_det / (log_det @ log_det))
-    off = float((rest - factor * log_det).abs().max())
+    factor = float(rest @ volume / (volume @ volume))
+    off = float((rest - factor * volume).abs().max())
     return factor, off / max(abs(factor) * size, 1e-300)
 
 
@@ -193,6 +228,91 @@ def _uses(graph: Graph, i: int, above: set[int]) -> int:
     """By how many operations a value is used on the way to others, as it is or viewed."""
     nodes = [n for n in graph[i].users if above.intersection(n.outs)]
     return sum(_uses(graph, n.outs[0], above) if n.view else 1 for n in nodes)
+
+
+def measure(
+    graph: Graph, loss: int, x: int, output: Output, held: Over, parameters: bool = True
+) -> Change | None:
+    """Move x, and the map's parameters, with v held; and v with x held.
+
+    None if they cannot be moved, or if the loss has no curvature in v.
+    """
+    above = graph.upstream(output.parts, stop=[x])
+    noise = [i for i in trace_noise(graph, loss) if i not in above]
+    shape, base = graph[x].shape, graph.get(x)
+    rows = shape[0] if len(shape) > 1 else 1
+    if x not in above or any(graph[i].shape[-len(shape) :] != shape for i in noise):
+        return None
+    held = {**held, **_batch_statistics(graph, above & graph.downstream([x]), rows)}
+    held |= _penalties(graph, loss)
+    found = Map(graph, loss, x, output, held, rows)
+    try:
+        curvature, _, quadratic = found.in_v({})
+        if not bool(curvature.abs().max() > 0):
+            return None
+        if any(t.numel() % rows for t in found.v.values()) or found._couples_examples():
+            found.rows = 1
+        if base.numel() // found.rows > MOST_DIMENSIONS:
+            return None
+        mapped = (found.jacobian({}) != 0).any(2).reshape(-1)
+    except FAILURES:
+        return None
+    leaves = [graph[i] for i in above if graph[i].kind == "parameter" and i not in held]
+    free = [v.id for v in leaves if parameters and v.source is not None and v.source.requires_grad]
+    units = _units(graph, noise, base.numel() // rows)
+    size = float(base.std()) if base.numel() > 1 and float(base.std()) > 0 else 1.0
+    for spread in (0.3 * size, 0.01 * size, 1e-4 * size):
+        places = _places(graph, x, free, spread)
+        overs = [{**held, **p, **found.v} for p in places]
+        try:
+            volume = torch.stack([found.log_det(p)[1].sum() for p in places])
+            values = [[graph.value({**o, **e}, loss).sum() for e in units] for o in overs]
+        except FAILURES:
+            continue
+        rest = torch.tensor(values, dtype=torch.float64).mean(1)
+        if mapped.any() and volume.isfinite().all() and rest.isfinite().all():
+            return Change(
+                **vars(found), rest=rest[1:] - rest[0], volume=volume[1:] - volume[0],
+                places=[p.get(x, base) for p in places], mapped=mapped, curvature=curvature[mapped],
+                quadratic=quadratic,
+            )  # fmt: skip
+    return None
+
+
+def _places(graph: Graph, x: int, free: list[int], spread: float) -> list[dict[int, Tensor]]:
+    """The values as they were, and others: of x alone, and of the parameters as well."""
+    generator = torch.Generator().manual_seed(31)
+
+    def near(i: int, size: float) -> Tensor:
+        t = graph.get(i)
+        return t + size * torch.randn(t.shape, generator=generator, dtype=torch.float64)
+
+    places: list[dict[int, Tensor]] = [{}]
+    for k in range(MOVES):
+        places.append({x: near(x, spread)})
+        places[-1] |= {i: near(i, 0.05) for i in free if k % 2}
+    return places
+
+
+def _units(graph: Graph, noise: list[int], n: int) -> list[dict[int, Tensor]]:
+    """Values of noise over which the mean of a quadratic form is its trace, for each example."""
+    units = math.sqrt(n) * torch.eye(n, dtype=torch.float64) if noise else torch.zeros(1, 1)
+    return [
+        {i: u.expand(graph[i].numel // n, n).reshape(graph[i].shape) for i in noise} for u in units
+    ]
+
+
+def _penalties(graph: Graph, loss: int) -> dict[int, Tensor]:
+    """The terms of a loss that are the size of parameters, as they were."""
+    found = [i for i in terms(graph, loss) if graph[i].origin == Origin.PARAMETERS]
+    return {i: graph.get(i) for i in found if (node := graph[i].node) and node.name in SIZES}
+
+
+def _batch_statistics(graph: Graph, among: set[int], rows: int) -> dict[int, Tensor]:
+    """Means and variances over the batch, as they were: constants to a change of variables."""
+    nodes = [n for n in graph.nodes if n.name in STATISTICS and rows in graph[n.ins[0]].shape]
+    over = [o for n in nodes for o in n.outs if o in among and rows not in graph[o].shape]
+    return {o: graph.get(o) for o in over if rows > 1}
 
 
 # --- candidates ---------------------------------------------------------------------------------
@@ -305,189 +425,3 @@ def is_residual(graph: Graph, i: int, after: set[int]) -> bool:
         and graph[k].numel == graph[i].numel
         for k in node.ins
     )
-
-
-# --- measuring ----------------------------------------------------------------------------------
-
-
-def measure(
-    graph: Graph, loss: int, x: int, output: Output, held: Over, parameters: bool = True
-) -> Change | None:
-    """Move x, and the map's parameters, with v held; and v with x held.
-
-    None if they cannot be moved, or if the loss has no curvature in v.
-    """
-    parts = output.parts
-    above = graph.upstream(parts, stop=[x])
-    if x not in above:
-        return None
-    base = graph.get(x)
-    held = {**held, **_batch_statistics(graph, x, above), **_penalties(graph, loss)}
-    try:
-        curvature, slope, quadratic = _in_v(graph, loss, x, parts, held)
-        if not bool(curvature.abs().max() > 0):
-            return None
-        rows = _rows(graph, x, parts, held)
-        start = _jacobian(graph, x, parts, held, rows)
-    except RuntimeError:  # an operation that does not take other values
-        return None
-    if start is None:
-        return None
-    mapped = (start != 0).any(2).reshape(-1)
-    noise = _units(graph, x, [i for i in trace_noise(graph, loss) if i not in above])
-    if not mapped.any() or noise is None:
-        return None
-    leaves = [graph[i] for i in above if graph[i].kind == "parameter" and i not in held]
-    free = [v.id for v in leaves if parameters and v.source is not None and v.source.requires_grad]
-    v = {i: graph.get(i) for i in parts}
-    size = float(base.std()) if base.numel() > 1 and float(base.std()) > 0 else 1.0
-    for spread in (0.3 * size, 0.01 * size, 1e-4 * size):
-        places = _places(graph, x, free, spread)
-        try:
-            volumes = [_volume(graph, x, parts, {**held, **p}, rows) for p in places]
-            values = [[graph.value({**held, **p, **v, **e}, loss) for e in noise] for p in places]
-        except RuntimeError:
-            continue
-        known = [t.sum() for t in volumes if t is not None]
-        rest = [torch.stack(row).mean() for row in values]
-        if len(known) == len(rest) and torch.stack(rest).isfinite().all():
-            break
-    else:
-        return None
-    at, log_det = torch.stack(rest), torch.stack(known)
-    return Change(
-        graph, loss, x, output, held, rows, at[1:] - at[0], log_det[1:] - log_det[0],
-        tuple(p.get(x, base) for p in places), mapped, curvature[mapped], slope[mapped], quadratic,
-    )  # fmt: skip
-
-
-def _places(graph: Graph, x: int, free: list[int], spread: float) -> list[dict[int, Tensor]]:
-    """The values as they were, and others: of x alone, and of the parameters as well."""
-    generator = torch.Generator().manual_seed(31)
-
-    def near(i: int, size: float) -> Tensor:
-        t = graph.get(i)
-        return t + size * torch.randn(t.shape, generator=generator, dtype=torch.float64)
-
-    places: list[dict[int, Tensor]] = [{}]
-    for k in range(MOVES):
-        places.append({x: near(x, spread)})
-        places[-1] |= {i: near(i, 0.05) for i in free if k % 2}
-    return places
-
-
-def _penalties(graph: Graph, loss: int) -> dict[int, Tensor]:
-    """The terms of a loss that are the size of parameters, as they were."""
-    sizes = ("abs", "pow", "square", "mul", "linalg_vector_norm", "norm")
-    found = [i for i in terms(graph, loss) if graph[i].origin == Origin.PARAMETERS]
-    return {i: graph.get(i) for i in found if (node := graph[i].node) and node.name in sizes}
-
-
-def _units(graph: Graph, x: int, noise: list[int]) -> list[dict[int, Tensor]] | None:
-    """Values of the noise over which the mean of a quadratic form is its trace, for each example.
-
-    None if the noise has not the shape of x.
-    """
-    shape = graph[x].shape
-    if any(graph[i].shape[-len(shape) :] != shape for i in noise):
-        return None
-    n = graph[x].numel // shape[0] if noise else 1
-    found = []
-    for k in range(n):
-        unit = torch.zeros(n, dtype=torch.float64)
-        unit[k] = math.sqrt(n)
-        found.append({i: unit.view(shape[1:]).expand(graph[i].shape) for i in noise})
-    return found
-
-
-def _batch_statistics(graph: Graph, x: int, above: set[int]) -> dict[int, Tensor]:
-    """Means and variances over the batch, as they were: constants to a change of variables."""
-    after = graph.downstream([x]) & above
-    shape = graph[x].shape
-    rows = shape[0] if len(shape) > 1 else 1
-    found = {}
-    for node in graph.nodes:
-        if node.name in STATISTICS and rows > 1 and rows in graph[node.ins[0]].shape:
-            own = [o for o in node.outs if o in after and rows not in graph[o].shape]
-            found |= {o: graph.get(o) for o in own}
-    return found
-
-
-def _in_v(
-    graph: Graph, loss: int, x: int, parts: tuple[int, ...], over: Over
-) -> tuple[Tensor, Tensor, bool]:
-    """Curvature and slope of a loss in v at zero, with x held; and whether it is quadratic."""
-    slopes = []
-    for size in (0.0, 1.0, 2.0):
-        at = {i: (size * torch.ones_like(graph.get(i))).requires_grad_() for i in parts}
-        value = graph.run({x: graph.get(x), **over, **at}, [loss])[loss].sum()
-        found = [torch.zeros_like(t) for t in at.values()]
-        if value.requires_grad:
-            grads = torch.autograd.grad(value, list(at.values()), allow_unused=True)
-            found = [z if g is None else g for g, z in zip(grads, found, strict=True)]
-        slopes.append(torch.cat([g.reshape(-1) for g in found]))
-    curvature = slopes[1] - slopes[0]
-    bent = (slopes[2] - slopes[1] - curvature).abs().max()
-    return curvature, slopes[0], bool(bent <= 1e-6 * (curvature.abs().max() + 1e-300))
-
-
-def _mapped(
-    graph: Graph, x: int, parts: tuple[int, ...], over: Over, rows: int
-) -> tuple[Tensor, Tensor]:
-    """x as a leaf, and v (rows, D) computed from it."""
-    with torch.enable_grad():
-        leaf = over.get(x, graph.get(x)).detach().clone().requires_grad_()
-        found = graph.run({**over, x: leaf}, list(parts))
-        return leaf, torch.cat([found[i].reshape(rows, -1) for i in parts], 1)
-
-
-def _rows(graph: Graph, x: int, parts: tuple[int, ...], over: Over) -> int:
-    """The number of examples, if v of each depends on x of the same alone; else one."""
-    shape = graph[x].shape
-    rows = shape[0] if len(shape) > 1 else 1
-    if rows == 1 or any(graph[i].numel % rows for i in parts):
-        return 1
-    leaf, v = _mapped(graph, x, parts, over, rows)
-    if not v.requires_grad:
-        return 1
-    (slope,) = torch.autograd.grad(v[0].sum(), leaf)
-    return 1 if slope[1:].any() else rows
-
-
-def _jacobian(
-    graph: Graph, x: int, parts: tuple[int, ...], over: Over, rows: int
-) -> Tensor | None:
-    """dv/dx by example (rows, D, D); None if it is not square, or too large."""
-    leaf, v = _mapped(graph, x, parts, over, rows)
-    n = v.shape[1]
-    if not v.requires_grad or n != leaf.numel() // rows or n > MOST_DIMENSIONS:
-        return None
-    picks = torch.eye(n, dtype=v.dtype)[:, None].expand(n, rows, n)
-    lines = []
-    for chunk in picks.split(64):
-        gradient = partial(torch.autograd.grad, v, leaf, retain_graph=True)
-        try:
-            (line,) = gradient(chunk, is_grads_batched=True)
-        except RuntimeError:  # an operation without a rule for vmap
-            line = torch.stack([gradient(pick)[0] for pick in chunk])
-        lines.append(line.reshape(-1, rows, n))
-    return torch.cat(lines).transpose(0, 1)
-
-
-def _volume(graph: Graph, x: int, parts: tuple[int, ...], over: Over, rows: int) -> Tensor | None:
-    found = _jacobian(graph, x, parts, over, rows)
-    if found is None:
-        return None
-    sign, volume = _slogdet(found)
-    return volume if bool((sign != 0).all()) and bool(volume.isfinite().all()) else None
-
-
-def _slogdet(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Sign and log |det| of each matrix, without its rows and columns of zeros."""
-    rows, columns = (matrices != 0).any(2), (matrices != 0).any(1)
-    if bool(rows.all()) or bool((rows.sum(1) != columns.sum(1)).any()):
-        return torch.linalg.slogdet(matrices)
-    each = [
-        torch.linalg.slogdet(m[r][:, c]) for m, r, c in zip(matrices, rows, columns, strict=True)
-    ]
-    return torch.stack([sign for sign, _ in each]), torch.stack([volume for _, volume in each])

@@ -107,8 +107,8 @@ def _report(audit: StepAudit, change: Change, weight: float) -> None:
     masked = len(change.mapped) - int(change.mapped.sum())
     error = 0.0
     if change.moves_volume and change.factor is None:
-        off = (change.rest + weight * change.log_det).abs().max()
-        error = float(off / (weight * change.log_det.abs().max()))
+        off = (change.rest + weight * change.volume).abs().max()
+        error = float(off / (weight * change.volume.abs().max()))
     if error > MOST_ERROR:
         audit.missing.append(
             f"log-determinant{place}: a solver's, and off by {error:.0%} from that of autograd's "
@@ -155,9 +155,9 @@ def _mismatch(audit: StepAudit, change: Change, factor: float | None) -> None:
     elif factor is not None and factor > 0:
         audit.bug("logdet_mismatch", "step sign", where=change.where)
     else:
-        off = (change.rest / float(change.curvature.mean()) + change.log_det).abs().max()
+        off = (change.rest / float(change.curvature.mean()) + change.volume).abs().max()
         audit.bug("logdet_mismatch", "step", where=change.where, error=float(off),
-                  change=float(change.log_det.abs().max()))  # fmt: skip
+                  change=float(change.volume.abs().max()))  # fmt: skip
 
 
 def _is_detached(change: Change) -> bool:
@@ -185,7 +185,7 @@ def _learned_prior(audit: StepAudit, change: Change, weight: float) -> None:
     flat = torch.cat([t.reshape(-1) for t in change.v.values()])[change.mapped]
     values, densities = [], []
     for over in ({}, moved):
-        curvature, slope, _ = change.in_v(over)
+        curvature, slope = (t[change.mapped] for t in change.in_v(over)[:2])
         if not bool((curvature > 0).all()):
             return
         mean, std = -slope / curvature, (weight / curvature).sqrt()
@@ -209,8 +209,7 @@ def _scaled_prior(change: Change, weight: float) -> bool:
     """Whether the value of the loss has the log sigma of a prior N(0, sigma^2) in it."""
     graph = change.graph
     zeros = {i: torch.zeros_like(t) for i, t in change.v.items()}
-    volume = change.volume({})
-    log_det = 0.0 if volume is None else float(volume.sum())
+    log_det = float(change.log_det({})[1].sum())
     log_std = 0.5 * math.log(weight / float(change.curvature.mean()))
     at_zero = float(graph.value(zeros, change.loss)) / weight
     left = (at_zero + log_det) / int(change.mapped.sum())
@@ -264,11 +263,9 @@ def _constant(audit: StepAudit, change: Change, weight: float) -> None:
     noise = [d for d in graph.draws("random") if d.id in above and d.floating]
     if len(noise) != 1 or _levels(graph, audit.loss, noise[0]) is None:
         return
-    volume = change.volume({}, start=noise[0].id)
-    if volume is None:
-        return
+    log_det = change.log_det({}, start=noise[0].id)[1]
     square = sum(float((t**2).sum()) for t in change.v.values()) / 2
-    left = float(graph.get(audit.loss)) / weight - square + float(volume.sum())
+    left = float(graph.get(audit.loss)) / weight - square + float(log_det.sum())
     left /= int(change.mapped.sum())
     if min(abs(left), abs(left - 0.5 * math.log(2 * math.pi))) > 1e-4:
         audit.warn("dequantisation", "step constant", where=change.where, offset=left
