@@ -83,14 +83,13 @@ def _is_only(change: Change) -> bool:
     """Whether a loss is of the data x alone, and compares nothing with data or noise."""
     graph = change.graph
     live = graph.upstream([change.loss])
-    own = graph.upstream([change.x])
-    after = graph.downstream([change.x])
+    own, after = graph.upstream([change.x]), graph.downstream([change.x])
     if any(graph[i].kind in ("data", "gaussian") and i not in own for i in live):
         return False
     nodes = [n for n in graph.nodes if live.intersection(n.outs)]
-    compared = [squared(graph, n, after) for n in nodes]
-    return not any(n.name in LOSSES for n in nodes) and not any(
-        i is not None and is_residual(graph, i, after) for i in compared
+    errors = [i for n in nodes if (i := squared(graph, n, after)) is not None]
+    return not (
+        any(n.name in LOSSES for n in nodes) or any(is_residual(graph, i, after) for i in errors)
     )
 
 
@@ -278,20 +277,13 @@ def _constant(audit: StepAudit, change: Change, weight: float) -> None:
 def _inputs(graph: Graph, loss: int) -> list[int]:
     """Values of data alone that a map with parameters begins with, earliest first."""
     live = graph.upstream([loss])
-    found = []
-    for v in graph.values:
-        if v.id not in live or not v.floating or v.numel < 2 or v.origin != Origin.DATA:
-            continue
-        if v.draws and v.node is None:
-            continue
-        first = v.node is None or not any(
-            graph[i].origin == Origin.DATA and graph[i].floating for i in v.node.ins
-        )
-        begins = any(graph[o].origin & Origin.PARAMETERS for n in v.users for o in n.outs)
-        if (
-            first
-            or begins
-            or any(graph[i].kind == "random" for i in (v.node.ins if v.node else ()))
-        ):
-            found.append(v.id)
-    return found
+
+    def begins(v: Value) -> bool:
+        given = [graph[i] for i in v.node.ins] if v.node is not None else []
+        noisy = any(u.kind == "random" for u in given)
+        later = any(u.origin == Origin.DATA and u.floating for u in given)
+        mapped = any(graph[o].origin & Origin.PARAMETERS for n in v.users for o in n.outs)
+        return noisy or mapped or not later
+
+    data = (v for v in graph.values if v.id in live and v.floating and v.origin == Origin.DATA)
+    return [v.id for v in data if v.numel > 1 and begins(v)]
