@@ -273,8 +273,8 @@ def measure(
         if mapped.any() and volume.isfinite().all() and rest.isfinite().all():
             return Change(
                 **vars(found), rest=rest[1:] - rest[0], volume=volume[1:] - volume[0],
-                places=[p.get(x, base) for p in places], mapped=mapped, curvature=curvature[mapped],
-                quadratic=quadratic,
+                places=[p.get(x, base) for p in places], mapped=mapped,
+                curvature=curvature[mapped], quadratic=quadratic,
             )  # fmt: skip
     return None
 
