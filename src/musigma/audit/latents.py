@@ -356,21 +356,30 @@ def _begins_decoder(graph: Graph, node: Node, after_z: set[int]) -> bool:
     return weights or (node.name in PRODUCTS and (data or pairs))
 
 
-def meetings(graph: Graph, latents: list[Latent], loss: int) -> list[tuple[Node, int, int]]:
-    """Where what is decoded meets data: operations, with the decoded value and the data's."""
+def meetings(graph: Graph, latents: list[Latent], loss: int) -> list[tuple[int, int]]:
+    """Values that are decoded, each with the data that an operation compares it with."""
     own = {i for latent in latents for i in (latent.z, *latent.heads)}
     after = graph.downstream(own)
     live = graph.upstream([loss])
     found = []
     for node in graph.nodes:
-        if not live.intersection(node.outs):
+        if not live.intersection(node.outs) or node.name in (*SELECTIONS, *PRODUCTS):
             continue
-        raw = [i for i in node.ins if i not in after and graph[i].origin & Origin.DATA]
-        raw = [i for i in raw if graph[i].numel > 1]
         decoded = [i for i in node.ins if i in after]
-        fronts = frontier(graph, decoded, own)
-        if raw and decoded and own.intersection(fronts):
-            continue  # a prior that depends on data
-        if raw and decoded and node.name not in (*SELECTIONS, *PRODUCTS):
-            found.append((node, decoded[0], raw[0]))
+        data = [i for i in node.ins if i not in after and graph[i].origin & Origin.DATA]
+        data = [i for i in data if graph[i].numel > 1]
+        if not (data and decoded) or own.intersection(frontier(graph, decoded, own)):
+            continue  # of these, the heads meet data in a prior
+        found.append((decoded[0], _root(graph, data[0])))
     return found
+
+
+def _root(graph: Graph, data: int) -> int:
+    """The data that a value repeats, expands or reshapes."""
+    node = graph[data].node
+    while node is not None and node.view and len(set(node.ins)) == 1:
+        if graph[node.ins[0]].numel > graph[data].numel:
+            break
+        data = node.ins[0]
+        node = graph[data].node
+    return data

@@ -123,16 +123,13 @@ class StepAudit(ReportBuilder):
                 if graph.hosts:
                     self.warn("host_random", source=" and ".join(graph.hosts))
             return
-        seen: Counter[str] = Counter()
-        for latent in latents:
-            seen[latent.where] += 1
-            if seen[latent.where] > PER_LINE:
-                continue
-            try:
-                judge_latent(self, latent, latents)
-            except FAILURES as error:
-                self.missing.append(_failed(f"the KL of z{at(latent.where)}", error))
-        for where, count in seen.items():
+        lines = Counter(latent.where for latent in latents)
+        for where, count in lines.items():
+            for latent in [latent for latent in latents if latent.where == where][:PER_LINE]:
+                try:
+                    judge_latent(self, latent, latents)
+                except FAILURES as error:
+                    self.missing.append(_failed(f"the KL of z{at(where)}", error))
             if count > PER_LINE:
                 self.missing.append(
                     f"the KL of {count - PER_LINE} further draws{at(where)}: only the first "

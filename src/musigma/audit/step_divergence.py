@@ -27,7 +27,6 @@ from musigma.audit.step_weight import (
     effective_beta,
     mixed_examples,
     reconstruction_slopes,
-    root_of,
 )
 
 if TYPE_CHECKING:
@@ -389,7 +388,7 @@ def _half_batch(on: Subject, weight: float) -> tuple[int, int, float] | None:
     """
     graph, latents = on.graph, on.latents
     met = meetings(graph, latents, on.loss)
-    shape = graph[root_of(graph, met[0][2])].shape if met else ()
+    shape = graph[met[0][1]].shape if met else ()
     rows = shape[0] if shape else 0
     tensors = [
         v.source

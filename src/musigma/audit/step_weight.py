@@ -10,7 +10,7 @@ from torch import Tensor
 from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent, frontier, meetings
 
-__all__ = ["Beta", "effective_beta", "mixed_examples", "reconstruction_slopes", "root_of"]
+__all__ = ["Beta", "effective_beta", "mixed_examples", "reconstruction_slopes"]
 
 SQUARED = "a Gaussian likelihood with variance 1"
 BERNOULLI = "a Bernoulli likelihood"
@@ -55,11 +55,8 @@ def effective_beta(
     met = meetings(graph, latents, loss)
     if not met and (k := _of_events(graph, latents, loss)) is not None:
         return Beta(abs(weight / k), EVENTS, "", False)
-    roots = [root_of(graph, raw) for _, _, raw in met]
-    for root in dict.fromkeys(roots):
-        if not graph[root].floating:
-            continue
-        decoded = [d for (_, d, _), r in zip(met, roots, strict=True) if r == root]
+    for root in dict.fromkeys(root for _, root in met if graph[root].floating):
+        decoded = [d for d, r in met if r == root]
         k = _weight_of(graph, latents, loss, frontier(graph, decoded), root)
         if k is None:
             continue
@@ -78,14 +75,13 @@ def reconstruction_slopes(graph: Graph, latents: list[Latent], loss: int) -> lis
     Whatever the reconstruction, it is multiplied by what its weight is multiplied by.
     """
     met = meetings(graph, latents, loss)
-    fronts = frontier(graph, [d for _, d, _ in met])
+    fronts = frontier(graph, [d for d, _ in met])
     own = {i for latent in latents for i in (latent.z, *latent.heads)}
     fronts = [i for i in fronts if i not in own and graph[i].node is not None]
     if not fronts:
         return []
     over = {i: graph.get(i) for i in own}
-    roots = [root_of(graph, raw) for _, _, raw in met]
-    over |= {r: torch.full_like(graph.get(r), 0.7) for r in roots if graph[r].floating}
+    over |= {r: torch.full_like(graph.get(r), 0.7) for _, r in met if graph[r].floating}
     leaves = {i: torch.full_like(graph.get(i), 0.3).requires_grad_() for i in fronts}
     try:
         value = graph.run({**over, **leaves}, [loss])[loss].sum()
@@ -95,17 +91,6 @@ def reconstruction_slopes(graph: Graph, latents: list[Latent], loss: int) -> lis
         return []
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     return [0.0 if g is None else float(g.abs().max()) for g in found]
-
-
-def root_of(graph: Graph, raw: int) -> int:
-    """The data that a value repeats, expands or reshapes."""
-    node = graph[raw].node
-    while node is not None and node.view and len(set(node.ins)) == 1:
-        if graph[node.ins[0]].numel > graph[raw].numel:
-            break
-        raw = node.ins[0]
-        node = graph[raw].node
-    return raw
 
 
 def _explain(beta: float, x: int, z: int, b: int) -> str:
@@ -245,8 +230,8 @@ def _scale_is_learned(graph: Graph, held: dict[int, Tensor], loss: int, raw: int
 def mixed_examples(graph: Graph, latents: list[Latent], loss: int) -> str | None:
     """The line of a log-sum-exp over the examples of a batch; None if there is none."""
     met = meetings(graph, latents, loss)
-    shapes = [graph[root_of(graph, raw)].shape for _, _, raw in met]
-    rows = shapes[0][0] if shapes and shapes[0] else 1
+    shape = graph[met[0][1]].shape if met else ()
+    rows = shape[0] if shape else 1
     live = graph.upstream([loss])
     for node in graph.nodes:
         if node.name == "logsumexp" and live.intersection(node.outs):
