@@ -26,6 +26,7 @@ from musigma.audit.sandbox import Sandbox
 from musigma.audit.step import StepAudit, examine
 from musigma.audit.step_kl import Fit, View, fit_moments
 from musigma.audit.vae_step import Moments, Parts, Prior
+from musigma.testing import jacobian
 
 __all__ = ["audit_vae"]
 
@@ -286,11 +287,8 @@ def _check_flow(audit: StepAudit, parts: Parts) -> bool:
         return True
     z = torch.randn(4, *parts.latent, generator=torch.Generator().manual_seed(6))
     stated = parts.pushed(z)[1].detach().expand(4)
-    jacobians = [
-        torch.autograd.functional.jacobian(lambda row: parts.pushed(row)[0], row[None])
-        for row in z
-    ]
-    true = torch.linalg.slogdet(torch.stack([j.reshape(d, d) for j in jacobians]).double())[1]
+    slopes = jacobian(lambda z: parts.pushed(z)[0].flatten(1), z)
+    true = torch.linalg.slogdet(slopes.reshape(-1, d, d).double())[1]
     off = (true - stated).abs() / (1 + true.abs())
     w = int(off.argmax())
     if off[w] > 1e-3:
