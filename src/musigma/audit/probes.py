@@ -13,7 +13,7 @@ from torch import Tensor
 from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent
 
-__all__ = ["Over", "Prober", "Probes", "gradient", "packing", "patterns"]
+__all__ = ["Over", "Prober", "Probes", "gradient", "moments", "packing", "patterns"]
 
 TRIALS = 7
 MOST_COLUMNS = 64  # of a covariance
@@ -21,7 +21,7 @@ MOST_COLUMNS = 64  # of a covariance
 Over = Mapping[int, Tensor]
 
 
-def _moments(graph: Graph, latent: Latent, over: Over) -> list[Tensor] | None:
+def moments(graph: Graph, latent: Latent, over: Over) -> list[Tensor] | None:
     """The sums of mean^2 / 2, mean, sigma^2 / 2 and log sigma; of matrices, in their terms."""
     if latent.diagonal:
         mean, sigma = latent.moments(graph, over)
@@ -162,12 +162,14 @@ class Prober:
         held: Over,
         value: Callable[[Tensor], Tensor],
         by_draws: bool = False,
+        place: Over | None = None,
     ) -> Tensor:
         """The entries of the heads in which the step stops a part of a value's gradient.
 
-        By draws, the gradient is averaged: log q may be taken of stopped parameters.
+        By draws, the gradient is averaged: log q may be taken of stopped parameters. With
+        `place`, they are the entries of these values.
         """
-        place = self.places[0]
+        place = self.places[0] if place is None else place
         noises = patterns(self.graph, self.latent) if by_draws else [{}]
         found = []
         for stops in (False, True):
@@ -221,7 +223,7 @@ class Prober:
         return place
 
     def _moments(self, place: dict[int, Tensor]) -> Tensor | None:
-        values = _moments(self.graph, self.latent, {**self.fixed, **place})
+        values = moments(self.graph, self.latent, {**self.fixed, **place})
         if values is None or not all(v.isfinite() for v in values):
             return None
         if self.latent.diagonal:

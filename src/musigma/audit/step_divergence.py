@@ -22,7 +22,7 @@ from musigma.audit.step_posterior_flow import (
     judge_posterior_flow,
     layers_before_prior,
 )
-from musigma.audit.step_prior import kl_offset, log_normalizer, prior_error
+from musigma.audit.step_prior import is_stopped_in_part, kl_offset, log_normalizer, prior_error
 from musigma.audit.step_weight import (
     effective_beta,
     mixed_examples,
@@ -141,6 +141,9 @@ class KL(Divergence):
                        f"the loss is off by {error.size:.2g} of the change of a KL: the prior may "
                        "be a mixture, or be used elsewhere too")  # fmt: skip
             return
+        if audit.differentiable and is_stopped_in_part(on.graph, latent, self.view):
+            on.missing("the gradient of the KL", self.where, "a part of it does not reach the "
+                       "prior's own mean and width; a stop that is meant, or a fault")  # fmt: skip
         moved = "" if error is None else ", in which the loss is that KL as well"
         how = "by draws" if self.view.by_draws else "in closed form"
         audit.checked.append(

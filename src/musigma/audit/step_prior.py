@@ -13,11 +13,11 @@ from torch import Tensor
 from musigma.audit.density import integral
 from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import REDUCTIONS, Latent, frontier
-from musigma.audit.probes import Over, Prober, gradient, patterns
+from musigma.audit.probes import Over, Prober, gradient, moments, patterns
 from musigma.audit.scales import READINGS
 from musigma.audit.step_kl import NEAR, View, fit_moments, is_linear
 
-__all__ = ["kl_offset", "log_normalizer", "prior_error"]
+__all__ = ["is_stopped_in_part", "kl_offset", "log_normalizer", "prior_error"]
 
 MOST_DIMENSIONS = 32  # of an integral
 MOST_EXAMPLES = 8  # of which each has a prior of its own
@@ -278,13 +278,32 @@ def kl_offset(graph: Graph, latent: Latent, view: View) -> float | None:
     if own is None or any(graph[i].kind == "parameter" for i in own.beside(known)):
         return None  # or there is more in it, such as the KL of another latent
     noises = patterns(graph, latent) if view.by_draws else [{}]
+    seen = [(kl.places[0], float(kl.values[0]), float(kl.weights.sum())) for kl in found]
+    if not latent.diagonal and view.fit.is_standard and not view.by_draws:
+        place = {**view.prober.fixed, **view.prober.places[0]}
+        with torch.no_grad():
+            square, _, variance, log = moments(graph, latent, place) or [math.nan] * 4
+        n, w = graph[latent.z].numel, view.fit.weight / view.fit.copies
+        seen = [(place, w * float(square + variance - log - n / 2), w * n)]
     offsets = []
-    for kl in found:
-        got = [float(own.value({**kl.places[0], **noise}).detach()) for noise in noises]
-        offsets.append((sum(got) / len(got) - float(kl.values[0])) / float(kl.weights.sum()))
+    for place, value, weight in seen:
+        got = [float(own.value({**place, **noise}).detach()) for noise in noises]
+        offsets.append((sum(got) / len(got) - value) / weight)
     if not offsets or max(offsets) - min(offsets) > 1e-4:
         return None
     return offsets[0]
+
+
+def is_stopped_in_part(graph: Graph, latent: Latent, view: View) -> bool:
+    """Whether the step stops a part of the gradient in heads of the prior that get another."""
+    own = graph.connected([view.target]).intersection(
+        _prior_heads(graph, latent, view.target, view)
+    )
+    place = {i: graph.get(i).clone().requires_grad_() for i in sorted(own)}
+    if not place:
+        return False
+    stopped = view.prober.stopped(view.target, view.held, torch.sum, view.by_draws, place)
+    return bool(stopped.any())
 
 
 # --- the integral of a prior --------------------------------------------------------------------
