@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["READINGS", "Curve", "Reading", "crossings", "name_curve"]
+__all__ = ["READINGS", "Curve", "Reading", "name_curve"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -85,7 +85,6 @@ class Curve:
         bounds: Smallest and largest standard deviation; None where there is no bound.
         raw_bounds: The b at which the bounds begin.
         more: Further parameters of g: offset, slope.
-        error: The largest relative difference from the measurement.
     """
 
     name: str
@@ -96,7 +95,6 @@ class Curve:
     bounds: Bounds = NONE
     raw_bounds: Bounds = NONE
     more: dict[str, float] = field(default_factory=dict)
-    error: float = math.inf
 
     @property
     def named(self) -> bool:
@@ -164,7 +162,7 @@ def _ends(bounds: Bounds, lowest: str) -> list[str]:
     return [o if v is None else f"{v + 0.0:.4g}" for v, o in zip(bounds, otherwise, strict=True)]
 
 
-def crossings(curve: Function, b: Tensor, level: float) -> list[float]:
+def _crossings(curve: Function, b: Tensor, level: float) -> list[float]:
     """The points at which a function reaches a level, where b (n,) encloses each."""
 
     def above(t: Tensor) -> Tensor:
@@ -182,9 +180,7 @@ def crossings(curve: Function, b: Tensor, level: float) -> list[float]:
     return found
 
 
-def name_curve(
-    b: Tensor, sigma: Tensor, tolerance: float = 1e-6, scale_error: float = 0.0
-) -> Curve:
+def name_curve(b: Tensor, sigma: Tensor, tolerance: float = 1e-6) -> Curve:
     """Name a measured curve sigma(b).
 
     Args:
@@ -192,7 +188,6 @@ def name_curve(
             around 0.
         sigma: The standard deviation (n,) at each, not negative.
         tolerance: Relative error of ratios of sigma.
-        scale_error: Relative error of the scale that all of sigma share.
 
     Returns:
         The curve of the simplest reading within the tolerance; one named "unnamed", which
@@ -206,24 +201,23 @@ def name_curve(
     spread = float(sigma.max() / sigma.min().clamp(min=1e-300))
     if spread < 1 + 3 * tolerance:
         level = float(sigma.median())
-        k = 1.0 if abs(level - 1) <= scale_error + tolerance else level
-        return Curve("unit variance", torch.ones_like, k, error=spread - 1)
+        k = 1.0 if abs(level - 1) <= tolerance else level
+        return Curve("unit variance", torch.ones_like, k)
     fits: list[Curve] = []
     for name, reading in READINGS.items():
         if name == "unit variance" or (name == "signed std" and (b[0] >= 0 or b[-1] <= 0)):
             continue
         for curve in _fits(name, reading.sigma, b, sigma, tolerance):
             k = curve.noise_scale
-            if abs(k - 1) <= scale_error + tolerance:
+            if abs(k - 1) <= tolerance:
                 fits.append(replace(curve, noise_scale=1.0, floor=curve.floor / k))
             elif not name.startswith("sigmoid"):  # those have two bounds: see _families
                 fits.append(curve)
     if fits:
         return min(fits, key=lambda c: (c.noise_scale != 1, not c.plain, c.floor > 0))
     for curve in _families(b, sigma):
-        error = _relative_error(curve, b, sigma)
-        if error <= 10 * tolerance:
-            return replace(curve, error=error)
+        if _relative_error(curve, b, sigma) <= 10 * tolerance:
+            return curve
     return Curve("unnamed", lambda t: torch.as_tensor(np.interp(t, b, sigma)))
 
 
@@ -266,11 +260,10 @@ def _fits(name: str, g: Function, b: Tensor, sigma: Tensor, tolerance: float) ->
         if low is not None and low <= f * (1 + 1e-6 + 3 * tolerance):
             low = None  # the floor, not a bound
         bounded = replace(curve, bounds=(low, high))
-        error = _relative_error(bounded, b, sigma)
-        if error <= 3 * tolerance:
+        if _relative_error(bounded, b, sigma) <= 3 * tolerance:
             raw = [None if v is None else _only(crossings(curve.sigma, b, v)) for v in (low, high)]
             start, end = raw if shape[0] <= shape[-1] else reversed(raw)
-            yield replace(bounded, raw_bounds=(start, end), error=error)
+            yield replace(bounded, raw_bounds=(start, end))
 
 
 def _plateau(sigma: Tensor, tolerance: float) -> int:

@@ -48,7 +48,7 @@ class Parts:
         self.layer: list[nn.Parameter] = []
         self.units = torch.eye(self.rows)
         generator = torch.Generator().manual_seed(1)
-        self.weights = torch.randn(4096, 11, generator=generator) / 8
+        self.weights = nn.Parameter(torch.randn(4096, 11, generator=generator) / 8)
         self.target = torch.randn(max(self.rows, ROWS), 11, generator=generator)
         if not self.has("sample"):
             return
