@@ -261,7 +261,9 @@ def _fits(name: str, g: Function, b: Tensor, sigma: Tensor, tolerance: float) ->
             low = None  # the floor, not a bound
         bounded = replace(curve, bounds=(low, high))
         if _relative_error(bounded, b, sigma) <= 3 * tolerance:
-            raw = [None if v is None else _only(crossings(curve.sigma, b, v)) for v in (low, high)]
+            raw = [
+                None if v is None else _only(_crossings(curve.sigma, b, v)) for v in (low, high)
+            ]
             start, end = raw if shape[0] <= shape[-1] else reversed(raw)
             yield replace(bounded, raw_bounds=(start, end))
 
