@@ -400,7 +400,8 @@ def mixture_prior():
     return Built(step, (encode, decode, prior, x))
 
 
-def vamp(offset):
+def vamp(log_weights):
+    """The step with a VampPrior of four components, by their log weights."""
     encode, decode, x = Encoder(), decoder(), data()
     pseudo = nn.Parameter(torch.rand(4, D))
 
@@ -411,7 +412,7 @@ def vamp(offset):
         mu, log_var = encode(x)
         z = mu + (0.5 * log_var).exp() * torch.randn_like(mu)  # draw
         m, s = encode(pseudo)
-        log_p = torch.logsumexp(log_normal(z.unsqueeze(1), m, s), 1) - offset  # kl
+        log_p = torch.logsumexp(log_normal(z.unsqueeze(1), m, s) + log_weights(), 1)  # kl
         kl = log_normal(z, mu, log_var) - log_p  # kl
         return (bce(decode(z), x) + kl.sum()) / B
 
@@ -420,7 +421,13 @@ def vamp(offset):
 
 @entry("correct")
 def vamp_prior():
-    return vamp(math.log(4))
+    return vamp(lambda: torch.tensor(-math.log(4)))
+
+
+@entry("correct")
+def vamp_prior_of_learned_weights():
+    logits = nn.Parameter(torch.randn(4))
+    return vamp(lambda: logits.softmax(0).log())
 
 
 @entry("correct")

@@ -30,6 +30,20 @@ def log_std_scored_as_log_var():
     return vae(lambda mu, b: mu + b.exp() * torch.randn_like(mu), kl_log_var, bce)
 
 
+@entry("bug", "kl_mismatch")
+def log_var_that_no_draw_uses():
+    return vae(lambda mu, b: mu + torch.randn_like(mu), kl_log_var, bce)
+
+
+@entry("correct")
+def output_that_no_draw_and_no_kl_uses():
+    return vae(
+        lambda mu, b: mu + torch.randn_like(mu),
+        lambda mu, b: 0.5 * (mu**2).sum() + 1e-3 * (b**2).sum(),
+        bce,
+    )
+
+
 @entry("bug", "kl_mismatch", convention="log_var")
 def log_var_scored_as_log_std():
     return vae(half, lambda mu, b: (0.5 * (mu**2 + (2 * b).exp() - 1) - b).sum(), sse)
@@ -246,7 +260,7 @@ def full_covariance_without_its_logdet():
     return Built(step, (net, x))
 
 
-@entry("bug|incomplete", "kl_mismatch")
+@entry("bug", "kl_mismatch")
 def full_covariance_scored_by_its_diagonal():
     net, x = Full(), data()
 
@@ -483,7 +497,13 @@ def half_forgotten_in_the_kl_to_a_learned_prior():
 
 @entry("warning|incomplete|bug")
 def vamp_prior_of_weights_that_sum_to_four():
-    return vamp(0.0)
+    return vamp(lambda: torch.tensor(0.0))
+
+
+@entry("warning|incomplete|bug", "kl_offset")
+def vamp_prior_of_exponentials_that_are_not_normalized():
+    log_w = nn.Parameter(torch.randn(4))
+    return vamp(lambda: log_w)
 
 
 @entry("bug", "kl_mismatch")
@@ -551,6 +571,41 @@ def importance_weights_over_the_batch():
     return importance(
         lambda log_x, log_p, log_q: -torch.logsumexp(log_x + log_p - log_q, 1).mean()
     )
+
+
+@entry("bug", "iw_gradient")
+def importance_weights_that_are_not_detached():
+    def combine(log_x, log_p, log_q):
+        log_w = log_x + log_p - log_q
+        return -(log_w.softmax(0) * log_w).sum(0).mean()
+
+    return importance(combine)
+
+
+@entry("correct")
+def importance_weights_that_are_detached():
+    def combine(log_x, log_p, log_q):
+        log_w = log_x + log_p - log_q
+        return -(log_w.softmax(0).detach() * log_w).sum(0).mean()
+
+    return importance(combine)
+
+
+@entry("correct|incomplete")
+def squares_of_importance_weights():
+    def combine(log_x, log_p, log_q):
+        log_w = log_x + log_p - log_q
+        return -(log_w.softmax(0).detach() ** 2 * log_w).sum(0).mean()
+
+    return importance(combine)
+
+
+@entry("correct|incomplete")
+def renyi_bound():
+    def combine(log_x, log_p, log_q):
+        return -torch.logsumexp(0.5 * (log_x + log_p - log_q), 0).mean() / 0.5
+
+    return importance(combine)
 
 
 # --- Bayes by backprop ---------------------------------------------------------------------------

@@ -33,15 +33,8 @@ def judge(name: str, seed: int) -> None:
     report.to_json()
 
 
-OPEN = {"kl_of_the_diagonal_only"}
-CASES = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name in OPEN else name
-    for name in ENTRIES
-]
-
-
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_corpus(name, seed):
     judge(name, seed)
 

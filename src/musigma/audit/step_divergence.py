@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,11 +22,18 @@ from musigma.audit.step_posterior_flow import (
     judge_posterior_flow,
     layers_before_prior,
 )
-from musigma.audit.step_prior import is_stopped_in_part, kl_offset, log_normalizer, prior_error
+from musigma.audit.step_prior import (
+    is_stopped_in_part,
+    kl_offset,
+    log_normalizer,
+    prior_error,
+    prior_heads,
+)
 from musigma.audit.step_weight import (
     effective_beta,
     mixed_examples,
     reconstruction_slopes,
+    slope_in_log_weights,
 )
 
 if TYPE_CHECKING:
@@ -120,6 +127,9 @@ class KL(Divergence):
                            "not by what is compared with data; this is not the log-determinant of "
                            "a flow that is understood")  # fmt: skip
             return
+        if not fit.scale.numel() and (read := self._reading_unused(on)):
+            audit.bug("kl_mismatch", "step unused", where=self.where, read=read)
+            return
         offset = kl_offset(on.graph, latent, self.view)
         steady = _steady(*fit.prior)
         prior = "N(0, 1)" if fit.is_standard else _name_of_prior(*fit.prior)
@@ -153,6 +163,18 @@ class KL(Divergence):
         self.compare_weight(on)
 
     of_what = ""
+
+    def _reading_unused(self, on: Subject) -> str | None:
+        """The reading of an output that no draw uses, where sigma is a constant."""
+        view = self.view
+        for i in prior_heads(on.graph, on.latent, on.loss, view):
+            unused = not any(latent.z in on.graph.downstream([i]) for latent in on.latents)
+            prober = Prober(on.graph, on.latent, (*view.heads, i))
+            if unused and prober.usable:
+                read = replace(view, prober=prober).reading()
+                if read is not None:
+                    return read
+        return None
 
     def _is_slip(self, offset: float | None) -> bool:
         """Whether the prior is one that nobody writes: N(0, 2) or N(0, 1/2)."""
@@ -192,7 +214,15 @@ class KLInLogWeights(KL):
                        "their log-sum-exp is over the examples as well")  # fmt: skip
 
     def compare_weight(self, on: Subject) -> None:
-        pass  # the bound is of another form
+        log_w = self.view.target
+        if not on.audit.differentiable or on.graph[log_w].numel == 1:
+            return
+        slope = slope_in_log_weights(on.graph, on.latent, on.loss, log_w)
+        if slope == "undetached":
+            on.audit.bug("iw_gradient", "step", where=self.where)
+        elif slope is None:
+            on.missing("the importance weights", self.where, "the gradient that reaches the "
+                       "decoder is not that of an importance-weighted bound")  # fmt: skip
 
     def stopped(self, on: Subject, prober: Prober) -> Tensor:
         return _cut_off(on, self, prober)
@@ -280,6 +310,8 @@ class Wrong(Divergence):
         elif self.read_as is not None:
             audit.bug("kl_mismatch", "step noise", where=where, read=self.read_as,
                       sampled=curve.text if curve is not None else "another function")  # fmt: skip
+        elif fit.of_diagonal:
+            audit.bug("kl_mismatch", "step diagonal", where=where)
         elif fit.residual < NEAR and fit.mean.numel() and fit.scale.numel():
             a, c, d = fit.typical
             audit.bug("kl_mismatch", "step coefficients", where=where, a=a, c=c, d=d)

@@ -100,6 +100,12 @@ class Fit:
         return _same(a.min(), c.min()) and _same(a.max(), c.max())
 
     @property
+    def of_diagonal(self) -> bool:
+        """Whether it is a KL in the entries of a factor L that move log det L, without others."""
+        others = self.scale[1].isnan() & (self.scale[0].abs() <= _zero(self.scale[0]))
+        return bool(others.any()) and replace(self, scale=self.scale[:, ~others]).is_kl
+
+    @property
     def prior(self) -> tuple[Tensor, Tensor]:
         """Means, and standard deviations, of the prior, by entry."""
         known = self.scale[:, -self.scale[1] > _zero(self.scale[1])]
@@ -316,15 +322,16 @@ class View:
         return scored.additive and not scored.flat and not scored.fit.is_kl
 
     def reading(self) -> str | None:
-        """The reading of the second head of which it is the KL."""
+        """The reading of the second head, which may move nothing, of which it is the KL."""
         p = self.probes
-        if p is None or not p.moving[1].any():
+        if p is None:
             return None
         means, scales = p.moving
+        scales = scales if scales.any() else ~means
         means, scales = means & ~scales, scales & ~means
         near, loss = NEAR * self.fit.size, self.sign * p.loss
         squares, error = _solve(p.moments[:2][:, :, means], loss[:, means])
-        if not means.any() or error > near:
+        if not (means.any() and scales.any()) or error > near:
             return None
         weight = float(squares[0].median())
         if weight <= 0 or not _same(squares[0], squares[0].median()):

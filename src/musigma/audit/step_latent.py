@@ -310,7 +310,7 @@ def _not_judged(search: Search) -> Divergence | None:
             lambda: not exact and bool(graph.upstream(search.data).intersection(search.mixed)),
         "a part of it is clamped": lambda: view.by_draws and view.clamped,
         "no function of the entries of mean and sigma by themselves":
-            lambda: not (view.additive or view.misscored),
+            lambda: not (view.additive or view.misscored or view.fit.of_diagonal),
     }  # fmt: skip
     why = next((text for text, holds_true in reasons.items() if holds_true()), None)
     return Unknown(view, why=why) if why is not None else None

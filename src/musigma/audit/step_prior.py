@@ -17,7 +17,7 @@ from musigma.audit.probes import Over, Prober, gradient, moments, patterns
 from musigma.audit.scales import READINGS
 from musigma.audit.step_kl import NEAR, View, fit_moments, is_linear
 
-__all__ = ["is_stopped_in_part", "kl_offset", "log_normalizer", "prior_error"]
+__all__ = ["is_stopped_in_part", "kl_offset", "log_normalizer", "prior_error", "prior_heads"]
 
 MOST_DIMENSIONS = 32  # of an integral
 MOST_EXAMPLES = 8  # of which each has a prior of its own
@@ -98,7 +98,7 @@ def _to_priors(
 
     Nothing is seen if the prior has no heads, or if more than the prior changes.
     """
-    own = _prior_heads(graph, latent, loss, d)
+    own = prior_heads(graph, latent, loss, d)
     heads = [{i: graph.get(i) for i in own}]
     generator = torch.Generator().manual_seed(29)
     for _ in range(times if own else 0):
@@ -172,7 +172,7 @@ def _by_latent(coefficients: Tensor, entries: Tensor, n: int) -> Tensor | None:
     return found if torch.allclose(found[:, entries], coefficients, rtol=1e-3) else None
 
 
-def _prior_heads(graph: Graph, latent: Latent, loss: int, d: View) -> list[int]:
+def prior_heads(graph: Graph, latent: Latent, loss: int, d: View) -> list[int]:
     """The values by layers, or parameters, that meet the heads of q entry by entry.
 
     Not those that the heads of q are computed from: they belong to the latents before it.
@@ -196,7 +196,11 @@ def _prior_heads(graph: Graph, latent: Latent, loss: int, d: View) -> list[int]:
             todo += [o for o in outs if o not in region]
             region.update(outs)
     sides = [i for i in dict.fromkeys(sides) if graph[i].origin & Origin.PARAMETERS]
-    found = [i for i in frontier(graph, sides, stops=own | set(d.held)) if i not in before]
+    found = frontier(graph, sides, stops=own | set(d.held))
+    while sums := {i: n for i in found if (n := graph[i].node) and n.name in REDUCTIONS}:
+        given = [j for n in sums.values() for j in n.ins]  # of weights, say, that sum to one
+        found = [*(set(found) - set(sums)), *frontier(graph, given, own | set(d.held))]
+    found = [i for i in dict.fromkeys(found) if i not in before]
     return [i for i in found if _meets(graph, d, i, met)]
 
 
@@ -297,7 +301,7 @@ def kl_offset(graph: Graph, latent: Latent, view: View) -> float | None:
 def is_stopped_in_part(graph: Graph, latent: Latent, view: View) -> bool:
     """Whether the step stops a part of the gradient in heads of the prior that get another."""
     own = graph.connected([view.target]).intersection(
-        _prior_heads(graph, latent, view.target, view)
+        prior_heads(graph, latent, view.target, view)
     )
     place = {i: graph.get(i).clone().requires_grad_() for i in sorted(own)}
     if not place:
@@ -443,7 +447,7 @@ def log_normalizer(graph: Graph, latent: Latent, view: View) -> tuple[float, flo
     log_q = view.log_q
     if log_q is None or (latent.siblings and not log_q.drawn):
         return None
-    heads = _prior_heads(graph, latent, view.target, view)
+    heads = prior_heads(graph, latent, view.target, view)
     own = [latent.z, *latent.heads, *latent.draws, *heads]
     own += [i for pair in latent.siblings for i in pair]
     terms = _Own.of(view, own)

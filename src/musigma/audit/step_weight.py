@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from musigma.audit.graph import Graph
-from musigma.audit.latents import Latent, frontier, meetings
+from musigma.audit.latents import Latent, frontier, holds, meetings
+from musigma.audit.probes import gradient
 
-__all__ = ["Beta", "effective_beta", "mixed_examples", "reconstruction_slopes"]
+__all__ = [
+    "Beta",
+    "effective_beta",
+    "mixed_examples",
+    "reconstruction_slopes",
+    "slope_in_log_weights",
+]
 
 SQUARED = "a Gaussian likelihood with variance 1"
 BERNOULLI = "a Bernoulli likelihood"
@@ -239,4 +246,25 @@ def mixed_examples(graph: Graph, latents: list[Latent], loss: int) -> str | None
             mixes = graph[out].numel % rows and graph[given].numel % rows == 0
             if mixes:
                 return node.where
+    return None
+
+
+def slope_in_log_weights(graph: Graph, latent: Latent, loss: int, log_w: int) -> str | None:
+    """How a loss sends its gradient to log weights, by what reaches the decoder.
+
+    Returns:
+        "bound" for a multiple of softmax(log w), as of the log of a mean of weights;
+        "undetached" for the gradient of sum(softmax(log w) * log w); None for any other.
+    """
+    leaves = {i: t.clone().requires_grad_() for i, t in holds(graph, latent).items()}
+    found = gradient(graph.run(leaves, [loss], stops=True)[loss].sum(), leaves)
+    w = graph.run(leaves, [log_w])[log_w]
+    for axis in (k for k, size in enumerate(w.shape) if size > 1):
+        share = w.softmax(axis)
+        kinds = {"bound": share.detach(), "undetached": share}
+        for kind, weights in kinds.items():
+            expected = gradient((weights * w).sum(), leaves)
+            c = (found @ expected) / (expected @ expected)
+            if float((found - c * expected).norm()) <= 1e-5 * float(found.norm()):
+                return kind
     return None
