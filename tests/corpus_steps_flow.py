@@ -231,13 +231,14 @@ def conditional_flow():
     return Built(built.step, (*built.objects, y))
 
 
-def bits(noise_scale=1 / 256, constant=True, squeeze=True):
+def bits(noise_scale=1 / 256, constant=True, squeeze=True, draw=None):
     """Bits per dimension of pixels in 0, ..., 255, through a logit."""
+    draw = draw or (lambda: torch.rand(B, D) * noise_scale)
     pixels = torch.randint(0, 256, (B, D)).float()
     flows, alpha = nn.ModuleList([Coupling(D), Coupling(D)]), 0.05
 
     def step():
-        x = pixels / 256 + torch.rand(B, D) * noise_scale
+        x = pixels / 256 + draw()
         p = alpha + (1 - 2 * alpha) * x
         z = p.log() - (-p).log1p()
         total = -(p.log() + (-p).log1p()).sum(1)  # logdet
@@ -254,6 +255,11 @@ def bits(noise_scale=1 / 256, constant=True, squeeze=True):
 @entry("correct|warning")
 def bits_per_dimension():
     return bits()
+
+
+@entry("correct|warning")
+def dequantised_by_noise_with_bounds():
+    return bits(draw=lambda: torch.zeros(B, D).uniform_(0, 1 / 256))
 
 
 @entry("correct|incomplete")
@@ -454,6 +460,11 @@ def bits_without_the_256():
 @entry("bug|warning|incomplete", "dequantisation|bpd_wrong|kl_offset")
 def dequantised_by_too_little():
     return bits(noise_scale=0.1 / 256)
+
+
+@entry("bug", "dequantisation")
+def dequantised_by_too_little_with_bounds():
+    return bits(draw=lambda: torch.zeros(B, D).uniform_(0, 0.1 / 256))
 
 
 @entry("bug|warning|incomplete", "dequantisation|bpd_wrong|logdet_mismatch|cross_sample")

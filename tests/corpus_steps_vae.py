@@ -369,6 +369,31 @@ def prior_given_a_label():
     return Built(step, (encode, decode, prior, x, y))
 
 
+def own_categorical(read):
+    """Classes 0, ..., 3 of each pixel, as one-hot vectors times log p, and a KL by draws."""
+    encode, decode, x = Encoder(), decoder(4 * D), torch.randint(0, 4, (B, D)).float()
+
+    def step():
+        mu, b = encode(x)
+        z = mu + (0.5 * b).exp() * torch.randn_like(mu)  # draw
+        p = decode(z).view(B, D, 4).softmax(2)
+        log_likelihood = (F.one_hot(x.long(), 4) * p.clamp(1e-5, 1 - 1e-5).log()).sum((1, 2))
+        kl = Normal(mu, read(b)).log_prob(z) - Normal(0.0, 1.0).log_prob(z)  # kl
+        return -(log_likelihood - kl.sum(1)).mean()
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct", convention="log_var")
+def categorical_likelihood_of_its_own():
+    return own_categorical(lambda b: (0.5 * b).exp())
+
+
+@entry("bug", "kl_mismatch", convention="log_var")
+def categorical_likelihood_of_its_own_and_another_sigma():
+    return own_categorical(lambda b: b.exp())
+
+
 @entry("correct|warning")
 def prior_of_another_width():
     encode, decode, x = Encoder(), decoder(), data()

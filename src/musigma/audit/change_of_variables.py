@@ -304,8 +304,9 @@ def _units(graph: Graph, noise: list[int], n: int) -> list[dict[int, Tensor]]:
 
 def _penalties(graph: Graph, loss: int) -> dict[int, Tensor]:
     """The terms of a loss that are the size of parameters, as they were."""
-    found = [i for i in terms(graph, loss) if graph[i].origin == Origin.PARAMETERS]
-    return {i: graph.get(i) for i in found if (node := graph[i].node) and node.name in SIZES}
+    own = (graph[i] for i in terms(graph, loss))
+    fixed = (v for v in own if v.origin == Origin.PARAMETERS and not v.draws)
+    return {v.id: graph.get(v.id) for v in fixed if v.node and v.node.name in SIZES}
 
 
 def _batch_statistics(graph: Graph, among: set[int], rows: int) -> dict[int, Tensor]:

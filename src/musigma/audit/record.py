@@ -207,7 +207,7 @@ class _Recorder(TorchDispatchMode):
         """
         needed: set[int] = set()
         for node in reversed(self.graph.nodes):
-            inside = node.tracked and node.grads and not any(node.grads) and node.name != "normal"
+            inside = node.tracked and node.grads and not any(node.grads) and node.fn is not _affine
             if inside and needed.intersection(node.outs):
                 node.tracked = False
             if node.grads or not node.tracked:
@@ -301,7 +301,7 @@ class _Recorder(TorchDispatchMode):
     def _random(
         self, func: Any, name: str, refs: Any, args: Any, kwargs: Any, outs: Any, in_place: bool
     ) -> None:
-        """Record a random draw: Gaussian ones as standard normal noise, scaled and shifted."""
+        """Record a random draw: normal and uniform ones as standard noise, scaled and shifted."""
         if name == "native_dropout":
             mask = self._draw(outs[1], "mask")
             self._bind(outs[1], mask)
@@ -309,28 +309,21 @@ class _Recorder(TorchDispatchMode):
             dropped = self._add(_drop, flat, outs[:1], "dropout", pointwise=True)[0]
             self._bind(outs[0], dropped)
             return
-        if not name.startswith(("randn", "normal")):
-            kind: Kind = "mask" if name.startswith("bernoulli") else "random"
-            for t in outs:
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        kind, shift, scale = _law(name, given)
+        numbers = [a for a in (shift, scale) if not isinstance(a, Tensor)]
+        flat = [self._ref(a) if isinstance(a, Tensor) else a for a in (shift, scale)]
+        for t in outs:
+            if numbers == [0, 1]:
                 v = self._draw(t, kind)
-                self._written(t, v) if in_place else self._bind(t, v)
-            return
-        t, mean, std = outs[0], 0.0, 1.0
-        if name.startswith("normal"):
-            names = [a.name for a in func._schema.arguments]
-            given = dict(zip(names, args, strict=False)) | kwargs
-            mean, std = given.get("mean", 0.0), given.get("std", 1.0)
-        noise = (t.detach().double() - mean) / std
-        v = self._draw(noise if math.prod(noise.shape) else t, "gaussian")
-        tensors = [a for a in (mean, std) if isinstance(a, Tensor)]
-        if tensors or (mean, std) != (0, 1):
-            flat = [
-                Ref(v.id),
-                *(self._ref(a) if isinstance(a, Tensor) else a for a in (mean, std)),
-            ]
-            grads = (False,) * (1 + len(tensors))  # torch.normal has no gradient in its arguments
-            v = self._add(_affine, flat, [t], "normal", pointwise=True, grads=grads)[0]
-        self._written(t, v) if in_place else self._bind(t, v)
+            else:
+                noise = ((t.detach().double() - shift) / scale).nan_to_num()  # of a scale of zero
+                v = self._draw(noise, kind)
+                grads = (False,) * (3 - len(numbers))  # no gradient reaches the arguments
+                v = self._add(
+                    _affine, [Ref(v.id), *flat], [t], "draw", pointwise=True, grads=grads
+                )[0]
+            self._written(t, v) if in_place else self._bind(t, v)
 
 
 @contextlib.contextmanager
@@ -339,6 +332,18 @@ def _unrecorded() -> Iterator[None]:
 
     with _disable_current_modes():
         yield
+
+
+def _law(name: str, given: dict[str, Any]) -> tuple[Kind, Any, Any]:
+    """The kind of a draw, and the shift and the scale of its standard noise."""
+    if name.startswith("normal"):
+        return "gaussian", given.get("mean", 0.0), given.get("std", 1.0)
+    if name.startswith("uniform"):
+        low = given.get("from", 0.0)
+        return "random", low, given.get("to", 1.0) - low
+    if name.startswith("randn"):
+        return "gaussian", 0.0, 1.0
+    return "mask" if name.startswith("bernoulli") else "random", 0.0, 1.0
 
 
 def _out_of_place(func: Any) -> Any:

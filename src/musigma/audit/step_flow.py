@@ -280,7 +280,7 @@ def _inputs(graph: Graph, loss: int) -> list[int]:
 
     def begins(v: Value) -> bool:
         given = [graph[i] for i in v.node.ins] if v.node is not None else []
-        noisy = any(u.kind == "random" for u in given)
+        noisy = any(u.draws and not u.origin for u in given)
         later = any(u.origin == Origin.DATA and u.floating for u in given)
         mapped = any(graph[o].origin & Origin.PARAMETERS for n in v.users for o in n.outs)
         return noisy or mapped or not later

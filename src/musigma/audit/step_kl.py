@@ -395,7 +395,8 @@ def terms(graph: Graph, loss: int, stop: Collection[int] = ()) -> list[int]:
         if node is not None and node.name in LINEAR:
             todo += inputs
         elif node is not None and node.name in SCALED:
-            moving = [j for j in inputs if graph[j].origin or graph[j].draws]
+            moving = [j for j in node.ins if graph[j].origin or graph[j].draws]
+            moving = [j for j in moving if graph[j].floating or graph[j].numel > 1]
             scaled = len(moving) == 1 and (node.name[:3] != "div" or moving[0] == inputs[0])
             todo += moving if scaled else []
             found += [] if scaled else [i]
