@@ -404,7 +404,7 @@ def _weigh(on: Subject, d: Divergence) -> None:
             return
     if beta is None:
         audit.unchecked.append(
-            f"the weight of the KL{at(d.where)}: the reconstruction is no known likelihood; the "
+            f"the weight of the KL{at(d.where)}: no known likelihood belongs to it alone; the "
             f"KL of one latent has the weight {d.weight:.4g}"
         )
         return

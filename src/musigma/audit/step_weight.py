@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from musigma.audit.graph import Graph
+from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import Latent, frontier, holds, meetings
 from musigma.audit.probes import gradient
 
@@ -21,6 +23,9 @@ __all__ = [
 
 SQUARED = "a Gaussian likelihood with variance 1"
 BERNOULLI = "a Bernoulli likelihood"
+LAPLACE = "a Laplace likelihood with scale 1"
+CATEGORICAL = "a categorical likelihood"
+FAR = 100.0  # beyond what is decoded
 EVENTS = "the logarithms of the probabilities of events"
 
 
@@ -58,21 +63,80 @@ class Beta:
 def effective_beta(
     graph: Graph, latents: list[Latent], latent: Latent, loss: int, weight: float
 ) -> Beta | None:
-    """The effective beta, or None if the reconstruction is no known likelihood."""
-    met = meetings(graph, latents, loss)
-    if not met and (k := _of_events(graph, latents, loss)) is not None:
+    """The effective beta, or None if no known likelihood belongs to this latent alone."""
+    if not meetings(graph, latents, loss) and (k := _of_events(graph, latents, loss)) is not None:
         return Beta(abs(weight / k), EVENTS, "", False)
-    for root in dict.fromkeys(root for _, root in met if graph[root].floating):
+    found = _likelihood(graph, latents, latent, loss)
+    if found is None:
+        return None
+    rows = found.rows
+    x, z = (n // max(1, rows) for n in (found.numbers, graph[latent.z].numel))
+    beta = weight / found.weight
+    explained = _explain(abs(beta), x, z, rows)
+    return Beta(abs(beta), found.kind, explained, weight < 0 and found.weight < 0, beta < 0)
+
+
+class Likelihood(NamedTuple):
+    """A likelihood: its weight, its kind, and how many numbers of data, of how many examples."""
+
+    weight: float
+    kind: str
+    numbers: int
+    rows: int
+
+
+def _likelihood(
+    graph: Graph, latents: list[Latent], latent: Latent, loss: int
+) -> Likelihood | None:
+    """The likelihood of the data that are decoded from a latent."""
+    met = meetings(graph, latents, loss)
+    after = graph.downstream([latent.z, *(z for _, z in latent.siblings)])
+    for root in dict.fromkeys(root for d, root in met if d in after):
         decoded = [d for d, r in met if r == root]
-        k = _weight_of(graph, latents, loss, frontier(graph, decoded), root)
-        if k is None:
+        if not after.issuperset(decoded):
+            return None  # another pass, with a KL of its own, decodes the same data
+        if not graph[root].floating or any(_classes(graph, d) is not None for d in decoded):
             continue
-        value, against = k
-        rows = graph[root].shape[0] if graph[root].shape else 1
-        x, z = (graph[i].numel // max(1, rows) for i in (root, latent.z))
-        beta = weight / value
-        explained = _explain(abs(beta), x, z, rows)
-        return Beta(abs(beta), against, explained, weight < 0 and value < 0, beta < 0)
+        k = _weight_of(graph, latents, loss, decoded, root)
+        if k is not None:
+            shape = graph[root].shape
+            return Likelihood(*k, graph[root].numel, shape[0] if shape else 1)
+        if graph[root].origin == Origin.DATA:
+            return None
+    return _categorical(graph, latent, loss, after)
+
+
+def _categorical(graph: Graph, latent: Latent, loss: int, after: set[int]) -> Likelihood | None:
+    """The likelihood of one class of several, by the slopes of a loss in log-probabilities."""
+    rows = graph[latent.z].shape[0] if graph[latent.z].shape else 1
+    for i in sorted(after & graph.upstream([loss])):
+        dim, node = _classes(graph, i), graph[i].node
+        if dim is None or node is None or node.view:
+            continue
+        slopes = []
+        for shift in (0.0, 0.5):
+            log_p = (graph.get(i) - shift).requires_grad_()
+            value = graph.run({i: log_p}, [loss])[loss].sum()
+            if not value.requires_grad:
+                return None
+            slopes.append(torch.autograd.grad(value, log_p)[0])
+        scored = slopes[0] != 0
+        w = -slopes[0][scored]
+        one = bool((scored.sum(dim) <= 1).all()) and w.numel() > 0
+        if one and _close(slopes[0] / w[0], slopes[1] / w[0]) and _close(w / w[0], w / w):
+            return Likelihood(float(w[0]), CATEGORICAL, w.numel(), rows)
+    return None
+
+
+def _classes(graph: Graph, i: int) -> int | None:
+    """The dimension along which a value holds the log-probabilities of classes."""
+    if not graph[i].floating or graph[i].numel < 2:
+        return None
+    log_p = graph.get(i)
+    for dim in reversed(range(log_p.ndim)):
+        total = log_p.logsumexp(dim)
+        if log_p.shape[dim] > 1 and bool((total.abs() < 1e-6).all()):
+            return dim
     return None
 
 
@@ -122,64 +186,95 @@ def _weight_of(
     """The weight of the likelihood of a number of the data, and the kind of likelihood.
 
     Found by moving a few numbers of the data, with what is decoded held: a squared error bends
-    by twice its weight; a Bernoulli likelihood is straight in them.
+    by twice its weight; a Bernoulli likelihood is straight in them, an absolute error on both
+    sides of what is decoded.
     """
     x = graph.get(root)
     held = {i: graph.get(i) for latent in latents for i in (*latent.heads, latent.z)}
-    held |= {i: graph.get(i) for i in decoded}
+    cuts = list(_cuts(graph, decoded))
+    by_networks = graph.downstream([root]) - graph.downstream(cuts[0]) - {root}
+    by_networks = {i for i in by_networks if graph[i].origin & Origin.PARAMETERS}
+    held |= {i: graph.get(i) for i in (*cuts[0], *by_networks)}
     if root not in graph.upstream([loss], stop=held):
         return None
     found = []
     generator = torch.Generator().manual_seed(19)
     for k in torch.randperm(x.numel(), generator=generator)[:3].tolist():
-        at = []
-        for v in (0.0, 1 / 3, 2 / 3, 1.0):
-            moved = x.clone().reshape(-1)
-            moved[k] = v
-            at.append(moved.reshape(x.shape))
-        f = torch.stack([graph.value({**held, root: t}, loss).double().sum() for t in at])
+
+        def moved(v: float, k: int = k) -> Tensor:
+            return x.reshape(-1).index_fill(0, torch.tensor([k]), v).reshape(x.shape)
+
+        def at(v: float, moved: Callable[[float], Tensor] = moved) -> float:
+            return float(graph.value({**held, root: moved(v)}, loss).double().sum())
+
+        f = torch.tensor([at(v) for v in (0.0, 1 / 3, 2 / 3, 1.0)], dtype=torch.float64)
         if not f.isfinite().all():
             return None
-        bends = f.diff(n=2)
-        bend, change = 9 * float(bends[0]), float(f[3] - f[0])
-        if abs(bend) > 1e-6 * abs(change) and abs(bend) > 1e-12:
-            if abs(9 * float(bends[1]) - bend) > 1e-4 * abs(bend):
-                return None
+        bends = 9 * f.diff(n=2)
+        bend, other = bends.tolist()
+        bent = float(bends.abs().max()) > max(1e-6 * abs(float(f[3] - f[0])), 1e-12)
+        if bent and abs(other - bend) <= 1e-4 * abs(bend):
             found.append((bend, SQUARED))
-        elif (weight := _bernoulli(graph, held, loss, decoded, root, at[0], at[3])) is not None:
+        elif not bent and (weight := _bernoulli(graph, held, loss, cuts, root, moved)) is not None:
             found.append((weight, BERNOULLI))
+        elif (weight := _laplace(at)) is not None:
+            found.append((weight, LAPLACE))
         else:
             return None
     weights = [v for v, _ in found]
-    if weights[0] == 0 or max(weights) - min(weights) > 1e-4 * abs(weights[0]):
+    kinds = {kind for _, kind in found}
+    if len(kinds) > 1 or max(weights) - min(weights) > 1e-4 * abs(weights[0]):
         return None
-    squared = found[0][1] == SQUARED
-    return None if squared and _scale_is_learned(graph, held, loss, root) else found[0]
+    learned = BERNOULLI not in kinds and _scale_is_learned(graph, held, loss, root)
+    return None if learned else found[0]
+
+
+def _cuts(graph: Graph, decoded: list[int]) -> Iterator[list[int]]:
+    """Values that all that is decoded is pointwise made of: outputs of layers, then any other."""
+    fronts = frontier(graph, decoded)
+    yield fronts
+    for i in sorted(graph.downstream(fronts) & graph.upstream(decoded, stop=fronts), reverse=True):
+        if not graph.upstream(decoded, stop=[i]).intersection(fronts):
+            yield [i]
 
 
 def _bernoulli(
-    graph: Graph, held: dict[int, Tensor], loss: int, decoded: list[int], root: int,
-    zero: Tensor, one: Tensor,
+    graph: Graph, held: dict[int, Tensor], loss: int, cuts: list[list[int]], root: int,
+    moved: Callable[[float], Tensor],
 ) -> float | None:  # fmt: skip
     """The weight of -x log p - (1 - x) log(1 - p), by its slopes where one x is 0 and 1."""
-    slopes = []
-    for x in (zero, one):
-        y = {i: held[i].clone().requires_grad_() for i in decoded}
-        value = graph.run({**held, **y, root: x}, [loss])[loss]
-        if not value.requires_grad:
-            return None
-        found = torch.autograd.grad(value, list(y.values()), allow_unused=True)
-        parts = [torch.zeros_like(t) if g is None else g
-                 for g, t in zip(found, y.values(), strict=True)]  # fmt: skip
-        slopes.append(torch.cat([g.reshape(-1) for g in parts]))
-    change = slopes[0] - slopes[1]  # k of its logits; k / (p (1 - p)) of its probabilities
-    at = change.abs() > 1e-12 * float(change.abs().max())
-    p = torch.cat([held[i].reshape(-1) for i in decoded])[at]
-    if _close(slopes[0][at] / change[at], p.sigmoid()):
-        return float(change[at].sum())
-    if bool(((p > 0) & (p < 1)).all()) and _close(slopes[0][at] / change[at], p):
-        return float((change[at] * p * (1 - p)).sum())
+    for cut in cuts:
+        slopes = []
+        for x in (moved(0.0), moved(1.0)):
+            y = {i: graph.get(i).clone().requires_grad_() for i in cut}
+            value = graph.run({**held, **y, root: x}, [loss])[loss].sum()
+            if not value.requires_grad:
+                return None
+            found = torch.autograd.grad(value, list(y.values()), materialize_grads=True)
+            slopes.append(torch.cat([g.reshape(-1) for g in found]))
+        change = slopes[0] - slopes[1]  # k of its logits; k / (p (1 - p)) of its probabilities
+        at = change.abs() > 1e-12 * float(change.abs().max())
+        p = torch.cat([graph.get(i).reshape(-1) for i in cut])[at]
+        if not at.any():
+            continue  # such as behind a ReLU that is zero
+        if _close(slopes[0][at] / change[at], p.sigmoid()):
+            return float(change[at].sum())
+        if bool(((p > 0) & (p < 1)).all()) and _close(slopes[0][at] / change[at], p):
+            return float((change[at] * p * (1 - p)).sum())
     return None
+
+
+def _laplace(at: Callable[[float], float]) -> float | None:
+    """The weight w of w |x - d|, from a loss as a function of one x; None if it is another."""
+    try:
+        below, above, beyond = at(-FAR), at(FAR), at(2 * FAR)
+    except RuntimeError:  # it takes probabilities only
+        return None
+    w = (beyond - above) / FAR
+    if w == 0:
+        return None
+    d, least = (below - above) / (2 * w), (above + below) / 2 - w * FAR
+    return w if abs(d) < FAR and abs(at(d) - least) <= 1e-6 * abs(w) else None
 
 
 def _of_events(graph: Graph, latents: list[Latent], loss: int) -> float | None:
@@ -224,7 +319,7 @@ def _scale_is_learned(graph: Graph, held: dict[int, Tensor], loss: int, raw: int
     x = graph.get(raw)
 
     def bend(over: dict[int, Tensor]) -> float:
-        at = [{**held, **over, raw: x + v} for v in (-0.5, 0.0, 0.5)]
+        at = [{**held, **over, raw: x + v} for v in (-FAR, 0.0, FAR)]
         a, b, c = (float(graph.value(o, loss)) for o in at)
         return a - 2 * b + c
 
