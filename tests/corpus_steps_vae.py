@@ -425,6 +425,57 @@ def mixture_prior():
     return Built(step, (encode, decode, prior, x))
 
 
+@entry("correct")
+def mixture_prior_by_ten_draws():
+    encode, decode, x = Encoder(), decoder(), data()
+    means = nn.Parameter(torch.randn(3, L))
+
+    def step():
+        mu, b = encode(x)
+        q = Normal(mu, (b / 2).exp())
+        p = MixtureSameFamily(
+            Categorical(logits=torch.zeros(3)), Independent(Normal(means, 1.0), 1)
+        )
+        recon = bce(decode(q.rsample()), x)
+        z = q.rsample((10,))
+        kl = (q.log_prob(z).sum(-1) - p.log_prob(z)).mean(0)  # kl
+        return (recon + kl.sum()) / B
+
+    return Built(step, (encode, decode, means, x))
+
+
+@entry("correct|incomplete")
+def mixture_of_two_posteriors():
+    first, second, decode, x = Encoder(), Encoder(), decoder(), data()
+
+    def step():
+        parts = [first(x), second(x)]
+        mu, b = (torch.stack(t) for t in zip(*parts, strict=True))
+        half = B // 2
+        own_mu, own_b = (torch.cat([t[0, :half], t[1, half:]]) for t in (mu, b))
+        z = own_mu + (0.5 * own_b).exp() * torch.randn_like(own_mu)  # draw
+        kl = 0.5 * (mu**2 + b.exp() - b - 1).sum((1, 2)).mean()  # kl
+        return (bce(decode(z), x) + kl) / B
+
+    return Built(step, (first, second, decode, x))
+
+
+@entry("correct")
+def product_of_means_over_the_batch():
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        z = mu + (0.5 * b).exp() * torch.randn_like(mu)  # draw
+        y = decode(z).sigmoid()
+        alike = (2 * x * y + 0.1) / (x**2 + y**2 + 0.1)
+        means = torch.stack([alike.mean(), alike.sqrt().mean()])
+        recon = 1 - (means ** torch.tensor([0.3, 0.7])).prod()
+        return recon + 0.5 * (mu**2 + b.exp() - b - 1).sum(1).mean()  # kl
+
+    return Built(step, (encode, decode, x))
+
+
 def vamp(log_weights):
     """The step with a VampPrior of four components, by their log weights."""
     encode, decode, x = Encoder(), decoder(), data()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from musigma.audit.graph import Graph
-from musigma.audit.latents import Latent, find_latents, meetings
+from musigma.audit.latents import Latent, find_latents, holds, meetings
 from musigma.audit.probes import Prober, gradient
 from musigma.audit.runs import at
 from musigma.audit.scales import READINGS
@@ -371,10 +371,14 @@ def _name_of_prior(means: Tensor, stds: Tensor) -> str:
 
 def _normalized(on: Subject, d: Divergence, gaussian: bool = False) -> bool:
     """Examine the prior of a KL by draws; False if that cannot be done."""
-    found = log_normalizer(on.graph, on.latent, d.view)
-    if found is None or (math.isinf(found[0]) and gaussian):
+    graph, latent = on.graph, on.latent
+    found = log_normalizer(graph, latent, d.view)
+    if found is None:
         return False
     log, accuracy = found
+    held = graph.downstream([latent.z]).intersection(d.view.held)
+    if math.isinf(log) and (gaussian or not held.issubset(holds(graph, latent))):
+        return False  # another part of it may be held
     if math.isinf(log):
         on.audit.bug("kl_mismatch", "step improper", where=d.where)
     elif abs(log) > accuracy:

@@ -282,6 +282,7 @@ class View:
         live = graph.upstream([self.target], stop=self.held)
         draws = {latent.z: latent.draws[0], **{z: d for d, z in latent.siblings}}
         draws = {z: d for z, d in draws.items() if z in live} or draws  # those that are scored
+        count = sum(graph[z].numel for z in draws) / graph[latent.z].numel
         for place in prober.places:
             over = {**prober.fixed, **place}
             fixed = {}
@@ -292,7 +293,7 @@ class View:
             rows.append(gradient(f.sum(), place))
             mean, sigma = latent.moments(graph, over)
             squares = [(0.5 * ((z - mean) / sigma) ** 2).sum() for z in fixed.values()]
-            pair = torch.stack(squares).sum(), len(draws) * sigma.abs().log().sum()
+            pair = torch.stack(squares).sum(), count * sigma.abs().log().sum()
             features.append(torch.stack([gradient(t, place) for t in pair]))
         y, x = torch.stack(rows), torch.stack(features, 1)
         size = float(y.abs().max())
@@ -308,7 +309,14 @@ class View:
         if not drawn and float(square[moved].abs().max()) > EXACT * float(weights.max()):
             return None
         each = prober.by_latent(torch.where(scales, -found[1], 0.0))
-        return LogQ(float(weights.median()) * len(draws), drawn, each * len(draws))
+        return LogQ(float(weights.median()) * count, drawn, each * count)
+
+    @property
+    def wider(self) -> bool:
+        """Whether it depends on entries of the heads that z is not drawn with."""
+        p = self.probes
+        others = p.loss[:, ~(p.moving[0] | p.moving[1])] if p is not None else torch.zeros(0)
+        return bool((others.abs() > NEAR * self.fit.size).any())
 
     @property
     def misscored(self) -> bool:
@@ -324,7 +332,7 @@ class View:
     def reading(self) -> str | None:
         """The reading of the second head, which may move nothing, of which it is the KL."""
         p = self.probes
-        if p is None:
+        if p is None or (p.moving[1].any() and self.wider):
             return None
         means, scales = p.moving
         scales = scales if scales.any() else ~means

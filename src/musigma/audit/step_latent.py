@@ -304,6 +304,8 @@ def _not_judged(search: Search) -> Divergence | None:
     reasons: dict[str, Callable[[], bool]] = {
         "its heads are those of another latent as well":
             lambda: any({*above, *below}.intersection(o.heads) for o in beside),
+        "it depends on outputs that z is not drawn with: the posterior may be a mixture":
+            lambda: view.wider,
         "one head moves both its mean and its sigma":
             lambda: not latent.uniform and bool((means & scales).any()),
         "it is decoded together with another latent":

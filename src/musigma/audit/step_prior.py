@@ -332,8 +332,8 @@ class _Prior:
 
     def log_p(self, z: Tensor) -> Tensor:
         """The weighted sum of log p(z)."""
-        latent = self.latent
-        zs = dict.fromkeys((latent.z, *(i for _, i in latent.siblings)), z)
+        latent, graph = self.latent, self.own.view.prober.graph
+        zs = {i: z.expand(graph[i].shape) for i in (latent.z, *(i for _, i in latent.siblings))}
         mean, sigma = self._moments
         square = ((z - mean) / sigma) ** 2 if self.drawn else self._square_of_noise
         log_q = -0.5 * square - sigma.abs().log() - 0.5 * math.log(2 * math.pi)

@@ -148,7 +148,9 @@ def reconstruction_slopes(graph: Graph, latents: list[Latent], loss: int) -> lis
     met = meetings(graph, latents, loss)
     fronts = frontier(graph, [d for d, _ in met])
     own = {i for latent in latents for i in (latent.z, *latent.heads)}
+    shape = graph[met[0][1]].shape if met else ()
     fronts = [i for i in fronts if i not in own and graph[i].node is not None]
+    fronts = [i for i in fronts if graph[i].shape or not shape]  # no mean over the examples
     if not fronts:
         return []
     over = {i: graph.get(i) for i in own}
