@@ -742,7 +742,7 @@ def mean_scaled():
     return {"sample": lambda m, b: 0.5 * m + half(b) * torch.randn_like(m), "kl": kl_log_var}
 
 
-@entry(None, None, "kl_mismatch")
+@entry(None, None, "noise_not_gaussian")
 def uniform_noise_of_unit_variance():
     def sample(mean, b):
         return mean + half(b) * (torch.rand_like(mean) - 0.5) * math.sqrt(12)
@@ -788,7 +788,7 @@ def correlated_noise():
     return {"sample": sample, "kl": by_example}
 
 
-@entry("log_var", "log_var", "heads_tied")
+@entry(None, None, "heads_tied")
 def one_head_twice():
     class Tied(Net):
         def encode(self, x):
@@ -798,7 +798,7 @@ def one_head_twice():
     return parts(Tied())
 
 
-@entry("softplus", "softplus", "heads_tied")
+@entry(None, None, "heads_tied")
 def one_head_through_softplus():
     class Tied(Net):
         def encode(self, x):

@@ -46,6 +46,7 @@ def audit_step(step: Callable[[], Any]) -> AuditReport:
         AuditError: If `step` is not callable.
 
     Example:
+        >>> import torch
         >>> encoder, decoder = torch.nn.Linear(6, 4), torch.nn.Linear(2, 6)
         >>> x = torch.randn(5, 6)
         >>> def step():

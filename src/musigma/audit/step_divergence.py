@@ -117,6 +117,7 @@ class KL(Divergence):
         audit, latent, fit = on.audit, on.latent, self.view.fit
         if _tied(on.graph, latent):
             audit.bug("heads_tied", "step", where=latent.where)
+            return
         if latent.uniform:
             audit.bug("noise_not_gaussian", "step", where=latent.where)
             return
@@ -300,6 +301,9 @@ class Wrong(Divergence):
     def report(self, on: Subject) -> None:
         audit, where, fit = on.audit, self.where, self.view.fit
         if judge_posterior_flow(audit, on.latent, on.latents, self.view):
+            return
+        if on.latent.uniform:
+            audit.bug("noise_not_gaussian", "step", where=on.latent.where)
             return
         audit.read_as = self.read_as
         curve = sampled_scale(on.graph, on.latent)
