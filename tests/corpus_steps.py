@@ -2,6 +2,7 @@
 
 import corpus_steps_deep
 import corpus_steps_flow
+import corpus_steps_likelihoods
 import corpus_steps_maps
 import corpus_steps_networks
 import corpus_steps_refused
@@ -12,6 +13,7 @@ from corpus_steps_base import ENTRIES, Built, Entry
 
 PARTS = (
     corpus_steps_vae,
+    corpus_steps_likelihoods,
     corpus_steps_networks,
     corpus_steps_wrong,
     corpus_steps_shapes,
