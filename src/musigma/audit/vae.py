@@ -148,6 +148,8 @@ def _examine(parts: Parts) -> StepAudit:
             parts.divergence(parts.heads(), z).ndim == 0) == (recon.ndim == 0))  # fmt: skip
     if not given:
         audit.unchecked.append("the weight of the KL: there is no `recon`")
+        if parts.has("kl") and parts.power is None:
+            _drop(audit, "reduction_imbalance")
     elif not alike:
         audit.unchecked.append("the weight of the KL: one term is not reduced over the batch")
         _drop(audit, "reduction_imbalance")

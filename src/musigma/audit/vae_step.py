@@ -29,7 +29,7 @@ class Parts:
         latent: The shape of one z.
         rows: Examples in a batch.
         prior: The given prior of z, with the flow; None without either.
-        power: n identical examples have n^power times the KL of one; None if it has no power.
+        power: n identical examples have n^power times the KL of one; None if it is not known.
     """
 
     def __init__(
@@ -198,17 +198,20 @@ class Parts:
         x_hat = first(self.call("decode", end)) if self.has("decode") else None
         if self.has("recon") and self.x is not None:
             if x_hat is None:
-                flat = end.flatten(1)
-                size = self.x[0].numel()
-                x_hat = (flat @ self.weights[: flat.shape[1], :1]).sigmoid().expand(-1, size)
+                self._note("there is no `decode`: recon is given an x_hat that is supplied here")
+                x_hat = self._mixed(end)[:, :1].sigmoid().expand(-1, self.x[0].numel())
                 x_hat = x_hat.reshape(self.x.shape)
             forms = [(x_hat,)]
             if x_hat.numel() == self.x.numel():
                 forms.append((x_hat.reshape(self.x.shape),))
             return first(first_form(forms, lambda hat: self.call("recon", self.x, hat))[1]), True
-        flat = (end if x_hat is None else x_hat).flatten(1)[:, : len(self.weights)]
-        off = flat @ self.weights[: flat.shape[1]] - self.target[: len(flat)]
+        off = self._mixed(end if x_hat is None else x_hat) - self.target[: len(z)]
         return 0.5 * (off**2).sum(1), False
+
+    def _mixed(self, t: Tensor) -> Tensor:
+        """Linear combinations (B, 11) of at most the first 4096 numbers of each example."""
+        flat = t.flatten(1)[:, : len(self.weights)]
+        return flat @ self.weights[: flat.shape[1]]
 
     def step(self) -> Tensor:
         """The loss, of a reconstruction that is supplied unless it was given."""
@@ -251,8 +254,8 @@ class Parts:
                 for n in (1, 2, 4):
                     values.append(kl(n))
                     undo()
-        if len(values) < 3 or not all(v > 0 for v in values):
-            return 1.0
+        if len(values) < 3 or not all(v * values[0] > 0 for v in values):
+            return None
         two, four = math.log2(values[1] / values[0]), math.log2(values[2] / values[0]) / 2
         return round(two, 3) + 0.0 if abs(two - four) < 1e-3 else None
 
