@@ -19,6 +19,8 @@ RANKS = {
     "files": 0,
     "frames": 0,
     "memory": 0,
+    "named": -1,
+    "solvers": 0,
     "processes": 0,
     "spec": 0,
     "schema": -1,

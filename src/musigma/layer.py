@@ -53,7 +53,15 @@ class Bijection(Layer):
 
     Implement `forward` and `inverse`, each returning the value and the log |det| of its own
     direction, in nats per example, shape (B,).
+
+    Attributes:
+        slow_forward: If `forward` takes many passes or an iteration, what it takes, as
+            ``"one step per feature"``; `musigma info` states it.
+        slow_inverse: The same of `inverse`.
     """
+
+    slow_forward: str = ""
+    slow_inverse: str = ""
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -92,6 +100,7 @@ class Inverse(Bijection):
     def __init__(self, bijection: Bijection):
         super().__init__()
         self.bijection = bijection
+        self.slow_forward, self.slow_inverse = bijection.slow_inverse, bijection.slow_forward
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The inverse of the bijection."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from musigma.nets import EMBEDDINGS, embedding
+from musigma.named import REGISTRIES, Registry
+from musigma.nets import EMBEDDINGS
 from musigma.objectives import OBJECTIVES
 from musigma.zoo import ARCHITECTURES, architecture
 
@@ -81,29 +82,37 @@ def _load(target: str, argument: str, modules: dict[str, ModuleType]) -> Any:
     return value
 
 
-def register(target: str) -> str:
-    """Register what FILE.py:NAME refers to, an architecture or an embedding; returns its name.
+def register(target: str, registry: Registry | None = None) -> str:
+    """Register what FILE.py:NAME refers to, and return its name.
 
-    It is an embedding if its first parameter is called `variables`, and otherwise a builder.
-    An objective that the file registers (`musigma.objectives.objective`) needs nothing further.
+    Args:
+        target: A function that executing the file registers, or one that is registered now.
+        registry: Where it belongs. By default it is an embedding if its first parameter is called
+            `variables`, and otherwise an architecture.
 
     Raises:
         PluginError: As `load`, or if NAME is an architecture already or not a function.
     """
     place, _, name = target.rpartition(":")
-    key, objective = (str(Path(place).resolve()), name), name.replace("_", "-")
-    if key in _REGISTERED and (
-        name in ARCHITECTURES or objective in OBJECTIVES or name in EMBEDDINGS
-    ):
+    key, known = (
+        (str(Path(place).resolve()), name),
+        [ARCHITECTURES, OBJECTIVES, *REGISTRIES.values()],
+    )
+    names = (name, name.replace("_", "-"))
+    if key in _REGISTERED and any(n in functions for n in names for functions in known):
         return name  # this process has executed the file already
     value: Any = load(target)
     if not callable(value):
         raise PluginError(f"plugin: expected a function; {name!r} of {place} is {value!r}")
-    if value not in (OBJECTIVES.get(objective), ARCHITECTURES.get(name), EMBEDDINGS.get(name)):
-        if name in ARCHITECTURES:
+    if not any(functions.get(n) == value for n in names for functions in known):
+        if registry is None and next(iter(inspect.signature(value).parameters), "") == "variables":
+            registry = EMBEDDINGS
+        if registry is not None:
+            registry.register(value)
+        elif name in ARCHITECTURES:
             raise PluginError(f"plugin: the zoo has a {name!r} already; rename the function")
-        is_embedding = next(iter(inspect.signature(value).parameters), "") == "variables"
-        (embedding if is_embedding else architecture)(value)  # pyright: ignore[reportArgumentType]
+        else:
+            architecture(value)  # pyright: ignore[reportArgumentType]
     _REGISTERED.add(key)
     return name
 

@@ -170,12 +170,15 @@ def info(
     """
     at_least_one(n=n)
     trained = Trained(run, common)
+    from musigma.evaluation import slow_directions
+
     model, data = trained.model, trained.about_data
     about: dict[str, Any] = {
         "file": str(trained.path),
         "model": dict(model.config),
         "exact": model.exact,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "slow": slow_directions(model) or None,
         "data": data or None,
     }
     shape = "x".join(map(str, trained.shape))
@@ -186,6 +189,8 @@ def info(
     if trained.spec.context:
         kinds = (f"{v.name} ({_kind(v)})" for v in trained.spec.context)
         lines.append(f"  conditioned on {', '.join(kinds)}")
+    for direction, slow in (about["slow"] or {}).items():
+        lines.append(f"  {direction} is slow: {', '.join(slow)}")
     if "source" in data:
         lines.append(f"  trained on {data.get('train')} examples of {data['source']}")
     if "foreign" in trained.extra:

@@ -46,6 +46,7 @@ from musigma.cli.trained import Trained, device_named, of_pairs, read_data
 from musigma.data.attach import is_source
 from musigma.evaluation import batch, evaluate, ledger
 from musigma.files import write_json
+from musigma.named import REGISTRIES
 from musigma.objectives import OBJECTIVES
 from musigma.processes import current_processes
 from musigma.report import figures
@@ -244,16 +245,18 @@ NAMED: set[str] = set()
 def prepare_words(words: list[str]) -> list[str]:
     """Register the architectures and plugins that the words name, before they are parsed.
 
-    A FILE.py:NAME in place of an architecture or an embedding becomes its name.
+    A FILE.py:NAME in place of an architecture, or of what a registry holds (an embedding), becomes
+    its name.
     """
     NAMED.clear()
     NAMED.update(w[2:].partition("=")[0].replace("-", "_") for w in words if w[:2] == "--")
     for i, (word, after) in enumerate(zip(words, [*words[1:], ""], strict=True), 1):
         if word == "--plugin":
             plugins.register(after)
-        if word == "--embed" and ".py:" in after:
+        registry = REGISTRIES.get(word[2:].replace("-", "_")) if word[:2] == "--" else None
+        if registry is not None and ".py:" in after:
             target, *options = after.split()
-            replaced = " ".join([plugins.register(target), *options])
+            replaced = " ".join([plugins.register(target, registry), *options])
             words = [*words[:i], replaced, *words[i + 1 :]]
     if words[0] != "train":
         return words

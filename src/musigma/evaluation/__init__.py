@@ -7,6 +7,7 @@ from musigma.evaluation.diagnostics import (
     SATURATED,
     conditioning,
     saturation,
+    slow_directions,
 )
 from musigma.evaluation.figures import bound, evaluate, inspect, ledger, mean, score
 from musigma.evaluation.inputs import (
@@ -38,5 +39,6 @@ __all__ = [
     "noise",
     "saturation",
     "score",
+    "slow_directions",
     "tensors",
 ]

@@ -11,10 +11,18 @@ from torch.distributions import Distribution
 from torch.nn.modules.module import register_module_forward_hook
 
 from musigma.context import Context
-from musigma.layer import Layer
+from musigma.layer import Bijection, Layer
 from musigma.model import Model
 
-__all__ = ["ACTIVE", "COLLAPSED", "ILL_CONDITIONED", "SATURATED", "conditioning", "saturation"]
+__all__ = [
+    "ACTIVE",
+    "COLLAPSED",
+    "ILL_CONDITIONED",
+    "SATURATED",
+    "conditioning",
+    "saturation",
+    "slow_directions",
+]
 
 ACTIVE = 0.01
 """Nats; an element of a latent that costs less carries no information."""
@@ -81,3 +89,24 @@ def conditioning(model: Model) -> dict[str, float]:
         for module, name in model.site_names().items()
         if hasattr(module, "condition_number")
     }
+
+
+def slow_directions(model: Model) -> dict[str, list[str]]:
+    """Which layers make scoring (data to latents) or sampling (latents to data) slow, and why.
+
+    They are those that state it, by `Bijection.slow_forward` and `Bijection.slow_inverse`.
+    """
+    slow: dict[str, list[str]] = {}
+    inner: set[nn.Module] = set()
+    for module in model.modules():
+        if not isinstance(module, Bijection) or module in inner:
+            continue
+        inner.update(module.modules())
+        for direction, why in (
+            ("scoring", module.slow_forward),
+            ("sampling", module.slow_inverse),
+        ):
+            sentence = f"{type(module).__name__} takes {why}"
+            if why and sentence not in slow.setdefault(direction, []):
+                slow[direction].append(sentence)
+    return slow

@@ -164,6 +164,8 @@ class Autoregressive(MapLayer):
         True
     """
 
+    slow_inverse = "one step per feature"
+
     def __init__(self, net: nn.Module, *, map: Map):
         super().__init__()
         self.net, self.map = net, map

@@ -12,17 +12,15 @@ with elements that are NaN, which no embedding depends on.
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from musigma.context import Context
+from musigma.named import Registry
 from musigma.nets.conv import ConvEncoder
 from musigma.spec import Variable
 from musigma.tensors import moments
@@ -37,10 +35,8 @@ __all__ = [
     "refuse",
 ]
 
-EMBEDDINGS: dict[str, Callable[..., nn.Module]] = {}
+EMBEDDINGS = Registry("embed", "variables")
 """All registered embeddings, by name."""
-
-PACKAGE = __name__.rpartition(".")[0]
 
 E = TypeVar("E", bound=Callable[..., nn.Module])
 
@@ -72,22 +68,7 @@ def embedding(function: E) -> E:
         >>> musigma.build("nsf", spec, embed="product").config["options"]["embed"]
         'product'
     """
-    name = function.__name__
-    _, *options = inspect.signature(function).parameters.values()
-    if any(p.kind is not p.KEYWORD_ONLY or p.default is p.empty for p in options):
-        raise TypeError(
-            f"embedding: {name} must have the form (variables, *, option=default, ...), with "
-            f"keyword-only options; got {inspect.signature(function)}"
-        )
-    known = EMBEDDINGS.get(name)
-    if (
-        known is not None
-        and known.__module__.startswith(PACKAGE)
-        and not function.__module__.startswith(PACKAGE)
-    ):
-        raise ValueError(f"embedding: the library has a {name!r} already; rename this one")
-    EMBEDDINGS[name] = function
-    return function
+    return EMBEDDINGS.register(function)
 
 
 def embedding_of(text: str, variables: Sequence[Variable]) -> nn.Module:
@@ -98,8 +79,7 @@ def embedding_of(text: str, variables: Sequence[Variable]) -> nn.Module:
         variables: The variables.
 
     Raises:
-        ValueError: If there is no such embedding or option, an option is of another type than its
-            default, or the embedding does not take a variable.
+        ValueError: As `Registry.choice`, or if the embedding does not take a variable.
         TypeError: If the embedding returns anything but a module with `features`.
 
     Example:
@@ -107,46 +87,14 @@ def embedding_of(text: str, variables: Sequence[Variable]) -> nn.Module:
         >>> net({"age": torch.randn(4, 1), "sex": torch.eye(2)[[0, 1, 1, 0]]}).shape
         torch.Size([4, 5])
     """
-    name, *words = text.split() or [""]
-    if name not in EMBEDDINGS:
-        close = difflib.get_close_matches(name, EMBEDDINGS, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(
-            f"embed: {hint}known are {', '.join(EMBEDDINGS)}; got {name!r} (if a file defines it, "
-            f"give it: --plugin FILE.py:{name or 'NAME'})"
-        )
-    _, *options = inspect.signature(EMBEDDINGS[name]).parameters.values()
-    defaults, chosen, wrong = {p.name: p.default for p in options}, {}, []
-    for word in words:
-        key, sign, value = word.partition("=")
-        chosen[key] = _plain(value)
-        if not sign or key not in defaults or not _alike(chosen[key], defaults[key]):
-            wrong.append(repr(word))
-    if wrong:
-        takes = " ".join(f"{key}={value}" for key, value in defaults.items()) or "no options"
-        raise ValueError(f"embed: {name} takes {takes}; got {', '.join(wrong)}")
-    net = EMBEDDINGS[name](variables, **chosen)
+    choice = EMBEDDINGS.choice(text)
+    net = choice(variables)
     if not isinstance(net, nn.Module) or not isinstance(getattr(net, "features", None), int):
         raise TypeError(
-            f"embed: {name} must return a torch module with `features`, the length of its vector; "
-            f"got {type(net).__name__}"
+            f"embed: {choice.name} must return a torch module with `features`, the length of its "
+            f"vector; got {type(net).__name__}"
         )
     return net
-
-
-def _plain(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def _alike(value: Any, default: Any) -> bool:
-    """Whether a value has the type of a default, and is positive if it is a positive integer."""
-    if type(default) is int:
-        return type(value) is int and value >= min(default, 1)
-    like = (int, float) if type(default) is float else type(default)
-    return default is None or isinstance(value, like)
 
 
 def kind_of(variable: Variable) -> str:

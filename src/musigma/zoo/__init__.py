@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -356,6 +358,10 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-from musigma.zoo import tables  # noqa: E402, F401
-from musigma.zoo.flows import glow, realnvp, vectors  # noqa: E402, F401 (they register themselves)
-from musigma.zoo.vaes import autoencoder_kl, ladder, mlp_vae, vae  # noqa: E402, F401
+def _import_families() -> None:
+    """Import every module of the zoo; each registers its architectures."""
+    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
+        importlib.import_module(module.name)
+
+
+_import_families()

@@ -1,14 +1,16 @@
-"""Layers and checks that several architectures share."""
+"""What several architectures share: layers next to the data, flows of vectors, checks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
-from musigma.distributions import StandardUniform
+from musigma.distributions import StandardNormal, StandardUniform
 from musigma.layers import (
+    ActNorm,
     Dequantize,
     InvertibleConv,
     Logit,
@@ -18,9 +20,10 @@ from musigma.layers import (
     Standardize,
     Unconstrain,
 )
-from musigma.model import Bijection, Layer
+from musigma.model import Bijection, Chain, Layer, Prior
 from musigma.schema import Schema
 from musigma.support import Support
+from musigma.zoo import architecture
 
 
 def data_layers(
@@ -116,3 +119,114 @@ def halvings(height: int, width: int, wanted: int | None) -> int:
         f"levels: sides of {height}x{width} cannot be halved {wanted or 1} times; use fewer "
         "levels, or resize the images (--size)"
     )
+
+
+# --- flows of vectors ---------------------------------------------------------------------------
+
+
+def _about_data(
+    shape: Sequence[int],
+    *,
+    bits: int | None = None,
+    standardize: Literal["quantile"] | bool = False,
+    schema: Sequence[Mapping[str, Any]] | None = None,
+    support: Mapping[str, Any] | None = None,
+    alpha: float = 1e-5,
+    context: int = 0,
+) -> None:
+    """The options that every flow of vectors has.
+
+    Args:
+        shape: (D,).
+        bits: Bits of each element; None for continuous data.
+        standardize: Standardize continuous data in the first layer: by the mean and the standard
+            deviation of each feature of the training data, or by its distribution function
+            (`quantile`), after which each is about normal. The log-determinant is included.
+        schema: The columns of a table, measured on the training rows, for rows of any types: the
+            first layer maps each by its distribution function to a variable that is about normal
+            (`Marginals`).
+        support: The set in which rows lie, as `Support.to_json` makes it: the first layer maps it
+            to all of space, and standardizes the result (`Unconstrain`), so that no density and no
+            sample is outside.
+        alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits.
+        context: Number of features of the context; it conditions the transforms.
+    """
+
+
+def vector_flow(family: Callable[..., Iterable[Layer]]) -> Callable[..., Chain]:
+    """Register a family of flows of vectors as an architecture.
+
+    The flow consists of the layers next to the data, those of the family, and a standard normal
+    prior. All options about data (types, bounds, standardization, context) come from here.
+
+    Args:
+        family: ``family(features, context, *, option=default, ...)`` yields the layers from the
+            data upwards, for a number of features of the data and of the context. Its docstring
+            is the help of the architecture, and describes its own options under ``Args:``.
+
+    Returns:
+        The architecture, a function of the shape of the data and the options.
+
+    Example:
+        >>> from musigma.layers import Coupling, Spline
+        >>> from musigma.nets import MLP
+        >>> @vector_flow
+        ... def one_coupling(features, context, *, bins: int = 8):
+        ...     '''A coupling by splines.
+        ...
+        ...     Args:
+        ...         bins: Number of bins.
+        ...     '''
+        ...     spline, half = Spline(bins=bins), features // 2
+        ...     outputs = spline.outputs * (features - half)
+        ...     yield Coupling(MLP(half, outputs, hidden=[8], context=context), map=spline)
+        >>> one_coupling((3,), bins=4).config["options"]["bins"]
+        4
+    """
+    _, _, *own = inspect.signature(family, eval_str=True).parameters.values()
+    shape, bits, *shared = inspect.signature(_about_data, eval_str=True).parameters.values()
+    signature = inspect.Signature([shape, bits, *own, *shared], return_annotation=Chain)
+    name = family.__name__
+
+    def build(*args: Any, **given: Any) -> Chain:
+        options = signature.bind(*args, **given).arguments
+        chosen = {p.name: options.pop(p.name, p.default) for p in own}
+        context = options.pop("context", 0)
+        features, layers = _vector_layers(name, **options)
+        layers += family(features, context, **chosen)
+        return Chain(layers, Prior(StandardNormal((features,))))
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__, build.__doc__ = family.__module__, _with_data_options(family)
+    build.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    build.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return architecture(build)
+
+
+def _with_data_options(family: Callable[..., Any]) -> str:
+    """The docstring of a family, with the options that all of them share."""
+    text, _, own = (inspect.getdoc(family) or "").partition("\nArgs:\n")
+    _, _, shared = (inspect.getdoc(_about_data) or "").partition("\nArgs:\n")
+    own, *rest = own.split("\n\n", 1)
+    return "\n".join([text, "Args:", *filter(None, [own.rstrip("\n"), shared, *rest])])
+
+
+def _vector_layers(
+    name: str, shape: Sequence[int], bits: int | None = None, alpha: float = 1e-5, **how: Any
+) -> tuple[int, list[Layer]]:
+    """The number of features behind the layers next to the data, and these layers.
+
+    Raises:
+        ValueError: For images.
+    """
+    if len(shape) != 1:
+        raise ValueError(
+            f"shape: {name} is for vectors (D,); got {tuple(shape)} (glow, realnvp, vae and "
+            "ladder model images)"
+        )
+    return free_shape(shape, how.get("support"))[0], data_layers(shape, bits, alpha, **how)
+
+
+def step(features: int, norm: bool, permutation: str) -> list[Layer]:
+    """Normalization, if wanted, and reordering, which come before each transform."""
+    return [*([ActNorm(features)] if norm else []), mixing(permutation, features)]

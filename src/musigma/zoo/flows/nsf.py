@@ -1,0 +1,62 @@
+"""Neural spline flows of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from musigma.layers import MADE, Autoregressive, Conditioner, Coupling, Spline
+from musigma.model import Bijection, Layer
+from musigma.zoo import at_least
+from musigma.zoo.parts import step, vector_flow
+
+
+@vector_flow
+def nsf(
+    features: int,
+    context: int,
+    *,
+    kind: Literal["coupling", "autoregressive"] = "coupling",
+    depth: int = 5,
+    hidden: int = 128,
+    hidden_layers: int = 2,
+    bins: int = 8,
+    bound: float = 5.0,
+    permutation: Literal["reverse", "lu", "conv", "shuffle"] = "lu",
+    norm: bool = True,
+) -> Iterator[Layer]:
+    """Neural spline flow (Durkan, Bekasov, Murray, Papamakarios, 2019, arXiv:1906.04032).
+
+    Args:
+        kind: `coupling`: one half of the features, and the context, transforms the other; both
+            directions cost one pass. `autoregressive`: all previous features transform each one;
+            sampling takes one step per feature.
+        depth: Number of transforms.
+        hidden: Width of each hidden layer of the networks.
+        hidden_layers: Number of hidden layers.
+        bins: Number of bins of each spline.
+        bound: Splines act on [-bound, bound]; outside they are the identity.
+        permutation: Reordering of the features before each transform: an invertible matrix (by
+            its LU factors, or plain), a fixed shuffle, or a reversal.
+        norm: Put an activation normalization before each transform.
+    """
+    at_least(1, depth=depth, hidden=hidden)
+    at_least(0, hidden_layers=hidden_layers)
+    spline, widths = Spline(bins=bins, bound=bound), [hidden] * hidden_layers
+
+    def coupling() -> Bijection:
+        half = features // 2
+        outputs = spline.outputs * (features - half)
+        net = Conditioner(half, outputs, hidden=widths, context=context, zero=True)
+        return Coupling(net, map=spline)
+
+    def autoregressive() -> Bijection:
+        net = MADE(spline.owners(features), hidden=widths, context=context, zero=True)
+        return Autoregressive(net, map=spline)
+
+    kinds = {"coupling": coupling, "autoregressive": autoregressive}
+    if kind not in kinds:
+        raise ValueError(f"kind: expected 'coupling' or 'autoregressive'; got {kind!r}")
+    for _ in range(depth):
+        yield from step(features, norm, permutation)
+        yield kinds[kind]()
