@@ -162,7 +162,9 @@ def test_saturated_outputs_have_finite_gradients():
 def test_half_precision_is_converted_and_wrong_shapes_are_refused():
     y, _ = Spline().forward(torch.randn(3, 2).bfloat16(), torch.randn(3, 46).bfloat16())
     assert y.dtype == torch.float32
-    with pytest.raises(ValueError, match=r"8 bins of x \(3, 2\) take 23 numbers for each"):
+    with pytest.raises(
+        ValueError, match=r"bins=8.* takes 23 numbers for each element of x \(3, 2\)"
+    ):
         Spline().forward(torch.randn(3, 2), torch.randn(3, 40))
     for wrong, message in (
         ({"bins": 1}, "bins: expected 2 or more"),

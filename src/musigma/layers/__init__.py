@@ -5,7 +5,7 @@ from musigma.layers.draws import Dequantize, Split
 from musigma.layers.fixed import Checkerboard, Logit, Permutation, Rescale, Squeeze
 from musigma.layers.linear import ActNorm, InvertibleConv
 from musigma.layers.mapped import Autoregressive, AutoregressiveNet, Coupling, Elementwise
-from musigma.layers.maps import Additive, Affine, Map, Spline
+from musigma.layers.maps import Additive, Affine, Map, Monotone, Spline
 from musigma.layers.marginals import Marginals
 from musigma.layers.standardize import Standardize, standardizer, standardizers
 from musigma.layers.support import Unconstrain
@@ -28,6 +28,7 @@ __all__ = [
     "Logit",
     "Map",
     "Marginals",
+    "Monotone",
     "Permutation",
     "Rescale",
     "Spline",

@@ -30,6 +30,12 @@ class MapLayer(Bijection):
     net: Any
     map: Map
 
+    def __init__(self, map: Map):
+        super().__init__()
+        self.map = map
+        if slow := getattr(map, "slow_inverse", ""):
+            self.slow_inverse = ", ".join(filter(None, [self.slow_inverse, slow]))
+
     @abstractmethod
     def _apply_map(self, apply: Apply, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``(y, log_det)``, where `apply` takes elements and their parameters."""
@@ -80,8 +86,8 @@ class Coupling(MapLayer):
     repeated = True
 
     def __init__(self, net: nn.Module, *, map: Map = Affine()):
-        super().__init__()
-        self.net, self.map = net, map
+        super().__init__(map)
+        self.net = net
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         half = x.shape[1] // 2
@@ -167,8 +173,8 @@ class Autoregressive(MapLayer):
     slow_inverse = "one step per feature"
 
     def __init__(self, net: nn.Module, *, map: Map):
-        super().__init__()
-        self.net, self.map = net, map
+        super().__init__(map)
+        self.net = net
         self.features = max(self.net.owners) + 1
         if list(self.net.owners) != (expected := map.owners(self.features)):
             raise ValueError(
@@ -227,9 +233,8 @@ class Elementwise(MapLayer):
     """
 
     def __init__(self, shape: int | Sequence[int], *, map: Map):
-        super().__init__()
+        super().__init__(map)
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        self.map = map
         self.h = nn.Parameter(torch.zeros(map.outputs * self.shape[0], *self.shape[1:]))
 
     def _parameters_for(self, x: Tensor) -> Tensor:

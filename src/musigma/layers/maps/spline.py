@@ -1,152 +1,20 @@
-"""Increasing maps of one element, whose parameters a network emits for that element.
-
-Coupling, autoregressive and elementwise layers all apply a map; they differ in the source of its
-parameters. A new map is one class that implements `Map`; it works in all three layers, in both
-directions.
-"""
+"""The monotone rational-quadratic spline."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from musigma.gaussian import Format
-from musigma.tensors import at_least_float32
+from musigma.layers.maps.map import Map, planes
 
-__all__ = ["Additive", "Affine", "Map", "Spline"]
-
-
-class Map(Protocol):
-    r"""A strictly increasing, differentiable map of each element, :math:`y_i = f(x_i; h_i)`.
-
-    Any object with these members is a map; inherit from `Map` to get the default `owners`. If a
-    parameter has a limit, the map should also have ``saturation(h) -> Tensor``: the share, from 0
-    to 1, of elements whose parameter is at the limit.
-
-    Example:
-        >>> import torch
-        >>> from musigma.layers import Elementwise
-        >>> class Sinh(Map):
-        ...     '''y = sinh(asinh(x) + h) (the sinh-arcsinh transform).'''
-        ...     outputs = 1
-        ...     def forward(self, x, h):
-        ...         y = (x.asinh() + h).sinh()
-        ...         return y, 0.5 * ((1 + y**2) / (1 + x**2)).log()
-        ...     def inverse(self, y, h):
-        ...         return self.forward(y, -h)
-        >>> Elementwise(3, map=Sinh())(torch.ones(2, 3))[0].shape
-        torch.Size([2, 3])
-    """
-
-    @property
-    def outputs(self) -> int:
-        """Number of outputs of the network for each element."""
-        ...
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``(y, log dy/dx)``, both of shape (B, C, ...), for h of shape (B, outputs · C, ...)."""
-        ...
-
-    def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x, log dx/dy)``; the shapes are those of `forward`."""
-        ...
-
-    def owners(self, elements: int) -> list[int]:
-        """The channel, 0 .. elements - 1, to which each entry of h on axis 1 belongs.
-
-        By default the first parameter of all channels comes first, then the second of all.
-        """
-        return [*range(elements)] * self.outputs
-
-
-@dataclass(frozen=True, repr=False)
-class Affine(Map):
-    r""":math:`y = (x + t) e^s`, with (t, s) read from h by a `Format` as (mean, log_std).
-
-    Args:
-        format: How h is read; its scale determines how s is bounded.
-
-    Raises:
-        TypeError: If `format` is not a `Format`.
-
-    Example:
-        >>> y, log_slope = Affine().forward(torch.ones(1, 2), torch.zeros(1, 4))
-        >>> y, log_slope
-        (tensor([[1., 1.]]), tensor([[0., 0.]]))
-    """
-
-    format: Format = Format(scale="tanh")
-
-    def __post_init__(self):
-        if not isinstance(self.format, Format):
-            raise TypeError(
-                f"format: expected a Format; got {self.format!r} (the fixed change of units "
-                "y = a x + b is the layer Rescale)"
-            )
-
-    @property
-    def outputs(self) -> int:
-        """2: the shift and the scale."""
-        return 2
-
-    def owners(self, elements: int) -> list[int]:
-        """The channel to which each entry of h on axis 1 belongs.
-
-        Raises:
-            ValueError: If the format reads another axis, or more than one tensor.
-        """
-        if self.format.layout not in ("halves", "interleaved") or self.format.dim != 1:
-            raise ValueError(
-                "format: the outputs of one vector are read as halves or interleaved, on axis 1; "
-                f"got '{self.format}'"
-            )
-        rows = Format().relayout(torch.arange(elements).repeat(2), self.format)
-        assert isinstance(rows, Tensor)
-        return rows.tolist()
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``((x + t) exp(s), s)``."""
-        shift, log_scale = self.format.split(h)
-        return (x + shift) * log_scale.exp(), log_scale
-
-    def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``(y exp(-s) - t, -s)``."""
-        shift, log_scale = self.format.split(h)
-        return y * (-log_scale).exp() - shift, -log_scale
-
-    def saturation(self, h: Tensor) -> Tensor:
-        """The share of scales at a limit of the format; see `Format.saturation`."""
-        return self.format.saturation(h)
-
-    def __repr__(self) -> str:
-        return f"Affine(format='{self.format}')"
-
-
-@dataclass(frozen=True)
-class Additive(Map):
-    """y = x + h: a map of slope 1, so the volume is preserved."""
-
-    @property
-    def outputs(self) -> int:
-        """1: the shift."""
-        return 1
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x + h, 0)``."""
-        shift = at_least_float32(h)
-        return x + shift, torch.zeros_like(shift)
-
-    def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``(y - h, 0)``."""
-        shift = at_least_float32(h)
-        return y - shift, torch.zeros_like(shift)
+__all__ = ["Spline"]
 
 
 @dataclass(frozen=True)
@@ -215,15 +83,7 @@ class Spline(Map):
 
         Nothing is copied if the network emits its batch last in memory, as `MADE` does.
         """
-        expected = (len(x), self.outputs * x.shape[1], *x.shape[2:])
-        if h.shape != expected:
-            raise ValueError(
-                f"h: {self.bins} bins of x {tuple(x.shape)} take {self.outputs} numbers for each "
-                f"element, shape {expected}; got {tuple(h.shape)}"
-            )
-        x, h = at_least_float32(x), at_least_float32(h)
-        dtype = torch.promote_types(x.dtype, h.dtype)
-        x, raw = x.to(dtype), h.to(dtype).unflatten(1, (self.outputs, -1)).movedim(1, 0)
+        x, raw = planes(self, x, h)
         batch_last = raw.ndim == 3 and raw.stride(1) == 1
         if batch_last:
             x, raw = x.t(), raw.transpose(1, 2)

@@ -1,0 +1,13 @@
+"""Increasing maps of one element, whose parameters a network emits for that element.
+
+Coupling, autoregressive and elementwise layers all apply a map; they differ in the source of its
+parameters. A new map is one class that implements `Map`; it works in all three layers, in both
+directions. If its inverse has no closed form, it inherits from `Monotone`.
+"""
+
+from musigma.layers.maps.additive import Additive
+from musigma.layers.maps.affine import Affine
+from musigma.layers.maps.map import Map, Monotone
+from musigma.layers.maps.spline import Spline
+
+__all__ = ["Additive", "Affine", "Map", "Monotone", "Spline"]
