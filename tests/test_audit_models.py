@@ -24,6 +24,10 @@ SMALL = {
         ((1, 4, 4), {"bits": 5, "dequantize": "learned", "alpha": None, "hidden": 8, "depth": 1}),
         ((3, 4, 4), {"context": 3, "depth": 1, "hidden": 8}),
     ],
+    "idf": [
+        ((1, 8, 8), {"bits": 4, "levels": 2, "depth": 1, "hidden": 8}),
+        ((4,), {"bits": 3, "depth": 2, "hidden": 8, "context": 2}),
+    ],
     "ladder": [((1, 8, 8), {"levels": 2, "latents": 2, "width": 8, "components": 2})],
     "maf": [((4,), {"depth": 2, "hidden": 8})],
     "mlp_vae": [((1, 4, 4), {"hidden": 8, "latents": 3, "bits": 1})],

@@ -26,6 +26,9 @@ class Layer(nn.Module, ABC):
         repeated: True for a block that models repeat; each one is compiled and sharded
             separately. Any module may have this attribute. A model with fewer than two such
             blocks (a masked autoregressive flow, for instance) is compiled as a whole.
+        straight_through: True if gradients hold constant, by `detach`, what depends on the
+            parameters (the error of rounding, for instance). Any module may have this attribute,
+            and any map. Laws of gradients then hold the same values constant.
     """
 
     exact: bool = True

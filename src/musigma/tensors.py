@@ -14,6 +14,7 @@ __all__ = [
     "moments",
     "normal_quantile",
     "per_example",
+    "rounded",
     "slerp",
     "sum_event",
 ]
@@ -55,6 +56,15 @@ def moments(t: Tensor) -> tuple[Tensor, Tensor]:
     t = t.to("cpu", torch.float64)
     mean, std = t.mean(0), t.std(0, correction=0)
     return mean, torch.where(std > 4 * eps * mean.abs(), std, torch.ones_like(std))
+
+
+def rounded(t: Tensor) -> Tensor:
+    """The nearest integers, with the gradient of the identity (the straight-through estimator).
+
+    (Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons",
+    2013, arXiv:1308.3432.) The sum is exact in any floating-point type.
+    """
+    return t + (t.round() - t).detach()
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:

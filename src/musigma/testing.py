@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode
 
 from musigma import context as contexts
 from musigma.context import Context
@@ -446,7 +447,9 @@ def _gradients(module: nn.Module, loss: Callable[[], Tensor]) -> None:
 
     if not parameters:
         return
-    _seeded(loss).sum().backward()
+    held = _Held(any(getattr(m, "straight_through", False) for m in module.modules()))
+    with held:
+        _seeded(loss).sum().backward()
     slope = torch.zeros((), dtype=torch.float64)
     directions = {name: _noise(*p.shape) for name, p in parameters.items()}
     for name, p in parameters.items():
@@ -461,9 +464,34 @@ def _gradients(module: nn.Module, loss: Callable[[], Tensor]) -> None:
         for step in (1e-6, -2e-6):
             for name, p in parameters.items():
                 p.add_(step * directions[name])
-            ends.append(_seeded(loss).sum())
+            with held:
+                ends.append(_seeded(loss).sum())
         module.load_state_dict(state)
     _near(slope, (ends[0] - ends[1]) / 2e-6, 1e-5, "gradients: against finite differences")
+
+
+class _Held(TorchFunctionMode):
+    """If `active`, `detach` returns what it returned when the mode was entered first.
+
+    Straight-through gradients hold it constant, so finite differences have to.
+    """
+
+    def __init__(self, active: bool):
+        super().__init__()
+        self.active, self.values, self.left = active, [], None
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.left = iter(self.values)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Keep, or return, what `detach` returns."""
+        if not self.active or func not in (Tensor.detach, torch.detach):
+            return func(*args, **(kwargs or {}))
+        if self.left is not None:
+            return next(self.left)
+        self.values.append(func(*args, **(kwargs or {})))
+        return self.values[-1]
 
 
 def _state(module: nn.Module, answer: Callable[[Any], Tensor]) -> None:

@@ -469,7 +469,9 @@ class Trained:
                 f"out: {bad} of {len(values)} examples are not finite, so nothing is written; a "
                 "lower --temperature (for edit, a smaller --strength) may help"
             )
-        return values if self.bits is None else values.astype(np.uint8)
+        if self.bits is None:
+            return values
+        return values.clip(0, 2**self.bits - 1).astype(np.uint8)  # draws of integers have tails
 
     def check_draws(self, given: Sequence[str], label: str | None) -> None:
         """Refuse draws that a .nc file of ArviZ cannot hold, before any is made."""

@@ -157,6 +157,34 @@ def _logit_normal(dist: distributions.LogitNormal, quantizer: Quantizer) -> Law:
     return Noise(mean, quantizer.integers(dist.base.log_std, SHARPNESS, 1), quantizer.grid)
 
 
+@register(distributions.IntegerLogisticMixture)
+class Integers(laws.Mixture):
+    """Integers near 0, where all components have their mass."""
+
+    def __init__(self, dist: distributions.IntegerLogisticMixture, quantizer: Quantizer):
+        logits = quantizer.integers(dist.log_weights.clamp(min=-60), SHARPNESS, 0)
+        mean = np.moveaxis(quantizer.integers(dist.means, self.PARTS, 1), 1, 0)
+        log_scale = np.moveaxis(quantizer.integers(dist.log_scale, SHARPNESS, 2), 1, 0)
+        farthest = np.abs(mean) / self.PARTS + 32 * exponential(log_scale, SHARPNESS)
+        self.half = 1 << int(farthest.max(initial=0)).bit_length()
+        super().__init__(
+            np.moveaxis(exponential(logits, SHARPNESS), 1, 0),
+            mean + self.half * self.PARTS,
+            exponential(-log_scale, SHARPNESS),
+            2 * self.half,
+        )
+
+    def push(self, stack: Stack, values: np.ndarray) -> None:
+        """Push integers; OverflowError if one is so far away that it has no mass."""
+        if values.size and np.abs(values).max() >= self.half:
+            raise OverflowError("a value is too far from the means of its components")
+        super().push(stack, values + self.half)
+
+    def pop(self, stack: Stack) -> np.ndarray:
+        """Pop integers."""
+        return super().pop(stack) - self.half
+
+
 @register(distributions.DiscretizedLogisticMixture)
 class Pixels(Law):
     """A discretized mixture of logistics, channel by channel: each shifts those after it."""

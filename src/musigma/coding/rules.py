@@ -254,6 +254,17 @@ class AdditiveRule(MapRule):
         return y - self.shift(self.h)
 
 
+@register(layers.IntegerShift)
+class IntegerShiftRule(AdditiveRule):
+    """A shift by whole numbers."""
+
+    def shift(self, shift: Tensor) -> np.ndarray:
+        """The shift, rounded, on the grid of the input."""
+        return np.left_shift(
+            self.rule.integers(shift, self.map.scale, self.which), self.rule.below
+        )
+
+
 @register(layers.Affine)
 class AffineRule(MapRule):
     """A shift and a scale."""

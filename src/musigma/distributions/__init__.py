@@ -7,6 +7,7 @@ so they need no dequantization.
 
 from musigma.distributions.cells import Binning, multiples
 from musigma.distributions.gaussian import LearnedNormal, OptimalGaussianHead, StandardNormal
+from musigma.distributions.integers import IntegerLogisticMixture, IntegerRead
 from musigma.distributions.levels import (
     DiscretizedLogisticMixture,
     FactorizedBernoulli,
@@ -38,6 +39,8 @@ __all__ = [
     "FactorizedBetaBinomial",
     "FactorizedCategorical",
     "FactorizedContinuousBernoulli",
+    "IntegerLogisticMixture",
+    "IntegerRead",
     "LearnedNormal",
     "LikelihoodHead",
     "LogitNormal",

@@ -253,8 +253,7 @@ class DiscretizedLogisticMixture(EventDistribution):
         inverse = (-self.log_scale).exp()
         below, above = (centered - half) * inverse, (centered + half) * inverse
         top, bottom = value >= self.levels - 1, value <= 0
-        inside = F.logsigmoid(above) + F.logsigmoid(-below)
-        inside = inside + torch.log(-torch.expm1(-2 * half * inverse))
+        inside = log_between(below, above, 2 * half * inverse)
         mass = torch.where(bottom, F.logsigmoid(above), inside)
         mass = torch.where(top, F.logsigmoid(-below), mass)
         pixels = torch.logsumexp(mass.sum(2) + self.log_weights, 1)
@@ -308,6 +307,11 @@ class DiscretizedLogisticMixture(EventDistribution):
             level = ((x + 1) * (self.levels - 1) / 2).round().clamp(0, self.levels - 1)
             drawn.append(level)
         return torch.stack(drawn, 1)
+
+
+def log_between(below: Tensor, above: Tensor, width: Tensor) -> Tensor:
+    """log(σ(above) - σ(below)), accurate at any distance; `width` is above - below."""
+    return F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(-width))
 
 
 FORMAT = Format(dim=2, bounds=(-7.0, 7.0), offset=-2.0)

@@ -3,6 +3,7 @@
 from musigma.layers.classifier import Classifier
 from musigma.layers.draws import Dequantize, Split
 from musigma.layers.fixed import Checkerboard, Logit, Permutation, Rescale, Squeeze
+from musigma.layers.integers import IntegerShift
 from musigma.layers.linear import ActNorm, InvertibleConv
 from musigma.layers.mapped import Autoregressive, AutoregressiveNet, Coupling, Elementwise
 from musigma.layers.maps import Additive, Affine, Map, Monotone, Spline
@@ -24,6 +25,7 @@ __all__ = [
     "Coupling",
     "Dequantize",
     "Elementwise",
+    "IntegerShift",
     "InvertibleConv",
     "Logit",
     "Map",

@@ -33,6 +33,7 @@ class MapLayer(Bijection):
     def __init__(self, map: Map):
         super().__init__()
         self.map = map
+        self.straight_through: bool = getattr(map, "straight_through", False)
         if slow := getattr(map, "slow_inverse", ""):
             self.slow_inverse = ", ".join(filter(None, [self.slow_inverse, slow]))
 

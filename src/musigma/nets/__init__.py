@@ -5,6 +5,7 @@ features per example, which it concatenates to its input; others ignore the cont
 """
 
 from musigma.context import join
+from musigma.nets.constant import Constant
 from musigma.nets.conv import (
     ConvDecoder,
     ConvEncoder,
@@ -29,6 +30,7 @@ __all__ = [
     "MADE",
     "MLP",
     "Conditioner",
+    "Constant",
     "ConvDecoder",
     "ConvEncoder",
     "CouplingNet",
