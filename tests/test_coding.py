@@ -28,11 +28,15 @@ from musigma.layers import (
     Affine,
     Autoregressive,
     Checkerboard,
+    CircularSpline,
     Coupling,
+    CubicSpline,
     Elementwise,
     InvertibleConv,
+    LinearSpline,
     Logit,
     Permutation,
+    QuadraticSpline,
     Rescale,
     Spline,
     Squeeze,
@@ -545,9 +549,17 @@ def _maf(c, seed, gain, kind):
     return Autoregressive(MADE(bend.owners(c), hidden=[8]), map=bend)
 
 
+INTERVALS = {
+    "circular": CircularSpline(period=4.0),
+    "cubic": CubicSpline(),
+    "linear": LinearSpline(),
+    "quadratic": QuadraticSpline(),
+}
+
+
 def _couple(c, seed, gain, kind):
     affine = Affine(Format(scale="log_std", bounds=(-6, 6)))
-    bend = {"affine": affine, "additive": Additive(), "spline": Spline()}[kind]
+    bend = {"affine": affine, "additive": Additive(), "spline": Spline(), **INTERVALS}[kind]
     return Coupling(Net(c // 2, bend.outputs * (c - c // 2), seed, gain), map=bend)
 
 
@@ -575,6 +587,10 @@ LAYERS = {  # builder, dimensions, whether values are in [0, 1), tolerance to th
     "units": (lambda c, s, g: Rescale(-(2.0 ** (s % 9 - 4)), 0.5), (2, 4), False, 0),
     "elementwise": (_elementwise, (2,), False, 2e-2),
     "per channel": (lambda c, s, g: _elementwise((c, 1, 1), s, g), (4,), False, 2e-2),
+    **{
+        name: (lambda c, s, g, name=name: _couple(c, s, g, name), (2,), False, 2e-2)
+        for name in INTERVALS
+    },
     "logit": (lambda c, s, g: Logit(10.0 ** -(1 + s % 5)), (2, 4), True, 2e-2),
 }
 FINE = 14
@@ -632,7 +648,8 @@ def test_layers_are_invertible_and_close_to_the_real_ones(name, data):
         (_, down), _ = at_work(layer, s, Rounding(listing.listed), FINE)
         floats, _ = layer(torch.from_numpy(whole * 2.0**-FINE))
         off = np.abs(y * 2.0**-above - floats.numpy())
-        if isinstance(layer, Inverse) and name in ("spline", "nsf", "elementwise", "per channel"):
+        splines = ("spline", "nsf", "elementwise", "per channel", *INTERVALS)
+        if isinstance(layer, Inverse) and name in splines:
             # lines between intervals of 1/32 are as close as that on the side of the intervals
             there, _ = layer.inverse(torch.from_numpy(y * 2.0**-above))
             assert (np.abs(there.numpy() - whole * 2.0**-FINE) <= 2**-5 + 1e-3).all()

@@ -329,6 +329,15 @@ class Intervals(MapRule):
         return ends
 
 
+for _map in (
+    layers.CircularSpline,
+    layers.CubicSpline,
+    layers.LinearSpline,
+    layers.QuadraticSpline,
+):
+    register(_map)(Intervals)
+
+
 class Mapped(Rule):
     """A layer with a map of single elements, which has a rule of its own."""
 

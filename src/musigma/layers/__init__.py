@@ -6,7 +6,17 @@ from musigma.layers.fixed import Checkerboard, Logit, Permutation, Rescale, Sque
 from musigma.layers.integers import IntegerShift
 from musigma.layers.linear import ActNorm, InvertibleConv
 from musigma.layers.mapped import Autoregressive, AutoregressiveNet, Coupling, Elementwise
-from musigma.layers.maps import Additive, Affine, Map, Monotone, Spline
+from musigma.layers.maps import (
+    Additive,
+    Affine,
+    CircularSpline,
+    CubicSpline,
+    LinearSpline,
+    Map,
+    Monotone,
+    QuadraticSpline,
+    Spline,
+)
 from musigma.layers.marginals import Marginals
 from musigma.layers.standardize import Standardize, standardizer, standardizers
 from musigma.layers.support import Unconstrain
@@ -20,18 +30,22 @@ __all__ = [
     "Autoregressive",
     "AutoregressiveNet",
     "Checkerboard",
+    "CircularSpline",
     "Classifier",
     "Conditioner",
     "Coupling",
+    "CubicSpline",
     "Dequantize",
     "Elementwise",
     "IntegerShift",
     "InvertibleConv",
+    "LinearSpline",
     "Logit",
     "Map",
     "Marginals",
     "Monotone",
     "Permutation",
+    "QuadraticSpline",
     "Rescale",
     "Spline",
     "Split",

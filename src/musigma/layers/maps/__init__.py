@@ -7,7 +7,20 @@ directions. If its inverse has no closed form, it inherits from `Monotone`.
 
 from musigma.layers.maps.additive import Additive
 from musigma.layers.maps.affine import Affine
+from musigma.layers.maps.cubic_spline import CubicSpline
+from musigma.layers.maps.linear_spline import LinearSpline
 from musigma.layers.maps.map import Map, Monotone
-from musigma.layers.maps.spline import Spline
+from musigma.layers.maps.quadratic_spline import QuadraticSpline
+from musigma.layers.maps.spline import CircularSpline, Spline
 
-__all__ = ["Additive", "Affine", "Map", "Monotone", "Spline"]
+__all__ = [
+    "Additive",
+    "Affine",
+    "CircularSpline",
+    "CubicSpline",
+    "LinearSpline",
+    "Map",
+    "Monotone",
+    "QuadraticSpline",
+    "Spline",
+]

@@ -1,4 +1,4 @@
-"""The monotone rational-quadratic spline."""
+"""The monotone rational-quadratic spline, of the line and of the circle."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from musigma.layers.maps.bins import Bins
 from musigma.layers.maps.map import Map, planes
 
-__all__ = ["Spline"]
+__all__ = ["CircularSpline", "Spline"]
 
 
 @dataclass(frozen=True)
-class Spline(Map):
+class Spline(Bins, Map):
     r"""A monotone spline of each element.
 
     For every element the network emits K widths, K heights and K - 1 slopes of the inner knots,
@@ -43,21 +44,6 @@ class Spline(Map):
         (True, True)
     """
 
-    bins: int = 8
-    bound: float = 5.0
-    least: float = 1e-3
-
-    def __post_init__(self):
-        if self.bins < 2:
-            raise ValueError(f"bins: expected 2 or more; got {self.bins}")
-        if not 0 < self.bound < math.inf:
-            raise ValueError(f"bound: expected a positive number; got {self.bound}")
-        if not 0 < self.least < 1 / self.bins:
-            raise ValueError(
-                f"least: expected a number between 0 and 1 / bins = {1 / self.bins:.4g}; "
-                f"got {self.least}"
-            )
-
     @property
     def outputs(self) -> int:
         """Number of outputs of the network for each element, 3 K - 1."""
@@ -72,26 +58,96 @@ class Spline(Map):
         Raises:
             ValueError: If h has another shape.
         """
-        return self._apply(_Forward.apply, x, h)
+        return _apply(_Forward.apply, self, *planes(self, x, h))
 
     def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """``(x, log dx/dy)``, for h as in `forward`."""
-        return self._apply(_Inverse.apply, y, h)
+        return _apply(_Inverse.apply, self, *planes(self, y, h))
 
-    def _apply(self, function: Callable[..., Any], x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a function on planes, in which each parameter of all elements is contiguous.
 
-        Nothing is copied if the network emits its batch last in memory, as `MADE` does.
-        """
+@dataclass(frozen=True)
+class CircularSpline(Map):
+    r"""A monotone spline of a circle, lifted to the line: f(x + period) = f(x) + period.
+
+    For every element the network emits a shift of x, K widths, K heights and K slopes of the
+    knots, all unbounded; the first and the last knot are the same point of the circle. In other
+    respects the spline is that of `Spline`, on [-period / 2, period / 2]. With all parameters zero
+    it is the identity. Values are not wrapped, so the map increases over the whole line; the layer
+    `Circle` wraps them. (Rezende, Papamakarios, Racanière, Albergo, Kanwar, Shanahan, Cranmer,
+    "Normalizing Flows on Tori and Spheres", 2020, arXiv:2002.02428.)
+
+    Args:
+        bins: K, 2 or more.
+        period: The circumference.
+        least: The smallest slope, and the smallest width and height as a share of the period.
+
+    Raises:
+        ValueError: If a field is out of range.
+
+    Example:
+        >>> spline, h = CircularSpline(bins=4), torch.randn(1, 13)
+        >>> x = torch.tensor([[3.0]])
+        >>> y, z = (spline.forward(t, h)[0] for t in (x, x + 2 * math.pi))
+        >>> torch.allclose(z - y, torch.tensor(2 * math.pi))
+        True
+    """
+
+    bins: int = 8
+    period: float = 2 * math.pi
+    least: float = 1e-3
+
+    def __post_init__(self):
+        if not 0 < self.period < math.inf:
+            raise ValueError(f"period: expected a positive number; got {self.period}")
+        Bins(self.bins, self.period / 2, self.least)
+
+    @property
+    def bound(self) -> float:
+        """Half of the period."""
+        return self.period / 2
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of the network for each element, 3 K + 1."""
+        return 3 * self.bins + 1
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(y, log dy/dx)``."""
         x, raw = planes(self, x, h)
-        batch_last = raw.ndim == 3 and raw.stride(1) == 1
-        if batch_last:
-            x, raw = x.t(), raw.transpose(1, 2)
-        y, log_slope = function(
-            x.reshape(-1), raw.reshape(self.outputs, -1), self.bins, self.bound, self.least
-        )
-        y, log_slope = y.view(x.shape), log_slope.view(x.shape)
-        return (y.t(), log_slope.t()) if batch_last else (y, log_slope)
+        x = x + raw[0]
+        turns = self._turns(x)
+        y, log_slope = _apply(_Forward.apply, self, self._wrapped(x - turns), raw[1:])
+        return y + turns, log_slope
+
+    def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, log dx/dy)``."""
+        y, raw = planes(self, y, h)
+        turns = self._turns(y)
+        x, log_slope = _apply(_Inverse.apply, self, self._wrapped(y - turns), raw[1:])
+        return x + turns - raw[0], log_slope
+
+    def _turns(self, x: Tensor) -> Tensor:
+        return (x.detach() / self.period).round() * self.period
+
+    def _wrapped(self, x: Tensor) -> Tensor:
+        return x.clamp(-self.bound, self.bound)  # beyond by rounding
+
+
+def _apply(
+    function: Callable[..., Any], spline: Spline | CircularSpline, x: Tensor, raw: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run a function on planes, in which each parameter of all elements is contiguous.
+
+    Nothing is copied if the network emits its batch last in memory, as `MADE` does.
+    """
+    batch_last = raw.ndim == 3 and raw.stride(1) == 1
+    if batch_last:
+        x, raw = x.t(), raw.transpose(1, 2)
+    y, log_slope = function(
+        x.reshape(-1), raw.reshape(len(raw), -1), spline.bins, spline.bound, spline.least
+    )
+    y, log_slope = y.view(x.shape), log_slope.view(x.shape)
+    return (y.t(), log_slope.t()) if batch_last else (y, log_slope)
 
 
 # --- the spline -------------------------------------------------------------------------------
@@ -120,7 +176,7 @@ def _locate(
     shares = raw[: 2 * bins].view(2, bins, -1).softmax(1)
     most, smallest = 2 * bound * (1 - bins * least), 2 * bound * least
     corner, k, right = z.new_full((), -bound), torch.zeros_like(z), torch.empty_like(z)
-    left, slopes, n = shares, F.pad(raw[2 * bins :], (0, 0, 1, 1)), bins
+    left, slopes, n = shares, _knots(raw[2 * bins :], bins), bins
     while n > 1:
         kept = (n + 1) // 2
         skipped = n - kept
@@ -135,6 +191,11 @@ def _locate(
     size = torch.add(z.new_full((), smallest), left[:, 0], alpha=most)
     slopes = F.softplus(slopes.add_(math.log(math.expm1(1 - least)))).add_(least)
     return shares, corner, size, slopes, k
+
+
+def _knots(raw: Tensor, bins: int) -> Tensor:
+    """Raw slopes of all K + 1 knots, from those of the inner ones or, on a circle, of K knots."""
+    return F.pad(raw, (0, 0, 1, 1)) if len(raw) < bins else torch.cat([raw, raw[:1]])
 
 
 def _blend(theta: Tensor, s: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
@@ -166,6 +227,7 @@ class _Forward(torch.autograd.Function):
         theta = z.sub_(x0).div_(w)
         q, log_slope = _log_slope(theta, h / w, slopes)
         ctx.save_for_backward(shares, size, slopes, k, theta, inside)
+        ctx.rows = len(raw)
         ctx.least, ctx.most = least, 2 * bound * (1 - bins * least)
         return torch.lerp(x, torch.addcmul(y0, h, q), inside), log_slope.mul_(inside)
 
@@ -196,6 +258,7 @@ class _Inverse(torch.autograd.Function):
         theta = rise.mul_(2).div_(root.add_(linear))
         log_slope = _log_slope(theta, s, slopes)[1]
         ctx.save_for_backward(shares, size, slopes, k, theta, inside)
+        ctx.rows = len(raw)
         ctx.least, ctx.most = least, 2 * bound * (1 - bins * least)
         return torch.lerp(y, torch.addcmul(x0, w, theta), inside), log_slope.mul_(inside).neg_()
 
@@ -257,7 +320,7 @@ def _pull(
     by_size = torch.stack([torch.addcmul(by_s * s, gx, theta).neg_(), by_s.addcmul_(gy, q)])
     by_size.mul_(ctx.most)
     bins = shares.shape[1]
-    raw = theta.new_empty(3 * bins - 1, len(theta))
+    raw = theta.new_empty(ctx.rows, len(theta))
     knots = torch.arange(bins + 1, dtype=k.dtype, device=k.device)[:, None]
     from_here = torch.ge(k, knots, out=raw.new_empty(bins + 1, len(k)))
     before, here = from_here[1:], from_here[:-1] - from_here[1:]
@@ -265,5 +328,7 @@ def _pull(
     torch._softmax_backward_data(  # pyright: ignore[reportPrivateImportUsage]
         by_shares, shares, 1, shares.dtype, grad_input=raw[: 2 * bins].view(shares.shape)
     )
-    torch.mul(here[1:], by_slopes[0], out=raw[2 * bins :]).addcmul_(here[:-1], by_slopes[1])
+    right = here if ctx.rows == 3 * bins else here[1:]
+    left = here.roll(1, 0) if ctx.rows == 3 * bins else here[:-1]
+    torch.mul(right, by_slopes[0], out=raw[2 * bins :]).addcmul_(left, by_slopes[1])
     return gx, raw
