@@ -56,6 +56,7 @@ RANKS = {
     "training": 8,  # it evaluates during training, so evaluation has a lower rank
     "report": 6,
     "scorer": 9,
+    "energy": 9,
     "coverage": 9,
     "cli": 10,
     "sklearn": 10,

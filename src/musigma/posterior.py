@@ -16,7 +16,7 @@ from musigma.layers import Unconstrain, standardizers
 from musigma.model import Model
 from musigma.support import Support
 
-__all__ = ["Mode", "Proposal", "mode", "truncated"]
+__all__ = ["Mode", "Proposal", "evaluation_mode", "mode", "truncated"]
 
 NEAR = 0.1
 """Distance, in standard deviations of the draws, within which restarts have found one mode."""
@@ -84,7 +84,7 @@ def mode(
             f"n: expected at least as many draws as restarts, at least one; got {n} draws, "
             f"{restarts} restarts and {steps} steps"
         )
-    with _evaluation(model):
+    with evaluation_mode(model):
         inner, rows = model.given(context)
         count = contexts.length(rows) or 1
         size = max(1, AT_ONCE // n)
@@ -97,7 +97,7 @@ def mode(
 
 
 @contextmanager
-def _evaluation(model: Model) -> Iterator[None]:
+def evaluation_mode(model: Model) -> Iterator[None]:
     """Evaluation mode, in which the density of an ensemble is that of its draws."""
     before = model.training
     model.eval()
@@ -252,7 +252,7 @@ def truncated(
         )
     if not 0 < epsilon < 1 or n < 1:
         raise ValueError(f"epsilon, n: expected 0 < epsilon < 1 and n > 0; got {epsilon}, {n}")
-    with _evaluation(model):
+    with evaluation_mode(model):
         dist = model.as_distribution(context)
         size = math.ceil(FEWEST / epsilon)
         drawn = torch.cat([q for _, q in _draws(dist, size)])

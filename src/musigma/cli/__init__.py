@@ -17,6 +17,7 @@ from musigma.cli import (  # noqa: F401
     compare,
     compress,
     convert,
+    energy,
     inspect,
     posteriors,
     scores,

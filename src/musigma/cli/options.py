@@ -58,7 +58,8 @@ for flag in ("--help", "--version"):
 
 WHAT_DATA = "A folder, a file, a URL, or the name of a data set."
 Run = Annotated[str, Parameter(group=ARGUMENTS, help="A run folder or a .safetensors file.")]
-Source = Annotated[str, Parameter(name="data", group=ARGUMENTS, help=WHAT_DATA)]
+SOURCE = Parameter(name="data", group=ARGUMENTS, help=WHAT_DATA)
+Source = Annotated[str, SOURCE]
 Argument = Parameter(group=ARGUMENTS)
 
 

@@ -21,6 +21,8 @@ from cyclopts import Group, Parameter
 from docstring_parser import parse
 
 from musigma import __version__, checkpoint, data, plugins
+from musigma.cli.energy import density, figure_lines
+from musigma.cli.energy import figures as figures_of_weights
 from musigma.cli.options import (
     ALWAYS,
     BUDGET,
@@ -30,6 +32,7 @@ from musigma.cli.options import (
     MODEL,
     OBJECTIVE,
     OUTPUT,
+    SOURCE,
     Common,
     DataOptions,
     Reading,
@@ -39,12 +42,14 @@ from musigma.cli.options import (
     image_size,
     with_headings,
 )
+from musigma.cli.pictures import ROWS_DRAWN, draw
 from musigma.cli.runs import RunFolder, decided_by_main, refuse_other_run, reserved
 from musigma.cli.screen import Screen, figure_text
 from musigma.cli.threads import Threads
 from musigma.cli.trained import Trained, device_named, of_pairs, read_data
 from musigma.data.attach import is_source
-from musigma.evaluation import batch, evaluate, ledger
+from musigma.energy import EvidenceBound, LogDensity, check_density, start_rows, weigh
+from musigma.evaluation import evaluate, ledger
 from musigma.files import write_json
 from musigma.named import REGISTRIES
 from musigma.objectives import OBJECTIVES
@@ -62,16 +67,22 @@ from musigma.training import (
     leave,
     saved_state,
 )
-from musigma.zoo import ARCHITECTURES, Conditioning, build, given_numbers, with_numbers
+from musigma.zoo import (
+    ARCHITECTURES,
+    Conditioning,
+    build,
+    given_numbers,
+    spec_of,
+    with_numbers,
+)
 
-ROWS_DRAWN, COLUMNS_DRAWN = 2000, 24  # of a table, in pictures
+WEIGHED = 10_000
+"""Number of draws that are weighed at the end of training by a density."""
 
 threads = Threads()
 train_app = application("train", group_commands=Group("Architectures", sort_key=-1))
 
 if TYPE_CHECKING:
-    import numpy as np
-
     MoreOptions = Common
     TrainOptions = TrainConfig
 else:
@@ -118,6 +129,11 @@ class TrainingData:
             architecture takes types.
         missing: Missing values of a typed table have a probability of their own (model), or are
             left out of the density (ignore). A schema file says it by column.
+        energy: Train by an unnormalized density instead of data: FILE.py:NAME of a function of x
+            (and of the context, if there is one) that returns the log density of each row by
+            torch. DATA are then rows about where it has its mass, such as draws from a prior, or
+            are left out.
+        features: Number of features of x, with --energy and without DATA.
         reading: How data are read.
     """
 
@@ -131,9 +147,31 @@ class TrainingData:
     observed: Path | None = None
     schema: str | None = None
     missing: Literal["model", "ignore"] = "model"
+    energy: str | None = None
+    features: int | None = None
     reading: Reading = Reading()
 
-    def typed(self, name: str, source: str) -> dict[str, Any]:
+    def without_data(self) -> data.Dataset:
+        """Rows by which a flow is calibrated that is trained by a density alone."""
+        from musigma.energy import start_rows
+
+        if self.energy is None:
+            raise ValueError(
+                "data: expected a folder, a file, a URL or the name of a data set, `musigma train "
+                "ARCH DATA`"
+            )
+        columns, support = (), None
+        if self.bounds is not None:
+            plain = data.read_bounds(self.bounds)
+            columns = data.bounded_columns(plain)
+            support = data.as_support(plain, columns)
+        features = self.features or len(columns)
+        if not features or (columns and len(columns) != features):
+            named = f"; --bounds names {len(columns)}" if columns else ""
+            raise ValueError(f"features: give the number of features of x{named}")
+        return start_rows(Spec((features,), columns=columns, support=support))
+
+    def typed(self, name: str) -> dict[str, Any]:
         """How the columns of a table are typed, for an architecture."""
         parameters = inspect.signature(ARCHITECTURES[name]).parameters
         parameter = parameters.get("schema")
@@ -141,6 +179,8 @@ class TrainingData:
             raise ValueError(f"bounds: {name} takes none; leave them out, or train nsf or maf")
         if self.bounds is not None and self.schema not in (None, "none"):
             raise ValueError("bounds: they are for plain numbers; leave --bounds or --schema out")
+        if self.energy is not None:
+            return {}
         if self.schema not in (None, "none") and parameter is None:
             raise ValueError(f"schema: {name} takes no types of columns; leave it out")
         if parameter is None or self.schema == "none":
@@ -162,7 +202,7 @@ class TrainingData:
 
 
 def described_data(
-    source: str,
+    source: str | None,
     preprocess: data.Preprocess,
     reading: Reading,
     given: Sequence[str],
@@ -170,7 +210,7 @@ def described_data(
 ) -> dict[str, Any]:
     """The entries of config.json about how data are read; paths are absolute."""
     return {
-        "source": data.identity(source),
+        "source": None if source is None else data.identity(source),
         "preprocess": preprocess.to_json(),
         **dataclasses.asdict(reading),
         "given": [
@@ -226,7 +266,7 @@ def add_architecture(name: str) -> None:
         option = Parameter(help=help_of.get(p.name, ""), group=MODEL, negative=negative)
         chosen.append(p.replace(annotation=Annotated[types.get(p.name, str), option]))
 
-    def command(source: str, **given: Any) -> None:
+    def command(source: str | None = None, **given: Any) -> None:
         train(name, source, **given)
 
     command.__signature__ = inspect.Signature([source, *chosen, *shared])  # pyright: ignore
@@ -274,22 +314,29 @@ def prepare_words(words: list[str]) -> list[str]:
 def resume_training(
     *,
     resume: Annotated[Path | None, Parameter(group=FIRST)] = None,
+    energy: Annotated[str | None, Parameter(group=DATA)] = None,
     common: Common = Common(),
 ) -> None:
     """Train a model (`musigma train ARCH DATA`), or continue a run (`--resume RUN`).
 
     Args:
         resume: Continue this run with its saved configuration.
+        energy: FILE.py:NAME of the log density of the run, if it is trained by one.
     """
     if resume is None:
         raise ValueError(
             "train: give an architecture and data, `musigma train ARCH DATA`, or --resume RUN"
         )
-    continue_run(resume, common)
+    continue_run(resume, common, energy=energy)
 
 
-def continue_run(folder: Path, common: Common, source: str | None = None) -> None:
-    """Continue from the state in a run folder; `source` is where its data are now."""
+def continue_run(
+    folder: Path, common: Common, source: str | None = None, energy: str | None = None
+) -> None:
+    """Continue from the state in a run folder; `source` is where its data are now.
+
+    `energy` is where the log density is now. A run never says which file to execute.
+    """
     device_named(common.device)
     join(common.device)
     if folder.is_dir():
@@ -321,7 +368,16 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
     chosen = {"given": tuple(about.get("given", ())), "of": tuple(about.get("of", ()))}
     schema = saved["model"].get("schema")
     typed = {} if schema is None else {"schema": Schema.from_json(schema)}
-    found = read_data(source or about["source"], preprocess, reading, screen, **chosen, **typed)
+    if (energy is None) != ("energy" not in about):
+        what = "was not trained by a density; leave --energy out"
+        if energy is None:
+            what = "is trained by a density; give the function (--energy FILE.py:NAME)"
+        raise ValueError(f"energy: {folder} {what}")
+    log_density = None if energy is None else density(energy)
+    if (source := source or about["source"]) is None:
+        found = start_rows(spec_of(saved["model"]))
+    else:
+        found = read_data(source, preprocess, reading, screen, **chosen, **typed)
     if len(found) != about["n"] or list(found.shape) != about["shape"]:
         raise ValueError(
             f"resume: {about['source']} had {about['n']} examples of shape {about['shape']} when "
@@ -335,7 +391,7 @@ def continue_run(folder: Path, common: Common, source: str | None = None) -> Non
     model = checkpoint.rebuild(saved["model"], {"data": about})
     model.to(getattr(torch, saved.get("dtype", "float32")))
     threads.choose(saved.get("threads"))
-    run(model, found, config, folder, saved, screen, resume=True)
+    run(model, found, config, folder, saved, screen, log_density, resume=True)
 
 
 def finetune(
@@ -371,7 +427,7 @@ def finetune(
 
 def train(
     name: str,
-    source: Source,
+    source: Annotated[str | None, SOURCE] = None,
     *,
     config: TrainOptions = TrainConfig(),
     reading: TrainingData = TrainingData(),
@@ -383,7 +439,10 @@ def train(
     device_named(common.device)
     processes = join(common.device)
     screen = Screen(common)
-    out, there = decided_by_main(processes, lambda: folder.choose(name, source))
+    target = reading.energy
+    log_density = None if target is None else density(target)
+    where = source or (target or reading.without_data().name).rpartition(":")[2]
+    out, there = decided_by_main(processes, lambda: folder.choose(name, where))
     about = described_data(
         source, reading.preprocess, reading.reading, reading.context, reading.of
     )
@@ -397,12 +456,15 @@ def train(
             "train": {**dataclasses.asdict(config), "seed": common.seed},
         }
         decided_by_main(processes, lambda: refuse_other_run(out, now, defaults))
-        continue_run(out, common, source)
+        continue_run(out, common, source, target)
         return
-    typed = reading.typed(name, source)
+    typed = reading.typed(name)
     chosen = {"given": reading.context, "of": reading.of, "bounds": reading.bounds}
-    found = read_data(source, reading.preprocess, reading.reading, screen, **chosen, **typed)
-    _enough(found, source)
+    if source is None:
+        found = reading.without_data()
+    else:
+        found = read_data(source, reading.preprocess, reading.reading, screen, **chosen, **typed)
+        _enough(found, source)
     chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
     plain = found.bits is None and found.schema is None
     if plain and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:
@@ -411,11 +473,12 @@ def train(
     spec = found.spec(chosen)
     model = build(name, spec, **options)
     about |= _observed(reading.observed, model)
+    about |= {} if target is None else {"energy": data.identity(target)}
     asked = {"options": options, "train": dataclasses.asdict(config)}
-    if given_numbers(spec):
+    if given_numbers(spec) and log_density is None:
         filled = {k: v for k, v in with_numbers(name, spec, options).items() if k not in options}
         config = _conditional(config, spec, len(found.split("train")), filled, screen)
-    _begin(model, found, about, config, out, screen, asked=asked)
+    _begin(model, found, about, config, out, screen, asked=asked, log_density=log_density)
 
 
 def _conditional(
@@ -478,11 +541,12 @@ def _begin(
     screen: Screen,
     kept: Mapping[str, Any] | None = None,
     asked: Mapping[str, Any] | None = None,
+    log_density: LogDensity | None = None,
 ) -> None:
     """Write the configuration of a new run, and train it.
 
     `about` describes the data; checkpoints will contain `kept`. `asked` are the options as they
-    were given, where others follow from the data.
+    were given, where others follow from the data. With a log density, the model is trained by it.
     """
     if model.spec.support is not None:
         found = found.within(model.spec.support)
@@ -509,11 +573,29 @@ def _begin(
         },
         "threads": threads.choose(),
     }
-    check_run(model, found.split("train"), config)
-    run(model, found, config, out, saved, screen)
+    trained = _by_energy(model, log_density)
+    if isinstance(trained, EvidenceBound):
+        check_density(trained, found.split("train"))
+    check_run(trained, found.split("train"), config)
+    run(model, found, config, out, saved, screen, log_density)
 
 
-def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool = False) -> None:
+def _by_energy(model: Any, log_density: LogDensity | None) -> Any:
+    """What is trained: the model, or its evidence bound for a density."""
+    return model if log_density is None else EvidenceBound(model, log_density)
+
+
+def run(
+    model: Any,
+    found: data.Dataset,
+    config: TrainConfig,
+    out: Path,
+    saved: Mapping[str, Any],
+    screen: Screen,
+    log_density: LogDensity | None = None,
+    *,
+    resume: bool = False,
+) -> None:
     """Train in a folder reserved for this run, then evaluate and draw pictures."""
     processes = current_processes()
     with reserved(out, processes, empty=not resume):
@@ -526,7 +608,7 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
             write_json(out / "config.json", saved)
         with screen.dashboard(of_pairs(model.spec)) as watch:
             done = fit(
-                model,
+                _by_energy(model, log_density),
                 parts["train"],
                 parts["validation"],
                 config,
@@ -543,7 +625,10 @@ def run(model, found, config, out: Path, saved, screen: Screen, *, resume: bool 
         about |= {"data": data.describe(found, parts)}
         if done.finished:
             answer |= {"seconds": done.seconds, "skipped": done.skipped, "parameters": parameters}
-            _finish(out, parts["held-out"], screen, answer | about)
+            if log_density is None:
+                _finish(out, parts["held-out"], screen, answer | about)
+            else:
+                _finish_by_energy(out, log_density, parts["held-out"], screen, answer | about)
             return
         command = f"musigma train --resume {shlex.quote(str(out))}"
         screen.note(f"stopped after {done.steps:,} steps; continue with: {command}")
@@ -582,52 +667,25 @@ def _finish(out: Path, held_out: data.Dataset, screen: Screen, answer: dict[str,
     )
 
 
-def draw(trained: Trained, held_out: data.Dataset, folder: Path) -> list[str]:
-    """Samples, reconstructions and interpolations as pictures, where they can be drawn."""
-    import numpy as np
-
-    model, typed = trained.model, trained.spec.schema is not None
-    folder.mkdir(exist_ok=True)
-    x, context = batch(held_out, np.arange(min(16, len(held_out))), model)
-    some = np.random.default_rng(0).permutation(len(held_out))[:ROWS_DRAWN]
-    some = some if typed else np.arange(64) % len(held_out)
-    if trained.needs_given or (typed and trained.spec.context):  # the context of examples
-        by = batch(held_out, some, model)[1]
-    else:
-        by = trained.context(len(some))
-    if typed:
-        samples = model.sample(len(some), by).numpy(force=True)
-        return _draw_table(samples, held_out.take(some), trained, folder)
-    samples = model.sample(64, by, mode=True)
-    paths = [folder / f"{name}.png" for name in ("samples", "reconstructions", "interpolations")]
-    if not trained.is_image:
-        if trained.shape != (2,):
-            return []
-        figures.points(samples, paths[0], reference=held_out.x[:2000])
-        return [str(paths[0])]
-    trained.write(samples, paths[0])
-    trained.reconstruct(x, context, paths[1])
-    if len(x) > 1:
-        trained.interpolate(x, context, paths[2])
-    return [str(path) for path in paths[: 3 if len(x) > 1 else 2]]
-
-
-def _draw_table(
-    samples: np.ndarray, real: np.ndarray, trained: Trained, folder: Path
-) -> list[str]:
-    """Columns of samples over those of held-out rows, and the associations of their pairs."""
-    from musigma.comparison import marginal, pairs
-    from musigma.report import tables
-
-    schema = trained.spec.schema
-    assert schema is not None
-    schema = Schema(schema.columns[:COLUMNS_DRAWN])
-    paths = folder / "marginals.png", folder / "associations.png"
-    shown = [marginal(real[:, j], samples[:, j], c) for j, c in enumerate(schema.columns)]
-    tables.marginals(shown, paths[0])
-    if len(schema) < 2:
-        return [str(paths[0])]
-    found = pairs(real, samples, schema)
-    panels = {"held-out rows": found.real, "samples": found.synthetic}
-    tables.matrices(found.names, panels, paths[1])
-    return [str(path) for path in paths]
+def _finish_by_energy(
+    out: Path, log_density: LogDensity, rows: data.Dataset, screen: Screen, answer: dict[str, Any]
+) -> None:
+    """Weigh draws of a flow that was trained by a density, and show them if they are points."""
+    trained = Trained(str(out), screen.common)
+    leave()
+    if not current_processes().is_main:
+        return
+    lines: list[str] = []
+    shown: dict[str, Any] = {}
+    if not trained.spec.context:
+        weighted = weigh(trained.model, log_density, WEIGHED)
+        shown = {"evaluation": figures_of_weights(weighted)}
+        lines.append(figure_lines(weighted))
+        if trained.shape == (2,):
+            (out / "samples").mkdir(exist_ok=True)
+            path = out / "samples" / "samples.png"
+            figures.points(weighted.x[:ROWS_DRAWN], path)
+            shown["pictures"] = [str(path)]
+    lines.append(f"run: {out}")
+    lines.append(f"next: musigma importance {shlex.quote(str(out))} --energy FILE.py:NAME")
+    screen.result({**answer, **shown}, "\n".join(lines))

@@ -1,7 +1,7 @@
 """Data sets: how they are read and split, and which examples a step sees."""
 
 from musigma.data.attach import attach, given_rows
-from musigma.data.bounds import as_support, read_bounds
+from musigma.data.bounds import as_support, bounded_columns, read_bounds
 from musigma.data.columns import decode
 from musigma.data.dataset import Dataset, Given, Preprocess, digest
 from musigma.data.errors import DataError
@@ -22,6 +22,7 @@ __all__ = [
     "as_support",
     "attach",
     "batch_indices",
+    "bounded_columns",
     "decode",
     "describe",
     "digest",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,20 @@ def read_bounds(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{where}: {first_line(error)}") from error
     except ValueError as error:
         raise DataError(f"{where}: cannot be read: {first_line(error)}") from error
+
+
+def bounded_columns(plain: Mapping[str, Any]) -> tuple[str, ...]:
+    """All names in the content of a file of bounds, in its order."""
+
+    def names(value: Any) -> Iterator[str]:
+        for each in value if isinstance(value, list) else ():
+            yield from [each] if isinstance(each, str) else names(each)
+
+    inside = plain.get("bounds", {})
+    listed = [*(inside if isinstance(inside, Mapping) else ())]
+    for value in (v for key, v in plain.items() if key != "bounds"):
+        listed += names(value)
+    return tuple(dict.fromkeys(listed))
 
 
 def as_support(
