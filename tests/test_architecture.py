@@ -78,6 +78,7 @@ OWNERS = {
     "jinja2": {"report"},
     "safetensors": {"checkpoint", "training", "convert"},
     "pooch": {"data"},
+    "anndata": {"data"},
     "sklearn": {"comparison", "data", "editing", "pyod", "sklearn"},
     "pyod": {"pyod"},
     "pyarrow": {"cli", "data", "frames", "scorer"},

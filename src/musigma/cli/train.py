@@ -48,6 +48,7 @@ from musigma.cli.screen import Screen, figure_text
 from musigma.cli.threads import Threads
 from musigma.cli.trained import Trained, device_named, of_pairs, read_data
 from musigma.data.attach import is_source
+from musigma.distributions import LIKELIHOODS, are_counted
 from musigma.energy import EvidenceBound, LogDensity, check_density, start_rows, weigh
 from musigma.evaluation import evaluate, ledger
 from musigma.files import write_json
@@ -466,7 +467,9 @@ def train(
         found = read_data(source, reading.preprocess, reading.reading, screen, **chosen, **typed)
         _enough(found, source)
     chosen = [v.name for v in found.variables if v.name != "label" or "label" in reading.context]
-    plain = found.bits is None and found.schema is None
+    scored = LIKELIHOODS.get(options.get("likelihood", ""))
+    counts = scored is not None and scored.data == "counts"
+    plain = found.bits is None and found.schema is None and not counts
     if plain and "standardize" in inspect.signature(ARCHITECTURES[name]).parameters:
         options.setdefault("standardize", True)
     torch.manual_seed(common.seed)
@@ -600,6 +603,7 @@ def run(
     processes = current_processes()
     with reserved(out, processes, empty=not resume):
         parameters = sum(p.numel() for p in model.parameters())
+        found = dataclasses.replace(found, counts=are_counted(model))
         parts = {part: found.split(part) for part in PARTS}
         for line in data.summary(found, parts):
             screen.note(line)

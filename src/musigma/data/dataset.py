@@ -240,6 +240,7 @@ class Dataset:
         columns: Names of the columns of a table.
         schema: Their types, if they are typed (`musigma.schema`).
         support: The set in which all rows lie, if it is known (`within`).
+        counts: Whether rows of a table are modeled as counts, so that equal values are no fault.
         given: Further context of each example, by name: what a model can be conditioned on.
         skipped: Reasons why examples were left out, by name.
         notes: Notes for the user about how the data were read.
@@ -263,6 +264,7 @@ class Dataset:
     columns: tuple[str, ...] = ()
     schema: Schema | None = None
     support: Support | None = None
+    counts: bool = False
     given: Mapping[str, Given] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -437,6 +439,18 @@ class Dataset:
                 f"is to be {support.expected(j, self.columns)}; {', '.join(seen)}{more}"
             )
         return bad, faults
+
+    def not_counts(self) -> str:
+        """The first element that is no count 0, 1, 2, ...; empty if all are."""
+        step = max(1, (1 << 22) // prod(self.shape))
+        for start in range(0, len(self), step):
+            x = self.take(np.arange(start, min(start + step, len(self)))).astype(np.float64)
+            bad = np.argwhere((x < 0) | (x != np.floor(x)))
+            if len(bad):
+                i, j = bad[0][0], bad[0][1:]
+                where = called(self.columns, int(j[0])) if len(j) == 1 else f"element {tuple(j)}"
+                return f"{self._row(start + int(i))}, {where} is {x[tuple(bad[0])]:g}"
+        return ""
 
     def within(self, support: Support) -> Dataset:
         """These rows, once it is known that all of them lie in a support.

@@ -195,7 +195,7 @@ def doubts(dataset: Dataset, parts: Mapping[str, Dataset]) -> Iterator[str]:
     """Likely mistakes."""
     train = parts.get("train", dataset)
     yield from _doubtful_labels(dataset, train)
-    if dataset.schema is None:
+    if dataset.schema is None and not dataset.counts:
         yield from _doubtful_columns(train) if dataset.bits is None else _doubtful_levels(train)
     seen = different(train.content())
     for name, part in parts.items() if dataset.official_test is not None else ():

@@ -6,6 +6,14 @@ so they need no dequantization.
 """
 
 from musigma.distributions.cells import Binning, multiples
+from musigma.distributions.counts import (
+    CountHead,
+    Counts,
+    FactorizedNegativeBinomial,
+    FactorizedPoisson,
+    ZeroInflated,
+    are_counted,
+)
 from musigma.distributions.gaussian import LearnedNormal, OptimalGaussianHead, StandardNormal
 from musigma.distributions.integers import IntegerLogisticMixture, IntegerRead
 from musigma.distributions.levels import (
@@ -23,6 +31,7 @@ from musigma.distributions.likelihood import (
 )
 from musigma.distributions.model_distribution import ModelDistribution
 from musigma.distributions.onehot import OneHotHead, OneHotLatents, UniformOneHot
+from musigma.distributions.point import PointMass
 from musigma.distributions.unit import (
     FactorizedContinuousBernoulli,
     LogitNormal,
@@ -34,11 +43,15 @@ from musigma.distributions.unit import (
 __all__ = [
     "LIKELIHOODS",
     "Binning",
+    "CountHead",
+    "Counts",
     "DiscretizedLogisticMixture",
     "FactorizedBernoulli",
     "FactorizedBetaBinomial",
     "FactorizedCategorical",
     "FactorizedContinuousBernoulli",
+    "FactorizedNegativeBinomial",
+    "FactorizedPoisson",
     "IntegerLogisticMixture",
     "IntegerRead",
     "LearnedNormal",
@@ -49,10 +62,13 @@ __all__ = [
     "OneHotHead",
     "OneHotLatents",
     "OptimalGaussianHead",
+    "PointMass",
     "StandardNormal",
     "StandardUniform",
     "UniformOneHot",
     "UnitUniform",
+    "ZeroInflated",
+    "are_counted",
     "data_of",
     "likelihood",
     "multiples",

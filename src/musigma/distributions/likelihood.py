@@ -14,7 +14,7 @@ from musigma.tensors import at_least_float32
 
 __all__ = ["LIKELIHOODS", "LikelihoodHead", "data_of", "likelihood", "register_likelihood"]
 
-Data = Literal["levels", "unit", "real"]
+Data = Literal["levels", "unit", "real", "counts"]
 B = TypeVar("B", bound=Callable[..., nn.Module])
 
 
@@ -34,12 +34,12 @@ def register_likelihood(name: str, *, data: Data) -> Callable[[B], B]:
 
     The function is called as ``build(shape, net, ...)``, with the event shape, a function that
     builds a network for a number of output channels, and those of the options `levels`,
-    `components` and `std` of `likelihood` that are among its parameters.
+    `components`, `std` and `dispersion` of `likelihood` that are among its parameters.
 
     Args:
         name: The name.
-        data: The data that it scores: integer `levels`; values in [0, 1], `unit`; or `real`
-            numbers, which include values in [0, 1].
+        data: The data that it scores: integer `levels`; values in [0, 1], `unit`; `real` numbers,
+            which include values in [0, 1]; or `counts`, 0, 1, 2, ... without a largest one.
 
     Raises:
         ValueError: If the library has a likelihood of this name.
@@ -71,7 +71,7 @@ def _entry(name: str) -> Entry:
 
 
 def data_of(name: str) -> Data:
-    """The data that a likelihood scores: `levels`, `unit` or `real`; see `register_likelihood`.
+    """The data that a likelihood scores, as `register_likelihood` names them.
 
     Raises:
         ValueError: For an unknown name.
@@ -87,13 +87,15 @@ def likelihood(
     levels: int = 256,
     components: int = 10,
     std: Literal["emitted", "channel", "pixel", "optimal"] | float = "emitted",
+    dispersion: Literal["feature", "emitted"] = "feature",
 ) -> nn.Module:
     """The head of a decoder: p(x | z), by name.
 
     Args:
         name: For integer levels: `bernoulli` (levels 0 and 1), `categorical` (a probability for
             each level), `logistic`, `logistic-mixture` or `beta-binomial`. Densities of values
-            scaled to [0, 1]: `continuous-bernoulli` or `gaussian`. `register_likelihood` adds
+            scaled to [0, 1]: `continuous-bernoulli` or `gaussian`. For counts: `poisson`, `nb`
+            (negative binomial) or `zinb` (the same, zero-inflated). `register_likelihood` adds
             others.
         shape: The event shape, (C, H, W) or (D,).
         net: Builds a network with a given number of output channels.
@@ -102,9 +104,12 @@ def likelihood(
         std: Standard deviation of a `gaussian`: `emitted` for every pixel by the network, a
             learned parameter for each `channel` or each `pixel`, `optimal` (see
             `OptimalGaussianHead`), or a number.
+        dispersion: Inverse dispersion of `nb` and `zinb`: a learned parameter for each `feature`,
+            or `emitted` by the network for each feature of each example.
 
     Raises:
-        ValueError: For an unknown name or std, or a Bernoulli for data with more than two levels.
+        ValueError: For an unknown name, std or dispersion, or a Bernoulli for data with more than
+            two levels.
 
     Example:
         >>> import torch
@@ -113,7 +118,12 @@ def likelihood(
         torch.Size([2])
     """
     build = _entry(name).build
-    options: dict[str, Any] = {"levels": levels, "components": components, "std": std}
+    options: dict[str, Any] = {
+        "levels": levels,
+        "components": components,
+        "std": std,
+        "dispersion": dispersion,
+    }
     named = inspect.signature(build).parameters
     return build(shape, net, **{k: v for k, v in options.items() if k in named})
 

@@ -23,7 +23,7 @@ from musigma.nets.embed import EMBEDDINGS, Embedding, embedding, embedding_of
 from musigma.nets.quantiles import NormalScores, Quantiles
 from musigma.nets.sequences import DeepSet, SequenceTransformer, SeriesNet
 from musigma.nets.summary import Summary
-from musigma.nets.vectors import MADE, MLP, Conditioner, ResidualMLP, Scaled
+from musigma.nets.vectors import MADE, MLP, Conditioner, Logarithm, ResidualMLP, Scaled
 
 __all__ = [
     "EMBEDDINGS",
@@ -37,6 +37,7 @@ __all__ = [
     "DeepSet",
     "EdgeConv2d",
     "Embedding",
+    "Logarithm",
     "NormalScores",
     "Quantiles",
     "ResBlock",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from musigma.context import join, one_row
 
-__all__ = ["MADE", "MLP", "Conditioner", "ResidualMLP", "Scaled", "residual_branch"]
+__all__ = ["MADE", "MLP", "Conditioner", "Logarithm", "ResidualMLP", "Scaled", "residual_branch"]
 
 
 class Scaled(nn.Module):
@@ -40,6 +40,22 @@ class Scaled(nn.Module):
     def extra_repr(self) -> str:
         """Names the range."""
         return f"0 .. {self.levels - 1} to -1 .. 1"
+
+
+class Logarithm(nn.Module):
+    """A network whose input, counts x, becomes log(1 + x).
+
+    Args:
+        net: The network.
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, context: Tensor | None = None):
+        """The output of the network for the logarithms."""
+        return self.net(x.log1p(), context)
 
 
 class MLP(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from musigma.checkpoint import require_config
 from musigma.context import Context
 from musigma.data import Dataset, batch_indices
+from musigma.distributions import are_counted
 from musigma.evaluation import batch, check, evaluating
 from musigma.layers import standardizers
 from musigma.memory import set_memory
@@ -99,6 +100,8 @@ def check_support(model: Model, data: Dataset) -> None:
     Raises:
         ValueError: Naming columns and rows.
     """
+    if are_counted(model) and (fault := data.not_counts()):
+        raise ValueError(f"likelihood: it is for counts 0, 1, 2, ...; {fault}")
     support = None if model.spec is None else model.spec.support
     if support is not None and data.support != support:
         data.within(support)

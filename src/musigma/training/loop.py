@@ -24,6 +24,7 @@ import torch
 from musigma import checkpoint
 from musigma.data import Dataset, batch_indices
 from musigma.data.batches import stream
+from musigma.distributions import are_counted
 from musigma.evaluation import batch, evaluate, tensors
 from musigma.files import is_draft
 from musigma.layers import standardizers
@@ -236,7 +237,8 @@ class _Run:
         self.log.trackers = list(self.accelerator.trackers)
         for message in self.remarks:
             self._warn(message)
-        self.reference = warning.references(self.train, self.validation)
+        counted = are_counted(self.model)  # a mass is not to be compared with a density
+        self.reference = {} if counted else warning.references(self.train, self.validation)
         self.started = time.monotonic() - self.progress.seconds
         self.last_save = time.monotonic()
         self.share = config.share(self.progress, len(self.train))

@@ -27,6 +27,7 @@ from musigma.data.readers.arrays import of_array, read_named, read_numpy
 from musigma.data.readers.arrow import frame, read_arrow
 from musigma.data.readers.delimited import Delimited
 from musigma.data.readers.filesets import SHARD, FileSet, expanded, suffix
+from musigma.data.readers.h5ad import H5AD, read_h5ad
 from musigma.data.readers.idx_cifar import CIFAR, IDX, idx_images
 from musigma.data.readers.image_sets import read_files
 from musigma.data.readers.images import LazyImages, pillow_kinds, resized
@@ -62,8 +63,9 @@ def load(
     """Read a data set from a path, a URL, or by its name.
 
     It reads folders and archives (tar, zip) of images, MNIST's IDX files and CIFAR batches;
-    `.npy`, `.npz`, `.csv`, `.tsv` and `.parquet`; folders of tar or parquet files, or a pattern of
-    them (`shards-{0000..0099}.tar`); all of these by a URL that fsspec knows; and the names
+    `.npy`, `.npz`, `.csv`, `.tsv` and `.parquet`; `.h5ad`, whose columns are genes, and in which
+    ``cells.h5ad/layers/NAME`` is another matrix than X; folders of tar or parquet files, or a
+    pattern of them (`shards-{0000..0099}.tar`); all of these by a URL that fsspec knows; the names
     `digits`, `mnist-5k`, `mnist`, `fashion-mnist`, `cifar10`, `two-moons`, `checkerboard`,
     `eight-gaussians`, and of tables that other packages ship, `shuttle`, `diamonds`, `bikeshare`,
     `wage` and `randhie`. A name takes precedence over a file of the same name, which is written
@@ -256,6 +258,9 @@ def _read_path(path: Path, request: Request) -> Dataset:
     name, where = path.name.lower(), request.where
     if path.is_dir():
         return _read_folder(path, request)
+    if H5AD.fullmatch(str(path)):
+        with damage(where):
+            return read_h5ad(path, request)
     if not path.exists():
         shards = [Path(part) for part in expanded(str(path))]
         if len(shards) > 1:
@@ -330,6 +335,6 @@ READERS: dict[str, Callable[[Path, Request], Dataset]] = {
 UNDERSTOOD = (
     "a folder or archive (.tar, .tar.gz, .tar.xz, .zip) of images, IDX files or CIFAR batches; "
     "shards, as a folder or shards-{0000..0099}.tar; a file .npy, .npz, .csv, .tsv, .parquet, "
-    ".arrow, .feather or "
+    ".arrow, .feather, .h5ad or "
     f"IDX; a URL; or one of {', '.join(BUILT_IN)}"
 )

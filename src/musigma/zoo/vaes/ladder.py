@@ -66,7 +66,10 @@ def ladder(
     if min(height, wide) < 4:
         raise ValueError(f"shape: a ladder needs images of at least 4x4; got {height}x{wide}")
     name = chosen_likelihood(likelihood, bits)
-    continuous, scale = data_of(name) != "levels", None if bits is None else 2**bits
+    continuous, scale = (
+        data_of(name) not in ("levels", "counts"),
+        None if bits is None else 2**bits,
+    )
     down = max(1, math.ceil(math.log2(min(height, wide) / 7)))
     sizes = halved(height, wide, down)[:0:-1]  # from the smallest up to half the full size
     at = [i * down // levels for i in range(levels)]  # the size of each latent

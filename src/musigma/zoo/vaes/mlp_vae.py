@@ -66,7 +66,7 @@ def mlp_vae(
     if squash and name != "gaussian":
         raise ValueError(f"squash: expected a 'gaussian' likelihood; got {name!r}")
     levels = None if bits is None else 2**bits
-    continuous = data_of(name) != "levels"
+    continuous = data_of(name) not in ("levels", "counts")
     top = 1 if continuous or levels is None else levels - 1
     free = free_shape(shape, support)
     encoder = GaussianHead(

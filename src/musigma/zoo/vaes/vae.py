@@ -10,11 +10,17 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from musigma.context import pooled
-from musigma.distributions import LIKELIHOODS, StandardNormal, data_of, likelihood
+from musigma.distributions import (
+    LIKELIHOODS,
+    StandardNormal,
+    are_counted,
+    data_of,
+    likelihood,
+)
 from musigma.gaussian import Format, GaussianHead
 from musigma.layers import ActNorm, Affine, Coupling, InvertibleConv
 from musigma.model import VAE, Chain, Model, Prior
-from musigma.nets import MLP, ConvDecoder, ConvEncoder, Scaled
+from musigma.nets import MLP, ConvDecoder, ConvEncoder, Logarithm, Scaled
 from musigma.zoo import architecture, at_least
 from musigma.zoo.parts import data_layers, free_shape
 
@@ -56,7 +62,8 @@ def vae(
             `normal` without.
         prior_depth: Number of couplings of the flow.
         likelihood: A name that `musigma.likelihood` takes; `auto` is `bernoulli` for
-            1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise.
+            1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise. `poisson`,
+            `nb` and `zinb` are for counts, whose logarithms, log(1 + x), the encoder takes.
         components: Number of components of a `logistic-mixture`.
         std: Standard deviation of a `gaussian` likelihood: emitted by the network, one per channel
             or pixel, at its optimum, or a number.
@@ -77,7 +84,7 @@ def vae(
         at_least(2, latents=latents)
     levels = None if bits is None else 2**bits
     name = chosen_likelihood(likelihood, bits)
-    continuous = data_of(name) != "levels"
+    continuous = data_of(name) not in ("levels", "counts")
     scaled = 2 if continuous or levels is None else levels
     if net == "auto":
         net = "conv" if len(shape) == 3 and min(shape[1:]) >= 8 else "mlp"
@@ -86,9 +93,11 @@ def vae(
     free = free_shape(shape, support)
     encode, decode = (_conv if net == "conv" else _mlp)(free, latents, width, blocks, context)
     read = Format.parse(format)
-    encoder = GaussianHead(
-        encode if levels is None else Scaled(encode, scaled), event_ndims=1, format=read
-    )
+    if levels is not None:
+        encode = Scaled(encode, scaled)
+    elif data_of(name) == "counts":
+        encode = Logarithm(encode)
+    encoder = GaussianHead(encode, event_ndims=1, format=read)
     decoder = named_likelihood(name, free, decode, levels or 2, components, std)
     model = VAE(encoder, decoder, _prior(prior, latents, prior_depth, context))
     return over_data(model, shape, bits, continuous, standardize, schema, support)
@@ -102,7 +111,7 @@ def chosen_likelihood(name: str, bits: int | None) -> str:
     """
     if name == "auto":
         return {None: "gaussian", 1: "bernoulli"}.get(bits, "logistic-mixture")
-    if bits is None and data_of(name) != "real":
+    if bits is None and data_of(name) not in ("real", "counts"):
         fit = " or ".join(repr(n) for n, entry in LIKELIHOODS.items() if entry.data == "real")
         raise ValueError(f"likelihood: {name!r} is not for continuous data; use {fit}")
     return name
@@ -124,7 +133,18 @@ def over_data(
     schema: Sequence[Mapping[str, Any]] | None = None,
     support: Mapping[str, Any] | None = None,
 ) -> Model:
-    """The model below standardization, or dequantization if its likelihood is a density."""
+    """The model below standardization, or dequantization if its likelihood is a density.
+
+    Raises:
+        ValueError: As `data_layers`, or if counts are to be mapped by a layer.
+    """
+    if are_counted(model):
+        if standardize or schema is not None or support is not None:
+            raise ValueError(
+                "likelihood: counts are modeled as they are; leave standardize, schema and "
+                "support (--bounds) out"
+            )
+        return model
     how: Any = {"standardize": standardize, "schema": schema, "support": support}
     layers = data_layers(shape, bits, None, **how)
     return Chain(layers, model) if layers and (continuous or bits is None) else model
