@@ -31,6 +31,7 @@ from musigma.distributions.likelihood import (
 )
 from musigma.distributions.model_distribution import ModelDistribution
 from musigma.distributions.onehot import OneHotHead, OneHotLatents, UniformOneHot
+from musigma.distributions.permutations import PlackettLuce
 from musigma.distributions.point import PointMass
 from musigma.distributions.unit import (
     FactorizedContinuousBernoulli,
@@ -62,6 +63,7 @@ __all__ = [
     "OneHotHead",
     "OneHotLatents",
     "OptimalGaussianHead",
+    "PlackettLuce",
     "PointMass",
     "StandardNormal",
     "StandardUniform",

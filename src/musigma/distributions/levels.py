@@ -54,7 +54,8 @@ class FactorizedBernoulli(EventDistribution):
         """Draw levels; the logits are divided by `temperature`."""
         logits = self.logits.expand(*sample_shape, *self.logits.shape)
         t = per_example(temperature, logits)
-        return torch.bernoulli((logits / (t + 1e-30)).sigmoid())  # 1e-30: no division by zero
+        # no division by zero, and at temperature 0 equal probabilities give the mode, 0
+        return torch.bernoulli(((logits - 1e-20) / (t + 1e-30)).sigmoid())
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log mass in nats, shape (B,)."""

@@ -20,13 +20,16 @@ from musigma.layers.maps import (
 from musigma.layers.marginals import Marginals
 from musigma.layers.standardize import Standardize, standardizer, standardizers
 from musigma.layers.support import Unconstrain
+from musigma.layers.surjections import Abs, Augment, MaxPool, Sort, Swapped
 from musigma.nets import MADE, Conditioner
 
 __all__ = [
     "MADE",
+    "Abs",
     "ActNorm",
     "Additive",
     "Affine",
+    "Augment",
     "Autoregressive",
     "AutoregressiveNet",
     "Checkerboard",
@@ -43,14 +46,17 @@ __all__ = [
     "Logit",
     "Map",
     "Marginals",
+    "MaxPool",
     "Monotone",
     "Permutation",
     "QuadraticSpline",
     "Rescale",
+    "Sort",
     "Spline",
     "Split",
     "Squeeze",
     "Standardize",
+    "Swapped",
     "Unconstrain",
     "standardizer",
     "standardizers",

@@ -65,11 +65,12 @@ class Split(Layer):
     Args:
         prior: A head: maps the first half (B, C / 2, ...), and the context if there is one, to the
             distribution of the second half.
+        keep: Number of channels that continue, if not half of them.
     """
 
-    def __init__(self, prior: nn.Module):
+    def __init__(self, prior: nn.Module, *, keep: int | None = None):
         super().__init__()
-        self.prior = prior
+        self.prior, self.keep = prior, keep
 
     def variables(self) -> Iterator[nn.Module]:
         """This layer itself."""
@@ -77,7 +78,8 @@ class Split(Layer):
 
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
         """Return the first half; score the second."""
-        h, z = x.chunk(2, dim=1)
+        keep = self.keep or -(-x.shape[1] // 2)
+        h, z = x[:, :keep], x[:, keep:]
         trace.p(self, conditioned(self.prior, h, context), z)
         return h
 
