@@ -32,6 +32,8 @@ from musigma.layers import (
     Coupling,
     CubicSpline,
     Elementwise,
+    HaarSqueeze,
+    IntegerShift,
     InvertibleConv,
     LinearSpline,
     Logit,
@@ -559,7 +561,8 @@ INTERVALS = {
 
 def _couple(c, seed, gain, kind):
     affine = Affine(Format(scale="log_std", bounds=(-6, 6)))
-    bend = {"affine": affine, "additive": Additive(), "spline": Spline(), **INTERVALS}[kind]
+    maps = {"affine": affine, "additive": Additive(), "spline": Spline(), **INTERVALS}
+    bend = (maps | {"integers": IntegerShift(9.0)})[kind]
     return Coupling(Net(c // 2, bend.outputs * (c - c // 2), seed, gain), map=bend)
 
 
@@ -582,6 +585,8 @@ LAYERS = {  # builder, dimensions, whether values are in [0, 1), tolerance to th
     "permutation": (lambda c, s, g: Permutation.reverse(c), (2, 4), False, 0),
     "shuffle": (lambda c, s, g: Permutation.shuffle(c), (2, 4), False, 0),
     "squeeze": (lambda c, s, g: Squeeze(), (4,), False, 0),
+    "haar": (lambda c, s, g: HaarSqueeze(), (4,), False, 2e-2),
+    "integers": (lambda c, s, g: _couple(c, s, g, "integers"), (2, 4), False, 0),
     "black": (lambda c, s, g: Checkerboard(), (4,), False, 0),
     "white": (lambda c, s, g: Checkerboard(white=True), (4,), False, 0),
     "units": (lambda c, s, g: Rescale(-(2.0 ** (s % 9 - 4)), 0.5), (2, 4), False, 0),
@@ -635,9 +640,10 @@ def test_layers_are_invertible_and_close_to_the_real_ones(name, data):
     rng = np.random.default_rng(seed)
     x = rng.random(shape) if unit else rng.normal(0, 1, shape)
     whole = np.floor(x * 2**FINE).astype(np.int64)
-    if isinstance(layer, Inverse) and name in ("squeeze", "black", "white"):
+    if isinstance(layer, Inverse) and name in ("squeeze", "black", "white", "haar"):
         real = torch.from_numpy(whole)
-        whole = layer.bijection(real)[0].numpy()
+        shaped = Squeeze() if name == "haar" else layer.bijection
+        whole = shaped(real)[0].numpy()
     s, listing = stack(20_000, seed), Rounding()
     before, bits = content(s), s.bits
     with torch.no_grad():

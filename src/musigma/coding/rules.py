@@ -35,6 +35,7 @@ from musigma.coding.errors import CodingError
 from musigma.coding.laws import exponential
 from musigma.coding.stack import Stack
 from musigma.context import conditioned
+from musigma.layers.haar import haar
 
 __all__ = ["Increasing", "Intervals", "MapRule", "Rule", "register", "rule_of"]
 
@@ -547,16 +548,8 @@ class InvertibleConvRule(Rule):
         return np.moveaxis(whole.reshape(len(x), *x.shape[2:], len(matrix)), -1, 1)
 
     def _factors(self, ndim: int) -> tuple[np.ndarray, ...]:
-        layer, shape = self.layer, (1, -1, *(1,) * (ndim - 2))
-        if layer.lu:
-            order = layer.permutation.argmax(1).numpy()
-            lower, upper, sign, diagonal = (
-                t.detach().double()
-                for t in (layer.lower, layer.upper, layer.sign, layer.log_scale)
-            )
-        else:
-            order, lower, upper = triangles(layer.weight.detach().double().numpy())
-            sign, diagonal = upper.diagonal().sign(), upper.diagonal().abs().log()
+        shape = (1, -1, *(1,) * (ndim - 2))
+        order, lower, upper, sign, diagonal = self._decomposed()
         above = upper.triu(1) / (sign * diagonal.exp())[:, None]
         return (
             order,
@@ -565,6 +558,38 @@ class InvertibleConvRule(Rule):
             fixed(sign, 1).reshape(shape),
             fixed(above, self.PARTS).astype(np.float64),
         )
+
+    def _decomposed(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]:
+        """Order, L, U, and the signs and logarithms of the diagonal of U."""
+        layer = self.layer
+        if not layer.lu:
+            return decomposed(layer.weight.detach().double().numpy())
+        factors = (layer.lower, layer.upper, layer.sign, layer.log_scale)
+        lower, upper, sign, diagonal = (t.detach().double() for t in factors)
+        return layer.permutation.argmax(1).numpy(), lower, upper, sign, diagonal
+
+
+@register(layers.HaarSqueeze)
+class HaarRule(InvertibleConvRule):
+    """The matrix of the transform, on the four values of every block."""
+
+    def up(self, x: np.ndarray) -> np.ndarray:
+        blocks = layers.Squeeze()(torch.from_numpy(x))[0].unflatten(1, (-1, 4))
+        y = super().up(blocks.transpose(1, 2).numpy())
+        return y.reshape(len(y), -1, *y.shape[3:])
+
+    def down(self, y: np.ndarray) -> np.ndarray:
+        blocks = torch.from_numpy(super().down(y.reshape(len(y), 4, -1, *y.shape[2:])))
+        return layers.Squeeze().inverse(blocks.transpose(1, 2).flatten(1, 2))[0].numpy()
+
+    def _decomposed(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]:
+        return decomposed(torch.stack(haar(*torch.eye(4, dtype=torch.float64))).numpy())
+
+
+def decomposed(matrix: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]:
+    """As `triangles`, with the signs and logarithms of the diagonal of U."""
+    order, lower, upper = triangles(matrix)
+    return order, lower, upper, upper.diagonal().sign(), upper.diagonal().abs().log()
 
 
 def triangles(matrix: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from musigma.layers.classifier import Classifier
 from musigma.layers.draws import Dequantize, Split
 from musigma.layers.fixed import Checkerboard, Logit, Permutation, Rescale, Squeeze
+from musigma.layers.haar import HaarSqueeze
 from musigma.layers.integers import IntegerShift
 from musigma.layers.linear import ActNorm, InvertibleConv
 from musigma.layers.mapped import Autoregressive, AutoregressiveNet, Coupling, Elementwise
@@ -40,6 +41,7 @@ __all__ = [
     "CubicSpline",
     "Dequantize",
     "Elementwise",
+    "HaarSqueeze",
     "IntegerShift",
     "InvertibleConv",
     "LinearSpline",

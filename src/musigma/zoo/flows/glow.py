@@ -13,8 +13,17 @@ from torch import nn
 
 from musigma.distributions import LearnedNormal, LogitNormalHead, StandardNormal
 from musigma.gaussian import Format, GaussianHead
-from musigma.layers import ActNorm, Additive, Affine, Classifier, Coupling, Split, Squeeze
-from musigma.model import Chain, Layer, Prior
+from musigma.layers import (
+    ActNorm,
+    Additive,
+    Affine,
+    Classifier,
+    Coupling,
+    HaarSqueeze,
+    Split,
+    Squeeze,
+)
+from musigma.model import Bijection, Chain, Layer, Prior
 from musigma.nets import CouplingNet, ResNet, ZeroConv2d
 from musigma.zoo import architecture, at_least
 from musigma.zoo.parts import data_layers, halvings, image_shape, mixing
@@ -36,6 +45,7 @@ def glow(
     permutation: Literal["conv", "lu", "shuffle", "reverse"] = "lu",
     learn_top: bool = True,
     dequantize: Literal["uniform", "learned"] = "learned",
+    squeeze: Literal["space", "haar"] = "space",
     alpha: float | None = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -56,6 +66,8 @@ def glow(
         learn_top: Learn mean and log_std of the top prior.
         dequantize: Uniform noise, as in the paper, or learned noise, logit-normal given the image
             (Ho et al., "Flow++", 2019, arXiv:1902.00275), which needs a third of the steps.
+        squeeze: How the sides are halved: the four values of each 2x2 block become channels in
+            `space`, or their Haar wavelet coefficients.
         alpha: Margin of a logit that maps [0, 1] to the real line before all other layers, for
             data with bits; None for no logit, as in the paper. With a logit, training on images
             that are mostly black or white is several times faster.
@@ -70,6 +82,7 @@ def glow(
         levels,
         lambda c: steps(c, depth, hidden, map, permutation, context),
         lambda c: split(c, SPLIT, context),
+        squeeze=halving(squeeze),
     )
     prior = StandardNormal(top)
     if learn_top or context:
@@ -157,10 +170,11 @@ def multiscale(
     steps: Callable[[int], list[Layer]],
     split: Callable[[int], Layer],
     before: Callable[[int], list[Layer]] = lambda channels: [],
+    squeeze: Callable[[], Layer] = Squeeze,
 ) -> tuple[list[Layer], tuple[int, int, int]]:
     """For each scale a squeeze, ``steps(channels)``, and ``split(channels)`` but for the last.
 
-    ``before(channels)`` come before each squeeze.
+    ``before(channels)`` come before each squeeze, which is ``squeeze()``.
 
     Returns:
         The layers, and the shape of their output.
@@ -174,7 +188,7 @@ def multiscale(
     for level in range(levels):
         layers += before(channels)
         channels, height, width = 4 * channels, height // 2, width // 2
-        layers += [Squeeze(), *steps(channels)]
+        layers += [squeeze(), *steps(channels)]
         if level < levels - 1:
             layers.append(split(channels))
             channels //= 2
@@ -203,6 +217,13 @@ def split(channels: int, format: str, context: int = 0, *, edge: bool = False) -
     """A `Split` with a Gaussian prior of one half of the channels given the other."""
     net = ZeroConv2d(channels // 2, channels, context=context, edge=edge)
     return Split(GaussianHead(net, event_ndims=3, format=Format.parse(format)))
+
+
+def halving(name: str) -> type[Bijection]:
+    """The layer that halves the sides of an image, by the name of what it returns."""
+    if name not in ("space", "haar"):
+        raise ValueError(f"squeeze: expected space or haar; got {name!r}")
+    return HaarSqueeze if name == "haar" else Squeeze
 
 
 def coupling_map(name: str, format: str) -> Affine | Additive:

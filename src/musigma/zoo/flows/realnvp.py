@@ -13,7 +13,7 @@ from musigma.layers import ActNorm, Affine, Checkerboard, Coupling, Permutation
 from musigma.model import Chain, Inverse, Layer, Prior
 from musigma.nets import MLP, ResNet
 from musigma.zoo import architecture, at_least
-from musigma.zoo.flows.glow import multiscale, split
+from musigma.zoo.flows.glow import halving, multiscale, split
 from musigma.zoo.parts import data_layers, free_shape
 
 
@@ -29,6 +29,7 @@ def realnvp(
     standardize: Literal["quantile"] | bool = False,
     schema: Sequence[Mapping[str, Any]] | None = None,
     support: Mapping[str, Any] | None = None,
+    squeeze: Literal["space", "haar"] = "space",
     alpha: float = 1e-5,
     context: int = 0,
 ) -> Chain:
@@ -53,6 +54,7 @@ def realnvp(
         support: The set in which rows lie, as `Support.to_json` makes it: the first layer maps it
             to all of space, and standardizes the result (`Unconstrain`), so that no density and no
             sample is outside.
+        squeeze: How the sides of images are halved, as in `glow`.
         alpha: Margin of the logit that maps [0, 1] to the real line, for data with bits (0.05 in
             the paper, with which training on black and white images is slower).
         context: Number of features of the context; it conditions couplings and split priors.
@@ -81,7 +83,9 @@ def realnvp(
     def split_of(channels: int) -> Layer:
         return split(channels, "halves log_std", context)
 
-    scales, top = multiscale(shape, levels, steps, split_of, before_squeeze)
+    scales, top = multiscale(
+        shape, levels, steps, split_of, before_squeeze, squeeze=halving(squeeze)
+    )
     return Chain([*layers, *scales], Prior(StandardNormal(top)))
 
 
