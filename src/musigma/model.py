@@ -479,6 +479,11 @@ class Prior(Model):
 
     latents = variables
 
+    def calibrate(self, x: Tensor, context: Any = None) -> None:
+        """Calibrate the head, if it has a `calibrate(x)`."""
+        if (calibrate := getattr(self.head, "calibrate", None)) is not None:
+            calibrate(x)
+
 
 class Chain(Model):
     """Layers over a prior: a normalizing flow if the prior is a `Prior`.
@@ -616,7 +621,10 @@ class VAE(Model):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, context: Any = None) -> None:
-        """Calibrate the prior on draws from the posterior."""
-        parts = contexts.in_parts(self.floating(x), context)
+        """Calibrate the prior on x, if its head has `calibrate_on_data`, or draws of q(z | x)."""
+        x = self.floating(x)
+        if on_data := getattr(getattr(self.prior, "head", None), "calibrate_on_data", None):
+            on_data(x)
+        parts = contexts.in_parts(x, context)
         z = torch.cat([conditioned(self.encoder, *part).sample() for part in parts])
         self.prior.calibrate(z, context)

@@ -115,6 +115,28 @@ def refuse_twins(modules: Iterable[nn.Module]) -> None:
         seen.add(module)
 
 
+def center_of(dist: Distribution) -> Tensor:
+    """What draws at temperature 0 are: `center`, else the mode if discrete, else the mean."""
+    center = getattr(dist, "center", None)
+    if center is not None:
+        return center
+    discrete = dist.support is not None and dist.support.is_discrete
+    return dist.mode if discrete else dist.mean
+
+
+def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
+    """KL(q || p) in nats, or None if torch knows no closed form for the pair."""
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError as error:
+        at = error.__traceback__
+        while at is not None and at.tb_next is not None:
+            at = at.tb_next
+        if at is not None and at.tb_frame.f_globals.get("__name__") == kl.__name__:
+            return None  # for this pair, or for what it contains
+        raise
+
+
 class Trace:
     """One pass through a model.
 
@@ -125,7 +147,8 @@ class Trace:
             inferring.
         temperature: Factor of the standard deviation of every draw: a number, one number per
             example (B,), or a mapping from sites to either (1 for sites it lacks). At 0 a draw is
-            the center of the distribution: its mode if discrete, its mean otherwise.
+            the center of the distribution: its `center` if it has one, its mode if it is discrete,
+            and its mean otherwise.
         whiten: Whether `values` and `given` hold (value - mean) / std instead of the value, for
             sites whose distribution has `whiten` and `unwhiten` (a Gaussian).
         scoring: Whether terms are recorded. Sampling does not need them.
@@ -191,7 +214,7 @@ class Trace:
         value = self._infer_draw(site, q)
         self._store(site, p, value)
         if self.scoring:
-            nats = self._closed_kl(q, p) if self.closed_form else None
+            nats = closed_kl(q, p) if self.closed_form else None
             if nats is None:
                 nats = q.log_prob(value) - p.log_prob(value)
             else:
@@ -278,8 +301,7 @@ class Trace:
         if isinstance(temperature, Mapping):
             temperature = temperature.get(site, 1.0)
         if not isinstance(temperature, Tensor) and temperature == 0.0:
-            discrete = dist.support is not None and dist.support.is_discrete
-            center = dist.mode if discrete else dist.mean
+            center = center_of(dist)
             return center.expand(*shape, *center.shape)
         draw = dist.rsample if dist.has_rsample else dist.sample
         if not isinstance(temperature, Tensor) and temperature == 1.0:
@@ -314,18 +336,6 @@ class Trace:
                 "'straight-through')"
             )
         return value
-
-    @staticmethod
-    def _closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
-        try:
-            return kl_divergence(q, p)
-        except NotImplementedError as error:
-            at = error.__traceback__
-            while at is not None and at.tb_next is not None:
-                at = at.tb_next
-            if at is not None and at.tb_frame.f_globals.get("__name__") == kl.__name__:
-                return None  # torch knows no closed form for this pair, or for what it contains
-            raise
 
     def _store(self, site: Site, dist: Distribution, value: Tensor) -> None:
         if self.whiten and hasattr(dist, "whiten"):

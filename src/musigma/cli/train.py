@@ -286,15 +286,16 @@ NAMED: set[str] = set()
 def prepare_words(words: list[str]) -> list[str]:
     """Register the architectures and plugins that the words name, before they are parsed.
 
-    A FILE.py:NAME in place of an architecture, or of what a registry holds (an embedding), becomes
-    its name.
+    In training, a FILE.py:NAME in place of an architecture, or of what a registry holds (an
+    embedding, a posterior), becomes its name.
     """
     NAMED.clear()
     NAMED.update(w[2:].partition("=")[0].replace("-", "_") for w in words if w[:2] == "--")
     for i, (word, after) in enumerate(zip(words, [*words[1:], ""], strict=True), 1):
         if word == "--plugin":
             plugins.register(after)
-        registry = REGISTRIES.get(word[2:].replace("-", "_")) if word[:2] == "--" else None
+        option = word[2:].replace("-", "_") if words[0] == "train" and word[:2] == "--" else ""
+        registry = REGISTRIES.get(option)
         if registry is not None and ".py:" in after:
             target, *options = after.split()
             replaced = " ".join([plugins.register(target, registry), *options])

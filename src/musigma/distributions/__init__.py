@@ -14,8 +14,11 @@ from musigma.distributions.counts import (
     ZeroInflated,
     are_counted,
 )
+from musigma.distributions.flowed import Flowed, FlowHead
+from musigma.distributions.full import FullGaussian, LowRankGaussian
 from musigma.distributions.gaussian import LearnedNormal, OptimalGaussianHead, StandardNormal
 from musigma.distributions.integers import IntegerLogisticMixture, IntegerRead
+from musigma.distributions.latents import POSTERIORS, PRIORS, Latents, PosteriorHead
 from musigma.distributions.levels import (
     DiscretizedLogisticMixture,
     FactorizedBernoulli,
@@ -29,6 +32,7 @@ from musigma.distributions.likelihood import (
     likelihood,
     register_likelihood,
 )
+from musigma.distributions.mixture import GaussianMixture, Mixture
 from musigma.distributions.model_distribution import ModelDistribution
 from musigma.distributions.onehot import OneHotHead, OneHotLatents, UniformOneHot
 from musigma.distributions.permutations import PlackettLuce
@@ -40,9 +44,12 @@ from musigma.distributions.unit import (
     StandardUniform,
     UnitUniform,
 )
+from musigma.distributions.vamp import VampPrior
 
 __all__ = [
     "LIKELIHOODS",
+    "POSTERIORS",
+    "PRIORS",
     "Binning",
     "CountHead",
     "Counts",
@@ -53,22 +60,31 @@ __all__ = [
     "FactorizedContinuousBernoulli",
     "FactorizedNegativeBinomial",
     "FactorizedPoisson",
+    "FlowHead",
+    "Flowed",
+    "FullGaussian",
+    "GaussianMixture",
     "IntegerLogisticMixture",
     "IntegerRead",
+    "Latents",
     "LearnedNormal",
     "LikelihoodHead",
     "LogitNormal",
     "LogitNormalHead",
+    "LowRankGaussian",
+    "Mixture",
     "ModelDistribution",
     "OneHotHead",
     "OneHotLatents",
     "OptimalGaussianHead",
     "PlackettLuce",
     "PointMass",
+    "PosteriorHead",
     "StandardNormal",
     "StandardUniform",
     "UniformOneHot",
     "UnitUniform",
+    "VampPrior",
     "ZeroInflated",
     "are_counted",
     "data_of",

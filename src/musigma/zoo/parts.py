@@ -21,6 +21,7 @@ from musigma.layers import (
     Unconstrain,
 )
 from musigma.model import Bijection, Chain, Layer, Prior
+from musigma.named import Registry
 from musigma.schema import Schema
 from musigma.support import Support
 from musigma.zoo import architecture
@@ -123,6 +124,9 @@ def halvings(height: int, width: int, wanted: int | None) -> int:
 
 # --- flows of vectors ---------------------------------------------------------------------------
 
+FLOWS = Registry("flow", "features, context")
+"""Families of flows of vectors, by name: functions that yield layers from the data upwards."""
+
 
 def _about_data(
     shape: Sequence[int],
@@ -200,6 +204,7 @@ def vector_flow(family: Callable[..., Iterable[Layer]]) -> Callable[..., Chain]:
     build.__module__, build.__doc__ = family.__module__, _with_data_options(family)
     build.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     build.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    FLOWS.register(family)
     return architecture(build)
 
 

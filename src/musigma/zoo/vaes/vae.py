@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from musigma.context import pooled
-from musigma.distributions import (
-    LIKELIHOODS,
-    StandardNormal,
-    are_counted,
-    data_of,
-    likelihood,
-)
-from musigma.gaussian import Format, GaussianHead
-from musigma.layers import ActNorm, Affine, Coupling, InvertibleConv
-from musigma.model import VAE, Chain, Model, Prior
+from musigma.distributions import LIKELIHOODS, Latents, are_counted, data_of, likelihood
+from musigma.gaussian import Format
+from musigma.model import VAE, Chain, Model
 from musigma.nets import MLP, ConvDecoder, ConvEncoder, Logarithm, Scaled
 from musigma.zoo import architecture, at_least
 from musigma.zoo.parts import data_layers, free_shape
+from musigma.zoo.vaes.latents import chosen_posterior, chosen_prior
 
 
 @architecture
@@ -35,7 +28,8 @@ def vae(
     width: int | None = None,
     blocks: int = 1,
     format: str = "halves log_std",
-    prior: Literal["auto", "normal", "conditional", "flow"] = "auto",
+    posterior: str = "diagonal",
+    prior: str = "auto",
     prior_depth: int = 4,
     likelihood: str = "auto",
     components: int = 5,
@@ -55,12 +49,18 @@ def vae(
         width: Width of the networks; None: 400 for `mlp`, 48 channels for `conv`.
         blocks: Hidden layers (`mlp`), or residual blocks at each size (`conv`).
         format: How the encoder's output is read as (mean, log_std), as `Format.parse` takes it.
+        posterior: The distribution that the encoder emits: a Gaussian, `diagonal`, `low-rank` or
+            `full`; `mixture`, of Gaussians; any flow of vectors given features of x, such as
+            `nsf`, or `maf`, which is then an inverse autoregressive flow; or one of your own
+            (`musigma.distributions.POSTERIORS`). Options follow the name: 'low-rank rank=8'.
         prior: `normal`: N(0, I); `conditional`: a Gaussian whose mean and scale a network
             computes from the context (Sohn, Yan, Lee, "Learning Structured Output
             Representation using Deep Conditional Generative Models", 2015); `flow`: a coupling
-            flow over N(0, I), trained with the model; `auto`: `conditional` with a context,
-            `normal` without.
-        prior_depth: Number of couplings of the flow.
+            flow over N(0, I), trained with the model; `mixture`, of Gaussians; `vamp`: the mean
+            of the posteriors of learned inputs; any flow of vectors, such as `maf`; or one of
+            your own (`musigma.distributions.PRIORS`); `auto`: that of the posterior, and for
+            real vectors `conditional` with a context, `normal` without.
+        prior_depth: Number of couplings of the prior `flow`.
         likelihood: A name that `musigma.likelihood` takes; `auto` is `bernoulli` for
             1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise. `poisson`,
             `nb` and `zinb` are for counts, whose logarithms, log(1 + x), the encoder takes.
@@ -80,8 +80,6 @@ def vae(
     """
     at_least(1, latents=latents, width=width, prior_depth=prior_depth, components=components)
     at_least(0, blocks=blocks)
-    if prior == "flow":
-        at_least(2, latents=latents)
     levels = None if bits is None else 2**bits
     name = chosen_likelihood(likelihood, bits)
     continuous = data_of(name) not in ("levels", "counts")
@@ -91,15 +89,22 @@ def vae(
     if net == "conv" and len(shape) != 3:
         raise ValueError(f"net: 'conv' is for images (C, H, W); got shape {tuple(shape)}")
     free = free_shape(shape, support)
-    encode, decode = (_conv if net == "conv" else _mlp)(free, latents, width, blocks, context)
-    read = Format.parse(format)
-    if levels is not None:
-        encode = Scaled(encode, scaled)
-    elif data_of(name) == "counts":
-        encode = Logarithm(encode)
-    encoder = GaussianHead(encode, event_ndims=1, format=read)
-    decoder = named_likelihood(name, free, decode, levels or 2, components, std)
-    model = VAE(encoder, decoder, _prior(prior, latents, prior_depth, context))
+    build = (_conv if net == "conv" else _mlp)(free, width, blocks, context)
+
+    def encode(outputs: int) -> nn.Module:
+        net = build.encoder(outputs)
+        if levels is not None:
+            return Scaled(net, scaled)
+        return Logarithm(net) if data_of(name) == "counts" else net
+
+    encoder = chosen_posterior(posterior, latents, encode, Format.parse(format))
+    event = getattr(encoder, "event", (latents,))
+    size = math.prod(event)
+    decoder = named_likelihood(
+        name, free, lambda channels: build.decoder(size, channels), levels or 2, components, std
+    )
+    of_z = chosen_prior(prior, Latents(encoder, event, free, context, prior_depth))
+    model = VAE(encoder, decoder, of_z)
     return over_data(model, shape, bits, continuous, standardize, schema, support)
 
 
@@ -150,57 +155,25 @@ def over_data(
     return Chain(layers, model) if layers and (continuous or bits is None) else model
 
 
-class _ContextNet(nn.Module):
-    """An MLP of the context (B, F), or of the mean over the positions of a map (B, F, H, W)."""
+class _Networks(NamedTuple):
+    """Encoders of a number of outputs, and decoders from a number of latents to channels."""
 
-    def __init__(self, features: int, outputs: int):
-        super().__init__()
-        self.net = MLP(features, outputs, hidden=(128,), zero=True)
-
-    def forward(self, context: Tensor) -> Tensor:
-        return self.net(pooled(context))
+    encoder: Callable[[int], nn.Module]
+    decoder: Callable[[int, int], nn.Module]
 
 
-def _prior(kind: str, latents: int, depth: int, context: int) -> Model:
-    if kind == "auto":
-        kind = "conditional" if context else "normal"
-    if kind == "normal":
-        return Prior(StandardNormal((latents,)))
-    if kind == "conditional":
-        if not context:
-            raise ValueError("prior: 'conditional' needs a context; use 'normal' or 'flow'")
-        return Prior(GaussianHead(_ContextNet(context, 2 * latents), event_ndims=1))
-    if kind != "flow":
-        kinds = "'auto', 'normal', 'conditional' or 'flow'"
-        raise ValueError(f"prior: expected {kinds}; got {kind!r}")
-    layers = []
-    half = latents // 2
-    for _ in range(depth):
-        net = MLP(half, 2 * (latents - half), hidden=(128, 128), context=context, zero=True)
-        layers += [
-            ActNorm(latents),
-            InvertibleConv(latents),
-            Coupling(net, map=Affine(Format(scale="tanh"))),
-        ]
-    return Chain(layers, Prior(StandardNormal((latents,))))
+def _mlp(shape: Sequence[int], width: int | None, blocks: int, context: int) -> _Networks:
+    how: Any = {"hidden": [width or 400] * blocks, "context": context}
+    return _Networks(
+        lambda outputs: MLP(math.prod(shape), outputs, **how),
+        lambda size, channels: MLP(size, (channels, *shape[1:]), **how),
+    )
 
 
-def _mlp(shape: Sequence[int], latents: int, width: int | None, blocks: int, context: int):
-    hidden = [width or 400] * blocks
-    encoder = MLP(math.prod(shape), 2 * latents, hidden=hidden, context=context)
-
-    def decoder(channels: int) -> MLP:
-        return MLP(latents, (channels, *shape[1:]), hidden=hidden, context=context)
-
-    return encoder, decoder
-
-
-def _conv(shape: Sequence[int], latents: int, width: int | None, blocks: int, context: int):
+def _conv(shape: Sequence[int], width: int | None, blocks: int, context: int) -> _Networks:
     down = max(1, math.ceil(math.log2(min(shape[1:]) / 7)))
-    size = {"width": width or 48, "halvings": down, "blocks": blocks, "context": context}
-    encoder = ConvEncoder(shape, 2 * latents, **size)
-
-    def decoder(channels: int) -> ConvDecoder:
-        return ConvDecoder(latents, (channels, *shape[1:]), **size)
-
-    return encoder, decoder
+    how: Any = {"width": width or 48, "halvings": down, "blocks": blocks, "context": context}
+    return _Networks(
+        lambda outputs: ConvEncoder(shape, outputs, **how),
+        lambda size, channels: ConvDecoder(size, (channels, *shape[1:]), **how),
+    )

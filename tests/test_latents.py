@@ -1,0 +1,325 @@
+"""Posteriors and priors of VAEs: densities, divergences, gradients, and models with each."""
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import (
+    Independent,
+    LowRankMultivariateNormal,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
+
+from musigma import build, load, save
+from musigma.audit import audit_model, audit_step
+from musigma.coding import compress
+from musigma.distributions import (
+    POSTERIORS,
+    PRIORS,
+    FullGaussian,
+    LowRankGaussian,
+    Mixture,
+)
+from musigma.gaussian import DiagonalGaussian
+from musigma.testing import check_model, randomized
+from tests.families import nats_after, training_step
+
+PAIRS = [  # posterior, prior, whether the gradient is the derivative of the draws
+    ("full", "auto", True),
+    ("low-rank rank=2", "normal", True),
+    ("mixture components=2", "auto", False),
+    ("mixture gradient=score", "auto", False),
+    ("maf depth=2 hidden=8", "auto", True),
+    ("nsf depth=2 hidden=8", "auto", True),
+    ("diagonal", "mixture components=4", True),
+    ("diagonal", "vamp components=5", True),
+    ("full", "vamp components=5", True),
+    ("nsf depth=1 hidden=8", "vamp components=5", True),
+    ("diagonal", "maf depth=2 hidden=8", True),
+    ("diagonal", "nsf depth=1 hidden=8", True),
+]
+
+
+def small(posterior, prior, **options):
+    torch.manual_seed(0)
+    options = {"bits": None, "latents": 3, "width": 8, **options}
+    model = build("vae", (5,), posterior=posterior, prior=prior, **options)
+    model.calibrate(torch.randn(20, 5), *([torch.randn(20, 2)] if "context" in options else []))
+    return model
+
+
+# --- Gaussians with correlations ----------------------------------------------------------------
+
+
+def gaussians(n=4, d=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    tril = normal(n, d, d).tril(-1) + normal(n, d).exp().diag_embed()
+    mean, low, log_std = normal(n, d), normal(n, d, 2), 0.5 * normal(n, d)
+    return [
+        (DiagonalGaussian(mean, log_std, 1), Independent(Normal(mean, log_std.exp()), 1)),
+        (FullGaussian(mean, tril), MultivariateNormal(mean, scale_tril=tril)),
+        (
+            LowRankGaussian(mean, low, log_std),
+            LowRankMultivariateNormal(mean, low, (2 * log_std).exp()),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_correlated_gaussians_agree_with_torch(which):
+    ours, theirs = gaussians()[which]
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for a, b in [
+        (ours.log_prob(x), theirs.log_prob(x)),
+        (ours.entropy(), theirs.entropy()),
+        (ours.variance, theirs.variance),
+        (ours.covariance_matrix, theirs.covariance_matrix),
+        (ours.unwhiten(ours.whiten(x)), x),
+    ]:
+        assert torch.allclose(a, b, atol=1e-10)
+    draws = ours.sample((40_000,))
+    error = torch.stack([row.T.cov() for row in draws.unbind(1)]) - ours.covariance_matrix
+    size = ours.variance.sqrt()
+    assert (error / (size[:, None] * size[..., None])).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("q", range(3))
+@pytest.mark.parametrize("p", range(3))
+def test_divergences_of_gaussians_agree_with_torch(q, p):
+    (ours_q, theirs_q), (ours_p, theirs_p) = gaussians(seed=1)[q], gaussians(seed=2)[p]
+    full = [
+        MultivariateNormal(d.mean, getattr(d, "covariance_matrix", d.variance.diag_embed()))
+        for d in (theirs_q, theirs_p)
+    ]
+    assert torch.allclose(kl_divergence(ours_q, ours_p), kl_divergence(*full), atol=1e-9)
+
+
+# --- mixtures -----------------------------------------------------------------------------------
+
+
+def mixture(parameters, gradient=None):
+    logits, means, log_std = parameters
+    return Mixture(logits, DiagonalGaussian(means, log_std, 1), gradient=gradient)
+
+
+def parameters(n=(), k=3, d=2):
+    g = torch.Generator().manual_seed(3)
+    shapes = [(*n, k), (*n, k, d), (*n, k, d)]
+    return [torch.randn(s, generator=g, dtype=torch.float64) * 0.7 for s in shapes]
+
+
+def test_a_mixture_agrees_with_torch():
+    logits, means, log_std = parameters((4,))
+    theirs = MixtureSameFamily(
+        torch.distributions.Categorical(logits=logits),
+        Independent(Normal(means, log_std.exp()), 1),
+    )
+    ours, x = mixture((logits, means, log_std)), torch.randn(4, 2, dtype=torch.float64)
+    assert torch.allclose(ours.log_prob(x), theirs.log_prob(x))
+    assert torch.allclose(ours.mean, theirs.mean)
+    best = logits.argmax(-1)
+    assert torch.equal(ours.center, means[torch.arange(4), best])
+    draws = ours.sample((50_000,))
+    assert torch.allclose(draws.mean(0), theirs.mean, atol=0.05)
+    assert torch.allclose(draws.var(0), theirs.variance, rtol=0.05)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "score"])
+def test_the_gradient_of_an_expectation_under_a_mixture_is_unbiased(gradient):
+    """The mean of f = sin(z_1) z_2 + z_2² has a known derivative in every parameter."""
+
+    def expectation(logits, means, log_std):
+        m1, m2 = means.unbind(-1)
+        v1, v2 = (2 * log_std).exp().unbind(-1)
+        each = m1.sin() * (-v1 / 2).exp() * m2 + m2**2 + v2
+        return (logits.softmax(-1) * each).sum(-1)
+
+    truth = torch.autograd.functional.jacobian(expectation, tuple(parameters()))
+    torch.manual_seed(0)
+    n, batches = 20_000, []
+    for _ in range(20):
+        leaves = [t.requires_grad_() for t in parameters()]
+        q = mixture(leaves, gradient)
+        if gradient == "implicit":
+            z = q.rsample((n,))
+            value = (z[:, 0].sin() * z[:, 1] + z[:, 1] ** 2).mean()
+        else:
+            z = q.sample((n,))
+            f = z[:, 0].sin() * z[:, 1] + z[:, 1] ** 2
+            value = ((f - f.mean()) * q.log_prob(z)).mean()
+        batches.append(torch.autograd.grad(value, leaves))
+    for i, t in enumerate(truth):
+        draws = torch.stack([b[i] for b in batches])
+        error = draws.std(0) / np.sqrt(len(draws))
+        assert ((draws.mean(0) - t).abs() < 5 * error + 1e-12).all()
+        assert error.max() < 0.05
+        assert t.abs().max() > 0.2
+
+
+# --- the VampPrior ------------------------------------------------------------------------------
+
+
+def test_a_vamp_prior_is_the_mean_of_the_posteriors_of_its_inputs():
+    model = randomized(small("diagonal", "vamp components=4"))
+    p, z = model.prior.head(), torch.randn(6, 3, dtype=torch.float64)
+    q = model.encoder(model.prior.head.inputs)
+    assert torch.allclose(
+        p.log_prob(z), q.log_prob(z[:, None]).logsumexp(1) - np.log(4), atol=1e-12
+    )
+    assert not any("prior" in name and "net" in name for name in model.state_dict())
+    model(torch.randn(4, 5, dtype=torch.float64)).elbo.sum().backward()
+    assert model.prior.head.inputs.grad.abs().min() > 0
+
+
+def test_the_inputs_of_a_vamp_prior_begin_at_data(tmp_path):
+    model, x = (
+        build("vae", (5,), bits=None, latents=3, width=8, prior="vamp components=7"),
+        torch.randn(9, 5),
+    )
+    model.calibrate(x)
+    inputs = model.prior.head.inputs
+    assert all((x == row).all(1).any() for row in inputs)
+    save(model, tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors")
+    assert torch.equal(again.prior.head.inputs, inputs)
+    z = torch.randn(4, 3)
+    assert torch.equal(again.prior.head().log_prob(z), model.prior.head().log_prob(z))
+
+
+def test_a_vamp_prior_takes_no_context():
+    with pytest.raises(ValueError, match="prior: 'vamp' takes no context"):
+        build("vae", (5,), bits=None, prior="vamp", context=2)
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("posterior", "prior", "pathwise"), PAIRS)
+def test_models_obey_the_laws(posterior, prior, pathwise):
+    model = small(posterior, prior)
+    check_model(model, (5,), pathwise=pathwise)
+    x = torch.randn(6, 5)
+    assert model.interpolate(x[:2], x[2:4], 3).shape == (2, 3, 5)
+    assert model.reconstruct(x).isfinite().all()
+    with torch.no_grad():
+        few = torch.stack([model.elbo(x) for _ in range(200)]).mean(0)
+        many = model.iwae(x, 200)
+    assert (many > few - 0.05).all()
+    if "vamp" not in prior:
+        check_model(small(posterior, prior, context=2), (5,), context=2, pathwise=pathwise)
+    assert audit_model(model).verdict == "correct"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("posterior", "prior", "_"), PAIRS)
+def test_the_audit_of_a_step_finds_nothing(posterior, prior, _):
+    report = audit_step(training_step(small(posterior, prior)))
+    assert not report.findings, report
+    assert report.verdict in ("correct", "incomplete")
+
+
+def circle(n, seed=0):
+    """Points near a circle in a plane of five dimensions."""
+    generator = np.random.default_rng(seed)
+    angle = generator.uniform(0, 2 * np.pi, n)
+    plane = np.linalg.qr(np.random.default_rng(9).normal(size=(5, 5)))[0][:2]
+    x = 2 * np.stack([np.cos(angle), np.sin(angle)], 1) @ plane
+    return (x + 0.1 * generator.normal(size=(n, 5))).astype(np.float32)
+
+
+TRAINED = [  # nats after 500 steps; before training they are above 150
+    ("diagonal", "normal", 2.0),
+    ("full", "normal", 2.5),
+    ("low-rank rank=1", "normal", 2.0),
+    ("mixture", "normal", 2.0),
+    ("mixture gradient=score", "normal", 2.5),
+    ("iaf depth=2 hidden=32", "normal", 1.8),
+    ("nsf depth=2 hidden=32", "normal", 1.8),
+    ("diagonal", "mixture", 1.5),
+    ("diagonal", "vamp components=50", 0.5),
+    ("diagonal", "maf depth=3 hidden=32", 1.0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("posterior", "prior", "bound"), TRAINED)
+def test_training_reaches_a_bound(posterior, prior, bound):
+    torch.manual_seed(0)
+    options = {"posterior": posterior, "prior": prior, "std": 0.1}
+    model = build("vae", (5,), bits=None, latents=2, width=64, **options)
+    assert float(-model.elbo(torch.from_numpy(circle(100))).mean()) > 150
+    assert nats_after(model, data=circle) < bound
+
+
+# --- by name ------------------------------------------------------------------------------------
+
+
+def test_the_old_priors_keep_their_weights_and_configuration():
+    config = build("vae", (5,), bits=None, prior="flow").config["options"]
+    assert config["prior"] == "flow"
+    assert "posterior" not in config
+    names = build("vae", (5,), bits=None, latents=2, prior="flow", prior_depth=1).state_dict()
+    assert "prior.layers.2.net.layers.0.weight" in names
+    assert "encoder.net.layers.0.weight" in names
+
+
+def test_posteriors_and_priors_of_your_own():
+    @POSTERIORS.register
+    def wide(size, net, format, *, scale=2.0):
+        head = POSTERIORS["diagonal"](size, net, format)
+        head.register_forward_hook(
+            lambda module, args, q: DiagonalGaussian(q.mean, q.log_std + np.log(scale), 1)
+        )
+        return head
+
+    @PRIORS.register
+    def shifted(latents, *, by=1.0):
+        return Shifted(latents.vector("shifted"), by)
+
+    class Shifted(torch.nn.Module):
+        def __init__(self, size, by):
+            super().__init__()
+            self.mean = torch.nn.Parameter(torch.full((size,), float(by)))
+
+        def forward(self, given=None, context=None):
+            return DiagonalGaussian(self.mean, torch.zeros_like(self.mean), 1)
+
+    try:
+        model = build("vae", (5,), bits=None, latents=2, posterior="wide", prior="shifted by=3")
+        assert model.prior.head.mean.tolist() == [3.0, 3.0]
+        check_model(model, (5,))
+    finally:
+        del POSTERIORS["wide"], PRIORS["shifted"]
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("posterior", "diagonl", "posterior: did you mean 'diagonal'"),
+        ("prior", "vamb", "prior: did you mean 'vamp'"),
+        ("prior", "vamp width=3", "prior: vamp takes components=500; got 'width=3'"),
+        ("posterior", "mixture gradient=none", "gradient: expected 'implicit' or 'score'"),
+        ("prior", "conditional", "prior: 'conditional' needs a context"),
+    ],
+)
+def test_what_is_unknown_is_refused(option, text, message):
+    with pytest.raises(ValueError, match=message):
+        build("vae", (5,), bits=None, **{option: text})
+
+
+def test_vamp_with_a_posterior_that_scores_slowly_is_refused():
+    with pytest.raises(ValueError, match="scores z under the posterior of every learned input"):
+        build("vae", (5,), bits=None, posterior="maf depth=1", prior="vamp")
+
+
+def test_a_latent_without_a_coding_rule_is_refused_by_name(tmp_path):
+    model = build("vae", (1, 4, 4), bits=1, net="mlp", latents=2, width=8, posterior="full")
+    images = np.random.default_rng(0).integers(0, 2, (8, 1, 4, 4)).astype(np.uint8)
+    with pytest.raises(ValueError, match="FullGaussian has no coding rule"):
+        compress(model, images, tmp_path / "x.mus")
