@@ -132,7 +132,7 @@ class Model(nn.Module, ABC):
         if trace.supports:
             evidence = self._enumerated(x, context, trace)
         if isinstance(trace, Recorder):
-            trace.terms = evidence
+            trace.finish(self, x, context, evidence)
         return evidence
 
     def _enumerated(self, x: Tensor, context: Context, trace: Trace) -> Evidence:

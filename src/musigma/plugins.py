@@ -16,7 +16,7 @@ from musigma.nets import EMBEDDINGS
 from musigma.objectives import OBJECTIVES
 from musigma.zoo import ARCHITECTURES, architecture
 
-__all__ = ["PluginError", "load", "load_all", "register"]
+__all__ = ["PluginError", "load", "load_all", "register", "register_all"]
 
 
 class PluginError(ValueError):
@@ -115,6 +115,25 @@ def register(target: str, registry: Registry | None = None) -> str:
             architecture(value)  # pyright: ignore[reportArgumentType]
     _REGISTERED.add(key)
     return name
+
+
+def register_all(text: str, registry: Registry) -> str:
+    """Register every FILE.py:NAME of a text such as ``"NAME option=FILE.py:NAME"``.
+
+    Returns:
+        The text with NAME in their places: a name of `registry`, or, as the value of an option, of
+        the registry that the option chooses from.
+
+    Raises:
+        PluginError: As `register`.
+    """
+    words = []
+    for word in text.split():
+        option, sign, value = word.rpartition("=")
+        if ".py:" in value:
+            value = register(value, REGISTRIES.get(option, registry))
+        words.append(f"{option}{sign}{value}")
+    return " ".join(words)
 
 
 _REGISTERED: set[tuple[str, str]] = set()

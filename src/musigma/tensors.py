@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "at_least_float32",
     "channels_last",
+    "frozen",
     "gumbel_like",
     "moments",
     "normal_quantile",
@@ -92,3 +95,16 @@ def normal_quantile(log_p: Tensor) -> Tensor:
         mills = torch.special.erfcx(-y / math.sqrt(2)) * math.sqrt(math.pi / 2)
         y = y - (torch.special.log_ndtr(y) - log_p) * mills
     return torch.where(log_p < -300, y, near)
+
+
+@contextmanager
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """A context in which these parameters are constants, without gradients."""
+    trained = [p for p in parameters if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

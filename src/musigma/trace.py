@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl, kl_divergence
+
+from musigma.tensors import frozen
 
 __all__ = ["Evidence", "Recorder", "Trace", "with_gradient"]
 
@@ -361,10 +363,16 @@ class Recorder(Trace):
     Attributes:
         qs: The distribution q at each site that has one.
         ps: The distribution p at each site.
+        draws: The value of q at each site that has one: what it drew, or scored.
         paired: The sites whose q and p were given together, to `latent`, in order.
         values: The value at each site (of `Trace`); a single draw, also where the gradient is
             `enumerate` and the terms are expectations over all values.
-        terms: The evidence of the pass, from `Model.forward`.
+        terms: The evidence of the pass, from `Model.forward`, which also sets the next three.
+        model: The model of the pass.
+        x: Its data.
+        context: Their context.
+        share: The share of the training budget that is spent, from 0 to 1; 1 outside of training.
+        examples: Number of examples of the training data; None outside of training.
 
     Example:
         >>> import musigma
@@ -376,12 +384,20 @@ class Recorder(Trace):
         (torch.Size([4, 3]), torch.Size([4, 3]))
     """
 
+    model: Any
+    x: Tensor
+    context: Any
+
     def __init__(self, **options):
         super().__init__(**options)
         self.qs: dict[Site, Distribution] = {}
         self.ps: dict[Site, Distribution] = {}
+        self.draws: dict[Site, Tensor] = {}
         self.paired: list[Site] = []
         self.terms: Evidence | None = None
+        self.share: float = 1.0
+        self.examples: int | None = None
+        self._precision: torch.dtype | None = None
 
     def p(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
         """As `Trace.p`."""
@@ -391,10 +407,66 @@ class Recorder(Trace):
     def q(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
         """As `Trace.q`."""
         self.qs[site] = dist
-        return super().q(site, dist, value)
+        self.draws[site] = super().q(site, dist, value)
+        return self.draws[site]
 
     def latent(self, site: Site, q: Distribution, p: Distribution) -> Tensor:
         """As `Trace.latent`."""
         self.qs[site], self.ps[site] = q, p
         self.paired.append(site)
-        return super().latent(site, q, p)
+        self.draws[site] = super().latent(site, q, p)
+        return self.draws[site]
+
+    # -- further passes
+
+    def finish(self, model: nn.Module, x: Tensor, context: Any, terms: Evidence) -> None:
+        """Keep what the pass was about; `Model.forward` calls this."""
+        self.model, self.x, self.context, self.terms = model, x, context, terms
+        kind = x.device.type
+        self._precision = (
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        )
+
+    def again(
+        self,
+        x: Tensor | None = None,
+        *,
+        given: Mapping[Site, Tensor] | None = None,
+        fixed: bool = False,
+    ) -> Recorder:
+        """Another pass of data to latents through the model, without closed-form KLs.
+
+        Args:
+            x: The data, with as many rows as those of this pass; by default the same.
+            given: Values of sites that are not drawn, such as `draws`.
+            fixed: Whether the model's parameters are constants, so that a gradient flows through
+                `given` and `x` only.
+
+        Raises:
+            ValueError: If `fixed`, and the model recomputes parts of itself in its backward pass.
+        """
+        if fixed and any(getattr(m, "recompute", False) for m in self.model.modules()):
+            raise ValueError(
+                "memory: this objective needs a pass with constant parameters, which a model that "
+                "recomputes its parts does not have; use the memory mode store"
+            )
+        record = Recorder(given=given)
+        with frozen(self.model.parameters() if fixed else ()), self.autocast():
+            self.model(self.x if x is None else x, self.context, trace=record)
+        return record
+
+    def dream(self) -> Recorder:
+        """A pass of latents to data: as many draws from the model as this pass has examples.
+
+        `draws` of the result are values of the latents, and `x` the data, without gradients.
+        """
+        record = Recorder(generating=True, n=len(self.x))
+        with torch.no_grad(), self.autocast():
+            record.x = self.model.generate(record, self.context)
+        record.model, record.context = self.model, self.context
+        return record
+
+    def autocast(self) -> torch.autocast:
+        """A context in which networks compute as in this pass, in half precision or not."""
+        kind, precision = self.x.device.type, self._precision
+        return torch.autocast(kind, precision, enabled=precision is not None)

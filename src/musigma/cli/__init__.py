@@ -19,6 +19,7 @@ from musigma.cli import (  # noqa: F401
     convert,
     energy,
     inspect,
+    names,
     posteriors,
     scores,
     use,

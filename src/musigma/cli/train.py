@@ -297,9 +297,7 @@ def prepare_words(words: list[str]) -> list[str]:
         option = word[2:].replace("-", "_") if words[0] == "train" and word[:2] == "--" else ""
         registry = REGISTRIES.get(option)
         if registry is not None and ".py:" in after:
-            target, *options = after.split()
-            replaced = " ".join([plugins.register(target, registry), *options])
-            words = [*words[:i], replaced, *words[i + 1 :]]
+            words = [*words[:i], plugins.register_all(after, registry), *words[i + 1 :]]
     if words[0] != "train":
         return words
     if len(words) > 1 and ".py:" in words[1]:
@@ -346,10 +344,10 @@ def continue_run(
     try:
         saved = json.loads((folder / "config.json").read_text())
         name, about = saved["model"]["architecture"], saved["data"]
-        if (objective := saved["train"].get("objective")) in (None, *OBJECTIVES):
-            config = TrainConfig(**saved["train"])
-        else:
-            config = None
+        text = saved["train"].get("objective")
+        named = [part.split()[0] for part in (text or "elbo").split(" + ")]
+        objective = next((n for n in named if n not in OBJECTIVES), None)
+        config = TrainConfig(**saved["train"]) if objective is None else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(

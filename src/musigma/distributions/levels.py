@@ -288,6 +288,25 @@ class DiscretizedLogisticMixture(EventDistribution):
         """The center of the heaviest component, as a level."""
         return self._draw(self.log_weights.argmax(1), 0.0, torch.zeros_like(self.means[:, 0]))
 
+    @property
+    def location(self) -> Tensor:
+        """The mean of the logistics before they are rounded to levels, as levels, (B, C, H, W).
+
+        It has a gradient, and may lie outside of the levels.
+        """
+        channels: list[Tensor] = []
+        at = 0
+        for c in range(self.means.shape[2]):
+            m = self.means[:, :, c]
+            if self.coefficients is not None:
+                for earlier in channels:
+                    m = m + self.coefficients[:, :, at] * earlier
+                    at += 1
+            channels.append(m)
+        weights = self.log_weights.exp().unsqueeze(2)
+        mean = (weights * torch.stack(channels, 2)).sum(1)
+        return (mean + 1) * (self.levels - 1) / 2
+
     def _draw(self, k: Tensor, temperature: float | Tensor, noise: Tensor) -> Tensor:
         def chosen(t: Tensor) -> Tensor:
             index = k.unsqueeze(1).unsqueeze(1).expand(-1, 1, *t.shape[2:])

@@ -18,7 +18,6 @@ from musigma.layers import standardizers
 from musigma.memory import set_memory
 from musigma.model import Model
 from musigma.processes import current_processes
-from musigma.trace import Trace
 from musigma.training import hardware
 from musigma.training.config import TrainConfig
 from musigma.training.step import MakeOptimizer, Objective, ObjectivePass, made_optimizer
@@ -32,10 +31,14 @@ def check_run(
     config: TrainConfig,
     objective: Objective | None = None,
     optimizer: MakeOptimizer | None = None,
-) -> None:
+) -> Objective | None:
     """Check the arguments of `fit`, with a pass of a few examples through model and objective.
 
     `optimizer` is called once, and its result is discarded.
+
+    Returns:
+        The objective that is given; or a module, if the configuration names an objective with
+        parameters or several objectives; None if it names a function (`TrainConfig.nats`).
 
     Raises:
         ValueError: As in `fit`.
@@ -69,7 +72,7 @@ def check_run(
         made_optimizer(optimizer, model.parameters())
     first = batch_indices(len(train), config.batch_size, seed=config.seed, step=0)
     with evaluating(model), torch.enable_grad(), torch.random.fork_rng():
-        trace = Trace(closed_form=config.k == 1)
+        trace = ObjectivePass(model, config, objective, len(train)).recorder()
         x, context = batch(train, first[:2], model)
         try:
             model(x, context, trace=trace)
@@ -82,8 +85,12 @@ def check_run(
                 "so training would ignore it; a network takes the context by a parameter "
                 "`context` of its forward method (torch.nn.Sequential has none)"
             )
-        if objective is not None:
-            _check_objective(model, config, objective, *batch(train, first[:64], model))
+        if objective is None and config.chosen.function is None:
+            torch.manual_seed(config.seed)
+            objective = config.chosen.module(trace)
+        if objective is not None or config.objective:
+            forward = ObjectivePass(model, config, objective, len(train))
+            _check_objective(forward, *batch(train, first[:64], model))
     if config.free_bits and any(site not in trace.kl for site in model.latents()):
         raise ValueError(
             "free_bits: they apply to the KL of each latent, and with a flow prior latents have "
@@ -92,6 +99,7 @@ def check_run(
     if config.memory_budget is not None:
         set_memory(model, config.memory)
         hardware.number_of_parts(model, train, config)
+    return objective
 
 
 def check_support(model: Model, data: Dataset) -> None:
@@ -141,13 +149,12 @@ def _ignored(model: Model, x: Tensor, context: Context) -> list[str]:
     return [repr(names[i]) for i, after in zip(without, changed, strict=True) if after == before]
 
 
-def _check_objective(
-    model: Model, config: TrainConfig, objective: Objective, x: Tensor, context: object
-) -> None:
+def _check_objective(forward: ObjectivePass, x: Tensor, context: object) -> None:
     """Refuse an objective whose value on the first batch cannot be minimized."""
+    model, objective = forward.model, forward.objective
     if isinstance(objective, nn.Module):
         objective.to(x.device)
-    nats, evidence, record = ObjectivePass(model, config, objective)(x, context, 0.0)  # pyright: ignore[reportArgumentType]
+    nats, evidence, record = forward(x, context, 0.0)  # pyright: ignore[reportArgumentType]
     sound = bool(evidence.elbo.isfinite().all())  # otherwise it is the model that is at fault
     _check_value("objective", nats, model.parameters(), sound)
     if hasattr(objective, "critic_loss"):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args, get_type_hints
@@ -13,7 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from torch import Tensor, nn, optim
 
 from musigma.memory import MemoryMode
-from musigma.objectives import OBJECTIVES
+from musigma.objectives import OBJECTIVES, Chosen
 from musigma.trace import Evidence, Recorder
 from musigma.training.state import Progress
 
@@ -38,8 +37,9 @@ class TrainConfig:
         epochs: Budget in passes over the training data; 20 if no budget is given.
         minutes: Budget in minutes of training.
         batch_size: Examples per step, over all processes.
-        objective: Name of the objective (`musigma.objectives.OBJECTIVES`). By default the ELBO, or
-            the objective that `beta`, `kl_warmup`, `free_bits` or `k` belongs to.
+        objective: The objective, NAME option=value ..., of those that `musigma list` shows,
+            or several that are joined by " + " (`musigma.objectives.Chosen`). By default the ELBO,
+            or the objective that `beta`, `kl_warmup`, `free_bits` or `k` belongs to.
         optimizer: Optimizer: adam, adamw or adamax.
         lr: Peak learning rate, reached after the warm-up.
         weight_decay: Weight decay, for adamw.
@@ -138,12 +138,19 @@ class TrainConfig:
             yield f"ema: expected a number from 0 to below 1; got {self.ema}"
         if self.weight_decay and self.optimizer != "adamw":
             yield f"weight_decay: only adamw has one; the optimizer is {self.optimizer}"
-        if self.objective is not None and self.objective not in OBJECTIVES:
-            known = ", ".join(sorted(OBJECTIVES))
-            yield f"objective: expected one of {known}; got {self.objective!r}"
+        try:
+            name = OBJECTIVES.choice(self._objective_text.split(" + ")[0]).name
+        except ValueError as error:
+            yield str(error)
         else:
-            for name in self._unused_options():
-                yield f"{name}: the objective {self._objective_name} has no such option"
+            unused = [*self._unused_options(OBJECTIVES.defaults(name))]
+            for option in unused:
+                yield f"{option}: the objective {name} has no such option"
+            if not unused:
+                try:
+                    _ = self.chosen
+                except ValueError as error:
+                    yield str(error)
         if self.accumulate > self.batch_size:
             yield f"accumulate: a batch of {self.batch_size} cannot have {self.accumulate} parts"
         if self.shard and self.memory == "reversible":
@@ -185,40 +192,47 @@ class TrainConfig:
         return (self.lr if peak is None else peak) * rise * fall
 
     @property
-    def _objective_name(self) -> str:
+    def _objective_text(self) -> str:
         if self.objective is not None:
             return self.objective
         if self.k > 1:
             return "iwae"
         return "free-bits" if self.free_bits else "beta-elbo" if self.weights_rate else "elbo"
 
-    @property
-    def objective_takes_evidence(self) -> bool:
-        """Whether the objective is a function of `Evidence` (`musigma.objectives.objective`)."""
-        return getattr(OBJECTIVES[self._objective_name], "applies_surrogate", False)
-
     @cached_property
-    def _objective_options(self) -> frozenset[str]:
-        signature = inspect.signature(OBJECTIVES[self._objective_name])
-        return frozenset({"beta", "free", "k"} & signature.parameters.keys())
+    def chosen(self) -> Chosen:
+        """The objective that the configuration names, with its options."""
+        given = {"beta": self.beta, "free": self.free_bits, "k": self.k}
+        usual = {"beta": 1.0, "free": 0.0, "k": 1}
+        return Chosen(self._objective_text, {n: v for n, v in given.items() if v != usual[n]})
 
-    def _unused_options(self) -> Iterator[str]:
+    @property
+    def applies_surrogate(self) -> bool:
+        """Whether the objective applies `musigma.objectives.surrogate` itself."""
+        return getattr(self.chosen.choices[0].function, "applies_surrogate", False)
+
+    def _unused_options(self, options: Mapping[str, Any]) -> Iterator[str]:
         """Options that are given and that the objective does not have."""
-        for name, is_given, parameter in (
+        for name, is_given, option in (
             ("beta", self.beta != 1, "beta"),
             ("kl_warmup", self.kl_warmup > 0, "beta"),
             ("free_bits", self.free_bits > 0, "free"),
             ("k", self.k > 1, "k"),
         ):
-            if is_given and parameter not in self._objective_options:
+            if is_given and option not in options:
                 yield name
 
     def nats(self, record: Evidence | Recorder, share: float) -> Tensor:
-        """The objective that the configuration names, in nats per example, shape (B,)."""
-        ramp = min(1.0, share / self.kl_warmup) if self.kl_warmup else 1.0
-        values = {"beta": self.beta * ramp, "free": self.free_bits, "k": self.k}
-        options = {name: values[name] for name in self._objective_options}
-        return OBJECTIVES[self._objective_name](record, **options)
+        """The objective that the configuration names, in nats per example, shape (B,).
+
+        It must be a single function (`musigma.objectives.Chosen.function`).
+        """
+        function: Any = self.chosen.function
+        if not self.kl_warmup:
+            return function(record)
+        name, _, options = self.chosen.choices[0]
+        beta = (OBJECTIVES.defaults(name) | options)["beta"]
+        return function(record, beta=beta * min(1.0, share / self.kl_warmup))
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> optim.Optimizer:
         """The optimizer; a fused one where there is one."""

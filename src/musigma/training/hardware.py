@@ -184,9 +184,10 @@ def number_of_parts(model: Model, train: Dataset, config: TrainConfig) -> int:
     weights = [*model.parameters()]
     state = 5 * sum(p.nbytes for p in weights)
     x, context = batch(train, np.arange(min(4, len(train))), model)
-    examples, given = x.repeat_interleave(config.k, 0), contexts.repeat(context, config.k)
+    k, closed = config.chosen.draws, config.chosen.closed_form
+    examples, given = x.repeat_interleave(k, 0), contexts.repeat(context, k)
     with torch.random.fork_rng():
-        saved = saved_bytes(lambda: model(examples, given, closed_form=config.k == 1), weights)
+        saved = saved_bytes(lambda: model(examples, given, closed_form=closed), weights)
     each = 1.5 * saved / len(x)
     fitting = int((budget - state) // each) if budget > state else 0
     if fitting < 1:

@@ -126,7 +126,7 @@ def fit(
             smaller steps, or if the last state cannot be written.
     """
     join(device)
-    check_run(model, train, config, objective)
+    objective = check_run(model, train, config, objective)
     check_support(model, validation)
     run = _Run(model, train, validation, config, Path(out), objective, extra, device, watch)
     with contextlib.closing(run), _interrupts() as interrupted:
@@ -171,7 +171,8 @@ class _Run:
     watch: Watch | None
 
     def __post_init__(self) -> None:
-        config, cpu, unused = self.config, uses_cpu(self.requested), self.objective is not None
+        config, cpu = self.config, uses_cpu(self.requested)
+        unused = self.objective is not None or config.objective is not None
         self.accelerator = hardware.accelerator(config, self.out, cpu=cpu, unused=unused)
         self.processes = current_processes()
         self.device = torch.device(self.requested or self.accelerator.device)
@@ -210,7 +211,7 @@ class _Run:
         self.average = WeightAverage(model, config.ema)
         if isinstance(self.objective, torch.nn.Module):
             self.objective.to(self.device)
-        forward = ObjectivePass(model.train(), config, self.objective)
+        forward = ObjectivePass(model.train(), config, self.objective, len(self.train))
         sharded = config.shard and self.processes.count > 1
         if sharded:
             hardware.shard(forward, hardware.blocks(model))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,6 +26,7 @@ from musigma.processes import (
     local_shard,
     shard_like,
 )
+from musigma.tensors import frozen
 from musigma.trace import Evidence, Recorder
 from musigma.training.config import TrainConfig
 
@@ -51,34 +52,42 @@ class ObjectivePass(nn.Module):
 
     objective: Objective | None
 
-    def __init__(self, model: Model, config: TrainConfig, objective: Objective | None):
+    def __init__(
+        self,
+        model: Model,
+        config: TrainConfig,
+        objective: Objective | None,
+        examples: int | None = None,
+    ):
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.examples = model, config, examples
         self.__dict__["objective"] = objective  # an attribute would be registered as a part
 
     def forward(
         self, x: Tensor, context: Context, share: float
-    ) -> tuple[Tensor, Evidence, Recorder | None]:
-        """Nats (B,), the terms without gradients, and the recorder if the objective takes one.
+    ) -> tuple[Tensor, Evidence, Recorder]:
+        """Nats (B,), the terms without gradients, and the recorder of the pass.
 
         Raises:
             ValueError: If the objective returns another shape.
         """
-        n, k, objective = len(x), self.config.k, self.objective
-        takes_evidence = objective is None and self.config.objective_takes_evidence
-        record = None if takes_evidence else Recorder(closed_form=k == 1)
-        if k > 1:
+        n, objective = len(x), self.objective
+        record = self.recorder(share)
+        if (k := self.config.chosen.draws) > 1:
             x, context = x.repeat_interleave(k, 0), contexts.repeat(context, k)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.bf16):
-            evidence = self.model(x, context, closed_form=k == 1, trace=record)
+            evidence = self.model(x, context, trace=record)
         detached = Evidence(*(t.detach() for t in evidence))
-        if record is None:
-            return self.config.nats(evidence, share), detached, None
-        applies_surrogate = getattr(objective, "applies_surrogate", False)
+        if objective is None:
+            objective = partial(self.config.nats, share=share)
+            applies_surrogate = self.config.applies_surrogate
+        else:
+            applies_surrogate = getattr(objective, "applies_surrogate", False)
         if not applies_surrogate:  # once, and not again by objectives that this one calls
             record.terms = evidence._replace(score=detached.score)
-        with _frozen(objective):
-            nats = self.config.nats(record, share) if objective is None else objective(record)
+        criticized = isinstance(objective, nn.Module) and hasattr(objective, "critic_loss")
+        with frozen(objective.parameters() if criticized else ()):  # pyright: ignore
+            nats = objective(record)
         if (shape := getattr(nats, "shape", None)) != (n,):
             what = type(nats).__name__ if shape is None else f"shape {tuple(shape)}"
             raise ValueError(
@@ -86,19 +95,12 @@ class ObjectivePass(nn.Module):
             )
         return nats if applies_surrogate else surrogate(nats, evidence), detached, record
 
-
-@contextmanager
-def _frozen(objective: Any) -> Iterator[None]:
-    """Without gradients for the parameters of an objective that has a loss for them."""
-    trained = objective.parameters() if hasattr(objective, "critic_loss") else ()
-    trained = [p for p in trained if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
+    def recorder(self, share: float = 0.0) -> Recorder:
+        """An empty recorder, for a pass of this objective."""
+        closed_form = getattr(self.objective, "closed_form", True)
+        record = Recorder(closed_form=self.config.chosen.closed_form and closed_form)
+        record.share, record.examples = share, self.examples
+        return record
 
 
 def made_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:

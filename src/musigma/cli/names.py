@@ -1,0 +1,39 @@
+"""The command that lists what options such as ``--objective`` choose by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any
+
+from musigma.cli.options import INSPECT, Argument, Common, app
+from musigma.cli.screen import Screen
+
+
+@app.command(name="list", group=INSPECT)
+def names(
+    what: Annotated[str, Argument] = "objective",
+    *,
+    common: Common = Common(),
+) -> None:
+    """List the names that an option takes, with their options and a line about each.
+
+    Args:
+        what: The option: `objective`, `embed`, or another that takes NAME option=value.
+    """
+    from musigma import plugins  # which imports all registries
+    from musigma.named import REGISTRIES
+
+    if common.plugin is not None:
+        plugins.register(common.plugin)
+    registry = REGISTRIES.get(what.lstrip("-").replace("-", "_"))
+    if registry is None:
+        raise ValueError(f"list: expected one of {', '.join(sorted(REGISTRIES))}; got {what!r}")
+    found: list[dict[str, Any]] = []
+    for name in sorted(registry):
+        line = (inspect.getdoc(registry[name]) or "").partition("\n")[0]
+        found.append({"name": name, "options": registry.defaults(name), "about": line})
+    lines = []
+    for entry in found:
+        options = (f"{key}={value}" for key, value in entry["options"].items())
+        lines += [" ".join([entry["name"], *options]), f"    {entry['about']}"]
+    Screen(common).result({what: found}, "\n".join(lines))
