@@ -1,6 +1,7 @@
 """Models of this library pass their own audit; broken and badly trained ones do not."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,9 +49,10 @@ MODELS = [(name, shape, options) for name in SMALL for shape, options in SMALL[n
 
 
 def test_every_architecture_is_tested():
-    assert set(SMALL) >= {
-        name for name, b in ARCHITECTURES.items() if b.__module__.startswith("musigma")
-    }
+    """Here, or in a file of its own."""
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    built_in = [name for name, b in ARCHITECTURES.items() if b.__module__.startswith("musigma")]
+    assert [name for name in built_in if f'"{name}"' not in text] == []
 
 
 @pytest.mark.parametrize(("name", "shape", "options"), MODELS)

@@ -35,10 +35,12 @@ def convert(
     """Import a checkpoint from another codebase, or export one.
 
     It reads the Glows of chaiyujin, rosinality and OpenAI, the VAEs of bits-back, pythae and
-    pytorch/examples, and the KL autoencoders of diffusers and CompVis. No file is ever run.
+    pytorch/examples, and the KL autoencoders of diffusers and CompVis. No checkpoint is ever run.
+    Flows of zuko, nflows and normflows are given as objects, FILE.py:NAME, which executes FILE.py.
 
     Args:
-        source: A file or a folder; with `--to diffusers`, a run or checkpoint of musigma.
+        source: A file or a folder, or FILE.py:NAME of a flow (or of a function that returns one);
+            with `--to diffusers`, a run or checkpoint of musigma.
         out: The .safetensors file to write, or a folder for it; with `--to diffusers`, the folder.
         family: Codebase of the checkpoint: chaiyujin, rosinality, openai-glow, diffusers, compvis,
             bits-back, pytorch-examples or pythae; by default recognized by parameter names.
@@ -89,13 +91,18 @@ def convert(
         raise ValueError(
             f"out: expected a .safetensors file or a folder, in a folder that exists; got {out}"
         )
-    model, found, about = result = foreign.convert(
-        source,
-        family=family,
-        options=options,
-        weights=weights,
-        dtype=None if dtype is None else getattr(torch, dtype),
-    )
+    kind = None if dtype is None else getattr(torch, dtype)
+    if ".py:" in source:
+        others = {"from": family, "weights": weights}
+        if given := [*options.given(), *(name for name, value in others.items() if value)]:
+            raise ValueError(f"{given[0]}: applies to checkpoints; leave it out")
+        model = foreign.from_flow(_object(source)).to(kind)
+        result = foreign.Converted(model, "flow", {"foreign": {"notes": []}})
+    else:
+        result = foreign.convert(
+            source, family=family, options=options, weights=weights, dtype=kind
+        )
+    model, found, about = result
     if not out.suffix:
         out.mkdir(exist_ok=True)
     checkpoint.save(model, out if out.suffix else out / "model.safetensors", extra=about)
@@ -107,11 +114,24 @@ def convert(
     answer |= {"parameters": parameters, "dtype": kind, "notes": result.notes}
     for note in result.notes:
         screen.note(note)
+    what = foreign.FAMILIES[found].what if found in foreign.FAMILIES else source
     screen.result(
         answer,
-        f"{foreign.FAMILIES[found].what}: {model.config['architecture']} of {shape} with "
+        f"{what}: {model.config['architecture']} of {shape} with "
         f"{parameters:,} parameters in {kind}: {out}",
     )
+
+
+def _object(target: str) -> Any:
+    """The flow that FILE.py:NAME refers to: a torch module, or a function that returns one."""
+    from torch import nn
+
+    from musigma import plugins
+
+    found = plugins.load(target, argument="source")
+    if isinstance(found, nn.Module) or not callable(found):
+        return found
+    return found()
 
 
 def _orders(text: str | None) -> Any:

@@ -364,7 +364,7 @@ class CouplingRule(Mapped):
         return np.concatenate([first, map.down(second)], 1)
 
     def _halves(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, MapRule]:
-        first, second = np.split(x, [x.shape[1] // 2], 1)
+        first, second = np.split(x, self.layer.sizes(x.shape[1])[:1], 1)
         h = conditioned(self.layer.net, self.tensor(first, self.below), self.context)
         return first, second, self.map(h)
 

@@ -2,7 +2,8 @@
 
 `convert` reads a file or a folder, recognizes it by the names of its parameters, and builds the
 model that computes the same numbers; `export` writes one back where the other library can
-represent it. Nothing in a file is ever run. If a format cannot represent
+represent it. Nothing in a file is ever run. `from_flow` converts flows of zuko, nflows and
+normflows from the objects themselves. If a format cannot represent
 a model, or a file lacks something, a `ForeignError` names the parameter. Options that a file does
 not determine must be given, or have a default that a note names.
 """
@@ -15,12 +16,22 @@ from typing import Any, NamedTuple
 import torch
 
 from musigma.convert import autoencoder_kl, glows, mlp_vae
+from musigma.convert.flows import from_flow
 from musigma.convert.reading import ForeignError, printable, read
 from musigma.convert.selection import select
 from musigma.convert.weights import Family, Options, Weights
 from musigma.model import Model
 
-__all__ = ["FAMILIES", "Converted", "Family", "ForeignError", "Options", "convert", "export"]
+__all__ = [
+    "FAMILIES",
+    "Converted",
+    "Family",
+    "ForeignError",
+    "Options",
+    "convert",
+    "export",
+    "from_flow",
+]
 
 
 class Converted(NamedTuple):

@@ -72,9 +72,10 @@ class Coupling(MapLayer):
     pass of the network.
 
     Args:
-        net: ``net(x1)`` or ``net(x1, context)``, with x1 the first ``C // 2`` channels; emits
+        net: ``net(x1)`` or ``net(x1, context)``, with x1 the first channels; emits
             ``map.outputs`` channels for each channel of x2.
         map: The map that is applied to each element of x2.
+        kept: Number of channels of x1; None: ``C // 2``.
 
     Example:
         >>> coupling = Coupling(nn.Linear(2, 6))
@@ -86,13 +87,17 @@ class Coupling(MapLayer):
 
     repeated = True
 
-    def __init__(self, net: nn.Module, *, map: Map = Affine()):
+    def __init__(self, net: nn.Module, *, map: Map = Affine(), kept: int | None = None):
         super().__init__(map)
-        self.net = net
+        self.net, self.kept = net, kept
+
+    def sizes(self, channels: int) -> list[int]:
+        """The numbers of channels of x1 and of x2."""
+        kept = channels // 2 if self.kept is None else self.kept
+        return [kept, channels - kept]
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        half = x.shape[1] // 2
-        x1, x2 = at_least_float32(x).split([half, x.shape[1] - half], 1)  # gradients are joined
+        x1, x2 = at_least_float32(x).split(self.sizes(x.shape[1]), 1)  # gradients are joined
         return x1, x2
 
     def _apply_map(self, apply: Apply, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
