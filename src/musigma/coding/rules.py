@@ -331,10 +331,17 @@ class Intervals(MapRule):
 
 
 for _map in (
+    layers.Bernstein,
     layers.CircularSpline,
+    layers.Composed,
     layers.CubicSpline,
+    layers.DeepSigmoid,
     layers.LinearSpline,
+    layers.MixtureGaussianCDF,
+    layers.MixtureLogisticCDF,
     layers.QuadraticSpline,
+    layers.SumOfSquares,
+    layers.UMNN,
 ):
     register(_map)(Intervals)
 

@@ -8,15 +8,22 @@ from musigma.layers.integers import IntegerShift
 from musigma.layers.linear import ActNorm, InvertibleConv
 from musigma.layers.mapped import Autoregressive, AutoregressiveNet, Coupling, Elementwise
 from musigma.layers.maps import (
+    UMNN,
     Additive,
     Affine,
+    Bernstein,
     CircularSpline,
+    Composed,
     CubicSpline,
+    DeepSigmoid,
     LinearSpline,
     Map,
+    MixtureGaussianCDF,
+    MixtureLogisticCDF,
     Monotone,
     QuadraticSpline,
     Spline,
+    SumOfSquares,
 )
 from musigma.layers.marginals import Marginals
 from musigma.layers.standardize import Standardize, standardizer, standardizers
@@ -26,6 +33,7 @@ from musigma.nets import MADE, Conditioner
 
 __all__ = [
     "MADE",
+    "UMNN",
     "Abs",
     "ActNorm",
     "Additive",
@@ -33,12 +41,15 @@ __all__ = [
     "Augment",
     "Autoregressive",
     "AutoregressiveNet",
+    "Bernstein",
     "Checkerboard",
     "CircularSpline",
     "Classifier",
+    "Composed",
     "Conditioner",
     "Coupling",
     "CubicSpline",
+    "DeepSigmoid",
     "Dequantize",
     "Elementwise",
     "HaarSqueeze",
@@ -49,6 +60,8 @@ __all__ = [
     "Map",
     "Marginals",
     "MaxPool",
+    "MixtureGaussianCDF",
+    "MixtureLogisticCDF",
     "Monotone",
     "Permutation",
     "QuadraticSpline",
@@ -58,6 +71,7 @@ __all__ = [
     "Split",
     "Squeeze",
     "Standardize",
+    "SumOfSquares",
     "Swapped",
     "Unconstrain",
     "standardizer",

@@ -56,7 +56,7 @@ class MapLayer(Bijection):
 
     def extra_repr(self) -> str:
         """Names the map."""
-        return f"map={self.map}"
+        return "" if isinstance(self.map, nn.Module) else f"map={self.map}"
 
 
 class Coupling(MapLayer):

@@ -61,7 +61,7 @@ class CubicSpline(Bins, Monotone):
         w, s = pick(widths, k), pick(heights / widths, k)
         slopes = _slopes(widths, heights / widths, ends)
         d, d1 = pick(slopes, k), pick(slopes, k + 1)
-        theta, inside = (z - pick(xs, k)) / w, z == x
+        theta, inside = ((z - pick(xs, k)) / w).clamp(0, 1), z == x
         rest = 1 - theta
         rise = theta * (d * rest.square() + theta * ((3 * s - d1) * rest + s * theta))
         slope = d * rest.square() + 2 * (3 * s - d - d1) * theta * rest + d1 * theta.square()

@@ -51,8 +51,8 @@ class LinearSpline(Bins, Map):
         z, width = x.clamp(-self.bound, self.bound), 2 * self.bound / self.bins
         height = 2 * self.bound * shares(raw, self.least)
         at = (z + self.bound) / width
-        k = at.detach().nan_to_num(0).floor().clamp(max=self.bins - 1)
-        h, low = (pick(t, k.long()) for t in (height, knots(height)))
+        k = at.detach().nan_to_num(0).long().clamp(max=self.bins - 1)
+        h, low = (pick(t, k) for t in (height, knots(height)))
         inside = z == x
         y = torch.where(inside, low - self.bound + (at - k) * h, x)
         return y, torch.where(inside, (h / width).log(), 0.0)

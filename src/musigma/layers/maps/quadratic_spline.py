@@ -55,7 +55,7 @@ class QuadraticSpline(Bins, Map):
         widths, slopes, xs, ys = self._bins(raw)
         k = locate(xs, z)
         w, v, v1 = pick(widths, k), pick(slopes, k), pick(slopes, k + 1)
-        theta, inside = (z - pick(xs, k)) / w, z == x
+        theta, inside = ((z - pick(xs, k)) / w).clamp(0, 1), z == x
         y = torch.where(inside, pick(ys, k) + w * area(theta, v, v1), x)
         return y, torch.where(inside, torch.lerp(v, v1, theta).log(), 0.0)
 
@@ -93,4 +93,4 @@ def area(theta: Tensor, v: Tensor, v1: Tensor) -> Tensor:
 def place(size: Tensor, v: Tensor, v1: Tensor) -> Tensor:
     """The theta in [0, 1] with `area` of a given size."""
     root = (v.square() + 2 * (v1 - v) * size).clamp(min=0).sqrt()
-    return 2 * size / (v + root)
+    return (2 * size / (v + root)).clamp(0, 1)

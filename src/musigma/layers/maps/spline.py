@@ -224,7 +224,7 @@ class _Forward(torch.autograd.Function):
         inside = torch.eq(z, x, out=torch.empty_like(x))
         shares, corner, size, slopes, k = _locate(z, raw, 0, bins, bound, least)
         (x0, y0), (w, h) = corner, size
-        theta = z.sub_(x0).div_(w)
+        theta = z.sub_(x0).div_(w).clamp_(0, 1)
         q, log_slope = _log_slope(theta, h / w, slopes)
         ctx.save_for_backward(shares, size, slopes, k, theta, inside)
         ctx.rows = len(raw)
@@ -255,7 +255,7 @@ class _Inverse(torch.autograd.Function):
         linear, rise = d0 - tilt, s * q
         square = tilt.add_(s).sub_(d0)
         root = torch.addcmul(linear.square(), square, rise, value=4).clamp_(min=0).sqrt_()
-        theta = rise.mul_(2).div_(root.add_(linear))
+        theta = rise.mul_(2).div_(root.add_(linear)).clamp_(0, 1)
         log_slope = _log_slope(theta, s, slopes)[1]
         ctx.save_for_backward(shares, size, slopes, k, theta, inside)
         ctx.rows = len(raw)
