@@ -39,6 +39,7 @@ SMALL = {
         ((1, 8, 8), {"depth": 1, "hidden": 8}),
     ],
     "table": [(Spec((4,), schema=small_schema()[0]), {"hidden": 8})],
+    "vflow": [((3,), {"depth": 2, "hidden": 8}), ((2,), {"extra": 3, "depth": 2, "context": 2})],
     "vae": [
         ((1, 8, 8), {"width": 8, "latents": 3, "components": 2}),
         ((6,), {"bits": None, "width": 8, "latents": 4, "prior": "flow"}),

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributions import Exponential, Independent, Normal
 from torch.nn import functional as F
 
+from musigma import build
 from musigma.distributions import (
     FactorizedBernoulli,
     FactorizedCategorical,
@@ -32,8 +33,9 @@ from musigma.layers import (
 )
 from musigma.model import Chain, Prior
 from musigma.nets import MLP, ResNet
-from musigma.testing import check_head, check_layer, randomized
+from musigma.testing import check_head, check_layer, check_model, randomized
 from musigma.trace import Trace
+from tests.families import nats_after
 
 
 @pytest.fixture(autouse=True)
@@ -272,6 +274,34 @@ def test_a_swapped_abs_sums_both_preimages():
     at = Normal(torch.tensor(0.7, dtype=torch.float64), 1.0)
     true = (at.log_prob(size).exp() + at.log_prob(-size).exp()) * x[:, 0].sigmoid()
     torch.testing.assert_close(torch.stack(weights).mean(0), true)
+
+
+# -- a flow of more dimensions
+
+
+@pytest.mark.parametrize(("extra", "context"), [(None, 0), (3, 2)])
+def test_the_augmented_flow_obeys_all_laws(extra, context):
+    model = build("vflow", (3,), extra=extra, depth=2, hidden=8, context=context)
+    check_model(model, (3,), context=context)
+    assert not model.exact
+    (z,) = model.encode(torch.zeros(1, 3), torch.zeros(1, context) if context else None)
+    assert z.shape == (1, 3 + (3 if extra is None else extra))
+
+
+def test_the_bound_of_the_augmented_flow_integrates_to_less_than_one():
+    """exp of the ELBO does, and the mean of the weights, which is unbiased, integrates to one."""
+    model = randomized(build("vflow", (1,), depth=2, hidden=8), scale=0.5)
+    x = torch.linspace(-12, 12, 600, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        log_w = model(x.repeat_interleave(300, 0), closed_form=False).elbo.reshape(600, -1)
+    width = float(x[1] - x[0])
+    assert float(log_w.exp().mean(1).sum()) * width == pytest.approx(1, abs=0.03)
+    assert float(log_w.mean(1).exp().sum()) * width < 0.995
+
+
+def test_two_more_dimensions_fit_a_ring():
+    """Two couplings; the same number of couplings of two variables reaches 2.78."""
+    assert nats_after(build("vflow", (2,), depth=2, hidden=32)) < 2.6
 
 
 # -- permutations

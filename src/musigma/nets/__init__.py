@@ -5,6 +5,7 @@ features per example, which it concatenates to its input; others ignore the cont
 """
 
 from musigma.context import join
+from musigma.nets.attention import AttentionNet, GatedAttention, GatedConv
 from musigma.nets.constant import Constant
 from musigma.nets.conv import (
     ConvDecoder,
@@ -29,6 +30,7 @@ __all__ = [
     "EMBEDDINGS",
     "MADE",
     "MLP",
+    "AttentionNet",
     "Conditioner",
     "Constant",
     "ConvDecoder",
@@ -37,6 +39,8 @@ __all__ = [
     "DeepSet",
     "EdgeConv2d",
     "Embedding",
+    "GatedAttention",
+    "GatedConv",
     "Logarithm",
     "NormalScores",
     "Quantiles",

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from musigma.distributions import StandardNormal, StandardUniform
@@ -24,6 +25,7 @@ from musigma.model import Bijection, Chain, Layer, Prior
 from musigma.named import Registry
 from musigma.schema import Schema
 from musigma.support import Support
+from musigma.trace import Trace
 from musigma.zoo import architecture
 
 
@@ -161,7 +163,8 @@ def vector_flow(family: Callable[..., Iterable[Layer]]) -> Callable[..., Chain]:
     """Register a family of flows of vectors as an architecture.
 
     The flow consists of the layers next to the data, those of the family, and a standard normal
-    prior. All options about data (types, bounds, standardization, context) come from here.
+    prior of what they return, which may have other features than the data (`Augment`). All options
+    about data (types, bounds, standardization, context) come from here.
 
     Args:
         family: ``family(features, context, *, option=default, ...)`` yields the layers from the
@@ -197,8 +200,9 @@ def vector_flow(family: Callable[..., Iterable[Layer]]) -> Callable[..., Chain]:
         chosen = {p.name: options.pop(p.name, p.default) for p in own}
         context = options.pop("context", 0)
         features, layers = _vector_layers(name, **options)
-        layers += family(features, context, **chosen)
-        return Chain(layers, Prior(StandardNormal((features,))))
+        above = list(family(features, context, **chosen))
+        top = _output_shape(above, features, context)
+        return Chain([*layers, *above], Prior(StandardNormal(top)))
 
     build.__name__ = build.__qualname__ = name
     build.__module__, build.__doc__ = family.__module__, _with_data_options(family)
@@ -206,6 +210,17 @@ def vector_flow(family: Callable[..., Iterable[Layer]]) -> Callable[..., Chain]:
     build.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     FLOWS.register(family)
     return architecture(build)
+
+
+@torch.no_grad()
+def _output_shape(layers: Sequence[Layer], features: int, context: int) -> tuple[int, ...]:
+    """The shape of what layers return: that of their input, unless some are no bijections."""
+    x, given = torch.zeros(2, features), torch.zeros(2, context) if context else None
+    if not all(isinstance(layer, Bijection) for layer in layers):
+        with torch.random.fork_rng(devices=[]):
+            for layer in layers:
+                x = layer.infer(x, Trace(scoring=False), given)
+    return tuple(x.shape[1:])
 
 
 def _with_data_options(family: Callable[..., Any]) -> str:
