@@ -37,6 +37,7 @@ RANKS = {
     "ensemble": 4,
     "posterior": 5,
     "ladder": 4,
+    "quantized": 4,
     "any_order": 4,
     "questions": 5,
     "anomaly": 8,

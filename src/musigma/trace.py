@@ -178,6 +178,7 @@ class Trace:
         self.log_q: dict[Site, Tensor] = {}
         self.log_det: dict[Site, Tensor] = {}
         self.auxiliaries: dict[Site, Tensor] = {}
+        self.figures: dict[str, Tensor] = {}
         self.scores: dict[Site, Tensor] = {}  # log q of draws by the score-function estimator
         self.supports: dict[Site, Tensor] = {}  # all values of draws that are enumerated
         self.closed: set[Site] = set()  # latents with a closed-form KL
@@ -253,6 +254,11 @@ class Trace:
         """Record a term (B,), in nats, that training maximizes but that is not part of log w."""
         if self.scoring:
             self._record(self.auxiliaries, site, term)
+
+    def figure(self, name: str, values: Tensor) -> None:
+        """Report a number for each example (B,), NaN where there is none, for evaluations only."""
+        if self.scoring:
+            self.figures[name] = values.detach()
 
     # -- results
 

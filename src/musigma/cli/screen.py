@@ -129,6 +129,8 @@ def figure_text(figure: dict[str, Any], nats_first: bool = False) -> str:
         error = figure["standard_error_spread"]
         error = "" if error is None else f" ± {error:.4f}"
         text += f", differing by {figure['spread']:.4f}{error} nats within the mixture"
+    for name, value in figure.get("figures", {}).items():
+        text += "" if value is None else f", {name} {value:.4g}"
     return f"{text} ({bound}; n = {figure['n']:,})"
 
 

@@ -6,6 +6,7 @@ so they need no dequantization.
 """
 
 from musigma.distributions.cells import Binning, multiples
+from musigma.distributions.codes import AutoregressiveCodes
 from musigma.distributions.counts import (
     CountHead,
     Counts,
@@ -50,6 +51,7 @@ __all__ = [
     "LIKELIHOODS",
     "POSTERIORS",
     "PRIORS",
+    "AutoregressiveCodes",
     "Binning",
     "CountHead",
     "Counts",

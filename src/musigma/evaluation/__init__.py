@@ -6,6 +6,7 @@ from musigma.evaluation.diagnostics import (
     ILL_CONDITIONED,
     SATURATED,
     conditioning,
+    reported,
     saturation,
     slow_directions,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "ledger",
     "mean",
     "noise",
+    "reported",
     "saturation",
     "score",
     "slow_directions",

@@ -20,6 +20,7 @@ __all__ = [
     "ILL_CONDITIONED",
     "SATURATED",
     "conditioning",
+    "reported",
     "saturation",
     "slow_directions",
 ]
@@ -88,6 +89,16 @@ def conditioning(model: Model) -> dict[str, float]:
         name: float(module.condition_number())  # pyright: ignore[reportCallIssue]
         for module, name in model.site_names().items()
         if hasattr(module, "condition_number")
+    }
+
+
+def reported(model: Model) -> dict[str, float]:
+    """What modules report of themselves, by a method ``figures()``, as "module.figure"."""
+    return {
+        f"{name}.{figure}": float(value)
+        for module, name in model.site_names().items()
+        if hasattr(module, "figures")
+        for figure, value in module.figures().items()  # pyright: ignore[reportCallIssue]
     }
 
 

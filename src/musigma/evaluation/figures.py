@@ -17,7 +17,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from musigma.context import Context
 from musigma.data import Dataset
-from musigma.evaluation.diagnostics import ACTIVE
+from musigma.evaluation.diagnostics import ACTIVE, reported
 from musigma.evaluation.inputs import Progress, batches, check, evaluating
 from musigma.model import Model
 from musigma.processes import SINGLE_PROCESS, Processes
@@ -25,6 +25,10 @@ from musigma.spec import bits_per_dim
 from musigma.trace import Recorder, Trace
 
 __all__ = ["bound", "evaluate", "inspect", "ledger", "mean", "score"]
+
+
+COLUMNS = ("bits_per_dim", "nats", "log_px", "rate", "spread")
+"""The columns of every table of scores, beside those of latents."""
 
 
 def bound(model: Model, k: int = 1) -> str:
@@ -57,7 +61,8 @@ def score(
         Columns of length N: `bits_per_dim` and `nats` (-log p or its upper bound); and, from one
         draw, `log_px`, `rate`, and `kl_0`, `kl_1`, ... of each latent, top first, in nats. For a
         mixture, of the members of an ensemble or of several orders of the columns, also `spread`,
-        the standard deviation of the nats of one of them.
+        the standard deviation of the nats of one of them. Then whatever the model reports by
+        `Trace.figure`, NaN where an example has no such figure.
 
     Raises:
         ValueError: If the data do not fit the model, or k is below 1.
@@ -89,7 +94,8 @@ def _of_trace(model: Model, x: Tensor, context: Context, k: int) -> dict[str, An
     else:  # in float64, so that the rows of the ledger add up to it
         nats = sum(nats.cpu().double() for _, _, nats in trace.entries())
     row = {"nats": nats, "log_px": evidence.log_px, "rate": evidence.rate}
-    return row | {f"kl_{i}": column for i, column in enumerate(evidence.kl.unbind(1))}
+    row |= {f"kl_{i}": column for i, column in enumerate(evidence.kl.unbind(1))}
+    return row | trace.figures
 
 
 def _of_mixture(model: Model, x: Tensor, context: Context) -> dict[str, Any]:
@@ -121,7 +127,9 @@ def evaluate(
         `bound`: "exact" (-log p itself), "elbo" or "iwae-K" (upper bounds of it); `n`; `log_px`,
         `rate` and `kl` (per latent, top first) in nats; `non_finite`: the number of examples
         without a finite figure, which are included in all means; for a mixture `spread`, with its
-        `standard_error_spread`.
+        `standard_error_spread`; and `figures`, if there are any: what the model reports by
+        `Trace.figure` (means over the examples that have it), and what its modules report by
+        ``figures()``, a dict of numbers, under "module.figure".
 
     Raises:
         ValueError: If there are no examples, the data do not fit the model, or k is below 1.
@@ -162,7 +170,15 @@ def mean(model: Model, table: Mapping[str, np.ndarray], k: int = 1) -> dict[str,
     }
     if "spread" in table:
         figure |= {"spread": means["spread"], "standard_error_spread": error("spread")}
-    return figure
+    others = [name for name in table if name not in COLUMNS and not name.startswith("kl_")]
+    figures = {name: _mean_of_some(table[name]) for name in others} | reported(model)
+    return figure | ({"figures": figures} if figures else {})
+
+
+def _mean_of_some(values: np.ndarray) -> float | None:
+    """The mean of the values that are not NaN; None if all are."""
+    some = values[~np.isnan(values)]
+    return float(some.mean()) if len(some) else None
 
 
 @torch.no_grad()

@@ -22,15 +22,24 @@ from musigma.nets.conv import (
 )
 from musigma.nets.embed import EMBEDDINGS, Embedding, embedding, embedding_of
 from musigma.nets.quantiles import NormalScores, Quantiles
+from musigma.nets.quantizers import (
+    QUANTIZERS,
+    FiniteScalarQuantizer,
+    ResidualQuantizer,
+    VectorQuantizer,
+)
 from musigma.nets.sequences import DeepSet, SequenceTransformer, SeriesNet
 from musigma.nets.summary import Summary
+from musigma.nets.transformer import CausalTransformer, Transformer
 from musigma.nets.vectors import MADE, MLP, Conditioner, Logarithm, ResidualMLP, Scaled
 
 __all__ = [
     "EMBEDDINGS",
     "MADE",
     "MLP",
+    "QUANTIZERS",
     "AttentionNet",
+    "CausalTransformer",
     "Conditioner",
     "Constant",
     "ConvDecoder",
@@ -39,6 +48,7 @@ __all__ = [
     "DeepSet",
     "EdgeConv2d",
     "Embedding",
+    "FiniteScalarQuantizer",
     "GatedAttention",
     "GatedConv",
     "Logarithm",
@@ -47,12 +57,15 @@ __all__ = [
     "ResBlock",
     "ResNet",
     "ResidualMLP",
+    "ResidualQuantizer",
     "Scaled",
     "SequenceTransformer",
     "SeriesNet",
     "Summary",
     "ToPixels",
+    "Transformer",
     "Upsample",
+    "VectorQuantizer",
     "ZeroConv2d",
     "edge_bias",
     "embedding",
