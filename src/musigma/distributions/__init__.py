@@ -17,7 +17,14 @@ from musigma.distributions.counts import (
 )
 from musigma.distributions.flowed import Flowed, FlowHead
 from musigma.distributions.full import FullGaussian, LowRankGaussian
+from musigma.distributions.gamma import (
+    FactorizedBeta,
+    FactorizedGamma,
+    StandardBeta,
+    StandardGamma,
+)
 from musigma.distributions.gaussian import LearnedNormal, OptimalGaussianHead, StandardNormal
+from musigma.distributions.hyperbolic import HyperbolicNormal, StandardHyperbolic
 from musigma.distributions.integers import IntegerLogisticMixture, IntegerRead
 from musigma.distributions.latents import POSTERIORS, PRIORS, Latents, PosteriorHead
 from musigma.distributions.levels import (
@@ -38,6 +45,8 @@ from musigma.distributions.model_distribution import ModelDistribution
 from musigma.distributions.onehot import OneHotHead, OneHotLatents, UniformOneHot
 from musigma.distributions.permutations import PlackettLuce
 from musigma.distributions.point import PointMass
+from musigma.distributions.product import Product, ProductHead
+from musigma.distributions.sphere import SphereUniform, UniformOnSphere, VonMisesFisher
 from musigma.distributions.unit import (
     FactorizedContinuousBernoulli,
     LogitNormal,
@@ -57,15 +66,18 @@ __all__ = [
     "Counts",
     "DiscretizedLogisticMixture",
     "FactorizedBernoulli",
+    "FactorizedBeta",
     "FactorizedBetaBinomial",
     "FactorizedCategorical",
     "FactorizedContinuousBernoulli",
+    "FactorizedGamma",
     "FactorizedNegativeBinomial",
     "FactorizedPoisson",
     "FlowHead",
     "Flowed",
     "FullGaussian",
     "GaussianMixture",
+    "HyperbolicNormal",
     "IntegerLogisticMixture",
     "IntegerRead",
     "Latents",
@@ -82,11 +94,19 @@ __all__ = [
     "PlackettLuce",
     "PointMass",
     "PosteriorHead",
+    "Product",
+    "ProductHead",
+    "SphereUniform",
+    "StandardBeta",
+    "StandardGamma",
+    "StandardHyperbolic",
     "StandardNormal",
     "StandardUniform",
+    "UniformOnSphere",
     "UniformOneHot",
     "UnitUniform",
     "VampPrior",
+    "VonMisesFisher",
     "ZeroInflated",
     "are_counted",
     "data_of",

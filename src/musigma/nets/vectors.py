@@ -55,7 +55,7 @@ class Logarithm(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None):
         """The output of the network for the logarithms."""
-        return self.net(x.log1p(), context)
+        return self.net(x.clamp(min=0).log1p(), context)
 
 
 class MLP(nn.Module):

@@ -50,8 +50,9 @@ def vae(
         blocks: Hidden layers (`mlp`), or residual blocks at each size (`conv`).
         format: How the encoder's output is read as (mean, log_std), as `Format.parse` takes it.
         posterior: The distribution that the encoder emits: a Gaussian, `diagonal`, `low-rank` or
-            `full`; `mixture`, of Gaussians; any flow of vectors given features of x, such as
-            `nsf`, or `maf`, which is then an inverse autoregressive flow; or one of your own
+            `full`; `mixture`, of Gaussians; `von-mises-fisher`, on the sphere; `hyperbolic`;
+            `gamma`; `beta`; `categorical`; `joint`, continuous and discrete; any flow of vectors
+            given features of x, such as `nsf` or `iaf`; or one of your own
             (`musigma.distributions.POSTERIORS`). Options follow the name: 'low-rank rank=8'.
         prior: `normal`: N(0, I); `conditional`: a Gaussian whose mean and scale a network
             computes from the context (Sohn, Yan, Lee, "Learning Structured Output
