@@ -378,32 +378,34 @@ class CouplingRule(Mapped):
 
 @register(layers.Autoregressive)
 class AutoregressiveRule(Mapped):
-    """Each feature is transformed by those before it, one after the other in both directions.
+    """Each step is transformed by those before it, one after the other in both directions.
 
     Data to latents could take one pass of the network, but that would round differently.
     """
 
     def up(self, x: np.ndarray) -> np.ndarray:
-        given, outputs, y = self.tensor(x, self.below), [], x.copy()
+        given, outputs = self.tensor(x, self.below), []
+        steps = given.flatten(2) if x.ndim > 2 else given
 
         def fill(i: int, h: Tensor) -> Tensor:
             outputs.append(h)
-            return given[:, i : i + 1]
+            return steps[..., i : i + 1]
 
         self.layer.net.unroll(fill, given, self.context)
-        for i in reversed(range(x.shape[1])):
-            y[:, i : i + 1] = self.map(outputs[i], 2 * i).up(x[:, i : i + 1])
-        return y
+        y = x.reshape(*steps.shape).copy()
+        for i in reversed(range(y.shape[-1])):
+            y[..., i : i + 1] = self.map(outputs[i], 2 * i).up(y[..., i : i + 1])
+        return y.reshape(x.shape)
 
     def down(self, y: np.ndarray) -> np.ndarray:
-        x = y.copy()
+        x = (y.reshape(*y.shape[:2], -1) if y.ndim > 2 else y).copy()
 
         def fill(i: int, h: Tensor) -> Tensor:
-            x[:, i : i + 1] = self.map(h, 2 * i).down(y[:, i : i + 1])
-            return self.tensor(x[:, i : i + 1], self.below)
+            x[..., i : i + 1] = self.map(h, 2 * i).down(x[..., i : i + 1])
+            return self.tensor(x[..., i : i + 1], self.below)
 
         self.layer.net.unroll(fill, self.tensor(y, self.below), self.context)
-        return x
+        return x.reshape(y.shape)
 
 
 @register(layers.Elementwise)
@@ -452,6 +454,7 @@ class Increasing(Rule):
 
 
 @register(layers.Checkerboard)
+@register(layers.Flip)
 @register(layers.Permutation)
 @register(layers.Squeeze)
 class Reordering(Rule):

@@ -2,11 +2,17 @@
 
 from musigma.layers.classifier import Classifier
 from musigma.layers.draws import Dequantize, Split
-from musigma.layers.fixed import Checkerboard, Logit, Permutation, Rescale, Squeeze
+from musigma.layers.fixed import Checkerboard, Flip, Logit, Permutation, Rescale, Squeeze
 from musigma.layers.haar import HaarSqueeze
 from musigma.layers.integers import IntegerShift
 from musigma.layers.linear import ActNorm, InvertibleConv
-from musigma.layers.mapped import Autoregressive, AutoregressiveNet, Coupling, Elementwise
+from musigma.layers.mapped import (
+    Autoregressive,
+    AutoregressiveNet,
+    Coupling,
+    Elementwise,
+    StreamedNet,
+)
 from musigma.layers.maps import (
     UMNN,
     Additive,
@@ -52,6 +58,7 @@ __all__ = [
     "DeepSigmoid",
     "Dequantize",
     "Elementwise",
+    "Flip",
     "HaarSqueeze",
     "IntegerShift",
     "InvertibleConv",
@@ -71,6 +78,7 @@ __all__ = [
     "Split",
     "Squeeze",
     "Standardize",
+    "StreamedNet",
     "SumOfSquares",
     "Swapped",
     "Unconstrain",

@@ -12,7 +12,7 @@ from torch import Tensor
 from musigma.model import Bijection
 from musigma.tensors import at_least_float32, sum_event
 
-__all__ = ["Checkerboard", "Logit", "Permutation", "Rescale", "Squeeze"]
+__all__ = ["Checkerboard", "Flip", "Logit", "Permutation", "Rescale", "Squeeze"]
 
 
 class Rescale(Bijection):
@@ -133,22 +133,62 @@ class Squeeze(Bijection):
     """Trade space for channels: (C, H, W) to (4 C, H / 2, W / 2), as in Real NVP and Glow.
 
     Channel ``4 c + 2 i + j`` of the output holds row i, column j of each 2x2 block of channel c.
+    With another factor f than 2, the blocks are f x f, and the positions of the output are the
+    patches of a vision transformer.
+
+    Args:
+        factor: Side of the blocks.
 
     Raises:
-        ValueError: For an odd height or width.
+        ValueError: For a factor below 2; on a pass, if it does not divide both sides.
+
+    Example:
+        >>> Squeeze(4)(torch.randn(1, 3, 8, 12))[0].shape
+        torch.Size([1, 48, 2, 3])
     """
+
+    def __init__(self, factor: int = 2):
+        super().__init__()
+        if factor < 2:
+            raise ValueError(f"factor: expected 2 or more; got {factor}")
+        self.factor = factor
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The squeezed image."""
-        if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2:
+        if x.ndim != 4 or x.shape[2] % self.factor or x.shape[3] % self.factor:
+            sides = "even sides" if self.factor == 2 else f"sides that {self.factor} divides"
             raise ValueError(
-                f"x: Squeeze needs images (B, C, H, W) of even sides; got {tuple(x.shape)}"
+                f"x: Squeeze needs images (B, C, H, W) of {sides}; got {tuple(x.shape)}"
             )
-        return F.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+        return F.pixel_unshuffle(x, self.factor), x.new_zeros(len(x))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The image."""
-        return F.pixel_shuffle(y, 2), y.new_zeros(len(y))
+        return F.pixel_shuffle(y, self.factor), y.new_zeros(len(y))
+
+    def extra_repr(self) -> str:
+        """Names the factor."""
+        return f"factor={self.factor}"
+
+
+class Flip(Bijection):
+    """The positions of a sequence (C, T) or an image (C, H, W) in reverse order; its own inverse.
+
+    Between `Autoregressive` layers, each step then depends on those after it in the layer before.
+
+    Example:
+        >>> Flip()(torch.arange(6.0).reshape(1, 2, 3))[0]
+        tensor([[[2., 1., 0.],
+                 [5., 4., 3.]]])
+    """
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The positions in reverse order."""
+        return x.flip([*range(2, x.ndim)]), x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The positions in their order."""
+        return self(y)
 
 
 class Checkerboard(Bijection):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from musigma.context import conditioned
@@ -14,8 +16,12 @@ from musigma.layers.maps import Affine, Map
 from musigma.model import Bijection
 from musigma.tensors import at_least_float32, sum_event
 
-__all__ = ["Autoregressive", "AutoregressiveNet", "Coupling", "Elementwise"]
+__all__ = ["Autoregressive", "AutoregressiveNet", "Coupling", "Elementwise", "StreamedNet"]
 
+ROWS_CPU, ROWS = 64, 65_536
+"""Tokens of a batch that a processor computes in about the time of one: a CPU, and others."""
+LEAST_WINDOW = 32
+"""With fewer tokens than a sweep takes to be right to the last digit, nothing is gained."""
 Apply = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """The `forward` or the `inverse` of a map."""
 
@@ -119,53 +125,92 @@ class Coupling(MapLayer):
 class AutoregressiveNet(Protocol):
     """The protocol of the network of an `Autoregressive` layer, such as `MADE`.
 
+    The *steps* are the elements of a vector (B, D), or the positions of a sequence (B, C, T) or,
+    row by row, of an image (B, C, H, W). The outputs of step i depend only on steps 0 .. i - 1 and
+    the context.
+
     Attributes:
-        owners: The feature 0 .. D - 1 to which each output belongs. The outputs of feature i
-            depend only on features 0 .. i - 1 and the context.
+        owners: The element of axis 1, 0 .. D - 1 or 0 .. C - 1, to which each output belongs.
+        tokens: Number of positions; None, or no such attribute, for vectors.
     """
 
     owners: Sequence[int]
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The outputs (B, len(owners)) for x (B, D), in one pass."""
+        """The outputs (B, len(owners), ...) for x (B, D) or (B, C, ...), in one pass."""
         ...
 
     def unroll(
         self, fill: Callable[[int, Tensor], Tensor], like: Tensor, context: Tensor | None = None
     ) -> None:
-        """Evaluate feature by feature: for i = 0 .. D - 1, ``x[:, i : i + 1] = fill(i, h_i)``.
+        """Evaluate step by step: for i = 0, 1, ..., ``x[..., i : i + 1] = fill(i, h_i)``.
 
-        Step i computes h_i (B, outputs), the outputs of feature i in the order of `owners`, from
-        the features that `fill` has returned so far, and gives them to `fill`, which returns
-        feature i, (B, 1). The network may cache results between steps: hidden units, the state of
-        a recurrent network, the keys and values of a causal transformer.
+        Step i computes h_i, its outputs in the order of `owners`, from what `fill` has returned so
+        far, and gives them to `fill`, which returns step i of x. For a vector h_i is (B, outputs)
+        and x_i is (B, 1); for a sequence (B, len(owners), 1) and (B, C, 1). The network may cache
+        results between steps: hidden units, the state of a recurrent network, the keys and values
+        of a causal transformer.
 
         Args:
-            fill: Called once for each feature, in order.
-            like: A tensor of x's shape (B, D), type and device; its values are not read.
+            fill: Called once for each step, in order.
+            like: A tensor of x's shape, type and device; its values are not read.
             context: As in `__call__`.
         """
         ...
 
 
+@runtime_checkable
+class StreamedNet(Protocol):
+    """An `AutoregressiveNet` of sequences that evaluates several positions at once."""
+
+    def stream(
+        self, like: Tensor, context: Tensor | None = None
+    ) -> Callable[[Tensor, int], Tensor]:
+        """A function ``outputs(before, start)`` that caches what it computes.
+
+        It returns the outputs (B, len(owners), w) of the positions start .. start + w - 1. Column
+        k of `before` (B, C, w) is the position start + k - 1 of x, or zeros if that is -1. Of the
+        positions before those, it uses what the last call that computed them has cached.
+
+        Args:
+            like: As in `AutoregressiveNet.unroll`.
+            context: As in `AutoregressiveNet.unroll`.
+        """
+        ...
+
+
 class Autoregressive(MapLayer):
-    r"""Features 0 .. i - 1 of a vector, and the context, transform feature i.
+    r"""Steps 0 .. i - 1, and the context, transform step i.
 
     .. math:: y_i = f(x_i;\ h_i(x_0, \ldots, x_{i-1})), \quad
         \log|\det| = \sum_i \log \partial y_i / \partial x_i
 
-    where f is the map and h the network. `forward` takes one pass of the network; `inverse`
-    computes one feature after another. With an `Affine` map and a `MADE` this is a masked
-    autoregressive flow (Papamakarios, Pavlakou, Murray, "Masked Autoregressive Flow for Density
-    Estimation", 2017, arXiv:1705.07057); with a `Spline` it is an autoregressive neural spline
-    flow (Durkan et al., 2019, arXiv:1906.04032).
+    where f is the map and h the network. The steps are the elements of a vector, or the positions
+    of a sequence (B, C, T) or an image (B, C, H, W). `forward` takes one pass of the network. With
+    an `Affine` map and a `MADE` this is a masked autoregressive flow (Papamakarios, Pavlakou,
+    Murray, "Masked Autoregressive Flow for Density Estimation", 2017, arXiv:1705.07057); with a
+    `Spline` it is an autoregressive neural spline flow (Durkan et al., 2019, arXiv:1906.04032);
+    with a `CausalTransformer` it is a block of TarFlow (Zhai et al., 2024, arXiv:2412.06329).
+
+    `inverse` computes one step after another, T in all. If the network is a `StreamedNet`, and no
+    gradient is needed, each pass of the network computes a window of steps from the current values
+    of the steps before them. The first step of the window is then right, and so is every step that
+    follows only steps which the pass did not change. These are final, and the window moves past
+    them. At most T passes are needed; a step that a pass changes by less than 16 units in the last
+    place counts as unchanged, so the result is that of one step after the other up to rounding.
+    (Song, Meng, Liao, Ermon, "Accelerating Feedforward Computation via Parallel Nonlinear Equation
+    Solving", 2021, arXiv:2002.03629.)
 
     Args:
-        net: A module that implements `AutoregressiveNet`, built for ``map.owners(D)``.
-        map: The map that is applied to each feature.
+        net: A module that implements `AutoregressiveNet`, built for ``map.owners(...)``.
+        map: The map that is applied to each element.
+        window: Number of steps that a pass of a `StreamedNet` computes while inverting; 1 for one
+            step after another. None: as many as cost about as much as one, by the size of the
+            batch; 1 if those are fewer than 32.
 
     Raises:
-        ValueError: If the network's outputs are not in the order in which the map reads them.
+        ValueError: If the network's outputs are not in the order in which the map reads them, or
+            the window is empty.
 
     Example:
         >>> from musigma.layers import MADE, Spline
@@ -178,42 +223,92 @@ class Autoregressive(MapLayer):
 
     slow_inverse = "one step per feature"
 
-    def __init__(self, net: nn.Module, *, map: Map):
+    def __init__(self, net: nn.Module, *, map: Map, window: int | None = None):
         super().__init__(map)
-        self.net = net
+        if window is not None and window < 1:
+            raise ValueError(f"window: expected 1 or more; got {window}")
+        self.net, self.window = net, window
         self.features = max(self.net.owners) + 1
+        self.tokens: int | None = getattr(net, "tokens", None)
+        if self.tokens is not None:
+            self.slow_inverse = self.slow_inverse.replace("feature", "token")
         if list(self.net.owners) != (expected := map.owners(self.features)):
             raise ValueError(
                 f"net: {map} reads outputs that belong to the features {expected}; this network's "
                 f"belong to {list(self.net.owners)}; build it from map.owners({self.features})"
             )
 
-    def _vectors(self, x: Tensor) -> Tensor:
-        if x.ndim != 2 or x.shape[1] != self.features:
-            raise ValueError(
-                f"x: this layer is for vectors (B, {self.features}); got {tuple(x.shape)}"
-            )
+    def _checked(self, x: Tensor) -> Tensor:
+        fits = x.ndim == 2 if self.tokens is None else math.prod(x.shape[2:]) == self.tokens
+        if x.ndim < 2 or x.shape[1] != self.features or not fits:
+            kind = f"vectors (B, {self.features})"
+            if self.tokens is not None:
+                kind = f"(B, {self.features}, ...) with {self.tokens} positions"
+            raise ValueError(f"x: this layer is for {kind}; got {tuple(x.shape)}")
         return at_least_float32(x)
 
     def _apply_map(self, apply: Apply, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = self._vectors(x)
+        x = self._checked(x)
         y, log_slope = apply(x, self.net(x, context))
-        return y, log_slope.sum(1)
+        return y, log_slope.flatten(1).sum(1)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(x, log_det)``, one feature after the other."""
-        y = self._vectors(y)
-        features: list[Tensor] = []
-        log_slopes: list[Tensor] = []
+        """``(x, log_det)``, one step after the other, or by windows."""
+        y = self._checked(y)
+        alone = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        invert = self._step_by_step
+        if isinstance(self.net, StreamedNet) and not alone:
+            invert = self._by_windows
+        x, log_slope = invert(y.flatten(2) if y.ndim > 2 else y, y, context)
+        return x.reshape(y.shape), log_slope.flatten(1).sum(1)
+
+    def _window_for(self, batch: int, device: torch.device) -> int:
+        if self.window is not None:
+            return self.window
+        window = (ROWS_CPU if device.type == "cpu" else ROWS) // batch
+        return window if window >= LEAST_WINDOW else 1
+
+    def _step_by_step(
+        self, y: Tensor, like: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        steps: list[tuple[Tensor, Tensor]] = []
 
         def fill(i: int, h: Tensor) -> Tensor:
-            x, log_slope = self.map.inverse(y[:, i : i + 1], h)
-            features.append(x)
-            log_slopes.append(log_slope)
-            return x
+            steps.append(self.map.inverse(y[..., i : i + 1], h))
+            return steps[-1][0]
 
-        self.net.unroll(fill, y, context)
-        return torch.cat(features, 1), torch.cat(log_slopes, 1).sum(1)
+        self.net.unroll(fill, like, context)
+        x, log_slope = zip(*steps, strict=True)
+        return torch.cat(x, -1), torch.cat(log_slope, -1)
+
+    def _by_windows(
+        self, y: Tensor, like: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        outputs, start = self.net.stream(like, context), 0
+        window = self._window_for(len(y), y.device)
+        x = F.pad(_tame(y), (1, 0))  # of the column before the first, and of all columns
+        log_slope = torch.empty_like(y)
+        while start < y.shape[-1]:
+            here = slice(start, start + window)
+            h = outputs(x[..., :-1][..., here], start)
+            new, log_slope[..., here] = self.map.inverse(y[..., here], h)
+            same = _unchanged(new, x[..., 1:][..., here])
+            final = 1 + int(same.cumprod(0)[:-1].sum())
+            x[..., 1:][..., here] = torch.cat([new[..., :final], _tame(new[..., final:])], -1)
+            start += final
+        return x[..., 1:], log_slope
+
+
+def _unchanged(new: Tensor, old: Tensor) -> Tensor:
+    """Whether each column (B, C, w) is the same but for rounding, (w,)."""
+    limit = 16 * torch.finfo(new.dtype).eps * new.abs().clamp(min=1)
+    return ((new - old).abs() <= limit).flatten(0, 1).all(0)
+
+
+def _tame(guess: Tensor) -> Tensor:
+    """A guess in a range in which networks are finite: in attention, 0 times infinity is NaN."""
+    limit = torch.finfo(guess.dtype).max ** 0.25
+    return guess.nan_to_num(0.0).clamp(-limit, limit)
 
 
 class Elementwise(MapLayer):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musigma.nets.transformer import Attention, waves
 from musigma.nets.vectors import residual_branch
 
 __all__ = ["DeepSet", "SequenceTransformer", "SeriesNet"]
@@ -137,12 +138,9 @@ class SequenceTransformer(nn.Module):
         self, length: int, channels: int, *, width: int = 32, heads: int = 4, blocks: int = 2
     ):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"heads: expected a divisor of the width {width}; got {heads}")
-        self.heads = heads
         self.enter = nn.Conv1d(channels, width, 3, padding=1)
-        self.positions = nn.Parameter(_waves(length + 1, width))
-        self.attention = nn.ModuleList(_Attention(width, heads) for _ in range(blocks))
+        self.positions = nn.Parameter(waves(length + 1, width))
+        self.attention = nn.ModuleList(Attention(width, heads) for _ in range(blocks))
         self.blocks = nn.ModuleList(residual_branch(width, 2 * width) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.features = 2 * width + 1
@@ -156,25 +154,6 @@ class SequenceTransformer(nn.Module):
             h = h + block(h)
         h = self.norm(h)
         return torch.cat([h[:, 0], mean_of(h[:, 1:], mask), log_count(h, mask)], 1)
-
-
-class _Attention(nn.Module):
-    """Normalization and self-attention of several heads."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(width)
-        self.enter, self.leave = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, h: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self.enter(self.norm(h)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.leave(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
-def _waves(length: int, width: int) -> Tensor:
-    """Sines and cosines of positions (Vaswani et al., 2017, arXiv:1706.03762), (L, width)."""
-    angle = torch.arange(length)[:, None] * 1e4 ** (-torch.arange(0, width, 2) / width)
-    return torch.cat([angle.sin(), angle.cos()], 1)[:, :width]
 
 
 def mean_of(h: Tensor, mask: Tensor) -> Tensor:

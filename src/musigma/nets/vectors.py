@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musigma.context import join, one_row
+from musigma.context import conditioned, join, one_row
 
 __all__ = ["MADE", "MLP", "Conditioner", "Logarithm", "ResidualMLP", "Scaled", "residual_branch"]
 
@@ -35,7 +35,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None):
         """The output of the network for the scaled input."""
-        return self.net(2 * x / (self.levels - 1) - 1, context)
+        return conditioned(self.net, 2 * x / (self.levels - 1) - 1, context)
 
     def extra_repr(self) -> str:
         """Names the range."""

@@ -109,6 +109,21 @@ def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
+def patches(shape: Sequence[int], side: int) -> tuple[int, int, int]:
+    """The shape of an image (C, H, W) of patches, (C side², H / side, W / side).
+
+    Raises:
+        ValueError: If the shape is not that of an image, or `side` is below 2 or does not divide
+            both sides of the image.
+    """
+    channels, height, width = image_shape(shape)
+    if side < 2 or height % side or width % side:
+        raise ValueError(
+            f"patch: expected 2 or more, a divisor of both sides of {height}x{width}; got {side}"
+        )
+    return channels * side**2, height // side, width // side
+
+
 def halvings(height: int, width: int, wanted: int | None) -> int:
     """Number of times both sides are halved: `wanted`, or as often as possible, up to 3.
 
