@@ -80,7 +80,7 @@ OWNERS = {
     "safetensors": {"checkpoint", "training", "convert"},
     "pooch": {"data"},
     "anndata": {"data"},
-    "sklearn": {"comparison", "data", "editing", "pyod", "sklearn"},
+    "sklearn": {"comparison", "data", "editing", "evaluation", "pyod", "sklearn"},
     "pyod": {"pyod"},
     "pyarrow": {"cli", "data", "frames", "scorer"},
     "fsspec": {"data"},

@@ -10,6 +10,16 @@ from musigma.evaluation.diagnostics import (
     saturation,
     slow_directions,
 )
+from musigma.evaluation.disentanglement import (
+    DCI,
+    dci,
+    disentanglement,
+    factor_score,
+    mig,
+    modularity,
+    mutual_information,
+    sap,
+)
 from musigma.evaluation.figures import bound, evaluate, inspect, ledger, mean, score
 from musigma.evaluation.inputs import (
     batch,
@@ -24,6 +34,7 @@ from musigma.spec import bits_per_dim
 __all__ = [
     "ACTIVE",
     "COLLAPSED",
+    "DCI",
     "ILL_CONDITIONED",
     "SATURATED",
     "batch",
@@ -32,13 +43,20 @@ __all__ = [
     "bound",
     "check",
     "conditioning",
+    "dci",
+    "disentanglement",
     "evaluate",
     "evaluating",
+    "factor_score",
     "inspect",
     "ledger",
     "mean",
+    "mig",
+    "modularity",
+    "mutual_information",
     "noise",
     "reported",
+    "sap",
     "saturation",
     "score",
     "slow_directions",

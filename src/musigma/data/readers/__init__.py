@@ -66,11 +66,11 @@ def load(
     `.npy`, `.npz`, `.csv`, `.tsv` and `.parquet`; `.h5ad`, whose columns are genes, and in which
     ``cells.h5ad/layers/NAME`` is another matrix than X; folders of tar or parquet files, or a
     pattern of them (`shards-{0000..0099}.tar`); all of these by a URL that fsspec knows; the names
-    `digits`, `mnist-5k`, `mnist`, `fashion-mnist`, `cifar10`, `two-moons`, `checkerboard`,
-    `eight-gaussians`, and of tables that other packages ship, `shuttle`, `diamonds`, `bikeshare`,
-    `wage` and `randhie`. A name takes precedence over a file of the same name, which is written
-    `./mnist`. Published sets are looked for in `$MUSIGMA_DATA`, in `/usr/share/datasets` and in
-    the user's cache, and otherwise downloaded into the cache.
+    `digits`, `mnist-5k`, `mnist`, `fashion-mnist`, `cifar10`, `shapes` (with known factors),
+    `two-moons`, `checkerboard`, `eight-gaussians`, and of tables that other packages ship,
+    `shuttle`, `diamonds`, `bikeshare`, `wage` and `randhie`. A name takes precedence over a file
+    of the same name, which is written `./mnist`. Published sets are looked for in `$MUSIGMA_DATA`,
+    in `/usr/share/datasets` and in the user's cache, and otherwise downloaded into the cache.
 
     Tables of pandas, polars, Arrow and whatever else hands out its columns in Arrow's format, and
     arrays (N, D), are read from memory; several parquet files are one table. With `of`, an .npz

@@ -1,4 +1,4 @@
-"""Data sets known by name: published ones, scikit-learn's digits, and toy data in the plane."""
+"""Data sets known by name: published ones, digits, shapes, and toy data in the plane."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from musigma.data.readers.filesets import FileSet
 from musigma.data.readers.idx_cifar import CIFAR10_LABELS
 from musigma.data.readers.image_sets import read_files
 from musigma.data.readers.packaged import PACKAGED, installed, packaged
+from musigma.data.readers.shapes import shapes
 
 SYSTEM = Path("/usr/share/datasets")  # where Debian's packages put them
 MNIST_FILES = [
@@ -190,6 +191,7 @@ def _points(name: str, request: Request) -> Dataset:
 BUILT_IN: dict[str, Callable[[Request], Dataset]] = {
     "digits": _digits,
     "mnist-5k": _mnist_5k,
+    "shapes": shapes,
     **{name: partial(published_set, name) for name in PUBLISHED},
     **{name: partial(packaged, name) for name in PACKAGED},
     **{name: partial(_points, name) for name in ("two-moons", "checkerboard", "eight-gaussians")},
