@@ -44,7 +44,7 @@ from musigma.distributions.mixture import GaussianMixture, Mixture
 from musigma.distributions.model_distribution import ModelDistribution
 from musigma.distributions.onehot import OneHotHead, OneHotLatents, UniformOneHot
 from musigma.distributions.permutations import PlackettLuce
-from musigma.distributions.point import PointMass
+from musigma.distributions.point import DeterministicHead, PointMass
 from musigma.distributions.product import Product, ProductHead
 from musigma.distributions.sphere import SphereUniform, UniformOnSphere, VonMisesFisher
 from musigma.distributions.unit import (
@@ -64,6 +64,7 @@ __all__ = [
     "Binning",
     "CountHead",
     "Counts",
+    "DeterministicHead",
     "DiscretizedLogisticMixture",
     "FactorizedBernoulli",
     "FactorizedBeta",
