@@ -32,9 +32,12 @@ from musigma.layers.maps import (
     SumOfSquares,
 )
 from musigma.layers.marginals import Marginals
+from musigma.layers.planar import Planar
+from musigma.layers.radial import Radial
 from musigma.layers.standardize import Standardize, standardizer, standardizers
 from musigma.layers.support import Unconstrain
 from musigma.layers.surjections import Abs, Augment, MaxPool, Sort, Swapped
+from musigma.layers.sylvester import Sylvester
 from musigma.nets import MADE, Conditioner
 
 __all__ = [
@@ -71,7 +74,9 @@ __all__ = [
     "MixtureLogisticCDF",
     "Monotone",
     "Permutation",
+    "Planar",
     "QuadraticSpline",
+    "Radial",
     "Rescale",
     "Sort",
     "Spline",
@@ -81,6 +86,7 @@ __all__ = [
     "StreamedNet",
     "SumOfSquares",
     "Swapped",
+    "Sylvester",
     "Unconstrain",
     "standardizer",
     "standardizers",

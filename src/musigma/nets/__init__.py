@@ -31,13 +31,14 @@ from musigma.nets.quantizers import (
 from musigma.nets.sequences import DeepSet, SequenceTransformer, SeriesNet
 from musigma.nets.summary import Summary
 from musigma.nets.transformer import CausalTransformer, Transformer
-from musigma.nets.vectors import MADE, MLP, Conditioner, Logarithm, ResidualMLP, Scaled
+from musigma.nets.vectors import MADE, MLP, Amortized, Conditioner, Logarithm, ResidualMLP, Scaled
 
 __all__ = [
     "EMBEDDINGS",
     "MADE",
     "MLP",
     "QUANTIZERS",
+    "Amortized",
     "AttentionNet",
     "CausalTransformer",
     "Conditioner",

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from musigma.context import conditioned, join, one_row
 
-__all__ = ["MADE", "MLP", "Conditioner", "Logarithm", "ResidualMLP", "Scaled", "residual_branch"]
+__all__ = [
+    "MADE",
+    "MLP",
+    "Amortized",
+    "Conditioner",
+    "Logarithm",
+    "ResidualMLP",
+    "Scaled",
+    "residual_branch",
+]
 
 
 class Scaled(nn.Module):
@@ -99,6 +108,38 @@ class MLP(nn.Module):
         """The output."""
         h = self.layers(join(x.flatten(1), context, self.context))
         return h.reshape(len(x), *self.outputs)
+
+
+class Amortized(nn.Module):
+    """Numbers that a layer needs: learned constants, or the output of a network of the context.
+
+    Args:
+        start: The constants, or what the network emits before it is trained, (P,).
+        context: Number of features of the context; with 0 the numbers are constants.
+        hidden: Width of each hidden layer of the network.
+
+    Example:
+        >>> Amortized(torch.zeros(4))(torch.randn(5, 3)).shape
+        torch.Size([1, 4])
+        >>> Amortized(torch.zeros(4), context=2)(torch.randn(5, 3), torch.randn(5, 2)).shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(self, start: Tensor, *, context: int = 0, hidden: Sequence[int] = (64,)):
+        super().__init__()
+        self.context = context
+        if not context:
+            self.constants = nn.Parameter(start.clone())
+            return
+        self.net = MLP(0, len(start), hidden=hidden, context=context, zero=True)
+        with torch.no_grad():
+            self.net.layers[-1].bias.copy_(start)  # pyright: ignore[reportCallIssue]
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """One row for all examples of x (B, ...), (1, P), or one for each, (B, P)."""
+        if not self.context:
+            return self.constants[None]
+        return self.net(x.flatten(1)[:, :0], context)
 
 
 def residual_branch(width: int, hidden: int | None = None) -> nn.Sequential:
