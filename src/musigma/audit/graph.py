@@ -22,8 +22,10 @@ __all__ = ["LOW_PRECISION", "Graph", "Kind", "Node", "Origin", "Ref", "Value"]
 
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
+DRAWS = ("gaussian", "mask", "random", "other")
+"""Kinds of random draws; `random` is uniform, and `other` is another law, a gamma for instance."""
 Kind = Literal[
-    "", "parameter", "buffer", "data", "constant", "gaussian", "mask", "random", "opaque"
+    "", "parameter", "buffer", "data", "constant", "gaussian", "mask", "random", "other", "opaque"
 ]
 
 
@@ -185,7 +187,7 @@ class Graph:
 
     def draws(self, *kinds: Kind) -> list[Value]:
         """The random draws of some kinds, in order."""
-        return [v for v in self.values if v.kind in (kinds or ("gaussian", "mask", "random"))]
+        return [v for v in self.values if v.kind in (kinds or DRAWS)]
 
     # --- making it ----------------------------------------------------------------------------
 

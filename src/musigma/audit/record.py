@@ -28,6 +28,8 @@ from musigma.audit.sandbox import Sandbox
 
 __all__ = ["record"]
 
+OTHER_LAWS = ("_standard_gamma", "_sample_dirichlet", "multinomial", "exponential", "binomial",
+              "poisson", "geometric", "cauchy", "log_normal")  # fmt: skip
 VIEWS = {
     "clone", "_to_copy", "cat", "stack", "repeat", "_unsafe_view", "copy", "copy_", "diag_embed",
     "constant_pad_nd", "lift_fresh", "contiguous", "index_put", "slice_scatter", "select_scatter",
@@ -343,7 +345,8 @@ def _law(name: str, given: dict[str, Any]) -> tuple[Kind, Any, Any]:
         return "random", low, given.get("to", 1.0) - low
     if name.startswith("randn"):
         return "gaussian", 0.0, 1.0
-    return "mask" if name.startswith("bernoulli") else "random", 0.0, 1.0
+    kind = "mask" if name.startswith("bernoulli") else "random"
+    return "other" if name.startswith(OTHER_LAWS) else kind, 0.0, 1.0
 
 
 def _out_of_place(func: Any) -> Any:

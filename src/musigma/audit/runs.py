@@ -253,7 +253,7 @@ def _fixed_draws(a: Graph, b: Graph) -> list[int]:
     live = a.upstream(range(len(a.values)))
     return [
         v.id
-        for v in a.draws("gaussian", "random")
+        for v in a.draws("gaussian", "random", "other")
         if v.id in live and v.numel > 1 and v.floating and torch.equal(a.get(v.id), b.get(v.id))
     ]
 

@@ -119,7 +119,14 @@ class StepAudit(ReportBuilder):
                 "is no part of mean + sigma * noise"
             )
         if not latents:
-            if not judge_flow(self):
+            live = graph.upstream([loss])
+            if others := [v.id for v in graph.draws("other") if v.id in live]:
+                lines = ", ".join(dict.fromkeys(short_place(graph.where(i)) for i in others[:3]))
+                self.missing.append(
+                    f"the KL: z is drawn by another law than the Gaussian ({lines}), as a gamma "
+                    "or a categorical distribution, and its divergence is not examined"
+                )
+            elif not judge_flow(self):
                 self.missing.append(_no_latent(graph, loss))
                 if graph.hosts:
                     self.warn("host_random", source=" and ".join(graph.hosts))
