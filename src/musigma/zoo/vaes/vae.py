@@ -105,7 +105,7 @@ def vae(
         name, free, lambda channels: build.decoder(size, channels), levels or 2, components, std
     )
     of_z = chosen_prior(prior, Latents(encoder, event, free, context, prior_depth))
-    model = VAE(encoder, decoder, of_z)
+    model = getattr(encoder, "model", VAE)(encoder, decoder, of_z)
     return over_data(model, shape, bits, continuous, standardize, schema, support)
 
 
