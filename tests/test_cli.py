@@ -816,7 +816,7 @@ def test_help_of_all_lists_commands_in_groups(run):
     assert list(found) == [
         *("Train", "Use", "Inspect", "Convert", "Compress", "Audit", "Options"),
     ]
-    assert re.findall(r"^│ (\w+)", found["Train"], re.MULTILINE) == ["train", "finetune"]
+    assert re.findall(r"^│ (\w+)", found["Train"], re.MULTILINE) == ["train", "finetune", "fit"]
     for command in COMMANDS:
         assert re.search(rf"^│ {command}\b", "\n".join(found.values()), re.MULTILINE)
     assert "--resume" in run("train --help")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -176,6 +177,30 @@ class GaussianMixture(nn.Module):
         """Put the means on latents drawn from the posteriors of data, (N, D)."""
         k = len(self.means)
         self.means.copy_(z[torch.randperm(len(z)).repeat(-(-k // len(z)))[:k]])
+
+    @torch.no_grad()
+    def fit(self, z: Tensor, *, steps: int = 200, tolerance: float = 1e-5) -> None:
+        """Fit the mixture to latents (N, D) by expectation-maximization, from `calibrate`.
+
+        It ends when the mean log density rises by less than `tolerance` nats in a step.
+        """
+        self.calibrate(z)
+        self.logits.zero_()
+        self.log_std.copy_(z.std(0).clamp(min=1e-6).log().expand_as(self.log_std))
+        least, before = math.exp(2 * self.bounds[0]), -math.inf
+        for _ in range(steps):
+            p = self()
+            each = p.log_weights + p.components.log_prob(z[:, None])
+            if (nats := float(each.logsumexp(1).mean())) - before < tolerance:
+                return
+            before, share = nats, each.softmax(1)
+            size = share.sum(0).clamp(min=1e-8)[:, None]
+            mean = share.T @ z / size
+            deviation = (z[:, None] - mean).square()
+            variance = torch.einsum("nk,nkd->kd", share, deviation) / size
+            self.logits.copy_(size[:, 0].log())
+            self.means.copy_(mean)
+            self.log_std.copy_(0.5 * variance.clamp(min=least).log())
 
 
 def mixture_prior(latents: Latents, *, components: int = 10) -> GaussianMixture:

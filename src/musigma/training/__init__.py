@@ -4,6 +4,7 @@ from musigma.training.checks import check_run
 from musigma.training.config import TrainConfig, conditional_config, given_options
 from musigma.training.hardware import join, leave
 from musigma.training.loop import Run, fit
+from musigma.training.prior import fit_prior
 from musigma.training.recovery import TrainingError
 from musigma.training.state import Progress, saved_state
 
@@ -15,6 +16,7 @@ __all__ = [
     "check_run",
     "conditional_config",
     "fit",
+    "fit_prior",
     "given_options",
     "join",
     "leave",
