@@ -36,7 +36,7 @@ __all__ = ["ARCHITECTURES", "Conditioning", "architecture", "build", "spec_of"]
 ARCHITECTURES: dict[str, Callable[..., Model]] = {}
 """All registered builders, by name."""
 
-ADDED_LATER = frozenset({"standardize", "squeeze", "posterior"})
+ADDED_LATER = frozenset({"standardize", "squeeze", "posterior", "spline"})
 """Options that are newer than the first files. `config` omits them at their defaults, so that the
 digest of a model, which identifies it in compressed files, does not change."""
 

@@ -11,10 +11,15 @@ from torch import nn
 
 from musigma.distributions import StandardNormal, StandardUniform
 from musigma.layers import (
+    MADE,
     ActNorm,
+    Autoregressive,
+    Conditioner,
+    Coupling,
     Dequantize,
     InvertibleConv,
     Logit,
+    Map,
     Marginals,
     Permutation,
     Rescale,
@@ -265,3 +270,37 @@ def _vector_layers(
 def step(features: int, norm: bool, permutation: str) -> list[Layer]:
     """Normalization, if wanted, and reordering, which come before each transform."""
     return [*([ActNorm(features)] if norm else []), mixing(permutation, features)]
+
+
+def transform(
+    map: Map,
+    kind: str,
+    features: int,
+    context: int,
+    widths: Sequence[int],
+    *,
+    zero: bool = True,
+) -> Bijection:
+    """A layer of a flow of vectors that applies a map to features, given others and the context.
+
+    Args:
+        map: The map.
+        kind: `coupling`: given the first half of the features, or `autoregressive`: given all
+            previous ones.
+        features: Number of features.
+        context: Number of features of the context.
+        widths: Width of each hidden layer of the network.
+        zero: Begin with parameters of zero.
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+    if kind == "coupling":
+        half = features // 2
+        outputs = map.outputs * (features - half)
+        net = Conditioner(half, outputs, hidden=widths, context=context, zero=zero)
+        return Coupling(net, map=map)
+    if kind == "autoregressive":
+        net = MADE(map.owners(features), hidden=widths, context=context, zero=zero)
+        return Autoregressive(net, map=map)
+    raise ValueError(f"kind: expected 'coupling' or 'autoregressive'; got {kind!r}")

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from musigma.layers import MADE, Autoregressive, Conditioner, Coupling, Spline
-from musigma.model import Bijection, Layer
+from musigma.layers import CubicSpline, LinearSpline, QuadraticSpline, Spline
+from musigma.model import Layer
 from musigma.zoo import at_least
-from musigma.zoo.parts import step, vector_flow
+from musigma.zoo.parts import step, transform, vector_flow
+
+SPLINES = {
+    "rational-quadratic": Spline,
+    "linear": LinearSpline,
+    "quadratic": QuadraticSpline,
+    "cubic": CubicSpline,
+}
 
 
 @vector_flow
@@ -24,6 +31,7 @@ def nsf(
     bound: float = 5.0,
     permutation: Literal["reverse", "lu", "conv", "shuffle"] = "lu",
     norm: bool = True,
+    spline: Literal["rational-quadratic", "linear", "quadratic", "cubic"] = "rational-quadratic",
 ) -> Iterator[Layer]:
     """Neural spline flow (Durkan, Bekasov, Murray, Papamakarios, 2019, arXiv:1906.04032).
 
@@ -39,24 +47,15 @@ def nsf(
         permutation: Reordering of the features before each transform: an invertible matrix (by
             its LU factors, or plain), a fixed shuffle, or a reversal.
         norm: Put an activation normalization before each transform.
+        spline: `rational-quadratic`; `linear` or `quadratic` (Müller et al., 2019,
+            arXiv:1808.03856); or `cubic` (Durkan et al., 2019, arXiv:1906.02145), which is
+            inverted by root finding.
     """
     at_least(1, depth=depth, hidden=hidden)
     at_least(0, hidden_layers=hidden_layers)
-    spline, widths = Spline(bins=bins, bound=bound), [hidden] * hidden_layers
-
-    def coupling() -> Bijection:
-        half = features // 2
-        outputs = spline.outputs * (features - half)
-        net = Conditioner(half, outputs, hidden=widths, context=context, zero=True)
-        return Coupling(net, map=spline)
-
-    def autoregressive() -> Bijection:
-        net = MADE(spline.owners(features), hidden=widths, context=context, zero=True)
-        return Autoregressive(net, map=spline)
-
-    kinds = {"coupling": coupling, "autoregressive": autoregressive}
-    if kind not in kinds:
-        raise ValueError(f"kind: expected 'coupling' or 'autoregressive'; got {kind!r}")
+    if spline not in SPLINES:
+        raise ValueError(f"spline: expected {' or '.join(SPLINES)}; got {spline!r}")
+    map, widths = SPLINES[spline](bins=bins, bound=bound), [hidden] * hidden_layers
     for _ in range(depth):
         yield from step(features, norm, permutation)
-        yield kinds[kind]()
+        yield transform(map, kind, features, context, widths)
