@@ -436,7 +436,7 @@ def _context(score: Callable[[Any], Tensor], rows: int, context: int | Context) 
             with contextlib.suppress(TypeError):  # a torch module that takes no context
                 _near(score(_noise(rows, 3)), score(None), 0.0, "context: used but not declared")
             return
-        a, b = score(given), score(contexts.apply(lambda t: t + 1, given))
+        a, b = score(given), score(contexts.apply(_other, given))
         _say(a != b, "context: declared but not used")
         try:
             score(None)
@@ -444,6 +444,14 @@ def _context(score: Callable[[Any], Tensor], rows: int, context: int | Context) 
             _say(str(error).startswith("context:"), f"a missing context is reported as: {error}")
         else:
             raise AssertionError("context: no ValueError if it is missing")
+
+
+def _other(t: Tensor) -> Tensor:
+    """Another context: another class in one-hot rows, and t + 1 elsewhere."""
+    if t.ndim != 2:
+        return t + 1
+    one_hot = ((t == 0) | (t == 1)).all(1, keepdim=True) & (t.sum(1, keepdim=True) == 1)
+    return torch.where(one_hot, t.roll(1, 1), t + 1)
 
 
 def _gradients(module: nn.Module, loss: Callable[[], Tensor]) -> None:

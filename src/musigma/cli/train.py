@@ -365,7 +365,8 @@ def continue_run(
     screen = Screen(common)
     preprocess = data.Preprocess.from_json(about.get("preprocess", {}))
     reading = Reading(skip_bad=about.get("skip_bad", False), in_memory=about.get("in_memory"))
-    chosen = {"given": tuple(about.get("given", ())), "of": tuple(about.get("of", ()))}
+    chosen: dict[str, Any] = {n: tuple(about.get(n, ())) for n in ("given", "of")}
+    chosen["unlabeled"] = getattr(ARCHITECTURES[name], "partly_labeled", False)
     schema = saved["model"].get("schema")
     typed = {} if schema is None else {"schema": Schema.from_json(schema)}
     if (energy is None) != ("energy" not in about):
@@ -460,6 +461,7 @@ def train(
         return
     typed = reading.typed(name)
     chosen = {"given": reading.context, "of": reading.of, "bounds": reading.bounds}
+    chosen["unlabeled"] = getattr(ARCHITECTURES[name], "partly_labeled", False)
     if source is None:
         found = reading.without_data()
     else:

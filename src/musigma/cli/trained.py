@@ -159,6 +159,7 @@ class Trained:
                 *([] if column is None else [glob.escape(column)]),
             ],
             **self._columns(options),
+            unlabeled=any(getattr(m, "partly_labeled", False) for m in self.model.modules()),
             channels=3 if self.is_image and self.shape[0] == 3 else None,
             allow_constant=True,
         )

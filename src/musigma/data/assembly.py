@@ -216,7 +216,7 @@ def assemble(table: Table, request: Request) -> Dataset:
     words = None
     if found.label is not None:
         words = table.words(found.label)
-        beside[found.label] = words, words.missing()
+        beside[found.label] = words, words.missing() & (not request.unlabeled)
     known = facts(x, request)
     bad = np.zeros(table.rows, bool)
     bad[known["bad"]] = True
@@ -389,7 +389,7 @@ def typed(table: Table, request: Request) -> Dataset:
     beside, words = {j: table.column(j) for j in given}, None
     if label is not None:
         words = table.words(label)
-        beside[label] = words, words.missing()
+        beside[label] = words, words.missing() & (not request.unlabeled)
     wrong |= _context_faults(table, beside)
     for _, unusable in beside.values():
         bad |= unusable
@@ -431,13 +431,16 @@ def typed(table: Table, request: Request) -> Dataset:
 def _labels(
     words: Words, rows: np.ndarray, request: Request
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels of some rows, with their names."""
+    """Labels of some rows, -1 if they are missing, with their names."""
     different, codes = words.of(rows)
+    known = np.array([not is_missing(word) for word in different], bool)
     values = label_values(different)
     if values is None:  # fractions, once rows with words are left out
-        values = np.array(list(map(str, different)))
+        values = np.array([str(word) for word in different if not is_missing(word)])
     labels, names = as_labels(values, len(values), request.where)
-    return labels[codes], names
+    of_word = np.full(len(different), -1)
+    of_word[known] = labels
+    return of_word[codes], names
 
 
 def _ids(table: Table, j: int | None, good: np.ndarray, total: int) -> tuple[str, ...] | None:

@@ -232,7 +232,7 @@ class Dataset:
         rows: The rows of `array` that belong to this set, in its order; None: all.
         name: The source as it was given.
         preprocess: How `take` processes images; `size` has been applied to `array` already.
-        labels: int64 (N,), indices into `label_names`.
+        labels: int64 (N,), indices into `label_names`; -1 where it is not known.
         label_names: Names of the classes.
         ids: A name for each example, its file name for instance.
         official_test: True for examples that the source itself reserves for testing.

@@ -42,6 +42,7 @@ class Request:
     given: tuple[str, ...] = ()  # patterns of columns that are context, and no part of x
     schema: Schema | Mapping[str, Draft] | Literal["infer"] | None = None  # of a typed table
     label: str | None = None  # a column of a typed table that is labels; "label": the usual names
+    unlabeled: bool = False  # missing labels are -1, instead of unusable
     unseen: Literal["refuse", "probability"] = "refuse"  # categories that the schema lacks
     missing: Literal["model", "ignore"] = "model"  # missing values, if the schema is inferred
     partial: bool = False  # columns of a schema that a table lacks are missing in all rows

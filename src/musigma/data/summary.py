@@ -244,6 +244,8 @@ def _classes(dataset: Dataset, parts: Mapping[str, Dataset]) -> str:
     more = len(dataset.label_names) - CLASSES
     order = f" ({' / '.join(parts)})" if parts else ""
     rest = f", and {more} more" if more > 0 else ""
+    if dataset.labels is not None and (unknown := int((dataset.labels < 0).sum())):
+        rest += f"; {unknown} without a label"
     return f"{len(dataset.label_names)} classes{order}: {', '.join(each)}{rest}"
 
 

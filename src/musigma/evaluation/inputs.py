@@ -54,6 +54,11 @@ def check(model: Model, data: Dataset) -> None:
     if spec.levels != levels:
         wanted, got = (_kind(n) for n in (spec.levels, levels))
         faults.append(f"the model takes {wanted}, and {name} hold {got}")
+    partly = any(getattr(module, "partly_labeled", False) for module in model.modules())
+    if not partly and data.labels is not None and (data.labels < 0).any():
+        n = int((data.labels < 0).sum())
+        labeled = any(v.name == "label" for v in spec.context)
+        faults += [f"{n:,} of {len(data):,} examples of {name} have no label"] * labeled
     faults += [fault for v in spec.context if (fault := _misfit(v, data, name))]
     if faults:
         raise ValueError(f"data: {'; '.join(faults)}")
@@ -81,6 +86,7 @@ def _misfit(variable: Variable, data: Dataset, name: str) -> str | None:
         return f"{asked}, and {name} come with {known}; give it (--given, or Dataset.given)"
     if variable.names and available.names:
         codes = np.unique(_stored(data, variable.name)[0])
+        codes = codes[codes >= 0]
         unknown = sorted(set(np.array(available.names)[codes]) - set(variable.names))
         if not unknown:
             return None
@@ -164,7 +170,7 @@ def column(variable: Variable, data: Dataset, indices: np.ndarray) -> np.ndarray
     values = np.asarray(stored[indices])
     if variable.names and names and tuple(names) != variable.names:
         where = {name: i for i, name in enumerate(variable.names)}
-        values = np.array([where[names[i]] for i in values], np.int64)
+        values = np.array([where[names[i]] if i >= 0 else -1 for i in values], np.int64)
     return values
 
 
@@ -175,7 +181,8 @@ def _rows(variable: Variable, data: Dataset, indices: np.ndarray, home: Tensor) 
         return nn.functional.pad(values, (0, 0, 0, missing), value=torch.nan).to(home)
     if not variable.classes:
         return values.to(home).reshape(len(values), *variable.shape)
-    return nn.functional.one_hot(values, variable.classes).to(home)
+    one_hot = nn.functional.one_hot(values.clamp(min=0), variable.classes)
+    return (one_hot * (values >= 0)[:, None]).to(home)  # no class where it is not known
 
 
 def noise(seed: int, step: int, rank: int = 0) -> None:

@@ -50,6 +50,7 @@ def load(
     given: str | Iterable[str] = (),
     columns: Sequence[str] | None = None,
     schema: Schema | Mapping[str, Any] | str | Path | None = None,
+    unlabeled: bool = False,
     unseen: Literal["refuse", "probability"] = "refuse",
     missing: Literal["model", "ignore"] = "model",
     partial: bool = False,
@@ -93,6 +94,8 @@ def load(
             whose columns are found by their names. Rows are then float64, as `musigma.schema`
             describes them, and a column called `label` is data unless it is `given`. None: all
             columns are real numbers, float32.
+        unlabeled: Whether labels may be missing: empty cells of a table, or -1 in an .npz file.
+            `Dataset.labels` is then -1. Otherwise examples without a label cannot be used.
         unseen: What happens to a category that the schema does not have: it is refused, or it
             becomes one unknown category, to which a model gives a probability.
         missing: Whether missing values have a probability of their own, or are ignored: models
@@ -137,6 +140,7 @@ def load(
         given=tuple(item for item in wanted if item != "label" and item not in files),
         schema=as_schema(schema),
         label="label" if "label" in wanted else None,
+        unlabeled=unlabeled,
         unseen=unseen,
         missing=missing,
         partial=partial,

@@ -43,7 +43,14 @@ def read_numpy(path: Path, request: Request) -> Dataset:
         found = of_array(x, request)
         if not labels:
             return found
-        y, names = as_labels(arrays[labels[0]], len(x), f"{request.where}: {labels[0]}")
+        given = arrays[labels[0]]
+        known = np.ones(len(given), bool)
+        if request.unlabeled and given.dtype.kind == "i":
+            known = given != -1
+        y = np.full(len(x), -1)
+        y[known], names = as_labels(
+            given[known], int(known.sum()) + len(x) - len(given), f"{request.where}: {labels[0]}"
+        )
         if found.ids is not None:  # some examples were left out
             y = y[[int(name) for name in found.ids]]
         return replace(found, labels=y, label_names=names)
