@@ -33,6 +33,13 @@ def deep_vae():
     return VAE(below.encoder, below.decoder, gaussian_vae(LATENTS, 2, seed=2))
 
 
+def flowing_vae():
+    """A posterior that is a flow, whose parameters are in modules."""
+    torch.manual_seed(0)
+    options = {"latents": 2, "width": 5, "likelihood": "gaussian"}
+    return randomized(musigma.build("vae", (D,), bits=None, posterior="iaf", **options), scale=0.5)
+
+
 def data(n=5, seed=0):
     return torch.randn(n, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -104,6 +111,15 @@ def test_a_recorder_knows_its_pass_and_repeats_it():
     assert all(p.requires_grad for p in model.parameters())
     detached = {site: z.detach() for site, z in record.draws.items()}
     assert not record.again(given=detached, fixed=True).terms.elbo.requires_grad
+
+
+def test_a_pass_with_constant_parameters_needs_all_activations():
+    model = musigma.build("vae", (1, 8, 8), latents=2, width=4).double()
+    musigma.memory.set_memory(model, "checkpoint")
+    record = passed(model, torch.randint(256, (3, 1, 8, 8)).double())
+    with pytest.raises(ValueError, match="memory: this objective needs a pass with constant"):
+        objectives.stl(record)
+    assert record.again(given=record.draws).terms.elbo.shape == (3,)
 
 
 def test_a_dream_is_a_draw_of_the_model_with_its_latents():
@@ -206,18 +222,20 @@ def test_piwae_trains_q_on_the_mean_of_bounds(make):
 def test_doubly_reparameterized_gradients_have_the_mean_of_those_of_iwae(make):
     model, x = make(), data(20)
     encoder, _ = parts_of(model)
-    plain = gradients(lambda r: objectives.iwae(r, 8), model, x, 8, encoder, 150)
-    doubly = gradients(lambda r: objectives.dreg(r, k=8), model, x, 8, encoder, 150)
+    plain = gradients(lambda r: objectives.iwae(r, 8), model, x, 8, encoder, 100)
+    doubly = gradients(lambda r: objectives.dreg(r, k=8), model, x, 8, encoder, 100)
     assert same_mean(plain, doubly)
     assert not torch.allclose(plain[0], doubly[0], rtol=1e-3)
 
 
-@pytest.mark.parametrize("make", [gaussian_vae, deep_vae])
+@pytest.mark.parametrize(
+    "make", [gaussian_vae, deep_vae, pytest.param(flowing_vae, marks=pytest.mark.slow)]
+)
 def test_sticking_the_landing_has_the_gradient_of_the_elbo(make):
     model, x = make(), data(20)
     encoder, _ = parts_of(model)
-    plain = gradients(objectives.elbo, model, x, 1, encoder, 200)
-    landing = gradients(objectives.stl, model, x, 1, encoder, 200)
+    plain = gradients(objectives.elbo, model, x, 1, encoder, 120)
+    landing = gradients(objectives.stl, model, x, 1, encoder, 120)
     assert same_mean(plain, landing)
     assert not torch.allclose(plain[0], landing[0], rtol=1e-3)
 
@@ -292,6 +310,18 @@ def test_wake_sleep_of_an_enumerable_model():
     found = gradients(objectives.wake_sleep, model, x.repeat(50, 1), 1, both, 60)
     assert same_mean(found, truth.expand(2, -1))
     assert found.mean(0).abs().max() > 0.02
+
+
+def test_wake_sleep_below_dequantization():
+    """Draws of the model lie outside of the levels; only latents are learned from them."""
+    torch.manual_seed(0)
+    model = musigma.build("vae", (1, 8, 8), latents=2, width=4, likelihood="gaussian").double()
+    record = passed(model, torch.randint(256, (3, 1, 8, 8)).double())
+    encoder, decoder = parts_of(model)
+    for nats in (objectives.wake_sleep(record), objectives.reweighted_wake_sleep(record, k=1)):
+        assert nats.isfinite().all()
+        assert gradient(nats, encoder).abs().max() > 0
+        assert gradient(nats, decoder).abs().max() > 0
 
 
 def test_reweighted_wake_sleep_is_consistent():
@@ -484,8 +514,8 @@ def test_mmd_is_unbiased_and_has_the_closed_form_of_gaussians():
         return x, (shift + scale * y if other else y)
 
     for kernel in ("rbf", "imq"):
-        equal = torch.stack([mmd(*draws(other=False), kernel) for _ in range(2000)])
-        assert abs(equal.mean()) < 4 * equal.std() / 2000**0.5
+        equal = torch.stack([mmd(*draws(other=False), kernel) for _ in range(700)])
+        assert abs(equal.mean()) < 4 * equal.std() / 700**0.5
         assert equal.min() < 0
     h2 = bandwidth**2 * d
 
@@ -493,9 +523,9 @@ def test_mmd_is_unbiased_and_has_the_closed_form_of_gaussians():
         return (h2 / (h2 + variance)) ** (d / 2) * math.exp(-distance2 / (2 * (h2 + variance)))
 
     truth = expected(0, 2) + expected(0, 2 * scale**2) - 2 * expected(d * shift**2, 1 + scale**2)
-    found = torch.stack([mmd(*draws(other=True), "rbf", bandwidth) for _ in range(2000)])
-    assert abs(found.mean() - truth) < 4 * found.std() / 2000**0.5
-    assert truth > 10 * found.std() / 2000**0.5
+    found = torch.stack([mmd(*draws(other=True), "rbf", bandwidth) for _ in range(700)])
+    assert abs(found.mean() - truth) < 4 * found.std() / 700**0.5
+    assert truth > 10 * found.std() / 700**0.5
     with pytest.raises(ValueError, match="kernel: expected 'imq' or 'rbf'"):
         mmd(*draws(other=True), "linear")
     with pytest.raises(ValueError, match="2 examples or more"):

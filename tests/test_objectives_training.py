@@ -128,6 +128,7 @@ def test_shortcuts_are_options_of_the_objective():
         ({"objective": "stl", "k": 4}, "k: the objective stl has no such option"),
         ({"objective": "beta-tc free=1"}, "objective: beta-tc takes .* got 'free=1'"),
         ({"objective": "betatc"}, "objective: did you mean 'beta-tc'"),
+        ({"objective": "dreg", "shard": True}, "shard: the objective dreg needs whole weights"),
         ({"objective": "elbo + beta-ct"}, "objective: did you mean 'beta-tc'"),
     ],
 )

@@ -68,6 +68,7 @@ def register(function: F, name: str | None = None, **attributes: bool) -> F:
     |---------------------|------------------------------------------------------------------|
     | `closed_form`       | false if KL divergences are not to be in closed form             |
     | `applies_surrogate` | whether it applies `surrogate` itself, or needs none             |
+    | `whole_weights`     | whether it cannot be used if weights are sharded                 |
     | `critic_loss`       | the loss (B,) that its own parameters minimize, given a recorder |
     | `critic_optimizer`  | makes their optimizer; by default Adam                           |
 

@@ -38,7 +38,7 @@ def iwae(evidence: Evidence, k: int = 1) -> Tensor:
 
     Args:
         evidence: The terms of a batch in which every example is repeated k times, without closed
-            forms (``model(x.repeat_interleave(k, 0), closed_form=False)``).
+            forms (``model(x.repeat_interleave(k, 0), closed_form=False, whole_weights=True)``).
         k: Draws per example.
     """
     log_w = evidence.elbo.reshape(-1, k)
@@ -119,7 +119,7 @@ def stl(record: Recorder) -> Tensor:
     return loss - evidence.auxiliary
 
 
-register(stl, closed_form=False)
+register(stl, closed_form=False, whole_weights=True)
 
 
 def dreg(record: Recorder, *, k: int = 5) -> Tensor:
@@ -153,7 +153,7 @@ def dreg(record: Recorder, *, k: int = 5) -> Tensor:
     return straight(-bound, -gradient) - _auxiliary(evidence, k)
 
 
-register(dreg, closed_form=False)
+register(dreg, closed_form=False, whole_weights=True)
 
 
 def piwae(record: Recorder, *, k: int = 5, m: int = 2) -> Tensor:
@@ -186,4 +186,4 @@ def piwae(record: Recorder, *, k: int = 5, m: int = 2) -> Tensor:
     return straight(-bound, -gradient) - _auxiliary(evidence, k * m)
 
 
-register(piwae, closed_form=False)
+register(piwae, closed_form=False, whole_weights=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -154,10 +154,16 @@ register(FactorVAE, "factor-vae")
 
 def _moments(record: Recorder, name: str) -> tuple[Tensor, Tensor]:
     """The covariance of the posterior means over the batch (D, D), and the mean variance (D,)."""
-    q: Any = latent(record, name).q
-    mean = q.mean.flatten(1)
+    q = latent(record, name).q
+    try:
+        mean, variance = q.mean.flatten(1), q.variance.flatten(1)
+    except NotImplementedError:
+        raise ValueError(
+            f"objective: {name} needs the mean and variance of the posterior; "
+            f"{type(q).__name__} does not have them"
+        ) from None
     centered = mean - mean.mean(0)
-    return centered.T @ centered / len(mean), q.variance.flatten(1).mean(0)
+    return centered.T @ centered / len(mean), variance.mean(0)
 
 
 def _distance(covariance: Tensor, off_diagonal: float, diagonal: float) -> Tensor:

@@ -8,20 +8,16 @@ from typing import Literal
 from torch import Tensor
 
 from musigma.objectives.base import register, straight, terms_of
-from musigma.objectives.parts import log_q
+from musigma.objectives.parts import latent_draws, log_q
 from musigma.trace import Recorder
 
 __all__ = ["reweighted_wake_sleep", "wake_sleep"]
 
 
-def _data(record: Recorder) -> tuple[Recorder, Tensor]:
+def _data(record: Recorder, name: str) -> tuple[Recorder, Tensor]:
     """The same data and draws as constants, and log q of them (B,)."""
+    latent_draws(record, name)  # refuses flows
     draws = {site: z.detach() for site, z in record.draws.items()}
-    if record.model.is_flow or not draws:
-        raise ValueError(
-            f"objective: wake-sleep is for models with a posterior and a likelihood; a "
-            f"{type(record.model).__name__} without them has none"
-        )
     again = record.again(given=draws)
     return again, log_q(again, draws)
 
@@ -29,8 +25,8 @@ def _data(record: Recorder) -> tuple[Recorder, Tensor]:
 def _sleep(record: Recorder) -> Tensor:
     """-log q of latents from which the model drew data, given these data, (B,)."""
     dream = record.dream()
-    again = record.again(dream.x, given=dream.draws)
-    return -log_q(again, dream.draws)
+    draws = {site: z for site, z in dream.draws.items() if site not in record.below}
+    return -log_q(record.again(dream.x, given=draws), draws)
 
 
 def wake_sleep(record: Recorder) -> Tensor:
@@ -44,7 +40,7 @@ def wake_sleep(record: Recorder) -> Tensor:
     by q; parameters that they share follow both. (Hinton, Dayan, Frey, Neal, "The 'wake-sleep'
     algorithm for unsupervised neural networks", 1995.) Three more passes per step.
     """
-    again, log_density = _data(record)
+    again, log_density = _data(record, "wake-sleep")
     wake = terms_of(again).elbo + log_density  # log p(x, z)
     return _sleep(record) - wake - terms_of(record).auxiliary
 
@@ -72,7 +68,7 @@ def reweighted_wake_sleep(
     """
     if phase not in ("both", "wake", "sleep"):
         raise ValueError(f"phase: expected 'both', 'wake' or 'sleep'; got {phase!r}")
-    again, log_density = _data(record)
+    again, log_density = _data(record, "reweighted-wake-sleep")
     log_w = terms_of(again).elbo.reshape(-1, k)
     log_density = log_density.reshape(-1, k)
     weights = log_w.detach().softmax(1)

@@ -148,9 +148,12 @@ class TrainConfig:
                 yield f"{option}: the objective {name} has no such option"
             if not unused:
                 try:
-                    _ = self.chosen
+                    functions = [choice.function for choice in self.chosen.choices]
                 except ValueError as error:
                     yield str(error)
+                else:
+                    if self.shard and any(getattr(f, "whole_weights", False) for f in functions):
+                        yield f"shard: the objective {name} needs whole weights"
         if self.accumulate > self.batch_size:
             yield f"accumulate: a batch of {self.batch_size} cannot have {self.accumulate} parts"
         if self.shard and self.memory == "reversible":
