@@ -62,7 +62,7 @@ def halve_log_det(model):
     layer.forward = forward
 
 
-@pytest.mark.parametrize("name", ["realnvp", "maf", "nsf", "glow"])
+@pytest.mark.parametrize("name", ["realnvp", "maf", "nsf", "glow", "vflow"])
 def test_a_log_determinant_that_is_halved_is_found(name):
     shape, options = next((s, o) for s, o in SMALL[name] if o.get("bits") is None)
     step, _ = step_of(name, shape, options | {"bits": None}, change=halve_log_det)

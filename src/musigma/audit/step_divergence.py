@@ -383,6 +383,8 @@ def _normalized(on: Subject, d: Divergence, gaussian: bool = False) -> bool:
     held = graph.downstream([latent.z]).intersection(d.view.held)
     if math.isinf(log) and (gaussian or not held.issubset(holds(graph, latent))):
         return False  # another part of it may be held
+    if math.isinf(log) and judge_dequantized_flow(on.audit, latent, d.weight / d.view.fit.copies):
+        return True
     if math.isinf(log):
         on.audit.bug("kl_mismatch", "step improper", where=d.where)
     elif abs(log) > accuracy:

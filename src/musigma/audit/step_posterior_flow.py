@@ -101,20 +101,22 @@ def _maps(graph: Graph, latent: Latent, loss: int) -> Iterator[Change]:
 
 
 def judge_dequantized_flow(audit: StepAudit, latent: Latent, weight: float) -> bool:
-    """Examine a flow of data to which a latent is added; False if there is none.
+    """Examine a flow of data to which a latent is added or appended; False if there is none.
 
-    With the sum as the flow's input, log q of the latent is a constant; the log-determinant must
-    have its weight.
+    With the sum, or both together, as the flow's input, log q of the latent is a constant; the
+    log-determinant must have its weight.
     """
     graph, loss = audit.graph, audit.loss
     after = graph.downstream([latent.z]) & graph.upstream([loss])
-    sums = [
-        v.id
-        for v in graph.values
-        if v.id in after and v.node is not None and v.numel == graph[latent.z].numel
-        and any(graph[i].origin == Origin.DATA and graph[i].numel > 1 for i in v.node.ins)
-    ]  # fmt: skip
-    found = (replace(c, weight=weight) for x in sums for c in changes(graph, loss, x))
+    size = graph[latent.z].numel
+    joined: list[int] = []
+    for v in graph.values:
+        if v.id in after and v.node is not None:
+            data = [graph[i].numel for i in v.node.ins if graph[i].origin == Origin.DATA]
+            sizes = (size, size + sum(data))
+            if max(data, default=0) > 1 and v.numel in sizes:
+                joined.append(v.id)
+    found = (replace(c, weight=weight) for x in joined for c in changes(graph, loss, x))
     return explain(audit, (c for c in found if c.moves_volume))
 
 
