@@ -19,6 +19,10 @@ from tests.test_any_order import small_schema
 
 SMALL = {
     "autoencoder_kl": [((3, 8, 8), {"widths": [8, 8], "groups": 4})],
+    "flowpp": [
+        ((2, 4, 4), {"bits": None, "depth": 1, "hidden": 8, "components": 2, "context": 2}),
+        ((1, 2, 4), {"depth": 1, "hidden": 8, "components": 2, "dequantize": "learned"}),
+    ],
     "glow": [
         ((3, 8, 8), {"levels": 2, "depth": 2, "hidden": 8}),
         ((2, 4, 4), {"bits": None, "depth": 2, "hidden": 8, "permutation": "conv"}),

@@ -51,6 +51,7 @@ from musigma.distributions.unit import (
     FactorizedContinuousBernoulli,
     LogitNormal,
     LogitNormalHead,
+    Squashed,
     StandardUniform,
     UnitUniform,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "Product",
     "ProductHead",
     "SphereUniform",
+    "Squashed",
     "StandardBeta",
     "StandardGamma",
     "StandardHyperbolic",

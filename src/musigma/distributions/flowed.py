@@ -24,7 +24,7 @@ class Flowed(EventDistribution):
 
     Args:
         model: The model, a `Chain`.
-        features: Its context, one row for each distribution, (B, F).
+        features: Its context, one row for each distribution: (B, F), or maps (B, F, H, W).
         event: The shape of an event.
     """
 
@@ -63,15 +63,15 @@ class Flowed(EventDistribution):
 
     def _rows(self, batch: torch.Size) -> Tensor:
         """One row of features for each of a batch of values."""
-        rows = self.features.expand(*batch, self.features.shape[-1])
-        return rows.reshape(-1, self.features.shape[-1])
+        event = self.features.shape[1:]
+        return self.features.expand(*batch, *event).reshape(-1, *event)
 
 
 class FlowHead(nn.Module):
     """A network whose output conditions a flow: q(z | x) is the density of the flow given net(x).
 
     Args:
-        net: ``net(x)`` or ``net(x, context)``; emits the features, (B, F).
+        net: ``net(x)`` or ``net(x, context)``; emits the features, (B, F), or maps.
         flow: A `Chain` of z given F features, whose draws should be fast.
         event: The shape of z.
     """

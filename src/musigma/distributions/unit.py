@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from musigma.distributions.likelihood import LikelihoodHead, register_likelihood
-from musigma.gaussian import DiagonalGaussian, EventDistribution, GaussianHead, Shape
+from musigma.gaussian import DiagonalGaussian, EventDistribution, Shape
 from musigma.tensors import at_least_float32, per_example
 
 __all__ = [
     "FactorizedContinuousBernoulli",
     "LogitNormal",
     "LogitNormalHead",
+    "Squashed",
     "StandardUniform",
     "UnitUniform",
 ]
@@ -106,21 +108,67 @@ class LogitNormal(EventDistribution):
         return self.base.log_prob(y) - self._sum(F.logsigmoid(y) + F.logsigmoid(-y))
 
 
-class LogitNormalHead(nn.Module):
-    """A `LogitNormal` whose Gaussian is emitted by a head: learned noise for `Dequantize`.
+class Squashed(EventDistribution):
+    """sigmoid(y) with y of another distribution, whose last draw is remembered.
+
+    The density of the last draw needs no logit, nor the inverse of a flow (`Flowed`).
 
     Args:
-        base: A `GaussianHead` over events of the data's shape.
+        base: The distribution of y.
+    """
+
+    element = constraints.unit_interval
+    has_rsample = True
+
+    def __init__(self, base: Any):
+        self.base = base
+        self._last: tuple[Tensor | None, Tensor | None] = None, None
+        super().__init__(base.batch_shape, base.event_shape)
+
+    @property
+    def center(self) -> Tensor:
+        """The sigmoid of the center of y."""
+        return self._squashed(self.base.center)
+
+    def rsample(self, sample_shape: Shape = (), *, temperature: float | Tensor = 1.0) -> Tensor:
+        """Draw, differentiably, strictly inside (0, 1)."""
+        y = self.base.rsample(sample_shape, temperature=temperature)
+        u = self._squashed(y)
+        self._last = u, y
+        return u
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats, of the batch shape: log p(y) - log u - log(1 - u)."""
+        last, y = self._last
+        if value is not last or y is None:
+            edge = torch.finfo(value.dtype).eps
+            y = value.clamp(edge, 1 - edge).logit()
+        return self.base.log_prob(y) - self._sum(F.logsigmoid(y) + F.logsigmoid(-y))
+
+    @staticmethod
+    def _squashed(y: Tensor) -> Tensor:
+        edge = torch.finfo(y.dtype).eps
+        return y.sigmoid().clamp(edge, 1 - edge)
+
+
+class LogitNormalHead(nn.Module):
+    """Learned noise for `Dequantize`: the sigmoid of what another head emits.
+
+    It is a `LogitNormal` if that is a Gaussian, and `Squashed` otherwise.
+
+    Args:
+        base: A `GaussianHead`, or a `FlowHead`, over events of the data's shape.
         levels: Number of levels; x is scaled from 0 .. levels - 1 to [-1, 1] for the head.
     """
 
-    def __init__(self, base: GaussianHead, levels: int):
+    def __init__(self, base: nn.Module, levels: int):
         super().__init__()
         self.base, self.levels = base, levels
 
-    def forward(self, given: Tensor, context: Tensor | None = None) -> LogitNormal:
+    def forward(self, given: Tensor, context: Tensor | None = None) -> LogitNormal | Squashed:
         """q(u | x)."""
-        return LogitNormal(self.base(2 * given / max(1, self.levels - 1) - 1, context))
+        base = self.base(2 * given / max(1, self.levels - 1) - 1, context)
+        return LogitNormal(base) if isinstance(base, DiagonalGaussian) else Squashed(base)
 
 
 class FactorizedContinuousBernoulli(EventDistribution):
