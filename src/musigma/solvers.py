@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["ConvergenceError", "increasing_root"]
+__all__ = ["ConvergenceError", "fixed_point", "increasing_root"]
 
 
 class ConvergenceError(ArithmeticError):
@@ -84,6 +84,50 @@ def increasing_root(f: Callable[[Tensor], tuple[Tensor, Tensor]], y: Tensor) -> 
             "and onto the whole line (are its parameters finite?)"
         )
     return torch.where(finite, x, y)
+
+
+def fixed_point(
+    step: Callable[[Tensor], Tensor],
+    start: Tensor,
+    *,
+    tolerance: float | None = None,
+    steps: int = 1000,
+) -> Tensor:
+    """The x for which x = step(x), by iteration. It carries no gradient.
+
+    It ends when no element moves by more than `tolerance` times the larger of 1 and its row's
+    largest element. If step is a contraction with the constant L, the error is then at most that
+    times L / (1 - L).
+
+    Args:
+        step: A contraction of a batch (B, ...).
+        start: Where the iteration begins.
+        tolerance: By default 64 units in the last place of the type.
+        steps: Largest number of steps.
+
+    Raises:
+        ConvergenceError: If x still moves after `steps` steps, or is not finite.
+
+    Example:
+        >>> fixed_point(torch.cos, torch.zeros(1, 1, dtype=torch.float64)).item()
+        0.7390851332151...
+    """
+    tolerance = 64 * torch.finfo(start.dtype).eps if tolerance is None else tolerance
+    x, moved = start, torch.inf
+    with torch.no_grad():
+        for _ in range(steps):
+            new = step(x)
+            size = new.flatten(1).abs().amax(1).clamp(min=1)
+            moved = float(((new - x).flatten(1).abs().amax(1) / size).max()) if len(x) else 0.0
+            if moved <= tolerance:
+                return new
+            x = new
+            if moved != moved or moved == torch.inf:
+                break
+    raise ConvergenceError(
+        f"step: after {steps} steps of the fixed-point iteration, x still moves by {moved:.2g} "
+        f"per step, more than {tolerance:.2g}; the function is no contraction here"
+    )
 
 
 def _rank(x: Tensor) -> Tensor:

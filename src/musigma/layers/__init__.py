@@ -1,5 +1,6 @@
 """The layers of a chain: bijections and their maps, and layers that draw."""
 
+from musigma.layers.block import BlockAutoregressive
 from musigma.layers.classifier import Classifier
 from musigma.layers.draws import Dequantize, Split
 from musigma.layers.fixed import Checkerboard, Flip, Logit, Permutation, Rescale, Squeeze
@@ -32,8 +33,10 @@ from musigma.layers.maps import (
     SumOfSquares,
 )
 from musigma.layers.marginals import Marginals
+from musigma.layers.ode import NeuralODE
 from musigma.layers.planar import Planar
 from musigma.layers.radial import Radial
+from musigma.layers.residual import Residual
 from musigma.layers.standardize import Standardize, standardizer, standardizers
 from musigma.layers.support import Unconstrain
 from musigma.layers.surjections import Abs, Augment, MaxPool, Sort, Swapped
@@ -51,6 +54,7 @@ __all__ = [
     "Autoregressive",
     "AutoregressiveNet",
     "Bernstein",
+    "BlockAutoregressive",
     "Checkerboard",
     "CircularSpline",
     "Classifier",
@@ -73,11 +77,13 @@ __all__ = [
     "MixtureGaussianCDF",
     "MixtureLogisticCDF",
     "Monotone",
+    "NeuralODE",
     "Permutation",
     "Planar",
     "QuadraticSpline",
     "Radial",
     "Rescale",
+    "Residual",
     "Sort",
     "Spline",
     "Split",

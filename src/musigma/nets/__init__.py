@@ -21,6 +21,7 @@ from musigma.nets.conv import (
     halved,
 )
 from musigma.nets.embed import EMBEDDINGS, Embedding, embedding, embedding_of
+from musigma.nets.lipschitz import LipschitzMLP
 from musigma.nets.quantiles import NormalScores, Quantiles
 from musigma.nets.quantizers import (
     QUANTIZERS,
@@ -52,6 +53,7 @@ __all__ = [
     "FiniteScalarQuantizer",
     "GatedAttention",
     "GatedConv",
+    "LipschitzMLP",
     "Logarithm",
     "NormalScores",
     "Quantiles",
