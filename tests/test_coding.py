@@ -43,6 +43,7 @@ from musigma.layers import (
     Permutation,
     QuadraticSpline,
     Rescale,
+    Rotation,
     Spline,
     Squeeze,
     Standardize,
@@ -548,6 +549,11 @@ def _conv(c, seed, gain, lu):
     return layer
 
 
+def _rotation(c, seed):
+    torch.manual_seed(seed)
+    return Rotation(c)
+
+
 def _maf(c, seed, gain, kind):
     torch.manual_seed(seed)
     bend = Affine(Format(scale="softclip")) if kind == "affine" else Spline()
@@ -582,6 +588,7 @@ LAYERS = {  # builder, dimensions, whether values are in [0, 1), tolerance to th
     "standardize": (_standardize, (2,), False, 2e-2),
     "lu": (lambda c, s, g: _conv(c, s, g, True), (2, 4), False, 2e-2),
     "conv": (lambda c, s, g: _conv(c, s, g, False), (2, 4), False, 2e-2),
+    "rotation": (lambda c, s, g: _rotation(c, s), (2, 4), False, 2e-2),
     "affine": (lambda c, s, g: _couple(c, s, g, "affine"), (2, 4), False, 2e-2),
     "additive": (lambda c, s, g: _couple(c, s, g, "additive"), (2, 4), False, 2e-3),
     "spline": (lambda c, s, g: _couple(c, s, g, "spline"), (2, 4), False, 2e-2),

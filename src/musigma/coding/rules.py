@@ -419,7 +419,7 @@ class ElementwiseRule(Mapped):
         return self.map(self._constants(y)).down(y)
 
     def _constants(self, x: np.ndarray) -> Tensor:
-        return self.layer.h.expand(len(x), -1, *x.shape[2:])
+        return self.layer.parameters_for(self.tensor(x, self.below), self.context)
 
 
 class Increasing(Rule):
@@ -577,6 +577,19 @@ class InvertibleConvRule(Rule):
         factors = (layer.lower, layer.upper, layer.sign, layer.log_scale)
         lower, upper, sign, diagonal = (t.detach().double() for t in factors)
         return layer.permutation.argmax(1).numpy(), lower, upper, sign, diagonal
+
+
+@register(layers.Rotation)
+class RotationRule(InvertibleConvRule):
+    """The product of its reflections."""
+
+    def _decomposed(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]:
+        below = self.layer.vectors.detach().double().cpu().numpy()
+        matrix = np.eye(len(below))
+        for i in reversed(range(len(below))):
+            v = np.concatenate([np.zeros(i), np.ones(1), below[i + 1 :, i]])[:, None]
+            matrix -= v * ((v * matrix).sum(0) * (2 / (v * v).sum()))
+        return decomposed(matrix)
 
 
 @register(layers.HaarSqueeze)

@@ -3,10 +3,10 @@
 from musigma.layers.block import BlockAutoregressive
 from musigma.layers.classifier import Classifier
 from musigma.layers.draws import Dequantize, Split
-from musigma.layers.fixed import Checkerboard, Flip, Logit, Permutation, Rescale, Squeeze
+from musigma.layers.fixed import Checkerboard, Circle, Flip, Logit, Permutation, Rescale, Squeeze
 from musigma.layers.haar import HaarSqueeze
 from musigma.layers.integers import IntegerShift
-from musigma.layers.linear import ActNorm, InvertibleConv
+from musigma.layers.linear import ActNorm, InvertibleConv, Rotation
 from musigma.layers.mapped import (
     Autoregressive,
     AutoregressiveNet,
@@ -56,6 +56,7 @@ __all__ = [
     "Bernstein",
     "BlockAutoregressive",
     "Checkerboard",
+    "Circle",
     "CircularSpline",
     "Classifier",
     "Composed",
@@ -84,6 +85,7 @@ __all__ = [
     "Radial",
     "Rescale",
     "Residual",
+    "Rotation",
     "Sort",
     "Spline",
     "Split",

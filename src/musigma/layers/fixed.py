@@ -12,7 +12,7 @@ from torch import Tensor
 from musigma.model import Bijection
 from musigma.tensors import at_least_float32, sum_event
 
-__all__ = ["Checkerboard", "Flip", "Logit", "Permutation", "Rescale", "Squeeze"]
+__all__ = ["Checkerboard", "Circle", "Flip", "Logit", "Permutation", "Rescale", "Squeeze"]
 
 
 class Rescale(Bijection):
@@ -227,3 +227,44 @@ class Checkerboard(Bijection):
         """The image."""
         even, odd = self._swap(torch.stack(y.chunk(2, 1)))
         return torch.stack([even, odd], -1).flatten(-2), y.new_zeros(len(y))
+
+
+class Circle(Bijection):
+    r"""Points of a circle, of which each number is one: both directions wrap x.
+
+    .. math:: y = x - p \lfloor (x - a) / p \rfloor \in [a, a + p), \quad \log|\det| = 0
+
+    Numbers that differ by a multiple of the period p are the same point, so as a map of numbers it
+    is one to one only within one period; densities are those of the points.
+
+    Args:
+        period: p.
+        low: a.
+
+    Raises:
+        ValueError: If the period is not positive.
+
+    Example:
+        >>> Circle(360.0, -180.0)(torch.tensor([[190.0, -170.0, 10.0]]))[0]
+        tensor([[-170., -170.,   10.]])
+    """
+
+    def __init__(self, period: float, low: float = 0.0):
+        super().__init__()
+        if not 0 < period < math.inf:
+            raise ValueError(f"period: expected a positive number; got {period}")
+        self.period, self.low = period, low
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(y, 0)``."""
+        x = at_least_float32(x)
+        turns = ((x.detach() - self.low) / self.period).floor()
+        return x - self.period * turns, x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `forward`."""
+        return self.forward(y)
+
+    def extra_repr(self) -> str:
+        """Names the ends."""
+        return f"{self.low:.6g} to {self.low + self.period:.6g}"

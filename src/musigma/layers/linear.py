@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from musigma.model import Bijection
 from musigma.tensors import at_least_float32
 
-__all__ = ["ActNorm", "InvertibleConv"]
+__all__ = ["ActNorm", "InvertibleConv", "Rotation"]
 
 
 def positions(x: Tensor) -> int:
@@ -163,3 +163,43 @@ class InvertibleConv(Bijection):
         weight = self.matrix()
         x = _mix(_inverted(weight.detach()), at_least_float32(y.detach())).requires_grad_()
         return x, _mix(weight, x), self._log_det(x)
+
+
+class Rotation(Bijection):
+    r"""A learned orthogonal matrix that mixes the channels; it preserves volume.
+
+    .. math:: y = R x, \quad R = H_1 \cdots H_C, \quad
+        H_i = I - 2 v_i v_i^\top / \|v_i\|^2, \quad \log|\det| = 0
+
+    The vector of reflection i is zero before element i, where it is 1; C reflections reach every
+    rotation, up to signs. The initial R is random. The inverse is the transpose. (Tomczak &
+    Welling, "Improving Variational Auto-Encoders using Householder Flow", 2016, arXiv:1611.09630.)
+
+    Args:
+        channels: C.
+
+    Example:
+        >>> rotation, x = Rotation(3), torch.randn(5, 3)
+        >>> torch.allclose(rotation(x)[0].norm(dim=1), x.norm(dim=1))
+        True
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        reflections = torch.geqrf(torch.randn(channels, channels, dtype=torch.float64))[0]
+        self.vectors = nn.Parameter(reflections.tril(-1).to(torch.get_default_dtype()))
+
+    def matrix(self) -> Tensor:
+        """R, shape (C, C)."""
+        below = self.vectors.tril(-1)
+        return torch.linalg.householder_product(below, 2 / (1 + below.square().sum(0)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(R x, 0)``."""
+        x = at_least_float32(x)
+        return _mix(self.matrix(), x), x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(R^T y, 0)``."""
+        y = at_least_float32(y)
+        return _mix(self.matrix().t().contiguous(), y), y.new_zeros(len(y))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from musigma.context import conditioned
 from musigma.layers.maps import Affine, Map
 from musigma.model import Bijection
+from musigma.nets import MLP
 from musigma.tensors import at_least_float32, sum_event
 
 __all__ = ["Autoregressive", "AutoregressiveNet", "Coupling", "Elementwise", "StreamedNet"]
@@ -312,16 +313,20 @@ def _tame(guess: Tensor) -> Tensor:
 
 
 class Elementwise(MapLayer):
-    r"""A map of each element whose parameters are learned constants.
+    r"""A map of each element whose parameters are learned constants, or depend on the context.
 
     .. math:: y_i = f(x_i;\ h_i), \quad \log|\det| = \sum_i \log \partial y_i / \partial x_i
 
-    The parameters h start at zero, where most maps are the identity.
+    The parameters h start at zero, where most maps are nearly the identity. If the map of a vector
+    can be fitted to data (``map.fitted(x) -> h``, as that of `MixtureGaussianCDF`), `calibrate`
+    does so, once.
 
     Args:
         shape: The event shape, (D,) or (C, H, W), or D. Along an axis of size 1 (but the first)
             all elements share their parameters: (C, 1, 1) is one map for each channel.
         map: The map that is applied to each element.
+        context: Number of features of the context. If there are any, a network of one hidden layer
+            adds to h what it computes from the context, at first zero.
 
     Raises:
         ValueError: On a forward pass, if the data do not fit the shape.
@@ -333,20 +338,39 @@ class Elementwise(MapLayer):
         ((33,), torch.Size([2]))
     """
 
-    def __init__(self, shape: int | Sequence[int], *, map: Map):
+    calibrated: Tensor
+
+    def __init__(self, shape: int | Sequence[int], *, map: Map, context: int = 0):
         super().__init__(map)
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.h = nn.Parameter(torch.zeros(map.outputs * self.shape[0], *self.shape[1:]))
+        sizes: Any = {"hidden": [64], "context": context, "zero": True}
+        self.net = MLP(0, tuple(self.h.shape), **sizes) if context else None
+        if len(self.shape) == 1 and hasattr(map, "fitted"):
+            self.register_buffer("calibrated", torch.tensor(False))
 
-    def _parameters_for(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Fit the map to x (B, D), if it can be; a second call changes nothing."""
+        if hasattr(self, "calibrated") and not bool(self.calibrated):
+            self.h.copy_(cast(Any, self.map).fitted(at_least_float32(x)))
+            self.calibrated.fill_(True)
+
+    def parameters_for(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """h for every element of x (B, *event), shape (B, outputs · C, ...).
+
+        Raises:
+            ValueError: If x does not fit the shape, or there is no context.
+        """
         event, (channels, *axes) = tuple(x.shape[1:]), self.shape
         fits = len(event) == len(self.shape) and event[:1] == (channels,)
         if not fits or any(a not in (1, n) for a, n in zip(axes, event[1:], strict=True)):
             raise ValueError(f"x: expected (B, {', '.join(map(str, self.shape))}); got {event}")
-        return self.h.expand(len(x), -1, *event[1:])
+        h = self.h if self.net is None else self.h + self.net(x.flatten(1)[:, :0], context)
+        return h.expand(len(x), -1, *event[1:])
 
     def _apply_map(self, apply: Apply, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, log_slope = apply(at_least_float32(x), self._parameters_for(x))
+        y, log_slope = apply(at_least_float32(x), self.parameters_for(x, context))
         return y, sum_event(log_slope, x.ndim - 1)
 
     def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Any], Tensor]]]:

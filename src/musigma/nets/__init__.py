@@ -32,7 +32,16 @@ from musigma.nets.quantizers import (
 from musigma.nets.sequences import DeepSet, SequenceTransformer, SeriesNet
 from musigma.nets.summary import Summary
 from musigma.nets.transformer import CausalTransformer, Transformer
-from musigma.nets.vectors import MADE, MLP, Amortized, Conditioner, Logarithm, ResidualMLP, Scaled
+from musigma.nets.vectors import (
+    MADE,
+    MLP,
+    Amortized,
+    Conditioner,
+    Logarithm,
+    Periodic,
+    ResidualMLP,
+    Scaled,
+)
 
 __all__ = [
     "EMBEDDINGS",
@@ -56,6 +65,7 @@ __all__ = [
     "LipschitzMLP",
     "Logarithm",
     "NormalScores",
+    "Periodic",
     "Quantiles",
     "ResBlock",
     "ResNet",

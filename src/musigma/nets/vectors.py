@@ -67,6 +67,28 @@ class Logarithm(nn.Module):
         return self.net(x.clamp(min=0).log1p(), context)
 
 
+class Periodic(nn.Module):
+    """A network of the cosines and sines of its input, which are the same after every period.
+
+    Args:
+        net: A network of twice as many elements: all cosines, then all sines.
+        period: The period.
+    """
+
+    def __init__(self, net: nn.Module, period: float):
+        super().__init__()
+        self.net, self.period = net, period
+
+    def forward(self, x: Tensor, context: Tensor | None = None):
+        """The output of the network."""
+        turn = x * (2 * math.pi / self.period)
+        return self.net(torch.cat([turn.cos(), turn.sin()], 1), context)
+
+    def extra_repr(self) -> str:
+        """Names the period."""
+        return f"period={self.period:.6g}"
+
+
 class MLP(nn.Module):
     """A multilayer perceptron (B, inputs, ...) to (B, ...outputs); extra input axes are flattened.
 

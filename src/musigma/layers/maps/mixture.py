@@ -123,7 +123,7 @@ class MixtureGaussianCDF(_Mixture):
         ends = ends.clamp(0.1 / k, 1 - 0.1 / k)
         means, ends = (torch.quantile(x.double(), q, 0) for q in (levels, ends))
         least = 1e-3 * x.double().std(0) + 1e-12
-        log_scales = torch.maximum(ends.diff(dim=0), least).log()
+        log_scales = torch.maximum(1.5 * ends.diff(dim=0), least).log()  # components overlap
         at, scale = grid(k, 1.0)
         shifted = means - at.to(means)[:, None], log_scales - math.log(scale)
         return torch.cat([torch.zeros_like(means), *shifted]).flatten().to(x.dtype)
