@@ -211,8 +211,8 @@ def test_values_that_are_not_finite():
 def test_a_wrong_closed_form(monkeypatch):
     from musigma.audit import models
 
-    right = models.kl_divergence
-    monkeypatch.setattr(models, "kl_divergence", lambda q, p: 2 * right(q, p) + 0.1)
+    right = models.closed_kl
+    monkeypatch.setattr(models, "closed_kl", lambda q, p: 2 * right(q, p) + 0.1)
     model = build("mlp_vae", (6,), bits=None, hidden=8, latents=3)
     assert "kl_mismatch" in audit_model(model).codes
 

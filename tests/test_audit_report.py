@@ -15,7 +15,7 @@ from torch import nn
 
 import musigma.audit
 from musigma.audit import CODES, AuditError, AuditReport, Finding, audit
-from musigma.audit.findings import ReportBuilder
+from musigma.audit.findings import Assumed, Facts, Missing, Passed, Skipped, bug, warning
 from musigma.audit.sarif import to_sarif
 from musigma.cli import main
 
@@ -54,33 +54,45 @@ def test_what_is_missing_is_in_every_form():
         AuditReport("it")
 
 
-def test_the_builder_fills_in_the_messages_of_the_table():
-    builder = ReportBuilder("it")
-    builder.bug("kl_negative", "step", weight=torch.tensor(-0.25).double(), where="a.py:3")
-    (finding,) = builder.build().findings
+def test_findings_fill_in_the_messages_of_the_table():
+    finding = bug("kl_negative", "step", weight=torch.tensor(-0.25).double(), where="a.py:3")
     assert finding.message.startswith("the loss contains the KL with the weight -0.25:")
     assert (finding.numbers, finding.where) == ({"weight": -0.25}, "a.py:3")
-    assert "where: a.py:3" in str(builder.build())
-    assert "a.py:3" in builder.build().to_html()
+    report = AuditReport.of("it", [finding])
+    assert "where: a.py:3" in str(report)
+    assert "a.py:3" in report.to_html()
 
 
-def test_the_builder_keeps_the_worst_finding_of_a_code_and_line():
-    builder = ReportBuilder("it")
-    builder.warn("free_bits", "step", held_at=0.5)
-    builder.bug("free_bits", "step", held_at=1.5)
-    builder.warn("free_bits", "step", held_at=2.5)
-    builder.warn("free_bits", "step", held_at=2.5, where="a.py:3")
-    builder.warn("free_bits", "step", held_at=3.5, where=str(Path.cwd() / "a.py:3"))
-    builder.missing += [NO_KL, NO_KL]
-    report = builder.build()
+def test_a_report_has_the_worst_finding_of_a_code_and_line():
+    report = AuditReport.of(
+        "it",
+        [
+            warning("free_bits", "step", held_at=0.5),
+            bug("free_bits", "step", held_at=1.5),
+            warning("free_bits", "step", held_at=2.5),
+            warning("free_bits", "step", held_at=2.5, where="a.py:3"),
+            warning("free_bits", "step", held_at=3.5, where=str(Path.cwd() / "a.py:3")),
+        ],
+    )
     assert [f.numbers["held_at"] for f in report.findings] == [1.5, 2.5]
-    assert report.missing == (NO_KL,)
+
+
+def test_a_report_collects_what_checks_return():
+    def check():
+        yield Passed("z")
+        yield Facts(read_as="std", details={"beta": 1.0})
+        yield Skipped("the weight: there is no loss")
+
+    later = [Facts("log_var", "variance", details={"beta": 2.0, "n": 3}), Assumed("a batch")]
+    report = AuditReport.of("it", [*check(), *later, Missing(NO_KL), Missing(NO_KL)])
+    assert (report.convention, report.read_as, report.layout) == ("log_var", "std", None)
+    assert report.details == {"beta": 1.0, "n": 3}
+    assert (report.checked, report.missing) == (("z",), (NO_KL,))
+    assert (report.unchecked, report.assumed) == (("the weight: there is no loss",), ("a batch",))
 
 
 def test_words_of_a_message_are_not_repeated_among_its_numbers():
-    builder = ReportBuilder("it")
-    builder.bug("no_gradient", head="mean", layer="enc.out", depth=3)
-    (finding,) = builder.build().findings
+    finding = bug("no_gradient", head="mean", layer="enc.out", depth=3)
     assert finding.figures == {"layer": "enc.out", "depth": "3"}
     assert finding.numbers["head"] == "mean"
 
@@ -104,11 +116,11 @@ def test_messages_that_checks_name_are_in_the_table_and_each_is_named():
         nodes = list(ast.walk(tree))
         words |= {n.value for n in nodes if isinstance(n, ast.Constant)}
         for node in nodes:
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            if not isinstance(node, ast.Call):
                 continue
-            verb, given = node.func.attr, node.args
-            if verb in ("bug", "warn", "find") and given:
-                code, *variant = [given[0], *given[2 if verb == "find" else 1 :]]
+            verb, given = ast.unparse(node.func), node.args
+            if verb in ("bug", "warning", "finding", "Finding.of") and given:
+                code, *variant = [given[0], *given[2 if verb == "Finding.of" else 1 :]]
                 names = [a.value for a in (code, *variant) if isinstance(a, ast.Constant)]
                 if len(names) == 1 + len(variant):
                     said.add((names[0], (*names[1:], "")[0]))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -27,8 +27,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
-from musigma.audit.sandbox import Sandbox, TooSlowError, first_form
+from musigma.audit.findings import (
+    Assumed,
+    AuditError,
+    AuditReport,
+    Facts,
+    Finding,
+    Missing,
+    Outcome,
+    Passed,
+    bug,
+    name_of,
+    warning,
+)
+from musigma.audit.sandbox import FLOATS, Sandbox, TooSlowError, first_form
 
 __all__ = ["audit_density", "integral"]
 
@@ -74,45 +86,63 @@ def audit_density(log_prob: Any, dim: int) -> AuditReport:
     if dim < 1:
         raise AuditError(f"dim: expected 1 or more; got {dim}")
     method = getattr(log_prob, "log_prob", None)
-    report = ReportBuilder(name_of(log_prob))
     with Sandbox(log_prob) as sandbox, np.errstate(invalid="ignore", over="ignore"):
-        density = _Density(sandbox, method if callable(method) else log_prob, dim, report)
-        if not (density.is_of_points and _depends_on_rows_only(density, report)):
-            report.missing.append("the integral: log_prob is not a function of one point")
-            return report.build()
-        how = "quadrature" if dim == 1 else "importance weights"
-        try:
-            found = _quadrature(density) if dim == 1 else _weighted(density)
-        except TooSlowError as late:
-            report.missing.append(f"the integral: {late}")
-            return report.build()
+        density = _Density(sandbox, method if callable(method) else log_prob, dim)
+        found = [*_check_shape(density)]
+        if not any(isinstance(o, Finding) and o.severity == "bug" for o in found):
+            found += _check_points(density)
+        wrong = [o for o in found if isinstance(o, Finding) and _is_no_density(o)]
+        if wrong:
+            found.append(Missing("the integral: log_prob is not a function of one point"))
+        else:
+            found += _check_integral(density)
+        return AuditReport.of(name_of(log_prob), (*density.notes, *found))
+
+
+def _is_no_density(finding: Finding) -> bool:
+    """Whether there is no density of one point to integrate."""
+    return finding.severity == "bug" or finding.code == "stochastic"
+
+
+def _check_integral(density: _Density) -> Iterator[Outcome]:
+    """Whether the integral is one."""
+    how = "quadrature" if density.dim == 1 else "importance weights"
+    try:
+        found = _quadrature(density) if density.dim == 1 else _weighted(density)
+    except TooSlowError as late:
+        yield Missing(f"the integral: {late}")
+        return
     value, error, is_sure, _ = found
-    report.details |= {"integral": value, "error": error, "evaluations": density.count}
+    yield Facts(details={"integral": value, "error": error, "evaluations": density.count})
     off = abs(value - 1) > max(OFF, STANDARD_ERRORS * error)
     if off and is_sure and density.has_nan:
         at = f"at some points; over the others, its density integrates to {value:.5g}"
-        report.bug("not_finite", what="log_prob", at=at)
+        yield bug("not_finite", what="log_prob", at=at)
     elif off and is_sure:
-        report.bug("not_normalised", integral=value, error=error, how=how)
+        yield bug("not_normalised", integral=value, error=error, how=how)
     elif off:
-        report.missing.append(f"the integral: {value:.4g}, but there may be more mass elsewhere")
+        yield Missing(f"the integral: {value:.4g}, but there may be more mass elsewhere")
     elif not is_sure:
-        report.missing.append(f"the integral: {value:.4g} ± {error:.1g} is not accurate enough")
+        yield Missing(f"the integral: {value:.4g} ± {error:.1g} is not accurate enough")
     else:
-        report.checked.append(f"the integral, by {how}: {value:.6g} ± {error:.1g}")
-    return report.build()
+        yield Passed(f"the integral, by {how}: {value:.6g} ± {error:.1g}")
 
 
 class _Density:
-    """A log-density as a function of points (N, dim); -inf where it raises or is NaN."""
+    """A log-density as a function of points (N, dim); -inf where it raises or is NaN.
 
-    def __init__(
-        self, sandbox: Sandbox, call: Callable[..., Any], dim: int, report: ReportBuilder
-    ):
-        self.sandbox, self.call, self.dim, self.report = sandbox, call, dim, report
+    Attributes:
+        notes: What was assumed of it.
+        points: How many points it was first given.
+        shape: That of what it returned for them.
+        one_by_one: Whether a batch of points gives one number.
+    """
+
+    def __init__(self, sandbox: Sandbox, call: Callable[..., Any], dim: int):
+        self.sandbox, self.call, self.dim = sandbox, call, dim
+        self.notes: list[Outcome] = []
         self.count, self.has_nan, self.began, self.raises = 0, False, time.process_time(), 0
-        self.one_by_one = False  # whether a batch of points gives one number
-        self.is_of_points = True  # so that there is a density to integrate
+        self.one_by_one = False
         self.inside = 0.0  # a coordinate of a point that it takes
         self.box = np.full((2, dim), ((-np.inf,), (np.inf,)))  # it raises outside
         self._find_form()
@@ -133,26 +163,11 @@ class _Density:
             return rows, shape
 
         # first noise: layers that initialize themselves start from it
-        types = (torch.float64, torch.float32)
-        rows, shape = first_form(product((n, 1), types, (1.0, 0.0), PLACES), attempt)[1]
+        rows, shape = first_form(product((n, 1), FLOATS, (1.0, 0.0), PLACES), attempt)[1]
         if self.sandbox.dtype == torch.float32:
-            self.report.assumed.append("it computes in float32 only")
-        said = {"shape": str(shape), "n": n}
+            self.notes.append(Assumed("it computes in float32 only"))
+        self.points, self.takes_batches, self.shape = n, rows == n, shape
         self.one_by_one = rows == n and math.prod(shape) == 1
-        if rows == 1:
-            self.refuse("log_prob_shape", "raises", n=n)
-        elif shape in ((n,), (n, 1), (n, self.dim)):
-            if shape != (n,) and self.dim > 1:
-                self.report.warn("log_prob_shape", "each", **said)
-        elif not self.one_by_one:
-            if shape[0] != n and shape != (self.dim,):
-                raise AuditError(f"log_prob: of {n} points, expected ({n},); got {shape}")
-            self.refuse("log_prob_shape", "", **said)
-
-    def refuse(self, code: str, variant: str, **numbers: Any) -> None:
-        """Report that there is no density of one point."""
-        self.report.bug(code, variant, **numbers)
-        self.is_of_points = False
 
     def value(self, x: np.ndarray, each: bool = False) -> Tensor:
         """What log_prob returns for points (N, dim): for all, or for each by itself."""
@@ -220,10 +235,28 @@ class _Density:
                 near, far = (middle, far) if self._tried(x) is not None else (near, middle)
             if far < 2e9:
                 self.box[side, axis] = self.inside + (-1, 1)[side] * near
-        self.report.assumed.append("there is no mass where log_prob raises")
+        self.notes.append(Assumed("there is no mass where log_prob raises"))
 
 
-def _depends_on_rows_only(density: _Density, report: ReportBuilder) -> bool:
+def _check_shape(density: _Density) -> Iterator[Outcome]:
+    """Whether log_prob returns one number for each point.
+
+    Raises:
+        AuditError: If what it returns has no entry for each point, or for each dimension.
+    """
+    n, dim, shape = density.points, density.dim, density.shape
+    if not density.takes_batches:
+        yield bug("log_prob_shape", "raises", n=n)
+    elif shape in ((n,), (n, 1), (n, dim)):
+        if shape != (n,) and dim > 1:
+            yield warning("log_prob_shape", "each", shape=str(shape), n=n)
+    elif not density.one_by_one:
+        if shape[0] != n and shape != (dim,):
+            raise AuditError(f"log_prob: of {n} points, expected ({n},); got {shape}")
+        yield bug("log_prob_shape", shape=str(shape), n=n)
+
+
+def _check_points(density: _Density) -> Iterator[Outcome]:
     """Whether the value of a point is the same alone, in a batch, and among other points."""
     random = np.random.default_rng(0)
     spreads = np.array([0.0, 0.1, 1.0, 10.0])[:, None, None]
@@ -231,8 +264,8 @@ def _depends_on_rows_only(density: _Density, report: ReportBuilder) -> bool:
     points = drawn.reshape(-1, density.dim)
     points = points[[np.isfinite(density(x[None])).all() for x in points]]
     if not len(points) or (points[0] == points[-1]).all():
-        report.missing.append("whether points depend on each other: too few have mass")
-        return True
+        yield Missing("whether points depend on each other: too few have mass")
+        return
 
     def seeded(x: np.ndarray) -> np.ndarray:
         density.sandbox.reseed()
@@ -246,27 +279,26 @@ def _depends_on_rows_only(density: _Density, report: ReportBuilder) -> bool:
         total, own = float(density.value(rows).sum()), {"sum": alone.sum(), "mean": alone.mean()}
         how = [name for name, value in own.items() if abs(total - value) <= limit]
         if not how:
-            density.refuse("log_prob_shape", "total", n=len(alone), how="neither sum nor mean")
-            return False
-        report.warn("log_prob_shape", "total", n=len(alone), how=f"the {how[0]}")
-        return True
+            yield bug("log_prob_shape", "total", n=len(alone), how="neither sum nor mean")
+        else:
+            yield warning("log_prob_shape", "total", n=len(alone), how=f"the {how[0]}")
+        return
     batch, again = seeded(rows), density.of_rows(rows)
     if stochastic := bool(np.abs(again - batch).max() > limit):
-        report.warn("stochastic", "log_prob", value=batch[0], again=again[0])
+        yield warning("stochastic", "log_prob", value=batch[0], again=again[0])
     replaced = [np.where(np.arange(4)[:, None] == i, rows, others) for i in range(4)]
     among = np.array([seeded(x)[i] for i, x in enumerate(replaced)])
     off = np.abs([among - batch, (alone - batch) * (not stochastic)]).max(0)
     if (off > np.maximum(limit, SOLVED * (1 + np.abs(batch)))).any():
         i = int(off.argmax())
         numbers = {"alone": alone[i], "batch": batch[i], "among": among[i], "n": len(rows)}
-        density.refuse("cross_sample", "log_prob", **numbers)
-        return False
-    report.checked.append("the log-density of a point is the same in every batch")
+        yield bug("cross_sample", "log_prob", **numbers)
+        return
+    yield Passed("the log-density of a point is the same in every batch")
     if off.max() > limit:
-        report.assumed.append(
+        yield Assumed(
             f"an adaptive solver: log-densities differ by {off.max():.1g} between batches"
         )
-    return not stochastic
 
 
 # --- one dimension -----------------------------------------------------------------------------

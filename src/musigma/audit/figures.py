@@ -14,8 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
-from musigma.audit.sandbox import Sandbox, first_form
+from musigma.audit.findings import (
+    Assumed,
+    AuditError,
+    AuditReport,
+    Facts,
+    Outcome,
+    Passed,
+    Skipped,
+    bug,
+    name_of,
+    warning,
+)
+from musigma.audit.sandbox import FLOATS, Sandbox, first_form
 
 __all__ = ["audit_bits", "audit_importance_bound"]
 
@@ -65,34 +76,25 @@ def audit_bits(
     """
     if levels < 2:
         raise AuditError(f"levels: expected 2 or more; got {levels}")
-    report, truth = ReportBuilder(name_of(bits)), math.log2(levels)
     with Sandbox(bits) as sandbox:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, levels, (24, *shape), generator=generator)
-        ask = _bits_form(sandbox, bits, images, report)
+        dtype, ask = _bits_form(sandbox, bits, images)
         single = torch.tensor([float(ask(image[None]).mean()) for image in images])
         eight = images[:1].repeat_interleave(8, 0)
         again, of_eight = (
             torch.tensor([float(ask(x).mean()) for _ in range(12)]) for x in (images[:1], eight)
         )
-    report.details |= {"bits_per_dim": float(single.mean()), "entropy": truth}
-    if not single.isfinite().all():
-        report.bug("not_finite", what="the figure", at="for some uniformly random images")
-        return report.build()
-    _check_bits(report, single, float(again.std()), truth)
-    alone, batch = float(again.mean()), float(of_eight.mean())
-    # the error of a mean of 12 by Student's t with 11 degrees of freedom, at 1e-7
-    error = 11.0 * math.hypot(float(again.std()), float(of_eight.std())) / math.sqrt(12)
-    if abs(batch - alone) > error + 1e-4 * (1 + abs(alone)):
-        report.bug("bpd_batch", alone=alone, of_eight=batch)
-    else:
-        report.checked.append("an image costs the same by itself and in a batch of eight copies")
-    return report.build()
+    found: list[Outcome] = [Assumed(f"images are given as {dtype} from 0 to levels - 1")]
+    found += _check_bits(single, again, math.log2(levels))
+    if single.isfinite().all():
+        found.append(_check_batch(again, of_eight))
+    return AuditReport.of(name_of(bits), found)
 
 
 def _bits_form(
-    sandbox: Sandbox, bits: Callable[[Tensor], Any], images: Tensor, report: ReportBuilder
-) -> Callable[[Tensor], Tensor]:
+    sandbox: Sandbox, bits: Callable[[Tensor], Any], images: Tensor
+) -> tuple[torch.dtype, Callable[[Tensor], Tensor]]:
     """`bits` as a function of integers, in the first type for which it is finite."""
 
     def ask(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,15 +112,28 @@ def _bits_form(
             raise AuditError("bits: they are not finite")
 
     integers = (torch.int64, torch.uint8) if images.max() < 256 else (torch.int64,)
-    forms = [(dtype, True) for dtype in (torch.float64, torch.float32, *integers)]
+    forms = [(dtype, True) for dtype in (*FLOATS, *integers)]
     (dtype, _), _ = first_form([*forms, (torch.float32, False)], attempt)
-    report.assumed.append(f"images are given as {dtype} from 0 to levels - 1")
-    return lambda x: ask(x, dtype)
+    return dtype, lambda x: ask(x, dtype)
 
 
-def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: float) -> None:
-    """Compare the figures of 24 images with the entropy."""
-    mean, spread = float(single.mean()), float(single.std())
+def _check_batch(alone: Tensor, of_eight: Tensor) -> Outcome:
+    """Compare the figures of one image, again and again, with those of eight copies of it."""
+    # the error of a mean of 12 by Student's t with 11 degrees of freedom, at 1e-7
+    error = 11.0 * math.hypot(float(alone.std()), float(of_eight.std())) / math.sqrt(12)
+    one, eight = float(alone.mean()), float(of_eight.mean())
+    if abs(eight - one) > error + 1e-4 * (1 + abs(one)):
+        return bug("bpd_batch", alone=one, of_eight=eight)
+    return Passed("an image costs the same by itself and in a batch of eight copies")
+
+
+def _check_bits(single: Tensor, again: Tensor, truth: float) -> Iterator[Outcome]:
+    """Compare the figures of 24 images, and several of one, with the entropy."""
+    mean, spread, noise = float(single.mean()), float(single.std()), float(again.std())
+    yield Facts(details={"bits_per_dim": mean, "entropy": truth})
+    if not single.isfinite().all():
+        yield bug("not_finite", what="the figure", at="for some uniformly random images")
+        return
     uniform = spread < 1e-4 * max(1.0, abs(truth)) and noise < 1e-4
     # the error of 24 draws is Student's t; without any, only rounding is left
     error = STANDARD_ERRORS * 1.6 * spread / math.sqrt(len(single))
@@ -127,15 +142,15 @@ def _check_bits(report: ReportBuilder, single: Tensor, noise: float, truth: floa
     hint = f"; they differ by {like[0]}" if like else ""
     figures = {"bits_per_dim": mean, "entropy": truth, "hint": hint}
     if mean < truth - slack:
-        report.bug("bpd_below_entropy", **figures)
+        yield bug("bpd_below_entropy", **figures)
     elif uniform and mean > truth + slack:
-        report.bug("bpd_wrong", **figures)
+        yield bug("bpd_wrong", **figures)
     elif uniform:
-        report.checked.append(f"uniform images under the uniform model: {mean:.6g} bits")
+        yield Passed(f"uniform images under the uniform model: {mean:.6g} bits")
     else:
-        report.assumed.append("the model is not the uniform one: its figures differ by image")
-        report.checked.append(f"random images cost {mean:.6g} bits, not less than {truth:.6g}")
-        report.unchecked.append(
+        yield Assumed("the model is not the uniform one: its figures differ by image")
+        yield Passed(f"random images cost {mean:.6g} bits, not less than {truth:.6g}")
+        yield Skipped(
             "whether a figure above the entropy is right: pass the uniform model in place of the "
             "network"
         )
@@ -170,7 +185,7 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
         >>> audit_importance_bound(lambda n: n.mean()).codes
         ('iw_gradient', 'iw_value')
     """
-    report, loss = ReportBuilder(name_of(loss_from_neg_elbos)), loss_from_neg_elbos
+    loss = loss_from_neg_elbos
     generator = torch.Generator().manual_seed(0)
     n = 3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 4.0
     with Sandbox(loss) as sandbox:
@@ -179,17 +194,21 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
             sandbox.use_dtype(dtype)
             return [fit for layout in layouts for fit in _fits(sandbox, loss, n.to(dtype), layout)]
 
-        types = (torch.float64, torch.float32)
-        forms = product(types, (LAYOUTS, LAYOUTS[:1], LAYOUTS[1:]))
+        forms = product(FLOATS, (LAYOUTS, LAYOUTS[:1], LAYOUTS[1:]))
         (dtype, _), fits = first_form(forms, attempt)
         best = min(fits, key=lambda fit: fit.off_value + fit.off_slope + fit.off_multiple)
-        report.assumed.append(f"the layout is {best.layout}, with {best.way} over the batch")
-        _check_bound(report, best, 1e-6 if dtype == torch.float64 else 1e-4)
+        tolerance = 1e-6 if dtype == torch.float64 else 1e-4
+        found = [
+            Facts(layout=best.layout),
+            Assumed(f"the layout is {best.layout}, with {best.way} over the batch"),
+            _check_slope(best, tolerance),
+            _check_value(best, tolerance),
+        ]
         far = (n + 1500.0).to(dtype)  # the nats of images, where exp(-n) underflows
         value = sandbox.ask(NAME, loss, far if best.layout == "(B, K)" else far.T)
         if not value.isfinite().all():
-            report.warn("not_finite", "bound")
-    return report.build(layout=best.layout)
+            found.append(warning("not_finite", "bound"))
+    return AuditReport.of(name_of(loss), found)
 
 
 class _Fit(NamedTuple):
@@ -241,26 +260,33 @@ def _fits(
         yield _Fit(layout, way, flat, bound, slope, share * weights)
 
 
-def _check_bound(report: ReportBuilder, fit: _Fit, tolerance: float) -> None:
-    """Compare the gradient and the value with those of the bound."""
-    trains = fit.off_slope <= tolerance
-    multiple = fit.off_multiple <= tolerance and fit.factor > 0
+def _is_multiple(fit: _Fit, tolerance: float) -> bool:
+    """Whether the gradient is a positive multiple of that of the bound."""
+    return fit.off_multiple <= tolerance and fit.factor > 0
+
+
+def _check_slope(fit: _Fit, tolerance: float) -> Outcome:
+    """Compare the gradient with that of the bound."""
     if fit.slope is None:
-        report.unchecked.append("the gradient: the loss has none")
-    elif trains:
-        report.checked.append(f"gradient against the softmax weights: off by {fit.off_slope:.1g}")
-    elif multiple:
-        report.warn("iw_gradient", "factor", factor=fit.factor)
-    else:
-        report.bug("iw_gradient", distance=fit.off_slope, share=(fit.slope < 0).double().mean())
+        return Skipped("the gradient: the loss has none")
+    if fit.off_slope <= tolerance:
+        return Passed(f"gradient against the softmax weights: off by {fit.off_slope:.1g}")
+    if _is_multiple(fit, tolerance):
+        return warning("iw_gradient", "factor", factor=fit.factor)
+    share = (fit.slope < 0).double().mean()
+    return bug("iw_gradient", distance=fit.off_slope, share=share)
+
+
+def _check_value(fit: _Fit, tolerance: float) -> Outcome:
+    """Compare the value with that of the bound."""
     if fit.off_value <= tolerance:
-        report.checked.append(f"value against -log mean exp(-n): off by {fit.off_value:.1g}")
-        return
+        return Passed(f"value against -log mean exp(-n): off by {fit.off_value:.1g}")
+    trains = fit.off_slope <= tolerance
     difference = fit.value.sum() - fit.bound.sum()
     each = float(difference / fit.weights.sum())  # the weights of an example add up to one
     hint = "; it differs by the constant log K" * math.isclose(
         abs(each), math.log(7), abs_tol=1e-4
     )
     hint += "; the gradient is the bound's: it trains, but must not be reported" * trains
-    severity = "warning" if multiple else "bug"
-    report.find("iw_value", severity, value=fit.value.sum(), bound=fit.bound.sum(), hint=hint)
+    finding = warning if _is_multiple(fit, tolerance) else bug
+    return finding("iw_value", value=fit.value.sum(), bound=fit.bound.sum(), hint=hint)

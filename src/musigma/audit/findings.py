@@ -20,15 +20,24 @@ from musigma.report.html import render, short
 
 __all__ = [
     "CODES",
+    "Assumed",
     "AuditError",
     "AuditReport",
     "Code",
+    "Facts",
     "Finding",
-    "ReportBuilder",
+    "Missing",
+    "Note",
+    "Outcome",
+    "Passed",
     "Severity",
+    "Skipped",
+    "bug",
     "check_codes",
     "distance",
+    "has",
     "name_of",
+    "warning",
 ]
 
 Severity = Literal["bug", "warning"]
@@ -107,6 +116,34 @@ class Finding:
         if not self.repair:
             raise ValueError(f"repair: a finding of {self.code} needs one")
 
+    @classmethod
+    def of(
+        cls,
+        code: str,
+        severity: Severity,
+        variant: str = "",
+        where: str = "",
+        /,
+        **numbers: Any,
+    ) -> Finding:
+        """A finding with a message of `CODES`.
+
+        Args:
+            code: One of `musigma.audit.CODES`.
+            severity: "bug" or "warning".
+            variant: Which of the messages of the code.
+            where: The line of the audited code as "path/model.py:41"; a path below the working
+                directory becomes relative to it.
+            **numbers: The fields of the message, and further numbers. A tensor holds one.
+
+        Raises:
+            KeyError: If there is no such code or message, or a field of the message is missing.
+        """
+        numbers = {n: v.item() if isinstance(v, Tensor) else v for n, v in numbers.items()}
+        text, repair = (t.format(**numbers) for t in CODES[code].variants[variant])
+        where = where.removeprefix(f"{os.getcwd()}{os.sep}")
+        return cls(code, severity, text, numbers, repair, where)
+
     @property
     def title(self) -> str:
         """What the code means."""
@@ -118,6 +155,58 @@ class Finding:
         text = f"{self.message} {self.repair}"
         said = {n for n, v in self.numbers.items() if isinstance(v, str) and v in text}
         return {n: short(v) for n, v in self.numbers.items() if n not in said}
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line of a report: what a check found that is no fault."""
+
+    line: str
+
+
+class Passed(Note):
+    """What was checked and is right, with its numbers."""
+
+
+class Skipped(Note):
+    """What could not be checked, and why."""
+
+
+class Missing(Note):
+    """An essential part, such as the KL of a VAE, that was not examined, and why."""
+
+
+class Assumed(Note):
+    """What was assumed about the object."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was measured besides, as fields of `AuditReport`."""
+
+    convention: str | None = None
+    read_as: str | None = None
+    layout: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+Outcome = Finding | Note | Facts
+"""What a check returns. Checks are functions of a measurement; `AuditReport.of` collects them."""
+
+
+def bug(code: str, variant: str = "", /, *, where: str = "", **numbers: Any) -> Finding:
+    """A finding of severity "bug", by `Finding.of`."""
+    return Finding.of(code, "bug", variant, where, **numbers)
+
+
+def warning(code: str, variant: str = "", /, *, where: str = "", **numbers: Any) -> Finding:
+    """A finding of severity "warning", by `Finding.of`."""
+    return Finding.of(code, "warning", variant, where, **numbers)
+
+
+def has(outcomes: Iterable[Outcome], *codes: str) -> bool:
+    """Whether there is a finding with one of these codes."""
+    return any(isinstance(o, Finding) and o.code in codes for o in outcomes)
 
 
 @dataclass(frozen=True)
@@ -164,6 +253,38 @@ class AuditReport:
         if not (self.findings or self.checked or self.missing):
             reasons = "; ".join(self.unchecked) or "there was nothing to check"
             raise AuditError(f"{self.subject}: nothing could be checked: {reasons}")
+
+    @classmethod
+    def of(cls, subject: str, outcomes: Iterable[Outcome]) -> AuditReport:
+        """The report of what checks returned.
+
+        Of the findings of one code and line, the first of the most severe is kept; of the lines,
+        each is once; of each fact, the first.
+
+        Example:
+            >>> outcomes = [warning("free_bits", "step"), Passed("z"), Facts(convention="std")]
+            >>> report = AuditReport.of("VAE", outcomes)
+            >>> report.verdict, report.checked, report.convention
+            ('warning', ('z',), 'std')
+        """
+        findings: dict[tuple[str, str], Finding] = {}
+        lines: dict[type[Note], list[str]] = {Passed: [], Skipped: [], Missing: [], Assumed: []}
+        facts, details = dict[str, str](), dict[str, Any]()
+        for outcome in outcomes:
+            if isinstance(outcome, Finding):
+                known = findings.setdefault((outcome.code, outcome.where), outcome)
+                if known.severity == "warning" and outcome.severity == "bug":
+                    findings[outcome.code, outcome.where] = outcome
+            elif isinstance(outcome, Note):
+                lines[type(outcome)].append(outcome.line)
+            else:
+                own = {n: v for n, v in vars(outcome).items() if isinstance(v, str)}
+                facts, details = own | facts, {**outcome.details, **details}
+        checked, unchecked, missing, assumed = (tuple(dict.fromkeys(v)) for v in lines.values())
+        return cls(
+            subject, **facts, findings=tuple(findings.values()), checked=checked,
+            unchecked=unchecked, missing=missing, assumed=assumed, details=details,
+        )  # fmt: skip
 
     @property
     def verdict(self) -> Verdict:
@@ -239,70 +360,6 @@ class AuditReport:
             "assumed": self.assumed,
         }
         return [(title, what) for title, what in lists.items() if what]
-
-
-class ReportBuilder:
-    """Collects findings and notes, from which `build` makes the report.
-
-    Attributes:
-        subject: The name of the audited object.
-        missing: Essential parts that were not examined, each with the reason.
-    """
-
-    def __init__(self, subject: str):
-        self.subject = subject
-        self.findings: dict[str, Finding] = {}
-        self.details: dict[str, Any] = {}
-        self.checked: list[str] = []
-        self.unchecked: list[str] = []
-        self.missing: list[str] = []
-        self.assumed: list[str] = []
-
-    def find(
-        self,
-        code: str,
-        severity: Severity,
-        variant: str = "",
-        /,
-        *,
-        where: str = "",
-        **numbers: Any,
-    ) -> None:
-        """Add a finding, unless there is one of its code and line that is no less severe.
-
-        Args:
-            code: One of `musigma.audit.CODES`.
-            severity: "bug" or "warning".
-            variant: Which of the messages of the code.
-            where: The line of the audited code as "path/model.py:41"; a path below the working
-                directory becomes relative to it.
-            **numbers: The fields of the message, and further numbers. A tensor holds one.
-
-        Raises:
-            KeyError: If there is no such code or message, or a field of the message is missing.
-        """
-        numbers = {n: v.item() if isinstance(v, Tensor) else v for n, v in numbers.items()}
-        text, repair = (t.format(**numbers) for t in CODES[code].variants[variant])
-        where = where.removeprefix(f"{os.getcwd()}{os.sep}")
-        key = f"{code} {where}".rstrip()
-        known = self.findings.get(key)
-        if known is None or (known.severity == "warning" and severity == "bug"):
-            self.findings[key] = Finding(code, severity, text, numbers, repair, where)
-
-    def bug(self, code: str, variant: str = "", /, *, where: str = "", **numbers: Any) -> None:
-        """Add a finding of severity "bug"."""
-        self.find(code, "bug", variant, where=where, **numbers)
-
-    def warn(self, code: str, variant: str = "", /, *, where: str = "", **numbers: Any) -> None:
-        """Add a finding of severity "warning"."""
-        self.find(code, "warning", variant, where=where, **numbers)
-
-    def build(self, **more: Any) -> AuditReport:
-        """The report of everything that was collected."""
-        names = ("checked", "unchecked", "missing", "assumed")
-        lines = {name: tuple(dict.fromkeys(getattr(self, name))) for name in names}
-        found = tuple(self.findings.values())
-        return AuditReport(self.subject, findings=found, details=self.details, **lines, **more)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -9,31 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from musigma.audit.bijection import FlowAdapter, Image, per_example
-from musigma.audit.findings import AuditError, Severity, distance
+from musigma.audit.findings import (
+    AuditError,
+    Finding,
+    Outcome,
+    Passed,
+    Severity,
+    bug,
+    distance,
+    warning,
+)
 from musigma.audit.jacobian import DENSE, Volume, by_differences, volume
 
-__all__ = ["LOG_DET", "SINGLE", "Fault", "Measurement", "faults_of", "judge", "measure"]
+__all__ = ["LOG_DET", "SINGLE", "Measurement", "faults_of", "judge", "measure"]
 
 # The errors from which on there is a warning, and from which on it is a bug. A formula's inverse
 # is exact in float64, so a small error is that of a constant that one direction lacks.
 ROUND_TRIP, LOG_DET, SINGLE = (1e-8, 1e-3), (3e-4, 1e-3), (2e-3, 2e-2)  # SINGLE: in float32
 VolumeOf = Callable[[FlowAdapter, Tensor], Volume | None]
 DIFFERENCES = 128  # elements up to which a Jacobian is also computed by differences
-
-
-class Fault(NamedTuple):
-    """A finding, as the arguments of `ReportBuilder.find`."""
-
-    code: str
-    severity: Severity
-    variant: str
-    numbers: dict[str, Any]
 
 
 class Measurement(NamedTuple):
@@ -119,31 +119,33 @@ def measure(flow: FlowAdapter, x: Tensor, large: VolumeOf) -> Measurement:
 
 
 def judge(
-    found: Measurement, what: str = "forward", *, estimated: bool = False
-) -> Iterator[Fault | str]:
-    """The faults of a measurement, and a line for everything that is right.
+    found: Measurement, when: str, what: str = "forward", *, estimated: bool = False
+) -> Iterator[Finding | Passed]:
+    """The faults of a measurement, and what is right.
 
     Args:
         found: The measurement.
+        when: With which parameters it was made.
         what: The name of the flow or the layer.
         estimated: Whether the log-determinant is an estimate from draws.
     """
     stated, raw = found.stated, found.image.raw
     if stated is None and raw is not None:
-        yield Fault("logdet_shape", "bug", "", {"shape": tuple(torch.as_tensor(raw).shape)})
+        yield bug("logdet_shape", shape=tuple(torch.as_tensor(raw).shape), when=when)
     elif stated is not None and not stated.isfinite().all():
-        yield Fault("logdet_nan", "bug", "", {})
+        yield bug("logdet_nan", when=when)
     elif found.pair is not None:
-        yield from _judge_estimate(found) if estimated else _judge_log_det(found, what)
+        judged = _judge_estimate(found, when) if estimated else _judge_log_det(found, when, what)
+        yield from judged
     if found.back is not None:
-        yield from _judge_inverse(found, what, found.back)
+        yield _judge_inverse(found, when, what, found.back)
         if not estimated:
-            yield from _judge_inverse_log_det(found, found.back)
+            yield from _judge_inverse_log_det(found, when, found.back)
 
 
-def faults_of(results: Iterable[Fault | str]) -> dict[str, Fault]:
-    """The faults among what `judge` yields, by code."""
-    return {result.code: result for result in results if isinstance(result, Fault)}
+def faults_of(outcomes: Iterable[Outcome]) -> dict[str, Finding]:
+    """The findings among what `judge` yields, by code."""
+    return {o.code: o for o in outcomes if isinstance(o, Finding)}
 
 
 def _severity(error: float, limits: tuple[float, float], x: Tensor) -> Severity | None:
@@ -151,15 +153,15 @@ def _severity(error: float, limits: tuple[float, float], x: Tensor) -> Severity 
     return "bug" if error > bug else "warning" if error > least else None
 
 
-def _judge_log_det(found: Measurement, what: str) -> Iterator[Fault | str]:
+def _judge_log_det(found: Measurement, when: str, what: str) -> Iterator[Finding | Passed]:
     """Compare the log-determinant with that of the Jacobian, and name the likely mistake."""
     assert found.pair is not None
     (stated, truth), x, raw = found.pair, found.x, found.image.raw
     severity = _severity(found.error, LOG_DET, x)
     if severity is None:
-        yield f"log-determinant against autograd: off by {found.error:.1g}"
+        yield Passed(f"log-determinant against autograd: off by {found.error:.1g}, {when}")
         if isinstance(raw, Tensor) and raw.shape != x.shape[:1]:
-            yield Fault("logdet_shape", "warning", "right", {"shape": tuple(raw.shape)})
+            yield warning("logdet_shape", "right", shape=tuple(raw.shape), when=when)
         return
     factors = {2: "two", x[0].numel(): "the number of elements"}
     if x.ndim > 2:
@@ -174,37 +176,39 @@ def _judge_log_det(found: Measurement, what: str) -> Iterator[Fault | str]:
         for factor, value in {f"{n}": truth / n, f"1/{n}": truth * n}.items():
             fields = {"factor": factor, "meaning": meaning}
             mistakes.append(("logdet_mismatch", "factor", fields, value))
-    numbers = {"stated": stated[:4].tolist(), "log_det": truth[:4].tolist(), "error": found.error}
+    numbers = {"what": what, "when": when, "stated": stated[:4].tolist()}
+    numbers |= {"log_det": truth[:4].tolist(), "error": found.error}
     for code, variant, fields, value in [*mistakes, ("logdet_mismatch", "", {}, stated)]:
         if float((stated - value).abs().max()) <= 1e-5 * (1 + float(value.abs().max())):
-            yield Fault(code, severity, variant, {"what": what, **numbers, **fields})
+            yield Finding.of(code, severity, variant, **numbers, **fields)
             return
 
 
-def _judge_estimate(found: Measurement) -> Iterator[Fault | str]:
+def _judge_estimate(found: Measurement, when: str) -> Iterator[Finding | Passed]:
     """Whether a log-determinant that is estimated from draws is right on average."""
     assert found.known is not None
     truth, raws = found.known.log_det, [found.flow.forward(found.x).raw for _ in range(200)]
     draws = torch.stack([t for raw in raws if (t := per_example(raw, len(found.x))) is not None])
     mean, spread = (t[: len(truth)] for t in (draws.mean(0), draws.std(0)))
     if spread.mean() > 1e-3:
-        yield Fault("stochastic", "warning", "estimate", {"std": spread.mean()})
+        yield warning("stochastic", "estimate", std=spread.mean(), when=when)
     else:
-        yield f"the log-determinant is an estimate, to {float(spread.mean()):.1g} nats"
+        off = float(spread.mean())
+        yield Passed(f"the log-determinant is an estimate, to {off:.1g} nats, {when}")
     allowed = 8 * spread / math.sqrt(len(draws)) + 0.05 * (1 + truth.abs())
     if ((mean - truth).abs() > allowed).any():
-        numbers = {"stated": mean[:4].tolist(), "log_det": truth[:4].tolist()}
-        yield Fault("logdet_mismatch", "bug", "estimate", numbers)
+        stated, true = mean[:4].tolist(), truth[:4].tolist()
+        yield bug("logdet_mismatch", "estimate", stated=stated, log_det=true, when=when)
 
 
-def _judge_inverse(found: Measurement, what: str, back: Image) -> Iterator[Fault | str]:
+def _judge_inverse(found: Measurement, when: str, what: str, back: Image) -> Finding | Passed:
     error = distance(back.tree, found.x) if back.tree.isfinite().all() else math.inf
     severity = _severity(error, ROUND_TRIP, found.x)
     if severity is None or (error < 1 and _is_rounding(found, error)):
-        yield f"round trip: off by {error:.1g}" + ("" if severity is None else ", by rounding")
-        return
+        why = "" if severity is None else ", by rounding"
+        return Passed(f"round trip: off by {error:.1g}{why}, {when}")
     variant = "small" if severity == "warning" else "" if found.is_square else "split"
-    yield Fault("inverse_mismatch", severity, variant, {"what": what, "error": error})
+    return Finding.of("inverse_mismatch", severity, variant, what=what, error=error, when=when)
 
 
 def _is_rounding(found: Measurement, error: float) -> bool:
@@ -232,7 +236,9 @@ def _is_rounding(found: Measurement, error: float) -> bool:
     return len(errors) == 2 and error < 10 * distance(*errors)
 
 
-def _judge_inverse_log_det(found: Measurement, back: Image) -> Iterator[Fault | str]:
+def _judge_inverse_log_det(
+    found: Measurement, when: str, back: Image
+) -> Iterator[Finding | Passed]:
     """Compare with either of forward's log-determinant and the Jacobian's."""
     log_det = per_example(back.raw, len(found.x))
     if log_det is None or found.stated is None or not found.stated.isfinite().all():
@@ -241,8 +247,8 @@ def _judge_inverse_log_det(found: Measurement, back: Image) -> Iterator[Fault | 
     off, same = (min(log_det_error(s * t, e) for t, e in pairs) for s in (-1, 1))
     severity = _severity(off, LOG_DET, found.x)
     if severity is None:
-        yield f"log-determinants of both directions: off by {off:.1g}"
+        yield Passed(f"log-determinants of both directions: off by {off:.1g}, {when}")
     elif _severity(same, LOG_DET, found.x) is None:
-        yield Fault("inverse_logdet_sign", "bug", "", {"difference": off})
+        yield bug("inverse_logdet_sign", difference=off, when=when)
     else:
-        yield Fault("inverse_logdet_mismatch", severity, "", {"difference": off})
+        yield Finding.of("inverse_logdet_mismatch", severity, difference=off, when=when)

@@ -110,6 +110,8 @@ class Node:
             if kwargs.get("device") is not None:
                 kwargs = kwargs | {"device": "cpu"}
             out = self.fn(*args, **kwargs)
+        if isinstance(out, Tensor):
+            return [out]
         return [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
 
 

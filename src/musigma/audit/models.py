@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,20 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
 from musigma import context as contexts
-from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, distance, name_of
-from musigma.audit.jacobian import DENSE, volume
+from musigma.audit.findings import (
+    AuditError,
+    AuditReport,
+    Facts,
+    Finding,
+    Outcome,
+    Passed,
+    Skipped,
+    bug,
+    distance,
+    name_of,
+    warning,
+)
+from musigma.audit.jacobian import DENSE, Volume, volume
 from musigma.audit.sandbox import Sandbox, forward_hooks
 from musigma.conditional import Conditional
 from musigma.context import Context
@@ -69,7 +82,7 @@ def audit_model(
     """
     if not isinstance(model, Model):
         raise AuditError(f"model: expected a model of musigma; got {type(model).__name__}")
-    report = ReportBuilder(str(model.config.get("architecture", name_of(model))))
+    found: list[Outcome] = []
     with Sandbox(model, seconds=SECONDS, as_is=True) as sandbox, torch.no_grad():
         x, context = examples_of(model, data, context)
         few, row = _scored(model, x[:ROWS]), contexts.rows(context, slice(ROWS))
@@ -78,16 +91,17 @@ def audit_model(
             (copy.deepcopy(model).double().eval(), "with its own parameters"),
             (randomized(model, scale=0.25), "with random parameters"),
         ):
-            laws = _Laws(report, candidate, exact, when)
-            sandbox.call("model", laws.check, few)
-        _check_levels(report, model)
-        _check_single_precision(report, model, few, row)
+            laws = _Laws(candidate, exact, when)
+            found += sandbox.call("model", lambda laws=laws: list(laws.check(few)))
+        found += _check_levels(model)
+        if model.is_flow:
+            found += _check_single_precision(model, few, row, _conditions(found))
         if data is None:
-            report.unchecked.append("the effect of training: no data were given")
+            found.append(Skipped("the effect of training: no data were given"))
         else:
             with evaluating(model):
-                _check_training(report, model, x, context)
-    return report.build()
+                found += _check_training(model, x, context)
+    return AuditReport.of(str(model.config.get("architecture", name_of(model))), found)
 
 
 def examples_of(
@@ -125,15 +139,45 @@ def _scored(model: Model, x: Tensor) -> Tensor:
 # --- laws --------------------------------------------------------------------------------------
 
 
+class _LayerPass(NamedTuple):
+    """A layer at its input, in both directions, with the log-determinant of its Jacobian."""
+
+    name: str
+    what: str
+    x: Tensor
+    ways: BothWays
+    known: Volume | None
+
+    @classmethod
+    def of(cls, name: str, layer: Bijection, x: Tensor, context: Tensor | None) -> _LayerPass:
+        """Run a layer."""
+        ways, known = both_ways_of_layer(layer, x, context), None
+        rows = slice(0, len(x) if x[0].numel() <= DENSE else 1)
+        row = None if context is None else context[rows]
+        with torch.enable_grad(), suppress(RuntimeError):
+            known = volume(lambda t: layer(t, row)[0].flatten(1), x[rows])
+        return cls(name, f"{name} ({type(layer).__name__})", x, ways, known)
+
+    @property
+    def condition(self) -> float:
+        """The largest condition number of the Jacobian; NaN if it is not known."""
+        return math.nan if self.known is None else float(self.known.condition.max())
+
+    @property
+    def error(self) -> float:
+        """How far the inverse is from x."""
+        return _row_distance(self.ways.again, self.x)
+
+
 class _Laws:
     """The laws of a model in float64 with one set of parameters."""
 
-    def __init__(self, report: ReportBuilder, model: Model, context: Context, when: str):
-        self.report, self.model, self.context, self.when = report, model, context, when
+    def __init__(self, model: Model, context: Context, when: str):
+        self.model, self.context, self.when = model, context, when
 
-    def check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> Iterator[Outcome]:
         """Check every layer at its own input, then the whole model, then each KL."""
-        model, report = self.model, self.report
+        model = self.model
         x, names = model.floating(x.double()), model.site_names()
         seen: dict[Any, tuple[Tensor, Tensor | None]] = {}
 
@@ -142,70 +186,62 @@ class _Laws:
 
         with forward_hooks({m for m in model.modules() if isinstance(m, Bijection)}, hook):
             model.infer(x, Trace(scoring=False), self.context)
-        for layer, (h, row) in seen.items():
-            self.check_layer(names[layer], layer, h, row)
+        layers = [_LayerPass.of(names[layer], layer, *given) for layer, given in seen.items()]
+        if "own" in self.when:
+            conditions = {layer.name: layer.condition for layer in layers}
+            again = {layer.name: layer.error for layer in layers}
+            yield Facts(details={"conditions": conditions, "round_trips": again})
+        for layer in layers:
+            yield from self.check_layer(layer)
         up = Recorder()
         model.infer(x, up, self.context)
         ways = both_ways_of_model(model, x, self.context)
-        if self.agree("the model", ways, x, 1e-5, 1e-6):
-            report.checked.append(
-                f"{len(seen)} layers, and infer and generate of the model, {self.when}"
-            )
-            for site in up.paired:
-                self.check_kl(names[site], up.qs[site], up.ps[site])
+        if (fault := self.fault("the model", ways, x, 1e-5, 1e-6)) is not None:
+            yield fault
+            return
+        yield Passed(f"{len(seen)} layers, and infer and generate of the model, {self.when}")
+        for site in up.paired:
+            yield from self.check_kl(names[site], up.qs[site], up.ps[site])
 
-    def agree(self, what: str, ways: BothWays, x: Tensor, error: float, nats: float) -> bool:
-        """Whether the data come back up to an error, and both directions give the same nats."""
+    def fault(
+        self, what: str, ways: BothWays, x: Tensor, error: float, nats: float
+    ) -> Finding | None:
+        """None if data come back up to an error, and both directions give the same nats."""
         said: dict[str, Any] = {"what": what, "when": self.when}
-        infinite = ways.forward[~ways.forward.isfinite()]
         off = _row_distance(ways.again, x)
-        if len(infinite):
-            self.report.bug(
-                "not_finite", what=f"log w or a log-determinant of {what}", at=self.when
-            )
-        elif off > error:
-            severity = "bug" if off > 1e-3 or what == "the model" else "warning"
-            self.report.find("inverse_mismatch", severity, "model", error=off, **said)
-        elif distance(ways.backward, ways.forward) > nats:
+        if not ways.forward.isfinite().all():
+            what = f"log w or a log-determinant of {what}"
+            return bug("not_finite", what=what, at=self.when)
+        if off > error:
+            finding = bug if off > 1e-3 or what == "the model" else warning
+            return finding("inverse_mismatch", "model", error=off, **said)
+        if distance(ways.backward, ways.forward) > nats:
             said |= {"forward": ways.forward[0], "backward": ways.backward[0]}
-            self.report.bug("inverse_logdet_mismatch", "model", **said)
-        else:
-            return True
-        return False
+            return bug("inverse_logdet_mismatch", "model", **said)
+        return None
 
-    def check_layer(self, name: str, layer: Bijection, x: Tensor, context: Tensor | None) -> None:
+    def check_layer(self, layer: _LayerPass) -> Iterator[Outcome]:
         """Check the log-determinant of a layer by autograd, and its inverse."""
-        report, what = self.report, f"{name} ({type(layer).__name__})"
-        ways, condition = both_ways_of_layer(layer, x, context), math.nan
-        rows = slice(0, len(x) if x[0].numel() <= DENSE else 1)
-        row = None if context is None else context[rows]
-        with torch.enable_grad(), suppress(RuntimeError):
-            known = volume(lambda t: layer(t, row)[0].flatten(1), x[rows])
-            if known is None:
-                report.unchecked.append(f"the log-determinant of {what}: {x[0].numel()} elements")
-            else:
-                condition, stated = float(known.condition.max()), ways.forward[rows]
-                wrong = float(((stated - known.log_det) / (1 + known.log_det.abs())).abs().max())
-                if wrong > TOLERANCE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
-                    nats = [t[:1].tolist() for t in (stated, known.log_det)]
-                    report.bug(
-                        "logdet_mismatch",
-                        what=what,
-                        when=self.when,
-                        stated=nats[0],
-                        log_det=nats[1],
-                    )
-        if "own" in self.when:
-            report.details.setdefault("conditions", {})[name] = condition
-            report.details.setdefault("round_trips", {})[name] = _row_distance(ways.again, x)
+        what, known, condition = layer.what, layer.known, layer.condition
+        if known is None:
+            yield Skipped(f"the log-determinant of {what}: {layer.x[0].numel()} elements")
+        else:
+            stated = layer.ways.forward[: len(known.log_det)]
+            wrong = float(((stated - known.log_det) / (1 + known.log_det.abs())).abs().max())
+            if wrong > TOLERANCE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
+                nats = [t[:1].tolist() for t in (stated, known.log_det)]
+                yield bug("logdet_mismatch", what=what, when=self.when, stated=nats[0],
+                          log_det=nats[1])  # fmt: skip
         rounding = ROUNDING * (condition if math.isfinite(condition) else 1e6)
-        self.agree(what, ways, x, rounding + TOLERANCE, rounding + 1e-6)
+        fault = self.fault(what, layer.ways, layer.x, rounding + TOLERANCE, rounding + 1e-6)
+        if fault is not None:
+            yield fault
 
-    def check_kl(self, name: str, q: Distribution, p: Distribution) -> None:
+    def check_kl(self, name: str, q: Distribution, p: Distribution) -> Iterator[Outcome]:
         """Check a closed-form KL against the mean of log q - log p over draws."""
         closed, draws = closed_kl(q, p), []
         if closed is None:
-            self.report.checked.append(f"the KL of {name} has no closed form, and is sampled")
+            yield Passed(f"the KL of {name} has no closed form, and is sampled")
             return
         for _ in range(40):
             z = q.sample(torch.Size([100]))
@@ -214,11 +250,9 @@ class _Laws:
         mean, error = terms.mean(0), terms.std(0) / math.sqrt(len(terms))
         limit = 1.3 * STANDARD_ERRORS * error + 1e-9 * (1 + closed.abs())
         if ((mean - closed).abs() > limit).any() or (closed < -1e-9).any():
-            self.report.bug(
-                "kl_mismatch", "model",
-                name=name, when=self.when, formula=closed[0], draws=mean[0], error=error[0],
-            )  # fmt: skip
-        self.report.checked.append(f"the KL of {name} against {len(terms)} draws, {self.when}")
+            yield bug("kl_mismatch", "model", name=name, when=self.when, formula=closed[0],
+                      draws=mean[0], error=error[0])  # fmt: skip
+        yield Passed(f"the KL of {name} against {len(terms)} draws, {self.when}")
 
 
 def _row_distance(again: Tensor, x: Tensor) -> float:
@@ -227,48 +261,48 @@ def _row_distance(again: Tensor, x: Tensor) -> float:
     return distance(again.nan_to_num(), x.nan_to_num()) if same else math.inf
 
 
-def _check_levels(report: ReportBuilder, model: Model) -> None:
+def _check_levels(model: Model) -> Iterator[Outcome]:
     """Whether data are dequantized with as many levels as they have."""
     bits = model.config.get("options", {}).get("bits")
     for layer in model.modules():
         if bits is not None and isinstance(layer, Dequantize) and layer.levels != 2**bits:
-            report.bug("dequantisation", "levels", bits=bits, levels=layer.levels)
+            yield bug("dequantisation", "levels", bits=bits, levels=layer.levels)
+
+
+def _conditions(found: Iterable[Outcome]) -> dict[str, float]:
+    """The condition numbers of layers, as far as they are known."""
+    facts = (o.details.get("conditions", {}) for o in found if isinstance(o, Facts))
+    return {k: v for conditions in facts for k, v in conditions.items() if math.isfinite(v)}
 
 
 def _check_single_precision(
-    report: ReportBuilder, model: Model, x: Tensor, context: Context
-) -> None:
-    """The error of encoding and decoding in float32, for flows."""
-    if not model.is_flow:
-        return
+    model: Model, x: Tensor, context: Context, conditions: dict[str, float]
+) -> Iterator[Outcome]:
+    """The error of encoding and decoding in float32."""
     single = copy.deepcopy(model).float().eval()
     ways = both_ways_of_model(single, x.float(), contexts.apply(Tensor.float, context))
     error = _row_distance(ways.again, x)
-    report.details["round_trip_float32"] = error
+    yield Facts(details={"round_trip_float32": error})
     if error > LOST:
-        conditions = report.details.get("conditions", {})
-        known = {k: v for k, v in conditions.items() if math.isfinite(v)} or {"?": math.nan}
-        worst = max(known, key=known.__getitem__)
-        report.warn(
-            "ill_conditioned", "round_trip", error=error, condition=known[worst], layer=worst
-        )
+        known = conditions or {"?": math.nan}
+        layer = max(known, key=known.__getitem__)
+        yield warning("ill_conditioned", "round_trip", error=error, condition=known[layer],
+                      layer=layer)  # fmt: skip
     else:
-        report.checked.append(f"the round trip of x in float32: off by {error:.1g}")
+        yield Passed(f"the round trip of x in float32: off by {error:.1g}")
 
 
 # --- the effect of training --------------------------------------------------------------------
 
 
-def _check_training(report: ReportBuilder, model: Model, x: Tensor, context: Context) -> None:
+def _check_training(model: Model, x: Tensor, context: Context) -> Iterator[Outcome]:
     names = model.site_names()
     for name, share in saturation(model, x, context).items():
         if share is None:
-            report.unchecked.append(
-                f"the scales of {name}: it has no emitters() that the pass ran"
-            )
+            yield Skipped(f"the scales of {name}: it has no emitters() that the pass ran")
         elif share > SATURATED:
-            report.warn("saturated_units", name=name, share=share)
-    trace = Recorder(closed_form=True)
+            yield warning("saturated_units", name=name, share=share)
+    trace, carried = Recorder(closed_form=True), dict[str, list[float]]()
     model.infer(model.floating(x), trace, context)
     for site in model.latents():
         p, q, name = trace.ps.get(site), trace.qs.get(site), names[site]
@@ -277,43 +311,42 @@ def _check_training(report: ReportBuilder, model: Model, x: Tensor, context: Con
         if site in trace.paired and isinstance(q, DiagonalGaussian):
             units = (DiagonalGaussian(dist.mean, dist.log_std, 0) for dist in (q, p))
             nats = kl_divergence(*units).mean(0).flatten().double()
-            report.details.setdefault("nats", {})[name] = nats[:256].tolist()
-            _check_nats(report, name, nats)
+            carried[name] = nats[:256].tolist()
+            yield from _check_nats(name, nats)
         noise = p.whiten(trace.values[site]).flatten(1).double()
         if len(noise) >= 32 and site not in trace.paired:
-            _check_calibration(report, name, noise)
+            yield from _check_calibration(name, noise)
         elif len(noise) >= 32 and not p.batch_shape:
-            _check_aggregate(report, name, noise)
-    report.checked.append(f"the latents of {len(x)} examples")
+            yield from _check_aggregate(name, noise)
+    if carried:
+        yield Facts(details={"nats": carried})
+    yield Passed(f"the latents of {len(x)} examples")
 
 
-def _check_nats(report: ReportBuilder, name: str, nats: Tensor) -> None:
+def _check_nats(name: str, nats: Tensor) -> Iterator[Outcome]:
     """Whether a latent, and each of its units, carries anything on average over the data."""
     dead, total = int((nats < ACTIVE).sum()), float(nats.sum())
     if total < COLLAPSED:
-        report.warn("posterior_collapse", name=name, nats=total)
+        yield warning("posterior_collapse", name=name, nats=total)
     elif dead:
-        report.warn("dead_units", name=name, dead=dead, units=len(nats), active=ACTIVE)
+        yield warning("dead_units", name=name, dead=dead, units=len(nats), active=ACTIVE)
 
 
-def _check_aggregate(report: ReportBuilder, name: str, noise: Tensor) -> None:
+def _check_aggregate(name: str, noise: Tensor) -> Iterator[Outcome]:
     """The moments of the aggregate posterior, in units of the prior's."""
     error = STANDARD_ERRORS / math.sqrt(len(noise))
     mean, var = noise.mean(0), noise.var(0)
     least, most = 0.5 * (1 - min(0.9, 1.5 * error)), 2 * (1 + 1.5 * error)
     far = int(((mean.abs() > 0.5 + error) | (var > most) | (var < least)).sum())
     if far:
-        report.warn(
-            "aggregate_prior",
-            name=name, far=far, units=len(mean), mean=mean.abs().max(), least=var.min(),
-            most=var.max(),
-        )  # fmt: skip
+        yield warning("aggregate_prior", name=name, far=far, units=len(mean),
+                      mean=mean.abs().max(), least=var.min(), most=var.max())  # fmt: skip
 
 
-def _check_calibration(report: ReportBuilder, name: str, noise: Tensor) -> None:
+def _check_calibration(name: str, noise: Tensor) -> Iterator[Outcome]:
     """Whether the whitened latents of data have the moments of noise."""
     means = noise.mean(1), noise.square().mean(1)  # of one example: independent of the others
     errors = [STANDARD_ERRORS * float(m.std()) / math.sqrt(len(noise)) for m in means]
     mean, scale = (float(m.mean()) for m in means)
     if abs(mean) > 0.25 + errors[0] or abs(scale - 1) > 0.25 + errors[1]:
-        report.warn("miscalibrated", name=name, mean=mean, mean_square=scale)
+        yield warning("miscalibrated", name=name, mean=mean, mean_square=scale)

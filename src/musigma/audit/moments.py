@@ -7,15 +7,16 @@ Every decision is made at the level `LEVEL` for a whole check of any number of c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from musigma.audit.findings import AuditError, AuditReport, ReportBuilder
-from musigma.audit.sandbox import Sandbox, by_float_type
+from musigma.audit.findings import AuditError, AuditReport, Outcome, Passed, bug
+from musigma.audit.sandbox import FLOATS, Sandbox, first_form
 
 __all__ = ["audit_aggregate", "moments_differ"]
 
@@ -112,7 +113,7 @@ def audit_aggregate(
             claimed, z = (sandbox.as_tensor(name, value) for name, value in values)
             return claimed, z
 
-    claimed, z = by_float_type(called)
+    _, (claimed, z) = first_form(product(FLOATS), called)
     z = z.flatten(1) if z.ndim > 1 else z[:, None]
     d = z.shape[1]
     if claimed.ndim == 1 and len(claimed) == d:
@@ -122,16 +123,19 @@ def audit_aggregate(
             f"covariance: expected shape ({d}, {d}), as sample returns {d} numbers a draw; got "
             f"{tuple(claimed.shape)}"
         )
-    report = ReportBuilder("aggregate posterior")
+    return AuditReport.of("aggregate posterior", _check_covariance(z, claimed))
+
+
+def _check_covariance(z: Tensor, claimed: Tensor) -> Iterator[Outcome]:
+    """Compare the covariance of draws (n, D) with a claimed one (D, D)."""
     if not (z.isfinite().all() and claimed.isfinite().all()):
-        report.bug("not_finite", "aggregate")
-        return report.build()
+        yield bug("not_finite", "aggregate")
+        return
     excess = min(_covariance_differs(half, claimed)[0] for half in z.tensor_split(2))
     sampled = _covariance_differs(z, claimed)[1]
     scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
     off, n = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max()), len(z)
-    report.checked.append(f"covariance of {n} draws: off by at most {off:.3g}, as a correlation")
+    yield Passed(f"covariance of {n} draws: off by at most {off:.3g}, as a correlation")
     if excess > 1:
         both: Any = {"sampled": sampled.tolist(), "claimed": claimed.tolist()}
-        report.bug("aggregate_cov", draws=n, off=off, over_limit=excess, **both)
-    return report.build()
+        yield bug("aggregate_cov", draws=n, off=off, over_limit=excess, **both)

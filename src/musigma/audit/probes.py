@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from musigma.audit.graph import Graph
 from musigma.audit.latents import Latent
 
-__all__ = ["Over", "Prober", "Probes", "gradient", "moments", "packing", "patterns"]
+__all__ = [
+    "OfLatent", "Over", "Prober", "Probes", "each", "gradient", "moments", "packing", "patterns",
+]  # fmt: skip
 
 TRIALS = 7
 MOST_COLUMNS = 64  # of a covariance
@@ -262,6 +265,33 @@ class Prober:
         return Probes(loss, torch.stack(self.moments, 1), torch.stack(flat), values)
 
 
+def each(fn: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """A function of one point, at each of several."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operations that vmap does one by one
+        try:
+            return torch.vmap(fn, chunk_size=1024)(points).detach()
+        except (RuntimeError, NotImplementedError):  # an operation that vmap does not know
+            return torch.stack([fn(p).detach() for p in points])
+
+
+@dataclass
+class OfLatent:
+    """What is looked at with a latent whose heads are moved."""
+
+    prober: Prober
+
+    @property
+    def graph(self) -> Graph:
+        """The recorded step."""
+        return self.prober.graph
+
+    @property
+    def latent(self) -> Latent:
+        """The latent."""
+        return self.prober.latent
+
+
 def gradient(value: Tensor, place: Over) -> Tensor:
     """The gradient in all heads, as one row."""
     leaves = list(place.values())
@@ -272,9 +302,9 @@ def gradient(value: Tensor, place: Over) -> Tensor:
     return torch.cat([p.reshape(-1).double() for p in parts])
 
 
-def packing(graph: Graph, latent: Latent) -> str | None:
+def packing(prober: Prober) -> str | None:
     """The layout of an output that holds means and scales, such as "halves, mean first"."""
-    prober = Prober(graph, latent)
+    graph, latent = prober.graph, prober.latent
     if len(latent.heads) != 1 or not latent.diagonal or not prober.usable:
         return None
     moves = (torch.stack(prober.moments, 1).abs() > 1e-14).any(1)

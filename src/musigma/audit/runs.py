@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,12 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musigma.audit.findings import AuditError, ReportBuilder
+from musigma.audit.findings import (
+    Assumed,
+    AuditError,
+    Missing,
+    Note,
+    Outcome,
+    Skipped,
+    bug,
+    warning,
+)
 from musigma.audit.graph import Graph, Origin, Ref
 from musigma.audit.record import record
 from musigma.audit.sandbox import Sandbox
 
-__all__ = ["Run", "Runner", "at", "short_place"]
+__all__ = ["Run", "Runner", "at", "short_place", "unexamined"]
 
 LOSS_KEYS = ("loss", "total_loss", "loss_total", "nelbo", "neg_elbo", "elbo")
 
@@ -28,11 +38,13 @@ class Run:
         graph: The recorded step.
         loss: The number of its loss.
         differentiable: Whether what the step returned requires a gradient.
+        notes: What was assumed of it.
     """
 
     graph: Graph
     loss: int
     differentiable: bool = True
+    notes: tuple[Note, ...] = ()
 
     @property
     def operations(self) -> list[str]:
@@ -41,36 +53,44 @@ class Run:
 
 
 class Runner:
-    """Runs a step, and says in a report what stops it.
+    """Runs a step.
 
     Args:
-        audit: The report.
         sandbox: Restores the modules of the step.
         step: The step.
     """
 
-    def __init__(self, audit: ReportBuilder, sandbox: Sandbox, step: Callable[[], Any]):
-        self.audit, self.sandbox, self.step = audit, sandbox, step
+    def __init__(self, sandbox: Sandbox, step: Callable[[], Any]):
+        self.sandbox, self.step = sandbox, step
+        importlib.import_module("torch._dynamo")  # a recording would, in the time of a call
 
-    def first(self) -> Run | None:
-        """The first run; None, and a line in `missing`, if it has no loss that can be examined."""
-        run = self._run(self.audit, 0)
-        if run is None or not _usable(self.audit, run):
-            return None
-        second = self._run(ReportBuilder(""), 1)
-        if second is not None and second.operations != run.operations:
+    def first(self) -> tuple[Run | None, list[Outcome]]:
+        """The first run, None if it has no loss that can be examined; and what is said of it."""
+        run = self._run(0)
+        if isinstance(run, Missing):
+            return None, [run]
+        found: list[Outcome] = [*run.notes]
+        if run.graph.hosts:
+            hosts = " and ".join(run.graph.hosts)
+            found.append(Skipped(f"random numbers of {hosts}: they are constants to the audit"))
+        if useless := _useless(run):
+            return None, found + useless
+        if not run.differentiable:
+            why = "nothing in the loss requires one; the step runs under no_grad(), or on detached"
+            found.append(Missing(f"the gradient: {why} tensors"))
+        second = self._run(1)
+        if isinstance(second, Missing):
+            return run, [*found, Missing("a second run of the step: it fails, or returns no loss")]
+        if second.operations != run.operations:
             run = self.again() or run  # what the first run computed may be kept by the step
-        if second is None:
-            self.audit.missing.append("a second run of the step: it fails, or returns no loss")
-        else:
-            self._compare(run, second)
-        return run
+        return run, [*found, *self._compare(run, second)]
 
     def again(self) -> Run | None:
         """A run with the seed of the first, for a step whose data were changed."""
-        return self._run(ReportBuilder(""), 0)
+        run = self._run(0)
+        return run if isinstance(run, Run) else None
 
-    def _run(self, audit: ReportBuilder, seed: int, times: int = 1) -> Run | None:
+    def _run(self, seed: int, times: int = 1) -> Run | Missing:
         """A recorded run: the last of several, with what the step changes restored after it."""
         undo = self.sandbox.snapshot()
         try:
@@ -81,16 +101,11 @@ class Runner:
                 "step", lambda: record(self.step, seed=seed, sandbox=self.sandbox)
             )
         except AuditError as error:
-            audit.missing.append(f"the loss: {error}{_raised_at(error)}")
-            return None
+            return Missing(f"the loss: {error}{_raised_at(error)}")
         finally:
             undo()
         graph.demote_constants()
-        if graph.hosts:
-            audit.unchecked.append(
-                f"random numbers of {' and '.join(graph.hosts)}: they are constants to the audit"
-            )
-        return _find_loss(audit, graph)
+        return _find_loss(graph)
 
     def _leave_zero(self) -> None:
         """Give small numbers to parameters that start at zero, as these may hide a fault."""
@@ -99,18 +114,18 @@ class Runner:
             if p.numel() > 1 and not p.any():
                 p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
 
-    def _compare(self, a: Run, b: Run) -> None:
-        """Note if the second run, under another seed, is not the first with other draws."""
+    def _compare(self, a: Run, b: Run) -> Iterator[Outcome]:
+        """Whether the second run, under another seed, is the first with other draws."""
         fixed = _fixed_draws(a.graph, b.graph)
         if fixed:  # a generator of the step's own, which was restored between the runs
-            later = self._run(ReportBuilder(""), 1, times=2)
-            fixed = [] if later is None else _fixed_draws(a.graph, later.graph)
+            later = self._run(1, times=2)
+            fixed = [] if isinstance(later, Missing) else _fixed_draws(a.graph, later.graph)
         if fixed:
-            self.audit.missing.append(
+            yield Missing(
                 f"the noise: a draw{at(a.graph.where(fixed[0]))} is the same in two runs under "
                 "different seeds; draw it without a fixed seed"
             )
-        _compare_runs(self.audit, a, b)
+        yield from _compare_runs(a, b)
 
 
 def _raised_at(error: BaseException) -> str:
@@ -136,6 +151,11 @@ def at(where: str) -> str:
     return f" ({short_place(where)})" if where else ""
 
 
+def unexamined(what: str, where: str, why: str) -> Missing:
+    """An essential part, on a line of code, that was not examined."""
+    return Missing(f"{what}{at(where)}: {why}")
+
+
 def _leaves(result: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """The entries of what a step returns, with their names."""
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
@@ -156,15 +176,13 @@ def _leaves(result: Any, name: str = "") -> Iterator[tuple[str, Any]]:
                 yield key, value
 
 
-def _find_loss(audit: ReportBuilder, graph: Graph) -> Run | None:
-    """The run with its loss; None, and a line in `missing`, if there is none."""
+def _find_loss(graph: Graph) -> Run | Missing:
+    """The run with its loss, if it has one."""
     if graph.backward_calls:
         called = list(dict.fromkeys(graph.backward_calls))
-        if len(called) > 1:
-            audit.assumed.append(
-                f"the step calls backward() on {len(called)} losses: their sum is audited"
-            )
-        return Run(graph, _scalar(graph, *called))
+        note = f"the step calls backward() on {len(called)} losses: their sum is audited"
+        notes = (Assumed(note),) if len(called) > 1 else ()
+        return Run(graph, _scalar(graph, *called), notes=notes)
     entries = list(_leaves(graph.result))
     tensors = [(name.lower(), t) for name, t in entries if isinstance(t, Tensor)]
     needs = any(t.requires_grad for _, t in tensors)
@@ -177,26 +195,25 @@ def _find_loss(audit: ReportBuilder, graph: Graph) -> Run | None:
     scalars = list(dict.fromkeys(i for _, i in known if graph[i].numel == 1 and graph[i].origin))
     above = {i: len(graph.upstream([i]).intersection(scalars)) for i in scalars}
     if len(scalars) > 1 and max(above.values()) > 1:
-        audit.assumed.append(
+        note = Assumed(
             f"of {len(scalars)} scalars that the step returns, the loss is the one that is "
             "computed from the others"
         )
-        return Run(graph, max(scalars, key=lambda i: above[i]), needs)
-    if len(scalars) > 1:
-        audit.assumed.append(
+        return Run(graph, max(scalars, key=lambda i: above[i]), needs, (note,))
+    if scalars:
+        note = Assumed(
             f"the step returns {len(scalars)} scalars, and none is computed from the others: "
             "their sum is audited; return what you call backward() on"
         )
-    if scalars:
-        return Run(graph, _scalar(graph, *scalars), needs)
+        return Run(graph, _scalar(graph, *scalars), needs, (note,) if len(scalars) > 1 else ())
     vectors = [i for _, i in known if graph[i].origin & Origin.PARAMETERS]
     column = [i for i in vectors if graph[i].numel == (graph[i].shape or (0,))[0]]
     if len(column) == 1 and len(known) == 1:
         shape = tuple(graph[column[0]].shape)
-        audit.assumed.append(f"the step returns a loss of shape {shape}: its mean is audited")
-        return Run(graph, graph.derive(lambda t: t.double().mean(), column, "mean"), needs)
-    audit.missing.append(f"the loss: {_no_loss(graph, entries)}")
-    return None
+        note = Assumed(f"the step returns a loss of shape {shape}: its mean is audited")
+        loss = graph.derive(lambda t: t.double().mean(), column, "mean")
+        return Run(graph, loss, needs, (note,))
+    return Missing(f"the loss: {_no_loss(graph, entries)}")
 
 
 def _no_loss(graph: Graph, entries: list[tuple[str, Any]]) -> str:
@@ -223,24 +240,19 @@ def _scalar(graph: Graph, *ids: int) -> int:
     return graph.derive(lambda *ts: sum(t.double().sum() for t in ts), ids, "add")  # pyright: ignore
 
 
-def _usable(audit: ReportBuilder, run: Run) -> bool:
-    """Whether the loss is finite, is computed from parameters, and is replayed correctly."""
+def _useless(run: Run) -> list[Outcome]:
+    """Why a loss cannot be examined: it is not finite, or computed from no parameters."""
     graph, loss = run.graph, run.loss
     value = graph.get(loss)
     if not graph[loss].origin & Origin.PARAMETERS:
-        audit.missing.append("the loss: it does not depend on any parameter")
-        return False
+        return [Missing("the loss: it does not depend on any parameter")]
     if not value.isfinite().all():
-        audit.bug("not_finite", "step", where=(where := _first_not_finite(graph, loss)),
-                  line=short_place(where))  # fmt: skip
-        audit.missing.append(f"the loss: it is {float(value)}{at(where)}")
-        return False
-    if not run.differentiable:
-        audit.missing.append(
-            "the gradient: nothing in the loss requires one; the step runs under no_grad(), or "
-            "on detached tensors"
-        )
-    return True
+        where = _first_not_finite(graph, loss)
+        return [
+            bug("not_finite", "step", where=where, line=short_place(where)),
+            Missing(f"the loss: it is {float(value)}{at(where)}"),
+        ]
+    return []
 
 
 def _first_not_finite(graph: Graph, loss: int) -> str:
@@ -272,28 +284,28 @@ def _elsewhere(a: Graph, b: Graph, draws: dict[int, Tensor]) -> dict[int, Tensor
     return found
 
 
-def _compare_runs(audit: ReportBuilder, first: Run, second: Run) -> None:
-    """Note if a second run, under another seed, is not the first with other draws."""
+def _compare_runs(first: Run, second: Run) -> Iterator[Outcome]:
+    """Whether a second run, under another seed, is the first with other draws."""
     a, loss, b, again = first.graph, first.loss, second.graph, second.loss
     live = a.upstream([loss])
     names = first.operations, second.operations
     if names[0] != names[1]:
         i = next((k for k, (x, y) in enumerate(zip(*names, strict=False)) if x != y), -1)
-        audit.missing.append(
+        yield Missing(
             "the step as one graph: it branches on its draws, as its operations differ between "
             f"two runs{at(a.nodes[i].where)}; it was audited as it ran"
         )
         return
     draws = {v.id: b.get(v.id) for v in a.draws()}
     if any(b[i].kind != a[i].kind or b[i].shape != a[i].shape for i in draws):
-        audit.missing.append("the step as one graph: its draws differ in shape between two runs")
+        yield Missing("the step as one graph: its draws differ in shape between two runs")
         return
     other = b.get(again)
     moved = _elsewhere(a, b, draws)
     value = a.value(draws | moved, loss)
     if float((value - other).abs()) <= 1e-9 * (1 + float(other.abs())):
         if moved:
-            audit.assumed.append(
+            yield Assumed(
                 f"the step reads entries at random positions{at(a.where(min(moved)))}: it is "
                 "audited at those of one run"
             )
@@ -303,7 +315,7 @@ def _compare_runs(audit: ReportBuilder, first: Run, second: Run) -> None:
             continue
         for x, y in zip(node.flat, twin.flat, strict=True):
             if isinstance(x, float) and isinstance(y, float) and x != y:
-                audit.missing.append(
+                yield Missing(
                     f"a number that is computed outside torch, or by .item(), is {x:.6g} in one "
                     f"run and {y:.6g} in the next{at(node.where)}; its gradient is lost"
                 )
@@ -314,10 +326,10 @@ def _compare_runs(audit: ReportBuilder, first: Run, second: Run) -> None:
             continue
         if not torch.equal(v.leaf, w.leaf):
             where = a.where(v.id)
-            audit.missing.append(
+            yield Missing(
                 "a tensor that no operation of torch made differs between two runs"
                 f"{at(where)}: random numbers of NumPy or Python; draw noise with torch"
             )
-            audit.warn("host_random", "line", where=where, line=short_place(where))
+            yield warning("host_random", "line", where=where, line=short_place(where))
             return
-    audit.missing.append("the step as one graph: a replay differs from a second run")
+    yield Missing("the step as one graph: a replay differs from a second run")

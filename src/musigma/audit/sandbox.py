@@ -20,7 +20,7 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +29,17 @@ from torch import Tensor, nn
 from musigma.audit.findings import AuditError
 
 __all__ = [
+    "FLOATS",
     "Sandbox",
     "TooSlowError",
     "about_types",
     "arguments",
-    "by_float_type",
     "first",
     "first_form",
     "forward_hooks",
 ]
 
-T = TypeVar("T")
-
+FLOATS = torch.float64, torch.float32  # the types that are tried
 SECONDS = 20.0  # limit of one call
 DEPTH, MANY = 8, 20_000  # limits of the search for what a call may change
 ATOMS = (int, float, complex, str, bytes, type, types.ModuleType, type(None))
@@ -116,18 +115,6 @@ def about_types(error: AuditError) -> bool:
     return any(word in str(error) for word in words)
 
 
-def by_float_type(
-    attempt: Callable[[torch.dtype], T], retries: Callable[[AuditError], bool] = about_types
-) -> T:
-    """What an attempt in float64 returns; in float32, after an error that it `retries`."""
-    try:
-        return attempt(torch.float64)
-    except AuditError as error:
-        if not retries(error):
-            raise
-    return attempt(torch.float32)
-
-
 class Sandbox:
     """The modules that some callables use, in float64; restored to the bit when the block ends.
 
@@ -151,7 +138,6 @@ class Sandbox:
         modules = [thing for thing in found if isinstance(thing, nn.Module)]
         inner = {id(m) for root in modules for m in root.modules() if m is not root}
         self.modules = [module for module in modules if id(module) not in inner]
-        self.holders = [thing for thing in found if _plain_object(thing)]
         self.seconds, self.as_is = SECONDS if seconds is None else seconds, as_is
         self.dtype = torch.float64
         self.changed: set[tuple[str, int]] = set()  # arguments that calls changed in place

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
-from musigma.audit.graph import Graph
+from musigma.audit.findings import AuditError, AuditReport, Missing, Outcome, name_of, warning
+from musigma.audit.graph import Graph, Kind
 from musigma.audit.latents import find_latents, stray_draws
-from musigma.audit.runs import Run, Runner, at, short_place
+from musigma.audit.probes import Prober
+from musigma.audit.runs import Run, Runner, at, short_place, unexamined
 from musigma.audit.sandbox import Sandbox
-from musigma.audit.step_flow import judge_dequantization, judge_flow
-from musigma.audit.step_latent import judge_latent
+from musigma.audit.step_divergence import Subject
+from musigma.audit.step_flow import check_dequantization, check_flow
+from musigma.audit.step_latent import check_latent, find_divergence
 
-__all__ = ["StepAudit", "audit_step", "examine"]
+__all__ = ["audit_step", "examine"]
 
 PER_LINE = 32  # latents of one line of code that are examined
 SECONDS = 300.0
@@ -61,103 +64,76 @@ def audit_step(step: Callable[[], Any]) -> AuditReport:
     if not callable(step):
         raise AuditError(f"step: expected a callable without arguments; got {type(step).__name__}")
     with Sandbox(step, seconds=SECONDS, as_is=True) as sandbox:
-        return examine(step, sandbox, name_of(step)).build()
+        return AuditReport.of(name_of(step), examine(step, sandbox))
 
 
-def examine(step: Callable[[], Any], sandbox: Sandbox, subject: str) -> StepAudit:
-    """The audit of a step, before its report is built; the sandbox restores what it uses."""
-    audit = StepAudit(subject)
-    audit.runner = Runner(audit, sandbox, step)
+def examine(step: Callable[[], Any], sandbox: Sandbox) -> Iterator[Outcome]:
+    """What is found in a step; the sandbox restores what it uses."""
     try:
-        run = audit.runner.first()
+        runner = Runner(sandbox, step)
+        run, notes = runner.first()
+        yield from notes
         if run is not None:
-            audit.judge(run)
+            is_sure = not any(isinstance(note, Missing) for note in notes)
+            rest = {"run": run, "runner": runner, "is_sure": is_sure, "find": find_divergence}
+            yield from _check(run, functools.partial(Subject, **rest))
     except FAILURES as error:
-        audit.missing.append(_failed("the step", error))
-    return audit
+        yield Missing(_failed("the step", error))
 
 
-class StepAudit(ReportBuilder):
-    """The report of one step under construction.
-
-    Attributes:
-        graph: The recorded step.
-        loss: The number of the loss.
-        runner: Runs the step again.
-        differentiable: Whether what the step returned requires a gradient.
-        convention: The reading of the second output by the sampler.
-        read_as: The reading of it by the KL.
-        layout: The layout of a packed output.
-    """
-
-    graph: Graph
-    loss: int
-    runner: Runner
-    differentiable: bool
-
-    def __init__(self, subject: str):
-        super().__init__(subject)
-        self.convention: str | None = None
-        self.read_as: str | None = None
-        self.layout: str | None = None
-
-    def build(self, **more: Any) -> AuditReport:
-        """The report, with the convention."""
-        return super().build(
-            convention=self.convention, read_as=self.read_as, layout=self.layout, **more
-        )
-
-    def judge(self, run: Run) -> None:
-        """Examine all latents; of a step without any, the flow."""
-        self.graph, self.loss, self.differentiable = run.graph, run.loss, run.differentiable
-        graph, loss = run.graph, run.loss
-        judge_dequantization(self)
-        latents = find_latents(graph, loss)
-        for draw in stray_draws(graph, loss, latents):
-            self.missing.append(
-                f"a draw{at(graph.where(draw))}: it is scaled by what depends on parameters, but "
-                "is no part of mean + sigma * noise"
-            )
-        if not latents:
-            live = graph.upstream([loss])
-            if others := [v.id for v in graph.draws("other") if v.id in live]:
-                lines = ", ".join(dict.fromkeys(short_place(graph.where(i)) for i in others[:3]))
-                self.missing.append(
-                    f"the KL: z is drawn by another law than the Gaussian ({lines}), as a gamma "
-                    "or a categorical distribution, and its divergence is not examined"
-                )
-            elif not judge_flow(self):
-                self.missing.append(_no_latent(graph, loss))
-                if graph.hosts:
-                    self.warn("host_random", source=" and ".join(graph.hosts))
-            return
-        lines = Counter(latent.where for latent in latents)
-        for where, count in lines.items():
-            for latent in [latent for latent in latents if latent.where == where][:PER_LINE]:
-                try:
-                    judge_latent(self, latent, latents)
-                except FAILURES as error:
-                    self.missing.append(_failed(f"the KL of z{at(where)}", error))
-            if count > PER_LINE:
-                self.missing.append(
-                    f"the KL of {count - PER_LINE} further draws{at(where)}: only the first "
-                    f"{PER_LINE} of a line are examined; audit a shorter sequence"
-                )
+def _check(run: Run, subject: Callable[..., Subject]) -> Iterator[Outcome]:
+    """Examine all latents; of a step without any, the flow."""
+    graph, loss = run.graph, run.loss
+    yield from check_dequantization(graph, loss)
+    latents = find_latents(graph, loss)
+    for draw in stray_draws(graph, loss, latents):
+        why = "it is scaled by what depends on parameters, but is no part of mean + sigma * noise"
+        yield unexamined("a draw", graph.where(draw), why)
+    if not latents:
+        others = _check_other_laws(graph, loss)
+        yield from others or check_flow(graph, loss) or _no_latent(graph, loss)
+    lines = Counter(latent.where for latent in latents)
+    for where, count in lines.items():
+        for latent in [latent for latent in latents if latent.where == where][:PER_LINE]:
+            try:
+                yield from check_latent(subject(Prober(graph, latent), latents))
+            except FAILURES as error:
+                yield Missing(_failed(f"the KL of z{at(where)}", error))
+        if count > PER_LINE:
+            yield unexamined(
+                f"the KL of {count - PER_LINE} further draws", where, f"only the first {PER_LINE} "
+                "of a line are examined; audit a shorter sequence",
+            )  # fmt: skip
 
 
-# --- latents ------------------------------------------------------------------------------------
-
-
-def _no_latent(graph: Graph, loss: int) -> str:
+def _lines_of_draws(graph: Graph, loss: int, *kinds: Kind) -> str:
+    """The first lines with draws that a loss depends on; "" if there are none."""
     live = graph.upstream([loss])
-    draws = [v for v in graph.draws("gaussian", "random") if v.id in live]
-    if not draws:
-        return (
-            "the KL: the loss depends on no random draw, and is not the likelihood of a flow: an "
+    draws = [v.id for v in graph.draws(*kinds) if v.id in live]
+    return ", ".join(dict.fromkeys(short_place(graph.where(i)) for i in draws[:3]))
+
+
+def _check_other_laws(graph: Graph, loss: int) -> list[Outcome]:
+    """What is said of a latent by another law than the Gaussian; nothing if there is none."""
+    lines = _lines_of_draws(graph, loss, "other")
+    why = (
+        f"the KL: z is drawn by another law than the Gaussian ({lines}), as a gamma or a "
+        "categorical distribution, and its divergence is not examined"
+    )
+    return [Missing(why)] if lines else []
+
+
+def _no_latent(graph: Graph, loss: int) -> Iterator[Outcome]:
+    if lines := _lines_of_draws(graph, loss, "gaussian", "random"):
+        why = (
+            f"no draw of the step ({lines}) is Gaussian noise in mean + sigma * noise, with "
+            "a mean that depends on parameters"
+        )
+    else:
+        why = (
+            "the loss depends on no random draw, and is not the likelihood of a flow: an "
             "autoencoder, or a VAE in evaluation mode"
         )
-    lines = ", ".join(dict.fromkeys(short_place(graph.where(v.id)) for v in draws[:3]))
-    return (
-        f"the KL: no draw of the step ({lines}) is Gaussian noise in mean + sigma * noise, with "
-        "a mean that depends on parameters"
-    )
+    yield Missing(f"the KL: {why}")
+    if graph.hosts:
+        yield warning("host_random", source=" and ".join(graph.hosts))

@@ -1,25 +1,23 @@
-"""What a loss may have of a latent's divergence; each kind reports itself."""
+"""What a loss may have of a latent's divergence, and the checks of each kind."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from musigma.audit.graph import Graph
+from musigma.audit.findings import Assumed, Facts, Finding, Outcome, Passed, Skipped, bug, warning
 from musigma.audit.latents import Latent, find_latents, holds, meetings
-from musigma.audit.probes import Prober, gradient
-from musigma.audit.runs import at
-from musigma.audit.scales import READINGS
-from musigma.audit.step_kl import NEAR, View, sampled_scale, terms
+from musigma.audit.probes import OfLatent, Prober, gradient
+from musigma.audit.runs import Run, Runner, at, unexamined
+from musigma.audit.scales import READINGS, Curve
+from musigma.audit.step_kl import NEAR, View, terms
 from musigma.audit.step_posterior_flow import (
-    judge_dequantized_flow,
-    judge_posterior_flow,
+    check_dequantized_flow,
+    check_posterior_flow,
     layers_before_prior,
 )
 from musigma.audit.step_prior import (
@@ -36,9 +34,6 @@ from musigma.audit.step_weight import (
     slope_in_log_weights,
 )
 
-if TYPE_CHECKING:
-    from musigma.audit.step import StepAudit
-
 __all__ = [
     "KL",
     "Absent",
@@ -46,7 +41,6 @@ __all__ = [
     "Divergence",
     "FunctionOfKL",
     "KLInLogWeights",
-    "MutedKL",
     "Negative",
     "OtherPrior",
     "Subject",
@@ -59,28 +53,46 @@ SLIPS = tuple(0.5 - 0.5 * math.log(d) - 0.5 / d for d in (0.5, 2.0))  # log sigm
 
 
 @dataclass
-class Subject:
-    """A latent of a step, and the report on it."""
+class Subject(OfLatent):
+    """A latent of a step.
 
-    audit: StepAudit
-    latent: Latent
+    Args:
+        prober: Moves the heads of the latent.
+        latents: All latents of the step.
+        run: The recorded step.
+        runner: Runs it again.
+        is_sure: Another run of it was the same but for its draws.
+        find: Finds the divergence of a latent in a loss.
+        curve: Sigma of what is sampled, as a function of a head.
+    """
+
     latents: list[Latent]
-    find: Callable[[Graph, Latent, list[Latent], int], Divergence]
-    reading: str | None = None  # of the second head by the sampler
-
-    @property
-    def graph(self) -> Graph:
-        """The recorded step."""
-        return self.audit.graph
+    run: Run
+    runner: Runner
+    is_sure: bool
+    find: Callable[[Prober, list[Latent], int], Divergence]
+    curve: Curve | None = None
 
     @property
     def loss(self) -> int:
         """The number of the loss."""
-        return self.audit.loss
+        return self.run.loss
 
-    def missing(self, what: str, where: str, why: str) -> None:
-        """Say that an essential part was not examined."""
-        self.audit.missing.append(f"{what}{at(where)}: {why}")
+    @property
+    def reading(self) -> str | None:
+        """How the sampler reads the second head; None if it has no name."""
+        if not self.latent.diagonal:
+            return "full covariance"
+        return self.curve.name if self.curve is not None and self.curve.named else None
+
+    def flow(self, view: View) -> list[Outcome]:
+        """What is said of a flow between the draw and the prior; nothing if there is none."""
+        return check_posterior_flow(self.prober, self.loss, view) if self.is_alone else []
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the step has no other latent."""
+        return len(self.latents) == 1
 
 
 @dataclass
@@ -101,74 +113,74 @@ class Divergence:
         """The line of the KL."""
         return self.view.where
 
-    def report(self, on: Subject) -> None:
-        """Say what it is."""
+    def check(self, on: Subject) -> Iterator[Outcome]:
+        """Compare it with what the loss should have."""
         raise NotImplementedError
 
-    def stopped(self, on: Subject, prober: Prober) -> Tensor:
+    def stopped(self, on: Subject) -> Tensor:
         """The entries of the heads that its gradient should reach, and does not."""
-        return torch.zeros(prober.moments[0].shape[1], dtype=torch.bool)
+        return torch.zeros(on.prober.moments[0].shape[1], dtype=torch.bool)
 
 
 class KL(Divergence):
     """A KL divergence to Gaussians."""
 
-    def report(self, on: Subject) -> None:
-        audit, latent, fit = on.audit, on.latent, self.view.fit
-        if _tied(on.graph, latent):
-            audit.bug("heads_tied", "step", where=latent.where)
+    def check(self, on: Subject) -> Iterator[Outcome]:
+        latent, fit = on.latent, self.view.fit
+        if _tied(on.prober):
+            yield bug("heads_tied", "step", where=latent.where)
             return
         if latent.uniform:
-            audit.bug("noise_not_gaussian", "step", where=latent.where)
+            yield bug("noise_not_gaussian", "step", where=latent.where)
             return
-        audit.read_as = audit.read_as or on.reading
-        if layers_before_prior(on.graph, latent, on.latents, on.loss):
-            if not judge_posterior_flow(audit, latent, on.latents, self.view):
-                on.missing("the prior of z", latent.where, "the loss depends on z by layers, but "
+        yield Facts(read_as=on.reading)
+        if on.is_alone and layers_before_prior(on.prober, on.loss):
+            yield from on.flow(self.view) or [
+                unexamined("the prior of z", latent.where, "the loss depends on z by layers, but "
                            "not by what is compared with data; this is not the log-determinant of "
-                           "a flow that is understood")  # fmt: skip
+                           "a flow that is understood")
+            ]  # fmt: skip
             return
         if not fit.scale.numel() and (read := self._reading_unused(on)):
-            audit.bug("kl_mismatch", "step unused", where=self.where, read=read)
+            yield bug("kl_mismatch", "step unused", where=self.where, read=read)
             return
-        offset = kl_offset(on.graph, latent, self.view)
+        offset = kl_offset(self.view)
         steady = _steady(*fit.prior)
         prior = "N(0, 1)" if fit.is_standard else _name_of_prior(*fit.prior)
         if self._is_slip(offset):
             std = float(fit.prior[1][0])
-            audit.bug("kl_mismatch", "step factor", where=self.where, std=std, variance=std**2)
+            yield bug("kl_mismatch", "step factor", where=self.where, std=std, variance=std**2)
             return
         if offset is not None and not steady and min(abs(offset - o) for o in SLIPS) < 1e-5:
-            audit.bug("kl_mismatch", "step logarithm", where=self.where)
+            yield bug("kl_mismatch", "step logarithm", where=self.where)
             return
-        error = None
-        if not fit.is_standard:
-            error = prior_error(on.graph, latent, self.view.target, self.view)
+        error = None if fit.is_standard else prior_error(self.view)
         if error is not None and error.size > NEAR and error.of_width:
-            audit.bug("kl_mismatch", "step width", where=self.where)
+            yield bug("kl_mismatch", "step width", where=self.where)
             return
         if error is not None and error.size > NEAR:
-            on.missing("the prior of the KL", self.where, "when its own mean and scale are moved, "
-                       f"the loss is off by {error.size:.2g} of the change of a KL: the prior may "
-                       "be a mixture, or be used elsewhere too")  # fmt: skip
+            yield unexamined("the prior of the KL", self.where, "when its own mean and scale are "
+                             f"moved, the loss is off by {error.size:.2g} of the change of a KL: "
+                             "the prior may be a mixture, or be used elsewhere too")  # fmt: skip
             return
-        if audit.differentiable and is_stopped_in_part(on.graph, latent, self.view):
-            on.missing("the gradient of the KL", self.where, "a part of it does not reach the "
-                       "prior's own mean and width; a stop that is meant, or a fault")  # fmt: skip
+        if on.run.differentiable and is_stopped_in_part(self.view):
+            yield unexamined("the gradient of the KL", self.where, "a part of it does not reach "
+                             "the prior's own mean and width; a stop that is meant, or a "
+                             "fault")  # fmt: skip
         moved = "" if error is None else ", in which the loss is that KL as well"
         how = "by draws" if self.view.by_draws else "in closed form"
-        audit.checked.append(
+        yield Passed(
             f"KL ({how}) of what is sampled to {prior}{moved}{at(self.where)}{self.of_what}"
         )
-        self.compare_value(on, offset)
-        self.compare_weight(on)
+        yield from self.check_value(on, offset)
+        yield from self.check_weight(on)
 
     of_what = ""
 
     def _reading_unused(self, on: Subject) -> str | None:
         """The reading of an output that no draw uses, where sigma is a constant."""
         view = self.view
-        for i in prior_heads(on.graph, on.latent, on.loss, view):
+        for i in prior_heads(view):
             unused = not any(latent.z in on.graph.downstream([i]) for latent in on.latents)
             prober = Prober(on.graph, on.latent, (*view.heads, i))
             if unused and prober.usable:
@@ -188,19 +200,22 @@ class KL(Divergence):
             and (offset is None or abs(offset) > NEAR)
         )
 
-    def compare_value(self, on: Subject, offset: float | None) -> None:
+    def check_value(self, on: Subject, offset: float | None) -> Iterator[Outcome]:
+        """Compare its value where the posterior is the prior with zero."""
         if offset is None or abs(offset) <= NEAR:
             return
         if self.view.passes("abs"):
-            on.audit.warn("kl_capacity", "step", where=self.where)
-        elif not (self.view.by_draws and _normalized(on, self, gaussian=True)):
-            on.audit.warn("kl_offset", "step", where=self.where, offset=offset)
+            yield warning("kl_capacity", "step", where=self.where)
+        else:
+            found = _check_normalizer(on, self, gaussian=True) if self.view.by_draws else []
+            yield from found or [warning("kl_offset", "step", where=self.where, offset=offset)]
 
-    def compare_weight(self, on: Subject) -> None:
-        _weigh(on, self)
+    def check_weight(self, on: Subject) -> Iterator[Outcome]:
+        """Compare its weight with that of the reconstruction."""
+        return _check_weight(on, self)
 
-    def stopped(self, on: Subject, prober: Prober) -> Tensor:
-        return prober.stopped(on.loss, self.view.held, torch.sum, self.view.by_draws)
+    def stopped(self, on: Subject) -> Tensor:
+        return on.prober.stopped(on.loss, self.view.held, torch.sum, self.view.by_draws)
 
 
 class KLInLogWeights(KL):
@@ -208,88 +223,74 @@ class KLInLogWeights(KL):
 
     of_what = ", in the log weights of an importance-weighted bound"
 
-    def compare_value(self, on: Subject, offset: float | None) -> None:
+    def check_value(self, on: Subject, offset: float | None) -> Iterator[Outcome]:
         fault = mixed_examples(on.graph, on.latents, on.loss)
         if fault is not None:
-            on.missing("the importance weights", fault,
-                       "their log-sum-exp is over the examples as well")  # fmt: skip
+            why = "their log-sum-exp is over the examples as well"
+            yield unexamined("the importance weights", fault, why)
 
-    def compare_weight(self, on: Subject) -> None:
+    def check_weight(self, on: Subject) -> Iterator[Outcome]:
         log_w = self.view.target
-        if not on.audit.differentiable or on.graph[log_w].numel == 1:
+        if not on.run.differentiable or on.graph[log_w].numel == 1:
             return
         slope = slope_in_log_weights(on.graph, on.latent, on.loss, log_w)
         if slope == "undetached":
-            on.audit.bug("iw_gradient", "step", where=self.where)
+            yield bug("iw_gradient", "step", where=self.where)
         elif slope is None:
-            on.missing("the importance weights", self.where, "the gradient that reaches the "
-                       "decoder is not that of an importance-weighted bound")  # fmt: skip
+            yield unexamined("the importance weights", self.where, "the gradient that reaches the "
+                             "decoder is not that of an importance-weighted bound")  # fmt: skip
 
-    def stopped(self, on: Subject, prober: Prober) -> Tensor:
-        return _cut_off(on, self, prober)
-
-
-class MutedKL(KL):
-    """A KL that is multiplied with zero."""
-
-    def compare_weight(self, on: Subject) -> None:
-        on.audit.warn("reduction_imbalance", "step muted", where=self.where, beta=0.0)
+    def stopped(self, on: Subject) -> Tensor:
+        return _cut_off(on, self)
 
 
 @dataclass
 class FunctionOfKL(KL):
-    """A function of a KL, by the `form` of its slope."""
+    """A function of a KL, such as zero times it, and the finding that says which."""
 
-    form: str = "other"
+    finding: Finding | None = None
     of_what = ", of which the loss is a function"
 
-    def compare_value(self, on: Subject, offset: float | None) -> None:
-        pass  # the function may shift it
+    def check_value(self, on: Subject, offset: float | None) -> Iterator[Outcome]:
+        yield from ()  # the function may shift it
 
-    def compare_weight(self, on: Subject) -> None:
-        if self.form == "capacity":
-            on.audit.warn("kl_capacity", "step", where=self.where)
-        elif self.form == "capped":
-            on.audit.bug("kl_constant", "step above", where=self.where)
-        elif self.form == "free bits":
-            on.audit.warn("free_bits", "step", where=self.where)
-        else:
-            on.audit.warn("kl_capacity", "function", where=self.where)
+    def check_weight(self, on: Subject) -> Iterator[Outcome]:
+        yield from [self.finding] if self.finding is not None else []
 
 
 class Constant(Divergence):
     """The loss does not depend on the heads, though a term of it was computed from them."""
 
-    def report(self, on: Subject) -> None:
-        on.audit.bug("kl_constant", "step", where=self.where)
+    def check(self, on: Subject) -> Iterator[Outcome]:
+        yield bug("kl_constant", "step", where=self.where)
 
 
 class Absent(Divergence):
     """The loss does not depend on the heads, but by the decoder."""
 
-    def report(self, on: Subject) -> None:
-        on.missing("the KL: the loss depends on mean and sigma of z", on.latent.where,
-                   "only by what is decoded from z")  # fmt: skip
+    def check(self, on: Subject) -> Iterator[Outcome]:
+        yield unexamined("the KL: the loss depends on mean and sigma of z", on.latent.where,
+                         "only by what is decoded from z")  # fmt: skip
 
 
 class OtherPrior(Divergence):
     """The entropy of q is right, and the prior is no Gaussian."""
 
-    def report(self, on: Subject) -> None:
-        audit, latent = on.audit, on.latent
-        audit.read_as = audit.read_as or on.reading
-        audit.checked.append(f"log q(z) in the loss is that of what is sampled{at(self.where)}")
-        known = (
-            judge_posterior_flow(audit, latent, on.latents, self.view)
-            or judge_dequantized_flow(audit, latent, self.weight / self.view.fit.copies)
-            or _normalized(on, self)
-        )
-        if not known:
-            on.missing("the prior of z", latent.where, "a function of z that is neither Gaussian, "
-                       "nor a product over latents, nor a mixture that is understood")  # fmt: skip
+    def check(self, on: Subject) -> Iterator[Outcome]:
+        weight = self.weight / self.view.fit.copies
+        yield Facts(read_as=on.reading)
+        yield Passed(f"log q(z) in the loss is that of what is sampled{at(self.where)}")
+        yield from (
+            on.flow(self.view)
+            or check_dequantized_flow(on.graph, on.loss, on.latent, weight)
+            or _check_normalizer(on, self)
+            or [unexamined("the prior of z", on.latent.where, "a function of z that is neither "
+                           "Gaussian, nor a product over latents, nor a mixture that is "
+                           "understood")]
+        )  # fmt: skip
 
-    def stopped(self, on: Subject, prober: Prober) -> Tensor:
-        return _cut_off(on, self, prober)
+    def stopped(self, on: Subject) -> Tensor:
+        return _cut_off(on, self)
 
 
 @dataclass
@@ -298,54 +299,52 @@ class Wrong(Divergence):
 
     read_as: str | None = None
 
-    def report(self, on: Subject) -> None:
-        audit, where, fit = on.audit, self.where, self.view.fit
-        if judge_posterior_flow(audit, on.latent, on.latents, self.view):
+    def check(self, on: Subject) -> Iterator[Outcome]:
+        where, fit, read = self.where, self.view.fit, self.read_as
+        if flow := on.flow(self.view):
+            yield from flow
             return
         if on.latent.uniform:
-            audit.bug("noise_not_gaussian", "step", where=on.latent.where)
+            yield bug("noise_not_gaussian", "step", where=on.latent.where)
             return
-        audit.read_as = self.read_as
-        curve = sampled_scale(on.graph, on.latent)
-        if self.read_as is not None and self.read_as != on.reading:
-            self._report_readings(on, on.reading or "unnamed")
-        elif self.read_as is not None and curve is not None and curve.is_bounded:
-            audit.warn("kl_mismatch", "bounds", where=where, curve=curve.text)
-        elif self.read_as is not None:
-            audit.bug("kl_mismatch", "step noise", where=where, read=self.read_as,
-                      sampled=curve.text if curve is not None else "another function")  # fmt: skip
+        yield Facts(read_as=read)
+        curve = on.curve
+        if read is not None and read != on.reading:
+            yield self._of_readings(on.reading or "unnamed", read)
+        elif read is not None and curve is not None and curve.is_bounded:
+            yield warning("kl_mismatch", "bounds", where=where, curve=curve.text)
+        elif read is not None:
+            sampled = curve.text if curve is not None else "another function"
+            yield bug("kl_mismatch", "step noise", where=where, read=read, sampled=sampled)
         elif fit.of_diagonal:
-            audit.bug("kl_mismatch", "step diagonal", where=where)
+            yield bug("kl_mismatch", "step diagonal", where=where)
         elif fit.residual < NEAR and fit.mean.numel() and fit.scale.numel():
             a, c, d = fit.typical
-            audit.bug("kl_mismatch", "step coefficients", where=where, a=a, c=c, d=d)
+            yield bug("kl_mismatch", "step coefficients", where=where, a=a, c=c, d=d)
         else:
-            audit.bug("kl_mismatch", "step", where=where, residual=fit.residual)
+            yield bug("kl_mismatch", "step", where=where, residual=fit.residual)
 
-    def _report_readings(self, on: Subject, sampled: str) -> None:
-        """Report a KL that reads the second output otherwise than the sampler does."""
-        a, b = READINGS.get(sampled), READINGS.get(self.read_as or "")
-        report = functools.partial(on.audit.bug, "kl_mismatch", where=self.where)
+    def _of_readings(self, sampled: str, read: str) -> Finding:
+        """The bug of a KL that reads the second output otherwise than the sampler does."""
+        a, b = READINGS.get(sampled), READINGS.get(read)
         if a is None or b is None or not (a.variance and b.variance):
-            report("step reading", sampled=sampled, read=self.read_as)
-            return
+            return bug("kl_mismatch", "step reading", where=self.where, sampled=sampled, read=read)
         words = {f"sampler_{key}": value for key, value in a._asdict().items() if key != "sigma"}
         words |= {f"kl_{key}": value for key, value in b._asdict().items() if key != "sigma"}
-        report("step variance", read_as=self.read_as, **words)
+        return bug("kl_mismatch", "step variance", where=self.where, read_as=read, **words)
 
 
 class Negative(Divergence):
     """A KL with a negative weight."""
 
-    def report(self, on: Subject) -> None:
-        audit, where = on.audit, self.where
+    def check(self, on: Subject) -> Iterator[Outcome]:
         beta = effective_beta(on.graph, on.latents, on.latent, on.loss, self.weight)
         if beta is None or not beta.negated:
-            audit.bug("kl_negative", "step", where=where, weight=self.weight)
+            yield bug("kl_negative", "step", where=self.where, weight=self.weight)
             return
-        audit.assumed.append("the step returns a bound to be maximized: its negative is audited")
-        audit.checked.append(f"KL of what is sampled to N(0, 1){at(where)}")
-        audit.read_as = audit.read_as or on.reading
+        yield Assumed("the step returns a bound to be maximized: its negative is audited")
+        yield Passed(f"KL of what is sampled to N(0, 1){at(self.where)}")
+        yield Facts(read_as=on.reading)
 
 
 @dataclass
@@ -354,9 +353,9 @@ class Unknown(Divergence):
 
     why: str = ""
 
-    def report(self, on: Subject) -> None:
-        if not judge_posterior_flow(on.audit, on.latent, on.latents, self.view):
-            on.missing("the KL of z", on.latent.where, self.why)
+    def check(self, on: Subject) -> Iterator[Outcome]:
+        unknown = unexamined("the KL of z", on.latent.where, self.why)
+        yield from on.flow(self.view) or [unknown]
 
 
 # --- its prior, its weight and its gradient -----------------------------------------------------
@@ -373,57 +372,55 @@ def _name_of_prior(means: Tensor, stds: Tensor) -> str:
     return "a Gaussian whose mean and scale vary: a learned or conditional prior"
 
 
-def _normalized(on: Subject, d: Divergence, gaussian: bool = False) -> bool:
-    """Examine the prior of a KL by draws; False if that cannot be done."""
+def _check_normalizer(on: Subject, d: Divergence, gaussian: bool = False) -> list[Outcome]:
+    """Whether the prior of a KL by draws integrates to one; nothing if that is not known."""
     graph, latent = on.graph, on.latent
-    found = log_normalizer(graph, latent, d.view)
+    found = log_normalizer(d.view)
     if found is None:
-        return False
+        return []
     log, accuracy = found
     held = graph.downstream([latent.z]).intersection(d.view.held)
     if math.isinf(log) and (gaussian or not held.issubset(holds(graph, latent))):
-        return False  # another part of it may be held
-    if math.isinf(log) and judge_dequantized_flow(on.audit, latent, d.weight / d.view.fit.copies):
-        return True
+        return []  # another part of it may be held
     if math.isinf(log):
-        on.audit.bug("kl_mismatch", "step improper", where=d.where)
-    elif abs(log) > accuracy:
-        on.audit.warn("kl_offset", "step prior", where=d.where, offset=log)
-    else:
-        near = "" if accuracy <= NEAR else f", to within {accuracy:.0%}"
-        on.audit.checked.append(f"the prior of z{at(on.latent.where)} integrates to one{near}")
-    return True
+        weight = d.weight / d.view.fit.copies
+        flow = check_dequantized_flow(graph, on.loss, latent, weight)
+        return flow or [bug("kl_mismatch", "step improper", where=d.where)]
+    if abs(log) > accuracy:
+        return [warning("kl_offset", "step prior", where=d.where, offset=log)]
+    near = "" if accuracy <= NEAR else f", to within {accuracy:.0%}"
+    return [Passed(f"the prior of z{at(on.latent.where)} integrates to one{near}")]
 
 
-def _weigh(on: Subject, d: Divergence) -> None:
+def _check_weight(on: Subject, d: KL) -> Iterator[Outcome]:
     """Compare the weight of the KL with that of the reconstruction."""
-    audit, graph, latent = on.audit, on.graph, on.latent
+    graph, latent = on.graph, on.latent
     if all(graph[i].kind == "parameter" for i in latent.heads):
         return  # weights of a Bayesian network
     if latent.z not in graph.connected([on.loss]):
         return  # no reconstruction, but its score
     beta = effective_beta(graph, on.latents, latent, on.loss, d.weight)
     if beta is not None and beta.opposed:
-        audit.bug("kl_negative", "step reconstruction", where=d.where)
+        yield bug("kl_negative", "step reconstruction", where=d.where)
         return
-    if (beta is None or not beta.is_one) and not audit.missing:
+    if (beta is None or not beta.is_one) and on.is_sure:
         half = _half_batch(on, d.weight)
         if half is not None and abs(half[2] - 1) > 0.01:
             n, m, times = half
-            audit.bug("reduction_imbalance", "step batch", where=d.where, n=n, m=m, times=times)
+            yield bug("reduction_imbalance", "step batch", where=d.where, n=n, m=m, times=times)
             return
     if beta is None:
-        audit.unchecked.append(
+        yield Skipped(
             f"the weight of the KL{at(d.where)}: no known likelihood belongs to it alone; the "
             f"KL of one latent has the weight {d.weight:.4g}"
         )
         return
-    audit.details.setdefault("beta", beta.value)
+    yield Facts(details={"beta": beta.value})
     if beta.is_one:
-        audit.checked.append(f"the KL has the weight {beta.text}")
+        yield Passed(f"the KL has the weight {beta.text}")
     else:
-        audit.warn("reduction_imbalance", "step", where=d.where, beta=beta.value,
-                   text=beta.text, explained=beta.explained)  # fmt: skip
+        yield warning("reduction_imbalance", "step", where=d.where, beta=beta.value,
+                      text=beta.text, explained=beta.explained)  # fmt: skip
 
 
 def _half_batch(on: Subject, weight: float) -> tuple[int, int, float] | None:
@@ -449,7 +446,7 @@ def _half_batch(on: Subject, weight: float) -> tuple[int, int, float] | None:
     try:
         for t in tensors:
             t.data = t.data[: rows // 2]
-        again = on.audit.runner.again()
+        again = on.runner.again()
     finally:
         for t, data in whole:
             t.data = data
@@ -459,7 +456,7 @@ def _half_batch(on: Subject, weight: float) -> tuple[int, int, float] | None:
     place = latents.index(on.latent)
     if len(others) != len(latents):
         return None
-    d = on.find(again.graph, others[place], others, again.loss)
+    d = on.find(Prober(again.graph, others[place]), others, again.loss)
     after = reconstruction_slopes(again.graph, others, again.loss)
     if len(after) != len(before) or not isinstance(d, KL):
         return None
@@ -473,9 +470,9 @@ def _half_batch(on: Subject, weight: float) -> tuple[int, int, float] | None:
     return rows, rows // 2, times[0]
 
 
-def _tied(graph: Graph, latent: Latent) -> bool:
+def _tied(prober: Prober) -> bool:
     """Whether the heads of mean and sigma hold the same numbers."""
-    prober = Prober(graph, latent)
+    graph, latent = prober.graph, prober.latent
     if not latent.diagonal or not prober.usable:
         return False
     movers = prober.movers
@@ -495,7 +492,7 @@ def _tied(graph: Graph, latent: Latent) -> bool:
     return True
 
 
-def _cut_off(on: Subject, d: Divergence, prober: Prober) -> Tensor:
+def _cut_off(on: Subject, d: Divergence) -> Tensor:
     """All entries of the heads, if none of the terms of the KL sends a gradient; else none."""
     graph, latent = on.graph, on.latent
     after = graph.downstream([latent.z, *latent.heads], stop=d.view.held)
@@ -503,4 +500,4 @@ def _cut_off(on: Subject, d: Divergence, prober: Prober) -> Tensor:
     joined = graph.connected([on.loss], stop=own)
     own = [t for t in own if t in after and t not in d.view.held]
     cut = bool(own) and not joined.intersection(own)
-    return torch.full((prober.moments[0].shape[1],), cut)
+    return torch.full((on.prober.moments[0].shape[1],), cut)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,24 +15,21 @@ from musigma.audit.change_of_variables import (
     outputs,
     squared,
 )
+from musigma.audit.findings import Finding, Missing, Outcome, Passed, Skipped, bug, warning
 from musigma.audit.graph import Graph, Origin, Value
-from musigma.audit.runs import at
+from musigma.audit.runs import at, unexamined
 from musigma.audit.step_kl import terms
 
-if TYPE_CHECKING:
-    from musigma.audit.step import StepAudit
-
-__all__ = ["changes", "explain", "judge_dequantization", "judge_flow"]
+__all__ = ["changes", "check_dequantization", "check_flow", "explain"]
 
 MOST_ERROR = 0.1  # of the log-determinant of a differential equation's solver
 LOSSES = ("mse_loss", "l1_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
           "nll_loss_forward", "smooth_l1_loss", "huber_loss")  # fmt: skip
 
 
-def judge_flow(audit: StepAudit) -> bool:
-    """Examine a step without latents as the likelihood of a flow; False if it is none."""
-    graph, loss = audit.graph, audit.loss
-    return explain(audit, (c for x in _inputs(graph, loss) for c in changes(graph, loss, x)))
+def check_flow(graph: Graph, loss: int) -> list[Outcome]:
+    """Examine a step without latents as the likelihood of a flow; nothing if it is none."""
+    return explain(c for x in _inputs(graph, loss) for c in changes(graph, loss, x))
 
 
 def changes(graph: Graph, loss: int, x: int) -> Iterator[Change]:
@@ -44,10 +40,10 @@ def changes(graph: Graph, loss: int, x: int) -> Iterator[Change]:
             yield change
 
 
-def explain(audit: StepAudit, found: Iterable[Change]) -> bool:
-    """Report the first of some maps whose log-determinant is in the loss; else one that is wrong.
+def explain(found: Iterable[Change]) -> list[Outcome]:
+    """What is said of the first map whose log-determinant is in the loss; else of a wrong one.
 
-    False if there is neither.
+    Nothing if there is neither.
     """
     wrong: list[tuple[Change, float | None]] = []
     for change in found:
@@ -55,20 +51,18 @@ def explain(audit: StepAudit, found: Iterable[Change]) -> bool:
         if change.fit[1] > 1e-6 and change.is_gaussian:
             factor = change.limit() or factor
         if factor and abs(factor / (change.weight or abs(factor)) + 1) < 1e-3:
-            _report(audit, change, -factor)
-            return True
+            return list(_check_change(change, -factor))
         if change.is_gaussian and _is_clear(change):
             wrong.append((change, factor))
     for change, factor in wrong:
         known = change.weight is not None or _is_only(change)
         nearly = change.is_right_in_x or (factor or 0) > 0
         if known and change.is_absent and not change.moves_volume:
-            _report(audit, change, change.weight or float(change.curvature.mean()))
-            return True
+            weight = change.weight or float(change.curvature.mean())
+            return list(_check_change(change, weight))
         if change.moves_volume and (known or nearly):
-            _mismatch(audit, change, factor)
-            return True
-    return False
+            return [_mismatch(change, factor)]
+    return []
 
 
 def _is_clear(change: Change) -> bool:
@@ -93,28 +87,28 @@ def _is_only(change: Change) -> bool:
     )
 
 
-# --- reports ------------------------------------------------------------------------------------
+# --- the log-determinant and the prior ----------------------------------------------------------
 
 
-def _report(audit: StepAudit, change: Change, weight: float) -> None:
-    """Report a right log-determinant, and the density of v."""
+def _check_change(change: Change, weight: float) -> Iterator[Outcome]:
+    """Examine the gradient of a right log-determinant, and the density of v."""
     place = at(change.where)
     if _is_detached(change):
-        audit.bug("no_gradient", "log_det", where=change.where)
+        yield bug("no_gradient", "log_det", where=change.where)
     if change.folds():
-        audit.bug("not_injective", "step", where=change.where)
+        yield bug("not_injective", "step", where=change.where)
     masked = len(change.mapped) - int(change.mapped.sum())
     error = 0.0
     if change.moves_volume and change.factor is None:
         off = (change.rest + weight * change.volume).abs().max()
         error = float(off / (weight * change.volume.abs().max()))
     if error > MOST_ERROR:
-        audit.missing.append(
+        yield Missing(
             f"log-determinant{place}: a solver's, and off by {error:.0%} from that of autograd's "
             "Jacobian of its steps: take more of them"
         )
         return
-    audit.checked.append(
+    yield Passed(
         f"log-determinant{place}: that of autograd's Jacobian of the recorded step, at {MOVES} "
         "places"
         + (f", but for {error:.2%}, the error of a solver" if error else "")
@@ -122,41 +116,38 @@ def _report(audit: StepAudit, change: Change, weight: float) -> None:
     )
     a = change.curvature
     if not change.quadratic:
-        audit.unchecked.append(
+        yield Skipped(
             f"the density of z{place}: it is not Gaussian, and its weight beside the "
             "log-determinant is not compared"
         )
     elif not bool((a > 0).all()):
-        audit.bug("logdet_mismatch", "step prior", where=change.where, curvature=float(a.min()))
+        yield bug("logdet_mismatch", "step prior", where=change.where, curvature=float(a.min()))
     elif bool(((a / weight - 1).abs() < 1e-3).all()):
-        audit.checked.append(f"density of z{place}: N(0, 1)")
+        yield Passed(f"density of z{place}: N(0, 1)")
         if change.weight is None:
-            _constant(audit, change, weight)
+            yield from _check_constant(change, weight)
     elif float(a.max() - a.min()) > 1e-4 * float(a.max()):
-        _learned_prior(audit, change, weight)
+        yield from _check_learned_prior(change, weight)
     elif change.weight is not None:
-        audit.missing.append(
-            f"the prior of z{place}: its log-density has not the weight of the log-determinant, "
-            "or its standard deviation is not one"
-        )
+        yield unexamined("the prior of z", change.where, "its log-density has not the weight of "
+                         "the log-determinant, or its standard deviation is not one")  # fmt: skip
     elif _scaled_prior(change, weight):
         std = math.sqrt(weight / float(a.mean()))
-        audit.checked.append(f"density of z{place}: N(0, {std:.4g}^2)")
+        yield Passed(f"density of z{place}: N(0, {std:.4g}^2)")
     else:
-        audit.bug("logdet_mismatch", "step weight", where=change.where,
-                  ratio=weight / float(a.mean()))  # fmt: skip
+        ratio = weight / float(a.mean())
+        yield bug("logdet_mismatch", "step weight", where=change.where, ratio=ratio)
 
 
-def _mismatch(audit: StepAudit, change: Change, factor: float | None) -> None:
-    """Report what is wrong with a log-determinant, which may have a factor in the loss."""
+def _mismatch(change: Change, factor: float | None) -> Finding:
+    """What is wrong with a log-determinant, which may have a factor in the loss."""
     if change.is_absent:
-        audit.bug("logdet_mismatch", "step absent", where=change.where)
-    elif factor is not None and factor > 0:
-        audit.bug("logdet_mismatch", "step sign", where=change.where)
-    else:
-        off = (change.rest / float(change.curvature.mean()) + change.volume).abs().max()
-        audit.bug("logdet_mismatch", "step", where=change.where, error=float(off),
-                  change=float(change.volume.abs().max()))  # fmt: skip
+        return bug("logdet_mismatch", "step absent", where=change.where)
+    if factor is not None and factor > 0:
+        return bug("logdet_mismatch", "step sign", where=change.where)
+    off = (change.rest / float(change.curvature.mean()) + change.volume).abs().max()
+    most = change.volume.abs().max()
+    return bug("logdet_mismatch", "step", where=change.where, error=off, change=most)
 
 
 def _is_detached(change: Change) -> bool:
@@ -170,9 +161,9 @@ def _is_detached(change: Change) -> bool:
     return any(t not in reached or not graph.connected([t]) & leaves for t in own)
 
 
-def _learned_prior(audit: StepAudit, change: Change, weight: float) -> None:
+def _check_learned_prior(change: Change, weight: float) -> Iterator[Outcome]:
     """Compare the loss with a Gaussian log-density while the prior's parameters are moved."""
-    graph, loss = audit.graph, audit.loss
+    graph, loss = change.graph, change.loss
     above = graph.upstream(change.parts)
     own = [i for i in graph.upstream([loss]) if graph[i].kind == "parameter" and i not in above]
     own = [*change.output.heads] or own
@@ -193,15 +184,11 @@ def _learned_prior(audit: StepAudit, change: Change, weight: float) -> None:
         values.append(graph.value({**change.held, **over, **change.v, **at_x}, loss).sum())
     off = abs(float(values[1] - values[0] - densities[1] + densities[0]))
     if off > 1e-3 * abs(float(densities[1] - densities[0])) + 1e-9:
-        audit.missing.append(
-            f"the prior of z{at(change.where)}: when its own mean and scale are moved, the loss "
-            f"is off by {off:.3g} of the change of a Gaussian log-density: log sigma is missing, "
-            "say"
-        )
+        yield unexamined("the prior of z", change.where, "when its own mean and scale are moved, "
+                         f"the loss is off by {off:.3g} of the change of a Gaussian log-density: "
+                         "log sigma is missing, say")  # fmt: skip
     else:
-        audit.checked.append(
-            f"density of z{at(change.where)}: a Gaussian with learned mean or scale"
-        )
+        yield Passed(f"density of z{at(change.where)}: a Gaussian with learned mean or scale")
 
 
 def _scaled_prior(change: Change, weight: float) -> bool:
@@ -218,18 +205,18 @@ def _scaled_prior(change: Change, weight: float) -> bool:
 # --- dequantization -----------------------------------------------------------------------------
 
 
-def judge_dequantization(audit: StepAudit) -> None:
+def check_dequantization(graph: Graph, loss: int) -> Iterator[Outcome]:
     """Compare uniform noise that is added to data with the spacing of their levels."""
-    graph = audit.graph
     for draw in graph.draws("random"):
-        found = _levels(graph, audit.loss, draw)
+        found = _levels(graph, loss, draw)
         if found is None:
             continue
         i, width, spacing, number = found
         if abs(width / spacing - 1) > 1e-3 and number > 2:
-            audit.bug("dequantisation", "step", where=graph.where(i), width=width, spacing=spacing)
+            where = graph.where(i)
+            yield bug("dequantisation", "step", where=where, width=width, spacing=spacing)
         else:
-            audit.checked.append("dequantization: noise as wide as the levels of the data")
+            yield Passed("dequantization: noise as wide as the levels of the data")
 
 
 def _levels(graph: Graph, loss: int, draw: Value) -> tuple[int, float, float, int] | None:
@@ -252,23 +239,23 @@ def _levels(graph: Graph, loss: int, draw: Value) -> tuple[int, float, float, in
     return None
 
 
-def _constant(audit: StepAudit, change: Change, weight: float) -> None:
+def _check_constant(change: Change, weight: float) -> Iterator[Outcome]:
     """Compare the value of the loss with that of the likelihood of levels, with noise added.
 
     The likelihood of a level is that of the noise in [0, 1) that is added to it.
     """
-    graph = audit.graph
+    graph, loss = change.graph, change.loss
     above = graph.upstream(change.parts)
     noise = [d for d in graph.draws("random") if d.id in above and d.floating]
-    if len(noise) != 1 or _levels(graph, audit.loss, noise[0]) is None:
+    if len(noise) != 1 or _levels(graph, loss, noise[0]) is None:
         return
     log_det = change.log_det({}, start=noise[0].id)[1]
     square = sum(float((t**2).sum()) for t in change.v.values()) / 2
-    left = float(graph.get(audit.loss)) / weight - square + float(log_det.sum())
+    left = float(graph.get(loss)) / weight - square + float(log_det.sum())
     left /= int(change.mapped.sum())
-    if min(abs(left), abs(left - 0.5 * math.log(2 * math.pi))) > 1e-4:
-        audit.warn("dequantisation", "step constant", where=change.where, offset=left
-                   - 0.5 * math.log(2 * math.pi))  # fmt: skip
+    offset = left - 0.5 * math.log(2 * math.pi)
+    if min(abs(left), abs(offset)) > 1e-4:
+        yield warning("dequantisation", "step constant", where=change.where, offset=offset)
 
 
 # --- candidates ---------------------------------------------------------------------------------

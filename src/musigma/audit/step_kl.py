@@ -14,7 +14,7 @@ draws is averaged over noise first, exactly, as it is of second degree in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from musigma.audit.graph import Graph, Node
 from musigma.audit.latents import Latent
-from musigma.audit.probes import Over, Prober, Probes, gradient
+from musigma.audit.probes import OfLatent, Over, Prober, Probes, each, gradient
 from musigma.audit.scales import READINGS, Curve, name_curve
 
 __all__ = [
@@ -187,7 +187,7 @@ class LogQ(NamedTuple):
 
 
 @dataclass
-class View:
+class View(OfLatent):
     """A value as a function of the heads of a latent, with other values held.
 
     Args:
@@ -197,7 +197,6 @@ class View:
         sign: -1 for a value that contains the negative of a KL, such as a log weight.
     """
 
-    prober: Prober
     target: int
     held: dict[int, Tensor]
     sign: float = 1.0
@@ -207,12 +206,15 @@ class View:
         """The heads that are moved."""
         return self.prober.heads
 
+    def at(self, over: Over) -> Tensor:
+        """The value, with other values replaced as well."""
+        return self.graph.run({**self.held, **over}, [self.target])[self.target]
+
     @cached_property
     def by_draws(self) -> bool:
         """Whether it depends on the noise as well."""
-        latent = self.prober.latent
-        draws = [*latent.draws, *(d for d, _ in latent.siblings)]
-        return self.target in self.prober.graph.downstream(draws, stop=self.held)
+        draws = [*self.latent.draws, *(d for d, _ in self.latent.siblings)]
+        return self.target in self.graph.downstream(draws, stop=self.held)
 
     @cached_property
     def probes(self) -> Probes | None:
@@ -227,7 +229,7 @@ class View:
         if self.probes is None:
             return UNKNOWN
         means = int(self.probes.moving[0].sum())
-        copies = self.prober.graph[self.prober.latent.z].numel / max(1, means)
+        copies = self.graph[self.latent.z].numel / max(1, means)
         fit = fit_moments(self.probes, copies if copies >= 1 else 1.0)
         return fit if self.sign > 0 else -fit
 
@@ -241,14 +243,13 @@ class View:
     @cached_property
     def way(self) -> set[int]:
         """The values between the heads, or z, and the target."""
-        graph, latent = self.prober.graph, self.prober.latent
-        after = graph.downstream([*self.heads, latent.z], stop=self.held)
-        return after & graph.upstream([self.target], stop=self.held)
+        after = self.graph.downstream([*self.heads, self.latent.z], stop=self.held)
+        return after & self.graph.upstream([self.target], stop=self.held)
 
     def passes(self, *names: str) -> bool:
         """Whether there is an operation of one of these names on the way."""
-        nodes = self.prober.graph.nodes
-        return any(n.name.rstrip("_") in names and self.way.intersection(n.outs) for n in nodes)
+        nodes = (n for n in self.graph.nodes if self.way.intersection(n.outs))
+        return any(n.name.rstrip("_") in names for n in nodes)
 
     @property
     def clamped(self) -> bool:
@@ -260,10 +261,9 @@ class View:
     @property
     def where(self) -> str:
         """The line of the first operation on the heads that is no part of z."""
-        graph, latent = self.prober.graph, self.prober.latent
-        own = self.way - graph.upstream([latent.z]) - set(self.held)
-        from_heads = self.way | {latent.z}
-        for node in graph.nodes:
+        own = self.way - self.graph.upstream([self.latent.z]) - set(self.held)
+        from_heads = self.way | {self.latent.z}
+        for node in self.graph.nodes:
             if node.where and own.intersection(node.outs) and from_heads.intersection(node.ins):
                 return node.where
         return ""
@@ -274,7 +274,7 @@ class View:
 
         None if it depends on the heads otherwise than by log q(z), or by the entropy of q.
         """
-        prober, graph, latent = self.prober, self.prober.graph, self.prober.latent
+        prober, graph, latent = self.prober, self.graph, self.latent
         if not latent.diagonal or not prober.usable:
             return None
         rows, features = [], []
@@ -289,7 +289,7 @@ class View:
             for z, draw in draws.items():
                 noise = torch.rand(graph[draw].shape, generator=generator).double() - 0.5
                 fixed[z] = graph.value({**over, draw: noise}, z)
-            f = self.sign * graph.run({**self.held, **over, **fixed}, [self.target])[self.target]
+            f = self.sign * self.at({**over, **fixed})
             rows.append(gradient(f.sum(), place))
             mean, sigma = latent.moments(graph, over)
             squares = [(0.5 * ((z - mean) / sigma) ** 2).sum() for z in fixed.values()]
@@ -321,8 +321,7 @@ class View:
     @property
     def misscored(self) -> bool:
         """Whether z is scored by some density of each latent, which is not that of its draw."""
-        latent = self.prober.latent
-        zs = {i: self.prober.graph.get(i) for i in (latent.z, *(z for _, z in latent.siblings))}
+        zs = {i: self.graph.get(i) for i in (self.latent.z, *(z for _, z in self.latent.siblings))}
         scored = replace(self, held={**self.held, **zs})
         mixture = scored.passes("logsumexp", "_softmax", "_log_softmax")
         if not self.by_draws or self.log_q is not None or mixture:
@@ -461,8 +460,8 @@ def inner_values(view: View, most: int = 12) -> list[int]:
 
     The last are first.
     """
-    graph = view.prober.graph
-    inside = view.way - graph.upstream([view.prober.latent.z]) - set(view.held)
+    graph = view.graph
+    inside = view.way - graph.upstream([view.latent.z]) - set(view.held)
     found: list[int] = []
     for node in reversed(graph.nodes):
         moving = [i for i in dict.fromkeys(node.ins) if i in inside and graph[i].floating]
@@ -487,20 +486,10 @@ def is_linear(graph: Graph, node: Node, moving: list[int]) -> bool:
 # --- what is sampled ----------------------------------------------------------------------------
 
 
-def _slope(graph: Graph, latent: Latent, over: Over) -> Tensor:
-    """Sigma, as the derivative of z in its noise: exact beside a large mean."""
-    (draw,) = latent.draws
-    e = torch.zeros_like(graph.get(draw)).requires_grad_()
-    z = graph.run({**over, draw: e}, [latent.z])[latent.z]
-    return torch.autograd.grad(z.sum(), e)[0]
-
-
-def sampled_scale(graph: Graph, latent: Latent, heads: Sequence[int] = ()) -> Curve | None:
+def sampled_scale(prober: Prober) -> Curve | None:
     """The name of sigma as a function of the head that moves it; None if no one head does."""
-    if not latent.diagonal:
-        return None
-    prober = Prober(graph, latent, heads)
-    if not prober.usable:
+    graph, latent = prober.graph, prober.latent
+    if not latent.diagonal or not prober.usable:
         return None
     moments = torch.stack(prober.moments, 1)
     scales = (moments[3].abs() > 1e-14).any(0) & ~(moments[1].abs() > 1e-14).any(0)
@@ -508,14 +497,21 @@ def sampled_scale(graph: Graph, latent: Latent, heads: Sequence[int] = ()) -> Cu
         return None
     b = torch.linspace(-60, 60, 121, dtype=torch.float64)
     masks = scales.split([graph[i].numel for i in prober.heads])
-    rows = []
-    for x in b:
+    (draw,) = latent.draws
+    place = {i: t.detach() for i, t in prober.places[0].items()}
+    none = torch.zeros_like(graph.get(draw))
+    graph.value({**place, draw: none}, latent.z)  # what does not depend on these is known then
+
+    def of(x: Tensor) -> Tensor:
+        """Sigma, as the derivative of z in its noise: exact beside a large mean."""
         over = {
-            i: torch.where(mask.view(graph[i].shape), x, prober.places[0][i].detach())
+            i: torch.where(mask.view(graph[i].shape), x, place[i])
             for i, mask in zip(prober.heads, masks, strict=True)
         }
-        rows.append(_slope(graph, latent, over).reshape(-1))
-    sigma = torch.stack(rows)
+        z = lambda e: graph.run({**over, draw: e}, [latent.z])[latent.z].sum()  # noqa: E731
+        return torch.func.grad(z)(none).reshape(-1)
+
+    sigma = each(of, b)
     spread = (sigma.amax(0) - sigma.amin(0)).nan_to_num(0.0)
     column = sigma[:, int(spread.argmax())].abs()
     usable = column.isfinite()

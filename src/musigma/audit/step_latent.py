@@ -1,25 +1,24 @@
 """One latent of a step: what is drawn, its divergence in the loss, and their gradients.
 
 The loss is looked at in one way after another. The first that explains how it depends on the
-posterior gives a `Divergence`, which reports itself.
+posterior gives a `Divergence`, which has its checks.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from musigma.audit.graph import Graph
+from musigma.audit.findings import Facts, Outcome, Passed, bug, warning
 from musigma.audit.latents import Latent, holds
-from musigma.audit.probes import Prober, packing
-from musigma.audit.runs import at
+from musigma.audit.probes import OfLatent, Prober, packing
+from musigma.audit.runs import at, unexamined
 from musigma.audit.step_divergence import (
     KL,
     Absent,
@@ -27,7 +26,6 @@ from musigma.audit.step_divergence import (
     Divergence,
     FunctionOfKL,
     KLInLogWeights,
-    MutedKL,
     Negative,
     OtherPrior,
     Subject,
@@ -43,47 +41,40 @@ from musigma.audit.step_kl import (
     sampled_scale,
 )
 
-if TYPE_CHECKING:
-    from musigma.audit.step import StepAudit
-
-__all__ = ["judge_latent"]
+__all__ = ["check_latent", "find_divergence"]
 
 NARROW = 0.9  # a smallest sigma above this is a bug, beside a prior of standard deviation 1
 
 
-def judge_latent(audit: StepAudit, latent: Latent, latents: list[Latent]) -> None:
+def check_latent(on: Subject) -> Iterator[Outcome]:
     """Examine the posterior, the KL and the gradients of one latent."""
-    graph = audit.graph
-    divergence = find_divergence(graph, latent, latents, audit.loss)
-    curve = sampled_scale(graph, latent, divergence.view.heads) or sampled_scale(graph, latent)
-    name = curve.name if curve is not None and curve.named else None
-    if curve is not None:
-        audit.details.setdefault("convention", curve.to_dict())
-    name = name if latent.diagonal else "full covariance"
-    audit.convention = audit.convention or name
-    audit.layout = audit.layout or packing(graph, latent)
+    graph, latent = on.graph, on.latent
+    divergence = find_divergence(on.prober, on.latents, on.loss)
+    curve = sampled_scale(divergence.view.prober) or sampled_scale(on.prober)
+    on = replace(on, curve=curve)
+    details = {} if curve is None else {"convention": curve.to_dict()}
+    yield Facts(convention=on.reading, layout=packing(on.prober), details=details)
     place, shape = at(latent.where), graph[latent.z].shape
     text = curve.text if curve is not None and curve.named else "a function without a name"
-    audit.checked.append(
+    yield Passed(
         f"z of shape {tuple(shape)}{place}: mean + sigma * noise, with sigma = {text}"
         if latent.diagonal
         else f"z of shape {tuple(shape)}{place}: mean + L noise, a full or low-rank covariance"
     )
     if latent.shared:
-        audit.bug("noise_shared", "step", where=latent.where, noise=tuple(latent.noise_shape),
-                  shape=tuple(shape))  # fmt: skip
+        noise = tuple(latent.noise_shape)
+        yield bug("noise_shared", "step", where=latent.where, noise=noise, shape=tuple(shape))
     if curve is not None and curve.name != "unit variance" and curve.smallest >= NARROW:
-        audit.warn("sigma_range_restricted", where=latent.where, smallest=curve.smallest)
-    subject = Subject(audit, latent, latents, find_divergence, name)
-    divergence.report(subject)
-    if audit.differentiable:
-        _gradient(subject, divergence)
+        yield warning("sigma_range_restricted", where=latent.where, smallest=curve.smallest)
+    yield from divergence.check(on)
+    if on.run.differentiable:
+        yield from _check_gradient(on, divergence)
 
 
-def _gradient(on: Subject, d: Divergence) -> None:
+def _check_gradient(on: Subject, d: Divergence) -> Iterator[Outcome]:
     """Whether the gradients of the decoder and of the KL reach the heads."""
-    audit, graph, latent, loss = on.audit, on.graph, on.latent, on.loss
-    prober = Prober(graph, latent)
+    graph, latent, loss = on.graph, on.latent, on.loss
+    prober = on.prober
     if not prober.usable:
         return
     moves = (torch.stack(prober.moments, 1).abs() > 1e-14).any(1)
@@ -104,32 +95,25 @@ def _gradient(on: Subject, d: Divergence) -> None:
     if latent.z not in data:
         stopped |= True
     if used and not by_score.intersection(latent.heads) and (head := lost(stopped)):
-        audit.bug("no_gradient", where=latent.where, head=head)
-    elif latent.z in data and (head := lost(d.stopped(on, prober))):
-        if len(on.latents) == 1:
-            audit.bug("no_gradient", "kl", where=d.where, head=head)
+        yield bug("no_gradient", where=latent.where, head=head)
+    elif latent.z in data and (head := lost(d.stopped(on))):
+        if on.is_alone:
+            yield bug("no_gradient", "kl", where=d.where, head=head)
         else:
-            on.missing("the gradient of the KL", d.where, f"it does not reach the {head} of z; a "
-                       "stop that is meant, or a fault")  # fmt: skip
+            yield unexamined("the gradient of the KL", d.where, f"it does not reach the {head} of "
+                             "z; a stop that is meant, or a fault")  # fmt: skip
 
 
 # --- the attempts to explain the loss -----------------------------------------------------------
 
 
 @dataclass
-class Search:
+class Search(OfLatent):
     """The ways of looking at the divergence of a latent in a value: the loss, or log weights."""
 
-    graph: Graph
-    latent: Latent
     latents: list[Latent]
     target: int
     sign: float = 1.0
-
-    @cached_property
-    def prober(self) -> Prober:
-        """Moves all heads."""
-        return Prober(self.graph, self.latent)
 
     @cached_property
     def decoder(self) -> dict[int, Tensor]:
@@ -175,9 +159,9 @@ class Search:
         return views[0] if views[-1].flat and not views[0].flat else views[-1]
 
 
-def find_divergence(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> Divergence:
+def find_divergence(prober: Prober, latents: list[Latent], loss: int) -> Divergence:
     """The divergence of a latent in a loss, by the first attempt that explains it."""
-    search = Search(graph, latent, latents, loss)
+    search, graph, latent = Search(prober, latents, loss), prober.graph, prober.latent
     weights = log_weights(graph, latent, loss, search.decoder)
     if not weights:
         return next(filter(None, (attempt(search) for attempt in ATTEMPTS)))
@@ -216,32 +200,33 @@ SHIFTS = (-100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0, 3.0,
 
 def _by_slopes(view: View, inner: View) -> Divergence:
     """The form of a function of the KL, by its slopes where the KL is larger and smaller."""
-    graph, i = view.prober.graph, inner.target
+    graph, i = view.graph, inner.target
     base = graph.get(i)
     own = (graph.value({**view.held, **inner.prober.places[0]}, i) != base).double()
     rows = []
     for shift in SHIFTS:
         t = (base + inner.sign * shift * own).requires_grad_()
-        value = graph.run({**view.held, i: t}, [view.target])[view.target].sum()
+        value = view.at({i: t}).sum()
         slope = torch.autograd.grad(value, t)[0] if value.requires_grad else torch.zeros_like(t)
         rows.append(inner.sign * view.sign * slope[own > 0])
     slopes = torch.stack(rows)
-    size = float(slopes.abs().max())
-    if size <= 1e-12:
-        scaled = all(n.name.rstrip("_") in ("mul", "div") for n in graph[i].users)
-        return MutedKL(inner, weight=0.0) if scaled else Constant(view)
+    size, where = float(slopes.abs().max()), inner.where
     zero = slopes.abs() <= 1e-4 * size
     steady = ((slopes.abs() - slopes.abs().amax(0)).abs() <= 1e-4 * size) | zero
-    weight = size * inner.fit.weight
-    if bool((slopes < 0).any()):
-        form = "capacity" if bool((slopes > 0).any()) else "other"
-    elif not bool(steady.all()):
-        form = "other"
+    falls, rises = bool((slopes < 0).any()), bool((slopes > 0).any())
+    if size <= 1e-12:
+        if not all(n.name.rstrip("_") in ("mul", "div") for n in graph[i].users):
+            return Constant(view)
+        finding, size = warning("reduction_imbalance", "step muted", where=where, beta=0.0), 0.0
+    elif falls and rises:
+        finding = warning("kl_capacity", "step", where=where)
+    elif falls or not bool(steady.all()):
+        finding = warning("kl_capacity", "function", where=where)
     elif bool((zero[-1] & ~zero.all(0)).any()):
-        form = "capped"
+        finding = bug("kl_constant", "step above", where=where)
     else:
-        form = "free bits"
-    return FunctionOfKL(inner, weight, form)
+        finding = warning("free_bits", "step", where=where)
+    return FunctionOfKL(inner, size * inner.fit.weight, finding)
 
 
 def _of_some_heads(search: Search) -> Divergence | None:

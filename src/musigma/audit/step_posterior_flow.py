@@ -4,33 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from musigma.audit.change_of_variables import Change, Output, measure, outputs
+from musigma.audit.findings import Outcome, bug
 from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import Latent, holds
 from musigma.audit.probes import Prober
 from musigma.audit.step_flow import changes, explain
 from musigma.audit.step_kl import View, data_terms
 
-if TYPE_CHECKING:
-    from musigma.audit.step import StepAudit
-
-__all__ = ["judge_dequantized_flow", "judge_posterior_flow", "layers_before_prior"]
+__all__ = ["check_dequantized_flow", "check_posterior_flow", "layers_before_prior"]
 
 
-def layers_before_prior(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> bool:
+def layers_before_prior(prober: Prober, loss: int) -> bool:
     """Whether layers get z whose results reach the loss, but are not compared with data.
 
-    So it is with a flow on the posterior, or in the prior. Steps with several latents are not
-    looked at.
+    So it is with a flow on the posterior, or in the prior.
     """
-    if len(latents) > 1:
-        return False
-    held, layers = _held(graph, latent, latents, loss), holds(graph, latent)
+    graph, latent = prober.graph, prober.latent
+    held, layers = _held(graph, latent, loss), holds(graph, latent)
     slopes = []
     for over in (held, held | layers):
         heads = {i: graph.get(i) for i in latent.heads}
@@ -40,13 +35,13 @@ def layers_before_prior(graph: Graph, latent: Latent, latents: list[Latent], los
         slopes.append(slope)
     return not torch.allclose(*slopes, rtol=1e-6, atol=1e-9) or any(
         change.is_gaussian and graph.upstream(change.parts, stop=[latent.z]).intersection(layers)
-        for change in _maps(graph, latent, loss)
+        for change in _maps(prober, loss)
     )
 
 
-def _held(graph: Graph, latent: Latent, latents: list[Latent], loss: int) -> dict[int, Tensor]:
+def _held(graph: Graph, latent: Latent, loss: int) -> dict[int, Tensor]:
     """The terms with data, and the layers whose results go straight into such a term."""
-    data = data_terms(graph, latents, loss)
+    data = data_terms(graph, [latent], loss)
     decoder = holds(graph, latent)
     above = graph.upstream(data, stop=decoder)
     return {i: graph.get(i) for i in (*data, *(i for i in decoder if i in above))}
@@ -68,20 +63,17 @@ def _outside(graph: Graph, latent: Latent, output: Output) -> dict[int, Tensor]:
     return found
 
 
-def judge_posterior_flow(
-    audit: StepAudit, latent: Latent, latents: list[Latent], view: View
-) -> bool:
-    """Examine a flow between the draw of a latent and its prior; False if there is none."""
-    if len(latents) > 1:
-        return False
-    maps = list(_maps(audit.graph, latent, audit.loss))
-    return explain(audit, maps) or (not maps and _is_prior_at_start(audit, latent, view))
+def check_posterior_flow(prober: Prober, loss: int, view: View) -> list[Outcome]:
+    """Examine a flow between the draw of a latent and its prior; nothing if there is none."""
+    maps = list(_maps(prober, loss))
+    return explain(maps) if maps else _check_prior_at_start(prober, loss, view)
 
 
-def _maps(graph: Graph, latent: Latent, loss: int) -> Iterator[Change]:
+def _maps(prober: Prober, loss: int) -> Iterator[Change]:
     """What z may be mapped to, in a loss that has log q(z), whose change is taken off."""
+    graph, latent = prober.graph, prober.latent
     found = [output for output in outputs(graph, loss, latent.z) if output.squared]
-    if not found or not latent.diagonal or not (prober := Prober(graph, latent)).usable:
+    if not found or not latent.diagonal or not prober.usable:
         return
     heads = {i: graph.get(i) for i in latent.heads}
     mean, sigma = latent.moments(graph, {})
@@ -100,13 +92,14 @@ def _maps(graph: Graph, latent: Latent, loss: int) -> Iterator[Change]:
         yield replace(change, weight=log_q.weight)
 
 
-def judge_dequantized_flow(audit: StepAudit, latent: Latent, weight: float) -> bool:
-    """Examine a flow of data to which a latent is added or appended; False if there is none.
+def check_dequantized_flow(
+    graph: Graph, loss: int, latent: Latent, weight: float
+) -> list[Outcome]:
+    """Examine a flow of data to which a latent is added or appended; nothing if there is none.
 
     With the sum, or both together, as the flow's input, log q of the latent is a constant; the
     log-determinant must have its weight.
     """
-    graph, loss = audit.graph, audit.loss
     after = graph.downstream([latent.z]) & graph.upstream([loss])
     size = graph[latent.z].numel
     joined: list[int] = []
@@ -117,19 +110,18 @@ def judge_dequantized_flow(audit: StepAudit, latent: Latent, weight: float) -> b
             if max(data, default=0) > 1 and v.numel in sizes:
                 joined.append(v.id)
     found = (replace(c, weight=weight) for x in joined for c in changes(graph, loss, x))
-    return explain(audit, (c for c in found if c.moves_volume))
+    return explain(c for c in found if c.moves_volume)
 
 
-def _is_prior_at_start(audit: StepAudit, latent: Latent, view: View) -> bool:
-    """Report a closed KL of z to N(0, 1) beside the log-determinant of a flow on z."""
-    graph, loss = audit.graph, audit.loss
+def _check_prior_at_start(prober: Prober, loss: int, view: View) -> list[Outcome]:
+    """A closed KL of z to N(0, 1) beside the log-determinant of a flow on z is a bug."""
+    graph, latent = prober.graph, prober.latent
     if view.by_draws or not view.fit.is_kl:
-        return False
+        return []
     heads = {i: graph.get(i) for i in latent.heads}
     for output in outputs(graph, loss, latent.z):
         held = {**_outside(graph, latent, output), **heads}
         change = measure(graph, loss, latent.z, output, held, parameters=False)
         if change is not None and change.factor is not None and change.factor < 0:
-            audit.bug("kl_mismatch", "step flow", where=change.where)
-            return True
-    return False
+            return [bug("kl_mismatch", "step flow", where=change.where)]
+    return []

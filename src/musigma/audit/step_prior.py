@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 from musigma.audit.density import integral
-from musigma.audit.graph import Graph, Origin
+from musigma.audit.graph import Origin
 from musigma.audit.latents import REDUCTIONS, Latent, frontier
-from musigma.audit.probes import Over, Prober, gradient, moments, patterns
+from musigma.audit.probes import Over, Prober, each, gradient, moments, patterns
 from musigma.audit.scales import READINGS
 from musigma.audit.step_kl import NEAR, View, fit_moments, is_linear
 
@@ -36,17 +35,17 @@ class PriorError:
     of_width: bool
 
 
-def prior_error(graph: Graph, latent: Latent, loss: int, d: View) -> PriorError | None:
-    r"""How far the loss is from a KL to the prior when the heads of the prior are moved.
+def prior_error(view: View) -> PriorError | None:
+    r"""How far a value is from a KL to the prior when the heads of the prior are moved.
 
-    The loss as a function of the heads of q has shown the prior's mean c and scale p. With other
-    values for the prior's own heads, these become c' and p', and the loss must change by
-    KL(q | N(c', p')) - KL(q | N(c, p)): a loss without log p, say, does not.
+    The value as a function of the heads of q has shown the prior's mean c and scale p. With other
+    values for the prior's own heads, these become c' and p', and the value must change by
+    KL(q | N(c', p')) - KL(q | N(c, p)): one without log p, say, does not.
 
     Returns:
         None if the prior has no heads, or if more than the prior changes.
     """
-    heads, found = _to_priors(graph, latent, loss, d, 2)
+    heads, found = _to_priors(view, 2)
     if len(found) < 3:
         return None
     first, *moved = found
@@ -59,21 +58,21 @@ def prior_error(graph: Graph, latent: Latent, loss: int, d: View) -> PriorError 
         bool((off.abs() - k * changes.abs()).abs().max() < 1e-4 * size) for k in (0.5, 1.0)
     )
     if float(changes.abs().max()) < 1e-6 * float(first.weights.sum()):
-        of_width = _has_bare_logarithms(graph, loss, d, heads, found)
+        of_width = _has_bare_logarithms(view, heads, found)
     return PriorError(float(off.abs().max()) / size if size > 1e-9 else 0.0, of_width)
 
 
 def _has_bare_logarithms(
-    graph: Graph, loss: int, d: View, heads: list[dict[int, Tensor]], found: list[_ToPrior]
+    view: View, heads: list[dict[int, Tensor]], found: list[_ToPrior]
 ) -> bool:
-    """Whether the loss has log widths of a prior, by entries of its heads that do nothing else.
+    """Whether a value has log widths of a prior, by entries of its heads that do nothing else.
 
     The slopes in such entries do not depend on the heads of q.
     """
     rows = []
     for fixed, kl in zip(heads, found, strict=True):
         leaves = {i: t.clone().requires_grad_() for i, t in fixed.items()}
-        runs = [graph.run({**d.held, **p, **leaves}, [loss])[loss].sum() for p in kl.places[:2]]
+        runs = [view.at({**p, **leaves}).sum() for p in kl.places[:2]]
         slopes = torch.stack([gradient(f, leaves) for f in runs])
         rows.append((torch.cat([t.reshape(-1) for t in fixed.values()]), slopes))
     slopes = torch.stack([s for _, s in rows], 1)
@@ -91,14 +90,13 @@ def _has_bare_logarithms(
     return False
 
 
-def _to_priors(
-    graph: Graph, latent: Latent, loss: int, d: View, times: int
-) -> tuple[list[dict[int, Tensor]], list[_ToPrior]]:
+def _to_priors(view: View, times: int) -> tuple[list[dict[int, Tensor]], list[_ToPrior]]:
     """The heads of the prior as they were, and moved a few times; and what is seen then.
 
     Nothing is seen if the prior has no heads, or if more than the prior changes.
     """
-    own = prior_heads(graph, latent, loss, d)
+    graph, latent = view.graph, view.latent
+    own = prior_heads(view)
     heads = [{i: graph.get(i) for i in own}]
     generator = torch.Generator().manual_seed(29)
     for _ in range(times if own else 0):
@@ -106,8 +104,8 @@ def _to_priors(
         heads.append({i: graph.get(i) + 0.6 * u for i, u in noise.items()})
     found: list[_ToPrior] = []
     for fixed in heads:
-        prober = Prober(graph, latent, d.heads, fixed)
-        kl = _ToPrior.of(prober, loss, d) if latent.diagonal and prober.usable else None
+        prober = Prober(graph, latent, view.heads, fixed)
+        kl = _ToPrior.of(prober, view) if latent.diagonal and prober.usable else None
         if kl is None or not torch.allclose((found or [kl])[0].weights, kl.weights, rtol=1e-4):
             return heads, []
         found.append(kl)
@@ -129,10 +127,10 @@ class _ToPrior:
     log_widths: float
 
     @classmethod
-    def of(cls, prober: Prober, loss: int, d: View) -> _ToPrior | None:
-        """From the gradients of a loss; None if it is no KL."""
-        probes = prober.measure(loss, d.held, d.by_draws)
-        fit = fit_moments(probes, d.fit.copies) if probes is not None else None
+    def of(cls, prober: Prober, view: View) -> _ToPrior | None:
+        """From the gradients of a value; None if it is no KL."""
+        probes = prober.measure(view.target, view.held, view.by_draws)
+        fit = fit_moments(probes, view.fit.copies) if probes is not None else None
         if probes is None or fit is None or not fit.is_kl:
             return None
         means, scales = probes.moving
@@ -172,22 +170,23 @@ def _by_latent(coefficients: Tensor, entries: Tensor, n: int) -> Tensor | None:
     return found if torch.allclose(found[:, entries], coefficients, rtol=1e-3) else None
 
 
-def prior_heads(graph: Graph, latent: Latent, loss: int, d: View) -> list[int]:
+def prior_heads(view: View) -> list[int]:
     """The values by layers, or parameters, that meet the heads of q entry by entry.
 
     Not those that the heads of q are computed from: they belong to the latents before it.
     """
-    live = graph.upstream([loss], stop=d.held)
-    own = {latent.z, *d.heads}
-    before = own | graph.upstream(d.heads)
+    graph, held = view.graph, view.held
+    live = graph.upstream([view.target], stop=held)
+    own = {view.latent.z, *view.heads}
+    before = own | graph.upstream(view.heads)
     region, todo = set(own), list(own)
     sides: list[int] = []
     met: list[int] = []
-    after = graph.downstream(own, stop=d.held) - set(d.held)
+    after = graph.downstream(own, stop=held) - set(held)
     while todo:
         i = todo.pop()
         for node in graph[i].users:
-            outs = [o for o in node.outs if o in live and o not in d.held]
+            outs = [o for o in node.outs if o in live and o not in held]
             if not outs or not (node.pointwise or node.view) or node.name in REDUCTIONS:
                 continue
             beside = [k for k in node.ins if k not in after]
@@ -196,20 +195,21 @@ def prior_heads(graph: Graph, latent: Latent, loss: int, d: View) -> list[int]:
             todo += [o for o in outs if o not in region]
             region.update(outs)
     sides = [i for i in dict.fromkeys(sides) if graph[i].origin & Origin.PARAMETERS]
-    found = frontier(graph, sides, stops=own | set(d.held))
+    found = frontier(graph, sides, stops=own | set(held))
     while sums := {i: n for i in found if (n := graph[i].node) and n.name in REDUCTIONS}:
         given = [j for n in sums.values() for j in n.ins]  # of weights, say, that sum to one
-        found = [*(set(found) - set(sums)), *frontier(graph, given, own | set(d.held))]
+        found = [*(set(found) - set(sums)), *frontier(graph, given, own | set(held))]
     found = [i for i in dict.fromkeys(found) if i not in before]
-    return [i for i in found if _meets(graph, d, i, met)]
+    return [i for i in found if _meets(view, i, met)]
 
 
-def _meets(graph: Graph, d: View, i: int, met: list[int]) -> bool:
+def _meets(view: View, i: int, met: list[int]) -> bool:
     """Whether a value moves an entry of some values that the heads of q move as well."""
-    moved = {h: graph.get(h) + 0.37 for h in d.heads}
+    graph = view.graph
+    moved = {h: graph.get(h) + 0.37 for h in view.heads}
     for o in met:
         base = graph.get(o)
-        by_heads, by_it = (graph.value({**d.held, **over}, o) != base
+        by_heads, by_it = (graph.value({**view.held, **over}, o) != base
                            for over in (moved, {i: graph.get(i) + 0.37}))  # fmt: skip
         if bool((by_heads & by_it).any()):
             return True
@@ -233,9 +233,9 @@ class _Own:
     @classmethod
     def of(cls, view: View, own: list[int]) -> _Own | None:
         """The largest sums whose terms all depend on `own`; None if they cannot be told apart."""
-        graph = view.prober.graph
+        graph = view.graph
         after = graph.downstream(own, stop=view.held) - set(view.held)
-        decoded = graph.downstream([view.prober.latent.z]).intersection(view.held)
+        decoded = graph.downstream([view.latent.z]).intersection(view.held)
         found: list[int] = []
 
         def is_whole(i: int) -> bool:
@@ -257,7 +257,7 @@ class _Own:
         if not found or decoded.intersection(graph.upstream(found, stop=view.held)):
             return None  # there is none, or it is a product with what is decoded
         leaves = {i: graph.get(i).double().clone().requires_grad_() for i in found}
-        value = graph.run({**view.held, **leaves}, [view.target])[view.target].sum()
+        value = view.at(leaves).sum()
         slopes = torch.autograd.grad(view.sign * value, list(leaves.values()), allow_unused=True)
         used = {i: s for i, s in zip(found, slopes, strict=True) if s is not None}
         return cls(view, list(used), tuple(used.values()))
@@ -265,18 +265,19 @@ class _Own:
     def beside(self, known: set[int]) -> set[int]:
         """What else they are computed from."""
         stop = known | set(self.view.held)
-        return self.view.prober.graph.upstream(self.parts, stop=stop) - known
+        return self.view.graph.upstream(self.parts, stop=stop) - known
 
     def value(self, over: Over) -> Tensor:
         """Their sum, with some values replaced."""
-        now = self.view.prober.graph.run({**self.view.held, **over}, self.parts)
+        now = self.view.graph.run({**self.view.held, **over}, self.parts)
         rows = [(s * now[i]).sum() for s, i in zip(self.slopes, self.parts, strict=True)]
         return torch.stack(rows).sum()
 
 
-def kl_offset(graph: Graph, latent: Latent, view: View) -> float | None:
+def kl_offset(view: View) -> float | None:
     """What is left of the KL where q is the prior, in nats by latent; None if it is not known."""
-    heads, found = _to_priors(graph, latent, view.target, view, 1)
+    graph, latent = view.graph, view.latent
+    heads, found = _to_priors(view, 1)
     known = {latent.z, *view.heads, *heads[0]}
     own = _Own.of(view, list(known))
     if own is None or any(graph[i].kind == "parameter" for i in own.beside(known)):
@@ -298,11 +299,10 @@ def kl_offset(graph: Graph, latent: Latent, view: View) -> float | None:
     return offsets[0]
 
 
-def is_stopped_in_part(graph: Graph, latent: Latent, view: View) -> bool:
+def is_stopped_in_part(view: View) -> bool:
     """Whether the step stops a part of the gradient in heads of the prior that get another."""
-    own = graph.connected([view.target]).intersection(
-        prior_heads(graph, latent, view.target, view)
-    )
+    graph = view.graph
+    own = graph.connected([view.target]).intersection(prior_heads(view))
     place = {i: graph.get(i).clone().requires_grad_() for i in sorted(own)}
     if not place:
         return False
@@ -328,11 +328,11 @@ class _Prior:
     @property
     def latent(self) -> Latent:
         """The latent."""
-        return self.own.view.prober.latent
+        return self.own.view.latent
 
     def log_p(self, z: Tensor) -> Tensor:
         """The weighted sum of log p(z)."""
-        latent, graph = self.latent, self.own.view.prober.graph
+        latent, graph = self.latent, self.own.view.graph
         zs = {i: z.expand(graph[i].shape) for i in (latent.z, *(i for _, i in latent.siblings))}
         mean, sigma = self._moments
         square = ((z - mean) / sigma) ** 2 if self.drawn else self._square_of_noise
@@ -341,13 +341,13 @@ class _Prior:
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
-        mean, sigma = self.latent.moments(self.own.view.prober.graph, {})
+        mean, sigma = self.latent.moments(self.own.view.graph, {})
         return mean.detach(), sigma.detach()
 
     @cached_property
     def _square_of_noise(self) -> Tensor:
         """The square of the noise, if log q is written with it; else its mean."""
-        graph, latent = self.own.view.prober.graph, self.latent
+        graph, latent = self.own.view.graph, self.latent
         z = {latent.z: graph.get(latent.z)}
         none = {i: torch.zeros_like(graph.get(i)) for i in latent.draws}
         a, b = (float(self.own.value({**self.over, **z, **e}).detach()) for e in ({}, none))
@@ -356,7 +356,7 @@ class _Prior:
 
     def slopes(self, zs: Tensor) -> Tensor:
         """The slopes of log p by latent, at some z's."""
-        return _each(torch.func.grad(self.log_p), zs) / self.weight
+        return each(torch.func.grad(self.log_p), zs) / self.weight
 
     def is_of_parts(self, axes: int) -> bool:
         """Whether log p is a sum over the first axes of z."""
@@ -413,7 +413,7 @@ class _Prior:
         def of_row(r: int, points: Tensor) -> Tensor:
             """log p of one example, relative to that at zero."""
             at = (torch.arange(rows) == r).double()[:, None]
-            return _each(lambda a: self.log_p((at * a).view(shape)) - base, points) / weights[r, 0]
+            return each(lambda a: self.log_p((at * a).view(shape)) - base, points) / weights[r, 0]
 
         change = torch.cat([of_row(r, probe[None]) for r in range(min(rows, MOST_EXAMPLES + 1))])
         alike = float((change - change[0]).abs().max()) <= 1e-6 * float(change.abs().max())
@@ -429,25 +429,17 @@ class _Prior:
         return float(base) / float(weights[:, 0].sum()) + sum(logs) / total
 
 
-def _each(fn: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-    """A function of one point, at each of several."""
-    try:
-        return torch.vmap(fn, chunk_size=1024)(points).detach()
-    except (RuntimeError, NotImplementedError):  # an operation that vmap does not know
-        return torch.stack([fn(p).detach() for p in points])
-
-
-def log_normalizer(graph: Graph, latent: Latent, view: View) -> tuple[float, float] | None:
+def log_normalizer(view: View) -> tuple[float, float] | None:
     """The logarithm of the integral of the prior in a KL by draws, and its accuracy.
 
     It is that of one latent if the prior is a product over latents, else that of one example.
     Zero for a density; infinity if it does not fall off; None if it is not known, as of a prior
     that stands in a sum with other terms.
     """
-    log_q = view.log_q
+    graph, latent, log_q = view.graph, view.latent, view.log_q
     if log_q is None or (latent.siblings and not log_q.drawn):
         return None
-    heads = prior_heads(graph, latent, view.target, view)
+    heads = prior_heads(view)
     own = [latent.z, *latent.heads, *latent.draws, *heads]
     own += [i for pair in latent.siblings for i in pair]
     terms = _Own.of(view, own)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -19,8 +19,18 @@ from torch import Tensor
 
 from musigma.audit.batches import required
 from musigma.audit.density import audit_density
-from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, name_of
-from musigma.audit.sandbox import Sandbox, first_form
+from musigma.audit.findings import (
+    Assumed,
+    AuditError,
+    AuditReport,
+    Facts,
+    Missing,
+    Outcome,
+    Passed,
+    bug,
+    name_of,
+)
+from musigma.audit.sandbox import FLOATS, Sandbox, first_form
 from musigma.audit.scales import Curve, name_curve
 
 __all__ = ["audit_log_prob_term", "is_log_prob_term"]
@@ -111,7 +121,7 @@ def audit_log_prob_term(
     sign = sign if sign is not None else -1 if LOSS.search(name) else 1
     if sign not in (1, -1):
         raise AuditError(f"sign: expected 1 for a log-density, or -1 for a loss; got {sign!r}")
-    report, order = ReportBuilder(name_of(term)), _order(required(term))
+    order = _order(required(term))
     with Sandbox(term) as sandbox:
         shapes = [(2, 17), *dict.fromkeys(tuple(t.shape) for t in sandbox.trainable()), (1, 1)]
         if example is not None:
@@ -125,30 +135,33 @@ def audit_log_prob_term(
             called = _Term(sandbox, term, order if count == 3 else None, count)
             return called, _fit(called, shape, least)
 
-        types = (torch.float64, torch.float32)
-        _, (called, fit) = first_form(product(types, (3, 1), (-6.0, 0.1), shapes), attempt)
-        if fit is None:
-            report.bug("not_finite", what="the term", at="for ordinary arguments")
-            return report.build()
-        if fit.flip * sign < 0:
-            report.bug("prior_term_sign", what="log-density" if sign == 1 else "loss")
-        report.details |= {"factor": sign * fit.flip * fit.factor, "constant": fit.constant}
-        read_as = None
-        if not fit.is_parabola:
-            _check_integral(report, fit.flip, called)
-        elif not fit.is_diagonal and called.count == 3:
-            report.missing.append("the term: its elements depend on each other")
-        elif called.count == 1:
-            report.assumed.append("term(z) is of one fixed Gaussian")
-            report.checked.append("a parabola in z")
-            if fit.is_diagonal and fit.unexplained > SHARE:
-                hint = " when its own parameters move"
-                report.bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=hint)
-        elif fit.center.abs().max() > 1e4 * called.tolerance:
-            report.bug("prior_term_mismatch", "center", off=float(fit.center.abs().max()))
-        else:
-            read_as = _check_scale(report, fit, 10 * called.tolerance)
-    return report.build(read_as=read_as)
+        _, (called, fit) = first_form(product(FLOATS, (3, 1), (-6.0, 0.1), shapes), attempt)
+        return AuditReport.of(name_of(term), _check_fit(called, fit, sign))
+
+
+def _check_fit(term: _Term, fit: _Fit | None, sign: int) -> Iterator[Outcome]:
+    """Whether a term, a log-density or (-1) a loss, is that of a Gaussian or another density."""
+    if fit is None:
+        yield bug("not_finite", what="the term", at="for ordinary arguments")
+        return
+    if fit.flip * sign < 0:
+        yield bug("prior_term_sign", what="log-density" if sign == 1 else "loss")
+    factor = sign * fit.flip * fit.factor
+    yield Facts(details={"factor": factor, "constant": fit.constant})
+    if not fit.is_parabola:
+        yield _check_integral(fit.flip, term)
+    elif not fit.is_diagonal and term.count == 3:
+        yield Missing("the term: its elements depend on each other")
+    elif term.count == 1:
+        yield Assumed("term(z) is of one fixed Gaussian")
+        yield Passed("a parabola in z")
+        if fit.is_diagonal and fit.unexplained > SHARE:
+            hint = " when its own parameters move"
+            yield bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=hint)
+    elif fit.center.abs().max() > 1e4 * term.tolerance:
+        yield bug("prior_term_mismatch", "center", off=fit.center.abs().max())
+    else:
+        yield from _check_scale(fit, 10 * term.tolerance)
 
 
 class _Term:
@@ -270,30 +283,28 @@ def _parallel(a: Tensor, b: Tensor) -> bool:
     return float(torch.cosine_similarity(a, b, 0)) > 1 - 1e-6
 
 
-def _check_scale(report: ReportBuilder, fit: _Fit, tolerance: float) -> str | None:
-    """Whether peaks and curvatures have the same sigma; how it is read."""
+def _check_scale(fit: _Fit, tolerance: float) -> Iterator[Outcome]:
+    """Whether peaks and curvatures have the same sigma; and how it is read."""
     if fit.unexplained > SHARE:
-        report.bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=fit.like)
-        return None
+        yield bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=fit.like)
+        return
     scale = math.sqrt(max(fit.factor, 0.0))
     plain, whole = (name_curve(fit.b, fit.sigma * k, tolerance) for k in (1.0, scale))
     weighted = abs(fit.factor - 1) > SHARE
     if fit.factor < SHARE or (weighted and _is_usual(plain) and not _is_usual(whole)):
-        report.bug(
-            "prior_term_mismatch", "factor", factor=round(fit.factor, 6) + 0.0, sigma=plain.text
-        )
+        factor = round(fit.factor, 6) + 0.0
+        yield bug("prior_term_mismatch", "factor", factor=factor, sigma=plain.text)
     elif weighted and not whole.named:
-        report.missing.append(
+        yield Missing(
             f"the factor of log sigma: it is {fit.factor:.5g} times that of a Gaussian, whose "
             "sigma is an unknown function of the second parameter"
         )
     else:
-        report.checked.append(
+        yield Passed(
             f"a multiple of log N: factor {fit.factor:.6g}, sigma is {whole.text}, "
             f"off by {fit.unexplained:.1g}"
         )
-        return whole.name if whole.named else None
-    return None
+        yield Facts(read_as=whole.name if whole.named else None)
 
 
 def _is_usual(curve: Curve) -> bool:
@@ -301,7 +312,7 @@ def _is_usual(curve: Curve) -> bool:
     return curve.named and abs(curve.noise_scale - 1) < 1e-4
 
 
-def _check_integral(report: ReportBuilder, flip: int, term: _Term) -> None:
+def _check_integral(flip: int, term: _Term) -> Outcome:
     """Whether exp of a term that is no parabola integrates to one over z."""
 
     def signed(z: Tensor, rest: tuple[float, ...]) -> Any:
@@ -315,6 +326,5 @@ def _check_integral(report: ReportBuilder, flip: int, term: _Term) -> None:
             values.append(whole.details.get("integral", math.nan))
     integral = max(values, key=lambda value: abs(value - 1), default=math.nan)
     if len(values) == len(ends) and abs(integral - 1) < 5e-3:
-        report.checked.append(f"not a Gaussian's, but exp of it integrates to {integral:.6g}")
-    else:
-        report.bug("prior_term_mismatch", integral=integral)
+        return Passed(f"not a Gaussian's, but exp of it integrates to {integral:.6g}")
+    return bug("prior_term_mismatch", integral=integral)

@@ -10,20 +10,34 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from musigma.audit.findings import AuditError, AuditReport, ReportBuilder, distance
+from musigma.audit.findings import (
+    Assumed,
+    AuditError,
+    AuditReport,
+    Facts,
+    Finding,
+    Missing,
+    Outcome,
+    Passed,
+    Skipped,
+    bug,
+    distance,
+    has,
+    warning,
+)
 from musigma.audit.latents import find_latents
 from musigma.audit.moments import moments_differ
 from musigma.audit.probes import Prober
 from musigma.audit.runs import Runner
 from musigma.audit.sandbox import Sandbox
-from musigma.audit.step import StepAudit, examine
+from musigma.audit.step import examine
 from musigma.audit.step_kl import Fit, View, fit_moments
 from musigma.audit.vae_step import Moments, Parts, Prior
 from musigma.testing import jacobian
@@ -100,69 +114,67 @@ def audit_vae(
     given = {name: fn for name, fn in functions.items() if fn is not None}
     with Sandbox(*given.values(), prior, as_is=True) as sandbox, torch.enable_grad():
         sandbox.restore_modes()
-        return _audit(Parts(sandbox, given, example, prior, kl_uses_sample))
+        parts = Parts(sandbox, given, example, prior, kl_uses_sample)
+        return AuditReport.of("VAE", _check(parts))
 
 
-def _audit(parts: Parts) -> AuditReport:
+def _check(parts: Parts) -> Iterator[Outcome]:
     if not parts.has("sample"):
-        report = ReportBuilder("VAE")
-        report.missing.append("what is sampled: there is no `sample`")
-        return report.build()
+        yield Missing("what is sampled: there is no `sample`")
+        return
     noisy = _enable_sampling(parts)
-    audit = _examine(parts)
+    found = _check_step(parts)
     if not noisy:
-        _report_fixed_noise(audit, parts)
+        found.append(_fixed_noise(parts))
     if parts.has("kl"):
-        prior = _check_prior(audit, parts)
-        _check_batch(audit, parts)
+        found, prior = _compare_prior(found, parts)
+        yield from (*found, *_check_batch(parts))
     else:
-        audit.missing[:] = ["the KL: there is no `kl`"]
         prior = (parts.prior or Prior(None, parts.latent)).moments
+        yield from _without(found, Missing)
+        yield Missing("the KL: there is no `kl`")
     if parts.has("documented_mean"):
-        _check_mean(audit, parts)
+        yield _check_mean(parts)
     if parts.has("generate"):
-        _check_generation(audit, parts, prior)
+        yield _check_generation(parts, prior)
     else:
-        audit.unchecked.append("the prior of generation: there is no `generate`")
+        yield Skipped("the prior of generation: there is no `generate`")
     for name, i in sorted(parts.sandbox.changed):
         if i < len(ARGUMENTS.get(name, ())):
-            audit.warn("inplace", name=name, argument=ARGUMENTS[name][i])
-    audit.assumed += parts.notes
-    return audit.build()
+            yield warning("inplace", name=name, argument=ARGUMENTS[name][i])
+    yield from map(Assumed, parts.notes)
 
 
-def _examine(parts: Parts) -> StepAudit:
-    """The audit of the loss; where it is not enough, of a step that is made of its terms."""
-    failed = []
+def _check_step(parts: Parts) -> list[Outcome]:
+    """What is found in the loss; where it is not enough, in a step that is made of its terms."""
+    failed: list[Outcome] = []
     if parts.has("loss"):
-        audit = examine(parts.loss, parts.sandbox, "VAE")
-        if not audit.missing:
-            return audit
-        failed = [f"the loss: {line}" for line in audit.missing]
-    audit = examine(parts.step, parts.sandbox, "VAE")
-    audit.missing += failed
+        found = list(examine(parts.loss, parts.sandbox))
+        failed = [Missing(f"the loss: {o.line}") for o in found if isinstance(o, Missing)]
+        if not failed:
+            return found
+    found = [*examine(parts.step, parts.sandbox), *failed]
     with torch.no_grad():
         z = parts.z(parts.heads())
         recon, given = parts.answer(z)
         alike = not parts.has("kl") or (given and (
             parts.divergence(parts.heads(), z).ndim == 0) == (recon.ndim == 0))  # fmt: skip
-    if not given:
-        audit.unchecked.append("the weight of the KL: there is no `recon`")
-        if parts.has("kl") and parts.power is None:
-            _drop(audit, "reduction_imbalance")
-    elif not alike:
-        audit.unchecked.append("the weight of the KL: one term is not reduced over the batch")
-        _drop(audit, "reduction_imbalance")
+    why = "one term is not reduced over the batch" if given else "there is no `recon`"
+    if not (given and alike):
+        found.append(Skipped(f"the weight of the KL: {why}"))
+    if (given and not alike) or (not given and parts.has("kl") and parts.power is None):
+        found = _without(found, "reduction_imbalance")
     if parts.has("kl") and parts.power not in (0.0, 1.0, None) and not given:
         growth = 8.0**parts.power
-        audit.warn("reduction_imbalance", "growth", growth=growth, examples=8)
-    return audit
+        found.append(warning("reduction_imbalance", "growth", growth=growth, examples=8))
+    return found
 
 
-def _drop(audit: StepAudit, code: str) -> None:
-    """Remove the findings of a code."""
-    for key in [key for key, finding in audit.findings.items() if finding.code == code]:
-        del audit.findings[key]
+def _without(outcomes: Iterable[Outcome], what: str | type[Outcome]) -> list[Outcome]:
+    """Outcomes without the findings of a code, or without those of a type."""
+    if isinstance(what, str):
+        return [o for o in outcomes if not (isinstance(o, Finding) and o.code == what)]
+    return [o for o in outcomes if not isinstance(o, what)]
 
 
 def _enable_sampling(parts: Parts) -> bool:
@@ -191,51 +203,52 @@ def _enable_sampling(parts: Parts) -> bool:
     return False
 
 
-def _report_fixed_noise(audit: StepAudit, parts: Parts) -> None:
+def _fixed_noise(parts: Parts) -> Finding:
     """The bug of a sampler that returns the same at every call: no noise, or always the same."""
     with torch.no_grad():
         alike = tuple(t.detach()[:1].expand_as(t) for t in parts.heads())
         z = parts.z(alike)
     if (z == z[:1]).all():
-        audit.bug("sample_scale", "no_noise", sigma=0.0)
-    else:
-        audit.bug("noise_shared", "calls", calls=2, different=0)
+        return bug("sample_scale", "no_noise", sigma=0.0)
+    return bug("noise_shared", "calls", calls=2, different=0)
 
 
 # --- the prior ----------------------------------------------------------------------------------
 
 
-def _check_prior(audit: StepAudit, parts: Parts) -> Moments | None:
-    """Compare the KL with that to the given prior; the moments of its prior, if they are known."""
+def _compare_prior(found: list[Outcome], parts: Parts) -> tuple[list[Outcome], Moments | None]:
+    """What was found, in the light of the given prior; and the moments of that of the KL."""
     fit, weight = _measure(parts)
     if fit is not None and fit.size == 0:
-        audit.bug("kl_constant")
-        return None
+        return [*found, bug("kl_constant")], None
     if parts.prior is None:
-        return _moments(fit, parts) if fit is not None and fit.is_kl else None
+        return found, _moments(fit, parts) if fit is not None and fit.is_kl else None
     prior, d = parts.prior, math.prod(parts.latent)
-    if not _check_flow(audit, parts):
-        return prior.moments
+    flow = list(_check_flow(parts))
+    found = [*found, *flow]
+    if has(flow, "logdet_mismatch"):
+        return found, prior.moments
     by_draws = parts.kl_uses_sample or parts.has("flow")
     full = not (by_draws or prior.is_product)
     if full and (d > LARGEST or not _is_quadratic(prior, parts.latent)):
         if fit is not None and fit.is_kl:  # to a Gaussian, which the given prior is not
-            audit.bug("kl_mismatch", "prior")
-            return prior.moments
-        _drop(audit, "kl_mismatch")
-        audit.missing.append("the prior of the KL: a closed form to this prior is not compared")
-        return prior.moments
+            return [*found, bug("kl_mismatch", "prior")], prior.moments
+        why = Missing("the prior of the KL: a closed form to this prior is not compared")
+        return [*_without(found, "kl_mismatch"), why], prior.moments
     of_one = len(parts.target) ** ((1.0 if parts.power is None else parts.power) - 1)
     fit, _ = _measure(parts, of_one if math.isnan(weight) else weight, full)
     if fit is not None and fit.is_kl and fit.is_standard:
-        audit.read_as = audit.convention
-        audit.checked.append("the KL is that to the given prior")
         about = ("the KL of z", "the prior of")
-        audit.missing[:] = [line for line in audit.missing if not line.startswith(about)]
-        _drop(audit, "kl_mismatch")
-    elif not any(key.startswith("kl_mismatch") for key in audit.findings):
-        audit.bug("kl_mismatch", "prior")
-    return prior.moments
+        convention = next((o.convention for o in found if isinstance(o, Facts)), None)
+        found = [
+            Facts(read_as=convention),
+            *(o for o in _without(found, "kl_mismatch")
+              if not (isinstance(o, Missing) and o.line.startswith(about))),
+            Passed("the KL is that to the given prior"),
+        ]  # fmt: skip
+    elif not has(found, "kl_mismatch"):
+        found.append(bug("kl_mismatch", "prior"))
+    return found, prior.moments
 
 
 def _measure(parts: Parts, weight: float = 0.0, full: bool = False) -> tuple[Fit | None, float]:
@@ -246,7 +259,7 @@ def _measure(parts: Parts, weight: float = 0.0, full: bool = False) -> tuple[Fit
     """
     nothing = None, math.nan
     step = functools.partial(parts.kl_to_normal, weight)
-    run = Runner(ReportBuilder("VAE"), parts.sandbox, step).again()
+    run = Runner(parts.sandbox, step).again()
     latents = find_latents(run.graph, run.loss) if run is not None else []
     if run is None or len(latents) != 1:
         return nothing
@@ -282,11 +295,11 @@ def _is_quadratic(prior: Prior, latent: tuple[int, ...]) -> bool:
     return False
 
 
-def _check_flow(audit: StepAudit, parts: Parts) -> bool:
+def _check_flow(parts: Parts) -> Iterator[Outcome]:
     """Whether the flow's log-determinants are those of autograd's Jacobian."""
     d = math.prod(parts.latent)
     if not parts.has("flow") or d > LARGEST:
-        return True
+        return
     z = torch.randn(4, *parts.latent, generator=torch.Generator().manual_seed(6))
     stated = parts.pushed(z)[1].detach().expand(4)
     slopes = jacobian(lambda z: parts.pushed(z)[0].flatten(1), z)
@@ -294,17 +307,16 @@ def _check_flow(audit: StepAudit, parts: Parts) -> bool:
     off = (true - stated).abs() / (1 + true.abs())
     w = int(off.argmax())
     if off[w] > 1e-3:
-        audit.bug("logdet_mismatch", "posterior_flow", log_det=stated[w], expected=true[w])
-        return False
-    audit.checked.append(f"the log-determinant of the flow, against autograd: {float(off[w]):.1e}")
-    return True
+        yield bug("logdet_mismatch", "posterior_flow", log_det=stated[w], expected=true[w])
+    else:
+        yield Passed(f"the log-determinant of the flow, against autograd: {float(off[w]):.1e}")
 
 
 # --- other checks -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _check_batch(audit: StepAudit, parts: Parts) -> None:
+def _check_batch(parts: Parts) -> Iterator[Outcome]:
     """Whether the KL of an example depends on the others in its batch."""
     heads = parts.heads()
     z = parts.z(heads)
@@ -319,11 +331,11 @@ def _check_batch(audit: StepAudit, parts: Parts) -> None:
     parts.sandbox.reseed()
     again = parts.divergence(tuple(others(t) for t in heads), others(z))
     if distance(again[:1], kl[:1]) > 1e-4:
-        audit.bug("cross_sample", "kl")
+        yield bug("cross_sample", "kl")
 
 
 @torch.no_grad()
-def _check_mean(audit: StepAudit, parts: Parts) -> None:
+def _check_mean(parts: Parts) -> Outcome:
     """E[z] of many draws against the documented mean."""
     heads = parts.heads()
     z = torch.stack([parts.z(heads) for _ in range(1000)]).double()
@@ -332,29 +344,25 @@ def _check_mean(audit: StepAudit, parts: Parts) -> None:
     if off.max() > 7:
         at = off.flatten().argmax()
         mean, documented = z.mean(0).flatten()[at], expected.flatten()[at]
-        audit.bug("sample_mean", mean_of_z=mean, expected=documented)
-    else:
-        audit.checked.append(f"the mean of z is the documented one, over {len(z)} draws")
+        return bug("sample_mean", mean_of_z=mean, expected=documented)
+    return Passed(f"the mean of z is the documented one, over {len(z)} draws")
 
 
-def _check_generation(audit: StepAudit, parts: Parts, moments: Moments | None) -> None:
+def _check_generation(parts: Parts, moments: Moments | None) -> Outcome:
     """The moments of ``generate(n)`` against those of the prior."""
     few = parts.call("generate", 8)
     if not isinstance(few, Tensor) or few.ndim < 2 or few[0].numel() != math.prod(parts.latent):
         shape = tuple(getattr(few, "shape", ()))
-        audit.unchecked.append(
+        return Skipped(
             f"the prior of generation: generate(8) returns shape {shape}, not draws of the latent"
         )
-        return
     if moments is None:
-        audit.unchecked.append("the prior of generation: the moments of the prior are not known")
-        return
+        return Skipped("the prior of generation: the moments of the prior are not known")
     n = DRAWS if few[0].numel() <= 64 else DRAWS // 10
     parts.sandbox.reseed(11)
     z = parts.call("generate", n).detach().flatten(1).double()
     if not z.isfinite().all():
-        audit.bug("not_finite", "generate")
-    elif off := moments_differ(z, moments[0].double(), moments[1].double()):
-        audit.bug("prior_mismatch", **off)
-    else:
-        audit.checked.append(f"generation: mean and standard deviation of the prior, {n} draws")
+        return bug("not_finite", "generate")
+    if off := moments_differ(z, moments[0].double(), moments[1].double()):
+        return bug("prior_mismatch", **off)
+    return Passed(f"generation: mean and standard deviation of the prior, {n} draws")
