@@ -18,7 +18,8 @@ from musigma.zoo import build
 from tests.test_audit_models import SMALL
 
 MODELS = [(name, shape, options) for name in SMALL for shape, options in SMALL[name]]
-NAMES = [f"{name}-{i}" for i, (name, _, _) in enumerate(MODELS)]
+NAMES = [f"{name}-{i}" for name in SMALL for i, _ in enumerate(SMALL[name])]
+SLOW = ("glow-0", "glow-3", "realnvp-1", "vae-1")  # architectures that are there once more
 INTENDED = {"autoencoder_kl": ("reduction_imbalance",)}  # its KL has a small weight by design
 NEITHER = ("table", "published_glow", "idf")
 """A product of conditionals; a classifier that reads the latents before they are whitened; and
@@ -36,7 +37,13 @@ def step_of(name, shape, options, change=None, **config):
     return (lambda: run(x, context, 1.0)[0].mean()), x
 
 
-@pytest.mark.parametrize(("name", "shape", "options"), MODELS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        pytest.param(*model, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, model in zip(NAMES, MODELS, strict=True)
+    ],
+)
 def test_the_training_step_of_every_architecture_is_right(name, shape, options):
     step, _ = step_of(name, shape, options)
     state = torch.random.get_rng_state()
