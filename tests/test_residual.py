@@ -36,7 +36,7 @@ def test_laws(name, context):
     ("name", "below", "options"),
     [
         ("residual", 3.0, {"depth": 3, "hidden": 16}),
-        ("cnf", 2.3, {"steps": 3, "hidden": 32}),
+        ("cnf", 2.3, {"time_steps": 3, "hidden": 32}),
     ],
     ids=["residual", "cnf"],
 )
@@ -47,7 +47,7 @@ def test_family(name, below, options):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("residual", {"depth": 6, "hidden": 32}), ("cnf", {"steps": 4, "hidden": 32})],
+    [("residual", {"depth": 6, "hidden": 32}), ("cnf", {"time_steps": 4, "hidden": 32})],
     ids=["residual", "cnf"],
 )
 def test_family_in_500_steps(name, options):

@@ -17,7 +17,7 @@ def cnf(
     context: int,
     *,
     depth: int = 1,
-    steps: int = 8,
+    time_steps: int = 8,
     hidden: int = 64,
     hidden_layers: int = 2,
     exact: int = 8,
@@ -30,16 +30,16 @@ def cnf(
 
     Args:
         depth: Number of differential equations, one after another.
-        steps: Number of Runge-Kutta steps of each.
+        time_steps: Number of Runge-Kutta steps of each.
         hidden: Width of each hidden layer of the networks.
         hidden_layers: Number of hidden layers.
         exact: Largest number of features whose density is exact in training, too.
     """
-    at_least(1, depth=depth, steps=steps, hidden=hidden)
+    at_least(1, depth=depth, time_steps=time_steps, hidden=hidden)
     at_least(0, hidden_layers=hidden_layers, exact=exact)
     for _ in range(depth):
         yield ActNorm(features)
         widths = [hidden] * hidden_layers
         net = MLP(features + 1, features, hidden=widths, context=context, zero=True)
-        yield NeuralODE(net, steps=steps, exact=exact)
+        yield NeuralODE(net, steps=time_steps, exact=exact)
     yield ActNorm(features)
