@@ -72,7 +72,7 @@ def test_labels_are_learned_from_a_few(tmp_path):
     with torch.no_grad():
         nats = float(-run.model.elbo(torch.from_numpy(new), unknown).mean())
     assert nats < 5.6
-    drawn = run.model.sample(400, unknown)
+    drawn = run.model.sample(500, unknown)
     assert abs(float(drawn.mean()) - float(x.mean())) < 0.4
     other = build("vae", data.spec(["label"]), latents=2, width=8)
     with pytest.raises(ValueError, match=r"994 of 1,024 examples .* have no label"):

@@ -32,6 +32,10 @@ class LadderBlock(nn.Module):
         super().__init__()
         self.prior, self.posterior, self.merge = prior, posterior, merge
 
+    def propose(self, state: Tensor, context: Any = None) -> tuple[Any, Tensor]:
+        """p(z | state), and the state that z is merged with: the same one, unless overridden."""
+        return conditioned(self.prior, state, context), state
+
 
 class Ladder(Model):
     r"""A top-down hierarchical VAE: every posterior sees the data and the state from above.
@@ -72,8 +76,8 @@ class Ladder(Model):
         bottom_up = conditioned(self.bottom_up, x, context)
         for block, features in zip(self.blocks, bottom_up, strict=True):
             q = conditioned(block.posterior, torch.cat([state, features], 1), context)
-            z = trace.latent(block, q, conditioned(block.prior, state, context))
-            state = conditioned(block.merge, state, z, context)
+            p, state = block.propose(state, context)
+            state = conditioned(block.merge, state, trace.latent(block, q, p), context)
         trace.p(self, conditioned(self.decoder, state, context), x)
 
     def generate(self, trace: Trace, context: Any = None) -> Tensor:
@@ -84,9 +88,10 @@ class Ladder(Model):
         state = self._start(n)
         drawn = []
         for block in self.blocks:
-            z = trace.p(block, conditioned(block.prior, state, context))
+            p, onward = block.propose(state, context)
+            z = trace.p(block, p)
             drawn.append((block, state, z))
-            state = conditioned(block.merge, state, z, context)
+            state = conditioned(block.merge, onward, z, context)
         x = trace.p(self, conditioned(self.decoder, state, context))
         if trace.scoring:
             pairs = zip(drawn, conditioned(self.bottom_up, x, context), strict=True)
