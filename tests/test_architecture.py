@@ -38,6 +38,7 @@ RANKS = {
     "posterior": 5,
     "ladder": 4,
     "quantized": 4,
+    "imputation": 4,
     "any_order": 4,
     "questions": 5,
     "anomaly": 8,
