@@ -14,7 +14,8 @@ from torch.distributions import (
 
 from musigma import build, load, save
 from musigma.audit import audit_model, audit_step
-from musigma.coding import compress
+from musigma.cli import main
+from musigma.coding import compress, decompress
 from musigma.distributions import (
     POSTERIORS,
     PRIORS,
@@ -24,6 +25,7 @@ from musigma.distributions import (
 )
 from musigma.gaussian import DiagonalGaussian
 from musigma.testing import check_model, randomized
+from musigma.zoo.parts import FLOWS
 from tests.families import nats_after, training_step
 
 PAIRS = [  # posterior, prior, whether the gradient is the derivative of the draws
@@ -253,10 +255,10 @@ TRAINED = [  # nats after 500 steps; before training they are above 150
     ("iaf depth=2 hidden=32", "normal", 1.8),
     ("nsf depth=2 hidden=32", "normal", 1.8),
     ("von-mises-fisher", "auto", 2.0),
-    ("hyperbolic", "auto", 2.0),
+    ("hyperbolic", "auto", 5.0),
     ("gamma", "auto", 2.0),
     ("beta", "auto", 2.0),
-    ("categorical classes=8", "auto", 20.0),
+    ("categorical classes=8", "auto", 12.0),
     ("joint classes=4", "auto", 2.0),
     ("diagonal", "mixture", 1.5),
     ("diagonal", "vamp components=50", 0.5),
@@ -270,8 +272,34 @@ def test_training_reaches_a_bound(posterior, prior, bound):
     torch.manual_seed(0)
     options = {"posterior": posterior, "prior": prior, "std": 0.1}
     model = build("vae", (5,), bits=None, latents=2, width=64, **options)
-    assert float(-model.elbo(torch.from_numpy(circle(100))).mean()) > 150
+    with torch.no_grad():
+        assert -model.elbo(torch.from_numpy(circle(100))).mean() > 150
     assert nats_after(model, data=circle) < bound
+
+
+@pytest.mark.slow
+def test_data_on_a_circle_fit_latents_on_a_circle():
+    """Of entropy -1.0 nats; the posteriors above, in the plane, reach 0.9 to 1.5."""
+    torch.manual_seed(0)
+    options = {"posterior": "von-mises-fisher", "std": 0.1}
+    model = build("vae", (5,), bits=None, latents=1, width=64, **options)
+    assert nats_after(model, data=circle) < -0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["posterior", "prior"])
+@pytest.mark.parametrize("name", sorted(FLOWS))
+def test_every_flow_of_vectors_is_a_posterior_and_a_prior(name, role):
+    sizes = {"depth": 1, "hidden": 8, "hidden_layers": 1, "width": 8}
+    words = [f"{k}={v}" for k, v in sizes.items() if k in FLOWS.defaults(name)]
+    options = {"bits": None, "latents": 3, "width": 8, role: " ".join([name, *words])}
+    if name == "vflow":
+        with pytest.raises(ValueError, match=f"{role}: 'vflow' draws"):
+            build("vae", (5,), **options)
+        return
+    model = build("vae", (5,), **options)
+    model.calibrate(torch.randn(20, 5))
+    check_model(model, (5,))
 
 
 # --- by name ------------------------------------------------------------------------------------
@@ -335,8 +363,50 @@ def test_vamp_with_a_posterior_that_scores_slowly_is_refused():
         build("vae", (5,), bits=None, posterior="maf depth=1", prior="vamp")
 
 
-def test_a_latent_without_a_coding_rule_is_refused_by_name(tmp_path):
-    model = build("vae", (1, 4, 4), bits=1, net="mlp", latents=2, width=8, posterior="full")
+@pytest.mark.parametrize(
+    ("posterior", "prior", "kind"),
+    [
+        ("full", "auto", "FullGaussian"),
+        ("mixture", "auto", "Mixture"),
+        ("nsf depth=1", "auto", "Flowed"),
+        ("von-mises-fisher", "auto", "VonMisesFisher"),
+        ("hyperbolic", "auto", "HyperbolicNormal"),
+        ("gamma", "auto", "FactorizedGamma"),
+        ("joint", "auto", "Product"),
+        ("diagonal", "mixture", "Mixture"),
+        ("hamiltonian", "auto", "Leapfrog"),
+    ],
+)
+def test_a_latent_without_a_coding_rule_is_refused_by_name(tmp_path, posterior, prior, kind):
+    options = {"latents": 2, "width": 8, "posterior": posterior, "prior": prior}
+    model = build("vae", (1, 4, 4), bits=1, net="mlp", **options)
     images = np.random.default_rng(0).integers(0, 2, (8, 1, 4, 4)).astype(np.uint8)
-    with pytest.raises(ValueError, match="FullGaussian has no coding rule"):
+    with pytest.raises(ValueError, match=f"{kind} has no coding rule"):
         compress(model, images, tmp_path / "x.mus")
+
+
+def test_categorical_latents_are_coded(tmp_path):
+    model = build("vae", (1, 4, 4), bits=1, net="mlp", width=8, latents=2, posterior="categorical")
+    images = np.random.default_rng(0).integers(0, 2, (8, 1, 4, 4)).astype(np.uint8)
+    compress(model, images, tmp_path / "x.mus")
+    assert np.array_equal(decompress(tmp_path / "x.mus", model).levels, images)
+
+
+def test_a_posterior_of_a_file(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from musigma.distributions import POSTERIORS\n"
+        "@POSTERIORS.register\n"
+        "def narrow(size, net, format, *, by=1.0):\n"
+        "    return POSTERIORS['diagonal'](size, net, format)\n"
+    )
+    np.savetxt(tmp_path / "x.csv", circle(100), delimiter=",", header="a,b,c,d,e", comments="")
+    mine, run = f"{tmp_path / 'mine.py'}:narrow", str(tmp_path / "run")
+    small = ["--steps", "2", "--width", "8", "--schema", "none", "--out", run]
+    try:
+        main(["train", "vae", str(tmp_path / "x.csv"), "--posterior", f"{mine} by=2", *small])
+        del POSTERIORS["narrow"]
+        capsys.readouterr()
+        main(["info", run, "--plugin", mine, "--json"])
+        assert "narrow by=2" in capsys.readouterr().out
+    finally:
+        POSTERIORS.pop("narrow", None)

@@ -22,8 +22,8 @@ __all__ = ["bessel_ratio", "log_bessel"]
 
 NEAR = 30.0
 """Radius sqrt(ν² + x²) below which the series is summed."""
-TERMS = 100
-"""Terms of the series: at x = 30 the last is 1e-40 of the largest."""
+TERMS = 64
+"""Terms of the series: at x = 30 the last is 1e-37 of the largest."""
 
 
 def _debye(orders: int) -> list[list[float]]:

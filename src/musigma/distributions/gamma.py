@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Beta, Gamma, constraints, kl_divergence, register_kl
 
-from musigma.distributions.latents import POSTERIORS, PosteriorHead
+from musigma.distributions.latents import POSTERIORS, PosteriorHead, within
 from musigma.gaussian import EventDistribution, Format, Shape
 from musigma.tensors import at_least_float32, per_example
 
@@ -205,10 +205,11 @@ def gamma(size: int, net: Callable[[int], nn.Module], format: Format) -> Posteri
 
     `format` reads m and log s, which is kept within `BOUNDS`. q is the prior at m = 0, s = 1.
     """
+    format = within(format, *BOUNDS)
 
     def read(h: Tensor) -> FactorizedGamma:
         mean, log_std = format.split(h)
-        log_concentration = -2 * log_std.clamp(*BOUNDS)
+        log_concentration = -2 * log_std
         return FactorizedGamma(log_concentration.exp(), (log_concentration - mean).exp())
 
     prior = partial(StandardGamma, size)
@@ -223,10 +224,11 @@ def beta(size: int, net: Callable[[int], nn.Module], format: Format) -> Posterio
 
     `format` reads m and log s, which is kept within `BOUNDS`. q is the prior at m = 0, s = 1.
     """
+    format = within(format, *BOUNDS)
 
     def read(h: Tensor) -> FactorizedBeta:
         mean, log_std = format.split(h)
-        log_sum = math.log(2) - 2 * log_std.clamp(*BOUNDS)
+        log_sum = math.log(2) - 2 * log_std
         a, b = ((log_sum + F.logsigmoid(side)).exp() for side in (mean, -mean))
         return FactorizedBeta(a.clamp(min=1e-3), b.clamp(min=1e-3))
 

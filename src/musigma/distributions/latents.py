@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -98,6 +98,13 @@ class PosteriorHead(nn.Module):
         """The network, and a function from its output to the share of scales at a limit."""
         if self.saturation is not None:
             yield self.net, self.saturation
+
+
+def within(format: Format, low: float, high: float) -> Format:
+    """A format whose bounds of log_std are at most these."""
+    if format.bounds is not None:
+        low, high = max(low, format.bounds[0]), min(high, format.bounds[1])
+    return replace(format, bounds=(low, high))
 
 
 @POSTERIORS.register

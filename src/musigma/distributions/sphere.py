@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.distributions import Beta, register_kl
 
 from musigma.distributions.bessel import bessel_ratio, log_bessel
-from musigma.distributions.latents import POSTERIORS, PosteriorHead
+from musigma.distributions.latents import POSTERIORS, PosteriorHead, within
 from musigma.gaussian import EventDistribution, Format, Shape
 from musigma.tensors import at_least_float32, per_example
 
@@ -216,10 +216,14 @@ def von_mises_fisher(size: int, net: Callable[[int], nn.Module], format: Format)
     reads as a standard deviation s, within `BOUNDS`: the concentration is (size + 1) / s², which
     at s = 1 is neither uniform nor a point in any dimension.
     """
-    m = size + 1
+    m, format = size + 1, within(format, *BOUNDS)
 
     def read(h: Tensor) -> VonMisesFisher:
-        log_std = format.log_std(h[:, m]).clamp(*BOUNDS)
+        log_std = format.log_std(format.gain * h[:, m])
         return VonMisesFisher(F.normalize(h[:, :m], dim=-1), m * (-2 * log_std).exp())
 
-    return PosteriorHead(net(m + 1), read, event=(m,), prior=partial(UniformOnSphere, m))
+    def saturation(h: Tensor) -> Tensor:
+        return format.saturation(h[:, m:].expand(-1, 2))
+
+    prior = partial(UniformOnSphere, m)
+    return PosteriorHead(net(m + 1), read, event=(m,), prior=prior, saturation=saturation)

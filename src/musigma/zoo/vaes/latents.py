@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from musigma.context import pooled
 from musigma.distributions import POSTERIORS, PRIORS, FlowHead, Latents, StandardNormal
 from musigma.gaussian import Format, GaussianHead
 from musigma.layers import ActNorm, Affine, Coupling, InvertibleConv
-from musigma.model import Chain, Inverse, Layer, Model, Prior
+from musigma.model import Bijection, Chain, Inverse, Model, Prior
 from musigma.named import Registry
 from musigma.nets import MLP
 from musigma.zoo.parts import FLOWS
@@ -35,9 +35,9 @@ def chosen_posterior(
     """
     if not _is_flow(text, POSTERIORS):
         return POSTERIORS.choice(text)(size, net, format)
-    layers: Sequence[Layer] = list(FLOWS.choice(text)(size, FEATURES))
-    if any(getattr(layer, "slow_inverse", "") for layer in layers):
-        layers = [Inverse(layer) for layer in reversed(layers)]  # pyright: ignore
+    layers = _bijections("posterior", text, size, FEATURES)
+    if any(layer.slow_inverse for layer in layers):
+        layers = [Inverse(layer) for layer in reversed(layers)]
     base = GaussianHead(nn.Linear(FEATURES, 2 * size), event_ndims=1, format=format)
     return FlowHead(net(FEATURES), Chain(layers, Prior(base)), (size,))
 
@@ -53,9 +53,9 @@ def chosen_prior(text: str, latents: Latents) -> Model:
     if text == "auto":
         text = "conditional" if latents.context else "normal"
     if _is_flow(text, PRIORS):
-        choice = FLOWS.choice(text)
-        size = latents.vector(choice.name)
-        return Chain(choice(size, latents.context), Prior(StandardNormal((size,))))
+        size = latents.vector(text.partition(" ")[0])
+        layers = _bijections("prior", text, size, latents.context)
+        return Chain(layers, Prior(StandardNormal((size,))))
     prior = PRIORS.choice(text)(latents)
     return prior if isinstance(prior, Model) else Prior(prior)
 
@@ -63,6 +63,22 @@ def chosen_prior(text: str, latents: Latents) -> Model:
 def _is_flow(text: str, registry: Registry) -> bool:
     name = text.partition(" ")[0]
     return name in FLOWS and name not in registry
+
+
+def _bijections(option: str, text: str, size: int, context: int) -> list[Bijection]:
+    """The layers of a flow.
+
+    Raises:
+        ValueError: If one of them is no bijection.
+    """
+    choice = FLOWS.choice(text)
+    layers = list(choice(size, context))
+    if other := next((layer for layer in layers if not isinstance(layer, Bijection)), None):
+        raise ValueError(
+            f"{option}: {choice.name!r} draws or loses something in its {type(other).__name__}, "
+            "so it has no exact density; use a flow of bijections, such as 'nsf'"
+        )
+    return layers
 
 
 class _ContextNet(nn.Module):
