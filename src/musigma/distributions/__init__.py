@@ -25,7 +25,7 @@ from musigma.distributions.gamma import (
 )
 from musigma.distributions.gaussian import LearnedNormal, OptimalGaussianHead, StandardNormal
 from musigma.distributions.hyperbolic import HyperbolicNormal, StandardHyperbolic
-from musigma.distributions.integers import IntegerLogisticMixture, IntegerRead
+from musigma.distributions.integers import IntegerLogisticHead, IntegerLogisticMixture
 from musigma.distributions.latents import POSTERIORS, PRIORS, Latents, PosteriorHead
 from musigma.distributions.levels import (
     DiscretizedLogisticMixture,
@@ -80,8 +80,8 @@ __all__ = [
     "FullGaussian",
     "GaussianMixture",
     "HyperbolicNormal",
+    "IntegerLogisticHead",
     "IntegerLogisticMixture",
-    "IntegerRead",
     "Latents",
     "LearnedNormal",
     "LikelihoodHead",

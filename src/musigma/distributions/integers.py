@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
+from musigma.context import conditioned
 from musigma.distributions.levels import log_between
 from musigma.gaussian import EventDistribution, Format, Shape
 from musigma.tensors import at_least_float32, gumbel_like, per_example
 
-__all__ = ["IntegerLogisticMixture", "IntegerRead"]
+__all__ = ["IntegerLogisticHead", "IntegerLogisticMixture"]
 
 
 class _Integers(constraints.Constraint):
@@ -93,47 +92,86 @@ class IntegerLogisticMixture(EventDistribution):
 
 
 FORMAT = Format(bounds=(-9.0, 5.0), offset=-2.0)
-"""How log scales are read, in coordinates where the levels run from -1 to 1."""
+"""How log scales are read, in units of the widths of the channels."""
 
 
-@dataclass(frozen=True)
-class IntegerRead:
-    """Reads K logits, K means and K raw scales for each channel as an `IntegerLogisticMixture`.
+class IntegerLogisticHead(nn.Module):
+    """A network that emits K logits, K means and K raw scales of integers for each channel.
 
-    Means and scales are in coordinates where the levels 0 .. levels - 1 of the data run from -1 to
-    1. Where the network emits zeros, the means are evenly spread over these levels.
+    Means and scales are in units of a center and a width of each channel: those of the levels of
+    the data, until `calibrate` sets them to the mean and twice the standard deviation of a batch.
+    They are buffers. Where the network emits zeros, the means are evenly spread over the width.
 
     Args:
+        net: ``net(given)`` or ``net(given, context)``, which emits (B, outputs · C, ...); or, for
+            a prior, numbers without a batch (`Constant`).
+        channels: C.
         levels: Number of levels of the data.
         components: K.
         event_ndims: 1 for vectors, 3 for images.
 
+    Attributes:
+        outputs: Channels that the network emits for each channel, 3 K.
+
     Example:
-        >>> read = IntegerRead(levels=256, components=2, event_ndims=1)
-        >>> read(torch.zeros(5, 3 * read.outputs)).means[0, :, 0]
-        tensor([ 63.7500, 191.2500])
+        >>> head = IntegerLogisticHead(nn.Linear(2, 18), 3, components=2, event_ndims=1)
+        >>> head.calibrate(torch.tensor([[0.0, 5.0, 7.0], [4.0, 5.0, 9.0]]))
+        >>> head.center.flatten(), head.width.flatten()
+        (tensor([2., 5., 8.]), tensor([4.0000, 0.5000, 2.0000]))
+        >>> head(torch.zeros(4, 2)).event_shape
+        torch.Size([3])
     """
 
-    levels: int
-    components: int
-    event_ndims: int
+    center: Tensor
+    width: Tensor
+    calibrated: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        channels: int,
+        *,
+        levels: int = 256,
+        components: int = 5,
+        event_ndims: int = 3,
+    ):
+        super().__init__()
+        self.net, self.components, self.event_ndims = net, components, event_ndims
+        half = torch.full((channels, *(1,) * (event_ndims - 1)), (levels - 1) / 2)
+        self.register_buffer("center", half)
+        self.register_buffer("width", half.clone())
+        self.register_buffer("calibrated", torch.tensor(False))
 
     @property
     def outputs(self) -> int:
         """Channels that the network emits for each channel."""
         return 3 * self.components
 
-    def __call__(self, h: Tensor) -> IntegerLogisticMixture:
-        """The distribution, for h of shape (*batch, outputs · C, ...)."""
-        logits, mean, raw = self._parts(h)
-        half = (self.levels - 1) / 2
-        start = (2 * torch.arange(self.components, device=h.device) + 1) / self.components
-        start = start.to(h).reshape(-1, *(1,) * self.event_ndims)
-        log_scale = FORMAT.log_std(at_least_float32(raw)) + math.log(half)
-        return IntegerLogisticMixture(logits, half * (mean + start), log_scale, self.event_ndims)
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the centers and the widths from a batch of integers; a second call does nothing."""
+        if not bool(self.calibrated):
+            flat = at_least_float32(x).transpose(0, 1).flatten(1)
+            self.center.copy_(flat.mean(1).reshape(self.center.shape))
+            self.width.copy_((2 * flat.std(1, correction=0)).clamp(min=0.5).view_as(self.width))
+            self.calibrated.fill_(True)
 
-    def saturation(self, h: Tensor) -> Tensor:
-        """The share of scales at a limit."""
+    def forward(
+        self, given: Tensor | None = None, context: Tensor | None = None
+    ) -> IntegerLogisticMixture:
+        """The distribution."""
+        logits, mean, raw = self._parts(at_least_float32(conditioned(self.net, given, context)))
+        start = (2 * torch.arange(self.components, device=mean.device) + 1) / self.components - 1
+        start = start.to(mean).reshape(-1, *(1,) * self.event_ndims)
+        log_scale = FORMAT.log_std(raw) + self.width.log()
+        mean = self.center + self.width * (mean + start)
+        return IntegerLogisticMixture(logits, mean, log_scale, self.event_ndims)
+
+    def emitters(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """The network, and a function from its output to the share of scales at a limit."""
+        yield self.net, self._saturation
+
+    def _saturation(self, h: Tensor) -> Tensor:
         raw = self._parts(h)[2]
         return FORMAT.saturation(torch.stack([torch.zeros_like(raw), raw], 1).flatten(1, 2))
 

@@ -76,10 +76,18 @@ class Split(Layer):
         """This layer itself."""
         yield self
 
+    def calibrate(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Calibrate the head on the second half, if it has a `calibrate(z)`."""
+        if (calibrate := getattr(self.prior, "calibrate", None)) is not None:
+            calibrate(self._halves(x)[1])
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        keep = self.keep or -(-x.shape[1] // 2)
+        return x[:, :keep], x[:, keep:]
+
     def infer(self, x: Tensor, trace: Trace, context: Tensor | None = None) -> Tensor:
         """Return the first half; score the second."""
-        keep = self.keep or -(-x.shape[1] // 2)
-        h, z = x[:, :keep], x[:, keep:]
+        h, z = self._halves(x)
         trace.p(self, conditioned(self.prior, h, context), z)
         return h
 

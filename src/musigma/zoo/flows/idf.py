@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from musigma.distributions import IntegerRead, LikelihoodHead
+from musigma.distributions import IntegerLogisticHead
 from musigma.layers import Coupling, IntegerShift, Permutation, Split
 from musigma.model import Chain, Inverse, Layer, Prior
 from musigma.nets import MLP, Constant, ResNet, Scaled
@@ -54,7 +54,12 @@ def idf(
         raise ValueError("bits: an integer discrete flow needs integer levels; got real numbers")
     if len(shape) == 1 and shape[0] < 2:
         raise ValueError(f"shape: a coupling needs vectors of at least 2 elements; got {shape[0]}")
-    read = IntegerRead(2**bits, components, event_ndims=len(shape))
+    outputs = 3 * components
+
+    def head(net: nn.Module, channels: int) -> IntegerLogisticHead:
+        return IntegerLogisticHead(
+            net, channels, levels=2**bits, components=components, event_ndims=len(shape)
+        )
 
     def net(inputs: int, outputs: int) -> nn.Module:
         if len(shape) == 1:
@@ -76,11 +81,11 @@ def idf(
 
     def split(channels: int) -> Layer:
         half = channels // 2
-        return Split(LikelihoodHead(net(half, read.outputs * half), read))
+        return Split(head(net(half, outputs * half), half))
 
     if len(shape) == 1:
         layers, top = steps(shape[0]), tuple(shape)
     else:
         layers, top = multiscale(shape, levels, steps, split)
-    prior = Constant((read.outputs * top[0], *top[1:]), context=context)
-    return Chain(layers, Prior(LikelihoodHead(prior, read)))
+    prior = Constant((outputs * top[0], *top[1:]), context=context)
+    return Chain(layers, Prior(head(prior, top[0])))
