@@ -200,6 +200,20 @@ def test_a_layer_that_no_sweep_shortens_takes_one_pass_per_token():
     assert passes == 6
 
 
+def test_maps_that_are_inverted_by_iteration_meet_no_guesses():
+    class Slow(Affine):
+        slow_inverse = "root finding"
+
+        def inverse(self, y, h):
+            assert y.shape[-1] == 1
+            return super().inverse(y, h)
+
+    layer, y = strong(), torch.randn(2, 3, 24, dtype=torch.float64)
+    x = inverted(layer, y, 1)[0]
+    layer.map = Slow()
+    assert torch.equal(inverted(layer, y, 24)[0], x)
+
+
 def test_what_is_not_finite_stays_so_and_ends():
     layer, y = strong(), torch.randn(2, 3, 24, dtype=torch.float64)
     y[0, 0, 7] = torch.nan
@@ -250,7 +264,7 @@ def test_gradients_of_the_inverse_are_those_of_the_forward_pass():
 
 @pytest.mark.parametrize(
     ("batch", "device", "window"),
-    [(1, "cpu", 64), (2, "cpu", 32), (3, "cpu", 1), (64, "cuda", 1024), (5000, "cuda", 1)],
+    [(1, "cpu", 128), (4, "cpu", 32), (5, "cpu", 1), (64, "cuda", 1024), (5000, "cuda", 1)],
 )
 def test_the_window_is_one_token_where_the_batch_alone_fills_the_processor(batch, device, window):
     assert causal((1, 4), window=None)._window_for(batch, torch.device(device)) == window
