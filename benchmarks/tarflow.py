@@ -48,6 +48,7 @@ def transforms(model: Model) -> list[Autoregressive]:
     return [layer for layer in model.modules() if isinstance(layer, Autoregressive)]
 
 
+@torch.no_grad()  # with gradients, layers are inverted token by token
 def main() -> None:
     """Print one JSON object for each size of the batch and window."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
