@@ -194,11 +194,12 @@ class Autoregressive(MapLayer):
     with a `CausalTransformer` it is a block of TarFlow (Zhai et al., 2024, arXiv:2412.06329).
 
     `inverse` computes one step after another, T in all. If the network is a `StreamedNet`, no
-    gradient is needed, and the map has a closed inverse, each pass of the network computes a window of steps from the current values
-    of the steps before them. The first step of the window is then right, and so is every step that
-    follows only steps which the pass did not change. These are final, and the window moves past
-    them. At most T passes are needed; a step that a pass changes by less than 16 units in the last
-    place counts as unchanged, so the result is that of one step after the other up to rounding.
+    gradient is needed, and the map has a closed inverse, each pass of the network computes a
+    window of steps from the current values of the steps before them. The first step of the window
+    is then right, and so is every step that follows only steps which the pass did not change.
+    These are final, and the window moves past them. At most T passes are needed. A step that a
+    pass changes by 8 units in the last place or less counts as unchanged, so the result is that of
+    one step after the other up to rounding.
     (Song, Meng, Liao, Ermon, "Accelerating Feedforward Computation via Parallel Nonlinear Equation
     Solving", 2021, arXiv:2002.03629.)
 
@@ -302,7 +303,7 @@ class Autoregressive(MapLayer):
 
 def _unchanged(new: Tensor, old: Tensor) -> Tensor:
     """Whether each column (B, C, w) is the same but for rounding, (w,)."""
-    limit = 16 * torch.finfo(new.dtype).eps * new.abs().clamp(min=1)
+    limit = 8 * torch.finfo(new.dtype).eps * new.abs().clamp(min=1)
     return ((new - old).abs() <= limit).flatten(0, 1).all(0)
 
 
