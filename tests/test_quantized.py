@@ -9,6 +9,7 @@ import torch
 
 from musigma import Dataset, Preprocess, TrainConfig, build, fit
 from musigma.audit import audit_model
+from musigma.coding.codec import Codec
 from musigma.nets import FiniteScalarQuantizer, ResidualQuantizer, VectorQuantizer
 from musigma.testing import check_model, randomized
 from musigma.trace import Trace
@@ -211,3 +212,21 @@ def test_interpolation_ends_at_the_codes():
     trace = Trace()
     model.infer(x, trace)
     assert trace.values[model.prior].shape == (3, 2 * 9)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("context", [0, 2])
+def test_codes_are_coded_at_their_own_rate(quantizer, context):
+    pytest.importorskip("constriction")
+    torch.manual_seed(0)
+    options = {"bits": 2, "quantizer": quantizer, "halvings": 1, "context": context}
+    model = randomized(build("vqvae", (1, 6, 5), **options, **SMALL)).float()
+    x = np.random.default_rng(0).integers(0, 4, (48, 1, 6, 5)).astype(np.uint8)
+    given = torch.randn(48, 2) if context else None
+    for arithmetic in ("exact", "pinned"):
+        codec = Codec(model, numerics=arithmetic, latents=[])
+        coded = codec.pack(x, given, b"")
+        assert (codec.unpack(coded, (1, 6, 5), given, b"") == x).all()
+        with torch.no_grad():
+            nats = -float(model.elbo(torch.from_numpy(x).float(), given).sum())
+        assert coded.bits == pytest.approx(nats / math.log(2), rel=0.01)

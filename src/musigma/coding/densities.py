@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints
 
@@ -98,6 +99,69 @@ def _categorical(dist: distributions.FactorizedCategorical, quantizer: Quantizer
 @register(distributions.UnitUniform)
 def _uniform(dist: distributions.UnitUniform, quantizer: Quantizer) -> Law:
     return laws.Uniform((quantizer.n, *dist.event_shape), 1 << quantizer.grid)
+
+
+@register(distributions.PointMass)
+class Certain(Law):
+    """Values that are known, at no cost."""
+
+    def __init__(self, dist: distributions.PointMass, quantizer: Quantizer):
+        self.values = quantizer.integers(dist.value, 2.0**quantizer.grid, 0)
+        self.shape = self.values.shape
+
+    def push(self, stack: Stack, values: np.ndarray) -> None:
+        """Push nothing; ValueError for other values."""
+        if not np.array_equal(values, self.values):
+            raise ValueError("values: expected those of a point mass, which has no others")
+
+    def pop(self, stack: Stack) -> np.ndarray:
+        """The values."""
+        return self.values
+
+
+@register(distributions.AutoregressiveCodes)
+class Codes(Law):
+    """Codes, each by its probabilities given those before it."""
+
+    FIRST = 8  # the place of the first code's probabilities
+
+    def __init__(self, dist: distributions.AutoregressiveCodes, quantizer: Quantizer):
+        self.dist, self.integers = dist, quantizer.integers
+        self.shape = (quantizer.n, *dist.event_shape)
+        self.more = () if dist.batch_shape else (quantizer.n,)
+
+    def _unrolled(self, code: Callable[[int, laws.Weights], np.ndarray]) -> None:
+        """Call ``code(i, law)`` for every position, in order."""
+
+        def chosen(i: int, log_p: Tensor) -> Tensor:
+            integers = self.integers(log_p.clamp(min=-60), SHARPNESS, self.FIRST + i)
+            index = torch.from_numpy(code(i, laws.Weights(integers)))
+            return torch.nn.functional.one_hot(index, log_p.shape[1])
+
+        self.dist.unrolled(self.more, chosen)
+
+    def push(self, stack: Stack, values: np.ndarray) -> None:
+        """Push codes, the last position first."""
+        each: list[laws.Weights] = []
+
+        def known(i: int, law: laws.Weights) -> np.ndarray:
+            each.append(law)
+            return values[:, i]
+
+        self._unrolled(known)
+        for i in reversed(range(len(each))):
+            each[i].push(stack, values[:, i])
+
+    def pop(self, stack: Stack) -> np.ndarray:
+        """Pop codes, the first position first."""
+        columns: list[np.ndarray] = []
+
+        def popped(i: int, law: laws.Weights) -> np.ndarray:
+            columns.append(law.pop(stack))
+            return columns[-1]
+
+        self._unrolled(popped)
+        return np.stack(columns, 1)
 
 
 @register(distributions.OneHotLatents)
