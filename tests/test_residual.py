@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from musigma import build
+from musigma.audit import audit_model, audit_step
 from musigma.layers import NeuralODE, Residual
 from musigma.layers.residual import estimated, step_forward
 from musigma.model import Inverse
@@ -13,7 +15,7 @@ from musigma.nets import MLP, LipschitzMLP
 from musigma.nets.lipschitz import spectral_bound
 from musigma.solvers import ConvergenceError, fixed_point
 from musigma.testing import check_layer, randomized
-from tests.families import check_flow_family
+from tests.families import check_flow_family, training_step
 
 LAYERS = {
     "residual": lambda c: Residual(LipschitzMLP(3, 3, hidden=[6, 6], context=c)),
@@ -52,6 +54,22 @@ def test_family(name, below, options):
 )
 def test_family_in_500_steps(name, options):
     check_flow_family(name, below=2.2, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("residual", {"depth": 2, "hidden": 8}), ("cnf", {"time_steps": 2, "hidden": 8})],
+    ids=["residual", "cnf"],
+)
+def test_models_and_steps_with_estimates_pass_the_audit(name, options):
+    assert audit_model(build(name, (4,), bits=None, **options)).verdict == "correct"
+    step = training_step(build(name, (4,), bits=None, exact=2, **options))
+    torch.manual_seed(0)
+    values = [float(step().detach()) for _ in range(2)]
+    assert values[0] != values[1]
+    report = audit_step(step)
+    assert not report.findings, report
+    assert any("log-determinant" in line for line in report.checked), report
 
 
 # -- the Lipschitz bound

@@ -19,7 +19,7 @@ __all__ = ["Residual"]
 
 Function = Callable[[Tensor], Tensor]
 
-EXACT_FEATURES = 8
+EXACT_FEATURES = 16
 """Up to this number of features, training computes Jacobians, too."""
 
 
@@ -31,9 +31,8 @@ class Residual(Bijection):
 
     In evaluation the log-determinant is exact: it comes from the Jacobian, which takes D passes of
     the network in one batch. In training it is exact up to `exact` features. With more, it is an
-    unbiased estimate by a random number of terms, whose gradient is an unbiased estimate as well
-    (a Neumann series); so the loss that training logs is then an estimate, and no figure of
-    evaluation is. `inverse` iterates to a fixed point.
+    unbiased estimate by a random number of terms, and so is its gradient; the loss that training
+    logs is then an estimate, and no figure of evaluation is. `inverse` iterates to a fixed point.
 
     (Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen, "Invertible Residual Networks", 2019,
     arXiv:1811.00995; Chen, Behrmann, Duvenaud, Jacobsen, "Residual Flows for Invertible Generative
@@ -147,20 +146,16 @@ def estimated(g: Function, x: Tensor, noise: Tensor, further: int) -> tuple[Tens
     """As `step_forward`, by 2 terms of the series and `further` ones, a geometric number >= 1.
 
     The series is multiplied by a random vector of signs for each example. Term k is divided by
-    the probability that it is computed, so the expectation is that of all terms.
+    the probability that it is computed, so the expectation is that of all terms, and that of the
+    gradient is the gradient of all terms.
     """
     wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x if x.requires_grad and wanted else x.detach().requires_grad_()
-        change = g(x)
-        row, neumann, value = noise, noise, torch.zeros_like(x[:, 0])
+        change, row, log_det = g(x), noise, torch.zeros_like(x[:, 0])
         for k in range(1, 3 + further):
-            weight = (-1) ** k * 2.0 ** max(0, k - 3)
-            (row,) = torch.autograd.grad(change, x, row, retain_graph=True)
-            value = value - weight / k * (row * noise).sum(1)
-            neumann = neumann + weight * row
-        if not wanted:
-            return (x + change).detach(), value
-        (product,) = torch.autograd.grad(change, x, neumann, create_graph=True)
-    proxy = (product * noise).sum(1)  # its gradient is that of the log-determinant
-    return x + change, proxy + (value - proxy).detach()
+            (row,) = torch.autograd.grad(change, x, row, create_graph=True)
+            weight = -((-1) ** k) / k * 2.0 ** max(0, k - 3)
+            log_det = log_det + weight * (row * noise).sum(1)
+    y = x + change
+    return (y, log_det) if wanted else (y.detach(), log_det.detach())

@@ -20,7 +20,7 @@ def cnf(
     time_steps: int = 8,
     hidden: int = 64,
     hidden_layers: int = 2,
-    exact: int = 8,
+    exact: int = 16,
 ) -> Iterator[Layer]:
     """Continuous normalizing flow (FFJORD; Grathwohl et al., 2019, arXiv:1810.01367).
 

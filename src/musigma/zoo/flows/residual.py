@@ -20,7 +20,7 @@ def residual(
     hidden: int = 64,
     hidden_layers: int = 2,
     bound: float = 0.97,
-    exact: int = 8,
+    exact: int = 16,
 ) -> Iterator[Layer]:
     """Residual flow: x plus a contraction of x, again and again.
 
