@@ -10,7 +10,13 @@ from torch.nn.functional import logsigmoid, softplus
 
 import musigma
 from musigma import VAE, DiagonalGaussian, Prior, Recorder, objectives
-from musigma.distributions import OneHotHead, StandardNormal, UniformOneHot, likelihood
+from musigma.distributions import (
+    DiscretizedLogisticMixture,
+    OneHotHead,
+    StandardNormal,
+    UniformOneHot,
+    likelihood,
+)
 from musigma.gaussian import GaussianHead
 from musigma.nets import MLP
 from musigma.objectives import OBJECTIVES, Chosen, aggregate, mmd, sliced_wasserstein
@@ -287,7 +293,7 @@ def test_draws_that_are_not_reparameterized_are_refused_by_name():
     record = passed(categorical_vae("score"), torch.ones(2, 2, dtype=torch.float64))
     for name in ("stl", "dreg", "piwae"):
         with pytest.raises(ValueError, match=f"{name} needs reparameterized draws; .* use iwae"):
-            Chosen(name).function(record)
+            Chosen(name).nats(record)
 
 
 def test_wake_sleep_of_an_enumerable_model():
@@ -443,7 +449,7 @@ def test_total_correlation_needs_one_latent_and_the_number_of_examples():
         objectives.beta_tc(passed(flow, data(), examples=9))
     for name in ("swae", "wae-mmd", "wake-sleep", "stl", "dip-i"):
         with pytest.raises(ValueError, match="for models with a posterior and a likelihood"):
-            Chosen(name).function(passed(flow, data()))
+            Chosen(name).nats(passed(flow, data()))
 
 
 def test_the_critic_of_factor_vae():
@@ -612,6 +618,29 @@ def test_a_perceptual_term_by_features_of_the_user():
         objectives.Perceptual(record)
     with pytest.raises(ValueError, match=r"features: known are .*; got 'nothing'"):
         objectives.Perceptual(record, features="nothing")
+
+
+def test_the_location_of_a_logistic_mixture_is_the_mean_of_its_draws():
+    torch.manual_seed(0)
+    means = 0.4 * torch.randn(1, 3, 2, 1, 1, dtype=torch.float64).clamp(-1, 1)
+    scales = torch.full_like(means, -4.0)
+    logits, shift = torch.randn(1, 3, 1, 1).double(), 0.3 * torch.randn(1, 3, 1, 1, 1).double()
+    dist = DiscretizedLogisticMixture(logits, means, scales, 256, shift)
+    draws = dist.sample((4000,))
+    error = draws.std(0) / 4000**0.5
+    assert ((draws.mean(0) - dist.location).abs() < 4 * error).all()
+
+
+def test_a_likelihood_without_a_mean_is_refused_by_name():
+    class Meanless(DiagonalGaussian):
+        @property
+        def mean(self):
+            raise NotImplementedError
+
+    model = gaussian_vae()
+    model.decoder = Fixed(Meanless(torch.zeros(5, D), torch.zeros(5, D), 1))
+    with pytest.raises(ValueError, match="adversarial needs a likelihood whose mean has a grad"):
+        objectives.Adversarial(passed(model, data()))
 
 
 def test_equivariance_scores_turned_data_given_turned_latents(monkeypatch):

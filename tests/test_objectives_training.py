@@ -119,6 +119,17 @@ def test_shortcuts_are_options_of_the_objective():
     assert TrainConfig(objective="miwae m=3", k=4).chosen.draws == 12
 
 
+def test_the_rate_warms_up_in_a_sum(tmp_path):
+    """Its weight is zero at the first step, so the loss is that of the distortion alone."""
+    losses = []
+    for objective in ("beta-elbo beta=0.0 + beta-elbo", "beta-elbo beta=0.5 + beta-elbo"):
+        rows = []
+        train(objective, tmp_path / str(len(losses)), steps=2, rows=rows, kl_warmup=1.0)
+        losses.append([row["loss"] for row in rows if row["kind"] == "train"])
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] < losses[1][1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from musigma.named import Choice
 from musigma.objectives.base import OBJECTIVES
 from musigma.objectives.bounds import elbo
-from musigma.trace import Recorder
+from musigma.trace import Evidence, Recorder
 
 __all__ = ["Chosen", "Sum"]
-
-Objective = Callable[[Recorder], Tensor]
 
 
 class Chosen:
@@ -28,6 +26,7 @@ class Chosen:
         text: ``NAME option=value ...``. Several are joined by " + ": their sum is -ELBO, and what
             each of them adds to it.
         given: Further options of the first.
+        warmup: Share of the training budget over which `beta` of the first rises from zero.
 
     Attributes:
         choices: The objectives, with their options.
@@ -47,7 +46,8 @@ class Chosen:
         ValueError: objective: miwae takes k=5 m=2; got 'temperature=3'
     """
 
-    def __init__(self, text: str, given: Mapping[str, Any] | None = None):
+    def __init__(self, text: str, given: Mapping[str, Any] | None = None, *, warmup: float = 0.0):
+        self.warmup = warmup
         self.choices: Sequence[Choice] = [OBJECTIVES.choice(part) for part in text.split(" + ")]
         first = self.choices[0]
         for name, value in (given or {}).items():
@@ -70,31 +70,42 @@ class Chosen:
         return math.prod(options.get(name, 1) for name in ("k", "m"))
 
     @property
-    def function(self) -> Objective | None:
-        """The objective with its options, if it is a single function; None otherwise."""
-        choice = self.choices[0]
-        if len(self.choices) > 1 or inspect.isclass(choice.function):
-            return None
-        return partial(choice.function, **choice.options)
+    def is_function(self) -> bool:
+        """Whether this is a single function, without parameters."""
+        return len(self.choices) == 1 and not inspect.isclass(self.choices[0].function)
+
+    def nats(self, record: Evidence | Recorder, share: float = 1.0, part: int = 0) -> Tensor:
+        """The value (B,) of a function, given the share of the training budget that is spent.
+
+        Args:
+            record: The terms of a pass.
+            share: From 0 to 1.
+            part: Which of the objectives.
+        """
+        name, function, options = self.choices[part]
+        if self.warmup and part == 0:
+            beta = (OBJECTIVES.defaults(name) | options)["beta"]
+            options = options | {"beta": beta * min(1.0, share / self.warmup)}
+        return function(record, **options)
 
     def module(self, record: Recorder) -> nn.Module:
         """The objective as a module, made from a pass of a few examples."""
-        parts: list[Objective] = [
-            choice(record) if inspect.isclass(choice.function) else _Bound(choice)
-            for choice in self.choices
+        parts = [
+            choice(record) if inspect.isclass(choice.function) else _Part(self, i)
+            for i, choice in enumerate(self.choices)
         ]
-        return parts[0] if len(parts) == 1 else Sum(parts)  # pyright: ignore[reportReturnType]
+        return parts[0] if len(parts) == 1 else Sum(parts)
 
 
-class _Bound(nn.Module):
-    """A function with its options."""
+class _Part(nn.Module):
+    """A function of those that are chosen."""
 
-    def __init__(self, choice: Choice):
+    def __init__(self, chosen: Chosen, part: int):
         super().__init__()
-        self._objective = [choice]
+        self.chosen, self.part = chosen, part
 
     def forward(self, record: Recorder) -> Tensor:
-        return self._objective[0](record)
+        return self.chosen.nats(record, record.share, self.part)
 
 
 class Sum(nn.Module):

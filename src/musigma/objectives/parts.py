@@ -111,8 +111,11 @@ def observation(record: Recorder, name: str) -> Observation:
     latents = set(record.model.latents())
     site = next(s for s in reversed(list(record.ps)) if s not in latents)
     dist: Any = record.ps[site]
-    mean = dist.location if hasattr(dist, "location") else dist.mean
-    if torch.is_grad_enabled() and not mean.requires_grad:
+    try:
+        mean = dist.location if hasattr(dist, "location") else dist.mean
+    except NotImplementedError:
+        mean = None
+    if mean is None or (torch.is_grad_enabled() and not mean.requires_grad):
         raise ValueError(
             f"objective: {name} needs a likelihood whose mean has a gradient; that of "
             f"{type(dist).__name__} has none"

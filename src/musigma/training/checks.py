@@ -85,7 +85,7 @@ def check_run(
                 "so training would ignore it; a network takes the context by a parameter "
                 "`context` of its forward method (torch.nn.Sequential has none)"
             )
-        if objective is None and config.chosen.function is None:
+        if objective is None and not config.chosen.is_function:
             torch.manual_seed(config.seed)
             objective = config.chosen.module(trace)
         if objective is not None or config.objective:

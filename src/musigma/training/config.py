@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args, get_type_hints
@@ -143,7 +144,7 @@ class TrainConfig:
         except ValueError as error:
             yield str(error)
         else:
-            unused = [*self._unused_options(OBJECTIVES.defaults(name))]
+            unused = [*self._unused_options(name)]
             for option in unused:
                 yield f"{option}: the objective {name} has no such option"
             if not unused:
@@ -207,18 +208,21 @@ class TrainConfig:
         """The objective that the configuration names, with its options."""
         given = {"beta": self.beta, "free": self.free_bits, "k": self.k}
         usual = {"beta": 1.0, "free": 0.0, "k": 1}
-        return Chosen(self._objective_text, {n: v for n, v in given.items() if v != usual[n]})
+        options = {name: value for name, value in given.items() if value != usual[name]}
+        return Chosen(self._objective_text, options, warmup=self.kl_warmup)
 
     @property
     def applies_surrogate(self) -> bool:
         """Whether the objective applies `musigma.objectives.surrogate` itself."""
         return getattr(self.chosen.choices[0].function, "applies_surrogate", False)
 
-    def _unused_options(self, options: Mapping[str, Any]) -> Iterator[str]:
+    def _unused_options(self, objective: str) -> Iterator[str]:
         """Options that are given and that the objective does not have."""
+        options = OBJECTIVES.defaults(objective)
+        fixed = inspect.isclass(OBJECTIVES[objective])  # its options do not change during a run
         for name, is_given, option in (
             ("beta", self.beta != 1, "beta"),
-            ("kl_warmup", self.kl_warmup > 0, "beta"),
+            ("kl_warmup", self.kl_warmup > 0, "" if fixed else "beta"),
             ("free_bits", self.free_bits > 0, "free"),
             ("k", self.k > 1, "k"),
         ):
@@ -228,14 +232,9 @@ class TrainConfig:
     def nats(self, record: Evidence | Recorder, share: float) -> Tensor:
         """The objective that the configuration names, in nats per example, shape (B,).
 
-        It must be a single function (`musigma.objectives.Chosen.function`).
+        It must be a single function (`musigma.objectives.Chosen.is_function`).
         """
-        function: Any = self.chosen.function
-        if not self.kl_warmup:
-            return function(record)
-        name, _, options = self.chosen.choices[0]
-        beta = (OBJECTIVES.defaults(name) | options)["beta"]
-        return function(record, beta=beta * min(1.0, share / self.kl_warmup))
+        return self.chosen.nats(record, share)
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> optim.Optimizer:
         """The optimizer; a fused one where there is one."""
