@@ -8,8 +8,9 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture as Reference
 
-from musigma import Dataset, TrainConfig, build, fit, load
+from musigma import Dataset, Preprocess, TrainConfig, build, fit, load, save
 from musigma.cli import main
+from musigma.coding import compress, decompress
 from musigma.distributions import GaussianMixture
 from musigma.model import VAE
 from musigma.training import fit_prior
@@ -78,6 +79,17 @@ def test_below_layers_and_with_a_context():
     new = fit_prior(model, data, "maf depth=1 hidden=8", steps=2)
     vae = next(m for m in new.modules() if isinstance(m, VAE))
     assert len(vae.prior.layers) == 3
+
+
+def test_a_model_with_a_fitted_prior_compresses(tmp_path):
+    images = np.random.default_rng(0).integers(0, 2, (12, 1, 4, 4)).astype(np.uint8)
+    data = Dataset(255 * images, preprocess=Preprocess(bits=1))
+    model = build("vae", (1, 4, 4), bits=1, net="mlp", latents=2, width=8)
+    new = fit_prior(model, data, "maf depth=1 hidden=8", steps=3)
+    save(new, tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors")
+    compress(again, images, tmp_path / "x.mus")
+    assert np.array_equal(decompress(tmp_path / "x.mus", again).levels, images)
 
 
 def test_a_model_without_an_option_prior_is_refused():

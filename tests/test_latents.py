@@ -20,11 +20,13 @@ from musigma.distributions import (
     POSTERIORS,
     PRIORS,
     FullGaussian,
+    GaussianMixture,
     LowRankGaussian,
     Mixture,
 )
-from musigma.gaussian import DiagonalGaussian
-from musigma.testing import check_model, randomized
+from musigma.gaussian import DiagonalGaussian, Format
+from musigma.nets import MLP
+from musigma.testing import check_head, check_model, randomized
 from musigma.zoo.parts import FLOWS
 from tests.families import nats_after, training_step
 
@@ -208,6 +210,58 @@ def test_the_inputs_of_a_vamp_prior_begin_at_data(tmp_path):
 def test_a_vamp_prior_takes_no_context():
     with pytest.raises(ValueError, match="prior: 'vamp' takes no context"):
         build("vae", (5,), bits=None, prior="vamp", context=2)
+
+
+# --- flows --------------------------------------------------------------------------------------
+
+
+def test_a_flow_remembers_the_density_of_its_last_draw():
+    model = randomized(small("iaf depth=2 hidden=8", "auto"))
+    x = torch.randn(4, 5, dtype=torch.float64)
+    inverses = []
+    for layer in model.encoder.flow.layers:
+        layer.register_forward_hook(lambda *_: inverses.append(1))
+    q = model.encoder(x)
+    z = q.rsample()
+    remembered = q.log_prob(z)
+    assert not inverses
+    assert torch.allclose(q.log_prob(z.clone()), remembered, atol=1e-10)
+    assert inverses
+    z = q.sample()
+    assert not z.requires_grad
+    assert q.log_prob(z).requires_grad  # as wake-sleep needs
+    with torch.no_grad():
+        assert q.log_prob(z) is q._last[1]
+
+
+# --- heads --------------------------------------------------------------------------------------
+
+HEADS = [
+    *("full", "low-rank rank=2", "mixture", "mixture gradient=score", "von-mises-fisher"),
+    *("hyperbolic", "gamma", "beta", "categorical classes=3", "joint classes=3"),
+    "joint classes=3 gradient=score",
+]
+
+
+@pytest.mark.parametrize("text", HEADS)
+@pytest.mark.parametrize("context", [0, 2])
+def test_heads_of_posteriors(text, context):
+    torch.manual_seed(0)
+
+    def net(outputs):
+        return MLP(5, outputs, hidden=[8], context=context)
+
+    head = POSTERIORS.choice(text)(3, net, Format())
+    check_head(head, torch.randn(4, 5), head.event, context=context)
+    if head.prior is not None:
+        check_head(head.prior(), None, head.event)
+        p = head.prior()()
+        assert p.batch_shape == ()
+        assert (p.sample((5,)).shape[1:]) == head.event
+
+
+def test_the_head_of_a_mixture():
+    check_head(GaussianMixture(3, 4), None, (3,))
 
 
 # --- models -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ class Flowed(EventDistribution):
     """An exact conditional model, given features, as a distribution that remembers its last draw.
 
     The density of the last draw is the one that was computed with it, so it takes no inverse. That
-    of any other value takes one.
+    of any other value takes one, and so does the gradient of the density of a draw without one.
 
     Args:
         model: The model, a `Chain`.
@@ -54,8 +54,9 @@ class Flowed(EventDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, of the batch shape."""
         last, log_prob = self._last
-        if value is last and log_prob is not None:
-            return log_prob
+        known = log_prob if value is last else None
+        if known is not None and (known.requires_grad or not torch.is_grad_enabled()):
+            return known
         batch = value.shape[: value.ndim - len(self.event_shape)]
         batch = torch.broadcast_shapes(batch, self.batch_shape)
         flat = value.expand(*batch, *self.event_shape).reshape(-1, *self.event_shape)
