@@ -5,6 +5,7 @@ or () if nothing is given. Distributions of levels are distributions of integers
 so they need no dequantization.
 """
 
+from musigma.distributions.autoregressive import AutoregressiveOneHot, AutoregressivePrior
 from musigma.distributions.cells import Binning, multiples
 from musigma.distributions.codes import AutoregressiveCodes
 from musigma.distributions.counts import (
@@ -62,6 +63,8 @@ __all__ = [
     "POSTERIORS",
     "PRIORS",
     "AutoregressiveCodes",
+    "AutoregressiveOneHot",
+    "AutoregressivePrior",
     "Binning",
     "CountHead",
     "Counts",

@@ -58,9 +58,10 @@ def vae(
             computes from the context (Sohn, Yan, Lee, "Learning Structured Output
             Representation using Deep Conditional Generative Models", 2015); `flow`: a coupling
             flow over N(0, I), trained with the model; `mixture`, of Gaussians; `vamp`: the mean
-            of the posteriors of learned inputs; any flow of vectors, such as `maf`; or one of
-            your own (`musigma.distributions.PRIORS`); `auto`: that of the posterior, and for
-            real vectors `conditional` with a context, `normal` without.
+            of the posteriors of learned inputs; any flow of vectors, such as `maf`;
+            `autoregressive`, of categorical latents; or one of your own
+            (`musigma.distributions.PRIORS`); `auto`: that of the posterior, and for real vectors
+            `conditional` with a context, `normal` without.
         prior_depth: Number of couplings of the prior `flow`.
         likelihood: A name that `musigma.likelihood` takes; `auto` is `bernoulli` for
             1 bit, `gaussian` for continuous data, and `logistic-mixture` otherwise. `poisson`,
