@@ -180,6 +180,17 @@ def test_every_layer_takes_it(name):
         check_layer(Elementwise((2, 1), map=map), (2, 3))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MAPS if "," not in name])
+def test_forward_compiles_as_one_graph(name):
+    map = MAPS[name]
+    x, h = drawn(map, (5, 2), 0)
+    torch._dynamo.reset()
+    compiled = torch.compile(map.forward, fullgraph=True, backend="aot_eager")
+    for found, truth in zip(compiled(x, h), map.forward(x, h), strict=True):
+        torch.testing.assert_close(found, truth)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -70,7 +70,7 @@ def increasing_root(f: Callable[[Tensor], tuple[Tensor, Tensor]], y: Tensor) -> 
         size = move.abs().double()
         beyond = 1 + (size * (size * digits).sqrt().clamp(max=0.5)).long().to(rank.dtype)
         there = torch.where(newton > 0, there + beyond, there - beyond)
-        near = (move.sign() * newton.sign() >= 0) & newton.isfinite() & (step % 4 < 3)
+        near = (move.sign() * newton.sign() >= 0) & newton.isfinite() & (step % 6 < 5)
         rank = torch.where(near & (low < there) & (there < high), there, middle)
         rank = torch.where(done, torch.where(under <= over, low, high), rank)
     x = _number(torch.where(under <= over, low, high), y.dtype)

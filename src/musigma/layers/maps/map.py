@@ -62,8 +62,9 @@ class Monotone(Map):
     r"""A map whose inverse has no closed form: implement `outputs` and `forward` only.
 
     The inverse is found by bisection and Newton steps (`musigma.solvers.increasing_root`), to the
-    last bit of x that the rounding of `forward` lets it tell apart. It takes twenty to thirty
-    evaluations of `forward`. Its gradients are those of the implicit function,
+    last bit of x that the rounding of `forward` lets it tell apart. It takes twenty to fifty
+    evaluations of `forward`, as many as the slowest element of the batch. Its gradients are those
+    of the implicit function,
 
     .. math:: \frac{\partial x}{\partial y} = \frac{1}{f'(x)}, \quad
         \frac{\partial x}{\partial h} = -\frac{\partial f / \partial h}{f'(x)},

@@ -134,9 +134,9 @@ def grid(components: int, variance: float) -> tuple[Tensor, float]:
 
     The means lie within half a standard deviation; the mixture has the given variance.
     """
-    at = torch.linspace(-0.5, 0.5, components, dtype=torch.float64)
-    at = at - at.mean()
-    return at * math.sqrt(variance), math.sqrt(1 - float(at.square().mean()))
+    at = [i / (components - 1) - 0.5 for i in range(components)] if components > 1 else [0.0]
+    scale = math.sqrt(1 - sum(a * a for a in at) / components)
+    return torch.tensor(at, dtype=torch.float64) * math.sqrt(variance), scale
 
 
 def logit_of_sigmoids(log_weights: Tensor, z: Tensor, log_slopes: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -48,6 +47,7 @@ class SumOfSquares(Monotone):
     degree: int = 4
     scale: float = 5.0
     least: float = 1e-3
+    _rule: list[list[float]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         for name, least in (("polynomials", 1), ("degree", 0)):
@@ -57,6 +57,8 @@ class SumOfSquares(Monotone):
             raise ValueError(f"scale: expected a positive number; got {self.scale}")
         if not 0 < self.least < 1:
             raise ValueError(f"least: expected a number between 0 and 1; got {self.least}")
+        rule = np.polynomial.legendre.leggauss(self.degree + 1)
+        object.__setattr__(self, "_rule", [array.tolist() for array in rule])
 
     @property
     def outputs(self) -> int:
@@ -67,9 +69,10 @@ class SumOfSquares(Monotone):
         """``(y, log dy/dx)``."""
         x, raw = planes(self, x, h)
         a = raw[1:].unflatten(0, (self.polynomials, -1))
-        points, weights = (t.to(x).reshape(-1, *(1,) * x.ndim) for t in _rule(self.degree + 1))
-        slopes = self._slope(torch.cat([points * x, x[None]]), a)
-        return raw[0] + x * (weights * slopes[:-1]).sum(0), slopes[-1].log()
+        points, weights = torch.tensor(self._rule, dtype=torch.float64).to(x)
+        points, weights = (t.reshape(-1, *(1,) * x.ndim) for t in (points + 1, weights))
+        slopes = self._slope(torch.cat([points * (x / 2), x[None]]), a)
+        return raw[0] + x / 2 * (weights * slopes[:-1]).sum(0), slopes[-1].log()
 
     def _slope(self, x: Tensor, a: Tensor) -> Tensor:
         """The integrand at x (N, ...), for a (K, L + 1, ...)."""
@@ -77,10 +80,3 @@ class SumOfSquares(Monotone):
         for i in reversed(range(self.degree)):
             p = p * u + a[:, i, None]
         return self.least + (1 - self.least) * (1 + p).square().mean(0)
-
-
-@lru_cache
-def _rule(points: int) -> tuple[Tensor, Tensor]:
-    """Points and weights of the Gauss-Legendre rule on [0, 1]."""
-    at, weights = np.polynomial.legendre.leggauss(points)
-    return torch.from_numpy((at + 1) / 2), torch.from_numpy(weights / 2)

@@ -121,7 +121,9 @@ class UMNN(nn.Module, Map):
 
     def _knots(self, raw: Tensor) -> tuple[Tensor, Tensor, float]:
         """The slope and y (K + 1, ...) at the points, and the distance of these."""
-        at = torch.linspace(-self.bound, self.bound, self.bins + 1, device=raw.device)
+        at = torch.linspace(
+            -self.bound, self.bound, self.bins + 1, dtype=raw.dtype, device=raw.device
+        )
         slopes = self.integrand(at, raw[1:]).to(raw)
         width = 2 * self.bound / self.bins
         ys = knots(width * (slopes[:-1] + slopes[1:]) / 2)
