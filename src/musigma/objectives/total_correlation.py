@@ -112,7 +112,7 @@ class FactorVAE(nn.Module):
         record: A pass of a model with one latent, for its size.
         gamma: Weight of the total correlation.
         width: Width of the critic's hidden layers (1000 in the paper).
-        depth: Number of its hidden layers (5 in the paper).
+        depth: Number of its hidden layers (6 in the paper).
         lr: Learning rate of the critic.
     """
 
