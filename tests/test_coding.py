@@ -28,6 +28,7 @@ from musigma.layers import (
     Additive,
     Affine,
     Autoregressive,
+    AutoregressiveConv,
     Bernstein,
     Checkerboard,
     CircularSpline,
@@ -583,6 +584,13 @@ def _elementwise(shape, seed, gain):
     return layer
 
 
+def _raster(c, seed, gain):
+    layer = AutoregressiveConv(c, reverse=bool(seed % 2))
+    generator = torch.Generator().manual_seed(seed)
+    layer.weight.data = 0.2 * gain * torch.randn(layer.weight.shape, generator=generator) / c
+    return layer
+
+
 LAYERS = {  # builder, dimensions, whether values are in [0, 1), tolerance to the real numbers
     "actnorm": (_norm, (2, 4), False, 2e-2),
     "standardize": (_standardize, (2,), False, 2e-2),
@@ -598,6 +606,7 @@ LAYERS = {  # builder, dimensions, whether values are in [0, 1), tolerance to th
     "shuffle": (lambda c, s, g: Permutation.shuffle(c), (2, 4), False, 0),
     "squeeze": (lambda c, s, g: Squeeze(), (4,), False, 0),
     "haar": (lambda c, s, g: HaarSqueeze(), (4,), False, 2e-2),
+    "raster": (lambda c, s, g: _raster(c, s, g), (4,), False, 2e-3),
     "integers": (lambda c, s, g: _couple(c, s, g, "integers"), (2, 4), False, 0),
     "black": (lambda c, s, g: Checkerboard(), (4,), False, 0),
     "white": (lambda c, s, g: Checkerboard(white=True), (4,), False, 0),

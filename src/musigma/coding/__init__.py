@@ -5,7 +5,7 @@ images or damaged files. `register` gives a coding rule to a layer, a map or a d
 your own. `Coder` is the trace that codes the data of a model.
 """
 
-from musigma.coding import laws
+from musigma.coding import laws, spatial  # noqa: F401 (spatial registers rules)
 from musigma.coding.archive import Archive, Report, compress, decompress, summary
 from musigma.coding.batch import Batch
 from musigma.coding.codec import Codec, check

@@ -35,7 +35,6 @@ from musigma.coding.errors import CodingError
 from musigma.coding.laws import exponential
 from musigma.coding.stack import Stack
 from musigma.context import conditioned
-from musigma.layers.haar import haar
 
 __all__ = ["Increasing", "Intervals", "MapRule", "Rule", "register", "rule_of"]
 
@@ -590,23 +589,6 @@ class RotationRule(InvertibleConvRule):
             v = np.concatenate([np.zeros(i), np.ones(1), below[i + 1 :, i]])[:, None]
             matrix -= v * ((v * matrix).sum(0) * (2 / (v * v).sum()))
         return decomposed(matrix)
-
-
-@register(layers.HaarSqueeze)
-class HaarRule(InvertibleConvRule):
-    """The matrix of the transform, on the four values of every block."""
-
-    def up(self, x: np.ndarray) -> np.ndarray:
-        blocks = layers.Squeeze()(torch.from_numpy(x))[0].unflatten(1, (-1, 4))
-        y = super().up(blocks.transpose(1, 2).numpy())
-        return y.reshape(len(y), -1, *y.shape[3:])
-
-    def down(self, y: np.ndarray) -> np.ndarray:
-        blocks = torch.from_numpy(super().down(y.reshape(len(y), 4, -1, *y.shape[2:])))
-        return layers.Squeeze().inverse(blocks.transpose(1, 2).flatten(1, 2))[0].numpy()
-
-    def _decomposed(self) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]:
-        return decomposed(torch.stack(haar(*torch.eye(4, dtype=torch.float64))).numpy())
 
 
 def decomposed(matrix: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from musigma.layers.block import BlockAutoregressive
 from musigma.layers.classifier import Classifier
 from musigma.layers.draws import Dequantize, Split
+from musigma.layers.emerging import AutoregressiveConv
 from musigma.layers.fixed import Checkerboard, Circle, Flip, Logit, Permutation, Rescale, Squeeze
 from musigma.layers.haar import HaarSqueeze
 from musigma.layers.integers import IntegerShift
@@ -52,6 +53,7 @@ __all__ = [
     "Affine",
     "Augment",
     "Autoregressive",
+    "AutoregressiveConv",
     "AutoregressiveNet",
     "Bernstein",
     "BlockAutoregressive",

@@ -17,6 +17,7 @@ from musigma.layers import (
     ActNorm,
     Additive,
     Affine,
+    AutoregressiveConv,
     Classifier,
     Coupling,
     HaarSqueeze,
@@ -42,7 +43,7 @@ def glow(
     hidden: int = 128,
     coupling: Literal["affine", "additive"] = "affine",
     format: str = "interleaved softclip",
-    permutation: Literal["conv", "lu", "shuffle", "reverse"] = "lu",
+    permutation: Literal["conv", "lu", "shuffle", "reverse", "emerging"] = "lu",
     learn_top: bool = True,
     dequantize: Literal["uniform", "learned"] = "learned",
     squeeze: Literal["space", "haar"] = "space",
@@ -62,7 +63,9 @@ def glow(
         format: How an affine coupling reads its network's output, as `Format.parse` takes it. The
             paper's is "interleaved sigmoid+2", which can only shrink, and learns more slowly.
         permutation: Mixing of the channels: a 1x1 convolution (plain or by its LU factors), a
-            fixed shuffle, or a reversal.
+            fixed shuffle, or a reversal. `emerging` is a 1x1 convolution and two 3x3 convolutions,
+            each over the pixels before or after one: better on images whose neighbors are alike,
+            but samples take one step per pixel in each (Hoogeboom et al., 2019, arXiv:1901.11137).
         learn_top: Learn mean and log_std of the top prior.
         dequantize: Uniform noise, as in the paper, or learned noise, logit-normal given the image
             (Ho et al., "Flow++", 2019, arXiv:1902.00275), which needs a third of the steps.
@@ -209,7 +212,11 @@ def steps(
     half, layers = channels // 2, []
     for _ in range(depth):
         net = CouplingNet(half, map.outputs * half, hidden=hidden, context=context, edge=edge)
-        layers += [ActNorm(channels), mixing(permutation, channels), Coupling(net, map=map)]
+        emerging = permutation == "emerging"
+        layers += [ActNorm(channels), mixing("lu" if emerging else permutation, channels)]
+        if emerging:
+            layers += [AutoregressiveConv(channels), AutoregressiveConv(channels, reverse=True)]
+        layers.append(Coupling(net, map=map))
     return layers
 
 
