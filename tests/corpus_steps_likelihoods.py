@@ -48,15 +48,15 @@ def huber_error():
     )
 
 
-def words(log_likelihood):
+def words(log_likelihood, draws=1):
     """A VAE of sentences of D words, of a vocabulary of 7."""
     encode, decode, x = Encoder(), decoder(7 * D), torch.randint(0, 7, (B, D))
 
     def step():
         mu, b = encode(x / 7)
-        z = mu + (0.5 * b).exp() * torch.randn_like(mu)
+        z = mu[:, None] + (0.5 * b[:, None]).exp() * torch.randn(B, draws, L)
         kl = -0.5 * (1 + b - mu**2 - b.exp()).sum(1).mean()
-        return kl - log_likelihood(decode(z).view(B, D, 7), x)
+        return kl - log_likelihood(decode(z).view(B, -1, 7), x.repeat(1, draws))
 
     return Built(step, (encode, decode, x))
 
@@ -74,6 +74,11 @@ def words_by_distributions():
 @entry("warning", "reduction_imbalance", beta=(D,))
 def words_averaged():
     return words(lambda y, x: -F.cross_entropy(y.mT, x))
+
+
+@entry("correct", says="no known likelihood")
+def words_decoded_from_two_draws():
+    return words(lambda y, x: -F.cross_entropy(y.mT, x, reduction="sum") / (2 * B), draws=2)
 
 
 @entry("correct", says="no known likelihood")

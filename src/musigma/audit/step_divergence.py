@@ -338,7 +338,7 @@ class Negative(Divergence):
     """A KL with a negative weight."""
 
     def check(self, on: Subject) -> Iterator[Outcome]:
-        beta = effective_beta(on.graph, on.latents, on.latent, on.loss, self.weight)
+        beta = effective_beta(self.view, on.latents, on.loss, self.weight)
         if beta is None or not beta.negated:
             yield bug("kl_negative", "step", where=self.where, weight=self.weight)
             return
@@ -399,7 +399,7 @@ def _check_weight(on: Subject, d: KL) -> Iterator[Outcome]:
         return  # weights of a Bayesian network
     if latent.z not in graph.connected([on.loss]):
         return  # no reconstruction, but its score
-    beta = effective_beta(graph, on.latents, latent, on.loss, d.weight)
+    beta = effective_beta(d.view, on.latents, on.loss, d.weight)
     if beta is not None and beta.opposed:
         yield bug("kl_negative", "step reconstruction", where=d.where)
         return

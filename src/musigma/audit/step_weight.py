@@ -12,6 +12,7 @@ from torch import Tensor
 from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import Latent, frontier, holds, meetings
 from musigma.audit.probes import gradient
+from musigma.audit.step_kl import View
 
 __all__ = [
     "Beta",
@@ -60,15 +61,15 @@ class Beta:
         return any(abs(self.value - b) <= 1e-3 * b for b in bounds)
 
 
-def effective_beta(
-    graph: Graph, latents: list[Latent], latent: Latent, loss: int, weight: float
-) -> Beta | None:
+def effective_beta(view: View, latents: list[Latent], loss: int, weight: float) -> Beta | None:
     """The effective beta, or None if no known likelihood belongs to this latent alone."""
+    graph, latent = view.graph, view.latent
     if not meetings(graph, latents, loss) and (k := _of_events(graph, latents, loss)) is not None:
         return Beta(abs(weight / k), EVENTS, "", False)
     found = _likelihood(graph, latents, latent, loss)
-    if found is None:
-        return None
+    several = view.fit.copies > 1 or bool(latent.siblings)
+    if found is None or (several and found.kind == CATEGORICAL):
+        return None  # of several draws, each has a share of the weight
     rows = found.rows
     x, z = (n // max(1, rows) for n in (found.numbers, graph[latent.z].numel))
     beta = weight / found.weight
