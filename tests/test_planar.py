@@ -6,7 +6,7 @@ import torch
 from musigma import build
 from musigma.layers import Planar, Radial, Sylvester
 from musigma.model import Inverse
-from musigma.testing import check_layer, jacobian, randomized
+from musigma.testing import check_layer, check_model, jacobian, randomized
 from tests.families import check_flow_family
 
 LAYERS = {
@@ -49,6 +49,17 @@ def test_sylvester_by_reflections_is_a_family():
     x, given = torch.randn(4, 5), torch.randn(4, 2)
     z = model.encode(x, given)
     assert torch.allclose(model.decode(z, given), x, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["planar", "radial", "sylvester reflections=2"])
+def test_posteriors_of_these_flows(text):
+    """Their parameters come from the encoder, and draws take one pass."""
+    options = {"latents": 3, "width": 6, "posterior": f"{text} depth=2"}
+    model = build("vae", (4,), bits=None, **options)
+    check_model(model, (4,))
+    inverted = [layer for layer in model.modules() if isinstance(layer, Inverse)]
+    assert bool(inverted) is (text != "radial")
+    assert not any(layer.slow_inverse for layer in inverted)
 
 
 @pytest.mark.parametrize("product", [-300.0, -30.0, -1.0, 0.0, 30.0, 300.0])
