@@ -195,6 +195,12 @@ def test_too_many_values_to_enumerate_are_refused():
         model(torch.randn(2, 3))
 
 
+def test_values_are_counted_before_they_are_listed():
+    q = OneHotLatents(torch.zeros(2, 32, 5), gradient="enumerate")
+    with pytest.raises(ValueError, match="combinations of values, more than 4,096"):
+        q.enumerate_support(expand=False)
+
+
 def test_an_unknown_gradient_is_refused():
     with pytest.raises(ValueError, match="gradient: expected score or enumerate; got 'magic'"):
         OneHotLatents(torch.zeros(2, 3), gradient="magic")

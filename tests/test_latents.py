@@ -212,6 +212,17 @@ def test_a_vamp_prior_takes_no_context():
         build("vae", (5,), bits=None, prior="vamp", context=2)
 
 
+def test_a_new_posterior_with_correlations_is_near_a_diagonal_one():
+    """Off-diagonals that do not shrink with D make the first KL of 32 latents seven times it."""
+    x, first = torch.randn(64, 5), {}
+    for name in ("diagonal", "full", "low-rank"):
+        torch.manual_seed(0)
+        model = build("vae", (5,), bits=None, latents=32, width=64, posterior=name)
+        first[name] = float(model(x).kl.detach().sum(1).mean())
+    assert first["diagonal"] < first["full"] < 2 * first["diagonal"]
+    assert first["low-rank"] < 2 * first["diagonal"]
+
+
 # --- flows --------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from musigma import Dataset, TrainConfig, build, fit, objectives
 from musigma.cli import main
+from musigma.named import REGISTRIES
 from musigma.objectives import FEATURES, OBJECTIVES
 from musigma.trace import Evidence
 
@@ -194,6 +195,20 @@ def test_objectives_on_the_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["list", "nothing"])
     assert "list: expected one of" in capsys.readouterr().err
+    main(["list", "posteriors"])
+    listed = capsys.readouterr().out
+    assert "low-rank rank=4" in listed
+    assert "musigma list flow" in listed
+    for name in list(FEATURES):
+        monkeypatch.delitem(FEATURES, name)
+    main(["list", "features"])
+    assert "FILE.py:NAME" in capsys.readouterr().out
+    assert main(["list", "--help"]) is None
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in REGISTRIES)
+    with pytest.raises(SystemExit):
+        main([*words[:-1], "other", "--prior", "ncsf"])
+    assert "auto, and the flows of `musigma list flow`; got 'ncsf'" in capsys.readouterr().err
     (tmp_path / "mine.py").write_text(
         "import torch\n\n\ndef waves():\n    return torch.sin\n\n\n"
         "def shifted(record, *, by=1.0):\n    return by - record.terms.elbo\n"

@@ -62,6 +62,14 @@ def test_posteriors_of_these_flows(text):
     assert not any(layer.slow_inverse for layer in inverted)
 
 
+def test_a_new_planar_flow_neither_contracts_nor_expands_on_average():
+    """Without the shift of u, each transform multiplies densities at its center by 0.7."""
+    x = torch.zeros(1, 3)
+    starts = torch.cat([Planar(3)(x)[1] for _ in range(300)])
+    assert abs(starts.mean()) < 3 * starts.std() / 300**0.5 + 0.03
+    assert starts.std() > 0.05
+
+
 @pytest.mark.parametrize("product", [-300.0, -30.0, -1.0, 0.0, 30.0, 300.0])
 def test_planar_layers_are_invertible_whatever_their_parameters(product):
     """The product w^T u is far beyond the condition; normflows' form overflows at 300."""

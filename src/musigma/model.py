@@ -25,7 +25,7 @@ from musigma.layer import Bijection, Inverse, Layer
 from musigma.memory import Runner
 from musigma.spec import Spec, bits_per_dim
 from musigma.tensors import channels_last, slerp
-from musigma.trace import Evidence, Recorder, Trace, refuse_twins
+from musigma.trace import Evidence, Recorder, Trace, check_enumerable, refuse_twins
 
 __all__ = [
     "VAE",
@@ -41,8 +41,6 @@ Temperature = float | Tensor | Sequence[float | Tensor]
 
 AT_ONCE = 8192
 """Vectors that are scored together without gradients; more would not stay in the caches."""
-MOST_ENUMERATED = 4096
-"""Largest number of combinations of values that `gradient="enumerate"` evaluates."""
 
 
 class Model(nn.Module, ABC):
@@ -139,11 +137,7 @@ class Model(nn.Module, ABC):
         """The expectation of the evidence over all values of the draws that are enumerated."""
         sizes = [len(support) for support in trace.supports.values()]
         n, k = len(x), math.prod(sizes)
-        if k > MOST_ENUMERATED:
-            raise ValueError(
-                f"gradient: enumeration goes through {k:,} combinations of values, more than "
-                f"{MOST_ENUMERATED:,}; use 'score', or fewer values"
-            )
+        check_enumerable(k)
         which = torch.cartesian_prod(*map(torch.arange, sizes)).reshape(k, -1).unbind(1)
         given = {}  # (n k, *event): all values of an example in a row
         for (site, support), index in zip(trace.supports.items(), which, strict=True):

@@ -35,6 +35,7 @@ class Registry(dict[str, Callable[..., Any]]):
         option: The option of models, training or the command line that chooses from it; error
             messages begin with it.
         form: The positional parameters of its functions, for example ``"variables"``.
+        others: What the option takes beyond these functions, for messages.
 
     Example:
         >>> shapes = Registry("shape", "size")
@@ -46,9 +47,9 @@ class Registry(dict[str, Callable[..., Any]]):
         >>> del REGISTRIES["shape"]
     """
 
-    def __init__(self, option: str, form: str):
+    def __init__(self, option: str, form: str, others: str = ""):
         super().__init__()
-        self.option, self.form = option, form
+        self.option, self.form, self.others = option, form, others
         REGISTRIES[option] = self
 
     def register(self, function: F, name: str | None = None) -> F:
@@ -86,10 +87,12 @@ class Registry(dict[str, Callable[..., Any]]):
         name, *words = text.split() or [""]
         found = next((n for n in self if n.replace("-", "_") == name.replace("-", "_")), None)
         if found is None:
-            close = difflib.get_close_matches(name, self, 1)
+            names = [n.replace("_", "-") for n in self]
+            close = difflib.get_close_matches(name, names, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
+            known = ", ".join([*names, *filter(None, [self.others])])
             raise ValueError(
-                f"{self.option}: {hint}known are {', '.join(self)}; got {name!r} (if a file "
+                f"{self.option}: {hint}known are {known}; got {name!r} (if a file "
                 f"defines it, give it: --plugin FILE.py:{name or 'NAME'})"
             )
         defaults, chosen, wrong = self.defaults(found), {}, []

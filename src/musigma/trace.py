@@ -76,6 +76,21 @@ class Evidence(NamedTuple):
 
 
 GRADIENTS = ("score", "enumerate")
+MOST_ENUMERATED = 4096
+"""Largest number of combinations of values that the gradient `enumerate` evaluates."""
+
+
+def check_enumerable(combinations: int) -> None:
+    """Refuse more values than the gradient `enumerate` goes through.
+
+    Raises:
+        ValueError: If there are more than `MOST_ENUMERATED`.
+    """
+    if combinations > MOST_ENUMERATED:
+        raise ValueError(
+            f"gradient: enumeration goes through {combinations:,} combinations of values, more "
+            f"than {MOST_ENUMERATED:,}; use 'score', or fewer values"
+        )
 
 
 def with_gradient(dist: Distribution, gradient: str) -> Distribution:

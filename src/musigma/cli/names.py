@@ -18,22 +18,32 @@ def names(
     """List the names that an option takes, with their options and a line about each.
 
     Args:
-        what: The option: `objective`, `embed`, or another that takes NAME option=value.
+        what: The option: `objective`, `posterior`, `prior`, `flow` (flows that are posteriors or
+            priors), `embed`, `quantizer`, `penalty` or `features`.
     """
     from musigma import plugins  # which imports all registries
     from musigma.named import REGISTRIES
 
     if common.plugin is not None:
         plugins.register(common.plugin)
-    registry = REGISTRIES.get(what.lstrip("-").replace("-", "_"))
+    option = what.lstrip("-").replace("-", "_")
+    registry = REGISTRIES.get(option, REGISTRIES.get(option.removesuffix("s")))
     if registry is None:
-        raise ValueError(f"list: expected one of {', '.join(sorted(REGISTRIES))}; got {what!r}")
+        raise ValueError(
+            f"list: expected one of {', '.join(sorted(REGISTRIES))}; got {what!r} "
+            "(`musigma train --help` lists the architectures)"
+        )
     found: list[dict[str, Any]] = []
     for name in sorted(registry):
         line = (inspect.getdoc(registry[name]) or "").partition("\n")[0]
-        found.append({"name": name, "options": registry.defaults(name), "about": line})
+        shown = name.replace("_", "-")
+        found.append({"name": shown, "options": registry.defaults(name), "about": line})
     lines = []
     for entry in found:
         options = (f"{key}={value}" for key, value in entry["options"].items())
         lines += [" ".join([entry["name"], *options]), f"    {entry['about']}"]
+    if registry.others:
+        lines.append(f"({registry.others})")
+    if not lines:
+        lines.append(f"{registry.option}: none is built in; FILE.py:NAME names one of your own")
     Screen(common).result({what: found}, "\n".join(lines))

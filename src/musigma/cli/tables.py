@@ -93,7 +93,8 @@ def impute(
     Each filled table is a draw as a whole, and n of them show how certain the values are: compute
     what you want to know from each of them, and look at the spread (multiple imputation). Columns
     of the model that the table lacks are drawn too. The column `id` has the names of the rows, if
-    the table has them, or their places in it, if some were left out.
+    the table has them, or their places in it, if some were left out. For models of `musigma train
+    table`; with one of miwae, call `musigma.imputation.impute` in Python.
 
     Args:
         source: The table.

@@ -273,7 +273,7 @@ class Trained:
 
         inner = getattr(self.model, "model", self.model)
         if not isinstance(inner, AnyOrder):
-            raise ValueError(f"{option}: for models of `musigma train table` alone; leave it out")
+            raise ValueError(f"{option}: only models of `musigma train table` can do this")
         return inner
 
     @property

@@ -192,15 +192,16 @@ def full(size: int, net: Callable[[int], nn.Module], format: Format) -> Posterio
     """A Gaussian with a full covariance, L = diag(std) (I + A), with A strictly lower triangular.
 
     `format` reads the mean and the standard deviations `std` of the first 2 D outputs; the others
-    are A, row by row. (Kingma & Welling, "An Introduction to Variational Autoencoders", 2019,
-    arXiv:1906.02691, section 2.6.)
+    are A times sqrt(D), row by row, so that a network of random weights emits a covariance that
+    is near a diagonal for any D. (Kingma & Welling, "An Introduction to Variational
+    Autoencoders", 2019, arXiv:1906.02691, section 2.6.)
     """
     rows, columns = torch.tril_indices(size, size, -1)
 
     def read(h: Tensor) -> FullGaussian:
         mean, log_std = format.split(h[:, : 2 * size])
         unit = torch.eye(size, dtype=h.dtype, device=h.device).repeat(len(h), 1, 1)
-        unit[:, rows, columns] = h[:, 2 * size :]
+        unit[:, rows, columns] = h[:, 2 * size :] / math.sqrt(size)
         return FullGaussian(mean, log_std.exp()[..., None] * unit)
 
     return _head(net(2 * size + len(rows)), read, size, format)

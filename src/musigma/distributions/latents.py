@@ -16,7 +16,7 @@ from musigma.tensors import at_least_float32
 
 __all__ = ["POSTERIORS", "PRIORS", "Latents", "PosteriorHead"]
 
-POSTERIORS = Registry("posterior", "size, net, format")
+POSTERIORS = Registry("posterior", "size, net, format", "and the flows of `musigma list flow`")
 """Posteriors by name: functions that return the head of an encoder, q(z | x).
 
 They are called with the number of latent dimensions, a function that builds a network for a number
@@ -24,7 +24,7 @@ of outputs, and a `Format`. A head whose z is not a vector of this many real num
 `PosteriorHead`, or has its attributes `event` and `prior`.
 """
 
-PRIORS = Registry("prior", "latents")
+PRIORS = Registry("prior", "latents", "auto, and the flows of `musigma list flow`")
 """Priors by name: functions of `Latents` that return a head, or a model, of z."""
 
 

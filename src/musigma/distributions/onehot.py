@@ -12,7 +12,7 @@ from torch.distributions import constraints, register_kl
 from musigma.context import conditioned
 from musigma.gaussian import EventDistribution, Shape
 from musigma.tensors import at_least_float32, gumbel_like, per_example
-from musigma.trace import with_gradient
+from musigma.trace import check_enumerable, with_gradient
 
 __all__ = ["OneHotHead", "OneHotLatents", "UniformOneHot"]
 
@@ -100,8 +100,13 @@ class OneHotLatents(EventDistribution):
         return -(self.mean * self.log_probs).sum((-2, -1))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        r"""All K^L values, shape (K^L, \*batch, L, K), or with batch dimensions of 1."""
+        r"""All K^L values, shape (K^L, \*batch, L, K), or with batch dimensions of 1.
+
+        Raises:
+            ValueError: If there are too many.
+        """
         variables, classes = self.event_shape
+        check_enumerable(classes**variables)
         codes = torch.cartesian_prod(*[torch.arange(classes)] * variables)
         values = F.one_hot(codes.reshape(-1, variables), classes).to(self.log_probs)
         values = values.reshape(-1, *(1,) * len(self.batch_shape), variables, classes)

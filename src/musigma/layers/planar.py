@@ -71,7 +71,9 @@ class Planar(Bijection):
         super().__init__()
         self.features = features
         limit = 1 / math.sqrt(features)
-        start = torch.cat([limit * (2 * torch.rand(2 * features) - 1), torch.zeros(1)])
+        w, u = limit * (2 * torch.rand(2, features) - 1)
+        u += math.log(math.e - 1) * w / w.square().sum()  # for which w^T û = w^T u = 0 on average
+        start = torch.cat([w, u, torch.zeros(1)])
         self.numbers = Amortized(start, context=context, hidden=hidden)
 
     def _read(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,7 +65,7 @@ def free_bits(
     beta: float = 1.0,
     per: Literal["latent", "dimension"] = "latent",
 ) -> Tensor:
-    """`beta_elbo`, where each latent's KL, averaged over the batch, costs at least `free` nats.
+    """`beta-elbo`, where each latent's KL, averaged over the batch, costs at least `free` nats.
 
     If the mean is not above `free`, the KL of every example is replaced by `free`, so reducing it
     further gains nothing (Kingma et al., "Improving Variational Inference with Inverse

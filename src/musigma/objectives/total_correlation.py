@@ -195,7 +195,7 @@ def dip_i(record: Recorder, *, off_diagonal: float = 5.0, diagonal: float = 50.0
 
 @objective
 def dip_ii(record: Recorder, *, off_diagonal: float = 5.0, diagonal: float = 5.0) -> Tensor:
-    """As `dip_i`, with C = Cov[z] = Cov[E(z | x)] + E[Var(z | x)]. Nats, (B,).
+    """As `dip-i`, with C = Cov[z] = Cov[E(z | x)] + E[Var(z | x)]. Nats, (B,).
 
     The dimensions of z are taken to be independent given x.
     """

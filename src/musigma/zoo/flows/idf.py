@@ -51,7 +51,10 @@ def idf(
     at_least(1, levels=levels, depth=depth, hidden=hidden, components=components)
     at_least(0, blocks=blocks)
     if bits is None:  # pyright: ignore[reportUnnecessaryComparison]
-        raise ValueError("bits: an integer discrete flow needs integer levels; got real numbers")
+        raise ValueError(
+            "bits: an integer discrete flow needs integer levels, as images have, or vectors with "
+            "bits=N in Python; got real numbers"
+        )
     if len(shape) == 1 and shape[0] < 2:
         raise ValueError(f"shape: a coupling needs vectors of at least 2 elements; got {shape[0]}")
     outputs = 3 * components
