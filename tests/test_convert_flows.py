@@ -167,6 +167,8 @@ def test_converted_models_are_saved_and_named(tmp_path, capsys, monkeypatch):
     )
     main(["convert", "mine.py:flow", "model.safetensors"])
     assert "imported" in capsys.readouterr().out
+    main(["info", "model.safetensors"])
+    assert "converted from mine.py:flow (zuko)" in capsys.readouterr().out
     model = checkpoint.load("model.safetensors")
     torch.manual_seed(0)
     flow = zuko.flows.NSF(3, transforms=2, hidden_features=[16])

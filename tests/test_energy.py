@@ -166,6 +166,10 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert figures["ess"] > 5000
     main(["importance", "runs/nsf-box", *target, "--n", "2000", "--out", "draws.csv", "--json"])
     assert json.loads(capsys.readouterr().out)["ess"] > 1000
+    main(["info", "runs/nsf-box"])
+    shown = capsys.readouterr().out
+    assert "trained by the density" in shown
+    assert "None" not in shown.splitlines()[-1]
     rows = (tmp_path / "draws.csv").read_text().splitlines()
     assert rows[0] == "a,b,log_weight"
     assert len(rows) == 2001

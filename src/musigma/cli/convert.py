@@ -96,8 +96,11 @@ def convert(
         others = {"from": family, "weights": weights}
         if given := [*options.given(), *(name for name, value in others.items() if value)]:
             raise ValueError(f"{given[0]}: applies to checkpoints; leave it out")
-        model = foreign.from_flow(_object(source)).to(kind)
-        result = foreign.Converted(model, "flow", {"foreign": {"notes": []}})
+        flow = _object(source)
+        model = foreign.from_flow(flow).to(kind)
+        library = type(flow).__module__.partition(".")[0]
+        origin = {"family": library, "source": Path(source).name, "notes": []}
+        result = foreign.Converted(model, "flow", {"foreign": origin})
     else:
         result = foreign.convert(
             source, family=family, options=options, weights=weights, dtype=kind

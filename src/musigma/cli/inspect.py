@@ -191,13 +191,14 @@ def info(
         lines.append(f"  conditioned on {', '.join(kinds)}")
     for direction, slow in (about["slow"] or {}).items():
         lines.append(f"  {direction} is slow: {', '.join(slow)}")
-    if "source" in data:
+    if "energy" in data:
+        lines.append(f"  trained by the density {data['energy']}")
+    if data.get("source") is not None:
         lines.append(f"  trained on {data.get('train')} examples of {data['source']}")
     if "foreign" in trained.extra:
         about["foreign"] = trained.extra["foreign"]
-        lines.append(
-            "  converted from {source}, a checkpoint of {family}".format(**about["foreign"])
-        )
+        if "source" in about["foreign"]:
+            lines.append("  converted from {source} ({family})".format(**about["foreign"]))
     if trained.folder and (trained.folder / "evaluation.json").is_file():
         about["evaluation"] = _evaluation(trained.folder / "evaluation.json")
         lines.append(f"  held-out: {figure_text(about['evaluation'])}")

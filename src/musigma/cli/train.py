@@ -169,7 +169,9 @@ class TrainingData:
         features = self.features or len(columns)
         if not features or (columns and len(columns) != features):
             named = f"; --bounds names {len(columns)}" if columns else ""
-            raise ValueError(f"features: give the number of features of x{named}")
+            raise ValueError(
+                f"features: give the number of features of x (--features), bounds or rows{named}"
+            )
         return start_rows(Spec((features,), columns=columns, support=support))
 
     def typed(self, name: str) -> dict[str, Any]:
