@@ -223,6 +223,15 @@ def test_a_new_posterior_with_correlations_is_near_a_diagonal_one():
     assert first["low-rank"] < 2 * first["diagonal"]
 
 
+@pytest.mark.parametrize("prior", ["auto", "autoregressive hidden=8"])
+def test_one_hot_latents_of_images(prior):
+    """The convolutional decoder takes rows of classes as well as vectors."""
+    how = {"latents": 3, "width": 4, "posterior": "categorical classes=5", "prior": prior}
+    model = build("vae", (1, 8, 8), bits=4, **how)
+    assert any(type(part).__name__ == "ConvDecoder" for part in model.modules())
+    check_model(model, (1, 8, 8), bits=4, pathwise=False)
+
+
 # --- flows --------------------------------------------------------------------------------------
 
 

@@ -299,7 +299,7 @@ class ConvDecoder(nn.Module):
     """The mirror image of `ConvEncoder`: vectors (B, inputs) to images (B, outputs, H, W).
 
     Args:
-        inputs: Length of the input vector.
+        inputs: Length of the input vector; extra input axes are flattened.
         shape: (outputs, H, W).
         width: Channels.
         halvings: Number of times the smallest map is doubled.
@@ -329,4 +329,5 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The image-shaped output."""
-        return self.layers(self.enter(join(z, context, self.context)).unflatten(1, self.start))
+        h = self.enter(join(z.flatten(1), context, self.context))
+        return self.layers(h.unflatten(1, self.start))
