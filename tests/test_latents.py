@@ -24,6 +24,7 @@ from musigma.distributions import (
     LowRankGaussian,
     Mixture,
 )
+from musigma.evaluation import slow_directions
 from musigma.gaussian import DiagonalGaussian, Format
 from musigma.nets import MLP
 from musigma.testing import check_head, check_model, randomized
@@ -230,6 +231,18 @@ def test_one_hot_latents_of_images(prior):
     model = build("vae", (1, 8, 8), bits=4, **how)
     assert any(type(part).__name__ == "ConvDecoder" for part in model.modules())
     check_model(model, (1, 8, 8), bits=4, pathwise=False)
+
+
+def test_what_is_slow_is_that_of_priors_not_of_the_flows_of_posteriors():
+    how = {"bits": None, "latents": 3, "width": 4}
+    assert slow_directions(build("vae", (4,), **how, posterior="iaf depth=2")) == {}
+    slow = slow_directions(build("vae", (4,), **how, posterior="iaf depth=2", prior="maf depth=2"))
+    assert slow == {"sampling": ["Autoregressive takes one step per feature"]}
+    how |= {"posterior": "categorical classes=3", "prior": "autoregressive"}
+    slow = slow_directions(build("vae", (4,), **how))
+    assert slow == {"sampling": ["AutoregressivePrior takes one step per variable"]}
+    codes = build("vqvae", (1, 8, 8), bits=4, latents=2, width=8, prior_width=8)
+    assert slow_directions(codes) == {"sampling": ["QuantizedVAE takes one step per code"]}
 
 
 # --- flows --------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class QuantizedVAE(Model):
     """
 
     quantizer: Any
+    slow_inverse = "one step per code"
 
     def __init__(
         self,

@@ -94,6 +94,7 @@ class AutoregressivePrior(nn.Module):
     """
 
     like: Tensor
+    slow_inverse = "one step per variable"
 
     def __init__(self, variables: int, classes: int, *, hidden: int = 64, context: int = 0):
         super().__init__()

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 from torch.nn.modules.module import register_module_forward_hook
 
 from musigma.context import Context
+from musigma.distributions import FlowHead
 from musigma.layer import Bijection, Layer
 from musigma.model import Model
 
@@ -105,17 +106,21 @@ def reported(model: Model) -> dict[str, float]:
 def slow_directions(model: Model) -> dict[str, list[str]]:
     """Which layers make scoring (data to latents) or sampling (latents to data) slow, and why.
 
-    They are those that state it, by `Bijection.slow_forward` and `Bijection.slow_inverse`.
+    They are those that state it, by `Bijection.slow_forward` and `Bijection.slow_inverse`, or a
+    prior by `slow_inverse`. The flow of a posterior is used for draws only, which take one pass.
     """
     slow: dict[str, list[str]] = {}
     inner: set[nn.Module] = set()
     for module in model.modules():
-        if not isinstance(module, Bijection) or module in inner:
+        if module in inner:
             continue
-        inner.update(module.modules())
+        if isinstance(module, (Bijection, FlowHead)):
+            inner.update(module.modules())
+        if isinstance(module, FlowHead):
+            continue
         for direction, why in (
-            ("scoring", module.slow_forward),
-            ("sampling", module.slow_inverse),
+            ("scoring", getattr(module, "slow_forward", "")),
+            ("sampling", getattr(module, "slow_inverse", "")),
         ):
             sentence = f"{type(module).__name__} takes {why}"
             if why and sentence not in slow.setdefault(direction, []):
