@@ -6,7 +6,7 @@ import torch
 from musigma.layers import BlockAutoregressive
 from musigma.model import Inverse
 from musigma.testing import check_layer, jacobian, randomized
-from tests.families import check_flow_family
+from tests.families import check_flow_family, parts
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +20,10 @@ def test_laws(context):
     check_layer(layer, (3,), context=context)
 
 
-def test_family():
+@parts
+def test_family(part):
     check_flow_family(
-        "bnaf", below=3.1, reach=30, train={"lr": 0.02}, depth=2, hidden=6, features=3
+        "bnaf", part, below=3.1, reach=30, train={"lr": 0.02}, depth=2, hidden=6, features=3
     )
 
 

@@ -4,11 +4,12 @@ import torch
 
 from musigma import build
 from musigma.testing import randomized
-from tests.families import check_flow_family
+from tests.families import check_flow_family, parts
 
 
-def test_nice():
-    check_flow_family("nice", below=2.75, hidden=32, depth=6)
+@parts
+def test_nice(part):
+    check_flow_family("nice", part, below=2.75, hidden=32, depth=6)
 
 
 def test_the_couplings_of_nice_preserve_volume():
@@ -21,8 +22,9 @@ def test_the_couplings_of_nice_preserve_volume():
     assert torch.allclose(scale(x)[1], scale.log_scale.sum().expand(3))
 
 
-def test_iaf():
-    check_flow_family("iaf", below=2.9, hidden=24, depth=2)
+@parts
+def test_iaf(part):
+    check_flow_family("iaf", part, below=2.9, hidden=24, depth=2)
 
 
 def test_iaf_is_maf_with_its_directions_exchanged():

@@ -3,11 +3,12 @@
 import pytest
 
 from musigma.zoo import build
-from tests.families import check_flow_family
+from tests.families import check_flow_family, parts
 
 SMALL = {"depth": 2, "hidden": 16, "features": 3}
 
 
+@parts
 @pytest.mark.parametrize(
     ("name", "below", "options"),
     [
@@ -21,9 +22,8 @@ SMALL = {"depth": 2, "hidden": 16, "features": 3}
         pytest.param("naf", 2.4, {"kind": "coupling"}, marks=pytest.mark.slow),
     ],
 )
-def test_family(name, below, options):
-    steps = 500 if name == "nsf" else 300
-    check_flow_family(name, below=below, train={"steps": steps}, **SMALL, **options)
+def test_family(name, below, options, part):
+    check_flow_family(name, part, below=below, **SMALL, **options)
 
 
 def test_the_spline_of_nsf_is_in_its_config_only_if_it_is_not_the_usual_one():

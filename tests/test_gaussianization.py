@@ -10,12 +10,14 @@ from musigma.layers import Elementwise, MixtureGaussianCDF, Rotation, Spline
 from musigma.model import Chain, Prior
 from musigma.testing import check_layer, check_model, randomized
 from musigma.zoo import build
-from tests.families import check_flow_family, ring
+from tests.families import check_flow_family, parts, ring
 
 
-def test_family():
+@parts
+def test_family(part):
     check_flow_family(
         "gaussianization",
+        part,
         below=2.3,
         features=3,
         train={"steps": 200, "lr": 1e-2},

@@ -7,7 +7,7 @@ from musigma import build
 from musigma.layers import Planar, Radial, Sylvester
 from musigma.model import Inverse
 from musigma.testing import check_layer, check_model, jacobian, randomized
-from tests.families import check_flow_family
+from tests.families import check_flow_family, parts
 
 LAYERS = {
     "planar": lambda c: Planar(4, context=c, hidden=[6]),
@@ -31,6 +31,7 @@ def test_laws(name, context):
     check_layer(LAYERS[name](context), (4,), context=context)
 
 
+@parts
 @pytest.mark.parametrize(
     ("name", "below", "options"),
     [
@@ -40,8 +41,8 @@ def test_laws(name, context):
     ],
     ids=["planar", "radial", "sylvester"],
 )
-def test_family(name, below, options):
-    check_flow_family(name, below=below, hidden=8, train={"lr": 0.02}, **options)
+def test_family(name, below, options, part):
+    check_flow_family(name, part, below=below, hidden=8, train={"lr": 0.02}, **options)
 
 
 def test_sylvester_by_reflections_is_a_family():

@@ -15,7 +15,7 @@ from musigma.nets import MLP, LipschitzMLP
 from musigma.nets.lipschitz import spectral_bound
 from musigma.solvers import ConvergenceError, fixed_point
 from musigma.testing import check_layer, randomized
-from tests.families import check_flow_family, training_step
+from tests.families import check_flow_family, parts, training_step
 
 LAYERS = {
     "residual": lambda c: Residual(LipschitzMLP(3, 3, hidden=[6, 6], context=c)),
@@ -34,6 +34,7 @@ def test_laws(name, context):
     check_layer(LAYERS[name](context), (3,), context=context)
 
 
+@parts
 @pytest.mark.parametrize(
     ("name", "below", "options"),
     [
@@ -42,8 +43,8 @@ def test_laws(name, context):
     ],
     ids=["residual", "cnf"],
 )
-def test_family(name, below, options):
-    check_flow_family(name, below=below, train={"steps": 200, "lr": 0.02}, **options)
+def test_family(name, below, options, part):
+    check_flow_family(name, part, below=below, train={"steps": 200, "lr": 0.02}, **options)
 
 
 @pytest.mark.slow
@@ -53,7 +54,7 @@ def test_family(name, below, options):
     ids=["residual", "cnf"],
 )
 def test_family_in_500_steps(name, options):
-    check_flow_family(name, below=2.2, **options)
+    check_flow_family(name, "training", below=2.2, **options)
 
 
 @pytest.mark.parametrize(
