@@ -156,6 +156,8 @@ def test_bounds_of_several_draws_in_special_cases():
     assert torch.allclose(objectives.miwae(record, 2, 3), by_two)
     assert torch.allclose(objectives.ciwae(record, 6, weight=0.0), iwae)
     assert torch.allclose(objectives.ciwae(record, 6, weight=1.0), -log_w.mean(1))
+    with pytest.raises(ValueError, match="weight: expected a number from 0 to 1; got 2"):
+        objectives.ciwae(record, 6, weight=2)
     assert torch.allclose(objectives.renyi(record, 6, alpha=0.0), iwae)
     assert torch.allclose(objectives.renyi(record, 6, alpha=1.0), -log_w.mean(1))
     near = objectives.renyi(record, 6, alpha=1 + 1e-7)

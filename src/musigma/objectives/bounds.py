@@ -69,7 +69,12 @@ def ciwae(evidence: Evidence, k: int = 5, *, weight: float = 0.5) -> Tensor:
         evidence: As in `iwae`.
         k: Draws per example; the ELBO is their mean.
         weight: Weight of the ELBO, from 0 to 1 (β in the paper).
+
+    Raises:
+        ValueError: If the weight is not from 0 to 1, for which it would be no bound.
     """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight: expected a number from 0 to 1; got {weight}")
     log_w = evidence.elbo.reshape(-1, k)
     bound = log_w.logsumexp(1) - math.log(k)
     return -(weight * log_w.mean(1) + (1 - weight) * bound) - _auxiliary(evidence, k)

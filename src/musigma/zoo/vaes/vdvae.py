@@ -172,7 +172,10 @@ class BottomUp(nn.Module):
         found = {height: (height, wide)}
         for expected, down in zip(self.expected, self.down, strict=True):
             if expected != height:
-                raise ValueError(f"encoder: at height {height}, the next block is for {expected}")
+                raise ValueError(
+                    f"encoder: at height {height}, the next block is for {expected}; a block that "
+                    f"divides the height ends in d: {height}d2"
+                )
             if down:
                 height, wide = math.ceil(height / down), math.ceil(wide / down)
                 found[height] = height, wide
