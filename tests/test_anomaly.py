@@ -146,6 +146,7 @@ def rows(random: np.random.Generator, n: int) -> np.ndarray:
     return np.stack(columns, 1).astype(float)
 
 
+@pytest.mark.slow
 def test_nothing_has_drifted_where_nothing_has():
     random, repetitions = np.random.default_rng(5), 300
     found = [
@@ -581,8 +582,8 @@ FAULTS = {
     ),
     "rate": ("score run new.csv --fpr 1.5", "fpr: expected a rate between 0 and 1"),
     "no file": ("score run new.csv --fpr 0.1 --calibrate none.csv", "calibrate: .*none.csv"),
-    "explain": ("score run new.csv --explain 2", "explain: for models of `musigma train table`"),
-    "orders": ("score run new.csv --orders 2", "orders: for models of `musigma train table`"),
+    "explain": ("score run new.csv --explain 2", "explain: only models of `musigma train table`"),
+    "orders": ("score run new.csv --orders 2", "orders: only models of `musigma train table`"),
     "none": ("score run new.csv --explain -1", "explain: expected 1 or more"),
     "seen": ("score run known.csv --drift", "drift: known.csv is what the model was trained on"),
     "no labels": ("evaluate run new.csv --labels fraud", "new.csv: no column matches 'fraud'"),

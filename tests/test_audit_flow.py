@@ -193,6 +193,7 @@ class Unshuffle(nn.Module):
         return F.pixel_shuffle(z, 2)
 
 
+@pytest.mark.slow
 def test_the_one_wrong_step_of_32_on_3x32x32_is_named():
     torch.manual_seed(0)
     steps = [Wide("one side" if i == 17 else "") for i in range(32)]

@@ -466,6 +466,7 @@ def test_the_server_refuses_in_words(model):
     assert option.is_error
 
 
+@pytest.mark.slow
 def test_a_changed_file_is_read_anew(model):
     from musigma.cli.server import server
 

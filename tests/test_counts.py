@@ -38,7 +38,9 @@ def counts_of(n, genes=6, seed=0):
 @given(st.integers(0, 10_000), numbers, st.floats(-6, 12), st.floats(-6, 6))
 @settings(max_examples=50, deadline=None)
 def test_log_masses_are_those_of_scipy(x, log_mean, log_theta, logit):
-    given = (torch.tensor([[float(v)]]).double() for v in (x, log_mean, log_theta, logit))
+    given = (
+        torch.tensor([[float(v)]], dtype=torch.float64) for v in (x, log_mean, log_theta, logit)
+    )
     value, m, t, zero = given
     mean, theta = np.exp(log_mean), np.exp(log_theta)
     negative_binomial = stats.nbinom.logpmf(x, theta, theta / (theta + mean))

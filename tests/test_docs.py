@@ -134,6 +134,7 @@ def test_every_command_of_the_page_on_tables(tmp_path, monkeypatch):
     assert lines in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_page_on_simulators_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -225,7 +226,15 @@ for name, model in models.items():
 """
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+EXAMPLES = [
+    script
+    if script.stem[:2] in ("01", "03", "07")
+    else pytest.param(script, marks=pytest.mark.slow)
+    for script in sorted((ROOT / "examples").glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda p: p.stem)
 def test_an_example_runs_and_its_models_pass_the_audit(script, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", AUDITED, script, "20"],

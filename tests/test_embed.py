@@ -545,6 +545,7 @@ def divergence(model, x, draws=50):
     return float(torch.stack(nats).mean())
 
 
+@pytest.mark.slow
 def test_a_set_learns_the_posterior_of_a_mean_for_any_number_of_observations():
     torch.manual_seed(0)
     theta, x = gaussian_means(20_000, 10, seed=1)

@@ -143,6 +143,7 @@ for name, fatal in (("whole", 0), ("lost", 7)):
 )
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_the_run_ends_in_the_same_bytes(tmp_path):
     done = script(LOST, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -224,7 +225,7 @@ FULL = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a small disk is made by Linux's tmpfs")
-@pytest.mark.parametrize("how", ["freed", "never freed"])
+@pytest.mark.parametrize("how", [pytest.param("freed", marks=pytest.mark.slow), "never freed"])
 def test_a_full_disk_causes_warnings_and_no_loss(tmp_path, how):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -667,10 +667,27 @@ def test_the_embedding_runs_once_per_pass_and_reports_every_fault():
         model(x, VECTOR_CONTEXT)
 
 
+SOONER = ("coupling image", "marginals", "realnvp vectors, 1")
+"""What is compiled in the default run; the rest of what compiles is slow."""
+
+
+def without_compiling(name, laws):
+    """The laws of a test, but for compilation, unless it is one of few."""
+    return laws if name in SOONER else {**laws, "compiled": False}
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(name):
     layer, event, laws = LAYERS[name]()
-    check_layer(layer, event, **laws)
+    check_layer(layer, event, **without_compiling(name, laws))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in (*LAYERS, *MODELS) if name not in SOONER])
+def test_what_compiles(name):
+    module, event, laws = (LAYERS | MODELS)[name]()
+    if laws.get("compiled"):
+        (check_layer if name in LAYERS else check_model)(module, event, **laws)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -682,7 +699,7 @@ def test_head(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name):
     model, event, laws = MODELS[name]()
-    check_model(model, event, **laws)
+    check_model(model, event, **without_compiling(name, laws))
 
 
 # -- faults that the laws must detect

@@ -61,6 +61,7 @@ def test_the_units_are_those_of_observed_values():
     np.testing.assert_allclose(layer.std, np.nanstd(some, 0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_fills_better_than_the_mean(tmp_path, capsys):
     some, truth = line(1500)
     cells = [["" if np.isnan(v) else repr(float(v)) for v in row] for row in some]

@@ -88,6 +88,7 @@ def von_mises(n, seed=0):
     return np.stack([a, (b + np.pi) % (2 * np.pi) - np.pi], 1).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_it_learns_a_density_across_the_border():
     """The truth has the entropy of both von Mises distributions, 1.77 nats."""
     from scipy.stats import vonmises

@@ -709,6 +709,7 @@ def test_draws_and_closed_forms_follow_the_name():
 
 
 def test_every_objective_states_its_equation_and_unit():
-    for function in OBJECTIVES.values():
+    built_in = [f for f in OBJECTIVES.values() if f.__module__.startswith("musigma")]
+    for function in built_in:
         assert "Nats, (B,)." in function.__doc__
         assert len(function.__doc__.splitlines()[0]) > 10

@@ -263,6 +263,7 @@ def test_proposals_that_cannot_be_drawn_say_why():
 # --- rounds of simulations ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rounds_of_truncated_proposals(tmp_path, capsys):
     """Two rounds about one observation: the second has its simulations where they matter."""
     rng, noise = np.random.default_rng(0), 0.2

@@ -157,6 +157,7 @@ def test_gradients_pass_straight_through():
         ("fsq levels=8,8", 3.45),
     ],
 )
+@pytest.mark.slow
 def test_training_on_a_ring(quantizer, below, tmp_path):
     torch.manual_seed(0)
     options = {"latents": 4, "width": 64, "blocks": 2, "positions": 1}

@@ -191,9 +191,9 @@ FAULTS = {
     "two files": ("sample run --given a.csv --given b.csv", "expected one table .* got 2"),
     "other model": (
         "sample flow --where vip --out x.csv",
-        "where: for models of `musigma train t",
+        "where: only models of `musigma train t",
     ),
-    "other model 2": ("impute flow people.csv --out x.csv", "impute: for models of `musigma"),
+    "other model 2": ("impute flow people.csv --out x.csv", "impute: only models of `musigma"),
     "no class": ("sample classes --where a>2 --out x.csv", r"where: .*label; choose one class"),
     "conditional": ("impute classes classes.csv --out x.csv", "impute: .* conditioned on label"),
     "no rows": ("impute run people.csv --n 0 --out x.csv", "n: expected 1 or more; got 0"),

@@ -53,6 +53,7 @@ def test_the_bound_is_the_sum_over_classes():
         torch.testing.assert_close(model(x, unknown).elbo[0], expected, atol=1e-9, rtol=0)
 
 
+@pytest.mark.slow
 def test_labels_are_learned_from_a_few(tmp_path):
     x, y = blobs(1024)
     some = np.where(np.arange(1024) < 30, y, -1)

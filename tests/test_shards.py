@@ -150,6 +150,7 @@ def start(words: str, **how) -> subprocess.Popen:
     return subprocess.Popen(command, text=True, **pipes, **how)
 
 
+@pytest.mark.slow
 def test_processes_that_know_of_each_other_only_from_the_environment(here):
     words = COMMANDS["score"][0] + " --out s.csv --json"
     started = [start(words, env=environment(rank, 2)) for rank in range(2)]
@@ -381,6 +382,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_on_running(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     commands = [line for block in blocks("sh") for line in block.splitlines()]

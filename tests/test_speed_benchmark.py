@@ -40,6 +40,8 @@ from benchmarks.speed.tables import BEGIN, END, line, markdown, place
 from benchmarks.speed.workloads import WORKLOADS, select
 from musigma import objectives
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SHORT = Plan(seconds=1e-3, rounds=2, threads=1, memory=False, keep_heap=False)
 

@@ -255,6 +255,7 @@ def test_densities_integrate_to_one(options):
 
 
 @pytest.mark.parametrize("name", ["maf", "nsf", "nsf autoregressive"])
+@pytest.mark.slow
 def test_spline_flows_learn_a_density_and_stay_finite(name):
     """Two moons, against the best Gaussian of them."""
     from musigma import data

@@ -505,6 +505,7 @@ except MemoryError:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of that kind are Linux'")
+@pytest.mark.slow
 def test_arrays_of_gigabytes_never_come_into_memory_as_a_whole(tmp_path):
     files = tmp_path / "images.npy", tmp_path / "table.npy"  # sparse: some MB of the disk
     images = np.lib.format.open_memmap(files[0], "w+", np.uint8, (2000, 3, 600, 600))

@@ -299,6 +299,7 @@ def test_the_bound_of_the_augmented_flow_integrates_to_less_than_one():
     assert float(log_w.mean(1).exp().sum()) * width < 0.995
 
 
+@pytest.mark.slow
 def test_two_more_dimensions_fit_a_ring():
     """Two couplings; the same number of couplings of two variables reaches 2.78."""
     assert nats_after(build("vflow", (2,), depth=2, hidden=32)) < 2.6

@@ -397,6 +397,7 @@ def test_sources_that_are_no_tables():
     assert musigma.data.load(np.asarray(records), schema="infer").columns == ("age", "price")
 
 
+@pytest.mark.slow
 def test_ten_thousand_categories_and_columns():
     random = np.random.default_rng(0)
     words = np.array([f"word {i}" for i in range(10_000)])

@@ -93,6 +93,7 @@ def test_penalties_are_what_they_say():
         ("rae", {"penalty": "gradient", "noise": 0.1}, 3.7),
     ],
 )
+@pytest.mark.slow
 def test_training_on_a_ring(name, options, below, tmp_path):
     torch.manual_seed(0)
     how = {"latents": 2, "width": 64, "blocks": 2, **FAMILIES[name], **options}

@@ -325,8 +325,8 @@ def weigh(
         >>> import musigma
         >>> flow = musigma.build("nsf", (2,), depth=1)
         >>> weighted = weigh(flow, lambda x: -x.square().sum(1) / 2, 1000)
-        >>> round(weighted.log_evidence - math.log(2 * math.pi), 4)
-        0.0
+        >>> abs(weighted.log_evidence - math.log(2 * math.pi)) < 1e-3
+        True
     """
     parts, log_weights = [], []
     with evaluation_mode(flow), torch.no_grad():
