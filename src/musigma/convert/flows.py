@@ -8,6 +8,7 @@ imported here. What is not known is refused by name.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from musigma.spec import Spec, Variable
 from musigma.zoo import build
 
 __all__ = ["from_flow"]
+
+LogProb = Callable[[Any, Tensor, Tensor | None], Tensor]
 
 CHECKED = 256
 """Number of draws on which densities are compared."""
@@ -39,7 +42,8 @@ def from_flow(flow: Any, *, columns: Sequence[str] = ()) -> Model:
       `CoupledRationalQuadraticSpline`, `MaskedAffineAutoregressive`, `MaskedAffineFlow`,
       `AffineCouplingBlock`, `LULinearPermute`, `InvertibleAffine`, `ActNorm` and `Permute`.
 
-    The result can be trained further, saved, sampled and scored as any model of the zoo.
+    The result can be trained further, saved, sampled and scored as any model of the zoo. It has no
+    dropout, which does not affect a density.
 
     Args:
         flow: The flow, a torch module.
@@ -70,10 +74,11 @@ def from_flow(flow: Any, *, columns: Sequence[str] = ()) -> Model:
     was_training = flow.training
     flow.eval()
     try:
+        read, log_prob = LIBRARIES[library]
         with torch.no_grad():
-            parts = list(LIBRARIES[library](flow))
+            parts = list(read(flow))
         model = _assembled(parts, columns, next(iter(_tensors(flow))).dtype)
-        _compare(model, flow, library)
+        _compare(model, flow, log_prob)
     finally:
         flow.train(was_training)
     return model
@@ -112,13 +117,11 @@ def _assembled(parts: Sequence[Part], columns: Sequence[str], dtype: torch.dtype
     return model.eval()
 
 
-def _compare(model: Model, flow: Any, library: str) -> None:
+def _compare(model: Model, flow: Any, log_prob: LogProb) -> None:
     """Refuse a model whose density differs from that of the flow on its own draws.
 
     Both are computed in float64, where they agree but for errors of conversion.
     """
-    import copy
-
     flow, model = copy.deepcopy(flow).double(), copy.deepcopy(model).double()
     generator = torch.Generator().manual_seed(0)
     context = None
@@ -130,11 +133,7 @@ def _compare(model: Model, flow: Any, library: str) -> None:
         torch.manual_seed(0)
         x = model.sample(CHECKED, context)
         ours = model.log_prob(x, context)
-        if library == "zuko":
-            theirs = (flow() if context is None else flow(context)).log_prob(x)
-        else:
-            given = (x,) if context is None else (x, context)
-            theirs = flow.log_prob(*given)
+        theirs = log_prob(flow, x, context)
     error = float((ours - theirs).abs().max())
     if not error < 1e-6 * max(1.0, float(theirs.abs().max())):
         raise ForeignError(
@@ -593,9 +592,17 @@ def _beside(first: Read, second: Read) -> Read:
     return Read(first.options | {"hidden": hidden}, weights)
 
 
-LIBRARIES: dict[str, Callable[[Any], Iterator[Part]]] = {
-    "zuko": _read_zuko,
-    "nflows": _read_nflows,
-    "normflows": _read_normflows,
+def _of_zuko(flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
+    return (flow() if context is None else flow(context)).log_prob(x)
+
+
+def _of_methods(flow: Any, x: Tensor, context: Tensor | None) -> Tensor:
+    return flow.log_prob(x) if context is None else flow.log_prob(x, context)
+
+
+LIBRARIES: dict[str, tuple[Callable[[Any], Iterator[Part]], LogProb]] = {
+    "zuko": (_read_zuko, _of_zuko),
+    "nflows": (_read_nflows, _of_methods),
+    "normflows": (_read_normflows, _of_methods),
 }
-"""The libraries by name."""
+"""How the flows of each library are read, and how they are scored, (flow, x, context)."""

@@ -22,8 +22,7 @@ def radial(
     """Radial flow: contractions and expansions around centers.
 
     (Rezende & Mohamed, "Variational Inference with Normalizing Flows", 2015, arXiv:1505.05770.)
-    Both directions take one pass. The paper
-    uses it the other way, for posteriors.
+    Both directions take one pass. The paper uses it the other way, for posteriors.
 
     Args:
         depth: Number of transforms.
