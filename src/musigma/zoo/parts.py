@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ from musigma.named import Registry
 from musigma.schema import Schema
 from musigma.support import Support
 from musigma.trace import Trace
-from musigma.zoo import architecture
+from musigma.zoo import architecture, at_least
 
 
 def data_layers(
@@ -225,7 +225,7 @@ def vector_flow(family: Callable[..., Iterable[Layer]]) -> Callable[..., Chain]:
         return Chain([*layers, *above], Prior(StandardNormal(top)))
 
     build.__name__ = build.__qualname__ = name
-    build.__module__, build.__doc__ = family.__module__, _with_data_options(family)
+    build.__module__, build.__doc__ = family.__module__, _with_options(family, _about_data)
     build.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     build.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     FLOWS.register(family)
@@ -243,12 +243,12 @@ def _output_shape(layers: Sequence[Layer], features: int, context: int) -> tuple
     return tuple(x.shape[1:])
 
 
-def _with_data_options(family: Callable[..., Any]) -> str:
-    """The docstring of a family, with the options that all of them share."""
+def _with_options(family: Callable[..., Any], shared: Callable[..., Any]) -> str:
+    """The docstring of a family, with the options that several share."""
     text, _, own = (inspect.getdoc(family) or "").partition("\nArgs:\n")
-    _, _, shared = (inspect.getdoc(_about_data) or "").partition("\nArgs:\n")
+    _, _, added = (inspect.getdoc(shared) or "").partition("\nArgs:\n")
     own, *rest = own.split("\n\n", 1)
-    return "\n".join([text, "Args:", *filter(None, [own.rstrip("\n"), shared, *rest])])
+    return "\n".join([text, "Args:", *filter(None, [own.rstrip("\n"), added, *rest])])
 
 
 def _vector_layers(
@@ -304,3 +304,89 @@ def transform(
         net = MADE(map.owners(features), hidden=widths, context=context, zero=zero)
         return Autoregressive(net, map=map)
     raise ValueError(f"kind: expected 'coupling' or 'autoregressive'; got {kind!r}")
+
+
+def _about_transforms(
+    *,
+    kind: Literal["autoregressive", "coupling"] = "autoregressive",
+    depth: int = 3,
+    hidden: int = 128,
+    hidden_layers: int = 2,
+    permutation: Literal["reverse", "lu", "conv", "shuffle"] = "reverse",
+    norm: bool = True,
+) -> None:
+    """The options that every family of flows has that differ in their map.
+
+    Args:
+        kind: `autoregressive`: all previous features transform each one; `coupling`: one half of
+            the features, and the context, transforms the other.
+        depth: Number of transforms.
+        hidden: Width of each hidden layer of the networks.
+        hidden_layers: Number of hidden layers.
+        permutation: Reordering of the features before each transform: a reversal, a fixed shuffle,
+            or an invertible matrix (plain or by its LU factors).
+        norm: Put an activation normalization before each transform.
+    """
+
+
+def map_flow(*, zero: bool) -> Callable[[Callable[..., Map]], Callable[..., Chain]]:
+    """Register a map as a family of flows of vectors: a decorator of the function that makes it.
+
+    Args:
+        zero: Begin with networks whose outputs are zero.
+
+    Example:
+        >>> from musigma.layers import Spline
+        >>> @map_flow(zero=True)
+        ... def coarse(*, bins: int = 3) -> Spline:
+        ...     '''Coarse splines.
+        ...
+        ...     Args:
+        ...         bins: Number of bins.
+        ...     '''
+        ...     return Spline(bins=bins)
+        >>> coarse((3,), kind="coupling", bins=4).config["options"]["depth"]
+        3
+    """
+
+    def register(family: Callable[..., Map]) -> Callable[..., Chain]:
+        own = inspect.signature(family, eval_str=True).parameters
+        shared = inspect.signature(_about_transforms, eval_str=True).parameters.values()
+        first = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=int)
+            for name in ("features", "context")
+        ]
+        signature = inspect.Signature([*first, *shared, *own.values()])
+
+        def layers(*args: Any, **given: Any) -> Iterator[Layer]:
+            bound = signature.bind(*args, **given)
+            bound.apply_defaults()
+            of_map = {name: bound.arguments.pop(name) for name in own}
+            yield from _transforms(lambda: family(**of_map), zero, **bound.arguments)
+
+        layers.__name__ = layers.__qualname__ = family.__name__
+        layers.__module__ = family.__module__
+        layers.__doc__ = _with_options(family, _about_transforms)
+        layers.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        return vector_flow(layers)
+
+    return register
+
+
+def _transforms(
+    map: Callable[[], Map],
+    zero: bool,
+    features: int,
+    context: int,
+    kind: str,
+    depth: int,
+    hidden: int,
+    hidden_layers: int,
+    permutation: str,
+    norm: bool,
+) -> Iterator[Layer]:
+    at_least(1, depth=depth, hidden=hidden)
+    at_least(0, hidden_layers=hidden_layers)
+    for _ in range(depth):
+        yield from step(features, norm, permutation)
+        yield transform(map(), kind, features, context, [hidden] * hidden_layers, zero=zero)
