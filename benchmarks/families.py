@@ -18,17 +18,16 @@ import argparse
 import copy
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from equal_seconds import train_for
 from torch import Tensor, nn
 
-import musigma
-from musigma import TrainConfig, build, fit
+from musigma import TrainConfig, build
 from musigma.data import DataError, Dataset, load
 from musigma.files import write_json
 
@@ -57,7 +56,7 @@ def rows(name: str) -> list[np.ndarray]:
         data = load(name, schema="infer")
         assert data.schema is not None
         numeric = [
-            i for i, c in enumerate(data.schema.columns) if c.type in ("continuous", "count")
+            i for i, c in enumerate(data.schema.columns) if c.kind in ("continuous", "count")
         ]
         x = np.asarray(data.x, np.float64)[:, numeric]
         x = x[np.isfinite(x).all(1)]
@@ -74,21 +73,12 @@ def ours(name: str, parts: list[np.ndarray], seconds: float, seed: int) -> float
     """Nats per test row of a family of this library."""
     architecture, options = OURS[name]
 
-    def trained(steps: int) -> tuple[nn.Module, float]:
-        torch.manual_seed(seed)
-        model = build(architecture, parts[0].shape[1:], bits=None, **options)
-        config = TrainConfig(
-            steps=steps, batch_size=BATCH, lr=2e-3, evaluations=5, seed=seed, ema=0.99
-        )
-        start = time.process_time()
-        with tempfile.TemporaryDirectory() as folder:
-            train, validation, _ = map(Dataset, parts)
-            fit(model, train, validation, config, folder, device="cpu")
-            seconds = time.process_time() - start
-            return musigma.load(f"{folder}/model.safetensors"), seconds
-
-    each = (trained(30)[1] - trained(10)[1]) / 20  # without what a run costs beside its steps
-    model, _ = trained(max(10, int(seconds / each)))
+    model, _ = train_for(
+        seconds,
+        lambda: build(architecture, parts[0].shape[1:], bits=None, **options),
+        *map(Dataset, parts[:2]),
+        TrainConfig(batch_size=BATCH, lr=2e-3, evaluations=5, seed=seed, ema=0.99),
+    )
     with torch.no_grad():
         return float(-model(torch.from_numpy(parts[2])).elbo.mean())
 

@@ -1,0 +1,41 @@
+"""Training for a number of processor seconds, which other work on the machine hardly changes."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+import musigma
+from musigma import TrainConfig, fit
+from musigma.data import Dataset
+from musigma.model import Model
+
+
+def train_for(
+    seconds: float,
+    make: Callable[[], Model],
+    train: Dataset,
+    validation: Dataset,
+    config: TrainConfig,
+) -> tuple[Model, int]:
+    """The best weights after as many steps as take `seconds`, and the number of steps.
+
+    Two short runs tell what a step takes; `make` builds the model, each time with the seed of
+    `config`.
+    """
+
+    def trained(steps: int) -> tuple[Model, float]:
+        torch.manual_seed(config.seed)
+        model = make()
+        start = time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            budget = replace(config, epochs=None, steps=steps)
+            fit(model, train, validation, budget, folder, device="cpu")
+            spent = time.process_time() - start
+            return musigma.load(f"{folder}/model.safetensors"), spent
+
+    each = (trained(100)[1] - trained(20)[1]) / 80  # without what a run costs beside its steps
+    steps = max(10, int(seconds / each))
+    return trained(steps)[0], steps
