@@ -497,3 +497,9 @@ def test_a_posterior_of_a_file(tmp_path, capsys):
         assert "narrow by=2" in capsys.readouterr().out
     finally:
         POSTERIORS.pop("narrow", None)
+
+
+@pytest.mark.parametrize("prior", ["normal", "auto", "maf", "mixture"])
+def test_the_depth_of_the_flow_prior_is_refused_with_other_priors(prior):
+    with pytest.raises(ValueError, match=f"prior_depth: .* 7 with the prior '{prior}'"):
+        build("vae", (5,), bits=None, latents=2, prior=prior, prior_depth=7)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["REGISTRIES", "Choice", "Registry"]
+__all__ = ["REGISTRIES", "Choice", "Registry", "is_built_in"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,7 +68,7 @@ class Registry(dict[str, Callable[..., Any]]):
                 f"with keyword-only options; got {inspect.signature(function)}"
             )
         known = self.get(name)
-        if known is not None and _built_in(known) and not _built_in(function):
+        if known is not None and is_built_in(known) and not is_built_in(function):
             raise ValueError(f"{self.option}: the library has a {name!r} already; rename this one")
         self[name] = function
         return function
@@ -116,7 +116,8 @@ REGISTRIES: dict[str, Registry] = {}
 """All registries, by the option that chooses from each."""
 
 
-def _built_in(function: Callable[..., Any]) -> bool:
+def is_built_in(function: Callable[..., Any]) -> bool:
+    """Whether a function belongs to the library."""
     return function.__module__.startswith("musigma.")
 
 

@@ -105,7 +105,8 @@ def rule_of(subject: object) -> Any:
         reason = f": it redefines {', '.join(redefined)} of {base.__name__}"
     raise ValueError(
         f"{kind.__name__} has no coding rule{reason}; register one with "
-        f"@musigma.coding.register({kind.__name__}), or replace it in the model"
+        f"@musigma.coding.register({kind.__name__}), or use a model whose parts have one "
+        "(docs/compression.md lists them)"
     )
 
 

@@ -11,7 +11,7 @@ from musigma.distributions import POSTERIORS, PRIORS, FlowHead, Latents, Standar
 from musigma.gaussian import Format, GaussianHead
 from musigma.layers import ActNorm, Affine, Coupling, InvertibleConv
 from musigma.model import Bijection, Chain, Inverse, Model, Prior
-from musigma.named import Registry
+from musigma.named import Registry, is_built_in
 from musigma.nets import MLP
 from musigma.zoo.parts import FLOWS
 
@@ -48,12 +48,19 @@ def chosen_prior(text: str, latents: Latents) -> Model:
     Raises:
         ValueError: If there is no such prior, it has no such option, or it does not fit.
     """
+    name = text.partition(" ")[0]
+    own = name in PRIORS and not is_built_in(PRIORS[name])
+    if latents.depth != Latents.depth and name != "flow" and not own:
+        raise ValueError(
+            f"prior_depth: it is that of the prior 'flow'; got {latents.depth} with the prior "
+            f"{name!r} (the depth of another flow follows its name: 'maf depth=3')"
+        )
     if text == "auto" and latents.own_prior is not None:
         return Prior(latents.own_prior())
     if text == "auto":
         text = "conditional" if latents.context else "normal"
     if _is_flow(text, PRIORS):
-        size = latents.vector(text.partition(" ")[0])
+        size = latents.vector(name)
         layers = _bijections("prior", text, size, latents.context)
         return Chain(layers, Prior(StandardNormal((size,))))
     prior = PRIORS.choice(text)(latents)
@@ -103,7 +110,7 @@ def conditional(latents: Latents) -> GaussianHead:
 
 @PRIORS.register
 def flow(latents: Latents) -> Chain:
-    """Affine couplings and invertible matrices, `latents.depth` of them, over N(0, I)."""
+    """Affine couplings and invertible matrices over N(0, I); `--prior-depth` of them."""
     size, layers = latents.vector("flow"), []
     if size < 2:
         raise ValueError(f"latents: expected 2 or more; got {size}")
