@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +37,6 @@ MISTAKES = {
     "the sign": -1.0,
 }
 NAME = "loss_from_neg_elbos"
-LAYOUTS = ("(B, K)", "(K, B)")
 
 
 # --- bits per dimension ------------------------------------------------------------------------
@@ -76,59 +74,44 @@ def audit_bits(
     """
     if levels < 2:
         raise AuditError(f"levels: expected 2 or more; got {levels}")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, levels, (24, *shape), generator=generator)
     with Sandbox(bits) as sandbox:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, levels, (24, *shape), generator=generator)
-        dtype, ask = _bits_form(sandbox, bits, images)
-        single = torch.tensor([float(ask(image[None]).mean()) for image in images])
-        eight = images[:1].repeat_interleave(8, 0)
+
+        def ask(x: Tensor, dtype: torch.dtype) -> Tensor:
+            value = sandbox.ask("bits", bits, x.to(dtype))
+            if value.numel() not in (1, len(x)):
+                raise AuditError(
+                    f"bits: given {tuple(x.shape)}, expected ({len(x)},) or one number; got "
+                    f"{tuple(value.shape)}"
+                )
+            return value.mean()
+
+        def attempt(dtype: torch.dtype, finite: bool) -> None:
+            sandbox.use_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
+            if not ask(images[:2], dtype).isfinite() and finite:
+                raise AuditError("bits: they are not finite")
+
+        integers = (torch.int64, torch.uint8)[: 2 if levels <= 256 else 1]
+        forms = [*((dtype, True) for dtype in (*FLOATS, *integers)), (torch.float32, False)]
+        (dtype, _), _ = first_form(forms, attempt)
+        single = torch.stack([ask(image[None], dtype) for image in images])
         again, of_eight = (
-            torch.tensor([float(ask(x).mean()) for _ in range(12)]) for x in (images[:1], eight)
+            torch.stack([ask(images[:1].repeat_interleave(n, 0), dtype) for _ in range(12)])
+            for n in (1, 8)
         )
-    found: list[Outcome] = [Assumed(f"images are given as {dtype} from 0 to levels - 1")]
-    found += _check_bits(single, again, math.log2(levels))
-    if single.isfinite().all():
-        found.append(_check_batch(again, of_eight))
-    return AuditReport.of(name_of(bits), found)
+    given = Assumed(f"images are given as {dtype} from 0 to levels - 1")
+    found = _check_bits(single, again, of_eight, math.log2(levels))
+    return AuditReport.of(name_of(bits), [given, *found])
 
 
-def _bits_form(
-    sandbox: Sandbox, bits: Callable[[Tensor], Any], images: Tensor
-) -> tuple[torch.dtype, Callable[[Tensor], Tensor]]:
-    """`bits` as a function of integers, in the first type for which it is finite."""
+def _check_bits(
+    single: Tensor, again: Tensor, of_eight: Tensor, truth: float
+) -> Iterator[Outcome]:
+    """Compare the figures of 24 images with the entropy, and those of one image with each other.
 
-    def ask(x: Tensor, dtype: torch.dtype) -> Tensor:
-        value = sandbox.ask("bits", bits, x.to(dtype))
-        if value.numel() not in (1, len(x)):
-            raise AuditError(
-                f"bits: given {tuple(x.shape)}, expected ({len(x)},) or one number; got "
-                f"{tuple(value.shape)}"
-            )
-        return value.reshape(-1)
-
-    def attempt(dtype: torch.dtype, finite: bool) -> None:
-        sandbox.use_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
-        if finite and not ask(images[:2], dtype).isfinite().all():
-            raise AuditError("bits: they are not finite")
-
-    integers = (torch.int64, torch.uint8) if images.max() < 256 else (torch.int64,)
-    forms = [(dtype, True) for dtype in (*FLOATS, *integers)]
-    (dtype, _), _ = first_form([*forms, (torch.float32, False)], attempt)
-    return dtype, lambda x: ask(x, dtype)
-
-
-def _check_batch(alone: Tensor, of_eight: Tensor) -> Outcome:
-    """Compare the figures of one image, again and again, with those of eight copies of it."""
-    # the error of a mean of 12 by Student's t with 11 degrees of freedom, at 1e-7
-    error = 11.0 * math.hypot(float(alone.std()), float(of_eight.std())) / math.sqrt(12)
-    one, eight = float(alone.mean()), float(of_eight.mean())
-    if abs(eight - one) > error + 1e-4 * (1 + abs(one)):
-        return bug("bpd_batch", alone=one, of_eight=eight)
-    return Passed("an image costs the same by itself and in a batch of eight copies")
-
-
-def _check_bits(single: Tensor, again: Tensor, truth: float) -> Iterator[Outcome]:
-    """Compare the figures of 24 images, and several of one, with the entropy."""
+    The one image is asked for again and again, by itself and in batches of eight copies.
+    """
     mean, spread, noise = float(single.mean()), float(single.std()), float(again.std())
     yield Facts(details={"bits_per_dim": mean, "entropy": truth})
     if not single.isfinite().all():
@@ -154,6 +137,13 @@ def _check_bits(single: Tensor, again: Tensor, truth: float) -> Iterator[Outcome
             "whether a figure above the entropy is right: pass the uniform model in place of the "
             "network"
         )
+    # the error of a mean of 12 by Student's t with 11 degrees of freedom, at 1e-7
+    error = 11.0 * math.hypot(noise, float(of_eight.std())) / math.sqrt(12)
+    one, eight = float(again.mean()), float(of_eight.mean())
+    if abs(eight - one) > error + 1e-4 * (1 + abs(one)):
+        yield bug("bpd_batch", alone=one, of_eight=eight)
+    else:
+        yield Passed("an image costs the same by itself and in a batch of eight copies")
 
 
 # --- importance-weighted bounds ----------------------------------------------------------------
@@ -190,36 +180,57 @@ def audit_importance_bound(loss_from_neg_elbos: Callable[[Tensor], Any]) -> Audi
     n = 3.0 * torch.randn(5, 7, generator=generator, dtype=torch.float64) + 4.0
     with Sandbox(loss) as sandbox:
 
-        def attempt(dtype: torch.dtype, layouts: tuple[str, ...]) -> list[_Fit]:
+        def attempt(dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
             sandbox.use_dtype(dtype)
-            return [fit for layout in layouts for fit in _fits(sandbox, loss, n.to(dtype), layout)]
+            given = n.to(dtype, copy=True).requires_grad_()
+            value = sandbox.call(NAME, loss, given)
+            flat = sandbox.as_tensor(NAME, value).reshape(-1)
+            if len(flat) not in (1, *n.shape):
+                raise AuditError(
+                    f"{NAME}: given {tuple(n.shape)}, expected a number, or one per example; got "
+                    f"{tuple(value.shape)}"
+                )
+            if not (isinstance(value, Tensor) and value.requires_grad):
+                return flat, None
+            (slope,) = torch.autograd.grad(value.sum(), given, materialize_grads=True)
+            return flat, slope.double()
 
-        forms = product(FLOATS, (LAYOUTS, LAYOUTS[:1], LAYOUTS[1:]))
-        (dtype, _), fits = first_form(forms, attempt)
-        best = min(fits, key=lambda fit: fit.off_value + fit.off_slope + fit.off_multiple)
-        tolerance = 1e-6 if dtype == torch.float64 else 1e-4
-        found = [
-            Facts(layout=best.layout),
-            Assumed(f"the layout is {best.layout}, with {best.way} over the batch"),
-            _check_slope(best, tolerance),
-            _check_value(best, tolerance),
-        ]
-        far = (n + 1500.0).to(dtype)  # the nats of images, where exp(-n) underflows
-        value = sandbox.ask(NAME, loss, far if best.layout == "(B, K)" else far.T)
-        if not value.isfinite().all():
-            found.append(warning("not_finite", "bound"))
+        (dtype,), (value, slope) = first_form(((dtype,) for dtype in FLOATS), attempt)
+        far = sandbox.ask(NAME, loss, (n + 1500.0).to(dtype))  # where exp(-n) underflows
+    fits = (_Fit(value, n * 0 if slope is None else slope, *bound) for bound in _bounds(n, value))
+    best = min(fits, key=lambda fit: fit.off_value + fit.off_slope + fit.off_multiple)
+    found = [
+        Facts(layout=best.layout),
+        Assumed(f"the layout is {best.layout}, with {best.way} over the batch"),
+        *_check_bound(best, slope is not None, 1e-6 if dtype == torch.float64 else 1e-4),
+    ]
+    if not far.isfinite().all():
+        found.append(warning("not_finite", "bound"))
     return AuditReport.of(name_of(loss), found)
 
 
-class _Fit(NamedTuple):
-    """A loss and its gradient beside the bound's, in one layout and one reduction."""
+def _bounds(n: Tensor, value: Tensor) -> Iterator[tuple[str, str, int, Tensor, Tensor]]:
+    """The layouts and reductions that a loss may have: the number of draws, bound and gradient."""
+    for layout, dim in (("(B, K)", 1), ("(K, B)", 0)):
+        k, b = n.shape[dim], n.shape[1 - dim]
+        each, weights = math.log(k) - torch.logsumexp(-n, dim), torch.softmax(-n, dim)
+        if len(value) == b:
+            yield layout, "one number each", k, each, weights
+        elif len(value) == 1:
+            yield layout, "the mean", k, each.mean(0, True), weights / b
+            yield layout, "the sum", k, each.sum(0, True), weights
 
+
+class _Fit(NamedTuple):
+    """A loss and its gradient, beside the bound's in one layout and one reduction."""
+
+    value: Tensor
+    slope: Tensor
     layout: str
     way: str
-    value: Tensor
+    draws: int
     bound: Tensor
-    slope: Tensor | None  # (B, K)
-    weights: Tensor  # of the bound: its gradient
+    weights: Tensor  # the gradient of the bound
 
     @property
     def off_value(self) -> float:
@@ -227,66 +238,38 @@ class _Fit(NamedTuple):
 
     @property
     def off_slope(self) -> float:
-        slope = 0 * self.weights if self.slope is None else self.slope
-        return float((slope - self.weights).norm() / self.weights.norm())
+        return float((self.slope - self.weights).norm() / self.weights.norm())
 
     @property
     def factor(self) -> float:
         """The multiple of the bound's gradient that is nearest to the loss's."""
-        slope = 0 * self.weights if self.slope is None else self.slope
-        return float((slope * self.weights).sum() / self.weights.square().sum())
+        return float((self.slope * self.weights).sum() / self.weights.square().sum())
 
     @property
     def off_multiple(self) -> float:
         return self._replace(weights=self.factor * self.weights).off_slope if self.factor else 1.0
 
 
-def _fits(
-    sandbox: Sandbox, loss: Callable[[Tensor], Any], n: Tensor, layout: str
-) -> Iterator[_Fit]:
-    """A loss in one layout, as the sum and as the mean over the batch, or as one number each."""
-    given = n.clone().requires_grad_()
-    value = sandbox.call(NAME, loss, given if layout == "(B, K)" else given.T)
-    flat, slope, (b, k) = sandbox.as_tensor(NAME, value).reshape(-1), None, n.shape
-    if len(flat) not in (1, b):
-        raise AuditError(f"{NAME}: expected a number, or ({b},); got {tuple(value.shape)}")
-    if isinstance(value, Tensor) and value.requires_grad:
-        (slope,) = torch.autograd.grad(value.sum(), given, allow_unused=True)
-    n = n.double()
-    each, weights = math.log(k) - torch.logsumexp(-n, 1), torch.softmax(-n, 1)
-    ways = {"the mean": 1 / b, "the sum": 1.0} if len(flat) == 1 else {"one number each": 1.0}
-    for way, share in ways.items():
-        bound = share * each.sum()[None] if len(flat) == 1 else each
-        yield _Fit(layout, way, flat, bound, slope, share * weights)
-
-
-def _is_multiple(fit: _Fit, tolerance: float) -> bool:
-    """Whether the gradient is a positive multiple of that of the bound."""
-    return fit.off_multiple <= tolerance and fit.factor > 0
-
-
-def _check_slope(fit: _Fit, tolerance: float) -> Outcome:
-    """Compare the gradient with that of the bound."""
-    if fit.slope is None:
-        return Skipped("the gradient: the loss has none")
-    if fit.off_slope <= tolerance:
-        return Passed(f"gradient against the softmax weights: off by {fit.off_slope:.1g}")
-    if _is_multiple(fit, tolerance):
-        return warning("iw_gradient", "factor", factor=fit.factor)
-    share = (fit.slope < 0).double().mean()
-    return bug("iw_gradient", distance=fit.off_slope, share=share)
-
-
-def _check_value(fit: _Fit, tolerance: float) -> Outcome:
-    """Compare the value with that of the bound."""
-    if fit.off_value <= tolerance:
-        return Passed(f"value against -log mean exp(-n): off by {fit.off_value:.1g}")
+def _check_bound(fit: _Fit, has_slope: bool, tolerance: float) -> Iterator[Outcome]:
+    """Compare the gradient and the value with those of the bound."""
     trains = fit.off_slope <= tolerance
-    difference = fit.value.sum() - fit.bound.sum()
-    each = float(difference / fit.weights.sum())  # the weights of an example add up to one
-    hint = "; it differs by the constant log K" * math.isclose(
-        abs(each), math.log(7), abs_tol=1e-4
-    )
+    is_multiple = fit.off_multiple <= tolerance and fit.factor > 0
+    if not has_slope:
+        yield Skipped("the gradient: the loss has none")
+    elif trains:
+        yield Passed(f"gradient against the softmax weights: off by {fit.off_slope:.1g}")
+    elif is_multiple:
+        yield warning("iw_gradient", "factor", factor=fit.factor)
+    else:
+        share = (fit.slope < 0).double().mean()
+        yield bug("iw_gradient", distance=fit.off_slope, share=share)
+    if fit.off_value <= tolerance:
+        yield Passed(f"value against -log mean exp(-n): off by {fit.off_value:.1g}")
+        return
+    # the weights of an example add up to one
+    each = float((fit.value - fit.bound).sum() / fit.weights.sum())
+    of_draws = math.isclose(abs(each), math.log(fit.draws), abs_tol=1e-4)
+    hint = "; it differs by the constant log K" * of_draws
     hint += "; the gradient is the bound's: it trains, but must not be reported" * trains
-    finding = warning if _is_multiple(fit, tolerance) else bug
-    return finding("iw_value", value=fit.value.sum(), bound=fit.bound.sum(), hint=hint)
+    finding = warning if is_multiple else bug
+    yield finding("iw_value", value=fit.value.sum(), bound=fit.bound.sum(), hint=hint)

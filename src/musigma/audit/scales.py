@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,36 +97,33 @@ class Curve:
     raw_bounds: Bounds = NONE
     more: dict[str, float] = field(default_factory=dict)
 
+    def sigma(self, b: Tensor) -> Tensor:
+        """The standard deviation at b; zero where the reading has none, and there is no bound."""
+        value = self.noise_scale * self.base(b)
+        on_variance = self.floor_on == "variance"
+        value = (value**2 + self.floor**2).sqrt() if on_variance else value + self.floor
+        low, high = self.bounds
+        return value.nan_to_num(low or 0.0, posinf=math.inf).clamp(low or 0.0, high)
+
     @property
     def named(self) -> bool:
         """Whether it is a known function."""
         return self.name != "unnamed"
 
     @property
-    def plain(self) -> bool:
-        """Whether it has neither floor nor bounds."""
-        return self.floor == 0 and self.bounds == NONE
-
-    def sigma(self, b: Tensor) -> Tensor:
-        """The standard deviation at b."""
-        value = self.noise_scale * self.base(b)
-        on_variance = self.floor_on == "variance"
-        value = (value**2 + self.floor**2).sqrt() if on_variance else value + self.floor
-        low, high = self.bounds
-        if low is not None:  # a bound may hold where the reading has no value
-            value = value.nan_to_num(low)
-        return value if self.bounds == NONE else value.clamp(low, high)
+    def limits(self) -> int:
+        """How many of a floor and two bounds it has."""
+        return (self.floor > 0) + sum(bound is not None for bound in self.bounds)
 
     @property
     def is_bounded(self) -> bool:
         """Whether it is a plain reading but for a floor or bounds."""
-        return not self.plain and self.noise_scale == 1 and not self.more
+        return self.limits > 0 and self.noise_scale == 1 and not self.more
 
     @property
     def smallest(self) -> float:
         """The smallest standard deviation at any b from -60 to 60."""
-        b = torch.linspace(-60, 60, 241, dtype=torch.float64)
-        return float(self.sigma(b).nan_to_num(0.0).min())
+        return float(self.sigma(torch.linspace(-60, 60, 241, dtype=torch.float64)).min())
 
     @property
     def text(self) -> str:
@@ -145,39 +143,17 @@ class Curve:
 
     def to_dict(self) -> dict[str, Any]:
         """As in the details of a report."""
-        return {
-            "name": self.name,
-            "text": self.text,
-            "noise_scale": self.noise_scale,
-            "bounds": list(self.bounds),
-            "raw_bounds": list(self.raw_bounds),
-            "floor": self.floor,
-            "floor_on": self.floor_on if self.floor else None,
-            **self.more,
-        }
+        numbers = {name: value for name, value in vars(self).items() if name != "base"}
+        return {"text": self.text, **numbers}
+
+    def off(self, b: Tensor, sigma: Tensor) -> float:
+        """Its largest relative error at the points of a measured curve."""
+        return float(((self.sigma(b) - sigma) / torch.where(sigma > 0, sigma, 1.0)).abs().max())
 
 
 def _ends(bounds: Bounds, lowest: str) -> list[str]:
     otherwise = (lowest, "inf")
     return [o if v is None else f"{v + 0.0:.4g}" for v, o in zip(bounds, otherwise, strict=True)]
-
-
-def _crossings(curve: Function, b: Tensor, level: float) -> list[float]:
-    """The points at which a function reaches a level, where b (n,) encloses each."""
-
-    def above(t: Tensor) -> Tensor:
-        return curve(t).nan_to_num(0.0) > level * (1 - 1e-9)
-
-    found = []
-    for i in above(b).diff().nonzero().flatten().tolist():
-        low, high = b[i], b[i + 1]
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if above(middle) == above(low) else (low, middle)
-        point = float(high)
-        near = abs(point - round(point)) < 1e-5 * abs(round(point)) or abs(point) < 1e-8
-        found.append(round(point) + 0.0 if near else point)
-    return found
 
 
 def name_curve(b: Tensor, sigma: Tensor, tolerance: float = 1e-6) -> Curve:
@@ -198,74 +174,62 @@ def name_curve(b: Tensor, sigma: Tensor, tolerance: float = 1e-6) -> Curve:
         >>> name_curve(b, (b.clamp(-30, 20) / 2).exp(), 1e-6).text
         'log_var, clamped to [-30, 20]'
     """
-    spread = float(sigma.max() / sigma.min().clamp(min=1e-300))
-    if spread < 1 + 3 * tolerance:
+    if float(sigma.max() / sigma.min().clamp(min=1e-300)) < 1 + 3 * tolerance:
         level = float(sigma.median())
         k = 1.0 if abs(level - 1) <= tolerance else level
         return Curve("unit variance", torch.ones_like, k)
-    fits: list[Curve] = []
-    for name, reading in READINGS.items():
-        if name == "unit variance" or (name == "signed std" and (b[0] >= 0 or b[-1] <= 0)):
-            continue
-        for curve in _fits(name, reading.sigma, b, sigma, tolerance):
-            k = curve.noise_scale
-            if abs(k - 1) <= tolerance:
-                fits.append(replace(curve, noise_scale=1.0, floor=curve.floor / k))
-            elif not name.startswith("sigmoid"):  # those have two bounds: see _families
-                fits.append(curve)
+    fits = [
+        curve
+        for name, reading in READINGS.items()
+        if name != "signed std" or b[0] < 0 < b[-1]  # "std" there
+        for curve in _fits(name, reading.sigma, b, sigma, tolerance)
+    ]
     if fits:
-        return min(fits, key=lambda c: (c.noise_scale != 1, not c.plain, c.floor > 0))
+        return min(fits, key=lambda c: (c.noise_scale != 1, c.limits, c.floor > 0))
     for curve in _families(b, sigma):
-        if _relative_error(curve, b, sigma) <= 10 * tolerance:
+        if curve.off(b, sigma) <= 10 * tolerance:
             return curve
     return Curve("unnamed", lambda t: torch.as_tensor(np.interp(t, b, sigma)))
 
 
-def _relative_error(curve: Curve, b: Tensor, sigma: Tensor) -> float:
-    scale = torch.where(sigma > 0, sigma, 1.0)
-    return float(((curve.sigma(b).nan_to_num(0.0) - sigma) / scale).abs().max())
-
-
 def _fits(name: str, g: Function, b: Tensor, sigma: Tensor, tolerance: float) -> Iterator[Curve]:
     """The reading without and with either floor, with the curve's bounds, where it fits."""
-    ends = _plateau(sigma, tolerance), _plateau(sigma.flip(0), tolerance)
-    inside = torch.zeros(len(b), dtype=torch.bool)
-    inside[ends[0] : len(b) - ends[1]] = True
-    base = g(b)
-    if int(inside.sum()) < 3 or not base[inside].isfinite().any():
+    n, base = len(b), g(b).nan_to_num(0.0)
+    start, end = _plateau(sigma, tolerance), n - _plateau(sigma.flip(0), tolerance)
+    if end - start < 3:
         return
-    base = base.nan_to_num(0.0)
-    floors, smallest = [("std", 0.0)], float(sigma.min())
-    if not name.startswith("sigmoid") and float(base.min()) * 1e4 <= base.max() and smallest > 0:
+    inside = (b >= b[start]) & (b <= b[end - 1]) & (base > 0)
+    middle, smallest = float(sigma[start:end].median()), float(sigma.min())
+    first, last = sigma[[0, -1]].tolist()
+    plateaus = [first] * (start > 0) + [last] * (end < n)
+    floors, two_bounds = [("std", 0.0)], name.startswith("sigmoid")  # of _families
+    if not two_bounds and float(base.min()) * 1e4 <= base.max() and smallest > 0:
         floors += [("std", smallest), ("variance", smallest)]
     for kind, f in floors:
-        usable = inside & (base > 0) & (sigma > 2 * f) & base.isfinite()
+        usable = inside & (sigma > 2 * f)
         if not usable.any():
             continue
         at = int(torch.where(usable, (b - 1).abs(), math.inf).argmin())
         there = float(sigma[at])
         k = (math.sqrt(there**2 - f**2) if kind == "variance" else there - f) / float(base[at])
-        if k <= 0:
+        if abs(k - 1) <= tolerance:
+            k, f = 1.0, f / k
+        elif two_bounds:
             continue
         curve = Curve(name, g, k, f, kind)
-        shape = curve.sigma(b).nan_to_num(0.0)
-        levels = [  # of the plateaus that the reading itself does not have
-            float(sigma[at])
-            for run, at in zip(ends, (0, -1), strict=True)
-            if run and abs(float(shape[at] / sigma[at].clamp(min=1e-300)) - 1) > 1e-9
-        ]
-        middle = float(sigma[inside].median())
-        low = max((v for v in levels if v <= middle), default=None)
-        high = min((v for v in levels if v > middle), default=None)
-        if low is not None and low <= f * (1 + 1e-6 + 3 * tolerance):
-            low = None  # the floor, not a bound
-        bounded = replace(curve, bounds=(low, high))
-        if _relative_error(bounded, b, sigma) <= 3 * tolerance:
-            raw = [
-                None if v is None else _only(_crossings(curve.sigma, b, v)) for v in (low, high)
-            ]
-            start, end = raw if shape[0] <= shape[-1] else reversed(raw)
-            yield replace(bounded, raw_bounds=(start, end))
+        for levels in (c for r in range(len(plateaus) + 1) for c in combinations(plateaus, r)):
+            low = max((v for v in levels if v <= middle), default=None)
+            high = min((v for v in levels if v > middle), default=None)
+            bounded = replace(curve, bounds=(low, high))
+            if bounded.off(b, sigma) <= 3 * tolerance:
+                at_start = start and first in levels
+                at_end = end < n and last in levels
+                raw = (
+                    _crossing(curve, b[start - 1], b[start], first) if at_start else None,
+                    _crossing(curve, b[end - 1], b[end], last) if at_end else None,
+                )
+                yield replace(bounded, raw_bounds=raw)
+                break
 
 
 def _plateau(sigma: Tensor, tolerance: float) -> int:
@@ -275,8 +239,13 @@ def _plateau(sigma: Tensor, tolerance: float) -> int:
     return run if run > 1 else 0
 
 
-def _only(found: list[float]) -> float | None:
-    return found[0] if len(found) == 1 else None
+def _crossing(curve: Curve, low: Tensor, high: Tensor, level: float) -> float:
+    """The b between two others at which a curve reaches a level, to six digits."""
+    for _ in range(4):
+        grid = low + (high - low) * torch.linspace(0, 1, 101, dtype=torch.float64)
+        at = int((curve.sigma(grid) - level).abs().argmin())
+        low, high = grid[max(at - 1, 0)], grid[min(at + 1, 100)]
+    return round(float(low + high) / 2, 6) + 0.0
 
 
 def _families(b: Tensor, sigma: Tensor) -> Iterator[Curve]:
@@ -287,14 +256,13 @@ def _families(b: Tensor, sigma: Tensor) -> Iterator[Curve]:
     if (sigma <= 0).any():
         return
     families: list[tuple[str, Function, Function, float, Bounds]] = []
-    if (b[0] <= -20) and (b[-1] >= 20):
+    families.append(("exp", torch.log, torch.exp, 1.0, NONE))
+    if b[0] <= -20 and b[-1] >= 20:
         slope = float((sigma[-1] - sigma[-2]) / (b[-1] - b[-2]))  # k a, at the upper end
         decay = float((sigma[1] / sigma[0]).log() / (b[1] - b[0]))  # a, at the lower end
         if slope > 0 and decay > 0:
             k = 1.0 if abs(slope / decay - 1) < 1e-6 else slope / decay
             families.append(("softplus", lambda s: (s / k).expm1().log(), F.softplus, k, NONE))
-    families.append(("exp", torch.log, torch.exp, 1.0, NONE))
-    if (b[0] <= -20) and (b[-1] >= 20):
         first, last = float(sigma[0]), float(sigma[-1])
         ends = sigma.new_tensor([0.0 if first < 1e-8 * last else first, last])
         bounds = float(ends.min()), float(ends.max())

@@ -117,73 +117,40 @@ def audit_log_prob_term(
         >>> audit_log_prob_term(misses_log).codes
         ('prior_term_mismatch',)
     """
-    name = getattr(term, "__name__", "")
+    name, names = getattr(term, "__name__", ""), required(term)
     sign = sign if sign is not None else -1 if LOSS.search(name) else 1
     if sign not in (1, -1):
         raise AuditError(f"sign: expected 1 for a log-density, or -1 for a loss; got {sign!r}")
-    order = _order(required(term))
+    order = _order(names) or (0, 1, 2)
+    counts = (1,) if len(names) == 1 else (3,) if len(names) == 3 else (3, 1)
     with Sandbox(term) as sandbox:
         shapes = [(2, 17), *dict.fromkeys(tuple(t.shape) for t in sandbox.trainable()), (1, 1)]
         if example is not None:
-            z = example if isinstance(example, Tensor) else example[order[0] if order else 0]
+            z = example if isinstance(example, Tensor) else example[order[0]]
             shapes = [tuple(z.shape)]
 
         def attempt(
             dtype: torch.dtype, count: int, least: float, shape: tuple[int, ...]
-        ) -> tuple[_Term, _Fit | None]:
+        ) -> list[Outcome]:
             sandbox.use_dtype(dtype)
-            called = _Term(sandbox, term, order if count == 3 else None, count)
-            return called, _fit(called, shape, least)
+            return list(_check(_Term(sandbox, term, order[:count]), shape, least, sign))
 
-        _, (called, fit) = first_form(product(FLOATS, (3, 1), (-6.0, 0.1), shapes), attempt)
-        return AuditReport.of(name_of(term), _check_fit(called, fit, sign))
-
-
-def _check_fit(term: _Term, fit: _Fit | None, sign: int) -> Iterator[Outcome]:
-    """Whether a term, a log-density or (-1) a loss, is that of a Gaussian or another density."""
-    if fit is None:
-        yield bug("not_finite", what="the term", at="for ordinary arguments")
-        return
-    if fit.flip * sign < 0:
-        yield bug("prior_term_sign", what="log-density" if sign == 1 else "loss")
-    factor = sign * fit.flip * fit.factor
-    yield Facts(details={"factor": factor, "constant": fit.constant})
-    if not fit.is_parabola:
-        yield _check_integral(fit.flip, term)
-    elif not fit.is_diagonal and term.count == 3:
-        yield Missing("the term: its elements depend on each other")
-    elif term.count == 1:
-        yield Assumed("term(z) is of one fixed Gaussian")
-        yield Passed("a parabola in z")
-        if fit.is_diagonal and fit.unexplained > SHARE:
-            hint = " when its own parameters move"
-            yield bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=hint)
-    elif fit.center.abs().max() > 1e4 * term.tolerance:
-        yield bug("prior_term_mismatch", "center", off=fit.center.abs().max())
-    else:
-        yield from _check_scale(fit, 10 * term.tolerance)
+        _, found = first_form(product(FLOATS, counts, (-6.0, 0.1), shapes), attempt)
+        return AuditReport.of(name_of(term), found)
 
 
-class _Term:
+class _Term(NamedTuple):
     """A term as a function of (z, mean, second), or of z only."""
 
-    def __init__(
-        self,
-        sandbox: Sandbox,
-        term: Callable[..., Any],
-        order: tuple[int, int, int] | None,
-        count: int,
-    ):
-        self.sandbox, self.term, self.count = sandbox, term, count
-        self.order = order or tuple(range(count))
-        self.tolerance = 1e-6 if sandbox.dtype == torch.float64 else 2e-3
+    sandbox: Sandbox
+    term: Callable[..., Any]
+    order: tuple[int, ...]  # the places of these arguments
 
     def __call__(self, *given: Tensor) -> Any:
         return self.term(*(given[self.order.index(i)] for i in range(len(given))))
 
-    def slope(self, *given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def slope(self, z: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sum of its numbers, its gradient in z, and z, as parts of one graph."""
-        z, *rest = given
         z = z.detach().requires_grad_()
         value = self.sandbox.call("term", self, z, *rest)
         if self.sandbox.as_tensor("term", value).numel() > z.numel():
@@ -204,105 +171,117 @@ def _gradient(value: Tensor, *of: Tensor) -> Tensor:
     return slopes[0] if len(of) == 1 else torch.cat([slope.flatten() for slope in slopes])
 
 
-class _Fit(NamedTuple):
-    """A term as parabolas in z: of each element, with b as its second parameter.
+def _check(term: _Term, shape: tuple[int, ...], least: float, sign: int) -> Iterator[Outcome]:
+    """Whether a term, a log-density or (-1) a loss, is that of a Gaussian or another density.
 
-    The peaks of a Gaussian's are -log sigma, and its curvatures -1 / sigma^2. So where parameters
-    move, the peaks move like log(-curvature) / 2, times the factor of the term.
+    The second parameters are from a least one to 6. The curvatures of a Gaussian's parabolas are
+    -1 / sigma^2, and its peaks -log sigma. So where parameters move, the peaks move like
+    log(-curvature) / 2, times the factor of the term.
     """
+    elements, moves, (height, level) = _measure(term, shape, least)
+    low, near, far, b, sigma, center, alone, along = elements
+    peak, entropy, *others = moves
+    of_z = len(term.order) == 1
+    tolerance = 1e-6 if term.sandbox.dtype == torch.float64 else 2e-3
+    if not len(b):
+        yield bug("not_finite", what="the term", at="for ordinary arguments")
+        return
+    flip = 1 if float(far.sign().sum()) <= 0 else -1  # a log-density falls far from the mean
+    if flip * sign < 0:
+        yield bug("prior_term_sign", what="log-density" if sign == 1 else "loss")
+    peak = flip * peak
+    factor = float((peak @ entropy) / (entropy @ entropy)) if entropy.norm() > 1e-9 else 1.0
+    of_one = level - 0.5 * math.log(2 * math.pi * max(factor, 1e-9))
+    constant = flip * height - factor * of_one
+    yield Facts(details={"factor": sign * flip * factor, "constant": constant})
 
-    flip: int  # 1 of a log-density, -1 of a loss
-    is_parabola: bool
-    is_diagonal: bool  # no element depends on another
-    b: Tensor  # ascending
-    sigma: Tensor  # what the curvatures alone say, at each b
-    center: Tensor  # less the mean that was given
-    factor: float
-    constant: float
-    unexplained: float  # share of the slopes of the peaks
-    like: str  # what the peaks move like instead
+    def same(x: Tensor, y: Tensor) -> bool:
+        return bool(((x - y).abs() <= 10 * tolerance * y.abs()).all())
+
+    is_parabola = same(near - low, along) and same(far - near, along)
+    is_diagonal = same(alone, along)  # no element depends on another
+    unexplained = float((peak - factor * entropy).norm() / (peak.norm() + 1e-6))
+    if not (is_parabola and bool((flip * along < 0).all())):
+        yield _check_integral(flip, term)
+    elif not (is_diagonal or of_z):
+        yield Missing("the term: its elements depend on each other")
+    elif of_z:
+        yield Assumed("term(z) is of one fixed Gaussian")
+        yield Passed("a parabola in z")
+        if is_diagonal and unexplained > SHARE:
+            hint = " when its own parameters move"
+            yield bug("prior_term_mismatch", "entropy", share=unexplained, hint=hint)
+    elif center.abs().max() > 1e4 * tolerance:
+        yield bug("prior_term_mismatch", "center", off=center.abs().max())
+    elif unexplained > SHARE:
+        likely = zip(LIKE, others, strict=True)
+        like = [w for w, t in likely if torch.cosine_similarity(peak, t, 0) > 1 - 1e-6]
+        hint = f", but like {like[0]}" if like else ""
+        yield bug("prior_term_mismatch", "entropy", share=unexplained, hint=hint)
+    else:
+        order = b.argsort()
+        yield from _check_scale(b[order], sigma[order], factor, unexplained, 10 * tolerance)
 
 
-def _fit(term: _Term, shape: tuple[int, ...], least: float) -> _Fit | None:
-    """The fit of a term at second parameters from a least one to 6, or at its own parameters."""
-    n, own = math.prod(shape), term.sandbox.trainable() if term.count == 1 else []
-    count = 6 if own else -(-34 // n) if term.count == 3 else 1
+def _measure(
+    term: _Term, shape: tuple[int, ...], least: float
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """The parabolas of each element, slopes of their peaks, and the average peak and log(1/sigma).
+
+    The columns of the first are slopes in z, times a step, at three points; the second parameter;
+    sigma by the curvature; the center less the mean; and two second differences.
+    """
+    of_z = len(term.order) == 1
+    n, own = math.prod(shape), term.sandbox.trainable() if of_z else []
+    count = 6 if own else 1 if of_z else -(-34 // n)
     generator = torch.Generator().manual_seed(0)
-    elements, moves, values = [], [], []
+    elements, moves, levels = [], [], []
     for i in range(count):
         if own:
             term.sandbox.randomize(0.5, i)
         b = torch.linspace(least, 6.0, n * count)[i::count].reshape(shape).requires_grad_()
         mean, v = 0.3 + torch.rand(2, *shape, generator=generator)
-        mean = mean * (term.count == 3)
-        rest, moved = ([], own) if term.count == 1 else ([mean, b], [b])
+        mean = mean * (not of_z)
+        rest = [] if of_z else [mean, b]
         _, g, z = term.slope(mean, *rest)
-        low, near, far = (term.slope(mean + k * v, *rest)[1] / 3.5 for k in (-3, 0.5, 4))
+        at = [term.slope(mean + k * v, *rest)[1] / 3.5 for k in (-3, 0.5, 4)]
         curvature, along = _gradient(g, z), _gradient(g * v, z)
         center, sigma = (z - g / curvature).detach(), curvature.abs().rsqrt()
         peak, log_precision = term.slope(center, *rest)[0], -sigma.log()
-        rows = [near - low, far - near, far, b, sigma, center - mean, curvature * v, along]
+        rows = [*at, b, sigma, center - mean, curvature * v, along]
         table = torch.stack([t.detach().flatten() for t in rows])
         usable = table[:3].isfinite().all(0)
         elements.append(table[:, usable].double())
-        if moved:
+        if moved := own if of_z else [b]:
             functions = [peak, log_precision, *(like(sigma) for like in LIKE.values())]
             slopes = torch.stack([_gradient(f, *moved).detach().flatten() for f in functions])
-            moves.append(slopes[:, usable] if term.count == 3 else slopes)
-        values.append((float(peak.detach()) / n, float(log_precision.detach().mean())))
-    first, second, far, b, sigma, center, alone, along = torch.cat(elements, 1)
-    if not len(b):
-        return None
-    flip = 1 if float(far.sign().sum()) <= 0 else -1  # it falls far from the mean
-    peak, entropy, *others = torch.cat(moves, 1).double() if moves else torch.zeros(2, 1).double()
-    peak = flip * peak
-    factor = float((peak @ entropy) / (entropy @ entropy)) if entropy.norm() > 1e-9 else 1.0
-    like = [f", but like {w}" for w, t in zip(LIKE, others, strict=False) if _parallel(peak, t)]
-    of_one = 0.5 * math.log(2 * math.pi * max(factor, 1e-9))
-    order = b.argsort()
-
-    def same(x: Tensor, y: Tensor) -> bool:
-        return bool(((x - y).abs() <= 10 * term.tolerance * y.abs()).all())
-
-    return _Fit(
-        flip=flip,
-        is_parabola=same(first, along) and same(second, along) and bool((flip * along < 0).all()),
-        is_diagonal=same(alone, along),
-        b=b[order],
-        sigma=sigma[order],
-        center=center,
-        factor=factor,
-        constant=sum(flip * y - factor * (x - of_one) for y, x in values) / len(values),
-        unexplained=float((peak - factor * entropy).norm() / (peak.norm() + 1e-6)),
-        like=(*like, "")[0],
-    )
+            moves.append(slopes if of_z else slopes[:, usable])
+        levels.append(torch.stack([peak / n, log_precision.mean()]).detach())
+    height, level = torch.stack(levels).mean(0).tolist()
+    slopes = torch.cat(moves, 1) if moves else torch.zeros(2 + len(LIKE), 1)
+    return torch.cat(elements, 1), slopes.double(), (height, level)
 
 
-def _parallel(a: Tensor, b: Tensor) -> bool:
-    """Whether one is a positive multiple of the other."""
-    return float(torch.cosine_similarity(a, b, 0)) > 1 - 1e-6
+def _check_scale(
+    b: Tensor, sigma: Tensor, factor: float, off: float, tolerance: float
+) -> Iterator[Outcome]:
+    """How the second parameter is read, and whether the factor of log sigma is that of the rest.
 
-
-def _check_scale(fit: _Fit, tolerance: float) -> Iterator[Outcome]:
-    """Whether peaks and curvatures have the same sigma; and how it is read."""
-    if fit.unexplained > SHARE:
-        yield bug("prior_term_mismatch", "entropy", share=fit.unexplained, hint=fit.like)
-        return
-    scale = math.sqrt(max(fit.factor, 0.0))
-    plain, whole = (name_curve(fit.b, fit.sigma * k, tolerance) for k in (1.0, scale))
-    weighted = abs(fit.factor - 1) > SHARE
-    if fit.factor < SHARE or (weighted and _is_usual(plain) and not _is_usual(whole)):
-        factor = round(fit.factor, 6) + 0.0
-        yield bug("prior_term_mismatch", "factor", factor=factor, sigma=plain.text)
+    A factor of the whole term divides the sigma of its curvature by its root.
+    """
+    scale = math.sqrt(max(factor, 0.0))
+    plain, whole = (name_curve(b, sigma * k, tolerance) for k in (1.0, scale))
+    weighted = abs(factor - 1) > SHARE
+    if factor < SHARE or (weighted and _is_usual(plain) and not _is_usual(whole)):
+        yield bug("prior_term_mismatch", "factor", factor=round(factor, 6) + 0.0, sigma=plain.text)
     elif weighted and not whole.named:
         yield Missing(
-            f"the factor of log sigma: it is {fit.factor:.5g} times that of a Gaussian, whose "
+            f"the factor of log sigma: it is {factor:.5g} times that of a Gaussian, whose "
             "sigma is an unknown function of the second parameter"
         )
     else:
         yield Passed(
-            f"a multiple of log N: factor {fit.factor:.6g}, sigma is {whole.text}, "
-            f"off by {fit.unexplained:.1g}"
+            f"a multiple of log N: factor {factor:.6g}, sigma is {whole.text}, off by {off:.1g}"
         )
         yield Facts(read_as=whole.name if whole.named else None)
 
@@ -318,7 +297,7 @@ def _check_integral(flip: int, term: _Term) -> Outcome:
     def signed(z: Tensor, rest: tuple[float, ...]) -> Any:
         return flip * term(z, *(torch.full_like(z, value) for value in rest))
 
-    ends = [()] if term.count == 1 else [(-0.7, 0.5), (0.4, 1.0), (1.3, 2.0)]
+    ends = [()] if len(term.order) == 1 else [(-0.7, 0.5), (0.4, 1.0), (1.3, 2.0)]
     values = []
     for rest in ends:
         with suppress(AuditError):
