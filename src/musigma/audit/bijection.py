@@ -22,15 +22,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from musigma.audit.findings import AuditError
 from musigma.audit.sandbox import Sandbox, first_form, forward_hooks
-from musigma.model import Bijection, Chain
 
-__all__ = ["FlowAdapter", "Image", "Layer", "called_layers", "per_example"]
+__all__ = ["FlowAdapter", "Image", "Layer", "called_layers"]
 
 INVERSES = ("inverse", "reverse", "backward", "invert", "inv", "inverse_transform", "_inverse")
 FLAGS = ("reverse", "rev", "inverse", "invert", "inv")  # keywords that invert forward
 MODES = {"direct": "inverse", "forward": "inverse", "encode": "decode"}
 TOTAL = re.compile(r"log_?(abs_?)?det|ldj|ladj|objective")  # an accumulated log-determinant
-LOG_DET = re.compile(r"det|ldj|ladj|log_?jac")
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -57,29 +55,26 @@ class Image(NamedTuple):
         """The latents, (B, D)."""
         return flatten(self.tree)
 
+    @property
+    def log_det(self) -> Tensor | None:
+        """The log-determinant in float64 as one number per example, (B,).
 
-def per_example(raw: Any, rows: int) -> Tensor | None:
-    """A log-determinant in float64 as one number per example, (B,).
-
-    One number holds for all examples, and several of an example are added. None: there is no
-    log-determinant, or its shape, such as (B, B), does not fit the batch.
-    """
-    if raw is None:
-        return None
-    value = torch.as_tensor(raw).detach().double()
-    if value.numel() == 1:
-        return value.reshape(1).expand(rows)
-    fits = value.ndim > 0 and len(value) == rows and value.shape != (rows, rows)
-    return value.reshape(rows, -1).sum(1) if fits else None
+        One number holds for all examples, and several of an example are added. None: there is no
+        log-determinant, or its shape, such as (B, B), does not fit the batch.
+        """
+        if self.raw is None:
+            return None
+        value, rows = torch.as_tensor(self.raw).detach().double(), len(self.flat)
+        if value.numel() == 1:
+            return value.reshape(1).expand(rows)
+        fits = value.ndim > 0 and len(value) == rows and value.shape != (rows, rows)
+        return value.reshape(rows, -1).sum(1) if fits else None
 
 
 def _read(value: Any, x: Tensor, name: str, notes: list[str]) -> Image:
     """The result of a callable of x, as latents and log-determinant."""
-    if isinstance(value, dict):
-        dets = [key for key in value if LOG_DET.search(str(key).lower())]
-        value = (*(v for key, v in value.items() if key not in dets), *(value[k] for k in dets))
     parts = [value, None] if isinstance(value, Tensor) else value
-    if not isinstance(parts, (tuple, list)) or not parts:
+    if not isinstance(parts, (tuple, list)) or not _tensors(parts[:1]):
         raise AuditError(f"{name}: expected (z, log_det); got {type(value).__name__}")
     z, raw = parts[0], parts[-1] if len(parts) > 1 else None
     if len(parts) == 2 and _numbers(z) != x.numel() == _numbers(raw):
@@ -92,16 +87,12 @@ def _read(value: Any, x: Tensor, name: str, notes: list[str]) -> Image:
         if whole:
             notes.append(f"{name} returns all intermediate values; the last is z")
             z = whole[-1]
-    if not _tensors(z):
-        raise AuditError(f"{name}: expected (z, log_det); the first is {type(z).__name__}")
     for t in _tensors(z):
         if t.ndim == 0 or len(t) != len(x):
             raise AuditError(
                 f"{name}: given {tuple(x.shape)}, it returns {tuple(t.shape)}; expected "
                 f"{len(x)} examples"
             )
-    if isinstance(raw, (tuple, list)) and len(raw) == 1:
-        raw = raw[0]
     stated = isinstance(raw, (Tensor, int, float)) and not isinstance(raw, bool)
     return Image(z, raw if stated else None)
 
@@ -149,13 +140,10 @@ def _of_x_alone(layer: Any) -> Callable[..., Any]:
     return (lambda x: call(x, **{str(name): torch.zeros(len(x))})) if needed else call
 
 
-def _apply_transform(transform: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _apply_transform(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and the sum of the log-determinant, which has an entry for each event."""
     y = transform(x)
-    try:
-        log_det = transform.log_abs_det_jacobian(x, y)
-    except NotImplementedError:
-        return y, None
+    log_det = transform.log_abs_det_jacobian(x, y)
     return y, log_det.flatten(1).sum(1) if log_det.ndim > 1 else log_det
 
 
@@ -164,10 +152,7 @@ def _run_layers(calls: Sequence[Any], x: Any) -> tuple[Any, Any]:
     total: Any = 0.0
     for call in calls:
         x, raw = _read(call(x), flatten(x), "a layer", [])
-        try:
-            total = None if raw is None or total is None else total + raw
-        except RuntimeError:  # shapes that cannot be added fit no batch
-            total = torch.cat([torch.as_tensor(t).flatten() for t in (total, raw)])
+        total = None if raw is None or total is None else total + raw
     return x, total
 
 
@@ -181,19 +166,13 @@ class FlowAdapter:
         adds_to: The argument to which forward adds its log-determinant; None if there is none.
         invertible: Whether there is an inverse.
         fixed_draws: Whether forward draws the same random numbers on each call.
+        estimates: Whether its log-determinant is an estimate, which differs between calls.
         changed: The argument that a callable changed in place, by the callable's name.
     """
 
     def __init__(self, sandbox: Sandbox, forward: Any, inverse: Any = None):
         self.sandbox, self.notes, self.takes_list = sandbox, [], False
-        self.fixed_draws, self.changed = False, dict[str, str]()
-        if isinstance(forward, Chain):
-            if not all(isinstance(layer, Bijection) for layer in forward.layers):
-                raise AuditError(
-                    "forward: this chain draws or factors out variables; use audit_model for "
-                    "whole models"
-                )
-            forward = list(forward.layers)
+        self.fixed_draws, self.estimates, self.changed = False, False, dict[str, str]()
         if type(forward) is nn.Sequential or isinstance(forward, (nn.ModuleList, list, tuple)):
             backs = [inverse_of(layer) for layer in reversed(list(forward))]
             if inverse is None and None not in backs:
@@ -202,27 +181,24 @@ class FlowAdapter:
         elif not callable(forward):
             raise AuditError(f"forward: expected a callable; got {type(forward).__name__}")
         elif inverse is None:
-            forward, inverse = self._find_inverse(forward)
+            inverse = self._find_inverse(forward)
         self._with_total, self._forward = forward, _of_x_alone(forward)
         self.adds_to, _ = _total_of(forward)
         self.invertible, self._inverse = inverse is not None, _of_x_alone(inverse)
 
-    def _find_inverse(self, forward: Any) -> tuple[Any, Any]:
-        """Forward, and its inverse, if there is one."""
-        owner: Any = forward
+    def _find_inverse(self, forward: Any) -> Callable[..., Any] | None:
+        """The other direction of the object that forward belongs to."""
+        owner = forward
         if isinstance(forward, types.MethodType) and forward.__name__ == "forward":
             owner = forward.__self__
         elif not isinstance(forward, (nn.Module, Transform)):
-            return forward, None
+            return None
         inverse = inverse_of(owner)
-        flags = inverse.keywords if isinstance(inverse, partial) else {}
         if inverse is not None and not isinstance(forward, Transform):
-            name = getattr(inverse, "__name__", "forward")
-            by = ", ".join(f"{k}={v!r}" for k, v in flags.items())
-            self.notes.append(f"the inverse is {name}" + (f" with {by}" if by else ""))
-        if False in flags.values():  # forward was the inverted direction
-            return inverse, partial(owner, **dict.fromkeys(flags, True))
-        return forward, inverse
+            flags = inverse.keywords if isinstance(inverse, partial) else {}
+            by = "".join(f" with {k}={v!r}" for k, v in flags.items())
+            self.notes.append(f"the inverse is {getattr(inverse, '__name__', 'forward')}{by}")
+        return inverse
 
     def first_call(self, x: Tensor) -> Image:
         """The first output; finds out whether the flow takes x as a tensor or in a list."""
@@ -308,8 +284,6 @@ def called_layers(flow: FlowAdapter, x: Tensor) -> list[Layer]:
         inverse = inverse_of(module)
         if isinstance(inverse, partial) and inverse.func is module:
             inverse = partial(call, module, **inverse.keywords)
-        elif not all(is_total(t) for t in (*args[1:], *kwargs.values())):
-            inverse = None  # it may need what else the layer was given
         layer = FlowAdapter(flow.sandbox, partial(call, module), inverse)
         name = f"{names.get(module) or 'flow'} ({type(module).__name__})"
         seen.append((module, Layer(name, layer, first, z.detach())))

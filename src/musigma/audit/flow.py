@@ -12,16 +12,16 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from musigma.audit.bijection import FlowAdapter, called_layers, per_example
+from musigma.audit.bijection import FlowAdapter
 from musigma.audit.findings import (
     Assumed,
     AuditError,
@@ -46,7 +46,7 @@ from musigma.audit.flow_measurement import (
     judge,
     measure,
 )
-from musigma.audit.jacobian import Volume, volume
+from musigma.audit.jacobian import volume
 from musigma.audit.sandbox import (
     FLOATS,
     Sandbox,
@@ -117,146 +117,83 @@ def audit_flow(
         with Sandbox(forward, inverse, state) as sandbox:
             sandbox.restore_modes()
             sandbox.use_dtype(dtype)
-            subject = _Subject(sandbox, forward, inverse, example)
-            return AuditReport.of(name_of(forward), _check(subject))
+            flow = FlowAdapter(sandbox, forward, inverse)
+            x = example.detach().to("cpu", dtype)
+            return AuditReport.of(name_of(forward), _check(flow, x))
 
-    return first_form(itertools.product(FLOATS), attempt)[1]
+    return first_form(((dtype,) for dtype in FLOATS), attempt)[1]
 
 
+@dataclass(frozen=True)
 class _Subject:
-    """A flow and the batch that it runs on.
+    """A flow and the batches that it runs on.
 
-    Attributes:
-        tolerance: The error that is rounding.
-        was_training: It was in training mode, and is now in evaluation mode.
-        estimated: Its log-determinant is an estimate from draws.
-        compared: Its log-determinant was compared with that of the Jacobian.
-        why_not: Why it was not compared.
-        conditions: The condition numbers of layers with their own parameters.
-        own: What was measured with its own parameters.
-        found: What the checks returned so far.
+    Args:
+        flow: The flow.
+        example: The data that were given.
+        x: A batch (B, ...) like them.
+        others: Another one.
+        restore: Restores the state before the first call.
+        end: The CPU time of the process at which checks that can be left out end.
     """
 
-    own: Measurement
+    flow: FlowAdapter
+    example: Tensor
+    x: Tensor
+    others: Tensor
+    restore: Callable[[], None]
+    end: float
 
-    def __init__(self, sandbox: Sandbox, forward: Any, inverse: Any, example: Tensor):
-        self.sandbox, self.flow = sandbox, FlowAdapter(sandbox, forward, inverse)
-        self.example = example.detach().to("cpu", sandbox.dtype)
-        # a batch of a size that no other axis has, so that the shape of a log-determinant is clear
-        elements = self.example[0].numel()
-        sizes = itertools.count(max(3, min(24, 400 // elements)))
-        rows = next(n for n in sizes if n not in (elements, *example.shape[1:]))
-        drawn = _mixtures(self.example, 2 * rows)
-        self.x, self.others = torch.cat([self.example, drawn])[:rows], drawn[rows:]
-        self.restore_first = self.restore = sandbox.snapshot()
-        self.end = time.process_time() + SECONDS
-        self.tolerance = LOG_DET[0] if sandbox.dtype == torch.float64 else SINGLE[0]
-        self.was_training = self.estimated = self.compared = False
-        self.why_not, self.conditions, self.found = "", dict[str, float](), list[Outcome]()
+    @property
+    def sandbox(self) -> Sandbox:
+        """What the flow runs in."""
+        return self.flow.sandbox
+
+    @property
+    def tolerance(self) -> float:
+        """The error that is rounding."""
+        return LOG_DET[0] if self.sandbox.dtype == torch.float64 else SINGLE[0]
 
     def measure(self) -> Measurement:
         """Run the batch through the flow and back."""
-        found = measure(self.flow, self.x, self._volume_of_layers)
-        pair, draws = found.pair, self.flow.fixed_draws
-        if draws and pair and found.error > self.tolerance and (pair[0] - pair[1]).std() > 1e-6:
-            self.why_not = "it is not log |det J| at given noise; it may count its density"
-            found = found._replace(known=None)
-        self.compared |= found.pair is not None
-        return found
-
-    def _volume(self, flow: FlowAdapter, x: Tensor) -> Volume | None:
-        return volume(flow.latents, x, (self.end - time.process_time()) / 2)
-
-    def _volume_of_layers(self, flow: FlowAdapter, x: Tensor) -> Volume | None:
-        """The volume of layers that are called in a row; of other flows, that of the whole."""
-        layers, volumes = called_layers(flow, x), list[Volume]()
-        inside = [t for layer in layers for t in (layer.x, layer.z)]
-        passed = [t.flatten().sort().values for t in (x, *inside, flow.latents(x))]
-        if not layers or not all(map(torch.equal, passed[::2], passed[1::2])):
-            self.why_not = "there are many elements, and not only layers change them"
-            return self._volume(flow, x)
-        for layer in layers:
-            if (known := self._volume(layer.flow, layer.x)) is None:
-                self.why_not = f"there are many elements, and no known structure in {layer.name}"
-                return self._volume(flow, x)
-            volumes.append(known)
-            self.note_condition(layer.name, known)
-        log_det = torch.stack([v.log_det for v in volumes]).sum(0)
-        return Volume(log_det, log_det * math.nan, log_det * math.nan)
-
-    def note_condition(self, name: str, known: Volume) -> None:
-        """Keep the first condition number of a layer: that with its own parameters."""
-        condition = float(known.condition.nan_to_num(nan=0.0).max())
-        self.conditions.setdefault(name, condition)
+        return measure(self.flow, self.x, self.end)
 
     def judge(self, found: Measurement, when: str) -> list[Finding | Passed]:
-        """The faults, each of the first layer that has it, and what is right."""
-        results = list(judge(found, when, estimated=self.estimated))
-        unnamed = {"logdet_mismatch", "inverse_mismatch"} & faults_of(results).keys()
-        for layer in called_layers(self.flow, self.x) if unnamed else ():
-            layer.flow.invertible &= "inverse_mismatch" in unnamed
-            with suppress(AuditError):
-                found = measure(layer.flow, layer.x, self._volume)
-                for code, fault in faults_of(judge(found, when, layer.name)).items():
-                    if code in unnamed and fault.severity == "bug":
-                        unnamed.remove(code)
-                        named = replace(fault, numbers={**fault.numbers, "layer": layer.name})
-                        results = [named if has([r], code) else r for r in results]
-        return results
-
-    @torch.no_grad()
-    def perturb(self, std: float) -> None:
-        """Move the parameters by noise, in training mode, as a training step does.
-
-        Running means and variances, which start at zero and one, move as well. Parameters of
-        modules with backward hooks, which may keep them in their range, do not.
-        """
-        modes = {module: module.training for module in self.sandbox.layers()}
-        hooked = [m for m in modes if m._backward_hooks]  # pyright: ignore[reportPrivateUsage]
-        kept = [(p, p.clone()) for m in hooked for p in m.parameters(recurse=False)]
-        for root in self.sandbox.modules:
-            root.train()
-        self.sandbox.randomize(std)
-        for p, value in kept:
-            p.copy_(value)
-        for root in self.sandbox.modules:
-            root.train(modes[root])
-        generator = torch.Generator().manual_seed(1)
-        for module, mode in modes.items():
-            module.training = mode
-            for name, buffer in module.named_buffers(recurse=False):
-                if name in ("running_mean", "running_var") and buffer.is_floating_point():
-                    noise = std * torch.randn(buffer.shape, generator=generator).to(buffer)
-                    buffer.add_(noise) if name == "running_mean" else buffer.mul_(noise.exp())
+        """The faults of a measurement, and what is right."""
+        return judge(found, when, self.end)
 
 
-def _check(on: _Subject) -> Iterator[Outcome]:
-    """Call the flow, and check everything that can be checked."""
-    on.found += _check_call(on)
-    if not has(on.found, "not_finite"):
-        is_pure, purity = _check_purity(on)
-        on.found += purity
-        if is_pure:
-            on.found += _check_initialization(on)
-            on.restore, on.own = on.sandbox.snapshot(), on.measure()
-            for check in (
-                _check_own_parameters,
-                _check_accumulation,
-                _check_random_parameters,
-                _check_negative_determinants,
-                _check_determinant_sign,
-                _check_single_precision,
-            ):
-                on.found += list(check(on))
-                on.restore()
-    yield from on.found
-    for name, argument in on.flow.changed.items():
+def _check(flow: FlowAdapter, example: Tensor) -> Iterator[Outcome]:
+    """Check everything that can be checked."""
+    found, on = _first_call(flow, example)
+    for check in (_check_initialization, _check_purity):
+        if not _is_over(found):
+            found += check(on)
+    if not _is_over(found):
+        restore, own = on.sandbox.snapshot(), on.measure()
+        found += _check_own_parameters(on, own)
+        for check in (
+            _check_accumulation,
+            _check_random_parameters,
+            _check_negative_determinants,
+            _check_determinant_sign,
+            _check_single_precision,
+        ):
+            restore()
+            found += list(check(on, own, set(faults_of(found))))
+    yield from found
+    for name, argument in flow.changed.items():
         yield warning("inplace", "flow", name=name, argument=argument)
-    if not on.compared and not any(code.startswith("logdet") for code in faults_of(on.found)):
-        yield Missing("the log-determinant: " + (on.why_not or "it was not compared"))
-    if on.conditions:
-        yield Facts(details={"conditions": on.conditions})
-    yield from map(Assumed, on.flow.notes)
+    yield from map(Assumed, flow.notes)
+
+
+def _is_over(found: list[Outcome]) -> bool:
+    """Whether there is no log-determinant to compare."""
+    return any(isinstance(o, Missing) for o in found)
+
+
+def _missing(why: str) -> Missing:
+    return Missing(f"the log-determinant: {why}")
 
 
 def _mixtures(x: Tensor, n: int) -> Tensor:
@@ -270,123 +207,64 @@ def _mixtures(x: Tensor, n: int) -> Tensor:
     return torch.lerp(one, other, 0.2 + 0.6 * share)
 
 
-def _check_call(on: _Subject) -> Iterator[Outcome]:
-    """Call the flow, and look at what it returns."""
-    if on.sandbox.dtype == torch.float32:
-        yield Assumed("it computes in float32 only: tolerances are wider")
+def _first_call(flow: FlowAdapter, example: Tensor) -> tuple[list[Outcome], _Subject]:
+    """Call the flow, and look at what it returns; and the batches that it takes."""
+    found, restore, end = list[Outcome](), flow.sandbox.snapshot(), time.process_time() + SECONDS
+    double = flow.sandbox.dtype == torch.float64
+    if not double:
+        found.append(Assumed("it computes in float32 only: tolerances are wider"))
+    # a batch of a size that no other axis has, so that the shape of a log-determinant is clear
+    elements = example[0].numel()
+    sizes = itertools.count(max(3, min(24, 400 // elements)))
+    rows = next(n for n in sizes if n not in (elements, *example.shape[1:]))
+    drawn = _mixtures(example, 2 * rows)
+    x, others = torch.cat([example, drawn])[:rows], drawn[rows:]
     try:
-        image = on.flow.first_call(on.x)
+        image = flow.first_call(x)
     except AuditError:
-        if len(on.example) == len(on.x):
+        if len(example) == rows:
             raise
-        rows = len(on.example)
-        on.x, on.others = on.example.clone(), _mixtures(on.example, rows)
-        image = on.flow.first_call(on.x)
-        yield Assumed(f"only batches of {rows} examples are taken")
-    if on.sandbox.dtype == torch.float64 and image.flat.dtype == torch.float32:
+        x, others = example, _mixtures(example, len(example))
+        image = flow.first_call(x)
+        found.append(Assumed(f"only batches of {len(x)} examples are taken"))
+    if double and image.flat.dtype == torch.float32:
         raise AuditError("forward: given float64, it returns float32")
-    on.why_not = "forward returns none" if image.raw is None else ""
-    d, elements = image.flat.shape[1], on.x[0].numel()
-    if d != elements:
-        sizes = f"z has {d} numbers for each example, and x {elements}"
-        whole = "return what is factored out as well, as a list of tensors"
-        if not on.flow.invertible:
-            raise AuditError(f"forward: {sizes}, so it is not a bijection; {whole}")
-        on.why_not = f"{sizes}; {whole}"
+    if image.flat.shape[1] != elements and not flow.invertible:
+        raise AuditError(
+            f"forward: z has {image.flat.shape[1]} numbers for each example, and x {elements}, so "
+            "it is not a bijection; return what is factored out as well, as a list of tensors"
+        )
     if bad := float((~image.flat.isfinite()).double().mean()):
-        yield bug("not_finite", "latents", share=bad)
-    if not on.flow.invertible:
-        yield Skipped("the inverse: there is none")
+        found += [bug("not_finite", "latents", share=bad), _missing("z is not finite")]
+    if not flow.invertible:
+        found.append(Skipped("the inverse: there is none"))
+    return found, _Subject(flow, example, x, others, restore, end)
 
 
-# --- a function of one example ------------------------------------------------------------------
+@torch.no_grad()
+def _perturb(sandbox: Sandbox, std: float) -> None:
+    """Move the parameters by noise, in training mode, as a training step does.
 
-
-def _check_purity(on: _Subject) -> tuple[bool, list[Outcome]]:
-    """Whether the flow treats examples separately, and draws nothing, or what can be removed."""
-    impure, found = _impurity(on), list[Outcome]()
-    if any(m.training for m in on.sandbox.layers()) and any(impure.values()):
-        for root in on.sandbox.modules:
-            root.eval()
-        on.was_training, in_training, impure = True, impure, _impurity(on)
-        found.append(Assumed("the flow is in training mode; the other checks use evaluation mode"))
-        for code, difference in in_training.items():
-            if difference and not impure[code]:
-                found.append(warning(code, "training", difference=difference))
-                break
-    if impure["stochastic"]:
-        wrong = _wrong_without_noise(on)
-        found += _judge_noise(impure["stochastic"], wrong)
-        if wrong is None or wrong > MOST_WRONG:
-            whether = ", and there is no inverse that shows whether it is a dequantization"
-            on.why_not = "forward draws noise" + whether * (wrong is None)
-            return False, found
-        on.flow.fixed_draws, on.why_not = True, ""
-        on.flow.invertible = False  # off the grid, flooring is no inverse
-        found.append(Assumed("forward draws the same noise on each call of the other checks"))
-        impure = _impurity(on)
-    if impure["cross_sample"]:
-        found.append(bug("cross_sample", "bijection", difference=impure["cross_sample"]))
-        on.why_not = "an example has no Jacobian of its own"
-        return False, found
-    found.append(Passed("z of an example does not depend on others, and two calls agree"))
-    return True, found
-
-
-def _impurity(on: _Subject) -> dict[str, float]:
-    """How far z differs between calls, and among other examples; zero where it does not.
-
-    The larger differences under these and under random parameters, as zeros hide them.
+    Running means and variances, which start at zero and one, move as well. Parameters of modules
+    with backward hooks, which may keep them in their range, do not.
     """
-    limits = {"stochastic": SAME, "cross_sample": on.tolerance}
-    impure, restore = dict.fromkeys(limits, 0.0), on.sandbox.snapshot()
-    on.estimated = False
-    for std in (0.0, 0.1):
-        with suppress(AuditError):
-            on.perturb(std)
-            zs, stated = [], []
-            for _ in range(3):
-                image = on.flow.forward(on.x)
-                zs.append(image.flat.detach())
-                stated.append(per_example(image.raw, len(on.x)))
-            among = on.flow.latents(torch.cat([on.x[:1], on.others[1:]]))
-            off = {
-                "stochastic": max(distance(z, zs[0]) for z in zs),
-                "cross_sample": distance(among[:1], zs[0][:1]),
-            }
-            for code, limit in limits.items():
-                if limit < off[code] < math.inf:
-                    impure[code] = max(impure[code], off[code])
-            given = [t for t in stated if t is not None]
-            on.estimated |= any(SAME < distance(t, given[0]) < math.inf for t in given)
-    restore()
-    return impure
-
-
-def _wrong_without_noise(on: _Subject) -> float | None:
-    """The share of x that the inverse does not recover from what a stochastic forward returns.
-
-    It recovers x after a dequantization. None if there is no inverse.
-    """
-    if not on.flow.invertible and len(on.example.unique()) < on.example.numel():
-        return None
-    with suppress(AuditError):
-        x = on.flow.round_trip(on.x)  # the values that the inverse returns
-        off = torch.stack([on.flow.round_trip(x) - x for _ in range(50)])
-        return float((off.abs() > on.tolerance).double().mean())
-    return 1.0
-
-
-def _judge_noise(noise: float, wrong: float | None) -> Iterator[Outcome]:
-    """Whether a forward that draws noise, of some size, is a dequantization."""
-    if wrong is None:
-        return
-    if wrong > MOST_WRONG:
-        yield bug("stochastic", "bijection", difference=noise)
-        return
-    yield warning("stochastic", "dequantization", difference=noise)
-    if wrong > 1e-4:
-        yield warning("inverse_mismatch", "grid", share=wrong)
+    modes = {module: module.training for module in sandbox.layers()}
+    hooked = [m for m in modes if m._backward_hooks]  # pyright: ignore[reportPrivateUsage]
+    kept = [(p, p.clone()) for m in hooked for p in m.parameters(recurse=False)]
+    for root in sandbox.modules:
+        root.train()
+    sandbox.randomize(std)
+    for p, value in kept:
+        p.copy_(value)
+    for root in sandbox.modules:
+        root.train(modes[root])  # a flow may drop what it caches
+    generator = torch.Generator().manual_seed(1)
+    for module, mode in modes.items():
+        module.training = mode
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in ("running_mean", "running_var"):
+                noise = std * torch.randn(buffer.shape, generator=generator).to(buffer)
+                buffer.add_(noise) if name == "running_mean" else buffer.mul_(noise.exp())
 
 
 # --- the first batch ----------------------------------------------------------------------------
@@ -398,16 +276,12 @@ def _check_initialization(on: _Subject) -> Iterator[Outcome]:
     These are the modules whose own numbers change in the first call alone. The batch is shifted
     and unevenly scaled, if the flow takes such data.
     """
-    if on.was_training or on.x.ndim < 2:
-        why = "the flow is in training mode" if on.was_training else "there are no channels"
-        yield Skipped(f"data-dependent initialization: {why}")
-        return
-    channels, *sides = on.x.shape[1:]
+    channels, *sides = on.x.shape[1:] or (1,)
     scale, shift = torch.logspace(-0.7, 0.7, channels), torch.linspace(2.0, -3.0, channels)
     scale, shift = (t.reshape(channels, *[1] * len(sides)).to(on.x) for t in (scale, shift))
     restore, calls = on.sandbox.snapshot(), dict[str, tuple[Tensor, Tensor]]()
     for batch in (3 * scale * on.others + shift, on.others):
-        on.restore_first()
+        on.restore()
         with suppress(AuditError):
             calls = _changing_calls(on, batch)
             if all(z.isfinite().all() for _, z in calls.values()):
@@ -464,29 +338,108 @@ def _check_standardized(name: str, x: Tensor, z: Tensor) -> Iterator[Outcome]:
 def _check_reload(on: _Subject) -> Outcome:
     """Save after the first batch, load into a fresh copy, and call that on another batch."""
     modules = [m for m in on.sandbox.modules if m.state_dict()]
-    on.restore_first()
+
+    def latents() -> Tensor:
+        on.sandbox.reseed()
+        return on.flow.latents(on.others)
+
+    on.restore()
     on.flow.forward(on.x)
     saved = copy.deepcopy([m.state_dict() for m in modules])
-    expected = on.flow.latents(on.others)
-    on.restore_first()
+    expected = latents()
+    on.restore()
     for module, state in zip(modules, saved, strict=True):
         module.load_state_dict(state)
-    difference = distance(expected, on.flow.latents(on.others))
+    difference = distance(expected, latents())
     if difference > 10 * on.tolerance:
         return bug("ddi_reinit", difference=difference)
     return Passed("the initialized state survives state_dict")
 
 
+# --- a function of one example ------------------------------------------------------------------
+
+
+def _check_purity(on: _Subject) -> Iterator[Outcome]:
+    """Whether the flow treats examples separately, and draws nothing, or what can be removed."""
+    flow, impure = on.flow, _impurity(on)
+    if impure and any(m.training for m in on.sandbox.layers()):
+        for root in on.sandbox.modules:
+            root.eval()
+        in_training, impure = impure, _impurity(on)
+        yield Assumed("the flow is in training mode; the other checks use evaluation mode")
+        for code in [code for code in in_training if code not in impure][:1]:
+            yield warning(code, "training", difference=in_training[code])
+    if "stochastic" in impure:
+        wrong = _wrong_without_noise(on)
+        if wrong is None:
+            why = "and there is no inverse that shows whether it is a dequantization"
+            yield _missing(f"forward draws noise, {why}")
+            return
+        if wrong > MOST_WRONG:
+            yield bug("stochastic", "bijection", difference=impure["stochastic"])
+            yield _missing("forward draws noise")
+            return
+        yield warning("stochastic", "dequantization", difference=impure["stochastic"])
+        if wrong > 1e-4:
+            yield warning("inverse_mismatch", "grid", share=wrong)
+        flow.fixed_draws, flow.invertible = True, False  # off the grid, flooring is no inverse
+        yield Assumed("forward draws the same noise on each call of the other checks")
+        impure = _impurity(on)
+    if "cross_sample" in impure:
+        yield bug("cross_sample", "bijection", difference=impure["cross_sample"])
+        yield _missing("an example has no Jacobian of its own")
+        return
+    yield Passed("z of an example does not depend on others, and two calls agree")
+
+
+def _impurity(on: _Subject) -> dict[str, float]:
+    """How far z differs between calls, and among other examples, where it does.
+
+    The larger differences under these and under random parameters, as zeros hide them.
+    """
+    flow, impure, restore = on.flow, dict[str, float](), on.sandbox.snapshot()
+    flow.estimates = False
+    for std in (0.0, 0.1):
+        with suppress(AuditError):
+            _perturb(on.sandbox, std)
+            images = [flow.forward(on.x) for _ in range(3)]
+            among = flow.latents(torch.cat([on.x[:1], on.others[1:]]))
+            z = images[0].flat
+            for code, limit, off in (
+                ("stochastic", SAME, max(distance(image.flat, z) for image in images)),
+                ("cross_sample", on.tolerance, distance(among[:1], z[:1])),
+            ):
+                if limit < off < math.inf:
+                    impure[code] = max(impure.get(code, 0.0), off)
+            given = [t for image in images if (t := image.log_det) is not None]
+            flow.estimates |= any(SAME < distance(t, given[0]) < math.inf for t in given)
+    restore()
+    return impure
+
+
+def _wrong_without_noise(on: _Subject) -> float | None:
+    """The share of x that the inverse does not recover from what a stochastic forward returns.
+
+    It recovers x after a dequantization. None if there is no inverse, and the data are levels.
+    """
+    if not on.flow.invertible and len(on.example.unique()) < on.example.numel():
+        return None
+    with suppress(AuditError):
+        x = on.flow.round_trip(on.x)  # the values that the inverse returns
+        off = torch.stack([on.flow.round_trip(x) - x for _ in range(50)])
+        return float((off.abs() > on.tolerance).double().mean())
+    return 1.0
+
+
 # --- both directions ----------------------------------------------------------------------------
 
 
-def _check_own_parameters(on: _Subject) -> Iterator[Outcome]:
+def _check_own_parameters(on: _Subject, own: Measurement) -> Iterator[Outcome]:
     """Judge the measurement with the parameters as they are.
 
     Raises:
         AuditError: If the inverse is slow, or refuses float64.
     """
-    own = on.own
     if (error := own.failure) is not None:
         cause, double = error.__cause__, on.sandbox.dtype == torch.float64
         if isinstance(error, TooSlowError) or (double and cause and about_types(error)):
@@ -498,17 +451,17 @@ def _check_own_parameters(on: _Subject) -> Iterator[Outcome]:
         else:
             yield bug("inverse_raises", reason=str(error))
         on.flow.invertible = False
-    if own.known is not None:
-        on.note_condition("the flow", own.known)
-        if not own.known.log_det.isfinite().all():
-            on.why_not = "J is singular or not finite at the example"
-    yield from on.judge(own, "with its own parameters")
+    judged = on.judge(own, "with its own parameters")
+    yield from judged
+    if own.pair is None and not has(judged, "logdet_shape", "logdet_nan"):
+        yield _missing(own.unknown)
+    yield Facts(details={"conditions": own.conditions} if own.conditions else {})
 
 
-def _check_accumulation(on: _Subject) -> Iterator[Outcome]:
+def _check_accumulation(on: _Subject, own: Measurement, codes: set[str]) -> Iterator[Outcome]:
     """Whether a forward that takes a log-determinant adds to it."""
-    raw, name = on.own.image.raw, on.flow.adds_to
-    if name is None or not isinstance(raw, Tensor) or on.own.pair is None:
+    raw, name = own.image.raw, on.flow.adds_to
+    if name is None or not isinstance(raw, Tensor) or own.pair is None:
         return
     before = torch.randn(raw.shape or on.x.shape[:1])
     with suppress(AuditError):
@@ -518,7 +471,7 @@ def _check_accumulation(on: _Subject) -> Iterator[Outcome]:
             yield bug("logdet_mismatch", "accumulated", argument=name)
 
 
-def _check_random_parameters(on: _Subject) -> Iterator[Outcome]:
+def _check_random_parameters(on: _Subject, own: Measurement, codes: set[str]) -> Iterator[Outcome]:
     """Measure again after an update of the parameters.
 
     A fault must appear again after a fifth of the update; otherwise it is attributed to the
@@ -527,10 +480,21 @@ def _check_random_parameters(on: _Subject) -> Iterator[Outcome]:
     if not on.sandbox.trainable():
         yield Skipped("random parameters: there are no trainable ones")
         return
-    std, found = 0.0, None
-    for std in SCALES:
-        if (found := _updated(on, std)) is not None:
-            break
+    restore = on.sandbox.snapshot()
+
+    def updated(std: float) -> Measurement | None:
+        """Measured after both directions were used and parameters moved; None if z is large."""
+        restore()
+        with suppress(AuditError):
+            if on.flow.invertible:
+                on.flow.round_trip(on.x)  # what is cached now is out of date then
+            _perturb(on.sandbox, std)
+            z = on.flow.latents(on.x)
+            return on.measure() if z.isfinite().all() and z.abs().max() < 1e6 else None
+        return None
+
+    found = ((std, m) for std in SCALES if (m := updated(std)) is not None)
+    std, found = next(found, (0.0, None))
     if found is None:
         yield Skipped("random parameters: z is not finite under any of them")
         return
@@ -540,31 +504,20 @@ def _check_random_parameters(on: _Subject) -> Iterator[Outcome]:
     results = on.judge(found, when)
     faults = faults_of(results)
     faults.pop("logdet_nan", None)  # a parameter may be out of its range; checked separately
-    is_new = "inverse_mismatch" in faults and not has(on.found, "inverse_mismatch")
-    if is_new and on.own.back is not None:
-        back = on.flow.inverse(on.own.image.tree, on.x)
-        if torch.equal(back.tree, on.own.back.tree):
+    if "inverse_mismatch" in faults.keys() - codes and own.back is not None:
+        back = on.flow.inverse(own.image.tree, on.x)
+        if torch.equal(back.tree, own.back.tree):
             yield bug("stale_inverse", error=faults.pop("inverse_mismatch").numbers["error"])
             faults.pop("inverse_logdet_mismatch", None)
-    if faults and (small := _updated(on, std / 5)) is not None:
-        again = faults_of(judge(small, when, estimated=on.estimated))
+    if faults and (small := updated(std / 5)) is not None:
+        again = faults_of(on.judge(small, when))
         faults = {code: fault for code, fault in faults.items() if code in again}
-    yield from (r for r in results if isinstance(r, Passed) or r.code in faults)
+    yield from (o for o in results if isinstance(o, Passed) or o.code in faults)
 
 
-def _updated(on: _Subject, std: float) -> Measurement | None:
-    """Measure after both directions were used and parameters moved; None if z is not finite."""
-    on.restore()
-    with suppress(AuditError):
-        if on.flow.invertible:
-            on.flow.round_trip(on.x)  # what is cached now is out of date then
-        on.perturb(std)
-        z = on.flow.latents(on.x)
-        return on.measure() if z.isfinite().all() and z.abs().max() < 1e6 else None
-    return None
-
-
-def _check_negative_determinants(on: _Subject) -> Iterator[Outcome]:
+def _check_negative_determinants(
+    on: _Subject, own: Measurement, codes: set[str]
+) -> Iterator[Outcome]:
     """Whether the log-determinant is finite where a matrix has a negative determinant."""
     changed = False
     for p in on.sandbox.trainable():
@@ -572,20 +525,19 @@ def _check_negative_determinants(on: _Subject) -> Iterator[Outcome]:
         if len(w) == w.shape[1] and w.tril(-1).any() and w.triu(1).any():  # not triangular
             p.data[0] *= torch.linalg.det(w).sign().neg()
             changed = True
-    if changed and not has(on.found, "logdet_nan"):
+    if changed and "logdet_nan" not in codes:
         with suppress(AuditError):
             image = on.flow.forward(on.x)
-            stated = per_example(image.raw, len(on.x))
-            if stated is None or stated.isfinite().all():
+            if image.log_det is None or image.log_det.isfinite().all():
                 yield Passed("matrices of negative determinant")
             elif image.flat.isfinite().all():
                 yield bug("logdet_nan", "negative")
 
 
-def _check_single_precision(on: _Subject) -> Iterator[Outcome]:
+def _check_single_precision(on: _Subject, own: Measurement, codes: set[str]) -> Iterator[Outcome]:
     """The error of a round trip in float32, in which the flow will be used."""
     usable = on.flow.invertible and on.sandbox.dtype == torch.float64
-    if not usable or has(on.found, "inverse_mismatch", "inverse_raises"):
+    if not usable or codes & {"inverse_mismatch", "inverse_raises"}:
         return
     x = on.x.float()
     on.sandbox.use_dtype(torch.float32)
@@ -594,55 +546,53 @@ def _check_single_precision(on: _Subject) -> Iterator[Outcome]:
         error = distance(back, x) if back.isfinite().all() else math.inf
         yield Facts(details={"round_trip_float32": error})
         if error > SINGLE[1]:
-            conditions = on.conditions or {"the flow": math.nan}
+            conditions = own.conditions or {"the flow": math.nan}
             layer, condition = max(conditions.items(), key=lambda item: item[1])
             numbers = {"error": error, "layer": layer, "condition": condition}
             yield warning("ill_conditioned", "round_trip", **numbers)
 
 
-# --- the determinant's sign ---------------------------------------------------------------------
-
-
-def _check_determinant_sign(on: _Subject) -> Iterator[Outcome]:
+def _check_determinant_sign(on: _Subject, own: Measurement, codes: set[str]) -> Iterator[Outcome]:
     """Whether det J has one sign, over wide ranges of points and parameters.
 
     Parameters move far only if all are vectors: networks may be bijections by a bound on their
     matrices that an optimizer keeps.
     """
-    if on.x[0].numel() > 16 or not on.own.is_square or on.estimated:
+    if on.x[0].numel() > 16 or not own.is_square or on.flow.estimates:
         yield Skipped("the sign of det J at many points: too costly, or not defined")
         return
     parameters, generator = on.sandbox.trainable(), torch.Generator().manual_seed(0)
     names = {k.rsplit(".", 1)[-1] for m in on.sandbox.modules for k, _ in m.named_buffers()}
     normalized = names & {"u", "v", "_u", "_v", "weight_u", "weight_v"}  # by a spectral norm
     vectors = all(p.squeeze().ndim <= 1 for p in parameters) and not normalized
-    done, varies = 0, False
+    restore, done, varies = on.sandbox.snapshot(), 0, False
     for draw in range(1 + DRAWS * bool(parameters and vectors)):
         if time.process_time() > on.end or (draw > 10 and not varies):  # a linear map
             break
-        on.restore()
+        restore()
         for p in parameters if draw else ():
             keep, size = torch.rand(2, generator=generator).tolist()
             noise = torch.randn(p.shape, generator=generator).to(p)
             p.data.mul_(keep).add_(noise, alpha=10 ** (2 * size - 1))
         with suppress(AuditError, RuntimeError):
-            log_det, sign = _determinants(on, 200 if draw else 1000, generator)
-            positive, negative = (int((sign == s).sum()) for s in (1, -1))
+            known = volume(on.flow.latents, _far_points(on, 200 if draw else 1000, generator))
+            assert known is not None  # as there are few elements
+            positive, negative = known.signs()
             if positive and negative:
                 where = ", with parameters that training may reach" if draw else ""
                 yield bug("not_injective", positive=positive, negative=negative, parameters=where)
                 return
-            varies |= bool((log_det - log_det[:1]).abs().gt(1e-9).any())
+            varies |= bool((known.log_det - known.log_det[:1]).abs().gt(1e-9).any())
             done += 1
     if done:
         yield Passed(f"det J has one sign at all points, under {done} draws of parameters")
 
 
-def _determinants(on: _Subject, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """log |det J| and its sign where they are certain, up to eight standard deviations away.
+def _far_points(on: _Subject, n: int, generator: torch.Generator) -> Tensor:
+    """Points of the flow's domain, up to eight standard deviations away from the example.
 
-    Points that are outside of the range of the example count if the inverse recovers them: others
-    may be outside of the domain of the flow.
+    Those outside of the range of the example count if the inverse recovers them: others may be
+    outside of the domain.
     """
     example = on.example
     spread = (example.std() if example.numel() > 1 else torch.tensor(1.0)).clamp(min=0.3)
@@ -658,9 +608,4 @@ def _determinants(on: _Subject, n: int, generator: torch.Generator) -> tuple[Ten
         x = x[(off < 1e-3).reshape(n, -1).all(1) | within.reshape(n, -1).all(1)]
     if not len(x):
         raise AuditError("no point is recovered by the inverse")
-    known = volume(on.flow.latents, x)
-    assert known is not None
-    sure = known.log_det.isfinite() & (known.condition < 1e9)
-    if sure.any():
-        sure &= known.log_det > known.log_det[sure].median() + math.log(0.01)
-    return known.log_det[sure], known.sign[sure]
+    return x

@@ -7,14 +7,15 @@ the Jacobian, the inverse's output with the batch, and the log-determinants of b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from musigma.audit.bijection import FlowAdapter, Image, per_example
+from musigma.audit.bijection import FlowAdapter, Image, called_layers
 from musigma.audit.findings import (
     AuditError,
     Finding,
@@ -23,28 +24,30 @@ from musigma.audit.findings import (
     Severity,
     bug,
     distance,
+    has,
     warning,
 )
 from musigma.audit.jacobian import DENSE, Volume, by_differences, volume
 
-__all__ = ["LOG_DET", "SINGLE", "Measurement", "faults_of", "judge", "measure"]
+__all__ = ["LOG_DET", "SINGLE", "Measurement", "faults_of", "judge", "log_det_error", "measure"]
 
 # The errors from which on there is a warning, and from which on it is a bug. A formula's inverse
 # is exact in float64, so a small error is that of a constant that one direction lacks.
 ROUND_TRIP, LOG_DET, SINGLE = (1e-8, 1e-3), (3e-4, 1e-3), (2e-3, 2e-2)  # SINGLE: in float32
-VolumeOf = Callable[[FlowAdapter, Tensor], Volume | None]
 DIFFERENCES = 128  # elements up to which a Jacobian is also computed by differences
 
 
-class Measurement(NamedTuple):
+@dataclass(frozen=True)
+class Measurement:
     """A batch through a flow and back.
 
     Args:
         flow: The flow.
         x: The batch (B, ...).
         image: z and the log-determinant, as forward returned them.
-        stated: The log-determinant (B,); None if there is none, or its shape does not fit.
-        known: That of the Jacobian for the first examples; None if it is not known.
+        known: The volume of the Jacobian at the first examples; None if it is not known.
+        unknown: Why it is not known.
+        conditions: The largest condition numbers by layer, of the layers that were looked at.
         back: x and the log-determinant, as the inverse returned them; None without an inverse.
         failure: What the inverse raised.
     """
@@ -52,8 +55,9 @@ class Measurement(NamedTuple):
     flow: FlowAdapter
     x: Tensor
     image: Image
-    stated: Tensor | None = None
     known: Volume | None = None
+    unknown: str = "it was not compared"
+    conditions: dict[str, float] = field(default_factory=dict)
     back: Image | None = None
     failure: AuditError | None = None
 
@@ -65,9 +69,9 @@ class Measurement(NamedTuple):
     @property
     def pair(self) -> tuple[Tensor, Tensor] | None:
         """The log-determinant and that of the Jacobian, where both are finite numbers."""
-        if self.stated is None or self.known is None:
+        if self.image.log_det is None or self.known is None:
             return None
-        pair = self.stated[: len(self.known.log_det)], self.known.log_det
+        pair = self.image.log_det[: len(self.known.log_det)], self.known.log_det
         return pair if all(t.isfinite().all() for t in pair) else None
 
     @property
@@ -81,7 +85,7 @@ def log_det_error(stated: Tensor, truth: Tensor) -> float:
     return float(((stated - truth).abs() / (1 + 0.01 * truth.abs())).max())
 
 
-def measure(flow: FlowAdapter, x: Tensor, large: VolumeOf) -> Measurement:
+def measure(flow: FlowAdapter, x: Tensor, end: float = 0.0) -> Measurement:
     """Run a batch through a flow and back.
 
     The inverse is called twice, after forward was called with the examples in another order, so
@@ -90,62 +94,110 @@ def measure(flow: FlowAdapter, x: Tensor, large: VolumeOf) -> Measurement:
     Args:
         flow: The flow.
         x: The batch (B, ...).
-        large: What gives the volume at the first example where there are many elements.
+        end: The CPU time of the process until which a Jacobian without structure may take.
     """
-    image = flow.forward(x)
-    found = Measurement(flow, x, image)
-    if not image.flat.isfinite().all():
-        return found
-    found = found._replace(stated=per_example(image.raw, len(x)))
-    if found.is_square and found.stated is not None:
-        d = x[0].numel()
+    found = Measurement(flow, x, flow.forward(x))
+    if found.image.raw is None:
+        found = replace(found, unknown="forward returns none")
+    elif found.is_square and found.image.log_det is not None:
         with suppress(RuntimeError, AuditError):
-            known = volume(flow.latents, x) if d <= DENSE else large(flow, x[:1])
-            found = found._replace(known=known)
-        unsure = found.known is None or (found.pair is not None and found.error > LOG_DET[0])
-        if unsure and d <= DIFFERENCES and x.dtype == torch.float64:
-            with suppress(RuntimeError, AuditError):  # autograd may have been cut off somewhere
-                other = found._replace(known=by_differences(flow.latents, x))
-                found = min(found, other, key=lambda one: one.error)
+            found = _of_few(found) if x[0].numel() <= DENSE else _of_many(found, end)
+    varies = found.pair is not None and (found.pair[0] - found.pair[1]).std() > 1e-6
+    if flow.fixed_draws and varies and found.error > LOG_DET[0]:
+        why = "it is not log |det J| at given noise; it may count its density"
+        found = replace(found, known=None, unknown=why)
     if flow.invertible:
         with suppress(AuditError):
             flow.forward(x.flip(0))
         try:
-            found = found._replace(back=flow.inverse(image.tree, x))
-            flow.inverse(image.tree, x)
+            found = replace(found, back=flow.inverse(found.image.tree, x))
+            flow.inverse(found.image.tree, x)
         except AuditError as error:
-            found = found._replace(back=None, failure=error)
+            found = replace(found, back=None, failure=error)
     return found
 
 
-def judge(
-    found: Measurement, when: str, what: str = "forward", *, estimated: bool = False
-) -> Iterator[Finding | Passed]:
-    """The faults of a measurement, and what is right.
+def _of_few(found: Measurement) -> Measurement:
+    """With the volume at every example; by differences where autograd may have been cut off."""
+    flow, x = found.flow, found.x
+    with suppress(RuntimeError, AuditError):
+        found = replace(found, known=volume(flow.latents, x))
+    unsure = found.known is None or LOG_DET[0] < found.error < math.inf
+    if unsure and x[0].numel() <= DIFFERENCES and x.dtype == torch.float64:
+        with suppress(RuntimeError, AuditError):
+            other = replace(found, known=by_differences(flow.latents, x))
+            found = min(found, other, key=lambda one: one.error)
+    if found.known is None:
+        return found
+    unknown = "J is singular or not finite at the example"
+    return replace(found, conditions={"the flow": found.known.worst}, unknown=unknown)
+
+
+def _of_many(found: Measurement, end: float) -> Measurement:
+    """With the volume at the first example: the sum of those of layers in a row."""
+
+    def volume_of(part: FlowAdapter, x: Tensor) -> Volume | None:
+        return volume(part.latents, x, (end - time.process_time()) / 2)
+
+    x, layers, volumes = found.x[:1], called_layers(found.flow, found.x[:1]), dict[str, Volume]()
+    inside = [t for layer in layers for t in (layer.x, layer.z)]
+    passed = [t.flatten().sort().values for t in (x, *inside, found.flow.latents(x))]
+    unknown = "there are many elements, and not only layers change them"
+    if layers and all(map(torch.equal, passed[::2], passed[1::2])):
+        for layer in layers:
+            if (known := volume_of(layer.flow, layer.x)) is None:
+                unknown = f"there are many elements, and no known structure in {layer.name}"
+                break
+            volumes[layer.name] = known
+        else:
+            total = torch.stack([v.log_det for v in volumes.values()]).sum(0)
+            conditions = {name: v.worst for name, v in volumes.items()}
+            known = Volume(total, total * math.nan, total * math.nan)
+            return replace(found, known=known, conditions=conditions)
+    return replace(found, known=volume_of(found.flow, x), unknown=unknown)
+
+
+def judge(found: Measurement, when: str, end: float = 0.0) -> list[Finding | Passed]:
+    """The faults of a measurement, each of the first layer that has it, and what is right.
 
     Args:
         found: The measurement.
         when: With which parameters it was made.
-        what: The name of the flow or the layer.
-        estimated: Whether the log-determinant is an estimate from draws.
+        end: As for `measure`.
     """
-    stated, raw = found.stated, found.image.raw
-    if stated is None and raw is not None:
-        yield bug("logdet_shape", shape=tuple(torch.as_tensor(raw).shape), when=when)
-    elif stated is not None and not stated.isfinite().all():
-        yield bug("logdet_nan", when=when)
-    elif found.pair is not None:
-        judged = _judge_estimate(found, when) if estimated else _judge_log_det(found, when, what)
-        yield from judged
-    if found.back is not None:
-        yield _judge_inverse(found, when, what, found.back)
-        if not estimated:
-            yield from _judge_inverse_log_det(found, when, found.back)
+    results = list(_judge(found, when, "forward"))
+    unnamed = faults_of(results).keys() & {"logdet_mismatch", "inverse_mismatch"}
+    for layer in called_layers(found.flow, found.x) if unnamed else ():
+        with suppress(AuditError):
+            own = faults_of(_judge(measure(layer.flow, layer.x, end), when, layer.name))
+            for code in [c for c in own if c in unnamed and own[c].severity == "bug"]:
+                unnamed.remove(code)
+                fault = replace(own[code], numbers={**own[code].numbers, "layer": layer.name})
+                results = [fault if has([o], code) else o for o in results]
+    return results
 
 
 def faults_of(outcomes: Iterable[Outcome]) -> dict[str, Finding]:
-    """The findings among what `judge` yields, by code."""
+    """The findings among some outcomes, by code."""
     return {o.code: o for o in outcomes if isinstance(o, Finding)}
+
+
+def _judge(found: Measurement, when: str, what: str) -> Iterator[Finding | Passed]:
+    """The faults of a measurement of a flow or a layer, by name, and what is right."""
+    log_det, raw = found.image.log_det, found.image.raw
+    if log_det is None and raw is not None:
+        yield bug("logdet_shape", shape=tuple(torch.as_tensor(raw).shape), when=when)
+    elif log_det is not None and not log_det.isfinite().all():
+        yield bug("logdet_nan", when=when)
+    elif found.pair is not None:
+        if found.flow.estimates:
+            yield from _judge_estimate(found, when)
+        else:
+            yield from _judge_log_det(found, when, what, *found.pair)
+    if found.back is not None:
+        yield _judge_inverse(found, when, what, found.back)
+        if not found.flow.estimates:
+            yield from _judge_inverse_log_det(found, when, found.back)
 
 
 def _severity(error: float, limits: tuple[float, float], x: Tensor) -> Severity | None:
@@ -153,10 +205,11 @@ def _severity(error: float, limits: tuple[float, float], x: Tensor) -> Severity 
     return "bug" if error > bug else "warning" if error > least else None
 
 
-def _judge_log_det(found: Measurement, when: str, what: str) -> Iterator[Finding | Passed]:
+def _judge_log_det(
+    found: Measurement, when: str, what: str, stated: Tensor, truth: Tensor
+) -> Iterator[Finding | Passed]:
     """Compare the log-determinant with that of the Jacobian, and name the likely mistake."""
-    assert found.pair is not None
-    (stated, truth), x, raw = found.pair, found.x, found.image.raw
+    x, raw = found.x, found.image.raw
     severity = _severity(found.error, LOG_DET, x)
     if severity is None:
         yield Passed(f"log-determinant against autograd: off by {found.error:.1g}, {when}")
@@ -187,8 +240,8 @@ def _judge_log_det(found: Measurement, when: str, what: str) -> Iterator[Finding
 def _judge_estimate(found: Measurement, when: str) -> Iterator[Finding | Passed]:
     """Whether a log-determinant that is estimated from draws is right on average."""
     assert found.known is not None
-    truth, raws = found.known.log_det, [found.flow.forward(found.x).raw for _ in range(200)]
-    draws = torch.stack([t for raw in raws if (t := per_example(raw, len(found.x))) is not None])
+    truth, images = found.known.log_det, [found.flow.forward(found.x) for _ in range(200)]
+    draws = torch.stack([t for image in images if (t := image.log_det) is not None])
     mean, spread = (t[: len(truth)] for t in (draws.mean(0), draws.std(0)))
     if spread.mean() > 1e-3:
         yield warning("stochastic", "estimate", std=spread.mean(), when=when)
@@ -240,10 +293,10 @@ def _judge_inverse_log_det(
     found: Measurement, when: str, back: Image
 ) -> Iterator[Finding | Passed]:
     """Compare with either of forward's log-determinant and the Jacobian's."""
-    log_det = per_example(back.raw, len(found.x))
-    if log_det is None or found.stated is None or not found.stated.isfinite().all():
+    log_det, stated = back.log_det, found.image.log_det
+    if log_det is None or stated is None or not stated.isfinite().all():
         return
-    pairs = [(log_det[: len(t)], t) for t in (found.stated, *(found.pair or ()))]
+    pairs = [(log_det[: len(t)], t) for t in (stated, *(found.pair or ()))]
     off, same = (min(log_det_error(s * t, e) for t, e in pairs) for s in (-1, 1))
     severity = _severity(off, LOG_DET, found.x)
     if severity is None:

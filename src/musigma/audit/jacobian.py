@@ -11,6 +11,7 @@ one of these structures, which products with random vectors verify with probabil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
@@ -27,11 +28,36 @@ Function = Callable[[Tensor], Tensor]  # x (B, ...) to z (B, D), differentiable
 
 
 class Volume(NamedTuple):
-    """log |det J|, its sign (zero if unknown) and condition (NaN if unknown), (B,) each."""
+    """log |det J|, its sign and condition, (B,) each; the latter are NaN if they are not known."""
 
     log_det: Tensor
     sign: Tensor
     condition: Tensor
+
+    @classmethod
+    def of(cls, jacobians: Tensor) -> Volume:
+        """Of Jacobians (B, D, D); of large ones, the condition is not computed."""
+        finite = jacobians.isfinite().flatten(1).all(1)
+        eye = torch.eye(jacobians.shape[1], dtype=torch.float64)
+        whole = torch.where(finite[:, None, None], jacobians.double(), eye)
+        sign, log_det = torch.linalg.slogdet(whole)
+        condition = torch.full_like(log_det, math.nan)
+        if whole.shape[1] <= DENSE:
+            values = torch.linalg.svdvals(whole)
+            condition = values[:, 0] / values[:, -1].clamp(min=1e-300)
+        return cls(*(torch.where(finite, t, math.nan) for t in (log_det, sign, condition)))
+
+    @property
+    def worst(self) -> float:
+        """The largest condition; zero if none is known."""
+        return float(self.condition.nan_to_num(nan=0.0).max())
+
+    def signs(self) -> tuple[int, int]:
+        """How many determinants are positive, and negative, among those that are not near zero."""
+        sure = self.log_det.isfinite() & ~(self.condition > 1e9)
+        if sure.any():
+            sure &= self.log_det > self.log_det[sure].median() + math.log(0.01)
+        return int((self.sign[sure] > 0).sum()), int((self.sign[sure] < 0).sum())
 
 
 def volume(function: Function, x: Tensor, seconds: float = 0.0) -> Volume | None:
@@ -49,7 +75,7 @@ def volume(function: Function, x: Tensor, seconds: float = 0.0) -> Volume | None
         tensor([2.0794, 2.0794], dtype=torch.float64)
     """
     if x[0].numel() <= DENSE:
-        return _of(jacobian(function, x))
+        return Volume.of(jacobian(function, x))
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
         z = function(leaf)
@@ -58,7 +84,7 @@ def volume(function: Function, x: Tensor, seconds: float = 0.0) -> Volume | None
     found = _coupling(z, leaf) or _pixelwise(z, leaf)
     if found is None and seconds > 0:
         with suppress(TimeoutError):
-            return _of(jacobian(function, x, seconds=seconds))
+            return Volume.of(jacobian(function, x, seconds=seconds))
     return found
 
 
@@ -71,17 +97,7 @@ def by_differences(function: Function, x: Tensor) -> Volume:
         step[:, i] = 1e-5 * (1 + flat[:, i].abs())
         ahead, behind = (function(moved.reshape(x.shape)) for moved in (flat + step, flat - step))
         columns.append((ahead - behind).detach() / (2 * step[:, i : i + 1]))
-    return _of(torch.stack(columns, 2))
-
-
-def _of(whole: Tensor) -> Volume:
-    """Of Jacobians (B, D, D)."""
-    finite = whole.isfinite().flatten(1).all(1)
-    whole = torch.where(finite[:, None, None], whole.double(), torch.eye(whole.shape[1]).double())
-    sign, log_det = torch.linalg.slogdet(whole)
-    values = torch.linalg.svdvals(whole)
-    condition = values[:, 0] / values[:, -1].clamp(min=1e-300)
-    return Volume(*(torch.where(finite, t, torch.nan) for t in (log_det, sign, condition)))
+    return Volume.of(torch.stack(columns, 2))
 
 
 def _products(z: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
@@ -143,6 +159,6 @@ def _pixelwise(z: Tensor, x: Tensor) -> Volume | None:
     expected = torch.einsum("op,obip->bip", probe, blocks)
     if not torch.allclose(probed, expected, rtol=1e-4, atol=1e-9):
         return None
-    each = _of(blocks.permute(1, 3, 0, 2).reshape(-1, c, c))
+    each = Volume.of(blocks.permute(1, 3, 0, 2).reshape(-1, c, c))
     log_det, sign, condition = (part.reshape(b, -1) for part in each)
     return Volume(log_det.sum(1), sign.prod(1), condition.amax(1))
