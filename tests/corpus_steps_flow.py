@@ -137,6 +137,27 @@ def planar_density():
     return density([Planar(D), Planar(D), Planar(D)])
 
 
+class Radial(nn.Module):
+    """Points move away from a learned center, which is taken off first, and added last."""
+
+    def __init__(self):
+        super().__init__()
+        self.center = nn.Parameter(torch.randn(D))
+        self.offset, self.size = nn.Parameter(torch.zeros(())), nn.Parameter(torch.randn(()))
+
+    def forward(self, x):
+        away = x - self.center
+        r, alpha, beta = away.norm(dim=1), self.offset.exp(), self.size.exp()
+        scale, slope = 1 + beta / (alpha + r), 1 + alpha * beta / (alpha + r) ** 2
+        logdet = (x.shape[1] - 1) * scale.log() + slope.log()  # logdet
+        return self.center + away * scale[:, None], logdet
+
+
+@entry("correct")
+def around_a_learned_center():
+    return density([Radial()])
+
+
 class ActNorm(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -476,6 +497,17 @@ class PlanarAtTheOutput(Planar):
     def forward(self, z):
         y, _ = super().forward(z)
         return y, super().forward(y)[1]
+
+
+@entry("bug", "logdet_mismatch")
+def around_a_learned_center_in_one_dimension():
+    class Line(Radial):
+        def forward(self, x):
+            away = x - self.center
+            r, alpha, beta = away.norm(dim=1), self.offset.exp(), self.size.exp()
+            return super().forward(x)[0], (1 + alpha * beta / (alpha + r) ** 2).log()
+
+    return density([Line()])
 
 
 @entry("bug", "logdet_mismatch")

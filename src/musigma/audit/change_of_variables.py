@@ -8,6 +8,7 @@ autograd's Jacobian of the recorded graph. With x held, moving v shows p.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from musigma.audit.graph import Graph, Node, Origin
+from musigma.audit.jacobian import Volume
 from musigma.audit.latents import frontier, trace_noise
 from musigma.audit.probes import Over
 from musigma.audit.step_kl import terms
@@ -91,15 +93,13 @@ class Map:
         at = over.get(i, self.graph.get(i))
         return jacobian(lambda t: self.of({**over, i: t}), at, seconds=SECONDS)
 
-    def log_det(self, over: Over, start: int | None = None) -> tuple[Tensor, Tensor]:
-        """Sign and log |det dv/dx| by example, without rows and columns of zeros: of a mask."""
+    def volume_at(self, over: Over, start: int | None = None) -> Volume:
+        """That of dv/dx by example, without rows and columns of zeros, as a mask makes them."""
         matrices = self.jacobian(over, start)
-        rows, columns = (matrices != 0).any(2), (matrices != 0).any(1)
-        if bool(rows.all()) or bool((rows.sum(1) != columns.sum(1)).any()):
-            return torch.linalg.slogdet(matrices)
-        kept = [m[r][:, c] for m, r, c in zip(matrices, rows, columns, strict=True)]
-        signs, volumes = zip(*(torch.linalg.slogdet(m) for m in kept), strict=True)
-        return torch.stack(signs), torch.stack(volumes)
+        rows, columns = (matrices == 0).all(2), (matrices == 0).all(1)
+        if bool((rows.sum(1) == columns.sum(1)).all()):
+            matrices[(*rows.nonzero().T, columns.nonzero()[:, 1])] = 1.0
+        return Volume.of(matrices)
 
     def in_v(self, over: Over) -> tuple[Tensor, Tensor, bool]:
         """Curvature and slope of the loss in v at v = 0, with x held; whether it is quadratic."""
@@ -116,20 +116,13 @@ class Map:
 
     def folds(self) -> bool:
         """Whether the sign of the Jacobian's determinant differs between places."""
-        base = self.graph.get(self.x)
+        base, found = self.graph.get(self.x), list[Volume]()
         generator = torch.Generator().manual_seed(37)
-        found = []
         for size in (0.0, 1.0, 2.0, 4.0):
             noise = torch.randn(base.shape, generator=generator, dtype=torch.float64)
-            try:
-                found.append(self.log_det({self.x: base + size * float(base.std()) * noise}))
-            except FAILURES:  # so far out
-                continue
-        if not found:
-            return False
-        sign, volume = (torch.cat(t) for t in zip(*found, strict=True))
-        clear = volume > volume.median() - 4  # else its sign may be rounding
-        return bool((sign[clear] > 0).any()) and bool((sign[clear] < 0).any())
+            with suppress(*FAILURES):  # so far out
+                found.append(self.volume_at({self.x: base + size * float(base.std()) * noise}))
+        return all(Volume(*map(torch.cat, zip(*found, strict=True))).signs())
 
     def _couples_examples(self) -> bool:
         """Whether v of the first example depends on x of others."""
@@ -265,7 +258,7 @@ def measure(
         places = _places(graph, x, free, spread)
         overs = [{**held, **p, **found.v} for p in places]
         try:
-            volume = torch.stack([found.log_det(p)[1].sum() for p in places])
+            volume = torch.stack([found.volume_at(p).log_det.sum() for p in places])
             values = [[graph.value({**o, **e}, loss).sum() for e in units] for o in overs]
         except FAILURES:
             continue
@@ -331,9 +324,11 @@ def outputs(graph: Graph, loss: int, x: int) -> list[Output]:
             continue
         z, heads = _conditional(graph, i, after)
         found.setdefault(z, heads)
-        for k in (_unscaled(graph, z, after, given=True), z, i):
+        whole = next(k for k in node.ins if k in after)  # its shift may be that of a map
+        for k in (_unscaled(graph, z, after, given=True), z, i, whole):
             if graph[k].numel == numel and k != x:
-                answer.setdefault(k, Output((k,), True, tuple(heads) if k != i else ()))
+                given = tuple(heads) if k not in (i, whole) else ()
+                answer.setdefault(k, Output((k,), True, given))
     smaller = [i for i in found if graph[i].numel < numel]
     if smaller and sum(graph[i].numel for i in smaller) == numel:
         heads = dict.fromkeys(h for i in smaller for h in found[i])

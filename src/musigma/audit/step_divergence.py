@@ -87,7 +87,7 @@ class Subject(OfLatent):
 
     def flow(self, view: View) -> list[Outcome]:
         """What is said of a flow between the draw and the prior; nothing if there is none."""
-        return check_posterior_flow(self.prober, self.loss, view) if self.is_alone else []
+        return check_posterior_flow(self.prober, self.loss) if self.is_alone else []
 
     @property
     def is_alone(self) -> bool:

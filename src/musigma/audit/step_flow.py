@@ -195,7 +195,7 @@ def _scaled_prior(change: Change, weight: float) -> bool:
     """Whether the value of the loss has the log sigma of a prior N(0, sigma^2) in it."""
     graph = change.graph
     zeros = {i: torch.zeros_like(t) for i, t in change.v.items()}
-    log_det = float(change.log_det({})[1].sum())
+    log_det = float(change.volume_at({}).log_det.sum())
     log_std = 0.5 * math.log(weight / float(change.curvature.mean()))
     at_zero = float(graph.value(zeros, change.loss)) / weight
     left = (at_zero + log_det) / int(change.mapped.sum())
@@ -249,7 +249,7 @@ def _check_constant(change: Change, weight: float) -> Iterator[Outcome]:
     noise = [d for d in graph.draws("random") if d.id in above and d.floating]
     if len(noise) != 1 or _levels(graph, loss, noise[0]) is None:
         return
-    log_det = change.log_det({}, start=noise[0].id)[1]
+    log_det = change.volume_at({}, start=noise[0].id).log_det
     square = sum(float((t**2).sum()) for t in change.v.values()) / 2
     left = float(graph.get(loss)) / weight - square + float(log_det.sum())
     left /= int(change.mapped.sum())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from musigma.audit.change_of_variables import Change, Output, measure, outputs
-from musigma.audit.findings import Outcome, bug
+from musigma.audit.findings import Outcome
 from musigma.audit.graph import Graph, Origin
 from musigma.audit.latents import Latent, holds
 from musigma.audit.probes import Prober
@@ -63,10 +63,9 @@ def _outside(graph: Graph, latent: Latent, output: Output) -> dict[int, Tensor]:
     return found
 
 
-def check_posterior_flow(prober: Prober, loss: int, view: View) -> list[Outcome]:
+def check_posterior_flow(prober: Prober, loss: int) -> list[Outcome]:
     """Examine a flow between the draw of a latent and its prior; nothing if there is none."""
-    maps = list(_maps(prober, loss))
-    return explain(maps) if maps else _check_prior_at_start(prober, loss, view)
+    return explain(_maps(prober, loss))
 
 
 def _maps(prober: Prober, loss: int) -> Iterator[Change]:
@@ -111,17 +110,3 @@ def check_dequantized_flow(
                 joined.append(v.id)
     found = (replace(c, weight=weight) for x in joined for c in changes(graph, loss, x))
     return explain(c for c in found if c.moves_volume)
-
-
-def _check_prior_at_start(prober: Prober, loss: int, view: View) -> list[Outcome]:
-    """A closed KL of z to N(0, 1) beside the log-determinant of a flow on z is a bug."""
-    graph, latent = prober.graph, prober.latent
-    if view.by_draws or not view.fit.is_kl:
-        return []
-    heads = {i: graph.get(i) for i in latent.heads}
-    for output in outputs(graph, loss, latent.z):
-        held = {**_outside(graph, latent, output), **heads}
-        change = measure(graph, loss, latent.z, output, held, parameters=False)
-        if change is not None and change.factor is not None and change.factor < 0:
-            return [bug("kl_mismatch", "step flow", where=change.where)]
-    return []
