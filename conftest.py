@@ -1,11 +1,18 @@
-"""Modules that pytest leaves out, since the library that they are for is not installed."""
+"""What all tests share: modules that are left out, fixed examples, and checked arguments."""
 
 from importlib.util import find_spec
 
 import pytest
+from hypothesis import settings
 from torch.distributions import Distribution
 
+# The library that they are for is not installed.
 collect_ignore = [f"src/musigma/{name}.py" for name in ("pyod", "sbi") if find_spec(name) is None]
+
+# A test run is repeatable; `pytest --hypothesis-profile random` looks for new examples.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("random")
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)

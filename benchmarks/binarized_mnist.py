@@ -32,7 +32,7 @@ K = 1000
 MLP = {"net": "mlp", "latents": 50, "width": 200, "blocks": 2}
 MODELS: dict[str, tuple[str, dict, dict, int]] = {
     "vae": ("vae", MLP, {}, 2000),
-    "iwae-50": ("vae", MLP, {"objective": "iwae k=50"}, 2000),
+    "iwae-50": ("vae", MLP, {"objective": "iwae k=50", "batch_size": 20}, 2000),
     "vampprior": ("vae", MLP | {"prior": "vamp components=100"}, {}, 2000),
     "iaf": ("vae", MLP | {"posterior": "iaf"}, {}, 2000),
     "ladder": ("ladder", {"width": 24, "latents": 4}, {}, 300),
@@ -62,7 +62,7 @@ def measured(name: str, kind: str, seconds: float) -> dict:
     """Train a model, and bound its negative log-likelihood of the test images, in nats."""
     architecture, options, training, some = MODELS[name]
     train, validation, test = images(kind)
-    config = TrainConfig(batch_size=100, lr=1e-3, evaluations=10, **training)
+    config = TrainConfig(**{"batch_size": 100, "lr": 1e-3, "evaluations": 10} | training)
     model, steps = train_for(
         seconds, lambda: build(architecture, train.spec(), **options), train, validation, config
     )

@@ -22,7 +22,7 @@ def train_for(
 ) -> tuple[Model, int]:
     """The best weights after as many steps as take `seconds`, and the number of steps.
 
-    Two short runs tell what a step takes; `make` builds the model, each time with the seed of
+    Short runs tell what a step takes; `make` builds the model, each time with the seed of
     `config`.
     """
 
@@ -36,6 +36,9 @@ def train_for(
             spent = time.process_time() - start
             return musigma.load(f"{folder}/model.safetensors"), spent
 
-    each = (trained(100)[1] - trained(20)[1]) / 80  # without what a run costs beside its steps
+    start = trained(5)[1]  # what a run costs beside its steps, and a few of them
+    each = (trained(15)[1] - start) / 10
+    if 200 * each < seconds:
+        each = (trained(105)[1] - start) / 100
     steps = max(10, int(seconds / each))
     return trained(steps)[0], steps
