@@ -9,9 +9,9 @@ and left out. Columns are dequantized within half a step of their grid, so densi
 and standardized; figures are nats per test row of the standardized columns. Every model sees the
 same rows in the same split, and trains for the same processor seconds on one thread, with a cosine
 schedule: families of this library by `fit`, flows of zuko, nflows and normflows by a plain loop
-with Adam, all with batches of 256. The weights of the best of 20 validation figures are tested. `run`
-appends to runs/families.json, one entry for each set, name and seed, and skips those that are
-there; `table` prints the mean difference to the first name with its standard error over seeds.
+with Adam, all with batches of 256. The weights of the best of 20 validation figures are tested.
+`run` appends to runs/families.json, one entry for each set, name and seed, and skips those that
+are there; `table` prints the mean difference to the first name with its standard error over seeds.
 """
 
 import argparse

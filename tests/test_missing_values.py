@@ -7,7 +7,7 @@ import torch
 from musigma import TrainConfig, build, cli, fit
 from musigma.audit import audit_model
 from musigma.data import load
-from musigma.imputation import impute
+from musigma.imputation import draw_missing, impute, takes_missing
 from musigma.testing import check_model, randomized
 from musigma.trace import Trace
 
@@ -101,3 +101,57 @@ def test_filling_is_the_conditional_mean_of_a_linear_model():
     z = (loadings[seen] * x[0, seen]).sum() / s**2 / precision
     filled = impute(model, x, k=200_000, at_once=200_000)
     assert abs(float(filled[0, 1] - 2 * z)) < 0.02
+
+
+def test_draws_have_the_moments_of_the_exact_conditional():
+    """A model of one latent with linear means is a Gaussian whose conditionals are known."""
+    torch.manual_seed(0)
+    model = build("miwae", (3,), latents=1, width=4, blocks=0)
+    model = randomized(model)
+    with torch.no_grad():  # the decoder: means w z + b, scales of their own
+        head = model.prior.decoder.net.layers[0]
+        head.weight[3:] = 0
+    z = torch.zeros(1, 1).double(), torch.ones(1, 1).double()
+    at_zero, at_one = (model.decode([v], mode=True)[0].double() for v in z)
+    w, b = (at_one - at_zero).detach(), at_zero.detach()
+    p = model.prior.decoder(z[0]).base_dist
+    units = model.layers[0].std.double()
+    noise = (p.log_std[0].exp() * units).square().detach()
+    covariance = w[:, None] * w + noise.diag()
+    x = torch.tensor([[0.7, -1.1, torch.nan]])
+    seen = covariance[:2, :2].inverse() @ (x[0, :2].double() - b[:2])
+    mean = b[2] + covariance[2, :2] @ seen
+    known = covariance[2, :2] @ covariance[:2, :2].inverse() @ covariance[2, :2]
+    variance = covariance[2, 2] - known
+    assert known > 0.1 * variance  # the observed values matter
+    drawn = draw_missing(model, x, 20_000, k=20_000)[0, :, 2].double()
+    assert abs(drawn.mean() - mean) < 5 * (variance / 1000).sqrt()
+    assert abs(drawn.var() / variance - 1) < 0.15
+    filled = impute(model, x, k=20_000)[0, 2].double()
+    assert abs(filled - mean) < 5 * (variance / 1000).sqrt()
+
+
+def test_only_models_that_skip_missing_values_fill_them():
+    torch.manual_seed(0)
+    assert takes_missing(build("miwae", (3,), **SMALL), 3)
+    assert not takes_missing(build("vae", (3,), bits=None, latents=2, width=8), 3)
+
+
+def test_the_command_fills_a_table(tmp_path, capsys):
+    some, _ = line(300)
+    cells = [["" if np.isnan(v) else f"{v:.3f}" for v in row] for row in some]
+    (tmp_path / "rows.csv").write_text("\n".join(["a,b,c,d", *(",".join(row) for row in cells)]))
+    rows, run, out = (str(tmp_path / name) for name in ("rows.csv", "run", "filled.csv"))
+    train = ["train", "miwae", rows, "--missing", "ignore", "--width", "8", "--steps", "20"]
+    cli.main([*train, "--out", run])
+    words = ["--n", "5", "--out", out, "--summary", str(tmp_path / "cells.csv")]
+    cli.main(["impute", run, rows, *words])
+    capsys.readouterr()
+    filled = np.genfromtxt(out, delimiter=",", names=True)
+    assert len(filled) == 1500
+    values = np.stack([filled[name] for name in "abcd"], 1).reshape(5, 300, 4)
+    assert np.isfinite(values).all()
+    seen = ~np.isnan(some)
+    np.testing.assert_allclose(values[:, seen], np.tile(some[seen].round(3), (5, 1)), atol=1e-6)
+    assert (values.std(0)[~seen] > 0).all()
+    assert len((tmp_path / "cells.csv").read_text().splitlines()) == 1 + (~seen).sum()

@@ -15,6 +15,7 @@ from torch import Tensor
 from musigma.any_order import AnyOrder, Known, blocks, orders_of
 from musigma.conditions import Condition, as_number, written
 from musigma.distributions import Binning, multiples
+from musigma.imputation import Imputation
 from musigma.schema import Column, Schema
 
 __all__ = [
@@ -459,78 +460,6 @@ def complete(
     return filled.numpy(force=True)
 
 
-@dataclass(frozen=True)
-class Imputation:
-    """Draws of the missing values of rows.
-
-    Attributes:
-        model: The model that they were drawn from.
-        rows: The rows (N, D); NaN where a value is missing.
-        cells: The row and the column of each missing value, (M, 2).
-        draws: Draws of each missing value, (M, n).
-    """
-
-    model: AnyOrder
-    rows: np.ndarray
-    cells: np.ndarray
-    draws: np.ndarray
-
-    def filled(self, i: int) -> np.ndarray:
-        """The rows with draw i of each missing value (N, D)."""
-        return self._with(self.draws[:, i])
-
-    def center(self) -> np.ndarray:
-        """The rows with the mean of the draws of each missing value, or its most frequent level.
-
-        Means of whole numbers are fractions.
-        """
-        values = self.draws.mean(1)
-        for j in self._columns(levels=True):
-            at = self.cells[:, 1] == j
-            values[at] = self._modes(j)[0]
-        return self._with(values)
-
-    def summary(self) -> list[dict[str, Any]]:
-        """What the draws say of each missing value.
-
-        Each entry has `row` and `column`; for a number its `mean`, `std` (in days for a date, in
-        seconds for a time) and the quantiles `q05`, `q50` and `q95`; for a level `mode`, the most
-        frequent one, and its `share` of the draws.
-        """
-        columns = self.model.schema.columns
-        found: list[dict[str, Any]] = [
-            {"row": i, "column": columns[j].name} for i, j in self.cells.tolist()
-        ]
-        for j in self._columns(levels=True):
-            at = np.flatnonzero(self.cells[:, 1] == j)
-            for i, mode, share in zip(at, *map(np.ndarray.tolist, self._modes(j)), strict=True):
-                found[i] |= {"mode": columns[j].levels[int(mode)], "share": share}
-        for j in self._columns(levels=False):
-            at, names = np.flatnonzero(self.cells[:, 1] == j), ("mean", "q05", "q50", "q95")
-            draws, time = self.draws[at], columns[j].kind in ("date", "datetime")
-            numbers = [draws.mean(1), *np.quantile(draws, [0.05, 0.5, 0.95], axis=1)]
-            for i, std, *values in zip(at, draws.std(1).tolist(), *numbers, strict=True):
-                shown = [written(columns[j], v) if time else float(v) for v in values]
-                found[i] |= {"std": std, **dict(zip(names, shown, strict=True))}
-        return found
-
-    def _columns(self, *, levels: bool) -> list[int]:
-        columns = self.model.schema.columns
-        return [j for j in np.unique(self.cells[:, 1]).tolist() if columns[j].has_levels == levels]
-
-    def _modes(self, j: int) -> tuple[np.ndarray, np.ndarray]:
-        """The most frequent level of each missing value of a column, and its share."""
-        draws = self.draws[self.cells[:, 1] == j]
-        levels = np.arange(len(self.model.schema.columns[j].levels))
-        counts = np.stack([(draws == level).sum(1) for level in levels], 1)
-        return counts.argmax(1), counts.max(1) / draws.shape[1]
-
-    def _with(self, values: np.ndarray) -> np.ndarray:
-        rows = self.rows.copy()
-        rows[tuple(self.cells.T)] = values
-        return rows
-
-
 def impute(model: AnyOrder, rows: Any, n: int = 20, context: Tensor | None = None) -> Imputation:
     """Draw every missing value of rows n times, given all the known values of its row.
 
@@ -570,7 +499,7 @@ def impute(model: AnyOrder, rows: Any, n: int = 20, context: Tensor | None = Non
             filled = complete(model, x[at].repeat(k, 0), chosen[order], given)
             each.append(filled.reshape(len(at), k, -1).swapaxes(1, 2)[holes[at]])
         draws.append(np.concatenate(each, 1))
-    return Imputation(model, x, cells, np.concatenate(draws))
+    return Imputation(model.schema, x, cells, np.concatenate(draws))
 
 
 @torch.no_grad()

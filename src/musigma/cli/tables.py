@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +23,8 @@ from musigma.cli.trained import TABLES, Trained, read_data
 if TYPE_CHECKING:
     from musigma.any_order import AnyOrder
     from musigma.data import Dataset
+    from musigma.imputation import Imputation
+    from musigma.schema import Schema
 
 SUMMARY = ("row", "column", "mean", "std", "q05", "q50", "q95", "mode", "share")
 
@@ -94,7 +98,8 @@ def impute(
     what you want to know from each of them, and look at the spread (multiple imputation). Columns
     of the model that the table lacks are drawn too. The column `id` has the names of the rows, if
     the table has them, or their places in it, if some were left out. For models of `musigma train
-    table`; with one of miwae, call `musigma.imputation.impute` in Python.
+    table`, whose draws are exact, and of `musigma train miwae`, whose draws are resampled from
+    1,000 for each row, by their importance weights.
 
     Args:
         source: The table.
@@ -108,7 +113,6 @@ def impute(
     """
     import numpy as np
 
-    from musigma import questions
     from musigma.data.columns import decode
 
     at_least_one(n=n)
@@ -118,17 +122,17 @@ def impute(
         if n == 1:
             raise ValueError("summary: it needs several draws (--n 20)")
     trained = Trained(run, common)
-    model = _unconditional(trained, "impute")
-    if n > 1 and (taken := {"draw", "row"} & set(model.schema.names)):
+    draw, schema = _imputer(trained)
+    if n > 1 and (taken := {"draw", "row"} & set(schema.names)):
         raise ValueError(
             f"n: the table has a column {sorted(taken)[0]!r}, which is the name of a column that "
             "tells draws apart; rename it, or draw once (--n 1)"
         )
     data = _partial(trained, source, reading)
     rows = np.asarray(data.array)
-    found = questions.impute(model, rows, n)
-    table = decode(np.concatenate([found.filled(i) for i in range(n)]), model.schema)
-    if data.ids and "id" not in model.schema.names:
+    found = draw(rows, n)
+    table = decode(np.concatenate([found.filled(i) for i in range(n)]), schema)
+    if data.ids and "id" not in schema.names:
         table = table.add_column(0, "id", [list(data.ids) * n])
     if n > 1:
         table = table.add_column(0, "row", [np.tile(np.arange(len(rows)), n)])
@@ -136,15 +140,38 @@ def impute(
     if summary is not None:
         cells = found.summary()
         write_rows(summary, [{name: [cell.get(name) for cell in cells] for name in SUMMARY}])
-    write_table(out, table, model.schema)
+    write_table(out, table, schema)
     counts = np.isnan(rows).sum(0)
-    columns = {name: int(k) for name, k in zip(model.schema.names, counts, strict=True) if k}
+    columns = {name: int(k) for name, k in zip(schema.names, counts, strict=True) if k}
     what = (
         f"{count(int(counts.sum()), 'missing value')} in {count(len(columns), 'column')} of "
         f"{count(len(rows), 'row')}, {count(n, 'draw')}"
     )
     answer: dict[str, Any] = {"rows": len(rows), "draws": n, "missing": columns}
     trained.wrote(out, what, **answer, **({} if summary is None else {"summary": str(summary)}))
+
+
+def _imputer(trained: Trained) -> tuple[Callable[[Any, int], Imputation], Schema]:
+    """A function that draws the missing values of rows n times, and the columns of the model."""
+    import numpy as np
+    import torch
+
+    from musigma import imputation, questions
+    from musigma.any_order import AnyOrder
+
+    spec, model = trained.spec, trained.model
+    schema, plain = spec.schema, not spec.context and not isinstance(model, AnyOrder)
+    if schema is None or not plain or not imputation.takes_missing(model, spec.shape[0]):
+        known = _unconditional(trained, "impute")
+        return functools.partial(questions.impute, known), known.schema
+
+    def draw(rows: Any, n: int) -> Imputation:
+        x = torch.as_tensor(rows, dtype=torch.float32, device=trained.device)
+        filled = imputation.draw_missing(model, x, n).numpy(force=True).swapaxes(1, 2)
+        holes = np.isnan(rows)
+        return imputation.Imputation(schema, rows, np.argwhere(holes), filled[holes])
+
+    return draw, schema
 
 
 def _unconditional(trained: Trained, what: str) -> AnyOrder:
