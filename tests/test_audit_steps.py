@@ -15,6 +15,7 @@ from torch import nn
 from corpus_steps import ENTRIES, PARTS
 from corpus_steps_shapes import SHAPES
 from musigma.audit import AuditError, audit
+from musigma.audit.record import record
 from mutations import mutants
 
 try:
@@ -203,6 +204,18 @@ def test_the_step_of_an_object_is_found(name):
     if built.target is None:
         pytest.skip("the step belongs to no object")
     judge(name, audited(lambda: audit(built.target, built.batch)))
+
+
+def test_dropout_as_accelerators_run_it_is_followed():
+    """`native_dropout` is one operation with a mask, in place of a draw and a product."""
+    built = build("log_var", 0)
+    graph = record(
+        lambda: torch.native_dropout(torch.ones(4, 3), 0.5, True)[0].sum() + built.step()
+    )
+    (mask,) = graph.draws("mask")
+    loss = graph.returned(graph.result)
+    kept, dropped = (graph.value({mask.id: torch.full((4, 3), k)}, loss) for k in (1.0, 0.0))
+    torch.testing.assert_close(kept - dropped, torch.tensor(24.0).double())
 
 
 # --- mutants -------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from itertools import compress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 __all__ = ["LOW_PRECISION", "Graph", "Kind", "Node", "Origin", "Ref", "Value"]
 
@@ -51,27 +52,26 @@ class Node:
     Args:
         fn: The operation.
         flat: Its arguments, flattened; tensors are references.
-        spec: The structure of the arguments; None if `flat` holds them as they are.
         name: The name of the operation.
+        spec: The structure of the arguments; None if `flat` holds them as they are.
         outs: The numbers of its results.
-        writes: Positions of arguments that it writes to.
+        writes: Whether it writes to an argument.
         pointwise: Each entry of the result depends on the same entry of the arguments.
         view: It only moves, copies or selects entries.
-        grads: For each reference, whether its tensor required a gradient.
-        tracked: Whether gradients were enabled.
+        grads: For each reference, whether its tensor required a gradient; () if autograd did not
+            see the operation.
         where: The user's line, as "path:line".
     """
 
     fn: Callable[..., Any]
     flat: list[Any]
-    spec: Any
     name: str
+    spec: Any = None
     outs: list[int] = field(default_factory=list)
-    writes: tuple[int, ...] = ()
+    writes: bool = False
     pointwise: bool = False
     view: bool = False
     grads: tuple[bool, ...] = ()
-    tracked: bool = True
     where: str = ""
 
     @property
@@ -82,37 +82,22 @@ class Node:
     @property
     def moved(self) -> list[int]:
         """The tensor arguments that autograd gives a gradient to."""
-        if not (self.tracked and self.grads):
-            return self.ins
-        return [i for i, needs in zip(self.ins, self.grads, strict=False) if needs]
+        return list(compress(self.ins, self.grads)) if self.grads else self.ins
 
     def run(self, value: Callable[[Any], Any], stops: bool = False) -> list[Tensor]:
         """Its results, with arguments from a function of an entry of `flat`.
 
         With `stops`, the tensors that required no gradient in the step get none.
         """
-        flat = [value(a) for a in self.flat]
-        if stops and self.tracked and self.grads:
-            refs = [k for k, a in enumerate(self.flat) if isinstance(a, Ref)]
-            for k, needs in zip(refs, self.grads, strict=False):
-                flat[k] = flat[k] if needs else flat[k].detach()
-        if self.spec is None:
-            out = self.fn(*flat)
-        else:
-            args, kwargs = tree_unflatten(flat, self.spec)
-            if self.writes:
-                args = [
-                    a.clone() if i in self.writes and isinstance(a, Tensor) else a
-                    for i, a in enumerate(args)
-                ]
-            if isinstance(written := kwargs.get("out"), Tensor):
-                kwargs = kwargs | {"out": written.clone()}
-            if kwargs.get("device") is not None:
-                kwargs = kwargs | {"device": "cpu"}
-            out = self.fn(*args, **kwargs)
-        if isinstance(out, Tensor):
-            return [out]
-        return [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        flat, needs = [value(a) for a in self.flat], iter(self.grads if stops else ())
+        for k, a in enumerate(self.flat):
+            if isinstance(a, Ref) and not next(needs, True):
+                flat[k] = flat[k].detach()
+        if self.writes:
+            flat = [t.clone() if isinstance(t, Tensor) else t for t in flat]
+        args, kwargs = (flat, {}) if self.spec is None else tree_unflatten(flat, self.spec)
+        out = self.fn(*args, **kwargs)
+        return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
 
 
 @dataclass
@@ -181,6 +166,7 @@ class Graph:
         self.returned: Callable[[Tensor], int | None] = lambda t: None
         self.backward_calls: list[int] = []
         self.hosts: tuple[str, ...] = ()
+        self._first: dict[Any, Node] = {}
         self._base: dict[int, Tensor] = {}
         self._plans: dict[Any, list[Node]] = {}
 
@@ -193,78 +179,72 @@ class Graph:
 
     # --- making it ----------------------------------------------------------------------------
 
-    def leaf(self, t: Tensor, **how: Any) -> Value:
+    def leaf(self, t: Tensor, kind: Kind, **how: Any) -> Value:
         """A new value that no operation made, with the content of a tensor."""
-        leaf = t.detach().clone().cpu()
-        v = Value(len(self.values), tuple(t.shape), t.is_floating_point(), leaf=leaf, **how)
+        i, leaf = len(self.values), t.detach().clone().cpu()
+        v = Value(i, tuple(t.shape), t.is_floating_point(), kind=kind, leaf=leaf, **how)
+        v.draws |= (kind in DRAWS) << i
         self.values.append(v)
         return v
 
     def add(self, node: Node, like: Sequence[Tensor]) -> list[Value]:
-        """The results of a new operation, of the shapes and types of some tensors."""
+        """The results of an operation, of the shapes and types of some tensors.
+
+        They are not new if it is the repetition of another: an encoder that is called twice.
+        """
+        arguments = tuple((type(a), a) for a in node.flat)
+        key = (node.fn, arguments, repr(node.spec), node.grads)
+        first = self._first.setdefault(key, node)
+        if first is node:
+            self.nodes.append(node)
+            for t in like:
+                node.outs.append(len(self.values))
+                v = Value(node.outs[-1], tuple(t.shape), t.is_floating_point(), node=node)
+                self.values.append(v)
+            self._inherit(node)
+            for i in node.ins:
+                self[i].users.append(node)
+        return [self[i] for i in first.outs]
+
+    def _inherit(self, node: Node) -> None:
+        """Give the results of an operation the origin and the draws of its arguments."""
         origin, draws = Origin.NOTHING, 0
         for i in node.ins:
-            origin |= self[i].origin
-            draws |= self[i].draws
-            self[i].users.append(node)
-        start = len(self.values)
-        self.values += [
-            Value(start + k, tuple(t.shape), t.is_floating_point(), origin, draws, node)
-            for k, t in enumerate(like)
-        ]
-        node.outs = list(range(start, len(self.values)))
-        self.nodes.append(node)
-        return self.values[start:]
+            origin, draws = origin | self[i].origin, draws | self[i].draws
+        for i in node.outs:
+            self[i].origin, self[i].draws = origin, draws
 
     def derive(self, fn: Callable[..., Tensor], ids: Sequence[int], name: str) -> int:
         """The number of a scalar that the step did not compute itself, of values that it did."""
-        node = Node(fn, [Ref(i) for i in ids], None, name, grads=(True,) * len(ids))
+        node = Node(fn, [Ref(i) for i in ids], name, grads=(True,) * len(ids))
         return self.add(node, [torch.zeros(())])[0].id
 
-    def merge_repeated(self) -> None:
-        """Let operations that are repeated on the same values be one: an encoder called twice."""
-        first: dict[Any, Node] = {}
-        same: dict[int, int] = {}
-        for node in self.nodes:
-            node.flat = [Ref(same.get(a.id, a.id)) if isinstance(a, Ref) else a for a in node.flat]
-            arguments = tuple((type(a), a) for a in node.flat)
-            twin = first.setdefault((node.fn, arguments, repr(node.spec), node.grads), node)
-            same |= dict(zip(node.outs, twin.outs, strict=True)) if twin is not node else {}
-        lookup, self.nodes = self.returned, list(first.values())
-        self.returned = lambda t: None if (i := lookup(t)) is None else same.get(i, i)
-        self.backward_calls = [same.get(i, i) for i in self.backward_calls]
-        for v in self.values:
-            v.users = []
-        for node in self.nodes:
-            for i in node.ins:
-                self.values[i].users.append(node)
-
     def demote_constants(self) -> None:
-        """Make those data constants that are one number, an identity, or masks of parameters."""
+        """Make those data constants that hold nothing of an example.
+
+        They are one number, a permutation, an identity, or a mask of parameters.
+        """
 
         def is_constant(v: Value) -> bool:
             t = v.leaf
             if t is None or t.layout != torch.strided or t.is_complex():
                 return False
-            if bool((t == t.reshape(-1)[0]).all()):
+            if t.numel() <= 1 or bool((t == t.reshape(-1)[0]).all()):
                 return True
+            if t.ndim == 1 and not t.is_floating_point():
+                return torch.equal(t.sort().values.long(), torch.arange(len(t)))
             if t.ndim == 2 and torch.equal(t, torch.eye(*t.shape, dtype=t.dtype)):
                 return True
             if not bool(((t == 0) | (t == t.max())).all()):
                 return False
             masks = [n.name == "mul" and len(n.ins) == 2 for n in v.users]
-            others = [self.values[i].origin for n in v.users for i in n.ins if i != v.id]
+            others = [self[i].origin for n in v.users for i in n.ins if i != v.id]
             return all(masks) and bool(others) and all(o == Origin.PARAMETERS for o in others)
 
-        found = [v for v in self.values if v.kind == "data" and is_constant(v)]
-        for v in found:
+        for v in [v for v in self.values if v.kind == "data" and is_constant(v)]:
             v.kind, v.origin = "constant", Origin.NOTHING
-        for node in self.nodes if found else ():
-            origin = Origin.NOTHING
-            for i in node.ins:
-                origin |= self.values[i].origin
-            for i in node.outs:
-                self.values[i].origin = origin
+        for node in self.nodes:
+            self._inherit(node)
 
     def where(self, i: int) -> str:
         """The line that made a value, or that first used it."""
@@ -294,9 +274,8 @@ class Graph:
     def get(self, i: int) -> Tensor:
         """A value as it was in the step, in float64."""
         if i not in self._base:
-            v = self.values[i]
-            if v.node is None:
-                self._base[i] = _double(v.leaf)
+            if (leaf := self[i].leaf) is not None:
+                self._base[i] = _double(leaf)
             else:
                 self._base.update(self._replay({}, self._plan([i], self._base.__contains__)))
         return self._base[i]
@@ -341,6 +320,8 @@ class Graph:
         def value(a: Any) -> Any:
             if isinstance(a, Ref):
                 return env[a.id] if a.id in env else self.get(a.id)
+            if isinstance(a, torch.device):
+                return torch.device("cpu")
             return torch.float64 if isinstance(a, torch.dtype) and a in LOW_PRECISION else a
 
         for node in plan:
@@ -364,7 +345,5 @@ def _reach(
     return seen
 
 
-def _double(t: Tensor | None) -> Tensor:
-    if t is None:
-        raise ValueError("a leaf without content")
+def _double(t: Tensor) -> Tensor:
     return t.double() if t.dtype in LOW_PRECISION else t

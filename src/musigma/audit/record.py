@@ -8,42 +8,33 @@ their memory (storage, offset, shape, strides, type), so that views of one tenso
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from musigma.audit.graph import Graph, Kind, Node, Origin, Ref, Value
+from musigma.audit.graph import Graph, Node, Origin, Ref, Value
 from musigma.audit.sandbox import Sandbox
 
 __all__ = ["record"]
 
-OTHER_LAWS = ("_standard_gamma", "_sample_dirichlet", "multinomial", "exponential", "binomial",
-              "poisson", "geometric", "cauchy", "log_normal")  # fmt: skip
-VIEWS = {
-    "clone", "_to_copy", "cat", "stack", "repeat", "_unsafe_view", "copy", "copy_", "diag_embed",
-    "constant_pad_nd", "lift_fresh", "contiguous", "index_put", "slice_scatter", "select_scatter",
-    "as_strided_scatter", "fill", "unsafe_split", "split", "split_with_sizes", "unbind", "chunk",
-    "roll", "flip", "masked_fill", "tril", "triu", "index", "index_select", "gather",
-    "repeat_interleave", "_reshape_copy", "view_copy", "squeeze", "unsqueeze", "t", "transpose",
+MOVES = {  # operations that copy or select entries; those that share memory say so themselves
+    "clone", "_to_copy", "cat", "stack", "repeat", "_unsafe_view", "copy", "diag_embed",
+    "constant_pad_nd", "index_put", "slice_scatter", "select_scatter", "as_strided_scatter",
+    "fill", "unsafe_split", "roll", "flip", "masked_fill", "tril", "triu", "index",
+    "index_select", "gather", "repeat_interleave",
 }  # fmt: skip
-FACTORIES = {
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full",
-    "new_empty", "zeros", "ones", "full", "empty", "arange", "linspace", "eye", "scalar_tensor",
-    "empty_strided", "new_empty_strided", "zero_",
-}  # fmt: skip
-HERE = os.path.dirname(os.path.abspath(__file__))
-LIBRARIES = (os.path.dirname(os.path.abspath(torch.__file__)), HERE)
+LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) for f in (torch.__file__, __file__))
+BACKWARD = torch.autograd.backward
 
 
 def record(step: Callable[[], Any], *, seed: int = 0, sandbox: Sandbox | None = None) -> Graph:
@@ -72,13 +63,14 @@ def record(step: Callable[[], Any], *, seed: int = 0, sandbox: Sandbox | None = 
         sandbox.reseed(0)
     torch.manual_seed(seed)
     before = _host_states()
-    with _readable(), recorder.following_backward(), torch.enable_grad(), recorder:
+    backward = mock.patch.object(torch.autograd, "backward", recorder.backward)
+    with _readable(), backward, torch.enable_grad(), recorder:
         result = step()
     recorder.restore()
     recorder.mark_regions()
     graph = recorder.graph
+    graph.demote_constants()
     graph.result, graph.returned = result, recorder.lookup
-    graph.merge_repeated()
     graph.hosts = tuple(name for name, state in _host_states().items() if state != before[name])
     return graph
 
@@ -105,90 +97,109 @@ def _readable() -> Iterator[None]:
         yield
 
 
+class _Memory(NamedTuple):
+    """Where a tensor's content is, and how it is read."""
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    is_whole: bool  # all of its storage, in order
+
+    @classmethod
+    def of(cls, t: Tensor) -> _Memory:
+        if t.layout != torch.strided:  # a sparse tensor shares no memory
+            return cls(id(t), 0, tuple(t.shape), (), t.dtype, is_whole=False)
+        storage, offset = t.untyped_storage(), int(t.storage_offset())
+        fills = t.is_contiguous() and t.numel() * t.element_size() == storage.nbytes()
+        whole = offset == 0 and fills
+        return cls(storage._cdata, offset, tuple(t.shape), t.stride(), t.dtype, whole)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of this shape and type, without content."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
 class _Recorder(TorchDispatchMode):
     """Records the operations on tensors as nodes of a graph."""
 
     def __init__(self, buffers: list[Tensor]):
         super().__init__()
         self.graph = Graph()
-        self._at: dict[Any, int] = {}  # the value in some memory
-        self._on: dict[Any, dict[Any, None]] = {}  # the views of a storage
+        self._at: dict[_Memory, int] = {}  # the value in some memory
+        self._on: dict[int, list[_Memory]] = {}  # the views of a storage
         self._alive: list[Any] = []  # so that no memory is used twice
-        self._buffers = {_key(b)[0] for b in buffers}
+        self._buffers = {_Memory.of(b).storage for b in buffers}
 
     # --- values -------------------------------------------------------------------------------
 
     def lookup(self, t: Tensor) -> int | None:
         """The number of a tensor's value; None if it was not seen."""
-        return self._at.get(_key(t))
+        return self._at.get(_Memory.of(t))
 
     def _bind(self, t: Tensor, v: Value) -> None:
-        key = _key(t)
-        self._at[key] = v.id
-        self._alive += [t, t.untyped_storage()] if len(key) > 1 else [t]
-        self._on.setdefault(key[0], {})[key] = None
-
-    def _draw(self, t: Tensor, kind: Kind) -> Value:
-        v = self.graph.leaf(t, kind=kind)
-        v.draws = 1 << v.id
-        return v
+        m = _Memory.of(t)
+        if m not in self._at:
+            self._alive.append(t.untyped_storage() if t.layout == torch.strided else t)
+            self._on.setdefault(m.storage, []).append(m)
+        self._at[m] = v.id
 
     def _ref(self, t: Tensor) -> Ref:
         """A reference to a tensor's value; a new leaf if it comes from outside the step."""
-        key = _key(t)
-        if key not in self._at:
-            base = next((k for k in self._on.get(key[0], ()) if _whole(k, t)), None)
-            if base is not None and len(key) > 1:  # a view that was made out of sight
-                self._bind(t, self._alias(base, key, t))
-            else:
-                self._bind(t, self._outside(t))
-        return Ref(self._at[key])
+        m = _Memory.of(t)
+        if m not in self._at:  # a view that was made out of sight, or a new leaf
+            base = self._base(m)
+            self._bind(t, self._outside(t) if base is None else self._alias(base, m))
+        return Ref(self._at[m])
 
     def _outside(self, t: Tensor) -> Value:
         kind, origin = "data", Origin.DATA
         if isinstance(t, torch.nn.Parameter) or (t.requires_grad and t.is_leaf):
             kind, origin = "parameter", Origin.PARAMETERS
-        elif _key(t)[0] in self._buffers:
+        elif _Memory.of(t).storage in self._buffers:
             kind, origin = "buffer", Origin.NOTHING
-        elif t.numel() <= 1 or _is_permutation(t):
-            kind, origin = "constant", Origin.NOTHING
         return self.graph.leaf(t, kind=kind, origin=origin, source=t)
 
     def _add(
-        self, fn: Any, flat: list[Any], outs: list[Tensor], name: str, spec: Any = None, **how: Any
+        self, fn: Any, flat: list[Any], outs: Sequence[Tensor], name: str, **how: Any
     ) -> list[Value]:
-        """The results of a new operation."""
-        return self.graph.add(Node(fn, flat, spec, name, where=_line(), **how), outs)
+        """The results of an operation."""
+        return self.graph.add(Node(fn, flat, name, where=_line(), **how), outs)
 
     # --- memory that is shared ------------------------------------------------------------------
 
-    def _alias(self, base: Any, key: Any, like: Tensor) -> Value:
+    def _base(self, m: _Memory) -> _Memory | None:
+        """The view of the whole storage of some memory, if there is one."""
+        views = self._on.get(m.storage, ())
+        return next((v for v in views if v.is_whole and v.dtype == m.dtype), None)
+
+    def _alias(self, base: _Memory, m: _Memory) -> Value:
         """The value of a view, computed from that of its whole storage."""
-        flat = [Ref(self._at[base]), key[2], key[3], key[1]]
-        return self._add(_take, flat, [_like(like, key[2])], "view of", view=True)[0]
+        flat = [Ref(self._at[base]), m.shape, m.stride, m.offset]
+        return self._add(_take, flat, [m.like], "view of", view=True)[0]
 
     def _written(self, t: Tensor, v: Value) -> None:
         """Give a tensor a new value, and new values to all other views of its memory."""
-        key = _key(t)
-        others = [k for k in self._on.get(key[0], ()) if k != key]
+        m = _Memory.of(t)
         self._bind(t, v)
-        if not others or len(key) == 1:
+        others = [k for k in self._on[m.storage] if k != m]
+        if not others:
             return
-        base = key if _whole(key, t) else next((k for k in others if _whole(k, t)), None)
+        base = m if m.is_whole else self._base(m)
         if base is None:
             for k in others:  # each as its memory is now
-                now = torch.as_strided(t.detach(), k[2], k[3], k[1])
-                self._at[k] = self.graph.leaf(
-                    now, kind="opaque", origin=v.origin, draws=v.draws
-                ).id
+                now = torch.as_strided(t.detach(), k.shape, k.stride, k.offset)
+                how = {"origin": v.origin, "draws": v.draws}
+                self._at[k] = self.graph.leaf(now, kind="opaque", **how).id
             return
-        if base != key:
-            flat = [Ref(self._at[base]), Ref(v.id), key[2], key[3], key[1]]
-            put = self._add(_put, flat, [_like(t, base[2])], "write to", view=True)[0]
-            self._at[base] = put.id
+        if base != m:
+            flat = [Ref(self._at[base]), Ref(v.id), m.shape, m.stride, m.offset]
+            self._at[base] = self._add(_put, flat, [base.like], "write to", view=True)[0].id
         for k in others:
-            if k != base and k[4] == base[4]:
-                self._at[k] = self._alias(base, k, t).id
+            if k != base and k.dtype == base.dtype:
+                self._at[k] = self._alias(base, k).id
 
     def restore(self) -> None:
         """Restore the content of tensors that the step changed in place."""
@@ -209,152 +220,91 @@ class _Recorder(TorchDispatchMode):
         """
         needed: set[int] = set()
         for node in reversed(self.graph.nodes):
-            inside = node.tracked and node.grads and not any(node.grads) and node.fn is not _affine
-            if inside and needed.intersection(node.outs):
-                node.tracked = False
-            if node.grads or not node.tracked:
+            used = needed.intersection(node.outs)
+            if used and not any(node.grads) and node.fn is not _affine:
+                node.grads = ()
+            if used or any(node.grads):
                 needed |= set(node.moved)
 
     # --- operations -----------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def following_backward(self) -> Iterator[None]:
-        """Note on which tensors the step calls backward(), and do not record what that does."""
-        tensor_backward, backward = Tensor.backward, torch.autograd.backward
-
-        def note(tensors: Any) -> None:
-            for t in [tensors] if isinstance(tensors, Tensor) else tensors:
-                if (i := self.lookup(t)) is not None:
-                    self.graph.backward_calls.append(i)
-
-        def of_tensor(t: Tensor, *args: Any, **kwargs: Any) -> None:
-            note(t)
-            with _unrecorded():
-                tensor_backward(t, *args, **kwargs)
-
-        def of_tensors(tensors: Any, *args: Any, **kwargs: Any) -> None:
-            with _unrecorded():
-                backward(tensors, *args, **kwargs)
-
-        with (
-            mock.patch.object(Tensor, "backward", of_tensor),
-            mock.patch.object(torch.autograd, "backward", of_tensors),
-        ):
-            yield
+    def backward(self, tensors: Any, *args: Any, **kwargs: Any) -> None:
+        """Note on which tensors the step calls this, and do not record what it does."""
+        called = map(self.lookup, [tensors] if isinstance(tensors, Tensor) else tensors)
+        self.graph.backward_calls += [i for i in called if i is not None]
+        with _disable_current_modes():
+            BACKWARD(tensors, *args, **kwargs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
+        if name == "native_dropout" and args[2] is not False:  # by its parts
+            with self:
+                mask = torch.empty_like(args[0]).bernoulli_(1 - args[1])
+                return args[0] * (mask / (1 - args[1])), mask.bool()
         flat, spec = tree_flatten((args, kwargs))
-        tensors = [a for a in flat if isinstance(a, Tensor)]
         refs = [self._ref(a) if isinstance(a, Tensor) else a for a in flat]
         out = func(*args, **kwargs)
-        outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
-        self._alive += outs
-        writes = tuple(
-            i
-            for i, a in enumerate(func._schema.arguments)
-            if a.alias_info is not None and a.alias_info.is_write
-        )
         if name in ("detach", "alias"):  # the same memory, and so the same value
             return out
-        if not outs:
-            self._opaque_writes(writes, args)
-            return out
-        if name == "set_":  # the tensor gets other memory
-            self._bind(outs[0], self._outside(outs[0]))
-            return out
-        in_place = writes == (0,) and name.endswith("_")
-        idle_dropout = name == "native_dropout" and args[2] is False
-        if torch.Tag.nondeterministic_seeded in func.tags and not idle_dropout:
-            self._random(func, name, refs, args, kwargs, outs, in_place)
-            return out
-        if name in FACTORIES:  # of the tensor arguments, only the shape counts
-            for t in outs:
-                v = self.graph.leaf(t, kind="constant")
-                self._written(t, v) if in_place else self._bind(t, v)
-            return out
-        aliases = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if "batch_norm" in name:
-            writes = (*writes, 3, 4)  # running statistics, whether the schema says so or not
-        apart = _out_of_place(func) if in_place else None
-        made = self._add(
-            apart or func, refs, outs, name, spec,
-            writes=() if apart else writes,
-            pointwise=torch.Tag.pointwise in func.tags,
-            view=aliases or name.rstrip("_") in VIEWS,
-            grads=tuple(t.requires_grad for t in tensors),
-            tracked=torch.is_grad_enabled(),
-        )  # fmt: skip
+        outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        arguments = zip(func._schema.arguments, args, strict=False)
+        writes = [a for known, a in arguments if known.alias_info and known.alias_info.is_write]
+        in_place = name.endswith("_") and len(writes) == 1 and writes[0] is args[0]
+        tensors = [a for a in flat if isinstance(a, Tensor)]
+        is_factory = name == "zero_" or name.endswith("_like") or name.startswith("new_")
+        if torch.Tag.nondeterministic_seeded in func.tags and name != "native_dropout":
+            names = (a.name for a in func._schema.arguments)
+            given = dict(zip(names, args, strict=False)) | kwargs
+            made = [self._draw(name, given, t) for t in outs]
+        elif is_factory or not tensors:  # of the arguments, only the shape counts
+            made = [self.graph.leaf(t, kind="constant") for t in outs]
+        else:
+            apart = _out_of_place(func, name) if in_place else None
+            returns = (r.alias_info for r in func._schema.returns)
+            made = self._add(
+                apart or func, refs, outs, name,
+                spec=spec,
+                writes="batch_norm" in name or (bool(writes) and apart is None),
+                pointwise=torch.Tag.pointwise in func.tags,
+                view=name.rstrip("_") in MOVES or any(r and not r.is_write for r in returns),
+                grads=tuple(t.requires_grad for t in tensors) * torch.is_grad_enabled(),
+            )  # fmt: skip
         for t, v in zip(outs, made, strict=True):
             self._written(t, v) if in_place else self._bind(t, v)
         if not in_place:
-            self._opaque_writes(writes, args, but=outs)
+            for t in tree_flatten(writes)[0]:  # also what it does not return, as it is now
+                if isinstance(t, Tensor) and all(t is not o for o in outs):
+                    origin = self.graph[self._ref(t).id].origin
+                    self._written(t, self.graph.leaf(t, kind="opaque", origin=origin))
         return out
 
-    def _opaque_writes(self, writes: tuple[int, ...], args: Any, but: Any = ()) -> None:
-        """Tensors written to by an operation that does not return them, as they are now."""
-        written = [args[i] for i in writes if i < len(args)]
-        for t in [t for t in tree_flatten(written)[0] if isinstance(t, Tensor)]:
-            if all(t is not other for other in but):
-                origin = self.graph[self._at[_key(t)]].origin
-                self._written(t, self.graph.leaf(t, kind="opaque", origin=origin))
-
-    def _random(
-        self, func: Any, name: str, refs: Any, args: Any, kwargs: Any, outs: Any, in_place: bool
-    ) -> None:
-        """Record a random draw: normal and uniform ones as standard noise, scaled and shifted."""
-        if name == "native_dropout":
-            mask = self._draw(outs[1], "mask")
-            self._bind(outs[1], mask)
-            flat = [refs[0], Ref(mask.id), 1 / (1 - args[1])]
-            dropped = self._add(_drop, flat, outs[:1], "dropout", pointwise=True)[0]
-            self._bind(outs[0], dropped)
-            return
-        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        kind, shift, scale = _law(name, given)
-        numbers = [a for a in (shift, scale) if not isinstance(a, Tensor)]
-        flat = [self._ref(a) if isinstance(a, Tensor) else a for a in (shift, scale)]
-        for t in outs:
-            if numbers == [0, 1]:
-                v = self._draw(t, kind)
-            else:
-                noise = ((t.detach().double() - shift) / scale).nan_to_num()  # of a scale of zero
-                v = self._draw(noise, kind)
-                grads = (False,) * (3 - len(numbers))  # no gradient reaches the arguments
-                v = self._add(
-                    _affine, [Ref(v.id), *flat], [t], "draw", pointwise=True, grads=grads
-                )[0]
-            self._written(t, v) if in_place else self._bind(t, v)
+    def _draw(self, name: str, given: dict[str, Any], t: Tensor) -> Value:
+        """A random draw: a normal or uniform one as standard noise, scaled and shifted."""
+        kind, shift, scale = "other", 0.0, 1.0
+        if name.startswith("normal"):
+            kind, shift, scale = "gaussian", given.get("mean", 0.0), given.get("std", 1.0)
+        elif name.startswith("uniform"):
+            kind, shift = "random", given.get("from", 0.0)
+            scale = given.get("to", 1.0) - shift
+        elif name.startswith("bernoulli"):
+            kind = "mask"
+        elif name.startswith("rand"):
+            kind = "gaussian" if name.startswith("randn") else "random"
+        arguments = [self._ref(a) if isinstance(a, Tensor) else a for a in (shift, scale)]
+        if arguments == [0, 1]:
+            return self.graph.leaf(t, kind=kind)
+        noise = ((t.detach().double() - shift) / scale).nan_to_num()  # of a scale of zero
+        flat = [Ref(self.graph.leaf(noise, kind=kind).id), *arguments]
+        grads = tuple(False for a in flat if isinstance(a, Ref))  # they get no gradient
+        return self._add(_affine, flat, [t], "draw", pointwise=True, grads=grads)[0]
 
 
-@contextlib.contextmanager
-def _unrecorded() -> Iterator[None]:
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        yield
-
-
-def _law(name: str, given: dict[str, Any]) -> tuple[Kind, Any, Any]:
-    """The kind of a draw, and the shift and the scale of its standard noise."""
-    if name.startswith("normal"):
-        return "gaussian", given.get("mean", 0.0), given.get("std", 1.0)
-    if name.startswith("uniform"):
-        low = given.get("from", 0.0)
-        return "random", low, given.get("to", 1.0) - low
-    if name.startswith("randn"):
-        return "gaussian", 0.0, 1.0
-    kind = "mask" if name.startswith("bernoulli") else "random"
-    return "other" if name.startswith(OTHER_LAWS) else kind, 0.0, 1.0
-
-
-def _out_of_place(func: Any) -> Any:
+def _out_of_place(func: Any, name: str) -> Any:
     """The operation that does not write, of one that writes to its first argument; or None."""
-    name = func._schema.name.split("::")[1].rstrip("_")
-    if name == "copy":
+    if name == "copy_":
         return _copied
-    packet = getattr(torch.ops.aten, name, None)
+    packet = getattr(torch.ops.aten, name.rstrip("_"), None)
     types = [str(a.type) for a in func._schema.arguments]
     for overload in packet.overloads() if packet is not None else ():
         found = getattr(packet, overload)
@@ -365,7 +315,7 @@ def _out_of_place(func: Any) -> Any:
 
 def _line() -> str:
     """The line of the user's code that runs now; of a library's, if there is none."""
-    frame, fallback = sys._getframe(2), ""
+    frame, fallback = sys._getframe(1), ""
     while frame is not None and frame.f_code is not record.__code__:
         path = frame.f_code.co_filename
         if not path.startswith(LIBRARIES) and not path.startswith("<"):
@@ -377,39 +327,6 @@ def _line() -> str:
     return fallback
 
 
-# --- memory -------------------------------------------------------------------------------------
-
-
-def _key(t: Tensor) -> Any:
-    """Where a tensor's content is in memory, and how it is read."""
-    if t.layout != torch.strided:
-        return (id(t),)
-    storage = t.untyped_storage()._cdata
-    return (storage, t.storage_offset(), tuple(t.shape), t.stride(), t.dtype)
-
-
-def _is_permutation(t: Tensor) -> bool:
-    if t.ndim != 1 or t.is_floating_point() or t.dtype == torch.bool:
-        return False
-    return torch.equal(
-        t.detach().sort().values, torch.arange(len(t), dtype=t.dtype, device=t.device)
-    )
-
-
-def _whole(key: Any, like: Tensor) -> bool:
-    """Whether a view is dense and has its whole storage."""
-    if len(key) == 1 or key[1] != 0:
-        return False
-    size = math.prod(key[2]) * like.element_size()
-    dense = [math.prod(key[2][i + 1 :]) for i in range(len(key[2]))]
-    rows = all(n == 1 or a == b for n, a, b in zip(key[2], key[3], dense, strict=True))
-    return rows and key[4] == like.dtype and size == like.untyped_storage().nbytes()
-
-
-def _like(t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=t.dtype, device="meta")
-
-
 # --- operations of the graph that are not torch's -----------------------------------------------
 
 
@@ -419,10 +336,6 @@ def _copied(base: Tensor, new: Tensor, *_: Any) -> Tensor:
 
 def _affine(noise: Tensor, mean: Any, std: Any) -> Tensor:
     return mean + std * noise
-
-
-def _drop(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return x * mask * scale
 
 
 def _positions(n: int, size: Any, stride: Any, offset: int) -> Tensor:

@@ -104,7 +104,6 @@ class Runner:
             return Missing(f"the loss: {error}{_raised_at(error)}")
         finally:
             undo()
-        graph.demote_constants()
         return _find_loss(graph)
 
     def _leave_zero(self) -> None:
