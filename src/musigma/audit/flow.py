@@ -114,8 +114,7 @@ def audit_flow(
                 raise AuditError(f"example: expected the transform's domain, {forward.domain}")
 
     def attempt(dtype: torch.dtype) -> AuditReport:
-        with Sandbox(forward, inverse, state) as sandbox:
-            sandbox.restore_modes()
+        with Sandbox(forward, inverse, state, as_is=True) as sandbox:
             sandbox.use_dtype(dtype)
             flow = FlowAdapter(sandbox, forward, inverse)
             x = example.detach().to("cpu", dtype)

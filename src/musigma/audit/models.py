@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from musigma import context as contexts
@@ -25,7 +25,6 @@ from musigma.audit.findings import (
     AuditError,
     AuditReport,
     Facts,
-    Finding,
     Outcome,
     Passed,
     Skipped,
@@ -91,11 +90,12 @@ def audit_model(
             (copy.deepcopy(model).double().eval(), "with its own parameters"),
             (randomized(model, scale=0.25), "with random parameters"),
         ):
-            laws = _Laws(candidate, exact, when)
-            found += sandbox.call("model", lambda laws=laws: list(laws.check(few)))
+            laws = _check_laws(candidate, few, exact, when)
+            found += sandbox.call("model", lambda laws=laws: list(laws))
         found += _check_levels(model)
         if model.is_flow:
-            found += _check_single_precision(model, few, row, _conditions(found))
+            own = next(o.details["conditions"] for o in found if isinstance(o, Facts))
+            found += _check_single_precision(model, few, row, own)
         if data is None:
             found.append(Skipped("the effect of training: no data were given"))
         else:
@@ -112,147 +112,112 @@ def examples_of(
         return batch(data, np.arange(min(len(data), 512)), model)
     if data is not None:
         return model.floating(data), context
-    spec = model.spec
-    if context is None and spec is not None and spec.context:
+    if context is None and model.spec is not None and model.spec.context:
         given = {}
-        for variable in spec.context:
-            value = torch.randn(8, *variable.shape)
-            if variable.classes:
-                classes = torch.arange(8) % variable.classes
-                value = nn.functional.one_hot(classes, variable.classes)
-            given[variable.name] = model.floating(value)
+        for v in model.spec.context:
+            value = torch.randn(8, *v.shape)
+            if v.classes:
+                value = torch.eye(v.classes)[torch.arange(8) % v.classes]
+            given[v.name] = model.floating(value)
         context = given if isinstance(model, Conditional) else next(iter(given.values()))
     return model.sample(contexts.length(context) or 8, context), context
 
 
 def _scored(model: Model, x: Tensor) -> Tensor:
     """Rows without missing values that have no probability, which each direction draws anew."""
-    schema = model.spec.schema if model.spec else None
-    if schema is None:
+    if not model.spec or (schema := model.spec.schema) is None:
         return x
-    drawn = x.isnan() & ~torch.tensor(
-        [column.missing for column in schema.columns], device=x.device
-    )
-    return torch.where(drawn, Binning(schema).random(len(x)).to(x), x)
+    scored = torch.tensor([column.missing for column in schema.columns], device=x.device)
+    return torch.where(x.isnan() & ~scored, Binning(schema).random(len(x)).to(x), x)
 
 
 # --- laws --------------------------------------------------------------------------------------
 
 
-class _LayerPass(NamedTuple):
-    """A layer at its input, in both directions, with the log-determinant of its Jacobian."""
+def _check_laws(model: Model, x: Tensor, context: Context, when: str) -> Iterator[Outcome]:
+    """Check every layer at its own input, then the whole model, then each KL, in float64."""
+    x, names = model.floating(x.double()), model.site_names()
+    inputs: dict[Bijection, tuple[Any, ...]] = {}
 
-    name: str
-    what: str
-    x: Tensor
-    ways: BothWays
-    known: Volume | None
+    def hook(layer: Bijection, args: tuple[Any, ...], out: Any) -> None:
+        inputs.setdefault(layer, args[:2])
 
-    @classmethod
-    def of(cls, name: str, layer: Bijection, x: Tensor, context: Tensor | None) -> _LayerPass:
-        """Run a layer."""
-        ways, known = both_ways_of_layer(layer, x, context), None
-        rows = slice(0, len(x) if x[0].numel() <= DENSE else 1)
-        row = None if context is None else context[rows]
-        with torch.enable_grad(), suppress(RuntimeError):
-            known = volume(lambda t: layer(t, row)[0].flatten(1), x[rows])
-        return cls(name, f"{name} ({type(layer).__name__})", x, ways, known)
-
-    @property
-    def condition(self) -> float:
-        """The largest condition number of the Jacobian; NaN if it is not known."""
-        return math.nan if self.known is None else float(self.known.condition.max())
-
-    @property
-    def error(self) -> float:
-        """How far the inverse is from x."""
-        return _row_distance(self.ways.again, self.x)
+    with forward_hooks({m for m in model.modules() if isinstance(m, Bijection)}, hook):
+        model.infer(x, Trace(scoring=False), context)
+    conditions, errors = dict[str, float](), dict[str, float]()
+    for layer, given in inputs.items():
+        name, ways, known = names[layer], both_ways_of_layer(layer, *given), _volume(layer, *given)
+        conditions[name] = math.nan if known is None else float(known.condition.max())
+        errors[name] = _row_distance(ways.again, given[0])
+        yield from _check_layer(f"{name} ({type(layer).__name__})", given[0], ways, known, when)
+    yield Facts(details={"conditions": conditions, "round_trips": errors})
+    up = Recorder()
+    model.infer(x, up, context)
+    ways = both_ways_of_model(model, x, context)
+    faults = list(_check_directions("the model", x, ways, when, 1e-5, 1e-6))
+    yield from faults
+    if faults:
+        return
+    yield Passed(f"{len(inputs)} layers, and infer and generate of the model, {when}")
+    for site in up.paired:
+        yield from _check_kl(names[site], up.qs[site], up.ps[site], when)
 
 
-class _Laws:
-    """The laws of a model in float64 with one set of parameters."""
+def _volume(layer: Bijection, x: Tensor, context: Tensor | None = None) -> Volume | None:
+    """The log-determinant by autograd; of one row if there are many elements."""
+    rows = slice(None if x[0].numel() <= DENSE else 1)
+    row = contexts.rows(context, rows)
+    with torch.enable_grad(), suppress(RuntimeError):
+        return volume(lambda t: layer(t, row)[0].flatten(1), x[rows])
+    return None
 
-    def __init__(self, model: Model, context: Context, when: str):
-        self.model, self.context, self.when = model, context, when
 
-    def check(self, x: Tensor) -> Iterator[Outcome]:
-        """Check every layer at its own input, then the whole model, then each KL."""
-        model = self.model
-        x, names = model.floating(x.double()), model.site_names()
-        seen: dict[Any, tuple[Tensor, Tensor | None]] = {}
+def _check_layer(
+    what: str, x: Tensor, ways: BothWays, known: Volume | None, when: str
+) -> Iterator[Outcome]:
+    """Check the log-determinant of a layer by autograd, and its inverse."""
+    condition = math.nan
+    if known is None:
+        yield Skipped(f"the log-determinant of {what}: {x[0].numel()} elements")
+    else:
+        condition = float(known.condition.max())
+        stated = ways.forward[: len(known.log_det)]
+        wrong = float(((stated - known.log_det) / (1 + known.log_det.abs())).abs().max())
+        if wrong > TOLERANCE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
+            given, true = stated[:1].tolist(), known.log_det[:1].tolist()
+            yield bug("logdet_mismatch", what=what, when=when, stated=given, log_det=true)
+    rounding = ROUNDING * (condition if math.isfinite(condition) else 1e6)
+    yield from _check_directions(what, x, ways, when, rounding + TOLERANCE, rounding + 1e-6)
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            seen.setdefault(layer, (args[0].detach(), args[1] if len(args) > 1 else None))
 
-        with forward_hooks({m for m in model.modules() if isinstance(m, Bijection)}, hook):
-            model.infer(x, Trace(scoring=False), self.context)
-        layers = [_LayerPass.of(names[layer], layer, *given) for layer, given in seen.items()]
-        if "own" in self.when:
-            conditions = {layer.name: layer.condition for layer in layers}
-            again = {layer.name: layer.error for layer in layers}
-            yield Facts(details={"conditions": conditions, "round_trips": again})
-        for layer in layers:
-            yield from self.check_layer(layer)
-        up = Recorder()
-        model.infer(x, up, self.context)
-        ways = both_ways_of_model(model, x, self.context)
-        if (fault := self.fault("the model", ways, x, 1e-5, 1e-6)) is not None:
-            yield fault
-            return
-        yield Passed(f"{len(seen)} layers, and infer and generate of the model, {self.when}")
-        for site in up.paired:
-            yield from self.check_kl(names[site], up.qs[site], up.ps[site])
+def _check_directions(
+    what: str, x: Tensor, ways: BothWays, when: str, error: float, nats: float
+) -> Iterator[Outcome]:
+    """Check that data come back up to an error, and that both directions give the same nats."""
+    off = _row_distance(ways.again, x)
+    if not ways.forward.isfinite().all():
+        yield bug("not_finite", what=f"log w or a log-determinant of {what}", at=when)
+    elif off > error:
+        finding = bug if off > 1e-3 or what == "the model" else warning
+        yield finding("inverse_mismatch", "model", error=off, what=what, when=when)
+    elif distance(ways.backward, ways.forward) > nats:
+        said: dict[str, Any] = {"forward": ways.forward[0], "backward": ways.backward[0]}
+        yield bug("inverse_logdet_mismatch", "model", what=what, when=when, **said)
 
-    def fault(
-        self, what: str, ways: BothWays, x: Tensor, error: float, nats: float
-    ) -> Finding | None:
-        """None if data come back up to an error, and both directions give the same nats."""
-        said: dict[str, Any] = {"what": what, "when": self.when}
-        off = _row_distance(ways.again, x)
-        if not ways.forward.isfinite().all():
-            what = f"log w or a log-determinant of {what}"
-            return bug("not_finite", what=what, at=self.when)
-        if off > error:
-            finding = bug if off > 1e-3 or what == "the model" else warning
-            return finding("inverse_mismatch", "model", error=off, **said)
-        if distance(ways.backward, ways.forward) > nats:
-            said |= {"forward": ways.forward[0], "backward": ways.backward[0]}
-            return bug("inverse_logdet_mismatch", "model", **said)
-        return None
 
-    def check_layer(self, layer: _LayerPass) -> Iterator[Outcome]:
-        """Check the log-determinant of a layer by autograd, and its inverse."""
-        what, known, condition = layer.what, layer.known, layer.condition
-        if known is None:
-            yield Skipped(f"the log-determinant of {what}: {layer.x[0].numel()} elements")
-        else:
-            stated = layer.ways.forward[: len(known.log_det)]
-            wrong = float(((stated - known.log_det) / (1 + known.log_det.abs())).abs().max())
-            if wrong > TOLERANCE * max(1.0, math.sqrt(condition) if condition > 0 else 1.0):
-                nats = [t[:1].tolist() for t in (stated, known.log_det)]
-                yield bug("logdet_mismatch", what=what, when=self.when, stated=nats[0],
-                          log_det=nats[1])  # fmt: skip
-        rounding = ROUNDING * (condition if math.isfinite(condition) else 1e6)
-        fault = self.fault(what, layer.ways, layer.x, rounding + TOLERANCE, rounding + 1e-6)
-        if fault is not None:
-            yield fault
-
-    def check_kl(self, name: str, q: Distribution, p: Distribution) -> Iterator[Outcome]:
-        """Check a closed-form KL against the mean of log q - log p over draws."""
-        closed, draws = closed_kl(q, p), []
-        if closed is None:
-            yield Passed(f"the KL of {name} has no closed form, and is sampled")
-            return
-        for _ in range(40):
-            z = q.sample(torch.Size([100]))
-            draws.append(q.log_prob(z) - p.log_prob(z))
-        terms = torch.cat(draws)
-        mean, error = terms.mean(0), terms.std(0) / math.sqrt(len(terms))
-        limit = 1.3 * STANDARD_ERRORS * error + 1e-9 * (1 + closed.abs())
-        if ((mean - closed).abs() > limit).any() or (closed < -1e-9).any():
-            yield bug("kl_mismatch", "model", name=name, when=self.when, formula=closed[0],
-                      draws=mean[0], error=error[0])  # fmt: skip
-        yield Passed(f"the KL of {name} against {len(terms)} draws, {self.when}")
+def _check_kl(name: str, q: Distribution, p: Distribution, when: str) -> Iterator[Outcome]:
+    """Check a closed-form KL against the mean of log q - log p over draws."""
+    if (closed := closed_kl(q, p)) is None:
+        yield Passed(f"the KL of {name} has no closed form, and is sampled")
+        return
+    draws = (q.sample(torch.Size([100])) for _ in range(40))
+    terms = torch.cat([q.log_prob(z) - p.log_prob(z) for z in draws])
+    mean, error = terms.mean(0), terms.std(0) / math.sqrt(len(terms))
+    limit = 1.3 * STANDARD_ERRORS * error + 1e-9 * (1 + closed.abs())
+    if ((mean - closed).abs() > limit).any() or (closed < -1e-9).any():
+        found: dict[str, Any] = {"formula": closed[0], "draws": mean[0], "error": error[0]}
+        yield bug("kl_mismatch", "model", name=name, when=when, **found)
+    yield Passed(f"the KL of {name} against {len(terms)} draws, {when}")
 
 
 def _row_distance(again: Tensor, x: Tensor) -> float:
@@ -269,12 +234,6 @@ def _check_levels(model: Model) -> Iterator[Outcome]:
             yield bug("dequantisation", "levels", bits=bits, levels=layer.levels)
 
 
-def _conditions(found: Iterable[Outcome]) -> dict[str, float]:
-    """The condition numbers of layers, as far as they are known."""
-    facts = (o.details.get("conditions", {}) for o in found if isinstance(o, Facts))
-    return {k: v for conditions in facts for k, v in conditions.items() if math.isfinite(v)}
-
-
 def _check_single_precision(
     model: Model, x: Tensor, context: Context, conditions: dict[str, float]
 ) -> Iterator[Outcome]:
@@ -284,10 +243,10 @@ def _check_single_precision(
     error = _row_distance(ways.again, x)
     yield Facts(details={"round_trip_float32": error})
     if error > LOST:
-        known = conditions or {"?": math.nan}
-        layer = max(known, key=known.__getitem__)
-        yield warning("ill_conditioned", "round_trip", error=error, condition=known[layer],
-                      layer=layer)  # fmt: skip
+        known = {k: v for k, v in conditions.items() if math.isfinite(v)} or {"?": math.nan}
+        layer, condition = max(known.items(), key=lambda entry: entry[1])
+        found: dict[str, Any] = {"error": error, "condition": condition, "layer": layer}
+        yield warning("ill_conditioned", "round_trip", **found)
     else:
         yield Passed(f"the round trip of x in float32: off by {error:.1g}")
 
@@ -308,18 +267,16 @@ def _check_training(model: Model, x: Tensor, context: Context) -> Iterator[Outco
         p, q, name = trace.ps.get(site), trace.qs.get(site), names[site]
         if not isinstance(p, DiagonalGaussian):
             continue
-        if site in trace.paired and isinstance(q, DiagonalGaussian):
+        is_paired = site in trace.paired
+        if is_paired and isinstance(q, DiagonalGaussian):
             units = (DiagonalGaussian(dist.mean, dist.log_std, 0) for dist in (q, p))
             nats = kl_divergence(*units).mean(0).flatten().double()
             carried[name] = nats[:256].tolist()
             yield from _check_nats(name, nats)
         noise = p.whiten(trace.values[site]).flatten(1).double()
-        if len(noise) >= 32 and site not in trace.paired:
-            yield from _check_calibration(name, noise)
-        elif len(noise) >= 32 and not p.batch_shape:
-            yield from _check_aggregate(name, noise)
-    if carried:
-        yield Facts(details={"nats": carried})
+        if len(noise) >= 32 and not (is_paired and p.batch_shape):
+            yield from (_check_aggregate if is_paired else _check_calibration)(name, noise)
+    yield Facts(details={"nats": carried} if carried else {})
     yield Passed(f"the latents of {len(x)} examples")
 
 
@@ -335,12 +292,11 @@ def _check_nats(name: str, nats: Tensor) -> Iterator[Outcome]:
 def _check_aggregate(name: str, noise: Tensor) -> Iterator[Outcome]:
     """The moments of the aggregate posterior, in units of the prior's."""
     error = STANDARD_ERRORS / math.sqrt(len(noise))
-    mean, var = noise.mean(0), noise.var(0)
+    mean, var = noise.mean(0).abs(), noise.var(0)
     least, most = 0.5 * (1 - min(0.9, 1.5 * error)), 2 * (1 + 1.5 * error)
-    far = int(((mean.abs() > 0.5 + error) | (var > most) | (var < least)).sum())
-    if far:
-        yield warning("aggregate_prior", name=name, far=far, units=len(mean),
-                      mean=mean.abs().max(), least=var.min(), most=var.max())  # fmt: skip
+    if far := int(((mean > 0.5 + error) | (var > most) | (var < least)).sum()):
+        numbers: dict[str, Any] = {"mean": mean.max(), "least": var.min(), "most": var.max()}
+        yield warning("aggregate_prior", name=name, far=far, units=len(mean), **numbers)
 
 
 def _check_calibration(name: str, noise: Tensor) -> Iterator[Outcome]:

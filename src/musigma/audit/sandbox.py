@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import random
 import re
 import signal
@@ -29,15 +28,8 @@ from torch import Tensor, nn
 from musigma.audit.findings import AuditError
 
 __all__ = [
-    "FLOATS",
-    "Sandbox",
-    "TooSlowError",
-    "about_types",
-    "arguments",
-    "first",
-    "first_form",
-    "forward_hooks",
-]
+    "FLOATS", "Sandbox", "TooSlowError", "about_types", "first", "first_form", "forward_hooks",
+]  # fmt: skip
 
 FLOATS = torch.float64, torch.float32  # the types that are tried
 SECONDS = 20.0  # limit of one call
@@ -79,12 +71,10 @@ def _parts(thing: Any) -> list[Any]:
         for cell in thing.__closure__ or ():
             with contextlib.suppress(ValueError):  # an empty cell
                 parts.append(cell.cell_contents)
-        for name in thing.__code__.co_names:
-            value = thing.__globals__.get(name)
-            local = getattr(value, "__module__", None) == thing.__module__
-            if isinstance(value, (nn.Module, types.MethodType, functools.partial)) or (
-                isinstance(value, types.FunctionType) and local
-            ):
+        home, kinds = thing.__module__, (nn.Module, types.MethodType, functools.partial)
+        for value in map(thing.__globals__.get, thing.__code__.co_names):
+            local = isinstance(value, types.FunctionType) and value.__module__ == home
+            if local or isinstance(value, kinds):
                 parts.append(value)
         return parts
     if isinstance(thing, nn.Module):
@@ -97,16 +87,6 @@ def _parts(thing: Any) -> list[Any]:
 def first(value: Any) -> Any:
     """The first entry of a tuple or a list; anything else as it is."""
     return value[0] if isinstance(value, (tuple, list)) and value else value
-
-
-def arguments(fn: Any) -> int | None:
-    """The number of positional arguments that a callable needs; None if unknown."""
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
 
 
 def about_types(error: AuditError) -> bool:
@@ -151,7 +131,6 @@ class Sandbox:
         self._stack.callback(self.snapshot())
         for thing in _reachable(self._objects):
             self._stack.callback(_random_state_restorer(thing))
-        self._modes = [(m, m.training) for m in self.layers()]
         self.reseed()
         if not self.as_is:
             for module in self.modules:
@@ -177,11 +156,6 @@ class Sandbox:
     def layers(self) -> list[nn.Module]:
         """Every module, with those inside it."""
         return list({id(m): m for root in self.modules for m in root.modules()}.values())
-
-    def restore_modes(self) -> None:
-        """Restore the original training or evaluation modes of the modules."""
-        for module, mode in self._modes:
-            module.training = mode
 
     def snapshot(self) -> Callable[[], None]:
         """A function that restores everything to its present state, as often as it is called."""
@@ -319,11 +293,10 @@ def _content_restorer(thing: Any) -> Callable[[], None]:
         return _tensor_restorer(thing)
     if isinstance(thing, np.ndarray):
         return functools.partial(np.copyto, thing, thing.copy())
-    container: Any = thing
-    if not isinstance(thing, CONTAINERS):
-        if not (isinstance(thing, nn.Module) or _plain_object(thing)):
-            return lambda: None
-        container = vars(thing)
+    has_attributes = isinstance(thing, nn.Module) or _plain_object(thing)
+    if not has_attributes and not isinstance(thing, CONTAINERS):
+        return lambda: None
+    container: Any = vars(thing) if has_attributes else thing
     content, before = container.copy(), _entries(container)
 
     def restore() -> None:
@@ -359,13 +332,10 @@ def _plain_object(value: Any) -> bool:
 
     Objects of the standard library, such as locks and loggers, are left alone.
     """
-    others = (*ATOMS, *CONTAINERS, nn.Module, Tensor, types.BuiltinFunctionType)
-    functions = (types.FunctionType, types.MethodType, functools.partial)
+    others = (*ATOMS, *CONTAINERS, nn.Module, Tensor)
     home = type(value).__module__.partition(".")[0]
     foreign = home in sys.stdlib_module_names and home not in ("types", "argparse", "collections")
-    return (
-        hasattr(value, "__dict__") and not foreign and not isinstance(value, (*others, *functions))
-    )
+    return hasattr(value, "__dict__") and not foreign and not isinstance(value, others)
 
 
 def _tensor_restorer(t: Tensor) -> Callable[[], None]:

@@ -113,7 +113,6 @@ def audit_vae(
         raise AuditError("example: encode needs one; give a batch x")
     given = {name: fn for name, fn in functions.items() if fn is not None}
     with Sandbox(*given.values(), prior, as_is=True) as sandbox, torch.enable_grad():
-        sandbox.restore_modes()
         parts = Parts(sandbox, given, example, prior, kl_uses_sample)
         return AuditReport.of("VAE", _check(parts))
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
+from musigma.audit.batches import required
 from musigma.audit.findings import AuditError
-from musigma.audit.sandbox import Sandbox, arguments, first, first_form
+from musigma.audit.sandbox import Sandbox, first, first_form
 
 __all__ = ["Heads", "Moments", "Parts", "Prior"]
 
@@ -131,7 +132,7 @@ class Parts:
 
     def _given(self, name: str, heads: Heads, more: int = 0) -> Heads:
         """The heads as a callable takes them, which takes `more` arguments besides."""
-        if len(heads) == 1 and (arguments(self.functions[name]) or 0) - more == 2:
+        if len(heads) == 1 and len(required(self.functions[name])) - more == 2:
             self._note("the packed output is split in halves, mean first")
             return heads[0].chunk(2, 1)
         return heads
@@ -174,7 +175,7 @@ class Parts:
         """The KL, as it is returned."""
         count = 2 + self.kl_uses_sample
         if self.has("flow"):
-            count = arguments(self.functions["kl"]) or 3
+            count = len(required(self.functions["kl"])) or 3
             if count not in (3, 5):
                 raise AuditError(
                     "kl: with `flow`, expected kl(mean, second, z) or kl(mean, second, z, z_K, "
