@@ -16,6 +16,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ MEANINGS = {
         "z": r"z.*|.*latent.*|code.*|.*sample.*",
     }.items()
 }
-ROLES = ("reconstruction", "log_det", "log_p", "scale", "mean", "z")  # of what a network returns
+ROLES = {"reconstruction", "log_det", "log_p", "scale", "mean", "z"}  # of what a network returns
 THE_BATCH, THE_DATA, THE_OUTPUTS = "the batch", "the data", "the outputs"
 THE_LOADER = "a loader of one batch"
 
@@ -319,41 +320,36 @@ def bindings(
         outputs: What was returned for the batch, by `named_outputs`, if the function takes that.
         given: Arguments that are known already, by their names.
     """
-    parameters = signature_of(fn).parameters.values()
-    parts = {} if isinstance(batch, Tensor) else named_parts(batch)
+    parameters, parts = signature_of(fn).parameters.values(), named_parts(batch)
     fixed = {**_constants(fn, batch, {*parts, *(outputs or ())}), **(given or {})}
     needed = [name for name in required(fn) if name not in fixed]
     optional = [p.name for p in parameters if p.default is not p.empty and p.name not in fixed]
     spread = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
-    in_order = tuple(parts if outputs is None else outputs)
+    in_order = list(parts if outputs is None else outputs)
 
-    def bound(names: Iterable[str], keys: Iterable[str | tuple[str, ...]]) -> Bound:
+    def bound(names: Iterable[Any], keys: Iterable[str | tuple[str, ...]]) -> Bound:
         taken = dict(zip(names, keys, strict=False))
-        rest = {name: value for name, value in fixed.items() if name not in taken}
-        return Bound(fn, taken, rest)
+        return Bound(fn, taken, {name: v for name, v in fixed.items() if name not in taken})
 
     if not needed and outputs is None:
-        named = [name for name in optional if name in parts]
-        needed = named or [name for name in optional[:1] if _is_data(name)]
+        needed = [name for name in optional if name in parts]
+        needed = needed or [name for name in optional[:1] if _is_data(name)]
     if not needed:
-        if not isinstance(batch, (tuple, list)) and outputs is None:  # a graph, say
-            in_order = tuple(name for name in parts if _is_data(name) or name == "edge_index")
+        if outputs is None and not isinstance(batch, (tuple, list)):  # a graph, say
+            in_order = [name for name in parts if _is_data(name) or name == "edge_index"]
         if spread and in_order:
-            yield bound([spread], [in_order])
+            yield bound([spread], [tuple(in_order)])
         yield bound([spread], [(THE_BATCH,)]) if spread and outputs is None else bound([], [])
         return
     if (named := _by_name(needed, outputs, batch)) is not None:
         more = [name for name in optional if name in parts and name not in named]
         yield bound([*named, *more], [*named.values(), *more])
-    x = THE_BATCH if "batch" in needed else THE_DATA
-    is_first = _is_data(needed[0])
     if outputs is not None:
+        x, is_first = THE_BATCH if "batch" in needed else THE_DATA, _is_data(needed[0])
+        if len(needed) == len(in_order) + 1 and named is None:
+            in_order.insert(0 if is_first else 1, x)
         if len(needed) == len(in_order) > 1:
             yield bound(needed, in_order)
-        if len(needed) == len(in_order) + 1 > 2 and named is None:
-            yield bound(
-                needed, [*[x] * is_first, in_order[0], *[x] * (not is_first), *in_order[1:]]
-            )
         if len(needed) <= 2:
             keys = [THE_OUTPUTS, x][: len(needed)]
             yield bound(needed, reversed(keys) if is_first else keys)
@@ -362,12 +358,10 @@ def bindings(
         yield bound(needed, [THE_BATCH])
         yield bound(needed, [THE_DATA])
     if isinstance(batch, (tuple, list)):
-        more = [name for name in optional if meaning(name) == "target" or "edge" in name]
-        if len(needed) <= len(batch) and min(len(batch), len(needed) + len(more)) > 1:
-            yield bound([*needed, *more], in_order)
         every = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        if len(required(fn)) <= len(batch) <= len(every):
-            yield bound(every, in_order)
+        for names in (needed, every):
+            if len(names) > 1 and len({*names} & {*required(fn)}) <= len(batch):
+                yield bound(names, in_order)
 
 
 def _constants(fn: Any, batch: Any, known: set[str]) -> dict[str, Any]:
@@ -379,12 +373,11 @@ def _constants(fn: Any, batch: Any, known: set[str]) -> dict[str, Any]:
     found = dict[str, Any]()
     for p in signature_of(fn).parameters.values():
         what = meaning(p.name)
+        is_needed = p.default is p.empty or what == "repeats"
         if p.kind is p.VAR_KEYWORD:
             if keys := _keys_read(fn, p.name):
                 found[p.name] = {key: values.get(meaning(key), Stub(1)) for key in keys}
-        elif (
-            what in values and p.name not in known and (p.default is p.empty or what == "repeats")
-        ):
+        elif what in values and p.name not in known and is_needed:
             found[p.name] = values[what]
     return found
 
@@ -393,14 +386,11 @@ def _by_name(
     names: list[str], outputs: Mapping[str, Tensor] | None, batch: Any
 ) -> dict[str, str] | None:
     """What each argument takes, by their names; None if one is left."""
-    parts = {} if isinstance(batch, Tensor) else named_parts(batch)
-    left, taken, data = list(outputs or ()), dict[str, str](), any(map(_is_data, names))
-
-    def take(choose: Callable[[str], Iterable[str]]) -> None:
-        for name in names:
-            if name not in taken and (at := next(iter(choose(name)), None)) is not None:
-                taken[name] = at
-                left[:] = [output for output in left if output != at]
+    parts, data = named_parts(batch), any(map(_is_data, names))
+    left, taken = dict(outputs or {}), dict[str, str]()
+    answers = [name for name in names if meaning(name) == "reconstruction"]
+    answers = answers or [name for name in names if meaning(name) == "target" and data]
+    size = getattr(input_of(batch), "numel", int)()
 
     def plain(name: str) -> str:
         return re.sub(r"[^a-z0-9]", "", name.lower())
@@ -418,19 +408,17 @@ def _by_name(
         if what == "target":
             yield from list(parts)[1:2]
 
-    take(lambda name: [at for at in left if plain(at) == plain(name)])
-    take(lambda name: [
-        at for at in left if meaning(name) == meaning(at) in ROLES and at not in parts
-    ])  # fmt: skip
-    answers = [name for name in names if meaning(name) == "reconstruction"]
-    answers = answers or [name for name in names if meaning(name) == "target" and data]
-    size = getattr(input_of(batch), "numel", int)()
-    take(lambda name: [
-        at for at in left if name in answers and (outputs or {})[at].numel() == size
-    ])  # fmt: skip
-    take(of_batch)
-    if outputs and len(names) - len(taken) == len(left):
-        take(lambda name: left)
+    rules: list[Callable[[str], Iterable[str]]] = [
+        lambda name: (at for at in left if plain(at) == plain(name)),
+        lambda name: (at for at in left if meaning(name) == meaning(at) in ROLES - parts.keys()),
+        lambda name: (at for at, t in left.items() if name in answers and t.numel() == size),
+        of_batch,
+        lambda name: left if len(names) - len(taken) == len(left) else (),
+    ]
+    for rule, name in product(rules, names):
+        if name not in taken and (at := next(iter(rule(name)), None)) is not None:
+            taken[name] = at
+            left.pop(at, None)
     return {name: taken[name] for name in names} if len(taken) == len(names) else None
 
 
@@ -446,29 +434,18 @@ def _is_edges(name: str, part: Any) -> bool:
 # --- names in source code -----------------------------------------------------------------------
 
 
-def _tree_of(fn: Any) -> list[ast.AST]:
-    """The syntax tree of a function or a module's forward, flat; empty if there is no source."""
+def _source_of(fn: Any) -> str:
+    """The source code of a function, or of a module's forward; empty if there is none."""
     fn = getattr(fn, "call", fn.forward) if isinstance(fn, nn.Module) else fn
-    try:
-        return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(fn)))))
-    except (OSError, TypeError, SyntaxError):
-        return []
+    with contextlib.suppress(OSError, TypeError):
+        return textwrap.dedent(inspect.getsource(fn))
+    return ""
 
 
 def _keys_read(fn: Any, parameter: str) -> list[str]:
     """The keys of a parameter that a function reads without a default."""
-    read: dict[str, None] = {}
-    for node in _tree_of(fn):
-        match node:
-            case (
-                ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key)))
-                | ast.Call(
-                    func=ast.Attribute(value=ast.Name(id=name), attr="pop"),
-                    args=[ast.Constant(value=str(key))],
-                )
-            ) if name == parameter:
-                read[key] = None
-    return list(read)
+    pattern = rf"\b{parameter}(?:\[|\.pop\()[\"'](\w+)[\"'][\])]"
+    return re.findall(pattern, _source_of(fn))
 
 
 def named_outputs(value: Any, fn: Any, alone: str) -> dict[str, Tensor]:
@@ -484,9 +461,12 @@ def named_outputs(value: Any, fn: Any, alone: str) -> dict[str, Tensor]:
         return {alone: found[""]}
     if not isinstance(value, (tuple, list)) or hasattr(value, "_fields"):
         return found
-    returned = [node.value for node in _tree_of(fn) if isinstance(node, ast.Return)]
-    tuples = [node.elts for node in returned if isinstance(node, (ast.Tuple, ast.List))]
-    told = [_name_in(node) for node in tuples[-1]] if tuples else []
+    told: list[str] = []
+    with contextlib.suppress(SyntaxError):  # of a part of a line
+        for node in ast.walk(ast.parse(_source_of(fn))):
+            match node:
+                case ast.Return(value=ast.Tuple(elts=parts) | ast.List(elts=parts)):
+                    told = [_name_in(part) for part in parts]
     told = told if len(told) == len(value) else [""] * len(value)
 
     def name(key: str) -> str:
