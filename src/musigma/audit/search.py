@@ -70,6 +70,21 @@ MAXIMIZED = re.compile(
 KL_LEFT = re.compile(r"kl|diverg|latent_loss|loss", re.IGNORECASE)
 NORMAL = "the loss is minus the mean log-density under a standard normal, supplied here"
 SQUARED = "the reconstruction is supplied here: squared errors, summed over each example"
+WRAPPER = """\
+def make_step():
+    {model}batch = ...  # as your data loader gives it
+
+    def step():
+        {body}
+
+    return step
+
+musigma audit {file}:make_step"""
+OF_LATENT_DIST = [
+    "posterior = model.encode(batch).latent_dist",
+    "recon = model.decode(posterior.sample()).sample",
+    "return ((recon - batch) ** 2).sum() + posterior.kl().sum()",
+]
 
 
 # --- functions of an object ---------------------------------------------------------------------
@@ -83,15 +98,15 @@ def is_routine(obj: Any) -> bool:
 def accepts_nothing(fn: Any) -> bool:
     """Whether a function can be called without arguments."""
     try:
-        inspect.signature(fn).bind()
+        parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):
         return False
-    return not any(p.kind is p.VAR_POSITIONAL for p in signature_of(fn).parameters.values())
+    return all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def methods(obj: Any, what: str) -> Iterator[tuple[str, Any]]:
-    """The callables of an object that `FUNCTIONS` names so."""
-    for name in filter(FUNCTIONS[what].fullmatch, dir(obj)):
+def methods(obj: Any, *kinds: str) -> Iterator[tuple[str, Any]]:
+    """The callables of an object that `FUNCTIONS` names as one of some kinds, in their order."""
+    for name in (name for what in kinds for name in dir(obj) if _is(name, what)):
         fn = member(obj, name)
         if callable(fn) and not type(fn).__module__.startswith("torch."):
             yield name, fn
@@ -101,18 +116,20 @@ def functions(obj: Any, what: str) -> Iterator[tuple[str, Any]]:
     """As `methods`; then functions, and modules of a loss, beside the class of an object."""
     yield from methods(obj, what)
     beside: dict[str, Any] = {}
-    for cls in reversed(type(obj).__mro__):
-        home = cls.__module__
-        if home.split(".")[0] not in ("torch", "builtins", "musigma", "keras", "abc", "typing"):
-            beside |= vars(sys.modules[home]) if home in sys.modules else {}
+    for cls in filter(of_users, reversed(type(obj).__mro__)):
+        beside |= getattr(sys.modules.get(cls.__module__), "__dict__", {})
     for name, thing in beside.items():
-        if not FUNCTIONS[what].fullmatch(name):
+        if not _is(name, what):
             continue
         if inspect.isfunction(thing) and signature_of(thing).parameters:
             yield name, thing
         is_module = inspect.isclass(thing) and issubclass(thing, nn.Module) and of_users(thing)
         if is_module and what == "any loss" and not required(thing):
             yield name, thing()
+
+
+def _is(name: str, *kinds: str) -> bool:
+    return any(FUNCTIONS[kind].fullmatch(name) for kind in kinds)
 
 
 def is_loss(value: Any) -> bool:
@@ -148,8 +165,8 @@ class Candidate(NamedTuple):
             before = fresh(batch)
             return change(before, self.call(batch))
 
-        notes = (*self.notes, *notes)
-        return Candidate(self.name + to, call, notes, users=users, in_loop=self.in_loop)
+        name, notes = self.name + to, (*self.notes, *notes)
+        return self._replace(name=name, call=call, notes=notes, is_step=True, users=users)
 
 
 class Term(NamedTuple):
@@ -205,7 +222,7 @@ class Search:
         self.sandbox.reseed(seed)
         try:
             return self.sandbox.call(of.name, self.step(of, batch))
-        except (AuditError, SystemExit) as error:
+        except AuditError as error:
             self.slow |= {of.name} if isinstance(error, TooSlowError) else set()
             told = error.__cause__ or error
             words = " ".join(str(told).split())[:200]
@@ -300,10 +317,9 @@ class Search:
 
     def of_methods(self, batch: Any) -> Iterator[Candidate]:
         """The user's methods that are named as steps or losses, or that call backward."""
-        names = [name for what in STEPS for name, _ in methods(self.obj, what)]
-        names += [name for name in dir(self.obj) if _calls_backward(member(self.obj, name))]
-        for name in dict.fromkeys(names):
-            fn = member(self.obj, name)
+        fns = dict(methods(self.obj, *STEPS))
+        every = {name: member(self.obj, name) for name in dir(self.obj)}
+        for name, fn in (fns | {n: fn for n, fn in every.items() if _calls_backward(fn)}).items():
             owners = [cls for cls in type(self.obj).__mro__ if name in vars(cls)]
             is_own = inspect.isroutine(fn) and (not owners or of_users(owners[0]))
             if is_own and not accepts_nothing(fn):
@@ -460,19 +476,16 @@ class Search:
     def wrapper(self) -> str:
         """A step factory for the object, filled in with the names that were seen."""
         obj, kind = self.obj, self.kind
-        makes = f"model = {kind}({', '.join(f'{name}=...' for name in required(type(obj)))})"
-        named = [(n, fn) for what in STEPS for n, fn in methods(obj, what) if is_routine(fn)]
-        steps = [(kind, obj)] if is_routine(obj) else [(f"model.{n}", fn) for n, fn in named]
+        given = ", ".join(f"{name}=..." for name in required(type(obj)))
+        makes = "" if is_routine(obj) else f"model = {kind}({given})\n    "
+        named = [(f"model.{n}", fn) for n, fn in methods(obj, *STEPS) if is_routine(fn)]
+        steps = [(kind, obj)] if is_routine(obj) else named
         beside = list(functions(obj, "any loss"))
         names = [re.sub(r"\W", "_", name) for name in self.outputs]
         names[:1] = [re.sub("output_1", "recon", name) for name in names[:1]]
         call = f"{', '.join(names)} = model(batch)"
         if hasattr(self.encoded, "latent_dist"):
-            body = [
-                "posterior = model.encode(batch).latent_dist",
-                "recon = model.decode(posterior.sample()).sample",
-                "return ((recon - batch) ** 2).sum() + posterior.kl().sum()",
-            ]
+            body = OF_LATENT_DIST
         elif steps and not (names and len(required(steps[0][1])) > 2):
             name, fn = steps[0]
             given = ", ".join(required(fn)) or "batch"
@@ -486,22 +499,15 @@ class Search:
             body = [call, kl, f"return (({names[0]} - batch) ** 2).sum() + kl"]
         else:
             body = ["outputs = model(batch)", "return ...  # the loss, one number"]
-        lines = [*[makes] * (not is_routine(obj)), "batch = ...  # as your data loader gives it"]
-        lines += ["", "def step():", *(f"    {line}" for line in body), "", "return step"]
-        code = "\n".join(f"    {line}".rstrip() for line in lines)
-        return f"def make_step():\n{code}\n\nmusigma audit {_file_of(obj)}:make_step"
+        return WRAPPER.format(model=makes, body="\n        ".join(body), file=_file_of(obj))
 
 
 def _file_of(obj: Any) -> str:
     """The name of the file that defines an object, if it is not a library's."""
     path = None
     with contextlib.suppress(TypeError):
-        path = inspect.getsourcefile(obj if inspect.isroutine(obj) else type(obj))
+        path = inspect.getsourcefile(obj if is_routine(obj) else type(obj))
     return "model.py" if not path or "site-packages" in path else Path(path).name
-
-
-def _is(name: str, *kinds: str) -> bool:
-    return any(FUNCTIONS[kind].fullmatch(name) for kind in kinds)
 
 
 def _calls_backward(fn: Any) -> bool:

@@ -193,7 +193,7 @@ def _checked(model: Any) -> Any:
 
 def _takes_nothing(obj: Any) -> bool:
     """Whether it is a function that can be called without arguments."""
-    return is_routine(obj) and not required(obj) and accepts_nothing(obj)
+    return is_routine(obj) and accepts_nothing(obj)
 
 
 # --- auditing -----------------------------------------------------------------------------------

@@ -23,11 +23,14 @@ LOOP = (
     "device",
 )  # fmt: skip
 STUBBED = "what a training loop gives (self.log, self.trainer, self.current_epoch) is a stub: 1"
-LIBRARIES = ("torch", "builtins", "lightning", "pytorch_lightning", "lightning_fabric", "keras")
+LIBRARIES = (
+    "torch", "builtins", "abc", "typing", "lightning", "pytorch_lightning", "lightning_fabric",
+    "keras",
+)  # fmt: skip
 
 
 def of_users(cls: type) -> bool:
-    """Whether a class is not one of torch, Lightning or Keras."""
+    """Whether a class is not one of the libraries."""
     return cls.__module__.split(".")[0] not in LIBRARIES
 
 
