@@ -27,7 +27,6 @@ from musigma.audit.findings import (
     AuditError,
     AuditReport,
     Facts,
-    Finding,
     Missing,
     Outcome,
     Passed,
@@ -153,14 +152,6 @@ class _Subject:
         """The error that is rounding."""
         return LOG_DET[0] if self.sandbox.dtype == torch.float64 else SINGLE[0]
 
-    def measure(self) -> Measurement:
-        """Run the batch through the flow and back."""
-        return measure(self.flow, self.x, self.end)
-
-    def judge(self, found: Measurement, when: str) -> list[Finding | Passed]:
-        """The faults of a measurement, and what is right."""
-        return judge(found, when, self.end)
-
 
 def _check(flow: FlowAdapter, example: Tensor) -> Iterator[Outcome]:
     """Check everything that can be checked."""
@@ -169,7 +160,7 @@ def _check(flow: FlowAdapter, example: Tensor) -> Iterator[Outcome]:
         if not _is_over(found):
             found += check(on)
     if not _is_over(found):
-        restore, own = on.sandbox.snapshot(), on.measure()
+        restore, own = on.sandbox.snapshot(), measure(flow, on.x, on.end)
         found += _check_own_parameters(on, own)
         for check in (
             _check_accumulation,
@@ -450,7 +441,7 @@ def _check_own_parameters(on: _Subject, own: Measurement) -> Iterator[Outcome]:
         else:
             yield bug("inverse_raises", reason=str(error))
         on.flow.invertible = False
-    judged = on.judge(own, "with its own parameters")
+    judged = judge(own, "with its own parameters")
     yield from judged
     if own.pair is None and not has(judged, "logdet_shape", "logdet_nan"):
         yield _missing(own.unknown)
@@ -489,7 +480,8 @@ def _check_random_parameters(on: _Subject, own: Measurement, codes: set[str]) ->
                 on.flow.round_trip(on.x)  # what is cached now is out of date then
             _perturb(on.sandbox, std)
             z = on.flow.latents(on.x)
-            return on.measure() if z.isfinite().all() and z.abs().max() < 1e6 else None
+            if z.isfinite().all() and z.abs().max() < 1e6:
+                return measure(on.flow, on.x, on.end)
         return None
 
     found = ((std, m) for std in SCALES if (m := updated(std)) is not None)
@@ -500,7 +492,7 @@ def _check_random_parameters(on: _Subject, own: Measurement, codes: set[str]) ->
     if found.failure is not None:
         yield Skipped(f"inverse under random parameters: {found.failure}")
     when = f"with random parameters (moved by {std:g})"
-    results = on.judge(found, when)
+    results = judge(found, when)
     faults = faults_of(results)
     faults.pop("logdet_nan", None)  # a parameter may be out of its range; checked separately
     if "inverse_mismatch" in faults.keys() - codes and own.back is not None:
@@ -509,7 +501,7 @@ def _check_random_parameters(on: _Subject, own: Measurement, codes: set[str]) ->
             yield bug("stale_inverse", error=faults.pop("inverse_mismatch").numbers["error"])
             faults.pop("inverse_logdet_mismatch", None)
     if faults and (small := updated(std / 5)) is not None:
-        again = faults_of(on.judge(small, when))
+        again = faults_of(judge(small, when))
         faults = {code: fault for code, fault in faults.items() if code in again}
     yield from (o for o in results if isinstance(o, Passed) or o.code in faults)
 

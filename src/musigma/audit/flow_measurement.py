@@ -45,6 +45,7 @@ class Measurement:
         flow: The flow.
         x: The batch (B, ...).
         image: z and the log-determinant, as forward returned them.
+        end: The CPU time of the process until which a Jacobian without structure may take.
         known: The volume of the Jacobian at the first examples; None if it is not known.
         unknown: Why it is not known.
         conditions: The largest condition numbers by layer, of the layers that were looked at.
@@ -55,6 +56,7 @@ class Measurement:
     flow: FlowAdapter
     x: Tensor
     image: Image
+    end: float
     known: Volume | None = None
     unknown: str = "it was not compared"
     conditions: dict[str, float] = field(default_factory=dict)
@@ -85,23 +87,21 @@ def log_det_error(stated: Tensor, truth: Tensor) -> float:
     return float(((stated - truth).abs() / (1 + 0.01 * truth.abs())).max())
 
 
-def measure(flow: FlowAdapter, x: Tensor, end: float = 0.0) -> Measurement:
-    """Run a batch through a flow and back.
+def measure(flow: FlowAdapter, x: Tensor, end: float) -> Measurement:
+    """Run a batch through a flow and back; the arguments are those of `Measurement`.
 
     The inverse is called twice, after forward was called with the examples in another order, so
     that values cached by forward do not help.
-
-    Args:
-        flow: The flow.
-        x: The batch (B, ...).
-        end: The CPU time of the process until which a Jacobian without structure may take.
     """
-    found = Measurement(flow, x, flow.forward(x))
+    found = Measurement(flow, x, flow.forward(x), end)
     if found.image.raw is None:
         found = replace(found, unknown="forward returns none")
-    elif found.is_square and found.image.log_det is not None:
+    elif not found.is_square:
+        why = "z has fewer or more numbers than x; return what is factored out, as a list of tensors"
+        found = replace(found, unknown=why)
+    elif found.image.log_det is not None:
         with suppress(RuntimeError, AuditError):
-            found = _of_few(found) if x[0].numel() <= DENSE else _of_many(found, end)
+            found = _of_few(found) if x[0].numel() <= DENSE else _of_many(found)
     varies = found.pair is not None and (found.pair[0] - found.pair[1]).std() > 1e-6
     if flow.fixed_draws and varies and found.error > LOG_DET[0]:
         why = "it is not log |det J| at given noise; it may count its density"
@@ -133,11 +133,11 @@ def _of_few(found: Measurement) -> Measurement:
     return replace(found, conditions={"the flow": found.known.worst}, unknown=unknown)
 
 
-def _of_many(found: Measurement, end: float) -> Measurement:
+def _of_many(found: Measurement) -> Measurement:
     """With the volume at the first example: the sum of those of layers in a row."""
 
     def volume_of(part: FlowAdapter, x: Tensor) -> Volume | None:
-        return volume(part.latents, x, (end - time.process_time()) / 2)
+        return volume(part.latents, x, (found.end - time.process_time()) / 2)
 
     x, layers, volumes = found.x[:1], called_layers(found.flow, found.x[:1]), dict[str, Volume]()
     inside = [t for layer in layers for t in (layer.x, layer.z)]
@@ -157,19 +157,16 @@ def _of_many(found: Measurement, end: float) -> Measurement:
     return replace(found, known=volume_of(found.flow, x), unknown=unknown)
 
 
-def judge(found: Measurement, when: str, end: float = 0.0) -> list[Finding | Passed]:
+def judge(found: Measurement, when: str) -> list[Finding | Passed]:
     """The faults of a measurement, each of the first layer that has it, and what is right.
 
-    Args:
-        found: The measurement.
-        when: With which parameters it was made.
-        end: As for `measure`.
+    `when` says with which parameters it was made.
     """
     results = list(_judge(found, when, "forward"))
     unnamed = faults_of(results).keys() & {"logdet_mismatch", "inverse_mismatch"}
     for layer in called_layers(found.flow, found.x) if unnamed else ():
         with suppress(AuditError):
-            own = faults_of(_judge(measure(layer.flow, layer.x, end), when, layer.name))
+            own = faults_of(_judge(measure(layer.flow, layer.x, found.end), when, layer.name))
             for code in [c for c in own if c in unnamed and own[c].severity == "bug"]:
                 unnamed.remove(code)
                 fault = replace(own[code], numbers={**own[code].numbers, "layer": layer.name})

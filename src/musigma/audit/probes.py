@@ -89,6 +89,11 @@ def patterns(graph: Graph, latent: Latent) -> list[dict[int, Tensor]]:
     ]
 
 
+def _moving(moments: Tensor) -> tuple[Tensor, Tensor]:
+    moves = (moments.abs() > 1e-14).any(1)
+    return moves[1], moves[2] | moves[3]
+
+
 @dataclass
 class Probes:
     """Gradients (T, n) at T random places: of the loss, and (4, T, n) of the moments of z."""
@@ -101,13 +106,7 @@ class Probes:
     @property
     def moving(self) -> tuple[Tensor, Tensor]:
         """The entries of the heads that move means, and those that move scales."""
-        moves = (self.moments.abs() > 1e-14).any(1)
-        return moves[1], moves[2] | moves[3]
-
-    @property
-    def moved(self) -> Tensor:
-        """The entries that move either."""
-        return self.moving[0] | self.moving[1]
+        return _moving(self.moments)
 
 
 class Prober:
@@ -129,7 +128,7 @@ class Prober:
         above = graph.upstream([latent.z], stop=self.heads) & graph.downstream(self.heads)
         self.fixed |= {i: graph.get(i) for i in above if not graph[i].floating}  # branches
         self.places: list[dict[int, Tensor]] = []
-        self.moments: list[Tensor] = []
+        rows: list[Tensor] = []
         generator = torch.Generator().manual_seed(11)
         for size in (0.5, 1.0, 1.5, 2.0, -0.1, 1.5, 3.0, *(0.7,) * 12):
             if len(self.places) == TRIALS:
@@ -141,7 +140,8 @@ class Prober:
                 gradients = self._moments(place)
             if gradients is not None:
                 self.places.append(place)
-                self.moments.append(gradients)
+                rows.append(gradients)
+        self.moments = torch.stack(rows, 1) if rows else torch.zeros(4, 0, 0)
 
     @property
     def usable(self) -> bool:
@@ -149,15 +149,19 @@ class Prober:
         return len(self.places) == TRIALS
 
     @property
+    def moving(self) -> tuple[Tensor, Tensor]:
+        """The entries of the heads that move means, and those that move scales."""
+        return _moving(self.moments)
+
+    @property
     def movers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The heads that move means, and those that move scales."""
-        moves = (torch.stack(self.moments, 1).abs() > 1e-14).any(1)
         sizes = [self.graph[i].numel for i in self.heads]
-        found = []
-        for row in (moves[1], moves[2] | moves[3]):
-            parts = row.split(sizes)
-            found.append(tuple(i for i, p in zip(self.heads, parts, strict=True) if p.any()))
-        return found[0], found[1]
+        means, scales = (
+            tuple(i for i, p in zip(self.heads, row.split(sizes), strict=True) if p.any())
+            for row in self.moving
+        )
+        return means, scales
 
     def stopped(
         self,
@@ -173,28 +177,21 @@ class Prober:
         `place`, they are the entries of these values.
         """
         place = self.places[0] if place is None else place
-        noises = patterns(self.graph, self.latent) if by_draws else [{}]
-        found = []
-        for stops in (False, True):
-            rows = []
-            for noise in noises:
-                over = {**held, **self.fixed, **noise, **place}
-                t = self.graph.run(over, [target], stops)[target]
-                rows.append(gradient(value(t.double()), place))
-            found.append(torch.stack(rows).mean(0))
-        size = float(found[0].abs().max())
-        moved = found[0].abs() > 1e-9 * size
-        ratio = (found[1] / torch.where(moved, found[0], 1.0))[moved]
+        whole, left = (self._averaged(target, held, by_draws, place, value, stops)[0]
+                       for stops in (False, True))  # fmt: skip
+        size = float(whole.abs().max())
+        moved = whole.abs() > 1e-9 * size
+        ratio = (left / torch.where(moved, whole, 1.0))[moved]
         if moved.any() and float(ratio.min()) > 0 and float(ratio.max() - ratio.min()) < 1e-3:
             return torch.zeros_like(moved)  # a gradient of another size, as in KL balancing
-        return (found[1] - found[0]).abs() > 1e-3 * found[0].abs() + 1e-9 * size
+        return (left - whole).abs() > 1e-3 * whole.abs() + 1e-9 * size
 
     def latents(self) -> Tensor:
         """For each entry of the heads, the entry of z whose mean or scale it moves; else -1."""
         place = self.places[0]
         mean, sigma = self.latent.moments(self.graph, {**self.fixed, **place})
         order = torch.arange(1, mean.numel() + 1, dtype=torch.float64).reshape(mean.shape)
-        found = torch.full((self.moments[0].shape[1],), -1.0, dtype=torch.float64)
+        found = -torch.ones(self.moments.shape[2], dtype=torch.float64)
         for t in (mean, sigma.abs().log()):
             plain, ordered = (gradient(v.sum(), place) for v in (t, order * t))
             moved = plain.abs() > 1e-14
@@ -207,11 +204,9 @@ class Prober:
         log_sigma = self.latent.moments(self.graph, {**self.fixed, **place})[1].abs().log()
         v = torch.ones_like(log_sigma).requires_grad_()
         slopes = torch.autograd.grad(
-            (v * log_sigma).sum(), list(place.values()), create_graph=True, allow_unused=True
+            (v * log_sigma).sum(), list(place.values()), create_graph=True, materialize_grads=True
         )
-        flat = [torch.zeros_like(t) if g is None else g
-                for g, t in zip(slopes, place.values(), strict=True)]  # fmt: skip
-        row = torch.cat([g.reshape(-1) for g in flat])
+        row = torch.cat([g.reshape(-1) for g in slopes])
         found = [torch.autograd.grad((row * t).sum(), v, retain_graph=True)[0]
                  for t in (values, torch.ones_like(values))]  # fmt: skip
         return found[0] / found[1]
@@ -247,22 +242,32 @@ class Prober:
     ) -> Probes | None:
         """The gradients of a value, summed, with some values held; None if they are not finite."""
         places = self.places if places is None else places
-        noises = patterns(self.graph, self.latent) if by_draws else [{}]
-        rows, values = [], []
-        for place in places:
-            row, value = torch.tensor(0.0), 0.0
-            for noise in noises:
-                over = {**held, **self.fixed, **noise, **place}
-                f = self.graph.run(over, [target])[target].double().sum()
-                row = row + gradient(f, place) / len(noises)
-                value += float(f.detach()) / len(noises)
-            rows.append(row)
-            values.append(value)
-        loss = torch.stack(rows)
+        found = [self._averaged(target, held, by_draws, place) for place in places]
+        loss = torch.stack([row for row, _ in found])
         if not loss.isfinite().all():
             return None
         flat = [torch.cat([t.detach().reshape(-1) for t in p.values()]) for p in places]
-        return Probes(loss, torch.stack(self.moments, 1), torch.stack(flat), values)
+        values = [value for _, value in found]
+        return Probes(loss, self.moments, torch.stack(flat), values)
+
+    def _averaged(
+        self,
+        target: int,
+        held: Over,
+        by_draws: bool,
+        place: Over,
+        value: Callable[[Tensor], Tensor] = torch.sum,
+        stops: bool = False,
+    ) -> tuple[Tensor, float]:
+        """The gradient of a value of a target at a place, and the value, averaged over draws."""
+        noises = patterns(self.graph, self.latent) if by_draws else [{}]
+        row, mean = torch.tensor(0.0), 0.0
+        for noise in noises:
+            over = {**held, **self.fixed, **noise, **place}
+            f = value(self.graph.run(over, [target], stops)[target].double())
+            row = row + gradient(f, place) / len(noises)
+            mean += float(f.detach()) / len(noises)
+        return row, mean
 
 
 def each(fn: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
@@ -297,9 +302,8 @@ def gradient(value: Tensor, place: Over) -> Tensor:
     leaves = list(place.values())
     if not value.requires_grad:
         return torch.zeros(sum(t.numel() for t in leaves), dtype=torch.float64)
-    found = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
-    parts = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
-    return torch.cat([p.reshape(-1).double() for p in parts])
+    found = torch.autograd.grad(value, leaves, materialize_grads=True, retain_graph=True)
+    return torch.cat([g.reshape(-1).double() for g in found])
 
 
 def packing(prober: Prober) -> str | None:
@@ -307,11 +311,10 @@ def packing(prober: Prober) -> str | None:
     graph, latent = prober.graph, prober.latent
     if len(latent.heads) != 1 or not latent.diagonal or not prober.usable:
         return None
-    moves = (torch.stack(prober.moments, 1).abs() > 1e-14).any(1)
-    shape = graph[latent.heads[0]].shape
-    if len(shape) < 2 or bool((moves[1] == moves[2:].any(0)).any()):
+    shape, (means, scales) = graph[latent.heads[0]].shape, prober.moving
+    if len(shape) < 2 or bool((means == scales).any()):
         return None
-    means = moves[1].view(shape)[0]
+    means = means.view(shape)[0]
     for dim, size in enumerate(means.shape):
         along = means.movedim(dim, 0).reshape(size, -1)
         first = along[:, 0]

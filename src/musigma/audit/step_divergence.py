@@ -14,12 +14,12 @@ from musigma.audit.latents import Latent, find_latents, holds, meetings
 from musigma.audit.probes import OfLatent, Prober, gradient
 from musigma.audit.runs import Run, Runner, at, unexamined
 from musigma.audit.scales import READINGS, Curve
-from musigma.audit.step_kl import NEAR, View, terms
-from musigma.audit.step_posterior_flow import (
+from musigma.audit.step_flow import (
     check_dequantized_flow,
     check_posterior_flow,
     layers_before_prior,
 )
+from musigma.audit.step_kl import NEAR, View, terms
 from musigma.audit.step_prior import (
     is_stopped_in_part,
     kl_offset,

@@ -30,6 +30,7 @@ from musigma.audit.scales import READINGS, Curve, name_curve
 __all__ = [
     "EXACT",
     "NEAR",
+    "UNKNOWN",
     "Fit",
     "LogQ",
     "View",
@@ -491,8 +492,8 @@ def sampled_scale(prober: Prober) -> Curve | None:
     graph, latent = prober.graph, prober.latent
     if not latent.diagonal or not prober.usable:
         return None
-    moments = torch.stack(prober.moments, 1)
-    scales = (moments[3].abs() > 1e-14).any(0) & ~(moments[1].abs() > 1e-14).any(0)
+    means, scales = prober.moving
+    scales = scales & ~means
     if not scales.any():
         return None
     b = torch.linspace(-60, 60, 121, dtype=torch.float64)

@@ -32,15 +32,15 @@ from musigma.audit.findings import (
     has,
     warning,
 )
+from musigma.audit.jacobian import volume
 from musigma.audit.latents import find_latents
 from musigma.audit.moments import moments_differ
 from musigma.audit.probes import Prober
 from musigma.audit.runs import Runner
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.step import examine
-from musigma.audit.step_kl import Fit, View, fit_moments
+from musigma.audit.step_kl import UNKNOWN, Fit, View
 from musigma.audit.vae_step import Moments, Parts, Prior
-from musigma.testing import jacobian
 
 __all__ = ["audit_vae"]
 
@@ -218,10 +218,10 @@ def _fixed_noise(parts: Parts) -> Finding:
 def _compare_prior(found: list[Outcome], parts: Parts) -> tuple[list[Outcome], Moments | None]:
     """What was found, in the light of the given prior; and the moments of that of the KL."""
     fit, weight = _measure(parts)
-    if fit is not None and fit.size == 0:
+    if fit.size == 0:
         return [*found, bug("kl_constant")], None
     if parts.prior is None:
-        return found, _moments(fit, parts) if fit is not None and fit.is_kl else None
+        return found, _moments(fit, parts) if fit.is_kl else None
     prior, d = parts.prior, math.prod(parts.latent)
     flow = list(_check_flow(parts))
     found = [*found, *flow]
@@ -230,13 +230,13 @@ def _compare_prior(found: list[Outcome], parts: Parts) -> tuple[list[Outcome], M
     by_draws = parts.kl_uses_sample or parts.has("flow")
     full = not (by_draws or prior.is_product)
     if full and (d > LARGEST or not _is_quadratic(prior, parts.latent)):
-        if fit is not None and fit.is_kl:  # to a Gaussian, which the given prior is not
+        if fit.is_kl:  # to a Gaussian, which the given prior is not
             return [*found, bug("kl_mismatch", "prior")], prior.moments
         why = Missing("the prior of the KL: a closed form to this prior is not compared")
         return [*_without(found, "kl_mismatch"), why], prior.moments
     of_one = len(parts.target) ** ((1.0 if parts.power is None else parts.power) - 1)
     fit, _ = _measure(parts, of_one if math.isnan(weight) else weight, full)
-    if fit is not None and fit.is_kl and fit.is_standard:
+    if fit.is_kl and fit.is_standard:
         about = ("the KL of z", "the prior of")
         convention = next((o.convention for o in found if isinstance(o, Facts)), None)
         found = [
@@ -250,27 +250,22 @@ def _compare_prior(found: list[Outcome], parts: Parts) -> tuple[list[Outcome], M
     return found, prior.moments
 
 
-def _measure(parts: Parts, weight: float = 0.0, full: bool = False) -> tuple[Fit | None, float]:
+def _measure(parts: Parts, weight: float = 0.0, full: bool = False) -> tuple[Fit, float]:
     """The coefficients of the KL alone, and its weight; NaN where it is not known.
 
     With a weight, the given prior is replaced by N(0, 1). `full`: averages are exact for terms in
     which the latents are multiplied with each other.
     """
-    nothing = None, math.nan
     step = functools.partial(parts.kl_to_normal, weight)
     run = Runner(parts.sandbox, step).again()
     latents = find_latents(run.graph, run.loss) if run is not None else []
     if run is None or len(latents) != 1:
-        return nothing
+        return UNKNOWN, math.nan
     latent = replace(latents[0], diagonal=False) if full else latents[0]
-    prober = Prober(run.graph, latent)
-    probes = prober.measure(run.loss, {}, by_draws=True) if prober.usable else None
-    if probes is None:
-        return nothing
-    copies = run.graph[latent.z].numel / max(1, int(probes.moving[0].sum()))
-    fit = fit_moments(probes, max(copies, 1.0))
-    log_q = None if fit.is_kl else View(prober, run.loss, {}).log_q
-    return fit, fit.weight if log_q is None and fit.is_kl else log_q[0] if log_q else math.nan
+    view = View(Prober(run.graph, latent), run.loss, {})
+    if view.fit.is_kl or view.probes is None or view.log_q is None:
+        return view.fit, view.fit.weight if view.fit.is_kl else math.nan
+    return view.fit, view.log_q.weight
 
 
 def _moments(fit: Fit, parts: Parts) -> Moments | None:
@@ -296,17 +291,17 @@ def _is_quadratic(prior: Prior, latent: tuple[int, ...]) -> bool:
 
 def _check_flow(parts: Parts) -> Iterator[Outcome]:
     """Whether the flow's log-determinants are those of autograd's Jacobian."""
-    d = math.prod(parts.latent)
-    if not parts.has("flow") or d > LARGEST:
+    if not parts.has("flow") or math.prod(parts.latent) > LARGEST:
         return
     z = torch.randn(4, *parts.latent, generator=torch.Generator().manual_seed(6))
     stated = parts.pushed(z)[1].detach().expand(4)
-    slopes = jacobian(lambda z: parts.pushed(z)[0].flatten(1), z)
-    true = torch.linalg.slogdet(slopes.reshape(-1, d, d).double())[1]
-    off = (true - stated).abs() / (1 + true.abs())
+    known = volume(lambda z: parts.pushed(z)[0].flatten(1), z)
+    assert known is not None  # as there are few elements
+    off = (known.log_det - stated).abs() / (1 + known.log_det.abs())
     w = int(off.argmax())
     if off[w] > 1e-3:
-        yield bug("logdet_mismatch", "posterior_flow", log_det=stated[w], expected=true[w])
+        true = known.log_det[w]
+        yield bug("logdet_mismatch", "posterior_flow", log_det=stated[w], expected=true)
     else:
         yield Passed(f"the log-determinant of the flow, against autograd: {float(off[w]):.1e}")
 
