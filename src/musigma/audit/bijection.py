@@ -73,9 +73,7 @@ class Image(NamedTuple):
 
 def _read(value: Any, x: Tensor, name: str, notes: list[str]) -> Image:
     """The result of a callable of x, as latents and log-determinant."""
-    parts = [value, None] if isinstance(value, Tensor) else value
-    if not isinstance(parts, (tuple, list)) or not _tensors(parts[:1]):
-        raise AuditError(f"{name}: expected (z, log_det); got {type(value).__name__}")
+    parts = value if isinstance(value, (tuple, list)) and value else [value]
     z, raw = parts[0], parts[-1] if len(parts) > 1 else None
     if len(parts) == 2 and _numbers(z) != x.numel() == _numbers(raw):
         notes.append(f"{name} returns the log-determinant first")
@@ -87,6 +85,8 @@ def _read(value: Any, x: Tensor, name: str, notes: list[str]) -> Image:
         if whole:
             notes.append(f"{name} returns all intermediate values; the last is z")
             z = whole[-1]
+    if not _tensors(z):
+        raise AuditError(f"{name}: expected (z, log_det); got {type(value).__name__}")
     for t in _tensors(z):
         if t.ndim == 0 or len(t) != len(x):
             raise AuditError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,11 @@ from musigma.audit.probes import Over
 from musigma.audit.step_kl import terms
 from musigma.testing import jacobian
 
-__all__ = ["MOVES", "Change", "Output", "is_residual", "measure", "outputs", "squared"]
+__all__ = ["EXACT", "MOVES", "Change", "Output", "is_residual", "measure", "outputs", "squared"]
 
 MOST_DIMENSIONS = 1024
 SECONDS = 60.0  # for one Jacobian
-EXACT = 1e-3
+EXACT, ROUNDING = 1e-3, 1e-6  # relative errors of a log-determinant
 MOVES = 5
 STATISTICS = ("mean", "var", "std", "sum", "var_mean", "std_mean")
 SIZES = ("abs", "pow", "square", "mul", "linalg_vector_norm", "norm")
@@ -96,10 +97,9 @@ class Map:
     def volume_at(self, over: Over, start: int | None = None) -> Volume:
         """That of dv/dx by example, without rows and columns of zeros, as a mask makes them."""
         matrices = self.jacobian(over, start)
-        rows, columns = (matrices == 0).all(2), (matrices == 0).all(1)
-        if bool((rows.sum(1) == columns.sum(1)).all()):
-            matrices[(*rows.nonzero().T, columns.nonzero()[:, 1])] = 1.0
-        return Volume.of(matrices)
+        masked = (matrices == 0).all(2), (matrices == 0).all(1)
+        is_mask = bool((masked[0].sum(1) == masked[1].sum(1)).all())
+        return Volume.of(matrices, *masked) if is_mask else Volume.of(matrices)
 
     def in_v(self, over: Over) -> tuple[Tensor, Tensor, bool]:
         """Curvature and slope of the loss in v at v = 0, with x held; whether it is quadratic."""
@@ -154,11 +154,12 @@ class Change(Map):
     quadratic: bool
     weight: float | None = None
 
-    @property
+    @cached_property
     def factor(self) -> float | None:
         """What the log-determinant is multiplied with in the loss; None if it is not in it."""
         factor, error = self.fit
-        return factor if error <= EXACT else None
+        near = self._limit() if error > ROUNDING and self.is_gaussian else None
+        return near or (factor if error <= EXACT else None)
 
     @property
     def fit(self) -> tuple[float, float]:
@@ -191,8 +192,8 @@ class Change(Map):
         found = [self.in_v(over)[:2] for over in ({}, {self.x: self.places[-1]})]
         return all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
 
-    def limit(self) -> float | None:
-        """As `factor`, near the identity, of the solver of a differential equation.
+    def _limit(self) -> float | None:
+        """The factor near the identity, of the solver of a differential equation.
 
         Its log-determinant is an approximation, and the better, the smaller the weights that it
         uses again and again.

@@ -1,12 +1,9 @@
 r"""The exact :math:`\log|\det J|` of a function, by autograd.
 
-With few elements the whole Jacobian is computed. With many elements it is recognized where it has
-one of these structures, which products with random vectors verify with probability one:
-
-- a permutation: the outputs are the inputs in another order;
-- a coupling: some outputs are inputs, and the others depend on one remaining input each, so J is
-  triangular up to an order, and its determinant is the product of one slope per element;
-- one matrix per pixel: every output depends on the channels of its own pixel.
+With few elements the whole Jacobian is computed. With many elements a structure is recognized,
+that of permutations, couplings and convolutions of single pixels: some outputs are inputs, and
+each of the others depends on the remaining inputs of its own pixel alone. Then the determinant is
+the product of one for each pixel. A product with a random vector verifies it with probability one.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +21,7 @@ from musigma.testing import jacobian, vector_products
 __all__ = ["DENSE", "Volume", "by_differences", "volume"]
 
 DENSE = 256  # elements up to which the whole Jacobian is computed
+CHANNELS = 96  # up to which the determinants of pixels are computed
 Function = Callable[[Tensor], Tensor]  # x (B, ...) to z (B, D), differentiable
 
 
@@ -35,11 +33,17 @@ class Volume(NamedTuple):
     condition: Tensor
 
     @classmethod
-    def of(cls, jacobians: Tensor) -> Volume:
-        """Of Jacobians (B, D, D); of large ones, the condition is not computed."""
+    def of(cls, jacobians: Tensor, rows: Tensor | None = None, columns: Any = None) -> Volume:
+        """Of Jacobians (B, D, D), without some rows (B, D) and as many columns (B, D).
+
+        The condition of large ones is not computed.
+        """
         finite = jacobians.isfinite().flatten(1).all(1)
         eye = torch.eye(jacobians.shape[1], dtype=torch.float64)
         whole = torch.where(finite[:, None, None], jacobians.double(), eye)
+        if rows is not None:
+            whole = whole.masked_fill(rows[:, :, None] | columns[:, None, :], 0.0)
+            whole[(*rows.nonzero().T, columns.nonzero()[:, 1])] = 1.0
         sign, log_det = torch.linalg.slogdet(whole)
         condition = torch.full_like(log_det, math.nan)
         if whole.shape[1] <= DENSE:
@@ -81,7 +85,7 @@ def volume(function: Function, x: Tensor, seconds: float = 0.0) -> Volume | None
         z = function(leaf)
     if not z.isfinite().all():
         return None
-    found = _coupling(z, leaf) or _pixelwise(z, leaf)
+    found = _by_pixels(z, leaf)
     if found is None and seconds > 0:
         with suppress(TimeoutError):
             return Volume.of(jacobian(function, x, seconds=seconds))
@@ -100,14 +104,6 @@ def by_differences(function: Function, x: Tensor) -> Volume:
     return Volume.of(torch.stack(columns, 2))
 
 
-def _products(z: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
-    return vector_products(z, x, vectors.to(z)).double()
-
-
-def _random(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def _nearest(values: Tensor, numbers: Tensor) -> Tensor:
     """The index of the nearest of some values (n,), for each number."""
     order = values.argsort()
@@ -115,50 +111,35 @@ def _nearest(values: Tensor, numbers: Tensor) -> Tensor:
     return order[torch.bucketize(numbers.contiguous(), middles)]
 
 
-def _coupling(z: Tensor, x: Tensor) -> Volume | None:
-    """The determinant where outputs are inputs, or depend on one input each."""
+def _by_pixels(z: Tensor, x: Tensor) -> Volume | None:
+    """The determinant where outputs are inputs, or depend on the rest of their own pixel."""
     flat, out = x.detach().flatten(1).double(), z.detach().double()
     if flat.shape != out.shape:
         return None
     source = _nearest(flat[0], out[0])
     kept = (flat[:, source] == out).all(0)  # equal to the bit in every example
-    if len(source[kept].unique()) < kept.sum():  # one input appears twice
-        kept[:] = False
-    moved = torch.ones_like(kept)  # the inputs that are not kept
-    moved[source[kept]] = False
-    b, n = len(z), int(moved.sum())
-    zero = torch.zeros(b, dtype=torch.float64)
-    if n == 0:
-        return Volume(zero, zero, zero + 1)
-    first, second, third = (_random((n,), seed) for seed in (1, 2, 3))
-    vectors = torch.zeros(3, b, len(kept), dtype=torch.float64)
-    vectors[:, :, ~kept] = torch.stack([first, first * second, third])[:, None]
-    products = _products(z, x, vectors)[:, :, moved]
-    if (products[0] == 0).any() or not products.isfinite().all():
+    used = torch.zeros_like(kept)  # the inputs that these are
+    used[source[kept]] = True
+    if used.sum() < kept.sum():  # one input appears twice
+        kept, used = torch.zeros_like(kept), torch.zeros_like(kept)
+    b, c = x.shape[:2]
+    if kept.all():
+        zero = torch.zeros(b, dtype=torch.float64)
+        return Volume(zero, zero * math.nan, zero + 1)
+    kept, used = (t.reshape(c, -1) for t in (kept, used))
+    if c > CHANNELS or (kept.sum(0) != used.sum(0)).any():
         return None
-    owner = _nearest(second, (products[1] / products[0])[0])  # the output that an input moves
-    slopes = products[0] / first[owner]
-    expected = slopes * third[owner]
-    if len(owner.unique()) < n or not torch.allclose(products[2], expected, 1e-4, 1e-10):
+    generator = torch.Generator().manual_seed(5)
+    probe = torch.randn(kept.shape, generator=generator, dtype=torch.float64) * ~kept
+    picks = torch.eye(c, dtype=torch.float64)[:, :, None] * ~kept
+    vectors = torch.cat([picks, probe[None]])[:, None].expand(c + 1, b, *kept.shape)
+    products = vector_products(z, x, vectors.reshape(c + 1, *z.shape).to(z)).double()
+    *blocks, probed = products.reshape(c + 1, b, *kept.shape) * ~used
+    blocks = torch.stack(blocks)  # of an output channel, example, input channel and pixel
+    if not torch.allclose(probed, torch.einsum("op,obip->bip", probe, blocks), 1e-4, 1e-9):
         return None
-    return Volume(slopes.abs().log().sum(1), slopes.sign().prod(1), zero * torch.nan)
-
-
-def _pixelwise(z: Tensor, x: Tensor) -> Volume | None:
-    """The determinant where there is one matrix per pixel."""
-    if x.ndim < 3 or z.shape[1] != x[0].numel() or x.shape[1] > 96:
-        return None
-    b, c, *_ = x.shape
-    pixels = x[0, 0].numel()
-    probe = _random((c, pixels), 5)
-    picks = torch.eye(c, dtype=torch.float64)[:, :, None].expand(c, c, pixels)
-    vectors = torch.cat([picks, probe[None]])[:, None].expand(c + 1, b, c, pixels)
-    products = _products(z, x, vectors.reshape(c + 1, *z.shape))
-    *blocks, probed = products.reshape(c + 1, b, c, pixels)
-    blocks = torch.stack(blocks)
-    expected = torch.einsum("op,obip->bip", probe, blocks)
-    if not torch.allclose(probed, expected, rtol=1e-4, atol=1e-9):
-        return None
-    each = Volume.of(blocks.permute(1, 3, 0, 2).reshape(-1, c, c))
-    log_det, sign, condition = (part.reshape(b, -1) for part in each)
-    return Volume(log_det.sum(1), sign.prod(1), condition.amax(1))
+    rows, columns = (t.T.repeat(b, 1) for t in (kept, used))
+    each = Volume.of(blocks.permute(1, 3, 0, 2).reshape(-1, c, c), rows, columns)
+    log_det, _, condition = (part.reshape(b, -1) for part in each)
+    total = log_det.sum(1)
+    return Volume(total, total * math.nan, condition.amax(1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from musigma.audit.change_of_variables import (
+    EXACT,
     MOVES,
     Change,
     Output,
@@ -56,23 +57,21 @@ def _explain(found: Iterable[Change]) -> list[Outcome]:
 
     Nothing if there is neither.
     """
-    wrong: list[tuple[Change, float | None]] = []
+    wrong: list[Change] = []
     for change in found:
         factor = change.factor
-        if change.fit[1] > 1e-6 and change.is_gaussian:
-            factor = change.limit() or factor
-        if factor and abs(factor / (change.weight or abs(factor)) + 1) < 1e-3:
+        if factor and abs(factor / (change.weight or abs(factor)) + 1) < EXACT:
             return list(_check_change(change, -factor))
         if change.is_gaussian and _is_clear(change):
-            wrong.append((change, factor))
-    for change, factor in wrong:
+            wrong.append(change)
+    for change in wrong:
         known = change.weight is not None or _is_only(change)
-        nearly = change.is_right_in_x or (factor or 0) > 0
+        nearly = change.is_right_in_x or (change.factor or 0) > 0
         if known and change.is_absent and not change.moves_volume:
             weight = change.weight or float(change.curvature.mean())
             return list(_check_change(change, weight))
         if change.moves_volume and (known or nearly):
-            return [_mismatch(change, factor)]
+            return [_mismatch(change)]
     return []
 
 
@@ -81,7 +80,7 @@ def _is_clear(change: Change) -> bool:
     known = change.weight
     if known is None or change.is_absent or change.factor is not None:
         return True
-    return bool(((change.curvature / known - 1).abs() < 1e-3).all())
+    return bool(((change.curvature / known - 1).abs() < EXACT).all())
 
 
 def _is_only(change: Change) -> bool:
@@ -206,7 +205,7 @@ def _check_change(change: Change, weight: float) -> Iterator[Outcome]:
         yield bug("not_injective", "step", where=change.where)
     masked = len(change.mapped) - int(change.mapped.sum())
     error = 0.0
-    if change.moves_volume and change.factor is None:
+    if change.moves_volume and change.fit[1] > EXACT:
         off = (change.rest + weight * change.volume).abs().max()
         error = float(off / (weight * change.volume.abs().max()))
     if error > MOST_ERROR:
@@ -246,11 +245,11 @@ def _check_change(change: Change, weight: float) -> Iterator[Outcome]:
         yield bug("logdet_mismatch", "step weight", where=change.where, ratio=ratio)
 
 
-def _mismatch(change: Change, factor: float | None) -> Finding:
-    """What is wrong with a log-determinant, which may have a factor in the loss."""
+def _mismatch(change: Change) -> Finding:
+    """What is wrong with a log-determinant."""
     if change.is_absent:
         return bug("logdet_mismatch", "step absent", where=change.where)
-    if factor is not None and factor > 0:
+    if (change.factor or 0) > 0:
         return bug("logdet_mismatch", "step sign", where=change.where)
     off = (change.rest / float(change.curvature.mean()) + change.volume).abs().max()
     most = change.volume.abs().max()

@@ -156,17 +156,17 @@ def _check_step(parts: Parts) -> list[Outcome]:
     with torch.no_grad():
         z = parts.z(parts.heads())
         recon, given = parts.answer(z)
-        alike = not parts.has("kl") or (given and (
-            parts.divergence(parts.heads(), z).ndim == 0) == (recon.ndim == 0))  # fmt: skip
-    why = "one term is not reduced over the batch" if given else "there is no `recon`"
-    if not (given and alike):
-        found.append(Skipped(f"the weight of the KL: {why}"))
-    if (given and not alike) or (not given and parts.has("kl") and parts.power is None):
-        found = _without(found, "reduction_imbalance")
-    if parts.has("kl") and parts.power not in (0.0, 1.0, None) and not given:
+        kl = parts.divergence(parts.heads(), z) if parts.has("kl") else recon
+    alike = (kl.ndim == 0) == (recon.ndim == 0)
+    if not given:
+        found.append(Skipped("the weight of the KL: there is no `recon`"))
+    elif not alike:
+        found.append(Skipped("the weight of the KL: one term is not reduced over the batch"))
+    known = alike if given else parts.power is not None
+    if parts.has("kl") and not given and parts.power not in (0.0, 1.0, None):
         growth = 8.0**parts.power
         found.append(warning("reduction_imbalance", "growth", growth=growth, examples=8))
-    return found
+    return found if known else _without(found, "reduction_imbalance")
 
 
 def _without(outcomes: Iterable[Outcome], what: str | type[Outcome]) -> list[Outcome]:
