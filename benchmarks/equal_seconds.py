@@ -22,16 +22,16 @@ def train_for(
 ) -> tuple[Model, int]:
     """The best weights after as many steps as take `seconds`, and the number of steps.
 
-    Short runs tell what a step takes; `make` builds the model, each time with the seed of
-    `config`.
+    Short runs tell what a step takes, without evaluations; `make` builds the model, each time with
+    the seed of `config`.
     """
 
-    def trained(steps: int) -> tuple[Model, float]:
+    def trained(steps: int, evaluations: int = 1) -> tuple[Model, float]:
         torch.manual_seed(config.seed)
         model = make()
         start = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            budget = replace(config, epochs=None, steps=steps)
+            budget = replace(config, epochs=None, steps=steps, evaluations=evaluations)
             fit(model, train, validation, budget, folder, device="cpu")
             spent = time.process_time() - start
             return musigma.load(f"{folder}/model.safetensors"), spent
@@ -41,4 +41,4 @@ def train_for(
     if 200 * each < seconds:
         each = (trained(105)[1] - start) / 100
     steps = max(10, int(seconds / each))
-    return trained(steps)[0], steps
+    return trained(steps, config.evaluations)[0], steps
