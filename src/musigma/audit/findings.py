@@ -132,8 +132,7 @@ class Finding:
             code: One of `musigma.audit.CODES`.
             severity: "bug" or "warning".
             variant: Which of the messages of the code.
-            where: The line of the audited code as "path/model.py:41"; a path below the working
-                directory becomes relative to it.
+            where: As the field; a path below the working directory becomes relative to it.
             **numbers: The fields of the message, and further numbers. A tensor holds one.
 
         Raises:
@@ -248,8 +247,7 @@ class AuditReport:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        order = sorted(self.findings, key=lambda finding: finding.severity != "bug")
-        object.__setattr__(self, "findings", tuple(order))
+        object.__setattr__(self, "findings", tuple(sorted(self.findings, key=_rank)))
         if not (self.findings or self.checked or self.missing):
             reasons = "; ".join(self.unchecked) or "there was nothing to check"
             raise AuditError(f"{self.subject}: nothing could be checked: {reasons}")
@@ -267,23 +265,23 @@ class AuditReport:
             >>> report.verdict, report.checked, report.convention
             ('warning', ('z',), 'std')
         """
-        findings: dict[tuple[str, str], Finding] = {}
-        lines: dict[type[Note], list[str]] = {Passed: [], Skipped: [], Missing: [], Assumed: []}
+        outcomes = list(outcomes)
+
+        def lines(kind: type[Note]) -> tuple[str, ...]:
+            return tuple(dict.fromkeys(o.line for o in outcomes if isinstance(o, kind)))
+
+        findings = dict[tuple[str, str], Finding]()
+        found = (o for o in outcomes if isinstance(o, Finding))
+        for finding in sorted(found, key=_rank):
+            findings.setdefault((finding.code, finding.where), finding)
         facts, details = dict[str, str](), dict[str, Any]()
-        for outcome in outcomes:
-            if isinstance(outcome, Finding):
-                known = findings.setdefault((outcome.code, outcome.where), outcome)
-                if known.severity == "warning" and outcome.severity == "bug":
-                    findings[outcome.code, outcome.where] = outcome
-            elif isinstance(outcome, Note):
-                lines[type(outcome)].append(outcome.line)
-            else:
-                own = {n: v for n, v in vars(outcome).items() if isinstance(v, str)}
-                facts, details = own | facts, {**outcome.details, **details}
-        checked, unchecked, missing, assumed = (tuple(dict.fromkeys(v)) for v in lines.values())
+        for fact in reversed([o for o in outcomes if isinstance(o, Facts)]):
+            facts |= {n: v for n, v in vars(fact).items() if isinstance(v, str)}
+            details |= fact.details
         return cls(
-            subject, **facts, findings=tuple(findings.values()), checked=checked,
-            unchecked=unchecked, missing=missing, assumed=assumed, details=details,
+            subject, **facts, findings=tuple(findings.values()), checked=lines(Passed),
+            unchecked=lines(Skipped), missing=lines(Missing), assumed=lines(Assumed),
+            details=details,
         )  # fmt: skip
 
     @property
@@ -360,6 +358,11 @@ class AuditReport:
             "assumed": self.assumed,
         }
         return [(title, what) for title, what in lists.items() if what]
+
+
+def _rank(finding: Finding) -> bool:
+    """Bugs before warnings."""
+    return finding.severity != "bug"
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -231,8 +231,9 @@ class Graph:
                 return False
             if t.numel() <= 1 or bool((t == t.reshape(-1)[0]).all()):
                 return True
-            if t.ndim == 1 and not t.is_floating_point():
-                return torch.equal(t.sort().values.long(), torch.arange(len(t)))
+            order = t.sort().values.long() if t.ndim == 1 and not t.is_floating_point() else None
+            if order is not None and torch.equal(order, torch.arange(len(t))):
+                return True
             if t.ndim == 2 and torch.equal(t, torch.eye(*t.shape, dtype=t.dtype)):
                 return True
             if not bool(((t == 0) | (t == t.max())).all()):

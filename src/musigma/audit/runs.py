@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -83,7 +84,8 @@ class Runner:
             return run, [*found, Missing("a second run of the step: it fails, or returns no loss")]
         if second.operations != run.operations:
             run = self.again() or run  # what the first run computed may be kept by the step
-        return run, [*found, *self._compare(run, second)]
+        noise = self._check_noise(run.graph, second.graph)
+        return run, [*found, *noise, *_compare(run, second)]
 
     def again(self) -> Run | None:
         """A run with the seed of the first, for a step whose data were changed."""
@@ -113,18 +115,17 @@ class Runner:
             if p.numel() > 1 and not p.any():
                 p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
 
-    def _compare(self, a: Run, b: Run) -> Iterator[Outcome]:
-        """Whether the second run, under another seed, is the first with other draws."""
-        fixed = _fixed_draws(a.graph, b.graph)
+    def _check_noise(self, a: Graph, b: Graph) -> Iterator[Outcome]:
+        """Whether the draws of a second run, under another seed, are others."""
+        fixed = _fixed_draws(a, b)
         if fixed:  # a generator of the step's own, which was restored between the runs
             later = self._run(1, times=2)
-            fixed = [] if isinstance(later, Missing) else _fixed_draws(a.graph, later.graph)
+            fixed = [] if isinstance(later, Missing) else _fixed_draws(a, later.graph)
         if fixed:
             yield Missing(
-                f"the noise: a draw{at(a.graph.where(fixed[0]))} is the same in two runs under "
+                f"the noise: a draw{at(a.where(fixed[0]))} is the same in two runs under "
                 "different seeds; draw it without a fixed seed"
             )
-        yield from _compare_runs(a, b)
 
 
 def _raised_at(error: BaseException) -> str:
@@ -159,8 +160,8 @@ def _leaves(result: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """The entries of what a step returns, with their names."""
     if dataclasses.is_dataclass(result) and not isinstance(result, type):
         result = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
-    if isinstance(result, tuple) and hasattr(result, "_fields"):
-        result = dict(zip(result._fields, result, strict=True))  # pyright: ignore
+    if hasattr(result, "_asdict"):
+        result = result._asdict()  # pyright: ignore
     if isinstance(result, Mapping):
         for key, value in result.items():
             yield from _leaves(value, str(key))
@@ -242,21 +243,17 @@ def _scalar(graph: Graph, *ids: int) -> int:
 def _useless(run: Run) -> list[Outcome]:
     """Why a loss cannot be examined: it is not finite, or computed from no parameters."""
     graph, loss = run.graph, run.loss
-    value = graph.get(loss)
     if not graph[loss].origin & Origin.PARAMETERS:
         return [Missing("the loss: it does not depend on any parameter")]
-    if not value.isfinite().all():
-        where = _first_not_finite(graph, loss)
-        return [
-            bug("not_finite", "step", where=where, line=short_place(where)),
-            Missing(f"the loss: it is {float(value)}{at(where)}"),
-        ]
-    return []
-
-
-def _first_not_finite(graph: Graph, loss: int) -> str:
+    value = float(graph.get(loss))
+    if math.isfinite(value):
+        return []
     made = [i for i in sorted(graph.upstream([loss])) if graph[i].node and graph[i].floating]
-    return graph.where(next((i for i in made if not graph.get(i).isfinite().all()), loss))
+    where = graph.where(next((i for i in made if not graph.get(i).isfinite().all()), loss))
+    return [
+        bug("not_finite", "step", where=where, line=short_place(where)),
+        Missing(f"the loss: it is {value}{at(where)}"),
+    ]
 
 
 def _fixed_draws(a: Graph, b: Graph) -> list[int]:
@@ -283,26 +280,23 @@ def _elsewhere(a: Graph, b: Graph, draws: dict[int, Tensor]) -> dict[int, Tensor
     return found
 
 
-def _compare_runs(first: Run, second: Run) -> Iterator[Outcome]:
+def _compare(first: Run, second: Run) -> Iterator[Outcome]:
     """Whether a second run, under another seed, is the first with other draws."""
-    a, loss, b, again = first.graph, first.loss, second.graph, second.loss
+    a, loss, b = first.graph, first.loss, second.graph
     live = a.upstream([loss])
     names = first.operations, second.operations
-    if names[0] != names[1]:
+    draws = a.draws()
+    if names[0] != names[1] or any(b[v.id].shape != v.shape for v in draws):
         i = next((k for k, (x, y) in enumerate(zip(*names, strict=False)) if x != y), -1)
         yield Missing(
             "the step as one graph: it branches on its draws, as its operations differ between "
             f"two runs{at(a.nodes[i].where)}; it was audited as it ran"
         )
         return
-    draws = {v.id: b.get(v.id) for v in a.draws()}
-    if any(b[i].kind != a[i].kind or b[i].shape != a[i].shape for i in draws):
-        yield Missing("the step as one graph: its draws differ in shape between two runs")
-        return
-    other = b.get(again)
-    moved = _elsewhere(a, b, draws)
-    value = a.value(draws | moved, loss)
-    if float((value - other).abs()) <= 1e-9 * (1 + float(other.abs())):
+    others = {v.id: b.get(v.id) for v in draws}
+    moved, other = _elsewhere(a, b, others), b.get(second.loss)
+    off = float((a.value(others | moved, loss) - other).abs())
+    if off <= 1e-9 * (1 + float(other.abs())):
         if moved:
             yield Assumed(
                 f"the step reads entries at random positions{at(a.where(min(moved)))}: it is "
@@ -320,15 +314,14 @@ def _compare_runs(first: Run, second: Run) -> Iterator[Outcome]:
                 )
                 return
     for v, w in zip(a.values, b.values, strict=True):
-        outside = v.node is None and v.id in live and v.kind in ("data", "constant", "opaque")
-        if not outside or v.leaf is None or w.leaf is None:
+        outside = v.id in live and v.kind in ("data", "constant", "opaque")
+        if not outside or v.leaf is None or w.leaf is None or torch.equal(v.leaf, w.leaf):
             continue
-        if not torch.equal(v.leaf, w.leaf):
-            where = a.where(v.id)
-            yield Missing(
-                "a tensor that no operation of torch made differs between two runs"
-                f"{at(where)}: random numbers of NumPy or Python; draw noise with torch"
-            )
-            yield warning("host_random", "line", where=where, line=short_place(where))
-            return
+        where = a.where(v.id)
+        yield Missing(
+            "a tensor that no operation of torch made differs between two runs"
+            f"{at(where)}: random numbers of NumPy or Python; draw noise with torch"
+        )
+        yield warning("host_random", "line", where=where, line=short_place(where))
+        return
     yield Missing("the step as one graph: a replay differs from a second run")

@@ -194,14 +194,11 @@ def name_curve(b: Tensor, sigma: Tensor, tolerance: float = 1e-6) -> Curve:
 
 def _fits(name: str, g: Function, b: Tensor, sigma: Tensor, tolerance: float) -> Iterator[Curve]:
     """The reading without and with either floor, with the curve's bounds, where it fits."""
-    n, base = len(b), g(b).nan_to_num(0.0)
-    start, end = _plateau(sigma, tolerance), n - _plateau(sigma.flip(0), tolerance)
+    base, smallest = g(b).nan_to_num(0.0), float(sigma.min())
+    start, end = _plateau(sigma, tolerance), len(b) - _plateau(sigma.flip(0), tolerance)
     if end - start < 3:
         return
     inside = (b >= b[start]) & (b <= b[end - 1]) & (base > 0)
-    middle, smallest = float(sigma[start:end].median()), float(sigma.min())
-    first, last = sigma[[0, -1]].tolist()
-    plateaus = [first] * (start > 0) + [last] * (end < n)
     floors, two_bounds = [("std", 0.0)], name.startswith("sigmoid")  # of _families
     if not two_bounds and float(base.min()) * 1e4 <= base.max() and smallest > 0:
         floors += [("std", smallest), ("variance", smallest)]
@@ -216,20 +213,30 @@ def _fits(name: str, g: Function, b: Tensor, sigma: Tensor, tolerance: float) ->
             k, f = 1.0, f / k
         elif two_bounds:
             continue
-        curve = Curve(name, g, k, f, kind)
-        for levels in (c for r in range(len(plateaus) + 1) for c in combinations(plateaus, r)):
-            low = max((v for v in levels if v <= middle), default=None)
-            high = min((v for v in levels if v > middle), default=None)
-            bounded = replace(curve, bounds=(low, high))
-            if bounded.off(b, sigma) <= 3 * tolerance:
-                at_start = start and first in levels
-                at_end = end < n and last in levels
-                raw = (
-                    _crossing(curve, b[start - 1], b[start], first) if at_start else None,
-                    _crossing(curve, b[end - 1], b[end], last) if at_end else None,
-                )
-                yield replace(bounded, raw_bounds=raw)
-                break
+        yield from _bounded(Curve(name, g, k, f, kind), b, sigma, start, end, tolerance)
+
+
+def _bounded(
+    curve: Curve, b: Tensor, sigma: Tensor, start: int, end: int, tolerance: float
+) -> Iterator[Curve]:
+    """The curve with the fewest of the bounds that plateaus are, if it fits so.
+
+    The plateaus are before the point `start`, and from the point `end` on.
+    """
+    first, last = sigma[[0, -1]].tolist()
+    plateaus, middle = [first] * (start > 0) + [last] * (end < len(b)), sigma[start:end].median()
+    for levels in (c for r in range(len(plateaus) + 1) for c in combinations(plateaus, r)):
+        low = max((v for v in levels if v <= middle), default=None)
+        high = min((v for v in levels if v > middle), default=None)
+        bounded = replace(curve, bounds=(low, high))
+        if bounded.off(b, sigma) <= 3 * tolerance:
+            at_start, at_end = start > 0 and first in levels, end < len(b) and last in levels
+            raw = (
+                _crossing(curve, b[start - 1], b[start], first) if at_start else None,
+                _crossing(curve, b[end - 1], b[end], last) if at_end else None,
+            )
+            yield replace(bounded, raw_bounds=raw)
+            return
 
 
 def _plateau(sigma: Tensor, tolerance: float) -> int:

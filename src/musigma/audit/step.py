@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -75,13 +74,12 @@ def examine(step: Callable[[], Any], sandbox: Sandbox) -> Iterator[Outcome]:
         yield from notes
         if run is not None:
             is_sure = not any(isinstance(note, Missing) for note in notes)
-            rest = {"run": run, "runner": runner, "is_sure": is_sure, "find": find_divergence}
-            yield from _check(run, functools.partial(Subject, **rest))
+            yield from _check(run, runner, is_sure)
     except FAILURES as error:
         yield Missing(_failed("the step", error))
 
 
-def _check(run: Run, subject: Callable[..., Subject]) -> Iterator[Outcome]:
+def _check(run: Run, runner: Runner, is_sure: bool) -> Iterator[Outcome]:
     """Examine all latents; of a step without any, the flow."""
     graph, loss = run.graph, run.loss
     yield from check_dequantization(graph, loss)
@@ -90,13 +88,13 @@ def _check(run: Run, subject: Callable[..., Subject]) -> Iterator[Outcome]:
         why = "it is scaled by what depends on parameters, but is no part of mean + sigma * noise"
         yield unexamined("a draw", graph.where(draw), why)
     if not latents:
-        others = _check_other_laws(graph, loss)
-        yield from others or check_flow(graph, loss) or _no_latent(graph, loss)
-    lines = Counter(latent.where for latent in latents)
-    for where, count in lines.items():
+        yield from _without_latent(graph, loss)
+    for where, count in Counter(latent.where for latent in latents).items():
         for latent in [latent for latent in latents if latent.where == where][:PER_LINE]:
             try:
-                yield from check_latent(subject(Prober(graph, latent), latents))
+                prober = Prober(graph, latent)
+                on = Subject(prober, latents, run, runner, is_sure, find_divergence)
+                yield from check_latent(on)
             except FAILURES as error:
                 yield Missing(_failed(f"the KL of z{at(where)}", error))
         if count > PER_LINE:
@@ -113,18 +111,18 @@ def _lines_of_draws(graph: Graph, loss: int, *kinds: Kind) -> str:
     return ", ".join(dict.fromkeys(short_place(graph.where(i)) for i in draws[:3]))
 
 
-def _check_other_laws(graph: Graph, loss: int) -> list[Outcome]:
-    """What is said of a latent by another law than the Gaussian; nothing if there is none."""
-    lines = _lines_of_draws(graph, loss, "other")
-    why = (
-        f"the KL: z is drawn by another law than the Gaussian ({lines}), as a gamma or a "
-        "categorical distribution, and its divergence is not examined"
-    )
-    return [Missing(why)] if lines else []
-
-
-def _no_latent(graph: Graph, loss: int) -> Iterator[Outcome]:
-    if lines := _lines_of_draws(graph, loss, "gaussian", "random"):
+def _without_latent(graph: Graph, loss: int) -> Iterator[Outcome]:
+    """Examine a step that draws no Gaussian latent: as that of a flow, if it is one."""
+    others = _lines_of_draws(graph, loss, "other")
+    if not others and (found := check_flow(graph, loss)):
+        yield from found
+        return
+    if others:
+        why = (
+            f"z is drawn by another law than the Gaussian ({others}), as a gamma or a "
+            "categorical distribution, and its divergence is not examined"
+        )
+    elif lines := _lines_of_draws(graph, loss, "gaussian", "random"):
         why = (
             f"no draw of the step ({lines}) is Gaussian noise in mean + sigma * noise, with "
             "a mean that depends on parameters"
@@ -135,5 +133,5 @@ def _no_latent(graph: Graph, loss: int) -> Iterator[Outcome]:
             "autoencoder, or a VAE in evaluation mode"
         )
     yield Missing(f"the KL: {why}")
-    if graph.hosts:
+    if graph.hosts and not others:
         yield warning("host_random", source=" and ".join(graph.hosts))
