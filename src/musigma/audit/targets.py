@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport, name_of
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
-from musigma.audit.sandbox import Sandbox, TooSlowError
+from musigma.audit.sandbox import Sandbox, TooSlowError, first_form
 from musigma.audit.search import (
     Search,
     Users,
@@ -110,22 +110,28 @@ def find_step(obj: Any, example: Any = None, *, shape: tuple[int, ...] | None = 
         3.0
     """
     assumed: list[str] = []
-    return _step_of(make(obj, assumed), example, shape, assumed)
+    return _step_of(_Subject(make(obj, assumed), example, shape), assumed)
 
 
-def _step_of(
-    obj: Any, example: Any, shape: tuple[int, ...] | None, assumed: list[str]
-) -> FoundStep:
-    """The step of an object that is made."""
-    if _takes_nothing(obj):
+class _Subject(NamedTuple):
+    """An object that is made; and a batch, or the shape of one example, if they are known."""
+
+    obj: Any
+    example: Any = None
+    shape: tuple[int, ...] | None = None
+
+
+def _step_of(subject: _Subject, assumed: list[str]) -> FoundStep:
+    """The step of an object."""
+    if _takes_nothing(obj := subject.obj):
         return FoundStep(functools.partial(run_step, obj), assumed, name_of(obj))
     model = model_beside(obj)
     with Sandbox(obj, model, seconds=SECONDS, as_is=True) as sandbox, torch.enable_grad():
         search = Search(obj, sandbox, model)
-        for batch in examples(obj, example, shape):
+        for batch in examples(*subject):
             if (found := search.look(batch)) is not None:
                 candidate, call = found
-                if example is None:
+                if subject.example is None:
                     assumed.append(f"a batch of shape {tuple(batch.shape)} was drawn")
                 assumed += candidate.notes
                 return FoundStep(call, assumed, candidate.name, candidate.users)
@@ -148,15 +154,11 @@ def make(obj: Any, assumed: list[str]) -> Any:
             f"{name}: it needs {', '.join(needed)}; give an instance, or a function without "
             "arguments that makes one"
         )
-    undo = (lambda: None) if is_class else Sandbox(obj).snapshot()
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(0)
+    with Sandbox(obj, as_is=True), torch.enable_grad():
         try:
             made = run_step(obj)
         except Exception as error:
             raise AuditError(f"{name}(): it raises {type(error).__name__}: {error}") from error
-        finally:
-            undo()
     if not is_class and is_loss(made):
         assumed.append(f"{name}() is the step")
         return obj
@@ -237,7 +239,7 @@ def audit(obj: Any, example: Any = None, *, shape: tuple[int, ...] | None = None
     elif (term := _term_in(obj)) is not None:
         report = audit_log_prob_term(term, example=example)
     else:
-        report = _audited(obj, example, shape, assumed)
+        report = _audited(_Subject(obj, example, shape), assumed)
     subject = report.subject if isinstance(obj, Model) else name_of(obj)
     return replace(report, subject=subject, assumed=(*assumed, *report.assumed))
 
@@ -256,18 +258,16 @@ def _term_in(obj: Any) -> Callable[..., Any] | None:
     return None
 
 
-def _audited(
-    obj: Any, example: Any, shape: tuple[int, ...] | None, assumed: list[str]
-) -> AuditReport:
+def _audited(subject: _Subject, assumed: list[str]) -> AuditReport:
     """The audit of the step, and of what no step shows; without a step, of the callables."""
+    obj, step, refused = subject.obj, None, None
     try:
-        step, refused = _step_of(obj, example, shape, []), None
+        step = _step_of(subject, [])
     except NoStepError as error:
-        step, refused = None, error
+        refused = error
     if step is None or step.users == "map":
         try:
-            report = _density(obj, example, shape) or _vae(obj, "kl", example, shape)
-            report = report or _flow(obj, example, shape)
+            report = _density(subject) or _vae(subject, "kl") or _flow(subject)
         except AuditError as error:
             if refused is None:
                 raise
@@ -280,16 +280,16 @@ def _audited(
     if step.users == "terms":
         report = _without_weight(report)
     try:
-        if (more := _vae(obj, "generate")) is not None:
+        if (more := _vae(subject, "generate")) is not None:
             return _joined(report, more)
         has_kl = any(functions(obj, "kl")) or any(functions(obj, "encode"))
         if has_kl and _sampler(obj) is not None:
             return report
-        if report.missing and (density := _density(obj, example, shape)) is not None:
+        if report.missing and (density := _density(subject)) is not None:
             report = _joined(report, density)
             report = report if density.missing else replace(report, missing=())
         if any(methods(obj, "inverse")):
-            report = _joined(report, _flow(obj, example, shape))
+            report = _joined(report, _flow(subject))
     except AuditError as error:
         unchecked = (*report.unchecked, f"callables of {name_of(obj)}: {error}")
         return replace(report, unchecked=unchecked)
@@ -324,21 +324,18 @@ def _joined(report: AuditReport, more: AuditReport) -> AuditReport:
     )
 
 
-def _density(obj: Any, example: Any, shape: tuple[int, ...] | None) -> AuditReport | None:
+def _density(subject: _Subject) -> AuditReport | None:
     """Whether `log_prob` is a density, if it has few dimensions and takes x alone."""
-    size = tuple(shape or getattr(input_of(example), "shape", ())[1:])
-    if not size or (dims := math.prod(size)) > DIMENSIONS:
-        return None
-    log_prob = member(obj, "log_prob")
-    if not callable(log_prob) or len(required(log_prob)) != 1:
+    size = tuple(subject.shape or getattr(input_of(subject.example), "shape", ())[1:])
+    dims, log_prob = math.prod(size), member(subject.obj, "log_prob")
+    if not size or dims > DIMENSIONS or not callable(log_prob) or len(required(log_prob)) != 1:
         return None
     return audit_density(lambda x: log_prob(x.reshape(-1, *size)), dims)
 
 
-def _vae(
-    obj: Any, what: str, example: Any = None, shape: tuple[int, ...] | None = None
-) -> AuditReport | None:
+def _vae(subject: _Subject, what: str) -> AuditReport | None:
     """The audit of what draws z in an object, with its KL, or with what generates z."""
+    obj = subject.obj
     sampler, takes = _sampler(obj), (2, 3) if what == "kl" else (1,)
     fns = [(name, fn) for name, fn in functions(obj, what) if len(required(fn)) in takes]
     if sampler is None or not fns:
@@ -351,7 +348,7 @@ def _vae(
         encoders = [pair for pair in functions(obj, "encode") if len(required(pair[1])) == 1]
         if encoders:
             name, encode = encoders[0]
-            x = _accepted(obj, example, shape, lambda sandbox, x: sandbox.call(name, encode, x))
+            x = _accepted(subject, lambda sandbox, x: sandbox.call(name, encode, x))
             parts |= {"encode": encode, "example": x}
             assumed.append(f"{name} is the encoder")
     report = audit_vae(sample=sample, **parts)
@@ -384,11 +381,12 @@ def _mean_first(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda mean, second, z: bound(None, {"mean": mean, "scale": second, "z": z})
 
 
-def _flow(obj: Any, example: Any, shape: tuple[int, ...] | None) -> AuditReport:
+def _flow(subject: _Subject) -> AuditReport:
     """The audit of a flow, on the first batch that it maps."""
+    obj = subject.obj
     if not (callable(obj) or isinstance(obj, (list, tuple))):
         raise AuditError(f"{type(obj).__name__}: it cannot be called")
-    x = _accepted(obj, example, shape, lambda sandbox, x: _maps(FlowAdapter(sandbox, obj), x))
+    x = _accepted(subject, lambda sandbox, x: _maps(FlowAdapter(sandbox, obj), x))
     report = audit_flow(obj, None, x)
     assumed = f"an example has the shape {tuple(x.shape[1:])}"
     return replace(report, assumed=(assumed, *report.assumed))
@@ -404,32 +402,28 @@ def _maps(flow: FlowAdapter, x: Tensor) -> None:
         raise AuditError("forward: it returns no log-determinant, and there is no inverse")
 
 
-def _accepted(
-    obj: Any,
-    example: Any,
-    shape: tuple[int, ...] | None,
-    attempt: Callable[[Sandbox, Tensor], Any],
-) -> Tensor:
+def _accepted(subject: _Subject, attempt: Callable[[Sandbox, Tensor], Any]) -> Tensor:
     """The first batch with which an attempt does not fail."""
-    errors: list[AuditError] = []
-    for x in map(input_of, examples(obj, example, shape)):
-        try:
-            if not isinstance(x, Tensor):
-                raise AuditError(f"expected a tensor; got {type(x).__name__}")
-            with Sandbox(obj) as sandbox, torch.no_grad():
-                sandbox.use_dtype(torch.float32)
-                attempt(sandbox, x.float())
-            return x
-        except TooSlowError:
-            raise
-        except AuditError as error:
-            errors.append(error)
-    if example is not None:
-        raise AuditError(f"example: it is not accepted ({errors[0]})") from errors[0]
-    raise AuditError(
-        f"example: no shape that was tried is accepted ({errors[0]}); give a batch as `example`, "
-        "or the `shape` of one example; a function that makes a model must take no arguments"
-    ) from errors[0]
+
+    def tried(x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise AuditError(f"expected a tensor; got {type(x).__name__}")
+        with Sandbox(subject.obj) as sandbox, torch.no_grad():
+            sandbox.use_dtype(torch.float32)
+            attempt(sandbox, x.float())
+
+    batches = ((input_of(batch),) for batch in examples(*subject))
+    try:
+        return first_form(batches, tried)[0][0]
+    except TooSlowError:
+        raise
+    except AuditError as error:
+        if subject.example is not None:
+            raise AuditError(f"example: it is not accepted ({error})") from error
+        raise AuditError(
+            f"example: no shape that was tried is accepted ({error}); give a batch as `example`, "
+            "or the `shape` of one example; a function that makes a model must take no arguments"
+        ) from error
 
 
 def _by_name(parts: dict[str, Any], example: Any) -> AuditReport:

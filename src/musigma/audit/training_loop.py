@@ -19,8 +19,7 @@ __all__ = ["STUBBED", "of_users", "run_step"]
 
 LOOP = (
     "log", "log_dict", "logger", "trainer", "optimizers", "lr_schedulers", "toggle_optimizer",
-    "untoggle_optimizer", "clip_gradients", "current_epoch", "global_step", "manual_backward",
-    "device",
+    "untoggle_optimizer", "clip_gradients", "current_epoch", "global_step",
 )  # fmt: skip
 STUBBED = "what a training loop gives (self.log, self.trainer, self.current_epoch) is a stub: 1"
 LIBRARIES = (
@@ -44,7 +43,8 @@ def run_step(call: Callable[..., Any], *batch: Any, in_loop_of: Any = None) -> A
         *batch: Its batch, or nothing.
         in_loop_of: The object that gets stubs of its training loop, such as `self.log`.
     """
-    with _training_loop(in_loop_of), _optimizers_at_rest(), _backward() as found:
+    loop = _training_loop(in_loop_of) if in_loop_of is not None else contextlib.nullcontext()
+    with loop, _optimizers_at_rest(), _backward() as found:
         value = call(*[fresh(each) for each in batch])
     if len(found) > 1:
         return tuple(found)
@@ -71,42 +71,36 @@ def _optimizers_at_rest() -> Iterator[None]:
     """All optimizers of torch and Keras change nothing; a closure is called."""
 
     def hook(optimizer: Any, args: tuple[Any, ...], how: dict[str, Any]) -> Any:
-        def without_gradients(closure: Any = None) -> Any:
-            value = closure() if callable(closure) else None
+        def without_gradients(closure: Any = lambda: None) -> Any:
+            value = closure()
             torch.optim.Optimizer.zero_grad(optimizer)
             return value
 
         without_gradients()
-        closure = next(filter(callable, [*args[1:], *how.values()]), None)
-        if closure is not None:
-            return (optimizer, functools.partial(without_gradients, closure)), {}
-        return None
+        closures = filter(callable, [*args[1:], *how.values()])
+        given = [functools.partial(without_gradients, closure) for closure in closures]
+        return ((optimizer, *given), {}) if given else None
 
-    keras = sys.modules.get("keras")
     handle = register_optimizer_step_pre_hook(hook)
     with contextlib.ExitStack() as stack:
         stack.callback(handle.remove)
-        if keras is not None:
-            apply = mock.patch.object(keras.optimizers.Optimizer, "apply")
-            stack.enter_context(apply)
+        if (keras := sys.modules.get("keras")) is not None:
+            stack.enter_context(mock.patch.object(keras.optimizers.Optimizer, "apply"))
         yield
 
 
 @contextlib.contextmanager
 def _training_loop(obj: Any) -> Iterator[None]:
-    """An object with stubs of what its training loop gives; None is left alone."""
-    if obj is None:
-        yield
-        return
-    kind = type(obj)
+    """An object with stubs of what its training loop gives."""
+    kind: Any = type(obj)
     own = {n for cls in kind.__mro__ if of_users(cls) for n in vars(cls)} | set(vars(obj))
-    stubs: dict[str, Any] = dict.fromkeys(LOOP, Stub(1))
-    stubs["manual_backward"] = lambda self, loss, *args, **how: loss.backward(*args, **how)
     parameters = obj.parameters() if isinstance(obj, nn.Module) else ()
-    stubs["device"] = next((p.device for p in parameters), torch.device("cpu"))
+    stubs: dict[str, Any] = dict.fromkeys(LOOP, Stub(1)) | {
+        "manual_backward": lambda self, loss, *args, **how: loss.backward(*args, **how),
+        "device": next((p.device for p in parameters), torch.device("cpu")),
+    }
     missing = {name: stub for name, stub in stubs.items() if name not in own}
-    stubbed: Any = type(kind.__name__, (kind,), {**missing, "__module__": kind.__module__})
-    obj.__class__ = stubbed
+    obj.__class__ = type(kind.__name__, (kind,), {**missing, "__module__": kind.__module__})
     try:
         yield
     finally:
