@@ -358,8 +358,9 @@ def bindings(
         yield bound(needed, [THE_BATCH])
         yield bound(needed, [THE_DATA])
     if isinstance(batch, (tuple, list)):
+        more = [name for name in optional if meaning(name) == "target" or "edge" in name]
         every = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        for names in (needed, every):
+        for names in ([*needed, *more], every):
             if len(names) > 1 and len({*names} & {*required(fn)}) <= len(batch):
                 yield bound(names, in_order)
 

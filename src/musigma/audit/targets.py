@@ -28,7 +28,7 @@ from musigma.audit.density import audit_density
 from musigma.audit.findings import AuditError, AuditReport, name_of
 from musigma.audit.flow import audit_flow
 from musigma.audit.models import audit_model
-from musigma.audit.sandbox import Sandbox, TooSlowError, first_form
+from musigma.audit.sandbox import Sandbox, TooSlowError
 from musigma.audit.search import (
     Search,
     Users,
@@ -404,26 +404,25 @@ def _maps(flow: FlowAdapter, x: Tensor) -> None:
 
 def _accepted(subject: _Subject, attempt: Callable[[Sandbox, Tensor], Any]) -> Tensor:
     """The first batch with which an attempt does not fail."""
-
-    def tried(x: Any) -> None:
-        if not isinstance(x, Tensor):
-            raise AuditError(f"expected a tensor; got {type(x).__name__}")
-        with Sandbox(subject.obj) as sandbox, torch.no_grad():
-            sandbox.use_dtype(torch.float32)
-            attempt(sandbox, x.float())
-
-    batches = ((input_of(batch),) for batch in examples(*subject))
-    try:
-        return first_form(batches, tried)[0][0]
-    except TooSlowError:
-        raise
-    except AuditError as error:
-        if subject.example is not None:
-            raise AuditError(f"example: it is not accepted ({error})") from error
-        raise AuditError(
-            f"example: no shape that was tried is accepted ({error}); give a batch as `example`, "
-            "or the `shape` of one example; a function that makes a model must take no arguments"
-        ) from error
+    errors: list[AuditError] = []
+    for x in map(input_of, examples(*subject)):
+        try:
+            if not isinstance(x, Tensor):
+                raise AuditError(f"expected a tensor; got {type(x).__name__}")
+            with Sandbox(subject.obj) as sandbox, torch.no_grad():
+                sandbox.use_dtype(torch.float32)
+                attempt(sandbox, x.float())
+            return x
+        except TooSlowError:
+            raise
+        except AuditError as error:
+            errors.append(error)
+    if subject.example is not None:
+        raise AuditError(f"example: it is not accepted ({errors[0]})") from errors[0]
+    raise AuditError(
+        f"example: no shape that was tried is accepted ({errors[0]}); give a batch as `example`, "
+        "or the `shape` of one example; a function that makes a model must take no arguments"
+    ) from errors[0]
 
 
 def _by_name(parts: dict[str, Any], example: Any) -> AuditReport:
