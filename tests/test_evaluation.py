@@ -152,6 +152,7 @@ def test_the_parts_of_a_figure_are_consistent(digits, models, name, k):
         "rate",
         "kl",
         "non_finite",
+        *(["ess", "ess_lowest"] if k > 1 else []),
     ]
     bits = table["bits_per_dim"]
     assert figure["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-12)

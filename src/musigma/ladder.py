@@ -73,7 +73,7 @@ class Ladder(Model):
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """From the top: z ~ q(z | state, x), paired with p(z | state); finally p(x | state)."""
         state = self._start(len(x))
-        bottom_up = conditioned(self.bottom_up, x, context)
+        bottom_up = trace.encoding(self.bottom_up, x, context)
         for block, features in zip(self.blocks, bottom_up, strict=True):
             q = conditioned(block.posterior, torch.cat([state, features], 1), context)
             p, state = block.propose(state, context)

@@ -12,7 +12,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -177,15 +177,36 @@ class Model(nn.Module, ABC):
         Raises:
             ValueError: If k is below 1.
         """
+        parts = self.log_weights(x, k, context, at_once=at_once)
+        return reduce(torch.logaddexp, (part.logsumexp(1) for part in parts)) - math.log(k)
+
+    def log_weights(
+        self, x: Tensor, k: int, context: Context = None, *, at_once: int = 256
+    ) -> Iterator[Tensor]:
+        """log w of k draws for each example, in nats: parts (B, m) whose m add up to k.
+
+        A pass has at most `at_once` pairs of an example and a draw, and at least one draw of each
+        example. The encoder of a `VAE` or a ladder runs for the first pass, not for every draw.
+
+        Args:
+            x: Data, shape (B, *event).
+            k: The number of draws per example.
+            context: One row per example, or None.
+            at_once: Number of (example, draw) pairs per pass.
+
+        Raises:
+            ValueError: If k is below 1.
+        """
         if k < 1:
             raise ValueError(f"k: expected 1 or more draws; got {k}")
-        weights, most = [], max(1, at_once // len(x))
+        x, most = self.floating(x), max(1, at_once // len(x))
+        encodings, rows, given = {}, x[:0], context
         for start in range(0, k, most):
             draws = min(most, k - start)
-            repeated = contexts.repeat(context, draws)
-            log_w = self(x.repeat_interleave(draws, 0), repeated, closed_form=False).elbo
-            weights.append(log_w.reshape(len(x), draws))
-        return torch.cat(weights, 1).logsumexp(1) - math.log(k)
+            if len(rows) != draws * len(x):  # in the first pass, and perhaps in the last
+                rows, given = x.repeat_interleave(draws, 0), contexts.repeat(context, draws)
+            trace = Trace(encodings=encodings)
+            yield self(rows, given, trace=trace).elbo.reshape(len(x), draws)
 
     def log_prob(self, x: Tensor, context: Context = None) -> Tensor:
         """log p(x) in nats, shape (B,): a density for continuous data, so it may be positive.
@@ -586,7 +607,7 @@ class VAE(Model):
 
     def infer(self, x: Tensor, trace: Trace, context: Any = None) -> None:
         """z ~ q(z | x), then p(x | z) and p(z)."""
-        q = conditioned(self.encoder, x, context)
+        q = trace.encoding(self.encoder, x, context)
         if isinstance(self.prior, Prior):
             z = trace.latent(self.prior, q, self.prior.head(context))
             trace.p(self, conditioned(self.decoder, z, context), x)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl, kl_divergence
 
+from musigma.context import conditioned
 from musigma.tensors import frozen
 
 __all__ = ["Evidence", "Recorder", "Trace", "with_gradient"]
@@ -171,6 +172,8 @@ class Trace:
         scoring: Whether terms are recorded. Sampling does not need them.
         closed_form: Whether to use the KL divergence of a paired q and p, instead of
             log q - log p.
+        encodings: A mapping that passes over the same data share, so that networks that see only
+            the data run once. By default they run in every pass.
     """
 
     def __init__(
@@ -183,8 +186,10 @@ class Trace:
         whiten: bool = False,
         scoring: bool = True,
         closed_form: bool = False,
+        encodings: dict[nn.Module, tuple[Tensor, Any]] | None = None,
     ):
         self.generating, self.n, self.whiten = generating, n, whiten
+        self.encodings = encodings
         self.given: Mapping[Site, Tensor] = given or {}
         self.temperature, self.scoring, self.closed_form = temperature, scoring, closed_form
         self.values: dict[Site, Tensor] = {}
@@ -200,6 +205,16 @@ class Trace:
         self.below: set[Site] = set()  # layers between the data and a likelihood
 
     # -- called by models
+
+    def encoding(self, net: nn.Module, x: Tensor, context: Any = None) -> Any:
+        """What a network makes of the data alone, by an earlier pass if `encodings` has it."""
+        if self.encodings is None:
+            return conditioned(net, x, context)
+        seen, output = self.encodings.get(net, (None, None))
+        if seen is None or not torch.equal(seen, x):
+            output = conditioned(net, x, context)
+            self.encodings[net] = x, output
+        return output
 
     def p(self, site: Site, dist: Distribution, value: Tensor | None = None) -> Tensor:
         """A term of the generative model: scores `value` while inferring, draws otherwise."""

@@ -1,5 +1,8 @@
 """Figures of a model on data: scores, the ledger, and diagnostics."""
 
+from musigma.evaluation.annealing import Annealing, Chains
+from musigma.evaluation.both_sides import Sandwich, gap, sandwich
+from musigma.evaluation.bounds import weighed
 from musigma.evaluation.diagnostics import (
     ACTIVE,
     COLLAPSED,
@@ -37,6 +40,9 @@ __all__ = [
     "DCI",
     "ILL_CONDITIONED",
     "SATURATED",
+    "Annealing",
+    "Chains",
+    "Sandwich",
     "batch",
     "batches",
     "bits_per_dim",
@@ -48,6 +54,7 @@ __all__ = [
     "evaluate",
     "evaluating",
     "factor_score",
+    "gap",
     "inspect",
     "ledger",
     "mean",
@@ -56,9 +63,11 @@ __all__ = [
     "mutual_information",
     "noise",
     "reported",
+    "sandwich",
     "sap",
     "saturation",
     "score",
     "slow_directions",
     "tensors",
+    "weighed",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch.distributions import Distribution, kl_divergence
 
 from musigma.context import Context
 from musigma.data import Dataset
+from musigma.evaluation.annealing import Annealing
+from musigma.evaluation.bounds import draws_of, weighed, weights_of
 from musigma.evaluation.diagnostics import ACTIVE, reported
 from musigma.evaluation.inputs import Progress, batches, check, evaluating
 from musigma.model import Model
@@ -27,20 +29,26 @@ from musigma.trace import Recorder, Trace
 __all__ = ["bound", "evaluate", "inspect", "ledger", "mean", "score"]
 
 
-COLUMNS = ("bits_per_dim", "nats", "log_px", "rate", "spread")
-"""The columns of every table of scores, beside those of latents."""
+COLUMNS = ("log_px", "rate", "spread", "ess", "acceptance")
+"""The columns of tables of scores, beside those of latents, `nats` and `bits_per_dim`."""
 
 
-def bound(model: Model, k: int = 1) -> str:
-    """The kind of a figure of this model: "exact", "elbo" or "iwae-K"."""
-    return "exact" if model.exact else "elbo" if k == 1 else f"iwae-{k}"
+def bound(model: Model, k: int | Sequence[int] = 1, annealing: Annealing | None = None) -> str:
+    """The kind of a figure of this model: "exact", "elbo", "iwae-K" or "ais-K"."""
+    if model.exact:
+        return "exact"
+    most = draws_of(k)[-1]
+    if annealing is not None:
+        return f"ais-{most}"
+    return "elbo" if most == 1 else f"iwae-{most}"
 
 
 def score(
     model: Model,
     data: Dataset,
     *,
-    k: int = 1,
+    k: int | Sequence[int] = 1,
+    annealing: Annealing | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
@@ -51,7 +59,10 @@ def score(
     Args:
         model: The model. It is set to evaluation mode during the call.
         data: The examples to score.
-        k: Draws per example; more than 1 gives the importance-weighted bound.
+        k: Draws per example; more than 1 gives the importance-weighted bound. Several numbers
+            give the bounds of each, from the same draws. Memory does not grow with them.
+        annealing: How draws are annealed to the posterior, for a tighter bound; by default they
+            are draws from q.
         batch_size: Examples per batch.
         seed: Random seed of the draws.
         progress: Called with (done, total).
@@ -61,41 +72,52 @@ def score(
         Columns of length N: `bits_per_dim` and `nats` (-log p or its upper bound); and, from one
         draw, `log_px`, `rate`, and `kl_0`, `kl_1`, ... of each latent, top first, in nats. For a
         mixture, of the members of an ensemble or of several orders of the columns, also `spread`,
-        the standard deviation of the nats of one of them. Then whatever the model reports by
-        `Trace.figure`, NaN where an example has no such figure.
+        the standard deviation of the nats of one of them. With several draws, `ess`, their
+        effective sample size (`weighed`); for several k, `nats_K` and `bits_per_dim_K` of the
+        smaller ones; with annealing, `acceptance` (`Chains.figures`). Then whatever the model
+        reports by `Trace.figure`, NaN where an example has no such figure.
 
     Raises:
-        ValueError: If the data do not fit the model, or k is below 1.
+        ValueError: If the data do not fit the model, k is below 1, or draws cannot be annealed.
     """
     check(model, data)
-    if k < 1:
-        raise ValueError(f"k: expected 1 or more draws; got {k}")
+    ks = draws_of(k)
     columns: dict[str, list[Tensor]] = {}
     shared = batches(
         model, data, batch_size=batch_size, seed=seed, progress=progress, processes=processes
     )
     with torch.no_grad(), evaluating(model):
         for x, context in shared:
-            row = _of_mixture(model, x, context) or _of_trace(model, x, context, k)
+            row = _of_mixture(model, x, context) or _of_trace(model, x, context, ks, annealing)
             for name, value in row.items():
                 columns.setdefault(name, []).append(torch.as_tensor(value).cpu().double())
     table = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
     if not table:
         return {}  # more processes than batches
-    return {"bits_per_dim": bits_per_dim(table["nats"], math.prod(data.shape)), **table}
+    nats = [name for name in table if name.partition("_")[0] == "nats"]
+    dims = math.prod(data.shape)
+    bits = {f"bits_per_dim{name[4:]}": bits_per_dim(table[name], dims) for name in nats}
+    return bits | table
 
 
-def _of_trace(model: Model, x: Tensor, context: Context, k: int) -> dict[str, Any]:
-    """The figures of some examples from the terms of one pass."""
+def _of_trace(
+    model: Model, x: Tensor, context: Context, ks: Sequence[int], annealing: Annealing | None
+) -> dict[str, Any]:
+    """The figures of some examples from the terms of one pass, and from further draws."""
     trace = Trace(closed_form=not model.exact)
     evidence = model(x, context, trace=trace)
-    if k > 1 and not model.exact:
-        nats = -model.iwae(x, k, context)
+    more: dict[str, Any] = {}
+    if annealing is not None or (ks[-1] > 1 and not model.exact):
+        weights = weights_of(model, x, context, annealing)
+        bounds, ess = weighed(weights.log_weights(ks[-1]), ks)
+        *others, nats = (-bounds).unbind(1)
+        more = {f"nats_{k}": column for k, column in zip(ks, others, strict=False)}
+        more |= {"ess": ess, **weights.figures()}
     else:  # in float64, so that the rows of the ledger add up to it
         nats = sum(nats.cpu().double() for _, _, nats in trace.entries())
     row = {"nats": nats, "log_px": evidence.log_px, "rate": evidence.rate}
     row |= {f"kl_{i}": column for i, column in enumerate(evidence.kl.unbind(1))}
-    return row | trace.figures
+    return row | more | trace.figures
 
 
 def _of_mixture(model: Model, x: Tensor, context: Context) -> dict[str, Any]:
@@ -111,7 +133,8 @@ def evaluate(
     model: Model,
     data: Dataset,
     *,
-    k: int = 1,
+    k: int | Sequence[int] = 1,
+    annealing: Annealing | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
@@ -124,30 +147,39 @@ def evaluate(
 
     Returns:
         `bits_per_dim` with its `standard_error`; `nats` per example with `standard_error_nats`;
-        `bound`: "exact" (-log p itself), "elbo" or "iwae-K" (upper bounds of it); `n`; `log_px`,
-        `rate` and `kl` (per latent, top first) in nats; `non_finite`: the number of examples
-        without a finite figure, which are included in all means; for a mixture `spread`, with its
-        `standard_error_spread`; and `figures`, if there are any: what the model reports by
+        `bound`: "exact" (-log p itself), "elbo", "iwae-K" or "ais-K" (upper bounds of it); `n`;
+        `log_px`, `rate` and `kl` (per latent, top first) in nats; `non_finite`: the number of
+        examples without a finite figure, which are included in all means; for a mixture `spread`,
+        with its `standard_error_spread`; with several draws, `ess` and `ess_lowest`, the mean and
+        the least effective sample size; for several k, `curve`, with a row for each k, `k` and the
+        first four figures, of which the last are the others above; with annealing, `acceptance`;
+        and `figures`, if there are any: what the model reports by
         `Trace.figure` (means over the examples that have it), and what its modules report by
         ``figures()``, a dict of numbers, under "module.figure".
 
     Raises:
-        ValueError: If there are no examples, the data do not fit the model, or k is below 1.
+        ValueError: If there are no examples, or as `score`.
     """
     if len(data) == 0:
         raise ValueError(f"data: {data.name or 'the set'} holds no examples to evaluate")
-    options: dict[str, Any] = {"k": k, "batch_size": batch_size, "seed": seed}
-    share = score(model, data, progress=progress, processes=processes, **options)
-    return mean(model, processes.concatenate(share), k)
+    options: dict[str, Any] = {"k": k, "annealing": annealing, "seed": seed}
+    options |= {"batch_size": batch_size, "progress": progress, "processes": processes}
+    return mean(model, processes.concatenate(score(model, data, **options)), k, annealing)
 
 
-def mean(model: Model, table: Mapping[str, np.ndarray], k: int = 1) -> dict[str, Any]:
+def mean(
+    model: Model,
+    table: Mapping[str, np.ndarray],
+    k: int | Sequence[int] = 1,
+    annealing: Annealing | None = None,
+) -> dict[str, Any]:
     """The mean figure of examples from their scores, as `evaluate` returns it.
 
     Args:
         model: The model that scored them.
         table: What `score` returned, at least one row.
-        k: Draws per example.
+        k: Draws per example, as `score` took it.
+        annealing: As `score` took it.
     """
     n = len(table["nats"])
     means = {name: float(values.mean()) for name, values in table.items()}
@@ -156,12 +188,17 @@ def mean(model: Model, table: Mapping[str, np.ndarray], k: int = 1) -> dict[str,
         with np.errstate(invalid="ignore"):  # it is NaN where a value is infinite
             return float(table[name].std(ddof=1) / math.sqrt(n)) if n > 1 else None
 
+    def both_units(of: str = "") -> dict[str, float | None]:
+        return {
+            "bits_per_dim": means[f"bits_per_dim{of}"],
+            "standard_error": error(f"bits_per_dim{of}"),
+            "nats": means[f"nats{of}"],
+            "standard_error_nats": error(f"nats{of}"),
+        }
+
     figure = {
-        "bits_per_dim": means["bits_per_dim"],
-        "standard_error": error("bits_per_dim"),
-        "nats": means["nats"],
-        "standard_error_nats": error("nats"),
-        "bound": bound(model, k),
+        **both_units(),
+        "bound": bound(model, k, annealing),
         "n": n,
         "log_px": means["log_px"],
         "rate": means["rate"],
@@ -170,7 +207,14 @@ def mean(model: Model, table: Mapping[str, np.ndarray], k: int = 1) -> dict[str,
     }
     if "spread" in table:
         figure |= {"spread": means["spread"], "standard_error_spread": error("spread")}
-    others = [name for name in table if name not in COLUMNS and not name.startswith("kl_")]
+    if "ess" in table:
+        figure |= {"ess": means["ess"], "ess_lowest": float(table["ess"].min())}
+        *fewer, most = draws_of(k)
+        curve = [{"k": few, **both_units(f"_{few}")} for few in fewer]
+        figure |= {"curve": [*curve, {"k": most, **both_units()}]} if fewer else {}
+    figure |= {name: means[name] for name in ("acceptance",) if name in table}
+    known = ("nats", "bits_per_dim", "kl_")
+    others = [name for name in table if name not in COLUMNS and not name.startswith(known)]
     figures = {name: _mean_of_some(table[name]) for name in others} | reported(model)
     return figure | ({"figures": figures} if figures else {})
 
