@@ -60,6 +60,7 @@ RANKS = {
     "scorer": 9,
     "energy": 9,
     "coverage": 9,
+    "explore": 9,
     "cli": 10,
     "sklearn": 10,
     "sbi": 10,
@@ -89,10 +90,13 @@ OWNERS = {
     "sbi": {"sbi"},
     "xarray": {"cli"},
     "mcp": {"cli"},
+    "fastapi": {"explore"},
+    "starlette": {"explore"},
+    "uvicorn": {"explore"},
 }
 
 # Modules that serve one library, so nothing is gained if they import it later.
-FRONTS = {"cli", "pyod", "sbi", "sklearn"}
+FRONTS = {"cli", "explore", "pyod", "sbi", "sklearn"}
 
 
 def room(path: Path) -> str:

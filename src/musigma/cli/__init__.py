@@ -18,6 +18,7 @@ from musigma.cli import (  # noqa: F401
     compress,
     convert,
     energy,
+    explore,
     fit_prior,
     inspect,
     names,

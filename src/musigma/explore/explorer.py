@@ -1,0 +1,339 @@
+"""What the page asks of a model and its data: every answer is a dict of JSON values."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musigma.data import Dataset
+from musigma.evaluation import bound, evaluating
+from musigma.explore import answers
+from musigma.explore.examples import Choice, Examples, planes
+from musigma.explore.lines import lines
+from musigma.explore.places import Places
+from musigma.explore.survey import Moments, Survey, Turns
+from musigma.gaussian import Format, GaussianHead
+from musigma.model import Model
+from musigma.spec import bits_per_dim
+from musigma.trace import Recorder
+
+__all__ = ["Explorer"]
+
+SHOWN = 48
+"""Elements of the latents that an answer lists, those with the largest cost."""
+
+STEPS = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
+"""Values along one element of the latents, in standard deviations of its prior."""
+
+
+class Explorer:
+    """A trained model and data of its kind. Its methods may be called from several threads.
+
+    Args:
+        model: Any model with latents.
+        data: Examples of its kind.
+        loading: Python lines that define `model` and `data`.
+        path: The file of the model; an answer says when it has changed.
+        training: Returns the state of the training, as `musigma watch --json` shows it.
+        training_lines: Python lines that do the same.
+        seed: Random seed of binarization.
+
+    Raises:
+        ValueError: If the model has no latents, or there are no data.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Dataset,
+        *,
+        loading: str = "",
+        path: Path | None = None,
+        training: Callable[[], dict[str, Any]] | None = None,
+        training_lines: str = "",
+        seed: int = 0,
+    ):
+        if model.no_latents:
+            raise ValueError(f"explore: {model.no_latents}")
+        if not len(data):
+            raise ValueError(f"data: {data.name or 'the set'} holds no examples to explore")
+        self.model, self.path, self.turns = model, path, Turns()
+        self.training, self.training_lines = training, training_lines
+        self.examples = Examples(model, data, loading, seed)
+        self.stamp = self._stamp()
+        with self._using():
+            x, context, _ = self.examples[Choice()]
+            latents = model.encode(x, context, mode=True)
+            self.shapes = [tuple(t.shape[1:]) for t in latents]
+            self.moments = _moments(model, x, context)
+        self.places = Places(self.shapes)
+        self.survey = Survey(model, data, self.turns, self.moments)
+
+    def notice(self) -> str:
+        """What the user must know about the file of the model; empty if nothing."""
+        now = self._stamp()
+        if now == self.stamp:
+            return ""
+        what = "was deleted" if now is None else "has changed"
+        return f"{self.path} {what} since this page was started, which shows what it held then."
+
+    def about(self) -> dict[str, Any]:
+        """What the page must know before it shows anything."""
+        heads = [m for m in self.model.modules() if isinstance(m, GaussianHead) and m.emitted]
+        data, spec = self.examples.data, self.examples.spec
+        return {
+            "architecture": self.model.config.get("architecture", type(self.model).__name__),
+            "file": str(self.path or ""),
+            "data": data.name,
+            "examples": len(data),
+            "shape": list(spec.shape),
+            "columns": self.examples.columns,
+            "labels": list(data.label_names) if data.labels is not None else [],
+            "labeled": data.labels is not None,
+            "classes": self.examples.classes,
+            "shapes": [list(shape) for shape in self.shapes],
+            "dims": sum(map(math.prod, self.shapes)),
+            "moments": self.moments.__name__,
+            "levels": len(self.shapes) > 1 and all(len(s) == 3 for s in self.shapes),
+            "format": str(heads[0].format if heads else Format()),
+            "training": self.training is not None,
+        }
+
+    # --- one example -----------------------------------------------------------------------------
+
+    def one(
+        self, of: Choice, seed: int, count: int, temperature: float, changes: str
+    ) -> dict[str, Any]:
+        """An example, its posterior, draws of it, and what they decode to."""
+        _check(count, 64, temperature)
+        given, shown = self.places.changes(changes), self.examples.shown
+        arguments = {"seed": seed, "count": count, "temperature": temperature}
+        with self._using():
+            x, context, begin = self.examples[of]
+            mean, std, cost = (t[0].double().cpu() for t in self.moments(self.model, x, context))
+            z = answers.from_example(self.model, x, context)
+            again = self.model.reconstruct(x, context)
+            follows = answers.decoded(self.model, z, context, given)
+            drawn = answers.draws(self.model, x, context, **arguments)
+            flat = _flat(drawn).double().cpu()
+            pictures = answers.decoded(self.model, drawn, context, given)
+            nats = float(-self.model.elbo(x, context))
+        order = cost.argsort(descending=True)[:SHOWN].tolist()
+        return {
+            **self.examples.about(of),
+            "input": shown(x),
+            "reconstruction": shown(again),
+            "follows": shown(follows),
+            "draws": shown(pictures),
+            "nats": nats,
+            "bits_per_dim": bits_per_dim(nats, x[0].numel()),
+            "bound": bound(self.model),
+            "cost": float(cost.sum()),
+            "rest": float(cost.sum() - cost[order].sum()),
+            "latents": [
+                {
+                    "place": i,
+                    "name": self.places.name(i),
+                    "mean": float(mean[i]),
+                    "std": float(std[i]),
+                    "cost": float(cost[i]),
+                    "draws": flat[:, i].tolist(),
+                }
+                for i in order
+            ],
+            "python": lines(
+                *begin,
+                "again = model.reconstruct(x, context)",
+                (self.moments, {}),
+                (answers.draws, arguments),
+                (answers.decoded, {"changes": given}),
+            ),
+        }
+
+    def decode(self, of: Choice, start: str, changes: str, along: int | None) -> dict[str, Any]:
+        """Latents with some of their elements set, decoded; or several values of one of them."""
+        if start not in ("example", "prior"):
+            raise ValueError(f"start: expected 'example' or 'prior'; got {start!r}")
+        given = self.places.changes(changes)
+        place = None if along is None else self.places.place(along)
+        answer: dict[str, Any] = {}
+        with self._using():
+            x, context, parts = self.examples[of]
+            if start == "example":
+                z = answers.from_example(self.model, x, context)
+                parts.append((answers.from_example, {}))
+            else:
+                z = answers.from_prior(self.model, self.shapes)
+                parts.append((answers.from_prior, {"shapes": self.shapes}))
+            y = answers.decoded(self.model, z, context, given)
+            parts.append((answers.decoded, {"changes": given}))
+            if place is not None:
+                row = answers.strip(self.model, z, context, place, STEPS)
+                answer |= {"strip": self.examples.shown(row), "steps": STEPS}
+                parts.append((answers.strip, {"place": place, "steps": STEPS}))
+        if self.survey.known:
+            flat = _flat(z)[0]
+            answer["values"] = {str(i): float(flat[i]) for i in self.survey.top}
+        return {**answer, "picture": self.examples.shown(y), "python": lines(*parts)}
+
+    def order(self) -> dict[str, Any]:
+        """The elements of the latents that cost most over the data."""
+        cost, name = self.survey.wait().cost, self.places.name
+        rows = [{"place": i, "name": name(i), "cost": float(cost[i])} for i in self.survey.top]
+        return {"examples": len(self.survey.sample), "total": float(cost.sum()), "latents": rows}
+
+    # --- the map ---------------------------------------------------------------------------------
+
+    def map(self, axes: str, color: str, first: int) -> dict[str, Any]:
+        """The places of examples, of all that are known from number `first` on."""
+        survey, labels = self.survey, self.examples.data.labels
+        pair = self._axes(axes)
+        if color not in ("label", "score"):
+            raise ValueError(f"color: expected 'label' or 'score'; got {color!r}")
+        columns = survey.columns(pair)
+        part = slice(max(0, first), survey.done)
+        rows, by_label = survey.rows[part], color == "label" and labels is not None
+        colors = labels[rows] if by_label and labels is not None else survey.scores[part]
+        xy = survey.places[part][:, columns].round(4)
+        return {
+            "first": part.start,
+            "done": part.stop,
+            "total": len(survey.rows),
+            "error": survey.error,
+            "index": rows.tolist(),
+            "x": xy[:, 0].tolist(),
+            "y": xy[:, 1].tolist(),
+            "color": colors.tolist(),
+            "colored": "label" if by_label else "score",
+            "axes": ["component 1", "component 2"]
+            if pair is None
+            else [*map(self.places.name, pair)],
+        }
+
+    def hover(self, of: Choice, axes: str) -> dict[str, Any]:
+        """An example, its place on the map, and the covariance of its posterior there."""
+        pair = self._axes(axes)
+        with self._using():
+            x, context, _ = self.examples[of]
+            _, std, _ = self.moments(self.model, x, context)
+            center = answers.centers(self.model, [(x, context)])
+            _, directions = self.survey.axes(pair)
+        root = directions * std
+        return {
+            **self.examples.about(of),
+            "input": self.examples.shown(x),
+            "place": (center @ directions.T)[0].tolist(),
+            "covariance": (root @ root.T).tolist() if bool((std > 0).any()) else None,
+        }
+
+    def at(self, of: Choice, axes: str, places: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """Decode points of the map."""
+        if not 1 <= len(places) <= 32 or not all(len(place) == 2 for place in places):
+            raise ValueError(f"places: expected 1 to 32 pairs of numbers; got {len(places)}")
+        if not all(abs(value) < 1e6 for place in places for value in place):
+            raise ValueError("places: expected coordinates below 1e6")
+        pair = self._axes(axes)
+        with self._using():
+            _, context, (loading, *example) = self.examples[of]
+            middle, directions = self.survey.axes(pair)
+            y = answers.at(self.model, context, middle, directions, places, self.shapes)
+        some = (
+            f"rows = np.unique(np.linspace(0, len(data) - 1, {len(self.survey.sample)})"
+            ".astype(int))\nbatches = musigma.evaluation.batches(model, data.subset(rows))"
+        )
+        plane = (answers.components, {}) if pair is None else (answers.elements, {"pair": pair})
+        last = (answers.at, {"places": [list(p) for p in places], "shapes": self.shapes})
+        python = lines(loading, some, (answers.centers, {}), plane, *example, last)
+        return {"pictures": self.examples.shown(y), "python": python}
+
+    # --- levels, training ------------------------------------------------------------------------
+
+    def levels(
+        self, of: Choice, level: int, seed: int, count: int, temperature: float
+    ) -> dict[str, Any]:
+        """The priors of the latents given those above, and draws of one of them."""
+        if not all(len(shape) == 3 for shape in self.shapes):
+            raise ValueError("levels: the latents of this model are vectors, not images")
+        if not 0 <= level < len(self.shapes):
+            raise ValueError(f"level: expected 0 to {len(self.shapes) - 1}; got {level}")
+        _check(count, 16, temperature)
+        arguments = {"level": level, "seed": seed, "count": count, "temperature": temperature}
+        with self._using():
+            x, context, begin = self.examples[of]
+            mean, log_std = answers.priors(self.model, x, context)
+            y = answers.redrawn(self.model, x, context, **arguments)
+        return {
+            **self.examples.about(of),
+            "input": self.examples.shown(x),
+            "levels": [
+                {"shape": list(a.shape[1:]), "mean": planes(a), "log_std": planes(b)}
+                for a, b in zip(mean, log_std, strict=True)
+            ],
+            "redrawn": self.examples.shown(y),
+            "python": lines(*begin, (answers.priors, {}), (answers.redrawn, arguments)),
+        }
+
+    def progress(self) -> dict[str, Any]:
+        """The curves and the warnings of the training."""
+        if self.training is None:
+            raise ValueError("training: this is a file of a model, not a run folder with a log")
+        with self.turns.first():  # the reader of the log keeps its place
+            return {**self.training(), "python": lines(self.training_lines)}
+
+    # --- parts of answers ------------------------------------------------------------------------
+
+    def _axes(self, text: str) -> tuple[int, int] | None:
+        """The elements that are the axes of the map; None: principal components."""
+        if len(self.survey.wait().points[0]) < 2:
+            raise ValueError("axes: the model has a single latent number, so there is no plane")
+        if text == "components":
+            return None
+        try:
+            first, second = map(int, text.split(","))
+        except ValueError:
+            raise ValueError(f"axes: expected 'components' or 3,7; got {text[:40]!r}") from None
+        self.survey.columns((first, second))
+        return first, second
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        """Use the model, alone, without gradients, in a random state of its own."""
+        with self.turns.first(), torch.no_grad(), evaluating(self.model):
+            yield
+
+    def _stamp(self) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            if self.path is not None:
+                about = self.path.stat()
+                return about.st_size, about.st_mtime_ns
+        return None
+
+
+def _flat(z: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten(1) for t in z], 1)
+
+
+def _check(count: int, most: int, temperature: float) -> None:
+    if not (1 <= count <= most and 0 <= temperature <= 10):
+        raise ValueError(
+            f"count, temperature: expected 1 to {most} and 0 to 10; got {count}, {temperature:g}"
+        )
+
+
+def _moments(model: Model, x: Tensor, context: Any) -> Moments:
+    """How the posterior of this model is described: exactly, as a flow's values, or by draws."""
+    record = Recorder(temperature=0.0)
+    model(x, context, trace=record)
+    drawn = any(not getattr(site, "is_preprocessing", False) for site in record.qs)
+    kind = answers.posterior if drawn else answers.values
+    try:
+        kind(model, x, context)
+    except (KeyError, AttributeError, NotImplementedError, TypeError):
+        return answers.estimated
+    return kind

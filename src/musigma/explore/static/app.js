@@ -1,0 +1,137 @@
+// The page: which view is shown, its state in the address, errors, the link, the picture, the code.
+//
+// A view is a module with `title`, `fits(about)` and `mount(root, page)`, which returns
+// `{update(state), leave()}`. All that a view shows follows from its state, which is the part of
+// the address after "#view?", so a link restores it.
+
+import { ask, latest } from "./api.js";
+import { h } from "./dom.js";
+import { save } from "./png.js";
+import * as head from "./views/head.js";
+import * as levels from "./views/levels.js";
+import * as map from "./views/map.js";
+import * as one from "./views/one.js";
+import * as training from "./views/training.js";
+import * as traverse from "./views/traverse.js";
+
+const views = { one, traverse, map, levels, head, training };
+const part = (id) => document.getElementById(id);
+const root = part("view");
+
+class Page {
+  constructor(about) {
+    this.about = about;
+    this.name = null;
+    this.view = null;
+  }
+
+  /** The state in the address. */
+  get state() {
+    return Object.fromEntries(new URLSearchParams(location.hash.split("?")[1] ?? ""));
+  }
+
+  /** Change the state; values that are null or "" are left out of it. */
+  set(changes) {
+    const state = { ...this.state, ...changes };
+    const kept = Object.entries(state).filter(([, value]) => value !== null && value !== "");
+    const text = new URLSearchParams(kept).toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
+    history.replaceState(null, "", `#${this.name}${text ? `?${text}` : ""}`);
+    this.view.update(this.state);
+  }
+
+  /** Ask the server; the newest answer of its kind goes to `then`. */
+  ask(name, parameters, then) {
+    const { name: asked } = this;
+    latest(name, parameters, (answer) => {
+      if (this.name !== asked) return;
+      this.fail(null);
+      this.notice(answer.notice);
+      then(answer);
+    }, (error) => this.fail(error));
+  }
+
+  /** Post a file or text; returns the answer, or null if there was an error. */
+  async post(name, parameters, body) {
+    try {
+      const answer = await ask(name, parameters, body);
+      this.fail(null);
+      return answer;
+    } catch (error) {
+      this.fail(error);
+      return null;
+    }
+  }
+
+  /** Show an error, or none. */
+  fail(error) {
+    part("error").hidden = error === null;
+    part("error").textContent = error === null ? "" : error.message;
+  }
+
+  notice(text) {
+    part("notice").hidden = !text;
+    part("notice").textContent = text ?? "";
+  }
+
+  /** The Python lines that make what is shown. */
+  python(text) {
+    part("code").textContent = text;
+  }
+
+  /** Show the view that the address names. */
+  route() {
+    const wanted = location.hash.slice(1).split("?")[0];
+    const name = views[wanted]?.fits(this.about) ? wanted : "one";
+    if (name !== this.name) {
+      this.view?.leave?.();
+      this.name = name;
+      root.replaceChildren();
+      this.python("");
+      this.fail(null);
+      this.view = views[name].mount(root, this);
+      for (const link of part("views").children) {
+        if (link.dataset.view === name) link.setAttribute("aria-current", "page");
+        else link.removeAttribute("aria-current");
+      }
+    }
+    this.view.update(this.state);
+  }
+}
+
+async function copy(text, button) {
+  const before = button.textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch { // without permission, or not over https
+    button.textContent = "Not allowed here";
+  }
+  setTimeout(() => { button.textContent = before; }, 1500);
+}
+
+async function start() {
+  const about = await ask("about");
+  const page = new Page(about);
+  part("about").textContent =
+    `${about.architecture} on ${about.data}, ${about.examples.toLocaleString("en")} examples`;
+  part("views").replaceChildren(...Object.entries(views)
+    .filter(([, view]) => view.fits(about))
+    .map(([name, view]) => h("a", { href: `#${name}`, "data-view": name }, view.title)));
+  part("link").addEventListener("click", (event) => copy(location.href, event.target));
+  part("copy").addEventListener("click", (event) => copy(part("code").textContent, event.target));
+  part("save").addEventListener("click", () => save(root, `musigma-${page.name}`));
+  addEventListener("hashchange", () => page.route());
+  const redraw = () => page.view.update(page.state);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  let width = innerWidth;
+  addEventListener("resize", () => {
+    if (innerWidth !== width) redraw();
+    width = innerWidth;
+  });
+  page.route();
+}
+
+start().catch((error) => {
+  part("error").hidden = false;
+  part("error").textContent = error.message;
+});

@@ -1,0 +1,50 @@
+// Elements of the page: built by functions, with the names and labels that assistive tools read.
+
+/** An element; attributes that begin with "on" are listeners, null ones are left out. */
+export function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat(2).filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+export const button = (text, onclick, attributes = {}) =>
+  h("button", { type: "button", onclick, ...attributes }, text);
+
+/** A labeled control. */
+export const field = (text, control) => h("label", { class: "field" }, h("span", {}, text), control);
+
+/** A choice of texts, or of [value, text]. */
+export function choice(options, value, onchange, attributes = {}) {
+  const pairs = options.map((option) => (Array.isArray(option) ? option : [option, option]));
+  const select = h("select", { onchange: () => onchange(select.value), ...attributes },
+    pairs.map(([key, text]) => h("option", { value: key }, text)));
+  select.value = value;
+  return select;
+}
+
+export function slider(label, low, high, step, value, oninput, onchange = null) {
+  const input = h("input", {
+    type: "range", min: low, max: high, step, "aria-label": label,
+    oninput: () => oninput(Number(input.value)),
+    onchange: onchange && (() => onchange(Number(input.value))),
+  });
+  input.value = value;
+  return input;
+}
+
+/** A number with a true minus sign, short. */
+export function number(value, digits = 2) {
+  if (value === null || value === undefined || Number.isNaN(value)) return "–";
+  const small = value !== 0 && Math.abs(value) < 10 ** -digits;
+  const text = small ? value.toPrecision(2) : value.toFixed(digits);
+  return text.replace("-", "\u2212");
+}
+
+/** A color of the style sheet. */
+export const color = (name) =>
+  getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();

@@ -1,0 +1,620 @@
+"""The page of `musigma explore`: its answers, its Python lines, what it refuses, what it loads."""
+
+import base64
+import io
+import json
+import re
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import musigma
+from musigma.checkpoint import save
+from musigma.cli import main
+from musigma.cli.explore import explorer_of
+from musigma.cli.options import Common, DataOptions
+from musigma.cli.trained import Trained
+from musigma.evaluation import inspect
+from musigma.explore import answers
+from musigma.report.figures import pixels
+from musigma.spec import Spec, Variable
+from musigma.testing import randomized
+
+pytest.importorskip("fastapi", reason="pip install 'musigma[explore]'")
+
+from fastapi.testclient import TestClient
+
+from musigma.explore import server
+
+STATIC = Path(server.__file__).parent / "static"
+DIGITS, TABLE = "digits.npz", "table.csv"
+
+
+def built(kind):
+    """A tiny model of a kind, and the data that it is for."""
+    torch.manual_seed(0)
+    image, label = Spec((1, 8, 8), 256), Variable("label", names=("a", "b"))
+    if kind == "vector":
+        spec = Spec((3,), columns=("u", "v", "w"))
+        return musigma.build("vae", spec, latents=2, width=8), TABLE
+    if kind == "image":
+        return musigma.build("vae", image, net="mlp", latents=4, width=16), DIGITS
+    if kind == "conditional":
+        spec = Spec((1, 8, 8), 256, context=(label,))
+        return musigma.build("vae", spec, net="mlp", latents=4, width=16), DIGITS
+    if kind == "flow-prior":
+        spec = Spec((3,), columns=("u", "v", "w"))
+        return musigma.build("vae", spec, latents=2, width=8, prior="flow", prior_depth=2), TABLE
+    if kind == "ladder":
+        return musigma.build("ladder", image, width=8), DIGITS
+    return musigma.build("glow", image, levels=2, depth=1, hidden=8), DIGITS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explore")
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (24, 1, 8, 8), np.uint8)
+    np.savez(folder / DIGITS, x=x, labels=np.array(["a", "b"] * 12))
+    rows = "\n".join(",".join(f"{v:.5f}" for v in row) for row in random.normal(size=(40, 3)))
+    (folder / TABLE).write_text(f"u,v,w\n{rows}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clients(folder):
+    """Clients of the page of each kind of model, made when they are first asked for."""
+    made = {}
+
+    def client(kind):
+        if kind not in made:
+            model, source = built(kind)
+            run = folder / kind
+            run.mkdir(exist_ok=True)
+            randomized(model)
+            save(model, run / "model.safetensors")
+            rows = [{"kind": "train", "step": i, "bits_per_dim": 9.0 - i} for i in range(3)]
+            rows.append({"kind": "warning", "step": 3, "message": "one latent has collapsed"})
+            (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+            given = () if kind != "conditional" else ("label",)
+            explorer = explorer_of(
+                Trained(str(run), Common(device="cpu")),
+                str(folder / source),
+                DataOptions(given=given),
+            )
+            app = server.application(explorer)
+            explorer.survey.wait()
+            explorer.survey.thread.join()  # models of several pages share torch's random state
+            made[kind] = TestClient(app, base_url="http://127.0.0.1").__enter__(), explorer
+        return made[kind]
+
+    yield client
+    for client_, _ in made.values():
+        client_.__exit__(None, None, None)
+
+
+KINDS = ["vector", "image", "conditional", "flow-prior", "ladder", "flow"]
+
+
+def got(client, path, **parameters):
+    response = client.get(f"/api/{path}", params=parameters)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def same(shown, x):
+    """Whether what is shown is these examples."""
+    if "images" in shown:
+        levels = pixels(x)
+        raw = [np.frombuffer(base64.b64decode(image), np.uint8) for image in shown["images"]]
+        # where a mean lies between two levels, they may be rounded differently
+        return np.abs(np.stack(raw).astype(int) - levels.reshape(len(levels), -1)).max() <= 1
+    cells = [[float(cell) for cell in row] for row in shown["rows"]]
+    return np.allclose(cells, x.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def run(program, folder, monkeypatch):
+    """The names that a program defines."""
+    monkeypatch.chdir(folder)
+    names = {}
+    before = torch.is_grad_enabled()
+    try:
+        exec(compile(program, "page", "exec"), names)
+    finally:
+        torch.set_grad_enabled(before)
+    return names
+
+
+# --- answers, and the lines that make the same ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_input_and_its_lines(kind, clients, folder, monkeypatch):
+    client, _ = clients(kind)
+    answer = got(client, "one", index=3, seed=5, count=3, temperature=0.5, set="1:1.5")
+    names = run(answer["python"], folder, monkeypatch)
+    assert same(answer["input"], names["x"])
+    assert same(answer["reconstruction"], names["again"])
+    assert same(answer["draws"], names["y"])
+    latents = answer["latents"]
+    assert [row["cost"] for row in latents] == sorted((r["cost"] for r in latents), reverse=True)
+    for row in latents:
+        i = row["place"]
+        for name in ("mean", "std", "cost"):
+            assert row[name] == pytest.approx(float(names[name][0, i]), abs=1e-5)
+        if i != 1:  # which is set after it was drawn
+            drawn = torch.cat([t.flatten(1) for t in names["z"]], 1)[:, i]
+            assert row["draws"] == pytest.approx(drawn.tolist(), abs=1e-4)
+
+
+def test_the_posterior_is_that_of_inspect(clients):
+    client, explorer = clients("image")
+    answer = got(client, "one", index=2)
+    x, context = musigma.evaluation.batch(explorer.examples.data, np.array([2]), explorer.model)
+    (latent,) = inspect(explorer.model, x, context)["latents"]
+    for row in answer["latents"]:
+        i = row["place"]
+        assert row["mean"] == pytest.approx(latent["mean"][i], abs=1e-5)
+        assert row["std"] == pytest.approx(latent["std"][i], abs=1e-5)
+        assert row["cost"] == pytest.approx(latent["kl"][i], abs=1e-5)
+    assert answer["cost"] == pytest.approx(latent["kl_total"], abs=1e-4)
+
+
+def test_how_a_posterior_is_described(clients):
+    kinds = {kind: got(clients(kind)[0], "about")["moments"] for kind in KINDS}
+    assert kinds == {
+        "vector": "posterior",
+        "image": "posterior",
+        "conditional": "posterior",
+        "flow-prior": "estimated",
+        "ladder": "posterior",
+        "flow": "values",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", ["prior", "example"])
+def test_traversals_and_their_lines(kind, start, clients, folder, monkeypatch):
+    client, explorer = clients(kind)
+    answer = got(client, "decode", index=1, start=start, set="0:2,1:-1", along=0)
+    before = got(client, "decode", index=1, start=start, along=0)
+    names = run(answer["python"], folder, monkeypatch)
+    assert same(answer["strip"], names["y"])
+    z = run(answer["python"].split("\nplace =")[0], folder, monkeypatch)["z"]
+    with torch.no_grad():
+        y = explorer.model.decode(z, names["context"], whiten=True)
+    assert same(answer["picture"], y)
+    assert answer["picture"] != before["picture"]
+    order = got(client, "order")
+    assert order["total"] == pytest.approx(float(explorer.survey.cost.sum()), rel=1e-6)
+    again = got(client, "decode", index=1, start=start, set="0:2,1:-1")["values"]
+    for i, value in ((0, 2.0), (1, -1.0)):
+        assert again.get(str(i), value) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_map_and_its_lines(kind, clients, folder, monkeypatch):
+    client, explorer = clients(kind)
+    top = explorer.survey.top
+    for axes in ("components", f"{top[1]},{top[0]}"):
+        answer = got(client, "map", axes=axes, color="score")
+        assert answer["done"] == answer["total"] == len(answer["x"]) == len(explorer.examples.data)
+        assert not answer["error"]
+        place = got(client, "hover", index=answer["index"][4], axes=axes)["place"]
+        assert place == pytest.approx([answer["x"][4], answer["y"][4]], abs=2e-4)
+        decoded = got(client, "at", axes=axes, places="0.5,-1;1,0.25")
+        assert same(decoded["pictures"], run(decoded["python"], folder, monkeypatch)["y"])
+    rest = got(client, "map", first=answer["total"] - 3)
+    assert len(rest["x"]) == 3
+
+
+def test_a_point_of_the_map_is_the_example_there_if_the_plane_holds_all_latents(clients):
+    client, _ = clients("vector")
+    place = got(client, "hover", index=7)["place"]
+    there = got(client, "at", places=",".join(map(str, place)))["pictures"]
+    known = got(client, "one", index=7)["reconstruction"]
+    np.testing.assert_allclose(
+        [float(cell) for cell in there["rows"][0]],
+        [float(cell) for cell in known["rows"][0]],
+        rtol=2e-3, atol=2e-3,
+    )  # fmt: skip
+
+
+def test_the_ellipse_is_the_covariance_of_draws(clients):
+    client, explorer = clients("image")
+    covariance = np.array(got(client, "hover", index=3)["covariance"])
+    x, context, _ = explorer.examples[server.Choice(3)]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draws = explorer.model.encode(x.repeat_interleave(4000, 0), context, whiten=True)[0]
+    _, directions = explorer.survey.axes(None)
+    np.testing.assert_allclose(np.cov((draws @ directions.T).numpy().T), covariance, rtol=0.1,
+                               atol=0.02 * covariance.max())  # fmt: skip
+    assert got(clients("flow")[0], "hover", index=3)["covariance"] is None
+
+
+@pytest.mark.parametrize("kind", ["ladder", "flow"])
+def test_levels_and_their_lines(kind, clients, folder, monkeypatch):
+    client, explorer = clients(kind)
+    answer = got(client, "levels", index=2, level=1, seed=3, count=2, temperature=0.7)
+    names = run(answer["python"], folder, monkeypatch)
+    assert same(answer["redrawn"], names["y"])
+    assert [row["shape"] for row in answer["levels"]] == [list(s) for s in explorer.shapes]
+    for row, mean in zip(answer["levels"], names["mean"], strict=True):
+        shown = mean[0, :12].detach()
+        assert (row["mean"]["low"], row["mean"]["high"]) == pytest.approx(
+            (float(shown.min()), float(shown.max())), abs=1e-5
+        )
+    if kind == "flow":  # at temperature 1 with its own noise, a level would stay as it is
+        kept = explorer.model.encode(names["y"], None, mode=True, whiten=True)
+        wanted = explorer.model.encode(names["x"], None, mode=True, whiten=True)
+        assert kept[0].shape == (2, *wanted[0].shape[1:])
+
+
+def test_how_a_format_reads_an_output(clients):
+    client, _ = clients("vector")
+    for text in ("interleaved scale-first log_var", "two-heads softplus", "per-feature tanh"):
+        answer = got(client, "head", format=text, numbers="1,2,-3,0.5,0,-1")
+        names = {}
+        exec(answer["python"], names)
+        for name in ("mean", "log_std"):
+            assert answer[name] == pytest.approx(names[name][0].tolist())
+    answer = got(client, "head", format="interleaved scale-first log_var", numbers="1,2,3,4,5,6")
+    assert answer["mean"] == [2, 4, 6]
+    assert answer["log_std"] == [0.5, 1.5, 2.5]
+    assert (answer["mean_from"], answer["scale_from"]) == ([1, 3, 5], [0, 2, 4])
+
+
+def test_what_a_misread_scale_does(clients):
+    client, _ = clients("vector")
+    right = got(client, "mismatch", sampler="log_var", kl="log_var", noise=1)
+    assert right["chosen"] == right["best"]
+    assert right["std"][right["chosen"]] == pytest.approx(0.5**0.5, abs=0.01)
+    wrong = got(client, "mismatch", sampler="log_std", kl="log_var", noise=1)
+    assert wrong["std"][wrong["chosen"]] == pytest.approx(0.5, abs=0.01)  # as in the README
+    assert wrong["loss"][wrong["chosen"]] < min(wrong["bound"])  # better than any model can be
+    names = {}
+    exec(wrong["python"], names)
+    assert wrong["loss"] == pytest.approx(names["loss"].tolist())
+
+
+def test_training_and_its_lines(clients, folder, monkeypatch):
+    client, _ = clients("vector")
+    answer = got(client, "training")
+    assert answer["train"] == [[0, 9.0], [1, 8.0], [2, 7.0]]
+    assert answer["warnings"][0]["message"] == "one latent has collapsed"
+    with (folder / "vector" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 4, "bits_per_dim": 5.0}\n')
+    answer = got(client, "training")
+    assert answer["train"][-1] == [4, 5.0]
+    summary = run(answer["python"], folder, monkeypatch)["summary"]
+    assert [list(point) for point in summary["train"]] == answer["train"]
+
+
+def test_the_class_of_an_example_can_be_another(clients, folder, monkeypatch):
+    client, _ = clients("conditional")
+    own, other = (got(client, "one", index=0, label=label) for label in (0, 1))
+    assert own["reconstruction"] == got(client, "one", index=0)["reconstruction"]
+    assert own["reconstruction"] != other["reconstruction"]
+    names = run(other["python"], folder, monkeypatch)
+    assert names["context"].tolist() == [[0.0, 1.0]]
+    assert same(other["reconstruction"], names["again"])
+
+
+# --- uploads -------------------------------------------------------------------------------------
+
+
+def png(size=(20, 12), mode="RGB", color=(200, 30, 90), kind="PNG"):
+    file = io.BytesIO()
+    Image.new(mode, size, color).save(file, kind)
+    return file.getvalue()
+
+
+def test_an_image_is_uploaded_and_its_lines_read_it(clients, folder, monkeypatch):
+    client, _ = clients("image")
+    random = np.random.default_rng(1)
+    file = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (21, 30, 3), np.uint8)).save(file, "PNG")
+    content = file.getvalue()
+    key = client.post("/api/upload", params={"name": "../mine.png"}, content=content).json()
+    answer = got(client, "one", upload=key["upload"])
+    (folder / "mine.png").write_bytes(content)
+    names = run(answer["python"], folder, monkeypatch)
+    assert same(answer["input"], names["x"])
+    assert same(answer["reconstruction"], names["again"])
+    assert answer["input"]["width"] == answer["input"]["height"] == 8
+
+
+def bomb():
+    """A small PNG file of 30,000 x 30,000 pixels."""
+    content = bytearray(png((8, 8), "L", 0))
+    content[16:24] = (30_000).to_bytes(4, "big") * 2
+    import zlib
+
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"hello, this is no image", "of no known format"),
+        (b"<!doctype html><p>", "is a web page"),
+        (png()[:60], "not a readable image"),
+        (bomb(), "pixels"),
+        (png((6000, 6000), "L", 0), "36,000,000 pixels"),
+        (png(mode="RGBA", color=(1, 2, 3, 4)), "transparent"),
+        (png(mode="I;16", color=3), "16-bit"),
+        (b"", "empty"),
+        (b"0" * (server.BYTES + 1), "more than 20,000,000 bytes"),
+    ],
+    ids=["text", "html", "cut", "bomb", "large", "transparent", "16-bit", "empty", "bytes"],
+)
+def test_bad_uploads_are_refused(content, reason, clients):
+    client, _ = clients("image")
+    response = client.post("/api/upload", params={"name": "a.png"}, content=content)
+    assert 400 <= response.status_code < 500
+    assert reason in response.json()["message"]
+    assert got(client, "one")["index"] == 0  # the server lives on
+
+
+def test_a_page_of_another_site_uploads_nothing(clients):
+    client, _ = clients("image")
+    response = client.post("/api/upload", content=png(), headers={"Origin": "https://evil.test"})
+    assert response.status_code == 413
+    assert "another site" in response.json()["message"]
+    own = client.post("/api/upload", content=png(), headers={"Origin": "http://127.0.0.1"})
+    assert own.status_code == 200
+
+
+def test_rows_are_typed(clients, folder, monkeypatch):
+    client, _ = clients("vector")
+    key = client.post("/api/row", content=json.dumps(["0.5", "-1", "2e-1"])).json()["upload"]
+    answer = got(client, "one", upload=key)
+    assert answer["input"]["rows"] == [["0.5", "-1", "0.2"]]
+    assert same(answer["reconstruction"], run(answer["python"], folder, monkeypatch)["again"])
+    bad = [
+        (["1", "2"], "expected 3"),
+        (["1", "2", "x"], "w: expected a finite number"),
+        (["1", "2", "nan"], "finite"),
+        ("1", "JSON list"),
+        ([1, 2, 3], "JSON list"),
+    ]
+    for cells, reason in bad:
+        response = client.post("/api/row", content=json.dumps(cells))
+        assert response.status_code == 400
+        assert reason in response.json()["message"]
+    assert client.post("/api/upload", content=png()).status_code == 400
+
+
+def test_rows_of_typed_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{20 + i % 30},{'fm'[i % 2]},{1.5 + i % 7 / 10}" for i in range(60)]
+    Path("people.csv").write_text("age,sex,height\n" + "\n".join(lines))
+    data = musigma.data.load("people.csv", schema="infer")
+    model = musigma.build("vae", data.spec(), latents=2, width=8)
+    save(model, "model.safetensors", extra={"data": {"source": "people.csv"}})
+    trained = Trained("model.safetensors", Common(device="cpu"))
+    explorer = explorer_of(trained, None, DataOptions(split="all"))
+    with TestClient(server.application(explorer), base_url="http://localhost") as client:
+        key = client.post("/api/row", content=json.dumps(["41", "f", "1.7"])).json()["upload"]
+        answer = got(client, "one", upload=key)
+        assert answer["input"]["rows"][0][:2] == ["41", "f"]
+        assert got(client, "about")["columns"] == ["age", "sex", "height"]
+        names = run(answer["python"], tmp_path, monkeypatch)
+        assert answer["cost"] == pytest.approx(float(names["cost"].sum()), abs=1e-5)
+        assert client.post("/api/row", content=json.dumps(["x", "f", "1"])).status_code == 400
+        assert "not a run folder" in client.get("/api/training").json()["message"]
+
+
+# --- what is refused, and what never fails -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("one?index=24", "index: expected 0 to 23; got 24"),
+        ("one?index=-1", "index: expected 0 to 23"),
+        ("one?index=x", "index: input should be a valid integer"),
+        ("one?seed=-1", "seed: expected 0"),
+        ("one?count=0", "expected 1 to 64"),
+        ("one?count=100000", "expected 1 to 64"),
+        ("one?temperature=nan", "temperature"),
+        ("one?set=9:1", "latent: expected 0 to 3; got 9"),
+        ("one?set=0:x", "set: expected"),
+        ("one?set=0:inf", "set: expected"),
+        ("one?upload=../../etc/passwd", "upload it again"),
+        ("one?label=1", "label: expected"),
+        ("decode?start=here", "start: expected"),
+        ("decode?along=99", "latent: expected"),
+        ("map?axes=0,0", "axes: expected two"),
+        ("map?axes=a", "axes: expected 'components'"),
+        ("map?color=red", "color: expected"),
+        ("at?places=1", "pairs of numbers"),
+        ("at?places=1,x", "expected numbers"),
+        ("at?places=1,1e99", "below 1e6"),
+        ("at?places=nan,1", "below 1e6"),
+        ("at", "places: field required"),
+        ("levels", "vectors, not images"),
+        ("head?format=halfs&numbers=1,2,3,4,5,6", "did you mean 'halves'"),
+        ("head?format=halves&numbers=1", "expected 6"),
+        ("mismatch?sampler=log_std&kl=nothing", "unknown word"),
+        ("mismatch?sampler=log_std&kl=log_var&noise=0", "noise: expected"),
+        ("nothing", "not found"),
+        ("upload", "not found"),
+    ],
+)
+def test_bad_requests_are_messages(path, reason, clients):
+    client, _ = clients("image")
+    response = client.get(f"/api/{path}")
+    assert 400 <= response.status_code < 500
+    assert reason in response.json()["message"].replace("Not Found", "not found")
+
+
+def test_no_request_gets_a_server_error(clients):
+    client, _ = clients("image")
+    paths = ["/api/one?index=99999999999999999999999", "/api/one?seed=" + "9" * 400, "/%00",
+             "/..%2f..%2fpyproject.toml", "/static/../server.py", "/api/../server.py", "//",
+             "/api/map?first=-99999999999", "/api/at?places=" + ";" * 9999]  # fmt: skip
+    for path in paths:
+        assert client.get(path).status_code < 500, path
+    for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"):
+        assert client.request(method, "/api/about").status_code < 500
+
+
+def test_a_fault_of_the_model_is_a_message(clients, monkeypatch):
+    client, _ = clients("image")
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(answers, "draws", fail)
+    response = client.get("/api/one")
+    assert response.status_code == 400
+    assert response.json()["message"] == "ZeroDivisionError: by zero"
+    monkeypatch.undo()
+    assert got(client, "one")["index"] == 0
+
+
+def test_parallel_requests_get_the_answers_of_single_ones(clients):
+    client, _ = clients("image")
+    asked = [{"index": i % 5, "seed": i, "count": 2} for i in range(12)]
+    alone = [got(client, "one", **a) for a in asked]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(lambda a: got(client, "one", **a), asked)) == alone
+
+
+def test_answers_leave_the_random_state_and_the_mode_alone(clients):
+    client, explorer = clients("image")
+    explorer.model.train()
+    before = torch.random.get_rng_state()
+    got(client, "one", seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert explorer.model.training
+    explorer.model.eval()
+
+
+def test_a_deleted_model_is_a_notice(folder, clients):
+    client, explorer = clients("image")
+    assert got(client, "one")["notice"] == ""
+    path = folder / "image" / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    try:
+        assert "was deleted since this page was started" in got(client, "one")["notice"]
+        path.write_bytes(content + b" ")
+        assert "has changed" in got(client, "one")["notice"]
+    finally:
+        path.write_bytes(content)
+        explorer.stamp = explorer._stamp()
+
+
+# --- the page itself -----------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing_from_other_hosts(clients):
+    client, _ = clients("image")
+    page = client.get("/")
+    assert page.headers["content-security-policy"].startswith("default-src 'self'")
+    assert page.headers["referrer-policy"] == "no-referrer"
+    files = [path for path in STATIC.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".html", ".css", ".js", ".svg"}
+    for path in files:
+        text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?:|(src|href)=\"/|url\(|@import", text), path
+        name = path.relative_to(STATIC)
+        assert client.get(f"/{name}").status_code == 200
+        lines = text.splitlines()
+        assert len(lines) <= 350
+        assert max(map(len, lines)) <= 200, path
+        for target in re.findall(r'from "(\.[^"]+)"', text):
+            assert (path.parent / target).is_file(), (path, target)
+
+
+def test_only_this_machine_is_answered_and_others_need_the_token(clients):
+    _, explorer = clients("image")
+    local = TestClient(server.application(explorer), base_url="http://evil.test")
+    assert local.get("/api/about").status_code == 400
+    outside = TestClient(server.application(explorer, "secret", local=False))
+    for path in ("/", "/api/about", "/secre/", "/secret2/api/about"):
+        assert outside.get(path).status_code == 404
+    assert outside.get("/secret/api/about").status_code == 200
+    assert "musigma explore" in outside.get("/secret/").text
+    assert outside.get("/secret/api/one?index=99").status_code == 400
+    assert outside.get("/secret/app.js").headers["content-security-policy"]
+
+
+def test_hosts_and_tokens(monkeypatch):
+    started, said = [], []
+    monkeypatch.setattr(server, "application", lambda *a: started.append(a))
+    monkeypatch.setattr(server.uvicorn, "Config", lambda *a, **k: None)
+    monkeypatch.setattr(server.uvicorn, "Server", lambda config: _Idle())
+    server.serve(None, "127.0.0.1", 0, said.append)
+    server.serve(None, "0.0.0.0", 0, said.append)
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", said[0])
+    token = re.fullmatch(r"http://0\.0\.0\.0:\d+/([\w-]{20,})/", said[1])
+    assert started == [(None, "", True), (None, token[1], False)]
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1:.*another --port"):
+            server.serve(None, "127.0.0.1", busy.getsockname()[1], said.append)
+
+
+class _Idle:
+    def run(self, sockets):
+        assert sockets[0].fileno() > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["nowhere"], "no run folder"),
+        (["RUN", "--port", "99999"], "port: expected 0 to 65535"),
+        (["RUN"], "give --data"),
+        (["RUN", "--data", "none.npz"], "none.npz"),
+    ],
+)
+def test_bad_options_are_refused(words, reason, folder, clients, capsys):
+    clients("image")
+    with pytest.raises(SystemExit) as end:
+        main(["explore", *(str(folder / "image") if w == "RUN" else w for w in words)])
+    assert end.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_without_fastapi_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "musigma.explore.server", None)
+    monkeypatch.delattr("musigma.explore.server")
+    with pytest.raises(SystemExit):
+        main(["explore", "run"])
+    assert "pip install 'musigma[explore]'" in capsys.readouterr().err
+
+
+def test_requests_go_before_the_survey():
+    from musigma.explore.survey import Turns
+
+    turns, order = Turns(), []
+    with turns.first():
+        waiting = [
+            threading.Thread(target=_take, args=(turns.then, order, "survey")),
+            threading.Thread(target=_take, args=(turns.first, order, "request")),
+        ]
+        waiting[0].start()
+        waiting[1].start()
+        while turns.waiting < 1:
+            pass
+    for thread in waiting:
+        thread.join()
+    assert order == ["request", "survey"]
+
+
+def _take(turn, order, name):
+    with turn():
+        order.append(name)
