@@ -21,6 +21,7 @@ __all__ = [
     "frontier",
     "holds",
     "meetings",
+    "own_values",
     "stray_draws",
     "trace_noise",
 ]
@@ -60,6 +61,16 @@ class Latent:
     uniform: bool = False
     siblings: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def zs(self) -> list[int]:
+        """The numbers of z, and of those of further draws."""
+        return [self.z, *(z for _, z in self.siblings)]
+
+    @property
+    def noise(self) -> list[int]:
+        """The numbers of all draws."""
+        return [*self.draws, *(d for d, _ in self.siblings)]
+
     def at(self, graph: Graph, over: Mapping[int, Tensor], noise: float | Tensor) -> Tensor:
         """The value of z for some noise; differentiable in the values replaced."""
         e = {d: torch.zeros_like(graph.get(d)) + noise for d in self.draws}
@@ -82,27 +93,19 @@ def find_latents(graph: Graph, loss: int) -> list[Latent]:
         beside = draw.id in graph.upstream([loss], stop=[latent.z])
         if not (latent.uniform and beside):  # a distribution function that is inverted
             latents.append(latent)
-    return _families(_merged(graph, latents))
+    return _joined(graph, latents)
 
 
 def stray_draws(graph: Graph, loss: int, latents: list[Latent]) -> list[int]:
     """Gaussian draws that parameters scale, but that are in no latent."""
     live = graph.upstream([loss])
-    known = {d for latent in latents for d in latent.draws}
-    known |= {d for latent in latents for d, _ in latent.siblings}
-    inside = graph.upstream([*(latent.z for latent in latents), *trace_noise(graph, loss)])
+    zs = [z for latent in latents for z in latent.zs]
+    inside = graph.upstream([*zs, *trace_noise(graph, loss)])
     found = []
     for draw in graph.draws("gaussian"):
-        if draw.id not in live or draw.id in known or draw.id in inside:
-            continue
-        scaled = [
-            o
-            for node in draw.users
-            if not _weighs(graph, node, draw.id) and node.name.rstrip("_") in ("mul", *PRODUCTS)
-            for o in live.intersection(node.outs)
-            if graph[o].origin & Origin.PARAMETERS
-        ]
-        if scaled:
+        scaling = [n for n in draw.users if n.name.rstrip("_") in ("mul", *PRODUCTS)]
+        scaled = {o for n in scaling if not _weighs(graph, n, draw.id) for o in n.outs} & live
+        if draw.id not in inside and any(graph[o].origin & Origin.PARAMETERS for o in scaled):
             found.append(draw.id)
     return found
 
@@ -272,40 +275,22 @@ def _adds_bias(graph: Graph, node: Node) -> bool:
     )  # fmt: skip
 
 
-def _merged(graph: Graph, latents: list[Latent]) -> list[Latent]:
-    """Draws of which one z is the sum, as in a low-rank covariance, become one latent."""
-    merged: list[Latent] = []
-    for latent in latents:
-        part = next(
-            (
-                m
-                for m in merged
-                if m.z != latent.z
-                and graph[latent.z].depends_on(m.draws[0])
-                and set(m.heads) <= set(latent.heads)
-            ),
-            None,
-        )
-        if part is None:
-            merged.append(latent)
-            continue
-        merged[merged.index(part)] = Latent(
-            (*part.draws, *latent.draws), latent.z, latent.heads, False, latent.where
-        )
-    return merged
-
-
-def _families(latents: list[Latent]) -> list[Latent]:
-    """Latents drawn from the same heads become one, with siblings."""
+def _joined(graph: Graph, latents: list[Latent]) -> list[Latent]:
+    """Draws of one z that is their sum become one latent, and those of the same heads siblings."""
     found: list[Latent] = []
     for latent in latents:
-        same = next((k for k, f in enumerate(found) if f.heads == latent.heads), None)
-        if same is None or not latent.diagonal:
-            found.append(latent)
+        for k, first in enumerate(found):
+            depends = first.z != latent.z and graph[latent.z].depends_on(first.draws[0])
+            if depends and set(first.heads) <= set(latent.heads):  # as in a low-rank covariance
+                draws = (*first.draws, *latent.draws)
+                found[k] = Latent(draws, latent.z, latent.heads, False, latent.where)
+                break
+            if latent.diagonal and first.heads == latent.heads:
+                more = (latent.draws[0], latent.z)
+                found[k] = replace(first, siblings=(*first.siblings, more))
+                break
         else:
-            first = found[same]
-            siblings = (*first.siblings, (latent.draws[0], latent.z))
-            found[same] = replace(first, siblings=siblings)
+            found.append(latent)
     return found
 
 
@@ -317,10 +302,9 @@ def holds(graph: Graph, latent: Latent) -> dict[int, Tensor]:
 
     With these held, a loss depends on the heads by its KL alone.
     """
-    zs = [latent.z, *(z for _, z in latent.siblings)]
-    after_z = graph.downstream(zs)
-    after = graph.downstream([*zs, *latent.heads])
-    before = graph.upstream(zs)
+    after_z = graph.downstream(latent.zs)
+    after = graph.downstream([*latent.zs, *latent.heads])
+    before = graph.upstream(latent.zs)
     of_network = all(graph[i].kind == "parameter" for i in latent.heads)
     held: dict[int, Tensor] = {}
     for node in graph.nodes:
@@ -336,29 +320,25 @@ def holds(graph: Graph, latent: Latent) -> dict[int, Tensor]:
 
 def _begins_decoder(graph: Graph, node: Node, after_z: set[int]) -> bool:
     if node.name in SELECTIONS:
-        selects = [
-            i
-            for i in node.ins[1:]
-            if graph[i].kind != "constant" and graph.get(i).dtype != torch.bool  # no padding
-        ]
-        return node.ins[0] in after_z and bool(selects) and node.name != "embedding"
+        given = [i for i in node.ins[1:] if graph[i].kind != "constant"]
+        selects = any(graph.get(i).dtype != torch.bool for i in given)  # no padding
+        return node.ins[0] in after_z and selects and node.name != "embedding"
     if node.pointwise or node.view or node.name in REDUCTIONS:
         return False
-    weights = any(
-        graph[i].origin == Origin.PARAMETERS and not graph[i].draws and graph[i].numel > 1
-        for i in node.ins
-    )
-    data = any(
-        graph[i].origin == Origin.DATA and not graph[i].draws and graph[i].numel > 1
-        for i in node.ins
-    )
+    fixed = [graph[i].origin for i in node.ins if not graph[i].draws and graph[i].numel > 1]
     pairs = sum(i in after_z for i in node.ins) == 2
-    return weights or (node.name in PRODUCTS and (data or pairs))
+    product = node.name in PRODUCTS and (Origin.DATA in fixed or pairs)
+    return Origin.PARAMETERS in fixed or product
+
+
+def own_values(latents: Collection[Latent]) -> set[int]:
+    """The numbers of z and of the heads of some latents."""
+    return {i for latent in latents for i in (latent.z, *latent.heads)}
 
 
 def meetings(graph: Graph, latents: list[Latent], loss: int) -> list[tuple[int, int]]:
     """Values that are decoded, each with the data that an operation compares it with."""
-    own = {i for latent in latents for i in (latent.z, *latent.heads)}
+    own = own_values(latents)
     after = graph.downstream(own)
     live = graph.upstream([loss])
     found = []

@@ -60,25 +60,6 @@ def moments_differ(
     }
 
 
-def _covariance_differs(
-    z: Tensor, claimed: Tensor, smallest: float = 0.02
-) -> tuple[float, Tensor]:
-    """How far the covariance of draws (n, D) is from a claimed one, and the draws' covariance.
-
-    The first is the largest ratio of a difference to its limit: above 1 they differ. The standard
-    error of an entry is valid for any distribution with four moments; differences below
-    `smallest`, as a correlation, do not matter.
-    """
-    n, d = z.shape
-    centered = z - z.mean(0)
-    sampled = centered.T @ centered / (n - 1)
-    fourth = (centered**2).T @ (centered**2) / n
-    error = ((fourth - sampled**2).clamp(min=0) / n).sqrt()
-    scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
-    limit = torch.maximum(1.3 * _quantile(d * (d + 1) // 2) * error, smallest * scale)
-    return float(((sampled - claimed).abs() / limit.clamp(min=1e-300)).max()), sampled
-
-
 def audit_aggregate(
     covariance: Tensor | Callable[[], Tensor], sample: Tensor | Callable[[int], Tensor]
 ) -> AuditReport:
@@ -105,13 +86,9 @@ def audit_aggregate(
     def called(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         with Sandbox(covariance, sample) as sandbox, torch.no_grad():
             sandbox.use_dtype(dtype)
-            given = (("covariance", covariance, ()), ("sample", sample, (DRAWS,)))
-            values = [
-                (name, sandbox.call(name, t, *args) if callable(t) else t)
-                for name, t, args in given
-            ]
-            claimed, z = (sandbox.as_tensor(name, value) for name, value in values)
-            return claimed, z
+            matrix = sandbox.call("covariance", covariance) if callable(covariance) else covariance
+            draws = sandbox.call("sample", sample, DRAWS) if callable(sample) else sample
+            return sandbox.as_tensor("covariance", matrix), sandbox.as_tensor("sample", draws)
 
     _, (claimed, z) = first_form(product(FLOATS), called)
     z = z.flatten(1) if z.ndim > 1 else z[:, None]
@@ -131,11 +108,24 @@ def _check_covariance(z: Tensor, claimed: Tensor) -> Iterator[Outcome]:
     if not (z.isfinite().all() and claimed.isfinite().all()):
         yield bug("not_finite", "aggregate")
         return
-    excess = min(_covariance_differs(half, claimed)[0] for half in z.tensor_split(2))
-    sampled = _covariance_differs(z, claimed)[1]
-    scale = (sampled.diag()[:, None] * sampled.diag()[None]).sqrt()
-    off, n = float(((sampled - claimed).abs() / scale.clamp(min=1e-300)).max()), len(z)
+    excess = min(_excess(half, claimed) for half in z.tensor_split(2))
+    sampled, std, n = z.T.cov().view_as(claimed), z.std(0), len(z)
+    off = float(((sampled - claimed).abs() / torch.outer(std, std).clamp(min=1e-300)).max())
     yield Passed(f"covariance of {n} draws: off by at most {off:.3g}, as a correlation")
     if excess > 1:
         both: Any = {"sampled": sampled.tolist(), "claimed": claimed.tolist()}
         yield bug("aggregate_cov", draws=n, off=off, over_limit=excess, **both)
+
+
+def _excess(z: Tensor, claimed: Tensor, smallest: float = 0.02) -> float:
+    """The largest ratio of an error of a claimed covariance (D, D) of draws (n, D) to its limit.
+
+    The standard error of an entry is valid for any distribution with four moments; differences
+    below `smallest`, as a correlation, do not matter.
+    """
+    (n, d), centered, std = z.shape, z - z.mean(0), z.std(0)
+    sampled = centered.T @ centered / (n - 1)
+    fourth = (centered**2).T @ (centered**2) / n
+    error = ((fourth - sampled**2).clamp(min=0) / n).sqrt()
+    limit = (1.3 * _quantile(d * (d + 1) // 2) * error).maximum(smallest * torch.outer(std, std))
+    return float(((sampled - claimed).abs() / limit.clamp(min=1e-300)).max())

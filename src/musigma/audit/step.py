@@ -12,9 +12,8 @@ from musigma.audit.latents import find_latents, stray_draws
 from musigma.audit.probes import Prober
 from musigma.audit.runs import Run, Runner, at, short_place, unexamined
 from musigma.audit.sandbox import Sandbox
-from musigma.audit.step_divergence import Subject
 from musigma.audit.step_flow import check_dequantization, check_flow
-from musigma.audit.step_latent import check_latent, find_divergence
+from musigma.audit.step_latent import Subject, check_latent
 
 __all__ = ["audit_step", "examine"]
 
@@ -93,7 +92,7 @@ def _check(run: Run, runner: Runner, is_sure: bool) -> Iterator[Outcome]:
         for latent in [latent for latent in latents if latent.where == where][:PER_LINE]:
             try:
                 prober = Prober(graph, latent)
-                on = Subject(prober, latents, run, runner, is_sure, find_divergence)
+                on = Subject(prober, latents, run, runner, is_sure)
                 yield from check_latent(on)
             except FAILURES as error:
                 yield Missing(_failed(f"the KL of z{at(where)}", error))

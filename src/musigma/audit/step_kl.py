@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from musigma.audit.graph import Graph, Node
-from musigma.audit.latents import Latent
+from musigma.audit.latents import Latent, own_values
 from musigma.audit.probes import OfLatent, Over, Prober, Probes, each, gradient
 from musigma.audit.scales import READINGS, Curve, name_curve
 
@@ -39,6 +39,7 @@ __all__ = [
     "inner_values",
     "is_linear",
     "log_weights",
+    "move_together",
     "sampled_scale",
     "terms",
 ]
@@ -49,42 +50,55 @@ NEAR = 1e-3  # up to which they differ by a floor or an offset
 
 @dataclass
 class Fit:
-    """The coefficients of a loss by entries of the heads that move means, and that move scales.
+    """The coefficients of a loss, by entry of the heads.
 
-    `mean` holds A and B (2, m), `scale` C and D (2, s). `residual` is relative to the largest
-    gradient, `size` that gradient; `copies` counts the draws of each mean.
+    Args:
+        coefficients: A, B, C and D (4, n); NaN where they are not known.
+        means: The entries (n,) that move means.
+        scales: Those that move scales.
+        residual: The largest error, relative to `size`.
+        size: The largest gradient.
+        copies: The draws of each mean.
     """
 
-    mean: Tensor
-    scale: Tensor
+    coefficients: Tensor
+    means: Tensor
+    scales: Tensor
     residual: float
     size: float
     copies: float = 1.0
 
-    def __neg__(self) -> Fit:
-        """The coefficients of the negative."""
-        return replace(self, mean=-self.mean, scale=-self.scale)
+    @property
+    def of_means(self) -> Tensor:
+        """A and B, of the entries that move means."""
+        return self.coefficients[:2, self.means]
+
+    @property
+    def of_scales(self) -> Tensor:
+        """C and D, of the entries that move scales."""
+        return self.coefficients[2:, self.scales]
 
     @property
     def typical(self) -> tuple[float, float, float]:
         """Median A, C and D."""
-        a, c, d = (float(t.nanmedian()) for t in (self.mean[0], self.scale[0], self.scale[1]))
+        found = [float(t.nanmedian()) for t in (self.of_means[0], *self.of_scales)]
+        a, c, d = (v if abs(v) > 1e-9 * max(map(abs, found)) else 0.0 for v in found)
         return a, c, d
 
     @property
     def weight(self) -> float:
         """The weight of log sigma, per latent of one example."""
-        weights = -self.scale[1] if self.scale.numel() else self.mean[0]
+        weights = -self.of_scales[1] if self.scales.any() else self.of_means[0]
         counted = weights[weights.abs() > _zero(weights)]  # a padding is not
         return self.copies * float(counted.nanmedian()) if counted.numel() else math.nan
 
     @property
     def is_kl(self) -> bool:
         """Whether it is a KL divergence to Gaussians."""
-        if self.residual > NEAR or not self.mean.numel():
+        if self.residual > NEAR or not self.means.any():
             return False
-        a, c, d = self.mean[0], self.scale[0], -self.scale[1]
-        if not self.scale.numel():  # sigma is a constant
+        a, c, d = self.of_means[0], self.of_scales[0], -self.of_scales[1]
+        if not c.numel():  # sigma is a constant
             return bool((a > 0).all()) and _same(a, a[0])
         masked = (c.abs() <= _zero(c)) & (d.abs() <= _zero(d))
         if not bool(a.isfinite().any()):  # it says nothing of the means
@@ -92,33 +106,40 @@ class Fit:
         elif bool(masked.any()):
             a = a[~(a.abs() <= _zero(a))]
         a, c, d = a[a.isfinite()], c[~masked], d[~masked & d.isfinite()]
-        if not (a.numel() and d.numel()) or not (
-            min(float(a.min()), float(c.min()), float(d.min())) > 0
-        ):
+        if not (a.numel() and d.numel()) or not all((t > 0).all() for t in (a, c, d)):
             return False
-        if len(a) == len(c) and not _same(a.sort().values, c.sort().values):
-            return False
+        if len(a) == len(c):
+            return _same(a.sort().values, c.sort().values)
         return _same(a.min(), c.min()) and _same(a.max(), c.max())
 
     @property
     def of_diagonal(self) -> bool:
         """Whether it is a KL in the entries of a factor L that move log det L, without others."""
-        others = self.scale[1].isnan() & (self.scale[0].abs() <= _zero(self.scale[0]))
-        return bool(others.any()) and replace(self, scale=self.scale[:, ~others]).is_kl
+        _, _, c, d = self.coefficients
+        others = self.scales & d.isnan() & (c.abs() <= _zero(self.of_scales[0]))
+        return bool(others.any()) and replace(self, scales=self.scales & ~others).is_kl
 
     @property
     def prior(self) -> tuple[Tensor, Tensor]:
         """Means, and standard deviations, of the prior, by entry."""
-        known = self.scale[:, -self.scale[1] > _zero(self.scale[1])]
-        means = self.mean[:, self.mean[0] > _zero(self.mean[0])]
-        return -means[1] / means[0], (-known[1] / known[0]).clamp(min=0).sqrt()
+        (a, b), (c, d) = self.of_means, self.of_scales
+        means, stds = -b / a, (-d / c).clamp(min=0).sqrt()
+        return means[a > _zero(a)], stds[-d > _zero(d)]
+
+    @property
+    def common_prior(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of the prior, if they are the same for all entries."""
+        if not all(t.numel() and float(t.max() - t.min()) < 1e-6 for t in self.prior):
+            return None
+        mean, std = (float(t[0]) for t in self.prior)
+        return mean, std
 
     @property
     def is_standard(self) -> bool:
         """Whether the prior is N(0, 1)."""
         mean, std = self.prior
-        known = std.numel() or not self.scale.numel()
-        return bool(known) and bool((mean.abs() < NEAR).all() and ((std - 1).abs() < NEAR).all())
+        known = bool(std.numel()) or not self.scales.any()
+        return known and bool((mean.abs() < NEAR).all() and ((std - 1).abs() < NEAR).all())
 
 
 def _zero(t: Tensor) -> Tensor:
@@ -126,39 +147,24 @@ def _zero(t: Tensor) -> Tensor:
     return 1e-9 * t.nan_to_num().abs().amax().clamp(min=1e-300) if t.numel() else t.new_zeros(())
 
 
+def _same(a: Tensor, b: Tensor | float) -> bool:
+    return bool(((a - b).abs() <= NEAR * (a.abs() + abs(b))).all())
+
+
 # --- reading the gradients ----------------------------------------------------------------------
-
-
-def _same(a: Tensor, b: Tensor, tolerance: float = NEAR) -> bool:
-    return bool(((a - b).abs() <= tolerance * (a.abs() + b.abs())).all())
 
 
 def fit_moments(p: Probes, copies: float = 1.0) -> Fit:
     """The coefficients of a loss by entry of the heads."""
     means, scales = p.moving
-    size, worst = float(p.loss.abs().max()), 0.0
-    parts: dict[str, list[Tensor]] = {"mean": [], "scale": []}
-    for at, rows in (
-        (means & ~scales, {"mean": (0, 1)}),
-        (scales & ~means, {"scale": (2, 3)}),
-        (means & scales, {"mean": (0, 1), "scale": (2, 3)}),
-    ):
-        columns = [k for pair in rows.values() for k in pair]
-        found, error = _solve(p.moments[columns][:, :, at], p.loss[:, at])
-        for n, name in enumerate(rows):
-            parts[name].append(found[2 * n : 2 * n + 2])
-        worst = max(worst, error)
-    others = p.loss[:, ~(means | scales)].abs()
-    worst = max(worst, float(others.max()) if others.numel() else 0.0)
-    mean, scale = (torch.cat(parts[name], 1) for name in ("mean", "scale"))
-    fixed = (p.moments[0].abs() <= 1e-12).all(0)  # means whose squares have a constant sum
-    order = [torch.cat([torch.arange(len(means))[at] for at in rows]) for rows in (
-        (means & ~scales, means & scales), (scales & ~means, means & scales))]  # fmt: skip
-    none = 1e-11 * float(p.moments[3].abs().max())
-    lone = (p.moments[3].abs() <= none).all(0)[order[1]]  # no part in log sigma
-    scale = torch.stack([scale[0], torch.where(lone, math.nan, scale[1])])
-    mean = torch.stack([torch.where(fixed[order[0]], math.nan, mean[0]), mean[1]])
-    return Fit(mean, scale, worst / max(size, 1e-300), size, copies)
+    uses = torch.stack([means, means, scales, scales])
+    found, error = _solve(p.moments * uses[:, None], p.loss)
+    size = float(p.loss.abs().max())
+    squares, logs = p.moments[0].abs().amax(0), p.moments[3].abs().amax(0)
+    uses[0] &= squares > 1e-12  # where the squares of means have a constant sum, A is not known
+    uses[3] &= logs > 1e-11 * logs.max()
+    found = torch.where(uses, found, math.nan)
+    return Fit(found, means, scales, error / max(size, 1e-300), size, copies)
 
 
 def _solve(rows: Tensor, y: Tensor) -> tuple[Tensor, float]:
@@ -172,7 +178,8 @@ def _solve(rows: Tensor, y: Tensor) -> tuple[Tensor, float]:
     return (found / size.mT)[..., 0].T, error
 
 
-UNKNOWN = Fit(torch.zeros(2, 0), torch.zeros(2, 0), math.inf, math.nan)
+NONE = torch.zeros(0, dtype=torch.bool)
+UNKNOWN = Fit(torch.zeros(4, 0), NONE, NONE, math.inf, math.nan)
 
 
 class LogQ(NamedTuple):
@@ -195,12 +202,10 @@ class View(OfLatent):
         prober: Moves the heads.
         target: The value, such as the loss.
         held: The values that are held, such as the results of the decoder's first layers.
-        sign: -1 for a value that contains the negative of a KL, such as a log weight.
     """
 
     target: int
     held: dict[int, Tensor]
-    sign: float = 1.0
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -214,8 +219,7 @@ class View(OfLatent):
     @cached_property
     def by_draws(self) -> bool:
         """Whether it depends on the noise as well."""
-        draws = [*self.latent.draws, *(d for d, _ in self.latent.siblings)]
-        return self.target in self.graph.downstream(draws, stop=self.held)
+        return self.target in self.graph.downstream(self.latent.noise, stop=self.held)
 
     @cached_property
     def probes(self) -> Probes | None:
@@ -231,8 +235,7 @@ class View(OfLatent):
             return UNKNOWN
         means = int(self.probes.moving[0].sum())
         copies = self.graph[self.latent.z].numel / max(1, means)
-        fit = fit_moments(self.probes, copies if copies >= 1 else 1.0)
-        return fit if self.sign > 0 else -fit
+        return fit_moments(self.probes, max(copies, 1.0))
 
     @property
     def flat(self) -> bool:
@@ -290,8 +293,7 @@ class View(OfLatent):
             for z, draw in draws.items():
                 noise = torch.rand(graph[draw].shape, generator=generator).double() - 0.5
                 fixed[z] = graph.value({**over, draw: noise}, z)
-            f = self.sign * self.at({**over, **fixed})
-            rows.append(gradient(f.sum(), place))
+            rows.append(gradient(self.at({**over, **fixed}).sum(), place))
             mean, sigma = latent.moments(graph, over)
             squares = [(0.5 * ((z - mean) / sigma) ** 2).sum() for z in fixed.values()]
             pair = torch.stack(squares).sum(), count * sigma.abs().log().sum()
@@ -322,7 +324,7 @@ class View(OfLatent):
     @property
     def misscored(self) -> bool:
         """Whether z is scored by some density of each latent, which is not that of its draw."""
-        zs = {i: self.graph.get(i) for i in (self.latent.z, *(z for _, z in self.latent.siblings))}
+        zs = {i: self.graph.get(i) for i in self.latent.zs}
         scored = replace(self, held={**self.held, **zs})
         mixture = scored.passes("logsumexp", "_softmax", "_log_softmax")
         if not self.by_draws or self.log_q is not None or mixture:
@@ -337,23 +339,21 @@ class View(OfLatent):
         means, scales = p.moving
         scales = scales if scales.any() else ~means
         means, scales = means & ~scales, scales & ~means
-        near, loss = NEAR * self.fit.size, self.sign * p.loss
-        squares, error = _solve(p.moments[:2][:, :, means], loss[:, means])
-        if not (means.any() and scales.any()) or error > near:
+        if not (means.any() and scales.any()):
             return None
+        near = NEAR * self.fit.size
+        squares, error = _solve(p.moments[:2][:, :, means], p.loss[:, means])
         weight = float(squares[0].median())
-        if weight <= 0 or not _same(squares[0], squares[0].median()):
+        if error > near or weight <= 0 or not _same(squares[0], weight):
             return None
         for name, reading in READINGS.items():
             b = p.heads[:, scales].clone().requires_grad_()
             s = reading.sigma(b)
-            if name == "unit variance" or not s.isfinite().all() or not (s > 0).all():
+            if name == "unit variance" or not bool((s > 0).all() and s.isfinite().all()):
                 continue
-            parts = (0.5 * s**2, s.log())
-            rows = [torch.autograd.grad(t.sum(), b, retain_graph=True)[0] for t in parts]
-            found, error = _solve(torch.stack(rows), loss[:, scales])
-            fits = error <= near and _same(found[0], torch.tensor(weight))
-            if fits and _same(-found[1], torch.tensor(weight)):
+            rows = [gradient(t.sum(), {0: b}).view_as(b) for t in (0.5 * s**2, s.log())]
+            (c, d), error = _solve(torch.stack(rows), p.loss[:, scales])
+            if error <= near and _same(c, weight) and _same(-d, weight):
                 return name
         return None
 
@@ -365,8 +365,9 @@ class View(OfLatent):
             return False
         entries = prober.latents().round().long()
         size = prober.graph[prober.latent.z].numel
-        chosen = torch.rand(size, generator=torch.Generator().manual_seed(17)) < 0.5
-        kept = chosen[entries.clamp(0, size - 1)] & (entries >= 0) & (entries < size)
+        chosen = torch.rand(size + 1, generator=torch.Generator().manual_seed(17)) < 0.5
+        chosen[size] = False  # of entries that move no latent
+        kept = chosen[entries.clamp(-1, size)]
         if not kept.any() or kept.all():
             return False
         sizes = [t.numel() for t in prober.places[0].values()]
@@ -391,31 +392,31 @@ SCALED = {"mul", "mul_", "div", "div_"}
 
 def terms(graph: Graph, loss: int, stop: Collection[int] = ()) -> list[int]:
     """The values that a loss is a linear combination of, none beyond those in `stop`."""
-    found, seen = [], set()
-    todo = [loss]
+    found, seen, todo = [], set(), [loss]
     while todo:
         i = todo.pop()
-        if i in seen:
-            continue
-        seen.add(i)
-        node = graph[i].node if i not in stop else None
-        inputs = [j for j in node.ins if graph[j].floating] if node is not None else []
-        if node is not None and node.name in LINEAR:
-            todo += inputs
-        elif node is not None and node.name in SCALED:
-            moving = [j for j in node.ins if graph[j].origin or graph[j].draws]
-            moving = [j for j in moving if graph[j].floating or graph[j].numel > 1]
-            scaled = len(moving) == 1 and (node.name[:3] != "div" or moving[0] == inputs[0])
-            todo += moving if scaled else []
-            found += [] if scaled else [i]
-        else:
-            found.append(i)
+        if i not in seen:
+            seen.add(i)
+            summands = _summands(graph, graph[i].node) if i not in stop else []
+            todo += summands
+            found += [] if summands else [i]
     return found
+
+
+def _summands(graph: Graph, node: Node | None) -> list[int]:
+    """The values of which the result of an operation is a linear combination."""
+    inputs = [j for j in node.ins if graph[j].floating] if node is not None else []
+    if node is None or node.name not in SCALED:
+        return inputs if node is not None and node.name in LINEAR else []
+    moving = [j for j in node.ins if graph[j].origin or graph[j].draws]
+    moving = [j for j in moving if graph[j].floating or graph[j].numel > 1]
+    is_scaled = len(moving) == 1 and (node.name[:3] != "div" or moving[0] == inputs[0])
+    return moving if is_scaled else []
 
 
 def data_terms(graph: Graph, latents: list[Latent], loss: int) -> list[int]:
     """The terms of a loss in which data take part that do not come by the latents."""
-    stop = {i for latent in latents for i in (latent.z, *latent.heads)}
+    stop = own_values(latents)
     return [
         t
         for t in terms(graph, loss, stop)
@@ -445,15 +446,14 @@ def log_weights(graph: Graph, latent: Latent, loss: int, decoder: Over) -> list[
             alone = graph.upstream(largest, stop=[whole]) & (after | graph.downstream(decoder))
             given = whole if alone <= {whole, *largest} else given
         found += [given] if given in both and both.intersection(node.outs) else []
-    heads, held = ({i: graph.get(i) + 0.3 for i in ids} for ids in (latent.heads, decoder))
+    found = [i for i in dict.fromkeys(found) if i not in latent.heads]
+    return [i for i in found if move_together(graph, i, decoder, latent.heads, decoder)]
 
-    def is_weight(i: int) -> bool:
-        by_heads, by_decoder = (
-            graph.value({**decoder, **over}, i) != graph.get(i) for over in (heads, held)
-        )
-        return bool((by_heads & by_decoder).any())
 
-    return [i for i in dict.fromkeys(found) if i not in latent.heads and is_weight(i)]
+def move_together(graph: Graph, i: int, held: Over, *groups: Collection[int]) -> bool:
+    """Whether each of some groups of values moves a common entry of a value."""
+    moved = ({**held, **{k: graph.get(k) + 0.37 for k in ids}} for ids in groups)
+    return bool(torch.stack([graph.value(over, i) != graph.get(i) for over in moved]).all(0).any())
 
 
 def inner_values(view: View, most: int = 12) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from musigma.audit.graph import Graph, Origin
-from musigma.audit.latents import Latent, frontier, holds, meetings
+from musigma.audit.latents import PRODUCTS, Latent, frontier, holds, meetings, own_values
 from musigma.audit.probes import gradient
+from musigma.audit.runs import Run, Runner
 from musigma.audit.step_kl import View
 
 __all__ = [
     "Beta",
     "effective_beta",
     "mixed_examples",
-    "reconstruction_slopes",
+    "run_of_half",
     "slope_in_log_weights",
 ]
 
@@ -26,8 +27,17 @@ SQUARED = "a Gaussian likelihood with variance 1"
 BERNOULLI = "a Bernoulli likelihood"
 LAPLACE = "a Laplace likelihood with scale 1"
 CATEGORICAL = "a categorical likelihood"
-FAR = 100.0  # beyond what is decoded
 EVENTS = "the logarithms of the probabilities of events"
+SUPPORT: dict[str, Callable[[Tensor], Tensor]] = {
+    SQUARED: torch.isfinite,
+    BERNOULLI: lambda x: (x > -1e-4) & (x < 1 + 1e-4),
+    CATEGORICAL: lambda x: torch.minimum(x, 1 - x).abs() < 1e-4,
+}
+LOGITS = dict.fromkeys(("sigmoid", "log_sigmoid_forward", "softplus"), EVENTS) | dict.fromkeys(
+    ("_softmax", "_log_softmax", "logsumexp"), CATEGORICAL
+)
+"""What is done with logits, and their likelihood where data choose entries, such as edges."""
+FAR = 100.0  # beyond any number of the data
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Beta:
     against: str
     explained: str
     negated: bool
-    opposed: bool = False
+    opposed: bool
 
     @property
     def text(self) -> str:
@@ -63,108 +73,15 @@ class Beta:
 
 def effective_beta(view: View, latents: list[Latent], loss: int, weight: float) -> Beta | None:
     """The effective beta, or None if no known likelihood belongs to this latent alone."""
-    graph, latent = view.graph, view.latent
-    if not meetings(graph, latents, loss) and (k := _of_events(graph, latents, loss)) is not None:
-        return Beta(abs(weight / k), EVENTS, "", False)
-    found = _likelihood(graph, latents, latent, loss)
-    several = view.fit.copies > 1 or bool(latent.siblings)
+    found = _likelihood(view.graph, latents, view.latent, loss)
+    several = view.fit.copies > 1 or bool(view.latent.siblings)
     if found is None or (several and found.kind == CATEGORICAL):
         return None  # of several draws, each has a share of the weight
-    rows = found.rows
-    x, z = (n // max(1, rows) for n in (found.numbers, graph[latent.z].numel))
+    z = view.graph[view.latent.z]
+    rows = z.shape[0] if z.shape else 1
     beta = weight / found.weight
-    explained = _explain(abs(beta), x, z, rows)
+    explained = _explain(abs(beta), found.numbers // rows, z.numel // rows, rows)
     return Beta(abs(beta), found.kind, explained, weight < 0 and found.weight < 0, beta < 0)
-
-
-class Likelihood(NamedTuple):
-    """A likelihood: its weight, its kind, and how many numbers of data, of how many examples."""
-
-    weight: float
-    kind: str
-    numbers: int
-    rows: int
-
-
-def _likelihood(
-    graph: Graph, latents: list[Latent], latent: Latent, loss: int
-) -> Likelihood | None:
-    """The likelihood of the data that are decoded from a latent."""
-    met = meetings(graph, latents, loss)
-    after = graph.downstream([latent.z, *(z for _, z in latent.siblings)])
-    for root in dict.fromkeys(root for d, root in met if d in after):
-        decoded = [d for d, r in met if r == root]
-        if not after.issuperset(decoded):
-            return None  # another pass, with a KL of its own, decodes the same data
-        if not graph[root].floating or any(_classes(graph, d) is not None for d in decoded):
-            continue
-        k = _weight_of(graph, latents, loss, decoded, root)
-        if k is not None:
-            shape = graph[root].shape
-            return Likelihood(*k, graph[root].numel, shape[0] if shape else 1)
-        if graph[root].origin == Origin.DATA:
-            return None
-    return _categorical(graph, latent, loss, after)
-
-
-def _categorical(graph: Graph, latent: Latent, loss: int, after: set[int]) -> Likelihood | None:
-    """The likelihood of one class of several, by the slopes of a loss in log-probabilities."""
-    rows = graph[latent.z].shape[0] if graph[latent.z].shape else 1
-    for i in sorted(after & graph.upstream([loss])):
-        dim, node = _classes(graph, i), graph[i].node
-        if dim is None or node is None or node.view:
-            continue
-        slopes = []
-        for shift in (0.0, 0.5):
-            log_p = (graph.get(i) - shift).requires_grad_()
-            value = graph.run({i: log_p}, [loss])[loss].sum()
-            if not value.requires_grad:
-                return None
-            slopes.append(torch.autograd.grad(value, log_p)[0])
-        scored = slopes[0] != 0
-        w = -slopes[0][scored]
-        one = bool((scored.sum(dim) <= 1).all()) and w.numel() > 0
-        if one and _close(slopes[0] / w[0], slopes[1] / w[0]) and _close(w / w[0], w / w):
-            return Likelihood(float(w[0]), CATEGORICAL, w.numel(), rows)
-    return None
-
-
-def _classes(graph: Graph, i: int) -> int | None:
-    """The dimension along which a value holds the log-probabilities of classes."""
-    if not graph[i].floating or graph[i].numel < 2:
-        return None
-    log_p = graph.get(i)
-    for dim in reversed(range(log_p.ndim)):
-        total = log_p.logsumexp(dim)
-        if log_p.shape[dim] > 1 and bool((total.abs() < 1e-6).all()):
-            return dim
-    return None
-
-
-def reconstruction_slopes(graph: Graph, latents: list[Latent], loss: int) -> list[float]:
-    """The largest slopes of a loss in what is decoded, at one value of it and of the data.
-
-    Whatever the reconstruction, it is multiplied by what its weight is multiplied by.
-    """
-    met = meetings(graph, latents, loss)
-    fronts = frontier(graph, [d for d, _ in met])
-    own = {i for latent in latents for i in (latent.z, *latent.heads)}
-    shape = graph[met[0][1]].shape if met else ()
-    fronts = [i for i in fronts if i not in own and graph[i].node is not None]
-    fronts = [i for i in fronts if graph[i].shape or not shape]  # no mean over the examples
-    if not fronts:
-        return []
-    over = {i: graph.get(i) for i in own}
-    over |= {r: torch.full_like(graph.get(r), 0.7) for _, r in met if graph[r].floating}
-    leaves = {i: torch.full_like(graph.get(i), 0.3).requires_grad_() for i in fronts}
-    try:
-        value = graph.run({**over, **leaves}, [loss])[loss].sum()
-    except RuntimeError:  # values that the reconstruction does not take
-        return []
-    if not value.requires_grad:
-        return []
-    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return [0.0 if g is None else float(g.abs().max()) for g in found]
 
 
 def _explain(beta: float, x: int, z: int, b: int) -> str:
@@ -183,167 +100,170 @@ def _explain(beta: float, x: int, z: int, b: int) -> str:
     return ""
 
 
-def _weight_of(
-    graph: Graph, latents: list[Latent], loss: int, decoded: list[int], root: int
-) -> tuple[float, str] | None:
-    """The weight of the likelihood of a number of the data, and the kind of likelihood.
+# --- likelihoods --------------------------------------------------------------------------------
 
-    Found by moving a few numbers of the data, with what is decoded held: a squared error bends
-    by twice its weight; a Bernoulli likelihood is straight in them, an absolute error on both
-    sides of what is decoded.
-    """
-    x = graph.get(root)
-    held = {i: graph.get(i) for latent in latents for i in (*latent.heads, latent.z)}
-    cuts = list(_cuts(graph, decoded))
-    by_networks = graph.downstream([root]) - graph.downstream(cuts[0]) - {root}
-    by_networks = {i for i in by_networks if graph[i].origin & Origin.PARAMETERS}
-    held |= {i: graph.get(i) for i in (*cuts[0], *by_networks)}
-    if root not in graph.upstream([loss], stop=held):
-        return None
-    found = []
-    generator = torch.Generator().manual_seed(19)
-    for k in torch.randperm(x.numel(), generator=generator)[:3].tolist():
 
-        def moved(v: float, k: int = k) -> Tensor:
-            return x.reshape(-1).index_fill(0, torch.tensor([k]), v).reshape(x.shape)
+class Likelihood(NamedTuple):
+    """A likelihood: its weight, its kind, and how many numbers of data, of how many examples."""
 
-        def at(v: float, moved: Callable[[float], Tensor] = moved) -> float:
-            return float(graph.value({**held, root: moved(v)}, loss).double().sum())
+    weight: float
+    kind: str
+    numbers: int
+    rows: int = 1
 
-        f = torch.tensor([at(v) for v in (0.0, 1 / 3, 2 / 3, 1.0)], dtype=torch.float64)
-        if not f.isfinite().all():
+
+def _likelihood(
+    graph: Graph, latents: list[Latent], latent: Latent, loss: int
+) -> Likelihood | None:
+    """The likelihood of the data that are decoded from a latent."""
+    met = meetings(graph, latents, loss)
+    after = graph.downstream(latent.zs)
+    own = {i: graph.get(i) for i in own_values(latents)}
+    for root in dict.fromkeys(root for d, root in met if d in after):
+        decoded, x = [d for d, r in met if r == root], graph[root]
+        if not after.issuperset(decoded):
+            return None  # another pass, with a KL of its own, decodes the same data
+        held = {**own, root: graph.get(root)}
+        found = (_in_decoded(graph, held, loss, cut) for cut in _cuts(graph, decoded))
+        if (first := next(filter(None, found), None)) is not None:
+            draws = max(1, first.numbers // max(1, x.numel))
+            rows = x.shape[0] if x.shape else 1
+            return Likelihood(first.weight * draws, first.kind, first.numbers // draws, rows)
+        if x.floating and x.origin == Origin.DATA:
             return None
-        bends = 9 * f.diff(n=2)
-        bend, other = bends.tolist()
-        bent = float(bends.abs().max()) > max(1e-6 * abs(float(f[3] - f[0])), 1e-12)
-        if bent and abs(other - bend) <= 1e-4 * abs(bend):
-            found.append((bend, SQUARED))
-        elif not bent and (weight := _bernoulli(graph, held, loss, cuts, root, moved)) is not None:
-            found.append((weight, BERNOULLI))
-        elif (weight := _laplace(at)) is not None:
-            found.append((weight, LAPLACE))
-        else:
-            return None
-    weights = [v for v, _ in found]
-    kinds = {kind for _, kind in found}
-    if len(kinds) > 1 or max(weights) - min(weights) > 1e-4 * abs(weights[0]):
-        return None
-    learned = BERNOULLI not in kinds and _scale_is_learned(graph, held, loss, root)
-    return None if learned else found[0]
+    live = after & graph.upstream([loss])
+    rows = graph[latent.z].shape[0] if graph[latent.z].shape else 1
+    for node in graph.nodes:
+        if node.name in LOGITS and node.ins[0] in live:
+            found = _in_decoded(graph, own, loss, [node.ins[0]])
+            if found is not None and found.kind in (BERNOULLI, CATEGORICAL):
+                return found._replace(kind=LOGITS[node.name], rows=rows)
+    return None
 
 
 def _cuts(graph: Graph, decoded: list[int]) -> Iterator[list[int]]:
     """Values that all that is decoded is pointwise made of: outputs of layers, then any other."""
-    fronts = frontier(graph, decoded)
+    fronts = frontier(graph, decoded) or decoded
     yield fronts
     for i in sorted(graph.downstream(fronts) & graph.upstream(decoded, stop=fronts), reverse=True):
         if not graph.upstream(decoded, stop=[i]).intersection(fronts):
             yield [i]
 
 
-def _bernoulli(
-    graph: Graph, held: dict[int, Tensor], loss: int, cuts: list[list[int]], root: int,
-    moved: Callable[[float], Tensor],
-) -> float | None:  # fmt: skip
-    """The weight of -x log p - (1 - x) log(1 - p), by its slopes where one x is 0 and 1."""
-    for cut in cuts:
-        slopes = []
-        for x in (moved(0.0), moved(1.0)):
-            y = {i: graph.get(i).clone().requires_grad_() for i in cut}
-            value = graph.run({**held, **y, root: x}, [loss])[loss].sum()
-            if not value.requires_grad:
-                return None
-            found = torch.autograd.grad(value, list(y.values()), materialize_grads=True)
-            slopes.append(torch.cat([g.reshape(-1) for g in found]))
-        change = slopes[0] - slopes[1]  # k of its logits; k / (p (1 - p)) of its probabilities
-        at = change.abs() > 1e-12 * float(change.abs().max())
-        p = torch.cat([graph.get(i).reshape(-1) for i in cut])[at]
-        if not at.any():
-            continue  # such as behind a ReLU that is zero
-        if _close(slopes[0][at] / change[at], p.sigmoid()):
-            return float(change[at].sum())
-        if bool(((p > 0) & (p < 1)).all()) and _close(slopes[0][at] / change[at], p):
-            return float((change[at] * p * (1 - p)).sum())
+def _in_decoded(
+    graph: Graph, held: Mapping[int, Tensor], loss: int, ids: list[int]
+) -> Likelihood | None:
+    r"""The likelihood of data x, given decoded values y.
+
+    The slopes of an exponential family in its natural parameter y are :math:`w (m(y) - x)`, with
+    the mean m of x.
+    """
+    places = list(_places(graph, held, loss, ids))
+    if len(places) < 3:
+        return None
+    y, slopes = (torch.stack(t) for t in zip(*places[:3], strict=True))
+    beyond = [slope for _, slope in places[3:]]
+    used = (slopes.abs() > 1e-12 * slopes.abs().max()).any(0)
+    if not used.any() or not slopes.isfinite().all():
+        return None
+    n, shape = y.shape[1], graph[ids[0]].shape if len(ids) == 1 else ()
+    means = [
+        (SQUARED, n, y, slopes),
+        (BERNOULLI, n, y.sigmoid(), slopes),
+        (BERNOULLI, n, y, slopes * y * (1 - y)),  # y is a probability
+        *(
+            (CATEGORICAL, n // size, y.view(3, *shape).softmax(k + 1).view(3, n), slopes)
+            for k, size in reversed(list(enumerate(shape)))
+        ),
+    ]
+    for kind, numbers, mean, slope in means:
+        mean, slope = mean[:, used], slope[:, used]
+        w = (slope[0] - slope[1]) / (mean[0] - mean[1])
+        x = mean[0] - slope[0] / w
+        exact = (slope - w * (mean - x)).abs() < 1e-4 * w.abs()
+        if _is_one(w) and exact.all() and SUPPORT[kind](x).all():
+            of_class = kind == BERNOULLI and bool((x > 1 - 1e-4).all())  # -log p where x is one
+            return Likelihood(float(w[0]), CATEGORICAL if of_class else kind, numbers)
+    if len(beyond) == 2:
+        above, below = (t[used] for t in beyond)
+        sizes = torch.stack([*slopes[:, used], above]).abs()
+        if _is_one(torch.stack([above, -below])) and _is_one(sizes):
+            return Likelihood(float(above[0]), LAPLACE, n)
     return None
 
 
-def _laplace(at: Callable[[float], float]) -> float | None:
-    """The weight w of w |x - d|, from a loss as a function of one x; None if it is another."""
-    try:
-        below, above, beyond = at(-FAR), at(FAR), at(2 * FAR)
-    except RuntimeError:  # it takes probabilities only
-        return None
-    w = (beyond - above) / FAR
-    if w == 0:
-        return None
-    d, least = (below - above) / (2 * w), (above + below) / 2 - w * FAR
-    return w if abs(d) < FAR and abs(at(d) - least) <= 1e-6 * abs(w) else None
+def _places(
+    graph: Graph, held: Mapping[int, Tensor], loss: int, ids: list[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Decoded values at three places, far above and far below the data, and slopes in them.
 
-
-def _of_events(graph: Graph, latents: list[Latent], loss: int) -> float | None:
-    """The weight of -log p and -log(1 - p) of events, such as edges that are drawn.
-
-    Their slopes in the logit of p are w (p - 1) and w p.
+    What networks make of them is held, as of an adversary; parameters of the likelihood, such as
+    a learned scale, are moved as well.
     """
-    own = {i for latent in latents for i in (latent.z, *latent.heads)}
-    decoded = graph.downstream([latent.z for latent in latents]) & graph.upstream([loss]) - own
-    weights = []
-    for node in graph.nodes:
-        if node.name not in ("sigmoid", "log_sigmoid_forward", "softplus"):
-            continue
-        if not decoded.issuperset((node.ins[0], node.outs[0])):
-            continue
-        slopes = []
-        for at in (-1.0, 0.5, 1.0):
-            logit = torch.full_like(graph.get(node.ins[0]), at).requires_grad_()
-            value = graph.run({node.ins[0]: logit}, [loss])[loss].sum()
-            slopes.append(torch.autograd.grad(value, logit)[0])
-        p = torch.tensor((-1.0, 0.5, 1.0)).sigmoid().double()
-        w = (slopes[2] - slopes[0]) / (p[2] - p[0])
-        happened = p[2] - slopes[2] / w
-        exact = (slopes[1] - w * (p[1] - happened)).abs() <= 1e-6 * w.abs()
-        if not bool((exact & (torch.minimum(happened, 1 - happened).abs() < 1e-6)).all()):
-            return None
-        weights.append(w.reshape(-1))
-    w = torch.cat(weights) if weights else torch.zeros(1)
-    return float(w[0]) if bool((w > 0).all() and (w - w[0]).abs().max() < 1e-4 * w[0]) else None
+    generator, after = torch.Generator().manual_seed(19), graph.downstream(ids)
+    layers = [n for n in graph.nodes if n.name in PRODUCTS and after.intersection(n.ins)]
+    layers = [n for n in layers if any(graph[i].origin == Origin.PARAMETERS for i in n.ins)]
+    held = {**held, **{o: graph.get(o) for n in layers for o in n.outs}}
+    free = graph.upstream([loss], stop={*held, *ids})
+    free = [i for i in free if graph[i].kind == "parameter"]
+    for k, far in enumerate((0.0, 0.0, 0.0, FAR, -FAR)):
+        place = {}
+        for i in ids:
+            y = 0.1 + 0.8 * torch.rand(graph[i].shape, generator=generator, dtype=torch.float64)
+            place[i] = (y + far).requires_grad_()
+        moved = {i: graph.get(i) + 0.1 * k for i in free}
+        try:
+            value = graph.run({**held, **moved, **place}, [loss])[loss].sum()
+        except RuntimeError:  # y must be a probability, say
+            return
+        yield torch.cat([t.detach().reshape(-1) for t in place.values()]), gradient(value, place)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() < 1e-3).all())
+def _is_one(w: Tensor) -> bool:
+    """Whether all weights are the same number, and not zero."""
+    first = w.flatten()[0]
+    return bool((w - first).abs().max() <= 1e-4 * first.abs()) and float(first) != 0
 
 
-def _scale_is_learned(graph: Graph, held: dict[int, Tensor], loss: int, raw: int) -> bool:
-    """Whether parameters other than the decoder's change the weight of the likelihood."""
-    above = graph.upstream([loss], stop={*held, raw})
-    free = [i for i in above if graph[i].kind == "parameter" and i not in held]
-    if not free:
-        return False
-    x = graph.get(raw)
+# --- what a weight depends on -------------------------------------------------------------------
 
-    def bend(over: dict[int, Tensor]) -> float:
-        at = [{**held, **over, raw: x + v} for v in (-FAR, 0.0, FAR)]
-        a, b, c = (float(graph.value(o, loss)) for o in at)
-        return a - 2 * b + c
 
-    generator = torch.Generator().manual_seed(23)
-    moved = {i: graph.get(i) + 0.3 * torch.rand(graph[i].shape, generator=generator) for i in free}
-    before, after = bend({}), bend(moved)
-    return abs(after - before) > 1e-6 * (abs(before) + 1e-12)
+def _count(graph: Graph, met: list[tuple[int, int]]) -> int:
+    """How many examples are compared with what is decoded."""
+    shape = graph[met[0][1]].shape if met else ()
+    return shape[0] if shape else 1
+
+
+def run_of_half(
+    runner: Runner, graph: Graph, latents: list[Latent], loss: int
+) -> tuple[int, Run] | None:
+    """The examples of a step, and its run with half of them; None if it does not run so."""
+    rows = _count(graph, meetings(graph, latents, loss))
+    data = [v for v in graph.values if v.kind == "data" and v.shape[:1] == (rows,)]
+    tensors = [v.source for v in data if v.source is not None]
+    usable = all(t.layout == torch.strided and not t.requires_grad for t in tensors)
+    if rows < 2 or not tensors or not usable:
+        return None
+    whole = [t.data for t in tensors]
+    try:
+        for t in tensors:
+            t.data = t.data[: rows // 2]
+        again = runner.again()
+    finally:
+        for t, own in zip(tensors, whole, strict=True):
+            t.data = own
+    return None if again is None else (rows, again)
 
 
 def mixed_examples(graph: Graph, latents: list[Latent], loss: int) -> str | None:
     """The line of a log-sum-exp over the examples of a batch; None if there is none."""
-    met = meetings(graph, latents, loss)
-    shape = graph[met[0][1]].shape if met else ()
-    rows = shape[0] if shape else 1
+    rows = _count(graph, meetings(graph, latents, loss))
     live = graph.upstream([loss])
     for node in graph.nodes:
-        if node.name == "logsumexp" and live.intersection(node.outs):
-            (out, *_), (given, *_) = node.outs, node.ins
-            mixes = graph[out].numel % rows and graph[given].numel % rows == 0
-            if mixes:
-                return node.where
+        if node.name != "logsumexp" or not live.intersection(node.outs):
+            continue
+        if graph[node.outs[0]].numel % rows and graph[node.ins[0]].numel % rows == 0:
+            return node.where
     return None
 
 
@@ -359,8 +279,7 @@ def slope_in_log_weights(graph: Graph, latent: Latent, loss: int, log_w: int) ->
     w = graph.run(leaves, [log_w])[log_w]
     for axis in (k for k, size in enumerate(w.shape) if size > 1):
         share = w.softmax(axis)
-        kinds = {"bound": share.detach(), "undetached": share}
-        for kind, weights in kinds.items():
+        for kind, weights in {"bound": share.detach(), "undetached": share}.items():
             expected = gradient((weights * w).sum(), leaves)
             c = (found @ expected) / (expected @ expected)
             if float((found - c * expected).norm()) <= 1e-5 * float(found.norm()):
