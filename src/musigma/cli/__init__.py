@@ -23,6 +23,7 @@ from musigma.cli import (  # noqa: F401
     inspect,
     names,
     posteriors,
+    quality,
     scores,
     use,
     watch,

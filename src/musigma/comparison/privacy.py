@@ -9,12 +9,10 @@ import numpy as np
 
 from musigma.comparison.boosting import sample
 from musigma.evaluation.intervals import Interval, auc, share
+from musigma.evaluation.neighbors import squared_distances
 from musigma.schema import Schema
 
 __all__ = ["Privacy", "Space", "privacy"]
-
-BLOCK = 2**22
-"""Distances that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +194,7 @@ class Space:
         y, y_missing, y_levels = self._points(base)
         holes = bool(x_missing.any() or y_missing.any())
         found = np.empty(len(rows))
-        size = max(1, BLOCK // len(y))
-        for start in range(0, len(x), size):
-            at = slice(start, start + size)
-            square = (x[at] ** 2).sum(1)[:, None] + (y**2).sum(1) - 2 * x[at] @ y.T
+        for at, square in squared_distances(x, y):
             if holes:  # where one is missing, take out its number; where one alone is, add 2
                 square += self._holes(x[at], x_missing[at], y, y_missing)
             for u, v in zip(x_levels[at].T, y_levels.T, strict=True):

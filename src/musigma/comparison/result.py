@@ -12,7 +12,7 @@ from musigma.comparison.marginals import Marginal, Pairs
 from musigma.comparison.privacy import Privacy
 from musigma.comparison.two_samples import TwoSamples
 from musigma.comparison.usefulness import Usefulness
-from musigma.evaluation.intervals import Interval
+from musigma.evaluation.intervals import plain
 from musigma.report.sections import Section, as_page, as_text
 
 __all__ = ["Comparison"]
@@ -59,7 +59,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers as plain data, for JSON; an interval is an object of value, low and high."""
-        pairs, privacy = self.pairs, self.privacy
+        pairs, privacy = self.pairs, plain(self.privacy)
+        distances = privacy.pop("distances")
         names = ("column", "other", "real", "synthetic")
         return {
             "names": self.names,
@@ -68,13 +69,13 @@ class Comparison:
             "columns": self.columns,
             "differences": list(self.differences),
             "notes": list(self.notes),
-            "c2st": _plain(self.c2st) | {"baseline": _plain(self.baseline)},
+            "c2st": plain(self.c2st) | {"baseline": plain(self.baseline)},
             "usefulness": {
                 "split": self.split,
-                "scores": [_plain(one) for one in self.usefulness],
+                "scores": [plain(one) for one in self.usefulness],
                 "skipped": self.skipped,
             },
-            "marginals": [_plain(one) for one in self.marginals],
+            "marginals": [plain(one) for one in self.marginals],
             "pairs": {
                 "rows": pairs.rows,
                 "columns": list(pairs.names),
@@ -84,11 +85,10 @@ class Comparison:
                 "real": pairs.real.tolist(),
                 "synthetic": pairs.synthetic.tolist(),
             },
-            "privacy": _plain(privacy)
+            "privacy": privacy
             | {
                 "distance_percentiles": {
-                    name: np.percentile(d, range(101)).tolist()
-                    for name, d in privacy.distances.items()
+                    name: np.percentile(d, range(101)).tolist() for name, d in distances.items()
                 }
             },
         }
@@ -283,18 +283,6 @@ class Comparison:
                 )
             },
         )
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    """A result as plain data, with intervals as objects; without its arrays."""
-
-    def plain(each: Any) -> Any:
-        if isinstance(each, Interval):
-            return each._asdict()
-        return {k: plain(v) for k, v in each.items()} if isinstance(each, dict) else each
-
-    fields = {k: v for k, v in vars(value).items() if k != "distances"}
-    return {name: plain(each) for name, each in fields.items()}
 
 
 def _texts(rows: list[list[Any]]) -> list[list[str]]:

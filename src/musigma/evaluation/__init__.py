@@ -1,4 +1,4 @@
-"""Figures of a model on data: scores, the ledger, and diagnostics."""
+"""Figures of a model on data: scores, the ledger, diagnostics, and the quality of samples."""
 
 from musigma.evaluation.annealing import Annealing, Chains
 from musigma.evaluation.both_sides import Sandwich, gap, sandwich
@@ -32,6 +32,15 @@ from musigma.evaluation.inputs import (
     noise,
     tensors,
 )
+from musigma.evaluation.memorization import Memorization, memorization
+from musigma.evaluation.neighbors import nearest, prdc
+from musigma.evaluation.samples import (
+    SampleQuality,
+    frechet_distance,
+    frechet_limit,
+    kernel_distance,
+    sample_quality,
+)
 from musigma.spec import bits_per_dim
 
 __all__ = [
@@ -42,6 +51,8 @@ __all__ = [
     "SATURATED",
     "Annealing",
     "Chains",
+    "Memorization",
+    "SampleQuality",
     "Sandwich",
     "batch",
     "batches",
@@ -54,15 +65,22 @@ __all__ = [
     "evaluate",
     "evaluating",
     "factor_score",
+    "frechet_distance",
+    "frechet_limit",
     "gap",
     "inspect",
+    "kernel_distance",
     "ledger",
     "mean",
+    "memorization",
     "mig",
     "modularity",
     "mutual_information",
+    "nearest",
     "noise",
+    "prdc",
     "reported",
+    "sample_quality",
     "sandwich",
     "sap",
     "saturation",

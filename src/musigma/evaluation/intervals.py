@@ -5,7 +5,7 @@ Every interval holds the true value in 95 % of samples, as the number of rows gr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ __all__ = [
     "average_precision",
     "exact_share",
     "normal",
+    "plain",
     "share",
 ]
 
@@ -37,6 +38,25 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def plain(result: Any) -> dict[str, Any]:
+    """The fields of a result as plain data, for JSON; without those that are arrays.
+
+    An interval becomes an object of value, low and high.
+
+    >>> from types import SimpleNamespace
+    >>> plain(SimpleNamespace(n=3, share=Interval(0.5, 0.4, 0.6), rows=np.zeros(3)))
+    {'n': 3, 'share': {'value': 0.5, 'low': 0.4, 'high': 0.6}}
+    """
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Interval):
+            return value._asdict()
+        return {k: of(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    values = vars(result).items()
+    return {name: of(value) for name, value in values if not isinstance(value, np.ndarray)}
 
 
 def share(count: float, total: float) -> Interval:
@@ -76,9 +96,31 @@ def exact_share(count: int, total: int) -> Interval:
     return Interval(count / total, low, high)
 
 
-def normal(value: float, variance: float, low: float = -np.inf, high: float = np.inf) -> Interval:
-    """A figure that is normally distributed, with its variance; the ends stay in a range."""
-    half = Z * np.sqrt(variance)
+def normal(
+    value: float,
+    variance: float,
+    low: float = -np.inf,
+    high: float = np.inf,
+    degrees: float = np.inf,
+) -> Interval:
+    """A figure that is normally distributed, with its variance; the ends stay in a range.
+
+    Args:
+        value: The figure.
+        variance: Its variance.
+        low: Smallest value that is possible.
+        high: Largest one.
+        degrees: Degrees of freedom of the variance, if it is an estimate from few values; the
+            interval is then that of Student's t.
+
+    Example:
+        >>> print(normal(0.5, 0.01), normal(0.5, 0.01, degrees=9))
+        0.500 (0.304 to 0.696) 0.500 (0.274 to 0.726)
+    """
+    from scipy.special import stdtrit
+
+    quantile = Z if np.isinf(degrees) else float(stdtrit(degrees, 0.975))
+    half = quantile * np.sqrt(variance)
     return Interval(float(value), float(max(low, value - half)), float(min(high, value + half)))
 
 
