@@ -248,14 +248,14 @@ class _Recorder(TorchDispatchMode):
         if name in ("detach", "alias"):  # the same memory, and so the same value
             return out
         outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
-        arguments = zip(func._schema.arguments, args, strict=False)
-        writes = [a for known, a in arguments if known.alias_info and known.alias_info.is_write]
+        known = func._schema.arguments
+        given = dict(zip((a.name for a in known), args, strict=False)) | kwargs
+        written = (a.name for a in known if a.alias_info and a.alias_info.is_write)
+        writes = [given[name] for name in written if given.get(name) is not None]
         in_place = name.endswith("_") and len(writes) == 1 and writes[0] is args[0]
         tensors = [a for a in flat if isinstance(a, Tensor)]
         is_factory = name == "zero_" or name.endswith("_like") or name.startswith("new_")
         if torch.Tag.nondeterministic_seeded in func.tags and name != "native_dropout":
-            names = (a.name for a in func._schema.arguments)
-            given = dict(zip(names, args, strict=False)) | kwargs
             made = [self._draw(name, given, t) for t in outs]
         elif is_factory or not tensors:  # of the arguments, only the shape counts
             made = [self.graph.leaf(t, kind="constant") for t in outs]
