@@ -25,6 +25,7 @@ __all__ = [
     "AuditReport",
     "Code",
     "Facts",
+    "Failed",
     "Finding",
     "Missing",
     "Note",
@@ -173,6 +174,10 @@ class Skipped(Note):
 
 class Missing(Note):
     """An essential part, such as the KL of a VAE, that was not examined, and why."""
+
+
+class Failed(Missing):
+    """An essential part whose examination raised an error."""
 
 
 class Assumed(Note):

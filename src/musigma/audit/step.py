@@ -6,7 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from musigma.audit.findings import AuditError, AuditReport, Missing, Outcome, name_of, warning
+from musigma.audit.findings import (
+    AuditError,
+    AuditReport,
+    Failed,
+    Missing,
+    Outcome,
+    name_of,
+    warning,
+)
 from musigma.audit.graph import Graph, Kind
 from musigma.audit.latents import find_latents, stray_draws
 from musigma.audit.probes import Prober
@@ -23,10 +31,9 @@ FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
             ValueError)  # fmt: skip
 
 
-def _failed(what: str, error: Exception) -> str:
-    return (
-        f"{what}: its replay raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    )
+def _failed(what: str, error: Exception) -> Failed:
+    reason = " ".join(str(error).split())[:200]
+    return Failed(f"{what}: its replay raises {type(error).__name__}: {reason}")
 
 
 def audit_step(step: Callable[[], Any]) -> AuditReport:
@@ -75,7 +82,7 @@ def examine(step: Callable[[], Any], sandbox: Sandbox) -> Iterator[Outcome]:
             is_sure = not any(isinstance(note, Missing) for note in notes)
             yield from _check(run, runner, is_sure)
     except FAILURES as error:
-        yield Missing(_failed("the step", error))
+        yield _failed("the step", error)
 
 
 def _check(run: Run, runner: Runner, is_sure: bool) -> Iterator[Outcome]:
@@ -95,7 +102,7 @@ def _check(run: Run, runner: Runner, is_sure: bool) -> Iterator[Outcome]:
                 on = Subject(prober, latents, run, runner, is_sure)
                 yield from check_latent(on)
             except FAILURES as error:
-                yield Missing(_failed(f"the KL of z{at(where)}", error))
+                yield _failed(f"the KL of z{at(where)}", error)
         if count > PER_LINE:
             yield unexamined(
                 f"the KL of {count - PER_LINE} further draws", where, f"only the first {PER_LINE} "

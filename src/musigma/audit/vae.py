@@ -22,6 +22,7 @@ from musigma.audit.findings import (
     AuditError,
     AuditReport,
     Facts,
+    Failed,
     Finding,
     Missing,
     Outcome,
@@ -215,6 +216,12 @@ def _fixed_noise(parts: Parts) -> Finding:
 # --- the prior ----------------------------------------------------------------------------------
 
 
+def _is_of_prior(o: Outcome) -> bool:
+    """Whether a line says that the prior, or the KL to it, is not a known one."""
+    about = ("the KL of z", "the prior of")
+    return isinstance(o, Missing) and not isinstance(o, Failed) and o.line.startswith(about)
+
+
 def _compare_prior(found: list[Outcome], parts: Parts) -> tuple[list[Outcome], Moments | None]:
     """What was found, in the light of the given prior; and the moments of that of the KL."""
     fit, weight = _measure(parts)
@@ -237,12 +244,10 @@ def _compare_prior(found: list[Outcome], parts: Parts) -> tuple[list[Outcome], M
     of_one = len(parts.target) ** ((1.0 if parts.power is None else parts.power) - 1)
     fit, _ = _measure(parts, of_one if math.isnan(weight) else weight, full)
     if fit.is_kl and fit.is_standard:
-        about = ("the KL of z", "the prior of")
         convention = next((o.convention for o in found if isinstance(o, Facts)), None)
         found = [
             Facts(read_as=convention),
-            *(o for o in _without(found, "kl_mismatch")
-              if not (isinstance(o, Missing) and o.line.startswith(about))),
+            *(o for o in _without(found, "kl_mismatch") if not _is_of_prior(o)),
             Passed("the KL is that to the given prior"),
         ]  # fmt: skip
     elif not has(found, "kl_mismatch"):
