@@ -12,7 +12,8 @@ schedule: families of this library by `fit`, flows of zuko, nflows and normflows
 with Adam, all with batches of 256 and gradients clipped to a norm of 5. The weights of the best of
 20 validation figures are tested; the time of these evaluations is not counted.
 `run` appends to runs/families.json, one entry for each set, name and seed, and skips those that
-are there; `table` prints the mean difference to the first name with its standard error over seeds.
+are there; `table` prints the nats of the first name, and the differences from it, paired over
+seeds, each with its standard error.
 """
 
 import argparse
@@ -200,21 +201,26 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(options: argparse.Namespace) -> None:
-    """Print the figures of each set, and differences that are paired over seeds."""
+    """Print nats of the first name, and differences from it that are paired over seeds."""
     found = json.loads(options.out.read_text())
-    for name in dict.fromkeys(e["set"] for e in found):
-        mine = [e for e in found if e["set"] == name]
-        first = mine[0]["name"]
-        base = {e["seed"]: e["nats"] for e in mine if e["name"] == first}
-        print(f"{name}: {first} {np.mean([*base.values()]):.3f} nats per row")
-        for other in dict.fromkeys(e["name"] for e in mine):
-            gaps = [
-                e["nats"] - base[e["seed"]]
-                for e in mine
-                if e["name"] == other and e["seed"] in base
-            ]
-            error = np.std(gaps, ddof=1) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-            print(f"  {other:20} {np.mean(gaps):+.3f} ± {error:.3f} ({len(gaps)} seeds)")
+    nats = {(e["set"], e["seed"], e["name"]): e["nats"] for e in found}
+    sets, names = ([*dict.fromkeys(e[key] for e in found)] for key in ("set", "name"))
+    seeds = sorted({e["seed"] for e in found})
+
+    def cell(of: str, name: str) -> str:
+        first, own = ({s: nats.get((of, s, n)) for s in seeds} for n in (names[0], name))
+        both = [s for s in seeds if None not in (first[s], own[s])]
+        gaps = [own[s] - (0 if name == names[0] else first[s]) for s in both]
+        if len(gaps) < 2:
+            return ""
+        sign = "" if name == names[0] else "+"
+        error = np.std(gaps, ddof=1) / math.sqrt(len(gaps))
+        some = "" if len(gaps) == len(seeds) else f" ({len(gaps)})"
+        return f"{np.mean(gaps):{sign}.2f} ± {error:.2f}{some}"
+
+    print(f"| | {' | '.join(sets)} |\n|{'---|' * (len(sets) + 1)}")
+    for name in names:
+        print(f"| {name} | {' | '.join(cell(of, name) for of in sets)} |")
 
 
 if __name__ == "__main__":
