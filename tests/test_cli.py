@@ -330,10 +330,27 @@ def test_evaluate(workdir, run, run_json, arch):
     assert run_json("evaluate", arch, "photos --split all")["n"] == 40
     text = run("evaluate", arch, "photos --k 3")
     assert re.fullmatch(
-        r"[\d.]+( ± [\d.]+)? bits/dim, .*upper bound, iwae-3; n = \d+\); held-out of photos\n",
+        r"[\d.]+( ± [\d.]+)? bits/dim, .*upper bound, iwae-3; n = \d+\); held-out of photos\n"
+        r"effective sample size [\d.]+, at least [\d.]+\n",
         text,
     )
     assert figure["split"] == "held-out"
+
+
+def test_evaluate_prints_a_curve_and_both_sides_of_a_bound(workdir, run, run_json):
+    figure = run_json("evaluate vae photos --k 1,3 --anneal 2 --gap")
+    assert [row["k"] for row in figure["curve"]] == [1, 3]
+    assert figure["bound"] == "ais-3"
+    assert 0 <= figure["acceptance"] <= 1
+    assert figure["gap"]["n"] == figure["n"]
+    text = run("evaluate vae photos --k 1,3 --gap")
+    number = r"-?[\d.]+( ± [\d.]+)?"
+    assert re.search(rf"^k = 1: {number} bits/dim\nk = 3: {number} bits/dim\n", text, re.MULTILINE)
+    assert re.search(
+        rf"^log p\(x\) of \d+ simulated examples?: from {number} to {number} nats, gap {number}$",
+        text,
+        re.MULTILINE,
+    )
 
 
 def test_other_data_are_evaluated_in_full(workdir, run_json):
@@ -1011,6 +1028,13 @@ MISTAKES = {
     "n of info": ("info glow --ledger --n 0", "n: expected 1 or more; got 0"),
     "batch size": ("evaluate glow photos --batch-size 0", "batch_size: expected 1 or more"),
     "k": ("evaluate vae photos --k 0", "k: expected 1 or more draws; got 0"),
+    "several k": ("evaluate vae photos --k 1,x", "k: expected numbers of draws"),
+    "anneal": ("evaluate vae photos --anneal 0", "anneal: expected 1 or more steps; got 0"),
+    "gap": ("evaluate moons two-moons --gap", "is exact, without a gap"),
+    "anneal nothing": (
+        "evaluate moons two-moons --anneal 2",
+        "annealing: this Chain draws nothing",
+    ),
     "k of score": ("score vae photos --k -1 --out s.csv", "k: expected 1 or more draws; got -1"),
     "pairs": ("interpolate glow photos --pairs 0", "pairs, steps: expected"),
     "path": ("interpolate glow photos --path round", 'round" for --path'),

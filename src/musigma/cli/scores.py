@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from musigma.cli import bounds
 from musigma.cli.calibration import (
     RATES,
     Calibration,
@@ -95,7 +96,7 @@ def score(
         )
     if by is not None:
         by = by.scored(trained, k, options.batch_size)
-    columns = _evaluated(evaluation.score, trained, found, share, k, "scoring")
+    columns = _evaluated(evaluation.score, trained, found, share, "scoring", k=k)
     if not len(share.rows):  # more processes than batches: a table with columns and no rows
         one = evaluation.score(trained.model, found.subset([0]), k=k)
         columns = {name: values[:0] for name, values in one.items()}
@@ -212,7 +213,9 @@ def _because(
 def evaluate(
     on: RunOnData,
     *,
-    k: int = 1,
+    k: str = "1",
+    anneal: int | None = None,
+    gap: bool = False,
     labels: str | None = None,
     anomaly: tuple[str, ...] = (),
     fpr: str | None = None,
@@ -227,7 +230,10 @@ def evaluate(
     promised false-positive rate.
 
     Args:
-        k: Draws per example; more draws give a tighter bound for models that are not exact.
+        k: Draws per example; more draws give a tighter bound for models that are not exact. The
+            bound of each of several numbers is printed: 1,10,100,1000.
+        anneal: Steps of annealed importance sampling, for a bound that is tighter yet: 200.
+        gap: Also bound log p(x) from both sides, on examples that the model simulates.
         labels: Which rows are anomalies: a column that is not one of the model's, `label`, or a
             file with a row for each example.
         anomaly: The label of anomalies. May be given several times. By default 1, true, yes,
@@ -243,6 +249,7 @@ def evaluate(
     from musigma import evaluation
     from musigma.training import join, leave
 
+    ks, annealing = bounds.draws(k, anneal)
     if labels is None:
         given = {"anomaly": anomaly, "fpr": fpr, "calibrate": calibrate}
         if unused := [name for name, value in given.items() if value]:
@@ -256,8 +263,19 @@ def evaluate(
     lines, more = [], {}
     if labels is None:
         found, share = shared(trained, on.source, on.options, processes)
-        figure = _evaluated(evaluation.evaluate, trained, found, share, k, "evaluating")
+        options: dict[str, Any] = {"k": ks, "annealing": annealing}
+        figure = _evaluated(evaluation.evaluate, trained, found, share, "evaluating", **options)
+        if gap:
+            options["k"] = ks[-1]
+            both = _evaluated(evaluation.gap, trained, found, share, "simulating", **options)
+            figure["gap"] = both
+        lines = [*bounds.lines(figure, trained.of_pairs)]
     else:
+        if len(ks) > 1 or annealing or gap:
+            raise ValueError(
+                "labels: anomalies are told by the scores of one number of draws; leave out "
+                "--anneal, --gap and the other numbers of --k"
+            )
         labeled = Labeled.read(trained, on.source, on.options, labels, anomaly)
         part = trained.part
         half = trained.seen and part == "held-out" and calibrate is None
@@ -271,7 +289,9 @@ def evaluate(
                     "so fewer rows are flagged than was promised"
                 )
             labeled = labeled.subset(~others)
-        figure, lines, more = _detected(trained, labeled, by, rates, k, on.options, processes)
+        figure, lines, more = _detected(
+            trained, labeled, by, rates, max(ks), on.options, processes
+        )
     leave()
     trained.screen.result(
         {
@@ -310,7 +330,7 @@ def _detected(
         rates = tuple(rate for rate in RATES if not by.refusal(rate))
     by = by.scored(trained, k, options.batch_size)
     share = Share(processes, len(labeled.rows), options.batch_size)
-    part = _evaluated(evaluation.score, trained, labeled.rows, share, k, "scoring")
+    part = _evaluated(evaluation.score, trained, labeled.rows, share, "scoring", k=k)
     table = processes.concatenate(part)
     found = anomaly.detection(
         table["nats"],
@@ -336,15 +356,15 @@ def _evaluated(
     trained: Trained,
     found: Dataset,
     share: Share,
-    k: int,
     title: str,
+    **options: Any,
 ) -> dict[str, Any]:
     """A function of `musigma.evaluation` on a share of data."""
     with trained.screen.progress(title) as progress:
         return function(
             trained.model,
             found,
-            k=k,
+            **options,
             batch_size=share.batch_size,
             seed=trained.common.seed,
             progress=share.progress(progress),

@@ -217,7 +217,7 @@ class Chains:
             share, square = (float((tally / moves).min()) for tally in (accepted, moved))
             raise ValueError(
                 f"annealing: the chains of {int(stuck.sum())} of {len(stuck)} examples do not "
-                f"move: they accept as little as {share:.1%} of their moves, with a mean square of "
-                f"{square:.1e}, so their weights say nothing of p(x); use more steps, or do not "
-                "anneal"
+                f"move: they accept as little as {share:.1%} of their moves, with a mean square "
+                f"of {square:.1e}, so their weights say nothing of p(x); use more steps, or do "
+                "not anneal"
             )
