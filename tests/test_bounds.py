@@ -34,7 +34,7 @@ from musigma.gaussian import GaussianHead
 from musigma.layers import Dequantize, Rescale
 from musigma.model import VAE, Chain, Prior
 from musigma.zoo import build
-from test_oracles import PPCA, K, gaussian
+from test_oracles import PPCA, D, K, gaussian
 
 FEW = Annealing(steps=8, leapfrogs=3)
 FROM_PRIOR = Annealing(steps=25, leapfrogs=3, from_prior=True)
@@ -207,6 +207,28 @@ def test_bounds_of_a_flow_of_levels_that_a_distribution_function_knows(annealing
 
     both = agrees(model, truth, annealing, n=300)
     assert 200 < len(both.x) < 300  # without those that were clamped to a level
+
+
+def test_rates_and_distortions_of_probabilistic_pca():
+    """The tempered posterior of a linear Gaussian model has both in closed form."""
+    ppca = PPCA("standard", spread=1.3)
+    x, noise, net = ppca.truth.sample((12,)), 0.7, ppca.model.decoder.get_submodule("net")
+    bias, loadings = (p.detach() for p in (net.get_parameter("bias"), net.get_parameter("weight")))
+    rest, rows = x - bias, list(Chains(ppca.model, x, annealing=FROM_PRIOR).tempered(20))
+    assert [beta for beta, _, _ in rows] == FROM_PRIOR.betas[1:]
+    with torch.no_grad():
+        for beta, log_z, log_px in rows:
+            precision = 1 + beta * loadings.square().sum(0) / noise**2
+            center = beta * rest @ loadings / noise**2 / precision
+            square = (rest - center @ loadings.T).square().sum(1)
+            square += (loadings.square().sum(0) / precision).sum()
+            distortion = D * math.log(2 * math.pi * noise**2) / 2 + square / noise**2 / 2
+            rate = (center.square() + 1 / precision - 1 + precision.log()).sum(1) / 2
+            for found, truth in ((-log_px, distortion), (beta * log_px - log_z, rate)):
+                error = found - truth
+                assert abs(error.mean()) < 4 * error.std() / math.sqrt(len(x)) + 0.02
+                assert error.std() < (1.0 if beta > 0.5 else 4.0)  # wide densities, and 20 chains
+    assert abs(rows[-1][1] - ppca.truth.log_prob(x)).max() < 0.8
 
 
 # -- what is refused

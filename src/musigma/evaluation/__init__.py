@@ -34,6 +34,7 @@ from musigma.evaluation.inputs import (
 )
 from musigma.evaluation.memorization import Memorization, memorization
 from musigma.evaluation.neighbors import nearest, prdc
+from musigma.evaluation.rate_distortion import rate_distortion
 from musigma.evaluation.samples import (
     SampleQuality,
     frechet_distance,
@@ -79,6 +80,7 @@ __all__ = [
     "nearest",
     "noise",
     "prdc",
+    "rate_distortion",
     "reported",
     "sample_quality",
     "sandwich",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,10 +109,7 @@ class Chains:
         self._tallies = torch.zeros(3, len(x), device=x.device)
 
     def figures(self) -> dict[str, Tensor]:
-        """`acceptance`: the share of moves that were accepted, shape (B,); NaN if there are none.
-
-        It is near 0.8, to which step sizes are adapted.
-        """
+        """`acceptance`: the share of accepted moves, near 0.8, (B,); NaN if there are none."""
         moves, accepted, _ = self._tallies
         return {"acceptance": accepted / moves}
 
@@ -128,6 +126,28 @@ class Chains:
             joint = self._joint(min(self.most, k - start))
             first = joint.draw(self.annealing.from_prior)
             yield self._annealed(joint, first, range(1, len(self.betas)), 0)
+
+    @torch.no_grad()
+    def tempered(self, k: int) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """What k chains for each example say of the densities on their way; errors as above.
+
+        Yields:
+            For β_1, ..., β_T: β; log ∫ f_β (B,) in nats, a lower bound on average; and the mean of
+            log (f_1 / f_0) under f_β (B,), which is that of log p(x | z) if f_0 is the prior.
+        """
+        parts = []
+        for start in range(0, k, self.most):
+            joint = self._joint(min(self.most, k - start))
+            first, order = joint.draw(self.annealing.from_prior), range(1, len(self.betas))
+            rows = [
+                (w, point.end - point.start) for w, point in self._path(joint, first, order, 0)
+            ]
+            log_w, ratio = (torch.stack(each, 1).double() for each in zip(*rows, strict=True))
+            log_w, ratio = (t.reshape(len(self.x), -1, len(order)) for t in (log_w, ratio))
+            parts.append((log_w.logsumexp(1), (log_w.softmax(1) * ratio).sum(1)))
+        sums, means = (torch.stack(each, 2) for each in zip(*parts, strict=True))
+        total, mean = sums.logsumexp(2) - math.log(k), (sums.softmax(2) * means).sum(2)
+        yield from zip(self.betas[1:], total.unbind(1), mean.unbind(1), strict=True)
 
     @torch.no_grad()
     def reverse(self, draws: Mapping[nn.Module, Tensor]) -> Tensor:
@@ -150,19 +170,26 @@ class Chains:
 
     def _annealed(self, joint: Joint, u: Tensor, order: range, back: int) -> Tensor:
         """log w (B, m) of paths from u, at β_0 and up, or at β_T and down (`back` is 1)."""
+        *_, (log_w, _) = self._path(joint, u, order, back)
+        return log_w.reshape(len(self.x), joint.chains)
+
+    def _path(
+        self, joint: Joint, u: Tensor, order: range, back: int
+    ) -> Iterator[tuple[Tensor, Point]]:
+        """After each step: log w (R,), and the point before the move, which it weighs."""
         log_w = torch.zeros(len(u), dtype=torch.float64, device=u.device)
         sizes = self._sizes if len(order) > 1 else []
         for t in order:
             to = t - back
             point = joint.at(u, self.betas[to])
             rise = self.betas[t] - self.betas[t - 1]
-            log_w += rise * (point.end.double() - point.start.double())
+            log_w = log_w + rise * (point.end.double() - point.start.double())
+            yield log_w, point
             if t != order[-1]:
                 move = self._move(joint, point, to, sizes[to])
                 self._count(u, move, to)
                 u = move.u
         self._check()
-        return log_w.reshape(len(self.x), joint.chains)
 
     # -- moves
 
