@@ -292,7 +292,10 @@ def _verdict(copies: Memorization, training: int) -> list[str]:
         "nothing suggests that samples are nearer to training examples than held-out ones are"
     )
     if copies.p_value < NEAR:
-        verdict = "samples are nearer to training examples than held-out ones are: copies"
+        verdict = (
+            "samples are nearer to training examples than held-out ones are: copies, or too "
+            "little variation"
+        )
     elif copies.p_value > FAR:
         verdict = "samples are farther from training examples than held-out ones are: a poor fit"
     return [
