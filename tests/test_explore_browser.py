@@ -153,7 +153,7 @@ def use_map(page, folder, refused):
     page.locator("main select").nth(1).select_option(index=0)
     for x, y in ((0.35, 0.55), (0.65, 0.4)):
         canvas.click(position={"x": x * box["width"], "y": y * box["height"]})
-    page.wait_for_selector(".card .gallery canvas >> nth=8, .card table")
+    until(page, "document.querySelectorAll('.card figure, .card td').length >= 10")
 
 
 def use_levels(page, folder, refused):

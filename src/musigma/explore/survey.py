@@ -95,10 +95,11 @@ class Survey:
 
     Attributes:
         sample: The examples from which `points` (n, D) were computed.
+        plane: Their two `components`.
         cost: Mean cost of each element of the latents over them, in nats, (D,).
         top: The elements with the largest cost.
         rows: The examples on the map; those before `done` are there.
-        places: Their coordinates on the two `components`, and the values of `top`, (n, 2 + top).
+        places: Their coordinates on the plane, and the values of `top`, (n, 2 + top).
         scores: Their upper bounds of -log p(x) in nats.
         error: What ended the pass, if it could not be completed.
         known: Whether all but the map is known.
@@ -106,6 +107,7 @@ class Survey:
     """
 
     points: Tensor
+    plane: tuple[Tensor, Tensor]
     cost: Tensor
     top: list[int]
 
@@ -147,7 +149,7 @@ class Survey:
     def axes(self, pair: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         """The middle and the directions of the map: two elements, or by default components."""
         if pair is None:
-            return answers.components(self.points)
+            return self.plane
         return answers.elements(self.points, pair)
 
     def columns(self, pair: tuple[int, int] | None) -> list[int]:
@@ -184,10 +186,10 @@ class Survey:
             costs.append(self.moments(self.model, x, context)[2])
         self.cost = torch.cat(costs).mean(0)
         self.top = self.cost.argsort(descending=True)[:TOP].tolist()
-        _, axes = answers.components(self.points)
+        self.plane = answers.components(self.points)
         unit = torch.zeros(len(self.top), self.points.shape[1]).to(self.points)
         unit[range(len(self.top)), self.top] = 1
-        self.directions = torch.cat([axes, unit])
+        self.directions = torch.cat([self.plane[1], unit])
 
     def _map(self) -> None:
         """The place and the score of every example of the map."""

@@ -62,30 +62,31 @@ export function sharp(canvas, width, height) {
   return context;
 }
 
-const RANGE = 4; // of latents, in standard deviations of the prior
-
-/** The place of a value on the axis of bells and of their sliders, whose thumbs are 16 wide. */
-const across = (value, width, range = RANGE) => 8 + ((value + range) / (2 * range)) * (width - 16);
+/** The end of the axis of a latent, in standard deviations of the prior. */
+export const reach = (value) => Math.max(4, Math.min(99, Math.ceil(Math.abs(value) + 1)));
 
 /**
  * Gaussians on one axis: the first is filled gray, the others in color. Widths are to scale;
  * heights grow more slowly than densities, so that narrow ones can be seen beside wide ones.
  */
-export function bells(canvas, laws, { width = 260, height = 46, dots = [], mark = null } = {}) {
+export function bells(canvas, laws, { width = 260, height = 46, dots = [],
+  mark = null, range = 4 } = {}) {
   const context = sharp(canvas, width, height);
   const base = height - 6;
+  // as the thumb of a slider of this width, which is 16 wide
+  const across = (value) => 8 + ((value + range) / (2 * range)) * (width - 16);
   const inks = ["muted", "accent", "blue"].map(color);
   laws.forEach(([mean, std], k) => {
     const tall = Math.min(0.95, 0.42 * Math.max(std, 1e-4) ** -0.3) * base;
     context.beginPath();
-    context.moveTo(across(-RANGE, width), base);
+    context.moveTo(across(-range), base);
     const steps = new Set();
-    for (let s = 0; s <= 160; s++) steps.add(-RANGE + (2 * RANGE * s) / 160);
+    for (let s = 0; s <= 160; s++) steps.add(-range + (2 * range * s) / 160);
     for (let s = -24; s <= 24; s++) steps.add(mean + (s / 6) * std);
-    for (const x of [...steps].filter((v) => Math.abs(v) <= RANGE).sort((a, b) => a - b)) {
-      context.lineTo(across(x, width), base - tall * Math.exp(-(((x - mean) / std) ** 2) / 2));
+    for (const x of [...steps].filter((v) => Math.abs(v) <= range).sort((a, b) => a - b)) {
+      context.lineTo(across(x), base - tall * Math.exp(-(((x - mean) / std) ** 2) / 2));
     }
-    context.lineTo(across(RANGE, width), base);
+    context.lineTo(across(range), base);
     context.globalAlpha = k === 0 ? 0.18 : 0.3;
     context.fillStyle = inks[k];
     context.fill();
@@ -99,12 +100,12 @@ export function bells(canvas, laws, { width = 260, height = 46, dots = [], mark 
   context.globalAlpha = 0.55;
   for (const dot of dots) {
     context.beginPath();
-    context.arc(across(Math.max(-RANGE, Math.min(RANGE, dot)), width), base + 2, 2, 0, 7);
+    context.arc(across(Math.max(-range, Math.min(range, dot))), base + 2, 2, 0, 7);
     context.fill();
   }
   context.globalAlpha = 1;
-  if (mark !== null && Math.abs(mark) <= RANGE) {
-    context.fillRect(across(mark, width) - 1, 2, 2, base - 2);
+  if (mark !== null && Math.abs(mark) <= range) {
+    context.fillRect(across(mark) - 1, 2, 2, base - 2);
   }
 }
 

@@ -2,19 +2,20 @@
 
 import { color } from "./dom.js";
 
-const HIDDEN = "button, select, input, textarea, details:not([open]), .sr";
+const HIDDEN = "button, .button, select, input, textarea, details:not([open]), .sr";
+const MARGIN = 16;
 
 export function save(root, name) {
   const scale = 2;
   const frame = root.getBoundingClientRect();
   const sheet = document.createElement("canvas");
-  sheet.width = Math.ceil(frame.width * scale);
-  sheet.height = Math.ceil(frame.height * scale);
+  sheet.width = Math.ceil((frame.width + 2 * MARGIN) * scale);
+  sheet.height = Math.ceil((frame.height + 2 * MARGIN) * scale);
   const context = sheet.getContext("2d");
   context.scale(scale, scale);
   context.fillStyle = color("paper");
-  context.fillRect(0, 0, frame.width, frame.height);
-  context.translate(-frame.left, -frame.top);
+  context.fillRect(0, 0, sheet.width, sheet.height);
+  context.translate(MARGIN - frame.left, MARGIN - frame.top);
   for (const bar of root.querySelectorAll(".bar i")) {
     const box = bar.getBoundingClientRect();
     context.fillStyle = getComputedStyle(bar).backgroundColor;
@@ -45,7 +46,7 @@ export function save(root, name) {
   });
 }
 
-/** Draw every word of the text in `root`, at its own place. */
+/** Draw every word of the text in `root`, or part of one before a hyphen, at its own place. */
 function words(root, context) {
   const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   const range = document.createRange();
@@ -55,7 +56,7 @@ function words(root, context) {
     const style = getComputedStyle(node.parentElement);
     context.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
     context.fillStyle = style.color;
-    for (const match of node.data.matchAll(/\S+/g)) {
+    for (const match of node.data.matchAll(/[^\s-]+-?|-/g)) {
       range.setStart(node, match.index);
       range.setEnd(node, match.index + match[0].length);
       const box = range.getBoundingClientRect();

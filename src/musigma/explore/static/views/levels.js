@@ -39,7 +39,7 @@ export function mount(root, page) {
       h("div", { class: "controls" },
         h("h3", {}, `Level ${i}${i ? "" : ", the top"}: ${row.shape.join(" \u00d7 ")}`),
         button("Redraw this level", () => page.set({ level: i || null }),
-          { "aria-pressed": i === level })),
+          { "aria-pressed": String(i === level) })),
       h("p", { class: "quiet" }, `mean, ${about(row.mean)}`), gallery(row.mean, [], 44),
       h("p", { class: "quiet" }, `log-scale, ${about(row.log_std)}`),
       gallery(row.log_std, [], 44))));

@@ -22,9 +22,11 @@ export function mount(root, page) {
   const tint = choice(page.about.labeled ? ["label", "score"] : ["score"], "label",
     (value) => restart({ color: value === "label" ? null : value }));
   root.append(
-    h("p", { class: "lead" }, "Each dot is an example, at the mean of its posterior. Similar ones "
-      + "are neighbors. Point at a dot to see it and how sure the encoder is (the ellipse); click "
-      + "anywhere to decode that very point, twice to walk between two points."),
+    h("p", { class: "lead" }, page.about.moments === "values"
+      ? "Each dot is an example, at its latents. Point at a dot to see it; "
+      : "Each dot is an example, at the mean of its posterior. Similar ones are neighbors. Point "
+        + "at a dot to see it and how sure the encoder is (the ellipse, two standard deviations); ",
+    "click anywhere to decode that very point, twice to walk between two points."),
     h("div", { class: "controls" }, field("axes", axes), field("color", tint),
       button("Clear", () => page.set({ at: null }))),
     h("div", { class: "columns wide" }, h("section", {}, canvas, legend, state_),
@@ -212,7 +214,7 @@ export function mount(root, page) {
       [0, 1].map((j) => Number((at[0][j] + (k / (STEPS - 1)) * (at[1][j] - at[0][j])).toFixed(4))));
     page.ask("at", {
       places: line.map((pair) => pair.join(",")).join(";"),
-      axes: page.state.axes ?? "components", index: under?.index ?? 0,
+      axes: page.state.axes ?? "components", index: page.state.index ?? 0,
     }, (answer) => {
       const captions = at.length === 1 ? [at[0].map((v) => number(v)).join(", ")] : [];
       decoded.replaceChildren(gallery(answer.pictures, captions, at.length === 1 ? 128 : 64));

@@ -2,7 +2,7 @@
 
 import { chosen, exampleControls } from "../example.js";
 import { button, field, h, number, slider } from "../dom.js";
-import { bells, gallery } from "../draw.js";
+import { bells, gallery, reach } from "../draw.js";
 
 export const title = "One input";
 export const fits = () => true;
@@ -99,7 +99,9 @@ export function mount(root, page) {
       const laws = latent.std > 0 ? [[0, 1], [latent.mean, latent.std]] : [[0, 1]];
       const mark = set ?? (latent.std > 0 ? null : latent.mean);
       const dots = seen.dots.get(latent.place) ?? [];
-      bells(line.canvas, laws, { width, dots, mark });
+      const range = reach(latent.mean);
+      [line.control.min, line.control.max] = [-range, range];
+      bells(line.canvas, laws, { width, dots, mark, range });
       line.canvas.setAttribute("aria-label",
         `mean ${number(latent.mean)}, standard deviation ${number(latent.std, 3)}`);
       if (document.activeElement !== line.control || set === undefined) {

@@ -2,7 +2,7 @@
 
 import { chosen, exampleControls } from "../example.js";
 import { button, choice, field, h, number, slider } from "../dom.js";
-import { gallery } from "../draw.js";
+import { gallery, reach } from "../draw.js";
 import { parsed, written } from "./one.js";
 
 export const title = "Traverse";
@@ -18,6 +18,7 @@ export function mount(root, page) {
   const past = []; // earlier values of `set`
   let before = null; // the value of `set` when a slider began to move
   let lines = [];
+  let timer = null;
 
   const start = choice([["prior", "center of the prior"], ["example", "this example"]], "prior",
     (value) => page.set({ start: value === "prior" ? null : value, set: null }));
@@ -68,21 +69,29 @@ export function mount(root, page) {
     ask(page.state);
   }
 
-  function ask(state) {
+  function ask(state, whole = false) {
+    const place = Number(state.along ?? lines[0]?.place);
+    const moving = before !== null; // then the picture comes first, and the rest a little later
+    clearTimeout(timer);
+    if (moving && !whole) timer = setTimeout(() => ask(page.state, true), 200);
     const parameters = {
       ...chosen(state), start: state.start ?? "prior", set: state.set ?? "",
-      along: state.along ?? lines[0]?.place ?? null,
+      along: moving && !whole ? null : place,
     };
     page.ask("decode", parameters, (answer) => {
       big.replaceChildren(gallery(answer.picture, [""], 224));
-      const place = Number(parameters.along);
       for (const line of lines) {
         const value = answer.values?.[line.place] ?? 0;
-        if (document.activeElement !== line.control) line.control.value = value;
+        if (document.activeElement !== line.control) {
+          [line.control.min, line.control.max] = [-reach(value), reach(value)];
+          line.control.value = value;
+        }
         line.value.value = number(value);
         if (line.place === place) along_.textContent = `Along ${line.name}`;
       }
-      if (answer.strip) along.replaceChildren(gallery(answer.strip, answer.steps.map((v) => number(v, 0)), 72));
+      if (!answer.strip) return;
+      const captions = answer.steps.map((v) => number(v, 0));
+      along.replaceChildren(gallery(answer.strip, captions, 72));
       page.python(answer.python);
     });
   }
@@ -95,6 +104,9 @@ export function mount(root, page) {
       controls.show({ input: { rows: [[]] } }, state);
       undo.disabled = !past.length;
       if (lines.length) ask(state);
+    },
+    leave() {
+      clearTimeout(timer);
     },
   };
 }
