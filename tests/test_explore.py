@@ -368,7 +368,7 @@ def test_bad_uploads_are_refused(content, reason, clients):
 def test_a_page_of_another_site_uploads_nothing(clients):
     client, _ = clients("image")
     response = client.post("/api/upload", content=png(), headers={"Origin": "https://evil.test"})
-    assert response.status_code == 413
+    assert response.status_code == 403
     assert "another site" in response.json()["message"]
     own = client.post("/api/upload", content=png(), headers={"Origin": "http://127.0.0.1"})
     assert own.status_code == 200

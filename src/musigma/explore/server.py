@@ -83,13 +83,13 @@ def application(explorer: Explorer, token: str = "", local: bool = True) -> Fast
     return outer
 
 
-def _refused(error: Exception, status: int = 400) -> JSONResponse:
+def _refused(error: Exception) -> JSONResponse:
     """An error as a message; what is not the user's to repair is also logged."""
-    expected = isinstance(error, (ValueError, TypeError, OSError, HTTPException))
+    expected = isinstance(error, (ValueError, TypeError, OSError))
     text = str(error) if expected else f"{type(error).__name__}: {error}"
     if not expected:
         logging.getLogger("musigma").warning("a request failed", exc_info=error)
-    return JSONResponse({"message": text[:2000] or type(error).__name__}, status)
+    return JSONResponse({"message": text[:2000] or type(error).__name__}, 400)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -194,40 +194,35 @@ def _add_answers(app: FastAPI, explorer: Explorer) -> None:
 
     @app.post("/api/upload")
     async def upload(request: Request, name: str = "") -> Response:
-        try:
-            content = await _content(request)
-        except ValueError as error:
-            return _refused(error, 413)
-        return await run_in_threadpool(
-            answer, lambda: explorer.examples.picture(content, name[:200])
-        )
+        content = await _content(request)
+        keep = explorer.examples.picture
+        return await run_in_threadpool(answer, lambda: keep(content, name[:200]))
 
     @app.post("/api/row")
     async def row(request: Request) -> Response:
-        try:
-            content = await _content(request)
-        except ValueError as error:
-            return _refused(error, 413)
-        return await run_in_threadpool(answer, lambda: explorer.examples.row(_cells(content)))
+        content = await _content(request)
+        keep = explorer.examples.row
+        return await run_in_threadpool(answer, lambda: keep(_cells(content)))
 
 
 async def _content(request: Request) -> bytes:
     """The body of a request; one that is too large is not read to its end.
 
     Raises:
-        ValueError: If it is empty or too large, or the page of another site sent it.
+        HTTPException: If it is empty or too large, or the page of another site sent it.
     """
     origin = request.headers.get("origin", "")
     if origin and origin.partition("://")[2] != request.headers.get("host"):
-        raise ValueError(f"upload: it comes from another site, {origin[:100]}")
-    content = b""
+        raise HTTPException(403, f"upload: it comes from another site, {origin[:100]}")
+    content = bytearray()
     async for part in request.stream():
         content += part
         if len(content) > BYTES:
-            raise ValueError(f"upload: it has more than {BYTES:,} bytes; give a smaller file")
+            text = f"upload: it has more than {BYTES:,} bytes; give a smaller file"
+            raise HTTPException(413, text)
     if not content:
-        raise ValueError("upload: the file is empty")
-    return content
+        raise HTTPException(400, "upload: the file is empty")
+    return bytes(content)
 
 
 def _cells(content: bytes) -> list[str]:
