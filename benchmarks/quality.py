@@ -80,6 +80,7 @@ def measure(names: list[str]) -> None:
 def record(name: str) -> dict:
     """The command, the curve and the figures of a finished run."""
     rows = [json.loads(r) for r in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
+    figure = json.loads((RUNS / name / "evaluation.json").read_text())
     minutes = (MODELS | PEERS)[name][0]
     curve = [r for r in rows if r["kind"] == "evaluation"]
     steps = curve[-1]["step"]
@@ -89,7 +90,7 @@ def record(name: str) -> dict:
         else " on ".join(PEERS[name][1:]),
         "minutes": minutes,
         "steps": steps,
-        "test": json.loads((RUNS / name / "evaluation.json").read_text()),
+        "test": {k: v for k, v in figure.items() if k != "scores"},  # of every image
         "validation": [
             {
                 "minute": round(minutes * r["step"] / steps, 2),

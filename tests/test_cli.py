@@ -324,8 +324,9 @@ def test_evaluate(workdir, run, run_json, arch):
     figure = run_json("evaluate", arch, "photos")
     assert set(figure) >= {"bits_per_dim", "nats", "standard_error", "bound", "n"}
     assert (figure["n"], figure["bound"]) == (n_held_out, "elbo")
-    saved = json.loads((workdir / arch / "evaluation.json").read_text())
+    saved = evaluation.Record.read(workdir / arch).fields
     assert {k: figure[k] for k in saved} == saved
+    assert saved["weights"]["step"] == 3
     assert run_json("evaluate", arch, "photos --k 3")["bound"] == "iwae-3"
     assert run_json("evaluate", arch, "photos --split all")["n"] == 40
     text = run("evaluate", arch, "photos --k 3")

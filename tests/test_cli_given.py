@@ -13,6 +13,7 @@ from PIL import Image
 
 from musigma import checkpoint
 from musigma.cli import main
+from musigma.evaluation import Record
 
 N = 60
 QUICK = "--steps 3 --batch-size 8 --evaluations 1 --device cpu"
@@ -118,7 +119,7 @@ def test_columns_of_a_table_condition_the_others(workdir, run):
     assert spec.columns == ("y1", "y2")
     assert [(v.name, v.classes) for v in spec.context] == [("x_a", 0), ("x_b", 0), ("kind", 2)]
     figure = run("evaluate columns table.csv")
-    saved = json.loads(Path("columns/evaluation.json").read_text())
+    saved = Record.read("columns").fields
     assert {name: figure[name] for name in saved} == saved
     assert run("score columns table.csv --out s.csv")["n"] == N
     run("inspect columns table.csv --index 3")
@@ -173,7 +174,7 @@ def test_rows_of_a_file_are_matched_with_images(workdir, run):
     context = checkpoint.load("rows/model.safetensors").spec.context
     assert [v.name for v in context] == ["label", "age", "hair"]
     figure = run("evaluate rows photos")
-    saved = json.loads(Path("rows/evaluation.json").read_text())
+    saved = Record.read("rows").fields
     assert {name: figure[name] for name in saved} == saved
     Path("others").symlink_to(Path("photos").resolve())
     words = "evaluate rows others --split held-out --given label --given attributes.csv"

@@ -426,7 +426,10 @@ def test_columns_that_are_constant_or_missing_are_no_obstacle():
         (["held-out.csv", "synthetic.parquet", "--target", "z"], "target: expected one of a, b"),
         (["held-out.csv", "lacks.csv"], "has no column 'a', 'b', which the schema has"),
         (["held-out.csv", "text.csv"], "column 'c'.*none"),
-        (["held-out.csv", "synthetic.parquet", "--html", "report.pdf"], "expected a .html file"),
+        (
+            ["held-out.csv", "synthetic.parquet", "--out", "report.pdf"],
+            r"expected a \.html, \.md or",
+        ),
         (["held-out.csv", "synthetic.parquet", "--rows", "0"], "rows: expected 1 or more"),
         (["nowhere.csv", "synthetic.parquet"], "no such file"),
     ],

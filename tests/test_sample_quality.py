@@ -467,7 +467,7 @@ def test_the_commands_of_the_page(here, tmp_path, monkeypatch):
 def test_what_the_command_refuses(here):
     assert "n: expected 100 or more samples; got 99" in refused("flow --n 99")
     assert "split: the model was trained on" in refused("flow --split train")
-    assert "out: expected a .html file" in refused("flow --out near.png")
+    assert "out: expected a .html, .md or .tex file" in refused("flow --out near.png")
     assert "out: the picture shows training examples" in refused("vae other.npz --out near.png")
     assert "mine.py defines no 'nothing'" in refused("flow --features mine.py:nothing")
     assert "features: expected a function; mine.py:number is 3" in refused(

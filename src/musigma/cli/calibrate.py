@@ -53,15 +53,15 @@ def calibrate(
             draws from true parameters. 0: none.
         at: File with observations to test in this way instead, as `sample --given` takes it. May
             be given several times, once for each file.
-        out: The .html file to write a page with pictures to.
+        out: A .html page with pictures, or the tables as a .md or .tex file.
         ranks: The .csv or .parquet file to write the ranks of every pair to.
     """
     from musigma import coverage
-    from musigma.files import replacing
+    from musigma.report.sections import SUFFIXES
 
     at_least_one(draws=draws, pairs=pairs, local=local or None)
     if out is not None:
-        check_out(out, ".html")
+        check_out(out, *SUFFIXES)
     if ranks is not None:
         check_out(ranks, ".csv", ".parquet")
     trained = Trained(run, common)
@@ -97,8 +97,7 @@ def calibrate(
         note = f"{source} is what the model was trained on, so its {trained.part} part is used"
         trained.screen.note(note)
     if out is not None:
-        with replacing(out) as draft:
-            draft.write_text(found.to_html(), encoding="utf-8")
+        found.document.write(out)
         wrote["out"], text = str(out), f"{text}\n\nreport: {out.resolve()}"
     if ranks is not None:
         write_rows(ranks, [found.columns()])

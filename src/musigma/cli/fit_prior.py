@@ -60,7 +60,8 @@ def fit_prior(
     size = options.batch_size
     new = fitted(trained.model, data, prior, steps=steps, batch_size=size, seed=common.seed)
     nats = [evaluate(m, data, seed=common.seed)["nats"] for m in (trained.model, new)]
-    checkpoint.save(new, out, extra=trained.extra)
+    extra = {name: value for name, value in trained.extra.items() if name != "weights"}
+    checkpoint.save(new, out, extra=extra)
     answer = {"out": str(out), "prior": prior, "n": len(data), "before": nats[0], "after": nats[1]}
     text = f"{nats[0]:.4f} nats per example before, {nats[1]:.4f} with the prior {prior!r}: {out}"
     trained.screen.result(answer, text)

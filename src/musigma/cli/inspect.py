@@ -256,6 +256,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
     try:
         figure = json.loads(path.read_text(encoding="utf-8"))
         figure_text(figure)
+        figure.pop("scores", None)  # of every example
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"RUN: {path} was changed or damaged ({error!r})") from error
     return figure

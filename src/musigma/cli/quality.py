@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from musigma.data import Dataset
     from musigma.evaluation import Memorization, SampleQuality
     from musigma.evaluation.intervals import Interval
-    from musigma.report.sections import Section, Table
+    from musigma.report.sections import Document, Table
 
 SHOWN, COLUMNS = 16, 8
 """Samples that are shown above their nearest training examples, and how many in a line."""
@@ -64,16 +64,16 @@ def quality(
             standardized; of images the pixels, whose distances say little about what is shown.
         n: Number of samples, and largest number of held-out examples.
         k: Neighbors that define a neighborhood, for precision, recall, density and coverage.
-        out: A .html page, or for images a .png picture: the samples that are nearest to training
-            examples, above these.
+        out: A .html page, its tables as a .md or .tex file, or for images a .png picture: the
+            samples that are nearest to training examples, above these.
     """
     from musigma.evaluation import memorization, sample_quality
-    from musigma.report.sections import Section, as_text
+    from musigma.report.sections import SUFFIXES, Document, Section
 
     at_least_one(n=n, k=k)
     trained = Trained(run, common)
     if out is not None:
-        check_out(out, ".html", *([".png"] if trained.is_image else []))
+        check_out(out, *SUFFIXES, *([".png"] if trained.is_image else []))
     examples = _Examples(trained, features)
     held_out, train, name = _data(trained, source, options, n)
     if train is None and out is not None and out.suffix == ".png":
@@ -116,9 +116,10 @@ def quality(
         pictures = _pictures(trained, draws, train, copies)
         sections.append(Section("Memorization", _verdict(copies, len(train)), [], pictures))
         answer["memorization"] = copies.to_dict() | {"training": len(train)}
-    text = as_text(sections)
+    found = Document("Samples beside data", sections, "Intervals are of 95 %.")
+    text = str(found)
     if out is not None:
-        _write(out, sections)
+        _write(out, found)
         answer["out"], text = str(out), f"{text}\n\n{out.resolve()}"
     trained.screen.result(answer, text)
 
@@ -323,15 +324,10 @@ def _pictures(
     }
 
 
-def _write(out: Path, sections: list[Section]) -> None:
-    """The page, or its picture."""
-    from musigma.files import replacing
-    from musigma.report.sections import as_page
-
+def _write(out: Path, found: Document) -> None:
+    """The page, its tables, or its picture."""
     if out.suffix == ".png":
-        for draw in sections[-1].pictures.values():
+        for draw in found.sections[-1].pictures.values():
             draw(out, False)
-        return
-    with replacing(out) as draft:
-        page = as_page("Samples beside data", sections, "Intervals are of 95 %.")
-        draft.write_text(page, encoding="utf-8")
+    else:
+        found.write(out)

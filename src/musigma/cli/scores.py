@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from musigma.data import Dataset
+    from musigma.evaluation import Record
     from musigma.processes import Processes
 
 
@@ -216,6 +219,7 @@ def evaluate(
     k: str = "1",
     anneal: int | None = None,
     gap: bool = False,
+    out: Path | None = None,
     labels: str | None = None,
     anomaly: tuple[str, ...] = (),
     fpr: str | None = None,
@@ -224,16 +228,19 @@ def evaluate(
 ) -> None:
     """Compute the mean bits per dimension of data, with its standard error.
 
-    The answer says whether the figure is exact or an upper bound. With --labels it also says how
-    well the scores tell anomalies from normal rows, with 95 % intervals: the area under the ROC
-    curve, average precision, and the shares of anomalies and of normal rows that are flagged at a
-    promised false-positive rate.
+    The answer says whether the figure is exact or an upper bound. With --out, it becomes a record,
+    and `musigma compare` compares records. With --labels the answer also says how well the scores
+    tell anomalies from normal rows, with 95 % intervals: the area under the ROC curve, average
+    precision, and the shares of anomalies and of normal rows that are flagged at a promised
+    false-positive rate.
 
     Args:
         k: Draws per example; more draws give a tighter bound for models that are not exact. The
             bound of each of several numbers is printed: 1,10,100,1000.
         anneal: Steps of annealed importance sampling, for a bound that is tighter yet: 200.
         gap: Also bound log p(x) from both sides, on examples that the model simulates.
+        out: The .json file to write a record to: the figure, the data and weights that it is of,
+            and the score of every example.
         labels: Which rows are anomalies: a column that is not one of the model's, `label`, or a
             file with a row for each example.
         anomaly: The label of anomalies. May be given several times. By default 1, true, yes,
@@ -249,6 +256,8 @@ def evaluate(
     from musigma import evaluation
     from musigma.training import join, leave
 
+    if out is not None:
+        check_out(out, ".json")
     ks, annealing = bounds.draws(k, anneal)
     if labels is None:
         given = {"anomaly": anomaly, "fpr": fpr, "calibrate": calibrate}
@@ -262,14 +271,13 @@ def evaluate(
     _mix_orders(trained, orders)
     lines, more = [], {}
     if labels is None:
-        found, share = shared(trained, on.source, on.options, processes)
-        options: dict[str, Any] = {"k": ks, "annealing": annealing}
-        figure = _evaluated(evaluation.evaluate, trained, found, share, "evaluating", **options)
+        rows, share = shared(trained, on.source, on.options, processes)
+        how: dict[str, Any] = {"k": ks, "annealing": annealing}
+        found = _recorded(trained, rows, share, "evaluating", **how)
         if gap:
-            options["k"] = ks[-1]
-            both = _evaluated(evaluation.gap, trained, found, share, "simulating", **options)
-            figure["gap"] = both
-        lines = [*bounds.lines(figure, trained.of_pairs)]
+            how["k"] = ks[-1]
+            more["gap"] = _evaluated(evaluation.gap, trained, rows, share, "simulating", **how)
+        lines = [*bounds.lines({**found.fields, **more}, trained.of_pairs)]
     else:
         if len(ks) > 1 or annealing or gap:
             raise ValueError(
@@ -277,10 +285,10 @@ def evaluate(
                 "--anneal, --gap and the other numbers of --k"
             )
         labeled = Labeled.read(trained, on.source, on.options, labels, anomaly)
-        part = trained.part
-        half = trained.seen and part == "held-out" and calibrate is None
+        part, seen = trained.part, trained.seen
+        half = seen and part == "held-out" and calibrate is None
         by = Calibration.read(trained, calibrate, on.options, rates or (), half)
-        trained.part = part
+        trained.part, trained.seen = part, seen
         if half:
             others = calibrates(labeled.rows)
             if strange := int(labeled.anomaly[others].sum()):
@@ -289,26 +297,19 @@ def evaluate(
                     "so fewer rows are flagged than was promised"
                 )
             labeled = labeled.subset(~others)
-        figure, lines, more = _detected(
-            trained, labeled, by, rates, max(ks), on.options, processes
-        )
+        found, lines, more = _detected(trained, labeled, by, rates, max(ks), on.options, processes)
     leave()
-    trained.screen.result(
-        {
-            "run": on.run,
-            "data": on.source,
-            "split": trained.part,
-            **figure,
-            **more,
-            **trained.warnings,
-        },
-        "\n".join(
-            [
-                f"{figure_text(figure, trained.of_pairs)}; {trained.part} of {on.source}",
-                *lines,
-            ]
-        ),
-    )
+    if orders is not None:
+        found = dataclasses.replace(found, fields={**found.fields, "orders": orders})
+    lines = [
+        f"{figure_text(found.fields, trained.of_pairs)}; {trained.part} of {on.source}",
+        *lines,
+    ]
+    answer = {"run": on.run, **found.fields, **more, **trained.warnings}
+    if out is not None and processes.is_main:
+        found.write(out)
+        answer["out"], lines = str(out), [*lines, f"record: {out}"]
+    trained.screen.result(answer, "\n".join(lines))
 
 
 def _detected(
@@ -319,9 +320,9 @@ def _detected(
     k: int,
     options: DataOptions,
     processes: Processes,
-) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+) -> tuple[Record, list[str], dict[str, Any]]:
     """The figure of labeled rows, and how well scores tell anomalies from normal ones."""
-    from musigma import anomaly, evaluation
+    from musigma import anomaly
 
     if rates is None:
         for rate in RATES:
@@ -330,10 +331,9 @@ def _detected(
         rates = tuple(rate for rate in RATES if not by.refusal(rate))
     by = by.scored(trained, k, options.batch_size)
     share = Share(processes, len(labeled.rows), options.batch_size)
-    part = _evaluated(evaluation.score, trained, labeled.rows, share, "scoring", k=k)
-    table = processes.concatenate(part)
+    record = _recorded(trained, labeled.rows, share, "scoring", k=k)
     found = anomaly.detection(
-        table["nats"],
+        record.nats,
         labeled.anomaly,
         calibration=by.nats,
         rates=rates,
@@ -343,12 +343,20 @@ def _detected(
     plain = {name: _plain(value) for name, value in found.items()}
     plain["at"] = [{name: _plain(v) for name, v in at.items()} for at in found.get("at", ())]
     fields = {**by.fields, "anomaly": labeled.what, "detection": plain}
-    return evaluation.mean(trained.model, table, k), lines, fields
+    return record, lines, fields
 
 
 def _plain(value: Any) -> Any:
     """An interval as a mapping with names; anything else as it is."""
     return value._asdict() if hasattr(value, "_asdict") else value
+
+
+def _recorded(trained: Trained, found: Dataset, share: Share, title: str, **how: Any) -> Record:
+    """The record of a figure."""
+    from musigma.evaluation import record
+
+    function = partial(record, **trained.evaluated)
+    return _evaluated(function, trained, found, share, title, **how)
 
 
 def _evaluated(
@@ -358,7 +366,7 @@ def _evaluated(
     share: Share,
     title: str,
     **options: Any,
-) -> dict[str, Any]:
+) -> Any:
     """A function of `musigma.evaluation` on a share of data."""
     with trained.screen.progress(title) as progress:
         return function(

@@ -115,7 +115,7 @@ class Screen:
             yield show
 
 
-def figure_text(figure: dict[str, Any], nats_first: bool = False) -> str:
+def figure_text(figure: Mapping[str, Any], nats_first: bool = False) -> str:
     """A figure with its standard error, its bound and its number of examples, on one line."""
     bound = figure["bound"] if figure["bound"] == "exact" else f"upper bound, {figure['bound']}"
     bits, nats = (math.nan if figure[n] is None else figure[n] for n in ("bits_per_dim", "nats"))

@@ -50,7 +50,7 @@ from musigma.cli.trained import Trained, device_named, of_pairs, read_data
 from musigma.data.attach import is_source
 from musigma.distributions import LIKELIHOODS, are_counted
 from musigma.energy import EvidenceBound, LogDensity, check_density, start_rows, weigh
-from musigma.evaluation import evaluate, ledger
+from musigma.evaluation import ledger, record
 from musigma.files import write_json
 from musigma.named import REGISTRIES
 from musigma.objectives import OBJECTIVES
@@ -650,13 +650,13 @@ def _finish(out: Path, held_out: data.Dataset, screen: Screen, answer: dict[str,
     processes, seed = current_processes(), screen.common.seed
     trained = Trained(str(out), screen.common)
     with screen.progress("evaluating") as progress:
-        figure = evaluate(
-            trained.model, held_out, seed=seed, progress=progress, processes=processes
-        )
+        trained.part, trained.seen = "held-out", True
+        how = {"progress": progress, "processes": processes, **trained.evaluated}
+        found = record(trained.model, held_out, seed=seed, **how)
     leave()
     if not processes.is_main:
         return
-    write_json(out / "evaluation.json", figure)
+    found.write(out / "evaluation.json")
     write_json(out / "ledger.json", ledger(trained.model, held_out, seed=seed))
     try:
         pictures = draw(trained, held_out, out / "samples")
@@ -667,8 +667,8 @@ def _finish(out: Path, held_out: data.Dataset, screen: Screen, answer: dict[str,
     how += " --given FILE" if trained.needs_given else ""
     example = "samples.csv" if trained.spec.columns else "samples.png"
     screen.result(
-        {**answer, "evaluation": figure, "pictures": pictures},
-        f"{figure_text(figure, trained.of_pairs)}\nrun: {out}\n"
+        {**answer, "evaluation": found.fields, "pictures": pictures},
+        f"{figure_text(found.fields, trained.of_pairs)}\nrun: {out}\n"
         f"pictures: {', '.join(pictures) or 'none'}\n"
         f"next: musigma sample {shlex.quote(str(out))} --n 64{how} --out {example}",
     )

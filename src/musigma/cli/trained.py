@@ -243,6 +243,12 @@ class Trained:
             )
 
     @property
+    def evaluated(self) -> dict[str, Any]:
+        """What a record of a figure of those data says, beside the figure."""
+        seen = self.seen and self.part != "held-out"
+        return {"split": self.part, "seen": seen, "weights": self.extra.get("weights")}
+
+    @property
     def warnings(self) -> dict[str, Any]:
         """Entries of a JSON answer about context that the model was not trained for, if any."""
         found = {"extrapolation": self.extrapolation, "other_observations": self.others}

@@ -224,6 +224,7 @@ class WatchedRun:
         silent = None if written is None else max(0.0, time.time() - written)
         overdue = silent is not None and silent > max(SILENT_AFTER, 10 * history.interval)
         evaluation = _read_json(self.folder / "evaluation.json")
+        evaluation.pop("scores", None)  # of every example
         if not history.rows:
             state = "waiting"
         elif share == 1 and (evaluation or overdue or not config):

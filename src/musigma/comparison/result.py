@@ -13,7 +13,7 @@ from musigma.comparison.privacy import Privacy
 from musigma.comparison.two_samples import TwoSamples
 from musigma.comparison.usefulness import Usefulness
 from musigma.evaluation.intervals import plain
-from musigma.report.sections import Section, as_page, as_text
+from musigma.report.sections import Document, Section
 
 __all__ = ["Comparison"]
 
@@ -94,16 +94,21 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        return as_text(self._sections())
+        return str(self.document)
 
     def to_html(self) -> str:
-        """One page with the figures and pictures; without matplotlib, it has no pictures."""
-        return as_page(
-            f"{self.names['synthetic']} beside {self.names['real']}",
-            self._sections(),
-            footer="Intervals hold the true value in 95 % of samples. Chance: the value that two "
-            "samples of the same distribution have on average.",
+        """One page with pictures; without matplotlib, it has none."""
+        return self.document.to_html()
+
+    @property
+    def document(self) -> Document:
+        """The result in sections, which is also written as Markdown and LaTeX."""
+        title = f"{self.names['synthetic']} beside {self.names['real']}"
+        footer = (
+            "Intervals hold the true value in 95 % of samples. Chance: the value that two samples "
+            "of the same distribution have on average."
         )
+        return Document(title, list(self._sections()), footer)
 
     def _sections(self) -> Iterator[Section]:
         yield self._about()

@@ -14,7 +14,7 @@ from musigma.coverage.local import LOCAL_LEVEL, Local
 from musigma.coverage.ranks import Ranks
 from musigma.coverage.uniformity import GRID, band
 from musigma.evaluation.intervals import Interval, normal
-from musigma.report.sections import Section, as_page, as_text
+from musigma.report.sections import Document, Section
 
 __all__ = ["LEAST", "Coverage"]
 
@@ -152,18 +152,23 @@ class Coverage:
         }
 
     def __str__(self) -> str:
-        return as_text(self._sections())
+        return str(self.document)
 
     def to_html(self) -> str:
         """One page with pictures; without matplotlib, it has none."""
-        return as_page(
-            f"Calibration of draws{f' on {self.source}' if self.source else ''}",
-            self._sections(),
-            footer="Intervals hold the true value in 95 % of samples. Bands hold the whole curve "
-            "of calibrated draws in 95 % of samples. p-values are adjusted for the number of "
-            "tests: calibrated draws are called something else in 5 % of samples, and local tests "
-            "find a difference in 1 % of them.",
+        return self.document.to_html()
+
+    @property
+    def document(self) -> Document:
+        """The result in sections, which is also written as Markdown and LaTeX."""
+        title = f"Calibration of draws{f' on {self.source}' if self.source else ''}"
+        footer = (
+            "Intervals hold the true value in 95 % of samples. Bands hold the whole curve of "
+            "calibrated draws in 95 % of samples. p-values are adjusted for the number of tests: "
+            "calibrated draws are called something else in 5 % of samples, and local tests find a "
+            "difference in 1 % of them."
         )
+        return Document(title, list(self._sections()), footer)
 
     # -- sections
 

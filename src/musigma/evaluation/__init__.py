@@ -23,7 +23,7 @@ from musigma.evaluation.disentanglement import (
     mutual_information,
     sap,
 )
-from musigma.evaluation.figures import bound, evaluate, inspect, ledger, mean, score
+from musigma.evaluation.figures import bound, evaluate, inspect, ledger, score
 from musigma.evaluation.inputs import (
     batch,
     batches,
@@ -34,7 +34,9 @@ from musigma.evaluation.inputs import (
 )
 from musigma.evaluation.memorization import Memorization, memorization
 from musigma.evaluation.neighbors import nearest, prdc
+from musigma.evaluation.paired import compare
 from musigma.evaluation.rate_distortion import rate_distortion
+from musigma.evaluation.records import Record, record
 from musigma.evaluation.samples import (
     SampleQuality,
     frechet_distance,
@@ -53,6 +55,7 @@ __all__ = [
     "Annealing",
     "Chains",
     "Memorization",
+    "Record",
     "SampleQuality",
     "Sandwich",
     "batch",
@@ -60,6 +63,7 @@ __all__ = [
     "bits_per_dim",
     "bound",
     "check",
+    "compare",
     "conditioning",
     "dci",
     "disentanglement",
@@ -72,7 +76,6 @@ __all__ = [
     "inspect",
     "kernel_distance",
     "ledger",
-    "mean",
     "memorization",
     "mig",
     "modularity",
@@ -81,6 +84,7 @@ __all__ = [
     "noise",
     "prdc",
     "rate_distortion",
+    "record",
     "reported",
     "sample_quality",
     "sandwich",

@@ -160,11 +160,22 @@ def evaluate(
     Raises:
         ValueError: If there are no examples, or as `score`.
     """
+    how: dict[str, Any] = {"k": k, "annealing": annealing, "seed": seed}
+    how |= {"batch_size": batch_size, "progress": progress, "processes": processes}
+    return mean(model, scores(model, data, **how), k, annealing)
+
+
+def scores(
+    model: Model, data: Dataset, *, processes: Processes = SINGLE_PROCESS, **how: Any
+) -> dict[str, np.ndarray]:
+    """What `score` returns for all examples, in each of the processes that share the work.
+
+    Raises:
+        ValueError: As `score`, or if there are no examples.
+    """
     if len(data) == 0:
         raise ValueError(f"data: {data.name or 'the set'} holds no examples to evaluate")
-    options: dict[str, Any] = {"k": k, "annealing": annealing, "seed": seed}
-    options |= {"batch_size": batch_size, "progress": progress, "processes": processes}
-    return mean(model, processes.concatenate(score(model, data, **options)), k, annealing)
+    return processes.concatenate(score(model, data, processes=processes, **how))
 
 
 def mean(

@@ -257,5 +257,14 @@ def figure_text(value: float | None, error: float | None) -> str:
         return "not finite"
     if not error:
         return f"{value:,.4f}"
-    digits = min(6, max(0, 1 - math.floor(math.log10(error))))
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+    places = decimals(error)
+    return f"{value:,.{places}f} ± {error:,.{places}f}"
+
+
+def decimals(error: float | None) -> int:
+    """The number of decimals that shows two digits of a standard error, up to 6.
+
+    >>> decimals(0.00287), decimals(None)
+    (4, 4)
+    """
+    return min(6, max(0, 1 - math.floor(math.log10(error)))) if error else 4

@@ -294,7 +294,7 @@ class _Run:
                 "intact: make room, then --resume"
             )
         if self.processes.is_main and not self.best.exists():
-            checkpoint.save(self.average.model, self.best, extra=self.extra)
+            self._checkpoint(self.best)
         self.processes.wait()
         if self._is_out_of_patience:
             self.average.model.load_state_dict(checkpoint.verified(self.best)[1])
@@ -407,7 +407,7 @@ class _Run:
         self.log.write({"kind": "evaluation", **where, **figure})
         improved, saved = figure["bits_per_dim"] < progress.best, False
         if self.processes.is_main and (improved or not self.best.exists()):
-            saved = self._write(lambda: checkpoint.save(averaged, self.best, extra=self.extra))
+            saved = self._write(lambda: self._checkpoint(self.best, by_validation=True))
         if not improved:
             progress.stale += 1
         elif self.processes.gather(saved)[0]:
@@ -439,10 +439,15 @@ class _Run:
         def write() -> None:
             self.state.save(self.out, self.progress)
             if self.processes.is_main:
-                last = self.out / "last.safetensors"
-                checkpoint.save(self.average.model, last, extra=self.extra)
+                self._checkpoint(self.out / "last.safetensors")
 
         return self._write(write)
+
+    def _checkpoint(self, path: Path, *, by_validation: bool = False) -> None:
+        """Write the averaged weights, and what they are."""
+        about = {"ema": self.config.ema, "step": self.progress.step, "validation": by_validation}
+        extra = {**(self.extra or {}), "weights": about}
+        checkpoint.save(self.average.model, path, extra=extra)
 
     def _write(self, write: Callable[[], None]) -> bool:
         warned = self.progress.warnings.pop("disk", None)
