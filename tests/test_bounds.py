@@ -24,12 +24,12 @@ from musigma.evaluation import (
     evaluate,
     evaluating,
     gap,
-    mean,
     sandwich,
     score,
     weighed,
 )
 from musigma.evaluation.both_sides import averages
+from musigma.evaluation.figures import mean
 from musigma.gaussian import GaussianHead
 from musigma.layers import Dequantize, Rescale
 from musigma.model import VAE, Chain, Prior

@@ -136,5 +136,5 @@ def test_mistakes(here):
         assert missing in refused(f"run {path}")
     assert "pairs: expected 20 or more; got 5" in refused("run test.csv --pairs 5")
     assert "tolerance" in refused("run test.csv --tolerance 2 --draws 20 --local 0")
-    assert "expected a .html file" in refused("run test.csv --out page.pdf")
+    assert "expected a .html, .md or .tex file" in refused("run test.csv --out page.pdf")
     assert not Path("page.pdf").exists()

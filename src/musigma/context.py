@@ -57,7 +57,9 @@ def length(context: Context) -> int | None:
 
 def rows(context: Context, which: Tensor | slice) -> Context:
     """Select rows by a slice, indices or a mask."""
-    return apply(lambda t: t[which], context)
+    if context is None or isinstance(context, Mapping):
+        return apply(lambda t: t[which], context)
+    return context[which]
 
 
 def repeat(context: Context, k: int) -> Context:
