@@ -201,12 +201,14 @@ def saved(page, path: Path) -> list[str]:
 def restored(browser, page, url: str, name: str) -> list[str]:
     """Open the address in another page; returns what differs."""
     code = "document.querySelector('#code').textContent"
-    address, wanted = page.evaluate("location.href"), page.evaluate(code)
+    address, end = page.evaluate("location.href"), time.monotonic() + WAIT / 1000
     other = browser.new_page()
     other.goto(address)
     until(other, f"{code}.length > 30")
-    other.wait_for_timeout(1000)
-    got = other.evaluate(code)
+    while (got := other.evaluate(code)) != (wanted := page.evaluate(code)):
+        if time.monotonic() > end:
+            break
+        other.wait_for_timeout(200)
     other.close()
     return [] if got == wanted else [f"link: {address} does not restore {name}"]
 
