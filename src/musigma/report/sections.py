@@ -14,7 +14,7 @@ from musigma.report.html import Picture, render, themed
 __all__ = ["SUFFIXES", "Document", "Section"]
 
 SUFFIXES = (".html", ".md", ".tex")
-"""Of the files that a document is written as."""
+"""Suffixes of the files that a document can be written to."""
 
 MOST_LINES = 40
 """Lines of a table in text; a page has all."""

@@ -162,17 +162,17 @@ export function mount(root, page) {
         ...chosen(state), seed: state.seed ?? 0, temperature: state.temperature ?? 1,
         set: state.set ?? "",
       };
-      if (last && shown === sameExcept(state, "set")) { // only sliders moved
-        showLatents(last, state);
-        const { seed, temperature: warm, ...less } = parameters;
-        page.ask("decode", less, (answer) => {
-          showPictures(last, answer.picture);
-        });
-        clearTimeout(this.timer);
-        this.timer = setTimeout(() => page.ask("one", parameters, (a) => show(a, page.state)), 250);
+      clearTimeout(this.timer); // it would ask for what was shown before
+      const ask = () => page.ask("one", parameters,
+        (answer) => show(answer, { ...state, set: page.state.set }));
+      if (!last || shown !== sameExcept(state, "set")) {
+        ask();
         return;
       }
-      page.ask("one", parameters, (answer) => show(answer, page.state));
+      showLatents(last, state); // only sliders moved
+      const { seed, temperature: warm, ...less } = parameters;
+      page.ask("decode", less, (answer) => showPictures(last, answer.picture));
+      this.timer = setTimeout(ask, 250);
     },
     leave() {
       clearTimeout(this.timer);
