@@ -281,7 +281,7 @@ def evaluate(
     else:
         if len(ks) > 1 or annealing or gap:
             raise ValueError(
-                "labels: detection of anomalies takes the scores of one number of draws; leave out "
+                "labels: they are compared with the scores of one number of draws; leave out "
                 "--anneal, --gap and the other numbers of --k"
             )
         labeled = Labeled.read(trained, on.source, on.options, labels, anomaly)
