@@ -36,9 +36,12 @@ def train_for(
             spent = time.process_time() - start
             return musigma.load(f"{folder}/model.safetensors"), spent
 
+    trained(5)  # the first run of a process loads and compiles
     start = trained(5)[1]  # what a run costs beside its steps, and a few of them
     each = (trained(15)[1] - start) / 10
     if 200 * each < seconds:
         each = (trained(105)[1] - start) / 100
+    if each <= 0:
+        raise RuntimeError(f"a step seems to take {each:.2g} seconds: the machine is too busy")
     steps = max(10, int(seconds / each))
     return trained(steps, config.evaluations)[0], steps
