@@ -1,6 +1,7 @@
 """Objectives by name, through `fit`: they train, are refused where they do not fit, resume."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,6 +167,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(text, message, 
     with pytest.raises(ValueError, match=message):
         fit(model, *both, config, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_objective_is_tried_on_the_posterior_that_training_has(tmp_path):
+    data = vectors()
+    model = build("rae", data.spec(), latents=3, width=16, penalty="spectral")
+    before = {name: t.clone() for name, t in model.named_buffers()}
+    both, config = (data.split("train"), data.split("validation")), TrainConfig(steps=2)
+    with pytest.raises(ValueError, match=r"beta-tc needs latents .* of PointMass"):
+        fit(model, *both, replace(config, objective="beta-tc"), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    assert before
+    assert all(torch.equal(t, before[name]) for name, t in model.named_buffers())
 
 
 def test_a_flow_refuses_objectives_of_posteriors(tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,8 @@ def check_run(
             objective = config.chosen.module(trace)
         if objective is not None or config.objective:
             forward = ObjectivePass(model, config, objective, len(train))
-            _check_objective(forward, *batch(train, first[:64], model))
+            with _rehearsing(model):
+                _check_objective(forward, *batch(train, first[:64], model))
     if config.free_bits and any(site not in trace.kl for site in model.latents()):
         raise ValueError(
             "free_bits: they apply to the KL of each latent, and with a flow prior latents have "
@@ -147,6 +149,20 @@ def _ignored(model: Model, x: Tensor, context: Context) -> list[str]:
         ]
         changed = [total(model, [*parts[:i], others[i], *parts[i + 1 :]]) for i in without]
     return [repr(names[i]) for i, after in zip(without, changed, strict=True) if after == before]
+
+
+@contextmanager
+def _rehearsing(model: Model) -> Iterator[None]:
+    """Set training mode, in which posteriors may differ; afterwards restore it and the buffers."""
+    mode, before = model.training, [(t, t.clone()) for t in model.buffers()]
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(mode)
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 def _check_objective(forward: ObjectivePass, x: Tensor, context: object) -> None:
