@@ -339,7 +339,8 @@ def test_evaluate(workdir, run, run_json, arch):
 
 
 def test_evaluate_prints_a_curve_and_both_sides_of_a_bound(workdir, run, run_json):
-    figure = run_json("evaluate vae photos --k 1,3 --anneal 2 --gap")
+    figure = run_json("evaluate vae photos --k 1,3 --anneal 2 --gap --out both.json")
+    assert json.loads(Path("both.json").read_text())["gap"] == figure["gap"]
     assert [row["k"] for row in figure["curve"]] == [1, 3]
     assert figure["bound"] == "ais-3"
     assert 0 <= figure["acceptance"] <= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -276,8 +275,9 @@ def evaluate(
         found = _recorded(trained, rows, share, "evaluating", **how)
         if gap:
             how["k"] = ks[-1]
-            more["gap"] = _evaluated(evaluation.gap, trained, rows, share, "simulating", **how)
-        lines = [*bounds.lines({**found.fields, **more}, trained.of_pairs)]
+            both = _evaluated(evaluation.gap, trained, rows, share, "simulating", **how)
+            found = found.with_fields(gap=both)
+        lines = [*bounds.lines(found.fields, trained.of_pairs)]
     else:
         if len(ks) > 1 or annealing or gap:
             raise ValueError(
@@ -300,7 +300,7 @@ def evaluate(
         found, lines, more = _detected(trained, labeled, by, rates, max(ks), on.options, processes)
     leave()
     if orders is not None:
-        found = dataclasses.replace(found, fields={**found.fields, "orders": orders})
+        found = found.with_fields(orders=orders)
     lines = [
         f"{figure_text(found.fields, trained.of_pairs)}; {trained.part} of {on.source}",
         *lines,

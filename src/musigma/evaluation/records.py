@@ -10,7 +10,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import reduce
 from hashlib import blake2b
@@ -73,6 +73,10 @@ class Record:
         """The figure of every example in the unit of the record, (N,)."""
         dims = math.prod(self.fields["data"]["shape"])
         return bits_per_dim(self.nats, dims) if self.fields["unit"] == "bits/dim" else self.nats
+
+    def with_fields(self, **more: Any) -> Record:
+        """The same record with further fields, which are JSON values."""
+        return replace(self, fields={**self.fields, **finite(more)})
 
     def write(self, path: str | Path) -> None:
         """Write a .json file, completely or not at all.
