@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from musigma.cli.options import numbers
@@ -24,7 +24,7 @@ def draws(k: str, anneal: int | None) -> tuple[tuple[int, ...], Annealing | None
     return draws_of(ks), None if anneal is None else Annealing(steps=anneal)
 
 
-def lines(figure: dict[str, Any], nats_first: bool) -> Iterator[str]:
+def lines(figure: Mapping[str, Any], nats_first: bool) -> Iterator[str]:
     """What a figure says of its bound, for people."""
     name, error, unit = (
         ("nats", "standard_error_nats", "nats")
