@@ -1,9 +1,9 @@
-# Two commands, each of which sets itself up in .venv on a fresh machine.
+# Three commands, each of which sets itself up in .venv on a fresh machine.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo docs test
 
 demo: .venv/ready
 	@mkdir -p demo
@@ -27,7 +27,10 @@ demo: .venv/ready
 	    --section demo/rows.json --section demo/audit.json --section demo/compression.json \
 	    --title "musigma: demo" --out demo/index.html
 
-test: .venv/ready
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright

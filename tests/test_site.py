@@ -1,0 +1,63 @@
+"""What `make docs` does to pages before MkDocs reads them."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mkdocs", reason="pip install 'musigma[docs]'")
+from mkdocs.exceptions import PluginError
+
+from tools import docstrings, site
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_links_of_the_front_page_and_to_files_outside_docs_are_moved():
+    text = "[a](docs/data.md#labels) [b](examples/07_audit_sigma.py) [c](https://a.b/c)"
+    assert site.moved(text, ROOT / "README.md", ROOT / "docs" / "index.md") == (
+        "[a](data.md#labels) [b](files/examples/07_audit_sigma.py.md) [c](https://a.b/c)"
+    )
+    page = ROOT / "docs" / "systems" / "textbook.md"
+    text = "```\n[b](../../README.md)\n``` [b](../../README.md) [d](two-halves.md)"
+    assert site.moved(text, page, page).endswith("``` [b](../index.md) [d](two-halves.md)")
+    assert "[b](../../README.md)" in site.moved(text, page, page)
+
+
+def test_every_public_module_is_in_the_reference():
+    pages = site.reference()
+    assert {"model", "layers", "zoo", "README"} < set(pages)
+    assert not {"cli", "__main__", "py"} & set(pages)
+    assert "[`musigma.model`](model.md)" in pages["README"]
+
+
+def test_examples_and_formulas_of_docstrings_become_markdown():
+    text = "Sum.\n\n.. math:: a +\n    b\n\nExample:\n    >>> 1\n    1\n\nMore."
+    assert docstrings.markdown(text) == (
+        "Sum.\n\n$$a + b$$\n\nExample:\n    ```pycon\n    >>> 1\n    1\n    ```\n\nMore."
+    )
+
+
+def test_formulas_become_mathml():
+    html = site.on_page_content(r'<p><span class="arithmatex">\(x &lt; y\)</span></p>')
+    assert "<math" in html
+    assert "arithmatex" not in html
+    assert 'display="inline"' in html
+
+
+def test_a_page_that_loads_from_another_host_is_refused():
+    class Page:
+        class file:
+            src_uri = "a.md"
+
+    fine = '<a href="https://arxiv.org">a</a><link rel="canonical" href="https://a.b">'
+    assert site.on_post_page(fine, page=Page) == fine
+    with pytest.raises(PluginError, match=r"a.md loads from another host.*unpkg"):
+        site.on_post_page('<script src="https://unpkg.com/x"></script>', page=Page)
+
+
+def test_a_folder_in_the_navigation_stands_for_its_pages():
+    nav = ["a.md", {"B": "b/"}]
+    assert site.expanded(nav, ["a.md", "b/README.md", "b/c.md"]) == [
+        "a.md",
+        {"B": ["b/README.md", "b/c.md"]},
+    ]
