@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import musigma
+from musigma import questions
 from musigma.checkpoint import save
 from musigma.cli import main
 from musigma.cli.explore import explorer_of
@@ -308,6 +309,232 @@ def test_the_class_of_an_example_can_be_another(clients, folder, monkeypatch):
     assert same(other["reconstruction"], names["again"])
 
 
+# --- rows, planes, directions, anomalies ---------------------------------------------------------
+
+
+def rows(n=300):
+    """Rows of five columns that depend on each other, as text."""
+    random = np.random.default_rng(0)
+    age = random.integers(18, 80, n)
+    sex = random.choice(["f", "m"], n)
+    size = np.where(sex == "m", 1.8, 1.65) + 0.05 * random.normal(size=n)
+    days = np.datetime64("2020-01-01") + random.integers(0, 99, n)
+    paid = np.where(random.uniform(size=n) < 0.4, 0, random.gamma(2, 30, n)).round(2)
+    lines = zip(age, sex, size.round(4), days, paid, strict=True)
+    return "age,sex,size,day,paid\n" + "\n".join(",".join(map(str, line)) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A client of the page of a density of typed columns, and its folder."""
+    folder = tmp_path_factory.mktemp("table")
+    (folder / "people.csv").write_text(rows())
+    data = musigma.data.load(folder / "people.csv", schema="infer")
+    torch.manual_seed(0)
+    model = randomized(musigma.build("table", data.spec(), hidden=16))
+    save(model, folder / "model.safetensors", extra={"data": {"source": "people.csv"}})
+    trained = Trained(str(folder / "model.safetensors"), Common(device="cpu"))
+    explorer = explorer_of(trained, str(folder / "people.csv"), DataOptions(split="all"))
+    with TestClient(server.application(explorer), base_url="http://localhost") as client:
+        explorer.survey.wait().thread.join()
+        yield client, explorer, folder
+
+
+def test_conditionals_are_those_of_the_model(table, monkeypatch):
+    client, explorer, folder = table
+    answer = got(client, "columns", index=3)
+    assert answer["how"] == "conditional"
+    x, _, _ = explorer.examples[server.Choice(3)]
+    row = dict(zip(explorer.examples.columns, explorer.examples.shown(x)["rows"][0], strict=True))
+    inner = explorer.model
+    for column in answer["columns"]:
+        name = column["name"]
+        given = {k: v if k in ("sex", "day") else float(v) for k, v in row.items() if k != name}
+        exact = questions.marginal(inner, name, given)
+        for value, p in column["masses"]:
+            where = f"{name} == {value!r}" if name == "sex" else f"{name} == {value}"
+            inside = 1 - (1 if name == "sex" else 2) / (exact.column.measured.rows + 2)
+            assert p == pytest.approx(exact.probability(where) * inside, rel=1e-4, abs=1e-7)
+        if curve := column["curve"]:
+            values = np.linspace(curve["low"], curve["high"], len(curve["p"]))
+            step = 1 if curve["bars"] else values[1] - values[0]
+            total = sum(curve["p"]) * step + sum(p for _, p in column["masses"])
+            assert total == pytest.approx(1, abs=0.1)  # on a grid of 121 values
+    names = run(answer["python"], folder, monkeypatch)
+    first = answer["columns"][0]
+    assert first["name"] == "age"
+    wanted = np.exp(names["log_p"][: len(first["curve"]["p"])])
+    assert first["curve"]["p"] == pytest.approx(wanted.tolist(), rel=1e-6)
+
+
+def test_a_model_without_latents_has_a_page(table, monkeypatch):
+    client, explorer, folder = table
+    about = got(client, "about")
+    assert (about["dims"], about["moments"], about["conditionals"]) == (0, "", "conditional")
+    answer = got(client, "one", index=5)
+    assert answer["latents"] == []
+    names = run(answer["python"], folder, monkeypatch)
+    assert answer["nats"] == pytest.approx(float(names["nats"]))
+    for path in ("order", "map", "hover", "at?places=0,1", "decode", "levels"):
+        response = client.get(f"/api/{path}")
+        assert response.status_code == 400
+        assert "no latents" in response.json()["message"]
+    assert got(client, "anomalies")["done"] == len(explorer.examples.data)
+
+
+def flow_of_two(correlation):
+    """A flow whose density is a known Gaussian, and data of it."""
+    spec = Spec((2,), columns=("u", "v"))
+    model = musigma.build("maf", spec, hidden=8, depth=1)
+    scale = torch.linalg.cholesky(torch.tensor([[1.0, correlation], [correlation, 1.0]]))
+    random = np.random.default_rng(0)
+    x = (random.normal(size=(400, 2)) @ scale.numpy().T).astype(np.float32)
+    return model, musigma.data.Dataset(x, columns=("u", "v"))
+
+
+def test_a_slice_of_a_density_is_its_conditional():
+    model, data = flow_of_two(0.0)
+    randomized(model)
+    explorer = Explorer(model, data)
+    answer = explorer.conditionals(server.Choice(2))
+    assert answer["how"] == "slice"
+    x, _, _ = explorer.examples[server.Choice(2)]
+    for j, column in enumerate(answer["columns"]):
+        curve = column["curve"]
+        values = np.linspace(curve["low"], curve["high"], 4000)
+        many = x.repeat(len(values), 1)
+        many[:, j] = torch.from_numpy(values).float()
+        with torch.no_grad():
+            p = model.log_prob(many).double().exp().numpy()
+        p /= np.trapezoid(p, values) if hasattr(np, "trapezoid") else np.trapz(p, values)
+        here = np.linspace(curve["low"], curve["high"], len(curve["p"]))
+        np.testing.assert_allclose(curve["p"], np.interp(here, values, p), atol=0.03 * p.max())
+        assert 0 <= column["less"] <= 1
+
+
+def test_a_slice_of_a_bound_says_so(clients):
+    client, _ = clients("vector")
+    answer = got(client, "columns", index=1)
+    assert answer["how"] == "bound"
+    for column in answer["columns"]:
+        curve = column["curve"]
+        width = (curve["high"] - curve["low"]) / (len(curve["p"]) - 1)
+        assert sum(curve["p"]) * width == pytest.approx(1)
+
+
+def test_a_plane_holds_data_density_and_draws():
+    model, data = flow_of_two(0.6)
+    randomized(model)
+    explorer = Explorer(model, data)
+    answer = explorer.plane(server.Choice())
+    left, right, low, high = answer["box"]
+    side = answer["side"]
+    grid = np.array(answer["log_p"]).reshape(side, side)
+    point = torch.tensor([[left + 5 / (side - 1) * (right - left),
+                           low + 40 / (side - 1) * (high - low)]])  # fmt: skip
+    with torch.no_grad():
+        assert grid[40, 5] == pytest.approx(float(model.log_prob(point)), abs=1e-3)
+    assert np.shape(answer["data"]) == (400, 2)
+    assert np.shape(answer["samples"]) == (1000, 2)
+    assert explorer.one(server.Choice(1), 0, 3, 1.0, "")["input"]["points"] == [
+        pytest.approx(data.x[1].tolist())
+    ]
+
+
+@pytest.mark.parametrize("kind", ["image", "flow-prior"])
+def test_directions_and_their_lines(kind, clients, folder, monkeypatch):
+    client, explorer = clients(kind)
+    named = got(client, "order")["directions"]
+    along = ["component 1", "component 2", "component 3", "component 4"][
+        : explorer.survey.points.shape[1]
+    ]
+    assert named == [*along, *(["label a", "label b"] if kind == "image" else [])]
+    answer = got(client, "decode", index=1, start="example", move="0:2,1:-1", set="0:1", along=1)
+    names = run(answer["python"], folder, monkeypatch)
+    assert same(answer["strip"], names["y"])
+    values = got(client, "decode", index=1, start="example", move="0:2,1:-1")["values"]
+    before = got(client, "decode", index=1, start="example")["values"]
+    step = 2 * explorer.survey.steps[0] - explorer.survey.steps[1]
+    for place, value in values.items():
+        assert value - before[place] == pytest.approx(float(step[int(place)]), abs=1e-4)
+
+
+def test_a_step_along_a_component_is_its_standard_deviation(clients):
+    _, explorer = clients("image")
+    points, steps = explorer.survey.points, explorer.survey.steps
+    unit = steps[:4] / steps[:4].norm(dim=1, keepdim=True)
+    torch.testing.assert_close((points @ unit.T).std(0), steps[:4].norm(dim=1))
+    has = explorer.examples.data.labels[explorer.survey.sample] == 0
+    torch.testing.assert_close(steps[4], points[has].mean(0) - points[~has].mean(0))
+
+
+@pytest.mark.parametrize("kind", ["image", "vector", "flow"])
+def test_anomalies_and_their_lines(kind, clients, folder, monkeypatch):
+    client, explorer = clients(kind)
+    answer = got(client, "anomalies", rate=0.2, count=5)
+    n = len(explorer.examples.data)
+    assert answer["done"] == answer["total"] == n
+    assert answer["n"] == n - 1
+    scores = [row["score"] for row in answer["rows"]]
+    assert scores == sorted(scores, reverse=True)
+    names = run(answer["python"], folder, monkeypatch)
+    assert scores == pytest.approx(np.sort(names["scores"])[::-1][:5].tolist(), rel=1e-5)
+    assert [row["p"] for row in answer["rows"]] == pytest.approx(np.sort(names["p"])[:5].tolist())
+    assert answer["rows"][0]["p"] == pytest.approx(1 / n)
+    assert answer["flagged"] == int((names["p"] <= 0.2).sum()) == int(0.2 * n)
+    assert (
+        answer["threshold"] == pytest.approx(np.sort(scores)[::-1][: int(0.2 * n)].min()) or n > 25
+    )
+    low, high = answer["between"]
+    assert low < 0.2 < high
+    assert same(answer["shown"], explorer.examples.batch([r["index"] for r in answer["rows"]]))
+    small = got(client, "anomalies", rate=1e-4)
+    assert "cannot be promised" in small["reason"]
+    assert small["flagged"] == 0
+
+
+def test_scores_are_compared_with_those_of_normal_examples():
+    torch.manual_seed(0)
+    model, data = flow_of_two(0.3)
+    odd = musigma.data.Dataset(np.append(data.x[:20], [[9.0, -9.0]], 0).astype(np.float32))
+    explorer = Explorer(model, odd, normal=data.subset(range(20, 400)))
+    explorer.survey.start()
+    explorer.survey.thread.join()
+    answer = explorer.anomalies(0.01, 0, 3)
+    assert (answer["apart"], answer["n"], answer["flagged"]) == (True, 380, 1)
+    assert answer["rows"][0]["index"] == 20
+    assert answer["rows"][0]["p"] == pytest.approx(1 / 381)
+    assert answer["rows"][0]["score"] > answer["threshold"] > answer["rows"][1]["score"]
+    assert sum(answer["histogram"]["known"]) > 370
+
+
+def test_a_score_that_is_no_number_is_the_strangest():
+    model, data = flow_of_two(0.0)
+    explorer = Explorer(model, data)
+    survey = explorer.survey
+    survey.scores[:5] = [1.0, np.inf, 2.0, 3.0, 0.0]
+    survey.done = 5
+    survey.start = lambda: None
+    answer = explorer.anomalies(0.25, 0, 2)
+    assert [row["index"] for row in answer["rows"]] == [1, 3]
+    assert sum(answer["histogram"]["data"]) == 4
+
+
+@pytest.mark.parametrize("color", ["column u", "score", ""])
+def test_a_map_is_colored_by_columns(color, clients):
+    client, explorer = clients("vector")
+    answer = got(client, "map", color=color)
+    wanted = explorer.survey.scores if color != "column u" else explorer.examples.data.x[:, 0]
+    assert answer["color"] == pytest.approx(wanted.tolist())
+
+
+def test_a_map_is_colored_by_levels(table):
+    _, explorer, _ = table
+    values, names = explorer.examples.color("column sex", np.arange(6))
+    assert names == ["f", "m"]
+    assert set(values.tolist()) <= {0.0, 1.0}
+
+
 # --- uploads -------------------------------------------------------------------------------------
 
 
@@ -436,7 +663,13 @@ def test_rows_of_typed_columns(tmp_path, monkeypatch):
         ("decode?along=99", "latent: expected"),
         ("map?axes=0,0", "axes: expected two"),
         ("map?axes=a", "axes: expected 'components'"),
-        ("map?color=red", "color: expected"),
+        ("map?color=red", "color: expected one of score, label"),
+        ("columns", "columns: the examples of this model are not rows"),
+        ("plane", "not two numbers"),
+        ("anomalies?count=0", "first, count: expected"),
+        ("anomalies?first=-1", "first, count: expected"),
+        ("decode?move=99:1", "move: expected directions 0 to"),
+        ("decode?move=0:x", "move: expected"),
         ("at?places=1", "pairs of numbers"),
         ("at?places=1,x", "expected numbers"),
         ("at?places=1,1e99", "below 1e6"),

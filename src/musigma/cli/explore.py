@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from musigma.cli.calibration import Calibration
 from musigma.cli.options import DATA, INSPECT, Common, DataOptions, Run, app
 from musigma.cli.trained import Trained
 from musigma.cli.watch import WatchedRun
@@ -26,7 +27,7 @@ def explore(
     options: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
-    """Show a trained model in a local page: its latents, what they do, and where the data are.
+    """Show a trained model in a local page: its latents, what they do, and strange examples.
 
     It serves the page until Ctrl-C. Needs FastAPI: pip install 'musigma[explore]'.
 
@@ -58,7 +59,6 @@ def explorer_of(trained: Trained, source: str | None, options: DataOptions) -> E
     """The explorer of a run, with the Python lines that load it."""
     from musigma.explore import Explorer
 
-    trained.check_latents("explore")
     source = source or trained.about_data.get("source")
     if source is None:
         raise ValueError("data: the checkpoint does not say what it was trained on; give --data")
@@ -67,10 +67,14 @@ def explorer_of(trained: Trained, source: str | None, options: DataOptions) -> E
     if trained.folder and (trained.folder / "metrics.jsonl").is_file():
         watched = WatchedRun(trained.folder)
         training = {"training": lambda: progress(watched), "training_lines": _watching(watched)}
+    loading = f"{_model(trained)}\ndata = {_loading(trained, source, found)}"
+    normal = None if trained.seen and trained.part == "held-out" else _normal(trained, options)
+    compared = {"normal": normal[0], "normal_lines": normal[1]} if normal else {}
     return Explorer(
         trained.model,
         found,
-        loading=_loading(trained, source, found),
+        loading=loading,
+        **compared,
         path=trained.path,
         seed=trained.common.seed,
         **training,
@@ -92,8 +96,40 @@ def _watching(watched: WatchedRun) -> str:
     )
 
 
+def _normal(trained: Trained, options: DataOptions) -> tuple[Dataset, str] | None:
+    """Normal rows that the model was not trained on, and the lines that load them.
+
+    None if they cannot be read, which is said.
+    """
+    try:
+        calibration = Calibration.read(trained, None, options)
+    except ValueError:
+        trained.screen.note(
+            "the held-out training data cannot be read, so scores are compared among the data "
+            "that are shown"
+        )
+        return None
+    rows, source = calibration.rows, trained.about_data["source"]
+    lines = f"normal = {_loading(trained, source, rows)}"
+    kept = "musigma.anomaly.calibration_rows(normal.content())"
+    return rows, f"{lines}\nnormal = normal.subset({kept})"
+
+
+def _model(trained: Trained) -> str:
+    """Python lines that load the model."""
+    plugin, device = trained.common.plugin, str(trained.device)
+    return "\n".join(
+        [
+            *([f"musigma.plugins.register({plugin!r})"] if plugin else []),
+            "torch.set_grad_enabled(False)",
+            f"model = musigma.load({str(trained.path)!r})",
+            *([] if device == "cpu" else [f"model = model.to({device!r})"]),
+        ]
+    )
+
+
 def _loading(trained: Trained, source: str, found: Dataset) -> str:
-    """Python lines that load the model and the data as `Trained` does."""
+    """A Python expression that loads the data that `Trained` returned last."""
     spec, how = trained.spec, []
     if found.preprocess != type(found.preprocess)():
         how.append(f"preprocess=datasets.{found.preprocess!r}")
@@ -109,13 +145,4 @@ def _loading(trained: Trained, source: str, found: Dataset) -> str:
         how.append("allow_constant=True")
     arguments = ", ".join([repr(source), *how])
     part = "" if trained.part == "all" else f".split({trained.part!r})"
-    plugin, device = trained.common.plugin, str(trained.device)
-    return "\n".join(
-        [
-            *([f"musigma.plugins.register({plugin!r})"] if plugin else []),
-            "torch.set_grad_enabled(False)",
-            f"model = musigma.load({str(trained.path)!r})",
-            *([] if device == "cpu" else [f"model = model.to({device!r})"]),
-            f"data = datasets.load({arguments}){part}",
-        ]
-    )
+    return f"datasets.load({arguments}){part}"

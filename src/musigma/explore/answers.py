@@ -24,6 +24,7 @@ from musigma.context import Context
 from musigma.data.readers import images
 from musigma.gaussian import DiagonalGaussian, Format
 from musigma.model import Model
+from musigma.questions import log_prob_given
 from musigma.trace import Recorder
 
 __all__: list[str] = []
@@ -116,6 +117,86 @@ def draws(
     return z
 
 
+# --- the columns of a row ------------------------------------------------------------------------
+
+
+def candidates(
+    x: Tensor,
+    spans: Mapping[int, tuple[float, float, int]],
+    atoms: Mapping[int, Sequence[float]],
+) -> tuple[list[list[float]], Tensor, Tensor]:
+    """The row with other values of one column after another: start, end and number, and atoms."""
+    values = [[*np.linspace(*spans[j]).tolist(), *atoms[j]] for j in spans]
+    column = torch.tensor(list(spans)).repeat_interleave(torch.tensor([len(v) for v in values]))
+    rows = x.cpu().repeat(len(column), 1)
+    rows[range(len(column)), column] = torch.tensor([t for v in values for t in v]).to(rows)
+    rows = rows.to(x.device)
+    return values, column, rows
+
+
+def conditional(model: Model, context: Context, column: Tensor, rows: Tensor) -> Tensor:
+    """log p of the value of one column given all the others, in nats."""
+    inner, given = model.given(contexts.repeat(context, len(rows)))
+    seen = column[:, None] != torch.arange(rows.shape[1])
+    nats = log_prob_given(inner, rows, seen, given)  # pyright: ignore
+    log_p = torch.from_numpy(nats)[range(len(rows)), column]
+    return log_p
+
+
+def sliced(model: Model, context: Context, rows: Tensor, count: int) -> Tensor:
+    """log p of whole rows, or a bound from so many draws, in nats."""
+    torch.manual_seed(0)
+    log_p = model.iwae(rows, count, contexts.repeat(context, len(rows)), at_once=2**14)
+    return log_p
+
+
+# --- a plane of data -----------------------------------------------------------------------------
+
+
+def landscape(
+    model: Model, context: Context, box: Sequence[float], side: int, count: int
+) -> Tensor:
+    """log p, or a bound from so many draws, on a grid (side, side) from the lower left."""
+    torch.manual_seed(0)
+    left, right, low, high = box
+    x, y = torch.linspace(left, right, side), torch.linspace(low, high, side)
+    rows = torch.cartesian_prod(y, x).flip(1).to(next(model.parameters()))
+    given = contexts.repeat(context, len(rows))
+    log_p = model.iwae(rows, count, given, at_once=2**14).reshape(side, side)
+    return log_p
+
+
+def samples(model: Model, context: Context, seed: int, count: int) -> Tensor:
+    """Draws of the model."""
+    torch.manual_seed(seed)
+    y = model.sample(count, contexts.repeat(context, count))
+    return y
+
+
+# --- scores --------------------------------------------------------------------------------------
+
+
+def scored(model: Model, batches: Iterable[tuple[Tensor, Any]]) -> np.ndarray:
+    """-log p(x) of many examples, or its upper bounds from one draw, in nats."""
+    parts = [-model.elbo(x, context) for x, context in batches]
+    scores = torch.cat(parts).double().numpy(force=True)
+    scores = np.where(np.isnan(scores), np.inf, scores)
+    return scores
+
+
+def compared(scores: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The p-value of each score among the known scores of others."""
+    p = musigma.anomaly.p_values(scores, known)
+    return p
+
+
+def among(scores: np.ndarray) -> np.ndarray:
+    """The p-value of each score among all the others."""
+    p = musigma.anomaly.p_values(scores, scores)  # each has also met itself
+    p = (p * (len(scores) + 1) - 1) / len(scores)
+    return p
+
+
 # --- latents to data -----------------------------------------------------------------------------
 
 
@@ -128,6 +209,14 @@ def from_example(model: Model, x: Tensor, context: Context) -> list[Tensor]:
 def from_prior(model: Model, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """The center of the prior."""
     z = [torch.zeros(1, *shape).to(next(model.parameters())) for shape in shapes]
+    return z
+
+
+def moved(z: Sequence[Tensor], steps: Tensor, moves: Mapping[int, float]) -> list[Tensor]:
+    """Go some steps along directions."""
+    flat = torch.stack([size * steps[k] for k, size in moves.items()]).sum(0)
+    parts = flat.split([t[0].numel() for t in z])
+    z = [t + part.reshape(t.shape[1:]) for t, part in zip(z, parts, strict=True)]
     return z
 
 
@@ -171,6 +260,16 @@ def components(points: Tensor) -> tuple[Tensor, Tensor]:
     axes = torch.linalg.svd(points - middle, full_matrices=False)[2][:2]
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
     return middle, axes
+
+
+def directions(points: Tensor, masks: Sequence[np.ndarray], count: int) -> Tensor:
+    """Steps of one standard deviation along components, and between means of classes, (K, D)."""
+    _, scale, axes = torch.linalg.svd(points - points.mean(0), full_matrices=False)
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    along = axes[:count] * scale[:count, None] / (len(points) - 1) ** 0.5
+    between = [points[mask].mean(0) - points[~mask].mean(0) for mask in masks]
+    steps = torch.stack([*along, *between])
+    return steps
 
 
 def elements(points: Tensor, pair: Sequence[int]) -> tuple[Tensor, Tensor]:

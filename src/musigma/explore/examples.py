@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +22,12 @@ from musigma import data as datasets
 from musigma.context import Context
 from musigma.data.errors import printable
 from musigma.data.readers import images
+from musigma.evaluation import batch
 from musigma.explore import answers
 from musigma.model import Model
 from musigma.report.figures import pixels
 
-__all__ = ["Choice", "Examples"]
+__all__ = ["Choice", "Examples", "spread"]
 
 PIXELS = 2**25
 """Largest number of pixels of an uploaded image, which is checked before it is decoded."""
@@ -35,6 +37,15 @@ UPLOADS = 64
 
 COLUMNS = 64
 """Columns of a row that are shown."""
+
+
+def spread(n: int, most: int) -> np.ndarray:
+    """At most `most` of n numbers from 0, evenly spread.
+
+    >>> spread(9, 3).tolist()
+    [0, 4, 8]
+    """
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int))
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class Examples:
     Attributes:
         classes: Names of the classes, if the model is conditioned on them alone.
         columns: Names of the elements of a vector.
+        flat: Whether examples are points of a plane, two numbers each.
     """
 
     def __init__(self, model: Model, data: datasets.Dataset, loading: str, seed: int):
@@ -77,6 +89,8 @@ class Examples:
         vector = len(self.spec.shape) == 1
         named = self.spec.columns or [f"x{i}" for i in range(self.spec.dims * vector)]
         self.columns = list(named)
+        typed = self.spec.schema.columns if self.spec.schema else ()
+        self.flat = self.spec.shape == (2,) and not any(c.has_levels for c in typed)
 
     def __getitem__(self, of: Choice) -> tuple[Tensor, Context, list[Any]]:
         """An example (1, *event), its context, and the lines that make them.
@@ -103,6 +117,39 @@ class Examples:
             context = answers.of_class(context, of.label)
             parts.append((answers.of_class, {"number": of.label}))
         return x, context, parts
+
+    def sample(self, most: int) -> np.ndarray:
+        """Examples that are spread evenly over the data, (n, *event)."""
+        return self.data.take(spread(len(self.data), most), seed=self.seed)
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """Some examples, (n, *event)."""
+        return batch(self.data, np.array(indices), self.model, seed=self.seed)[0]
+
+    def colors(self) -> list[str]:
+        """What a map can be colored by, beside the score: the label, columns, and context."""
+        given = [n for n, v in self.data.given.items() if v.values.ndim == 1 and n != "label"]
+        labeled = ["label"] if self.data.labels is not None else []
+        return [*labeled, *(f"column {n}" for n in self.columns[:COLUMNS]), *given]
+
+    def color(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """Values of examples by one of `colors`, and the names of classes, if they are some.
+
+        Raises:
+            ValueError: For another name.
+        """
+        if name not in self.colors():
+            raise ValueError(
+                f"color: expected one of score, {', '.join(self.colors())}; got {name[:40]!r}"
+            )
+        if name == "label" and self.data.labels is not None:
+            return self.data.labels[rows], list(self.data.label_names)
+        if name in self.data.given:
+            given = self.data.given[name]
+            return given.values[rows], list(given.names)
+        j = self.columns.index(name.removeprefix("column "))
+        levels = self.spec.schema.columns[j].levels if self.spec.schema else ()
+        return self.data.take(rows)[:, j], list(levels)
 
     def about(self, of: Choice) -> dict[str, Any]:
         """The name and the class of an example, if it has any."""
@@ -132,7 +179,13 @@ class Examples:
             rows = [list(row) for row in zip(*columns[:COLUMNS], strict=True)]
         else:
             rows = [[f"{v:.4g}" for v in row] for row in values[:, :COLUMNS].tolist()]
-        return {"names": self.columns[:COLUMNS], "rows": rows, "columns": len(self.columns)}
+        points = {"points": values.tolist()} if self.flat else {}
+        return {
+            "names": self.columns[:COLUMNS],
+            "rows": rows,
+            "columns": len(self.columns),
+            **points,
+        }
 
     # --- uploads ---------------------------------------------------------------------------------
 

@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from musigma.data import Dataset
 from musigma.evaluation import bound, evaluating
 from musigma.explore import answers
+from musigma.explore.columns import DRAWS, Columns
 from musigma.explore.examples import Choice, Examples, planes
 from musigma.explore.lines import lines
-from musigma.explore.places import Places
+from musigma.explore.places import Places, read_pairs
+from musigma.explore.ranking import Ranking
+from musigma.explore.survey import STEPS as COMPONENTS
 from musigma.explore.survey import Moments, Survey, Turns
 from musigma.gaussian import Format, GaussianHead
 from musigma.model import Model
@@ -31,21 +35,30 @@ SHOWN = 48
 STEPS = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
 """Values along one element of the latents, in standard deviations of its prior."""
 
+SIDE = 72
+"""Points of a side of the grid on which a density of the plane is computed."""
+
+DOTS = 1000
+"""Examples, and draws of the model, that are shown on a plane of data."""
+
 
 class Explorer:
     """A trained model and data of its kind. Its methods may be called from several threads.
 
     Args:
-        model: Any model with latents.
+        model: Any model.
         data: Examples of its kind.
         loading: Python lines that define `model` and `data`.
+        normal: Normal examples that the model was not trained on, with which the scores of the
+            data are compared; None if `data` are such examples.
+        normal_lines: Python lines that define `normal`.
         path: The file of the model; an answer says when it has changed.
         training: Returns the state of the training, as `musigma watch --json` shows it.
         training_lines: Python lines that do the same.
         seed: Random seed of binarization.
 
     Raises:
-        ValueError: If the model has no latents, or there are no data.
+        ValueError: If there are no data.
     """
 
     def __init__(
@@ -54,26 +67,28 @@ class Explorer:
         data: Dataset,
         *,
         loading: str = "",
+        normal: Dataset | None = None,
+        normal_lines: str = "",
         path: Path | None = None,
         training: Callable[[], dict[str, Any]] | None = None,
         training_lines: str = "",
         seed: int = 0,
     ):
-        if model.no_latents:
-            raise ValueError(f"explore: {model.no_latents}")
         if not len(data):
             raise ValueError(f"data: {data.name or 'the set'} holds no examples to explore")
         self.model, self.path, self.turns = model, path, Turns()
         self.training, self.training_lines = training, training_lines
-        self.examples = Examples(model, data, loading, seed)
-        self.stamp = self._stamp()
+        self.examples, self.normal_lines = Examples(model, data, loading, seed), normal_lines
+        self.stamp, self.shapes, self.moments = self._stamp(), [], None
         with self._using():
             x, context, _ = self.examples[Choice()]
-            latents = model.encode(x, context, mode=True)
-            self.shapes = [tuple(t.shape[1:]) for t in latents]
-            self.moments = _moments(model, x, context)
-        self.places = Places(self.shapes)
-        self.survey = Survey(model, data, self.turns, self.moments)
+            if not model.no_latents:
+                latents = model.encode(x, context, mode=True)
+                self.shapes = [tuple(t.shape[1:]) for t in latents]
+                self.moments = _moments(model, x, context)
+        self.places, self.columns = Places(self.shapes), Columns(model, self.examples)
+        self.survey = Survey(model, data, self.turns, self.moments, answers.scored, normal)
+        self.ranking = Ranking(self.survey)
 
     def notice(self) -> str:
         """What the user must know about the file of the model; empty if nothing."""
@@ -99,7 +114,10 @@ class Explorer:
             "classes": self.examples.classes,
             "shapes": [list(shape) for shape in self.shapes],
             "dims": sum(map(math.prod, self.shapes)),
-            "moments": self.moments.__name__,
+            "moments": self.moments.__name__ if self.moments else "",
+            "conditionals": self.columns.how,
+            "flat": self.examples.flat,
+            "colors": self.examples.colors(),
             "levels": len(self.shapes) > 1 and all(len(s) == 3 for s in self.shapes),
             "format": str(heads[0].format if heads else Format()),
             "training": self.training is not None,
@@ -113,6 +131,8 @@ class Explorer:
         """An example, its posterior, draws of it, and what they decode to."""
         _check(count, 64, temperature)
         given, shown = self.places.changes(changes), self.examples.shown
+        if self.moments is None:
+            return self._scored(of)
         arguments = {"seed": seed, "count": count, "temperature": temperature}
         with self._using():
             x, context, begin = self.examples[of]
@@ -131,9 +151,7 @@ class Explorer:
             "reconstruction": shown(again),
             "follows": shown(follows),
             "draws": shown(pictures),
-            "nats": nats,
-            "bits_per_dim": bits_per_dim(nats, x[0].numel()),
-            "bound": bound(self.model),
+            **self._figures(nats),
             "cost": float(cost.sum()),
             "rest": float(cost.sum() - cost[order].sum()),
             "latents": [
@@ -156,8 +174,66 @@ class Explorer:
             ),
         }
 
-    def decode(self, of: Choice, start: str, changes: str, along: int | None) -> dict[str, Any]:
+    def _scored(self, of: Choice) -> dict[str, Any]:
+        """An example of a model without latents."""
+        with self._using():
+            x, context, begin = self.examples[of]
+            nats = float(-self.model.elbo(x, context))
+        return {
+            **self.examples.about(of),
+            "input": self.examples.shown(x),
+            **self._figures(nats),
+            "latents": [],
+            "python": lines(*begin, "nats = -model.elbo(x, context)"),
+        }
+
+    def _figures(self, nats: float) -> dict[str, Any]:
+        bits = bits_per_dim(nats, self.examples.spec.dims)
+        return {"nats": nats, "bits_per_dim": bits, "bound": bound(self.model)}
+
+    def conditionals(self, of: Choice) -> dict[str, Any]:
+        """How probable each value of a row is, given the others."""
+        if not self.columns.how:
+            raise ValueError("columns: the examples of this model are not rows of several numbers")
+        with self._using():
+            x, context, begin = self.examples[of]
+            columns, parts = self.columns(x, context)
+        return {"columns": columns, "how": self.columns.how, "python": lines(*begin, *parts)}
+
+    def plane(self, of: Choice) -> dict[str, Any]:
+        """Data in two dimensions, draws of the model, and its density."""
+        if not self.examples.flat:
+            raise ValueError("plane: the examples of this model are not two numbers each")
+        data = self.examples.sample(DOTS)
+        low, high = np.quantile(data, [0.002, 0.998], axis=0)
+        margin = 0.15 * (high - low) + 1e-6
+        box = np.stack([low - margin, high + margin], 1).round(6).flatten().tolist()
+        count = 1 if self.model.exact else DRAWS
+        arguments = {"box": box, "side": SIDE, "count": count}
+        with self._using():
+            _, context, begin = self.examples[of]
+            log_p = answers.landscape(self.model, context, **arguments)
+            y = answers.samples(self.model, context, seed=0, count=DOTS)
+        return {
+            "box": box,
+            "names": self.examples.columns,
+            "side": SIDE,
+            "log_p": log_p.double().cpu().flatten().tolist(),
+            "bound": bound(self.model, count),
+            "data": data.tolist(),
+            "samples": y.tolist(),
+            "python": lines(
+                *begin,
+                (answers.landscape, arguments),
+                (answers.samples, {"seed": 0, "count": DOTS}),
+            ),
+        }
+
+    def decode(
+        self, of: Choice, start: str, changes: str, along: int | None, moves: str = ""
+    ) -> dict[str, Any]:
         """Latents with some of their elements set, decoded; or several values of one of them."""
+        self._latents()
         if start not in ("example", "prior"):
             raise ValueError(f"start: expected 'example' or 'prior'; got {start!r}")
         given = self.places.changes(changes)
@@ -171,6 +247,11 @@ class Explorer:
             else:
                 z = answers.from_prior(self.model, self.shapes)
                 parts.append((answers.from_prior, {"shapes": self.shapes}))
+            if moves:
+                given_moves = self._moves(moves)
+                parts[1:1] = self._directions()
+                z = answers.moved(z, self.survey.steps, given_moves)
+                parts.append((answers.moved, {"moves": given_moves}))
             y = answers.decoded(self.model, z, context, given)
             parts.append((answers.decoded, {"changes": given}))
             if place is not None:
@@ -184,22 +265,29 @@ class Explorer:
 
     def order(self) -> dict[str, Any]:
         """The elements of the latents that cost most over the data."""
+        self._latents()
         cost, name = self.survey.wait().cost, self.places.name
         rows = [{"place": i, "name": name(i), "cost": float(cost[i])} for i in self.survey.top]
-        return {"examples": len(self.survey.sample), "total": float(cost.sum()), "latents": rows}
+        return {
+            "examples": len(self.survey.sample),
+            "total": float(cost.sum()),
+            "latents": rows,
+            "directions": self.survey.named,
+        }
 
     # --- the map ---------------------------------------------------------------------------------
 
     def map(self, axes: str, color: str, first: int) -> dict[str, Any]:
         """The places of examples, of all that are known from number `first` on."""
-        survey, labels = self.survey, self.examples.data.labels
+        survey = self.survey
         pair = self._axes(axes)
-        if color not in ("label", "score"):
-            raise ValueError(f"color: expected 'label' or 'score'; got {color!r}")
         columns = survey.columns(pair)
         part = slice(max(0, first), survey.done)
-        rows, by_label = survey.rows[part], color == "label" and labels is not None
-        colors = labels[rows] if by_label and labels is not None else survey.scores[part]
+        rows = survey.rows[part]
+        values, names = survey.scores[part], []
+        color = color or ("score" if self.examples.data.labels is None else "label")
+        if color != "score":
+            values, names = self.examples.color(color, rows)
         xy = survey.places[part][:, columns].round(4)
         return {
             "first": part.start,
@@ -209,8 +297,9 @@ class Explorer:
             "index": rows.tolist(),
             "x": xy[:, 0].tolist(),
             "y": xy[:, 1].tolist(),
-            "color": colors.tolist(),
-            "colored": "label" if by_label else "score",
+            "color": values.tolist(),
+            "colored": color,
+            "names": names,
             "axes": ["component 1", "component 2"]
             if pair is None
             else [*map(self.places.name, pair)],
@@ -221,7 +310,7 @@ class Explorer:
         pair = self._axes(axes)
         with self._using():
             x, context, _ = self.examples[of]
-            _, std, _ = self.moments(self.model, x, context)
+            _, std, _ = self._latents()(self.model, x, context)
             center = answers.centers(self.model, [(x, context)])
             _, directions = self.survey.axes(pair)
         root = directions * std
@@ -243,14 +332,43 @@ class Explorer:
             _, context, (loading, *example) = self.examples[of]
             middle, directions = self.survey.axes(pair)
             y = answers.at(self.model, context, middle, directions, places, self.shapes)
-        some = (
-            f"rows = np.unique(np.linspace(0, len(data) - 1, {len(self.survey.sample)})"
-            ".astype(int))\nbatches = musigma.evaluation.batches(model, data.subset(rows))"
-        )
         plane = (answers.components, {}) if pair is None else (answers.elements, {"pair": pair})
         last = (answers.at, {"places": [list(p) for p in places], "shapes": self.shapes})
-        python = lines(loading, some, (answers.centers, {}), plane, *example, last)
+        python = lines(loading, *self._sample(), plane, *example, last)
         return {"pictures": self.examples.shown(y), "python": python}
+
+    # --- anomalies -------------------------------------------------------------------------------
+
+    def anomalies(self, rate: float, first: int, count: int) -> dict[str, Any]:
+        """The strangest examples, and what a false-positive rate flags."""
+        if not (first >= 0 and 1 <= count <= 64):
+            raise ValueError(
+                f"first, count: expected 0 or more and 1 to 64; got {first} and {count}"
+            )
+        self.survey.start()
+        answer = self.ranking(rate, first, count)
+        for row in answer["rows"]:
+            row |= self.examples.about(Choice(row["index"]))
+        with self._using():
+            index = [row["index"] for row in answer["rows"]]
+            x = self.examples.batch(index) if index else None
+        own, at_once = self.survey, self.survey.at_once
+        batches = f"musigma.evaluation.batches(model, {{}}, batch_size={at_once})"
+        parts: list[Any] = [
+            self.examples.loading,
+            f"rows = np.unique(np.linspace(0, len(data) - 1, {len(own.rows)}).astype(int))\n"
+            f"batches = {batches.format('data.subset(rows)')}",
+            (answers.scored, {}),
+        ]
+        if own.normal is None:
+            parts.append((answers.among, {}))
+        else:
+            again = f"{self.normal_lines}\nbatches = {batches.format('normal')}"
+            parts[1:1] = [again, (answers.scored, {}), "known = scores"]
+            parts.append((answers.compared, {}))
+        shown = None if x is None else self.examples.shown(x)
+        unit = "\u2212log p" if self.model.exact else "bound of \u2212log p"
+        return {**answer, "shown": shown, "unit": unit, "python": lines(*parts)}
 
     # --- levels, training ------------------------------------------------------------------------
 
@@ -258,6 +376,7 @@ class Explorer:
         self, of: Choice, level: int, seed: int, count: int, temperature: float
     ) -> dict[str, Any]:
         """The priors of the latents given those above, and draws of one of them."""
+        self._latents()
         if not all(len(shape) == 3 for shape in self.shapes):
             raise ValueError("levels: the latents of this model are vectors, not images")
         if not 0 <= level < len(self.shapes):
@@ -288,8 +407,41 @@ class Explorer:
 
     # --- parts of answers ------------------------------------------------------------------------
 
+    def _latents(self) -> Moments:
+        """How the posterior is described.
+
+        Raises:
+            ValueError: If the model has no latents.
+        """
+        if self.moments is None:
+            raise ValueError(f"latents: {self.model.no_latents}")
+        return self.moments
+
+    def _sample(self) -> list[Any]:
+        """Lines of the centers from which the plane and the directions are computed."""
+        rows = f"np.unique(np.linspace(0, len(data) - 1, {len(self.survey.sample)}).astype(int))"
+        batches = "musigma.evaluation.batches(model, data.subset(rows))"
+        return [f"rows = {rows}\nbatches = {batches}", (answers.centers, {})]
+
+    def _directions(self) -> list[Any]:
+        """Lines of the directions of the sliders."""
+        masks = f"masks = [data.labels[rows] == k for k in {self.survey.classes}]"
+        last = (answers.directions, {"count": COMPONENTS})
+        return [*self._sample(), masks, last]
+
+    def _moves(self, text: str) -> dict[int, float]:
+        """Steps along directions, from text such as 0:1.5,4:-1."""
+        moves = read_pairs(text, "move")
+        for k in moves:
+            if not 0 <= k < len(self.survey.wait().named):
+                raise ValueError(
+                    f"move: expected directions 0 to {len(self.survey.named) - 1}; got {k}"
+                )
+        return moves
+
     def _axes(self, text: str) -> tuple[int, int] | None:
         """The elements that are the axes of the map; None: principal components."""
+        self._latents()
         if len(self.survey.wait().points[0]) < 2:
             raise ValueError("axes: the model has a single latent number, so there is no plane")
         if text == "components":

@@ -9,6 +9,25 @@ from itertools import accumulate
 __all__ = ["Places"]
 
 
+def read_pairs(text: str, name: str) -> dict[int, float]:
+    """Numbers by place, from text such as 3:1.5,7:0.
+
+    Raises:
+        ValueError: If it is of another kind, or a number is not between -100 and 100.
+    """
+    given = {}
+    for word in filter(None, text.split(",")):
+        place, _, value = word.partition(":")
+        try:
+            i, number = int(place), float(value)
+        except ValueError:
+            i, number = -1, math.nan
+        if not abs(number) <= 100:
+            raise ValueError(f"{name}: expected elements such as 3:1.5,7:0; got {word[:40]!r}")
+        given[i] = number
+    return given
+
+
 class Places:
     """Numbers and names of the elements of latents.
 
@@ -45,14 +64,4 @@ class Places:
 
     def changes(self, text: str) -> dict[tuple[int, ...], float]:
         """The elements to set, from text such as 3:1.5,7:0."""
-        given = {}
-        for word in filter(None, text.split(",")):
-            place, _, value = word.partition(":")
-            try:
-                i, number = int(place), float(value)
-            except ValueError:
-                i, number = -1, math.nan
-            if not abs(number) <= 100:
-                raise ValueError(f"set: expected elements such as 3:1.5,7:0; got {word[:40]!r}")
-            given[self.place(i)] = number
-        return given
+        return {self.place(i): value for i, value in read_pairs(text, "set").items()}

@@ -145,16 +145,29 @@ def _add_answers(app: FastAPI, explorer: Explorer) -> None:
         start: str = "example",
         set: str = "",
         along: int | None = None,
+        move: str = "",
     ) -> Response:
         of = choice(index, upload, label)
-        return answer(lambda: explorer.decode(of, start, set, along))
+        return answer(lambda: explorer.decode(of, start, set, along, move))
+
+    @app.get("/api/columns")
+    def columns(index: int = 0, upload: str = "", label: int = -1) -> Response:
+        return answer(lambda: explorer.conditionals(choice(index, upload, label)))
+
+    @app.get("/api/plane")
+    def plane(index: int = 0, label: int = -1) -> Response:
+        return answer(lambda: explorer.plane(choice(index, "", label)))
+
+    @app.get("/api/anomalies")
+    def anomalies(rate: float = 0.01, first: int = 0, count: int = 24) -> Response:
+        return answer(lambda: explorer.anomalies(rate, first, count))
 
     @app.get("/api/order")
     def order() -> Response:
         return answer(explorer.order)
 
     @app.get("/api/map")
-    def map_(axes: str = "components", color: str = "label", first: int = 0) -> Response:
+    def map_(axes: str = "components", color: str = "", first: int = 0) -> Response:
         return answer(lambda: explorer.map(axes, color, first))
 
     @app.get("/api/hover")

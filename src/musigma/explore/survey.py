@@ -1,10 +1,11 @@
-"""What the page knows about all of the data: which latents matter, and where examples are."""
+"""What the page knows about all of the data: latents that matter, places, and scores."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from musigma.data import Dataset
 from musigma.evaluation import batches, evaluating
 from musigma.explore import answers
+from musigma.explore.examples import spread
 from musigma.model import Model
 
-__all__ = ["Survey", "Turns", "spread"]
+__all__ = ["Survey", "Turns"]
 
 MOST = 50_000
 """Examples on the map."""
@@ -31,22 +33,20 @@ MEMORY = 16_000_000
 TOP = 16
 """Elements of the latents that can be axes and have sliders."""
 
-BATCH = 16
-"""Examples of the map that are computed at once, while requests wait."""
+STEPS = 4
+"""Principal components along which sliders go."""
+
+CLASSES = 12
+"""Largest number of classes between which sliders go."""
+
+BATCH = 65_536
+"""Numbers of examples of the map that are computed at once, while requests wait."""
 
 QUIET = 0.1
 """Seconds without a request after which work in the background goes on."""
 
 Moments = Callable[[Model, Tensor, Any], tuple[Tensor, Tensor, Tensor]]
-
-
-def spread(n: int, most: int) -> np.ndarray:
-    """At most `most` of n numbers from 0, evenly spread.
-
-    >>> spread(9, 3).tolist()
-    [0, 4, 8]
-    """
-    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(int))
+Score = Callable[[Model, Iterable[tuple[Tensor, Any]]], np.ndarray]
 
 
 class Turns:
@@ -91,16 +91,22 @@ class Survey:
         model: The model.
         data: The data.
         turns: Held while the model is in use, for one batch at a time.
-        moments: One of `posterior`, `values` and `estimated` of `musigma.explore.answers`.
+        moments: One of `posterior`, `values` and `estimated` of `musigma.explore.answers`; None if
+            the model has no latents.
+        score: How strange the examples of batches are: `musigma.explore.answers.scored`.
+        normal: Examples that scores are compared with; by default those of the data.
 
     Attributes:
         sample: The examples from which `points` (n, D) were computed.
         plane: Their two `components`.
+        steps: Their `directions`, (K, D), and `masks` of the classes among them.
+        named: Their names.
         cost: Mean cost of each element of the latents over them, in nats, (D,).
         top: The elements with the largest cost.
         rows: The examples on the map; those before `done` are there.
         places: Their coordinates on the plane, and the values of `top`, (n, 2 + top).
-        scores: Their upper bounds of -log p(x) in nats.
+        scores: Their scores.
+        compared: Scores of the normal examples, once all are known; None if there are none.
         error: What ended the pass, if it could not be completed.
         known: Whether all but the map is known.
         ready: Set once it is, or there was an error.
@@ -108,16 +114,28 @@ class Survey:
 
     points: Tensor
     plane: tuple[Tensor, Tensor]
+    steps: Tensor
+    named: list[str]
     cost: Tensor
     top: list[int]
 
-    def __init__(self, model: Model, data: Dataset, turns: Turns, moments: Moments):
+    def __init__(
+        self,
+        model: Model,
+        data: Dataset,
+        turns: Turns,
+        moments: Moments | None,
+        score: Score,
+        normal: Dataset | None = None,
+    ):
         self.model, self.data, self.turns, self.moments = model, data, turns, moments
+        self.score, self.normal, self.compared = score, normal, None
         self.rows, self.done, self.error = spread(len(data), MOST), 0, ""
-        self.scores = np.full(len(self.rows), np.nan, np.float32)
+        self.scores = np.full(len(self.rows), np.nan)
         self.places = np.empty((0, 2), np.float32)
         self.sample = spread(len(data), SAMPLE)
         self.known, self.ready = False, threading.Event()
+        self.at_once = max(8, min(256, BATCH // math.prod(data.shape)))
         self.thread: threading.Thread | None = None
         self.beginning, self.stopped = threading.Lock(), threading.Event()
 
@@ -164,46 +182,73 @@ class Survey:
             raise ValueError(f"axes: expected two of {self.top}; got {list(pair)}")
         return [2 + self.top.index(i) for i in pair]
 
+    @property
+    def classes(self) -> list[int]:
+        """The classes with examples in the sample and others, if there are not too many."""
+        labels, names = self.data.labels, self.data.label_names
+        if labels is None or len(names) > CLASSES:
+            return []
+        of = labels[self.sample]
+        return [k for k in range(len(names)) if 1 < (of == k).sum() < len(of) - 1]
+
+    def masks(self) -> list[np.ndarray]:
+        """Which examples of the sample are of each of these classes."""
+        labels = self.data.labels
+        return [] if labels is None else [labels[self.sample] == k for k in self.classes]
+
     @torch.no_grad()
     def _run(self) -> None:
         try:
-            self._order()
+            if self.moments is not None:
+                self._order(self.moments)
             self.known = True
             self.ready.set()
             self._map()
+            if self.normal is not None:
+                self.compared = self._scores(self.normal)
         except Exception as error:  # the page shows it; requests go on
             self.error = f"{type(error).__name__}: {error}"
             self.ready.set()
 
-    def _order(self) -> None:
+    def _order(self, moments: Moments) -> None:
         """The latents of a sample, and which of their elements matter."""
-        x, context = next(iter(self._in_turn(self.sample[:1])))
+        x, context = next(iter(self._in_turn(self.data.subset(self.sample[:1]))))
         dims = sum(t[0].numel() for t in self.model.encode(x, context, mode=True))
         self.sample = spread(len(self.data), max(2, min(SAMPLE, MEMORY // dims)))
-        self.points = answers.centers(self.model, self._in_turn(self.sample))
+        self.points = answers.centers(self.model, self._in_turn(self.data.subset(self.sample)))
         costs = []
-        for x, context in self._in_turn(self.sample[:: max(1, len(self.sample) // 128)]):
-            costs.append(self.moments(self.model, x, context)[2])
+        some = self.sample[:: max(1, len(self.sample) // 128)]
+        for x, context in self._in_turn(self.data.subset(some)):
+            costs.append(moments(self.model, x, context)[2])
         self.cost = torch.cat(costs).mean(0)
         self.top = self.cost.argsort(descending=True)[:TOP].tolist()
         self.plane = answers.components(self.points)
+        self.steps = answers.directions(self.points, self.masks(), STEPS)
+        along = len(self.steps) - len(self.classes)
+        names = [self.data.label_names[k] for k in self.classes]
+        self.named = [f"component {k + 1}" for k in range(along)] + [f"label {n}" for n in names]
         unit = torch.zeros(len(self.top), self.points.shape[1]).to(self.points)
         unit[range(len(self.top)), self.top] = 1
         self.directions = torch.cat([self.plane[1], unit])
 
     def _map(self) -> None:
         """The place and the score of every example of the map."""
-        self.places = np.zeros((len(self.rows), len(self.directions)), np.float32)
-        for x, context in self._in_turn(self.rows, BATCH):
-            flat = answers.centers(self.model, [(x, context)])
+        if self.moments is not None:
+            self.places = np.zeros((len(self.rows), len(self.directions)), np.float32)
+        for x, context in self._in_turn(self.data.subset(self.rows), self.at_once):
             part = slice(self.done, self.done + len(x))
-            self.places[part] = (flat @ self.directions.T).numpy(force=True)
-            self.scores[part] = -self.model.elbo(x, context).numpy(force=True)
+            if self.moments is not None:
+                flat = answers.centers(self.model, [(x, context)])
+                self.places[part] = (flat @ self.directions.T).numpy(force=True)
+            self.scores[part] = self.score(self.model, [(x, context)])
             self.done = part.stop
 
-    def _in_turn(self, rows: np.ndarray, batch_size: int = 64) -> Iterator[tuple[Tensor, Any]]:
+    def _scores(self, data: Dataset) -> np.ndarray:
+        return self.score(self.model, self._in_turn(data, self.at_once))
+
+    def _in_turn(self, data: Dataset, batch_size: int = 64) -> Iterator[tuple[Tensor, Any]]:
         """The batches of `musigma.evaluation.batches`, each while it is the survey's turn."""
-        stream = batches(self.model, self.data.subset(rows), batch_size=batch_size)
+        stream = batches(self.model, data, batch_size=batch_size)
         while True:
             with self.turns.then(), evaluating(self.model):
                 if self.stopped.is_set() or (batch := next(stream, None)) is None:
