@@ -363,7 +363,7 @@ def test_conditionals_are_those_of_the_model(table, monkeypatch):
     names = run(answer["python"], folder, monkeypatch)
     first = answer["columns"][0]
     assert first["name"] == "age"
-    wanted = np.exp(names["log_p"][: len(first["curve"]["p"])])
+    wanted = names["log_p"][: len(first["curve"]["p"])].exp()
     assert first["curve"]["p"] == pytest.approx(wanted.tolist(), rel=1e-6)
 
 

@@ -26,6 +26,8 @@ IMPORTS = {
     "images": "from musigma.data.readers import images",
     "DiagonalGaussian": "from musigma.gaussian import DiagonalGaussian",
     "Format": "from musigma.gaussian import Format",
+    "log_prob_given": "from musigma.questions import log_prob_given",
+    "nan": "from math import nan",
     "Recorder": "from musigma.trace import Recorder",
 }
 
