@@ -33,6 +33,7 @@ from musigma.distributions import (
 from musigma.gaussian import DiagonalGaussian, Format, GaussianHead
 from musigma.ladder import Ladder, LadderBlock
 from musigma.layers import (
+    MADE,
     ActNorm,
     Dequantize,
     InvertibleConv,
@@ -1049,3 +1050,13 @@ def test_mixing_two_formats_gives_a_wrong_kl():
     assert torch.allclose(mixed, 0.5 * (s.exp() - 1 - s)[0])
     assert torch.allclose(truth, 0.5 * ((2 * s).exp() - 1 - 2 * s)[0])
     assert truth > 2 * mixed
+
+
+def test_reordered_vectors_have_the_layout_that_networks_emit():
+    layer, x = Permutation.shuffle(7), torch.randn(5, 7)
+    net = MADE([*range(7), *range(7)], hidden=[8])
+    y = layer(x)[0]
+    assert torch.equal(y, x[:, layer.order])
+    assert y.stride() == layer.inverse(y)[0].stride() == net(x)[:, :7].stride()
+    image = torch.randn(5, 7, 2, 2)
+    assert layer(image)[0].stride() == image.stride()

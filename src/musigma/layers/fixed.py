@@ -122,11 +122,21 @@ class Permutation(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The reordered channels."""
-        return x[:, self.order], x.new_zeros(len(x))
+        return _ordered(x, self.order), x.new_zeros(len(x))
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The original order."""
-        return y[:, self.order.argsort()], y.new_zeros(len(y))
+        return _ordered(y, self.order.argsort()), y.new_zeros(len(y))
+
+
+def _ordered(x: Tensor, order: Tensor) -> Tensor:
+    """The channels in an order; vectors become contiguous along the batch, as networks emit them.
+
+    Operations on tensors of different layouts take several times as long.
+    """
+    if x.ndim == 2:
+        return x.t().index_select(0, order).t()
+    return x.index_select(1, order)
 
 
 class Squeeze(Bijection):

@@ -16,7 +16,7 @@ __all__ = ["ActNorm", "InvertibleConv", "Rotation"]
 
 def positions(x: Tensor) -> int:
     """Number of pixels of an image; 1 for a vector."""
-    return x[0, 0].numel()
+    return math.prod(x.shape[2:])
 
 
 class ActNorm(Bijection):
