@@ -1054,7 +1054,7 @@ def test_mixing_two_formats_gives_a_wrong_kl():
 
 def test_reordered_vectors_have_the_layout_that_networks_emit():
     layer, x = Permutation.shuffle(7), torch.randn(5, 7)
-    net = MADE([*range(7), *range(7)], hidden=[8])
+    net = MADE([*range(7), *range(7)], hidden=[8]).to(x)
     y = layer(x)[0]
     assert torch.equal(y, x[:, layer.order])
     assert y.stride() == layer.inverse(y)[0].stride() == net(x)[:, :7].stride()
