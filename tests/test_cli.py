@@ -1163,6 +1163,7 @@ CHANGED_OPTIONS = {
     "size": "--size 16",
     "bits": "--bits 4",
     "binarize": "--binarize dynamic",
+    "perturb": "--perturb 0.1",
     "given": "--conditional",
     "skip_bad": "--skip-bad",
     "blocks": "--blocks 2",

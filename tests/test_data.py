@@ -114,6 +114,9 @@ def fails(pattern: str, *faults: str):
         ({"size": ()}, r"size is \(\)"),
         ({"binarize": "yes"}, "binarize is 'yes'"),
         ({"binarize": "dynamic", "bits": 5}, "bits is 5 with binarize"),
+        ({"perturb": 1.0}, "perturb is 1.0: give a probability from 0 to below 1"),
+        ({"perturb": -0.1}, "perturb is -0.1"),
+        ({"perturb": "0.1"}, "perturb is '0.1'"),
     ],
 )
 def test_preprocess_refuses(given, message):
@@ -127,12 +130,13 @@ def test_preprocess_round_trips_through_json():
         Preprocess(size=3, bits=5),
         Preprocess(size=(3, 5)),
         Preprocess(binarize="dynamic"),
+        Preprocess(perturb=0.2),
     ):
         assert Preprocess.from_json(json.loads(json.dumps(p.to_json()))) == p
     assert Preprocess(size=(7, 7)) == Preprocess(size=7)  # what is a square is written as one
     assert Preprocess.from_json({"size": [3, 5]}).pixels == (3, 5)
     assert Preprocess.from_json({"size": 32, "bits": 8, "binarize": None}).pixels == (32, 32)
-    with fails("crop.*its keys are binarize, bits, size"):
+    with fails("crop.*its keys are binarize, bits, perturb, size"):
         Preprocess.from_json({"crop": 3})
     with fails("preprocess is 3"):
         Preprocess.from_json(3)  # type: ignore[arg-type]
@@ -195,6 +199,36 @@ def test_a_batch_is_taken_in_parts(side, cuts, seed):
     parts = [data.take(range(a, b), seed=seed, step=3, first=a) for a, b in pairwise(edges)]
     whole = data.take(range(12), seed=seed, step=3)
     np.testing.assert_array_equal(np.concatenate(parts), whole, strict=True)
+
+
+def test_perturbation_replaces_a_share_of_the_levels_by_uniform_ones():
+    n, rate = 400, 0.3
+    data = Dataset(np.full((n, 1, 20, 20), 7, np.uint8), preprocess=Preprocess(perturb=rate))
+    x = data.take(range(n), seed=3, step=5)
+    np.testing.assert_array_equal(x, data.take(range(n), seed=3, step=5))
+    for other in ({"seed": 4, "step": 5}, {"seed": 3, "step": 6}):
+        assert (x != data.take(range(n), **other)).mean() > 0.4
+    counts = np.bincount(x.ravel(), minlength=256)
+    expected = np.full(256, x.size * rate / 256)
+    expected[7] += x.size * (1 - rate)
+    assert abs(((counts - expected) ** 2 / expected).sum() - 255) < 5 * np.sqrt(2 * 255)
+    replaced = (x.ravel() != 7) - rate * 255 / 256
+    for lag in (1, 4, 20, 400):
+        assert abs((replaced[:-lag] * replaced[lag:]).mean()) < 5 * 0.21 / np.sqrt(x.size)
+
+
+def test_perturbation_comes_before_bits_are_lost_and_batches_are_taken_in_parts():
+    x = np.zeros((5, 1, 3, 3), np.uint8)
+    whole = Dataset(x, preprocess=Preprocess(perturb=0.5))
+    coarse = Dataset(x, preprocess=Preprocess(perturb=0.5, bits=3))
+    np.testing.assert_array_equal(coarse.x, whole.x >> 5)
+    parts = [whole.take(range(a, b), seed=9, first=a) for a, b in ((0, 2), (2, 3), (3, 5))]
+    np.testing.assert_array_equal(np.concatenate(parts), whole.take(range(5), seed=9))
+    binary = Dataset(x, preprocess=Preprocess(perturb=0.5, binarize="dynamic"))
+    assert 0 < binary.x.mean() < 1
+    np.testing.assert_array_equal(whole.content(), Dataset(x).content())
+    assert Preprocess(perturb=0.5).is_drawn
+    assert not Preprocess(binarize="threshold").is_drawn
 
 
 def test_levels_that_were_reduced_before_are_noticed(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -101,6 +102,8 @@ def refuse_other_run(out: Path, saved: Mapping[str, Any], defaults: Mapping[str,
 
 def _options(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a run by their names on the command line."""
+    from musigma.data import Preprocess
+
     model, data, asked = saved["model"], saved["data"], saved.get("asked", {})
     options, training = asked.get("options", model["options"]), asked.get("train", saved["train"])
     labels = ["label"] if model["options"].get("context") else []  # of runs before --given
@@ -108,7 +111,7 @@ def _options(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         "ARCH": model["architecture"],
         "DATA": data["source"],
         **{name: options.get(name, value) for name, value in defaults.items()},
-        **data["preprocess"],
+        **dataclasses.asdict(Preprocess.from_json(data["preprocess"])),
         "skip_bad": data["skip_bad"],
         "of": data.get("of", []),
         "given": data.get("given", labels),

@@ -118,6 +118,7 @@ class TrainingData:
             example. May be given several times.
         bits: Bits of each channel of an image, 1 to 8.
         binarize: Make images black and white: at a threshold, or by a new draw at each step.
+        perturb: Share of levels that random ones replace at each step, for a background model.
         conditional: Short for `--given label`.
         bounds: A file that says where the columns of a table lie (prior.toml): a table [bounds] of
             name = [low, high]; before it, positive = ["a", "b"], and lists of groups, simplex =
@@ -143,6 +144,7 @@ class TrainingData:
     given: Annotated[tuple[str, ...], Parameter(group=FIRST)] = ()
     bits: int = 8
     binarize: Literal["threshold", "dynamic"] | None = None
+    perturb: float = 0.0
     conditional: bool = False
     bounds: Path | None = None
     observed: Path | None = None
@@ -200,8 +202,8 @@ class TrainingData:
     @property
     def preprocess(self) -> data.Preprocess:
         """The preprocessing of the library."""
-        size = image_size(self.size)
-        return data.Preprocess(size=size, bits=self.bits, binarize=self.binarize)
+        size, perturb = image_size(self.size), self.perturb
+        return data.Preprocess(size=size, bits=self.bits, binarize=self.binarize, perturb=perturb)
 
 
 def described_data(

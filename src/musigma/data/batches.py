@@ -51,7 +51,7 @@ def stream(
     Args:
         dataset: The examples.
         batch_size: Number of examples of a step, in all parts together.
-        seed: Seed of the order of the examples and of dynamic binarization.
+        seed: Seed of the order of the examples, of perturbation and of dynamic binarization.
         start: First step.
         stop: Step before which the stream ends; None: it does not end.
         part: Rows of each batch to take; no other is read or decoded.

@@ -18,7 +18,7 @@ import numpy as np
 
 from musigma.data.errors import DataError, called, listing, named, printable
 from musigma.data.raw import content_hashes
-from musigma.data.sampling import PARTS, Part, binarized, parts
+from musigma.data.sampling import PARTS, Part, binarized, parts, perturbed
 from musigma.data.sequences import unusable
 from musigma.schema import Schema
 from musigma.spec import Spec, Variable
@@ -47,11 +47,15 @@ class Preprocess:
         bits: Bits of each channel: level x becomes floor(x / 2^(8 - bits)).
         binarize: One bit instead: x >= 128 ("threshold"), or a new draw with probability x / 255
             each time an example is taken ("dynamic").
+        perturb: Probability that an element is replaced by a uniform draw from all levels, before
+            it loses bits, anew each time an example is taken: the training data of a background
+            model (Ren et al., "Likelihood Ratios for Out-of-Distribution Detection", 2019,
+            arXiv:1906.02845).
 
     >>> Preprocess(binarize="dynamic").levels_bits
     1
     >>> Preprocess.from_json(Preprocess(size=32, bits=5).to_json())
-    Preprocess(size=32, bits=5, binarize=None)
+    Preprocess(size=32, bits=5, binarize=None, perturb=0.0)
     >>> Preprocess(size=(48, 64)).pixels
     (48, 64)
     """
@@ -59,6 +63,7 @@ class Preprocess:
     size: int | tuple[int, int] | None = None
     bits: int = 8
     binarize: Binarize | None = None
+    perturb: float = 0.0
 
     def __post_init__(self):
         sides = self.size if isinstance(self.size, (tuple, list)) else (self.size,) * 2
@@ -79,6 +84,8 @@ class Preprocess:
             raise DataError(
                 f"bits is {self.bits} with binarize, which leaves one: drop one of them"
             )
+        if not (isinstance(self.perturb, (int, float)) and 0 <= self.perturb < 1):
+            raise DataError(f"perturb is {self.perturb!r}: give a probability from 0 to below 1")
 
     @property
     def pixels(self) -> tuple[int, int] | None:
@@ -92,9 +99,17 @@ class Preprocess:
         """Bits per channel of what `Dataset.take` returns."""
         return 1 if self.binarize else self.bits
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether `Dataset.take` draws what it returns, by its seed and its step."""
+        return self.binarize == "dynamic" or self.perturb > 0
+
     def to_json(self) -> dict[str, Any]:
-        """A plain dict that `from_json` reads back."""
-        return asdict(self)
+        """A plain dict that `from_json` reads back; it names `perturb` where there is any."""
+        plain = asdict(self)
+        if not self.perturb:
+            del plain["perturb"]
+        return plain
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Preprocess:
@@ -286,7 +301,7 @@ class Dataset:
                 f"schema: expected one of {self.array.shape[-1]} columns; got {len(self.schema)}"
             )
         if self.bits is None and self.preprocess != UNTOUCHED:
-            settings, usual = self.preprocess.to_json(), UNTOUCHED.to_json()
+            settings, usual = asdict(self.preprocess), asdict(UNTOUCHED)
             changed = [f"{key}={settings[key]!r}" for key in usual if settings[key] != usual[key]]
             raise DataError(
                 f"{self.name or 'array'}: is a table, and {' and '.join(changed)} is for images: "
@@ -361,8 +376,8 @@ class Dataset:
     ) -> np.ndarray:
         """The examples at `indices` as a model sees them: uint8 levels from 0, or numbers.
 
-        Dynamic binarization is a pure function of (seed, step, position); the positions count
-        from `first`, so a batch can be taken in parts:
+        Perturbation and dynamic binarization are pure functions of (seed, step, position); the
+        positions count from `first`, so a batch can be taken in parts:
 
         >>> levels = np.full((4, 1, 2, 2), 99, np.uint8)
         >>> data = Dataset(levels, preprocess=Preprocess(binarize="dynamic"))
@@ -372,9 +387,11 @@ class Dataset:
         """
         index = np.asarray(indices) if len(indices) else np.empty(0, np.int64)
         rows = index if self.rows is None else self.rows[index]
-        x = np.ascontiguousarray(self.array[rows])
+        x, start = np.ascontiguousarray(self.array[rows]), first * prod(self.shape)
+        if self.preprocess.perturb:
+            x = perturbed(x, self.preprocess.perturb, seed, step, start)
         if self.preprocess.binarize == "dynamic":
-            return binarized(x, seed, step, first * prod(self.shape))
+            return binarized(x, seed, step, start)
         return x if self.bits in (None, 8) else x >> np.uint8(8 - self.bits)
 
     def moments(

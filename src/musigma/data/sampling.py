@@ -14,12 +14,12 @@ import numpy as np
 
 from musigma.data.errors import DataError
 
-__all__ = ["PARTS", "Part", "batch_indices", "binarized", "different", "parts"]
+__all__ = ["PARTS", "Part", "batch_indices", "binarized", "different", "parts", "perturbed"]
 
 Part = Literal["all", "train", "validation", "held-out"]
 PARTS = ("train", "validation", "held-out")
 
-NOISE, ORDER, REDRAW = 0, 1, 2  # streams of random numbers that share a seed
+NOISE, ORDER, REDRAW, REPLACED = 0, 1, 2, 3  # streams of random numbers that share a seed
 
 
 def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
@@ -75,6 +75,20 @@ def binarized(x: np.ndarray, seed: int, step: int, start: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         ones[again] = (z ^ (z >> np.uint64(31))) % np.uint64(255) < levels[again]
     return ones.view(np.uint8).reshape(x.shape)
+
+
+def perturbed(x: np.ndarray, rate: float, seed: int, step: int, start: int) -> np.ndarray:
+    """Each level replaced with probability `rate` by a uniform one, by the words from `start` on.
+
+    >>> x = perturbed(np.zeros((1, 100_000), np.uint8), 0.25, seed=0, step=0, start=0)
+    >>> round(float((x > 0).mean()), 2)  # 0.25 * 255 / 256
+    0.25
+    """
+    block, skip = divmod(start, 4)
+    words = _philox(seed, step, REPLACED, block).random_raw(skip + x.size)[skip:]
+    replaced = (words >> np.uint64(32)) < np.uint64(rate * 2**32)
+    levels = words.astype(np.uint8)  # the lowest byte, which the other bits do not determine
+    return np.where(replaced, levels, x.reshape(-1)).reshape(x.shape)
 
 
 def parts(

@@ -212,7 +212,9 @@ def _contents(dataset: Dataset) -> str:
         columns = f": {named(dataset.columns, 20)}" if listed else ":" * bool(dataset.schema)
         return f"{name}: {n} rows of {width} column{'s' * (width > 1)}{columns}"
     size = " x ".join(map(str, dataset.shape))
-    how = f", binarized ({dataset.preprocess.binarize})" if dataset.preprocess.binarize else ""
+    preprocess = dataset.preprocess
+    how = f", binarized ({preprocess.binarize})" if preprocess.binarize else ""
+    how += f", {preprocess.perturb:.0%} of levels replaced" if preprocess.perturb else ""
     return f"{name}: {n} images of {size}, {dataset.bits} bit{'s' * (dataset.bits > 1)}{how}"
 
 

@@ -178,7 +178,7 @@ def record(
     table = scores(model, data, **how)
     variables = () if model.spec is None else model.spec.context
     preprocess = {} if data.bits is None else data.preprocess.to_json()
-    if preprocess.get("binarize") == "dynamic":
+    if data.preprocess.is_drawn:
         preprocess |= {"seed": seed, "batch_size": batch_size}  # other draws are other examples
     fields = {
         "format": FORMAT,
