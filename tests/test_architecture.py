@@ -57,6 +57,7 @@ RANKS = {
     "coding": 8,
     "training": 8,  # it evaluates during training, so evaluation has a lower rank
     "report": 6,
+    "detectors": 9,
     "scorer": 9,
     "energy": 9,
     "coverage": 9,
@@ -75,7 +76,7 @@ OWNERS = {
     "cyclopts": {"cli"},
     "rich": {"cli"},
     "docstring_parser": {"cli"},
-    "PIL": {"data", "report", "coding"},
+    "PIL": {"data", "report", "coding", "detectors"},
     "constriction": {"coding"},
     "matplotlib": {"report"},
     "jinja2": {"report"},

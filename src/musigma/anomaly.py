@@ -34,6 +34,8 @@ __all__ = [
     "column_drift",
     "detection",
     "holm",
+    "mean_drift",
+    "nan_as_strangest",
     "p_values",
     "rate_interval",
     "score_drift",
@@ -45,6 +47,7 @@ ENOUGH, ABOVE = 10_000, 200  # calibration rows that suffice, if so many are abo
 FEW = 20  # distinct values of a numeric column up to which it is compared value by value
 EXPECTED = 5.0  # rows of either sample in a class, below which it is rare
 LEAST_PERMUTED, MOST_PERMUTED, CELLS = 199, 9_999, 5_000_000  # permutations; counts in all of them
+BATCHES = 999  # random batches that a batch is compared with
 BLOCK = 2**20  # counts that are held at once
 
 
@@ -115,6 +118,24 @@ def calibration_rows(content: np.ndarray, rates: Sequence[float] = ()) -> np.nda
     """
     most = int(max([ENOUGH, *(ABOVE / rate for rate in rates)]))
     return np.sort(np.argsort(content, kind="stable")[:most])
+
+
+def nan_as_strangest(scores: Any, name: str = "scores") -> tuple[np.ndarray, str]:
+    """Scores in which NaN is infinity, the strangest, and a sentence about them if there are any.
+
+    A model that cannot score an example finds it strange; nobody is to be told that it is usual.
+
+    Example:
+        >>> scores, note = nan_as_strangest([1.0, math.nan], "typicality")
+        >>> scores, note
+        (array([ 1., inf]), '1 of 2 scores (typicality) are NaN; they count as the strangest')
+    """
+    array = np.asarray(scores, np.float64)
+    missing = np.isnan(array)
+    note = ""
+    if bad := int(missing.sum()):
+        note = f"{bad:,} of {len(array):,} scores ({name}) are NaN; they count as the strangest"
+    return np.where(missing, np.inf, array), note
 
 
 def smallest_rate(n: int) -> float:
@@ -209,6 +230,46 @@ def score_drift(scores: Any, calibration: Any) -> dict[str, float]:
         _scores(v, n, least=1) for v, n in ((scores, "scores"), (calibration, "calibration"))
     )
     return dict(zip(("statistic", "p_value"), _kolmogorov_smirnov(new, known), strict=True))
+
+
+def mean_drift(scores: Any, calibration: Any, center: float, seed: int = 0) -> dict[str, float]:
+    """Test whether the mean score of a batch is as near to a center as that of usual batches.
+
+    The distance of the mean from the center is compared with that of 999 random batches of as many
+    rows of both sets together. If the rows are exchangeable, P(p <= a) <= a.
+
+    Args:
+        scores: Scores (B,) of the batch.
+        calibration: Scores (n,) of usual rows.
+        center: Where the mean of usual scores lies, from other rows than these.
+        seed: Random seed of the batches.
+
+    Returns:
+        `statistic`, the distance, and `p_value`, at least 1 / 1000.
+
+    Raises:
+        ValueError: If either has no scores, or any score is not finite.
+
+    Example:
+        >>> normal = np.random.default_rng(0).normal(size=(2, 500))
+        >>> mean_drift(normal[0, :50] + 1, normal[1], center=0.0)["p_value"]
+        0.001
+    """
+    new, known = (
+        _scores(v, n, least=1) for v, n in ((scores, "scores"), (calibration, "calibration"))
+    )
+    both, random = np.concatenate([new, known]), np.random.default_rng(seed)
+    if bad := int((~np.isfinite(both)).sum()):
+        raise ValueError(
+            f"scores: {bad:,} of {len(both):,} scores are infinite, so batches have no mean"
+        )
+
+    observed, at_once, as_far = abs(float(new.mean()) - center), max(1, BLOCK // len(both)), 0
+    for start in range(0, BATCHES, at_once):
+        copies = np.tile(both, (min(at_once, BATCHES - start), 1))
+        means = random.permuted(copies, axis=1)[:, : len(new)].mean(1)
+        as_far += int((np.abs(means - center) >= observed * (1 - 1e-9)).sum())
+    return {"statistic": observed, "p_value": (1 + as_far) / (1 + BATCHES)}
 
 
 def column_drift(

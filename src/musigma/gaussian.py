@@ -413,6 +413,9 @@ class EventDistribution(Distribution):
     `temperature`: a number, or one number for each entry of the first dimension. It shrinks a draw
     toward the center of the distribution, which it reaches at temperature 0.
 
+    Where the elements of an event are independent, it also has `log_prob_of_elements`, whose terms
+    add up to `log_prob`; for images, at least the pixels are.
+
     Attributes:
         element: The constraint that each element of an event meets.
     """
@@ -525,8 +528,11 @@ class DiagonalGaussian(EventDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, summed over the event; it has the batch shape."""
-        terms = 0.5 * self.whiten(value).square() + self.log_std + 0.5 * math.log(2 * math.pi)
-        return -self._sum(terms)
+        return self._sum(self.log_prob_of_elements(value))
+
+    def log_prob_of_elements(self, value: Tensor) -> Tensor:
+        r"""Log density of each element in nats, shape (\*batch, \*event)."""
+        return -(0.5 * self.whiten(value).square() + self.log_std + 0.5 * math.log(2 * math.pi))
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, summed over the event; it has the batch shape."""

@@ -19,9 +19,9 @@ def names(
 
     Args:
         what: The option: `objective`, `posterior`, `prior`, `flow` (flows that are posteriors or
-            priors), `embed`, `quantizer`, `penalty` or `features`.
+            priors), `embed`, `quantizer`, `penalty`, `features` or `by` (scores of anomalies).
     """
-    from musigma import plugins  # which imports all registries
+    from musigma import detectors, plugins  # noqa: F401  # which import all registries
     from musigma.named import REGISTRIES
 
     if common.plugin is not None:

@@ -59,9 +59,12 @@ class FactorizedBernoulli(EventDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log mass in nats, shape (B,)."""
+        return self._sum(self.log_prob_of_elements(value))
+
+    def log_prob_of_elements(self, value: Tensor) -> Tensor:
+        """Log mass of each element in nats, shape (B, *event)."""
         value = value.to(self.logits).expand_as(self.logits)
-        terms = F.binary_cross_entropy_with_logits(self.logits, value, reduction="none")
-        return -self._sum(terms)
+        return -F.binary_cross_entropy_with_logits(self.logits, value, reduction="none")
 
 
 @register_likelihood("bernoulli", data="levels")
@@ -122,8 +125,11 @@ class FactorizedCategorical(EventDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log mass in nats, shape (B,)."""
-        index = value.long().unsqueeze(1)
-        return self._sum(self.log_probs.gather(1, index).squeeze(1))
+        return self._sum(self.log_prob_of_elements(value))
+
+    def log_prob_of_elements(self, value: Tensor) -> Tensor:
+        """Log mass of each element in nats, shape (B, *event)."""
+        return self.log_probs.gather(1, value.long().unsqueeze(1)).squeeze(1)
 
 
 @register_likelihood("categorical", data="levels")
@@ -197,6 +203,10 @@ class FactorizedBetaBinomial(EventDistribution):
         """Log mass in nats, shape (B,)."""
         return self._sum(self._log_mass(value.to(self.alpha))).to(self.dtype)
 
+    def log_prob_of_elements(self, value: Tensor) -> Tensor:
+        """Log mass of each element in nats, shape (B, *event)."""
+        return self._log_mass(value.to(self.alpha)).to(self.dtype)
+
     def _log_mass(self, x: Tensor) -> Tensor:
         a, b, n = self.alpha, self.beta, self.n
         choose = math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
@@ -248,6 +258,10 @@ class DiscretizedLogisticMixture(EventDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log mass in nats, shape (B,)."""
+        return sum_event(self.log_prob_of_elements(value), len(self.event_shape) - 1)
+
+    def log_prob_of_elements(self, value: Tensor) -> Tensor:
+        """Log mass of each pixel in nats, all channels together, shape (B, H, W)."""
         value = at_least_float32(value).unsqueeze(1)
         half = 1 / (self.levels - 1)
         centered = 2 * half * value - 1 - self._shifted(value.expand_as(self.means))
@@ -257,8 +271,7 @@ class DiscretizedLogisticMixture(EventDistribution):
         inside = log_between(below, above, 2 * half * inverse)
         mass = torch.where(bottom, F.logsigmoid(above), inside)
         mass = torch.where(top, F.logsigmoid(-below), mass)
-        pixels = torch.logsumexp(mass.sum(2) + self.log_weights, 1)
-        return sum_event(pixels, len(self.event_shape) - 1)
+        return torch.logsumexp(mass.sum(2) + self.log_weights, 1)
 
     def _shifted(self, value: Tensor) -> Tensor:
         """Component means given the values of earlier channels: (B, K, C, H, W)."""

@@ -200,12 +200,16 @@ class FactorizedContinuousBernoulli(EventDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, shape (B,)."""
+        return self._sum(self.log_prob_of_elements(value))
+
+    def log_prob_of_elements(self, value: Tensor) -> Tensor:
+        """Log density of each element in nats, shape (B, *event)."""
         (small, far), square = self._away_from_zero(), self.logits.square()
         series = self.logits / 2 + square / 24 - square**2 / 2880 + square**3 / 181440
         size = far.abs()
         normalizer = size + torch.log(-torch.expm1(-size)) - size.log() + far.clamp(max=0)
         terms = value * self.logits - torch.where(small, series, normalizer)
-        return self._sum(torch.where((value < 0) | (value > 1), -math.inf, terms))
+        return torch.where((value < 0) | (value > 1), -math.inf, terms)
 
     @property
     def mean(self) -> Tensor:
