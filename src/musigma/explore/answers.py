@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import nan
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -120,18 +121,30 @@ def draws(
 # --- the columns of a row ------------------------------------------------------------------------
 
 
-def candidates(
-    x: Tensor,
-    spans: Mapping[int, tuple[float, float, int]],
-    atoms: Mapping[int, Sequence[float]],
-) -> tuple[list[list[float]], Tensor, Tensor]:
-    """The row with other values of one column after another: start, end and number, and atoms."""
-    values = [[*np.linspace(*spans[j]).tolist(), *atoms[j]] for j in spans]
-    column = torch.tensor(list(spans)).repeat_interleave(torch.tensor([len(v) for v in values]))
+def cells(model: Any, count: int) -> list[list[float]]:
+    """The middle of each cell of the first columns, and NaN where values may be missing."""
+    columns = model.spec.schema.columns[:count]
+    edges = [np.array(c.measured.edges) for c in columns]
+    middles = [(a[:-1] + np.diff(a) / 2).tolist() for a in edges]
+    values = [m + [nan] * c.missing for m, c in zip(middles, columns, strict=True)]
+    return values
+
+
+def grids(
+    spans: Sequence[tuple[float, float, int]], atoms: Sequence[Sequence[float]]
+) -> list[list[float]]:
+    """Values of the first columns: start, end and number, and others."""
+    values = [[*np.linspace(*s).tolist(), *a] for s, a in zip(spans, atoms, strict=True)]
+    return values
+
+
+def variants(x: Tensor, values: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
+    """The row with other values of one column after another."""
+    column = torch.arange(len(values)).repeat_interleave(torch.tensor([len(v) for v in values]))
     rows = x.cpu().repeat(len(column), 1)
     rows[range(len(column)), column] = torch.tensor([t for v in values for t in v]).to(rows)
     rows = rows.to(x.device)
-    return values, column, rows
+    return column, rows
 
 
 def conditional(model: Model, context: Context, column: Tensor, rows: Tensor) -> Tensor:
@@ -195,6 +208,16 @@ def among(scores: np.ndarray) -> np.ndarray:
     p = musigma.anomaly.p_values(scores, scores)  # each has also met itself
     p = (p * (len(scores) + 1) - 1) / len(scores)
     return p
+
+
+def of_pixels(model: Model, x: Tensor, context: Context) -> Tensor:
+    """-log p(pixel | z) at the center of the posterior, in nats (B, H, W)."""
+    record = Recorder(temperature=0.0)
+    model(x, context, trace=record)
+    (site,) = set(model.variables()) - set(model.latents())
+    log_p = record.ps[site].log_prob_of_elements(record.values[site])  # pyright: ignore
+    nats = -log_p if log_p.ndim == 3 else -log_p.sum(1)
+    return nats
 
 
 # --- latents to data -----------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from musigma.explore.examples import COLUMNS, Examples
 from musigma.model import Model
 from musigma.schema import Column
 
-__all__ = ["Columns"]
+__all__ = ["DRAWS", "Columns"]
 
 POINTS = 121
-"""Values of a column of numbers."""
+"""Values of a column of numbers that has no cells."""
 
 DRAWS = 64
 """Draws for each value, if the model has only a bound of log p."""
@@ -33,93 +33,85 @@ RANGE = 2000
 
 @dataclass(frozen=True)
 class Axis:
-    """The values of a column at which it is looked at.
+    """The values at which a column is looked at.
 
     Attributes:
         column: The column; how its values are written.
-        low: The first value.
-        high: The last one.
-        n: Their number.
-        atoms: Values with a probability of their own; NaN for a missing value.
-        discrete: Whether all values have probabilities.
+        values: The values (n,); NaN for a missing one.
+        widths: What each stands for (n,), in its unit or in steps of its grid; 0 for a value with
+            a probability of its own.
+        steps: Whether the density is the same over each width.
     """
 
     column: Column
-    low: float
-    high: float
-    n: int = POINTS
-    atoms: tuple[float, ...] = ()
-    discrete: bool = False
+    values: np.ndarray
+    widths: np.ndarray
+    steps: bool = False
 
     @classmethod
-    def of(cls, column: Column, low: float, high: float, value: float) -> Axis:
-        """The axis from a low to a high value, and to that of the row."""
-        atoms = (math.nan,) if column.missing else ()
-        if column.has_levels:
-            n = len(column.levels)
-            return cls(column, 0.0, n - 1.0, n, atoms, True)
-        low, high = np.nanmin([low, value]).item(), np.nanmax([high, value]).item()
+    def of_cells(cls, column: Column, values: np.ndarray) -> Axis:
+        """The axis of the cells of a column, from their middles."""
+        widths = np.diff(column.measured.edges)
         if column.is_discrete:
-            unit = column.grid or 1.0
-            steps = round((high - low) / unit)
-            by = max(1, math.ceil(steps / (POINTS - 1)))
-            n = math.ceil(steps / by) + 1
-            return cls(column, low, low + (n - 1) * by * unit, n, atoms, by == 1)
-        if column.cells is not None:
-            edges = column.cells.edges
-            atoms += tuple(a for a, b in itertools.pairwise(edges) if a == b)
-        margin = 0.05 * (high - low) or 1.0
-        return cls(column, low - margin, high + margin, atoms=atoms)
+            widths = np.round(widths / (column.grid or 1.0))
+        widths = np.append(widths, [0.0] * (len(values) - len(widths)))
+        return cls(column, values, widths * (not column.has_levels), steps=True)
 
-    @property
-    def values(self) -> np.ndarray:
-        """The values of the span (n,)."""
-        return np.linspace(self.low, self.high, self.n)
+    @classmethod
+    def of_grid(cls, column: Column, values: np.ndarray, n: int) -> Axis:
+        """The axis of n evenly spaced values, and of others with a probability of their own."""
+        width = (values[n - 1] - values[0]) / max(n - 1, 1)
+        if column.is_discrete:
+            width = max(1.0, round(width / (column.grid or 1.0)))
+        widths = np.append(np.full(n, width), np.zeros(len(values) - n))
+        return cls(column, values, widths * (not column.has_levels))
 
     def shown(self, value: float, log_p: np.ndarray, normalized: bool) -> dict[str, Any]:
         """What is drawn.
 
         Args:
             value: That of the row.
-            log_p: Nats of the values of the span, then of the atoms.
+            log_p: Nats of the values.
             normalized: Whether they add up to 1; otherwise they are divided by their sum.
         """
-        width = (self.high - self.low) / max(self.n - 1, 1)
-        if self.column.is_discrete:  # in steps of its grid
-            width = max(1.0, width / (self.column.grid or 1.0))
         top = 0.0 if normalized else log_p[np.isfinite(log_p)].max(initial=-1e9)
         p = np.nan_to_num(np.exp(log_p - top))
+        mass = np.where(self.widths > 0, p * self.widths, p)
         if not normalized:
-            p = p / max(p[: self.n].sum() * width + p[self.n :].sum(), 1e-300)
-        along, alone = p[: self.n], p[self.n :]
-        names = [written(self.column, t) for t in (*self.values, *self.atoms)]
-        masses = [[name, float(q)] for name, q in zip(names[self.n :], alone, strict=True)]
-        own = written(self.column, value)
-        answer: dict[str, Any] = {"name": self.column.name, "value": own, "masses": masses}
+            total = max(mass.sum(), 1e-300)
+            p, mass = p / total, mass / total
+        names = [written(self.column, t) for t in self.values]
+        alone = self.widths == 0
+        masses = [[names[i], float(mass[i])] for i in np.flatnonzero(alone)]
         if self.column.has_levels:
-            levels = [[name, float(q)] for name, q in zip(names, along, strict=False)]
-            masses = [*levels, *masses]
-            answer |= {"masses": sorted(masses, key=lambda pair: -pair[1]), "curve": None}
-        else:
-            answer["curve"] = {
-                "low": self.low, "high": self.high, "p": along.tolist(), "bars": self.discrete,
-                "at": None if math.isnan(value) else value,
-                "ticks": [[t, written(self.column, t)] for t in _ticks(self)],
-            }  # fmt: skip
-        known = dict(answer["masses"])
-        if self.discrete:
-            known |= dict(zip(names, along.tolist(), strict=False))
+            masses.sort(key=lambda pair: -pair[1])
+        own = written(self.column, value)
+        answer = {"name": self.column.name, "value": own, "masses": masses, "curve": None}
+        single = self.column.is_discrete and bool((self.widths[~alone] == 1).all())
+        known = dict(zip(names, mass.tolist(), strict=True)) if single else dict(masses)
         if own in known:
             answer["probability"] = known[own]
-        elif not self.column.has_levels:
-            here = np.interp(value, self.values, along)
-            answer["less"] = float((along[along < here]).sum() * width)
+        if not alone.all():
+            x, y = self._line(p, ~alone, single)
+            answer["curve"] = {
+                "x": x.tolist(), "p": y.tolist(), "bars": single,
+                "at": None if math.isnan(value) else value,
+                "ticks": [[t, written(self.column, t)] for t in (x[0], (x[0] + x[-1]) / 2, x[-1])],
+            }  # fmt: skip
+            if own not in known and not math.isnan(value):
+                here = np.interp(value, x, y, 0.0, 0.0)
+                answer["less"] = float(mass[~alone & (p < here * (1 - 1e-9))].sum())
         return answer
 
-
-def _ticks(axis: Axis) -> list[float]:
-    """Three values that an axis names."""
-    return axis.values[sorted({0, axis.n // 2, axis.n - 1})].tolist()
+    def _line(self, p: np.ndarray, along: np.ndarray, single: bool) -> tuple[np.ndarray, ...]:
+        """The corners of the density over the values that have a width."""
+        x, y = self.values[along], p[along]
+        if single or not self.steps:
+            return x, y
+        half = (
+            self.widths[along] / 2 * ((self.column.grid or 1.0) if self.column.is_discrete else 1)
+        )
+        return np.stack([x - half, x + half], 1).flatten(), y.repeat(2)
 
 
 class Columns:
@@ -134,50 +126,73 @@ class Columns:
 
     Attributes:
         how: `conditional`, `slice`, or `bound` for a slice of a bound of log p; empty if the data
-            are not rows.
+            are not rows of two columns or more.
     """
 
     def __init__(self, model: Model, examples: Examples):
-        self.model, self.examples, spec = model, examples, examples.spec
+        self.model, spec = model, examples.spec
         inner = getattr(model, "model", model)
-        self.how = "conditional" if isinstance(inner, AnyOrder) else "slice"
-        if self.how == "slice" and not model.exact:
-            self.how = "bound"
+        self.how = "slice" if model.exact else "bound"
+        if isinstance(inner, AnyOrder):
+            self.how = "conditional"
         if len(spec.shape) != 1 or spec.dims < 2 or spec.bits is not None:
             self.how = ""
             return
-        schema = spec.schema
-        self.columns = [Column(name) for name in examples.columns]
-        if schema is not None:
-            self.columns = list(schema.columns)
+        columns = spec.schema.columns if spec.schema else map(Column, examples.columns)
+        self.columns = list(columns)[:COLUMNS]
         rows = examples.sample(RANGE)
         self.low, self.high = np.nanmin(rows, 0), np.nanmax(rows, 0)
 
-    def axes(self, x: Tensor) -> dict[int, Axis]:
-        """The axis of each column that is shown, for a row (1, D)."""
-        return {
-            j: Axis.of(self.columns[j], float(self.low[j]), float(self.high[j]), float(x[0, j]))
-            for j in range(min(COLUMNS, len(self.columns)))
-        }
-
     def __call__(self, x: Tensor, context: Context) -> tuple[list[dict[str, Any]], list[Any]]:
         """What is drawn for a row (1, D), and the lines that compute it."""
-        axes = self.axes(x)
-        arguments = {
-            "spans": {j: (a.low, a.high, a.n) for j, a in axes.items()},
-            "atoms": {j: list(a.atoms) for j, a in axes.items()},
-        }
-        values, column, rows = answers.candidates(x, **arguments)
+        own = x[0].tolist()
         if self.how == "conditional":
-            parts: list[Any] = [(answers.candidates, arguments), (answers.conditional, {})]
+            count = {"count": len(self.columns)}
+            values = answers.cells(self.model, **count)
+            column, rows = answers.variants(x, values)
             log_p = answers.conditional(self.model, context, column, rows)
+            parts: list[Any] = [(answers.cells, count)]
+            last = answers.conditional, {}
+            pairs = zip(self.columns, values, strict=True)
+            axes = [Axis.of_cells(c, np.array(v)) for c, v in pairs]
         else:
-            count = 1 if self.model.exact else DRAWS
-            parts = [(answers.candidates, arguments), (answers.sliced, {"count": count})]
-            log_p = answers.sliced(self.model, context, rows, count)
+            spans = [self._span(j, own[j]) for j in range(len(self.columns))]
+            arguments = {"spans": spans, "atoms": [_atoms(c) for c in self.columns]}
+            draws = {"count": 1 if self.model.exact else DRAWS}
+            values = answers.grids(**arguments)
+            _, rows = answers.variants(x, values)
+            log_p = answers.sliced(self.model, context, rows, **draws)
+            parts = [(answers.grids, arguments)]
+            last = answers.sliced, draws
+            pairs = zip(self.columns, values, spans, strict=True)
+            axes = [Axis.of_grid(c, np.array(v), n) for c, v, (_, _, n) in pairs]
         each = torch.split(log_p.double().cpu(), [len(v) for v in values])
         shown = [
-            axis.shown(float(x[0, j]), nats.numpy(), self.how == "conditional")
-            for (j, axis), nats in zip(axes.items(), each, strict=True)
+            axis.shown(own[j], nats.numpy(), self.how == "conditional")
+            for j, (axis, nats) in enumerate(zip(axes, each, strict=True))
         ]
-        return shown, parts
+        return shown, [*parts, (answers.variants, {}), last]
+
+    def _span(self, j: int, value: float) -> tuple[float, float, int]:
+        """First and last value of a column, and their number; that of the row is between them."""
+        column = self.columns[j]
+        if column.has_levels:
+            return 0.0, len(column.levels) - 1.0, len(column.levels)
+        low, high = np.nanmin([self.low[j], value]).item(), np.nanmax([self.high[j], value]).item()
+        if column.is_discrete:
+            unit = column.grid or 1.0
+            steps = round((high - low) / unit)
+            by = max(1, math.ceil(steps / (POINTS - 1)))
+            n = math.ceil(steps / by) + 1
+            return low, low + (n - 1) * by * unit, n
+        margin = 0.05 * (high - low) or 1.0
+        return low - margin, high + margin, POINTS
+
+
+def _atoms(column: Column) -> list[float]:
+    """Values of a column that have a probability of their own."""
+    missing = [math.nan] * column.missing
+    if column.has_levels or column.is_discrete or column.cells is None:
+        return missing
+    edges = column.cells.edges
+    return [a for a, b in itertools.pairwise(edges) if a == b] + missing

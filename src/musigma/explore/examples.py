@@ -122,9 +122,9 @@ class Examples:
         """Examples that are spread evenly over the data, (n, *event)."""
         return self.data.take(spread(len(self.data), most), seed=self.seed)
 
-    def batch(self, indices: Sequence[int]) -> Tensor:
-        """Some examples, (n, *event)."""
-        return batch(self.data, np.array(indices), self.model, seed=self.seed)[0]
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Context]:
+        """Some examples, (n, *event), and their context."""
+        return batch(self.data, np.array(indices), self.model, seed=self.seed)
 
     def colors(self) -> list[str]:
         """What a map can be colored by, beside the score: the label, columns, and context."""

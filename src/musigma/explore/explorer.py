@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from musigma.any_order import AnyOrder
+from musigma.context import Context
 from musigma.data import Dataset
 from musigma.evaluation import bound, evaluating
 from musigma.explore import answers
@@ -24,6 +26,7 @@ from musigma.explore.survey import STEPS as COMPONENTS
 from musigma.explore.survey import Moments, Survey, Turns
 from musigma.gaussian import Format, GaussianHead
 from musigma.model import Model
+from musigma.questions import explain
 from musigma.spec import bits_per_dim
 from musigma.trace import Recorder
 
@@ -349,9 +352,11 @@ class Explorer:
         answer = self.ranking(rate, first, count)
         for row in answer["rows"]:
             row |= self.examples.about(Choice(row["index"]))
-        with self._using():
-            index = [row["index"] for row in answer["rows"]]
-            x = self.examples.batch(index) if index else None
+        index, shown = [row["index"] for row in answer["rows"]], {}
+        if index:
+            with self._using():
+                x, context = self.examples.batch(index)
+                shown = {"shown": self.examples.shown(x), **self._reasons(x, context)}
         own, at_once = self.survey, self.survey.at_once
         batches = f"musigma.evaluation.batches(model, {{}}, batch_size={at_once})"
         parts: list[Any] = [
@@ -366,9 +371,19 @@ class Explorer:
             again = f"{self.normal_lines}\nbatches = {batches.format('normal')}"
             parts[1:1] = [again, (answers.scored, {}), "known = scores"]
             parts.append((answers.compared, {}))
-        shown = None if x is None else self.examples.shown(x)
         unit = "\u2212log p" if self.model.exact else "bound of \u2212log p"
-        return {**answer, "shown": shown, "unit": unit, "python": lines(*parts)}
+        return {**answer, **shown, "unit": unit, "python": lines(*parts)}
+
+    def _reasons(self, x: Tensor, context: Context) -> dict[str, Any]:
+        """What makes examples strange: the surprise of each pixel, or the columns of a row."""
+        if len(self.examples.spec.shape) == 3:
+            with contextlib.suppress(ValueError, AttributeError):  # a flow, or no such terms
+                return {"maps": planes(answers.of_pixels(self.model, x, context)[None], len(x))}
+        elif self.columns.how == "conditional":
+            inner, given = self.model.given(context)
+            assert isinstance(inner, AnyOrder)
+            return {"because": explain(inner, x, context=given).because}  # pyright: ignore
+        return {}
 
     # --- levels, training ------------------------------------------------------------------------
 

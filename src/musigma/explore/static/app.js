@@ -7,6 +7,7 @@
 import { ask, latest } from "./api.js";
 import { h } from "./dom.js";
 import { save } from "./png.js";
+import * as anomalies from "./views/anomalies.js";
 import * as head from "./views/head.js";
 import * as levels from "./views/levels.js";
 import * as map from "./views/map.js";
@@ -14,7 +15,7 @@ import * as one from "./views/one.js";
 import * as training from "./views/training.js";
 import * as traverse from "./views/traverse.js";
 
-const views = { one, traverse, map, levels, head, training };
+const views = { one, traverse, map, levels, anomalies, head, training };
 const part = (id) => document.getElementById(id);
 const root = part("view");
 

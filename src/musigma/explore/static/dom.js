@@ -48,3 +48,15 @@ export function number(value, digits = 2) {
 /** A color of the style sheet. */
 export const color = (name) =>
   getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+/** Prepare a canvas of a size in CSS pixels, sharp on any screen; returns its context. */
+export function sharp(canvas, width, height) {
+  const density = window.devicePixelRatio || 1;
+  canvas.width = Math.round(width * density);
+  canvas.height = Math.round(height * density);
+  canvas.style.width = `${width}px`;
+  canvas.style.height = `${height}px`;
+  const context = canvas.getContext("2d");
+  context.scale(density, density);
+  return context;
+}

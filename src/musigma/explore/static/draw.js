@@ -1,6 +1,7 @@
 // Drawing: examples as pixels or rows, Gaussians as bells, curves.
 
-import { color, h } from "./dom.js";
+import { color, h, sharp } from "./dom.js";
+import { scatter } from "./plane.js";
 
 /** Draw image i of a set of the server into a canvas, one pixel to one. */
 function paint(canvas, set, i) {
@@ -27,6 +28,7 @@ export function image(set, i, size, label) {
 
 /** A set of examples: figures in a line, or a table of rows. */
 export function gallery(set, captions, size = 64) {
+  if (set.points) return scatter(set, captions);
   if (!set.images) return table(set, captions);
   return h("div", { class: "gallery" }, set.images.map((_, i) => {
     const caption = captions[i] ?? "";
@@ -48,18 +50,6 @@ function table(set, captions) {
     h("thead", {}, h("tr", {}, h("th", {}, ""), heads.map((name) => h("th", {}, name)))),
     h("tbody", {}, lines.map(([name, ...cells]) =>
       h("tr", {}, h("th", {}, name), cells.map((cell) => h("td", {}, cell)))))), more);
-}
-
-/** Prepare a canvas of a size in CSS pixels, sharp on any screen; returns its context. */
-export function sharp(canvas, width, height) {
-  const density = window.devicePixelRatio || 1;
-  canvas.width = Math.round(width * density);
-  canvas.height = Math.round(height * density);
-  canvas.style.width = `${width}px`;
-  canvas.style.height = `${height}px`;
-  const context = canvas.getContext("2d");
-  context.scale(density, density);
-  return context;
 }
 
 /** The end of the axis of a latent, in standard deviations of the prior. */
@@ -199,3 +189,42 @@ export const twelve = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#
 export const ofClass = (i) => twelve[((i % 12) + 12) % 12];
 export const ofScore = (t) =>
   `hsl(${Math.round(230 - 200 * t)} ${60 + Math.round(20 * t)}% ${42 + Math.round(14 * t)}%)`;
+
+/** The three parts of a color of the style sheet, or of any other, from 0 to 255. */
+export function parts(ink) {
+  const context = document.createElement("canvas").getContext("2d");
+  context.fillStyle = ink;
+  context.fillRect(0, 0, 1, 1);
+  return context.getImageData(0, 0, 1, 1).data.slice(0, 3);
+}
+
+/** Counts between edges; gray ones, scaled to the same area, are behind; `mark` is a line. */
+export function histogram(canvas, { edges, data, known }, mark, { width, height, xName }) {
+  const context = sharp(canvas, width, height);
+  const [left, right] = [edges[0], edges[edges.length - 1]];
+  const base = height - 36;
+  const px = (x) => 8 + ((x - left) / (right - left)) * (width - 16);
+  const sum = (values) => values.reduce((a, b) => a + b, 0) || 1;
+  const sets = [[known, "muted", 0.3], [data, "blue", 0.75]].filter(([counts]) => counts);
+  const most = Math.max(...sets.map(([counts]) => Math.max(...counts) / sum(counts)));
+  for (const [counts, ink, alpha] of sets) {
+    context.fillStyle = color(ink);
+    context.globalAlpha = alpha;
+    counts.forEach((count, i) => {
+      const tall = count && Math.max(2, (count / sum(counts) / most) * (base - 8));
+      context.fillRect(px(edges[i]), base - tall, px(edges[i + 1]) - px(edges[i]) - 1, tall);
+    });
+  }
+  context.globalAlpha = 1;
+  context.fillStyle = color("muted");
+  context.font = "12px system-ui, sans-serif";
+  context.textAlign = "center";
+  for (const x of ticks(left, right, 5)) {
+    context.fillText(Number(x.toPrecision(6)).toLocaleString("en"), px(x), base + 15);
+  }
+  context.fillText(xName, width / 2, height - 4);
+  if (mark !== null && mark >= left && mark <= right) {
+    context.fillStyle = color("accent");
+    context.fillRect(px(mark) - 1, 2, 2, base - 2);
+  }
+}

@@ -1,56 +1,67 @@
 // The map: every example in a plane of the latents.
 
-import { button, choice, field, h, number } from "../dom.js";
-import { gallery, ofClass, ofScore, sharp } from "../draw.js";
+import { Window, paint, palette } from "../cloud.js";
+import { button, choice, color, field, h, number, sharp } from "../dom.js";
+import { gallery, ofClass, ofScore, twelve } from "../draw.js";
 
 export const title = "The map";
 export const fits = (about) => about.dims > 1;
 
 const STEPS = 9; // of an interpolation
+const SHADES = 32; // of a scale
+const UMAP = "umap";
 
 export function mount(root, page) {
   const canvas = h("canvas", {
     class: "map", tabindex: 0, role: "application",
-    "aria-label": "Map of the examples. Arrow keys move a cross, Enter decodes the point there.",
+    "aria-label": "Map of the examples. Arrow keys move a cross, Enter decodes the point there, "
+      + "plus and minus zoom, 0 shows all.",
   });
   const preview = h("div", { class: "card" }, h("p", { class: "quiet" }, "Point at a dot."));
   const decoded = h("div", { class: "card" });
   const legend = h("p", { class: "legend" });
-  const state_ = h("p", { class: "quiet" });
-  const axes = choice([["components", "principal components"]], "components",
-    (value) => restart({ axes: value === "components" ? null : value, at: null }));
-  const tint = choice(page.about.labeled ? ["label", "score"] : ["score"], "label",
-    (value) => restart({ color: value === "label" ? null : value }));
+  const status = h("p", { class: "quiet", role: "status" });
+  const { about } = page;
+  const axes = choice([["components", "principal components"],
+    ...(about.umap ? [[UMAP, "UMAP"]] : [])], "components",
+  (value) => restart({ axes: value === "components" ? null : value, at: null, box: null }));
+  const own = about.labeled ? "label" : "score";
+  const tint = choice([...about.colors.filter((name) => name === "label"), "score",
+    ...about.colors.filter((name) => name !== "label")], own,
+  (value) => restart({ color: value === own ? null : value }));
+  const middle = () => [view.size.width / 2, view.size.height / 2];
   root.append(
-    h("p", { class: "lead" }, page.about.moments === "values"
+    h("p", { class: "lead" }, about.moments === "values"
       ? "Each dot is an example, at its latents. Point at a dot to see it; "
       : "Each dot is an example, at the mean of its posterior. Similar ones are neighbors. Point "
         + "at a dot to see it and how sure the encoder is (the ellipse, two standard deviations); ",
-    "click anywhere to decode that very point, twice to walk between two points."),
+    "click anywhere to decode that very point, twice to walk between two points. Drag to move, "
+      + "scroll to zoom."),
     h("div", { class: "controls" }, field("axes", axes), field("color", tint),
-      button("Clear", () => page.set({ at: null }))),
-    h("div", { class: "columns wide" }, h("section", {}, canvas, legend, state_),
+      button("Clear", () => page.set({ at: null })),
+      button("+", () => zoom(1.5, cross ?? middle()), { "aria-label": "Zoom in" }),
+      button("\u2212", () => zoom(1 / 1.5, cross ?? middle()), { "aria-label": "Zoom out" }),
+      button("Show all", () => all())),
+    h("div", { class: "columns wide" }, h("section", {}, canvas, legend, status),
       h("section", { class: "side" }, h("h3", {}, "Under the pointer"), preview,
         h("h3", {}, "Decoded"), decoded)));
 
-  let points = { x: [], y: [], index: [], color: [] };
-  let box = { left: -1, right: 1, low: -1, high: 1 };
+  const view = new Window();
+  const layer = document.createElement("canvas"); // the dots
+  let points = empty();
   let names = ["", ""];
-  let colored = "label";
-  let layer = null; // the dots, which change rarely
+  let colors = [];
   let under = null; // the example under the pointer
   let cross = null; // the cross of the keyboard, in pixels
   let loading = 0;
   let timer = null;
-  let size = { width: 0, height: 0 };
+  let saving = null;
+  let frame = null;
+  let asked = null; // the points that are decoded
 
   const chosen = () => (page.state.at ?? "").split(";").filter(Boolean)
     .map((pair) => pair.split(",").map(Number));
-  const px = (x) => 12 + ((x - box.left) / (box.right - box.left)) * (size.width - 24);
-  const py = (y) => size.height - 12 - ((y - box.low) / (box.high - box.low)) * (size.height - 24);
-  const back = (at) => [
-    box.left + ((at[0] - 12) / (size.width - 24)) * (box.right - box.left),
-    box.low + ((size.height - 12 - at[1]) / (size.height - 24)) * (box.high - box.low)];
+  const onAxes = () => page.state.axes ?? "components";
 
   function restart(changes) {
     page.set(changes);
@@ -61,81 +72,109 @@ export function mount(root, page) {
   function load() {
     clearTimeout(timer);
     const run = ++loading;
-    points = { x: [], y: [], index: [], color: [] };
+    points = empty();
     const more = () => page.ask("map", {
-      axes: page.state.axes ?? "components",
-      color: page.state.color ?? (page.about.labeled ? "label" : "score"),
-      first: points.x.length,
+      axes: onAxes(), color: page.state.color ?? own, first: points.xs.length,
     }, (answer) => {
-      if (run !== loading || answer.first !== points.x.length) return;
-      for (const key of Object.keys(points)) points[key] = points[key].concat(answer[key]);
+      if (run !== loading || answer.first !== points.xs.length) return;
+      points.xs.push(...answer.x);
+      points.ys.push(...answer.y);
+      points.index.push(...answer.index);
+      points.values.push(...answer.color);
       names = answer.axes;
-      colored = answer.colored;
       const whole = answer.done === answer.total;
-      state_.textContent = answer.error || `${answer.done.toLocaleString("en")} of `
+      status.textContent = answer.error || answer.note || `${answer.done.toLocaleString("en")} of `
         + `${answer.total.toLocaleString("en")} examples`;
-      if (points.x.length) frame();
-      redraw();
+      ink(answer);
+      place(page.state);
+      draw();
       if (!whole && !answer.error) timer = setTimeout(more, 700);
     });
     more();
   }
 
-  /** The part of the plane that holds all points but the farthest. */
-  function frame() {
-    const ends = (values) => {
-      const sorted = Float32Array.from(values).sort();
-      const at = (share) => sorted[Math.floor(share * (sorted.length - 1))];
-      const margin = 0.15 * (at(0.995) - at(0.005)) || 1;
-      return [at(0.005) - margin, at(0.995) + margin];
-    };
-    [box.left, box.right] = ends(points.x);
-    [box.low, box.high] = ends(points.y);
-  }
-
-  /** Draw the dots into a layer of their own, then all. */
-  function redraw() {
-    size = { width: canvas.parentElement.clientWidth, height: innerWidth > 700 ? 520 : 360 };
-    layer = document.createElement("canvas");
-    const context = sharp(layer, size.width, size.height);
-    const known = points.color.filter((v) => v !== null).sort((a, b) => a - b);
+  /** Choose the color of each point, and say what colors mean. */
+  function ink({ colored, names: classes }) {
+    const { values } = points;
+    if (classes.length) {
+      colors = palette([...twelve, color("line")]);
+      points.inks = values.map((v) => (v === null || v < 0 ? twelve.length : v % twelve.length));
+      legend.replaceChildren(...classes.slice(0, 24)
+        .flatMap((name, i) => [swatch(ofClass(i)), `${name} `]));
+      return;
+    }
+    const known = values.filter((v) => v !== null).sort((a, b) => a - b);
     const at = (share) => known[Math.floor(share * (known.length - 1))];
     const [low, high] = [at(0.02), at(0.98)];
-    const radius = points.x.length > 5000 ? 1.2 : 2.4;
-    context.globalAlpha = points.x.length > 5000 ? 0.6 : 0.8;
-    points.x.forEach((x, i) => {
-      const value = points.color[i];
-      const share = Math.max(0, Math.min(1, (value - low) / (high - low || 1)));
-      context.fillStyle = colored === "label" ? ofClass(value) : ofScore(share);
-      context.beginPath();
-      context.arc(px(x), py(points.y[i]), radius, 0, 7);
-      context.fill();
-    });
-    legend.replaceChildren(...(colored === "label"
-      ? page.about.labels.slice(0, 24).map((name, i) => [swatch(ofClass(i)), `${name} `]).flat()
-      : [swatch(ofScore(0)), `${number(low, 1)} nats (likely) `, swatch(ofScore(1)),
-        `${number(high, 1)} nats (unlikely)`]));
-    overlay();
+    const shade = (v) => Math.round((SHADES - 1)
+      * Math.max(0, Math.min(1, (v - low) / (high - low || 1))));
+    colors = palette([...Array.from({ length: SHADES }, (_, i) => ofScore(i / (SHADES - 1))),
+      color("line")]);
+    points.inks = values.map((v) => (v === null ? SHADES : shade(v)));
+    const [less, more] = colored === "score" ? [" nats (likely) ", " nats (unlikely)"] : [" ", ""];
+    legend.replaceChildren(swatch(ofScore(0)), `${number(low, 1)}${less}`, swatch(ofScore(1)),
+      `${number(high, 1)}${more}`);
   }
 
-  const swatch = (ink) => {
+  const swatch = (shade) => {
     const element = h("canvas", { class: "swatch", "aria-hidden": "true", width: 12, height: 12 });
     const context = element.getContext("2d");
-    context.fillStyle = ink;
+    context.fillStyle = shade;
     context.fillRect(0, 0, 12, 12);
     return element;
   };
 
+  /** Show the part of the plane that the state names, by default all. */
+  function place(state) {
+    view.size = { width: canvas.parentElement.clientWidth, height: innerWidth > 700 ? 520 : 360 };
+    if (saving !== null) return; // it is on its way
+    const box = (state.box ?? "").split(",").map(Number);
+    if (box.length === 4 && box.every(Number.isFinite) && box[0] < box[1] && box[2] < box[3]) {
+      view.box = box;
+    } else if (points.xs.length) view.fit(points.xs, points.ys);
+  }
+
+  /** Draw once before the next frame. */
+  function draw() {
+    frame ??= requestAnimationFrame(() => {
+      frame = null;
+      paint(layer, view, points, colors);
+      overlay();
+    });
+  }
+
+  /** The window has moved: draw it, and keep it in the address when it rests. */
+  function moved() {
+    draw();
+    clearTimeout(saving);
+    saving = setTimeout(() => {
+      saving = null;
+      page.set({ box: view.box.map((v) => Number(v.toPrecision(6))).join(",") });
+    }, 250);
+  }
+
+  function all() {
+    clearTimeout(saving);
+    saving = null;
+    page.set({ box: null });
+  }
+
+  function zoom(factor, at) {
+    view.zoom(factor, at);
+    moved();
+  }
+
   /** The dots, the axes, and what is pointed at or chosen. */
   function overlay() {
-    if (!layer) return;
+    if (!layer.width) return;
     const style = getComputedStyle(canvas);
-    const context = sharp(canvas, size.width, size.height);
-    context.drawImage(layer, 0, 0, size.width, size.height);
+    const context = sharp(canvas, view.size.width, view.size.height);
+    context.drawImage(layer, 0, 0, view.size.width, view.size.height);
     context.fillStyle = style.color;
     context.font = "13px system-ui, sans-serif";
-    context.fillText(`${names[0]} \u2192`, size.width - 110, size.height - 6);
     context.fillText(`\u2191 ${names[1]}`, 8, 18);
+    context.textAlign = "right";
+    context.fillText(`${names[0]} \u2192`, view.size.width - 8, view.size.height - 6);
     context.strokeStyle = style.color;
     context.lineWidth = 1.5;
     if (under?.covariance) ellipse(context, under.place, under.covariance);
@@ -143,13 +182,13 @@ export function mount(root, page) {
     if (at.length === 2) {
       context.setLineDash([5, 4]);
       context.beginPath();
-      at.forEach(([x, y]) => context.lineTo(px(x), py(y)));
+      at.forEach(([x, y]) => context.lineTo(view.px(x), view.py(y)));
       context.stroke();
       context.setLineDash([]);
     }
     for (const [x, y] of at) {
       context.beginPath();
-      context.arc(px(x), py(y), 6, 0, 7);
+      context.arc(view.px(x), view.py(y), 6, 0, 7);
       context.stroke();
     }
     if (cross && document.activeElement === canvas) {
@@ -159,14 +198,14 @@ export function mount(root, page) {
   }
 
   /** Two standard deviations around a place. */
-  function ellipse(context, place, [[a, b], [, d]]) {
+  function ellipse(context, at, [[a, b], [, d]]) {
     context.beginPath();
+    const first = Math.sqrt(a || 1e-12); // the Cholesky factor of the covariance
+    const rest = Math.sqrt(Math.max(d - (b * b) / (a || 1e-12), 0));
     for (let k = 0; k <= 48; k++) {
-      const t = (k / 48) * 2 * Math.PI;
-      const root_ = Math.sqrt(a || 1e-12); // Cholesky factor of the covariance
-      const x = 2 * root_ * Math.cos(t);
-      const y = 2 * ((b / root_) * Math.cos(t) + Math.sqrt(Math.max(d - (b * b) / (a || 1e-12), 0)) * Math.sin(t));
-      context.lineTo(px(place[0] + x), py(place[1] + y));
+      const [c, s] = [Math.cos((k / 24) * Math.PI), Math.sin((k / 24) * Math.PI)];
+      context.lineTo(view.px(at[0] + 2 * first * c),
+        view.py(at[1] + 2 * ((b / first) * c + rest * s)));
     }
     context.stroke();
   }
@@ -175,18 +214,17 @@ export function mount(root, page) {
   function nearest([left, top]) {
     let best = -1;
     let least = 14 ** 2;
-    points.x.forEach((x, i) => {
-      const distance = (px(x) - left) ** 2 + (py(points.y[i]) - top) ** 2;
+    for (let i = 0; i < points.xs.length; i++) {
+      const distance = (view.px(points.xs[i]) - left) ** 2 + (view.py(points.ys[i]) - top) ** 2;
       if (distance < least) [best, least] = [i, distance];
-    });
+    }
     return best;
   }
 
   function point(at) {
     const i = nearest(at);
     if (i < 0 || under?.index === points.index[i]) return;
-    const axes_ = page.state.axes ?? "components";
-    page.ask("hover", { index: points.index[i], axes: axes_ }, (answer) => {
+    page.ask("hover", { index: points.index[i], axes: onAxes() }, (answer) => {
       under = answer;
       preview.replaceChildren(gallery(answer.input,
         [[`example ${answer.index}`, answer.id, answer.label && `label ${answer.label}`]
@@ -197,14 +235,17 @@ export function mount(root, page) {
   }
 
   function click(at) {
-    const place = back(at).map((v) => Number(v.toFixed(4)));
+    const there = view.back(at).map((v) => Number(v.toFixed(4)));
     const before = chosen();
-    const next = before.length === 1 ? [before[0], place] : [place];
+    const next = before.length === 1 ? [before[0], there] : [there];
     page.set({ at: next.map((pair) => pair.join(",")).join(";") });
   }
 
   function decode() {
     const at = chosen();
+    const key = JSON.stringify([at, onAxes(), page.state.index]);
+    if (asked === key) return;
+    asked = key;
     if (!at.length) {
       decoded.replaceChildren(h("p", { class: "quiet" }, "Click the map."));
       page.python("");
@@ -214,7 +255,7 @@ export function mount(root, page) {
       [0, 1].map((j) => Number((at[0][j] + (k / (STEPS - 1)) * (at[1][j] - at[0][j])).toFixed(4))));
     page.ask("at", {
       places: line.map((pair) => pair.join(",")).join(";"),
-      axes: page.state.axes ?? "components", index: page.state.index ?? 0,
+      axes: onAxes(), index: page.state.index ?? 0,
     }, (answer) => {
       const captions = at.length === 1 ? [at[0].map((v) => number(v)).join(", ")] : [];
       decoded.replaceChildren(gallery(answer.pictures, captions, at.length === 1 ? 128 : 64));
@@ -222,21 +263,57 @@ export function mount(root, page) {
     });
   }
 
-  const place = (event) => [event.offsetX, event.offsetY];
-  canvas.addEventListener("mousemove", (event) => point(place(event)));
-  canvas.addEventListener("click", (event) => {
-    cross = null;
-    point(place(event));
-    click(place(event));
+  // One pointer moves the window or clicks; two zoom.
+  const held = new Map();
+  let travel = 0;
+  const spot = (event) => [event.offsetX, event.offsetY];
+  canvas.addEventListener("pointerdown", (event) => {
+    canvas.setPointerCapture(event.pointerId);
+    held.set(event.pointerId, spot(event));
+    travel = held.size > 1 ? Infinity : 0;
   });
+  canvas.addEventListener("pointermove", (event) => {
+    const before = held.get(event.pointerId);
+    if (!before) {
+      point(spot(event));
+      return;
+    }
+    const now = spot(event);
+    const other = [...held].find(([id]) => id !== event.pointerId)?.[1];
+    travel += Math.hypot(now[0] - before[0], now[1] - before[1]);
+    held.set(event.pointerId, now);
+    if (travel < 5) return;
+    if (other) {
+      const apart = (at) => Math.hypot(at[0] - other[0], at[1] - other[1]) || 1;
+      zoom(apart(now) / apart(before), other);
+    } else {
+      view.pan(now[0] - before[0], now[1] - before[1]);
+      moved();
+    }
+  });
+  canvas.addEventListener("pointerup", (event) => {
+    held.delete(event.pointerId);
+    if (travel >= 5) return;
+    cross = null;
+    point(spot(event));
+    click(spot(event));
+  });
+  canvas.addEventListener("pointercancel", (event) => held.delete(event.pointerId));
+  canvas.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    zoom(Math.exp(-Math.max(-60, Math.min(60, event.deltaY)) / 250), spot(event));
+  }, { passive: false });
   canvas.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: [-8, 0], ArrowRight: [8, 0], ArrowUp: [0, -8], ArrowDown: [0, 8] };
-    cross ??= [size.width / 2, size.height / 2];
+    cross ??= middle();
     if (by[event.key]) {
-      cross = [cross[0] + by[event.key][0], cross[1] + by[event.key][1]];
+      cross = cross.map((v, j) => v + by[event.key][j]);
       point(cross);
       overlay();
     } else if (event.key === "Enter" || event.key === " ") click(cross);
+    else if (event.key === "+" || event.key === "=") zoom(1.25, cross);
+    else if (event.key === "-") zoom(0.8, cross);
+    else if (event.key === "0") all();
     else return;
     event.preventDefault();
   });
@@ -248,7 +325,7 @@ export function mount(root, page) {
       [`${a.place},${b.place}`, `${a.name}, ${b.name}`]));
     axes.append(...pairs.map(([value, text]) => h("option", { value }, text)));
     const wanted = page.state.axes;
-    if (wanted && !pairs.some(([value]) => value === wanted)) {
+    if (wanted && ![...axes.options].some(({ value }) => value === wanted)) {
       axes.append(h("option", { value: wanted }, wanted));
     }
     axes.value = wanted ?? "components";
@@ -256,14 +333,18 @@ export function mount(root, page) {
   });
   return {
     update(state) {
-      axes.value = state.axes ?? "components";
-      tint.value = state.color ?? tint.options[0].value;
-      if (layer) redraw();
+      axes.value = onAxes();
+      tint.value = state.color ?? own;
+      place(state);
+      if (points.xs.length) draw();
       decode();
     },
     leave() {
       clearTimeout(timer);
+      clearTimeout(saving);
       loading++;
     },
   };
 }
+
+const empty = () => ({ xs: [], ys: [], index: [], values: [], inks: [] });

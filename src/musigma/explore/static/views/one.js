@@ -1,8 +1,10 @@
 // One input: what the encoder says of it, draws of that, and what they decode to.
 
 import { chosen, exampleControls } from "../example.js";
+import { conditionals } from "../columns.js";
 import { button, field, h, number, slider } from "../dom.js";
 import { bells, gallery, reach } from "../draw.js";
+import { overview, setPlane } from "../plane.js";
 
 export const title = "One input";
 export const fits = () => true;
@@ -18,6 +20,8 @@ const EXPLAINED = {
   values: "A flow maps this input to one value of every latent, without a posterior. Gray is the "
     + "prior; \u2212log p is what the value costs. Draws differ only by the "
     + "noise that fills the gaps between integer levels.",
+  "": "This model has no latents: it is a density of rows. Each column has a distribution given "
+    + "the others, which shows what is unusual in a row.",
 };
 
 /** "3:1.5,7:0" as a Map. */
@@ -41,22 +45,44 @@ export function mount(root, page) {
   let all = false;
   let shown = "";
 
+  const columns = conditionals();
+  const plane = h("section");
+  const code = { one: "", columns: "", plane: "" };
+  const latent = page.about.dims > 0;
+
+  /** Show the lines of a part of the view. */
+  function python(name, text) {
+    code[name] = text;
+    page.python(Object.values(code).filter(Boolean).join("\n"));
+  }
+
   root.append(
     h("p", { class: "lead" }, EXPLAINED[page.about.moments]),
     controls.root,
-    h("div", { class: "columns" },
-      h("section", { class: "side" }, figures, pictures, h("h3", {}, "Draws"),
+    h("div", { class: latent ? "columns" : "" },
+      h("section", { class: "side" }, figures, pictures, latent ? [h("h3", {}, "Draws"),
         h("div", { class: "controls" },
           button("Draw again", () => page.set({ seed: (Number(page.state.seed) || 0) + 1 })),
           field("temperature", temperature), warmth),
-        draws),
-      h("section", {},
+        draws] : null),
+      latent ? h("section", {},
         h("div", { class: "controls" }, h("h3", {}, `Latents by ${unit}`),
           button("Release all", () => page.set({ set: null })),
           button("Prior mean for all", () => page.set({
             set: written([...rows.keys()].map((i) => [i, 0])),
           }))),
-        list, rest)));
+        list, rest) : null),
+    columns.root, plane);
+  if (page.about.flat) {
+    page.ask("plane", {}, (answer) => {
+      setPlane(answer);
+      plane.replaceChildren(h("h3", {}, "All of the plane"), overview(),
+        h("p", { class: "quiet" }, "Shades: the density of the model"
+          + `${answer.bound === "exact" ? "" : `, by a bound (${answer.bound})`}.`));
+      python("plane", answer.python);
+      if (last) show(last, page.state);
+    });
+  }
 
   /** Set a latent, or give it back to the posterior. */
   function change(place, value) {
@@ -139,6 +165,12 @@ export function mount(root, page) {
     controls.show(answer, state);
     figures.textContent = `${number(answer.bits_per_dim, 3)} bits per dimension, `
       + `${number(answer.nats)} nats${answer.bound === "exact" ? "" : ", an upper bound"}`;
+    if (!latent) {
+      pictures.replaceChildren(gallery(answer.input, ["input"], 112));
+      python("one", answer.python);
+      [shown, last] = [sameExcept(state, "set"), answer];
+      return;
+    }
     showPictures(answer, answer.follows);
     draws.replaceChildren(gallery(answer.draws, [], 60));
     const key = [state.index, state.upload, state.label, state.temperature].join();
@@ -148,12 +180,24 @@ export function mount(root, page) {
       seen.dots.set(latent.place, [...latent.draws, ...before].slice(0, 160));
     }
     showLatents(answer, state);
-    page.python(answer.python);
+    python("one", answer.python);
     shown = sameExcept(state, "set");
     last = answer;
   }
 
   let last = null;
+  let asked = null; // the example whose columns are shown
+  function askColumns(state) {
+    const parameters = chosen(state);
+    const key = JSON.stringify(parameters);
+    if (!page.about.conditionals || asked === key) return;
+    asked = key;
+    page.ask("columns", parameters, (answer) => {
+      columns.show(answer);
+      python("columns", answer.python);
+    });
+  }
+
   return {
     update(state) {
       temperature.value = state.temperature ?? 1;
@@ -162,10 +206,11 @@ export function mount(root, page) {
         ...chosen(state), seed: state.seed ?? 0, temperature: state.temperature ?? 1,
         set: state.set ?? "",
       };
+      askColumns(state);
       clearTimeout(this.timer); // it would ask for what was shown before
       const ask = () => page.ask("one", parameters,
         (answer) => show(answer, { ...state, set: page.state.set }));
-      if (!last || shown !== sameExcept(state, "set")) {
+      if (!last || !latent || shown !== sameExcept(state, "set")) {
         ask();
         return;
       }
@@ -184,4 +229,5 @@ const sameExcept = (state, name) => JSON.stringify({ ...state, [name]: null });
 
 /** Two sets of examples as one. */
 const joined = (a, b) => (a.images
-  ? { ...a, images: [...a.images, ...b.images] } : { ...a, rows: [...a.rows, ...b.rows] });
+  ? { ...a, images: [...a.images, ...b.images] }
+  : { ...a, rows: [...a.rows, ...b.rows], points: a.points && [...a.points, ...b.points] });

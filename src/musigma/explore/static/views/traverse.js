@@ -6,7 +6,7 @@ import { gallery, reach } from "../draw.js";
 import { parsed, written } from "./one.js";
 
 export const title = "Traverse";
-export const fits = () => true;
+export const fits = (about) => about.dims > 0;
 
 export function mount(root, page) {
   const controls = exampleControls(page);
