@@ -120,6 +120,7 @@ class Explorer:
             "moments": self.moments.__name__ if self.moments else "",
             "conditionals": self.columns.how,
             "flat": self.examples.flat,
+            "context": bool(spec.context),
             "colors": self.examples.colors(),
             "levels": len(self.shapes) > 1 and all(len(s) == 3 for s in self.shapes),
             "format": str(heads[0].format if heads else Format()),

@@ -6,6 +6,7 @@
 
 import { ask, latest } from "./api.js";
 import { h } from "./dom.js";
+import { setPlane } from "./plane.js";
 import { save } from "./png.js";
 import * as anomalies from "./views/anomalies.js";
 import * as head from "./views/head.js";
@@ -24,6 +25,8 @@ class Page {
     this.about = about;
     this.name = null;
     this.view = null;
+    this.drop = null; // takes a file that is dropped on the page, if the view can
+    this.plane = null; // for data of two dimensions, once it is known
   }
 
   /** The state in the address. */
@@ -86,6 +89,7 @@ class Page {
     if (name !== this.name) {
       this.view?.leave?.();
       this.name = name;
+      this.drop = null;
       root.replaceChildren();
       this.python("");
       this.fail(null);
@@ -124,12 +128,23 @@ async function start() {
   addEventListener("hashchange", () => page.route());
   const redraw = () => page.view.update(page.state);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault(); // or the browser would leave the page
+    const [file] = event.dataTransfer.files;
+    if (file && page.drop) page.drop(file);
+  });
   let width = innerWidth;
   addEventListener("resize", () => {
     if (innerWidth !== width) redraw();
     width = innerWidth;
   });
   page.route();
+  if (about.flat) {
+    page.plane = await ask("plane");
+    setPlane(page.plane);
+    redraw();
+  }
 }
 
 start().catch((error) => {

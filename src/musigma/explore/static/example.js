@@ -43,17 +43,21 @@ export function exampleControls(page) {
 }
 
 function upload(page) {
+  const take = async (chosen_) => {
+    const answer = await page.post("upload", { name: chosen_.name }, chosen_);
+    if (answer) page.set({ upload: answer.upload });
+  };
+  page.drop = take;
   const file = h("input", {
     type: "file", accept: "image/*", class: "sr", "aria-label": "Upload an image",
     onchange: async () => {
       const [chosen_] = file.files;
       if (!chosen_) return;
-      const answer = await page.post("upload", { name: chosen_.name }, chosen_);
+      await take(chosen_);
       file.value = "";
-      if (answer) page.set({ upload: answer.upload });
     },
   });
-  return h("label", { class: "button" }, "Upload an image", file);
+  return h("label", { class: "button", title: "Or drop one on the page" }, "Upload an image", file);
 }
 
 /** A form for a row of numbers or cells. */

@@ -4,7 +4,7 @@ import { chosen, exampleControls } from "../example.js";
 import { conditionals } from "../columns.js";
 import { button, field, h, number, slider } from "../dom.js";
 import { bells, gallery, reach } from "../draw.js";
-import { overview, setPlane } from "../plane.js";
+import { overview } from "../plane.js";
 
 export const title = "One input";
 export const fits = () => true;
@@ -73,15 +73,14 @@ export function mount(root, page) {
           }))),
         list, rest) : null),
     columns.root, plane);
-  if (page.about.flat) {
-    page.ask("plane", {}, (answer) => {
-      setPlane(answer);
-      plane.replaceChildren(h("h3", {}, "All of the plane"), overview(),
-        h("p", { class: "quiet" }, "Shades: the density of the model"
-          + `${answer.bound === "exact" ? "" : `, by a bound (${answer.bound})`}.`));
-      python("plane", answer.python);
-      if (last) show(last, page.state);
-    });
+  /** All of the plane of data, once it is known. */
+  function showPlane() {
+    const { plane: answer, about } = page;
+    if (!answer) return;
+    plane.replaceChildren(h("h3", {}, "All of the plane"), overview(),
+      h("p", { class: "quiet" }, `Shades: the density of the model${answer.bound === "exact" ? ""
+        : `, by a bound (${answer.bound})`}${about.context ? ", given the context of example 0" : ""}.`));
+    python("plane", answer.python);
   }
 
   /** Set a latent, or give it back to the posterior. */
@@ -200,6 +199,7 @@ export function mount(root, page) {
 
   return {
     update(state) {
+      showPlane();
       temperature.value = state.temperature ?? 1;
       warmth.value = number(Number(temperature.value));
       const parameters = {

@@ -1,4 +1,4 @@
-// Traverse: a slider for each of the latents that matter most.
+// Traverse: a slider for each of the latents that matter most, and for directions.
 
 import { chosen, exampleControls } from "../example.js";
 import { button, choice, field, h, number, slider } from "../dom.js";
@@ -15,19 +15,33 @@ export function mount(root, page) {
   const along_ = h("h3", {}, "");
   const list = h("div", { class: "sliders" });
   const about = h("p", { class: "quiet" }, "Measuring which latents matter \u2026");
-  const past = []; // earlier values of `set`
-  let before = null; // the value of `set` when a slider began to move
+  const directions = h("div", { class: "sliders" });
+  const past = []; // earlier values of `set` and `move`
+  let before = null; // those when a slider began to move
   let lines = [];
+  let moves = [];
   let timer = null;
 
   const start = choice([["prior", "center of the prior"], ["example", "this example"]], "prior",
-    (value) => page.set({ start: value === "prior" ? null : value, set: null }));
-  const undo = button("Undo", () => page.set({ set: past.pop() ?? null }));
+    (value) => page.set({ start: value === "prior" ? null : value, set: null, move: null }));
+  const undo = button("Undo", () => page.set(past.pop() ?? {}));
+  const now = () => ({ set: page.state.set ?? null, move: page.state.move ?? null });
   /** Change the sliders in one step, which can be undone. */
   const jump = (set) => {
-    past.push(page.state.set ?? null);
-    page.set({ set });
+    past.push(now());
+    page.set({ set, move: null });
   };
+  /** A slider of an entry of `set` or `move`; one pull of it is undone at once. */
+  const entry = (key, place, label, more = {}) => slider(label, -4, 4, 0.02, 0, (v) => {
+    before ??= now();
+    const values = parsed(page.state[key]);
+    values.set(place, v);
+    page.set({ [key]: written(values), ...more });
+  }, () => {
+    if (before) past.push(before);
+    before = null;
+    undo.disabled = false;
+  });
   root.append(
     h("p", { class: "lead" }, "Each slider is one latent, in standard deviations of its prior; the "
       + "decoder follows. The first ones carry most information about the data."),
@@ -37,24 +51,14 @@ export function mount(root, page) {
         [place, Math.round(100 * normal()) / 100]))))),
     controls.root,
     h("div", { class: "columns" }, h("section", { class: "side" }, big),
-      h("section", {}, list, about)),
+      h("section", {}, list, about, directions)),
     h("section", {}, along_, along));
 
   function build(answer) {
     const most = Math.max(...answer.latents.map((l) => l.cost), 1e-6);
     lines = answer.latents.slice(0, 10).map((latent) => {
       const value = h("output", { class: "numbers" });
-      const move = (v) => {
-        before ??= { set: page.state.set ?? null };
-        const values = parsed(page.state.set);
-        values.set(latent.place, v);
-        page.set({ set: written(values), along: latent.place });
-      };
-      const control = slider(latent.name, -4, 4, 0.02, 0, move, () => {
-        if (before) past.push(before.set);
-        before = null;
-        undo.disabled = false;
-      });
+      const control = entry("set", latent.place, latent.name, { along: latent.place });
       control.addEventListener("focus", () => {
         if (Number(page.state.along) !== latent.place) page.set({ along: latent.place });
       });
@@ -66,6 +70,14 @@ export function mount(root, page) {
     });
     about.textContent = `Bars: mean cost over ${answer.examples} examples; all latents together `
       + `${number(answer.total)} nats.`;
+    moves = answer.directions.map((name, k) => {
+      const [control, value] = [entry("move", k, name), h("output", { class: "numbers" })];
+      directions.append(h("div", { class: "slide" }, h("b", {}, name), control, value));
+      return { control, value };
+    });
+    directions.prepend(h("h3", {}, "Directions"), h("p", { class: "quiet" }, "Steps of one standard "
+      + "deviation along principal components of the data; for a label, from the mean of all "
+      + "others to the mean of its examples."));
     ask(page.state);
   }
 
@@ -75,7 +87,7 @@ export function mount(root, page) {
     clearTimeout(timer);
     if (moving && !whole) timer = setTimeout(() => ask(page.state, true), 200);
     const parameters = {
-      ...chosen(state), start: state.start ?? "prior", set: state.set ?? "",
+      ...chosen(state), start: state.start ?? "prior", set: state.set ?? "", move: state.move ?? "",
       along: moving && !whole ? null : place,
     };
     page.ask("decode", parameters, (answer) => {
@@ -89,6 +101,11 @@ export function mount(root, page) {
         line.value.value = number(value);
         if (line.place === place) along_.textContent = `Along ${line.name}`;
       }
+      const given = parsed(state.move);
+      moves.forEach(({ control, value }, k) => {
+        if (document.activeElement !== control) control.value = given.get(k) ?? 0;
+        value.value = number(given.get(k) ?? 0);
+      });
       if (!answer.strip) return;
       const captions = answer.steps.map((v) => number(v, 0));
       along.replaceChildren(gallery(answer.strip, captions, 72));
