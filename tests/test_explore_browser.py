@@ -156,6 +156,16 @@ def use_map(page, folder, refused):
     until(page, "document.querySelectorAll('.card figure, .card td').length >= 10")
 
 
+def use_anomalies(page, folder, refused):
+    page.wait_for_selector(".ranked tbody tr")
+    page.locator("select[name=rate]").select_option("0.2")
+    page.wait_for_selector(".flagged")
+    page.click("text=Less strange ones")
+    until(page, "document.querySelector('.ranked td').textContent === '25'")
+    page.click("text=Stranger ones")
+    until(page, "document.querySelector('.ranked td').textContent === '1'")
+
+
 def use_levels(page, folder, refused):
     page.wait_for_selector(".level")
     page.locator("text=Redraw this level").last.click()
@@ -181,6 +191,7 @@ USES = {
     "traverse": use_traverse,
     "map": use_map,
     "levels": use_levels,
+    "anomalies": use_anomalies,
     "head": use_head,
     "training": use_training,
 }
