@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo docs test
+.PHONY: browser demo docs test
 
 demo: .venv/ready
 	@mkdir -p demo
@@ -30,11 +30,18 @@ demo: .venv/ready
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-test: docs
+test: docs browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# Debian's chromium, for tests of the page of `musigma explore`; without it they are skipped.
+browser:
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+	    && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; \
+	    } > /dev/null 2>&1 \
+	    || echo "no chromium, and it could not be installed: tests in a browser are skipped"
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -205,17 +205,22 @@ def _add_answers(app: FastAPI, explorer: Explorer) -> None:
     def training() -> Response:
         return answer(explorer.progress)
 
-    @app.post("/api/upload")
+    @app.post("/api/upload", openapi_extra=_body("application/octet-stream", type="string"))
     async def upload(request: Request, name: str = "") -> Response:
         content = await _content(request)
         keep = explorer.examples.picture
         return await run_in_threadpool(answer, lambda: keep(content, name[:200]))
 
-    @app.post("/api/row")
+    @app.post("/api/row", openapi_extra=_body("application/json", type="array"))
     async def row(request: Request) -> Response:
         content = await _content(request)
         keep = explorer.examples.row
         return await run_in_threadpool(answer, lambda: keep(_cells(content)))
+
+
+def _body(media: str, **schema: str) -> dict[str, Any]:
+    """The body of a request, which `_content` reads, in the schema of the server."""
+    return {"requestBody": {"content": {media: {"schema": schema}}, "required": True}}
 
 
 async def _content(request: Request) -> bytes:
