@@ -13,11 +13,13 @@ from PIL import Image
 
 import musigma
 from musigma.cli import app, main
+from tools import pages
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SIMULATORS = ROOT / "docs" / "simulators.md"
 OTHERS = ROOT / "docs" / "other-libraries.md"  # in its own test
+HOW_TO = sorted((ROOT / "docs" / "how-to").glob("[!R]*.md"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -189,8 +191,30 @@ def test_the_page_on_other_libraries(tmp_path, monkeypatch, capsys):
     assert Path("corner.png").stat().st_size > 1000 < Path("bilby.png").stat().st_size
 
 
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda p: p.stem)
+def test_a_page_of_questions_prints_what_it_shows(page, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="pip install 'musigma[data]'")
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert text.partition("\n")[0].endswith("?")
+    assert "```text\n" in text
+    assert "## How to read it" in text
+    assert not pages.differences(page)
+
+
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if p not in (OTHERS, SIMULATORS)], ids=lambda p: p.name
+    "page", sorted((ROOT / "docs" / "systems").glob("*.md")), ids=lambda p: p.stem
+)
+def test_a_page_of_a_system_has_the_question_a_picture_and_code(page):
+    text = page.read_text(encoding="utf-8")
+    assert "\n> *" in text
+    assert "![" in text
+    assert blocks(page, "python")
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p not in (OTHERS, SIMULATORS, *HOW_TO)], ids=lambda p: p.name
 )
 def test_python_in_the_documents(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
