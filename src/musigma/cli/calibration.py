@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from musigma.cli.detection import Scores
 from musigma.cli.options import DataOptions, numbers
 from musigma.cli.screen import count
 from musigma.cli.trained import Trained
@@ -44,12 +45,12 @@ class Calibration:
     Attributes:
         rows: The rows.
         what: The part and the source, as text.
-        nats: Their scores, computed as those of all other rows; none until `scored`.
+        scores: Their scores by name, computed as those of all other rows; none until `scored`.
     """
 
     rows: Dataset
     what: str
-    nats: np.ndarray | None = None
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -105,20 +106,23 @@ class Calibration:
             )
         return calibration
 
-    def scored(self, trained: Trained, k: int, batch_size: int) -> Calibration:
-        """The same rows with their scores."""
-        from musigma import evaluation
+    def scored(self, scores: Scores) -> Calibration:
+        """The same rows with their scores.
 
-        with trained.screen.progress("calibrating") as progress:
-            table = evaluation.score(
-                trained.model,
-                self.rows,
-                k=k,
-                batch_size=batch_size,
-                seed=trained.common.seed,
-                progress=progress,
-            )
-        return dataclasses.replace(self, nats=table["nats"])
+        Raises:
+            ValueError: If one is NaN.
+        """
+        import numpy as np
+
+        found = scores(self.rows)
+        for label, values in found.items():
+            if bad := int(np.isnan(values).sum()):
+                raise ValueError(
+                    f"calibrate: {bad:,} of {len(values):,} scores ({label}) of {self.what} are "
+                    "NaN, so nothing can be compared with them; choose another score (--by), or "
+                    "train the model again"
+                )
+        return dataclasses.replace(self, scores=found)
 
     def refusal(self, rate: float) -> str:
         """Why so many rows cannot promise a false-positive rate; empty if they can."""
@@ -251,20 +255,25 @@ def _anomalous(counts: Counter[str], asked: Sequence[str]) -> list[str]:
     return usual
 
 
-def detection_lines(found: dict[str, Any], labeled: Labeled, by: Calibration) -> list[str]:
-    """What `anomaly.detection` returned, for people."""
-    total = found["normal"] + found["anomalies"]
-    return [
-        f"AUROC {_text(found['auroc'])}, average precision {_text(found['average_precision'])}; "
-        f"anomalies: {labeled.what}, {found['anomalies']:,} of {count(total, 'row')}",
-        f"thresholds by {by}",
-        *(
-            f"at {at['rate']:.2%}: {_text(at['recall'], '.2%')} of anomalies flagged, and "
-            f"{_text(at['flagged'], '.2%')} of normal rows; expected from so many calibration "
-            f"rows: {at['promised'][0]:.2%} to {at['promised'][1]:.2%}"
-            for at in found.get("at", ())
-        ),
-    ]
+def detection_lines(
+    found: Mapping[str, dict[str, Any]], labeled: Labeled, by: Calibration, named: bool
+) -> list[str]:
+    """What `anomaly.detection` returned for each score, for people."""
+    lines = []
+    for label, one in found.items():
+        total = one["normal"] + one["anomalies"]
+        lines += [
+            f"{label}: " * named + f"AUROC {_text(one['auroc'])}, average precision "
+            f"{_text(one['average_precision'])}; anomalies: {labeled.what}, "
+            f"{one['anomalies']:,} of {count(total, 'row')}",
+            *(
+                f"at {at['rate']:.2%}: {_text(at['recall'], '.2%')} of anomalies flagged, and "
+                f"{_text(at['flagged'], '.2%')} of normal rows; expected from so many calibration "
+                f"rows: {at['promised'][0]:.2%} to {at['promised'][1]:.2%}"
+                for at in one.get("at", ())
+            ),
+        ]
+    return [*lines, f"thresholds by {by}"]
 
 
 def _text(figure: Interval, form: str = ".4f") -> str:
@@ -282,23 +291,28 @@ def _text(figure: Interval, form: str = ".4f") -> str:
 
 
 def drift_of(
-    trained: Trained, found: Dataset, nats: np.ndarray, calibration: Calibration
+    trained: Trained, found: Dataset, by_score: Mapping[str, Any], calibration: Calibration
 ) -> tuple[dict[str, Any], list[str]]:
     """Whether data differ from calibration rows in their scores, or a table in its columns.
 
+    Args:
+        trained: The run.
+        found: The data.
+        by_score: The test of each score (`Scores.drift`).
+        calibration: Rows to compare with.
+
     Returns:
-        Fields: `p_value` of both together (the smaller of two, doubled), the tests, and the names
-        of the columns that have drifted; and lines for people.
+        Fields: `p_value` of all together (the smallest, times their number), the tests, and the
+        names of the columns that have drifted; and lines for people.
     """
     from musigma import anomaly
 
-    assert calibration.nats is not None
-    scores, tests = anomaly.score_drift(nats, calibration.nats), []
+    tests = []
     if not trained.is_image:
         names = trained.spec.columns or [f"x{j}" for j in range(trained.shape[0])]
         columns = trained.spec.schema or names
         tests = anomaly.column_drift(found.x, calibration.rows.x, columns)
-    parts = {"scores": scores["p_value"]}
+    parts = {name: test["p_value"] for name, test in by_score.items()}
     if tests:
         parts["columns"] = tests[0]["adjusted"]
     p = min(1.0, len(parts) * min(parts.values()))
@@ -312,4 +326,4 @@ def drift_of(
     if tests and not drifted:
         lines.append(f"  no column has drifted (p <= {LEVEL:g}, adjusted for their number)")
     names = list(dict.fromkeys(test["column"] for test in drifted))
-    return {"p_value": p, "scores": scores, "drifted": names, "columns": tests}, lines
+    return {"p_value": p, **by_score, "drifted": names, "columns": tests}, lines

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from musigma.cli.calibration import (
     drift_of,
     false_positive_rates,
 )
-from musigma.cli.options import USE, DataOptions, RunOnData, app, at_least_one
+from musigma.cli.detection import Detection, Scores, check_maps, write_maps
+from musigma.cli.options import USE, RunOnData, app, at_least_one
 from musigma.cli.outputs import Columns, Share, check_out, write_rows
 from musigma.cli.screen import count, figure_text, launched_processes
 from musigma.cli.trained import Trained
@@ -41,7 +43,9 @@ def score(
     calibrate: str | None = None,
     explain: int = 0,
     drift: bool = False,
+    maps: Path | None = None,
     orders: int | None = None,
+    detection: Detection = Detection(),
 ) -> None:
     """Score every example in nats, -log p, and in bits per dimension; outliers score highest.
 
@@ -54,9 +58,13 @@ def score(
     share of calibration rows with at least that score. These are held-out rows of the training
     data, or those of a file. p-values hold for examples that the model was not trained on.
 
+    With --by, each of the named scores has a column, a p-value and a flag of its own, such as
+    typicality, p_value_typicality and flag_typicality. The strangest examples have the highest
+    score. NaN is counted, and counts as the strangest.
+
     Args:
         out: A .csv or .parquet table. Each of several processes writes a shard. May be left out
-            with --drift.
+            with --drift or --maps.
         k: Draws per example; more draws give a tighter bound.
         fpr: Largest share of normal examples to flag: 0.01.
         calibrate: Normal rows to calibrate on, which the model was not trained on. By default the
@@ -65,14 +73,16 @@ def score(
             flagged rows alone, if --fpr is given.
         drift: Test whether the data as a whole, and each column of a table, have the distribution
             of the calibration rows.
+        maps: A folder for pictures of the 16 strangest images, each above a map of where the nats
+            lie: those of each pixel (VAEs), or the change by replacing a patch (flows).
         orders: Number of orders of the columns whose mixture is scored, for a model that has many
             (`table`). By default as in training.
     """
-    from musigma import anomaly, evaluation
+    from musigma import evaluation
 
     if out is not None:
         check_out(out, ".csv", ".parquet")
-    elif not drift:
+    elif not drift and maps is None:
         raise ValueError("out: expected a .csv or .parquet file to write (--out scores.csv)")
     rates = () if fpr is None else false_positive_rates(str(fpr))
     at_least_one(explain=explain or None)
@@ -82,8 +92,12 @@ def score(
             f"drift: it is a test of all examples together, and there are {processes.count} "
             "processes; run it in one"
         )
+    _in_one_process(processes, by=detection.by, maps=maps)
     trained, options = Trained(on.run, on.common), on.options.everything()
     _mix_orders(trained, orders)
+    if maps is not None:
+        check_maps(maps, trained)
+    scores = Scores(trained, detection, k, options, maps=maps is not None)
     reasons = None if not explain else trained.any_order("explain")
     by = None
     if rates or calibrate is not None or drift:
@@ -97,27 +111,28 @@ def score(
             "larger than those of new rows"
         )
     if by is not None:
-        by = by.scored(trained, k, options.batch_size)
+        by = by.scored(scores)
     columns = _evaluated(evaluation.score, trained, found, share, "scoring", k=k)
     if not len(share.rows):  # more processes than batches: a table with columns and no rows
         one = evaluation.score(trained.model, found.subset([0]), k=k)
         columns = {name: values[:0] for name, values in one.items()}
     lines, answer = _summary(trained, columns, evaluation.bound(trained.model, k), share)
-    beside: Columns = {}
-    if by is not None:
-        beside["p_value"] = anomaly.p_values(columns["nats"], by.nats)
-        answer |= by.fields
-    if by is not None and fpr is not None:
-        beside["flag"] = beside["p_value"] <= fpr
-        more, flags = _flagged(beside["flag"], fpr, by)
-        lines, answer = lines + more, answer | flags
-    elif by is not None and not drift:
+    raw = scores(found, columns["nats"]) if scores.named else {"nats": columns["nats"]}
+    ranked = scores.strangest(raw)
+    beside, more, fields = _compared(scores, raw, ranked, by, fpr)
+    lines, answer = lines + more, answer | fields
+    if by is not None and fpr is None and not drift:
         lines.append(f"p-values by {by}")
     if reasons is not None:
-        beside["because"] = _because(trained, found, share, explain, beside.get("flag"))
+        first = beside.get(scores.of("flag", scores.labels[0]))
+        beside["because"] = _because(trained, found, share, explain, first)
     if by is not None and drift:
-        answer["drift"], more = drift_of(trained, found, columns["nats"], by)
+        tests = scores.drift(found, by.rows, ranked, by.scores)
+        answer["drift"], more = drift_of(trained, found, tests, by)
         lines += more
+    if maps is not None:
+        answer["maps"], more = write_maps(maps, scores, found, ranked)
+        lines.append(more)
     if out is not None:
         out = share.path(out)
         lines[0], answer = f"{lines[0]}: {out}", {"out": str(out), **answer}
@@ -159,21 +174,91 @@ def _summary(
     return [f"{count(n, 'score')}{figures}{share}"], {"n": n, **share.fields, **fields}
 
 
-def _flagged(flag: np.ndarray, fpr: float, by: Calibration) -> tuple[list[str], dict[str, Any]]:
-    """Number of flags, their threshold and its uncertainty, for people and as fields."""
+def _compared(
+    scores: Scores,
+    raw: Mapping[str, np.ndarray],
+    ranked: Mapping[str, np.ndarray],
+    by: Calibration | None,
+    fpr: float | None,
+) -> tuple[Columns, list[str], dict[str, Any]]:
+    """Columns of scores, p-values and flags; lines and fields about them.
+
+    Args:
+        scores: What was computed.
+        raw: The scores by name.
+        ranked: The same, in which NaN is the strangest.
+        by: Rows that calibrate, if any.
+        fpr: Largest share of normal examples to flag, if examples are flagged.
+    """
     from musigma import anomaly
 
-    assert by.nats is not None
-    n, flagged, limit = len(flag), int(flag.sum()), anomaly.threshold(by.nats, fpr)
-    low, high = anomaly.rate_interval(len(by.nats), fpr)
-    lines = [
+    columns: Columns = {}
+    lines: list[str] = []
+    each: dict[str, dict[str, Any]] = {}
+    for label, values in raw.items():
+        text, each[label] = _described(label, values)
+        if scores.named:
+            lines.append(text)
+            columns |= {} if label == "nats" else {label: values}
+        if by is None:
+            continue
+        p = columns[scores.of("p_value", label)] = anomaly.p_values(
+            ranked[label], by.scores[label]
+        )
+        if fpr is not None:
+            columns[scores.of("flag", label)] = p <= fpr
+            unit = label if scores.named else "nats"
+            text, fields = _flagged(p <= fpr, fpr, by.scores[label], unit)
+            lines.append(text)
+            each[label] |= fields
+    answer: dict[str, Any] = {"scores": each} if scores.named else {}
+    if by is not None:
+        answer |= by.fields
+    if by is not None and fpr is not None:
+        if not scores.named:
+            answer |= {name: each["nats"][name] for name in ("threshold", "flagged")}
+        low, high = anomaly.rate_interval(len(by.rows), fpr)
+        lines.append(
+            f"by {by}; with a threshold from so many rows, {low:.2%} to {high:.2%} of normal "
+            "examples are flagged"
+        )
+        answer |= {"fpr": fpr, "rate_interval": [low, high]}
+    return columns, lines, answer
+
+
+def _described(label: str, values: np.ndarray) -> tuple[str, dict[str, Any]]:
+    """The range of a score, for people and as fields; a mean of NaN is NaN."""
+    import numpy as np
+
+    n, missing = len(values), int(np.isnan(values).sum())
+    lowest, mean, highest = (float(f(values)) if n else None for f in (np.min, np.mean, np.max))
+    text = f": {lowest:.4f} to {highest:.4f}, mean {mean:.4f}" if n else ""
+    fields = {"mean": mean, "highest": highest, "lowest": lowest, "nan": missing}
+    return f"{label}{text}{f', {missing:,} NaN' * (missing > 0)}", fields
+
+
+def _flagged(
+    flag: np.ndarray, fpr: float, known: np.ndarray, unit: str
+) -> tuple[str, dict[str, Any]]:
+    """Number of flags by a score, and their threshold, for people and as fields."""
+    from musigma import anomaly
+
+    n, flagged, limit = len(flag), int(flag.sum()), anomaly.threshold(known, fpr)
+    text = (
         f"{flagged:,} of {count(n, 'example')} flagged{f' ({flagged / n:.2%})' * (n > 0)}: more "
-        f"than {limit:.4f} nats, p-value at most {fpr:g}",
-        f"by {by}; with a threshold from so many rows, {low:.2%} to {high:.2%} of normal examples "
-        "are flagged",
-    ]
-    fields = {"fpr": fpr, "threshold": limit, "flagged": flagged, "rate_interval": [low, high]}
-    return lines, fields
+        f"than {limit:.4f} {unit}, p-value at most {fpr:g}"
+    )
+    return text, {"threshold": limit, "flagged": flagged}
+
+
+def _in_one_process(processes: Processes, **given: Any) -> None:
+    """Refuse options that need all examples in one process."""
+    for name, value in given.items():
+        if value is not None and processes.count > 1:
+            raise ValueError(
+                f"{name}: it needs all examples in one process, and there are {processes.count}; "
+                "run it in one"
+            )
 
 
 def _mix_orders(trained: Trained, orders: int | None) -> None:
@@ -224,6 +309,7 @@ def evaluate(
     fpr: str | None = None,
     calibrate: str | None = None,
     orders: int | None = None,
+    detection: Detection = Detection(),
 ) -> None:
     """Compute the mean bits per dimension of data, with its standard error.
 
@@ -231,7 +317,7 @@ def evaluate(
     and `musigma compare` compares records. With --labels the answer also says how well the scores
     tell anomalies from normal rows, with 95 % intervals: the area under the ROC curve, average
     precision, and the shares of anomalies and of normal rows that are flagged at a promised
-    false-positive rate.
+    false-positive rate; with --by, for each of the scores that it names.
 
     Args:
         k: Draws per example; more draws give a tighter bound for models that are not exact. The
@@ -260,10 +346,12 @@ def evaluate(
     ks, annealing = bounds.draws(k, anneal)
     if labels is None:
         given = {"anomaly": anomaly, "fpr": fpr, "calibrate": calibrate}
+        given |= dataclasses.asdict(detection)
         if unused := [name for name, value in given.items() if value]:
             raise ValueError(f"{', '.join(unused)}: for labeled data alone; give --labels, too")
     rates = None if fpr is None else false_positive_rates(fpr)
     processes = launched_processes()
+    _in_one_process(processes, by=detection.by)
     if processes.count > 1:
         processes = join(on.common.device)
     trained = Trained(on.run, on.common)
@@ -284,6 +372,7 @@ def evaluate(
                 "labels: they are compared with the scores of one number of draws; leave out "
                 "--anneal, --gap and the other numbers of --k"
             )
+        scores = Scores(trained, detection, max(ks), on.options)
         labeled = Labeled.read(trained, on.source, on.options, labels, anomaly)
         part, seen = trained.part, trained.seen
         half = seen and part == "held-out" and calibrate is None
@@ -297,7 +386,7 @@ def evaluate(
                     "so fewer rows are flagged than was promised"
                 )
             labeled = labeled.subset(~others)
-        found, lines, more = _detected(trained, labeled, by, rates, max(ks), on.options, processes)
+        found, lines, more = _detected(scores, labeled, by, rates, processes)
     leave()
     if orders is not None:
         found = found.with_fields(orders=orders)
@@ -313,37 +402,51 @@ def evaluate(
 
 
 def _detected(
-    trained: Trained,
+    scores: Scores,
     labeled: Labeled,
     by: Calibration,
     rates: tuple[float, ...] | None,
-    k: int,
-    options: DataOptions,
     processes: Processes,
 ) -> tuple[Record, list[str], dict[str, Any]]:
     """The figure of labeled rows, and how well scores tell anomalies from normal ones."""
     from musigma import anomaly
 
+    trained = scores.trained
     if rates is None:
         for rate in RATES:
             if reason := by.refusal(rate):
                 trained.screen.note(f"fpr: {reason}")
         rates = tuple(rate for rate in RATES if not by.refusal(rate))
-    by = by.scored(trained, k, options.batch_size)
-    share = Share(processes, len(labeled.rows), options.batch_size)
-    record = _recorded(trained, labeled.rows, share, "scoring", k=k)
-    found = anomaly.detection(
-        record.nats,
-        labeled.anomaly,
-        calibration=by.nats,
-        rates=rates,
-        seed=trained.common.seed,
-    )
-    lines = detection_lines(found, labeled, by)
+    by = by.scored(scores)
+    share = Share(processes, len(labeled.rows), scores.options.batch_size)
+    record = _recorded(trained, labeled.rows, share, "scoring", k=scores.k)
+    raw = scores(labeled.rows, record.nats) if scores.named else {"nats": record.nats}
+    found = {
+        label: anomaly.detection(
+            values,
+            labeled.anomaly,
+            calibration=by.scores[label],
+            rates=rates,
+            seed=trained.common.seed,
+        )
+        for label, values in scores.strangest(raw).items()
+    }
+    lines = detection_lines(found, labeled, by, scores.named)
+    plain = {label: _as_json(one) for label, one in found.items()}
+    fields: dict[str, Any] = {**by.fields, "anomaly": labeled.what}
+    if not scores.named:
+        return record, lines, {**fields, "detection": plain["nats"]}
+    fields["scores"] = {label: _described(label, raw[label])[1] for label in raw}
+    for label, one in plain.items():
+        fields["scores"][label]["detection"] = one
+    return record, lines, fields
+
+
+def _as_json(found: dict[str, Any]) -> dict[str, Any]:
+    """What `anomaly.detection` returned, as JSON values."""
     plain = {name: _plain(value) for name, value in found.items()}
     plain["at"] = [{name: _plain(v) for name, v in at.items()} for at in found.get("at", ())]
-    fields = {**by.fields, "anomaly": labeled.what, "detection": plain}
-    return record, lines, fields
+    return plain
 
 
 def _plain(value: Any) -> Any:
