@@ -1,0 +1,187 @@
+"""Images of another kind: how well every score of `musigma.detectors` finds them.
+
+    MUSIGMA_DATA=... python benchmarks/strange_images.py train [NAME ...]     # models, in runs/
+    MUSIGMA_DATA=... python benchmarks/strange_images.py measure [SET ...]    # their scores
+    python benchmarks/strange_images.py collect     # the JSON file in docs/, and the table
+
+The sets are Fashion-MNIST and MNIST, and CIFAR-10 (from JPEG, `cifar10-jpeg.tar.xz`) in color and
+in gray: the mean of the three channels, rounded, in all three. A model of one set of a pair scores
+test images of both. Each model is trained on one thread for a number of processor seconds, with
+uniform noise (Glow) or a mixture of logistics (VAE); a background model is the same on images of
+which a fifth of the levels is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from equal_seconds import train_for
+
+import musigma
+from musigma import Dataset, TrainConfig, anomaly, build, detectors
+from musigma.data import Preprocess
+from musigma.files import write_json
+
+HERE = Path(__file__).parent
+RUNS, DOCS = HERE.parent / "runs" / "strange-images", HERE.parent / "docs"
+PAIRS = {"fashion": "mnist", "mnist": "fashion", "color": "gray", "gray": "color"}
+GLOW = {"depth": 6, "hidden": 64, "dequantize": "uniform"}
+TRAINED = 20_000
+"""Training images of the sets in color and gray."""
+FITTED, SCORED, FEWER = 2000, 1000, 400
+"""Training images that statistics are fitted on; test images of each set; the same for regret."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a model is trained."""
+
+    architecture: str
+    options: dict[str, Any]
+    seconds: float
+    perturb: float = 0.0
+    seed: int = 0
+
+
+MODELS = {
+    "glow": Trained("glow", GLOW, 160),
+    "glow-background": Trained("glow", GLOW, 100, perturb=0.2),
+    "vae": Trained("vae", {"width": 32}, 80),
+    "vae-background": Trained("vae", {"width": 32}, 60, perturb=0.2),
+    "vae-1": Trained("vae", {"width": 32}, 80, seed=1),
+    "vae-2": Trained("vae", {"width": 32}, 80, seed=2),
+}
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+@cache
+def images(name: str) -> Dataset:
+    """All images of a set."""
+    if name in ("mnist", "fashion"):
+        return musigma.data.load({"fashion": "fashion-mnist"}.get(name, name))
+    found = musigma.data.load(str(Path(os.environ["MUSIGMA_DATA"]) / "cifar10-jpeg.tar.xz"))
+    if name == "color":
+        return found
+    mean = np.rint(found.array[:].mean(1, keepdims=True)).astype(np.uint8)
+    return replace(found, array=np.repeat(mean, 3, 1), name=name)
+
+
+def train(name: str) -> None:
+    """Train a model, unless it is there."""
+    set_name, _, kind = name.partition("-")
+    how, out = MODELS[kind], RUNS / name / "model.safetensors"
+    if out.exists():
+        return
+    data = replace(images(set_name), preprocess=Preprocess(perturb=how.perturb))
+    learn, validation = data.split("train"), data.split("validation")
+    if set_name in ("color", "gray"):
+        learn = learn.subset(np.arange(min(len(learn), TRAINED)))
+    config = TrainConfig(
+        batch_size=64, precision="bf16", seed=how.seed, evaluations=4, evaluate_on=500
+    )
+    make: Callable[[], Any] = lambda: build(how.architecture, learn.spec(), **how.options)  # noqa: E731
+    start = time.process_time()
+    model, steps = train_for(how.seconds, make, learn, validation, config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    musigma.save(model, out, extra={"steps": steps, "seconds": how.seconds})
+    print(name, f"{steps:,} steps, {time.process_time() - start:.0f} s", flush=True)
+
+
+# --- scores --------------------------------------------------------------------------------------
+
+
+def split(name: str) -> tuple[Dataset, Dataset]:
+    """Test images of a set to score, and its training images to fit statistics on."""
+    found, learn = images(name).split("held-out"), images(name).split("train")
+    rows = np.arange(len(found))
+    if name == "gray":  # other images than those in color
+        rows = rows[::-1]
+    return found.subset(rows[:SCORED]), learn.subset(np.arange(FITTED))
+
+
+def loaded(name: str) -> Any:
+    """A trained model, or None."""
+    path = RUNS / name / "model.safetensors"
+    return musigma.load(path) if path.exists() else None
+
+
+def measure(name: str) -> None:
+    """Score test images of a set, and of its pair, by every detector; write the figures."""
+    (normal, learn), (strange, _) = split(name), split(PAIRS[name])
+    rows, both = [], (normal, strange)
+    few = [data.subset(np.arange(FEWER)) for data in both]
+    for kind in ("glow", "vae"):
+        model = loaded(f"{name}-{kind}")
+        if model is None:
+            continue
+        members = [loaded(f"{name}-{kind}-{i}") for i in (1, 2)]
+        reference = detectors.Reference(
+            model,
+            train=learn,
+            background=loaded(f"{name}-{kind}-background"),
+            members=[member for member in members if member is not None],
+            batch_size=50,
+        )
+        for detector, function in detectors.DETECTORS.items():
+            sets = few if detector == "likelihood_regret" else both
+            start = time.process_time()
+            try:
+                scores = [function(reference, data) for data in sets]
+            except ValueError as reason:
+                print(name, kind, detector, reason, flush=True)
+                continue
+            found, note = anomaly.nan_as_strangest(np.concatenate(scores), detector)
+            n = len(scores[0])
+            auroc = anomaly.detection(found, np.arange(len(found)) >= n)["auroc"]
+            row = {"set": name, "model": kind, "detector": detector, "n": n}
+            row |= {"auroc": [round(end, 4) for end in auroc], "note": note}
+            row["milliseconds"] = round(1000 * (time.process_time() - start) / len(found), 2)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    write_json(RUNS / f"{name}.json", rows)
+
+
+def collect() -> None:
+    """Write the figures of all sets into docs/, and print the table."""
+    rows = [row for s in PAIRS for row in json.loads((RUNS / f"{s}.json").read_text())]
+    write_json(DOCS / "figures" / "strange-images.json", rows)
+    found = {(r["model"], r["detector"], r["set"]): r["auroc"] for r in rows}
+    print("| model | score |", " | ".join(f"{s} → {t}" for s, t in PAIRS.items()), "|")
+    print("|---|---|" + "---|" * len(PAIRS))
+    for model, detector in dict.fromkeys((r["model"], r["detector"]) for r in rows):
+        cells = [found.get((model, detector, s)) for s in PAIRS]
+        texts = ["-" if c is None else f"{c[0]:.3f} ({c[1]:.3f}–{c[2]:.3f})" for c in cells]
+        print(f"| {model} | `{detector}` | {' | '.join(texts)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=["train", "measure", "collect"])
+    parser.add_argument("names", nargs="*")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    if chosen.what == "train":
+        for name in chosen.names or [f"{s}-{kind}" for s in PAIRS for kind in MODELS]:
+            train(name)
+    elif chosen.what == "measure":
+        for name in chosen.names or PAIRS:
+            measure(name)
+    else:
+        collect()
+
+
+if __name__ == "__main__":
+    main()
