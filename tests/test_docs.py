@@ -97,7 +97,7 @@ def test_every_command_of_the_page_on_anomalies(tmp_path, monkeypatch, capsys):
             amount = 9999 if odd else random.lognormal(3, 1)
             lines.append(f"{'FD'[i % 2]},{amount:.2f}" + f",{int(odd)}" * (name == "labeled"))
         Path(f"{name}.csv").write_text("\n".join(lines))
-    (block,) = blocks(ROOT / "docs" / "anomalies.md", "sh")
+    block, _ = blocks(ROOT / "docs" / "anomalies.md", "sh")
     for command in block.splitlines():
         words = command.replace("--minutes 5", "--steps 20 --evaluations 1 --hidden 16").split()
         main(words[1:])
@@ -106,6 +106,26 @@ def test_every_command_of_the_page_on_anomalies(tmp_path, monkeypatch, capsys):
     assert "amount = 9999.00 (expected" in Path("scores.csv").read_text()
     assert "drift: p = " in out
     assert re.search(r"AUROC .*; anomalies: is_fraud = 1, 23 of 200 rows", out)
+
+
+def test_every_command_of_the_page_on_strange_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for folder, n in (("photos", 300), ("new", 20)):
+        Path(folder).mkdir()
+        for i in range(n):
+            pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(f"{folder}/{i:03}.png")
+    Path("runs").mkdir()
+    _, block = blocks(ROOT / "docs" / "anomalies.md", "sh")
+    for command in block.splitlines():
+        words = command.replace("--minutes 5", "--steps 2 --evaluations 1 --depth 1 --hidden 8")
+        main(shlex.split(words.replace("--size 32", "--size 8"))[1:])
+    table = Path("images.csv").read_text().splitlines()
+    assert len(table) == 21
+    assert "complexity,p_value_complexity,flag_complexity,typicality,p_value_typ" in table[0]
+    assert len(list(Path("maps").glob("*.png"))) == 16
+    assert "4 x 4 patch replaced" in capsys.readouterr().out
 
 
 def test_every_command_of_the_page_on_the_command_line(tmp_path, monkeypatch, capsys):
