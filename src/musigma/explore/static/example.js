@@ -52,9 +52,8 @@ function upload(page) {
     type: "file", accept: "image/*", class: "sr", "aria-label": "Upload an image",
     onchange: async () => {
       const [chosen_] = file.files;
-      if (!chosen_) return;
-      await take(chosen_);
-      file.value = "";
+      file.value = ""; // so that the same file can be chosen again
+      if (chosen_) await take(chosen_);
     },
   });
   return h("label", { class: "button", title: "Or drop one on the page" }, "Upload an image", file);
@@ -73,9 +72,14 @@ function typed(page) {
     h("form", { class: "cells", onsubmit: use },
       inputs.map((input, i) => field(page.about.columns[i], input)),
       h("button", { type: "submit" }, "Use this row")));
+  let filled = false;
   const show = (set) => {
-    if (root.contains(document.activeElement)) return;
-    inputs.forEach((input, i) => { input.value = set.rows[0][i] ?? ""; });
+    const typing = root.contains(document.activeElement);
+    if (typing && filled) return;
+    inputs.forEach((input, i) => {
+      if (!typing || input.value === "") input.value = set.rows[0][i] ?? "";
+    });
+    filled = set.rows[0].length > 0;
   };
   return { root, show };
 }
