@@ -62,6 +62,7 @@ RANKS = {
     "energy": 9,
     "coverage": 9,
     "explore": 9,
+    "export": 8,
     "cli": 10,
     "sklearn": 10,
     "sbi": 10,
@@ -94,6 +95,7 @@ OWNERS = {
     "fastapi": {"explore"},
     "starlette": {"explore"},
     "uvicorn": {"explore"},
+    "onnxruntime": {"export"},
 }
 
 # Modules that serve one library, so nothing is gained if they import it later.

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "number",
     "parsed_toml",
     "replacing",
+    "replacing_folder",
     "row_of",
     "sync",
     "usual_rights",
@@ -108,6 +110,47 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _sync_one(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder beside `path`: it takes its place on success, and is removed on failure.
+
+    A folder that is there is replaced with all that it holds.
+
+    Raises:
+        ValueError: If the folder that holds `path` does not exist, or `path` is a file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing_folder(Path(folder) / "a") as draft:
+        ...         _ = (draft / "b.txt").write_text("whole")
+        ...     os.listdir(folder), os.listdir(Path(folder) / "a")
+        (['a'], ['b.txt'])
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"path: the folder {path.parent} does not exist; create it first")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"path: {path} is a file; name a folder")
+    names = path.name, f"{path.name}.old"
+    draft, before = (path.with_name(f".{name}.{os.getpid()}.tmp") for name in names)
+    draft.mkdir()
+    try:
+        yield draft
+        if hasattr(os, "sync"):  # file by file would take milliseconds each
+            os.sync()
+        else:
+            sync(draft)
+        if path.exists():
+            path.rename(before)
+        draft.rename(path)
+    finally:
+        if before.exists() and not path.exists():
+            before.rename(path)
+        for folder in (draft, before):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from musigma.cli import (  # noqa: F401
     convert,
     energy,
     explore,
+    export,
     fit_prior,
     inspect,
     names,

@@ -8,9 +8,7 @@ converted back.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +22,7 @@ from musigma.coding.batch import Batch, joined
 from musigma.coding.errors import DamagedFile
 from musigma.data import Dataset, Preprocess
 from musigma.evaluation.inputs import column
-from musigma.files import replacing, sync
+from musigma.files import replacing, replacing_folder
 from musigma.spec import Variable
 
 __all__ = ["Examples", "check_out", "extract"]
@@ -198,20 +196,11 @@ def extract(batches: Iterable[tuple[int, Batch]], archive: Archive, out: Path) -
             else:
                 np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
         return len(batch)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    draft.mkdir()
     taken: set[str] = set()
-    try:
+    with replacing_folder(out) as draft:
         for first, batch in batches:
             _write_images(batch, archive, draft, taken, first)
             count += len(batch)
-        if hasattr(os, "sync"):  # file by file would take milliseconds each
-            os.sync()
-        else:
-            sync(draft)
-        draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return count
 
 
