@@ -134,11 +134,12 @@ def answers(model, function, given):
     return {f"z{i}" if len(z) > 1 else "z": t for i, t in enumerate(z)}
 
 
+KINDS_OF_MODELS = ["vae", "conv", "bernoulli", "conditional", "flow-prior", "table"]
+KINDS_OF_MODELS += ["glow", "realnvp", "nsf", "maf"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    [*["vae", "conv", "bernoulli", "conditional", "flow-prior", "table", "glow", "realnvp", "nsf", "maf"]],
-)
+@pytest.mark.parametrize("kind", KINDS_OF_MODELS)
 def test_onnx_runtime_gives_the_numbers_of_the_model(kind, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="pip install 'musigma[export]'")
     model = built(kind)

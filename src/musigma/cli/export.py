@@ -26,9 +26,9 @@ def export(
 ) -> None:
     """Write a model as functions that run without this library.
 
-    They are encoder, decoder, log_prob and sampler. Beside them lies a sheet in JSON that says of every function what goes in and what comes out.
-    Every draw is an input, `noise`, so all functions are deterministic. Each file is run, and
-    compared with the model, before it appears.
+    They are encoder, decoder, log_prob and sampler. A sheet in JSON beside them says of each what
+    goes in and what comes out. Every draw is an input, `noise`, so all of them are deterministic.
+    Each file is run, and compared with the model, before it appears.
 
     Args:
         onnx: Folder for files of ONNX, or an .onnx file for a single function. Needs pip install
