@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("mkdocs", reason="pip install 'musigma[docs]'")
 from mkdocs.exceptions import PluginError
 
-from tools import docstrings, site
+from tools import docstrings, site, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,3 +61,18 @@ def test_a_folder_in_the_navigation_stands_for_its_pages():
         "a.md",
         {"B": ["b/README.md", "b/c.md"]},
     ]
+
+
+@pytest.mark.parametrize("table", tables.TABLES, ids=lambda table: table.rows.__name__)
+def test_tables_have_the_figures_of_their_files(table):
+    page = (ROOT / "docs" / table.page).read_text(encoding="utf-8")
+    assert table.filled(page) == page
+
+
+def test_a_figure_that_was_edited_by_hand_is_found(tmp_path):
+    table = tables.TABLES[0]
+    page = (ROOT / "docs" / table.page).read_text(encoding="utf-8")
+    assert "1.234 ± 0.003" in page
+    assert table.filled(page.replace("1.234 ± 0.003", "1.134 ± 0.003")) == page
+    with pytest.raises(ValueError, match="one row that begins with"):
+        table.filled(page.replace("| mnist | glow |", "| mnist | other |"))
