@@ -29,6 +29,12 @@ class Page {
     this.plane = null; // for data of two dimensions, once it is known
   }
 
+  /** Whether the page has a view. */
+  has(name) {
+    const { about } = this;
+    return Boolean(views[name]?.fits(about) && (about.views ?? [name]).includes(name));
+  }
+
   /** The state in the address. */
   get state() {
     return Object.fromEntries(new URLSearchParams(location.hash.split("?")[1] ?? ""));
@@ -85,7 +91,7 @@ class Page {
   /** Show the view that the address names. */
   route() {
     const wanted = location.hash.slice(1).split("?")[0];
-    const name = views[wanted]?.fits(this.about) ? wanted : "one";
+    const name = this.has(wanted) ? wanted : "one";
     if (name !== this.name) {
       this.view?.leave?.();
       this.name = name;
@@ -119,8 +125,9 @@ async function start() {
   const page = new Page(about);
   part("about").textContent =
     `${about.architecture} on ${about.data}, ${about.examples.toLocaleString("en")} examples`;
+  part("python").hidden = about.served === false;
   part("views").replaceChildren(...Object.entries(views)
-    .filter(([, view]) => view.fits(about))
+    .filter(([name]) => page.has(name))
     .map(([name, view]) => h("a", { href: `#${name}`, "data-view": name }, view.title)));
   part("link").addEventListener("click", (event) => copy(location.href, event.target));
   part("copy").addEventListener("click", (event) => copy(part("code").textContent, event.target));

@@ -22,12 +22,12 @@ export function exampleControls(page) {
     button("\u2190", () => step(-1), { "aria-label": "Previous example" }), index,
     button("\u2192", () => step(1), { "aria-label": "Next example" }),
     button("Random", () => go(Math.floor(Math.random() * about.examples))),
-    about.shape.length === 3 ? upload(page) : null,
+    about.shape.length === 3 && about.served !== false ? upload(page) : null,
     about.classes.length ? field("class", choice(
       [["", "its own"], ...about.classes.map((text, i) => [String(i), text])],
       page.state.label ?? "", (value) => page.set({ label: value }), { id: "label" })) : null,
     name);
-  const row = about.shape.length === 1 ? typed(page) : null;
+  const row = about.shape.length === 1 && about.served !== false ? typed(page) : null;
   const root = row ? h("div", {}, bar, row.root) : bar;
 
   /** Show what an answer is about. */
