@@ -1060,3 +1060,21 @@ def test_reordered_vectors_have_the_layout_that_networks_emit():
     assert y.stride() == layer.inverse(y)[0].stride() == net(x)[:, :7].stride()
     image = torch.randn(5, 7, 2, 2)
     assert layer(image)[0].stride() == image.stride()
+
+
+@pytest.mark.parametrize("lu", [True, False])
+@pytest.mark.parametrize("channels", [2, 3, 7])
+def test_a_flow_of_vectors_begins_with_features_that_are_all_moved_and_not_mixed(channels, lu):
+    kind = "lu" if lu else "conv"
+    flow = build("nsf", (channels,), bits=None, depth=3, permutation=kind)
+    layers = [layer for layer in flow.layers if isinstance(layer, InvertibleConv)]
+    assert len(layers) == 3
+    for layer in layers:
+        matrix = layer.matrix()
+        assert torch.equal(matrix.detach().sort(1).values[:, -1], torch.ones(channels))
+        assert matrix.detach().abs().sum() == channels
+        assert not matrix.diagonal().any()
+        x = torch.randn(4, channels)
+        y, log_det = layer(x)
+        assert torch.equal(y.sort(1).values, x.sort(1).values)
+        assert torch.equal(log_det, torch.zeros(4))

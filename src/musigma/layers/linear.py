@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from musigma.model import Bijection
 from musigma.tensors import at_least_float32
 
-__all__ = ["ActNorm", "InvertibleConv", "Rotation"]
+__all__ = ["ActNorm", "InvertibleConv", "Rotation", "reordering", "rotation"]
 
 
 def positions(x: Tensor) -> int:
@@ -92,32 +93,48 @@ def _inverted(weight: Tensor) -> Tensor:
     return torch.linalg.inv(wide).to(weight).contiguous()
 
 
+def rotation(channels: int) -> Tensor:
+    """A random orthogonal matrix, float64 (C, C)."""
+    return torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+
+
+def reordering(channels: int) -> Tensor:
+    """The matrix of a random permutation of one cycle, so that every channel moves."""
+    order = torch.randperm(channels)
+    matrix = torch.zeros(channels, channels, dtype=torch.float64)
+    matrix[order, order.roll(1)] = 1
+    return matrix
+
+
 class InvertibleConv(Bijection):
     r"""An invertible 1x1 convolution: a learned matrix that mixes the channels.
 
     .. math:: y_{hw} = W x_{hw}, \quad \log|\det| = HW \log|\det W|
 
     W is a parameter, or W = P L (U + diag(sign · exp(s))) with a fixed permutation P and sign,
-    and learned L, U and s. The determinant of the product is cheap and never zero. The initial W
-    is a random rotation. Inverses are computed in float64 if the device supports it. (Kingma &
-    Dhariwal, "Glow", 2018, arXiv:1807.03039.)
+    and learned L, U and s. The determinant of the product is cheap and never zero. Inverses are
+    computed in float64 if the device supports it. (Kingma & Dhariwal, "Glow", 2018,
+    arXiv:1807.03039.)
 
     Args:
         channels: C.
         lu: Whether W is given by its factors.
+        start: A function of C to the initial W, float64 (C, C): a random rotation, or
+            `reordering`.
     """
 
     permutation: Tensor
     sign: Tensor
 
-    def __init__(self, channels: int, *, lu: bool = True):
+    def __init__(
+        self, channels: int, *, lu: bool = True, start: Callable[[int], Tensor] = rotation
+    ):
         super().__init__()
-        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
-        self.lu = lu
+        matrix, self.lu = start(channels), lu
         if not lu:
-            self.weight = nn.Parameter(rotation.to(torch.get_default_dtype()))
+            self.weight = nn.Parameter(matrix.to(torch.get_default_dtype()))
             return
-        permutation, lower, upper = torch.linalg.lu(rotation)
+        permutation, lower, upper = torch.linalg.lu(matrix)
         diagonal = upper.diagonal()
         dtype = torch.get_default_dtype()
         self.register_buffer("permutation", permutation.to(dtype))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from musigma.distributions import StandardNormal, StandardUniform
 from musigma.layers import (
@@ -26,6 +26,7 @@ from musigma.layers import (
     Standardize,
     Unconstrain,
 )
+from musigma.layers.linear import reordering, rotation
 from musigma.model import Bijection, Chain, Layer, Prior
 from musigma.named import Registry
 from musigma.schema import Schema
@@ -91,10 +92,10 @@ def free_shape(shape: Sequence[int], support: Mapping[str, Any] | None) -> tuple
     return tuple(shape) if support is None else (Support.from_json(support).freedom,)
 
 
-def mixing(kind: str, channels: int) -> Bijection:
-    """A bijection that mixes or reorders the channels, by name."""
+def mixing(kind: str, channels: int, start: Callable[[int], Tensor] = rotation) -> Bijection:
+    """A bijection that mixes or reorders the channels, by name; `start` is its first matrix."""
     if kind in ("conv", "lu"):
-        return InvertibleConv(channels, lu=kind == "lu")
+        return InvertibleConv(channels, lu=kind == "lu", start=start)
     if kind not in ("shuffle", "reverse"):
         raise ValueError(f"permutation: expected conv, lu, shuffle or reverse; got {kind!r}")
     return getattr(Permutation, kind)(channels)
@@ -268,8 +269,11 @@ def _vector_layers(
 
 
 def step(features: int, norm: bool, permutation: str) -> list[Layer]:
-    """Normalization, if wanted, and reordering, which come before each transform."""
-    return [*([ActNorm(features)] if norm else []), mixing(permutation, features)]
+    """Normalization, if wanted, and reordering, which come before each transform.
+
+    A matrix begins as a reordering, since the features of a table mean more than their rotations.
+    """
+    return [*([ActNorm(features)] if norm else []), mixing(permutation, features, reordering)]
 
 
 def transform(
@@ -324,7 +328,7 @@ def _about_transforms(
         hidden: Width of each hidden layer of the networks.
         hidden_layers: Number of hidden layers.
         permutation: Reordering of the features before each transform: a reversal, a fixed shuffle,
-            or an invertible matrix (plain or by its LU factors).
+            or an invertible matrix (plain or by its LU factors), which begins as a shuffle.
         norm: Put an activation normalization before each transform.
     """
 

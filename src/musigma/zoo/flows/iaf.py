@@ -36,7 +36,7 @@ def iaf(
         format: How each transform reads its network's output, as `Format.parse` takes it; the
             gated update of the paper has the scale `sigmoid+2`.
         permutation: Reordering of the features before each transform: a reversal, a fixed shuffle,
-            or an invertible matrix (plain or by its LU factors).
+            or an invertible matrix (plain or by its LU factors), which begins as a shuffle.
         norm: Put an activation normalization before each transform.
     """
     at_least(1, depth=depth, hidden=hidden)

@@ -35,7 +35,7 @@ def maf(
         hidden_layers: Number of hidden layers.
         format: How each transform reads its network's output, as `Format.parse` takes it.
         permutation: Reordering of the features before each transform: a reversal, a fixed shuffle,
-            or an invertible matrix (plain or by its LU factors).
+            or an invertible matrix (plain or by its LU factors), which begins as a shuffle.
         norm: Put an activation normalization before each transform.
     """
     at_least(1, depth=depth, hidden=hidden)
