@@ -96,6 +96,7 @@ OWNERS = {
     "starlette": {"explore"},
     "uvicorn": {"explore"},
     "onnxruntime": {"export"},
+    "umap": {"explore"},
 }
 
 # Modules that serve one library, so nothing is gained if they import it later.

@@ -5,8 +5,10 @@ import io
 import json
 import re
 import socket
+import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -534,6 +536,51 @@ def test_a_map_is_colored_by_levels(table):
     values, names = explorer.examples.color("column sex", np.arange(6))
     assert names == ["f", "m"]
     assert set(values.tolist()) <= {0.0, 1.0}
+
+
+class Halves:
+    """Stands for `umap.UMAP`: the first two coordinates, halved."""
+
+    def __init__(self, **options):
+        assert options == {"random_state": 0, "n_jobs": 1}
+
+    def fit_transform(self, points):
+        return points[:, :2] / 2
+
+
+def test_a_map_by_umap(clients, folder, monkeypatch):
+    client, explorer = clients("image")
+    module = types.ModuleType("umap")
+    module.UMAP = Halves
+    monkeypatch.setitem(sys.modules, "umap", module)
+    monkeypatch.setattr(explorer.survey, "embedding", None)
+    first = got(client, "map", axes="umap")
+    assert first["total"] == 24
+    explorer.survey.embedding.thread.join()
+    answer = got(client, "map", axes="umap", color="score")
+    assert answer["done"] == 24
+    centers = explorer.survey.points  # of all examples, which are fewer than the sample
+    np.testing.assert_allclose(answer["x"], centers[:, 0] / 2, atol=1e-4)
+    np.testing.assert_allclose(answer["color"], explorer.survey.scores)
+    hover = got(client, "hover", axes="umap", index=3)
+    assert hover["place"] == pytest.approx((centers[3, :2] / 2).tolist())
+    place = ",".join(map(str, hover["place"]))
+    decoded = got(client, "at", axes="umap", places=f"{place};0,0")
+    names = run(decoded["python"], folder, monkeypatch)
+    assert same(decoded["pictures"], names["y"])
+    torch.testing.assert_close(names["flat"][0], centers[3], rtol=1e-3, atol=1e-3)
+
+
+def test_umap_that_fails_is_a_message(clients, monkeypatch):
+    client, explorer = clients("image")
+    monkeypatch.setitem(sys.modules, "umap", None)
+    monkeypatch.setattr(explorer.survey, "embedding", None)
+    got(client, "map", axes="umap")
+    explorer.survey.embedding.thread.join()
+    assert got(client, "map", axes="umap")["error"].startswith("UMAP: ModuleNotFoundError")
+    response = client.get("/api/at?axes=umap&places=0,0")
+    assert response.status_code == 400
+    assert "UMAP" in response.json()["message"]
 
 
 # --- uploads -------------------------------------------------------------------------------------

@@ -303,16 +303,34 @@ def elements(points: Tensor, pair: Sequence[int]) -> tuple[Tensor, Tensor]:
     return middle, axes
 
 
-def at(
-    model: Model,
-    context: Context,
-    middle: Tensor,
-    axes: Tensor,
-    places: Sequence[Sequence[float]],
-    shapes: Sequence[Sequence[int]],
-) -> Tensor:
-    """Decode points of the plane; off the plane they are at the mean of the data."""
+def on_plane(middle: Tensor, axes: Tensor, places: Sequence[Sequence[float]]) -> Tensor:
+    """The flat latents of points of a plane; off it they are at the mean of the data."""
     flat = middle + (torch.tensor(places).to(middle) - middle @ axes.T) @ axes
+    return flat
+
+
+def embedded(points: Tensor) -> Tensor:
+    """Points in two dimensions by UMAP, (n, 2) (McInnes, Healy, Melville, arXiv:1802.03426)."""
+    from umap import UMAP  # pyright: ignore
+
+    drawn = UMAP(random_state=0, n_jobs=1).fit_transform(points.numpy(force=True))
+    drawn = torch.from_numpy(drawn).to(points)
+    return drawn
+
+
+def between(points: Tensor, drawn: Tensor, places: Sequence[Sequence[float]]) -> Tensor:
+    """The means of the flat latents of the 8 nearest examples, by inverse squared distance."""
+    distance = torch.cdist(torch.tensor(places).to(drawn), drawn)
+    least, nearest = distance.topk(min(8, len(drawn)), largest=False)
+    weight = 1 / (least**2 + 1e-9)
+    flat = (weight[..., None] * points[nearest]).sum(1) / weight.sum(1, keepdim=True)
+    return flat
+
+
+def from_flat(
+    model: Model, context: Context, flat: Tensor, shapes: Sequence[Sequence[int]]
+) -> Tensor:
+    """Decode flat latents."""
     parts = flat.split([math.prod(shape) for shape in shapes], 1)
     z = [t.reshape(-1, *shape) for t, shape in zip(parts, shapes, strict=True)]
     y = model.decode(z, contexts.repeat(context, len(flat)), whiten=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ SHOWN = 48
 
 STEPS = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
 """Values along one element of the latents, in standard deviations of its prior."""
+
+UMAP = "umap"
+"""The axes of a map by UMAP."""
 
 SIDE = 72
 """Points of a side of the grid on which a density of the plane is computed."""
@@ -122,6 +126,7 @@ class Explorer:
             "flat": self.examples.flat,
             "context": bool(spec.context),
             "colors": self.examples.colors(),
+            "umap": has_umap(),
             "levels": len(self.shapes) > 1 and all(len(s) == 3 for s in self.shapes),
             "format": str(heads[0].format if heads else Format()),
             "training": self.training is not None,
@@ -283,15 +288,13 @@ class Explorer:
 
     def map(self, axes: str, color: str, first: int) -> dict[str, Any]:
         """The places of examples, of all that are known from number `first` on."""
+        if axes == UMAP:
+            return self._embedded(color)
         survey = self.survey
         pair = self._axes(axes)
         columns = survey.columns(pair)
         part = slice(max(0, first), survey.done)
         rows = survey.rows[part]
-        values, names = survey.scores[part], []
-        color = color or ("score" if self.examples.data.labels is None else "label")
-        if color != "score":
-            values, names = self.examples.color(color, rows)
         xy = survey.places[part][:, columns].round(4)
         return {
             "first": part.start,
@@ -301,16 +304,51 @@ class Explorer:
             "index": rows.tolist(),
             "x": xy[:, 0].tolist(),
             "y": xy[:, 1].tolist(),
-            "color": values.tolist(),
-            "colored": color,
-            "names": names,
+            **self._colors(color, rows, survey.scores[part]),
             "axes": ["component 1", "component 2"]
             if pair is None
             else [*map(self.places.name, pair)],
         }
 
+    def _colors(self, color: str, rows: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+        """Values by which examples are colored."""
+        color = color or ("score" if self.examples.data.labels is None else "label")
+        values, names = scores, []
+        if color != "score":
+            values, names = self.examples.color(color, rows)
+        return {"color": values.tolist(), "colored": color, "names": names}
+
+    def _embedded(self, color: str) -> dict[str, Any]:
+        """The places of examples by UMAP, once they are known."""
+        self._axes("components")
+        found, survey = self.survey.embed(), self.survey
+        known = found.drawn is not None
+        rows = found.rows if known else found.rows[:0]
+        xy = found.known().double().cpu().numpy().round(4) if known else np.empty((0, 2))
+        scores = survey.scores[np.searchsorted(survey.rows, rows)]
+        note = "UMAP is being computed \u2026"
+        if known:
+            note = (
+                f"{len(rows):,} examples. UMAP has no inverse: a point decodes the mean of the "
+                "latents of its 8 nearest examples, weighted by inverse squared distance."
+            )
+        return {
+            "first": 0,
+            "done": len(rows),
+            "total": len(found.rows),
+            "error": found.error,
+            "note": note,
+            "index": rows.tolist(),
+            "x": xy[:, 0].tolist(),
+            "y": xy[:, 1].tolist(),
+            **self._colors(color, rows, scores),
+            "axes": ["UMAP 1", "UMAP 2"],
+        }
+
     def hover(self, of: Choice, axes: str) -> dict[str, Any]:
         """An example, its place on the map, and the covariance of its posterior there."""
+        if axes == UMAP:
+            return self._near(of)
         pair = self._axes(axes)
         with self._using():
             x, context, _ = self.examples[of]
@@ -325,20 +363,45 @@ class Explorer:
             "covariance": (root @ root.T).tolist() if bool((std > 0).any()) else None,
         }
 
+    def _near(self, of: Choice) -> dict[str, Any]:
+        """An example, and its place by UMAP, if it was mapped."""
+        self._axes("components")
+        found = self.survey.embed()
+        at = int(np.searchsorted(found.rows, of.index))
+        if of.upload or at == len(found.rows) or found.rows[at] != of.index:
+            raise ValueError(f"index: example {of.index} is not among those that UMAP maps")
+        place = found.known()[at].tolist()
+        with self._using():
+            x, _, _ = self.examples[of]
+        shown = self.examples.shown(x)
+        return {**self.examples.about(of), "input": shown, "place": place, "covariance": None}
+
     def at(self, of: Choice, axes: str, places: Sequence[Sequence[float]]) -> dict[str, Any]:
         """Decode points of the map."""
         if not 1 <= len(places) <= 32 or not all(len(place) == 2 for place in places):
             raise ValueError(f"places: expected 1 to 32 pairs of numbers; got {len(places)}")
         if not all(abs(value) < 1e6 for place in places for value in place):
             raise ValueError("places: expected coordinates below 1e6")
-        pair = self._axes(axes)
+        where, shapes = {"places": [list(p) for p in places]}, {"shapes": self.shapes}
+        plane: list[Any]
+        if axes == UMAP:
+            self._axes("components")
+            found = self.survey.embed()
+            drawn = found.known()
+            flat = answers.between(found.points, drawn, places)
+            plane = [*self._sample(found.rows), (answers.embedded, {}), (answers.between, where)]
+        else:
+            pair = self._axes(axes)
+            middle, directions = self.survey.axes(pair)
+            flat = answers.on_plane(middle, directions, places)
+            chosen = (
+                (answers.components, {}) if pair is None else (answers.elements, {"pair": pair})
+            )
+            plane = [*self._sample(self.survey.sample), chosen, (answers.on_plane, where)]
         with self._using():
             _, context, (loading, *example) = self.examples[of]
-            middle, directions = self.survey.axes(pair)
-            y = answers.at(self.model, context, middle, directions, places, self.shapes)
-        plane = (answers.components, {}) if pair is None else (answers.elements, {"pair": pair})
-        last = (answers.at, {"places": [list(p) for p in places], "shapes": self.shapes})
-        python = lines(loading, *self._sample(), plane, *example, last)
+            y = answers.from_flat(self.model, context, flat, self.shapes)
+        python = lines(loading, *plane, *example, (answers.from_flat, shapes))
         return {"pictures": self.examples.shown(y), "python": python}
 
     # --- anomalies -------------------------------------------------------------------------------
@@ -433,9 +496,9 @@ class Explorer:
             raise ValueError(f"latents: {self.model.no_latents}")
         return self.moments
 
-    def _sample(self) -> list[Any]:
-        """Lines of the centers from which the plane and the directions are computed."""
-        rows = f"np.unique(np.linspace(0, len(data) - 1, {len(self.survey.sample)}).astype(int))"
+    def _sample(self, some: np.ndarray) -> list[Any]:
+        """Lines of the centers of some examples, which are spread over the data."""
+        rows = f"np.unique(np.linspace(0, len(data) - 1, {len(some)}).astype(int))"
         batches = "musigma.evaluation.batches(model, data.subset(rows))"
         return [f"rows = {rows}\nbatches = {batches}", (answers.centers, {})]
 
@@ -443,7 +506,7 @@ class Explorer:
         """Lines of the directions of the sliders."""
         masks = f"masks = [data.labels[rows] == k for k in {self.survey.classes}]"
         last = (answers.directions, {"count": COMPONENTS})
-        return [*self._sample(), masks, last]
+        return [*self._sample(self.survey.sample), masks, last]
 
     def _moves(self, text: str) -> dict[int, float]:
         """Steps along directions, from text such as 0:1.5,4:-1."""
@@ -481,6 +544,11 @@ class Explorer:
                 about = self.path.stat()
                 return about.st_size, about.st_mtime_ns
         return None
+
+
+def has_umap() -> bool:
+    """Whether umap-learn is installed."""
+    return find_spec("umap") is not None
 
 
 def _flat(z: Sequence[Tensor]) -> Tensor:

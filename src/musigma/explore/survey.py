@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,9 @@ MEMORY = 16_000_000
 
 TOP = 16
 """Elements of the latents that can be axes and have sliders."""
+
+EMBEDDED = 4000
+"""Examples that UMAP maps, which takes about a minute."""
 
 STEPS = 4
 """Principal components along which sliders go."""
@@ -82,6 +86,45 @@ class Turns:
             with self.condition:
                 self.busy = False
                 self.condition.notify_all()
+
+
+class Embedding:
+    """Points in two dimensions by UMAP, computed in a thread of its own.
+
+    Args:
+        rows: The examples.
+        centers: Returns their flat latents (n, D).
+
+    Attributes:
+        drawn: Their places (n, 2); None until they are known.
+        error: What ended the work, if it could not be completed.
+    """
+
+    points: Tensor
+
+    def __init__(self, rows: np.ndarray, centers: Callable[[], Tensor]):
+        self.rows, self.centers, self.drawn, self.error = rows, centers, None, ""
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.points = self.centers()
+            with warnings.catch_warnings():  # of its own libraries
+                warnings.simplefilter("ignore")
+                self.drawn = answers.embedded(self.points)
+        except Exception as error:  # the page shows it
+            self.error = f"UMAP: {type(error).__name__}: {error}"
+
+    def known(self) -> Tensor:
+        """The places.
+
+        Raises:
+            ValueError: If they are not yet known, or cannot be.
+        """
+        if self.drawn is None:
+            raise ValueError(self.error or "axes: UMAP is still being computed")
+        return self.drawn
 
 
 class Survey:
@@ -137,6 +180,7 @@ class Survey:
         self.known, self.ready = False, threading.Event()
         self.at_once = max(8, min(256, BATCH // math.prod(data.shape)))
         self.thread: threading.Thread | None = None
+        self.embedding: Embedding | None = None
         self.beginning, self.stopped = threading.Lock(), threading.Event()
 
     def start(self) -> None:
@@ -163,6 +207,19 @@ class Survey:
         if not self.known:
             raise ValueError(self.error)
         return self
+
+    def embed(self) -> Embedding:
+        """The map of UMAP, which is begun when it is first asked for."""
+        with self.beginning:
+            if self.embedding is None:
+                dims = self.points.shape[1]
+                rows = spread(len(self.data), max(16, min(EMBEDDED, MEMORY // dims)))
+                self.embedding = Embedding(rows, lambda: self._centers(rows))
+        return self.embedding
+
+    @torch.no_grad()
+    def _centers(self, rows: np.ndarray) -> Tensor:
+        return answers.centers(self.model, self._in_turn(self.data.subset(rows)))
 
     def axes(self, pair: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         """The middle and the directions of the map: two elements, or by default components."""
