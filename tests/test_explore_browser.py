@@ -439,7 +439,7 @@ def pictures(url, folder):
                     page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
             visit.settled()
             page.mouse.move(0, 0)
-            page.screenshot(path=folder / f"{name}.png", full_page=True)
+            page.screenshot(path=folder / f"explore-{name}.png", full_page=True)
         browser.close()
     return visit.faults
 
