@@ -61,14 +61,14 @@ RANKS = {
     "scorer": 9,
     "energy": 9,
     "coverage": 9,
-    "explore": 9,
+    "explore": 10,
     "export": 8,
-    "cli": 10,
+    "cli": 11,
     "sklearn": 10,
     "sbi": 10,
     "pyod": 11,
     "__init__": 10,
-    "__main__": 11,
+    "__main__": 12,
 }
 
 # The one module that owns a library that is heavy or optional; it imports it inside functions.

@@ -491,6 +491,13 @@ def test_anomalies_and_their_lines(kind, clients, folder, monkeypatch):
     low, high = answer["between"]
     assert low < 0.2 < high
     assert same(answer["shown"], explorer.examples.batch([r["index"] for r in answer["rows"]])[0])
+    if kind == "vector":
+        assert "maps" not in answer
+    else:  # the same scale for all
+        low, high = names["nats"].min(), names["nats"].max()
+        gray = (255 * (names["nats"] - low) / (high - low)).round()
+        drawn = [np.frombuffer(base64.b64decode(i), np.uint8) for i in answer["maps"]["images"]]
+        np.testing.assert_allclose(np.stack(drawn), gray.reshape(5, -1), atol=1)
     small = got(client, "anomalies", rate=1e-4)
     assert "cannot be promised" in small["reason"]
     assert small["flagged"] == 0

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 import musigma
+import musigma.detectors
 from musigma import context as contexts
 from musigma import data as datasets
 from musigma.context import Context
@@ -210,13 +211,13 @@ def among(scores: np.ndarray) -> np.ndarray:
     return p
 
 
-def of_pixels(model: Model, x: Tensor, context: Context) -> Tensor:
-    """-log p(pixel | z) at the center of the posterior, in nats (B, H, W)."""
-    record = Recorder(temperature=0.0)
-    model(x, context, trace=record)
-    (site,) = set(model.variables()) - set(model.latents())
-    log_p = record.ps[site].log_prob_of_elements(record.values[site])  # pyright: ignore
-    nats = -log_p if log_p.ndim == 3 else -log_p.sum(1)
+def mapped(
+    model: Model, data: datasets.Dataset, rows: Sequence[int], patch: int, draws: int
+) -> np.ndarray:
+    """Where the nats of images come from, (n, H, W)."""
+    reference = musigma.detectors.Reference(model)
+    maps = musigma.detectors.maps(reference, data.subset(rows), patch=patch, draws=draws)
+    nats = maps.nats
     return nats
 
 

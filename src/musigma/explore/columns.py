@@ -96,12 +96,18 @@ class Axis:
             answer["curve"] = {
                 "x": x.tolist(), "p": y.tolist(), "bars": single,
                 "at": None if math.isnan(value) else value,
-                "ticks": [[t, written(self.column, t)] for t in (x[0], (x[0] + x[-1]) / 2, x[-1])],
+                "ticks": self._ticks(self.values[~alone]),
             }  # fmt: skip
             if own not in known and not math.isnan(value):
                 here = np.interp(value, x, y, 0.0, 0.0)
                 answer["less"] = float(mass[~alone & (p < here * (1 - 1e-9))].sum())
         return answer
+
+    def _ticks(self, values: np.ndarray) -> list[list[Any]]:
+        """The first value, the middle, and the last one, as they are written."""
+        middle = values[0] + (values[-1] - values[0]) / 2
+        places = [t.item() for t in (values[0], middle, values[-1])]
+        return [[t, written(self.column, t)] for t in places]
 
     def _line(self, p: np.ndarray, along: np.ndarray, single: bool) -> tuple[np.ndarray, ...]:
         """The corners of the density over the values that have a width."""

@@ -42,6 +42,9 @@ STEPS = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
 UMAP = "umap"
 """The axes of a map by UMAP."""
 
+PATCHED = 50_000
+"""Elements of images of a flow up to which their nats are mapped, by a pass for each patch."""
+
 SIDE = 72
 """Points of a side of the grid on which a density of the plane is computed."""
 
@@ -416,11 +419,12 @@ class Explorer:
         answer = self.ranking(rate, first, count)
         for row in answer["rows"]:
             row |= self.examples.about(Choice(row["index"]))
-        index, shown = [row["index"] for row in answer["rows"]], {}
+        index, shown, reasons = [row["index"] for row in answer["rows"]], {}, []
         if index:
             with self._using():
                 x, context = self.examples.batch(index)
-                shown = {"shown": self.examples.shown(x), **self._reasons(x, context)}
+                why, reasons = self._reasons(index, x, context)
+                shown = {"shown": self.examples.shown(x), **why}
         own, at_once = self.survey, self.survey.at_once
         batches = f"musigma.evaluation.batches(model, {{}}, batch_size={at_once})"
         parts: list[Any] = [
@@ -436,18 +440,25 @@ class Explorer:
             parts[1:1] = [again, (answers.scored, {}), "known = scores"]
             parts.append((answers.compared, {}))
         unit = "\u2212log p" if self.model.exact else "bound of \u2212log p"
-        return {**answer, **shown, "unit": unit, "python": lines(*parts)}
+        return {**answer, **shown, "unit": unit, "python": lines(*parts, *reasons)}
 
-    def _reasons(self, x: Tensor, context: Context) -> dict[str, Any]:
-        """What makes examples strange: the surprise of each pixel, or the columns of a row."""
-        if len(self.examples.spec.shape) == 3:
-            with contextlib.suppress(ValueError, AttributeError):  # a flow, or no such terms
-                return {"maps": planes(answers.of_pixels(self.model, x, context)[None], len(x))}
-        elif self.columns.how == "conditional":
+    def _reasons(
+        self, rows: list[int], x: Tensor, context: Context
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """What makes examples strange, and the lines: nats of pixels, or the columns of a row."""
+        data, shape = self.examples.data, self.examples.spec.shape
+        if len(shape) == 3 and min(shape[1:]) > 4:
+            if self.model.is_flow and x.numel() > PATCHED:
+                return {}, []
+            arguments = {"rows": rows, "patch": max(1, min(shape[1:]) // 4), "draws": 1}
+            nats = torch.from_numpy(answers.mapped(self.model, data, **arguments))
+            return {"maps": planes(nats[None], len(nats))}, [(answers.mapped, arguments)]
+        if self.columns.how == "conditional":
             inner, given = self.model.given(context)
             assert isinstance(inner, AnyOrder)
-            return {"because": explain(inner, x, context=given).because}  # pyright: ignore
-        return {}
+            found = explain(inner, x, context=given)  # pyright: ignore[reportArgumentType]
+            return {"because": found.because}, []
+        return {}, []
 
     # --- levels, training ------------------------------------------------------------------------
 

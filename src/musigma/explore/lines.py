@@ -20,6 +20,7 @@ IMPORTS = {
     "torch": "import torch",
     "kl_divergence": "from torch.distributions import kl_divergence",
     "musigma": "import musigma",
+    "detectors": "import musigma.detectors",
     "contexts": "from musigma import context as contexts",
     "datasets": "from musigma import data as datasets",
     "WatchedRun": "from musigma.cli.watch import WatchedRun",

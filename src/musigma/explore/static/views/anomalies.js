@@ -81,7 +81,7 @@ function table(answer, first) {
   const heads = ["", "example", "nats", "p", labeled && "label", pictures && "input",
     maps && "surprise", because && "because", ...(pictures ? [] : shown.names)];
   return h("div", {},
-    maps ? h("p", { class: "quiet" }, "Surprise: nats of each pixel, from "
+    maps ? h("p", { class: "quiet" }, "Surprise: where the nats are, from "
       + `${number(maps.low)} (black) to ${number(maps.high)} (white), the same for all.`) : null,
     h("table", { class: "ranked" },
       h("thead", {}, h("tr", {}, heads.filter((text) => typeof text === "string").map((text) =>
