@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("mkdocs", reason="pip install 'musigma[docs]'")
 from mkdocs.exceptions import PluginError
 
-from tools import docstrings, site, tables
+from tools import docstrings, notebook, pages, site, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,3 +76,38 @@ def test_a_figure_that_was_edited_by_hand_is_found(tmp_path):
     assert table.filled(page.replace("1.234 ± 0.003", "1.134 ± 0.003")) == page
     with pytest.raises(ValueError, match="one row that begins with"):
         table.filled(page.replace("| mnist | glow |", "| mnist | other |"))
+
+
+def test_the_notebook_of_the_tour_is_that_of_the_page():
+    assert notebook.NOTEBOOK.read_text(encoding="utf-8") == notebook.written()
+
+
+def test_a_page_becomes_a_notebook(tmp_path):
+    page = tmp_path / "docs" / "a.md"
+    page.parent.mkdir()
+    page.write_text(
+        "# A\n\n[b](b.md)\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n\n"
+        "```sh\nmusigma list\n```\n"
+    )
+    cells = notebook.notebook(page, tmp_path / "examples" / "a.ipynb")["cells"]
+    assert [cell["cell_type"] for cell in cells] == ["markdown", "code", "code"]
+    assert "".join(cells[0]["source"]) == "# A\n\n[b](../docs/b.md)"
+    assert (cells[1]["source"], cells[1]["outputs"][0]["text"]) == (["print(1)"], ["1\n"])
+    assert (cells[2]["source"], cells[2]["outputs"]) == (["!musigma list"], [])
+    assert len({cell["id"] for cell in cells}) == 3
+
+
+def test_what_a_page_prints_is_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "a.md"
+    page.write_text("```python\nprint('loss', 1.02)\n```\n\n```text\nloss 1.05\n```\n")
+    assert pages.differences(page) == []
+    pages.rewrite(page)
+    assert "loss 1.02" in page.read_text()
+    page.write_text(page.read_text().replace("loss 1.02", "loss 1.35"))
+    (found,) = pages.differences(page)
+    assert "loss 1.35" in found
+    assert "but its code prints\nloss 1.02" in found
+    page.write_text("```sh\nmusigma evaluate none\n```\n\n```text\n```\n")
+    pages.rewrite(page)
+    assert "none" in page.read_text()

@@ -103,12 +103,15 @@ def place(path: Path) -> Path:
     if path == ROOT / "README.md":
         return Path("index.md")
     name = path.relative_to(ROOT)
-    return "files" / (name if path.suffix == ".md" else name.with_name(name.name + ".md"))
+    as_it_is = path.suffix in (".md", ".ipynb")
+    return "files" / (name if as_it_is else name.with_name(name.name + ".md"))
 
 
 def as_page(path: Path, at: Path) -> str:
-    """A file as a page: Markdown with moved links, other text as code."""
+    """A file as a page: Markdown with moved links, other text as code. Notebooks stay files."""
     text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        return text
     if path.suffix == ".md":
         return moved(text, path, at)
     return f"# {path.relative_to(ROOT)}\n\n```{path.suffix[1:]}\n{text}```\n"
