@@ -116,6 +116,8 @@ def test_one_score_without_calibration(here, answer, capsys):
     assert list(found["scores"]) == ["complexity codecs=png"]
     assert "calibration" not in found
     assert "complexity codecs=png" in cells("s.csv")
+    assert answer("score run new.npz --out s.csv")["nan"] == 0
+    capsys.readouterr()
     main(["score", "run", "new.npz", "--out", "s.csv", "--by", "typicality"])
     assert re.search(r"\ntypicality: [\d.]+ to [\d.]+, mean [\d.]+\n", capsys.readouterr().out)
 

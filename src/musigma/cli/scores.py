@@ -211,7 +211,7 @@ def _compared(
             text, fields = _flagged(p <= fpr, fpr, by.scores[label], unit)
             lines.append(text)
             each[label] |= fields
-    answer: dict[str, Any] = {"scores": each} if scores.named else {}
+    answer: dict[str, Any] = {"scores": each} if scores.named else {"nan": each["nats"]["nan"]}
     if by is not None:
         answer |= by.fields
     if by is not None and fpr is not None:
