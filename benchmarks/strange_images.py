@@ -1,7 +1,6 @@
 """Images of another kind: how well every score of `musigma.detectors` finds them.
 
-    MUSIGMA_DATA=... python benchmarks/strange_images.py train [NAME ...]     # models, in runs/
-    MUSIGMA_DATA=... python benchmarks/strange_images.py measure [SET ...]    # their scores
+    MUSIGMA_DATA=... python benchmarks/strange_images.py measure [SET ...]   # trains into runs/
     python benchmarks/strange_images.py collect     # the JSON file in docs/, and the table
 
 The sets are Fashion-MNIST and MNIST, and CIFAR-10 (from JPEG, `cifar10-jpeg.tar.xz`) in color and
@@ -33,12 +32,7 @@ from musigma.files import write_json
 
 HERE = Path(__file__).parent
 RUNS, DOCS = HERE.parent / "runs" / "strange-images", HERE.parent / "docs"
-PAIRS = {"fashion": "mnist", "mnist": "fashion", "color": "gray", "gray": "color"}
 GLOW = {"depth": 6, "hidden": 64, "dequantize": "uniform"}
-TRAINED = 20_000
-"""Training images of the sets in color and gray."""
-FITTED, SCORED, FEWER = 2000, 1000, 400
-"""Training images that statistics are fitted on; test images of each set; the same for regret."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,36 @@ MODELS = {
     "vae-background": Trained("vae", {"width": 32}, 300, perturb=0.2),
     "vae-1": Trained("vae", {"width": 32}, 500, seed=1),
     "vae-2": Trained("vae", {"width": 32}, 500, seed=2),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A set that models are trained on, and how its pair is told from it.
+
+    Attributes:
+        strange: The set of strange images.
+        kinds: The models.
+        share: The share of the steps that models are trained for.
+        scored: Test images of each set; `few` of them for the regret.
+        fitted: Training images that statistics are fitted on.
+    """
+
+    strange: str
+    kinds: tuple[str, ...] = tuple(MODELS)
+    share: float = 1.0
+    scored: int = 1000
+    few: int = 400
+    fitted: int = 2000
+
+
+SMALL: dict[str, Any] = {"kinds": ("glow", "glow-background", "vae"), "share": 0.2}
+SMALL |= {"scored": 400, "few": 60, "fitted": 800}
+PAIRS = {
+    "fashion": Pair("mnist"),
+    "mnist": Pair("fashion"),
+    "color": Pair("gray", **SMALL),
+    "gray": Pair("color", **SMALL),
 }
 
 
@@ -85,10 +109,9 @@ def train(name: str) -> None:
         return
     data = replace(images(set_name), preprocess=Preprocess(perturb=how.perturb))
     learn, validation = data.split("train"), data.split("validation")
-    if set_name in ("color", "gray"):
-        learn = learn.subset(np.arange(min(len(learn), TRAINED)))
+    steps = round(how.steps * PAIRS[set_name].share)
     config = TrainConfig(
-        steps=how.steps,
+        steps=steps,
         batch_size=64,
         precision="bf16",
         seed=how.seed,
@@ -102,8 +125,8 @@ def train(name: str) -> None:
         fit(model, learn, validation, config, folder, device="cpu")
         model = musigma.load(f"{folder}/model.safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)
-    musigma.save(model, out, extra={"steps": how.steps})
-    print(name, f"{how.steps:,} steps, {time.process_time() - start:.0f} s", flush=True)
+    musigma.save(model, out, extra={"steps": steps})
+    print(name, f"{steps:,} steps, {time.process_time() - start:.0f} s", flush=True)
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -111,11 +134,11 @@ def train(name: str) -> None:
 
 def split(name: str) -> tuple[Dataset, Dataset]:
     """Test images of a set to score, and its training images to fit statistics on."""
-    found, learn = images(name).split("held-out"), images(name).split("train")
+    found, learn, how = images(name).split("held-out"), images(name).split("train"), PAIRS[name]
     rows = np.arange(len(found))
     if name == "gray":  # other images than those in color
         rows = rows[::-1]
-    return found.subset(rows[:SCORED]), learn.subset(np.arange(FITTED))
+    return found.subset(rows[: how.scored]), learn.subset(np.arange(how.fitted))
 
 
 def loaded(name: str) -> Any:
@@ -125,10 +148,13 @@ def loaded(name: str) -> Any:
 
 
 def measure(name: str) -> None:
-    """Score test images of a set, and of its pair, by every detector; write the figures."""
-    (normal, learn), (strange, _) = split(name), split(PAIRS[name])
+    """Train what is missing, score test images of both sets by every detector, write figures."""
+    how = PAIRS[name]
+    for kind in how.kinds:
+        train(f"{name}-{kind}")
+    (normal, learn), (strange, _) = split(name), split(how.strange)
     rows, both = [], (normal, strange)
-    few = [data.subset(np.arange(FEWER)) for data in both]
+    few = [data.subset(np.arange(how.few)) for data in both]
     for kind in ("glow", "vae"):
         model = loaded(f"{name}-{kind}")
         if model is None:
@@ -163,10 +189,11 @@ def measure(name: str) -> None:
 
 def collect() -> None:
     """Write the figures of all sets into docs/, and print the table."""
-    rows = [row for s in PAIRS for row in json.loads((RUNS / f"{s}.json").read_text())]
+    files = [RUNS / f"{name}.json" for name in PAIRS]
+    rows = [row for file in files if file.exists() for row in json.loads(file.read_text())]
     write_json(DOCS / "figures" / "strange-images.json", rows)
     found = {(r["model"], r["detector"], r["set"]): r["auroc"] for r in rows}
-    print("| model | score |", " | ".join(f"{s} → {t}" for s, t in PAIRS.items()), "|")
+    print("| model | score |", " | ".join(f"{s} → {how.strange}" for s, how in PAIRS.items()), "|")
     print("|---|---|" + "---|" * len(PAIRS))
     for model, detector in dict.fromkeys((r["model"], r["detector"]) for r in rows):
         cells = [found.get((model, detector, s)) for s in PAIRS]
@@ -176,14 +203,11 @@ def collect() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["train", "measure", "collect"])
-    parser.add_argument("names", nargs="*")
+    parser.add_argument("what", choices=["measure", "collect"])
+    parser.add_argument("names", nargs="*", help="sets")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    if chosen.what == "train":
-        for name in chosen.names or [f"{s}-{kind}" for s in PAIRS for kind in MODELS]:
-            train(name)
-    elif chosen.what == "measure":
+    if chosen.what == "measure":
         for name in chosen.names or PAIRS:
             measure(name)
     else:
