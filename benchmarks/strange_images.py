@@ -17,6 +17,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -147,13 +148,15 @@ def loaded(name: str) -> Any:
     return musigma.load(path) if path.exists() else None
 
 
-def measure(name: str) -> None:
-    """Train what is missing, score test images of both sets by every detector, write figures."""
+def measure(name: str, by: Sequence[str]) -> None:
+    """Train what is missing, score test images of both sets by detectors, write the figures."""
     how = PAIRS[name]
     for kind in how.kinds:
         train(f"{name}-{kind}")
     (normal, learn), (strange, _) = split(name), split(how.strange)
-    rows, both = [], (normal, strange)
+    out, both = RUNS / f"{name}.json", (normal, strange)
+    rows = json.loads(out.read_text()) if out.exists() else []
+    rows = [row for row in rows if row["detector"] not in by]
     few = [data.subset(np.arange(how.few)) for data in both]
     for kind in ("glow", "vae"):
         model = loaded(f"{name}-{kind}")
@@ -167,7 +170,8 @@ def measure(name: str) -> None:
             members=[member for member in members if member is not None],
             batch_size=50,
         )
-        for detector, function in detectors.DETECTORS.items():
+        for detector in by:
+            function = detectors.DETECTORS[detector]
             sets = few if detector == "likelihood_regret" else both
             start = time.process_time()
             try:
@@ -183,8 +187,7 @@ def measure(name: str) -> None:
             row["milliseconds"] = round(1000 * (time.process_time() - start) / len(found), 2)
             rows.append(row)
             print(json.dumps(row), flush=True)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    write_json(RUNS / f"{name}.json", rows)
+    write_json(out, rows)
 
 
 def collect() -> None:
@@ -192,6 +195,7 @@ def collect() -> None:
     files = [RUNS / f"{name}.json" for name in PAIRS]
     rows = [row for file in files if file.exists() for row in json.loads(file.read_text())]
     write_json(DOCS / "figures" / "strange-images.json", rows)
+    rows.sort(key=lambda row: (row["model"], row["detector"]))
     found = {(r["model"], r["detector"], r["set"]): r["auroc"] for r in rows}
     print("| model | score |", " | ".join(f"{s} → {how.strange}" for s, how in PAIRS.items()), "|")
     print("|---|---|" + "---|" * len(PAIRS))
@@ -205,11 +209,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=["measure", "collect"])
     parser.add_argument("names", nargs="*", help="sets")
+    parser.add_argument("--by", nargs="*", default=[*detectors.DETECTORS])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     if chosen.what == "measure":
         for name in chosen.names or PAIRS:
-            measure(name)
+            measure(name, chosen.by)
     else:
         collect()
 

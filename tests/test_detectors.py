@@ -154,27 +154,28 @@ def test_the_complexity_ratio_by_hand(channels):
 # -- terms of the trace
 
 
-def test_terms_add_up_and_their_distances_are_those_of_their_moments():
+@pytest.mark.parametrize("layers", [False, True])
+def test_terms_add_up_and_their_distances_are_those_of_their_moments(layers):
     torch.manual_seed(0)
     model = randomized(build("realnvp", (4,), bits=None, depth=2, hidden=8)).float()
     train, data = rows(300, 4), rows(50, 4, scale=1.5, seed=1)
     reference = Reference(model, train=train)
-    found = detectors.terms(reference, data)
+    found = detectors.terms(reference, data, layers=layers)
     np.testing.assert_allclose(found.sum(1), reference.nats(data), rtol=1e-5, atol=1e-4)
-    known = detectors.terms(reference, train)
+    known = detectors.terms(reference, train, layers=layers)
     vary = known.std(0) > 1e-6
     known, found = known[:, vary], found[:, vary]
     assert known.shape[1] > 1
     far = found - known.mean(0)
     inverse = np.linalg.inv(np.cov(known.T))
     np.testing.assert_allclose(
-        detectors.mahalanobis(reference, data),
+        detectors.mahalanobis(reference, data, layers=layers),
         np.einsum("ni,ij,nj->n", far, inverse, far),
         rtol=1e-4,
     )
     kernels = [stats.gaussian_kde(column) for column in known.T]
     log_p = sum(k.logpdf(column) for k, column in zip(kernels, found.T, strict=True))
-    np.testing.assert_allclose(detectors.dose(reference, data), -log_p, rtol=1e-6)
+    np.testing.assert_allclose(detectors.dose(reference, data, layers=layers), -log_p, rtol=1e-6)
 
 
 def test_terms_that_do_not_vary_say_nothing():
