@@ -111,3 +111,10 @@ def test_what_a_page_prints_is_compared(tmp_path, monkeypatch):
     page.write_text("```sh\nmusigma evaluate none\n```\n\n```text\n```\n")
     pages.rewrite(page)
     assert "none" in page.read_text()
+
+
+def test_every_page_is_in_the_navigation():
+    listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert f"{name}\n" in listed or f": {name.partition('/')[0]}/\n" in listed, name
