@@ -131,6 +131,12 @@ def moved(markdown: str, origin: Path, at: Path) -> str:
     return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts)
 
 
+def summary(module: Path) -> str:
+    """The first line of a module's docstring."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    return (ast.get_docstring(tree) or "").split("\n")[0]
+
+
 def reference() -> dict[str, str]:
     """A page for each public module, and the list of them."""
     pages, rows = {}, []
@@ -139,10 +145,17 @@ def reference() -> dict[str, str]:
         name = path.stem
         if name.startswith("_") or name in INTERNAL or source.suffix != ".py":
             continue
-        tree = ast.parse(source.read_text(encoding="utf-8"))
-        first = (ast.get_docstring(tree) or "").split("\n")[0]
         pages[name] = f"# musigma.{name}\n\n::: musigma.{name}\n"
-        rows.append(f"| [`musigma.{name}`]({name}.md) | {first} |")
+        rows.append(f"| [`musigma.{name}`]({name}.md) | {summary(source)} |")
+    for kind in ("flows", "vaes"):
+        name, source = f"zoo.{kind}", PACKAGE / "zoo" / kind / "__init__.py"
+        pages[name] = (
+            f"# musigma.{name}\n\nOptions of `build(NAME, ...)` and of `musigma train`.\n"
+        )
+        for path in sorted(source.parent.glob("[!_]*.py")):
+            item = f"musigma.{name}.{path.stem}"
+            pages[name] += f"\n## {path.stem}\n\n::: {item}\n    options: {{heading_level: 3}}\n"
+        rows.append(f"| [`musigma.{name}`]({name}.md) | {summary(source)} |")
     head = "# Reference\n\nFrom the docstrings. Names in `musigma` itself are those of `gaussian`,"
     head += " `trace`, `model`, `data`, `training`, `evaluation`, `checkpoint` and others.\n\n"
     pages["README"] = head + "| module | |\n|---|---|\n" + "\n".join(rows) + "\n"
