@@ -8,6 +8,7 @@ autograd's Jacobian of the recorded graph. With x held, moving v shows p.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,9 @@ MOST_DIMENSIONS = 1024
 SECONDS = 60.0  # for one Jacobian
 EXACT, ROUNDING = 1e-3, 1e-6  # relative errors of a log-determinant
 MOVES = 5
+NEAR, FAR = (0.3, 0.01, 1e-4), (1.0, 0.3)  # places in standard deviations of x: the first finite
+MOVED, MOVED_FAR = 0.05, 0.5  # by how much the parameters are moved
+STEPS, REACH = 8, 0.5  # towards a determinant of zero, each of so many standard deviations
 STATISTICS = ("mean", "var", "std", "sum", "var_mean", "std_mean")
 SIZES = ("abs", "pow", "square", "mul", "linalg_vector_norm", "norm")
 FAILURES = (RuntimeError, TimeoutError)  # of an operation that does not take other values
@@ -59,6 +63,8 @@ class Map:
         output: The parts of v.
         held: Values that stay as they were.
         rows: The number of examples, if the map takes them one by one; else one.
+        parameters: Whether those of the map are moved.
+        beside: What x adds to the loss besides its log-determinant, while v is held.
     """
 
     graph: Graph
@@ -67,6 +73,8 @@ class Map:
     output: Output
     held: Over
     rows: int
+    parameters: bool
+    beside: Callable[[Tensor], Tensor] | None
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -101,6 +109,12 @@ class Map:
         is_mask = bool((masked[0].sum(1) == masked[1].sum(1)).all())
         return Volume.of(matrices, *masked) if is_mask else Volume.of(matrices)
 
+    def rest_at(self, over: Over) -> Tensor:
+        """The loss with v held, without what is beside the log-determinant."""
+        value = self.graph.run({**self.held, **over, **self.v}, [self.loss])[self.loss].sum()
+        x = over.get(self.x, self.graph.get(self.x))
+        return value if self.beside is None else value - self.beside(x)
+
     def in_v(self, over: Over) -> tuple[Tensor, Tensor, bool]:
         """Curvature and slope of the loss in v at v = 0, with x held; whether it is quadratic."""
         slopes = []
@@ -113,16 +127,6 @@ class Map:
         curvature = slopes[1] - slopes[0]
         bent = (slopes[2] - slopes[1] - curvature).abs().max()
         return curvature, slopes[0], bool(bent <= 1e-6 * (curvature.abs().max() + 1e-300))
-
-    def folds(self) -> bool:
-        """Whether the sign of the Jacobian's determinant differs between places."""
-        base, found = self.graph.get(self.x), list[Volume]()
-        generator = torch.Generator().manual_seed(37)
-        for size in (0.0, 1.0, 2.0, 4.0):
-            noise = torch.randn(base.shape, generator=generator, dtype=torch.float64)
-            with suppress(*FAILURES):  # so far out
-                found.append(self.volume_at({self.x: base + size * float(base.std()) * noise}))
-        return all(Volume(*map(torch.cat, zip(*found, strict=True))).signs())
 
     def _couples_examples(self) -> bool:
         """Whether v of the first example depends on x of others."""
@@ -158,8 +162,53 @@ class Change(Map):
     def factor(self) -> float | None:
         """What the log-determinant is multiplied with in the loss; None if it is not in it."""
         factor, error = self.fit
-        near = self._limit() if error > ROUNDING and self.is_gaussian else None
-        return near or (factor if error <= EXACT else None)
+        if error <= ROUNDING:
+            return factor
+        near = self._limit() if self.is_gaussian else None
+        return near or (factor if error <= EXACT and self._is_so_far_away(factor) else None)
+
+    def _is_so_far_away(self, factor: float) -> bool:
+        """Whether an error that is small, but not of rounding, is as small far away."""
+        found = self._again(self.held, self.parameters, far=True)
+        if found is None:
+            return True
+        return found.fit[1] <= EXACT and abs(found.fit[0] / factor - 1) < EXACT
+
+    def _again(self, held: Over, parameters: bool, far: bool = False) -> Change | None:
+        """The map, measured with other values held, or at other places."""
+        where = self.graph, self.loss, self.x, self.output
+        return measure(*where, held, parameters, self.beside, far)
+
+    def folds(self) -> bool:
+        """Whether the sign of the Jacobian's determinant differs between places.
+
+        These are random, or where steps towards a smaller determinant end.
+        """
+        base, found = self.graph.get(self.x), list[Volume]()
+        generator, std = torch.Generator().manual_seed(37), float(base.std())
+
+        def around(size: float) -> Tensor:
+            noise = torch.randn(base.shape, generator=generator, dtype=torch.float64)
+            return base + size * std * noise
+
+        path = [around(1.0)]
+        with suppress(*FAILURES):
+            for _ in range(STEPS):
+                path.append(self._towards_zero(path[-1], REACH * std))
+        for x in (base, around(4.0), *path[-2:]):
+            with suppress(*FAILURES):  # so far out
+                found.append(self.volume_at({self.x: x}))
+        return all(Volume(*map(torch.cat, zip(*found, strict=True))).signs())
+
+    def _towards_zero(self, x: Tensor, most: float) -> Tensor:
+        """x after a step to where a linear determinant is as large, with the other sign."""
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.rest_at({self.x: x}), x)
+        slope = slope.reshape(self.rows, -1) / (self.factor or 1.0)  # of log |det|
+        size = slope.norm(dim=1, keepdim=True)
+        step = slope / size * (2 / size).clamp(max=most)
+        return x.detach() - step.nan_to_num().reshape(x.shape)
 
     @property
     def fit(self) -> tuple[float, float]:
@@ -199,10 +248,11 @@ class Change(Map):
         uses again and again.
         """
         graph, above = self.graph, self.graph.upstream(self.parts, stop=[self.x])
-        weights = [i for i in above if graph[i].kind == "parameter" and _uses(graph, i, above) > 2]
+        moved = above & graph.downstream([self.x])
+        weights = [i for i in above if graph[i].kind == "parameter" and _uses(graph, i, moved) > 2]
         for size in (0.3, 0.1, 0.03, 0.01) if weights else ():
             held = {**self.held, **{i: size * graph.get(i) for i in weights}}
-            near = measure(graph, self.loss, self.x, self.output, held, parameters=False)
+            near = self._again(held, parameters=False)
             factor, error = near.fit if near is not None else (0.0, math.inf)
             if error < EXACT / 3:
                 return factor
@@ -218,15 +268,18 @@ def _fit(rest: Tensor, volume: Tensor) -> tuple[float, float]:
     return factor, off / max(abs(factor) * size, 1e-300)
 
 
-def _uses(graph: Graph, i: int, above: set[int]) -> int:
-    """By how many operations a value is used on the way to others, as it is or viewed."""
-    nodes = [n for n in graph[i].users if above.intersection(n.outs)]
-    return sum(_uses(graph, n.outs[0], above) if n.view else 1 for n in nodes)
+def _uses(graph: Graph, i: int, moved: set[int]) -> int:
+    """By how many operations with moved results a value is used, as it is or viewed."""
+    return sum(
+        _uses(graph, n.outs[0], moved) if n.view else bool(moved.intersection(n.outs))
+        for n in graph[i].users
+    )
 
 
 def measure(
-    graph: Graph, loss: int, x: int, output: Output, held: Over, parameters: bool = True
-) -> Change | None:
+    graph: Graph, loss: int, x: int, output: Output, held: Over, parameters: bool = True,
+    beside: Callable[[Tensor], Tensor] | None = None, far: bool = False,
+) -> Change | None:  # fmt: skip
     """Move x, and the map's parameters, with v held; and v with x held.
 
     None if they cannot be moved, or if the loss has no curvature in v.
@@ -239,7 +292,7 @@ def measure(
         return None
     held = {**held, **_batch_statistics(graph, above & graph.downstream([x]), rows)}
     held |= _penalties(graph, loss)
-    found = Map(graph, loss, x, output, held, rows)
+    found = Map(graph, loss, x, output, held, rows, parameters, beside)
     try:
         curvature, _, quadratic = found.in_v({})
         if not bool(curvature.abs().max() > 0):
@@ -255,12 +308,12 @@ def measure(
     free = [v.id for v in leaves if parameters and v.source is not None and v.source.requires_grad]
     units = _units(graph, noise, base.numel() // rows)
     size = float(base.std()) if base.numel() > 1 and float(base.std()) > 0 else 1.0
-    for spread in (0.3 * size, 0.01 * size, 1e-4 * size):
-        places = _places(graph, x, free, spread)
-        overs = [{**held, **p, **found.v} for p in places]
+    for spread in FAR if far else NEAR:
+        places = _places(graph, x, free, spread * size, far)
         try:
             volume = torch.stack([found.volume_at(p).log_det.sum() for p in places])
-            values = [[graph.value({**o, **e}, loss).sum() for e in units] for o in overs]
+            with torch.no_grad():
+                values = [[found.rest_at({**p, **e}) for e in units] for p in places]
         except FAILURES:
             continue
         rest = torch.tensor(values, dtype=torch.float64).mean(1)
@@ -273,7 +326,9 @@ def measure(
     return None
 
 
-def _places(graph: Graph, x: int, free: list[int], spread: float) -> list[dict[int, Tensor]]:
+def _places(
+    graph: Graph, x: int, free: list[int], spread: float, far: bool
+) -> list[dict[int, Tensor]]:
     """The values as they were, and others: of x alone, and of the parameters as well."""
     generator = torch.Generator().manual_seed(31)
 
@@ -284,7 +339,8 @@ def _places(graph: Graph, x: int, free: list[int], spread: float) -> list[dict[i
     places: list[dict[int, Tensor]] = [{}]
     for k in range(MOVES):
         places.append({x: near(x, spread)})
-        places[-1] |= {i: near(i, 0.05) for i in free if k % 2}
+        size = MOVED_FAR if far else MOVED
+        places[-1] |= {i: near(i, size) for i in free if far or k % 2}
     return places
 
 

@@ -37,13 +37,20 @@ LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) for f in (torch.__file__, 
 BACKWARD = torch.autograd.backward
 
 
-def record(step: Callable[[], Any], *, seed: int = 0, sandbox: Sandbox | None = None) -> Graph:
+def record(
+    step: Callable[[], Any],
+    *,
+    seed: int = 0,
+    sandbox: Sandbox | None = None,
+    noise: Sequence[Tensor | None] = (),
+) -> Graph:
     """Run a step once, and record it.
 
     Args:
         step: A callable without arguments.
         seed: Seed of the random numbers during the run.
         sandbox: Knows the modules of the step: their buffers are no data.
+        noise: In place of the first draws, in order; None for those that the seed gives.
 
     Returns:
         The graph, with what the step returned as its `result`. Tensors that the step changed in
@@ -58,7 +65,7 @@ def record(step: Callable[[], Any], *, seed: int = 0, sandbox: Sandbox | None = 
         ['sum']
     """
     modules = sandbox.layers() if sandbox is not None else []
-    recorder = _Recorder([b for m in modules for b in m.buffers(recurse=False)])
+    recorder = _Recorder([b for m in modules for b in m.buffers(recurse=False)], noise)
     if sandbox is not None:
         sandbox.reseed(0)
     torch.manual_seed(seed)
@@ -125,8 +132,9 @@ class _Memory(NamedTuple):
 class _Recorder(TorchDispatchMode):
     """Records the operations on tensors as nodes of a graph."""
 
-    def __init__(self, buffers: list[Tensor]):
+    def __init__(self, buffers: list[Tensor], noise: Sequence[Tensor | None]):
         super().__init__()
+        self._noise = iter(noise)
         self.graph = Graph()
         self._at: dict[_Memory, int] = {}  # the value in some memory
         self._on: dict[int, list[_Memory]] = {}  # the views of a storage
@@ -291,6 +299,9 @@ class _Recorder(TorchDispatchMode):
             kind = "mask"
         elif name.startswith("rand"):
             kind = "gaussian" if name.startswith("randn") else "random"
+        other = next(self._noise, None)
+        if other is not None and other.shape == t.shape:
+            t.copy_(shift + scale * other)
         arguments = [self._ref(a) if isinstance(a, Tensor) else a for a in (shift, scale)]
         if arguments == [0, 1]:
             return self.graph.leaf(t, kind=kind)

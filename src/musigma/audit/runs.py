@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,12 +24,16 @@ from musigma.audit.findings import (
     bug,
     warning,
 )
-from musigma.audit.graph import Graph, Origin, Ref
+from musigma.audit.graph import Graph, Node, Origin, Ref
 from musigma.audit.record import record
 from musigma.audit.sandbox import Sandbox
 
 __all__ = ["Run", "Runner", "at", "short_place", "unexamined"]
 
+Noise = Sequence[Tensor | None]  # in place of the first draws of a run
+MOST_BRANCHES = 8  # that are taken the other way
+ORDER = ("gt", "ge", "lt", "le")
+FAR = 3.0  # standard deviations of draws that are not expected
 LOSS_KEYS = ("loss", "total_loss", "loss_total", "nelbo", "neg_elbo", "elbo")
 
 
@@ -84,15 +90,18 @@ class Runner:
             return run, [*found, Missing("a second run of the step: it fails, or returns no loss")]
         if second.operations != run.operations:
             run = self.again() or run  # what the first run computed may be kept by the step
-        noise = self._check_noise(run.graph, second.graph)
-        return run, [*found, *noise, *_compare(run, second)]
+        found += self._check_noise(run.graph, second.graph)
+        found += _compare(run, second)
+        if second.operations == run.operations:
+            found += self._check_branches(run)
+        return run, found
 
     def again(self) -> Run | None:
         """A run with the seed of the first, for a step whose data were changed."""
         run = self._run(0)
         return run if isinstance(run, Run) else None
 
-    def _run(self, seed: int, times: int = 1) -> Run | Missing:
+    def _run(self, seed: int, times: int = 1, noise: Noise = ()) -> Run | Missing:
         """A recorded run: the last of several, with what the step changes restored after it."""
         undo = self.sandbox.snapshot()
         try:
@@ -100,13 +109,21 @@ class Runner:
             for _ in range(times - 1):
                 self.sandbox.call("step", self.step)
             graph = self.sandbox.call(
-                "step", lambda: record(self.step, seed=seed, sandbox=self.sandbox)
+                "step", lambda: record(self.step, seed=seed, sandbox=self.sandbox, noise=noise)
             )
         except AuditError as error:
             return Missing(f"the loss: {error}{_raised_at(error)}")
         finally:
             undo()
         return _find_loss(graph)
+
+    def _check_branches(self, run: Run) -> Iterator[Outcome]:
+        """Whether a run is another one where a comparison of its draws has another result."""
+        for noise in islice(_turns(run.graph), MOST_BRANCHES):
+            other = self._run(0, noise=noise)
+            if isinstance(other, Run) and other.operations != run.operations:
+                yield from _compare(run, other)
+                return
 
     def _leave_zero(self) -> None:
         """Give small numbers to parameters that start at zero, as these may hide a fault."""
@@ -264,6 +281,59 @@ def _fixed_draws(a: Graph, b: Graph) -> list[int]:
         for v in a.draws("gaussian", "random", "other")
         if v.id in live and v.numel > 1 and v.floating and torch.equal(a.get(v.id), b.get(v.id))
     ]
+
+
+def _turns(graph: Graph) -> Iterator[Noise]:
+    """Draws under which a truth value that the step reads, as `if` does, is another.
+
+    It is made of comparisons of numbers. From the draws of the step, Newton's steps lead to where
+    the sides of one are equal, and beyond.
+    """
+    numbers = {v.id for v in graph.values if v.floating}
+    draws = graph.draws()
+    own = [v.id for v in draws if v.floating and v.kind in ("gaussian", "random")]
+    reads = [n.ins[0] for n in graph.nodes if n.name == "_local_scalar_dense"]
+    for read in dict.fromkeys(i for i in reads if graph[i].draws and i not in numbers):
+        parts = (graph[i].node for i in graph.upstream([read], stop=numbers))
+        for node in [n for n in parts if n is not None and n.name in ORDER]:
+            with contextlib.suppress(RuntimeError):
+                found = _turned(graph, read, node, own)
+                if found is not None:
+                    yield [found.get(v.id) for v in draws]
+                    break
+
+
+def _turned(graph: Graph, read: int, node: Node, draws: list[int]) -> dict[int, Tensor] | None:
+    """Draws under which a truth value is another, as the sides of a comparison change places.
+
+    None if they are not expected, as outside of [0, 1] or in the tails of a Gaussian.
+    """
+    was = bool(graph.get(read))
+    start = torch.cat([graph.get(i).reshape(-1) for i in draws])
+    uniform = torch.cat([torch.full((graph[i].numel,), graph[i].kind == "random") for i in draws])
+    sizes, at = [graph[i].numel for i in draws], start
+
+    def given(flat: Tensor) -> dict[int, Tensor]:
+        parts = zip(draws, flat.split(sizes), strict=True)
+        return {i: t.reshape(graph[i].shape) for i, t in parts}
+
+    for _ in range(3):
+        with torch.enable_grad():
+            leaf = at.clone().requires_grad_()
+            sides = graph.run(given(leaf), node.ins)
+            left, right = (sides[a.id] if isinstance(a, Ref) else a for a in node.flat[:2])
+            margin = (left - right).reshape(-1)
+            nearest = margin[margin.abs().argmin()]
+            (slope,) = torch.autograd.grad(nearest, leaf)
+        at = at - 1.2 * nearest.detach() * slope / slope.square().sum()
+        moved = at - start
+        tail = float((at @ moved).abs() / moved.norm())
+        inside = ((at >= 0) & (at < 1))[uniform].all()
+        if not (tail <= FAR and inside):
+            return None
+        if bool(graph.value(given(at), read)) != was:
+            return given(at)
+    return None
 
 
 def _elsewhere(a: Graph, b: Graph, draws: dict[int, Tensor]) -> dict[int, Tensor]:
