@@ -32,7 +32,7 @@ EXACT, ROUNDING = 1e-3, 1e-6  # relative errors of a log-determinant
 MOVES = 5
 NEAR, FAR = (0.3, 0.01, 1e-4), (1.0, 0.3)  # places in standard deviations of x: the first finite
 MOVED, MOVED_FAR = 0.05, 0.5  # by how much the parameters are moved
-STEPS, REACH = 8, 0.5  # towards a determinant of zero, each of so many standard deviations
+STEPS, REACH = 4, 1.0  # towards a determinant of zero, each of at most so many standard deviations
 STATISTICS = ("mean", "var", "std", "sum", "var_mean", "std_mean")
 SIZES = ("abs", "pow", "square", "mul", "linalg_vector_norm", "norm")
 FAILURES = (RuntimeError, TimeoutError)  # of an operation that does not take other values
@@ -143,6 +143,7 @@ class Change(Map):
     Args:
         rest: The loss with v held, at other places less that at the step's own.
         volume: The log-determinant of the map, likewise.
+        own: The log-determinant at the step's own place, by example.
         places: x as it was, and at the other places.
         mapped: The entries of v that depend on x; the others are masked.
         curvature: That of the loss by entry of v.
@@ -152,6 +153,7 @@ class Change(Map):
 
     rest: Tensor
     volume: Tensor
+    own: Volume
     places: list[Tensor]
     mapped: Tensor
     curvature: Tensor
@@ -184,18 +186,15 @@ class Change(Map):
 
         These are random, or where steps towards a smaller determinant end.
         """
-        base, found = self.graph.get(self.x), list[Volume]()
+        base, found = self.graph.get(self.x), [self.own]
         generator, std = torch.Generator().manual_seed(37), float(base.std())
-
-        def around(size: float) -> Tensor:
-            noise = torch.randn(base.shape, generator=generator, dtype=torch.float64)
-            return base + size * std * noise
-
-        path = [around(1.0)]
+        noise = torch.randn(base.shape, generator=generator, dtype=torch.float64)
+        far = 4 ** torch.linspace(0, 1, self.rows).double()
+        path = [base + std * (far[:, None] * noise.reshape(self.rows, -1)).reshape(base.shape)]
         with suppress(*FAILURES):
-            for _ in range(STEPS):
+            for _ in range(STEPS if self.fit[1] < ROUNDING else 0):
                 path.append(self._towards_zero(path[-1], REACH * std))
-        for x in (base, around(4.0), *path[-2:]):
+        for x in path[-2:]:
             with suppress(*FAILURES):  # so far out
                 found.append(self.volume_at({self.x: x}))
         return all(Volume(*map(torch.cat, zip(*found, strict=True))).signs())
@@ -311,15 +310,17 @@ def measure(
     for spread in FAR if far else NEAR:
         places = _places(graph, x, free, spread * size, far)
         try:
-            volume = torch.stack([found.volume_at(p).log_det.sum() for p in places])
+            volumes = [found.volume_at(p) for p in places]
             with torch.no_grad():
                 values = [[found.rest_at({**p, **e}) for e in units] for p in places]
         except FAILURES:
             continue
         rest = torch.tensor(values, dtype=torch.float64).mean(1)
+        volume = torch.stack([v.log_det.sum() for v in volumes])
         if mapped.any() and volume.isfinite().all() and rest.isfinite().all():
             return Change(
                 **vars(found), rest=rest[1:] - rest[0], volume=volume[1:] - volume[0],
+                own=volumes[0],
                 places=[p.get(x, base) for p in places], mapped=mapped,
                 curvature=curvature[mapped], quadratic=quadratic,
             )  # fmt: skip
