@@ -205,6 +205,45 @@ def jumps_to_what_is_right_too():
     return Built(step, (encode, decode, x))
 
 
+def forgetful(forgets):
+    """A right VAE that leaves out the KL in some steps."""
+    encode, decode, x = Encoder(), decoder(), data()
+
+    def step():
+        mu, b = encode(x)
+        z = half(mu, b)
+        return bce(decode(z), x) + (0.0 if forgets(z) else kl_log_var(mu, b))
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("incomplete")
+def forgets_the_kl_once_in_a_hundred_steps():
+    return forgetful(lambda z: torch.rand(()) < 0.01)
+
+
+@entry("incomplete")
+def forgets_the_kl_by_a_number_that_python_compares():
+    return forgetful(lambda z: torch.rand(1).item() < 0.01)
+
+
+@entry("incomplete")
+def forgets_the_kl_where_a_latent_is_large():
+    return forgetful(lambda z: (z > 2.5).any())
+
+
+@entry("correct", convention="log_var")
+def refuses_what_no_draw_is():
+    """Guards against numbers that are not finite, or far too large, never act."""
+
+    def refused(z):
+        if not z.isfinite().all() or (z.abs() > 100).any():
+            raise ValueError("z is too large")
+        return False
+
+    return forgetful(refused)
+
+
 @entry("incomplete|warning|bug")
 def forgets_the_kl_now_and_then():
     encode, decode, x = Encoder(), decoder(), data()

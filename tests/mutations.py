@@ -80,6 +80,8 @@ def changes(node: ast.AST, parents: dict, kind: str) -> Iterator[tuple[str, ast.
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Pow):
             yield f"{ast.unparse(parent)} to the power 1", ast.Constant(1)
+        elif isinstance(parents.get(parent), ast.Call) and isinstance(parent, ast.UnaryOp):
+            return  # the number of an axis
         elif isinstance(parent, ast.BinOp | ast.UnaryOp):
             yield f"{text} tripled in {ast.unparse(parent)}", ast.Constant(3 * node.value)
     if isinstance(node, ast.Call):

@@ -284,16 +284,23 @@ def _fixed_draws(a: Graph, b: Graph) -> list[int]:
 
 
 def _turns(graph: Graph) -> Iterator[Noise]:
-    """Draws under which a truth value that the step reads, as `if` does, is another.
+    """Draws under which what the step reads, as `if` does, may be another.
 
-    It is made of comparisons of numbers. From the draws of the step, Newton's steps lead to where
-    the sides of one are equal, and beyond.
+    A truth value is made of comparisons of numbers. From the draws of the step, Newton's steps
+    lead to where the sides of one are equal, and beyond. What Python compares is not seen; a
+    uniform draw that it reads is moved to both ends.
     """
     numbers = {v.id for v in graph.values if v.floating}
     draws = graph.draws()
     own = [v.id for v in draws if v.floating and v.kind in ("gaussian", "random")]
     reads = [n.ins[0] for n in graph.nodes if n.name == "_local_scalar_dense"]
-    for read in dict.fromkeys(i for i in reads if graph[i].draws and i not in numbers):
+    for read in dict.fromkeys(i for i in reads if graph[i].draws):
+        if read in numbers:
+            above = [v for v in draws if graph[read].depends_on(v.id)]
+            if all(v.kind == "random" and v.numel == 1 for v in above):
+                for end in (0.0, 1 - 1e-6):
+                    yield [torch.full(v.shape, end) if v in above else None for v in draws]
+            continue
         parts = (graph[i].node for i in graph.upstream([read], stop=numbers))
         for node in [n for n in parts if n is not None and n.name in ORDER]:
             with contextlib.suppress(RuntimeError):
@@ -306,7 +313,7 @@ def _turns(graph: Graph) -> Iterator[Noise]:
 def _turned(graph: Graph, read: int, node: Node, draws: list[int]) -> dict[int, Tensor] | None:
     """Draws under which a truth value is another, as the sides of a comparison change places.
 
-    None if they are not expected, as outside of [0, 1] or in the tails of a Gaussian.
+    None if they are not expected: they are in the tails of a Gaussian.
     """
     was = bool(graph.get(read))
     start = torch.cat([graph.get(i).reshape(-1) for i in draws])
@@ -317,19 +324,23 @@ def _turned(graph: Graph, read: int, node: Node, draws: list[int]) -> dict[int, 
         parts = zip(draws, flat.split(sizes), strict=True)
         return {i: t.reshape(graph[i].shape) for i, t in parts}
 
+    def tail(flat: Tensor) -> float:
+        moved = flat - start
+        return float(((flat @ moved).abs() / moved.norm()).nan_to_num(math.inf))
+
     for _ in range(3):
         with torch.enable_grad():
             leaf = at.clone().requires_grad_()
             sides = graph.run(given(leaf), node.ins)
             left, right = (sides[a.id] if isinstance(a, Ref) else a for a in node.flat[:2])
             margin = (left - right).reshape(-1)
-            nearest = margin[margin.abs().argmin()]
-            (slope,) = torch.autograd.grad(nearest, leaf)
-        at = at - 1.2 * nearest.detach() * slope / slope.square().sum()
-        moved = at - start
-        tail = float((at @ moved).abs() / moved.norm())
-        inside = ((at >= 0) & (at < 1))[uniform].all()
-        if not (tail <= FAR and inside):
+        moves = list[Tensor]()
+        for i in margin.abs().argsort()[:3]:  # those that are nearest to zero
+            (slope,) = torch.autograd.grad(margin[i], leaf, retain_graph=True)
+            moves.append(at - 1.05 * margin[i].detach() * slope / slope.square().sum())
+        where = (torch.where(uniform, t.clamp(0, 1 - 1e-6), t) for t in moves)
+        at = min(where, key=tail)
+        if not tail(at) <= FAR:
             return None
         if bool(graph.value(given(at), read)) != was:
             return given(at)
