@@ -35,6 +35,7 @@ pytest.importorskip("fastapi", reason="pip install 'musigma[explore]'")
 from fastapi.testclient import TestClient
 
 from musigma.explore import server
+from musigma.explore.survey import Turns
 
 STATIC = Path(server.__file__).parent / "static"
 DIGITS, TABLE = "digits.npz", "table.csv"
@@ -855,16 +856,18 @@ def test_hosts_and_tokens(monkeypatch):
     monkeypatch.setattr(server, "application", lambda *a: started.append(a))
     monkeypatch.setattr(server.uvicorn, "Config", lambda *a, **k: None)
     monkeypatch.setattr(server.uvicorn, "Server", lambda config: _Idle())
-    server.serve(None, "127.0.0.1", 0, said.append)
-    server.serve(None, "0.0.0.0", 0, said.append)
+    explorer = types.SimpleNamespace(turns=Turns())
+    server.serve(explorer, "127.0.0.1", 0, said.append)
+    server.serve(explorer, "0.0.0.0", 0, said.append)
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", said[0])
     token = re.fullmatch(r"http://0\.0\.0\.0:\d+/([\w-]{20,})/", said[1])
-    assert started == [(None, "", True), (None, token[1], False)]
+    assert started == [(explorer, "", True), (explorer, token[1], False)]
+    assert explorer.turns.served > time.monotonic()  # the survey begins after the first page
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1:.*another --port"):
-            server.serve(None, "127.0.0.1", busy.getsockname()[1], said.append)
+            server.serve(explorer, "127.0.0.1", busy.getsockname()[1], said.append)
 
 
 class _Idle:
@@ -898,8 +901,6 @@ def test_without_fastapi_the_command_says_what_to_install(monkeypatch, capsys):
 
 
 def test_requests_go_before_the_survey():
-    from musigma.explore.survey import Turns
-
     turns, order = Turns(), []
     with turns.first():
         waiting = [

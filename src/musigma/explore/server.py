@@ -33,6 +33,9 @@ LOCAL = ("127.0.0.1", "localhost")
 BYTES = 20_000_000
 """Largest size of an upload."""
 
+OPENING = 2.0
+"""Seconds in which the first page may be opened before the data are surveyed."""
+
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
     "Referrer-Policy": "no-referrer",  # the address may hold the token
@@ -298,6 +301,7 @@ def serve(explorer: Explorer, host: str, port: int, announce: Callable[[str], No
     name = f"[{host}]" if ":" in host else host
     announce(f"http://{name}:{port}/{token}{'/' if token else ''}")
     app = application(explorer, token, local)
+    explorer.turns.rest(OPENING)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     with listening:
         server.run(sockets=[listening])

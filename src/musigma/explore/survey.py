@@ -60,6 +60,10 @@ class Turns:
         self.condition, self.waiting, self.busy = threading.Condition(), 0, False
         self.served = 0.0  # when the last request was
 
+    def rest(self, seconds: float) -> None:
+        """Leave the model to requests for some time."""
+        self.served = time.monotonic() + seconds
+
     @contextmanager
     def first(self) -> Iterator[None]:
         """Hold the lock for a request."""
@@ -68,7 +72,7 @@ class Turns:
             self.condition.wait_for(lambda: not self.busy)
             self.waiting, self.busy = self.waiting - 1, True
         yield from self._held()
-        self.served = time.monotonic()
+        self.rest(0)
 
     @contextmanager
     def then(self) -> Iterator[None]:
