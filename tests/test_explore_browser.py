@@ -1,7 +1,7 @@
 """A browser uses every view of `musigma explore`, by pointer and by keyboard.
 
-`python -m tests.test_explore_browser URL FOLDER` does the same with a page that is served, and
-saves a picture of each view; those of docs/explore.md are among them.
+`python -m tests.test_explore_browser URL FOLDER` saves a picture of each view of a page that is
+served; those of docs/explore.md are among them.
 """
 
 import contextlib
@@ -419,7 +419,7 @@ def test_a_file_that_is_dropped_is_an_upload(sites, browser, files):
 
 
 def pictures(url, folder):
-    """Save a picture of each view of a page, in light, and dark on a phone."""
+    """Save a picture of each view of a page."""
     from playwright.sync_api import sync_playwright
 
     folder.mkdir(exist_ok=True)
@@ -437,6 +437,8 @@ def pictures(url, folder):
                 box = page.locator("canvas.map").bounding_box()
                 for x, y in ((0.35, 0.55), (0.65, 0.4)):
                     page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+            visit.settled()
+            page.wait_for_timeout(2000)
             visit.settled()
             page.mouse.move(0, 0)
             page.screenshot(path=folder / f"explore-{name}.png", full_page=True)
