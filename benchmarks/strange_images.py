@@ -81,7 +81,7 @@ SMALL: dict[str, Any] = {"kinds": ("glow", "glow-background", "vae"), "share": 0
 SMALL |= {"scored": 400, "few": 40, "fitted": 600}
 PAIRS = {
     "fashion": Pair("mnist"),
-    "mnist": Pair("fashion"),
+    "mnist": Pair("fashion", few=100),
     "color": Pair("gray", **SMALL),
     "gray": Pair("color", **SMALL),
 }
@@ -148,19 +148,20 @@ def loaded(name: str) -> Any:
     return musigma.load(path) if path.exists() else None
 
 
-def measure(name: str, by: Sequence[str]) -> None:
+def measure(name: str, by: Sequence[str], kinds: Sequence[str]) -> None:
     """Train what is missing, score test images of both sets by detectors, write the figures."""
     how = PAIRS[name]
     for kind in how.kinds:
-        train(f"{name}-{kind}")
+        if kind in kinds:
+            train(f"{name}-{kind}")
     (normal, learn), (strange, _) = split(name), split(how.strange)
     out, both = RUNS / f"{name}.json", (normal, strange)
     rows = json.loads(out.read_text()) if out.exists() else []
-    rows = [row for row in rows if row["detector"] not in by]
+    rows = [row for row in rows if row["detector"] not in by or row["model"] not in kinds]
     few = [data.subset(np.arange(how.few)) for data in both]
     for kind in ("glow", "vae"):
         model = loaded(f"{name}-{kind}")
-        if model is None:
+        if model is None or kind not in kinds:
             continue
         members = [loaded(f"{name}-{kind}-{i}") for i in (1, 2)]
         reference = detectors.Reference(
@@ -187,7 +188,7 @@ def measure(name: str, by: Sequence[str]) -> None:
             row["milliseconds"] = round(1000 * (time.process_time() - start) / len(found), 2)
             rows.append(row)
             print(json.dumps(row), flush=True)
-    write_json(out, rows)
+            write_json(out, rows)
 
 
 def collect() -> None:
@@ -210,11 +211,12 @@ def main() -> None:
     parser.add_argument("what", choices=["measure", "collect"])
     parser.add_argument("names", nargs="*", help="sets")
     parser.add_argument("--by", nargs="*", default=[*detectors.DETECTORS])
+    parser.add_argument("--models", nargs="*", default=[*MODELS], choices=[*MODELS])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     if chosen.what == "measure":
         for name in chosen.names or PAIRS:
-            measure(name, chosen.by)
+            measure(name, chosen.by, chosen.models)
     else:
         collect()
 
