@@ -270,7 +270,7 @@ def _is_detached(change: Change) -> bool:
 
 
 def _check_learned_prior(change: Change, weight: float) -> Iterator[Outcome]:
-    """Compare the loss with a Gaussian log-density while the prior's parameters are moved."""
+    """Compare the loss at the prior's mean with log sigma while its parameters are moved."""
     graph, loss = change.graph, change.loss
     above = graph.upstream(change.parts)
     own = [i for i in graph.upstream([loss]) if graph[i].kind == "parameter" and i not in above]
@@ -280,21 +280,29 @@ def _check_learned_prior(change: Change, weight: float) -> Iterator[Outcome]:
         i: graph.get(i) + 0.2 * torch.rand(graph[i].shape, generator=generator).double()
         for i in own
     }
-    flat = torch.cat([t.reshape(-1) for t in change.v.values()])[change.mapped]
-    values, densities = [], []
+    fixed = {**change.held, change.x: graph.get(change.x)}
+    flat = torch.cat([t.reshape(-1) for t in change.v.values()])
+    values, scales = [], []
     for over in ({}, moved):
         curvature, slope = (t[change.mapped] for t in change.in_v(over)[:2])
-        if not bool((curvature > 0).all()):
-            return
-        mean, std = -slope / curvature, (weight / curvature).sqrt()
-        densities.append((std.log() + 0.5 * ((flat - mean) / std) ** 2).sum() * weight)
-        at_x = {change.x: graph.get(change.x)}
-        values.append(graph.value({**change.held, **over, **change.v, **at_x}, loss).sum())
-    off = abs(float(values[1] - values[0] - densities[1] + densities[0]))
-    if off > 1e-3 * abs(float(densities[1] - densities[0])) + 1e-9:
-        yield unexamined("the prior of z", change.where, "when its own mean and scale are moved, "
-                         f"the loss is off by {off:.3g} of the change of a Gaussian log-density: "
-                         "log sigma is missing, say")  # fmt: skip
+        flat[change.mapped] = -slope / curvature
+        scales.append(-0.5 * weight * float(curvature.log().sum()))
+        parts = flat.split([t.numel() for t in change.v.values()])
+        v = {i: p.reshape(graph[i].shape) for i, p in zip(change.v, parts, strict=True)}
+        values.append(float(graph.value({**fixed, **over, **v}, loss).sum()))
+    off = abs(values[1] - values[0] - scales[1] + scales[0])
+    slopes = []
+    for stops in (False, True):
+        leaves = {i: graph.get(i).clone().requires_grad_() for i in own}
+        value = graph.run({**fixed, **change.v, **leaves}, [loss], stops)[loss].sum()
+        slopes.append(torch.autograd.grad(value, list(leaves.values()), materialize_grads=True))
+    what = "the prior of z", change.where
+    if not off <= 1e-3 * abs(scales[1] - scales[0]) + 1e-9 * (1 + abs(values[0])):
+        yield unexamined(*what, "when its own mean and scale are moved, the loss is off by "
+                         f"{off:.3g} of the change of a Gaussian log-density: log sigma is missing"
+                         ", say")  # fmt: skip
+    elif not all(torch.allclose(a, b) for a, b in zip(*slopes, strict=True)):
+        yield unexamined(*what, "a part of the gradient of its own mean and scale is stopped")
     else:
         yield Passed(f"density of z{at(change.where)}: a Gaussian with learned mean or scale")
 
