@@ -82,7 +82,7 @@ OWNERS = {
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "safetensors": {"checkpoint", "training", "convert"},
-    "pooch": {"data"},
+    "pooch": {"data", "explore"},
     "anndata": {"data"},
     "sklearn": {"comparison", "data", "editing", "evaluation", "pyod", "sklearn"},
     "pyod": {"pyod"},

@@ -59,10 +59,7 @@ def explorer_of(trained: Trained, source: str | None, options: DataOptions) -> E
     """The explorer of a run, with the Python lines that load it."""
     from musigma.explore import Explorer
 
-    source = source or trained.about_data.get("source")
-    if source is None:
-        raise ValueError("data: the checkpoint does not say what it was trained on; give --data")
-    found, watched = trained.data(source, options), None
+    (source, found), watched = data_of(trained, source, options), None
     training = {}
     if trained.folder and (trained.folder / "metrics.jsonl").is_file():
         watched = WatchedRun(trained.folder)
@@ -79,6 +76,14 @@ def explorer_of(trained: Trained, source: str | None, options: DataOptions) -> E
         seed=trained.common.seed,
         **training,
     )
+
+
+def data_of(trained: Trained, source: str | None, options: DataOptions) -> tuple[str, Dataset]:
+    """The data to look at, by default those that the model was trained on, and where they are."""
+    source = source or trained.about_data.get("source")
+    if source is None:
+        raise ValueError("data: the checkpoint does not say what it was trained on; give --data")
+    return source, trained.data(source, options)
 
 
 def progress(watched: WatchedRun) -> dict[str, Any]:

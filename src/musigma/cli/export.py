@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from musigma.cli.options import CONVERT, Common, Run, app
+from musigma.cli.explore import data_of
+from musigma.cli.options import CONVERT, DATA, Common, DataOptions, Run, app, at_least_one
 from musigma.cli.trained import Trained
 
 Name = Literal["encoder", "decoder", "log_prob", "sampler"]
@@ -20,8 +21,13 @@ def export(
     *,
     onnx: Path | None = None,
     torch_export: Path | None = None,
+    static: Path | None = None,
     functions: Annotated[tuple[Name, ...], Parameter(name="--function")] = (),
+    examples: int = 200,
+    onnxruntime: Path | None = None,
     overwrite: bool = False,
+    source: Annotated[str | None, Parameter(name="--data", group=DATA)] = None,
+    options: DataOptions = DataOptions(),
     common: Common = Common(),
 ) -> None:
     """Write a model as functions that run without this library.
@@ -34,21 +40,41 @@ def export(
         onnx: Folder for files of ONNX, or an .onnx file for a single function. Needs pip install
             'musigma[export]'.
         torch_export: Folder for files of torch.export, or a .pt2 file for a single function.
+        static: Folder for a page that shows the model in a browser alone, on any static server.
+            It holds the model and some of its data, which whoever opens it can read.
         functions: A function to write; may be given several times. By default all that the model
             has.
+        examples: Number of examples of the data in the folder of `--static`, evenly spread.
+        onnxruntime: Folder of the npm package onnxruntime-web, for `--static`. By default it is
+            downloaded once from the npm registry, and checked.
         overwrite: Replace what an earlier export wrote.
+        source: Data that `--static` shows. By default those that the model was trained on.
     """
     from musigma import export as exporting
     from musigma.export.writing import check_needs
 
-    wanted = {"onnx": onnx, "torch": torch_export}
+    at_least_one(examples=examples)
+    wanted = {"onnx": onnx, "torch": torch_export, "static": static}
     chosen = [(kind, out) for kind, out in wanted.items() if out is not None]
     if len(chosen) != 1:
-        raise ValueError("export: say what to write: one of --onnx and --torch-export, and where")
+        raise ValueError(
+            "export: say what to write: one of --onnx, --torch-export and --static, and where"
+        )
     ((kind, out),) = chosen
+    common = dataclasses.replace(common, device=common.device or "cpu")
+    if kind == "static":
+        if functions:
+            raise ValueError("function: --static writes those that its page needs; leave it out")
+        check_needs("onnx")
+        _check_folder(out, kind, overwrite, "musigma.json")
+        _write_page(Trained(run, common), source, options, out, examples, onnxruntime)
+        return
+    if source is not None or onnxruntime is not None:
+        name = "data" if source is not None else "onnxruntime"
+        raise ValueError(f"{name}: it is for --static; leave it out")
     check_needs(kind)
     _check_out(out, kind, functions, overwrite)
-    trained = Trained(run, dataclasses.replace(common, device=common.device or "cpu"))
+    trained = Trained(run, common)
     screen = trained.screen
     with screen.progress("tracing") as progress:
         made = exporting.functions_of(trained.model, functions, progress=progress)
@@ -63,32 +89,72 @@ def export(
     )
 
 
+def _write_page(
+    trained: Trained,
+    source: str | None,
+    options: DataOptions,
+    out: Path,
+    examples: int,
+    runtime: Path | None,
+) -> None:
+    """Write the page of a model, and say what is in it."""
+    from musigma.explore import Explorer, standalone
+    from musigma.explore.survey import spread
+
+    _, found = data_of(trained, source, options)
+    some = found.subset(spread(len(found), examples))
+    explorer = Explorer(trained.model.float(), some, seed=trained.common.seed)
+    with trained.screen.progress("writing a page") as progress:
+        about = standalone.write(explorer, out, runtime, progress=progress)
+    trained.screen.result(
+        {"out": str(out), "kind": "static", **about},
+        f"{out}: the model and {about['examples']:,} examples of the data, "
+        f"{about['bytes'] / 1e6:.1f} MB, which whoever opens the page can read\n"
+        f"python -m http.server --directory {out}   shows it on this machine",
+    )
+
+
 def _check_out(out: Path, kind: str, functions: tuple[str, ...], overwrite: bool) -> None:
     """Refuse a path before anything is computed for it."""
     from musigma.export import KINDS, NAMES
     from musigma.export.writing import SHEET
 
     option, suffix = {"torch": "torch-export"}.get(kind, kind), KINDS[kind].suffix
-    if not out.parent.is_dir():
-        raise ValueError(f"{option}: there is no folder {out.parent}; create it first")
-    file = out.suffix == suffix
-    if not file and out.suffix in (".onnx", ".pt2"):
-        raise ValueError(f"{option}: expected a folder, or a {suffix} file; got {out}")
-    if file and len(functions or NAMES) > 1:
+    if out.suffix != suffix:
+        if out.suffix in (".onnx", ".pt2"):
+            raise ValueError(f"{option}: expected a folder, or a {suffix} file; got {out}")
+        _check_folder(out, option, overwrite, SHEET)
+        return
+    _check_parent(out, option)
+    if len(functions or NAMES) > 1:
         raise ValueError(
             f"{option}: a file holds one function; choose it (--function), or name a folder"
         )
-    taken = [path for path in ((out, out.with_suffix(".json")) if file else (out,)) if _full(path)]
-    if taken and not overwrite:
-        raise ValueError(f"{option}: {taken[0]} already exists; pass --overwrite or another name")
-    if file and out.is_dir():
+    if out.is_dir():
         raise ValueError(f"{option}: {out} is a folder; name a file")
-    if not file and taken and not (out / SHEET).is_file():
+    taken = [path for path in (out, out.with_suffix(".json")) if path.exists()]
+    _check_free(taken, option, overwrite)
+
+
+def _check_folder(out: Path, option: str, overwrite: bool, mark: str) -> None:
+    """Refuse a folder that is no earlier export, which has a file of a name."""
+    _check_parent(out, option)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{option}: {out} is a file; name a folder")
+    taken = [out] if out.is_dir() and any(out.iterdir()) else []
+    _check_free(taken, option, overwrite)
+    if taken and not (out / mark).is_file():
         raise ValueError(
-            f"{option}: {out} is no folder of an earlier export (it has no {SHEET}), and would be "
+            f"{option}: {out} is no folder of an earlier export (it has no {mark}), and would be "
             "replaced as a whole; name another one"
         )
 
 
-def _full(path: Path) -> bool:
-    return any(path.iterdir()) if path.is_dir() else path.exists()
+def _check_parent(out: Path, option: str) -> None:
+    if not out.parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {out.parent}; create it first")
+
+
+def _check_free(taken: list[Path], option: str, overwrite: bool) -> None:
+    if taken and not overwrite:
+        raise ValueError(f"{option}: {taken[0]} already exists; pass --overwrite or another name")

@@ -31,7 +31,7 @@ from musigma.questions import explain
 from musigma.spec import bits_per_dim
 from musigma.trace import Recorder
 
-__all__ = ["Explorer"]
+__all__ = ["Explorer", "moments_of"]
 
 SHOWN = 48
 """Elements of the latents that an answer lists, those with the largest cost."""
@@ -95,7 +95,7 @@ class Explorer:
             if not model.no_latents:
                 latents = model.encode(x, context, mode=True)
                 self.shapes = [tuple(t.shape[1:]) for t in latents]
-                self.moments = _moments(model, x, context)
+                self.moments = moments_of(model, x, context)
         self.places, self.columns = Places(self.shapes), Columns(model, self.examples)
         self.survey = Survey(model, data, self.turns, self.moments, answers.scored, normal)
         self.ranking = Ranking(self.survey)
@@ -573,7 +573,7 @@ def _check(count: int, most: int, temperature: float) -> None:
         )
 
 
-def _moments(model: Model, x: Tensor, context: Any) -> Moments:
+def moments_of(model: Model, x: Tensor, context: Any) -> Moments:
     """How the posterior of this model is described: exactly, as a flow's values, or by draws."""
     record = Recorder(temperature=0.0)
     model(x, context, trace=record)

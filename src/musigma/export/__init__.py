@@ -4,8 +4,19 @@
 (`musigma export RUN`; docs/export.md).
 """
 
-from musigma.export.functions import NAMES, Function, Value, functions_of
+from musigma.export.functions import NAMES, Call, Function, Value, functions_of, traced
 from musigma.export.sheet import sheet
-from musigma.export.writing import KINDS, write
+from musigma.export.writing import KINDS, save, write
 
-__all__ = ["KINDS", "NAMES", "Function", "Value", "functions_of", "sheet", "write"]
+__all__ = [
+    "KINDS",
+    "NAMES",
+    "Call",
+    "Function",
+    "Value",
+    "functions_of",
+    "save",
+    "sheet",
+    "traced",
+    "write",
+]

@@ -22,7 +22,7 @@ from musigma.model import Model
 from musigma.spec import Spec, Variable
 from musigma.trace import Recorder, Trace
 
-__all__ = ["NAMES", "Function", "Value", "functions_of", "parameters"]
+__all__ = ["NAMES", "Call", "Function", "Value", "functions_of", "parameters", "traced"]
 
 BATCH = 3
 """Number of examples in the batch that is traced."""
@@ -127,19 +127,40 @@ def functions_of(
     wanted = list(dict.fromkeys(names)) or [
         name for name, kind in KINDS.items() if not (kind.latent and model.no_latents)
     ]
-    made: list[Function] = []
+    calls = [KINDS[name] for name in wanted if name not in missing]
+    return traced(model, calls, faults=faults, progress=progress)
+
+
+def traced(
+    model: Model,
+    calls: Sequence[type[Call]],
+    *,
+    faults: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Function]:
+    """Trace calls of a model, as `functions_of` does.
+
+    Args:
+        model: A model with a `spec`.
+        calls: What to trace.
+        faults: Faults that are known, which the message names too.
+        progress: Called with the number of functions that are traced, and their number.
+
+    Raises:
+        ValueError: If a call cannot be exported; the message names all that cannot, and why.
+    """
+    made, faults, whole = list[Function](), list(faults), _rounding(model)
     with torch.random.fork_rng(), torch.no_grad(), evaluating(model):
         torch.manual_seed(0)
-        whole = _rounding(model)
-        for i, name in enumerate(n for n in wanted if n not in missing):
-            progress(i, len(wanted))
+        for i, call in enumerate(calls):
+            progress(i, len(calls))
             try:
                 if whole:
                     raise ValueError(whole)
-                made.append(_traced(KINDS[name](model)))
+                made.append(_traced(call(model)))
             except (ValueError, NotImplementedError, TypeError) as error:
-                faults.append(f"{name}: {error}")
-        progress(len(wanted), len(wanted))
+                faults.append(f"{call.name}: {error}")
+        progress(len(calls), len(calls))
     if faults:
         rest = ", ".join(function.name for function in made)
         advice = f"\n{rest} can be exported: choose with --function" if made else ""
@@ -164,7 +185,7 @@ def _rounding(model: Model) -> str:
     )
 
 
-def _traced(kind: _Kind) -> Function:
+def _traced(kind: Call) -> Function:
     model, inputs = kind.model, kind.inputs()
     given = [value.tensor for value in inputs]
     draws, shapes = _drawn(kind, given), _drawn(kind, [t[:-1] for t in given])
@@ -190,7 +211,7 @@ def _traced(kind: _Kind) -> Function:
     return Function(kind.name, kind.what, (*inputs, *noise), tuple(outputs), traced)
 
 
-def _drawn(kind: _Kind, given: Sequence[Tensor]) -> list[Draw]:
+def _drawn(kind: Call, given: Sequence[Tensor]) -> list[Draw]:
     """The draws of a call."""
     with Draws() as draws:
         kind(*given)
@@ -200,7 +221,7 @@ def _drawn(kind: _Kind, given: Sequence[Tensor]) -> list[Draw]:
 class _Drawing(nn.Module):
     """A function whose last inputs are noise."""
 
-    def __init__(self, kind: _Kind):
+    def __init__(self, kind: Call):
         super().__init__()
         self.kind, self.count = kind, kind.count
 
@@ -209,8 +230,14 @@ class _Drawing(nn.Module):
             return tuple(self.kind(*values[: self.count]).values())
 
 
-class _Kind(nn.Module, ABC):
-    """A function of a model, whose draws are still torch's."""
+class Call(nn.Module, ABC):
+    """A function of a model, whose draws are still torch's.
+
+    Attributes:
+        name: Its name.
+        what: What it computes, in a sentence.
+        latent: Whether it needs latents.
+    """
 
     name: str
     what: str
@@ -269,7 +296,7 @@ class _Kind(nn.Module, ABC):
         return Value("x", example(self.model), "data, as `data` says", _unit(self.spec))
 
 
-class LogProb(_Kind):
+class LogProb(Call):
     """log p(x), or its lower bound."""
 
     name = "log_prob"
@@ -299,7 +326,7 @@ class LogProb(_Kind):
         return self.what, "nats per example"
 
 
-class Encoder(_Kind):
+class Encoder(Call):
     """Parameters of q(z | x), and latents."""
 
     name = "encoder"
@@ -336,7 +363,7 @@ class Encoder(_Kind):
         return f"{what} of q(z | x)", unit
 
 
-class Decoder(_Kind):
+class Decoder(Call):
     """Parameters of p(x | z), and its center."""
 
     name = "decoder"
@@ -375,7 +402,7 @@ class Decoder(_Kind):
         return f"{what} of p(x | z), before the layers between it and the data", unit
 
 
-class Sampler(_Kind):
+class Sampler(Call):
     """Draws of x."""
 
     name = "sampler"
@@ -397,7 +424,7 @@ class Sampler(_Kind):
         return "draw of x", _unit(self.spec)
 
 
-KINDS: Mapping[str, type[_Kind]] = {k.name: k for k in (Encoder, Decoder, LogProb, Sampler)}
+KINDS: Mapping[str, type[Call]] = {k.name: k for k in (Encoder, Decoder, LogProb, Sampler)}
 NAMES = tuple(KINDS)
 """Names of the functions."""
 

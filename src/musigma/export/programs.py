@@ -50,7 +50,10 @@ def program(
         assert isinstance(graph, fx.GraphModule)
         _refuse_draws(graph)
         _fold(graph)
-        return _exported(graph, inputs)
+        folded = _exported(graph, inputs)
+        for node in folded.graph.nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine
+        return folded
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from musigma.export.sheet import sheet
 from musigma.files import finite, replacing, replacing_folder
 from musigma.model import Model
 
-__all__ = ["KINDS", "SHEET", "Kind", "write"]
+__all__ = ["KINDS", "SHEET", "Kind", "check_needs", "save", "write"]
 
 SHEET = "sheet.json"
 """Name of the sheet in a folder."""
@@ -84,7 +84,9 @@ def write(
             )
         about = sheet(model, functions, {functions[0].name: out.name}, preprocess)
         with replacing(out) as draft, replacing(out.with_suffix(".json")) as text:
-            _write_one(functions[0], how, draft, about)
+            about["functions"][functions[0].name]["largest_difference"] = save(
+                functions[0], draft, kind
+            )
             _write_sheet(about, text)
         progress(1, 1)
         return about
@@ -93,7 +95,8 @@ def write(
     with replacing_folder(out) as folder:
         for i, function in enumerate(functions):
             progress(i, len(functions))
-            _write_one(function, how, folder / files[function.name], about)
+            worst = save(function, folder / files[function.name], kind)
+            about["functions"][function.name]["largest_difference"] = worst
         _write_sheet(about, folder / SHEET)
     progress(len(functions), len(functions))
     return about
@@ -112,24 +115,31 @@ def check_needs(kind: str) -> None:
         )
 
 
-def _write_one(function: Function, how: Kind, path: Path, about: dict[str, Any]) -> None:
+def save(function: Function, path: Path, kind: str = "onnx") -> float | None:
+    """Write a function into a file, and run it.
+
+    Returns:
+        The largest difference from the model, relative where values are above 1; None if nothing
+        that runs the file is installed.
+
+    Raises:
+        ValueError: If the function cannot be written, or the file computes other numbers.
+    """
+    how, worst = KINDS[kind], 0.0
     with quiet():
         how.save(function, path)
         run = how.load(path)
-    row = about["functions"][function.name]
     if run is None:
-        row["largest_difference"] = None
-        return
-    worst = 0.0
+        return None
     for part in (slice(None), slice(1)):
         got = run([value.tensor[part] for value in function.inputs])
         worst = max(worst, difference(got, [value.tensor[part] for value in function.outputs]))
-    row["largest_difference"] = worst
     if not worst <= TOLERANCE:
         raise ValueError(
             f"{function.name}: the exported function differs from the model by {worst:.2g} "
             f"(relative where values are above 1), more than {TOLERANCE:g}; nothing is written"
         )
+    return worst
 
 
 def _write_sheet(about: dict[str, Any], path: Path) -> None:
@@ -168,6 +178,8 @@ def _save_onnx(function: Function, path: Path) -> None:
     except Exception as error:  # conversion raises anything
         raise ValueError(f"{function.name}: {_onnx_reason(error)}") from error
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
     program.save(path, external_data=False)
 
 
