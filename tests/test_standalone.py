@@ -138,11 +138,13 @@ def compare(page, url, explorer, kind):
         assert alike(got[name], wanted[name]), name
 
     # the draws and the bound, of the noise of the page
-    known = json.loads((explorer_page := page).evaluate(
-        "(url) => fetch(`${url}musigma.json`).then((response) => response.text())", url
-    ))
+    known = json.loads(
+        (explorer_page := page).evaluate(
+            "(url) => fetch(`${url}musigma.json`).then((response) => response.text())", url
+        )
+    )
     inputs = known["inputs"]["look"]
-    noise = explorer_page.evaluate(
+    noise = page.evaluate(
         "([url, inputs]) => import(`${url}source.js`).then((module) => Object.fromEntries("
         "Object.entries(module.noise(inputs, 8, 3)).map(([k, v]) => [k, [...v]])))",
         [url, inputs],

@@ -106,7 +106,9 @@ def _faults(explorer: Explorer) -> Iterator[str]:
         yield explorer.model.no_latents
     elif explorer.moments is answers.estimated:
         yield "its posterior is no Gaussian, so mean and scale would be those of draws in Python"
-    if any(p.is_floating_point() and p.dtype != torch.float32 for p in explorer.model.parameters()):
+    if any(
+        p.is_floating_point() and p.dtype != torch.float32 for p in explorer.model.parameters()
+    ):
         yield "its parameters are not float32, in which browsers compute (model.float())"
     if spec.schema is not None:
         yield "its columns have types, which only Python reads"
