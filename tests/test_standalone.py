@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import threading
 from functools import partial
@@ -22,7 +21,8 @@ from musigma.export.draws import Draws
 from musigma.schema import Column, Schema
 from musigma.spec import Spec, Variable
 from musigma.testing import randomized
-from tests.test_explore_browser import CHROMIUM, USES, until, watch
+from tests.test_explore_browser import Visit
+from tests.test_explore_browser import browser as browser  # a fixture
 
 STATIC, BROWSER = standalone.HERE / "static", standalone.HERE / "browser"
 
@@ -78,11 +78,8 @@ def served(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["image", "vector", "glow"])
-def test_a_browser_shows_the_numbers_of_python(kind, tmp_path, served):
+def test_a_browser_shows_the_numbers_of_python(kind, tmp_path, served, browser):
     pytest.importorskip("onnxruntime", reason="pip install 'musigma[export]'")
-    browser = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if not os.access(CHROMIUM, os.X_OK):
-        pytest.skip("there is no chromium: apt-get install chromium")
     model, data = built(kind)
     explorer = Explorer(model, data)
     try:
@@ -92,26 +89,17 @@ def test_a_browser_shows_the_numbers_of_python(kind, tmp_path, served):
             pytest.skip(str(error))
         raise
     assert about["examples"] == 20
-    faults = []
-    with browser.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1200, "height": 900})
-        page.set_default_timeout(120_000)
-        watch(page, served, faults, [])
-        page.goto(served)
-        page.wait_for_selector(".latent")
-        views = [link.get_attribute("data-view") for link in page.query_selector_all("nav a")]
-        assert views == ["one", "traverse", "map"]
-        page.click("text=Draw again")
-        page.locator(".latent input[type=range]").first.press("ArrowRight")
-        page.wait_for_selector(".latent.set")
-        for name in ("traverse", "map"):
-            page.click(f"nav a[data-view={name}]")
-            USES[name](page, tmp_path, [])
-        until(page, "document.querySelector('#error').hidden")
-        compare(page, served, explorer, kind)
-        chromium.close()
-    assert faults == []
+    visit = Visit(browser, served, tmp_path)
+    visit.page.set_default_timeout(120_000)
+    for name in standalone.VIEWS:
+        visit.open(name)
+        getattr(visit, name)()
+    views = visit.page.query_selector_all("nav a")
+    assert [link.get_attribute("data-view") for link in views] == standalone.VIEWS
+    visit.until("document.querySelector('#error').hidden")
+    compare(visit.page, served, explorer, kind)
+    visit.page.close()
+    assert visit.faults == []
 
 
 def compare(page, url, explorer, kind):
@@ -139,7 +127,7 @@ def compare(page, url, explorer, kind):
 
     # the draws and the bound, of the noise of the page
     known = json.loads(
-        (explorer_page := page).evaluate(
+        page.evaluate(
             "(url) => fetch(`${url}musigma.json`).then((response) => response.text())", url
         )
     )

@@ -101,6 +101,10 @@ def _write_page(
     from musigma.explore import Explorer, standalone
     from musigma.explore.survey import spread
 
+    if runtime is None:
+        trained.screen.note(
+            f"ONNX Runtime Web: {standalone.PACKAGE}, downloaded once and kept in the cache"
+        )
     _, found = data_of(trained, source, options)
     some = found.subset(spread(len(found), examples))
     explorer = Explorer(trained.model.float(), some, seed=trained.common.seed)

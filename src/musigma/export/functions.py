@@ -128,7 +128,8 @@ def functions_of(
         name for name, kind in KINDS.items() if not (kind.latent and model.no_latents)
     ]
     calls = [KINDS[name] for name in wanted if name not in missing]
-    return traced(model, calls, faults=faults, progress=progress)
+    advice = ": choose with --function"
+    return traced(model, calls, faults=faults, advice=advice, progress=progress)
 
 
 def traced(
@@ -136,6 +137,7 @@ def traced(
     calls: Sequence[type[Call]],
     *,
     faults: Sequence[str] = (),
+    advice: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Function]:
     """Trace calls of a model, as `functions_of` does.
@@ -144,6 +146,7 @@ def traced(
         model: A model with a `spec`.
         calls: What to trace.
         faults: Faults that are known, which the message names too.
+        advice: What the message says after those that can be exported.
         progress: Called with the number of functions that are traced, and their number.
 
     Raises:
@@ -163,9 +166,9 @@ def traced(
         progress(len(calls), len(calls))
     if faults:
         rest = ", ".join(function.name for function in made)
-        advice = f"\n{rest} can be exported: choose with --function" if made else ""
+        rest = f"\n{rest} can be exported{advice}" if made else ""
         raise ValueError(
-            "function: this model cannot be exported as it is:\n  " + "\n  ".join(faults) + advice
+            "function: this model cannot be exported as it is:\n  " + "\n  ".join(faults) + rest
         )
     return made
 

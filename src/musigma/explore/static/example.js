@@ -14,7 +14,10 @@ export function exampleControls(page) {
   });
   const index = h("input", {
     type: "number", min: 0, max: about.examples - 1, class: "index", "aria-label": "Example",
-    onchange: () => go(Math.trunc(Number(index.value)) || 0),
+    onchange: () => {
+      go(Math.trunc(Number(index.value)) || 0);
+      index.value = page.state.index ?? 0;
+    },
   });
   const step = (by) => go((Number(page.state.index) || 0) + by);
   const name = h("span", { class: "quiet" });
@@ -32,7 +35,7 @@ export function exampleControls(page) {
 
   /** Show what an answer is about. */
   function show(answer, state) {
-    index.value = state.index ?? 0;
+    if (document.activeElement !== index) index.value = state.index ?? 0; // not while it is typed
     const select = bar.querySelector("#label");
     if (select) select.value = state.label ?? "";
     const words = [answer.id, answer.label && `label ${answer.label}`].filter(Boolean);
