@@ -34,10 +34,10 @@ def built(kind):
     label = Variable("label", names=("a", "b"))
     if kind == "vector":
         model = musigma.build("vae", Spec((2,), columns=("u", "v")), latents=3, width=8)
-        data = Dataset(random.normal(size=(20, 2)).astype(np.float32), columns=("u", "v"))
+        data = Dataset(random.normal(size=(60, 2)).astype(np.float32), columns=("u", "v"))
     else:
-        x = random.integers(0, 256, (20, 1, 8, 8), np.uint8)
-        data = Dataset(x, labels=np.arange(20) % 2, label_names=("a", "b"))
+        x = random.integers(0, 256, (60, 1, 8, 8), np.uint8)
+        data = Dataset(x, labels=np.arange(60) % 2, label_names=("a", "b"))
         if kind == "glow":
             spec = Spec((1, 8, 8), 256)
             model = musigma.build("glow", spec, levels=1, depth=1, hidden=8)
@@ -88,7 +88,7 @@ def test_a_browser_shows_the_numbers_of_python(kind, tmp_path, served, browser):
         if "cannot be downloaded" in str(error):
             pytest.skip(str(error))
         raise
-    assert about["examples"] == 20
+    assert about["examples"] == 60
     visit = Visit(browser, served, tmp_path)
     visit.page.set_default_timeout(120_000)
     for name in standalone.VIEWS:
@@ -196,7 +196,7 @@ def test_the_index_says_what_is_in_the_folder_and_asks_no_other_host():
     model, data = built("vector")
     text = (STATIC / "index.html").read_text(encoding="utf-8")
     page = standalone._index(text, Explorer(model, data))
-    assert "20 examples of the data are files beside it" in page
+    assert "60 examples of the data are files beside it" in page
     assert "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'" in page
 
 
