@@ -73,6 +73,28 @@ def real_nvp_by_distributions():
     return couplings(lambda z, logdet: prior.log_prob(z) + logdet)  # logdet
 
 
+class Slope(nn.Module):
+    """A leaky ReLU: its log-det has no gradient, as the signs of z jump."""
+
+    def __init__(self, counted=1):
+        super().__init__()
+        self.counted = counted
+
+    def forward(self, z):
+        logdet = self.counted * math.log(0.3) * (z < 0).sum(1)  # logdet
+        return F.leaky_relu(z, 0.3), logdet
+
+
+@entry("correct")
+def couplings_around_leaky_relus():
+    return density([Coupling(D), Slope(), Coupling(D), Slope(), Coupling(D)])
+
+
+@entry("bug", "logdet_mismatch")
+def couplings_around_leaky_relus_of_which_one_is_not_counted():
+    return density([Coupling(D), Slope(), Coupling(D), Slope(counted=0), Coupling(D)])
+
+
 @entry("correct|incomplete|warning")  # the prior is logistic
 def nice():
     """Additive couplings, and a scale for each dimension at the end."""

@@ -265,8 +265,14 @@ def _is_detached(change: Change) -> bool:
     own = terms(graph, change.loss, change.parts)
     reached = graph.connected([change.loss], stop=own)
     own = [t for t in own if t in after and graph[t].origin & Origin.PARAMETERS]
-    leaves = {v.id for v in graph.values if v.kind == "parameter"}
-    return any(t not in reached or not graph.connected([t]) & leaves for t in own)
+    leaves = {v.id: graph.get(v.id) for v in graph.values if v.kind == "parameter"}
+    moved = {i: t * (1 + 1e-7) if t.is_floating_point() else t for i, t in leaves.items()}
+
+    def is_constant(term: int) -> bool:  # as a sum of the slopes of leaky ReLUs
+        return torch.equal(graph.value(moved, term), graph.get(term))
+
+    cut = [t for t in own if t not in reached or not graph.connected([t]) & leaves.keys()]
+    return not all(map(is_constant, cut))
 
 
 def _check_learned_prior(change: Change, weight: float) -> Iterator[Outcome]:
