@@ -134,3 +134,27 @@ def relaxed_class_beside_a_latent():
 @entry("warning", "reduction_imbalance", beta=(30.0,))
 def relaxed_class_beside_a_latent_with_a_beta():
     return beside_classes(30)
+
+
+def two_decoders(kl):
+    """Each word is drawn by one of two decoders, with equal probabilities."""
+    encode, decode, x = Encoder(), decoder(14 * D), torch.randint(0, 7, (B, D))
+
+    def step():
+        mu, b = encode(x / 7)
+        z = mu + (0.5 * b).exp() * torch.randn_like(mu)
+        log_p = decode(z).view(B, 2, D, 7).log_softmax(3)
+        of_words = log_p.gather(3, x[:, None, :, None].expand(B, 2, D, 1))
+        return kl(mu, b) - torch.logsumexp(of_words, 1).sum()
+
+    return Built(step, (encode, decode, x))
+
+
+@entry("correct", says="no known likelihood")
+def mixture_as_likelihood():
+    return two_decoders(lambda mu, b: -0.5 * (1 + b - mu**2 - b.exp()).sum())
+
+
+@entry("bug", "kl_negative")
+def mixture_as_likelihood_with_the_kl_taken_off():
+    return two_decoders(lambda mu, b: 0.5 * (1 + b - mu**2 - b.exp()).sum())

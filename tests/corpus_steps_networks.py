@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
-from corpus_steps_base import B, Built, D, Encoder, H, L, data, decoder, entry, mlp
+from corpus_steps_base import B, Built, D, Encoder, H, L, data, decoder, entry, mlp, vae
 from corpus_steps_vae import bce, sse
 
 # --- right: networks and machinery ---------------------------------------------------------------
@@ -38,6 +39,43 @@ def packed(split):
 @entry("correct", convention="log_var")
 def packed_in_halves():
     return packed(lambda h: h.chunk(2, dim=1))
+
+
+def heads_after_relus(exponent):
+    """Heads end in ReLUs, which are off for some examples wherever they are moved to."""
+    net, decode, x = mlp(D, 2 * L), decoder(), data()
+    with torch.no_grad():
+        net[-1].bias -= 1.0
+        net[-1].weight *= 3.0
+
+    def step():
+        mu, b = net(x).relu().chunk(2, 1)
+        z = mu + (exponent * b).exp() * torch.randn_like(mu)
+        return bce(decode(z), x) - 0.5 * (1 + b - mu**2 - b.exp()).sum()
+
+    return Built(step, (net, decode, x))
+
+
+@entry("warning", "sigma_range_restricted", says="weight 1 beside a Bernoulli likelihood")
+def relus_on_both_heads():
+    return heads_after_relus(0.5)
+
+
+@entry("bug", "kl_mismatch")
+def relus_on_both_heads_wrong():
+    return heads_after_relus(1.0)
+
+
+@entry("correct")
+def beside_an_array_that_is_read_only():
+    array = np.ones((B, L))
+    array.setflags(write=False)
+    built = vae(
+        lambda mu, b: mu + (0.5 * b).exp() * torch.randn_like(mu) * torch.tensor(array).float(),
+        lambda mu, b: -0.5 * (1 + b - mu**2 - b.exp()).sum(),
+        bce,
+    )
+    return Built(built.step, (*built.objects, array))
 
 
 @entry("correct", convention="log_var")

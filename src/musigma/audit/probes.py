@@ -188,14 +188,17 @@ class Prober:
 
     def latents(self) -> Tensor:
         """For each entry of the heads, the entry of z whose mean or scale it moves; else -1."""
-        place = self.places[0]
-        mean, sigma = self.latent.moments(self.graph, {**self.fixed, **place})
-        order = torch.arange(1, mean.numel() + 1, dtype=torch.float64).reshape(mean.shape)
+        means, scales = self.moving
         found = -torch.ones(self.moments.shape[2], dtype=torch.float64)
-        for t in (mean, sigma.abs().log()):
-            plain, ordered = (gradient(v.sum(), place) for v in (t, order * t))
-            moved = plain.abs() > 1e-14
-            found = torch.where(moved, ordered / torch.where(moved, plain, 1.0) - 1, found)
+        for place in self.places:  # a ReLU may be off at some
+            if bool((found >= 0)[means | scales].all()):
+                break
+            mean, sigma = self.latent.moments(self.graph, {**self.fixed, **place})
+            order = torch.arange(1, mean.numel() + 1, dtype=torch.float64).reshape(mean.shape)
+            for t in (mean, sigma.abs().log()):
+                plain, ordered = (gradient(v.sum(), place) for v in (t, order * t))
+                moved = (plain.abs() > 1e-14) & (found < 0)
+                found = torch.where(moved, ordered / torch.where(moved, plain, 1.0) - 1, found)
         return found
 
     def by_latent(self, values: Tensor) -> Tensor:

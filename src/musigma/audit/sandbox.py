@@ -291,7 +291,7 @@ def _content_restorer(thing: Any) -> Callable[[], None]:
     """A function that restores the content of an object that a call may change in place."""
     if isinstance(thing, Tensor):
         return _tensor_restorer(thing)
-    if isinstance(thing, np.ndarray):
+    if isinstance(thing, np.ndarray) and thing.flags.writeable:
         return functools.partial(np.copyto, thing, thing.copy())
     has_attributes = isinstance(thing, nn.Module) or _plain_object(thing)
     if not has_attributes and not isinstance(thing, CONTAINERS):

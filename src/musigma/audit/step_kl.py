@@ -105,7 +105,7 @@ class Fit:
             a = c
         elif bool(masked.any()):
             a = a[~(a.abs() <= _zero(a))]
-        a, c, d = a[a.isfinite()], c[~masked], d[~masked & d.isfinite()]
+        a, c, d = a[a.isfinite()], c[~masked & c.isfinite()], d[~masked & d.isfinite()]
         if not (a.numel() and d.numel()) or not all((t > 0).all() for t in (a, c, d)):
             return False
         if len(a) == len(c):
@@ -163,7 +163,8 @@ def fit_moments(p: Probes, copies: float = 1.0) -> Fit:
     squares, logs = p.moments[0].abs().amax(0), p.moments[3].abs().amax(0)
     uses[0] &= squares > 1e-12  # where the squares of means have a constant sum, A is not known
     uses[3] &= logs > 1e-11 * logs.max()
-    found = torch.where(uses, found, math.nan)
+    active = (p.moments.abs() > 1e-14).any(0).sum(0)  # places: a ReLU may be off at most of them
+    found = torch.where(uses & (active >= uses.sum(0)), found, math.nan)
     return Fit(found, means, scales, error / max(size, 1e-300), size, copies)
 
 
@@ -233,7 +234,11 @@ class View(OfLatent):
         """Its coefficients."""
         if self.probes is None:
             return UNKNOWN
-        means = int(self.probes.moving[0].sum())
+        sizes = [self.graph[i].numel for i in self.heads]
+        moved = zip(self.heads, self.probes.moving[0].split(sizes), strict=True)
+        each = [row.view(self.graph[i].shape) for i, row in moved]
+        # a ReLU may be off for some examples
+        means = sum(len(t) * int(t.any(0).sum()) if t.ndim > 1 else int(t.sum()) for t in each)
         copies = self.graph[self.latent.z].numel / max(1, means)
         return fit_moments(self.probes, max(copies, 1.0))
 

@@ -181,7 +181,8 @@ def _in_decoded(
         w = (slope[0] - slope[1]) / (mean[0] - mean[1])
         x = mean[0] - slope[0] / w
         exact = (slope - w * (mean - x)).abs() < 1e-4 * w.abs()
-        if _is_one(w) and exact.all() and SUPPORT[kind](x).all():
+        chosen = kind != CATEGORICAL or float((mean[0] - x).sum().abs()) < 1e-3  # one each
+        if _is_one(w) and exact.all() and chosen and SUPPORT[kind](x).all():
             of_class = kind == BERNOULLI and bool((x > 1 - 1e-4).all())  # -log p where x is one
             return Likelihood(float(w[0]), CATEGORICAL if of_class else kind, numbers)
     if len(beyond) == 2:
