@@ -288,7 +288,7 @@ def test_the_command_writes_a_folder_and_keeps_what_is_there(run, tmp_path, caps
     assert about["functions"]["decoder"]["file"] == "decoder.pt2"
     for more, text in (
         ([], "already exists; pass --overwrite"),
-        (["--onnx", str(out)], "one of --onnx and --torch-export"),
+        (["--onnx", str(out)], "one of --onnx, --torch-export and --static"),
     ):
         with pytest.raises(SystemExit) as end:
             main([*words, *more])
