@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.distributions import Categorical
 
 from corpus_steps_base import B, Built, D, Encoder, L, data, decoder, entry, mlp
@@ -158,3 +159,28 @@ def mixture_as_likelihood():
 @entry("bug", "kl_negative")
 def mixture_as_likelihood_with_the_kl_taken_off():
     return two_decoders(lambda mu, b: 0.5 * (1 + b - mu**2 - b.exp()).sum())
+
+
+def mixture_of_each_latent(total):
+    """The prior is a mixture for each latent, with weights that sum to `total`; 80 latents."""
+    encode, decode, x = Encoder(), decoder(), data(16)
+    means, logits = nn.Parameter(2 * torch.randn(3, 1, L)), nn.Parameter(torch.randn(3, 1, 1))
+
+    def step():
+        mu, b = encode(x)
+        z = mu + (0.5 * b).exp() * torch.randn_like(mu)
+        log_q = -0.5 * (b + (z - mu) ** 2 / b.exp())
+        log_p = (-0.5 * (z - means) ** 2 + logits.log_softmax(0)).logsumexp(0) + math.log(total)
+        return bce(decode(z), x) + (log_q - log_p).sum()
+
+    return Built(step, (encode, decode, x, means, logits))
+
+
+@entry("correct")
+def mixture_prior_of_each_of_many_latents():
+    return mixture_of_each_latent(1.0)
+
+
+@entry("warning", "kl_offset")
+def mixture_prior_of_each_of_many_latents_with_weights_that_sum_to_two():
+    return mixture_of_each_latent(2.0)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -340,13 +339,13 @@ class _Prior:
             return change / weights[r] + base / weights.sum()
 
         generator = torch.Generator().manual_seed(5)
-        some = torch.randperm(rows, generator=generator)[: MOST_PRIORS[0]]
-        probe = torch.randn(1, dim, generator=generator).double()
-        log_p, order = torch.cat([of_row(r, probe) for r in some.tolist()]).sort()
-        ends = 1 + (log_p.diff() > 1e-6 * log_p.abs().max()).nonzero().flatten()
-        groups = [some[order[i:j]] for i, j in pairwise([0, *ends.tolist(), len(some)])]
-        too_many = len(groups) > MOST_PRIORS[dim > 1] or (len(groups) > 1 and len(some) < rows)
-        if too_many or dim > MOST_DIMENSIONS:
+        probes = torch.randn(2, dim, generator=generator).double()
+        places = torch.stack([p.expand(rows, dim).reshape(shape) for p in probes])
+        slopes = each(torch.func.grad(self.log_p), places).view(2, rows, dim) / weights[:, None]
+        marks = (1e6 * slopes / slopes.abs().max().clamp(min=1e-300)).round()
+        _, alike = marks.transpose(0, 1).flatten(1).unique(dim=0, return_inverse=True)
+        groups = [(alike == k).nonzero().flatten() for k in range(int(alike.max()) + 1)]
+        if len(groups) > MOST_PRIORS[dim > 1] or dim > MOST_DIMENSIONS:
             return None
         total = 0.0
         for group in groups:
@@ -366,7 +365,7 @@ class _Prior:
             if not sure or error > 0.02 * value:
                 return None
             total += float(weights[group].sum()) * math.log(value)
-        return total / float(weights[some].sum())
+        return total / float(weights.sum())
 
     @staticmethod
     def _is_improper(log_p: Callable[[Tensor], Tensor]) -> bool:
