@@ -28,6 +28,9 @@ def test_every_public_module_is_in_the_reference():
     assert {"model", "layers", "zoo", "README"} < set(pages)
     assert not {"cli", "__main__", "py"} & set(pages)
     assert "[`musigma.model`](model.md)" in pages["README"]
+    documented = pages["zoo.flows"] + pages["zoo.vaes"]
+    for name in ("glow", "nsf", "maf", "vae", "ladder", "vdvae"):
+        assert f".{name}\n" in documented
 
 
 def test_examples_and_formulas_of_docstrings_become_markdown():

@@ -75,9 +75,9 @@ def agree(kept: str, printed: str, tolerance: float = 0.1) -> bool:
     if NUMBER.sub("#", kept).split() != NUMBER.sub("#", printed).split():
         return False
     for a, b in zip(NUMBER.findall(kept), NUMBER.findall(printed), strict=True):
-        digits = len(a.partition(".")[2]) if "e" not in a else 0
+        last = 0.0 if "e" in a else 1.01 * 10.0 ** -len(a.partition(".")[2])
         x, y = float(a.replace(",", "")), float(b.replace(",", ""))
-        if not math.isclose(x, y, rel_tol=tolerance, abs_tol=1.01 * 10.0**-digits):
+        if not math.isclose(x, y, rel_tol=tolerance, abs_tol=last):
             return False
     return True
 

@@ -137,6 +137,16 @@ def summary(module: Path) -> str:
     return (ast.get_docstring(tree) or "").split("\n")[0]
 
 
+def decorated(module: Path) -> list[str]:
+    """The functions that a module registers by a decorator, as architectures are."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    return [
+        item.name
+        for item in tree.body
+        if isinstance(item, ast.FunctionDef) and item.decorator_list and item.name[0] != "_"
+    ]
+
+
 def reference() -> dict[str, str]:
     """A page for each public module, and the list of them."""
     pages, rows = {}, []
@@ -153,8 +163,12 @@ def reference() -> dict[str, str]:
             f"# musigma.{name}\n\nOptions of `build(NAME, ...)` and of `musigma train`.\n"
         )
         for path in sorted(source.parent.glob("[!_]*.py")):
-            item = f"musigma.{name}.{path.stem}"
-            pages[name] += f"\n## {path.stem}\n\n::: {item}\n    options: {{heading_level: 3}}\n"
+            for function in decorated(path):
+                pages[name] += f"\n::: musigma.{name}.{path.stem}.{function}\n"
+                pages[name] += (
+                    "    options: {show_root_heading: true, show_root_toc_entry: true,"
+                    " heading_level: 2}\n"
+                )
         rows.append(f"| [`musigma.{name}`]({name}.md) | {summary(source)} |")
     head = "# Reference\n\nFrom the docstrings. Names in `musigma` itself are those of `gaussian`,"
     head += " `trace`, `model`, `data`, `training`, `evaluation`, `checkpoint` and others.\n\n"
