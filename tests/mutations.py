@@ -242,6 +242,6 @@ def mutants(module: ModuleType, name: str, entry: Entry) -> Iterator[tuple[str, 
         try:
             if not differs(entry, entries[name], offsets=not kinds & {"logdet", "prior"}):
                 continue
-        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError):
+        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, IndexError):
             continue  # it does not run
         yield what, fresh(entries[name])
