@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
+import torch
 from hypothesis import settings
 from torch.distributions import Distribution
 
@@ -16,6 +17,11 @@ settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)
-def validated():
-    """Distributions check their arguments, as usual; zuko, which sbi imports, turns that off."""
+def alike():
+    """Every test begins alike, whichever ran before it.
+
+    Draws are the same. Distributions check their arguments; zuko, which sbi imports, turns that
+    off.
+    """
+    torch.manual_seed(0)
     Distribution.set_default_validate_args(__debug__)

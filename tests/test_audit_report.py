@@ -456,6 +456,7 @@ def test_the_server_audits_over_standard_input_and_output(model, request):
     assert not right.is_error
 
 
+@pytest.mark.slow
 def test_the_server_refuses_in_words(model):
     from musigma.cli.server import server
 

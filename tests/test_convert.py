@@ -705,7 +705,17 @@ ONE_EACH = [
 ]
 
 
-@pytest.mark.parametrize("folder", ONE_EACH, ids=ids)
+LARGE = {"affine_lu", "plain", "attn"}
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param(folder, marks=pytest.mark.slow) if folder.name in LARGE else folder
+        for folder in ONE_EACH
+    ],
+    ids=ids,
+)
 def test_missing_and_wrong_parameters_are_named(folder, tmp_path, monkeypatch):
     """Every parameter is missing once; the first of each kind is wrong in all ways."""
     state, options = state_of(folder), options_for(folder, expected(folder))

@@ -340,9 +340,9 @@ VISITS = [
     *(("image", name, name) for name in
       ("one", "traverse", "map", "levels", "anomalies", "head", "training")),
     ("plane", "one", "plane"),
-    ("plane", "traverse", "traverse"),
+    pytest.param("plane", "traverse", "traverse", marks=pytest.mark.slow),
     ("rows", "one", "rows"),
-    ("rows", "anomalies", "anomalies"),
+    pytest.param("rows", "anomalies", "anomalies", marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
