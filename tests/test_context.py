@@ -169,7 +169,7 @@ def test_a_conditional_prior_below_layers_in_every_memory_mode():
 
 
 def test_a_conditional_distribution_broadcasts_like_those_of_torch():
-    model = build("nsf", Spec((3,), context=(AGE, SEX)), depth=1, hidden=4)
+    model = build("nsf", Spec((3,), context=(AGE, SEX)), depth=1, hidden=32)
     given = {"age": torch.randn(5, 1), "sex": torch.eye(2)[[0, 1, 1, 0, 0]]}
     dist = musigma.testing.randomized(model, seed=2).float().as_distribution(given)
     x = torch.randn(3)
