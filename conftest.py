@@ -25,3 +25,14 @@ def alike():
     """
     torch.manual_seed(0)
     Distribution.set_default_validate_args(__debug__)
+
+
+@pytest.fixture
+def here(home, tmp_path, monkeypatch):
+    """An empty working directory with what is in the folder `home` of a module."""
+    for path in home.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path

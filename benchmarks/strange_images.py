@@ -59,7 +59,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A set that models are trained on, and how its pair is told from it.
+    """What is measured for models of one set: which images are strange to them, and how many.
 
     Attributes:
         strange: The set of strange images.

@@ -368,17 +368,6 @@ def inside(folder: Path):
         os.chdir(before)
 
 
-@pytest.fixture
-def here(home, tmp_path, monkeypatch):
-    """An empty working directory with the runs and the data in it."""
-    for path in home.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
 def call(*words: object) -> None:
     main([word for some in words for word in str(some).split(" ")])
 

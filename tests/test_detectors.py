@@ -151,6 +151,17 @@ def test_the_complexity_ratio_by_hand(channels):
     assert sizes[0] < sizes[1:].min(), "the constant image has the smallest file"
 
 
+def test_codecs_may_be_added_and_are_refused_where_pillow_cannot_write_them(monkeypatch):
+    x = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), np.uint8)
+    reference = Reference(Prior(Normal((1, 8, 8), 100.0, 50.0)))
+    monkeypatch.setitem(detectors.CODECS, "raw", {"format": "BMP"})
+    found = detectors.complexity(reference, Dataset(x), codecs="raw")
+    assert found[0] < detectors.complexity(reference, Dataset(x), codecs="png")[0]
+    monkeypatch.setitem(detectors.CODECS, "none", {"format": "NO SUCH"})
+    with pytest.raises(ValueError, match=r"codecs: this Pillow cannot write none .*codecs=png"):
+        detectors.complexity(reference, Dataset(x), codecs="png+none")
+
+
 # -- terms of the trace
 
 

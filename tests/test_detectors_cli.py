@@ -49,17 +49,6 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def here(home, tmp_path, monkeypatch):
-    """An empty working directory with the runs and the data in it."""
-    for path in home.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
-@pytest.fixture
 def answer(capsys):
     """A function that runs a command and returns its JSON."""
 

@@ -190,8 +190,7 @@ def masked(features, kind, **options):
 def test_the_jacobian_is_triangular(features, kind):
     layer = randomized(masked(features, kind, hidden=[11, 6]))
     x = 3 * torch.randn(50, features, dtype=torch.float64)  # at some, no unit is on
-    total = lambda v: layer(v)[0].sum(0)  # noqa: E731
-    jacobian = torch.autograd.functional.jacobian(total, x).movedim(1, 0)
+    jacobian = torch.autograd.functional.jacobian(lambda v: layer(v)[0].sum(0), x).movedim(1, 0)
     assert torch.equal(jacobian.triu(1), torch.zeros_like(jacobian))
     assert (jacobian.diagonal(dim1=1, dim2=2) > 0).all()
     if features > 2:

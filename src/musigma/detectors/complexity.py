@@ -77,18 +77,19 @@ def file_bits(codecs: list[str]) -> Callable[[np.ndarray], int]:
         True
     """
     try:
-        from PIL import Image, features
+        from PIL import Image
     except ImportError as error:
         raise ValueError("complexity: needs Pillow: pip install 'musigma[data]'") from error
-    available = {"png": "zlib", "webp": "webp", "jpeg2000": "jpg_2000"}
     for name in codecs:
         if name not in CODECS:
             raise ValueError(f"codecs: expected some of {', '.join(CODECS)}; got {name!r}")
-        if not features.check(available[name]):
+        try:
+            Image.new("L", (8, 8)).save(io.BytesIO(), **CODECS[name])
+        except (OSError, KeyError, ImportError) as error:
             raise ValueError(
-                f"codecs: this Pillow was built without {name}; choose others, "
+                f"codecs: this Pillow cannot write {name} ({error}); choose others, "
                 '--by "complexity codecs=png"'
-            )
+            ) from error
 
     def size(image: np.ndarray) -> int:
         channels, _, width = image.shape

@@ -32,9 +32,9 @@ def typicality(reference: Reference, data: Dataset) -> np.ndarray:
     .. math:: |-\log p(x) - \hat H|, \quad \hat H = \tfrac1n \sum_i -\log p(x_i)
 
     An example is strange if it is less probable than training examples, or more.
-    `batch_typicality` tests a
-    batch as a whole. (Nalisnick, Matsukawa, Teh, Lakshminarayanan, "Detecting Out-of-Distribution
-    Inputs to Deep Generative Models Using Typicality", 2019, arXiv:1906.02994.)
+    `batch_typicality` tests a batch as a whole. (Nalisnick, Matsukawa, Teh, Lakshminarayanan,
+    "Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality", 2019,
+    arXiv:1906.02994.)
 
     Raises:
         ValueError: If there are no training data, or some have no finite -log p.

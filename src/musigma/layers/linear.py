@@ -99,7 +99,7 @@ def rotation(channels: int) -> Tensor:
 
 
 def reordering(channels: int) -> Tensor:
-    """The matrix of a random permutation of one cycle, so that every channel moves."""
+    """The matrix of a random permutation of one cycle, float64 (C, C); every channel moves."""
     order = torch.randperm(channels)
     matrix = torch.zeros(channels, channels, dtype=torch.float64)
     matrix[order, order.roll(1)] = 1

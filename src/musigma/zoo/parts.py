@@ -271,7 +271,8 @@ def _vector_layers(
 def step(features: int, norm: bool, permutation: str) -> list[Layer]:
     """Normalization, if wanted, and reordering, which come before each transform.
 
-    A matrix begins as a reordering, since the features of a table mean more than their rotations.
+    A matrix begins as a reordering, as in Durkan et al., 2019, arXiv:1906.04032: the features of a
+    table often say more one by one than their rotations do.
     """
     return [*([ActNorm(features)] if norm else []), mixing(permutation, features, reordering)]
 

@@ -44,8 +44,9 @@ def nsf(
         hidden_layers: Number of hidden layers.
         bins: Number of bins of each spline.
         bound: Splines act on [-bound, bound]; outside they are the identity.
-        permutation: Reordering of the features before each transform: an invertible matrix (by
-            its LU factors, or plain), which begins as a shuffle, a fixed shuffle, or a reversal.
+        permutation: Reordering of the features before each transform: a fixed shuffle, a
+            reversal, or an invertible matrix (by its LU factors, or plain), which begins as a
+            shuffle.
         norm: Put an activation normalization before each transform.
         spline: `rational-quadratic`; `linear` or `quadratic` (Müller et al., 2019,
             arXiv:1808.03856); or `cubic` (Durkan et al., 2019, arXiv:1906.02145), which is
