@@ -1,14 +1,15 @@
 """The likelihood of VAEs on binarized MNIST, for equal processor seconds of training.
 
     MUSIGMA_DATA=... python benchmarks/binarized_mnist.py --seconds 300 [--names NAME ...]
-    python benchmarks/binarized_mnist.py --table
+    python benchmarks/binarized_mnist.py --merge FILE ...    # add rows measured elsewhere
+    python -m tools.tables    # put the figures into docs/figures.md
 
 `dynamic` draws the training images anew at each use; `static` draws them once, so a model can
 overfit to them, as to the fixed set of Larochelle, which this is not. Test images are drawn once.
 Every model trains for the same processor seconds on one thread. The bound of 1,000 draws is the
 ELBO of all 10,000 test images minus the mean gap between both bounds on the first `images` of a
-random order; `error` is the standard error of that mean gap. Appends to runs/binarized-mnist.json,
-and skips what is there.
+random order; `error` is the standard error of that mean gap. Rows are stored in
+docs/figures/binarized-mnist.json; models that it has are not measured again.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import stored
 import torch
 from equal_seconds import train_for
 
@@ -25,9 +27,10 @@ import musigma
 from musigma import Preprocess, TrainConfig, build
 from musigma.data import Dataset
 from musigma.evaluation import score
-from musigma.files import write_json
 
-OUT = Path(__file__).parent.parent / "runs" / "binarized-mnist.json"
+OUT = Path(__file__).parent.parent / "docs" / "figures" / "binarized-mnist.json"
+BY = ("name", "kind", "seconds")
+KINDS = ["dynamic", "static"]
 K = 1000
 MLP = {"net": "mlp", "latents": 50, "width": 200, "blocks": 2}
 MODELS: dict[str, tuple[str, dict, dict, int]] = {
@@ -84,37 +87,30 @@ def measured(name: str, kind: str, seconds: float) -> dict:
     }
 
 
-def table(found: list[dict]) -> None:
-    """Print the figures as a table of Markdown."""
-    print(f"| model | binarized | parameters | steps | -ELBO | IW-{K} | on images |")
-    print("|---|---|---|---|---|---|---|")
-    for e in found:
-        print(
-            f"| {e['name']} | {e['kind']} | {e['parameters']:,} | {e['steps']:,} | "
-            f"{e['elbo']:.2f} | {e[f'iw-{K}']:.2f} ± {e['error']:.2f} | {e['images']:,} |"
-        )
+def order(row: stored.Row) -> tuple[int, int]:
+    """The place of a row in the table."""
+    return KINDS.index(row["kind"]), [*MODELS].index(row["name"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--names", nargs="*", default=[*MODELS])
-    parser.add_argument("--kinds", nargs="*", default=["dynamic", "static"])
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
+    parser.add_argument("--merge", nargs="+", type=Path, help="only add the rows of these files")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(OUT.read_text()) if OUT.is_file() else []
-    if chosen.table:
-        table(found)
+    if chosen.merge:
+        stored.merge(OUT, (row for file in chosen.merge for row in stored.rows(file)), BY, order)
         return
-    known = {(e["name"], e["kind"], e["seconds"]) for e in found}
     for kind in chosen.kinds:
         for name in chosen.names:
-            if (name, kind, chosen.seconds) not in known:
-                found.append(measured(name, kind, chosen.seconds))
-                print(json.dumps(found[-1]), flush=True)
-                OUT.parent.mkdir(exist_ok=True)
-                write_json(OUT, found)
+            asked = {"name": name, "kind": kind, "seconds": chosen.seconds}
+            if any(asked.items() <= row.items() for row in stored.rows(OUT)):
+                continue
+            row = measured(name, kind, chosen.seconds)
+            print(json.dumps(row), flush=True)
+            stored.merge(OUT, [row], BY, order)
 
 
 if __name__ == "__main__":

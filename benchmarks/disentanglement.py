@@ -1,25 +1,30 @@
 """Disentanglement of objectives on pictures with five known factors (`shapes`).
 
-    python benchmarks/disentanglement.py --steps 6000 --seeds 5 --out disentanglement.json
+    python benchmarks/disentanglement.py --steps 4000 --seeds 5
+    python benchmarks/disentanglement.py --merge FILE ...    # add runs measured elsewhere
+    python -m tools.tables    # put the figures into docs/objectives.md
 
 Trains the same VAE, of 10 latents and perceptrons with two hidden layers of 256, on 1-bit images
 by each objective and seed, and measures the means of its posteriors
-(`musigma.evaluation.disentanglement`). Writes every run, and the mean and standard deviation over
-seeds of each metric.
+(`musigma.evaluation.disentanglement`). Runs are stored in docs/figures/disentanglement.json; those
+that it has are not repeated.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
+from pathlib import Path
 
+import stored
 import torch
 
 from musigma import TrainConfig, build, fit
 from musigma.data import Preprocess, load
 from musigma.evaluation import DCI, disentanglement, evaluate
 
+OUT = Path(__file__).parent.parent / "docs" / "figures" / "disentanglement.json"
+BY = ("objective", "seed", "steps")
 OBJECTIVES = (
     "beta-elbo beta=1",
     "beta-elbo beta=2",
@@ -52,40 +57,32 @@ def measured(objective: str, seed: int, steps: int) -> dict[str, float | int | s
     return {
         "objective": objective,
         "seed": seed,
+        "steps": steps,
         "cpu_seconds": seconds,
         "bits_per_dim": evaluate(run.model, data.split("held-out"))["bits_per_dim"],
         **found,
     }
 
 
-def summary(runs: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """The mean and the standard deviation of each metric over seeds, by objective."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for objective in dict.fromkeys(run["objective"] for run in runs):
-        rows = [run for run in runs if run["objective"] == objective]
-        found[objective] = {
-            name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
-            for name in rows[0]
-            if name not in ("objective", "seed")
-            for values in [[row[name] for row in rows]]
-        }
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--objective", action="append", help="by default all")
-    parser.add_argument("--out", default="disentanglement.json")
-    arguments = parser.parse_args()
-    runs = []
-    for seed in range(arguments.seeds):
-        for objective in arguments.objective or OBJECTIVES:
-            runs.append(measured(objective, seed, arguments.steps))
-            print(json.dumps(runs[-1]), flush=True)
-            with open(arguments.out, "w", encoding="utf-8") as file:
-                json.dump({"runs": runs, "summary": summary(runs)}, file, indent=1)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--merge", nargs="+", type=Path, help="only add the rows of these files")
+    chosen = parser.parse_args()
+    if chosen.merge:
+        stored.merge(chosen.out, (row for file in chosen.merge for row in stored.rows(file)), BY)
+        return
+    for seed in range(chosen.seeds):
+        for objective in chosen.objective or OBJECTIVES:
+            asked = {"objective": objective, "seed": seed, "steps": chosen.steps}
+            if any(asked.items() <= row.items() for row in stored.rows(chosen.out)):
+                continue
+            row = measured(objective, seed, chosen.steps)
+            print(json.dumps(row), flush=True)
+            stored.merge(chosen.out, [row], BY)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("mkdocs", reason="pip install 'musigma[docs]'")
 from mkdocs.exceptions import PluginError
 
+from benchmarks import stored
 from tools import docstrings, notebook, pages, site, tables
 
 ROOT = Path(__file__).parent.parent
@@ -72,13 +73,24 @@ def test_tables_have_the_figures_of_their_files(table):
     assert table.filled(page) == page
 
 
-def test_a_figure_that_was_edited_by_hand_is_found(tmp_path):
+def test_a_figure_that_was_edited_by_hand_is_found():
     table = tables.TABLES[0]
     page = (ROOT / "docs" / table.page).read_text(encoding="utf-8")
     assert "1.234 ± 0.003" in page
     assert table.filled(page.replace("1.234 ± 0.003", "1.134 ± 0.003")) == page
+    row = next(line for line in page.splitlines() if line.startswith("| mnist | glow |"))
+    assert table.filled(page.replace(f"{row}\n", "")) == page  # a row that is new
     with pytest.raises(ValueError, match="one row that begins with"):
-        table.filled(page.replace("| mnist | glow |", "| mnist | other |"))
+        table.filled(page.replace(row, f"{row}\n{row}"))
+
+
+def test_rows_of_a_benchmark_are_merged(tmp_path):
+    path = tmp_path / "figures" / "a.json"
+    stored.merge(path, [{"name": "b", "steps": 1}, {"name": "c", "steps": 2}], ["name"])
+    stored.merge(path, [{"name": "b", "steps": 3}, {"name": "a", "steps": 4}], ["name"])
+    assert [tuple(row.values()) for row in stored.rows(path)] == [("b", 3), ("c", 2), ("a", 4)]
+    stored.merge(path, [], ["name"], order=lambda row: row["name"])
+    assert [row["name"] for row in stored.rows(path)] == ["a", "b", "c"]
 
 
 def test_the_notebook_of_the_tour_is_that_of_the_page():

@@ -1,16 +1,18 @@
 """Put stored figures into the tables of the documentation: `python -m tools.tables`.
 
-A table is found by its header. A row whose first cells are in the file gets the figures of the
-file; its further cells, and rows that are not in the file, stay. `--check` only reports tables
-that differ.
+A table is found by its header. A row whose first cells are in a file gets the figures of the file;
+its further cells, and rows that are in no file, stay. A row that the table lacks is added after
+the one before it in the file. `--check` only reports tables that differ.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -20,35 +22,42 @@ Row = Sequence[str]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a page, and the file that its figures come from."""
+    """A table of a page, and the files that its figures come from."""
 
     page: str
     header: str
-    store: str
-    rows: Callable[[Any], Iterator[tuple[Row, Row]]]
-    """The first cells of each row, by which it is found, and the cells after them."""
+    stores: Sequence[str]
+    rows: Callable[..., Iterator[tuple[Row, Row]]]
+    """Of what the files hold: the first cells of each row, by which it is found, and the next."""
 
     def filled(self, text: str) -> str:
-        """The page with the figures of the file.
+        """The page with the figures of the files.
 
         Raises:
-            ValueError: If the page lacks the table or a row.
+            ValueError: If the page lacks the table, or has a row twice.
         """
-        stored = json.loads((DOCS / self.store).read_text(encoding="utf-8"))
+        stored = [json.loads((DOCS / file).read_text(encoding="utf-8")) for file in self.stores]
         lines = text.splitlines()
         if self.header not in lines:
             raise ValueError(f"{self.page}: there is no table with the header {self.header}")
+        width = self.header.count("|") - 1
         start = end = lines.index(self.header) + 2
         while end < len(lines) and lines[end].startswith("|"):
             end += 1
-        for key, figures in self.rows(stored):
+        after = start
+        for key, figures in self.rows(*stored):
             begin = f"| {' | '.join(key)} |"
-            (at, *more) = [i for i in range(start, end) if lines[i].startswith(begin)] or [-1]
-            if at < 0 or more:
+            found = [i for i in range(start, end) if lines[i].startswith(begin)]
+            if len(found) > 1:
                 raise ValueError(f"{self.page}: expected one row that begins with {begin}")
+            if not found:
+                lines.insert(after, begin + " |" * (width - len(key)))
+                found, end = [after], end + 1
+            (at,) = found
             rest = lines[at][len(begin) :].split("|")[len(figures) : -1]
             lines[at] = begin + "".join(f" {cell} |" for cell in figures)
             lines[at] += "".join(f"{cell}|" for cell in rest)
+            after = at + 1
         return "\n".join(lines) + "\n"
 
 
@@ -111,30 +120,77 @@ def archives(stored: Any) -> Iterator[tuple[Row, Row]]:
         )
 
 
+def binarized_mnist(stored: Any) -> Iterator[tuple[Row, Row]]:
+    for run in stored:
+        yield (
+            (run["name"], run["kind"]),
+            (
+                f"{run['parameters']:,}",
+                f"{run['steps']:,}",
+                f"{run['elbo']:.2f}",
+                f"{run['iw-1000']:.2f} ± {run['error']:.2f}",
+                f"{run['images']:,}",
+            ),
+        )
+
+
+METRICS = {
+    "mig": "MIG",
+    "sap": "SAP",
+    "disentanglement": "disentanglement",
+    "factor_score": "FactorVAE",
+    "modularity": "modularity",
+    "bits_per_dim": "bits/dim",
+}
+
+
+def disentanglement(stored: Any) -> Iterator[tuple[Row, Row]]:
+    for objective in dict.fromkeys(run["objective"] for run in stored):
+        runs = [run for run in stored if run["objective"] == objective]
+        cells = [str(len(runs))]
+        for name in METRICS:
+            values = [run[name] for run in runs]
+            error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            cells.append(f"{mean(values):.3f} ± {error:.3f}")
+        yield (f"`{objective}`",), cells
+
+
 TABLES = (
     Table(
         "figures.md",
         "| data | architecture | bits/dim (test) | steps |",
-        "figures/five-minutes.json",
+        ["figures/five-minutes.json"],
         five_minutes,
     ),
     Table(
         "figures.md",
         "| architecture | nats, fp32 | nats, bf16 | not finite | skipped | round trip, fp32 |",
-        "figures/long-runs.json",
+        ["figures/long-runs.json"],
         long_runs,
+    ),
+    Table(
+        "figures.md",
+        "| model | binarized | parameters | steps | -ELBO | IW-1000 | images | published |",
+        ["figures/binarized-mnist.json"],
+        binarized_mnist,
+    ),
+    Table(
+        "objectives.md",
+        f"| objective | seeds | {' | '.join(METRICS.values())} |",
+        ["figures/disentanglement.json"],
+        disentanglement,
     ),
     Table(
         "compression.md",
         f"| codec | images | {' | '.join(SETS.values())} |",
-        "figures/compression.json",
+        ["figures/compression.json"],
         codecs,
     ),
     Table(
         "compression.md",
         "| set | numerics | images | bytes before | bytes after | net | file "
         "| write, s | read, s |",
-        "figures/compression.json",
+        ["figures/compression.json"],
         archives,
     ),
 )
@@ -149,7 +205,7 @@ def main() -> None:
         page = DOCS / table.page
         text = page.read_text(encoding="utf-8")
         if (filled := table.filled(text)) != text:
-            stale.append(f"{table.page}: the figures of {table.store} differ")
+            stale.append(f"{table.page}: the figures of {' and '.join(table.stores)} differ")
             if not check:
                 page.write_text(filled, encoding="utf-8")
     sys.exit("\n".join(stale) if check and stale else None)
