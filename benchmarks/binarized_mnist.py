@@ -106,7 +106,7 @@ def main() -> None:
     for kind in chosen.kinds:
         for name in chosen.names:
             asked = {"name": name, "kind": kind, "seconds": chosen.seconds}
-            if any(asked.items() <= row.items() for row in stored.rows(OUT)):
+            if stored.has(OUT, asked):
                 continue
             row = measured(name, kind, chosen.seconds)
             print(json.dumps(row), flush=True)

@@ -2,11 +2,13 @@
 
     MUSIGMA_DATA=... python benchmarks/color_set.py --seconds 600 [--names NAME ...]
     MUSIGMA_DATA=... python benchmarks/compression.py ours cifar10 runs/color-set/NAME --n 500
+    python -m tools.tables    # put the figures into docs/figures.md
 
 The images are those of `cifar10-jpeg.tar.xz`, CIFAR-10 read from JPEG files, so their figures
 compare with each other only, and with those of general codecs on the same images
 (`compression.py general cifar10`). Trains on one thread, with batches of 32, and writes the model
-and the bits per dimension of the first 1,000 test images.
+to runs/color-set, and the bits per dimension of the first 1,000 test images to
+docs/figures/color-set.json.
 """
 
 import argparse
@@ -14,15 +16,16 @@ import json
 import os
 from pathlib import Path
 
+import stored
 import torch
 from equal_seconds import train_for
 
 import musigma
 from musigma import TrainConfig, build
 from musigma.evaluation import evaluate
-from musigma.files import write_json
 
-OUT = Path(__file__).parent.parent / "runs" / "color-set"
+HERE = Path(__file__).parent
+RUNS, OUT = HERE.parent / "runs" / "color-set", HERE.parent / "docs" / "figures" / "color-set.json"
 MODELS: dict[str, tuple[str, dict]] = {
     "glow": ("glow", {"depth": 8, "hidden": 64, "alpha": None}),
     "idf": ("idf", {"depth": 4, "hidden": 64}),
@@ -40,18 +43,16 @@ def measured(name: str, seconds: float) -> dict:
     model, steps = train_for(
         seconds, lambda: build(architecture, train.spec(), **options), train, validation, config
     )
-    folder = OUT / name
+    folder = RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
     musigma.save(model, folder / "model.safetensors")
-    found = {
+    return {
         "name": name,
         "seconds": seconds,
         "steps": steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         **evaluate(model, test.subset(range(1000)), batch_size=50),
     }
-    write_json(folder / "color-set.json", found)
-    return found
 
 
 def main() -> None:
@@ -61,7 +62,9 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     for name in chosen.names:
-        print(json.dumps(measured(name, chosen.seconds)), flush=True)
+        row = measured(name, chosen.seconds)
+        print(json.dumps(row), flush=True)
+        stored.merge(OUT, [row], ["name", "seconds"])
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def main() -> None:
     for seed in range(chosen.seeds):
         for objective in chosen.objective or OBJECTIVES:
             asked = {"objective": objective, "seed": seed, "steps": chosen.steps}
-            if any(asked.items() <= row.items() for row in stored.rows(chosen.out)):
+            if stored.has(chosen.out, asked):
                 continue
             row = measured(objective, seed, chosen.steps)
             print(json.dumps(row), flush=True)

@@ -1,7 +1,7 @@
 """Families of flows on the numeric columns of six tables, for equal minutes, paired over seeds.
 
-    python benchmarks/families.py run --seconds 60 --seeds 5 [--sets NAME ...] [--names NAME ...]
-    python benchmarks/families.py table
+    python benchmarks/families.py --seconds 10 --seeds 5 [--sets NAME ...] [--names NAME ...]
+    python -m tools.tables    # put the figures into docs/families.md
 
 The tables ship with packages: `diamonds` (plotnine), `shuttle` (river), `bikeshare` and `wage`
 (ISLP), `randhie` (statsmodels), `breast-cancer` (scikit-learn); those that are missing are named
@@ -11,29 +11,26 @@ same rows in the same split, and trains for the same processor seconds on one th
 schedule: families of this library by `fit`, flows of zuko, nflows and normflows by a plain loop
 with Adam, all with batches of 256 and gradients clipped to a norm of 5. The weights of the best of
 20 validation figures are tested; the time of these evaluations is not counted.
-`run` appends to runs/families.json, one entry for each set, name and seed, and skips those that
-are there; `table` prints the nats of the first name, and the differences from it, paired over
-seeds, each with its standard error.
+Figures are stored in docs/figures/families.json; those that it has are not measured again.
 """
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import stored
 import torch
 from equal_seconds import train_for
 from torch import Tensor, nn
 
 from musigma import TrainConfig, build
 from musigma.data import DataError, Dataset, load
-from musigma.files import write_json
 
-OUT = Path(__file__).parent.parent / "runs" / "families.json"
+OUT = Path(__file__).parent.parent / "docs" / "figures" / "families.json"
 SETS = ("diamonds", "shuttle", "bikeshare", "wage", "randhie", "breast-cancer")
 BATCH = 256
 OURS: dict[str, tuple[str, dict]] = {
@@ -178,9 +175,6 @@ def nats(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is not measured yet."""
-    out = options.out
-    found = json.loads(out.read_text()) if out.is_file() else []
-    known = {(e["set"], e["name"], e["seed"], e["seconds"]) for e in found}
     for table in options.sets:
         try:
             parts = rows(table)
@@ -189,48 +183,23 @@ def run(options: argparse.Namespace) -> None:
             continue
         for seed in range(options.seeds):
             for name in options.names:
-                if (table, name, seed, options.seconds) in known:
+                asked = {"set": table, "name": name, "seed": seed, "seconds": options.seconds}
+                if stored.has(options.out, asked):
                     continue
                 measure = ours if name in OURS else peer
                 figure = measure(name, parts, options.seconds, seed)
                 print(f"{table}, seed {seed}: {name} {figure:.4f}", flush=True)
-                entry = {"set": table, "name": name, "seed": seed, "nats": figure}
-                found.append(entry | {"seconds": options.seconds, "rows": len(parts[0])})
-                out.parent.mkdir(exist_ok=True)
-                write_json(out, found)
-
-
-def table(options: argparse.Namespace) -> None:
-    """Print nats of the first name, and differences from it that are paired over seeds."""
-    found = json.loads(options.out.read_text())
-    nats = {(e["set"], e["seed"], e["name"]): e["nats"] for e in found}
-    sets, names = ([*dict.fromkeys(e[key] for e in found)] for key in ("set", "name"))
-    seeds = sorted({e["seed"] for e in found})
-
-    def cell(of: str, name: str) -> str:
-        first, own = ({s: nats.get((of, s, n)) for s in seeds} for n in (names[0], name))
-        both = [s for s in seeds if None not in (first[s], own[s])]
-        gaps = [own[s] - (0 if name == names[0] else first[s]) for s in both]
-        if len(gaps) < 2:
-            return ""
-        sign = "" if name == names[0] else "+"
-        error = np.std(gaps, ddof=1) / math.sqrt(len(gaps))
-        some = "" if len(gaps) == len(seeds) else f" ({len(gaps)})"
-        return f"{np.mean(gaps):{sign}.2f} ± {error:.2f}{some}"
-
-    print(f"| | {' | '.join(sets)} |\n|{'---|' * (len(sets) + 1)}")
-    for name in names:
-        print(f"| {name} | {' | '.join(cell(of, name) for of in sets)} |")
+                row = asked | {"nats": figure, "rows": len(parts[0])}
+                stored.merge(options.out, [row], [*asked])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["run", "table"])
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sets", nargs="*", default=SETS)
     parser.add_argument("--names", nargs="*", default=[*OURS, *PEERS])
     parser.add_argument("--out", type=Path, default=OUT)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    (table if chosen.command == "table" else run)(chosen)
+    run(chosen)

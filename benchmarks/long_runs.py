@@ -1,4 +1,4 @@
-"""Train every architecture for 10,000 steps in float32 and bfloat16; count what is not finite.
+"""Train nine models for 10,000 steps in float32 and bfloat16; count what is not finite.
 
     python benchmarks/long_runs.py [NAME ...]    # an hour on one core
 
@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import stored
 import torch
 
 from musigma import data
 from musigma.evaluation import batch, evaluate
-from musigma.files import write_json
 from musigma.training import TrainConfig, fit
-from musigma.zoo import ARCHITECTURES, build
+from musigma.zoo import build
 
 OUT = Path(__file__).parent.parent / "docs" / "figures" / "long-runs.json"
 
@@ -88,16 +88,15 @@ def run(name: str, precision: str) -> dict:
 
 
 def main(names: list[str]) -> None:
-    """Measure the named architectures, or all, that have no result yet."""
-    assert {name.split()[0] for name in OPTIONS} == set(ARCHITECTURES) - {"published_glow"}
-    found = json.loads(OUT.read_text()) if OUT.exists() else []
+    """Measure the named models, or all, that have no result yet."""
     for name in names or OPTIONS:
         for precision in ("fp32", "bf16"):
-            if any((r["architecture"], r["precision"]) == (name, precision) for r in found):
+            asked = {"architecture": name, "precision": precision}
+            if stored.has(OUT, asked):
                 continue
-            found.append(run(name, precision))
-            print(time.strftime("%H:%M"), json.dumps(found[-1]), flush=True)
-            write_json(OUT, found)
+            row = run(name, precision)
+            print(time.strftime("%H:%M"), json.dumps(row), flush=True)
+            stored.merge(OUT, [row], [*asked])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     MUSIGMA_DATA=... python benchmarks/quality.py run [NAME ...]     # use an idle machine
     MUSIGMA_DATA=... python benchmarks/quality.py measure [NAME ...]
-    python benchmarks/quality.py collect     # tables, pictures and quality.json of docs/figures.md
+    python benchmarks/quality.py collect     # pictures and quality.json, in docs/figures
+    python -m tools.tables    # put the figures into docs/figures.md
 
 `run` calls the command line, one run at a time; finished runs are skipped. On a busy machine,
 `--steps` sets the number of steps that an idle one would reach in the same minutes. `measure`
@@ -83,7 +84,7 @@ def record(name: str) -> dict:
     figure = json.loads((RUNS / name / "evaluation.json").read_text())
     minutes = (MODELS | PEERS)[name][0]
     curve = [r for r in rows if r["kind"] == "evaluation"]
-    steps = curve[-1]["step"]
+    steps = figure.pop("steps", curve[-1]["step"])
     found = {
         "run": f"musigma train {MODELS[name][1]}"
         if name in MODELS
@@ -106,19 +107,10 @@ def record(name: str) -> dict:
 
 
 def collect() -> None:
-    """Print a table; write the curves as pictures, and everything as JSON."""
+    """Write the curves as pictures, and everything as JSON."""
     done = [name for name in MODELS | PEERS if (RUNS / name / "evaluation.json").exists()]
     runs = {name: record(name) for name in done}
     (DOCS / "figures" / "quality.json").write_text(json.dumps(runs, indent=1) + "\n")
-    print("| run | minutes | steps | test |\n|---|---|---|---|")
-    for found in runs.values():
-        test = found["test"]
-        text = f"{test['bits_per_dim']:.4f} bits/dim"
-        if "standard_error" in test:
-            text += f" ± {test['standard_error']:.4f}"
-        text += f", {test['nats']:.2f} nats"
-        text += "".join(f"; {what}: {x:.2f}" for what, x in found.get("bounds, nats", {}).items())
-        print(f"| `{found['run']}` | {found['minutes']} | {found['steps']:,} | {text} |")
     for what, names in PICTURES.items():
         tracks = {
             f"{name} ({runs[name]['run'].split()[0]})": [

@@ -185,7 +185,8 @@ def run(name: str, steps: int) -> None:
     if peer.musigma is not None:
         bounds(name, peer.musigma(), test)
     with replacing(out / "evaluation.json") as path:
-        path.write_text(json.dumps(peer.score(test), indent=2, default=str) + "\n")
+        found = {"steps": steps, **peer.score(test)}
+        path.write_text(json.dumps(found, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

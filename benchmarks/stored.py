@@ -15,6 +15,11 @@ def rows(path: Path) -> list[Row]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
+def has(path: Path, some: Row) -> bool:
+    """Whether a row of a file has these values."""
+    return any(some.items() <= row.items() for row in rows(path))
+
+
 def merge(
     path: Path, new: Iterable[Row], by: Sequence[str], order: Callable[[Row], Any] | None = None
 ) -> None:
