@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from musigma.data import Dataset, Preprocess, batch_indices, load
-from musigma.data.batches import stream
+from musigma.data.batches import in_order, stream
 from musigma.data.readers import LazyImages
 from test_data import GRAY, fails, save_folder
 
@@ -70,6 +70,29 @@ def test_streams_do_not_end_by_default(many):
     with contextlib.closing(stream(many, 5, seed=3, start=10**12, workers=2)) as batches:
         for step in range(10**12, 10**12 + 9):
             np.testing.assert_array_equal(next(batches)[0], expected(many, 5, step)[0])
+
+
+@pytest.mark.parametrize("steps", [None, range(1, 3), range(3, 3)])
+def test_batches_in_order_are_those_that_another_process_takes(many, steps, monkeypatch):
+    monkeypatch.setattr("musigma.data.batches.WORTH_A_PROCESS", 2)
+    before = children()
+    batches = in_order(many, 5, seed=3, steps=steps)
+    steps = range(-(-len(many) // 5)) if steps is None else steps
+    for step in steps:
+        x, indices = next(batches)
+        assert len(children() - before) == 1
+        wanted = np.arange(5 * step, min(5 * step + 5, len(many)))
+        np.testing.assert_array_equal(indices, wanted, strict=True)
+        np.testing.assert_array_equal(x, many.take(wanted, seed=3, step=step), strict=True)
+    assert next(batches, None) is None
+    assert children() == before
+
+
+def test_no_process_takes_what_is_in_memory(many):
+    before, data = children(), Dataset(many.array[:])
+    for x, indices in in_order(data, 3):
+        assert children() == before
+        np.testing.assert_array_equal(x, data.take(indices))
 
 
 def test_batches_stay_as_they_were_given(many):

@@ -1,4 +1,4 @@
-"""Batches for a training loop, taken inline, or in advance by worker processes.
+"""Batches of examples, shuffled or in order, taken inline, or in advance by worker processes.
 
 The examples of a step, and their noise, are a function of (seed, step) alone. They are the same
 for any number of workers, after a restart, and for any number of processes that share a batch.
@@ -14,9 +14,10 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,11 +25,12 @@ import numpy as np
 
 from musigma.data import DataError, Dataset, batch_indices
 
-__all__ = ["stream"]
+__all__ = ["in_order", "stream"]
 
 Batch = tuple[np.ndarray, np.ndarray]
 METHOD = "fork" if sys.platform == "linux" else "spawn"  # forks are unsafe elsewhere
 IGNORED = (signal.SIGINT, signal.SIGTERM)
+WORTH_A_PROCESS = 8  # batches of images on disk
 
 
 def stream(
@@ -79,41 +81,84 @@ def stream(
     if not len(dataset):
         raise DataError(f"{dataset.name or 'dataset'}: holds no examples to take batches of")
     first, last, _ = part.indices(batch_size)
-    plan = _Plan(dataset, batch_size, seed, slice(first, max(first, last)))
-    return _batches(plan, start, sys.maxsize if stop is None else stop, workers, ahead)
+    part = slice(first, max(first, last))
+    shuffled = partial(_shuffled, len(dataset), batch_size, part, seed)
+    plan = _Plan(dataset, shuffled, part.stop - part.start, seed, part.start)
+    return _batches(plan, range(start, sys.maxsize if stop is None else stop), workers, ahead)
+
+
+def in_order(
+    dataset: Dataset, batch_size: int, *, seed: int = 0, steps: range | None = None
+) -> Iterator[Batch]:
+    """Every example once, in order, in batches that are taken as those of `stream`.
+
+    Images on disk are decoded by another process while their batches are used, where processes
+    are cheap to start.
+
+    Args:
+        dataset: The examples.
+        batch_size: Number of examples of a batch; the last may have fewer.
+        seed: Seed of perturbation and of dynamic binarization.
+        steps: Numbers of the batches to take; None: of all.
+
+    >>> data = Dataset(np.arange(10, dtype=np.float32).reshape(5, 2))
+    >>> for x, indices in in_order(data, 2):
+    ...     print(x.shape, indices)
+    (2, 2) [0 1]
+    (2, 2) [2 3]
+    (1, 2) [4]
+    """
+    steps = range(math.ceil(len(dataset) / batch_size)) if steps is None else steps
+    plan = _Plan(dataset, partial(_ordered, len(dataset), batch_size), batch_size, seed)
+    on_disk = not isinstance(dataset.array, np.ndarray)
+    workers = int(on_disk and METHOD == "fork" and len(steps) >= WORTH_A_PROCESS)
+    return _batches(plan, steps, workers, ahead=4)
+
+
+def _shuffled(n: int, batch_size: int, part: slice, seed: int, step: int) -> np.ndarray:
+    return batch_indices(n, batch_size, seed=seed, step=step)[part]
+
+
+def _ordered(n: int, batch_size: int, step: int) -> np.ndarray:
+    return np.arange(step * batch_size, min((step + 1) * batch_size, n))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the batch of a step is taken."""
+    """How the batch of a step is taken.
+
+    Args:
+        dataset: The examples.
+        rows: The indices of the examples of a step.
+        size: The largest number of them.
+        seed: Seed of perturbation and of dynamic binarization.
+        first: The position of the first of them in the batch.
+    """
 
     dataset: Dataset
-    batch_size: int
+    rows: Callable[[int], np.ndarray]
+    size: int
     seed: int
-    part: slice
-
-    def rows(self, step: int) -> np.ndarray:
-        n = len(self.dataset)
-        return batch_indices(n, self.batch_size, seed=self.seed, step=step)[self.part]
+    first: int = 0
 
     def take(self, rows: np.ndarray, step: int) -> np.ndarray:
-        return self.dataset.take(rows, seed=self.seed, step=step, first=self.part.start)
+        return self.dataset.take(rows, seed=self.seed, step=step, first=self.first)
 
-    def view(self, memory: Any) -> np.ndarray:
-        """Shared memory as a batch."""
-        shape = (self.part.stop - self.part.start, *self.dataset.shape)
+    def view(self, memory: Any, n: int) -> np.ndarray:
+        """The first n examples of a batch in shared memory."""
+        shape = (n, *self.dataset.shape)
         return np.frombuffer(memory, self.dataset.array.dtype, math.prod(shape)).reshape(shape)
 
 
-def _batches(plan: _Plan, start: int, stop: int, count: int, ahead: int) -> Iterator[Batch]:
+def _batches(plan: _Plan, steps: range, count: int, ahead: int) -> Iterator[Batch]:
     workers: list[_Worker] = []
     try:
-        for i in range(min(count, stop - start)):
-            workers.append(_Worker(plan, range(start + i, stop, count), ahead, workers))
-        for step in range(start, stop):
+        for i in range(min(count, len(steps))):
+            workers.append(_Worker(plan, steps[i::count], ahead, workers))
+        for i, step in enumerate(steps):
             rows = plan.rows(step)
             if workers:
-                yield workers[(step - start) % count].batch(), rows
+                yield workers[i % count].batch(len(rows)), rows
             else:
                 yield plan.take(rows, step), rows
     finally:
@@ -136,8 +181,8 @@ class _Worker:
                 " memory-mapped array: leave them out"
             )
         context: Any = multiprocessing.get_context(METHOD)
-        n = plan.part.stop - plan.part.start
-        n_bytes = n * math.prod(plan.dataset.shape) * plan.dataset.array.dtype.itemsize
+        entries = plan.size * math.prod(plan.dataset.shape)
+        n_bytes = entries * plan.dataset.array.dtype.itemsize
         self.memory = [context.RawArray("B", max(1, n_bytes)) for _ in range(ahead)]
         self.plan, self.taken, self.owner = plan, 0, os.getpid()
         self.pipe, theirs = context.Pipe()
@@ -151,13 +196,13 @@ class _Worker:
         theirs.close()
         atexit.register(self.close)
 
-    def batch(self) -> np.ndarray:
-        """The next batch."""
+    def batch(self, n: int) -> np.ndarray:
+        """The next batch, of n examples."""
         slot = self.memory[self.taken % len(self.memory)]
         try:
             problem = self.pipe.recv()
             if problem is None:
-                batch = self.plan.view(slot).copy()
+                batch = self.plan.view(slot, n).copy()
                 self.taken += 1
                 self.pipe.send(None)
                 return batch
@@ -214,7 +259,8 @@ def _work(
             if i >= len(memory):
                 pipe.recv()  # until a slot is free
             try:
-                plan.view(memory[i % len(memory)])[:] = plan.take(plan.rows(step), step)
+                rows = plan.rows(step)
+                plan.view(memory[i % len(memory)], len(rows))[:] = plan.take(rows, step)
             except Exception as error:
                 message = str(error) if isinstance(error, DataError) else f"step {step}: {error!r}"
                 pipe.send((message, traceback.format_exc()))

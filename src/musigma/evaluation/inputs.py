@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from musigma.context import Context
 from musigma.data import Dataset
+from musigma.data.batches import in_order
 from musigma.model import Model
 from musigma.processes import SINGLE_PROCESS, Processes
 from musigma.spec import Variable
@@ -209,11 +211,12 @@ def batches(
     For each batch, binarization and torch's generators are seeded by `seed` and the number of the
     batch, so draws do not depend on the number of processes.
     """
-    starts = range(0, len(data), batch_size)
-    for i in range(len(starts))[processes.share(len(starts))]:
-        indices = np.arange(starts[i], min(starts[i] + batch_size, len(data)))
-        examples = batch(data, indices, model, seed=seed, step=i)
-        noise(seed, i)
-        yield examples
-        if progress:
-            progress(int(indices[-1]) + 1, len(data))
+    count = math.ceil(len(data) / batch_size)
+    steps = range(count)[processes.share(count)]
+    with closing(in_order(data, batch_size, seed=seed, steps=steps)) as parts:
+        for i, (x, indices) in zip(steps, parts, strict=True):
+            examples = tensors(model, data, x, indices)
+            noise(seed, i)
+            yield examples
+            if progress:
+                progress(int(indices[-1]) + 1, len(data))
