@@ -77,8 +77,8 @@ class Pair:
     fitted: int = 2000
 
 
-SMALL: dict[str, Any] = {"kinds": ("glow", "glow-background", "vae"), "share": 0.1}
-SMALL |= {"scored": 400, "few": 40, "fitted": 600}
+SMALL: dict[str, Any] = {"kinds": ("glow", "glow-background", "vae", "vae-background")}
+SMALL |= {"scored": 500, "few": 40, "fitted": 1000}
 PAIRS = {
     "fashion": Pair("mnist"),
     "mnist": Pair("fashion", few=100),

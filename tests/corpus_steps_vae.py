@@ -506,7 +506,7 @@ def vamp_prior_of_learned_weights():
     return vamp(lambda: logits.softmax(0).log())
 
 
-@entry("correct")
+@entry("warning", "reduction_imbalance")
 def mixture_prior_of_each_latent_and_a_weight_of_each_example():
     encode, decode, x = Encoder(), decoder(), data()
 

@@ -30,8 +30,8 @@ MOST_DIMENSIONS = 1024
 SECONDS = 60.0  # for one Jacobian
 EXACT, ROUNDING = 1e-3, 1e-6  # relative errors of a log-determinant
 MOVES = 5
-NEAR, FAR = (0.3, 0.01, 1e-4), (1.0, 0.3)  # places in standard deviations of x: the first finite
-MOVED, MOVED_FAR = 0.05, 0.5  # by how much the parameters are moved
+# By how many of its standard deviations x is moved, and by how much parameters: the first finite
+NEAR, FAR = ((0.3, 0.05), (0.01, 0.05), (1e-4, 0.05)), ((1.0, 2.0), (1.0, 0.5), (0.3, 0.5))
 STEPS, REACH = 4, 1.0  # towards a determinant of zero, each of at most so many standard deviations
 STATISTICS = ("mean", "var", "std", "sum", "var_mean", "std_mean")
 SIZES = ("abs", "pow", "square", "mul", "linalg_vector_norm", "norm")
@@ -144,7 +144,7 @@ class Change(Map):
         rest: The loss with v held, at other places less that at the step's own.
         volume: The log-determinant of the map, likewise.
         own: The log-determinant at the step's own place, by example.
-        places: x as it was, and at the other places.
+        places: The values that are replaced at each place; none at the step's own.
         mapped: The entries of v that depend on x; the others are masked.
         curvature: That of the loss by entry of v.
         quadratic: Whether the loss is quadratic in v.
@@ -154,7 +154,7 @@ class Change(Map):
     rest: Tensor
     volume: Tensor
     own: Volume
-    places: list[Tensor]
+    places: list[dict[int, Tensor]]
     mapped: Tensor
     curvature: Tensor
     quadratic: bool
@@ -237,7 +237,8 @@ class Change(Map):
         convex = self.output.squared and self.quadratic and float(self.curvature.min()) > 0
         if not convex or self.output.heads:
             return convex
-        found = [self.in_v(over)[:2] for over in ({}, {self.x: self.places[-1]})]
+        x = self.places[-1].get(self.x, self.graph.get(self.x))
+        found = [self.in_v(over)[:2] for over in ({}, {self.x: x})]
         return all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
 
     def _limit(self) -> float | None:
@@ -307,8 +308,8 @@ def measure(
     free = [v.id for v in leaves if parameters and v.source is not None and v.source.requires_grad]
     units = _units(graph, noise, base.numel() // rows)
     size = float(base.std()) if base.numel() > 1 and float(base.std()) > 0 else 1.0
-    for spread in FAR if far else NEAR:
-        places = _places(graph, x, free, spread * size, far)
+    for spread, moved in FAR if far else NEAR:
+        places = _places(graph, x, free, spread * size, moved, far)
         try:
             volumes = [found.volume_at(p) for p in places]
             with torch.no_grad():
@@ -321,14 +322,14 @@ def measure(
             return Change(
                 **vars(found), rest=rest[1:] - rest[0], volume=volume[1:] - volume[0],
                 own=volumes[0],
-                places=[p.get(x, base) for p in places], mapped=mapped,
+                places=places, mapped=mapped,
                 curvature=curvature[mapped], quadratic=quadratic,
             )  # fmt: skip
     return None
 
 
 def _places(
-    graph: Graph, x: int, free: list[int], spread: float, far: bool
+    graph: Graph, x: int, free: list[int], spread: float, moved: float, far: bool
 ) -> list[dict[int, Tensor]]:
     """The values as they were, and others: of x alone, and of the parameters as well."""
     generator = torch.Generator().manual_seed(31)
@@ -340,8 +341,7 @@ def _places(
     places: list[dict[int, Tensor]] = [{}]
     for k in range(MOVES):
         places.append({x: near(x, spread)})
-        size = MOVED_FAR if far else MOVED
-        places[-1] |= {i: near(i, size) for i in free if far or k % 2}
+        places[-1] |= {i: near(i, moved) for i in free if far or k % 2}
     return places
 
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from scipy.linalg import hadamard
@@ -186,20 +187,38 @@ class Prober:
             return torch.zeros_like(moved)  # a gradient of another size, as in KL balancing
         return (left - whole).abs() > 1e-3 * whole.abs() + 1e-9 * size
 
+    @cached_property
+    def originals(self) -> Tensor:
+        """For each entry of z, the first one with the same mean and scale: of several draws."""
+        with torch.no_grad():
+            seen = [
+                t.reshape(-1)
+                for place in self.places
+                for t in self.latent.moments(self.graph, {**self.fixed, **place})
+            ]
+        _, alike = torch.stack(seen).unique(dim=1, return_inverse=True)
+        entries = torch.arange(len(alike))
+        return entries.scatter_reduce(0, alike, entries, "amin", include_self=False)[alike]
+
     def latents(self) -> Tensor:
-        """For each entry of the heads, the entry of z whose mean or scale it moves; else -1."""
+        """For each entry of the heads, the entry of z whose mean or scale it moves; else -1.
+
+        Of several draws, it is that of the first.
+        """
         means, scales = self.moving
         found = -torch.ones(self.moments.shape[2], dtype=torch.float64)
+        order = 1 + self.originals.double()
         for place in self.places:  # a ReLU may be off at some
             if bool((found >= 0)[means | scales].all()):
                 break
             mean, sigma = self.latent.moments(self.graph, {**self.fixed, **place})
-            order = torch.arange(1, mean.numel() + 1, dtype=torch.float64).reshape(mean.shape)
             for t in (mean, sigma.abs().log()):
-                plain, ordered = (gradient(v.sum(), place) for v in (t, order * t))
+                plain, ordered = (
+                    gradient(v.sum(), place) for v in (t, order.reshape(t.shape) * t)
+                )
                 moved = (plain.abs() > 1e-14) & (found < 0)
                 found = torch.where(moved, ordered / torch.where(moved, plain, 1.0) - 1, found)
-        return found
+        return found.round().long()
 
     def by_latent(self, values: Tensor) -> Tensor:
         """For each entry of z, the value of the entry of the heads that moves its scale."""

@@ -21,6 +21,7 @@ from musigma.audit.probes import Prober
 from musigma.audit.runs import Run, Runner, at, short_place, unexamined
 from musigma.audit.sandbox import Sandbox
 from musigma.audit.step_flow import check_dequantization, check_flow
+from musigma.audit.step_kl import penalized_heads
 from musigma.audit.step_latent import Subject, check_latent
 
 __all__ = ["audit_step", "examine"]
@@ -95,6 +96,10 @@ def _check(run: Run, runner: Runner, is_sure: bool) -> Iterator[Outcome]:
         yield unexamined("a draw", graph.where(draw), why)
     if not latents:
         yield from _without_latent(graph, loss)
+    elif heads := penalized_heads(graph, loss, latents):
+        lines = ", ".join(dict.fromkeys(short_place(graph.where(i)) for i in heads))
+        why = "it reaches the loss by terms of its own, and no draw: is a z to be sampled with it?"
+        yield unexamined("an output of a layer", lines, why)
     for where, count in Counter(latent.where for latent in latents).items():
         for latent in [latent for latent in latents if latent.where == where][:PER_LINE]:
             try:

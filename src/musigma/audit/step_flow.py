@@ -22,9 +22,10 @@ from musigma.audit.change_of_variables import (
 from musigma.audit.findings import Finding, Missing, Outcome, Passed, Skipped, bug, warning
 from musigma.audit.graph import Graph, Origin, Value
 from musigma.audit.latents import Latent, holds
-from musigma.audit.probes import Prober
+from musigma.audit.probes import Prober, gradient
 from musigma.audit.runs import at, unexamined
 from musigma.audit.step_kl import View, data_terms, terms
+from musigma.audit.step_prior import log_integral
 
 __all__ = [
     "check_dequantization",
@@ -168,7 +169,7 @@ def _maps(prober: Prober, loss: int) -> Iterator[Change]:
             return -0.5 * weight * (((z - mean) / sigma) ** 2).sum()
 
         beside = drawn if log_q.drawn else None
-        change = measure(graph, loss, latent.z, output, {**held, **heads}, False, beside)
+        change = measure(graph, loss, latent.z, output, {**held, **heads}, True, beside)
         if change is None or not change.quadratic:
             continue
         yield replace(change, weight=log_q.weight)
@@ -203,6 +204,9 @@ def _check_change(change: Change, weight: float) -> Iterator[Outcome]:
     place = at(change.where)
     if _is_detached(change):
         yield bug("no_gradient", "log_det", where=change.where)
+    if _is_stopped(change):
+        why = "a part of it is stopped between the parameters of the map and z"
+        yield unexamined("the gradient of the map", change.where, why)
     if change.folds():
         yield bug("not_injective", "step", where=change.where)
     masked = len(change.mapped) - int(change.mapped.sum())
@@ -224,10 +228,7 @@ def _check_change(change: Change, weight: float) -> Iterator[Outcome]:
     )
     a = change.curvature
     if not change.quadratic:
-        yield Skipped(
-            f"the density of z{place}: it is not Gaussian, and its weight beside the "
-            "log-determinant is not compared"
-        )
+        yield _check_other_prior(change, weight)
     elif not bool((a > 0).all()):
         yield bug("logdet_mismatch", "step prior", where=change.where, curvature=float(a.min()))
     elif bool(((a / weight - 1).abs() < 1e-3).all()):
@@ -273,6 +274,59 @@ def _is_detached(change: Change) -> bool:
 
     cut = [t for t in own if t not in reached or not graph.connected([t]) & leaves.keys()]
     return not all(map(is_constant, cut))
+
+
+def _is_stopped(change: Change) -> bool:
+    """Whether the step stops a part of the gradient of v in the parameters that map x."""
+    graph = change.graph
+    after = graph.downstream([change.x])
+    path = graph.upstream(change.parts, stop=[change.x]) & after - {change.x}
+    given = {k for i in path if (node := graph[i].node) for k in node.ins} - after
+    given &= graph.connected(change.parts)
+    place = change.places[-1]
+    leaves = {
+        i: graph.value(place, i).requires_grad_()
+        for i in given
+        if graph[i].floating and graph[i].origin & Origin.PARAMETERS
+    }
+    fixed = {**change.held, change.x: place.get(change.x, graph.get(change.x))}
+    found = []
+    for stops in (False, True):
+        v = graph.run({**fixed, **leaves}, change.parts, stops)
+        flat = torch.cat([v[i].reshape(-1) for i in change.parts])
+        order = torch.linspace(0.5, 1.5, len(flat), dtype=torch.float64)
+        found.append(gradient((order * flat).sum(), leaves))
+    return not torch.allclose(*found, rtol=1e-3, atol=1e-9 * (1 + float(found[0].abs().max())))
+
+
+def _check_other_prior(change: Change, weight: float) -> Outcome:
+    """Integrate the density of v over one entry, or one example, at a time."""
+    graph, v = change.graph, change.v
+    fixed = {**change.held, change.x: graph.get(change.x)}
+    log_det = weight * float(change.own.log_det.sum())
+    base = torch.cat([t.reshape(-1) for t in v.values()])
+    is_whole = len(v) == 1 and bool(change.mapped.all())
+    shape = graph[change.parts[0]].shape if is_whole else (int(change.mapped.sum()),)
+
+    def log_p(z: Tensor) -> Tensor:
+        flat = base.index_put((change.mapped,), z.reshape(-1))
+        parts = flat.split([t.numel() for t in v.values()])
+        at = {i: p.reshape(t.shape) for p, (i, t) in zip(parts, v.items(), strict=True)}
+        return -graph.run({**fixed, **at}, [change.loss])[change.loss].sum() - log_det
+
+    found = log_integral(log_p, torch.full(shape, weight, dtype=torch.float64))
+    what = "the density of z", change.where
+    if found is None:
+        return Skipped(f"the density of z{at(change.where)}: it is not Gaussian, and its weight "
+                       "beside the log-determinant is not compared")  # fmt: skip
+    log, accuracy = found
+    if math.isinf(log):
+        return bug("logdet_mismatch", "step improper", where=change.where)
+    levels = log / math.log(2)  # a constant of dequantization, or of bits
+    if abs(levels - round(levels)) > accuracy:
+        return unexamined(*what, f"with the weight of the log-determinant its integral is "
+                          f"exp({log:.4g}): it has another weight, or a constant is left out")
+    return Passed(f"density of z{at(change.where)}: not Gaussian, and it integrates to one")
 
 
 def _check_learned_prior(change: Change, weight: float) -> Iterator[Outcome]:

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from musigma.audit.graph import Graph, Node
-from musigma.audit.latents import Latent, own_values
+from musigma.audit.graph import Graph, Node, Origin
+from musigma.audit.latents import PRODUCTS, Latent, frontier, own_values
 from musigma.audit.probes import OfLatent, Over, Prober, Probes, each, gradient
 from musigma.audit.scales import READINGS, Curve, name_curve
 
@@ -40,6 +40,7 @@ __all__ = [
     "is_linear",
     "log_weights",
     "move_together",
+    "penalized_heads",
     "sampled_scale",
     "terms",
 ]
@@ -368,7 +369,7 @@ class View(OfLatent):
         prober, p = self.prober, self.probes
         if p is None or not prober.latent.diagonal:
             return False
-        entries = prober.latents().round().long()
+        entries = prober.latents()
         size = prober.graph[prober.latent.z].numel
         chosen = torch.rand(size + 1, generator=torch.Generator().manual_seed(17)) < 0.5
         chosen[size] = False  # of entries that move no latent
@@ -415,6 +416,8 @@ def _summands(graph: Graph, node: Node | None) -> list[int]:
         return inputs if node is not None and node.name in LINEAR else []
     moving = [j for j in node.ins if graph[j].origin or graph[j].draws]
     moving = [j for j in moving if graph[j].floating or graph[j].numel > 1]
+    counts = [j for j in moving if graph[j].numel == 1 and graph[j].origin == Origin.DATA]
+    moving = [j for j in moving if j not in counts or graph[j].draws]  # as of a mask
     is_scaled = len(moving) == 1 and (node.name[:3] != "div" or moving[0] == inputs[0])
     return moving if is_scaled else []
 
@@ -431,6 +434,29 @@ def data_terms(graph: Graph, latents: list[Latent], loss: int) -> list[int]:
             for i in graph.upstream([t], stop=stop)
         )
     ]
+
+
+def penalized_heads(graph: Graph, loss: int, latents: list[Latent]) -> list[int]:
+    """The outputs of layers, of data, that reach a loss by several terms of their own alone.
+
+    In these, nothing is compared with data, and nothing is drawn: the log variance and its
+    exponential, say, in the KL of a latent whose noise was forgotten.
+    """
+    own = own_values(latents)
+    found = terms(graph, loss, own)
+    alone: dict[int, list[int]] = {}
+    for t in found:
+        heads = frontier(graph, [t], own)
+        beside = graph.upstream([t], stop=heads) - set(heads)
+        if not own.intersection(heads) and all(graph[i].kind != "data" for i in beside):
+            alone[t] = [] if any(graph[i].draws for i in beside) else heads
+    outputs = {i: n for heads in alone.values() for i in heads if (n := graph[i].node)}
+    reached = {
+        i: graph.downstream([i]).intersection(found)
+        for i, node in outputs.items()
+        if node.name in (*PRODUCTS, "add") and graph[i].origin & Origin.DATA
+    }
+    return [i for i, own in reached.items() if len(own) > 1 and alone.keys() >= own]
 
 
 def log_weights(graph: Graph, latent: Latent, loss: int, decoder: Over) -> list[int]:

@@ -88,7 +88,9 @@ class Subject(OfLatent):
 
     def flow(self) -> list[Outcome]:
         """What is said of a flow between the draw and the prior; nothing if there is none."""
-        return check_posterior_flow(self.prober, self.loss) if self.is_alone else []
+        found = check_posterior_flow(self.prober, self.loss) if self.is_alone else []
+        constants = Skipped("the constants of the KL: there is a flow between z and its prior")
+        return [*found, constants] if found else []
 
 
 def check_latent(on: Subject) -> Iterator[Outcome]:
@@ -153,9 +155,57 @@ class Divergence:
 
     view: View
 
+    @property
+    def weight(self) -> float:
+        """Its weight in the loss, per latent of one example; NaN if it is not known."""
+        return self.view.fit.weight if self.view.fit.is_kl else math.nan
+
     def check(self, on: Subject) -> Iterator[Outcome]:
         """Compare it with what the loss should have."""
         raise NotImplementedError
+
+    def check_weight(self, on: Subject) -> Iterator[Outcome]:
+        """Compare its weight with that of the reconstruction."""
+        graph, latent, where, weight = on.graph, on.latent, self.view.where, self.weight
+        if all(graph[i].kind == "parameter" for i in latent.heads):
+            return  # weights of a Bayesian network
+        if latent.z not in graph.connected([on.loss]):
+            return  # no reconstruction, but its score
+        beta = effective_beta(self.view, on.latents, on.loss, weight)
+        if beta is not None and beta.opposed:
+            yield bug("kl_negative", "step reconstruction", where=where)
+        elif beta is None:
+            yield Skipped(
+                f"the weight of the KL{at(where)}: no known likelihood belongs to it alone; the "
+                f"KL of one latent has the weight {weight:.4g}"
+            )
+        elif not beta.is_one and (found := self._half_batch(on, beta)):
+            n, times = found
+            yield bug("reduction_imbalance", "step batch", where=where, n=n, m=n // 2, times=times)
+        else:
+            yield Facts(details={"beta": beta.value})
+            numbers = {"beta": beta.value, "text": beta.text, "explained": beta.explained}
+            imbalance = warning("reduction_imbalance", "step", where=where, **numbers)
+            yield Passed(f"the KL has the weight {beta.text}") if beta.is_one else imbalance
+
+    def _half_batch(self, on: Subject, beta: Beta) -> tuple[int, float] | None:
+        """The examples of the step, and what its beta is multiplied with by half of them.
+
+        None if it is the same, or if the step does not run with half a batch.
+        """
+        found = run_of_half(on.runner, on.graph, on.latents, on.loss) if on.is_sure else None
+        if found is None:
+            return None
+        rows, again = found
+        others = find_latents(again.graph, again.loss)
+        if len(others) != len(on.latents):
+            return None
+        prober = Prober(again.graph, others[on.latents.index(on.latent)])
+        other = find_divergence(prober, others, again.loss)
+        half = effective_beta(other.view, others, again.loss, other.weight)
+        times = half.value / beta.value if half is not None else math.nan
+        powers = [(rows // 2 / rows) ** k for k in (-2, -1, 1, 2)]  # of the number of examples
+        return (rows, times) if any(abs(times / p - 1) <= 0.01 for p in powers) else None
 
     def stopped(self, on: Subject) -> Tensor:
         """The entries of the heads that its gradient should reach, and does not."""
@@ -220,37 +270,15 @@ class KL(Divergence):
     def check_value(self, on: Subject, offset: float | None) -> Iterator[Outcome]:
         """Compare its value where the posterior is the prior with zero."""
         where = self.view.where
-        if offset is None or abs(offset) <= NEAR:
+        if offset is None:
+            yield Skipped(f"the constants of the KL{at(where)}: other terms stand beside it")
+        elif abs(offset) <= NEAR:
             return
-        if self.view.passes("abs"):
+        elif self.view.passes("abs"):
             yield warning("kl_capacity", "step", where=where)
         else:
             found = _check_normalizer(on, self.view) if self.view.by_draws else []
             yield from found or [warning("kl_offset", "step", where=where, offset=offset)]
-
-    def check_weight(self, on: Subject) -> Iterator[Outcome]:
-        """Compare its weight with that of the reconstruction."""
-        graph, latent, where, weight = on.graph, on.latent, self.view.where, self.view.fit.weight
-        if all(graph[i].kind == "parameter" for i in latent.heads):
-            return  # weights of a Bayesian network
-        if latent.z not in graph.connected([on.loss]):
-            return  # no reconstruction, but its score
-        beta = effective_beta(self.view, on.latents, on.loss, weight)
-        if beta is not None and beta.opposed:
-            yield bug("kl_negative", "step reconstruction", where=where)
-        elif beta is None:
-            yield Skipped(
-                f"the weight of the KL{at(where)}: no known likelihood belongs to it alone; the "
-                f"KL of one latent has the weight {weight:.4g}"
-            )
-        elif not beta.is_one and (found := _half_batch(on, beta)):
-            n, times = found
-            yield bug("reduction_imbalance", "step batch", where=where, n=n, m=n // 2, times=times)
-        else:
-            yield Facts(details={"beta": beta.value})
-            numbers = {"beta": beta.value, "text": beta.text, "explained": beta.explained}
-            imbalance = warning("reduction_imbalance", "step", where=where, **numbers)
-            yield Passed(f"the KL has the weight {beta.text}") if beta.is_one else imbalance
 
     def stopped(self, on: Subject) -> Tensor:
         return on.prober.stopped(on.loss, self.view.held, torch.sum, self.view.by_draws)
@@ -262,6 +290,7 @@ class KLInLogWeights(KL):
     of_what = ", in the log weights of an importance-weighted bound"
 
     def check_value(self, on: Subject, offset: float | None) -> Iterator[Outcome]:
+        yield from super().check_value(on, offset)
         fault = mixed_examples(on.graph, on.latents, on.loss)
         if fault is not None:
             why = "their log-sum-exp is over the examples as well"
@@ -303,21 +332,34 @@ class FunctionOfKL(KL):
 class OtherPrior(Divergence):
     """The entropy of q is right, and the prior is no Gaussian."""
 
+    @property
+    def weight(self) -> float:
+        return self.view.log_q.weight if self.view.log_q is not None else math.nan
+
     def check(self, on: Subject) -> Iterator[Outcome]:
         view = self.view
-        weight = view.log_q.weight if view.log_q is not None else math.nan
-        why = "a function of z that is neither Gaussian, nor a product over latents, nor a "
-        unknown = unexamined("the prior of z", on.latent.where, f"{why}mixture that is understood")
         yield Facts(read_as=on.reading)
         yield Passed(f"log q(z) in the loss is that of what is sampled{at(view.where)}")
         yield from (
             on.flow()
-            or check_dequantized_flow(on.graph, on.loss, on.latent, weight)
-            or _check_normalizer(on, view)
-            or [unknown]
+            or check_dequantized_flow(on.graph, on.loss, on.latent, self.weight)
+            or self._check_density(on)
         )
 
+    def _check_density(self, on: Subject) -> Iterator[Outcome]:
+        """Whether a prior of a known form is a density; and its weight."""
+        found = _check_normalizer(on, self.view)
+        if not found:
+            why = "a function of z that is neither Gaussian, nor a product over latents, nor a "
+            yield unexamined("the prior of z", on.latent.where, f"{why}mixture that is understood")
+        yield from found
+        if all(isinstance(outcome, Passed) for outcome in found):
+            yield from self.check_weight(on)
+
     def stopped(self, on: Subject) -> Tensor:
+        scored = on.graph.upstream([on.loss]).intersection(on.latent.zs)
+        if not scored <= on.graph.connected([on.loss]):
+            return torch.ones(on.prober.moments.shape[2], dtype=torch.bool)
         return _cut_off(on, self.view)
 
 
@@ -405,26 +447,6 @@ def _check_normalizer(on: Subject, view: View) -> list[Outcome]:
         return [warning("kl_offset", "step prior", where=view.where, offset=log)]
     near = "" if accuracy <= NEAR else f", to within {accuracy:.0%}"
     return [Passed(f"the prior of z{at(on.latent.where)} integrates to one{near}")]
-
-
-def _half_batch(on: Subject, beta: Beta) -> tuple[int, float] | None:
-    """The examples of the step, and what its beta is multiplied with by half of them.
-
-    None if it is the same, or if the step does not run with half a batch.
-    """
-    found = run_of_half(on.runner, on.graph, on.latents, on.loss) if on.is_sure else None
-    if found is None:
-        return None
-    rows, again = found
-    others = find_latents(again.graph, again.loss)
-    if len(others) != len(on.latents):
-        return None
-    prober = Prober(again.graph, others[on.latents.index(on.latent)])
-    view = find_divergence(prober, others, again.loss).view
-    half = effective_beta(view, others, again.loss, view.fit.weight)
-    times = half.value / beta.value if half is not None and view.fit.is_kl else math.nan
-    powers = [(rows // 2 / rows) ** k for k in (-2, -1, 1, 2)]  # of the number of examples
-    return (rows, times) if any(abs(times / p - 1) <= 0.01 for p in powers) else None
 
 
 def _tied(prober: Prober) -> bool:

@@ -18,7 +18,7 @@ from musigma.audit.probes import Over, Prober, each, gradient, moments, patterns
 from musigma.audit.scales import READINGS
 from musigma.audit.step_kl import NEAR, View, fit_moments, is_linear, move_together
 
-__all__ = ["PriorOfKL", "log_normalizer", "prior_heads"]
+__all__ = ["PriorOfKL", "log_integral", "log_normalizer", "prior_heads"]
 
 MOST_DIMENSIONS = 32  # of an integral
 MOST_PRIORS = (64, 8)  # of different latents, and of different examples, that are integrated
@@ -189,9 +189,9 @@ class _Seen:
         fit = fit_moments(probes, view.fit.copies) if probes is not None else None
         if probes is None or fit is None or not fit.is_kl:
             return None
-        entries, n = prober.latents().round().long(), graph[latent.z].numel
-        of_means = _by_latent(fit.of_means, entries[fit.means], n)
-        of_scales = _by_latent(fit.of_scales, entries[fit.scales], n)
+        entries, originals = prober.latents(), prober.originals
+        of_means = _by_latent(fit.of_means, entries[fit.means], originals)
+        of_scales = _by_latent(fit.of_scales, entries[fit.scales], originals)
         if of_means is None or of_scales is None:
             return None
         (a, b), (c, d) = of_means, of_scales
@@ -209,13 +209,14 @@ class _Seen:
         return cls(places, torch.tensor(probes.values), torch.stack(values), weights, log_widths)
 
 
-def _by_latent(coefficients: Tensor, entries: Tensor, n: int) -> Tensor | None:
+def _by_latent(coefficients: Tensor, entries: Tensor, originals: Tensor) -> Tensor | None:
     """Coefficients by latent, from those by entry of the heads; None if they do not agree."""
-    if len(entries.unique()) != n:
+    if not torch.equal(entries.unique(), originals.unique()):
         return None
-    found = coefficients.new_zeros(len(coefficients), n)
+    found = coefficients.new_zeros(len(coefficients), len(originals))
     found[:, entries] = coefficients
-    return found if torch.allclose(found[:, entries], coefficients, rtol=1e-3) else None
+    is_one = torch.allclose(found[:, entries], coefficients, rtol=1e-3)
+    return found[:, originals] if is_one else None
 
 
 def prior_heads(view: View) -> list[int]:
@@ -395,20 +396,27 @@ def log_normalizer(view: View) -> tuple[float, float] | None:
     random = torch.Generator().manual_seed(29)
     over = {i: graph.get(i) + 0.6 * torch.rand(graph[i].shape, generator=random) for i in heads}
     over |= {i: graph.get(i) for i in latent.heads}
-    over |= {
-        i: torch.ones_like(graph.get(i)) for i in latent.noise
-    }  # whose squares are their mean
+    above = graph.upstream(terms.parts, stop={*view.held, *latent.zs})
+    noises = patterns(graph, latent) if above.intersection(latent.noise) else [{}]
     mean, sigma = (t.detach() for t in latent.moments(graph, {}))
 
     def log_p(z: Tensor) -> Tensor:
         square = ((z - mean) / sigma) ** 2 if log_q.drawn else torch.ones_like(z)
         of_q = -0.5 * square - sigma.abs().log() - 0.5 * math.log(2 * math.pi)
         at = {i: z.expand(graph[i].shape) for i in latent.zs}
-        return (log_q.each * of_q).sum() - terms.value({**over, **at})
+        values = [terms.value({**over, **noise, **at}) for noise in noises]
+        return (log_q.each * of_q).sum() - torch.stack(values).mean()
 
-    prior = _Prior(log_p, log_q.each)
-    for axes in range(log_q.each.ndim, 0, -1):
+    return log_integral(log_p, log_q.each)
+
+
+def log_integral(
+    log_p: Callable[[Tensor], Tensor], weight: Tensor
+) -> tuple[float, float] | None:
+    """As `log_normalizer`, of a log-density that is summed with the weight of each entry of z."""
+    prior = _Prior(log_p, weight)
+    for axes in range(weight.ndim, 0, -1):
         if prior.is_of_parts(axes):
             found = prior.log_integral(axes)
-            return None if found is None else (found, NEAR if axes == log_q.each.ndim else 0.05)
+            return None if found is None else (found, NEAR if axes == weight.ndim else 0.05)
     return None
