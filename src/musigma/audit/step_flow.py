@@ -324,8 +324,11 @@ def _check_other_prior(change: Change, weight: float) -> Outcome:
         return bug("logdet_mismatch", "step improper", where=change.where)
     levels = log / math.log(2)  # a constant of dequantization, or of bits
     if abs(levels - round(levels)) > accuracy:
-        return unexamined(*what, f"with the weight of the log-determinant its integral is "
-                          f"exp({log:.4g}): it has another weight, or a constant is left out")
+        return unexamined(
+            *what,
+            f"with the weight of the log-determinant its integral is "
+            f"exp({log:.4g}): it has another weight, or a constant is left out",
+        )
     return Passed(f"density of z{at(change.where)}: not Gaussian, and it integrates to one")
 
 

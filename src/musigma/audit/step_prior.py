@@ -410,9 +410,7 @@ def log_normalizer(view: View) -> tuple[float, float] | None:
     return log_integral(log_p, log_q.each)
 
 
-def log_integral(
-    log_p: Callable[[Tensor], Tensor], weight: Tensor
-) -> tuple[float, float] | None:
+def log_integral(log_p: Callable[[Tensor], Tensor], weight: Tensor) -> tuple[float, float] | None:
     """As `log_normalizer`, of a log-density that is summed with the weight of each entry of z."""
     prior = _Prior(log_p, weight)
     for axes in range(weight.ndim, 0, -1):
