@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -89,7 +89,7 @@ def stream(
 
 def in_order(
     dataset: Dataset, batch_size: int, *, seed: int = 0, steps: range | None = None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every example once, in order, in batches that are taken as those of `stream`.
 
     Images on disk are decoded by another process while their batches are used, where processes
@@ -150,7 +150,7 @@ class _Plan:
         return np.frombuffer(memory, self.dataset.array.dtype, math.prod(shape)).reshape(shape)
 
 
-def _batches(plan: _Plan, steps: range, count: int, ahead: int) -> Iterator[Batch]:
+def _batches(plan: _Plan, steps: range, count: int, ahead: int) -> Generator[Batch, None, None]:
     workers: list[_Worker] = []
     try:
         for i in range(min(count, len(steps))):
