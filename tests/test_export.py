@@ -16,6 +16,7 @@ from musigma.distributions import LikelihoodHead
 from musigma.export import writing
 from musigma.export.draws import Draws
 from musigma.export.functions import KINDS
+from musigma.export.programs import difference
 from musigma.gaussian import GaussianHead
 from musigma.model import VAE, Prior
 from musigma.schema import Column, Schema
@@ -262,6 +263,45 @@ def test_names_and_models_are_checked():
     model.spec = None
     with pytest.raises(ValueError, match=r"model\.spec"):
         export.functions_of(model)
+
+
+def test_rounding_errors_of_levels_are_those_of_the_largest():
+    wanted = torch.tensor([0.01, 200.0])
+    assert difference([wanted + 1e-3], [wanted]) == pytest.approx(1e-3, rel=0.02)
+    assert difference([wanted + 1e-3], [wanted], [256]) == pytest.approx(1e-3 / 255, rel=0.02)
+    levels = torch.arange(200.0)
+    assert difference([levels + (levels == 3)], [levels], [256]) == 0.0  # a tie, rounded up
+    assert difference([levels + (levels == 3)], [levels]) == pytest.approx(1 / 3)
+    assert difference([levels + 2 * (levels == 3)], [levels], [256]) == pytest.approx(2 / 255)
+    assert difference([levels + 1], [levels], [256]) == pytest.approx(1 / 255)
+    assert difference([levels * torch.nan], [levels], [256]) == torch.inf
+
+
+@pytest.mark.slow
+def test_columns_with_types_are_refused_by_onnx_and_no_other_way(tmp_path):
+    pytest.importorskip("onnxruntime", reason="pip install 'musigma[export]'")
+    rows = np.stack([np.arange(40.0), np.arange(40) % 3], 1)
+    columns = Column("height"), Column("kind", "category", ("a", "b", "c"))
+    spec = Spec((2,), columns=("height", "kind"), schema=Schema(columns).measure(rows))
+    model = musigma.build("vae", spec, latents=2, width=4)
+    functions = export.functions_of(model, ["encoder"])
+    with pytest.raises(ValueError, match="encoder: ONNX has no .*typed columns.*--torch-export"):
+        export.write(model, functions, tmp_path / "files")
+    assert not list(tmp_path.iterdir())
+    export.write(model, functions, tmp_path / "encoder.pt2", "torch")
+
+
+def test_a_file_that_cannot_be_run_is_not_kept(tmp_path, monkeypatch):
+    def load(path):
+        raise RuntimeError("there is no Erf of float64\nand a trace")
+
+    how = writing.KINDS["torch"]._replace(load=load)
+    monkeypatch.setitem(writing.KINDS, "torch", how)
+    model = Vectors.model()
+    functions = export.functions_of(model, ["decoder"])
+    with pytest.raises(ValueError, match=r"decoder: .* \(there is no Erf of float64\); nothing"):
+        export.write(model, functions, tmp_path / "decoder.pt2", "torch")
+    assert not list(tmp_path.iterdir())
 
 
 # --- files ---------------------------------------------------------------------------------------

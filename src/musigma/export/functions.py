@@ -51,6 +51,7 @@ class Value:
         what: What it is, in a sentence.
         unit: Its unit, if it has one.
         law: The law of an input that is noise: `normal`, `uniform` or `exponential`.
+        levels: The number of levels, if its values count in the levels of the data.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Value:
     what: str
     unit: str = ""
     law: str = ""
+    levels: int | None = None
 
     @property
     def shape(self) -> list[int | str]:
@@ -277,7 +279,9 @@ class Call(nn.Module, ABC):
             results = self(*given)
         for name, tensor in results.items():
             what, unit = self.described(name)
-            yield Value(name, tensor, what, unit)
+            levels = self.spec.levels if name in ("x", "location") else None
+            levels = levels if isinstance(levels, int) else None
+            yield Value(name, tensor, what, unit, levels=levels)
 
     def split(self, values: Sequence[Tensor]) -> tuple[Sequence[Tensor], Context]:
         """The first inputs, and the context as the model takes it."""

@@ -119,8 +119,7 @@ def save(function: Function, path: Path, kind: str = "onnx") -> float | None:
     """Write a function into a file, and run it.
 
     Returns:
-        The largest difference from the model, relative where values are above 1; None if nothing
-        that runs the file is installed.
+        The largest `difference` from the model; None if nothing that runs the file is installed.
 
     Raises:
         ValueError: If the function cannot be written, or the file computes other numbers.
@@ -128,16 +127,25 @@ def save(function: Function, path: Path, kind: str = "onnx") -> float | None:
     how, worst = KINDS[kind], 0.0
     with quiet():
         how.save(function, path)
-        run = how.load(path)
+        try:
+            run = how.load(path)
+        except Exception as error:  # runtimes raise anything
+            text = str(error).splitlines()[0][:200]
+            raise ValueError(
+                f"{function.name}: the file cannot be run ({text}); nothing is written"
+            ) from error
     if run is None:
         return None
+    levels = [value.levels for value in function.outputs]
     for part in (slice(None), slice(1)):
         got = run([value.tensor[part] for value in function.inputs])
-        worst = max(worst, difference(got, [value.tensor[part] for value in function.outputs]))
+        wanted = [value.tensor[part] for value in function.outputs]
+        worst = max(worst, difference(got, wanted, levels))
     if not worst <= TOLERANCE:
         raise ValueError(
             f"{function.name}: the exported function differs from the model by {worst:.2g} "
-            f"(relative where values are above 1), more than {TOLERANCE:g}; nothing is written"
+            f"(relative where values are above 1, and to the largest level of images), more than "
+            f"{TOLERANCE:g}; nothing is written"
         )
     return worst
 
@@ -187,8 +195,14 @@ def _onnx_reason(error: BaseException) -> str:
     text = str(error)
     _, found, rest = text.partition("No ONNX function found for <OpOverload(op='")
     if found:
-        return f"ONNX has no operation for {rest.partition(chr(39))[0]}; use --torch-export"
+        name = rest.partition("'")[0]
+        why = " (typed columns and bounds need it)" * (name in LACKING)
+        return f"ONNX has no operation for {name}{why}; use --torch-export"
     return f"PyTorch cannot convert it to ONNX ({text.splitlines()[0][:200]}); use --torch-export"
+
+
+LACKING = ("aten.searchsorted", "prims.ndtri")
+"""Operations of typed columns and of bounds that ONNX lacks."""
 
 
 def _load_onnx(path: Path) -> Run | None:
