@@ -56,7 +56,7 @@ def run_commands(page: Path, folder: Path) -> list[str]:
     """Run the commands of a page, unchanged except for the budget and the size of images."""
     commands = [line for block in blocks(page, "sh") for line in block.splitlines()]
     for command in commands:
-        words = re.sub(r"--minutes \d+", "--steps 4 --evaluations 1", command)
+        words = re.sub(r"--(minutes|steps) \d+", "--steps 4 --evaluations 1", command)
         words = shlex.split(words.replace("--size 32", "--size 16"))
         assert words[0] == "musigma"
         main(words[1:])

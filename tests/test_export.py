@@ -285,7 +285,7 @@ def test_columns_with_types_are_refused_by_onnx_and_no_other_way(tmp_path):
     spec = Spec((2,), columns=("height", "kind"), schema=Schema(columns).measure(rows))
     model = musigma.build("vae", spec, latents=2, width=4)
     functions = export.functions_of(model, ["encoder"])
-    with pytest.raises(ValueError, match="encoder: ONNX has no .*typed columns.*--torch-export"):
+    with pytest.raises(ValueError, match=r"encoder: ONNX has no .*typed columns.*--torch-export"):
         export.write(model, functions, tmp_path / "files")
     assert not list(tmp_path.iterdir())
     export.write(model, functions, tmp_path / "encoder.pt2", "torch")
