@@ -102,7 +102,7 @@ def test_the_rate_of_one_threshold_lies_in_its_interval():
 
 def test_too_few_rows_promise_nothing():
     known = np.arange(98.0)
-    with pytest.raises(ValueError, match=r"0\.01 cannot be promised by 98 .* from 0\.01: .* 99 "):
+    with pytest.raises(ValueError, match=r"guaranteed by 98 .* from 0\.01; .* 99 "):
         anomaly.threshold(known, 0.01)
     assert anomaly.threshold(np.arange(99.0), 0.01) == 98
     for rate in (0.0, 1.0, -0.1, math.nan):
@@ -489,7 +489,7 @@ def test_evaluate_with_labels(here, answer, capsys):
     out, err = capsys.readouterr()
     assert f"anomalies: fraud = 1, {label.sum()} of 700 rows" in out
     assert "at 1.00%" in out
-    assert "fpr: 0.001 cannot be promised" in err
+    assert "fpr: 0.001 cannot be guaranteed" in err
 
 
 def test_labels_in_a_typed_table(here, answer):
@@ -567,7 +567,7 @@ def test_categories_that_training_lacked(here, answer, capsys):
 FAULTS = {
     "too few": (
         "score run new.csv --fpr 0.001",
-        "0.001 cannot be promised by .* 999 or more rows",
+        "0.001 cannot be guaranteed by .* 999 or more rows",
     ),
     "rate": ("score run new.csv --fpr 1.5", "fpr: expected a rate between 0 and 1"),
     "no file": ("score run new.csv --fpr 0.1 --calibrate none.csv", "calibrate: .*none.csv"),
@@ -585,7 +585,7 @@ FAULTS = {
     "unknown": ("evaluate run labeled.csv --labels kind --anomaly c", "anomaly: .* got 'c'"),
     "alone": ("evaluate run labeled.csv --fpr 0.1", "fpr: for labeled data alone"),
     "rates": ("evaluate run labeled.csv --labels fraud --fpr x", "fpr: expected rates such as"),
-    "few": ("evaluate run labeled.csv --labels fraud --fpr 0.001", "0.001 cannot be promised"),
+    "few": ("evaluate run labeled.csv --labels fraud --fpr 0.001", "0.001 cannot be guaranteed"),
 }
 
 

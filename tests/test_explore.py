@@ -500,7 +500,7 @@ def test_anomalies_and_their_lines(kind, clients, folder, monkeypatch):
         drawn = [np.frombuffer(base64.b64decode(i), np.uint8) for i in answer["maps"]["images"]]
         np.testing.assert_allclose(np.stack(drawn), gray.reshape(5, -1), atol=1)
     small = got(client, "anomalies", rate=1e-4)
-    assert "cannot be promised" in small["reason"]
+    assert "cannot be guaranteed" in small["reason"]
     assert small["flagged"] == 0
 
 

@@ -178,7 +178,7 @@ def test_p_values_come_from_what_was_held_out_of_the_training_data(tmp_path):
     assert len(scorer.calibration) == len(held_out)
     nats = musigma.score(model, held_out)["nats"]
     assert scorer.calibration == pytest.approx(np.sort(nats), abs=1e-4)
-    with pytest.raises(ValueError, match=r"rate: 0\.001 cannot be promised by"):
+    with pytest.raises(ValueError, match=r"rate: 0\.001 cannot be guaranteed by"):
         Scorer(tmp_path / "model.safetensors", fpr=0.001)
     people(1500).drop(columns="key").to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match="has changed since the run was trained on it"):

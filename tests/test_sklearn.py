@@ -307,7 +307,7 @@ def test_outliers_are_the_rows_with_small_p_values():
 
 
 def test_a_rate_that_cannot_be_promised_is_refused_before_training():
-    with pytest.raises(ValueError, match=r"fpr: 0\.01 cannot be promised by 20"):
+    with pytest.raises(ValueError, match=r"fpr: 0\.01 cannot be guaranteed by 20"):
         OutlierDetector(fpr=0.01, minutes=10).fit(gaussian(100)[0])
 
 

@@ -183,9 +183,9 @@ def _rank(n: int, rate: float) -> int:
         rank -= 1
     if rank < 1:
         raise ValueError(
-            f"rate: {rate:g} cannot be promised by {n:,} calibration rows, which allow rates from "
-            f"{smallest_rate(n):.2g}: give a higher rate, or {math.ceil(1 / rate) - 1:,} or more "
-            "rows"
+            f"rate: {rate:g} cannot be guaranteed by {n:,} calibration rows, which allow rates "
+            f"from {smallest_rate(n):.2g}; give a higher rate, or {math.ceil(1 / rate) - 1:,} or "
+            "more rows"
         )
     return rank
 

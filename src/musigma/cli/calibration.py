@@ -131,7 +131,7 @@ class Calibration:
         try:
             anomaly.rate_interval(len(self.rows), rate)
         except ValueError as error:
-            return f"{str(error).removeprefix('rate: ')} (they are {self.what}; --calibrate FILE)"
+            return f"{str(error).removeprefix('rate: ')} (these are {self.what}; --calibrate FILE)"
         return ""
 
     def __str__(self) -> str:
