@@ -13,13 +13,12 @@ from PIL import Image
 
 import musigma
 from musigma.cli import app, main
-from tools import pages
+from tools import notebook, pages
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SIMULATORS = ROOT / "docs" / "simulators.md"
 OTHERS = ROOT / "docs" / "other-libraries.md"  # in its own test
-TOUR = ROOT / "docs" / "tour.md"
 COMING_FROM = sorted((ROOT / "docs" / "coming-from").glob("[!R]*.md"))
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("[!R]*.md"))
 
@@ -214,7 +213,13 @@ def test_the_page_on_other_libraries(tmp_path, monkeypatch, capsys):
     assert Path("corner.png").stat().st_size > 1000 < Path("bilby.png").stat().st_size
 
 
-@pytest.mark.parametrize("page", [TOUR, *HOW_TO], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", notebook.NOTEBOOKS.values(), ids=lambda path: path.stem)
+def test_notebooks_of_the_tour_run_in_jupyter(path, tmp_path):
+    pytest.importorskip("ipykernel", reason="pip install nbclient ipykernel")
+    assert not notebook.differences(path, tmp_path)
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda p: p.stem)
 def test_the_code_of_a_page_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="pip install 'musigma[data]'")
     monkeypatch.chdir(tmp_path)
@@ -260,7 +265,11 @@ def test_both_sides_of_a_page_for_users_of_another_library(page, languages, tmp_
 
 @pytest.mark.parametrize(
     "page",
-    [p for p in PAGES if p not in (OTHERS, SIMULATORS, TOUR, *HOW_TO, *COMING_FROM)],
+    [
+        p
+        for p in PAGES
+        if p not in (OTHERS, SIMULATORS, *notebook.NOTEBOOKS, *HOW_TO, *COMING_FROM)
+    ],
     ids=lambda p: p.name,
 )
 def test_python_in_the_documents(page, tmp_path, monkeypatch):

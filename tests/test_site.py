@@ -93,8 +93,9 @@ def test_rows_of_a_benchmark_are_merged(tmp_path):
     assert [row["name"] for row in stored.rows(path)] == ["a", "b", "c"]
 
 
-def test_the_notebook_of_the_tour_is_that_of_the_page():
-    assert notebook.NOTEBOOK.read_text(encoding="utf-8") == notebook.written()
+@pytest.mark.parametrize("page", notebook.NOTEBOOKS, ids=lambda page: page.stem)
+def test_notebooks_of_the_tour_are_those_of_its_pages(page):
+    assert notebook.NOTEBOOKS[page].read_text(encoding="utf-8") == notebook.written(page)
 
 
 def test_a_page_becomes_a_notebook(tmp_path):

@@ -1,7 +1,7 @@
-"""The tour as a notebook: `python -m tools.notebook`. With `--check`, only compare.
+"""The pages of the tour as notebooks: `python -m tools.notebook`. With `--check`, only compare.
 
 Text becomes cells of Markdown; blocks of Python, and of commands, cells of code; a block of text
-after one, its output.
+after one, its output. `differences` runs a notebook in Jupyter.
 """
 
 import argparse
@@ -14,10 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.pages import BLOCK
+from tools.pages import BLOCK, agree
 
 ROOT = Path(__file__).parent.parent
-PAGE, NOTEBOOK = ROOT / "docs" / "tour.md", ROOT / "examples" / "tour.ipynb"
+NOTEBOOKS = {
+    ROOT / "docs" / f"{name}.md": ROOT / "examples" / f"{name}.ipynb"
+    for name in ("tour", "tour-tables")
+}
+"""The pages of the tour, and the notebooks that they become."""
 
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")
 
@@ -75,18 +79,51 @@ def _lines(text: str) -> list[str]:
     return text.splitlines(keepends=True)
 
 
-def written() -> str:
-    """The notebook of the tour, as its file should be."""
-    return json.dumps(notebook(PAGE, NOTEBOOK), indent=1, ensure_ascii=False) + "\n"
+def written(page: Path) -> str:
+    """The notebook of a page of the tour, as its file should be."""
+    return json.dumps(notebook(page, NOTEBOOKS[page]), indent=1, ensure_ascii=False) + "\n"
+
+
+def differences(path: Path, folder: Path) -> list[str]:
+    """Run a notebook by Jupyter in a folder, and compare what its cells print with what they show.
+
+    Returns:
+        For each cell that prints something else, what it shows and what it prints.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: If a cell fails.
+    """
+    import nbclient
+    import nbformat
+
+    book = nbformat.read(path, as_version=4)
+    shown = [_printed(cell) for cell in book.cells]
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(book, timeout=300, resources=resources).execute()
+    printed = [_printed(cell) for cell in book.cells]
+    return [
+        f"a cell shows\n{a}\nbut prints\n{b}"
+        for a, b in zip(shown, printed, strict=True)
+        if not agree(a, b)
+    ]
+
+
+def _printed(cell: Any) -> str:
+    return "".join(o["text"] for o in cell.get("outputs", []) if o.get("name") == "stdout")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="Only compare.")
-    if not parser.parse_args().check:
-        NOTEBOOK.write_text(written(), encoding="utf-8")
-    elif NOTEBOOK.read_text(encoding="utf-8") != written():
-        sys.exit(f"{NOTEBOOK.name} differs from {PAGE.name}: run python -m tools.notebook")
+    check = parser.parse_args().check
+    stale = []
+    for page, path in NOTEBOOKS.items():
+        text = written(page)
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            stale.append(f"{path.name} differs from {page.name}: run python -m tools.notebook")
+    sys.exit("\n".join(stale) or None)
 
 
 if __name__ == "__main__":

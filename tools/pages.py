@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="Only report differences.")
     options = parser.parse_args()
     found: list[str] = []
-    for page in map(Path.resolve, options.pages):
+    for page in [page.resolve() for page in options.pages]:  # before the folder changes
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             found += differences(page) if options.check else rewrite(page) or []
