@@ -26,7 +26,7 @@ RANKS = {
     "schema": -1,
     "support": -1,
     "conditions": 0,
-    "tensors": 0,
+    "tensors": -1,
     "context": 0,
     "nets": 1,
     "distributions": 2,

@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import glows, harness, tabular, vaes
 from benchmarks.speed import run as library
-from benchmarks.speed.counts import counts, flops, kernels
+from benchmarks.speed.counts import counts, flops, kernels, mixed_layouts
 from benchmarks.speed.harness import (
     Contender,
     Subject,
@@ -612,6 +612,34 @@ def test_image_couplings_compute_half_a_network():
 def test_autoregressive_sampling_computes_each_hidden_unit_once(flow, dims):
     subject = tabular.ours(flow, dims)
     assert counts(subject, "sample")["flops"] <= counts(subject, "log_prob")["flops"]
+
+
+@pytest.mark.parametrize("flow", ["nsf-c", "nsf-ar", "maf"])
+def test_flows_of_vectors_have_one_memory_layout(flow):
+    subject = tabular.ours(flow, 43)
+    with subject.mode("step"):
+        subject.initialize()
+        subject.calls["step"]()
+        data = mixed_layouts(lambda: subject.model.layers[0](torch.randn(tabular.BATCH, 43)))
+        assert mixed_layouts(subject.calls["step"]) <= data + 1
+
+
+KERNELS = {
+    ("maf-43", "log_prob"): 110,
+    ("maf-43", "step"): 286,
+    ("glow-128", "step"): 2156,
+    ("glow-128", "sample"): 1021,
+}
+
+
+@pytest.mark.parametrize(("name", "operation"), KERNELS)
+def test_flows_take_no_more_kernels(name, operation):
+    subject = WORKLOADS[name].contenders[0].setup()
+    with subject.mode("step"):
+        subject.initialize()
+    with subject.mode(operation):
+        subject.calls[operation]()  # the optimizer's state
+        assert kernels(subject.calls[operation]) <= KERNELS[name, operation]
 
 
 def glow_bytes(depth: int, hidden: int, **options) -> int:

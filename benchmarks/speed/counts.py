@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.speed.harness import Subject
 from benchmarks.speed.package import kept_bytes
 
-__all__ = ["counts", "flops", "kernels", "peak_growth"]
+__all__ = ["counts", "flops", "kernels", "mixed_layouts", "peak_growth"]
 
 
 def flops(call: Callable[[], object]) -> int:
@@ -60,6 +61,38 @@ def kernels(call: Callable[[], object]) -> int:
         2
     """
     with _KernelCounter() as mode:
+        call()
+    return mode.count
+
+
+class _LayoutCounter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket.__name__ not in {*_NO_WORK, "mm", "addmm"}:
+            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+            strides = [t.stride() for t in tensors if t.ndim == 2 and min(t.shape) > 1]
+            rows = any(last == 1 < first for first, last in strides)
+            self.count += rows and any(first == 1 < last for first, last in strides)
+        return result
+
+
+def mixed_layouts(call: Callable[[], object]) -> int:
+    """Operations of a call, other than products, on matrices of two memory layouts.
+
+    They read or write one of the matrices in jumps, and take several times as long as others.
+
+    Example:
+        >>> x, y = torch.randn(3, 4), torch.randn(4, 3).t()
+        >>> mixed_layouts(lambda: (x + x, y.exp() * y))
+        0
+        >>> mixed_layouts(lambda: x + y)
+        1
+    """
+    with _LayoutCounter() as mode:
         call()
     return mode.count
 

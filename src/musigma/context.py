@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musigma.tensors import concatenated
+
 __all__ = [
     "Context",
     "apply",
@@ -201,7 +203,7 @@ def join(x: Tensor, context: Tensor | None, features: int) -> Tensor:
             f"context: this network was built for {features} features per example, shape "
             f"({len(x)}, {features}) or ({len(x)}, {features}, height, width); got {got}"
         )
-    return torch.cat([x, _at_size(context.to(x.dtype), x.shape[2:])], 1)
+    return concatenated([x, _at_size(context.to(x.dtype), x.shape[2:])])
 
 
 def _at_size(context: Tensor, size: torch.Size) -> Tensor:

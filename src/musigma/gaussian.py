@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, register_kl
 
 from musigma.context import conditioned
-from musigma.tensors import at_least_float32, per_example, sum_event
+from musigma.tensors import at_least_float32, per_example, split, sum_event
 
 __all__ = ["DiagonalGaussian", "EventDistribution", "Format", "GaussianHead"]
 
@@ -328,7 +328,8 @@ class Format:
         elif not -h.ndim <= self.dim < h.ndim or h.shape[self.dim] % 2:
             parts = ()
         elif self.layout == "halves":
-            parts = h.chunk(2, self.dim)
+            half = h.shape[self.dim] // 2
+            parts = split(h, half) if self.dim == 1 else h.split(half, self.dim)
         elif self.layout == "interleaved":
             last = h.movedim(self.dim, -1).unflatten(-1, (-1, 2))  # gradients: channels last too
             parts = tuple(t.movedim(-1, self.dim) for t in last.unbind(-1))
@@ -528,7 +529,9 @@ class DiagonalGaussian(EventDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, summed over the event; it has the batch shape."""
-        return self._sum(self.log_prob_of_elements(value))
+        squares, log_stds = self._sum(self.whiten(value).square()), self._sum(self.log_std)
+        constant = 0.5 * math.log(2 * math.pi) * math.prod(self.event_shape)
+        return -(0.5 * squares + log_stds + constant)
 
     def log_prob_of_elements(self, value: Tensor) -> Tensor:
         r"""Log density of each element in nats, shape (\*batch, \*event)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 __all__ = [
     "at_least_float32",
+    "batch_last",
     "channels_last",
+    "concatenated",
     "frozen",
     "gumbel_like",
     "moments",
@@ -19,6 +21,7 @@ __all__ = [
     "per_example",
     "rounded",
     "slerp",
+    "split",
     "sum_event",
 ]
 
@@ -31,6 +34,29 @@ def at_least_float32(t: Tensor) -> Tensor:
 def channels_last(t: Tensor) -> Tensor:
     """Images (B, C, H, W) in channels-last memory format, which is fast for convolutions."""
     return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+
+def batch_last(t: Tensor) -> bool:
+    """Whether these are vectors (B, C) of which each element is contiguous over the batch.
+
+    The networks of couplings and autoregressive layers emit them so (`musigma.nets.vectors`).
+    Operations on tensors of two layouts take several times as long.
+    """
+    return t.ndim == 2 and t.stride(0) == 1 != t.stride(1)
+
+
+def split(t: Tensor, sizes: int | Sequence[int]) -> Sequence[Tensor]:
+    """Parts of axis 1, as `torch.split`; the gradient has the layout of `t`."""
+    if t.requires_grad and batch_last(t):
+        return [part.t() for part in t.t().split(sizes)]  # pyright: ignore[reportArgumentType]
+    return t.split(sizes, 1)  # pyright: ignore[reportArgumentType]
+
+
+def concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """Parts joined on axis 1, in the layout of the parts."""
+    if any(batch_last(part) for part in parts):
+        return torch.cat([part.t() for part in parts]).t()
+    return torch.cat([*parts], 1)
 
 
 def sum_event(t: Tensor, event_ndims: int) -> Tensor:

@@ -257,13 +257,10 @@ class Trace:
 
     def bijection(self, layer: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Apply a `Bijection` in the direction of this trace, and record its log-determinant."""
-        if self.generating:
-            value, log_det = layer.inverse(x, context)  # pyright: ignore[reportCallIssue]
-            log_det = -log_det
-        else:
-            value, log_det = layer(x, context)
+        apply = layer.inverse if self.generating else layer
+        value, log_det = apply(x, context)  # pyright: ignore[reportCallIssue]
         if self.scoring:
-            self._record(self.log_det, layer, log_det)
+            self._record(self.log_det, layer, -log_det if self.generating else log_det)
         return value
 
     def bijections(
@@ -307,22 +304,30 @@ class Trace:
         terms = [*self.log_p.values(), *self.kl.values(), *self.log_q.values()]
         zero = torch.zeros_like(terms[0])
 
-        def total(terms: Mapping[Site, Tensor], below: bool) -> Tensor:
-            return sum((v for s, v in terms.items() if (s in self.below) == below), zero)
+        def total(terms: Iterable[Tensor]) -> Tensor:
+            terms = [*terms]
+            return torch.stack(terms).sum(0) if terms else zero
 
-        log_px = sum((v for s, v in self.log_p.items() if s not in latents), zero)
-        log_px = log_px + total(self.log_det, below=True) - total(self.log_q, below=True)
+        def split(terms: Mapping[Site, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            """Those of layers below a likelihood, and the others."""
+            below, above = [], []
+            for site, term in terms.items():
+                (below if site in self.below else above).append(term)
+            return below, above
+
+        (det_below, det), (q_below, q) = split(self.log_det), split(self.log_q)
+        log_px = [v for s, v in self.log_p.items() if s not in latents]
         columns = [self.kl[s] if s in self.kl else -self.log_p[s] for s in latents]
         columns = torch.stack(columns, 1) if columns else zero.new_zeros(len(zero), 0)
         drawn = bool(self.kl or self.log_q)
         sampled = torch.tensor([drawn and s not in self.closed for s in latents], dtype=torch.bool)
         return Evidence(
-            log_px=log_px,
+            log_px=total([*log_px, *det_below, *(-v for v in q_below)]),
             kl=columns,
-            log_q=total(self.log_q, below=False),
-            log_det=total(self.log_det, below=False),
-            auxiliary=sum(self.auxiliaries.values(), zero),
-            score=sum(self.scores.values(), zero),
+            log_q=total(q),
+            log_det=total(det),
+            auxiliary=total(self.auxiliaries.values()),
+            score=total(self.scores.values()),
             kl_sampled=sampled.to(zero.device).expand(columns.shape),
         )
 

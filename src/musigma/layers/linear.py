@@ -63,8 +63,8 @@ class ActNorm(Bijection):
         shape = (-1, *(1,) * (x.ndim - 2))
         return self.bias.reshape(shape), self.log_scale.reshape(shape)
 
-    def _log_det(self, x: Tensor) -> Tensor:
-        return (positions(x) * self.log_scale.sum()).expand(len(x))
+    def _log_det(self, x: Tensor, sign: int = 1) -> Tensor:
+        return (sign * positions(x) * self.log_scale.sum()).expand(len(x))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``((x + b) exp(s), log_det)``."""
@@ -74,7 +74,7 @@ class ActNorm(Bijection):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(y exp(-s) - b, -log_det)``."""
         bias, log_scale = self._shaped(y)
-        return y * (-log_scale).exp() - bias, -self._log_det(y)
+        return y * (-log_scale).exp() - bias, self._log_det(y, -1)
 
 
 def _mix(weight: Tensor, x: Tensor) -> Tensor:
@@ -160,12 +160,12 @@ class InvertibleConv(Bijection):
         matrix = self.matrix().double().cpu()
         return float(torch.linalg.cond(matrix)) if matrix.isfinite().all() else math.nan
 
-    def _log_det(self, x: Tensor) -> Tensor:
+    def _log_det(self, x: Tensor, sign: int = 1) -> Tensor:
         if self.lu:
             log_det = self.log_scale.sum()
         else:
             log_det = torch.linalg.slogdet(self.weight)[1]
-        return (positions(x) * log_det).expand(len(x))
+        return (sign * positions(x) * log_det).expand(len(x))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(W x, log_det)``."""
@@ -173,7 +173,7 @@ class InvertibleConv(Bijection):
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(W⁻¹ y, -log_det)``."""
-        return _mix(_inverted(self.matrix()), at_least_float32(y)), -self._log_det(y)
+        return _mix(_inverted(self.matrix()), at_least_float32(y)), self._log_det(y, -1)
 
     def retrace(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """``(x, y, log_det)``; the matrix is computed once."""

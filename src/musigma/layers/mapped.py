@@ -15,7 +15,7 @@ from musigma.context import conditioned
 from musigma.layers.maps import Affine, Map
 from musigma.model import Bijection
 from musigma.nets import MLP
-from musigma.tensors import at_least_float32, sum_event
+from musigma.tensors import at_least_float32, concatenated, split, sum_event
 
 __all__ = ["Autoregressive", "AutoregressiveNet", "Coupling", "Elementwise", "StreamedNet"]
 
@@ -104,13 +104,13 @@ class Coupling(MapLayer):
         return [kept, channels - kept]
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x1, x2 = at_least_float32(x).split(self.sizes(x.shape[1]), 1)  # gradients are joined
+        x1, x2 = split(at_least_float32(x), self.sizes(x.shape[1]))
         return x1, x2
 
     def _apply_map(self, apply: Apply, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x1, x2 = self._halves(x)
         y2, log_slope = apply(x2, conditioned(self.net, x1, context))
-        return torch.cat([x1, y2], 1), sum_event(log_slope, x.ndim - 1)
+        return concatenated([x1, y2]), sum_event(log_slope, x.ndim - 1)
 
     def retrace(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """``(x, y, log_det)``, by one pass of the network."""
@@ -120,7 +120,7 @@ class Coupling(MapLayer):
         with torch.no_grad():
             x2.data.copy_(self.map.inverse(x2, h)[0])  # the network has read only x1
         y2, log_slope = self.map.forward(x2, h)
-        return x, torch.cat([x1, y2], 1), sum_event(log_slope, x.ndim - 1)
+        return x, concatenated([x1, y2]), sum_event(log_slope, x.ndim - 1)
 
 
 class AutoregressiveNet(Protocol):

@@ -128,8 +128,8 @@ class CouplingNet(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The output, (B, outputs, H, W)."""
-        h = F.relu(self.enter(join(x, context, self.context)))
-        return self.leave(F.relu(self.mix(h)))
+        h = F.relu(self.enter(join(x, context, self.context)), inplace=True)
+        return self.leave(F.relu(self.mix(h), inplace=True))
 
 
 def norm(channels: int) -> nn.Module:

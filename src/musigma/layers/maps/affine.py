@@ -66,7 +66,8 @@ class Affine(Map):
     def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """``(y exp(-s) - t, -s)``."""
         shift, log_scale = self.format.split(h)
-        return y * (-log_scale).exp() - shift, -log_scale
+        log_slope = -log_scale
+        return y * log_slope.exp() - shift, log_slope
 
     def saturation(self, h: Tensor) -> Tensor:
         """The share of scales at a limit of the format; see `Format.saturation`."""
