@@ -95,8 +95,7 @@ def couplings_around_leaky_relus_of_which_one_is_not_counted():
     return density([Coupling(D), Slope(), Coupling(D), Slope(counted=0), Coupling(D)])
 
 
-@entry("correct|incomplete|warning")  # the prior is logistic
-def nice():
+def additive_couplings(log_prior):
     """Additive couplings, and a scale for each dimension at the end."""
     nets, x = nn.ModuleList([mlp(D // 2, D // 2) for _ in range(3)]), torch.rand(B, D)
     log_scale = nn.Parameter(0.3 * torch.randn(D))
@@ -106,10 +105,25 @@ def nice():
         for net in nets:
             a, b = b + net(a), a
         z = torch.cat([a, b], 1) * log_scale.exp()
-        log_p = -(F.softplus(z) + F.softplus(-z)).sum(1)  # prior
+        log_p = log_prior(z).sum(1)
         return -(log_p + log_scale.sum()).mean()  # logdet
 
     return Built(step, (nets, log_scale, x))
+
+
+@entry("correct")
+def nice():
+    return additive_couplings(lambda z: -F.softplus(z) - F.softplus(-z))  # prior
+
+
+@entry("bug", "logdet_mismatch")
+def nice_with_one_tail_of_its_prior():
+    return additive_couplings(lambda z: -F.softplus(z))
+
+
+@entry("incomplete")
+def nice_with_half_its_prior():
+    return additive_couplings(lambda z: -0.5 * (F.softplus(z) + F.softplus(-z)))
 
 
 def learned(log_width):

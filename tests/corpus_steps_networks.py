@@ -369,19 +369,28 @@ def product_of_experts():
     return Built(step, (first, second, decode_x, decode_y, x, y))
 
 
-@entry("correct")
-def two_latents_side_by_side():
+def two_latents(draw):
     x, style, content, decode = data(), Encoder(), Encoder(latents=3), decoder(latents=L + 3)
 
     def step():
         (m1, log_var), (m2, log_std) = style(x), content(x)
-        z1 = m1 + (0.5 * log_var).exp() * torch.randn_like(m1)  # draw
+        z1 = draw(m1, log_var)
         z2 = m2 + log_std.exp() * torch.randn_like(m2)  # draw
         kl1 = -0.5 * (1 + log_var - m1**2 - log_var.exp()).sum()  # kl
         kl2 = (0.5 * (m2**2 + (2 * log_std).exp() - 1) - log_std).sum()  # kl
         return (bce(decode(torch.cat([z1, z2], 1)), x) + kl1 + kl2) / B
 
     return Built(step, (style, content, decode, x))
+
+
+@entry("correct")
+def two_latents_side_by_side():
+    return two_latents(lambda m, b: m + (0.5 * b).exp() * torch.randn_like(m))  # draw
+
+
+@entry("incomplete")
+def two_latents_of_which_one_is_its_mean():
+    return two_latents(lambda m, b: m)
 
 
 @entry("correct|incomplete|warning")

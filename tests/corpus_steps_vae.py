@@ -194,8 +194,7 @@ def kl_by_one_draw_written_out():
     return Built(step, (encode, decode, x))
 
 
-@entry("correct")
-def importance_weights():
+def weighted_draws(reduce=torch.sum):
     encode, decode, x = Encoder(), decoder(), data()
     draws = 4
 
@@ -203,7 +202,7 @@ def importance_weights():
         mu, log_var = encode(x)
         q = Normal(mu, (0.5 * log_var).exp())
         z = q.rsample((draws,))
-        log_p = Normal(0.0, 1.0).log_prob(z).sum(-1)  # kl
+        log_p = reduce(Normal(0.0, 1.0).log_prob(z), -1)  # kl
         log_q = q.log_prob(z).sum(-1)  # kl
         target = x.expand(draws, B, D)
         log_x = -F.binary_cross_entropy_with_logits(decode(z), target, reduction="none").sum(-1)
@@ -211,6 +210,16 @@ def importance_weights():
         return -(torch.logsumexp(log_w, 0) - math.log(draws)).mean()
 
     return Built(step, (encode, decode, x))
+
+
+@entry("correct")
+def importance_weights():
+    return weighted_draws()
+
+
+@entry("warning", "kl_offset")
+def importance_weights_with_the_mean_of_log_p():
+    return weighted_draws(torch.mean)
 
 
 @entry("correct")
@@ -245,8 +254,7 @@ def several_draws():
     return Built(step, (encode, decode, x))
 
 
-@entry("correct")
-def several_draws_on_a_second_axis():
+def draws_on_a_second_axis(constant):
     encode, decode, x = Encoder(), decoder(), data()
 
     def step():
@@ -254,10 +262,20 @@ def several_draws_on_a_second_axis():
         eps = torch.randn(B, 4, L)
         z = mu.unsqueeze(1) + (0.5 * log_var).exp().unsqueeze(1) * eps  # draw
         recon = bce(decode(z.flatten(0, 1)), x.repeat_interleave(4, 0)) / 4
-        kl = -0.5 * (1 + log_var - mu**2 - log_var.exp()).sum()  # kl
+        kl = -0.5 * (constant + log_var - mu**2 - log_var.exp()).sum()  # kl
         return (recon + kl) / B
 
     return Built(step, (encode, decode, x))
+
+
+@entry("correct")
+def several_draws_on_a_second_axis():
+    return draws_on_a_second_axis(1)
+
+
+@entry("warning", "kl_offset")
+def several_draws_without_the_constant_of_the_kl():
+    return draws_on_a_second_axis(0)
 
 
 @entry("correct|incomplete")
@@ -425,8 +443,7 @@ def mixture_prior():
     return Built(step, (encode, decode, prior, x))
 
 
-@entry("correct")
-def mixture_prior_by_ten_draws():
+def mixture_prior_by_draws(draw, reduce=torch.mean):
     encode, decode, x = Encoder(), decoder(), data()
     means = nn.Parameter(torch.randn(3, L))
 
@@ -437,11 +454,26 @@ def mixture_prior_by_ten_draws():
             Categorical(logits=torch.zeros(3)), Independent(Normal(means, 1.0), 1)
         )
         recon = bce(decode(q.rsample()), x)
-        z = q.rsample((10,))
-        kl = (q.log_prob(z).sum(-1) - p.log_prob(z)).mean(0)  # kl
+        z = draw(q, (10,))
+        kl = reduce(q.log_prob(z).sum(-1) - p.log_prob(z), 0)  # kl
         return (recon + kl.sum()) / B
 
     return Built(step, (encode, decode, means, x))
+
+
+@entry("correct")
+def mixture_prior_by_ten_draws():
+    return mixture_prior_by_draws(Normal.rsample)
+
+
+@entry("warning", "reduction_imbalance", beta=(10,))
+def mixture_prior_by_the_sum_of_ten_draws():
+    return mixture_prior_by_draws(Normal.rsample, torch.sum)
+
+
+@entry("bug", "no_gradient")
+def mixture_prior_by_ten_draws_without_gradient():
+    return mixture_prior_by_draws(Normal.sample)
 
 
 @entry("correct|incomplete")

@@ -225,6 +225,20 @@ def color_set(stored: Any, files: Any) -> Iterator[tuple[Row, Row]]:
         )
 
 
+PAIRS = ("fashion", "mnist", "color", "gray")
+
+
+def strange_images(stored: Any) -> Iterator[tuple[Row, Row]]:
+    names = {"glow": "Glow", "vae": "VAE"}
+    found = {(r["model"], r["detector"], r["set"]): r["auroc"] for r in stored}
+    for model, detector in sorted({key[:2] for key in found}):
+        cells = [found.get((model, detector, pair)) for pair in PAIRS]
+        yield (
+            (names[model], f"`{detector.replace('_', '-')}`"),
+            ["-" if c is None else "{:.3f} ({:.3f}–{:.3f})".format(*c) for c in cells],
+        )
+
+
 def error_of_mean(values: Sequence[float]) -> float:
     """The standard error of the mean of independent values; NaN of one."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -267,6 +281,13 @@ TABLES = (
         "images in files |",
         ["figures/color-set.json", "figures/compression.json"],
         color_set,
+    ),
+    Table(
+        "anomalies.md",
+        "| model | score | Fashion-MNIST → MNIST | MNIST → Fashion-MNIST | color → gray "
+        "| gray → color |",
+        ["figures/strange-images.json"],
+        strange_images,
     ),
     Table(
         "families.md",

@@ -282,12 +282,13 @@ def _is_stopped(change: Change) -> bool:
     after = graph.downstream([change.x])
     path = graph.upstream(change.parts, stop=[change.x]) & after - {change.x}
     given = {k for i in path if (node := graph[i].node) for k in node.ins} - after
-    given &= graph.connected(change.parts)
+    trained = {v.id for v in graph.values if v.kind == "parameter"}
+    trained &= graph.connected([change.loss])
     place = change.places[-1]
     leaves = {
         i: graph.value(place, i).requires_grad_()
         for i in given
-        if graph[i].floating and graph[i].origin & Origin.PARAMETERS
+        if graph[i].floating and graph.upstream([i]) & trained
     }
     fixed = {**change.held, change.x: place.get(change.x, graph.get(change.x))}
     found = []
