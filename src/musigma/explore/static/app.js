@@ -25,6 +25,7 @@ class Page {
     this.about = about;
     this.name = null;
     this.view = null;
+    this.errors = 0; // how many there were
     this.drop = null; // takes a file that is dropped on the page, if the view can
     this.plane = null; // for data of two dimensions, once it is known
   }
@@ -51,10 +52,10 @@ class Page {
 
   /** Ask the server; the newest answer of its kind goes to `then`. */
   ask(name, parameters, then) {
-    const { name: asked } = this;
+    const { name: asked, errors } = this;
     latest(name, parameters, (answer) => {
       if (this.name !== asked) return;
-      this.fail(null);
+      this.succeed(errors);
       this.notice(answer.notice);
       then(answer);
     }, (error) => this.fail(error));
@@ -62,9 +63,10 @@ class Page {
 
   /** Post a file or text; returns the answer, or null if there was an error. */
   async post(name, parameters, body) {
+    const { errors } = this;
     try {
       const answer = await ask(name, parameters, body);
-      this.fail(null);
+      this.succeed(errors);
       return answer;
     } catch (error) {
       this.fail(error);
@@ -72,8 +74,14 @@ class Page {
     }
   }
 
+  /** Hide the error, unless it is newer than the question: then another one failed meanwhile. */
+  succeed(errors) {
+    if (errors === this.errors) this.fail(null);
+  }
+
   /** Show an error, or none. */
   fail(error) {
+    if (error !== null) this.errors += 1;
     part("error").hidden = error === null;
     part("error").textContent = error === null ? "" : error.message;
   }
